@@ -70,9 +70,15 @@ def host_row(backend: Any, repeats: int) -> Row:
 
 def supported_methods(model: LanguageModel) -> list[Method]:
     """List the methods that the pair supports."""
-    if model.backend.drafter is None:
-        return ["ar"]
-    return [m for m in METHODS if model.backend.head or not m.startswith("treeflash")]
+    drafter, has_head = model.backend.drafter_config, model.backend.head is not None
+    if drafter is None:
+        return ["ar", "suffix"]
+    return [
+        method
+        for method in METHODS
+        if method in ("ar", "suffix")
+        or (has_head if method.startswith("treeflash") else drafter.has_marginals)
+    ]
 
 
 def decode_all(run: Callable[[list[int]], int], prompts: Sequence[list[int]]) -> float:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from treeflash.config import GIB, MAX_BUDGET, DecodeConfig
 from treeflash.decoding import Request, decode
-from treeflash.decoding.interfaces import ARHead, Backend, device_report
+from treeflash.decoding.interfaces import ARHead, Backend, DeviceReport, device_report
 from treeflash.decoding.session import draft_anchors
 from treeflash.drafters.config import DrafterConfig
 from treeflash.drafters.folder import read_config, weight_files
@@ -265,10 +265,10 @@ class Diagnosis:
     """The outcome of all checks.
 
     `marginal` and `corrected` are, by depth, the fraction of blocks whose top token is the
-    target's, without the AR head and with it; None without a head.
+    target's, without the AR head and with it; None without a block drafter, or without a head.
     """
 
-    marginal: list[float]
+    marginal: list[float] | None
     corrected: list[float] | None
     findings: list[Finding]
 
@@ -366,22 +366,53 @@ def diagnose(
     return replace(measured, findings=[depths, *judge(trials), *facts])
 
 
+def diagnose_target(backend: Backend, target_config: Mapping[str, Any], drafter: str) -> Diagnosis:
+    """Check what does not depend on a block drafter.
+
+    Args:
+        backend: has the loaded models.
+        target_config: the target's `config.json`.
+        drafter: what drafts, and what measures it.
+    """
+    findings = [
+        Finding(check="drafter", ok=True, message=drafter),
+        *check_precision(target_config),
+        *check_device(backend),
+        check_exact_mode(backend),
+    ]
+    return Diagnosis(marginal=None, corrected=None, findings=findings)
+
+
 def check_device(backend: Backend) -> list[Finding]:
     """Findings about the machine and its kernels, and whether models and a context fit into it."""
     report = device_report(backend)
-    findings = []
-    if report.facts:
-        message = ", ".join(f"{name}: {fact}" for name, fact in report.facts.items())
-        findings.append(Finding(check="device", ok=True, message=message))
+    findings = check_facts(report)
     if (free := report.free_bytes) is not None:
         findings.append(_memory_finding(backend, report.weights_bytes, free))
     if not report.batches:
         message = "sequences run one by one: this model's logits in a batch are others"
         findings.append(Finding(check="batches", ok=True, message=message))
-    for kernel, verdicts in report.kernels.items():
-        message = f"{kernel}: {'; '.join(f'{size} {used}' for size, used in verdicts.items())}"
-        findings.append(Finding(check="kernel", ok=True, message=message))
-    return findings
+    return [*findings, *check_kernels(report)]
+
+
+def check_facts(report: DeviceReport) -> list[Finding]:
+    """A finding that lists facts about the machine, if there are any."""
+    if not report.facts:
+        return []
+    message = ", ".join(f"{name}: {fact}" for name, fact in report.facts.items())
+    return [Finding(check="device", ok=True, message=message)]
+
+
+def check_kernels(report: DeviceReport) -> list[Finding]:
+    """Findings about which kernels are used and why."""
+    return [
+        Finding(
+            check="kernel",
+            ok=True,
+            message=f"{kernel}: {'; '.join(f'{size} {used}' for size, used in verdicts.items())}",
+        )
+        for kernel, verdicts in report.kernels.items()
+    ]
 
 
 def check_exact_mode(backend: Backend) -> Finding:

@@ -4,21 +4,36 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
 
 from treeflash.cli.console import Parser, guarded
-from treeflash.cli.options import add_model_options, locate_model
-from treeflash.config import DecodeConfig
+from treeflash.cli.options import add_model_options, locate_model, with_device
+from treeflash.config import AUTO, DecodeConfig
 from treeflash.decoding.interfaces import Backend
-from treeflash.diagnosis import Diagnosis, diagnose
+from treeflash.diagnosis import (
+    Diagnosis,
+    Finding,
+    check_facts,
+    check_kernels,
+    diagnose,
+    diagnose_target,
+)
 from treeflash.drafters.folder import open_folder, read_config
 from treeflash.drafters.loading import find_head_format
-from treeflash.errors import UnsupportedModelError
-from treeflash.hub.models import draft_sources, drafter_training, resolve_drafter, resolve_target
+from treeflash.hub.models import (
+    choose_drafter,
+    draft_sources,
+    drafter_training,
+    resolve_drafter,
+    resolve_target,
+)
+from treeflash.registry import default_backend, examine_device
 from treeflash.text.prompt import Message, Prompting, read_rows
 from treeflash.text.tokenizer import Tokenizer
 
@@ -27,6 +42,11 @@ PROMPTS = (
     "Write a Python function that reverses a string.",
     "A baker sells 24 rolls an hour. How many does she sell in 7 hours?",
     "Write a short letter of thanks to a neighbour.",
+)
+NO_DRAFTER = "none is known for this target, so copies of the text are drafted (method suffix)"
+ROW_HEAD = (
+    "an MTP or EAGLE-3 head or an assistant; treeflash evaluate measures it, because only the "
+    "settings of block drafters can be checked here"
 )
 MAX_TOKENS = 64
 PROBLEM = 1
@@ -43,19 +63,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.prompts is not None:
         prompts = [row.turns[0] for row in read_rows(args.prompts)]
     DecodeConfig(max_tokens=args.max_tokens)  # raises before anything is loaded
+    if args.device_only:
+        return _examine_device(args)
     # Folders replace hub ids, which would be resolved at every load.
-    folder = resolve_drafter(args.drafter, args.target)
-    if find_head_format(open_folder(folder)) is not None:
-        raise UnsupportedModelError(
-            "doctor checks block drafters, not MTP and EAGLE-3 heads; measure this head with "
-            "treeflash evaluate"
-        )
-    trained = drafter_training(args.drafter, args.target)
+    folder = _find_drafter(args.drafter, args.target)
+    thinking = folder is not None and drafter_training(args.drafter, args.target).thinking
     sources = [source.name for source in draft_sources(args.target)]
     args.target = str(resolve_target(args.target))
 
-    def load(drafter: Path) -> Backend:
-        changed = {**vars(args), "drafter": str(drafter)}
+    def load(drafter: Path | None) -> Backend:
+        changed = {**vars(args), "drafter": None if drafter is None else str(drafter)}
         backend = locate_model(argparse.Namespace(**changed)).load().backend
         if args.device_map is None:
             args.device = backend.device  # where the next pairs are loaded without a warning
@@ -70,18 +87,24 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not console.is_terminal:
                 console.print(line)
 
-        diagnosis = diagnose(
-            load,
-            folder,
-            Tokenizer.from_folder(args.target),
-            prompts,
-            prompting=Prompting(raw=args.raw, thinking=args.thinking or trained.thinking),
-            max_tokens=args.max_tokens,
-            target_config=read_config(Path(args.target)),
-            thorough=args.thorough,
-            report=report,
-            begin=lambda found: console.print(_report(found), markup=False, soft_wrap=True),
-        )
+        target_config = read_config(Path(args.target))
+        if folder is None or find_head_format(open_folder(folder)) is not None:
+            diagnosis = diagnose_target(
+                load(folder), target_config, NO_DRAFTER if folder is None else ROW_HEAD
+            )
+        else:
+            diagnosis = diagnose(
+                load,
+                folder,
+                Tokenizer.from_folder(args.target),
+                prompts,
+                prompting=Prompting(raw=args.raw, thinking=args.thinking or thinking),
+                max_tokens=args.max_tokens,
+                target_config=target_config,
+                thorough=args.thorough,
+                report=report,
+                begin=lambda found: console.print(_report(found), markup=False, soft_wrap=True),
+            )
     if args.json:
         print(json.dumps({**diagnosis.to_dict(), "drafters": sources}))
     else:
@@ -89,9 +112,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if diagnosis.ok else PROBLEM
 
 
+def _find_drafter(drafter: str | None, target: str | None) -> Path | None:
+    """The folder of the chosen drafter; None if copies of the text are the best that can draft."""
+    if drafter not in (None, AUTO):
+        return resolve_drafter(drafter, target)
+    chosen = choose_drafter(target)
+    for line in chosen.passed_over:
+        logging.getLogger(__name__).warning(line)
+    return chosen.folder
+
+
+def _examine_device(args: argparse.Namespace) -> int:
+    """Print what the backend tells about its device, without a model."""
+    name = args.backend or default_backend()
+    with Console(stderr=True).status("checking kernels"):
+        report = with_device(args, lambda config: examine_device(name, config))
+    findings = [*check_facts(report), *check_kernels(report)]
+    if args.json:
+        print(json.dumps({"findings": [asdict(finding) for finding in findings]}))
+    else:
+        print(*map(_line, findings), sep="\n")
+    return 0
+
+
 def make_parser() -> Parser:
     parser = Parser("doctor", "Diagnose a target and its drafter.")
     parser.add_config_option()
+    parser.add_argument(
+        "--device-only",
+        action="store_true",
+        help="tell about the device, and check the backend's kernels there, without any model",
+    )
     parser.add_argument(
         "--prompts",
         type=Path,
@@ -124,13 +175,17 @@ def make_parser() -> Parser:
 
 
 def _report(diagnosis: Diagnosis) -> str:
-    lines = [f"agreement by depth: {_percentages(diagnosis.marginal)}"]
+    lines = []
+    if diagnosis.marginal is not None:
+        lines.append(f"agreement by depth: {_percentages(diagnosis.marginal)}")
     if diagnosis.corrected is not None:
         lines.append(f"with the AR head:   {_percentages(diagnosis.corrected)}")
-    for finding in diagnosis.findings:
-        verdict = "ok" if finding.ok else "problem"
-        lines.append(f"{verdict:<8} {finding.check:<14} {finding.message}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *map(_line, diagnosis.findings)])
+
+
+def _line(finding: Finding) -> str:
+    verdict = "ok" if finding.ok else "problem"
+    return f"{verdict:<8} {finding.check:<14} {finding.message}"
 
 
 def _percentages(shares: Sequence[float]) -> str:

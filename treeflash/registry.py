@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from typing import Any, TypeVar, cast
 
 from treeflash.config import LoadConfig
-from treeflash.decoding.interfaces import Loader
+from treeflash.decoding.interfaces import DeviceReport, Loader
 from treeflash.drafters.config import DrafterShape
 from treeflash.errors import BackendError
 
@@ -79,6 +79,21 @@ def refuse_drafter(load: Loader, config: DrafterShape) -> None:
     check = getattr(inspect.getmodule(load), "check_drafter", None)
     if check is not None:
         check(config)
+
+
+def examine_device(name: str, config: LoadConfig) -> DeviceReport:
+    """Let a backend tell about its device, and check its kernels there, without a model.
+
+    A module of a `Loader` may have the function `examine_device`; a BackendError is raised if it
+    has none.
+    """
+    load = loader(name)
+    examine = getattr(inspect.getmodule(load), "examine_device", None)
+    if examine is None:
+        raise BackendError(f"the {name} backend has nothing to tell about its device")
+    check_config(load, config)
+    report: DeviceReport = examine(config)
+    return report
 
 
 def fall_back_to_cpu(run: Callable[[LoadConfig], T], config: LoadConfig, *, named: bool) -> T:

@@ -216,6 +216,30 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> CudaBackend:
     return backend
 
 
+EXAMINED_HEAD_DIMS = (64, 128, 256)
+
+
+def examine_device(config: LoadConfig) -> DeviceReport:
+    """Tell about the device, and check the Triton kernels on a GPU, without a model."""
+    device = choose_device(config.device)
+    if device.type != "cuda":
+        return DeviceReport(facts=device_facts(device))
+    dtype = config.dtype or "bfloat16"
+    verdicts: dict[str, dict[str, str]] = {}
+    for head_dim in EXAMINED_HEAD_DIMS:
+        shapes = Shapes(
+            heads=8, kv_heads=2, head_dim=head_dim, hidden_size=8 * head_dim, experts=True
+        )
+        operations = load_operations(shapes, device, getattr(torch, dtype))
+        for name, verdict in operations.verdicts.items():
+            verdicts.setdefault(name, {})[f"{dtype}, heads of {head_dim}"] = verdict
+    return DeviceReport(
+        facts=device_facts(device),
+        available_bytes=torch.cuda.mem_get_info(device)[1],
+        kernels=verdicts,
+    )
+
+
 def add_drafter(
     target: Target,
     drafter: Path | None,

@@ -43,6 +43,8 @@ from treeflash_mlx.drafter import Drafter
 from treeflash_mlx.drafter_model import DrafterModel, OwnVocabulary
 from treeflash_mlx.head_operations import split_pairs
 from treeflash_mlx.heads import HEADS, TABLE_HEADS, ARHead, RecurrentHead, TableHead
+from treeflash_mlx.hybrid import delta_kernel_wins
+from treeflash_mlx.metal_kernels import attention
 from treeflash_mlx.metal_kernels.products import choose_products
 from treeflash_mlx.mtp_head import MtpCache, MtpDrafter, MtpHead, MtpModel, Norm
 from treeflash_mlx.state import State
@@ -178,6 +180,30 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> MlxBackend:
         model.hooks.submit_early(model.layers[:: -(-len(model.layers) // MAX_SUBMISSIONS)])
         warm_up(backend)
     return backend
+
+
+EXAMINED_BITS = (4, 8)
+EXAMINED_WIDTH = 4096
+EXAMINED_HEADS = tuple(attention.Shape(32, 8, width, mx.bfloat16) for width in (64, 128, 256))
+EXAMINED_DELTA_NET = (16, 32, 128, 128, mx.bfloat16, False)
+"""Shapes of common models; see `delta_kernel_wins` for the last."""
+
+
+def examine_device(config: LoadConfig) -> DeviceReport:
+    """Tell about the device, and check and race every kernel there, without a model."""
+    choose_device(config.device)
+    limit_cache()
+    if metal_kernels.uses_kernels():
+        for bits in EXAMINED_BITS:
+            layer = nn.QuantizedLinear(EXAMINED_WIDTH, EXAMINED_WIDTH, False, GROUP_SIZE, bits)
+            layer.set_dtype(mx.bfloat16)
+            choose_products(layer)
+        for shape in EXAMINED_HEADS:
+            attention.winning_columns(shape)
+        delta_kernel_wins(*EXAMINED_DELTA_NET)
+    return DeviceReport(
+        facts=device_facts(), available_bytes=available_bytes(), kernels=metal_kernels.VERDICTS
+    )
 
 
 def warm_up(backend: MlxBackend) -> None:

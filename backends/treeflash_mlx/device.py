@@ -23,6 +23,8 @@ limit MLX keeps all of it, although the sizes that are needed keep changing."""
 STATE_BYTES = 4 * GIB
 """Memory for the states of sequences, if it is wired."""
 COMMAND_TIMEOUT_S = 5.0
+PRESSURES = {"1": "normal", "2": "warning", "4": "critical"}
+"""What macOS calls its levels of memory pressure."""
 
 
 def on_metal() -> bool:
@@ -107,6 +109,11 @@ def device_facts() -> dict[str, str]:
         facts["for the GPU"] = f"{available / GIB:.1f} GiB"
         limit = _output(["sysctl", "-n", "iogpu.wired_limit_mb"]).strip()
         facts["wired limit"] = "set by macOS" if limit in ("", "0") else f"{limit} MiB"
+        if swap := re.search(r"used = (\S+)", _output(["sysctl", "-n", "vm.swapusage"])):
+            facts["swap in use"] = swap[1]
+        level = _output(["sysctl", "-n", "kern.memorystatus_vm_pressure_level"]).strip()
+        if level in PRESSURES:
+            facts["memory pressure"] = PRESSURES[level]
         if not uses_kernels():
             name = info.get("architecture")
             facts["kernels"] = f"MLX's alone, treeflash's are not tried on this GPU ({name})"

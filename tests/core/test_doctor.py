@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
+from byte_tokens import save_tokenizer
 from row_pairs import write_mtp_pair
 
 from treeflash import doctor, language_model
+from treeflash.decoding.interfaces import DeviceReport
 from treeflash.doctor import main
+from treeflash.reference import backend as reference_backend
+from treeflash.testing.models import write_target
 
 
 @pytest.fixture
@@ -97,13 +102,54 @@ def test_json(run, prompts):
 
 
 @pytest.mark.parametrize("kind", ["mtp", "eagle3"])
-def test_a_head_that_drafts_depth_by_depth_is_refused_in_one_line(kind, tmp_path, capsys):
+def test_a_head_that_drafts_depth_by_depth_is_no_problem(kind, tmp_path, capsys):
+    """Its settings are not checked; the machine, the target and exact mode are."""
     target, head = map(str, write_mtp_pair(tmp_path, kind))
+    save_tokenizer(Path(target))
     drafter = "self" if kind == "mtp" else head
-    assert main(["--backend", "reference", "--target", target, "--drafter", drafter]) == 2
+    assert main(["--backend", "reference", "--target", target, "--drafter", drafter]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert all(line.startswith("ok ") for line in lines[:-1])
+    assert [line[9:23].strip() for line in lines[:-1]] == ["drafter", "exact mode"]
+    assert "treeflash evaluate measures it" in lines[0]
+
+
+def test_a_target_without_a_drafter_is_diagnosed(tmp_path, capsys):
+    write_target(tmp_path, "qwen3", seed=0)
+    save_tokenizer(tmp_path)
+    assert main(["--backend", "reference", "--target", str(tmp_path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["marginal"] is None
+    assert [x["check"] for x in found["findings"]] == ["drafter", "exact mode"]
+    assert "method suffix" in found["findings"][0]["message"]
+    assert found["drafters"] == ["suffix"]
+
+
+def test_the_device_alone_is_examined_without_a_model(monkeypatch, capsys):
+    asked = []
+
+    def examine_device(config):
+        asked.append(config.dtype)
+        kernels = {"products": {"8 rows": "used", "16 rows": "not used"}}
+        return DeviceReport(facts={"chip": "made up"}, kernels=kernels)
+
+    monkeypatch.setattr(reference_backend, "examine_device", examine_device, raising=False)
+    options = ["--backend", "reference", "--device-only", "--target", "nowhere/at/all"]
+    assert main([*options, "--dtype", "float32"]) == 0
+    assert asked == ["float32"]
+    assert capsys.readouterr().out.splitlines() == [
+        "ok       device         chip: made up",
+        "ok       kernel         products: 8 rows used; 16 rows not used",
+    ]
+    assert main([*options, "--json"]) == 0
+    findings = json.loads(capsys.readouterr().out)["findings"]
+    assert [x["check"] for x in findings] == ["device", "kernel"]
+
+
+def test_a_backend_that_cannot_tell_about_its_device_says_so(capsys):
+    assert main(["--backend", "reference", "--device", "cpu", "--device-only"]) == 2
     assert capsys.readouterr().err == (
-        "error: doctor checks block drafters, not MTP and EAGLE-3 heads; measure this head with "
-        "treeflash evaluate\n"
+        "error: the reference backend has nothing to tell about its device\n"
     )
 
 

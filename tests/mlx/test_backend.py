@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from treeflash import doctor
 from treeflash.config import LoadConfig
 from treeflash.errors import BackendError, CheckpointError, ConfigError, UnsupportedModelError
 from treeflash.testing import require
@@ -227,6 +228,22 @@ def test_the_report_names_the_machine_and_its_memory(pair, mac, monkeypatch):
     assert device.device_facts()["wired limit"] == "20000 MiB"
     assert "kernels" not in device.device_facts()
     assert device.available_bytes() == 10 << 30
+
+
+def test_the_report_tells_swap_and_pressure(mac, monkeypatch):
+    outputs = {
+        "vm.swapusage": "total = 3072.00M  used = 2186.25M  free = 885.75M  (encrypted)\n",
+        "kern.memorystatus_vm_pressure_level": "2\n",
+    }
+    monkeypatch.setattr(device, "_output", lambda command: outputs.get(command[-1], ""))
+    facts = device.device_facts()
+    assert (facts["swap in use"], facts["memory pressure"]) == ("2186.25M", "warning")
+
+
+def test_a_device_without_kernels_is_examined_without_a_model(capsys):
+    assert doctor.main(["--backend", "mlx", "--device", "cpu", "--device-only"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("ok       device         chip: ")
 
 
 def test_the_report_counts_the_weights(pair):

@@ -5,10 +5,14 @@ import re
 from collections import Counter
 
 import pytest
+from byte_tokens import save_tokenizer
 from endless_pair import endless_pair
+from row_pairs import write_mtp_pair
 
+import treeflash
 from treeflash.config import METHODS
 from treeflash.testing import require
+from treeflash.testing.models import write_target
 
 require("mlx.core")
 require("mlx_lm")
@@ -37,6 +41,22 @@ def test_mac(module, pair, tmp_path):
         ("mlx-lm", "generate"),
     ]
     assert all(row["tokens_per_s"] > 0 for row in results["methods"])
+
+
+@pytest.mark.parametrize("kind", ["mtp", "eagle3", "none"])
+def test_mac_measures_what_a_pair_without_a_block_drafter_can_do(module, tmp_path, kind):
+    if kind == "none":
+        target, head = tmp_path / "target", None
+        write_target(target, "qwen3", seed=1)
+    else:
+        target, head = write_mtp_pair(tmp_path, kind)
+    save_tokenizer(target)
+    model = treeflash.load(target, False if head is None else head, backend="mlx")
+    methods = module("mac").supported_methods(model)
+    assert methods[0] == "ar"
+    assert methods == ["ar", *(["treeflash", "treeflash-chain"] if head else []), "suffix"]
+    for method in methods:
+        assert len(model.generate([3, 4, 5], method=method, max_tokens=4).token_ids) > 0
 
 
 def test_metal_sources(module, tmp_path, monkeypatch, capsys):

@@ -195,7 +195,8 @@ def test_a_drafter_is_quantised_like_its_target(quantised_pair, monkeypatch):
         backend = load(*quantised_pair, LoadConfig(draft_bits=bits))
         kinds.append(type(backend.drafter_model.layers[0].mlp.up_proj))
         config = DecodeConfig(max_tokens=20, budget=16)
-        texts.append([x for step in decode(backend, [1, 2, 3], config) for x in step.tokens])
+        request = Request(prompt_ids=[1, 2, 3], config=config)
+        texts.append([x for step in decode(backend, request) for x in step.tokens])
     assert kinds == [nn.QuantizedLinear, nn.Linear]
     assert texts[0] == texts[1]
 

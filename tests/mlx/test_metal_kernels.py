@@ -14,8 +14,10 @@ require("mlx_lm")
 import mlx.core as mx
 import mlx_lm.models.ssm as ssm
 from metal_executor import DESCENDING, MetalKernelError, install, require_compiler
+from treeflash_mlx import backend as backend_module
 from treeflash_mlx import hybrid, metal_kernels
 from treeflash_mlx.backend import load
+from treeflash_mlx.metal_kernels import attention
 
 require_compiler()
 
@@ -217,3 +219,30 @@ def test_plain_decoding_by_kernel_equals_drafting_on_trees(
             assert min(executor.launches.values()) > 10
     assert not mx.metal.is_available()
     assert gated_delta._gated_delta_kernel is None
+
+
+# ---------------------------------------------------------------------------- the device alone
+
+
+def test_every_kernel_is_checked_without_a_model(executor, monkeypatch):
+    """And a kernel that is wrong is named, with its error."""
+    executor.schedules = (DESCENDING,)
+    install(executor, monkeypatch, speedup=2)
+    monkeypatch.setattr(attention, "RACED_COLUMNS", (attention.RACED_NODES + 1,))
+    monkeypatch.setattr(backend_module, "EXAMINED_WIDTH", 64)
+    shapes = (attention.Shape(4, 2, 32, mx.bfloat16),)
+    monkeypatch.setattr(backend_module, "EXAMINED_HEADS", shapes)
+    monkeypatch.setattr(backend_module, "EXAMINED_DELTA_NET", (1, 2, 8, 32, mx.bfloat16, False))
+    monkeypatch.setattr(attention, "MERGE", attention.MERGE.replace("factor =", "factor = 1.0f +"))
+    with pytest.warns(UserWarning, match="attention of draft trees run without"):
+        kernels = backend_module.examine_device(LoadConfig()).kernels
+    used = {name: [x.startswith("used") for x in kernels[name].values()] for name in kernels}
+    assert used == {
+        "products of few rows, 64 x 64 in 4 bits": [True] * 4,
+        "products of few rows, 64 x 64 in 8 bits": [True] * 4,
+        "attention of draft trees, 4 heads of 32": [False],
+        "recurrent layers, substitution": [True],
+        "gated delta nets on trees, 2 heads of 8 x 32": [True],
+    }
+    (verdict,) = kernels["attention of draft trees, 4 heads of 32"].values()
+    assert verdict.startswith("not used, its relative error is ")
