@@ -46,6 +46,12 @@ def test_a_file_is_no_folder(model, tmp_path):
         start(model, prefix_cache_dir=str(file))
 
 
+@pytest.mark.parametrize("folder", ["", 7])
+def test_what_is_no_path_is_no_folder(folder):
+    with pytest.raises(ConfigError, match=f"must be the path of a folder, got {folder!r}"):
+        Settings(prefix_cache_dir=folder)
+
+
 def test_no_room_is_no_limit():
     with pytest.raises(ConfigError, match="prefix_cache_disk_gb must be above 0, got 0"):
         Settings(prefix_cache_disk_gb=0)

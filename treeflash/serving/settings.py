@@ -53,6 +53,7 @@ class Settings:
         None,
         "folder in which states of conversations are kept, so that they go on after a restart "
         "without a new prefill",
+        rule="the path of a folder",
         shown="in memory only",
         metavar="FOLDER",
     )
