@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 
 def convolution_windows(parents: NDArray[np.int32], kernel: int) -> NDArray[np.int32]:
-    """(n, W) int32 inputs of a causal convolution of width W = `kernel` at every node of a tree.
+    """Return (n, W) int32 inputs of a causal convolution of width `kernel` at a tree's nodes.
 
     They are row numbers: the rows are the W - 1 last inputs of the committed sequence and then the
     inputs of the n nodes. Each node has its W - 1 nearest ancestors, the nearest last, and itself.
@@ -35,7 +35,7 @@ def convolution_windows(parents: NDArray[np.int32], kernel: int) -> NDArray[np.i
 
 
 def convolution_tail(path: NDArray[np.int32], kernel: int) -> NDArray[np.int32]:
-    """(W - 1,) int32 last inputs once the (a,) nodes of a path are committed, the root first.
+    """Return the (W - 1,) int32 last inputs after a path of (a,) nodes, the root first.
 
     They are row numbers as in `convolution_windows`.
     """

@@ -55,7 +55,7 @@ class LowRankUpdate:
         return len(self.up), self.down.shape[1]
 
     def delta(self) -> NDArray[np.float32]:
-        """(out, in) the sum to add to the weight, in float32."""
+        """Return the (out, in) sum to add to the weight, in float32."""
         product: NDArray[np.float32] = np.float32(self.scale) * (self.up @ self.down)
         return product
 
@@ -87,7 +87,7 @@ def read_adapter(folder: Path) -> list[LowRankUpdate]:
 
 
 def refuse_module(name: str, reason: str) -> UnsupportedModelError:
-    """The error for a module that an adapter cannot be merged into."""
+    """Return the error for a module that an adapter cannot be merged into."""
     return UnsupportedModelError(f"the adapter cannot be merged into {name}: {reason}")
 
 
@@ -131,7 +131,7 @@ def _read_mlx(path: Path, config: Mapping[str, Any]) -> list[LowRankUpdate]:
 def _pairs(
     path: Path, pattern: str, first: str
 ) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]:
-    """The two matrices of each layer, by the layer's name; other tensors are refused."""
+    """Return the two matrices of each layer, by the layer's name; other tensors are refused."""
     found: dict[str, dict[bool, NDArray[np.float32]]] = {}
     for key, tensor in read_file(path).items():
         match = re.fullmatch(pattern, key)
@@ -151,7 +151,7 @@ def _pairs(
 
 
 def _by_pattern(patterns: Any, name: str, default: Any) -> Any:
-    """The value of the first pattern that a module's name ends with, as PEFT matches it."""
+    """Return the value of the first pattern that a module's name ends with, as PEFT matches it."""
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", name):
             return value

@@ -58,7 +58,7 @@ def refuse_adapter(target_hidden_size: Any, layers: Mapping[str, Any]) -> None:
 
 
 def draft_vocab_size(config: Mapping[str, Any], layers: Mapping[str, Any]) -> int | None:
-    """The size of a drafter's own vocabulary; None if it is the target's, which `layers` has."""
+    """Return the size of a drafter's vocabulary, or None if it is the target's, with `layers`."""
     vocab_size = int(layers["vocab_size"])
     size = int(config.get("draft_vocab_size") or vocab_size)
     return None if size == vocab_size else size
@@ -116,7 +116,7 @@ def backbone_config(
 
 
 def backbone_shapes(config: DrafterConfig) -> dict[str, tuple[int, ...]]:
-    """The shapes of a backbone's tensors, by canonical name."""
+    """Return the shapes of a backbone's tensors, by canonical name."""
     h, i, d = config.hidden_size, config.intermediate_size, config.head_dim
     q, kv = config.num_attention_heads * d, config.num_key_value_heads * d
     shapes: dict[str, tuple[int, ...]] = {
@@ -149,7 +149,7 @@ def backbone_shapes(config: DrafterConfig) -> dict[str, tuple[int, ...]]:
 
 
 def default_target_layer_ids(num_target_layers: int, num_hidden_layers: int) -> tuple[int, ...]:
-    """The target layers whose outputs DFlash reads if a checkpoint does not name them."""
+    """Return the target layers whose outputs DFlash reads if a checkpoint does not name them."""
     if num_hidden_layers == 1:
         return (num_target_layers // 2,)
     step = (num_target_layers - 4) / (num_hidden_layers - 1)

@@ -131,7 +131,7 @@ class DrafterConfig(DrafterShape):
 
 
 def window_gap(start: int, window: int | None) -> tuple[int, int]:
-    """The gap between the first `SINK` positions and the last `window` before a root at `start`.
+    """Return the gap between the first `SINK` positions and the `window` before `start`.
 
     It is (first, end), empty if `window` is None.
     """
@@ -139,7 +139,7 @@ def window_gap(start: int, window: int | None) -> tuple[int, int]:
 
 
 def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The rotary settings of a `config.json`: `rope_parameters`, or older keys."""
+    """Return the rotary settings of a `config.json`: `rope_parameters`, or older keys."""
     current = config.get("rope_parameters") or {}
     current = current.get("full_attention", current)  # some files have settings by layer type
     parameters = {**(config.get("rope_scaling") or {}), **current}
@@ -153,7 +153,7 @@ def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
 def inverse_frequencies(
     parameters: Mapping[str, Any], head_dim: int
 ) -> tuple[NDArray[np.float64], float]:
-    """The (head_dim // 2,) rotary inverse frequencies, radians per position.
+    """Return the (head_dim // 2,) rotary inverse frequencies, radians per position.
 
     The second result is the factor on cosines and sines, 1 except for YaRN. `parameters` come from
     `rope_parameters`. A CheckpointError is raised if the type is not supported, or a setting is

@@ -137,7 +137,7 @@ def _refuse_inexpressible(config: DrafterConfig, to: str) -> None:
 
 
 def _add_head(config: Config, tensors: Tensors) -> tuple[Config, Tensors]:
-    """A TreeFlash drafter whose linear head corrects by 0."""
+    """Convert a DFlash drafter to a TreeFlash drafter whose linear head corrects by 0."""
     h = int(config["hidden_size"])
     dtype = next(iter(tensors.values()))["dtype"]
     prefix = f"model.{TREEFLASH_PREFIX}"
@@ -150,7 +150,7 @@ def _add_head(config: Config, tensors: Tensors) -> tuple[Config, Tensors]:
 
 
 def _drop_head(config: Config, tensors: Tensors) -> tuple[Config, Tensors]:
-    """The DFlash drafter that a TreeFlash drafter is without its head."""
+    """Convert a TreeFlash drafter without its head to DFlash."""
     rest = {key: value for key, value in config.items() if key != "treeflash_config"}
     backbone = {
         name: tensor for name, tensor in tensors.items() if not name.startswith(TREEFLASH_PREFIX)
@@ -210,7 +210,7 @@ def _to_deepspec(config: Mapping[str, Any], parsed: DrafterConfig) -> Config:
 
 
 def _head_settings(parsed: DrafterConfig) -> Config:
-    """The settings of a head, under the names that all formats give them."""
+    """Return the settings of a head, under the names that all formats give them."""
     if parsed.head is None:
         return {}
     fields = HEADS[parsed.head].settings

@@ -39,7 +39,7 @@ def read_config(
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder, sorted; a CheckpointError if there are none."""
+    """List a model folder's safetensors files, sorted; a CheckpointError if there are none."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise CheckpointError(f"{folder} has no *.safetensors file; convert its weights")
@@ -56,7 +56,7 @@ class StoredTensor:
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """A folder's tensors by stored name, from the headers of its files.
+    """Return a folder's tensors by stored name, from the headers of its files.
 
     Raises a CheckpointError if a file is damaged, or there are none.
     """
@@ -95,7 +95,7 @@ def open_folder(folder: Path) -> ModelFolder:
 
 
 def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of a folder's tensors, by stored name; a CheckpointError if it is damaged."""
+    """Read the shapes of a folder's tensors by name; a CheckpointError if it is damaged."""
     tensors = stored_tensors(folder)
     for name, tensor in tensors.items():
         check_dtype(tensor.path, name, tensor.dtype)
@@ -120,7 +120,7 @@ def read_file(path: Path, names: Collection[str] | None = None) -> dict[str, NDA
 
 
 def read_stored(path: Path, names: Collection[str] | None = None) -> dict[str, dict[str, Any]]:
-    """The `dtype`, `shape` and `data` of a file's tensors; a CheckpointError if it is damaged."""
+    """Read `dtype`, `shape` and `data` of a file's tensors; a CheckpointError if damaged."""
     try:
         parts = dict(safetensors.deserialize(path.read_bytes()))  # type: ignore[no-untyped-call]
     except safetensors.SafetensorError as error:

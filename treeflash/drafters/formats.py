@@ -49,7 +49,7 @@ HEADS: dict[str, HeadFormat] = {
 
 
 def family_heads(*families: str) -> tuple[str, ...]:
-    """The names of all heads of some families."""
+    """Return the names of all heads of some families."""
     return tuple(name for name, head in HEADS.items() if head.family in families)
 
 
@@ -139,14 +139,14 @@ def _architecture(config: Config) -> Any:
 
 
 def _is_published_as(config: Config, projector: str | None, *architectures: str) -> bool:
-    """Whether a configuration has a `projector_type`, or its first architecture is among some."""
+    """Return whether a configuration has a `projector_type`, or one of some architectures."""
     found = find_setting(config, "projector_type")
     named = projector is not None and found == projector
     return named or _architecture(config) in architectures
 
 
 def find_setting(config: Config, *names: str, default: Any = None) -> Any:
-    """A drafter's own setting, from whichever section of its `config.json` holds it.
+    """Find a drafter's own setting, from whichever section of its `config.json` holds it.
 
     Formats use different keys for a setting; the first of `names` that has a value counts.
     """
@@ -159,7 +159,7 @@ def find_setting(config: Config, *names: str, default: Any = None) -> Any:
 
 
 def unknown_keys(config: Config) -> list[str]:
-    """The keys of a valid configuration that were not understood and are ignored, sorted."""
+    """Return the keys of a valid configuration that were not understood and are ignored, sorted."""
     known = detect_format(config).keys
     known |= backbone.KEYS | backbone.INERT_KEYS | backbone.NEUTRAL.keys()
     sections = {name: config.get(name) or {} for name in (*SECTIONS, "transformer_layer_config")}
@@ -170,7 +170,7 @@ def unknown_keys(config: Config) -> list[str]:
 
 
 def replace_settings(config: Config, settings: Config) -> dict[str, Any]:
-    """A configuration with other settings, in its own format.
+    """Return a configuration with other settings, in its own format.
 
     The settings are any of `mask_token_id`, `target_layer_ids`, `is_causal` (of sliding layers) and
     `input_embedding_scale`, which speculators lacks.
@@ -190,7 +190,7 @@ def replace_settings(config: Config, settings: Config) -> dict[str, Any]:
 def drafter_shapes(
     config: DrafterConfig, head_size: int = 0, *, vocab_size: int | None = None
 ) -> Shapes:
-    """The shapes of a drafter's tensors, by canonical name.
+    """Return the shapes of a drafter's tensors, by canonical name.
 
     `head_size` is I, the inner width of a TreeFlash head; `vocab_size` is the target's, if the
     configuration does not give it.
@@ -205,7 +205,7 @@ def drafter_shapes(
 
 
 def head_shapes(config: DrafterConfig, head_size: int, vocab_size: int | None) -> Shapes:
-    """The shapes of the head's tensors alone; see `drafter_shapes`."""
+    """Return the shapes of the head's tensors alone; see `drafter_shapes`."""
     if config.head is None:
         return {}
     return HEADS[config.head].shapes(config, config.vocab_size or vocab_size or 0, head_size)
@@ -220,7 +220,7 @@ def head_inner_size(shapes: Mapping[str, tuple[int, ...]]) -> int:
 
 
 def optional_shapes(config: DrafterConfig, vocab_size: int | None = None) -> Shapes:
-    """The shapes of tensors that a folder may leave out because the target has them too."""
+    """Return the shapes of tensors that a folder may leave out because the target has them too."""
     rows = config.vocab_size or vocab_size
     if not config.own_vocabulary or not rows:
         return {}
@@ -230,7 +230,7 @@ def optional_shapes(config: DrafterConfig, vocab_size: int | None = None) -> Sha
 
 
 def canonical_name(name: str) -> str:
-    """A tensor's name without what only some files put before it."""
+    """Return a tensor's name without what only some files put before it."""
     renamed = {"model.": "", "draft_model.": "", "logit_head.": "markov_head."}
     for prefix, replacement in renamed.items():
         if name.startswith(prefix):
@@ -311,7 +311,7 @@ def _parse_dflash2(config: Config) -> DrafterConfig:
 
 
 def _selector_fields(settings: Config, layers: Config) -> dict[str, Any]:
-    """The fields of `DrafterConfig` for a selector, from its settings and the layers' settings."""
+    """Parse a selector's fields of `DrafterConfig`, from its and the layers' settings."""
     values = {
         key: int(default if settings.get(key) is None else settings[key])
         for key, default in SELECTOR_DEFAULTS.items()
@@ -347,7 +347,7 @@ def _parse_deepspec(config: Config) -> DrafterConfig:
 
 
 def _gated(parsed: DrafterConfig, config: Config) -> DrafterConfig:
-    """A drafter whose layers are Qwen3.5's: gates, norms of 1 + w, and partial rotary."""
+    """Return a drafter whose layers are Qwen3.5's: gates, norms of 1 + w, and partial rotary."""
     rope = rope_parameters(config)
     share = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
     rotated, scale = inverse_frequencies(rope, int(parsed.head_dim * float(share)))
@@ -370,7 +370,7 @@ def _parse_specforge(config: Config) -> DrafterConfig:
 
 
 def _markov_fields(settings: Config) -> dict[str, Any]:
-    """The fields of a Markov head, a bias on a slot's logits that depends on earlier tokens."""
+    """Parse the fields of a Markov head, a bias on logits by earlier tokens."""
     rank = int(settings.get("markov_rank") or 0)
     confidence = bool(settings.get("enable_confidence_head"))
     if not rank:
@@ -391,7 +391,7 @@ def _markov_fields(settings: Config) -> dict[str, Any]:
 
 
 def _parse_domino(config: Config) -> DrafterConfig:
-    """A correction of the logits by a GRU over the tokens of a block so far."""
+    """Parse a correction of the logits by a GRU over the tokens of a block so far."""
     sizes = {key: find_setting(config, key) for key in HEADS["domino"].settings}
     for key, size in sizes.items():
         if size is None:
@@ -493,7 +493,7 @@ def _parse_speculators(config: Config) -> DrafterConfig:
 
 
 def _samples_from_anchor(config: Config, kind: str, block_size: int) -> bool:
-    """Whether the root's slot predicts the first token."""
+    """Return whether the root's slot predicts the first token."""
     section = config.get("speculators_config") or {}
     methods = section.get("proposal_methods") or [{}]
     width = methods[0].get("speculative_tokens")
@@ -567,7 +567,7 @@ def _names(config: Config, stored: Collection[str]) -> Names:
 def block_shapes(
     config: DrafterConfig, vocab_size: int | None, stored: Shapes
 ) -> tuple[Shapes, Shapes]:
-    """The shapes of the tensors that a folder must have, and of those that it may leave out.
+    """Return the shapes of the tensors that a folder must have, and of optional ones.
 
     `vocab_size` is the target's, if the configuration does not give it.
     """

@@ -223,14 +223,14 @@ def load_mtp_tensors(
 
 
 def _split_gate(tensor: Any, head_dim: int) -> tuple[Any, Any]:
-    """The rows of the queries and the rows of the gates, which alternate by head."""
+    """Split the rows of the queries and the rows of the gates, which alternate by head."""
     rest = tuple(tensor.shape[1:])
     heads = tensor.reshape(-1, 2, head_dim, *rest)
     return heads[:, 0].reshape(-1, *rest), heads[:, 1].reshape(-1, *rest)
 
 
 def _join_halves(tensor: Any, config: DrafterConfig) -> Any:
-    """Rows of queries or keys in the order in which the halves of a head are rotary pairs.
+    """Reorder rows of queries or keys so that the halves of a head are rotary pairs.
 
     In the stored tensors neighbours may be pairs, or the halves of the first channels alone.
     """

@@ -154,7 +154,7 @@ def _is_glm(config: Config, stored: Collection[str]) -> bool:
 
 
 def _is_supported(config: Config, known: Collection[str]) -> bool:
-    """True; raises an UnsupportedModelError for a head of a family that is not among some."""
+    """Return True; an UnsupportedModelError for a head of a family that is not among some."""
     kind = str(text_config(config).get("model_type"))
     if kind not in known:
         raise UnsupportedModelError(
@@ -178,7 +178,7 @@ def refuse_assistant(config: DrafterShape, backend: str) -> None:
 
 
 def mtp_shapes(config: MtpConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:
-    """The shapes of all tensors of an MTP head by canonical name; optional ones are included."""
+    """Return the shapes of all tensors of an MTP head by name, optional ones included."""
     if config.assistant is not None:
         return _assistant_shapes(config, config.assistant, vocab_size)
     h, d = config.hidden_size, config.head_dim
@@ -264,7 +264,7 @@ def _mlp_shapes(prefix: str, h: int, width: int) -> dict[str, tuple[int, ...]]:
 def _required_and_optional(
     config: MtpConfig, vocab_size: int, stored: Shapes
 ) -> tuple[Shapes, Shapes]:
-    """The shapes of the tensors that a folder must have, and of those that it may leave out."""
+    """Return the shapes of the tensors that a folder must have, and of optional ones."""
     shapes = mtp_shapes(config, vocab_size)
     names = {"embed_tokens.weight"}
     if "d2t" not in shapes and "pre_projection.weight" not in shapes:
@@ -278,7 +278,7 @@ FUSED_DOWN = "layer.mlp.experts.down_proj"
 
 
 def split_fused(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """The shapes of experts that are stored together, as if each was a tensor of its own."""
+    """Split the shapes of experts that are stored together, as if each was a tensor of its own."""
     split = dict(shapes)
     if FUSED in split and FUSED_DOWN in split:
         (count, both, h), (_, _, width) = split.pop(FUSED), split.pop(FUSED_DOWN)
@@ -291,7 +291,7 @@ def split_fused(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, .
 def stack_experts(
     tensors: dict[str, Any], config: MtpConfig, stack: Callable[[list[Any]], Any]
 ) -> dict[str, Any]:
-    """The tensors with (count, out, in) `layer.mlp.experts.{gate,up,down}_proj`."""
+    """Return the tensors with (count, out, in) `layer.mlp.experts.{gate,up,down}_proj`."""
     if config.experts is None:
         return tensors
     if FUSED in tensors:
@@ -308,12 +308,12 @@ def stack_experts(
 
 
 def text_config(config: Config) -> Config:
-    """The settings of the language model in a `config.json`."""
+    """Return the settings of the language model in a `config.json`."""
     return {**config, **(config.get("text_config") or {})}
 
 
 def _layer_config(config: Config, **settings: Any) -> MtpConfig:
-    """The fields that describe one layer; `config` is the section that has its settings."""
+    """Return the fields that describe one layer; `config` is the section that has its settings."""
     backbone.refuse(config, {"hidden_act": (None, "silu"), "mlp_bias": (None, False)})
     heads, hidden_size = int(config["num_attention_heads"]), int(config["hidden_size"])
     head_dim = int(config.get("head_dim") or hidden_size // heads)
@@ -533,7 +533,7 @@ def _eagle_config(
 
 
 def _default_layers(target_layers: int) -> list[int]:
-    """The layers whose outputs enter layers 2, N / 2 and N - 3, if no ids are given."""
+    """Return the layers whose outputs enter layers 2, N / 2 and N - 3, if no ids are given."""
     return [1, target_layers // 2 - 1, target_layers - 4]
 
 

@@ -32,7 +32,7 @@ class BiasedAttention:
         self.out_proj = self.ops.linear(width, width)
 
     def forward(self, x: Array, bias: Array) -> Array:
-        """(n, width) from (n, width) and a (heads, n, n) bias."""
+        """Return the (n, width) from (n, width) and a (heads, n, n) bias."""
         qkv = x @ self.in_proj_weight.T + self.in_proj_bias
         parts = qkv.reshape(len(x), 3, self.heads, -1)
         q, k, v = (parts[:, i].swapaxes(0, 1) for i in range(3))
@@ -53,7 +53,7 @@ class CorrelationLayer:
         self.mlp = ops.children([ops.linear(w, inner), ops.activation(), ops.linear(inner, w)])
 
     def forward(self, x: Array, bias: Array) -> Array:
-        """(n, w) nodes from (n, w) nodes and a (heads, n, n) bias."""
+        """Return the (n, w) nodes from (n, w) nodes and a (heads, n, n) bias."""
         x = x + self.attn(self.attn_norm(x), bias)
         y = self.mlp_norm(x)
         for part in self.mlp:
@@ -90,7 +90,7 @@ class Correlation(Head):
         self.layers = ops.children([layer(shape, eps) for _ in range(shape.layers)])
 
     def forward(self, embedded: Array, normed: Array, log_probs: Array, anchor: Array) -> Array:
-        """(S - 1, k, k) scores of candidates after the candidates of the slot before.
+        """Return the (S - 1, k, k) scores of candidates after the candidates of the slot before.
 
         From (S - 1, k, hidden_size) embeddings of candidates, best first, (S - 1, hidden_size) u,
         the (S - 1, k) log probabilities, and the (hidden_size,) context of the last position.

@@ -116,16 +116,16 @@ class ScoredTokens(Protocol):
     """The v tokens that the children of each of n queries are chosen from."""
 
     def logits(self) -> Array:
-        """(n, v) float32 logits of the marginals."""
+        """Return the (n, v) float32 logits of the marginals."""
 
     def output_logits(self, queries: Array) -> Array:
-        """(n, v) logits that the drafter's output head gives (n, hidden_size) queries."""
+        """Return (n, v) logits that the drafter's output head gives (n, hidden_size) queries."""
 
     def products(self, queries: Array, table: Module) -> Array:
-        """(n, v) float32 products of (n, r) queries with the rows of an embedding table."""
+        """Return (n, v) float32 products of (n, r) queries with the rows of an embedding table."""
 
     def candidate_products(self, queries: Array, table: Array) -> Array:
-        """(n, v) float32 products with rows of a (vocab, r) table, for a head with candidates."""
+        """Multiply with rows of a (vocab, r) table: (n, v) float32, for a head with candidates."""
 
 
 class Head:
@@ -139,7 +139,7 @@ class Head:
     kind: ClassVar[Literal["conditional", "recurrent", "correlation"]]
 
     def confidence(self, slots: Slots, previous: Array, rows: Rows) -> Array | None:
-        """(n,) expected acceptance of a row's tokens, 0 to 1; None if the head does not predict it.
+        """Return (n,) expected acceptance of rows' tokens, 0 to 1; None if it is not predicted.
 
         The (n,) previous tokens are of the target's vocabulary; `rows` are their slots.
         """
@@ -157,11 +157,11 @@ class ConditionalHead(Head):
         super().__init__()
 
     def queries(self, slots: Slots, previous: Array, rows: Rows) -> Array:
-        """(n, size) vectors that `score` compares with tokens; see `Head.confidence`."""
+        """Return the (n, size) vectors that `score` compares with tokens; see `Head.confidence`."""
         raise NotImplementedError
 
     def score(self, queries: Array, scored: ScoredTokens) -> Array:
-        """(n, v) scores of (n, size) queries in float32, or in the dtype of the output head."""
+        """Score tokens: (n, v) of (n, size) queries, in float32 or the output head's dtype."""
         raise NotImplementedError
 
 
@@ -179,7 +179,7 @@ class RecurrentCell(Head):
         raise NotImplementedError
 
     def start(self, output: Output, block: Block) -> Array:
-        """The (1, state_size) state before the root."""
+        """Return the (1, state_size) state before the root."""
         return self.ops.zeros((1, output.config.head_state_size), block.hidden)
 
     def step(self, slots: Slots, state: Array, previous: Array, depth: int) -> tuple[Array, Array]:

@@ -17,7 +17,7 @@ class Corrected(ConditionalHead):
     """TreeFlash: h' = h + correction([embedding; u]), read by the output head."""
 
     def correction(self, embedded: Array, normed: Array, rows: Rows) -> Array:
-        """(n, hidden_size) corrections, from (n, hidden_size) embeddings of previous tokens.
+        """Return (n, hidden_size) corrections, from (n, hidden_size) embeddings of previous tokens.
 
         `rows` are their rows of the (slots, hidden_size) u.
         """

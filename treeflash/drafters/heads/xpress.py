@@ -51,7 +51,7 @@ class XPress(RecurrentCell):
         return inputs.reshape(len(state), -1), x
 
     def _input(self, inputs: Array, normed: Array, previous: Array) -> Array:
-        """(n, r) inputs of a slot after (n,) previous tokens."""
+        """Return the (n, r) inputs of a slot after (n,) previous tokens."""
         embedded = self.token_embed(previous)
         hidden = self.ops.broadcast_to(self.down_h(normed[None]), embedded.shape)
         return self.in_proj(self.ops.concatenate([hidden, inputs[:, 0], embedded], -1))
