@@ -68,8 +68,6 @@ SAMPLINGS = {
 TOLERANCE = 0.05
 """Logits of two ways to compute half precision: root mean square difference in standard deviations.
 Rounding gives 0.01; a key too many or too few more than 0.1."""
-WIDTHS = {"bfloat16": 2, "float16": 2, "float32": 4}
-"""Bytes of a number."""
 TREE = DraftTree.from_parents(np.arange(6, dtype=np.int32), np.array([-1, 0, 0, 1, 1, 2], np.int32))
 PROMPT = [3, 4, 5] * 40
 

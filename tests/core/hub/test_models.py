@@ -250,9 +250,6 @@ def chained(error: Exception, cause: Exception) -> Exception:
     return error
 
 
-NOT_FOUND = httpx.Response(404, request=httpx.Request("GET", "https://hub"))
-
-
 @pytest.mark.parametrize(
     ("failure", "message"),
     [
