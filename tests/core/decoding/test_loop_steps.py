@@ -58,10 +58,11 @@ class TestSteps:
 
     def test_printed_steps_are_one_line(self) -> None:
         first, second = map(repr, run(scripted(SCRIPT), max_tokens=7))
-        assert first == "Step(tokens=(14,), tree=None, finish_reason=None, cached_tokens=0)"
+        cached = "cached_tokens=0, disk_tokens=0"
+        assert first == f"Step(tokens=(14,), tree=None, finish_reason=None, {cached})"
         assert second == (
             "Step(tokens=(15, 16, 17, 18, 19, 20), tree=DraftTree(nodes=6, depth=5), "
-            "finish_reason='length', cached_tokens=0)"
+            f"finish_reason='length', {cached})"
         )
 
     def test_trees_and_paths(self) -> None:

@@ -68,7 +68,7 @@ def put_without_a_limit(self: PrefixCache, *args: Any, plain: Any = PrefixCache.
     self.max_bytes = limit
 
 
-def drop_without_closing(self: PrefixCache, entry: Any) -> None:
+def drop_without_closing(self: PrefixCache, entry: Any, *, save: bool) -> None:
     self._entries.remove(entry)
 
 
