@@ -113,6 +113,10 @@ FAULTS = {
     "the nodes of another row": ("seen[i] >>", "seen[0] >>"),
     "nodes in every split": ("position >= first && position < stop", "true"),
     "keys beyond the last": ("at = min(key, end - 1)", "at = (key + 64 * int(on_tree))"),
+    "queries in the order of outputs": (
+        "from = q + b * q_strides[0] + head * q_strides[1] + node * q_strides[2];",
+        "from = q + place[i] * D;",
+    ),
     "no new maximum": ("max(top, highest[i])", "top"),
     "the largest key of some lanes": ("top = max(top, simd_shuffle_xor(top, 16));", ""),
     "the sum of some lanes": ("sum[i] += simd_shuffle_xor(sum[i], 4);", ""),

@@ -96,7 +96,7 @@ def test_a_fault_in_the_kernel_is_noticed(metal, monkeypatch, recwarn, fault):
 def test_layers_use_the_kernel_for_the_rows_where_it_wins(metal, monkeypatch):
     raced = []
 
-    def speedup(kernel, plain, start):
+    def speedup(kernel, plain, start, *_):
         raced.append(len(start))
         return 1.2 if len(start) >= 7 else 1.1
 
@@ -167,6 +167,20 @@ def test_a_race_compares_chains_of_calls(monkeypatch):
     start = mx.array(0)
     assert run_race(link, lambda x, _: x, start) == 3
     assert seen[: metal_kernels.CALLS] == [(n, n) for n in range(metal_kernels.CALLS)]
+
+
+def test_few_calls_race_for_an_output_head(metal, monkeypatch):
+    """Whose calls are so long that the others would take seconds."""
+    monkeypatch.setattr(metal_kernels, "speedup", run_race)
+    calls = []
+    monkeypatch.setattr(products, "multiply", lambda _, x: calls.append(0) or plain(_, x))
+    plain, small = products.multiply_plainly, layer(4, 64, mx.float32)
+    products.wins([small], 5)
+    many = len(calls)
+    monkeypatch.setattr(metal_kernels, "LONG_BYTES", small.weight.nbytes)
+    products.wins([small], 5)
+    assert many == 1 + metal_kernels.CALLS * (1 + metal_kernels.ROUNDS)  # one shows the error
+    assert len(calls) - many == 1 + metal_kernels.LONG_CALLS * (1 + metal_kernels.LONG_ROUNDS)
 
 
 @pytest.mark.filterwarnings("ignore:MLX was imported before treeflash_mlx")  # of TF32, on GPUs

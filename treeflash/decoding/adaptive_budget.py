@@ -39,6 +39,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 import platform
@@ -57,13 +58,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treeflash.config import LoadConfig, Method
-from treeflash.decoding.interfaces import Backend
+from treeflash.decoding.interfaces import Backend, device_report
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.suffix import MATCH_LEVELS, match_level
 from treeflash.decoding.tree import DraftTree
 
-TIMED = (1, 5, 8, 10, 12, 16, 24, 32, 33, 48, 64, 128, 256)
-"""Tree sizes that are timed; hardware has steps; some are known to end at 5, 8, 10, 16 and 32."""
+TIMED = (1, 5, 8, 10, 12, 15, 16, 24, 32, 33, 48, 64, 128, 256)
+"""Tree sizes that are timed; hardware has steps; some are known to end at 5, 8, 10, 15, 16 and
+32."""
 SIZES = tuple(sorted({*TIMED, 2, 3, 4, 96, 192}))
 """Tree sizes to choose from; those that are not timed are interpolated linearly."""
 MAX_RELATIVE_COST = 6.0
@@ -77,6 +79,9 @@ GPU_PROMPT_TOKENS, GPU_READERS = 4096, (1, 8, 32)
 """Length of the long prompt on a GPU, and the numbers of rows after it that are timed: kernels for
 few rows and for many read the keys at different speeds, which short prompts do not show."""
 PREFILL_TOKENS = 2048
+FIRST_TOKENS, PLAIN_TOKENS = 2, 8
+"""Tokens that are decoded before plain decoding is timed, until which a device has no pass of a
+next token, and tokens that are timed."""
 COST_SMOOTHING = 0.1
 """Weight of the newest measurement in the running mean of its size."""
 COST_FORGETTING = 0.02
@@ -148,6 +153,7 @@ class VerifyCosts:
                 break
             for size in [size for size in best if best[size] <= MAX_RELATIVE_COST * best[1]]:
                 best[size] = min(best[size], timed(size))
+        token_s = math.inf if backend.device == "cpu" else _token_seconds(sequence)
         sizes = [size for size in SIZES if size <= max(best)]
         line = np.interp(sizes, list(best), list(best.values())).tolist()
         pairs = zip(sizes, line, strict=True)
@@ -164,7 +170,7 @@ class VerifyCosts:
                     longer_s = min(timed(rows) for _ in range(MIN_ROUNDS)) - best[rows]
                     position_s[rows] = max(longer_s, 0.0) / (longest - PROMPT_TOKENS)
         sequence.close()
-        return cls(costs, position_s)
+        return cls({**costs, 1: min(costs[1], token_s)}, position_s)
 
     @classmethod
     def cached(
@@ -187,8 +193,16 @@ class VerifyCosts:
         # A preloaded BLAS may be many times as fast with several rows.
         variables = map(os.environ.get, ("OMP_NUM_THREADS", "LD_PRELOAD"))
         machine = platform.node(), platform.processor(), os.cpu_count(), *variables
-        versions = [version(name) for name in PACKAGES if find_spec(name)]
-        digest = hashlib.sha256(json.dumps([*key, *machine, versions, weights, TIMED]).encode())
+        versions = [*(version(name) for name in PACKAGES if find_spec(name)), platform.mac_ver()[0]]
+        # Kernels that race at load may win this time and lose the next.
+        used = sorted(
+            (kernel, size)
+            for kernel, verdicts in device_report(backend).kernels.items()
+            for size, verdict in verdicts.items()
+            if verdict.startswith("used")
+        )
+        known = [*key, *machine, versions, used, weights, TIMED]
+        digest = hashlib.sha256(json.dumps(known).encode())
         digest.update((target / "config.json").read_bytes())
         file = folder / f"{digest.hexdigest()[:16]}.json"
         try:
@@ -197,6 +211,11 @@ class VerifyCosts:
             position_s = {int(n): float(cost) for n, cost in stored["position_s"].items()}
             return cls(seconds, position_s)
         except (OSError, ValueError, TypeError, AttributeError, KeyError):  # missing or torn
+            if backend.device != "cpu":  # which reads a long text too
+                logging.getLogger(__name__).warning(
+                    "timing forward passes on %s for the budget auto, once for this model",
+                    backend.device_name,
+                )
             costs = cls.measure(backend)
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -266,6 +285,20 @@ class VerifyCosts:
 def power_of_two(sequences: int) -> int:
     """The number of sequences rounded up to a power of two, by which measurements are kept."""
     return 1 << (sequences - 1).bit_length()
+
+
+def _token_seconds(sequence: SequenceSession) -> float:
+    """Time a token of plain decoding, the only pass that a device begins before it is asked to.
+
+    A pass over a root that is known in advance would take longer, and drafts would seem to pay.
+    """
+    root, started = 0, 0.0
+    for number in range(FIRST_TOKENS + PLAIN_TOKENS):
+        if number == FIRST_TOKENS:
+            started = time.perf_counter()
+        root = int(sequence.verify(DraftTree.root_only(root))[0])
+        sequence.commit(np.zeros(1, np.int32))
+    return (time.perf_counter() - started) / PLAIN_TOKENS
 
 
 def _bushy_tree(nodes: int, vocab_size: int) -> DraftTree:

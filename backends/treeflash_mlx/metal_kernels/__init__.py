@@ -29,6 +29,9 @@ CALLS = 20
 """Calls of a chain."""
 ROUNDS = 3
 """Chains of each contestant in a race; the fastest counts."""
+LONG_BYTES, LONG_CALLS, LONG_ROUNDS = 64 << 20, 5, 2
+"""From that many bytes of weights on a call takes milliseconds, of which few are a race: those of
+an output head would take seconds on an M1."""
 ROUNDING = {mx.float32: 1e-5, mx.float16: 5e-3, mx.bfloat16: 4e-2}
 """Relative errors that rounding explains, by the dtype of results."""
 
@@ -117,18 +120,26 @@ def choose(
     return False
 
 
-def speedup(kernel: Link, plain: Link, start: mx.array) -> float:
-    """How many times as fast a chain of calls is with a kernel as with operations."""
+def speedup(kernel: Link, plain: Link, start: mx.array, nbytes: int = 0) -> float:
+    """Return how many times as fast a chain of calls is with a kernel as with operations.
+
+    Args:
+        kernel: a call of the kernel.
+        plain: a call of the operations.
+        start: what the first call gets.
+        nbytes: that a call reads.
+    """
+    calls, rounds = (LONG_CALLS, LONG_ROUNDS) if nbytes >= LONG_BYTES else (CALLS, ROUNDS)
 
     def seconds(link: Link) -> float:
         x, started = start, time.perf_counter()
-        for call in range(CALLS):
+        for call in range(calls):
             x = link(x, call)
         mx.eval(x)
         return time.perf_counter() - started
 
     seconds(kernel), seconds(plain)  # compiles
-    times = [(seconds(plain), seconds(kernel)) for _ in range(ROUNDS)]
+    times = [(seconds(plain), seconds(kernel)) for _ in range(rounds)]
     return min(slow for slow, _ in times) / min(fast for _, fast in times)
 
 

@@ -419,17 +419,21 @@ class _Contest:
         )
 
     def error(self, window: int | None) -> float:
-        """Measure the kernel's relative error; with a window, layers also have sinks."""
-        first, mask, sinks = 0, self.mask, None
+        """Measure the kernel's relative error.
+
+        With a window, layers also have sinks, and queries are laid out as in most models.
+        """
+        q, first, mask, sinks = self.q, 0, self.mask, None
         if window is not None:
+            q = mx.contiguous(q.swapaxes(1, 2)).swapaxes(1, 2)
             first = self.start - window + 1
             positions = np.concatenate([np.arange(self.start), self.tree.positions(self.start)])
             distances = positions[self.start :, None] - positions
             mask = (mask & mx.array(distances < window))[:, first:]
             sinks = None if self.shape.bits else self.sinks  # mlx-lm has no sinks beside these
         k, v = ([x[:, :, first:] for x in parts] for parts in (self.k, self.v))
-        arrays, bits = (self.q, k, v), self.shape.bits
+        arrays, bits = (q, k, v), self.shape.bits
         found = tree_attention(
             *arrays, self.nodes, self.scale, window=window, first=first, sinks=sinks, bits=bits
         )
-        return relative_error(found, self.operation(self.q, k, v, mask, sinks))
+        return relative_error(found, self.operation(q, k, v, mask, sinks))

@@ -204,6 +204,7 @@ def wins(layers: Sequence[Quantised], rows: int) -> bool:
         link(multiply),
         link(multiply_plainly),
         x,
+        first.weight.nbytes,
     )
 
 

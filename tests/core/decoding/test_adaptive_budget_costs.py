@@ -19,7 +19,7 @@ from treeflash.decoding.adaptive_budget import (
     TIMED,
     VerifyCosts,
 )
-from treeflash.decoding.interfaces import Prefill
+from treeflash.decoding.interfaces import DeviceReport, Prefill
 from treeflash.decoding.sampling import SampledTokens
 from treeflash.reference.backend import load
 from treeflash.testing.models import edit_config
@@ -102,6 +102,44 @@ class Timed:
             self.now += self.seconds(rows) * (self.first if first else 1)
         return [SampledTokens(np.zeros(1, np.int32))]
 
+    def commit(self, items):
+        pass
+
+
+class TimedAhead(Timed):
+    """A device that begins the next token's pass when a token follows another one.
+
+    The pass has run half when it is asked for.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.decoded = 0  # tokens, one after the other
+
+    def run(self, work):
+        before, (item,) = self.now, work
+        result = super().run(work)
+        if isinstance(item, Prefill) or len(item.tree) > 1:
+            self.decoded = 0
+        elif self.decoded >= adaptive_budget.FIRST_TOKENS:
+            self.now = before + (self.now - before) / 2
+        return result
+
+    def commit(self, items):
+        self.decoded += 1
+
+
+def test_plain_decoding_is_timed_as_it_is_decoded(monkeypatch):
+    """Drafts must be faster than plain decoding, not than a single pass that nothing precedes."""
+    costs = VerifyCosts.measure(TimedAhead(monkeypatch, lambda nodes: 0.01))
+    assert costs.seconds[1] == pytest.approx(0.005)
+    assert costs.seconds[5] == costs.seconds[16] == pytest.approx(0.01)
+
+
+def test_a_step_after_15_rows_is_seen(monkeypatch):
+    found = VerifyCosts.measure(Timed(monkeypatch, lambda n: 0.01 if n < 16 else 0.02)).seconds
+    assert (found[15], found[16]) == pytest.approx((0.01, 0.02))
+
 
 def test_costs_are_the_best_times_of_each_size_and_lie_on_lines_between(monkeypatch):
     timed = Timed(monkeypatch, lambda nodes: 0.001 if nodes <= 8 else 0.002)
@@ -115,6 +153,7 @@ def test_costs_are_the_best_times_of_each_size_and_lie_on_lines_between(monkeypa
 
 def test_sizes_that_cannot_pay_are_not_timed_for_long(monkeypatch):
     timed = Timed(monkeypatch, lambda nodes: 0.0625 * nodes)
+    timed.device = "cpu"
     found = VerifyCosts.measure(timed).seconds
     assert set(found) == {1, 2, 3, 4, 5}
     assert timed.verified.count(1) == timed.verified.count(10) == 2
@@ -238,6 +277,14 @@ def test_costs_are_remembered(measured):
     assert not measured(lambda timed: None)
 
 
+def test_a_gpu_is_not_timed_without_a_word(monkeypatch, target, tmp_path, caplog):
+    for _ in range(2):
+        timed = Timed(monkeypatch, lambda nodes: 0.01)
+        VerifyCosts.cached(timed, target, LOADED, tmp_path / "costs")
+    line = "timing forward passes on Card A for the budget auto, once for this model"
+    assert [record.getMessage() for record in caplog.records] == [line]
+
+
 def test_costs_belong_to_the_hardware_not_to_its_index(measured):
     assert not measured(lambda timed: setattr(timed, "device", "gpu:1"))
     assert measured(lambda timed: setattr(timed, "device_name", "Card B"))
@@ -265,6 +312,26 @@ def test_costs_belong_to_the_version(measured, monkeypatch):
     """Which may have faster kernels."""
     name = "treeflash.decoding.adaptive_budget.version"
     assert measured(lambda timed: monkeypatch.setattr(name, lambda package: f"{package} 7"))
+
+
+def test_costs_belong_to_the_version_of_macos(measured, monkeypatch):
+    """Which has libraries that MLX computes with."""
+    mac_ver = adaptive_budget.platform.mac_ver
+    name = "treeflash.decoding.adaptive_budget.platform.mac_ver"
+    assert measured(lambda timed: monkeypatch.setattr(name, lambda: ("26.2", *mac_ver()[1:])))
+
+
+def test_costs_belong_to_the_kernels_that_are_used_not_to_their_races(
+    monkeypatch, target, tmp_path
+):
+    timed = Timed(monkeypatch, lambda nodes: 0.01)
+    found = []
+    for verdict in ("used, 1.20 times", "used, 1.21 times", "not used, 1.10 times"):
+        report = DeviceReport(kernels={"products": {"5 rows": verdict}})
+        timed.device_report = lambda report=report: report
+        found.append(VerifyCosts.cached(timed, target, LOADED, tmp_path / "costs").seconds[1])
+        timed.seconds = lambda nodes: 0.02
+    assert found == pytest.approx([0.01, 0.01, 0.02])
 
 
 def test_costs_belong_to_the_targets_configuration(measured, target):
