@@ -387,6 +387,11 @@ class LoadConfig:
         "need (mlx on a Mac)",
         flag="--wired",
     )
+    force: bool = option(
+        False,
+        "load models that take more memory than macOS recommends for the GPU (mlx on a Mac)",
+        flag="--force",
+    )
     compile: bool = option(
         False,
         "compile the target's layers with torch.compile, which takes minutes (cuda)",

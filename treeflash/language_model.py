@@ -355,6 +355,8 @@ class LoadOptions(TypedDict, total=False):
         cuda_graphs (bool): replay trees and drafts as CUDA graphs (cuda). Default: True.
         wired (bool): keep the models and 5 GiB more in memory while the process runs, whatever
             other programs need (mlx on a Mac). Default: False.
+        force (bool): load models that take more memory than macOS recommends for the GPU (mlx on a
+            Mac). Default: False.
         compile (bool): compile the target's layers with torch.compile, which takes minutes (cuda).
             Default: False.
         threads (int or None): threads of the process's operations on a CPU (cuda).
@@ -371,6 +373,7 @@ class LoadOptions(TypedDict, total=False):
     exact: bool | None
     cuda_graphs: bool
     wired: bool
+    force: bool
     compile: bool
     threads: int | None
 

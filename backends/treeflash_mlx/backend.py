@@ -35,6 +35,7 @@ from treeflash_mlx.device import (
     choose_device,
     device_facts,
     limit_cache,
+    refuse_size,
     warn_of_size,
     warn_of_tf32,
     wire_memory,
@@ -151,6 +152,8 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> MlxBackend:
     check_config(config)
     on_cpu = choose_device(config.device)
     limit_cache()
+    if not config.force:
+        refuse_size(target, *([] if drafter is None else [drafter]))
     dtype = getattr(mx, config.dtype) if config.dtype else (mx.float32 if on_cpu else None)
     adapter = Path(config.adapter) if config.adapter else None
     model = Target(target, dtype, config.kv_bits, adapter)

@@ -8,12 +8,13 @@ import re
 import subprocess
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 import mlx.core as mx
 
 from treeflash.config import GIB
 from treeflash.decoding.interfaces import SAFE_SHARE
-from treeflash.errors import BackendError
+from treeflash.errors import BackendError, ConfigError
 from treeflash_mlx import TF32_MAY_BE_ON
 from treeflash_mlx.metal_kernels import uses_kernels
 
@@ -72,6 +73,22 @@ def wire_memory(weights: int) -> None:
     if (available := available_bytes()) is not None:
         previous = mx.set_wired_limit(min(weights + STATE_BYTES + GIB, available))
         atexit.register(mx.set_wired_limit, previous)
+
+
+def refuse_size(*folders: Path) -> None:
+    """Raise a ConfigError if the files of models take more memory than the GPU should give them.
+
+    Loading them would make macOS swap for minutes, and then fail.
+    """
+    available = available_bytes()
+    files = {file for folder in folders for file in folder.glob("*.safetensors")}
+    size = sum(file.stat().st_size for file in files)
+    if available is not None and size > SAFE_SHARE * available:
+        raise ConfigError(
+            f"the models' files have {size / GIB:.1f} GiB, and this GPU has "
+            f"{SAFE_SHARE * available / GIB:.1f} GiB for models and texts; use a conversion in "
+            "fewer bits, such as -4bit, or a smaller model (--force loads them nevertheless)"
+        )
 
 
 def warn_of_size(weights: int) -> None:

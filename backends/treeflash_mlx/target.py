@@ -25,7 +25,7 @@ from treeflash.decoding.families import family_of, refusal
 from treeflash.decoding.tree import DraftTree
 from treeflash.drafters.adapter import read_adapter, refuse_module
 from treeflash.drafters.folder import read_config
-from treeflash.errors import CheckpointError, ConfigError, UnsupportedModelError
+from treeflash.errors import CheckpointError, ConfigError, UnsupportedModelError, is_out_of_memory
 from treeflash_mlx.attention import TreeHooks, TreePass
 from treeflash_mlx.cache import KVCache, Quantisation, QuantisedTreeCache, TreeCache, share_storage
 from treeflash_mlx.hybrid import RecurrentTreeCache, Solver, choose_solver, solve_by_rounds
@@ -52,6 +52,8 @@ def load_model(folder: Path, config: Mapping[str, Any], dtype: mx.Dtype | None) 
             model.set_dtype(dtype)
         mx.eval(model.parameters())
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        if is_out_of_memory(error):  # the folder is not the reason
+            raise
         if isinstance(error.__cause__, ImportError):
             raise UnsupportedModelError(
                 f"mlx-lm does not support the model type {config.get('model_type')!r}; "

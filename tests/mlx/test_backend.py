@@ -19,6 +19,7 @@ from mlx import nn
 from mlx_lm.utils import load_model
 from treeflash_mlx import backend as backend_module
 from treeflash_mlx import device, drafter_model
+from treeflash_mlx import target as target_module
 from treeflash_mlx.backend import load
 
 
@@ -208,6 +209,37 @@ def test_models_that_leave_no_room_are_a_warning(mac, recwarn, weights, warned):
         ]
         * warned
     )
+
+
+@pytest.mark.parametrize(
+    ("limit", "force", "refused"),
+    [(0.99, False, True), (0.99, True, False), (1.2, False, False)],
+)
+def test_models_that_do_not_fit_are_refused_before_they_are_loaded(
+    pair, mac, monkeypatch, limit, force, refused
+):
+    size = sum((folder / "model.safetensors").stat().st_size for folder in pair)
+    monkeypatch.setattr(device, "available_bytes", lambda: int(limit * size))
+
+    def begin(*_):
+        raise BackendError("it is loaded")
+
+    monkeypatch.setattr(backend_module, "Target", begin)
+    message = "the models' files have .* use a conversion in fewer bits" if refused else "is loaded"
+    with pytest.raises(ConfigError if refused else BackendError, match=message):
+        load(*pair, LoadConfig(force=force))
+
+
+def test_the_folder_is_not_blamed_for_memory_that_runs_out(pair, monkeypatch):
+    message = "[METAL] Command buffer execution failed: Insufficient Memory"
+
+    def load_model(*_, **__):
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(target_module.utils, "load_model", load_model)
+    with pytest.raises(RuntimeError, match="Insufficient Memory") as caught:
+        load(*pair, LoadConfig())
+    assert str(caught.value) == message
 
 
 def test_the_report_names_the_machine_and_its_memory(pair, mac, monkeypatch):

@@ -131,6 +131,7 @@ def test_plain_decoding_loads_no_drafter_by_default(parser, monkeypatch, args, m
         "kv_bits": 8,
         "adapter": None,
         "exact": None,
+        "force": False,
         "threads": None,
     }
     assert calls == [
