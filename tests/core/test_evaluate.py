@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 from byte_tokens import save_tokenizer
+from processes import core_command
 from row_pairs import write_mtp_pair
 
 import treeflash
@@ -284,12 +285,16 @@ def test_texts_that_end_at_once(use, run, scripted, tmp_path):
     assert "every text ended with its first token" in err
 
 
+def model_options(tiny_pair) -> list[str]:
+    """Evaluate the tiny pair with short texts and small trees."""
+    target, drafter = map(str, tiny_pair)
+    where = ["--backend", "reference", "--target", target, "--drafter", drafter]
+    return [*where, "--max-tokens", "5", "--budgets", "4"]
+
+
 def command_line(tiny_pair, *args: str) -> list[str]:
     """Evaluate the tiny pair in a process of its own."""
-    target, drafter = map(str, tiny_pair)
-    python = [sys.executable, "-W", "error::RuntimeWarning", "-m", evaluate.__name__]
-    where = ["--backend", "reference", "--target", target, "--drafter", drafter]
-    return [*python, *where, "--max-tokens", "5", "--budgets", "4", *args]
+    return core_command("evaluate", *model_options(tiny_pair), *args)
 
 
 def test_the_names_of_the_default_pair_are_in_the_results():
@@ -304,8 +309,9 @@ def test_the_names_of_the_default_pair_are_in_the_results():
 def test_the_module_runs_without_a_warning(tiny_pair, files, tmp_path):
     pytest.importorskip("matplotlib")
     report = tmp_path / "out.html"
+    python = [sys.executable, "-W", "error::RuntimeWarning", "-m", evaluate.__name__]
     done = subprocess.run(
-        command_line(tiny_pair, "--prompts", files[0], "--report", str(report)),
+        [*python, *model_options(tiny_pair), "--prompts", files[0], "--report", str(report)],
         capture_output=True,
         text=True,
     )

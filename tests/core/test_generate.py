@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from processes import core_command
 
 from treeflash import generate
 from treeflash.cli.single_prompt import SAMPLE_PROMPT
@@ -301,13 +302,14 @@ def model_options(tiny_pair) -> list[str]:
 
 def command_line(tiny_pair, *args: str) -> list[str]:
     """Decode with the tiny pair in a process of its own."""
-    python = [sys.executable, "-W", "error::RuntimeWarning", "-m", generate.__name__]
-    return [*python, *model_options(tiny_pair), *args]
+    return core_command("generate", *model_options(tiny_pair), *args)
 
 
 def test_the_module_runs_without_a_warning(tiny_pair):
+    python = [sys.executable, "-W", "error::RuntimeWarning", "-m", generate.__name__]
+    options = ["--json", "--compare", "--max-tokens", "12"]
     result = subprocess.run(
-        command_line(tiny_pair, "--json", "--compare", "--max-tokens", "12", "hi"),
+        [*python, *model_options(tiny_pair), *options, "hi"],
         capture_output=True,
         text=True,
     )

@@ -13,10 +13,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from processes import FRAMEWORKS, WITHOUT_FRAMEWORKS
 
 import treeflash
 
-FRAMEWORKS = {"torch", "mlx", "mlx_lm"}
 # The packages and modules of `treeflash`, lowest layer first: each imports only from lower layers.
 LAYERS = [
     {"errors"},
@@ -133,13 +133,8 @@ for name in {names}:
 def test_the_core_generates_where_no_framework_is_installed(tiny_pair: tuple[Path, Path]) -> None:
     target, drafter = map(str, tiny_pair)
     code = f"""
-from importlib.machinery import PathFinder
 from importlib.util import find_spec
-
-find = PathFinder.find_spec
-PathFinder.find_spec = lambda name, *path: (
-    None if name.split(".")[0] in {FRAMEWORKS} else find(name, *path)
-)
+{WITHOUT_FRAMEWORKS}
 assert not any(map(find_spec, {FRAMEWORKS}))
 from treeflash.__main__ import main
 

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 from batch_files import ANSWERS, KEYS, asked, keys, records
+from processes import WITHOUT_FRAMEWORKS
 
 from treeflash.cli import options
 from treeflash.generate import main
@@ -159,7 +160,7 @@ def test_an_output_that_cannot_grow_is_named(files, tiny_pair):
     target, drafter = map(str, tiny_pair)
     models = ["--backend", "reference", "--target", target, "--drafter", drafter]
     args = ["--prompts", str(files[0]), "--output", str(files[1]), "--max-tokens", "6", *models]
-    code = f"""
+    code = f"""{WITHOUT_FRAMEWORKS}
 import resource
 from treeflash.generate import main
 resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300))

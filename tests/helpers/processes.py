@@ -1,0 +1,31 @@
+"""Commands of the core in processes of their own, for tests of signals, pipes and exit statuses.
+
+Where PyTorch is installed, transformers imports it, which takes most of the time of such a
+process. The core needs no framework, so these processes find none.
+"""
+
+from __future__ import annotations
+
+import sys
+
+FRAMEWORKS = {"torch", "mlx", "mlx_lm"}
+WITHOUT_FRAMEWORKS = f"""
+from importlib.machinery import PathFinder
+
+find = PathFinder.find_spec
+PathFinder.find_spec = lambda name, *path: (
+    None if name.split(".")[0] in {FRAMEWORKS} else find(name, *path)
+)
+"""
+"""A program's first lines, after which the frameworks are as if they were not installed."""
+RUN = """
+import sys
+from treeflash.__main__ import main
+
+sys.exit(main())
+"""
+
+
+def core_command(*arguments: str) -> list[str]:
+    """Return a command line that runs `treeflash` with these arguments."""
+    return [sys.executable, "-c", WITHOUT_FRAMEWORKS + RUN, *arguments]
