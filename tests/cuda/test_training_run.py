@@ -7,6 +7,7 @@ import shutil
 import stat
 import sys
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -53,21 +54,16 @@ def texts(count=8):
     return [Response(prompt_ids=tuple(row[:5]), response_ids=tuple(row[5:])) for row in ids]
 
 
-@pytest.fixture
-def run(target, tmp_path):
+def train_in(folder, target, stop=None, responses=None, **changes):
     """Train in a folder, at most for some steps; returns their numbers."""
-
-    def run(stop=None, responses=None, target=target, **changes):
-        done = []
-        config = replace(TINY, **changes)
-        for record in train(target, responses or texts(), tmp_path / "run", config, CPU):
-            if "step" in record:
-                done.append(record["step"])
-            if len(done) == stop:
-                break
-        return done
-
-    return run
+    done = []
+    config = replace(TINY, **changes)
+    for record in train(target, responses or texts(), folder, config, CPU):
+        if "step" in record:
+            done.append(record["step"])
+        if len(done) == stop:
+            break
+    return done
 
 
 @pytest.fixture
@@ -75,8 +71,41 @@ def folder(tmp_path):
     return tmp_path / "run"
 
 
+@pytest.fixture
+def run(target, folder):
+    return partial(train_in, folder, target)
+
+
+@pytest.fixture(scope="module")
+def stopped_run(target, tmp_path_factory):
+    """The folder of a run that was interrupted after its first save."""
+    folder = tmp_path_factory.mktemp("stopped")
+    train_in(folder, target, stop=2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished_run(target, tmp_path_factory):
+    """The folder of a run that has ended."""
+    folder = tmp_path_factory.mktemp("finished")
+    train_in(folder, target)
+    return folder
+
+
+@pytest.fixture
+def stopped(stopped_run, folder):
+    """A copy of the interrupted run in the folder of the test."""
+    shutil.copytree(stopped_run, folder)
+
+
+@pytest.fixture
+def finished(finished_run, folder):
+    """A copy of the run that has ended in the folder of the test."""
+    shutil.copytree(finished_run, folder)
+
+
+@pytest.mark.usefixtures("stopped")
 def test_a_save_or_a_line_of_the_log_that_was_cut_short_does_not_matter(run, folder):
-    run(stop=2)
     shutil.copytree(folder / "state", folder / "state.old")
     with (folder / "log.jsonl").open("a") as file:
         file.write('{"step": 3, "lo')
@@ -94,8 +123,8 @@ def test_the_checkpoint_is_written_before_the_last_state(run, folder, monkeypatc
     assert not (folder / "state").exists()
 
 
+@pytest.mark.usefixtures("stopped")
 def test_a_drafter_without_a_state_is_not_overwritten(run, folder):
-    run(stop=2)
     (folder / "state").rename(folder / "state.new")  # an interrupted first save
     assert run(stop=2)
     shutil.rmtree(folder / "state")
@@ -106,16 +135,16 @@ def test_a_drafter_without_a_state_is_not_overwritten(run, folder):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "README.md"])
+@pytest.mark.usefixtures("finished")
 def test_a_finished_run_restores_a_deleted_file_of_its_checkpoint(name, run, folder):
-    run()
     content = (folder / name).read_bytes()
     (folder / name).unlink()
     assert run() == []
     assert (folder / name).read_bytes() == content
 
 
+@pytest.mark.usefixtures("finished")
 def test_a_finished_run_is_left_as_it_is_without_its_target(run, folder, monkeypatch):
-    run()
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     monkeypatch.setattr(loop, "load_target", lambda *args, **settings: pytest.fail("loaded"))
     assert run() == []
@@ -129,8 +158,8 @@ def test_a_finished_run_is_left_as_it_is_without_its_target(run, folder, monkeyp
         ({"responses": texts(9)}, "has a run on other responses; use the same files"),
     ],
 )
+@pytest.mark.usefixtures("finished")
 def test_a_finished_run_refuses_what_changed(changes, message, run):
-    run()
     with pytest.raises(ConfigError, match=message):
         run(**changes)
 
@@ -145,23 +174,23 @@ def test_a_finished_run_refuses_what_changed(changes, message, run):
         ({"responses": texts(9)}, "has a run on other responses; use the same files"),
     ],
 )
+@pytest.mark.usefixtures("stopped")
 def test_a_run_does_not_resume_with_what_changed(changes, message, run, folder):
-    run(stop=2)
     with pytest.raises(ConfigError, match=message):
         run(**changes)
 
 
-def test_a_run_does_not_resume_with_another_target(run, target, tmp_path):
-    run(stop=2)
+@pytest.mark.usefixtures("stopped")
+def test_a_run_does_not_resume_with_another_target(folder, target, tmp_path):
     shutil.copytree(target, tmp_path / "other")
     with pytest.raises(ConfigError, match=f"has a run with target {target.name}, not other"):
-        run(target=tmp_path / "other")
+        train_in(folder, tmp_path / "other")
 
 
 @pytest.mark.parametrize("content", [None, b"", b"garbage", b"{}"])
 @pytest.mark.parametrize("name", ["run.json", "pytorch_model.bin", "optimizer.bin"])
+@pytest.mark.usefixtures("stopped")
 def test_a_damaged_state_is_named(name, content, run, folder):
-    run(stop=2)
     path = folder / "state" / name
     if content is None:
         path.unlink()
@@ -171,8 +200,8 @@ def test_a_damaged_state_is_named(name, content, run, folder):
         run()
 
 
+@pytest.mark.usefixtures("stopped")
 def test_a_half_written_state_is_named(run, folder):
-    run(stop=2)
     path = folder / "state" / "optimizer.bin"
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(ConfigError, match="state is damaged"):
