@@ -153,7 +153,8 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> MlxBackend:
     on_cpu = choose_device(config.device)
     limit_cache()
     if not config.force:
-        refuse_size(target, *([] if drafter is None else [drafter]))
+        drafts = () if drafter is None else drafter.glob("*.safetensors")
+        refuse_size({*target.glob("model*.safetensors"), *drafts})  # the drafter may be in it
     dtype = getattr(mx, config.dtype) if config.dtype else (mx.float32 if on_cpu else None)
     adapter = Path(config.adapter) if config.adapter else None
     model = Target(target, dtype, config.kv_bits, adapter)

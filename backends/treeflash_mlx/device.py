@@ -7,7 +7,7 @@ import platform
 import re
 import subprocess
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import mlx.core as mx
@@ -75,13 +75,12 @@ def wire_memory(weights: int) -> None:
         atexit.register(mx.set_wired_limit, previous)
 
 
-def refuse_size(*folders: Path) -> None:
+def refuse_size(files: Collection[Path]) -> None:
     """Raise a ConfigError if the files of models take more memory than the GPU should give them.
 
     Loading them would make macOS swap for minutes, and then fail.
     """
     available = available_bytes()
-    files = {file for folder in folders for file in folder.glob("*.safetensors")}
     size = sum(file.stat().st_size for file in files)
     if available is not None and size > SAFE_SHARE * available:
         raise ConfigError(

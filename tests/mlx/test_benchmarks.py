@@ -43,6 +43,35 @@ def test_mac(module, pair, tmp_path):
     assert all(row["tokens_per_s"] > 0 for row in results["methods"])
 
 
+def test_a_report_goes_on_after_a_part_that_fails(module, pair, tmp_path, monkeypatch, capsys):
+    file = tmp_path / "out.json"
+
+    def method_row(*_):
+        raise RuntimeError("the GPU is busy")
+
+    monkeypatch.setattr(module("mac"), "method_row", method_row)
+    options = ["--sizes", "1,3", "--contexts", "2", "--repeats", "1", "--json", str(file)]
+    assert module("mac_report").main([*pair, *options]) == 1
+    report = json.loads(file.read_text())
+    assert report["problems"] == ["speed: RuntimeError: the GPU is busy"]
+    parts = {part["name"]: part["tables"] for part in report["parts"]}
+    assert list(parts) == ["kernels", "texts", "passes", "host", "speed", "mlx-lm", "memory"]
+    assert [row["nodes"] for row in parts["passes"]["passes"]] == [1, 3]
+    assert all(row["equal_up_to"] == row["tokens"] > 0 for row in parts["texts"]["texts"])
+    assert parts["mlx-lm"]["methods"][0]["tokens_per_s"] > 0
+    assert f"send {file}" in capsys.readouterr().out
+
+
+def test_a_kernel_that_is_wrong_is_a_problem_and_one_that_loses_is_not(module):
+    verdicts = {
+        "5 rows": "used, 1.30 times as fast as MLX's operation",
+        "7 rows": "not used, 0.90 times as fast as MLX's operation",
+        "9 rows": "not used, its relative error is 1.0e+00",
+    }
+    found = list(module("mac_report").kernel_problems({"products": verdicts}))
+    assert found == ["products, 9 rows: not used, its relative error is 1.0e+00"]
+
+
 @pytest.mark.parametrize("kind", ["mtp", "eagle3", "none"])
 def test_mac_measures_what_a_pair_without_a_block_drafter_can_do(module, tmp_path, kind):
     if kind == "none":

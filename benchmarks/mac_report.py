@@ -1,0 +1,141 @@
+"""Whether treeflash runs on this Mac as it should, and how fast: one command, one file to send.
+
+    python -m benchmarks.mac_report --json report.json
+    python -m benchmarks.mac_report --json report.json --target mlx-community/Qwen3-4B-4bit
+
+It ends with the list of problems that it found. Its exit status is 0 if there are none, and 1 if
+there are some.
+
+- `kernels`: whether each kernel is right on this GPU, and its race with MLX's operations.
+- `texts`: whether every method writes the text of plain decoding, with tiny models of random
+  weights in float32.
+- `passes`, `host`, `speed` and `mlx-lm`: what `benchmarks.mac` measures of the target.
+- `memory`: the peak of all parts, and what the device tells at the end.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache, partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from benchmarks import mac
+from benchmarks.common import Parser, describe
+from benchmarks.decoding.iteration import verify_rows
+from benchmarks.gpu_report import METHODS, SAMPLINGS, compare_texts
+from benchmarks.report import Part, Report
+from treeflash.cli.console import guarded
+from treeflash.cli.options import load_model
+from treeflash.config import GIB, LoadConfig
+from treeflash.language_model import LanguageModel
+from treeflash.registry import examine_device, loader
+from treeflash.text.prompt import encode
+
+MINUTES = 20
+
+
+def parser() -> Parser:
+    """Build the parser of the command line."""
+    options = mac.parser()
+    options.description = (__doc__ or "").partition("\n")[0]
+    options.add_number("--minutes", MINUTES, "time for all parts")
+    return options
+
+
+def kernel_problems(kernels: Mapping[str, Mapping[str, str]]) -> Iterator[str]:
+    """Yield a line for each kernel that is wrong or does not compile; one may lose its race.
+
+    Args:
+        kernels: verdicts; see `treeflash.decoding.interfaces.DeviceReport`.
+    """
+    for kernel, verdicts in kernels.items():
+        for size, verdict in verdicts.items():
+            if verdict.startswith("not used") and "times as fast" not in verdict:
+                yield f"{kernel}, {size}: {verdict}"
+
+
+def kernels(device: str | None, part: Part) -> None:
+    """Check every kernel on shapes of common models."""
+    found = examine_device("mlx", LoadConfig(device=device)).kernels
+    for kernel, verdicts in found.items():
+        for size, verdict in verdicts.items():
+            part.add("verdicts", kernel=kernel, size=size, verdict=verdict)
+    if not found:
+        part.notes.append("treeflash's kernels are not tried on this device")
+    for line in kernel_problems(found):
+        part.problem(line)
+
+
+def texts(device: str | None, part: Part) -> None:
+    """Compare the texts of all methods with plain decoding's."""
+    from treeflash.testing import models
+
+    with tempfile.TemporaryDirectory() as folder:
+        target, drafter = Path(folder) / "target", Path(folder) / "drafter"
+        models.write_target(target, "qwen3", seed=1, vocab_size=500)
+        models.write_drafter(drafter, target, seed=2)
+        backend = loader("mlx")(target, drafter, LoadConfig(device=device, dtype="float32"))
+    for sampling, method in product(SAMPLINGS, METHODS):
+        compare_texts(part, backend, method, sampling, "float32")
+
+
+def passes(model: Callable[[], LanguageModel], args: Any, part: Part) -> None:
+    """Measure the target's pass by nodes and committed positions."""
+    part.add("pair", **describe(model().backend))
+    for context in args.contexts:
+        for row in verify_rows(model().backend, [context], args.sizes, args.repeats):
+            part.add("passes", **row)
+
+
+def host(model: Callable[[], LanguageModel], args: Any, part: Part) -> None:
+    """Measure how long a pass takes to build."""
+    part.add("host", **mac.host_row(model().backend, args.repeats))
+
+
+def speed(model: Callable[[], LanguageModel], args: Any, part: Part) -> None:
+    """Measure every method that the pair supports."""
+    prompts = [encode(model().tokenizer, prompt) for prompt in mac.PROMPTS]
+    for method in mac.supported_methods(model()):
+        part.add("methods", **mac.method_row(model(), method, prompts, args.max_tokens))
+
+
+def mlx_lm(model: Callable[[], LanguageModel], args: Any, part: Part) -> None:
+    """Measure mlx-lm's own loop over the same weights."""
+    prompts = [encode(model().tokenizer, prompt) for prompt in mac.PROMPTS]
+    part.add("methods", **mac.mlx_lm_row(model(), prompts, args.max_tokens))
+
+
+def memory(part: Part) -> None:
+    """Tell the peak of memory, swap and pressure after the other parts."""
+    import mlx.core as mx
+    from treeflash_mlx.device import device_facts
+
+    part.add("peak", gib=mx.get_peak_memory() / GIB)
+    for name, fact in device_facts().items():
+        part.add("device", name=name, fact=fact)
+
+
+@guarded
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run all parts, print, write."""
+    args = parser().parse_args(argv)
+    loader("mlx")  # its error is clearer than an import's
+    from treeflash_mlx.device import choose_device, device_facts
+
+    choose_device(args.device)
+    report = Report("mac_report", args.json, dict(device_facts()), 60 * args.minutes)
+    model = cache(lambda: load_model(args))
+    for name, find in (("kernels", kernels), ("texts", texts)):
+        report.run(name, partial(find, args.device))
+    for name, measure in (("passes", passes), ("host", host), ("speed", speed), ("mlx-lm", mlx_lm)):
+        report.run(name, partial(measure, model, args))
+    report.run("memory", memory)
+    return report.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
