@@ -15,6 +15,7 @@ COMMANDS = {
     "chat": "talk to a model in the terminal",
     "generate": "generate text from a prompt, or from a file of prompts",
     "serve": "serve a model over HTTP",
+    "launch": "run a coding agent, such as Claude Code, on a local model",
     "train": "train a drafter on the responses of its target",
     "distill": "generate a target's responses to train a drafter on",
     "adapt": "continue training a drafter, for a fine-tuned target",

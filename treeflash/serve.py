@@ -48,12 +48,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def make_parser() -> Parser:
     parser = Parser("serve", "Serve a model over HTTP, with draft trees, losslessly.")
+    add_options(parser)
+    return parser
+
+
+def add_options(parser: Parser) -> None:
+    """Add all options of a server and its models."""
     parser.add_config_option()
     add_server_options(parser)
     note = {"seed": "random", "max_tokens": str(MAX_TOKENS)}
     cli.add_decode_options(parser, cli.SERVER_OPTIONS, note)
     cli.add_model_options(parser)
-    return parser
 
 
 def model_names(args: argparse.Namespace) -> tuple[str, ...]:

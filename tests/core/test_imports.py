@@ -32,6 +32,7 @@ LAYERS = [
     {"evaluation", "diagnosis", "training", "serving", "transformers"},
     {"convert", "generate", "serve", "evaluate", "doctor", "distill", "train", "chat", "models"}
     | {"adapt"},
+    {"launch"},
     {"__main__"},
 ]
 # What a backend may import besides its own modules: neither the loop nor the scheduler.

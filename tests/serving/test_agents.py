@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,18 @@ from servers import serving
 from treeflash.serving.response_templates import QWEN
 
 DOCS = Path(__file__).parents[2] / "docs" / "serving.md"
-PACKAGES = {"codex": "@openai/codex", "claude": "@anthropic-ai/claude-code"}
+LAUNCH_DOCS = DOCS.with_name("agents.md")
+PACKAGES = {
+    "codex": "@openai/codex",
+    "claude": "@anthropic-ai/claude-code",
+    "opencode": "opencode-ai",
+}
+CALLS = {
+    "codex": ("exec_command", {"cmd": "echo made > made.txt"}),
+    "claude": ("Bash", {"command": "echo made > made.txt", "description": "Make a file"}),
+    "opencode": ("bash", {"command": "echo made > made.txt", "description": "Make a file"}),
+}
+"""How each agent names and calls its tool that runs commands."""
 CHAT_TEMPLATE = (
     "{{ tools | tojson if tools }}\n{% for m in messages %}{{ m.role }}: {{ m.content }}\n"
     "{% endfor %}{% set users = messages | selectattr('role', 'equalto', 'user') | list %}"
@@ -47,7 +59,8 @@ def packages(tmp_path_factory):
     subprocess.run([npm, "install", *PACKAGES.values()], cwd=folder, check=True)
     modules = folder / "node_modules"
     # npm may not run the scripts of packages by itself.
-    subprocess.run(["node", str(modules / PACKAGES["claude"] / "install.cjs")], check=True)
+    for agent, script in {"claude": "install.cjs", "opencode": "postinstall.mjs"}.items():
+        subprocess.run(["node", script], cwd=modules / PACKAGES[agent], check=True)
     return modules / ".bin"
 
 
@@ -58,15 +71,12 @@ def documented(language_comment):
     return block
 
 
-def run_agent(packages, url, folder, command):
+def run_agent(packages, folder, command, codex_config):
     """Run a documented command in a folder and a home of its own, without a network."""
     home, work = folder / "home", folder / "work"
     (home / ".codex").mkdir(parents=True)
     work.mkdir()
-    config = documented("# Codex: ~/.codex/config.toml")
-    (home / ".codex" / "config.toml").write_text(
-        config.replace("http://127.0.0.1:8000", url).replace("NAME", "tiny")
-    )
+    (home / ".codex" / "config.toml").write_text(codex_config)
     nowhere = "http://127.0.0.1:9"
     environment = {
         "HOME": str(home),
@@ -84,15 +94,10 @@ def run_agent(packages, url, folder, command):
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("task", ["Say hello.", "Make a file."])
-@pytest.mark.parametrize("agent", PACKAGES)
+@pytest.mark.parametrize("agent", ["codex", "claude"])
 def test_agents(packages, tmp_path, agent, task):
     """The client shows the answer, or runs the command that the model calls for."""
-    if agent == "codex":
-        model = agent_model(tmp_path / "model", "exec_command", {"cmd": "echo made > made.txt"})
-    else:
-        arguments = {"command": "echo made > made.txt", "description": "Make a file"}
-        model = agent_model(tmp_path / "model", "Bash", arguments)
-    with serving(model) as server:
+    with serving(agent_model(tmp_path / "model", *CALLS[agent])) as server:
         if agent == "codex":
             options = "--skip-git-repo-check --dangerously-bypass-approvals-and-sandbox"
             command = f"codex exec {options} '{task}'"
@@ -101,13 +106,36 @@ def test_agents(packages, tmp_path, agent, task):
             assert command.endswith(" claude")
             command = command.replace("http://127.0.0.1:8000", server.url).replace("NAME", "tiny")
             command += f" -p '{task}' --allowedTools Bash"
-        output, work = run_agent(packages, server.url, tmp_path, command)
+        config = documented("# Codex: ~/.codex/config.toml")
+        config = config.replace("http://127.0.0.1:8000", server.url).replace("NAME", "tiny")
+        output, work = run_agent(packages, tmp_path, command, config)
     if "hello" in task:
         assert output.strip().endswith("Hello!")
         assert not (work / "made.txt").exists()
     else:
         assert output.strip().endswith("It is done.")
         assert (work / "made.txt").read_text() == "made\n"
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("agent", PACKAGES)
+def test_launched_agents(packages, tmp_path, agent):
+    """The documented command makes the file, and does not touch the user's configuration."""
+    start = f"treeflash launch {agent} "
+    lines = LAUNCH_DOCS.read_text().split("\n")
+    (command,) = [line for line in lines if line.startswith(f"{start}-- ")]
+    agent_model(tmp_path / "model", *CALLS[agent])
+    pair = f"--target {tmp_path}/model/target --drafter {tmp_path}/model/drafter"
+    command = command.replace(start, f"{start}{pair} --backend reference --port 0 ")
+    command = f"{sys.executable} -m {command}"
+    if agent == "codex":  # its sandbox needs what a container may lack
+        bypass = "--dangerously-bypass-approvals-and-sandbox"
+        command = command.replace("--skip-git-repo-check", f"--skip-git-repo-check {bypass}")
+    config = 'model = "of the user"\n'
+    output, work = run_agent(packages, tmp_path, command, config)
+    assert output.strip().endswith("It is done.")
+    assert (work / "made.txt").read_text() == "made\n"
+    assert (tmp_path / "home" / ".codex" / "config.toml").read_text() == config
 
 
 def function(name, **properties):

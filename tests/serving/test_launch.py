@@ -1,0 +1,285 @@
+"""`treeflash launch` with an agent of the tests, which tells what it was given and asks once."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import tomllib
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from servers import MAX_POSITIONS, NAME, PATIENCE
+
+from treeflash import launch, serve
+from treeflash.serving.agents import AGENTS, KEY_VARIABLE, Endpoint
+
+AGENT = f"""#!{sys.executable}
+import json, os, sys, urllib.request
+
+told = dict(argv=sys.argv[1:], environment=dict(os.environ))
+if "--ask" in sys.argv:
+    url = os.environ["ANTHROPIC_BASE_URL"] + "/v1/messages"
+    body = dict(model=os.environ["ANTHROPIC_MODEL"], max_tokens=4)
+    body["messages"] = [dict(role="user", content="Hi")]
+    headers = {{"Authorization": "Bearer " + os.environ["ANTHROPIC_AUTH_TOKEN"]}}
+    headers["Content-Type"] = "application/json"
+    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+    told["answer"] = json.load(urllib.request.urlopen(request))
+print(json.dumps(told), flush=True)
+if "--wait" in sys.argv:
+    sys.stdin.read()
+sys.exit(7)
+"""
+
+
+@pytest.fixture(autouse=True)
+def agents(tmp_path, monkeypatch):
+    """All agents are installed."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for agent in AGENTS.values():
+        (folder / agent.command).write_text(AGENT)
+        (folder / agent.command).chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=":")
+    monkeypatch.setenv("ANTHROPIC_API_KEY", "of the user")
+    return folder
+
+
+@pytest.fixture
+def run(capfd):
+    """Run the command: exit status, what the agent told, standard error."""
+
+    def run(*args: object):
+        code = launch.main([str(arg) for arg in args])
+        out, err = capfd.readouterr()
+        return code, json.loads(out) if out else None, err
+
+    return run
+
+
+def port_of(server):
+    return int(server.url.rpartition(":")[2])
+
+
+def learned(name, told):
+    """What an agent was told, in the agent's own way: address, key, model, context length."""
+    environment = told["environment"]
+    if name == "claude":
+        assert "ANTHROPIC_API_KEY" not in environment
+        return (
+            environment["ANTHROPIC_BASE_URL"],
+            environment["ANTHROPIC_AUTH_TOKEN"],
+            environment["ANTHROPIC_MODEL"],
+            int(environment["CLAUDE_CODE_AUTO_COMPACT_WINDOW"]),
+        )
+    if name == "codex":
+        flags, values = told["argv"][:-1:2], told["argv"][1::2]
+        assert set(flags) == {"-c"}
+        config = tomllib.loads("\n".join(values))
+        provider = config["model_providers"][config["model_provider"]]
+        url = provider["base_url"].removesuffix("/v1")
+        key = environment[provider["env_key"]]
+        return url, key, config["model"], config["model_context_window"]
+    config = json.loads(environment["OPENCODE_CONFIG_CONTENT"])
+    ((provider, settings),) = config["provider"].items()
+    ((model, description),) = settings["models"].items()
+    assert config["model"] == config["small_model"] == f"{provider}/{model}"
+    options = settings["options"]
+    url = options["baseURL"].removesuffix("/v1")
+    return url, options["apiKey"], model, description["limit"]["context"]
+
+
+@pytest.mark.parametrize("name", AGENTS)
+def test_an_agent_learns_of_a_running_server(run, server, name):
+    code, told, err = run(name, "--port", port_of(server), "--", "last")
+    assert code == 7, err
+    assert told["argv"][-1] == "last"
+    assert learned(name, told) == (server.url, "-", NAME, MAX_POSITIONS)
+    assert "127.0.0.1" in told["environment"]["NO_PROXY"]
+    assert f"using the server at {server.url} with {NAME}" in err
+    assert server.client.get("/health").status_code == 200, "it was there before"
+
+
+@pytest.mark.parametrize("name", AGENTS)
+def test_an_agent_gets_the_key(run, serve, tmp_path, name):
+    server = serve(api_keys=("first", "second"))
+    keys = tmp_path / "keys"
+    keys.write_text("first\n")
+    code, told, err = run(name, "--port", port_of(server), "--api-key-file", keys, "--", "last")
+    assert code == 7, err
+    assert learned(name, told)[1] == "first"
+    code, told, err = run(name, "--port", port_of(server))
+    assert (code, told, err.count("\n")) == (2, None, 1)
+    assert "--api-key-file" in err
+
+
+def test_the_user_may_have_a_proxy(run, server, monkeypatch):
+    """Neither the command's own request nor the agent's goes there."""
+    monkeypatch.setenv("NO_PROXY", "example.org")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    code, told, err = run("claude", "--port", port_of(server), "--", "--ask")
+    assert (code, told["answer"]["type"]) == (7, "message"), err
+    assert told["environment"]["NO_PROXY"] == "example.org,127.0.0.1"
+
+
+@pytest.mark.parametrize("name", AGENTS)
+def test_an_agent_that_is_not_installed(run, agents, monkeypatch, name):
+    monkeypatch.setenv("PATH", str(agents.parent))
+    code, told, err = run(name)
+    assert (code, told, err.count("\n")) == (2, None, 1)
+    assert f"{AGENTS[name].name} is not installed" in err
+    assert AGENTS[name].install in err
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        ([], "required: agent"),
+        (["--", "claude"], "required: agent"),
+        (["emacs"], "invalid choice: 'emacs'"),
+        (["--port", "1", "claude"], "write the agent first"),
+        (["claude", "-p", "Hi"], "unrecognized arguments: -p Hi"),
+        (["claude", "--temperature", "-1", "--port", "0"], "temperature"),
+        (["claude", "--target", "/no/such/folder", "--port", "0"], "/no/such/folder"),
+        (["claude", "--host", "no.such.host.invalid", "--port", "1"], "another --host"),
+        (["claude", "--host", "no.such.host.invalid", "--port", "0"], "another --host"),
+    ],
+)
+def test_bad_options(run, args, says):
+    code, told, err = run(*args)
+    assert (code, told, err.count("\n")) == (2, None, 1), err
+    assert says in err
+
+
+def test_another_model_than_the_server_has(run, server):
+    code, told, err = run("claude", "--port", port_of(server), "--model-name", "large")
+    assert (code, told, err.count("\n")) == (2, None, 1)
+    assert f"has {NAME} and not large" in err
+
+
+@contextmanager
+def answering(status, body):
+    """Run another program's server, which answers every request so; returns its port."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as other:
+        thread = threading.Thread(target=other.serve_forever)
+        thread.start()
+        try:
+            yield other.server_port
+        finally:
+            other.shutdown()
+            thread.join()
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (404, b"nothing"),
+        (200, b"<html>"),
+        (200, b"[]"),
+        (200, b'{"data": [{"id": "other", "owned_by": "vllm", "max_model_len": 8}]}'),
+    ],
+)
+def test_a_port_that_another_program_has(run, status, body):
+    with answering(status, body) as port:
+        code, told, err = run("claude", "--port", port)
+    assert (code, told, err.count("\n")) == (2, None, 1)
+    assert "is taken by another program; choose another --port" in err
+
+
+@pytest.mark.parametrize("context", [4096, 65536, 262144])
+def test_limits(context):
+    """Answers leave room for the prompt, and Claude Code compacts before the context is full."""
+    endpoint = Endpoint("http://127.0.0.1:8000", "-", "tiny", context)
+    assert 0 < endpoint.output <= context // 4
+    claude = AGENTS["claude"].environment(endpoint)
+    window = max(int(claude["CLAUDE_CODE_AUTO_COMPACT_WINDOW"]), 100_000)
+    percent = int(claude.get("CLAUDE_AUTOCOMPACT_PCT_OVERRIDE", "90"))
+    assert percent * window / 100 < context
+    assert KEY_VARIABLE in AGENTS["codex"].environment(endpoint)
+
+
+def command(model, *args):
+    """Start the command with a server of its own, in a session of its own."""
+    pair = ["--target", model.folder, "--drafter", model.folder.parent / "drafter"]
+    options = [*pair, "--backend", "reference", "--port", "0", "--model-name", NAME]
+    return subprocess.Popen(
+        [sys.executable, "-m", "treeflash", "launch", "claude", *options, "--", *args],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+
+
+def check_gone(url):
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), PATIENCE)
+
+
+def test_a_server_lives_as_long_as_the_agent(model):
+    with command(model, "--ask", "--wait") as process:
+        told = json.loads(process.stdout.readline())
+        url, *rest = learned("claude", told)
+        assert rest == ["-", NAME, MAX_POSITIONS]
+        assert told["answer"]["usage"]["output_tokens"] > 0
+        with urllib.request.urlopen(f"{url}/health") as response:
+            assert response.status == 200
+        _, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 7
+    assert f"serving {NAME} at {url}" in err
+    assert not Path(err.rpartition(" log in ")[2].strip()).exists(), "the log was temporary"
+    check_gone(url)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_agent_and_server(model, number):
+    """Ctrl-C reaches all processes of a terminal, SIGTERM only the command."""
+    with command(model, "--wait") as process:
+        url, *_ = learned("claude", json.loads(process.stdout.readline()))
+        send = os.killpg if number == signal.SIGINT else os.kill
+        send(process.pid, number)
+        # The agent has the other end of the pipe: at its end, the agent has ended too.
+        process.stdout.read()
+        assert process.wait(PATIENCE) == 128 + number
+    check_gone(url)
+
+
+def test_a_model_that_cannot_be_loaded(run, model, tmp_path):
+    """The server's own line is shown, and the agent is not started."""
+    (tmp_path / "target").mkdir()
+    for file in model.folder.iterdir():
+        (tmp_path / "target" / file.name).write_bytes(file.read_bytes())
+    weights = tmp_path / "target" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    drafter = model.folder.parent / "drafter"
+    pair = ["--target", tmp_path / "target", "--drafter", drafter, "--backend", "reference"]
+    code, told, err = run("claude", "--port", "0", *pair)
+    lines = [line for line in err.split("\n") if "error: " in line]
+    assert (code, told, len(lines)) == (2, None, 1), err
+    assert "model.safetensors" in lines[0]
+    assert "Traceback" not in err
+
+
+def test_the_options_are_those_of_serve():
+    """Every option of `serve` is one of `launch`."""
+
+    def flags(parser):
+        return {flag for action in parser._actions for flag in action.option_strings}
+
+    assert flags(launch.make_parser()) == flags(serve.make_parser())
