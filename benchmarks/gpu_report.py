@@ -571,7 +571,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         device = choose_device(args.device)
     except TreeflashError as error:
         if has_metal():
-            print("this report is about CUDA; python -m benchmarks.mac measures a Mac")
+            print("this report is about CUDA; python -m benchmarks.mac_report is about Macs")
             return 0
         report = Report("gpu_report", args.json, {"device": None}, 0)
         report.facts["why"] = str(error)
