@@ -38,3 +38,9 @@ def serve(model):
     """Start a server with other settings."""
     with ExitStack() as servers:
         yield lambda **settings: servers.enter_context(serving(model, **settings))
+
+
+@pytest.fixture
+def own_cache(monkeypatch, tmp_path_factory):
+    """Keep the hashes of a tiny pair's weights out of the user's cache."""
+    monkeypatch.setenv("TREEFLASH_CACHE", str(tmp_path_factory.mktemp("cache")))

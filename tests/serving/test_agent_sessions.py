@@ -248,6 +248,7 @@ def test_a_compacted_conversation_keeps_the_instructions(agent_model):
         client.send(session)
 
 
+@pytest.mark.usefixtures("own_cache")
 @pytest.mark.parametrize("api", APIS)
 def test_a_session_goes_on_after_a_restart(agent_model, api, tmp_path):
     client, session = Client(api), Session("main")

@@ -14,6 +14,7 @@ from treeflash.serving.metrics import Metrics
 from treeflash.serving.settings import GIB, Settings
 
 
+@pytest.mark.usefixtures("own_cache")
 def test_a_conversation_in_the_terminal_goes_on(model, tmp_path):
     answers = []
     for restored in (False, True):
@@ -39,6 +40,7 @@ def test_a_folder_needs_a_prefix_cache(model, tmp_path):
         start(model, prefix_cache_dir=str(tmp_path), prefix_cache_gb=0)
 
 
+@pytest.mark.usefixtures("own_cache")
 def test_a_file_is_no_folder(model, tmp_path):
     file = tmp_path / "file"
     file.write_text("")
