@@ -30,6 +30,7 @@ OPERATIONS = [
     ("/v1/models", "GET"),
     ("/v1/models/{name}", "GET"),
     ("/tokenize", "POST"),
+    ("/detokenize", "POST"),
     ("/health", "GET"),
     ("/metrics", "GET"),
 ]
