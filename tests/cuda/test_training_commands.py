@@ -61,7 +61,8 @@ def efficiency(target, drafter, prompts, **settings):
     return float(np.mean(lengths))
 
 
-def test_from_prompts_to_a_drafter(target, responses, tmp_path, capsys):
+@pytest.mark.parametrize("steps", [60, pytest.param(600, marks=pytest.mark.nightly)])
+def test_from_prompts_to_a_drafter(steps, target, responses, tmp_path, capsys):
     records = [json.loads(line) for line in responses.read_text().splitlines()]
     kept, held_out = tmp_path / "kept.jsonl", tmp_path / "held_out.jsonl"
     for path, part in ((kept, records[:300]), (held_out, records[300:])):
@@ -70,7 +71,7 @@ def test_from_prompts_to_a_drafter(target, responses, tmp_path, capsys):
     config.write_text(SMALL)
     options = ["--responses", str(kept), "--validation", str(held_out)]
     options += ["--config", str(config), "--output", str(output)]
-    assert train.main([*options, "--target", str(target), "--steps", "600", *ON_CPU]) == 0
+    assert train.main([*options, "--target", str(target), "--steps", str(steps), *ON_CPU]) == 0
     assert "pass it as --drafter" in capsys.readouterr().err
     fresh = [record["prompt_ids"] for record in records[300:]]
     # With more nodes both trees have nearly everything that the block allows.
@@ -78,7 +79,7 @@ def test_from_prompts_to_a_drafter(target, responses, tmp_path, capsys):
     assert tree > 5
     assert tree > efficiency(target, output, fresh, method="ddtree", budget=8)
     assert efficiency(target, output, fresh, method="dflash", budget=16) > 4
-    assert len((output / "log.jsonl").read_text().splitlines()) == 600
+    assert len((output / "log.jsonl").read_text().splitlines()) == steps
     assert list((output / "tensorboard").iterdir())
 
 
