@@ -1,5 +1,6 @@
 """What the PyTorch backend refuses to load, and how it says so."""
 
+import logging
 from functools import partialmethod
 
 import numpy as np
@@ -17,6 +18,7 @@ from treeflash.testing.models import edit_config, write_drafter, write_target
 require("torch")
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -36,6 +38,21 @@ def test_no_cuda_device_is_one_clear_line(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(BackendError, match="no CUDA device is available; use device cpu"):
         choose_device(None)
+
+
+def test_tensors_of_an_mtp_head_print_no_table(tmp_path):
+    write_target(tmp_path, "llama", seed=0)
+    save_file({"model.layers.4.eh_proj.weight": torch.zeros(2, 2)}, tmp_path / "mtp.safetensors")
+    records = []
+    handler = logging.Handler()
+    handler.emit = records.append
+    log = logging.getLogger("transformers")
+    log.addHandler(handler)
+    try:
+        load_model(tmp_path, read_model_config(tmp_path), None, torch.device("cpu"))
+    finally:
+        log.removeHandler(handler)
+    assert not [x for x in records if "eh_proj" in x.getMessage()]
 
 
 TOO_OLD = (

@@ -127,7 +127,7 @@ def _refuse_layouts(config: Config) -> None:
     architecture = _architecture(config)
     if architecture in REFUSED:
         raise ValueError(f"the layout {architecture} ({REFUSED[architecture]}) is not supported")
-    if any(key.startswith("dspark_") for key in config):
+    if any(key.startswith("dspark_") for key in config) and not DEEPSPEC.detect(config, ()):
         raise ValueError("the layout of DeepSeek-V4's DSpark is not supported")
     projector = find_setting(config, "projector_type")
     if projector not in (None, "dflash", "dspark", "domino", "lilicorr"):
@@ -339,7 +339,11 @@ def _parse_deepspec(config: Config) -> DrafterConfig:
     if "target_layer_ids" not in config and "dflash_config" not in config:
         raise KeyError("target_layer_ids")
     head = _markov_fields({key: find_setting(config, key) for key in MARKOV_KEYS})
-    first_slot = 0 if find_setting(config, "sample_from_anchor", default=True) else 1
+    bonus = bool(find_setting(config, "dspark_bonus_anchor"))  # NVIDIA's key, with the other sense
+    samples = bool(find_setting(config, "sample_from_anchor", default=not bonus))
+    if samples and bonus:
+        raise ValueError("sample_from_anchor and dspark_bonus_anchor exclude each other")
+    first_slot = 0 if samples else 1
     parsed = _parse_sections(config, first_slot=first_slot, own_vocabulary=True, **head)
     if "Qwen35DSparkModel" not in (config.get("architectures") or ()):
         return parsed  # the same key of a copy of the target's configuration means nothing
@@ -471,6 +475,10 @@ def _parse_speculators(config: Config) -> DrafterConfig:
             "head_mlp_ratio": int(config.get("xpress_mlp_ratio") or 2),
             "head_state_size": (1 + block_size) * rank,
         }
+    first_slot = 0 if _samples_from_anchor(config, kind, block_size) else 1
+    if first_slot and head.get("head") == "rnn":
+        # The training steps the recurrence over the root's slot first, which it does not predict.
+        raise ValueError("markov_head_type 'rnn' needs sample_from_anchor, which is false")
     non_causal = config.get("sliding_window_non_causal")
     if non_causal is None:
         non_causal = kind == "dflash2"
@@ -484,7 +492,7 @@ def _parse_speculators(config: Config) -> DrafterConfig:
         causal=False if non_causal else None,
         target_layer_ids=tuple(int(i) - 1 for i in config["aux_hidden_state_layer_ids"]),
         num_target_layers=None,
-        first_slot=0 if _samples_from_anchor(config, kind, block_size) else 1,
+        first_slot=first_slot,
         window_from_root=True,
         own_vocabulary=True,
         draft_vocab_size=draft_vocab_size,
@@ -596,7 +604,12 @@ DEEPSPEC = _block(
     _parse_deepspec,
     DFLASH_KEYS
     | MARKOV_KEYS
-    | {"draft_vocab_size", "enable_qwen35_gated_q_proj", "sample_from_anchor"},
+    | {
+        "draft_vocab_size",
+        "dspark_bonus_anchor",
+        "enable_qwen35_gated_q_proj",
+        "sample_from_anchor",
+    },
     lambda config: _is_published_as(
         config, None, "Qwen3DSparkModel", "Lfm2DSparkDraftModel", "Qwen35DSparkModel"
     ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -113,16 +113,22 @@ def read_layout(
     stored = folder.tensors
     with formats.explained(folder.path, lambda: format):
         config = format.parse(folder.config, stored, num_hidden_layers)
-    check_pair(
-        config, hidden_size=hidden_size, vocab_size=vocab_size, num_hidden_layers=num_hidden_layers
-    )
     names = format.names(folder.config, stored)
+    check_pair(
+        config,
+        hidden_size=hidden_size,
+        vocab_size=vocab_size,
+        num_hidden_layers=num_hidden_layers,
+        own_embeddings="embed_tokens.weight" in names.values(),
+    )
     for name in names:
         check_dtype(stored[name].path, name, stored[name].dtype)
     shapes = mtp_heads.split_fused({names[x]: stored[x].shape for x in names})
     required, optional = format.shapes(config, vocab_size, shapes)
     owner = "its configuration" if format.kind == "block" else "a row head"
     compare_shapes(folder.path, required | optional, shapes, optional.keys(), owner)
+    if isinstance(config, DrafterConfig) and config.vocab_size is not None:
+        config = replace(config, vocab_size=vocab_size)  # `load_tensors` leaves out other tokens
     return Layout(config=config, names=names, shapes=shapes)
 
 
@@ -154,8 +160,9 @@ def load_tensors(
     """Read a block drafter and check that it belongs to a target of this shape.
 
     `read` reads a safetensors file into the tensors of a framework, by stored name. The gates of
-    queries become tensors of their own, `gate_proj`. Raises a CheckpointError if the folder is
-    damaged, incomplete, or not made for this target.
+    queries become tensors of their own, `gate_proj`. Tokens beyond the target's vocabulary keep
+    their embeddings alone, since no target draws them and a mask may be among them. Raises a
+    CheckpointError if the folder is damaged, incomplete, or not made for this target.
     """
     opened = open_folder(folder) if isinstance(folder, Path) else folder
     layout = read_layout(
@@ -166,7 +173,7 @@ def load_tensors(
         num_hidden_layers=num_hidden_layers,
     )
     config, head_size = layout.config, formats.head_inner_size(layout.shapes)
-    head_names = formats.head_shapes(config, head_size, vocab_size).keys()
+    head_shapes = formats.head_shapes(config, head_size, vocab_size)
     prefix = HEADS[config.head].prefix if config.head else ""
     parts: dict[str, dict[str, Tensor]] = {"backbone": {}, "head": {}, "vocabulary": {}}
     for path in opened.files:
@@ -174,8 +181,11 @@ def load_tensors(
             name = layout.names.get(stored)
             if name is None:  # only training needs it
                 continue
-            if name in head_names:
-                parts["head"][name.removeprefix(prefix)] = tensor
+            if name in head_shapes:
+                parts["head"][name.removeprefix(prefix)] = _first_rows(tensor, head_shapes[name][0])
+            elif name == "lm_head.weight":
+                rows = config.draft_vocab_size or vocab_size
+                parts["vocabulary"][name] = _first_rows(tensor, rows)
             elif name in VOCABULARY:
                 parts["vocabulary"][name] = tensor
             else:
@@ -222,6 +232,10 @@ def load_mtp_tensors(
     return MtpTensors(config=layout.config, weights=weights, vocabulary=vocabulary)
 
 
+def _first_rows(tensor: Any, rows: int) -> Any:
+    return tensor[:rows]
+
+
 def _split_gate(tensor: Any, head_dim: int) -> tuple[Any, Any]:
     """Split the rows of the queries and the rows of the gates, which alternate by head."""
     rest = tuple(tensor.shape[1:])
@@ -248,20 +262,30 @@ def _join_halves(tensor: Any, config: DrafterConfig) -> Any:
 
 
 def check_pair(
-    config: DrafterShape, *, hidden_size: int, vocab_size: int, num_hidden_layers: int
+    config: DrafterShape,
+    *,
+    hidden_size: int,
+    vocab_size: int,
+    num_hidden_layers: int,
+    own_embeddings: bool = False,
 ) -> None:
-    """Raise a CheckpointError if a drafter cannot belong to a target of this shape."""
-    problem, mask, layer_ids = None, 0, config.target_layer_ids
+    """Raise a CheckpointError if a drafter cannot belong to a target of this shape.
+
+    A block drafter with embeddings of its own may have more tokens than the target.
+    """
+    problem, mask, layer_ids, tokens = None, 0, config.target_layer_ids, vocab_size
     if isinstance(config, DrafterConfig):
         mask = config.mask_token_id
+        if own_embeddings and not config.draft_vocab_size:
+            tokens = max(vocab_size, config.vocab_size or 0)
     elif isinstance(config, MtpConfig) and config.final_state:
         layer_ids = ()  # it reads the states after all layers
     if config.hidden_size != hidden_size:
         problem = f"its hidden size is {config.hidden_size}, the target's is {hidden_size}"
-    elif config.vocab_size is not None and config.vocab_size != vocab_size:
+    elif config.vocab_size not in (None, tokens):
         problem = f"its vocabulary has {config.vocab_size} tokens, the target's has {vocab_size}"
-    elif not 0 <= mask < vocab_size:
-        problem = f"its mask token {mask} is outside the vocabulary of {vocab_size}"
+    elif not 0 <= mask < tokens:
+        problem = f"its mask token {mask} is outside the vocabulary of {tokens}"
     elif config.num_target_layers not in (None, num_hidden_layers):
         problem = (
             f"it was trained for a target of {config.num_target_layers} layers, "

@@ -439,6 +439,12 @@ class TestSlotsOfSpeculators:
         config = edited(write(dialect), sample_from_anchor=given, speculators_config=section)
         assert config.first_slot == first_slot
 
+    def test_a_recurrence_over_a_slot_that_predicts_nothing(
+        self, write: Callable[[str], Path]
+    ) -> None:
+        with pytest.raises(CheckpointError, match="'rnn' needs sample_from_anchor, which is false"):
+            edited(write("speculators-dspark"), markov_head_type="rnn", sample_from_anchor=False)
+
     def test_a_contradiction(self, write: Callable[[str], Path]) -> None:
         section = {"proposal_methods": [{"speculative_tokens": 6}]}
         folder = write("speculators-dspark")
@@ -576,6 +582,15 @@ def test_the_first_slot_of_deepspec_may_be_the_anchors_alone(write: Callable[[st
     assert edited(write("deepspec"), sample_from_anchor=False).first_slot == 1
 
 
+def test_the_anchor_of_nvidias_dspark(write: Callable[[str], Path]) -> None:
+    folder = write("deepspec")
+    config = edited(folder, dspark_bonus_anchor=True, dspark_markov_rank=4)
+    assert (config.first_slot, config.depths) == (1, config.block_size - 1)
+    assert edited(folder, dspark_bonus_anchor=False).first_slot == 0
+    with pytest.raises(CheckpointError, match="dspark_bonus_anchor exclude each other"):
+        edited(folder, dspark_bonus_anchor=True, sample_from_anchor=True)
+
+
 @pytest.mark.parametrize("backend", ["reference", "cuda", "mlx"])
 def test_interleaved_rotary_embeddings_of_lfm2(backend: str, tmp_path: Path) -> None:
     """The same drafter with the channels of its heads in the other order drafts the same."""
@@ -598,6 +613,39 @@ def test_interleaved_rotary_embeddings_of_lfm2(backend: str, tmp_path: Path) -> 
             sequence.extend([1, 2, 3, 4, 5])
             log_probs.append(pair.drafter.log_probs(sequence.draft(6)))
     np.testing.assert_allclose(*log_probs, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cuda", "mlx"])
+def test_a_mask_beyond_the_targets_vocabulary(backend: str, tmp_path: Path) -> None:
+    """Its embedding is used, and other tokens that the target lacks change nothing."""
+    pytest.importorskip({"reference": "numpy", "cuda": "torch", "mlx": "mlx_lm"}[backend])
+    write_target(tmp_path / "target", "qwen3", seed=0)
+    write_dialect(tmp_path / "same", tmp_path / "target", "deepspec", seed=1)
+    config, tensors = read_config(tmp_path / "same"), read_tensors(tmp_path / "same")
+    vocab_size, mask = config["vocab_size"], config["mask_token_id"]
+    rng = np.random.default_rng(2)
+    for name, tensor in tensors.items():
+        if len(tensor) == vocab_size:
+            rows = rng.normal(size=(3, tensor.shape[1])).astype(np.float32)
+            tensors[name] = np.concatenate([tensor, rows])
+    embeddings = tensors["embed_tokens.weight"]
+    embeddings[vocab_size + 1] = embeddings[mask]
+    config |= {"vocab_size": vocab_size + 3, "mask_token_id": vocab_size + 1}
+    save(tmp_path / "wide", config, tensors)
+    options = LoadConfig(device="cpu", dtype="float32")
+    found = []
+    for name in ("same", "wide"):
+        pair = loader(backend)(tmp_path / "target", tmp_path / name, options)
+        with SequenceSession(pair, drafts=True) as sequence:
+            sequence.extend([1, 2, 3, 4, 5])
+            block = sequence.draft(6)
+            previous = np.full(pair.drafter_config.depths, 7, np.int32)
+            found.append((pair.drafter.log_probs(block), pair.head.log_probs(block, previous)))
+    np.testing.assert_allclose(found[0], found[1], atol=1e-5)
+    del tensors["embed_tokens.weight"]
+    save(tmp_path / "wide", config, tensors)
+    with pytest.raises(CheckpointError, match="its vocabulary has 27 tokens, the target's has 24"):
+        loader(backend)(tmp_path / "target", tmp_path / "wide", options)
 
 
 def test_dspark_for_qwen3_5_is_deepspec_unless_its_queries_are_gated(
