@@ -34,8 +34,14 @@ from treeflash.registry import loader
 from treeflash.testing.models import edit_config, save
 from treeflash.testing.states import check_storage
 
-ROOT = Path(os.environ.get("TREEFLASH_DRAFTER_FIXTURES", ".")).resolve().parent / "more-drafters"
-TARGETS = {
+FIXTURES = Path(os.environ.get("TREEFLASH_DRAFTER_FIXTURES", ".")).resolve().parent
+ROOT = FIXTURES / "more-drafters"
+NEWER = {
+    "deepspec-eagle3": "plain-target",
+    "speculators-mtp": "qwen3_5-target",
+}
+"""Heads of a second folder, with their targets."""
+TARGETS = NEWER | {
     "eagle3": "eagle3-target",
     "speculators-eagle3": "eagle3-target",
     "gemma4-assistant": "gemma4-target",
@@ -43,7 +49,7 @@ TARGETS = {
 BACKENDS = {"reference": "numpy", "cuda": "torch", "mlx": "mlx_lm"}
 """And the package that each needs."""
 PUBLISHED = [
-    *((b, f) for b in BACKENDS for f in ("qwen3_5-mtp", "eagle3", "speculators-eagle3")),
+    *((b, f) for b in BACKENDS for f in ("qwen3_5-mtp", "eagle3", "speculators-eagle3", *NEWER)),
     *((b, f) for b in ("cuda", "mlx") for f in ("qwen3_5-moe-mtp", "glm4_moe-mtp")),
     ("mlx", "gemma4-assistant"),
 ]
@@ -58,12 +64,17 @@ needs_fixtures = pytest.mark.skipif(
 
 def load_published(backend: str, name: str) -> Any:
     pytest.importorskip(BACKENDS[backend])
-    return loader(backend)(ROOT / TARGETS.get(name, name), ROOT / name, FLOAT32)
+    folder = published(name)
+    return loader(backend)(folder.parent / TARGETS.get(name, name), folder, FLOAT32)
+
+
+def published(name: str) -> Path:
+    return (FIXTURES / "drafters-2" if name in NEWER else ROOT) / name
 
 
 def cases(name: str) -> list[tuple[dict[str, Any], dict[str, NDArray[Any]]]]:
-    texts = json.loads((ROOT / name / "expected.json").read_text())["texts"]
-    arrays = np.load(ROOT / name / "expected.npz")
+    texts = json.loads((published(name) / "expected.json").read_text())["texts"]
+    arrays = np.load(published(name) / "expected.npz")
     of_text = [
         {k[:-2]: arrays[k] for k in arrays if k.endswith(f".{i}")} for i in range(len(texts))
     ]
@@ -173,6 +184,11 @@ def later(self: Any, block: Any, rows: Any, depth: int, tokens: Any, parents: An
         mtp_head.MtpModel.keys_and_values, mtp_head.MtpModel.layer = keys_and_values, layer  # type: ignore
 
 
+def without_the_one(patch: pytest.MonkeyPatch, pair: Any) -> None:
+    norms = {n: x - 1 for n, x in pair.drafter_model.tensors.items() if n.endswith("norm.weight")}
+    pair.drafter_model.tensors.update(norms)
+
+
 def no_prompt(self: Any, state: Any, root: int, depths: int | None) -> Any:
     block = DRAFT(self, state, root, depths)
     model, p = self.model, block.keys.shape[1]
@@ -236,15 +252,23 @@ FAULTS: dict[str, tuple[str, Callable[[pytest.MonkeyPatch, Any], None]]] = {
             pair.drafter_model.config, "inv_freq", pair.target.inv_freq[:6]
         ),
     ),
-    "norms without the 1": (
-        "qwen3_5-mtp",
-        lambda patch, pair: pair.drafter_model.tensors.update(
-            {
-                name: x - 1
-                for name, x in pair.drafter_model.tensors.items()
-                if name.endswith("norm.weight")
-            }
+    "norms without the 1": ("qwen3_5-mtp", without_the_one),
+    "norms of speculators without the 1": ("speculators-mtp", without_the_one),
+    "state first in speculators": (
+        "speculators-mtp",
+        lambda patch, pair: patch.setattr(mtp_head.MtpModel, "read", hidden_first),
+    ),
+    "layer ids of DeepSpec that count the embeddings": (
+        "deepspec-eagle3",
+        lambda patch, pair: object.__setattr__(
+            pair.drafter_model.config,
+            "target_layer_ids",
+            tuple(i - 1 for i in pair.drafter_model.config.target_layer_ids),
         ),
+    ),
+    "DeepSpec's state fed back after the norm": (
+        "deepspec-eagle3",
+        lambda patch, pair: patch.setattr(mtp_head.MtpModel, "feedback", feedback),
     ),
 }
 

@@ -10,6 +10,8 @@ parent's row, so every depth costs one pass of the layer and of the output head.
 | Qwen MTP | Qwen3-Next, 3.5, 3.6, 3.8, in the target's folder | `mtp.fc.weight` |
 | GLM MTP | GLM-4.5 to 4.7, in the target's folder | `model.layers.N.eh_proj.weight` |
 | EAGLE-3 | SafeAILab, SpecForge, ModelOpt | architecture `LlamaForCausalLMEagle3` |
+| Qwen MTP | speculators | `speculators_model_type` `mtp` |
+| EAGLE-3 | DeepSpec | architecture `Qwen3Eagle3Model` |
 | EAGLE-3 | speculators | `speculators_model_type` `eagle3` |
 | Gemma 4's assistant | Google | `model_type` `gemma4_assistant` |
 
@@ -133,6 +135,20 @@ def detect(config: Config, stored: Collection[str]) -> Format | None:
                     f"MTP heads in the layout of {family} are not supported"
                 )
     return found
+
+
+def _is_speculators_mtp(config: Config, stored: Collection[str]) -> bool:
+    found = config.get("speculators_model_type") == "mtp"
+    return found and _is_supported(config["transformer_layer_config"], QWEN_TYPES)
+
+
+def _is_deepspec_eagle(config: Config, stored: Collection[str]) -> bool:
+    architectures = config.get("architectures") or ()
+    if "Gemma4Eagle3Model" in architectures:
+        raise UnsupportedModelError(
+            "the layout Gemma4Eagle3Model (DeepSpec's for Gemma 4) is not supported"
+        )
+    return "Qwen3Eagle3Model" in architectures
 
 
 def _is_eagle(config: Config, stored: Collection[str]) -> bool:
@@ -395,6 +411,30 @@ def _qwen_names(config: Config, stored: Collection[str], *, prefix: str = "mtp."
     return names
 
 
+def _parse_speculators_mtp(
+    config: Config, stored: Collection[str], target_layers: int
+) -> MtpConfig:
+    """Qwen's head, with the settings of the target's layers in a section of their own."""
+    known = backbone.INERT_KEYS | SPECULATORS_INERT
+    _refuse_keys(config, lambda key: key not in known, {"num_nextn_predict_layers": (1,)})
+    return _parse_qwen(config["transformer_layer_config"], stored, target_layers, prefix="mtp_")
+
+
+def _speculators_mtp_names(config: Config, stored: Collection[str]) -> Names:
+    renamed = {
+        "token_layernorm": "embedding_norm",
+        "hidden_layernorm": "hidden_norm",
+        "input_proj": "input_proj",
+        "final_layernorm": "norm",
+    }
+    names = {}
+    for name in stored:
+        part = name.removeprefix("mtp_layers.0.")
+        module = part.removesuffix(".weight")
+        names[name] = f"{renamed[module]}.weight" if module in renamed else f"layer.{part}"
+    return names
+
+
 def _parse_glm(config: Config, stored: Collection[str], target_layers: int) -> MtpConfig:
     """GLM-4.5 to 4.7: the layer behind the last one is as the target's mixtures of experts."""
     _refuse_keys(
@@ -468,6 +508,12 @@ EAGLE_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "use_mtp_layernorm": (None, False),
 }
 """Keys that must have one of these values."""
+DEEPSPEC_EAGLE_KEYS = {
+    "step_loss_decay",  # of the training, as `ttt_length`
+    "target_layer_ids",
+    "target_model_name_or_path",
+    "ttt_length",
+}
 SPECULATORS_INERT = {
     "speculators_config",
     "speculators_model_type",
@@ -488,6 +534,14 @@ def _parse_eagle(config: Config, stored: Collection[str], target_layers: int) ->
     elif (ids := nested.get("eagle_aux_hidden_state_layer_ids")) is not None:
         ids = [int(i) for i in ids]  # the ids of the layers whose outputs are read
     return _eagle_config(config, config, ids or _default_layers(target_layers), stored)
+
+
+def _parse_deepspec_eagle(config: Config, stored: Collection[str], target_layers: int) -> MtpConfig:
+    """DeepSpec: a copy of the target's settings, and the ids of layers whose outputs are read."""
+    known = DEEPSPEC_EAGLE_KEYS | backbone.KEYS | backbone.INERT_KEYS
+    neutral = EAGLE_NEUTRAL | {"draft_num_hidden_layers": (None, 1)}
+    _refuse_keys(config, lambda key: key not in known, neutral)
+    return _eagle_config(config, config, [int(i) for i in config["target_layer_ids"]], stored)
 
 
 def _parse_speculators(config: Config, stored: Collection[str], target_layers: int) -> MtpConfig:
@@ -656,6 +710,18 @@ QWEN_SIDECAR = _mtp(
     names=partial(_qwen_names, prefix=""),
 )
 GLM_MTP = _mtp(name="GLM MTP", detect=_is_glm, parse=_parse_glm, names=_glm_names)
+SPECULATORS_MTP = _mtp(
+    name="Qwen MTP",
+    detect=_is_speculators_mtp,
+    parse=_parse_speculators_mtp,
+    names=_speculators_mtp_names,
+)
+DEEPSPEC_EAGLE3 = _mtp(
+    name="EAGLE-3",
+    detect=_is_deepspec_eagle,
+    parse=_parse_deepspec_eagle,
+    names=_eagle_names,
+)
 EAGLE3 = _mtp(name="EAGLE-3", detect=_is_eagle, parse=_parse_eagle, names=_eagle_names)
 SPECULATORS_EAGLE3 = _mtp(
     name="EAGLE-3",
@@ -669,5 +735,14 @@ ASSISTANT = _mtp(
     parse=_parse_assistant,
     names=_assistant_names,
 )
-MTP_FORMATS = (SPECULATORS_EAGLE3, EAGLE3, QWEN_SIDECAR, ASSISTANT, QWEN_MTP, GLM_MTP)
+MTP_FORMATS = (
+    SPECULATORS_EAGLE3,
+    SPECULATORS_MTP,
+    DEEPSPEC_EAGLE3,
+    EAGLE3,
+    QWEN_SIDECAR,
+    ASSISTANT,
+    QWEN_MTP,
+    GLM_MTP,
+)
 """In the order in which a folder is tried."""

@@ -95,6 +95,7 @@ _DRAFTERS_BY_TARGET = {
         "deepseek-ai/dflash_qwen3_4b_block7",
         "RedHatAI/Qwen3-4B-speculator.dflash2",
         "z-lab/Qwen3-4B-DFlash-b16",
+        "deepseek-ai/eagle3_qwen3_4b_ttt7",
         "AngelSlim/Qwen3-4B_eagle3",
     ),
     "Qwen/Qwen3-8B": _drafters(
@@ -106,11 +107,13 @@ _DRAFTERS_BY_TARGET = {
         "RedHatAI/Qwen3-8B-speculator.dflash",
         "z-lab/Qwen3-8B-DFlash-b16",
         "JetSpec/jetspec-qwen3-8b",
+        "deepseek-ai/eagle3_qwen3_8b_ttt7",
         "RedHatAI/Qwen3-8B-speculator.eagle3",
     ),
     "Qwen/Qwen3-14B": _drafters(
         "deepseek-ai/dspark_qwen3_14b_block7",
         "deepseek-ai/dflash_qwen3_14b_block7",
+        "deepseek-ai/eagle3_qwen3_14b_ttt7",
         "RedHatAI/Qwen3-14B-speculator.eagle3",
     ),
     "Qwen/Qwen3-32B": _drafters(

@@ -17,11 +17,13 @@ from treeflash.drafters.format import Format
 from treeflash.drafters.loading import find_head_format, load_mtp_tensors
 from treeflash.drafters.mtp_heads import (
     ASSISTANT,
+    DEEPSPEC_EAGLE3,
     EAGLE3,
     GLM_MTP,
     QWEN_MTP,
     QWEN_SIDECAR,
     SPECULATORS_EAGLE3,
+    SPECULATORS_MTP,
     Assistant,
     Experts,
     MtpConfig,
@@ -65,6 +67,22 @@ SPECULATORS = {
     "speculators_model_type": "eagle3",
     "transformer_layer_config": {**LAYER, "num_hidden_layers": 1},
 }
+DEEPSPEC = {
+    **LAYER,
+    "architectures": ["Qwen3Eagle3Model"],
+    "model_type": "qwen3",
+    "num_hidden_layers": 1,
+    "draft_num_hidden_layers": 1,
+    "target_layer_ids": [0, 2, 4, 5, 7],
+    "target_model_name_or_path": "target",
+    "ttt_length": 7,
+    "step_loss_decay": 0.8,
+}
+SPECULATORS_QWEN = {
+    "speculators_model_type": "mtp",
+    "num_nextn_predict_layers": 1,
+    "transformer_layer_config": QWEN,
+}
 ASSISTANT_LAYERS = {
     **LAYER,
     "hidden_activation": "gelu_pytorch_tanh",
@@ -99,6 +117,8 @@ def tensors(*names: str) -> dict[str, Any]:
         (EAGLE, ("x",), EAGLE3),
         ({"architectures": ["Eagle3Speculator"], "model_type": "x"}, ("x",), EAGLE3),
         ({**SPECULATORS, "architectures": ["Eagle3Speculator"]}, ("x",), SPECULATORS_EAGLE3),
+        (DEEPSPEC, ("x",), DEEPSPEC_EAGLE3),
+        (SPECULATORS_QWEN, ("x",), SPECULATORS_MTP),
         (GEMMA, ("x",), ASSISTANT),
         ({**GEMMA, "model_type": "gemma4_unified_assistant"}, ("x",), ASSISTANT),
         ({"architectures": ["Qwen3ForCausalLM"]}, ("model.embed_tokens.weight",), None),
@@ -126,6 +146,12 @@ def test_a_head_is_recognised(
             "model.layers.3.eh_proj.weight",
             "the MTP head of deepseek_v3 models is not supported; supported are glm4_moe",
         ),
+        (
+            {"speculators_model_type": "mtp", "transformer_layer_config": {"model_type": "qwen3"}},
+            "x",
+            "the MTP head of qwen3 models is not supported",
+        ),
+        ({"architectures": ["Gemma4Eagle3Model"]}, "x", "the layout Gemma4Eagle3Model"),
         ({"model_type": "mellum"}, MTP_NAMES, "the MTP head of mellum models is not supported"),
     ],
 )
@@ -176,6 +202,28 @@ def test_mtp_of_qwen() -> None:
     assert parse(QWEN_SIDECAR, QWEN) == replace(parse(QWEN_MTP, QWEN), norm_offset=0.0)
     nested = {"text_config": QWEN, "hidden_size": 99}
     assert parse(QWEN_MTP, nested) == parse(QWEN_MTP, QWEN)
+
+
+def test_mtp_of_speculators() -> None:
+    assert parse(SPECULATORS_MTP, SPECULATORS_QWEN) == parse(QWEN_MTP, QWEN)
+    routed = {"transformer_layer_config": QWEN_MOE}
+    config = parse(SPECULATORS_MTP, SPECULATORS_QWEN, "mtp_layers.0.mlp.gate.weight", **routed)
+    assert config == parse(QWEN_MTP, QWEN_MOE, "mtp.layers.0.mlp.gate.weight")
+
+
+def test_eagle_3_of_deepspec() -> None:
+    """The ids are of the layers whose outputs are read."""
+    config = parse(DEEPSPEC_EAGLE3, DEEPSPEC, "layers.0.self_attn.q_norm.weight")
+    check(
+        config,
+        head="eagle3",
+        target_layer_ids=(0, 2, 4, 5, 7),
+        qk_norm=True,
+        normed_residual=False,
+        normed_feedback=False,
+        own_vocabulary=True,
+    )
+    assert mtp_shapes(config, 10)["fc.weight"] == (8, 40)
 
 
 def test_experts_of_qwen() -> None:
@@ -353,6 +401,10 @@ def test_assistants_of_gemma() -> None:
         (GLM_MTP, GLM, "n_group", 2),
         (GLM_MTP, GLM, "topk_group", 2),
         (GLM_MTP, GLM, "mtp_share", True),
+        (SPECULATORS_MTP, SPECULATORS_QWEN, "num_nextn_predict_layers", 2),
+        (SPECULATORS_MTP, SPECULATORS_QWEN, "mystery", 1),
+        (DEEPSPEC_EAGLE3, DEEPSPEC, "draft_num_hidden_layers", 2),
+        (DEEPSPEC_EAGLE3, DEEPSPEC, "mystery", 1),
     ],
 )
 def test_settings_of_mtp_heads_that_nothing_reads_are_refused(
@@ -419,6 +471,18 @@ def test_settings_of_mtp_heads_that_nothing_reads_are_refused(
                 "layers.0.mlp.up_proj.weight": "layer.mlp.up_proj.weight",
                 "d2t": "d2t",
                 "t2d": None,
+            },
+        ),
+        (
+            SPECULATORS_MTP,
+            SPECULATORS_QWEN,
+            {
+                "mtp_layers.0.token_layernorm.weight": "embedding_norm.weight",
+                "mtp_layers.0.hidden_layernorm.weight": "hidden_norm.weight",
+                "mtp_layers.0.input_proj.weight": "input_proj.weight",
+                "mtp_layers.0.final_layernorm.weight": "norm.weight",
+                "mtp_layers.0.input_layernorm.weight": "layer.input_layernorm.weight",
+                "mtp_layers.0.mlp.experts.down_proj": "layer.mlp.experts.down_proj",
             },
         ),
         (
