@@ -11,14 +11,14 @@ from treeflash.decoding import Request, decode
 from treeflash.decoding.interfaces import TableOptions
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
+from treeflash.drafters.folder import read_config, read_tensors
 from treeflash.errors import BackendError, CheckpointError, ConfigError, UnsupportedModelError
 from treeflash.testing import require
-from treeflash.testing.models import edit_config, write_drafter, write_target
+from treeflash.testing.models import edit_config, save, write_drafter, write_target
 
 require("torch")
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -42,7 +42,8 @@ def test_no_cuda_device_is_one_clear_line(monkeypatch):
 
 def test_tensors_of_an_mtp_head_print_no_table(tmp_path):
     write_target(tmp_path, "llama", seed=0)
-    save_file({"model.layers.4.eh_proj.weight": torch.zeros(2, 2)}, tmp_path / "mtp.safetensors")
+    head = {"model.layers.4.eh_proj.weight": np.zeros((2, 2), np.float32)}
+    save(tmp_path, read_config(tmp_path), read_tensors(tmp_path) | head)
     records = []
     handler = logging.Handler()
     handler.emit = records.append
