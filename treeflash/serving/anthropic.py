@@ -142,13 +142,13 @@ class AnthropicToolChoice(Schema):
 
 
 class Thinking(Schema):
-    """Whether the model reasons first. Reasoning counts as output and has no limit of its own.
+    """Whether the model reasons first, and how many tokens it may take. They count as output.
 
     `adaptive` is on for models that support reasoning, and off for all others.
     """
 
     type: Literal["enabled", "adaptive", "disabled"]
-    budget_tokens: int | None = Field(None, ge=1)  # only checked to be below `max_tokens`
+    budget_tokens: int | None = Field(None, ge=1)
     display: Literal["summarized"] | None = None  # accepted, but the reasoning is always sent
 
     def thinks(self, *, supports_reasoning: bool) -> bool:
@@ -225,6 +225,7 @@ class CountTokensRequest(Schema):
             tools=tools,
             continues=self._continues(),
             grammar=None if grammar is None else (grammar, "output_config.format"),
+            thinking_budget=None if thinking is None else thinking.budget_tokens,
         )
 
     def _continues(self) -> bool:

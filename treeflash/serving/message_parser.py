@@ -75,10 +75,15 @@ class ResponseTemplate:
         opening = self._reasoning.get("open")
         return opening if isinstance(opening, str) else None
 
+    @property
+    def reasoning_close(self) -> str | None:
+        """The text that ends the reasoning, if it is always the same."""
+        close = self._reasoning.get("close")
+        return close if isinstance(close, str) else None
+
     def prepend_reasoning(self, grammar: Grammar, *, begun: bool) -> Grammar:
         """Return a grammar after reasoning, which is optional if the prompt has not `begun` it."""
-        field = self._reasoning
-        if not isinstance(close := field.get("close"), str):
+        if (close := self.reasoning_close) is None:
             return grammar
         end = escape_slashes(re.escape(close))
         if begun:

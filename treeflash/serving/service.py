@@ -19,6 +19,7 @@ from treeflash.serving.errors import APIError, bad_request
 from treeflash.serving.message_parser import MessageForm, MessageParser, ResponseTemplate
 from treeflash.serving.schemas import AllowedTools
 from treeflash.serving.settings import MAX_TOKENS, Settings
+from treeflash.serving.thinking import limit_thinking
 from treeflash.text.grammar import Grammar, GrammarError
 from treeflash.text.options import Options
 from treeflash.text.tokenizer import Tokenizer, check_unicode
@@ -133,6 +134,7 @@ class Conversation:
     continues: bool = False  # whether the last of the messages is the beginning of this one
     # the grammar of the content, and the field of the request that asks for it
     grammar: tuple[Grammar, str] | None = None
+    thinking_budget: int | None = None  # most tokens of the reasoning; None sets no limit
 
     async def encode(self, service: Service) -> list[int]:
         """Encode the token ids of the prompt, with the server's system message if it has none.
@@ -172,10 +174,28 @@ class Conversation:
             tools, calls_only = self.tools.functions, self.tools.must_call
             form = MessageForm(service.response_template, prompt, tools, calls_only=calls_only)
         constraint = await asyncio.to_thread(self._constraint, service, form)
+        if self.thinking_budget is not None and form is not None:
+            constraint = self._limit_thinking(self.thinking_budget, service, form, constraint)
         completion = service.start(http, asked, [prompt_ids], constraint, answers=answers)
         stop = completion.answers[0].stop
         parsers = [MessageParser(form, service.tokenizer, stop) for _ in completion.answers]
         return completion, parsers
+
+    def _limit_thinking(
+        self,
+        budget: int,
+        service: Service,
+        form: MessageForm,
+        constraint: Callable[[], Constraint] | None,
+    ) -> Callable[[], Constraint] | None:
+        """Return the constraint with a limit on the reasoning, where its ends are known."""
+        template, begun = form.template, form.in_reasoning
+        close, opening = template.reasoning_close, template.reasoning_opening
+        if close is None or (opening is None and not begun):
+            return constraint
+        vocab_size = service.engine.model.backend.vocab_size
+        opening = None if begun else opening
+        return limit_thinking(budget, opening, close, service.tokenizer, vocab_size, constraint)
 
     def _constraint(
         self, service: Service, form: MessageForm | None

@@ -120,6 +120,10 @@ class Tokenizer:
         """
         return self._ids(text, add_special_tokens=True)
 
+    def encode_continuation(self, text: str) -> list[int]:
+        """Encode raw text that follows other tokens; raises what `encode` does."""
+        return self._ids(text)
+
     def user_header(self) -> list[int]:
         """Return the ids up to a first message of the user; a PromptError if there are none."""
         header, _ = self._surroundings({"role": "user", "content": PRIVATE})

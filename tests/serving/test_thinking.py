@@ -1,0 +1,154 @@
+"""A message's reasoning ends after its budget, at the token."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from servers import NAME, serving
+from tool_models import tool_model
+
+from treeflash.config import DecodeConfig
+from treeflash.decoding import Request, decode
+from treeflash.decoding.sampling import unpack
+from treeflash.serving.thinking import ThinkingBudget, limit_thinking
+
+OPEN, CLOSE = "<think>", "</think>"
+HELLO = [{"role": "user", "content": "Hello."}]
+FORMAT = {
+    "type": "json_schema",
+    "schema": {
+        "type": "object",
+        "properties": {"colour": {"enum": ["red", "blue"]}},
+        "required": ["colour"],
+        "additionalProperties": False,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A random model that would reason for ever; a token has one byte."""
+    return tool_model(tmp_path_factory.mktemp("tools"))
+
+
+@pytest.fixture(scope="module")
+def server(model):
+    with serving(model, {"temperature": 1.0, "seed": 3}) as running:
+        yield running
+
+
+@pytest.fixture
+def limited(model):
+    """A function that makes the constraint of a message."""
+
+    def make(budget, opening=None, other=None):
+        vocab_size = model.backend.vocab_size
+        constraint = limit_thinking(budget, opening, CLOSE, model.tokenizer, vocab_size, other)()
+        assert isinstance(constraint, ThinkingBudget)
+        return constraint
+
+    return make
+
+
+def say(model, constraint, text):
+    """Advance over a text, whose tokens must be allowed."""
+    for token in model.tokenizer.encode_continuation(text):
+        assert token in allowed(model, constraint)
+        constraint.advance(token)
+
+
+def allowed(model, constraint):
+    return set(np.flatnonzero(unpack(constraint.allowed()[None], model.backend.vocab_size)[0]))
+
+
+def forced(model, constraint):
+    """The text that must follow."""
+    ids = []
+    while len(tokens := allowed(model, constraint)) == 1:
+        ids += tokens
+        constraint.advance(ids[-1])
+    constraint.rollback(len(ids))
+    return model.tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize(
+    ("opening", "text", "following"),
+    [
+        pytest.param(None, "12345", CLOSE, id="begun by the prompt"),
+        pytest.param(None, "1234", "", id="room for one more"),
+        pytest.param(OPEN, f"{OPEN}12345", CLOSE, id="begun by the model"),
+        pytest.param(OPEN, f"\n{OPEN}12345", CLOSE, id="after white space"),
+        pytest.param(OPEN, "1234567", "", id="no reasoning"),
+        pytest.param(OPEN, "<thin1234567", "", id="another beginning"),
+        pytest.param(None, f"12{CLOSE}34567", "", id="ended by the model"),
+        pytest.param(None, "123</", CLOSE[2:], id="the end has begun"),
+        pytest.param(None, f"12345{CLOSE}6789", "", id="after the forced end"),
+    ],
+)
+def test_the_end_is_forced_at_the_token(model, limited, opening, text, following):
+    constraint = limited(5, opening)
+    say(model, constraint, text)
+    assert forced(model, constraint) == following
+    assert forced(model, constraint) == following  # rolled back as often as it was advanced
+
+
+def test_another_constraint_holds_too(model, limited):
+    """A grammar whose reasoning is free obeys the budget, and the budget obeys the grammar."""
+
+    class OnlyDigits:
+        def allowed(self):
+            mask = np.zeros(-(-model.backend.vocab_size // 32), np.uint32)
+            for token in model.tokenizer.encode_continuation("0123456789</think>"):
+                mask[token // 32] |= np.uint32(1) << np.uint32(token % 32)
+            return mask
+
+        def advance(self, token): ...
+
+        def rollback(self, tokens): ...
+
+    constraint = limited(2, None, OnlyDigits)
+    digits = set(model.tokenizer.encode_continuation("0123456789</think>"))
+    assert allowed(model, constraint) == digits
+    say(model, constraint, "12")
+    assert forced(model, constraint) == CLOSE
+
+
+def message(server, budget, **fields):
+    thinking = {"type": "enabled", "budget_tokens": budget}
+    body = {"model": NAME, "messages": HELLO, "max_tokens": 60, "thinking": thinking, **fields}
+    response = server.post("/v1/messages", body)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def test_messages_think_for_their_budget(server, model):
+    """The thought is the beginning of the unlimited one, token for token."""
+    short = message(server, 13)
+    thought = short["content"][0]["thinking"]
+    unlimited = server.chat(max_tokens=13, reasoning_effort="high").json()
+    assert thought == unlimited["choices"][0]["message"]["reasoning_content"]
+    assert [block["type"] for block in short["content"]] == ["thinking", "text"]
+    assert short["usage"]["output_tokens"] == 60
+
+
+def test_a_limit_changes_no_token_of_any_method(model):
+    """Draft trees end where the reasoning must."""
+    vocab_size = model.backend.vocab_size
+    prompt_ids = model.tokenizer.chat(HELLO)
+    texts = set()
+    for method in ("ar", "ddtree", "treeflash"):
+        config = DecodeConfig(method=method, budget=12, max_tokens=40)
+        make = limit_thinking(7, None, CLOSE, model.tokenizer, vocab_size, None)
+        request = Request(prompt_ids=prompt_ids, config=config, constraint=make())
+        steps = decode(model.backend, request)
+        texts.add(tuple(token for step in steps for token in step.tokens))
+    (text,) = texts
+    assert model.tokenizer.decode(text[7:15]) == CLOSE
+
+
+def test_the_form_of_the_answer_holds_after_a_forced_end(server):
+    found = message(server, 9, output_config={"format": FORMAT}, max_tokens=120)
+    assert [block["type"] for block in found["content"]] == ["thinking", "text"]
+    assert json.loads(found["content"][1]["text"])["colour"] in ("red", "blue")
