@@ -39,8 +39,10 @@ ROOT = FIXTURES / "more-drafters"
 NEWER = {
     "deepspec-eagle3": "plain-target",
     "speculators-mtp": "qwen3_5-target",
+    "muse-glimmer-assistant": "muse-target",
+    "muse-glimmer-assistant-plain": "plain-target",
 }
-"""Heads of a second folder, with their targets."""
+"""Drafters of a second folder, with their targets."""
 TARGETS = NEWER | {
     "eagle3": "eagle3-target",
     "speculators-eagle3": "eagle3-target",
@@ -49,7 +51,8 @@ TARGETS = NEWER | {
 BACKENDS = {"reference": "numpy", "cuda": "torch", "mlx": "mlx_lm"}
 """And the package that each needs."""
 PUBLISHED = [
-    *((b, f) for b in BACKENDS for f in ("qwen3_5-mtp", "eagle3", "speculators-eagle3", *NEWER)),
+    *((b, f) for b in BACKENDS for f in ("qwen3_5-mtp", "eagle3", "speculators-eagle3")),
+    *((b, f) for b in BACKENDS for f in ("deepspec-eagle3", "speculators-mtp")),
     *((b, f) for b in ("cuda", "mlx") for f in ("qwen3_5-moe-mtp", "glm4_moe-mtp")),
     ("mlx", "gemma4-assistant"),
 ]
@@ -572,6 +575,32 @@ def test_lilicorr(backend: str) -> None:
         config = DecodeConfig(method="treeflash", budget=16, max_tokens=len(case["greedy"]))
         steps = list(decode(pair, Request(prompt_ids=case["prompt"], config=config)))
         assert [token for step in steps for token in step.tokens] == case["greedy"]
+
+
+@needs_fixtures
+@pytest.mark.parametrize(
+    ("backend", "name"),
+    [
+        *((backend, "muse-glimmer-assistant-plain") for backend in BACKENDS),
+        ("mlx", "muse-glimmer-assistant"),
+    ],
+)
+def test_muse_glimmers_assistant(backend: str, name: str) -> None:
+    """Sliding layers see both ways, and the positions at a distance of the window too."""
+    pair = load_published(backend, name)
+    for case, arrays in cases(name):
+        with SequenceSession(pair, drafts=True) as sequence:
+            sequence.extend(case["prompt"])
+            actual = pair.drafter.log_probs(sequence.draft(case["root"]))
+        np.testing.assert_allclose(actual, arrays["log_probs"], atol=TOLERANCE)
+        assert actual.argmax(-1).tolist() == case["draft"]
+        for mistake in ("if_causal", "if_window_ignored"):
+            wrong = arrays[f"log_probs_{mistake}"]
+            assert np.abs(wrong - arrays["log_probs"]).max() > 100 * TOLERANCE
+        for method in ("dflash", "ddtree"):
+            config = DecodeConfig(method=method, budget=12, max_tokens=len(case["greedy"]))
+            steps = list(decode(pair, Request(prompt_ids=case["prompt"], config=config)))
+            assert [token for step in steps for token in step.tokens] == case["greedy"]
 
 
 def test_the_budget_auto_learns_the_price_of_a_depth(

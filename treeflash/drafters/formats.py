@@ -6,6 +6,7 @@
 | TreeFlash (arXiv 2606.03819) | TreeFlash | `ar_approximation` names a head |
 | DFlash2 | z-lab, incoai | `DFlash2DraftModel`, or `selector_top_k` |
 | DeepSpec | deepseek-ai, LiquidAI | `{Qwen3,Qwen35}DSparkModel`, `Lfm2DSparkDraftModel` |
+| Muse Glimmer's assistant | Meta | `MuseGlimmerAssistantModel` |
 | SpecForge DSpark, SpecForge Domino | sgl-project | `projector_type` `dspark` or `domino` |
 | LiLiCorr (arXiv 2608.20530) | NVIDIA | `LiLiCorrDraftModel`, or `projector_type` `lilicorr` |
 | speculators | vllm-project, RedHatAI, poolside | `speculators_model_type` |
@@ -231,7 +232,13 @@ def optional_shapes(config: DrafterConfig, vocab_size: int | None = None) -> Sha
 
 def canonical_name(name: str) -> str:
     """Return a tensor's name without what only some files put before it."""
-    renamed = {"model.": "", "draft_model.": "", "logit_head.": "markov_head."}
+    renamed = {
+        "model.": "",
+        "draft_model.": "",
+        "logit_head.": "markov_head.",
+        "encoder.fc.": "fc.",
+        "encoder.output_norm_enc.": "hidden_norm.",
+    }
     for prefix, replacement in renamed.items():
         if name.startswith(prefix):
             return replacement + name.removeprefix(prefix)
@@ -274,6 +281,16 @@ def _parse_dflash(config: Config) -> DrafterConfig:
         names = ", ".join(TREEFLASH_HEADS)
         raise ValueError(f"unknown AR head {head!r}; known heads are {names}")
     return _parse_sections(config, head=head)
+
+
+def _parse_muse(config: Config) -> DrafterConfig:
+    """Muse Glimmer's assistant: DFlash whose sliding layers see both ways.
+
+    A slot sees the positions at a distance of `sliding_window` too.
+    """
+    layer_types = config.get("layer_types") or ["sliding_attention"] * config["num_hidden_layers"]
+    window = {"layer_types": layer_types, "sliding_window": config["sliding_window"] + 1}
+    return _parse_sections({**config, **window, "dflash_config": {"causal": False}})
 
 
 def _parse_sections(config: Config, **settings: Any) -> DrafterConfig:
@@ -599,6 +616,12 @@ DFLASH2 = _block(
         or bool(find_setting(config, "selector_top_k"))
     ),
 )
+MUSE = _block(
+    "Muse Glimmer's assistant",
+    _parse_muse,
+    DFLASH_KEYS,
+    lambda config: _is_published_as(config, None, "MuseGlimmerAssistantModel"),
+)
 DEEPSPEC = _block(
     "DeepSpec",
     _parse_deepspec,
@@ -649,6 +672,7 @@ BLOCK_FORMATS = (
     LILICORR,
     SPECFORGE,
     DEEPSPEC,
+    MUSE,
     DFLASH2,
     TREEFLASH,
     DFLASH,

@@ -201,7 +201,9 @@ _DRAFTERS_BY_TARGET = {
     "openai/gpt-oss-120b": _drafters(
         "z-lab/gpt-oss-120b-DFlash", "RedHatAI/gpt-oss-120b-speculator.eagle3"
     ),
-    "meta-models/Muse-Glimmer-30B": _drafters("z-lab/Muse-Glimmer-30B-DFlash2"),
+    "meta-models/Muse-Glimmer-30B": _drafters(
+        "z-lab/Muse-Glimmer-30B-DFlash2", "meta-models/Muse-Glimmer-30B-assistant"
+    ),
 }
 KNOWN_TARGETS = tuple(_DRAFTERS_BY_TARGET)
 """Hub ids of the targets that have a published drafter."""

@@ -615,6 +615,21 @@ def test_interleaved_rotary_embeddings_of_lfm2(backend: str, tmp_path: Path) -> 
     np.testing.assert_allclose(*log_probs, atol=1e-5)
 
 
+def test_the_window_of_muse_glimmers_assistant(folder: Path) -> None:
+    settings = {
+        "architectures": ["MuseGlimmerAssistantModel"],
+        "mask_token_id": 3,
+        "target_layer_ids": [0, 2],
+        "sliding_window": 7,
+    }
+    config = {k: x for k, x in read_config(folder).items() if not k.endswith("flash_config")}
+    found = parse_drafter_config(config | settings)
+    assert (found.causal, found.sliding_windows) == ((False, False), (8, 8))
+    kinds = ["full_attention", "sliding_attention"]
+    found = parse_drafter_config(config | settings | {"layer_types": kinds})
+    assert found.sliding_windows == (None, 8)
+
+
 @pytest.mark.parametrize("backend", ["reference", "cuda", "mlx"])
 def test_a_mask_beyond_the_targets_vocabulary(backend: str, tmp_path: Path) -> None:
     """Its embedding is used, and other tokens that the target lacks change nothing."""
