@@ -65,7 +65,7 @@ def _parse_logit_bias(text: str) -> dict[int, float]:
 
 
 def _is_temperature(value: object) -> bool:
-    """Whether a temperature is greedy, or keeps logits finite and distinct."""
+    """Return whether a temperature is greedy, or keeps logits finite and distinct."""
     return is_number(value) and (value == 0 or 1e-6 <= value <= 1e6)  # type: ignore[operator]
 
 

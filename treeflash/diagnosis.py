@@ -63,11 +63,11 @@ class DrafterScores:
     corrected: TokenScores | None = None
 
     def compare(self, other: TokenScores) -> Gain:
-        """The gain of other scores of these blocks over the marginal scores."""
+        """Return the gain of other scores of these blocks over the marginal scores."""
         return Gain.between(self.marginal.log_probs, other.log_probs)
 
     def text_means(self, count: int) -> NDArray[np.float64]:
-        """(count, 1) mean marginal log probability of each text; nan for a text without a block."""
+        """Average each text's marginal log probability, (count, 1); nan without a block."""
         texts = [self.marginal.log_probs[self.texts == number] for number in range(count)]
         return np.array([[np.nanmean(text) if text.size else np.nan] for text in texts])
 
@@ -84,7 +84,7 @@ class Gain:
 
     @classmethod
     def between(cls, base: NDArray[np.float64], other: NDArray[np.float64]) -> Gain:
-        """The gain from `base` to `other`, (blocks, depths) log probabilities; nan is ignored."""
+        """Compare (blocks, depths) log probabilities with `base`; nan is ignored."""
         difference = other - base
         difference = difference[~np.isnan(difference).all(1)]
         if len(difference) < 2:
@@ -93,7 +93,7 @@ class Gain:
         return cls(float(means.mean()), float(means.std(ddof=1) / math.sqrt(len(means))))
 
     def is_clear(self, least: float) -> bool:
-        """Whether the gain is statistically significant and at least `least` nats."""
+        """Return whether the gain is statistically significant and at least `least` nats."""
         return self.nats >= max(least, SIGNIFICANT * self.error)
 
     def __str__(self) -> str:
@@ -133,13 +133,13 @@ def measure(backend: Backend, texts: Sequence[Text], head: ARHead | None = None)
 
 
 def depth_means(values: NDArray[np.float64]) -> list[float]:
-    """Means over the blocks, for each depth that the texts reach."""
+    """Average over the blocks, for each depth that the texts reach."""
     reached = ~np.isnan(values).all(0)
     return [float(mean) for mean in np.nanmean(values[:, reached], 0)]
 
 
 def _score(table: NDArray[np.float32], tokens: Sequence[int]) -> NDArray[np.float64]:
-    """(2, D) log probabilities and hits of tokens in (D, vocab) rows, one token per row."""
+    """Return (2, D) log probabilities and hits of tokens in (D, vocab) rows, one token per row."""
     if np.isnan(table).any():
         raise NumericalError("the drafter's output is not a number (NaN): its weights are damaged")
     count = min(len(table), len(tokens))
@@ -187,12 +187,12 @@ class Trial:
     advice: str
 
     def best(self) -> tuple[str, Gain] | None:
-        """The alternative with the largest gain; None if there is none."""
+        """Return the alternative with the largest gain; None if there is none."""
         gains = {name: gain for name, gain in self.gains.items() if gain is not None}
         return max(gains.items(), key=lambda item: item[1].nats, default=None)
 
     def finding(self, least: float) -> Finding:
-        """The outcome, where a gain counts from `least` nats."""
+        """Return the outcome, where a gain counts from `least` nats."""
         best = self.best()
         if best is None:
             return Finding(check=self.check, ok=True, message="no alternative to try")
@@ -206,7 +206,7 @@ class Trial:
 
 
 def judge(trials: Sequence[Trial]) -> list[Finding]:
-    """One finding per trial: whether an alternative is clearly better than the present setting.
+    """Say for each trial whether an alternative is clearly better than the present setting.
 
     If one setting is badly wrong, changes of other settings help a little by accident. So gains of
     less than half the largest gain do not count.
@@ -230,7 +230,7 @@ def list_alternatives(
     target: Mapping[str, Any],
     masks: Mapping[int, str],
 ) -> list[Alternatives]:
-    """Other values for the settings of a drafter that may be wrong.
+    """List other values for the settings of a drafter that may be wrong.
 
     `masks` names tokens that may be the mask, by id. The `config.json` of the target is empty if
     unknown.
@@ -307,7 +307,7 @@ def diagnose(
     scores, config = pair.scores, pair.config
 
     def change(settings: Mapping[str, object]) -> Gain | None:
-        """The gain of other drafter settings; None if the pair cannot run with them."""
+        """Return the gain of other drafter settings; None if the pair cannot run with them."""
         gc.collect()  # frees the previous pair: memory may fit only one
         with TemporaryDirectory() as scratch:
             write_changed(folder, Path(scratch), settings)
@@ -384,7 +384,7 @@ def diagnose_target(backend: Backend, target_config: Mapping[str, Any], drafter:
 
 
 def check_device(backend: Backend) -> list[Finding]:
-    """Findings about the machine and its kernels, and whether models and a context fit into it."""
+    """Report on the machine and its kernels, and whether models and a context fit."""
     report = device_report(backend)
     findings = check_facts(report)
     if (free := report.free_bytes) is not None:
@@ -396,7 +396,7 @@ def check_device(backend: Backend) -> list[Finding]:
 
 
 def check_facts(report: DeviceReport) -> list[Finding]:
-    """A finding that lists facts about the machine, if there are any."""
+    """Check a finding that lists facts about the machine, if there are any."""
     if not report.facts:
         return []
     message = ", ".join(f"{name}: {fact}" for name, fact in report.facts.items())
@@ -404,7 +404,7 @@ def check_facts(report: DeviceReport) -> list[Finding]:
 
 
 def check_kernels(report: DeviceReport) -> list[Finding]:
-    """Findings about which kernels are used and why."""
+    """Report which kernels are used and why."""
     return [
         Finding(
             check="kernel",
@@ -416,13 +416,13 @@ def check_kernels(report: DeviceReport) -> list[Finding]:
 
 
 def check_exact_mode(backend: Backend) -> Finding:
-    """Whether texts depend on drafts or other sequences in any bit."""
+    """Check whether texts depend on drafts or other sequences in any bit."""
     message = backend.inexact or "exact: no token depends on drafts or on other sequences"
     return Finding(check="exact mode", ok=True, message=message)
 
 
 def _memory_finding(backend: Backend, weights: int, free: int) -> Finding:
-    """Whether a context fits into the memory that the weights leave free."""
+    """Return whether a context fits into the memory that the weights leave free."""
     drafts = backend.drafter_config is not None
 
     def nbytes(positions: int) -> int:
@@ -442,7 +442,7 @@ def _memory_finding(backend: Backend, weights: int, free: int) -> Finding:
 
 
 def check_keys(config: Mapping[str, Any]) -> list[Finding]:
-    """A finding that lists the ignored keys of a drafter's configuration, if there are any."""
+    """List the ignored keys of a drafter's configuration, if there are any."""
     if not (ignored := unknown_keys(config)):
         return []
     message = f"config.json has unknown keys, which were ignored: {', '.join(ignored)}"
@@ -450,7 +450,7 @@ def check_keys(config: Mapping[str, Any]) -> list[Finding]:
 
 
 def check_precision(target_config: Mapping[str, Any]) -> list[Finding]:
-    """A finding for a quantised target, because drafters were trained on one that is not."""
+    """Report a quantised target, because drafters were trained on one that is not."""
     if not any(target_config.get(key) for key in ("quantization", "quantization_config")):
         return []
     message = (
@@ -461,7 +461,7 @@ def check_precision(target_config: Mapping[str, Any]) -> list[Finding]:
 
 
 def check_depths(scores: DrafterScores) -> Finding:
-    """Whether drafts agree at depth 1 at all, and do not collapse from one depth to the next."""
+    """Check that drafts agree at depth 1 at all, and do not collapse between depths."""
     for name, rows in (("drafter", scores.marginal), ("AR head", scores.corrected)):
         if rows and (problem := _collapse(rows, name)):
             return Finding(check="depths", ok=False, message=problem)
@@ -471,7 +471,7 @@ def check_depths(scores: DrafterScores) -> Finding:
 def mask_candidates(
     tokenizer: Tokenizer, current: int, vocab_size: int, limit: int = MASK_CANDIDATES
 ) -> dict[int, str]:
-    """Other tokens that may be the mask, by id; the most plausible names come first."""
+    """Return other tokens that may be the mask, by id; the most plausible names come first."""
     names = {token_id: tokenizer.token_text(token_id) for token_id in tokenizer.special_token_ids}
     names[tokenizer.size] = "mask: the first id after the tokenizer's"
     likely = sorted(names, key=lambda token_id: (_rank(names[token_id]), token_id))

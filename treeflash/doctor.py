@@ -113,7 +113,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _find_drafter(drafter: str | None, target: str | None) -> Path | None:
-    """The folder of the chosen drafter; None if copies of the text are the best that can draft."""
+    """Find the folder of the chosen drafter.
+
+    None if copies of the text are the best that can draft.
+    """
     if drafter not in (None, AUTO):
         return resolve_drafter(drafter, target)
     chosen = choose_drafter(target)

@@ -615,7 +615,7 @@ _RUNNING: ContextVar[RecurrentCache | None] = ContextVar("hybrid_cache", default
 
 
 def hook_recurrent_layers(model: nn.Module) -> dict[int, set[str]]:
-    """Hook all mixers of a model; returns the names of the hooked functions, by layer."""
+    """Install hooks in all mixers; return the names of the hooked functions, by layer."""
     hooked: dict[int, set[str]] = {}
     for module in model.modules():
         layer: Any = getattr(module, "layer_idx", None)

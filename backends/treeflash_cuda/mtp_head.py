@@ -254,7 +254,7 @@ class MtpCache(KVCache):
             self.hidden[: self.length] = other.hidden[: self.length]
 
     def export(self, first: int, stop: int) -> StateArrays:
-        """The row of the last position depends on the token after it: it comes with the next."""
+        """Export all rows but the last position's: it depends on the token after it."""
         if self.hidden is None:
             return {}
         rows = super().export(max(first - 1, 0), max(stop - 1, 0))

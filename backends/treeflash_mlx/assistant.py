@@ -37,7 +37,7 @@ class Clusters(nn.Module):
         self.token_ordering = mx.arange(vocab_size)
 
     def __call__(self, normed: mx.array, logits: mx.array) -> mx.array:
-        """(n, vocab) logits, with -inf outside the best clusters of the (n, width) outputs."""
+        """Return (n, vocab) logits of (n, width) outputs, -inf outside the best clusters."""
         ranks = self.centroids(normed)
         best = mx.argpartition(-ranks, self.scored - 1, axis=-1)[:, : self.scored]
         tokens = self.token_ordering.reshape(ranks.shape[1], -1)[best].reshape(len(normed), -1)
@@ -74,11 +74,11 @@ class AssistantModel(nn.Module):
         return self._own
 
     def project(self, features: mx.array) -> mx.array:
-        """(n, hidden_size) states: the target's, as they are."""
+        """Project the (n, hidden_size) states: the target's, as they are."""
         return features
 
     def __call__(self, embedded: mx.array, states: mx.array, caches: Sequence[KVCache]) -> mx.array:
-        """(n, width) outputs of the last layer, from (n, hidden_size) embeddings and states.
+        """Return (n, width) outputs of the last layer, from (n, hidden_size) embeddings and states.
 
         The rows belong to the sequences of these KV caches of the target, equally many to each.
         """
@@ -120,7 +120,7 @@ class AssistantModel(nn.Module):
         caches: Sequence[KVCache],
         source: int,
     ) -> mx.array:
-        """(n, width) attention of the rows to the committed positions of their sequences."""
+        """Attend from rows to the committed positions of their sequences: (n, width)."""
         q = attention.q_norm(attention.q_proj(y).reshape(len(y), attention.n_heads, 1, -1))
         queries = mx.split(attention.rope(q, offset=positions).swapaxes(0, 2), len(caches), 2)
         out = []

@@ -102,7 +102,7 @@ class TreePass:
         )
 
     def mask(self, window: int | None, first: int = 0) -> mx.array:
-        """(n, columns - first) bool attention mask; (batch, 1, n, columns - first) of a batch.
+        """Return the (n, columns - first) bool attention mask; a batch puts (batch, 1) before.
 
         Whether a key lies in the window of a node depends on its position, not on its column.
         """
@@ -268,7 +268,7 @@ def attend(
     mask: mx.array | None,
     sinks: mx.array | None = None,
 ) -> Any:
-    """Attention by the Metal kernel, or as `fold_group` does; NotImplemented for mlx-lm's own."""
+    """Attend by the Metal kernel, or as `fold_group` does; NotImplemented for mlx-lm's way."""
     k, v = ((x,) if isinstance(x, mx.array) else x for x in (keys, values))
     if (found := _attend_by_kernel(tree, queries, k, v, cache, scale, mask, sinks)) is not None:
         return found
@@ -290,7 +290,7 @@ MAX_FUSED_WIDTH, FEW_ROWS = 128, 8
 def fold_group(
     queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask: mx.array
 ) -> mx.array:
-    """(batch, heads, n, width) attention in which the heads of a group are rows of one head.
+    """Return (batch, heads, n, width) attention in which the heads of a group are rows of one head.
 
     MLX has no fused kernel for wide heads and many rows; its operations would read the keys of a
     group once for each of its heads. The mask is (n, columns) or (batch, 1, n, columns).
@@ -313,7 +313,7 @@ def _attend_by_kernel(
     mask: mx.array | None,
     sinks: mx.array | None,
 ) -> mx.array | None:
-    """Attention by the Metal kernel; None where it does not run or win.
+    """Attend by the Metal kernel; None where it does not run or win.
 
     Keys and values are one array each, or the three parts of quantised ones. The kernel runs only
     with a mask that the pass has made: models may change a mask.
@@ -343,7 +343,7 @@ def _attend_by_kernel(
 
 
 def is_rope(module: nn.Module) -> bool:
-    """Whether a module rotates its input by positions: it is called with `x` and an `offset`.
+    """Return whether a module rotates its input by positions: it takes `x` and an `offset`.
 
     This is the interface of `mlx.nn.RoPE`, which the rotary modules of mlx-lm share. Class names
     are not enough: phixtral's `RoPEAttention` is a whole attention layer.

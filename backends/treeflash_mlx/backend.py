@@ -104,11 +104,11 @@ class MlxBackend(BaseBackend):
         return State(self.target.new_kv_cache(capacity), drafter)
 
     def columns(self, capacity: int) -> int:
-        """Columns of a sequence alone; sequences that run together have as many as the largest."""
+        """Return a lone sequence's columns; sequences that run together have the largest number."""
         return allocated_columns(capacity)
 
     def states_nbytes(self, states: Sequence[tuple[int, bool]]) -> int:
-        """Device memory of states that run together: as `state_nbytes`, and the padding of rows."""
+        """Return the bytes of states that run together: `state_nbytes`, and the rows' padding."""
         nbytes = sum(self.state_nbytes(capacity, drafts=drafts) for capacity, drafts in states)
         if not self.target.batches:
             return nbytes
@@ -270,7 +270,7 @@ def choose_bits(asked: int | None, target: nn.Module, *, on_cpu: bool) -> int | 
 
 
 def runs_batches(backend: MlxBackend) -> bool:
-    """Whether sequences of different lengths have the same logits in one pass as alone.
+    """Return whether sequences of different lengths have the same logits in one pass as alone.
 
     Some models of mlx-lm take the mask or the offset of only one sequence; their sequences are run
     one by one. As in `check_trees`, differences are relative to the difference that another context

@@ -27,12 +27,12 @@ SMALL_COLUMNS = 1024
 
 
 def allocated_columns(capacity: int) -> int:
-    """Columns for `capacity` positions and one more, in steps, so that freed memory is reused."""
+    """Return columns for `capacity` positions and one more, in steps, to reuse freed memory."""
     return -(-(capacity + 1) // STEP) * STEP
 
 
 def size_class(columns: int) -> int:
-    """Only sequences of one class share a storage, so that padding at most doubles the large ones.
+    """Return the class of sequences that may share a storage: padding at most doubles it.
 
     The largest of any sequences of a class has the most columns of all sequences that contain them:
     a storage of some never needs more than a storage of all.
@@ -219,7 +219,7 @@ class KVCache:
         self.length = length
 
     def stored_columns(self, layer: int) -> int:
-        """Columns of a layer that depend on the committed tokens alone."""
+        """Return a layer's columns that depend on the committed tokens alone."""
         return self.length
 
     def truncate(self, length: int) -> None:
@@ -238,7 +238,7 @@ class KVCache:
         self.storage, self.row = None, 0
 
     def read(self) -> NDArray[np.float32]:
-        """(layers, 2, heads, length, width) committed keys and values."""
+        """Read the (layers, 2, heads, length, width) committed keys and values."""
         kv_layers = self.num_layers - self.layers_without_keys
         layers = [self.first_columns(layer, self.length) for layer in range(kv_layers)]
         if not layers:
@@ -260,18 +260,18 @@ class KVCache:
 
 
 def to_host(x: mx.array) -> NDArray[Any]:
-    """The bits of an array; see `StateArrays`."""
+    """Return the bits of an array; see `StateArrays`."""
     return np.array(mx.contiguous(x.view(mx.uint16) if x.dtype == mx.bfloat16 else x))
 
 
 def from_host(x: NDArray[Any]) -> mx.array:
-    """The array that `to_host` read."""
+    """Return the array that `to_host` read."""
     array = mx.array(x)
     return array.view(mx.bfloat16) if array.dtype == mx.uint16 else array
 
 
 def by_numbers(arrays: StateArrays) -> dict[int, dict[int, mx.array]]:
-    """Arrays with names FIRST.SECOND, by both numbers."""
+    """Group arrays with names FIRST.SECOND by both numbers."""
     numbered: dict[int, dict[int, mx.array]] = {}
     for name, x in arrays.items():
         first, second = map(int, name.split("."))
@@ -374,7 +374,7 @@ class TreeCache:
         return self.keys_and_values()
 
     def keys_and_values(self) -> Any:
-        """Keys and values that the nodes see; layers that share them call it without an update."""
+        """Return keys and values that the nodes see; layers that share them call without update."""
         stop = self.offset if self.tree is None else self.tree.columns
         first = 0 if self.window is None else self.window_starts.get(self.window, 0)
         return tuple(self.storage.read(self.layer, stop, first))
@@ -391,7 +391,7 @@ class QuantisedTreeCache(TreeCache):
     group_size: int
 
     def keys_and_values(self) -> Any:
-        """Quantised numbers, scales and biases of the keys, and the same parts of the values."""
+        """Return the keys' quantised numbers, scales and biases, and the values'."""
         parts = super().keys_and_values()
         return parts[:3], parts[3:]
 

@@ -29,7 +29,7 @@ PRESSURES = {"1": "normal", "2": "warning", "4": "critical"}
 
 
 def on_metal() -> bool:
-    """Whether arrays are computed by a GPU of Apple."""
+    """Return whether arrays are computed by a GPU of Apple."""
     return mx.metal.is_available() and mx.default_device().type == mx.gpu
 
 
@@ -48,7 +48,7 @@ def choose_device(name: str | None) -> bool:
 
 
 def available_bytes() -> int | None:
-    """Memory that macOS recommends to use on the GPU; None on other devices."""
+    """Return the bytes that macOS recommends to use on the GPU; None on other devices."""
     if not on_metal():
         return None
     return int(mx.device_info()["max_recommended_working_set_size"])

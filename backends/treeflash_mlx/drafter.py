@@ -38,12 +38,12 @@ class OutputStage:
         self._own, self._target = model.own, target
 
     def embed(self, tokens: mx.array) -> mx.array:
-        """(..., hidden_size) rows of the input table, from (...) tokens of the target."""
+        """Compute (..., hidden_size) rows of the input table, from (...) tokens of the target."""
         table = self._own.embed_tokens
         return self._target.embed(tokens) if table is None else table(tokens)
 
     def logits(self, normed: mx.array, tokens: mx.array | None = None) -> mx.array:
-        """(..., n, Vd) logits of normalised outputs, or (..., n, v) of (..., v) drafter tokens.
+        """Compute (..., n, Vd) logits of normalised outputs, or (..., n, v) of (..., v) tokens.
 
         They are float32 if the drafter has a factor or a softcap on its logits.
         """
@@ -60,18 +60,18 @@ class OutputStage:
         return logits
 
     def noise(self, noise: Noise) -> mx.array:
-        """(n, Vd) noise to add to logits."""
+        """Return the (n, Vd) noise to add to logits."""
         scaled = gumbel(noise.keys, self._target.vocab_size) * mx.array(noise.scales)[:, None]
         ids = self._own.token_ids
         return scaled if ids is None else scaled[:, ids]
 
     def to_target(self, tokens: mx.array) -> mx.array:
-        """The target's ids of the drafter's tokens."""
+        """Return the target's ids of the drafter's tokens."""
         ids = self._own.token_ids
         return tokens if ids is None else ids[tokens]
 
     def over_target_vocabulary(self, log_probs: mx.array) -> mx.array:
-        """(n, vocab) from (n, Vd); tokens that the drafter cannot propose have -inf."""
+        """Return the (n, vocab) from (n, Vd); tokens that the drafter cannot propose have -inf."""
         ids = self._own.token_ids
         if ids is None:
             return log_probs
@@ -189,7 +189,7 @@ class Drafter:
         keys: mx.array,
         values: mx.array,
     ) -> mx.array:
-        """Attention of each sequence's block over the positions before it and itself.
+        """Attend from each sequence's block to the positions before it and itself.
 
         From (1, heads, batch * S, head_dim) queries of the blocks, and (1, kv_heads, rows,
         head_dim) keys and values of each sequence's new context and block in turn, to (batch * S,
@@ -213,7 +213,7 @@ class Drafter:
 
 
 def cut_gap(x: mx.array, gap: tuple[int, int], axis: int) -> mx.array:
-    """An array without the columns from the first number of a gap to the second."""
+    """Return an array without the columns from the first number of a gap to the second."""
     first, end = gap
     if first == end:
         return x
@@ -224,7 +224,7 @@ def cut_gap(x: mx.array, gap: tuple[int, int], axis: int) -> mx.array:
 def block_mask(
     start: int, size: int, window: int | None, causal: bool, from_root: bool = False
 ) -> mx.array | None:
-    """(size, start + size) mask of a block at position `start`; None if everything is visible.
+    """Return the (size, start + size) mask of a block at `start`; None if all is visible.
 
     The window is around each slot, or `from_root` before the root.
     """

@@ -33,7 +33,7 @@ class Rope(nn.Module):
             self._scales = mx.array(scales)
 
     def __call__(self, x: mx.array, positions: mx.array) -> mx.array:
-        """(1, heads, n, head_dim) from (n, heads, head_dim)."""
+        """Return the (1, heads, n, head_dim) from (n, heads, head_dim)."""
         rotated = mx.fast.rope(
             x[:, :, None],  # a rope has one offset per batch entry, which is a row here
             2 * len(self._wavelengths),
@@ -66,12 +66,12 @@ class Attention(nn.Module):
         self.rope = Rope(config)
 
     def queries(self, x: mx.array, positions: mx.array) -> mx.array:
-        """(1, heads, n, head_dim) of n rows."""
+        """Return the (1, heads, n, head_dim) of n rows."""
         queries = self.q_proj(x).reshape(len(x), -1, self.head_dim)
         return self.rope(self.q_norm(queries), positions)
 
     def keys_and_values(self, x: mx.array, positions: mx.array) -> tuple[mx.array, mx.array]:
-        """(1, kv_heads, n, head_dim) each, of n rows of context and blocks."""
+        """Return the (1, kv_heads, n, head_dim) each, of n rows of context and blocks."""
         shape = len(x), -1, self.head_dim
         keys, values = self.k_proj(x).reshape(shape), self.v_proj(x).reshape(shape)
         return self.rope(self.k_norm(keys), positions), values.swapaxes(0, 1)[None]
@@ -88,7 +88,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(i, h, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        """(..., hidden_size) to (..., hidden_size)."""
+        """Map (..., hidden_size) to (..., hidden_size)."""
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
@@ -108,7 +108,7 @@ class Convolution(nn.Module):
         self.kernel_projection = nn.Linear(h, outputs, bias=False)
 
     def __call__(self, y: mx.array) -> tuple[Convolve, Convolve]:
-        """Both convolutions, from the (batch * S, hidden_size) normed input of the sublayer."""
+        """Compute both convolutions from a sublayer's (batch * S, hidden_size) normed input."""
         sides, taps, h = self.base_kernel.shape
         groups = self.kernel_projection(y).reshape(-1, sides, taps, h // self.group_size)
         kernels = self.base_kernel + mx.repeat(groups, self.group_size, -1)
@@ -152,7 +152,7 @@ class Layer(nn.Module):
         row_positions: mx.array,
         attend: Attend,
     ) -> mx.array:
-        """(batch * S, hidden_size) to (batch * S, hidden_size), of the blocks.
+        """Map (batch * S, hidden_size) to (batch * S, hidden_size), of the blocks.
 
         The rows of a sequence are its new context, (n, hidden_size) projected features of positions
         before its block that the drafter has not read yet, followed by its block. `attend` returns
@@ -209,7 +209,7 @@ CHUNK = 4096
 
 
 def _differs(weight: mx.array, module: Any) -> bool:
-    """Whether a weight differs from a module's weight by more than rounding.
+    """Return whether a weight differs from a module's weight by more than rounding.
 
     That is rounding to the dtype of the module's weight, or to its bits if it is quantised.
     """
@@ -225,7 +225,7 @@ def _differs(weight: mx.array, module: Any) -> bool:
 
 
 def _quantisation_error(weight: mx.array, module: Any, first: int) -> float:
-    """The error of a module's quantised rows from `first` on, relative to a weight's rows."""
+    """Measure the error of a module's quantised rows from `first` on, relative to a weight's."""
     rows = slice(first, first + CHUNK)
     expected = weight[rows].astype(mx.float32)
     biases = None if module.biases is None else module.biases[rows]
@@ -256,5 +256,5 @@ class DrafterModel(nn.Module):
         return self._own
 
     def project(self, features: mx.array) -> mx.array:
-        """(n, hidden_size) context from (n, layers * hidden_size) outputs of the target layers."""
+        """Project (n, layers * hidden_size) target outputs to (n, hidden_size) context."""
         return self.hidden_norm(self.fc(features))

@@ -21,7 +21,7 @@ class PairLinear(nn.Module):
         self.second = nn.Linear(size, out, bias=bias)
 
     def __call__(self, first: mx.array, second: mx.array, rows: mx.array) -> mx.array:
-        """(n, out) from (n, size) first vectors and the (n,) rows of (d, size) second vectors."""
+        """Return (n, out) from (n, size) first vectors and (n,) rows of (d, size) second ones."""
         return self.first(first) + self.second(second)[rows]
 
 
@@ -51,7 +51,7 @@ class GRU(nn.Module):
         self.weight_hh_l0 = mx.zeros((3 * state_size, state_size))
 
     def __call__(self, x: mx.array, state: mx.array) -> mx.array:
-        """(n, state_size) states from (n, size) inputs and (n, state_size) states."""
+        """Return the (n, state_size) states from (n, size) inputs and (n, state_size) states."""
         inputs = mx.split(x @ self.weight_ih_l0.T, 3, -1)
         states = mx.split(state @ self.weight_hh_l0.T, 3, -1)
         reset, update = (mx.sigmoid(inputs[i] + states[i]) for i in (0, 1))
@@ -60,13 +60,13 @@ class GRU(nn.Module):
 
 
 def unit(x: mx.array, least: float) -> mx.array:
-    """(..., d) float32 vectors divided by their length, or by the least one."""
+    """Return the (..., d) float32 vectors divided by their length, or by the least one."""
     x = x.astype(mx.float32)
     return x / mx.maximum(mx.linalg.norm(x, axis=-1, keepdims=True), least)
 
 
 def attention(q: mx.array, k: mx.array, v: mx.array, bias: mx.array) -> mx.array:
-    """(heads, n, d) attention, with a (heads, n, n) bias on the scaled scores."""
+    """Return the (heads, n, d) attention, with a (heads, n, n) bias on the scaled scores."""
     scores = q @ k.swapaxes(-1, -2) * q.shape[-1] ** -0.5 + bias
     return mx.softmax(scores, -1, precise=True) @ v
 

@@ -83,7 +83,7 @@ HEADS: Mapping[str, Callable[[DrafterConfig, int, int], Any]] = {
 
 
 def take_rows(x: mx.array, rows: mx.array) -> mx.array:
-    """(batch, n, size) from (batch, D, size): the entries in (batch, n) rows."""
+    """Return the (batch, n, size) from (batch, D, size): the entries in (batch, n) rows."""
     return mx.take_along_axis(x, rows[..., None], 1)
 
 
@@ -166,7 +166,7 @@ class ARHead:
         return np.array(self.output.over_target_vocabulary(log_probs))
 
     def _vocab(self, marginal: mx.array, shortlist: int | None) -> mx.array | None:
-        """The tokens that are scored, of the drafter's vocabulary; None for all.
+        """Return the tokens that are scored, of the drafter's vocabulary; None for all.
 
         They are (batch, D, v) candidates of each depth, or (batch, 1, v) tokens of the whole block,
         ascending. `marginal` is (batch, D, Vd), in the order of the marginal probabilities.
@@ -181,7 +181,7 @@ class ARHead:
 
 
 def _scored_rows(marginal: mx.array, m: int, rows: int | None) -> tuple[mx.array, mx.array]:
-    """(batch, r) ascending indices, and (batch, r) previous tokens whose children are scored.
+    """Return (batch, r) ascending indices and previous tokens whose children are scored.
 
     The indices are into the (D - 1) * m most probable tokens of a sequence, by (batch, D - 1,
     vocab) log probabilities. `rows` of them are kept, the most probable ones; None keeps all.
@@ -253,7 +253,7 @@ class RecurrentHead:
     def _table(
         self, block: Block, slots: Slots, logits: mx.array, options: TableOptions
     ) -> TransitionTable:
-        """The table of one sequence, from its slots and (D, Vd) logits with their noise."""
+        """Return the table of one sequence, from its slots and (D, Vd) logits with their noise."""
         temperature = options.temperature
         width = options.m if options.rows is None else min(options.m, options.rows)
         logits, keys, vocab, mass = logits.astype(mx.float32), None, None, None

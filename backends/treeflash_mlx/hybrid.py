@@ -67,7 +67,7 @@ class NodePaths:
         self._windows: dict[int, mx.array] = {}
 
     def windows(self, kernel: int) -> mx.array:
-        """(batch, n, kernel) int32: the `convolution_windows` of every tree, made only once."""
+        """Make every tree's `convolution_windows` once: (batch, n, kernel) int32."""
         if kernel not in self._windows:
             rows = np.stack([convolution_windows(parents, kernel) for parents in self._parents])
             self._windows[kernel] = mx.array(rows)
@@ -334,7 +334,7 @@ RACED_PATH = (0, 1, 3, 6, 8, 11)
 def delta_kernel_wins(
     key_heads: int, heads: int, value_dim: int, key_dim: int, dtype: mx.Dtype, by_channel: bool
 ) -> bool:
-    """Whether gated delta nets of a shape run trees by their Metal kernel on this device.
+    """Return whether gated delta nets of a shape run trees by their Metal kernel on this device.
 
     It is decided at load, when a pass over a tree is first built, and once in a process. The kernel
     has the operations of mlx-lm's kernel for single tokens in its order, but a compiler may
@@ -402,7 +402,7 @@ def ssm_update(
     mask: mx.array | None = None,
     lengths: mx.array | None = None,
 ) -> tuple[mx.array, Writes]:
-    """Mamba-2.
+    """Compute Mamba-2 on trees.
 
     Shapes: hidden_states (batch, n, heads, head_dim); B, the keys, and C, the queries, (batch, n,
     groups, state_size); dt (batch, n, heads); A_log, D and dt_bias (heads,); state (batch, heads,
@@ -428,7 +428,7 @@ def recurrent_gla(
     h: mx.array | None = None,
     mask: mx.array | None = None,
 ) -> tuple[mx.array, Writes]:
-    """Lightning attention: a fixed decay per head.
+    """Compute lightning attention on trees: a fixed decay per head.
 
     Shapes: q, k and v (batch, heads, n, head_dim); g (heads,) log decays; the state h (batch,
     heads, head_dim, head_dim), keys first. `mask` is None, since no sequence is padded.
@@ -444,7 +444,7 @@ def recurrent_gla(
 
 
 def _by_head(x: mx.array, heads: int) -> mx.array:
-    """(batch, heads, n, d) float32 of (batch, n, heads or groups, d); groups are repeated."""
+    """Return (batch, heads, n, d) float32 of (batch, n, heads or groups, d), repeating groups."""
     x = x.swapaxes(1, 2).astype(mx.float32)
     return x if x.shape[1] == heads else mx.repeat(x, heads // x.shape[1], 1)
 
@@ -501,7 +501,7 @@ def _dispatch(
 
 
 def is_short_convolution(module: nn.Module) -> bool:
-    """Whether a module convolves each channel by itself, without padding, over given inputs."""
+    """Return whether a module convolves each channel alone, without padding."""
     return (
         isinstance(module, nn.Conv1d)
         and module.weight.shape[2] == 1
@@ -512,7 +512,7 @@ def is_short_convolution(module: nn.Module) -> bool:
 def convolve_nodes(
     base: Callable[..., mx.array], module: nn.Module, inputs: mx.array, paths: NodePaths
 ) -> mx.array:
-    """(batch, n, channels) of a short convolution at all nodes, each over its own ancestors.
+    """Return (batch, n, channels) of a short convolution at all nodes, each over its own ancestors.
 
     `base` is the module's own call; `inputs` are (batch, W - 1 + n, channels) for a kernel size W.
     """
@@ -531,7 +531,7 @@ A commit makes new arrays and leaves these as they are.
 
 
 def state_arrays(states: Sequence[Sequence[mx.array | None]]) -> list[mx.array]:
-    """All states that are not None, layer by layer."""
+    """Return all states that are not None, layer by layer."""
     return [x for layer in states for x in layer if x is not None]
 
 
@@ -645,7 +645,7 @@ class RecurrentTreeCache(ArraysCache):
         self.written[i] = value
 
     def make_mask(self, n: int, **_: Any) -> None:
-        """No mask: no sequence is padded."""
+        """Make no mask: no sequence is padded."""
 
     @property
     def is_complete(self) -> bool:
@@ -693,7 +693,7 @@ class _Commit:
         return new
 
     def _tail(self, kernel: int) -> mx.array:
-        """(batch, W - 1, 1) int32 rows of a convolution's inputs; made once for all layers."""
+        """Make a convolution's (batch, W - 1, 1) int32 rows of inputs once for all layers."""
         if kernel not in self._tails:
             empty = np.zeros(0, np.int32)
             paths = [self.paths.get(row, empty) for row in range(self.batch_size)]
@@ -708,7 +708,7 @@ def _where(chosen: mx.array, new: mx.array, old: mx.array) -> mx.array:
 
 
 def _stack(parts: Sequence[mx.array | None]) -> mx.array | None:
-    """(batch, ...) states of sequences, with zeros for those that have not been run."""
+    """Return the (batch, ...) states of sequences, with zeros for those that have not been run."""
     example = next((x for x in parts if x is not None), None)
     if example is None or len(parts) == 1:
         return example

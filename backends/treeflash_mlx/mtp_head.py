@@ -56,7 +56,7 @@ class Router(nn.Module):
             self.e_score_correction_bias = mx.zeros(config.count)
 
     def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
-        """(n, per_token) float32 weights and indices of experts, from (n, hidden_size)."""
+        """Return (n, per_token) float32 weights and indices of experts, from (n, hidden_size)."""
         logits = x.astype(mx.float32) @ self.weight.T.astype(mx.float32)
         if self.config.sigmoid:
             scores = mx.sigmoid(logits)
@@ -86,7 +86,7 @@ class MixtureOfExperts(nn.Module):
             self.shared_expert_gate = nn.Linear(h, 1, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        """(n, hidden_size) to (n, hidden_size)."""
+        """Map (n, hidden_size) to (n, hidden_size)."""
         weights, chosen = self.gate(x)
         out = (self.experts(x, chosen).astype(mx.float32) * weights[..., None]).sum(-2)
         out = out.astype(x.dtype)
@@ -115,14 +115,14 @@ class Attention(nn.Module):
         self.rope = Rope(config)
 
     def queries(self, y: mx.array, positions: mx.array) -> tuple[mx.array, mx.array | None]:
-        """(1, heads, n, head_dim) queries, and (n, heads, head_dim) gates if there are any."""
+        """Return (1, heads, n, head_dim) queries, and (n, heads, head_dim) gates if any."""
         q, gate = self.q_proj(y).reshape(len(y), self.config.num_attention_heads, -1), None
         if self.config.gated:
             q, gate = mx.split(q, 2, -1)
         return self.rope(self.q_norm(q) if self.config.qk_norm else q, positions), gate
 
     def keys_and_values(self, y: mx.array, positions: mx.array) -> tuple[mx.array, mx.array]:
-        """(1, kv_heads, n, head_dim) each, of n rows."""
+        """Return the (1, kv_heads, n, head_dim) each, of n rows."""
         shape = len(y), -1, self.config.head_dim
         k, v = self.k_proj(y).reshape(shape), self.v_proj(y).reshape(shape)
         keys = self.rope(self.k_norm(k) if self.config.qk_norm else k, positions)
@@ -166,7 +166,7 @@ class MtpModel(nn.Module):
         return self._own
 
     def project(self, features: mx.array) -> mx.array:
-        """(n, hidden_size) states of rows, from (n, features * hidden_size) target outputs."""
+        """Project (n, features * hidden_size) target outputs to (n, hidden_size) states."""
         if self.fc is None:
             return features
         if self.input_norm is not None:
@@ -177,7 +177,7 @@ class MtpModel(nn.Module):
         return self.fc(features)
 
     def read(self, embedded: mx.array, states: mx.array) -> tuple[mx.array, mx.array]:
-        """What attention reads, and its residual, from (n, hidden_size) embeddings and states."""
+        """Return attention's input and residual from (n, hidden_size) embeddings and states."""
         normed = self.hidden_norm(states)
         both = mx.concatenate([self.embedding_norm(embedded), normed], -1)
         if self.input_proj is None:
@@ -187,14 +187,14 @@ class MtpModel(nn.Module):
         return self.layer.input_layernorm(x), x
 
     def finish(self, attended: mx.array, gate: mx.array | None, residual: mx.array) -> mx.array:
-        """(n, hidden_size) outputs of rows, from their (n, heads, head_dim) attention."""
+        """Return (n, hidden_size) outputs of rows, from their (n, heads, head_dim) attention."""
         if gate is not None:
             attended = attended * mx.sigmoid(gate)
         x = residual + self.layer.self_attn.o_proj(attended.reshape(len(attended), -1))
         return x + self.layer.mlp(self.layer.post_attention_layernorm(x))
 
     def feedback(self, outputs: mx.array) -> mx.array:
-        """The states of the children of rows."""
+        """Return the states of the children of rows."""
         return self.norm(outputs) if self.config.normed_feedback else outputs
 
 
@@ -214,11 +214,11 @@ class MtpCache(KVCache):
             self.length += len(part)
 
     def states(self, first: int, stop: int) -> mx.array:
-        """(stop - first, hidden_size) states of committed positions."""
+        """Return the (stop - first, hidden_size) states of committed positions."""
         return share_storage([self]).read(self.num_layers - 1, stop, first)[0][0, 0]
 
     def export(self, first: int, stop: int) -> StateArrays:
-        """The row of the last position depends on the token after it: it comes with the next."""
+        """Export all rows but the last position's: it depends on the token after it."""
         rows = super().export(max(first - 1, 0), max(stop - 1, 0))
         if self.storage is not None:
             rows[f"{self.num_layers - 1}.0"] = to_host(self.states(first, stop)[None, None])
@@ -287,7 +287,7 @@ class MtpDrafter:
         ]
 
     def _append(self, state: State) -> tuple[MtpCache, list[int]]:
-        """The cache with the states of all committed positions, and the tokens of new rows."""
+        """Append the committed positions' states to the cache, and return new rows' tokens."""
         cache = state.drafter
         assert isinstance(cache, MtpCache)
         first = max(cache.length - 1, 0)
@@ -336,7 +336,7 @@ def attend(
     ends: Sequence[int],
     visible: mx.array | None,
 ) -> mx.array:
-    """(sequences * n, heads, head_dim) attention of each sequence's rows to its own columns.
+    """Attend from each sequence's rows to its columns: (sequences * n, heads, head_dim).
 
     The queries are (1, heads, sequences * n, head_dim). A sequence's rows see its columns before
     its end; of the last c, (sequences, n, c) `visible` tells which, None if n is 1.
@@ -424,7 +424,7 @@ class MtpHead:
         tokens: mx.array,
         parents: mx.array,
     ) -> Rows:
-        """The rows of (sequences, n) tokens, which follow rows of the depth before.
+        """Return the rows of (sequences, n) tokens, which follow rows of the depth before.
 
         `parents` are (sequences, n) indices of these rows in each sequence.
         """

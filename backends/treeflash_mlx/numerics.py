@@ -14,7 +14,7 @@ BLOCK = 256
 
 
 def top_indices(logits: mx.array, k: int) -> mx.array:
-    """(n, k) int32 columns of the k largest entries of (n, vocab) logits, largest first.
+    """Return the (n, k) int32 columns of the k largest entries of (n, vocab) logits, largest first.
 
     The k blocks with the highest maxima contain them, so only these blocks are sorted. This is many
     times faster than partitioning the rows, which Metal implements by sorting them. Equal entries
@@ -40,7 +40,7 @@ def top_indices(logits: mx.array, k: int) -> mx.array:
 
 
 def top_log_probs(logits: mx.array, k: int, temperature: float) -> tuple[mx.array, mx.array]:
-    """(n, k) int32 most probable tokens of (n, vocab) logits, and their (n, k) float32 nats.
+    """Return (n, k) int32 most probable tokens of (n, vocab) logits, and their (n, k) float32 nats.
 
     The temperature divides the logits; k is at most vocab.
     """
@@ -51,13 +51,13 @@ def top_log_probs(logits: mx.array, k: int, temperature: float) -> tuple[mx.arra
 
 
 def log_softmax(logits: mx.array) -> mx.array:
-    """(n, vocab) float32 nats of (n, vocab) logits."""
+    """Return the (n, vocab) float32 nats of (n, vocab) logits."""
     logits = logits.astype(mx.float32)
     return logits - logsumexp(logits)
 
 
 def logsumexp(x: mx.array) -> mx.array:
-    """(n, 1) log-sum-exp of (n, vocab) rows: one kernel on a GPU, and sums of blocks on a CPU.
+    """Return (n, 1) log-sum-exp of (n, vocab) rows, by one kernel on a GPU.
 
     On a CPU `mx.logsumexp` adds the entries one by one, with an error of about 1e-4 nats: enough
     to order the nodes of a tree differently from another backend.
@@ -73,14 +73,14 @@ def logsumexp(x: mx.array) -> mx.array:
 
 
 def gumbel(keys: NDArray[np.uint32], vocab_size: int) -> mx.array:
-    """(n, vocab) float32 noise of (n, 2) keys."""
+    """Return the (n, vocab) float32 noise of (n, 2) keys."""
     if mx.default_device().type == mx.cpu:
         return mx.array(definition.vocabulary_noise(keys, vocab_size))
     return gumbel_on_device(mx.array(keys), vocab_size)
 
 
 def gumbel_on_device(keys: mx.array, vocab_size: int) -> mx.array:
-    """(n, vocab) float32 noise of (n, 2) keys, computed on the device."""
+    """Return the (n, vocab) float32 noise of (n, 2) keys, computed on the device."""
     x = _mix(mx.arange(vocab_size, dtype=mx.uint32) ^ keys[:, :1])
     x = _mix(x ^ keys[:, 1:])
     shares = ((x >> 1).astype(mx.float32) + 0.5) * 2.0**-31
@@ -88,7 +88,7 @@ def gumbel_on_device(keys: mx.array, vocab_size: int) -> mx.array:
 
 
 def _mix(x: mx.array) -> mx.array:
-    """One step of the hash; uint32 products wrap around."""
+    """Return one step of the hash; uint32 products wrap around."""
     for shift, multiplier in zip(definition.SHIFTS, (*definition.MULTIPLIERS, 1), strict=True):
         x = (x ^ (x >> shift)) * mx.array(multiplier, mx.uint32)
     return x

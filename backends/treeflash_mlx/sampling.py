@@ -26,7 +26,7 @@ SHORTLIST = 256
 def sample(
     logits: Sequence[mx.array | None], all_params: Sequence[SamplingParams | None]
 ) -> list[SampledTokens | None]:
-    """`treeflash.decoding.sampling.sample` for several sequences with (n, vocab) logits.
+    """Sample as `treeflash.decoding.sampling.sample`, for several (n, vocab) logits.
 
     Sequences with the same sampling are computed together, with one read from the device. Without
     parameters no token is needed. A NumericalError is raised if a row's largest logit is not
@@ -52,7 +52,7 @@ def sample(
 
 
 def edit(logits: mx.array, params: SamplingParams) -> mx.array:
-    """(n, vocab) edited logits, -inf for tokens that are not allowed."""
+    """Return the (n, vocab) edited logits, -inf for tokens that are not allowed."""
     if (edits := params.edits) is not None:
         logits = mx.array(logits.astype(mx.float32))  # a copy: its entries are assigned below
         rows, tokens, factors = (mx.array(x) for x in (edits.rows, edits.tokens, edits.factors))
@@ -68,7 +68,7 @@ def edit(logits: mx.array, params: SamplingParams) -> mx.array:
 def with_log_probs(
     tokens: NDArray[np.int32], logits: mx.array, params: SamplingParams
 ) -> SampledTokens:
-    """(n,) sampled tokens, with log probabilities from the (n, vocab) logits if asked for."""
+    """Return (n,) sampled tokens, with log probabilities of (n, vocab) logits if asked for."""
     if params.log_probs is None:
         return SampledTokens(tokens)
     logits = logits.astype(mx.float32)
@@ -84,7 +84,7 @@ def with_log_probs(
 def sample_tokens(
     logits: mx.array, sampling: SamplingConfig, keys: NDArray[np.uint32] | None
 ) -> NDArray[np.int32]:
-    """`treeflash.decoding.sampling.sample_tokens` with one read from the device.
+    """Sample as `treeflash.decoding.sampling.sample_tokens`, with one read.
 
     A nucleus wider than the shortlist needs a second read. A CPU computes in float64, as the core
     function does; a GPU has no float64.
@@ -93,7 +93,7 @@ def sample_tokens(
 
 
 def draw(logits: mx.array, sampling: SamplingConfig, keys: NDArray[np.uint32] | None) -> mx.array:
-    """(n + 2,) int32: tokens, whether the logits are finite, and whether the tokens are certain.
+    """Return (n + 2,) int32: tokens, whether logits are finite, whether tokens are certain.
 
     They are not where a nucleus is wider than the shortlist.
     """
@@ -113,7 +113,7 @@ def read_tokens(
     sampling: SamplingConfig,
     keys: NDArray[np.uint32] | None,
 ) -> NDArray[np.int32]:
-    """(n,) tokens of what `draw` returned, or of a second draw with the whole vocabulary.
+    """Read the (n,) tokens of what `draw` returned, or of a second draw with the whole vocabulary.
 
     Raises a NumericalError if the largest logit of a row is not finite.
     """
@@ -132,7 +132,7 @@ def _sample(
     keys: NDArray[np.uint32] | None,
     shortlist: int,
 ) -> tuple[mx.array, mx.array]:
-    """(n,) tokens, and whether every nucleus lay within the shortlist."""
+    """Sample the (n,) tokens, and whether every nucleus lay within the shortlist."""
     assert keys is not None
     wide = mx.float64 if mx.default_device().type == mx.cpu else mx.float32
     scaled = (logits.astype(wide) - best.astype(wide)) / sampling.temperature
@@ -142,7 +142,7 @@ def _sample(
 
 
 def _filter(probs: mx.array, sampling: SamplingConfig, shortlist: int) -> tuple[mx.array, mx.array]:
-    """(n, vocab) with dropped tokens set to 0; and whether every nucleus lay in the shortlist."""
+    """Set dropped tokens of (n, vocab) to 0; return whether each nucleus lay in the shortlist."""
     ranked, covered = None, mx.array(True)
     if 0 < sampling.top_k < probs.shape[-1]:
         # Tokens with the probability of the last one are kept too.
@@ -163,5 +163,5 @@ def _filter(probs: mx.array, sampling: SamplingConfig, shortlist: int) -> tuple[
 
 
 def _best(probs: mx.array, k: int) -> mx.array:
-    """(n, k) largest probabilities of each row, largest first."""
+    """Return the (n, k) largest probabilities of each row, largest first."""
     return mx.take_along_axis(probs, top_indices(probs, k), axis=-1)

@@ -306,12 +306,12 @@ class Target:
         self.hooks.capture(layers, layer_ids)
 
     def embed(self, token_ids: mx.array) -> mx.array:
-        """(..., hidden_size) rows of the embedding table, without any scaling by the model."""
+        """Look up (..., hidden_size) rows of the embedding table, without the model's scaling."""
         assert self.embedding is not None
         return self.embedding(token_ids)
 
     def output_head(self, hidden: mx.array) -> mx.array:
-        """(..., vocab) logits of the output head alone."""
+        """Return the (..., vocab) logits of the output head alone."""
         assert self.embedding is not None
         return self.embedding.as_linear(hidden) if self.lm_head is None else self.lm_head(hidden)
 
@@ -381,7 +381,7 @@ class Target:
             )
 
     def _runs_trees(self) -> bool:
-        """Whether hooks see every state, in a pass over a tree that is never evaluated."""
+        """Return whether hooks see every state, in a pass over a tree that is never evaluated."""
         if not self.layout.state_counts:
             return True
         sequence = self.new_kv_cache(len(SIBLINGS))
@@ -440,7 +440,7 @@ class Target:
 
 
 def shortlist_logits(module: nn.Module, hidden: mx.array, tokens: mx.array) -> mx.array:
-    """(..., n, t) logits of some tokens, from (..., n, hidden_size) and (..., t) ids.
+    """Return the (..., n, t) logits of some tokens, from (..., n, hidden_size) and (..., t) ids.
 
     The module is a linear layer or an embedding, quantised or not.
     """

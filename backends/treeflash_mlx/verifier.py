@@ -60,11 +60,11 @@ class Verifier:
         mx.async_eval([_committed_arrays(state) for state, _ in paths])
 
     def logits(self, trees: Sequence[tuple[Any, DraftTree]]) -> list[NDArray[np.float32]]:
-        """(n, vocab) logits at the nodes of each tree, for tests."""
+        """Return the (n, vocab) logits at the nodes of each tree, for tests."""
         return [np.array(part.astype(mx.float32)) for part in self._forward(trees)]
 
     def _run_single(self, work: Sequence[Prefill | Verify]) -> SampledTokens | None:
-        """Plain decoding: submit the next pass before this token is read.
+        """Decode plainly: submit the next pass before this token is read.
 
         So the device does not wait for Python. Returns None for other work, and for the first pass
         over a single node, after which anything may follow.
@@ -119,7 +119,7 @@ class Verifier:
     def _run(
         self, work: Sequence[Prefill | Verify]
     ) -> tuple[list[mx.array | None], list[PathOfState]]:
-        """Logits at the nodes of each tree and at the last of new tokens, if they are needed.
+        """Run trees and new tokens: logits at nodes, and at last tokens if they are needed.
 
         Also returns the new tokens that are not committed yet.
         """
@@ -167,7 +167,7 @@ class Verifier:
     def _forward(
         self, sequences: Sequence[tuple[State, DraftTree]], *, prefill: bool = False
     ) -> list[mx.array]:
-        """(n, vocab) logits at the nodes of each tree, from one forward pass for each group.
+        """Compute each tree's (n, vocab) logits, one forward pass for each group.
 
         In a `prefill` the trees are chains of new tokens, all of which will be committed.
         """

@@ -361,7 +361,7 @@ def _parse_qwen(
     prefix: str = "mtp.",
     offset: float = 1.0,
 ) -> MtpConfig:
-    """The layer always is full attention, whatever the target's last layer is."""
+    """Set full attention, whatever the target's last layer is."""
     text = text_config(config)
     _refuse_keys(
         text,
@@ -649,7 +649,7 @@ ASSISTANT_NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 
 def _parse_assistant(config: Config, stored: Collection[str], target_layers: int) -> MtpConfig:
-    """The layers are computed from their settings, as in the target; here they are checked."""
+    """Check the settings that the layers are computed from, as in the target."""
     settings = config["text_config"]
 
     def is_unknown(key: str, known: Collection[str]) -> bool:

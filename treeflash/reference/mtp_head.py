@@ -52,7 +52,7 @@ class MtpCache(Cache):
         self.hidden = other.hidden[:length].copy()
 
     def export(self, first: int, stop: int) -> StateArrays:
-        """The row of the last position depends on the token after it: it comes with the next."""
+        """Export all rows but the last position's: it depends on the token after it."""
         rows = super().export(max(first - 1, 0), max(stop - 1, 0))
         return rows | {"hidden": self.hidden[first:stop].copy()}
 

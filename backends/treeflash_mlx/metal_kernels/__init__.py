@@ -47,7 +47,7 @@ VERDICTS: dict[str, dict[str, str]] = {}
 
 
 def uses_kernels() -> bool:
-    """Whether kernels may be used on the default device."""
+    """Return whether kernels may be used on the default device."""
     if not mx.metal.is_available() or mx.default_device().type != mx.gpu:
         return False
     family = re.fullmatch(r"applegpu_g(\d+)\w*", str(mx.device_info().get("architecture")))

@@ -248,7 +248,7 @@ class Nodes:
 
 
 def ancestor_words(ancestors: mx.array) -> mx.array:
-    """(batch, n) uint64 words of (batch, n, n) bool; bit j is true if a node sees node j."""
+    """Return (batch, n) uint64 words of (batch, n, n) bool; bit j is true if a node sees node j."""
     bits = mx.array(1, mx.uint64) << mx.arange(ancestors.shape[2]).astype(mx.uint64)
     return mx.where(ancestors, bits, mx.array(0, mx.uint64)).sum(2)
 
@@ -273,7 +273,7 @@ def tree_attention(
     sinks: mx.array | None = None,
     bits: int = 0,
 ) -> mx.array:
-    """(batch, heads, n, head_dim) outputs at all nodes.
+    """Return the (batch, heads, n, head_dim) outputs at all nodes.
 
     Args:
         q: (batch, heads, n, head_dim); the entries of a row are neighbours in memory.
@@ -321,7 +321,7 @@ def tree_attention(
 
 
 def runs_shape(head_dim: int, nodes: int) -> bool:
-    """Whether the kernel can run trees of this size with heads of this width."""
+    """Return whether the kernel can run trees of this size with heads of this width."""
     return head_dim % 32 == 0 and head_dim <= MAX_HEAD_DIM and nodes <= MAX_NODES
 
 

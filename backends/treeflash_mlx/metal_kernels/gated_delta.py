@@ -112,7 +112,7 @@ class Steps:
 def run_nodes(
     q: mx.array | None, steps: Steps, state: mx.array | None, order: mx.array, counts: mx.array
 ) -> mx.array:
-    """(batch, n, heads, value_dim) outputs at all nodes; rows without a node are 0.
+    """Return the (batch, n, heads, value_dim) outputs at all nodes; rows without a node are 0.
 
     Args:
         q: (batch, n, key_heads, key_dim); None for the states after the last nodes in the place of
@@ -165,7 +165,7 @@ def source(gate_dims: int, *, packed: bool, outputs: bool) -> str:
 
 
 def _packs(steps: Steps, state: mx.array) -> bool:
-    """Whether mlx-lm runs its packed kernel for these shapes."""
+    """Return whether mlx-lm runs its packed kernel for these shapes."""
     return (
         steps.g.ndim == 3
         and steps.k.shape[3] == 128
@@ -204,5 +204,5 @@ def depth_first(parents: Sequence[int] | NDArray[np.int32]) -> tuple[NDArray[np.
 
 
 def runs_shape(key_dim: int) -> bool:
-    """Whether the kernel can run layers of this width of a key."""
+    """Return whether the kernel can run layers of this width of a key."""
     return key_dim % LANES == 0 and key_dim <= MAX_KEY_DIM

@@ -119,7 +119,7 @@ Shape: TypeAlias = tuple[tuple[int, ...], int, int, mx.Dtype]
 
 
 def fits(module: nn.Module) -> bool:
-    """Whether the kernel can multiply by the weight of a module."""
+    """Return whether the kernel can multiply by the weight of a module."""
     return (
         isinstance(module, Quantised)
         and module.mode == "affine"
@@ -130,7 +130,7 @@ def fits(module: nn.Module) -> bool:
 
 
 def multiply(module: Quantised, x: mx.array) -> mx.array:
-    """(..., outputs) of (..., inputs), without a linear layer's bias; at most `MAX_ROWS` rows."""
+    """Multiply: (..., outputs) of (..., inputs), without a bias; at most `MAX_ROWS` rows."""
     weight, width = module.weight, x.shape[-1]
     rows, outputs = x.size // width, weight.shape[0]
     threadgroups = -(-outputs // (8 * TILES))
@@ -186,7 +186,7 @@ def choose_products(*models: nn.Module | None) -> None:
 
 
 def wins(layers: Sequence[Quantised], rows: int) -> bool:
-    """Whether the kernel is right and faster, for layers of one shape."""
+    """Return whether the kernel is right and faster, for layers of one shape."""
     first = layers[0]
     width = first.scales.shape[1] * first.group_size
     x = mx.random.normal((rows, width), key=mx.random.key(0)).astype(first.scales.dtype)
