@@ -290,7 +290,8 @@ def _parse_muse(config: Config) -> DrafterConfig:
     """
     layer_types = config.get("layer_types") or ["sliding_attention"] * config["num_hidden_layers"]
     window = {"layer_types": layer_types, "sliding_window": config["sliding_window"] + 1}
-    return _parse_sections({**config, **window, "dflash_config": {"causal": False}})
+    own = {"causal": False, **(config.get("dflash_config") or {})}
+    return _parse_sections({**config, **window, "dflash_config": own})
 
 
 def _parse_sections(config: Config, **settings: Any) -> DrafterConfig:

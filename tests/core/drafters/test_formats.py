@@ -24,6 +24,7 @@ from treeflash.drafters.formats import (
     drafter_config,
     head_shapes,
     parse_drafter_config,
+    replace_settings,
     unknown_keys,
 )
 from treeflash.drafters.loading import load_tensors, refuse_extensions
@@ -628,6 +629,9 @@ def test_the_window_of_muse_glimmers_assistant(folder: Path) -> None:
     kinds = ["full_attention", "sliding_attention"]
     found = parse_drafter_config(config | settings | {"layer_types": kinds})
     assert found.sliding_windows == (None, 8)
+    changed = replace_settings(config | settings, {"is_causal": True, "mask_token_id": 4})
+    found = parse_drafter_config(changed)
+    assert (found.causal, found.mask_token_id) == ((True, True), 4)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cuda", "mlx"])
