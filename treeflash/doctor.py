@@ -16,6 +16,7 @@ from treeflash.cli.console import Parser, guarded
 from treeflash.cli.options import add_model_options, locate_model, with_device
 from treeflash.config import AUTO, DecodeConfig
 from treeflash.decoding.interfaces import Backend
+from treeflash.decoding.verify_costs import cost_file, model_key
 from treeflash.diagnosis import (
     Diagnosis,
     Finding,
@@ -27,6 +28,7 @@ from treeflash.diagnosis import (
 from treeflash.drafters.folder import open_folder, read_config
 from treeflash.drafters.loading import find_head_format
 from treeflash.hub.models import (
+    cache_folder,
     choose_drafter,
     draft_sources,
     drafter_training,
@@ -71,9 +73,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     sources = [source.name for source in draft_sources(args.target)]
     args.target = str(resolve_target(args.target))
 
+    costs: list[str] = []
+
     def load(drafter: Path | None) -> Backend:
         changed = {**vars(args), "drafter": None if drafter is None else str(drafter)}
-        backend = locate_model(argparse.Namespace(**changed)).load().backend
+        model = locate_model(argparse.Namespace(**changed)).load()
+        backend = model.backend
+        if not costs:  # of the pair, which is loaded first
+            key = model_key(Path(args.target))
+            file = cost_file(backend, key, model.loaded, cache_folder() / "costs")
+            costs.append(file.describe())
         if args.device_map is None:
             args.device = backend.device  # where the next pairs are loaded without a warning
         return backend
@@ -105,8 +114,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 report=report,
                 begin=lambda found: console.print(_report(found), markup=False, soft_wrap=True),
             )
+    console.print(f"costs: {costs[0]}", soft_wrap=True, markup=False)
     if args.json:
-        print(json.dumps({**diagnosis.to_dict(), "drafters": sources}))
+        print(json.dumps({**diagnosis.to_dict(), "costs": costs[0], "drafters": sources}))
     else:
         print(f"{_report(diagnosis)}\ncan draft, best first: {', '.join(sources)}")
     return 0 if diagnosis.ok else PROBLEM

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypedDict, Unpack
 
 from treeflash.config import AUTO, DecodeConfig, LoadConfig, Method
 from treeflash.decoding import Scheduler, SchedulerConfig, best_method
-from treeflash.decoding.adaptive_budget import AdaptiveBudgets, VerifyCosts
+from treeflash.decoding.adaptive_budget import AdaptiveBudgets
 from treeflash.decoding.disk_cache import DiskCache
 from treeflash.decoding.interfaces import Backend, Loader
 from treeflash.decoding.prefix_cache import PrefixCache
 from treeflash.decoding.sampling import Constraint
 from treeflash.decoding.suffix import SuffixCache
+from treeflash.decoding.verify_costs import VerifyCosts
 from treeflash.drafters.folder import read_config
 from treeflash.drafters.loading import check_drafter
 from treeflash.errors import (

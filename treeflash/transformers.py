@@ -18,12 +18,21 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
-from treeflash.config import AUTO, Budget, DecodeConfig, Method, Penalties, SamplingConfig
+from treeflash.config import (
+    AUTO,
+    Budget,
+    DecodeConfig,
+    LoadConfig,
+    Method,
+    Penalties,
+    SamplingConfig,
+)
 from treeflash.decoding import Request, RequestId, Scheduler, SchedulerConfig, Step, best_method
 from treeflash.decoding.adaptive_budget import AdaptiveBudgets
+from treeflash.decoding.verify_costs import VerifyCosts, cost_file
 from treeflash.drafters.loading import check_drafter
 from treeflash.errors import ConfigError, PromptError
-from treeflash.hub.models import choose_drafter, resolve_drafter
+from treeflash.hub.models import cache_folder, choose_drafter, resolve_drafter
 from treeflash.registry import loader, refuse_drafter
 from treeflash.text.tokenizer import check_vocabulary
 
@@ -276,7 +285,14 @@ class _Pair:
 
     backend: Any
     weights: tuple[int, ...]
+    config: str  # of the model, as JSON
     budgets: AdaptiveBudgets = field(default_factory=AdaptiveBudgets)
+
+    def costs(self) -> VerifyCosts:
+        """What passes cost: as an earlier process measured it, or measured now."""
+        name = f"transformers {self.config}"  # its weights are not packed, as treeflash's own are
+        file = cost_file(self.backend, name, LoadConfig(), cache_folder() / "costs")
+        return VerifyCosts.kept(self.backend, file)
 
 
 def _pair(model: Any, drafter: Path | None) -> _Pair:
@@ -290,7 +306,11 @@ def _pair(model: Any, drafter: Path | None) -> _Pair:
     if pair is None or pair.weights != weights:
         check_vocabulary(Path(model.name_or_path))
         backend = inspect.getmodule(loader("cuda"))
-        pair = pairs[drafter] = _Pair(backend.wrap(model, drafter), weights)  # type: ignore[union-attr]
+        pair = pairs[drafter] = _Pair(
+            backend.wrap(model, drafter),  # type: ignore[union-attr]
+            weights,
+            model.config.to_json_string(),
+        )
     return pair
 
 
@@ -322,6 +342,8 @@ def _decode(pair: _Pair, requests: Sequence[Request], rows: _Rows) -> None:
     scheduler = Scheduler(pair.backend, config, budgets=pair.budgets)
     numbers: dict[RequestId, int] = {}
     with pair.backend.target.attached():
+        if (first := requests[0].config).is_adaptive:
+            pair.budgets.get(first.method, pair.costs)
         if requests[0].config.method == "suffix":
             pair.backend.check_trees()
         for _, equal in groupby(range(len(requests)), lambda i: requests[i].prompt_ids):

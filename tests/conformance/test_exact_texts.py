@@ -8,7 +8,8 @@ from itertools import islice
 import pytest
 
 from treeflash.config import LoadConfig
-from treeflash.decoding.adaptive_budget import SIZES, AdaptiveBudgets, VerifyCosts
+from treeflash.decoding.adaptive_budget import AdaptiveBudgets
+from treeflash.decoding.verify_costs import SIZES, VerifyCosts
 from treeflash.generate import main
 from treeflash.language_model import LanguageModel
 from treeflash.testing import require

@@ -20,11 +20,12 @@ from scheduled_texts import scheduled_texts
 
 from treeflash.config import DecodeConfig, LoadConfig, SamplingConfig
 from treeflash.decoding import Request, decode
-from treeflash.decoding.adaptive_budget import AdaptiveBudgets, DraftDepths, VerifyCosts
+from treeflash.decoding.adaptive_budget import AdaptiveBudgets, DraftDepths
 from treeflash.decoding.interfaces import TableOptions
 from treeflash.decoding.sampling import Noise
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import build_chain, build_tree
+from treeflash.decoding.verify_costs import VerifyCosts
 from treeflash.drafters import mtp_heads
 from treeflash.drafters.folder import read_config, read_tensors
 from treeflash.errors import CheckpointError, ConfigError, UnsupportedModelError
@@ -621,7 +622,7 @@ def test_the_budget_auto_learns_the_price_of_a_depth(
     for seconds, pays in ((10.0, True), (1e-6, False)):
         budgets = AdaptiveBudgets(VerifyCosts({1: seconds, 8: seconds, 16: seconds}))
         budget = budgets.get("treeflash", lambda: pytest.fail("costs are known"))
-        budget.draft_depths[1] = DraftDepths(seconds=0.01)
+        budget.draft_depths[1] = DraftDepths(seconds_per_depth=0.01)
         budget.draft_depths[1].reached = dict.fromkeys(range(1, 9), 9.0)
         budget.draft_depths[1].accepted = dict.fromkeys(range(1, 9), 9.0)
         drafted.clear()

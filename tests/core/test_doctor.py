@@ -54,6 +54,12 @@ def test_report(run, prompts):
     assert lines[-1] == "can draft, best first: suffix"
 
 
+def test_the_costs_of_passes_are_shown(run, prompts, tmp_path, monkeypatch):
+    monkeypatch.setenv("TREEFLASH_CACHE", str(tmp_path / "cache"))
+    _, _, err = run("--prompts", prompts, "--max-tokens", "12")
+    assert "costs: measured by the first text with --budget auto" in err
+
+
 def test_every_check_is_announced_and_warnings_come_once(run, prompts, monkeypatch):
     loads = []
 

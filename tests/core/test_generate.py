@@ -10,13 +10,14 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from processes import core_command
 
 from treeflash import generate
-from treeflash.cli.single_prompt import SAMPLE_PROMPT
+from treeflash.cli.single_prompt import SAMPLE_PROMPT, summarise
 from treeflash.errors import NumericalError
 from treeflash.generate import main
 
@@ -24,7 +25,7 @@ TEXT = "Es war einmal ein Bär 🐻, der schlief."
 NAMES = {
     "target", "drafter", "text", "token_ids", "prompt_tokens", "accepted_lengths",
     "block_efficiency", "tokens_per_s", "prefill_s", "decode_s", "method", "budget", "backend",
-    "device", "dtype", "inexact", "seed", "finish_reason",
+    "device", "dtype", "inexact", "seed", "finish_reason", "paused_iterations",
 }  # fmt: skip
 
 
@@ -53,6 +54,13 @@ def test_stdout_has_only_the_json(use, run, scripted):
     assert set(values) == NAMES
     assert values["text"] == TEXT
     assert "iteration 1" in err
+
+
+def test_a_summary_says_where_drafting_was_paused(scripted):
+    generation = scripted(TEXT).generate("hi")
+    assert "paused" not in summarise(generation)
+    paused = replace(generation, accepted_lengths=[1, 1, 3], paused_iterations=2)
+    assert "drafting was paused in 2 of 3 iterations: drafts cost more" in summarise(paused)
 
 
 def test_the_json_names_the_models(run, tiny_pair):

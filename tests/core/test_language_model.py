@@ -20,7 +20,8 @@ import pytest
 import treeflash
 from treeflash import language_model
 from treeflash.config import METHODS
-from treeflash.decoding.adaptive_budget import AdaptiveBudgets, VerifyCosts
+from treeflash.decoding.adaptive_budget import AdaptiveBudgets
+from treeflash.decoding.verify_costs import VerifyCosts
 from treeflash.errors import (
     BackendError,
     ConfigError,
@@ -51,6 +52,7 @@ NAMES = [
     "inexact",
     "seed",
     "finish_reason",
+    "paused_iterations",
 ]
 
 

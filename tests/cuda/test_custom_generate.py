@@ -3,10 +3,12 @@
 import copy
 import gc
 import weakref
+from dataclasses import replace
 from functools import partial
 
 import pytest
 
+from treeflash.decoding.verify_costs import VerifyCosts
 from treeflash.errors import CheckpointError, ConfigError, PromptError
 from treeflash.testing import require
 from treeflash.testing.models import write_drafter, write_target
@@ -227,3 +229,20 @@ def test_training_mode_is_refused(models):
     with pytest.raises(ConfigError, match="training mode"):
         model.generate(**prompts(), **TOKENS, **options)
     model.eval()
+
+
+def test_costs_are_measured_once_for_all_processes(models, tmp_path, monkeypatch):
+    """A copy of a model begins without a pair, as a new process does."""
+    monkeypatch.setenv("TREEFLASH_CACHE", str(tmp_path))
+    measured = []
+    measure = VerifyCosts.measure
+    monkeypatch.setattr(
+        VerifyCosts,
+        "measure",
+        lambda backend: measured.append(1) or replace(measure(backend), is_sound=True),
+    )
+    model, options = models
+    for _ in range(2):
+        given = options | {"budget": "auto"}
+        copy.deepcopy(model).generate(**prompts(), **TOKENS, do_sample=False, **given)
+    assert len(measured) == 1

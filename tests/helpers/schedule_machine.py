@@ -25,10 +25,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from treeflash.config import METHODS, DecodeConfig, LoadConfig, SamplingConfig
 from treeflash.decoding import Request, RequestId, Scheduler, SchedulerConfig, Step
-from treeflash.decoding.adaptive_budget import SIZES, AdaptiveBudgets, VerifyCosts
+from treeflash.decoding.adaptive_budget import AdaptiveBudgets
 from treeflash.decoding.interfaces import Prefill, Verify
 from treeflash.decoding.prefix_cache import PrefixCache
 from treeflash.decoding.tree import DraftTree
+from treeflash.decoding.verify_costs import SIZES, VerifyCosts
 from treeflash.errors import NumericalError
 from treeflash.reference.backend import ReferenceBackend, load
 from treeflash.reference.drafter import Drafter

@@ -9,9 +9,10 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from servers import Gate, wait_until
 
-from treeflash.decoding.adaptive_budget import AdaptiveBudgets, VerifyCosts
+from treeflash.decoding.adaptive_budget import AdaptiveBudgets
 from treeflash.decoding.loop import Step
 from treeflash.decoding.tree import DraftTree
+from treeflash.decoding.verify_costs import VerifyCosts
 from treeflash.serving.metrics import Metrics
 from treeflash.text.stream import Chunk
 

@@ -206,6 +206,7 @@ def summarise(generation: Generation) -> str:
         f"{generation.device}, {generation.dtype}, seed {generation.seed}, "
         f"{generation.inexact or 'exact'}, "
         f"finish reason: {generation.finish_reason}",
+        *_pauses(generation),
         *_histogram(generation.histogram),
         "time: "
         + ", ".join(f"{phase} {seconds:.3f} s" for phase, seconds in generation.seconds.items()),
@@ -219,6 +220,17 @@ def summarise(generation: Generation) -> str:
             "prefill; both after a short warm-up)",
         ]
     return "\n".join(lines)
+
+
+def _pauses(generation: Generation) -> list[str]:
+    """One line if drafting was paused."""
+    if not generation.paused_iterations:
+        return []
+    iterations = _count(len(generation.accepted_lengths), "iteration")
+    return [
+        f"drafting was paused in {generation.paused_iterations} of {iterations}: drafts cost more "
+        "than they brought"
+    ]
 
 
 def _histogram(histogram: dict[int, int]) -> list[str]:

@@ -1,11 +1,22 @@
 """The budget `auto`: how many nodes of each draft tree to verify, and whether to draft at all.
 
-Larger trees are accepted further, and cost more to verify. The budget maximises the expected tokens
-per second of decoding as a whole. It changes the speed, never the output.
+Problem. A larger tree is accepted further, and its pass takes longer. The best size depends on the
+text, the drafter, the machine and the other sequences. It changes the speed, never the output.
 
-Inputs. `VerifyCosts` are the seconds of a target pass by its number of rows, measured once for a
-target and a device and corrected by every pass of decoding. Each node of a tree comes with the
-drafter's probability of the path to it: the probability that its token is emitted.
+Idea. Maximise the expected tokens per second of decoding as a whole. A node is worth verifying if
+the probability that its token is emitted exceeds the tokens that decoding at its present rate would
+emit in the time that the node adds to the pass.
+
+Example. A plain pass takes 20 ms, and decoding emits 80 tokens per second lately. A tree has nodes
+that are emitted with the probabilities 1 (the root), 0.8, 0.6, 0.3 and 0.2, and a pass over 1, 3
+and 5 rows takes 20, 24 and 32 ms. Its worth is the expected tokens less those that the rate emits
+meanwhile: 1 - 80 * 0.020 = -0.6, 2.4 - 80 * 0.024 = 0.48 and 2.9 - 80 * 0.032 = 0.34. So 3 nodes
+are verified. If all drafts were as bad as 0.1, the root alone would win, and after some such
+iterations drafting pauses.
+
+Inputs. `VerifyCosts` predict the seconds of a target pass by its number of rows. Each node of a
+tree comes with the drafter's probability of the path to it: the probability that its token is
+emitted.
 
 Correction. A drafter is surer, or less sure, than it is right. `AdaptiveBudget` counts, by depth,
 the probability that drafted children of accepted nodes had and how many of them were accepted; the
@@ -18,297 +29,40 @@ Ranking. A tree's gain is the sum of its nodes' corrected probabilities; the roo
 ranked by these probabilities, but never before their parents. With several sequences the nodes of
 all trees are ranked together, so a promising tree gets more of them.
 
-Pruning. The best n nodes cost `costs(n)` seconds and bring `gain(n)` tokens. Verified is the n with
-the highest `gain(n) - rate * costs(n)`, where `rate` is the tokens per second of decoding lately,
-or of plain decoding if that is faster. Using the rate that results from these sizes as the next
-rate finds the sizes with the highest rate (Dinkelbach 1967). A single tree has one of the sizes
-that were measured, because hardware has steps.
+Rule for pruning. The best n nodes cost `costs(n)` seconds and bring `gain(n)` tokens. Verified is
+the n with the highest `gain(n) - rate * costs(n)`, where `rate` is the tokens per second of
+decoding lately, or of plain decoding if that is faster. Using the rate that results from these
+sizes as the next rate finds the sizes with the highest rate (Dinkelbach 1967). A single tree has
+one of the sizes that were measured, because hardware has steps.
 
-Pausing. The budget keeps a balance: the tokens that drafting brought beyond what plain decoding
-would have emitted in the same time. At `LOWEST_BALANCE` drafting pauses for `FIRST_PAUSE`
-iterations; each further pause is twice as long until drafting pays again. Several sequences must
-draft faster than plain decoding by `MIN_ADVANTAGE`, and pause until the iterations that drafted
-have cost them at most `MAX_LOSS` of their tokens. Copies of the text cost no draft, so they are
-verified in pauses of the drafter too; and where they promise more tokens per second than drafted
-iterations brought lately, the drafter is not called. Copies without a draft have a balance and
-pauses of their own: text may look like earlier text and go on otherwise. Measurements are kept by
-the number of sequences that ran together, rounded up to a power of two.
+Rule for pausing. A `PayoffTracker` keeps a balance: the tokens that drafting brought beyond what
+plain decoding would have emitted in the same time. At `LOWEST_BALANCE` drafting pauses for
+`FIRST_PAUSE` iterations; each further pause is twice as long until drafting pays again. Several
+sequences must draft faster than plain decoding by `MIN_ADVANTAGE`, and pause until the iterations
+that drafted have cost them at most `MAX_LOSS` of their tokens. Copies of the text cost no draft, so
+they are verified in pauses of the drafter too; and where they promise more tokens per second than
+drafted iterations brought lately, the drafter is not called. Copies without a draft have a balance
+and pauses of their own: text may look like earlier text and go on otherwise. Measurements are kept
+by the number of sequences that ran together, rounded up to a power of two.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
 import math
-import os
-import platform
-import time
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
-from importlib.util import find_spec
-from pathlib import Path
 from threading import Lock
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from treeflash.config import LoadConfig, Method
-from treeflash.decoding.interfaces import Backend, device_report
-from treeflash.decoding.session import SequenceSession
+from treeflash.config import Method
 from treeflash.decoding.suffix import MATCH_LEVELS, match_level
 from treeflash.decoding.tree import DraftTree
-
-TIMED = (1, 5, 8, 10, 12, 15, 16, 24, 32, 33, 48, 64, 128, 256)
-"""Tree sizes that are timed; hardware has steps; some are known to end at 5, 8, 10, 15, 16 and
-32."""
-SIZES = tuple(sorted({*TIMED, 2, 3, 4, 96, 192}))
-"""Tree sizes to choose from; those that are not timed are interpolated linearly."""
-MAX_RELATIVE_COST = 6.0
-"""A size whose pass costs more plain passes than this is left out, and so are all larger ones."""
-MIN_ROUNDS, MAX_ROUNDS = 2, 8
-"""Rounds of timing."""
-TIME_BUDGET_S = 0.2
-"""No round begins once the rounds after the first have taken this many seconds."""
-PROMPT_TOKENS, LONG_PROMPT_TOKENS = 16, 256
-GPU_PROMPT_TOKENS, GPU_READERS = 4096, (1, 8, 32)
-"""Length of the long prompt on a GPU, and the numbers of rows after it that are timed: kernels for
-few rows and for many read the keys at different speeds, which short prompts do not show."""
-PREFILL_TOKENS = 2048
-FIRST_TOKENS, PLAIN_TOKENS = 2, 8
-"""Tokens that are decoded before plain decoding is timed, until which a device has no pass of a
-next token, and tokens that are timed."""
-COST_SMOOTHING = 0.1
-"""Weight of the newest measurement in the running mean of its size."""
-COST_FORGETTING = 0.02
-"""The share of what trees cost more than their roots that a pass over roots alone forgets."""
-OUTLIER_FACTOR = 2.0
-"""A forward pass that takes more than this many times its expected seconds was disturbed, and
-counts as this many times."""
-PACKAGES = ("treeflash", "mlx", "torch")
-"""Their versions decide how long forward passes take."""
-
-
-@dataclass
-class VerifyCosts:
-    """Seconds of a forward pass by tree size, updated from the forward passes of decoded sequences.
-
-    Attributes:
-        seconds: by number of nodes, ascending, 1 first, after a short prompt; all are finite and
-            above 0.
-        position_s: further seconds for each committed position of a sequence, by the number of its
-            rows that read it.
-        sequences_s: further seconds of a pass over several sequences, whose attention is computed
-            sequence by sequence; by number of sequences, rounded up to a power of two, and by
-            whether any of them has more than its root: the first such tree makes masks necessary.
-
-    Raises:
-        ValueError: a number is out of range, or the sizes do not ascend from 1.
-    """
-
-    seconds: dict[int, float]
-    position_s: dict[int, float] = field(default_factory=dict)
-    sequences_s: dict[tuple[int, bool], float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        sizes, seconds = list(self.seconds), list(self.seconds.values())
-        if sizes[:1] != [1] or sizes != sorted(sizes):
-            raise ValueError(f"tree sizes must ascend from 1, got {sizes}")
-        if not all(0 < x < math.inf for x in seconds):
-            raise ValueError(f"seconds must be finite and above 0, got {seconds}")
-        if not all(0 <= x < math.inf for x in self.position_s.values()):
-            raise ValueError(f"position_s must be finite and 0 or more, got {self.position_s}")
-
-    @classmethod
-    def measure(cls, backend: Backend) -> VerifyCosts:
-        """Time the backend's target on bushy trees of arbitrary tokens."""
-
-        def timed(size: int) -> float:
-            tree = _bushy_tree(size, backend.vocab_size)
-            before = time.perf_counter()
-            sequence.verify(tree)
-            return time.perf_counter() - before
-
-        longest = LONG_PROMPT_TOKENS if backend.device == "cpu" else GPU_PROMPT_TOKENS
-        longest = min(longest, max(backend.max_positions, PROMPT_TOKENS))
-        prompt = [token % backend.vocab_size for token in range(longest)]
-        sequence = SequenceSession(backend, capacity=longest + max(TIMED))
-        sequence.extend(prompt[:PROMPT_TOKENS])
-        # The first forward pass of a size also compiles and allocates: the best time counts, and no
-        # size is given up because of its first.
-        best: dict[int, float] = {}
-        for size in TIMED:
-            best[size] = timed(size)
-            if best[size] > MAX_RELATIVE_COST * best[1]:
-                best[size] = min(best[size], timed(size))
-            if best[size] > MAX_RELATIVE_COST * best[1]:
-                break
-        started = time.perf_counter()
-        for number in range(1, MAX_ROUNDS):
-            if number >= MIN_ROUNDS and time.perf_counter() - started > TIME_BUDGET_S:
-                break
-            for size in [size for size in best if best[size] <= MAX_RELATIVE_COST * best[1]]:
-                best[size] = min(best[size], timed(size))
-        token_s = math.inf if backend.device == "cpu" else _token_seconds(sequence)
-        sizes = [size for size in SIZES if size <= max(best)]
-        line = np.interp(sizes, list(best), list(best.values())).tolist()
-        pairs = zip(sizes, line, strict=True)
-        limit = MAX_RELATIVE_COST * best[1]
-        costs = {size: seconds for size, seconds in pairs if seconds <= limit}
-        timed_sizes = [size for size in best if size in costs]
-        position_s: dict[int, float] = {}
-        if longest >= LONG_PROMPT_TOKENS:
-            for first in range(PROMPT_TOKENS, longest, PREFILL_TOKENS):
-                sequence.extend(prompt[first : first + PREFILL_TOKENS])
-            on_gpu = longest > LONG_PROMPT_TOKENS
-            for rows in GPU_READERS if on_gpu else timed_sizes[-1:]:
-                if rows in timed_sizes:
-                    longer_s = min(timed(rows) for _ in range(MIN_ROUNDS)) - best[rows]
-                    position_s[rows] = max(longer_s, 0.0) / (longest - PROMPT_TOKENS)
-        sequence.close()
-        return cls({**costs, 1: min(costs[1], token_s)}, position_s)
-
-    @classmethod
-    def cached(
-        cls, backend: Backend, target: Path, loaded: LoadConfig, folder: Path
-    ) -> VerifyCosts:
-        """The costs that were measured before for this target, device and dtype, or measured now.
-
-        `folder` has the measurements; that it cannot be written is not an error.
-        """
-        weights = sorted((path.name, path.stat().st_size) for path in target.glob("*.safetensors"))
-        key = [
-            backend.name,
-            backend.device_name,
-            backend.dtype,
-            loaded.kv_bits,
-            backend.inexact is None,
-            loaded.cuda_graphs,
-            loaded.compile,
-        ]
-        # A preloaded BLAS may be many times as fast with several rows.
-        variables = map(os.environ.get, ("OMP_NUM_THREADS", "LD_PRELOAD"))
-        machine = platform.node(), platform.processor(), os.cpu_count(), *variables
-        versions = [*(version(name) for name in PACKAGES if find_spec(name)), platform.mac_ver()[0]]
-        # Kernels that race at load may win this time and lose the next.
-        used = sorted(
-            (kernel, size)
-            for kernel, verdicts in device_report(backend).kernels.items()
-            for size, verdict in verdicts.items()
-            if verdict.startswith("used")
-        )
-        known = [*key, *machine, versions, used, weights, TIMED]
-        digest = hashlib.sha256(json.dumps(known).encode())
-        digest.update((target / "config.json").read_bytes())
-        file = folder / f"{digest.hexdigest()[:16]}.json"
-        try:
-            stored = json.loads(file.read_text(encoding="utf-8"))
-            seconds = {int(size): float(cost) for size, cost in stored["seconds"].items()}
-            position_s = {int(n): float(cost) for n, cost in stored["position_s"].items()}
-            return cls(seconds, position_s)
-        except (OSError, ValueError, TypeError, AttributeError, KeyError):  # missing or torn
-            if backend.device != "cpu":  # which reads a long text too
-                logging.getLogger(__name__).warning(
-                    "timing forward passes on %s for the budget auto, once for this model",
-                    backend.device_name,
-                )
-            costs = cls.measure(backend)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            scratch = file.with_suffix(f".{time.monotonic_ns()}")
-            measured = {"seconds": costs.seconds, "position_s": costs.position_s}
-            scratch.write_text(json.dumps(measured), encoding="utf-8")
-            scratch.replace(file)
-        except OSError:
-            pass  # a read-only home: the next process measures again
-        return costs
-
-    def predict(
-        self, rows: Sequence[int] | NDArray[np.int64], reads: Sequence[float], sequences: int = 1
-    ) -> NDArray[np.float64]:
-        """(n,) seconds of n forward passes over `sequences` trees each.
-
-        `rows` are (n,) nodes of all trees together, `reads` the (n,) sums over rows of the
-        committed positions that each reads.
-        """
-        sizes, seconds = list(self.seconds), list(self.seconds.values())
-        alone = np.interp(rows, sizes, seconds)
-        # Beyond the largest size the last slope continues.
-        if len(sizes) > 1:
-            slope = (seconds[-1] - seconds[-2]) / (sizes[-1] - sizes[-2])
-            alone += np.maximum(np.asarray(rows) - sizes[-1], 0) * max(slope, 0.0)
-        alone = alone + self._read_s(np.asarray(rows) / sequences) * np.asarray(reads, np.float64)
-        # The further seconds are negative if single trees were measured while others computed.
-        roots, trees = (self._further_s(sequences, has_trees) for has_trees in (False, True))
-        together = alone + np.where(np.asarray(rows) > sequences, trees, roots)
-        return np.asarray(np.maximum(together, alone / OUTLIER_FACTOR), np.float64)
-
-    def _further_s(self, sequences: int, has_trees: bool) -> float:
-        """The further seconds of a pass; of passes of the other kind until one was observed."""
-        number = power_of_two(sequences)
-        other = self.sequences_s.get((number, not has_trees), 0.0)
-        return self.sequences_s.get((number, has_trees), other)
-
-    def _read_s(self, rows: NDArray[np.float64]) -> NDArray[np.float64]:
-        """(n,) seconds for each row and position, of sequences with (n,) rows."""
-        if not self.position_s:
-            return np.zeros(len(rows))
-        numbers, seconds = list(self.position_s), list(self.position_s.values())
-        known = np.clip(rows, numbers[0], numbers[-1])
-        return np.asarray(np.interp(known, numbers, seconds) / known, np.float64)
-
-    def observe(self, rows: int, reads: float, sequences: int, seconds: float) -> None:
-        """Take in a forward pass of decoding; machines change their speed."""
-        expected = float(self.predict([rows], [reads], sequences)[0])
-        ratio = min(max(seconds / expected, 1 / OUTLIER_FACTOR), OUTLIER_FACTOR)
-        change = COST_SMOOTHING * (ratio - 1)
-        if sequences > 1:
-            key = power_of_two(sequences), rows > sequences
-            weight = COST_SMOOTHING if key in self.sequences_s else 1.0
-            known = self._further_s(*key)
-            self.sequences_s[key] = known + weight * (ratio - 1) * expected
-            trees = key[0], True
-            if trees in self.sequences_s and not key[1]:
-                # Else trees that were dear once would never be tried again.
-                dearer = self.sequences_s[trees] - self.sequences_s[key]
-                self.sequences_s[trees] -= COST_FORGETTING * dearer
-            return
-        for size in self.seconds:
-            # A slowdown of one size probably affects the others too, but less surely.
-            self.seconds[size] *= 1 + (change if size == rows else change / 2)
-
-
-def power_of_two(sequences: int) -> int:
-    """The number of sequences rounded up to a power of two, by which measurements are kept."""
-    return 1 << (sequences - 1).bit_length()
-
-
-def _token_seconds(sequence: SequenceSession) -> float:
-    """Time a token of plain decoding, the only pass that a device begins before it is asked to.
-
-    A pass over a root that is known in advance would take longer, and drafts would seem to pay.
-    """
-    root, started = 0, 0.0
-    for number in range(FIRST_TOKENS + PLAIN_TOKENS):
-        if number == FIRST_TOKENS:
-            started = time.perf_counter()
-        root = int(sequence.verify(DraftTree.root_only(root))[0])
-        sequence.commit(np.zeros(1, np.int32))
-    return (time.perf_counter() - started) / PLAIN_TOKENS
-
-
-def _bushy_tree(nodes: int, vocab_size: int) -> DraftTree:
-    """A tree whose nodes have up to four children, much like draft trees.
-
-    Its tokens differ: a single token would take the same experts of a mixture at every node.
-    """
-    tokens = np.random.default_rng(nodes).integers(0, vocab_size, nodes).astype(np.int32)
-    return DraftTree.from_parents(tokens, (np.arange(nodes, dtype=np.int32) - 1) // 4)
-
+from treeflash.decoding.verify_costs import OUTLIER_FACTOR, VerifyCosts, power_of_two
 
 SMOOTHING = 0.07
 """Weight of the newest iteration in running sums."""
@@ -338,18 +92,21 @@ MAX_LOSS, GAIN_SMOOTHING = 0.01, 0.3
 pauses are as long as that takes. The weight of the newest iteration in the mean of gains."""
 
 Key: TypeAlias = int | tuple[int, int] | tuple[Literal["match"], int]
-"""A depth, a depth and a level of confidence, or the level of a match."""
+"""Key of an acceptance estimate: a depth, a depth and a level of confidence, or a match's level."""
 
 
 @dataclass
-class Balance:
-    """What a choice brought beyond the alternative; the choice pauses where it does not pay."""
+class PayoffTracker:
+    """Tracks whether an optional step gains tokens per second, and pauses it while it loses.
+
+    The step is drafting or copying; the alternative is to go on without it.
+    """
 
     # tokens beyond those that the alternative would have emitted in the same time, divided by the
     # square root of the number of sequences, as their noise is
     balance: float = 0.0
-    pause: int = 0  # iterations until the choice is made again
-    # length of the next pause, iterations; None for the first one after the choice paid
+    pause: int = 0  # iterations until the step is tried again
+    # length of the next pause, iterations; None for the first one after the step paid
     next_pause: int | None = None
     # tokens that an iteration brings beyond the alternative's tokens, a running mean
     gain: float | None = None
@@ -370,21 +127,22 @@ class Balance:
 
 
 @dataclass
-class Throughput(Balance):
+class Throughput(PayoffTracker):
     """Measurements with about the same number of sequences at once.
 
-    Its balance is of drafting, beyond plain decoding.
+    It tracks the payoff of drafting, beyond plain decoding.
     """
 
-    # of iterations with a draft or a copy, a running sum; without a drafter, of all iterations
-    # outside of pauses
+    # Exponentially decayed sums over iterations with a draft or a copy; without a drafter, over all
+    # iterations outside of pauses.
     tokens: float = 0.0
-    seconds: float = 0.0  # of these iterations, a running sum
-    drafted_tokens: float = 0.0  # of the iterations in which the drafter ran, a running sum
-    drafted_seconds: float = 0.0  # of these iterations, a running sum
+    seconds: float = 0.0
+    # Exponentially decayed sums over the iterations in which the drafter ran.
+    drafted_tokens: float = 0.0
+    drafted_seconds: float = 0.0
     # of copies of the text in place of a draft, beyond iterations that draft; in pauses of the
     # drafter, beyond plain decoding
-    copying: Balance = field(default_factory=Balance)
+    copying: PayoffTracker = field(default_factory=PayoffTracker)
     draft_s: float | None = None  # of the last draft before which all sequences had drafted
     nodes: float | None = None  # of the last drafted trees, on average
     reach: float | None = None  # depth that drafted trees reached lately
@@ -533,6 +291,8 @@ class AdaptiveBudget:
         self.costs.observe(rows, reads, sequences, seconds["verify"])
         now = self.throughput_with(sequences)
         drafted = "draft" in seconds
+        if drafted and sequences == 1:
+            self.costs.doubt(rows)
         if drafted and not first:
             now.draft_s = seconds["draft"]
         elif first and now.draft_s is not None:
@@ -694,7 +454,7 @@ MAX_RATIO = 2.0
 class DraftDepths:
     """What the iterations with about the same number of sequences have shown."""
 
-    seconds: float | None = None  # of a depth, a running mean; None before the first draft
+    seconds_per_depth: float | None = None  # running mean; None before the first draft
     depths: int = 1  # of the latest draft
     # by depth, a running count of the paths that could go on to it
     reached: dict[int, float] = field(default_factory=dict)
@@ -704,8 +464,8 @@ class DraftDepths:
     def choose(self, most: int, rate: float, sequences: int = 1) -> int:
         """The depths that pay, from 1 to `most`, at a `rate` of tokens per second in all."""
         self.depths = most
-        if self.seconds is not None:
-            share, price = 1.0, rate * self.seconds / sequences
+        if self.seconds_per_depth is not None:
+            share, price = 1.0, rate * self.seconds_per_depth / sequences
             for depth in range(1, most + 1):
                 share *= self._share(depth)
                 if share < price:
@@ -722,8 +482,8 @@ class DraftDepths:
         """
         if seconds is not None:
             newest = seconds / self.depths
-            known = newest if self.seconds is None else self.seconds
-            self.seconds = known + SMOOTHING * (min(newest, MAX_RATIO * known) - known)
+            known = newest if self.seconds_per_depth is None else self.seconds_per_depth
+            self.seconds_per_depth = known + SMOOTHING * (min(newest, MAX_RATIO * known) - known)
         # Depths that are not drafted any more slowly go back to the prior, so they are tried again.
         for counts in (self.reached, self.accepted):
             for depth in counts:

@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treeflash.config import AUTO, DecodeConfig, Method
-from treeflash.decoding.adaptive_budget import AdaptiveBudget, AdaptiveBudgets, VerifyCosts
+from treeflash.decoding.adaptive_budget import AdaptiveBudget, AdaptiveBudgets
 from treeflash.decoding.batch_trees import draft_trees, observe
 from treeflash.decoding.disk_cache import CacheKey, Restoration
 from treeflash.decoding.interfaces import (
@@ -58,6 +58,7 @@ from treeflash.decoding.sampling import Constraint, Noise, SampledTokens
 from treeflash.decoding.suffix import SuffixCache, SuffixIndex, SuffixTree, tree_of
 from treeflash.decoding.transitions import Calibration, TransitionTable
 from treeflash.decoding.tree import DraftTree
+from treeflash.decoding.verify_costs import VerifyCosts
 from treeflash.drafters.mtp_heads import NO_MARGINALS
 from treeflash.errors import (
     ConfigError,
@@ -175,8 +176,8 @@ class RunningSequence:
     pending: Work | None = None
     prefilled: int = 0  # tokens of the pending `Prefill` that are committed already
     has_drafted: bool = False  # whether a tree was drafted for it
-    rest: int = 0  # drafts of a batch that pass it over, because its trees were cut to the root
-    next_rest: int = 1  # the drafts that pass it over after the next such tree
+    skip_drafts: int = 0  # drafts of a batch to skip, because its trees were cut to the root
+    next_skip: int = 1  # drafts to skip after the next such tree
     shared: bool = False  # whether sequences that begin alike may fork its state
     seconds: dict[Phase, float] = field(default_factory=dict)  # by phase, since the last step
     # steps, and the error that ended the sequence, not handed out yet
@@ -199,10 +200,10 @@ class RunningSequence:
         the token before it is where sequences with the same prompt fork. Other prompts may leave a
         long one earlier, so there are snapshots on the way too.
         """
-        rest = len(self.expect(Prefill).token_ids) - self.prefilled
-        if rest == 1 or not (self.shared and self.state.needs_snapshots):
-            return rest
-        return min(rest - 1, SNAPSHOT_INTERVAL - self.state.length % SNAPSHOT_INTERVAL)
+        remaining = len(self.expect(Prefill).token_ids) - self.prefilled
+        if remaining == 1 or not (self.shared and self.state.needs_snapshots):
+            return remaining
+        return min(remaining - 1, SNAPSHOT_INTERVAL - self.state.length % SNAPSHOT_INTERVAL)
 
     def expect(self, kind: type[W]) -> W:
         """Return the pending work, which is of that kind."""
@@ -231,12 +232,12 @@ class RunningSequence:
         if phase is not None:
             self.add_time(phase, started)
 
-    def drafted_nodes_kept(self, nodes: int) -> None:
-        """Skip drafts, twice as many each time, if only the root of its tree was kept."""
-        if nodes > 1:
-            self.next_rest = 1
+    def update_backoff(self, kept_nodes: int) -> None:
+        """Skip exponentially more drafts while pruning keeps only the root."""
+        if kept_nodes > 1:
+            self.next_skip = 1
         else:
-            self.rest, self.next_rest = self.next_rest, min(2 * self.next_rest, MAX_REST)
+            self.skip_drafts, self.next_skip = self.next_skip, min(2 * self.next_skip, MAX_SKIP)
 
     def fail(self, error: Exception) -> None:
         self.pending = None
@@ -251,8 +252,8 @@ class RunningSequence:
         self.state.close()
 
 
-MAX_REST = 16
-"""Drafts of a batch that pass a sequence over at most, before it is drafted for again."""
+MAX_SKIP = 16
+"""The most drafts of a batch that a sequence skips before it is drafted for again."""
 ROWS_PER_NODE, MIN_ROWS = 4, 16
 """Rows of the AR head for a tree: on average the block efficiency stays within 1.5 % of that with
 all rows for 8 nodes, and within 1 % for more (docs/history.md)."""
@@ -381,8 +382,8 @@ class Iteration:
                 return config.drafts
             if not pays[config.method]:
                 return False
-            if sequence.rest:
-                sequence.rest -= 1
+            if sequence.skip_drafts:
+                sequence.skip_drafts -= 1
                 return False
             if proposal is None:
                 return True
@@ -485,7 +486,7 @@ class Iteration:
             for sequence, nodes in zip(sequences, kept, strict=True):
                 sequence.add_time("tree", started)
                 if len(sequences) > 1 and "draft" in sequence.seconds:
-                    sequence.drafted_nodes_kept(len(nodes))
+                    sequence.update_backoff(len(nodes))
                 sequence.resume(nodes, "tree")
 
     def _chunks(self) -> dict[RequestId, int]:

@@ -23,13 +23,14 @@ from treeflash.config import (
     SamplingConfig,
 )
 from treeflash.decoding import Request, RequestId, Scheduler, SchedulerConfig, Step
-from treeflash.decoding.adaptive_budget import SIZES, AdaptiveBudgets, VerifyCosts
+from treeflash.decoding.adaptive_budget import AdaptiveBudgets
 from treeflash.decoding.interfaces import Backend, Loader, SequenceState, TableOptions
 from treeflash.decoding.prefix_cache import PrefixCache
 from treeflash.decoding.sampling import Noise
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.suffix import SuffixCache
 from treeflash.decoding.tree import DraftTree
+from treeflash.decoding.verify_costs import SIZES, VerifyCosts
 from treeflash.errors import ConfigError, UnsupportedModelError
 from treeflash.testing.comparisons import (
     assert_close,

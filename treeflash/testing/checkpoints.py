@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 
 from treeflash.config import DecodeConfig, Method, SamplingConfig
 from treeflash.decoding import Request, decode
-from treeflash.decoding.adaptive_budget import SIZES, AdaptiveBudgets, VerifyCosts
+from treeflash.decoding.adaptive_budget import AdaptiveBudgets
 from treeflash.decoding.interfaces import Backend, Loader, SequenceState, TableOptions
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.decoding.tree import DraftTree, build_chain, build_tree
+from treeflash.decoding.verify_costs import SIZES, VerifyCosts
 from treeflash.drafters.config import DrafterConfig
 from treeflash.drafters.folder import read_config, read_tensors
 from treeflash.errors import (

@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 
 from treeflash.config import METHODS, DecodeConfig, Method, Penalties, SamplingConfig
 from treeflash.decoding import Request, decode
-from treeflash.decoding.adaptive_budget import SIZES, AdaptiveBudgets, VerifyCosts
+from treeflash.decoding.adaptive_budget import AdaptiveBudgets
 from treeflash.decoding.interfaces import Backend
 from treeflash.decoding.loop import Step
 from treeflash.decoding.sampling import LogProbs
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
+from treeflash.decoding.verify_costs import SIZES, VerifyCosts
 from treeflash.drafters.config import DrafterConfig
 from treeflash.testing.comparisons import (
     assert_close,
@@ -97,7 +98,7 @@ class GenerationTests:
         plain = DecodeConfig(method="ar", sampling=sampling, max_tokens=40)
         # Drafting always pays, then it never does.
         for costs, pauses in (
-            (dict.fromkeys(SIZES, 1.0), False),
+            (dict.fromkeys(SIZES, 1000.0), False),
             ({size: 1e-6 * size**3 for size in SIZES}, True),
         ):
             budgets = AdaptiveBudgets(VerifyCosts(costs))

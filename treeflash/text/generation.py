@@ -60,11 +60,13 @@ class Stats(Timings):
     accepted_lengths: list[int] = field(default_factory=list)
     seconds: dict[Phase, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     tokens: int = 0
+    plain_iterations: int = 0  # without a draft or a copy
 
     def add(self, step: Step) -> None:
         self.tokens += len(step.tokens)
         if step.tree is not None:
             self.accepted_lengths.append(len(step.tokens))
+            self.plain_iterations += len(step.tree) == 1 and "draft" not in step.seconds
         for phase, seconds in step.seconds.items():
             self.seconds[phase] += seconds
 
@@ -158,6 +160,8 @@ class Generation(Timings):
         token_ids: the new tokens; the last may be a stop token, or have completed a stop string.
         inexact: why other methods, budgets or batches may give other texts; None in exact mode.
         finish_reason: `stop` (a stop token or string), `length` (`max_tokens`), or `interrupted`.
+        paused_iterations: iterations without a draft, because the budget `auto` found that drafts
+            cost more than they bring.
     """
 
     text: str
@@ -173,6 +177,7 @@ class Generation(Timings):
     seed: int
     finish_reason: str
     inexact: str | None = None
+    paused_iterations: int = 0
     compare: Comparison | None = None
     log_probs: list[TokenLogProb] | None = None
 
@@ -181,7 +186,7 @@ class Generation(Timings):
         names = (
             "text token_ids prompt_tokens accepted_lengths block_efficiency tokens_per_s "
             "prefill_s decode_s method budget backend device dtype inexact seed "
-            "finish_reason"
+            "finish_reason paused_iterations"
         )
         values = {name: getattr(self, name) for name in names.split()}
         if self.compare is not None:

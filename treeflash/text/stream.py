@@ -123,6 +123,9 @@ class Assembler:
             inexact=self.backend.inexact,
             seed=int(self.config.sampling.seed),  # NumPy's numbers are not JSON
             finish_reason=self.finish_reason or "interrupted",
+            paused_iterations=stats.plain_iterations
+            if self.config.drafts and self.config.is_adaptive
+            else 0,
             log_probs=None
             if self.config.log_probs is None
             else [token for chunk in self.chunks for token in chunk.log_probs],

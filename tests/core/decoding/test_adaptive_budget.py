@@ -14,13 +14,11 @@ from treeflash.decoding.adaptive_budget import (
     MAX_PLAIN,
     MIN_ADVANTAGE,
     MIN_SPARE,
-    OUTLIER_FACTOR,
-    SIZES,
     AdaptiveBudget,
     AdaptiveBudgets,
-    VerifyCosts,
 )
 from treeflash.decoding.tree import DraftTree
+from treeflash.decoding.verify_costs import OUTLIER_FACTOR, SIZES, VerifyCosts
 from treeflash.errors import ConfigError
 from treeflash.reference.backend import load
 

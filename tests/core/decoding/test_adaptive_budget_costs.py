@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from treeflash.config import LoadConfig
-from treeflash.decoding import adaptive_budget
-from treeflash.decoding.adaptive_budget import (
+from treeflash.decoding import verify_costs
+from treeflash.decoding.interfaces import DeviceReport, Prefill
+from treeflash.decoding.sampling import SampledTokens
+from treeflash.decoding.verify_costs import (
     COST_SMOOTHING,
     GPU_PROMPT_TOKENS,
     LONG_PROMPT_TOKENS,
@@ -19,8 +21,6 @@ from treeflash.decoding.adaptive_budget import (
     TIMED,
     VerifyCosts,
 )
-from treeflash.decoding.interfaces import DeviceReport, Prefill
-from treeflash.decoding.sampling import SampledTokens
 from treeflash.reference.backend import load
 from treeflash.testing.models import edit_config
 
@@ -85,7 +85,7 @@ class Timed:
         self.first = first
         self.now = 0.0
         self.verified = []
-        monkeypatch.setattr(adaptive_budget.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(verify_costs.time, "perf_counter", lambda: self.now)
 
     def open(self, capacity, *, drafts):
         self.length = 0
@@ -121,7 +121,7 @@ class TimedAhead(Timed):
         result = super().run(work)
         if isinstance(item, Prefill) or len(item.tree) > 1:
             self.decoded = 0
-        elif self.decoded >= adaptive_budget.FIRST_TOKENS:
+        elif self.decoded >= verify_costs.FIRST_TOKENS:
             self.now = before + (self.now - before) / 2
         return result
 
@@ -310,14 +310,14 @@ def test_costs_belong_to_the_threads_and_to_a_preloaded_library(measured, monkey
 
 def test_costs_belong_to_the_version(measured, monkeypatch):
     """Which may have faster kernels."""
-    name = "treeflash.decoding.adaptive_budget.version"
+    name = "treeflash.decoding.verify_costs.version"
     assert measured(lambda timed: monkeypatch.setattr(name, lambda package: f"{package} 7"))
 
 
 def test_costs_belong_to_the_version_of_macos(measured, monkeypatch):
     """Which has libraries that MLX computes with."""
-    mac_ver = adaptive_budget.platform.mac_ver
-    name = "treeflash.decoding.adaptive_budget.platform.mac_ver"
+    mac_ver = verify_costs.platform.mac_ver
+    name = "treeflash.decoding.verify_costs.platform.mac_ver"
     assert measured(lambda timed: monkeypatch.setattr(name, lambda: ("26.2", *mac_ver()[1:])))
 
 

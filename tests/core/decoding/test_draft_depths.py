@@ -51,11 +51,11 @@ def test_depths_are_tried_again() -> None:
 
 def test_one_slow_draft_changes_little() -> None:
     depths = observed(4, 0.01)
-    assert depths.seconds is not None
-    before = depths.seconds
+    assert depths.seconds_per_depth is not None
+    before = depths.seconds_per_depth
     depths.choose(8, 0.0)
     depths.observe([CHAIN], [np.arange(3, dtype=np.int32)], 100.0)
-    assert depths.seconds < 1.1 * before
+    assert depths.seconds_per_depth < 1.1 * before
 
 
 @pytest.mark.parametrize("method", ["ddtree", "dflash"])

@@ -5,15 +5,11 @@ import pytest
 from fake_models import PROMPT, SCRIPT, FakeBackend, config_of, run, scripted
 
 from treeflash.decoding import Request, Scheduler, SchedulerConfig
-from treeflash.decoding.adaptive_budget import (
-    HIGHEST_BALANCE,
-    AdaptiveBudget,
-    AdaptiveBudgets,
-    VerifyCosts,
-)
+from treeflash.decoding.adaptive_budget import HIGHEST_BALANCE, AdaptiveBudget, AdaptiveBudgets
 from treeflash.decoding.suffix import SuffixDrafter
 from treeflash.decoding.transitions import Calibration
 from treeflash.decoding.tree import DraftTree
+from treeflash.decoding.verify_costs import VerifyCosts
 
 COSTS = {1: 1.0, 4: 1.01, 8: 1.02}
 

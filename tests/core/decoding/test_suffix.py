@@ -20,7 +20,7 @@ import pytest
 from tests.helpers.fake_models import PROMPT, scripted
 from treeflash.config import DecodeConfig
 from treeflash.decoding import Request, Scheduler
-from treeflash.decoding.adaptive_budget import AdaptiveBudget, AdaptiveBudgets, VerifyCosts
+from treeflash.decoding.adaptive_budget import AdaptiveBudget, AdaptiveBudgets
 from treeflash.decoding.suffix import (
     MAX_MATCH,
     MAX_NODES,
@@ -38,6 +38,7 @@ from treeflash.decoding.suffix import (
 )
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.decoding.tree import DraftTree, build_tree
+from treeflash.decoding.verify_costs import VerifyCosts
 
 FIXTURES = Path(os.environ.get("TREEFLASH_DRAFTER_FIXTURES", "."))
 
