@@ -289,7 +289,7 @@ class _Pair:
     budgets: AdaptiveBudgets = field(default_factory=AdaptiveBudgets)
 
     def costs(self) -> VerifyCosts:
-        """What passes cost: as an earlier process measured it, or measured now."""
+        """Return what passes cost: as an earlier process measured it, or measured now."""
         name = f"transformers {self.config}"  # its weights are not packed, as treeflash's own are
         file = cost_file(self.backend, name, LoadConfig(), cache_folder() / "costs")
         return VerifyCosts.kept(self.backend, file)

@@ -175,7 +175,7 @@ class AdaptiveBudget:
         return max(self.costs.seconds)
 
     def throughput_with(self, sequences: int) -> Throughput:
-        """The measurements with about that many sequences."""
+        """Return the measurements with about that many sequences."""
         return self.throughput.setdefault(power_of_two(sequences), Throughput())
 
     def begin(self, sequences: int = 1) -> bool:
@@ -188,7 +188,7 @@ class AdaptiveBudget:
         return now.pause == 0 and (sequences == 1 or before >= MIN_PLAIN)
 
     def copies_alone(self, sequences: int) -> bool:
-        """Whether copies of the text are verified in iterations that do not draft.
+        """Return whether copies of the text are verified in iterations that do not draft.
 
         They are not while plain decoding is timed, and where they do not pay.
         """
@@ -196,28 +196,28 @@ class AdaptiveBudget:
         return self.has_drafter and now.pause > 0 and now.copying.pause == 0
 
     def nodes_to_build(self, sequences: int) -> int:
-        """Nodes that a tree is built with before it is pruned."""
+        """Return how many nodes a tree is built with before it is pruned."""
         largest = self.nodes_to_copy(sequences)
         # A larger tree would be pruned. If it pays after all, the next iteration builds more nodes.
         expected = self.throughput_with(sequences).nodes
         return largest if expected is None else min(largest, 2 * math.ceil(expected) + MIN_SPARE)
 
     def expected_nodes(self, sequences: int) -> int:
-        """Nodes that a tree is expected to have when it was pruned."""
+        """Return how many nodes a pruned tree is expected to have."""
         expected = self.throughput_with(sequences).nodes
         return self.nodes_to_build(sequences) if expected is None else max(round(expected), 1)
 
     def depths_to_draft(self, sequences: int = 1) -> int | None:
-        """Depths worth drafting, a little beyond the depth that trees reach; None is all."""
+        """Return the depths worth drafting, a little beyond what trees reach; None is all."""
         reach = self.throughput_with(sequences).reach
         return None if reach is None else math.ceil(reach) + EXTRA_DEPTHS
 
     def nodes_to_copy(self, sequences: int) -> int:
-        """Nodes of a copy of the text before it is pruned; they cost nothing to make."""
+        """Return how many nodes a copy of the text has before it is pruned; they cost nothing."""
         return max(self.largest // sequences, min(self.largest, 32))
 
     def prefers_copy(self, tree: DraftTree, length: int, sequences: int = 1) -> bool:
-        """Whether a copy of the text promises more tokens per second than the drafter brought.
+        """Return whether a copy promises more tokens per second than the drafter brought.
 
         `length` is the number of committed positions; `sequences` ask for drafts.
         """
@@ -232,7 +232,7 @@ class AdaptiveBudget:
         return bool(rates.max() > now.drafted_tokens / now.drafted_seconds)
 
     def passes_to_draft(self, most: int, lengths: Sequence[int]) -> int:
-        """Depths worth drafting, at most `most`, for a drafter that runs a pass for each depth."""
+        """Return the depths worth drafting, at most `most`, if each takes a pass."""
         sequences = len(lengths)
         most = min(self.depths_to_draft(sequences) or most, most)
         depths = self.draft_depths.setdefault(power_of_two(sequences), DraftDepths())
@@ -241,7 +241,7 @@ class AdaptiveBudget:
     def prune(
         self, trees: Sequence[DraftTree], lengths: Sequence[int], other_rows: int = 0
     ) -> list[NDArray[np.int64]]:
-        """The nodes of each tree that pay, ascending, with the root and every node's parent.
+        """Select the nodes of each tree that pay, ascending, with the root and every node's parent.
 
         `lengths` are committed positions, `other_rows` further rows of the same forward pass.
         """
@@ -355,7 +355,7 @@ class AdaptiveBudget:
             counts[key] = (1 - SMOOTHING) * counts.get(key, 0.0) + float(value)
 
     def _plain_rate(self, sequences: int, lengths: Sequence[int]) -> float:
-        """Tokens per second of plain decoding, which is always possible."""
+        """Return the tokens per second of plain decoding, which is always possible."""
         if known := self.plain_s.get(sequences):
             return sequences / min(known)  # a disturbance only adds time
         reads = float(sum(lengths))
@@ -367,7 +367,7 @@ class AdaptiveBudget:
         return max(plain, now.tokens / now.seconds) if now.seconds else plain
 
     def _corrections(self, tree: DraftTree) -> NDArray[np.float64]:
-        """(n,) factors on the probabilities of nodes: the product along the path to each."""
+        """Return (n,) factors on the probabilities of nodes: the product along the path to each."""
         depths = range(int(tree.depths.max()) + 1)
         factors = np.array([self._factor(depth, 1.0) for depth in depths])  # 1 for the root
         corrections: NDArray[np.float64] = np.cumprod(factors)[tree.depths]
@@ -392,13 +392,13 @@ class AdaptiveBudget:
         return corrections
 
     def _factor(self, key: Key, prior: float) -> float:
-        """The accepted drafts as a share of the expected ones; `prior` before any was seen."""
+        """Return the accepted share of the expected drafts; `prior` before any was seen."""
         accepted, expected = self.accepted.get(key, 0.0), self.expected.get(key, 0.0)
         return (accepted + PRIOR_WEIGHT * prior) / (expected + PRIOR_WEIGHT)
 
 
 def _ranks(tree: DraftTree, gains: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(n,) gains to rank nodes by: at most the parent's gain, and infinite for the root."""
+    """Return (n,) gains to rank nodes by: at most the parent's gain, and infinite for the root."""
     ranks = gains.copy()
     ranks[0] = np.inf
     if tree.is_chain:
@@ -410,7 +410,7 @@ def _ranks(tree: DraftTree, gains: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _drafted_depth(tree: DraftTree) -> int:
-    """Depth of the deepest node that the drafter proposed."""
+    """Return the depth of the deepest node that the drafter proposed."""
     if tree.matches is None:
         return int(tree.depths.max())
     return int(tree.depths.max(initial=0, where=tree.matches == 0))
@@ -428,7 +428,7 @@ class AdaptiveBudgets:
     _lock: Lock = field(default_factory=Lock, init=False, repr=False)
 
     def get(self, method: Method, measure: Callable[[], VerifyCosts]) -> AdaptiveBudget:
-        """The budget of a method; `measure` gives the costs if none are known yet."""
+        """Return the budget of a method; `measure` gives the costs if none are known yet."""
         with self._lock:
             if method not in self.by_method:
                 if self.costs is None:
@@ -437,7 +437,7 @@ class AdaptiveBudgets:
             return self.by_method[method]
 
     def is_paused(self, sequences: int) -> bool:
-        """Whether no method drafts now with about that many sequences."""
+        """Return whether no method drafts now with about that many sequences."""
         with self._lock:
             budgets = list(self.by_method.values())
         found = [x.throughput.get(power_of_two(sequences)) for x in budgets]
@@ -462,7 +462,7 @@ class DraftDepths:
     accepted: dict[int, float] = field(default_factory=dict)
 
     def choose(self, most: int, rate: float, sequences: int = 1) -> int:
-        """The depths that pay, from 1 to `most`, at a `rate` of tokens per second in all."""
+        """Choose the depths that pay, from 1 to `most`, at a `rate` of tokens per second in all."""
         self.depths = most
         if self.seconds_per_depth is not None:
             share, price = 1.0, rate * self.seconds_per_depth / sequences

@@ -187,7 +187,7 @@ class VerifyCosts:
     doubtful: set[int] = field(default_factory=set, compare=False, repr=False)
     is_sound: bool = field(default=True, compare=False, repr=False)
     file: CostFile | None = field(default=None, compare=False, repr=False)
-    # of the latest passes, the observed seconds divided by the predicted ones
+    # The observed seconds of the latest passes, divided by the predicted ones.
     _ratios: deque[float] = field(
         default_factory=lambda: deque(maxlen=AGREEING), init=False, compare=False, repr=False
     )
@@ -265,7 +265,7 @@ class VerifyCosts:
     def cached(
         cls, backend: Backend, target: Path, loaded: LoadConfig, folder: Path
     ) -> VerifyCosts:
-        """The costs that were measured before for this target, device and dtype, or measured now.
+        """Return the costs of this target, device and dtype, kept from before or measured now.
 
         `folder` has the measurements; that it cannot be written is not an error.
         """
@@ -291,7 +291,7 @@ class VerifyCosts:
     def predict(
         self, rows: Sequence[int] | NDArray[np.int64], reads: Sequence[float], sequences: int = 1
     ) -> NDArray[np.float64]:
-        """(n,) seconds of n forward passes over `sequences` trees each.
+        """Return the (n,) seconds of n forward passes over `sequences` trees each.
 
         `rows` are (n,) nodes of all trees together, `reads` the (n,) sums over rows of the
         committed positions that each reads.
@@ -318,7 +318,7 @@ class VerifyCosts:
         return self.sequences_s.get((number, has_trees), other)
 
     def _read_s(self, rows: NDArray[np.float64]) -> NDArray[np.float64]:
-        """(n,) seconds for each row and position, of sequences with (n,) rows."""
+        """Return the (n,) seconds for each row and position, of sequences with (n,) rows."""
         if not self.position_s:
             return np.zeros(len(rows))
         numbers, seconds = list(self.position_s), list(self.position_s.values())
@@ -430,7 +430,7 @@ def cost_file(backend: Backend, model: str, loaded: LoadConfig, folder: Path) ->
 
 
 def power_of_two(sequences: int) -> int:
-    """The number of sequences rounded up to a power of two, by which measurements are kept."""
+    """Round a number of sequences up to a power of two, the key of measurements."""
     return 1 << (sequences - 1).bit_length()
 
 
@@ -449,7 +449,7 @@ def _token_seconds(sequence: SequenceSession) -> float:
 
 
 def _bushy_tree(nodes: int, vocab_size: int) -> DraftTree:
-    """A tree whose nodes have up to four children, much like draft trees.
+    """Build a tree whose nodes have up to four children, much like draft trees.
 
     Its tokens differ: a single token would take the same experts of a mixture at every node.
     """
