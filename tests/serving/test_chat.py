@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from time import perf_counter
@@ -10,8 +11,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from servers import NAME, wait_until
+from servers import NAME, serving, wait_until
 
+from treeflash.decoding.adaptive_budget import AdaptiveBudgets
+from treeflash.decoding.verify_costs import VerifyCosts
 from treeflash.serving import streaming
 from treeflash.serving.chat import _delta
 from treeflash.serving.message_parser import MessagePart, PartChange, ToolCall
@@ -173,6 +176,19 @@ def test_draft_trees(server):
         assert tree["path"][0] == 0
         accepted = [tree["nodes"][node] for node in tree["path"][1:]]
         assert accepted[: len(tree["tokens"])] == tree["tokens"][: len(accepted)]
+
+
+@pytest.mark.parametrize(("budget", "paused"), [("auto", True), (6, False)])
+def test_a_paused_draft_is_told(model, budget, paused):
+    """Only where the budget decides: a tree of two nodes costs 1,000,000,000 plain passes here."""
+    budgets = AdaptiveBudgets(VerifyCosts({1: 1e-3, 2: 1e6}))
+    options = {"include_draft_trees": True}
+    with serving(replace(model, adaptive_budgets=budgets)) as server:
+        fields = {"messages": MESSAGES, "max_tokens": 8, "budget": budget}
+        frames = server.frames(PATH, **fields, stream_options=options)
+    trees = [f["choices"][0]["draft_tree"] for f in frames if "draft_tree" in f["choices"][0]]
+    assert [tree.get("paused", False) for tree in trees[1:]] == [paused] * (len(trees) - 1)
+    assert "paused" not in trees[0]
 
 
 def test_defaults_of_the_server(serve, model):

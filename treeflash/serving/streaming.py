@@ -225,7 +225,8 @@ class ChoicesFormatter(ABC):
         """Return the field `draft_tree` of a choice, if the request asks for it.
 
         It has `iteration`; `seconds` that it took, for all sequences of its batch; `tokens`, the
-        texts of the committed tokens; and after the prefill, for a tree of n nodes, `nodes` (the
+        texts of the committed tokens; `paused` if the budget `auto` left the draft out, because it
+        would cost more than it brings; and after the prefill, for a tree of n nodes, `nodes` (the
         texts of the drafted tokens, the root first), `parents` (indices, -1 for the root) and
         `path` (the indices of the accepted nodes).
         """
@@ -237,6 +238,10 @@ class ChoicesFormatter(ABC):
             "seconds": sum(step.seconds.values()),
             "tokens": [text(token) for token in update.chunk.token_ids],
         }
+        config = self._completion.answers[update.index].config
+        plain = step.tree is None or len(step.tree) == 1
+        if update.iteration and plain and config.drafts and config.is_adaptive:
+            tree["paused"] = True
         if step.tree is not None and step.path is not None:
             tree["nodes"] = [text(token) for token in step.tree.tokens.tolist()]
             tree["parents"] = step.tree.parents.tolist()

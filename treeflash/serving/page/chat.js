@@ -55,6 +55,11 @@ class Answer {
     return this.seconds ? this.tokens / this.seconds : 0;
   }
 
+  /** Iterations without a draft, because drafts would have cost more time than they save. */
+  get paused() {
+    return this.iterations.filter((tree) => tree.paused).length;
+  }
+
   get efficiency() {
     return this.iterations.length ? this.tokens / this.iterations.length : 0;
   }
@@ -154,6 +159,11 @@ async function read(answer, name, sent, signal) {
       if (answer.place) choose(answer.iterations.length);
     }
   }
+  if (answer.place && answer.paused) {
+    byId("pause").textContent =
+      `Drafting was paused in ${answer.paused} of ${answer.iterations.length} iterations: ` +
+      "drafts cost more time here than they save.";
+  }
 }
 
 async function ask(text) {
@@ -165,6 +175,7 @@ async function ask(text) {
   }
   const verdict = byId("verdict");
   verdict.textContent = "";
+  byId("pause").textContent = "";
   log.querySelector(".hint")?.remove();
   const asked = turn("user", text);
   messages.push({ role: "user", content: text });
