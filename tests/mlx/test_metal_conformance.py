@@ -4,6 +4,7 @@ The kernels run under one schedule here; their own tests run them under all.
 """
 
 import json
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -21,6 +22,7 @@ require("mlx_lm")
 
 from laws import LAWS
 from metal_executor import DESCENDING, MetalExecutor, install, require_compiler
+from treeflash_mlx.backend import UNQUANTISED_BITS
 from treeflash_mlx.backend import load as load_mlx
 from treeflash_mlx.metal_kernels import attention
 
@@ -65,6 +67,8 @@ def write_wide_target(folder, family, **options):
 
 
 def load_quantised(target, drafter, config):
+    """Load with the weights of the drafter's files, as the reference does."""
+    config = replace(config, draft_bits=UNQUANTISED_BITS)
     quantised = target.with_name("quantised")
     return load_mlx(quantised if quantised.exists() else target, drafter, config)
 

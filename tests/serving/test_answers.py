@@ -238,7 +238,7 @@ def test_schemas_apply_after_the_reasoning(submitted, path):
     thinks = {
         CHAT: {"chat_template_kwargs": {"enable_thinking": True}},
         RESPONSES: {"reasoning": {"effort": "high"}},
-        MESSAGES: {"thinking": {"type": "enabled", "budget_tokens": 9}},
+        MESSAGES: {"thinking": {"type": "enabled", "budget_tokens": 99}, "max_tokens": 100},
     }
     prompt, accepts = submitted(path, body | thinks[path])
     assert prompt.endswith("<think>")
