@@ -245,11 +245,8 @@ def add_routes(app: FastAPI, service: Service) -> None:
         return await respond(service, http, completion, answer, stream, LineStream)
 
     @app.get("/api/tags")
-    def tags() -> dict[str, Any]:
-        return {"models": [_description(service, name) for name in service.names]}
-
-    @app.get("/api/ps")
-    def running() -> dict[str, Any]:
+    @app.get("/api/ps")  # every model of the server is loaded
+    def models() -> dict[str, Any]:
         return {"models": [_description(service, name) for name in service.names]}
 
     @app.post("/api/show")

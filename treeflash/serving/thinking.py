@@ -85,9 +85,9 @@ class ThinkingBudget:
 
     def _after(self, state: _State, token: int) -> _State:
         """Return the state after one more token."""
-        tail = state.tail + self._tokenizer.token_bytes(token)
         if state.phase == "after":
             return state
+        tail = state.tail + self._tokenizer.token_bytes(token)
         if state.phase == "before":
             assert self._opening is not None
             text = tail.lstrip()
