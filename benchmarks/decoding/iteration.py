@@ -41,8 +41,8 @@ from treeflash.cli.options import add_model_options, load_model
 from treeflash.config import DecodeConfig, Method, SamplingConfig
 from treeflash.decoding import Request, decode
 from treeflash.decoding.interfaces import Backend, Verify
+from treeflash.decoding.iteration import propose
 from treeflash.decoding.sampling import SamplingParams
-from treeflash.decoding.scheduler import propose
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree, build_tree
 from treeflash.errors import ConfigError

@@ -124,7 +124,7 @@ def test_a_finished_stream_keeps_no_keys_and_values(tiny_pair, monkeypatch):
 def test_a_closed_stream_ends_and_frees_its_sequence(scripted, monkeypatch, close):
     closed = []
     monkeypatch.setattr(
-        "treeflash.decoding.scheduler.RunningSequence.close", lambda self: closed.append(self)
+        "treeflash.decoding.iteration.RunningSequence.close", lambda self: closed.append(self)
     )
     stream = scripted(TEXT).stream("hi")
     text = next(stream).text + next(stream).text

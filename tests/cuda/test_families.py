@@ -6,8 +6,8 @@ import pytest
 from parts import load_with_parts
 
 from treeflash.config import DecodeConfig, LoadConfig
+from treeflash.decoding import Request, Scheduler
 from treeflash.decoding.probe import tree_difference
-from treeflash.decoding.scheduler import Request, Scheduler
 from treeflash.errors import UnsupportedModelError
 from treeflash.testing import require
 from treeflash.testing.comparisons import random_tokens

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from treeflash.config import METHODS, DecodeConfig, SamplingConfig
+from treeflash.decoding import Request, decode
 from treeflash.decoding.interfaces import Backend, Prefill, TableOptions, Verify
 from treeflash.decoding.loop import Step
 from treeflash.decoding.sampling import Noise, SampledTokens, SamplingParams, sample
-from treeflash.decoding.scheduler import Request, decode
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.decoding.tree import DraftTree
 

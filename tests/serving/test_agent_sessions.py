@@ -19,7 +19,7 @@ from servers import serving
 from tool_models import tool_tokenizer
 
 from treeflash.decoding.disk_cache import BLOCK
-from treeflash.decoding.scheduler import SNAPSHOT_INTERVAL
+from treeflash.decoding.iteration import SNAPSHOT_INTERVAL
 from treeflash.testing.models import write_drafter, write_target
 
 # Reasoning is kept after the last message of the user only, as in Qwen3's template.

@@ -25,7 +25,8 @@ from concurrent.futures import Future
 from contextlib import suppress
 from typing import Generic, TypeVar
 
-from treeflash.decoding.scheduler import Event, Scheduler
+from treeflash.decoding.request import Event
+from treeflash.decoding.scheduler import Scheduler
 
 T = TypeVar("T")
 BETWEEN_COPIES_S = 0.01

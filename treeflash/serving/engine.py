@@ -22,7 +22,7 @@ from treeflash.config import GIB
 from treeflash.decoding import Request, RequestId, Scheduler, SchedulerConfig
 from treeflash.decoding.interfaces import device_report
 from treeflash.decoding.prefix_cache import PrefixCache
-from treeflash.decoding.scheduler import Event
+from treeflash.decoding.request import Event
 from treeflash.decoding.scheduler_thread import Mailbox, SchedulerThread
 from treeflash.decoding.suffix import SuffixCache
 from treeflash.errors import ConfigError, is_device_lost

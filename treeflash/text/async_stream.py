@@ -13,7 +13,7 @@ from treeflash.decoding import Request, RequestId, Scheduler
 from treeflash.decoding.adaptive_budget import AdaptiveBudgets
 from treeflash.decoding.interfaces import Backend
 from treeflash.decoding.loop import Step
-from treeflash.decoding.scheduler import Event
+from treeflash.decoding.request import Event
 from treeflash.decoding.scheduler_thread import Mailbox, SchedulerThread
 from treeflash.text.generation import Generation
 from treeflash.text.stream import Assembler, Chunk, scheduler_config

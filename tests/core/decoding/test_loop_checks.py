@@ -17,7 +17,7 @@ from fake_models import (
 )
 
 from treeflash.config import Method
-from treeflash.decoding.scheduler import Request, check, decode
+from treeflash.decoding import Request, check, decode
 from treeflash.errors import ConfigError, NumericalError, PromptError, UnsupportedModelError
 from treeflash.testing.comparisons import tokens_of
 

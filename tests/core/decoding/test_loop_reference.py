@@ -12,9 +12,9 @@ import pytest
 from numpy.typing import NDArray
 
 from treeflash.config import METHODS, DecodeConfig, LoadConfig, Method, SamplingConfig
+from treeflash.decoding import Request, decode
 from treeflash.decoding.adaptive_budget import AdaptiveBudget, AdaptiveBudgets
 from treeflash.decoding.interfaces import Backend
-from treeflash.decoding.scheduler import Request, decode
 from treeflash.decoding.tree import DraftTree
 from treeflash.decoding.verify_costs import VerifyCosts
 from treeflash.reference.backend import load as load_reference

@@ -18,8 +18,8 @@ from fake_models import (
 )
 
 from treeflash.config import METHODS, Method
+from treeflash.decoding import Request, decode
 from treeflash.decoding.adaptive_budget import AdaptiveBudget, AdaptiveBudgets
-from treeflash.decoding.scheduler import Request, decode
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.decoding.tree import DraftTree
 from treeflash.decoding.verify_costs import VerifyCosts

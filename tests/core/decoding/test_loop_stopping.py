@@ -13,7 +13,7 @@ from fake_models import (
 )
 
 from treeflash.config import METHODS, Method
-from treeflash.decoding.scheduler import Request, decode
+from treeflash.decoding import Request, decode
 from treeflash.errors import NumericalError
 from treeflash.testing.comparisons import tokens_of
 

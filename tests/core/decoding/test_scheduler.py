@@ -9,8 +9,7 @@ import pytest
 from memory import watch_states
 
 from treeflash.config import METHODS, DecodeConfig, LoadConfig, Penalties, SamplingConfig
-from treeflash.decoding import Request, Scheduler, SchedulerConfig, Step, decode
-from treeflash.decoding import scheduler as scheduler_module
+from treeflash.decoding import Request, Scheduler, SchedulerConfig, Step, decode, iteration
 from treeflash.decoding.interfaces import Prefill, Verify
 from treeflash.decoding.prefix_cache import PrefixCache
 from treeflash.errors import (
@@ -422,7 +421,7 @@ def test_a_state_that_the_prefix_cache_cannot_hold_is_not_copied(backend, monkey
 
 def test_long_prompts_leave_snapshots_on_the_way(backend, monkeypatch):
     """So that a prompt that differs in the middle need not start anew."""
-    monkeypatch.setattr(scheduler_module, "SNAPSHOT_INTERVAL", 8)
+    monkeypatch.setattr(iteration, "SNAPSHOT_INTERVAL", 8)
     monkeypatch.setattr(State, "needs_snapshots", True)
     taken = []
     monkeypatch.setattr(State, "snapshot", lambda state: taken.append(state.length))

@@ -8,10 +8,11 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 from schedule_machine import FaultyVerifier, ScheduleMachine
 
-from treeflash.decoding import scheduler
 from treeflash.decoding.backend_base import Snapshots
+from treeflash.decoding.interfaces import Prefill, Verify
+from treeflash.decoding.iteration import Iteration, RunningSequence
 from treeflash.decoding.prefix_cache import PrefixCache
-from treeflash.decoding.scheduler import Iteration, RunningSequence, Scheduler
+from treeflash.decoding.scheduler import Scheduler
 
 short = settings(
     max_examples=40,
@@ -81,8 +82,8 @@ def leave_the_state_open(self: RunningSequence) -> None:
 
 
 def give_every_prompt_the_whole_room(self: Iteration) -> dict[Any, int]:
-    room = self.prefill_chunks[0 if self._pending(scheduler.Verify) else 1]
-    return {x.request_id: min(x.chunk_size, room) for x in self._pending(scheduler.Prefill)}
+    room = self.prefill_chunks[0 if self._pending(Verify) else 1]
+    return {x.request_id: min(x.chunk_size, room) for x in self._pending(Prefill)}
 
 
 def end_all(

@@ -12,7 +12,7 @@ import pytest
 
 from treeflash.config import METHODS
 from treeflash.decoding import Scheduler
-from treeflash.decoding.scheduler import RunningSequence
+from treeflash.decoding.iteration import RunningSequence
 from treeflash.errors import ConfigError, NumericalError, PromptError
 from treeflash.language_model import load
 

@@ -121,7 +121,7 @@ def test_many_texts_that_are_given_up_leave_no_state(tiny_pair, monkeypatch):
     model = load(*tiny_pair, backend="reference")
     closed = []
     monkeypatch.setattr(
-        "treeflash.decoding.scheduler.RunningSequence.close", lambda self: closed.append(self)
+        "treeflash.decoding.iteration.RunningSequence.close", lambda self: closed.append(self)
     )
     texts = model.generate_many(
         ["one", "two", "three"], stop_token_ids=(), max_tokens=9, method="ar"

@@ -1,0 +1,488 @@
+"""One iteration of the scheduler: the work of all running sequences, in batched calls.
+
+Every decode loop waits for one piece of `Work` (see `treeflash.decoding.loop`). An iteration
+carries out the work of all running sequences, kind by kind, so that work of the same kind from all
+sequences runs as one batched call:
+
+1. `Draft`: one call of the drafter, and one of its AR head or marginals for each group of sequences
+   with the same options.
+2. `Prune`: choose the nodes of trees with the budget `auto`, for all sequences of a method at once.
+3. `Verify` and `Prefill`: one forward pass of the target over all trees and over the next chunks of
+   prompts, at most `SchedulerConfig.prefill_chunk` tokens of them.
+4. `Commit`: keep the accepted paths.
+
+A loop that was answered goes on at once to its next piece of work. So a sequence that drafts goes
+through all of the steps in one iteration, and each iteration emits a `Step` for it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from treeflash.config import AUTO, DecodeConfig, Method
+from treeflash.decoding.adaptive_budget import AdaptiveBudget
+from treeflash.decoding.batch_trees import draft_trees, observe
+from treeflash.decoding.interfaces import (
+    Backend,
+    Block,
+    Prefill,
+    SequenceState,
+    TableOptions,
+    Verify,
+)
+from treeflash.decoding.loop import Commit, Draft, Drafted, Loop, Phase, Prune, Step, Work
+from treeflash.decoding.request import Request, RequestId
+from treeflash.decoding.sampling import Noise, SampledTokens
+from treeflash.decoding.suffix import SuffixTree, tree_of
+from treeflash.decoding.transitions import Calibration, TransitionTable
+from treeflash.decoding.tree import DraftTree
+from treeflash.errors import TreeflashError, is_out_of_memory
+
+SNAPSHOT_INTERVAL = 2048
+"""Prompt tokens between two snapshots of recurrent states."""
+MAX_SKIP = 16
+"""The most drafts of a batch that a sequence skips before it is drafted for again."""
+ROWS_PER_NODE, MIN_ROWS = 4, 16
+"""Rows of the AR head for a tree: on average the block efficiency stays within 1.5 % of that with
+all rows for 8 nodes, and within 1 % for more (docs/history.md)."""
+TOKENS_PER_NODE, MIN_TOKENS = 32, 256
+"""Tokens that the AR head scores for a tree, if no fewer are asked for; 256 change the block
+efficiency of 8 nodes by 0.1 %."""
+W = TypeVar("W", bound=Work)
+
+
+@dataclass(eq=False)
+class RunningSequence:
+    """A sequence that has started."""
+
+    request_id: RequestId
+    request: Request
+    state: SequenceState
+    loop: Loop
+    tokens: list[int]  # the tokens of the prompt, then the emitted ones
+    # the work that the loop waits for; None when the sequence is finished
+    pending: Work | None = None
+    prefilled: int = 0  # tokens of the pending `Prefill` that are committed already
+    has_drafted: bool = False  # whether a tree was drafted for it
+    skip_drafts: int = 0  # drafts of a batch to skip, because its trees were cut to the root
+    next_skip: int = 1  # drafts to skip after the next such tree
+    shared: bool = False  # whether sequences that begin alike may fork its state
+    seconds: dict[Phase, float] = field(default_factory=dict)  # by phase, since the last step
+    # steps, and the error that ended the sequence, not handed out yet
+    events: list[Step | Exception] = field(default_factory=list)
+
+    @property
+    def config(self) -> DecodeConfig:
+        return self.request.config
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether its prompt is scored, and is not complete."""
+        return self.request.scores_prompt and len(self.tokens) == len(self.request.prompt_ids)
+
+    @property
+    def chunk_size(self) -> int:
+        """Tokens of the pending `Prefill` that may run next: all, or those before a snapshot.
+
+        The last token of a prompt always has a chunk of its own where a snapshot is needed, because
+        the token before it is where sequences with the same prompt fork. Other prompts may leave a
+        long one earlier, so there are snapshots on the way too.
+        """
+        remaining = len(self.expect(Prefill).token_ids) - self.prefilled
+        if remaining == 1 or not (self.shared and self.state.needs_snapshots):
+            return remaining
+        return min(remaining - 1, SNAPSHOT_INTERVAL - self.state.length % SNAPSHOT_INTERVAL)
+
+    def expect(self, kind: type[W]) -> W:
+        """Return the pending work, which is of that kind."""
+        assert isinstance(self.pending, kind)
+        return self.pending
+
+    def resume(self, outcome: Any, phase: Phase | None = None) -> None:
+        """Send the outcome of the pending work to the loop; None starts it.
+
+        The loop's own time counts as the `phase`; None does not count it.
+        """
+        started = time.perf_counter()
+        self.pending = None
+        try:
+            item = self.loop.send(outcome)
+            while isinstance(item, Step):
+                self.events.append(replace(item, seconds=self.seconds))
+                self.tokens += item.tokens
+                self.seconds = {}
+                if item.finish_reason is not None:
+                    return
+                item = next(self.loop)
+            self.pending = item
+        except Exception as error:  # from its constraint, for example: other sequences continue
+            self.events.append(error)
+        if phase is not None:
+            self.add_time(phase, started)
+
+    def update_backoff(self, kept_nodes: int) -> None:
+        """Skip exponentially more drafts while pruning keeps only the root."""
+        if kept_nodes > 1:
+            self.next_skip = 1
+        else:
+            self.skip_drafts, self.next_skip = self.next_skip, min(2 * self.next_skip, MAX_SKIP)
+
+    def fail(self, error: Exception) -> None:
+        self.pending = None
+        self.events.append(error)
+
+    def add_time(self, phase: Phase, started: float) -> None:
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - started
+
+    def close(self) -> None:
+        """End the loop and give the state's memory back."""
+        self.loop.close()
+        self.state.close()
+
+
+def table_options(config: DecodeConfig, nodes: int) -> TableOptions:
+    """Return the options of the table for a tree or chain of `nodes` nodes, without noise."""
+    k, temperature = config.top_k_children, config.draft_temperature
+    if not config.uses_head:
+        return TableOptions(k=1 if config.drafts_chain else k, temperature=temperature)
+    rows, shortlist = config.head_rows, config.head_vocab
+    if rows == AUTO:
+        # The token that a chain continues from may be improbable by its marginal.
+        rows = None if config.drafts_chain else max(ROWS_PER_NODE * nodes, MIN_ROWS)
+    if shortlist is not None:
+        shortlist = min(shortlist, max(TOKENS_PER_NODE * nodes, MIN_TOKENS))
+    return TableOptions(
+        k=k, m=config.top_m, temperature=temperature, shortlist=shortlist, rows=rows
+    )
+
+
+def propose(
+    backend: Backend,
+    blocks: Sequence[Block],
+    configs: Sequence[DecodeConfig],
+    nodes: Sequence[int],
+    positions: Sequence[NDArray[np.int32]] = (),
+) -> list[TransitionTable]:
+    """Compute the tables of chains or trees, for the blocks of all sequences of one draft.
+
+    `nodes` are the expected sizes of the trees, `positions` the (D,) of each block's depths, which
+    greedy sequences do not need.
+    """
+    # Sequences with the same options are computed together.
+    groups: dict[tuple[bool, TableOptions], list[int]] = {}
+    for i, (config, size) in enumerate(zip(configs, nodes, strict=True)):
+        groups.setdefault((config.uses_head, table_options(config, size)), []).append(i)
+    tables: dict[int, TransitionTable] = {}
+    for (uses_head, options), members in groups.items():
+        if not all(configs[i].sampling.greedy for i in members):
+            noise = Noise.from_positions([(configs[i].sampling, positions[i]) for i in members])
+            options = replace(options, noise=noise)
+        batch = [blocks[i] for i in members]
+        if uses_head:
+            assert backend.head is not None
+            made = backend.head.transitions(batch, options)
+        else:
+            assert backend.drafter is not None
+            made = backend.drafter.marginals(batch, options)
+        tables |= zip(members, made, strict=True)
+    return [tables[i] for i in range(len(blocks))]
+
+
+@dataclass(frozen=True)
+class TreeSize:
+    """How much of a draft a tree can use."""
+
+    expected: int  # nodes of the tree that is verified
+    built: int  # nodes of the tree that is built, and perhaps pruned
+    depths: int | None  # depths that the tree is likely to reach; None for all
+
+
+@dataclass(frozen=True, eq=False)
+class Iteration:
+    """The calls of one iteration, over all running sequences.
+
+    `budget` gives a method's adaptive budget. `prefill_chunks` are the prompt tokens to run if
+    trees are verified too, and if none are.
+    """
+
+    backend: Backend
+    sequences: Sequence[RunningSequence]
+    budget: Callable[[Method], AdaptiveBudget]
+    prefill_chunks: tuple[int, int]
+
+    def run(self) -> None:
+        """Bring every sequence one step further, or run the next chunk of its prompt."""
+        captures = self._captures()
+        self._draft()
+        self._prune()
+        chunks = self._chunks()
+        verifying = self._pending(Verify)
+        trees = {sequence.request_id: sequence.expect(Verify).tree for sequence in verifying}
+        lengths = {sequence.request_id: sequence.state.length for sequence in verifying}
+        prefilled = self._verify(chunks)
+        committed = self._commit()
+        # Otherwise prompts or the capture of a graph took part of the time, or trees were parts of
+        # prompts.
+        scored = any(sequence.is_scored for sequence in committed)
+        if not chunks and not scored and self._captures() == captures:
+            self._observe(committed, trees, lengths)
+        for sequence in committed:
+            sequence.has_drafted |= "draft" in sequence.seconds
+            sequence.resume(None)
+        for sequence, sampled in prefilled:
+            sequence.seconds = {"prefill": sum(sequence.seconds.values())}
+            sequence.resume(sampled)
+
+    def _draft(self) -> None:
+        """Draft for the sequences that ask for it, unless it does not pay."""
+        waiting = self._pending(Draft)
+        adaptive = Counter(x.config.method for x in waiting if x.config.is_adaptive)
+        pays = {method: self.budget(method).begin(count) for method, count in adaptive.items()}
+        drafting = []
+        proposals: dict[RequestId, SuffixTree] = {}
+
+        def copy(sequence: RunningSequence) -> SuffixTree | None:
+            """Copy what followed earlier occurrences of the text, unless copying does not pay."""
+            config, work = sequence.config, sequence.expect(Draft)
+            if work.suffix is None:
+                return None
+            if not config.is_adaptive:
+                return work.suffix.propose(int(config.budget), work.depths)
+            budget, count = self.budget(config.method), adaptive[config.method]
+            if not pays[config.method] and not budget.copies_alone(count):
+                return None
+            nodes = budget.nodes_to_copy(count)
+            return work.suffix.propose(nodes, work.depths)
+
+        def runs_drafter(sequence: RunningSequence, proposal: SuffixTree | None) -> bool:
+            config = sequence.config
+            if not config.drafts or not config.is_adaptive:
+                return config.drafts
+            if not pays[config.method]:
+                return False
+            if sequence.skip_drafts:
+                sequence.skip_drafts -= 1
+                return False
+            if proposal is None:
+                return True
+            tree = tree_of(proposal, sequence.expect(Draft).root, len(proposal))
+            budget, count = self.budget(config.method), adaptive[config.method]
+            return not budget.prefers_copy(tree, sequence.state.length, count)
+
+        for sequence in waiting:
+            started = time.perf_counter()
+            proposal = copy(sequence)
+            runs = runs_drafter(sequence, proposal)
+            if proposal is not None:
+                sequence.add_time("tree", started)
+                proposals[sequence.request_id] = proposal
+            if runs:
+                drafting.append(sequence)
+            elif proposal is None:
+                sequence.resume(None)
+            else:
+                sequence.resume(Drafted(None, len(proposal), proposal), "tree")
+
+        def size_of(config: DecodeConfig) -> TreeSize:
+            if config.is_adaptive:
+                budget, count = self.budget(config.method), adaptive[config.method]
+                sizes = budget.expected_nodes(count), budget.nodes_to_build(count)
+                drafter = self.backend.drafter_config
+                if drafter is not None and not drafter.has_marginals:
+                    lengths = [x.state.length for x in drafting if x.config.method == config.method]
+                    most = min(config.draft_depths or drafter.depths, drafter.depths)
+                    return TreeSize(*sizes, budget.passes_to_draft(most, lengths))
+                return TreeSize(*sizes, budget.depths_to_draft(count))
+            # The deepest node of n nodes ends a chain, at depth n - 1; the calibration also learns
+            # from the depth after it.
+            nodes = int(config.budget)
+            return TreeSize(nodes, nodes, nodes)
+
+        def draft(sequences: list[RunningSequence]) -> list[Drafted]:
+            assert self.backend.drafter is not None
+            assert self.backend.drafter_config is not None
+            roots = [(sequence.state, sequence.expect(Draft).root) for sequence in sequences]
+            configs = [sequence.config for sequence in sequences]
+            sizes = [size_of(config) for config in configs]
+            all_depths = self.backend.drafter_config.depths
+            depths = max(
+                min(size.depths or all_depths, config.draft_depths or all_depths, all_depths)
+                for size, config in zip(sizes, configs, strict=True)
+            )
+            blocks = self.backend.drafter.draft(roots, depths)
+            after_root = np.arange(1, depths + 1, dtype=np.int32)
+            positions = [sequence.state.length + after_root for sequence in sequences]
+            nodes = [size.expected for size in sizes]
+            tables = propose(self.backend, blocks, configs, nodes, positions)
+            copies = [proposals.get(sequence.request_id) for sequence in sequences]
+            return [
+                Drafted(table, size.built, proposal)
+                for table, size, proposal in zip(tables, sizes, copies, strict=True)
+            ]
+
+        drafts = list(self._batch(drafting, "draft", draft))
+        started = time.perf_counter()
+        grown = self._grow(drafts)
+        for sequence, _ in drafts:
+            sequence.add_time("tree", started)
+        for (sequence, drafted), made in zip(drafts, grown, strict=True):
+            parts = drafted.table, drafted.nodes, drafted.proposal, made
+            sequence.resume(Drafted(*parts), "tree")
+
+    def _grow(
+        self, drafts: Sequence[tuple[RunningSequence, Drafted]]
+    ) -> list[tuple[TransitionTable, DraftTree] | None]:
+        """Make the trees of sequences for all of them at once; None for those whose loops make it.
+
+        Loops do that with copies of the text, and where a table has more depths than a tree needs.
+        """
+        grown: list[tuple[TransitionTable, DraftTree] | None] = [None] * len(drafts)
+        chosen: list[tuple[int, TransitionTable, Calibration, int, int]] = []
+        for i, (sequence, drafted) in enumerate(drafts):
+            work, table = sequence.expect(Draft), drafted.table
+            if work.calibration is None or table is None or drafted.proposal is not None:
+                continue
+            if table.depths <= min(work.depths, sequence.config.draft_depths or work.depths):
+                chosen.append((i, table, work.calibration, work.root, drafted.nodes))
+        if chosen:
+            numbers, *arguments = zip(*chosen, strict=True)
+            for i, made in zip(numbers, draft_trees(*arguments), strict=True):
+                grown[i] = made
+        return grown
+
+    def _prune(self) -> None:
+        """Prune the trees of the budget `auto`, for all sequences of a method at once."""
+        rows = sum(len(sequence.expect(Verify).tree) for sequence in self._pending(Verify))
+        pruning = self._pending(Prune)
+        for method in dict.fromkeys(sequence.config.method for sequence in pruning):
+            sequences = [sequence for sequence in pruning if sequence.config.method == method]
+            started = time.perf_counter()
+            trees = [sequence.expect(Prune).tree for sequence in sequences]
+            lengths = [sequence.state.length for sequence in sequences]
+            kept = self.budget(method).prune(trees, lengths, rows)
+            rows += sum(map(len, kept))
+            for sequence, nodes in zip(sequences, kept, strict=True):
+                sequence.add_time("tree", started)
+                if len(sequences) > 1 and "draft" in sequence.seconds:
+                    sequence.update_backoff(len(nodes))
+                sequence.resume(nodes, "tree")
+
+    def _chunks(self) -> dict[RequestId, int]:
+        """Choose how many prompt tokens to run, by sequence: as many as fit, in order."""
+        room = self.prefill_chunks[0 if self._pending(Verify) else 1]
+        chunks = {}
+        for sequence in self._pending(Prefill):
+            size = min(sequence.chunk_size, room)
+            if size:
+                chunks[sequence.request_id] = size
+                room -= size
+        return chunks
+
+    def _verify(self, chunks: dict[RequestId, int]) -> list[tuple[RunningSequence, SampledTokens]]:
+        """Run the target over all trees and chunks; returns sequences whose prompt is complete."""
+
+        def work_of(sequence: RunningSequence) -> Prefill | Verify:
+            if sequence.request_id not in chunks:
+                return sequence.expect(Verify)
+            whole, end = sequence.expect(Prefill), sequence.prefilled + chunks[sequence.request_id]
+            return replace(
+                whole,
+                token_ids=whole.token_ids[sequence.prefilled : end],
+                params=whole.params if end == len(whole.token_ids) else None,
+            )
+
+        def run(sequences: list[RunningSequence]) -> list[SampledTokens | None]:
+            return self.backend.verifier.run([work_of(sequence) for sequence in sequences])
+
+        prefilling = [sequence for sequence in self.sequences if sequence.request_id in chunks]
+        prefilled = []
+        for sequence, sampled in self._batch([*self._pending(Verify), *prefilling], "verify", run):
+            if sequence.request_id not in chunks:
+                sequence.resume(sampled)
+                continue
+            sequence.prefilled += chunks[sequence.request_id]
+            last = len(sequence.expect(Prefill).token_ids) - 1
+            on_the_way = sequence.state.length % SNAPSHOT_INTERVAL == 0
+            if sequence.shared and (sequence.prefilled == last or on_the_way):
+                sequence.state.snapshot()
+            if sampled is not None:
+                prefilled.append((sequence, sampled))
+        return prefilled
+
+    def _commit(self) -> list[RunningSequence]:
+        """Commit the accepted paths; returns the sequences that had one."""
+
+        def commit(sequences: list[RunningSequence]) -> list[None]:
+            self.backend.verifier.commit([(x.state, x.expect(Commit).path) for x in sequences])
+            return [None] * len(sequences)
+
+        committed = [x for x, _ in self._batch(self._pending(Commit), "commit", commit)]
+        seen = [sequence.expect(Commit).seen for sequence in committed]
+        observe([outcome for outcome in seen if outcome is not None])
+        return committed
+
+    def _observe(
+        self,
+        committed: list[RunningSequence],
+        trees: dict[RequestId, DraftTree],
+        lengths: dict[RequestId, int],
+    ) -> None:
+        """Let the adaptive budget of a method learn, if all sequences are of that method."""
+        methods = {sequence.config.method for sequence in committed}
+        if len(methods) != 1 or not all(sequence.config.is_adaptive for sequence in committed):
+            return
+        seconds: dict[Phase, float] = {}
+        for sequence in committed:
+            seconds |= sequence.seconds
+        self.budget(methods.pop()).observe(
+            [trees[sequence.request_id] for sequence in committed],
+            [sequence.expect(Commit).path for sequence in committed],
+            [lengths[sequence.request_id] for sequence in committed],
+            seconds,
+            first=any("draft" in x.seconds and not x.has_drafted for x in committed),
+        )
+
+    def _captures(self) -> int:
+        """Count the functions that the backend has compiled or captured so far, if it does."""
+        captures: int = getattr(self.backend, "captures", 0)
+        return captures
+
+    def _pending(self, kind: type[Work]) -> list[RunningSequence]:
+        return [sequence for sequence in self.sequences if isinstance(sequence.pending, kind)]
+
+    def _batch(
+        self,
+        sequences: list[RunningSequence],
+        phase: Phase,
+        call: Callable[[list[RunningSequence]], Sequence[Any]],
+    ) -> Iterator[tuple[RunningSequence, Any]]:
+        """Call with all sequences. If that fails, call with each alone; a second error ends it."""
+        if not sequences:
+            return
+        started = time.perf_counter()
+        try:
+            outcomes = call(sequences)
+        except Exception as error:
+            if not concerns_few(error):
+                raise
+            if len(sequences) == 1:
+                sequences[0].fail(error)
+            else:
+                for sequence in sequences:
+                    yield from self._batch([sequence], phase, call)
+            return
+        for sequence in sequences:
+            sequence.add_time(phase, started)
+        yield from zip(sequences, outcomes, strict=True)
+
+
+def concerns_few(error: Exception) -> bool:
+    """Return whether an error of a call may end the sequences of the call, and no others."""
+    return isinstance(error, TreeflashError) or is_out_of_memory(error)

@@ -1,0 +1,83 @@
+"""Requests: what is to be decoded, and whether a pair can decode it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NewType, TypeAlias
+
+from treeflash.config import DecodeConfig, Method
+from treeflash.decoding.interfaces import Backend
+from treeflash.decoding.loop import Step
+from treeflash.decoding.sampling import Constraint
+from treeflash.drafters.mtp_heads import NO_MARGINALS
+from treeflash.errors import ConfigError, ContextLengthError, PromptError
+
+RequestId = NewType("RequestId", int)
+"""Names a request of one scheduler."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Request:
+    """A sequence to decode.
+
+    Attributes:
+        prompt_ids: at least one token.
+        config: method, budget, limits, sampling.
+        constraint: of the generated tokens; belongs to this request alone.
+        scores_prompt: whether the first step has the log probabilities of the prompt. Then nothing
+            of it comes from a prefix cache.
+        cache_salt: only sequences with the same salt share the states of a prefix cache.
+    """
+
+    prompt_ids: Sequence[int]
+    config: DecodeConfig
+    constraint: Constraint | None = None
+    scores_prompt: bool = False
+    cache_salt: str = ""
+
+
+Event: TypeAlias = tuple[RequestId, Step | Exception]
+"""A step of a sequence, or the error that ended it."""
+
+
+def check(backend: Backend, request: Request) -> None:
+    """Raise the error that decoding this request would meet, if any."""
+    prompt_ids, config = request.prompt_ids, request.config
+    drafter = backend.drafter_config
+    if config.drafts and drafter is None:
+        raise ConfigError(
+            f"method {config.method} needs a drafter and none was loaded; load a drafter "
+            "(--drafter), or use method suffix or ar"
+        )
+    if config.method == "suffix":
+        backend.check_trees()
+    if config.uses_head and backend.head is None:
+        raise ConfigError(
+            f"method {config.method} needs an AR head, and the loaded drafter has no AR head; "
+            "use method ddtree or dflash"
+        )
+    if drafter and config.drafts and not config.uses_head and not drafter.has_marginals:
+        raise ConfigError(NO_MARGINALS)
+    if not len(prompt_ids):
+        raise PromptError("the prompt is empty; give at least one token")
+    if len(prompt_ids) >= backend.max_positions:
+        raise ContextLengthError(len(prompt_ids), backend.max_positions)
+    for token, _ in config.penalties.logit_bias:
+        if token >= backend.vocab_size:
+            raise ConfigError(
+                f"logit_bias has the token id {token}, and the target's vocabulary has "
+                f"{backend.vocab_size} tokens"
+            )
+    if not 0 <= min(prompt_ids) <= max(prompt_ids) < backend.vocab_size:
+        raise PromptError(
+            f"the prompt has token ids outside the target's vocabulary of {backend.vocab_size}; "
+            "was it encoded with another model's tokenizer?"
+        )
+
+
+def best_method(backend: Backend, *, copies: bool) -> Method:
+    """Return the best method of a pair; `copies` is whether one without a drafter copies text."""
+    if backend.drafter_config is None:
+        return "suffix" if copies else "ar"
+    return "ddtree" if backend.head is None else "treeflash"
