@@ -366,6 +366,13 @@ class LoadConfig:
     kv_bits: int | None = option(
         None, "quantise the KV cache to N bits (mlx: 4 or 8; cuda: 8)", 1, metavar="N"
     )
+    images: bool = option(
+        True,
+        "do not load the target's vision tower; prompts with images are then refused",
+        doc="load the target's vision tower, if it has one that the backend supports; without it, "
+        "prompts with images are refused",
+        flag="--no-images",
+    )
     exact: bool | None = option(
         None,
         "make the target's logits bitwise equal for every method, budget and batch, or refuse "

@@ -350,6 +350,8 @@ class LoadOptions(TypedDict, total=False):
             Default: all; mlx: 4096.
         kv_bits (int or None): quantise the KV cache to N bits (mlx: 4 or 8; cuda: 8).
             Default: None.
+        images (bool): load the target's vision tower, if it has one that the backend supports;
+            without it, prompts with images are refused. Default: True.
         exact (bool or None): make the target's logits bitwise equal for every method, budget, batch
             and prompt chunk (cuda); an error where that does not hold. None does so in half
             precision on a CPU where it holds. Default: None.
@@ -371,6 +373,7 @@ class LoadOptions(TypedDict, total=False):
     draft_bits: int | None
     draft_window: int | None
     kv_bits: int | None
+    images: bool
     exact: bool | None
     cuda_graphs: bool
     wired: bool

@@ -19,6 +19,7 @@ from treeflash.decoding.interfaces import (
     ARHead,
     Backend,
     Block,
+    ImageProcessor,
     Prefill,
     SequenceState,
     StateArrays,
@@ -131,6 +132,8 @@ class BaseState(ABC, Generic[K, R]):
         first_row: the row of that pass at which the sequence begins.
         pass_tokens: (n,) int32 of the sequence in that pass.
         tokens: of the committed positions.
+        shift: rotary position minus column of tokens after the prompt; see `PromptImages`. It is
+            set with the end of a prompt, which every sequence runs.
     """
 
     def __init__(self, kv_cache: K, drafter: K | None, initial: R | None = None) -> None:
@@ -143,6 +146,7 @@ class BaseState(ABC, Generic[K, R]):
         self.first_row = 0
         self.pass_tokens: NDArray[np.int32] = np.zeros(0, np.int32)
         self.tokens: list[int] = []
+        self.shift = 0
 
     @abstractmethod
     def copy(self, length: int, capacity: int, recurrent: R | None) -> Self:
@@ -381,6 +385,7 @@ class BaseBackend:
         self.vocab_size: int = target.vocab_size
         self.max_positions: int = target.max_positions
         self.drafter_config: DrafterShape | None = drafter_model.config if drafter_model else None
+        self.images: ImageProcessor | str = "the backend does not run images of its model type"
         self._trees: bool | UnsupportedModelError = False  # whether they were checked, or the error
 
     def check_exact(self) -> None:

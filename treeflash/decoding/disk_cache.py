@@ -24,13 +24,14 @@ import stat
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 from treeflash.decoding import state_files
+from treeflash.decoding.images import NO_IMAGES
 from treeflash.decoding.interfaces import SequenceState, StateArrays
 from treeflash.decoding.state_files import (
     NAME,
@@ -155,12 +156,18 @@ class DiskCache:
         """Whether a state waits to be copied."""
         return bool(self._unsaved)
 
-    def add(self, key: CacheKey, tokens: Sequence[int], state: SequenceState) -> None:
+    def add(
+        self,
+        key: CacheKey,
+        tokens: Sequence[int],
+        state: SequenceState,
+        digests: Mapping[int, bytes] = NO_IMAGES,
+    ) -> None:
         """Store a state, whose committed positions have these tokens, with the next copies.
 
         States of less than a block are left out: they are computed as fast as they are read.
         """
-        keys = self._keys(key, tokens)
+        keys = self._keys(key, tokens, digests)
 
         def part(kind: Kind, first: int, stop: int) -> Part:
             read = max(first, min(state.read_length, stop))
@@ -209,10 +216,12 @@ class DiskCache:
         self._writer.join()
         self._readers.shutdown(cancel_futures=True)
 
-    def _keys(self, key: CacheKey, tokens: Sequence[int]) -> PrefixKeys:
+    def _keys(
+        self, key: CacheKey, tokens: Sequence[int], digests: Mapping[int, bytes]
+    ) -> PrefixKeys:
         identity = self._identity + self.block.to_bytes(4, "big")
         root = root_key(identity, drafts=key.drafts, salt=key.salt)
-        return PrefixKeys(root, tokens, self.block)
+        return PrefixKeys(root, tokens, self.block, digests)
 
     def _has_room(self) -> bool:
         return self._queued_bytes < QUEUE_BYTES
@@ -357,9 +366,10 @@ class DiskCache:
         tokens: Sequence[int],
         open_state: Callable[[], SequenceState],
         longer_than: int,
+        digests: Mapping[int, bytes] = NO_IMAGES,
     ) -> Restoration:
-        """Begin to restore the longest stored beginning of some tokens."""
-        keys, state = self._keys(key, tokens), open_state()
+        """Begin to restore the longest stored beginning of some tokens and their images."""
+        keys, state = self._keys(key, tokens, digests), open_state()
         search = self._readers.submit(
             self.find, keys, needs_end=state.needs_snapshots, longer_than=longer_than
         )

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treeflash.config import LoadConfig
+from treeflash.decoding.images import PromptImages
 from treeflash.decoding.sampling import Noise, SampledTokens, SamplingParams
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.decoding.tree import DraftTree
@@ -105,6 +106,8 @@ class Prefill:
     token_ids: Sequence[int]  # at least one, at positions length, length + 1 and so on
     # None if no token is to be sampled after the last one
     params: SamplingParams | None
+    # of the whole prompt, of which these tokens are a part; None if it has none
+    images: PromptImages | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -243,6 +246,35 @@ class ARHead(Protocol):
         """
 
 
+class ImageProcessor(Protocol):
+    """Makes the inputs of a target from a prompt with pictures, on the host, in any thread.
+
+    The caller reads and decodes the pictures, and renders the chat template. A template puts
+    `placeholder` where a message has a picture.
+    """
+
+    chat_template: str | None
+    """The processor's own template; None if it has none, so that the tokenizer's is used."""
+    placeholder: str
+    """The text that stands for one picture in a rendered prompt."""
+
+    def encode(
+        self, text: str, pictures: Sequence[NDArray[np.uint8]]
+    ) -> tuple[list[int], PromptImages]:
+        """Return the ids of a rendered prompt, and its images.
+
+        Args:
+            text: the rendered prompt. A begin token is added only if the tokenizer adds one, and
+                the text does not begin with it.
+            pictures: (height, width, 3) RGB, at least one, in the order of their placeholders.
+
+        Raises:
+            PromptError: the text has another number of placeholders than there are pictures, as a
+                user's text that has one would make it; or a picture has a shape that the target
+                does not take.
+        """
+
+
 class Backend(Protocol):
     """A target, and a drafter for it, loaded on one device."""
 
@@ -263,6 +295,8 @@ class Backend(Protocol):
     """Whether states have `export` and `append`, so that they can be kept on a disk."""
     drafter_config: DrafterShape | None
     """None when no drafter was loaded: then only plain decoding works."""
+    images: ImageProcessor | str
+    """Prepares prompts with images; or why the target takes none, as a clause."""
 
     @property
     def verifier(self) -> TreeVerifier:

@@ -100,6 +100,13 @@ class RunningSequence:
             return remaining
         return min(remaining - 1, SNAPSHOT_INTERVAL - self.state.length % SNAPSHOT_INTERVAL)
 
+    def chunk(self, room: int) -> int:
+        """Return how many tokens of the pending `Prefill` to run next, if about `room` fit."""
+        size, first = min(self.chunk_size, room), self.state.length
+        if not size or (images := self.request.images) is None:
+            return size
+        return images.chunk_end(first, size) - first
+
     def expect(self, kind: type[W]) -> W:
         """Return the pending work, which is of that kind."""
         assert isinstance(self.pending, kind)
@@ -379,10 +386,10 @@ class Iteration:
         room = self.prefill_chunks[0 if self._pending(Verify) else 1]
         chunks = {}
         for sequence in self._pending(Prefill):
-            size = min(sequence.chunk_size, room)
+            size = sequence.chunk(room)
             if size:
                 chunks[sequence.request_id] = size
-                room -= size
+                room = max(room - size, 0)
         return chunks
 
     def _verify(self, chunks: dict[RequestId, int]) -> list[tuple[RunningSequence, SampledTokens]]:

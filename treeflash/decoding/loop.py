@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 
 from treeflash.config import DecodeConfig
 from treeflash.decoding.batch_trees import Outcome
+from treeflash.decoding.images import PromptImages
 from treeflash.decoding.interfaces import Prefill, SequenceState, Verify
 from treeflash.decoding.sampling import (
     Constraint,
@@ -141,6 +142,7 @@ def decode_loop(
     limit: int,
     vocab_size: int,
     *,
+    images: PromptImages | None = None,
     constraint: Constraint | None = None,
     scores_prompt: bool = False,
     cached_tokens: int = 0,
@@ -155,6 +157,7 @@ def decode_loop(
         config: how to decode.
         limit: new tokens at most.
         vocab_size: of the target.
+        images: of the prompt, which is not scored then.
         constraint: of the generated tokens, none of which it has seen.
         scores_prompt: whether the first step has the log probabilities of the prompt.
         cached_tokens: tokens of the prompt that are committed already; fewer than all, and none if
@@ -169,7 +172,8 @@ def decode_loop(
         config.calibration and config.drafts and not config.drafts_chain and constraint is None
     )
     calibration = Calibration(vocab_size) if calibrated else None
-    suffix = SuffixDrafter(prompt_ids, shared) if config.copies else None
+    text = prompt_ids if images is None else images.as_text(prompt_ids)
+    suffix = SuffixDrafter(text, shared) if config.copies else None
 
     def params(tree: DraftTree, emitted: int, allowed: NDArray[np.uint32] | None) -> SamplingParams:
         """Return how to sample at the nodes of a tree whose root is the newest emitted token."""
@@ -195,7 +199,7 @@ def decode_loop(
     allowed = None if constraint is None else constraint.allowed()[None]
     tree = DraftTree.root_only(prompt_ids[-1])
     sampled: SampledTokens = yield Prefill(
-        state, prompt_ids[cached_tokens:], params(tree, emitted, allowed)
+        state, prompt_ids[cached_tokens:], params(tree, emitted, allowed), images
     )
     tokens, finish_reason = _cut_at_stop((int(sampled.tokens[0]),), config, limit)
     yield Step(

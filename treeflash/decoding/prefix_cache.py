@@ -5,29 +5,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from treeflash.decoding.disk_cache import CacheKey, DiskCache
+from treeflash.decoding.images import NO_IMAGES
 from treeflash.decoding.interfaces import SequenceState
 
 
 @dataclass(eq=False)
 class _Entry:
-    """A state and the tokens of its committed positions."""
+    """A state, the tokens of its committed positions, and the digests of their images."""
 
     key: Hashable
     tokens: NDArray[np.int32]
+    digests: Mapping[int, bytes]
     state: SequenceState
 
-    def shared_length(self, tokens: NDArray[np.int32]) -> int:
-        """Return the longest prefix of the tokens at which the state can be forked."""
+    def shared_length(self, tokens: NDArray[np.int32], digests: Mapping[int, bytes]) -> int:
+        """Return the longest prefix of a prompt at which the state can be forked.
+
+        It ends before the first image that only one of them has, or that differs.
+        """
         n = min(len(self.tokens), len(tokens))
         different = np.flatnonzero(self.tokens[:n] != tokens[:n])
-        return self.state.restorable(int(different[0]) if len(different) else n)
+        ends = [first for first, _ in self.digests.items() ^ digests.items()]
+        return self.state.restorable(min([n, *different[:1].tolist(), *ends]))
 
 
 class PrefixCache:
@@ -49,17 +55,20 @@ class PrefixCache:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def find(self, key: Hashable, tokens: Sequence[int]) -> tuple[SequenceState, int] | None:
+    def find(
+        self, key: Hashable, tokens: Sequence[int], digests: Mapping[int, bytes] = NO_IMAGES
+    ) -> tuple[SequenceState, int] | None:
         """Find the state to fork at a prompt's longest common prefix, and that length, or None.
 
-        `key` has the dependencies of a state besides its tokens: the loaded pair, whether the state
-        was opened for drafting, and the caller's salt.
+        `key` has the dependencies of a state besides its tokens and images: the loaded pair,
+        whether the state was opened for drafting, and the caller's salt. `digests` are those of
+        `PromptImages`.
         """
         prompt = np.array(tokens, np.int32)
         best: _Entry | None = None
         longest = 0
         for entry in self._entries:
-            if entry.key == key and (length := entry.shared_length(prompt)) > longest:
+            if entry.key == key and (length := entry.shared_length(prompt, digests)) > longest:
                 best, longest = entry, length
         if best is None:
             return None
@@ -67,23 +76,30 @@ class PrefixCache:
         self._entries.append(best)
         return best.state, longest
 
-    def put(self, key: Hashable, tokens: Sequence[int], state: SequenceState) -> None:
-        """Take over a state with the tokens of its committed positions.
+    def put(
+        self,
+        key: Hashable,
+        tokens: Sequence[int],
+        state: SequenceState,
+        digests: Mapping[int, bytes] = NO_IMAGES,
+    ) -> None:
+        """Take over a state with the tokens of its committed positions, and their images' digests.
 
         It is closed when it leaves the cache: at once if it alone is above the limit.
         """
         if state.nbytes > self.max_bytes:
             state.close()
             return
-        new = _Entry(key, np.array(tokens, np.int32), state)
+        new = _Entry(key, np.array(tokens, np.int32), digests, state)
         for entry in [entry for entry in self._entries if entry.key == key]:
-            if new.shared_length(entry.tokens) >= entry.shared_length(entry.tokens):
+            both = entry.tokens, entry.digests
+            if new.shared_length(*both) >= entry.shared_length(*both):
                 # The new state serves all prompts that this one served.
                 self._drop(entry, save=False)
         self._entries.append(new)
         if self.disk is not None:
             assert isinstance(key, CacheKey)
-            self.disk.add(key, tokens, state)
+            self.disk.add(key, tokens, state, digests)
         self.shrink(self.max_bytes)
 
     def shrink(self, nbytes: int) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NewType, TypeAlias
 
+import numpy as np
+
 from treeflash.config import DecodeConfig, Method
+from treeflash.decoding.images import NO_IMAGES, PromptImages
 from treeflash.decoding.interfaces import Backend
 from treeflash.decoding.loop import Step
 from treeflash.decoding.sampling import Constraint
@@ -24,6 +27,8 @@ class Request:
     Attributes:
         prompt_ids: at least one token.
         config: method, budget, limits, sampling.
+        images: of the prompt, from the backend's `ImageProcessor` together with the ids; None if it
+            has none.
         constraint: of the generated tokens; belongs to this request alone.
         scores_prompt: whether the first step has the log probabilities of the prompt. Then nothing
             of it comes from a prefix cache.
@@ -32,9 +37,15 @@ class Request:
 
     prompt_ids: Sequence[int]
     config: DecodeConfig
+    images: PromptImages | None = None
     constraint: Constraint | None = None
     scores_prompt: bool = False
     cache_salt: str = ""
+
+    @property
+    def digests(self) -> Mapping[int, bytes]:
+        """The digests of the images by their first tokens."""
+        return NO_IMAGES if self.images is None else self.images.digests
 
 
 Event: TypeAlias = tuple[RequestId, Step | Exception]
@@ -69,7 +80,15 @@ def check(backend: Backend, request: Request) -> None:
                 f"logit_bias has the token id {token}, and the target's vocabulary has "
                 f"{backend.vocab_size} tokens"
             )
-    if not 0 <= min(prompt_ids) <= max(prompt_ids) < backend.vocab_size:
+    text_ids = np.asarray(prompt_ids)
+    if request.images is not None:
+        if isinstance(backend.images, str):
+            raise PromptError(f"this target takes no images: {backend.images}")
+        if request.scores_prompt:
+            raise PromptError("a prompt with images cannot be scored; remove them")
+        # Placeholders may be outside the vocabulary.
+        text_ids = text_ids[~request.images.is_feature]
+    if len(text_ids) and not 0 <= text_ids.min() <= text_ids.max() < backend.vocab_size:
         raise PromptError(
             f"the prompt has token ids outside the target's vocabulary of {backend.vocab_size}; "
             "was it encoded with another model's tokenizer?"

@@ -131,7 +131,8 @@ class Scheduler:
         needs more memory than the limit raises the limit, so that it can be decoded alone. Raises
         what `submit` does, and then adds no sequence.
         """
-        if any(list(x.prompt_ids) != list(requests[0].prompt_ids) for x in requests):
+        prompts = [(list(x.prompt_ids), x.digests) for x in requests]
+        if any(prompt != prompts[0] for prompt in prompts):
             raise PromptError("the texts of a group must have the same prompt")
         limit = self.config.max_bytes
         if raises_limit and limit is not None:
@@ -285,7 +286,7 @@ class Scheduler:
             return True
         if self._restoration is None:
             prefix = request.prompt_ids[:-1]
-            in_memory = cache.find(self._cache_key(request), prefix)
+            in_memory = cache.find(self._cache_key(request), prefix, request.digests)
             cached = 0 if in_memory is None else in_memory[1]
             if len(prefix) < cached + cache.disk.block:
                 return True
@@ -293,7 +294,7 @@ class Scheduler:
                 self.backend.open, self._capacity(request), drafts=request.config.drafts
             )
             key = self._cache_key(request)
-            restoration = cache.disk.restore(key, prefix, opened, cached)
+            restoration = cache.disk.restore(key, prefix, opened, cached, request.digests)
             self._restoration = waiting.request_id, restoration
         return self._restoration[1].advance(wait=not self._running)
 
@@ -318,7 +319,7 @@ class Scheduler:
         if leader is not None:
             source = leader.state, leader.state.restorable(len(prefix))
         elif self.prefix_cache is not None and not request.scores_prompt:
-            source = self.prefix_cache.find(self._cache_key(request), prefix)
+            source = self.prefix_cache.find(self._cache_key(request), prefix, request.digests)
         cached = 0 if source is None else source[1]
         capacity = self._capacity(request)
         restored = None if self._restoration is None else self._restoration[1].state
@@ -335,6 +336,7 @@ class Scheduler:
             request.config,
             self._limit(request),
             self.backend.vocab_size,
+            images=request.images,
             constraint=request.constraint,
             scores_prompt=request.scores_prompt,
             cached_tokens=cached,
@@ -399,7 +401,8 @@ class Scheduler:
             if not concerns_few(error):  # the answer is complete; only later prompts take longer
                 raise
             return
-        cache.put(self._cache_key(sequence.request), sequence.tokens[:length], state)
+        request = sequence.request
+        cache.put(self._cache_key(request), sequence.tokens[:length], state, request.digests)
 
     def _finished_answers(self, salt: str) -> list[SuffixIndex]:
         """Return the indices over finished answers that a sequence may copy."""

@@ -1,11 +1,11 @@
 """Files with parts of states: named by what they continue, written whole, checked before use.
 
-A state after n tokens depends on these tokens, the loaded pair and the salt of the caller, and on
-nothing else. So a part that ends there is named by a hash of all of it:
+A state after n tokens depends on these tokens and their images, the loaded pair and the salt of the
+caller, and on nothing else. So a part that ends there is named by a hash of all of it:
 
     key(0) = hash of the pair, of whether it drafts, and of the salt
     key(n) = hash of key(b) and of the tokens b .. n - 1, with b the last multiple of the block size
-             below n
+             below n; images that begin there are hashed too
 
 Sequences that begin with the same tokens have the same keys, and thereby share files, and who does
 not know the salt cannot name the files of another caller. A part is either a *block*, whose
@@ -30,7 +30,7 @@ import os
 import re
 import stat
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +41,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from treeflash.decoding.images import NO_IMAGES
 from treeflash.decoding.interfaces import StateArrays
 
 FORMAT = b"treeflash state 1"
@@ -68,9 +69,16 @@ def root_key(identity: bytes, *, drafts: bool, salt: str) -> bytes:
 class PrefixKeys:
     """The keys of the prefixes of a sequence."""
 
-    def __init__(self, root: bytes, tokens: Sequence[int], block: int) -> None:
+    def __init__(
+        self,
+        root: bytes,
+        tokens: Sequence[int],
+        block: int,
+        digests: Mapping[int, bytes] = NO_IMAGES,  # of `PromptImages`
+    ) -> None:
         self.tokens = np.array(tokens, "<i4")
         self.block = block
+        self._digests = digests
         self._blocks = [root]  # the keys of the multiples of the block size
 
     def __getitem__(self, length: int) -> bytes:
@@ -81,8 +89,12 @@ class PrefixKeys:
         return self._hash(length - rest, rest) if rest else self._blocks[length // self.block]
 
     def _hash(self, first: int, count: int) -> bytes:
-        tokens = self.tokens[first : first + count].tobytes()
-        return hashlib.sha256(self._blocks[first // self.block] + tokens).digest()
+        code = hashlib.sha256(self._blocks[first // self.block])
+        code.update(self.tokens[first : first + count].tobytes())
+        for place, digest in sorted(self._digests.items()):
+            if first <= place < first + count:  # a negative number is no token
+                code.update((-1 - place).to_bytes(4, "little", signed=True) + digest)
+        return code.digest()
 
 
 @dataclass(frozen=True)

@@ -130,6 +130,7 @@ def test_plain_decoding_loads_no_drafter_by_default(parser, monkeypatch, args, m
         "draft_window": None,
         "kv_bits": 8,
         "adapter": None,
+        "images": True,
         "exact": None,
         "force": False,
         "threads": None,
