@@ -21,7 +21,8 @@ from treeflash.decoding import Request, decode
 from treeflash.decoding.interfaces import ARHead, Backend, DeviceReport, device_report
 from treeflash.decoding.session import draft_anchors
 from treeflash.drafters.config import DrafterConfig
-from treeflash.drafters.folder import read_config, weight_files
+from treeflash.drafters.evaluation import read_evaluation
+from treeflash.drafters.folder import is_quantised, read_config, weight_files
 from treeflash.drafters.formats import SPECULATORS, detect_format, replace_settings, unknown_keys
 from treeflash.errors import CheckpointError, NumericalError, PromptError
 from treeflash.text.prompt import Message, Prompting
@@ -266,11 +267,13 @@ class Diagnosis:
 
     `marginal` and `corrected` are, by depth, the fraction of blocks whose top token is the
     target's, without the AR head and with it; None without a block drafter, or without a head.
+    `evaluation` has such fractions of the drafter's own evaluation; None without one.
     """
 
     marginal: list[float] | None
     corrected: list[float] | None
     findings: list[Finding]
+    evaluation: list[float] | None = None
 
     @property
     def ok(self) -> bool:
@@ -318,6 +321,7 @@ def diagnose(
         return scores.compare(changed.marginal)
 
     drafter, target = read_config(folder), target_config or {}
+    evaluation = read_evaluation(folder)
     measured = Diagnosis(
         marginal=depth_means(scores.marginal.hits),
         corrected=depth_means(scores.corrected.hits) if scores.corrected else None,
@@ -327,6 +331,7 @@ def diagnose(
             *check_precision(target),
             *pair.device,
         ],
+        evaluation=None if evaluation is None else list(evaluation.by_depth),
     )
     begin(measured)
     limit = ALL_MASK_CANDIDATES if thorough else MASK_CANDIDATES
@@ -451,7 +456,7 @@ def check_keys(config: Mapping[str, Any]) -> list[Finding]:
 
 def check_precision(target_config: Mapping[str, Any]) -> list[Finding]:
     """Report a quantised target, because drafters were trained on one that is not."""
-    if not any(target_config.get(key) for key in ("quantization", "quantization_config")):
+    if not is_quantised(target_config):
         return []
     message = (
         "the target is quantised; a drafter that was trained on the unquantised target may be "

@@ -193,6 +193,8 @@ def _report(diagnosis: Diagnosis) -> str:
         lines.append(f"agreement by depth: {_percentages(diagnosis.marginal)}")
     if diagnosis.corrected is not None:
         lines.append(f"with the AR head:   {_percentages(diagnosis.corrected)}")
+    if diagnosis.evaluation is not None:
+        lines.append(f"in its evaluation:  {_percentages(diagnosis.evaluation)}")
     return "\n".join([*lines, *map(_line, diagnosis.findings)])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from row_pairs import write_mtp_pair
 from treeflash import doctor, language_model
 from treeflash.decoding.interfaces import DeviceReport
 from treeflash.doctor import main
+from treeflash.drafters.evaluation import EVALUATION
 from treeflash.reference import backend as reference_backend
 from treeflash.testing.models import write_target
 
@@ -58,6 +60,19 @@ def test_the_costs_of_passes_are_shown(run, prompts, tmp_path, monkeypatch):
     monkeypatch.setenv("TREEFLASH_CACHE", str(tmp_path / "cache"))
     _, _, err = run("--prompts", prompts, "--max-tokens", "12")
     assert "costs: measured by the first text with --budget auto" in err
+
+
+def test_the_evaluation_of_the_drafter_stands_beside_what_is_found(
+    tiny_pair, prompts, tmp_path, capsys
+):
+    target, drafter = tiny_pair
+    evaluated = shutil.copytree(drafter, tmp_path / "evaluated")
+    (evaluated / EVALUATION).write_text('{"max_length": 64, "top1_marginal": [0.75, 0.5]}')
+    models = ["--backend", "reference", "--target", str(target), "--drafter", str(evaluated)]
+    main([*models, "--prompts", prompts, "--max-tokens", "12"])
+    assert capsys.readouterr().out.splitlines()[2] == "in its evaluation:  75% 50%"
+    main([*models, "--prompts", prompts, "--max-tokens", "12", "--json"])
+    assert json.loads(capsys.readouterr().out)["evaluation"] == [0.75, 0.5]
 
 
 def test_every_check_is_announced_and_warnings_come_once(run, prompts, monkeypatch):

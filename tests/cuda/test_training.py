@@ -8,6 +8,7 @@ import pytest
 
 from treeflash.config import DecodeConfig, LoadConfig
 from treeflash.decoding import Request, decode
+from treeflash.drafters.evaluation import DrafterEvaluation, read_evaluation
 from treeflash.drafters.folder import read_config, read_tensors
 from treeflash.drafters.formats import drafter_config
 from treeflash.errors import CheckpointError, ConfigError
@@ -211,10 +212,13 @@ def test_copied_layers_compute_what_they_did_in_the_target(target, responses, tm
 
 @pytest.mark.parametrize("head", ["swiglu", "linear", "markov", "selector", "none"])
 def test_a_trained_drafter_loads_and_decodes_losslessly(head, target, responses, tmp_path):
-    run(target, responses, tmp_path, replace(TINY, head=head))
+    records = run(target, responses, tmp_path, replace(TINY, head=head))
     card = (tmp_path / "README.md").read_text()
     assert "After 6 of 6 steps" in card
     assert "kl_marginal" in card
+    shares = records[-1]["validation"][f"top1_{'marginal' if head == 'none' else 'corrected'}"]
+    expected = DrafterEvaluation(by_depth=tuple(shares), max_length=TINY.max_length)
+    assert read_evaluation(tmp_path) == expected
     prompt = responses[0].prompt_ids
     for loader in (load, load_reference):
         backend = loader(target, tmp_path, CPU if loader is load else LoadConfig())

@@ -38,6 +38,11 @@ def read_config(
     return config
 
 
+def is_quantised(config: Mapping[str, Any]) -> bool:
+    """Return whether a model's configuration is of quantised weights, of PyTorch or of MLX."""
+    return any(config.get(key) for key in ("quantization", "quantization_config"))
+
+
 def weight_files(folder: Path) -> list[Path]:
     """List a model folder's safetensors files, sorted; a CheckpointError if there are none."""
     files = sorted(folder.glob("*.safetensors"))

@@ -27,6 +27,7 @@ from treeflash.decoding.scheduler_thread import Mailbox, SchedulerThread
 from treeflash.decoding.suffix import SuffixCache
 from treeflash.errors import ConfigError, is_device_lost
 from treeflash.language_model import LanguageModel
+from treeflash.serving.acceptance import Acceptance
 from treeflash.serving.errors import SERVER_FAILED, APIError, bad_request
 from treeflash.serving.metrics import Metrics
 from treeflash.serving.settings import Settings
@@ -281,6 +282,7 @@ class Engine:
         copied_bytes = int(settings.suffix_cache_gb * GIB)
         copied = SuffixCache(copied_bytes) if copied_bytes else None
         self._scheduler = self._model.scheduler(config, cache, copied)
+        self._acceptance = Acceptance(self._model)
         self.metrics.set_batches(report.batches)
         return self._scheduler
 
@@ -311,6 +313,8 @@ class Engine:
                 self._fail(answer.completion, step)
                 continue
             iteration = len(answer.assembler.chunks)
+            length = len(answer.assembler.prompt_ids) + iteration
+            self._acceptance.add(step, answer.assembler.config.sampling, length)
             update = AnswerUpdate(answer.index, iteration, answer.assembler.add(step))
             self._count(answer, update)
             updates.setdefault(answer.completion, []).append(update)
@@ -320,6 +324,7 @@ class Engine:
         for completion, new in updates.items():
             completion.deliver(new)
         self.metrics.update_gauges(self._scheduler)
+        self.metrics.update_acceptance(self._acceptance)
 
     def _count(self, answer: _RunningAnswer, update: AnswerUpdate) -> None:
         now = time.perf_counter()

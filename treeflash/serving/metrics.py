@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from treeflash.decoding import Scheduler
+from treeflash.serving.acceptance import Acceptance
 from treeflash.text.stream import Chunk
 
 SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 10, 30, 60, 300)
@@ -51,6 +52,15 @@ class Metrics:
             "1 for the present state: on; paused, because drafts of the budget auto cost more than "
             "they bring; or no_drafter.",
             ["state"],
+        )
+        self._first_share = gauge(
+            "first_draft_acceptance",
+            "Share of drafts whose first token was right: of the latest ones, and expected by the "
+            "drafter's evaluation.",
+            ["of"],
+        )
+        self._low = gauge(
+            "low_acceptance", "1 if that share is far below what is expected; the log has reasons."
         )
         self._exact = gauge(
             "exact",
@@ -113,6 +123,13 @@ class Metrics:
         if cache is not None and cache.disk is not None:
             self._disk_written.set(cache.disk.written_bytes)
             self._disk_skipped.set(cache.disk.skipped)
+
+    def update_acceptance(self, acceptance: Acceptance) -> None:
+        """Set the gauges of the drafts' first tokens, as far as they are known."""
+        self._low.set(acceptance.is_low)
+        for of, share in (("latest", acceptance.share), ("evaluation", acceptance.expected)):
+            if share is not None:
+                self._first_share.labels(of).set(share)
 
     def text(self) -> bytes:
         """Return all metrics, in Prometheus' text format."""

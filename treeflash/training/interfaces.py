@@ -124,7 +124,7 @@ def model_card(
     omitted = {"data"} if identity["init"] in NEW_DRAFTERS else {"data", *SHAPE}
     drafter = parse_drafter_config(settings)
     count, layer_ids = drafter.num_hidden_layers, drafter.target_layer_ids
-    validations = [record["validation"] for record in records if "validation" in record]
+    validations = _validations(records)
     return CARD.format(
         layers=f"{count} layer{'s' * (count != 1)}",
         hidden=drafter.hidden_size,
@@ -138,6 +138,21 @@ def model_card(
         options="\n".join(f"| {k} | {v} |" for k, v in identity.items() if k not in omitted),
         metrics=_table(validations[-1]) if validations else "No responses were held out.",
     )
+
+
+def evaluation(
+    identity: Mapping[str, Any], records: Sequence[Mapping[str, Any]]
+) -> dict[str, Any] | None:
+    """Return the contents of a checkpoint's `evaluation.json`; None if nothing was held out.
+
+    The arguments are those of `model_card`.
+    """
+    validations = _validations(records)
+    return {"max_length": identity["max_length"], **validations[-1]} if validations else None
+
+
+def _validations(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return [record["validation"] for record in records if "validation" in record]
 
 
 def _table(validation: Mapping[str, Any]) -> str:

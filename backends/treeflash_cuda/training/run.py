@@ -22,8 +22,9 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import nn
 
+from treeflash.drafters.evaluation import EVALUATION
 from treeflash.errors import ConfigError, first_line, is_out_of_memory
-from treeflash.training.interfaces import model_card
+from treeflash.training.interfaces import evaluation, model_card
 
 Record: TypeAlias = dict[str, Any]
 
@@ -274,9 +275,10 @@ class Run:
 
 
 def export(accelerator: Accelerator, blocks: nn.Module, settings: dict[str, Any], run: Run) -> None:
-    """Write `config.json`, `model.safetensors` (bfloat16) and `README.md` into a run's folder.
+    """Write a checkpoint into a run's folder: configuration, weights (bfloat16) and `README.md`.
 
-    Raises a ConfigError if a file cannot be written.
+    If responses were held out, `evaluation.json` has what was measured on them. Raises a
+    ConfigError if a file cannot be written.
     """
     state = accelerator.get_state_dict(blocks)
     if not accelerator.is_main_process:
@@ -290,3 +292,6 @@ def export(accelerator: Accelerator, blocks: nn.Module, settings: dict[str, Any]
         scratch.write_text(json.dumps(settings, indent=2) + "\n")
     with replacing(run.folder / "README.md") as scratch:
         scratch.write_text(model_card(settings, run.identity, run.records))
+    if (measured := evaluation(run.identity, run.records)) is not None:
+        with replacing(run.folder / EVALUATION) as scratch:
+            scratch.write_text(json.dumps(measured, indent=2) + "\n")

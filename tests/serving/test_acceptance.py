@@ -1,0 +1,148 @@
+"""Drafts that are right far less often than in the drafter's evaluation are reported once."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from servers import serving
+
+from treeflash.config import LoadConfig, SamplingConfig
+from treeflash.decoding.loop import Step
+from treeflash.decoding.transitions import TransitionTable
+from treeflash.drafters.evaluation import EVALUATION
+from treeflash.drafters.folder import read_config
+from treeflash.serving.acceptance import DRAFTS, Acceptance
+
+GREEDY = SamplingConfig()
+THINKING = "{% if enable_thinking %}<think>{% endif %}"
+
+
+def drafted(token: int) -> Step:
+    """A step whose first drafted token is 7."""
+    table = TransitionTable(
+        tokens=np.full((1, 1, 1), 7, np.int32),
+        log_probs=np.zeros((1, 1, 1), np.float32),
+        next_row=np.full((1, 1, 1), -1, np.int32),
+    )
+    return Step((token, 8), table=table)
+
+
+def add(acceptance, right, *, sampling=GREEDY, length=100):
+    """Add as many drafts as make a share, so many of them right."""
+    for n in range(DRAFTS):
+        acceptance.add(drafted(7 if n < right else 9), sampling, length)
+
+
+@pytest.fixture
+def evaluated(model, tmp_path):
+    """Make the pair of a drafter that was right for a share of first tokens in its evaluation."""
+
+    def evaluated(share=0.8, max_length=1000, **loaded):
+        record = {"max_length": max_length, "top1_marginal": [share]}
+        (tmp_path / EVALUATION).write_text(json.dumps(record))
+        return replace(model, drafter_folder=tmp_path, loaded=LoadConfig(**loaded))
+
+    return evaluated
+
+
+@pytest.fixture
+def lines(caplog):
+    """The lines of the log so far."""
+    caplog.set_level(logging.WARNING, "treeflash.serving")
+    return lambda: caplog.messages
+
+
+def test_a_share_below_half_is_reported_once(evaluated, lines):
+    acceptance = Acceptance(evaluated(0.8))
+    add(acceptance, DRAFTS // 2)
+    assert (acceptance.share, acceptance.is_low, lines()) == (0.5, False, [])
+    for _ in range(2):
+        add(acceptance, DRAFTS // 4)
+        assert acceptance.is_low
+    (line,) = lines()
+    assert "right in 25% of 256 drafts, and in the drafter's own evaluation it was in 80%" in line
+    assert "\n" not in line
+    add(acceptance, DRAFTS)
+    assert not acceptance.is_low
+
+
+def test_without_an_evaluation_there_is_a_floor(model, lines):
+    acceptance = Acceptance(model)
+    add(acceptance, DRAFTS // 4)
+    assert not acceptance.is_low
+    add(acceptance, DRAFTS // 4 - 1)
+    assert acceptance.is_low
+    assert "a drafter that fits has more than 25%" in lines()[0]
+
+
+def test_what_no_drafter_could_know_does_not_count(evaluated, lines):
+    acceptance = Acceptance(evaluated(0.8))
+    add(acceptance, 0, sampling=SamplingConfig(temperature=1.5))
+    for _ in range(DRAFTS):
+        acceptance.add(Step((9,)), GREEDY, 100)  # plain decoding, or a copy of the text
+    assert (acceptance.share, lines()) == (None, [])
+    add(acceptance, 0, sampling=SamplingConfig(temperature=1))
+    assert len(lines()) == 1
+
+
+def test_reasons_are_those_of_the_pair(evaluated, lines):
+    model = evaluated()
+    add(Acceptance(model), 0)
+    pair = f"treeflash doctor --target {model.folder} --drafter {model.drafter_folder}"
+    first, *others = lines()[0].partition("each: ")[2].split("; ")
+    assert first == f"a fine-tuned or another target than the drafter's ({pair})"
+    assert not [reason for reason in others if not reason.startswith("thinking")]
+    add(Acceptance(evaluated(adapter="my lora", kv_bits=8, draft_bits=4)), 0, length=5000)
+    line = lines()[1]
+    for reason in (
+        "contexts of 5000 tokens, after a training with 1000 (treeflash serve --target ",
+        f"--drafter {model.drafter_folder} --draft-window 1000)",
+        f"the adapter ({pair} --adapter 'my lora')",
+        f"the quantised KV cache ({pair} --kv-bits 8)",
+        f"the quantised drafter ({pair} --draft-bits 16)",
+    ):
+        assert reason in line
+
+
+def test_thinking_is_a_reason_where_the_template_knows_it(evaluated, lines, monkeypatch):
+    model = evaluated()
+    for template, thinking in ((THINKING, False), (THINKING, True), ("{{ messages }}", False)):
+        monkeypatch.setattr(model.tokenizer.transformers, "chat_template", template)
+        monkeypatch.setattr(model.tokenizer, "thinking", thinking)
+        add(Acceptance(model), 0)
+    first, *others = lines()
+    assert "thinking, without which it was trained (treeflash doctor " in first
+    assert " --thinking)" in first
+    assert not [line for line in others if "without which" in line]
+
+
+@pytest.mark.parametrize("key", ["quantization", "quantization_config"])
+def test_a_quantised_target_is_a_reason(evaluated, lines, tmp_path, key):
+    model, folder = evaluated(), tmp_path / "quantised"
+    folder.mkdir()
+    config = read_config(model.folder) | {key: {"bits": 4}}
+    (folder / "config.json").write_text(json.dumps(config))
+    add(Acceptance(replace(model, folder=folder)), 0)
+    original = f"(treeflash doctor --target ORIGINAL --drafter {model.drafter_folder})"
+    assert f"the quantised target, unlike the original {original}" in lines()[0]
+
+
+def test_a_server_says_it_in_its_log_and_its_metrics(evaluated, lines):
+    """A random drafter guesses nothing."""
+    with serving(evaluated(0.9)) as server:
+        assert "treeflash:low_acceptance 0.0" in server.client.get("/metrics").text
+        prompts = ["An owl.", "Yes?", "1 + 1", "the end", "Q: why"]
+        options = {"ignore_eos": True, "budget": 4, "max_tokens": 400}
+        drafts = server.complete(prompts, **options).json()["usage"]["draft_tokens_details"]
+        assert drafts["iterations"] > DRAFTS
+        metrics = server.client.get("/metrics").text
+    assert "treeflash:low_acceptance 1.0" in metrics
+    shares = dict(re.findall(r'treeflash:first_draft_acceptance\{of="(\w+)"\} (\S+)', metrics))
+    assert float(shares["latest"]) < 0.45
+    assert float(shares["evaluation"]) == 0.9
+    assert len(lines()) == 1
