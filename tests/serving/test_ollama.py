@@ -220,6 +220,27 @@ def test_errors_have_ollamas_form(server, path, body, status, says):
     assert says in response.json()["error"]
 
 
+def test_a_digest_is_of_the_model(client, server, tmp_path):
+    """Applications remember the capabilities of a model by it, also when the server has another."""
+    (listed,) = client.list().models
+    assert len(listed.digest) == 64
+    assert client.list().models[0].digest == listed.digest
+    with serving(tool_model(tmp_path, response_template=None)) as other:
+        (again,) = ollama.Client(host=other.url).list().models
+        assert "tools" not in ollama.Client(host=other.url).show(NAME).capabilities
+    assert "tools" in client.show(NAME).capabilities
+    assert again.digest != listed.digest
+
+
+@pytest.mark.parametrize(
+    ("path", "says"), [("embed", "this server generates text"), ("pull", "changes no models")]
+)
+def test_what_this_server_does_not_do_is_said(server, path, says):
+    response = server.post(f"/api/{path}", {"model": NAME})
+    assert (response.status_code, set(response.json())) == (404, {"error"})
+    assert says in response.json()["error"]
+
+
 def test_an_error_within_a_stream_is_its_last_line(server, monkeypatch):
     def fail(*_):
         raise RuntimeError("broken")

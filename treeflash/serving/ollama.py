@@ -7,6 +7,7 @@ which lets Ollama load a model, is answered at once.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -255,12 +256,6 @@ def add_routes(app: FastAPI, service: Service) -> None:
         model = service.engine.model
         details = _details(service)
         architecture = details["family"]
-        calls = service.response_template is not None and service.tokenizer.knows_tools
-        capabilities = {
-            "completion": True,
-            "tools": calls,
-            "thinking": service.tokenizer.knows_thinking,
-        }
         return {
             "details": details,
             "modified_at": _time(service.created),
@@ -269,7 +264,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
                 "general.architecture": architecture,
                 f"{architecture}.context_length": model.backend.max_positions,
             },
-            "capabilities": [name for name, known in capabilities.items() if known],
+            "capabilities": _capabilities(service),
         }
 
     @app.get("/api/version")
@@ -281,6 +276,23 @@ def _loaded(model: str, empty: Mapping[str, Any]) -> Response:
     """Answer a request that only asks for the model to be loaded."""
     body = {"model": model, "created_at": _time(), **empty, "done": True, "done_reason": "load"}
     return JSONResponse(body)
+
+
+def _capabilities(service: Service) -> list[str]:
+    """List what the model can do, by Ollama's names."""
+    calls = service.response_template is not None and service.tokenizer.knows_tools
+    capabilities = {
+        "completion": True,
+        "tools": calls,
+        "thinking": service.tokenizer.knows_thinking,
+    }
+    return [name for name, known in capabilities.items() if known]
+
+
+def _digest(service: Service) -> str:
+    """Return a hash of what applications remember of a model by its digest."""
+    described = service.names[0], _details(service), _capabilities(service)
+    return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
 
 def _details(service: Service) -> dict[str, Any]:
@@ -305,7 +317,7 @@ def _description(service: Service, name: str) -> dict[str, Any]:
         "model": name,
         "modified_at": _time(service.created),
         "size": 0,
-        "digest": "",
+        "digest": _digest(service),
         "details": _details(service),
     }
 
