@@ -106,7 +106,7 @@ WRONG = [
     (chat(stream_reasoning=False), "stream_reasoning"),
     (chat(include_reasoning=False), "include_reasoning"),
     (text(include_reasoning=True), "include_reasoning is not supported"),
-    (text(suffix="x"), "suffix is not supported"),
+    (text(suffix="x"), "suffix is not supported by this server; to fill a gap, write the model's"),
     (text(echo="yes"), "echo"),
     (text(best_of=2), "best_of"),
     # Tools
@@ -266,6 +266,19 @@ def test_paths(server, method, path, status):
     response = server.client.request(method, path, json=json)
     check_error(response, status, "")
     assert bool(response.headers.get("Allow")) == (status == 405)
+
+
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("/v1/embeddings", "this server generates text; embeddings"),
+        ("/v1/rerank", "this server generates text; embeddings"),
+        ("/infill", "to fill a gap, write the model's own tokens"),
+    ],
+)
+def test_paths_of_other_servers_say_what_is_missing(server, path, says):
+    response = server.post(path, {"model": "tiny", "input": "Hi"})
+    check_error(response, 404, f"POST {path}: {says}")
 
 
 def test_error_before_a_stream_has_a_status(server):

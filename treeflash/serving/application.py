@@ -11,6 +11,7 @@ import socket
 import sys
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from http import HTTPStatus
 from types import FrameType
 from typing import Any
 
@@ -129,20 +130,37 @@ def add_routes(app: FastAPI, service: Service) -> None:
         return Response(service.engine.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
 
-REPLACED = {
+FILL = "to fill a gap, write the model's own tokens for it into the prompt of /v1/completions"
+NOT_SERVED = {
     **dict.fromkeys(
-        ("guided_json", "guided_regex", "guided_choice", "guided_grammar"), "structured_outputs"
+        ("/v1/embeddings", "/api/embed", "/api/embeddings", "/v1/rerank", "/v1/score"),
+        "this server generates text; embeddings and scores need a server of such a model",
     ),
-    "functions": "tools",
-    "function_call": "tool_choice",
+    **dict.fromkeys(("/infill", "/v1/fim/completions"), FILL),
+    **dict.fromkeys(
+        ("/api/pull", "/api/push", "/api/create", "/api/copy", "/api/delete"),
+        "this server has the model that it was started with, and changes no models",
+    ),
 }
-"""Fields that vLLM and OpenAI replaced by others, which this server has."""
+"""Paths of the APIs that this server does not have, and what it says there."""
+INSTEAD = {
+    **dict.fromkeys(
+        ("guided_json", "guided_regex", "guided_choice", "guided_grammar"),
+        "use structured_outputs",
+    ),
+    "functions": "use tools",
+    "function_call": "use tool_choice",
+    "suffix": FILL,
+}
+"""What to do instead of using a field that this server does not have; without an entry, remove it.
+vLLM and OpenAI replaced most of these by others."""
 
 
 async def _error(http: Request, error: Exception) -> JSONResponse:
     path = http.url.path
     if isinstance(error, HTTPException):  # no such path or method, or the body is no text
-        message = f"{http.method} {path}: {error.detail}"
+        reason = NOT_SERVED.get(path) if error.status_code == HTTPStatus.NOT_FOUND else None
+        message = f"{http.method} {path}: {reason or error.detail}"
         if isinstance(error.__cause__, UnicodeDecodeError):
             message = "the body is not UTF-8 text; send JSON in UTF-8"
             if http.headers.get("content-encoding", "identity") != "identity":
@@ -179,7 +197,7 @@ def _field_error(errors: Sequence[dict[str, Any]]) -> APIError:
         return bad_request(f"the body is not a valid request: {error['msg']}", None)
     param = ".".join(path)
     if error["type"] == "extra_forbidden":
-        advice = f"use {REPLACED[param]}" if param in REPLACED else "remove it"
+        advice = INSTEAD.get(param, "remove it")
         return bad_request(f"{param} is not supported by this server; {advice}", param)
     reasons = [error["msg"]] if fitting else [error["msg"] for error in same]
     value = error.get("input")
