@@ -163,8 +163,8 @@ class DraftAttention(Protocol):
 class MaskedDrafts:
     """Each sequence attends for itself, with a mask where its block does not see everything."""
 
-    def __init__(self, config: DrafterConfig, states: Sequence[State], window: int | None) -> None:
-        self.config = config
+    def __init__(self, model: DrafterModel, states: Sequence[State], window: int | None) -> None:
+        self.model, self.config = model, model.config
         caches = [(state.drafter, state.length) for state in states]
         # The KV cache of each sequence, and the position of its root.
         self.sequences = [(cache, start) for cache, start in caches if cache is not None]
@@ -191,8 +191,9 @@ class MaskedDrafts:
         if kind not in self._masks:
             pairs = zip(self.sequences, self.gaps, strict=True)
             self._masks[kind] = [self._mask(start, kind, gap, q) for (_, start), gap in pairs]
-        sizes, scale = [size] * len(kv_caches), self.config.head_dim**-0.5
-        return grouped_attention(q, kv_caches, self._masks[kind], sizes, scale)
+        sizes, attention = [size] * len(kv_caches), self.model.attention(layer)
+        options = {"scale": attention.scale, "sinks": attention.attention_sink_bias}
+        return grouped_attention(q, kv_caches, self._masks[kind], sizes, **options)
 
     def _mask(self, start: int, kind: Kind, gap: tuple[int, int], query: Tensor) -> Tensor | None:
         """Return the grouped mask of a block at position `start`; None if everything is visible.
@@ -229,7 +230,7 @@ class SlabDrafts:
 
     def attend(self, layer: int, kind: Kind, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         queries, new_keys, new_values = (x[0].transpose(0, 1) for x in (q, k, v))
-        attention: Any = self.model.layers[layer].self_attn
+        attention = self.model.attention(layer)
         keys, values = self.slab.layer(layer)
         context = len(new_keys) - len(queries)
 
@@ -252,7 +253,8 @@ class SlabDrafts:
             values,
             self._keys[kind],
             max_length=self.max_length,
-            scale=self.model.config.head_dim**-0.5,
+            scale=attention.scale,
+            sinks=attention.attention_sink_bias,
         )
         return out[None]
 
@@ -352,7 +354,7 @@ class Drafter:
             positions = torch.cat([positions, block_positions(start, size)])
             rotation = self.model.rotary(positions, context.dtype)
             if slab is None:
-                masked = MaskedDrafts(self.model.config, states, self.window)
+                masked = MaskedDrafts(self.model, states, self.window)
                 return (self._blocks(tokens, context, rotation, masked),)
             assert self.target.operations is not None
             columns = torch.cat([columns, block_positions(first + start, size)])

@@ -62,6 +62,7 @@ class Attention(nn.Module):
     def __init__(self, config: DrafterConfig) -> None:
         super().__init__()
         self.head_dim = config.head_dim
+        self.scale = config.head_dim**-0.5  # factor on the scores
         h, bias = config.hidden_size, config.attention_bias
         heads = config.num_attention_heads, config.num_key_value_heads
         q, kv = (n * self.head_dim for n in heads)
@@ -72,6 +73,9 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(q, h, bias)
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+        # (heads,) scores of a key whose value is zero.
+        sinks = nn.Parameter(torch.empty(heads[0])) if config.attention_sinks else None
+        self.attention_sink_bias: nn.Parameter | None = sinks
 
     def queries(self, x: Tensor, rotation: Rotation | None) -> Tensor:
         """Return the (batch, heads, n, head_dim) from (batch, n, hidden_size).
@@ -232,6 +236,12 @@ class DrafterModel(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(h, config.rms_norm_eps)
         self.rotary = Rotary(config)
+
+    def attention(self, layer: int) -> Attention:
+        """Return the attention of a layer."""
+        module: Any = self.layers[layer]
+        attention: Attention = module.self_attn
+        return attention
 
     def project(self, features: Tensor) -> Tensor:
         """Project (..., layers * hidden_size) target outputs to (..., hidden_size) context."""

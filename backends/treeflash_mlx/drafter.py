@@ -196,6 +196,7 @@ class Drafter:
         heads * head_dim).
         """
         size = self.model.config.block_size
+        attention = self.model.layers[layer].self_attn
         out, row = [], 0
         for i, sequence in enumerate(sequences):
             stop = sequence.start + size
@@ -205,8 +206,9 @@ class Drafter:
             y = mx.fast.scaled_dot_product_attention(
                 queries[:, :, i * size : (i + 1) * size],
                 *(cut_gap(x, sequence.gap, 2) for x in sequence.storage.read(layer, stop)),
-                scale=self.model.config.head_dim**-0.5,
+                scale=attention.scale,
                 mask=sequence.masks[kind],
+                sinks=attention.attention_sink_bias,
             )
             out.append(y[0].swapaxes(0, 1).reshape(size, -1))
         return mx.concatenate(out)

@@ -52,6 +52,7 @@ class Attention(nn.Module):
     def __init__(self, config: DrafterConfig) -> None:
         super().__init__()
         self.head_dim = config.head_dim
+        self.scale = config.head_dim**-0.5  # factor on the scores
         h, bias = config.hidden_size, config.attention_bias
         q, kv = (
             n * self.head_dim for n in (config.num_attention_heads, config.num_key_value_heads)
@@ -64,6 +65,9 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(self.head_dim, config.rms_norm_eps)
         self.k_norm = nn.RMSNorm(self.head_dim, config.rms_norm_eps)
         self.rope = Rope(config)
+        # (heads,) scores of a key whose value is zero.
+        sinks = mx.zeros(config.num_attention_heads) if config.attention_sinks else None
+        self.attention_sink_bias: mx.array | None = sinks
 
     def queries(self, x: mx.array, positions: mx.array) -> mx.array:
         """Return the (1, heads, n, head_dim) of n rows."""

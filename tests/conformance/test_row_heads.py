@@ -1,12 +1,7 @@
-"""Heads that draft depth by depth: published numbers, usual mistakes, and equality of backends.
-
-`TREEFLASH_DRAFTER_FIXTURES` names the folder beside which the published checkpoints are.
-"""
+"""Heads that draft depth by depth: published numbers, usual mistakes, and equality of backends."""
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from published_drafters import (
+    BACKENDS,
+    FLOAT32,
+    ROOT,
+    TOLERANCE,
+    cases,
+    load_published,
+    needs_fixtures,
+)
 from row_pairs import SETTINGS, write_mtp_pair
 from scheduled_texts import scheduled_texts
 
@@ -35,55 +39,13 @@ from treeflash.registry import loader
 from treeflash.testing.models import edit_config, save
 from treeflash.testing.states import check_storage
 
-FIXTURES = Path(os.environ.get("TREEFLASH_DRAFTER_FIXTURES", ".")).resolve().parent
-ROOT = FIXTURES / "more-drafters"
-NEWER = {
-    "deepspec-eagle3": "plain-target",
-    "speculators-mtp": "qwen3_5-target",
-    "muse-glimmer-assistant": "muse-target",
-    "muse-glimmer-assistant-plain": "plain-target",
-}
-"""Drafters of a second folder, with their targets."""
-TARGETS = NEWER | {
-    "eagle3": "eagle3-target",
-    "speculators-eagle3": "eagle3-target",
-    "gemma4-assistant": "gemma4-target",
-}
-BACKENDS = {"reference": "numpy", "cuda": "torch", "mlx": "mlx_lm"}
-"""And the package that each needs."""
 PUBLISHED = [
     *((b, f) for b in BACKENDS for f in ("qwen3_5-mtp", "eagle3", "speculators-eagle3")),
     *((b, f) for b in BACKENDS for f in ("deepspec-eagle3", "speculators-mtp")),
     *((b, f) for b in ("cuda", "mlx") for f in ("qwen3_5-moe-mtp", "glm4_moe-mtp")),
     ("mlx", "gemma4-assistant"),
 ]
-TOLERANCE = 1e-4
-FLOAT32 = LoadConfig(device="cpu", dtype="float32")
 PROMPTS = ([3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1, 8], [1, 1, 2, 3, 5, 8, 13, 21, 12, 11, 10, 9])
-needs_fixtures = pytest.mark.skipif(
-    "TREEFLASH_DRAFTER_FIXTURES" not in os.environ,
-    reason="TREEFLASH_DRAFTER_FIXTURES does not name the folder of published drafters",
-)
-
-
-def load_published(backend: str, name: str) -> Any:
-    pytest.importorskip(BACKENDS[backend])
-    folder = published(name)
-    return loader(backend)(folder.parent / TARGETS.get(name, name), folder, FLOAT32)
-
-
-def published(name: str) -> Path:
-    return (FIXTURES / "drafters-2" if name in NEWER else ROOT) / name
-
-
-def cases(name: str) -> list[tuple[dict[str, Any], dict[str, NDArray[Any]]]]:
-    texts = json.loads((published(name) / "expected.json").read_text())["texts"]
-    arrays = np.load(published(name) / "expected.npz")
-    of_text = [
-        {k[:-2]: arrays[k] for k in arrays if k.endswith(f".{i}")} for i in range(len(texts))
-    ]
-    assert texts, "most tests go through the cases"
-    return list(zip(texts, of_text, strict=True))
 
 
 def paths(case: dict[str, Any]) -> list[NDArray[np.int32]]:
@@ -576,32 +538,6 @@ def test_lilicorr(backend: str) -> None:
         config = DecodeConfig(method="treeflash", budget=16, max_tokens=len(case["greedy"]))
         steps = list(decode(pair, Request(prompt_ids=case["prompt"], config=config)))
         assert [token for step in steps for token in step.tokens] == case["greedy"]
-
-
-@needs_fixtures
-@pytest.mark.parametrize(
-    ("backend", "name"),
-    [
-        *((backend, "muse-glimmer-assistant-plain") for backend in BACKENDS),
-        ("mlx", "muse-glimmer-assistant"),
-    ],
-)
-def test_muse_glimmers_assistant(backend: str, name: str) -> None:
-    """Sliding layers see both ways, and the positions at a distance of the window too."""
-    pair = load_published(backend, name)
-    for case, arrays in cases(name):
-        with SequenceSession(pair, drafts=True) as sequence:
-            sequence.extend(case["prompt"])
-            actual = pair.drafter.log_probs(sequence.draft(case["root"]))
-        np.testing.assert_allclose(actual, arrays["log_probs"], atol=TOLERANCE)
-        assert actual.argmax(-1).tolist() == case["draft"]
-        for mistake in ("if_causal", "if_window_ignored"):
-            wrong = arrays[f"log_probs_{mistake}"]
-            assert np.abs(wrong - arrays["log_probs"]).max() > 100 * TOLERANCE
-        for method in ("dflash", "ddtree"):
-            config = DecodeConfig(method=method, budget=12, max_tokens=len(case["greedy"]))
-            steps = list(decode(pair, Request(prompt_ids=case["prompt"], config=config)))
-            assert [token for step in steps for token in step.tokens] == case["greedy"]
 
 
 def test_the_budget_auto_learns_the_price_of_a_depth(

@@ -30,6 +30,7 @@ INERT_KEYS = frozenset(
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attention_mode": (None, "gqa"),
     "attention_sink_bias": (None, False),
+    "attention_value_scale": (None, 1),
     "dflash_query_causal": (None, False),
     "hidden_act": (None, "silu"),
     "is_neox_style": (None, True),
@@ -140,6 +141,8 @@ def backbone_shapes(config: DrafterConfig) -> dict[str, tuple[int, ...]]:
             f"{layer}input_layernorm.weight": (h,),
             f"{layer}post_attention_layernorm.weight": (h,),
         }
+        if config.attention_sinks:
+            shapes[f"{layer}self_attn.attention_sink_bias"] = (config.num_attention_heads,)
         if taps := config.conv_kernel_size:
             groups = h // config.conv_group_size
             for name in ("attention_conv", "mlp_conv"):

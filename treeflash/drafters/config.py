@@ -91,6 +91,8 @@ class DrafterConfig(DrafterShape):
 
     block_size: int  # S, the slots of a block: the root and S - 1 masks
     mask_token_id: int  # the token in the slots after the root
+    # whether the softmax of each query head has one more logit, of a key without a value
+    attention_sinks: bool = False
     # whether rotary pairs are neighbouring channels (2i, 2i + 1) in the stored tensors, instead of
     # the halves of a head; `load_tensors` reorders them
     interleaved_rope: bool = False
@@ -120,6 +122,17 @@ class DrafterConfig(DrafterShape):
     @property
     def depths(self) -> int:
         return self.block_size - self.first_slot
+
+    @property
+    def extensions(self) -> dict[str, bool]:
+        """Whether its layers or logits differ from DFlash's, by the name of the difference."""
+        return {
+            "a factor on its logits": self.output_multiplier != 1,
+            "a softcap": self.softcap is not None,
+            "interleaved rotary embeddings": self.interleaved_rope,
+            "gated queries": self.gated,
+            "attention sinks": self.attention_sinks,
+        }
 
     @property
     def has_marginals(self) -> bool:

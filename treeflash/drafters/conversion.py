@@ -126,10 +126,7 @@ def _refuse_inexpressible(config: DrafterConfig, to: str) -> None:
         "a first token predicted by the root's slot": to == "dflash" and next_token,
         "a root's slot that predicts nothing": to == "deepspec" and not next_token,
         "a factor on its embeddings": config.input_scale != 1,
-        "a factor on its logits": config.output_multiplier != 1,
-        "interleaved rotary embeddings": config.interleaved_rope,
-        "gated queries": config.gated,
-        "a softcap": config.softcap is not None,
+        **config.extensions,
     }
     for name, present in properties.items():
         if present:

@@ -79,6 +79,8 @@ OTHER_FORMATS: dict[str, tuple[Any, ...]] = {
 """Keys that make a drafter another one than DFlash, with the values that mean nothing."""
 
 
+ATTENTION_KEYS = ("add_swa_attention_sink_bias", "attention_sink_bias", "use_swa")
+"""Settings of attention sinks and windows, which all formats but speculators may have."""
 TRAINING_TENSORS = frozenset({"t2d", "verifier_lm_head.weight", "verifier_norm.weight"})
 """Tensors that only training needs, in folders of speculators."""
 
@@ -162,7 +164,7 @@ def find_setting(config: Config, *names: str, default: Any = None) -> Any:
 def unknown_keys(config: Config) -> list[str]:
     """Return the keys of a valid configuration that were not understood and are ignored, sorted."""
     known = detect_format(config).keys
-    known |= backbone.KEYS | backbone.INERT_KEYS | backbone.NEUTRAL.keys()
+    known |= backbone.KEYS | backbone.INERT_KEYS | backbone.NEUTRAL.keys() | {"swa_window_size"}
     sections = {name: config.get(name) or {} for name in (*SECTIONS, "transformer_layer_config")}
     unknown = set(config) - known - sections.keys()
     for name, section in sections.items():
@@ -259,6 +261,8 @@ def _refuse_unread(config: Config, prefix: str, section: Config, keys: Iterable[
     for key, value in section.items():
         if value in (None, False) or key in (*keys, *backbone.INERT_KEYS, *backbone.NEUTRAL):
             continue
+        if key == "swa_window_size" and section.get("use_swa"):
+            continue  # it takes the place of the layers' window
         top_key = "sliding_window" if key == "swa_window_size" else key
         if top_key not in backbone.KEYS:
             raise ValueError(
@@ -295,9 +299,12 @@ def _parse_muse(config: Config) -> DrafterConfig:
 
 
 def _parse_sections(config: Config, **settings: Any) -> DrafterConfig:
-    """Parse the keys that all formats but speculators share; `settings` are the head's."""
+    """Parse the keys that all formats but speculators share; `settings` are the head's.
+
+    With `use_swa` all layers have a window, whatever `layer_types` says of them.
+    """
     for section in _sections(config).values():
-        backbone.refuse(section)
+        backbone.refuse(_without(section, ATTENTION_KEYS))
     layer_ids = find_setting(config, "target_layer_ids")
     if layer_ids is None:
         layer_ids = backbone.default_target_layer_ids(
@@ -308,8 +315,9 @@ def _parse_sections(config: Config, **settings: Any) -> DrafterConfig:
     causal = find_setting(config, "is_causal", "causal", "causal_head")
     target_layers = config.get("num_target_layers")
     softcap = find_setting(config, "final_logit_softcapping")
-    return backbone.backbone_config(
-        config,
+    sinks = find_setting(config, "attention_sink_bias", "add_swa_attention_sink_bias")
+    parsed = backbone.backbone_config(
+        _without(config, ATTENTION_KEYS),
         block_size=int(find_setting(config, "block_size", default=16)),
         mask_token_id=find_setting(config, "mask_token_id"),
         causal=None if causal is None else bool(causal),
@@ -318,8 +326,19 @@ def _parse_sections(config: Config, **settings: Any) -> DrafterConfig:
         input_scale=float(find_setting(config, "input_embedding_scale", default=1.0)),
         output_multiplier=float(find_setting(config, "output_multiplier", default=1.0)),
         softcap=float(softcap) if softcap and softcap > 0 else None,
+        attention_sinks=bool(sinks),
         **settings,
     )
+    if not find_setting(config, "use_swa"):
+        return parsed
+    window = find_setting(config, "swa_window_size", "sliding_window")
+    if window is None:
+        raise KeyError("swa_window_size")
+    return replace(parsed, sliding_windows=(int(window),) * parsed.num_hidden_layers)
+
+
+def _without(settings: Config, keys: Collection[str]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key not in keys}
 
 
 def _parse_dflash2(config: Config) -> DrafterConfig:
@@ -542,7 +561,7 @@ DFLASH_KEYS = frozenset(
         "num_target_layers output_multiplier projector_type target_hidden_size "
         "target_layer_ids treeflash_config"
     ).split()
-)
+) | frozenset(ATTENTION_KEYS)
 SPECULATORS_KEYS = frozenset(
     (  # noqa: SIM905
         "aux_hidden_state_layer_ids block_size draft_vocab_size mask_token_id "
@@ -631,6 +650,7 @@ DEEPSPEC = _block(
     | {
         "draft_vocab_size",
         "dspark_bonus_anchor",
+        "eagle_aux_hidden_state_layer_ids",  # beside `target_layer_ids`, of other engines
         "enable_qwen35_gated_q_proj",
         "sample_from_anchor",
     },

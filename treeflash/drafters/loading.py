@@ -59,15 +59,12 @@ def refuse_extensions(
     The UnsupportedModelError names `user`, such as `the mlx backend`, and the first other property.
     `vocabulary` has the names of the drafter's own tensors of `VOCABULARY`, if they are known.
     """
-    extensions = {
+    extensions: dict[str, object] = {
         f"the head {config.head!r}": config.head not in (None, *formats.TREEFLASH_HEADS),
         "convolutions": config.conv_kernel_size,
         "a first token predicted by the root's slot": config.first_slot == 0,
         "windows measured from the root": config.window_from_root and any(config.sliding_windows),
-        "a factor on its logits": config.output_multiplier != 1,
-        "a softcap": config.softcap is not None,
-        "interleaved rotary embeddings": config.interleaved_rope,
-        "gated queries": config.gated,
+        **config.extensions,
         "features of the embeddings": -1 in config.target_layer_ids,
         "embeddings or an output head of its own": config.own_vocabulary and vocabulary,
     }

@@ -69,7 +69,8 @@ class Drafter(OneByOneDrafter):
             y = before(y)
             q = self._heads(layer, "q", y, positions)
             k, v = cache.attend(n, *self._keys_and_values(layer, y, positions))
-            out = attention(q, k, v, mask)
+            sinks = self.model.tensors.get(layer + "self_attn.attention_sink_bias")
+            out = attention(q, k, v, mask, sinks=sinks)
             if config.gated:
                 out = out * sigmoid(self.model.linear(layer + "self_attn.gate_proj", y))
             x = x + after(self.model.linear(layer + "self_attn.o_proj", out))

@@ -54,17 +54,27 @@ def rotate(x: Array, positions: Ints, inv_freq: Sequence[float], scale: float) -
 
 
 def attention(
-    q: Array, k: Array, v: Array, mask: NDArray[np.bool_], scale: float | None = None
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: NDArray[np.bool_],
+    scale: float | None = None,
+    sinks: Array | None = None,
 ) -> Array:
     """Return the (n, heads * head_dim) grouped-query attention of (heads, n, head_dim) queries.
 
     Keys and values are (kv_heads, m, head_dim), and the (n, m) mask is true if a query attends to a
-    key. `scale` multiplies the scores; None is 1 / sqrt(head_dim).
+    key. `scale` multiplies the scores; None is 1 / sqrt(head_dim). The (heads,) `sinks` are scores
+    of one more key, whose value is zero.
     """
     heads, n, head_dim = q.shape
     grouped = q.reshape(len(k), -1, n, head_dim)
     scores = grouped @ k[:, None].swapaxes(-1, -2) * np.float32(scale or head_dim**-0.5)
-    out = softmax(np.where(mask, scores, -np.inf)) @ v[:, None]
+    scores = np.where(mask, scores, -np.inf)
+    if sinks is not None:
+        column = np.broadcast_to(sinks.reshape(len(k), -1, 1, 1), (*scores.shape[:-1], 1))
+        scores = np.concatenate([scores, column], -1)
+    out = softmax(scores)[..., : k.shape[1]] @ v[:, None]
     return out.reshape(heads, n, head_dim).swapaxes(0, 1).reshape(n, -1)
 
 

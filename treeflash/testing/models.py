@@ -416,6 +416,16 @@ def _deepspec(config: Config, tensors: Tensors, rng: Generator, *, head: str | N
     tensors["lm_head.weight"] = normal(rng, *shape, scale=0.3)
 
 
+def _sinks(config: Config, tensors: Tensors, rng: Generator) -> None:
+    """Build NVIDIA's DSpark: attention sinks, and one causal window for all layers."""
+    _deepspec(config, tensors, rng, head="vanilla")
+    swa = {"use_swa": True, "swa_window_size": 3, "causal": True}
+    config |= {"dflash_config": {"attention_sink_bias": True, **swa}, "dspark_bonus_anchor": True}
+    for n in range(config["num_hidden_layers"]):
+        sinks = normal(rng, config["num_attention_heads"], scale=1.0)
+        tensors[f"layers.{n}.self_attn.attention_sink_bias"] = sinks
+
+
 def _specforge(config: Config, tensors: Tensors, rng: Generator) -> None:
     config["architectures"] = ["DSparkDraftModel"]
     head = _markov(config, tensors, rng, "vanilla")
@@ -478,6 +488,7 @@ DIALECTS: dict[str, Callable[[Config, Tensors, Generator], None]] = {
     "deepspec-gated": partial(_deepspec, head="gated"),
     "deepspec-rnn": partial(_deepspec, head="rnn"),
     "deepspec-dflash": partial(_deepspec, head=None),
+    "deepspec-sinks": _sinks,
     "specforge": _specforge,
     "specforge-domino": _domino,
     "speculators-dflash": partial(_speculators, kind="dflash", head=None, reduced=True),

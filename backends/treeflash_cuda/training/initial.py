@@ -79,16 +79,12 @@ def _settings_with_layers(
 def _refuse_untrainable_parts(folder: Path, config: DrafterConfig) -> None:
     """Raise a ConfigError for parts of a drafter that training does not support."""
     vocabulary = set(VOCABULARY) & stored_shapes(folder).keys()
-    parts = {
+    parts: dict[str, object] = {
         "a confidence head": config.confidence_head,
         "embeddings or an output head of its own": vocabulary,
         "windows measured from the root": config.window_from_root and any(config.sliding_windows),
-        "a factor on its logits": config.output_multiplier != 1,
-        "a softcap": config.softcap is not None,
         "features of the embeddings": -1 in config.target_layer_ids,
-        # Their channels are loaded in another order than they are stored in.
-        "interleaved rotary embeddings": config.interleaved_rope,
-        "gated queries": config.gated,
+        **config.extensions,
     }
     for name, present in parts.items():
         if present:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -226,10 +227,9 @@ class TestBadConfigs:
                 "full_attention, sliding_attention",
             ),
             (
-                lambda c: c.update(attention_sink_bias=True),
-                "attention_sink_bias = True is not supported",
+                lambda c: c.update(attention_value_scale=0.7),
+                "attention_value_scale = 0.7 is not supported",
             ),
-            (lambda c: c["dflash_config"].update(use_swa=True), "use_swa = True is not supported"),
             (lambda c: c.update(hidden_act="gelu"), "hidden_act = 'gelu' is not supported"),
             (lambda c: c.update(markov_rank=256), "markov_rank = 256 is not supported"),
             (
@@ -308,6 +308,7 @@ MEANINGS = {
     "deepspec-gated": ("DeepSpec", "gated", 0, (-1, 2)),
     "deepspec-rnn": ("DeepSpec", "rnn", 0, (-1, 2)),
     "deepspec-dflash": ("DeepSpec", None, 0, (-1, 2)),
+    "deepspec-sinks": ("DeepSpec", "vanilla", 1, (-1, 2)),
     "specforge": ("SpecForge DSpark", "vanilla", 0, (0, 2)),
     "specforge-domino": ("SpecForge Domino", "domino", 1, (0, 2)),
     "speculators-dflash": ("speculators", None, 1, (0, 2)),
@@ -590,6 +591,33 @@ def test_the_anchor_of_nvidias_dspark(write: Callable[[str], Path]) -> None:
     assert edited(folder, dspark_bonus_anchor=False).first_slot == 0
     with pytest.raises(CheckpointError, match="dspark_bonus_anchor exclude each other"):
         edited(folder, dspark_bonus_anchor=True, sample_from_anchor=True)
+
+
+@pytest.mark.parametrize("section", ["dflash_config", None])
+def test_sinks_and_a_window_for_all_layers(write: Callable[[str], Path], section: str) -> None:
+    folder = write("dflash")
+    config = read_config(folder)
+    del config["layer_types"], config["sliding_window"]
+
+    def parsed(**settings: Any) -> DrafterConfig:
+        changed = {**config, "dflash_config": dict(config["dflash_config"])}
+        (changed[section] if section else changed).update(settings)
+        (folder / "config.json").write_text(json.dumps(changed))
+        assert unknown_keys(changed) == []
+        return drafter_config(folder)
+
+    assert parsed(attention_sink_bias=True).attention_sinks
+    assert not parsed(attention_sink_bias=False).attention_sinks
+    windows = {"use_swa": True, "swa_window_size": 4}
+    found = parsed(**windows)
+    assert (found.sliding_windows, found.causal) == ((4, 4), (False, False))
+    assert parsed(**windows, causal=True).causal == (True, True)
+    with pytest.raises(CheckpointError, match="lacks 'swa_window_size'"):
+        parsed(use_swa=True)
+
+
+def test_sinks_of_mimo_at_the_top_level(write: Callable[[str], Path]) -> None:
+    assert edited(write("dflash"), add_swa_attention_sink_bias=True).attention_sinks
 
 
 @pytest.mark.parametrize("backend", ["reference", "cuda", "mlx"])

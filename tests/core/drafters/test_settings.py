@@ -149,7 +149,7 @@ def test_the_block_of_speculators_without_its_size(made):
 
 OTHER_ARITHMETIC = {
     "attention_mode": "mla",
-    "attention_sink_bias": True,
+    "attention_value_scale": 0.7,
     "dflash_query_causal": True,
     "hidden_act": "gelu",
     "is_neox_style": False,
@@ -158,7 +158,6 @@ OTHER_ARITHMETIC = {
     "logits_start": 1,
     "mlp_bias": True,
     "quantization_config": {"bits": 4},
-    "use_swa": True,
 }
 """Settings of published drafters whose arithmetic no backend has."""
 
@@ -182,6 +181,21 @@ def test_settings_of_another_arithmetic_are_refused_wherever_they_stand(made, ke
         edit_config(folder, add)
         with pytest.raises(CheckpointError, match=f"{key} = .* is not supported"):
             drafter_config(folder)
+
+
+@pytest.mark.parametrize(
+    "add", [{"attention_sink_bias": True}, {"use_swa": True, "swa_window_size": 4}]
+)
+@pytest.mark.parametrize("section", [None, "transformer_layer_config"])
+def test_sinks_and_windows_for_all_layers_are_refused_in_speculators(made, add, section):
+    folder = made("speculators-dflash")
+
+    def edit(config: dict[str, Any]) -> None:
+        (config if section is None else config[section]).update(add)
+
+    edit_config(folder, edit)
+    with pytest.raises(CheckpointError, match=f"{next(iter(add))} = True is not supported"):
+        drafter_config(folder)
 
 
 @pytest.mark.parametrize(

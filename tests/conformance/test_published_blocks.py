@@ -1,0 +1,125 @@
+"""Published block drafters of later formats: their numbers, and the mistakes that are usual."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from published_drafters import BACKENDS, TOLERANCE, cases, load_published, needs_fixtures
+
+from treeflash.config import DecodeConfig
+from treeflash.decoding import Request, decode
+from treeflash.decoding.interfaces import TableOptions
+from treeflash.decoding.session import SequenceSession
+from treeflash.decoding.tree import build_chain
+
+NAMES = ("dflash-sinks", "dspark-sinks", "muse-glimmer-assistant-plain")
+PUBLISHED = [
+    *((backend, name) for backend in BACKENDS for name in NAMES),
+    ("mlx", "muse-glimmer-assistant"),
+]
+pytestmark = needs_fixtures
+
+
+def chain_after(pair: Any, sequence: SequenceSession, root: int) -> Any:
+    """The greedy chain after a root: of the head, or of the marginals."""
+    block = sequence.draft(root)
+    if pair.head is None:
+        (table,) = pair.drafter.marginals([block], TableOptions(k=1))
+    else:
+        (table,) = pair.head.transitions([block], TableOptions(m=16, k=4))
+    return build_chain(table, root, 100)
+
+
+def largest_error(pair: Any, name: str) -> float:
+    """The largest difference from the published log probabilities, of marginals and head."""
+    worst = 0.0
+    for case, arrays in cases(name):
+        with SequenceSession(pair, drafts=True) as sequence:
+            sequence.extend(case["prompt"])
+            block = sequence.draft(case["root"])
+            compared = [(pair.drafter.log_probs(block), arrays["log_probs"])]
+            if pair.head is not None:
+                previous = np.array([case["root"], *case["draft"][:-1]], np.int32)
+                compared.append((pair.head.log_probs(block, previous), arrays["chain_log_probs"]))
+        for actual, expected in compared:
+            kept = np.isfinite(actual)
+            assert kept.sum(-1).tolist() == [expected.shape[1]] * len(expected)
+            worst = max(worst, float(np.abs(actual[kept] - expected.ravel()).max()))
+    return worst
+
+
+@pytest.mark.parametrize(("backend", "name"), PUBLISHED)
+def test_published_numbers_drafts_and_texts(backend: str, name: str) -> None:
+    pair = load_published(backend, name)
+    assert largest_error(pair, name) < TOLERANCE
+    methods = ("dflash", "ddtree") if pair.head is None else ("treeflash-chain", "treeflash")
+    for case, arrays in cases(name):
+        tokens = [*case["prompt"], *case["greedy"]]
+        with SequenceSession(pair, drafts=True) as sequence:
+            sequence.extend(case["prompt"])
+            chain = chain_after(pair, sequence, case["root"])
+            assert chain.tokens[1:].tolist() == case["draft"]
+            if (logits := arrays.get("chain_confidence_logits")) is not None:
+                expected = 1 / (1 + np.exp(-logits))
+                np.testing.assert_allclose(chain.confidences[1:], expected, atol=TOLERANCE)
+        with SequenceSession(pair, drafts=True) as sequence:
+            sequence.extend(case["prompt"])
+            loop = zip(case.get("loop_chains", ()), case.get("loop_accepted", ()), strict=True)
+            for drafted, accepted in loop:
+                chain = chain_after(pair, sequence, tokens[sequence.length])
+                assert chain.tokens[1:].tolist() == drafted
+                sequence.extend(tokens[sequence.length :][: accepted + 1])
+        for method in methods:
+            config = DecodeConfig(method=method, budget=12, max_tokens=len(case["greedy"]))
+            steps = list(decode(pair, Request(prompt_ids=case["prompt"], config=config)))
+            assert [token for step in steps for token in step.tokens] == case["greedy"]
+
+
+def setting(name: str, value: Any) -> Callable[[Any], None]:
+    """Plant another value of a drafter's configuration."""
+    return lambda pair: object.__setattr__(pair.drafter_model.config, name, value)
+
+
+def scaled_sinks(factor: float) -> Callable[[Any], None]:
+    """Multiply the sinks; a factor of -inf leaves them out."""
+
+    def plant(pair: Any) -> None:
+        tensors = pair.drafter_model.tensors
+        for name in [name for name in tensors if name.endswith("sink_bias")]:
+            tensors[name] = (
+                np.full_like(tensors[name], -np.inf) if factor < 0 else factor * tensors[name]
+            )
+
+    return plant
+
+
+FAULTS: dict[str, tuple[str, Callable[[Any], None]]] = {
+    "no sinks": ("dflash-sinks", scaled_sinks(-np.inf)),
+    "sinks scaled like scores": ("dflash-sinks", scaled_sinks(0.25)),
+    "sinks of DSpark left out": ("dspark-sinks", scaled_sinks(-np.inf)),
+    "no window with use_swa": ("dspark-sinks", setting("sliding_windows", (None, None))),
+    "a window one shorter": ("dspark-sinks", setting("sliding_windows", (5, 5))),
+    "slots that see later ones": ("dspark-sinks", setting("causal", (False, False))),
+    "causal where the file says false": ("dflash-sinks", setting("causal", (True, True))),
+    "Muse's sliding layers as causal": (
+        "muse-glimmer-assistant-plain",
+        setting("causal", (True,) * 3),
+    ),
+    "Muse's window without its end": (
+        "muse-glimmer-assistant-plain",
+        setting("sliding_windows", (7,) * 3),
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_usual_mistakes(fault: str) -> None:
+    name, plant = FAULTS[fault]
+    pair = load_published("reference", name)
+    assert largest_error(pair, name) < TOLERANCE
+    plant(pair)
+    with pytest.raises(AssertionError):
+        assert largest_error(pair, name) < 100 * TOLERANCE

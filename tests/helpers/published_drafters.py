@@ -1,0 +1,63 @@
+"""Published checkpoints with the numbers that the published code computes from them.
+
+`TREEFLASH_DRAFTER_FIXTURES` names the folder beside which they are.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from treeflash.config import LoadConfig
+from treeflash.registry import loader
+
+FIXTURES = Path(os.environ.get("TREEFLASH_DRAFTER_FIXTURES", ".")).resolve().parent
+ROOT = FIXTURES / "more-drafters"
+NEWER = {
+    "deepspec-eagle3": "plain-target",
+    "dflash-sinks": "plain-target",
+    "dspark-sinks": "plain-target",
+    "muse-glimmer-assistant": "muse-target",
+    "muse-glimmer-assistant-plain": "plain-target",
+    "speculators-mtp": "qwen3_5-target",
+}
+"""Drafters of a second folder, with their targets."""
+TARGETS = NEWER | {
+    "eagle3": "eagle3-target",
+    "speculators-eagle3": "eagle3-target",
+    "gemma4-assistant": "gemma4-target",
+}
+BACKENDS = {"reference": "numpy", "cuda": "torch", "mlx": "mlx_lm"}
+"""And the package that each needs."""
+TOLERANCE = 1e-4
+FLOAT32 = LoadConfig(device="cpu", dtype="float32")
+needs_fixtures = pytest.mark.skipif(
+    "TREEFLASH_DRAFTER_FIXTURES" not in os.environ,
+    reason="TREEFLASH_DRAFTER_FIXTURES does not name the folder of published drafters",
+)
+
+
+def load_published(backend: str, name: str) -> Any:
+    pytest.importorskip(BACKENDS[backend])
+    folder = published(name)
+    return loader(backend)(folder.parent / TARGETS.get(name, name), folder, FLOAT32)
+
+
+def published(name: str) -> Path:
+    return (FIXTURES / "drafters-2" if name in NEWER else ROOT) / name
+
+
+def cases(name: str) -> list[tuple[dict[str, Any], dict[str, NDArray[Any]]]]:
+    texts = json.loads((published(name) / "expected.json").read_text())["texts"]
+    arrays = np.load(published(name) / "expected.npz")
+    of_text = [
+        {k[:-2]: arrays[k] for k in arrays if k.endswith(f".{i}")} for i in range(len(texts))
+    ]
+    assert texts, "most tests go through the cases"
+    return list(zip(texts, of_text, strict=True))
