@@ -15,8 +15,14 @@ from treeflash.cli import options as cli
 from treeflash.cli.console import Parser, guarded
 from treeflash.config import METHODS, DecodeConfig
 from treeflash.errors import ConfigError, PromptError
+from treeflash.evaluation.published import (
+    MAX_TOKENS,
+    Lengths,
+    list_differences,
+    published_row,
+)
 from treeflash.evaluation.records import MEAN, compute_records
-from treeflash.evaluation.report import check_files, publish
+from treeflash.evaluation.report import check_files, publish, publish_comparison
 from treeflash.evaluation.run import Case, Evaluation, encode_rows, list_cases
 from treeflash.language_model import LanguageModel
 from treeflash.text.options import Options, parse_options
@@ -27,6 +33,8 @@ DEFAULT_METHODS = "dflash,ddtree,treeflash,treeflash-chain"
 DEFAULT_BUDGETS = "16,64"
 DECODE_OPTIONS = ("head_vocab", "head_rows", "calibration", "suffix", "draft_depths", "max_tokens")
 OPTIONS = (*DECODE_OPTIONS, "temperature", "seed")
+FREE = ("max_tokens", "seed")
+"""The options that `--expect published` does not fix."""
 
 
 @guarded
@@ -37,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     the run ends.
     """
     args = make_parser().parse(argv)
+    if args.expect:
+        return _compare_with_published(args)
     options = _case_options(args)
     rows = _rows(args)
     check_files(args.json, args.report, args.prompts)
@@ -64,6 +74,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _compare_with_published(args: argparse.Namespace) -> int:
+    """Run `--expect published`; see `treeflash.evaluation.published`."""
+    fixed = ("methods", "budgets", "report", *(name for name in OPTIONS if name not in FREE))
+    for name in fixed:
+        if getattr(args, name, None) is not None:
+            raise ConfigError(
+                f"--expect published follows a protocol; leave out --{name.replace('_', '-')}"
+            )
+    shared: Options = {"max_tokens": MAX_TOKENS, **cli.decode_options(args)}
+    if shared["max_tokens"] < 2:
+        raise ConfigError("max_tokens must be 2 or more, because the prefill gives the first token")
+    rows = _rows(args)
+    check_files(args.json, None, args.prompts)
+    published = published_row(args.drafter, args.target)
+    model = cli.load_model(args)
+    if model.backend.drafter is None:
+        raise ConfigError("no drafter was loaded, so there is nothing to compare")
+    config = model.decode_config({**shared, "method": "ar", "temperature": 1.0})
+    differences = list(list_differences(model, published, config))
+    sets = {
+        name: encode_rows(model, prompts, {Case("ar", 1): config}) for name, prompts in rows.items()
+    }
+    lengths = Lengths()
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    try:
+        lengths.measure(model.backend, sets, config, console, args.parallel)
+    finally:
+        if lengths.by_set:
+            records = lengths.records(published, differences, config.sampling.seed)
+            settings = _settings(args, model, config, ("max_tokens",)) | {
+                "differences": differences
+            }
+            publish_comparison(records, settings, args.json)
+    if not lengths.by_set:
+        raise PromptError("every text was too short for a round of drafts")
+    return 0
+
+
 def make_parser() -> Parser:
     parser = Parser("evaluate", "Measure a drafter by depth, method and budget.")
     parser.add_config_option()
@@ -87,7 +135,6 @@ def make_parser() -> Parser:
     )
     parser.add_argument(
         "--budgets",
-        default=DEFAULT_BUDGETS,
         metavar="N,M",
         help="nodes of the draft trees with their roots; chains use the largest number and stop at "
         f"the end of the block (default: {DEFAULT_BUDGETS})",
@@ -98,6 +145,12 @@ def make_parser() -> Parser:
         "sequences to decode at once, which is faster and in float32 gives the same results; auto: "
         f"up to {AUTO_SEQUENCES}, fewer if their KV caches would take more than "
         f"{AUTO_BYTES >> 30} GiB (default: 1)",
+    )
+    parser.add_argument(
+        "--expect",
+        choices=("published",),
+        help="compare accepted lengths with the drafter's published ones, by their protocol: "
+        "chains at temperature 1, accepted by speculative sampling (default: no comparison)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
     parser.add_argument(
@@ -112,10 +165,11 @@ def make_parser() -> Parser:
 
 
 def _case_options(args: argparse.Namespace) -> dict[Case, Options]:
-    sizes = [size.strip() for size in args.budgets.split(",")]
+    budgets = DEFAULT_BUDGETS if args.budgets is None else args.budgets
+    sizes = [size.strip() for size in budgets.split(",")]
     if not all(size.isdecimal() and int(size) for size in sizes):
         raise ConfigError(
-            f"--budgets takes numbers of 1 or more separated by commas, not {args.budgets!r}"
+            f"--budgets takes numbers of 1 or more separated by commas, not {budgets!r}"
         )
     # Without copies of the text, the figures are the drafter's own.
     shared: Options = {"suffix": False, **cli.decode_options(args)}
@@ -143,7 +197,10 @@ def _rows(args: argparse.Namespace) -> dict[str, list[Row]]:
 
 
 def _settings(
-    args: argparse.Namespace, model: LanguageModel, config: DecodeConfig
+    args: argparse.Namespace,
+    model: LanguageModel,
+    config: DecodeConfig,
+    options: Sequence[str] = DECODE_OPTIONS,
 ) -> dict[str, Any]:
     return {
         "date": datetime.date.today().isoformat(),
@@ -152,7 +209,7 @@ def _settings(
         "dtype": model.backend.dtype,
         "target": args.target or model.names["target"],
         "drafter": args.drafter or model.names["drafter"],
-        **{name: getattr(config, name) for name in DECODE_OPTIONS},
+        **{name: getattr(config, name) for name in options},
         "temperature": config.sampling.temperature,
         "seed": config.sampling.seed,
     }

@@ -335,3 +335,59 @@ def test_a_reader_that_goes_away_costs_no_figures(tiny_pair, files, tmp_path):
     assert process.wait(timeout=300) == 141
     assert b"Traceback" not in err
     assert json.loads(path.read_text(encoding="utf-8"))["rows"]
+
+
+DSPARK = ("--drafter", "deepseek-ai/dspark_qwen3_4b_block7")
+
+
+def test_published_figures_beside_those_measured(use, run, model, tmp_path):
+    use(model)
+    path = tmp_path / "out.json"
+    found = []
+    for parallel in ("1", "3"):
+        options = ("--json", str(path), "--parallel", parallel, *DSPARK)
+        code, out, err = run("--expect", "published", *options)
+        found.append(json.loads(path.read_text(encoding="utf-8")))
+        assert (code, "4/4" in err) == (0, True)
+    assert found[0] == found[1]
+    assert (found[0]["temperature"], found[0]["max_tokens"]) == (1.0, 9)
+    assert [list(record) for record in found[0]["published"]] == [
+        ["set", "published", "measured", "low", "high", "prompts", "verdict"]
+    ] * 2
+    assert all(record["measured"] >= 1 for record in found[0]["published"])
+    assert "not comparable, because the dtype is float32, not bfloat16" in out
+
+
+def test_an_interrupted_comparison_keeps_what_was_measured(use, run, model, monkeypatch, tmp_path):
+    use(model)
+    drafts, drafted = [], model.backend.drafter.draft
+
+    def interrupted(roots, depths=None):
+        drafts.append(roots)
+        if len(drafts) == 12:  # in the second prompt
+            raise KeyboardInterrupt
+        return drafted(roots, depths)
+
+    monkeypatch.setattr(model.backend.drafter, "draft", interrupted)
+    code, out, err = run("--expect", "published", *DSPARK)
+    assert (code, err.strip().splitlines()[-1]) == (130, "interrupted")
+    assert "one" in out
+    assert "two" not in out
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        (["--budgets", "16"], "--expect published follows a protocol; leave out --budgets"),
+        (["--temperature", "0"], "leave out --temperature"),
+        (["--calibration", "off"], "leave out --calibration"),
+        (["--report", "out.png"], "leave out --report"),
+        (["--max-tokens", "1"], "max_tokens must be 2 or more"),
+        ([], "no published figures are known for the drafter smollm2-135m-treeflash;"),
+    ],
+)
+def test_a_comparison_that_cannot_be_made_is_one_line(run, monkeypatch, args, line):
+    monkeypatch.setattr(evaluate.cli, "load_model", lambda args: pytest.fail("loaded"))
+    code, out, err = run("--expect", "published", *args)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert line in err

@@ -243,7 +243,7 @@ class Evaluation:
         scheduler = Scheduler(backend, scheduler_config(parallel))
         with progress(console) as bar:
             task = bar.add_task("", total=sum(map(len, sets.values())))
-            for prompt in _decode(scheduler, sets, configs):
+            for prompt in decode_prompts(scheduler, sets, configs):
                 bar.update(task, description=prompt.set_name)
                 sample = prompt.sample(backend, temperature)
                 if all(run.accepted_lengths for run in sample.runs.values()):
@@ -258,8 +258,8 @@ class Evaluation:
 
 
 @dataclass(frozen=True, eq=False)
-class _Prompt:
-    """A prompt that is being decoded in all cases."""
+class DecodedPrompt:
+    """A prompt that is being decoded in all cases, or was."""
 
     set_name: str
     number: int
@@ -276,15 +276,15 @@ class _Prompt:
         return Sample(self.runs, depth_metrics)
 
 
-def _decode(
+def decode_prompts(
     scheduler: Scheduler, sets: Mapping[str, Sequence[Sequence[int]]], configs: Configs
-) -> Iterator[_Prompt]:
+) -> Iterator[DecodedPrompt]:
     """Decode every prompt in every case; yields a prompt when its last run has ended."""
-    owners: dict[RequestId, tuple[_Prompt, Case]] = {}
+    owners: dict[RequestId, tuple[DecodedPrompt, Case]] = {}
     *_, last = configs
     for name, prompts in sets.items():
         for number, ids in enumerate(prompts):
-            prompt = _Prompt(name, number, ids, {case: Run() for case in configs})
+            prompt = DecodedPrompt(name, number, ids, {case: Run() for case in configs})
             requests = [Request(prompt_ids=ids, config=config) for config in configs.values()]
             request_ids = scheduler.submit_group(requests, raises_limit=True)
             prompt.unfinished.update(request_ids)

@@ -1,0 +1,291 @@
+"""Compare a drafter with its published figures, which tells whether it was loaded faithfully.
+
+Published accepted lengths are of another rule than ours. They sample at temperature 1 and accept a
+draft x with probability min(1, p(x) / q(x)), p being the target's probability and q the drafter's
+(speculative sampling, arXiv 2211.17192); if the draft is rejected, the token comes from what p
+exceeds q by. Here drafts share the target's noise instead, so the two cannot be compared directly.
+
+The published number follows from a text that the target sampled, without decoding by that rule. A
+round of it emits tokens with the target's probabilities, and given that the next token is x, it was
+an accepted draft with probability
+
+    r(x) = p(x) min(1, q(x) / p(x)) / p(x) = min(1, q(x) / p(x)).
+
+So each token of the text says how probably a round goes on through it. From a root at position s of
+the text, a round of D drafts accepts n of them with the probability
+
+    P(n) = r(s, 1) ... r(s, n) (1 - r(s, n + 1))   for n < D,    P(D) = r(s, 1) ... r(s, D),
+
+where r(s, j) is of the token at s + j, drafted at depth j after the text's own tokens. It emits
+n + 1 tokens, the last of which is the next root. The expected number of rounds is, from the end of
+the text backwards,
+
+    N(s) = 1 + sum of P(n) N(s + n + 1).
+
+Example: D is 1, and r is 1/2 everywhere. A round emits 1 or 2 tokens, 1.5 on average, and N(s) is
+about 2/3 of the tokens after s. The figure is exact in expectation, uses every position of a text,
+and varies less than one run of the rule.
+
+Three traps: the first token of the answer is the target's own and belongs to no round. A text that
+ended with a stop token ends a round inside the block, without a bonus token if the stop token was a
+draft. A text that was cut at its limit must not do so: rounds are counted only from roots whose
+whole block and bonus token are in the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+
+from treeflash.cli.console import progress
+from treeflash.config import DecodeConfig
+from treeflash.decoding import Scheduler
+from treeflash.decoding.interfaces import Backend
+from treeflash.decoding.session import SequenceSession
+from treeflash.decoding.tree import DraftTree
+from treeflash.errors import ConfigError
+from treeflash.evaluation.records import Record, interval, resamples
+from treeflash.evaluation.run import Case, decode_prompts
+from treeflash.hub.models import drafter_training
+from treeflash.language_model import LanguageModel
+from treeflash.text.stream import Parallel, scheduler_config
+
+DEPTHS = 7
+"""Drafts of a round in the published table: chains of the whole block."""
+MAX_TOKENS = 2048
+"""New tokens at most, in the published table."""
+DTYPE = "bfloat16"
+SETS = (
+    *("gsm8k", "math500", "aime25", "mbpp", "humaneval", "livecodebench"),
+    *("mt_bench", "alpaca", "arena_hard_v2"),
+)
+"""The sets of the table, of 30 to 500 prompts each; only the first turn is answered."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table: the last part of the target's hub id, and the accepted length by set.
+
+    Accepted lengths count the bonus token, and are tokens over rounds of the whole set.
+    """
+
+    target: str
+    lengths: tuple[float, ...]
+
+
+# DSpark paper, Table 1, by the last part of the drafter's hub id at deepseek-ai; columns as SETS.
+ROWS = {
+    "eagle3_qwen3_4b_ttt7": Row("Qwen3-4B", (5.14, 4.62, 3.92, 3.69, 4.16, 3.77, 2.39, 2.26, 2.55)),
+    "dflash_qwen3_4b_block7": Row(
+        "Qwen3-4B", (5.40, 4.85, 4.15, 4.40, 4.74, 4.18, 3.07, 2.96, 2.83)
+    ),
+    "dspark_qwen3_4b_block7": Row(
+        "Qwen3-4B", (6.11, 5.70, 4.89, 5.13, 5.38, 4.86, 3.64, 3.54, 3.29)
+    ),
+    "eagle3_qwen3_8b_ttt7": Row("Qwen3-8B", (5.30, 4.77, 3.91, 3.96, 4.33, 4.17, 2.66, 2.54, 2.54)),
+    "dflash_qwen3_8b_block7": Row(
+        "Qwen3-8B", (5.33, 4.91, 4.07, 4.36, 4.64, 4.39, 3.11, 2.98, 2.81)
+    ),
+    "dspark_qwen3_8b_block7": Row(
+        "Qwen3-8B", (6.17, 5.78, 5.01, 5.16, 5.52, 5.17, 3.72, 3.58, 3.21)
+    ),
+    "eagle3_qwen3_14b_ttt7": Row(
+        "Qwen3-14B", (5.24, 4.60, 3.71, 3.81, 4.14, 4.01, 2.62, 2.47, 2.48)
+    ),
+    "dflash_qwen3_14b_block7": Row(
+        "Qwen3-14B", (5.41, 4.84, 3.98, 4.44, 4.59, 4.33, 3.10, 2.94, 2.72)
+    ),
+    "dspark_qwen3_14b_block7": Row(
+        "Qwen3-14B", (6.21, 5.74, 4.94, 5.26, 5.43, 5.02, 3.70, 3.58, 3.13)
+    ),
+    "dflash_gemma4_12b_block7": Row(
+        "gemma-4-12B-it", (5.45, 5.04, 4.22, 4.39, 4.95, 3.70, 2.98, 2.84, 2.59)
+    ),
+    "dspark_gemma4_12b_block7": Row(
+        "gemma-4-12B-it", (6.05, 5.78, 5.12, 5.11, 5.64, 4.51, 3.49, 3.35, 2.92)
+    ),
+}
+
+CLOSE = 0.03
+"""A figure within this share of the published one is as published."""
+FAR = 0.10
+"""An interval that reaches both the published figure and this share below it decides nothing."""
+MIN_PROMPTS = 8
+"""Resampling fewer prompts says little about how the figure varies."""
+
+
+def published_row(drafter: str | None, target: str | None) -> Row:
+    """Return the row of a drafter, by the names of the command line; a ConfigError without one."""
+    name = drafter_training(drafter, target).name
+    row = ROWS.get(name.rpartition("/")[2].lower())
+    if row is None:
+        known = ", ".join(f"deepseek-ai/{known}" for known in ROWS)
+        what = f"the drafter {name}" if name else "this target"
+        raise ConfigError(f"no published figures are known for {what}; --drafter takes {known}")
+    return row
+
+
+def expected_rounds(ratios: NDArray[np.float64], *, complete: bool) -> tuple[float, float]:
+    """Return the expected tokens and rounds of speculative sampling along a text.
+
+    Args:
+        ratios: (T - 1, D) r of a text of T tokens, 0 to 1: row s is of the block after token s, and
+            column j of token s + j + 1. Columns beyond the text are not read.
+        complete: whether the text ended with a stop token, and not at its limit.
+
+    Returns:
+        Tokens and rounds from the first token of the text on, which is no part of them; (0, 0) if
+        the text is too short for a round.
+    """
+    last, depths = ratios.shape  # the last token of the text is no root
+    roots = last if complete else last - depths
+    tokens, rounds = np.zeros((2, last + 1))
+    for start in reversed(range(roots)):
+        reached = np.cumprod(ratios[start, : last - start])
+        stays = np.concatenate([[1.0], reached])
+        accepted = stays - np.append(reached, 0.0)  # P(n)
+        ends = np.minimum(start + 1 + np.arange(len(accepted)), last)
+        tokens[start] = accepted @ (ends - start + tokens[ends])
+        rounds[start] = 1 + accepted @ rounds[ends]
+    return float(tokens[0]), float(rounds[0])
+
+
+def acceptance_ratios(
+    backend: Backend, prompt_ids: Sequence[int], text_ids: Sequence[int]
+) -> NDArray[np.float64]:
+    """Return r of every token after every root of a text, as `expected_rounds` takes it.
+
+    A conditional head is given the text's own tokens. Both distributions are of temperature 1.
+    """
+    drafter, head = backend.drafter, backend.head
+    assert backend.drafter_config is not None
+    assert drafter is not None
+    depths = min(DEPTHS, backend.drafter_config.depths)
+    length = len(text_ids)
+    drafted = np.full((length - 1, depths), -np.inf)
+    target = np.zeros(length - 1)  # log probability of the token after each
+    with SequenceSession(
+        backend, drafts=True, capacity=len(prompt_ids) + length + depths
+    ) as session:
+        session.extend(prompt_ids)
+        for start, root in enumerate(text_ids[:-1]):
+            known = np.array(text_ids[start : start + depths + 1], np.int32)
+            block = session.draft(root, depths)
+            if head is None:
+                log_probs = drafter.log_probs(block)
+            else:
+                previous = np.pad(known, (0, depths + 1 - len(known)), mode="edge")[:depths]
+                log_probs = head.log_probs(block, previous)
+            following = known[1:]
+            drafted[start, : len(following)] = log_probs[np.arange(len(following)), following]
+            logits = session.logits(DraftTree.root_only(root))[0].astype(np.float64)
+            highest = logits.max()
+            target[start] = logits[following[0]] - highest - np.log(np.exp(logits - highest).sum())
+            session.commit(np.zeros(1, np.int32))
+    # Column j of row s is of the token after s + j.
+    after = np.minimum(np.arange(length - 1)[:, None] + np.arange(depths), length - 2)
+    ratios: NDArray[np.float64] = np.exp(np.minimum(drafted - target[after], 0.0))
+    return ratios
+
+
+@dataclass
+class Lengths:
+    """Expected tokens and rounds of the finished prompts, by set and place in the file."""
+
+    by_set: dict[str, dict[int, tuple[float, float]]] = field(default_factory=dict)
+
+    def measure(
+        self,
+        backend: Backend,
+        sets: Mapping[str, Sequence[Sequence[int]]],
+        config: DecodeConfig,
+        console: Console,
+        parallel: Parallel,
+    ) -> None:
+        """Sample a text for each prompt and follow the drafter along it, with a progress bar.
+
+        A prompt whose text is too short for a round counts nothing.
+        """
+        scheduler = Scheduler(backend, scheduler_config(parallel))
+        case = Case(config.method, 1)
+        with progress(console) as bar:
+            task = bar.add_task("", total=sum(map(len, sets.values())))
+            for prompt in decode_prompts(scheduler, sets, {case: config}):
+                bar.update(task, description=prompt.set_name)
+                text = prompt.text_ids
+                ratios = acceptance_ratios(backend, prompt.ids, text)
+                found = expected_rounds(ratios, complete=text[-1] in config.stop_token_ids)
+                if found[1]:
+                    self.by_set.setdefault(prompt.set_name, {})[prompt.number] = found
+                bar.advance(task)
+
+    def records(self, row: Row, differences: Sequence[str], seed: int) -> list[Record]:
+        """Compare each set with the table; intervals are over prompts."""
+        rng = np.random.default_rng(seed)
+        columns = {_plain(name): length for name, length in zip(SETS, row.lengths, strict=True)}
+        records: list[Record] = []
+        for name, found in self.by_set.items():
+            # In the order of the file, because the intervals depend on it.
+            tokens, rounds = np.array([found[number] for number in sorted(found)]).T
+            drawn = resamples(len(found), rng)
+            values = tokens[drawn].sum(1) / rounds[drawn].sum(1)
+            low, high = interval(values)
+            record: Record = {
+                "set": name,
+                "published": columns.get(_plain(name)),
+                "measured": float(values[0]),
+                "low": low,
+                "high": high,
+                "prompts": len(found),
+            }
+            records.append(record | {"verdict": verdict(record, differences)})
+        return records
+
+
+def verdict(record: Record, differences: Sequence[str]) -> str:
+    """Say what an interval means beside the published figure.
+
+    - `not comparable`: something differs from the protocol, the table lacks the set, or the figure
+      is clearly above the published one, as with other prompts;
+    - `too low`: the interval ends more than `CLOSE` below the published figure;
+    - `undecided`: the interval is so wide that a drafter `FAR` below would fit too;
+    - `faithful`: otherwise.
+    """
+    published, low, high = record["published"], record["low"], record["high"]
+    if differences or published is None:
+        return "not comparable"
+    if record["prompts"] < MIN_PROMPTS:
+        return "undecided"
+    if high < (1 - CLOSE) * published:
+        return "too low"
+    if low > (1 + CLOSE) * published:
+        return "not comparable"
+    return "undecided" if low <= (1 - FAR) * published else "faithful"
+
+
+def list_differences(model: LanguageModel, row: Row, config: DecodeConfig) -> Iterator[str]:
+    """Yield what differs from the protocol of the table, in words."""
+    names, backend = model.names, model.backend
+    target = (names["target"] or "").rpartition("/")[2]
+    if target.lower() != row.target.lower():
+        yield f"the target is {target or backend.name}, not {row.target}"
+    if backend.dtype != DTYPE:
+        yield f"the dtype is {backend.dtype}, not {DTYPE}"
+    for setting in ("adapter", "kv_bits"):
+        if getattr(model.loaded, setting) is not None:
+            yield f"{setting.replace('_', ' ')} is set"
+    if not model.tokenizer.has_chat_template or model.tokenizer.thinking:
+        yield "the prompts are without the chat template, or thinking is on"
+    depths = 0 if backend.drafter_config is None else backend.drafter_config.depths
+    if depths < DEPTHS:
+        yield f"the drafter has {depths} depths, not {DEPTHS}"
+    if config.max_tokens < MAX_TOKENS:
+        yield f"texts have {config.max_tokens} new tokens at most, not {MAX_TOKENS}"
+
+
+def _plain(name: str) -> str:
+    return "".join(filter(str.isalnum, name.lower()))
