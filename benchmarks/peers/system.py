@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import shutil
 import subprocess
 import sys
 import venv
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +18,14 @@ from benchmarks.common import mlx_environment
 
 WORKERS = Path(__file__).parent / "workers"
 MLX_ON_LINUX = "mlx[cpu]>=0.30; sys_platform == 'linux'"
-BASELINES = {"cuda": "transformers", "mlx": "mlx-lm"}
+BASELINES = {"cuda": "transformers", "mlx": "mlx-lm", "gguf": "llama.cpp"}
 """By backend, the system of the same framework whose `generate` is the baseline."""
+NODE_BUILDS = {
+    ("Linux", "x86_64"): "linux-x64",
+    ("Linux", "aarch64"): "linux-arm64",
+    ("Darwin", "arm64"): "mac-arm64-metal",
+}
+"""Builds of llama.cpp without a GPU's libraries, by system and machine."""
 
 
 class PeerError(Exception):
@@ -29,19 +38,24 @@ class System:
 
     Attributes:
         name: as in the results.
-        backend: the backend of treeflash with the same framework.
+        backend: the backend of treeflash with the same framework; `gguf` for one that no backend
+            has.
         requirements: packages to install into its own environment; none to run it in the current
             environment.
+        node: the version of llama.cpp's build for Node.js; the worker is in JavaScript, and the
+            requirements are packages of npm. Empty for a worker in Python.
     """
 
     name: str
     backend: str
     requirements: tuple[str, ...] = ()
+    node: str = ""
 
     @property
     def worker(self) -> Path:
         """Its script."""
-        return WORKERS / f"{self.name.replace('-', '_')}_worker.py"
+        name = self.name.replace("-", "_").replace(".", "_")
+        return WORKERS / f"{name}_worker.{'mjs' if self.node else 'py'}"
 
 
 SYSTEMS = (
@@ -52,33 +66,65 @@ SYSTEMS = (
     System(name="mlx-lm", backend="mlx"),
     System(name="dflash-mlx", backend="mlx", requirements=("dflash-mlx==0.1.8", MLX_ON_LINUX)),
     System(name="treeflash", backend="mlx"),
+    System(
+        name="llama.cpp",
+        backend="gguf",
+        requirements=("node-llama-cpp@3.22.1",),
+        node="3.22.1",
+    ),
 )
 
 
-def interpreter(system: System, environments: Path, install: bool) -> str:
-    """Return the Python of a system's environment, which is created if `install` allows it.
+def command(system: System, environments: Path, install: bool) -> list[str]:
+    """Return the command of a system's worker; its environment is made if `install` allows it.
 
     Raises:
         PeerError: the system is not installed, or cannot be.
     """
+    worker = str(system.worker)
     if not system.requirements:
-        return sys.executable
+        return [sys.executable, worker]
     folder = environments / system.name
     python = str(folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python"))
-    requirements, installed = "\n".join(system.requirements), folder / "installed.txt"
-    if installed.is_file() and installed.read_text(encoding="utf-8") == requirements:
-        return python
+    if system.node:
+        requirements = [*system.requirements, node_build(system.node)]
+        # No builds for other devices, and no script that would compile llama.cpp.
+        options = ["--prefix", str(folder), "--ignore-scripts", "--omit=optional", "--no-audit"]
+        installer, run = ["npm", "install", *options], ["node", worker, str(folder)]
+    else:
+        requirements = list(system.requirements)
+        installer = [python, "-m", "pip", "install", "--quiet", "--no-input"]
+        run = [python, worker]
+    lines, installed = "\n".join(requirements), folder / "installed.txt"
+    if installed.is_file() and installed.read_text(encoding="utf-8") == lines:
+        return run
     if not install:
         raise PeerError(f"not installed in {folder}; omit --no-install")
     print(f"installing {system.name} into {folder}", file=sys.stderr)
-    venv.create(folder, clear=True, with_pip=True)
-    command = [python, "-m", "pip", "install", "--quiet", "--no-input", *system.requirements]
-    pip = subprocess.run(command, capture_output=True, text=True, check=False)
-    if pip.returncode != 0:
-        lines = [line for line in pip.stderr.splitlines() if line.startswith("ERROR")]
-        raise PeerError(f"pip install failed: {' '.join(lines[-1:]) or 'no output'}")
-    installed.write_text(requirements, encoding="utf-8")
-    return python
+    if system.node:
+        folder.mkdir(exist_ok=True)
+    else:
+        venv.create(folder, clear=True, with_pip=True)
+    made = subprocess.run([*installer, *requirements], capture_output=True, text=True, check=False)
+    if made.returncode != 0:
+        errors = [line for line in made.stderr.splitlines() if "error" in line.lower()[:9]]
+        raise PeerError(f"the installation failed: {' '.join(errors[-1:]) or 'no output'}")
+    installed.write_text(lines, encoding="utf-8")
+    return run
+
+
+def node_build(version: str) -> str:
+    """Return the package with llama.cpp for this machine's processor, for node-llama-cpp.
+
+    Raises:
+        PeerError: there is none, or no Node.js.
+    """
+    if shutil.which("node") is None or shutil.which("npm") is None:
+        raise PeerError("needs Node.js, which was not found")
+    build = NODE_BUILDS.get((platform.system(), platform.machine()))
+    if build is None:
+        raise PeerError(f"has no build for {platform.system()} on {platform.machine()}")
+    return f"@node-llama-cpp/{build}@{version}"
 
 
 class Peer:
@@ -90,13 +136,18 @@ class Peer:
     """
 
     def __init__(
-        self, system: System, python: str, setup: dict[str, Any], threads: int, log: Path
+        self,
+        system: System,
+        command: Sequence[str],
+        setup: dict[str, Any],
+        threads: int,
+        log: Path,
     ) -> None:
         """Start the process and load the models.
 
         Args:
             system: the system to run.
-            python: its interpreter.
+            command: of its worker.
             setup: the first request: target, drafter, device, dtype, stop tokens.
             threads: threads of its arithmetic.
             log: the file for its standard error.
@@ -115,7 +166,7 @@ class Peer:
         }
         with log.open("w", encoding="utf-8") as stderr:
             self.process = subprocess.Popen(
-                [python, str(system.worker)],
+                command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,

@@ -1,0 +1,82 @@
+// llama.cpp by way of node-llama-cpp: plain decoding and its two ways to draft. The protocol is that
+// of serve.py. The folder with node_modules is the only argument.
+
+import { readFile } from "node:fs/promises";
+import { join } from "node:path";
+import { createInterface } from "node:readline";
+import { pathToFileURL } from "node:url";
+
+const installed = join(process.argv[2], "node_modules", "node-llama-cpp");
+const library = await import(pathToFileURL(join(installed, "dist", "index.js")));
+const { version } = JSON.parse(await readFile(join(installed, "package.json"), "utf8"));
+const NO_GGUF = "needs the target as a GGUF file: --gguf FILE";
+const NO_ASSISTANT = "needs a small model with the target's tokenizer: --assistant-gguf FILE";
+// By default the predictor hands out only drafts that are ready at once, and there are none on a CPU.
+const DRAFTS = { minTokens: 4 };
+
+let sequences, stopTokens;
+
+async function load(setup) {
+    if (!setup.gguf) throw new Error(NO_GGUF);
+    const llama = await library.getLlama({
+        gpu: false,
+        build: "never",
+        logLevel: library.LlamaLogLevel.error,
+    });
+    const threads = setup.threads;
+    const open = (modelPath) => llama.loadModel({ modelPath, gpuLayers: 0 });
+    const context = (model) => model.createContext({ contextSize: 4096, threads });
+    const model = await open(setup.gguf);
+    const predictor = new library.InputLookupTokenPredictor();
+    sequences = {
+        generate: (await context(model)).getSequence(),
+        "input-lookup": (await context(model)).getSequence({ tokenPredictor: predictor }),
+    };
+    const skipped = {};
+    if (setup.assistant_gguf) {
+        const drafts = (await context(await open(setup.assistant_gguf))).getSequence();
+        const tokenPredictor = new library.DraftSequenceTokenPredictor(drafts, DRAFTS);
+        sequences.assisted = (await context(model)).getSequence({ tokenPredictor });
+    } else {
+        skipped.assisted = NO_ASSISTANT;
+    }
+    stopTokens = new Set(setup.stop_token_ids);
+    return {
+        methods: Object.keys(sequences),
+        device: "cpu",
+        dtype: model.typeDescription,
+        versions: { "node-llama-cpp": version, "llama.cpp": llama.llamaCppRelease.release },
+        skipped,
+    };
+}
+
+async function decode({ prompt_ids, method, max_tokens }) {
+    const sequence = sequences[method];
+    await sequence.clearHistory();
+    sequence.tokenPredictor?.updateInputTokens?.(prompt_ids);
+    const before = sequence.tokenPredictions.used;
+    const tokenIds = [];
+    let prefilled, last;
+    for await (const token of sequence.evaluate(prompt_ids, { temperature: 0 })) {
+        last = performance.now();
+        prefilled ??= last;
+        tokenIds.push(token);
+        if (stopTokens.has(token) || tokenIds.length === max_tokens) break;
+    }
+    const tokens = tokenIds.length - 1;
+    const accepted = sequence.tokenPredictions.used - before;
+    const seconds = (last - prefilled) / 1000;
+    return { token_ids: tokenIds, tokens, forwards: tokens - accepted, seconds };
+}
+
+for await (const line of createInterface({ input: process.stdin })) {
+    let reply;
+    try {
+        reply = await (sequences === undefined ? load : decode)(JSON.parse(line));
+    } catch (error) {
+        console.error(error);
+        reply = { error: String(error).split(/\s+/).join(" ") };
+    }
+    process.stdout.write(JSON.stringify(reply) + "\n");
+}
+process.exit(0);

@@ -1,0 +1,126 @@
+"""The comparison with llama.cpp, whose library is replaced by a script."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from benchmarks.peers import system
+from benchmarks.peers.comparison import Comparison
+from benchmarks.peers.system import SYSTEMS, Peer, PeerError, command
+
+LLAMA = next(one for one in SYSTEMS if one.name == "llama.cpp")
+# Continues a prompt by its length, 2, 3, 4, ...; with a predictor every second token is a draft.
+LIBRARY = """
+export const LlamaLogLevel = {error: "error"};
+export class InputLookupTokenPredictor { updateInputTokens(tokens) { this.input = tokens; } }
+export class DraftSequenceTokenPredictor { constructor(sequence) { this.sequence = sequence; } }
+class Sequence {
+    constructor(options) { this.tokenPredictor = options?.tokenPredictor; this.used = 7; }
+    get tokenPredictions() { return {used: this.used}; }
+    async clearHistory() { this.cleared = true; }
+    async *evaluate(prompt, options) {
+        if (options.temperature || !this.cleared) throw new Error("not plain decoding");
+        this.cleared = false;
+        for (let token = prompt.length; ; token++) {
+            if (this.tokenPredictor && token % 2) this.used++;
+            yield token;
+        }
+    }
+}
+const model = {
+    typeDescription: "tiny Q4_1",
+    createContext: async () => ({getSequence: (options) => new Sequence(options)}),
+};
+export const getLlama = async () => ({
+    llamaCppRelease: {release: "b1"},
+    loadModel: async ({modelPath}) => {
+        if (modelPath === "bad.gguf") throw new Error("no model in bad.gguf");
+        return model;
+    },
+});
+"""
+needs_node = pytest.mark.skipif(shutil.which("node") is None, reason="needs Node.js")
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Start llama.cpp's worker with the script as its library, and end it afterwards."""
+    package = tmp_path / "node_modules" / "node-llama-cpp"
+    (package / "dist").mkdir(parents=True)
+    (package / "dist" / "index.js").write_text(LIBRARY)
+    (package / "package.json").write_text(json.dumps({"version": "3.22.1", "type": "module"}))
+    peers = []
+
+    def start(**setup):
+        run = ["node", str(LLAMA.worker), str(tmp_path)]
+        setup = {"gguf": "target.gguf", "assistant_gguf": None, "stop_token_ids": [9], **setup}
+        peers.append(Peer(LLAMA, run, {"threads": 1, **setup}, 1, tmp_path / "log"))
+        return peers[-1]
+
+    yield start
+    for peer in peers:
+        peer.close()
+
+
+@needs_node
+def test_llama_cpp_decodes_plainly_and_with_both_kinds_of_drafts(start):
+    peer = start(assistant_gguf="small.gguf")
+    methods = ["generate", "input-lookup", "assisted"]
+    assert peer.description["methods"] == methods
+    assert peer.description["dtype"] == "tiny Q4_1"
+    assert peer.description["versions"] == {"node-llama-cpp": "3.22.1", "llama.cpp": "b1"}
+    for prompt in ([5, 5], [5, 5, 5]):
+        for method in methods:
+            request = {"prompt_ids": prompt, "method": method, "budget": None, "max_tokens": 4}
+            found = peer.ask(request)
+            first = len(prompt)
+            assert found["token_ids"] == [*range(first, first + 4)]
+            assert found["tokens"] == 3
+            assert found["forwards"] == (3 if method == "generate" else 1)
+            assert found["seconds"] > 0
+    stopped = peer.ask({"prompt_ids": [5] * 8, "method": "generate", "max_tokens": 4})
+    assert stopped["token_ids"] == [8, 9]
+
+
+@needs_node
+def test_its_own_plain_decoding_is_the_baseline(start):
+    comparison = Comparison()
+    comparison.add(start(), ["auto"])
+    comparison.run("a", 0, [5, 5], 4)
+    rows = [row for row in comparison.rows() if row["set"] == "a"]
+    assert [row["method"] for row in rows] == ["generate", "input-lookup"]
+    assert rows[0]["ratio_to_generate"] == 1
+    assert all(row["equal"] == 1 for row in rows)
+    assert [row["method"] for row in comparison.skipped] == ["assisted"]
+
+
+@needs_node
+@pytest.mark.parametrize(
+    ("gguf", "reason"),
+    [(None, "needs the target as a GGUF file: --gguf FILE"), ("bad.gguf", "no model in bad.gguf")],
+)
+def test_a_target_that_llama_cpp_cannot_load_is_a_reason(start, gguf, reason):
+    with pytest.raises(PeerError, match=reason):
+        start(gguf=gguf)
+
+
+def test_a_machine_without_node_is_a_reason(tmp_path, monkeypatch):
+    monkeypatch.setattr(system.shutil, "which", lambda name: None)
+    with pytest.raises(PeerError, match=r"needs Node\.js"):
+        command(LLAMA, tmp_path, install=True)
+
+
+def test_nothing_is_installed_unasked(tmp_path, monkeypatch):
+    monkeypatch.setattr(system.shutil, "which", lambda name: name)
+    monkeypatch.setattr(system.platform, "system", lambda: "Linux")
+    monkeypatch.setattr(system.platform, "machine", lambda: "x86_64")
+    with pytest.raises(PeerError, match="omit --no-install"):
+        command(LLAMA, tmp_path, install=False)
+    (tmp_path / "llama.cpp").mkdir()
+    lines = "node-llama-cpp@3.22.1\n@node-llama-cpp/linux-x64@3.22.1"
+    (tmp_path / "llama.cpp" / "installed.txt").write_text(lines)
+    run = command(LLAMA, tmp_path, install=False)
+    assert run == ["node", str(LLAMA.worker), str(tmp_path / "llama.cpp")]
