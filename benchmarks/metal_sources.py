@@ -51,13 +51,19 @@ def calls() -> Iterator[Call]:
 
 
 def product_calls(dtype: mx.Dtype) -> Iterator[Call]:
-    for bits in products.BITS:
-        for group in products.GROUP_SIZES:
-            linear = nn.Linear(512, 64, bias=False)
-            linear.set_dtype(dtype)
-            layer = nn.QuantizedLinear.from_linear(linear, group, bits)
-            for rows in (8, 16):
-                yield lambda x, y=layer: products.multiply(y, x), [mx.zeros((rows, 512), dtype)]
+    linear = nn.Linear(512, 64, bias=False)
+    linear.set_dtype(dtype)
+    kinds = product((4, 8), products.GROUP_SIZES)
+    layers = [nn.QuantizedLinear.from_linear(linear, group, bits) for bits, group in kinds]
+    for layer in [linear, *layers]:
+        if (shape := products.shape_of(layer)) is None:
+            continue  # weights in float32
+        for rows in sorted({8 * -(-n // 8) for n in products.RACED_ROWS[shape[1]]}):
+            for geometry in products.geometries(64, rows):
+                yield (
+                    lambda x, y=layer, z=geometry: products.multiply(y, x, z),
+                    [mx.zeros((rows, 512), dtype)],
+                )
 
 
 def gated_delta_calls(dtype: mx.Dtype) -> Iterator[Call]:
@@ -75,7 +81,7 @@ def gated_delta_calls(dtype: mx.Dtype) -> Iterator[Call]:
 def attention_calls(dtype: mx.Dtype) -> Iterator[Call]:
     words, positions = mx.zeros((1, 16), mx.uint64), mx.zeros((1, 16), mx.int32)
     rows = [words, positions, mx.zeros(1, mx.int32)]
-    for width in (64, 128, 256):
+    for width in (64, 128, 256, 512):
         q, key = (mx.zeros((1, heads, 16, width), dtype) for heads in (8, 2))
         for bits, group in ((0, 0), *product(attention.BITS, attention.GROUP_SIZES)):
             stored = mx.quantize(key, group, bits) if bits else [key]

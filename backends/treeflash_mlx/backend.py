@@ -46,7 +46,7 @@ from treeflash_mlx.head_operations import split_pairs
 from treeflash_mlx.heads import HEADS, TABLE_HEADS, ARHead, RecurrentHead, TableHead
 from treeflash_mlx.hybrid import delta_kernel_wins
 from treeflash_mlx.metal_kernels import attention
-from treeflash_mlx.metal_kernels.products import choose_products
+from treeflash_mlx.metal_kernels.products import RACED_ROWS, choose_products
 from treeflash_mlx.mtp_head import MtpCache, MtpDrafter, MtpHead, MtpModel, Norm
 from treeflash_mlx.state import State
 from treeflash_mlx.target import KV_BITS, Target
@@ -186,7 +186,6 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> MlxBackend:
     return backend
 
 
-EXAMINED_BITS = (4, 8)
 EXAMINED_WIDTH = 4096
 EXAMINED_HEADS = tuple(attention.Shape(32, 8, width, mx.bfloat16) for width in (64, 128, 256))
 EXAMINED_DELTA_NET = (16, 32, 128, 128, mx.bfloat16, False)
@@ -198,10 +197,11 @@ def examine_device(config: LoadConfig) -> DeviceReport:
     choose_device(config.device)
     limit_cache()
     if metal_kernels.uses_kernels():
-        for bits in EXAMINED_BITS:
-            layer = nn.QuantizedLinear(EXAMINED_WIDTH, EXAMINED_WIDTH, False, GROUP_SIZE, bits)
-            layer.set_dtype(mx.bfloat16)
-            choose_products(layer)
+        linear = nn.Linear(EXAMINED_WIDTH, EXAMINED_WIDTH, bias=False)
+        linear.set_dtype(mx.bfloat16)
+        for bits in RACED_ROWS:
+            quantised = bits < UNQUANTISED_BITS
+            choose_products(linear.to_quantized(GROUP_SIZE, bits) if quantised else linear)
         for shape in EXAMINED_HEADS:
             attention.winning_columns(shape)
         delta_kernel_wins(*EXAMINED_DELTA_NET)

@@ -240,8 +240,14 @@ def choose_solver() -> Solver:
     Raises an UnsupportedModelError if no solver is correct.
     """
     if mx.metal.is_available() and mx.default_device().type == mx.gpu:
-        what, of = "recurrent layers", ("substitution", "all sizes")
-        if choose(what, *of, lambda: solver_error(solve_by_substitution), MAX_SOLVER_ERROR):
+        winner = choose(
+            "recurrent layers",
+            "substitution",
+            "all sizes",
+            lambda: solver_error(solve_by_substitution),
+            MAX_SOLVER_ERROR,
+        )
+        if winner is not None:
             return solve_by_substitution
     if not (error := solver_error(solve_by_rounds)) <= MAX_SOLVER_ERROR:
         raise UnsupportedModelError(
@@ -384,8 +390,9 @@ def delta_kernel_wins(
 
     what = "gated delta nets on trees"
     shape = f"{heads} heads of {value_dim} x {key_dim}{' by channel' if by_channel else ''}"
-    race = link(by_kernel), link(by_operations), state
-    return choose(what, shape, f"{n} nodes", error, ROUNDING[dtype], *race, tells_bits=True)
+    race = {"": link(by_kernel)}, link(by_operations), state
+    limit = ROUNDING[dtype]
+    return choose(what, shape, f"{n} nodes", error, limit, *race, tells_bits=True) is not None
 
 
 def ssm_update(

@@ -4,6 +4,7 @@
 kernels that fall back to PyTorch, and by functions that do not run from CUDA graphs.
 """
 
+import json
 import warnings
 from dataclasses import replace
 
@@ -129,6 +130,44 @@ class TestMetal(BackendSuite):
         from treeflash_mlx.backend import load
 
         return load
+
+
+@pytest.mark.device
+def test_every_metal_kernel_is_right(module):
+    """On shapes of common models; one that loses its race is not a problem."""
+    require("mlx.core")
+    if problem := metal_problem():
+        pytest.skip(problem)
+    from treeflash_mlx.backend import examine_device
+
+    kernels = examine_device(LoadConfig()).kernels
+    assert list(module("mac_report").kernel_problems(kernels)) == []
+
+
+@pytest.mark.device
+@pytest.mark.parametrize("bits", [4, 8, None])
+def test_metal_writes_the_text_of_plain_decoding_after_a_long_prompt(tmp_path, bits):
+    """With the kernels of quantised layers, and beyond 1,024 positions the one of attention."""
+    require("mlx.core")
+    if problem := metal_problem():
+        pytest.skip(problem)
+    from mlx_lm.utils import load_model, quantize_model, save_model
+    from treeflash_mlx.backend import load
+
+    target, drafter = tmp_path / "target", tmp_path / "drafter"
+    write_target(target, "qwen3", seed=1, hidden_size=256)
+    write_drafter(drafter, target, seed=2)
+    if bits is not None:
+        model, config = quantize_model(*load_model(target), 64, bits)
+        save_model(target, model)
+        (target / "config.json").write_text(json.dumps(config))
+    backend = load(target, drafter, LoadConfig(dtype="float32"))
+    texts = []
+    for method in ("ar", "treeflash"):
+        config = DecodeConfig(method=method, budget=12, max_tokens=80)
+        steps = decode(backend, Request(prompt_ids=[3, 4, 5, 6] * 275, config=config))
+        texts.append([token for step in steps for token in step.tokens])
+    assert texts[0] == texts[1]
 
 
 @pytest.mark.device

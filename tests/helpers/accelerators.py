@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.util import find_spec
+from typing import Any
 
 
 def cuda_problem() -> str | None:
@@ -27,3 +29,31 @@ def metal_problem() -> str | None:
     import mlx.core as mx
 
     return None if mx.metal.is_available() else "MLX finds no Metal device"
+
+
+class MetalKernels:
+    """Makes kernels for the GPU, as `mx.fast.metal_kernel` does, and counts how often they run.
+
+    It stands where `metal_executor.MetalExecutor` stands on machines without Metal.
+
+    Attributes:
+        launches: how often each kernel was run, by name.
+        rounding: relative errors of results, by dtype.
+    """
+
+    def __init__(self) -> None:
+        import mlx.core as mx
+        from treeflash_mlx.metal_kernels import ROUNDING
+
+        self._make, self.rounding = mx.fast.metal_kernel, ROUNDING
+        self.launches: dict[str, int] = {}
+
+    def metal_kernel(self, name: str, *args: Any, **kwargs: Any) -> Callable[..., Any]:
+        """See `mx.fast.metal_kernel`."""
+        kernel = self._make(name, *args, **kwargs)
+
+        def launch(**settings: Any) -> Any:
+            self.launches[name] = self.launches.get(name, 0) + 1
+            return kernel(**settings)
+
+        return launch

@@ -70,9 +70,15 @@ simdgroup_matrix<T, COLUMNS, ROWS> make_filled_simdgroup_matrix(T value) {
     matrix.elements = value;
     return matrix;
 }
-inline void simdgroup_multiply_accumulate(
-    simdgroup_float8x8& d, simdgroup_float8x8 a, simdgroup_float8x8 b, simdgroup_float8x8 c) {
-    d.elements = gpu_multiply_accumulate(a.elements, b.elements, c.elements);
+template <class A, class B>
+void simdgroup_multiply_accumulate(
+    simdgroup_float8x8& d,
+    simdgroup_matrix<A, 8, 8> a,
+    simdgroup_matrix<B, 8, 8> b,
+    simdgroup_float8x8 c) {
+    float2 left = {float(a.elements[0]), float(a.elements[1])};
+    float2 right = {float(b.elements[0]), float(b.elements[1])};
+    d.elements = gpu_multiply_accumulate(left, right, c.elements);
 }
 
 enum class mem_flags { mem_none, mem_threadgroup, mem_device };

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from accelerators import MetalKernels, metal_problem
 
 from treeflash.testing.models import write_drafter, write_target
 
@@ -106,3 +107,17 @@ def metal(executor, monkeypatch):
 
     install(executor, monkeypatch)
     return executor
+
+
+@pytest.fixture(params=["executor", pytest.param("device", marks=pytest.mark.device)])
+def runner(request, monkeypatch):
+    """What runs Metal kernels: the executor, and with `-m device` the GPU."""
+    if request.param == "executor":
+        return request.getfixturevalue("metal")
+    if problem := metal_problem():
+        pytest.skip(problem)
+    import mlx.core as mx
+
+    kernels = MetalKernels()
+    monkeypatch.setattr(mx.fast, "metal_kernel", kernels.metal_kernel)
+    return kernels

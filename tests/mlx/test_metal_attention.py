@@ -13,7 +13,7 @@ require("mlx.core")
 require("mlx_lm")
 
 import mlx.core as mx
-from metal_executor import DESCENDING, MetalKernelError, install, require_compiler
+from metal_executor import DESCENDING, MetalKernelError, install
 from mlx_lm.models.base import scaled_dot_product_attention
 from treeflash_mlx import metal_kernels
 from treeflash_mlx.attention import TreePass
@@ -23,8 +23,6 @@ from treeflash_mlx.metal_kernels import attention
 from treeflash_mlx.metal_kernels.attention import Shape
 from treeflash_mlx.target import Target
 
-require_compiler()
-
 TREES = [
     DraftTree.from_parents(np.zeros(len(x), np.int32), np.array(x, np.int32))
     for x in ([-1, 0, 0, 1, 2, 2, 4], [-1, 0, 1])
@@ -33,7 +31,7 @@ TREES = [
 
 @pytest.fixture(autouse=True)
 def _short_splits(monkeypatch):
-    monkeypatch.setattr(attention, "SPAN", 16)
+    monkeypatch.setattr(attention, "SPANS", {0: 16})
 
 
 def attend(rng, shape, starts, window=None, sinks=None):
@@ -87,20 +85,25 @@ SHAPES = [
     (Shape(2, 2, 128, mx.float16), (14, 47)),
     (Shape(4, 2, 64, mx.float32, 8, 32), (33, 16)),
     (Shape(2, 1, 64, mx.bfloat16, 4, 64), (14, 47)),
+    (Shape(6, 2, 256, mx.bfloat16), (33, 16)),  # two simdgroups for a row
+    (Shape(4, 1, 192, mx.bfloat16, 8, 64), (14, 47)),
+    (Shape(4, 2, 512, mx.float16), (14, 47)),  # four
 ]
 
 
 @pytest.mark.parametrize("window", [None, 3, 20])
 @pytest.mark.parametrize(("shape", "starts"), SHAPES)
-def test_attention_is_exact_up_to_rounding(metal, rng, shape, starts, window):
+def test_attention_is_exact_up_to_rounding(runner, rng, shape, starts, window):
     """With a window, also of layers with sinks."""
     sinks = None if window is None else mx.array(rng.normal(size=shape.heads), mx.float32)
     found, expected = attend(rng, shape, starts, window, sinks)
     assert found.dtype == shape.dtype
     error = np.abs(np.array(found.astype(mx.float32)) - expected).max() / np.abs(expected).max()
-    assert error < {mx.float32: 1e-6, mx.float16: 1e-3, mx.bfloat16: 8e-3}[shape.dtype]
-    first = "treeflash_attention_parts" + "_quantised" * (shape.bits > 0)
-    assert metal.launches == {first: 1, "treeflash_attention_merge": 1}
+    limit = {mx.float32: 1e-6, mx.float16: 1e-3, mx.bfloat16: 8e-3}[shape.dtype]
+    assert error < max(limit, runner.rounding[shape.dtype])
+    first = "treeflash_attention_parts" + "_shared" * (shape.head_dim > 128)
+    first += "_quantised" * (shape.bits > 0)
+    assert runner.launches == {first: 1, "treeflash_attention_merge": 1}
 
 
 FAULTS = {
@@ -141,22 +144,40 @@ FAULTS = {
 
 QUANTISED_FAULTS = {
     "no biases": ("(BITS * j) & ((1 << BITS) - 1)) + bias", "(BITS * j) & ((1 << BITS) - 1))"),
-    "the first group's scales": ("uint g = (32 * d + 4 * column) / GROUP", "uint g = 0"),
+    "the first group's scales": ("uint g = (begin + 32 * d + 4 * column) / GROUP", "uint g = 0"),
     "another order of keys": ("4 * d + column / 2", "4 * d + (column / 2 ^ 1)"),
     "the other half of a word": ("16 * (row & 1)", "0"),
     "one value twice": ("values[at[i] *", "values[at[0] *"),
     "scales of another value": ("values_scales[at[i]", "values_scales[at[0]"),
 }
+SHARED_FAULTS = {
+    "no barrier": ("threadgroup_barrier(mem_flags::mem_threadgroup);", ""),
+    "one place for two tiles": ("turn ^= 1;", ""),
+    "simdgroups that have left": (
+        "uint turn = 0;",
+        "uint turn = 0;\n if (first_row >= rows) return;",
+    ),
+    "half of the scores": ("s < SHARES", "s < SHARES / 2"),
+    "the scores of other rows": ("tile * SHARES + s]", "s]"),
+    "the other half of the queries": ("from + begin", "from"),
+    "the other half of the keys": ("k_strides[2] + begin", "k_strides[2]"),
+    "the other half of the values": ("values + begin", "values"),
+    "outputs in the same half": ("part * D + begin", "part * D"),
+    "the scale once for each half": ("score += ", "score += scale[0] * "),
+}
 CASES = [
+    *((*fault, Shape(6, 2, 256, mx.float32)) for fault in SHARED_FAULTS.values()),
     *((*fault, Shape(6, 2, 32, mx.float32)) for fault in FAULTS.values()),
     *((*fault, Shape(6, 2, 64, mx.float32, 4, 32)) for fault in QUANTISED_FAULTS.values()),
 ]
 
 
-@pytest.mark.parametrize(("right", "wrong", "shape"), CASES, ids=[*FAULTS, *QUANTISED_FAULTS])
+@pytest.mark.parametrize(
+    ("right", "wrong", "shape"), CASES, ids=[*SHARED_FAULTS, *FAULTS, *QUANTISED_FAULTS]
+)
 def test_a_fault_in_the_kernel_is_noticed(metal, monkeypatch, recwarn, right, wrong, shape):
     """By the executor, or by the check at load."""
-    text = attention.source(quantised=shape.bits > 0)
+    text = attention.source(quantised=shape.bits > 0, shared=shape.head_dim > 128)
     assert right in text
     monkeypatch.setattr(attention, "source", lambda **_: text.replace(right, wrong))
     try:
@@ -180,6 +201,32 @@ def test_a_fault_in_the_merge_is_noticed(metal, monkeypatch, fault):
     monkeypatch.setattr(attention, "MERGE", attention.MERGE.replace(right, wrong))
     with pytest.warns(UserWarning, match="its relative error is"):
         assert attention.winning_columns(Shape(6, 2, 32, mx.float32)) == math.inf
+
+
+def test_splits_are_longer_in_long_contexts(metal, monkeypatch, rng):
+    """And both lengths are checked at load."""
+    monkeypatch.setattr(attention, "SPANS", {0: 16, 40: 24})
+    for starts in ((33, 16), (47, 30)):
+        found, expected = attend(rng, SHAPES[0][0], starts)
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert [attention.span_of(n) for n in (39, 40)] == [16, 24]
+    checked, error = [], attention._Contest.error
+    monkeypatch.setattr(
+        attention._Contest,
+        "error",
+        lambda self, window: checked.append(self.nodes.length) or error(self, window),
+    )
+    monkeypatch.setattr(attention, "RACED_COLUMNS", (60,))
+    attention.winning_columns(Shape(4, 2, 32, mx.float32))
+    assert [min(checked) < 40, max(checked) >= 40] == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("width", "runs"),
+    [(32, True), (80, False), (160, False), (192, True), (512, True), (576, False)],
+)
+def test_widths_that_the_kernel_runs(width, runs):
+    assert attention.runs_shape(width, 8) == runs
 
 
 def test_the_kernel_runs_from_the_context_on_where_it_wins(metal, monkeypatch):

@@ -30,7 +30,7 @@ require_compiler()
 
 OTHERS = {name for name in dir(BackendSuite) if name.startswith("test_")} - LAWS
 KERNELS = {
-    "treeflash_products",
+    "treeflash_products_quantised",
     "treeflash_attention_parts",
     "treeflash_attention_merge",
     "treeflash_gated_delta_nodes_by_head",
@@ -78,7 +78,7 @@ def kernels(metal_kernels_folder):
     executor = MetalExecutor(metal_kernels_folder, schedules=(DESCENDING,))
     with pytest.MonkeyPatch.context() as patch:
         install(executor, patch, speedup=2)
-        patch.setattr(attention, "SPAN", 16)
+        patch.setattr(attention, "SPANS", {0: 16})
         patch.setattr(attention, "RACED_COLUMNS", (attention.RACED_NODES + 1,))
         few = settings(repeated, max_examples=EXAMPLES)
         for name in dir(BackendSuite):

@@ -12,12 +12,10 @@ require("mlx.core")
 require("mlx_lm")
 
 import mlx.core as mx
-from metal_executor import MetalKernelError, require_compiler
+from metal_executor import MetalKernelError
 from mlx_lm.models import gated_delta
 from treeflash_mlx import hybrid, metal_kernels
 from treeflash_mlx.metal_kernels import gated_delta as kernels
-
-require_compiler()
 
 PARENTS = [-1, 0, 1, 0, 1, 3, 3, 5]
 SHAPE = (1, 2, 8, 32, mx.float32, False)  # of `delta_kernel_wins`
@@ -42,8 +40,11 @@ def random_arrays(rng, dtype, key_dim, by_channel, batch=2, n=8, heads=2, value_
     ("dtype", "key_dim", "by_channel"),
     [(mx.float32, 32, False), (mx.bfloat16, 128, False), (mx.float16, 64, True)],
 )
-def test_nodes_have_the_bits_of_plain_decoding(metal, rng, dtype, key_dim, by_channel):
-    """Outputs of all nodes, and states after paths, of two trees of different sizes."""
+def test_nodes_have_the_bits_of_plain_decoding(runner, rng, dtype, key_dim, by_channel):
+    """Outputs of all nodes, and states after paths, of two trees of different sizes.
+
+    A GPU's compiler may contract products and sums, so that there they are equal up to rounding.
+    """
     q, steps, state = random_arrays(rng, dtype, key_dim, by_channel)
     trees = [
         DraftTree.from_parents(np.zeros(len(x), np.int32), np.array(x, np.int32))
@@ -62,11 +63,13 @@ def test_nodes_have_the_bits_of_plain_decoding(metal, rng, dtype, key_dim, by_ch
                     x[row : row + 1, i : i + 1] for x in (q, steps.k, steps.v, steps.g, steps.beta)
                 )
                 output, after = gated_delta.gated_delta_kernel(*token, after)
-            assert mx.array_equal(output[0, 0], outputs[row, node])
+            error = metal_kernels.relative_error(outputs[row, node], output[0, 0])
+            assert error <= runner.rounding[dtype]
         chosen, kept = np.zeros((2, len(path) + 1), np.int32), np.zeros((2, len(path) + 1), bool)
         chosen[row, : len(path)], kept[row, : len(path)] = path, True
         replayed = steps.commit(state, mx.array(chosen), mx.array(kept))
-        assert mx.array_equal(replayed[row], after[0])
+        error = metal_kernels.relative_error(replayed[row], after[0])
+        assert error <= runner.rounding[mx.float32]
         assert mx.array_equal(replayed[1 - row], state[1 - row])  # without a path
 
 

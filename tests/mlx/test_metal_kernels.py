@@ -17,7 +17,7 @@ from metal_executor import DESCENDING, MetalKernelError, install, require_compil
 from treeflash_mlx import backend as backend_module
 from treeflash_mlx import hybrid, metal_kernels
 from treeflash_mlx.backend import load
-from treeflash_mlx.metal_kernels import attention
+from treeflash_mlx.metal_kernels import attention, products
 
 require_compiler()
 
@@ -230,6 +230,7 @@ def test_every_kernel_is_checked_without_a_model(executor, monkeypatch):
     install(executor, monkeypatch, speedup=2)
     monkeypatch.setattr(attention, "RACED_COLUMNS", (attention.RACED_NODES + 1,))
     monkeypatch.setattr(backend_module, "EXAMINED_WIDTH", 64)
+    monkeypatch.setattr(products, "MANY_OUTPUTS", 1)  # one geometry
     shapes = (attention.Shape(4, 2, 32, mx.bfloat16),)
     monkeypatch.setattr(backend_module, "EXAMINED_HEADS", shapes)
     monkeypatch.setattr(backend_module, "EXAMINED_DELTA_NET", (1, 2, 8, 32, mx.bfloat16, False))
@@ -238,8 +239,9 @@ def test_every_kernel_is_checked_without_a_model(executor, monkeypatch):
         kernels = backend_module.examine_device(LoadConfig()).kernels
     used = {name: [x.startswith("used") for x in kernels[name].values()] for name in kernels}
     assert used == {
-        "products of few rows, 64 x 64 in 4 bits": [True] * 4,
-        "products of few rows, 64 x 64 in 8 bits": [True] * 4,
+        "products of few rows, 64 x 64 in 4 bits": [True] * 5,
+        "products of few rows, 64 x 64 in 8 bits": [True] * 6,
+        "products of few rows, 64 x 64 in 16 bits": [True] * 5,
         "attention of draft trees, 4 heads of 32": [False],
         "recurrent layers, substitution": [True],
         "gated delta nets on trees, 2 heads of 8 x 32": [True],

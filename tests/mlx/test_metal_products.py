@@ -1,4 +1,4 @@
-"""Products of few rows with quantised weights: the Metal kernel, and how it is chosen."""
+"""Products of few rows: the Metal kernels, and how they are chosen."""
 
 import pytest
 
@@ -11,23 +11,22 @@ require("mlx.core")
 require("mlx_lm")
 
 import mlx.core as mx
-from metal_executor import DESCENDING, MetalKernelError, install, require_compiler
+from metal_executor import DESCENDING, MetalKernelError, install
 from mlx import nn
 from treeflash_mlx import metal_kernels
 from treeflash_mlx.backend import load
 from treeflash_mlx.metal_kernels import products
 from treeflash_mlx.metal_kernels import speedup as run_race
+from treeflash_mlx.metal_kernels.products import Geometry
 
-require_compiler()
-
-KERNEL = "treeflash_products"
+KERNEL, UNQUANTISED = "treeflash_products_quantised", "treeflash_products"
 
 
 def layer(bits, group, dtype, outputs=40, width=128, bias=False):
     mx.random.seed(0)
     linear = nn.Linear(width, outputs, bias=bias)
     linear.set_dtype(dtype)
-    return nn.QuantizedLinear.from_linear(linear, group, bits)
+    return linear if bits == 16 else nn.QuantizedLinear.from_linear(linear, group, bits)
 
 
 def inputs(rows, dtype, width=128):
@@ -35,6 +34,8 @@ def inputs(rows, dtype, width=128):
 
 
 def exact(module, x):
+    if isinstance(module, nn.Linear):
+        return x.astype(mx.float32) @ module.weight.astype(mx.float32).T
     scales, biases = (part.astype(mx.float32) for part in (module.scales, module.biases))
     weight = mx.dequantize(module.weight, scales, biases, module.group_size, module.bits)
     return x.astype(mx.float32) @ weight.T
@@ -49,16 +50,35 @@ def exact(module, x):
         (8, 32, 8, mx.bfloat16),
         (8, 64, 12, mx.float32),
         (8, 128, 7, mx.float16),
+        (4, 64, 20, mx.bfloat16),
+        (8, 64, 27, mx.bfloat16),
+        (8, 32, 32, mx.float16),
+        (16, 64, 9, mx.bfloat16),
+        (16, 64, 16, mx.float16),
+        (16, 64, 23, mx.bfloat16),
+        (16, 64, 31, mx.float16),
     ],
 )
-def test_a_product_is_exact_up_to_rounding(metal, bits, group, rows, dtype):
+def test_a_product_is_exact_up_to_rounding(runner, bits, group, rows, dtype):
     """The last threadgroup has fewer outputs, and some simdgroups have no group."""
     module, x = layer(bits, group, dtype), inputs(rows, dtype)
-    found = products.multiply(module, x)
-    assert found.dtype == dtype
-    error = metal_kernels.relative_error(found, exact(module, x))
-    assert error < {mx.float32: 1e-6, mx.float16: 5e-4, mx.bfloat16: 4e-3}[dtype]
-    assert metal.launches == {KERNEL: 1}
+    candidates = products.geometries(40, rows)
+    assert {each.tiles for each in candidates} == {4, 2, 1}
+    for geometry in candidates:
+        found = products.multiply(module, x, geometry)
+        assert found.dtype == dtype
+        error = metal_kernels.relative_error(found, exact(module, x))
+        limit = {mx.float32: 1e-6, mx.float16: 5e-4, mx.bfloat16: 4e-3}[dtype]
+        assert error < max(limit, runner.rounding[dtype])
+    assert runner.launches == {UNQUANTISED if bits == 16 else KERNEL: len(candidates)}
+
+
+@pytest.mark.parametrize("rows", [8, 16, 24, 32])
+def test_sums_leave_threadgroup_memory_for_another_threadgroup(rows):
+    for outputs in (1024, products.MANY_OUTPUTS):
+        for tiles, splits in products.geometries(outputs, rows):
+            assert 4 * splits * rows * 8 * tiles <= 16 << 10
+            assert 32 * splits <= metal_kernels.MAX_THREADS
 
 
 FAULTS = {
@@ -71,23 +91,40 @@ FAULTS = {
         "[8 * c + row][8 * t + column + i]",
     ),
     "another order of inputs": ("k + 4 * row)", "k + 4 * (row ^ 1))"),
-    "half of the sum of inputs": ("inputs[c][i] += simd_shuffle_xor(inputs[c][i], 16);", ""),
-    "no biases": ("+ bias * inputs[c][i]", ""),
+    "no biases": ("* factor + bias[t]", "* factor"),
+    "the factor of another place": ("/ (1u << (BITS * j))", ""),
     "every group in every simdgroup": ("g += SPLITS", "++g"),
     "the neighbour's scale": ("scales[place[t] * groups + g]", "scales[place[t] * groups]"),
-    "a bit less": ("float(high & ((1 << BITS) - 1))", "float(high & 7)"),
+    "a bit less": ("(1u << BITS) - 1)", "(1u << BITS) - 2)"),
 }
+UNQUANTISED_FAULTS = {
+    "weights of the same four inputs": ("4 * column + 4 * i", "4 * column"),
+    "weights of another lane": ("4 * column + 4 * i", "2 * column + 4 * i"),
+    "inputs of the second matrix twice": ("weights[t][i][j]", "weights[t][i][j | 1]"),
+    "inputs of the first tile in all": (
+        "weight + size_t(place[t]) * words",
+        "weight + size_t(place[0]) * words",
+    ),
+    "the sums of another column": ("right[c], total[t][c]", "right[0], total[t][c]"),
+}
+CASES = [
+    *((*fault, 4, 5, mx.float32) for fault in FAULTS.values()),
+    *((*fault, 16, 27, mx.bfloat16) for fault in UNQUANTISED_FAULTS.values()),
+]
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_in_the_kernel_is_noticed(metal, monkeypatch, recwarn, fault):
+@pytest.mark.parametrize(
+    ("right", "wrong", "bits", "rows", "dtype"), CASES, ids=[*FAULTS, *UNQUANTISED_FAULTS]
+)
+def test_a_fault_in_the_kernel_is_noticed(
+    metal, monkeypatch, recwarn, right, wrong, bits, rows, dtype
+):
     """By the executor, or by the check at load."""
-    right, wrong = FAULTS[fault]
-    assert right in products.SOURCE
-    monkeypatch.setattr(products, "SOURCE", products.SOURCE.replace(right, wrong))
-    module = layer(4, 32, mx.float32)
+    text = products.source(quantised=bits < 16)
+    assert right in text
+    monkeypatch.setattr(products, "source", lambda **_: text.replace(right, wrong))
     try:
-        assert not products.wins([module], 5)
+        assert products.fastest([layer(bits, 32, dtype)], rows) is None
     except MetalKernelError:
         return
     assert "few rows run without their Metal kernel: its rel" in str(recwarn.pop().message)
@@ -101,19 +138,21 @@ def test_layers_use_the_kernel_for_the_rows_where_it_wins(metal, monkeypatch):
         return 1.2 if len(start) >= 7 else 1.1
 
     monkeypatch.setattr(metal_kernels, "speedup", speedup)
+    monkeypatch.setattr(products, "MANY_OUTPUTS", 1)  # one geometry
     model = nn.Sequential(layer(4, 64, mx.float32, bias=True), nn.Linear(40, 40))
     table = nn.QuantizedEmbedding.from_embedding(nn.Embedding(40, 64), 32, 8)
     other = layer(4, 64, mx.float32, bias=True)
-    x, y = inputs(17, mx.float32), inputs(17, mx.float32, 64)
-    plain = [(model.layers[0](x[:n]), table.as_linear(y[:n])) for n in range(1, 18)]
+    x, y = inputs(33, mx.float32), inputs(33, mx.float32, 64)
+    plain = [(model.layers[0](x[:n]), table.as_linear(y[:n])) for n in range(1, 34)]
     products.choose_products(model, table, None)
-    assert raced == [5, 7, 9, 12] * 2
-    for n in range(1, 18):
+    assert raced == [5, 7, 9, 12, 17, 5, 7, 9, 12, 17, 25]
+    for n in range(1, 34):
         metal.launches.clear()
         found = model.layers[0](x[None, :n]), table.as_linear(y[:n])
         assert mx.allclose(found[0][0], plain[n - 1][0], atol=1e-5)
         assert mx.allclose(found[1], plain[n - 1][1], atol=1e-5)
-        assert metal.launches.get(KERNEL, 0) == (2 if 7 <= n <= 16 else 0)
+        used = (7 <= n <= 24) + (7 <= n <= 32)  # 4 bits, and 8
+        assert metal.launches.get(KERNEL, 0) == used
     metal.launches.clear()
     other(x[:8])
     model.layers[0](x[:8].astype(mx.float16))
@@ -121,22 +160,51 @@ def test_layers_use_the_kernel_for_the_rows_where_it_wins(metal, monkeypatch):
     assert not metal.launches
 
 
+def test_layers_in_half_precision_use_the_kernel(metal, monkeypatch):
+    """Where MLX's kernel for one row ends, and not for few rows or in float32."""
+    install(metal, monkeypatch, speedup=2)
+    model = nn.Sequential(layer(16, 0, mx.bfloat16, bias=True), layer(16, 0, mx.float32))
+    table = nn.Embedding(40, 128)
+    table.set_dtype(mx.bfloat16)
+    x = inputs(33, mx.bfloat16)
+    plain = [(model.layers[0](x[:n]), table.as_linear(x[:n])) for n in range(1, 34)]
+    products.choose_products(model, table, nn.Linear(100, 40), nn.Conv1d(4, 4, 1))
+    for n in range(1, 34):
+        metal.launches.clear()
+        found = model.layers[0](x[None, :n])[0], table.as_linear(x[:n])
+        model.layers[1](x[:n].astype(mx.float32))
+        for mine, theirs in zip(found, plain[n - 1], strict=True):
+            assert metal_kernels.relative_error(mine, theirs) < 4e-3
+        assert metal.launches.get(UNQUANTISED, 0) == (2 if 9 <= n <= 32 else 0)
+
+
+def test_the_fastest_geometry_is_used(metal, monkeypatch):
+    """Few outputs make few threadgroups, so those with fewer outputs race too."""
+    gains = iter([1.3, 1.6, 1.4])
+    monkeypatch.setattr(metal_kernels, "speedup", lambda *_: next(gains))
+    module = layer(16, 0, mx.bfloat16)
+    assert products.fastest([module], 17) == Geometry(2, 8)
+    (verdicts,) = metal_kernels.VERDICTS.values()
+    assert verdicts == {
+        "17 rows": "used, 1.60 times as fast as MLX's operation with 16 outputs, 8 simdgroups"
+    }
+
+
 def test_a_kernel_that_fails_is_left_out_with_one_line(metal, monkeypatch):
     monkeypatch.setattr(metal, "metal_kernel", lambda *_, **__: _fail)
     monkeypatch.setattr(mx.fast, "metal_kernel", metal.metal_kernel)
     with pytest.warns(UserWarning, match=r"few rows run without their Metal kernel: no such type$"):
-        assert not products.wins([layer(4, 64, mx.float32)], 5)
+        assert products.fastest([layer(4, 64, mx.float32)], 5) is None
     (verdicts,) = metal_kernels.VERDICTS.values()
     assert verdicts == {"5 rows": "not used, no such type"}
 
 
 def test_threadgroups_are_as_small_as_m1_needs(metal, monkeypatch):
     """Where metal is installed, the executor refuses more threads."""
-    monkeypatch.setattr(products, "SPLITS", metal_kernels.MAX_THREADS // 32)
-    products.multiply(layer(4, 64, mx.float32), inputs(5, mx.float32))
-    monkeypatch.setattr(products, "SPLITS", metal_kernels.MAX_THREADS // 32 + 1)
+    most = metal_kernels.MAX_THREADS // 32
+    products.multiply(layer(4, 64, mx.float32), inputs(5, mx.float32), Geometry(4, most))
     with pytest.raises(ValueError, match="greater than 448"):
-        products.multiply(layer(4, 64, mx.float32), inputs(5, mx.float32))
+        products.multiply(layer(4, 64, mx.float32), inputs(5, mx.float32), Geometry(4, most + 1))
 
 
 def _fail(**_):
@@ -173,12 +241,13 @@ def test_few_calls_race_for_an_output_head(metal, monkeypatch):
     """Whose calls are so long that the others would take seconds."""
     monkeypatch.setattr(metal_kernels, "speedup", run_race)
     calls = []
-    monkeypatch.setattr(products, "multiply", lambda _, x: calls.append(0) or plain(_, x))
+    monkeypatch.setattr(products, "MANY_OUTPUTS", 1)  # one geometry
+    monkeypatch.setattr(products, "multiply", lambda _, x, __: calls.append(0) or plain(_, x))
     plain, small = products.multiply_plainly, layer(4, 64, mx.float32)
-    products.wins([small], 5)
+    products.fastest([small], 5)
     many = len(calls)
     monkeypatch.setattr(metal_kernels, "LONG_BYTES", small.weight.nbytes)
-    products.wins([small], 5)
+    products.fastest([small], 5)
     assert many == 1 + metal_kernels.CALLS * (1 + metal_kernels.ROUNDS)  # one shows the error
     assert len(calls) - many == 1 + metal_kernels.LONG_CALLS * (1 + metal_kernels.LONG_ROUNDS)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, TypeAlias
 
@@ -42,6 +42,7 @@ arrays then lie in the memory of the thread."""
 Link: TypeAlias = Callable[[mx.array, int], mx.array]
 """A call in a chain: from the array that the call before returned, and the number of the call."""
 
+NO_RACE: Mapping[str, Link] = {}
 VERDICTS: dict[str, dict[str, str]] = {}
 """What `choose` decided in this process and why, by kernel with its shape, and by size."""
 
@@ -85,9 +86,10 @@ def choose(
     size: str,
     error: Callable[[], float],
     limit: float,
+    kernels: Mapping[str, Link] = NO_RACE,
     *race: Any,
     tells_bits: bool = False,
-) -> bool:
+) -> str | None:
     """Decide whether a kernel is right on this device and wins its race, and note it in `VERDICTS`.
 
     A kernel that is wrong or does not compile is left out with a warning of one line.
@@ -98,26 +100,34 @@ def choose(
         size: the number of rows, nodes or columns of this decision.
         error: of the kernel's results.
         limit: of the error.
-        race: arguments of `speedup`; a kernel without them need not win.
+        kernels: a call of each variant of the kernel, by its name; a kernel without them need not
+            win.
+        race: the other arguments of `speedup`.
         tells_bits: whether the note says if the results have the same bits.
+
+    Returns:
+        The name of the fastest variant; None if the kernel is not used.
     """
     verdicts = VERDICTS.setdefault(f"{what}, {shape}", {})
     try:
         if (found := error()) <= limit:
-            gain = speedup(*race) if race else MIN_SPEEDUP
-            used = gain >= MIN_SPEEDUP
+            gains = {name: speedup(kernel, *race) for name, kernel in kernels.items()}
+            winner = max(gains, key=gains.__getitem__, default="")
+            used = gains.get(winner, MIN_SPEEDUP) >= MIN_SPEEDUP
             verdicts[size] = ("" if used else "not ") + "used"
-            if race:
-                verdicts[size] += f", {gain:.2f} times as fast as MLX's operation"
+            if gains:
+                verdicts[size] += f", {gains[winner]:.2f} times as fast as MLX's operation"
+            if len(gains) > 1:
+                verdicts[size] += f" with {winner}"
             if tells_bits:
                 verdicts[size] += f", {'other' if found else 'same'} bits"
-            return used
+            return winner if used else None
         reason = f"its relative error is {found:.1e}"
     except (RuntimeError, ValueError) as failure:
         reason = str(failure).partition("\n")[0]
     verdicts[size] = f"not used, {reason}"
     warnings.warn(f"{what} run without their Metal kernel: {reason}", stacklevel=3)
-    return False
+    return None
 
 
 def speedup(kernel: Link, plain: Link, start: mx.array, nbytes: int = 0) -> float:

@@ -5,16 +5,20 @@ of these heads, and a mask of the size of the context. Here committed positions 
 each node has a word of 64 bits that says which nodes it sees. Layers may have a sliding window,
 sinks, or keys and values of 4 or 8 bits, which are dequantised on the way.
 
-Keys are divided by logical position: a split has `SPAN` positions and the nodes at these positions,
+Keys are divided by logical position: a split has some positions and the nodes at these positions,
 wherever the columns of the nodes are. Each split has its own softmax, and a second kernel merges
 the splits in the order of positions.
+
+A thread has 128 registers, and a simdgroup's queries and outputs take 48 of them for 128 numbers of
+a head in half precision. Wider heads are shared: two or four simdgroups have the same rows and 128
+numbers each, add their parts of the scores in threadgroup memory, and then know the same shares.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from typing import Any
 
@@ -25,10 +29,14 @@ from mlx_lm.models.base import quantized_scaled_dot_product_attention
 from treeflash.decoding.tree import DraftTree
 from treeflash_mlx.metal_kernels import ROUNDING, choose, make_kernel, relative_error
 
-SPAN = 512
-"""Positions of a split."""
+SPANS: Mapping[int, int] = {0: 128, 4096: 512}
+"""Positions of a split, by the positions from which on they are used: short contexts would make too
+few threadgroups with long splits, long ones too many parts with short splits."""
 MAX_NODES = 64
-MAX_HEAD_DIM = 256
+SHARES = (1, 2, 4)
+SHARE_WIDTH = 128
+"""Simdgroups that may share the heads of a row, and the numbers that each has at most."""
+MAX_MERGE_THREADS = 256
 SIMDGROUPS = 4
 BITS, GROUP_SIZES = (4, 8), (32, 64)
 """Quantised keys and values that the kernel reads."""
@@ -39,16 +47,18 @@ RACED_NODES = 12
 # by 8 rows of outputs. A lane reads 8 neighbours of a key and 4 of a value at once: element 4 i + j
 # of 32 is column i of the left operand's matrix j, or row i of the output's matrix j.
 PARTS = """
+    constexpr uint WIDTH = D / SHARES;
+    uint share = simdgroup_index_in_threadgroup % SHARES, begin = share * WIDTH;
+    uint tile = simdgroup_index_in_threadgroup / SHARES;
     uint lane = thread_index_in_simdgroup;
     uint row = (lane >> 4 & 1) * 4 + (lane >> 1 & 3), column = (lane >> 3 & 1) * 4 + (lane & 1) * 2;
     uint heads = q_shape[1], nodes = q_shape[2], key_heads = k_shape[1], group = heads / key_heads;
     uint b = threadgroup_position_in_grid.z / key_heads;
     uint key_head = threadgroup_position_in_grid.z % key_heads;
     uint split = threadgroup_position_in_grid.y, splits = threadgroups_per_grid.y;
-    uint rows = group * nodes, first_row =
-        8 * (threadgroup_position_in_grid.x * SIMDGROUPS + simdgroup_index_in_threadgroup);
-    if (first_row >= rows)
-        return;
+    uint rows = group * nodes;
+    uint first_row = 8 * (threadgroup_position_in_grid.x * (SIMDGROUPS / SHARES) + tile);
+    BEFORE_KEYS
     KEY_PARTS
     VALUE_PARTS
     int window = bounds[0], offset = bounds[1];  // the position of the first key
@@ -57,7 +67,8 @@ PARTS = """
     uint place[2];  // of this lane's two rows in the output
     int oldest[2];  // position in the window
     ulong seen[2];
-    simdgroup_float8x8 query[D / 8], output[D / 8];
+    simdgroup_matrix<T, 8, 8> query[WIDTH / 8];
+    simdgroup_float8x8 output[WIDTH / 8];
     UNROLL for (uint i = 0; i < 2; ++i) {
         uint r = min(first_row + column + i, rows - 1);
         uint head = key_head * group + r / nodes, node = r % nodes;
@@ -65,10 +76,10 @@ PARTS = """
         oldest[i] = positions[b * nodes + node] - window + 1;
         seen[i] = words[b * nodes + node];
         const device T* from = q + b * q_strides[0] + head * q_strides[1] + node * q_strides[2];
-        UNROLL for (uint d = 0; d < D / 32; ++d) {
-            vec<T, 4> x = *(const device vec<T, 4>*)(from + 32 * d + 4 * row);
+        UNROLL for (uint d = 0; d < WIDTH / 32; ++d) {
+            vec<T, 4> x = *(const device vec<T, 4>*)(from + begin + 32 * d + 4 * row);
             UNROLL for (uint j = 0; j < 4; ++j) {
-                query[4 * d + j].thread_elements()[i] = float(x[j]) * scale[0];
+                query[4 * d + j].thread_elements()[i] = x[j];
                 output[4 * d + j].thread_elements()[i] = 0.0f;
             }
         }
@@ -93,25 +104,31 @@ PARTS = """
             int key = c + int(8 * u + row);
             int at = min(key, end - 1) - offset;
             scores[u] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
-            UNROLL for (uint d = 0; d < D / 32; ++d) {
+            UNROLL for (uint d = 0; d < WIDTH / 32; ++d) {
                 LOAD_KEY
                 UNROLL for (uint j = 0; j < 4; ++j) {
-                    simdgroup_float8x8 left;
-                    left.thread_elements()[0] = float(x[j]);
-                    left.thread_elements()[1] = float(y[j]);
+                    LEFT left;
+                    left.thread_elements()[0] = x[j];
+                    left.thread_elements()[1] = y[j];
                     simdgroup_multiply_accumulate(scores[u], left, query[4 * d + j], scores[u]);
                 }
             }
+        }
+        ADD_SHARES
+        UNROLL for (uint u = 0; u < 2; ++u) {
+            int key = c + int(8 * u + row);
             bool here = key < end;
             int position = key;
             if (on_tree && here) {
                 position = positions[b * nodes + key - start];
                 here = position >= first && position < stop;
             }
-            UNROLL for (uint i = 0; i < 2; ++i)
+            UNROLL for (uint i = 0; i < 2; ++i) {
+                scores[u].thread_elements()[i] *= scale[0];
                 if (!here || position < oldest[i]
                         || (on_tree && !(seen[i] >> (key - start) & 1)))
                     scores[u].thread_elements()[i] = -INFINITY;
+            }
         }
         UNROLL for (uint i = 0; i < 2; ++i) {
             float top = max(scores[0].thread_elements()[i], scores[1].thread_elements()[i]);
@@ -122,7 +139,7 @@ PARTS = """
             float factor = exp(highest[i] - top);
             highest[i] = top;
             sum[i] *= factor;
-            UNROLL for (uint d = 0; d < D / 8; ++d)
+            UNROLL for (uint d = 0; d < WIDTH / 8; ++d)
                 output[d].thread_elements()[i] *= factor;
             UNROLL for (uint u = 0; u < 2; ++u) {
                 float share = exp(scores[u].thread_elements()[i] - top);
@@ -133,12 +150,12 @@ PARTS = """
         UNROLL for (uint u = 0; u < 2; ++u) {
             int key = c + int(8 * u + column);
             int at[2] = {min(key, end - 1) - offset, min(key + 1, end - 1) - offset};
-            UNROLL for (uint d = 0; d < D / 32; ++d) {
+            UNROLL for (uint d = 0; d < WIDTH / 32; ++d) {
                 LOAD_VALUES
                 UNROLL for (uint j = 0; j < 4; ++j) {
-                    simdgroup_float8x8 left;
-                    left.thread_elements()[0] = float(x[j]);
-                    left.thread_elements()[1] = float(y[j]);
+                    LEFT left;
+                    left.thread_elements()[0] = x[j];
+                    left.thread_elements()[1] = y[j];
                     simdgroup_multiply_accumulate(
                         output[4 * d + j], left, scores[u], output[4 * d + j]);
                 }
@@ -153,22 +170,47 @@ PARTS = """
         if (first_row + column + i >= rows)
             continue;
         uint part = place[i] * splits + split;
-        UNROLL for (uint d = 0; d < D / 8; ++d)
-            parts[part * D + d / 4 * 32 + 4 * row + d % 4] = output[d].thread_elements()[i];
-        if (row == 0) {
+        UNROLL for (uint d = 0; d < WIDTH / 8; ++d)
+            parts[part * D + begin + d / 4 * 32 + 4 * row + d % 4] =
+                output[d].thread_elements()[i];
+        if (row == 0 && share == 0) {
             weights[2 * part] = highest[i];
             weights[2 * part + 1] = sum[i];
         }
     }
 """
+ALONE = {
+    "BEFORE_KEYS": """if (first_row >= rows)
+        return;""",
+    "ADD_SHARES": "",
+}
+# All simdgroups of a threadgroup have the same tiles of keys, so they meet at every one. They
+# write the next tile's scores elsewhere, while others still read this one's.
+SHARED = {
+    "BEFORE_KEYS": """threadgroup float shared[2][SIMDGROUPS][2][2][32];
+    uint turn = 0;""",
+    "ADD_SHARES": """UNROLL for (uint u = 0; u < 2; ++u)
+            UNROLL for (uint i = 0; i < 2; ++i)
+                shared[turn][tile * SHARES + share][u][i][lane] = scores[u].thread_elements()[i];
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+        UNROLL for (uint u = 0; u < 2; ++u)
+            UNROLL for (uint i = 0; i < 2; ++i) {
+                float score = 0.0f;
+                UNROLL for (uint s = 0; s < SHARES; ++s)
+                    score += shared[turn][tile * SHARES + s][u][i][lane];
+                scores[u].thread_elements()[i] = score;
+            }
+        turn ^= 1;""",
+}
 # A lane reads 8 neighbours of a key as x and y, and 4 of each of two values.
 PLAIN = {
+    "LEFT": "simdgroup_matrix<T, 8, 8>",
     "KEY_PARTS": "const device T* keys = k + b * k_strides[0] + key_head * k_strides[1];",
     "VALUE_PARTS": "const device T* values = v + b * v_strides[0] + key_head * v_strides[1];",
-    "LOAD_KEY": """const device T* from = keys + at * k_strides[2] + 4 * column + 32 * d;
+    "LOAD_KEY": """const device T* from = keys + at * k_strides[2] + begin + 32 * d + 4 * column;
                 vec<T, 4> x = *(const device vec<T, 4>*)from;
                 vec<T, 4> y = *(const device vec<T, 4>*)(from + 4);""",
-    "LOAD_VALUES": """const device T* from = values + 4 * row + 32 * d;
+    "LOAD_VALUES": """const device T* from = values + begin + 32 * d + 4 * row;
                 vec<T, 4> x = *(const device vec<T, 4>*)(from + at[0] * v_strides[2]);
                 vec<T, 4> y = *(const device vec<T, 4>*)(from + at[1] * v_strides[2]);""",
 }
@@ -179,25 +221,26 @@ PARTS_OF_QUANTISED = """
     const device T* {0}_biases =
         {1}_biases + b * {1}_biases_strides[0] + key_head * {1}_biases_strides[1];"""
 QUANTISED = {
+    "LEFT": "simdgroup_float8x8",
     "KEY_PARTS": PARTS_OF_QUANTISED.format("keys", "k"),
     "VALUE_PARTS": PARTS_OF_QUANTISED.format("values", "v"),
-    "LOAD_KEY": """uint g = (32 * d + 4 * column) / GROUP;
+    "LOAD_KEY": """uint g = (begin + 32 * d + 4 * column) / GROUP;
                 float factor = float(keys_scales[at * k_scales_strides[2] + g]);
                 float bias = float(keys_biases[at * k_biases_strides[2] + g]);
                 const device uint* from =
-                    keys + at * k_strides[2] + (4 * d + column / 2) * (BITS / 4);
+                    keys + at * k_strides[2] + (begin / 8 + 4 * d + column / 2) * (BITS / 4);
                 uint low = from[0], high = BITS == 4 ? low >> 16 : from[BITS / 4 - 1];
                 float4 x, y;
                 UNROLL for (uint j = 0; j < 4; ++j) {
                     x[j] = factor * float(low >> (BITS * j) & ((1 << BITS) - 1)) + bias;
                     y[j] = factor * float(high >> (BITS * j) & ((1 << BITS) - 1)) + bias;
                 }""",
-    "LOAD_VALUES": """uint g = (32 * d + 4 * row) / GROUP;
+    "LOAD_VALUES": """uint g = (begin + 32 * d + 4 * row) / GROUP;
                 float4 x, y;
                 UNROLL for (uint i = 0; i < 2; ++i) {
                     float factor = float(values_scales[at[i] * v_scales_strides[2] + g]);
                     float bias = float(values_biases[at[i] * v_biases_strides[2] + g]);
-                    uint word = values[at[i] * v_strides[2] + (8 * d + row) * BITS / 8]
+                    uint word = values[at[i] * v_strides[2] + (begin / 4 + 8 * d + row) * BITS / 8]
                         >> (BITS == 4 ? 16 * (row & 1) : 0);
                     UNROLL for (uint j = 0; j < 4; ++j) {
                         float value = factor * float(word >> (BITS * j) & ((1 << BITS) - 1)) + bias;
@@ -239,12 +282,20 @@ class Nodes:
         positions: (batch, n) int32 logical positions of the nodes.
         starts: (batch,) int32 committed positions.
         length: of the longest sequence, with the deepest node.
+        constants: arrays that equal layers share, by what they are made of.
     """
 
     words: mx.array
     positions: mx.array
     starts: mx.array
     length: int
+    constants: dict[tuple[float, ...], mx.array] = field(default_factory=dict, repr=False)
+
+    def constant(self, *numbers: float) -> mx.array:
+        """Return an array of these numbers, int32 or float32, which is made once for a pass."""
+        if numbers not in self.constants:
+            self.constants[numbers] = mx.array(numbers)
+        return self.constants[numbers]
 
 
 def ancestor_words(ancestors: mx.array) -> mx.array:
@@ -253,12 +304,26 @@ def ancestor_words(ancestors: mx.array) -> mx.array:
     return mx.where(ancestors, bits, mx.array(0, mx.uint64)).sum(2)
 
 
-def source(*, quantised: bool) -> str:
-    """Write the source of the first kernel, for keys and values of `BITS` bits or for others."""
+def source(*, quantised: bool, shared: bool) -> str:
+    """Write the source of the first kernel, for keys and values of `BITS` bits or for others.
+
+    The heads of a row may be `shared` by several simdgroups.
+    """
     text = PARTS
-    for name, part in (QUANTISED if quantised else PLAIN).items():
-        text = text.replace(name, part)
+    for parts in (QUANTISED if quantised else PLAIN, SHARED if shared else ALONE):
+        for name, part in parts.items():
+            text = text.replace(name, part)
     return text
+
+
+def span_of(positions: int) -> int:
+    """Return the positions of a split, in a context of so many."""
+    return SPANS[max(least for least in SPANS if positions >= least)]
+
+
+def shares_of(head_dim: int) -> int:
+    """Return the simdgroups that share a head of this width; 0 if it is too wide."""
+    return next((number for number in SHARES if head_dim <= number * SHARE_WIDTH), 0)
 
 
 def tree_attention(
@@ -288,18 +353,20 @@ def tree_attention(
         bits: of quantised keys and values.
     """
     batch, heads, n, width = q.shape
-    key_heads, splits = k[0].shape[1], -(-nodes.length // SPAN) - first // SPAN
-    tiles = -(-(heads // key_heads * n) // (8 * SIMDGROUPS))
-    template: dict[str, Any] = {"T": q.dtype, "D": width, "SPAN": SPAN, "SIMDGROUPS": SIMDGROUPS}
-    name, inputs = "attention_parts", INPUTS
+    key_heads, span, shares = k[0].shape[1], span_of(nodes.length - first), shares_of(width)
+    splits = -(-nodes.length // span) - first // span
+    tiles = -(-(heads // key_heads * n) // (8 * SIMDGROUPS // shares))
+    template: dict[str, Any] = {"T": q.dtype, "D": width, "SPAN": span}
+    template |= {"SIMDGROUPS": SIMDGROUPS, "SHARES": shares}
+    name, inputs = "attention_parts" + "_shared" * (shares > 1), INPUTS
     if bits:
         template |= {"BITS": bits, "GROUP": width // k[1].shape[3]}
-        name, inputs = "attention_parts_quantised", QUANTISED_INPUTS
+        name, inputs = f"{name}_quantised", QUANTISED_INPUTS
     # Keys and values are parts of a longer storage, and queries are often transposed.
-    text = source(quantised=bits > 0)
+    text = source(quantised=bits > 0, shared=shares > 1)
     kernel = make_kernel(name, inputs, ("parts", "weights"), text, copies=False)
-    bounds = mx.array([NO_WINDOW if window is None else window, first], mx.int32)
-    rows = [nodes.words, nodes.positions, nodes.starts, mx.array([scale]), bounds]
+    bounds = nodes.constant(NO_WINDOW if window is None else window, first)
+    rows = [nodes.words, nodes.positions, nodes.starts, nodes.constant(float(scale)), bounds]
     parts, weights = kernel(
         inputs=[q, *k, *v, *rows],
         template=list(template.items()),
@@ -308,12 +375,12 @@ def tree_attention(
         output_shapes=[(batch * heads, n, splits, x) for x in (width, 2)],
         output_dtypes=[mx.float32, mx.float32],
     )
-    sinks = mx.full(heads, -mx.inf) if sinks is None else sinks.astype(mx.float32)
+    sinks = nodes.constant(*[-math.inf] * heads) if sinks is None else sinks.astype(mx.float32)
     (out,) = make_kernel("attention_merge", ("parts", "weights", "sinks"), ("out",), MERGE)(
         inputs=[parts, weights, sinks],
         template=[("T", q.dtype)],
         grid=(width, batch * heads * n, 1),
-        threadgroup=(width, 1, 1),
+        threadgroup=(min(width, MAX_MERGE_THREADS), 1, 1),
         output_shapes=[q.shape],
         output_dtypes=[q.dtype],
     )
@@ -322,7 +389,8 @@ def tree_attention(
 
 def runs_shape(head_dim: int, nodes: int) -> bool:
     """Return whether the kernel can run trees of this size with heads of this width."""
-    return head_dim % 32 == 0 and head_dim <= MAX_HEAD_DIM and nodes <= MAX_NODES
+    shares = shares_of(head_dim)
+    return shares > 0 and head_dim % (32 * shares) == 0 and nodes <= MAX_NODES
 
 
 @dataclass(frozen=True)
@@ -349,13 +417,17 @@ def winning_columns(shape: Shape) -> float:
 
     It is decided at load, when a pass over a tree is first built, and once in a process.
     """
-    # Two splits of committed positions, and a third that begins between the depths of the tree.
-    checked = _Contest(shape, 2 * SPAN - 2 + RACED_NODES)
 
     @cache
     def error() -> float:
-        # Windows that begin in the second split, and between the depths of the tree.
-        return max(map(checked.error, (None, SPAN // 2 + 3, 2)))
+        errors: list[float] = []
+        for least, span in SPANS.items():
+            # Two splits of committed positions after those that make splits so long, and a third
+            # that begins between the depths of the tree.
+            checked = _Contest(shape, least + 2 * span - 2 + RACED_NODES)
+            # Windows that begin in the second split, and between the depths of the tree.
+            errors += map(checked.error, (None, span // 2 + 3, 2))
+        return max(errors)
 
     what = "attention of draft trees"
     name = f"{shape.heads} heads of {shape.head_dim}"
@@ -363,8 +435,8 @@ def winning_columns(shape: Shape) -> float:
         name += f", keys of {shape.bits} bits"
     for columns in RACED_COLUMNS:
         contest, limit = _Contest(shape, columns), 2 * ROUNDING[shape.dtype]
-        race = contest.by_kernel, contest.by_operation, contest.q
-        if choose(what, name, f"{columns} columns", error, limit, *race):
+        race = {"": contest.by_kernel}, contest.by_operation, contest.q
+        if choose(what, name, f"{columns} columns", error, limit, *race) is not None:
             return columns
     return math.inf
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -100,6 +101,7 @@ class MetalExecutor:
         max_seconds: of the processor in a run; more are taken for a loop that does not end.
         max_threads: of a threadgroup.
         launches: how often each kernel was run, by name.
+        rounding: relative errors of results, by dtype: none, for the order of operations is known.
     """
 
     folder: Path
@@ -107,6 +109,7 @@ class MetalExecutor:
     max_seconds: float = 60
     max_threads: int = 1024
     launches: dict[str, int] = field(default_factory=dict)
+    rounding: Mapping[mx.Dtype, float] = field(default_factory=lambda: defaultdict(float))
 
     def __post_init__(self) -> None:
         self.compiler = Compiler(self.folder)
