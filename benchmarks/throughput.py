@@ -135,9 +135,9 @@ def treeflash(model: LanguageModel, method: Method) -> Run:
         config = model.decode_config({"method": method, "max_tokens": max_tokens})
         scheduler = model.scheduler(SchedulerConfig(max_parallel=len(group)), None)
         arrivals = Arrivals(len(group))
-        requests = [Request(prompt_ids=ids, config=config) for ids in group]
-        for number, step in scheduler.decode(requests):
-            arrivals.add(number, step.tokens)
+        requests = [Request(prompt_ids=ids, config=config, tag=n) for n, ids in enumerate(group)]
+        for request, step in scheduler.decode(requests):
+            arrivals.add(request.tag, step.tokens)
         return arrivals.answers()
 
     return run

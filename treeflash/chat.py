@@ -234,7 +234,7 @@ class Conversation:
         shown = 0
         view = AnswerView(self.console, markdown=self.markdown and not self.color)
         with view, _interruption() as interrupted, _without_echo():
-            request_id = scheduler.submit(assembler.request())
+            request = scheduler.submit(assembler.request())
             try:
                 while assembler.finish_reason is None and not interrupted.is_set():
                     if not assembler.chunks and prompt_tokens > LONG_PROMPT:
@@ -248,7 +248,7 @@ class Conversation:
                         view.add(chunk.text, style)
                         shown += len(chunk.text)
             finally:
-                scheduler.cancel(request_id)
+                scheduler.cancel(request)
             view.add(assembler.generation().text[shown:])
 
     @cached_property

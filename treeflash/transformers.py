@@ -27,7 +27,7 @@ from treeflash.config import (
     Penalties,
     SamplingConfig,
 )
-from treeflash.decoding import Request, RequestId, Scheduler, SchedulerConfig, Step, best_method
+from treeflash.decoding import Request, Scheduler, SchedulerConfig, Step, best_method
 from treeflash.decoding.adaptive_budget import AdaptiveBudgets
 from treeflash.decoding.verify_costs import VerifyCosts, cost_file
 from treeflash.drafters.loading import check_drafter
@@ -119,6 +119,7 @@ def generate(
                 sampling=SamplingConfig(**sampling, seed=(seed + number) % 2**64),
                 penalties=penalties,
             ),
+            tag=number,
         )
         for number, prompt in enumerate(prompts)
     ]
@@ -340,24 +341,20 @@ def _decode(pair: _Pair, requests: Sequence[Request], rows: _Rows) -> None:
     """Decode all rows together; equal prompts that follow each other are run once."""
     config = SchedulerConfig(max_parallel=len(requests))
     scheduler = Scheduler(pair.backend, config, budgets=pair.budgets)
-    numbers: dict[RequestId, int] = {}
     with pair.backend.target.attached():
         if (first := requests[0].config).is_adaptive:
             pair.budgets.get(first.method, pair.costs)
         if requests[0].config.method == "suffix":
             pair.backend.check_trees()
-        for _, equal in groupby(range(len(requests)), lambda i: requests[i].prompt_ids):
-            group = list(equal)
-            numbers |= zip(scheduler.submit_group([requests[i] for i in group]), group, strict=True)
-        with closing(scheduler.run()) as events:
-            for request_id, event in events:
-                if isinstance(event, Exception):
-                    raise event
-                rows.add(numbers[request_id], event)
+        for _, equal in groupby(requests, lambda x: x.prompt_ids):
+            scheduler.submit_group(list(equal))
+        with closing(scheduler.decode()) as steps:
+            for request, step in steps:
+                rows.add(request.tag, step)
                 if rows.all_ended:
                     break
-                for other, row in numbers.items():
-                    if rows.is_padded(row):
+                for other in requests:
+                    if rows.is_padded(other.tag):
                         scheduler.cancel(other)
 
 

@@ -14,8 +14,8 @@ def test_both_ways_make_the_same_trees(module, nodes):
     for batched in (True, False):
         scheduler = Scheduler(host.Stub(batched=batched))
         config = DecodeConfig(method="treeflash", budget=nodes, suffix=False, max_tokens=60)
-        requests = [Request(prompt_ids=[3, 4, n], config=config) for n in range(5)]
-        texts.append([(n, step.tokens, step.path) for n, step in scheduler.decode(requests)])
+        requests = [Request(prompt_ids=[3, 4, n], config=config, tag=n) for n in range(5)]
+        texts.append([(x.tag, step.tokens, step.path) for x, step in scheduler.decode(requests)])
     for one, other in zip(*texts, strict=True):
         assert one[:2] == other[:2]
         assert (one[2] is None) == (other[2] is None)

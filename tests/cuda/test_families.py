@@ -107,6 +107,6 @@ def test_soft_capped_scores_and_sinks_are_those_of_transformers(
     for chunk in (verifier.FIRST_CHUNK, 270):
         monkeypatch.setattr(verifier, "FIRST_CHUNK", chunk)
         tokens: list[list[int]] = [[], []]
-        for number, step in Scheduler(backend).decode(requests):
-            tokens[number] += step.tokens
+        for request, step in Scheduler(backend).decode(requests):
+            tokens[requests.index(request)] += step.tokens
         assert tokens == expected

@@ -59,11 +59,12 @@ def fail_once(*args):  # on this rank alone, after the forward pass
 
 verifier.sample = fail_once
 config = DecodeConfig(**{CONFIG})
-requests = [Request(prompt_ids=prompt, config=config) for prompt in ({PROMPT}, {PROMPT}[::-1])]
 texts = [[], []]
+prompts = {PROMPT}, {PROMPT}[::-1]
+requests = [Request(prompt_ids=prompts[n], config=config, tag=texts[n]) for n in range(2)]
 scheduler = Scheduler(backend, prefix_cache=PrefixCache(1 << 30))  # copies the final states
-for number, step in scheduler.decode(requests):
-    texts[number] += step.tokens
+for request, step in scheduler.decode(requests):
+    request.tag.extend(step.tokens)
 found += texts
 written.write_text(json.dumps(found))
 """
@@ -309,10 +310,10 @@ def test_ranks_stay_alike_when_rank_0_alone_fails(ranks, monkeypatch, place, at)
         for p in prompts
     ]
     calls = ranks.fail(monkeypatch, *PLACES[place], at)
-    requests = [Request(prompt_ids=prompt, config=config) for prompt in prompts]
     texts = [[], []]
-    for number, step in Scheduler(ranks.backend).decode(requests):
-        texts[number] += step.tokens
+    requests = [Request(prompt_ids=prompts[n], config=config, tag=texts[n]) for n in range(2)]
+    for request, step in Scheduler(ranks.backend).decode(requests):
+        request.tag.extend(step.tokens)
         ranks.check()
     assert len(calls) > at
     assert texts == alone

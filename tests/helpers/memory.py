@@ -91,11 +91,11 @@ def come(backend, scheduler, rng, number):
             failing = Failing(backend.vocab_size, 2)
             scheduler.submit(Request(prompt_ids=prompt, config=config, constraint=failing))
         case 3:  # is cancelled
-            request_id = scheduler.submit(Request(prompt_ids=prompt, config=config))
+            request = scheduler.submit(Request(prompt_ids=prompt, config=config))
             scheduler.step()
-            scheduler.cancel(request_id)
+            scheduler.cancel(request)
         case 4:  # answers to one prompt
-            scheduler.submit_group([Request(prompt_ids=prompt, config=config)] * 3)
+            scheduler.submit_group([Request(prompt_ids=prompt, config=config) for _ in range(3)])
         case 5:  # a generator is closed early
             steps = decode(backend, Request(prompt_ids=prompt, config=config))
             next(steps)

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from treeflash.config import METHODS, DecodeConfig, LoadConfig, SamplingConfig
-from treeflash.decoding import Request, RequestId, Scheduler, SchedulerConfig, Step
+from treeflash.decoding import Request, Scheduler, SchedulerConfig, Step
 from treeflash.decoding.adaptive_budget import AdaptiveBudgets
 from treeflash.decoding.interfaces import Prefill, Verify
 from treeflash.decoding.prefix_cache import PrefixCache
@@ -333,7 +333,7 @@ class ScheduleMachine(RuleBasedStateMachine):
         self.scheduler = Scheduler(
             self.backend, self.limits, budgets=AdaptiveBudgets(costs), prefix_cache=self.cache
         )
-        self.submitted: dict[RequestId, Submitted] = {}
+        self.submitted: dict[Request, Submitted] = {}
         self.checked: list[object] = []  # states of the prefix cache
 
     # What may happen
@@ -367,9 +367,9 @@ class ScheduleMachine(RuleBasedStateMachine):
     @rule(which=st.integers(0, 99))
     def cancel(self, which: int) -> None:
         """A client goes, or its time is over."""
-        request_id = list(self.submitted)[-1 - which % len(self.submitted)]
-        self.scheduler.cancel(request_id)
-        self.submitted[request_id].ended = True
+        request = list(self.submitted)[-1 - which % len(self.submitted)]
+        self.scheduler.cancel(request)
+        self.submitted[request].ended = True
         self.check_books()
 
     @precondition(lambda self: self.scheduler.running)
@@ -408,20 +408,20 @@ class ScheduleMachine(RuleBasedStateMachine):
 
     def add(self, requests: list[Request]) -> None:
         if len(requests) == 1:
-            request_ids = [self.scheduler.submit(requests[0])]
+            self.scheduler.submit(requests[0])
         else:
-            request_ids = self.scheduler.submit_group(requests)
-        for request_id, request in zip(request_ids, requests, strict=True):
-            assert request_id not in self.submitted
+            self.scheduler.submit_group(requests)
+        for request in requests:
+            assert request not in self.submitted
             plain = replace(request.config, method="ar", budget=1, max_tokens=MAX_TOKENS)
             constrained = request.constraint is not None
             expected = alone(self.family, tuple(request.prompt_ids), plain, constrained)
             expected = expected[: request.config.max_tokens]
-            self.submitted[request_id] = Submitted(request, expected)
+            self.submitted[request] = Submitted(request, expected)
         self.check_books()
 
     def iterate(self) -> None:
-        decoding = [x.request_id for x in self.running() if self.submitted[x.request_id].tokens]
+        decoding = [x.request for x in self.running() if self.submitted[x.request].tokens]
         self.backend.passes.clear()
         self.faults.lone.clear()
         raised = self.faults.raised
@@ -431,8 +431,8 @@ class ScheduleMachine(RuleBasedStateMachine):
             self.drop_all()
             return
         delivered: list[Exception] = []
-        for request_id, event in events:
-            submitted = self.submitted[request_id]
+        for request, event in events:
+            submitted = self.submitted[request]
             assert not submitted.ended, "an ended request has an event"
             if isinstance(event, Step):
                 self.check_step(submitted, event)
@@ -442,7 +442,7 @@ class ScheduleMachine(RuleBasedStateMachine):
         assert len(delivered) == len(set(delivered))
         assert set(delivered) == set(self.faults.lone)
         if self.faults.raised == raised:
-            counts = [sum(x == request_id for x, _ in events) for request_id in decoding]
+            counts = [sum(x is request for x, _ in events) for request in decoding]
             assert counts == [1] * len(decoding), "a sequence did not take one step"
             assert len(self.backend.passes) <= 1, "sequences of one kind ran apart"
         self.check_prompts()
@@ -482,14 +482,15 @@ class ScheduleMachine(RuleBasedStateMachine):
     def check_books(self) -> None:
         """Every request is running, waiting or ended, and nothing else is held."""
         scheduler = self.scheduler
-        unfinished = [n for n, submitted in self.submitted.items() if not submitted.ended]
+        unfinished = [x for x, submitted in self.submitted.items() if not submitted.ended]
         assert scheduler.running + scheduler.waiting == len(unfinished)
         assert scheduler.busy == bool(unfinished)
         assert scheduler.running <= self.limits.max_parallel
-        running = [sequence.request_id for sequence in self.running()]
-        assert sorted(running) == unfinished[: len(running)], "a request overtook another"
+        order = list(self.submitted).index
+        running = sorted((sequence.request for sequence in self.running()), key=order)
+        assert running == unfinished[: len(running)], "a request overtook another"
         for sequence in self.running():
-            held, submitted = sequence.state.length, self.submitted[sequence.request_id]
+            held, submitted = sequence.state.length, self.submitted[sequence.request]
             if submitted.tokens:
                 assert held == len(submitted.all_tokens) - 1
             else:

@@ -12,10 +12,11 @@ def scheduled_texts(backend, prompts, *, temperature, **options):
             config=DecodeConfig(
                 sampling=SamplingConfig(temperature=temperature, seed=i), **options
             ),
+            tag=i,
         )
         for i, prompt in enumerate(prompts)
     ]
     tokens = [[] for _ in prompts]
-    for i, step in Scheduler(backend, SchedulerConfig(max_parallel=2)).decode(requests):
-        tokens[i] += step.tokens
+    for request, step in Scheduler(backend, SchedulerConfig(max_parallel=2)).decode(requests):
+        tokens[request.tag] += step.tokens
     return tokens

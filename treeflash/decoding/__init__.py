@@ -1,12 +1,11 @@
 """The decoding core in NumPy: draft trees, acceptance, sampling, the decode loop, the scheduler."""
 
 from treeflash.decoding.loop import Step
-from treeflash.decoding.request import Request, RequestId, best_method, check
+from treeflash.decoding.request import Request, best_method, check
 from treeflash.decoding.scheduler import Scheduler, SchedulerConfig, decode
 
 __all__ = [
     "Request",
-    "RequestId",
     "Scheduler",
     "SchedulerConfig",
     "Step",

@@ -38,7 +38,7 @@ from treeflash.decoding.interfaces import (
     Verify,
 )
 from treeflash.decoding.loop import Commit, Draft, Drafted, Loop, Phase, Prune, Step, Work
-from treeflash.decoding.request import Request, RequestId
+from treeflash.decoding.request import Request
 from treeflash.decoding.sampling import Noise, SampledTokens
 from treeflash.decoding.suffix import SuffixTree, tree_of
 from treeflash.decoding.transitions import Calibration, TransitionTable
@@ -62,7 +62,6 @@ W = TypeVar("W", bound=Work)
 class RunningSequence:
     """A sequence that has started."""
 
-    request_id: RequestId
     request: Request
     state: SequenceState
     loop: Loop
@@ -231,8 +230,8 @@ class Iteration:
         self._prune()
         chunks = self._chunks()
         verifying = self._pending(Verify)
-        trees = {sequence.request_id: sequence.expect(Verify).tree for sequence in verifying}
-        lengths = {sequence.request_id: sequence.state.length for sequence in verifying}
+        trees = {sequence: sequence.expect(Verify).tree for sequence in verifying}
+        lengths = {sequence: sequence.state.length for sequence in verifying}
         prefilled = self._verify(chunks)
         committed = self._commit()
         # Otherwise prompts or the capture of a graph took part of the time, or trees were parts of
@@ -253,7 +252,7 @@ class Iteration:
         adaptive = Counter(x.config.method for x in waiting if x.config.is_adaptive)
         pays = {method: self.budget(method).begin(count) for method, count in adaptive.items()}
         drafting = []
-        proposals: dict[RequestId, SuffixTree] = {}
+        proposals: dict[RunningSequence, SuffixTree] = {}
 
         def copy(sequence: RunningSequence) -> SuffixTree | None:
             """Copy what followed earlier occurrences of the text, unless copying does not pay."""
@@ -289,7 +288,7 @@ class Iteration:
             runs = runs_drafter(sequence, proposal)
             if proposal is not None:
                 sequence.add_time("tree", started)
-                proposals[sequence.request_id] = proposal
+                proposals[sequence] = proposal
             if runs:
                 drafting.append(sequence)
             elif proposal is None:
@@ -328,7 +327,7 @@ class Iteration:
             positions = [sequence.state.length + after_root for sequence in sequences]
             nodes = [size.expected for size in sizes]
             tables = propose(self.backend, blocks, configs, nodes, positions)
-            copies = [proposals.get(sequence.request_id) for sequence in sequences]
+            copies = [proposals.get(sequence) for sequence in sequences]
             return [
                 Drafted(table, size.built, proposal)
                 for table, size, proposal in zip(tables, sizes, copies, strict=True)
@@ -381,24 +380,26 @@ class Iteration:
                     sequence.update_backoff(len(nodes))
                 sequence.resume(nodes, "tree")
 
-    def _chunks(self) -> dict[RequestId, int]:
+    def _chunks(self) -> dict[RunningSequence, int]:
         """Choose how many prompt tokens to run, by sequence: as many as fit, in order."""
         room = self.prefill_chunks[0 if self._pending(Verify) else 1]
         chunks = {}
         for sequence in self._pending(Prefill):
             size = sequence.chunk(room)
             if size:
-                chunks[sequence.request_id] = size
+                chunks[sequence] = size
                 room = max(room - size, 0)
         return chunks
 
-    def _verify(self, chunks: dict[RequestId, int]) -> list[tuple[RunningSequence, SampledTokens]]:
+    def _verify(
+        self, chunks: dict[RunningSequence, int]
+    ) -> list[tuple[RunningSequence, SampledTokens]]:
         """Run the target over all trees and chunks; returns sequences whose prompt is complete."""
 
         def work_of(sequence: RunningSequence) -> Prefill | Verify:
-            if sequence.request_id not in chunks:
+            if sequence not in chunks:
                 return sequence.expect(Verify)
-            whole, end = sequence.expect(Prefill), sequence.prefilled + chunks[sequence.request_id]
+            whole, end = sequence.expect(Prefill), sequence.prefilled + chunks[sequence]
             return replace(
                 whole,
                 token_ids=whole.token_ids[sequence.prefilled : end],
@@ -408,13 +409,13 @@ class Iteration:
         def run(sequences: list[RunningSequence]) -> list[SampledTokens | None]:
             return self.backend.verifier.run([work_of(sequence) for sequence in sequences])
 
-        prefilling = [sequence for sequence in self.sequences if sequence.request_id in chunks]
+        prefilling = [sequence for sequence in self.sequences if sequence in chunks]
         prefilled = []
         for sequence, sampled in self._batch([*self._pending(Verify), *prefilling], "verify", run):
-            if sequence.request_id not in chunks:
+            if sequence not in chunks:
                 sequence.resume(sampled)
                 continue
-            sequence.prefilled += chunks[sequence.request_id]
+            sequence.prefilled += chunks[sequence]
             last = len(sequence.expect(Prefill).token_ids) - 1
             on_the_way = sequence.state.length % SNAPSHOT_INTERVAL == 0
             if sequence.shared and (sequence.prefilled == last or on_the_way):
@@ -438,8 +439,8 @@ class Iteration:
     def _observe(
         self,
         committed: list[RunningSequence],
-        trees: dict[RequestId, DraftTree],
-        lengths: dict[RequestId, int],
+        trees: dict[RunningSequence, DraftTree],
+        lengths: dict[RunningSequence, int],
     ) -> None:
         """Let the adaptive budget of a method learn, if all sequences are of that method."""
         methods = {sequence.config.method for sequence in committed}
@@ -449,9 +450,9 @@ class Iteration:
         for sequence in committed:
             seconds |= sequence.seconds
         self.budget(methods.pop()).observe(
-            [trees[sequence.request_id] for sequence in committed],
+            [trees[sequence] for sequence in committed],
             [sequence.expect(Commit).path for sequence in committed],
-            [lengths[sequence.request_id] for sequence in committed],
+            [lengths[sequence] for sequence in committed],
             seconds,
             first=any("draft" in x.seconds and not x.has_drafted for x in committed),
         )

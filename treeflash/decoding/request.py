@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NewType, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -16,13 +16,10 @@ from treeflash.decoding.sampling import Constraint
 from treeflash.drafters.mtp_heads import NO_MARGINALS
 from treeflash.errors import ConfigError, ContextLengthError, PromptError
 
-RequestId = NewType("RequestId", int)
-"""Names a request of one scheduler."""
-
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Request:
-    """A sequence to decode.
+    """A sequence to decode. Events and cancellations name a sequence by its request.
 
     Attributes:
         prompt_ids: at least one token.
@@ -33,6 +30,7 @@ class Request:
         scores_prompt: whether the first step has the log probabilities of the prompt. Then nothing
             of it comes from a prefix cache.
         cache_salt: only sequences with the same salt share the states of a prefix cache.
+        tag: anything of the caller's, who finds it again in the request of an event.
     """
 
     prompt_ids: Sequence[int]
@@ -41,6 +39,7 @@ class Request:
     constraint: Constraint | None = None
     scores_prompt: bool = False
     cache_salt: str = ""
+    tag: Any = None
 
     @property
     def digests(self) -> Mapping[int, bytes]:
@@ -48,7 +47,7 @@ class Request:
         return NO_IMAGES if self.images is None else self.images.digests
 
 
-Event: TypeAlias = tuple[RequestId, Step | Exception]
+Event: TypeAlias = tuple[Request, Step | Exception]
 """A step of a sequence, or the error that ended it."""
 
 

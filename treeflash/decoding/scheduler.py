@@ -19,7 +19,7 @@ from treeflash.decoding.interfaces import Backend, SequenceState
 from treeflash.decoding.iteration import Iteration, RunningSequence, concerns_few
 from treeflash.decoding.loop import SCORED_TOKENS, Step, decode_loop
 from treeflash.decoding.prefix_cache import PrefixCache
-from treeflash.decoding.request import Event, Request, RequestId, check
+from treeflash.decoding.request import Event, Request, check
 from treeflash.decoding.suffix import SuffixCache, SuffixIndex
 from treeflash.decoding.verify_costs import VerifyCosts
 from treeflash.errors import ConfigError, MemoryInUseError, PromptError
@@ -49,9 +49,8 @@ class SchedulerConfig:
 class _Waiting:
     """A request that has not started; `leader` runs the same prompt and is to be forked."""
 
-    request_id: RequestId
     request: Request
-    leader: RequestId | None
+    leader: Request | None
 
 
 class Scheduler:
@@ -83,8 +82,7 @@ class Scheduler:
         self._waiting: list[_Waiting] = []
         self._running: list[RunningSequence] = []
         # of the first waiting request, from the disk
-        self._restoration: tuple[RequestId, Restoration] | None = None
-        self._last_id = 0
+        self._restoration: tuple[Request, Restoration] | None = None
 
     @property
     def busy(self) -> bool:
@@ -111,19 +109,20 @@ class Scheduler:
         """Device memory of the sequences that have started, bytes."""
         return sum(sequence.state.nbytes for sequence in self._running)
 
-    def submit(self, request: Request) -> RequestId:
-        """Add a sequence, which starts with one of the next iterations.
+    def submit(self, request: Request) -> Request:
+        """Add a sequence, which starts with one of the next iterations; returns the request.
 
         Raises a PromptError if the prompt is empty, too long, or has tokens outside the vocabulary,
         and a ConfigError if the method needs a drafter or head that was not loaded, or the sequence
         alone needs more memory than the limit.
         """
         self.check(request)
-        return self._add(request, None)
+        self._waiting.append(_Waiting(request, None))
+        return request
 
     def submit_group(
         self, requests: Sequence[Request], *, raises_limit: bool = False
-    ) -> list[RequestId]:
+    ) -> Sequence[Request]:
         """Add sequences with the same prompt, which is run once.
 
         It is run twice if some sequences are drafted for and others are not: a state that was
@@ -142,13 +141,12 @@ class Scheduler:
             self.config = replace(self.config, max_bytes=limit)
         for request in requests:
             self.check(request)
-        leaders: dict[bool, RequestId] = {}
-        request_ids = []
+        leaders: dict[bool, Request] = {}
         for request in requests:
             leader = None if request.scores_prompt else leaders.get(request.config.drafts)
-            request_ids.append(self._add(request, leader))
-            leaders.setdefault(request.config.drafts, request_ids[-1])
-        return request_ids
+            self._waiting.append(_Waiting(request, leader))
+            leaders.setdefault(request.config.drafts, request)
+        return requests
 
     def check(self, request: Request) -> None:
         """Raise the error that `submit` would raise. Any thread may call it."""
@@ -176,8 +174,10 @@ class Scheduler:
         finally:
             self.close()
 
-    def decode(self, requests: Iterable[Request]) -> Generator[tuple[int, Step], None, None]:
-        """Run requests until all are finished; yields the number of a request and a step of it.
+    def decode(
+        self, requests: Iterable[Request] = ()
+    ) -> Generator[tuple[Request, Step], None, None]:
+        """Submit requests, then run until all sequences are finished; yields their steps.
 
         Raises what `submit` does before anything is decoded. An error that ends a sequence is
         raised and drops the others, as closing the iterator does.
@@ -185,15 +185,16 @@ class Scheduler:
         requests = list(requests)
         for request in requests:
             self.check(request)
-        numbers = {self._add(request, None): number for number, request in enumerate(requests)}
-        return self._decode(numbers)
+        for request in requests:
+            self.submit(request)
+        return self._steps()
 
-    def _decode(self, numbers: dict[RequestId, int]) -> Generator[tuple[int, Step], None, None]:
+    def _steps(self) -> Generator[tuple[Request, Step], None, None]:
         with closing(self.run()) as events:
-            for request_id, event in events:
+            for request, event in events:
                 if isinstance(event, Exception):
                     raise event
-                yield numbers[request_id], event
+                yield request, event
 
     def step(self) -> list[Event]:
         """Run one iteration; returns the steps that it made, and errors that ended sequences."""
@@ -201,7 +202,7 @@ class Scheduler:
         prefill_chunks = self.config.prefill_chunk, self.config.lone_prefill_chunk
         Iteration(self.backend, self._running, self._budget, prefill_chunks).run()
         for sequence in list(self._running):
-            events += ((sequence.request_id, event) for event in sequence.events)
+            events += ((sequence.request, event) for event in sequence.events)
             self._measure_prefill(sequence)
             finished = sequence.pending is None
             failed = finished and isinstance(sequence.events[-1], Exception)
@@ -222,12 +223,12 @@ class Scheduler:
         if self.prefix_cache is not None and self.prefix_cache.disk is not None:
             self.prefix_cache.disk.copy_next()
 
-    def cancel(self, request_id: RequestId) -> None:
+    def cancel(self, request: Request) -> None:
         """Drop a sequence, if it is not finished."""
-        self._waiting = [x for x in self._waiting if x.request_id != request_id]
-        if self._restoration is not None and self._restoration[0] == request_id:
+        self._waiting = [x for x in self._waiting if x.request is not request]
+        if self._restoration is not None and self._restoration[0] is request:
             self._drop_restoration()
-        for sequence in [x for x in self._running if x.request_id == request_id]:
+        for sequence in [x for x in self._running if x.request is request]:
             self._end(sequence)
 
     def close(self) -> None:
@@ -236,11 +237,6 @@ class Scheduler:
         self._drop_restoration()
         for sequence in list(self._running):
             self._end(sequence)
-
-    def _add(self, request: Request, leader: RequestId | None) -> RequestId:
-        self._last_id += 1
-        self._waiting.append(_Waiting(RequestId(self._last_id), request, leader))
-        return RequestId(self._last_id)
 
     def _admit(self) -> list[Event]:
         """Start waiting requests, in order, while there is room; returns errors of the start."""
@@ -267,12 +263,12 @@ class Scheduler:
                     self._waiting.insert(0, first)
                     break
                 else:
-                    errors.append((first.request_id, error))
+                    errors.append((first.request, error))
             except Exception as error:
                 if not concerns_few(error):
                     raise
                 self._drop_restoration()
-                errors.append((first.request_id, error))
+                errors.append((first.request, error))
         return errors
 
     def _restore(self, waiting: _Waiting) -> bool:
@@ -295,7 +291,7 @@ class Scheduler:
             )
             key = self._cache_key(request)
             restoration = cache.disk.restore(key, prefix, opened, cached, request.digests)
-            self._restoration = waiting.request_id, restoration
+            self._restoration = request, restoration
         return self._restoration[1].advance(wait=not self._running)
 
     def _drop_restoration(self) -> None:
@@ -306,7 +302,7 @@ class Scheduler:
     def _leader(self, waiting: _Waiting) -> RunningSequence | None:
         """Find the running sequence to fork, if it has not ended and its state can be shared."""
         for sequence in self._running:
-            if sequence.request_id == waiting.leader:
+            if sequence.request is waiting.leader:
                 shareable = self._cache_key(sequence.request) == self._cache_key(waiting.request)
                 return sequence if shareable else None
         return None
@@ -344,8 +340,8 @@ class Scheduler:
             shared=partial(self._finished_answers, request.cache_salt),
         )
         prompt = list(request.prompt_ids)
-        sequence = RunningSequence(waiting.request_id, request, state, loop, prompt)
-        is_leader = any(other.leader == waiting.request_id for other in self._waiting)
+        sequence = RunningSequence(request, state, loop, prompt)
+        is_leader = any(other.leader is request for other in self._waiting)
         sequence.shared = is_leader or self.prefix_cache is not None
         self._running.append(sequence)
         sequence.resume(None)
@@ -455,7 +451,7 @@ def decode(
     return _steps(Scheduler(backend, budgets=budgets).decode([request]))
 
 
-def _steps(events: Generator[tuple[int, Step], None, None]) -> Generator[Step, None, None]:
+def _steps(events: Generator[tuple[Request, Step], None, None]) -> Generator[Step, None, None]:
     with closing(events):
         for _, step in events:
             yield step

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from treeflash.cli.console import progress
 from treeflash.config import DecodeConfig, Method
-from treeflash.decoding import Request, RequestId, Scheduler, Step, check
+from treeflash.decoding import Request, Scheduler, Step, check
 from treeflash.decoding.interfaces import Backend
 from treeflash.decoding.session import draft_anchors
 from treeflash.errors import PromptError
@@ -265,8 +265,8 @@ class DecodedPrompt:
     number: int
     ids: Sequence[int]
     runs: Mapping[Case, Run]
+    unfinished: set[Case]
     text_ids: list[int] = field(default_factory=list)  # new tokens of the last case
-    unfinished: set[RequestId] = field(default_factory=set)
 
     def sample(self, backend: Backend, temperature: float) -> Sample:
         """Return the results of all runs; the depth metrics are of the last case's text."""
@@ -280,26 +280,25 @@ def decode_prompts(
     scheduler: Scheduler, sets: Mapping[str, Sequence[Sequence[int]]], configs: Configs
 ) -> Iterator[DecodedPrompt]:
     """Decode every prompt in every case; yields a prompt when its last run has ended."""
-    owners: dict[RequestId, tuple[DecodedPrompt, Case]] = {}
     *_, last = configs
     for name, prompts in sets.items():
         for number, ids in enumerate(prompts):
-            prompt = DecodedPrompt(name, number, ids, {case: Run() for case in configs})
-            requests = [Request(prompt_ids=ids, config=config) for config in configs.values()]
-            request_ids = scheduler.submit_group(requests, raises_limit=True)
-            prompt.unfinished.update(request_ids)
-            owners |= {i: (prompt, case) for i, case in zip(request_ids, configs, strict=True)}
-    with closing(scheduler.run()) as events:
-        for request_id, event in events:
-            if isinstance(event, Exception):
-                raise event
-            prompt, case = owners[request_id]
-            prompt.runs[case].add(event)
+            prompt = DecodedPrompt(
+                name, number, ids, {case: Run() for case in configs}, set(configs)
+            )
+            requests = [
+                Request(prompt_ids=ids, config=config, tag=(prompt, case))
+                for case, config in configs.items()
+            ]
+            scheduler.submit_group(requests, raises_limit=True)
+    with closing(scheduler.decode()) as steps:
+        for request, step in steps:
+            prompt, case = request.tag
+            prompt.runs[case].add(step)
             if case == last:
-                prompt.text_ids.extend(event.tokens)
-            if event.finish_reason is not None:
-                prompt.unfinished.remove(request_id)
-                del owners[request_id]
+                prompt.text_ids.extend(step.tokens)
+            if step.finish_reason is not None:
+                prompt.unfinished.remove(case)
                 if not prompt.unfinished:
                     yield prompt
 

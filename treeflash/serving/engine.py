@@ -19,7 +19,7 @@ from itertools import groupby
 from pathlib import Path
 
 from treeflash.config import GIB
-from treeflash.decoding import Request, RequestId, Scheduler, SchedulerConfig
+from treeflash.decoding import Request, Scheduler, SchedulerConfig
 from treeflash.decoding.interfaces import device_report
 from treeflash.decoding.prefix_cache import PrefixCache
 from treeflash.decoding.request import Event
@@ -164,7 +164,7 @@ class Engine:
         self._backlog: dict[Completion, int] = {}
         self._mean_seconds = 1.0
         self._lock = threading.Lock()
-        self._answers: dict[RequestId, _RunningAnswer] = {}
+        self._answers: dict[Request, _RunningAnswer] = {}
         self._thread = SchedulerThread(
             self._make_scheduler, self._add_events, self._fail_all, stays=True
         )
@@ -290,8 +290,8 @@ class Engine:
         answers = enumerate(completion.answers)
         try:
             for _, group in groupby(requests, key=lambda x: list(x.prompt_ids)):
-                for request_id in self._scheduler.submit_group(list(group)):
-                    self._answers[request_id] = _RunningAnswer(completion, *next(answers))
+                for request in self._scheduler.submit_group(list(group)):
+                    self._answers[request] = _RunningAnswer(completion, *next(answers))
         except Exception as error:
             self._fail(completion, error)
 
@@ -305,8 +305,8 @@ class Engine:
     def _add_events(self, events: list[Event]) -> None:
         """Deliver the steps of an iteration."""
         updates: dict[Completion, list[AnswerUpdate | Exception]] = {}
-        for request_id, step in events:
-            if (answer := self._answers.get(request_id)) is None:
+        for request, step in events:
+            if (answer := self._answers.get(request)) is None:
                 continue  # it was dropped with another answer of its completion, which failed
             if isinstance(step, Exception):
                 logger.warning("an answer ended with an error: %s", step)
@@ -319,8 +319,8 @@ class Engine:
             self._count(answer, update)
             updates.setdefault(answer.completion, []).append(update)
             if update.chunk.finish_reason is not None:
-                self._scheduler.cancel(request_id)  # a stop string may have ended it
-                self._finish(request_id)
+                self._scheduler.cancel(request)  # a stop string may have ended it
+                self._finish(request)
         for completion, new in updates.items():
             completion.deliver(new)
         self.metrics.update_gauges(self._scheduler)
@@ -337,9 +337,9 @@ class Engine:
         if update.chunk.finish_reason is not None:
             self.metrics.count_finish(update.chunk.finish_reason, age)
 
-    def _finish(self, request_id: RequestId) -> None:
+    def _finish(self, request: Request) -> None:
         """Forget a finished answer."""
-        completion = self._answers.pop(request_id).completion
+        completion = self._answers.pop(request).completion
         seconds = time.perf_counter() - completion.submitted
         with self._lock:
             self._mean_seconds += 0.1 * (seconds - self._mean_seconds)
@@ -349,10 +349,10 @@ class Engine:
 
     def _drop(self, completion: Completion) -> None:
         """Cancel and forget all answers of a completion."""
-        for request_id, answer in list(self._answers.items()):
+        for request, answer in list(self._answers.items()):
             if answer.completion is completion:
-                self._scheduler.cancel(request_id)
-                del self._answers[request_id]
+                self._scheduler.cancel(request)
+                del self._answers[request]
         with self._lock:
             self._backlog.pop(completion, None)
         self.metrics.update_gauges(self._scheduler)

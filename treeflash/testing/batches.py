@@ -22,7 +22,7 @@ from treeflash.config import (
     Penalties,
     SamplingConfig,
 )
-from treeflash.decoding import Request, RequestId, Scheduler, SchedulerConfig, Step
+from treeflash.decoding import Request, Scheduler, SchedulerConfig, Step
 from treeflash.decoding.adaptive_budget import AdaptiveBudgets
 from treeflash.decoding.interfaces import Backend, Loader, SequenceState, TableOptions
 from treeflash.decoding.prefix_cache import PrefixCache
@@ -301,8 +301,8 @@ class ScheduleTests:
         scheduler = scheduler_of(backend, copied=SuffixCache(1 << 20))
         for repeats in (False, True):
             steps: list[list[Step]] = [[], []]
-            for number, step in scheduler.decode(requests):
-                steps[number].append(step)
+            for request, step in scheduler.decode(requests):
+                steps[requests.index(request)].append(step)
             for prompt, answer in zip(prompts, steps, strict=True):
                 plain = DecodeConfig(method="ar", max_tokens=50, sampling=sampling)
                 assert tokens_of(answer) == generate(backend, prompt, plain)
@@ -319,17 +319,17 @@ class ScheduleTests:
         drawn = data.draw(schedules(backend.vocab_size))
         sequences = [replace(sequence, prompt_ids=drawn[0].prompt_ids) for sequence in drawn]
         scheduler = scheduler_of(backend, SchedulerConfig(max_parallel=len(sequences)))
-        request_ids = scheduler.submit_group([sequence.request(backend) for sequence in sequences])
-        steps: dict[RequestId, list[Step]] = {}
-        for request_id, event in scheduler.run():
+        requests = scheduler.submit_group([sequence.request(backend) for sequence in sequences])
+        steps: dict[Request, list[Step]] = {}
+        for request, event in scheduler.run():
             assert not isinstance(event, Exception), event
-            steps.setdefault(request_id, []).append(event)
-        ended = len(steps[request_ids[0]]) == 1
-        for number, (request_id, sequence) in enumerate(zip(request_ids, sequences, strict=True)):
-            assert tokens_of(steps[request_id]) == plain_tokens(backend, sequence)
+            steps.setdefault(request, []).append(event)
+        ended = len(steps[requests[0]]) == 1
+        for number, (request, sequence) in enumerate(zip(requests, sequences, strict=True)):
+            assert tokens_of(steps[request]) == plain_tokens(backend, sequence)
             # A sequence that has ended cannot be forked, nor one without a drafter's state.
             if number and not ended and sequence.config.drafts == drawn[0].config.drafts:
-                assert steps[request_id][0].cached_tokens == len(sequence.prompt_ids) - 1
+                assert steps[request][0].cached_tokens == len(sequence.prompt_ids) - 1
 
 
 def scheduler_of(
@@ -346,20 +346,20 @@ def scheduler_of(
 
 def run_schedule(scheduler: Scheduler, sequences: Sequence[ScheduledSequence]) -> list[list[Step]]:
     """Submit and cancel sequences at their iterations; returns the steps of each."""
-    request_ids: dict[int, RequestId] = {}
-    steps: dict[RequestId, list[Step]] = {}
+    requests: dict[int, Request] = {}
+    steps: dict[Request, list[Step]] = {}
     iteration = 0
-    while len(request_ids) < len(sequences) or scheduler.busy:
+    while len(requests) < len(sequences) or scheduler.busy:
         for number, sequence in enumerate(sequences):
-            if number not in request_ids and sequence.joins <= iteration:
-                request_ids[number] = scheduler.submit(sequence.request(scheduler.backend))
+            if number not in requests and sequence.joins <= iteration:
+                requests[number] = scheduler.submit(sequence.request(scheduler.backend))
             if sequence.cancelled is not None and sequence.cancelled == iteration:
-                scheduler.cancel(request_ids[number])
-        for request_id, event in scheduler.step():
+                scheduler.cancel(requests[number])
+        for request, event in scheduler.step():
             assert not isinstance(event, Exception), event
-            steps.setdefault(request_id, []).append(event)
+            steps.setdefault(request, []).append(event)
         iteration += 1
-    return [steps.get(request_ids[number], []) for number in range(len(sequences))]
+    return [steps.get(requests[number], []) for number in range(len(sequences))]
 
 
 def sampled_log_probs(steps: Sequence[Step]) -> NDArray[np.float32]:

@@ -415,10 +415,13 @@ class RecurrenceTests:
         prompts = [random_tokens(rng, backend.vocab_size, n) for n in (1, 30, 2)]
         scheduler = Scheduler(backend)
         config = DecodeConfig(method="ddtree", budget=8, max_tokens=12)
-        requests = [Request(prompt_ids=prompt, config=config) for prompt in prompts]
         sequences: list[list[int]] = [[] for _ in prompts]
-        for number, step in scheduler.decode(requests):
-            sequences[number] += step.tokens
+        requests = [
+            Request(prompt_ids=prompt, config=config, tag=tokens)
+            for prompt, tokens in zip(prompts, sequences, strict=True)
+        ]
+        for request, step in scheduler.decode(requests):
+            request.tag.extend(step.tokens)
         for prompt, tokens in zip(prompts, sequences, strict=True):
             assert tokens == generate(backend, prompt, config)
 

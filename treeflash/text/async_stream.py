@@ -9,7 +9,7 @@ from functools import partial
 from typing import TypeAlias
 
 from treeflash.config import AUTO
-from treeflash.decoding import Request, RequestId, Scheduler
+from treeflash.decoding import Request, Scheduler
 from treeflash.decoding.adaptive_budget import AdaptiveBudgets
 from treeflash.decoding.interfaces import Backend
 from treeflash.decoding.loop import Step
@@ -29,7 +29,7 @@ class AsyncDecoder:
         self._backend, self._budgets = backend, budgets
         self._starting = threading.Lock()
         self._thread: SchedulerThread | None = None
-        self._mailboxes: dict[RequestId, Steps] = {}  # of the running thread, which alone uses it
+        self._mailboxes: dict[Request, Steps] = {}  # of the running thread, which alone uses it
 
     def submit(self, request: Request) -> Steps:
         """Decode a sequence beside the others; call it in an event loop.
@@ -55,21 +55,21 @@ class AsyncDecoder:
 
     def _submit(self, request: Request, mailbox: Steps) -> None:
         try:
-            (request_id,) = self._scheduler.submit_group([request], raises_limit=True)
+            self._scheduler.submit_group([request], raises_limit=True)
         except Exception as error:
             mailbox.put([error])
         else:
-            self._mailboxes[request_id] = mailbox
+            self._mailboxes[request] = mailbox
 
     def _receive(self, events: list[Event]) -> None:
-        for request_id, event in events:
-            self._mailboxes[request_id].put([event])
+        for request, event in events:
+            self._mailboxes[request].put([event])
             if isinstance(event, Exception) or event.finish_reason is not None:
-                del self._mailboxes[request_id]
-        for request_id, mailbox in list(self._mailboxes.items()):
+                del self._mailboxes[request]
+        for request, mailbox in list(self._mailboxes.items()):
             if mailbox.closed:
-                self._scheduler.cancel(request_id)
-                del self._mailboxes[request_id]
+                self._scheduler.cancel(request)
+                del self._mailboxes[request]
 
     def _fail(self, error: Exception) -> None:
         for mailbox in self._mailboxes.values():

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treeflash.config import AUTO, DecodeConfig
-from treeflash.decoding import Request, RequestId, Scheduler, SchedulerConfig, decode
+from treeflash.decoding import Request, Scheduler, SchedulerConfig, decode
 from treeflash.decoding.adaptive_budget import AdaptiveBudgets
 from treeflash.decoding.interfaces import Backend
 from treeflash.decoding.loop import Step
@@ -75,9 +75,11 @@ class Assembler:
         self._text = TextStream(self.tokenizer, self.stop)
 
     def request(self) -> Request:
-        """Return a request for this sequence, with a constraint of its own."""
+        """Return a request for this sequence, with a constraint of its own; its tag is this."""
         constraint = None if self.make_constraint is None else self.make_constraint()
-        return Request(prompt_ids=self.prompt_ids, config=self.config, constraint=constraint)
+        return Request(
+            prompt_ids=self.prompt_ids, config=self.config, constraint=constraint, tag=self
+        )
 
     @property
     def finish_reason(self) -> str | None:
@@ -224,7 +226,6 @@ class BatchStream:
         self._scheduler = Scheduler(
             backend, scheduler_config(parallel), budgets=budgets, suffix_cache=suffix_cache
         )
-        self._assemblers: dict[RequestId, Assembler] = {}
 
     @property
     def busy(self) -> bool:
@@ -233,26 +234,24 @@ class BatchStream:
     @property
     def has_room(self) -> bool:
         """Whether fewer sequences than `parallel` are here."""
-        return len(self._assemblers) < self._scheduler.config.max_parallel
+        scheduler = self._scheduler
+        return scheduler.running + scheduler.waiting < scheduler.config.max_parallel
 
     def submit(self, assemblers: Sequence[Assembler]) -> None:
         """Add sequences with the same prompt, which is prefilled once; raises as `decode` does."""
         requests = [assembler.request() for assembler in assemblers]
-        request_ids = self._scheduler.submit_group(requests, raises_limit=True)
-        self._assemblers |= zip(request_ids, assemblers, strict=True)
+        self._scheduler.submit_group(requests, raises_limit=True)
 
     def step(self) -> list[tuple[Assembler, Exception | None]]:
         """Run one iteration; the sequences that it ended, with the error if there was one."""
         finished: list[tuple[Assembler, Exception | None]] = []
-        for request_id, event in self._scheduler.step():
-            assembler = self._assemblers[request_id]
+        for request, event in self._scheduler.step():
+            assembler: Assembler = request.tag
             error = event if isinstance(event, Exception) else None
             if isinstance(event, Exception) or assembler.add(event).finish_reason is not None:
-                self._scheduler.cancel(request_id)  # a stop string may have ended it
-                del self._assemblers[request_id]
+                self._scheduler.cancel(request)  # a stop string may have ended it
                 finished.append((assembler, error))
         return finished
 
     def close(self) -> None:
         self._scheduler.close()
-        self._assemblers.clear()

@@ -183,12 +183,13 @@ def respond(
 ) -> Iterator[tuple[int, list[int]]]:
     """Decode many requests, up to `slots` at once; yields each index and its new tokens."""
     scheduler = Scheduler(backend, SchedulerConfig(max_parallel=slots))
-    responses: dict[int, list[int]] = defaultdict(list)
+    numbers = {request: number for number, request in enumerate(requests)}
+    responses: dict[Request, list[int]] = defaultdict(list)
     with closing(scheduler.decode(requests)) as steps:
-        for index, step in steps:
-            responses[index] += step.tokens
+        for request, step in steps:
+            responses[request] += step.tokens
             if step.finish_reason is not None:
-                yield index, responses.pop(index)
+                yield numbers[request], responses.pop(request)
 
 
 def _request(

@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 from schedule_machine import FaultyVerifier, ScheduleMachine
 
+from treeflash.decoding import Request
 from treeflash.decoding.backend_base import Snapshots
 from treeflash.decoding.interfaces import Prefill, Verify
 from treeflash.decoding.iteration import Iteration, RunningSequence
@@ -36,12 +37,12 @@ def test_random_schedules_for_an_hour():
     run_state_machine_as_test(ScheduleMachine, settings=long)
 
 
-def cancel_waiting_alone(self: Scheduler, request_id: int) -> None:
-    self._waiting = [x for x in self._waiting if x.request_id != request_id]
+def cancel_waiting_alone(self: Scheduler, request: Request) -> None:
+    self._waiting = [x for x in self._waiting if x.request is not request]
 
 
-def cancel_running_alone(self: Scheduler, request_id: int) -> None:
-    for sequence in [x for x in self._running if x.request_id == request_id]:
+def cancel_running_alone(self: Scheduler, request: Request) -> None:
+    for sequence in [x for x in self._running if x.request is request]:
         self._end(sequence)
 
 
@@ -81,9 +82,9 @@ def leave_the_state_open(self: RunningSequence) -> None:
     self.loop.close()
 
 
-def give_every_prompt_the_whole_room(self: Iteration) -> dict[Any, int]:
+def give_every_prompt_the_whole_room(self: Iteration) -> dict[RunningSequence, int]:
     room = self.prefill_chunks[0 if self._pending(Verify) else 1]
-    return {x.request_id: min(x.chunk_size, room) for x in self._pending(Prefill)}
+    return {x: min(x.chunk_size, room) for x in self._pending(Prefill)}
 
 
 def end_all(
