@@ -69,13 +69,25 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(h, q, bias)
         self.gate_proj = nn.Linear(h, q, bias) if config.gated else None
         self.k_proj = nn.Linear(h, kv, bias)
-        self.v_proj = nn.Linear(h, kv, bias)
+        self.v_proj: nn.Linear | None = nn.Linear(h, kv, bias)
         self.o_proj = nn.Linear(q, h, bias)
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
         # (heads,) scores of a key whose value is zero.
         sinks = nn.Parameter(torch.empty(heads[0])) if config.attention_sinks else None
         self.attention_sink_bias: nn.Parameter | None = sinks
+
+    def forward(
+        self, y: Tensor, context: Tensor, rotation: Rotation | None, attend: Attend
+    ) -> Tensor:
+        """Map the (batch, n, hidden_size) input of a layer's attention; see `Layer.forward`."""
+        n = y.shape[1]
+        block_rotation = rotation and (rotation[0][..., -n:, :], rotation[1][..., -n:, :])
+        keys_and_values = self.keys_and_values(torch.cat([context, y], 1), rotation)
+        out = attend(self.queries(y, block_rotation), *keys_and_values).flatten(2)
+        if self.gate_proj is not None:
+            out = out * self.gate_proj(y).sigmoid()
+        return self.o_proj(out)
 
     def queries(self, x: Tensor, rotation: Rotation | None) -> Tensor:
         """Return the (batch, heads, n, head_dim) from (batch, n, hidden_size).
@@ -89,6 +101,7 @@ class Attention(nn.Module):
 
     def keys_and_values(self, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
         """Return the (batch, kv_heads, n, head_dim) each, of context and block."""
+        assert self.v_proj is not None
         keys, values = self._heads(self.k_proj(x)), self._heads(self.v_proj(x)).transpose(1, 2)
         if rotation is None:
             return keys.transpose(1, 2), values
@@ -96,6 +109,25 @@ class Attention(nn.Module):
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim))
+
+
+class Gemma4Attention(Attention):
+    """Gemma 4's attention: normed values, which may be the projected keys, and plain scores."""
+
+    def __init__(self, config: DrafterConfig) -> None:
+        super().__init__(config)
+        self.scale = 1.0
+        self.eps = config.rms_norm_eps
+        if config.keys_are_values:
+            self.v_proj = None
+
+    def keys_and_values(self, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
+        keys = self._heads(self.k_proj(x))
+        values = keys if self.v_proj is None else self._heads(self.v_proj(x))
+        values = F.rms_norm(values, values.shape[-1:], None, self.eps).transpose(1, 2)
+        if rotation is None:
+            return keys.transpose(1, 2), values
+        return rotate(self.k_norm(keys).transpose(1, 2), rotation), values
 
 
 class MLP(nn.Module):
@@ -172,17 +204,42 @@ class Layer(nn.Module):
         """
         y = self.input_layernorm(x)
         before, after = self.attention_conv(y) if self.attention_conv else (unchanged, unchanged)
-        y = before(y)
-        attention, n = self.self_attn, x.shape[1]
-        block_rotation = rotation and (rotation[0][..., -n:, :], rotation[1][..., -n:, :])
-        keys_and_values = attention.keys_and_values(torch.cat([context, y], 1), rotation)
-        out = attend(attention.queries(y, block_rotation), *keys_and_values).flatten(2)
-        if attention.gate_proj is not None:
-            out = out * attention.gate_proj(y).sigmoid()
-        x = x + after(attention.o_proj(out))
+        x = x + after(self.self_attn(before(y), context, rotation, attend))
         y = self.post_attention_layernorm(x)
         before, after = self.mlp_conv(y) if self.mlp_conv else (unchanged, unchanged)
         return x + after(self.mlp(before(y)))
+
+
+class Gemma4MLP(MLP):
+    """A gated network with GELU, by its approximation with a hyperbolic tangent."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = F.gelu(self.gate_proj(x), approximate="tanh")
+        return self.down_proj(gate * self.up_proj(x))
+
+
+class Gemma4Layer(nn.Module):
+    """Gemma 4's layer with full attention: the outputs of sublayers are normed too."""
+
+    def __init__(self, config: DrafterConfig) -> None:
+        super().__init__()
+        self.self_attn = Gemma4Attention(config)
+        self.mlp = Gemma4MLP(config)
+        size = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = RMSNorm(*size)
+        self.post_attention_layernorm = RMSNorm(*size)
+        self.pre_feedforward_layernorm = RMSNorm(*size)
+        self.post_feedforward_layernorm = RMSNorm(*size)
+        self.layer_scalar = nn.Parameter(torch.empty(1))
+
+    def forward(
+        self, x: Tensor, context: Tensor, rotation: Rotation | None, attend: Attend
+    ) -> Tensor:
+        """Map (batch, n, hidden_size) to (batch, n, hidden_size) as `Layer.forward` does."""
+        y = self.self_attn(self.input_layernorm(x), context, rotation, attend)
+        x = x + self.post_attention_layernorm(y)
+        y = self.mlp(self.pre_feedforward_layernorm(x))
+        return (x + self.post_feedforward_layernorm(y)) * self.layer_scalar
 
 
 class OwnVocabulary(nn.Module):
@@ -233,7 +290,8 @@ class DrafterModel(nn.Module):
         h = config.hidden_size
         self.fc = nn.Linear(len(config.target_layer_ids) * h, h, bias=False)
         self.hidden_norm = RMSNorm(h, config.rms_norm_eps)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        layer = Gemma4Layer if config.gemma4 else Layer
+        self.layers = nn.ModuleList(layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(h, config.rms_norm_eps)
         self.rotary = Rotary(config)
 

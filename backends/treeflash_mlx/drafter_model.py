@@ -69,6 +69,23 @@ class Attention(nn.Module):
         sinks = mx.zeros(config.num_attention_heads) if config.attention_sinks else None
         self.attention_sink_bias: mx.array | None = sinks
 
+    def __call__(
+        self,
+        y: mx.array,
+        contexts: Sequence[mx.array],
+        block_positions: mx.array,
+        row_positions: mx.array,
+        attend: Attend,
+    ) -> mx.array:
+        """Map the (batch * S, hidden_size) input of a layer's attention; see `Layer.__call__`."""
+        pairs = zip(contexts, mx.split(y, len(contexts)), strict=True)
+        rows = mx.concatenate([part for pair in pairs for part in pair])
+        queries = self.queries(y, block_positions)
+        out = attend(queries, *self.keys_and_values(rows, row_positions))
+        if self.gate_proj is not None:
+            out = out * mx.sigmoid(self.gate_proj(y))
+        return self.o_proj(out)
+
     def queries(self, x: mx.array, positions: mx.array) -> mx.array:
         """Return the (1, heads, n, head_dim) of n rows."""
         queries = self.q_proj(x).reshape(len(x), -1, self.head_dim)
@@ -78,6 +95,24 @@ class Attention(nn.Module):
         """Return the (1, kv_heads, n, head_dim) each, of n rows of context and blocks."""
         shape = len(x), -1, self.head_dim
         keys, values = self.k_proj(x).reshape(shape), self.v_proj(x).reshape(shape)
+        return self.rope(self.k_norm(keys), positions), values.swapaxes(0, 1)[None]
+
+
+class Gemma4Attention(Attention):
+    """Gemma 4's attention: normed values, which may be the projected keys, and plain scores."""
+
+    def __init__(self, config: DrafterConfig) -> None:
+        super().__init__(config)
+        self.scale = 1.0
+        self.eps = config.rms_norm_eps
+        if config.keys_are_values:
+            self.v_proj = None
+
+    def keys_and_values(self, x: mx.array, positions: mx.array) -> tuple[mx.array, mx.array]:
+        shape = len(x), -1, self.head_dim
+        keys = self.k_proj(x).reshape(shape)
+        values = keys if self.v_proj is None else self.v_proj(x).reshape(shape)
+        values = mx.fast.rms_norm(values, None, self.eps)
         return self.rope(self.k_norm(keys), positions), values.swapaxes(0, 1)[None]
 
 
@@ -164,18 +199,38 @@ class Layer(nn.Module):
         """
         y = self.input_layernorm(x)
         before, after = self.attention_conv(y) if self.attention_conv else (_identity, _identity)
-        y = before(y)
-        pairs = zip(contexts, mx.split(y, len(contexts)), strict=True)
-        rows = mx.concatenate([part for pair in pairs for part in pair])
-        attention = self.self_attn
-        queries = attention.queries(y, block_positions)
-        out = attend(queries, *attention.keys_and_values(rows, row_positions))
-        if attention.gate_proj is not None:
-            out = out * mx.sigmoid(attention.gate_proj(y))
-        x = x + after(attention.o_proj(out))
+        x = x + after(self.self_attn(before(y), contexts, block_positions, row_positions, attend))
         y = self.post_attention_layernorm(x)
         before, after = self.mlp_conv(y) if self.mlp_conv else (_identity, _identity)
         return x + after(self.mlp(before(y)))
+
+
+class Gemma4MLP(MLP):
+    """A gated network with GELU, by its approximation with a hyperbolic tangent."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.down_proj(nn.gelu_approx(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Gemma4Layer(nn.Module):
+    """Gemma 4's layer with full attention: the outputs of sublayers are normed too."""
+
+    def __init__(self, config: DrafterConfig) -> None:
+        super().__init__()
+        self.self_attn = Gemma4Attention(config)
+        self.mlp = Gemma4MLP(config)
+        size = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = nn.RMSNorm(*size)
+        self.post_attention_layernorm = nn.RMSNorm(*size)
+        self.pre_feedforward_layernorm = nn.RMSNorm(*size)
+        self.post_feedforward_layernorm = nn.RMSNorm(*size)
+        self.layer_scalar = mx.ones(1)
+
+    def __call__(self, x: mx.array, *rows: Any) -> mx.array:
+        """Map (batch * S, hidden_size) to (batch * S, hidden_size) as `Layer.__call__` does."""
+        x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), *rows))
+        y = self.mlp(self.pre_feedforward_layernorm(x))
+        return (x + self.post_feedforward_layernorm(y)) * self.layer_scalar
 
 
 class OwnVocabulary(nn.Module):
@@ -250,7 +305,8 @@ class DrafterModel(nn.Module):
         h = config.hidden_size
         self.fc = nn.Linear(len(config.target_layer_ids) * h, h, bias=False)
         self.hidden_norm = nn.RMSNorm(h, config.rms_norm_eps)
-        self.layers = [Layer(config) for _ in range(config.num_hidden_layers)]
+        layer = Gemma4Layer if config.gemma4 else Layer
+        self.layers = [layer(config) for _ in range(config.num_hidden_layers)]
         self.norm = nn.RMSNorm(h, config.rms_norm_eps)
         self._own = own  # loaded already, so not among the parameters
 

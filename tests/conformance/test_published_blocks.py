@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pytest
@@ -14,10 +14,13 @@ from treeflash.decoding import Request, decode
 from treeflash.decoding.interfaces import TableOptions
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import build_chain
+from treeflash.reference import drafter
+from treeflash.reference.numerics import attention, silu
 
-NAMES = ("dflash-sinks", "dspark-sinks", "muse-glimmer-assistant-plain")
+NAMES = ("dflash-sinks", "dspark-sinks", "gemma4-dspark-plain", "muse-glimmer-assistant-plain")
 PUBLISHED = [
     *((backend, name) for backend in BACKENDS for name in NAMES),
+    ("mlx", "gemma4-dspark"),
     ("mlx", "muse-glimmer-assistant"),
 ]
 pytestmark = needs_fixtures
@@ -78,15 +81,19 @@ def test_published_numbers_drafts_and_texts(backend: str, name: str) -> None:
             assert [token for step in steps for token in step.tokens] == case["greedy"]
 
 
-def setting(name: str, value: Any) -> Callable[[Any], None]:
-    """Plant another value of a drafter's configuration."""
-    return lambda pair: object.__setattr__(pair.drafter_model.config, name, value)
+Plant: TypeAlias = Callable[[pytest.MonkeyPatch, Any], None]
+"""Makes a mistake in a pair of the reference."""
 
 
-def scaled_sinks(factor: float) -> Callable[[Any], None]:
+def setting(name: str, value: Any) -> Plant:
+    """Give a drafter's configuration another value."""
+    return lambda patch, pair: object.__setattr__(pair.drafter_model.config, name, value)
+
+
+def scaled_sinks(factor: float) -> Plant:
     """Multiply the sinks; a factor of -inf leaves them out."""
 
-    def plant(pair: Any) -> None:
+    def plant(patch: pytest.MonkeyPatch, pair: Any) -> None:
         tensors = pair.drafter_model.tensors
         for name in [name for name in tensors if name.endswith("sink_bias")]:
             tensors[name] = (
@@ -96,7 +103,12 @@ def scaled_sinks(factor: float) -> Callable[[Any], None]:
     return plant
 
 
-FAULTS: dict[str, tuple[str, Callable[[Any], None]]] = {
+def other_function(name: str, function: Callable[..., Any]) -> Plant:
+    """Replace a function of the drafter's arithmetic."""
+    return lambda patch, pair: patch.setattr(drafter, name, function)
+
+
+FAULTS: dict[str, tuple[str, Plant]] = {
     "no sinks": ("dflash-sinks", scaled_sinks(-np.inf)),
     "sinks scaled like scores": ("dflash-sinks", scaled_sinks(0.25)),
     "sinks of DSpark left out": ("dspark-sinks", scaled_sinks(-np.inf)),
@@ -112,14 +124,30 @@ FAULTS: dict[str, tuple[str, Callable[[Any], None]]] = {
         "muse-glimmer-assistant-plain",
         setting("sliding_windows", (7,) * 3),
     ),
+    "Gemma 4's values without a norm": (
+        "gemma4-dspark-plain",
+        other_function("rms_norm", lambda x, weight, eps: x),
+    ),
+    "Gemma 4's scores scaled": (
+        "gemma4-dspark-plain",
+        other_function("attention", lambda q, k, v, mask, *_: attention(q, k, v, mask)),
+    ),
+    "SiLU in Gemma 4's layers": ("gemma4-dspark-plain", other_function("gelu_tanh", silu)),
+    "embeddings without a factor": ("gemma4-dspark-plain", setting("input_scale", 1.0)),
+    "no softcap before the Markov bias": ("gemma4-dspark-plain", setting("softcap", None)),
+    "frequencies of the turning channels alone": (
+        "gemma4-dspark-plain",
+        setting("inv_freq", (1.0, 1e-3, *[0.0] * 6)),
+    ),
+    "a causal block": ("gemma4-dspark-plain", setting("causal", (True, True))),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_usual_mistakes(fault: str) -> None:
+def test_usual_mistakes(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     name, plant = FAULTS[fault]
     pair = load_published("reference", name)
     assert largest_error(pair, name) < TOLERANCE
-    plant(pair)
+    plant(monkeypatch, pair)
     with pytest.raises(AssertionError):
         assert largest_error(pair, name) < 100 * TOLERANCE

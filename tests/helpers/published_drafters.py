@@ -23,6 +23,8 @@ NEWER = {
     "deepspec-eagle3": "plain-target",
     "dflash-sinks": "plain-target",
     "dspark-sinks": "plain-target",
+    "gemma4-dspark": "gemma4-target",
+    "gemma4-dspark-plain": "plain-target",
     "muse-glimmer-assistant": "muse-target",
     "muse-glimmer-assistant-plain": "plain-target",
     "speculators-mtp": "qwen3_5-target",

@@ -9,6 +9,13 @@ from treeflash.drafters.config import DrafterConfig, inverse_frequencies, rope_p
 
 MAX_BLOCK_SIZE = 4096
 """Slots of a block; drafters have 7 to 16. More would exhaust the memory."""
+NORMS = (
+    "input_layernorm",
+    "post_attention_layernorm",
+    "pre_feedforward_layernorm",
+    "post_feedforward_layernorm",
+)
+"""The norms of Gemma 4's layers, of which other layers have the first two."""
 LAYER_TYPES = ("full_attention", "sliding_attention")
 KEYS = frozenset(
     (  # noqa: SIM905
@@ -128,6 +135,8 @@ def backbone_shapes(config: DrafterConfig) -> dict[str, tuple[int, ...]]:
     for n in range(config.num_hidden_layers):
         layer = f"layers.{n}."
         for name, (rows, columns) in {"q": (q, h), "k": (kv, h), "v": (kv, h), "o": (h, q)}.items():
+            if name == "v" and config.keys_are_values:
+                continue
             rows = 2 * rows if name == "q" and config.gated else rows
             shapes[f"{layer}self_attn.{name}_proj.weight"] = (rows, columns)
             if config.attention_bias:
@@ -138,9 +147,10 @@ def backbone_shapes(config: DrafterConfig) -> dict[str, tuple[int, ...]]:
             f"{layer}mlp.gate_proj.weight": (i, h),
             f"{layer}mlp.up_proj.weight": (i, h),
             f"{layer}mlp.down_proj.weight": (h, i),
-            f"{layer}input_layernorm.weight": (h,),
-            f"{layer}post_attention_layernorm.weight": (h,),
+            **{f"{layer}{name}.weight": (h,) for name in NORMS[: 4 if config.gemma4 else 2]},
         }
+        if config.gemma4:
+            shapes[f"{layer}layer_scalar"] = (1,)
         if config.attention_sinks:
             shapes[f"{layer}self_attn.attention_sink_bias"] = (config.num_attention_heads,)
         if taps := config.conv_kernel_size:

@@ -91,6 +91,11 @@ class DrafterConfig(DrafterShape):
 
     block_size: int  # S, the slots of a block: the root and S - 1 masks
     mask_token_id: int  # the token in the slots after the root
+    # whether the layers are Gemma 4's: their values are normed, their scores not scaled, and their
+    # sublayers' outputs normed too
+    gemma4: bool = False
+    # whether these values are the projected keys, so that there is no `v_proj`
+    keys_are_values: bool = False
     # whether the softmax of each query head has one more logit, of a key without a value
     attention_sinks: bool = False
     # whether rotary pairs are neighbouring channels (2i, 2i + 1) in the stored tensors, instead of
@@ -132,6 +137,7 @@ class DrafterConfig(DrafterShape):
             "interleaved rotary embeddings": self.interleaved_rope,
             "gated queries": self.gated,
             "attention sinks": self.attention_sinks,
+            "Gemma 4's layers": self.gemma4,
         }
 
     @property

@@ -6,6 +6,7 @@
 | TreeFlash (arXiv 2606.03819) | TreeFlash | `ar_approximation` names a head |
 | DFlash2 | z-lab, incoai | `DFlash2DraftModel`, or `selector_top_k` |
 | DeepSpec | deepseek-ai, LiquidAI | `{Qwen3,Qwen35}DSparkModel`, `Lfm2DSparkDraftModel` |
+| DeepSpec for Gemma 4 | deepseek-ai | `Gemma4DSparkModel` |
 | Muse Glimmer's assistant | Meta | `MuseGlimmerAssistantModel` |
 | SpecForge DSpark, SpecForge Domino | sgl-project | `projector_type` `dspark` or `domino` |
 | LiLiCorr (arXiv 2608.20530) | NVIDIA | `LiLiCorrDraftModel`, or `projector_type` `lilicorr` |
@@ -18,6 +19,7 @@ of speculators are at the top level, and the layers' settings in `transformer_la
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -67,7 +69,6 @@ SECTIONS = ("dflash_config", "treeflash_config")
 """Where a `config.json` may hold a drafter's own settings; the top level is searched last."""
 REFUSED = {
     "DFlashLagunaForCausalLM": "poolside's Laguna",
-    "Gemma4DSparkModel": "DeepSpec's for Gemma 4",
     "K3DSparkModel": "DSpark for Kimi K3",
 }
 """Layouts that are not supported, by the first entry of `architectures`."""
@@ -399,6 +400,43 @@ def _gated(parsed: DrafterConfig, config: Config) -> DrafterConfig:
     return replace(parsed, gated=True, norm_offset=1.0, inv_freq=inv_freq)
 
 
+GEMMA4_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "enable_moe_block": (None, False),
+    "hidden_activation": ("gelu_pytorch_tanh",),
+    "hidden_size_per_layer_input": (None, 0),
+    "layer_types": (None,),
+    "num_kv_shared_layers": (None, 0),
+}
+"""Settings of Gemma 4's layers that must have one of these values; full attention is left out."""
+
+
+def _parse_gemma4(config: Config) -> DrafterConfig:
+    """DeepSpec's drafters with layers like Gemma 4's layers of full attention.
+
+    Frequencies are of whole heads, and the first `partial_rotary_factor` of the pairs turn.
+    """
+    full = set(config.get("layer_types") or ()) <= {"full_attention"}
+    backbone.refuse(_without(config, ["layer_types"]) if full else config, GEMMA4_NEUTRAL)
+    rope = rope_parameters(config)
+    backbone.refuse(rope, {"rope_type": ("proportional",)})
+    head_dim, shared = int(config["global_head_dim"]), bool(config.get("attention_k_eq_v"))
+    kv_heads = config.get("num_global_key_value_heads") if shared else None
+    frequencies, _ = inverse_frequencies({**rope, "rope_type": "default"}, head_dim)
+    frequencies[int(float(rope.get("partial_rotary_factor", 1)) * head_dim) // 2 :] = 0
+    sizes = {
+        "head_dim": head_dim,
+        "num_key_value_heads": kv_heads or config["num_key_value_heads"],
+        "rope_parameters": {"rope_theta": rope["rope_theta"]},
+    }
+    return replace(
+        _parse_deepspec({**config, **sizes}),
+        gemma4=True,
+        keys_are_values=shared,
+        input_scale=math.sqrt(int(config["hidden_size"])),
+        inv_freq=tuple(frequencies.tolist()),
+    )
+
+
 def _parse_specforge(config: Config) -> DrafterConfig:
     """DSpark's heads on a DFlash backbone.
 
@@ -642,21 +680,29 @@ MUSE = _block(
     DFLASH_KEYS,
     lambda config: _is_published_as(config, None, "MuseGlimmerAssistantModel"),
 )
+DEEPSPEC_KEYS = {
+    *DFLASH_KEYS,
+    *MARKOV_KEYS,
+    "draft_vocab_size",
+    "dspark_bonus_anchor",
+    "eagle_aux_hidden_state_layer_ids",  # beside `target_layer_ids`, of other engines
+    "sample_from_anchor",
+}
 DEEPSPEC = _block(
     "DeepSpec",
     _parse_deepspec,
-    DFLASH_KEYS
-    | MARKOV_KEYS
-    | {
-        "draft_vocab_size",
-        "dspark_bonus_anchor",
-        "eagle_aux_hidden_state_layer_ids",  # beside `target_layer_ids`, of other engines
-        "enable_qwen35_gated_q_proj",
-        "sample_from_anchor",
-    },
+    DEEPSPEC_KEYS | {"enable_qwen35_gated_q_proj"},
     lambda config: _is_published_as(
         config, None, "Qwen3DSparkModel", "Lfm2DSparkDraftModel", "Qwen35DSparkModel"
     ),
+)
+GEMMA4 = _block(
+    "DeepSpec for Gemma 4",
+    _parse_gemma4,
+    DEEPSPEC_KEYS
+    | GEMMA4_NEUTRAL.keys()
+    | {"attention_k_eq_v", "global_head_dim", "num_global_key_value_heads"},
+    lambda config: _is_published_as(config, None, "Gemma4DSparkModel"),
 )
 SPECFORGE = _block(
     "SpecForge DSpark",
@@ -693,6 +739,7 @@ BLOCK_FORMATS = (
     LILICORR,
     SPECFORGE,
     DEEPSPEC,
+    GEMMA4,
     MUSE,
     DFLASH2,
     TREEFLASH,

@@ -249,7 +249,7 @@ def _join_halves(tensor: Any, config: DrafterConfig) -> Any:
     if config.interleaved_rope:
         return tensor.reshape(-1, half, 2, *shape[1:]).swapaxes(1, 2).reshape(shape)
     pairs = sum(frequency > 0 for frequency in config.inv_freq)
-    if pairs == half:
+    if pairs == half or config.gemma4:
         return tensor
     heads = tensor.reshape(-1, 2 * half, *shape[1:])
     ordered = heads + 0  # a copy in every framework

@@ -267,7 +267,7 @@ def _assistant_shapes(
             f"{layer}self_attn.o_proj.weight": (width, queries),
             f"{layer}layer_scalar": (1,),
             **_mlp_shapes(f"{layer}mlp.", width, inner),
-            **{f"{layer}{name}.weight": (width,) for name in ASSISTANT_NORMS},
+            **{f"{layer}{name}.weight": (width,) for name in backbone.NORMS},
         }
     return shapes
 
@@ -615,12 +615,6 @@ def _refuse_keys(
 
 
 ASSISTANT_TYPES = ("gemma4_assistant", "gemma4_unified_assistant")
-ASSISTANT_NORMS = (
-    "input_layernorm",
-    "post_attention_layernorm",
-    "pre_feedforward_layernorm",
-    "post_feedforward_layernorm",
-)
 ASSISTANT_KEYS = {
     "backbone_hidden_size",
     "centroid_intermediate_top_k",

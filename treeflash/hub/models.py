@@ -169,7 +169,10 @@ _DRAFTERS_BY_TARGET = {
         "RedHatAI/gemma-4-26B-A4B-it-speculator.eagle3",
     ),
     "google/gemma-4-12B-it": _drafters(
-        "z-lab/gemma4-12B-it-DFlash", "google/gemma-4-12B-it-assistant"
+        "deepseek-ai/dspark_gemma4_12b_block7",
+        "deepseek-ai/dflash_gemma4_12b_block7",
+        "z-lab/gemma4-12B-it-DFlash",
+        "google/gemma-4-12B-it-assistant",
     ),
     **{
         f"google/gemma-4-{size}-it": _drafters(f"google/gemma-4-{size}-it-assistant")

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from treeflash.decoding.backend_base import OneByOneDrafter
 from treeflash.decoding.interfaces import TableOptions
@@ -17,7 +20,9 @@ from treeflash.reference.numerics import (
     Ints,
     attention,
     block_visible,
+    gelu_tanh,
     log_softmax,
+    rms_norm,
     rotate,
     sigmoid,
     silu,
@@ -26,6 +31,8 @@ from treeflash.reference.numerics import (
 )
 from treeflash.reference.target import Cache
 from treeflash.reference.verifier import State
+
+Sublayer: TypeAlias = Callable[[Array], Array]
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,25 +70,46 @@ class Drafter(OneByOneDrafter):
             seen = block_visible if config.window_from_root else visible
             mask = seen(positions, keys, config.sliding_windows[n], config.causal[n])
             mask = mask & ((keys < first) | (keys >= end))
-            layer = f"layers.{n}."
-            y = self.model.normed(layer + "input_layernorm", x)
-            before, after = self._convolutions(layer + "attention_conv", y)
-            y = before(y)
-            q = self._heads(layer, "q", y, positions)
-            k, v = cache.attend(n, *self._keys_and_values(layer, y, positions))
-            sinks = self.model.tensors.get(layer + "self_attn.attention_sink_bias")
-            out = attention(q, k, v, mask, sinks=sinks)
-            if config.gated:
-                out = out * sigmoid(self.model.linear(layer + "self_attn.gate_proj", y))
-            x = x + after(self.model.linear(layer + "self_attn.o_proj", out))
-            y = self.model.normed(layer + "post_attention_layernorm", x)
-            before, after = self._convolutions(layer + "mlp_conv", y)
-            y = before(y)
-            gate = silu(self.model.linear(layer + "mlp.gate_proj", y))
-            up = self.model.linear(layer + "mlp.up_proj", y)
-            x = x + after(self.model.linear(layer + "mlp.down_proj", gate * up))
+            attend = partial(self._attend, cache, n, positions, mask)
+            x = (self._gemma4_layer if config.gemma4 else self._layer)(f"layers.{n}.", x, attend)
         assert state.anchor is not None
         return Block(root, x[config.first_slot :][:depths], x, state.tokens[-1], state.anchor)
+
+    def _layer(self, layer: str, x: Array, attend: Sublayer) -> Array:
+        """Map the outputs of the layer before to the outputs of a layer, with its convolutions."""
+        y = self.model.normed(layer + "input_layernorm", x)
+        before, after = self._convolutions(layer + "attention_conv", y)
+        x = x + after(attend(before(y)))
+        y = self.model.normed(layer + "post_attention_layernorm", x)
+        before, after = self._convolutions(layer + "mlp_conv", y)
+        return x + after(self._feed_forward(layer, before(y), silu))
+
+    def _gemma4_layer(self, layer: str, x: Array, attend: Sublayer) -> Array:
+        normed = self.model.normed
+        y = attend(normed(layer + "input_layernorm", x))
+        x = x + normed(layer + "post_attention_layernorm", y)
+        y = normed(layer + "pre_feedforward_layernorm", x)
+        y = self._feed_forward(layer, y, gelu_tanh)
+        x = x + normed(layer + "post_feedforward_layernorm", y)
+        return x * self.model.tensors[layer + "layer_scalar"]
+
+    def _attend(
+        self, cache: Cache, n: int, positions: Ints, mask: NDArray[np.bool_], y: Array
+    ) -> Array:
+        """Attend from a layer's (S, hidden_size) normed inputs to the context and the block."""
+        layer, config = f"layers.{n}.", self.model.config
+        q = self._heads(layer, "q", y, positions)
+        k, v = cache.attend(n, *self._keys_and_values(layer, y, positions))
+        sinks = self.model.tensors.get(layer + "self_attn.attention_sink_bias")
+        out = attention(q, k, v, mask, 1.0 if config.gemma4 else None, sinks)
+        if config.gated:
+            out = out * sigmoid(self.model.linear(layer + "self_attn.gate_proj", y))
+        return self.model.linear(layer + "self_attn.o_proj", out)
+
+    def _feed_forward(self, layer: str, y: Array, activation: Sublayer) -> Array:
+        gate = activation(self.model.linear(layer + "mlp.gate_proj", y))
+        up = self.model.linear(layer + "mlp.up_proj", y)
+        return self.model.linear(layer + "mlp.down_proj", gate * up)
 
     def marginals_one(self, block: Block, options: TableOptions) -> TransitionTable:
         logits = self.model.logits(block.hidden)
@@ -103,7 +131,7 @@ class Drafter(OneByOneDrafter):
         cache.commit(rows)
         return np.asarray(context[-1])
 
-    def _convolutions(self, name: str, y: Array) -> list[Callable[[Array], Array]]:
+    def _convolutions(self, name: str, y: Array) -> list[Sublayer]:
         """Return the convolutions before and after a sublayer, whose normed input is `y`."""
         config, tensors = self.model.config, self.model.tensors
         taps = config.conv_kernel_size
@@ -112,7 +140,7 @@ class Drafter(OneByOneDrafter):
         groups = self.model.linear(name + ".kernel_projection", y).reshape(len(y), 2, taps, -1)
         kernels = tensors[name + ".base_kernel"] + groups.repeat(config.conv_group_size, -1)
 
-        def convolution(side: int) -> Callable[[Array], Array]:
+        def convolution(side: int) -> Sublayer:
             def convolve(x: Array) -> Array:
                 out = np.zeros_like(x)
                 for tap in range(taps):  # tap n reads the slot n places before
@@ -132,9 +160,11 @@ class Drafter(OneByOneDrafter):
 
     def _heads(self, layer: str, name: str, x: Array, positions: Ints) -> Array:
         config = self.model.config
-        y = self.model.linear(f"{layer}self_attn.{name}_proj", x)
+        projection = "k" if name == "v" and config.keys_are_values else name
+        y = self.model.linear(f"{layer}self_attn.{projection}_proj", x)
         y = y.reshape(len(x), -1, config.head_dim)
         if name == "v":
+            y = rms_norm(y, np.ones(1, np.float32), config.rms_norm_eps) if config.gemma4 else y
             return y.swapaxes(0, 1)
         y = self.model.normed(f"{layer}self_attn.{name}_norm", y).swapaxes(0, 1)
         return rotate(y, positions, config.inv_freq, config.rope_scale)

@@ -28,6 +28,12 @@ def silu(x: Array) -> Array:
     return np.asarray(x / (1 + np.exp(-x)), np.float32)
 
 
+def gelu_tanh(x: Array) -> Array:
+    """Compute GELU by its approximation with a hyperbolic tangent."""
+    inner = np.float32(np.sqrt(2 / np.pi)) * (x + np.float32(0.044715) * x**3)
+    return np.asarray(x / 2 * (1 + np.tanh(inner)), np.float32)
+
+
 def softmax(x: Array) -> Array:
     """Compute the softmax over the last axis; a row may have -inf entries, but not only."""
     exps = np.exp(x - x.max(-1, keepdims=True))

@@ -426,6 +426,35 @@ def _sinks(config: Config, tensors: Tensors, rng: Generator) -> None:
         tensors[f"layers.{n}.self_attn.attention_sink_bias"] = sinks
 
 
+def _gemma4(config: Config, tensors: Tensors, rng: Generator) -> None:
+    """Build DeepSpec's drafter for Gemma 4, whose keys are its values; one pair of eight turns."""
+    _deepspec(config, tensors, rng, head="vanilla")
+    h, d = config["hidden_size"], 16
+    config |= {
+        "architectures": ["Gemma4DSparkModel"],
+        "attention_k_eq_v": True,
+        "final_logit_softcapping": 6.0,
+        "global_head_dim": d,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "num_global_key_value_heads": 1,
+        "rope_parameters": {
+            "full_attention": {
+                "rope_type": "proportional",
+                "rope_theta": ROPE_THETA,
+                "partial_rotary_factor": 0.125,
+            }
+        },
+    }
+    shape = {**config, "head_dim": d, "num_key_value_heads": 1}
+    for n in range(config["num_hidden_layers"]):
+        layer = f"layers.{n}."
+        tensors |= _attention_tensors(rng, layer, shape, biases="", norms=True)
+        del tensors[f"{layer}self_attn.v_proj.weight"]
+        for name in ("pre_feedforward_layernorm", "post_feedforward_layernorm"):
+            tensors[f"{layer}{name}.weight"] = norm(rng, h)
+        tensors[f"{layer}layer_scalar"] = norm(rng, 1)
+
+
 def _specforge(config: Config, tensors: Tensors, rng: Generator) -> None:
     config["architectures"] = ["DSparkDraftModel"]
     head = _markov(config, tensors, rng, "vanilla")
@@ -488,6 +517,7 @@ DIALECTS: dict[str, Callable[[Config, Tensors, Generator], None]] = {
     "deepspec-gated": partial(_deepspec, head="gated"),
     "deepspec-rnn": partial(_deepspec, head="rnn"),
     "deepspec-dflash": partial(_deepspec, head=None),
+    "deepspec-gemma4": _gemma4,
     "deepspec-sinks": _sinks,
     "specforge": _specforge,
     "specforge-domino": _domino,

@@ -308,6 +308,7 @@ MEANINGS = {
     "deepspec-gated": ("DeepSpec", "gated", 0, (-1, 2)),
     "deepspec-rnn": ("DeepSpec", "rnn", 0, (-1, 2)),
     "deepspec-dflash": ("DeepSpec", None, 0, (-1, 2)),
+    "deepspec-gemma4": ("DeepSpec for Gemma 4", "vanilla", 0, (-1, 2)),
     "deepspec-sinks": ("DeepSpec", "vanilla", 1, (-1, 2)),
     "specforge": ("SpecForge DSpark", "vanilla", 0, (0, 2)),
     "specforge-domino": ("SpecForge Domino", "domino", 1, (0, 2)),
@@ -591,6 +592,37 @@ def test_the_anchor_of_nvidias_dspark(write: Callable[[str], Path]) -> None:
     assert edited(folder, dspark_bonus_anchor=False).first_slot == 0
     with pytest.raises(CheckpointError, match="dspark_bonus_anchor exclude each other"):
         edited(folder, dspark_bonus_anchor=True, sample_from_anchor=True)
+
+
+def test_gemma4_of_deepspec(write: Callable[[str], Path]) -> None:
+    """Frequencies are of whole heads; only some of the pairs turn."""
+    folder = write("deepspec-gemma4")
+    config = drafter_config(folder)
+    assert (config.head_dim, config.num_key_value_heads, config.keys_are_values) == (16, 1, True)
+    assert config.inv_freq == (1.0, *[0.0] * 7)
+    assert config.input_scale == 32**0.5
+    assert config.num_attention_heads == 4
+    other = edited(folder, attention_k_eq_v=False)
+    assert (other.num_key_value_heads, other.keys_are_values) == (2, False)
+    edited(folder, attention_k_eq_v=True, num_global_key_value_heads=None)
+    assert drafter_config(folder).num_key_value_heads == 2
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("enable_moe_block", True),
+        ("hidden_activation", "silu"),
+        ("hidden_size_per_layer_input", 8),
+        ("layer_types", ["sliding_attention", "full_attention"]),
+        ("num_kv_shared_layers", 1),
+    ],
+)
+def test_other_layers_of_gemma4_are_refused(
+    write: Callable[[str], Path], key: str, value: object
+) -> None:
+    with pytest.raises(CheckpointError, match=f"{key} = .* is not supported"):
+        edited(write("deepspec-gemma4"), **{key: value})
 
 
 @pytest.mark.parametrize("section", ["dflash_config", None])

@@ -202,7 +202,6 @@ def test_sinks_and_windows_for_all_layers_are_refused_in_speculators(made, add, 
     ("architecture", "publisher"),
     [
         ("DFlashLagunaForCausalLM", "poolside's Laguna"),
-        ("Gemma4DSparkModel", "DeepSpec's for Gemma 4"),
         ("K3DSparkModel", "DSpark for Kimi K3"),
     ],
 )
