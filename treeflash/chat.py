@@ -26,13 +26,12 @@ from treeflash.cli import options as cli
 from treeflash.cli.answer_view import AnswerView
 from treeflash.cli.console import Parser, guarded
 from treeflash.cli.single_prompt import explain, summarise
-from treeflash.config import GIB
+from treeflash.config import GIB, cache_folder
 from treeflash.decoding import Scheduler, SchedulerConfig
 from treeflash.decoding.disk_cache import DiskCache
 from treeflash.decoding.interfaces import device_report
 from treeflash.decoding.prefix_cache import PrefixCache
 from treeflash.errors import ConfigError, PromptError, TreeflashError
-from treeflash.hub.models import cache_folder
 from treeflash.language_model import LanguageModel
 from treeflash.serving.settings import DISK_OPTIONS
 from treeflash.text.options import Options, parse_options

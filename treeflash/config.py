@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, get_args
+
+from platformdirs import user_cache_dir
 
 from treeflash.errors import ConfigError
 from treeflash.option import (
@@ -31,6 +35,15 @@ memory."""
 SINK = 4
 """First positions that a drafter with a window still sees: they are where attention puts surplus
 weight (StreamingLLM, arXiv 2309.17453)."""
+
+
+def cache_folder() -> Path:
+    """Return the folder for all we store; a ConfigError if TREEFLASH_CACHE is invalid."""
+    folder = Path(os.environ.get("TREEFLASH_CACHE") or user_cache_dir("treeflash"))
+    try:
+        return folder.expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"TREEFLASH_CACHE is {str(folder)!r}: {error}") from None
 
 
 def parse_budget(text: str) -> int | str:

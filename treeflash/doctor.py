@@ -14,7 +14,7 @@ from rich.console import Console
 
 from treeflash.cli.console import Parser, guarded
 from treeflash.cli.options import add_model_options, locate_model, with_device
-from treeflash.config import AUTO, DecodeConfig
+from treeflash.config import AUTO, DecodeConfig, cache_folder
 from treeflash.decoding.interfaces import Backend
 from treeflash.decoding.verify_costs import cost_file, model_key
 from treeflash.diagnosis import (
@@ -28,7 +28,6 @@ from treeflash.diagnosis import (
 from treeflash.drafters.folder import open_folder, read_config
 from treeflash.drafters.loading import find_head_format
 from treeflash.hub.models import (
-    cache_folder,
     choose_drafter,
     draft_sources,
     drafter_training,

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypedDict, Unpack
 
-from treeflash.config import AUTO, DecodeConfig, LoadConfig, Method
+from treeflash.config import AUTO, DecodeConfig, LoadConfig, Method, cache_folder
 from treeflash.decoding import Scheduler, SchedulerConfig, best_method
 from treeflash.decoding.adaptive_budget import AdaptiveBudgets
 from treeflash.decoding.disk_cache import DiskCache
@@ -31,7 +31,6 @@ from treeflash.errors import (
 )
 from treeflash.hub.identity import pair_identity
 from treeflash.hub.models import (
-    cache_folder,
     choose_drafter,
     drafter_training,
     model_name,

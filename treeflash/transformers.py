@@ -26,13 +26,14 @@ from treeflash.config import (
     Method,
     Penalties,
     SamplingConfig,
+    cache_folder,
 )
 from treeflash.decoding import Request, Scheduler, SchedulerConfig, Step, best_method
 from treeflash.decoding.adaptive_budget import AdaptiveBudgets
 from treeflash.decoding.verify_costs import VerifyCosts, cost_file
 from treeflash.drafters.loading import check_drafter
 from treeflash.errors import ConfigError, PromptError
-from treeflash.hub.models import cache_folder, choose_drafter, resolve_drafter
+from treeflash.hub.models import choose_drafter, resolve_drafter
 from treeflash.registry import loader, refuse_drafter
 from treeflash.text.tokenizer import check_vocabulary
 

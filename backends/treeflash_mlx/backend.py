@@ -193,10 +193,11 @@ EXAMINED_DELTA_NET = (16, 32, 128, 128, mx.bfloat16, False)
 
 
 def examine_device(config: LoadConfig) -> DeviceReport:
-    """Tell about the device, and check and race every kernel there, without a model."""
+    """Tell about the device, and check and race every kernel there anew, without a model."""
     choose_device(config.device)
     limit_cache()
     if metal_kernels.uses_kernels():
+        metal_kernels.kept_verdicts().forget()
         linear = nn.Linear(EXAMINED_WIDTH, EXAMINED_WIDTH, bias=False)
         linear.set_dtype(mx.bfloat16)
         for bits in RACED_ROWS:

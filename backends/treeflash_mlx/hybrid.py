@@ -391,8 +391,11 @@ def delta_kernel_wins(
     what = "gated delta nets on trees"
     shape = f"{heads} heads of {value_dim} x {key_dim}{' by channel' if by_channel else ''}"
     race = {"": link(by_kernel)}, link(by_operations), state
-    limit = ROUNDING[dtype]
-    return choose(what, shape, f"{n} nodes", error, limit, *race, tells_bits=True) is not None
+    key = key_heads, heads, value_dim, key_dim, dtype, by_channel
+    verdict = choose(
+        what, shape, f"{n} nodes", error, ROUNDING[dtype], *race, key=key, tells_bits=True
+    )
+    return verdict is not None
 
 
 def ssm_update(

@@ -80,9 +80,10 @@ def test_linked_pages_exist(page):
 
 def test_every_file_in_the_cache_is_documented():
     page = (ROOT / "docs" / "files.md").read_text(encoding="utf-8")
-    sources = "\n".join(path.read_text(encoding="utf-8") for path in ROOT.glob("treeflash/**/*.py"))
+    files = [path for top in ("treeflash", "backends") for path in (ROOT / top).rglob("*.py")]
+    sources = "\n".join(path.read_text(encoding="utf-8") for path in files)
     names = re.findall(r'cache_folder\(\) / "(\w+)"', sources)
-    assert {"costs", "chat_history"} <= set(names)
+    assert {"costs", "chat_history", "kernels"} <= set(names)
     for name in [*names, DEFAULT_TARGET.rpartition("/")[2]]:
         assert re.search(rf"`{name}/?` in the cache|`{name}/`", page), name
     assert "`TREEFLASH_CACHE`" in page

@@ -34,17 +34,16 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined, unused-ignore
     HTTPError,
     RepositoryNotFoundError,
 )
-from platformdirs import user_cache_dir
 from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from treeflash.config import AUTO
+from treeflash.config import AUTO, cache_folder
 from treeflash.drafters.adapter import CONFIG as ADAPTER_CONFIG
 from treeflash.drafters.adapter import base_model
 from treeflash.drafters.folder import open_folder
 from treeflash.drafters.loading import check_drafter, find_head_format
-from treeflash.errors import CheckpointError, ConfigError, UnsupportedModelError, first_line
+from treeflash.errors import CheckpointError, UnsupportedModelError, first_line
 from treeflash.hub.disk import FULL, disk_problem
 from treeflash.hub.gguf import convert_gguf
 
@@ -529,15 +528,6 @@ def _snapshot(name: str, *, local_files_only: bool = False) -> Path:
             ignore_patterns=HUB_FILES_IGNORED,
         )
     )
-
-
-def cache_folder() -> Path:
-    """Return the folder for all we store; a ConfigError if TREEFLASH_CACHE is invalid."""
-    folder = Path(os.environ.get("TREEFLASH_CACHE") or user_cache_dir("treeflash"))
-    try:
-        return folder.expanduser()
-    except RuntimeError as error:
-        raise ConfigError(f"TREEFLASH_CACHE is {str(folder)!r}: {error}") from None
 
 
 def _default_target() -> Path:

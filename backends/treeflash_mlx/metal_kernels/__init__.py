@@ -11,14 +11,19 @@ for which MLX writes the signature. `python -m benchmarks.metal_sources` prints 
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import mlx.core as mx
+
+from treeflash.config import cache_folder
+from treeflash_mlx.metal_kernels.verdicts import KeptVerdicts, Verdict, file_of
 
 MIN_SPEEDUP = 1.15
 MAX_THREADS = 448
@@ -55,6 +60,22 @@ def uses_kernels() -> bool:
     return family is not None and int(family[1]) <= MAX_FAMILY
 
 
+@cache
+def kept_verdicts() -> KeptVerdicts:
+    """Return the verdicts of earlier processes on this machine."""
+    here = Path(__file__).parent
+    sources = sorted([*here.glob("*.py"), here.parent / "hybrid.py"])
+    return KeptVerdicts(file_of(cache_folder() / "kernels", sources))
+
+
+@cache
+def announce_races() -> None:
+    """Say why loading takes longer than usual, once in a process."""
+    logging.getLogger(__name__).warning(
+        "racing Metal kernels with MLX's operations, once on this machine for each shape of layers"
+    )
+
+
 def make_kernel(
     name: str, inputs: Sequence[str], outputs: Sequence[str], source: str, *, copies: bool = True
 ) -> Any:
@@ -88,11 +109,13 @@ def choose(
     limit: float,
     kernels: Mapping[str, Link] = NO_RACE,
     *race: Any,
+    key: object = None,
     tells_bits: bool = False,
 ) -> str | None:
     """Decide whether a kernel is right on this device and wins its race, and note it in `VERDICTS`.
 
-    A kernel that is wrong or does not compile is left out with a warning of one line.
+    A kernel that is wrong or does not compile is left out with a warning of one line. The end of a
+    race is kept for later processes, which neither check nor race the kernel again.
 
     Args:
         what: computes without the kernel, in the warning.
@@ -103,25 +126,35 @@ def choose(
         kernels: a call of each variant of the kernel, by its name; a kernel without them need not
             win.
         race: the other arguments of `speedup`.
+        key: what tells the shape from all others, for verdicts that are kept.
         tells_bits: whether the note says if the results have the same bits.
 
     Returns:
         The name of the fastest variant; None if the kernel is not used.
     """
-    verdicts = VERDICTS.setdefault(f"{what}, {shape}", {})
+    verdicts, kept = VERDICTS.setdefault(f"{what}, {shape}", {}), kept_verdicts()
+    name = repr((what, key, size))
+    if (verdict := kept.find(name)) is not None:
+        verdicts[size] = f"{verdict.text}, raced on {verdict.day}"
+        return verdict.winner
+    if kernels and kept.path is not None:
+        announce_races()
     try:
         if (found := error()) <= limit:
             gains = {name: speedup(kernel, *race) for name, kernel in kernels.items()}
-            winner = max(gains, key=gains.__getitem__, default="")
-            used = gains.get(winner, MIN_SPEEDUP) >= MIN_SPEEDUP
-            verdicts[size] = ("" if used else "not ") + "used"
+            fastest = max(gains, key=gains.__getitem__, default="")
+            used = gains.get(fastest, MIN_SPEEDUP) >= MIN_SPEEDUP
+            text = ("" if used else "not ") + "used"
             if gains:
-                verdicts[size] += f", {gains[winner]:.2f} times as fast as MLX's operation"
+                text += f", {gains[fastest]:.2f} times as fast as MLX's operation"
             if len(gains) > 1:
-                verdicts[size] += f" with {winner}"
+                text += f" with {fastest}"
             if tells_bits:
-                verdicts[size] += f", {'other' if found else 'same'} bits"
-            return winner if used else None
+                text += f", {'other' if found else 'same'} bits"
+            verdicts[size], winner = text, fastest if used else None
+            if gains:
+                kept.keep(name, Verdict.found_now(winner, text))
+            return winner
         reason = f"its relative error is {found:.1e}"
     except (RuntimeError, ValueError) as failure:
         reason = str(failure).partition("\n")[0]

@@ -436,7 +436,7 @@ def winning_columns(shape: Shape) -> float:
     for columns in RACED_COLUMNS:
         contest, limit = _Contest(shape, columns), 2 * ROUNDING[shape.dtype]
         race = {"": contest.by_kernel}, contest.by_operation, contest.q
-        if choose(what, name, f"{columns} columns", error, limit, *race) is not None:
+        if choose(what, name, f"{columns} columns", error, limit, *race, key=shape) is not None:
             return columns
     return math.inf
 

@@ -263,6 +263,7 @@ def fastest(layers: Sequence[Module], rows: int) -> Geometry | None:
         link(multiply_plainly),
         x,
         first.weight.nbytes,
+        key=shape,
     )
     return next((each for each in candidates if str(each) == winner), None)
 

@@ -10,6 +10,7 @@ import mlx.core as mx
 import pytest
 from treeflash_mlx import hybrid, metal_kernels
 from treeflash_mlx.metal_kernels import attention
+from treeflash_mlx.metal_kernels.verdicts import KeptVerdicts
 
 from metal_executor.execution import MetalExecutor, MetalKernel
 
@@ -51,6 +52,7 @@ def install(
     patch.setattr(mx.fast, "metal_kernel", executor.metal_kernel)
     patch.setattr(metal_kernels, "speedup", lambda *_: speedup)
     patch.setattr(metal_kernels, "VERDICTS", {})
+    patch.setattr(metal_kernels, "kept_verdicts", lambda: KeptVerdicts(None))
     executor.max_threads = metal_kernels.MAX_THREADS
     hybrid.delta_kernel_wins.cache_clear()
     attention.winning_columns.cache_clear()

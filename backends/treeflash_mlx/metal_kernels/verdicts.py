@@ -1,0 +1,92 @@
+"""What races decided, kept from one process to the next.
+
+Races take seconds on a small Mac, and end in the same way until something changes: the machine, its
+macOS, MLX, or the kernels. A file has the verdicts of one such combination. A kernel that was wrong
+or did not compile is tried again by every process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import mlx.core as mx
+
+FACTS = ("architecture", "device_name", "memory_size")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The end of a race.
+
+    Attributes:
+        winner: name of the fastest variant of the kernel; None if MLX's operation won.
+        text: as `doctor` tells it.
+        day: when the race was run, YYYY-MM-DD.
+    """
+
+    winner: str | None
+    text: str
+    day: str
+
+    @classmethod
+    def found_now(cls, winner: str | None, text: str) -> Verdict:
+        return cls(winner, text, f"{datetime.now(UTC):%Y-%m-%d}")
+
+
+class KeptVerdicts:
+    """The verdicts in a file, by race; without a path nothing is kept."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path, self._verdicts = path, _read(path)
+
+    def find(self, race: str) -> Verdict | None:
+        """Return the verdict of a race; None if it was never run."""
+        return self._verdicts.get(race)
+
+    def keep(self, race: str, verdict: Verdict) -> None:
+        """Keep a verdict; that the folder cannot be written is not an error."""
+        if self.path is None:
+            return
+        self._verdicts[race] = verdict
+        text = json.dumps({name: asdict(each) for name, each in self._verdicts.items()}, indent=1)
+        scratch = self.path.with_suffix(f".{time.monotonic_ns()}")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            scratch.write_text(text, encoding="utf-8")
+            scratch.replace(self.path)
+        except OSError:
+            pass  # a read-only home: the next process races again
+
+    def forget(self) -> None:
+        """Let all races be run again."""
+        self._verdicts.clear()
+
+
+def file_of(folder: Path, sources: Iterable[Path]) -> Path:
+    """Return the file for this machine, its versions, and kernels in these source files."""
+    info = mx.device_info()
+    parts = [platform.node(), platform.mac_ver()[0], *(str(info.get(fact)) for fact in FACTS)]
+    parts += [version(name) for name in ("mlx", "mlx-lm")]
+    digest = hashlib.sha256(json.dumps(parts).encode())
+    for path in sources:
+        digest.update(path.read_bytes())
+    return folder / f"{digest.hexdigest()[:16]}.json"
+
+
+def _read(path: Path | None) -> dict[str, Verdict]:
+    """Return the verdicts in a file; none if it is missing or damaged."""
+    if path is None:
+        return {}
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        return {str(race): Verdict(**fields) for race, fields in stored.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
