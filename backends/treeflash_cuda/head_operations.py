@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from treeflash.drafters.heads.operations import Operations
-from treeflash_cuda.drafter_model import RMSNorm
+from treeflash_cuda.drafter_model import MLP, RMSNorm, Rotation, rotate
 from treeflash_cuda.linear import PairLinear, take
 
 
@@ -26,6 +27,52 @@ class GRU(nn.Module):
         return torch.gru_cell(x, state, self.weight_ih_l0, self.weight_hh_l0)
 
 
+class Float32Norm(nn.Module):
+    """RMS norm in float32, with weights that stay float32."""
+
+    weight: Tensor
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.register_buffer("weight", torch.empty(size))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Float32Norm:
+        """Follow the model to its device, but not to its dtype."""
+        self.weight = self.weight.to(fn(self.weight).device)
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(x.dtype)
+
+
+class Experts(nn.Module):
+    """The feed-forward networks of all experts, (experts, out, in) each."""
+
+    def __init__(self, size: int, width: int, count: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Parameter(torch.empty(count, width, size))
+        self.up_proj = nn.Parameter(torch.empty(count, width, size))
+        self.down_proj = nn.Parameter(torch.empty(count, size, width))
+
+    def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """Return the (n, size) float32 sum of the outputs of (n, k) experts with these weights."""
+        out = torch.zeros_like(x, dtype=torch.float32)
+        for expert in chosen.unique().tolist():
+            rows, places = (chosen == expert).nonzero(as_tuple=True)
+            y = x[rows]
+            gate, up = F.linear(y, self.gate_proj[expert]), F.linear(y, self.up_proj[expert])
+            y = F.linear(F.silu(gate) * up, self.down_proj[expert])
+            out.index_add_(0, rows, y.float() * weights[rows, places, None])
+        return out
+
+
+def rotate_first(x: Tensor, rotation: Rotation) -> Tensor:
+    """Rotate the first channels: (1, heads, n, head_dim) from (n, heads, head_dim)."""
+    first, rest = x.transpose(0, 1)[None].tensor_split([rotation[0].shape[-1]], -1)
+    return torch.cat([rotate(first, rotation), rest], -1)
+
+
 def as_module(kind: Any) -> Any:
     """Make a module of PyTorch, which registers its children, of a class that is written once."""
     members = {"ops": OPERATIONS, "__module__": __name__}
@@ -37,9 +84,13 @@ OPERATIONS = Operations(
     pair_linear=PairLinear,
     embedding=nn.Embedding,
     rms_norm=RMSNorm,
+    float32_norm=Float32Norm,
     layer_norm=nn.LayerNorm,
     activation=nn.SiLU,
     gru=GRU,
+    mlp=MLP,
+    experts=Experts,
+    rotary=lambda config: rotate_first,
     children=nn.ModuleList,
     named_children=nn.ModuleDict,
     parameter=lambda *shape: nn.Parameter(torch.empty(shape)),
@@ -51,11 +102,14 @@ OPERATIONS = Operations(
     exp=torch.exp,
     sigmoid=torch.sigmoid,
     silu=F.silu,
+    softmax=lambda x: x.softmax(-1),
     tanh=torch.tanh,
     copy=torch.clone,
     float32=lambda x: x.float(),
     split=lambda x, parts: x.chunk(parts, -1),
     take=take,
+    gather=lambda x, indices: x.gather(-1, indices),
+    top=lambda x, k: x.topk(k, dim=-1).indices,
     zeros=lambda shape, like: like.new_zeros(shape),
     arange=lambda n, like: torch.arange(n, device=like.device),
     ids=lambda tokens, like: torch.tensor(tokens, device=like.device),

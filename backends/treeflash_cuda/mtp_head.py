@@ -7,8 +7,8 @@ committed rows need no attention, so a prompt costs little more than their proje
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,12 +19,14 @@ from torch import Tensor, nn
 
 from treeflash.decoding.interfaces import StateArrays, TableOptions
 from treeflash.decoding.transitions import TransitionTable
-from treeflash.drafters.mtp_heads import MAX_PATHS, NO_MARGINALS, Experts, MtpConfig
+from treeflash.drafters.mtp_heads import MAX_PATHS, NO_MARGINALS, MtpConfig
+from treeflash.drafters.mtp_layer import MtpLayer
 from treeflash.errors import ConfigError
 from treeflash_cuda.attention import additive_mask, group_mask, grouped_attention
 from treeflash_cuda.cache import Arena, KVCache, PackedRows, from_host, to_host
 from treeflash_cuda.drafter import OutputStage
-from treeflash_cuda.drafter_model import MLP, OwnVocabulary, Rotary, rotate
+from treeflash_cuda.drafter_model import OwnVocabulary, Rotary
+from treeflash_cuda.head_operations import OPERATIONS
 from treeflash_cuda.numerics import top_log_probs, upload
 from treeflash_cuda.target import Target
 
@@ -32,196 +34,19 @@ CHUNK = 2048
 """Committed rows whose keys and values are computed at once."""
 
 
-class Norm(nn.Module):
-    """RMS norm in float32, with weights that stay float32."""
+class MtpModel(MtpLayer, nn.Module):
+    """The layer as a module of PyTorch, with the rotations of its rows and its own vocabulary."""
 
-    weight: Tensor
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.register_buffer("weight", torch.empty(size))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Norm:
-        """Follow the model to its device, but not to its dtype."""
-        self.weight = self.weight.to(fn(self.weight).device)
-        return self
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(x.dtype)
-
-
-class Router(nn.Module):
-    """Chooses the experts of each row, and their weights."""
-
-    def __init__(self, config: Experts, hidden_size: int) -> None:
-        super().__init__()
-        self.config = config
-        self.weight = nn.Parameter(torch.empty(config.count, hidden_size))
-        bias = nn.Parameter(torch.empty(config.count)) if config.sigmoid else None
-        self.e_score_correction_bias: nn.Parameter | None = bias
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (n, per_token) float32 weights and indices of experts, from (n, hidden_size)."""
-        logits, bias = F.linear(x.float(), self.weight.float()), self.e_score_correction_bias
-        scores = logits.softmax(-1) if bias is None else logits.sigmoid()
-        ranks = scores if bias is None else scores + bias.float()
-        experts = ranks.topk(self.config.per_token, dim=-1).indices
-        weights = scores.gather(-1, experts)
-        if self.config.normalised:
-            weights = weights / weights.sum(-1, keepdim=True)
-        return weights * self.config.scale, experts
-
-
-class ExpertWeights(nn.Module):
-    """The feed-forward networks of all experts, (experts, out, in) each."""
-
-    def __init__(self, config: Experts, hidden_size: int) -> None:
-        super().__init__()
-        inner = config.count, config.width, hidden_size
-        self.gate_proj = nn.Parameter(torch.empty(inner))
-        self.up_proj = nn.Parameter(torch.empty(inner))
-        self.down_proj = nn.Parameter(torch.empty(config.count, hidden_size, config.width))
-
-
-class MixtureOfExperts(nn.Module):
-    """Routed experts, and one that runs for every row."""
-
-    def __init__(self, config: MtpConfig) -> None:
-        super().__init__()
-        experts, h = config.experts, config.hidden_size
-        assert experts is not None
-        self.gate = Router(experts, h)
-        self.experts = ExpertWeights(experts, h)
-        self.shared_expert = None
-        if experts.shared_width:
-            self.shared_expert = MLP(replace(config, intermediate_size=experts.shared_width))
-        self.shared_expert_gate = nn.Linear(h, 1, bias=False) if experts.shared_gate else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (n, hidden_size) to (n, hidden_size)."""
-        weights, chosen = self.gate(x)
-        out = torch.zeros_like(x, dtype=torch.float32)
-        for expert in chosen.unique().tolist():
-            rows, places = (chosen == expert).nonzero(as_tuple=True)
-            y = x[rows]
-            y = F.silu(F.linear(y, self.experts.gate_proj[expert])) * F.linear(
-                y, self.experts.up_proj[expert]
-            )
-            y = F.linear(y, self.experts.down_proj[expert])
-            out.index_add_(0, rows, y.float() * weights[rows, places, None])
-        out = out.to(x.dtype)
-        if self.shared_expert is not None:
-            shared = self.shared_expert(x)
-            if self.shared_expert_gate is not None:
-                shared = shared * self.shared_expert_gate(x).sigmoid()
-            out = out + shared
-        return out
-
-
-class Attention(nn.Module):
-    def __init__(self, config: MtpConfig) -> None:
-        super().__init__()
-        self.config = config
-        h, d, bias = config.hidden_size, config.head_dim, config.attention_bias
-        read = 2 * h if config.reads_both else h
-        q, kv = config.num_attention_heads * d, config.num_key_value_heads * d
-        self.q_proj = nn.Linear(read, 2 * q if config.gated else q, bias)
-        self.k_proj = nn.Linear(read, kv, bias)
-        self.v_proj = nn.Linear(read, kv, bias)
-        self.o_proj = nn.Linear(q, h, config.output_bias)
-        if config.qk_norm:
-            self.q_norm = Norm(d, config.rms_norm_eps)
-            self.k_norm = Norm(d, config.rms_norm_eps)
-
-    def queries(self, y: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
-        """Return (1, heads, n, head_dim) queries, and (n, heads, head_dim) gates if any."""
-        q, gate = self.q_proj(y).unflatten(-1, (self.config.num_attention_heads, -1)), None
-        if self.config.gated:
-            q, gate = q.chunk(2, -1)
-        return self._rotated(self.q_norm(q) if self.config.qk_norm else q, rotation), gate
-
-    def keys_and_values(self, y: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Return the (1, kv_heads, n, head_dim) each, of n rows."""
-        k, v = (
-            x.unflatten(-1, (-1, self.config.head_dim)) for x in (self.k_proj(y), self.v_proj(y))
-        )
-        keys = self._rotated(self.k_norm(k) if self.config.qk_norm else k, rotation)
-        return keys, v.transpose(0, 1)[None]
-
-    def _rotated(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-        """Rotate the first channels: (1, heads, n, head_dim) from (n, heads, head_dim)."""
-        first, rest = x.transpose(0, 1)[None].tensor_split([rotation[0].shape[-1]], -1)
-        return torch.cat([rotate(first, rotation), rest], -1)
-
-
-class Layer(nn.Module):
-    def __init__(self, config: MtpConfig) -> None:
-        super().__init__()
-        self.self_attn = Attention(config)
-        h, eps = config.hidden_size, config.rms_norm_eps
-        self.input_layernorm = None if config.reads_both else Norm(h, eps)
-        self.post_attention_layernorm = Norm(h, eps)
-        self.mlp = MixtureOfExperts(config) if config.experts else MLP(config)
-
-
-class MtpModel(nn.Module):
-    """The weights of an MTP head, under their canonical names."""
+    ops = OPERATIONS
 
     def __init__(self, config: MtpConfig, own: OwnVocabulary) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.own = own
-        h, eps, features = config.hidden_size, config.rms_norm_eps, len(config.target_layer_ids)
-        self.embedding_norm, self.hidden_norm = Norm(h, eps), Norm(h, eps)
-        self.input_proj = self.fc = self.input_norm = self.fc_norm = None
-        if config.reads_both:
-            self.fc = nn.Linear(features * h, h, bias=False)
-            if config.feature_norms == "all":
-                self.input_norm = Norm(features * h, eps)
-            if config.feature_norms == "each":
-                self.fc_norm = nn.ModuleList(Norm(h, eps) for _ in range(features))
-        else:
-            self.input_proj = nn.Linear(2 * h, h, bias=False)
-        self.layer = Layer(config)
-        self.norm = Norm(h, eps)
         self.rotary = Rotary(config)
 
     @property
     def layers(self) -> Sequence[nn.Module]:
         return [self.layer]
-
-    def project(self, features: Tensor) -> Tensor:
-        """Project (n, features * hidden_size) target outputs to (n, hidden_size) states."""
-        if self.fc is None:
-            return features
-        if self.input_norm is not None:
-            features = self.input_norm(features)
-        if self.fc_norm is not None:
-            parts = features.chunk(len(self.fc_norm), -1)
-            features = torch.cat([n(x) for n, x in zip(self.fc_norm, parts, strict=True)], -1)
-        return self.fc(features)
-
-    def read(self, embedded: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
-        """Return attention's input and residual from (n, hidden_size) embeddings and states."""
-        normed = self.hidden_norm(states)
-        both = torch.cat([self.embedding_norm(embedded), normed], -1)
-        if self.input_proj is None:
-            return both, normed if self.config.normed_residual else states
-        x = self.input_proj(both)
-        assert self.layer.input_layernorm is not None
-        return self.layer.input_layernorm(x), x
-
-    def finish(self, attended: Tensor, gate: Tensor | None, residual: Tensor) -> Tensor:
-        """Return (n, hidden_size) outputs of rows, from their (n, heads, head_dim) attention."""
-        if gate is not None:
-            attended = attended * gate.sigmoid()
-        x = residual + self.layer.self_attn.o_proj(attended.flatten(1))
-        return x + self.layer.mlp(self.layer.post_attention_layernorm(x))
-
-    def feedback(self, outputs: Tensor) -> Tensor:
-        """Return the states of the children of rows."""
-        return self.norm(outputs) if self.config.normed_feedback else outputs
 
 
 @dataclass(eq=False)

@@ -42,12 +42,12 @@ from treeflash_mlx.device import (
 )
 from treeflash_mlx.drafter import Drafter
 from treeflash_mlx.drafter_model import DrafterModel, OwnVocabulary
-from treeflash_mlx.head_operations import split_pairs
+from treeflash_mlx.head_operations import Float32Norm, split_pairs
 from treeflash_mlx.heads import HEADS, TABLE_HEADS, ARHead, RecurrentHead, TableHead
 from treeflash_mlx.hybrid import delta_kernel_wins
 from treeflash_mlx.metal_kernels import attention
 from treeflash_mlx.metal_kernels.products import RACED_ROWS, choose_products
-from treeflash_mlx.mtp_head import MtpCache, MtpDrafter, MtpHead, MtpModel, Norm
+from treeflash_mlx.mtp_head import MtpCache, MtpDrafter, MtpHead, MtpModel
 from treeflash_mlx.state import State
 from treeflash_mlx.target import KV_BITS, Target
 from treeflash_mlx.verifier import Verifier
@@ -372,7 +372,7 @@ def load_mtp_head(
     }
     _fill(model, weights, target.dtype, bits)
     for name, module in model.named_modules():
-        if isinstance(module, Norm):  # in float32, where adding the offset rounds nothing
+        if isinstance(module, Float32Norm):  # in float32, where adding the offset rounds nothing
             weight = weights[f"{name}.weight"].astype(mx.float32) + config.norm_offset
             module.weight = weight
             mx.eval(weight)

@@ -7,8 +7,10 @@ from typing import Any
 
 import mlx.core as mx
 from mlx import nn
+from mlx_lm.models.switch_layers import SwitchGLU
 
 from treeflash.drafters.heads.operations import Operations
+from treeflash_mlx.drafter_model import MLP, Rope
 
 
 class PairLinear(nn.Module):
@@ -71,6 +73,28 @@ def attention(q: mx.array, k: mx.array, v: mx.array, bias: mx.array) -> mx.array
     return mx.softmax(scores, -1, precise=True) @ v
 
 
+class Float32Norm(nn.Module):
+    """RMS norm in float32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = mx.ones(size)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        weight = self.weight.astype(mx.float32)
+        return mx.fast.rms_norm(x.astype(mx.float32), weight, self.eps).astype(x.dtype)
+
+
+class Experts(SwitchGLU):
+    """The feed-forward networks of all experts."""
+
+    def __call__(self, x: mx.array, chosen: mx.array, weights: mx.array) -> mx.array:
+        """Return the (n, size) float32 sum of the outputs of (n, k) experts with these weights."""
+        outputs: mx.array = super().__call__(x, chosen)
+        return (outputs.astype(mx.float32) * weights[..., None]).sum(-2)
+
+
 def as_module(kind: Any) -> Any:
     """Make a module of MLX, whose parameters include its children's, of a class written once."""
     members: dict[str, Any] = {"ops": OPERATIONS, "__module__": __name__}
@@ -84,9 +108,13 @@ OPERATIONS = Operations(
     pair_linear=PairLinear,
     embedding=nn.Embedding,
     rms_norm=nn.RMSNorm,
+    float32_norm=Float32Norm,
     layer_norm=nn.LayerNorm,
     activation=nn.SiLU,
     gru=GRU,
+    mlp=MLP,
+    experts=Experts,
+    rotary=Rope,
     children=list,
     named_children=dict,
     parameter=lambda *shape: mx.zeros(shape),
@@ -98,11 +126,14 @@ OPERATIONS = Operations(
     exp=mx.exp,
     sigmoid=mx.sigmoid,
     silu=nn.silu,
+    softmax=lambda x: mx.softmax(x, -1),
     tanh=mx.tanh,
     copy=mx.array,
     float32=lambda x: x.astype(mx.float32),
     split=lambda x, parts: mx.split(x, parts, -1),
     take=lambda x, rows: x[rows],
+    gather=lambda x, indices: mx.take_along_axis(x, indices, -1),
+    top=lambda x, k: mx.argsort(-x, axis=-1)[:, :k],
     zeros=lambda shape, like: mx.zeros(shape, like.dtype),
     arange=lambda n, like: mx.arange(n),
     ids=lambda tokens, like: mx.array(tokens),

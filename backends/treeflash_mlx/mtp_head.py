@@ -8,22 +8,23 @@ committed rows need no attention, so a prompt costs little more than their proje
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from mlx import nn
-from mlx_lm.models.switch_layers import SwitchGLU
 from numpy.typing import NDArray
 
 from treeflash.decoding.interfaces import StateArrays, TableOptions
 from treeflash.decoding.transitions import TransitionTable
-from treeflash.drafters.mtp_heads import MAX_PATHS, NO_MARGINALS, Experts, MtpConfig
+from treeflash.drafters.mtp_heads import MAX_PATHS, NO_MARGINALS, MtpConfig
+from treeflash.drafters.mtp_layer import MtpLayer
 from treeflash.errors import ConfigError
 from treeflash_mlx.cache import KVCache, share_storage, to_host
 from treeflash_mlx.drafter import OutputStage
-from treeflash_mlx.drafter_model import MLP, OwnVocabulary, Rope
+from treeflash_mlx.drafter_model import OwnVocabulary
+from treeflash_mlx.head_operations import OPERATIONS
 from treeflash_mlx.numerics import log_softmax, top_log_probs
 from treeflash_mlx.state import State, project_contexts
 from treeflash_mlx.target import Target
@@ -32,170 +33,19 @@ CHUNK = 2048
 """Committed rows whose keys and values are computed at once."""
 
 
-class Norm(nn.Module):
-    """RMS norm in float32."""
+class MtpModel(MtpLayer, nn.Module):
+    """The layer as a module of MLX, with its own vocabulary."""
 
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = mx.ones(size)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        weight = self.weight.astype(mx.float32)
-        return mx.fast.rms_norm(x.astype(mx.float32), weight, self.eps).astype(x.dtype)
-
-
-class Router(nn.Module):
-    """Chooses the experts of each row, and their weights."""
-
-    def __init__(self, config: Experts, hidden_size: int) -> None:
-        super().__init__()
-        self.config = config
-        self.weight = mx.zeros((config.count, hidden_size))
-        if config.sigmoid:
-            self.e_score_correction_bias = mx.zeros(config.count)
-
-    def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
-        """Return (n, per_token) float32 weights and indices of experts, from (n, hidden_size)."""
-        logits = x.astype(mx.float32) @ self.weight.T.astype(mx.float32)
-        if self.config.sigmoid:
-            scores = mx.sigmoid(logits)
-            ranks = scores + self.e_score_correction_bias.astype(mx.float32)
-        else:
-            scores = ranks = mx.softmax(logits, -1)
-        experts = mx.argsort(-ranks, axis=-1)[:, : self.config.per_token]
-        weights = mx.take_along_axis(scores, experts, -1)
-        if self.config.normalised:
-            weights = weights / weights.sum(-1, keepdims=True)
-        return weights * self.config.scale, experts
-
-
-class MixtureOfExperts(nn.Module):
-    """Routed experts, and one that runs for every row."""
-
-    def __init__(self, config: MtpConfig) -> None:
-        super().__init__()
-        experts, h = config.experts, config.hidden_size
-        assert experts is not None
-        self.gate = Router(experts, h)
-        self.experts = SwitchGLU(h, experts.width, experts.count)
-        self.shared_expert = self.shared_expert_gate = None
-        if experts.shared_width:
-            self.shared_expert = MLP(replace(config, intermediate_size=experts.shared_width))
-        if experts.shared_gate:
-            self.shared_expert_gate = nn.Linear(h, 1, bias=False)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        """Map (n, hidden_size) to (n, hidden_size)."""
-        weights, chosen = self.gate(x)
-        out = (self.experts(x, chosen).astype(mx.float32) * weights[..., None]).sum(-2)
-        out = out.astype(x.dtype)
-        if self.shared_expert is not None:
-            shared = self.shared_expert(x)
-            if self.shared_expert_gate is not None:
-                shared = shared * mx.sigmoid(self.shared_expert_gate(x))
-            out = out + shared
-        return out
-
-
-class Attention(nn.Module):
-    def __init__(self, config: MtpConfig) -> None:
-        super().__init__()
-        self.config = config
-        h, d, bias = config.hidden_size, config.head_dim, config.attention_bias
-        read = 2 * h if config.reads_both else h
-        q, kv = config.num_attention_heads * d, config.num_key_value_heads * d
-        self.q_proj = nn.Linear(read, 2 * q if config.gated else q, bias=bias)
-        self.k_proj = nn.Linear(read, kv, bias=bias)
-        self.v_proj = nn.Linear(read, kv, bias=bias)
-        self.o_proj = nn.Linear(q, h, bias=config.output_bias)
-        if config.qk_norm:
-            self.q_norm = Norm(d, config.rms_norm_eps)
-            self.k_norm = Norm(d, config.rms_norm_eps)
-        self.rope = Rope(config)
-
-    def queries(self, y: mx.array, positions: mx.array) -> tuple[mx.array, mx.array | None]:
-        """Return (1, heads, n, head_dim) queries, and (n, heads, head_dim) gates if any."""
-        q, gate = self.q_proj(y).reshape(len(y), self.config.num_attention_heads, -1), None
-        if self.config.gated:
-            q, gate = mx.split(q, 2, -1)
-        return self.rope(self.q_norm(q) if self.config.qk_norm else q, positions), gate
-
-    def keys_and_values(self, y: mx.array, positions: mx.array) -> tuple[mx.array, mx.array]:
-        """Return the (1, kv_heads, n, head_dim) each, of n rows."""
-        shape = len(y), -1, self.config.head_dim
-        k, v = self.k_proj(y).reshape(shape), self.v_proj(y).reshape(shape)
-        keys = self.rope(self.k_norm(k) if self.config.qk_norm else k, positions)
-        return keys, v.swapaxes(0, 1)[None]
-
-
-class Layer(nn.Module):
-    def __init__(self, config: MtpConfig) -> None:
-        super().__init__()
-        self.self_attn = Attention(config)
-        h, eps = config.hidden_size, config.rms_norm_eps
-        self.input_layernorm = None if config.reads_both else Norm(h, eps)
-        self.post_attention_layernorm = Norm(h, eps)
-        self.mlp = MixtureOfExperts(config) if config.experts else MLP(config)
-
-
-class MtpModel(nn.Module):
-    """The weights of an MTP head, under their canonical names."""
+    ops = OPERATIONS
 
     def __init__(self, config: MtpConfig, own: OwnVocabulary) -> None:
-        super().__init__()
-        self.config = config
-        h, eps, features = config.hidden_size, config.rms_norm_eps, len(config.target_layer_ids)
-        self.embedding_norm, self.hidden_norm = Norm(h, eps), Norm(h, eps)
-        self.input_proj = self.fc = self.input_norm = self.fc_norm = None
-        if config.reads_both:
-            self.fc = nn.Linear(features * h, h, bias=False)
-            if config.feature_norms == "all":
-                self.input_norm = Norm(features * h, eps)
-            if config.feature_norms == "each":
-                self.fc_norm = [Norm(h, eps) for _ in range(features)]
-        else:
-            self.input_proj = nn.Linear(2 * h, h, bias=False)
-        self.layer = Layer(config)
-        self.norm = Norm(h, eps)
+        super().__init__(config)
         self._own = own  # loaded already, so not among the parameters
 
     @property
     def own(self) -> OwnVocabulary:
         """The parts of the vocabulary that are not the target's."""
         return self._own
-
-    def project(self, features: mx.array) -> mx.array:
-        """Project (n, features * hidden_size) target outputs to (n, hidden_size) states."""
-        if self.fc is None:
-            return features
-        if self.input_norm is not None:
-            features = self.input_norm(features)
-        if self.fc_norm is not None:
-            parts = mx.split(features, len(self.fc_norm), -1)
-            features = mx.concatenate([n(x) for n, x in zip(self.fc_norm, parts, strict=True)], -1)
-        return self.fc(features)
-
-    def read(self, embedded: mx.array, states: mx.array) -> tuple[mx.array, mx.array]:
-        """Return attention's input and residual from (n, hidden_size) embeddings and states."""
-        normed = self.hidden_norm(states)
-        both = mx.concatenate([self.embedding_norm(embedded), normed], -1)
-        if self.input_proj is None:
-            return both, normed if self.config.normed_residual else states
-        x = self.input_proj(both)
-        assert self.layer.input_layernorm is not None
-        return self.layer.input_layernorm(x), x
-
-    def finish(self, attended: mx.array, gate: mx.array | None, residual: mx.array) -> mx.array:
-        """Return (n, hidden_size) outputs of rows, from their (n, heads, head_dim) attention."""
-        if gate is not None:
-            attended = attended * mx.sigmoid(gate)
-        x = residual + self.layer.self_attn.o_proj(attended.reshape(len(attended), -1))
-        return x + self.layer.mlp(self.layer.post_attention_layernorm(x))
-
-    def feedback(self, outputs: mx.array) -> mx.array:
-        """Return the states of the children of rows."""
-        return self.norm(outputs) if self.config.normed_feedback else outputs
 
 
 @dataclass(eq=False)

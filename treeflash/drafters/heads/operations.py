@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, TypeAlias
 
-from treeflash.drafters.config import DrafterConfig
+from treeflash.drafters.config import DrafterConfig, DrafterShape
 
 Array: TypeAlias = Any
 Module: TypeAlias = Any
@@ -35,10 +35,17 @@ class Operations:
     pair_linear: Callable[..., Module]
     embedding: Callable[[int, int], Module]  # (rows, size)
     rms_norm: Callable[[int, float], Module]  # (size, eps)
+    float32_norm: Callable[[int, float], Module]  # an RMS norm whose weights stay float32
     layer_norm: Callable[[int], Module]  # (size)
     activation: Callable[[], Module]  # SiLU, which has a number in a list but no weights
     # (size, state_size): the GRU has no biases, and is called with inputs and states.
     gru: Callable[[int, int], Module]
+    mlp: Callable[[DrafterShape], Module]  # SwiGLU, of a configuration's sizes
+    # (size, width, experts): SwiGLUs, called with (n, size) vectors, and (n, k) indices and weights
+    # of the experts whose weighted sum in float32 is returned.
+    experts: Callable[[int, int, int], Module]
+    # Called with (n, heads, head_dim) vectors and a rotation, gives (1, heads, n, head_dim).
+    rotary: Callable[[DrafterShape], Module]
     children: Callable[[list[Module]], Any]
     named_children: Callable[[dict[str, Module]], Any]
     parameter: Callable[..., Array]  # (*shape)
@@ -52,12 +59,15 @@ class Operations:
     exp: Callable[[Array], Array]
     sigmoid: Callable[[Array], Array]
     silu: Callable[[Array], Array]
+    softmax: Callable[[Array], Array]  # of the last axis
     tanh: Callable[[Array], Array]
     copy: Callable[[Array], Array]
 
     float32: Callable[[Array], Array]
     split: Callable[[Array, int], Any]  # cuts the last axis into equal parts
     take: Callable[[Array, Rows], Array]  # selects rows by their indices
+    gather: Callable[[Array, Array], Array]  # selects from the last axis, in each row by indices
+    top: Callable[[Array, int], Array]  # (n, k) indices of the largest in each row, descending
     # The last argument of these is an array whose device the new one has.
     zeros: Callable[[tuple[int, ...], Array], Array]  # (shape, like), in the same dtype
     arange: Callable[[int, Array], Array]  # (n, like)

@@ -1,0 +1,179 @@
+"""The layer of heads that draft depth by depth, written once for PyTorch and MLX.
+
+See `treeflash.drafters.mtp_heads` for what a row is, and `treeflash.drafters.heads.operations` for
+how a framework's module is made of a class. Names of attributes are the canonical names of tensors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, TypeAlias
+
+from treeflash.drafters.heads.operations import Array, Operations
+from treeflash.drafters.mtp_heads import Experts, MtpConfig
+
+Rotation: TypeAlias = Any
+"""What the rotary embedding of a backend needs of n positions."""
+
+
+class Router:
+    """Chooses the experts of each row, and their weights."""
+
+    ops: Operations
+
+    def __init__(self, config: Experts, hidden_size: int) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = self.ops.parameter(config.count, hidden_size)
+        if config.sigmoid:
+            self.e_score_correction_bias = self.ops.parameter(config.count)
+
+    def forward(self, x: Array) -> tuple[Array, Array]:
+        """Return (n, per_token) float32 weights and indices of experts, from (n, hidden_size)."""
+        ops = self.ops
+        logits = ops.float32(x) @ ops.float32(self.weight).T
+        if self.config.sigmoid:
+            scores = ops.sigmoid(logits)
+            ranks = scores + ops.float32(self.e_score_correction_bias)
+        else:
+            scores = ranks = ops.softmax(logits)
+        experts = ops.top(ranks, self.config.per_token)
+        weights = ops.gather(scores, experts)
+        if self.config.normalised:
+            weights = weights / weights.sum(-1, keepdims=True)
+        return weights * self.config.scale, experts
+
+
+class MixtureOfExperts:
+    """Routed experts, and one that runs for every row."""
+
+    ops: Operations
+
+    def __init__(self, config: MtpConfig) -> None:
+        super().__init__()
+        ops, experts, h = self.ops, config.experts, config.hidden_size
+        assert experts is not None
+        self.gate = ops.module(Router)(experts, h)
+        self.experts = ops.experts(h, experts.width, experts.count)
+        self.shared_expert = self.shared_expert_gate = None
+        if experts.shared_width:
+            self.shared_expert = ops.mlp(replace(config, intermediate_size=experts.shared_width))
+        if experts.shared_gate:
+            self.shared_expert_gate = ops.linear(h, 1, bias=False)
+
+    def forward(self, x: Array) -> Array:
+        """Map (n, hidden_size) to (n, hidden_size)."""
+        weights, chosen = self.gate(x)
+        out = self.ops.cast(self.experts(x, chosen, weights), x)
+        if self.shared_expert is not None:
+            shared = self.shared_expert(x)
+            if self.shared_expert_gate is not None:
+                shared = shared * self.ops.sigmoid(self.shared_expert_gate(x))
+            out = out + shared
+        return out
+
+
+class Attention:
+    """Queries, keys and values of rows, by head."""
+
+    ops: Operations
+
+    def __init__(self, config: MtpConfig) -> None:
+        super().__init__()
+        self.config, ops = config, self.ops
+        h, d, bias = config.hidden_size, config.head_dim, config.attention_bias
+        read = 2 * h if config.reads_both else h
+        q, kv = config.num_attention_heads * d, config.num_key_value_heads * d
+        self.q_proj = ops.linear(read, 2 * q if config.gated else q, bias=bias)
+        self.k_proj = ops.linear(read, kv, bias=bias)
+        self.v_proj = ops.linear(read, kv, bias=bias)
+        self.o_proj = ops.linear(q, h, bias=config.output_bias)
+        if config.qk_norm:
+            self.q_norm = ops.float32_norm(d, config.rms_norm_eps)
+            self.k_norm = ops.float32_norm(d, config.rms_norm_eps)
+        self.rotate = ops.rotary(config)
+
+    def queries(self, y: Array, rotation: Rotation) -> tuple[Array, Array | None]:
+        """Return (1, heads, n, head_dim) queries, and (n, heads, head_dim) gates if any."""
+        q, gate = self.q_proj(y).reshape(len(y), self.config.num_attention_heads, -1), None
+        if self.config.gated:
+            q, gate = self.ops.split(q, 2)
+        return self.rotate(self.q_norm(q) if self.config.qk_norm else q, rotation), gate
+
+    def keys_and_values(self, y: Array, rotation: Rotation) -> tuple[Array, Array]:
+        """Return the (1, kv_heads, n, head_dim) each, of n rows."""
+        shape = len(y), -1, self.config.head_dim
+        k, v = self.k_proj(y).reshape(shape), self.v_proj(y).reshape(shape)
+        keys = self.rotate(self.k_norm(k) if self.config.qk_norm else k, rotation)
+        return keys, v.swapaxes(0, 1)[None]
+
+
+class Layer:
+    """A pre-norm transformer layer; rows are attended to outside of it."""
+
+    ops: Operations
+
+    def __init__(self, config: MtpConfig) -> None:
+        super().__init__()
+        ops, h, eps = self.ops, config.hidden_size, config.rms_norm_eps
+        self.self_attn = ops.module(Attention)(config)
+        self.input_layernorm = None if config.reads_both else ops.float32_norm(h, eps)
+        self.post_attention_layernorm = ops.float32_norm(h, eps)
+        mixture = ops.module(MixtureOfExperts)
+        self.mlp = mixture(config) if config.experts else ops.mlp(config)
+
+
+class MtpLayer:
+    """The weights of an MTP head, under their canonical names, and what rows compute with them."""
+
+    ops: Operations
+
+    def __init__(self, config: MtpConfig) -> None:
+        super().__init__()
+        self.config, ops = config, self.ops
+        h, eps, features = config.hidden_size, config.rms_norm_eps, len(config.target_layer_ids)
+        self.embedding_norm = ops.float32_norm(h, eps)
+        self.hidden_norm = ops.float32_norm(h, eps)
+        self.input_proj = self.fc = self.input_norm = self.fc_norm = None
+        if config.reads_both:
+            self.fc = ops.linear(features * h, h, bias=False)
+            if config.feature_norms == "all":
+                self.input_norm = ops.float32_norm(features * h, eps)
+            if config.feature_norms == "each":
+                self.fc_norm = ops.children([ops.float32_norm(h, eps) for _ in range(features)])
+        else:
+            self.input_proj = ops.linear(2 * h, h, bias=False)
+        self.layer = ops.module(Layer)(config)
+        self.norm = ops.float32_norm(h, eps)
+
+    def project(self, features: Array) -> Array:
+        """Project (n, features * hidden_size) target outputs to (n, hidden_size) states."""
+        if self.fc is None:
+            return features
+        if self.input_norm is not None:
+            features = self.input_norm(features)
+        if self.fc_norm is not None:
+            parts = self.ops.split(features, len(self.fc_norm))
+            normed = [norm(x) for norm, x in zip(self.fc_norm, parts, strict=True)]
+            features = self.ops.concatenate(normed, -1)
+        return self.fc(features)
+
+    def read(self, embedded: Array, states: Array) -> tuple[Array, Array]:
+        """Return attention's input and residual from (n, hidden_size) embeddings and states."""
+        normed = self.hidden_norm(states)
+        both = self.ops.concatenate([self.embedding_norm(embedded), normed], -1)
+        if self.input_proj is None:
+            return both, normed if self.config.normed_residual else states
+        x = self.input_proj(both)
+        return self.layer.input_layernorm(x), x
+
+    def finish(self, attended: Array, gate: Array | None, residual: Array) -> Array:
+        """Return (n, hidden_size) outputs of rows, from their (n, heads, head_dim) attention."""
+        if gate is not None:
+            attended = attended * self.ops.sigmoid(gate)
+        x = residual + self.layer.self_attn.o_proj(attended.reshape(len(attended), -1))
+        return x + self.layer.mlp(self.layer.post_attention_layernorm(x))
+
+    def feedback(self, outputs: Array) -> Array:
+        """Return the states of the children of rows."""
+        return self.norm(outputs) if self.config.normed_feedback else outputs
