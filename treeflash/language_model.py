@@ -35,15 +35,18 @@ from treeflash.hub.models import (
     drafter_training,
     model_name,
     other_base,
+    published_drafter,
     resolve_drafter,
     resolve_target,
 )
+from treeflash.hub.sizes import refuse_pair
 from treeflash.option import is_whole, options_of
 from treeflash.registry import (
     check_config,
     default_backend,
     fall_back_to_cpu,
     loader,
+    memory_limit,
     refuse_drafter,
 )
 from treeflash.text.async_stream import AsyncDecoder, AsyncStream
@@ -478,6 +481,9 @@ def locate(
     load_pair = loader(default_backend() if backend is None else backend)
     check_config(load_pair, config)
     name = None if target is None else str(target)
+    if not config.force and (limit := memory_limit(load_pair)) is not None:
+        known = published_drafter(name) if drafter in (None, AUTO) else drafter
+        refuse_pair(name, str(known) if known else None, limit)
     target_folder = resolve_target(name)
     if config.adapter is not None and (base := other_base(Path(config.adapter), target_folder)):
         logging.getLogger(__name__).warning(

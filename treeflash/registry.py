@@ -81,6 +81,15 @@ def refuse_drafter(load: Loader, config: DrafterShape) -> None:
         check(config)
 
 
+def memory_limit(load: Loader) -> int | None:
+    """Return the bytes that a backend gives to models at most; None if it has no limit.
+
+    A module of a `Loader` may have the function `memory_limit`, which returns the same.
+    """
+    limit = getattr(inspect.getmodule(load), "memory_limit", None)
+    return None if limit is None else limit()
+
+
 def examine_device(name: str, config: LoadConfig) -> DeviceReport:
     """Let a backend tell about its device, and check its kernels there, without a model.
 

@@ -35,6 +35,7 @@ from treeflash_mlx.device import (
     choose_device,
     device_facts,
     limit_cache,
+    memory_limit,
     refuse_size,
     warn_of_size,
     warn_of_tf32,
@@ -152,9 +153,10 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> MlxBackend:
     check_config(config)
     on_cpu = choose_device(config.device)
     limit_cache()
-    if not config.force:
+    if not config.force and (limit := memory_limit()) is not None:
         drafts = () if drafter is None else drafter.glob("*.safetensors")
-        refuse_size({*target.glob("model*.safetensors"), *drafts})  # the drafter may be in it
+        files = {*target.glob("model*.safetensors"), *drafts}  # the drafter may be in it
+        refuse_size(files, limit)
     dtype = getattr(mx, config.dtype) if config.dtype else (mx.float32 if on_cpu else None)
     adapter = Path(config.adapter) if config.adapter else None
     model = Target(target, dtype, config.kv_bits, adapter)

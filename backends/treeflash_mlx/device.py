@@ -54,6 +54,12 @@ def available_bytes() -> int | None:
     return int(mx.device_info()["max_recommended_working_set_size"])
 
 
+def memory_limit() -> int | None:
+    """Return the bytes that models may take on the GPU; None on other devices."""
+    available = available_bytes()
+    return None if available is None else int(SAFE_SHARE * available)
+
+
 def limit_cache() -> None:
     """Limit the freed memory that MLX keeps on a GPU, before anything is loaded."""
     if mx.default_device().type == mx.cpu:
@@ -75,17 +81,16 @@ def wire_memory(weights: int) -> None:
         atexit.register(mx.set_wired_limit, previous)
 
 
-def refuse_size(files: Collection[Path]) -> None:
-    """Raise a ConfigError if the files of models take more memory than the GPU should give them.
+def refuse_size(files: Collection[Path], limit: int) -> None:
+    """Raise a ConfigError if the files of models have more than `limit` bytes.
 
     Loading them would make macOS swap for minutes, and then fail.
     """
-    available = available_bytes()
     size = sum(file.stat().st_size for file in files)
-    if available is not None and size > SAFE_SHARE * available:
+    if size > limit:
         raise ConfigError(
             f"the models' files have {size / GIB:.1f} GiB, and this GPU has "
-            f"{SAFE_SHARE * available / GIB:.1f} GiB for models and texts; use a conversion in "
+            f"{limit / GIB:.1f} GiB for models and texts; use a conversion in "
             "fewer bits, such as -4bit, or a smaller model (--force loads them nevertheless)"
         )
 

@@ -368,8 +368,10 @@ class Loader(Protocol):
     """The entry point of a backend, in the group `treeflash.backends`.
 
     Its module may also have a function `choose_device(name)`, which raises a BackendError if the
-    device does not exist. It is called before any model is downloaded. And it may have a function
-    `examine_device(config)`, which returns a `DeviceReport` without any model.
+    device does not exist. It is called before any model is downloaded. And it may have the
+    functions `examine_device(config)`, which returns a `DeviceReport` without any model, and
+    `memory_limit()`, which returns the bytes that models may take, or None: larger ones are refused
+    before they are fetched.
     """
 
     def __call__(self, target: Path, drafter: Path | None, config: LoadConfig) -> Backend:

@@ -295,7 +295,7 @@ def draft_sources(target: str | None) -> list[DraftSource]:
         )
         for number, drafter in enumerate(published_drafters(target))
     ]
-    folder = _local_folder(target)
+    folder = local_folder(target)
     name = model_name(Path(target or DEFAULT_TARGET)).rpartition("/")[2].lower()
     if folder is not None and (folder / "config.json").is_file():
         try:
@@ -383,7 +383,7 @@ def choose_drafter(
             passed_over.append(f"the drafter {drafter.name} is passed over: {first_line(error)}")
         else:
             return ChosenDrafter(drafter.name, folder, tuple(passed_over))
-    own = _local_folder(target)
+    own = local_folder(target)
     if own is not None and _has_weights(own):
         try:
             if _has_own_head(own):
@@ -507,7 +507,7 @@ def find_local(name: str) -> Path | None:
     return known[found.pop()] if found else None
 
 
-def _local_folder(name: str | None) -> Path | None:
+def local_folder(name: str | None) -> Path | None:
     """Return the folder of a target that is on this machine already; None if it is not."""
     if name is None or Path(name).is_dir():
         return None if name is None else Path(name)

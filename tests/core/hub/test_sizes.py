@@ -1,0 +1,133 @@
+"""A pair that does not fit is refused before it is fetched, and a smaller one is named."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import treeflash
+from treeflash import language_model, registry
+from treeflash.config import GIB
+from treeflash.errors import BackendError, ConfigError
+from treeflash.hub import models, sizes
+
+GIB_OF = {
+    "Qwen/Qwen3-8B": 15.3,
+    "mlx-community/Qwen3-8B-8bit": 8.1,
+    "mlx-community/Qwen3-8B-4bit": 4.3,
+    "mlx-community/Qwen3-4B-4bit": 2.1,
+    "z-lab/Qwen3-8B-DFlash-b16": 1.9,
+    "z-lab/Qwen3-4B-DFlash-b16": 1.0,
+    "someone/Large-3bit": 20.0,
+}
+
+
+@pytest.fixture(autouse=True)
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """A hub that tells sizes; returns the models that were asked for."""
+    asked: list[str] = []
+
+    def model_info(_: object, name: str, *, timeout: float, files_metadata: bool) -> Any:
+        asked.append(name)
+        if name not in GIB_OF:
+            raise OSError("no such model")
+        assert files_metadata
+        files = {
+            "model-00001.safetensors": int(GIB_OF[name] * GIB),
+            "consolidated.safetensors": 99 * GIB,
+            "config.json": 99 * GIB,
+            "model-00002.safetensors": None,
+        }
+        return SimpleNamespace(
+            siblings=[SimpleNamespace(rfilename=x, size=n) for x, n in files.items()]
+        )
+
+    def unreachable(*_: object, **__: object) -> None:
+        raise OSError("not in the cache")
+
+    monkeypatch.setattr(sizes.HfApi, "model_info", model_info)
+    monkeypatch.setattr(models, "snapshot_download", unreachable)
+    monkeypatch.setattr(models, "find_local", lambda name: None)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("target", "drafter", "limit", "message"),
+    [
+        (
+            "Qwen/Qwen3-8B",
+            "z-lab/Qwen3-8B-DFlash-b16",
+            9.6,
+            "Qwen/Qwen3-8B and its drafter have 17.2 GiB, and this GPU has 9.6 GiB for models and "
+            "texts; use mlx-community/Qwen3-8B-4bit, 6.2 GiB (",
+        ),
+        (
+            "Qwen/Qwen3-8B",
+            None,
+            4.8,
+            "Qwen/Qwen3-8B have 15.3 GiB, and this GPU has 4.8 GiB for models and texts; use "
+            "mlx-community/Qwen3-4B-4bit, 3.1 GiB (",
+        ),
+        ("someone/Large-3bit", None, 1.0, "1.0 GiB for models and texts; use a smaller model ("),
+    ],
+)
+def test_both_numbers_and_the_next_smaller_choice(
+    monkeypatch: pytest.MonkeyPatch, target: str, drafter: str | None, limit: float, message: str
+) -> None:
+    drafters = {x: f"z-lab/Qwen3-{x}-DFlash-b16" for x in ("8B", "4B")}
+    monkeypatch.setattr(
+        sizes,
+        "published_drafter",
+        lambda name: next((d for x, d in drafters.items() if f"Qwen3-{x}" in name), None),
+    )
+    with pytest.raises(ConfigError) as caught:
+        sizes.refuse_pair(target, drafter, int(limit * GIB))
+    assert message in str(caught.value)
+    assert "--force" in str(caught.value)
+    sizes.refuse_pair(target, drafter, 25 * GIB)
+
+
+def test_conversions_in_fewer_bits_come_first() -> None:
+    def names(target: str) -> list[str]:
+        return [x for x in sizes.smaller_choices(target) if x not in sizes.COMMON_TARGETS]
+
+    assert names("lmstudio-community/Qwen3-8B-MLX-8bit") == [
+        "lmstudio-community/Qwen3-8B-MLX-6bit",
+        "lmstudio-community/Qwen3-8B-MLX-4bit",
+    ]
+    assert names("mlx-community/Foo-bf16") == [f"mlx-community/Foo-{n}bit" for n in (8, 6, 4)]
+    assert names("mlx-community/Foo-4bit") == []
+    assert "mlx-community/Qwen3-4B-4bit" not in sizes.smaller_choices("mlx-community/qwen3-4b-4bit")
+
+
+def test_a_folder_is_measured_and_what_nobody_tells_is_fetched(
+    tmp_path: Path, hub: list[str]
+) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"x" * 100)
+    (tmp_path / "tokenizer.json").write_bytes(b"x" * 100)
+    assert sizes.weights_bytes(str(tmp_path)) == 100
+    assert [sizes.weights_bytes(name) for name in (None, "self", models.BUNDLED_DRAFTER)] == [0] * 3
+    assert hub == []
+    sizes.refuse_pair("un/known", None, 1)
+    assert hub == ["un/known"]
+
+
+def test_nothing_is_fetched_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless it is forced, or the backend has no limit."""
+
+    def begin(name: str | None) -> Path:
+        raise BackendError("fetched")
+
+    monkeypatch.setattr(language_model, "resolve_target", begin)
+    load = registry.loader("reference")
+    monkeypatch.setattr(language_model, "memory_limit", lambda of: GIB if of is load else None)
+    options: dict[str, Any] = {"backend": "reference", "drafter": False}
+    with pytest.raises(ConfigError, match=r"^the weights of Qwen/Qwen3-8B have 15.3 GiB"):
+        treeflash.load("Qwen/Qwen3-8B", **options)
+    monkeypatch.setattr(registry, "check_config", lambda *_: None)
+    for limit, settings in ((None, {}), (20 * GIB, {}), (1, {"force": True})):
+        monkeypatch.setattr(language_model, "memory_limit", lambda _, x=limit: x)
+        monkeypatch.setattr(language_model, "check_config", lambda *_: None)
+        with pytest.raises(BackendError, match="fetched"):
+            treeflash.load("Qwen/Qwen3-8B", **options, **settings)
