@@ -19,7 +19,13 @@ from torch import Tensor, nn
 
 from treeflash.decoding.interfaces import StateArrays, TableOptions
 from treeflash.decoding.transitions import TransitionTable
-from treeflash.drafters.mtp_heads import MAX_PATHS, NO_MARGINALS, MtpConfig
+from treeflash.drafters.mtp_heads import (
+    MAX_PATHS,
+    NO_MARGINALS,
+    MtpConfig,
+    first_visible,
+    hidden_rows,
+)
 from treeflash.drafters.mtp_layer import MtpLayer
 from treeflash.errors import ConfigError
 from treeflash_cuda.attention import additive_mask, group_mask, grouped_attention
@@ -124,6 +130,7 @@ class _Rows:
 
     outputs: Tensor  # (sequences * n, hidden_size) of the layer
     visible: Tensor  # (sequences, n, c) bool: the drafted rows so far that each row sees
+    sizes: tuple[int, ...] = ()  # the numbers of rows of a sequence at the depths so far
 
 
 class MtpDrafter:
@@ -156,7 +163,7 @@ class MtpDrafter:
         caches = [cache for cache, _, _ in new]
         cos, sin = (x.index_select(0, last) for x in rotation)
         q, gate = self.model.layer.self_attn.queries(y, (cos, sin))
-        attended = attend(self.model.config, q, caches, [x.length for x in caches], None)
+        attended = attend(self.model.config, q, caches, [x.length for x in caches], 0, None)
         outputs = self.model.finish(attended, gate, residual)
         most = self.model.config.depths
         blocks = zip(roots, outputs.split(1), caches, strict=True)
@@ -194,19 +201,23 @@ def attend(
     config: MtpConfig,
     queries: Tensor,  # (1, heads, sequences * n, head_dim)
     caches: Sequence[MtpCache],
-    ends: Sequence[int],  # columns that the rows of each sequence see, or that are masked
-    visible: Tensor | None,  # (sequences, n, c) bool, of the last c columns; None if n is 1
+    committed: Sequence[int],  # columns of each sequence's committed rows and root
+    depth: int,  # of the rows
+    visible: Tensor | None,  # (sequences, n, c) bool, of the c columns after these; None for none
 ) -> Tensor:
     """Attend from each sequence's rows to its columns: (sequences * n, heads, head_dim)."""
-    n = queries.shape[2] // len(caches)
-    kv_caches = [cache.first_columns(0, end) for cache, end in zip(caches, ends, strict=True)]
-    masks: list[Tensor | None] = [None] * len(caches)
-    if visible is not None:
-        groups = config.num_attention_heads // config.num_key_value_heads
-        drafted = additive_mask(visible, queries.dtype)
-        for i, end in enumerate(ends):
-            mask = F.pad(drafted[i], (end - visible.shape[2], 0))
-            masks[i] = group_mask(mask, groups)
+    n, drafted = queries.shape[2] // len(caches), 0 if visible is None else visible.shape[2]
+    kv_caches, masks = [], []
+    groups = config.num_attention_heads // config.num_key_value_heads
+    for i, (cache, length) in enumerate(zip(caches, committed, strict=True)):
+        first = first_visible(config, length, depth)
+        keys, values = cache.first_columns(0, length + drafted)
+        kv_caches.append((keys[:, :, first:], values[:, :, first:]))
+        mask = None
+        if visible is not None:
+            mask = F.pad(additive_mask(visible[i], queries.dtype), (length - first, 0))
+            mask = group_mask(mask, groups)
+        masks.append(mask)
     sizes, scale = [n] * len(caches), config.head_dim**-0.5
     return grouped_attention(queries, kv_caches, masks, sizes, scale)[0]
 
@@ -291,12 +302,13 @@ class MtpHead:
         rotation = model.rotary(upload(numbers, self.target.device), y.dtype)
         q, gate = model.layer.self_attn.queries(y, rotation)
         k, v = model.layer.self_attn.keys_and_values(y, rotation)
-        starts = [block.length + drafted for block in blocks]
         caches = [block.cache for block in blocks]
-        segments = [(cache, start, n) for cache, start in zip(caches, starts, strict=True)]
+        segments = [(block.cache, block.length + drafted, n) for block in blocks]
         PackedRows(segments, k).write(0, k, v)
         ancestors = rows.visible.flatten(0, 1).index_select(0, places).unflatten(0, (batch, n))
         itself = torch.eye(n, dtype=torch.bool, device=y.device).expand(batch, n, n)
         visible = torch.cat([ancestors, itself], 2)
-        attended = attend(model.config, q, caches, [start + n for start in starts], visible)
-        return _Rows(model.finish(attended, gate, residual), visible)
+        visible[:, :, : hidden_rows(model.config, rows.sizes, depth)] = False
+        lengths = [block.length for block in blocks]
+        attended = attend(model.config, q, caches, lengths, depth, visible)
+        return _Rows(model.finish(attended, gate, residual), visible, (*rows.sizes, n))

@@ -18,7 +18,13 @@ from numpy.typing import NDArray
 
 from treeflash.decoding.interfaces import StateArrays, TableOptions
 from treeflash.decoding.transitions import TransitionTable
-from treeflash.drafters.mtp_heads import MAX_PATHS, NO_MARGINALS, MtpConfig
+from treeflash.drafters.mtp_heads import (
+    MAX_PATHS,
+    NO_MARGINALS,
+    MtpConfig,
+    first_visible,
+    hidden_rows,
+)
 from treeflash.drafters.mtp_layer import MtpLayer
 from treeflash.errors import ConfigError
 from treeflash_mlx.cache import KVCache, share_storage, to_host
@@ -99,11 +105,13 @@ class MtpBlock:
 class Rows:
     """The rows of one depth of all sequences, n of each: (sequences * n, hidden_size) outputs.
 
-    (sequences, n, c) `visible` says which of the c drafted rows so far each row sees.
+    (sequences, n, c) `visible` says which of the c drafted rows so far each row sees, and `sizes`
+    how many of them a sequence has at each depth.
     """
 
     outputs: mx.array
     visible: mx.array
+    sizes: tuple[int, ...] = ()
 
 
 class MtpDrafter:
@@ -128,7 +136,7 @@ class MtpDrafter:
         last = mx.array(np.cumsum([len(tokens) for _, _, tokens in new]) - 1)
         q, gate = self.model.layer.self_attn.queries(y[last], positions[last])
         caches = [cache for cache, _, _ in new]
-        attended = attend(self.model.config, q, caches, [x.length for x in caches], None)
+        attended = attend(self.model.config, q, caches, [x.length for x in caches], 0, None)
         outputs = self.model.finish(attended, gate, residual[last])
         most = self.model.config.depths
         return [
@@ -183,22 +191,25 @@ def attend(
     config: MtpConfig,
     queries: mx.array,
     caches: Sequence[KVCache],
-    ends: Sequence[int],
+    committed: Sequence[int],
+    depth: int,
     visible: mx.array | None,
 ) -> mx.array:
     """Attend from each sequence's rows to its columns: (sequences * n, heads, head_dim).
 
-    The queries are (1, heads, sequences * n, head_dim). A sequence's rows see its columns before
-    its end; of the last c, (sequences, n, c) `visible` tells which, None if n is 1.
+    The (1, heads, sequences * n, head_dim) queries are of rows of a depth. They see the columns of
+    committed rows and of the root as far as the window reaches, and of the c columns behind them
+    what (sequences, n, c) `visible` tells; None if there are none.
     """
-    n, out = queries.shape[2] // len(caches), []
-    for i, (cache, end) in enumerate(zip(caches, ends, strict=True)):
-        mask = None
+    n, drafted = queries.shape[2] // len(caches), 0 if visible is None else visible.shape[2]
+    out = []
+    for i, (cache, length) in enumerate(zip(caches, committed, strict=True)):
+        mask, first = None, first_visible(config, length, depth)
         if visible is not None:
-            mask = mx.pad(visible[i], [(0, 0), (end - visible.shape[2], 0)], constant_values=True)
+            mask = mx.pad(visible[i], [(0, 0), (length - first, 0)], constant_values=True)
         y = mx.fast.scaled_dot_product_attention(
             queries[:, :, i * n : (i + 1) * n],
-            *share_storage([cache]).read(0, end),
+            *share_storage([cache]).read(0, length + drafted, first),
             scale=config.head_dim**-0.5,
             mask=mask,
         )
@@ -288,10 +299,12 @@ class MtpHead:
         q, gate = model.layer.self_attn.queries(y, positions)
         k, v = model.layer.self_attn.keys_and_values(y, positions)
         caches = [block.cache for block in blocks]
-        starts = [block.length + drafted for block in blocks]
-        write([(cache, start, n) for cache, start in zip(caches, starts, strict=True)], k, v)
+        write([(block.cache, block.length + drafted, n) for block in blocks], k, v)
         ancestors = rows.visible.reshape(batch * before, drafted)[places].reshape(batch, n, drafted)
         itself = mx.broadcast_to(mx.eye(n, dtype=mx.bool_), (batch, n, n))
         visible = mx.concatenate([ancestors, itself], 2)
-        attended = attend(model.config, q, caches, [start + n for start in starts], visible)
-        return Rows(model.finish(attended, gate, residual), visible)
+        if hidden := hidden_rows(model.config, rows.sizes, depth):
+            visible[:, :, :hidden] = False
+        lengths = [block.length for block in blocks]
+        attended = attend(model.config, q, caches, lengths, depth, visible)
+        return Rows(model.finish(attended, gate, residual), visible, (*rows.sizes, n))

@@ -41,7 +41,7 @@ from treeflash.testing.states import check_storage
 
 PUBLISHED = [
     *((b, f) for b in BACKENDS for f in ("qwen3_5-mtp", "eagle3", "speculators-eagle3")),
-    *((b, f) for b in BACKENDS for f in ("deepspec-eagle3", "speculators-mtp")),
+    *((b, f) for b in BACKENDS for f in ("deepspec-eagle3", "eagle3-window", "speculators-mtp")),
     *((b, f) for b in ("cuda", "mlx") for f in ("qwen3_5-moe-mtp", "glm4_moe-mtp")),
     ("mlx", "gemma4-assistant"),
 ]
@@ -172,6 +172,13 @@ def own_token(self: Any, state: Any, root: int, depths: int | None) -> Any:
     return DRAFT(self, state, root, depths)
 
 
+def window(size: int | None) -> Callable[[pytest.MonkeyPatch, Any], None]:
+    """Give an EAGLE-3 head another window."""
+    return lambda patch, pair: object.__setattr__(
+        pair.drafter_model.config, "sliding_windows", (size,)
+    )
+
+
 STEP, DRAFT = mtp_head.MtpHead._step, mtp_head.MtpDrafter.draft_one
 FAULTS: dict[str, tuple[str, Callable[[pytest.MonkeyPatch, Any], None]]] = {
     "state before the final norm": (
@@ -232,6 +239,8 @@ FAULTS: dict[str, tuple[str, Callable[[pytest.MonkeyPatch, Any], None]]] = {
             tuple(i - 1 for i in pair.drafter_model.config.target_layer_ids),
         ),
     ),
+    "a window ignored": ("eagle3-window", window(None)),
+    "a window one longer": ("eagle3-window", window(7)),
     "DeepSpec's state fed back after the norm": (
         "deepspec-eagle3",
         lambda patch, pair: patch.setattr(mtp_head.MtpModel, "feedback", feedback),

@@ -23,6 +23,7 @@ NEWER = {
     "deepspec-eagle3": "plain-target",
     "dflash-sinks": "plain-target",
     "dspark-sinks": "plain-target",
+    "eagle3-window": "plain-target",
     "gemma4-dspark": "gemma4-target",
     "gemma4-dspark-plain": "plain-target",
     "muse-glimmer-assistant": "muse-target",

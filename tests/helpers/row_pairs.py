@@ -29,6 +29,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "norm_before_fc": True,
         "num_aux_hidden_states": 3,
         "rope_theta": 500.0,
+        "layer_types": ["sliding_attention"],
+        "sliding_window": 3,
     },
 }
 

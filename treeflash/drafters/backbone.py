@@ -99,7 +99,7 @@ def backbone_config(
     if mask_token_id is None:
         raise KeyError("mask_token_id")
     inv_freq, rope_scale = inverse_frequencies(rope_parameters(config), head_dim)
-    sliding = _sliding_layers(config, layers)
+    sliding = sliding_layers(config, layers)
     window = int(config["sliding_window"]) if any(sliding) else None
     vocab_size = config.get("vocab_size")
     return DrafterConfig(
@@ -169,7 +169,8 @@ def default_target_layer_ids(num_target_layers: int, num_hidden_layers: int) -> 
     return tuple(round(1 + i * step) for i in range(num_hidden_layers))
 
 
-def _sliding_layers(config: Mapping[str, Any], layers: int) -> tuple[bool, ...]:
+def sliding_layers(config: Mapping[str, Any], layers: int) -> tuple[bool, ...]:
+    """Tell by `layer_types` which layers slide; a ValueError for another number or kind of them."""
     kinds = config.get("layer_types") or ["full_attention"] * layers
     if len(kinds) != layers:
         raise ValueError(f"layer_types lists {len(kinds)} layers, num_hidden_layers is {layers}")

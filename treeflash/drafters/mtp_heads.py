@@ -193,6 +193,21 @@ def refuse_assistant(config: DrafterShape, backend: str) -> None:
         )
 
 
+def first_visible(config: MtpConfig, length: int, depth: int) -> int:
+    """Return the first of `length` committed rows that rows of a depth see; the root's is last."""
+    (window,) = config.sliding_windows
+    return 0 if window is None else min(max(length + depth - window, 0), length)
+
+
+def hidden_rows(config: MtpConfig, sizes: Sequence[int], depth: int) -> int:
+    """Return how many of the first drafted rows are too far from rows of a depth to be seen.
+
+    `sizes` are the numbers of rows of the depths before.
+    """
+    (window,) = config.sliding_windows
+    return 0 if window is None else sum(sizes[: max(depth - window, 0)])
+
+
 def mtp_shapes(config: MtpConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:
     """Return the shapes of all tensors of an MTP head by name, optional ones included."""
     if config.assistant is not None:
@@ -347,9 +362,8 @@ def _layer_config(config: Config, **settings: Any) -> MtpConfig:
         vocab_size=int(config["vocab_size"]),
         inv_freq=tuple(inv_freq.tolist()),
         rope_scale=rope_scale,
-        sliding_windows=(None,),
         causal=(True,),
-        **settings,
+        **{"sliding_windows": (None,), **settings},
     )
 
 
@@ -557,9 +571,9 @@ def _eagle_config(
 ) -> MtpConfig:
     if int(layers["num_hidden_layers"]) != 1:
         raise ValueError(f"num_hidden_layers = {layers['num_hidden_layers']} is not supported")
-    sliding = any(kind != "full_attention" for kind in layers.get("layer_types") or ())
-    if sliding or (layers.get("sliding_window") and layers.get("use_sliding_window")):
-        raise ValueError("a sliding window is not supported")
+    (sliding,) = backbone.sliding_layers(layers, 1)
+    if not layers.get("layer_types") and layers.get("use_sliding_window"):
+        raise ValueError("use_sliding_window without layer_types is not supported")
     backbone.refuse_adapter(config.get("target_hidden_size"), layers)
     if config.get("num_aux_hidden_states") not in (None, len(layer_ids)):
         raise ValueError(
@@ -583,6 +597,7 @@ def _eagle_config(
         feature_norms="each" if each else "all" if whole else None,
         own_vocabulary=True,
         draft_vocab_size=backbone.draft_vocab_size(config, layers),
+        sliding_windows=(int(layers["sliding_window"]) if sliding else None,),
     )
 
 

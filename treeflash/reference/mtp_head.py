@@ -22,6 +22,7 @@ from treeflash.reference.numerics import (
     sigmoid,
     silu,
     top,
+    visible,
 )
 from treeflash.reference.target import Cache
 from treeflash.reference.verifier import State
@@ -163,7 +164,8 @@ class MtpDrafter(OneByOneDrafter):
         y, residual = model.read(tokens, cache.hidden[first:])
         keys, values = cache.attend(0, *model.keys_and_values(y, positions))
         cache.commit(np.arange(len(tokens) - 1, dtype=np.int32))
-        mask = np.ones((1, keys.shape[1]), np.bool_)
+        rows = np.arange(keys.shape[1], dtype=np.int32)
+        mask = visible(positions[-1:], rows, model.config.sliding_windows[0], causal=True)
         output = model.layer((y[-1:], residual[-1:]), positions[-1:], keys, values, mask)
         most = model.config.depths
         return MtpBlock(root, output, keys, values, min(depths or most, most))
@@ -179,14 +181,15 @@ class MtpDrafter(OneByOneDrafter):
 class _Paths:
     """The rows of one depth, with (n, hidden_size) outputs of the layer, and the rows they see.
 
-    The keys and values are (kv_heads, m, head_dim) of all rows so far; (n, m) `visible` says
-    whether a row of this depth descends from a row, or is it.
+    The keys and values are (kv_heads, m, head_dim) of all rows so far, at (m,) `positions`; (n, m)
+    `related` says whether a row of this depth descends from a row, or is it.
     """
 
     output: Array
     keys: Array
     values: Array
-    visible: NDArray[np.bool_]
+    positions: Ints
+    related: NDArray[np.bool_]
 
 
 class MtpHead(OneByOneHead):
@@ -231,8 +234,9 @@ class MtpHead(OneByOneHead):
         return self.model.over_target_vocabulary(log_probs)
 
     def _start(self, block: MtpBlock) -> _Paths:
-        visible = np.ones((1, block.keys.shape[1]), np.bool_)
-        return _Paths(block.output, block.keys, block.values, visible)
+        positions = np.arange(block.keys.shape[1], dtype=np.int32)
+        related = np.ones((1, len(positions)), np.bool_)
+        return _Paths(block.output, block.keys, block.values, positions, related)
 
     def _step(
         self, block: MtpBlock, rows: _Paths, depth: int, tokens: Ints, parents: NDArray[np.int64]
@@ -244,6 +248,8 @@ class MtpHead(OneByOneHead):
         new_keys, new_values = model.keys_and_values(y, positions)
         keys = np.concatenate([rows.keys, new_keys], 1)
         values = np.concatenate([rows.values, new_values], 1)
-        visible = np.concatenate([rows.visible[parents], np.eye(n, dtype=np.bool_)], 1)
-        output = model.layer((y, residual), positions, keys, values, visible)
-        return _Paths(output, keys, values, visible)
+        related = np.concatenate([rows.related[parents], np.eye(n, dtype=np.bool_)], 1)
+        all_positions = np.concatenate([rows.positions, positions])
+        near = visible(positions, all_positions, model.config.sliding_windows[0], causal=True)
+        output = model.layer((y, residual), positions, keys, values, related & near)
+        return _Paths(output, keys, values, all_positions, related)

@@ -314,13 +314,23 @@ def test_dialects_of_eagle_3(form: str) -> None:
         with pytest.raises(ValueError, match=f"{key} = True is not supported"):
             parse(format, base, **{key: True})
         parse(format, base, **{key: False})
-    for changes in (
-        {"layer_types": ["sliding_attention"]},
-        {"sliding_window": 4, "use_sliding_window": True},
-    ):
-        layers = {"transformer_layer_config": {**LAYER, "num_hidden_layers": 1, **changes}}
-        with pytest.raises(ValueError, match="a sliding window is not supported"):
-            parse(format, base, **(changes if form == "eagle" else layers))
+
+
+@pytest.mark.parametrize("form", ["eagle", "speculators"])
+def test_the_window_of_eagle_3(form: str) -> None:
+    def parsed(**changes: Any) -> MtpConfig:
+        if form == "eagle":
+            return parse(EAGLE3, EAGLE, **changes)
+        layers = {**LAYER, "num_hidden_layers": 1, **changes}
+        return parse(SPECULATORS_EAGLE3, SPECULATORS, transformer_layer_config=layers)
+
+    unused = {"sliding_window": 4, "layer_types": ["full_attention"]}
+    check(parsed(**unused), sliding_windows=(None,))
+    check(parsed(**unused | {"layer_types": ["sliding_attention"]}), sliding_windows=(4,))
+    with pytest.raises(ValueError, match="use_sliding_window without layer_types is not"):
+        parsed(sliding_window=4, use_sliding_window=True)
+    with pytest.raises(ValueError, match="layer type 'linear_attention' is not supported"):
+        parsed(layer_types=["linear_attention"])
 
 
 def test_layer_ids_and_biases_of_eagle_3() -> None:
