@@ -137,7 +137,7 @@ def random_tree(vocab_size: int, nodes: int) -> DraftTree:
 
 def read_prompts(tokenizer: Tokenizer, path: Path, limit: int) -> list[list[int]]:
     """Return the token ids of the first prompts of a set."""
-    return [encode(tokenizer, row.turns[0]) for row in read_rows(path)[:limit]]
+    return [encode(tokenizer, row.turns[0]).token_ids for row in read_rows(path)[:limit]]
 
 
 def random_prompt(vocab_size: int, length: int) -> list[int]:

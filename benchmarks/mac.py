@@ -137,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     backend = model.backend
     if backend.name != "mlx":
         raise ConfigError(f"this benchmark measures the mlx backend, got --backend {backend.name}")
-    prompts = [encode(model.tokenizer, prompt) for prompt in PROMPTS]
+    prompts = [encode(model.tokenizer, prompt).token_ids for prompt in PROMPTS]
     methods = [
         method_row(model, method, prompts, args.max_tokens) for method in supported_methods(model)
     ]

@@ -98,14 +98,14 @@ def host(model: Callable[[], LanguageModel], args: Any, part: Part) -> None:
 
 def speed(model: Callable[[], LanguageModel], args: Any, part: Part) -> None:
     """Measure every method that the pair supports."""
-    prompts = [encode(model().tokenizer, prompt) for prompt in mac.PROMPTS]
+    prompts = [encode(model().tokenizer, prompt).token_ids for prompt in mac.PROMPTS]
     for method in mac.supported_methods(model()):
         part.add("methods", **mac.method_row(model(), method, prompts, args.max_tokens))
 
 
 def mlx_lm(model: Callable[[], LanguageModel], args: Any, part: Part) -> None:
     """Measure mlx-lm's own loop over the same weights."""
-    prompts = [encode(model().tokenizer, prompt) for prompt in mac.PROMPTS]
+    prompts = [encode(model().tokenizer, prompt).token_ids for prompt in mac.PROMPTS]
     part.add("methods", **mac.mlx_lm_row(model(), prompts, args.max_tokens))
 
 

@@ -414,7 +414,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         for concurrency in args.concurrency:
             make_groups([[]] * len(turns), args.limit, concurrency, name)  # raises before the work
     model = load_model(args)
-    sets = {name: [encode(model.tokenizer, x) for x in turns] for name, turns in prompts.items()}
+    sets = {
+        name: [encode(model.tokenizer, turn).token_ids for turn in turns]
+        for name, turns in prompts.items()
+    }
     systems, skipped = load_systems(model, args)
     records, failed = measure(systems, sets, args)
     skipped += failed

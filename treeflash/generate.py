@@ -14,13 +14,21 @@ from rich.console import Console
 from treeflash.cli import options as cli
 from treeflash.cli.console import Parser, guarded
 from treeflash.cli.prompt_batch import run_batch
-from treeflash.cli.single_prompt import read_prompt, run_answers, run_text
+from treeflash.cli.single_prompt import (
+    IMAGE_PROMPT,
+    SAMPLE_PROMPT,
+    read_prompt,
+    run_answers,
+    run_text,
+)
 from treeflash.config import GIB
 from treeflash.decoding.suffix import SuffixCache
 from treeflash.errors import ConfigError
 from treeflash.hub.models import drafter_training
 from treeflash.language_model import LanguageModel
+from treeflash.text.images import read_images
 from treeflash.text.options import Options
+from treeflash.text.prompt import Prompt, with_images
 from treeflash.text.stream import AUTO_BYTES, AUTO_SEQUENCES
 
 EXPLAINED_ITERATIONS = 3
@@ -41,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.prompts is None or args.output is None:
             raise ConfigError("--prompts and --output must be given together")
         if extra := next(
-            (f for f in ("compare", "explain", "json", "n") if getattr(args, f)), None
+            (f for f in ("compare", "explain", "image", "json", "n") if getattr(args, f)), None
         ):
             raise ConfigError(f"--{extra} is for a single prompt; remove it, or --prompts")
         cache_bytes = int((args.suffix_cache_gb or 0) * GIB)
@@ -55,7 +63,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError(f"n must be 1 or more, got {args.n}")
     if args.n is not None and (args.compare or args.explain):
         raise ConfigError("--compare and --explain are for a single answer; remove --n")
-    prompt = read_prompt(args.prompt, args.prompt_file, console)
+    if args.image and options.get("raw"):
+        raise ConfigError("images need the chat template; remove --raw")
+    sample = IMAGE_PROMPT if args.image else SAMPLE_PROMPT
+    text = read_prompt(args.prompt, args.prompt_file, console, sample)
+    prompt: Prompt = text
+    if args.image:
+        read_images(args.image)  # a file that is no image is told before the models are loaded
+        prompt = [{"role": "user", "content": with_images(text, args.image)}]
     if options.get("temperature") and "seed" not in options:
         options["seed"] = secrets.randbits(32)
     model = load()
@@ -90,8 +105,14 @@ def make_parser() -> Parser:
         "--prompts",
         type=Path,
         metavar="FILE.jsonl",
-        help="answer many prompts: JSON objects with an id, and turns, a prompt, or messages; "
-        "requires --output",
+        help="answer many prompts: JSON objects with an id, and turns, a prompt with or without "
+        "images, or messages; requires --output",
+    )
+    parser.add_argument(
+        "--image",
+        action="append",
+        metavar="FILE",
+        help="an image before the prompt: PNG, JPEG, WebP or GIF; may be repeated",
     )
     parser.add_argument(
         "--output",

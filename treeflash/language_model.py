@@ -15,7 +15,7 @@ from treeflash.config import AUTO, DecodeConfig, LoadConfig, Method, cache_folde
 from treeflash.decoding import Scheduler, SchedulerConfig, best_method
 from treeflash.decoding.adaptive_budget import AdaptiveBudgets
 from treeflash.decoding.disk_cache import DiskCache
-from treeflash.decoding.interfaces import Backend, Loader
+from treeflash.decoding.interfaces import Backend, ImageProcessor, Loader
 from treeflash.decoding.prefix_cache import PrefixCache
 from treeflash.decoding.sampling import Constraint
 from treeflash.decoding.suffix import SuffixCache
@@ -109,12 +109,15 @@ class LanguageModel:
 
         Args:
             prompt: a string or messages (dicts with `role` and `content`), which go through the
-                chat template, or token ids.
+                chat template, or token ids. A content is a text, or a list of parts: texts
+                (`{"type": "text", "text": ...}`) and, if the target takes them, images
+                (`{"type": "image", "image": ...}`: a path, bytes, a `data:` URL, or one of Pillow).
             **options: the keywords of `treeflash.text.options.Options`.
 
         Raises:
             ConfigError: an option is unknown or invalid, or needs a drafter that was not loaded.
-            PromptError: the prompt is empty, malformed, too long, or rejected by the chat template.
+            PromptError: the prompt is empty, malformed, too long, or rejected by the chat template;
+                or an image cannot be read, or the target takes none.
             NumericalError: a model produced values that are not finite.
         """
         return self.stream(prompt, **options).run()
@@ -254,21 +257,31 @@ class LanguageModel:
 
     def assembler(self, prompt: Prompt, config: TextConfig) -> Assembler:
         """Return a sequence for `Stream` or `BatchStream.submit`; raises what `generate` does."""
-        prompt_ids = encode(
+        encoded = encode(
             self.tokenizer,
             prompt,
             system=config.system,
             raw=config.raw,
             template_args=config.template_args,
+            processor=self.image_processor,
+            max_images=config.max_images,
         )
         return Assembler(
             self.backend,
             self.tokenizer,
-            tuple(prompt_ids),
+            tuple(encoded.token_ids),
             config.decode,
             config.stop_strings,
             self._constraint(config),
+            encoded.images,
         )
+
+    @property
+    def image_processor(self) -> ImageProcessor | str:
+        """Prepares the target's prompts with images; or a sentence says why it takes none."""
+        found = self.backend.images
+        name = self.names["target"] or "the target"
+        return f"{name} takes no images: {found}" if isinstance(found, str) else found
 
     def _constraint(self, config: TextConfig) -> Callable[[], Constraint] | None:
         """Return a function that makes constraints to the form that options set, or None."""

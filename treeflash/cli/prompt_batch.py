@@ -23,7 +23,15 @@ from treeflash.language_model import LanguageModel
 from treeflash.text.generation import mean
 from treeflash.text.options import GRAMMAR_OPTIONS, Options, parse_options
 from treeflash.text.output_file import OutputFile, Record, has_fields
-from treeflash.text.prompt import Key, Message, Prompt, Row, read_rows
+from treeflash.text.prompt import (
+    Key,
+    Message,
+    Prompt,
+    Row,
+    find_images,
+    images_of,
+    read_rows,
+)
 from treeflash.text.stream import Assembler, BatchStream, Parallel
 
 
@@ -41,11 +49,11 @@ def run_batch(
     `suffix_cache`, answers may copy earlier ones.
     """
     prompts, output = args.prompts, args.output
-    rows = read_rows(prompts)
+    rows = read_rows(prompts, images=True)
     if output.exists() and output.samefile(prompts):
         raise ConfigError("--output is the file of prompts; give another one")
     with OutputFile(output, _is_turn) as file:
-        batch = Batch(rows, file)
+        batch = Batch(rows, file, prompts.parent)
         batch.check(options)
         if not batch.is_finished(options, args):
             model = load()
@@ -78,11 +86,12 @@ class Batch:
     """Conversations to decode, and the file of the turns that are decoded.
 
     The `output` has records of `id`, `turn` and the generation, or the `error` that prevented it.
-    `tokens` and `seconds` count this run.
+    `folder` is where images are that the rows name. `tokens` and `seconds` count this run.
     """
 
     rows: Sequence[Row]
     output: OutputFile
+    folder: Path
     tokens: int = 0
     seconds: float = 0.0
 
@@ -96,10 +105,10 @@ class Batch:
             if "error" not in record:
                 self.output.check_settings(record, settings)
         for row in self.rows if options.get("raw") else ():
-            if len(row.turns) > 1 or len(row.turns[0]) > 1:
+            if len(row.turns) > 1 or len(row.turns[0]) > 1 or images_of(row.turns[0][0]):
                 raise ConfigError(
-                    f"the row {row.id!r} has several messages, which need the chat template; "
-                    "leave out --raw"
+                    f"the row {row.id!r} has several messages or images, which need the chat "
+                    "template; leave out --raw"
                 )
 
     def is_finished(self, options: Options, args: argparse.Namespace) -> bool:
@@ -136,7 +145,10 @@ class Batch:
         self.check(options, **settings)
         settings["drafter"] = model.names["drafter"]
         stream = model.batch_stream(parallel, config.decode, suffix_cache)
-        make_assembler = partial(model.assembler, config=config)
+
+        def make_assembler(prompt: Prompt) -> Assembler:
+            return model.assembler(find_images(prompt, self.folder), config)
+
         self.output.resume()
         with progress(console) as bar:
             task = bar.add_task("turns", total=len(self._keys))

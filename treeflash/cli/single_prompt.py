@@ -29,7 +29,7 @@ from treeflash.errors import PromptError
 from treeflash.language_model import LanguageModel
 from treeflash.text.generation import Comparison, Generation, TokenLogProb, mean
 from treeflash.text.options import Options
-from treeflash.text.prompt import read_text
+from treeflash.text.prompt import Prompt, read_text
 from treeflash.text.stream import Parallel, Stream
 from treeflash.text.tokenizer import Tokenizer
 
@@ -46,9 +46,12 @@ MANTISSA_BITS = {"float32": 23, "bfloat16": 7, "float16": 10}
 def warm_up(stream: Stream) -> None:
     """Run a stream's method and plain decoding briefly, so that both are measured warm.
 
-    A fixed budget replaces `auto`, which would learn from these runs.
+    The end of the prompt is enough, without images. A fixed budget replaces `auto`, which would
+    learn from these runs.
     """
-    prompt_ids = stream.assembler.prompt_ids[-WARM_UP_PROMPT:]
+    images = stream.assembler.images
+    last_text = 0 if images is None else images.images[-1].end
+    prompt_ids = stream.assembler.prompt_ids[last_text:][-WARM_UP_PROMPT:]
     config = replace(stream.assembler.config, max_tokens=WARM_UP_TOKENS, stop_token_ids=frozenset())
     if config.budget == AUTO:
         config = replace(config, budget=WARM_UP_BUDGET)
@@ -104,13 +107,16 @@ def spacing(value: float, dtype: str) -> float:
 
 STANDARD_INPUT = "-"
 BYTE_ORDER_MARK = "\ufeff"
+IMAGE_PROMPT = "What does the image show?"
 SAMPLE_PROMPT = "Write a short story about a lighthouse keeper who finds a message in a bottle."
 SHOWN_NODES = 20
 BAR_WIDTH = 40
 NOT_EQUAL = 1
 
 
-def read_prompt(prompt: str | None, file: Path | None, console: Console) -> str:
+def read_prompt(
+    prompt: str | None, file: Path | None, console: Console, sample: str = SAMPLE_PROMPT
+) -> str:
     """Read the given prompt, else the file's text, else standard input if piped, else a sample.
 
     A final newline is dropped. A text that is empty or cannot be read raises a PromptError.
@@ -130,8 +136,8 @@ def read_prompt(prompt: str | None, file: Path | None, console: Console) -> str:
         except UnicodeDecodeError as error:
             raise PromptError(f"standard input is not text: {error.reason}") from error
     else:
-        console.print(f"no prompt given; using a sample: {SAMPLE_PROMPT}\n")
-        return SAMPLE_PROMPT
+        console.print(f"no prompt given; using a sample: {sample}\n")
+        return sample
     if not text.strip():
         raise PromptError(f"{source} is empty; give a prompt")
     return text.removesuffix("\n")
@@ -323,7 +329,7 @@ def list_log_probs(log_probs: Sequence[TokenLogProb], tokenizer: Tokenizer) -> s
 
 def run_answers(
     model: LanguageModel,
-    prompt: str,
+    prompt: Prompt,
     options: Options,
     n: int,
     console: Console,

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treeflash.config import SamplingConfig
+from treeflash.decoding.images import PromptImages
 from treeflash.decoding.interfaces import Backend, Block, Prefill, Verify
 from treeflash.decoding.sampling import SamplingParams
 from treeflash.decoding.tree import DraftTree
@@ -32,10 +33,16 @@ class SequenceSession:
         """Committed positions."""
         return self.state.length
 
-    def extend(self, token_ids: Sequence[int], sampling: SamplingConfig = GREEDY) -> int:
-        """Commit tokens; returns the target's token after them."""
+    def extend(
+        self,
+        token_ids: Sequence[int],
+        sampling: SamplingConfig = GREEDY,
+        images: PromptImages | None = None,
+    ) -> int:
+        """Commit tokens, the whole prompt if it has images; returns the target's next token."""
         after = np.array([self.length + len(token_ids)], np.int32)
-        work = Prefill(self.state, token_ids, SamplingParams.from_positions(sampling, after))
+        params = SamplingParams.from_positions(sampling, after)
+        work = Prefill(self.state, token_ids, params, images)
         (sampled,) = self.backend.verifier.run([work])
         assert sampled is not None
         return int(sampled.tokens[-1])

@@ -323,7 +323,7 @@ def encode_rows(model: LanguageModel, rows: Iterable[Row], configs: Configs) -> 
     prompts = []
     for row in rows:
         try:
-            prompts.append(encode(model.tokenizer, row.turns[0]))
+            prompts.append(encode(model.tokenizer, row.turns[0]).token_ids)
             for config in configs.values():
                 check(model.backend, Request(prompt_ids=prompts[-1], config=config))
         except PromptError as error:

@@ -26,6 +26,8 @@ from treeflash.serving.schemas import (
     TopK,
     TopP,
     allowed_tools,
+    base64_image,
+    embedded_image,
     function_call,
     given_options,
     reasoning_args,
@@ -34,6 +36,7 @@ from treeflash.serving.service import Conversation, Service
 from treeflash.serving.streaming import frame, respond
 from treeflash.text.grammar import Grammar
 from treeflash.text.options import Options
+from treeflash.text.prompt import text_part
 
 
 class CacheControl(Schema):
@@ -54,6 +57,28 @@ class TextBlock(Cacheable):
     text: str
     citations: None = None
 
+    def template(self) -> dict[str, Any]:
+        """Return the block as a part of a prompt."""
+        return text_part(self.text)
+
+
+class ImageSource(Schema):
+    type: Literal["base64", "url", "file"]
+    media_type: str | None = None
+    data: str | None = None
+    url: str | None = None
+    file_id: str | None = None
+
+
+class ImageBlock(Cacheable):
+    type: Literal["image"]
+    source: ImageSource
+
+    def template(self) -> dict[str, Any]:
+        """Return the block as a part of a prompt; an APIError if its bytes are elsewhere."""
+        data = self.source.data if self.source.type == "base64" else None
+        return embedded_image(None, "source") if data is None else base64_image(data)
+
 
 class ThinkingBlock(Cacheable):
     """Reasoning of the model; this server neither makes nor checks signatures."""
@@ -73,12 +98,24 @@ class ToolUseBlock(Cacheable):
 class ToolResultBlock(Cacheable):
     type: Literal["tool_result"]
     tool_use_id: str
-    content: str | list[TextBlock] | None = None
+    content: str | list[Annotated[TextBlock | ImageBlock, Field(discriminator="type")]] | None = (
+        None
+    )
     is_error: bool | None = None
+
+    def template(self) -> dict[str, Any]:
+        """Return the message that chat templates read, with the images after the text."""
+        blocks = [] if self.content is None or isinstance(self.content, str) else self.content
+        text = self.content if isinstance(self.content, str) else ""
+        text += _join([block for block in blocks if isinstance(block, TextBlock)])
+        images = [block.template() for block in blocks if isinstance(block, ImageBlock)]
+        content = [text_part(("Error: " if self.is_error else "") + text), *images]
+        return {"role": "tool", "tool_call_id": self.tool_use_id, "content": content}
 
 
 ContentBlock = Annotated[
-    TextBlock | ThinkingBlock | ToolUseBlock | ToolResultBlock, Field(discriminator="type")
+    TextBlock | ImageBlock | ThinkingBlock | ToolUseBlock | ToolResultBlock,
+    Field(discriminator="type"),
 ]
 
 
@@ -91,14 +128,12 @@ class AnthropicMessage(Schema):
         if isinstance(self.content, str):
             return [{"role": self.role, "content": self.content}]
         messages: list[dict[str, Any]] = []
-        fields: dict[str, Any] = {"content": ""}
+        fields: dict[str, Any] = {"content": []}
         for block in self.content:
             if isinstance(block, ToolResultBlock):
-                text = ("Error: " if block.is_error else "") + _join(block.content or "")
-                result = {"role": "tool", "tool_call_id": block.tool_use_id, "content": text}
-                messages.append(result)
-            elif isinstance(block, TextBlock):
-                fields["content"] += block.text
+                messages.append(block.template())
+            elif isinstance(block, TextBlock | ImageBlock):
+                fields["content"].append(block.template())
             elif isinstance(block, ToolUseBlock):
                 call = function_call(block.id, block.name, block.input)
                 fields.setdefault("tool_calls", []).append(call)
@@ -283,7 +318,8 @@ def add_routes(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/messages/count_tokens")
     async def count_tokens(request: CountTokensRequest) -> dict[str, int]:
-        return {"input_tokens": len(await conversation(request).encode(service))}
+        encoded = await conversation(request).encode(service)
+        return {"input_tokens": len(encoded.token_ids)}
 
 
 class MessagesFormatter:

@@ -46,7 +46,7 @@ def application(service: Service) -> FastAPI:
         endpoint.add_routes(app, service)
     add_routes(app, service)
     page.add_routes(app)
-    add_guard(app, service.settings)
+    add_guard(app, service.settings, takes_images=service.takes_images)
     for kind in (HTTPException, RequestValidationError, APIError, TreeflashError, Exception):
         app.add_exception_handler(kind, _error)
     return app
@@ -105,9 +105,9 @@ def add_routes(app: FastAPI, service: Service) -> None:
             tools = allowed_tools([tool.function for tool in request.tools or ()], None)
             args = request.chat_template_kwargs or {}
             conversation = Conversation(messages=messages, template_args=args, tools=tools)
-            tokens = await conversation.encode(service)
+            tokens = (await conversation.encode(service)).token_ids
         else:
-            tokens = await service.encode(request.prompt or "")
+            tokens = (await service.encode(request.prompt or "")).token_ids
         limit = service.engine.model.backend.max_positions
         return {"tokens": tokens, "count": len(tokens), "max_model_len": limit}
 

@@ -45,9 +45,12 @@ def authenticate(headers: Headers, digests: Collection[str]) -> str:
     return digest
 
 
-def add_guard(app: Starlette, settings: Settings) -> None:
-    """Let an application see only requests with a key, with whole bodies, of allowed origins."""
-    app.add_middleware(AuthenticationMiddleware, settings=settings)
+def add_guard(app: Starlette, settings: Settings, *, takes_images: bool) -> None:
+    """Let an application see only requests with a key, with whole bodies, of allowed origins.
+
+    Bodies may be larger by default where the model `takes_images`.
+    """
+    app.add_middleware(AuthenticationMiddleware, settings=settings, takes_images=takes_images)
     if settings.cors_origins:
         # The middleware that is added last runs first, so errors have the headers of CORS too.
         app.add_middleware(
@@ -65,9 +68,10 @@ class AuthenticationMiddleware:
     not share cached states. The class is plain ASGI, because a disconnect must reach the endpoint.
     """
 
-    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings, *, takes_images: bool = False) -> None:
         self._app = app
-        self._settings = settings
+        self._max_bytes = settings.body_bytes(takes_images=takes_images)
+        self._body_timeout = settings.body_timeout
         self._digests = [_digest(key) for key in settings.api_keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -92,7 +96,7 @@ class AuthenticationMiddleware:
         if kind != "application/json":
             # A web page of another origin can send other types without a preflight request.
             raise APIError(415, "the body must be JSON; send Content-Type: application/json")
-        limit, seconds = int(self._settings.max_body_mb * 2**20), self._settings.body_timeout
+        limit, seconds = self._max_bytes, self._body_timeout
         body = b""
         try:
             with suppress(ClientDisconnect):

@@ -27,6 +27,7 @@ from treeflash.serving.service import Service
 from treeflash.serving.streaming import ChoicesFormatter, respond, token_name
 from treeflash.text.generation import TokenLogProb
 from treeflash.text.options import Options
+from treeflash.text.prompt import EncodedPrompt
 from treeflash.text.stream import Assembler, Chunk
 
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
@@ -74,7 +75,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
     async def completions(request: CompletionRequest, http: HTTPRequest) -> Response:
         service.check_model(request.model)
         prompts = [
-            await service.encode(prompt) if isinstance(prompt, str) else prompt
+            await service.encode(prompt) if isinstance(prompt, str) else EncodedPrompt(prompt)
             for prompt in request.prompts()
         ]
         grammar = answer_grammar(request.response_format, request.structured_outputs)

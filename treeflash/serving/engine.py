@@ -289,7 +289,7 @@ class Engine:
     def _admit(self, completion: Completion, requests: Sequence[Request]) -> None:
         answers = enumerate(completion.answers)
         try:
-            for _, group in groupby(requests, key=lambda x: list(x.prompt_ids)):
+            for _, group in groupby(requests, key=lambda x: (list(x.prompt_ids), x.digests)):
                 for request in self._scheduler.submit_group(list(group)):
                     self._answers[request] = _RunningAnswer(completion, *next(answers))
         except Exception as error:

@@ -35,6 +35,7 @@ from treeflash.serving.schemas import (
     TopK,
     TopP,
     allowed_tools,
+    base64_image,
     function_call,
     given_options,
     limits,
@@ -44,6 +45,7 @@ from treeflash.serving.service import Conversation, Service
 from treeflash.serving.streaming import LineStream, json_line, respond
 from treeflash.text.grammar import Grammar
 from treeflash.text.options import Options
+from treeflash.text.prompt import text_part
 
 TAG = ":latest"
 """The tag that Ollama's clients may add to a model's name."""
@@ -139,7 +141,7 @@ class OllamaMessage(Schema):
     tool_calls: list[OllamaCall] | None = None
     tool_name: str | None = None
     tool_call_id: str | None = None
-    images: Annotated[list[str], Field(max_length=0)] | None = None
+    images: list[str] | None = None  # in base64
 
 
 class ChatRequest(OllamaRequest):
@@ -163,11 +165,11 @@ class GenerateRequest(OllamaRequest):
     prompt: str = ""
     system: str | None = None
     raw: bool | None = None
-    images: Annotated[list[str], Field(max_length=0)] | None = None
+    images: list[str] | None = None  # in base64
 
     def conversation(self, service: Service) -> Conversation:
         """Build a conversation of a system message, if there is one, and the prompt."""
-        messages = [{"role": "user", "content": self.prompt}]
+        messages = [{"role": "user", "content": _content(self.prompt, self.images)}]
         if self.system:
             messages.insert(0, {"role": "system", "content": self.system})
         return Conversation(
@@ -180,6 +182,11 @@ class ShowRequest(Schema):
     verbose: bool | None = None
 
 
+def _content(text: str, images: Sequence[str] | None) -> str | list[dict[str, Any]]:
+    """Return the content of a message: its images, then its text."""
+    return [*map(base64_image, images), text_part(text)] if images else text
+
+
 def _templates(messages: Sequence[OllamaMessage]) -> list[dict[str, Any]]:
     """Convert messages to what chat templates read.
 
@@ -188,7 +195,8 @@ def _templates(messages: Sequence[OllamaMessage]) -> list[dict[str, Any]]:
     templates: list[dict[str, Any]] = []
     waiting: list[str] = []
     for message in messages:
-        template: dict[str, Any] = {"role": message.role, "content": message.content}
+        content = _content(message.content, message.images)
+        template: dict[str, Any] = {"role": message.role, "content": content}
         if message.thinking:
             template["reasoning_content"] = message.thinking
         if message.tool_calls:
@@ -232,11 +240,11 @@ def add_routes(app: FastAPI, service: Service) -> None:
         if not request.prompt:
             return _loaded(request.model, {"response": ""})
         if request.raw:
-            if request.system or request.format or request.think:
-                message = "raw has no template: remove system, format and think, or raw"
+            if request.system or request.format or request.think or request.images:
+                message = "raw has no template: remove system, format, think and images, or raw"
                 raise bad_request(message, "raw")
-            prompt_ids = await service.encode(request.prompt)
-            completion = service.start(http, request.asked(), [prompt_ids])
+            encoded = await service.encode(request.prompt)
+            completion = service.start(http, request.asked(), [encoded])
             parser = MessageParser(None, service.tokenizer, completion.answers[0].stop)
         else:
             conversation = request.conversation(service)
@@ -285,6 +293,7 @@ def _capabilities(service: Service) -> list[str]:
         "completion": True,
         "tools": calls,
         "thinking": service.tokenizer.knows_thinking,
+        "vision": service.takes_images,
     }
     return [name for name, known in capabilities.items() if known]
 

@@ -178,7 +178,7 @@ def relay_application(
     `lost` is the error of a replica that has ended.
     """
     app = Starlette(routes=[Route("/{path:path}", _Relay(answer, lost))])
-    add_guard(app, settings)
+    add_guard(app, settings, takes_images=True)  # a replica knows whether its model does
     return app
 
 

@@ -35,6 +35,7 @@ from treeflash.serving.schemas import (
     Verbosity,
     allowed_tools,
     answer_grammar,
+    embedded_image,
     function_call,
     given_options,
     parsed_arguments,
@@ -44,8 +45,13 @@ from treeflash.serving.schemas import (
 from treeflash.serving.service import Conversation, Service
 from treeflash.serving.streaming import cached_details, draft_details, frame, respond
 from treeflash.text.options import Options
+from treeflash.text.prompt import text_part
 
 logger = logging.getLogger("treeflash.serving")
+
+
+NOT_ECHOED = {"input", "stream", "stream_options", "client_metadata"}
+"""The fields of a request that the response does not repeat."""
 
 
 class ContentPart(Schema):
@@ -56,8 +62,26 @@ class ContentPart(Schema):
     annotations: list[Any] | None = None
     logprobs: list[Any] | None = None
 
+    def template(self) -> dict[str, Any]:
+        """Return the part as one of a prompt."""
+        return text_part(self.text)
+
+
+class InputImage(Schema):
+    """An image in a message of the user or in the result of a call."""
+
+    type: Literal["input_image"]
+    image_url: str | None = None
+    file_id: str | None = None
+    detail: Literal["auto", "low", "high", "original"] | None = None  # changes nothing here
+
+    def template(self) -> dict[str, Any]:
+        """Return the part as one of a prompt; an APIError if its bytes are elsewhere."""
+        return embedded_image(self.image_url, "image_url")
+
 
 Text = str | list[ContentPart]
+Content = str | list[Annotated[ContentPart | InputImage, Field(discriminator="type")]]
 
 
 class InputItem(Schema):
@@ -68,7 +92,7 @@ class InputItem(Schema):
 class MessageItem(InputItem):
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text
+    content: Content
 
 
 class CallItem(InputItem):
@@ -84,7 +108,7 @@ class CallItem(InputItem):
 class CallOutputItem(InputItem):
     type: Literal["function_call_output"]
     call_id: str
-    output: Text
+    output: Content
 
 
 class ReasoningItem(InputItem):
@@ -238,7 +262,8 @@ class ResponsesRequest(Schema):
     def check_echo(self) -> None:
         """Raise an APIError if a response could not repeat the request as JSON."""
         try:
-            json.dumps(self.model_dump(), ensure_ascii=False, allow_nan=False).encode()
+            echo = self.model_dump(exclude=NOT_ECHOED)
+            json.dumps(echo, ensure_ascii=False, allow_nan=False).encode()
         except ValueError as error:
             raise bad_request(f"the body is not valid JSON: {error}", None) from error
 
@@ -251,11 +276,12 @@ class ResponsesRequest(Schema):
             return [*messages, {"role": "user", "content": self.input}]
         for item in self.input:
             if isinstance(item, CallOutputItem):
-                content = _join(item.output)
+                content = _parts(item.output)
                 messages.append({"role": "tool", "tool_call_id": item.call_id, "content": content})
+            elif isinstance(item, MessageItem) and item.role == "user":
+                messages.append({"role": "user", "content": _parts(item.content)})
             elif isinstance(item, MessageItem) and item.role != "assistant":
-                role = "system" if item.role == "developer" else item.role
-                messages.append({"role": role, "content": _join(item.content)})
+                messages.append({"role": "system", "content": _join(item.content)})
             else:
                 if not messages or messages[-1]["role"] != "assistant":
                     messages.append({"role": "assistant", "content": ""})
@@ -283,8 +309,17 @@ def _qualified(namespace: str | None, name: str) -> str:
     return name if namespace is None else f"{namespace}.{name}"
 
 
-def _join(text: Text) -> str:
-    return text if isinstance(text, str) else "".join(part.text for part in text)
+def _parts(content: Content) -> str | list[dict[str, Any]]:
+    return content if isinstance(content, str) else [part.template() for part in content]
+
+
+def _join(content: Text | Content) -> str:
+    """Join the texts of a content; an APIError if it has images."""
+    if isinstance(content, str):
+        return content
+    if any(isinstance(part, InputImage) for part in content):
+        raise bad_request("only messages of the user and results of calls can have images", "input")
+    return "".join(part.text for part in content if isinstance(part, ContentPart))
 
 
 def add_routes(app: FastAPI, service: Service) -> None:
@@ -314,9 +349,7 @@ class ResponsesFormatter:
         self._namespaces = request.namespaces()
         self._ids: dict[int, str] = {}
         self._numbers = count()
-        echo = request.model_dump(
-            by_alias=True, exclude={"input", "stream", "stream_options", "client_metadata"}
-        )
+        echo = request.model_dump(by_alias=True, exclude=NOT_ECHOED)
         self._head: dict[str, Any] = {
             **echo,
             "id": f"resp_{secrets.token_hex(12)}",

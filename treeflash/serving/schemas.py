@@ -14,7 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, create_model
 from treeflash.option import Option
 from treeflash.serving.errors import bad_request
 from treeflash.text.grammar import Grammar
+from treeflash.text.images import DATA_URL
 from treeflash.text.options import OPTIONS, Options
+from treeflash.text.prompt import image_part, text_part
 
 MAX_LOG_PROBS = 20
 MAX_TOOLS = 256
@@ -205,6 +207,41 @@ class TextPart(Schema):
     type: Literal["text"]
     text: str
 
+    def template(self) -> dict[str, Any]:
+        """Return the part in the form of prompts."""
+        return text_part(self.text)
+
+
+class ImageURL(Schema):
+    url: str
+    detail: Literal["auto", "low", "high"] | None = None  # changes nothing here
+
+
+class ImagePart(Schema):
+    type: Literal["image_url"]
+    image_url: ImageURL
+
+    def template(self) -> dict[str, Any]:
+        """Return the part in the form of prompts; an APIError if its bytes are elsewhere."""
+        return embedded_image(self.image_url.url, "image_url")
+
+
+def embedded_image(url: str | None, param: str) -> dict[str, Any]:
+    """Return the part of a prompt for an image in a `data:` URL.
+
+    Raises an APIError for other URLs, paths and ids: what they name may be a secret of the server
+    or of its network, so nothing is read or fetched for a request.
+    """
+    if url is None or not url.startswith(DATA_URL):
+        advice = "send the bytes in base64, in a data: URL where the API has URLs"
+        raise bad_request(f"images are never fetched or opened by this server; {advice}", param)
+    return image_part(url)
+
+
+def base64_image(data: str) -> dict[str, Any]:
+    """Return the part of a prompt for the bytes of an image in base64."""
+    return image_part(f"{DATA_URL};base64,{data}")
+
 
 class CalledFunction(NamedFunction):
     """A called function; the arguments are a JSON object, as text."""
@@ -221,7 +258,7 @@ class MessageToolCall(Schema):
 
 class Message(Schema):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | list[Annotated[TextPart | ImagePart, Field(discriminator="type")]] | None = None
     reasoning_content: str | None = None
     tool_calls: list[MessageToolCall] | None = None
     tool_call_id: str | None = None
@@ -232,9 +269,9 @@ class Message(Schema):
     def template(self) -> dict[str, Any]:
         """Convert it for chat templates; an APIError if it does not fit its role."""
         self._check()
-        content = self.content or ""
+        content: Any = self.content or ""
         if not isinstance(content, str):
-            content = "".join(part.text for part in content)
+            content = [part.template() for part in content]
         message: dict[str, Any] = {
             "role": "system" if self.role == "developer" else self.role,
             "content": content,

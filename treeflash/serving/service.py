@@ -6,6 +6,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
@@ -21,7 +22,9 @@ from treeflash.serving.schemas import AllowedTools
 from treeflash.serving.settings import MAX_TOKENS, Settings
 from treeflash.serving.thinking import limit_thinking
 from treeflash.text.grammar import Grammar, GrammarError
+from treeflash.text.images import MAX_IMAGES
 from treeflash.text.options import Options
+from treeflash.text.prompt import EncodedPrompt, encode_chat, images_of
 from treeflash.text.tokenizer import Tokenizer, check_unicode
 
 MESSAGE_START_TOKENS = 1024
@@ -41,6 +44,8 @@ class Service:
     defaults: Options
     names: tuple[str, ...]
     created: int = field(default_factory=lambda: int(time.time()))  # seconds since 1970
+    # of requests whose images are decoded and processed, each in a thread, while answers go on
+    image_places: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2))
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -79,16 +84,21 @@ class Service:
         if args and self.tokenizer.has_chat_template:
             self.tokenizer.chat([{"role": "user", "content": "-"}], args)
 
-    async def encode(self, text: str) -> list[int]:
-        """Encode the token ids of plain text; raises a PromptError if it is not valid Unicode."""
+    @property
+    def takes_images(self) -> bool:
+        """Whether prompts may have images."""
+        return not isinstance(self.engine.model.image_processor, str)
+
+    async def encode(self, text: str) -> EncodedPrompt:
+        """Encode plain text; raises a PromptError if it is not valid Unicode."""
         check_unicode(text)
-        return await asyncio.to_thread(self.tokenizer.encode, text)
+        return EncodedPrompt(await asyncio.to_thread(self.tokenizer.encode, text))
 
     def start(
         self,
         http: HTTPRequest,
         asked: Options,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[EncodedPrompt],
         constraint: Callable[[], Constraint] | None = None,
         *,
         answers: int = 1,
@@ -108,14 +118,15 @@ class Service:
         seed = config.sampling.seed if "seed" in options else secrets.randbits(32)
         requests = [
             Request(
-                prompt_ids=prompt_ids,
+                prompt_ids=prompt.token_ids,
+                images=prompt.images,
                 config=replace(config, sampling=replace(config.sampling, seed=(seed + i) % 2**64)),
                 constraint=None if constraint is None else constraint(),
                 # Once for all answers.
                 scores_prompt=scores_prompt and i == 0,
                 cache_salt=http.state.cache_salt,
             )
-            for prompt_ids in prompts
+            for prompt in prompts
             for i in range(answers)
         ]
         if "max_tokens" not in asked:
@@ -136,11 +147,11 @@ class Conversation:
     grammar: tuple[Grammar, str] | None = None
     thinking_budget: int | None = None  # most tokens of the reasoning; None sets no limit
 
-    async def encode(self, service: Service) -> list[int]:
-        """Encode the token ids of the prompt, with the server's system message if it has none.
+    async def encode(self, service: Service) -> EncodedPrompt:
+        """Encode the prompt, with the server's system message if it has none.
 
-        Raises a PromptError if the chat template rejects the messages, and an APIError if the model
-        does not support tools.
+        Raises a PromptError if the chat template rejects the messages or an image is not usable,
+        and an APIError if the model does not support tools.
         """
         messages, variables = self.messages, service.template_args(self.template_args)
         if self.tools.functions:
@@ -155,8 +166,18 @@ class Conversation:
         system = service.defaults.get("system")
         if system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": system}, *messages]
-        chat = partial(service.tokenizer.chat, continues=self.continues)
-        return await asyncio.to_thread(chat, messages, variables)
+        encode = partial(
+            encode_chat,
+            service.tokenizer,
+            messages,
+            variables,
+            continues=self.continues,
+            processor=service.engine.model.image_processor,
+            max_images=service.defaults.get("max_images", MAX_IMAGES),
+        )
+        has_images = any(map(images_of, messages))
+        async with service.image_places if has_images else nullcontext():
+            return await asyncio.to_thread(encode)
 
     async def start(
         self, service: Service, http: HTTPRequest, asked: Options, *, answers: int = 1
@@ -166,17 +187,17 @@ class Conversation:
         Returns the completion and a parser for each answer. Raises the errors of `encode`,
         `Service.compile` and `Service.start`.
         """
-        prompt_ids = await self.encode(service)
+        encoded = await self.encode(service)
         form = None
         if service.response_template is not None:
-            end = prompt_ids[-MESSAGE_START_TOKENS:]
+            end = encoded.token_ids[-MESSAGE_START_TOKENS:]
             prompt = await asyncio.to_thread(service.tokenizer.verbatim.decode, end)
             tools, calls_only = self.tools.functions, self.tools.must_call
             form = MessageForm(service.response_template, prompt, tools, calls_only=calls_only)
         constraint = await asyncio.to_thread(self._constraint, service, form)
         if self.thinking_budget is not None and form is not None:
             constraint = self._limit_thinking(self.thinking_budget, service, form, constraint)
-        completion = service.start(http, asked, [prompt_ids], constraint, answers=answers)
+        completion = service.start(http, asked, [encoded], constraint, answers=answers)
         stop = completion.answers[0].stop
         parsers = [MessageParser(form, service.tokenizer, stop) for _ in completion.answers]
         return completion, parsers

@@ -15,6 +15,7 @@ from treeflash.serving.response_templates import TOOL_CALL_PARSERS
 from treeflash.text.prompt import read_text
 
 MAX_MEMORY_GB = 4
+MAX_BODY_MB, MAX_IMAGES_BODY_MB = 8, 32
 MAX_TOKENS = 2048
 """New tokens of an answer if neither the request nor the server sets a limit."""
 
@@ -67,7 +68,14 @@ class Settings:
         0,
         metavar="GiB",
     )
-    max_body_mb: float = option(8.0, "MiB of a request's body", above=0, metavar="MiB")
+    max_body_mb: float | None = option(
+        None,
+        f"MiB of a request's body (default: {MAX_BODY_MB}, or {MAX_IMAGES_BODY_MB} if the target "
+        "takes images)",
+        above=0,
+        shown=f"{MAX_BODY_MB}; {MAX_IMAGES_BODY_MB} if the target takes images",
+        metavar="MiB",
+    )
     body_timeout: float = option(
         30.0, "seconds in which the body of a request must arrive", above=0, metavar="S"
     )
@@ -94,6 +102,11 @@ class Settings:
             values = getattr(self, name)
             if isinstance(values, str) or not all(values):  # each character would be a key
                 raise ConfigError(f"{name} must be a list of texts that are not empty")
+
+    def body_bytes(self, *, takes_images: bool) -> int:
+        """Return the most bytes of a request's body."""
+        default = MAX_IMAGES_BODY_MB if takes_images else MAX_BODY_MB
+        return int((self.max_body_mb or default) * 2**20)
 
     def memory(self, free: int | None, reserved: int | None = None) -> tuple[int, int]:
         """Return the bytes of all KV caches, and of the prefix cache among them.

@@ -14,6 +14,7 @@ from typing import Any, TypedDict, TypeVar
 from treeflash.config import Budget, DecodeConfig, HeadRows, Method, Penalties, SamplingConfig
 from treeflash.errors import ConfigError, PromptError
 from treeflash.option import Option, check, option, options_of, parse_json_object
+from treeflash.text.images import MAX_IMAGES
 from treeflash.text.prompt import read_text
 from treeflash.text.tokenizer import check_template_args
 
@@ -89,6 +90,7 @@ class TextConfig:
         "send the prompt as plain text, without the chat template",
         flag="--raw",
     )
+    max_images: int = option(MAX_IMAGES, "images of a prompt at most", 1, metavar="N")
     template_args: Mapping[str, Any] | None = option(
         None,
         "extra variables for the chat template, as a JSON object",
@@ -180,6 +182,7 @@ class Options(TypedDict, total=False):
         stop (str or Sequence[str]): stop before the first of these strings. Default: none.
         system (str or None): system message. Default: None.
         raw (bool): send the prompt as plain text, without the chat template. Default: False.
+        max_images (int): images of a prompt at most. Default: 16.
         template_args (Mapping[str, Any] or None): extra variables for the chat template;
             `enable_thinking` is by default as in the drafter's training, False for all but few
             drafters. Default: None.
@@ -213,6 +216,7 @@ class Options(TypedDict, total=False):
     stop: str | Sequence[str]
     system: str | None
     raw: bool
+    max_images: int
     template_args: Mapping[str, Any] | None
 
 

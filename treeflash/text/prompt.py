@@ -1,4 +1,4 @@
-"""Prompts: strings, messages, token ids and files of them, encoded into token ids."""
+"""Prompts: strings, messages, token ids and files of them, encoded into token ids and images."""
 
 from __future__ import annotations
 
@@ -6,17 +6,33 @@ import json
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
+from treeflash.decoding.images import PromptImages
+from treeflash.decoding.interfaces import ImageProcessor
 from treeflash.errors import ConfigError, PromptError
 from treeflash.hub.models import DEEPSPEC_SYSTEM
+from treeflash.text.images import MAX_IMAGES, ImageSource, is_path, read_images
 from treeflash.text.tokenizer import Tokenizer, check_unicode
 
-Message: TypeAlias = Mapping[str, str]
-"""One turn of a conversation: `role` and `content`."""
+Message: TypeAlias = Mapping[str, Any]
+"""One turn of a conversation: `role`, and `content`, which is a text or a list of parts.
+
+A part is `{"type": "text", "text": ...}` or, with an `ImageSource`, `{"type": "image", "image":
+...}`.
+"""
 Prompt: TypeAlias = str | Sequence[Message] | Sequence[int]
 FORMS = "a prompt is a string, a list of messages, or a list of token ids"
+TEXT_ONLY = "this command takes no images"
+
+
+class EncodedPrompt(NamedTuple):
+    """What a target gets of a prompt."""
+
+    token_ids: list[int]
+    images: PromptImages | None = None
 
 
 def encode(
@@ -26,12 +42,15 @@ def encode(
     system: str | None = None,
     raw: bool = False,
     template_args: Mapping[str, Any] | None = None,
-) -> list[int]:
-    """Encode a prompt into token ids, which are plain ints.
+    processor: ImageProcessor | str = TEXT_ONLY,
+    max_images: int = MAX_IMAGES,
+) -> EncodedPrompt:
+    """Encode a prompt into token ids, which are plain ints, and images.
 
     A string, unless `raw`, and messages go through the chat template, after the message `system`;
-    token ids are used unchanged. Raises a PromptError if the prompt is empty, malformed, or
-    rejected by the template, and a ConfigError if an argument does not fit this kind of prompt.
+    token ids are used unchanged. See `encode_chat` for `processor` and `max_images`. Raises a
+    PromptError if the prompt is empty, malformed, or rejected by the template, and a ConfigError if
+    an argument does not fit this kind of prompt.
     """
     if isinstance(prompt, str):
         if not prompt:
@@ -40,51 +59,178 @@ def encode(
         if not raw:
             prompt = [{"role": "user", "content": prompt}]
         else:
-            return tokenizer.encode(prompt)
+            return EncodedPrompt(tokenizer.encode(prompt))
     if not isinstance(prompt, Iterable) or isinstance(prompt, bytes):
         raise PromptError(f"{FORMS}, got {type(prompt).__name__}")
     items: list[Any] = list(prompt)
     if items and all(isinstance(item, Mapping) for item in items):
         if raw:
             raise ConfigError("messages need the chat template; remove raw, or give a string")
-        items = [_join_parts(item) for item in items]
         check_messages(items)
         if system is not None:
             check_unicode(system)
             if items[0]["role"] == "system":
                 raise PromptError("the messages begin with a system message; remove system")
             items.insert(0, {"role": "system", "content": system})
-        return tokenizer.chat(items, template_args)
+        return encode_chat(
+            tokenizer, items, template_args, processor=processor, max_images=max_images
+        )
     if system is not None or template_args:
         raise ConfigError(
             "token ids do not use the chat template; remove the system message and the template "
             "arguments"
         )
     try:
-        return [operator.index(item) for item in items]
+        return EncodedPrompt([operator.index(item) for item in items])
     except TypeError:
         raise PromptError(FORMS) from None
 
 
-def _join_parts(message: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Join a message's content into one text if it is a list of parts."""
-    parts = message.get("content")
-    if not isinstance(parts, list):
+def encode_chat(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    template_args: Mapping[str, Any] | None = None,
+    *,
+    continues: bool = False,
+    processor: ImageProcessor | str = TEXT_ONLY,
+    max_images: int = MAX_IMAGES,
+) -> EncodedPrompt:
+    """Encode a conversation up to the assistant's next response: the way of every interface.
+
+    Args:
+        tokenizer: has the chat template, unless the processor of images has its own.
+        messages: with roles and contents that were checked.
+        template_args: extra variables for the chat template.
+        continues: whether the response continues the last message.
+        processor: of the target, or why there are to be no images, as a sentence.
+        max_images: most images of the conversation.
+
+    Raises:
+        PromptError: see `Tokenizer.render`; or an image is not usable, not in a message of the user
+            or of a tool, or one too many.
+        ConfigError: images cannot be read here.
+    """
+    messages = _place_images(messages)
+    shown = [_for_template(message) for message in messages]
+    sources = [image for message in messages for image in images_of(message)]
+    if not sources:
+        return EncodedPrompt(tokenizer.chat(shown, template_args, continues=continues))
+    if isinstance(processor, str):
+        raise PromptError(processor)
+    if len(sources) > max_images:
+        raise PromptError(f"the prompt has {len(sources)} images, and the limit is {max_images}")
+    if any(images_of(message) for message in messages if message["role"] != "user"):
+        raise PromptError("only messages of the user and of tools can have images")
+    text = tokenizer.render(
+        shown, template_args, continues=continues, chat_template=processor.chat_template
+    )
+    return EncodedPrompt(*processor.encode(text, read_images(sources)))
+
+
+def text_part(text: str) -> dict[str, Any]:
+    """Return the part of a message's content that is a text."""
+    return {"type": "text", "text": text}
+
+
+def image_part(source: ImageSource) -> dict[str, Any]:
+    """Return the part of a message's content that is an image."""
+    return {"type": "image", "image": source}
+
+
+def with_images(text: str, sources: Sequence[ImageSource]) -> str | list[dict[str, Any]]:
+    """Return the content of a message: a text after images, if there are any."""
+    if not sources:
+        return text
+    return [*map(image_part, sources), text_part(text)]
+
+
+def images_of(message: Message) -> list[ImageSource]:
+    """Return the images in a message."""
+    return [part["image"] for part in _parts(message) if _is_image(part)]
+
+
+def find_images(prompt: Prompt, folder: Path) -> Prompt:
+    """Return a prompt in which images that are named relative to a folder have their paths."""
+    if isinstance(prompt, str):
+        return prompt
+
+    def find(part: Mapping[str, Any]) -> Mapping[str, Any]:
+        if not _is_image(part) or not is_path(part["image"]):
+            return part
+        return image_part(folder / part["image"])
+
+    messages: list[Any] = list(prompt)
+    return [{**x, "content": list(map(find, _parts(x)))} if images_of(x) else x for x in messages]
+
+
+def _parts(message: Message) -> list[Mapping[str, Any]]:
+    content: Any = message.get("content")
+    return content if isinstance(content, list) else [text_part(content)]
+
+
+def _is_image(part: Mapping[str, Any]) -> bool:
+    return part.get("type") == "image"
+
+
+def _as_text(message: Message) -> Message:
+    """Return a message with all of its texts as one, and without its images."""
+    if not isinstance(message.get("content"), list):
         return message
-    texts = [part.get("text") for part in parts if isinstance(part, Mapping)]
-    if len(texts) < len(parts) or not all(isinstance(text, str) for text in texts):
-        raise PromptError("a part of a message's content is not a text; only texts are supported")
-    return {**message, "content": "".join(map(str, texts))}
+    texts = (part["text"] for part in _parts(message) if not _is_image(part))
+    return {**message, "content": "".join(texts)}
+
+
+def _place_images(messages: Sequence[Message]) -> list[Message]:
+    """Move images in results of tools into the user's message after them.
+
+    Chat templates show no images in other places. The results of one turn stay together.
+    """
+    placed: list[Message] = []
+    waiting: list[Mapping[str, Any]] = []
+    for message in messages:
+        if message["role"] == "tool":
+            waiting += map(image_part, images_of(message))
+            message = _as_text(message)
+        elif waiting:
+            if message["role"] == "user":
+                message = {**message, "content": [*waiting, *_parts(message)]}
+            else:
+                placed.append({"role": "user", "content": waiting})
+            waiting = []
+        placed.append(message)
+    if waiting:
+        placed.append({"role": "user", "content": waiting})
+    return placed
+
+
+def _for_template(message: Message) -> Message:
+    """Return a message as chat templates read it, which show a placeholder for an image."""
+    if not images_of(message):
+        return _as_text(message)
+    parts = [{"type": "image"} if _is_image(part) else part for part in _parts(message)]
+    return {**message, "content": parts}
 
 
 def check_messages(messages: Sequence[Any]) -> None:
-    """Raise a PromptError unless every message is a mapping with strings `role` and `content`."""
+    """Raise a PromptError unless every message has a `role`, and a text or parts as `content`."""
     for number, message in enumerate(messages, 1):
-        if not isinstance(message, Mapping) or not all(
-            isinstance(message.get(key), str) for key in ("role", "content")
-        ):
+        content = message.get("content") if isinstance(message, Mapping) else None
+        if not isinstance(content, str | list) or not isinstance(message.get("role"), str):
             raise PromptError(f"message {number} needs the strings 'role' and 'content'")
-        check_unicode(message["content"])
+        for part in _parts(message):
+            _check_part(part)
+
+
+def _check_part(part: Any) -> None:
+    """Raise a PromptError unless a part of a message's content is a text or an image."""
+    kind = part.get("type", "text") if isinstance(part, Mapping) else None
+    if kind == "text" and isinstance(part.get("text"), str):
+        check_unicode(part["text"])
+    elif kind != "image" or part.get("image") is None:
+        raise PromptError(
+            "a part of a message's content is not a text; only texts are supported, and images in "
+            'the form {"type": "image", "image": FILE}'
+        )
 
 
 T = TypeVar("T")
@@ -104,21 +250,22 @@ class Row:
         return [(self.id, turn) for turn in range(len(self.turns))]
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_rows(path: Path, *, images: bool = False) -> list[Row]:
     """Read a file of prompts, one JSON object per line.
 
     An object has one of these keys, and may have an `id`, by default the line's number; other keys
     are ignored:
 
     - `turns`: a list of user messages as strings, answered one after the other;
-    - `prompt`: one user message as a string;
+    - `prompt`: one user message as a string, after the `images` beside it if there are any;
     - `messages`: the conversation so far, dicts with `role` and `content`.
 
     Raises:
-        PromptError: a line is not such an object, or repeats an id; the message names the line.
+        PromptError: a line is not such an object, repeats an id, or has images and there are to be
+            no `images`; the message names the line.
     """
     lines: dict[str | int, int] = {}
-    rows = read_json_lines(path, "prompts", _row)
+    rows = read_json_lines(path, "prompts", partial(_row, images=images))
     for number, row in rows:
         if row.id in lines:
             raise PromptError(
@@ -161,7 +308,7 @@ def read_text(path: Path) -> str:
         raise PromptError(f"{path} is not UTF-8 text: {error.reason}") from error
 
 
-def _row(value: Any, number: int) -> Row:
+def _row(value: Any, number: int, *, images: bool) -> Row:
     if not isinstance(value, dict):
         raise PromptError("each line must be a JSON object")
     name = value.get("id", number)
@@ -175,15 +322,22 @@ def _row(value: Any, number: int) -> Row:
     if form == "messages":
         if not isinstance(content, list) or not content:
             raise PromptError("'messages' must be a non-empty list")
-        check_messages(content)
-        return Row(id=name, turns=(tuple(content),))
-    turns = [content] if form == "prompt" else content
-    if not isinstance(turns, list) or not turns or not all(isinstance(t, str) for t in turns):
-        kind = "a string" if form == "prompt" else "a non-empty list of strings"
-        raise PromptError(f"'{form}' must be {kind}")
+        turns = [content]
+    else:
+        texts = [content] if form == "prompt" else content
+        if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
+            kind = "a string" if form == "prompt" else "a non-empty list of strings"
+            raise PromptError(f"'{form}' must be {kind}")
+        sources = value.get("images", [])
+        if not isinstance(sources, list) or (sources and form != "prompt"):
+            raise PromptError("'images' must be a list of files beside 'prompt'")
+        turns = [[{"role": "user", "content": with_images(text, sources)}] for text in texts]
     for turn in turns:
-        check_unicode(turn)
-    return Row(id=name, turns=tuple(({"role": "user", "content": turn},) for turn in turns))
+        check_messages(turn)
+    if not images and any(images_of(message) for turn in turns for message in turn):
+        raise PromptError("the row has images, which only treeflash generate takes")
+    plain = (tuple(x if images_of(x) else _as_text(x) for x in turn) for turn in turns)
+    return Row(id=name, turns=tuple(plain))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,9 +351,10 @@ class Prompting:
     def encode(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
         """Encode a conversation up to the response; raises what `encode` of this module does."""
         if self.raw:
-            return encode(tokenizer, "\n\n".join(m["content"] for m in messages), raw=True)
-        template_args = {"enable_thinking": self.thinking}
-        return encode(tokenizer, messages, system=self.system, template_args=template_args)
+            text = "\n\n".join(message["content"] for message in messages)
+            return encode(tokenizer, text, raw=True).token_ids
+        args = {"enable_thinking": self.thinking}
+        return encode(tokenizer, messages, system=self.system, template_args=args).token_ids
 
     def alternatives(self, tokenizer: Tokenizer) -> list[Prompting]:
         """Return other ways to prompt that the tokenizer supports."""

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from treeflash.config import AUTO, DecodeConfig
 from treeflash.decoding import Request, Scheduler, SchedulerConfig, decode
 from treeflash.decoding.adaptive_budget import AdaptiveBudgets
+from treeflash.decoding.images import PromptImages
 from treeflash.decoding.interfaces import Backend
 from treeflash.decoding.loop import Step
 from treeflash.decoding.sampling import Constraint
@@ -60,7 +61,7 @@ class Assembler:
     """Turns the steps of one sequence into chunks, and all chunks so far into a generation.
 
     A ConfigError is raised if a string to stop at is empty. `make_constraint` makes a constraint of
-    the new tokens; None leaves them free.
+    the new tokens; None leaves them free. `images` are those of the prompt.
     """
 
     backend: Backend
@@ -69,6 +70,7 @@ class Assembler:
     config: DecodeConfig
     stop: Sequence[str] = ()
     make_constraint: Callable[[], Constraint] | None = None
+    images: PromptImages | None = None
     chunks: list[Chunk] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
@@ -78,7 +80,11 @@ class Assembler:
         """Return a request for this sequence, with a constraint of its own; its tag is this."""
         constraint = None if self.make_constraint is None else self.make_constraint()
         return Request(
-            prompt_ids=self.prompt_ids, config=self.config, constraint=constraint, tag=self
+            prompt_ids=self.prompt_ids,
+            config=self.config,
+            constraint=constraint,
+            images=self.images,
+            tag=self,
         )
 
     @property
@@ -174,9 +180,11 @@ class Stream(Iterator[Chunk]):
         return [chunk.step for chunk in self.assembler.chunks]
 
     def restart(self, config: DecodeConfig, prompt_ids: Sequence[int] | None = None) -> Stream:
-        """Start a stream of the same pair with another configuration, and perhaps prompt."""
-        ids = self.assembler.prompt_ids if prompt_ids is None else tuple(prompt_ids)
-        return Stream(replace(self.assembler, config=config, prompt_ids=ids), self._budgets)
+        """Start a stream of the same pair with another configuration, and perhaps other text."""
+        assembler = replace(self.assembler, config=config)
+        if prompt_ids is not None:
+            assembler = replace(assembler, prompt_ids=tuple(prompt_ids), images=None)
+        return Stream(assembler, self._budgets)
 
     def next_logits(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
         """Compute the target's (vocab,) raw logits after the prompt and some new tokens.
@@ -186,7 +194,7 @@ class Stream(Iterator[Chunk]):
         *context, last = *self.assembler.prompt_ids, *token_ids
         with SequenceSession(self.assembler.backend, capacity=len(context) + 1) as session:
             if context:
-                session.extend(context)
+                session.extend(context, images=self.assembler.images)
             logits: NDArray[np.float32] = session.logits(DraftTree.root_only(last))[0]
         return logits
 

@@ -47,6 +47,7 @@ class Tokenizer:
         vocabulary: dict[str, int] = tokenizer.get_vocab()
         names = (f"<0x{byte:02X}>" for byte in range(256))
         self.byte_token_ids = frozenset(vocabulary[name] for name in names if name in vocabulary)
+        self._needs_parts: dict[str | None, bool] = {}  # by chat template
 
     @classmethod
     def from_folder(cls, path: str | Path, *, thinking: bool = False) -> Tokenizer:
@@ -158,8 +159,32 @@ class Tokenizer:
         before, shown, after = self._render(messages).rpartition(PRIVATE)
         return (self._ids(before), self._ids(after)) if shown else ([], [])
 
-    def _render(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
-        """Run the chat template; a PromptError says in one line why it fails."""
+    def _render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        chat_template: str | None = None,
+        **variables: Any,
+    ) -> str:
+        """Run a chat template, by default the tokenizer's; a PromptError says why it fails."""
+        if chat_template not in self._needs_parts:
+            probe = {"role": "user", "content": PRIVATE}
+            shows_strings, shows_parts = (
+                self._shows(message, chat_template) for message in (probe, _as_parts(probe))
+            )
+            self._needs_parts[chat_template] = shows_parts and not shows_strings
+        if self._needs_parts[chat_template]:
+            messages = list(map(_as_parts, messages))
+        return self._apply(messages, chat_template=chat_template, **variables)
+
+    def _shows(self, message: Mapping[str, Any], chat_template: str | None) -> bool:
+        """Return whether a template shows a message with the text `PRIVATE`."""
+        try:
+            return PRIVATE in self._apply([message], chat_template=chat_template)
+        except PromptError:
+            return False
+
+    def _apply(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
         try:
             text = self.transformers.apply_chat_template(
                 [dict(message) for message in messages], tokenize=False, **variables
@@ -190,11 +215,27 @@ class Tokenizer:
     ) -> list[int]:
         """Return the ids of a conversation up to the start of the assistant's next response.
 
-        `template_args` are extra variables for the chat template. If the response `continues` the
-        last message, the ids end with that message. A PromptError is raised if there is no chat
-        template, or it rejects the conversation; or the text is not valid Unicode.
+        See `render` for the arguments and errors.
         """
-        if not self.has_chat_template:
+        return self._ids(self.render(messages, template_args, continues=continues))
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        template_args: Mapping[str, Any] | None = None,
+        *,
+        continues: bool = False,
+        chat_template: str | None = None,
+    ) -> str:
+        """Return the text of a conversation up to the start of the assistant's next response.
+
+        The content of a message is a text, or a list of parts where it has images. `template_args`
+        are extra variables for the chat template, which is the tokenizer's unless another is given.
+        If the response `continues` the last message, the text ends with that message. A PromptError
+        is raised if there is no chat template, or it rejects the conversation; or the text is not
+        valid Unicode.
+        """
+        if not self.has_chat_template and chat_template is None:
             raise PromptError("the tokenizer has no chat template; use raw for plain text")
         variables = {"enable_thinking": self.thinking} if self.knows_thinking else {}
         variables |= template_args or {}
@@ -203,10 +244,11 @@ class Tokenizer:
             messages,
             add_generation_prompt=not continues,
             continue_final_message=continues,
+            chat_template=chat_template,
             **variables,
         )
         check_unicode(text)
-        return self._ids(text)
+        return text
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of ids, without special tokens and with unchanged spaces."""
@@ -249,6 +291,13 @@ def _byte_alphabet() -> dict[str, int]:
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     return {character: byte for byte, character in bytes_to_unicode().items()}
+
+
+def _as_parts(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a message whose content is a list of parts, as some chat templates need it."""
+    content = message.get("content")
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    return {**message, "content": parts}
 
 
 def check_unicode(text: str) -> None:

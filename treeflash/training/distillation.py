@@ -24,7 +24,7 @@ from treeflash.hub.models import family_name, model_name
 from treeflash.language_model import LanguageModel
 from treeflash.option import option
 from treeflash.text.output_file import OutputFile, Record, has_fields
-from treeflash.text.prompt import Row, check_messages, read_json_lines
+from treeflash.text.prompt import Row, check_messages, encode_chat, read_json_lines
 from treeflash.text.tokenizer import Tokenizer
 from treeflash.training.config import check_minimums
 
@@ -99,11 +99,11 @@ def _conversation(messages: Any, tokenizer: Tokenizer) -> Response:
     if not isinstance(messages, list) or not messages:
         raise PromptError("'messages' must be a non-empty list")
     check_messages(messages)
-    if messages[-1]["role"] != "assistant" or not messages[-1]["content"]:
+    text = messages[-1]["content"]
+    if messages[-1]["role"] != "assistant" or not text or not isinstance(text, str):
         raise PromptError("the last message must be a non-empty message of the assistant")
-    prompt = tokenizer.chat(messages[:-1])
-    answer = tokenizer.answer(messages[-1]["content"])
-    return Response(prompt_ids=tuple(prompt), response_ids=tuple(answer))
+    prompt = encode_chat(tokenizer, messages[:-1]).token_ids
+    return Response(prompt_ids=tuple(prompt), response_ids=tuple(tokenizer.answer(text)))
 
 
 def _token_ids(value: Any) -> tuple[int, ...]:
