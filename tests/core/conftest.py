@@ -63,6 +63,7 @@ class ScriptedBackend:
 
     name, device, device_name, dtype = "scripted", "cpu", "none", "float32"
     inexact: str | None = "rounding may differ"
+    images = "it only repeats a script"
     vocab_size = len(SPECIAL) + 256
     max_positions = 400
 

@@ -26,7 +26,6 @@ from treeflash.text.output_file import OutputFile, Record, has_fields
 from treeflash.text.prompt import (
     Key,
     Message,
-    Prompt,
     Row,
     find_images,
     images_of,
@@ -77,7 +76,7 @@ class Turn(NamedTuple):
     """A turn to decode: the key and the settings of its record, and the conversation before it."""
 
     key: Key
-    prompt: Prompt
+    prompt: str | Sequence[Message]
     settings: Record
 
 
@@ -146,8 +145,10 @@ class Batch:
         settings["drafter"] = model.names["drafter"]
         stream = model.batch_stream(parallel, config.decode, suffix_cache)
 
-        def make_assembler(prompt: Prompt) -> Assembler:
-            return model.assembler(find_images(prompt, self.folder), config)
+        def make_assembler(prompt: str | Sequence[Message]) -> Assembler:
+            if not isinstance(prompt, str):
+                prompt = find_images(prompt, self.folder)
+            return model.assembler(prompt, config)
 
         self.output.resume()
         with progress(console) as bar:
@@ -189,7 +190,7 @@ class Batch:
         records, messages = self.output.records, list[Message]()
         for number, new_messages in enumerate(row.turns):
             messages += new_messages
-            prompt: Prompt = new_messages[0]["content"] if options.get("raw") else messages
+            prompt = new_messages[0]["content"] if options.get("raw") else messages
             digest = hashlib.sha256(json.dumps(prompt).encode()).hexdigest()[:16]
             key = row.id, number
             if key not in records or "error" in records[key]:
@@ -213,7 +214,7 @@ class Batch:
         self,
         conversations: Iterator[Iterator[Turn]],
         stream: BatchStream,
-        make_assembler: Callable[[Prompt], Assembler],
+        make_assembler: Callable[[str | Sequence[Message]], Assembler],
     ) -> None:
         """Decode the turns of several conversations at once, in the order of the rows."""
         running: dict[Assembler, tuple[Turn, Iterator[Turn]]] = {}

@@ -149,17 +149,14 @@ def images_of(message: Message) -> list[ImageSource]:
     return [part["image"] for part in _parts(message) if _is_image(part)]
 
 
-def find_images(prompt: Prompt, folder: Path) -> Prompt:
-    """Return a prompt in which images that are named relative to a folder have their paths."""
-    if isinstance(prompt, str):
-        return prompt
+def find_images(messages: Sequence[Message], folder: Path) -> list[Message]:
+    """Return messages in which images that are named relative to a folder have their paths."""
 
     def find(part: Mapping[str, Any]) -> Mapping[str, Any]:
         if not _is_image(part) or not is_path(part["image"]):
             return part
         return image_part(folder / part["image"])
 
-    messages: list[Any] = list(prompt)
     return [{**x, "content": list(map(find, _parts(x)))} if images_of(x) else x for x in messages]
 
 
