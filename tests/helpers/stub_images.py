@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
+import struct
+import zlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -64,6 +66,19 @@ def picture(seed: int = 0, size: int = 16) -> bytes:
     file = io.BytesIO()
     Pillow.fromarray(colours.repeat(size // 2, 0).repeat(size // 2, 1)).save(file, "PNG")
     return file.getvalue()
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    """A part of a PNG."""
+    code = zlib.crc32(kind + content)
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", code)
+
+
+def claiming(width: int, height: int) -> bytes:
+    """A PNG of a few bytes whose header claims a size."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    data = chunk(b"IDAT", zlib.compress(b"\0" * 1000))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + data + chunk(b"IEND", b"")
 
 
 def base64_of(data: bytes) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 from byte_tokens import SPECIAL, save_tokenizer
@@ -14,8 +15,8 @@ from treeflash.testing.models import write_drafter, write_target
 
 
 @pytest.fixture(scope="session")
-def model(tmp_path_factory) -> LanguageModel:
-    """One token per byte; texts end by chance or by their length."""
+def folders(tmp_path_factory) -> tuple[Path, Path]:
+    """Of a target and a drafter: one token per byte; texts end by chance or by their length."""
     folder = tmp_path_factory.mktemp("tiny")
     target, drafter = folder / "target", folder / "drafter"
     write_target(
@@ -23,7 +24,12 @@ def model(tmp_path_factory) -> LanguageModel:
     )
     save_tokenizer(target)
     write_drafter(drafter, target, seed=4)
-    return reference_model(target, drafter)
+    return target, drafter
+
+
+@pytest.fixture(scope="session")
+def model(folders) -> LanguageModel:
+    return reference_model(*folders)
 
 
 @pytest.fixture(scope="session")

@@ -124,7 +124,8 @@ WRONG = [
     ((CHAT, {"messages": [{"role": "king", "content": "Hi"}]}), "role"),
     ((CHAT, {"messages": [{"role": "user", "content": 5}]}), "content"),
     ((CHAT, {"messages": [{**USER, "name": 1}]}), "messages.0.name"),
-    ((CHAT, {"messages": [{**USER, "content": [{"type": "image_url"}]}]}), "content.0.type"),
+    ((CHAT, {"messages": [{**USER, "content": [{"type": "image_url"}]}]}), "content.0.image_url"),
+    ((CHAT, {"messages": [{**USER, "content": [{"type": "input_audio"}]}]}), "'input_audio'"),
     ((CHAT, {"messages": [{**USER, "content": "a\ud800b"}]}), "Unicode"),
     (chat(chat_template_kwargs={"a": "\ud800"}, **{"\ud800": 1}), "unicode"),
     (text(prompt="\ud800"), "Unicode"),
@@ -291,6 +292,8 @@ def test_no_field_of_a_request_names_a_file_a_url_or_a_template(server):
     names = {name for schema in schemas.values() for name in schema.get("properties", ())}
     assert names >= {"prompt", "messages", "input", "system", "tools", "input_schema"}
     odd = {name for name in names if re.search("ur[li]|file|path|folder|template", name)}
+    # Images may only be embedded: test_images.py shows that other URLs and ids are refused.
+    odd -= {"image_url", "url", "file_id"}
     assert odd == {"chat_template_kwargs"}, "whose `chat_template` is reserved"
 
 

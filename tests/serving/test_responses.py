@@ -277,7 +277,7 @@ def test_what_needs_stored_responses_or_other_tools_is_refused(client, fields, p
         {"tools": [{**TOOL, "name": "two words"}]},
         {"tools": [{"type": "namespace", "name": "two words", "tools": []}]},
         {"stream_options": {"include_obfuscation": True}},
-        {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "data:"}]}]},
+        {"input": [{"role": "user", "content": [{"type": "input_file", "file_data": "data:"}]}]},
         {"input": [{"type": "reasoning", "encrypted_content": "x"}]},
     ],
 )

@@ -36,7 +36,7 @@ from treeflash.serving.service import Conversation, Service
 from treeflash.serving.streaming import frame, respond
 from treeflash.text.grammar import Grammar
 from treeflash.text.options import Options
-from treeflash.text.prompt import text_part
+from treeflash.text.prompt import content_of, text_part
 
 
 class CacheControl(Schema):
@@ -109,8 +109,12 @@ class ToolResultBlock(Cacheable):
         text = self.content if isinstance(self.content, str) else ""
         text += _join([block for block in blocks if isinstance(block, TextBlock)])
         images = [block.template() for block in blocks if isinstance(block, ImageBlock)]
-        content = [text_part(("Error: " if self.is_error else "") + text), *images]
-        return {"role": "tool", "tool_call_id": self.tool_use_id, "content": content}
+        parts = [text_part(("Error: " if self.is_error else "") + text), *images]
+        return {
+            "role": "tool",
+            "tool_call_id": self.tool_use_id,
+            "content": content_of(parts),
+        }
 
 
 ContentBlock = Annotated[
@@ -128,19 +132,20 @@ class AnthropicMessage(Schema):
         if isinstance(self.content, str):
             return [{"role": self.role, "content": self.content}]
         messages: list[dict[str, Any]] = []
-        fields: dict[str, Any] = {"content": []}
+        parts: list[dict[str, Any]] = []
+        fields: dict[str, Any] = {}
         for block in self.content:
             if isinstance(block, ToolResultBlock):
                 messages.append(block.template())
             elif isinstance(block, TextBlock | ImageBlock):
-                fields["content"].append(block.template())
+                parts.append(block.template())
             elif isinstance(block, ToolUseBlock):
                 call = function_call(block.id, block.name, block.input)
                 fields.setdefault("tool_calls", []).append(call)
             elif block.thinking:
                 fields["reasoning_content"] = fields.get("reasoning_content", "") + block.thinking
         if len(messages) < len(self.content) or not messages:
-            messages.append({"role": self.role, **fields})
+            messages.append({"role": self.role, "content": content_of(parts), **fields})
         return messages
 
 

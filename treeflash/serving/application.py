@@ -82,6 +82,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
             "display_name": name,
             "created_at": datetime.fromtimestamp(service.created, UTC).isoformat(),
             "max_model_len": service.engine.model.backend.max_positions,
+            "input_modalities": ["text", "image"] if service.takes_images else ["text"],
         }
 
     @app.get("/v1/models")

@@ -6,7 +6,7 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from itertools import count
 from typing import Annotated, Any, Literal
 
@@ -45,7 +45,7 @@ from treeflash.serving.schemas import (
 from treeflash.serving.service import Conversation, Service
 from treeflash.serving.streaming import cached_details, draft_details, frame, respond
 from treeflash.text.options import Options
-from treeflash.text.prompt import text_part
+from treeflash.text.prompt import content_of, text_part
 
 logger = logging.getLogger("treeflash.serving")
 
@@ -276,10 +276,10 @@ class ResponsesRequest(Schema):
             return [*messages, {"role": "user", "content": self.input}]
         for item in self.input:
             if isinstance(item, CallOutputItem):
-                content = _parts(item.output)
+                content = _content_of(item.output)
                 messages.append({"role": "tool", "tool_call_id": item.call_id, "content": content})
             elif isinstance(item, MessageItem) and item.role == "user":
-                messages.append({"role": "user", "content": _parts(item.content)})
+                messages.append({"role": "user", "content": _content_of(item.content)})
             elif isinstance(item, MessageItem) and item.role != "assistant":
                 messages.append({"role": "system", "content": _join(item.content)})
             else:
@@ -309,8 +309,10 @@ def _qualified(namespace: str | None, name: str) -> str:
     return name if namespace is None else f"{namespace}.{name}"
 
 
-def _parts(content: Content) -> str | list[dict[str, Any]]:
-    return content if isinstance(content, str) else [part.template() for part in content]
+def _content_of(content: Content) -> str | list[Mapping[str, Any]]:
+    if isinstance(content, str):
+        return content
+    return content_of([part.template() for part in content])
 
 
 def _join(content: Text | Content) -> str:

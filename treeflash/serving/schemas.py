@@ -16,7 +16,7 @@ from treeflash.serving.errors import bad_request
 from treeflash.text.grammar import Grammar
 from treeflash.text.images import DATA_URL
 from treeflash.text.options import OPTIONS, Options
-from treeflash.text.prompt import image_part, text_part
+from treeflash.text.prompt import content_of, image_part, text_part
 
 MAX_LOG_PROBS = 20
 MAX_TOOLS = 256
@@ -271,7 +271,7 @@ class Message(Schema):
         self._check()
         content: Any = self.content or ""
         if not isinstance(content, str):
-            content = [part.template() for part in content]
+            content = content_of([part.template() for part in content])
         message: dict[str, Any] = {
             "role": "system" if self.role == "developer" else self.role,
             "content": content,

@@ -137,11 +137,16 @@ def image_part(source: ImageSource) -> dict[str, Any]:
     return {"type": "image", "image": source}
 
 
-def with_images(text: str, sources: Sequence[ImageSource]) -> str | list[dict[str, Any]]:
+def content_of(parts: Sequence[Mapping[str, Any]]) -> str | list[Mapping[str, Any]]:
+    """Return the content of a message: its parts if it has images, else one text."""
+    if any(map(_is_image, parts)):
+        return list(parts)
+    return "".join(part["text"] for part in parts)
+
+
+def with_images(text: str, sources: Sequence[ImageSource]) -> str | list[Mapping[str, Any]]:
     """Return the content of a message: a text after images, if there are any."""
-    if not sources:
-        return text
-    return [*map(image_part, sources), text_part(text)]
+    return content_of([*map(image_part, sources), text_part(text)])
 
 
 def images_of(message: Message) -> list[ImageSource]:
@@ -169,14 +174,6 @@ def _is_image(part: Mapping[str, Any]) -> bool:
     return part.get("type") == "image"
 
 
-def _as_text(message: Message) -> Message:
-    """Return a message with all of its texts as one, and without its images."""
-    if not isinstance(message.get("content"), list):
-        return message
-    texts = (part["text"] for part in _parts(message) if not _is_image(part))
-    return {**message, "content": "".join(texts)}
-
-
 def _place_images(messages: Sequence[Message]) -> list[Message]:
     """Move images in results of tools into the user's message after them.
 
@@ -186,8 +183,9 @@ def _place_images(messages: Sequence[Message]) -> list[Message]:
     waiting: list[Mapping[str, Any]] = []
     for message in messages:
         if message["role"] == "tool":
-            waiting += map(image_part, images_of(message))
-            message = _as_text(message)
+            waiting += filter(_is_image, _parts(message))
+            texts = [part for part in _parts(message) if not _is_image(part)]
+            message = {**message, "content": content_of(texts)}
         elif waiting:
             if message["role"] == "user":
                 message = {**message, "content": [*waiting, *_parts(message)]}
@@ -202,10 +200,8 @@ def _place_images(messages: Sequence[Message]) -> list[Message]:
 
 def _for_template(message: Message) -> Message:
     """Return a message as chat templates read it, which show a placeholder for an image."""
-    if not images_of(message):
-        return _as_text(message)
     parts = [{"type": "image"} if _is_image(part) else part for part in _parts(message)]
-    return {**message, "content": parts}
+    return {**message, "content": content_of(parts)}
 
 
 def check_messages(messages: Sequence[Any]) -> None:
@@ -333,8 +329,8 @@ def _row(value: Any, number: int, *, images: bool) -> Row:
         check_messages(turn)
     if not images and any(images_of(message) for turn in turns for message in turn):
         raise PromptError("the row has images, which only treeflash generate takes")
-    plain = (tuple(x if images_of(x) else _as_text(x) for x in turn) for turn in turns)
-    return Row(id=name, turns=tuple(plain))
+    plain = [[{**x, "content": content_of(_parts(x))} for x in turn] for turn in turns]
+    return Row(id=name, turns=tuple(map(tuple, plain)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ from treeflash.config import DecodeConfig
 from treeflash.language_model import LanguageModel
 from treeflash.testing.models import write_drafter, write_target
 from treeflash.text.options import parse_options
+from treeflash.text.prompt import EncodedPrompt
 from treeflash.training.config import TrainConfig
 from treeflash.training.distillation import DistillConfig
 
@@ -108,7 +109,7 @@ def test_serve(scripted: Any):
     )
     http: Any = SimpleNamespace(state=SimpleNamespace(cache_salt=None))
     offered = service.Service(engine, Settings(), {}, ("model",))
-    configs = [offered.start(http, {}, [[1]])[0].config for _ in range(2)]
+    configs = [offered.start(http, {}, [EncodedPrompt([1])])[0].config for _ in range(2)]
     assert configs[0].sampling.seed != configs[1].sampling.seed
     used = decoding(configs[0]) | {"seed": "random"} | vars(Settings())
     check("serve", used)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import os
-import struct
 import zlib
 
 import numpy as np
@@ -16,6 +15,7 @@ from treeflash.text import images
 from treeflash.text.images import MAX_BYTES, data_url, read_image, read_images
 
 Image = pytest.importorskip("PIL.Image")
+from stub_images import chunk, claiming
 
 QUADRANTS = np.array([[(255, 0, 0), (0, 255, 0)], [(0, 0, 255), (255, 255, 255)]], np.uint8)
 PIXELS = QUADRANTS.repeat(16, 0).repeat(24, 1)  # 32 high, 48 wide
@@ -25,18 +25,6 @@ def written(image, format, **settings) -> bytes:
     file = io.BytesIO()
     image.save(file, format, **settings)
     return file.getvalue()
-
-
-def chunk(kind: bytes, content: bytes) -> bytes:
-    code = zlib.crc32(kind + content)
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", code)
-
-
-def claiming(width: int, height: int) -> bytes:
-    """A PNG of a few bytes whose header claims a size."""
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    data = chunk(b"IDAT", zlib.compress(b"\0" * 1000))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + data + chunk(b"IEND", b"")
 
 
 PNG = written(Image.fromarray(PIXELS), "PNG")

@@ -1,0 +1,329 @@
+"""Images in requests: one answer for all protocols, nothing that is fetched, and limits."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import pytest
+
+pytest.importorskip("PIL")
+from scripted_model import reference_model
+from servers import NAME, check_error, serving, wait_until
+from stub_images import FEATURES, StubProcessor, base64_of, claiming, picture, url_of
+
+from treeflash.text.prompt import image_part, text_part
+
+QUESTION = "?"
+OPTIONS = {"max_tokens": 16}
+DEFAULTS = {"temperature": 0.3, "seed": 3}  # Anthropic's API and Responses have no seed
+MESSAGES, CHAT, RESPONSES = "/v1/messages", "/v1/chat/completions", "/v1/responses"
+
+
+@pytest.fixture(scope="module")
+def image_model(folders):
+    model = reference_model(*folders)
+    model.backend.images = StubProcessor(model.tokenizer)
+    return model
+
+
+@pytest.fixture(scope="module")
+def image_server(image_model):
+    with serving(image_model, DEFAULTS) as running:
+        yield running
+
+
+def openai_messages(*images, text=QUESTION):
+    parts = [{"type": "image_url", "image_url": {"url": url_of(image)}} for image in images]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
+
+
+def anthropic_block(image):
+    source = {"type": "base64", "media_type": "image/png", "data": base64_of(image)}
+    return {"type": "image", "source": source}
+
+
+def anthropic_messages(*images):
+    text = {"type": "text", "text": QUESTION}
+    return [{"role": "user", "content": [*map(anthropic_block, images), text]}]
+
+
+def responses_input(*images):
+    parts = [{"type": "input_image", "image_url": url_of(image)} for image in images]
+    return [{"role": "user", "content": [*parts, {"type": "input_text", "text": QUESTION}]}]
+
+
+def ollama_messages(*images):
+    return [{"role": "user", "content": QUESTION, "images": list(map(base64_of, images))}]
+
+
+def ask_openai(server, *images):
+    body = server.post(CHAT, {"messages": openai_messages(*images), **OPTIONS}).json()
+    return body["choices"][0]["message"]["content"], body["usage"]["prompt_tokens"]
+
+
+def ask_anthropic(server, *images):
+    body = server.post(MESSAGES, {"messages": anthropic_messages(*images), **OPTIONS}).json()
+    counts = body["usage"]
+    tokens = counts["input_tokens"] + counts["cache_read_input_tokens"]
+    return body["content"][0]["text"], tokens
+
+
+def ask_responses(server, *images):
+    fields = {"max_output_tokens": OPTIONS["max_tokens"]}
+    body = server.post(RESPONSES, {"input": responses_input(*images), **fields}).json()
+    return body["output"][0]["content"][0]["text"], body["usage"]["input_tokens"]
+
+
+def ask_ollama(server, *images):
+    options = {"num_predict": OPTIONS["max_tokens"]}
+    fields = {"model": NAME, "stream": False, "options": options}
+    body = server.post("/api/chat", {"messages": ollama_messages(*images), **fields}).json()
+    return body["message"]["content"], body["prompt_eval_count"]
+
+
+def ask_ollama_prompt(server, *images):
+    options = {"num_predict": OPTIONS["max_tokens"]}
+    fields = {"model": NAME, "stream": False, "options": options, "prompt": QUESTION}
+    body = server.post("/api/generate", {"images": list(map(base64_of, images)), **fields}).json()
+    return body["response"], body["prompt_eval_count"]
+
+
+ASK = [ask_openai, ask_anthropic, ask_responses, ask_ollama, ask_ollama_prompt]
+
+
+def expected(model, *images):
+    parts = [*map(image_part, images), text_part(QUESTION)]
+    return model.generate([{"role": "user", "content": parts}], method="ar", **OPTIONS, **DEFAULTS)
+
+
+@pytest.mark.parametrize("ask", ASK)
+def test_every_protocol_gives_the_answer_of_python(image_server, image_model, ask):
+    for images in ([picture(1)], [picture(2), picture(1)]):
+        answer = expected(image_model, *images)
+        assert ask(image_server, *images) == (answer.text, answer.prompt_tokens)
+
+
+def test_ten_clients_with_different_images(image_server, image_model):
+    images = [picture(seed) for seed in range(10)]
+    texts = [expected(image_model, image).text for image in images]
+    assert len(set(texts)) > 5
+    with ThreadPoolExecutor(10) as pool:
+        answers = pool.map(lambda i: ASK[i % 4](image_server, images[i]), range(10))
+    assert [text for text, _ in answers] == texts
+
+
+def test_counted_tokens(image_server):
+    messages = openai_messages(picture(1))
+    body = image_server.post("/tokenize", {"messages": messages}).json()
+    without = image_server.post("/tokenize", {"messages": openai_messages()}).json()
+    assert body["count"] == len(body["tokens"]) == without["count"] + FEATURES
+    counted = image_server.post(
+        f"{MESSAGES}/count_tokens", {"messages": anthropic_messages(picture(1))}
+    )
+    assert counted.json() == {"input_tokens": body["count"]}
+
+
+def test_a_conversation_comes_from_the_cache_up_to_another_image(image_server):
+    first, other = openai_messages(picture(21)), openai_messages(picture(22))
+
+    def cached(messages):
+        body = image_server.post(CHAT, {"messages": messages, **OPTIONS}).json()
+        return body["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+    cached(first)
+    prefix = len("<start>user: ") - len("start>")
+    assert cached(first) > prefix + FEATURES
+    assert cached(other) <= prefix
+
+
+class TestResultsOfTools:
+    """Agents read images with tools; templates show them in the user's message after it."""
+
+    @pytest.fixture(autouse=True)
+    def _texts(self, image_model):
+        image_model.backend.images.texts.clear()
+
+    def test_anthropic(self, image_server, image_model):
+        call = {"type": "tool_use", "id": "a", "name": "read", "input": {}}
+        result = {"type": "tool_result", "tool_use_id": "a"}
+        text = {"type": "text", "text": "a.png"}
+        messages = [
+            *anthropic_messages(),
+            {"role": "assistant", "content": [call]},
+            {
+                "role": "user",
+                "content": [
+                    {**result, "content": [text, anthropic_block(picture(1))]},
+                    {"type": "text", "text": "Well?"},
+                ],
+            },
+        ]
+        response = image_server.post(MESSAGES, {"messages": messages, **OPTIONS})
+        assert response.status_code == 200, response.text
+        assert (
+            "tool: a.png<|end|><|start|>user: <image>Well?" in image_model.backend.images.texts[0]
+        )
+
+    def test_responses(self, image_server, image_model):
+        call = {"type": "function_call", "call_id": "a", "name": "read", "arguments": "{}"}
+        image = {"type": "input_image", "image_url": url_of(picture(1))}
+        output = {"type": "function_call_output", "call_id": "a", "output": [image]}
+        items = [{"role": "user", "content": "Read it."}, call, output]
+        response = image_server.post(RESPONSES, {"input": items, "max_output_tokens": 4})
+        assert response.status_code == 200, response.text
+        assert "tool: <|end|><|start|>user: <image>" in image_model.backend.images.texts[0]
+
+
+def bodies(url, data="AAAA"):
+    """A request of each protocol with an image elsewhere."""
+    user = {"role": "user"}
+    image_url = {"type": "image_url", "image_url": {"url": url}}
+    yield CHAT, {"messages": [{**user, "content": [image_url]}]}
+    yield "/tokenize", {"messages": [{**user, "content": [image_url]}]}
+    part = {"type": "input_image", "image_url": url}
+    yield RESPONSES, {"input": [{**user, "content": [part]}]}
+    for source in ({"type": "url", "url": url}, {"type": "file", "file_id": url}):
+        block = {"type": "image", "source": source}
+        result = {"type": "tool_result", "tool_use_id": "a", "content": [block]}
+        for content in (block, result):
+            yield MESSAGES, {"messages": [{**user, "content": [content]}], "max_tokens": 4}
+            yield f"{MESSAGES}/count_tokens", {"messages": [{**user, "content": [content]}]}
+
+
+@contextmanager
+def listener():
+    """A server that fails the test if anything connects to it."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        listening.setblocking(False)
+        yield listening.getsockname()[1]
+        with pytest.raises(BlockingIOError):
+            listening.accept()
+
+
+def test_nothing_is_fetched_or_opened(image_server, tmp_path, monkeypatch):
+    """Whatever a URL names, the answer is the same error, and nothing connects."""
+    path = tmp_path / "secret.png"
+    path.write_bytes(picture(1))
+    looked_up = []
+    resolve = socket.getaddrinfo
+    monkeypatch.setattr(
+        socket,
+        "getaddrinfo",
+        lambda *args, **more: looked_up.append(args) or resolve(*args, **more),
+    )
+    with listener() as port:
+        urls = [
+            f"http://127.0.0.1:{port}/a.png",
+            f"https://localhost:{port}/a.png",
+            "ftp://images.invalid/a.png",
+            "http://169.254.169.254/latest/meta-data",
+            f"file://{path}",
+            str(path),
+            "file-abc123",
+            "DATA:image/png;base64,AAAA",
+            "",
+        ]
+        for url in urls:
+            for address, body in bodies(url):
+                response = image_server.post(address, body)
+                message = response.json()["error"]["message"]
+                assert response.status_code == 400, message
+                assert "images are never fetched or opened by this server" in message
+                assert str(path) not in message
+    assert not [host for host, *_ in looked_up if host != "127.0.0.1"]
+    for text in (str(path), f"file://{path}"):
+        response = image_server.post(
+            "/api/chat",
+            {"model": NAME, "messages": [{"role": "user", "content": "", "images": [text]}]},
+        )
+        assert response.status_code == 400
+        assert "is not base64" in response.json()["error"]
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"?", "image 2: the file is not a PNG, JPEG, WebP or GIF image"),
+        (picture(1)[:60], "image 2: the image cannot be decoded"),
+        (claiming(60_000, 60_000), "image 2: the image has more than 32 megapixels"),
+        (picture(1) + b"\0" * (20 << 20), "image 2: the file has more than 20 MiB"),
+    ],
+    ids=["no image", "half a file", "a bomb", "too large"],
+)
+def test_hostile_images_end_their_request_alone(image_server, image_model, data, says):
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(ask_openai, image_server, picture(3))
+        response = image_server.post(CHAT, {"messages": openai_messages(picture(1), data)})
+        check_error(response, 400, says)
+        assert other.result()[0] == expected(image_model, picture(3)).text
+
+
+def test_limits(image_model):
+    with serving(image_model, {"max_images": 2}) as server:
+        assert ask_openai(server, picture(1), picture(2))[0]
+        response = server.post(CHAT, {"messages": openai_messages(*[picture(1)] * 3)})
+        check_error(response, 400, "the prompt has 3 images, and the limit is 2")
+        response = server.post(CHAT, {"messages": openai_messages(), "max_images": 99})
+        check_error(response, 400, "max_images is not supported")
+
+
+def test_bodies_may_be_larger_where_images_are_taken(server, image_server):
+    body = json.dumps({"messages": openai_messages(), "pad": "x" * (9 << 20)})
+    headers = {"Content-Type": "application/json"}
+    assert server.client.post(CHAT, content=body, headers=headers).status_code == 413
+    check_error(image_server.client.post(CHAT, content=body, headers=headers), 400, "pad")
+    body = json.dumps({"pad": "x" * (33 << 20)})
+    assert image_server.client.post(CHAT, content=body, headers=headers).status_code == 413
+
+
+@pytest.mark.parametrize("ask", [CHAT, MESSAGES, RESPONSES, "/api/chat"])
+def test_a_target_without_images_is_named(server, ask):
+    fields = {
+        CHAT: {"messages": openai_messages(picture(1))},
+        MESSAGES: {"messages": anthropic_messages(picture(1)), "max_tokens": 4},
+        RESPONSES: {"input": responses_input(picture(1))},
+        "/api/chat": {"model": NAME, "messages": ollama_messages(picture(1))},
+    }[ask]
+    response = server.post(ask, fields)
+    assert response.status_code == 400
+    error = response.json()["error"]
+    message = error if isinstance(error, str) else error["message"]
+    assert message == "target takes no images: the backend does not run images of its model type"
+
+
+def test_what_clients_are_told_about_the_model(server, image_server):
+    for running, inputs in ((server, ["text"]), (image_server, ["text", "image"])):
+        (model,) = running.client.get("/v1/models").json()["data"]
+        assert model["input_modalities"] == inputs
+        shown = running.post("/api/show", {"model": NAME}).json()
+        assert ("vision" in shown["capabilities"]) == ("image" in inputs)
+
+
+def test_answers_go_on_while_images_are_processed(folders):
+    """Two images are processed at once, outside of the event loop and of the scheduler."""
+    model = reference_model(*folders)
+    model.backend.images = processor = StubProcessor(model.tokenizer)
+    inside, release = [], threading.Event()
+    encode = processor.encode
+
+    def held(text, pictures):
+        inside.append(text)
+        assert release.wait(60)
+        return encode(text, pictures)
+
+    processor.encode = held
+    with serving(model, DEFAULTS) as server, ThreadPoolExecutor(4) as pool:
+        try:
+            asked = [pool.submit(ask_openai, server, picture(seed)) for seed in range(4)]
+            wait_until(lambda: len(inside) == 2)
+            assert server.chat(max_tokens=4).status_code == 200
+            assert len(inside) == 2
+        finally:
+            release.set()
+        assert [x.result()[0] for x in asked] == [
+            expected(model, picture(seed)).text for seed in range(4)
+        ]
