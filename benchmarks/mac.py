@@ -7,30 +7,37 @@
 - `host`: milliseconds in which Python builds a pass over one token, which MLX evaluates afterwards.
 - `methods`: for every method with the budget `auto`, tokens per second, tokens per iteration, and
   milliseconds of an iteration by phase; and tokens per second of mlx-lm's own loop with the same
-  weights. Work that a phase leaves running on the device counts towards the next phase that waits
-  for it.
+  weights, in a process of its own. Work that a phase leaves running on the device counts towards
+  the next phase that waits for it.
 
 It runs wherever MLX does.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks.common import Parser, Row, describe, show, write_json
 from benchmarks.decoding.iteration import verify_rows
+from benchmarks.peers.system import SYSTEMS, Peer
 from treeflash.cli.console import guarded
-from treeflash.cli.options import add_model_options, load_model
+from treeflash.cli.options import add_model_options, load_model, locate_model
 from treeflash.config import METHODS, Method
 from treeflash.errors import ConfigError
 from treeflash.language_model import LanguageModel
 from treeflash.text.generation import PHASES, mean
 from treeflash.text.prompt import encode
+from treeflash.text.tokenizer import Tokenizer
 
+MLX_LM = next(system for system in SYSTEMS if system.name == "mlx-lm")
 PROMPTS = (
     "Natalia sold clips to 48 of her friends in April, and half as many in May. How many clips did "
     "she sell in both months? Reason step by step.",
@@ -109,23 +116,34 @@ def method_row(
     return row | {"block_efficiency": mean(lengths)} | phases
 
 
-def mlx_lm_row(model: LanguageModel, prompts: Sequence[list[int]], max_tokens: int) -> Row:
-    """Measure the speed of mlx-lm's own loop over the same weights."""
-    import mlx.core as mx
-    from mlx_lm.generate import generate_step
+def mlx_lm_row(args: Namespace) -> Row:
+    """Measure the speed of mlx-lm's own loop over the same weights, in a process of its own.
 
-    backend: Any = model.backend
-    target, stop = backend.target.model, model.tokenizer.stop_token_ids
+    In this process the model would have hooks, and its weights are not loaded yet.
+    """
+    from treeflash_mlx.device import choose_device
 
-    def run(prompt: list[int]) -> int:
-        tokens = 0
-        for token, _ in generate_step(mx.array(prompt), target, max_tokens=max_tokens):
-            tokens += 1
-            if token in stop:
-                break
-        return tokens
-
-    row: Row = {"system": "mlx-lm", "method": "generate", "tokens_per_s": decode_all(run, prompts)}
+    pair, on_cpu = locate_model(args), choose_device(args.device)
+    tokenizer = Tokenizer.from_folder(pair.target, thinking=pair.thinking)
+    setup = {
+        "target": str(pair.target),
+        "assistant": None,
+        "device": "cpu" if on_cpu else "gpu",
+        "dtype": args.dtype or ("float32" if on_cpu else None),
+        "stop_token_ids": sorted(tokenizer.stop_token_ids),
+    }
+    request = {"method": "generate", "budget": None, "max_tokens": args.max_tokens}
+    with TemporaryDirectory() as folder:
+        command = [sys.executable, str(MLX_LM.worker)]
+        peer = Peer(MLX_LM, command, setup, os.cpu_count() or 1, Path(folder) / "log")
+        try:
+            speed = decode_all(
+                lambda prompt: len(peer.ask(request | {"prompt_ids": prompt})["token_ids"]),
+                [encode(tokenizer, prompt).token_ids for prompt in PROMPTS],
+            )
+        finally:
+            peer.close()
+    row: Row = {"system": "mlx-lm", "method": "generate", "tokens_per_s": speed}
     return row | dict.fromkeys(["block_efficiency", *(f"{phase}_ms" for phase in PHASES[1:])])
 
 
@@ -133,10 +151,11 @@ def mlx_lm_row(model: LanguageModel, prompts: Sequence[list[int]], max_tokens: i
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, write."""
     args = parser().parse_args(argv)
+    if args.backend != "mlx":
+        raise ConfigError(f"this benchmark measures the mlx backend, got --backend {args.backend}")
+    baseline = mlx_lm_row(args)
     model = load_model(args)
     backend = model.backend
-    if backend.name != "mlx":
-        raise ConfigError(f"this benchmark measures the mlx backend, got --backend {backend.name}")
     prompts = [encode(model.tokenizer, prompt).token_ids for prompt in PROMPTS]
     methods = [
         method_row(model, method, prompts, args.max_tokens) for method in supported_methods(model)
@@ -144,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = {
         "verify": verify_rows(backend, args.contexts, args.sizes, args.repeats),
         "host": [host_row(backend, args.repeats)],
-        "methods": [*methods, mlx_lm_row(model, prompts, args.max_tokens)],
+        "methods": [*methods, baseline],
     }
     pair = describe(backend) | {"target": args.target}
     show("device and model", [pair])

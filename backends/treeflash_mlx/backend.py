@@ -26,7 +26,7 @@ from treeflash.drafters.mtp_heads import (
     MtpConfig,
     refuse_window,
 )
-from treeflash.errors import ConfigError
+from treeflash.errors import ConfigError, UnsupportedModelError
 from treeflash_mlx import metal_kernels
 from treeflash_mlx.assistant import AssistantDrafter, AssistantHead, AssistantModel
 from treeflash_mlx.cache import KVCache, allocated_columns, size_class
@@ -185,6 +185,8 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> MlxBackend:
     if not on_cpu:  # a CPU would compute while it should build the rest of the pass
         model.hooks.submit_early(model.layers[:: -(-len(model.layers) // MAX_SUBMISSIONS)])
         warm_up(backend)
+        if summary := metal_kernels.summary():
+            logging.getLogger(__name__).info("Metal kernels: %s", summary)
     return backend
 
 
@@ -214,11 +216,18 @@ def examine_device(config: LoadConfig) -> DeviceReport:
 
 
 def warm_up(backend: MlxBackend) -> None:
-    """Run everything that an answer needs once, so that Metal compiles its kernels now."""
+    """Run everything that an answer needs once, so that Metal compiles its kernels now.
+
+    Without a drafter that is a tree too, which has copies of the text.
+    """
     parents = ((np.arange(WARM_NODES) - 1) // 2).astype(np.int32)
     tree = DraftTree.from_parents(np.zeros(WARM_NODES, np.int32), parents)
     options = TableOptions(k=16, m=16, shortlist=1024, rows=WARM_NODES)
-    drafter = backend.drafter
+    drafter, has_trees = backend.drafter, True
+    try:
+        backend.check_trees()
+    except UnsupportedModelError:
+        has_trees = False  # said where trees are asked for
     with SequenceSession(backend, drafts=drafter is not None, capacity=256) as sequence:
         for sampling in (SamplingConfig(), SamplingConfig(temperature=1.0, top_p=0.9)):
             root = sequence.extend([0] * WARM_NODES, sampling)
@@ -229,6 +238,7 @@ def warm_up(backend: MlxBackend) -> None:
                     drafter.marginals(blocks, options)
                 else:
                     backend.head.transitions(blocks, options)
+            if has_trees:
                 sequence.verify(tree, sampling)
             sequence.commit(np.zeros(1, np.int32))
 

@@ -221,6 +221,7 @@ class Target:
         keys_first: whether matrix states have the shape (key_dim, value_dim).
         column_nbytes: size of the keys and values of one position in all layers, bytes.
         states_nbytes: size of the recurrent states of one sequence, bytes.
+        head_dim: the largest width of keys and values; 0 without attention.
         batches: whether sequences of different lengths may share a forward pass.
         solve: for recurrent layers; None without recurrent layers.
         embedding: the input table; None if it was not found.
@@ -256,6 +257,7 @@ class Target:
         self.keys_first = "recurrent_gla" in self.hooks.hook(self.model)
         self.quantisation: Quantisation | None = None
         self.vocab_size, widths, self.column_nbytes, self.states_nbytes = self._measure()
+        self.head_dim = max(widths, default=0)
         if kv_bits is not None:
             self.quantisation = self._choose_quantisation(kv_bits, widths)
             _, _, self.column_nbytes, _ = self._measure()

@@ -24,6 +24,9 @@ from treeflash_mlx.target import Target
 
 PREFILL_CHUNK = 2048
 """Prompt tokens per forward pass."""
+WIDE_HEAD, WIDE_COLUMNS = 192, 8192
+"""MLX keeps the scores of heads from this width on in memory. From so many columns on chunks become
+smaller, so that the scores do not take more."""
 
 PathOfState: TypeAlias = tuple[State, NDArray[np.int32]]
 """A sequence, and the nodes of its latest pass to commit."""
@@ -157,12 +160,20 @@ class Verifier:
 
     def _prefill(self, state: State, token_ids: Sequence[int]) -> None:
         """Run and commit new tokens chunk by chunk."""
-        for first in range(0, len(token_ids), PREFILL_CHUNK):
-            chunk = DraftTree.chain(np.array(token_ids[first : first + PREFILL_CHUNK], np.int32))
+        while token_ids:
+            size = self._chunk_size(state.length)
+            chunk = DraftTree.chain(np.array(token_ids[:size], np.int32))
+            token_ids = token_ids[size:]
             self._forward([(state, chunk)], prefill=True)
             # Projected at once: the outputs of five layers take five times the memory.
             self._commit([(state, np.arange(len(chunk), dtype=np.int32))])
             mx.eval(_committed_arrays(state))
+
+    def _chunk_size(self, committed: int) -> int:
+        """Return the new tokens of a pass after so many committed positions."""
+        if self.target.head_dim < WIDE_HEAD:
+            return PREFILL_CHUNK
+        return PREFILL_CHUNK * WIDE_COLUMNS // max(committed + PREFILL_CHUNK, WIDE_COLUMNS)
 
     def _forward(
         self, sequences: Sequence[tuple[State, DraftTree]], *, prefill: bool = False

@@ -331,7 +331,14 @@ def test_a_gpu_is_warmed_up_at_load(pair, monkeypatch, drafts):
                     return method(*args)
 
                 monkeypatch.setattr(type(role), name, record)
+    sizes, logits = [], type(backend.target).forward
+    monkeypatch.setattr(
+        type(backend.target),
+        "forward",
+        lambda self, ids, *args: sizes.append(ids.shape[1]) or logits(self, ids, *args),
+    )
     backend_module.warm_up(backend)
+    assert sizes.count(backend_module.WARM_NODES) == 2  # copies of the text need trees too
     assert set(calls) == {"run", "commit", *(("draft", "transitions") if drafts else ())}
     calls.clear()
     load(*pair, LoadConfig(device="cpu"))

@@ -55,7 +55,7 @@ def test_a_report_goes_on_after_a_part_that_fails(module, pair, tmp_path, monkey
     report = json.loads(file.read_text())
     assert report["problems"] == ["speed: RuntimeError: the GPU is busy"]
     parts = {part["name"]: part["tables"] for part in report["parts"]}
-    assert list(parts) == ["kernels", "texts", "passes", "host", "speed", "mlx-lm", "memory"]
+    assert list(parts) == ["kernels", "texts", "mlx-lm", "passes", "host", "speed", "memory"]
     assert [row["nodes"] for row in parts["passes"]["passes"]] == [1, 3]
     assert all(row["equal_up_to"] == row["tokens"] > 0 for row in parts["texts"]["texts"])
     assert parts["mlx-lm"]["methods"][0]["tokens_per_s"] > 0

@@ -134,3 +134,10 @@ def test_the_file_depends_on_every_kernel(monkeypatch, tmp_path):
     assert metal_kernels.kept_verdicts.__wrapped__().path == tmp_path / "kernels" / "a"
     names = {path.name for path in seen if path.exists()}
     assert {"products.py", "attention.py", "gated_delta.py", "hybrid.py"} <= names
+
+
+def test_one_line_says_which_kernels_are_used(monkeypatch):
+    loses, wins = {"5 rows": "not used, 0.90 times as fast"}, {"5 rows": "used, 1.20 times as fast"}
+    found = {"products, 8 x 8": loses, "products, 9 x 9": loses | {"7 rows": wins["5 rows"]}}
+    monkeypatch.setattr(metal_kernels, "VERDICTS", found | {"attention, 4 heads": loses})
+    assert metal_kernels.summary() == "products in 1 of 2 shapes; attention in 0 of 1 shapes"

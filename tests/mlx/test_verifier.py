@@ -19,6 +19,7 @@ require("mlx.core")
 require("mlx_lm")
 
 import mlx.core as mx
+from treeflash_mlx import verifier
 from treeflash_mlx.backend import MlxBackend, load, runs_batches
 from treeflash_mlx.target import Target
 
@@ -167,6 +168,30 @@ def test_short_and_long_new_tokens_run_beside_trees(pair, rng, monkeypatch):
             best = np.sort(logits - np.logaddexp.reduce(logits))[::-1]
             np.testing.assert_allclose(found.log_probs.values[0], best[:3], atol=1e-4)
     assert sampled[1].tokens.tolist() == sequences[0].logits(tree).argmax(-1).tolist()
+
+
+@pytest.mark.usefixtures("_short_chunks")
+@pytest.mark.parametrize("wide", [False, True])
+def test_chunks_of_wide_heads_keep_their_scores_small(pair, rng, monkeypatch, wide):
+    """MLX has the scores of such heads in memory; a long context would make them gigabytes."""
+    backend = load(pair[0], None, LoadConfig())
+    monkeypatch.setattr(verifier, "WIDE_COLUMNS", 2 * CHUNK)
+    if wide:
+        monkeypatch.setattr(verifier, "WIDE_HEAD", backend.target.head_dim)
+    sizes, forward = [], backend.target.forward
+    monkeypatch.setattr(
+        backend.target,
+        "forward",
+        lambda ids, *args: sizes.append(ids.shape[1]) or forward(ids, *args),
+    )
+    tokens = random_tokens(rng, 64, 6 * CHUNK)
+    sequence = SequenceSession(backend, capacity=7 * CHUNK)
+    sequence.extend(tokens)
+    assert sizes[:2] == [CHUNK] * 2
+    assert sizes == sorted(sizes, reverse=True)
+    assert sum(sizes) == len(tokens)
+    columns = np.cumsum(sizes)
+    assert (max(sizes * columns) <= 2 * CHUNK * CHUNK) == wide
 
 
 @pytest.mark.usefixtures("_short_chunks")

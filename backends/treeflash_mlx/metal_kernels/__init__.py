@@ -163,6 +163,15 @@ def choose(
     return None
 
 
+def summary() -> str:
+    """Say in one line in how many shapes of layers each kernel is used."""
+    used: dict[str, list[bool]] = {}
+    for name, verdicts in VERDICTS.items():
+        wins = any(verdict.startswith("used") for verdict in verdicts.values())
+        used.setdefault(name.partition(",")[0], []).append(wins)
+    return "; ".join(f"{x} in {sum(wins)} of {len(wins)} shapes" for x, wins in used.items())
+
+
 def speedup(kernel: Link, plain: Link, start: mx.array, nbytes: int = 0) -> float:
     """Return how many times as fast a chain of calls is with a kernel as with operations.
 

@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 from mlx_lm import load as load_folder
 from mlx_lm import stream_generate
 from serve import NO_ASSISTANT, answer, describe, serve
@@ -13,11 +14,13 @@ from serve import NO_ASSISTANT, answer, describe, serve
 
 def load(setup: dict[str, Any]) -> tuple[dict, Any]:
     """Load the target and the assistant, if given."""
-    dtype = getattr(mx, setup["dtype"])
+    if setup["device"] == "cpu":
+        mx.set_default_device(mx.cpu)
 
     def load_model(folder: str) -> tuple[Any, Any]:
         model, tokenizer = load_folder(folder)
-        model.set_dtype(dtype)
+        if setup["dtype"] is not None:  # else as in the files
+            model.set_dtype(getattr(mx, setup["dtype"]))
         mx.eval(model.parameters())
         return model, tokenizer
 
@@ -43,6 +46,7 @@ def load(setup: dict[str, Any]) -> tuple[dict, Any]:
         return answer(token_ids, len(token_ids) - ends[0] - 1, len(ends) - 1, seconds)
 
     device = mx.default_device().type
+    dtype = next(x.dtype for _, x in tree_flatten(model.parameters()) if x.dtype != mx.uint32)
     return describe(list(options), device, dtype, ("mlx-lm", "mlx"), skipped), decode
 
 
