@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
 
@@ -83,6 +83,11 @@ class OutputStage:
         noise = gumbel(keys, self._target.vocab_size) * scales
         ids = self._own.token_ids
         return noise if ids is None else noise[:, ids]
+
+    def noise_by_depth(self, noise: Noise | None, depths: int) -> Iterator[Tensor | None]:
+        """Compute the (sequences, Vd) noise of each depth, or None without noise."""
+        uploaded = self.upload(noise)
+        return (self.noise(uploaded[depth::depths]) for depth in range(depths))
 
     def to_target(self, tokens: Tensor) -> Tensor:
         """Return the target's ids of the drafter's tokens."""

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from treeflash.drafters.heads.operations import Operations
 from treeflash_cuda.drafter_model import MLP, RMSNorm, Rotation, rotate
 from treeflash_cuda.linear import PairLinear, take
+from treeflash_cuda.numerics import top_log_probs
 
 
 class GRU(nn.Module):
@@ -73,6 +76,17 @@ def rotate_first(x: Tensor, rotation: Rotation) -> Tensor:
     return torch.cat([rotate(first, rotation), rest], -1)
 
 
+def read(arrays: list[Tensor]) -> list[list[NDArray[Any]]]:
+    """Return the rows of (n, size) arrays of integers and float32 numbers, with one copy."""
+    bits = [x.view(torch.int32) if x.is_floating_point() else x.int() for x in arrays]
+    ends = np.cumsum([array.shape[1] for array in arrays])[:-1]
+    kinds = [np.float32 if x.is_floating_point() else np.int32 for x in arrays]
+    return [
+        [part.view(kind) for part, kind in zip(np.split(row, ends), kinds, strict=True)]
+        for row in torch.cat(bits, 1).cpu().numpy()
+    ]
+
+
 def as_module(kind: Any) -> Any:
     """Make a module of PyTorch, which registers its children, of a class that is written once."""
     members = {"ops": OPERATIONS, "__module__": __name__}
@@ -110,7 +124,13 @@ OPERATIONS = Operations(
     take=take,
     gather=lambda x, indices: x.gather(-1, indices),
     top=lambda x, k: x.topk(k, dim=-1).indices,
+    repeat=lambda x, n: x.repeat_interleave(n, 0),
+    top_log_probs=top_log_probs,
+    log_softmax=lambda x: x.float().log_softmax(-1),
+    read=read,
     zeros=lambda shape, like: like.new_zeros(shape),
+    full=lambda shape, value, like: like.new_full(shape, value),
+    eye=lambda n, like: torch.eye(n, dtype=torch.bool, device=like.device),
     arange=lambda n, like: torch.arange(n, device=like.device),
     ids=lambda tokens, like: torch.tensor(tokens, device=like.device),
     cast=lambda x, like: x.to(like.dtype),

@@ -1,4 +1,4 @@
-"""Heads that draft depth by depth: their layer, their rows, and the tables they give.
+"""Heads that draft depth by depth: the rows of committed positions, and their caches.
 
 See `treeflash.drafters.mtp_heads` for what a row is. The KV cache of a sequence has a row for each
 committed position, and behind them the rows of the drafts of one table. The keys and values of
@@ -17,23 +17,19 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from treeflash.decoding import mtp_head
 from treeflash.decoding.interfaces import StateArrays, TableOptions
+from treeflash.decoding.mtp_head import MtpBlock
 from treeflash.decoding.transitions import TransitionTable
-from treeflash.drafters.mtp_heads import (
-    MAX_PATHS,
-    NO_MARGINALS,
-    MtpConfig,
-    first_visible,
-    hidden_rows,
-)
+from treeflash.drafters.mtp_heads import NO_MARGINALS, MtpConfig, first_visible
 from treeflash.drafters.mtp_layer import MtpLayer
 from treeflash.errors import ConfigError
 from treeflash_cuda.attention import additive_mask, group_mask, grouped_attention
 from treeflash_cuda.cache import Arena, KVCache, PackedRows, from_host, to_host
 from treeflash_cuda.drafter import OutputStage
-from treeflash_cuda.drafter_model import OwnVocabulary, Rotary
+from treeflash_cuda.drafter_model import OwnVocabulary, Rotary, Rotation
 from treeflash_cuda.head_operations import OPERATIONS
-from treeflash_cuda.numerics import top_log_probs, upload
+from treeflash_cuda.numerics import upload
 from treeflash_cuda.target import Target
 
 CHUNK = 2048
@@ -53,6 +49,35 @@ class MtpModel(MtpLayer, nn.Module):
     @property
     def layers(self) -> Sequence[nn.Module]:
         return [self.layer]
+
+    def rotation(self, positions: NDArray[np.integer], like: Tensor) -> Rotation:
+        return self.rotary(upload(positions, like.device), like.dtype)
+
+    def write(self, segments: Sequence[tuple[MtpCache, int, int]], k: Tensor, v: Tensor) -> None:
+        PackedRows(segments, k).write(0, k, v)
+
+    def attend(
+        self,
+        queries: Tensor,
+        caches: Sequence[MtpCache],
+        committed: Sequence[int],
+        depth: int,
+        visible: Tensor | None,
+    ) -> Tensor:
+        n, drafted = queries.shape[2] // len(caches), 0 if visible is None else visible.shape[2]
+        config, kv_caches, masks = self.config, [], []
+        groups = config.num_attention_heads // config.num_key_value_heads
+        for i, (cache, length) in enumerate(zip(caches, committed, strict=True)):
+            first = first_visible(config, length, depth)
+            keys, values = cache.first_columns(0, length + drafted)
+            kv_caches.append((keys[:, :, first:], values[:, :, first:]))
+            mask = None
+            if visible is not None:
+                mask = F.pad(additive_mask(visible[i], queries.dtype), (length - first, 0))
+                mask = group_mask(mask, groups)
+            masks.append(mask)
+        sizes, scale = [n] * len(caches), config.head_dim**-0.5
+        return grouped_attention(queries, kv_caches, masks, sizes, scale)[0]
 
 
 @dataclass(eq=False)
@@ -113,26 +138,6 @@ class MtpArena(Arena):
         return MtpCache(self, capacity)
 
 
-@dataclass(frozen=True, eq=False)
-class MtpBlock:
-    """The root's row after a draft."""
-
-    root: int  # token id
-    output: Tensor  # (1, hidden_size) of the layer
-    cache: MtpCache
-    length: int  # rows of the sequence, the root's last
-    depths: int  # wanted
-
-
-@dataclass(frozen=True, eq=False)
-class _Rows:
-    """The rows of one depth of all sequences, n of each."""
-
-    outputs: Tensor  # (sequences * n, hidden_size) of the layer
-    visible: Tensor  # (sequences, n, c) bool: the drafted rows so far that each row sees
-    sizes: tuple[int, ...] = ()  # the numbers of rows of a sequence at the depths so far
-
-
 class MtpDrafter:
     """`treeflash.decoding.interfaces.Drafter` in PyTorch: the rows of committed positions."""
 
@@ -163,13 +168,12 @@ class MtpDrafter:
         caches = [cache for cache, _, _ in new]
         cos, sin = (x.index_select(0, last) for x in rotation)
         q, gate = self.model.layer.self_attn.queries(y, (cos, sin))
-        attended = attend(self.model.config, q, caches, [x.length for x in caches], 0, None)
+        attended = self.model.attend(q, caches, [x.length for x in caches], 0, None)
         outputs = self.model.finish(attended, gate, residual)
         most = self.model.config.depths
-        blocks = zip(roots, outputs.split(1), caches, strict=True)
         return [
-            MtpBlock(root, output, cache, cache.length, min(depths or most, most))
-            for (_, root), output, cache in blocks
+            MtpBlock(output, cache, cache.length, min(depths or most, most))
+            for output, cache in zip(outputs.split(1), caches, strict=True)
         ]
 
     def _write(
@@ -182,12 +186,11 @@ class MtpDrafter:
         device = self.target.device
         flat = np.array([token for _, _, tokens in rows for token in tokens])
         numbers = np.concatenate([first + np.arange(len(tokens)) for _, first, tokens in rows])
-        tokens_, positions = upload(flat, device), upload(numbers, device)
         states = [x.hidden[first : first + len(tokens)] for x, first, tokens in rows]  # type: ignore[index]
-        read = self.model.read(self.output.embed(tokens_), torch.cat(states))
-        rotation = self.model.rotary(positions, read[0].dtype)
+        read = self.model.read(self.output.embed(upload(flat, device)), torch.cat(states))
+        rotation = self.model.rotation(numbers, read[0])
         k, v = self.model.layer.self_attn.keys_and_values(read[0], rotation)
-        PackedRows([(x, first, len(tokens)) for x, first, tokens in rows], k).write(0, k, v)
+        self.model.write([(x, first, len(tokens)) for x, first, tokens in rows], k, v)
         return read, rotation
 
     def marginals(self, blocks: Sequence[MtpBlock], options: TableOptions) -> list[TransitionTable]:
@@ -197,118 +200,21 @@ class MtpDrafter:
         raise ConfigError(NO_MARGINALS)
 
 
-def attend(
-    config: MtpConfig,
-    queries: Tensor,  # (1, heads, sequences * n, head_dim)
-    caches: Sequence[MtpCache],
-    committed: Sequence[int],  # columns of each sequence's committed rows and root
-    depth: int,  # of the rows
-    visible: Tensor | None,  # (sequences, n, c) bool, of the c columns after these; None for none
-) -> Tensor:
-    """Attend from each sequence's rows to its columns: (sequences * n, heads, head_dim)."""
-    n, drafted = queries.shape[2] // len(caches), 0 if visible is None else visible.shape[2]
-    kv_caches, masks = [], []
-    groups = config.num_attention_heads // config.num_key_value_heads
-    for i, (cache, length) in enumerate(zip(caches, committed, strict=True)):
-        first = first_visible(config, length, depth)
-        keys, values = cache.first_columns(0, length + drafted)
-        kv_caches.append((keys[:, :, first:], values[:, :, first:]))
-        mask = None
-        if visible is not None:
-            mask = F.pad(additive_mask(visible[i], queries.dtype), (length - first, 0))
-            mask = group_mask(mask, groups)
-        masks.append(mask)
-    sizes, scale = [n] * len(caches), config.head_dim**-0.5
-    return grouped_attention(queries, kv_caches, masks, sizes, scale)[0]
+class MtpHead(mtp_head.MtpHead):
+    """`treeflash.decoding.interfaces.ARHead` in PyTorch."""
 
-
-class MtpHead:
-    """`treeflash.decoding.interfaces.ARHead` in PyTorch, one pass of the layer for each depth."""
+    ops = OPERATIONS
 
     def __init__(self, model: MtpModel, target: Target) -> None:
-        self.module = self.model = model
-        self.target = target
-        self.output = OutputStage(model, target)
+        super().__init__(model, OutputStage(model, target))
+        self.module = model
 
     @torch.inference_mode()
     def transitions(
         self, blocks: Sequence[MtpBlock], options: TableOptions
     ) -> list[TransitionTable]:
-        """Run each depth of all sequences as one batch of rows, and read all depths at once."""
-        depths, batch = blocks[0].depths, len(blocks)
-        keys = self.output.upload(options.noise)
-        width = min(options.m, MAX_PATHS if options.rows is None else options.rows, MAX_PATHS)
-        rows = self._start(blocks)
-        path_log_probs = torch.zeros(batch, 1, device=self.target.device)
-        arrays: list[Tensor] = []
-        for depth in range(depths):
-            n = len(rows.outputs) // batch
-            logits = self.output.logits(self.model.norm(rows.outputs)).float()
-            if (noise := self.output.noise(keys[depth::depths])) is not None:
-                logits = logits + noise.repeat_interleave(n, 0)
-            tokens, log_probs = top_log_probs(logits, options.k, options.temperature)
-            tokens, k = self.output.to_target(tokens), tokens.shape[1]
-            log_probs = log_probs.view(batch, n * k)
-            children = (path_log_probs[:, :, None] + log_probs.view(batch, n, k)).flatten(1)
-            ranks = children.clone()
-            ranks[:, 0] = torch.inf  # the first child is the chain's, which must not end here
-            kept = ranks.topk(min(width, n * k)).indices
-            tokens = tokens.view(batch, n * k)
-            arrays += [tokens, log_probs.view(torch.int32), kept.int()]
-            if depth + 1 < depths:
-                path_log_probs = children.gather(1, kept)
-                rows = self._step(blocks, rows, depth + 1, tokens.gather(1, kept).long(), kept // k)
-        numbers = torch.cat(arrays, 1).cpu().numpy()  # one read from the device
-        ends = np.cumsum([array.shape[1] for array in arrays])[:-1]
-        tables = []
-        for sequence in numbers:
-            parts = np.split(sequence, ends)
-            log_probs_ = [x.view(np.float32) for x in parts[1::3]]
-            tables.append(TransitionTable.from_paths(parts[::3], log_probs_, parts[2::3]))
-        return tables
+        return super().transitions(blocks, options)
 
     @torch.inference_mode()
     def log_probs(self, block: MtpBlock, previous: NDArray[np.int32]) -> NDArray[np.float32]:
-        tokens = torch.from_numpy(previous).to(self.target.device).long()
-        rows = self._start([block])
-        outputs = [rows.outputs]
-        for depth in range(1, len(previous)):
-            parents = tokens.new_zeros(1, 1)
-            rows = self._step([block], rows, depth, tokens[None, depth : depth + 1], parents)
-            outputs.append(rows.outputs)
-        logits = self.output.logits(self.model.norm(torch.cat(outputs)))
-        return self.output.over_target_vocabulary(logits.float().log_softmax(-1)).cpu().numpy()
-
-    def _start(self, blocks: Sequence[MtpBlock]) -> _Rows:
-        outputs = torch.cat([block.output for block in blocks])
-        none = torch.zeros(len(blocks), 1, 0, dtype=torch.bool, device=outputs.device)
-        return _Rows(outputs, none)
-
-    def _step(
-        self,
-        blocks: Sequence[MtpBlock],
-        rows: _Rows,
-        depth: int,
-        tokens: Tensor,  # (sequences, n) of the target's vocabulary
-        parents: Tensor,  # (sequences, n) rows of the depth before, of each sequence
-    ) -> _Rows:
-        """Return the rows of tokens, which follow rows of the depth before."""
-        (batch, n), model = tokens.shape, self.model
-        before, drafted = rows.visible.shape[1:]
-        places = (parents + before * torch.arange(batch, device=parents.device)[:, None]).flatten()
-        states = model.feedback(rows.outputs.index_select(0, places))
-        y, residual = model.read(self.output.embed(tokens.flatten()), states)
-        numbers = np.repeat([block.length - 1 + depth for block in blocks], n)
-        rotation = model.rotary(upload(numbers, self.target.device), y.dtype)
-        q, gate = model.layer.self_attn.queries(y, rotation)
-        k, v = model.layer.self_attn.keys_and_values(y, rotation)
-        caches = [block.cache for block in blocks]
-        segments = [(block.cache, block.length + drafted, n) for block in blocks]
-        PackedRows(segments, k).write(0, k, v)
-        ancestors = rows.visible.flatten(0, 1).index_select(0, places).unflatten(0, (batch, n))
-        itself = torch.eye(n, dtype=torch.bool, device=y.device).expand(batch, n, n)
-        visible = torch.cat([ancestors, itself], 2)
-        visible[:, :, : hidden_rows(model.config, rows.sizes, depth)] = False
-        lengths = [block.length for block in blocks]
-        attended = attend(model.config, q, caches, lengths, depth, visible)
-        return _Rows(model.finish(attended, gate, residual), visible, (*rows.sizes, n))
+        return super().log_probs(block, previous)

@@ -17,12 +17,13 @@ from mlx import nn
 from mlx_lm.models.base import scaled_dot_product_attention
 from mlx_lm.models.gemma4_text import DecoderLayer, ModelArgs
 
+from treeflash.decoding.mtp_head import MtpBlock, MtpRows
 from treeflash.drafters.mtp_heads import Assistant, MtpConfig
 from treeflash.errors import UnsupportedModelError
 from treeflash_mlx.cache import KVCache
 from treeflash_mlx.drafter import OutputStage
 from treeflash_mlx.drafter_model import OwnVocabulary
-from treeflash_mlx.mtp_head import MtpBlock, MtpDrafter, MtpHead, Rows
+from treeflash_mlx.mtp_head import MtpDrafter, MtpHead
 from treeflash_mlx.state import project_contexts
 from treeflash_mlx.target import Target
 
@@ -172,8 +173,8 @@ class AssistantDrafter(MtpDrafter):
         outputs = self.model(self.output.embed(tokens), mx.concatenate(states), caches)
         most = self.model.config.depths
         return [
-            MtpBlock(root, outputs[i : i + 1], cache, cache.length, min(depths or most, most))
-            for i, ((_, root), cache) in enumerate(zip(roots, caches, strict=True))
+            MtpBlock(outputs[i : i + 1], cache, cache.length, min(depths or most, most))
+            for i, cache in enumerate(caches)
         ]
 
 
@@ -186,14 +187,14 @@ class AssistantHead(MtpHead):
     def _step(
         self,
         blocks: Sequence[MtpBlock],
-        rows: Rows,
+        rows: MtpRows,
         depth: int,
         tokens: mx.array,
         parents: mx.array,
-    ) -> Rows:
+    ) -> MtpRows:
         (batch, n), before = tokens.shape, rows.visible.shape[1]
         places = (parents + before * mx.arange(batch)[:, None]).reshape(-1)
         states = self.model.feedback(rows.outputs[places])
         embedded = self.output.embed(tokens.reshape(-1))
         outputs = self.model(embedded, states, [block.cache for block in blocks])
-        return Rows(outputs, mx.zeros((batch, n, 0), mx.bool_))
+        return MtpRows(outputs, mx.zeros((batch, n, 0), mx.bool_))

@@ -65,6 +65,13 @@ class OutputStage:
         ids = self._own.token_ids
         return scaled if ids is None else scaled[:, ids]
 
+    def noise_by_depth(self, noise: Noise | None, depths: int) -> list[mx.array | None]:
+        """Compute the (sequences, Vd) noise of each depth, or None without noise."""
+        if noise is None:
+            return [None] * depths
+        whole = self.noise(noise)
+        return [whole[depth::depths] for depth in range(depths)]
+
     def to_target(self, tokens: mx.array) -> mx.array:
         """Return the target's ids of the drafter's tokens."""
         ids = self._own.token_ids

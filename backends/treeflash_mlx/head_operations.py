@@ -6,11 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx import nn
 from mlx_lm.models.switch_layers import SwitchGLU
+from numpy.typing import NDArray
 
 from treeflash.drafters.heads.operations import Operations
 from treeflash_mlx.drafter_model import MLP, Rope
+from treeflash_mlx.numerics import log_softmax, top_log_probs
 
 
 class PairLinear(nn.Module):
@@ -95,6 +98,19 @@ class Experts(SwitchGLU):
         return (outputs.astype(mx.float32) * weights[..., None]).sum(-2)
 
 
+def read(arrays: list[mx.array]) -> list[list[NDArray[Any]]]:
+    """Return the rows of (n, size) arrays of integers and float32 numbers, with one copy.
+
+    Token ids are exact in float32.
+    """
+    kinds = [np.float32 if x.dtype == mx.float32 else np.int32 for x in arrays]
+    ends = np.cumsum([array.shape[1] for array in arrays])[:-1]
+    return [
+        [part.astype(kind) for part, kind in zip(np.split(row, ends), kinds, strict=True)]
+        for row in np.array(mx.concatenate([x.astype(mx.float32) for x in arrays], 1))
+    ]
+
+
 def as_module(kind: Any) -> Any:
     """Make a module of MLX, whose parameters include its children's, of a class written once."""
     members: dict[str, Any] = {"ops": OPERATIONS, "__module__": __name__}
@@ -134,7 +150,13 @@ OPERATIONS = Operations(
     take=lambda x, rows: x[rows],
     gather=lambda x, indices: mx.take_along_axis(x, indices, -1),
     top=lambda x, k: mx.argsort(-x, axis=-1)[:, :k],
+    repeat=lambda x, n: mx.repeat(x, n, 0),
+    top_log_probs=top_log_probs,
+    log_softmax=log_softmax,
+    read=read,
     zeros=lambda shape, like: mx.zeros(shape, like.dtype),
+    full=lambda shape, value, like: mx.full(shape, value, like.dtype),
+    eye=lambda n, like: mx.eye(n, dtype=mx.bool_),
     arange=lambda n, like: mx.arange(n),
     ids=lambda tokens, like: mx.array(tokens),
     cast=lambda x, like: x.astype(like.dtype),

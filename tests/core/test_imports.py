@@ -41,7 +41,7 @@ FOR_BACKENDS = {
     "config",
     "drafters",
     *(f"decoding.{name}" for name in ("interfaces", "backend_base", "tree", "transitions")),
-    *(f"decoding.{name}" for name in ("sampling", "hybrid", "families", "session")),
+    *(f"decoding.{name}" for name in ("sampling", "hybrid", "families", "mtp_head", "session")),
     *(f"decoding.{name}" for name in ("probe", "threads")),
 }
 # What its modules for training may import.

@@ -6,8 +6,12 @@ how a framework's module is made of a class. Names of attributes are the canonic
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
 
 from treeflash.drafters.heads.operations import Array, Operations
 from treeflash.drafters.mtp_heads import Experts, MtpConfig
@@ -124,7 +128,10 @@ class Layer:
 
 
 class MtpLayer:
-    """The weights of an MTP head, under their canonical names, and what rows compute with them."""
+    """The weights of an MTP head, under their canonical names, and what rows compute with them.
+
+    A backend adds what depends on its KV caches: `rotation`, `write` and `attend`.
+    """
 
     ops: Operations
 
@@ -177,3 +184,27 @@ class MtpLayer:
     def feedback(self, outputs: Array) -> Array:
         """Return the states of the children of rows."""
         return self.norm(outputs) if self.config.normed_feedback else outputs
+
+    def rotation(self, positions: NDArray[np.integer], like: Array) -> Rotation:
+        """Return the rotation of rows at (n,) positions, in the dtype of `like`, on its device."""
+        raise NotImplementedError
+
+    def write(self, segments: Sequence[tuple[Any, int, int]], k: Array, v: Array) -> None:
+        """Write the rows of several sequences: each cache, its first column and number of rows."""
+        raise NotImplementedError
+
+    def attend(
+        self,
+        queries: Array,
+        caches: Sequence[Any],
+        committed: Sequence[int],
+        depth: int,
+        visible: Array | None,
+    ) -> Array:
+        """Attend from each sequence's rows to its columns: (sequences * n, heads, head_dim).
+
+        The (1, heads, sequences * n, head_dim) queries are of rows of a depth. They see the columns
+        of committed rows and of the root as far as the window reaches, and of the c columns behind
+        them what (sequences, n, c) `visible` tells; None if there are none.
+        """
+        raise NotImplementedError

@@ -16,6 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, TypeAlias
 
+from numpy.typing import NDArray
+
 from treeflash.drafters.config import DrafterConfig, DrafterShape
 
 Array: TypeAlias = Any
@@ -68,10 +70,18 @@ class Operations:
     take: Callable[[Array, Rows], Array]  # selects rows by their indices
     gather: Callable[[Array, Array], Array]  # selects from the last axis, in each row by indices
     top: Callable[[Array, int], Array]  # (n, k) indices of the largest in each row, descending
+    repeat: Callable[[Array, int], Array]  # repeats each row
+    # (logits, k, temperature): the (n, k) int32 most probable tokens, and their float32 nats.
+    top_log_probs: Callable[[Array, int, float], tuple[Array, Array]]
+    log_softmax: Callable[[Array], Array]  # of the last axis, in float32
+    # The rows of (n, size) arrays of whole numbers and float32 numbers, with one copy to the host.
+    read: Callable[[list[Array]], list[list[NDArray[Any]]]]
     # The last argument of these is an array whose device the new one has.
     zeros: Callable[[tuple[int, ...], Array], Array]  # (shape, like), in the same dtype
+    full: Callable[[tuple[int, ...], float, Array], Array]  # (shape, value, like)
+    eye: Callable[[int, Array], Array]  # (n, like): an (n, n) mask
     arange: Callable[[int, Array], Array]  # (n, like)
-    ids: Callable[[list[int], Array], Array]  # (token ids, like)
+    ids: Callable[[list[Any], Array], Array]  # (token ids, like)
     cast: Callable[[Array, Array], Array]  # (x, like): x in the same dtype
     # (x, least): float32 vectors divided by their length, or by the least one.
     unit: Callable[[Array, float], Array]
