@@ -68,14 +68,22 @@ def ask(page, text):
 
 def fake(page, *tokens):
     """Answer with these tokens, two of each iteration's draft tree accepted."""
-    frames = []
+    trees = []
     for i, text in enumerate(tokens):
         tree = {"iteration": i, "seconds": 0.01, "tokens": [text]}
         if i:
             nodes = [tokens[i - 1], text, " other", HOSTILE, " and", " so", " on", "\n", " or"]
             parents = [-1, 0, 0, 1, 1, 2, 5, 2, 0]
             tree |= {"nodes": nodes, "parents": parents, "path": [0, 1]}
-        choice = {"index": 0, "delta": {"content": text}, "draft_tree": tree}
+        trees.append(tree)
+    answer_with(page, trees)
+
+
+def answer_with(page, trees):
+    """Answer with the tokens of these iterations."""
+    frames = []
+    for tree in trees:
+        choice = {"index": 0, "delta": {"content": "".join(tree["tokens"])}, "draft_tree": tree}
         frames.append("data: " + json.dumps({"choices": [choice]}) + "\n\n")
     body = "".join([*frames, "data: [DONE]\n\n"])
     page.route(
@@ -216,6 +224,22 @@ def test_an_answer_is_computed_once_unless_a_comparison_is_asked_for(server, ope
     assert [request.get("method") for request in sent] == [None, None]
 
 
+def test_a_shadow_says_that_a_long_chain_goes_on(server, open_page):
+    page = open_page(server.url, 390, 800)
+    chain = {"nodes": ["a"] * 12, "parents": list(range(-1, 11)), "path": [0, 1]}
+    trees = [{"iteration": i, "seconds": 0.01, "tokens": ["a"], **chain} for i in range(2)]
+    answer_with(page, trees)
+    ask(page, "Hi")
+    tree = page.locator("#tree")
+    tree.scroll_into_view_if_needed()
+    box = tree.bounding_box()
+    corner = {"x": box["x"] + box["width"] - 8, "y": box["y"] + 80, "width": 8, "height": 8}
+    before = page.screenshot(clip=corner)
+    assert tree.evaluate("x => x.scrollWidth - x.clientWidth") > 0
+    tree.evaluate("x => { x.scrollLeft = x.scrollWidth; }")
+    assert page.screenshot(clip=corner) != before
+
+
 def test_the_end_of_an_answer_and_its_button_stay_in_view(server, open_page):
     page = open_page(server.url)
     fake(page, *("A line of a long answer.\n" for _ in range(60)))
@@ -232,6 +256,10 @@ def test_a_missing_key_is_asked_for_beside_the_error(serve, open_page, width, da
     ask(page, "Name a river.")
     error = page.locator(".error")
     sync_api.expect(error).to_be_in_viewport(ratio=1)
+    sync_api.expect(error).to_have_text("a valid API key is needed; enter it below")
+    header = page.locator("#model")
+    assert header.inner_text() == "API key needed"
+    assert header.evaluate("x => x.scrollWidth - x.clientWidth") == 0, "it is cut off"
     sync_api.expect(key).to_be_in_viewport(ratio=1)
     assert page.locator(".assistant, .user").count() == 0
     assert page.get_by_label("Message").input_value() == "Name a river."  # to be sent again

@@ -318,10 +318,11 @@ async function nameModel() {
   const key = byId("key").value;
   const headers = key ? { Authorization: `Bearer ${key}` } : {};
   const response = await fetch("v1/models", { headers });
-  if (response.status === 401) askForKey();
+  const refused = response.status === 401;
+  if (refused) askForKey();
   byId("model").textContent = response.ok
     ? (await response.json()).data[0].id
-    : await reason(response);
+    : refused ? "API key needed" : await reason(response);
   return response.ok;
 }
 

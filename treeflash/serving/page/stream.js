@@ -36,6 +36,7 @@ export async function* complete(body, key, signal) {
 
 /** What the server says about a request that it refused. */
 export async function reason(response) {
+  if (response.status === 401) return "a valid API key is needed; enter it below";
   try {
     return (await response.json()).error.message;
   } catch {
