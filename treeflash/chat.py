@@ -160,7 +160,8 @@ class Conversation:
             case "/tree":
                 self._draw(argument or "1")
             case "/speed":
-                self.console.print(summarise(self._answer().generation()), markup=False)
+                generation = self._answer().generation()
+                self.console.print(summarise(generation, self.console.width), markup=False)
             case "/markdown":
                 self.markdown = not self.markdown
                 self._note(f"Markdown is {'on' if self.markdown else 'off'}")

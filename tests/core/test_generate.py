@@ -63,6 +63,14 @@ def test_a_summary_says_where_drafting_was_paused(scripted):
     assert "drafting was paused in 2 of 3 iterations: drafts cost more" in summarise(paused)
 
 
+@pytest.mark.parametrize("width", [40, 50, 80, 200])
+def test_the_bars_of_a_summary_fit_into_the_terminal(scripted, width):
+    generation = replace(scripted(TEXT).generate("hi"), accepted_lengths=[1] * 120 + [3] * 60)
+    one, three = re.findall(" +[13]: █+ 1?[26]0", summarise(generation, width))
+    assert len(one) == min(width, 61)
+    assert abs(one.count("█") - 2 * three.count("█")) <= 1
+
+
 def test_the_json_names_the_models(run, tiny_pair):
     code, out, _ = run("hi", *model_options(tiny_pair), "--json", "--max-tokens", "3")
     values = json.loads(out)

@@ -201,8 +201,11 @@ def _count(n: int, noun: str) -> str:
     return f"{n} {noun}{'' if n == 1 else 's'}"
 
 
-def summarise(generation: Generation) -> str:
-    """Summarise tokens, speed, block efficiency, accepted lengths and time by phase."""
+def summarise(generation: Generation, width: int = 80) -> str:
+    """Summarise tokens, speed, block efficiency, accepted lengths and time by phase.
+
+    Bars fit into `width` columns.
+    """
     lines = [
         f"{len(generation.token_ids)} tokens after a prompt of {generation.prompt_tokens}, "
         f"{generation.tokens_per_s:.1f} tokens/s, "
@@ -213,7 +216,7 @@ def summarise(generation: Generation) -> str:
         f"{generation.inexact or 'exact'}, "
         f"finish reason: {generation.finish_reason}",
         *_pauses(generation),
-        *_histogram(generation.histogram),
+        *_histogram(generation.histogram, width),
         "time: "
         + ", ".join(f"{phase} {seconds:.3f} s" for phase, seconds in generation.seconds.items()),
     ]
@@ -239,11 +242,12 @@ def _pauses(generation: Generation) -> list[str]:
     ]
 
 
-def _histogram(histogram: dict[int, int]) -> list[str]:
+def _histogram(histogram: dict[int, int], width: int) -> list[str]:
     """Format a line per accepted length, with its number of iterations."""
     longest = max(histogram.values(), default=0)
+    bar = min(BAR_WIDTH, width - len(f"{'':>15}:  {longest}"))
     lines = [
-        f"{length:>15}: {'█' * max(1, round(BAR_WIDTH * count / longest))} {count}"
+        f"{length:>15}: {'█' * max(1, round(bar * count / longest))} {count}"
         for length, count in histogram.items()
     ]
     return ["accepted length: iterations", *lines] if lines else []
@@ -311,7 +315,7 @@ def run_text(
         console.print(
             list_log_probs(generation.log_probs, stream.assembler.tokenizer), markup=False
         )
-    console.print(summarise(generation), markup=False)
+    console.print(summarise(generation, console.width), markup=False)
     if generation.compare is not None and not generation.compare.explained:
         code = NOT_EQUAL
     return code
