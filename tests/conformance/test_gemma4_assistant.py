@@ -1,6 +1,6 @@
 """Gemma 4's assistant on MLX against transformers, on random checkpoints that transformers writes.
 
-`test_row_heads` compares it with published numbers.
+`test_mtp_heads` compares it with published numbers.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from byte_tokens import save_tokenizer
-from row_pairs import write_mtp_pair
+from mtp_pairs import write_mtp_pair
 from safetensors.numpy import save_file
 
 from treeflash import generate

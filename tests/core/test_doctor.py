@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from byte_tokens import save_tokenizer
-from row_pairs import write_mtp_pair
+from mtp_pairs import write_mtp_pair
 
 from treeflash import doctor, language_model
 from treeflash.decoding.interfaces import DeviceReport

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 from byte_tokens import save_tokenizer
+from mtp_pairs import write_mtp_pair
 from processes import core_command
-from row_pairs import write_mtp_pair
 
 import treeflash
 from treeflash import evaluate

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 from byte_tokens import save_tokenizer
 from endless_pair import endless_pair
-from row_pairs import write_mtp_pair
+from mtp_pairs import write_mtp_pair
 
 import treeflash
 from treeflash.config import METHODS

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from byte_tokens import save_tokenizer
-from row_pairs import write_mtp_pair
+from mtp_pairs import write_mtp_pair
 
 import treeflash
 from treeflash.decoding.session import SequenceSession

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from mtp_pairs import SETTINGS, write_mtp_pair
 from numpy.typing import NDArray
 from published_drafters import (
     BACKENDS,
@@ -19,7 +20,6 @@ from published_drafters import (
     load_published,
     needs_fixtures,
 )
-from row_pairs import SETTINGS, write_mtp_pair
 from scheduled_texts import scheduled_texts
 
 from treeflash.config import DecodeConfig, LoadConfig, SamplingConfig
