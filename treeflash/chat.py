@@ -34,8 +34,9 @@ from treeflash.decoding.prefix_cache import PrefixCache
 from treeflash.errors import ConfigError, PromptError, TreeflashError
 from treeflash.language_model import LanguageModel
 from treeflash.serving.settings import DISK_OPTIONS
+from treeflash.text.images import data_url
 from treeflash.text.options import Options, parse_options
-from treeflash.text.prompt import Message, read_text
+from treeflash.text.prompt import Content, Message, check_messages, read_text, with_images
 from treeflash.text.stream import Assembler
 
 try:
@@ -58,6 +59,7 @@ COMMANDS = {
     "/system": "/system TEXT sets the system message and begins a new conversation; without TEXT, "
     "removes it",
     "/reset": "/reset begins a new conversation",
+    "/image": "/image FILE shows the model an image with the next message; may be repeated",
     "/retry": "/retry answers the last message again",
     "/set": "/set NAME VALUE changes an option, as in `/set temperature 0.7`; without VALUE, back "
     "to the default; /set alone lists the options",
@@ -96,6 +98,7 @@ class Conversation:
     color: bool = False
     disk: DiskCache | None = None
     messages: list[Message] = field(default_factory=list)
+    images: list[str] = field(default_factory=list)  # of the next message, as `data:` URLs
     answer: Assembler | None = None
 
     def run(self, session: PromptSession[str]) -> None:
@@ -113,16 +116,17 @@ class Conversation:
                 if text.startswith("/"):
                     self.obey(*text.split(maxsplit=1))
                 elif text.strip():
-                    self.reply(text)
+                    self.reply(with_images(text, self.images))
+                    self.images = []
             except TreeflashError as error:
                 self.console.print(Text(f"error: {error}", "red"))
 
-    def reply(self, text: str) -> None:
+    def reply(self, content: Content) -> None:
         """Stream the answer to a message. If it fails, the message is dropped."""
         options = self.options
         if "seed" not in options:
             options = options | {"seed": secrets.randbits(32)}
-        messages = [*self.messages, {"role": "user", "content": text}]
+        messages = [*self.messages, {"role": "user", "content": content}]
         assembler = self.model.assembler(messages, self.model.configure(options))
         try:
             self._decode(assembler)
@@ -149,6 +153,8 @@ class Conversation:
                 self._begin_anew()
             case "/reset":
                 self._begin_anew()
+            case "/image":
+                self._show(argument)
             case "/retry":
                 self._retry()
             case "/set":
@@ -179,8 +185,15 @@ class Conversation:
     def _note(self, text: str) -> None:
         self.console.print(text, style="dim", markup=False)
 
+    def _show(self, name: str) -> None:
+        """Read an image now, so that the conversation keeps it whatever becomes of the file."""
+        if isinstance(reason := self.model.image_processor, str):
+            raise ConfigError(reason)
+        self.images.append(data_url(_path("/image", name, "read")))
+        self._note(f"images of the next message: {len(self.images)}")
+
     def _begin_anew(self) -> None:
-        self.messages = []
+        self.messages, self.images = [], []
         self._note("a new conversation begins")
 
     def _retry(self) -> None:
@@ -300,16 +313,17 @@ class Conversation:
         path = _path("/load", name, "read")
         text = read_text(path)
         try:
-            messages = [(x["role"], x["content"]) for x in json.loads(text)["messages"]]
+            messages = json.loads(text)["messages"]
+            check_messages(messages)
         except (ValueError, TypeError, KeyError, RecursionError):
             messages = []
-        if not messages or not all(isinstance(x, str) for message in messages for x in message):
+        if not messages:
             raise ConfigError(f"{name} is not a conversation that /save wrote")
         options: dict[str, Any] = {key: x for key, x in self.options.items() if key != "system"}
-        if messages[0][0] == "system":
-            options["system"] = messages.pop(0)[1]
+        if messages[0]["role"] == "system":
+            options["system"] = messages.pop(0)["content"]
         self.options = cast(Options, options)
-        self.messages = [{"role": role, "content": content} for role, content in messages]
+        self.messages = [{"role": x["role"], "content": x["content"]} for x in messages]
         self._note(f"{len(messages)} messages; the next one continues the conversation")
 
 

@@ -28,6 +28,8 @@ from treeflash.errors import CheckpointError, NumericalError, PromptError
 from treeflash.text.prompt import Message, Prompting
 from treeflash.text.tokenizer import Tokenizer
 
+SIDE = 512
+"""Pixels of the side of an image whose tokens are counted."""
 SIGNIFICANT = 3.0
 """Standard errors from which a gain is not noise."""
 
@@ -384,6 +386,7 @@ def diagnose_target(backend: Backend, target_config: Mapping[str, Any], drafter:
         *check_precision(target_config),
         *check_device(backend),
         check_exact_mode(backend),
+        check_images(backend),
     ]
     return Diagnosis(marginal=None, corrected=None, findings=findings)
 
@@ -424,6 +427,18 @@ def check_exact_mode(backend: Backend) -> Finding:
     """Check whether texts depend on drafts or other sequences in any bit."""
     message = backend.inexact or "exact: no token depends on drafts or on other sequences"
     return Finding(check="exact mode", ok=True, message=message)
+
+
+def check_images(backend: Backend) -> Finding:
+    """Report whether the target takes images, and how many tokens one has; or why not."""
+    processor = backend.images
+    if isinstance(processor, str):
+        message = f"prompts with images are refused: {processor}"
+    else:
+        picture = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), np.uint8)
+        _, images = processor.encode(processor.placeholder, [picture])
+        message = f"taken; one of {SIDE} x {SIDE} pixels is {images.is_feature.sum()} tokens"
+    return Finding(check="images", ok=True, message=message)
 
 
 def _memory_finding(backend: Backend, weights: int, free: int) -> Finding:
@@ -526,7 +541,8 @@ def _measure_pair(
             continue
         means = (s.text_means(len(prompts)) for s in (scores, other))
         prompted[str(way)] = Gain.between(*means)
-    config, device = backend.drafter_config, [*check_device(backend), check_exact_mode(backend)]
+    config = backend.drafter_config
+    device = [*check_device(backend), check_exact_mode(backend), check_images(backend)]
     assert isinstance(config, DrafterConfig)  # the command refuses other drafters
     return _Pair(config, backend.vocab_size, texts, scores, prompted, device)
 

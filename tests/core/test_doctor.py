@@ -52,6 +52,7 @@ def test_report(run, prompts):
         "target layers",
         "mask token",
         "exact mode",
+        "images",
     ]
     assert lines[-1] == "can draft, best first: suffix"
 
@@ -96,7 +97,7 @@ def test_what_the_first_load_shows_is_told_before_the_checks(run, prompts):
     assert checks
     lines = out.splitlines()
     shown = [line for line in lines if line in first]
-    assert [line[9:23].strip() for line in shown[2:]] == ["depths", "exact mode"]
+    assert [line[9:23].strip() for line in shown[2:]] == ["depths", "exact mode", "images"]
     assert shown[:3] == lines[:3]  # the agreement by depth, and whether it collapses
 
 
@@ -131,7 +132,7 @@ def test_a_head_that_drafts_depth_by_depth_is_no_problem(kind, tmp_path, capsys)
     assert main(["--backend", "reference", "--target", target, "--drafter", drafter]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert all(line.startswith("ok ") for line in lines[:-1])
-    assert [line[9:23].strip() for line in lines[:-1]] == ["drafter", "exact mode"]
+    assert [line[9:23].strip() for line in lines[:-1]] == ["drafter", "exact mode", "images"]
     assert "treeflash evaluate measures it" in lines[0]
 
 
@@ -141,7 +142,7 @@ def test_a_target_without_a_drafter_is_diagnosed(tmp_path, capsys):
     assert main(["--backend", "reference", "--target", str(tmp_path), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["marginal"] is None
-    assert [x["check"] for x in found["findings"]] == ["drafter", "exact mode"]
+    assert [x["check"] for x in found["findings"]] == ["drafter", "exact mode", "images"]
     assert "method suffix" in found["findings"][0]["message"]
     assert found["drafters"] == ["suffix"]
 

@@ -67,6 +67,7 @@ class MadeUp:
     head: Head | None = None
     vocab_size: int = VOCAB
     inexact: str | None = "rounding may differ"
+    images = "it is made up"
     max_positions: int = 1000
 
     def __post_init__(self):

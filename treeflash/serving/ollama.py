@@ -45,7 +45,7 @@ from treeflash.serving.service import Conversation, Service
 from treeflash.serving.streaming import LineStream, json_line, respond
 from treeflash.text.grammar import Grammar
 from treeflash.text.options import Options
-from treeflash.text.prompt import content_of, text_part
+from treeflash.text.prompt import Content, content_of, text_part
 
 TAG = ":latest"
 """The tag that Ollama's clients may add to a model's name."""
@@ -182,7 +182,7 @@ class ShowRequest(Schema):
     verbose: bool | None = None
 
 
-def _content(text: str, images: Sequence[str] | None) -> str | list[Mapping[str, Any]]:
+def _content(text: str, images: Sequence[str] | None) -> Content:
     """Return the content of a message: its images, then its text."""
     return content_of([*map(base64_image, images or ()), text_part(text)])
 

@@ -6,7 +6,7 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator
 from itertools import count
 from typing import Annotated, Any, Literal
 
@@ -45,7 +45,7 @@ from treeflash.serving.schemas import (
 from treeflash.serving.service import Conversation, Service
 from treeflash.serving.streaming import cached_details, draft_details, frame, respond
 from treeflash.text.options import Options
-from treeflash.text.prompt import content_of, text_part
+from treeflash.text.prompt import Content, content_of, text_part
 
 logger = logging.getLogger("treeflash.serving")
 
@@ -81,7 +81,7 @@ class InputImage(Schema):
 
 
 Text = str | list[ContentPart]
-Content = str | list[Annotated[ContentPart | InputImage, Field(discriminator="type")]]
+ItemContent = str | list[Annotated[ContentPart | InputImage, Field(discriminator="type")]]
 
 
 class InputItem(Schema):
@@ -92,7 +92,7 @@ class InputItem(Schema):
 class MessageItem(InputItem):
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
-    content: Content
+    content: ItemContent
 
 
 class CallItem(InputItem):
@@ -108,7 +108,7 @@ class CallItem(InputItem):
 class CallOutputItem(InputItem):
     type: Literal["function_call_output"]
     call_id: str
-    output: Content
+    output: ItemContent
 
 
 class ReasoningItem(InputItem):
@@ -309,13 +309,13 @@ def _qualified(namespace: str | None, name: str) -> str:
     return name if namespace is None else f"{namespace}.{name}"
 
 
-def _content_of(content: Content) -> str | list[Mapping[str, Any]]:
+def _content_of(content: ItemContent) -> Content:
     if isinstance(content, str):
         return content
     return content_of([part.template() for part in content])
 
 
-def _join(content: Text | Content) -> str:
+def _join(content: Text | ItemContent) -> str:
     """Join the texts of a content; an APIError if it has images."""
     if isinstance(content, str):
         return content

@@ -17,12 +17,13 @@ from treeflash.hub.models import DEEPSPEC_SYSTEM
 from treeflash.text.images import MAX_IMAGES, ImageSource, is_path, read_images
 from treeflash.text.tokenizer import Tokenizer, check_unicode
 
-Message: TypeAlias = Mapping[str, Any]
-"""One turn of a conversation: `role`, and `content`, which is a text or a list of parts.
+Content: TypeAlias = str | list[Mapping[str, Any]]
+"""What a message says: a text or, if it has images, parts.
 
-A part is `{"type": "text", "text": ...}` or, with an `ImageSource`, `{"type": "image", "image":
-...}`.
+A part is `{"type": "text", "text": str}` or `{"type": "image", "image": ImageSource}`.
 """
+Message: TypeAlias = Mapping[str, Any]
+"""One turn of a conversation: `role` and `content`."""
 Prompt: TypeAlias = str | Sequence[Message] | Sequence[int]
 FORMS = "a prompt is a string, a list of messages, or a list of token ids"
 TEXT_ONLY = "this command takes no images"
@@ -137,14 +138,14 @@ def image_part(source: ImageSource) -> dict[str, Any]:
     return {"type": "image", "image": source}
 
 
-def content_of(parts: Sequence[Mapping[str, Any]]) -> str | list[Mapping[str, Any]]:
+def content_of(parts: Sequence[Mapping[str, Any]]) -> Content:
     """Return the content of a message: its parts if it has images, else one text."""
     if any(map(_is_image, parts)):
         return list(parts)
     return "".join(part["text"] for part in parts)
 
 
-def with_images(text: str, sources: Sequence[ImageSource]) -> str | list[Mapping[str, Any]]:
+def with_images(text: str, sources: Sequence[ImageSource]) -> Content:
     """Return the content of a message: a text after images, if there are any."""
     return content_of([*map(image_part, sources), text_part(text)])
 

@@ -15,6 +15,7 @@ from treeflash.diagnosis import (
     Trial,
     check_device,
     check_exact_mode,
+    check_images,
     check_keys,
     check_precision,
     diagnose,
@@ -300,6 +301,17 @@ def test_kernels_that_are_used_and_that_are_not_are_told():
     ]
     diagnosis = Diagnosis(marginal=[], corrected=None, findings=findings)
     assert diagnosis.to_dict()["findings"][1]["message"] == findings[1].message
+
+
+def test_images_are_reported(byte_tokenizer):
+    pytest.importorskip("PIL")
+    from stub_images import FEATURES, StubProcessor
+
+    refused = check_images(SimpleNamespace(images="it has no vision tower"))
+    assert refused.ok
+    assert refused.message == "prompts with images are refused: it has no vision tower"
+    taken = check_images(SimpleNamespace(images=StubProcessor(byte_tokenizer)))
+    assert taken.message == f"taken; one of 512 x 512 pixels is {FEATURES} tokens"
 
 
 @pytest.mark.parametrize(("inexact", "start"), [(None, "exact"), ("near-ties may differ", "near")])
