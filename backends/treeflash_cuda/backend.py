@@ -39,6 +39,7 @@ from treeflash_cuda.drafter_model import DrafterModel, load_weights
 from treeflash_cuda.experts import fuse_experts, has_experts
 from treeflash_cuda.fused_layers import fuse_layers, fuse_rotation
 from treeflash_cuda.heads import HEADS, TABLE_HEADS, TableHead
+from treeflash_cuda.images import Processor
 from treeflash_cuda.kernels import ChunkKernels, EncodedKernels, flash_kernels
 from treeflash_cuda.linear import IN_DRAFTER, fuse_linears, pack_linears
 from treeflash_cuda.mtp_head import MtpArena, MtpDrafter, MtpHead, MtpModel
@@ -100,6 +101,8 @@ class CudaBackend(BaseBackend):
             reserve_everywhere(target.arena)
         self.verifier = (LeaderVerifier if target.split else Verifier)(target, drafter_model)
         self.state_class = LeaderState if target.split else State
+        if isinstance(target.processor, str):
+            self.images = target.processor
         self.device = str(target.device)
 
     @property
@@ -125,6 +128,8 @@ class CudaBackend(BaseBackend):
         """Size of the weights of the target and the drafter, bytes."""
         modules = [self.target.model, self.drafter_model, getattr(self.head, "module", None)]
         parameters = {p for module in modules if module is not None for p in module.parameters()}
+        if self.target.tower is not None:
+            parameters |= self.target.tower.parameters
         return sum(parameter.nbytes for parameter in parameters)
 
     def device_report(self) -> DeviceReport:
@@ -259,6 +264,11 @@ def add_drafter(
         backend.inexact = f"{backend.inexact}; {target.exact_refusal}"
     if drafter is not None:
         backend.check_trees()
+    if isinstance(target.processor, Processor):
+        backend.check_images(target.processor, target.samples)
+        if isinstance(backend.images, str):
+            warnings.warn(f"{backend.images}; the target takes no images", stacklevel=2)
+            target.tower = None
     return backend
 
 
@@ -351,6 +361,7 @@ def load_target(folder: Path, config: LoadConfig, *, pack: bool, processes: int 
         processes=processes,
         device_map=device_map,
         adapter=Path(config.adapter) if config.adapter else None,
+        images=config.images,
     )
     add_kernels(model)
     others = config.kv_bits, config.compile, config.device_map, processes > 1  # refuse exact mode

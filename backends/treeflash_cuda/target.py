@@ -20,12 +20,19 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import is_accelerate_available, logging
 
 from treeflash.decoding.backend_base import arrays_nbytes
-from treeflash.decoding.families import family_of, refusal
-from treeflash.decoding.probe import INEXACT, TOLERANCES
+from treeflash.decoding.families import ImageFamily, family_of, refusal
+from treeflash.decoding.probe import INEXACT, TOLERANCE_FACTOR, TOLERANCES, ImageSample
 from treeflash.decoding.tree import DraftTree
 from treeflash.drafters.adapter import read_adapter, refuse_module
 from treeflash.drafters.folder import read_config, weight_files
@@ -35,6 +42,7 @@ from treeflash.errors import (
     ConfigError,
     UnsupportedModelError,
     first_line,
+    is_device_lost,
     is_out_of_memory,
 )
 from treeflash_cuda.attention import (
@@ -72,6 +80,15 @@ from treeflash_cuda.hybrid import (
     StateLayout,
     hook_recurrent_layers,
 )
+from treeflash_cuda.images import (
+    TOKEN_TYPES,
+    ImageRows,
+    Processor,
+    VisionTower,
+    has_tower,
+    image_samples,
+    load_processor,
+)
 from treeflash_cuda.kernels import ChunkKernels, Kernels
 from treeflash_cuda.linear import IN_TARGET, fuse_linears, is_subclass, pack_linears, token_products
 from treeflash_cuda.operations import Operations
@@ -90,8 +107,6 @@ FIXED_ATTENTION = "their attention layers do not support other attention functio
 
 CHECKED_TOKENS = 16
 """Length of the prompt on which the replaced attention is compared with the model's own."""
-TOLERANCE_FACTOR = 5
-"""Other kernels round differently, and in half precision may route a token to other experts."""
 
 
 def read_model_config(folder: Path) -> PreTrainedConfig:
@@ -126,8 +141,12 @@ def load_model(
     *,
     processes: int = 1,
     device_map: str | None = None,
+    images: bool = False,
 ) -> PreTrainedModel:
     """Load the model of a folder in the Hugging Face format, for inference; see `Target`.
+
+    With `images` it has its vision tower. Without, it may have one: transformers has some types as
+    a whole alone.
 
     Raises a CheckpointError if the folder is damaged or incomplete, or its weights do not fit its
     configuration, and an UnsupportedModelError if the weights are quantised, and a package for that
@@ -151,17 +170,21 @@ def load_model(
         placement = {"distributed_config": DistributedConfig(tp_size=processes, tp_plan="auto")}
     if device_map is not None:
         placement = {"device_map": device_map}
+    is_known = isinstance(family_of(config.model_type).images, ImageFamily)
+    whole = images or (is_known and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING)
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     # The errors below say in one line what the report of transformers says in a table.
     log = logging.get_logger("transformers.modeling_utils")
     log.addFilter(_is_no_report)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = (
+            AutoModelForImageTextToText if whole else AutoModelForCausalLM
+        ).from_pretrained(
             folder,
             config=config,
             dtype=dtype or "auto",
-            attn_implementation="eager",
+            attn_implementation={"": "eager", "vision_config": "sdpa"} if whole else "eager",
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
@@ -336,6 +359,16 @@ def attention_implementation(config: Any) -> Any:
     return {"": own, **names} if names else own
 
 
+def tree_attention(config: Any) -> Any:
+    """Return the names of attention that let the decoder of a model run trees, as above."""
+    is_known = isinstance(family_of(config.model_type).images, ImageFamily)
+    if not is_known or config.get_text_config() is config:
+        return IMPLEMENTATION
+    own, text = attention_implementation(config), config.get_text_config()
+    decoder = {name: IMPLEMENTATION for name in config.sub_configs if getattr(config, name) is text}
+    return {**own, "": IMPLEMENTATION, **decoder}
+
+
 class Target:
     """The model, and the outputs of the layers that a drafter reads."""
 
@@ -411,6 +444,10 @@ class Target:
         # transformers 5.24 renamed the argument, and warns about the old name at every call.
         parameters = inspect.signature(type(self.model).forward).parameters
         self.cache_argument = "cache" if "cache" in parameters else "past_key_values"
+        self.type_arguments = [name for name in TOKEN_TYPES if name in parameters]
+        self.tower: VisionTower | None = None  # None if the target takes no images
+        self.processor: Processor | str = "it is used as a text model"  # or why it takes no images
+        self.samples: Sequence[ImageSample] = ()  # for `check_images`, if it takes images
         self._replace_attention(pack, kv_bits)
 
     @classmethod
@@ -426,6 +463,7 @@ class Target:
         # Places the layers on several devices; see `LoadConfig.device_map`.
         device_map: str | None = None,
         adapter: Path | None = None,  # a LoRA adapter to merge
+        images: bool = True,  # keep the vision tower, if images are supported
     ) -> Target:
         """Load the model of a folder, and replace its attention.
 
@@ -437,13 +475,39 @@ class Target:
         refuse_stateful(config)
         if adapter is not None and processes > 1:
             raise ConfigError("an adapter cannot be merged under torchrun; merge it beforehand")
+        split, placed = processes > 1, device_map is not None
+        refusals = {
+            "it was loaded without its vision tower": not images,
+            "they do not work under torchrun": split,
+            "they do not work with device_map": placed,
+            "they do not work with an adapter": adapter is not None,
+        }
+        reason = next((reason for reason, applies in refusals.items() if applies), None)
+        processor = reason or load_processor(folder, config)
         model = load_model(
-            folder, config, dtype, device, processes=processes, device_map=device_map
+            folder,
+            config,
+            dtype,
+            device,
+            processes=processes,
+            device_map=device_map,
+            images=not isinstance(processor, str),
         )
         if adapter is not None:
             merge_adapter(model, adapter)
-        split, placed = processes > 1, device_map is not None
-        return cls(model, device, pack=pack, kv_bits=kv_bits, split=split, placed=placed)
+        samples: Sequence[ImageSample] = ()
+        if isinstance(processor, Processor):
+            try:
+                samples = image_samples(model, processor)
+            except Exception as error:  # of the model's own code, or its processor's
+                if is_out_of_memory(error) or is_device_lost(error):
+                    raise
+                processor = f"transformers cannot run an image ({first_line(error)})"
+        tower = VisionTower(model) if has_tower(model) else None
+        target = cls(model, device, pack=pack, kv_bits=kv_bits, split=split, placed=placed)
+        target.processor, target.samples = processor, samples
+        target.tower = tower if samples else None
+        return target
 
     @property
     def column_nbytes(self) -> int:
@@ -462,7 +526,7 @@ class Target:
         context = _CountingContext(0, torch.arange(len(tokens), device=self.device), None)
         with torch.inference_mode():
             expected = self.model(tokens[None], use_cache=False, logits_to_keep=1).logits[0]
-            self.model.set_attn_implementation(IMPLEMENTATION)
+            self.model.set_attn_implementation(tree_attention(self.model.config))
             if pack:
                 fuse_linears(self.model, IN_TARGET)
                 pack_linears(self.model)
@@ -542,7 +606,7 @@ class Target:
         """Replace the attention of a model that has its own attention otherwise; see `wrap`."""
         borrowed = nullcontext() if self.threads is None else self.threads.borrowed()
         with borrowed, own_attention(self.model):
-            self.model.set_attn_implementation(IMPLEMENTATION)
+            self.model.set_attn_implementation(tree_attention(self.model.config))
             yield
 
     def find_scale(self) -> None:
@@ -621,12 +685,19 @@ class Target:
         return output.last_hidden_state, outputs
 
     def context(
-        self, committed: int, positions: Tensor, ancestors: Tensor | None
+        self,
+        committed: int,
+        positions: Tensor,
+        ancestors: Tensor | None,
+        images: ImageRows | None = None,
     ) -> AttentionContext:
         """Return the context of a block of tokens of one sequence; see `AttentionContext`."""
         if self.sums_by_position:
             return ExactContext(committed, positions, ancestors)
-        return AttentionContext(committed, positions, ancestors, self.kernels)
+        # Tokens of an image that see each other need a mask.
+        needs_mask = images is not None and images.types is not None
+        kernels = None if needs_mask else self.kernels
+        return AttentionContext(committed, positions, ancestors, kernels)
 
     def packed_context(self, contexts: Sequence[Any], cache: TreeCache) -> Context:
         """Return the context of several sequences, from the result of `context` for each."""
@@ -655,9 +726,19 @@ class Target:
         return HybridCache(kv_caches, parts, self.attention_slots, self.device)
 
     def forward(
-        self, token_ids: Tensor, context: Context, cache: TreeCache, *, logits_to_keep: int | Tensor
+        self,
+        token_ids: Tensor,
+        context: Context,
+        cache: TreeCache,
+        *,
+        logits_to_keep: int | Tensor,
+        rotary: Tensor | None = None,
+        images: ImageRows | None = None,
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Run (n,) tokens after the committed positions; the cache then holds them, uncommitted.
+
+        The rotary positions are (n,), or (3, n) of three axes; None stands for the positions of the
+        context. `images` are of a single sequence, whose tokens stand for features.
 
         Returns logits of the last `logits_to_keep` rows, of all for 0, or of those with these
         indices; and (n, hidden_size) outputs of the captured layers, by index.
@@ -666,17 +747,24 @@ class Target:
         if isinstance(context, ExactContext):
             assert isinstance(cache, ExactCache)
             context.cache = cache
-            if rows == 1 < self.token_rows:
-                context.repeat(self.token_rows)
-                token_ids = token_ids.repeat(self.token_rows)
+            if rows == 1 < (times := self.token_rows):
+                context.repeat(times)
+                token_ids = token_ids.repeat(times)
+                rotary = None if rotary is None else rotary.repeat_interleave(times, -1)
+                images = None if images is None else images.repeat(times)
+        positions = context.positions if rotary is None else rotary
+        inputs: dict[str, Any] = {self.cache_argument: cache}
+        if images is not None:
+            inputs["mm_encoder_outputs"] = {"image": images.features.output()}
+            inputs |= dict.fromkeys(self.type_arguments, images.types)
         running = cache.running() if isinstance(cache, RecurrentCache) else nullcontext()
         with attention_context(context) as outputs, running:
             output = self.model(
                 input_ids=token_ids[None],
-                position_ids=context.positions[None],
+                position_ids=positions.unsqueeze(-2),
                 use_cache=True,
                 logits_to_keep=logits_to_keep,
-                **{self.cache_argument: cache},
+                **inputs,
             )
         return output.logits[0, :rows], {i: x[0].to(self.device) for i, x in outputs.items()}
 

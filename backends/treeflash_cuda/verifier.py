@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -107,9 +107,9 @@ class TreePass:
         """
         target, rows = self.target, sequences * nodes
         assert target.operations is not None
-        tokens, positions, slots = inputs[: 3 * rows].long().view(3, rows)
-        first, length = inputs[3 * rows : 3 * rows + 2 * sequences].view(2, sequences)
-        ancestors = inputs[3 * rows + 2 * sequences :].view(sequences, nodes, nodes).bool()
+        tokens, positions, rotary, slots = inputs[: 4 * rows].long().view(4, rows)
+        first, length = inputs[4 * rows : 4 * rows + 2 * sequences].view(2, sequences)
+        ancestors = inputs[4 * rows + 2 * sequences :].view(sequences, nodes, nodes).bool()
         layout, storage = target.state_layout, (slab, target.arena.encode, slots)
         cache = (
             SlabCache(*storage)
@@ -119,7 +119,7 @@ class TreePass:
         by_tree = positions.view(sequences, nodes).int()
         keys = VisibleKeys.of_trees(first, length, by_tree, ancestors)
         context = TreeContext(target.operations, cache, keys, positions, longest)
-        logits, outputs = target.forward(tokens, context, cache, logits_to_keep=0)
+        logits, outputs = target.forward(tokens, context, cache, logits_to_keep=0, rotary=rotary)
         writes = cache.outputs() if isinstance(cache, HybridTreeCache) else []
         return logits, finite_argmax(logits), tuple(outputs), *outputs.values(), *writes
 
@@ -142,25 +142,43 @@ def _inputs(
     sequences: int,
     nodes: int,
 ) -> NDArray[np.int32]:
-    """Return tokens, positions and slots of nodes, columns and lengths of sequences, ancestors.
+    """Return an array of what a pass differs in from others of its sizes.
+
+    It has tokens, positions, rotary positions and slots of nodes, columns and lengths of sequences,
+    and ancestors.
 
     Trees are filled up with copies of their roots, and sequences with copies of the first one.
     Copies write the same keys and values to the same slots.
     """
-    rows = np.zeros((3, sequences, nodes), np.int32)
+    rows = np.zeros((4, sequences, nodes), np.int32)
     ends = np.zeros((2, sequences), np.int32)
     ancestors = np.zeros((sequences, nodes, nodes), np.int32)
     for i, ((state, tree), region) in enumerate(zip(trees, regions, strict=True)):
         n, start, first = len(tree), state.length, 0 if region is None else region.first
         node = np.arange(nodes)
         node[n:] = 0
-        rows[:, i] = tree.tokens[node], tree.positions(start)[node], first + start + node
+        positions, rotary = tree.positions(start), state.rotary_positions(tree)
+        rows[:, i] = tree.tokens[node], positions[node], rotary[node], first + start + node
         ends[:, i] = first, start
         ancestors[i, :n, :n] = tree.ancestor_mask()
         ancestors[i, n:, 0] = 1
     for array in (rows.swapaxes(0, 1), ends.swapaxes(0, 1), ancestors):
         array[len(trees) :] = array[0]
     return np.concatenate([rows.ravel(), ends.ravel(), ancestors.ravel()])
+
+
+def has_features(state: State, tokens: DraftTree | Sequence[int]) -> bool:
+    """Return whether new tokens of a sequence stand for features of an image."""
+    if state.images is None or isinstance(tokens, DraftTree):
+        return False
+    return bool(state.images.is_feature[state.length : state.length + len(tokens)].any())
+
+
+def _passes(rows: Mapping[int, Rows]) -> list[list[int]]:
+    """Group rows by passes: a model takes the features of one sequence alone."""
+    alone = [i for i, row in rows.items() if has_features(*row)]
+    together = [i for i in rows if i not in alone]
+    return [*([i] for i in alone), *([together] if together else [])]
 
 
 class Verifier:
@@ -176,6 +194,8 @@ class Verifier:
     def run(self, work: Sequence[Prefill | Verify]) -> list[SampledTokens | None]:
         states: list[Any] = [item.state for item in work]  # the backend's own
         with undone_on_failure(states):
+            for state, item in zip(states, work, strict=True):
+                state.begin(item)
             rows: list[Rows] = [
                 (state, item.tree)
                 if isinstance(item, Verify)
@@ -203,19 +223,21 @@ class Verifier:
 
     def _last_chunk(self, state: State, token_ids: Sequence[int]) -> Sequence[int]:
         """Commit all chunks of new tokens but the last chunk, which is returned."""
-        size = NEXT_CHUNK if state.length else FIRST_CHUNK
-        while len(token_ids) > size:
+        while len(token_ids) > (size := NEXT_CHUNK if state.length else FIRST_CHUNK):
+            if state.images is not None:
+                size = state.images.chunk_end(state.length, size) - state.length
             chunk, token_ids = token_ids[:size], token_ids[size:]
+            if not token_ids:
+                return chunk
             self.forward([(state, chunk)], [False])
             self._commit([(state, _all_nodes(chunk))])
-            size = NEXT_CHUNK
         return token_ids
 
     def forward(self, rows: Sequence[Rows], needs_logits: Sequence[bool]) -> Logits:
         """Run trees and new tokens: logits of all nodes, and of last tokens where needed.
 
         One forward pass runs all sequences. If there is the operation for trees, the trees of each
-        slab have a pass of their own.
+        slab have a pass of their own, and so has every chunk with features of images.
         """
         if self.target.threads is not None:
             self.target.threads.update()
@@ -237,13 +259,13 @@ class Verifier:
             self._has_tree_pass = False
             warnings.warn(f"draft trees run without CUDA graphs: {error}", stacklevel=2)
             others = dict(enumerate(rows))
-        if others:
+        for members in _passes(others):
             logits = self._forward_with_masks(
-                list(others.values()), [needs_logits[i] for i in others]
+                [others[i] for i in members], [needs_logits[i] for i in members]
             )
-            if len(others) == len(rows):
+            if len(members) == len(rows):
                 return logits
-            results |= zip(others, zip(logits.parts, logits.best, strict=True), strict=True)
+            results |= zip(members, zip(logits.parts, logits.best, strict=True), strict=True)
         parts, best = zip(*(results[i] for i in range(len(rows))), strict=True)
         return Logits(list(parts), list(best))
 
@@ -264,14 +286,21 @@ class Verifier:
         rows_to_keep = np.concatenate(
             [np.arange(end - count, end) for end, count in zip(ends, counts, strict=True)]
         )
+        if turned := any(state.shift or state.images for state, _ in rows):
+            each = [state.rotary_positions(tokens) for state, tokens in rows]
+            arrays.insert(0, np.concatenate(each, -1))
         uploaded = iter(upload_all([*arrays, rows_to_keep], self.target.device))
+        rotary = next(uploaded).long() if turned else None
+        tower, images = self.target.tower, None
+        if tower is not None and has_features(*rows[0]):
+            images = tower.rows(rows[0][0], sizes[0])
         token_ids: list[Tensor] = []
         contexts: list[AttentionContext] = []
         for state, tokens in rows:
             token_ids.append(next(uploaded).long())
             positions = next(uploaded).long()
             ancestors = next(uploaded).bool() if isinstance(tokens, DraftTree) else None
-            contexts.append(self.target.context(state.length, positions, ancestors))
+            contexts.append(self.target.context(state.length, positions, ancestors, images))
         cache = self.target.new_cache(rows, [context.ancestors for context in contexts])
         logits_to_keep: int | Tensor = 1  # at least, of which none is returned
         if len(rows_to_keep) == ends[-1]:
@@ -283,6 +312,8 @@ class Verifier:
             self.target.packed_context(contexts, cache) if len(contexts) > 1 else contexts[0],
             cache,
             logits_to_keep=logits_to_keep,
+            rotary=rotary,
+            images=images,
         )
         for (state, _), end, size in zip(rows, ends, sizes, strict=True):
             state.outputs, state.first_row = outputs, int(end) - size

@@ -42,7 +42,7 @@ FOR_BACKENDS = {
     "drafters",
     *(f"decoding.{name}" for name in ("interfaces", "backend_base", "tree", "transitions")),
     *(f"decoding.{name}" for name in ("sampling", "hybrid", "families", "mtp_head", "session")),
-    *(f"decoding.{name}" for name in ("probe", "threads")),
+    *(f"decoding.{name}" for name in ("probe", "threads", "images")),
 }
 # What its modules for training may import.
 FOR_TRAINING = FOR_BACKENDS | {"training"}

@@ -15,6 +15,7 @@ from typing import Any, Generic, Protocol, Self, TypeVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from treeflash.decoding.images import PromptImages
 from treeflash.decoding.interfaces import (
     ARHead,
     Backend,
@@ -26,7 +27,7 @@ from treeflash.decoding.interfaces import (
     TableOptions,
     Verify,
 )
-from treeflash.decoding.probe import check_exact, check_trees
+from treeflash.decoding.probe import ImageSample, check_exact, check_images, check_trees
 from treeflash.decoding.sampling import SampledTokens, sample
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.decoding.tree import DraftTree
@@ -132,8 +133,9 @@ class BaseState(ABC, Generic[K, R]):
         first_row: the row of that pass at which the sequence begins.
         pass_tokens: (n,) int32 of the sequence in that pass.
         tokens: of the committed positions.
-        shift: rotary position minus column of tokens after the prompt; see `PromptImages`. It is
-            set with the end of a prompt, which every sequence runs.
+        images: of the prompt that is being run; None if it has none.
+        shift: rotary position minus column of tokens after the prompt. Every sequence runs a part
+            of its prompt, at least the last token of it, which sets both.
     """
 
     def __init__(self, kv_cache: K, drafter: K | None, initial: R | None = None) -> None:
@@ -146,6 +148,7 @@ class BaseState(ABC, Generic[K, R]):
         self.first_row = 0
         self.pass_tokens: NDArray[np.int32] = np.zeros(0, np.int32)
         self.tokens: list[int] = []
+        self.images: PromptImages | None = None
         self.shift = 0
 
     @abstractmethod
@@ -271,6 +274,23 @@ class BaseState(ABC, Generic[K, R]):
             self.context = self.context_before(length)
             self.drafter.truncate(length)
 
+    def begin(self, work: Prefill | Verify) -> None:
+        """Note the images of the prompt that is to be run, if it has any."""
+        self.images = work.images if isinstance(work, Prefill) else None
+        if self.images is not None:
+            self.shift = self.images.shift
+
+    def rotary_positions(self, tokens: DraftTree | Sequence[int]) -> NDArray[np.int32]:
+        """Return the rotary positions of new nodes or tokens: (n,), or (3, n) of different axes."""
+        if isinstance(tokens, DraftTree):
+            return tokens.positions(self.length) + np.int32(self.shift)
+        rows = slice(self.length, self.length + len(tokens))
+        if self.images is None or self.images.positions is None:
+            shift = self.shift if self.images is None else 0
+            return np.arange(rows.start + shift, rows.stop + shift, dtype=np.int32)
+        positions = self.images.positions[:, rows]
+        return positions if self.images.is_feature[rows].any() else positions[0]
+
     def keep_tokens(self, path: NDArray[np.int32]) -> None:
         """Note the tokens of a path of the latest forward pass, which is being committed."""
         self.tokens += self.pass_tokens[path].tolist()
@@ -385,6 +405,7 @@ class BaseBackend:
         self.vocab_size: int = target.vocab_size
         self.max_positions: int = target.max_positions
         self.drafter_config: DrafterShape | None = drafter_model.config if drafter_model else None
+        # `check_images` replaces it.
         self.images: ImageProcessor | str = "the backend does not run images of its model type"
         self._trees: bool | UnsupportedModelError = False  # whether they were checked, or the error
 
@@ -405,6 +426,14 @@ class BaseBackend:
                 self._trees = error
         if isinstance(self._trees, UnsupportedModelError):
             raise self._trees
+
+    def check_images(self, processor: ImageProcessor, samples: Sequence[ImageSample]) -> None:
+        """Take images from now on, if the target passes the check of `probe`."""
+        try:
+            check_images(cast(Backend, self), *samples)
+            self.images = processor
+        except UnsupportedModelError as error:
+            self.images = str(error)
 
     def columns(self, capacity: int) -> int:
         """Return the columns that a KV cache allocates for `capacity` positions."""

@@ -19,6 +19,19 @@ LayerSettings = Callable[[Mapping[str, Any], Sequence[str]], dict[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
+class ImageFamily:
+    """How a model type, whose text after images is known to be exact, runs images.
+
+    Attributes:
+        three_axes: whether rotary positions have three axes, which follow from `image_grid_thw`.
+        whole: whether the tokens of an image see each other.
+    """
+
+    three_axes: bool = False
+    whole: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """What is known about a model type, the `model_type` of a target's configuration.
 
@@ -29,6 +42,7 @@ class Family:
         mlx_type: the type under which mlx-lm has the model, if it has another name.
         mlx_weights: parts of the names of weights in published files, and mlx-lm's names for them.
         mlx_settings: settings that replace the configuration's own for mlx-lm.
+        images: how it runs images, or why treeflash does not run them.
     """
 
     refusal: str | None = None
@@ -36,6 +50,7 @@ class Family:
     mlx_type: str | None = None
     mlx_weights: Mapping[str, str] = field(default_factory=dict)
     mlx_settings: LayerSettings | None = None
+    images: ImageFamily | str = "images of this model type are not known to be exact"
 
 
 def family_of(model_type: object) -> Family:
@@ -75,7 +90,16 @@ def _lfm2_settings(config: Mapping[str, Any], kinds: Sequence[str]) -> dict[str,
 
 
 def _qwen3_5(mlx_type: str | None = None) -> Family:
-    return Family(tool_calls="qwen3_coder", mlx_type=mlx_type, mlx_settings=_interval_settings)
+    return Family(
+        tool_calls="qwen3_coder",
+        mlx_type=mlx_type,
+        mlx_settings=_interval_settings,
+        images=_THREE_AXES,
+    )
+
+
+_THREE_AXES = ImageFamily(three_axes=True)
+_CROSS_ATTENTION = "its layers attend to images beside the text"
 
 
 _BY_CHANNEL = Family(refusal="their recurrent layers decay each channel of the state separately")
@@ -84,31 +108,46 @@ _BY_TOKEN = Family(
 )
 _COMPRESSED = Family(refusal="their attention layers compress the KV cache as the text grows")
 _HERMES = Family(tool_calls="hermes")
+_QWEN_VL = Family(tool_calls="hermes", images=_THREE_AXES)
 FAMILIES: Mapping[str, Family] = {
     "baichuan_m1": Family(refusal="their attention layers apply a short convolution to the keys"),
     "deepseek_v4": _COMPRESSED,
     "deepseek_v41": _COMPRESSED,
     "deepseek_v41_text": _COMPRESSED,
     "falcon_mamba": _BY_CHANNEL,
+    "ernie4_5_vl_moe": Family(images="it chooses the experts of a token by whether it is text"),
+    "evolla": Family(images=_CROSS_ATTENTION),
+    "gemma3": Family(images=ImageFamily(whole=True)),
     "gemma4": Family(tool_calls="gemma4"),
+    "glm46v": Family(images=_THREE_AXES),
+    "glm4v": Family(images=_THREE_AXES),
     "granitemoehybrid": Family(mlx_settings=_granite_settings),
+    "hunyuan_vl": Family(images="its rotary positions have four axes"),
+    "idefics": Family(images=_CROSS_ATTENTION),
+    "idefics3": Family(images=ImageFamily()),
     "inkling2_loop_text": _BY_TOKEN,
     "inkling2_text": _BY_TOKEN,
     "jamba": _BY_CHANNEL,
     "lfm2": Family(mlx_settings=_lfm2_settings),
+    "lfm2_vl": Family(images=ImageFamily()),
+    "llava": Family(images=ImageFamily()),
     "longcat_flash_ngram": _BY_TOKEN,
     "mamba": _BY_CHANNEL,
     "minimax": Family(refusal="their lightning attention has its own kind of cache"),
+    "mistral3": Family(images=ImageFamily()),
+    "mllama": Family(images=_CROSS_ATTENTION),
+    "molmo2": Family(images="its images see later ones"),
     "olmo_hybrid": Family(
         mlx_weights={
             "attention_layer_norm": "input_layernorm",
             "feedforward_layer_norm": "post_attention_layernorm",
         }
     ),
+    "paligemma": Family(images="its prompts see their later tokens"),
     "qwen2": _HERMES,
-    "qwen2_5_vl": _HERMES,
+    "qwen2_5_vl": _QWEN_VL,
     "qwen2_moe": _HERMES,
-    "qwen2_vl": _HERMES,
+    "qwen2_vl": _QWEN_VL,
     "qwen3": _HERMES,
     "qwen3_5": _qwen3_5(),
     "qwen3_5_moe": _qwen3_5(),
@@ -116,13 +155,14 @@ FAMILIES: Mapping[str, Family] = {
     "qwen3_5_text": _qwen3_5("qwen3_5"),
     "qwen3_moe": _HERMES,
     "qwen3_next": Family(tool_calls="hermes", mlx_settings=_interval_settings),
-    "qwen3_vl": _HERMES,
-    "qwen3_vl_moe": _HERMES,
+    "qwen3_vl": _QWEN_VL,
+    "qwen3_vl_moe": _QWEN_VL,
     "qwen4_exp": _BY_TOKEN,
     "qwen4_exp_text": _BY_TOKEN,
     "recurrent_gemma": _BY_CHANNEL,
     "rwkv": _BY_CHANNEL,
     "rwkv7": _BY_CHANNEL,
+    "smolvlm": Family(images=ImageFamily()),
     "xlstm": Family(refusal="their cells divide the state by a running maximum"),
     "zamba": _BY_CHANNEL,
     "zaya": Family(refusal="their convolutions mix channels"),

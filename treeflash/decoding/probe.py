@@ -6,10 +6,14 @@ They make every model family safe, on every machine.
 from __future__ import annotations
 
 import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from treeflash.decoding.images import PromptImages
 from treeflash.decoding.interfaces import Backend
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
@@ -37,6 +41,8 @@ LIMITS = {"float32": 0.02, "float16": 0.1, "bfloat16": 0.3}
 
 Rounding reaches 1e-5 in float32 and 0.2 in bfloat16 (SmolLM2), a wrong row or position 0.5 or more.
 """
+TOLERANCE_FACTOR = 5
+"""Other kernels round differently, and in half precision may route a token to other experts."""
 FRAMEWORKS = {"numpy", "torch", "mlx"}
 EXACT_PREFIX = 125
 """Length of a random prompt; trees after it cross a multiple of 128 positions."""
@@ -59,7 +65,7 @@ def check_trees(backend: Backend, seed: int = 0) -> None:
     """
     rng = np.random.default_rng(seed)
     smallest = np.full(2, np.inf)
-    try:
+    with _errors_of_model(backend, "a draft tree"):
         for _ in range(ATTEMPTS):
             on_tree, after_tree, context = commit_differences(backend, rng)
             on_tree = max(on_tree, tree_difference(backend, rng))
@@ -70,15 +76,6 @@ def check_trees(backend: Backend, seed: int = 0) -> None:
             if (relative <= LIMITS[backend.dtype]).all():
                 return
             smallest = np.minimum(smallest, relative)
-    except TreeflashError:
-        raise
-    except Exception as error:
-        if is_out_of_memory(error) or is_device_lost(error) or not _raised_by_model(error, backend):
-            raise
-        raise UnsupportedModelError(
-            f"the {backend.name} backend cannot run this target on a draft tree ({error}); "
-            "method ar still works"
-        ) from error
     cause = "committing a path" if smallest[0] <= LIMITS[backend.dtype] else "tree attention"
     raise UnsupportedModelError(
         f"{cause} changes this model's logits (relative error {smallest.max():.2f}), so "
@@ -138,6 +135,61 @@ def _changing_operation(backend: Backend, prefix: list[int], tree: DraftTree) ->
         for session in sessions:
             session.close()
     return None
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSample:
+    """A prompt with an image, and the (vocab,) logits of the framework's own model after it."""
+
+    token_ids: Sequence[int]
+    images: PromptImages
+    logits: NDArray[np.float32]
+
+
+def check_images(backend: Backend, sample: ImageSample, other: ImageSample) -> None:
+    """Compare the text after an image with the framework's own model, other chunks and a tree.
+
+    The samples differ in the picture alone, which must make a difference. Raises an
+    UnsupportedModelError that says, as a clause, why the target takes no images.
+    """
+    prefix, last = sample.token_ids[:-1], sample.token_ids[-1]
+    _, tree = _prefix_and_tree(backend, np.random.default_rng(0), 0, PARENTS)
+    tree = replace(tree, tokens=np.array([last, *tree.tokens[1:]], np.int32))
+    path = np.flatnonzero(tree.ancestor_mask()[int(np.argmax(tree.depths))])
+    cut = sample.images.chunk_end(0, sample.images.images[0].first + 1)
+
+    def after(images: PromptImages, *ends: int) -> SequenceSession:
+        """Run the prompt in chunks that end there."""
+        session = SequenceSession(backend, capacity=len(prefix) + 2 * len(tree))
+        for end in (*ends, len(prefix)):
+            session.extend(prefix[session.length : end], images=images)
+        return session
+
+    with _errors_of_model(backend, "an image"):
+        with after(sample.images) as session:
+            on_tree = session.logits(tree)
+        with after(other.images) as session:
+            after_other = session.logits(tree)
+        with after(sample.images, cut) as session:
+            alone = []
+            for token in tree.tokens[path].tolist():
+                alone.append(session.logits(DraftTree.root_only(token))[0])
+                session.commit(np.zeros(1, np.int32))
+    limit = TOLERANCE_FACTOR * TOLERANCES[backend.dtype]
+    for what, actual, expected in (
+        ("after an image its logits are not the framework's own", on_tree[0], sample.logits),
+        (
+            "after another image its logits are not the framework's own",
+            after_other[0],
+            other.logits,
+        ),
+        ("an image in other chunks changes its logits", alone[0], on_tree[0]),
+        ("a draft tree after an image changes its logits", on_tree[path[-1]], alone[-1]),
+    ):
+        if not (difference := relative_difference(actual, expected)) <= limit:
+            raise UnsupportedModelError(f"{what} (relative error {difference:.2f})")
+    if np.array_equal(on_tree, after_other):
+        raise UnsupportedModelError("another picture does not change its logits")
 
 
 def tree_difference(backend: Backend, rng: np.random.Generator, prefix_length: int = 5) -> float:
@@ -252,6 +304,22 @@ def _prefix_and_tree(
 def relative_difference(logits: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
     """Measure the root mean square difference, relative to the expected logits' spread."""
     return float(np.sqrt(np.mean((logits - expected) ** 2)) / expected.std())
+
+
+@contextmanager
+def _errors_of_model(backend: Backend, what: str) -> Iterator[None]:
+    """Turn an error of the target's own code on a tree, say, into an UnsupportedModelError."""
+    try:
+        yield
+    except TreeflashError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error) or is_device_lost(error) or not _raised_by_model(error, backend):
+            raise
+        raise UnsupportedModelError(
+            f"the {backend.name} backend cannot run this target on {what} ({error}); "
+            "method ar still works"
+        ) from error
 
 
 def _raised_by_model(error: Exception, backend: Backend) -> bool:

@@ -39,7 +39,7 @@ class SequenceSession:
         sampling: SamplingConfig = GREEDY,
         images: PromptImages | None = None,
     ) -> int:
-        """Commit tokens, the whole prompt if it has images; returns the target's next token."""
+        """Commit tokens; returns the target's token after them. See `Prefill` for the images."""
         after = np.array([self.length + len(token_ids)], np.int32)
         params = SamplingParams.from_positions(sampling, after)
         work = Prefill(self.state, token_ids, params, images)

@@ -1,0 +1,303 @@
+"""Images in prompts: the processor, the vision tower, and the inputs of chunks with features.
+
+A vision-language model of transformers is a decoder with some modules beside it: the tower, which
+turns an image into features in the space of the decoder's embeddings. The tower is taken out of the
+model, so that everything that treeflash does to the layers of a target concerns the decoder alone.
+It is put back for the time of a call. Each image is encoded alone; so its features depend on
+nothing else, whatever other images a prompt or a batch has.
+
+A pass over a chunk that has features gets those of its rows as the output of the tower, in the form
+in which transformers splits prompts itself (`mm_encoder_outputs`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from treeflash.decoding.families import ImageFamily, family_of
+from treeflash.decoding.images import Image, PromptImages, locate, rotary_positions
+from treeflash.decoding.probe import ImageSample
+from treeflash.errors import PromptError, first_line
+from treeflash_cuda.state import State
+
+TOKEN_TYPES = "token_type_ids", "mm_token_type_ids"
+"""Arguments of models for 1 where a token stands for a feature, from the start of the sequence."""
+KEPT_PICTURES = 16
+"""Pictures whose inputs are kept, because a chat sends its pictures with every turn."""
+
+
+class Processor:
+    """`treeflash.decoding.interfaces.ImageProcessor` around a processor of transformers."""
+
+    def __init__(
+        self,
+        processor: Any,  # of transformers, or something that is called like it
+        family: ImageFamily,
+        feature_id: int,  # the token id that stands for a feature
+        merge: int,  # patches of a feature in height and in width, with three axes
+    ) -> None:
+        self.chat_template: str | None = getattr(processor, "chat_template", None)
+        self.placeholder: str = processor.image_token
+        self._processor = processor
+        self._family = family
+        self._feature_id = feature_id
+        self._merge = merge
+        self._kept: OrderedDict[bytes, tuple[Mapping[str, NDArray[Any]], int]] = OrderedDict()
+        self._lock = Lock()
+
+    def encode(
+        self, text: str, pictures: Sequence[NDArray[np.uint8]]
+    ) -> tuple[list[int], PromptImages]:
+        if (found := text.count(self.placeholder)) != len(pictures):
+            raise PromptError(
+                f"the prompt has {found} times {self.placeholder!r} for {len(pictures)} images; "
+                "remove it from the text"
+            )
+        bos = self._processor.tokenizer.bos_token
+        has_bos = bos is not None and text.startswith(bos)
+        made = self._call(text, pictures, add_special_tokens=not has_bos)
+        ids = np.asarray(made["input_ids"])[0].tolist()
+        inputs = [self._inputs(picture) for picture in pictures]
+        try:
+            images, is_feature = locate(ids, self._feature_id, inputs)
+        except ValueError as error:
+            raise PromptError(
+                f"the prompt has {error}; remove the target's image tokens from the text"
+            ) from error
+        positions = None
+        if self._family.three_axes:
+            grids = [image.inputs["image_grid_thw"][0] for image in images]
+            positions = rotary_positions(is_feature, grids, self._merge)
+        return ids, PromptImages(images, is_feature, positions, self._family.whole)
+
+    def _inputs(self, picture: NDArray[np.uint8]) -> tuple[Mapping[str, NDArray[Any]], int]:
+        """Return the inputs of the tower for a picture alone, and the number of its features."""
+        key = hashlib.sha256(repr(picture.shape).encode() + picture.tobytes()).digest()
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+                return self._kept[key]
+        made = self._call(self.placeholder, [picture], add_special_tokens=False)
+        count = int((np.asarray(made["input_ids"]) == self._feature_id).sum())
+        arrays = {name: np.asarray(x) for name, x in made.items() if name not in TEXT_INPUTS}
+        with self._lock:
+            self._kept[key] = arrays, count
+            if len(self._kept) > KEPT_PICTURES:
+                self._kept.popitem(last=False)
+        return arrays, count
+
+    def _call(
+        self, text: str, pictures: Sequence[NDArray[np.uint8]], *, add_special_tokens: bool
+    ) -> Mapping[str, Any]:
+        from PIL import Image as Picture  # only needed here
+
+        try:
+            made: Mapping[str, Any] = self._processor(
+                text=[text],
+                images=[Picture.fromarray(picture) for picture in pictures],
+                return_tensors="np",
+                add_special_tokens=add_special_tokens,
+            )
+        except ValueError as error:  # of a picture that is too narrow, for example
+            raise PromptError(f"the target takes no such image: {first_line(error)}") from error
+        return made
+
+
+TEXT_INPUTS = "input_ids", "attention_mask", *TOKEN_TYPES
+"""Results of processors that are not of an image."""
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """The features of an image, or of some of its tokens, as its model returns them."""
+
+    kind: type  # the class of the tower's output
+    rows: Tensor  # (n, hidden_size) in the order of the tokens
+    deep: tuple[Tensor, ...]  # (n, hidden_size) that are added to the first layers
+    as_tensor: bool  # whether `rows` were a tensor, and not a list of one for each image
+
+    @classmethod
+    def of(cls, output: Any) -> Features:
+        """Return the features of an output of the tower for one image."""
+        deep = output.get("deepstack_features") or ()
+        as_tensor = isinstance(output.pooler_output, Tensor)
+        return cls(type(output), _rows(output.pooler_output), tuple(map(_rows, deep)), as_tensor)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Features]) -> Features:
+        """Return the features of several images one after another."""
+        deep = zip(*(part.deep for part in parts), strict=True)
+        rows = torch.cat([part.rows for part in parts])
+        return cls(parts[0].kind, rows, tuple(map(torch.cat, deep)), parts[0].as_tensor)
+
+    def __getitem__(self, tokens: slice) -> Features:
+        deep = tuple(layer[tokens] for layer in self.deep)
+        return Features(self.kind, self.rows[tokens], deep, self.as_tensor)
+
+    def repeat(self, times: int) -> Features:
+        """Return the features of one token for several equal rows."""
+        return Features.joined([self] * times)
+
+    def output(self) -> Any:
+        """Return an output of the tower that has these features."""
+        made = self.kind(pooler_output=self.rows[None] if self.as_tensor else [self.rows])
+        if self.deep:
+            made["deepstack_features"] = [[layer] for layer in self.deep]
+        return made
+
+
+def _rows(parts: Any) -> Tensor:
+    return torch.cat([part.reshape(-1, part.shape[-1]) for part in parts])
+
+
+@dataclass(frozen=True, eq=False)
+class ImageRows:
+    """The rows of a chunk that has features."""
+
+    features: Features  # of the rows that stand for them, in order
+    # (1, end) int32 token types up to the end of the chunk; None if images are not whole.
+    types: Tensor | None
+
+    def repeat(self, times: int) -> ImageRows:
+        """Return the rows of a chunk of one token that is repeated; see `Target.token_rows`."""
+        return ImageRows(self.features.repeat(times), self.types)
+
+
+def has_tower(model: PreTrainedModel) -> bool:
+    """Return whether a model has modules beside its decoder that treeflash knows how to use."""
+    is_known = isinstance(family_of(model.config.model_type).images, ImageFamily)
+    return is_known and model.base_model is not model.get_decoder()
+
+
+class VisionTower:
+    """The modules of a vision-language model besides its decoder and its output head."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        """Take the modules out of a model."""
+        self._model: Any = model
+        self._base: nn.Module = model.base_model
+        decoder = model.get_decoder()
+        self.modules = {x: y for x, y in self._base.named_children() if y is not decoder}
+        for name in self.modules:
+            setattr(self._base, name, None)
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Put the modules back for the time of a call."""
+        for name, module in self.modules.items():
+            setattr(self._base, name, module)
+        try:
+            yield
+        finally:
+            for name in self.modules:
+                setattr(self._base, name, None)
+
+    @property
+    def parameters(self) -> set[nn.Parameter]:
+        return {x for module in self.modules.values() for x in module.parameters()}
+
+    def encode(self, image: Image) -> Features:
+        """Compute the features of an image."""
+        inputs = device_inputs(image, self._model.device, self._model.dtype)
+        with self.attached():
+            return Features.of(self._model.get_image_features(**inputs, return_dict=True))
+
+    def rows(self, state: State, size: int) -> ImageRows | None:
+        """Return the features of the next `size` tokens of a prompt; None if these have none.
+
+        The features of an image are kept in the state while a chunk ends inside it.
+        """
+        images, first = state.images, state.length
+        assert images is not None
+        end, is_feature = first + size, images.is_feature
+        if not is_feature[first:end].any():
+            return None
+        parts, kept = [], {}
+        for image in images.images:
+            if image.end <= first or image.first >= end:
+                continue
+            if (features := state.encoded.get(image.first)) is None:
+                features = self.encode(image)
+            start, stop = max(first, image.first), min(end, image.end)
+            before = int(is_feature[image.first : start].sum())
+            parts.append(features[before : before + int(is_feature[start:stop].sum())])
+            if image.end > end:
+                kept[image.first] = features
+        state.encoded = kept
+        types = None
+        if images.whole:
+            types = torch.from_numpy(is_feature[:end].astype(np.int32))[None]
+            types = types.to(parts[0].rows.device)
+        return ImageRows(Features.joined(parts), types)
+
+
+def sample_pictures() -> list[NDArray[np.uint8]]:
+    """Return two pictures for the check at load: noise, and the same with a dark half."""
+    noise = np.random.default_rng(0).integers(0, 256, (48, 64, 3)).astype(np.uint8)
+    dark = noise.copy()
+    dark[24:] //= 8
+    return [noise, dark]
+
+
+@torch.inference_mode()
+def image_samples(model: Any, processor: Processor) -> list[ImageSample]:
+    """Run prompts with an image through a model that nothing has changed yet."""
+    parameters = inspect.signature(type(model).forward).parameters
+    samples = []
+    for picture in sample_pictures():
+        ids, images = processor.encode(f"{processor.placeholder} In this image", [picture])
+        types = torch.from_numpy(images.is_feature.astype(np.int64))[None].to(model.device)
+        inputs = device_inputs(images.images[0], model.device, model.dtype)
+        inputs |= {name: types for name in TOKEN_TYPES if name in parameters}
+        tokens = torch.tensor([ids], device=model.device)
+        logits = model(input_ids=tokens, **inputs, use_cache=False, logits_to_keep=1).logits
+        samples.append(ImageSample(ids, images, logits[0, -1].float().cpu().numpy()))
+    return samples
+
+
+def device_inputs(image: Image, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return the inputs of an image on a device, and pixels in a dtype."""
+    tensors = {name: torch.from_numpy(x).to(device) for name, x in image.inputs.items()}
+    return {name: x.to(dtype) if x.is_floating_point() else x for name, x in tensors.items()}
+
+
+def load_processor(folder: Path, config: PreTrainedConfig) -> Processor | str:
+    """Load the processor of a target; or return why it takes no images, as a clause."""
+    family = family_of(config.model_type).images
+    vision = getattr(config, "vision_config", None)
+    if vision is None:
+        return "it has no vision tower"
+    if isinstance(family, str):
+        return family
+    try:
+        processor = read_processor(folder)
+    except ImportError as error:
+        return (
+            f"its processor needs a package that is not installed ({first_line(error)}); "
+            "pip install torchvision"
+        )
+    except Exception as error:  # of a folder without the files of a processor, among others
+        return f"its folder has no usable processor ({first_line(error)})"
+    merge = getattr(vision, "spatial_merge_size", 1)
+    return Processor(processor, family, config.image_token_id, merge)
+
+
+def read_processor(folder: Path) -> Any:
+    """Read the processor of a folder, as transformers reads it."""
+    from transformers import AutoProcessor  # its import takes time, which texts do not need
+
+    return AutoProcessor.from_pretrained(folder, trust_remote_code=False, local_files_only=True)

@@ -1,0 +1,372 @@
+"""Text after images is that of transformers' own `generate`, whatever it is decoded with."""
+
+import numpy as np
+import pytest
+import torch
+import transformers
+import treeflash_cuda.images as cuda_images
+from treeflash_cuda.backend import load
+
+from tests.helpers.image_models import (
+    CONFIGS,
+    RandomProcessor,
+    picture,
+    random_model,
+    reference,
+)
+from tests.helpers.parts import load_with_parts
+from treeflash.config import DecodeConfig, LoadConfig, SamplingConfig
+from treeflash.decoding import Request, Scheduler, SchedulerConfig, iteration
+from treeflash.decoding.backend_base import BaseState
+from treeflash.decoding.families import FAMILIES
+from treeflash.decoding.images import PromptImages
+from treeflash.decoding.interfaces import ImageProcessor
+from treeflash.decoding.prefix_cache import PrefixCache
+from treeflash.decoding.session import SequenceSession
+from treeflash.decoding.tree import DraftTree
+from treeflash.errors import PromptError
+
+CPU = LoadConfig(device="cpu", dtype="float32")
+TOKENS = 16
+FEW = "qwen3_vl", "qwen3_5", "gemma3"
+"""Axes and added features, axes and recurrent layers, images whose tokens see each other."""
+PROMPTS = (
+    ("ab<image>cd", [picture(1)]),
+    ("<image>ef<image>gh", [picture(1), picture(2, 24, 16)]),
+    ("ab<image>cd", [picture(3)]),
+)
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    transformers.logging.set_verbosity_error()
+
+
+class Pair:
+    """A model of transformers, and the same model as a target."""
+
+    def __init__(self, family, folder, patch, loader=load, config=CPU):
+        self.model = random_model(family)
+        self.model.save_pretrained(folder)
+        self.folder = folder
+        patch.setattr(cuda_images, "read_processor", lambda _: RandomProcessor(family))
+        self.backend = loader(folder, None, config)
+        assert not isinstance(self.backend.images, str), self.backend.images
+        self.prompts = [self.encode(*prompt) for prompt in PROMPTS]
+
+    def encode(self, text, pictures=()):
+        if not pictures:
+            return [1, *map(ord, text)], None
+        return self.backend.images.encode(text, pictures)
+
+    def reference(self, prompt, tokens=TOKENS):
+        return reference(self.model, *prompt, tokens)
+
+    def decode(self, prompts, size=1000, cache=None, method="suffix", **sampling):
+        """The tokens after prompts, decoded together in chunks of a size."""
+        config = SchedulerConfig(prefill_chunk=size, lone_prefill_chunk=size)
+        scheduler = Scheduler(self.backend, config, prefix_cache=cache)
+        texts = {request(prompt, method, **sampling): [] for prompt in prompts}
+        for one, step in scheduler.decode(texts):
+            texts[one] += step.tokens
+        return list(texts.values())
+
+
+def request(prompt, method="suffix", tokens=TOKENS, **sampling):
+    decode = DecodeConfig(method=method, max_tokens=tokens, sampling=SamplingConfig(**sampling))
+    return Request(prompt_ids=prompt[0], images=prompt[1], config=decode)
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """Pairs by family, each made once."""
+    made = {}
+
+    def get(family):
+        if family not in made:
+            with pytest.MonkeyPatch.context() as patch:
+                made[family] = Pair(family, tmp_path_factory.mktemp(family), patch)
+        return made[family]
+
+    return get
+
+
+@pytest.fixture(params=FEW)
+def pair(request, pairs):
+    return pairs(request.param)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_text_is_that_of_generate_in_a_batch_with_other_images_and_text(family, pairs):
+    pair = pairs(family)
+    prompts = [*pair.prompts, pair.encode("abcdabcd")]
+    expected = [pair.reference(prompt) for prompt in prompts]
+    assert len(set(map(tuple, expected))) == len(expected)
+    for size in (1000, 5) if family not in FEW else (1000, 5, 1):
+        assert pair.decode(prompts, size) == expected
+    assert pair.decode(prompts[1:2], 3) == expected[1:2]
+
+
+def test_sampled_text_is_that_of_plain_decoding(pair):
+    options = {"temperature": 1.0, "seed": 5}
+    plain = [pair.decode([prompt], method="ar", **options)[0] for prompt in pair.prompts]
+    assert pair.decode(pair.prompts, 5, **options) == plain
+    assert plain != [pair.reference(prompt) for prompt in pair.prompts]
+
+
+def test_text_after_a_hit_of_the_prefix_cache(pair, monkeypatch):
+    monkeypatch.setattr(iteration, "SNAPSHOT_INTERVAL", 4)
+    cache = PrefixCache(1 << 30)
+    (answer,) = pair.decode(pair.prompts[:1], cache=cache)
+    first = len(pair.prompts[0][0])
+    longer = "ab<image>cd" + "".join(map(chr, answer)) + "<image>ij"
+    same = pair.encode(longer, [picture(1), picture(4)])
+    other = pair.encode(longer, [picture(5), picture(4)])
+    without = [*same[0]], None  # placeholders as text
+    shared = []
+    for prompt in (same, other, without):
+        scheduler = Scheduler(pair.backend, prefix_cache=cache)
+        steps = [step for _, step in scheduler.decode([request(prompt)])]
+        text = [token for step in steps for token in step.tokens]
+        if prompt[1] is not None:
+            assert text == pair.reference(prompt)
+        shared.append(steps[0].cached_tokens)
+    assert shared[0] >= first - 1
+    image = same[1].images[0].first
+    assert 0 < shared[1] <= image
+    assert 0 < shared[2] <= image
+
+
+def test_forks_between_images_and_of_groups(pair, monkeypatch):
+    monkeypatch.setattr(iteration, "SNAPSHOT_INTERVAL", 4)
+    cache = PrefixCache(1 << 30)
+    one = pair.encode("<image>ef<image>gh", [picture(1), picture(2)])
+    two = pair.encode("<image>ef<image>gh", [picture(1), picture(6)])
+    assert pair.decode([one], 5, cache) == [pair.reference(one)]
+    scheduler = Scheduler(pair.backend, prefix_cache=cache)
+    group = [request(two, temperature=1.0, seed=seed) for seed in (1, 2, 3)]
+    texts = {one: [] for one in scheduler.submit_group(group)}
+    cached = {one: [] for one in group}
+    for one, step in scheduler.run():
+        texts[one] += step.tokens
+        cached[one].append(step.cached_tokens)
+    image = two[1].images[1].first
+    assert [tokens[0] for tokens in cached.values()][1:] == [len(two[0]) - 1] * 2
+    assert 0 < cached[group[0]][0] <= image
+    alone = [pair.decode([two], temperature=1.0, seed=seed)[0] for seed in (1, 2, 3)]
+    assert list(texts.values()) == alone
+
+
+def test_a_group_has_equal_images(pair):
+    one, two = pair.prompts[0], pair.prompts[2]
+    assert one[0] == two[0]
+    with pytest.raises(PromptError, match="same prompt"):
+        Scheduler(pair.backend).submit_group([request(one), request(two)])
+
+
+def test_others_go_on_when_an_image_fails_or_its_prompt_is_cancelled(pair, monkeypatch):
+    expected = [pair.reference(prompt) for prompt in pair.prompts]
+    encode, bad = cuda_images.VisionTower.encode, pair.prompts[2][1].images[0]
+
+    def failing(tower, image):
+        if image is bad:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return encode(tower, image)
+
+    monkeypatch.setattr(cuda_images.VisionTower, "encode", failing)
+    scheduler = Scheduler(pair.backend, SchedulerConfig(prefill_chunk=5, lone_prefill_chunk=5))
+    texts = {scheduler.submit(request(prompt)): [] for prompt in pair.prompts}
+    scheduler.step()
+    cancelled, errors = scheduler.submit(request(pair.prompts[1])), []
+    for one, event in scheduler.run():
+        scheduler.cancel(cancelled)
+        if isinstance(event, Exception):
+            errors.append(one)
+        else:
+            texts[one] += event.tokens
+    assert errors == list(texts)[2:]
+    assert list(texts.values())[:2] == expected[:2]
+
+
+def ignore_whole(images, first, size):
+    return min(first + size, len(images.is_feature))
+
+
+def forget_shift(patch):
+    patch.setattr(PromptImages, "shift", 0)
+
+
+def cut_inside_images(patch):
+    patch.setattr(PromptImages, "chunk_end", ignore_whole)
+
+
+def ignore_pictures(patch):
+    patch.setattr(PromptImages, "digests", {})
+
+
+def take_features_of_the_first_image(patch):
+    encode, known = cuda_images.VisionTower.encode, {}
+
+    def first(tower, image):
+        return encode(tower, known.setdefault(image.inputs["pixel_values"].shape, image))
+
+    patch.setattr(cuda_images.VisionTower, "encode", first)
+
+
+def take_the_last_prompts_shift(patch):
+    """As with `rope_deltas` on the model object."""
+    last = []
+    begin = BaseState.begin
+
+    def begin_and_note(state, work):
+        begin(state, work)
+        last[:] = [state.shift, *last] if state.images is not None else last
+        state.shift = last[0] if last else 0
+
+    patch.setattr(BaseState, "begin", begin_and_note)
+
+
+@pytest.mark.parametrize(
+    ("family", "fault", "at_load"),
+    [
+        ("qwen3_vl", forget_shift, True),
+        ("qwen3_5", forget_shift, True),
+        ("gemma3", cut_inside_images, True),
+        ("gemma3", ignore_pictures, False),
+        ("qwen3_vl", take_features_of_the_first_image, True),
+        ("qwen3_vl", take_the_last_prompts_shift, False),
+    ],
+)
+def test_planted_faults_change_the_text_or_are_refused_at_load(
+    family, fault, at_load, pairs, monkeypatch
+):
+    pair = pairs(family)
+    other = pair.encode("ab<image>cdefgh", [picture(8, 8, 48)])
+    prompts = [pair.prompts[1], other, pair.encode("ab<image>cdefgh", [picture(9, 8, 48)])]
+    expected = [pair.reference(prompt) for prompt in prompts]
+
+    def texts():
+        cache = PrefixCache(1 << 30)
+        together = pair.decode(prompts, 5, cache)
+        return together, [pair.decode([prompt], 5, cache)[0] for prompt in prompts[::-1]][::-1]
+
+    assert texts() == (expected, expected)
+    fault(monkeypatch)
+    again = [
+        (ids, PromptImages(x.images, x.is_feature, x.positions, x.whole)) for ids, x in prompts
+    ]
+    prompts[:] = again
+    assert texts() != (expected, expected)
+    if at_load:
+        target = pair.backend.target
+        old = pair.backend.images
+        pair.backend.check_images(target.processor, target.samples)
+        assert isinstance(pair.backend.images, str)
+        pair.backend.images = old
+
+
+@pytest.mark.parametrize("family", FEW)
+def test_passes_as_on_a_gpu_have_the_same_text(family, tmp_path, monkeypatch):
+    """Trees are one pass of fixed shapes, with shifts as inputs; prompts have kernels."""
+
+    def loader(folder, drafter, config):
+        return load_with_parts(monkeypatch, folder, drafter, cuda_graphs=True)
+
+    pair = Pair(family, tmp_path, monkeypatch, loader)
+    expected = [pair.reference(prompt) for prompt in pair.prompts]
+    for size in (1000, 5):
+        assert pair.decode(pair.prompts, size) == expected
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "gemma3", "llava"])
+def test_exact_mode_is_exact_after_images(family, tmp_path, monkeypatch):
+    config = LoadConfig(device="cpu", dtype="bfloat16", exact=True)
+    pair = Pair(family, tmp_path, monkeypatch, config=config)
+    ids, images = pair.prompts[1]
+    tree = DraftTree.from_parents(
+        np.array([ids[-1], 70, 71, 72, 73], np.int32), np.array([-1, 0, 1, 0, 3], np.int32)
+    )
+    seen = []
+    for size in (1000, 5, 1):
+        with SequenceSession(pair.backend) as session:
+            while session.length < len(ids) - 1:
+                first = session.length
+                end = min(images.chunk_end(first, size), len(ids) - 1)
+                session.extend(ids[first:end], images=images)
+            seen.append(session.logits(tree))
+            for node in (0, 3, 4):
+                (alone,) = session.logits(DraftTree.root_only(int(tree.tokens[node])))
+                assert (alone == seen[-1][node]).all()
+                session.commit(np.zeros(1, np.int32))
+    assert (seen[0] == seen[1]).all()
+    assert (seen[0] == seen[2]).all()
+
+
+@pytest.mark.parametrize("family", ["gemma3", "qwen3_5", "qwen2_vl"])
+def test_without_images_there_is_no_tower_and_text_is_the_same(family, pairs, monkeypatch):
+    pair = pairs(family)
+    monkeypatch.setattr(cuda_images, "read_processor", lambda _: RandomProcessor(family))
+    text = load(pair.folder, None, LoadConfig(device="cpu", dtype="float32", images=False))
+    assert text.images == "it was loaded without its vision tower"
+    names = [name for name, _ in text.target.model.named_parameters()]
+    assert not [name for name in names if "vis" in name or "multi_modal" in name]
+    tower = sum(x.nbytes for x in pair.backend.target.tower.parameters)
+    assert pair.backend.weights_bytes == text.weights_bytes + tower
+    prompt = pair.encode("abcdabcd")
+    tokens = [t for _, step in Scheduler(text).decode([request(prompt)]) for t in step.tokens]
+    assert tokens == pair.reference(prompt)
+    with pytest.raises(PromptError, match="takes no images: it was loaded without its vision"):
+        Scheduler(text).submit(request(pair.prompts[0]))
+
+
+def test_a_folder_without_a_processor_is_a_text_model(pairs):
+    pair = pairs("qwen3_vl")
+    text = load(pair.folder, None, CPU)
+    assert text.images.startswith("its folder has no usable processor")
+    prompt = pair.encode("abcdabcd")
+    tokens = [t for _, step in Scheduler(text).decode([request(prompt)]) for t in step.tokens]
+    assert tokens == pair.reference(prompt)
+
+
+def test_types_that_are_not_known_to_be_exact_are_refused_by_name(tmp_path):
+    for name in ("paligemma", "mllama", "llama4"):
+        config = transformers.CONFIG_MAPPING[name]()
+        reason = cuda_images.load_processor(tmp_path, config)
+        assert reason == FAMILIES[name].images if name in FAMILIES else "not known" in reason
+    assert cuda_images.load_processor(tmp_path, transformers.LlamaConfig()) == (
+        "it has no vision tower"
+    )
+
+
+def test_a_model_that_fails_on_images_remains_a_text_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(cuda_images, "image_samples", None)
+    import treeflash_cuda.target as target
+
+    def failing(*_):
+        raise RuntimeError("no kernel for this tower")
+
+    monkeypatch.setattr(target, "image_samples", failing)
+    random_model("qwen3_vl").save_pretrained(tmp_path)
+    monkeypatch.setattr(cuda_images, "read_processor", lambda _: RandomProcessor("qwen3_vl"))
+    backend = load(tmp_path, None, CPU)
+    assert backend.images == "transformers cannot run an image (no kernel for this tower)"
+    assert backend.target.tower is None
+
+
+def test_placeholders_that_have_no_picture_are_refused(pairs):
+    processor: ImageProcessor = pairs("qwen3_vl").backend.images
+    for text in ("ab", "<image><image>"):
+        with pytest.raises(PromptError, match="for 1 images"):
+            processor.encode(text, [picture(1)])
+    with pytest.raises(PromptError, match="placeholders for 6 features"):
+        processor.encode("<image>" + chr(300), [picture(1, 8, 48)])
+
+
+def test_a_prompt_with_images_is_not_scored(pairs):
+    pair = pairs("qwen3_vl")
+    ids, images = pair.prompts[0]
+    scored = Request(
+        prompt_ids=ids, images=images, config=DecodeConfig(method="ar"), scores_prompt=True
+    )
+    with pytest.raises(PromptError, match="cannot be scored"):
+        Scheduler(pair.backend).submit(scored)
