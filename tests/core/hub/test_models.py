@@ -285,12 +285,17 @@ def test_a_failure_of_the_hub_is_called_what_it_is(
 
 
 def test_files_and_folders_of_other_formats_are_named(cache: Path, tmp_path: Path):
-    files = {"model.gguf": "is a GGUF file, which is not supported", "model.bin": "is a file"}
-    for name, reason in files.items():
-        (tmp_path / name).touch()
-        with pytest.raises(CheckpointError, match=f"{reason}.*Hugging Face format"):
-            models.resolve_target(str(tmp_path / name))
-    with pytest.raises(CheckpointError, match="has only GGUF files"):
+    (tmp_path / "model.bin").touch()
+    with pytest.raises(CheckpointError, match=r"is a file.*Hugging Face format.* or a GGUF file"):
+        models.resolve_target(str(tmp_path / "model.bin"))
+    with pytest.raises(CheckpointError, match=r"has no config\.json; pass a folder"):
+        models.resolve_target(str(tmp_path))
+    (tmp_path / "model.gguf").touch()
+    for path in (tmp_path, tmp_path / "model.gguf"):
+        with pytest.raises(CheckpointError, match=r"model\.gguf is not a readable GGUF file"):
+            models.resolve_target(str(path))
+    (tmp_path / "other.gguf").touch()
+    with pytest.raises(CheckpointError, match="has several GGUF files; name one of them"):
         models.resolve_target(str(tmp_path))
     (tmp_path / "config.json").touch()
     (tmp_path / "adapter_config.json").touch()

@@ -1,0 +1,293 @@
+"""GGUF files of every architecture, written from random models as llama.cpp's converter does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+from tokenizers.pre_tokenizers import ByteLevel
+
+from treeflash.errors import CheckpointError
+from treeflash.hub import models
+from treeflash.hub.gguf import ARCHITECTURES, convert_gguf
+from treeflash.registry import loader
+from treeflash.testing.models import INWARD
+
+torch = pytest.importorskip("torch")
+import transformers
+
+LAYERS, PROMPT = 7, [3, 9, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]
+SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>"]
+SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+EPSILONS = {"rms_norm_eps": 1e-5}
+CASES: dict[str, tuple[str, Any, dict[str, Any]]] = {
+    "llama": ("llama", transformers.LlamaConfig, {"rope_theta": 5000.0, **EPSILONS}),
+    "llama 3": ("llama", transformers.LlamaConfig, {"rope_parameters": LLAMA3, **EPSILONS}),
+    "qwen2": ("qwen2", transformers.Qwen2Config, {"rope_theta": 5000.0}),
+    "qwen3": ("qwen3", transformers.Qwen3Config, {"rope_theta": 5000.0, "head_dim": 16}),
+    "gemma3": (
+        "gemma3",
+        transformers.Gemma3TextConfig,
+        {
+            "head_dim": 16,
+            "query_pre_attn_scalar": 16,
+            "sliding_window": 4,
+            "tie_word_embeddings": True,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+        },
+    ),
+    "lfm2": (
+        "lfm2",
+        transformers.Lfm2Config,
+        {
+            "layer_types": ["conv", "full_attention", "conv", "conv", "full_attention"]
+            + ["conv"] * 2,
+            "block_auto_adjust_ff_dim": False,
+            "tie_word_embeddings": True,
+            "rope_theta": 5000.0,
+        },
+    ),
+}
+
+
+def random_model(name: str, vocab_size: int) -> Any:
+    """A random model of transformers whose weights are exact in bfloat16."""
+    _, make, settings = CASES[name]
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(
+        make(vocab_size=vocab_size, **{**SHAPE, **settings}), dtype=torch.float32
+    )
+    for parameter in model.parameters():
+        noise = INWARD * torch.randn_like(parameter)
+        parameter.data = (parameter.data + noise).bfloat16().float()
+    return model.eval()
+
+
+def write(path: Path, name: str, kind: gguf.GGMLQuantizationType | None = None) -> Any:
+    """Write a random model as llama.cpp's converter does; returns the model.
+
+    Matrices are quantised if a kind is given, and the model then has the rounded weights. A Llama's
+    would be in the file's order.
+    """
+    architecture = CASES[name][0]
+    writer = gguf.GGUFWriter(path, architecture)
+    vocab_size = write_tokenizer(writer, architecture)
+    model = random_model(name, vocab_size)
+    config = model.config
+    writer.add_block_count(LAYERS)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    rope = config.rope_parameters
+    full = rope.get("full_attention", rope)
+    writer.add_rope_freq_base(full["rope_theta"])
+    writer.add_layer_norm_rms_eps(getattr(config, "rms_norm_eps", getattr(config, "norm_eps", 0)))
+    kv_heads: Any = config.num_key_value_heads
+    if architecture == "lfm2":
+        kv_heads = [kv_heads if x == "full_attention" else 0 for x in config.layer_types]
+        writer.add_shortconv_l_cache(config.conv_L_cache)
+    writer.add_head_count_kv(kv_heads)
+    if (head_dim := getattr(config, "head_dim", None)) is not None:
+        writer.add_key_length(head_dim)
+    if architecture == "gemma3":
+        writer.add_sliding_window(config.sliding_window)
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(full["factor"])
+    if full["rope_type"] == "llama3":
+        plain = full["rope_theta"] ** -(np.arange(0, head_dim, 2) / head_dim)
+        factors = plain / model.model.rotary_emb.inv_freq.numpy()
+        writer.add_tensor("rope_freqs.weight", factors.astype(np.float32))
+    names = gguf.get_tensor_name_map(ARCHS[architecture], LAYERS)
+    state = model.state_dict()
+    for stored, tensor in state.items():
+        if stored == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        module, _, suffix = stored.rpartition(".")
+        values = tensor.numpy().copy()
+        if architecture == "llama" and module.endswith(("q_proj", "k_proj")):
+            heads = config.num_attention_heads if "q_proj" in module else kv_heads
+            values = values.reshape(heads, 2, -1, values.shape[1]).swapaxes(1, 2)
+            values = np.ascontiguousarray(values).reshape(tensor.shape)
+        if architecture == "gemma3" and module.endswith("norm"):
+            values += 1
+        if values.ndim == 3:
+            values = values[:, 0]
+        raw = None
+        if kind is not None and values.ndim == 2 and "conv" not in module:
+            packed = gguf.quants.quantize(values, kind)
+            raw, rounded = kind, gguf.quants.dequantize(packed, kind)
+            values = packed
+            tensor.copy_(torch.from_numpy(rounded).bfloat16())
+        writer.add_tensor(f"{names.get_name(module)}.{suffix}", values, raw_dtype=raw)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return model
+
+
+ARCHS = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
+PRE_TOKENIZERS = {"llama": "llama-bpe", "qwen2": "qwen2", "qwen3": "qwen2", "lfm2": "lfm2"}
+
+
+def write_tokenizer(writer: gguf.GGUFWriter, architecture: str) -> int:
+    """Write a small tokenizer of the family; returns the number of tokens."""
+    kinds = [3] * len(SPECIAL)
+    if architecture == "gemma3":
+        pieces = [chr(c) for c in range(97, 123)] + ["\u2581", "th", "\u2581th", "  "]
+        tokens = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
+        kinds += [6] * 256 + [1] * len(pieces)
+        writer.add_tokenizer_model("llama")
+        writer.add_tokenizer_pre("default")
+        writer.add_token_scores([-float(n) for n in range(len(tokens))])
+        writer.add_add_space_prefix(False)
+    else:
+        merges = ["Ġ t", "h e", "Ġt he", "1 2", "12 3"]
+        alphabet = sorted(ByteLevel.alphabet())
+        tokens = [*SPECIAL, *alphabet, *(merge.replace(" ", "") for merge in merges)]
+        kinds += [1] * (len(tokens) - len(kinds))
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(PRE_TOKENIZERS[architecture])
+        writer.add_token_merges(merges)
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    writer.add_bos_token_id(2)
+    writer.add_eos_token_id(1)
+    writer.add_pad_token_id(0)
+    writer.add_add_bos_token(architecture != "qwen3")
+    writer.add_chat_template("{% for m in messages %}{{ m.content }}{% endfor %}")
+    return len(tokens)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_converted_model_is_the_written_one(name: str, tmp_path: Path) -> None:
+    model = write(tmp_path / "tiny.gguf", name)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    convert_gguf(tmp_path / "tiny.gguf", folder)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    expected = model.state_dict()
+    assert loaded.state_dict().keys() == expected.keys()
+    for tensor, values in loaded.state_dict().items():
+        tolerance = 0.01 if "norm" in tensor else 0  # the file's norms are rounded with their 1
+        torch.testing.assert_close(values, expected[tensor], atol=tolerance, rtol=0)
+    loaded.load_state_dict(expected)
+    ids = torch.tensor([PROMPT])
+    with torch.inference_mode():
+        torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q5_1", "Q8_0"])
+def test_quantised_weights_are_read(kind: str, tmp_path: Path) -> None:
+    model = write(tmp_path / "tiny.gguf", "qwen3", gguf.GGMLQuantizationType[kind])
+    convert_gguf(tmp_path / "tiny.gguf", tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    for tensor, values in loaded.state_dict().items():
+        torch.testing.assert_close(values, model.state_dict()[tensor], atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "tokens"),
+    [
+        ("llama", " the 123\n4", ["<bos>", "Ġthe", "Ġ", "123", "Ċ", "4"]),
+        ("qwen2", " the 123<eos>", ["<bos>", "Ġthe", "Ġ", "1", "2", "3", "<eos>"]),
+        ("qwen3", " the 12", ["Ġthe", "Ġ", "1", "2"]),
+        ("gemma3", "a th\u00e9", ["<bos>", "a", "\u2581th", "<0xC3>", "<0xA9>"]),
+        ("lfm2", " the 123", ["<bos>", "Ġthe", "Ġ", "123"]),
+    ],
+)
+def test_tokenizers(name: str, text: str, tokens: list[str], tmp_path: Path) -> None:
+    write(tmp_path / "tiny.gguf", name)
+    convert_gguf(tmp_path / "tiny.gguf", tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ids = tokenizer(text).input_ids
+    assert tokenizer.convert_ids_to_tokens(ids) == tokens
+    assert tokenizer.decode(ids, skip_special_tokens=True) == text.replace("<eos>", "")
+    assert tokenizer.chat_template.startswith("{% for m in messages %}")
+    assert tokenizer.eos_token == "<eos>"
+
+
+@pytest.mark.parametrize("backend", ["cuda", "mlx"])
+def test_a_file_is_a_target(backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip({"cuda": "torch", "mlx": "mlx_lm"}[backend])
+    from treeflash.config import DecodeConfig, LoadConfig
+    from treeflash.decoding import Request, decode
+
+    monkeypatch.setenv("TREEFLASH_CACHE", str(tmp_path / "cache"))
+    model = write(tmp_path / "tiny-Q8_0.gguf", "qwen3")
+    folder = models.resolve_target(str(tmp_path / "tiny-Q8_0.gguf"))
+    assert folder == models.resolve_target(str(tmp_path / "tiny-Q8_0.gguf"))
+    assert folder.name == "tiny-Q8_0"
+    assert "tiny-Q8_0" in [cached.name for cached in models.cached_models()]
+    pair = loader(backend)(folder, None, LoadConfig(device="cpu", dtype="float32"))
+    request = Request(prompt_ids=PROMPT, config=DecodeConfig(method="suffix", max_tokens=12))
+    text = [token for step in decode(pair, request) for token in step.tokens]
+    greedy = model.generate(torch.tensor([PROMPT]), max_new_tokens=12, do_sample=False)
+    assert text == greedy[0, len(PROMPT) :].tolist()
+    models.remove_model("tiny-Q8_0")
+    assert not folder.exists()
+
+
+def test_a_changed_file_is_converted_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TREEFLASH_CACHE", str(tmp_path / "cache"))
+    write(tmp_path / "tiny.gguf", "qwen3")
+    before = models.resolve_target(str(tmp_path))
+    write(tmp_path / "tiny.gguf", "qwen2")
+    after = models.resolve_target(str(tmp_path))
+    assert before != after
+    assert '"qwen2"' in (after / "config.json").read_text()
+
+
+def replaced(key: str, value: str) -> Callable[[bytes], bytes]:
+    return lambda data: data.replace(key.encode(), value.encode(), 1)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (replaced("qwen2.block_count", "qwen2.block_xount"), "missing or unsupported.*block_count"),
+        (replaced("blk.3.attn_q.weight", "blk.3.attn_z.weight"), r"blk\.3\.attn_z\.weight"),
+        (lambda data: data[:2000], "is not a readable GGUF file"),
+        (replaced("tokenizer.ggml.pre", "tokenizer.ggml.prx"), "tokenizer.ggml.pre = 'default'"),
+    ],
+)
+def test_bad_files_are_one_line(
+    damage: Callable[[bytes], bytes], message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "tiny.gguf"
+    write(path, "qwen2")
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(CheckpointError, match=message) as caught:
+        convert_gguf(path, tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_architecture_has_a_case() -> None:
+    assert {case[0] for case in CASES.values()} == ARCHITECTURES.keys()
