@@ -26,6 +26,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -39,7 +40,13 @@ from treeflash.decoding import Request, decode
 from treeflash.decoding.interfaces import Prefill, TableOptions, Verify
 from treeflash.decoding.sampling import SamplingParams
 from treeflash.decoding.tree import DraftTree
-from treeflash.drafters.formats import HEADS, drafter_shapes, head_shapes, parse_drafter_config
+from treeflash.drafters.formats import (
+    DFLASH,
+    HEADS,
+    drafter_shapes,
+    head_shapes,
+    parse_drafter_config,
+)
 from treeflash.drafters.loading import DrafterTensors
 from treeflash.errors import ConfigError
 
@@ -132,7 +139,7 @@ def load_without_weights(shape: dict[str, Any]) -> Any:
             )
         return model.eval()
 
-    def load_tensors(*_: Any, **__: Any) -> DrafterTensors[torch.Tensor]:
+    def block_tensors(*_: Any) -> DrafterTensors[torch.Tensor]:
         names = head_shapes(config, head, shape["vocab_size"])
         assert config.head is not None
         prefix = HEADS[config.head].prefix
@@ -144,9 +151,8 @@ def load_without_weights(shape: dict[str, Any]) -> Any:
         return DrafterTensors(config=config, head_size=head, vocabulary={}, **parts)
 
     stand_ins = {
-        "open_folder": lambda folder: folder,
-        "load_mtp_head": lambda *_: None,
-        "load_tensors": load_tensors,
+        "drafter_layout": lambda *_: SimpleNamespace(format=DFLASH, config=config),
+        "block_tensors": block_tensors,
     }
     with tempfile.TemporaryDirectory() as folder, mock.patch.multiple(backend, **stand_ins):
         settings = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], **shape}

@@ -25,8 +25,7 @@ from treeflash.decoding.backend_base import BaseBackend
 from treeflash.decoding.interfaces import DeviceReport
 from treeflash.decoding.tree import DraftTree
 from treeflash.drafters.config import DrafterShape
-from treeflash.drafters.folder import ModelFolder, open_folder
-from treeflash.drafters.loading import find_head_format, load_mtp_tensors, load_tensors
+from treeflash.drafters.loading import Layout, block_tensors, mtp_tensors, read_layout
 from treeflash.drafters.mtp_heads import (
     refuse_assistant,
     refuse_window,
@@ -276,18 +275,18 @@ def load_packed_drafter(
     folder: Path, target: Target, config: LoadConfig
 ) -> tuple[Model, Head | None]:
     """Load a drafter, packed for the device; the target keeps the outputs that it reads."""
-    opened = open_folder(folder)
-    if (rows := load_mtp_head(opened, target)) is not None:
+    layout = drafter_layout(folder, target)
+    target.capture(layout.config.target_layer_ids)
+    if layout.format.kind == "depth by depth":
         refuse_window(config)
-        target.capture(rows.config.target_layer_ids)
+        rows = load_mtp_head(layout, target)
         return rows, MtpHead(rows, target)
-    drafter_model, head = load_drafter(opened, target)
+    drafter_model, head = load_drafter(layout, target)
     fuse_linears(drafter_model, IN_DRAFTER)
     pack_linears(drafter_model)
     if head is not None:
         module: Any = head.module
         pack_linears(module)
-    target.capture(drafter_model.config.target_layer_ids)
     return drafter_model, head
 
 
@@ -434,21 +433,21 @@ def check_drafter(config: DrafterShape) -> None:
     refuse_assistant(config, "cuda")
 
 
-def load_mtp_head(folder: ModelFolder, target: Target) -> MtpModel | None:
-    """Read the MTP head of a folder; None if it has none. See `load_mtp_tensors`."""
-    if (head_format := find_head_format(folder)) is None:
-        return None
+def drafter_layout(folder: Path, target: Target) -> Layout:
+    """Check that the drafter of a folder belongs to the target, before its weights are read."""
     vocab_size, hidden_size = target.embeddings.shape
-    tensors = load_mtp_tensors(
+    return read_layout(
         folder,
-        head_format,
-        read_tensors,
-        torch.stack,
         hidden_size=hidden_size,
         vocab_size=vocab_size,
         num_hidden_layers=len(target.layers),
     )
-    check_drafter(tensors.config)
+
+
+def load_mtp_head(layout: Layout, target: Target) -> MtpModel:
+    """Read a head that drafts depth by depth."""
+    check_drafter(layout.config)
+    tensors = mtp_tensors(layout, read_tensors, torch.stack)
     model = load_weights(MtpModel, tensors.config, tensors.weights, tensors.vocabulary, target)
     pack_linears(model)
     return model
@@ -459,14 +458,9 @@ def read_tensors(path: Path, names: Collection[str]) -> dict[str, Tensor]:
         return {name: file.get_tensor(name) for name in names}
 
 
-def load_drafter(
-    folder: Path | ModelFolder, target: Target
-) -> tuple[DrafterModel, TableHead | None]:
-    """Read a drafter and check that it belongs to the target."""
-    (vocab_size, hidden_size), layers = target.embeddings.shape, len(target.layers)
-    tensors = load_tensors(
-        folder, load_file, hidden_size=hidden_size, vocab_size=vocab_size, num_hidden_layers=layers
-    )
+def load_drafter(layout: Layout, target: Target) -> tuple[DrafterModel, TableHead | None]:
+    """Read a block drafter."""
+    tensors = block_tensors(layout, load_file)
     config = tensors.config
     model = load_weights(DrafterModel, config, tensors.backbone, tensors.vocabulary, target)
     if config.head is None:

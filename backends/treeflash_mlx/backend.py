@@ -19,9 +19,7 @@ from treeflash.decoding.interfaces import DeviceReport, Prefill, TableOptions
 from treeflash.decoding.probe import ATTEMPTS, LIMITS, relative_difference
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
-from treeflash.drafters.folder import ModelFolder, open_folder
-from treeflash.drafters.format import Format
-from treeflash.drafters.loading import find_head_format, load_mtp_tensors, load_tensors
+from treeflash.drafters.loading import Layout, block_tensors, mtp_tensors, read_layout
 from treeflash.drafters.mtp_heads import (
     MtpConfig,
     refuse_window,
@@ -324,21 +322,20 @@ def batch_difference(backend: MlxBackend, rng: np.random.Generator) -> float:
 def load_drafter(folder: Path, target: Target, bits: int | None) -> tuple[Model, Head | None]:
     """Read a drafter, check that it fits the target, and quantise it to `bits` if given."""
     target.check_drafting()
-    opened = open_folder(folder)
-    if (head_format := find_head_format(opened)) is not None:
-        rows = load_mtp_head(opened, head_format, target, bits)
-        if isinstance(rows, AssistantModel):
-            return rows, AssistantHead(rows, target)
-        return rows, MtpHead(rows, target)
-    tensors = load_tensors(
-        opened,
-        read_file,
+    layout = read_layout(
+        folder,
         hidden_size=target.embed(mx.array([0])).shape[-1],
         vocab_size=target.vocab_size,
         num_hidden_layers=len(target.layers),
     )
+    target.capture(layout.config.target_layer_ids)
+    if layout.format.kind == "depth by depth":
+        rows = load_mtp_head(layout, target, bits)
+        if isinstance(rows, AssistantModel):
+            return rows, AssistantHead(rows, target)
+        return rows, MtpHead(rows, target)
+    tensors = block_tensors(layout, read_file)
     config = tensors.config
-    target.capture(config.target_layer_ids)
     model = DrafterModel(config, OwnVocabulary(tensors.vocabulary, target))
     if offset := config.norm_offset:  # in float32, where adding it rounds nothing
         for name, weight in tensors.backbone.items():
@@ -352,26 +349,15 @@ def load_drafter(folder: Path, target: Target, bits: int | None) -> tuple[Model,
     return model, TABLE_HEADS[module.kind](module, model, target)
 
 
-def load_mtp_head(
-    folder: ModelFolder, head_format: Format, target: Target, bits: int | None
-) -> MtpModel | AssistantModel:
-    """Read the MTP head of a folder; see `load_mtp_tensors`."""
+def load_mtp_head(layout: Layout, target: Target, bits: int | None) -> MtpModel | AssistantModel:
+    """Read a head that drafts depth by depth."""
 
     def read(path: Path, names: Collection[str]) -> dict[str, mx.array]:
         tensors = read_file(path)  # lazily
         return {name: tensors[name] for name in names}
 
-    tensors = load_mtp_tensors(
-        folder,
-        head_format,
-        read,
-        mx.stack,
-        hidden_size=target.embed(mx.array([0])).shape[-1],
-        vocab_size=target.vocab_size,
-        num_hidden_layers=len(target.layers),
-    )
+    tensors = mtp_tensors(layout, read, mx.stack)
     config = tensors.config
-    target.capture(config.target_layer_ids)
     own = OwnVocabulary(tensors.vocabulary, target)
     if config.assistant is not None:
         assistant = AssistantModel(config, config.assistant, own, target)

@@ -21,7 +21,7 @@ from treeflash.training.distillation import Response, respond
 require("torch")
 require("accelerate")
 
-from treeflash_cuda.backend import CudaBackend, load_drafter, load_target
+from treeflash_cuda.backend import CudaBackend, drafter_layout, load_drafter, load_target
 from treeflash_cuda.backend import load as load_cuda
 from treeflash_cuda.training.entry import train
 
@@ -207,7 +207,7 @@ def default_problems(default_target, default_drafter, smollm2):
     """Examine the default pair: problems by check. The target is loaded once."""
 
     def load(folder):
-        drafter, head = load_drafter(folder, default_target)
+        drafter, head = load_drafter(drafter_layout(folder, default_target), default_target)
         default_target.capture(drafter.config.target_layer_ids)
         return CudaBackend(default_target, drafter, head)
 

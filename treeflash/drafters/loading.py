@@ -46,9 +46,12 @@ class MtpTensors(Generic[Tensor]):
 class Layout:
     """A drafter's configuration and tensors, which fit its target; no tensor is read yet."""
 
+    folder: ModelFolder
+    format: Format
     config: Any  # a DrafterConfig or a MtpConfig, by the kind of the format
     names: Names  # canonical names of the drafter's tensors, by stored name
     shapes: Shapes  # the shapes of these tensors, by canonical name
+    vocab_size: int  # tokens of the target
 
 
 def refuse_extensions(
@@ -73,14 +76,6 @@ def refuse_extensions(
             raise UnsupportedModelError(f"{user} does not support a drafter with {name}")
 
 
-def find_format(folder: ModelFolder) -> Format:
-    """Tell the format of a drafter.
-
-    Raises a CheckpointError or an UnsupportedModelError if its layout is not supported.
-    """
-    return find_head_format(folder) or _block_format(folder)
-
-
 def find_head_format(folder: ModelFolder) -> Format | None:
     """Tell the format of the MTP or EAGLE head in a folder; None if the folder holds none.
 
@@ -89,28 +84,20 @@ def find_head_format(folder: ModelFolder) -> Format | None:
     return mtp_heads.detect(folder.config, folder.tensors)
 
 
-def _block_format(folder: ModelFolder) -> Format:
-    with formats.explained(folder.path, lambda: formats.DFLASH):
-        return formats.detect_format(folder.config)
-
-
 def read_layout(
-    folder: ModelFolder,
-    format: Format,
-    *,
-    hidden_size: int,
-    vocab_size: int,
-    num_hidden_layers: int,
+    folder: Path | ModelFolder, *, hidden_size: int, vocab_size: int, num_hidden_layers: int
 ) -> Layout:
     """Check from headers alone that a drafter belongs to a target of this shape.
 
-    Raises a CheckpointError if a setting or a tensor is missing, or does not fit or is not
-    supported.
+    Raises a CheckpointError or an UnsupportedModelError if its layout is not supported, or a
+    setting or a tensor is missing, or does not fit.
     """
-    stored = folder.tensors
-    with formats.explained(folder.path, lambda: format):
-        config = format.parse(folder.config, stored, num_hidden_layers)
-    names = format.names(folder.config, stored)
+    opened = open_folder(folder) if isinstance(folder, Path) else folder
+    stored, format = opened.tensors, find_head_format(opened)
+    with formats.explained(opened.path, lambda: format or formats.DFLASH):
+        format = format or formats.detect_format(opened.config)
+        config = format.parse(opened.config, stored, num_hidden_layers)
+    names = format.names(opened.config, stored)
     check_pair(
         config,
         hidden_size=hidden_size,
@@ -123,10 +110,17 @@ def read_layout(
     shapes = mtp_heads.split_fused({names[x]: stored[x].shape for x in names})
     required, optional = format.shapes(config, vocab_size, shapes)
     owner = "its configuration" if format.kind == "block" else "a row head"
-    compare_shapes(folder.path, required | optional, shapes, optional.keys(), owner)
+    compare_shapes(opened.path, required | optional, shapes, optional.keys(), owner)
     if isinstance(config, DrafterConfig) and config.vocab_size is not None:
         config = replace(config, vocab_size=vocab_size)  # `load_tensors` leaves out other tokens
-    return Layout(config=config, names=names, shapes=shapes)
+    return Layout(
+        folder=opened,
+        format=format,
+        config=config,
+        names=names,
+        shapes=shapes,
+        vocab_size=vocab_size,
+    )
 
 
 def check_drafter(folder: Path, target: Config) -> DrafterShape | None:
@@ -135,45 +129,38 @@ def check_drafter(folder: Path, target: Config) -> DrafterShape | None:
     Returns the drafter's configuration; None if the target's does not name its sizes as most do.
     Raises a CheckpointError or an UnsupportedModelError as loading the drafter would.
     """
-    opened = open_folder(folder)
-    format = find_format(opened)
     settings = mtp_heads.text_config(target)
     keys = ("hidden_size", "vocab_size", "num_hidden_layers")
     shape = {key: settings[key] for key in keys if isinstance(settings.get(key), int)}
     if len(shape) < len(keys):
         return None
-    config: DrafterShape = read_layout(opened, format, **shape).config
+    config: DrafterShape = read_layout(folder, **shape).config
     return config
 
 
 def load_tensors(
-    folder: Path | ModelFolder,
-    read: Callable[[Path], Mapping[str, Tensor]],
-    *,
-    hidden_size: int,
-    vocab_size: int,
-    num_hidden_layers: int,
+    folder: Path, read: Callable[[Path], Mapping[str, Tensor]], **target: int
 ) -> DrafterTensors[Tensor]:
-    """Read a block drafter and check that it belongs to a target of this shape.
+    """Read a block drafter for a target; `read_layout` and `block_tensors` in one."""
+    return block_tensors(read_layout(folder, **target), read)
+
+
+def block_tensors(
+    layout: Layout, read: Callable[[Path], Mapping[str, Tensor]]
+) -> DrafterTensors[Tensor]:
+    """Read the tensors of a block drafter.
 
     `read` reads a safetensors file into the tensors of a framework, by stored name. The gates of
     queries become tensors of their own, `gate_proj`. Tokens beyond the target's vocabulary keep
     their embeddings alone, since no target draws them and a mask may be among them. Raises a
-    CheckpointError if the folder is damaged, incomplete, or not made for this target.
+    CheckpointError if a file is damaged.
     """
-    opened = open_folder(folder) if isinstance(folder, Path) else folder
-    layout = read_layout(
-        opened,
-        _block_format(opened),
-        hidden_size=hidden_size,
-        vocab_size=vocab_size,
-        num_hidden_layers=num_hidden_layers,
-    )
-    config, head_size = layout.config, formats.head_inner_size(layout.shapes)
+    config, vocab_size = layout.config, layout.vocab_size
+    head_size = formats.head_inner_size(layout.shapes)
     head_shapes = formats.head_shapes(config, head_size, vocab_size)
     prefix = HEADS[config.head].prefix if config.head else ""
     parts: dict[str, dict[str, Tensor]] = {"backbone": {}, "head": {}, "vocabulary": {}}
-    for path in opened.files:
+    for path in layout.folder.files:
         for stored, tensor in read(path).items():
             name = layout.names.get(stored)
             if name is None:  # only training needs it
@@ -195,30 +182,17 @@ def load_tensors(
     return DrafterTensors(config=config, head_size=head_size, **parts)
 
 
-def load_mtp_tensors(
-    folder: Path | ModelFolder,
-    format: Format,
+def mtp_tensors(
+    layout: Layout,
     read: Callable[[Path, Collection[str]], Mapping[str, Tensor]],
     stack: Callable[[list[Tensor]], Tensor],
-    *,
-    hidden_size: int,
-    vocab_size: int,
-    num_hidden_layers: int,
 ) -> MtpTensors[Tensor]:
-    """Read a head that drafts depth by depth, and check that it belongs to a target of this shape.
+    """Read the tensors of a head that drafts depth by depth; its folder may hold a whole target.
 
-    The `folder` may hold a whole target. `read` reads tensors with given names from a safetensors
-    file, and `stack` stacks tensors of one shape along a new first axis. A CheckpointError is
-    raised if a setting or a tensor is missing, or does not fit or is not supported.
+    `read` reads tensors with given names from a safetensors file, and `stack` stacks tensors of one
+    shape along a new first axis. Raises a CheckpointError if a file is damaged.
     """
-    opened = open_folder(folder) if isinstance(folder, Path) else folder
-    layout = read_layout(
-        opened,
-        format,
-        hidden_size=hidden_size,
-        vocab_size=vocab_size,
-        num_hidden_layers=num_hidden_layers,
-    )
+    opened = layout.folder
     tensors: dict[str, Tensor] = {}
     for path in opened.files:
         wanted = [name for name in layout.names if opened.tensors[name].path == path]

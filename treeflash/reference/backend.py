@@ -11,8 +11,8 @@ from treeflash.config import LoadConfig
 from treeflash.decoding.backend_base import BaseBackend
 from treeflash.decoding.interfaces import ARHead
 from treeflash.drafters.config import DrafterShape
-from treeflash.drafters.folder import open_folder, read_file
-from treeflash.drafters.loading import find_head_format, load_mtp_tensors, load_tensors
+from treeflash.drafters.folder import read_file
+from treeflash.drafters.loading import block_tensors, mtp_tensors, read_layout
 from treeflash.drafters.mtp_heads import (
     MtpConfig,
     refuse_assistant,
@@ -92,18 +92,18 @@ def check_drafter(config: DrafterShape) -> None:
 
 def load_drafter(folder: Path, target: Target) -> DrafterModel:
     """Read a drafter and check that it belongs to the target."""
-    shape = {
-        "hidden_size": target.hidden_size,
-        "vocab_size": target.vocab_size,
-        "num_hidden_layers": target.layers,
-    }
-    opened = open_folder(folder)
-    if (head_format := find_head_format(opened)) is not None:
-        rows = load_mtp_tensors(opened, head_format, read_file, np.stack, **shape)
-        check_drafter(rows.config)
+    layout = read_layout(
+        folder,
+        hidden_size=target.hidden_size,
+        vocab_size=target.vocab_size,
+        num_hidden_layers=target.layers,
+    )
+    check_drafter(layout.config)
+    if layout.format.kind == "depth by depth":
+        rows = mtp_tensors(layout, read_file, np.stack)
         weights = _add_offset(rows.weights, rows.config.norm_offset)
         return MtpModel(rows.config, weights, {}, rows.vocabulary, target)
-    tensors = load_tensors(opened, read_file, **shape)
+    tensors = block_tensors(layout, read_file)
     weights = _add_offset(tensors.backbone, tensors.config.norm_offset)
     return DrafterModel(tensors.config, weights, tensors.head, tensors.vocabulary, target)
 

@@ -28,7 +28,7 @@ from treeflash.drafters.loading import VOCABULARY
 from treeflash.errors import ConfigError
 from treeflash.training.config import DEFAULT_LAYERS, NEW_DRAFTERS, TrainConfig, trained_head_name
 from treeflash_cuda.attention import AttentionContext
-from treeflash_cuda.backend import load_drafter
+from treeflash_cuda.backend import drafter_layout, load_drafter
 from treeflash_cuda.drafter_model import Convolution, DrafterModel
 from treeflash_cuda.heads import HEADS as HEAD_CLASSES
 from treeflash_cuda.target import Target
@@ -194,7 +194,7 @@ def initial_drafter(
         if config.init == "target":
             _copy_layers(model, target, sequences)
     else:
-        model, loaded_head = load_drafter(Path(config.init), target)
+        model, loaded_head = load_drafter(drafter_layout(Path(config.init), target), target)
         if loaded_head is not None and model.config.head == parsed.head:
             module: Any = loaded_head.module
             head = module.float()

@@ -14,7 +14,7 @@ from treeflash.config import LoadConfig
 from treeflash.drafters import mtp_heads
 from treeflash.drafters.folder import open_folder, read_file
 from treeflash.drafters.format import Format
-from treeflash.drafters.loading import find_head_format, load_mtp_tensors
+from treeflash.drafters.loading import find_head_format, mtp_tensors, read_layout
 from treeflash.drafters.mtp_heads import (
     ASSISTANT,
     DEEPSPEC_EAGLE3,
@@ -527,9 +527,9 @@ def write_eagle(folder: Path, **changes: Any) -> dict[str, Any]:
     return {"config": config, "stored": stored}
 
 
-def load(folder: Path, format: Format = EAGLE3, **changes: int) -> Any:
+def load(folder: Path, **changes: int) -> Any:
     target = {"hidden_size": 8, "vocab_size": 10, "num_hidden_layers": 12, **changes}
-    return load_mtp_tensors(folder, format, read_file, np.stack, **target)
+    return mtp_tensors(read_layout(folder, **target), read_file, np.stack)
 
 
 def test_a_head_fits_its_target(tmp_path: Path) -> None:
@@ -550,9 +550,9 @@ def test_a_head_fits_its_target(tmp_path: Path) -> None:
     mtp = {"num_hidden_layers": 11}
     write_eagle(tmp_path / "embeddings", eagle_aux_hidden_state_layer_ids=[0, 5, 9])
     assert load(tmp_path / "embeddings").config.target_layer_ids == (-1, 4, 8)
-    save(tmp_path / "mtp", QWEN, tensors("mtp.fc.weight"))
+    save(tmp_path / "mtp", QWEN, tensors("mtp.fc.weight", "mtp.pre_fc_norm_hidden.weight"))
     with pytest.raises(CheckpointError, match="a target of 12 layers, this one has 11"):
-        load(tmp_path / "mtp", QWEN_MTP, **mtp)
+        load(tmp_path / "mtp", **mtp)
 
 
 def test_tensors_of_a_head_are_checked(tmp_path: Path) -> None:
@@ -606,7 +606,7 @@ def test_experts_are_stacked(tmp_path: Path, fused: bool) -> None:
         stored |= {f"{prefix}gate_up_proj": np.concatenate([gate, up], 1)}
         stored |= {f"{prefix}down_proj": down}
     save(tmp_path / "head", QWEN_MOE, stored)
-    weights = load(tmp_path / "head", QWEN_MTP).weights
+    weights = load(tmp_path / "head").weights
     for name, expected in zip(parts, (gate, up, down), strict=True):
         np.testing.assert_array_equal(weights[f"layer.mlp.experts.{name}"], expected)
     assert not [name for name in weights if name.startswith("layer.mlp.experts.0")]
