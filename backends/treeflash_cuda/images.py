@@ -286,10 +286,7 @@ def load_processor(folder: Path, config: PreTrainedConfig) -> Processor | str:
     try:
         processor = read_processor(folder)
     except ImportError as error:
-        return (
-            f"its processor needs a package that is not installed ({first_line(error)}); "
-            "pip install torchvision"
-        )
+        return f"its processor needs a package that is not installed ({first_line(error)})"
     except Exception as error:  # of a folder without the files of a processor, among others
         return f"its folder has no usable processor ({first_line(error)})"
     merge = getattr(vision, "spatial_merge_size", 1)
