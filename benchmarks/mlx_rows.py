@@ -11,10 +11,11 @@ exact mode needs all of them to be equal bit for bit; see docs/exact.md. The siz
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
+from treeflash_mlx.exact import ROWS, RowFunction, attend, attend_beside, differing
 
 from benchmarks.common import Parser, Row, show, write_json
 
@@ -23,10 +24,6 @@ HIDDEN, WIDE, VOCABULARY = 576, 1536, 49152
 HEADS, KV_HEADS, HEAD_DIM = 9, 3, 64
 KEYS = 300
 COUNTS = (1, 2, 3, 4, 5, 7, 8, 9, 12, 15, 16, 17, 24, 31, 32, 33, 48, 63)
-ROWS = 64
-
-RowFunction = Callable[[int], mx.array]
-"""(n, ...) results of the first n of `ROWS` rows."""
 
 
 def operations(dtype: mx.Dtype) -> Iterator[tuple[str, RowFunction]]:
@@ -45,36 +42,13 @@ def operations(dtype: mx.Dtype) -> Iterator[tuple[str, RowFunction]]:
     yield "SiLU", lambda n: nn.silu(wide[:n])
     q, (k, v) = numbers(1, HEADS, ROWS, HEAD_DIM), numbers(2, 1, KV_HEADS, KEYS, HEAD_DIM)
     yield "rotary angles", lambda n: rotate(q[:, :, :n]).transpose(0, 2, 1, 3)[0]
-    yield "attention, rows", lambda n: attend(q[:, :, :n], k, v, mx.ones((n, KEYS), mx.bool_))
+    yield "attention, rows", lambda n: attend(q[:, :, :n], k, v)
     yield "attention, keys", lambda n: attend_beside(q[:, :, :n], k, v)
 
 
 def rotate(x: mx.array) -> mx.array:
     """Rotate the (1, heads, n, head_dim) rotated rows at the positions from 100 on."""
     return mx.fast.rope(x, HEAD_DIM, traditional=False, base=1e5, scale=1.0, offset=100)
-
-
-def attend(q: mx.array, k: mx.array, v: mx.array, visible: mx.array) -> mx.array:
-    """Return the (n, heads, head_dim) attention of (1, heads, n, head_dim) rows."""
-    scale = HEAD_DIM**-0.5
-    out = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=visible)
-    return out.transpose(0, 2, 1, 3)[0]
-
-
-def attend_beside(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-    """Attend to all keys; for fewer than `ROWS` rows without the keys that no row sees."""
-    hidden = mx.arange(KEYS) % 5 == 4
-    if q.shape[2] == ROWS:
-        return attend(q, k, v, mx.broadcast_to(~hidden, (ROWS, KEYS)))
-    seen = mx.array([i for i in range(KEYS) if i % 5 < 4])
-    visible = mx.ones((q.shape[2], len(seen)), mx.bool_)
-    return attend(q, mx.take(k, seen, axis=2), mx.take(v, seen, axis=2), visible)
-
-
-def differing(function: RowFunction) -> list[int]:
-    """List the numbers of rows whose results are not the first of `ROWS` rows, bit for bit."""
-    expected = function(ROWS)
-    return [n for n in COUNTS if not mx.array_equal(function(n), expected[:n]).item()]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -87,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows: list[Row] = []
     for dtype in DTYPES:
         for name, function in operations(dtype):
-            numbers = differing(function)
+            numbers = differing(function, COUNTS)
             answer = "equal" if not numbers else f"differs: {', '.join(map(str, numbers))}"
             rows.append({"dtype": str(dtype).split(".")[-1], "operation": name, "rows": answer})
     show(f"rows of MLX on {mx.default_device()}", rows)

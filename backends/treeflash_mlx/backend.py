@@ -41,6 +41,7 @@ from treeflash_mlx.device import (
 )
 from treeflash_mlx.drafter import Drafter
 from treeflash_mlx.drafter_model import DrafterModel, OwnVocabulary
+from treeflash_mlx.exact import check_operations
 from treeflash_mlx.head_operations import Float32Norm, split_pairs
 from treeflash_mlx.heads import HEADS, TABLE_HEADS, ARHead, RecurrentHead, TableHead
 from treeflash_mlx.hybrid import delta_kernel_wins
@@ -118,6 +119,10 @@ class MlxBackend(BaseBackend):
         padding = sum(len(rows) * max(rows) - sum(rows) for rows in classes.values())
         return nbytes + padding * int(self.target.column_nbytes)
 
+    def check_exact(self) -> None:
+        check_operations(self.target)
+        super().check_exact()
+
     def check_trees(self) -> None:
         self.target.check_trees()
         super().check_trees()
@@ -175,6 +180,8 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> MlxBackend:
             "mlx-lm computes other logits for %s models in a batch; sequences run one by one",
             model.family,
         )
+    if config.exact:
+        backend.check_exact()
     if drafter is not None:
         backend.check_trees()
     warn_of_size(backend.weights_bytes)
@@ -243,11 +250,6 @@ def warm_up(backend: MlxBackend) -> None:
 
 def check_config(config: LoadConfig) -> None:
     """Raise a ConfigError for settings that this backend lacks."""
-    if config.exact:
-        raise ConfigError(
-            "exact is supported only by the cuda backend: in Metal's kernels a row's bits depend "
-            "on the rows beside it"
-        )
     for option in ("compile", "device_map", "threads"):
         if getattr(config, option):
             raise ConfigError(f"{option} is supported only by the cuda backend")

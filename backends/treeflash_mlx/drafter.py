@@ -148,9 +148,12 @@ class Drafter:
         block_positions, row_positions = (
             mx.array(np.concatenate(x), mx.int32) for x in (blocks, rows)
         )
+        on_gpu = mx.default_device().type == mx.gpu
         for n, (layer, kind) in enumerate(zip(self.model.layers, kinds, strict=True)):
             attend = partial(self._attend, sequences, n, kind)
             x = layer(x, contexts, block_positions, row_positions, attend)
+            if on_gpu and n in (0, len(kinds) - 1):
+                mx.async_eval(x)  # the device begins while Python builds what follows
         for state, _ in roots:
             # The blocks' keys and values are scratch: the next context overwrites them.
             state.drafter.length, state.context = state.length, []

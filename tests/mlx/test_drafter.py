@@ -215,3 +215,22 @@ def test_dflash_drafter_has_no_head(tmp_path):
 def test_peak_memory_is_reported(pair):
     backend = load(*pair, LoadConfig())
     assert backend.memory_bytes() >= mx.get_active_memory() > 0
+
+
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_a_gpu_begins_a_draft_before_its_table_is_built(pair, monkeypatch, on_gpu):
+    """A CPU would compute while it should build the rest."""
+    backend = load(*pair, LoadConfig())
+    with SequenceSession(backend, drafts=True) as sequence:
+        root = sequence.extend([5, 6, 7])
+        expected = np.array(sequence.draft(root).hidden)
+    submitted = []
+    with SequenceSession(backend, drafts=True) as sequence:
+        sequence.extend([5, 6, 7])
+        device = mx.Device(mx.gpu if on_gpu else mx.cpu)
+        monkeypatch.setattr(mx, "default_device", lambda: device)
+        monkeypatch.setattr(mx, "async_eval", submitted.append)
+        block = sequence.draft(root)
+    layers = backend.drafter_config.num_hidden_layers
+    assert len(submitted) == (len({0, layers - 1}) if on_gpu else 0)
+    np.testing.assert_array_equal(np.array(block.hidden), expected)

@@ -1,0 +1,86 @@
+"""Exact mode of the MLX backend: the check at load, and what it names."""
+
+import pytest
+
+from treeflash.config import DecodeConfig, LoadConfig, SamplingConfig
+from treeflash.decoding import Request, Scheduler, SchedulerConfig
+from treeflash.errors import UnsupportedModelError
+from treeflash.testing import require
+from treeflash.testing.models import write_drafter, write_target
+
+require("mlx_lm")
+
+import mlx.core as mx
+from mlx import nn
+from treeflash_mlx.backend import load
+
+pytestmark = pytest.mark.skipif(
+    mx.default_device().type != mx.cpu, reason="exact mode is MLX's on a CPU"
+)
+
+
+@pytest.fixture(scope="module")
+def backend(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exact")
+    write_target(folder / "target", "qwen3", seed=1, vocab_size=96, hidden_size=64)
+    write_drafter(folder / "drafter", folder / "target", seed=2)
+    config = LoadConfig(dtype="bfloat16", exact=True)
+    return load(folder / "target", folder / "drafter", config)
+
+
+SAMPLINGS = SamplingConfig(), SamplingConfig(temperature=0.9, seed=3)
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_texts_of_bfloat16_are_those_of_plain_decoding(backend, sampling, rng):
+    """Alone and four at once, after prompts of different lengths."""
+    assert backend.inexact is None
+    prompts = [rng.integers(0, 96, n).tolist() for n in (3, 20, 70, 150)]
+
+    def texts(method, parallel):
+        config = DecodeConfig(method=method, budget=12, max_tokens=40, sampling=sampling)
+        requests = [Request(prompt_ids=prompt, config=config) for prompt in prompts]
+        tokens = {id(request): [] for request in requests}
+        scheduler = Scheduler(backend, SchedulerConfig(max_parallel=parallel))
+        for request, step in scheduler.decode(requests):
+            tokens[id(request)] += step.tokens
+        return [tokens[id(request)] for request in requests]
+
+    plain = texts("ar", 1)
+    assert texts("ar", 4) == plain
+    for method, parallel in (("treeflash", 1), ("treeflash", 4), ("suffix", 4)):
+        assert texts(method, parallel) == plain
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("attention to 300 keys", (9, 300)),
+        ("attention to 300 keys with others between them", (1, 240)),
+    ],
+)
+def test_attention_that_depends_on_others_is_named(backend, monkeypatch, name, shape):
+    """As kernels for few rows and for many do, and sums that are split where columns are."""
+    attention = mx.fast.scaled_dot_product_attention
+
+    def changed(q, k, v, **options):
+        out = attention(q, k, v, **options)
+        return out * 1.01 if (q.shape[2], k.shape[2]) == shape else out
+
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", changed)
+    with pytest.raises(UnsupportedModelError) as caught:
+        backend.check_exact()
+    assert str(caught.value) == (
+        "exact mode is not possible for this target: on this device a row's bits depend on the "
+        f"rows or keys beside it in {name}"
+    )
+
+
+def test_products_that_depend_on_their_number_of_rows_are_named(backend, monkeypatch):
+    """As those of Metal do, where one row has another kernel than five."""
+    call = nn.Linear.__call__
+    monkeypatch.setattr(
+        nn.Linear, "__call__", lambda self, x: call(self, x) * (1.01 if len(x) == 9 else 1)
+    )
+    with pytest.raises(UnsupportedModelError, match=r"beside it in products \d+ x \d+, products"):
+        backend.check_exact()
