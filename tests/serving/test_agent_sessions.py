@@ -10,16 +10,19 @@ from __future__ import annotations
 import json
 import random
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import pytest
 from byte_tokens import SPECIAL
 from scripted_model import reference_model
 from servers import serving
 from tool_models import tool_tokenizer
 
+from treeflash.config import LoadConfig
 from treeflash.decoding.disk_cache import BLOCK
 from treeflash.decoding.iteration import SNAPSHOT_INTERVAL
+from treeflash.testing import require
 from treeflash.testing.models import write_drafter, write_target
 
 # Reasoning is kept after the last message of the user only, as in Qwen3's template.
@@ -40,7 +43,8 @@ TOOLS = ("read_file", "edit_file", "run_command")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def agent_model(request, tmp_path_factory):
+def agent_pair(request, tmp_path_factory):
+    """The folders of a tiny target and its drafter."""
     folder = tmp_path_factory.mktemp(request.param)
     target, drafter = folder / "target", folder / "drafter"
     write_target(
@@ -48,19 +52,36 @@ def agent_model(request, tmp_path_factory):
     )
     tool_tokenizer(target, chat_template=CHAT_TEMPLATE)
     write_drafter(drafter, target, seed=4)
-    return reference_model(target, drafter)
+    return target, drafter
+
+
+@pytest.fixture(scope="module")
+def agent_model(agent_pair):
+    return reference_model(*agent_pair)
+
+
+@pytest.fixture(scope="module")
+def fast_model(agent_pair):
+    """The pair in PyTorch: in NumPy the attention to 60,000 positions would take half an hour."""
+    require("torch")
+    from treeflash_cuda.backend import load
+
+    pair = load(*agent_pair, LoadConfig(device="cpu", dtype="float32"))
+    return replace(reference_model(*agent_pair), backend=pair)
 
 
 @dataclass(frozen=True)
 class Size:
-    """Characters of the system message, and numbers of turns."""
+    """A session: characters of the system message and of a tool's result, and its turns."""
 
     system: int
+    result: int
     turns: int
 
 
-SMALL = Size(2500, 6)
-LONG = Size(6_000, 16)
+SMALL = Size(2500, 150, 6)
+FULL = Size(14_500, 1550, 40)
+"""An agent's day: 15,000 tokens of instructions and tools, and 60,000 at its end."""
 
 
 def text(rng: random.Random, length: int) -> str:
@@ -74,10 +95,11 @@ class Session:
     """
 
     def __init__(self, name: str, size: Size = SMALL) -> None:
-        self.rng = random.Random(name)
+        self.rng, self.size = random.Random(name), size
         self.system = text(random.Random("system"), size.system) + name
         self.messages: list[dict] = []
         self.turn = 0
+        self.cached: int | None = None  # prompt tokens of the last turn that were cached
         self.ask()
 
     def ask(self) -> None:
@@ -93,7 +115,8 @@ class Session:
             return
         call = {"id": f"call_{self.turn}", "name": TOOLS[self.turn % 3], "path": f"{self.turn}.py"}
         answer["call"] = call
-        self.messages.append({"role": "tool", "id": call["id"], "text": text(self.rng, 150)})
+        result = text(self.rng, self.size.result)
+        self.messages.append({"role": "tool", "id": call["id"], "text": result})
 
     def compact(self) -> None:
         """Replace the conversation by a summary of it."""
@@ -149,7 +172,8 @@ SCHEMA = {"type": "object", "properties": {"path": {"type": "string"}}}
 def shared(one, other):
     """The number of tokens with which both prompts begin."""
     n = min(len(one), len(other))
-    return next((i for i in range(n) if one[i] != other[i]), n)
+    different = np.flatnonzero(np.array(one[:n]) != np.array(other[:n]))
+    return int(different[0]) if len(different) else n
 
 
 class Client:
@@ -193,19 +217,19 @@ class Client:
             assert usage["input_tokens"] == len(prompt)
         known = max((shared(prompt, other) for other in self.prompts[:-1]), default=0)
         assert known - lost <= cached < len(prompt), (known, len(prompt))
+        session.cached = cached
         return cached, disk
 
 
 def replay(client, session, turns):
-    """Some turns of a session, whose cached tokens grow every time."""
-    before = client.send(session)[0]
-    for _ in range(turns - 1):
-        session.go_on()
+    """Send the next turns of a session, whose cached tokens grow every time."""
+    for _ in range(turns):
+        if (before := session.cached) is not None:
+            session.go_on()
         cached, disk = client.send(session)
         # Where reasoning is dropped, what stands behind it has to be run again.
-        assert cached > before or session.messages[-1]["role"] == "user"
+        assert before is None or cached > before or session.messages[-1]["role"] == "user"
         assert disk == 0
-        before = cached
 
 
 @pytest.mark.parametrize("api", APIS)
@@ -216,11 +240,32 @@ def test_each_turn_runs_what_is_new(agent_model, api):
 
 
 @pytest.mark.nightly
+@pytest.mark.usefixtures("own_cache")
 @pytest.mark.parametrize("api", APIS)
-def test_each_turn_of_a_long_session_runs_what_is_new(agent_model, api):
-    client = Client(api)
-    with client.connected(agent_model, timeout=3600, max_memory_gb=16):
-        replay(client, Session("main", LONG), LONG.turns)
+def test_a_session_of_full_size(fast_model, api, tmp_path):
+    """Two sub-agents take turns with it, the server is started again, and it is compacted."""
+    client, main = Client(api), Session("main", FULL)
+    helpers = [Session(name, FULL) for name in ("one", "two")]
+    settings = {"timeout": 3600, "max_memory_gb": 16, "prefix_cache_dir": str(tmp_path)}
+    recurrent = fast_model.backend.open(1, drafts=False).needs_snapshots
+    lost = SNAPSHOT_INTERVAL if recurrent else 1
+    with client.connected(fast_model, **settings):
+        replay(client, main, FULL.turns // 4)
+        for helper in helpers:
+            client.send(helper, lost=lost)
+        for _ in range(4):
+            for session in (*helpers, main):
+                replay(client, session, 1)
+        replay(client, main, FULL.turns // 2 - main.turn)
+    with client.connected(fast_model, **settings):
+        main.go_on()
+        cached, disk = client.send(main, lost=1 if recurrent else BLOCK)
+        assert cached == disk > FULL.system
+        replay(client, main, FULL.turns - main.turn)
+        assert len(client.prompts[-1]) >= 60_000
+        main.compact()
+        cached, _ = client.send(main, lost=lost)
+        assert cached > FULL.system - lost
 
 
 def test_sub_agents_take_turns(agent_model):
