@@ -6,6 +6,7 @@ The moments are random, so that the test waits for a random time before each sig
 from __future__ import annotations
 
 import io
+import os
 import random
 import signal
 import subprocess
@@ -31,11 +32,13 @@ def turn(conversation: int, number: int) -> list[int]:
 
 
 class PiecewiseFile(io.FileIO):
-    """Writes a few bytes at a time, so that a signal often finds a file that is not complete."""
+    """Waits for the disk after every piece, so that a signal often finds an incomplete file."""
 
     def write(self, contents: Any) -> int:
-        for first in range(0, len(contents), 16):
-            super().write(contents[first : first + 16])
+        piece = -(-len(contents) // 4)
+        for first in range(0, len(contents), piece):
+            super().write(contents[first : first + piece])
+            os.fsync(self.fileno())
         return len(contents)
 
 
@@ -43,7 +46,9 @@ def write_for_ever(pair_folder: Path, states: Path) -> None:
     """Answer the turns of all conversations again and again, in a folder that forgets them."""
     pair = stored_pair(pair_folder, "qwen3_5")
     state_files.os.fdopen = PiecewiseFile
-    print("ready", flush=True)
+    with Process(pair, states, nbytes=1 << 18) as process:
+        process.answer(turn(0, TURNS - 1))
+    print("ready", flush=True)  # with something in the folder
     while True:
         # So few bytes that each conversation removes files of another.
         with Process(pair, states, nbytes=1 << 18) as process:
@@ -80,6 +85,7 @@ def test_no_request_fails_and_no_text_differs_after_kills(tmp_path, kills, caplo
         assert process.disk.skipped == 0
     assert not caplog.records
     assert restored > 0
+    assert kills < 50 or left, "no signal found a file that was being written"
     print(f"{kills} kills, {len(left)} unfinished files, {restored} tokens restored")
 
 
