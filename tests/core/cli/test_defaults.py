@@ -115,6 +115,17 @@ def test_serve(scripted: Any):
     check("serve", used)
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_sizes_have_the_unit_that_the_code_counts(command: str):
+    """Limits of memory and of states are multiples of 2^30 or 2^20, files of features of 10^9."""
+    for action in actions(command):
+        if action.dest == "cache_gb":
+            assert re.search(r"\bGB of disk space", str(action.help))
+        elif unit := {"gb": "GiB", "mb": "MiB"}.get(action.dest.rpartition("_")[2]):
+            assert action.metavar == unit
+            assert not re.search(r"\b[GM]B\b", str(action.help)), action.help
+
+
 def test_distill():
     check("distill", vars(DistillConfig()))
 
