@@ -41,7 +41,7 @@ from treeflash_cuda.heads import HEADS, TABLE_HEADS, TableHead
 from treeflash_cuda.images import Processor
 from treeflash_cuda.kernels import ChunkKernels, EncodedKernels, flash_kernels
 from treeflash_cuda.linear import IN_DRAFTER, fuse_linears, pack_linears
-from treeflash_cuda.mtp_head import MtpArena, MtpDrafter, MtpHead, MtpModel
+from treeflash_cuda.mtp_head import MtpArena, MtpDrafter, MtpHead, MtpModel, ParallelDrafter
 from treeflash_cuda.operations import Operations, Shapes, load_operations
 from treeflash_cuda.parallel import (
     LeaderState,
@@ -91,7 +91,8 @@ class CudaBackend(BaseBackend):
         self.drafter_arena = new_drafter_arena(drafter_model, target) if drafter_model else None
         self.drafter: Drafter | MtpDrafter | None = None
         if isinstance(drafter_model, MtpModel):
-            self.drafter = MtpDrafter(drafter_model, target)
+            parallel = drafter_model.config.has_marginals
+            self.drafter = (ParallelDrafter if parallel else MtpDrafter)(drafter_model, target)
         elif drafter_model is not None:
             self.drafter = Drafter(drafter_model, target, draft_window)
         if target.device.type == "cuda":
@@ -277,10 +278,10 @@ def load_packed_drafter(
     """Load a drafter, packed for the device; the target keeps the outputs that it reads."""
     layout = drafter_layout(folder, target)
     target.capture(layout.config.target_layer_ids)
-    if layout.format.kind == "depth by depth":
+    if layout.format.kind == "rows":
         refuse_window(config)
         rows = load_mtp_head(layout, target)
-        return rows, MtpHead(rows, target)
+        return rows, None if rows.config.has_marginals else MtpHead(rows, target)
     drafter_model, head = load_drafter(layout, target)
     fuse_linears(drafter_model, IN_DRAFTER)
     pack_linears(drafter_model)

@@ -26,12 +26,14 @@ from treeflash.drafters.mtp_layer import MtpLayer
 from treeflash.errors import ConfigError
 from treeflash_cuda.attention import additive_mask, group_mask, grouped_attention
 from treeflash_cuda.cache import Arena, KVCache, PackedRows, from_host, to_host
-from treeflash_cuda.drafter import OutputStage
+from treeflash_cuda.drafter import Block, Drafter, OutputStage
 from treeflash_cuda.drafter_model import OwnVocabulary, Rotary, Rotation
 from treeflash_cuda.head_operations import OPERATIONS
 from treeflash_cuda.numerics import upload
 from treeflash_cuda.target import Target
 
+PARALLEL_CHUNK = 512
+"""Committed rows of P-EAGLE, which attend, that are computed at once."""
 CHUNK = 2048
 """Committed rows whose keys and values are computed at once."""
 
@@ -48,7 +50,7 @@ class MtpModel(MtpLayer, nn.Module):
 
     @property
     def layers(self) -> Sequence[nn.Module]:
-        return [self.layer]
+        return [self.layer, *self.further_layers]
 
     def rotation(self, positions: NDArray[np.integer], like: Tensor) -> Rotation:
         return self.rotary(upload(positions, like.device), like.dtype)
@@ -198,6 +200,62 @@ class MtpDrafter:
 
     def log_probs(self, block: MtpBlock) -> NDArray[np.float32]:
         raise ConfigError(NO_MARGINALS)
+
+
+class ParallelDrafter(Drafter):
+    """P-EAGLE: rows with the mask token follow the root's, and all rows are one causal text."""
+
+    def __init__(self, model: Any, target: Target) -> None:
+        super().__init__(model, target)
+        self.rows: MtpModel = model
+
+    @torch.inference_mode()
+    def draft(self, roots: Sequence[tuple[Any, int]], depths: int | None = None) -> list[Block]:
+        """Run the rows of all sequences together; earlier parts of prompts chunk by chunk."""
+        config, masks = self.rows.config, self.rows.config.depths - 1
+        mask = self.rows.project(self.rows.mask_hidden.flatten()[None])
+        runs: list[tuple[MtpCache, int, list[int], Tensor]] = []
+        for state, root in roots:
+            cache = state.drafter
+            assert isinstance(cache, MtpCache)
+            first = max(cache.length - 1, 0)
+            cache.append(state.context)
+            state.context = []
+            assert cache.hidden is not None
+            tokens = [*state.tokens[first + 1 :], root]
+            while len(tokens) > PARALLEL_CHUNK:
+                stop = first + PARALLEL_CHUNK
+                self._run([(cache, first, tokens[:PARALLEL_CHUNK], cache.hidden[first:stop])])
+                first, tokens = stop, tokens[PARALLEL_CHUNK:]
+            states = torch.cat([cache.hidden[first : cache.length], mask.expand(masks, -1)])
+            runs.append((cache, first, [*tokens, *[config.mask_token_id or 0] * masks], states))
+        parts = self._run(runs).split([len(tokens) for _, _, tokens, _ in runs])
+        blocks = []
+        for (state, root), part in zip(roots, parts, strict=True):
+            hidden, token = part[-config.depths :], upload(np.array([root]), self.target.device)
+            blocks.append(Block(root, token, hidden[:depths], hidden, hidden, state.tokens[-1]))
+        return blocks
+
+    def _run(self, runs: Sequence[tuple[MtpCache, int, list[int], Tensor]]) -> Tensor:
+        """Run rows of several sequences: each cache, its first row, and the tokens and states."""
+        device, groups = self.target.device, self.rows.config.num_attention_heads
+        groups //= self.rows.config.num_key_value_heads
+        tokens = upload(np.array([token for run in runs for token in run[2]]), device)
+        positions = np.concatenate([first + np.arange(len(x)) for _, first, x, _ in runs])
+        embedded, states = self.output.embed(tokens), torch.cat([run[3] for run in runs])
+        sizes, masks = [len(x) for _, _, x, _ in runs], []
+        for _, first, x, _ in runs:
+            seen = torch.ones(len(x), first + len(x), dtype=torch.bool, device=device)
+            masks.append(group_mask(additive_mask(seen.tril(first), embedded.dtype), groups))
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            PackedRows([(x, first, len(t)) for x, first, t, _ in runs], k).write(layer, k, v)
+            kv_caches = [x.first_columns(layer, first + len(t)) for x, first, t, _ in runs]
+            return grouped_attention(q, kv_caches, masks, sizes, q.shape[-1] ** -0.5)[0]
+
+        rotation = self.rows.rotation(positions, embedded)
+        outputs: Tensor = self.rows.run(embedded, states, rotation, attend)
+        return outputs
 
 
 class MtpHead(mtp_head.MtpHead):

@@ -47,7 +47,7 @@ from treeflash_mlx.heads import HEADS, TABLE_HEADS, ARHead, RecurrentHead, Table
 from treeflash_mlx.hybrid import delta_kernel_wins
 from treeflash_mlx.metal_kernels import attention
 from treeflash_mlx.metal_kernels.products import RACED_ROWS, choose_products
-from treeflash_mlx.mtp_head import MtpCache, MtpDrafter, MtpHead, MtpModel
+from treeflash_mlx.mtp_head import MtpCache, MtpDrafter, MtpHead, MtpModel, ParallelDrafter
 from treeflash_mlx.state import State
 from treeflash_mlx.target import KV_BITS, Target
 from treeflash_mlx.verifier import Verifier
@@ -89,7 +89,8 @@ class MlxBackend(BaseBackend):
         if isinstance(drafter_model, AssistantModel):
             self.drafter = AssistantDrafter(drafter_model, target)
         elif isinstance(drafter_model, MtpModel):
-            self.drafter = MtpDrafter(drafter_model, target)
+            parallel = drafter_model.config.has_marginals
+            self.drafter = (ParallelDrafter if parallel else MtpDrafter)(drafter_model, target)
         elif drafter_model is not None:
             self.drafter = Drafter(drafter_model, target, draft_window)
         self.device = "cpu" if mx.default_device().type == mx.cpu else "gpu"
@@ -331,11 +332,11 @@ def load_drafter(folder: Path, target: Target, bits: int | None) -> tuple[Model,
         num_hidden_layers=len(target.layers),
     )
     target.capture(layout.config.target_layer_ids)
-    if layout.format.kind == "depth by depth":
+    if layout.format.kind == "rows":
         rows = load_mtp_head(layout, target, bits)
         if isinstance(rows, AssistantModel):
             return rows, AssistantHead(rows, target)
-        return rows, MtpHead(rows, target)
+        return rows, None if rows.config.has_marginals else MtpHead(rows, target)
     tensors = block_tensors(layout, read_file)
     config = tensors.config
     model = DrafterModel(config, OwnVocabulary(tensors.vocabulary, target))

@@ -24,7 +24,7 @@ from treeflash.drafters.mtp_heads import NO_MARGINALS, MtpConfig, first_visible
 from treeflash.drafters.mtp_layer import MtpLayer
 from treeflash.errors import ConfigError
 from treeflash_mlx.cache import KVCache, share_storage, to_host
-from treeflash_mlx.drafter import OutputStage
+from treeflash_mlx.drafter import Block, Drafter, OutputStage
 from treeflash_mlx.drafter_model import OwnVocabulary
 from treeflash_mlx.head_operations import OPERATIONS
 from treeflash_mlx.state import State, project_contexts
@@ -177,6 +177,68 @@ class MtpDrafter:
 
     def log_probs(self, block: MtpBlock) -> NDArray[np.float32]:
         raise ConfigError(NO_MARGINALS)
+
+
+class ParallelDrafter(Drafter):
+    """P-EAGLE: rows with the mask token follow the root's, and all rows are one causal text."""
+
+    def __init__(self, model: Any, target: Target) -> None:
+        super().__init__(model, target)
+        self.rows: MtpModel = model
+
+    def draft(self, roots: Sequence[tuple[Any, int]], depths: int | None = None) -> list[Block]:
+        """Run the rows of all sequences together; earlier parts of prompts chunk by chunk."""
+        config, masks = self.rows.config, self.rows.config.depths - 1
+        project_contexts([state for state, _ in roots], self.rows.project)
+        mask = self.rows.project(self.rows.mask_hidden.reshape(1, -1))
+        runs: list[tuple[MtpCache, int, list[int], mx.array]] = []
+        for state, root in roots:
+            cache = state.drafter
+            assert isinstance(cache, MtpCache)
+            first = max(cache.length - 1, 0)
+            cache.append(state.context)
+            state.context = []
+            tokens = [*state.tokens[first + 1 :], root]
+            while len(tokens) > CHUNK:
+                stop = first + CHUNK
+                self._run([(cache, first, tokens[:CHUNK], cache.states(first, stop))])
+                mx.eval(share_storage([cache]).layers)
+                first, tokens = stop, tokens[CHUNK:]
+            states = mx.concatenate([cache.states(first, cache.length), mx.repeat(mask, masks, 0)])
+            runs.append((cache, first, [*tokens, *[config.mask_token_id or 0] * masks], states))
+        ends = np.cumsum([len(tokens) for _, _, tokens, _ in runs])
+        parts = mx.split(self._run(runs), ends[:-1].tolist())
+        hidden = [part[-config.depths :] for part in parts]
+        return [
+            Block(root, part[:depths], part, state.tokens[-1])
+            for (state, root), part in zip(roots, hidden, strict=True)
+        ]
+
+    def _run(self, runs: Sequence[tuple[MtpCache, int, list[int], mx.array]]) -> mx.array:
+        """Run rows of several sequences: each cache, its first row, and the tokens and states."""
+        tokens = mx.array([token for _, _, x, _ in runs for token in x], mx.int32)
+        positions = np.concatenate([first + np.arange(len(x)) for _, first, x, _ in runs])
+        embedded = self.output.embed(tokens)
+
+        def attend(layer: int, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+            out, row = [], 0
+            for cache, first, x, _ in runs:
+                part, storage = slice(row, row + len(x)), share_storage([cache])
+                storage.write(layer, [k[:, :, part], v[:, :, part]], first)
+                y = mx.fast.scaled_dot_product_attention(
+                    q[:, :, part],
+                    *storage.read(layer, first + len(x)),
+                    scale=q.shape[-1] ** -0.5,
+                    mask="causal",
+                )
+                out.append(y[0].swapaxes(0, 1))
+                row += len(x)
+            return mx.concatenate(out)
+
+        states = mx.concatenate([states for *_, states in runs])
+        rotation = self.rows.rotation(positions, embedded)
+        outputs: mx.array = self.rows.run(embedded, states, rotation, attend)
+        return outputs
 
 
 class MtpHead(mtp_head.MtpHead):

@@ -14,10 +14,16 @@ from treeflash.decoding import Request, decode
 from treeflash.decoding.interfaces import TableOptions
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import build_chain
-from treeflash.reference import drafter
-from treeflash.reference.numerics import attention, silu
+from treeflash.reference import drafter, mtp_head
+from treeflash.reference.numerics import attention, silu, visible
 
-NAMES = ("dflash-sinks", "dspark-sinks", "gemma4-dspark-plain", "muse-glimmer-assistant-plain")
+NAMES = (
+    "dflash-sinks",
+    "dspark-sinks",
+    "gemma4-dspark-plain",
+    "muse-glimmer-assistant-plain",
+    "speculators-peagle",
+)
 PUBLISHED = [
     *((backend, name) for backend in BACKENDS for name in NAMES),
     ("mlx", "gemma4-dspark"),
@@ -138,6 +144,22 @@ FAULTS: dict[str, tuple[str, Plant]] = {
     "frequencies of the turning channels alone": (
         "gemma4-dspark-plain",
         setting("inv_freq", (1.0, 1e-3, *[0.0] * 6)),
+    ),
+    "P-EAGLE's mask embedded by the target": (
+        "speculators-peagle",
+        lambda patch, pair: pair.drafter_model.vocabulary.pop("embed_tokens.weight"),
+    ),
+    "P-EAGLE's masks without a state": (
+        "speculators-peagle",
+        lambda patch, pair: patch.setitem(
+            pair.drafter_model.tensors, "mask_hidden", np.zeros((1, 1, 192), np.float32)
+        ),
+    ),
+    "rows of P-EAGLE that see later ones": (
+        "speculators-peagle",
+        lambda patch, pair: patch.setattr(
+            mtp_head, "visible", lambda q, k, w, causal: visible(q, k, w, causal=False)
+        ),
     ),
     "a causal block": ("gemma4-dspark-plain", setting("causal", (True, True))),
 }

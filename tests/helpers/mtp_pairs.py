@@ -61,6 +61,27 @@ def write_mtp_pair(
     return target, root / "head"
 
 
+def write_peagle_pair(root: Path, seed: int = 0) -> tuple[Path, Path]:
+    """The folders of a target of 4 layers and of a P-EAGLE drafter of 2 layers for it."""
+    target, head = write_mtp_pair(root, "eagle3", seed)
+    shape = read_config(target)
+    keys = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "head_dim")
+    layers = {key: shape[key] for key in (*keys, "num_key_value_heads", "rms_norm_eps")}
+    drafter = {
+        "speculators_model_type": "peagle",
+        "mask_token_id": 7,
+        "draft_vocab_size": 16,
+        "fc_norm": True,
+        "speculators_config": {"proposal_methods": [{"speculative_tokens": 5}]},
+        "transformer_layer_config": {**layers, "num_hidden_layers": 2},
+    }
+    rng = np.random.default_rng(seed + 2)
+    tensors = _tensors(rng, mtp_heads.PEAGLE, drafter, shape)
+    tensors["embed_tokens.weight"] = normal(rng, shape["vocab_size"], shape["hidden_size"])
+    save(head, drafter, tensors)
+    return target, head
+
+
 def _tensors(
     rng: np.random.Generator,
     format: Format,
@@ -91,6 +112,8 @@ def _stored_name(name: str, format: Format) -> str:
         }
         first, _, rest = name.replace("layer.", "layers.0.", 1).partition(".")
         return f"mtp.{renamed.get(first, first)}.{rest}"
+    if name.startswith("further_layers."):
+        return name.replace("further_layers.0", "layers.1")
     renamed = {"embedding_norm": "midlayer.input_layernorm", "hidden_norm": "midlayer.hidden_norm"}
     first, _, rest = name.replace("layer.", "midlayer.", 1).partition(".")
     return f"{renamed.get(first, first)}.{rest}" if rest else name

@@ -29,6 +29,7 @@ NEWER = {
     "muse-glimmer-assistant": "muse-target",
     "muse-glimmer-assistant-plain": "plain-target",
     "speculators-mtp": "qwen3_5-target",
+    "speculators-peagle": "plain-target",
 }
 """Drafters of a second folder, with their targets."""
 TARGETS = NEWER | {

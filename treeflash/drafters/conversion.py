@@ -125,6 +125,9 @@ def _refuse_inexpressible(config: DrafterConfig, to: str) -> None:
         "causal full attention": any(config.causal),
         "a first token predicted by the root's slot": to == "dflash" and next_token,
         "a root's slot that predicts nothing": to == "deepspec" and not next_token,
+        "the head rnn after a root's slot that predicts nothing": (
+            config.head == "rnn" and not next_token
+        ),
         "a factor on its embeddings": config.input_scale != 1,
         **config.extensions,
     }

@@ -23,7 +23,7 @@ class Format:
     and `parse` raise what `treeflash.drafters.loading.read_layout` makes errors for users of.
 
     Attributes:
-        kind: whether a pass drafts a block of slots, or one depth of a tree.
+        kind: whether the layers read a block of slots, or a row for each position (EAGLE-3, MTP).
         detect: tells whether a folder is of this format, if it is of none before it in the table.
         parse: reads the configuration; it also gets the number of the target's layers.
         names: names the drafter's tensors among the stored ones.
@@ -33,7 +33,7 @@ class Format:
     """
 
     name: str
-    kind: Literal["block", "depth by depth"]
+    kind: Literal["block", "rows"]
     detect: Callable[[Config, Collection[str]], bool]
     parse: Callable[[Config, Collection[str], int], DrafterShape]
     names: Callable[[Config, Collection[str]], Names]

@@ -245,6 +245,8 @@ def check_pair(
     A block drafter with embeddings of its own may have more tokens than the target.
     """
     problem, mask, layer_ids, tokens = None, 0, config.target_layer_ids, vocab_size
+    if isinstance(config, MtpConfig):
+        mask = config.mask_token_id or 0
     if isinstance(config, DrafterConfig):
         mask = config.mask_token_id
         if own_embeddings and not config.draft_vocab_size:

@@ -13,6 +13,7 @@ parent's row, so every depth costs one pass of the layer and of the output head.
 | Qwen MTP | speculators | `speculators_model_type` `mtp` |
 | EAGLE-3 | DeepSpec | architecture `Qwen3Eagle3Model` |
 | EAGLE-3 | speculators | `speculators_model_type` `eagle3` |
+| P-EAGLE | speculators | `speculators_model_type` `peagle` |
 | Gemma 4's assistant | Google | `model_type` `gemma4_assistant` |
 
 Gemma 4's assistant has several layers and no rows: they read the keys and values of the target's
@@ -23,7 +24,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, TypeVar
 
@@ -86,20 +87,26 @@ class MtpConfig(DrafterShape):
     feature_norms: Literal["each", "all"] | None = None
     # the states come after the target's final norm; else from `target_layer_ids` and through `fc`
     final_state: bool = False
+    # P-EAGLE: all depths come from one pass, over the root's row and rows of this token; None for
+    # heads that draft depth by depth
+    mask_token_id: int | None = None
+    parallel_depths: int = 0  # of P-EAGLE
     # the layers of Gemma 4's assistant, which has no layer with keys of its own
     # (`num_hidden_layers` is 0); None for other heads
     assistant: Assistant | None = None
 
     @property
     def depths(self) -> int:
-        return DEPTHS
+        return self.parallel_depths or DEPTHS
 
     @property
     def has_marginals(self) -> bool:
-        return False
+        return self.mask_token_id is not None
 
     @property
     def scratch_rows(self) -> int:
+        if self.has_marginals:
+            return self.depths
         return 0 if self.assistant else 1 + MAX_PATHS * (self.depths - 1)
 
     @property
@@ -212,22 +219,20 @@ def mtp_shapes(config: MtpConfig, vocab_size: int) -> dict[str, tuple[int, ...]]
     """Return the shapes of all tensors of an MTP head by name, optional ones included."""
     if config.assistant is not None:
         return _assistant_shapes(config, config.assistant, vocab_size)
-    h, d = config.hidden_size, config.head_dim
-    q, kv = config.num_attention_heads * d, config.num_key_value_heads * d
-    read = 2 * h if config.reads_both else h
+    h = config.hidden_size
     shapes: dict[str, tuple[int, ...]] = {
         "embedding_norm.weight": (h,),
         "hidden_norm.weight": (h,),
         "norm.weight": (h,),
-        "layer.post_attention_layernorm.weight": (h,),
+        **_attention_shapes("layer.", config, 2 * h if config.reads_both else h),
     }
-    projections = {"q": (q * (2 if config.gated else 1), read), "k": (kv, read), "v": (kv, read)}
-    for name, shape in {**projections, "o": (h, q)}.items():
-        shapes[f"layer.self_attn.{name}_proj.weight"] = shape
-        if config.output_bias if name == "o" else config.attention_bias:
-            shapes[f"layer.self_attn.{name}_proj.bias"] = shape[:1]
-    if config.qk_norm:
-        shapes |= {f"layer.self_attn.{name}_norm.weight": (d,) for name in "qk"}
+    for n in range(config.num_hidden_layers - 1):
+        layer = f"further_layers.{n}."
+        shapes |= _attention_shapes(layer, config, h)
+        shapes |= _mlp_shapes(f"{layer}mlp.", h, config.intermediate_size)
+        shapes[f"{layer}input_layernorm.weight"] = (h,)
+    if config.has_marginals:
+        shapes["mask_hidden"] = (1, 1, len(config.target_layer_ids) * h)
     if config.reads_both:
         features = len(config.target_layer_ids)
         shapes["fc.weight"] = (h, features * h)
@@ -254,6 +259,21 @@ def mtp_shapes(config: MtpConfig, vocab_size: int) -> dict[str, tuple[int, ...]]
         shapes["lm_head.weight"] = (config.draft_vocab_size or vocab_size, h)
         if config.draft_vocab_size:
             shapes["d2t"] = (config.draft_vocab_size,)
+    return shapes
+
+
+def _attention_shapes(layer: str, config: MtpConfig, read: int) -> Shapes:
+    """Return the shapes of a layer's attention, which reads `read` numbers, and of its norm."""
+    h, d = config.hidden_size, config.head_dim
+    q, kv = config.num_attention_heads * d, config.num_key_value_heads * d
+    shapes: Shapes = {f"{layer}post_attention_layernorm.weight": (h,)}
+    projections = {"q": (q * (2 if config.gated else 1), read), "k": (kv, read), "v": (kv, read)}
+    for name, shape in {**projections, "o": (h, q)}.items():
+        shapes[f"{layer}self_attn.{name}_proj.weight"] = shape
+        if config.output_bias if name == "o" else config.attention_bias:
+            shapes[f"{layer}self_attn.{name}_proj.bias"] = shape[:1]
+    if config.qk_norm:
+        shapes |= {f"{layer}self_attn.{name}_norm.weight": (d,) for name in "qk"}
     return shapes
 
 
@@ -297,7 +317,7 @@ def _required_and_optional(
 ) -> tuple[Shapes, Shapes]:
     """Return the shapes of the tensors that a folder must have, and of optional ones."""
     shapes = mtp_shapes(config, vocab_size)
-    names = {"embed_tokens.weight"}
+    names = set() if config.has_marginals else {"embed_tokens.weight"}  # the mask's is its own
     if "d2t" not in shapes and "pre_projection.weight" not in shapes:
         names.add("lm_head.weight")
     optional = {name: shape for name, shape in shapes.items() if name in names}
@@ -353,7 +373,6 @@ def _layer_config(config: Config, **settings: Any) -> MtpConfig:
     inv_freq, rope_scale = inverse_frequencies(rope, int(head_dim * (share or 1.0)))
     return MtpConfig(
         hidden_size=hidden_size,
-        num_hidden_layers=1,
         num_attention_heads=heads,
         num_key_value_heads=int(config.get("num_key_value_heads") or heads),
         head_dim=head_dim,
@@ -362,8 +381,7 @@ def _layer_config(config: Config, **settings: Any) -> MtpConfig:
         vocab_size=int(config["vocab_size"]),
         inv_freq=tuple(inv_freq.tolist()),
         rope_scale=rope_scale,
-        causal=(True,),
-        **{"sliding_windows": (None,), **settings},
+        **{"num_hidden_layers": 1, "sliding_windows": (None,), "causal": (True,), **settings},
     )
 
 
@@ -566,6 +584,29 @@ def _parse_speculators(config: Config, stored: Collection[str], target_layers: i
     return _eagle_config(config, layers, ids or _default_layers(target_layers), stored)
 
 
+def _parse_peagle(config: Config, stored: Collection[str], target_layers: int) -> MtpConfig:
+    """P-EAGLE: EAGLE-3's rows, and behind them a row with the mask token for each further depth."""
+    eagle = {key: value for key, value in config.items() if key != "mask_token_id"}
+    layers = dict(config["transformer_layer_config"])
+    count = int(layers["num_hidden_layers"])
+    if any(backbone.sliding_layers(layers, count)):
+        raise ValueError("P-EAGLE with a sliding window is not supported")
+    layers |= {"num_hidden_layers": 1, "layer_types": None}
+    methods = config["speculators_config"]["proposal_methods"]
+    parsed = _parse_speculators(
+        {**eagle, "transformer_layer_config": layers}, stored, target_layers
+    )
+    return replace(
+        parsed,
+        head=None,
+        num_hidden_layers=count,
+        sliding_windows=(None,) * count,
+        causal=(True,) * count,
+        mask_token_id=int(config["mask_token_id"]),
+        parallel_depths=int(methods[0]["speculative_tokens"]),
+    )
+
+
 def _eagle_config(
     config: Config, layers: Config, layer_ids: Sequence[int], stored: Collection[str]
 ) -> MtpConfig:
@@ -614,6 +655,7 @@ def _eagle_names(config: Config, stored: Collection[str]) -> Names:
     for name in stored:
         part = re.sub(r"^model\.", "", name)
         part = re.sub(r"^(midlayer|layers\.0)\.", "layer.", part)
+        part = re.sub(r"^layers\.(\d+)", lambda n: f"further_layers.{int(n[1]) - 1}", part)
         if part not in unused and not part.startswith("verifier_"):
             module = part.removesuffix(".weight")
             names[name] = f"{renamed[module]}.weight" if module in renamed else part
@@ -710,7 +752,7 @@ def _assistant_names(config: Config, stored: Collection[str]) -> Names:
     return {**names, embeddings: "lm_head.weight"} if embeddings in names else names
 
 
-_mtp = partial(Format, kind="depth by depth", shapes=_required_and_optional)
+_mtp = partial(Format, kind="rows", shapes=_required_and_optional)
 QWEN_MTP = _mtp(name="Qwen MTP", detect=_is_qwen, parse=_parse_qwen, names=_qwen_names)
 QWEN_SIDECAR = _mtp(
     name="Qwen MTP",
@@ -738,6 +780,12 @@ SPECULATORS_EAGLE3 = _mtp(
     parse=_parse_speculators,
     names=_eagle_names,
 )
+PEAGLE = _mtp(
+    name="P-EAGLE",
+    detect=lambda config, stored: config.get("speculators_model_type") == "peagle",
+    parse=_parse_peagle,
+    names=_eagle_names,
+)
 ASSISTANT = _mtp(
     name="Gemma 4's assistant",
     detect=lambda config, stored: config.get("model_type") in ASSISTANT_TYPES,
@@ -746,6 +794,7 @@ ASSISTANT = _mtp(
 )
 MTP_FORMATS = (
     SPECULATORS_EAGLE3,
+    PEAGLE,
     SPECULATORS_MTP,
     DEEPSPEC_EAGLE3,
     EAGLE3,

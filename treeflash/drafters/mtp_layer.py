@@ -6,7 +6,7 @@ how a framework's module is made of a class. Names of attributes are the canonic
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from treeflash.drafters.heads.operations import Array, Operations
 from treeflash.drafters.mtp_heads import Experts, MtpConfig
 
+Attend: TypeAlias = Callable[[int, Array, Array, Array], Array]
+"""From a layer's index, queries, keys and values to its (n, heads, head_dim) attention."""
 Rotation: TypeAlias = Any
 """What the rotary embedding of a backend needs of n positions."""
 
@@ -126,6 +128,13 @@ class Layer:
         mixture = ops.module(MixtureOfExperts)
         self.mlp = mixture(config) if config.experts else ops.mlp(config)
 
+    def finish(self, attended: Array, gate: Array | None, residual: Array) -> Array:
+        """Return (n, hidden_size) outputs of rows, from their (n, heads, head_dim) attention."""
+        if gate is not None:
+            attended = attended * self.ops.sigmoid(gate)
+        x = residual + self.self_attn.o_proj(attended.reshape(len(attended), -1))
+        return x + self.mlp(self.post_attention_layernorm(x))
+
 
 class MtpLayer:
     """The weights of an MTP head, under their canonical names, and what rows compute with them.
@@ -151,6 +160,12 @@ class MtpLayer:
         else:
             self.input_proj = ops.linear(2 * h, h, bias=False)
         self.layer = ops.module(Layer)(config)
+        ordinary = replace(config, reads_both=False)
+        self.further_layers = ops.children(
+            [ops.module(Layer)(ordinary) for _ in range(config.num_hidden_layers - 1)]
+        )
+        if config.has_marginals:
+            self.mask_hidden = ops.parameter(1, 1, features * h)
         self.norm = ops.float32_norm(h, eps)
 
     def project(self, features: Array) -> Array:
@@ -176,10 +191,18 @@ class MtpLayer:
 
     def finish(self, attended: Array, gate: Array | None, residual: Array) -> Array:
         """Return (n, hidden_size) outputs of rows, from their (n, heads, head_dim) attention."""
-        if gate is not None:
-            attended = attended * self.ops.sigmoid(gate)
-        x = residual + self.layer.self_attn.o_proj(attended.reshape(len(attended), -1))
-        return x + self.layer.mlp(self.layer.post_attention_layernorm(x))
+        return self.layer.finish(attended, gate, residual)
+
+    def run(self, embedded: Array, states: Array, rotation: Rotation, attend: Attend) -> Array:
+        """Return (n, hidden_size) outputs of rows after all layers of P-EAGLE."""
+        y, x = self.read(embedded, states)
+        for n, layer in enumerate([self.layer, *self.further_layers]):
+            if n:
+                y = layer.input_layernorm(x)
+            q, gate = layer.self_attn.queries(y, rotation)
+            keys_and_values = layer.self_attn.keys_and_values(y, rotation)
+            x = layer.finish(attend(n, q, *keys_and_values), gate, x)
+        return x
 
     def feedback(self, outputs: Array) -> Array:
         """Return the states of the children of rows."""

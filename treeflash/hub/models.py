@@ -108,6 +108,7 @@ _DRAFTERS_BY_TARGET = {
         "z-lab/Qwen3-8B-DFlash-b16",
         "JetSpec/jetspec-qwen3-8b",
         "deepseek-ai/eagle3_qwen3_8b_ttt7",
+        "RedHatAI/Qwen3-8B-speculator.peagle",
         "RedHatAI/Qwen3-8B-speculator.eagle3",
     ),
     "Qwen/Qwen3-14B": _drafters(

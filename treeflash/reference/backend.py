@@ -22,7 +22,7 @@ from treeflash.errors import BackendError, ConfigError, UnsupportedModelError
 from treeflash.reference.drafter import Drafter
 from treeflash.reference.drafter_model import DrafterModel
 from treeflash.reference.heads import make_head
-from treeflash.reference.mtp_head import MtpDrafter, MtpHead, MtpModel
+from treeflash.reference.mtp_head import MtpDrafter, MtpHead, MtpModel, ParallelDrafter
 from treeflash.reference.numerics import Array
 from treeflash.reference.target import Target
 from treeflash.reference.verifier import State, Verifier
@@ -42,7 +42,9 @@ class ReferenceBackend(BaseBackend):
         self.verifier = Verifier(target)
         self.drafter: Drafter | MtpDrafter | None = None
         head: ARHead | None = None
-        if isinstance(drafter, MtpModel):
+        if isinstance(drafter, MtpModel) and drafter.config.has_marginals:
+            self.drafter = ParallelDrafter(drafter)
+        elif isinstance(drafter, MtpModel):
             self.drafter, head = MtpDrafter(drafter), MtpHead(drafter)
         elif drafter is not None:
             self.drafter = Drafter(drafter, draft_window)
@@ -99,7 +101,7 @@ def load_drafter(folder: Path, target: Target) -> DrafterModel:
         num_hidden_layers=target.layers,
     )
     check_drafter(layout.config)
-    if layout.format.kind == "depth by depth":
+    if layout.format.kind == "rows":
         rows = mtp_tensors(layout, read_file, np.stack)
         weights = _add_offset(rows.weights, rows.config.norm_offset)
         return MtpModel(rows.config, weights, {}, rows.vocabulary, target)

@@ -12,6 +12,7 @@ from treeflash.decoding.interfaces import StateArrays, TableOptions
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.drafters.mtp_heads import MAX_PATHS, NO_MARGINALS, MtpConfig
 from treeflash.errors import ConfigError
+from treeflash.reference.drafter import Block, Drafter
 from treeflash.reference.drafter_model import DrafterModel
 from treeflash.reference.numerics import (
     Array,
@@ -36,7 +37,8 @@ class MtpCache(Cache):
     """
 
     def __init__(self, config: MtpConfig) -> None:
-        super().__init__(1, config.num_key_value_heads, config.head_dim)
+        layers = config.num_hidden_layers
+        super().__init__(layers, config.num_key_value_heads, config.head_dim)
         self.hidden: Array = np.zeros((0, config.hidden_size), np.float32)
 
     @property
@@ -46,6 +48,12 @@ class MtpCache(Cache):
     @property
     def nbytes(self) -> int:
         return super().nbytes + self.hidden.nbytes
+
+    def append(self, model: MtpModel, state: State) -> None:
+        """Note the states of the positions that were committed since the last draft."""
+        if state.context:
+            hidden = model.project(np.concatenate(state.context))
+            self.hidden, state.context = np.concatenate([self.hidden, hidden]), []
 
     def copy_from(self, other: Cache, length: int) -> None:
         assert isinstance(other, MtpCache)
@@ -92,11 +100,13 @@ class MtpModel(DrafterModel):
         x = self.linear("input_proj", both)
         return self.normed("layer.input_layernorm", x), x
 
-    def keys_and_values(self, y: Array, positions: Ints) -> tuple[Array, Array]:
+    def keys_and_values(
+        self, y: Array, positions: Ints, layer: str = "layer."
+    ) -> tuple[Array, Array]:
         """Return the (kv_heads, n, head_dim) each, of n rows."""
-        v = self.linear("layer.self_attn.v_proj", y).reshape(len(y), -1, self.config.head_dim)
-        k = self._rotated("k", self.linear("layer.self_attn.k_proj", y), positions)
-        return k, v.swapaxes(0, 1)
+        v = self.linear(f"{layer}self_attn.v_proj", y).reshape(len(y), -1, self.config.head_dim)
+        k = self.linear(f"{layer}self_attn.k_proj", y)
+        return self._rotated(f"{layer}self_attn.k", k, positions), v.swapaxes(0, 1)
 
     def layer(
         self,
@@ -105,20 +115,21 @@ class MtpModel(DrafterModel):
         keys: Array,
         values: Array,
         mask: NDArray[np.bool_],
+        layer: str = "layer.",
     ) -> Array:
         """Return (n, hidden_size) outputs of n rows, which attend to m keys by an (n, m) mask."""
         y, x = read
-        q = self.linear("layer.self_attn.q_proj", y)
+        q = self.linear(f"{layer}self_attn.q_proj", y)
         gate = None
         if self.config.gated:
             q, gate = np.split(q.reshape(len(y), -1, 2 * self.config.head_dim), 2, -1)
-        out = attention(self._rotated("q", q, positions), keys, values, mask)
+        out = attention(self._rotated(f"{layer}self_attn.q", q, positions), keys, values, mask)
         if gate is not None:
             out = out * sigmoid(gate.reshape(out.shape))
-        x = x + self.linear("layer.self_attn.o_proj", out)
-        y = self.normed("layer.post_attention_layernorm", x)
-        up = silu(self.linear("layer.mlp.gate_proj", y)) * self.linear("layer.mlp.up_proj", y)
-        return x + self.linear("layer.mlp.down_proj", up)
+        x = x + self.linear(f"{layer}self_attn.o_proj", out)
+        y = self.normed(f"{layer}post_attention_layernorm", x)
+        up = silu(self.linear(f"{layer}mlp.gate_proj", y)) * self.linear(f"{layer}mlp.up_proj", y)
+        return x + self.linear(f"{layer}mlp.down_proj", up)
 
     def feedback(self, x: Array) -> Array:
         """Compute the states of the children of rows, from the rows' outputs."""
@@ -128,7 +139,7 @@ class MtpModel(DrafterModel):
         config = self.config
         y = x.reshape(len(x), -1, config.head_dim)
         if config.qk_norm:
-            y = self.normed(f"layer.self_attn.{name}_norm", y)
+            y = self.normed(f"{name}_norm", y)
         return rotate(y.swapaxes(0, 1), positions, config.inv_freq, config.rope_scale)
 
 
@@ -146,6 +157,36 @@ class MtpBlock:
     depths: int
 
 
+class ParallelDrafter(Drafter):
+    """P-EAGLE: rows with the mask token follow the root's, and all rows are one causal text."""
+
+    def __init__(self, model: MtpModel) -> None:
+        super().__init__(model, None)
+
+    def draft_one(self, state: State, root: int, depths: int | None) -> Block:
+        cache, model = state.drafter, self.model
+        assert isinstance(cache, MtpCache)
+        assert isinstance(model, MtpModel)
+        first = max(cache.length - 1, 0)
+        cache.append(model, state)
+        masks, config = model.config.depths - 1, model.config
+        tokens = [*state.tokens[first + 1 :], root, *[config.mask_token_id] * masks]
+        mask = model.project(model.tensors["mask_hidden"].reshape(1, -1))
+        states = np.concatenate([cache.hidden[first:], mask.repeat(masks, 0)])
+        positions = first + np.arange(len(tokens), dtype=np.int32)
+        y, x = model.read(np.array(tokens, np.int32), states)
+        for n in range(config.num_hidden_layers):
+            layer = f"further_layers.{n - 1}." if n else "layer."
+            y = model.normed(layer + "input_layernorm", x) if n else y
+            keys, values = cache.attend(n, *model.keys_and_values(y, positions, layer))
+            rows = np.arange(keys.shape[1], dtype=np.int32)
+            seen = visible(positions, rows, None, causal=True)
+            x = model.layer((y, x), positions, keys, values, seen, layer)
+        cache.commit(np.arange(cache.length - 1 - first, dtype=np.int32))
+        hidden = x[-config.depths :]
+        return Block(root, hidden[:depths], hidden, state.tokens[-1], hidden[0])
+
+
 class MtpDrafter(OneByOneDrafter):
     """`treeflash.decoding.interfaces.Drafter` in NumPy: the rows of committed positions."""
 
@@ -156,9 +197,7 @@ class MtpDrafter(OneByOneDrafter):
         cache, model = state.drafter, self.model
         assert isinstance(cache, MtpCache)
         first = max(cache.length - 1, 0)
-        if state.context:
-            hidden = model.project(np.concatenate(state.context))
-            cache.hidden, state.context = np.concatenate([cache.hidden, hidden]), []
+        cache.append(model, state)
         tokens = np.array([*state.tokens[first + 1 :], root], np.int32)
         positions = np.arange(first, cache.length, dtype=np.int32)
         y, residual = model.read(tokens, cache.hidden[first:])

@@ -108,6 +108,18 @@ def test_heads_that_cannot_be_expressed(
         convert(tmp_path / "origin", tmp_path / "there", to, target="target")
 
 
+def test_a_recurrence_over_the_roots_slot_is_not_written(folder: Path, tmp_path: Path) -> None:
+    """`speculators` steps it over the slot that predicts nothing; our loader refuses such files."""
+    write_dialect(tmp_path / "origin", tmp_path / "target", "deepspec-rnn", seed=1)
+    convert(tmp_path / "origin", tmp_path / "there", "speculators", target="target")
+    assert drafter_config(tmp_path / "there").head == "rnn"
+    edit_config(tmp_path / "origin", lambda c: c.update(sample_from_anchor=False))
+    problem = "the head rnn after a root's slot that predicts nothing as this drafter has$"
+    with pytest.raises(ConfigError, match=f"^speculators cannot express {problem}"):
+        convert(tmp_path / "origin", tmp_path / "refused", "speculators", target="target")
+    assert not (tmp_path / "refused").exists()
+
+
 def test_a_new_head_changes_nothing(published: Path, tmp_path: Path) -> None:
     convert(published, tmp_path / "headed", "treeflash")
     backend = load_reference(tmp_path / "target", tmp_path / "headed", LOAD)

@@ -20,6 +20,7 @@ from treeflash.drafters.mtp_heads import (
     DEEPSPEC_EAGLE3,
     EAGLE3,
     GLM_MTP,
+    PEAGLE,
     QWEN_MTP,
     QWEN_SIDECAR,
     SPECULATORS_EAGLE3,
@@ -66,6 +67,13 @@ EAGLE = {
 SPECULATORS = {
     "speculators_model_type": "eagle3",
     "transformer_layer_config": {**LAYER, "num_hidden_layers": 1},
+}
+PARALLEL = {
+    "speculators_model_type": "peagle",
+    "mask_token_id": 9,
+    "eagle_aux_hidden_state_layer_ids": [2, 5],
+    "speculators_config": {"proposal_methods": [{"speculative_tokens": 6}]},
+    "transformer_layer_config": {**LAYER, "num_hidden_layers": 3},
 }
 DEEPSPEC = {
     **LAYER,
@@ -118,6 +126,7 @@ def tensors(*names: str) -> dict[str, Any]:
         ({"architectures": ["Eagle3Speculator"], "model_type": "x"}, ("x",), EAGLE3),
         ({**SPECULATORS, "architectures": ["Eagle3Speculator"]}, ("x",), SPECULATORS_EAGLE3),
         (DEEPSPEC, ("x",), DEEPSPEC_EAGLE3),
+        (PARALLEL, ("x",), PEAGLE),
         (SPECULATORS_QWEN, ("x",), SPECULATORS_MTP),
         (GEMMA, ("x",), ASSISTANT),
         ({**GEMMA, "model_type": "gemma4_unified_assistant"}, ("x",), ASSISTANT),
@@ -331,6 +340,34 @@ def test_the_window_of_eagle_3(form: str) -> None:
         parsed(sliding_window=4, use_sliding_window=True)
     with pytest.raises(ValueError, match="layer type 'linear_attention' is not supported"):
         parsed(layer_types=["linear_attention"])
+
+
+def test_p_eagle() -> None:
+    config = parse(PEAGLE, PARALLEL, norm_before_residual=True)
+    check(
+        config,
+        head=None,
+        has_marginals=True,
+        depths=6,
+        scratch_rows=6,
+        mask_token_id=9,
+        num_hidden_layers=3,
+        target_layer_ids=(1, 4),
+        normed_residual=True,
+        column_size=2 * 3 * 4 + 8,
+    )
+    shapes = mtp_shapes(config, 10)
+    assert shapes["mask_hidden"] == (1, 1, 16)
+    assert shapes["layer.self_attn.q_proj.weight"] == (8, 16)
+    assert shapes["further_layers.1.self_attn.q_proj.weight"] == (8, 8)
+    required, _ = PEAGLE.shapes(config, 10, {})
+    assert required["embed_tokens.weight"] == (10, 8)
+    sliding = {**PARALLEL["transformer_layer_config"], "sliding_window": 4}
+    sliding["layer_types"] = ["full_attention"] * 2 + ["sliding_attention"]
+    with pytest.raises(ValueError, match="P-EAGLE with a sliding window is not supported"):
+        parse(PEAGLE, PARALLEL, transformer_layer_config=sliding)
+    with pytest.raises(KeyError, match="mask_token_id"):
+        parse(PEAGLE, {key: x for key, x in PARALLEL.items() if key != "mask_token_id"})
 
 
 def test_layer_ids_and_biases_of_eagle_3() -> None:
