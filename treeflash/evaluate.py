@@ -101,13 +101,11 @@ def _compare_with_published(args: argparse.Namespace) -> int:
     try:
         lengths.measure(model.backend, sets, config, console, args.parallel)
     finally:
-        if lengths.by_set:
-            records = lengths.records(published, differences, config.sampling.seed)
-            settings = _settings(args, model, config, ("max_tokens",)) | {
-                "differences": differences
-            }
-            publish_comparison(records, settings, args.json)
-    if not lengths.by_set:
+        records = lengths.records(published, differences, config.sampling.seed)
+        if records:
+            settings = _settings(args, model, config, ("max_tokens",))
+            publish_comparison(records, {**settings, "differences": differences}, args.json)
+    if not records:
         raise PromptError("every text was too short for a round of drafts")
     return 0
 

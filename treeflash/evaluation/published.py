@@ -212,6 +212,7 @@ class Lengths:
         """
         scheduler = Scheduler(backend, scheduler_config(parallel))
         case = Case(config.method, 1)
+        self.by_set = {name: {} for name in sets}
         with progress(console) as bar:
             task = bar.add_task("", total=sum(map(len, sets.values())))
             for prompt in decode_prompts(scheduler, sets, {case: config}):
@@ -220,15 +221,17 @@ class Lengths:
                 ratios = acceptance_ratios(backend, prompt.ids, text)
                 found = expected_rounds(ratios, complete=text[-1] in config.stop_token_ids)
                 if found[1]:
-                    self.by_set.setdefault(prompt.set_name, {})[prompt.number] = found
+                    self.by_set[prompt.set_name][prompt.number] = found
                 bar.advance(task)
 
     def records(self, row: Row, differences: Sequence[str], seed: int) -> list[Record]:
-        """Compare each set with the table; intervals are over prompts."""
+        """Compare each set that has prompts with the table; intervals are over prompts."""
         rng = np.random.default_rng(seed)
         columns = {_plain(name): length for name, length in zip(SETS, row.lengths, strict=True)}
         records: list[Record] = []
         for name, found in self.by_set.items():
+            if not found:
+                continue
             # In the order of the file, because the intervals depend on it.
             tokens, rounds = np.array([found[number] for number in sorted(found)]).T
             drawn = resamples(len(found), rng)
