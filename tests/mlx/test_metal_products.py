@@ -166,9 +166,17 @@ def test_layers_in_half_precision_use_the_kernel(metal, monkeypatch):
     model = nn.Sequential(layer(16, 0, mx.bfloat16, bias=True), layer(16, 0, mx.float32))
     table = nn.Embedding(40, 128)
     table.set_dtype(mx.bfloat16)
+
+    class Doubled(nn.Linear):
+        def __call__(self, x):
+            return 2 * super().__call__(x)
+
+    other = Doubled(128, 40)
+    other.set_dtype(mx.bfloat16)
     x = inputs(33, mx.bfloat16)
     plain = [(model.layers[0](x[:n]), table.as_linear(x[:n])) for n in range(1, 34)]
-    products.choose_products(model, table, nn.Linear(100, 40), nn.Conv1d(4, 4, 1))
+    products.choose_products(model, table, other, nn.Linear(100, 40), nn.Conv1d(4, 4, 1))
+    assert type(other) is Doubled
     for n in range(1, 34):
         metal.launches.clear()
         found = model.layers[0](x[None, :n])[0], table.as_linear(x[:n])

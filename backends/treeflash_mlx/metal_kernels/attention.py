@@ -153,9 +153,9 @@ PARTS = """
             UNROLL for (uint d = 0; d < WIDTH / 32; ++d) {
                 LOAD_VALUES
                 UNROLL for (uint j = 0; j < 4; ++j) {
-                    LEFT left;
-                    left.thread_elements()[0] = x[j];
-                    left.thread_elements()[1] = y[j];
+                    simdgroup_float8x8 left;
+                    left.thread_elements()[0] = float(x[j]);
+                    left.thread_elements()[1] = float(y[j]);
                     simdgroup_multiply_accumulate(
                         output[4 * d + j], left, scores[u], output[4 * d + j]);
                 }
@@ -304,6 +304,7 @@ def ancestor_words(ancestors: mx.array) -> mx.array:
     return mx.where(ancestors, bits, mx.array(0, mx.uint64)).sum(2)
 
 
+@cache
 def source(*, quantised: bool, shared: bool) -> str:
     """Write the source of the first kernel, for keys and values of `BITS` bits or for others.
 

@@ -8,6 +8,7 @@ embeddings use the kernel for the numbers of rows where it wins.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any, NamedTuple, TypeAlias
 
 import mlx.core as mx
@@ -124,6 +125,13 @@ QUANTISED_INPUTS = (*INPUTS, "scales", "biases")
 
 Quantised: TypeAlias = nn.QuantizedLinear | nn.QuantizedEmbedding
 Module: TypeAlias = nn.Linear | nn.Embedding | Quantised
+METHODS: Mapping[type[nn.Module], str] = {
+    nn.Linear: "__call__",
+    nn.QuantizedLinear: "__call__",
+    nn.Embedding: "as_linear",
+    nn.QuantizedEmbedding: "as_linear",
+}
+"""The product of each kind of module; a module with a product of its own keeps it."""
 Shape: TypeAlias = tuple[tuple[int, ...], int, int, mx.Dtype]
 """Shape of the weight, bits of a number, numbers of a group, dtype of the inputs."""
 
@@ -151,18 +159,27 @@ def geometries(outputs: int, rows: int) -> list[Geometry]:
 
 def shape_of(module: nn.Module) -> Shape | None:
     """Return the shape of a module whose weight the kernel can multiply by; None for others."""
+    if method_of(module) is None:
+        return None
     if isinstance(module, Quantised):
         bits, group, dtype = module.bits, module.group_size, module.scales.dtype
         runs = module.mode == "affine" and bits in RACED_ROWS and group in GROUP_SIZES
-    elif isinstance(module, nn.Linear | nn.Embedding):
+    else:
         bits, group, dtype = 16, UNQUANTISED_GROUP, module.weight.dtype
         runs = dtype in (mx.float16, mx.bfloat16) and module.weight.shape[-1] % group == 0
-    else:
-        return None
     shape = tuple(module.weight.shape)
     return (shape, bits, group, dtype) if runs and len(shape) == 2 else None
 
 
+def method_of(module: nn.Module) -> str | None:
+    """Return the name of a module's product; None if it has none, or another than MLX's."""
+    for kind, name in METHODS.items():
+        if isinstance(module, kind) and getattr(type(module), name) is getattr(kind, name):
+            return name
+    return None
+
+
+@cache
 def source(*, quantised: bool) -> str:
     """Write the source for weights of 4 or 8 bits, or of 16."""
     text = SOURCE
@@ -276,8 +293,8 @@ def _use_kernel(module: Module, chosen: Mapping[int, Geometry], dtype: mx.Dtype)
         chosen: the kernel's geometry by the number of rows.
         dtype: of the inputs.
     """
-    cls = type(module)
-    name = "as_linear" if isinstance(module, nn.Embedding | nn.QuantizedEmbedding) else "__call__"
+    cls, name = type(module), method_of(module)
+    assert name is not None
     plain = getattr(cls, name)
 
     def call(self: Any, x: mx.array) -> mx.array:
