@@ -21,8 +21,8 @@ from typing import Any
 import torch
 import triton
 from treeflash_cuda.cache import quantise
-from treeflash_cuda.operations import VisibleKeys
 from treeflash_cuda.triton_kernels import attention, experts, layers, products, sampling
+from treeflash_cuda.visible_keys import SharedWork, VisibleKeys, block_rows
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime.driver import driver
@@ -100,19 +100,24 @@ def launch_all(heads: int, kv_heads: int, head_dim: int, hidden: int, dtype: tor
     def numbers(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
         return torch.zeros(shape, dtype=of)
 
-    sequences, int32 = 2, torch.int32
+    int32 = torch.int32
     caches = numbers(2, kv_heads, 256, head_dim), quantise(numbers(2, kv_heads, 256, head_dim))
-    variants = itertools.product(((64, None, False), (1, None, False)), caches)
-    for (nodes, softcap, sinks), (k, v) in (*variants, ((64, 50.0, True), caches[0])):
-        columns = numbers(sequences, of=int32)
-        ends, paths = (numbers(*shape, of=int32) for shape in ((2, nodes), (2, nodes, nodes)))
+    work = SharedWork(
+        *(numbers(*shape, of=int32) for shape in ((512, 3), (1,), (64,))),
+        block_rows(heads // kv_heads),
+    )
+    ranges = [numbers(64, of=int32) for _ in range(4)]
+    keys = VisibleKeys(*ranges, numbers(64, 64, of=int32), work)
+    for (k, v), softcap, sinks in (
+        *((cache, None, None) for cache in caches),
+        (caches[0], 50.0, numbers(heads)),
+    ):
         attention.tree_attention(
-            *(numbers(sequences * nodes, heads, head_dim), k, v),
-            VisibleKeys(columns, columns, ends, ends, paths),
+            *(numbers(64, heads, head_dim), k, v, keys),
             max_length=4096,
             scale=head_dim**-0.5,
             softcap=softcap,
-            sinks=numbers(heads) if sinks else None,
+            sinks=sinks,
         )
     x, gate = numbers(64, hidden), numbers(64, 4 * hidden)
     layers.rms_norm(x, x[0], 1e-6, x)

@@ -31,7 +31,7 @@ finds by it what the layers' mask function was.
   no mask.
 - `PackedContext`: several sequences. Linear layers see their rows as one sequence; attention runs
   sequence by sequence, each with its own mask and columns.
-- `TreeContext`: trees of one or more sequences, by the operation `tree_attention`. It consists of
+- `TreeContext`: rows of one or more sequences, by the operation `tree_attention`. It consists of
   tensors alone, with shapes that a CUDA graph can have.
 """
 
@@ -40,7 +40,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol, TypeAlias
 
@@ -53,7 +53,8 @@ from transformers.masking_utils import causal_mask_function
 from treeflash.errors import UnsupportedModelError
 from treeflash_cuda.cache import SlabCache, TreeCache, decoded
 from treeflash_cuda.kernels import Kernels
-from treeflash_cuda.operations import Operations, VisibleKeys
+from treeflash_cuda.operations import Operations
+from treeflash_cuda.visible_keys import VisibleKeys
 
 # transformers would try to download a kernel for a name that contains "flash".
 IMPLEMENTATION = "draft_tree"
@@ -449,15 +450,15 @@ class Norms:
 
 
 class TreeContext:
-    """`Context` of t trees of n nodes, in the columns after the sequences that they continue."""
+    """`Context` of rows of several sequences, in the columns after those that they continue."""
 
     def __init__(
         self,
         operations: Operations,  # for attention
         cache: SlabCache,  # the cache of the sequences
-        keys: VisibleKeys,  # the keys of the nodes, in layers that attend to all positions
-        positions: Tensor,  # (t * n,) of the nodes
-        max_length: int,  # a bound on the committed positions
+        keys: VisibleKeys,  # the keys of the rows, in layers that attend to all positions
+        positions: Tensor,  # (n,) of the rows
+        max_length: int,  # see `operations.tree_attention`
     ) -> None:
         self.operations = operations
         self.cache = cache
@@ -534,11 +535,9 @@ class TreeContext:
         return output[None]
 
     def _visible(self, window: int | None, device: torch.device) -> VisibleKeys:
-        """Return the keys that nodes see in layers with a window, on the device of a layer."""
+        """Return the keys that rows see in layers with a window, on the device of a layer."""
         if (window, device) not in self._keys:
             keys = self._keys[None, self.positions.device]
             keys = keys if window is None else keys.within(window)
-            values = (getattr(keys, field.name) for field in fields(keys))
-            moved: Any = [x if x is None else x.to(device) for x in values]
-            self._keys[window, device] = VisibleKeys(*moved)
+            self._keys[window, device] = keys.to(device)
         return self._keys[window, device]

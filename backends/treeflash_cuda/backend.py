@@ -39,7 +39,7 @@ from treeflash_cuda.experts import fuse_experts, has_experts
 from treeflash_cuda.fused_layers import fuse_layers, fuse_rotation
 from treeflash_cuda.heads import HEADS, TABLE_HEADS, TableHead
 from treeflash_cuda.images import Processor
-from treeflash_cuda.kernels import ChunkKernels, EncodedKernels, flash_kernels
+from treeflash_cuda.kernels import EncodedKernels, flash_kernels
 from treeflash_cuda.linear import IN_DRAFTER, fuse_linears, pack_linears
 from treeflash_cuda.mtp_head import MtpArena, MtpDrafter, MtpHead, MtpModel, ParallelDrafter
 from treeflash_cuda.operations import Operations, Shapes, load_operations
@@ -52,10 +52,11 @@ from treeflash_cuda.parallel import (
     reserve_everywhere,
     succeeded_everywhere,
 )
+from treeflash_cuda.row_pass import MAX_ROWS, NAME, RowPass
 from treeflash_cuda.state import State
 from treeflash_cuda.target import CHECKED_TOKENS, Target, own_attention
 from treeflash_cuda.threads import cpu_threads
-from treeflash_cuda.verifier import MAX_ROWS, TREE_PASS, TreePass, Verifier
+from treeflash_cuda.verifier import Verifier
 
 FREE_MEMORY_SHARE = 0.85
 """Share of the memory that models and passes leave free on a GPU, for keys and values. The rest is
@@ -207,7 +208,7 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> CudaBackend:
     # A graph belongs to one device.
     model.graphs.enabled = config.cuda_graphs and config.device_map is None
     if split:
-        model.graphs.agreements[TREE_PASS] = succeeded_everywhere
+        model.graphs.agreements[NAME] = succeeded_everywhere
         if dist.get_rank() > 0:
             follow(model)
             raise SystemExit(0)
@@ -386,7 +387,7 @@ def run_tree(target: Target, nodes: int = CHECKED_TOKENS) -> None:
     tokens = np.arange(nodes, dtype=np.int32) % target.vocab_size
     captures, target.graphs.enabled = target.graphs.enabled, False
     try:
-        TreePass(target).run([(state, DraftTree.chain(tokens, np.zeros(nodes)))])
+        RowPass(target).run([(state, DraftTree.chain(tokens, np.zeros(nodes)))], [True])
     finally:
         target.graphs.enabled = captures
 
@@ -394,8 +395,7 @@ def run_tree(target: Target, nodes: int = CHECKED_TOKENS) -> None:
 def add_kernels(target: Target) -> None:
     """Let a target use the kernels of its devices for prompts and trees."""
     target.operations = load_target_operations(target)
-    if target.operations is not None and (target.softcap is not None or target.has_sinks):
-        target.kernels = ChunkKernels(target.operations)
+    if target.softcap is not None or target.has_sinks:
         return
     for part, _ in target.spans or [(target.device, len(target.layers))]:
         target.kernels, reason = flash_kernels(part, target.dtype, target.config)
@@ -403,8 +403,8 @@ def add_kernels(target: Target) -> None:
             break
     if reason:
         warnings.warn(f"prompts will be slow: {reason}", stacklevel=3)
-    if target.kernels and target.operations and target.arena.dtype:
-        target.kernels = EncodedKernels(ChunkKernels(target.operations), target.kernels)
+    if target.kernels and target.arena.dtype:
+        target.kernels = EncodedKernels(target.kernels)
 
 
 def load_target_operations(target: Target) -> Operations | None:
@@ -415,7 +415,7 @@ def load_target_operations(target: Target) -> Operations | None:
     heads, hidden_size = config.num_attention_heads, config.hidden_size
     shapes = Shapes(
         heads=heads,
-        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        kv_heads=heads // target.groups,
         head_dim=getattr(config, "head_dim", None) or hidden_size // heads,
         hidden_size=hidden_size,
         softcap=target.softcap,

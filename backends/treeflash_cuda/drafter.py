@@ -24,9 +24,16 @@ from treeflash_cuda.drafter_model import DrafterModel, OwnVocabulary, Rotation
 from treeflash_cuda.graphs import MIN_LENGTH, Graphs, Outputs, power_of_four, power_of_two
 from treeflash_cuda.linear import token_products
 from treeflash_cuda.numerics import gumbel, top_log_probs, upload, upload_all
-from treeflash_cuda.operations import Operations, VisibleKeys
+from treeflash_cuda.operations import Operations
 from treeflash_cuda.state import State
 from treeflash_cuda.target import Target
+from treeflash_cuda.visible_keys import (
+    MIN_PLACES,
+    SharedWork,
+    VisibleKeys,
+    block_rows,
+    plan_work,
+)
 
 MAX_CONTEXT = 64
 """More new positions for each sequence, as after prompts, run without a graph."""
@@ -230,6 +237,7 @@ class SlabDrafts:
     columns: Tensor  # (c + t * S,) of the new context, and then of the blocks
     first: Tensor  # (t,) int32 column of each sequence's first position
     start: Tensor  # (t,) int32 position of each root
+    work: SharedWork  # of the blocks
     max_length: int  # a bound on the positions of the blocks
     _keys: dict[Kind, VisibleKeys] = field(default_factory=dict)
 
@@ -265,25 +273,22 @@ class SlabDrafts:
 
     def _visible(self, kind: Kind) -> VisibleKeys:
         """Return the keys that the slots of the blocks see in a kind of layer."""
-        window, causal = kind
-        slots = torch.arange(
-            self.model.config.block_size, dtype=torch.int32, device=self.start.device
-        )
-        start = self.start[:, None]
-        positions = start + slots
-        end = positions + 1 if causal else (start + len(slots)).expand_as(positions)
+        (window, causal), size = kind, self.model.config.block_size
+        start, first = (x.repeat_interleave(size) for x in (self.start, self.first))
+        positions = block_positions(self.start, size)
+        end = positions + 1 if causal else start + size
         low = torch.zeros_like(positions)
         if window is not None and self.model.config.window_from_root:
-            low = (start - window).clamp(min=0).expand_as(positions)
+            low = (start - window).clamp(min=0)
         elif window is not None:
             low = (positions - (window - 1)).clamp(min=0)
             end = torch.minimum(end, positions + window)
         sink = None
         if self.window is not None:
-            sink = self.start.clamp(max=SINK)
+            sink = start.clamp(max=SINK)
             low = torch.maximum(low, start - self.window)
-        paths = positions.new_empty(*positions.shape, 0)
-        return VisibleKeys(self.first, self.start + len(slots), low, end, paths, sink)
+        paths = positions.new_empty(len(positions), 0)
+        return VisibleKeys(first, start + size, low, end, paths, self.work, sink)
 
 
 class Drafter:
@@ -295,8 +300,11 @@ class Drafter:
         self.target = target
         self.output = OutputStage(model, target)  # embeds tokens, and computes logits
         # The first positions are outside of the windows of a layer, but not of the draft's window.
-        self._has_slab_pass = target.operations is not None and (
-            window is None or not any(model.config.sliding_windows)
+        operations = target.operations
+        self._has_slab_pass = (
+            operations is not None
+            and operations.runs_trees
+            and (window is None or not any(model.config.sliding_windows))
         )
 
     @torch.inference_mode()
@@ -326,8 +334,8 @@ class Drafter:
     ) -> tuple[Tensor, Tensor]:
         """Return the (sequences, S, hidden_size) blocks, and (sequences,) roots.
 
-        For CUDA graphs the number of sequences and the length of the longest sequence are rounded
-        up to powers of two, and the number of new positions to a power of four.
+        For CUDA graphs the number of sequences is rounded up to a power of two, and the number of
+        new positions to a power of four.
         """
         graphs, size = self.target.graphs, self.model.config.block_size
         states, order = [state for state, _ in roots], [*range(len(roots))]
@@ -349,13 +357,21 @@ class Drafter:
                 parts.append(parts[-1][-1:].expand(extra, -1))
                 positions, first = (np.pad(x, (0, extra), "edge") for x in (positions, first))
         sequences = [(roots[i][1], states[i].length, firsts[i]) for i in order]
+        config = self.model.config
+        block = block_rows(config.num_attention_heads // config.num_key_value_heads)
+        rows = size * np.arange(len(roots))
+        shared = np.array([state.length + size for state in states])
+        items, places = plan_work(rows, np.full_like(rows, size), shared, block)
+        used, capacity = len(items), power_of_two(max(len(items), MIN_PLACES // block))
+        items = np.pad(items, ((0, capacity - used), (0, 0)))
+        places = places.reshape(-1, size)[order].ravel()
         numbers = *np.array(sequences).T, positions, first + positions
-        uploaded = upload_all(numbers, self.target.device)
+        uploaded = upload_all([*numbers, items, np.array([used]), places], self.target.device)
         if not parts:  # a draft may follow another at once
             parts = [self.output.embed(uploaded[3])]
 
         def draft(*inputs: Tensor) -> Outputs:
-            tokens, start, first, positions, columns, context = inputs
+            tokens, start, first, positions, columns, items, count, places, context = inputs
             positions = torch.cat([positions, block_positions(start, size)])
             rotation = self.model.rotary(positions, context.dtype)
             if slab is None:
@@ -364,12 +380,12 @@ class Drafter:
             assert self.target.operations is not None
             columns = torch.cat([columns, block_positions(first + start, size)])
             options = self.target.operations, self.model, rotation, self.window
-            attention = SlabDrafts(*options, slab, columns.long(), first, start, longest)
+            work = SharedWork(items, count, places, block)
+            attention = SlabDrafts(*options, slab, columns.long(), first, start, work, longest)
             return (self._blocks(tokens, context, None, attention),)
 
-        settings = slab, len(order), longest
         inputs = *uploaded, torch.cat(parts)
-        (hidden,) = graphs.run("the drafter", settings, draft, *inputs, capture=captured)
+        (hidden,) = graphs.run("the drafter", slab, draft, *inputs, capture=captured)
         return hidden.unflatten(0, (-1, size))[: len(roots)], uploaded[0][: len(roots)]
 
     def _blocks(
@@ -422,7 +438,8 @@ def layer_kinds(config: DrafterConfig) -> list[Kind]:
 
 def block_positions(start: Tensor, size: int) -> Tensor:
     """Return (t * size,) positions of blocks from the (t,) positions of their roots, or columns."""
-    return (start[:, None] + torch.arange(size, device=start.device)).flatten()
+    slots = torch.arange(size, dtype=start.dtype, device=start.device)
+    return (start[:, None] + slots).flatten()
 
 
 def cut_gap(x: Tensor, gap: tuple[int, int], axis: int) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from treeflash_cuda.fused_layers import agrees
 from treeflash_cuda.operations import TOLERANCES, Numbers, Operations
-from treeflash_cuda.verifier import MAX_ROWS
+from treeflash_cuda.row_pass import MAX_ROWS
 
 CHECKED_ROWS = 3
 """Rows on which a module and its replacement are compared."""

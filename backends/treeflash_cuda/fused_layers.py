@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from treeflash.errors import UnsupportedModelError, is_device_lost, is_out_of_memory
 from treeflash_cuda.attention import Norms, TreeContext, tree_context
 from treeflash_cuda.cache import dequantise
-from treeflash_cuda.operations import TOLERANCES, Numbers, Operations, VisibleKeys
+from treeflash_cuda.operations import TOLERANCES, Numbers, Operations
+from treeflash_cuda.visible_keys import VisibleKeys
 
 TOLERANCE = 0.01
 """Root mean square difference, relative to the module's outputs."""

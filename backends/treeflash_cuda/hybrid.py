@@ -39,7 +39,6 @@ from treeflash.errors import UnsupportedModelError
 from treeflash_cuda.cache import KVCache, Slab, SlabCache, TreeCache
 from treeflash_cuda.fused_layers import forward_with, names_in_forward
 from treeflash_cuda.numerics import upload
-from treeflash_cuda.operations import ancestor_paths
 
 MANY_NODES = 8
 """From this many nodes on, gates of single channels are applied depth by depth: the decays of all
@@ -608,6 +607,18 @@ class HybridTreeCache(RecurrentCache, SlabCache):
         rows = kernel - 1 + torch.where(depths < 0, depths, nodes)
         first = torch.arange(trees, device=self.device) * (kernel - 1 + n)
         return (rows + first[:, None, None]).flatten(0, 1)
+
+
+def ancestor_paths(ancestors: Tensor) -> Tensor:
+    """Return (t, n, n) int32 rows of each node's ancestors by depth, from (t, n, n) bool ancestors.
+
+    Entries beyond a node's own depth are 0.
+    """
+    n = ancestors.shape[-1]
+    rank = ancestors.cumsum(-1) - 1
+    rows = torch.arange(n, dtype=torch.int32, device=ancestors.device).expand_as(ancestors)
+    paths = rows.new_zeros(*ancestors.shape[:-1], n + 1)
+    return paths.scatter_(-1, rank.masked_fill(~ancestors, n), rows)[..., :n]
 
 
 _RUNNING: ContextVar[RecurrentCache | None] = ContextVar("hybrid_cache", default=None)

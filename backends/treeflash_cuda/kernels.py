@@ -1,7 +1,7 @@
-"""Attention of prompts: FlashAttention where it can be used, and the operation for trees.
+"""Attention of long prompts by FlashAttention, where it can be used.
 
-FlashAttention is checked with that operation. It has neither soft-capped scores nor attention
-sinks, and takes no keys in 8 bits.
+It is checked with the operation for trees, which attends for all other rows. It has neither
+soft-capped scores nor attention sinks, and takes no keys in 8 bits.
 """
 
 from __future__ import annotations
@@ -10,22 +10,18 @@ import functools
 import inspect
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from treeflash.errors import first_line, is_out_of_memory
 from treeflash_cuda.cache import decoded
-from treeflash_cuda.operations import Numbers, Operations, VisibleKeys
+from treeflash_cuda.operations import Numbers, tree_attention
+from treeflash_cuda.visible_keys import RowPlan, VisibleKeys
 
 TOLERANCE = 0.01
 """Root mean square error of a kernel's outputs in standard deviations. Fused kernels round the
 softmax to the dtype before they multiply it by the values: an error of 0.002 in bfloat16."""
-MAX_QUERIES = 512
-"""Rows of a prompt that the operation for trees computes at once, which limits its memory."""
-MAX_ENCODED_QUERIES = 64
-"""Rows of a prompt that read keys in 8 bits as they are stored. Floats cost a pass over all keys,
-whatever the number of rows is; with more rows the products take longer than that pass, and
-FlashAttention is faster at these. The limit is a guess: no GPU has measured it."""
 MIN_CAPABILITY = 8, 0
 """FlashAttention needs an Ampere GPU."""
 
@@ -43,34 +39,6 @@ class Kernels(Protocol):
         before it. `treeflash_cuda.operations.tree_attention` explains the options `softcap` and
         `sinks`.
         """
-
-
-class ChunkKernels:
-    """The operation for trees, in which a prompt is a tree without branches."""
-
-    def __init__(self, operations: Operations) -> None:
-        self.operations = operations
-
-    def causal(
-        self, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float, **options: Any
-    ) -> Tensor:
-        outputs, length = [], len(k) - len(q)
-        for part in q.split(MAX_QUERIES):
-            end = length + len(part)
-            positions = torch.arange(length, end, dtype=torch.int32, device=q.device)
-            keys = VisibleKeys.of_chunks(
-                torch.zeros_like(positions[:1]), positions[:1], positions[None]
-            )
-            output = self.operations.tree_attention(
-                *(part, k.transpose(0, 1), v.transpose(0, 1)),
-                keys if window is None else keys.within(window),
-                max_length=end,
-                scale=scale,
-                **options,
-            )
-            outputs.append(output)
-            length = end
-        return torch.cat(outputs)
 
 
 class FlashKernels:
@@ -102,26 +70,19 @@ class FlashKernels:
 
 
 class EncodedKernels:
-    """FlashAttention over keys and values in 8 bits.
+    """Kernels over keys and values in 8 bits, which become floats first, one layer at a time."""
 
-    Few rows attend by the operation for trees, which reads the 8 bits. For more rows the columns
-    that they see become floats first, one layer at a time.
-    """
-
-    def __init__(self, few: Kernels, many: Kernels) -> None:
-        self.few = few  # takes 8 bits
-        self.many = many  # takes floats
+    def __init__(self, kernels: Kernels) -> None:
+        self.kernels = kernels  # takes floats
 
     def causal(
         self, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float, **options: Any
     ) -> Tensor:
-        if len(q) <= MAX_ENCODED_QUERIES:
-            return self.few.causal(q, k, v, window, scale, **options)
         if window is not None:  # the first row's
             unseen = max(len(k) - len(q) + 1 - window, 0)
             k, v = k[unseen:], v[unseen:]
         k, v = (decoded(x, q.dtype) for x in (k, v))
-        return self.many.causal(q, k, v, window, scale, **options)
+        return self.kernels.causal(q, k, v, window, scale, **options)
 
 
 def flash_kernels(
@@ -149,6 +110,16 @@ def flash_kernels(
     return kernels, ""
 
 
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float) -> Tensor:
+    """Compute `Kernels.causal` by PyTorch's definition of the operation for trees."""
+    plan = RowPlan.of(np.array([0]), np.array([len(k) - len(q)]), [len(q)], len(q))
+    arrays = (torch.from_numpy(np.asarray(x, np.int32)).to(q.device) for x in plan.arrays())
+    keys = VisibleKeys.of_rows(len(q), *arrays)
+    keys = keys if window is None else keys.within(window)
+    columns = k.transpose(0, 1), v.transpose(0, 1)
+    return tree_attention(q, *columns, keys, max_length=len(k), scale=scale)
+
+
 def _difference(
     kernels: Kernels, device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, size: int
 ) -> float:
@@ -161,9 +132,7 @@ def _difference(
     q = numbers.draw(rows, heads, size)
     errors = []
     for window in (None, 100):
-        actual, expected = (
-            part.causal(q, k, v, window, scale).float()
-            for part in (kernels, ChunkKernels(Operations()))
-        )
+        actual = kernels.causal(q, k, v, window, scale).float()
+        expected = causal_attention(q, k, v, window, scale).float()
         errors.append((actual - expected).square().mean().sqrt() / expected.std())
     return float(torch.stack(errors).max())

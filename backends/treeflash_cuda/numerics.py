@@ -13,6 +13,8 @@ from torch import Tensor
 
 from treeflash.decoding import sampling as definition
 
+ALIGNMENT = 4
+"""Numbers, 16 bytes: kernels are compiled again for arrays that begin elsewhere."""
 BLOCK = 64
 """Numbers whose maximum is found first, in a search for the largest ones."""
 
@@ -23,13 +25,31 @@ def upload(array: NDArray[Any], device: torch.device) -> Tensor:
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
 
+def pack(arrays: Sequence[NDArray[Any]]) -> NDArray[np.int32]:
+    """Copy integers, or the bits of other numbers of 32 bits, into one array; see `unpack`."""
+    sizes = [array.size + -array.size % ALIGNMENT for array in arrays]
+    flat, first = np.zeros(sum(sizes), np.int32), 0
+    for array, size in zip(arrays, sizes, strict=True):
+        flat[first : first + array.size] = array.ravel()
+        first += size
+    return flat
+
+
+def unpack(flat: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+    """View the arrays of these shapes that `pack` copied."""
+    views, first = [], 0
+    for shape in shapes:
+        size = math.prod(shape)
+        views.append(flat[first : first + size].view(*shape))
+        first += size + -size % ALIGNMENT
+    return views
+
+
 def upload_all(arrays: Sequence[NDArray[Any]], device: torch.device) -> list[Tensor]:
     """Upload several arrays in one copy, as int32 tensors."""
     if not arrays:
         return []
-    flat = np.concatenate([np.asarray(array, np.int32).ravel() for array in arrays])
-    parts = upload(flat, device).split([array.size for array in arrays])
-    return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
+    return unpack(upload(pack(arrays), device), [array.shape for array in arrays])
 
 
 def topk(x: Tensor, k: int) -> tuple[Tensor, Tensor]:

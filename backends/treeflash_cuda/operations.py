@@ -7,21 +7,27 @@ and replaced by it if they differ.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from treeflash.decoding.tree import DraftTree
 from treeflash.errors import first_line, is_out_of_memory
 from treeflash_cuda.cache import decoded, quantise
 from treeflash_cuda.numerics import gumbel
+from treeflash_cuda.visible_keys import RowPlan, VisibleKeys, block_rows
 
 TOLERANCES = {torch.bfloat16: 0.01, torch.float16: 0.01, torch.float32: 1e-5}
 """Root mean square error of a kernel's rows in standard deviations. In bfloat16, rounding alone
 gives 0.003; a row that sees another row's key, or misses one, differs by more than 0.05."""
+
+ROWS_AT_ONCE = 16
+"""Rows whose keys PyTorch's definition of attention gathers at once, which limits its memory."""
 
 KERNEL = "Triton"
 """The verdict on an operation whose kernel is used."""
@@ -29,113 +35,45 @@ KERNEL = "Triton"
 Activation = Literal["silu", "gelu_tanh"]
 
 
-@dataclass(frozen=True, eq=False)
-class VisibleKeys:
-    """The keys that the rows of t sequences see, n rows each.
-
-    A row sees the positions from `start` to `end`, and those before `sink`. Positions before
-    `shared` are in consecutive columns of the cache and common to all rows of a sequence. A later
-    position has another key for each branch of a draft tree: `paths` names its column.
-    """
-
-    first: Tensor  # (t,) int32 column of each sequence's position 0
-    shared: Tensor  # (t,) int32 positions that are common to all rows
-    start: Tensor  # (t, n) int32 first visible position
-    end: Tensor  # (t, n) int32 position after the last visible one
-    # (t, n, depths) int32 columns of the keys at positions `shared`, `shared` + 1, ..., counted
-    # from column `first` + `shared`. There are at least `end` - `shared` of them.
-    paths: Tensor
-    sink: Tensor | None = None  # (t,) int32 positions that every row sees; None for none
-
-    @classmethod
-    def of_trees(
-        cls, first: Tensor, length: Tensor, positions: Tensor, ancestors: Tensor
-    ) -> VisibleKeys:
-        """Let nodes see all (t,) committed positions, their ancestors, and themselves.
-
-        The trees have (t, n) positions and (t, n, n) bool ancestors, which include the node itself
-        and come before it. Node i is in column `first` + `length` + i.
-        """
-        end = positions.int() + 1
-        return cls(first, length, torch.zeros_like(end), end, ancestor_paths(ancestors))
-
-    @classmethod
-    def of_chunks(cls, first: Tensor, length: Tensor, positions: Tensor) -> VisibleKeys:
-        """Let rows at (t, n) consecutive positions after (t,) committed ones see what is before."""
-        end = positions.int() + 1
-        paths = end.new_zeros(*end.shape, 0)
-        return cls(first, length + end.shape[1], torch.zeros_like(end), end, paths)
-
-    def within(self, window: int) -> VisibleKeys:
-        """Return what rows see that see the last `window` positions, their own included."""
-        return replace(self, start=torch.maximum(self.start, self.end - window))
-
-
-def ancestor_paths(ancestors: Tensor) -> Tensor:
-    """Return (t, n, n) int32 rows of each node's ancestors by depth, from (t, n, n) bool ancestors.
-
-    Entries beyond a node's own depth are 0.
-    """
-    n = ancestors.shape[-1]
-    rank = ancestors.cumsum(-1) - 1
-    rows = torch.arange(n, dtype=torch.int32, device=ancestors.device).expand_as(ancestors)
-    paths = rows.new_zeros(*ancestors.shape[:-1], n + 1)
-    return paths.scatter_(-1, rank.masked_fill(~ancestors, n), rows)[..., :n]
-
-
 def tree_attention(
-    q: Tensor,  # (t * n, heads, head_dim), sequence by sequence
+    q: Tensor,  # (rows, heads, head_dim)
     k: Tensor,  # (kv_heads, columns, head_dim) of the cache, or quantised
     v: Tensor,  # (kv_heads, columns, head_dim) of the cache, or quantised
     keys: VisibleKeys,
     *,
-    max_length: int,  # bound on `keys.shared`; fixes the shapes of the computation
+    max_length: int,  # bound on `keys.shared`, which a kernel does not need
     scale: float,  # factor on the scores
     softcap: float | None = None,  # scores become softcap * tanh(score / softcap)
     sinks: Tensor | None = None,  # (heads,) scores of a key per head whose value is zero
 ) -> Tensor:
-    """Return (t * n, heads, head_dim) attention of all rows, contiguous. Every row sees a key."""
-    (t, n), (kv_heads, columns, _) = keys.end.shape, k.shape
-    device = q.device
-    shared, first = keys.shared[:, None], keys.first[:, None]
-    positions = torch.arange(max_length, device=device)
-    # The common positions, and then the rows in the order of their columns.
-    places = [first + positions, first + shared + torch.arange(n, device=device)]
-    index = torch.cat(places, 1).clamp(max=columns - 1)
-    visible = torch.cat([_sees(keys, positions) & (positions < shared[..., None]), _tree(keys)], 2)
-    keys_, values = (decoded(x[:, index], q.dtype).transpose(0, 1).float() for x in (k, v))
-    # Unused memory may hold NaN.
-    used = visible.any(1)[:, None, :, None]
-    keys_, values = keys_.masked_fill(~used, 0), values.masked_fill(~used, 0)
-    queries = q.view(t, n, kv_heads, -1, q.shape[-1]).permute(0, 2, 3, 1, 4).float()
-    scores = queries @ keys_[:, :, None].transpose(-1, -2) * scale
-    if softcap is not None:
-        scores = softcap * (scores / softcap).tanh()
-    scores = scores.masked_fill(~visible[:, None, None], -torch.inf)
+    """Return (rows, heads, head_dim) attention of all rows, contiguous. Every row sees a key."""
+    first, shared = keys.first[:, None], keys.shared[:, None]
+    positions = torch.arange(max_length, device=q.device)
+    later = torch.arange(keys.paths.shape[1], device=q.device) + shared
+    all_columns = torch.cat([first + positions, first + shared + keys.paths], 1)
+    all_visible = torch.cat([keys.sees(positions) & (positions < shared), keys.sees(later)], 1)
     if sinks is not None:
-        column = sinks.float().view(kv_heads, -1, 1, 1).expand(*scores.shape[:-1], 1)
-        scores = torch.cat([scores, column], -1)
-    weights = scores.softmax(-1)[..., : index.shape[1]]
-    out = (weights @ values[:, :, None]).permute(0, 3, 1, 2, 4)
-    return out.reshape(q.shape).to(q.dtype)
-
-
-def _sees(keys: VisibleKeys, positions: Tensor) -> Tensor:
-    """Return the (t, n, m) whether rows see (m,) or (t, 1, m) positions."""
-    start, end = keys.start[..., None], keys.end[..., None]
-    visible = positions >= start
-    if keys.sink is not None:
-        visible = visible | (positions < keys.sink[:, None, None])
-    return visible & (positions < end)
-
-
-def _tree(keys: VisibleKeys) -> Tensor:
-    """Return the (t, n, n) whether rows see the keys of rows."""
-    *shape, depths = keys.paths.shape
-    positions = keys.shared[:, None, None] + torch.arange(depths, device=keys.paths.device)
-    index = keys.paths.long().masked_fill(~_sees(keys, positions), shape[1])
-    visible = torch.zeros(*shape, shape[1] + 1, dtype=torch.bool, device=index.device)
-    return visible.scatter_(2, index, True)[..., : shape[1]]
+        sinks = sinks.float().view(len(k), 1, -1, 1)
+    outputs = []
+    for queries, columns, visible in zip(
+        *(x.split(ROWS_AT_ONCE) for x in (q, all_columns, all_visible)), strict=True
+    ):
+        index = columns.masked_fill(~visible, 0)
+        # Unused memory may hold NaN: (kv_heads, rows, m, head_dim) without it.
+        unused = ~visible[None, :, :, None]
+        keys_, values = (
+            decoded(x[:, index], q.dtype).float().masked_fill(unused, 0) for x in (k, v)
+        )
+        by_head = queries.unflatten(1, (len(k), -1)).transpose(0, 1).float()
+        scores = by_head @ keys_.transpose(-1, -2) * scale
+        if softcap is not None:
+            scores = softcap * (scores / softcap).tanh()
+        scores = scores.masked_fill(~visible[None, :, None], -torch.inf)
+        if sinks is not None:
+            scores = torch.cat([scores, sinks.expand(*scores.shape[:-1], 1)], -1)
+        weights = scores.softmax(-1)[..., : index.shape[1]]
+        outputs.append((weights @ values).transpose(0, 1).flatten(1, 2))
+    return torch.cat(outputs).to(q.dtype)
 
 
 def rms_norm(
@@ -257,6 +195,11 @@ class Operations:
         """What runs each operation that a model uses: the kernel, or why it is not used."""
         return dict.fromkeys(filter(self.has_kernel, CHECKS), KERNEL) | dict(self.reasons)
 
+    @property
+    def runs_trees(self) -> bool:
+        """Whether attention has its kernel; PyTorch's definition is for comparisons alone."""
+        return "tree_attention" not in self.reasons
+
     def has_kernel(self, name: str) -> bool:
         """Return whether an operation is not PyTorch's."""
         return getattr(self, name) is not getattr(PYTORCH, name)
@@ -340,10 +283,10 @@ class Numbers:
         return torch.randn(shape, generator=self._random).to(self.device, self.dtype)
 
     def integers(self, values: Any) -> Tensor:
-        return torch.tensor(values, dtype=torch.int32, device=self.device)
+        return torch.tensor(np.asarray(values), dtype=torch.int32, device=self.device)
 
 
-CHUNK = 18
+CHECKED_CHUNK = 18
 """Rows of a prompt in the check: more than the kernel multiplies at once, with any group size."""
 
 
@@ -352,32 +295,31 @@ def _check_attention(operations: Operations, numbers: Numbers, shapes: Shapes) -
 
     Rows cross tiles and chunks.
     """
-    lengths, parents, spare = (2, 61, 510), (-1, 0, 0, 1, 1, 2), 7
-    n, depths = len(parents), numbers.integers([0, 1, 1, 2, 2, 2])
-    ancestors = torch.eye(n, dtype=torch.bool)
-    for node, parent in enumerate(parents[1:], 1):
-        ancestors[node] |= ancestors[parent]
-    length, first = numbers.integers(lengths), numbers.integers([spare, 20, 100])
-    columns = 100 + max(lengths) + CHUNK
+    lengths, firsts = np.array([2, 61, 510]), np.array([7, 20, 100])
+    columns = 100 + int(lengths.max()) + CHECKED_CHUNK
     cache = numbers.draw(2, shapes.kv_heads, columns, shapes.head_dim)
     k, v = quantise(cache) if shapes.quantised else cache
-    tree = VisibleKeys.of_trees(
-        first, length, length[:, None] + depths, ancestors.to(k.device).expand(len(lengths), n, n)
-    )
-    positions = torch.arange(CHUNK, dtype=torch.int32, device=k.device)
-    chunk = VisibleKeys.of_chunks(first, length, length[:, None] + positions)
-    single = VisibleKeys.of_chunks(first, length, length[:, None])
-    sink = numbers.integers([3] * len(lengths))
+    block = block_rows(shapes.heads // shapes.kv_heads)
+    tree = DraftTree.from_parents(np.zeros(6, np.int32), np.array([-1, 0, 0, 1, 1, 2], np.int32))
+    kinds: list[VisibleKeys] = []
+    several: Sequence[Sequence[DraftTree | int]]
+    several = [tree, 1, tree], [1, tree, CHECKED_CHUNK], [1, 1, 1]
+    for rows in several:
+        plan = RowPlan.of(firsts, lengths, rows, block)
+        keys = VisibleKeys.of_rows(block, *map(numbers.integers, plan.arrays()))
+        kinds += [keys, keys.within(2)]
+    sink = torch.full_like(kinds[0].end, 3)
+    kinds.append(replace(kinds[0].within(64), sink=sink))
     sinks = numbers.draw(shapes.heads) if shapes.sinks else None
     options = {"scale": shapes.head_dim**-0.5, "softcap": shapes.softcap, "sinks": sinks}
     return [
         operations.tree_attention(
-            numbers.draw(keys.end.numel(), shapes.heads, shapes.head_dim),
+            numbers.draw(len(keys.end), shapes.heads, shapes.head_dim),
             *(k, v, keys),
             max_length=1024,
             **options,
         )
-        for keys in (tree, replace(tree.within(64), sink=sink), tree.within(2), chunk, single)
+        for keys in kinds
     ]
 
 

@@ -89,7 +89,7 @@ from treeflash_cuda.images import (
     image_samples,
     load_processor,
 )
-from treeflash_cuda.kernels import ChunkKernels, Kernels
+from treeflash_cuda.kernels import Kernels
 from treeflash_cuda.linear import IN_TARGET, fuse_linears, is_subclass, pack_linears, token_products
 from treeflash_cuda.operations import Operations
 from treeflash_cuda.state import State
@@ -430,8 +430,8 @@ class Target:
         self.scale = 1.0  # factor of the model on its output head's logits; `find_scale` finds it
         self.softcap: float | None = None  # the scores' softcap, see `AttentionInputs`
         self.has_sinks = False  # whether layers have attention sinks
-        self.kernels: Kernels | None = None  # for prompts; None attends with a mask
-        self.operations: Operations | None = None  # for trees; None attends with masks
+        self.kernels: Kernels | None = None  # for long prompts, which are rows like others without
+        self.operations: Operations | None = None  # for rows; None attends with masks
         self.is_exact = False  # see `make_exact`
         self.exact_refusal: str | None = None  # why the backend's default is not exact mode
         self._exact_changes = ExitStack()  # undoes what exact mode changes on a CPU
@@ -510,6 +510,12 @@ class Target:
         return target
 
     @property
+    def groups(self) -> int:
+        """Heads that share a key head."""
+        heads: int = self.config.num_attention_heads
+        return heads // (getattr(self.config, "num_key_value_heads", None) or heads)
+
+    @property
     def column_nbytes(self) -> int:
         """Size of the keys and values of one position in all layers, bytes."""
         return self.arena.column_nbytes
@@ -568,7 +574,7 @@ class Target:
         if self.operations is not None:
             if self.operations.fallbacks:
                 raise UnsupportedModelError(f"{INEXACT}: {self.operations.fallbacks[0]}")
-            self.kernels = ChunkKernels(self.operations)
+            self.kernels = None
         with torch.inference_mode():
             if self.operations is not None:
                 use_kernel_for_products(self.model)

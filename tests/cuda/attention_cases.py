@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import Tensor
-from treeflash_cuda.operations import VisibleKeys
+from treeflash_cuda.visible_keys import RowPlan, VisibleKeys, block_rows
 
+from treeflash.decoding.tree import DraftTree
 from treeflash.testing.comparisons import random_tree
 
 
@@ -17,7 +18,7 @@ class Case:
     """Rows of several sequences over a cache with NaN wherever no key is."""
 
     lengths: tuple[int, ...] = (5,)  # committed positions of each sequence
-    nodes: int = 4  # rows of each sequence
+    nodes: int | tuple[int, ...] = 4  # rows of all sequences, or of each
     heads: int = 4
     kv_heads: int = 2
     head_dim: int = 8
@@ -31,6 +32,19 @@ class Case:
     spare: int = 3  # unused columns around each sequence
     seed: int = 0
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The rows of each sequence."""
+        if isinstance(self.nodes, tuple):
+            return self.nodes
+        return (self.nodes,) * len(self.lengths)
+
+
+def keys_of(plan: RowPlan, block: int) -> VisibleKeys:
+    """The tensors of a plan."""
+    arrays = (torch.from_numpy(np.asarray(x, np.int32)) for x in plan.arrays())
+    return VisibleKeys.of_rows(block, *arrays)
+
 
 def attention_case(case: Case) -> dict:
     """The arguments of `tree_attention`."""
@@ -39,39 +53,30 @@ def attention_case(case: Case) -> dict:
     def numbers(*shape: int) -> Tensor:
         return torch.randn(shape, generator=random).to(case.dtype)
 
-    t, n = len(case.lengths), case.nodes
     first, columns = [], case.spare
-    for length in case.lengths:
+    for length, n in zip(case.lengths, case.sizes, strict=True):
         first.append(columns)
         columns += length + n + case.spare
     cache = torch.full((2, case.kv_heads, columns, case.head_dim), torch.nan, dtype=case.dtype)
-    for start, length in zip(first, case.lengths, strict=True):
+    for start, length, n in zip(first, case.lengths, case.sizes, strict=True):
         cache[:, :, start : start + length + n] = numbers(
             2, case.kv_heads, length + n, case.head_dim
         )
-    starts = torch.tensor(first, dtype=torch.int32)
-    lengths = torch.tensor(case.lengths, dtype=torch.int32)
-    rows = torch.arange(n, dtype=torch.int32).expand(t, n)
-    if case.chunk:
-        keys = VisibleKeys.of_chunks(starts, lengths, lengths[:, None] + rows)
-    elif case.block:
-        end = (lengths[:, None] + n).repeat(1, n)
-        keys = VisibleKeys(
-            starts, lengths, torch.zeros_like(end), end, rows[:, None].expand(t, n, n)
-        )
-    else:
-        trees = [random_tree(np.random.default_rng(case.seed + i), 0, n, 1000) for i in range(t)]
-        depths = torch.from_numpy(np.stack([tree.depths for tree in trees])).int()
-        ancestors = torch.from_numpy(np.stack([tree.ancestor_mask() for tree in trees]))
-        keys = VisibleKeys.of_trees(starts, lengths, lengths[:, None] + depths, ancestors)
+    rows: list[DraftTree | int] = list(case.sizes)
+    if not (case.chunk or case.block):
+        for i, n in enumerate(case.sizes):
+            rows[i] = random_tree(np.random.default_rng(case.seed + i), 0, n, 1000)
+    block = block_rows(case.heads // case.kv_heads)
+    keys = keys_of(RowPlan.of(np.array(first), np.array(case.lengths), rows, block), block)
+    if case.block:
+        keys = replace(keys, end=keys.shared)
     if case.window is not None:
         keys = keys.within(case.window)
     if case.sink:
-        sink = torch.full((t,), case.sink, dtype=torch.int32)
-        keys = VisibleKeys(keys.first, keys.shared, keys.start, keys.end, keys.paths, sink)
-    longest = max(case.lengths) + (n if case.chunk else 0)
+        keys = replace(keys, sink=torch.full_like(keys.end, case.sink))
+    longest = max(map(sum, zip(case.lengths, case.sizes, strict=True)))
     return {
-        "q": numbers(t * n, case.heads, case.head_dim),
+        "q": numbers(sum(case.sizes), case.heads, case.head_dim),
         "k": cache[0],
         "v": cache[1],
         "keys": keys,
@@ -82,12 +87,12 @@ def attention_case(case: Case) -> dict:
     }
 
 
-def row_columns(keys: VisibleKeys, sequence: int, row: int) -> list[int]:
+def row_columns(keys: VisibleKeys, row: int) -> list[int]:
     """The columns of the keys that a row sees, by position."""
-    first, shared = int(keys.first[sequence]), int(keys.shared[sequence])
-    sink = 0 if keys.sink is None else int(keys.sink[sequence])
-    start, end = int(keys.start[sequence, row]), int(keys.end[sequence, row])
-    path = keys.paths[sequence, row].tolist()
+    first, shared = int(keys.first[row]), int(keys.shared[row])
+    sink = 0 if keys.sink is None else int(keys.sink[row])
+    start, end = int(keys.start[row]), int(keys.end[row])
+    path = keys.paths[row].tolist()
     return [
         first + position if position < shared else first + shared + path[position - shared]
         for position in range(end)
@@ -100,7 +105,7 @@ def expected_attention(case: Case, inputs: dict) -> Tensor:
     q, k, v = (inputs[name].double() for name in "qkv")
     out = torch.empty_like(q)
     for row in range(len(q)):
-        columns = row_columns(inputs["keys"], *divmod(row, case.nodes))
+        columns = row_columns(inputs["keys"], row)
         for head in range(case.heads):
             kv_head = head * case.kv_heads // case.heads
             scores = k[kv_head, columns] @ q[row, head] * inputs["scale"]
@@ -113,20 +118,17 @@ def expected_attention(case: Case, inputs: dict) -> Tensor:
     return out.to(case.dtype)
 
 
-def alone(case: Case, inputs: dict, sequence: int, row: int) -> dict:
+def alone(case: Case, inputs: dict, row: int) -> dict:
     """The arguments for one row as plain decoding has them: all its keys are committed."""
     keys = inputs["keys"]
-    columns = row_columns(replace(keys, start=torch.zeros_like(keys.end)), sequence, row)
-    n, first = len(columns), 5
+    columns = row_columns(replace(keys, start=torch.zeros_like(keys.end)), row)
+    n, first, block = len(columns), 5, keys.work.block
     cache = torch.full((2, case.kv_heads, first + n + 9, case.head_dim), torch.nan).to(case.dtype)
     for part, name in enumerate("kv"):
         cache[part, :, first : first + n] = inputs[name][:, columns]
-    position = torch.tensor([n - 1], dtype=torch.int32)
-    ancestors = torch.ones(1, 1, 1, dtype=torch.bool)
-    places = torch.full_like(position, first), position
-    one = VisibleKeys.of_trees(*places, position[None], ancestors)
+    one = keys_of(RowPlan.of(np.array([first]), np.array([n - 1]), [1], block), block)
     return inputs | {
-        "q": inputs["q"][sequence * case.nodes + row][None],
+        "q": inputs["q"][row][None],
         "k": cache[0],
         "v": cache[1],
         "keys": one if case.window is None else one.within(case.window),

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from treeflash_cuda import backend, target
+from treeflash_cuda import backend, drafter, target, visible_keys
 from treeflash_cuda.operations import Operations
 
 from treeflash.decoding import backend_base
@@ -115,6 +115,7 @@ class FakeCuda(TorchDispatchMode):
         self.count = Transfers()
         self.launches = []
         self.nbytes = 0
+        self.columns = 0  # those that the rows of the latest pass see
         self.converted = 0
         self.free_bytes = 1 << 32
         self.capability = 9, 0
@@ -191,6 +192,13 @@ class FakeCuda(TorchDispatchMode):
             model = model.to(owner.device)
             return model, head and type(head)(head.module.to(owner.device), model, owner)
 
+        def plan_work(starts, sizes, shared, block):
+            self.columns = int((shared + sizes).sum())
+            return plain_plan(starts, sizes, shared, block)
+
+        plain_plan = visible_keys.plan_work
+        for module in (visible_keys, drafter):
+            monkeypatch.setattr(module, "plan_work", plan_work)
         monkeypatch.setattr(target, "load_model", load_fake_model)
         monkeypatch.setattr(backend, "load_drafter", load_fake_drafter)
         monkeypatch.setattr(backend, "choose_device", lambda name: DEVICE)
@@ -200,11 +208,9 @@ class FakeCuda(TorchDispatchMode):
     def _operations(self):
         """The operations of one kernel each that models use."""
 
-        def tree_attention(q, k, v, keys, *, max_length, **_):
+        def tree_attention(q, k, v, keys, **_):
             assert {x.device for x in (k, v, keys.first, keys.paths)} == {q.device}
-            sequences, nodes = keys.end.shape
-            columns = sequences * (max_length + nodes)
-            used = 2 * k.shape[0] * columns * k.shape[2] * k.element_size()
+            used = 2 * k.shape[0] * self.columns * k.shape[2] * k.element_size()
             self._launch("tree_attention", used + 2 * _nbytes(q) + _nbytes(keys.paths))
             return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 

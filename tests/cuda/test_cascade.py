@@ -25,8 +25,7 @@ from treeflash_cuda import kernels as kernels_module
 from treeflash_cuda.attention import is_window
 from treeflash_cuda.backend import load
 from treeflash_cuda.cache import dequantise, quantise
-from treeflash_cuda.kernels import MAX_ENCODED_QUERIES, ChunkKernels, EncodedKernels
-from treeflash_cuda.operations import Operations
+from treeflash_cuda.kernels import EncodedKernels, causal_attention
 
 VOCAB = 40
 CPU = LoadConfig(device="cpu", dtype="float32")
@@ -75,11 +74,8 @@ def test_models_compute_what_they_do_with_masks(tmp_path, monkeypatch, family):
     np.testing.assert_allclose(*found, atol=1e-4)
 
 
-class RoundingKernels(ChunkKernels):
+class RoundingKernels:
     """As fused kernels do: the softmax is rounded to the dtype before the product with values."""
-
-    def __init__(self):
-        super().__init__(Operations())
 
     def causal(self, q, k, v, window, scale, *_):
         columns = torch.arange(len(k))
@@ -110,14 +106,14 @@ class NoWindow(RoundingKernels):
 
 
 @pytest.mark.parametrize("window", [None, 7])
-@pytest.mark.parametrize("rows", [3, MAX_ENCODED_QUERIES + 1])
+@pytest.mark.parametrize("rows", [3, 65])
 def test_keys_in_8_bits_are_attended_to_as_floats_are(window, rows):
     random = torch.Generator().manual_seed(2)
     q = torch.randn(rows, 4, 8, generator=random)
     stored = quantise(torch.randn(2, 90, 2, 8, generator=random))
-    floats, operation = dequantise(stored, torch.float32), ChunkKernels(Operations())
-    actual = EncodedKernels(operation, RoundingKernels()).causal(q, *stored, window, 0.3)
-    torch.testing.assert_close(actual, operation.causal(q, *floats, window, 0.3))
+    floats = dequantise(stored, torch.float32)
+    actual = EncodedKernels(RoundingKernels()).causal(q, *stored, window, 0.3)
+    torch.testing.assert_close(actual, causal_attention(q, *floats, window, 0.3))
 
 
 @pytest.mark.parametrize("kernels", [RoundingKernels, OtherScale, NoWindow, OneRowShort])

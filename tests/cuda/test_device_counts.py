@@ -20,7 +20,7 @@ require("torch")
 
 from treeflash_cuda import backend as loading
 from treeflash_cuda.cache import SCALE_BYTES
-from treeflash_cuda.kernels import MAX_ENCODED_QUERIES
+from treeflash_cuda.row_pass import MAX_CHUNK
 
 VOCAB = 1000
 TREE = DraftTree.from_parents(np.arange(6, dtype=np.int32), np.array([-1, 0, 0, 1, 1, 2]))
@@ -148,11 +148,11 @@ def test_keys_in_8_bits_are_converted_for_long_prompts_alone(cuda, tmp_path, win
     state = backend.open(2000, drafts=True)
     shape = np.array(backend.target.arena.like.shape)
     column = 2 * len(backend.target.layers) * shape[1] * (shape[3] - SCALE_BYTES)
-    for tokens in (700, 300, MAX_ENCODED_QUERIES, 1):
+    for tokens in (700, 300, MAX_CHUNK, 1):
         before, first = cuda.converted, state.length
         backend.verifier.run([Prefill(state, [3] * tokens, None)])
         seen = state.length - (max(first + 1 - window, 0) if window else 0)
-        assert cuda.converted - before == (seen * column if tokens > MAX_ENCODED_QUERIES else 0)
+        assert cuda.converted - before == (seen * column if tokens > MAX_CHUNK else 0)
     before = cuda.converted
     backend.drafter.draft([(state, 1)])
     backend.verifier.run([Verify(state, TREE, SamplingParams())])

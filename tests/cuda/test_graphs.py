@@ -21,10 +21,10 @@ require("torch")
 
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
-from treeflash_cuda import attention, verifier
+from treeflash_cuda import attention, row_pass
 from treeflash_cuda import cache as arena_module
 from treeflash_cuda import drafter as drafter_module
-from treeflash_cuda.graphs import MIN_LENGTH, Graph, Graphs
+from treeflash_cuda.graphs import Graph, Graphs
 
 VOCAB = 40
 
@@ -122,26 +122,34 @@ def test_tables_that_share_a_graph_are_those_without_one(pair, monkeypatch, shor
     assert sizes[0] == (rounded, {None: None, 3: 64, 70: 256}[rows])
 
 
-def test_shapes_are_powers_of_two(backend, monkeypatch):
-    states = started(backend, [[3, 4], [5], [6]])
-    found = settings_of(monkeypatch)
-    for count, nodes in ((1, 1), (1, 3), (1, 9), (3, 5)):
-        trees = [(state, chain(*range(nodes))) for state in states[:count]]
+def test_the_rows_of_a_pass_alone_fix_its_shapes(backend, monkeypatch):
+    """Not their division between sequences, nor lengths, and few numbers of rows occur."""
+    states = started(backend, [[3, 4], [5], [6] * 50])
+    backend.target.graphs.keys.clear()
+    rows = []
+    backend.target.layers[0].register_forward_hook(
+        lambda _, args, __: rows.append(args[0].shape[1])
+    )
+    for sizes in ((1,), (3,), (9,), (5, 5, 5), (1, 14, 1), (7, 2), (40, 4, 3), (46,)):
+        trees = [(state, chain(*[3] * n)) for state, n in zip(states, sizes, strict=False)]
         backend.verifier.logits(trees)
-    sizes = (1, 1), (1, 4), (1, 16), (4, 8)
-    assert found == [("the target", ((*x, MIN_LENGTH),)) for x in sizes]
+    assert rows == [1, 4, 16, 16, 16, 16, 48, 48]
+    assert len(backend.target.graphs.keys) == len(set(rows))
 
 
 def test_trees_beside_a_prompt_are_captured(backend, monkeypatch):
     first, second, third = started(backend, [[3, 4], [5], [6, 7, 8]])
-    found = settings_of(monkeypatch)
+    rows = []
+    backend.target.layers[0].register_forward_hook(
+        lambda _, args, __: rows.append(args[0].shape[1])
+    )
     work = [
         Verify(first, chain(6, 7), SamplingParams()),
         Prefill(second, [8, 9], SamplingParams()),
         Verify(third, chain(5), SamplingParams()),
     ]
     together = backend.verifier.run(work)
-    assert ("the target", ((2, 2, MIN_LENGTH),)) in found
+    assert rows == [8]  # five rows and three copies of the first one, in one pass
     second.truncate(1)
     alone = [sampled for item in work for sampled in backend.verifier.run([item])]
     for mine, other in zip(together, alone, strict=True):
@@ -151,7 +159,7 @@ def test_trees_beside_a_prompt_are_captured(backend, monkeypatch):
 @pytest.mark.parametrize(
     ("module", "name", "value"),
     [
-        (verifier, "MAX_ROWS", 4),
+        (row_pass, "MAX_ROWS", 4),
         (drafter_module, "MAX_CONTEXT", 0),
         (arena_module, "SLAB_BYTES", 1),
         (attention, "is_window", lambda *_: False),

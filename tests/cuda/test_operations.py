@@ -10,14 +10,8 @@ import torch
 from attention_cases import Case, attention_case, expected_attention
 from torch import nn
 from treeflash_cuda.cache import dequantise, quantise
-from treeflash_cuda.operations import (
-    VisibleKeys,
-    ancestor_paths,
-    gated,
-    rms_norm,
-    rotate_and_store,
-    tree_attention,
-)
+from treeflash_cuda.hybrid import ancestor_paths
+from treeflash_cuda.operations import gated, rms_norm, rotate_and_store, tree_attention
 
 
 def numbers(*shape, seed=0):
@@ -59,10 +53,9 @@ def test_paths_are_the_ancestors_by_depth():
 
 
 def test_a_window_keeps_the_last_positions():
-    first = torch.zeros(1, dtype=torch.int32)
-    keys = VisibleKeys.of_chunks(first, first + 4, torch.tensor([[4, 5]], dtype=torch.int32))
-    assert keys.within(3).start.tolist() == [[2, 3]]
-    assert keys.within(9).start.tolist() == [[0, 0]]
+    keys = attention_case(Case(lengths=(4,), nodes=2, chunk=True))["keys"]
+    assert keys.within(3).start.tolist() == [2, 3]
+    assert keys.within(9).start.tolist() == [0, 0]
 
 
 def test_the_norm_is_pytorchs_after_the_residual():

@@ -103,7 +103,7 @@ def record(self, function, places):
 
 def watch(self, name, function, inputs):
     graph = capture(self, name, function, inputs)
-    if name == loading.TREE_PASS:
+    if name == loading.NAME:
         captured.append([[list(x.shape) for x in inputs], graph is not None])
     return graph
 

@@ -2,7 +2,6 @@
 
 from treeflash_cuda import backend as loading
 from treeflash_cuda.graphs import Graphs
-from treeflash_cuda.kernels import ChunkKernels
 from treeflash_cuda.operations import Operations
 
 from treeflash.config import LoadConfig
@@ -27,10 +26,9 @@ class UncapturedGraphs(Graphs):
 
 
 def load_with_parts(monkeypatch, target, drafter=None, **settings):
-    """Load models whose attention is computed in parts, by plain products."""
+    """Load models whose attention is computed by PyTorch's definition."""
     settings = {"device": "cpu", "dtype": "float32"} | settings
     with monkeypatch.context() as patch:
-        patch.setattr(loading, "flash_kernels", lambda *_: (ChunkKernels(Operations()), ""))
         patch.setattr(loading, "load_target_operations", lambda *_: Operations())
         backend = loading.load(target, drafter, LoadConfig(**settings))
     graphs = backend.target.graphs

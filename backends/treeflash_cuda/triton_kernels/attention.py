@@ -1,11 +1,12 @@
 """Tree attention of all sequences: the positions they share, then each row's own.
 
 A sequence's positions are cut into tiles, and tiles into chunks. The first kernel attends to the
-tiles that are common to all rows of a sequence, a program for some rows and one chunk; chunks are
-what keeps a GPU busy with few rows and long contexts. The second kernel has a program for each row:
-it goes on where the first one stopped, with keys that it gathers along the row's path, and adds the
-chunks in order. So a row's result does not depend on where the common positions end: a token in a
-draft tree is computed like a single token after the same text.
+tiles that are common to all rows of a sequence. Its work is a list of items, each a block of rows
+and one chunk, which its programs share: chunks are what keeps a GPU busy with few rows and long
+contexts. The second kernel has a program for each row: it goes on where the first one stopped, with
+keys that it gathers along the row's path, and adds the chunks in order. So a row's result depends
+neither on where the common positions end, nor on the rows in its block: a token in a draft tree is
+computed like a single token after the same text.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from treeflash_cuda.operations import VisibleKeys
+from treeflash_cuda.visible_keys import CHUNK, VisibleKeys
 
-CHUNK = 512
-"""Positions of a program of the first kernel."""
+PROGRAMS = 1024
+"""Programs of the first kernel: some more than the largest GPUs run at once."""
 ROWS = 16
 """Rows of a product, the fewest that GPUs multiply at once. All products of both kernels have as
 many, because products of other shapes may add in another order."""
@@ -86,62 +87,78 @@ def _add_tile(
 
 
 @triton.jit
-def _open_rows(
-    rows,  # (ROWS,) of all rows and heads of a key head
-    sequence,
+def _load_queries(
+    queries,  # (ROWS,) places of rows and heads of a key head: row * GROUPS + head
+    end_query,
     kv_head,
-    n,
     q_pointer,
-    start_pointer,
-    end_pointer,
     q_row_stride,
     q_head_stride,
     GROUPS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIMS: tl.constexpr,
 ):
-    """Load queries, their first positions and ends, and their state before any tile."""
-    is_row = rows < n * GROUPS
-    node, head = sequence * n + rows // GROUPS, kv_head * GROUPS + rows % GROUPS
-    dims = tl.arange(0, DIMS)
-    places = node.to(tl.int64) * q_row_stride + head * q_head_stride
-    is_element = is_row[:, None] & (dims < HEAD_DIM)[None, :]
+    """Load (ROWS, DIMS) queries, and their state before any tile."""
+    head, dims = kv_head * GROUPS + queries % GROUPS, tl.arange(0, DIMS)
+    places = (queries // GROUPS).to(tl.int64) * q_row_stride + head * q_head_stride
+    is_element = (queries < end_query)[:, None] & (dims < HEAD_DIM)[None, :]
     q = tl.load(q_pointer + places[:, None] + dims[None, :], mask=is_element, other=0)
-    start = tl.load(start_pointer + node, mask=is_row, other=2147483647)
-    end = tl.load(end_pointer + node, mask=is_row, other=0)
-    highest = tl.full(rows.shape, float("-inf"), tl.float32)
-    return (q, start, end), (highest, tl.zeros_like(highest), tl.zeros(q.shape, tl.float32))
+    highest = tl.full(queries.shape, float("-inf"), tl.float32)
+    return q, (highest, tl.zeros_like(highest), tl.zeros(q.shape, tl.float32))
 
 
 @triton.jit
-def _add_shared_tile(queries, k, v, positions, sink, state, scale, softcap, SOFTCAP: tl.constexpr):
-    q, start, end = queries
+def _load_range(queries, end_query, start_pointer, end_pointer, GROUPS: tl.constexpr):
+    """Load the first positions that queries see, and their ends."""
+    row, is_query = queries // GROUPS, queries < end_query
+    start = tl.load(start_pointer + row, mask=is_query, other=2147483647)
+    return start, tl.load(end_pointer + row, mask=is_query, other=0)
+
+
+@triton.jit
+def _add_shared_tile(
+    q, bounds, k, v, positions, sink, state, scale, softcap, SOFTCAP: tl.constexpr
+):
+    start, end = bounds
     visible = (positions[None, :] >= start[:, None]) | (positions < sink)[None, :]
     visible = visible & (positions[None, :] < end[:, None])
     return _add_tile(q, k, v, visible, state, scale, softcap, SOFTCAP)
 
 
 @triton.jit
-def _store_rows(
+def _store_sums(
     state,
-    rows,  # (ROWS,)
-    is_row,  # (ROWS,) bool
-    place,  # the place of row 0
+    queries,  # (ROWS,) as in `_load_queries`
+    end_query,
+    chunk,
+    kv_head,
+    heads,
+    places_pointer,
     sums_pointer,
     outputs_pointer,
+    GROUPS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIMS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     highest, total, out = state
-    places, dims = place + rows, tl.arange(0, DIMS)
-    is_element = is_row[:, None] & (dims < HEAD_DIM)[None, :]
-    tl.store(sums_pointer + places * 2, highest, mask=is_row)
-    tl.store(sums_pointer + places * 2 + 1, total, mask=is_row)
-    tl.store(outputs_pointer + places[:, None] * HEAD_DIM + dims[None, :], out, mask=is_element)
+    is_query, dims = queries < end_query, tl.arange(0, DIMS)
+    place = tl.load(places_pointer + queries // GROUPS, mask=is_query, other=0) + chunk * BLOCK
+    place = place.to(tl.int64) * heads + kv_head * GROUPS + queries % GROUPS
+    is_element = is_query[:, None] & (dims < HEAD_DIM)[None, :]
+    tl.store(sums_pointer + place * 2, highest, mask=is_query)
+    tl.store(sums_pointer + place * 2 + 1, total, mask=is_query)
+    tl.store(outputs_pointer + place[:, None] * HEAD_DIM + dims[None, :], out, mask=is_element)
 
 
-@triton.jit(do_not_specialize=["n", "chunks"])
-def _shared_positions(
+@triton.jit
+def _attend_to_chunk(
+    row,  # the first row of the block
+    first_query,
+    end_query,
+    chunk,
+    kv_head,
+    heads,
     q_pointer,
     k_pointer,
     v_pointer,
@@ -150,95 +167,9 @@ def _shared_positions(
     start_pointer,
     end_pointer,
     sink_pointer,
-    sums_pointer,  # (t, kv_heads, chunks, n * GROUPS, 2) float32 largest scores, sums of weights
-    outputs_pointer,  # (t, kv_heads, chunks, n * GROUPS, HEAD_DIM) float32 sums of weighted values
-    n,
-    chunks,
-    q_row_stride,
-    q_head_stride,
-    kv_head_stride,
-    kv_column_stride,
-    scale,
-    softcap,
-    GROUPS: tl.constexpr,  # heads that share a key head
-    HEAD_DIM: tl.constexpr,
-    DIMS: tl.constexpr,  # HEAD_DIM, rounded up to a power of two
-    ROWS: tl.constexpr,  # the rows of a product
-    PAIR: tl.constexpr,  # whether there are two products for each tile
-    TILE: tl.constexpr,
-    CHUNK: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    SINK: tl.constexpr,
-    QUANTISED: tl.constexpr,
-):
-    """Attend from 1 or 2 times `ROWS` rows to the tiles of a chunk that all rows share."""
-    chunk, kv_head = tl.program_id(1) % chunks, tl.program_id(1) // chunks
-    sequence, count = tl.program_id(2), n * GROUPS
-    rows = tl.program_id(0) * (2 * ROWS if PAIR else ROWS) + tl.arange(0, ROWS)
-    queries, state = _open_rows(
-        *(rows, sequence, kv_head, n, q_pointer, start_pointer, end_pointer),
-        *(q_row_stride, q_head_stride, GROUPS, HEAD_DIM, DIMS),
-    )
-    low, high = tl.min(queries[1]), tl.max(queries[2])
-    if PAIR:
-        more_queries, more_state = _open_rows(
-            *(rows + ROWS, sequence, kv_head, n, q_pointer, start_pointer, end_pointer),
-            *(q_row_stride, q_head_stride, GROUPS, HEAD_DIM, DIMS),
-        )
-        low = tl.minimum(low, tl.min(more_queries[1]))
-        high = tl.maximum(high, tl.max(more_queries[2]))
-    chunk_start, sink = chunk * CHUNK, 0
-    if SINK:
-        sink = tl.load(sink_pointer + sequence)
-        if chunk_start < sink:
-            low = 0
-    common = tl.load(shared_pointer + sequence) // TILE * TILE
-    low = tl.maximum(chunk_start, low // TILE * TILE)
-    high = tl.minimum(tl.minimum(common, high), chunk_start + CHUNK)
-    if low >= high:
-        return
-    k_head = k_pointer + kv_head.to(tl.int64) * kv_head_stride
-    v_head = v_pointer + kv_head.to(tl.int64) * kv_head_stride
-    first = tl.load(first_pointer + sequence).to(tl.int64)
-    dtype: tl.constexpr = q_pointer.dtype.element_ty
-    for tile in range(low, high, TILE):
-        positions = tile + tl.arange(0, TILE)
-        columns, used = first + positions, positions < common
-        k = _load_columns(k_head, columns, used, kv_column_stride, HEAD_DIM, DIMS, dtype, QUANTISED)
-        v = _load_columns(v_head, columns, used, kv_column_stride, HEAD_DIM, DIMS, dtype, QUANTISED)
-        state = _add_shared_tile(queries, k, v, positions, sink, state, scale, softcap, SOFTCAP)
-        if PAIR:
-            more_state = _add_shared_tile(
-                more_queries, k, v, positions, sink, more_state, scale, softcap, SOFTCAP
-            )
-    kv_heads = tl.num_programs(1) // chunks
-    place = ((sequence * kv_heads + kv_head) * chunks + chunk).to(tl.int64) * count
-    _store_rows(state, rows, rows < count, place, sums_pointer, outputs_pointer, HEAD_DIM, DIMS)
-    if PAIR:
-        rows += ROWS
-        _store_rows(
-            more_state, rows, rows < count, place, sums_pointer, outputs_pointer, HEAD_DIM, DIMS
-        )
-
-
-@triton.jit(do_not_specialize=["chunks", "path_sequence_stride", "path_row_stride"])
-def _own_positions(
-    q_pointer,
-    k_pointer,
-    v_pointer,
-    first_pointer,
-    shared_pointer,
-    start_pointer,
-    end_pointer,
-    sink_pointer,
-    paths_pointer,
-    sinks_pointer,
-    sums_pointer,  # the result of `_shared_positions`
-    outputs_pointer,  # the result of `_shared_positions`
-    result_pointer,  # (t * n, heads, HEAD_DIM)
-    chunks,
-    path_sequence_stride,
-    path_row_stride,
+    places_pointer,
+    sums_pointer,
+    outputs_pointer,
     q_row_stride,
     q_head_stride,
     kv_head_stride,
@@ -251,31 +182,196 @@ def _own_positions(
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
     CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SINK: tl.constexpr,
+    QUANTISED: tl.constexpr,
+    PAIR: tl.constexpr,  # whether there are two products for each tile
+):
+    """Attend from 1 or 2 times `ROWS` queries to the tiles of a chunk that all rows share."""
+    queries = first_query + tl.arange(0, ROWS)
+    bounds = _load_range(queries, end_query, start_pointer, end_pointer, GROUPS)
+    low, high = tl.min(bounds[0]), tl.max(bounds[1])
+    if PAIR:
+        more_bounds = _load_range(queries + ROWS, end_query, start_pointer, end_pointer, GROUPS)
+        low = tl.minimum(low, tl.min(more_bounds[0]))
+        high = tl.maximum(high, tl.max(more_bounds[1]))
+    chunk_start, sink = chunk * CHUNK, 0
+    if SINK:
+        sink = tl.load(sink_pointer + row)
+        if chunk_start < sink:
+            low = 0
+    common = tl.load(shared_pointer + row) // TILE * TILE
+    low = tl.maximum(chunk_start, low // TILE * TILE)
+    high = tl.minimum(tl.minimum(common, high), chunk_start + CHUNK)
+    if low < high:
+        q, state = _load_queries(
+            *(queries, end_query, kv_head, q_pointer, q_row_stride, q_head_stride),
+            *(GROUPS, HEAD_DIM, DIMS),
+        )
+        if PAIR:
+            more_q, more_state = _load_queries(
+                *(queries + ROWS, end_query, kv_head, q_pointer, q_row_stride, q_head_stride),
+                *(GROUPS, HEAD_DIM, DIMS),
+            )
+        k_head = k_pointer + kv_head.to(tl.int64) * kv_head_stride
+        v_head = v_pointer + kv_head.to(tl.int64) * kv_head_stride
+        first = tl.load(first_pointer + row).to(tl.int64)
+        dtype: tl.constexpr = q_pointer.dtype.element_ty
+        for tile in range(low, high, TILE):
+            positions = tile + tl.arange(0, TILE)
+            columns, used = first + positions, positions < common
+            k = _load_columns(
+                k_head, columns, used, kv_column_stride, HEAD_DIM, DIMS, dtype, QUANTISED
+            )
+            v = _load_columns(
+                v_head, columns, used, kv_column_stride, HEAD_DIM, DIMS, dtype, QUANTISED
+            )
+            state = _add_shared_tile(
+                q, bounds, k, v, positions, sink, state, scale, softcap, SOFTCAP
+            )
+            if PAIR:
+                more_state = _add_shared_tile(
+                    more_q, more_bounds, k, v, positions, sink, more_state, scale, softcap, SOFTCAP
+                )
+        _store_sums(
+            *(state, queries, end_query, chunk, kv_head, heads),
+            *(places_pointer, sums_pointer, outputs_pointer, GROUPS, HEAD_DIM, DIMS, BLOCK),
+        )
+        if PAIR:
+            _store_sums(
+                *(more_state, queries + ROWS, end_query, chunk, kv_head, heads),
+                *(places_pointer, sums_pointer, outputs_pointer, GROUPS, HEAD_DIM, DIMS, BLOCK),
+            )
+
+
+@triton.jit
+def _shared_positions(
+    items_pointer,
+    count_pointer,
+    q_pointer,
+    k_pointer,
+    v_pointer,
+    first_pointer,
+    shared_pointer,
+    start_pointer,
+    end_pointer,
+    sink_pointer,
+    places_pointer,
+    sums_pointer,  # (places, heads, 2) float32 largest scores, sums of weights
+    outputs_pointer,  # (places, heads, HEAD_DIM) float32 sums of weighted values
+    q_row_stride,
+    q_head_stride,
+    kv_head_stride,
+    kv_column_stride,
+    scale,
+    softcap,
+    GROUPS: tl.constexpr,  # heads that share a key head
+    HEAD_DIM: tl.constexpr,
+    DIMS: tl.constexpr,  # HEAD_DIM, rounded up to a power of two
+    ROWS: tl.constexpr,  # the rows of a product
+    PAIR: tl.constexpr,  # whether there are two products for each tile where a block has the rows
+    TILE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SINK: tl.constexpr,
+    QUANTISED: tl.constexpr,
+):
+    """Run items of `SharedWork`, every so many: as many programs as a GPU has room for."""
+    size: tl.constexpr = 2 * ROWS if PAIR else ROWS
+    parts: tl.constexpr = (BLOCK * GROUPS + size - 1) // size
+    kv_head, part = tl.program_id(1) // parts, tl.program_id(1) % parts
+    heads = tl.num_programs(1) // parts * GROUPS
+    inputs = q_pointer, k_pointer, v_pointer
+    ranges = first_pointer, shared_pointer, start_pointer, end_pointer, sink_pointer
+    results = places_pointer, sums_pointer, outputs_pointer
+    factors = q_row_stride, q_head_stride, kv_head_stride, kv_column_stride, scale, softcap
+    for item in range(tl.program_id(0), tl.load(count_pointer), tl.num_programs(0)):
+        row = tl.load(items_pointer + item * 3)
+        end_query = tl.load(items_pointer + item * 3 + 1) * GROUPS
+        chunk = tl.load(items_pointer + item * 3 + 2)
+        first_query = row * GROUPS + part * size
+        queries = row, first_query, end_query, chunk, kv_head, heads
+        last_alone = first_query
+        if PAIR:
+            last_alone = end_query - ROWS
+            if first_query < last_alone:
+                _attend_to_chunk(
+                    *queries,
+                    *inputs,
+                    *ranges,
+                    *results,
+                    *factors,
+                    *(GROUPS, HEAD_DIM, DIMS),
+                    *(ROWS, TILE, CHUNK, BLOCK, SOFTCAP, SINK, QUANTISED, True),
+                )
+        if (last_alone <= first_query) & (first_query < end_query):
+            _attend_to_chunk(
+                *queries,
+                *inputs,
+                *ranges,
+                *results,
+                *factors,
+                *(GROUPS, HEAD_DIM, DIMS),
+                *(ROWS, TILE, CHUNK, BLOCK, SOFTCAP, SINK, QUANTISED, False),
+            )
+
+
+@triton.jit
+def _own_positions(
+    q_pointer,
+    k_pointer,
+    v_pointer,
+    first_pointer,
+    shared_pointer,
+    start_pointer,
+    end_pointer,
+    sink_pointer,
+    places_pointer,
+    paths_pointer,
+    sinks_pointer,
+    sums_pointer,  # the result of `_shared_positions`
+    outputs_pointer,  # the result of `_shared_positions`
+    result_pointer,  # (rows, heads, HEAD_DIM)
+    depths,
+    q_row_stride,
+    q_head_stride,
+    kv_head_stride,
+    kv_column_stride,
+    scale,
+    softcap,
+    GROUPS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIMS: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
     SOFTCAP: tl.constexpr,
     SINK: tl.constexpr,
     SINKS: tl.constexpr,
     QUANTISED: tl.constexpr,
 ):
-    row, sequence = tl.program_id(0), tl.program_id(2)
+    row = tl.program_id(0)
     parts = tl.cdiv(GROUPS, ROWS)
     kv_head, part = tl.program_id(1) // parts, tl.program_id(1) % parts
-    n, kv_heads = tl.num_programs(0), tl.num_programs(1) // parts
-    node = sequence * n + row
-    start, end = tl.load(start_pointer + node), tl.load(end_pointer + node)
-    shared = tl.load(shared_pointer + sequence)
+    total_heads = tl.num_programs(1) // parts * GROUPS
+    start, end = tl.load(start_pointer + row), tl.load(end_pointer + row)
+    shared, first_place = tl.load(shared_pointer + row), tl.load(places_pointer + row)
     common = shared // TILE * TILE
-    first = tl.load(first_pointer + sequence).to(tl.int64)
-    path_row = paths_pointer + sequence * path_sequence_stride + row * path_row_stride
+    first = tl.load(first_pointer + row).to(tl.int64)
+    path_row = paths_pointer + row.to(tl.int64) * depths
     begin, sink = start, 0
     if SINK:
-        sink = tl.load(sink_pointer + sequence)
+        sink = tl.load(sink_pointer + row)
         if sink > 0:
             begin = 0
     group, dims = part * ROWS + tl.arange(0, ROWS), tl.arange(0, DIMS)
     is_row = group < GROUPS
     is_element = is_row[:, None] & (dims < HEAD_DIM)[None, :]
     heads = kv_head * GROUPS + group
-    places = node.to(tl.int64) * q_row_stride + heads * q_head_stride
+    places = row.to(tl.int64) * q_row_stride + heads * q_head_stride
     q = tl.load(q_pointer + places[:, None] + dims[None, :], mask=is_element, other=0)
     k_head = k_pointer + kv_head.to(tl.int64) * kv_head_stride
     v_head = v_pointer + kv_head.to(tl.int64) * kv_head_stride
@@ -289,8 +385,7 @@ def _own_positions(
         # Triton 3.9's interpreter takes no mask that combines a block with a single comparison.
         added_end = tl.minimum(tl.minimum(common, end), chunk_end)
         added = tl.where(is_row, tl.maximum(low, chunk_start), added_end) < added_end
-        place = (((sequence * kv_heads + kv_head) * chunks + chunk).to(tl.int64) * n + row) * GROUPS
-        place += group
+        place = (first_place + chunk * BLOCK).to(tl.int64) * total_heads + heads
         part_highest = tl.load(sums_pointer + place * 2, mask=added, other=float("-inf"))
         part_total = tl.load(sums_pointer + place * 2 + 1, mask=added, other=0.0)
         part_out = tl.load(
@@ -335,7 +430,7 @@ def _own_positions(
         total = total * share + tl.exp2(score - base)
         out = out * share[:, None]
     total = tl.where(is_row, total, 1.0)
-    places = (node * (kv_heads * GROUPS) + heads).to(tl.int64) * HEAD_DIM
+    places = (row.to(tl.int64) * total_heads + heads) * HEAD_DIM
     result = (out / total[:, None]).to(q.dtype)
     tl.store(result_pointer + places[:, None] + dims[None, :], result, mask=is_element)
 
@@ -358,11 +453,11 @@ def tree_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Compute `operations.tree_attention` in two launches for any number of sequences."""
-    (rows, heads, head_dim), kv_heads = q.shape, k.shape[0]
+    """Compute `operations.tree_attention` in two launches, whatever the lengths are."""
+    (rows, heads, head_dim), kv_heads, work = q.shape, k.shape[0], keys.work
     assert q.stride(2) == k.stride(2) == v.stride(2) == 1
     assert k.stride() == v.stride()
-    (t, n), groups, chunks = keys.end.shape, heads // kv_heads, triton.cdiv(max_length, CHUNK)
+    groups, places = heads // kv_heads, len(work.items) * work.block
     quantised = k.dtype == torch.int8  # its numbers become floats in registers, before products
     shapes: dict[str, Any] = {
         "GROUPS": groups,
@@ -371,6 +466,7 @@ def tree_attention(
         "ROWS": ROWS,
         "TILE": tile_size(head_dim, q.element_size(), quantised),
         "CHUNK": CHUNK,
+        "BLOCK": work.block,
         "SOFTCAP": softcap is not None,
         "SINK": keys.sink is not None,
         "QUANTISED": quantised,
@@ -378,25 +474,23 @@ def tree_attention(
     }
     strides = q.stride(0), q.stride(1), k.stride(0), k.stride(1)
     factors = scale, 0.0 if softcap is None else softcap
-    ranges = [
-        None if x is None else x.int().contiguous()
-        for x in (keys.first, keys.shared, keys.start, keys.end, keys.sink)
-    ]
-    sums = q.new_empty((t, kv_heads, chunks, n * groups, 2), dtype=torch.float32)
-    outputs = q.new_empty((t, kv_heads, chunks, n * groups, head_dim), dtype=torch.float32)
+    inputs = q, k, v, keys.first, keys.shared, keys.start, keys.end, keys.sink, work.places
+    sums = q.new_empty((places, heads, 2), dtype=torch.float32)
+    outputs = q.new_empty((places, heads, head_dim), dtype=torch.float32)
     # Float32 products have no tensor cores, and need the registers of the second rows themselves.
     wide = q.dtype == torch.float32
-    pair = n * groups > ROWS and not wide
-    _shared_positions[triton.cdiv(n * groups, 2 * ROWS if pair else ROWS), kv_heads * chunks, t](
-        *(q, k, v, *ranges, sums, outputs, n, chunks, *strides, *factors),
-        PAIR=pair,
+    size = ROWS if wide else 2 * ROWS
+    columns = kv_heads * triton.cdiv(work.block * groups, size)
+    _shared_positions[min(len(work.items), triton.cdiv(PROGRAMS, columns)), columns](
+        *(work.items, work.count, *inputs, sums, outputs, *strides, *factors),
+        PAIR=not wide,
         num_warps=8 if wide or head_dim > (MAX_SMALL if quantised else MAX_NARROW) else 4,
         **shapes,
     )
     result = q.new_empty((rows, heads, head_dim))
-    _own_positions[n, kv_heads * triton.cdiv(groups, ROWS), t](
-        *(q, k, v, *ranges, keys.paths.int(), sinks, sums, outputs, result),
-        *(chunks, *keys.paths.stride()[:2], *strides, *factors),
+    _own_positions[rows, kv_heads * triton.cdiv(groups, ROWS)](
+        *(*inputs, keys.paths, sinks, sums, outputs, result, keys.paths.shape[1]),
+        *(*strides, *factors),
         SINKS=sinks is not None,
         num_warps=8 if wide or quantised else 4,
         # Few tiles follow each other, and loading ahead makes some GPUs spill registers.

@@ -1,0 +1,239 @@
+"""The forward pass over rows of several sequences: nodes of trees, and next tokens.
+
+The number of rows alone fixes the shapes of a pass: `visible_keys` explains how each row says what
+it sees. So a few numbers of rows have all CUDA graphs that are needed.
+
+Targets with recurrent layers are an exception: their recurrences run all trees at once, so that
+every tree is filled up to the size of the largest one, and next tokens run elsewhere.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from treeflash.decoding.tree import DraftTree
+from treeflash_cuda.attention import TreeContext
+from treeflash_cuda.cache import Region, Slab, SlabCache
+from treeflash_cuda.graphs import MIN_LENGTH, Outputs, power_of_two
+from treeflash_cuda.hybrid import HybridTreeCache, TreeWrites
+from treeflash_cuda.numerics import pack, unpack, upload
+from treeflash_cuda.sampling import Logits, finite_argmax
+from treeflash_cuda.state import State
+from treeflash_cuda.target import Target
+from treeflash_cuda.visible_keys import MIN_PLACES, RowPlan, VisibleKeys, block_rows
+
+ROWS = (1, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+"""The numbers of rows that have graphs. More rows are split between passes: from some hundred rows
+on a pass takes the time of its products, so that two passes take as long as one of twice the size,
+and half of its memory."""
+MAX_ROWS = ROWS[-1]
+MAX_CHUNK = 256
+"""The most next tokens of a sequence that are rows of this pass where there is a kernel that is
+faster for prompts."""
+MIN_DEPTHS = 64
+"""Depths of trees for which paths have room; deeper trees, which are rare, have other graphs."""
+NAME = "the target"
+"""The name of the pass as a function that is captured."""
+OUTGROWN = "the sequence has outgrown its capacity"
+
+Rows: TypeAlias = tuple[State, DraftTree | Sequence[int]]
+"""A sequence, and its tree or its next tokens."""
+
+
+class RowPass:
+    """Runs a target over rows of sequences, as a function of tensors."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+
+    def takes(self, state: State, tokens: DraftTree | Sequence[int]) -> bool:
+        """Return whether a tree or next tokens of a sequence are rows of this pass."""
+        operations = self.target.operations
+        if operations is None or not operations.runs_trees:
+            return False
+        if isinstance(tokens, DraftTree):
+            return True
+        if has_features(state, tokens) or self.target.state_layout is not None:
+            return False
+        return self.target.kernels is None or len(tokens) <= MAX_CHUNK
+
+    def run(self, rows: Sequence[Rows], needs_logits: Sequence[bool]) -> Logits:
+        """Return the logits of all nodes of trees, and of last tokens where they are needed.
+
+        Raises:
+            UnsupportedModelError: a layer's attention is neither causal nor a window.
+        """
+        parts: dict[int, tuple[Tensor, Tensor | None]] = {}
+        for group in self._groups(rows):
+            found = self._run([rows[i] for i in group], [needs_logits[i] for i in group])
+            if len(group) == len(rows):
+                return found
+            parts |= zip(group, zip(found.parts, found.best, strict=True), strict=True)
+        logits, best = zip(*(parts[i] for i in range(len(rows))), strict=True)
+        return Logits(list(logits), list(best))
+
+    def _groups(self, rows: Sequence[Rows]) -> Iterator[list[int]]:
+        """Yield the indices of sequences that share a pass: all are in one slab."""
+        groups: dict[Slab | None, list[int]] = {}
+        for i, (state, _) in enumerate(rows):
+            slab = slab_of(state)
+            group = groups.setdefault(slab, [])
+            if group and self._count([rows[j] for j in (*group, i)]) > MAX_ROWS:
+                yield group
+                groups[slab] = group = []
+            group.append(i)
+        yield from groups.values()
+
+    def _count(self, rows: Sequence[Rows]) -> int:
+        """Return the rows of a pass, before they are rounded up to one of `ROWS`."""
+        sizes = [len(tokens) for _, tokens in rows]
+        if self.target.state_layout is None:
+            return sum(sizes)
+        return power_of_two(len(sizes)) * power_of_two(max(sizes))
+
+    def _run(self, rows: Sequence[Rows], needs_logits: Sequence[bool]) -> Logits:
+        target, layout = self.target, self.target.state_layout
+        graphs, count = target.graphs, self._count(rows)
+        captured = graphs.is_capturing and count <= MAX_ROWS
+        sizes = np.array([len(tokens) for _, tokens in rows])
+        regions = [region_of(state) for state, _ in rows]
+        for (state, tokens), region in zip(rows, regions, strict=True):
+            assert region is None or state.length + len(tokens) <= region.columns, OUTGROWN
+        stride, trees = None, (len(rows), int(sizes.max()))
+        if layout is None:
+            order = _padded_order(count, round_up(count) if captured else count)
+        else:
+            trees = (power_of_two(trees[0]), power_of_two(trees[1])) if captured else trees
+            order, stride = _rectangle(sizes, *trees), trees[1]
+        operations = target.operations
+        assert operations is not None
+        plan = RowPlan.of(
+            np.array([0 if region is None else region.first for region in regions]),
+            np.array([state.length for state, _ in rows]),
+            [tokens if isinstance(tokens, DraftTree) else len(tokens) for _, tokens in rows],
+            block := block_rows(target.groups),
+            stride,
+        )
+        longest = power_of_two(max(int(plan.shared.max()), MIN_LENGTH))
+        depths = power_of_two(max(plan.paths.shape[1], min(MIN_DEPTHS, len(order))))
+        capacity = power_of_two(max(plan.count, MIN_PLACES // block))
+        ids = [x.tokens if isinstance(x, DraftTree) else x for _, x in rows]
+        placed = plan.arranged(order, depths, capacity)
+        rotary = np.concatenate([state.rotary_positions(x) for state, x in rows])
+        arrays = [np.concatenate(ids)[order], rotary[order], placed.slots, *placed.arrays()]
+        before: list[Tensor] = []
+        if layout is not None:
+            arrays.append(_ancestors([x for _, x in rows if isinstance(x, DraftTree)], *trees))
+            recurrent = [state.recurrent for state, _ in rows if state.recurrent is not None]
+            committed = [states.committed for states in recurrent]
+            committed += committed[:1] * (trees[0] - len(rows))
+            before = layout.stack(committed, target.device)
+        slab, shapes = slab_of(rows[0][0]), tuple(array.shape for array in arrays)
+        forward = functools.partial(self._forward, slab, shapes, block, longest)
+        uploaded = upload(pack(arrays), target.device)
+        results = graphs.run(NAME, (slab, shapes), forward, uploaded, *before, capture=captured)
+        logits, best, layers, *outputs = results
+        by_layer = dict(zip(layers, outputs[: len(layers)], strict=True))
+        if layout is not None:
+            writes = TreeWrites(layout, trees[1], before, outputs[len(layers) :])
+            for i, states in enumerate(recurrent):
+                states.drop_pending()
+                states.tree = writes, i
+        parts = []
+        for (state, x), start, is_needed in zip(
+            rows, plan.starts.tolist(), needs_logits, strict=True
+        ):
+            state.outputs, state.first_row, end = by_layer, start, start + len(x)
+            if not isinstance(x, DraftTree):
+                start = end - is_needed
+            parts.append(slice(start, end))
+        whole = None
+        if layout is None and sum(part.stop - part.start for part in parts) == count:
+            whole = logits[:count]
+        return Logits([logits[part] for part in parts], [best[part] for part in parts], whole)
+
+    def _forward(
+        self,
+        slab: Slab | None,
+        shapes: Sequence[tuple[int, ...]],  # the shapes of the packed arrays
+        block: int,
+        longest: int,
+        inputs: Tensor,  # packed: ids, rotary positions, slots, `RowPlan.arrays`, ancestors of trees
+        *states: Tensor,  # the recurrent states; see `StateLayout.stack`
+    ) -> Outputs:
+        """Run a pass: logits, each row's best token, captured layers' indices and outputs.
+
+        With recurrent layers `TreeWrites.outputs` follow.
+        """
+        target, layout = self.target, self.target.state_layout
+        assert target.operations is not None
+        ids, rotary, slots, *plan = unpack(inputs, shapes)
+        storage = slab, target.arena.encode, slots.long()
+        cache = SlabCache(*storage)
+        if layout is not None:
+            ancestors = plan.pop().bool()
+            cache = HybridTreeCache(*storage, target.attention_slots, layout, states, ancestors)
+        keys = VisibleKeys.of_rows(block, *plan)
+        context = TreeContext(target.operations, cache, keys, plan[0].long(), longest)
+        logits, outputs = target.forward(
+            ids.long(), context, cache, logits_to_keep=0, rotary=rotary.long()
+        )
+        writes = cache.outputs() if isinstance(cache, HybridTreeCache) else []
+        return logits, finite_argmax(logits), tuple(outputs), *outputs.values(), *writes
+
+
+def round_up(rows: int) -> int:
+    """Return the least of `ROWS` that is large enough, for at most `MAX_ROWS` rows."""
+    return next(size for size in ROWS if size >= rows)
+
+
+def has_features(state: State, tokens: DraftTree | Sequence[int]) -> bool:
+    """Return whether new tokens of a sequence stand for features of an image."""
+    if state.images is None or isinstance(tokens, DraftTree):
+        return False
+    return bool(state.images.is_feature[state.length : state.length + len(tokens)].any())
+
+
+def region_of(state: State) -> Region | None:
+    """Return the columns of a sequence; None if no layer of the target has keys and values."""
+    cache = state.kv_cache
+    return None if cache.arena.like is None else cache.allocate()
+
+
+def slab_of(state: State) -> Slab | None:
+    """Return the allocation that has the columns of a sequence."""
+    region = region_of(state)
+    return None if region is None else region.slab
+
+
+def _padded_order(count: int, rows: int) -> NDArray[np.int64]:
+    """Return all rows, and copies of the first one, which write the same keys to the same slot."""
+    order = np.zeros(rows, np.int64)
+    order[:count] = np.arange(count)
+    return order
+
+
+def _rectangle(sizes: NDArray[np.int64], trees: int, nodes: int) -> NDArray[np.int64]:
+    """Return the rows of trees that are filled up with copies of their roots.
+
+    Further trees are copies of the first one.
+    """
+    node, first = np.arange(nodes), sizes.cumsum() - sizes
+    order = first[:, None] + np.where(node < sizes[:, None], node, 0)
+    return np.concatenate([order, np.tile(order[:1], (trees - len(sizes), 1))]).ravel()
+
+
+def _ancestors(drafts: Sequence[DraftTree], trees: int, nodes: int) -> NDArray[np.int32]:
+    """Return (trees, nodes, nodes) ancestors of trees that `_rectangle` fills up."""
+    ancestors = np.zeros((trees, nodes, nodes), np.int32)
+    for i, tree in enumerate(drafts):
+        ancestors[i, : len(tree), : len(tree)] = tree.ancestor_mask()
+        ancestors[i, len(tree) :, 0] = 1
+    ancestors[len(drafts) :] = ancestors[0]
+    return ancestors

@@ -1,0 +1,217 @@
+"""Which keys the rows of a forward pass see, and how the work of attention is divided.
+
+The problem. A pass has rows of several sequences: nodes of draft trees, and tokens of prompts. Each
+sequence has its own number of rows and its own length, and a CUDA graph has fixed shapes.
+
+The idea. A pass is a list of rows, whose number is all that fixes its shapes. Each row says by
+numbers what it sees. Rows of one sequence see the same positions up to a point, so a block of rows
+reads those together, one chunk of positions after another: a list of such items is the work, and
+programs of a kernel take items until none is left.
+
+An example. A tree of 3 rows follows 600 committed positions, and one row follows 100 positions.
+Blocks have 2 rows, and chunks 512 positions:
+
+    row       0    1    2    3
+    sequence  a    a    a    b
+    items     (rows 0-1, chunk 0), (rows 0-1, chunk 1), (row 2, chunk 0), (row 2, chunk 1),
+              (row 3, chunk 0)
+    place     0    1    4    8      of a row's sum over chunk 0
+
+The rule: an item has a block's number of places for its sums, one for each row, so the sum of a
+row over chunk c is at its place + c * block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from treeflash.decoding.tree import DraftTree
+
+CHUNK = 512
+"""Positions of an item of shared work."""
+MIN_PLACES = 4096
+"""Places that every graph has for sums, such as those of 64 rows over 32,768 positions."""
+BLOCK_QUERIES = 32
+"""Queries of a block of rows: those of all heads that share a key head."""
+
+BY_ROW = "slots", "positions", "first", "shared", "places"
+"""The arrays of a `RowPlan` that have a number for each row."""
+
+Integers: TypeAlias = NDArray[np.integer[Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class SharedWork:
+    """The items in which blocks of rows attend to positions that their sequence shares."""
+
+    items: Tensor  # (capacity, 3) int32 first row, row after the last one, and chunk
+    count: Tensor  # (1,) int32 items that are used, which come first
+    places: Tensor  # (rows,) int32 place of each row's sum over chunk 0
+    block: int  # rows of a block
+
+    def to(self, device: torch.device) -> SharedWork:
+        """Copy all tensors to a device."""
+        items, count, places = (x.to(device) for x in (self.items, self.count, self.places))
+        return SharedWork(items, count, places, self.block)
+
+
+@dataclass(frozen=True, eq=False)
+class VisibleKeys:
+    """The keys that the rows of a pass see; rows of a sequence follow one another.
+
+    A row sees the positions from `start` to `end`, and those before `sink`. Positions before
+    `shared` are in consecutive columns of the cache and common to all rows of a sequence. A later
+    position has another key for each branch of a draft tree: `paths` names its column. All
+    positions are common to rows without branches.
+    """
+
+    first: Tensor  # (rows,) int32 column of position 0 of the row's sequence
+    shared: Tensor  # (rows,) int32 positions that are common to all rows of the sequence
+    start: Tensor  # (rows,) int32 first visible position
+    end: Tensor  # (rows,) int32 position after the last visible one
+    # (rows, depths) int32 columns of the keys at positions `shared`, `shared` + 1, ..., counted
+    # from column `first` + `shared`. There are at least `end` - `shared` of them.
+    paths: Tensor
+    work: SharedWork
+    sink: Tensor | None = None  # (rows,) int32 positions that are always visible; None for none
+
+    @classmethod
+    def of_rows(cls, block: int, *arrays: Tensor) -> VisibleKeys:
+        """Let rows see all positions up to their own, from `RowPlan.arrays` as int32 tensors."""
+        positions, first, shared, places, paths, count, items = arrays
+        work = SharedWork(items, count, places, block)
+        return cls(first, shared, torch.zeros_like(positions), positions + 1, paths, work)
+
+    def within(self, window: int) -> VisibleKeys:
+        """Return what rows see that see the last `window` positions, their own included."""
+        return replace(self, start=torch.maximum(self.start, self.end - window))
+
+    def sees(self, positions: Tensor) -> Tensor:
+        """Return the (rows, m) whether rows see (m,) or (rows, m) positions."""
+        visible = positions >= self.start[:, None]
+        if self.sink is not None:
+            visible = visible | (positions < self.sink[:, None])
+        return visible & (positions < self.end[:, None])
+
+    def to(self, device: torch.device) -> VisibleKeys:
+        """Copy all tensors to a device."""
+        parts = self.first, self.shared, self.start, self.end, self.paths, self.work, self.sink
+        moved: list[Any] = [x if x is None else x.to(device) for x in parts]
+        return VisibleKeys(*moved)
+
+
+def block_rows(groups: int) -> int:
+    """Return the rows of a block, for key heads that `groups` heads share."""
+    return max(1, BLOCK_QUERIES // groups)
+
+
+def plan_work(
+    starts: Integers, sizes: Integers, shared: Integers, block: int
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Return the (n, 3) items and the (rows,) places of `SharedWork`.
+
+    Sequences have (t,) first rows, at least one row each, and common positions. The places are
+    those of all rows, sequence by sequence.
+    """
+    blocks = -(-sizes // block)
+    sequence = np.repeat(np.arange(len(sizes)), blocks)
+    index = np.arange(len(sequence)) - np.repeat(blocks.cumsum() - blocks, blocks)
+    first = starts[sequence] + block * index
+    end = np.minimum(first + block, (starts + sizes)[sequence])
+    chunks = -(-shared[sequence] // CHUNK)
+    before = chunks.cumsum() - chunks
+    owner = np.repeat(np.arange(len(sequence)), chunks)
+    items = np.stack([first[owner], end[owner], np.arange(len(owner)) - before[owner]], 1)
+    rows = end - first
+    places = np.repeat(block * before - (rows.cumsum() - rows), rows) + np.arange(rows.sum())
+    return items.astype(np.int32), places.astype(np.int32)
+
+
+@dataclass(frozen=True, eq=False)
+class RowPlan:
+    """Rows of several sequences, in NumPy: all of one sequence, then all of the next one."""
+
+    starts: Integers  # (t,) first row of each sequence in the pass
+    slots: Integers  # (n,) column of each row's own key
+    positions: Integers  # (n,)
+    first: Integers  # (n,) as in `VisibleKeys`
+    shared: Integers  # (n,) as in `VisibleKeys`
+    paths: NDArray[np.int32]  # (n, depths) as in `VisibleKeys`
+    places: NDArray[np.int32]  # see `plan_work`
+    items: NDArray[np.int32]  # see `plan_work`
+    count: int  # items that are used
+
+    @classmethod
+    def of(
+        cls,
+        firsts: Integers,  # (t,) column of position 0 of each sequence
+        lengths: Integers,  # (t,) committed positions
+        trees: Sequence[DraftTree | int],  # their rows: a tree, or a number of next tokens
+        block: int,
+        stride: int | None = None,  # rows between the first rows of sequences; None for no gaps
+    ) -> RowPlan:
+        sizes = np.array([x if isinstance(x, int) else len(x) for x in trees])
+        before = sizes.cumsum() - sizes
+        starts = before if stride is None else stride * np.arange(len(sizes))
+        owner = np.repeat(np.arange(len(sizes)), sizes)
+        nodes = np.arange(len(owner)) - before[owner]
+        branched = [isinstance(x, DraftTree) and not x.is_chain for x in trees]
+        depths = nodes.copy()
+        parents = np.maximum(np.arange(len(owner)) - 1, before[owner])
+        for tree, is_branched, row in zip(trees, branched, before.tolist(), strict=True):
+            if is_branched and isinstance(tree, DraftTree):
+                depths[row : row + len(tree)] = tree.depths
+                parents[row + 1 : row + len(tree)] = row + tree.parents[1:]
+        in_tree = np.array(branched)[owner]
+        shared = lengths + np.where(branched, 0, sizes)
+        items, places = plan_work(starts, sizes, shared, block)
+        return cls(
+            starts=starts,
+            slots=(firsts + lengths)[owner] + nodes,
+            positions=lengths[owner] + depths,
+            first=firsts[owner],
+            shared=shared[owner],
+            paths=_paths(nodes, depths, parents, in_tree),
+            places=places,
+            items=items,
+            count=len(items),
+        )
+
+    def arranged(self, order: Integers, depths: int, capacity: int) -> RowPlan:
+        """Return the plan of some rows of this one, in shapes that a graph has.
+
+        Rows may occur several times; paths are widened to `depths`, and items to `capacity`.
+        """
+        paths = np.zeros((len(order), depths), np.int32)
+        paths[:, : self.paths.shape[1]] = self.paths[order]
+        items = np.zeros((capacity, 3), np.int32)
+        items[: self.count] = self.items
+        rows = {x: getattr(self, x)[order] for x in BY_ROW}
+        return replace(self, paths=paths, items=items, **rows)
+
+    def arrays(self) -> list[Integers]:
+        """Return the numbers that `VisibleKeys.of_rows` takes as tensors."""
+        rows = self.positions, self.first, self.shared, self.places
+        return [*rows, self.paths, np.array([self.count]), self.items]
+
+
+def _paths(
+    nodes: Integers, depths: Integers, parents: Integers, in_tree: NDArray[np.bool_]
+) -> NDArray[np.int32]:
+    """Return the (n, depths) nodes on the paths of rows in trees; 0 of other rows."""
+    deepest = int(depths[in_tree].max(initial=-1))
+    paths = np.zeros((len(nodes), deepest + 1), np.int32)
+    order = np.flatnonzero(in_tree)
+    order = order[depths[order].argsort(kind="stable")]
+    ends = np.searchsorted(depths[order], np.arange(1, deepest + 1))
+    for depth, rows in enumerate(np.split(order, ends)[1:], 1):
+        paths[rows] = paths[parents[rows]]
+        paths[rows, depth] = nodes[rows]
+    return paths
