@@ -302,7 +302,7 @@ def texts(gpu: Gpu, part: Part) -> None:
         ):
             backend = gpu.load(pair, dtype=dtype, cuda_graphs=with_graphs)
             if masks:
-                backend.verifier._has_tree_pass, backend.target.kernels = False, None
+                backend.verifier._has_row_pass, backend.target.kernels = False, None
             session = SequenceSession(backend)
             session.extend(PROMPT * 5)
             logits[name] = session.logits(TREE)

@@ -23,15 +23,15 @@ from treeflash_cuda.cache import PackedRows, Slab
 from treeflash_cuda.drafter_model import DrafterModel, OwnVocabulary, Rotation
 from treeflash_cuda.graphs import MIN_LENGTH, Graphs, Outputs, power_of_four, power_of_two
 from treeflash_cuda.linear import token_products
-from treeflash_cuda.numerics import gumbel, top_log_probs, upload, upload_all
+from treeflash_cuda.numerics import gumbel, pack, top_log_probs, unpack, upload
 from treeflash_cuda.operations import Operations
 from treeflash_cuda.state import State
 from treeflash_cuda.target import Target
 from treeflash_cuda.visible_keys import (
-    MIN_PLACES,
     SharedWork,
     VisibleKeys,
     block_rows,
+    padded_items,
     plan_work,
 )
 
@@ -235,8 +235,9 @@ class SlabDrafts:
     window: int | None  # positions that a block sees besides the first few; None for all
     slab: Slab  # the slab of the drafter's KV caches
     columns: Tensor  # (c + t * S,) of the new context, and then of the blocks
-    first: Tensor  # (t,) int32 column of each sequence's first position
-    start: Tensor  # (t,) int32 position of each root
+    positions: Tensor  # (t * S,) int32 of the blocks
+    start: Tensor  # (t * S,) int32 position of each slot's root
+    first: Tensor  # (t * S,) int32 column of position 0 of each slot's sequence
     work: SharedWork  # of the blocks
     max_length: int  # a bound on the positions of the blocks
     _keys: dict[Kind, VisibleKeys] = field(default_factory=dict)
@@ -273,22 +274,21 @@ class SlabDrafts:
 
     def _visible(self, kind: Kind) -> VisibleKeys:
         """Return the keys that the slots of the blocks see in a kind of layer."""
-        (window, causal), size = kind, self.model.config.block_size
-        start, first = (x.repeat_interleave(size) for x in (self.start, self.first))
-        positions = block_positions(self.start, size)
-        end = positions + 1 if causal else start + size
-        low = torch.zeros_like(positions)
+        (window, causal), end = kind, self.start + self.model.config.block_size
+        shared, low = end, torch.zeros_like(end)
+        if causal:
+            end = self.positions + 1
         if window is not None and self.model.config.window_from_root:
-            low = (start - window).clamp(min=0)
+            low = (self.start - window).clamp(min=0)
         elif window is not None:
-            low = (positions - (window - 1)).clamp(min=0)
-            end = torch.minimum(end, positions + window)
+            low = (self.positions - (window - 1)).clamp(min=0)
+            end = torch.minimum(end, self.positions + window)
         sink = None
         if self.window is not None:
-            sink = start.clamp(max=SINK)
-            low = torch.maximum(low, start - self.window)
-        paths = positions.new_empty(len(positions), 0)
-        return VisibleKeys(first, start + size, low, end, paths, self.work, sink)
+            sink = self.start.clamp(max=SINK)
+            low = torch.maximum(low, self.start - self.window)
+        paths = end.new_empty(len(end), 0)
+        return VisibleKeys(self.first, shared, low, end, paths, self.work, sink)
 
 
 class Drafter:
@@ -356,37 +356,50 @@ class Drafter:
             if extra := power_of_four(len(positions)) - len(positions) if parts else 0:
                 parts.append(parts[-1][-1:].expand(extra, -1))
                 positions, first = (np.pad(x, (0, extra), "edge") for x in (positions, first))
-        sequences = [(roots[i][1], states[i].length, firsts[i]) for i in order]
-        config = self.model.config
+        tokens, starts, columns = np.array(
+            [(roots[i][1], states[i].length, firsts[i]) for i in order]
+        ).T
+        row_starts, row_firsts = np.repeat(starts, size), np.repeat(columns, size)
+        positions = np.concatenate([positions, row_starts + np.tile(np.arange(size), len(order))])
+        config, rows = self.model.config, size * np.arange(len(roots))
         block = block_rows(config.num_attention_heads // config.num_key_value_heads)
-        rows = size * np.arange(len(roots))
-        shared = np.array([state.length + size for state in states])
+        shared = starts[: len(roots)] + size
         items, places = plan_work(rows, np.full_like(rows, size), shared, block)
-        used, capacity = len(items), power_of_two(max(len(items), MIN_PLACES // block))
-        items = np.pad(items, ((0, capacity - used), (0, 0)))
-        places = places.reshape(-1, size)[order].ravel()
-        numbers = *np.array(sequences).T, positions, first + positions
-        uploaded = upload_all([*numbers, items, np.array([used]), places], self.target.device)
+        arrays = [
+            *(tokens, positions, np.concatenate([first, row_firsts]) + positions),
+            *(row_starts, row_firsts, *padded_items(items, block)),
+            places.reshape(-1, size)[order],
+        ]
+        uploaded, shapes = upload(pack(arrays), self.target.device), [x.shape for x in arrays]
+        given = unpack(uploaded, shapes)[0]
         if not parts:  # a draft may follow another at once
-            parts = [self.output.embed(uploaded[3])]
+            parts = [self.output.embed(given[:0])]
 
-        def draft(*inputs: Tensor) -> Outputs:
-            tokens, start, first, positions, columns, items, count, places, context = inputs
-            positions = torch.cat([positions, block_positions(start, size)])
+        def draft(uploaded: Tensor, context: Tensor) -> Outputs:
+            tokens, positions, columns, *rows, items, count, places = unpack(uploaded, shapes)
             rotation = self.model.rotary(positions, context.dtype)
             if slab is None:
                 masked = MaskedDrafts(self.model, states, self.window)
                 return (self._blocks(tokens, context, rotation, masked),)
             assert self.target.operations is not None
-            columns = torch.cat([columns, block_positions(first + start, size)])
-            options = self.target.operations, self.model, rotation, self.window
-            work = SharedWork(items, count, places, block)
-            attention = SlabDrafts(*options, slab, columns.long(), first, start, work, longest)
+            attention = SlabDrafts(
+                operations=self.target.operations,
+                model=self.model,
+                rotation=rotation,
+                window=self.window,
+                slab=slab,
+                columns=columns.long(),
+                positions=positions[len(context) :],
+                start=rows[0],
+                first=rows[1],
+                work=SharedWork(items, count, places.flatten(), block),
+                max_length=longest,
+            )
             return (self._blocks(tokens, context, None, attention),)
 
-        inputs = *uploaded, torch.cat(parts)
-        (hidden,) = graphs.run("the drafter", slab, draft, *inputs, capture=captured)
-        return hidden.unflatten(0, (-1, size))[: len(roots)], uploaded[0][: len(roots)]
+        settings, inputs = (slab, *shapes), (uploaded, torch.cat(parts))
+        (hidden,) = graphs.run("the drafter", settings, draft, *inputs, capture=captured)
+        return hidden.unflatten(0, (-1, size))[: len(roots)], given[: len(roots)]
 
     def _blocks(
         self,
@@ -434,12 +447,6 @@ class Drafter:
 
 def layer_kinds(config: DrafterConfig) -> list[Kind]:
     return list(zip(config.sliding_windows, config.causal, strict=True))
-
-
-def block_positions(start: Tensor, size: int) -> Tensor:
-    """Return (t * size,) positions of blocks from the (t,) positions of their roots, or columns."""
-    slots = torch.arange(size, dtype=start.dtype, device=start.device)
-    return (start[:, None] + slots).flatten()
 
 
 def cut_gap(x: Tensor, gap: tuple[int, int], axis: int) -> Tensor:

@@ -26,7 +26,7 @@ from treeflash_cuda.numerics import pack, unpack, upload
 from treeflash_cuda.sampling import Logits, finite_argmax
 from treeflash_cuda.state import State
 from treeflash_cuda.target import Target
-from treeflash_cuda.visible_keys import MIN_PLACES, RowPlan, VisibleKeys, block_rows
+from treeflash_cuda.visible_keys import RowPlan, VisibleKeys, block_rows
 
 ROWS = (1, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 """The numbers of rows that have graphs. More rows are split between passes: from some hundred rows
@@ -122,9 +122,8 @@ class RowPass:
         )
         longest = power_of_two(max(int(plan.shared.max()), MIN_LENGTH))
         depths = power_of_two(max(plan.paths.shape[1], min(MIN_DEPTHS, len(order))))
-        capacity = power_of_two(max(plan.count, MIN_PLACES // block))
         ids = [x.tokens if isinstance(x, DraftTree) else x for _, x in rows]
-        placed = plan.arranged(order, depths, capacity)
+        placed = plan.arranged(order, depths)
         rotary = np.concatenate([state.rotary_positions(x) for state, x in rows])
         arrays = [np.concatenate(ids)[order], rotary[order], placed.slots, *placed.arrays()]
         before: list[Tensor] = []
@@ -164,7 +163,8 @@ class RowPass:
         shapes: Sequence[tuple[int, ...]],  # the shapes of the packed arrays
         block: int,
         longest: int,
-        inputs: Tensor,  # packed: ids, rotary positions, slots, `RowPlan.arrays`, ancestors of trees
+        # Packed: ids, rotary positions, slots, `RowPlan.arrays`, and ancestors of trees.
+        inputs: Tensor,
         *states: Tensor,  # the recurrent states; see `StateLayout.stack`
     ) -> Outputs:
         """Run a pass: logits, each row's best token, captured layers' indices and outputs.

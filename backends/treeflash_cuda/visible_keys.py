@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from treeflash.decoding.tree import DraftTree
+from treeflash_cuda.graphs import power_of_two
 
 CHUNK = 512
 """Positions of an item of shared work."""
@@ -134,6 +135,16 @@ def plan_work(
     return items.astype(np.int32), places.astype(np.int32)
 
 
+def padded_items(
+    items: NDArray[np.int32], block: int
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Return the result of `plan_work` in a size that a graph has, and (1,) how many are used."""
+    capacity = power_of_two(max(len(items), MIN_PLACES // block))
+    padded = np.zeros((capacity, 3), np.int32)
+    padded[: len(items)] = items
+    return padded, np.array([len(items)], np.int32)
+
+
 @dataclass(frozen=True, eq=False)
 class RowPlan:
     """Rows of several sequences, in NumPy: all of one sequence, then all of the next one."""
@@ -145,8 +156,8 @@ class RowPlan:
     shared: Integers  # (n,) as in `VisibleKeys`
     paths: NDArray[np.int32]  # (n, depths) as in `VisibleKeys`
     places: NDArray[np.int32]  # see `plan_work`
-    items: NDArray[np.int32]  # see `plan_work`
-    count: int  # items that are used
+    items: NDArray[np.int32]  # see `padded_items`
+    count: NDArray[np.int32]  # see `padded_items`
 
     @classmethod
     def of(
@@ -172,6 +183,7 @@ class RowPlan:
         in_tree = np.array(branched)[owner]
         shared = lengths + np.where(branched, 0, sizes)
         items, places = plan_work(starts, sizes, shared, block)
+        items, count = padded_items(items, block)
         return cls(
             starts=starts,
             slots=(firsts + lengths)[owner] + nodes,
@@ -181,25 +193,19 @@ class RowPlan:
             paths=_paths(nodes, depths, parents, in_tree),
             places=places,
             items=items,
-            count=len(items),
+            count=count,
         )
 
-    def arranged(self, order: Integers, depths: int, capacity: int) -> RowPlan:
-        """Return the plan of some rows of this one, in shapes that a graph has.
-
-        Rows may occur several times; paths are widened to `depths`, and items to `capacity`.
-        """
+    def arranged(self, order: Integers, depths: int) -> RowPlan:
+        """Return the plan of rows of this one, each any number of times, with wider paths."""
         paths = np.zeros((len(order), depths), np.int32)
         paths[:, : self.paths.shape[1]] = self.paths[order]
-        items = np.zeros((capacity, 3), np.int32)
-        items[: self.count] = self.items
-        rows = {x: getattr(self, x)[order] for x in BY_ROW}
-        return replace(self, paths=paths, items=items, **rows)
+        return replace(self, paths=paths, **{x: getattr(self, x)[order] for x in BY_ROW})
 
     def arrays(self) -> list[Integers]:
         """Return the numbers that `VisibleKeys.of_rows` takes as tensors."""
         rows = self.positions, self.first, self.shared, self.places
-        return [*rows, self.paths, np.array([self.count]), self.items]
+        return [*rows, self.paths, self.count, self.items]
 
 
 def _paths(

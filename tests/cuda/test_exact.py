@@ -19,7 +19,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
-from treeflash_cuda import exact, linear
+from transformers.models.llama import modeling_llama
+from treeflash_cuda import attention, exact, linear
 from treeflash_cuda.backend import load
 from treeflash_cuda.operations import Operations
 
@@ -214,16 +215,17 @@ def test_kernels_are_exact(tmp_path, monkeypatch):
     """What a GPU runs in exact mode passes the check at load, in Triton's interpreter."""
     require("triton")
     import triton_interpreter  # noqa: F401 - repairs it
-    from treeflash_cuda.triton_kernels import attention, layers
+    from treeflash_cuda.triton_kernels import attention as kernels_of_attention
+    from treeflash_cuda.triton_kernels import layers
 
     kernels = Operations(
-        attention.tree_attention, layers.rms_norm, layers.rotate_and_store, layers.gated
+        kernels_of_attention.tree_attention, layers.rms_norm, layers.rotate_and_store, layers.gated
     )
     fallback = Operations(reasons={"tree_attention": "ptxas is missing"})
     write_target(tmp_path, "llama", seed=1, vocab_size=VOCAB_SIZE, layers=1)
     monkeypatch.setattr(linear, "can_pack", lambda _: False)
     # The interpreter is slow: trees cross the end of a smaller tile, after a shorter prompt.
-    monkeypatch.setattr(attention, "MAX_TILE", 16)
+    monkeypatch.setattr(kernels_of_attention, "MAX_TILE", 16)
     monkeypatch.setattr("treeflash.decoding.probe.EXACT_PREFIX", 12)
     monkeypatch.setattr("treeflash.decoding.probe.EXACT_NODES", 8)
     monkeypatch.setattr(exact, "CHECKED_ROWS", (1, 2, 17))
@@ -240,6 +242,21 @@ def test_kernels_are_exact(tmp_path, monkeypatch):
         else:
             with pytest.raises(UnsupportedModelError, match=message):
                 load_exact(tmp_path, dtype)
+
+
+def test_a_rotation_of_prompts_that_differs_from_that_of_trees_is_found(tmp_path, monkeypatch):
+    """Equal in all prompts: a cache would give other bits than the tokens that it stands for."""
+    plain = modeling_llama.apply_rotary_pos_emb
+
+    def rotate(*args, **kwargs):
+        q, k = plain(*args, **kwargs)
+        context, _ = attention._FORWARD_PASS.get((None, None))
+        is_prompt = getattr(context, "ancestors", 0) is None
+        return q, k * 1.01 if is_prompt else k
+
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", rotate)
+    with pytest.raises(UnsupportedModelError, match="a prompt in the place of sampled tokens"):
+        load_exact(write(tmp_path))
 
 
 @pytest.mark.parametrize(

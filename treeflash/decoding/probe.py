@@ -87,7 +87,8 @@ def check_exact(backend: Backend, seed: int = 0) -> None:
     """Check bit for bit that the target's logits depend on the tokens up to their position alone.
 
     A random tree is compared with single tokens, a sequence with the same one in a batch, a prompt
-    with the same one in other chunks, and a fork and a committed path with a sequence without them.
+    with the same one in other chunks, a fork and a committed path with a sequence without them, and
+    a committed path with a prompt of the same tokens, which a later request may find in a cache.
     An UnsupportedModelError names the operation that makes logits differ. A target that passes runs
     draft trees, so `check_trees` has nothing to add.
     """
@@ -103,8 +104,8 @@ def _changing_operation(backend: Backend, prefix: list[int], tree: DraftTree) ->
     """Name the first operation that changes the logits on or after a tree; None if none does."""
     path = np.flatnonzero(tree.ancestor_mask()[int(np.argmax(tree.depths))]).astype(np.int32)
     capacity = len(prefix) + 2 * len(tree)  # a path and a tree after it
-    sessions = [SequenceSession(backend, capacity=capacity) for _ in range(3)]
-    branched, plain, short = sessions
+    sessions = [SequenceSession(backend, capacity=capacity) for _ in range(4)]
+    branched, plain, short, prompt = sessions
     try:
         branched.extend(prefix)
         on_tree = branched.logits(tree)
@@ -126,6 +127,9 @@ def _changing_operation(backend: Backend, prefix: list[int], tree: DraftTree) ->
         branched.commit(path)
         if not np.array_equal(branched.logits(tree), plain.logits(tree)):
             return "committing a path"
+        prompt.extend(prefix + tree.tokens[path].tolist())
+        if not np.array_equal(prompt.logits(tree), branched.logits(tree)):
+            return "a prompt in the place of sampled tokens"
         forked = SequenceSession.__new__(SequenceSession)
         forked.backend, forked.state = backend, branched.state.fork(len(prefix), capacity)
         sessions.append(forked)
