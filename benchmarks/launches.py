@@ -14,6 +14,8 @@ models of any size fit. It needs a build of PyTorch with CUDA, and pytest.
 - `slabs`: allocations that hold the keys and values of all sequences, of target and drafter.
 - `graphs`: CUDA graphs that `--budget auto` captures in `--iterations` iterations of texts of
   `TEXT` tokens, one text after another. Drafts are made up, and so are the tokens of the target.
+- `a server`: the graphs of each function that `--requests` requests capture, at most `PARALLEL` at
+  a time, with random prompts, lengths, sizes of trees and temperatures, from the first one on.
 
 All sequences have the same context, a tree of the same size, and capacity for 2,000 more tokens.
 """
@@ -24,6 +26,7 @@ import itertools
 import json
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,8 +38,8 @@ import numpy as np
 from benchmarks.common import Parser, Row, show, write_json
 from benchmarks.random_pair import SHAPES, drafter_config
 from treeflash.cli.console import guarded
-from treeflash.config import DecodeConfig, LoadConfig
-from treeflash.decoding import Request, decode
+from treeflash.config import DecodeConfig, LoadConfig, SamplingConfig
+from treeflash.decoding import Request, Scheduler, SchedulerConfig, decode
 from treeflash.decoding.interfaces import Prefill, TableOptions, Verify
 from treeflash.decoding.sampling import SamplingParams
 from treeflash.decoding.tree import DraftTree
@@ -52,6 +55,8 @@ from treeflash.errors import ConfigError
 
 HARNESS = Path(__file__).parents[1] / "tests" / "cuda"
 CAPACITY, TEXT = 2000, 200
+PARALLEL, ARRIVALS = 16, 0.3
+"""Sequences of the server at once, and requests that arrive in an iteration."""
 MEMORY = 80 << 30
 """Bytes that the device has free."""
 
@@ -123,6 +128,34 @@ def count_graphs(backend: Any, iterations: int) -> int:
     return int(backend.captures - before)
 
 
+def serve(backend: Any, requests: int) -> list[Row]:
+    """Decode random requests as a server does, and count the graphs of each function."""
+    backend.target.graphs.enabled = True
+    captured = Counter(x.name for x in backend.target.graphs.tried)
+    scheduler = Scheduler(backend, SchedulerConfig(max_parallel=PARALLEL))
+    rng, iterations = np.random.default_rng(0), 0
+    while requests or scheduler.busy:
+        if requests and (rng.random() < ARRIVALS or not scheduler.busy):
+            sampling = SamplingConfig()
+            if rng.random() < 0.5:
+                sampling = SamplingConfig(
+                    temperature=float(rng.uniform(0.2, 1.2)), top_p=float(rng.uniform(0.8, 1))
+                )
+            config = DecodeConfig(
+                budget=int(rng.integers(1, 65)),
+                max_tokens=int(np.exp(rng.uniform(2, 6))),
+                sampling=sampling,
+            )
+            prompt = rng.integers(0, backend.vocab_size, int(np.exp(rng.uniform(2, 8)))).tolist()
+            scheduler.submit(Request(prompt_ids=prompt, config=config))
+            requests -= 1
+        scheduler.step()
+        iterations += 1
+    found = Counter(x.name for x in backend.target.graphs.tried) - captured
+    rows: list[Row] = [{"function": name, "graphs": count} for name, count in found.items()]
+    return [*rows, {"function": f"all, in {iterations} iterations", "graphs": found.total()}]
+
+
 def load_without_weights(shape: dict[str, Any]) -> Any:
     """Create a pair in a published shape whose weights have no values."""
     import torch
@@ -189,6 +222,7 @@ def parser() -> Parser:
     options.add_number("--nodes", 64, "nodes of each tree")
     options.add_number("--context", 1024, "committed positions of each sequence")
     options.add_number("--iterations", 500, "iterations in which graphs are counted")
+    options.add_number("--requests", 200, "requests of the server")
     return options
 
 
@@ -212,10 +246,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             "iterations": args.iterations,
             "graphs": count_graphs(backend, args.iterations),
         }
+        server = serve(backend, args.requests)
     about = {"shape": args.shape, "nodes": args.nodes, "context": args.context}
     show("an iteration", found)
     show("graphs of --budget auto", [graphs])
-    write_json(args.json, "launches", about | {"rows": found, "auto": graphs})
+    show("graphs of a server", server)
+    write_json(args.json, "launches", about | {"rows": found, "auto": graphs, "server": server})
     return 0
 
 

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from treeflash.config import LoadConfig
 from treeflash.decoding.backend_base import BaseBackend
-from treeflash.decoding.interfaces import DeviceReport
+from treeflash.decoding.interfaces import DeviceReport, Prefill
 from treeflash.decoding.tree import DraftTree
 from treeflash.drafters.config import DrafterShape
 from treeflash.drafters.loading import Layout, block_tensors, mtp_tensors, read_layout
@@ -30,13 +30,14 @@ from treeflash.drafters.mtp_heads import (
     refuse_assistant,
     refuse_window,
 )
-from treeflash.errors import ConfigError, UnsupportedModelError
+from treeflash.errors import ConfigError, UnsupportedModelError, is_out_of_memory
 from treeflash_cuda.cache import KV_BITS, Arena
 from treeflash_cuda.device import choose_device, device_facts, device_name
 from treeflash_cuda.drafter import Drafter
 from treeflash_cuda.drafter_model import DrafterModel, load_weights
 from treeflash_cuda.experts import fuse_experts, has_experts
 from treeflash_cuda.fused_layers import fuse_layers, fuse_rotation
+from treeflash_cuda.graphs import power_of_two
 from treeflash_cuda.heads import HEADS, TABLE_HEADS, TableHead
 from treeflash_cuda.images import Processor
 from treeflash_cuda.kernels import EncodedKernels, flash_kernels
@@ -52,7 +53,7 @@ from treeflash_cuda.parallel import (
     reserve_everywhere,
     succeeded_everywhere,
 )
-from treeflash_cuda.row_pass import MAX_ROWS, NAME, RowPass
+from treeflash_cuda.row_pass import MAX_ROWS, NAME, ROWS, RowPass
 from treeflash_cuda.state import State
 from treeflash_cuda.target import CHECKED_TOKENS, Target, own_attention
 from treeflash_cuda.threads import cpu_threads
@@ -65,6 +66,10 @@ WRAPPED_MEMORY_SHARE = 0.2
 """The same beside a model that its owner goes on using."""
 GRAPH_FACTOR = 2
 """A pass, and a CUDA graph of it, which keeps its memory."""
+
+NEW_TOKENS = 16, 4, 1
+"""New tokens of each sequence after which drafts are captured: their total is rounded up to a power
+of four."""
 
 Model: TypeAlias = DrafterModel | MtpModel
 Head: TypeAlias = TableHead | MtpHead
@@ -148,6 +153,51 @@ class CudaBackend(BaseBackend):
             kernels={name: {self.dtype: verdict} for name, verdict in verdicts.items()}
             | {"CUDA graphs": self.target.graphs.verdicts},
         )
+
+    def warm_up(self, max_parallel: int) -> int:
+        """Capture the graphs of passes and drafts, the largest ones first; return how many.
+
+        They share memory, of which later ones then need no more. Tables of heads have graphs for
+        each number of children, which requests decide.
+        """
+        if not self.target.graphs.is_capturing:
+            return 0
+        before = self.captures
+        try:
+            self._run_all_passes()
+            if self.drafter is not None:
+                self._run_all_drafts(max_parallel)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            warnings.warn(f"other CUDA graphs are captured later: {error}", stacklevel=2)
+        return self.captures - before
+
+    def _run_all_passes(self) -> None:
+        """Run passes of all numbers of rows that have graphs."""
+        state = self.open(MAX_ROWS, drafts=False)
+        try:
+            for rows in reversed(ROWS):
+                tree = DraftTree.chain(np.zeros(rows, np.int32))
+                with torch.inference_mode():
+                    self.verifier.forward([(state, tree)], [True])
+        finally:
+            state.close()
+
+    def _run_all_drafts(self, max_parallel: int) -> None:
+        """Run drafts for up to that many sequences, after few and several new tokens."""
+        assert self.drafter is not None
+        count = power_of_two(max_parallel)
+        while count:
+            states = [self.open(sum(NEW_TOKENS), drafts=True) for _ in range(count)]
+            try:
+                for tokens in NEW_TOKENS:
+                    self.verifier.run([Prefill(state, [0] * tokens, None) for state in states])
+                    self.drafter.draft([(state, 0) for state in states])
+            finally:
+                for state in states:
+                    state.close()
+            count //= 2
 
     def memory_bytes(self) -> int:
         if self.target.device.type == "cuda":

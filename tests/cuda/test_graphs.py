@@ -137,6 +137,24 @@ def test_the_rows_of_a_pass_alone_fix_its_shapes(backend, monkeypatch):
     assert len(backend.target.graphs.keys) == len(set(rows))
 
 
+def test_what_is_warm_captures_nothing_later(backend):
+    """Whatever the trees, prompts and lengths of up to the sequences that were said."""
+    graphs = backend.target.graphs
+    backend.warm_up(4)
+    warm = set(graphs.keys)
+    states = started(backend, [[3] * n for n in (60, 5, 1)])
+    for sizes in ((1, 1, 1), (5, 1, 20), (60, 64, 64)):
+        backend.drafter.draft([(state, 1) for state in states])
+        trees = [chain(*[3] * n) for n in sizes]
+        backend.verifier.run(
+            [Verify(x, tree, SamplingParams()) for x, tree in zip(states, trees, strict=True)]
+        )
+        backend.verifier.commit([(state, np.arange(1, dtype=np.int32)) for state in states])
+    backend.drafter.draft([(states[0], 1)])
+    assert {x for x in graphs.keys if x[0] == "the target"} <= warm
+    assert len(graphs.keys - warm) <= 1  # a draft after long prompts
+
+
 def test_trees_beside_a_prompt_are_captured(backend, monkeypatch):
     first, second, third = started(backend, [[3, 4], [5], [6, 7, 8]])
     rows = []

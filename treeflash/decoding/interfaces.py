@@ -364,6 +364,16 @@ def device_report(backend: Backend) -> DeviceReport:
     return report
 
 
+def warm_up(backend: Backend, max_parallel: int) -> int:
+    """Let a backend prepare passes of up to `max_parallel` sequences; return how many it prepared.
+
+    They would otherwise be prepared when they are first needed, while all sequences wait. A backend
+    without a method `warm_up` prepares none.
+    """
+    prepare = getattr(backend, "warm_up", None)
+    return 0 if prepare is None else int(prepare(max_parallel))
+
+
 class Loader(Protocol):
     """The entry point of a backend, in the group `treeflash.backends`.
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from treeflash.config import GIB
 from treeflash.decoding import Request, Scheduler, SchedulerConfig
-from treeflash.decoding.interfaces import device_report
+from treeflash.decoding.interfaces import device_report, warm_up
 from treeflash.decoding.prefix_cache import PrefixCache
 from treeflash.decoding.request import Event
 from treeflash.decoding.scheduler_thread import Mailbox, SchedulerThread
@@ -272,6 +272,10 @@ class Engine:
             cache_bytes / GIB,
         )
         config = SchedulerConfig(max_parallel=settings.max_parallel, max_bytes=max_bytes)
+        started = time.perf_counter()
+        if prepared := warm_up(self._model.backend, config.max_parallel):
+            seconds = time.perf_counter() - started
+            logger.info("%d passes prepared in %.1f s", prepared, seconds)
         disk = None
         if settings.prefix_cache_dir is not None:
             if not cache_bytes:
