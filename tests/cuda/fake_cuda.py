@@ -171,9 +171,11 @@ class FakeCuda(TorchDispatchMode):
     def _patch_loading(self, monkeypatch):
         load_model, load_drafter = target.load_model, backend.load_drafter
 
-        def load_fake_model(folder, config, dtype, device, *, processes, device_map):
+        def load_fake_model(folder, config, dtype, device, *, processes, device_map, images):
             with unset_fake_temporarily():
-                model = load_model(folder, config, dtype, torch.device("cpu"), processes=processes)
+                model = load_model(
+                    folder, config, dtype, torch.device("cpu"), processes=processes, images=images
+                )
             if device_map is None:
                 return model.to(device)
             # As accelerate places it on two GPUs.
