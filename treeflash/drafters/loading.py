@@ -112,7 +112,7 @@ def read_layout(
     owner = "its configuration" if format.kind == "block" else "a row head"
     compare_shapes(opened.path, required | optional, shapes, optional.keys(), owner)
     if isinstance(config, DrafterConfig) and config.vocab_size is not None:
-        config = replace(config, vocab_size=vocab_size)  # `load_tensors` leaves out other tokens
+        config = replace(config, vocab_size=vocab_size)  # `block_tensors` leaves out other tokens
     return Layout(
         folder=opened,
         format=format,
