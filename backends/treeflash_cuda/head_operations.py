@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from treeflash.drafters.heads.operations import Operations
 from treeflash_cuda.drafter_model import MLP, RMSNorm, Rotation, rotate
 from treeflash_cuda.linear import PairLinear, take
-from treeflash_cuda.numerics import top_log_probs
+from treeflash_cuda.numerics import largest, top_log_probs
 
 
 class GRU(nn.Module):
@@ -124,9 +124,13 @@ OPERATIONS = Operations(
     take=take,
     gather=lambda x, indices: x.gather(-1, indices),
     top=lambda x, k: x.topk(k, dim=-1).indices,
+    amax=lambda x, axis: x.amax(axis),
+    largest=largest,
     repeat=lambda x, n: x.repeat_interleave(n, 0),
     top_log_probs=top_log_probs,
     log_softmax=lambda x: x.float().log_softmax(-1),
+    logsumexp=lambda x: x.logsumexp(-1, keepdim=True),
+    as_linear=lambda table, queries: queries @ table.weight.T,
     read=read,
     zeros=lambda shape, like: like.new_zeros(shape),
     full=lambda shape, value, like: like.new_full(shape, value),

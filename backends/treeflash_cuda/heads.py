@@ -20,36 +20,24 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from treeflash.decoding import recurrent_head
 from treeflash.decoding.backend_base import CandidateHead
 from treeflash.decoding.interfaces import TableOptions
 from treeflash.decoding.transitions import TransitionTable, tables_of_rows
 from treeflash.drafters.config import DrafterConfig
 from treeflash.drafters.formats import HEADS as FORMATS
 from treeflash.drafters.heads.lilicorr import Correlation
-from treeflash.drafters.heads.operations import ConditionalHead, RecurrentCell
-from treeflash_cuda.drafter import Block, BlockBatch, OutputStage, concatenate
+from treeflash.drafters.heads.operations import ConditionalHead, RecurrentCell, Slots
+from treeflash_cuda.drafter import Block, BlockBatch, OutputStage
 from treeflash_cuda.drafter_model import DrafterModel
 from treeflash_cuda.graphs import Outputs, power_of_four, power_of_two
-from treeflash_cuda.head_operations import as_module
+from treeflash_cuda.head_operations import OPERATIONS, as_module
 from treeflash_cuda.linear import RowIndex, take, token_products
 from treeflash_cuda.numerics import divide_by_temperature, largest, top_log_probs, topk, upload
 from treeflash_cuda.target import Target
 
 MANY = 1 << 30
 """In the place of a size without a limit."""
-
-
-@dataclass(frozen=True, eq=False)
-class Slots:
-    """The outputs of the drafter at the slots of blocks, which follow one another."""
-
-    output: OutputStage  # the output of the drafter
-    hidden: Tensor  # (slots, hidden_size) outputs of the last layer
-    normed: Tensor  # (slots, hidden_size) u = norm(hidden)
-
-    @classmethod
-    def read(cls, output: OutputStage, hidden: Tensor) -> Slots:
-        return cls(output, hidden, output.norm(hidden))
 
 
 @dataclass(frozen=True, eq=False)
@@ -272,84 +260,21 @@ class CorrelationHead(CandidateHead):
         return tokens.int().cpu().numpy(), log_probs.cpu().numpy(), scores.cpu().numpy()
 
 
-class RecurrentHead:
+class RecurrentHead(recurrent_head.RecurrentHead):
     """`treeflash.decoding.interfaces.ARHead` in PyTorch, for a head with a state for each path."""
 
+    ops = OPERATIONS
+
     def __init__(self, module: RecurrentCell, model: DrafterModel, target: Target) -> None:
-        self.module = module
-        self.output = OutputStage(model, target)
+        super().__init__(module, OutputStage(model, target))
 
     @torch.inference_mode()
     def transitions(self, blocks: Sequence[Block], options: TableOptions) -> list[TransitionTable]:
-        """Compute the logits of all sequences together, then follow the paths of each sequence."""
-        slots = Slots.read(self.output, concatenate([block.hidden for block in blocks]))
-        depths = len(slots.hidden) // len(blocks)
-        logits = self.output.logits(slots.normed)
-        if (noise := self.output.noise(self.output.upload(options.noise))) is not None:
-            logits = logits + noise
-        parts = zip(blocks, slots.normed.split(depths), logits.split(depths), strict=True)
-        return [
-            self._table(block, replace(slots, normed=normed), part, options)
-            for block, normed, part in parts
-        ]
+        return super().transitions(blocks, options)
 
     @torch.inference_mode()
     def log_probs(self, block: Block, previous: NDArray[np.int32]) -> NDArray[np.float32]:
-        slots = Slots.read(self.output, block.hidden)
-        logits, state = self.output.logits(slots.normed), self.module.start(self.output, block)
-        rows = []
-        for depth, token in enumerate(torch.from_numpy(previous).to(logits.device)):
-            state, queries = self.module.step(slots, state, token[None], depth)
-            bias = queries @ self.module.token_rows.weight.T
-            rows.append(logits[depth].float() + bias.float())
-        log_probs = torch.cat(rows).log_softmax(-1)
-        return self.output.over_target_vocabulary(log_probs).cpu().numpy()
-
-    def _table(
-        self, block: Block, slots: Slots, logits: Tensor, options: TableOptions
-    ) -> TransitionTable:
-        """Return the table of one sequence, from its slots and (D, Vd) logits with their noise."""
-        temperature = options.temperature
-        width = options.m if options.rows is None else min(options.m, options.rows)
-        token_rows, vocab, mass = self.module.token_rows.weight, None, None
-        if options.shortlist is not None and options.shortlist < logits.shape[1]:
-            marginal = divide_by_temperature(logits, temperature).log_softmax(-1)
-            (vocab,) = largest(marginal.amax(0, keepdim=True), options.shortlist)
-            mass = marginal.index_select(1, vocab).logsumexp(-1)
-            token_rows, logits = take(token_rows, vocab), logits.index_select(1, vocab)
-        k = min(options.k, logits.shape[1])
-        state = self.module.start(self.output, block)
-        previous = torch.full((1,), block.root, device=logits.device)
-        path_log_probs = logits.new_zeros(1, dtype=torch.float32)
-        arrays = []
-        for depth in range(len(logits)):
-            state, queries = self.module.step(slots, state, previous, depth)
-            scores = logits[depth].float() + (queries @ token_rows.T).float()
-            tokens, log_probs = top_log_probs(scores, k, temperature)
-            if vocab is not None and mass is not None:
-                tokens, log_probs = vocab[tokens.long()].int(), log_probs + mass[depth]
-            tokens = self.output.to_target(tokens)
-            child_log_probs = (path_log_probs[:, None] + log_probs).flatten()
-            ranks = child_log_probs.clone()
-            ranks[0] = torch.inf  # the first child is the chain's, which must not end here
-            kept = ranks.topk(min(width, len(ranks))).indices
-            confidence = self.module.confidence(slots, previous, torch.full_like(previous, depth))
-            arrays.append([tokens.flatten(), log_probs.flatten().view(torch.int32), kept.int()])
-            if confidence is not None:
-                arrays[-1].append(confidence.view(torch.int32))
-            previous, path_log_probs = tokens.flatten()[kept].long(), child_log_probs[kept]
-            state = take(state, kept // k)
-        # One read from the device for all depths.
-        flat = [x for depth_arrays in arrays for x in depth_arrays]
-        numbers = np.split(torch.cat(flat).cpu().numpy(), np.cumsum([len(x) for x in flat])[:-1])
-        parts = len(arrays[0])
-        tokens_, log_probs_, kept_, *confidences = (numbers[i::parts] for i in range(parts))
-        return TransitionTable.from_paths(
-            tokens_,
-            [x.view(np.float32) for x in log_probs_],
-            kept_,
-            *([x.view(np.float32) for x in part] for part in confidences),
-        )
+        return super().log_probs(block, previous)
 
 
 TableHead: TypeAlias = ARHead | CorrelationHead | RecurrentHead

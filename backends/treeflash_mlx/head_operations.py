@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from treeflash.drafters.heads.operations import Operations
 from treeflash_mlx.drafter_model import MLP, Rope
-from treeflash_mlx.numerics import log_softmax, top_log_probs
+from treeflash_mlx.numerics import log_softmax, logsumexp, top_indices, top_log_probs
 
 
 class PairLinear(nn.Module):
@@ -150,9 +150,13 @@ OPERATIONS = Operations(
     take=lambda x, rows: x[rows],
     gather=lambda x, indices: mx.take_along_axis(x, indices, -1),
     top=lambda x, k: mx.argsort(-x, axis=-1)[:, :k],
+    amax=mx.max,
+    largest=lambda x, k: mx.sort(top_indices(x, k)),
     repeat=lambda x, n: mx.repeat(x, n, 0),
     top_log_probs=top_log_probs,
     log_softmax=log_softmax,
+    logsumexp=logsumexp,
+    as_linear=lambda table, queries: table.as_linear(queries),
     read=read,
     zeros=lambda shape, like: mx.zeros(shape, like.dtype),
     full=lambda shape, value, like: mx.full(shape, value, like.dtype),

@@ -16,34 +16,19 @@ import numpy as np
 from mlx import nn
 from numpy.typing import NDArray
 
+from treeflash.decoding import recurrent_head
 from treeflash.decoding.backend_base import CandidateHead
 from treeflash.decoding.interfaces import TableOptions
 from treeflash.decoding.transitions import TransitionTable, tables_of_rows
 from treeflash.drafters.config import DrafterConfig
 from treeflash.drafters.formats import HEADS as FORMATS
 from treeflash.drafters.heads.lilicorr import Correlation
-from treeflash.drafters.heads.operations import ConditionalHead, RecurrentCell
+from treeflash.drafters.heads.operations import ConditionalHead, RecurrentCell, Slots
 from treeflash_mlx.drafter import Block, OutputStage
 from treeflash_mlx.drafter_model import DrafterModel
-from treeflash_mlx.head_operations import as_module
+from treeflash_mlx.head_operations import OPERATIONS, as_module
 from treeflash_mlx.numerics import log_softmax, logsumexp, top_indices, top_log_probs
 from treeflash_mlx.target import Target
-
-
-@dataclass(frozen=True, eq=False)
-class Slots:
-    """The outputs of the drafter at the slots of blocks, which follow one another.
-
-    They are (slots, hidden_size): of the last layer, and normed, u = norm(hidden).
-    """
-
-    output: OutputStage
-    hidden: mx.array
-    normed: mx.array
-
-    @classmethod
-    def read(cls, output: OutputStage, hidden: mx.array) -> Slots:
-        return cls(output, hidden, output.norm(hidden))
 
 
 @dataclass(frozen=True, eq=False)
@@ -218,84 +203,13 @@ class CorrelationHead(CandidateHead):
         return np.array(tokens, np.int32), np.array(log_probs), np.array(scores)
 
 
-class RecurrentHead:
+class RecurrentHead(recurrent_head.RecurrentHead):
     """`treeflash.decoding.interfaces.ARHead` in MLX, for a head with a state for each path."""
 
+    ops = OPERATIONS
+
     def __init__(self, module: RecurrentCell, model: DrafterModel, target: Target) -> None:
-        self.module = module
-        self.output = OutputStage(model, target)
-
-    def transitions(self, blocks: Sequence[Block], options: TableOptions) -> list[TransitionTable]:
-        """Compute logits for all sequences together, then follow the paths of each sequence."""
-        slots = Slots.read(self.output, mx.concatenate([block.hidden for block in blocks]))
-        batch = len(blocks)
-        logits = self.output.logits(slots.normed)
-        if options.noise is not None:
-            logits = logits + self.output.noise(options.noise)
-        parts = zip(blocks, mx.split(slots.normed, batch), mx.split(logits, batch), strict=True)
-        return [
-            self._table(block, Slots(self.output, block.hidden, normed), logits, options)
-            for block, normed, logits in parts
-        ]
-
-    def log_probs(self, block: Block, previous: NDArray[np.int32]) -> NDArray[np.float32]:
-        slots = Slots.read(self.output, block.hidden)
-        logits = self.output.logits(slots.normed).astype(mx.float32)
-        state = self.module.start(self.output, block)
-        rows = []
-        for depth, token in enumerate(mx.array(previous)):
-            state, queries = self.module.step(slots, state, token[None], depth)
-            bias = self.module.token_rows.as_linear(queries)
-            rows.append(logits[depth] + bias.astype(mx.float32))
-        log_probs = log_softmax(mx.concatenate(rows))
-        return np.array(self.output.over_target_vocabulary(log_probs))
-
-    def _table(
-        self, block: Block, slots: Slots, logits: mx.array, options: TableOptions
-    ) -> TransitionTable:
-        """Return the table of one sequence, from its slots and (D, Vd) logits with their noise."""
-        temperature = options.temperature
-        width = options.m if options.rows is None else min(options.m, options.rows)
-        logits, keys, vocab, mass = logits.astype(mx.float32), None, None, None
-        if options.shortlist is not None and options.shortlist < logits.shape[1]:
-            marginal = log_softmax(logits / temperature)
-            vocab = mx.sort(top_indices(marginal.max(0, keepdims=True), options.shortlist)[0])
-            mass = logsumexp(marginal[:, vocab])
-            keys, logits = self.module.token_rows(vocab), logits[:, vocab]
-        k = min(options.k, logits.shape[1])
-        state, previous = self.module.start(self.output, block), mx.array([block.root], mx.int32)
-        path_log_probs = mx.zeros(1)
-        arrays = []
-        for depth in range(len(logits)):
-            state, queries = self.module.step(slots, state, previous, depth)
-            table = self.module.token_rows
-            bias = table.as_linear(queries) if keys is None else queries @ keys.T
-            scores = logits[depth] + bias.astype(mx.float32)
-            tokens, log_probs = top_log_probs(scores, k, temperature)
-            if vocab is not None and mass is not None:
-                tokens, log_probs = vocab[tokens], log_probs + mass[depth]
-            tokens = self.output.to_target(tokens)
-            child_log_probs = (path_log_probs[:, None] + log_probs).reshape(-1)
-            # The first child is the chain's, which must not end here.
-            ranks = mx.concatenate([mx.array([mx.inf]), child_log_probs[1:]])
-            kept = mx.argsort(-ranks)[:width]
-            confidence = self.module.confidence(slots, previous, mx.full(previous.shape, depth))
-            arrays.append([tokens.reshape(-1), log_probs.reshape(-1), kept])
-            if confidence is not None:
-                arrays[-1].append(confidence)
-            previous, path_log_probs = tokens.reshape(-1)[kept], child_log_probs[kept]
-            state = state[kept // k]
-        # Token ids are exact in float32, and one array needs one read from the device.
-        flat = [x.astype(mx.float32) for depth_arrays in arrays for x in depth_arrays]
-        numbers = np.split(np.array(mx.concatenate(flat)), np.cumsum([len(x) for x in flat])[:-1])
-        parts = len(arrays[0])
-        tokens_, log_probs_, kept_, *confidences = (numbers[i::parts] for i in range(parts))
-        return TransitionTable.from_paths(
-            [x.astype(np.int32) for x in tokens_],
-            log_probs_,
-            [x.astype(np.int32) for x in kept_],
-            *confidences,
-        )
+        super().__init__(module, OutputStage(model, target))
 
 
 TableHead: TypeAlias = ARHead | CorrelationHead | RecurrentHead

@@ -41,8 +41,8 @@ FOR_BACKENDS = {
     "config",
     "drafters",
     *(f"decoding.{name}" for name in ("interfaces", "backend_base", "tree", "transitions")),
-    *(f"decoding.{name}" for name in ("sampling", "hybrid", "families", "mtp_head", "session")),
-    *(f"decoding.{name}" for name in ("probe", "threads", "images")),
+    *(f"decoding.{name}" for name in ("sampling", "hybrid", "families", "session")),
+    *(f"decoding.{name}" for name in ("probe", "threads", "images", "mtp_head", "recurrent_head")),
 }
 # What its modules for training may import.
 FOR_TRAINING = FOR_BACKENDS | {"training"}

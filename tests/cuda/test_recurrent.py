@@ -9,9 +9,9 @@ require("torch")
 import torch
 from torch import nn
 from treeflash_cuda.backend import load
-from treeflash_cuda.heads import Slots
 
 from treeflash.config import LoadConfig
+from treeflash.drafters.heads.operations import Slots
 from treeflash.testing.models import write_dialect, write_target
 
 

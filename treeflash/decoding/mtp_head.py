@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import inf
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from treeflash.decoding.interfaces import TableOptions
+from treeflash.decoding.recurrent_head import best_children, on_host
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.drafters.heads.operations import Array, Operations
 from treeflash.drafters.mtp_heads import MAX_PATHS, hidden_rows
@@ -60,8 +60,8 @@ class MtpHead:
         """Run each depth of all sequences as one batch of rows, and read all depths at once."""
         ops, depths, batch = self.ops, blocks[0].depths, len(blocks)
         width = min(options.m, MAX_PATHS if options.rows is None else options.rows, MAX_PATHS)
-        rows, path_log_probs = self._start(blocks), None
-        arrays: list[Array] = []
+        rows, arrays = self._start(blocks), list[Array]()
+        path_log_probs: Array | None = None
         for depth, noise in enumerate(self.output.noise_by_depth(options.noise, depths)):
             n = len(rows.outputs) // batch
             logits = ops.float32(self.output.logits(self.model.norm(rows.outputs)))
@@ -70,17 +70,10 @@ class MtpHead:
             k = min(options.k, logits.shape[1])
             tokens, log_probs = ops.top_log_probs(logits, k, options.temperature)
             tokens = self.output.to_target(tokens).reshape(batch, n * k)
-            children = log_probs = log_probs.reshape(batch, n * k)
-            if path_log_probs is not None:
-                paths = path_log_probs[:, :, None] + log_probs.reshape(batch, n, k)
-                children = paths.reshape(batch, n * k)
-            # The first child is the chain's, which must not end here.
-            chain = ops.full((batch, 1), inf, children)
-            ranks = ops.concatenate([chain, children[:, 1:]], 1)
-            kept = ops.top(ranks, min(width, n * k))
+            log_probs = log_probs.reshape(batch, n * k)
+            kept, path_log_probs = best_children(ops, path_log_probs, log_probs, k, width)
             arrays += [tokens, log_probs, kept]
             if depth + 1 < depths:
-                path_log_probs = ops.gather(children, kept)
                 rows = self._step(blocks, rows, depth + 1, ops.gather(tokens, kept), kept // k)
         return [
             TransitionTable.from_paths(numbers[::3], numbers[1::3], numbers[2::3])
@@ -97,7 +90,7 @@ class MtpHead:
             outputs.append(rows.outputs)
         logits = self.output.logits(self.model.norm(self.ops.concatenate(outputs, 0)))
         log_probs = self.output.over_target_vocabulary(self.ops.log_softmax(logits))
-        return np.stack([row for (row,) in self.ops.read([log_probs])])
+        return on_host(self.ops, log_probs)
 
     def _start(self, blocks: Sequence[MtpBlock]) -> MtpRows:
         outputs = self.ops.concatenate([block.output for block in blocks], 0)

@@ -18,12 +18,12 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from torch.utils.checkpoint import checkpoint
 
 from treeflash.drafters.formats import HEADS
-from treeflash.drafters.heads.operations import ConditionalHead
+from treeflash.drafters.heads.operations import ConditionalHead, Slots
 from treeflash.drafters.heads.treeflash import Corrected
 from treeflash_cuda.attention import additive_mask, group_mask, grouped_attention
 from treeflash_cuda.drafter import OutputStage, layer_kinds
 from treeflash_cuda.drafter_model import Attend, DrafterModel
-from treeflash_cuda.heads import ScoredTokens, Slots
+from treeflash_cuda.heads import ScoredTokens
 from treeflash_cuda.numerics import topk
 from treeflash_cuda.training.batch import Batch
 

@@ -70,10 +70,14 @@ class Operations:
     take: Callable[[Array, Rows], Array]  # selects rows by their indices
     gather: Callable[[Array, Array], Array]  # selects from the last axis, in each row by indices
     top: Callable[[Array, int], Array]  # (n, k) indices of the largest in each row, descending
+    amax: Callable[[Array, int], Array]  # (x, axis)
+    largest: Callable[[Array, int], Array]  # (n, k) indices of the largest in each row, ascending
     repeat: Callable[[Array, int], Array]  # repeats each row
     # (logits, k, temperature): the (n, k) int32 most probable tokens, and their float32 nats.
     top_log_probs: Callable[[Array, int, float], tuple[Array, Array]]
     log_softmax: Callable[[Array], Array]  # of the last axis, in float32
+    logsumexp: Callable[[Array], Array]  # (n, 1), of the last axis
+    as_linear: Callable[[Module, Array], Array]  # (embedding table, queries): all products
     # The rows of (n, size) arrays of whole numbers and float32 numbers, with one copy to the host.
     read: Callable[[list[Array]], list[list[NDArray[Any]]]]
     # The last argument of these is an array whose device the new one has.
@@ -101,19 +105,17 @@ class Output(Protocol):
     def embed(self, tokens: Array) -> Array: ...
 
 
-class Slots(Protocol):
+@dataclass(frozen=True, eq=False)
+class Slots:
     """The outputs of the drafter at the slots of blocks, which follow one another."""
 
-    @property
-    def output(self) -> Output: ...
+    output: Output
+    hidden: Array  # (slots, hidden_size) outputs of the last layer
+    normed: Array  # (slots, hidden_size) u = norm(hidden)
 
-    @property
-    def hidden(self) -> Array:
-        """(slots, hidden_size) outputs of the last layer."""
-
-    @property
-    def normed(self) -> Array:
-        """(slots, hidden_size) u = norm(hidden)."""
+    @classmethod
+    def read(cls, output: Output, hidden: Array) -> Slots:
+        return cls(output, hidden, output.norm(hidden))
 
 
 class Block(Protocol):
