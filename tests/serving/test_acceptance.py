@@ -16,26 +16,28 @@ from treeflash.decoding.loop import Step
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.drafters.evaluation import EVALUATION
 from treeflash.drafters.folder import read_config
-from treeflash.serving.acceptance import DRAFTS, Acceptance
+from treeflash.serving.acceptance import DRAFTS, EVERY, Acceptance
 
 GREEDY = SamplingConfig()
 THINKING = "{% if enable_thinking %}<think>{% endif %}"
 
 
-def drafted(token: int) -> Step:
-    """A step whose first drafted token is 7."""
-    table = TransitionTable(
-        tokens=np.full((1, 1, 1), 7, np.int32),
-        log_probs=np.zeros((1, 1, 1), np.float32),
-        next_row=np.full((1, 1, 1), -1, np.int32),
-    )
-    return Step((token, 8), table=table)
+def drafted(token: int, made: list[int] | None = None) -> Step:
+    """A step whose first drafted token is 7; its table is made when it is read."""
+    array = np.full((1, 1, 1), 7, np.int32)
+
+    def make() -> TransitionTable:
+        if made is not None:
+            made.append(token)
+        return TransitionTable(array, np.zeros((1, 1, 1), np.float32), array - 8)
+
+    return Step((token, 8), table=TransitionTable.deferred(make, depths=1))
 
 
 def add(acceptance, right, *, sampling=GREEDY, length=100):
-    """Add as many drafts as make a share, so many of them right."""
-    for n in range(DRAFTS):
-        acceptance.add(drafted(7 if n < right else 9), sampling, length)
+    """Add as many drafts as make a share, so many of those that count right."""
+    for n in range(DRAFTS * EVERY):
+        acceptance.add(drafted(7 if n < right * EVERY else 9), sampling, length)
 
 
 @pytest.fixture
@@ -65,7 +67,7 @@ def test_a_share_below_half_is_reported_once(evaluated, lines):
         add(acceptance, DRAFTS // 4)
         assert acceptance.is_low
     (line,) = lines()
-    assert "right in 25% of 256 drafts, and in the drafter's own evaluation it was in 80%" in line
+    assert "right in 25% of 128 drafts, and in the drafter's own evaluation it was in 80%" in line
     assert "\n" not in line
     add(acceptance, DRAFTS)
     assert not acceptance.is_low
@@ -83,7 +85,7 @@ def test_without_an_evaluation_there_is_a_floor(model, lines):
 def test_what_no_drafter_could_know_does_not_count(evaluated, lines):
     acceptance = Acceptance(evaluated(0.8))
     add(acceptance, 0, sampling=SamplingConfig(temperature=1.5))
-    for _ in range(DRAFTS):
+    for _ in range(DRAFTS * EVERY):
         acceptance.add(Step((9,)), GREEDY, 100)  # plain decoding, or a copy of the text
     assert (acceptance.share, lines()) == (None, [])
     add(acceptance, 0, sampling=SamplingConfig(temperature=1))
@@ -132,8 +134,16 @@ def test_a_quantised_target_is_a_reason(evaluated, lines, tmp_path, key):
     assert f"the quantised target, unlike the original {original}" in lines()[0]
 
 
-def test_a_server_says_it_in_its_log_and_its_metrics(evaluated, lines):
+def test_few_tables_are_made(model):
+    acceptance, made = Acceptance(model), list[int]()
+    for _ in range(10 * EVERY):
+        acceptance.add(drafted(7, made), GREEDY, 100)
+    assert len(made) == 10
+
+
+def test_a_server_says_it_in_its_log_and_its_metrics(evaluated, lines, monkeypatch):
     """A random drafter guesses nothing."""
+    monkeypatch.setattr("treeflash.serving.acceptance.EVERY", 1)
     with serving(evaluated(0.9)) as server:
         assert "treeflash:low_acceptance 0.0" in server.client.get("/metrics").text
         prompts = ["An owl.", "Yes?", "1 + 1", "the end", "Q: why"]

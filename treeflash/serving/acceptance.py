@@ -4,7 +4,7 @@ A drafter that does not fit what a server runs changes no answer: it only makes 
 that nobody notices. What is compared is how often the drafter's first choice for the next token is
 the target's. Accepted lengths depend on budgets and methods as well, and this does not:
 
-    256 drafts in answers of the server, 56 of which have the right first token: 22 %
+    128 drafts in answers of the server, 28 of which have the right first token: 22 %
     evaluation.json in the drafter's folder, depth 1: 73 %
     22 % is less than half of 73 %: one line in the log, with what may be the reason
 """
@@ -24,8 +24,10 @@ from treeflash.drafters.folder import is_quantised, read_config
 from treeflash.hub.models import model_name
 from treeflash.language_model import LanguageModel
 
-DRAFTS = 256
-"""Drafts that a share is taken over; its standard error is 0.03 at most."""
+DRAFTS = 128
+"""Drafts that a share is taken over; its standard error is 0.05 at most."""
+EVERY = 8
+"""One of this many drafts is counted, because its table may have to be made for it."""
 LOW = 0.5
 """A share below this part of the evaluation's is low."""
 FLOOR = 0.25
@@ -42,7 +44,7 @@ class Acceptance:
     """How often the first drafted token is right; the log says once that it is too rarely.
 
     Attributes:
-        share: of the latest `DRAFTS` drafts; None before there are as many.
+        share: of the latest `DRAFTS` counted drafts; None before there are as many.
     """
 
     model: LanguageModel
@@ -51,7 +53,7 @@ class Acceptance:
     def __post_init__(self) -> None:
         folder = self.model.drafter_folder
         self._evaluation = None if folder is None else read_evaluation(folder)
-        self._drafts = self._right = self._positions = 0
+        self._seen = self._drafts = self._right = self._positions = 0
         self._warned = False
 
     @property
@@ -72,7 +74,11 @@ class Acceptance:
         """
         if step.table is None or sampling.temperature > 1:
             return
+        self._seen += 1
+        if self._seen % EVERY:
+            return
         self._drafts += 1
+        # The tree may begin with a copy of the text instead.
         self._right += int(step.table.tokens[0, 0, 0]) == step.tokens[0]
         self._positions += length
         if self._drafts < DRAFTS:
