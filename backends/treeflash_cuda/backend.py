@@ -498,7 +498,7 @@ def drafter_layout(folder: Path, target: Target) -> Layout:
 def load_mtp_head(layout: Layout, target: Target) -> MtpModel:
     """Read a head that drafts depth by depth."""
     check_drafter(layout.config)
-    tensors = mtp_tensors(layout, read_tensors, torch.stack)
+    tensors = mtp_tensors(layout, read_tensors, torch.stack, torch.from_numpy)
     model = load_weights(MtpModel, tensors.config, tensors.weights, tensors.vocabulary, target)
     pack_linears(model)
     return model

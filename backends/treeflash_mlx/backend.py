@@ -359,7 +359,7 @@ def load_mtp_head(layout: Layout, target: Target, bits: int | None) -> MtpModel 
         tensors = read_file(path)  # lazily
         return {name: tensors[name] for name in names}
 
-    tensors = mtp_tensors(layout, read, mx.stack)
+    tensors = mtp_tensors(layout, read, mx.stack, mx.array)
     config = tensors.config
     own = OwnVocabulary(tensors.vocabulary, target)
     if config.assistant is not None:

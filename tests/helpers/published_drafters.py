@@ -28,6 +28,7 @@ NEWER = {
     "gemma4-dspark-plain": "plain-target",
     "muse-glimmer-assistant": "muse-target",
     "muse-glimmer-assistant-plain": "plain-target",
+    "qwen3_5-mtp-quantised": "qwen3_5-target",
     "speculators-mtp": "qwen3_5-target",
     "speculators-peagle": "plain-target",
 }

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +54,16 @@ def weight_files(folder: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a safetensors file."""
+    """A tensor in a safetensors file.
+
+    A weight that MLX has quantised in groups has the shape of its numbers and `bits` for each of
+    them; the others have 0.
+    """
 
     path: Path
     dtype: str
     shape: tuple[int, ...]
+    bits: int = 0
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
@@ -96,7 +102,62 @@ def open_folder(folder: Path) -> ModelFolder:
 
     Raises a CheckpointError if it has none, or they are damaged.
     """
-    return ModelFolder(folder, read_config(folder), stored_tensors(folder))
+    config = read_config(folder)
+    return ModelFolder(folder, config, _quantised_weights(stored_tensors(folder), config))
+
+
+def _quantised_weights(
+    tensors: dict[str, StoredTensor], config: Mapping[str, Any]
+) -> dict[str, StoredTensor]:
+    """Give MLX's quantised weights their shape, in place of the tensors that each consists of.
+
+    A row of numbers is packed into words; every group of them has a scale and a bias.
+    """
+    settings = config.get("quantization")
+    found = dict(tensors)
+    for name, tensor in tensors.items():
+        base = name.removesuffix(".weight")
+        parts = [tensors.get(f"{base}.{part}") for part in ("scales", "biases")]
+        same = all(part is not None and part.path == tensor.path for part in parts)
+        if not isinstance(settings, Mapping) or tensor.dtype != "U32" or not same:
+            continue
+        own = settings.get(base)
+        own = own if isinstance(own, Mapping) else settings
+        group, mode = own.get("group_size"), own.get("mode", "affine")
+        if not isinstance(group, int) or group < 1 or mode != "affine":
+            continue
+        columns = found.pop(f"{base}.scales").shape[-1] * group
+        del found[f"{base}.biases"]
+        shape = (*tensor.shape[:-1], columns)
+        found[name] = replace(tensor, shape=shape, bits=32 * tensor.shape[-1] // columns)
+    return found
+
+
+def read_quantised(
+    path: Path, weights: Mapping[str, StoredTensor]
+) -> dict[str, NDArray[np.float32]]:
+    """Read the numbers of a file's weights that MLX has quantised: scale times integer, plus bias.
+
+    A CheckpointError is raised if the file is damaged.
+    """
+    parts = _deserialized(path) if weights else {}
+    return {name: _dequantised(name, weight, parts) for name, weight in weights.items()}
+
+
+def _dequantised(
+    name: str, weight: StoredTensor, parts: Mapping[str, Mapping[str, Any]]
+) -> NDArray[np.float32]:
+    rows, base = math.prod(weight.shape[:-1]), name.removesuffix("weight")
+    words = np.frombuffer(parts[name]["data"], np.uint8).reshape(rows, -1)
+    scales, biases = (
+        _numbers("", parts[f"{base}{part}"]).reshape(rows, -1, 1) for part in ("scales", "biases")
+    )
+    numbers = np.empty((*scales.shape[:2], weight.shape[-1] // scales.shape[1]), np.float32)
+    powers = 1 << np.arange(weight.bits)
+    for row, packed in enumerate(words):  # a row's integers are a stream of bits, lowest first
+        stream = np.unpackbits(packed, bitorder="little").reshape(*numbers.shape[1:], weight.bits)
+        numbers[row] = scales[row] * (stream @ powers) + biases[row]
+    return numbers.reshape(weight.shape)
 
 
 def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -126,15 +187,19 @@ def read_file(path: Path, names: Collection[str] | None = None) -> dict[str, NDA
 
 def read_stored(path: Path, names: Collection[str] | None = None) -> dict[str, dict[str, Any]]:
     """Read `dtype`, `shape` and `data` of a file's tensors; a CheckpointError if damaged."""
-    try:
-        parts = dict(safetensors.deserialize(path.read_bytes()))  # type: ignore[no-untyped-call]
-    except safetensors.SafetensorError as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
+    parts = _deserialized(path)
     if names is not None:
         parts = {name: parts[name] for name in names}
     for name, part in parts.items():
         check_dtype(path, name, part["dtype"])
     return parts
+
+
+def _deserialized(path: Path) -> dict[str, dict[str, Any]]:
+    try:
+        return dict(safetensors.deserialize(path.read_bytes()))  # type: ignore[no-untyped-call]
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
 
 
 def write_stored(

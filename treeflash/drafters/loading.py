@@ -8,9 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from treeflash.drafters import formats, mtp_heads
 from treeflash.drafters.config import DrafterConfig, DrafterShape
-from treeflash.drafters.folder import ModelFolder, check_dtype, open_folder
+from treeflash.drafters.folder import ModelFolder, check_dtype, open_folder, read_quantised
 from treeflash.drafters.format import Config, Format, Names, Shapes
 from treeflash.drafters.formats import HEADS, TRAINING_TENSORS
 from treeflash.drafters.mtp_heads import MtpConfig
@@ -106,7 +109,8 @@ def read_layout(
         own_embeddings="embed_tokens.weight" in names.values(),
     )
     for name in names:
-        check_dtype(stored[name].path, name, stored[name].dtype)
+        if format.kind == "block" or not stored[name].bits:
+            check_dtype(stored[name].path, name, stored[name].dtype)
     shapes = mtp_heads.split_fused({names[x]: stored[x].shape for x in names})
     required, optional = format.shapes(config, vocab_size, shapes)
     owner = "its configuration" if format.kind == "block" else "a row head"
@@ -186,18 +190,24 @@ def mtp_tensors(
     layout: Layout,
     read: Callable[[Path, Collection[str]], Mapping[str, Tensor]],
     stack: Callable[[list[Tensor]], Tensor],
+    convert: Callable[[NDArray[np.float32]], Tensor],
 ) -> MtpTensors[Tensor]:
     """Read the tensors of a head that drafts depth by depth; its folder may hold a whole target.
 
-    `read` reads tensors with given names from a safetensors file, and `stack` stacks tensors of one
-    shape along a new first axis. Raises a CheckpointError if a file is damaged.
+    `read` reads tensors with given names from a safetensors file, `stack` stacks tensors of one
+    shape along a new first axis, and `convert` makes a tensor of the numbers that a weight stands
+    for that MLX has quantised. Raises a CheckpointError if a file is damaged.
     """
     opened = layout.folder
     tensors: dict[str, Tensor] = {}
     for path in opened.files:
         wanted = [name for name in layout.names if opened.tensors[name].path == path]
-        if wanted:
-            tensors |= {layout.names[x]: tensor for x, tensor in read(path, wanted).items()}
+        plain = [name for name in wanted if not opened.tensors[name].bits]
+        if plain:
+            tensors |= {layout.names[x]: tensor for x, tensor in read(path, plain).items()}
+        quantised = {name: opened.tensors[name] for name in wanted if name not in plain}
+        for name, numbers in read_quantised(path, quantised).items():
+            tensors[layout.names[name]] = convert(numbers)
     vocabulary = {name: tensors.pop(name) for name in VOCABULARY if name in tensors}
     weights = mtp_heads.stack_experts(tensors, layout.config, stack)
     return MtpTensors(config=layout.config, weights=weights, vocabulary=vocabulary)

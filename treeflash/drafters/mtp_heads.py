@@ -324,6 +324,7 @@ def _required_and_optional(
     return {x: shape for x, shape in shapes.items() if x not in names}, optional
 
 
+STACKED = "layer.mlp.experts."
 FUSED = "layer.mlp.experts.gate_up_proj"
 FUSED_DOWN = "layer.mlp.experts.down_proj"
 
@@ -331,6 +332,9 @@ FUSED_DOWN = "layer.mlp.experts.down_proj"
 def split_fused(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """Split the shapes of experts that are stored together, as if each was a tensor of its own."""
     split = dict(shapes)
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        count, *shape = split.pop(f"{STACKED}{name}", (0,))
+        split |= {f"{STACKED}{i}.{name}.weight": tuple(shape) for i in range(count)}
     if FUSED in split and FUSED_DOWN in split:
         (count, both, h), (_, _, width) = split.pop(FUSED), split.pop(FUSED_DOWN)
         for i in range(count):
@@ -343,7 +347,7 @@ def stack_experts(
     tensors: dict[str, Any], config: MtpConfig, stack: Callable[[list[Any]], Any]
 ) -> dict[str, Any]:
     """Return the tensors with (count, out, in) `layer.mlp.experts.{gate,up,down}_proj`."""
-    if config.experts is None:
+    if config.experts is None or f"{STACKED}gate_proj" in tensors:
         return tensors
     if FUSED in tensors:
         fused = tensors.pop(FUSED)
@@ -438,8 +442,9 @@ def _qwen_names(config: Config, stored: Collection[str], *, prefix: str = "mtp."
     for name in stored:
         if name.startswith(prefix):
             first, _, rest = name.removeprefix(prefix).partition(".")
-            canonical = f"{renamed.get(first, first)}.{rest}"
-            names[name] = canonical.replace("layers.0.", "layer.", 1)
+            canonical = f"{renamed.get(first, first)}.{rest}".replace("layers.0.", "layer.", 1)
+            # MLX stacks the experts.
+            names[name] = re.sub(r"\.switch_mlp\.(\w+)\.weight$", r".experts.\1", canonical)
     return names
 
 

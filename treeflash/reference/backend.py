@@ -102,7 +102,7 @@ def load_drafter(folder: Path, target: Target) -> DrafterModel:
     )
     check_drafter(layout.config)
     if layout.format.kind == "rows":
-        rows = mtp_tensors(layout, read_file, np.stack)
+        rows = mtp_tensors(layout, read_file, np.stack, np.asarray)
         weights = _add_offset(rows.weights, rows.config.norm_offset)
         return MtpModel(rows.config, weights, {}, rows.vocabulary, target)
     tensors = block_tensors(layout, read_file)

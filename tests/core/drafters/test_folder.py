@@ -11,7 +11,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from treeflash.drafters.folder import read_config, read_tensors, stored_shapes, weight_files
+from treeflash.drafters.folder import (
+    open_folder,
+    read_config,
+    read_quantised,
+    read_tensors,
+    stored_shapes,
+    weight_files,
+)
 from treeflash.errors import CheckpointError
 from treeflash.testing.models import write_drafter, write_target
 
@@ -121,3 +128,37 @@ def write_raw(path: Path, dtype: str, shape: tuple[int, ...], data: bytes) -> No
     entry = {"a": {"dtype": dtype, "shape": list(shape), "data_offsets": [0, len(data)]}}
     header = json.dumps(entry).encode()
     path.write_bytes(len(header).to_bytes(8, "little") + header + data)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_weights_that_mlx_has_quantised(bits: int, tmp_path: Path) -> None:
+    """Also in a layer with settings of its own, and where experts are stacked."""
+    mx = pytest.importorskip("mlx.core")
+    rng = np.random.default_rng(bits)
+    saved, expected = {"plain.weight": mx.zeros((2, 3))}, {}
+    for name, shape, group in (("a", (6, 64), 32), ("b", (3, 5, 128), 64)):
+        packed = mx.quantize(mx.array(rng.normal(size=shape).astype(np.float32)), group, bits)
+        expected[f"{name}.weight"] = np.array(mx.dequantize(*packed, group, bits))
+        saved |= dict(
+            zip((f"{name}.{x}" for x in ("weight", "scales", "biases")), packed, strict=True)
+        )
+    mx.save_safetensors(str(tmp_path / "model.safetensors"), saved)
+    settings = {"group_size": 32, "bits": bits, "b": {"group_size": 64, "bits": bits}}
+    (tmp_path / "config.json").write_text(json.dumps({"quantization": settings}))
+    folder = open_folder(tmp_path)
+    assert folder.tensors.keys() == {"plain.weight", *expected}
+    for name, values in expected.items():
+        tensor = folder.tensors[name]
+        assert (tensor.shape, tensor.bits) == (values.shape, bits)
+        (found,) = read_quantised(tensor.path, {name: tensor}).values()
+        np.testing.assert_allclose(found, values, atol=1e-6)
+
+
+def test_other_quantisations_of_mlx_stay_what_they_are(tmp_path: Path) -> None:
+    words = {"a.weight": np.zeros((4, 8), np.uint32), "a.scales": np.zeros((4, 2), np.uint8)}
+    save_file(words, tmp_path / "model.safetensors")
+    settings = {"group_size": 32, "bits": 4, "mode": "mxfp4"}
+    (tmp_path / "config.json").write_text(json.dumps({"quantization": settings}))
+    folder = open_folder(tmp_path)
+    assert folder.tensors["a.weight"].bits == 0
+    assert folder.tensors.keys() == words.keys()

@@ -566,7 +566,7 @@ def write_eagle(folder: Path, **changes: Any) -> dict[str, Any]:
 
 def load(folder: Path, **changes: int) -> Any:
     target = {"hidden_size": 8, "vocab_size": 10, "num_hidden_layers": 12, **changes}
-    return mtp_tensors(read_layout(folder, **target), read_file, np.stack)
+    return mtp_tensors(read_layout(folder, **target), read_file, np.stack, np.asarray)
 
 
 def test_a_head_fits_its_target(tmp_path: Path) -> None:
