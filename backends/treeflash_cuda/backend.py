@@ -27,7 +27,7 @@ from treeflash.decoding.tree import DraftTree
 from treeflash.drafters.config import DrafterShape
 from treeflash.drafters.loading import Layout, block_tensors, mtp_tensors, read_layout
 from treeflash.drafters.mtp_heads import (
-    refuse_assistant,
+    refuse_missing_targets,
     refuse_window,
 )
 from treeflash.errors import ConfigError, UnsupportedModelError, is_out_of_memory
@@ -481,7 +481,7 @@ def load_target_operations(target: Target) -> Operations | None:
 
 def check_drafter(config: DrafterShape) -> None:
     """Raise an UnsupportedModelError for a drafter that this backend lacks."""
-    refuse_assistant(config, "cuda")
+    refuse_missing_targets(config, "cuda")
 
 
 def drafter_layout(folder: Path, target: Target) -> Layout:

@@ -72,10 +72,13 @@ class MtpModel(MtpLayer, nn.Module):
             mask, first = None, first_visible(self.config, length, depth)
             if visible is not None:
                 mask = mx.pad(visible[i], [(0, 0), (length - first, 0)], constant_values=True)
+            keys, values = share_storage([cache]).read(0, length + drafted, first)
+            if self.config.latent is not None:  # a latent and a rotary key, which all heads read
+                keys = values = mx.concatenate([keys, values], -1)
             y = mx.fast.scaled_dot_product_attention(
                 queries[:, :, i * n : (i + 1) * n],
-                *share_storage([cache]).read(0, length + drafted, first),
-                scale=self.config.head_dim**-0.5,
+                *(keys, values),
+                scale=self.config.attention_scale,
                 mask=mask,
             )
             out.append(y[0].swapaxes(0, 1))

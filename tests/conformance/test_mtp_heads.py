@@ -44,7 +44,7 @@ PUBLISHED = [
     *((b, f) for b in BACKENDS for f in ("qwen3_5-mtp", "eagle3", "speculators-eagle3")),
     *((b, f) for b in BACKENDS for f in NEWER),
     *((b, f) for b in ("cuda", "mlx") for f in ("qwen3_5-moe-mtp", "glm4_moe-mtp")),
-    ("mlx", "gemma4-assistant"),
+    *(("mlx", f) for f in ("gemma4-assistant", "glm4_moe_lite-mtp", "deepseek_v3-mtp")),
 ]
 PROMPTS = ([3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1, 8], [1, 1, 2, 3, 5, 8, 13, 21, 12, 11, 10, 9])
 
@@ -262,6 +262,23 @@ def test_usual_mistakes(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     name, plant = FAULTS[fault]
     pair = load_published("reference", name)
     plant(monkeypatch, pair)
+    assert largest_error(pair, name) > 0.05
+
+
+LATENT_FAULTS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "halves of a rotary key as pairs": ("glm4_moe_lite-mtp", "latent", {"interleaved": False}),
+    "scores scaled by the plain part alone": ("glm4_moe_lite-mtp", "latent", {"scale": 0.25}),
+    "experts of all groups": ("deepseek_v3-mtp", "experts", {"groups": 1}),
+}
+
+
+@needs_fixtures
+@pytest.mark.parametrize("fault", LATENT_FAULTS)
+def test_usual_mistakes_with_latents(fault: str) -> None:
+    name, part, changes = LATENT_FAULTS[fault]
+    pair = load_published("mlx", name)
+    for key, value in changes.items():
+        object.__setattr__(getattr(pair.drafter_config, part), key, value)
     assert largest_error(pair, name) > 0.05
 
 

@@ -20,11 +20,13 @@ from treeflash.registry import loader
 FIXTURES = Path(os.environ.get("TREEFLASH_DRAFTER_FIXTURES", ".")).resolve().parent
 ROOT = FIXTURES / "more-drafters"
 NEWER = {
+    "deepseek_v3-mtp": "deepseek_v3-target",
     "deepspec-eagle3": "plain-target",
     "dflash-sinks": "plain-target",
     "dspark-sinks": "plain-target",
     "eagle3-window": "plain-target",
     "gemma4-dspark": "gemma4-target",
+    "glm4_moe_lite-mtp": "glm4_moe_lite-mtp",
     "gemma4-dspark-plain": "plain-target",
     "muse-glimmer-assistant": "muse-target",
     "muse-glimmer-assistant-plain": "plain-target",

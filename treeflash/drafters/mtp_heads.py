@@ -8,7 +8,7 @@ parent's row, so every depth costs one pass of the layer and of the output head.
 | family | who publishes it | how it is recognised |
 | --- | --- | --- |
 | Qwen MTP | Qwen3-Next, 3.5, 3.6, 3.8, in the target's folder | `mtp.fc.weight` |
-| GLM MTP | GLM-4.5 to 4.7, in the target's folder | `model.layers.N.eh_proj.weight` |
+| GLM MTP | GLM-4.5 to 4.7, DeepSeek-V3, in the target's folder | `model.layers.N.eh_proj.weight` |
 | EAGLE-3 | SafeAILab, SpecForge, ModelOpt | architecture `LlamaForCausalLMEagle3` |
 | Qwen MTP | speculators | `speculators_model_type` `mtp` |
 | EAGLE-3 | DeepSpec | architecture `Qwen3Eagle3Model` |
@@ -22,6 +22,7 @@ committed positions, so that the state which a draft passes on is all that its c
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -59,6 +60,23 @@ class Experts:
     sigmoid: bool  # whether the router's scores are sigmoids, chosen with a bias; else a softmax
     normalised: bool  # whether the weights of a token's experts are divided by their sum
     scale: float = 1.0  # factor on these weights
+    groups: int = 1  # the experts of a row are in the best `chosen_groups` of these groups
+    chosen_groups: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latent:
+    """Latent attention (DeepSeek-V2, arXiv 2405.04434): the widths of its projections.
+
+    The KV cache has a latent for all heads, and a rotary key of `MtpConfig.head_dim` numbers.
+    """
+
+    query_rank: int  # inner width of the queries' projection; 0 for a plain one
+    rank: int  # width of the latent
+    key_dim: int  # width of the part of a key that follows from the latent
+    value_dim: int
+    interleaved: bool  # whether rotary pairs are neighbouring channels
+    scale: float  # factor on the scores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +101,7 @@ class MtpConfig(DrafterShape):
     qk_norm: bool = False  # queries and keys are normed by head
     output_bias: bool = False  # `o_proj` has a bias, as q, k and v have with `attention_bias`
     experts: Experts | None = None  # the experts of the feed-forward network; None for a dense one
+    latent: Latent | None = None  # None for attention with keys and values of each head
     # norms before `fc`: of each feature, of all features together, or none
     feature_norms: Literal["each", "all"] | None = None
     # the states come after the target's final norm; else from `target_layer_ids` and through `fc`
@@ -112,7 +131,14 @@ class MtpConfig(DrafterShape):
     @property
     def column_size(self) -> int:
         # A fork at any length needs the target's state at the position before.
+        if self.latent is not None:
+            return self.latent.rank + self.head_dim + self.hidden_size
         return super().column_size + self.hidden_size
+
+    @property
+    def attention_scale(self) -> float:
+        """Factor on the scores of the attention."""
+        return self.head_dim**-0.5 if self.latent is None else self.latent.scale
 
 
 REFUSED_TENSORS = {
@@ -125,6 +151,7 @@ REFUSED_TENSORS = {
 }
 """Patterns of the tensors of MTP heads that are not supported, and who publishes them."""
 QWEN_TYPES = ("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text")
+GLM_TYPES = ("glm4_moe", "glm4_moe_lite", "deepseek_v3")
 QWEN_SIDECARS = ("qwen3_5_mtp", "qwen3_5_moe_mtp")
 """Folders with the head alone: names without `mtp.`, and norms that have the 1 in their weights."""
 
@@ -173,7 +200,7 @@ def _is_qwen(config: Config, stored: Collection[str]) -> bool:
 
 def _is_glm(config: Config, stored: Collection[str]) -> bool:
     last = f"model.layers.{text_config(config).get('num_hidden_layers')}.eh_proj.weight"
-    return last in stored and _is_supported(config, ("glm4_moe",))
+    return last in stored and _is_supported(config, GLM_TYPES)
 
 
 def _is_supported(config: Config, known: Collection[str]) -> bool:
@@ -192,12 +219,18 @@ def refuse_window(config: LoadConfig) -> None:
         raise ConfigError("draft_window is not supported with MTP and EAGLE-3 heads; remove it")
 
 
-def refuse_assistant(config: DrafterShape, backend: str) -> None:
-    """Raise an UnsupportedModelError for Gemma 4's assistant, whose target a backend lacks."""
-    if isinstance(config, MtpConfig) and config.assistant is not None:
-        raise UnsupportedModelError(
-            f"Gemma 4's assistant is not supported by the {backend} backend; use the mlx backend"
-        )
+def refuse_missing_targets(config: DrafterShape, backend: str) -> None:
+    """Raise an UnsupportedModelError for a drafter of targets that only the mlx backend runs."""
+    if not isinstance(config, MtpConfig):
+        return
+    for name, part in (
+        ("Gemma 4's assistant", config.assistant),
+        ("a head with latent attention", config.latent),
+    ):
+        if part is not None:
+            raise UnsupportedModelError(
+                f"{name} is not supported by the {backend} backend; use the mlx backend"
+            )
 
 
 def first_visible(config: MtpConfig, length: int, depth: int) -> int:
@@ -265,6 +298,19 @@ def mtp_shapes(config: MtpConfig, vocab_size: int) -> dict[str, tuple[int, ...]]
 def _attention_shapes(layer: str, config: MtpConfig, read: int) -> Shapes:
     """Return the shapes of a layer's attention, which reads `read` numbers, and of its norm."""
     h, d = config.hidden_size, config.head_dim
+    if (latent := config.latent) is not None:
+        heads, rank = config.num_attention_heads, latent.query_rank
+        query, both = heads * (latent.key_dim + d), latent.key_dim + latent.value_dim
+        inner = {"q_a_proj.weight": (rank, read), "q_a_layernorm.weight": (rank,)}
+        widths = (inner if rank else {}) | {
+            "q_b_proj.weight": (query, rank or read),
+            "kv_a_layernorm.weight": (latent.rank,),
+            "kv_a_proj_with_mqa.weight": (latent.rank + d, read),
+            "kv_b": (heads * both, latent.rank),
+            "o_proj.weight": (h, heads * latent.value_dim),
+        }
+        named = {f"{layer}self_attn.{name}": shape for name, shape in widths.items()}
+        return {f"{layer}post_attention_layernorm.weight": (h,), **named}
     q, kv = config.num_attention_heads * d, config.num_key_value_heads * d
     shapes: Shapes = {f"{layer}post_attention_layernorm.weight": (h,)}
     projections = {"q": (q * (2 if config.gated else 1), read), "k": (kv, read), "v": (kv, read)}
@@ -332,7 +378,7 @@ FUSED_DOWN = "layer.mlp.experts.down_proj"
 def split_fused(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """Split the shapes of experts that are stored together, as if each was a tensor of its own."""
     split = dict(shapes)
-    for name in ("gate_proj", "up_proj", "down_proj"):
+    for name in ("gate_proj", "up_proj", "down_proj") if f"{STACKED}gate_proj" in split else ():
         count, *shape = split.pop(f"{STACKED}{name}", (0,))
         split |= {f"{STACKED}{i}.{name}.weight": tuple(shape) for i in range(count)}
     if FUSED in split and FUSED_DOWN in split:
@@ -473,15 +519,25 @@ def _speculators_mtp_names(config: Config, stored: Collection[str]) -> Names:
 
 
 def _parse_glm(config: Config, stored: Collection[str], target_layers: int) -> MtpConfig:
-    """GLM-4.5 to 4.7: the layer behind the last one is as the target's mixtures of experts."""
+    """GLM-4.5 to 4.7 and DeepSeek-V3: a layer like the target's mixtures, behind its last one."""
     _refuse_keys(
         config,
-        lambda key: "nextn" in key or "mtp" in key or key in ("n_group", "topk_group"),
-        {"num_nextn_predict_layers": (1,), "n_group": (1,), "topk_group": (1,)},
+        lambda key: "nextn" in key or "mtp" in key,
+        {"num_nextn_predict_layers": (1,), "num_mtp_modules": (1,)},
     )
     layers, width = int(config["num_hidden_layers"]), int(config["moe_intermediate_size"])
+    count, groups = int(config["n_routed_experts"]), int(config.get("n_group") or 1)
+    chosen = int(config.get("topk_group") or 1)
+    if count % groups:
+        raise ValueError(f"n_group = {groups} is not supported with {count} experts")
+    if not 0 < chosen <= groups:
+        raise ValueError(f"topk_group = {chosen} is not supported with {groups} groups")
+    latent = _latent(config) if config.get("kv_lora_rank") else None
+    if latent is not None:  # the rotated channels are a part of their own
+        config = {**config, "head_dim": config["qk_rope_head_dim"], "partial_rotary_factor": 1.0}
     return _layer_config(
         config,
+        latent=latent,
         intermediate_size=0,
         target_layer_ids=(target_layers,),
         num_target_layers=layers,
@@ -491,7 +547,7 @@ def _parse_glm(config: Config, stored: Collection[str], target_layers: int) -> M
         normed_feedback=True,
         qk_norm=bool(config.get("use_qk_norm", False)),
         experts=Experts(
-            count=int(config["n_routed_experts"]),
+            count=count,
             per_token=int(config["num_experts_per_tok"]),
             width=width,
             shared_width=width * int(config.get("n_shared_experts") or 0),
@@ -499,7 +555,27 @@ def _parse_glm(config: Config, stored: Collection[str], target_layers: int) -> M
             sigmoid=True,
             normalised=bool(config.get("norm_topk_prob", True)),
             scale=float(config.get("routed_scaling_factor", 1.0)),
+            groups=groups,
+            chosen_groups=chosen,
         ),
+    )
+
+
+def _latent(config: Config) -> Latent:
+    """Parse latent attention; stretched rotary embeddings scale the scores too."""
+    backbone.refuse(config, {"attention_bias": (None, False)})
+    rope, key_dim = rope_parameters(config), int(config["qk_nope_head_dim"])
+    scale = (key_dim + int(config["qk_rope_head_dim"])) ** -0.5
+    factor, weight = float(rope.get("factor") or 1), float(rope.get("mscale_all_dim") or 0)
+    if factor > 1 and weight:
+        scale *= (0.1 * weight * math.log(factor) + 1) ** 2
+    return Latent(
+        query_rank=int(config.get("q_lora_rank") or 0),
+        rank=int(config["kv_lora_rank"]),
+        key_dim=key_dim,
+        value_dim=int(config["v_head_dim"]),
+        interleaved=bool(config.get("rope_interleave", True)),
+        scale=scale,
     )
 
 
@@ -517,7 +593,12 @@ def _glm_names(config: Config, stored: Collection[str]) -> Names:
         if part != name and part not in TARGET_TENSORS:
             module = part.removesuffix(".weight")
             canonical = f"{renamed[module]}.weight" if module in renamed else f"layer.{part}"
-            names[name] = canonical.replace("shared_experts.", "shared_expert.")
+            canonical = canonical.replace("shared_experts.", "shared_expert.")
+            # The mapping of the latents is no layer: its two parts are applied on either side.
+            canonical = canonical.replace("self_attn.kv_b_proj.weight", "self_attn.kv_b")
+            if not config.get("q_lora_rank") and config.get("kv_lora_rank"):
+                canonical = canonical.replace("self_attn.q_proj.", "self_attn.q_b_proj.")
+            names[name] = canonical
     return names
 
 

@@ -43,11 +43,24 @@ class Router:
             ranks = scores + ops.float32(self.e_score_correction_bias)
         else:
             scores = ranks = ops.softmax(logits)
+        if self.config.groups > 1:
+            ranks = self._best_groups(ranks)
         experts = ops.top(ranks, self.config.per_token)
         weights = ops.gather(scores, experts)
         if self.config.normalised:
             weights = weights / weights.sum(-1, keepdims=True)
         return weights * self.config.scale, experts
+
+    def _best_groups(self, ranks: Array) -> Array:
+        """Return (n, count) ranks, 0 outside of the groups whose best two experts are best."""
+        ops, groups = self.ops, self.config.groups
+        members = ranks.reshape(len(ranks) * groups, -1)
+        best = ops.gather(members, ops.top(members, 2)).sum(-1).reshape(-1, groups)
+        chosen = ops.top(best, self.config.chosen_groups)[:, :, None]
+        kept = (chosen == ops.arange(groups, ranks)).any(1)
+        return (members.reshape(-1, groups, members.shape[1]) * kept[:, :, None]).reshape(
+            len(ranks), -1
+        )
 
 
 class MixtureOfExperts:
@@ -114,6 +127,62 @@ class Attention:
         return keys, v.swapaxes(0, 1)[None]
 
 
+class LatentAttention:
+    """Latent attention, in which queries meet the latents themselves.
+
+    With a latent c, a head's key is W_k c beside a rotary key that all heads share, and its value
+    is W_v c. Since q W_k c = (q W_k) c, and sums of W_v c are W_v applied to sums of c, all heads
+    attend to the same rows: the latent and the rotary key, side by side.
+    """
+
+    ops: Operations
+
+    def __init__(self, config: MtpConfig) -> None:
+        super().__init__()
+        self.config, ops, latent = config, self.ops, config.latent
+        assert latent is not None
+        self.latent = latent
+        h, heads, eps = config.hidden_size, config.num_attention_heads, config.rms_norm_eps
+        query, rank = heads * (latent.key_dim + config.head_dim), latent.query_rank
+        if rank:
+            self.q_a_proj = ops.linear(h, rank, bias=False)
+            self.q_a_layernorm = ops.float32_norm(rank, eps)
+        self.q_b_proj = ops.linear(rank or h, query, bias=False)
+        self.kv_a_proj_with_mqa = ops.linear(h, latent.rank + config.head_dim, bias=False)
+        self.kv_a_layernorm = ops.float32_norm(latent.rank, eps)
+        self.kv_b = ops.parameter(heads * (latent.key_dim + latent.value_dim), latent.rank)
+        self.o_proj = ops.linear(heads * latent.value_dim, h, bias=False)
+        self.rotate = ops.rotary(config)
+
+    def queries(self, y: Array, rotation: Rotation) -> tuple[Array, None]:
+        """Return (1, heads, n, rank + head_dim) queries."""
+        latent, heads = self.latent, self.config.num_attention_heads
+        inner = self.q_a_layernorm(self.q_a_proj(y)) if latent.query_rank else y
+        q = self.q_b_proj(inner).reshape(len(y), heads, -1)
+        plain, rotary = q[:, :, : latent.key_dim], q[:, :, latent.key_dim :]
+        maps = self.kv_b.reshape(heads, -1, latent.rank)[:, : latent.key_dim]
+        plain = self.ops.einsum("nhk,hkr->hnr", plain, maps)[None]
+        return self.ops.concatenate([plain, self._rotated(rotary, rotation)], -1), None
+
+    def keys_and_values(self, y: Array, rotation: Rotation) -> tuple[Array, Array]:
+        """Return the (1, 1, n, rank) latents and the (1, 1, n, head_dim) rotary keys of n rows."""
+        both, rank = self.kv_a_proj_with_mqa(y), self.latent.rank
+        latents = self.kv_a_layernorm(both[:, :rank])[None, None]
+        return latents, self._rotated(both[:, None, rank:], rotation)
+
+    def values(self, attended: Array) -> Array:
+        """Map (n, heads, rank + head_dim) sums of latents and rotary keys to sums of values."""
+        latent, heads = self.latent, self.config.num_attention_heads
+        maps = self.kv_b.reshape(heads, -1, latent.rank)[:, latent.key_dim :]
+        return self.ops.einsum("nhr,hvr->nhv", attended[:, :, : latent.rank], maps)
+
+    def _rotated(self, x: Array, rotation: Rotation) -> Array:
+        n, heads, width = x.shape
+        if self.latent.interleaved:  # neighbouring channels are pairs
+            x = x.reshape(n, heads, width // 2, 2).swapaxes(2, 3).reshape(n, heads, width)
+        return self.rotate(x, rotation)
+
+
 class Layer:
     """A pre-norm transformer layer; rows are attended to outside of it."""
 
@@ -122,7 +191,8 @@ class Layer:
     def __init__(self, config: MtpConfig) -> None:
         super().__init__()
         ops, h, eps = self.ops, config.hidden_size, config.rms_norm_eps
-        self.self_attn = ops.module(Attention)(config)
+        self.self_attn = ops.module(LatentAttention if config.latent else Attention)(config)
+        self.has_latents = config.latent is not None
         self.input_layernorm = None if config.reads_both else ops.float32_norm(h, eps)
         self.post_attention_layernorm = ops.float32_norm(h, eps)
         mixture = ops.module(MixtureOfExperts)
@@ -130,6 +200,8 @@ class Layer:
 
     def finish(self, attended: Array, gate: Array | None, residual: Array) -> Array:
         """Return (n, hidden_size) outputs of rows, from their (n, heads, head_dim) attention."""
+        if self.has_latents:
+            attended = self.self_attn.values(attended)
         if gate is not None:
             attended = attended * self.ops.sigmoid(gate)
         x = residual + self.self_attn.o_proj(attended.reshape(len(attended), -1))

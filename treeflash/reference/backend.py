@@ -15,7 +15,7 @@ from treeflash.drafters.folder import read_file
 from treeflash.drafters.loading import block_tensors, mtp_tensors, read_layout
 from treeflash.drafters.mtp_heads import (
     MtpConfig,
-    refuse_assistant,
+    refuse_missing_targets,
     refuse_window,
 )
 from treeflash.errors import BackendError, ConfigError, UnsupportedModelError
@@ -87,7 +87,7 @@ def choose_device(name: str | None) -> None:
 
 def check_drafter(config: DrafterShape) -> None:
     """Raise an UnsupportedModelError for a drafter that this backend lacks."""
-    refuse_assistant(config, "reference")
+    refuse_missing_targets(config, "reference")
     if isinstance(config, MtpConfig) and config.experts is not None:
         raise UnsupportedModelError("the reference backend has no MTP heads with experts")
 

@@ -58,6 +58,14 @@ GLM = {
     "n_group": 1,
     "topk_group": 1,
 }
+LATENT = {
+    **GLM,
+    "kv_lora_rank": 6,
+    "q_lora_rank": 5,
+    "qk_nope_head_dim": 3,
+    "qk_rope_head_dim": 2,
+    "v_head_dim": 7,
+}
 EAGLE = {
     **LAYER,
     "architectures": ["LlamaForCausalLMEagle3"],
@@ -122,6 +130,7 @@ def tensors(*names: str) -> dict[str, Any]:
         ({"model_type": "qwen3_5_mtp"}, ("other.weight",), None),
         (GLM, ("model.layers.12.eh_proj.weight",), GLM_MTP),
         (GLM, ("model.layers.11.eh_proj.weight",), None),
+        ({**GLM, "model_type": "deepseek_v3"}, ("model.layers.12.eh_proj.weight",), GLM_MTP),
         (EAGLE, ("x",), EAGLE3),
         ({"architectures": ["Eagle3Speculator"], "model_type": "x"}, ("x",), EAGLE3),
         ({**SPECULATORS, "architectures": ["Eagle3Speculator"]}, ("x",), SPECULATORS_EAGLE3),
@@ -151,9 +160,9 @@ def test_a_head_is_recognised(
         ({}, "mtp.layers.0.eh_proj.weight", "in the layout of Nemotron-H"),
         ({}, "mtp_layers.0.input_proj.weight", "in the layout of speculators"),
         (
-            {"model_type": "deepseek_v3", "num_hidden_layers": 3},
+            {"model_type": "exaone_moe", "num_hidden_layers": 3},
             "model.layers.3.eh_proj.weight",
-            "the MTP head of deepseek_v3 models is not supported; supported are glm4_moe",
+            "the MTP head of exaone_moe models is not supported; supported are glm4_moe",
         ),
         (
             {"speculators_model_type": "mtp", "transformer_layer_config": {"model_type": "qwen3"}},
@@ -281,6 +290,47 @@ def test_mtp_of_glm() -> None:
     alone = parse(GLM_MTP, GLM, n_shared_experts=0, routed_scaling_factor=1.0)
     check(alone, experts=replace(expected, shared_width=0, scale=1.0))
     assert not [name for name in mtp_shapes(alone, 10) if "shared_expert" in name]
+
+
+def test_latent_attention() -> None:
+    config = parse(GLM_MTP, LATENT, n_routed_experts=4, n_group=2)
+    check(config, head_dim=2, attention_scale=5**-0.5, inv_freq=(1.0,), column_size=6 + 2 + 8)
+    assert config.experts is not None
+    assert (config.experts.groups, config.experts.chosen_groups) == (2, 1)
+    shapes = mtp_shapes(config, 10)
+    assert shapes["layer.self_attn.q_a_proj.weight"] == (5, 8)
+    assert shapes["layer.self_attn.q_b_proj.weight"] == (2 * 5, 5)
+    assert shapes["layer.self_attn.kv_a_proj_with_mqa.weight"] == (8, 8)
+    assert shapes["layer.self_attn.kv_b"] == (2 * 10, 6)
+    assert shapes["layer.self_attn.o_proj.weight"] == (8, 14)
+    plain = parse(GLM_MTP, LATENT, q_lora_rank=None)
+    assert mtp_shapes(plain, 10)["layer.self_attn.q_b_proj.weight"] == (10, 8)
+    prefix = "model.layers.12.self_attn."
+    names = [f"{prefix}q_proj.weight", f"{prefix}kv_b_proj.weight"]
+    named = GLM_MTP.names({**LATENT, "q_lora_rank": None}, names)
+    assert list(named.values()) == ["layer.self_attn.q_b_proj.weight", "layer.self_attn.kv_b"]
+    yarn = {"rope_type": "yarn", "factor": 40.0, "mscale": 1.0, "mscale_all_dim": 1.0}
+    yarn |= {"original_max_position_embeddings": 64}
+    stretched = parse(GLM_MTP, LATENT, rope_scaling=yarn)
+    scale = (0.1 * np.log(40) + 1) ** 2 * 5**-0.5
+    assert stretched.attention_scale == pytest.approx(scale)
+    assert stretched.rope_scale == 1
+
+
+def test_stacked_experts_of_mlx(tmp_path: Path) -> None:
+    """A side file has them under `switch_mlp`; their shapes are those of single experts."""
+    name = "layers.0.mlp.switch_mlp.gate_proj.weight"
+    canonical = QWEN_SIDECAR.names({}, [name])[name]
+    assert canonical == "layer.mlp.experts.gate_proj"
+    stacked = {canonical: (3, 5, 8), "layer.mlp.experts.down_proj": (3, 8, 5)}
+    stacked["layer.mlp.experts.up_proj"] = (3, 5, 8)
+    split = mtp_heads.split_fused(stacked)
+    assert split["layer.mlp.experts.2.gate_proj.weight"] == (5, 8)
+    assert split["layer.mlp.experts.0.down_proj.weight"] == (8, 5)
+    assert len(split) == 9
+    tensors = {key: np.zeros(shape) for key, shape in stacked.items()}
+    config = parse(QWEN_SIDECAR, QWEN_MOE, "layers.0.mlp.gate.weight")
+    assert mtp_heads.stack_experts(dict(tensors), config, np.stack).keys() == tensors.keys()
 
 
 @pytest.mark.parametrize("form", ["eagle", "speculators"])
@@ -653,6 +703,10 @@ def test_what_only_some_backends_and_drafters_have() -> None:
     mtp_heads.refuse_window(LoadConfig())
     with pytest.raises(ConfigError, match="draft_window is not supported"):
         mtp_heads.refuse_window(LoadConfig(draft_window=8))
-    mtp_heads.refuse_assistant(parse(QWEN_MTP, QWEN), "reference")
+    mtp_heads.refuse_missing_targets(parse(QWEN_MTP, QWEN), "reference")
     with pytest.raises(UnsupportedModelError, match="by the reference backend; use the mlx"):
-        mtp_heads.refuse_assistant(parse(ASSISTANT, GEMMA), "reference")
+        mtp_heads.refuse_missing_targets(parse(ASSISTANT, GEMMA), "reference")
+    with pytest.raises(
+        UnsupportedModelError, match="latent attention is not supported by the cuda"
+    ):
+        mtp_heads.refuse_missing_targets(parse(GLM_MTP, LATENT), "cuda")
