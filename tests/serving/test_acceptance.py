@@ -6,6 +6,7 @@ import json
 import logging
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -121,6 +122,19 @@ def test_thinking_is_a_reason_where_the_template_knows_it(evaluated, lines, monk
     assert "thinking, without which it was trained (treeflash doctor " in first
     assert " --thinking)" in first
     assert not [line for line in others if "without which" in line]
+
+
+def test_a_head_that_drafts_depth_by_depth_is_checked_by_other_commands(evaluated, lines):
+    shape = SimpleNamespace(has_marginals=False)
+    model = replace(evaluated(), backend=SimpleNamespace(drafter_config=shape))
+    add(Acceptance(model), 0, length=5000)
+    line = lines()[0]
+    pair = f"--target {model.folder} --drafter {model.drafter_folder}"
+    assert f"(treeflash evaluate --prompts FILE.jsonl {pair})" in line
+    thinking = "--chat-template-args '{\"enable_thinking\": true}' PROMPT"
+    assert f"(treeflash generate {pair} {thinking})" in line
+    assert "doctor" not in line
+    assert "--draft-window" not in line
 
 
 @pytest.mark.parametrize("key", ["quantization", "quantization_config"])

@@ -106,12 +106,20 @@ class Acceptance:
         model, loaded = self.model, self.model.loaded
         folders = {"--target": model.folder, "--drafter": model.drafter_folder}
         pair = [x for flag, folder in folders.items() if folder for x in (flag, _name(folder))]
-        check = ["treeflash", "doctor", *pair]
+        shape = model.backend.drafter_config
+        is_block = shape is not None and shape.has_marginals
+        # Only the settings of block drafters can be checked by `doctor`.
+        check = ["doctor"] if is_block else ["evaluate", "--prompts", "FILE.jsonl"]
+        check = ["treeflash", *check, *pair]
         yield "a fine-tuned or another target than the drafter's", check
         if model.tokenizer.knows_thinking and not model.tokenizer.thinking:
-            yield "thinking, without which it was trained", [*check, "--thinking"]
+            thinking = ["--chat-template-args", '{"enable_thinking": true}', "PROMPT"]
+            yield (
+                "thinking, without which it was trained",
+                [*check, "--thinking"] if is_block else ["treeflash", "generate", *pair, *thinking],
+            )
         longest = LONG if self._evaluation is None else self._evaluation.max_length
-        if context > longest:
+        if is_block and context > longest:
             window = ["treeflash", "serve", *pair, "--draft-window", str(longest)]
             yield f"contexts of {context} tokens, after a training with {longest}", window
         if loaded.adapter is not None:
@@ -121,7 +129,7 @@ class Acceptance:
         if loaded.draft_bits is not None:
             yield "the quantised drafter", [*check, "--draft-bits", "16"]
         if model.folder is not None and is_quantised(read_config(model.folder)):
-            original = ["treeflash", "doctor", "--target", "ORIGINAL", *pair[2:]]
+            original = [x if x != _name(model.folder) else "ORIGINAL" for x in check]
             yield "the quantised target, unlike the original", original
 
 
