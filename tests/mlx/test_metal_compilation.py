@@ -70,15 +70,23 @@ def test_loops_that_are_not_unrolled_are_noticed(sources, left, kernel):
     assert rolled.products < left(source).products
 
 
+ATTENTION, WIDE = (f"attention_parts{x}" for x in ("__bfloat16_t_128", "_shared__bfloat16_t_256"))
+PRODUCTS, QUANTISED = "products__bfloat16_t_64_4_4", "products_quantised__bfloat16_t_64_4_3"
+
+
 @pytest.mark.parametrize(
-    ("correct", "wrong"),
+    ("kernel", "correct", "wrong"),
     [
-        pytest.param("const device T* from", "const thread T* from", id="wrong address space"),
-        pytest.param("max(first, max(offset", "max(1.0f, max(offset", id="ambiguous types"),
-        pytest.param("    while (true)", "    whil (true)", id="syntax"),
+        pytest.param(ATTENTION, "const device T* from", "const thread T* from", id="pointer"),
+        pytest.param(ATTENTION, "max(first, max(offset", "max(1.0f, max(offset", id="types"),
+        pytest.param(ATTENTION, "    while (true)", "    whil (true)", id="syntax"),
+        pytest.param(WIDE, "threadgroup float shared", "device float shared", id="variable"),
+        pytest.param(PRODUCTS, "column + i, rows - 1)", "column + i, 1.0f)", id="rows"),
+        pytest.param(PRODUCTS, "simdgroup_matrix<T, 8, 8> left", "T left", id="an operand"),
+        pytest.param(QUANTISED, "8 * t + row, outputs", "1.0f, outputs", id="outputs"),
     ],
 )
-def test_errors_of_the_language_are_noticed(sources, correct, wrong):
-    source = one(sources, "attention_parts__bfloat16_t_128")
+def test_errors_of_the_language_are_noticed(sources, kernel, correct, wrong):
+    source = one(sources, kernel)
     assert correct in source
     assert errors(source.replace(correct, wrong))
