@@ -57,19 +57,28 @@ class RecurrentHead:
         self.module, self.output = module, output
 
     def transitions(self, blocks: Sequence[Any], options: TableOptions) -> list[TransitionTable]:
-        """Compute the logits of all sequences together, then follow the paths of each sequence."""
+        """Compute the logits of all sequences together, then follow the paths of each sequence.
+
+        One read from the device gets the tables of all sequences.
+        """
         hidden = self.ops.concatenate([block.hidden for block in blocks], 0)
         slots, depths = Slots.read(self.output, hidden), len(hidden) // len(blocks)
         logits = self.output.logits(slots.normed)
         (noise,) = self.output.noise_by_depth(options.noise, 1)  # of all depths, as the logits
         if noise is not None:
             logits = logits + noise
-        tables = []
+        found: list[Array] = []
         for i, block in enumerate(blocks):
             part = slice(i * depths, (i + 1) * depths)
-            own = Slots(self.output, hidden[part], slots.normed[part])
-            tables.append(self._table(block, own, logits[part], options))
-        return tables
+            own = hidden[part], slots.normed[part], logits[part]
+            root = self.ops.arange(1, logits) + block.root
+            state = self.module.start(self.output, block)
+            found += self.follow(options, *own, root, state)
+        (numbers,) = self.ops.read(found)
+        size = len(numbers) // len(blocks)
+        by_block = (numbers[i : i + size] for i in range(0, len(numbers), size))
+        parts = size // depths
+        return [TransitionTable.from_paths(*(x[i::parts] for i in range(parts))) for x in by_block]
 
     def log_probs(self, block: Any, previous: NDArray[np.int32]) -> NDArray[np.float32]:
         ops, slots = self.ops, Slots.read(self.output, block.hidden)
@@ -82,10 +91,20 @@ class RecurrentHead:
         log_probs = ops.log_softmax(ops.concatenate(rows, 0))
         return on_host(ops, self.output.over_target_vocabulary(log_probs))
 
-    def _table(
-        self, block: Any, slots: Slots, logits: Array, options: TableOptions
-    ) -> TransitionTable:
-        """Return the table of one sequence, from its slots and (D, Vd) logits with their noise."""
+    def follow(
+        self,
+        options: TableOptions,
+        hidden: Array,  # (D, hidden_size) of the slots, as `normed`
+        normed: Array,
+        logits: Array,  # (D, Vd) of the slots, with their noise
+        root: Array,  # (1,) token
+        state: Array,  # the result of `RecurrentCell.start`
+    ) -> Sequence[Array]:
+        """Follow the paths of one sequence, by arrays alone whose sizes the options fix.
+
+        Returns (1, size) arrays for each depth: the tokens and log probabilities of all children,
+        the children that are the next rows and, of some heads, the confidences of the rows.
+        """
         ops, module, temperature = self.ops, self.module, options.temperature
         width = options.m if options.rows is None else min(options.m, options.rows)
         vocab = keys = mass = None
@@ -96,7 +115,7 @@ class RecurrentHead:
             mass = ops.logsumexp(marginal[:, vocab])
             keys, logits = module.token_rows(vocab), logits[:, vocab]
         k = min(options.k, logits.shape[1])
-        state, previous = module.start(self.output, block), ops.arange(1, logits) + block.root
+        slots, previous = Slots(self.output, hidden, normed), root
         path_log_probs: Array | None = None
         arrays: list[Array] = []
         for depth in range(len(logits)):
@@ -116,6 +135,4 @@ class RecurrentHead:
                 arrays.append(confidence[None])
             previous = ops.gather(tokens, kept)[0]
             state = ops.take(state, kept[0] // k)
-        (numbers,) = ops.read(arrays)
-        parts = len(numbers) // len(logits)
-        return TransitionTable.from_paths(*(numbers[i::parts] for i in range(parts)))
+        return arrays
