@@ -205,6 +205,13 @@ _DRAFTERS_BY_TARGET = {
     "openai/gpt-oss-120b": _drafters(
         "z-lab/gpt-oss-120b-DFlash", "RedHatAI/gpt-oss-120b-speculator.eagle3"
     ),
+    **{
+        f"nvidia/{name}": _drafters(f"RedHatAI/{name}-speculator.dflash")
+        for name in (
+            "NVIDIA-Nemotron-3-Super-120B-A12B",
+            "NVIDIA-Nemotron-3-Ultra-550B-A55B",
+        )
+    },
     "meta-models/Muse-Glimmer-30B": _drafters(
         "z-lab/Muse-Glimmer-30B-DFlash2", "meta-models/Muse-Glimmer-30B-assistant"
     ),
