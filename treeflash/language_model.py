@@ -411,7 +411,8 @@ def load(
     """Load a target and its drafter, fetching them if needed.
 
     Args:
-        target: a local folder or a hub id; None is a small default, SmolLM2-135M-Instruct.
+        target: a local folder, a GGUF file, or a hub id; None is a small default,
+            SmolLM2-135M-Instruct.
         drafter: a local folder or a hub id; `auto` or None is the published drafter of the target,
             or else the MTP head in the target's folder; `self` is that head. One that cannot be
             used is passed over with a warning. If there is neither, the default method is

@@ -103,7 +103,7 @@ def add_device_options(parser: argparse.ArgumentParser) -> Any:
     group.add_argument(
         "--target",
         metavar="FOLDER_OR_ID",
-        help="the model to run (default: SmolLM2-135M-Instruct)",
+        help="the model to run; also a GGUF file (default: SmolLM2-135M-Instruct)",
     )
     return group
 
