@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from treeflash.config import LoadConfig
 from treeflash.decoding.backend_base import BaseBackend
+from treeflash.decoding.image_processor import Processor
 from treeflash.decoding.interfaces import DeviceReport, Prefill
 from treeflash.decoding.tree import DraftTree
 from treeflash.drafters.config import DrafterShape
@@ -39,7 +40,6 @@ from treeflash_cuda.experts import fuse_experts, has_experts
 from treeflash_cuda.fused_layers import fuse_layers, fuse_rotation
 from treeflash_cuda.graphs import power_of_two
 from treeflash_cuda.heads import HEADS, TABLE_HEADS, TableHead
-from treeflash_cuda.images import Processor
 from treeflash_cuda.kernels import EncodedKernels, flash_kernels
 from treeflash_cuda.linear import IN_DRAFTER, fuse_linears, pack_linears
 from treeflash_cuda.mtp_head import MtpArena, MtpDrafter, MtpHead, MtpModel, ParallelDrafter

@@ -12,113 +12,24 @@ in which transformers splits prompts itself (`mm_encoder_outputs`).
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from treeflash.decoding.families import ImageFamily, family_of
-from treeflash.decoding.images import Image, PromptImages, locate, rotary_positions
+from treeflash.decoding.image_processor import TOKEN_TYPES, Processor, sample_pictures
+from treeflash.decoding.images import Image
 from treeflash.decoding.probe import ImageSample
-from treeflash.errors import PromptError, first_line
+from treeflash.errors import first_line
 from treeflash_cuda.state import State
-
-TOKEN_TYPES = "token_type_ids", "mm_token_type_ids"
-"""Arguments of models for 1 where a token stands for a feature, from the start of the sequence."""
-KEPT_PICTURES = 16
-"""Pictures whose inputs are kept, because a chat sends its pictures with every turn."""
-
-
-class Processor:
-    """`treeflash.decoding.interfaces.ImageProcessor` around a processor of transformers."""
-
-    def __init__(
-        self,
-        processor: Any,  # of transformers, or something that is called like it
-        family: ImageFamily,
-        feature_id: int,  # the token id that stands for a feature
-        merge: int,  # patches of a feature in height and in width, with three axes
-    ) -> None:
-        self.chat_template: str | None = getattr(processor, "chat_template", None)
-        self.placeholder: str = processor.image_token
-        self._processor = processor
-        self._family = family
-        self._feature_id = feature_id
-        self._merge = merge
-        self._kept: OrderedDict[bytes, tuple[Mapping[str, NDArray[Any]], int]] = OrderedDict()
-        self._lock = Lock()
-
-    def encode(
-        self, text: str, pictures: Sequence[NDArray[np.uint8]]
-    ) -> tuple[list[int], PromptImages]:
-        if (found := text.count(self.placeholder)) != len(pictures):
-            raise PromptError(
-                f"the prompt has {found} times {self.placeholder!r} for {len(pictures)} images; "
-                "remove it from the text"
-            )
-        bos = self._processor.tokenizer.bos_token
-        has_bos = bos is not None and text.startswith(bos)
-        made = self._call(text, pictures, add_special_tokens=not has_bos)
-        ids = np.asarray(made["input_ids"])[0].tolist()
-        inputs = [self._inputs(picture) for picture in pictures]
-        try:
-            images, is_feature = locate(ids, self._feature_id, inputs)
-        except ValueError as error:
-            raise PromptError(
-                f"the prompt has {error}; remove the target's image tokens from the text"
-            ) from error
-        positions = None
-        if self._family.three_axes:
-            grids = [image.inputs["image_grid_thw"][0] for image in images]
-            positions = rotary_positions(is_feature, grids, self._merge)
-        return ids, PromptImages(images, is_feature, positions, self._family.whole)
-
-    def _inputs(self, picture: NDArray[np.uint8]) -> tuple[Mapping[str, NDArray[Any]], int]:
-        """Return the inputs of the tower for a picture alone, and the number of its features."""
-        key = hashlib.sha256(repr(picture.shape).encode() + picture.tobytes()).digest()
-        with self._lock:
-            if key in self._kept:
-                self._kept.move_to_end(key)
-                return self._kept[key]
-        made = self._call(self.placeholder, [picture], add_special_tokens=False)
-        count = int((np.asarray(made["input_ids"]) == self._feature_id).sum())
-        arrays = {name: np.asarray(x) for name, x in made.items() if name not in TEXT_INPUTS}
-        with self._lock:
-            self._kept[key] = arrays, count
-            if len(self._kept) > KEPT_PICTURES:
-                self._kept.popitem(last=False)
-        return arrays, count
-
-    def _call(
-        self, text: str, pictures: Sequence[NDArray[np.uint8]], *, add_special_tokens: bool
-    ) -> Mapping[str, Any]:
-        from PIL import Image as Picture  # only needed here
-
-        try:
-            made: Mapping[str, Any] = self._processor(
-                text=[text],
-                images=[Picture.fromarray(picture) for picture in pictures],
-                return_tensors="np",
-                add_special_tokens=add_special_tokens,
-            )
-        except ValueError as error:  # of a picture that is too narrow, for example
-            raise PromptError(f"the target takes no such image: {first_line(error)}") from error
-        return made
-
-
-TEXT_INPUTS = "input_ids", "attention_mask", *TOKEN_TYPES
-"""Results of processors that are not of an image."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,36 +132,23 @@ class VisionTower:
 
         The features of an image are kept in the state while a chunk ends inside it.
         """
-        images, first = state.images, state.length
+        images, first, end = state.images, state.length, state.length + size
         assert images is not None
-        end, is_feature = first + size, images.is_feature
-        if not is_feature[first:end].any():
-            return None
         parts, kept = [], {}
-        for image in images.images:
-            if image.end <= first or image.first >= end:
-                continue
+        for image, which in images.features_in(first, end):
             if (features := state.encoded.get(image.first)) is None:
                 features = self.encode(image)
-            start, stop = max(first, image.first), min(end, image.end)
-            before = int(is_feature[image.first : start].sum())
-            parts.append(features[before : before + int(is_feature[start:stop].sum())])
+            parts.append(features[which])
             if image.end > end:
                 kept[image.first] = features
         state.encoded = kept
+        if not parts:
+            return None
         types = None
         if images.whole:
-            types = torch.from_numpy(is_feature[:end].astype(np.int32))[None]
+            types = torch.from_numpy(images.is_feature[:end].astype(np.int32))[None]
             types = types.to(parts[0].rows.device)
         return ImageRows(Features.joined(parts), types)
-
-
-def sample_pictures() -> list[NDArray[np.uint8]]:
-    """Return two pictures for the check at load: noise, and the same with a dark half."""
-    noise = np.random.default_rng(0).integers(0, 256, (48, 64, 3)).astype(np.uint8)
-    dark = noise.copy()
-    dark[24:] //= 8
-    return [noise, dark]
 
 
 @torch.inference_mode()

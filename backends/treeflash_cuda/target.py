@@ -32,6 +32,7 @@ from transformers.utils import is_accelerate_available, logging
 
 from treeflash.decoding.backend_base import arrays_nbytes
 from treeflash.decoding.families import ImageFamily, family_of, refusal
+from treeflash.decoding.image_processor import TOKEN_TYPES, Processor
 from treeflash.decoding.probe import INEXACT, TOLERANCE_FACTOR, TOLERANCES, ImageSample
 from treeflash.decoding.tree import DraftTree
 from treeflash.drafters.adapter import read_adapter, refuse_module
@@ -81,9 +82,7 @@ from treeflash_cuda.hybrid import (
     hook_recurrent_layers,
 )
 from treeflash_cuda.images import (
-    TOKEN_TYPES,
     ImageRows,
-    Processor,
     VisionTower,
     has_tower,
     image_samples,
@@ -648,12 +647,15 @@ class Target:
         def capture_layer(layer_id: int, _: nn.Module, __: Any, output: Any) -> None:
             capture_output(layer_id, output[0] if isinstance(output, tuple) else output)
 
-        def capture_input(_: nn.Module, args: Any, kwargs: Any) -> None:
-            capture_output(-1, args[0] if args else kwargs["hidden_states"])
+        def capture_input(layer_id: int, _: nn.Module, args: Any, kwargs: Any) -> None:
+            capture_output(layer_id, args[0] if args else kwargs["hidden_states"])
 
         for layer_id in layer_ids:
-            if layer_id == -1:
-                self.layers[0].register_forward_pre_hook(capture_input, with_kwargs=True)
+            # A model may add features of images between two layers.
+            if layer_id == -1 or (self.tower is not None and layer_id < len(self.layers) - 1):
+                self.layers[layer_id + 1].register_forward_pre_hook(
+                    partial(capture_input, layer_id), with_kwargs=True
+                )
             elif layer_id == len(self.layers):
                 self.model.get_decoder().register_forward_hook(
                     lambda _, __, output, i=layer_id: capture_output(i, output[0])

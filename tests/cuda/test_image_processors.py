@@ -10,11 +10,12 @@ import transformers as hf
 from PIL import Image as Picture
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from treeflash_cuda.backend import load
-from treeflash_cuda.images import Processor, load_processor
+from treeflash_cuda.images import load_processor
 
 from tests.helpers.image_models import CONFIGS, picture, random_model
 from treeflash.config import DecodeConfig, LoadConfig
 from treeflash.decoding import Request, Scheduler
+from treeflash.decoding.image_processor import Processor
 from treeflash.errors import PromptError
 
 QWEN = {300: "<|image_pad|>", 301: "<|video_pad|>", 302: "<|vision_start|>", 303: "<|vision_end|>"}

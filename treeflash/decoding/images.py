@@ -100,6 +100,16 @@ class PromptImages:
                 end = image.first if image.first > first else image.end
         return end
 
+    def features_in(self, first: int, end: int) -> list[tuple[Image, slice]]:
+        """Return the images that have features among tokens first .. end - 1, and which ones."""
+        found = []
+        for image in self.images:
+            start, stop = max(first, image.first), min(end, image.end)
+            before = int(self.is_feature[image.first : start].sum())
+            if start < stop and (count := int(self.is_feature[start:stop].sum())):
+                found.append((image, slice(before, before + count)))
+        return found
+
     def as_text(self, token_ids: Sequence[int]) -> list[int]:
         """Return the prompt's ids with a separator for each feature, which no draft may copy."""
         pairs = zip(token_ids, self.is_feature, strict=True)
