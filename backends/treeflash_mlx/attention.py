@@ -19,6 +19,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from mlx import nn
+from numpy.typing import NDArray
 
 from treeflash.decoding.tree import DraftTree
 from treeflash_mlx.hybrid import (
@@ -56,6 +57,7 @@ class TreePass:
     start: int  # the first node's column in the shortest sequence
     columns: int  # keys of the longest sequence, with the keys of its tree
     positions: mx.array  # (batch, n) int32 absolute positions of the nodes
+    rotary: Sequence[mx.array]  # (batch, n) rotary positions of the nodes, on one or three axes
     ancestors: mx.array  # (batch, n, n) bool; whether a node attends to a node
     index: mx.array | None  # (batch, 1, n, 1) int32 columns that the nodes are written to
     paths: NodePaths | None  # for recurrent layers
@@ -68,14 +70,19 @@ class TreePass:
         spare: int,
         *,
         solve: Solver | None = None,
+        rotary: Sequence[NDArray[np.int32]] | None = None,
+        is_seen: NDArray[np.bool_] | None = None,
     ) -> TreePass | None:
         """Return the pass over trees, one per sequence; None if all tokens continue one sequence.
 
         `starts` are the committed positions of each sequence. Rows without a node are written to
         the column `spare`. Recurrent layers `solve`; None without them, or for chains that are
-        committed whole.
+        committed whole. `rotary` are the (n,) rotary positions of each tree, or (3, n) of a single
+        chain, where they are not the positions; `is_seen` is (n, n), whether tokens of a single
+        chain see others besides the earlier ones.
         """
-        if len(trees) == 1 and (len(trees[0]) == 1 or (trees[0].is_chain and solve is None)):
+        is_plain = len(trees[0]) == 1 or (trees[0].is_chain and solve is None)
+        if len(trees) == 1 and is_plain and rotary is None:
             return None
         batch, n = len(trees), max(map(len, trees))
         columns = max(start + len(tree) for tree, start in zip(trees, starts, strict=True))
@@ -89,6 +96,15 @@ class TreePass:
             index[i, :size] = np.arange(start, stop)
             ancestors[i, :size, :size] = tree.ancestor_mask()
             ancestors[i, size:, 0] = True
+        turned = [positions]
+        if rotary is not None:
+            turned = list(np.zeros((rotary[0].ndim * 2 - 1, batch, n), np.int32))
+            for i, of_tree in enumerate(rotary):
+                for axis, row in zip(turned, np.atleast_2d(of_tree), strict=True):
+                    axis[i] = row[0]
+                    axis[i, : len(row)] = row
+        if is_seen is not None:
+            ancestors[0] |= is_seen
         written = mx.array(index[:, None, :, None]) if batch > 1 else None
         paths = NodePaths(trees, solve) if solve is not None and n > 1 else None
         return cls(
@@ -96,6 +112,7 @@ class TreePass:
             start=min(starts),
             columns=columns,
             positions=mx.array(positions),
+            rotary=list(map(mx.array, turned)),
             ancestors=mx.array(ancestors),
             index=written,
             paths=paths,
@@ -149,6 +166,7 @@ class _ForwardPass(threading.local):
     tree: TreePass | None = None
     outputs: dict[int, mx.array] | None = None
     recurrent_cache: RecurrentTreeCache | None = None
+    added: mx.array | None = None  # (layers, 1, n, hidden_size) for the first layers' outputs
 
 
 class TreeHooks:
@@ -160,6 +178,8 @@ class TreeHooks:
     """
 
     def __init__(self) -> None:
+        # (rotated,) axis of rotary positions by channel of a head; None for one axis.
+        self.axes: NDArray[np.int32] | None = None
         self._captured: set[int] = set()
         self._pass = _ForwardPass()
 
@@ -178,17 +198,21 @@ class TreeHooks:
         self._pass.recurrent_cache = cache
 
     @contextmanager
-    def forward_pass(self, tree: TreePass | None) -> Iterator[dict[int, mx.array]]:
+    def forward_pass(
+        self, tree: TreePass | None, added: mx.array | None = None
+    ) -> Iterator[dict[int, mx.array]]:
         """Describe one call of the model; `tree` is None for a plain causal pass.
 
+        `added` are features of images for the outputs of the first layers; see `add_features`.
         It yields (batch, n, hidden_size) outputs of the captured layers, filled during the call.
         """
         outputs: dict[int, mx.array] = {}
-        self._pass.tree, self._pass.outputs = tree, outputs
+        self._pass.tree, self._pass.outputs, self._pass.added = tree, outputs, added
         try:
             yield outputs
         finally:
             self._pass.tree, self._pass.outputs, self._pass.recurrent_cache = None, None, None
+            self._pass.added = None
 
     def hook(self, model: nn.Module) -> set[str]:
         """Make a model run trees; returns the names of its recurrent functions, as `rebind` does.
@@ -213,6 +237,11 @@ class TreeHooks:
             _subclass(layers[max(i, 0)], partial(self._capture, i))
             self._captured.add(i)
 
+    def add_features(self, layers: Sequence[nn.Module]) -> None:
+        """Make layers add the features of images to their outputs, before `capture` sees them."""
+        for number, layer in enumerate(layers):
+            _subclass(layer, partial(self._add, number))
+
     def submit_early(self, layers: Sequence[nn.Module]) -> None:
         """Let the device start on a pass after these layers, while Python builds the next ones."""
 
@@ -234,8 +263,21 @@ class TreeHooks:
         batch, heads, n, width = x.shape
         kwargs.pop("offset", None)
         nodes = x.swapaxes(1, 2).reshape(batch * n, heads, 1, width)
-        rotated = base(rope, nodes, self.tree.positions.reshape(-1), *args[1:], **kwargs)
+        rotated, *others = [
+            base(rope, nodes, axis.reshape(-1), *args[1:], **kwargs) for axis in self.tree.rotary
+        ]
+        for axis, other in enumerate(others, 1):
+            assert self.axes is not None
+            channels = np.zeros(width, np.int32)
+            channels[: len(self.axes)] = self.axes
+            rotated = mx.where(mx.array(channels == axis), other, rotated)
         return rotated.reshape(batch, n, heads, -1).swapaxes(1, 2)
+
+    def _add(
+        self, number: int, base: Callable[..., Any], layer: nn.Module, *args: Any, **kwargs: Any
+    ) -> Any:
+        output, added = base(layer, *args, **kwargs), self._pass.added
+        return output if added is None or number >= len(added) else output + added[number]
 
     def _capture(
         self, i: int, base: Callable[..., Any], layer: nn.Module, *args: Any, **kwargs: Any

@@ -15,6 +15,7 @@ from mlx.utils import tree_flatten
 
 from treeflash.config import LoadConfig, SamplingConfig
 from treeflash.decoding.backend_base import BaseBackend, arrays_nbytes
+from treeflash.decoding.image_processor import Processor
 from treeflash.decoding.interfaces import DeviceReport, Prefill, TableOptions
 from treeflash.decoding.probe import ATTEMPTS, LIMITS, relative_difference
 from treeflash.decoding.session import SequenceSession
@@ -45,6 +46,7 @@ from treeflash_mlx.exact import check_operations
 from treeflash_mlx.head_operations import Float32Norm, split_pairs
 from treeflash_mlx.heads import HEADS, TABLE_HEADS, ARHead, RecurrentHead, TableHead
 from treeflash_mlx.hybrid import delta_kernel_wins
+from treeflash_mlx.images import image_samples
 from treeflash_mlx.metal_kernels import attention
 from treeflash_mlx.metal_kernels.products import RACED_ROWS, choose_products
 from treeflash_mlx.mtp_head import MtpCache, MtpDrafter, MtpHead, MtpModel, ParallelDrafter
@@ -95,6 +97,8 @@ class MlxBackend(BaseBackend):
             self.drafter = Drafter(drafter_model, target, draft_window)
         self.device = "cpu" if mx.default_device().type == mx.cpu else "gpu"
         self.device_name = str(mx.device_info()["device_name"])
+        if isinstance(target.processor, str):
+            self.images = target.processor
 
     def open(self, capacity: int, *, drafts: bool) -> State:
         drafter = None
@@ -134,6 +138,8 @@ class MlxBackend(BaseBackend):
         modules = [self.target.model, self.drafter_model, getattr(self.head, "module", None)]
         own = getattr(self.drafter_model, "own", None)  # not among the drafter's parameters
         arrays = [x for m in (*modules, own) if m for _, x in tree_flatten(m.parameters())]
+        if self.target.tower is not None:
+            arrays += self.target.tower.arrays
         return arrays_nbytes(arrays)
 
     def device_report(self) -> DeviceReport:
@@ -164,6 +170,12 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> MlxBackend:
     dtype = getattr(mx, config.dtype) if config.dtype else (mx.float32 if on_cpu else None)
     adapter = Path(config.adapter) if config.adapter else None
     model = Target(target, dtype, config.kv_bits, adapter)
+    if not config.images:
+        model.processor = "it was loaded without its vision tower"
+    elif adapter is not None:
+        model.processor = "they do not work with an adapter"
+    else:
+        model.load_images(target)
     if not on_cpu and model.dtype == mx.float32:
         warn_of_tf32()
 
@@ -185,6 +197,11 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> MlxBackend:
         backend.check_exact()
     if drafter is not None:
         backend.check_trees()
+    if isinstance(model.processor, Processor):
+        backend.check_images(model.processor, image_samples(model.processor))
+        if isinstance(backend.images, str):
+            logging.getLogger(__name__).warning("%s; the target takes no images", backend.images)
+            model.tower = None
     warn_of_size(backend.weights_bytes)
     if config.wired:
         wire_memory(backend.weights_bytes)

@@ -22,13 +22,21 @@ from mlx_lm.models.cache import ArraysCache, CacheList, RotatingKVCache, make_pr
 from mlx_lm.models.switch_layers import SwitchLinear
 
 from treeflash.decoding.families import family_of, refusal
+from treeflash.decoding.image_processor import Processor
 from treeflash.decoding.tree import DraftTree
 from treeflash.drafters.adapter import read_adapter, refuse_module
 from treeflash.drafters.folder import read_config
-from treeflash.errors import CheckpointError, ConfigError, UnsupportedModelError, is_out_of_memory
+from treeflash.errors import (
+    CheckpointError,
+    ConfigError,
+    UnsupportedModelError,
+    first_line,
+    is_out_of_memory,
+)
 from treeflash_mlx.attention import TreeHooks, TreePass
 from treeflash_mlx.cache import KVCache, Quantisation, QuantisedTreeCache, TreeCache, share_storage
 from treeflash_mlx.hybrid import RecurrentTreeCache, Solver, choose_solver, solve_by_rounds
+from treeflash_mlx.images import Axes, ImageRows, VisionTower, load_processor, load_tower
 
 TEXT_CONFIGS = ("text_config", "language_config")
 
@@ -265,9 +273,29 @@ class Target:
         self.solve: Solver | None = solve_by_rounds if self.layout.state_counts else None
         self.embedding = self._find(EMBEDDINGS, (nn.Embedding, nn.QuantizedEmbedding))
         self.lm_head = self._find(OUTPUT_HEADS, (nn.Linear, nn.QuantizedLinear))
+        self.tower: VisionTower | None = None  # None if the target takes no images
+        self.processor: Processor | str = "it is used as a text model"  # or why it takes none
         self.max_positions = int(
             next((self.config[key] for key in POSITIONS if self.config.get(key)), sys.maxsize)
         )
+
+    def load_images(self, folder: Path) -> None:
+        """Load the processor and the tower of a folder, if the target takes images."""
+        config = read_config(folder)
+        self.processor = load_processor(folder, config)
+        if isinstance(self.processor, str):
+            return
+        try:
+            self.tower = load_tower(folder, config, self.embed, self.dtype)
+        except Exception as error:  # of mlx-vlm
+            if is_out_of_memory(error):
+                raise
+            self.processor = f"mlx-vlm cannot load its vision tower ({first_line(error)})"
+            return
+        if (axes := Axes.of(self.config)) is not None:
+            self.hooks.axes = axes.channels
+        deep = (config["vision_config"].get("deepstack_visual_indexes")) or ()
+        self.hooks.add_features(self.layers[: len(deep)])
 
     def check_drafting(self) -> None:
         """Check what a drafter needs of this model and `check_trees` would not notice.
@@ -338,9 +366,12 @@ class Target:
         sequences: Sequence[KVCache],
         layer_ids: tuple[int, ...],
         tree: TreePass | None = None,
+        *,
+        images: ImageRows | None = None,
     ) -> tuple[mx.array, mx.array | None]:
         """Build a forward pass of (batch, n) tokens, and write their keys and values.
 
+        `images` are the embeddings of the tokens of a single sequence, of which some are features.
         The sequences are all of one storage, by row. `tree` is None if the tokens continue one.
         Returns (batch, n, vocab) logits; and (batch, n, len(layer_ids) * hidden_size) outputs of
         captured layers, None without layers.
@@ -360,8 +391,9 @@ class Target:
             return RecurrentTreeCache(storage.states, i, paths, self.hooks.enter_recurrent_layer)
 
         caches = self.layout.make(attention_cache, recurrent_cache)
-        with self.hooks.forward_pass(tree) as outputs:
-            logits = self.model(token_ids, cache=caches)
+        given = {} if images is None else {"input_embeddings": images.embeddings}
+        with self.hooks.forward_pass(tree, None if images is None else images.deep) as outputs:
+            logits = self.model(token_ids, cache=caches, **given)
         if not layer_ids:
             return logits, None
         return logits, mx.concatenate([outputs[i] for i in layer_ids], axis=-1)

@@ -48,6 +48,9 @@ class Verifier:
         Trees run in one pass, together with new tokens that are not more than the largest tree has
         nodes. Longer chunks of new tokens would pad the pass, so each of them runs alone.
         """
+        for item in work:
+            state: Any = item.state
+            state.begin(item)
         if (single := self._run_single(work)) is not None:
             return [single]
         states: list[Any] = [item.state for item in work if isinstance(item, Prefill)]
@@ -64,6 +67,8 @@ class Verifier:
 
     def logits(self, trees: Sequence[tuple[Any, DraftTree]]) -> list[NDArray[np.float32]]:
         """Return the (n, vocab) logits at the nodes of each tree, for tests."""
+        for state, _ in trees:
+            state.images = None
         return [np.array(part.astype(mx.float32)) for part in self._forward(trees)]
 
     def _run_single(self, work: Sequence[Prefill | Verify]) -> SampledTokens | None:
@@ -76,6 +81,8 @@ class Verifier:
         if others or not isinstance(item, Verify) or len(item.tree) > 1:
             return None
         state: Any = item.state
+        if state.shift:  # its rotary positions make a pass that is not plain
+            return None
         state.pass_tokens = item.tree.tokens
         params, ahead, start = item.params, state.ahead, state.length
         follows, state.ahead, state.single_until = state.single_until == start, None, start + 1
@@ -136,10 +143,14 @@ class Verifier:
                 batch.append((i, state, item.tree))
                 continue
             token_ids = item.token_ids
-            together = len(token_ids) <= largest
+            stop, images = state.length + len(token_ids), state.images
+            has_features = images is not None and bool(images.features_in(state.length, stop))
+            together = len(token_ids) <= largest and not has_features
             if not together:
                 # The last token has a pass of its own: no other token needs logits.
                 end = len(token_ids) - (item.params is not None)
+                if images is not None and (last := images.chunk_end(state.length, end)) > stop - 1:
+                    end = 0 if item.params is not None else last - state.length
                 self._prefill(state, token_ids[:end])
                 token_ids = token_ids[end:]
             if token_ids:
@@ -162,6 +173,8 @@ class Verifier:
         """Run and commit new tokens chunk by chunk."""
         while token_ids:
             size = self._chunk_size(state.length)
+            if state.images is not None:
+                size = state.images.chunk_end(state.length, size) - state.length
             chunk = DraftTree.chain(np.array(token_ids[:size], np.int32))
             token_ids = token_ids[size:]
             self._forward([(state, chunk)], prefill=True)
@@ -195,9 +208,21 @@ class Verifier:
         token_ids = [[*tree.tokens, *tree.tokens[:1].repeat(n - len(tree))] for tree in trees]
         starts, caches = zip(*((s.length, s.kv_cache) for s, _ in by_row), strict=True)
         solve = None if prefill else self.target.solve
-        tree_pass = TreePass.build(trees, starts, storage.columns - 1, solve=solve)
+        tower, images = self.target.tower, None
+        if tower is not None and prefill:
+            (state, tree), *_ = sequences
+            images = tower.rows(state, tree.tokens.tolist())
+        tree_pass = TreePass.build(
+            trees,
+            starts,
+            storage.columns - 1,
+            solve=solve,
+            rotary=_rotary_positions(by_row),
+            is_seen=None if images is None else images.is_seen,
+        )
         rows, outputs = self.target.forward(
-            mx.array(np.array(token_ids), mx.int32), caches, self._layer_ids, tree_pass
+            *(mx.array(np.array(token_ids), mx.int32), caches, self._layer_ids, tree_pass),
+            images=images,
         )
         if outputs is not None:
             outputs = outputs.reshape(-1, outputs.shape[-1])
@@ -246,6 +271,18 @@ class Verifier:
             state.keep_tokens(path)
         for state, part in context:
             state.context.append(part)
+
+
+def _rotary_positions(
+    sequences: Sequence[tuple[State, DraftTree]],
+) -> list[NDArray[np.int32]] | None:
+    """Return the rotary positions of each sequence; None if they are the positions of all."""
+    if not any(state.shift or state.images for state, _ in sequences):
+        return None
+    return [
+        state.rotary_positions(tree if state.images is None else tree.tokens.tolist())
+        for state, tree in sequences
+    ]
 
 
 def _committed_arrays(state: State) -> list[Any]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers as hf
+from safetensors.torch import load_file, save_file
 
 VOCAB, IMAGE, START, END = 320, 300, 302, 303
 PATCH, MERGE = 4, 2
@@ -215,6 +218,33 @@ def random_model(family: str) -> Any:
         if weight.ndim > 1:
             weight.data.normal_(0, wide if "embed" in name else 0.15)
     return model
+
+
+def save_published(family: str, model: Any, folder: Path) -> None:
+    """Save a model as published checkpoints are, which mlx-lm and mlx-vlm read."""
+    model.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    text = config["text_config"]
+    config["vocab_size"] = VOCAB
+    text["tie_word_embeddings"] = config.get("tie_word_embeddings", False)
+    if family == "gemma3":
+        text |= {
+            "mm_tokens_per_image": 4,
+            "sliding_window_pattern": 3,
+            "rope_local_base_freq": 1e4,
+            "rope_theta": 1e6,
+        }
+        weights = load_file(folder / "model.safetensors")
+        names = {x: x.replace("vision_tower.", "vision_tower.vision_model.") for x in weights}
+        weights = {names[name]: x for name, x in weights.items()}
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    elif "rope_parameters" in text and "mrope_section" in text["rope_parameters"]:
+        rope = text["rope_parameters"]
+        text |= {"rope_theta": 1e4, "rope_scaling": {**rope, "type": "mrope"}}
+        config["vision_config"]["model_type"] = family
+        if "layer_types" in text:
+            text["full_attention_interval"] = 2
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def picture(seed: int, height: int = 16, width: int = 24) -> Any:

@@ -25,10 +25,12 @@ class ImageFamily:
     Attributes:
         three_axes: whether rotary positions have three axes, which follow from `image_grid_thw`.
         whole: whether the tokens of an image see each other.
+        mlx: whether it is also known for the mlx backend.
     """
 
     three_axes: bool = False
     whole: bool = False
+    mlx: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,16 +91,18 @@ def _lfm2_settings(config: Mapping[str, Any], kinds: Sequence[str]) -> dict[str,
     return {"block_dim": config.get("block_dim", config["hidden_size"])}
 
 
-def _qwen3_5(mlx_type: str | None = None) -> Family:
+def _qwen3_5(mlx_type: str | None = None, *, mlx: bool = False) -> Family:
     return Family(
         tool_calls="qwen3_coder",
         mlx_type=mlx_type,
         mlx_settings=_interval_settings,
-        images=_THREE_AXES,
+        images=_ON_BOTH if mlx else _THREE_AXES,
     )
 
 
 _THREE_AXES = ImageFamily(three_axes=True)
+_ON_BOTH = ImageFamily(three_axes=True, mlx=True)
+_ON_BOTH = ImageFamily(three_axes=True, mlx=True)
 _CROSS_ATTENTION = "its layers attend to images beside the text"
 
 
@@ -117,7 +121,7 @@ FAMILIES: Mapping[str, Family] = {
     "falcon_mamba": _BY_CHANNEL,
     "ernie4_5_vl_moe": Family(images="it chooses the experts of a token by whether it is text"),
     "evolla": Family(images=_CROSS_ATTENTION),
-    "gemma3": Family(images=ImageFamily(whole=True)),
+    "gemma3": Family(images=ImageFamily(whole=True, mlx=True)),
     "gemma4": Family(tool_calls="gemma4"),
     "glm46v": Family(images=_THREE_AXES),
     "glm4v": Family(images=_THREE_AXES),
@@ -149,13 +153,13 @@ FAMILIES: Mapping[str, Family] = {
     "qwen2_moe": _HERMES,
     "qwen2_vl": _QWEN_VL,
     "qwen3": _HERMES,
-    "qwen3_5": _qwen3_5(),
+    "qwen3_5": _qwen3_5(mlx=True),
     "qwen3_5_moe": _qwen3_5(),
     "qwen3_5_moe_text": _qwen3_5("qwen3_5_moe"),
     "qwen3_5_text": _qwen3_5("qwen3_5"),
     "qwen3_moe": _HERMES,
     "qwen3_next": Family(tool_calls="hermes", mlx_settings=_interval_settings),
-    "qwen3_vl": _QWEN_VL,
+    "qwen3_vl": Family(tool_calls="hermes", images=_ON_BOTH),
     "qwen3_vl_moe": _QWEN_VL,
     "qwen4_exp": _BY_TOKEN,
     "qwen4_exp_text": _BY_TOKEN,

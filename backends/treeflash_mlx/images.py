@@ -1,0 +1,208 @@
+"""Images in prompts: mlx-vlm's processors and towers, and the inputs of chunks with features.
+
+mlx-lm's text models stay the targets. mlx-vlm has vision towers and how their features become
+embeddings of the text; its own text models are never run, and their weights not read. Each image is
+encoded alone, as a prompt of its placeholders.
+
+mlx-vlm changes transformers when it is imported, so that it is imported only for images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+from numpy.typing import NDArray
+
+from treeflash.decoding.families import ImageFamily, family_of
+from treeflash.decoding.image_processor import Processor, sample_pictures
+from treeflash.decoding.images import Image
+from treeflash.decoding.probe import ImageSample
+from treeflash.errors import first_line
+from treeflash_mlx.state import State
+
+PLACEHOLDER_IDS = "image_token_id", "image_token_index"
+"""Settings with the token id that stands for a feature."""
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """The features of an image, or of some of its tokens."""
+
+    rows: mx.array  # (n, hidden_size) embeddings, as the table has them
+    deep: mx.array | None  # (layers, n, hidden_size) that are added to the first layers' outputs
+
+    def __getitem__(self, tokens: slice) -> Features:
+        return Features(self.rows[tokens], None if self.deep is None else self.deep[:, tokens])
+
+
+@dataclass(frozen=True, eq=False)
+class ImageRows:
+    """What a pass over a chunk with features has in place of embeddings of its tokens."""
+
+    embeddings: mx.array  # (1, n, hidden_size)
+    deep: mx.array | None  # (layers, 1, n, hidden_size), 0 at tokens of text
+    # (n, n), which tokens are of the same image, if these see each other.
+    is_seen: NDArray[np.bool_] | None
+
+
+class VisionTower:
+    """A model of mlx-vlm without its decoder."""
+
+    def __init__(
+        self,
+        model: Any,  # of mlx-vlm, whose weights are not read yet
+        placeholder: int,  # the token id that stands for a feature
+        embed: Callable[[mx.array], mx.array],  # of the target
+        dtype: mx.Dtype,  # of the target
+    ) -> None:
+        decoder = model.language_model.model
+        decoder.layers = []
+        decoder.embed_tokens = embed
+        if hasattr(model.config, "text_config"):
+            # mlx-vlm divides features by a function of it, with a default.
+            model.config.hidden_size = model.config.text_config.hidden_size
+        self.model, self.placeholder, self.embed, self.dtype = model, placeholder, embed, dtype
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """The weights, without those of the decoder."""
+        parts = {x: y for x, y in self.model.children().items() if x != "language_model"}
+        return [x for _, x in tree_flatten(parts) if isinstance(x, mx.array)]
+
+    def encode(self, image: Image, count: int) -> Features:
+        """Compute the features of an image that has this number of them."""
+        inputs = {name: mx.array(x) for name, x in image.inputs.items()}
+        ids = mx.full((1, count), self.placeholder, mx.int32)
+        made = self.model.get_input_embeddings(ids, mask=mx.ones((1, count), mx.int32), **inputs)
+        deep = made.deepstack_visual_embeds
+        if deep is not None:
+            deep = mx.stack(list(deep)).astype(self.dtype)
+        features = Features(made.inputs_embeds[0].astype(self.dtype), deep)
+        mx.eval(features.rows, features.deep)
+        return features
+
+    def rows(self, state: State, token_ids: Sequence[int]) -> ImageRows | None:
+        """Return the embeddings of the next tokens of a prompt; None if no token is a feature.
+
+        The features of an image are kept in the state while a chunk ends inside it.
+        """
+        images, first = state.images, state.length
+        end = first + len(token_ids)
+        if images is None or not (found := images.features_in(first, end)):
+            return None
+        parts, kept = [], {}
+        for image, which in found:
+            if (features := state.encoded.get(image.first)) is None:
+                features = self.encode(image, int(images.is_feature[image.first : image.end].sum()))
+            parts.append(features[which])
+            if image.end > end:
+                kept[image.first] = features
+        state.encoded = kept
+        is_feature = images.is_feature[first:end]
+        places = mx.array(np.flatnonzero(is_feature).astype(np.int32))
+        text = mx.array(np.where(is_feature, 0, token_ids).astype(np.int32))
+        embeddings = self.embed(text)
+        embeddings[places] = mx.concatenate([part.rows for part in parts])
+        deep = None
+        layers = [part.deep for part in parts if part.deep is not None]
+        if layers:
+            deep = mx.zeros((len(layers[0]), *embeddings.shape), embeddings.dtype)
+            deep[:, places] = mx.concatenate(layers, 1)
+            deep = deep[:, None]
+        is_seen = None
+        if images.whole:
+            number = np.zeros(end - first, np.int32)
+            for i, (image, _) in enumerate(found, 1):
+                number[max(image.first - first, 0) : image.end - first] = i
+            number[~is_feature] = 0
+            is_seen = (number[:, None] == number) & is_feature
+        return ImageRows(embeddings[None], deep, is_seen)
+
+
+@dataclass(frozen=True, eq=False)
+class Axes:
+    """Which of the three axes of rotary positions turns each channel of a head."""
+
+    sections: Sequence[int]  # pairs of channels of each axis
+    interleaved: bool  # whether the axes take turns
+    rotated: int  # channels that are rotated, in two halves
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Axes | None:
+        """Return the axes of a text configuration; None if it has one."""
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        if not (sections := rope.get("mrope_section")):
+            return None
+        width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+        part = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+        interleaved = bool(rope.get("mrope_interleaved")) or "linear_num_value_heads" in config
+        return cls(sections, interleaved, int(width * part))
+
+    @cached_property
+    def channels(self) -> NDArray[np.int32]:
+        """(rotated,) axis of each channel; channel j + half has that of channel j."""
+        half = np.zeros(self.rotated // 2, np.int32)
+        if self.interleaved:
+            for axis in (1, 2):
+                half[axis : 3 * self.sections[axis] : 3] = axis
+        else:
+            half[:] = np.repeat(np.arange(3), self.sections)
+        return np.concatenate([half, half])
+
+
+def load_processor(folder: Path, config: Mapping[str, Any]) -> Processor | str:
+    """Load the processor of a target; or return why it takes no images, as a clause."""
+    family = family_of(config.get("model_type")).images
+    if not isinstance(vision := config.get("vision_config"), Mapping):
+        return "it has no vision tower"
+    if isinstance(family, ImageFamily) and not family.mlx:
+        return "images of this model type are not known to be exact with the mlx backend"
+    if isinstance(family, str):
+        return family
+    try:
+        processor = read_processor(folder)
+    except ImportError as error:
+        return f"images need mlx-vlm ({first_line(error)}): pip install mlx-vlm"
+    except Exception as error:  # of a folder without the files of a processor, among others
+        return f"its folder has no usable processor ({first_line(error)})"
+    merge = int(vision.get("spatial_merge_size", 1))
+    return Processor(processor, family, placeholder_id(config), merge)
+
+
+def placeholder_id(config: Mapping[str, Any]) -> int:
+    return next(int(config[name]) for name in PLACEHOLDER_IDS if config.get(name) is not None)
+
+
+def read_processor(folder: Path) -> Any:
+    """Read the processor of a folder by mlx-vlm's classes, which need no other framework."""
+    from mlx_vlm.utils import get_model_and_args, load_config, load_processor
+
+    get_model_and_args(load_config(folder))  # the module of the model registers its processor
+    return load_processor(folder, add_detokenizer=False)
+
+
+def load_tower(
+    folder: Path, config: Mapping[str, Any], embed: Callable[[mx.array], mx.array], dtype: mx.Dtype
+) -> VisionTower:
+    """Load the tower of a target."""
+    from mlx_vlm.utils import load_model
+
+    tower = VisionTower(load_model(folder, lazy=True), placeholder_id(config), embed, dtype)
+    mx.eval(tower.arrays)
+    return tower
+
+
+def image_samples(processor: Processor) -> list[ImageSample]:
+    """Return prompts with an image; the framework has no model to compare with."""
+    prompts = [
+        processor.encode(f"{processor.placeholder} In this image", [picture])
+        for picture in sample_pictures()
+    ]
+    return [ImageSample(ids, images, None) for ids, images in prompts]

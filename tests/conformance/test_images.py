@@ -1,0 +1,108 @@
+"""Text after images with MLX: that of transformers, and of the PyTorch backend draft by draft."""
+
+import pytest
+
+pytest.importorskip("mlx.core")
+pytest.importorskip("mlx_vlm")
+pytest.importorskip("torch")
+
+import mlx.core as mx
+import transformers
+import treeflash_cuda.images as cuda_images
+import treeflash_mlx.images as mlx_images
+from treeflash_cuda.backend import load as load_cuda
+from treeflash_mlx.backend import load as load_mlx
+
+from tests.helpers.image_models import (
+    RandomProcessor,
+    picture,
+    random_model,
+    reference,
+    save_published,
+)
+from treeflash.config import DecodeConfig, LoadConfig
+from treeflash.decoding import Request, Scheduler, SchedulerConfig
+from treeflash.decoding.images import PromptImages
+from treeflash.decoding.prefix_cache import PrefixCache
+
+CPU = LoadConfig(device="cpu", dtype="float32")
+TOKENS = 16
+PROMPTS = (
+    ("ab<image>cd", [picture(1)]),
+    ("<image>ef<image>gh", [picture(1), picture(2, 24, 16)]),
+    ("ab<image>cd", [picture(3)]),
+)
+
+
+@pytest.fixture(scope="module", params=["qwen3_vl", "qwen3_5", "gemma3"])
+def models(request, tmp_path_factory):
+    """A model of transformers, and the backends with the same weights."""
+    transformers.logging.set_verbosity_error()
+    family, folder = request.param, tmp_path_factory.mktemp(request.param)
+    model, before = random_model(family), mx.default_device()
+    save_published(family, model, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (cuda_images, mlx_images):
+            patch.setattr(module, "read_processor", lambda _: RandomProcessor(family))
+        yield model, load_mlx(folder, None, CPU), load_cuda(folder, None, CPU)
+    mx.set_default_device(before)
+
+
+def decode(backend, prompts, size=1000, cache=None):
+    """The steps after prompts, decoded together in chunks of a size."""
+    config = SchedulerConfig(prefill_chunk=size, lone_prefill_chunk=size)
+    decoding = DecodeConfig(method="suffix", budget=8, max_tokens=TOKENS)
+    steps = {Request(prompt_ids=ids, images=x, config=decoding): [] for ids, x in prompts}
+    for request, step in Scheduler(backend, config, prefix_cache=cache).decode(steps):
+        steps[request].append(step)
+    return list(steps.values())
+
+
+def texts(sequences):
+    return [[token for step in steps for token in step.tokens] for steps in sequences]
+
+
+def test_text_is_that_of_generate_in_a_batch_with_other_images_and_text(models):
+    model, backend, _ = models
+    assert not isinstance(backend.images, str), backend.images
+    prompts = [backend.images.encode(*prompt) for prompt in PROMPTS]
+    prompts.append(([1, *map(ord, "abcdabcd")], None))
+    expected = [reference(model, *prompt, TOKENS) for prompt in prompts]
+    for size in (1000, 5, 1):
+        assert texts(decode(backend, prompts, size)) == expected
+    cache = PrefixCache(1 << 30)
+    assert texts(decode(backend, prompts[:1], 5, cache)) == expected[:1]
+    (again,), (other,) = (decode(backend, [prompts[i]], 5, cache) for i in (0, 2))
+    assert texts([again, other]) == [expected[0], expected[2]]
+    assert again[0].cached_tokens == len(prompts[0][0]) - 1
+    assert other[0].cached_tokens <= prompts[0][1].images[0].first
+
+
+def test_equal_arrays_give_the_same_trees_and_acceptances(models):
+    _, mlx, cuda = models
+    prompts = [cuda.images.encode(*prompt) for prompt in PROMPTS]
+    for mine, theirs in zip(decode(mlx, prompts), decode(cuda, prompts), strict=True):
+        assert [step.tokens for step in mine] == [step.tokens for step in theirs]
+        for one, two in zip(mine[1:], theirs[1:], strict=True):
+            assert one.tree.tokens.tolist() == two.tree.tokens.tolist()
+            assert one.path.tolist() == two.path.tolist()
+
+
+def test_without_a_shift_images_are_refused_at_load(models, monkeypatch):
+    _, mlx, _ = models
+    if mlx.target.hooks.axes is None:
+        pytest.skip("its rotary positions are columns")
+    monkeypatch.setattr(PromptImages, "shift", 0)
+    processor = mlx.target.processor
+    mlx.check_images(processor, mlx_images.image_samples(processor))
+    refusal, mlx.images = mlx.images, processor
+    assert isinstance(refusal, str)
+
+
+def test_without_images_no_tower_is_loaded(models, tmp_path):
+    model, backend, _ = models
+    save_published(model.config.model_type, model, tmp_path)
+    text = load_mlx(tmp_path, None, LoadConfig(device="cpu", dtype="float32", images=False))
+    assert text.images == "it was loaded without its vision tower"
+    tower = sum(x.nbytes for x in backend.target.tower.arrays)
+    assert backend.weights_bytes == text.weights_bytes + tower
