@@ -7,8 +7,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from treeflash_cuda.operations import Activation
-
 BLOCK = 1024
 """Elements of a program that computes elements one by one."""
 MAX_INT8 = tl.constexpr(127.0)
@@ -242,7 +240,7 @@ def _gated(
     tl.store(result_pointer + row * size + elements, result.to(dtype), mask=mask)
 
 
-def gated(gate: Tensor, up: Tensor, activation: Activation = "silu") -> Tensor:
+def gated(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
     """Compute `operations.gated` in one launch."""
     size = gate.shape[-1]
     gates, ups = gate.reshape(-1, size), up.reshape(-1, size)
