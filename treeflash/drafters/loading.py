@@ -127,7 +127,7 @@ def read_layout(
     )
 
 
-def check_drafter(folder: Path, target: Config) -> DrafterShape | None:
+def check_drafter(folder: Path | ModelFolder, target: Config) -> DrafterShape | None:
     """Check from headers alone that the drafter of a folder fits a target's configuration.
 
     Returns the drafter's configuration; None if the target's does not name its sizes as most do.

@@ -416,7 +416,7 @@ def _has_own_head(folder: Path) -> bool:
     if find_head_format(opened) is None:
         return False
     try:
-        check_drafter(folder, opened.config)
+        check_drafter(opened, opened.config)
     except CheckpointError as error:
         raise UnsupportedModelError(str(error)) from error
     return True
