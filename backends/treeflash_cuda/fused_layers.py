@@ -15,12 +15,13 @@ from types import FunctionType, MethodType
 from typing import Any, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from treeflash.errors import UnsupportedModelError, is_device_lost, is_out_of_memory
 from treeflash_cuda.attention import Norms, TreeContext, tree_context
 from treeflash_cuda.cache import dequantise
-from treeflash_cuda.operations import TOLERANCES, Numbers, Operations
+from treeflash_cuda.operations import TOLERANCES, Activation, Numbers, Operations
 from treeflash_cuda.visible_keys import VisibleKeys
 
 TOLERANCE = 0.01
@@ -29,6 +30,14 @@ QUANTISED_TOLERANCE = 0.02
 """Of keys in 8 bits, of which some are rounded to another number."""
 ROWS = 4
 """Rows of the input on which a module and the operation are compared."""
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+}
+"""The activations of `operations.gated`."""
+POINTS, SAME_FUNCTION = torch.linspace(-4, 4, 33), 1e-5
+"""Where activations are compared, and how close they are: GELU and its approximation differ by
+more."""
 ROTARY = "apply_rotary_pos_emb"
 """The function that rotates queries and keys, by the name that attention layers call it."""
 
@@ -105,12 +114,21 @@ def _candidates(
         yield FusedNorm(operations, weight.detach().float() + 1, eps), x
     parts: list[Any] = [getattr(module, f"{name}_proj", None) for name in ("gate", "up", "down")]
     gate, up, down = parts
-    if getattr(module, "act_fn", None) is not None and all(isinstance(x, nn.Module) for x in parts):
+    activation: Any = getattr(module, "act_fn", None)
+    if activation is not None and all(isinstance(x, nn.Module) for x in parts):
         weight = getattr(gate, "weight", None)
         if isinstance(weight, Tensor) and weight.is_floating_point():
             # Weights of 8 bits are floating-point numbers too, but not what layers pass on.
             x = Numbers(weight.device, dtype).draw(1, ROWS, weight.shape[1])
-            yield lambda x: down(operations.gated(gate(x), up(x))), x
+            for name, function in ACTIVATIONS.items():
+                if agrees(activation, function, POINTS, tolerance=SAME_FUNCTION):
+                    gated = partial(operations.gated, activation=name)
+                    yield partial(_feed_forward, gate, up, down, gated), x
+
+
+def _feed_forward(gate: Forward, up: Forward, down: Forward, gated: Forward, x: Tensor) -> Tensor:
+    output: Tensor = down(gated(gate(x), up(x)))
+    return output
 
 
 def fuse_rotation(model: nn.Module, run: Callable[[], object]) -> None:
@@ -213,7 +231,7 @@ def _watch(
 
 
 @torch.inference_mode()
-def agrees(forward: Forward, plain: Forward, *inputs: Tensor) -> bool:
+def agrees(forward: Forward, plain: Forward, *inputs: Tensor, tolerance: float = TOLERANCE) -> bool:
     """Return whether two functions compute the same; False if either cannot run alone."""
     try:
         actual, expected = forward(*inputs), plain(*inputs)
@@ -221,7 +239,7 @@ def agrees(forward: Forward, plain: Forward, *inputs: Tensor) -> bool:
         if is_out_of_memory(error) or is_device_lost(error):
             raise
         return False
-    return actual.dtype == expected.dtype and _close(actual, expected, TOLERANCE)
+    return actual.dtype == expected.dtype and _close(actual, expected, tolerance)
 
 
 def _close(actual: Tensor, expected: Tensor, tolerance: float) -> bool:

@@ -46,6 +46,8 @@ class Gated(nn.Module):
         (lambda: Norm(1), True),  # Gemma's
         (lambda: Norm(2), False),
         (lambda: Gated(nn.SiLU()), True),
+        (lambda: Gated(nn.GELU("tanh")), True),  # Gemma's
+        (lambda: Gated(nn.GELU()), False),
         (lambda: Gated(nn.ReLU()), False),
     ],
 )
