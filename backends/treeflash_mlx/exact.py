@@ -23,9 +23,10 @@ from treeflash.decoding.probe import INEXACT
 from treeflash.errors import UnsupportedModelError
 from treeflash_mlx.target import Target
 
-ROWS = 64
-COUNTS = (1, 2, 5, 8, 9, 16, 33)
-"""Numbers of rows that are compared with `ROWS` rows; kernels change between them."""
+ROWS = 320
+COUNTS = (1, 2, 5, 8, 9, 16, 33, 130)
+"""Numbers of rows that are compared with `ROWS` rows, as chunks of prompts have; kernels change
+between them."""
 FEW_COUNTS = (1, 9)
 MANY_OUTPUTS = 1 << 14
 """A product with more outputs, such as the output head's, is compared for few numbers of rows."""

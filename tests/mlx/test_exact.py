@@ -13,6 +13,8 @@ require("mlx_lm")
 import mlx.core as mx
 from mlx import nn
 from treeflash_mlx.backend import load
+from treeflash_mlx.exact import check_operations
+from treeflash_mlx.target import Target
 
 pytestmark = pytest.mark.skipif(
     mx.default_device().type != mx.cpu, reason="exact mode is MLX's on a CPU"
@@ -84,3 +86,8 @@ def test_products_that_depend_on_their_number_of_rows_are_named(backend, monkeyp
     )
     with pytest.raises(UnsupportedModelError, match=r"beside it in products \d+ x \d+, products"):
         backend.check_exact()
+
+
+def test_every_operation_of_the_default_target_is_exact(smollm2):
+    """Also with as many rows as the chunks of a prompt have, in its own sizes."""
+    check_operations(Target(smollm2, mx.bfloat16, None))
