@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from treeflash.drafters import mtp_heads
+from treeflash.drafters import mtp_formats
 from treeflash.drafters.folder import read_config
 from treeflash.drafters.format import Format
+from treeflash.drafters.mtp_heads import mtp_shapes
 from treeflash.testing.models import edit_config, normal, save, write_target
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -51,13 +52,13 @@ def write_mtp_pair(
             config.get("text_config", config).update(SETTINGS[kind])
 
         edit_config(target, add)
-        tensors = _tensors(rng, mtp_heads.QWEN_MTP, read_config(target), shape)
+        tensors = _tensors(rng, mtp_formats.QWEN_MTP, read_config(target), shape)
         save_file(tensors, target / "mtp.safetensors")
         return target, target
     keys = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "head_dim")
     drafter = {key: shape[key] for key in (*keys, "num_key_value_heads", "rms_norm_eps")}
     drafter |= {"model_type": "llama", "num_hidden_layers": 1} | SETTINGS[kind]
-    save(root / "head", drafter, _tensors(rng, mtp_heads.EAGLE3, drafter, shape))
+    save(root / "head", drafter, _tensors(rng, mtp_formats.EAGLE3, drafter, shape))
     return target, root / "head"
 
 
@@ -76,7 +77,7 @@ def write_peagle_pair(root: Path, seed: int = 0) -> tuple[Path, Path]:
         "transformer_layer_config": {**layers, "num_hidden_layers": 2},
     }
     rng = np.random.default_rng(seed + 2)
-    tensors = _tensors(rng, mtp_heads.PEAGLE, drafter, shape)
+    tensors = _tensors(rng, mtp_formats.PEAGLE, drafter, shape)
     tensors["embed_tokens.weight"] = normal(rng, shape["vocab_size"], shape["hidden_size"])
     save(head, drafter, tensors)
     return target, head
@@ -91,7 +92,7 @@ def _tensors(
     """Random tensors under their stored names."""
     parsed = format.parse(config, (), shape["num_hidden_layers"])
     tensors: dict[str, Any] = {}
-    for name, size in mtp_heads.mtp_shapes(parsed, shape["vocab_size"]).items():
+    for name, size in mtp_shapes(parsed, shape["vocab_size"]).items():
         stored = _stored_name(name, format)
         if name == "d2t":
             ids = np.sort(rng.permutation(shape["vocab_size"])[: size[0]])
@@ -104,7 +105,7 @@ def _tensors(
 
 
 def _stored_name(name: str, format: Format) -> str:
-    if format is mtp_heads.QWEN_MTP:
+    if format is mtp_formats.QWEN_MTP:
         renamed = {
             "input_proj": "fc",
             "embedding_norm": "pre_fc_norm_embedding",

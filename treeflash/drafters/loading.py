@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from treeflash.drafters import formats, mtp_heads
+from treeflash.drafters import formats, mtp_formats, mtp_heads
 from treeflash.drafters.config import DrafterConfig, DrafterShape
 from treeflash.drafters.folder import ModelFolder, check_dtype, open_folder, read_quantised
 from treeflash.drafters.format import Config, Format, Names, Shapes
@@ -84,7 +84,7 @@ def find_head_format(folder: ModelFolder) -> Format | None:
 
     Raises an UnsupportedModelError if the head is of a family that is not supported.
     """
-    return mtp_heads.detect(folder.config, folder.tensors)
+    return mtp_formats.detect(folder.config, folder.tensors)
 
 
 def read_layout(
@@ -133,7 +133,7 @@ def check_drafter(folder: Path | ModelFolder, target: Config) -> DrafterShape | 
     Returns the drafter's configuration; None if the target's does not name its sizes as most do.
     Raises a CheckpointError or an UnsupportedModelError as loading the drafter would.
     """
-    settings = mtp_heads.text_config(target)
+    settings = mtp_formats.text_config(target)
     keys = ("hidden_size", "vocab_size", "num_hidden_layers")
     shape = {key: settings[key] for key in keys if isinstance(settings.get(key), int)}
     if len(shape) < len(keys):

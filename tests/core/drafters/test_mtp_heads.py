@@ -15,7 +15,7 @@ from treeflash.drafters import mtp_heads
 from treeflash.drafters.folder import open_folder, read_file
 from treeflash.drafters.format import Format
 from treeflash.drafters.loading import find_head_format, mtp_tensors, read_layout
-from treeflash.drafters.mtp_heads import (
+from treeflash.drafters.mtp_formats import (
     ASSISTANT,
     DEEPSPEC_EAGLE3,
     EAGLE3,
@@ -25,11 +25,8 @@ from treeflash.drafters.mtp_heads import (
     QWEN_SIDECAR,
     SPECULATORS_EAGLE3,
     SPECULATORS_MTP,
-    Assistant,
-    Experts,
-    MtpConfig,
-    mtp_shapes,
 )
+from treeflash.drafters.mtp_heads import Assistant, Experts, MtpConfig, mtp_shapes
 from treeflash.errors import CheckpointError, ConfigError, UnsupportedModelError
 from treeflash.testing.models import save
 
