@@ -30,6 +30,7 @@ from treeflash.config import (
 )
 from treeflash.decoding import Request, Scheduler, SchedulerConfig, Step, best_method
 from treeflash.decoding.adaptive_budget import AdaptiveBudgets
+from treeflash.decoding.image_processor import TOKEN_TYPES
 from treeflash.decoding.verify_costs import VerifyCosts, cost_file
 from treeflash.drafters.loading import check_drafter
 from treeflash.errors import ConfigError, PromptError
@@ -369,7 +370,7 @@ def _refuse(
     unknown = [
         name
         for name, value in model_kwargs.items()
-        if value is not None and name not in (*PREPARED, *IRRELEVANT)
+        if value is not None and name not in (*PREPARED, *IRRELEVANT) and _has_images(name, value)
     ]
     problems = {
         "a model in training mode; call model.eval()": model.training,
@@ -383,6 +384,13 @@ def _refuse(
     for problem, found in problems.items():
         if found:
             raise ConfigError(f"treeflash does not support {problem}")
+
+
+def _has_images(name: str, value: Any) -> bool:
+    """Return whether an input of a model says something else than that there are no images."""
+    if name == "mm_encoder_outputs":
+        return any(output is not None for output in value.values())
+    return name not in TOKEN_TYPES or bool(value.any())
 
 
 def _prompts(input_ids: Any, model_kwargs: dict[str, Any]) -> list[list[int]]:

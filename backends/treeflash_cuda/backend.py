@@ -316,7 +316,10 @@ def add_drafter(
     if drafter is not None:
         backend.check_trees()
     if isinstance(target.processor, Processor):
-        backend.check_images(target.processor, target.samples)
+        if target.is_exact and target.operations is not None and target.processor.family.whole:
+            backend.images = "exact mode on a GPU does not run images whose tokens see each other"
+        else:
+            backend.check_images(target.processor, target.samples)
         if isinstance(backend.images, str):
             warnings.warn(f"{backend.images}; the target takes no images", stacklevel=2)
             target.tower = None

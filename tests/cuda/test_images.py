@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+import treeflash_cuda.backend as loading
 import treeflash_cuda.images as cuda_images
 from treeflash_cuda.backend import load
 
@@ -370,3 +371,48 @@ def test_a_prompt_with_images_is_not_scored(pairs):
     )
     with pytest.raises(PromptError, match="cannot be scored"):
         Scheduler(pair.backend).submit(scored)
+
+
+def test_exact_mode_on_a_gpu_refuses_images_that_need_a_mask(tmp_path, monkeypatch):
+    def loader(folder, drafter, config):
+        return load_with_parts(monkeypatch, folder, drafter)
+
+    target = Pair("gemma3", tmp_path, monkeypatch, loader).backend.target
+    monkeypatch.setattr(loading.CudaBackend, "check_exact", lambda _: None)
+    target.is_exact = True
+    with pytest.warns(match="the target takes no images"):
+        backend = loading.add_drafter(target, None, CPU)
+    assert backend.images == "exact mode on a GPU does not run images whose tokens see each other"
+    assert target.tower is None
+
+
+def test_a_wrapped_model_decodes_text_and_refuses_images_by_name(pairs):
+    from treeflash.errors import ConfigError
+    from treeflash.transformers import generate
+
+    model, (ids, images) = pairs("qwen3_vl").model, pairs("qwen3_vl").prompts[0]
+    text = torch.tensor([[1, *map(ord, "abcdabcd")]])
+    options = {
+        "attention_mask": torch.ones_like(text),
+        "max_new_tokens": 8,
+        "do_sample": False,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+    }
+    plain = model.generate(input_ids=text, **options)
+    ours = model.generate(
+        input_ids=text, **options, custom_generate=generate, drafter=False, method="ar"
+    )
+    assert (ours == plain).all()
+    tokens = torch.tensor([ids])
+    inputs = {name: torch.from_numpy(x) for name, x in images.images[0].inputs.items()}
+    with pytest.raises(ConfigError, match="does not support the model input"):
+        model.generate(
+            input_ids=tokens,
+            **inputs,
+            **options | {"attention_mask": torch.ones_like(tokens)},
+            mm_token_type_ids=(tokens == 300).int(),
+            custom_generate=generate,
+            drafter=False,
+            method="ar",
+        )

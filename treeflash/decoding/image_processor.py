@@ -36,7 +36,7 @@ class Processor:
         self.chat_template: str | None = getattr(processor, "chat_template", None)
         self.placeholder: str = processor.image_token
         self._processor = processor
-        self._family = family
+        self.family = family
         self._feature_id = feature_id
         self._merge = merge
         self._kept: OrderedDict[bytes, tuple[Mapping[str, NDArray[Any]], int]] = OrderedDict()
@@ -62,10 +62,10 @@ class Processor:
                 f"the prompt has {error}; remove the target's image tokens from the text"
             ) from error
         positions = None
-        if self._family.three_axes:
+        if self.family.three_axes:
             grids = [image.inputs["image_grid_thw"][0] for image in images]
             positions = rotary_positions(is_feature, grids, self._merge)
-        return ids, PromptImages(images, is_feature, positions, self._family.whole)
+        return ids, PromptImages(images, is_feature, positions, self.family.whole)
 
     def _inputs(self, picture: NDArray[np.uint8]) -> tuple[Mapping[str, NDArray[Any]], int]:
         """Return the inputs of the tower for a picture alone, and the number of its features."""
