@@ -20,12 +20,8 @@ WORKERS = Path(__file__).parent / "workers"
 MLX_ON_LINUX = "mlx[cpu]>=0.30; sys_platform == 'linux'"
 BASELINES = {"cuda": "transformers", "mlx": "mlx-lm", "gguf": "llama.cpp"}
 """By backend, the system of the same framework whose `generate` is the baseline."""
-NODE_BUILDS = {
-    ("Linux", "x86_64"): "linux-x64",
-    ("Linux", "aarch64"): "linux-arm64",
-    ("Darwin", "arm64"): "mac-arm64-metal",
-}
-"""Builds of llama.cpp without a GPU's libraries, by system and machine."""
+NODE_BUILDS = {("Linux", "x86_64"): "linux-x64", ("Linux", "aarch64"): "linux-arm64"}
+"""Builds of llama.cpp for CPUs, by system and machine."""
 
 
 class PeerError(Exception):
