@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
 from pathlib import Path
 
 import pytest
-from servers import Gate, wait_until
+from PIL import Image
+from scripted_model import reference_model
+from servers import Gate, serving, wait_until
+from stub_images import StubProcessor, picture, url_of
+
+from treeflash.text.images import read_image
 
 sync_api = pytest.importorskip("playwright.sync_api")
 pytestmark = pytest.mark.nightly
@@ -331,3 +337,116 @@ def test_errors_are_told(server, open_page):
     )
     ask(page, "Hi")
     assert "the queue is full" in page.locator(".error").inner_text()
+
+
+@pytest.fixture(scope="module")
+def images(folders):
+    """A server of a model that takes images."""
+    model = reference_model(*folders)
+    model.backend.images = StubProcessor(model.tokenizer)
+    with serving(model) as running:
+        yield running
+
+
+TRANSFER = """bytes => {
+  const transfer = new DataTransfer();
+  transfer.items.add(new File([new Uint8Array(bytes)], "a.png", {type: "image/png"}));
+  return transfer;
+}"""
+
+PASTE = """([make, bytes]) => document.getElementById("prompt").dispatchEvent(new ClipboardEvent(
+  "paste", {clipboardData: eval(make)(bytes), cancelable: true}))"""
+
+
+def sent_by(page):
+    """The bodies of requests for answers, which grows."""
+    sent = []
+    page.on("request", lambda x: sent.append(x.post_data_json) if x.method == "POST" else None)
+    return sent
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_images_are_chosen_dropped_and_pasted(images, open_page, width, dark):
+    page = open_page(images.url, width, 844, dark)
+    sent = sent_by(page)
+    chosen, dropped, pasted, removed = (picture(seed, 96) for seed in range(4))
+    file = {"name": "a.png", "mimeType": "image/png"}
+    with page.expect_file_chooser() as chooser:
+        page.get_by_role("button", name="Image", exact=True).click()
+    chooser.value.set_files([{**file, "buffer": chosen}])
+    waiting = page.locator("#images img")
+    sync_api.expect(waiting).to_have_count(1)
+    transfer = page.evaluate_handle(TRANSFER, list(dropped))
+    page.dispatch_event(".chat", "dragover", {"dataTransfer": transfer})
+    sync_api.expect(page.locator(".chat")).to_have_class("chat dropping")
+    page.dispatch_event(".chat", "drop", {"dataTransfer": transfer})
+    sync_api.expect(waiting).to_have_count(2)
+    sync_api.expect(page.locator(".chat")).to_have_class("chat")
+    for image in (pasted, removed):
+        page.evaluate(PASTE, [TRANSFER, list(image)])
+    sync_api.expect(waiting).to_have_count(4)
+    shot(page, f"images-waiting-{width}-{'dark' if dark else 'light'}")
+    page.get_by_role("button", name="Remove image 4").click()
+    page.locator("#length").evaluate("x => { x.value = 32; }")
+    ask(page, "What do they show?")
+    assert waiting.count() == 0
+    parts = sent[0]["messages"][0]["content"]
+    urls = [part["image_url"]["url"] for part in parts[:-1]]
+    assert urls == [url_of(image) for image in (chosen, dropped, pasted)]
+    assert parts[-1] == {"type": "text", "text": "What do they show?"}
+    assert page.locator(".error").count() == 0
+    assert page.locator(".user img").count() == 3
+    overflow = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+    assert page.evaluate(overflow) == 0
+    shot(page, f"images-{width}-{'dark' if dark else 'light'}")
+    page.reload()
+    assert page.locator(".user img").count() == 3
+    ask(page, "And now?")
+    assert sent[1]["messages"][0]["content"] == parts
+    assert page.locator(".error").count() == 0
+    page.get_by_role("button", name="New chat").click()
+    assert page.locator("img").count() == 0
+
+
+def test_large_images_are_scaled(images, open_page):
+    page = open_page(images.url)
+    sent = sent_by(page)
+    large = io.BytesIO()
+    Image.new("RGB", (4096, 1024), "lime").save(large, "PNG")
+    files = [{"name": "a.png", "mimeType": "image/png", "buffer": large.getvalue()}]
+    page.locator("#files").set_input_files(files)
+    page.locator("#images img").wait_for()
+    ask(page, "Hi")
+    url = sent[0]["messages"][0]["content"][0]["image_url"]["url"]
+    pixels = read_image(url)
+    assert pixels.shape == (512, 2048, 3)
+    assert pixels[0, 0].tolist() == [0, 255, 0]
+
+
+def test_a_file_that_is_no_image_is_told(images, open_page):
+    page = open_page(images.url)
+    files = [{"name": "a.png", "mimeType": "image/png", "buffer": b"?"}]
+    page.locator("#files").set_input_files(files)
+    sync_api.expect(page.locator(".error")).to_contain_text("a.png is not an image")
+    assert page.locator("#images img").count() == 0
+
+
+def test_images_of_a_message_that_failed_can_be_sent_again(images, open_page):
+    page = open_page(images.url)
+    page.route(
+        "**/v1/chat/completions",
+        lambda route: route.fulfill(status=429, json={"error": {"message": "the queue is full"}}),
+    )
+    files = [{"name": "a.png", "mimeType": "image/png", "buffer": picture(1)}]
+    page.locator("#files").set_input_files(files)
+    page.locator("#images img").wait_for()
+    ask(page, "Hi")
+    assert "the queue is full" in page.locator(".error").inner_text()
+    assert page.locator("#images img").count() == 1
+
+
+def test_a_model_without_images_offers_none(server, open_page):
+    page = open_page(server.url)
+    sync_api.expect(page.locator("#model")).to_have_text("tiny")
+    sync_api.expect(page.get_by_role("button", name="Image", exact=True)).to_be_hidden()

@@ -7,7 +7,7 @@ from pathlib import PurePath
 
 from fastapi import FastAPI, Response
 
-FILES = ("index.html", "page.css", "chat.js", "stream.js", "tree.js", "markdown.js")
+FILES = ("index.html", "page.css", "chat.js", "images.js", "markdown.js", "stream.js", "tree.js")
 VENDORED = ("vendor/marked.js", "vendor/purify.js")
 """Of npm: marked 18.2.1 (MIT) and DOMPurify 3.5.0 (Apache 2.0), whose licences are beside them."""
 PATHS = {"/" if name == "index.html" else f"/{name}": name for name in FILES + VENDORED}

@@ -1,5 +1,6 @@
 // The chat. Text of the model is only ever set as text, or as Markdown without HTML.
 
+import { NextImages, imageFiles, thumbnail } from "./images.js";
 import { markdown } from "./markdown.js";
 import { complete, reason } from "./stream.js";
 import { drawTree } from "./tree.js";
@@ -11,6 +12,8 @@ const [log, form, prompt, send, stop] = ["log", "form", "prompt", "send", "stop"
 const SETTINGS = ["budget", "temperature", "length", "seed", "system", "compare", "markdown"];
 const STORED = "treeflash";
 const messages = [];
+const nextImages = new NextImages(byId("images"), tell);
+let takesImages = false; // whether the model does
 let shown = null; // the answer whose iterations can be chosen
 let request = null;
 let comparison = null; // the request of the plain answer
@@ -75,6 +78,25 @@ function turn(who, text = "") {
   return made;
 }
 
+/** Add a message of the user: its images and its text. */
+function userTurn(content) {
+  if (typeof content === "string") return turn("user", content);
+  const made = turn("user");
+  const images = document.createElement("div");
+  images.className = "images";
+  images.append(...content.slice(0, -1).map((part) => thumbnail(part.image_url.url)));
+  made.append(images, content.at(-1).text);
+  log.scrollTop = log.scrollHeight;
+  return made;
+}
+
+/** The content of a message: a text or, after images, parts. */
+function contentOf(text, urls) {
+  if (!urls.length) return text;
+  const images = urls.map((url) => ({ type: "image_url", image_url: { url } }));
+  return [...images, { type: "text", text }];
+}
+
 /** Change the log; if its end is in view, it stays in view. */
 function follow(change) {
   const atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 60;
@@ -117,11 +139,15 @@ async function copyText(text) {
   field.remove();
 }
 
-/** Keep the chat and the settings for a reload. */
+/** Keep the chat and the settings for a reload; the settings alone if images take too much room. */
 function store() {
   const field = (id) => (byId(id).type === "checkbox" ? byId(id).checked : byId(id).value);
   const settings = Object.fromEntries(SETTINGS.map((id) => [id, field(id)]));
-  localStorage.setItem(STORED, JSON.stringify({ messages, settings }));
+  try {
+    localStorage.setItem(STORED, JSON.stringify({ messages, settings }));
+  } catch {
+    localStorage.setItem(STORED, JSON.stringify({ settings }));
+  }
 }
 
 function restore() {
@@ -132,7 +158,7 @@ function restore() {
   for (const message of stored.messages ?? []) {
     log.querySelector(".hint")?.remove();
     messages.push(message);
-    if (message.role === "user") turn("user", message.content);
+    if (message.role === "user") userTurn(message.content);
     else finishTurn(answerTurn(message.content), message.content);
   }
 }
@@ -166,7 +192,7 @@ async function read(answer, name, sent, signal) {
   }
 }
 
-async function ask(text) {
+async function ask(text, urls) {
   comparison?.abort();
   request = new AbortController();
   busy(true);
@@ -177,8 +203,9 @@ async function ask(text) {
   verdict.textContent = "";
   byId("pause").textContent = "";
   log.querySelector(".hint")?.remove();
-  const asked = turn("user", text);
-  messages.push({ role: "user", content: text });
+  const content = contentOf(text, urls);
+  const asked = userTurn(content);
+  messages.push({ role: "user", content });
   const answer = new Answer(answerTurn());
   shown = answer;
   const seed = byId("seed").value === "" ? Math.floor(Math.random() * 2 ** 31) : Number(byId("seed").value);
@@ -197,6 +224,7 @@ async function ask(text) {
       messages.pop();
       shown = null;
       prompt.value = text;
+      nextImages.set(urls);
       busy(false);
       return tell(error);
     }
@@ -275,8 +303,29 @@ form.addEventListener("submit", (event) => {
   const text = prompt.value.trim();
   if (!text || !stop.hidden) return;
   prompt.value = "";
-  ask(text);
+  ask(text, nextImages.take());
 });
+byId("add-image").addEventListener("click", () => byId("files").click());
+byId("files").addEventListener("change", async ({ target }) => {
+  await nextImages.add(target.files);
+  target.value = "";
+  prompt.focus();
+});
+prompt.addEventListener("paste", (event) => {
+  const files = imageFiles(event.clipboardData);
+  if (!takesImages || !files.length) return;
+  event.preventDefault();
+  nextImages.add(files);
+});
+const chat = document.querySelector(".chat");
+for (const name of ["dragover", "dragleave", "drop"]) {
+  chat.addEventListener(name, (event) => {
+    if (!takesImages || !event.dataTransfer.types.includes("Files")) return;
+    event.preventDefault();
+    chat.classList.toggle("dropping", name === "dragover");
+    if (name === "drop") nextImages.add(imageFiles(event.dataTransfer));
+  });
+}
 prompt.addEventListener("keydown", (event) => {
   if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
   event.preventDefault();
@@ -287,6 +336,7 @@ byId("clear").addEventListener("click", () => {
   request?.abort("new chat");
   comparison?.abort();
   messages.length = 0;
+  nextImages.set([]);
   store();
   busy(false);
   shown = null;
@@ -320,9 +370,14 @@ async function nameModel() {
   const response = await fetch("v1/models", { headers });
   const refused = response.status === 401;
   if (refused) askForKey();
-  byId("model").textContent = response.ok
-    ? (await response.json()).data[0].id
-    : refused ? "API key needed" : await reason(response);
+  if (response.ok) {
+    const [model] = (await response.json()).data;
+    byId("model").textContent = model.id;
+    takesImages = model.input_modalities.includes("image");
+    byId("add-image").hidden = !takesImages;
+  } else {
+    byId("model").textContent = refused ? "API key needed" : await reason(response);
+  }
   return response.ok;
 }
 
