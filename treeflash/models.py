@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.filesize import decimal
 
 from treeflash.cli.console import Parser, guarded
-from treeflash.errors import ConfigError
+from treeflash.decoding.families import family_of
+from treeflash.drafters.folder import read_config
+from treeflash.errors import CheckpointError, ConfigError
 from treeflash.hub.models import (
     DEFAULT_TARGET,
     KNOWN_TARGETS,
@@ -64,8 +67,24 @@ def drafters(argv: Sequence[str] | None = None) -> int:
     for target, sources in rows.items():
         model = cached.get(target.lower())
         print(target if model is None else f"{target}: {decimal(model.nbytes)} in {model.folder}")
+        if (folder := Path(target) if model is None else model.folder).is_dir():
+            print(f"  {_images(folder)}")
         _print(sources)
     return 0
+
+
+def _images(target: Path) -> str:
+    """Say whether a target on this machine takes images."""
+    try:
+        config = read_config(target)
+    except CheckpointError as error:
+        return f"cannot be loaded: {error}"
+    images = family_of(config.get("model_type")).images
+    if "vision_config" not in config:
+        return "takes no images: it has no vision tower"
+    if isinstance(images, str):
+        return f"takes no images: {images}"
+    return "takes images, if it passes the check at load, which treeflash doctor reports"
 
 
 def make_parser() -> Parser:

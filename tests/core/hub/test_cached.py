@@ -7,10 +7,12 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from huggingface_hub import scan_cache_dir
 from huggingface_hub.errors import CacheNotFound
 from rich.filesize import decimal
+from safetensors.numpy import save_file
 
 from treeflash import models as command
 from treeflash.errors import CheckpointError
@@ -253,3 +255,18 @@ def test_a_download_that_fails_is_one_line(machine, capsys, monkeypatch):
     monkeypatch.setattr(models, "_resolve", fail)
     assert command.main(["--download", "some/model"]) == 2
     assert capsys.readouterr().err == "error: not reachable\n"
+
+
+@pytest.mark.parametrize(
+    ("config", "line"),
+    [
+        ({"model_type": "llama"}, "takes no images: it has no vision tower"),
+        ({"model_type": "qwen3_vl", "vision_config": {}}, "takes images, if it passes the check"),
+        ({"model_type": "mllama", "vision_config": {}}, "takes no images: its layers attend to"),
+        ({"model_type": "other", "vision_config": {}}, "takes no images: images of this model"),
+    ],
+)
+def test_drafters_says_whether_a_target_takes_images(drafters, tmp_path, config, line):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file({"weight": np.zeros(1, np.float32)}, tmp_path / "model.safetensors")
+    assert f"\n  {line}" in drafters(str(tmp_path))
