@@ -366,7 +366,6 @@ class Target:
         sequences: Sequence[KVCache],
         layer_ids: tuple[int, ...],
         tree: TreePass | None = None,
-        *,
         images: ImageRows | None = None,
     ) -> tuple[mx.array, mx.array | None]:
         """Build a forward pass of (batch, n) tokens, and write their keys and values.

@@ -221,8 +221,7 @@ class Verifier:
             is_seen=None if images is None else images.is_seen,
         )
         rows, outputs = self.target.forward(
-            *(mx.array(np.array(token_ids), mx.int32), caches, self._layer_ids, tree_pass),
-            images=images,
+            mx.array(np.array(token_ids), mx.int32), caches, self._layer_ids, tree_pass, images
         )
         if outputs is not None:
             outputs = outputs.reshape(-1, outputs.shape[-1])
