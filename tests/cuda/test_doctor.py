@@ -184,7 +184,7 @@ def test_command_line(target, trained, tmp_path, capsys):
     code = main([*options, "--target", str(target), "--drafter", str(trained)])
     lines = capsys.readouterr().out.splitlines()
     assert code == 0
-    assert len(lines) == 10
+    assert len(lines) == 11
     assert all(line.startswith("ok ") for line in lines[2:-1])
     assert lines[-1].startswith("can draft, best first: ")
 
