@@ -62,9 +62,8 @@ def train(
     )
     if is_finished(output, request):
         return
-    model = load_target(
-        target, replace(load, device=load.device or str(accelerator.device)), pack=False
-    )
+    device = load.device or str(accelerator.device)
+    model = load_target(target, replace(load, device=device, images=False), pack=False)
     model.find_scale()
     model.model.requires_grad_(False)
     settings = drafter_settings(config, model)
