@@ -26,6 +26,7 @@ from treeflash.serving.settings import Settings
 KEYS = ("first-key", "second-key", "third-key", "Fourth key", "fünfter")
 OPEN = {
     *("/", "/health", "/page.css", "/chat.js", "/stream.js", "/tree.js", "/markdown.js"),
+    "/images.js",
     *("/vendor/marked.js", "/vendor/purify.js"),
 }
 """All paths that need no key, according to the documentation."""

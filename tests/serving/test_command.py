@@ -289,6 +289,7 @@ COMPUTED = {
     "--max-memory-gb": "on a GPU the memory that the models leave free; 4 on a CPU",
     "--prefix-cache-gb": "half of `--max-memory-gb`",
     "--prefix-cache-dir": "in memory only",
+    "--max-body-mb": "8; 32 if the target takes images",
 }
 """Defaults in words: they depend on the machine or on another option, or switch something off."""
 
