@@ -291,7 +291,7 @@ COMPUTED = {
     "--prefix-cache-dir": "in memory only",
     "--max-body-mb": "8; 32 if the target takes images",
 }
-"""Defaults in words: they depend on the machine or on another option, or switch something off."""
+"""Defaults in words: they depend on the machine, the target or another option, or are off."""
 
 
 def test_the_documented_defaults_are_those_of_the_command(told):
