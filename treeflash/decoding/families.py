@@ -102,9 +102,7 @@ def _qwen3_5(mlx_type: str | None = None, *, mlx: bool = False) -> Family:
 
 _THREE_AXES = ImageFamily(three_axes=True)
 _ON_BOTH = ImageFamily(three_axes=True, mlx=True)
-_ON_BOTH = ImageFamily(three_axes=True, mlx=True)
 _CROSS_ATTENTION = "its layers attend to images beside the text"
-
 
 _BY_CHANNEL = Family(refusal="their recurrent layers decay each channel of the state separately")
 _BY_TOKEN = Family(
