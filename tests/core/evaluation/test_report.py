@@ -65,6 +65,26 @@ def test_a_page_needs_no_other_file(tmp_path, recwarn, head, depths):
     assert not recwarn.list
 
 
+def test_settings_are_told_once_and_legends_hide_no_line(tmp_path, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure")
+    figures = []
+
+    class Kept(figure.Figure):
+        def savefig(self, *args, **kwargs):
+            figures.append(self)
+            super().savefig(*args, **kwargs)
+
+    monkeypatch.setattr(figure, "Figure", Kept)
+    write_report(tmp_path / "r.html", found(), "title", "the settings")
+    assert (tmp_path / "r.html").read_text(encoding="utf-8").count("the settings") == 1
+    (drawn,) = figures
+    assert drawn.get_suptitle() == ""
+    legends = [(axis, axis.get_legend()) for axis in drawn.axes if axis.get_legend()]
+    assert legends
+    for axis, legend in legends:
+        assert legend.get_window_extent().x0 >= axis.get_window_extent().x1
+
+
 def test_an_image(tmp_path):
     pytest.importorskip("matplotlib")
     write_report(tmp_path / "r.png", found(), "x")
