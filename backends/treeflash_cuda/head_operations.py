@@ -136,7 +136,7 @@ OPERATIONS = Operations(
     full=lambda shape, value, like: like.new_full(shape, value),
     eye=lambda n, like: torch.eye(n, dtype=torch.bool, device=like.device),
     arange=lambda n, like: torch.arange(n, device=like.device),
-    ids=lambda tokens, like: torch.tensor(tokens, device=like.device),
+    ids=lambda tokens, like: torch.from_numpy(np.array(tokens)).to(like.device),
     cast=lambda x, like: x.to(like.dtype),
     unit=lambda x, least: F.normalize(x.float(), dim=-1, eps=least),
     attention=F.scaled_dot_product_attention,

@@ -313,8 +313,10 @@ def _computed(func, args, kwargs):
     """The result of an operation.
 
     Some versions of PyTorch know the shapes of grouped products in bfloat16 alone, though their
-    kernels take other dtypes.
+    kernels take other dtypes; and none knows those of the GRU cell.
     """
+    if func.overloadpacket is torch.ops.aten.gru_cell:
+        return torch.empty_like(args[1])  # the state
     grouped = getattr(torch.ops.aten, "_grouped_mm", None)
     if func.overloadpacket is not grouped or args[0].dtype == torch.bfloat16:
         return func(*args, **kwargs)
