@@ -4,11 +4,15 @@ import gc
 import importlib
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+
+# The benchmarks lie beside the tests and are not installed. The package that is comes first.
+sys.path.append(str(Path(__file__).parents[1]))
 
 if os.environ.get("TREEFLASH_TEST_DEVICE") == "cpu" and find_spec("mlx") is not None:
     import treeflash_mlx  # noqa: F401 - before MLX reads its environment
@@ -69,7 +73,6 @@ def run_processes() -> Callable[[Sequence[str], float], subprocess.CompletedProc
 
 
 @pytest.fixture
-def module(monkeypatch):
-    """Import a module of the benchmarks, which lie beside the tests and are not installed."""
-    monkeypatch.syspath_prepend(Path(__file__).parents[1])
+def module():
+    """Import a module of the benchmarks."""
     return lambda name: importlib.import_module(f"benchmarks.{name}")

@@ -52,8 +52,8 @@ def last_columns(path, kernel):
     return np.arange(kernel - 1, dtype=np.int32) + len(path)
 
 
-def chains_as_text(trees, *args, solve):
-    return TREE_PASS(trees, *args, solve=None if trees[0].is_chain else solve)
+def chains_as_text(trees, *args, solve, **options):
+    return TREE_PASS(trees, *args, solve=None if trees[0].is_chain else solve, **options)
 
 
 ROUNDS = hybrid.solve_by_rounds
