@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
@@ -44,6 +46,18 @@ def cache_folder() -> Path:
         return folder.expanduser()
     except RuntimeError as error:
         raise ConfigError(f"TREEFLASH_CACHE is {str(folder)!r}: {error}") from None
+
+
+def remember(path: Path, text: str) -> None:
+    """Replace a file of the cache as a whole; that its folder cannot be written is not an error.
+
+    The next process then finds out again what the file would have told it.
+    """
+    scratch = path.with_suffix(f".{time.monotonic_ns()}")
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch.write_text(text, encoding="utf-8")
+        scratch.replace(path)
 
 
 def parse_budget(text: str) -> int | str:

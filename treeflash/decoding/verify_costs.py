@@ -50,7 +50,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from treeflash.config import LoadConfig
+from treeflash.config import LoadConfig, remember
 from treeflash.decoding.interfaces import Backend, device_report
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
@@ -121,14 +121,7 @@ class CostFile:
 
     def write(self, costs: VerifyCosts) -> None:
         """Replace the costs; that the folder cannot be written is not an error."""
-        text = json.dumps({"seconds": costs.seconds, "position_s": costs.position_s})
-        scratch = self.path.with_suffix(f".{time.monotonic_ns()}")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            scratch.write_text(text, encoding="utf-8")
-            scratch.replace(self.path)
-        except OSError:
-            pass  # a read-only home: the next process measures again
+        remember(self.path, json.dumps({"seconds": costs.seconds, "position_s": costs.position_s}))
 
     def describe(self) -> str:
         """Return the costs of some sizes, their age, and how to measure them again."""

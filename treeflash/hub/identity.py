@@ -14,7 +14,7 @@ from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from treeflash.config import LoadConfig
+from treeflash.config import LoadConfig, remember
 from treeflash.decoding.interfaces import Backend
 
 FILES = ("config.json", "adapter_config.json", "*.safetensors")
@@ -52,11 +52,7 @@ def _file_hash(path: Path, memory: Path) -> str:
             return text
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
-    with suppress(OSError):
-        memory.mkdir(parents=True, exist_ok=True)
-        scratch = note.with_suffix(f".{status.st_mtime_ns:x}")
-        scratch.write_text(found)
-        scratch.replace(note)
+    remember(note, found)
     return found
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -18,6 +17,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import mlx.core as mx
+
+from treeflash.config import remember
 
 FACTS = ("architecture", "device_name", "memory_size")
 
@@ -56,14 +57,8 @@ class KeptVerdicts:
         if self.path is None:
             return
         self._verdicts[race] = verdict
-        text = json.dumps({name: asdict(each) for name, each in self._verdicts.items()}, indent=1)
-        scratch = self.path.with_suffix(f".{time.monotonic_ns()}")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            scratch.write_text(text, encoding="utf-8")
-            scratch.replace(self.path)
-        except OSError:
-            pass  # a read-only home: the next process races again
+        stored = {name: asdict(each) for name, each in self._verdicts.items()}
+        remember(self.path, json.dumps(stored, indent=1))
 
     def forget(self) -> None:
         """Let all races be run again."""
