@@ -450,7 +450,7 @@ class Norms:
 
 
 class TreeContext:
-    """`Context` of rows of several sequences, in the columns after those that they continue."""
+    """`Context` of rows of several sequences, in the columns after the ones that they continue."""
 
     def __init__(
         self,

@@ -6,8 +6,8 @@ model, so that everything that treeflash does to the layers of a target concerns
 It is put back for the time of a call. Each image is encoded alone; so its features depend on
 nothing else, whatever other images a prompt or a batch has.
 
-A pass over a chunk that has features gets those of its rows as the output of the tower, in the form
-in which transformers splits prompts itself (`mm_encoder_outputs`).
+A pass over a chunk that has features gets the features of its rows as the output of the tower, in
+the form in which transformers splits prompts itself (`mm_encoder_outputs`).
 """
 
 from __future__ import annotations

@@ -222,7 +222,7 @@ def _padded_order(count: int, rows: int) -> NDArray[np.int64]:
 def _rectangle(sizes: NDArray[np.int64], trees: int, nodes: int) -> NDArray[np.int64]:
     """Return the rows of trees that are filled up with copies of their roots.
 
-    Further trees are copies of the first one.
+    The other trees are copies of the first one.
     """
     node, first = np.arange(nodes), sizes.cumsum() - sizes
     order = first[:, None] + np.where(node < sizes[:, None], node, 0)

@@ -101,7 +101,7 @@ class Verifier:
     def forward(self, rows: Sequence[Rows], needs_logits: Sequence[bool]) -> Logits:
         """Run trees and new tokens: logits of all nodes, and of last tokens where needed.
 
-        The features of images are those of one sequence in a pass.
+        Only one sequence of a pass may have features of images.
         """
         if self.target.threads is not None:
             self.target.threads.update()

@@ -38,9 +38,9 @@ from treeflash_cuda.graphs import power_of_two
 CHUNK = 512
 """Positions of an item of shared work."""
 MIN_PLACES = 4096
-"""Places that every graph has for sums, such as those of 64 rows over 32,768 positions."""
+"""Places that every graph has for sums: enough for 64 rows over 32,768 positions."""
 BLOCK_QUERIES = 32
-"""Queries of a block of rows: those of all heads that share a key head."""
+"""Queries of a block of rows, counting all heads that share a key head."""
 
 BY_ROW = "slots", "positions", "first", "shared", "places"
 """The arrays of a `RowPlan` that have a number for each row."""
@@ -81,7 +81,7 @@ class VisibleKeys:
     # from column `first` + `shared`. There are at least `end` - `shared` of them.
     paths: Tensor
     work: SharedWork
-    sink: Tensor | None = None  # (rows,) int32 positions that are always visible; None for none
+    sink: Tensor | None = None  # (rows,) int32 positions that are always visible, if any are
 
     @classmethod
     def of_rows(cls, block: int, *arrays: Tensor) -> VisibleKeys:

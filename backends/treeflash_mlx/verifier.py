@@ -183,7 +183,7 @@ class Verifier:
             mx.eval(_committed_arrays(state))
 
     def _chunk_size(self, committed: int) -> int:
-        """Return the new tokens of a pass after so many committed positions."""
+        """Return the new tokens of a pass after this number of committed positions."""
         if self.target.head_dim < WIDE_HEAD:
             return PREFILL_CHUNK
         return PREFILL_CHUNK * WIDE_COLUMNS // max(committed + PREFILL_CHUNK, WIDE_COLUMNS)

@@ -88,7 +88,7 @@ class RunningSequence:
 
     @property
     def chunk_size(self) -> int:
-        """Tokens of the pending `Prefill` that may run next: all, or those before a snapshot.
+        """Tokens of the pending `Prefill` that may run next: all, or the ones before a snapshot.
 
         The last token of a prompt always has a chunk of its own where a snapshot is needed, because
         the token before it is where sequences with the same prompt fork. Other prompts may leave a

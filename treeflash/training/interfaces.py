@@ -145,7 +145,7 @@ def evaluation(
 ) -> dict[str, Any] | None:
     """Return the contents of a checkpoint's `evaluation.json`; None if nothing was held out.
 
-    The arguments are those of `model_card`.
+    The arguments are what `model_card` takes.
     """
     validations = _validations(records)
     return {"max_length": identity["max_length"], **validations[-1]} if validations else None

@@ -278,7 +278,7 @@ def _shared_positions(
     SINK: tl.constexpr,
     QUANTISED: tl.constexpr,
 ):
-    """Run items of `SharedWork`, every so many: as many programs as a GPU has room for."""
+    """Run every n-th item of `SharedWork`; n is the number of programs, as a GPU has room for."""
     size: tl.constexpr = 2 * ROWS if PAIR else ROWS
     parts: tl.constexpr = (BLOCK * GROUPS + size - 1) // size
     kv_head, part = tl.program_id(1) // parts, tl.program_id(1) % parts

@@ -318,7 +318,7 @@ def source(*, quantised: bool, shared: bool) -> str:
 
 
 def span_of(positions: int) -> int:
-    """Return the positions of a split, in a context of so many."""
+    """Return the positions of a split, in a context of this number."""
     return SPANS[max(least for least in SPANS if positions >= least)]
 
 
