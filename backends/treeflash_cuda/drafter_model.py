@@ -101,11 +101,15 @@ class Attention(nn.Module):
 
     def keys_and_values(self, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
         """Return the (batch, kv_heads, n, head_dim) each, of context and block."""
-        assert self.v_proj is not None
-        keys, values = self._heads(self.k_proj(x)), self._heads(self.v_proj(x)).transpose(1, 2)
+        keys = self._heads(self.k_proj(x))
+        values = self._values(x, keys).transpose(1, 2)
         if rotation is None:
             return keys.transpose(1, 2), values
         return rotate(self.k_norm(keys).transpose(1, 2), rotation), values
+
+    def _values(self, x: Tensor, keys: Tensor) -> Tensor:
+        assert self.v_proj is not None
+        return self._heads(self.v_proj(x))
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim))
@@ -121,13 +125,9 @@ class Gemma4Attention(Attention):
         if config.keys_are_values:
             self.v_proj = None
 
-    def keys_and_values(self, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
-        keys = self._heads(self.k_proj(x))
-        values = keys if self.v_proj is None else self._heads(self.v_proj(x))
-        values = F.rms_norm(values, values.shape[-1:], None, self.eps).transpose(1, 2)
-        if rotation is None:
-            return keys.transpose(1, 2), values
-        return rotate(self.k_norm(keys).transpose(1, 2), rotation), values
+    def _values(self, x: Tensor, keys: Tensor) -> Tensor:
+        values = keys if self.v_proj is None else super()._values(x, keys)
+        return F.rms_norm(values, values.shape[-1:], None, self.eps)
 
 
 class MLP(nn.Module):

@@ -93,9 +93,13 @@ class Attention(nn.Module):
 
     def keys_and_values(self, x: mx.array, positions: mx.array) -> tuple[mx.array, mx.array]:
         """Return the (1, kv_heads, n, head_dim) each, of n rows of context and blocks."""
-        shape = len(x), -1, self.head_dim
-        keys, values = self.k_proj(x).reshape(shape), self.v_proj(x).reshape(shape)
-        return self.rope(self.k_norm(keys), positions), values.swapaxes(0, 1)[None]
+        keys = self.k_proj(x).reshape(len(x), -1, self.head_dim)
+        values = self._values(x, keys).swapaxes(0, 1)[None]
+        return self.rope(self.k_norm(keys), positions), values
+
+    def _values(self, x: mx.array, keys: mx.array) -> mx.array:
+        values: mx.array = self.v_proj(x).reshape(keys.shape)
+        return values
 
 
 class Gemma4Attention(Attention):
@@ -108,12 +112,9 @@ class Gemma4Attention(Attention):
         if config.keys_are_values:
             self.v_proj = None
 
-    def keys_and_values(self, x: mx.array, positions: mx.array) -> tuple[mx.array, mx.array]:
-        shape = len(x), -1, self.head_dim
-        keys = self.k_proj(x).reshape(shape)
-        values = keys if self.v_proj is None else self.v_proj(x).reshape(shape)
-        values = mx.fast.rms_norm(values, None, self.eps)
-        return self.rope(self.k_norm(keys), positions), values.swapaxes(0, 1)[None]
+    def _values(self, x: mx.array, keys: mx.array) -> mx.array:
+        values = keys if self.v_proj is None else super()._values(x, keys)
+        return mx.fast.rms_norm(values, None, self.eps)
 
 
 class MLP(nn.Module):
