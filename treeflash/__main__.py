@@ -1,15 +1,15 @@
-"""The command `treeflash`, whose subcommands are modules of this package."""
+"""The command `treeflash`, whose subcommands are the modules of `treeflash.commands`."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
-from treeflash.cli.console import Main, Parser, guarded
+from treeflash.cli.console import Parser, guarded
 
 COMMANDS = {
     "chat": "talk to a model in the terminal",
@@ -34,8 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in COMMANDS:
         # Only now, because the imports of a command take a second.
-        run, _ = _command(argv[0])
-        return run(argv[1:])
+        status: int = _module(argv[0]).main(argv[1:])
+        return status
     parser, _ = _make_parser()
     shell = parser.parse_args(argv).completion
     if shell is None:
@@ -43,6 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         print(_completion(shell))
     return 0
+
+
+def _module(command: str) -> ModuleType:
+    return import_module(f"treeflash.commands.{command}")
 
 
 def _make_parser() -> tuple[Parser, argparse._SubParsersAction[argparse.ArgumentParser]]:
@@ -65,20 +69,11 @@ def _completion(shell: str) -> str:
 
     parser, commands = _make_parser()
     for name in COMMANDS:
-        command = commands.choices[name] = _command(name)[1]()
+        command = commands.choices[name] = _module(name).make_parser()
         for action in command._actions:
             if action.type is Path:
                 action.complete = shtab.FILE
     return shtab.complete(parser, shell)
-
-
-def _command(name: str) -> tuple[Main, Callable[[], Any]]:
-    """Import a command's main function, and the function that makes its parser."""
-    if name == "drafters":  # its module would have the name of a package
-        models = import_module("treeflash.models")
-        return models.drafters, models.make_drafters_parser
-    module = import_module(f"treeflash.{name}")
-    return module.main, module.make_parser
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ def server(*options: str) -> Iterator[Server]:
     """Run a server on a free port; after SIGTERM it must exit with status 0."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
-        command = [sys.executable, "-m", "treeflash.serve", "--port", "0", *options]
+        command = [sys.executable, "-m", "treeflash", "serve", "--port", "0", *options]
         with log.open("wb") as file, subprocess.Popen(command, stderr=file) as process:
             try:
                 yield Server(_address(log, process), process, log)

@@ -7,10 +7,10 @@ from itertools import islice
 
 import pytest
 
+from treeflash.commands.generate import main
 from treeflash.config import LoadConfig
 from treeflash.decoding.adaptive_budget import AdaptiveBudgets
 from treeflash.decoding.verify_costs import SIZES, VerifyCosts
-from treeflash.generate import main
 from treeflash.language_model import LanguageModel
 from treeflash.testing import require
 from treeflash.testing.models import write_drafter, write_target

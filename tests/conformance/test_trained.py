@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from small_training import write_predictable_target
 
-from treeflash import adapt
+from treeflash.commands import adapt
 from treeflash.config import DecodeConfig, LoadConfig
 from treeflash.decoding import Request, decode
 from treeflash.testing import require

@@ -11,12 +11,12 @@ import pytest
 from byte_tokens import END, SPECIAL, save_tokenizer
 
 from treeflash.cli import options
+from treeflash.commands.generate import main
 from treeflash.decoding.adaptive_budget import AdaptiveBudgets
 from treeflash.decoding.interfaces import Verify
 from treeflash.decoding.sampling import SampledTokens
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.decoding.verify_costs import SIZES, VerifyCosts
-from treeflash.generate import main
 from treeflash.language_model import LanguageModel
 from treeflash.testing.models import edit_config, write_drafter, write_target
 from treeflash.text.tokenizer import Tokenizer

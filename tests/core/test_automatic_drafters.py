@@ -12,8 +12,8 @@ from byte_tokens import save_tokenizer
 from mtp_pairs import write_mtp_pair
 from safetensors.numpy import save_file
 
-from treeflash import generate
-from treeflash import models as command
+from treeflash.commands import drafters as drafters_command
+from treeflash.commands import generate
 from treeflash.config import LoadConfig
 from treeflash.errors import CheckpointError, TreeflashError, UnsupportedModelError
 from treeflash.hub import models
@@ -79,7 +79,7 @@ def test_generate_prints_one_line_and_the_text_of_plain_decoding(unsupported, ca
 
 def test_the_list_of_drafters_leaves_an_unsupported_head_out(unsupported, capsys, caplog):
     folder, reason = unsupported
-    assert command.drafters([str(folder), "--json"]) == 0
+    assert drafters_command.main([str(folder), "--json"]) == 0
     (rows,) = json.loads(capsys.readouterr().out).values()
     assert [(row["name"], row["option"]) for row in rows] == [("suffix", "the default")]
     one_line(caplog.messages, str(folder), reason)
@@ -100,7 +100,7 @@ def test_a_head_with_an_unsupported_setting_is_passed_over(tmp_path, caplog, cap
     assert load(target, backend="reference").best_method == "suffix"
     one_line(caplog.messages, reason)
     caplog.clear()
-    assert command.drafters([str(target), "--json"]) == 0
+    assert drafters_command.main([str(target), "--json"]) == 0
     assert '"self"' not in capsys.readouterr().out
     one_line(caplog.messages, reason)
     with pytest.raises(CheckpointError, match=reason):

@@ -11,9 +11,10 @@ import pytest
 from byte_tokens import save_tokenizer
 from mtp_pairs import write_mtp_pair
 
-from treeflash import doctor, language_model
+from treeflash import language_model
+from treeflash.commands import doctor
+from treeflash.commands.doctor import main
 from treeflash.decoding.interfaces import DeviceReport
-from treeflash.doctor import main
 from treeflash.drafters.evaluation import EVALUATION
 from treeflash.reference import backend as reference_backend
 from treeflash.testing.models import write_target

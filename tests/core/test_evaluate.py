@@ -14,10 +14,10 @@ from mtp_pairs import write_mtp_pair
 from processes import core_command
 
 import treeflash
-from treeflash import evaluate
+from treeflash.commands import evaluate
+from treeflash.commands.evaluate import main
 from treeflash.config import DecodeConfig
 from treeflash.errors import NumericalError
-from treeflash.evaluate import main
 from treeflash.evaluation.run import METRICS
 
 ROW = ["set", "method", "budget", "block_efficiency", "low", "high", "prompts", "tokens"]

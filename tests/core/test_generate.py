@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 from processes import core_command
 
-from treeflash import generate
 from treeflash.cli.single_prompt import SAMPLE_PROMPT, summarise
+from treeflash.commands import generate
+from treeflash.commands.generate import main
 from treeflash.errors import NumericalError
-from treeflash.generate import main
 
 TEXT = "Es war einmal ein Bär 🐻, der schlief."
 NAMES = {

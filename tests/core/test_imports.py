@@ -30,9 +30,7 @@ LAYERS = [
     {"language_model"},
     {"cli"},
     {"evaluation", "diagnosis", "training", "serving", "transformers"},
-    {"convert", "generate", "serve", "evaluate", "doctor", "distill", "train", "chat", "models"}
-    | {"adapt"},
-    {"launch"},
+    {"commands"},
     {"__main__"},
 ]
 # What a backend may import besides its own modules: neither the loop nor the scheduler.

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from small_training import ON_CPU, VOCAB, write_predictable_target
 
-from treeflash import adapt
+from treeflash.commands import adapt
 from treeflash.config import LoadConfig
 from treeflash.drafters.folder import read_tensors
 from treeflash.drafters.formats import drafter_config

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from byte_tokens import save_tokenizer
 
+from treeflash.commands.doctor import PROMPTS, main
 from treeflash.config import DecodeConfig, LoadConfig
 from treeflash.decoding import Request
 from treeflash.diagnosis import diagnose
-from treeflash.doctor import PROMPTS, main
 from treeflash.hub.models import resolve_drafter
 from treeflash.testing import require
 from treeflash.testing.models import edit_config, write_target

@@ -5,7 +5,7 @@ import json
 import pytest
 from small_training import ON_CPU, SMALL, write_predictable_target
 
-from treeflash import distill, doctor, evaluate, generate, train
+from treeflash.commands import distill, doctor, evaluate, generate, train
 from treeflash.testing import require
 
 require("torch")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from small_training import ON_CPU, SMALL, write_predictable_target
 
-from treeflash import distill, train
+from treeflash.commands import distill, train
 from treeflash.config import DecodeConfig, LoadConfig, SamplingConfig
 from treeflash.decoding import Request, decode
 from treeflash.drafters.folder import read_tensors

@@ -1,4 +1,4 @@
-"""Responses of `treeflash.distill` against plain decoding, on any backend."""
+"""Responses of `treeflash distill` against plain decoding, on any backend."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from byte_tokens import save_tokenizer
 
-from treeflash import distill
+from treeflash.commands import distill
 from treeflash.config import DecodeConfig, SamplingConfig
 from treeflash.decoding import Request, decode
 from treeflash.language_model import load

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from treeflash import doctor
+from treeflash.commands import doctor
 from treeflash.config import LoadConfig
 from treeflash.errors import BackendError, CheckpointError, ConfigError, UnsupportedModelError
 from treeflash.testing import require

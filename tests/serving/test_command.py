@@ -18,7 +18,7 @@ import pytest
 import uvicorn
 from servers import PATIENCE, Gate, parse, serving, wait_until
 
-from treeflash import serve as command
+from treeflash.commands import serve as command
 from treeflash.errors import ConfigError
 from treeflash.option import options_of
 from treeflash.serving import application as serving_run

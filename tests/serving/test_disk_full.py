@@ -14,7 +14,7 @@ import psutil
 import pytest
 from servers import PATIENCE, wait_until
 
-from treeflash import serve as command
+from treeflash.commands import serve as command
 
 FULL = Path("/dev/full")
 
@@ -37,7 +37,9 @@ def test_the_server_answers_though_its_log_cannot_be_written(model, tmp_path):
     with (
         FULL.open("w") as log,
         subprocess.Popen(
-            [sys.executable, "-m", "treeflash.serve", *map(str, args)], stderr=log, env=environment
+            [sys.executable, "-m", "treeflash", "serve", *map(str, args)],
+            stderr=log,
+            env=environment,
         ) as process,
     ):
 

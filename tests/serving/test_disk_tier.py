@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from treeflash.chat import Conversation
+from treeflash.commands.chat import Conversation
 from treeflash.errors import ConfigError
 from treeflash.serving.engine import Engine
 from treeflash.serving.metrics import Metrics

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from servers import MAX_POSITIONS, NAME, PATIENCE
 
-from treeflash import launch, serve
+from treeflash.commands import launch, serve
 from treeflash.serving.agents import AGENTS, KEY_VARIABLE, Endpoint
 
 AGENT = f"""#!{sys.executable}

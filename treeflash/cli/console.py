@@ -10,7 +10,7 @@ import os
 import sys
 import tomllib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
@@ -120,6 +120,15 @@ def progress(console: Console, *further: ProgressColumn) -> Progress:
     """Create a progress bar with a description, a count and the remaining time."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     return Progress(*columns, *further, TimeRemainingColumn(), console=console)
+
+
+def print_columns(rows: Iterable[Sequence[str]]) -> None:
+    """Print rows of equally many cells in columns."""
+    table = list(rows)
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for row in table:
+        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        print(f"  {line.rstrip()}")
 
 
 class _ShowVersion(argparse.Action):

@@ -8,7 +8,7 @@ import pytest
 from batch_files import ROWS
 
 from treeflash.cli import options
-from treeflash.generate import main
+from treeflash.commands.generate import main
 
 
 @pytest.fixture

@@ -19,8 +19,8 @@ from prompt_toolkit.output import DummyOutput
 from rich.console import Console
 
 import treeflash
-from treeflash import chat
-from treeflash.chat import COMMANDS, STYLES, Conversation, make_session
+from treeflash.commands import chat
+from treeflash.commands.chat import COMMANDS, STYLES, Conversation, make_session
 from treeflash.decoding import SchedulerConfig
 from treeflash.decoding.interfaces import DeviceReport
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from treeflash import adapt, evaluate
 from treeflash.__main__ import COMMANDS, _command
+from treeflash.commands import adapt, evaluate
 from treeflash.config import DecodeConfig
 from treeflash.language_model import LanguageModel
 from treeflash.testing.models import write_drafter, write_target
@@ -86,7 +86,7 @@ def test_evaluate():
 
 
 def test_chat(monkeypatch: pytest.MonkeyPatch, scripted: Any):
-    chat = pytest.importorskip("treeflash.chat")
+    chat = pytest.importorskip("treeflash.commands.chat")
     conversations: list[Any] = []
     monkeypatch.setattr(chat.sys, "stdin", SimpleNamespace(isatty=lambda: True))
     monkeypatch.setattr(chat.sys.stdout, "isatty", lambda: True, raising=False)

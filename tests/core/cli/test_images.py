@@ -11,9 +11,9 @@ pytest.importorskip("PIL")
 from batch_files import records
 from stub_images import FEATURES, StubProcessor, picture, url_of
 
-from treeflash.chat import Conversation
+from treeflash.commands.chat import Conversation
+from treeflash.commands.generate import main
 from treeflash.decoding import SchedulerConfig
-from treeflash.generate import main
 from treeflash.text.prompt import image_part, text_part
 
 TEXT = "Ein Bär."

@@ -11,8 +11,8 @@ from batch_files import ANSWERS, KEYS, keys, records
 from processes import WITHOUT_FRAMEWORKS
 
 from treeflash.cli import options
+from treeflash.commands.generate import main
 from treeflash.errors import NumericalError
-from treeflash.generate import main
 
 MANY = [
     {"id": "long", "turns": ["first", "x" * 6000, "never asked"]},
@@ -127,7 +127,7 @@ def test_an_error_in_the_middle_ends_only_its_conversation(run, files, scripted,
 INTERRUPT_AFTER_THE_FIRST_TEXT = """
 import os, signal, sys
 from pathlib import Path
-from treeflash.generate import main
+from treeflash.commands.generate import main
 from treeflash.reference.verifier import Verifier
 
 run_target = Verifier.run

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from treeflash import distill, doctor, evaluate, generate, train
 from treeflash.cli.console import Parser
+from treeflash.commands import distill, doctor, evaluate, generate, train
 from treeflash.errors import ConfigError, PromptError
 
 REQUIRED = {

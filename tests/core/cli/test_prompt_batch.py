@@ -13,7 +13,7 @@ from batch_files import ANSWERS, KEYS, asked, keys, records
 from processes import WITHOUT_FRAMEWORKS
 
 from treeflash.cli import options
-from treeflash.generate import main
+from treeflash.commands.generate import main
 
 
 def test_a_line_per_turn_and_the_conversation_continues(run, files, scripted):
@@ -162,7 +162,7 @@ def test_an_output_that_cannot_grow_is_named(files, tiny_pair):
     args = ["--prompts", str(files[0]), "--output", str(files[1]), "--max-tokens", "6", *models]
     code = f"""{WITHOUT_FRAMEWORKS}
 import resource
-from treeflash.generate import main
+from treeflash.commands.generate import main
 resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300))
 raise SystemExit(main({args!r}))
 """

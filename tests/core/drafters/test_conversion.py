@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from treeflash.convert import main
+from treeflash.commands.convert import main
 from treeflash.decoding.interfaces import TableOptions
 from treeflash.drafters.conversion import convert
 from treeflash.drafters.folder import read_config, read_tensors

@@ -14,7 +14,8 @@ from huggingface_hub.errors import CacheNotFound
 from rich.filesize import decimal
 from safetensors.numpy import save_file
 
-from treeflash import models as command
+from treeflash.commands import drafters as drafters_command
+from treeflash.commands import models as command
 from treeflash.errors import CheckpointError
 from treeflash.hub import models
 from treeflash.hub.models import (
@@ -112,7 +113,7 @@ def drafters(capsys, monkeypatch):
     monkeypatch.setattr(models, "_snapshot", lambda name, **_: Path("nowhere"))
 
     def drafters(*arguments: str) -> str:
-        assert command.drafters(arguments) == 0
+        assert drafters_command.main(arguments) == 0
         return capsys.readouterr().out
 
     return drafters
@@ -184,7 +185,7 @@ def test_what_cannot_be_removed_is_one_line(machine, hub, capsys, names, message
 
 
 def test_an_empty_name_is_refused(capsys):
-    assert command.drafters([""]) == 2
+    assert drafters_command.main([""]) == 2
     assert "the name of the target is empty" in capsys.readouterr().err
 
 

@@ -5,7 +5,7 @@ from dataclasses import fields
 
 import pytest
 
-from treeflash import train
+from treeflash.commands import train
 from treeflash.errors import CheckpointError, ConfigError
 from treeflash.testing.models import write_drafter, write_target
 from treeflash.training.config import TrainConfig, given_options, make_train_config, parse_loss

@@ -5,7 +5,7 @@ import json
 import pytest
 from distilled import check_plain_decoding
 
-from treeflash import distill
+from treeflash.commands import distill
 from treeflash.training.distillation import response_file
 
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from treeflash import train
+from treeflash.commands import train
 from treeflash.errors import ConfigError
 
 

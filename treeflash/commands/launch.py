@@ -31,8 +31,8 @@ from rich.console import Console
 
 from treeflash.cli import options as cli
 from treeflash.cli.console import BAD_INPUT, Parser, guarded
+from treeflash.commands.serve import add_options, model_names
 from treeflash.errors import ConfigError
-from treeflash.serve import add_options, model_names
 from treeflash.serving.agents import AGENTS, Agent, Endpoint
 from treeflash.serving.settings import read_settings
 

@@ -1,0 +1,1 @@
+"""The commands of `treeflash`: each module parses a command line, calls and prints."""

@@ -1,0 +1,82 @@
+"""List, fetch and remove models on this machine: `treeflash models`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from rich.filesize import decimal
+
+from treeflash.cli.console import Parser, guarded, print_columns
+from treeflash.errors import ConfigError
+from treeflash.hub.models import (
+    DEFAULT_TARGET,
+    PUBLISHED_DRAFTERS,
+    CachedModel,
+    cached_models,
+    published_drafters,
+    remove_model,
+    resolve_drafter,
+    resolve_target,
+)
+
+
+@guarded
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse the command line, list, fetch or remove models, and return the exit status."""
+    args = make_parser().parse(argv)
+    if args.action == "rm":
+        if not args.names:
+            raise ConfigError("rm needs the name of a model; `treeflash models` lists them")
+        for name in args.names:
+            print(f"removed {name}, {decimal(remove_model(name))}")
+        return 0
+    models = cached_models() if args.download is None else _download(args.download)
+    rows = [_row(model) for model in models]
+    if args.json:
+        print(json.dumps({"cached": rows}))
+    else:
+        print_columns((row["name"], decimal(row["bytes"]), row["folder"]) for row in rows)
+        if args.download is None:
+            print(f"{decimal(sum(model.nbytes for model in models))} in all")
+    return 0
+
+
+def make_parser() -> Parser:
+    parser = Parser(
+        "models", "List models on this machine, fetch models ahead of use, and remove them."
+    )
+    parser.add_argument(
+        "--download",
+        metavar="ID",
+        help=f"fetch this drafter, or this target and its published drafter ({DEFAULT_TARGET} is "
+        "the default target)",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "action", nargs="?", choices=["rm"], help="rm deletes the named models from the caches"
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="a name that the list shows")
+    return parser
+
+
+def _download(name: str) -> list[CachedModel]:
+    """Fetch a known drafter, or a target with its default drafter."""
+    known = {drafter.name.lower() for ds in PUBLISHED_DRAFTERS.values() for drafter in ds}
+    if name.lower() in known:
+        folders = {name: resolve_drafter(name, None)}
+    else:
+        folders = {name: resolve_target(name)}
+        if drafters := published_drafters(name):
+            folders[drafters[0].name] = resolve_drafter(None, name)
+    return [CachedModel.from_folder(name, folder) for name, folder in folders.items()]
+
+
+def _row(model: CachedModel) -> dict[str, Any]:
+    return {"name": model.name, "bytes": model.nbytes, "folder": str(model.folder)}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
