@@ -96,7 +96,30 @@ Key: TypeAlias = int | tuple[int, int] | tuple[Literal["match"], int]
 
 
 @dataclass
-class PayoffTracker:
+class BackOff:
+    """Pauses an optional step that does not pay; each pause skips it twice as often as the last."""
+
+    pause: int = 0  # iterations until the step is tried again
+    # length of the next pause, iterations; None for the first one after the step paid
+    next_pause: int | None = None
+
+    def begin(self) -> bool:
+        """Begin an iteration; returns whether the step is tried in it."""
+        self.pause -= self.pause > 0
+        return self.pause == 0
+
+    def extend(self, shortest: int, longest: int) -> None:
+        """Begin a pause of at least `shortest` and at most `longest` iterations."""
+        self.pause = min(max(self.next_pause or 0, shortest), longest)
+        self.next_pause = min(2 * self.pause - 1, longest)  # the last iteration skips nothing
+
+    def reset(self) -> None:
+        """Let the next pause be a short one, because the step paid."""
+        self.next_pause = None
+
+
+@dataclass
+class PayoffTracker(BackOff):
     """Tracks whether an optional step gains tokens per second, and pauses it while it loses.
 
     The step is drafting or copying; the alternative is to go on without it.
@@ -105,9 +128,6 @@ class PayoffTracker:
     # tokens beyond those that the alternative would have emitted in the same time, divided by the
     # square root of the number of sequences, as their noise is
     balance: float = 0.0
-    pause: int = 0  # iterations until the step is tried again
-    # length of the next pause, iterations; None for the first one after the step paid
-    next_pause: int | None = None
     # tokens that an iteration brings beyond the alternative's tokens, a running mean
     gain: float | None = None
 
@@ -120,19 +140,20 @@ class PayoffTracker:
         if self.balance <= LOWEST_BALANCE:
             # Trying again may lose as much.
             enough = round(-self.gain / (MAX_LOSS * sequences)) if sequences > 1 else 0
-            self.pause = min(max(self.next_pause or first, enough), MAX_PAUSE)
-            self.balance, self.next_pause = LOWEST_BALANCE / 2, min(2 * self.pause, MAX_PAUSE)
+            self.extend(max(first, enough), MAX_PAUSE)
+            self.balance = LOWEST_BALANCE / 2
         elif self.balance > 0:
-            self.next_pause = None
+            self.reset()
 
 
 @dataclass
-class Throughput(PayoffTracker):
-    """Measurements with about the same number of sequences at once.
+class Throughput:
+    """Measurements with about the same number of sequences at once."""
 
-    It tracks the payoff of drafting, beyond plain decoding.
-    """
-
+    drafting: PayoffTracker = field(default_factory=PayoffTracker)  # beyond plain decoding
+    # of copies of the text in place of a draft, beyond iterations that draft; in pauses of the
+    # drafter, beyond plain decoding
+    copying: PayoffTracker = field(default_factory=PayoffTracker)
     # Exponentially decayed sums over iterations with a draft or a copy; without a drafter, over all
     # iterations outside of pauses.
     tokens: float = 0.0
@@ -140,9 +161,6 @@ class Throughput(PayoffTracker):
     # Exponentially decayed sums over the iterations in which the drafter ran.
     drafted_tokens: float = 0.0
     drafted_seconds: float = 0.0
-    # of copies of the text in place of a draft, beyond iterations that draft; in pauses of the
-    # drafter, beyond plain decoding
-    copying: PayoffTracker = field(default_factory=PayoffTracker)
     draft_s: float | None = None  # of the last draft before which all sequences had drafted
     nodes: float | None = None  # of the last drafted trees, on average
     reach: float | None = None  # depth that drafted trees reached lately
@@ -181,11 +199,11 @@ class AdaptiveBudget:
     def begin(self, sequences: int = 1) -> bool:
         """Begin an iteration of some sequences; returns whether it should draft."""
         now = self.throughput_with(sequences)
-        now.pause -= now.pause > 0
-        now.copying.pause -= now.copying.pause > 0
+        pays = now.drafting.begin()
+        now.copying.begin()
         before = self.iterations.get(sequences, 0)
         self.iterations[sequences] = before + 1
-        return now.pause == 0 and (sequences == 1 or before >= MIN_PLAIN)
+        return pays and (sequences == 1 or before >= MIN_PLAIN)
 
     def copies_alone(self, sequences: int) -> bool:
         """Return whether copies of the text are verified in iterations that do not draft.
@@ -193,7 +211,7 @@ class AdaptiveBudget:
         They are not while plain decoding is timed, and where they do not pay.
         """
         now = self.throughput_with(sequences)
-        return self.has_drafter and now.pause > 0 and now.copying.pause == 0
+        return self.has_drafter and now.drafting.pause > 0 and now.copying.pause == 0
 
     def nodes_to_build(self, sequences: int) -> int:
         """Return how many nodes a tree is built with before it is pruned."""
@@ -310,7 +328,7 @@ class AdaptiveBudget:
             now.reach = max(deepest, (now.reach or 0) - REACH_DECAY)
             if depths := self.draft_depths.get(power_of_two(sequences)):
                 depths.observe(trees, paths, None if first else seconds["draft"])
-        if (first and now.draft_s is None) or (plain and (self.has_drafter or now.pause)):
+        if (first and now.draft_s is None) or (plain and (self.has_drafter or now.drafting.pause)):
             return
         now.tokens = (1 - SMOOTHING) * now.tokens + tokens
         now.seconds = (1 - SMOOTHING) * now.seconds + all_s
@@ -319,8 +337,8 @@ class AdaptiveBudget:
             now.drafted_seconds = (1 - SMOOTHING) * now.drafted_seconds + all_s
         if plain:
             return
-        choice = now if drafted or not self.has_drafter else now.copying
-        if choice is now or now.pause:
+        choice = now.drafting if drafted or not self.has_drafter else now.copying
+        if choice is now.drafting or now.drafting.pause:
             advantage = MIN_ADVANTAGE if sequences > 1 else 1.0
             rate = advantage * self._plain_rate(sequences, lengths)
         elif now.drafted_seconds:
@@ -441,7 +459,7 @@ class AdaptiveBudgets:
         with self._lock:
             budgets = list(self.by_method.values())
         found = [x.throughput.get(power_of_two(sequences)) for x in budgets]
-        return bool(found) and all(now is not None and now.pause > 0 for now in found)
+        return bool(found) and all(now is not None and now.drafting.pause > 0 for now in found)
 
 
 PRIOR_SHARE = 0.8

@@ -187,9 +187,9 @@ class DiskCache:
         if parts:
             self._unsaved.append(Unsaved(state, parts))
 
-    def copy_next(self, parts: int = COPIES) -> None:
+    def copy_next(self) -> None:
         """Copy the next parts to the host, as far as there is room for them."""
-        for _ in range(parts):
+        for _ in range(COPIES):
             if not self._unsaved or not self._has_room():
                 return
             self._copy(self._unsaved[0])

@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treeflash.config import AUTO, DecodeConfig, Method
-from treeflash.decoding.adaptive_budget import AdaptiveBudget
+from treeflash.decoding.adaptive_budget import AdaptiveBudget, BackOff
 from treeflash.decoding.batch_trees import draft_trees, observe
 from treeflash.decoding.interfaces import (
     Backend,
@@ -47,8 +47,9 @@ from treeflash.errors import TreeflashError, is_out_of_memory
 
 SNAPSHOT_INTERVAL = 2048
 """Prompt tokens between two snapshots of recurrent states."""
-MAX_SKIP = 16
-"""The most drafts of a batch that a sequence skips before it is drafted for again."""
+FIRST_PAUSE, MAX_PAUSE = 2, 17
+"""Drafts of a batch until a sequence whose tree was cut to the root is drafted for again, at first
+and at most."""
 ROWS_PER_NODE, MIN_ROWS = 4, 16
 """Rows of the AR head for a tree: on average the block efficiency stays within 1.5 % of that with
 all rows for 8 nodes, and within 1 % for more (docs/history.md)."""
@@ -70,8 +71,8 @@ class RunningSequence:
     pending: Work | None = None
     prefilled: int = 0  # tokens of the pending `Prefill` that are committed already
     has_drafted: bool = False  # whether a tree was drafted for it
-    skip_drafts: int = 0  # drafts of a batch to skip, because its trees were cut to the root
-    next_skip: int = 1  # drafts to skip after the next such tree
+    # from drafts of a batch, while its trees are cut to the root
+    back_off: BackOff = field(default_factory=BackOff)
     shared: bool = False  # whether sequences that begin alike may fork its state
     seconds: dict[Phase, float] = field(default_factory=dict)  # by phase, since the last step
     # steps, and the error that ended the sequence, not handed out yet
@@ -132,13 +133,6 @@ class RunningSequence:
             self.events.append(error)
         if phase is not None:
             self.add_time(phase, started)
-
-    def update_backoff(self, kept_nodes: int) -> None:
-        """Skip exponentially more drafts while pruning keeps only the root."""
-        if kept_nodes > 1:
-            self.next_skip = 1
-        else:
-            self.skip_drafts, self.next_skip = self.next_skip, min(2 * self.next_skip, MAX_SKIP)
 
     def fail(self, error: Exception) -> None:
         self.pending = None
@@ -271,10 +265,7 @@ class Iteration:
             config = sequence.config
             if not config.drafts or not config.is_adaptive:
                 return config.drafts
-            if not pays[config.method]:
-                return False
-            if sequence.skip_drafts:
-                sequence.skip_drafts -= 1
+            if not pays[config.method] or not sequence.back_off.begin():
                 return False
             if proposal is None:
                 return True
@@ -377,7 +368,10 @@ class Iteration:
             for sequence, nodes in zip(sequences, kept, strict=True):
                 sequence.add_time("tree", started)
                 if len(sequences) > 1 and "draft" in sequence.seconds:
-                    sequence.update_backoff(len(nodes))
+                    if len(nodes) > 1:
+                        sequence.back_off.reset()
+                    else:
+                        sequence.back_off.extend(FIRST_PAUSE, MAX_PAUSE)
                 sequence.resume(nodes, "tree")
 
     def _chunks(self) -> dict[RunningSequence, int]:

@@ -281,16 +281,10 @@ def check_pair(
 
 
 def check_shapes(
-    folder: Path,
-    config: DrafterConfig,
-    shapes: Mapping[str, tuple[int, ...]],
-    vocab_size: int | None = None,
+    folder: Path, config: DrafterConfig, shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """Raise a CheckpointError for the first missing, misshapen or unexpected stored tensor.
-
-    `vocab_size` is the target's, if the configuration does not give it.
-    """
-    required, optional = formats.block_shapes(config, vocab_size, dict(shapes))
+    """Raise a CheckpointError for the first missing, misshapen or unexpected stored tensor."""
+    required, optional = formats.block_shapes(config, None, dict(shapes))
     stored = {name: shape for name, shape in shapes.items() if name not in TRAINING_TENSORS}
     compare_shapes(folder, required | optional, stored, optional.keys(), "its configuration")
 

@@ -131,9 +131,9 @@ def test_all_methods_must_pause_for_drafting_to_be_paused():
     budgets = AdaptiveBudgets(costs(1))
     assert not budgets.is_paused(1)
     first, second = (budgets.get(method, pytest.fail) for method in ("treeflash", "ddtree"))
-    first.throughput_with(1).pause = 3
+    first.throughput_with(1).drafting.pause = 3
     assert not budgets.is_paused(1)
-    second.throughput_with(1).pause = 1
+    second.throughput_with(1).drafting.pause = 1
     assert budgets.is_paused(1)
     assert not budgets.is_paused(16)
 
@@ -144,7 +144,7 @@ def test_drafting_comes_back_when_it_pays():
         iterate(budget, chain(*[0.5] * 7), accepted=1, draft_s=0.4)
     verified = [iterate(budget, chain(*[0.5] * 7), accepted=5, draft_s=0.4) for _ in range(400)]
     assert all(verified[-100:])
-    assert budget.throughput_with(1).next_pause is None
+    assert budget.throughput_with(1).drafting.next_pause is None
 
 
 def observe(budget, tree, length, seconds, **options):
@@ -168,7 +168,7 @@ def test_the_first_drafted_iteration_says_nothing_about_the_rate():
     seconds = {"draft": 5.0, "verify": 1.1}
     observe(budget, chain(0.5), 2, seconds, first=True)
     now = budget.throughput_with(1)
-    assert (now.tokens, now.seconds, now.balance) == (0, 0, 0)
+    assert (now.tokens, now.seconds, now.drafting.balance) == (0, 0, 0)
     assert budget.accepted == {1: 1.0}
     observe(budget, chain(0.5), 2, seconds)
     assert (now.tokens, now.seconds) == (2, pytest.approx(6.1))
@@ -297,9 +297,13 @@ def test_what_was_learned_with_few_texts_does_not_bind_many():
     budget = AdaptiveBudget(costs(0.02))
     for _ in range(100):
         iterate(budget, chain(*[0.5] * 7), accepted=1, draft_s=0.4)
-    assert budget.throughput_with(1).next_pause > FIRST_PAUSE
+    assert budget.throughput_with(1).drafting.next_pause > FIRST_PAUSE
     assert [budget.begin(8) for _ in range(4)] == [False, False, True, True]
-    assert budget.throughput_with(8).next_pause is budget.throughput_with(5).next_pause is None
+    assert (
+        budget.throughput_with(8).drafting.next_pause
+        is budget.throughput_with(5).drafting.next_pause
+        is None
+    )
 
 
 def test_several_texts_draft_only_while_that_beats_a_measured_plain_iteration():
@@ -368,8 +372,10 @@ def test_the_balance_of_several_sequences_is_in_units_of_its_noise():
     alone, together = AdaptiveBudget(costs(0.0)), AdaptiveBudget(costs(0.0))
     drafted(alone, [chain(0.5)], 2)
     drafted(together, [chain(0.5)] * 4, 2)
-    assert alone.throughput_with(1).balance == pytest.approx(1)
-    assert together.throughput_with(4).balance == pytest.approx((8 - 4 * MIN_ADVANTAGE) / 2)
+    assert alone.throughput_with(1).drafting.balance == pytest.approx(1)
+    assert together.throughput_with(4).drafting.balance == pytest.approx(
+        (8 - 4 * MIN_ADVANTAGE) / 2
+    )
 
 
 def test_equally_fast_drafts_pay_for_one_sequence_alone():
@@ -378,7 +384,7 @@ def test_equally_fast_drafts_pay_for_one_sequence_alone():
         budget = AdaptiveBudget(costs(0.0))
         for _ in range(400):
             drafted(budget, [chain(0.5)] * sequences, 2, draft_s=1.0)
-        assert (budget.throughput_with(sequences).next_pause is None) == pays
+        assert (budget.throughput_with(sequences).drafting.next_pause is None) == pays
 
 
 @pytest.mark.parametrize("sequences", [4, 16, 32])
@@ -405,7 +411,7 @@ def test_copies_that_fail_are_given_up_in_pauses_of_the_drafter_too():
     """They have a balance beyond plain decoding, and pause; good ones go on."""
     for accepted, pays in ((1, False), (4, True)):
         budget = AdaptiveBudget(costs(0.1))
-        budget.throughput_with(4).pause = 100
+        budget.throughput_with(4).drafting.pause = 100
         copies = 0
         for _ in range(30):
             assert not budget.begin(4)
@@ -427,7 +433,7 @@ def test_plain_iterations_of_long_ago_are_forgotten():
         budget.observe(roots, [path(1)] * 2, [LENGTH] * 2, {"verify": seconds})
     drafted(budget, [chain(0.5)] * 2, 2, draft_s=0.5)
     # Two tokens each in 1.5 s; plain decoding brings one each in 1.0 s, and once did in 0.5 s.
-    assert budget.throughput_with(2).balance > 0
+    assert budget.throughput_with(2).drafting.balance > 0
 
 
 @pytest.fixture

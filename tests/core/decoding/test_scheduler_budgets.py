@@ -76,7 +76,7 @@ def test_the_drafter_does_nothing_while_drafting_rests(drafts):
     backend = scripted(SCRIPT)
     calls, scheduler = drafts(backend), adaptive(backend)
     budget = scheduler.budgets.get("ddtree", lambda: VerifyCosts(dict(COSTS)))
-    budget.throughput_with(1).pause = 20
+    budget.throughput_with(1).drafting.pause = 20
     submit(scheduler, budget="auto")
     for _ in range(8):
         scheduler.step()
@@ -115,7 +115,7 @@ def test_copies_alone_are_looked_for_where_they_pay(monkeypatch):
         scheduler.step()
     assert sought == []
     now = scheduler.budgets.by_method["ddtree"].throughput_with(3)
-    now.pause, now.copying.pause = 10, 2
+    now.drafting.pause, now.copying.pause = 10, 2
     for calls in (0, 3, 6):
         scheduler.step()
         assert len(sought) == calls
