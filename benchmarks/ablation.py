@@ -57,7 +57,7 @@ SHAPES = ("chain", "tree")
 FIGURES = [f"{shape}, {name}" for name in TEMPERATURES for shape in SHAPES]
 """The columns of the table."""
 
-# The random target.
+# The target is random.
 VOCAB, PROMPT_TOKENS, SLOTS = 256, 8, 64
 SHARPNESS = 6.0
 """Factor on the output head, so that the next token can be predicted."""

@@ -118,7 +118,7 @@ def part_rows(backend: Any, context: int, repeats: int) -> list[Row]:
             name = f"head, {vocab or 'all'} tokens after {rows or 'all'}"
             parts[name] = partial(head.transitions, blocks, options)
         times = alternate_ms(list(parts.values()), repeats)
-        # By itself: a block is valid until the next draft.
+        # It runs alone, because a block is valid until the next draft.
         times += alternate_ms([draft], repeats)
     return [{"part": n, "ms": ms} for n, ms in zip([*parts, "drafter"], times, strict=True)]
 

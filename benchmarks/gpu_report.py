@@ -492,7 +492,7 @@ def _memory_row(gpu: Gpu) -> Row:
 
 
 def compare_texts(part: Part, backend: Any, method: Method, sampling: str, dtype: str) -> None:
-    """Add a row and perhaps a problem: the text of a method against that of plain decoding."""
+    """Add a row and perhaps a problem: the text of a method against the text of plain decoding."""
     config = DecodeConfig(method="ar", max_tokens=60, sampling=SAMPLINGS[sampling])
     plain, found = (
         [

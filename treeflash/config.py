@@ -222,8 +222,8 @@ class DecodeConfig:
     """How one sequence is decoded.
 
     The defaults of `top_m`, `top_k_children` and `draft_temperature` are the published ones
-    (TreeFlash, section 4). Those of `budget` and `head_vocab` were measured (docs/history.md);
-    published are 64 nodes and the whole vocabulary.
+    (TreeFlash, section 4). `budget` and `head_vocab` have measured ones (docs/history.md) in place
+    of the published 64 nodes and whole vocabulary.
     """
 
     method: Method = option(

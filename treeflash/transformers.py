@@ -197,7 +197,7 @@ class _Rows:
     stop_token_ids: frozenset[int]  # that end a row. Without any, rows go on until all have ended
     criteria: Any  # the other criteria: of the user, and of `max_time` and `stop_strings`
     pad: int  # follows the end of a row
-    streamer: Any  # gets the new tokens; None for none
+    streamer: Any  # gets the new tokens, unless it is None
     answers: list[list[int]]  # tokens of each row, of which `length` are in `ids`
     complete: set[int] = field(default_factory=set)  # rows whose answers do not grow any more
     ended: set[int] = field(default_factory=set)  # rows that have ended

@@ -232,10 +232,10 @@ class GroupedMasks:
 
 def grouped_attention(
     query: Tensor,  # (batch, heads, rows, head_dim), sequence by sequence
-    # Keys and values of each sequence, (batch, kv_heads, m, head_dim) each.
+    # Each sequence has keys and values of shape (batch, kv_heads, m, head_dim).
     kv_caches: Sequence[tuple[Tensor, Tensor]],
-    # Of each sequence, as `group_mask` makes them; they broadcast over batch and kv_heads. None if
-    # every key is visible.
+    # Each sequence has a mask as `group_mask` makes it, or None if every key is visible. A mask
+    # broadcasts over batch and kv_heads.
     masks: Sequence[Tensor | None],
     rows: Sequence[int],  # the rows of each sequence
     scale: float,  # factor on the scores

@@ -443,7 +443,7 @@ class PackedRows:
             rows, columns = (torch.arange(i, i + n, device=keys.device) for i in starts)
             parts.setdefault(region.slab, []).append((rows, columns))
             row += n
-        # Each with the indices of its rows, None for all of them, and their columns.
+        # Each slab stands with the indices of its rows (None for all of them) and their columns.
         self.slabs: list[tuple[Slab, Tensor | None, Tensor]] = []
         for slab, pairs in parts.items():
             rows, columns = (torch.cat(x) for x in zip(*pairs, strict=True))

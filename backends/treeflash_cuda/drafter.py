@@ -178,7 +178,7 @@ class MaskedDrafts:
     def __init__(self, model: DrafterModel, states: Sequence[State], window: int | None) -> None:
         self.model, self.config = model, model.config
         caches = [(state.drafter, state.length) for state in states]
-        # The KV cache of each sequence, and the position of its root.
+        # Each sequence has its KV cache and the position of its root here.
         self.sequences = [(cache, start) for cache, start in caches if cache is not None]
         # The positions that each block does not see; see `window_gap`.
         self.gaps = [window_gap(state.length, window) for state in states]

@@ -378,8 +378,8 @@ class ExactCache(TreeCache):
     def __init__(self, sequences: Sequence[KVCache], rows: Sequence[int]) -> None:
         super().__init__(sequences, rows)
         self._keys: Tensor | None = None  # the keys of the layer that was updated last
-        # For several sequences, of each slab: the keys and values of all its columns, by layer, the
-        # indices of its rows, None for all of them, and their columns.
+        # Several sequences have an entry for each slab: the keys and values of all its columns, by
+        # layer, the indices of its rows (None for all of them), and their columns.
         self._slabs: list[tuple[Columns, Tensor | None, Tensor]] = []
         self._plans: dict[tuple[int, int], Plan] = {}
 
@@ -649,7 +649,7 @@ def check_attention(heads: int, kv_heads: int, width: int) -> None:
     tree = ExactContext(committed, committed + depths, ancestors)
     on_tree = attend(everything, everything[committed:], tree)
     prompt = attend(everything, everything, ExactContext(0, everything, None))
-    # The deepest path of the tree, and some tokens of the prompt.
+    # Checked are the deepest path of the tree, and some tokens of the prompt.
     path = committed + ancestors[depths.argmax()].nonzero()[:, 0]
     cases = [
         (torch.cat([everything[:committed], path[: i + 1]]), path[i], on_tree[path[i] - committed])

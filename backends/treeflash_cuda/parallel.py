@@ -118,7 +118,7 @@ class LeaderVerifier(Verifier):
     """The target on rank 0.
 
     The other ranks repeat its forward passes as they begin, and its commits when they have
-    succeeded. So whatever fails on rank 0 alone, such as sampling, leaves all ranks alike.
+    succeeded. So whatever fails on rank 0 alone, such as sampling, leaves all ranks equal.
     """
 
     def forward(self, rows: Sequence[Rows], needs_logits: Sequence[bool]) -> Logits:

@@ -218,10 +218,10 @@ class Logits:
 
 def sample(
     logits: Logits,  # the logits of all sequences
-    # Of each sequence; None for a sequence without rows.
+    # Each sequence has its own; it is None for a sequence without rows.
     all_params: Sequence[SamplingParams | None],
     graphs: Graphs | None = None,  # replay the arithmetic; None computes it
-    # The kernel of `operations.sample_rows`; None if there is none.
+    # The kernel is `operations.sample_rows`; None computes without it.
     sample_rows: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
 ) -> list[SampledTokens | None]:
     """Sample for several sequences, as `treeflash.decoding.sampling.sample` does for one.

@@ -393,8 +393,8 @@ class Target:
         self.is_hybrid = bool(hooked)  # whether the model has recurrent layers
         # The recurrent layers whose states have values before keys.
         self.transposed_layers = frozenset(n for n, names in hooked.items() if MAMBA_2 in names)
-        # The index of every attention layer of a hybrid model among its attention layers, by its
-        # index among all layers.
+        # A layer's index among all layers gives an attention layer's index among these; only hybrid
+        # models have entries.
         self.attention_slots: dict[int, int] = {}
         self.states_nbytes = 0  # size of a sequence's recurrent states, bytes
         self.state_layout: StateLayout | None = None  # of recurrent states; None without them
@@ -435,10 +435,10 @@ class Target:
         self.exact_refusal: str | None = None  # why the backend's default is not exact mode
         self._exact_changes = ExitStack()  # undoes what exact mode changes on a CPU
         self.token_rows = 1  # equal rows of a lone token in exact mode on a CPU
-        # Of operations on a CPU; None on a GPU.
+        # Threads are chosen for each pass on a CPU; a GPU has None.
         self.threads: Threads | None = cpu_threads() if device.type == "cpu" else None
         self.graphs = Graphs(device)  # replay forward passes, if they are enabled
-        # of the sequences' keys and values
+        # The arena holds the keys and values of all sequences.
         self.arena = Arena(len(self.layers), spans=self.spans, device=device)
         # transformers 5.24 renamed the argument, and warns about the old name at every call.
         parameters = inspect.signature(type(self.model).forward).parameters

@@ -41,7 +41,7 @@ class Verifier:
 
     def __init__(self, target: Target, drafter: DrafterModel | MtpModel | None) -> None:
         self.target = target
-        self.drafter = drafter  # projects outputs of target layers to features; None for none
+        self.drafter = drafter  # projects outputs of target layers to features, unless None
         self.row_pass = RowPass(target)
         self._has_row_pass = True  # until it is found that a layer cannot run in it
 

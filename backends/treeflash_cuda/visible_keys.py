@@ -118,8 +118,8 @@ def plan_work(
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """Return the (n, 3) items and the (rows,) places of `SharedWork`.
 
-    Sequences have (t,) first rows, at least one row each, and common positions. The places are
-    those of all rows, sequence by sequence.
+    Sequences have (t,) first rows, at least one row each, and common positions. Every
+    row has a place, sequence by sequence.
     """
     blocks = -(-sizes // block)
     sequence = np.repeat(np.arange(len(sizes)), blocks)

@@ -101,7 +101,7 @@ class ARHead:
             lists = take_rows(vocab, kept // m) if vocab.shape[1] > 1 else vocab
             previous = mx.take_along_axis(lists, previous[..., None], 2)[..., 0]
         previous = self.output.to_target(previous)
-        # Of the D * M rows: the root's, and those kept of the M at each further depth.
+        # Row 0 is the root's; then come the candidates kept of the M at each deeper depth.
         depth = mx.concatenate([mx.zeros((batch, 1), mx.int32), kept // m + 1], 1)
         roots = mx.array([[block.root] for block in blocks], mx.int32)
         last_tokens = mx.concatenate([roots, previous], 1).reshape(-1)

@@ -72,7 +72,7 @@ class VisionTower:
 
     @property
     def arrays(self) -> list[mx.array]:
-        """The weights, without those of the decoder."""
+        """The weights outside of the decoder."""
         parts = {x: y for x, y in self.model.children().items() if x != "language_model"}
         return [x for _, x in tree_flatten(parts) if isinstance(x, mx.array)]
 
@@ -147,7 +147,7 @@ class Axes:
 
     @cached_property
     def channels(self) -> NDArray[np.int32]:
-        """(rotated,) axis of each channel; channel j + half has that of channel j."""
+        """(rotated,) axis of each channel; channels j and j + half have the same."""
         half = np.zeros(self.rotated // 2, np.int32)
         if self.interleaved:
             for axis in (1, 2):

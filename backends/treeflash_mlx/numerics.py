@@ -46,7 +46,7 @@ def top_log_probs(logits: mx.array, k: int, temperature: float) -> tuple[mx.arra
     """
     tokens = top_indices(logits, k)
     scaled = logits.astype(mx.float32) / temperature
-    # One normaliser per row instead of a log-softmax over the vocabulary.
+    # One normaliser per row replaces a log-softmax over the vocabulary.
     return tokens, mx.take_along_axis(scaled, tokens, axis=1) - logsumexp(scaled)
 
 

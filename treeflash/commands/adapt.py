@@ -299,7 +299,7 @@ def _table(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     """Build the rows of the card's table: both drafters, and the ratio of both."""
     rows, values = [], []
     for record in (before, after):
-        # The same resampled prompts for both.
+        # Both are resampled by the same prompts.
         indices = resamples(len(record["lengths"]), np.random.default_rng(0))
         values.append(block_efficiencies(record["lengths"], indices))
         rows.append(f"| {record['drafter']} | {record['method']} | {with_interval(values[-1])} |")

@@ -153,7 +153,7 @@ def _grow(
     """
     count, width, size = len(indices), batch.tokens.shape[1], max(nodes)
     lanes, starts = np.arange(count), batch.first_row[indices]
-    # By lane and node. A node's number is also that of the row that it opens.
+    # The arrays are by lane and node. A node opens the row that has the node's number.
     row = np.full((count, size), -1, np.int64)  # the row whose child the node is
     rank = np.zeros((count, size), np.int64)  # the rank of the node among the row's children
     parent = np.full((count, size), -1, np.int64)

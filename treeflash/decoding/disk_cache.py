@@ -149,7 +149,7 @@ class DiskCache:
         )
         self._writer.start()
 
-    # From memory to the disk.
+    # These methods move states from memory to the disk.
 
     @property
     def has_unsaved(self) -> bool:
@@ -314,7 +314,7 @@ class DiskCache:
             if _remove(self.folder / name):
                 self._used -= size
 
-    # From the disk to memory.
+    # These methods find states on the disk and read them.
 
     def find(self, keys: PrefixKeys, *, needs_end: bool, longer_than: int) -> Stored | None:
         """Find the longest stored beginning of some tokens, if it is `longer_than` some of them.

@@ -61,7 +61,7 @@ def family_of(model_type: object) -> Family:
 
 
 def refusal(model_type: str, reason: str | None = None) -> str:
-    """Say that a target cannot run a draft tree, with this reason or that of its family."""
+    """Say that a target cannot run a draft tree, with this reason or its family's."""
     reason = reason or family_of(model_type).refusal
     reason = reason or "their recurrent layers are of an unknown kind"
     return f"{model_type} models cannot run a draft tree: {reason}"

@@ -149,7 +149,7 @@ def rotary_positions(
     """Return the (3, n) rotary positions of a prompt of Qwen2-VL to Qwen3.6 or GLM-4.xV.
 
     Args:
-        is_feature: (n,) tokens that stand for a feature; those of an image are consecutive.
+        is_feature: (n,) tokens that stand for a feature; an image has consecutive ones.
         grids: (time, height, width) of each image in patches; its time is 1.
         merge: patches of a feature in height and in width.
     """

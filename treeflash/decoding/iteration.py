@@ -71,9 +71,9 @@ class RunningSequence:
     pending: Work | None = None
     prefilled: int = 0  # tokens of the pending `Prefill` that are committed already
     has_drafted: bool = False  # whether a tree was drafted for it
-    # from drafts of a batch, while its trees are cut to the root
+    # It pauses drafts of a batch while the trees are cut to the root.
     back_off: BackOff = field(default_factory=BackOff)
-    shared: bool = False  # whether sequences that begin alike may fork its state
+    shared: bool = False  # whether sequences with the same beginning may fork it
     seconds: dict[Phase, float] = field(default_factory=dict)  # by phase, since the last step
     # steps, and the error that ended the sequence, not handed out yet
     events: list[Step | Exception] = field(default_factory=list)

@@ -66,7 +66,7 @@ class Step:
         prompt_log_probs: of the prompt's tokens after the first one, if the request asks for them;
             None after the prefill.
         cached_tokens: prompt tokens that came from a prefix cache; 0 after the prefill.
-        disk_tokens: those of them that came from its disk tier.
+        disk_tokens: how many of the cached tokens came from its disk tier.
     """
 
     tokens: tuple[int, ...]
@@ -162,7 +162,7 @@ def decode_loop(
         scores_prompt: whether the first step has the log probabilities of the prompt.
         cached_tokens: tokens of the prompt that are committed already; fewer than all, and none if
             the prompt is scored.
-        disk_tokens: those of them that came from a disk.
+        disk_tokens: how many of the cached tokens came from a disk.
         shared: gives indices over other texts, for a configuration that copies.
     """
     penalties = PenaltyState(config.penalties, prompt_ids)

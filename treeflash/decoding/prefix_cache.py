@@ -1,4 +1,4 @@
-"""The prefix cache: states of finished sequences, kept for prompts that begin alike.
+"""The prefix cache: states of finished sequences, kept for prompts with the same beginning.
 
 `disk_cache` is its second tier, which survives the process.
 """
@@ -61,8 +61,8 @@ class PrefixCache:
         """Find the state to fork at a prompt's longest common prefix, and that length, or None.
 
         `key` has the dependencies of a state besides its tokens and images: the loaded pair,
-        whether the state was opened for drafting, and the caller's salt. `digests` are those of
-        `PromptImages`.
+        whether the state was opened for drafting, and the caller's salt. `digests` are the
+        images', as `PromptImages` has them.
         """
         prompt = np.array(tokens, np.int32)
         best: _Entry | None = None

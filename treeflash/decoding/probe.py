@@ -222,7 +222,7 @@ def commit_differences(backend: Backend, rng: np.random.Generator) -> tuple[floa
     """Measure differences between a large tree and plain sequences, also after a commit.
 
     The large tree is run together with another sequence. Both are prefilled in the same chunks, so
-    that a mixture of experts routes near-ties alike. Returns the difference at the tree's last
+    that a mixture of experts routes near-ties equally. Returns the difference at the tree's last
     leaf, the difference on a tree that follows after that leaf's path was committed, and, for
     comparison, the difference that other tokens in the place of the path make.
     """

@@ -55,7 +55,7 @@ class SamplingParams:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)  # temperature and filters
     # (n, 2) of the noise at the position after each node; None if greedy
     keys: NDArray[np.uint32] | None = None
-    edits: LogitEdits | None = None  # changes of the logits, before everything else; None for none
+    edits: LogitEdits | None = None  # changes of the logits, before everything else
     # (n, ceil(vocab / 32)) uint32; bit t % 32 of word t // 32 says whether token t may be sampled.
     # It takes effect after the edits. None allows every token
     allowed: NDArray[np.uint32] | None = None

@@ -59,8 +59,8 @@ class Scheduler:
     Args:
         budgets: for the budget `auto`; they keep learning, and schedulers may share them. By
             default the costs of the target's forward passes are measured when they are needed.
-        prefix_cache: takes the states of finished sequences and gives them to prompts that begin
-            alike. The caller closes it.
+        prefix_cache: takes the states of finished sequences and gives them to prompts with
+            the same beginning. The caller closes it.
         suffix_cache: takes the tokens of finished answers, which answers with the same salt may
             copy.
     """
@@ -81,7 +81,7 @@ class Scheduler:
         self.suffix_cache = suffix_cache
         self._waiting: list[_Waiting] = []
         self._running: list[RunningSequence] = []
-        # of the first waiting request, from the disk
+        # The first waiting request gets its states from the disk.
         self._restoration: tuple[Request, Restoration] | None = None
 
     @property

@@ -99,9 +99,9 @@ class PrefixKeys:
 
 @dataclass(frozen=True)
 class Part:
-    """The positions first .. stop - 1 of a state; `key` is that of the tokens before `stop`.
+    """The positions first .. stop - 1 of a state; `key` hashes the tokens before `stop`.
 
-    The drafter has read those before `read`.
+    The drafter has read the positions before `read`.
     """
 
     kind: Kind

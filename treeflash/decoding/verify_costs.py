@@ -16,8 +16,8 @@ to the root. After three such drafts the excess of 94 ms over a plain pass is ha
 one, until a tree of 8 nodes is verified. Its pass takes 35 ms, which is then the cost.
 
 Rule.
-- Each pass moves the cost of its size by `COST_SMOOTHING` of the difference, and those of other
-  sizes by half of that.
+- Each pass moves the cost of its size by `COST_SMOOTHING` of the difference, and the costs of
+  other sizes by half as much.
 - `AGREEING` passes in a row that disagree with their costs by `DISAGREEMENT` in the same direction
   correct them at once: if they are faster, or trees, for all sizes; if they are slower plain
   passes, for a plain pass alone.

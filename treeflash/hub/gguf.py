@@ -203,7 +203,7 @@ def _gemma3_settings(fields: Fields, tensors: Tensors) -> dict[str, Any]:
         full |= {"rope_type": str(scaling), "factor": float(fields["rope.scaling.factor"])}
     local = {"rope_type": "default", "rope_theta": 10000.0}
     layers, heads = int(fields["block_count"]), int(fields["attention.head_count"])
-    # The largest model alone scales its scores by another width than that of its heads.
+    # The largest model alone scales its scores by a width that is not its heads' width.
     scaled = int(fields["embedding_length"]) // heads if layers == 62 else None
     return {
         "hidden_activation": "gelu_pytorch_tanh",

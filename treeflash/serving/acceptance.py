@@ -63,7 +63,7 @@ class Acceptance:
 
     @property
     def is_low(self) -> bool:
-        """Whether the share is far below that of the evaluation."""
+        """Whether the share is far below the share in the evaluation."""
         least = FLOOR if self.expected is None else LOW * self.expected
         return self.share is not None and self.share < least
 

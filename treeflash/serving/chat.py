@@ -60,7 +60,7 @@ class ChatRequest(DecodingSchema):
     service_tier: Literal["auto", "default"] | None = None
     store: Literal[False] | None = None
     verbosity: Verbosity | None = None
-    # Also added by vllm-router.
+    # vllm-router adds these too.
     separate_reasoning: Literal[True] | None = None
     stream_reasoning: Literal[True] | None = None
     include_reasoning: Literal[True] | None = None

@@ -51,7 +51,7 @@ class Usage:
 
     prompt_tokens: int
     cached_tokens: int  # prompt tokens that came from the prefix cache
-    disk_tokens: int  # those of them that came from its disk tier
+    disk_tokens: int  # cached tokens that came from its disk tier
     completion_tokens: int
     drafted_tokens: int
     accepted_tokens: int

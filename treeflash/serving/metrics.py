@@ -36,7 +36,8 @@ class Metrics:
         self._queries = counter("prefix_cache_queries", "Prompt tokens looked up in the cache.")
         self._hits = counter("prefix_cache_hits", "Prompt tokens found in the cache.")
         self._disk_hits = counter(
-            "external_prefix_cache_hits", "Those of them that were found on the disk."
+            "external_prefix_cache_hits",
+            "Prompt tokens that came from the disk.",
         )
         self._disk_written = gauge("prefix_cache_disk_written_bytes", "Bytes of stored states.")
         self._disk_skipped = gauge(

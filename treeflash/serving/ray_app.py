@@ -1,8 +1,8 @@
 """Several replicas behind one address, with Ray Serve: `serve run treeflash.serving.ray_app:build`.
 
 One ingress passes each request to a replica, which answers it with the server's application. The
-ingress's `PrefixRouter` sends prompts that begin alike to the same replica, whose prefix cache then
-has their beginning.
+ingress's `PrefixRouter` sends prompts with the same beginning to one replica, whose prefix cache
+then has it.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ MIN_SHARE = 0.1  # the part of a prompt that a replica must have got for its cac
 
 
 class PrefixIndex:
-    """The beginnings of the prompts that replicas got, for each API key by itself.
+    """The beginnings of the prompts that replicas got, separately for each API key.
 
     A prompt is cut into blocks of `block` characters. A beginning is known by the hash of its
     blocks, and of more than `max_blocks` beginnings the oldest are forgotten.

@@ -122,7 +122,7 @@ class Service:
                 images=prompt.images,
                 config=replace(config, sampling=replace(config.sampling, seed=(seed + i) % 2**64)),
                 constraint=None if constraint is None else constraint(),
-                # Once for all answers.
+                # The prompt is scored once for all answers.
                 scores_prompt=scores_prompt and i == 0,
                 cache_salt=http.state.cache_salt,
             )

@@ -44,8 +44,8 @@ class Settings:
     )
     prefix_cache_gb: float | None = option(
         None,
-        "GiB of --max-memory-gb that finished sequences may keep for prompts that begin alike; 0 "
-        "turns the prefix cache off (default: half of --max-memory-gb)",
+        "GiB of --max-memory-gb that finished sequences may keep for prompts that share a "
+        "beginning; 0 turns the prefix cache off (default: half of --max-memory-gb)",
         0,
         shown="half of `--max-memory-gb`",
         metavar="GiB",

@@ -218,7 +218,7 @@ class ScheduledSequence:
 
 
 def schedules(vocab_size: int) -> st.SearchStrategy[list[ScheduledSequence]]:
-    """Return several sequences, some with prompts that begin alike."""
+    """Return several sequences, some with prompts that share a beginning."""
 
     def build(seed: int, count: int) -> list[ScheduledSequence]:
         rng = np.random.default_rng(seed)

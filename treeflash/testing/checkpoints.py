@@ -1,4 +1,4 @@
-"""Folders in every published form load alike; damaged ones are refused with their names."""
+"""Every published form of a folder loads the same model; damaged folders are refused by name."""
 
 from __future__ import annotations
 

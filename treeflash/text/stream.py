@@ -61,7 +61,7 @@ class Assembler:
     """Turns the steps of one sequence into chunks, and all chunks so far into a generation.
 
     A ConfigError is raised if a string to stop at is empty. `make_constraint` makes a constraint of
-    the new tokens; None leaves them free. `images` are those of the prompt.
+    the new tokens; None leaves them free. `images` are the prompt's.
     """
 
     backend: Backend

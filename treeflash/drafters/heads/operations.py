@@ -4,7 +4,7 @@ A head is written once, for PyTorch and MLX. Its class imports neither: a backen
 it by adding its own module class as a second base, and its operations as the attribute `ops`. So
 parameters and children are registered, quantised, packed and trained as in any other module of the
 framework, and children are built by the backend. The NumPy reference has heads of its own, so that
-a mistake here is not proven right by itself.
+a mistake here is compared with something that does not share it.
 
 Arrays are of the backend's framework. Methods and operators that both frameworks share, such as
 `reshape`, `mean(keepdims=True)`, `@` and slices, need no operation.
