@@ -16,6 +16,7 @@ from treeflash.drafters.config import DrafterConfig, DrafterShape
 from treeflash.drafters.folder import ModelFolder, check_dtype, open_folder, read_quantised
 from treeflash.drafters.format import Config, Format, Names, Shapes
 from treeflash.drafters.formats import HEADS, TRAINING_TENSORS
+from treeflash.drafters.heads import treeflash
 from treeflash.drafters.mtp_heads import MtpConfig
 from treeflash.errors import CheckpointError, UnsupportedModelError
 
@@ -60,13 +61,13 @@ class Layout:
 def refuse_extensions(
     config: DrafterConfig, user: str, vocabulary: Collection[str] = VOCABULARY
 ) -> None:
-    """Refuse a drafter that is neither DFlash nor TreeFlash, for a backend that has only these.
+    """Refuse all but DFlash and the published TreeFlash drafters, for a backend with only these.
 
     The UnsupportedModelError names `user`, such as `the mlx backend`, and the first other property.
     `vocabulary` has the names of the drafter's own tensors of `VOCABULARY`, if they are known.
     """
     extensions: dict[str, object] = {
-        f"the head {config.head!r}": config.head not in (None, *formats.TREEFLASH_HEADS),
+        f"the head {config.head!r}": config.head not in (None, *treeflash.HEADS),
         "convolutions": config.conv_kernel_size,
         "a first token predicted by the root's slot": config.first_slot == 0,
         "windows measured from the root": config.window_from_root and any(config.sliding_windows),

@@ -14,7 +14,6 @@ from treeflash.decoding.sampling import Noise, position_keys, sample_tokens
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.decoding.tree import DraftTree, accept, build_tree
-from treeflash.drafters.formats import TREEFLASH_HEADS
 from treeflash.reference.numerics import Array, Ints
 from treeflash.testing.comparisons import (
     MARGIN,
@@ -30,6 +29,7 @@ from treeflash.testing.comparisons import (
     random_tokens,
     random_tree,
 )
+from treeflash.testing.models import HEAD_TENSORS
 from treeflash.testing.pairs import Pair, PairMaker, each_sampling
 
 SIZES = (1, 4, 16, 100)  # the last is larger than the vocabulary
@@ -177,7 +177,7 @@ M, K = 3, 4
 
 
 class LogProbTests:
-    @pytest.mark.parametrize("head", TREEFLASH_HEADS)
+    @pytest.mark.parametrize("head", HEAD_TENSORS)
     def test_log_probs_match_reference(self, pair: PairMaker, head: str) -> None:
         models = pair(drafter={"head": head})
         prompt = prompt_of(models.reference)
@@ -185,7 +185,7 @@ class LogProbTests:
         assert_close(actual, expected)
         np.testing.assert_allclose(np.exp(actual).sum(-1), 1, rtol=1e-5)
 
-    @pytest.mark.parametrize("head", TREEFLASH_HEADS)
+    @pytest.mark.parametrize("head", HEAD_TENSORS)
     def test_tables_are_the_best_of_log_probs(self, pair: PairMaker, head: str) -> None:
         backend = pair(drafter={"head": head}).tested
         assert backend.head is not None
