@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -176,15 +176,20 @@ def read_tensors(folder: Path) -> dict[str, NDArray[Any]]:
     return tensors
 
 
-def read_file(path: Path) -> dict[str, NDArray[Any]]:
-    """Read a file's tensors as float32, or as in `INTEGERS`; raises what `read_stored` does."""
-    parts = read_stored(path)
+def read_file(path: Path, names: Collection[str] | None = None) -> dict[str, NDArray[Any]]:
+    """Read a file's tensors as float32, or as in `INTEGERS`; raises what `read_stored` does.
+
+    `names` are the names of the tensors to read; None reads all.
+    """
+    parts = read_stored(path, names)
     return {name: _numbers(name, part).reshape(part["shape"]) for name, part in parts.items()}
 
 
-def read_stored(path: Path) -> dict[str, dict[str, Any]]:
+def read_stored(path: Path, names: Collection[str] | None = None) -> dict[str, dict[str, Any]]:
     """Read `dtype`, `shape` and `data` of a file's tensors; a CheckpointError if damaged."""
     parts = _deserialized(path)
+    if names is not None:
+        parts = {name: parts[name] for name in names}
     for name, part in parts.items():
         check_dtype(path, name, part["dtype"])
     return parts
