@@ -23,14 +23,13 @@ from treeflash.serving.schemas import (
     Function,
     FunctionName,
     FunctionTyped,
-    JSONObjectFormat,
     JSONSchemaFormat,
     NamedFunction,
     NamedSchema,
+    PlainFormat,
     ReasoningEffort,
     Schema,
     Temperature,
-    TextFormat,
     TopP,
     Verbosity,
     allowed_tools,
@@ -159,10 +158,7 @@ class ResponseSchemaFormat(NamedSchema):
 
 
 class TextConfig(Schema):
-    format: (
-        Annotated[TextFormat | JSONObjectFormat | ResponseSchemaFormat, Field(discriminator="type")]
-        | None
-    ) = None
+    format: Annotated[PlainFormat | ResponseSchemaFormat, Field(discriminator="type")] | None = None
     verbosity: Verbosity | None = None  # changes nothing here
 
 

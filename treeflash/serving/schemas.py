@@ -340,12 +340,8 @@ def reasoning_args(thinks: bool | None, *, supports_reasoning: bool, param: str)
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
 
 
-class TextFormat(Schema):
-    type: Literal["text"]
-
-
-class JSONObjectFormat(Schema):
-    type: Literal["json_object"]
+class PlainFormat(Schema):
+    type: Literal["text", "json_object"]
 
 
 class NamedSchema(Schema):
@@ -362,7 +358,7 @@ class JSONSchemaFormat(Schema):
     json_schema: NamedSchema
 
 
-AnyFormat = TextFormat | JSONObjectFormat | JSONSchemaFormat
+AnyFormat = PlainFormat | JSONSchemaFormat
 ResponseFormat = Annotated[AnyFormat, Field(discriminator="type")]
 
 
