@@ -42,8 +42,9 @@ sequences must draft faster than plain decoding by `MIN_ADVANTAGE`, and pause un
 that drafted have cost them at most `MAX_LOSS` of their tokens. Copies of the text cost no draft, so
 they are verified in pauses of the drafter too; and where they promise more tokens per second than
 drafted iterations brought lately, the drafter is not called. Copies without a draft have a balance
-and pauses of their own: text may look like earlier text and go on otherwise. Measurements are kept
-by the number of sequences that ran together, rounded up to a power of two.
+and pauses of their own: text may look like earlier text and go on otherwise. In a batch a sequence
+whose tree was cut to its root has pauses too, by the same `BackOff`. Measurements are kept by the
+number of sequences that ran together, rounded up to a power of two.
 """
 
 from __future__ import annotations
