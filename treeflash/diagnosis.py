@@ -208,7 +208,7 @@ class Trial:
         return Finding(check=self.check, ok=True, message=message)
 
 
-def judge(trials: Sequence[Trial]) -> list[Finding]:
+def findings(trials: Sequence[Trial]) -> list[Finding]:
     """Say for each trial whether an alternative is clearly better than the present setting.
 
     If one setting is badly wrong, changes of other settings help a little by accident. So gains of
@@ -370,7 +370,7 @@ def diagnose(
         *map(trial, alternatives),
     ]
     depths, *facts = measured.findings
-    return replace(measured, findings=[depths, *judge(trials), *facts])
+    return replace(measured, findings=[depths, *findings(trials), *facts])
 
 
 def diagnose_target(backend: Backend, target_config: Mapping[str, Any], drafter: str) -> Diagnosis:

@@ -288,9 +288,11 @@ class LanguageModel:
         if not config.has_form:
             return None
         if find_spec("llguidance") is None:
-            raise ConfigError("a set form of the text needs llguidance; pip install llguidance")
+            raise ConfigError(
+                "json_schema, regex and grammar need llguidance; pip install llguidance"
+            )
         if not self.tokenizer.stop_token_ids:
-            raise ConfigError("a set form of the text needs a target with an end token")
+            raise ConfigError("json_schema, regex and grammar need a target with an end token")
         from treeflash.text.grammar import Grammar
 
         if config.json_schema is not None:

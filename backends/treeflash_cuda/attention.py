@@ -233,7 +233,7 @@ class GroupedMasks:
 def grouped_attention(
     query: Tensor,  # (batch, heads, rows, head_dim), sequence by sequence
     # Each sequence has keys and values of shape (batch, kv_heads, m, head_dim).
-    kv_caches: Sequence[tuple[Tensor, Tensor]],
+    keys_and_values: Sequence[tuple[Tensor, Tensor]],
     # Each sequence has a mask as `group_mask` makes it, or None if every key is visible. A mask
     # broadcasts over batch and kv_heads.
     masks: Sequence[Tensor | None],
@@ -250,10 +250,10 @@ def grouped_attention(
     Returns:
         (batch, rows, heads, head_dim), contiguous.
     """
-    kv_heads, head_dim = kv_caches[0][0].shape[1::2]
+    kv_heads, head_dim = keys_and_values[0][0].shape[1::2]
     groups = query.shape[1] // kv_heads
     queries = query.unflatten(1, (kv_heads, groups)).transpose(2, 3).flatten(2, 3)
-    parts = zip(queries.split([n * groups for n in rows], 2), kv_caches, masks, strict=True)
+    parts = zip(queries.split([n * groups for n in rows], 2), keys_and_values, masks, strict=True)
     on_cuda = query.device.type == "cuda" and head_dim % ALIGNMENT == 0
     outputs = []
     for q, (k, v), mask in parts:
@@ -426,14 +426,18 @@ class PackedContext:
                 f"{type(inputs.module).__name__} changes its mask, so it cannot run several "
                 "sequences at once"
             )
-        query, kv_caches = inputs.query, self.cache.visible_columns()
+        query, keys_and_values = inputs.query, self.cache.visible_columns()
         masks = self._sequence_masks[id(inputs.mask)][1]
         if not self.one_by_one:
             groups = query.shape[1] // inputs.key.shape[1]
             grouped = [self.masks.get(mask, groups, query.device) for mask in masks]
-            kv_caches = [(decoded(k, query.dtype), decoded(v, query.dtype)) for k, v in kv_caches]
-            return grouped_attention(query, kv_caches, grouped, self.rows, **inputs.score_options)
-        parts = zip(self.sequences, query.split(self.rows, 2), kv_caches, masks, strict=True)
+            keys_and_values = [
+                (decoded(k, query.dtype), decoded(v, query.dtype)) for k, v in keys_and_values
+            ]
+            return grouped_attention(
+                query, keys_and_values, grouped, self.rows, **inputs.score_options
+            )
+        parts = zip(self.sequences, query.split(self.rows, 2), keys_and_values, masks, strict=True)
         outputs = [
             sequence.attend(replace(inputs, query=q, key=k, value=v, mask=mask))
             for sequence, q, (k, v), mask in parts

@@ -196,16 +196,16 @@ class MaskedDrafts:
                 blocks = [(cache, start, size) for cache, start in self.sequences]
                 self._packed = PackedRows([*contexts, *blocks], k)
             self._packed.write(layer, k, v)
-        kv_caches = []
+        keys_and_values = []
         for (cache, start), gap in zip(self.sequences, self.gaps, strict=True):
             keys, values = cache.first_columns(layer, start + size)
-            kv_caches.append((cut_gap(keys, gap, 2), cut_gap(values, gap, 2)))
+            keys_and_values.append((cut_gap(keys, gap, 2), cut_gap(values, gap, 2)))
         if kind not in self._masks:
             pairs = zip(self.sequences, self.gaps, strict=True)
             self._masks[kind] = [self._mask(start, kind, gap, q) for (_, start), gap in pairs]
-        sizes, attention = [size] * len(kv_caches), self.model.attention(layer)
+        sizes, attention = [size] * len(keys_and_values), self.model.attention(layer)
         options = {"scale": attention.scale, "sinks": attention.attention_sink_bias}
-        return grouped_attention(q, kv_caches, self._masks[kind], sizes, **options)
+        return grouped_attention(q, keys_and_values, self._masks[kind], sizes, **options)
 
     def _mask(self, start: int, kind: Kind, gap: tuple[int, int], query: Tensor) -> Tensor | None:
         """Return the grouped mask of a block at position `start`; None if everything is visible.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from treeflash_cuda.fused_layers import agrees
-from treeflash_cuda.operations import TOLERANCES, Numbers, Operations
+from treeflash_cuda.operations import TOLERANCES, Operations, RandomInputs
 from treeflash_cuda.row_pass import MAX_ROWS
 
 CHECKED_ROWS = 3
@@ -107,7 +107,10 @@ def _agrees(forward: RoutedExperts, dtype: torch.dtype) -> bool:
     """Return whether experts compute what they do in transformers, on made-up rows."""
     module = forward.module
     weight = module.down_proj
-    numbers, size = Numbers(weight.device, dtype), weight.shape[2 if module.is_transposed else 1]
+    numbers, size = (
+        RandomInputs(weight.device, dtype),
+        weight.shape[2 if module.is_transposed else 1],
+    )
     per_token = min(2, module.num_experts)
     chosen = torch.arange(CHECKED_ROWS * per_token, device=weight.device) * 5 % module.num_experts
     chosen = chosen.view(CHECKED_ROWS, per_token)

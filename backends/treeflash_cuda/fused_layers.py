@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from treeflash.errors import UnsupportedModelError, is_device_lost, is_out_of_memory
 from treeflash_cuda.attention import Norms, TreeContext, tree_context
 from treeflash_cuda.cache import dequantise
-from treeflash_cuda.operations import TOLERANCES, Activation, Numbers, Operations
+from treeflash_cuda.operations import TOLERANCES, Activation, Operations, RandomInputs
 from treeflash_cuda.visible_keys import VisibleKeys
 
 TOLERANCE = 0.01
@@ -108,7 +108,7 @@ def _candidates(
     weight = getattr(module, "weight", None)
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if isinstance(weight, Tensor) and weight.ndim == 1 and eps is not None:
-        x = Numbers(weight.device, dtype).draw(1, ROWS, len(weight))
+        x = RandomInputs(weight.device, dtype).draw(1, ROWS, len(weight))
         yield FusedNorm(operations, weight, eps), x
         # Gemma's norms add 1 to their weight, in float32.
         yield FusedNorm(operations, weight.detach().float() + 1, eps), x
@@ -119,7 +119,7 @@ def _candidates(
         weight = getattr(gate, "weight", None)
         if isinstance(weight, Tensor) and weight.is_floating_point():
             # Weights of 8 bits are floating-point numbers too, but not what layers pass on.
-            x = Numbers(weight.device, dtype).draw(1, ROWS, weight.shape[1])
+            x = RandomInputs(weight.device, dtype).draw(1, ROWS, weight.shape[1])
             for name, function in ACTIVATIONS.items():
                 if agrees(activation, function, POINTS, tolerance=SAME_FUNCTION):
                     gated = partial(operations.gated, activation=name)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from treeflash.errors import first_line, is_out_of_memory
 from treeflash_cuda.cache import decoded
-from treeflash_cuda.operations import Numbers, tree_attention
+from treeflash_cuda.operations import RandomInputs, tree_attention
 from treeflash_cuda.visible_keys import RowPlan, VisibleKeys
 
 TOLERANCE = 0.01
@@ -127,7 +127,7 @@ def _difference(
 
     Of several windows the largest one.
     """
-    numbers, columns, rows, scale = Numbers(device, dtype), 600, 40, size**-0.5
+    numbers, columns, rows, scale = RandomInputs(device, dtype), 600, 40, size**-0.5
     k, v = numbers.draw(2, kv_heads, columns, size).transpose(1, 2)  # strided as in a cache
     q = numbers.draw(rows, heads, size)
     errors = []

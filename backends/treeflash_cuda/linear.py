@@ -63,7 +63,7 @@ class PairLinear(nn.Linear):
     def __init__(self, size: int, out: int, bias: bool) -> None:
         super().__init__(2 * size, out, bias)
 
-    # A layer of two inputs cannot stand for one of a single input, and never does.
+    # The override has other arguments on purpose: nothing calls this layer as an `nn.Linear`.
     def forward(self, first: Tensor, second: Tensor, rows: RowIndex) -> Tensor:  # type: ignore[override]
         """Return (n, out) from (n, size) first vectors and (n,) rows of (d, size) second ones."""
         # The product with a concatenation is a sum of two products.

@@ -67,19 +67,19 @@ class MtpModel(MtpLayer, nn.Module):
         visible: Tensor | None,
     ) -> Tensor:
         n, drafted = queries.shape[2] // len(caches), 0 if visible is None else visible.shape[2]
-        config, kv_caches, masks = self.config, [], []
+        config, keys_and_values, masks = self.config, [], []
         groups = config.num_attention_heads // config.num_key_value_heads
         for i, (cache, length) in enumerate(zip(caches, committed, strict=True)):
             first = first_visible(config, length, depth)
             keys, values = cache.first_columns(0, length + drafted)
-            kv_caches.append((keys[:, :, first:], values[:, :, first:]))
+            keys_and_values.append((keys[:, :, first:], values[:, :, first:]))
             mask = None
             if visible is not None:
                 mask = F.pad(additive_mask(visible[i], queries.dtype), (length - first, 0))
                 mask = group_mask(mask, groups)
             masks.append(mask)
         sizes, scale = [n] * len(caches), config.head_dim**-0.5
-        return grouped_attention(queries, kv_caches, masks, sizes, scale)[0]
+        return grouped_attention(queries, keys_and_values, masks, sizes, scale)[0]
 
 
 @dataclass(eq=False)
@@ -250,8 +250,8 @@ class ParallelDrafter(Drafter):
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             PackedRows([(x, first, len(t)) for x, first, t, _ in runs], k).write(layer, k, v)
-            kv_caches = [x.first_columns(layer, first + len(t)) for x, first, t, _ in runs]
-            return grouped_attention(q, kv_caches, masks, sizes, q.shape[-1] ** -0.5)[0]
+            keys_and_values = [x.first_columns(layer, first + len(t)) for x, first, t, _ in runs]
+            return grouped_attention(q, keys_and_values, masks, sizes, q.shape[-1] ** -0.5)[0]
 
         rotation = self.rows.rotation(positions, embedded)
         outputs: Tensor = self.rows.run(embedded, states, rotation, attend)

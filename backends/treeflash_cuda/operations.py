@@ -78,7 +78,7 @@ def tree_attention(
 
 def rms_norm(
     x: Tensor,  # (..., size)
-    weight: Tensor,  # (size,); with the 1 that some models add to it
+    weight: Tensor,  # (size,); `1 + weight` for models that add 1 to it
     eps: float,
     residual: Tensor | None = None,  # (..., size), added first
 ) -> tuple[Tensor, Tensor]:
@@ -249,8 +249,8 @@ def checked(
             difference = max(
                 _worst_row(actual, expected)
                 for actual, expected in zip(
-                    compute(kernels, Numbers(device, dtype), shapes),
-                    compute(Operations(), Numbers(device, dtype), shapes),
+                    compute(kernels, RandomInputs(device, dtype), shapes),
+                    compute(Operations(), RandomInputs(device, dtype), shapes),
                     strict=True,
                 )
             )
@@ -272,7 +272,7 @@ def _worst_row(actual: Tensor, expected: Tensor) -> float:
     return float(error / expected.float().std())
 
 
-class Numbers:
+class RandomInputs:
     """Random numbers that are equal whenever they are drawn in the same order."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
@@ -290,7 +290,7 @@ CHECKED_CHUNK = 18
 """Rows of a prompt in the check: more than the kernel multiplies at once, with any group size."""
 
 
-def _check_attention(operations: Operations, numbers: Numbers, shapes: Shapes) -> list[Tensor]:
+def _check_attention(operations: Operations, numbers: RandomInputs, shapes: Shapes) -> list[Tensor]:
     """Check trees with and without a window, a prompt's tokens, and plain decoding's rows.
 
     Rows cross tiles and chunks.
@@ -323,14 +323,14 @@ def _check_attention(operations: Operations, numbers: Numbers, shapes: Shapes) -
     ]
 
 
-def _check_norm(operations: Operations, numbers: Numbers, shapes: Shapes) -> list[Tensor]:
+def _check_norm(operations: Operations, numbers: RandomInputs, shapes: Shapes) -> list[Tensor]:
     x, residual = numbers.draw(2, 5, shapes.hidden_size)
     weight = numbers.draw(shapes.hidden_size)
     parts = operations.rms_norm(x, weight, 1e-6), operations.rms_norm(x, weight, 1e-6, residual)
     return [part for pair in parts for part in pair]
 
 
-def _check_rotation(operations: Operations, numbers: Numbers, shapes: Shapes) -> list[Tensor]:
+def _check_rotation(operations: Operations, numbers: RandomInputs, shapes: Shapes) -> list[Tensor]:
     results = []
     n, slots = 3, numbers.integers([5, 0, 9])
     for rotary_dim in {shapes.head_dim, shapes.head_dim // 4 * 2}:
@@ -352,12 +352,12 @@ def _check_rotation(operations: Operations, numbers: Numbers, shapes: Shapes) ->
     return results
 
 
-def _check_gate(operations: Operations, numbers: Numbers, shapes: Shapes) -> list[Tensor]:
+def _check_gate(operations: Operations, numbers: RandomInputs, shapes: Shapes) -> list[Tensor]:
     gate, up = numbers.draw(3, 2 * shapes.hidden_size).chunk(2, 1)
     return [operations.gated(gate, up, "silu"), operations.gated(gate, up, "gelu_tanh")]
 
 
-def _check_experts(operations: Operations, numbers: Numbers, shapes: Shapes) -> list[Tensor]:
+def _check_experts(operations: Operations, numbers: RandomInputs, shapes: Shapes) -> list[Tensor]:
     """Check experts with few, many and no rows, both layouts, and rows of no expert."""
     groups, width = 3, 48
     weights = numbers.draw(groups, width, shapes.hidden_size)
@@ -376,7 +376,7 @@ SAMPLES = 8
 """Rows of each setting in the check of sampling."""
 
 
-def _check_sampling(operations: Operations, numbers: Numbers, shapes: Shapes) -> list[Tensor]:
+def _check_sampling(operations: Operations, numbers: RandomInputs, shapes: Shapes) -> list[Tensor]:
     """Check every filter alone and all together, greedy rows, and rows that are not finite.
 
     A setting has several rows, so that a filter decides some of them.
@@ -394,7 +394,7 @@ def _check_sampling(operations: Operations, numbers: Numbers, shapes: Shapes) ->
     return [operations.sample_rows(x, keys, rows)[:, None] for x in (logits, logits.float())]
 
 
-CHECKS: dict[str, Callable[[Operations, Numbers, Shapes], list[Tensor]]] = {
+CHECKS: dict[str, Callable[[Operations, RandomInputs, Shapes], list[Tensor]]] = {
     "tree_attention": _check_attention,
     "rms_norm": _check_norm,
     "rotate_and_store": _check_rotation,

@@ -103,7 +103,7 @@ def sample_on_gpu(
 ) -> NDArray[np.int64]:
     graphs = graphs or Graphs(logits.device)
     rows = len(logits)
-    if graphs.is_capturing:  # further rows, whose results are not used, let numbers share a graph
+    if graphs.is_capturing:  # padding to a power of two lets numbers of rows share a graph
         logits = F.pad(logits, (0, 0, 0, power_of_two(rows) - rows))
     if sampling.greedy:
         best = graphs.run("argmax", None, lambda x: (finite_argmax(x),), logits)[0]

@@ -169,7 +169,7 @@ class Verifier:
             ancestors = next(uploaded).bool() if isinstance(tokens, DraftTree) else None
             contexts.append(self.target.context(state.length, positions, ancestors, images))
         cache = self.target.new_cache(rows, [context.ancestors for context in contexts])
-        logits_to_keep: int | Tensor = 1  # at least, of which none is returned
+        logits_to_keep: int | Tensor = 1  # transformers needs at least 1; the row is discarded
         if len(rows_to_keep) == ends[-1]:
             logits_to_keep = 0  # all
         elif len(rows_to_keep):

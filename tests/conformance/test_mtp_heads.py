@@ -463,7 +463,7 @@ def test_mtp_settings_and_tensors_are_checked(tmp_path: Path) -> None:
     save(tmp_path / "head", text, {k: x for k, x in mtp.items() if "k_norm" not in k})
     refused(CheckpointError, "lacks the tensor layer.self_attn.k_norm.weight")
     save(tmp_path / "head", text, mtp | {"mtp.extra.weight": np.ones(1, np.float32)})
-    refused(CheckpointError, "unexpected tensor for a row head: extra.weight")
+    refused(CheckpointError, "unexpected tensor for an MTP or EAGLE-3 head: extra.weight")
     save(tmp_path / "head", text, mtp | {"mtp.fc.weight": mtp["mtp.fc.weight"].astype(np.int8)})
     refused(CheckpointError, "tensors of type I8")
     save(tmp_path / "head", text, {"model.mtp_layers.0.input_proj.weight": mtp["mtp.fc.weight"]})

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import triton_interpreter  # noqa: F401 - repairs it
 from attention_cases import Case, alone, attention_case, expected_attention
 from treeflash_cuda import operations
-from treeflash_cuda.operations import CHECKS, TOLERANCES, Numbers, Operations, Shapes, checked
+from treeflash_cuda.operations import CHECKS, TOLERANCES, Operations, RandomInputs, Shapes, checked
 from treeflash_cuda.triton_kernels import attention, experts, layers, products, sampling
 
 CPU = torch.device("cpu")
@@ -126,7 +126,7 @@ def test_a_row_of_attention_equals_plain_decoding_bit_for_bit(case, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_row_of_the_other_kernels_does_not_depend_on_their_number(dtype):
-    numbers = Numbers(CPU, dtype)
+    numbers = RandomInputs(CPU, dtype)
     x, residual = numbers.draw(2, 6, 40)
     weight, gate = numbers.draw(40), numbers.draw(6, 40)
     many = [*layers.rms_norm(x, weight, 1e-6, residual), layers.gated(x, gate)]
@@ -155,7 +155,7 @@ def test_a_row_of_the_other_kernels_does_not_depend_on_their_number(dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_products(dtype):
     """Rows do not depend on their number or place, and PyTorch computes the same numbers."""
-    numbers = Numbers(CPU, dtype)
+    numbers = RandomInputs(CPU, dtype)
     x, weight, bias = numbers.draw(35, 100), numbers.draw(90, 100), numbers.draw(90)
     for shift in (None, bias):
         found = products.linear(x, weight, shift)

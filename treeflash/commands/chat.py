@@ -114,7 +114,7 @@ class Conversation:
                 return
             try:
                 if text.startswith("/"):
-                    self.obey(*text.split(maxsplit=1))
+                    self.run_command(*text.split(maxsplit=1))
                 elif text.strip():
                     self.reply(with_images(text, self.images))
                     self.images = []
@@ -145,7 +145,7 @@ class Conversation:
             markup=False,
         )
 
-    def obey(self, command: str, argument: str = "") -> None:
+    def run_command(self, command: str, argument: str = "") -> None:
         """Carry out a command; a ConfigError says why it cannot be."""
         match command:
             case "/system":

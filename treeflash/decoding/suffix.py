@@ -195,7 +195,7 @@ class SuffixCache:
             del self._indices[0]
 
 
-Edge: TypeAlias = Callable[[int, int, int], float]
+ChildProbability: TypeAlias = Callable[[int, int, int], float]
 """The probability of a child, from (length of the match, its places, its parent's places)."""
 
 
@@ -242,7 +242,7 @@ def expand(
     match: int,
     nodes: int,
     *,
-    edge: Edge = share,
+    edge: ChildProbability = share,
     min_prob: float = 0.1,
     deepest: int | None = None,
 ) -> SuffixTree:
@@ -292,7 +292,7 @@ def best_tree(
     matches: Iterable[int],
     nodes: Callable[[int], int],
     *,
-    edge: Edge = share,
+    edge: ChildProbability = share,
     min_prob: float = 0.1,
     deepest: Callable[[int], int | None] = lambda match: None,
 ) -> SuffixTree | None:

@@ -2,7 +2,7 @@
 
 | format | who publishes it | how `detect_format` recognises it |
 | --- | --- | --- |
-| DFlash (arXiv 2602.06036) | z-lab, JetSpec, NVIDIA | nothing of what follows |
+| DFlash (arXiv 2602.06036) | z-lab, JetSpec, NVIDIA | default: nothing of the below |
 | TreeFlash (arXiv 2606.03819) | TreeFlash | `ar_approximation` names a head |
 | DFlash2 | z-lab, incoai | `DFlash2DraftModel`, or `selector_top_k` |
 | DeepSpec | deepseek-ai, LiquidAI | `{Qwen3,Qwen35}DSparkModel`, `Lfm2DSparkDraftModel` |

@@ -114,7 +114,7 @@ def read_layout(
             check_dtype(stored[name].path, name, stored[name].dtype)
     shapes = mtp_heads.split_fused({names[x]: stored[x].shape for x in names})
     required, optional = format.shapes(config, vocab_size, shapes)
-    owner = "its configuration" if format.kind == "block" else "a row head"
+    owner = "its configuration" if format.kind == "block" else "an MTP or EAGLE-3 head"
     compare_shapes(opened.path, required | optional, shapes, optional.keys(), owner)
     if isinstance(config, DrafterConfig) and config.vocab_size is not None:
         config = replace(config, vocab_size=vocab_size)  # `block_tensors` leaves out other tokens

@@ -128,7 +128,7 @@ class AnthropicMessage(Schema):
     content: str | list[ContentBlock]
 
     def templates(self) -> list[dict[str, Any]]:
-        """Return the messages that chat templates read: each result of a call is one of its own."""
+        """Convert to messages of chat templates; each tool result becomes its own message."""
         if isinstance(self.content, str):
             return [{"role": self.role, "content": self.content}]
         messages: list[dict[str, Any]] = []

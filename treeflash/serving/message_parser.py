@@ -48,7 +48,7 @@ class ResponseTemplate:
     def find(cls, model: LanguageModel, parser: str | None = None) -> ResponseTemplate | None:
         """Find the template of a tool call parser, of the tokenizer, or of the model's family.
 
-        `parser` is a name of `TOOL_CALL_PARSERS`, and None if there is no choice.
+        `parser` is a name of `TOOL_CALL_PARSERS`, or None to detect it.
         """
         if parser is not None:
             return cls(TOOL_CALL_PARSERS[parser])

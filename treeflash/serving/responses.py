@@ -136,7 +136,7 @@ class Namespace(Schema):
 
 
 class WebSearch(Schema):
-    """A search by the server of OpenAI, which the model is not told of, because none runs here."""
+    """OpenAI's hosted web search. It is accepted and ignored: this server has none."""
 
     type: Literal["web_search"]
     external_web_access: bool | None = None

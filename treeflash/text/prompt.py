@@ -25,7 +25,7 @@ A part is `{"type": "text", "text": str}` or `{"type": "image", "image": ImageSo
 Message: TypeAlias = Mapping[str, Any]
 """One turn of a conversation: `role` and `content`."""
 Prompt: TypeAlias = str | Sequence[Message] | Sequence[int]
-FORMS = "a prompt is a string, a list of messages, or a list of token ids"
+INVALID_PROMPT = "a prompt is a string, a list of messages, or a list of token ids"
 TEXT_ONLY = "this command takes no images"
 
 
@@ -62,7 +62,7 @@ def encode(
         else:
             return EncodedPrompt(tokenizer.encode(prompt))
     if not isinstance(prompt, Iterable) or isinstance(prompt, bytes):
-        raise PromptError(f"{FORMS}, got {type(prompt).__name__}")
+        raise PromptError(f"{INVALID_PROMPT}, got {type(prompt).__name__}")
     items: list[Any] = list(prompt)
     if items and all(isinstance(item, Mapping) for item in items):
         if raw:
@@ -84,7 +84,7 @@ def encode(
     try:
         return EncodedPrompt([operator.index(item) for item in items])
     except TypeError:
-        raise PromptError(FORMS) from None
+        raise PromptError(INVALID_PROMPT) from None
 
 
 def encode_chat(

@@ -162,8 +162,8 @@ class GroupedAttention:
             return torch.cat([context, grouped(both[:, :, self.length :])], 2)
 
         bias = group_mask(self.mask.to(v.dtype), q.shape[1] // k.shape[1])
-        kv_caches, rows = [(with_context(k), with_context(v))], [q.shape[2] // self.groups]
-        out = grouped_attention(grouped(q), kv_caches, [bias], rows, q.shape[-1] ** -0.5)
+        keys_and_values, rows = [(with_context(k), with_context(v))], [q.shape[2] // self.groups]
+        out = grouped_attention(grouped(q), keys_and_values, [bias], rows, q.shape[-1] ** -0.5)
         return out.unflatten(0, (len(q), self.groups)).flatten(1, 2)
 
 

@@ -19,7 +19,7 @@ from treeflash.diagnosis import (
     check_keys,
     check_precision,
     diagnose,
-    judge,
+    findings,
     mask_candidates,
     write_changed,
 )
@@ -236,12 +236,12 @@ def trial(nats, least=0.1, error=0.0):
     ],
 )
 def test_judging(trials, ok):
-    assert [finding.ok for finding in judge(trials)] == ok
+    assert [finding.ok for finding in findings(trials)] == ok
 
 
 def test_messages_of_trials():
     trials = [trial(0.2), trial(0.05), trial(1.58, error=0.6), trial(-0.1, error=0.1), trial(None)]
-    assert [judge([each])[0].message for each in trials] == [
+    assert [findings([each])[0].message for each in trials] == [
         "changed: the target's tokens are 1.22x as probable; change it",
         "no significant improvement (best alternative: changed, 1.05x)",
         "no significant improvement (best alternative: changed, 4.85x, within noise)",

@@ -653,7 +653,7 @@ def test_tensors_of_a_head_are_checked(tmp_path: Path) -> None:
     refused("lacks the tensor norm.weight of shape (8,)", remove="norm.weight")
     wrong = "tensor fc.weight has shape (2, 2), config.json asks for (8, 24)"
     refused(wrong, **{"fc.weight": zeros})
-    refused("an unexpected tensor for a row head: extra", extra=zeros)
+    refused("an unexpected tensor for an MTP or EAGLE-3 head: extra", extra=zeros)
     refused("tensors of type I8", **{"fc.weight": np.zeros((8, 24), np.int8)})
     save(folder, {k: x for k, x in EAGLE.items() if k != "vocab_size"}, parts["stored"])
     with pytest.raises(CheckpointError, match=r"config\.json lacks 'vocab_size'"):
