@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from treeflash.__main__ import COMMANDS, _command
+from treeflash.__main__ import COMMANDS
 from treeflash.commands import adapt, evaluate
 from treeflash.config import DecodeConfig
 from treeflash.language_model import LanguageModel
@@ -27,7 +28,7 @@ REQUIRED = {"evaluate": ["--prompts", "p"], "adapt": ["--prompts", "p", "--outpu
 
 def actions(command: str) -> list[argparse.Action]:
     """The options of a command with a help text."""
-    parser = _command(command)[1]()
+    parser = import_module(f"treeflash.commands.{command}").make_parser()
     return [action for action in parser._actions if action.help not in (None, argparse.SUPPRESS)]
 
 
