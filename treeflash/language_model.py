@@ -289,10 +289,10 @@ class LanguageModel:
             return None
         if find_spec("llguidance") is None:
             raise ConfigError(
-                "json_schema, regex and grammar need llguidance; pip install llguidance"
+                "json_schema, regex or grammar needs llguidance; pip install llguidance"
             )
         if not self.tokenizer.stop_token_ids:
-            raise ConfigError("json_schema, regex and grammar need a target with an end token")
+            raise ConfigError("json_schema, regex or grammar needs a target with an end token")
         from treeflash.text.grammar import Grammar
 
         if config.json_schema is not None:

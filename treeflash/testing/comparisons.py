@@ -109,10 +109,12 @@ def assert_equal_states(
         assert_close(*pair, tolerance=tolerance)
 
 
-def assert_equal_drafter_caches(actual: SequenceState, expected: SequenceState) -> None:
+def assert_equal_drafter_caches(
+    actual: SequenceState, expected: SequenceState, *, tolerance: float = TOLERANCE
+) -> None:
     """Compare the drafter's keys and values of two sequences."""
     states = inspectable(actual), inspectable(expected)
-    assert_close(*(state.read_drafter_kv_cache() for state in states))
+    assert_close(*(state.read_drafter_kv_cache() for state in states), tolerance=tolerance)
 
 
 def assert_equal_tables(actual: TransitionTable, expected: TransitionTable) -> None:
