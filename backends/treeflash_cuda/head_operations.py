@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from treeflash.drafters.heads.operations import Operations
-from treeflash_cuda.drafter_model import MLP, RMSNorm, Rotation, rotate
+from treeflash_cuda.drafter_model import MLP, Gemma4MLP, RMSNorm, Rotation, rotate
 from treeflash_cuda.linear import PairLinear, take
 from treeflash_cuda.numerics import largest, top_log_probs
 
@@ -102,7 +102,7 @@ OPERATIONS = Operations(
     layer_norm=nn.LayerNorm,
     activation=nn.SiLU,
     gru=GRU,
-    mlp=MLP,
+    mlp=lambda config: (Gemma4MLP if config.gemma4 else MLP)(config),
     experts=Experts,
     rotary=lambda config: rotate_first,
     children=nn.ModuleList,

@@ -78,7 +78,7 @@ class MtpModel(MtpLayer, nn.Module):
                 mask = F.pad(additive_mask(visible[i], queries.dtype), (length - first, 0))
                 mask = group_mask(mask, groups)
             masks.append(mask)
-        sizes, scale = [n] * len(caches), config.head_dim**-0.5
+        sizes, scale = [n] * len(caches), config.attention_scale
         return grouped_attention(queries, keys_and_values, masks, sizes, scale)[0]
 
 

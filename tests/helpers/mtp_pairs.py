@@ -33,13 +33,32 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention"],
         "sliding_window": 3,
     },
+    "eagle3-gemma4": {
+        "architectures": ["Gemma4Eagle3Model"],
+        "attention_k_eq_v": True,
+        "final_logit_softcapping": 6.0,
+        "global_head_dim": 16,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "num_global_key_value_heads": 1,
+        "rope_parameters": {
+            "full_attention": {
+                "rope_type": "proportional",
+                "rope_theta": 1000.0,
+                "partial_rotary_factor": 0.25,
+            }
+        },
+        "target_layer_ids": [0, 2],
+    },
 }
 
 
 def write_mtp_pair(
-    root: Path, kind: str, seed: int = 0, *, vocab_size: int = 24
+    root: Path, kind: str, seed: int = 0, *, vocab_size: int = 24, **settings: Any
 ) -> tuple[Path, Path]:
-    """The folders of a target of 4 layers and of an MTP head for it, which `mtp` heads share."""
+    """The folders of a target of 4 layers and of an MTP head for it, which `mtp` heads share.
+
+    The settings are further ones of an EAGLE-3 head.
+    """
     target = root / "target"
     family = "qwen3_5" if kind == "mtp" else "qwen3"
     write_target(target, family, seed=seed, vocab_size=vocab_size)
@@ -57,8 +76,10 @@ def write_mtp_pair(
         return target, target
     keys = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "head_dim")
     drafter = {key: shape[key] for key in (*keys, "num_key_value_heads", "rms_norm_eps")}
-    drafter |= {"model_type": "llama", "num_hidden_layers": 1} | SETTINGS[kind]
-    save(root / "head", drafter, _tensors(rng, mtp_formats.EAGLE3, drafter, shape))
+    drafter |= {"model_type": "llama", "num_hidden_layers": 1} | SETTINGS[kind] | settings
+    format = mtp_formats.detect(drafter, ())
+    assert format is not None
+    save(root / "head", drafter, _tensors(rng, format, drafter, shape))
     return target, root / "head"
 
 
@@ -97,7 +118,7 @@ def _tensors(
         if name == "d2t":
             ids = np.sort(rng.permutation(shape["vocab_size"])[: size[0]])
             tensors[stored] = ids - np.arange(len(ids))
-        elif name.endswith("norm.weight") or name.startswith("fc_norm"):
+        elif name.endswith(("norm.weight", "scalar")) or name.startswith("fc_norm"):
             tensors[stored] = 1 - np.float32(parsed.norm_offset) + normal(rng, *size, scale=0.1)
         elif name != "embed_tokens.weight":
             tensors[stored] = normal(rng, *size, scale=0.6 if name == "lm_head.weight" else 0.3)

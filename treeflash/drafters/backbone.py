@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -50,6 +51,21 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "use_swa": (None, False),
 }
 """Keys that change the forward pass in unsupported ways, with the values that change nothing."""
+
+
+GEMMA4_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "enable_moe_block": (None, False),
+    "hidden_activation": ("gelu_pytorch_tanh",),
+    "hidden_size_per_layer_input": (None, 0),
+    "num_kv_shared_layers": (None, 0),
+}
+"""Settings of layers like Gemma 4's that must have one of these values."""
+GEMMA4_KEYS = GEMMA4_NEUTRAL.keys() | {
+    "attention_k_eq_v",
+    "global_head_dim",
+    "num_global_key_value_heads",
+}
+"""The keys that `gemma4_layers` reads beside `KEYS`."""
 
 
 def refuse(settings: Mapping[str, Any], neutral: Mapping[str, Collection[Any]] = NEUTRAL) -> None:
@@ -121,6 +137,36 @@ def backbone_config(
         causal=tuple(slides if causal is None else causal for slides in sliding),
         **settings,
     )
+
+
+def gemma4_layers(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read the settings of layers like Gemma 4's layers of full attention.
+
+    Returns them under the names that other layers have for them, and the fields of `DrafterShape`
+    that only these layers have. Frequencies are of whole heads, and the first
+    `partial_rotary_factor` of the pairs turn. Raises what `backbone_config` does.
+    """
+    refuse(config, GEMMA4_NEUTRAL)
+    if not set(config.get("layer_types") or ()) <= {"full_attention"}:
+        raise ValueError(f"layer_types = {config['layer_types']!r} is not supported")
+    rope = rope_parameters(config)
+    refuse(rope, {"rope_type": ("proportional",)})
+    head_dim, shared = int(config["global_head_dim"]), bool(config.get("attention_k_eq_v"))
+    kv_heads = config.get("num_global_key_value_heads") if shared else None
+    frequencies, _ = inverse_frequencies({**rope, "rope_type": "default"}, head_dim)
+    frequencies[int(float(rope.get("partial_rotary_factor", 1)) * head_dim) // 2 :] = 0
+    settings = {
+        "head_dim": head_dim,
+        "num_key_value_heads": kv_heads or config["num_key_value_heads"],
+        "rope_parameters": {"rope_theta": rope["rope_theta"]},
+    }
+    fields = {
+        "gemma4": True,
+        "keys_are_values": shared,
+        "input_scale": math.sqrt(int(config["hidden_size"])),
+        "inv_freq": tuple(frequencies.tolist()),
+    }
+    return settings, fields
 
 
 def backbone_shapes(config: DrafterConfig) -> dict[str, tuple[int, ...]]:

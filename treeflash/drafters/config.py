@@ -54,6 +54,12 @@ class DrafterShape:
     # behind the queries of each head
     gated: bool = False
     norm_offset: float = 0.0  # added to the stored weights of the norms
+    # whether the layers are Gemma 4's: their values are normed, their scores not scaled, and their
+    # sublayers' outputs normed too
+    gemma4: bool = False
+    # whether these values are the projected keys, so that there is no `v_proj`
+    keys_are_values: bool = False
+    input_scale: float = 1.0  # factor on the embeddings at the drafter's input
     # name of the conditional head, a key of `treeflash.drafters.formats.HEADS`, or of the kind of
     # head that drafts depth by depth; None for a drafter of marginals
     head: str | None = None
@@ -91,17 +97,11 @@ class DrafterConfig(DrafterShape):
 
     block_size: int  # S, the slots of a block: the root and S - 1 masks
     mask_token_id: int  # the token in the slots after the root
-    # whether the layers are Gemma 4's: their values are normed, their scores not scaled, and their
-    # sublayers' outputs normed too
-    gemma4: bool = False
-    # whether these values are the projected keys, so that there is no `v_proj`
-    keys_are_values: bool = False
     # whether the softmax of each query head has one more logit, of a key without a value
     attention_sinks: bool = False
     # whether rotary pairs are neighbouring channels (2i, 2i + 1) in the stored tensors, instead of
     # the halves of a head; `block_tensors` reorders them
     interleaved_rope: bool = False
-    input_scale: float = 1.0  # factor on the embeddings at the drafter's input
     # the first slot that predicts a token. 1: slot k predicts token k after the root (DFlash); 0:
     # slot k predicts token k + 1 (DSpark)
     first_slot: int = 1

@@ -19,7 +19,6 @@ of speculators are at the top level, and the layers' settings in `transformer_la
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -400,41 +399,10 @@ def _gated(parsed: DrafterConfig, config: Config) -> DrafterConfig:
     return replace(parsed, gated=True, norm_offset=1.0, inv_freq=inv_freq)
 
 
-GEMMA4_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "enable_moe_block": (None, False),
-    "hidden_activation": ("gelu_pytorch_tanh",),
-    "hidden_size_per_layer_input": (None, 0),
-    "layer_types": (None,),
-    "num_kv_shared_layers": (None, 0),
-}
-"""Settings of Gemma 4's layers that must have one of these values; full attention is left out."""
-
-
 def _parse_gemma4(config: Config) -> DrafterConfig:
-    """DeepSpec's drafters with layers like Gemma 4's layers of full attention.
-
-    Frequencies are of whole heads, and the first `partial_rotary_factor` of the pairs turn.
-    """
-    full = set(config.get("layer_types") or ()) <= {"full_attention"}
-    backbone.refuse(_without(config, ["layer_types"]) if full else config, GEMMA4_NEUTRAL)
-    rope = rope_parameters(config)
-    backbone.refuse(rope, {"rope_type": ("proportional",)})
-    head_dim, shared = int(config["global_head_dim"]), bool(config.get("attention_k_eq_v"))
-    kv_heads = config.get("num_global_key_value_heads") if shared else None
-    frequencies, _ = inverse_frequencies({**rope, "rope_type": "default"}, head_dim)
-    frequencies[int(float(rope.get("partial_rotary_factor", 1)) * head_dim) // 2 :] = 0
-    sizes = {
-        "head_dim": head_dim,
-        "num_key_value_heads": kv_heads or config["num_key_value_heads"],
-        "rope_parameters": {"rope_theta": rope["rope_theta"]},
-    }
-    return replace(
-        _parse_deepspec({**config, **sizes}),
-        gemma4=True,
-        keys_are_values=shared,
-        input_scale=math.sqrt(int(config["hidden_size"])),
-        inv_freq=tuple(frequencies.tolist()),
-    )
+    """DeepSpec's drafters with layers like Gemma 4's layers of full attention."""
+    settings, fields = backbone.gemma4_layers(config)
+    return replace(_parse_deepspec({**config, **settings}), **fields)
 
 
 def _parse_specforge(config: Config) -> DrafterConfig:
@@ -699,9 +667,7 @@ DEEPSPEC = _block(
 GEMMA4 = _block(
     "DeepSpec for Gemma 4",
     _parse_gemma4,
-    DEEPSPEC_KEYS
-    | GEMMA4_NEUTRAL.keys()
-    | {"attention_k_eq_v", "global_head_dim", "num_global_key_value_heads"},
+    DEEPSPEC_KEYS | backbone.GEMMA4_KEYS,
     lambda config: _is_published_as(config, None, "Gemma4DSparkModel"),
 )
 SPECFORGE = _block(

@@ -6,7 +6,7 @@
 | GLM MTP | GLM-4.5 to 4.7, DeepSeek-V3, in the target's folder | `model.layers.N.eh_proj.weight` |
 | EAGLE-3 | SafeAILab, SpecForge, ModelOpt | architecture `LlamaForCausalLMEagle3` |
 | Qwen MTP | speculators | `speculators_model_type` `mtp` |
-| EAGLE-3 | DeepSpec | architecture `Qwen3Eagle3Model` |
+| EAGLE-3 | DeepSpec | architecture `Qwen3Eagle3Model` or `Gemma4Eagle3Model` |
 | EAGLE-3 | speculators | `speculators_model_type` `eagle3` |
 | P-EAGLE | speculators | `speculators_model_type` `peagle` |
 | Gemma 4's assistant | Google | `model_type` `gemma4_assistant` |
@@ -70,13 +70,8 @@ def _is_speculators_mtp(config: Config, stored: Collection[str]) -> bool:
     return found and _is_supported(config["transformer_layer_config"], QWEN_TYPES)
 
 
-def _is_deepspec_eagle(config: Config, stored: Collection[str]) -> bool:
-    architectures = config.get("architectures") or ()
-    if "Gemma4Eagle3Model" in architectures:
-        raise UnsupportedModelError(
-            "the layout Gemma4Eagle3Model (DeepSpec's for Gemma 4) is not supported"
-        )
-    return "Qwen3Eagle3Model" in architectures
+def _has_architecture(name: str, config: Config, stored: Collection[str]) -> bool:
+    return name in (config.get("architectures") or ())
 
 
 def _is_eagle(config: Config, stored: Collection[str]) -> bool:
@@ -147,7 +142,7 @@ def _parse_qwen(
     _refuse_keys(
         text,
         lambda key: key.startswith("mtp_"),
-        {"mtp_num_hidden_layers": (1,), "mtp_use_dedicated_embeddings": (False,)},
+        {"mtp_num_hidden_layers": (None, 0, 1)},
     )
     experts = None
     if f"{prefix}layers.0.mlp.gate.weight" in stored:
@@ -198,7 +193,7 @@ def _parse_speculators_mtp(
 ) -> MtpConfig:
     """Qwen's head, with the settings of the target's layers in a section of their own."""
     known = backbone.INERT_KEYS | SPECULATORS_INERT
-    _refuse_keys(config, lambda key: key not in known, {"num_nextn_predict_layers": (1,)})
+    _refuse_keys(config, lambda key: key not in known, {"num_nextn_predict_layers": (None, 1)})
     return _parse_qwen(config["transformer_layer_config"], stored, target_layers, prefix="mtp_")
 
 
@@ -222,7 +217,7 @@ def _parse_glm(config: Config, stored: Collection[str], target_layers: int) -> M
     _refuse_keys(
         config,
         lambda key: "nextn" in key or "mtp" in key,
-        {"num_nextn_predict_layers": (1,), "num_mtp_modules": (1,)},
+        {"num_nextn_predict_layers": (None, 0, 1), "num_mtp_modules": (None, 0, 1)},
     )
     layers, width = int(config["num_hidden_layers"]), int(config["moe_intermediate_size"])
     count, groups = int(config["n_routed_experts"]), int(config.get("n_group") or 1)
@@ -331,6 +326,16 @@ DEEPSPEC_EAGLE_KEYS = {
     "target_model_name_or_path",
     "ttt_length",
 }
+GEMMA4_EAGLE_INERT = {
+    "final_logit_softcapping",  # read beside the other settings
+    "moe_intermediate_size",
+    "target_model_type",
+    "target_text_model_type",
+    "use_bidirectional_attention",  # of pictures
+    "use_double_wide_mlp",  # of layers that share keys, which are refused
+    "vocab_size_per_layer_input",
+}
+"""Keys of a Gemma 4 target's settings that mean nothing for its EAGLE-3 head."""
 SPECULATORS_INERT = {
     "speculators_config",
     "speculators_model_type",
@@ -359,6 +364,16 @@ def _parse_deepspec_eagle(config: Config, stored: Collection[str], target_layers
     neutral = EAGLE_NEUTRAL | {"draft_num_hidden_layers": (None, 1)}
     _refuse_keys(config, lambda key: key not in known, neutral)
     return _eagle_config(config, config, [int(i) for i in config["target_layer_ids"]], stored)
+
+
+def _parse_gemma4_eagle(config: Config, stored: Collection[str], target_layers: int) -> MtpConfig:
+    """DeepSpec for Gemma 4: a layer like Gemma 4's layers of full attention."""
+    settings, fields = backbone.gemma4_layers(config)
+    unread = backbone.GEMMA4_KEYS | GEMMA4_EAGLE_INERT
+    rest = {key: value for key, value in config.items() if key not in unread}
+    parsed = _parse_deepspec_eagle({**rest, **settings}, stored, target_layers)
+    softcap = float(config.get("final_logit_softcapping") or 0) or None
+    return replace(parsed, qk_norm=True, softcap=softcap, **fields)
 
 
 def _parse_speculators(config: Config, stored: Collection[str], target_layers: int) -> MtpConfig:
@@ -450,9 +465,12 @@ def _eagle_names(config: Config, stored: Collection[str]) -> Names:
 def _refuse_keys(
     config: Config, selected: Callable[[str], bool], known: Mapping[str, Collection[Any]]
 ) -> None:
-    """Raise a ValueError for the first selected setting with a value that is not known."""
+    """Raise a ValueError for the first selected setting with a value that is not known.
+
+    None and False are known of the settings that are not in `known`.
+    """
     for key, value in config.items():
-        if selected(key) and value not in (None, False) and value not in known.get(key, ()):
+        if selected(key) and value not in known.get(key, (None, False)):
             raise ValueError(f"{key} = {value!r} is not supported")
 
 
@@ -478,8 +496,8 @@ ASSISTANT_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attention_bias": (None, False),
     "hidden_act": (None,),
     "hidden_activation": ("gelu_pytorch_tanh",),
-    "hidden_size_per_layer_input": (0,),
-    "vocab_size_per_layer_input": (0,),
+    "hidden_size_per_layer_input": (None, 0),
+    "vocab_size_per_layer_input": (None, 0),
 }
 """Settings of the layers that must have one of these values."""
 
@@ -554,8 +572,14 @@ SPECULATORS_MTP = _mtp(
 )
 DEEPSPEC_EAGLE3 = _mtp(
     name="EAGLE-3",
-    detect=_is_deepspec_eagle,
+    detect=partial(_has_architecture, "Qwen3Eagle3Model"),
     parse=_parse_deepspec_eagle,
+    names=_eagle_names,
+)
+GEMMA4_EAGLE3 = _mtp(
+    name="EAGLE-3",
+    detect=partial(_has_architecture, "Gemma4Eagle3Model"),
+    parse=_parse_gemma4_eagle,
     names=_eagle_names,
 )
 EAGLE3 = _mtp(name="EAGLE-3", detect=_is_eagle, parse=_parse_eagle, names=_eagle_names)
@@ -582,6 +606,7 @@ MTP_FORMATS = (
     PEAGLE,
     SPECULATORS_MTP,
     DEEPSPEC_EAGLE3,
+    GEMMA4_EAGLE3,
     EAGLE3,
     QWEN_SIDECAR,
     ASSISTANT,

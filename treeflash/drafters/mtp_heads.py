@@ -124,6 +124,8 @@ class MtpConfig(DrafterShape):
     @property
     def attention_scale(self) -> float:
         """Factor on the scores of the attention."""
+        if self.gemma4:
+            return 1.0
         return self.head_dim**-0.5 if self.latent is None else self.latent.scale
 
 
@@ -227,7 +229,12 @@ def _attention_shapes(layer: str, config: MtpConfig, read: int) -> Shapes:
         return {f"{layer}post_attention_layernorm.weight": (h,), **named}
     q, kv = config.num_attention_heads * d, config.num_key_value_heads * d
     shapes: Shapes = {f"{layer}post_attention_layernorm.weight": (h,)}
+    if config.gemma4:
+        shapes |= {f"{layer}{name}.weight": (h,) for name in backbone.NORMS[2:]}
+        shapes[f"{layer}layer_scalar"] = (1,)
     projections = {"q": (q * (2 if config.gated else 1), read), "k": (kv, read), "v": (kv, read)}
+    if config.keys_are_values:
+        del projections["v"]
     for name, shape in {**projections, "o": (h, q)}.items():
         shapes[f"{layer}self_attn.{name}_proj.weight"] = shape
         if config.output_bias if name == "o" else config.attention_bias:

@@ -105,7 +105,7 @@ class Attention:
         q, kv = config.num_attention_heads * d, config.num_key_value_heads * d
         self.q_proj = ops.linear(read, 2 * q if config.gated else q, bias=bias)
         self.k_proj = ops.linear(read, kv, bias=bias)
-        self.v_proj = ops.linear(read, kv, bias=bias)
+        self.v_proj = None if config.keys_are_values else ops.linear(read, kv, bias=bias)
         self.o_proj = ops.linear(q, h, bias=config.output_bias)
         if config.qk_norm:
             self.q_norm = ops.float32_norm(d, config.rms_norm_eps)
@@ -122,9 +122,22 @@ class Attention:
     def keys_and_values(self, y: Array, rotation: Rotation) -> tuple[Array, Array]:
         """Return the (1, kv_heads, n, head_dim) each, of n rows."""
         shape = len(y), -1, self.config.head_dim
-        k, v = self.k_proj(y).reshape(shape), self.v_proj(y).reshape(shape)
+        k = self.k_proj(y).reshape(shape)
+        v = k if self.v_proj is None else self.v_proj(y).reshape(shape)
         keys = self.rotate(self.k_norm(k) if self.config.qk_norm else k, rotation)
-        return keys, v.swapaxes(0, 1)[None]
+        return keys, self._values(v).swapaxes(0, 1)[None]
+
+    def _values(self, v: Array) -> Array:
+        return v
+
+
+class Gemma4Attention(Attention):
+    """Gemma 4's attention, with values that are normed without weights."""
+
+    def _values(self, v: Array) -> Array:
+        values = self.ops.float32(v)
+        square = (values * values).mean(-1, keepdims=True) + self.config.rms_norm_eps
+        return self.ops.cast(values * square**-0.5, v)
 
 
 class LatentAttention:
@@ -191,7 +204,8 @@ class Layer:
     def __init__(self, config: MtpConfig) -> None:
         super().__init__()
         ops, h, eps = self.ops, config.hidden_size, config.rms_norm_eps
-        self.self_attn = ops.module(LatentAttention if config.latent else Attention)(config)
+        attention = Gemma4Attention if config.gemma4 else Attention
+        self.self_attn = ops.module(LatentAttention if config.latent else attention)(config)
         self.has_latents = config.latent is not None
         self.input_layernorm = None if config.reads_both else ops.float32_norm(h, eps)
         self.post_attention_layernorm = ops.float32_norm(h, eps)
@@ -206,6 +220,23 @@ class Layer:
             attended = attended * self.ops.sigmoid(gate)
         x = residual + self.self_attn.o_proj(attended.reshape(len(attended), -1))
         return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Gemma4Layer(Layer):
+    """Gemma 4's layer with full attention: the outputs of sublayers are normed too."""
+
+    def __init__(self, config: MtpConfig) -> None:
+        super().__init__(config)
+        size = config.hidden_size, config.rms_norm_eps
+        self.pre_feedforward_layernorm = self.ops.float32_norm(*size)
+        self.post_feedforward_layernorm = self.ops.float32_norm(*size)
+        self.layer_scalar = self.ops.parameter(1)
+
+    def finish(self, attended: Array, gate: Array | None, residual: Array) -> Array:
+        y = self.self_attn.o_proj(attended.reshape(len(attended), -1))
+        x = residual + self.post_attention_layernorm(y)
+        y = self.mlp(self.pre_feedforward_layernorm(x))
+        return (x + self.post_feedforward_layernorm(y)) * self.layer_scalar
 
 
 class MtpLayer:
@@ -231,7 +262,7 @@ class MtpLayer:
                 self.fc_norm = ops.children([ops.float32_norm(h, eps) for _ in range(features)])
         else:
             self.input_proj = ops.linear(2 * h, h, bias=False)
-        self.layer = ops.module(Layer)(config)
+        self.layer = ops.module(Gemma4Layer if config.gemma4 else Layer)(config)
         ordinary = replace(config, reads_both=False)
         self.further_layers = ops.children(
             [ops.module(Layer)(ordinary) for _ in range(config.num_hidden_layers - 1)]
@@ -255,6 +286,8 @@ class MtpLayer:
     def read(self, embedded: Array, states: Array) -> tuple[Array, Array]:
         """Return attention's input and residual from (n, hidden_size) embeddings and states."""
         normed = self.hidden_norm(states)
+        if self.config.input_scale != 1:
+            embedded = embedded * self.config.input_scale
         both = self.ops.concatenate([self.embedding_norm(embedded), normed], -1)
         if self.input_proj is None:
             return both, normed if self.config.normed_residual else states

@@ -18,7 +18,9 @@ from treeflash.reference.numerics import (
     Array,
     Ints,
     attention,
+    gelu_tanh,
     log_softmax,
+    rms_norm,
     rotate,
     sigmoid,
     silu,
@@ -94,7 +96,8 @@ class MtpModel(DrafterModel):
     def read(self, tokens: Ints, states: Array) -> tuple[Array, Array]:
         """Compute attention's input and residual from (n,) tokens and (n, hidden_size) states."""
         normed = self.normed("hidden_norm", states)
-        both = np.concatenate([self.normed("embedding_norm", self.embed(tokens)), normed], -1)
+        embedded = self.embed(tokens) * np.float32(self.config.input_scale)
+        both = np.concatenate([self.normed("embedding_norm", embedded), normed], -1)
         if self.config.reads_both:
             return both, normed if self.config.normed_residual else states
         x = self.linear("input_proj", both)
@@ -104,8 +107,12 @@ class MtpModel(DrafterModel):
         self, y: Array, positions: Ints, layer: str = "layer."
     ) -> tuple[Array, Array]:
         """Return the (kv_heads, n, head_dim) each, of n rows."""
-        v = self.linear(f"{layer}self_attn.v_proj", y).reshape(len(y), -1, self.config.head_dim)
+        config = self.config
         k = self.linear(f"{layer}self_attn.k_proj", y)
+        v = k if config.keys_are_values else self.linear(f"{layer}self_attn.v_proj", y)
+        v = v.reshape(len(y), -1, config.head_dim)
+        if config.gemma4:
+            v = rms_norm(v, np.ones(1, np.float32), config.rms_norm_eps)
         return self._rotated(f"{layer}self_attn.k", k, positions), v.swapaxes(0, 1)
 
     def layer(
@@ -123,13 +130,25 @@ class MtpModel(DrafterModel):
         gate = None
         if self.config.gated:
             q, gate = np.split(q.reshape(len(y), -1, 2 * self.config.head_dim), 2, -1)
-        out = attention(self._rotated(f"{layer}self_attn.q", q, positions), keys, values, mask)
+        q = self._rotated(f"{layer}self_attn.q", q, positions)
+        out = attention(q, keys, values, mask, self.config.attention_scale)
         if gate is not None:
             out = out * sigmoid(gate.reshape(out.shape))
-        x = x + self.linear(f"{layer}self_attn.o_proj", out)
+        out = self.linear(f"{layer}self_attn.o_proj", out)
+        if self.config.gemma4:
+            return self._finish_gemma4(out, x)
+        x = x + out
         y = self.normed(f"{layer}post_attention_layernorm", x)
         up = silu(self.linear(f"{layer}mlp.gate_proj", y)) * self.linear(f"{layer}mlp.up_proj", y)
         return x + self.linear(f"{layer}mlp.down_proj", up)
+
+    def _finish_gemma4(self, attended: Array, x: Array) -> Array:
+        x = x + self.normed("layer.post_attention_layernorm", attended)
+        y = self.normed("layer.pre_feedforward_layernorm", x)
+        gate = gelu_tanh(self.linear("layer.mlp.gate_proj", y))
+        y = self.linear("layer.mlp.down_proj", gate * self.linear("layer.mlp.up_proj", y))
+        x = x + self.normed("layer.post_feedforward_layernorm", y)
+        return x * self.tensors["layer.layer_scalar"]
 
     def feedback(self, x: Array) -> Array:
         """Compute the states of the children of rows, from the rows' outputs."""

@@ -19,6 +19,7 @@ from treeflash.drafters.mtp_formats import (
     ASSISTANT,
     DEEPSPEC_EAGLE3,
     EAGLE3,
+    GEMMA4_EAGLE3,
     GLM_MTP,
     PEAGLE,
     QWEN_MTP,
@@ -91,6 +92,31 @@ DEEPSPEC = {
     "ttt_length": 7,
     "step_loss_decay": 0.8,
 }
+DEEPSPEC_GEMMA4 = {
+    **DEEPSPEC,
+    "architectures": ["Gemma4Eagle3Model"],
+    "attention_k_eq_v": True,
+    "enable_moe_block": False,
+    "final_logit_softcapping": 30.0,
+    "global_head_dim": 8,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "hidden_size_per_layer_input": 0,
+    "layer_types": ["full_attention"],
+    "model_type": "gemma4_text",
+    "num_global_key_value_heads": 2,
+    "num_kv_shared_layers": 0,
+    "rope_parameters": {
+        "full_attention": {
+            "rope_type": "proportional",
+            "rope_theta": 16.0,
+            "partial_rotary_factor": 0.5,
+        },
+        "sliding_attention": {"rope_type": "default", "rope_theta": 4.0},
+    },
+    "target_model_type": "gemma4_unified",
+    "use_bidirectional_attention": "vision",
+    "vocab_size_per_layer_input": 262144,
+}
 SPECULATORS_QWEN = {
     "speculators_model_type": "mtp",
     "num_nextn_predict_layers": 1,
@@ -132,6 +158,7 @@ def tensors(*names: str) -> dict[str, Any]:
         ({"architectures": ["Eagle3Speculator"], "model_type": "x"}, ("x",), EAGLE3),
         ({**SPECULATORS, "architectures": ["Eagle3Speculator"]}, ("x",), SPECULATORS_EAGLE3),
         (DEEPSPEC, ("x",), DEEPSPEC_EAGLE3),
+        (DEEPSPEC_GEMMA4, ("x",), GEMMA4_EAGLE3),
         (PARALLEL, ("x",), PEAGLE),
         (SPECULATORS_QWEN, ("x",), SPECULATORS_MTP),
         (GEMMA, ("x",), ASSISTANT),
@@ -166,7 +193,6 @@ def test_a_head_is_recognised(
             "x",
             "the MTP head of qwen3 models is not supported",
         ),
-        ({"architectures": ["Gemma4Eagle3Model"]}, "x", "the layout Gemma4Eagle3Model"),
         ({"model_type": "mellum"}, MTP_NAMES, "the MTP head of mellum models is not supported"),
     ],
 )
@@ -239,6 +265,29 @@ def test_eagle_3_of_deepspec() -> None:
         own_vocabulary=True,
     )
     assert mtp_shapes(config, 10)["fc.weight"] == (8, 40)
+
+
+def test_eagle_3_of_deepspec_for_gemma_4() -> None:
+    """Half of four pairs turn, with frequencies of the whole head."""
+    config = parse(GEMMA4_EAGLE3, DEEPSPEC_GEMMA4)
+    check(
+        config,
+        attention_scale=1.0,
+        gemma4=True,
+        head_dim=8,
+        input_scale=8**0.5,
+        keys_are_values=True,
+        num_key_value_heads=2,
+        qk_norm=True,
+        softcap=30.0,
+    )
+    np.testing.assert_allclose(config.inv_freq, (1.0, 0.5, 0.0, 0.0))
+    shapes = mtp_shapes(config, 10)
+    assert "layer.self_attn.v_proj.weight" not in shapes
+    assert shapes["layer.layer_scalar"] == (1,)
+    plain = parse(GEMMA4_EAGLE3, DEEPSPEC_GEMMA4, attention_k_eq_v=False)
+    check(plain, num_key_value_heads=1)
+    assert mtp_shapes(plain, 10)["layer.self_attn.v_proj.weight"] == (8, 16)
 
 
 def test_experts_of_qwen() -> None:
@@ -370,6 +419,10 @@ def test_dialects_of_eagle_3(form: str) -> None:
         with pytest.raises(ValueError, match=f"{key} = True is not supported"):
             parse(format, base, **{key: True})
         parse(format, base, **{key: False})
+    for key in ("next_layer_regular", "use_aux_hidden_state", "use_last_layernorm"):
+        with pytest.raises(ValueError, match=f"{key} = False is not supported"):
+            parse(format, base, **{key: False})
+        parse(format, base, **{key: True})
 
 
 @pytest.mark.parametrize("form", ["eagle", "speculators"])
@@ -499,6 +552,9 @@ def test_assistants_of_gemma() -> None:
         (SPECULATORS_MTP, SPECULATORS_QWEN, "mystery", 1),
         (DEEPSPEC_EAGLE3, DEEPSPEC, "draft_num_hidden_layers", 2),
         (DEEPSPEC_EAGLE3, DEEPSPEC, "mystery", 1),
+        (GEMMA4_EAGLE3, DEEPSPEC_GEMMA4, "mystery", 1),
+        (GEMMA4_EAGLE3, DEEPSPEC_GEMMA4, "enable_moe_block", True),
+        (GEMMA4_EAGLE3, DEEPSPEC_GEMMA4, "num_kv_shared_layers", 2),
     ],
 )
 def test_settings_of_mtp_heads_that_nothing_reads_are_refused(

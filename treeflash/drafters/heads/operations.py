@@ -42,7 +42,7 @@ class Operations:
     activation: Callable[[], Module]  # SiLU, which has a number in a list but no weights
     # (size, state_size): the GRU has no biases, and is called with inputs and states.
     gru: Callable[[int, int], Module]
-    mlp: Callable[[DrafterShape], Module]  # SwiGLU, of a configuration's sizes
+    mlp: Callable[[DrafterShape], Module]  # SwiGLU of a configuration's sizes, or Gemma 4's GELU
     # (size, width, experts): SwiGLUs, called with (n, size) vectors, and (n, k) indices and weights
     # of the experts whose weighted sum in float32 is returned.
     experts: Callable[[int, int, int], Module]
