@@ -2,6 +2,11 @@
 
 A GGUF file names tensors, settings and tokens in the way of llama.cpp. `ARCHITECTURES` has what
 differs between models: their settings and names, and what llama.cpp's converter does to weights.
+
+A file of the architecture `dflash` is a drafter: DFlash, DFlash2 or DSpark, with a copy of the
+target's tokens. It becomes a folder in a published format, whose arithmetic llama.cpp's runtime
+(`src/models/dflash.cpp`) has too. Layer ids count one more than in that format, since they tell the
+layer that reads a feature, and `d2t` has tokens instead of differences.
 """
 
 from __future__ import annotations
@@ -92,41 +97,63 @@ def convert_gguf(path: Path, folder: Path, progress: Progress = lambda done, tot
             "llama-gguf-split --merge"
         )
     kind = fields.get("general.architecture")
-    if kind not in ARCHITECTURES:
+    if kind not in (*ARCHITECTURES, DRAFTER):
         raise CheckpointError(
             f"{path.name} has general.architecture = {kind!r}; supported are "
-            f"{', '.join(ARCHITECTURES)}"
+            f"{', '.join(ARCHITECTURES)}, and {DRAFTER} for drafters"
         )
-    architecture = ARCHITECTURES[kind]
     fields |= {name.removeprefix(f"{kind}."): value for name, value in fields.items()}
     stored = {tensor.name: tensor for tensor in reader.tensors}
     try:
-        config, ends = _config(architecture, fields, stored), _end_tokens(fields)
-        tensors = {
-            _hugging_face_name(architecture, name): tensor
-            for name, tensor in stored.items()
-            if name != ROPE_FACTORS
-        }
-        documents = {
+        convert = _drafter if kind == DRAFTER else _target
+        model = convert(str(kind), fields, stored)
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"{path.name}: missing or unsupported GGUF entry: {error}") from error
+    for name, document in model.documents.items():
+        (folder / name).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    if model.tokenizer is not None:
+        model.tokenizer.save(str(folder / "tokenizer.json"))
+    entries = {name: _entry(name, tensor) for name, tensor in model.tensors.items()}
+    write_stored(folder / "model.safetensors", entries, _weights(model, progress))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """What a file holds, under the names of Hugging Face folders.
+
+    Attributes:
+        architecture: what llama.cpp's converter does to the weights.
+        documents: JSON documents by the names of their files.
+        tensors: the file's tensors by name in the folder.
+        tokenizer: the tokenizer; None for a drafter, which has its target's.
+    """
+
+    architecture: Architecture
+    documents: Mapping[str, Mapping[str, Any]]
+    tensors: Tensors
+    tokenizer: Tokenizer | None
+
+
+def _target(kind: str, fields: Fields, stored: Tensors) -> Model:
+    architecture = ARCHITECTURES[kind]
+    config, ends = _config(architecture, fields, stored), _end_tokens(fields)
+    return Model(
+        architecture=architecture,
+        documents={
             "config.json": config,
             "generation_config.json": {
                 "bos_token_id": config["bos_token_id"],
                 "eos_token_id": ends if len(ends) > 1 else ends[0],
             },
             "tokenizer_config.json": _tokenizer_config(fields),
-        }
-        tokenizer = _tokenizer(str(kind), fields)
-    except (KeyError, ValueError) as error:
-        raise CheckpointError(f"{path.name}: missing or unsupported GGUF entry: {error}") from error
-    for name, document in documents.items():
-        (folder / name).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    tokenizer.save(str(folder / "tokenizer.json"))
-    shapes = {name: _shape(name, tensor) for name, tensor in tensors.items()}
-    entries = {
-        name: ("BF16", shapes[name], 2 * int(tensor.n_elements)) for name, tensor in tensors.items()
-    }
-    weights = _weights(architecture, config, tensors, progress)
-    write_stored(folder / "model.safetensors", entries, weights)
+        },
+        tensors={
+            _hugging_face_name(architecture, name): tensor
+            for name, tensor in stored.items()
+            if name != ROPE_FACTORS
+        },
+        tokenizer=_tokenizer(kind, fields),
+    )
 
 
 def bfloat16_bits(values: NDArray[np.float32]) -> NDArray[np.uint16]:
@@ -138,11 +165,24 @@ def bfloat16_bits(values: NDArray[np.float32]) -> NDArray[np.uint16]:
 def _config(architecture: Architecture, fields: Fields, tensors: Tensors) -> dict[str, Any]:
     if int(fields.get("expert_count") or 0):
         raise ValueError("a mixture of experts")
-    hidden_size, heads = int(fields["embedding_length"]), int(fields["attention.head_count"])
-    rope_theta = float(fields["rope.freq_base"])
     return {
         "architectures": [architecture.name],
         "model_type": architecture.model_type,
+        **_layers(fields),
+        "mlp_bias": False,
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "bos_token_id": fields.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": int(fields["tokenizer.ggml.eos_token_id"]),
+        "pad_token_id": fields.get("tokenizer.ggml.padding_token_id"),
+        **architecture.settings(fields, tensors),
+    }
+
+
+def _layers(fields: Fields) -> dict[str, Any]:
+    """Return the settings that the layers of targets and drafters have."""
+    hidden_size, heads = int(fields["embedding_length"]), int(fields["attention.head_count"])
+    rope = _rope(fields)
+    return {
         "hidden_size": hidden_size,
         "intermediate_size": int(fields["feed_forward_length"]),
         "num_hidden_layers": int(fields["block_count"]),
@@ -151,21 +191,34 @@ def _config(architecture: Architecture, fields: Fields, tensors: Tensors) -> dic
         "head_dim": int(fields.get("attention.key_length") or hidden_size // heads),
         "max_position_embeddings": int(fields["context_length"]),
         "rms_norm_eps": _number(fields["attention.layer_norm_rms_epsilon"]),
-        # Readers look for the rotary base in either place.
-        "rope_theta": rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": rope_theta},
+        # Readers look for the rotary settings in either place.
+        "rope_theta": rope["rope_theta"],
+        "rope_parameters": rope,
+        "rope_scaling": rope if "factor" in rope else None,
         "hidden_act": "silu",
         "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": "output.weight" not in tensors,
         "vocab_size": len(fields["tokenizer.ggml.tokens"]),
-        "bos_token_id": fields.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": int(fields["tokenizer.ggml.eos_token_id"]),
-        "pad_token_id": fields.get("tokenizer.ggml.padding_token_id"),
         "dtype": "bfloat16",
         "torch_dtype": "bfloat16",
-        **architecture.settings(fields, tensors),
     }
+
+
+def _rope(fields: Fields) -> dict[str, Any]:
+    """Return the settings of plain rotary embeddings, or of ones that are stretched."""
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(fields["rope.freq_base"])}
+    kind = fields.get("rope.scaling.type")
+    if kind in (None, "none"):
+        return rope
+    if kind not in ("linear", "yarn"):
+        raise ValueError(f"rope.scaling.type = {kind!r}")
+    rope |= {"rope_type": kind, "factor": _number(fields["rope.scaling.factor"])}
+    if kind == "yarn":
+        length = "original_max_position_embeddings"
+        rope[length] = int(fields["rope.scaling.original_context_length"])
+        for name in ("beta_fast", "beta_slow"):
+            if (value := fields.get(f"rope.scaling.yarn_{name}")) is not None:
+                rope[name] = _number(value)
+    return rope
 
 
 def _number(value: float) -> float:
@@ -175,8 +228,6 @@ def _number(value: float) -> float:
 
 def _llama_settings(fields: Fields, tensors: Tensors) -> dict[str, Any]:
     """Find Llama 3's rotary settings from the factors that follow from them."""
-    if fields.get("rope.scaling.type") not in (None, "none"):
-        raise ValueError(f"rope.scaling.type = {fields['rope.scaling.type']!r}")
     if ROPE_FACTORS not in tensors:
         return {}
     factors = np.asarray(tensors[ROPE_FACTORS].data, np.float64).ravel()
@@ -198,9 +249,7 @@ def _llama_settings(fields: Fields, tensors: Tensors) -> dict[str, Any]:
 
 def _gemma3_settings(fields: Fields, tensors: Tensors) -> dict[str, Any]:
     """Five layers with a window are followed by one without, whose rotary base is another."""
-    full: dict[str, Any] = {"rope_type": "default", "rope_theta": float(fields["rope.freq_base"])}
-    if (scaling := fields.get("rope.scaling.type")) not in (None, "none"):
-        full |= {"rope_type": str(scaling), "factor": float(fields["rope.scaling.factor"])}
+    full = _rope(fields)
     local = {"rope_type": "default", "rope_theta": 10000.0}
     layers, heads = int(fields["block_count"]), int(fields["attention.head_count"])
     # The largest model alone scales its scores by a width that is not its heads' width.
@@ -215,7 +264,6 @@ def _gemma3_settings(fields: Fields, tensors: Tensors) -> dict[str, Any]:
         ],
         "rope_local_base_freq": local["rope_theta"],
         "rope_parameters": {"full_attention": full, "sliding_attention": local},
-        "rope_scaling": {**full} if "factor" in full else None,
     }
 
 
@@ -276,6 +324,106 @@ ARCHITECTURES = {
     ),
 }
 """By `general.architecture`."""
+DRAFTER = "dflash"
+"""The architecture of drafters."""
+DRAFTER_NAMES = {
+    **{f"{name}.weight": f"{module}.weight" for name, module in LAYER_NAMES.items()},
+    "attn_sinks.weight": "self_attn.attention_sink_bias",
+    "attn_conv_base": "attention_conv.base_kernel",
+    "attn_conv_proj.weight": "attention_conv.kernel_projection.weight",
+    "ffn_conv_base": "mlp_conv.base_kernel",
+    "ffn_conv_proj.weight": "mlp_conv.kernel_projection.weight",
+    "token_embd.weight": "embed_tokens.weight",
+    "output.weight": "lm_head.weight",
+    "output_norm.weight": "norm.weight",
+    "enc.output_norm.weight": "hidden_norm.weight",
+    "fc.weight": "fc.weight",
+    "selector_predecessor.weight": "candidate_selector.predecessor_codebook",
+    "selector_successor.weight": "candidate_selector.successor_codebook",
+    "selector_hidden.weight": "candidate_selector.hidden_projection.weight",
+    "markov_w1.weight": "markov_head.markov_w1.weight",
+    "markov_w2.weight": "markov_head.markov_w2.weight",
+    "conf_proj.weight": "confidence_head.proj.weight",
+    "conf_proj.bias": "confidence_head.proj.bias",
+    "d2t": "d2t",
+}
+"""The names of a drafter's tensors, of which the ones of a layer have its number before them."""
+FACTORS = {
+    "output_multiplier": "logit_scale",
+    "final_logit_softcapping": "final_logit_softcapping",
+    "input_embedding_scale": "embedding_scale",
+}
+"""Settings of DFlash and their names in a file."""
+SELECTOR = ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k")
+"""The settings of DFlash2, whose names are equal."""
+
+
+def _drafter(kind: str, fields: Fields, stored: Tensors) -> Model:
+    """Name a drafter's tensors, and find its format."""
+    names = {}
+    for name in stored:
+        layer = re.fullmatch(r"blk\.(\d+)\.(.+)", name)
+        if (known := DRAFTER_NAMES.get(layer[2] if layer else name)) is None:
+            raise KeyError(name)
+        names[name] = f"layers.{layer[1]}.{known}" if layer else known
+    return Model(
+        architecture=Architecture(model_type="qwen3", name="DFlashDraftModel"),
+        documents={"config.json": _drafter_config(fields, stored)},
+        tensors={names[name]: tensor for name, tensor in stored.items()},
+        tokenizer=None,
+    )
+
+
+def _drafter_config(fields: Fields, stored: Tensors) -> dict[str, Any]:
+    """Return the configuration of DFlash2, of speculators with fewer tokens, or of DeepSpec.
+
+    As in llama.cpp, the root's slot predicts a token with a Markov head, and no slot is causal,
+    unless the file says otherwise.
+    """
+    layers = _layers(fields)
+    if fields.get("rope.dimension_count", layers["head_dim"]) != layers["head_dim"]:
+        raise ValueError(f"rope.dimension_count = {fields['rope.dimension_count']}")
+    if window := int(fields.get("attention.sliding_window") or 0):
+        kinds = fields["attention.sliding_window_pattern"]
+        names = {True: "sliding_attention", False: "full_attention"}
+        layers |= {"sliding_window": window, "layer_types": [names[bool(kind)] for kind in kinds]}
+    has_head = "markov_w1.weight" in stored
+    causal = bool(fields.get("attention.causal", False))
+    own: dict[str, Any] = {
+        "block_size": int(fields.get("block_size", 16)),
+        "mask_token_id": int(fields["tokenizer.ggml.mask_token_id"]),
+    }
+    if has_head:
+        own |= {
+            "markov_rank": int(stored["markov_w1.weight"].shape[0]),
+            "enable_confidence_head": "conf_proj.weight" in stored,
+        }
+    factors = {x: _number(fields[name]) for x, name in FACTORS.items() if name in fields}
+    if "selector_hidden.weight" in stored:
+        own |= {"architectures": ["DFlash2DraftModel"]}
+        own |= {key: int(fields[key]) for key in SELECTOR}
+    else:
+        own |= {"sample_from_anchor": bool(fields.get("sample_from_anchor", has_head))}
+    if "d2t" in stored:
+        if factors:
+            raise ValueError(f"d2t with {', '.join(factors)}")
+        return {
+            "speculators_model_type": "dspark" if has_head else "dflash",
+            "transformer_layer_config": layers,
+            "aux_hidden_state_layer_ids": [int(layer) for layer in fields["target_layers"]],
+            "draft_vocab_size": int(stored["d2t"].n_elements),
+            "sliding_window_non_causal": not causal,
+            **own,
+        }
+    return {
+        **layers,
+        "architectures": ["Qwen3DSparkModel"],
+        "target_layer_ids": [int(layer) - 1 for layer in fields["target_layers"]],
+        "is_causal": causal,
+        "attention_sink_bias": any(name.endswith("attn_sinks.weight") for name in stored),
+        **own,
+        **factors,
+    }
 
 
 def _hugging_face_name(architecture: Architecture, name: str) -> str:
@@ -288,26 +436,35 @@ def _hugging_face_name(architecture: Architecture, name: str) -> str:
     return f"model.layers.{layer[1]}.{module}.{kind}" if layer else f"{module}.{kind}"
 
 
-def _shape(name: str, tensor: ReaderTensor) -> list[int]:
-    """Return a tensor's shape in the folder, where a short convolution has a group per channel."""
+def _entry(name: str, tensor: ReaderTensor) -> tuple[str, list[int], int]:
+    """Return a tensor's type, shape and number of bytes in the folder.
+
+    A short convolution has a group per channel there.
+    """
     shape = [int(size) for size in tensor.shape[::-1]]
-    return [shape[0], 1, shape[1]] if name.endswith(".conv.conv.weight") else shape
+    if name.endswith(".conv.conv.weight"):
+        shape = [shape[0], 1, shape[1]]
+    dtype, width = ("I64", 8) if name == "d2t" else ("BF16", 2)
+    return dtype, shape, width * int(tensor.n_elements)
 
 
-def _weights(
-    architecture: Architecture, config: Mapping[str, Any], tensors: Tensors, progress: Progress
-) -> Iterator[bytes]:
-    """Yield the tensors in bfloat16, one at a time."""
-    done, total = 0, 2 * sum(int(tensor.n_elements) for tensor in tensors.values())
-    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
-    for name, tensor in tensors.items():
-        weight = dequantize(tensor.data, tensor.tensor_type)
-        module = name.split(".")[-2]
-        if architecture.pairs_rows and module in heads:
-            weight = _half_rotation_order(weight, heads[module])
-        if module.endswith("norm"):
-            weight = weight - np.float32(architecture.norm_offset)
-        yield bfloat16_bits(weight).astype("<u2").tobytes()
+def _weights(model: Model, progress: Progress) -> Iterator[bytes]:
+    """Yield the tensors of a folder, one at a time: all but `d2t` in bfloat16."""
+    architecture, config = model.architecture, model.documents["config.json"]
+    done, total = 0, 2 * sum(int(tensor.n_elements) for tensor in model.tensors.values())
+    for name, tensor in model.tensors.items():
+        if name == "d2t":  # in the folder they are differences
+            ids = np.asarray(tensor.data, np.int64).ravel()
+            yield (ids - np.arange(len(ids))).astype("<i8").tobytes()
+        else:
+            weight = dequantize(tensor.data, tensor.tensor_type)
+            module = name.split(".")[-2]
+            if architecture.pairs_rows and module in ("q_proj", "k_proj"):
+                heads = "num_attention_heads" if module == "q_proj" else "num_key_value_heads"
+                weight = _half_rotation_order(weight, config[heads])
+            if module.endswith("norm"):
+                weight = weight - np.float32(architecture.norm_offset)
+            yield bfloat16_bits(weight).astype("<u2").tobytes()
         done += 2 * int(tensor.n_elements)
         progress(done, total)
 

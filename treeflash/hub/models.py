@@ -110,6 +110,7 @@ _DRAFTERS_BY_TARGET = {
         "deepseek-ai/eagle3_qwen3_8b_ttt7",
         "RedHatAI/Qwen3-8B-speculator.peagle",
         "RedHatAI/Qwen3-8B-speculator.eagle3",
+        "Dogacel/Qwen3-8B-DSpark",
     ),
     "Qwen/Qwen3-14B": _drafters(
         "deepseek-ai/dspark_qwen3_14b_block7",
@@ -121,7 +122,9 @@ _DRAFTERS_BY_TARGET = {
         "deepseek-ai/dspark_qwen3_32b_block7", "RedHatAI/Qwen3-32B-speculator.eagle3"
     ),
     "Qwen/Qwen3-Coder-30B-A3B-Instruct": _drafters(
-        "peerrh/treeflash-qwen3-coder-30b-a3b", "z-lab/Qwen3-Coder-30B-A3B-DFlash"
+        "peerrh/treeflash-qwen3-coder-30b-a3b",
+        "z-lab/Qwen3-Coder-30B-A3B-DFlash",
+        "lmsys/SGLang-EAGLE3-Qwen3-Coder-30B-A3B-Instruct-SpecForge",
     ),
     "Qwen/Qwen3-30B-A3B": _drafters(
         "RedHatAI/Qwen3-30B-A3B-speculator.dflash", "JetSpec/jetspec-qwen3-30b-a3b"
@@ -129,6 +132,7 @@ _DRAFTERS_BY_TARGET = {
     "Qwen/Qwen3-30B-A3B-Instruct-2507": _drafters(
         "RedHatAI/Qwen3-30B-A3B-Instruct-2507-speculator.dflash",
         "RedHatAI/Qwen3-30B-A3B-Instruct-2507-speculator.eagle3",
+        "lmsys/SGLang-EAGLE3-Qwen3-30B-A3B-Instruct-2507-SpecForge-Nex",
     ),
     "Qwen/Qwen3-30B-A3B-Thinking-2507": _drafters(
         "RedHatAI/Qwen3-30B-A3B-Thinking-2507-speculator.eagle3", thinking=True
@@ -174,6 +178,7 @@ _DRAFTERS_BY_TARGET = {
         "deepseek-ai/dflash_gemma4_12b_block7",
         "z-lab/gemma4-12B-it-DFlash",
         "google/gemma-4-12B-it-assistant",
+        "deepseek-ai/eagle3_gemma4_12b_ttt7",
     ),
     **{
         f"google/gemma-4-{size}-it": _drafters(f"google/gemma-4-{size}-it-assistant")
@@ -203,7 +208,9 @@ _DRAFTERS_BY_TARGET = {
         "RedHatAI/gpt-oss-20b-speculator.eagle3",
     ),
     "openai/gpt-oss-120b": _drafters(
-        "z-lab/gpt-oss-120b-DFlash", "RedHatAI/gpt-oss-120b-speculator.eagle3"
+        "z-lab/gpt-oss-120b-DFlash",
+        "RedHatAI/gpt-oss-120b-speculator.eagle3",
+        "lmsys/EAGLE3-gpt-oss-120b-bf16",
     ),
     **{
         f"nvidia/{name}": _drafters(f"RedHatAI/{name}-speculator.dflash")
@@ -567,7 +574,7 @@ def _make_once(folder: Path, make: Callable[[Path], Path], action: str, nbytes: 
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(cache / f".{folder.name}.lock"):
-            if _is_complete(folder):
+            if folder.is_dir():
                 return folder
             for leftover in cache.iterdir():  # of a killed process
                 if leftover.is_dir() and leftover.name.startswith(f".{folder.name}-"):
@@ -609,7 +616,7 @@ def _converted(gguf: Path) -> Path:
             convert_gguf(gguf, made, lambda n, total: bar.update(task, completed=n, total=total))
         return made
 
-    return folder if _is_complete(folder) else _make_once(folder, make, f"convert {gguf}")
+    return folder if folder.is_dir() else _make_once(folder, make, f"convert {gguf}")
 
 
 def _is_complete(folder: Path) -> bool:
@@ -719,7 +726,7 @@ def cached_models() -> list[CachedModel]:
     if (default / "config.json").is_file():
         remove = partial(shutil.rmtree, default)
         found.append(CachedModel.from_folder(DEFAULT_TARGET, default, remove))
-    for folder in sorted(filter(_is_complete, (cache_folder() / CONVERTED).glob("*/*"))):
+    for folder in sorted(filter(_has_weights, (cache_folder() / CONVERTED).glob("*/*"))):
         remove = partial(shutil.rmtree, folder.parent)
         found.append(CachedModel.from_folder(folder.name, folder, remove))
     found += [CachedModel.from_folder(name, folder) for name, folder in _studio_models().items()]

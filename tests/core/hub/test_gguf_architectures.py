@@ -42,12 +42,19 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 5000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 EPSILONS = {"rms_norm_eps": 1e-5}
 CASES: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "llama": ("llama", transformers.LlamaConfig, {"rope_theta": 5000.0, **EPSILONS}),
     "llama 3": ("llama", transformers.LlamaConfig, {"rope_parameters": LLAMA3, **EPSILONS}),
     "qwen2": ("qwen2", transformers.Qwen2Config, {"rope_theta": 5000.0}),
     "qwen3": ("qwen3", transformers.Qwen3Config, {"rope_theta": 5000.0, "head_dim": 16}),
+    "qwen3 with YaRN": ("qwen3", transformers.Qwen3Config, {"rope_parameters": YARN}),
     "gemma3": (
         "gemma3",
         transformers.Gemma3TextConfig,
@@ -120,6 +127,10 @@ def write(path: Path, name: str, kind: gguf.GGMLQuantizationType | None = None) 
         writer.add_sliding_window(config.sliding_window)
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(full["factor"])
+    if full["rope_type"] == "yarn":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(full["factor"])
+        writer.add_rope_scaling_orig_ctx_len(full["original_max_position_embeddings"])
     if full["rope_type"] == "llama3":
         plain = full["rope_theta"] ** -(np.arange(0, head_dim, 2) / head_dim)
         factors = plain / model.model.rotary_emb.inv_freq.numpy()

@@ -30,7 +30,7 @@ LISTED = {
     r"muse-glimmer.*-assistant$": "Muse Glimmer's assistant",
     r"-speculator\.(dflash2?|dspark)$": "speculators",
     r"_gemma4_": "DeepSpec for Gemma 4",
-    r"^deepseek-ai/|^openbmb/|^liquidai/.*-dspark$": "DeepSpec",
+    r"^deepseek-ai/|^openbmb/|^(dogacel|liquidai)/.*-dspark$": "DeepSpec",
     r"^radixark/": "SpecForge DSpark",
     r"domino": "SpecForge Domino",
     r"dflash2$": "DFlash2",

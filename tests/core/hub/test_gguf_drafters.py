@@ -1,0 +1,209 @@
+"""GGUF files of drafters, written from random drafters as llama.cpp's converter writes them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+
+from treeflash.config import DecodeConfig, LoadConfig
+from treeflash.decoding import Request, decode
+from treeflash.decoding.session import SequenceSession
+from treeflash.drafters.folder import read_config, read_tensors
+from treeflash.errors import CheckpointError
+from treeflash.hub import models
+from treeflash.hub.gguf import bfloat16_bits, convert_gguf
+from treeflash.reference.backend import load
+from treeflash.testing.models import edit_config, save, write_dialect, write_target
+
+PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
+LAYER_NAMES = {
+    "input_layernorm.weight": "attn_norm.weight",
+    "self_attn.q_proj.weight": "attn_q.weight",
+    "self_attn.k_proj.weight": "attn_k.weight",
+    "self_attn.v_proj.weight": "attn_v.weight",
+    "self_attn.o_proj.weight": "attn_output.weight",
+    "self_attn.q_norm.weight": "attn_q_norm.weight",
+    "self_attn.k_norm.weight": "attn_k_norm.weight",
+    "self_attn.attention_sink_bias": "attn_sinks.weight",
+    "post_attention_layernorm.weight": "ffn_norm.weight",
+    "mlp.gate_proj.weight": "ffn_gate.weight",
+    "mlp.up_proj.weight": "ffn_up.weight",
+    "mlp.down_proj.weight": "ffn_down.weight",
+    "attention_conv.base_kernel": "attn_conv_base",
+    "attention_conv.kernel_projection.weight": "attn_conv_proj.weight",
+    "mlp_conv.base_kernel": "ffn_conv_base",
+    "mlp_conv.kernel_projection.weight": "ffn_conv_proj.weight",
+}
+NAMES = {
+    "fc.weight": "fc.weight",
+    "hidden_norm.weight": "enc.output_norm.weight",
+    "norm.weight": "output_norm.weight",
+    "embed_tokens.weight": "token_embd.weight",
+    "lm_head.weight": "output.weight",
+    "candidate_selector.predecessor_codebook": "selector_predecessor.weight",
+    "candidate_selector.successor_codebook": "selector_successor.weight",
+    "candidate_selector.hidden_projection.weight": "selector_hidden.weight",
+    "markov_head.markov_w1.weight": "markov_w1.weight",
+    "markov_head.markov_w2.weight": "markov_w2.weight",
+    "confidence_head.proj.weight": "conf_proj.weight",
+    "confidence_head.proj.bias": "conf_proj.bias",
+}
+DRAFTERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "DFlash": ("dflash", {"layer_types": None}),
+    "DFlash with a window and YaRN": (
+        "dflash",
+        {
+            "use_sliding_window": True,
+            "is_causal": False,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 16,
+            },
+        },
+    ),
+    "DFlash2": ("dflash2", {"use_sliding_window": True}),
+    "DSpark": ("deepspec", {}),
+    "DSpark with sinks": ("deepspec-sinks", {}),
+    "DSpark with fewer tokens": (
+        "speculators-dspark",
+        {
+            "use_sliding_window": True,
+            "sliding_window_non_causal": True,
+            "markov_head_type": "vanilla",
+        },
+    ),
+}
+"""By name, a dialect and settings that it has besides."""
+
+
+def write_drafter(root: Path, name: str) -> tuple[Path, Path]:
+    """Write a target and a drafter whose weights are exact in bfloat16; returns their folders."""
+    dialect, settings = DRAFTERS[name]
+    target, folder = root / "target", root / "drafter"
+    write_target(target, "qwen3", seed=0)
+    write_dialect(folder, target, dialect, seed=1)
+    edit_config(folder, lambda config: config.update(settings))
+    tensors = read_tensors(folder)
+    for stored, tensor in tensors.items():
+        if tensor.dtype == np.float32:
+            bits = bfloat16_bits(tensor).astype(np.uint32) << 16
+            tensors[stored] = bits.view(np.float32)
+    if settings.get("markov_head_type"):
+        tensors = {x: y for x, y in tensors.items() if not x.startswith("markov_head.gate_proj")}
+    save(folder, read_config(folder), tensors)
+    return target, folder
+
+
+def write_gguf(path: Path, folder: Path) -> None:
+    """Write a drafter's folder as llama.cpp's converter does, with zeros in place of tokens."""
+    config, tensors = read_config(folder), read_tensors(folder)
+    config |= config.get("dflash_config") or {}
+    config |= config.get("transformer_layer_config") or {}
+    writer = gguf.GGUFWriter(path, "dflash")
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config.get("max_position_embeddings", 256))
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_key_length(config["head_dim"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    rope = config.get("rope_parameters") or config
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if rope.get("rope_type") == "yarn":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rope["factor"])
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+    ids = config.get("aux_hidden_state_layer_ids") or [i + 1 for i in config["target_layer_ids"]]
+    writer.add_array("dflash.target_layers", ids)
+    writer.add_uint32("dflash.block_size", config["block_size"])
+    for key in ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k"):
+        if key in config:
+            writer.add_uint32(f"dflash.{key}", config[key])
+    factors = {"output_multiplier": "logit_scale", "input_embedding_scale": "embedding_scale"}
+    for key, name in (factors | {"final_logit_softcapping": "final_logit_softcapping"}).items():
+        if config.get(key):
+            writer.add_float32(f"dflash.{name}", config[key])
+    if config.get("use_sliding_window") or config.get("use_swa"):
+        kinds = config.get("layer_types") or ["sliding_attention"] * config["num_hidden_layers"]
+        writer.add_sliding_window(config.get("swa_window_size") or config["sliding_window"])
+        slides = [kind == "sliding_attention" for kind in kinds]
+        writer.add_array("dflash.attention.sliding_window_pattern", slides)
+    if config.get("causal"):  # a file that does not say is not causal
+        writer.add_causal_attention(True)
+    if "markov_rank" in config:
+        samples = config.get("sample_from_anchor", not config.get("dspark_bonus_anchor"))
+        writer.add_bool("dflash.sample_from_anchor", samples)
+    writer.add_token_list([f"token {n}" for n in range(config["vocab_size"])])
+    writer.add_uint32("tokenizer.ggml.mask_token_id", config["mask_token_id"])
+    for stored, tensor in tensors.items():
+        if stored == "t2d":
+            continue
+        if stored == "d2t":
+            writer.add_tensor("d2t", tensor + np.arange(len(tensor)))
+            continue
+        _, _, layer = stored.partition("layers.")
+        number, _, tail = layer.partition(".")
+        name = f"blk.{number}.{LAYER_NAMES[tail]}" if layer else NAMES[stored]
+        writer.add_tensor(name, np.ascontiguousarray(tensor))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_a_file_drafts_as_its_folder(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TREEFLASH_CACHE", str(tmp_path / "cache"))
+    target, folder = write_drafter(tmp_path, name)
+    write_gguf(tmp_path / "tiny-Q8_0.gguf", folder)
+    resolved = models.resolve_drafter(str(tmp_path / "tiny-Q8_0.gguf"), str(target))
+    assert resolved == models.resolve_drafter(str(tmp_path / "tiny-Q8_0.gguf"), str(target))
+    assert "tiny-Q8_0" in [cached.name for cached in models.cached_models()]
+    options = LoadConfig(device="cpu", dtype="float32")
+    found, texts = [], []
+    for drafter in (folder, resolved):
+        pair = load(target, drafter, options)
+        with SequenceSession(pair, drafts=True) as sequence:
+            sequence.extend(PROMPT)
+            block = sequence.draft(7)
+            rows = [pair.drafter.log_probs(block)]
+            if pair.head is not None:
+                previous = np.resize(np.array([7, *PROMPT], np.int32), pair.drafter_config.depths)
+                rows.append(pair.head.log_probs(block, previous))
+        found.append(rows)
+        method = "ddtree" if pair.head is None else "treeflash"
+        config = DecodeConfig(method=method, budget=8, max_tokens=12)
+        steps = list(decode(pair, Request(prompt_ids=PROMPT, config=config)))
+        texts.append([step.tokens for step in steps])
+    for actual, expected in zip(*found[::-1], strict=True):
+        np.testing.assert_allclose(actual, expected, atol=1e-5)
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("dflash.target_layers", "dflash.tarxet_layers", "GGUF entry: 'target_layers'"),
+        ("mask_token_id", "mask_token_ix", "GGUF entry: 'tokenizer.ggml.mask_token_id'"),
+        ("enc.output_norm", "enc.output_nerm", "GGUF entry: 'enc.output_nerm.weight'"),
+    ],
+)
+def test_bad_files_are_one_line(old: str, new: str, message: str, tmp_path: Path) -> None:
+    _, folder = write_drafter(tmp_path, "DFlash")
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, folder)
+    data = path.read_bytes()
+    assert old.encode() in data
+    path.write_bytes(data.replace(old.encode(), new.encode(), 1))
+    with pytest.raises(CheckpointError, match=message) as caught:
+        convert_gguf(path, tmp_path)
+    assert "\n" not in str(caught.value)
