@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import mlx.core as mx
@@ -388,7 +389,7 @@ def load_mtp_head(layout: Layout, target: Target, bits: int | None) -> MtpModel 
         f"{name}.weight" if name.startswith("layer.mlp.experts.") else name: weight
         for name, weight in tensors.weights.items()
     }
-    _fill(model, weights, target.dtype, bits)
+    _fill(model, weights, target.dtype, bits, quantised_layers(layout, bits or 0))
     for name, module in model.named_modules():
         if isinstance(module, Float32Norm):  # in float32, where adding the offset rounds nothing
             weight = weights[f"{name}.weight"].astype(mx.float32) + config.norm_offset
@@ -397,23 +398,52 @@ def load_mtp_head(layout: Layout, target: Target, bits: int | None) -> MtpModel 
     return model
 
 
+def quantised_layers(layout: Layout, most: int) -> dict[str, dict[str, mx.array]]:
+    """Read the layers of an MTP head that its file has quantised to at most some bits, by name.
+
+    Each has a weight, scales and biases, in groups of any size.
+    """
+    found: dict[str, dict[str, mx.array]] = {}
+    for stored, name in layout.names.items():
+        tensor = layout.folder.tensors[stored]
+        if 0 < tensor.bits <= most:
+            arrays, base = read_file(tensor.path), stored.removesuffix("weight")
+            parts = {part: arrays[base + part] for part in ("weight", "scales", "biases")}
+            found[name.removesuffix(".weight")] = parts
+    return found
+
+
 def read_file(path: Path) -> dict[str, mx.array]:
     tensors: Any = mx.load(str(path), format="safetensors")  # another type for each format
     return dict(tensors)
 
 
 def _fill(
-    module: nn.Module, tensors: dict[str, mx.array], dtype: mx.Dtype, bits: int | None
+    module: nn.Module,
+    tensors: dict[str, mx.array],
+    dtype: mx.Dtype,
+    bits: int | None,
+    quantised: Mapping[str, Mapping[str, mx.array]] = MappingProxyType({}),
 ) -> None:
-    """Load the weights of a module, and quantise the layers that allow it if `bits` is given."""
+    """Load the weights of a module, and quantise the layers that allow it if `bits` is given.
+
+    The layers that are quantised already, by name, keep their weights, scales and biases.
+    """
     module.load_weights(list(tensors.items()))
     module.set_dtype(dtype)
     if bits is not None:
 
-        def fits(_: str, m: nn.Module) -> bool:
+        def fits(name: str, m: nn.Module) -> bool | dict[str, int]:
+            if name in quantised:
+                columns, words = m.weight.shape[-1], quantised[name]["weight"].shape[-1]
+                groups = quantised[name]["scales"].shape[-1]
+                return {"group_size": columns // groups, "bits": 32 * words // columns}
             return hasattr(m, "to_quantized") and m.weight.shape[-1] % GROUP_SIZE == 0
 
         nn.quantize(module, GROUP_SIZE, bits, class_predicate=fits)
+        for name, child in module.named_modules():
+            for part, array in quantised.get(name, {}).items():
+                child[part] = array if part == "weight" else array.astype(dtype)
     mx.eval(
         [child.parameters() for child in module.modules()]
     )  # also the parameters of `DrafterModel.own`

@@ -1,10 +1,14 @@
+import json
+
 import numpy as np
 import pytest
+from mtp_pairs import write_mtp_pair
 
 from treeflash.config import METHODS, DecodeConfig, LoadConfig, SamplingConfig
 from treeflash.decoding import Request, decode
 from treeflash.decoding.interfaces import TableOptions
 from treeflash.decoding.session import SequenceSession
+from treeflash.drafters.folder import read_config
 from treeflash.errors import ConfigError
 from treeflash.reference.backend import load as load_reference
 from treeflash.testing import models, require
@@ -171,6 +175,46 @@ def test_quantised_heads(tmp_path, monkeypatch, dialect):
             ]
         )
     assert texts[0] == texts[1]
+
+
+def write_side_file(target, folder):
+    """Write the MTP head of a target as mlx-vlm does: most layers in groups of 4 bits, one of 8."""
+    settings = {"group_size": 32, "bits": 4, "mode": "affine"}
+    wide = "layers.0.mlp.up_proj"
+    config = read_config(target)["text_config"] | {"model_type": "qwen3_5_mtp"}
+    tensors = {}
+    for stored, tensor in mx.load(str(target / "mtp.safetensors")).items():
+        name = stored.removeprefix("mtp.")
+        if tensor.ndim == 1:
+            tensors[name] = tensor + 1
+        elif tensor.shape[-1] % 32 == 0:
+            base = name.removesuffix("weight")
+            parts = mx.quantize(tensor, 32, 8 if name.startswith(wide) else 4)
+            tensors |= dict(zip((name, f"{base}scales", f"{base}biases"), parts, strict=True))
+        else:
+            tensors[name] = tensor
+    folder.mkdir()
+    (folder / "config.json").write_text(
+        json.dumps(config | {"quantization": settings | {wide: settings | {"bits": 8}}})
+    )
+    mx.save_safetensors(str(folder / "model.safetensors"), tensors)
+
+
+def test_quantised_layers_of_a_side_file_stay_as_they_are(tmp_path):
+    """With at most the wanted bits; a layer that has more is quantised anew, or not at all."""
+    target, _ = write_mtp_pair(tmp_path, "mtp")
+    write_side_file(target, tmp_path / "side")
+    rows, layers = {}, {}
+    for bits in (16, 8, 4):
+        backend = load(target, tmp_path / "side", LoadConfig(draft_bits=bits))
+        mlp = backend.drafter_model.layer.mlp
+        layers[bits] = [getattr(x, "bits", 0) for x in (mlp.gate_proj, mlp.up_proj)]
+        block = drafted(backend, list(range(12)), 3)[1]
+        rows[bits] = backend.head.log_probs(block, np.array([3, 5, 7], np.int32))
+    assert layers == {16: [0, 0], 8: [4, 8], 4: [4, 0]}
+    assert mlp.gate_proj.group_size == 32
+    np.testing.assert_allclose(rows[8], rows[16], atol=1e-4)
+    np.testing.assert_allclose(rows[4], rows[16], atol=1e-4)
 
 
 @pytest.mark.parametrize(("bits", "expected"), [(2, 4), (4, 4), (8, 8), (None, None)])
