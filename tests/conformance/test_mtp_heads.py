@@ -183,6 +183,17 @@ def window(size: int | None) -> Callable[[pytest.MonkeyPatch, Any], None]:
     )
 
 
+def window_before_the_root(self: Any, block: Any, rows: Any, depth: int, *args: Any) -> Any:
+    """Drafted rows that see as far back as the root's row."""
+    config = self.model.config
+    (size,) = config.sliding_windows
+    object.__setattr__(config, "sliding_windows", (size + depth,))
+    try:
+        return STEP(self, block, rows, depth, *args)
+    finally:
+        object.__setattr__(config, "sliding_windows", (size,))
+
+
 STEP, DRAFT = mtp_head.MtpHead._step, mtp_head.MtpDrafter.draft_one
 FAULTS: dict[str, tuple[str, Callable[[pytest.MonkeyPatch, Any], None]]] = {
     "state before the final norm": (
@@ -249,6 +260,10 @@ FAULTS: dict[str, tuple[str, Callable[[pytest.MonkeyPatch, Any], None]]] = {
     ),
     "a window ignored": ("eagle3-window", window(None)),
     "a window one longer": ("eagle3-window", window(7)),
+    "a window before the root": (
+        "eagle3-window",
+        lambda patch, pair: patch.setattr(mtp_head.MtpHead, "_step", window_before_the_root),
+    ),
     "DeepSpec's state fed back after the norm": (
         "deepspec-eagle3",
         lambda patch, pair: patch.setattr(mtp_head.MtpModel, "feedback", feedback),

@@ -7,15 +7,23 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import pytest
-from published_drafters import BACKENDS, TOLERANCE, cases, load_published, needs_fixtures
+from published_drafters import (
+    BACKENDS,
+    TOLERANCE,
+    cases,
+    load_published,
+    needs_fixtures,
+    published,
+)
 
 from treeflash.config import DecodeConfig
 from treeflash.decoding import Request, decode
 from treeflash.decoding.interfaces import TableOptions
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import build_chain
+from treeflash.drafters.folder import read_config
 from treeflash.reference import drafter, mtp_head
-from treeflash.reference.numerics import attention, silu, visible
+from treeflash.reference.numerics import attention, rotate, silu, visible
 
 NAMES = (
     "dflash-sinks",
@@ -109,6 +117,16 @@ def scaled_sinks(factor: float) -> Plant:
     return plant
 
 
+def masks_one_position_high(patch: pytest.MonkeyPatch, pair: Any) -> None:
+    """Rotate the rows of P-EAGLE's masks, the last ones, as if they were one position further."""
+    masks = pair.drafter_model.config.depths - 1
+
+    def rotated(x: Any, positions: Any, *args: Any) -> Any:
+        return rotate(x, positions + (np.arange(len(positions)) >= len(positions) - masks), *args)
+
+    patch.setattr(mtp_head, "rotate", rotated)
+
+
 def other_function(name: str, function: Callable[..., Any]) -> Plant:
     """Replace a function of the drafter's arithmetic."""
     return lambda patch, pair: patch.setattr(drafter, name, function)
@@ -155,6 +173,7 @@ FAULTS: dict[str, tuple[str, Plant]] = {
             pair.drafter_model.tensors, "mask_hidden", np.zeros((1, 1, 192), np.float32)
         ),
     ),
+    "P-EAGLE's masks one position high": ("speculators-peagle", masks_one_position_high),
     "rows of P-EAGLE that see later ones": (
         "speculators-peagle",
         lambda patch, pair: patch.setattr(
@@ -173,3 +192,32 @@ def test_usual_mistakes(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plant(monkeypatch, pair)
     with pytest.raises(AssertionError):
         assert largest_error(pair, name) < 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("fault", ["normed embeddings", "a factor and a softcap"])
+def test_muse_s_assistant_has_the_plain_tables_of_its_target(fault: str) -> None:
+    """Muse norms its embeddings and bounds its logits; its assistant does neither."""
+    name = "muse-glimmer-assistant"
+    pair = load_published("mlx", name)
+    if fault == "normed embeddings":
+        import mlx.core as mx
+
+        embed = pair.drafter.output.embed
+        pair.drafter.output.embed = lambda tokens: mx.fast.rms_norm(embed(tokens), None, 1e-6)
+    else:
+        settings = read_config(published(name).parent / "muse-target")["text_config"]
+        config = pair.drafter_model.config
+        object.__setattr__(config, "output_multiplier", settings["output_multiplier"])
+        object.__setattr__(config, "softcap", settings["final_logit_softcapping"])
+    assert largest_error(pair, name) > 100 * TOLERANCE
+
+
+def test_features_of_gemma_4_s_embeddings_are_scaled() -> None:
+    """Layer -1 of a drafter for Gemma 4 is what its first layer reads."""
+    pair = load_published("mlx", "gemma4-dspark")
+    pair.target.capture([-1])
+    with SequenceSession(pair, drafts=True) as sequence:
+        sequence.extend([3, 5, 7])
+        features = np.concatenate([np.array(x) for x in sequence.state.context_arrays()])
+    rows = pair.target.model.language_model.model.embed_tokens.weight
+    np.testing.assert_allclose(features, 8 * np.array(rows)[[3, 5, 7]], rtol=1e-6)
