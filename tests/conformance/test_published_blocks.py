@@ -226,7 +226,7 @@ def test_features_of_gemma_4_s_embeddings_are_scaled(tmp_path: Path) -> None:
     pair = loader("mlx")(target, tmp_path / "drafter", FLOAT32)
     with SequenceSession(pair, drafts=True) as sequence:
         sequence.extend([3, 5, 7])
-        features = np.concatenate([np.array(x) for x in sequence.state.context_arrays()])
+        last = np.array(sequence.state.context_arrays()[-1])  # the others are projected already
     tensors = read_tensors(target)
     (table,) = (x for name, x in tensors.items() if name.endswith("embed_tokens.weight"))
-    np.testing.assert_allclose(features[:, :64], 8 * table[[3, 5, 7]], rtol=1e-6)
+    np.testing.assert_allclose(last[-1, :64], 8 * table[7], rtol=1e-6)
