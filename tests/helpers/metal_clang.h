@@ -33,6 +33,7 @@ template <class T, int N>
 using vec = T __attribute__((ext_vector_type(N)));
 typedef float float2 __attribute__((ext_vector_type(2)));
 typedef float float4 __attribute__((ext_vector_type(4)));
+typedef uint uint2 __attribute__((ext_vector_type(2)));
 typedef uint uint3 __attribute__((ext_vector_type(3)));
 
 // Not templates: arguments of two types are ambiguous, as in Metal.

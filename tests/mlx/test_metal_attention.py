@@ -149,6 +149,11 @@ QUANTISED_FAULTS = {
     "the other half of a word": ("16 * (row & 1)", "0"),
     "one value twice": ("values[at[i] *", "values[at[0] *"),
     "scales of another value": ("values_scales[at[i]", "values_scales[at[0]"),
+    "the first half of a word twice": ("BITS == 4 ? 16 : 0", "0"),
+}
+WORD_FAULTS = {
+    "the first word twice": ("*(const device uint2*)from", "uint2(*from)"),
+    "half of the second word": ("BITS == 4 ? 16 : 0", "16"),
 }
 SHARED_FAULTS = {
     "no barrier": ("threadgroup_barrier(mem_flags::mem_threadgroup);", ""),
@@ -169,12 +174,12 @@ CASES = [
     *((*fault, Shape(6, 2, 256, mx.float32)) for fault in SHARED_FAULTS.values()),
     *((*fault, Shape(6, 2, 32, mx.float32)) for fault in FAULTS.values()),
     *((*fault, Shape(6, 2, 64, mx.float32, 4, 32)) for fault in QUANTISED_FAULTS.values()),
+    *((*fault, Shape(6, 2, 64, mx.float32, 8, 32)) for fault in WORD_FAULTS.values()),
 ]
+FAULT_NAMES = [*SHARED_FAULTS, *FAULTS, *QUANTISED_FAULTS, *WORD_FAULTS]
 
 
-@pytest.mark.parametrize(
-    ("right", "wrong", "shape"), CASES, ids=[*SHARED_FAULTS, *FAULTS, *QUANTISED_FAULTS]
-)
+@pytest.mark.parametrize(("right", "wrong", "shape"), CASES, ids=FAULT_NAMES)
 def test_a_fault_in_the_kernel_is_noticed(metal, monkeypatch, recwarn, right, wrong, shape):
     """By the executor, or by the check at load."""
     text = attention.source(quantised=shape.bits > 0, shared=shape.head_dim > 128)

@@ -45,6 +45,7 @@ def exact(module, x):
     ("bits", "group", "rows", "dtype"),
     [
         (4, 32, 5, mx.float32),
+        (4, 32, 17, mx.bfloat16),
         (4, 64, 9, mx.float16),
         (4, 128, 16, mx.bfloat16),
         (8, 32, 8, mx.bfloat16),
@@ -90,7 +91,13 @@ FAULTS = {
         "[8 * c + column + i][8 * t + row]",
         "[8 * c + row][8 * t + column + i]",
     ),
-    "another order of inputs": ("k + 4 * row)", "k + 4 * (row ^ 1))"),
+    "another order of inputs": ("4 * (row % 2)", "4 * (1 - row % 2)"),
+    "inputs of another quarter": ("STEP / 4 * (row / 2) +", "STEP / 4 * (row / 2 ^ 1) +"),
+    "the same inputs for both words": ("start + 8 * w", "start"),
+    "weights of another quarter": ("+ (k + quarter)", "+ (k + STEP / 4 * (row / 2))"),
+    "the first word twice": ("BITS == 4 ? w : 0", "0"),
+    "one word of two": ("*(const device uint2*)from", "uint2(*from)"),
+    "weights of other outputs": ("size_t(place[t])", "size_t(place[0])"),
     "no biases": ("* factor + bias[t]", "* factor"),
     "the factor of another place": ("/ (1u << (BITS * j))", ""),
     "every group in every simdgroup": ("g += SPLITS", "++g"),
@@ -98,8 +105,8 @@ FAULTS = {
     "a bit less": ("(1u << BITS) - 1)", "(1u << BITS) - 2)"),
 }
 UNQUANTISED_FAULTS = {
-    "weights of the same four inputs": ("4 * column + 4 * i", "4 * column"),
-    "weights of another lane": ("4 * column + 4 * i", "2 * column + 4 * i"),
+    "weights of the same four inputs": ("quarter + 4 * i", "quarter"),
+    "weights of another lane": ("quarter + 4 * i", "4 * (lane % 7) + 4 * i"),
     "inputs of the second matrix twice": ("weights[t][i][j]", "weights[t][i][j | 1]"),
     "inputs of the first tile in all": (
         "weight + size_t(place[t]) * words",
@@ -124,7 +131,7 @@ def test_a_fault_in_the_kernel_is_noticed(
     assert right in text
     monkeypatch.setattr(products, "source", lambda **_: text.replace(right, wrong))
     try:
-        assert products.fastest([layer(bits, 32, dtype)], rows) is None
+        assert products.fastest([layer(bits, 64, dtype)], rows) is None
     except MetalKernelError:
         return
     assert "few rows run without their Metal kernel: its rel" in str(recwarn.pop().message)

@@ -229,11 +229,12 @@ QUANTISED = {
                 float bias = float(keys_biases[at * k_biases_strides[2] + g]);
                 const device uint* from =
                     keys + at * k_strides[2] + (begin / 8 + 4 * d + column / 2) * (BITS / 4);
-                uint low = from[0], high = BITS == 4 ? low >> 16 : from[BITS / 4 - 1];
+                uint2 pair = BITS == 4 ? uint2(*from) : *(const device uint2*)from;
+                pair[1] >>= BITS == 4 ? 16 : 0;
                 float4 x, y;
                 UNROLL for (uint j = 0; j < 4; ++j) {
-                    x[j] = factor * float(low >> (BITS * j) & ((1 << BITS) - 1)) + bias;
-                    y[j] = factor * float(high >> (BITS * j) & ((1 << BITS) - 1)) + bias;
+                    x[j] = factor * float(pair[0] >> (BITS * j) & ((1 << BITS) - 1)) + bias;
+                    y[j] = factor * float(pair[1] >> (BITS * j) & ((1 << BITS) - 1)) + bias;
                 }""",
     "LOAD_VALUES": """uint g = (begin + 32 * d + 4 * row) / GROUP;
                 float4 x, y;

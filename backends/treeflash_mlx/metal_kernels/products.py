@@ -34,14 +34,16 @@ RACED_LAYERS = 8
 """Layers that take turns in a race: the weights of one alone would stay in the GPU's cache."""
 
 # The weights are the left operand: 8 outputs by 8 inputs. The threadgroup's simdgroups share its
-# outputs and divide the groups of inputs: each takes every SPLITS-th. Of 32 neighbouring inputs, a
-# lane reads 8 weights at once: the two elements that it holds of each of 4 matrices, if input
-# 4 i + j is in row i of matrix j.
+# outputs and divide the groups of inputs: each takes every SPLITS-th. Of STEP neighbouring inputs,
+# 32 or 64, each of four lanes reads a quarter of an output's weights at once. Every 8 of them are
+# the two elements that the lane holds of each of 4 matrices: weights j and 4 + j those of matrix j.
+# With steps of 32, for example, input 4 i + j is in row i of matrix j.
 SOURCE = """
     uint lane = thread_index_in_simdgroup, split = simdgroup_index_in_threadgroup;
     uint rows = x_shape[0], width = x_shape[1], outputs = weight_shape[0], words = weight_shape[1];
     uint groups = width / GROUP, first = threadgroup_position_in_grid.x * 8 * TILES;
     uint row = (lane >> 4 & 1) * 4 + (lane >> 1 & 3), column = (lane >> 3 & 1) * 4 + (lane & 1) * 2;
+    uint quarter = STEP / 4 * (column / 2), start = STEP / 4 * (row / 2) + 4 * (row % 2);
     uint place[TILES];
     simdgroup_float8x8 total[TILES][COLUMNS];
     UNROLL for (uint t = 0; t < TILES; ++t) {
@@ -51,23 +53,26 @@ SOURCE = """
     }
     for (uint g = split; g < groups; g += SPLITS) {
         BEGIN_GROUP
-        for (uint k = g * GROUP; k < (g + 1) * GROUP; k += 32) {
-            vec<T, 4> values[COLUMNS][2];
-            UNROLL for (uint c = 0; c < COLUMNS; ++c)
-                UNROLL for (uint i = 0; i < 2; ++i) {
-                    uint m = min(8 * c + column + i, rows - 1);
-                    values[c][i] = *(const device vec<T, 4>*)(x + m * width + k + 4 * row);
-                }
+        for (uint k = g * GROUP; k < (g + 1) * GROUP; k += STEP) {
             LOAD_WEIGHTS
-            UNROLL for (uint j = 0; j < 4; ++j) {
-                simdgroup_matrix<T, 8, 8> right[COLUMNS];
+            UNROLL for (uint w = 0; w < STEP / 32; ++w) {
+                vec<T, 4> values[COLUMNS][2];
                 UNROLL for (uint c = 0; c < COLUMNS; ++c)
-                    UNROLL for (uint i = 0; i < 2; ++i)
-                        right[c].thread_elements()[i] = values[c][i][j];
-                UNROLL for (uint t = 0; t < TILES; ++t) {
-                    SET_LEFT
+                    UNROLL for (uint i = 0; i < 2; ++i) {
+                        uint m = min(8 * c + column + i, rows - 1);
+                        values[c][i] =
+                            *(const device vec<T, 4>*)(x + m * width + k + start + 8 * w);
+                    }
+                UNROLL for (uint j = 0; j < 4; ++j) {
+                    simdgroup_matrix<T, 8, 8> right[COLUMNS];
                     UNROLL for (uint c = 0; c < COLUMNS; ++c)
-                        simdgroup_multiply_accumulate(total[t][c], left, right[c], total[t][c]);
+                        UNROLL for (uint i = 0; i < 2; ++i)
+                            right[c].thread_elements()[i] = values[c][i][j];
+                    UNROLL for (uint t = 0; t < TILES; ++t) {
+                        SET_LEFT
+                        UNROLL for (uint c = 0; c < COLUMNS; ++c)
+                            simdgroup_multiply_accumulate(total[t][c], left, right[c], total[t][c]);
+                    }
                 }
             }
         }
@@ -89,25 +94,27 @@ SOURCE = """
     }
 """
 # A weight is dequantised where it is used: the whole number stays at its place in the word, and the
-# factor of the place has the group's scale.
+# factor of the place has the group's scale. A lane reads two words at once, unless 16 weights of 4
+# bits are more than its quarter of a group.
 QUANTISED = {
     "BEGIN_GROUP": """float scale[TILES], bias[TILES];
         UNROLL for (uint t = 0; t < TILES; ++t) {
             scale[t] = float(scales[place[t] * groups + g]);
             bias[t] = float(biases[place[t] * groups + g]);
         }""",
-    "LOAD_WEIGHTS": """uint weights[TILES][BITS / 4];
-            UNROLL for (uint t = 0; t < TILES; ++t)
-                UNROLL for (uint i = 0; i < BITS / 4; ++i)
-                    weights[t][i] = weight[size_t(place[t]) * words
-                        + (k / 8 + column / 2) * (BITS / 4) + i];""",
+    "LOAD_WEIGHTS": """uint2 weights[TILES];
+            UNROLL for (uint t = 0; t < TILES; ++t) {
+                const device uint* from =
+                    weight + size_t(place[t]) * words + (k + quarter) / (32 / BITS);
+                weights[t] = STEP * BITS < 256 ? uint2(*from) : *(const device uint2*)from;
+            }""",
     "SET_LEFT": """simdgroup_float8x8 left;
-                    uint mask = ((1u << BITS) - 1) << (BITS * j);
-                    uint low = weights[t][0];
-                    uint high = BITS == 4 ? low >> 16 : weights[t][BITS / 4 - 1];
-                    float factor = scale[t] / (1u << (BITS * j));
-                    left.thread_elements()[0] = float(low & mask) * factor + bias[t];
-                    left.thread_elements()[1] = float(high & mask) * factor + bias[t];""",
+                        uint mask = ((1u << BITS) - 1) << (BITS * j);
+                        uint low = weights[t][BITS == 4 ? w : 0];
+                        uint high = BITS == 4 ? low >> 16 : weights[t][1];
+                        float factor = scale[t] / (1u << (BITS * j));
+                        left.thread_elements()[0] = float(low & mask) * factor + bias[t];
+                        left.thread_elements()[1] = float(high & mask) * factor + bias[t];""",
 }
 UNQUANTISED = {
     "BEGIN_GROUP": "",
@@ -115,10 +122,10 @@ UNQUANTISED = {
             UNROLL for (uint t = 0; t < TILES; ++t)
                 UNROLL for (uint i = 0; i < 2; ++i)
                     weights[t][i] = *(const device vec<T, 4>*)(
-                        weight + size_t(place[t]) * words + k + 4 * column + 4 * i);""",
+                        weight + size_t(place[t]) * words + k + quarter + 4 * i);""",
     "SET_LEFT": """simdgroup_matrix<T, 8, 8> left;
-                    UNROLL for (uint i = 0; i < 2; ++i)
-                        left.thread_elements()[i] = weights[t][i][j];""",
+                        UNROLL for (uint i = 0; i < 2; ++i)
+                            left.thread_elements()[i] = weights[t][i][j];""",
 }
 INPUTS: tuple[str, ...] = ("x", "weight")
 QUANTISED_INPUTS = (*INPUTS, "scales", "biases")
@@ -193,12 +200,14 @@ def multiply(module: Module, x: mx.array, geometry: Geometry) -> mx.array:
     weight, width = module.weight, x.shape[-1]
     rows, outputs = x.size // width, weight.shape[0]
     template: dict[str, Any] = {"T": x.dtype, "GROUP": UNQUANTISED_GROUP}
-    name, inputs, arrays = "products", INPUTS, [x.reshape(rows, width), weight]
+    name, inputs, arrays, step = "products", INPUTS, [x.reshape(rows, width), weight], 32
     if isinstance(module, Quantised):
         name, inputs = "products_quantised", QUANTISED_INPUTS
         arrays += [module.scales, module.biases]
         template |= {"GROUP": module.group_size, "BITS": module.bits}
+        step = 64 if module.bits == 4 and module.group_size >= 64 else 32
     template |= {"COLUMNS": -(-rows // 8), "TILES": geometry.tiles, "SPLITS": geometry.splits}
+    template["STEP"] = step
     threads = 32 * geometry.splits
     text = source(quantised=isinstance(module, Quantised))
     (out,) = make_kernel(name, inputs, ("out",), text)(
