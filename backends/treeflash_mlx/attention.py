@@ -96,13 +96,15 @@ class TreePass:
             index[i, :size] = np.arange(start, stop)
             ancestors[i, :size, :size] = tree.ancestor_mask()
             ancestors[i, size:, 0] = True
-        turned = [positions]
+        placed = mx.array(positions)
+        turned = [placed]
         if rotary is not None:
-            turned = list(np.zeros((rotary[0].ndim * 2 - 1, batch, n), np.int32))
+            axes = np.zeros((rotary[0].ndim * 2 - 1, batch, n), np.int32)
             for i, of_tree in enumerate(rotary):
-                for axis, row in zip(turned, np.atleast_2d(of_tree), strict=True):
+                for axis, row in zip(axes, np.atleast_2d(of_tree), strict=True):
                     axis[i] = row[0]
                     axis[i, : len(row)] = row
+            turned = list(map(mx.array, axes))
         if is_seen is not None:
             ancestors[0] |= is_seen
         written = mx.array(index[:, None, :, None]) if batch > 1 else None
@@ -111,8 +113,8 @@ class TreePass:
             starts=mx.array(np.array(starts, np.int32)[:, None]),
             start=min(starts),
             columns=columns,
-            positions=mx.array(positions),
-            rotary=list(map(mx.array, turned)),
+            positions=placed,
+            rotary=turned,
             ancestors=mx.array(ancestors),
             index=written,
             paths=paths,
@@ -144,6 +146,13 @@ class TreePass:
 
     def _mask(self, window: int | None, first: int) -> mx.array:
         batch, n = self.positions.shape
+        if self.index is None:  # the nodes of one sequence are its last columns
+            committed = mx.ones((n, self.start - first), mx.bool_)
+            mask = mx.concatenate([committed, self.ancestors[0]], 1)
+            if window is not None:
+                keys = mx.concatenate([mx.arange(first, self.start), self.positions[0]])
+                mask = mask & (self.positions[0][:, None] - keys < window)
+            return mask
         last = mx.arange(self.start, self.columns)  # where sequences end and trees begin
         nodes = mx.broadcast_to(last - self.starts, (batch, len(last)))
         committed, nodes = nodes < 0, mx.clip(nodes, 0, n)
@@ -157,7 +166,7 @@ class TreePass:
             before = mx.broadcast_to(mx.arange(first, self.start), (batch, self.start - first))
             keys = mx.concatenate([before, mx.where(committed, last, drafted)], 1)
             mask = mask & (self.positions[:, :, None] - keys[:, None] < window)
-        return mask[0] if self.index is None else mask[:, None]
+        return mask[:, None]
 
 
 class _ForwardPass(threading.local):

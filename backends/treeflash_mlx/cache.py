@@ -8,7 +8,7 @@ one layer of a storage during one pass.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -17,6 +17,7 @@ import numpy as np
 from mlx_lm.models.base import create_causal_mask
 from numpy.typing import NDArray
 
+from treeflash.config import SINK
 from treeflash.decoding.interfaces import StateArrays
 from treeflash_mlx.attention import TreePass
 from treeflash_mlx.hybrid import BatchStates, RecurrentStates, state_arrays
@@ -27,8 +28,11 @@ SMALL_COLUMNS = 1024
 
 
 def allocated_columns(capacity: int) -> int:
-    """Return columns for `capacity` positions and one more, in steps, to reuse freed memory."""
-    return -(-(capacity + 1) // STEP) * STEP
+    """Return columns for `capacity` positions and a few more, in steps, to reuse freed memory.
+
+    They are the copies of the first positions, see `BatchStorage.copies`, and one for padding.
+    """
+    return -(-(capacity + SINK + 1) // STEP) * STEP
 
 
 def size_class(columns: int) -> int:
@@ -50,6 +54,7 @@ class BatchStorage:
         layers: per layer, arrays of shape (batch, heads, columns, width): the keys and the values,
             or the three parts of both if they are quantised; empty before the first pass.
         latest: per layer, (batch, heads, n, width) as the latest pass wrote them.
+        copies: by layer, (batch, heads, SINK, width) of the first columns; see `first_copies`.
         states: of the recurrent layers.
     """
 
@@ -58,6 +63,7 @@ class BatchStorage:
         self.batch_size, self.free_rows, self.columns = len(states), 0, columns
         self.layers: list[list[mx.array]] = [[] for _ in range(num_layers)]
         self.latest: list[Sequence[mx.array]] = [()] * num_layers
+        self.copies: dict[int, list[mx.array]] = {}
         self.states = BatchStates(states)
 
     def fill(self, layer: int, rows: Sequence[Sequence[mx.array]]) -> None:
@@ -81,7 +87,12 @@ class BatchStorage:
     @property
     def columns_nbytes(self) -> int:
         """Size of the keys and values of all rows, bytes."""
-        return sum(array.nbytes for arrays in self.layers for array in arrays)
+        return sum(array.nbytes for array in self.arrays)
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """The keys and values of all layers."""
+        return [array for arrays in self.layers for array in arrays]
 
     def write(
         self, layer: int, new: Sequence[mx.array], start: int, index: mx.array | None = None
@@ -106,6 +117,15 @@ class BatchStorage:
         """Return a layer's columns from `first` to `stop`, of all sequences."""
         return [array[:, :, first:stop] for array in self.layers[layer]]
 
+    def first_copies(self, layer: int) -> list[mx.array]:
+        """Return copies of a layer's first columns, made once.
+
+        A write after a read of the storage in the same pass would copy all of it.
+        """
+        if layer not in self.copies:
+            self.copies[layer] = [1 * x[:, :, :SINK] for x in self.layers[layer]]
+        return self.copies[layer]
+
     def read_row(self, layer: int, row: int, stop: int) -> list[mx.array]:
         """Return a layer's columns before `stop`, of one sequence."""
         return [array[row : row + 1, :, :stop] for array in self.layers[layer]]
@@ -119,23 +139,29 @@ class BatchStorage:
         """Move the keys and values of paths to where their sequences continue."""
         if all(path[-1] == len(path) - 1 for _, path in paths.values()):
             return  # they are there already
+        # Taken from the rows as they were written: reading the storage before writing to it would
+        # force a copy.
+        if self.batch_size == 1:
+            [(first, path)] = paths.values()
+            nodes = mx.array(path)
+            for layer, rows in enumerate(self.latest):
+                self.write(layer, [mx.take(x, nodes, 2) for x in rows], first)
+            return
         longest = max(len(path) for _, path in paths.values())
         sources, targets = np.zeros((2, self.batch_size, 1, longest, 1), np.int32)
         targets += self.columns - 1
         for row, (start, path) in paths.items():
             sources[row, 0, : len(path), 0] = path
             targets[row, 0, : len(path), 0] = start + np.arange(len(path))
-        source, index = mx.array(sources), mx.array(targets) if self.batch_size > 1 else None
+        source, index = mx.array(sources), mx.array(targets)
         for layer, rows in enumerate(self.latest):
-            # Taken from the rows as they were written: reading the storage before writing to it
-            # would force a copy.
             moved = [
                 mx.take_along_axis(
                     x, mx.broadcast_to(source, (*x.shape[:2], longest, x.shape[3])), 2
                 )
                 for x in rows
             ]
-            self.write(layer, moved, int(targets[0, 0, 0, 0]), index)
+            self.write(layer, moved, 0, index)
 
 
 @dataclass(frozen=True)
@@ -225,6 +251,8 @@ class KVCache:
     def truncate(self, length: int) -> None:
         """Drop the positions from `length` on."""
         self.length = min(self.length, length)
+        if self.storage is not None:
+            self.storage.copies.clear()
 
     def attach(self, storage: BatchStorage, row: int) -> None:
         """Move to a row of a storage that has a copy of the sequence."""
@@ -308,6 +336,11 @@ def share_storage(sequences: Sequence[KVCache]) -> BatchStorage:
     for row, sequence in enumerate(sequences):
         sequence.attach(new, row)
     return new
+
+
+def storages_of(sequences: Iterable[KVCache]) -> set[BatchStorage]:
+    """Return the storages that sequences are in."""
+    return {x.storage for x in sequences if x.storage is not None}
 
 
 def _separate(sequence: KVCache, new: BatchStorage, row: int, moved: int) -> None:

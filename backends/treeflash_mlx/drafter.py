@@ -16,11 +16,12 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from treeflash.config import SINK
 from treeflash.decoding.interfaces import TableOptions
 from treeflash.decoding.sampling import Noise
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.drafters.config import window_gap
-from treeflash_mlx.cache import BatchStorage, share_storage
+from treeflash_mlx.cache import BatchStorage, share_storage, storages_of
 from treeflash_mlx.drafter_model import DrafterModel
 from treeflash_mlx.numerics import gumbel, log_softmax, top_log_probs
 from treeflash_mlx.state import project_contexts
@@ -107,7 +108,7 @@ class _DraftedSequence:
     storage: BatchStorage  # the storage of this sequence alone
     first: int  # position of the new context
     start: int  # position of the block
-    gap: tuple[int, int]  # the first position that the block does not see, and the next it sees
+    first_seen: int  # the first position that the block sees after a gap; 0 if it sees all
     masks: dict[Kind, mx.array | None]
 
 
@@ -136,11 +137,12 @@ class Drafter:
         sequences, contexts = [], []
         for state, _ in roots:
             start = state.length
-            gap = window_gap(start, self.window)
+            gap, end = window_gap(start, self.window)
+            first_seen = end if gap < end else 0
             storage = share_storage([state.drafter])
-            block_masks = {kind: self._block_mask(start, kind, gap) for kind in set(kinds)}
+            block_masks = {kind: self._block_mask(start, kind, first_seen) for kind in set(kinds)}
             first = state.drafter.length
-            sequences.append(_DraftedSequence(storage, first, start, gap, block_masks))
+            sequences.append(_DraftedSequence(storage, first, start, first_seen, block_masks))
             # There may be no new context, as after a fork where the drafter has read everything.
             contexts.append(mx.concatenate(state.context or [x[:0]]))
         blocks = [np.arange(s.start, s.start + size) for s in sequences]
@@ -152,8 +154,13 @@ class Drafter:
         for n, (layer, kind) in enumerate(zip(self.model.layers, kinds, strict=True)):
             attend = partial(self._attend, sequences, n, kind)
             x = layer(x, contexts, block_positions, row_positions, attend)
-            if on_gpu and n in (0, len(kinds) - 1):
-                mx.async_eval(x)  # the device begins while Python builds what follows
+            # The device begins while Python builds what follows, and moves the rows of the commit
+            # behind the drafts, which do not read them.
+            if on_gpu and n == len(kinds) - 1:
+                storages = storages_of(state.kv_cache for state, _ in roots)
+                mx.async_eval([x, *(y for storage in storages for y in storage.arrays)])
+            elif on_gpu and n == 0:
+                mx.async_eval(x)
         for state, _ in roots:
             # The blocks' keys and values are scratch: the next context overwrites them.
             state.drafter.length, state.context = state.length, []
@@ -185,10 +192,12 @@ class Drafter:
         log_probs = log_softmax(self.output.logits(self.output.norm(block.hidden)))
         return np.array(self.output.over_target_vocabulary(log_probs))
 
-    def _block_mask(self, start: int, kind: Kind, gap: tuple[int, int]) -> mx.array | None:
+    def _block_mask(self, start: int, kind: Kind, first_seen: int) -> mx.array | None:
         config = self.model.config
         mask = block_mask(start, config.block_size, *kind, config.window_from_root)
-        return mask if mask is None else cut_gap(mask, gap, 1)
+        if mask is None or not first_seen:
+            return mask
+        return mx.concatenate([mask[:, first_seen:], mask[:, :SINK]], 1)
 
     def _attend(
         self,
@@ -203,7 +212,8 @@ class Drafter:
 
         From (1, heads, batch * S, head_dim) queries of the blocks, and (1, kv_heads, rows,
         head_dim) keys and values of each sequence's new context and block in turn, to (batch * S,
-        heads * head_dim).
+        heads * head_dim). After a gap, copies of the first positions come behind the block: the
+        columns that it sees are neighbours, and none of them is copied.
         """
         size = self.model.config.block_size
         attention = self.model.layers[layer].self_attn
@@ -212,25 +222,20 @@ class Drafter:
             stop = sequence.start + size
             rows = slice(row, row + stop - sequence.first)
             row = rows.stop
-            sequence.storage.write(layer, [keys[:, :, rows], values[:, :, rows]], sequence.first)
+            storage, first_seen = sequence.storage, sequence.first_seen
+            storage.write(layer, [keys[:, :, rows], values[:, :, rows]], sequence.first)
+            if first_seen:
+                storage.write(layer, storage.first_copies(layer), stop)
+                stop += SINK
             y = mx.fast.scaled_dot_product_attention(
                 queries[:, :, i * size : (i + 1) * size],
-                *(cut_gap(x, sequence.gap, 2) for x in sequence.storage.read(layer, stop)),
+                *storage.read(layer, stop, first_seen),
                 scale=attention.scale,
                 mask=sequence.masks[kind],
                 sinks=attention.attention_sink_bias,
             )
             out.append(y[0].swapaxes(0, 1).reshape(size, -1))
         return mx.concatenate(out)
-
-
-def cut_gap(x: mx.array, gap: tuple[int, int], axis: int) -> mx.array:
-    """Return an array without the columns from the first number of a gap to the second."""
-    first, end = gap
-    if first == end:
-        return x
-    before, _, after = mx.split(x, [first, end], axis)
-    return mx.concatenate([before, after], axis)
 
 
 def block_mask(

@@ -15,7 +15,7 @@ from treeflash.decoding.interfaces import Prefill, Verify
 from treeflash.decoding.sampling import SampledTokens
 from treeflash.decoding.tree import DraftTree
 from treeflash_mlx.attention import TreePass
-from treeflash_mlx.cache import BatchStorage, share_storage, size_class
+from treeflash_mlx.cache import BatchStorage, share_storage, size_class, storages_of
 from treeflash_mlx.drafter_model import DrafterModel
 from treeflash_mlx.mtp_head import MtpModel
 from treeflash_mlx.sampling import draw, edit, read_tokens, sample, with_log_probs
@@ -61,9 +61,15 @@ class Verifier:
         return sampled
 
     def commit(self, paths: Sequence[tuple[Any, NDArray[np.int32]]]) -> None:
-        self._commit(paths)
-        # The device moves the rows while Python builds the next drafts.
-        mx.async_eval([_committed_arrays(state) for state, _ in paths])
+        context = self._commit(paths)
+        storages = storages_of(state.kv_cache for state, _ in paths)
+        submitted = [part.rows if isinstance(part, Unprojected) else part for part in context]
+        submitted += [x for storage in storages for x in storage.states.arrays]
+        # The next drafts read the context alone. The rows are moved after them, or where the next
+        # pass reads them; without a drafter the device has nothing else to do.
+        if not context:
+            submitted += [x for storage in storages for x in storage.arrays]
+        mx.async_eval(submitted)
 
     def logits(self, trees: Sequence[tuple[Any, DraftTree]]) -> list[NDArray[np.float32]]:
         """Return the (n, vocab) logits at the nodes of each tree, for tests."""
@@ -180,7 +186,8 @@ class Verifier:
             self._forward([(state, chunk)], prefill=True)
             # Projected at once: the outputs of five layers take five times the memory.
             self._commit([(state, np.arange(len(chunk), dtype=np.int32))])
-            mx.eval(_committed_arrays(state))
+            (storage,) = storages_of([state.kv_cache])
+            mx.eval(storage.arrays, storage.states.arrays, state.context_arrays())
 
     def _chunk_size(self, committed: int) -> int:
         """Return the new tokens of a pass after this number of committed positions."""
@@ -205,7 +212,9 @@ class Verifier:
         by_row = sorted(sequences, key=lambda sequence: sequence[0].kv_cache.row)
         trees = [tree for _, tree in by_row]
         n = max(len(tree) for tree in trees)
-        token_ids = [[*tree.tokens, *tree.tokens[:1].repeat(n - len(tree))] for tree in trees]
+        token_ids = [
+            np.concatenate([tree.tokens, tree.tokens[:1].repeat(n - len(tree))]) for tree in trees
+        ]
         starts, caches = zip(*((s.length, s.kv_cache) for s, _ in by_row), strict=True)
         solve = None if prefill else self.target.solve
         tower, images = self.target.tower, None
@@ -241,8 +250,8 @@ class Verifier:
             groups.setdefault(key, []).append((state, tree))
         return list(groups.values())
 
-    def _commit(self, paths: Sequence[PathOfState]) -> None:
-        """Commit paths of the latest passes, and project their features.
+    def _commit(self, paths: Sequence[PathOfState]) -> list[mx.array | Unprojected]:
+        """Commit paths of the latest passes, and project their features, which it returns.
 
         The projection may fail, so it comes first: a failed call must change no sequence.
         """
@@ -270,6 +279,7 @@ class Verifier:
             state.keep_tokens(path)
         for state, part in context:
             state.context.append(part)
+        return [part for _, part in context]
 
 
 def _rotary_positions(
@@ -282,8 +292,3 @@ def _rotary_positions(
         state.rotary_positions(tree if state.images is None else tree.tokens.tolist())
         for state, tree in sequences
     ]
-
-
-def _committed_arrays(state: State) -> list[Any]:
-    storage = state.kv_cache.storage
-    return [storage and [storage.layers, storage.states.arrays], state.context_arrays()]

@@ -93,15 +93,22 @@ def test_a_block_drafter_sees_the_last_positions_by_default(tmp_path, window, se
 @pytest.mark.parametrize("sliding_window", [None, 7])
 @pytest.mark.parametrize("window", [1, 3, 100])
 def test_a_window_of_the_context_matches_reference(tmp_path, window, sliding_window):
-    """The first few positions and the latest, within the windows of layers that have one."""
+    """The first few positions and the latest, within the windows of layers that have one.
+
+    Also in a second draft, and after a truncation that leaves others first.
+    """
     target, drafter = tmp_path / "target", tmp_path / "drafter"
     write_target(target, "qwen3", seed=1)
     write_drafter(drafter, target, seed=2, sliding_window=sliding_window)
     config, found = LoadConfig(draft_window=window), []
     for load_backend in (load, load_reference):
         backend = load_backend(target, drafter, config)
-        _, block = drafted(backend, list(range(15)), 3)
-        found.append(backend.drafter.log_probs(block))
+        sequence, block = drafted(backend, list(range(15)), 3)
+        blocks = [block, sequence.draft(5)]
+        sequence.state.truncate(2)
+        sequence.extend(list(range(10, 24)))
+        blocks.append(sequence.draft(3))
+        found.append([backend.drafter.log_probs(block) for block in blocks])
     np.testing.assert_allclose(*found, atol=1e-4)
 
 
