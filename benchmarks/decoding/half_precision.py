@@ -2,6 +2,7 @@
 
     python -m benchmarks.decoding.half_precision SETS... --exact --device cpu --texts FILE.jsonl
     python -m benchmarks.decoding.half_precision SETS... --speed --device cpu --dtypes bfloat16
+    python -m benchmarks.decoding.half_precision SETS... --exact --speed --device cpu
 
 Without exact mode the logits of a node depend slightly on how many others are computed with it, so
 two tokens of nearly equal probability can swap. The first command decodes each prompt with every
@@ -11,7 +12,7 @@ gap between the top two logits of plain decoding there, and the spacing of float
 that size. The records of a case are kept in the file `--texts`, and a later run goes on after them.
 
 The second command decodes each prompt with and without exact mode in turn, plainly and with the
-budget `auto`, for each number of sequences at once.
+budget `auto`, for each number of sequences at once. The third one does both.
 """
 
 from __future__ import annotations
@@ -72,7 +73,9 @@ def parser() -> Parser:
     options.add_numbers("--parallel", [1, 8], "sequences at once")
     options.add_argument("--texts", type=Path, metavar="FILE.jsonl", help="keep records here")
     options.add_argument(
-        "--speed", action="store_true", help="measure what exact mode costs instead"
+        "--speed",
+        action="store_true",
+        help="measure what exact mode costs; texts are compared too with --exact",
     )
     options.add_number("--repeats", 2, "measured rounds of --speed")
     add_model_options(options)
@@ -201,24 +204,27 @@ def summary(rows: Sequence[Row]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, write."""
     args = parser().parse_args(argv)
-    rows: list[Row] = []
+    texts: list[Row] = []
+    speeds: list[Row] = []
     pair: dict[str, str] = {}
     for dtype in args.dtypes:
+        if args.exact or not args.speed:
+            model = load_model(argparse.Namespace(**{**vars(args), "dtype": dtype}))
+            pair = describe(model.backend)
+            texts += compare_texts(args, model)
         if args.speed:
             found = list(compare_speeds(args, dtype))
             for method, parallel in dict.fromkeys((x["method"], x["parallel"]) for x in found):
                 case = {"dtype": dtype, "method": method, "parallel": parallel}
                 means = mean_row(found, case, ["tokens_per_s", "exact_tokens_per_s", "ratio"])
                 found.append({key: means[key] for key in found[0]})
-            rows += found
-            continue
-        model = load_model(argparse.Namespace(**{**vars(args), "dtype": dtype}))
-        pair = describe(model.backend)
-        rows += compare_texts(args, model)
-    show(f"half precision, {', '.join(pair.values())}", rows)
-    if not args.speed:
-        print(summary(rows))
-    write_json(args.json, "half_precision", pair | {"rows": rows})
+            speeds += found
+    if texts:
+        show(f"half precision, {', '.join(pair.values())}", texts)
+        print(summary(texts))
+    if speeds:
+        show("what exact mode costs", speeds)
+    write_json(args.json, "half_precision", pair | {"rows": texts, "speeds": speeds})
     return 0
 
 

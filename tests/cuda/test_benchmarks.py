@@ -58,11 +58,15 @@ def test_a_comparison_runs(name, module, pair, tmp_path):
 
 
 def test_the_speed_of_exact_mode_is_measured(module, pair, tmp_path):
+    """In one run with the comparison of its texts."""
     file = tmp_path / "out.json"
     options = ["--speed", "--dtypes", "bfloat16", "--parallel", "1,2", "--limit", "2"]
+    options += ["--exact", "--methods", "treeflash", "--budgets", "4", "--temperatures", "0"]
     options += ["--max-tokens", "4", "--json", str(file)]
     assert module("decoding.half_precision").main([*pair, *options]) == 0
-    rows = json.loads(file.read_text())["rows"]
+    results = json.loads(file.read_text())
+    assert [(row["parallel"], row["differ"]) for row in results["rows"]] == [(1, 0), (2, 0)]
+    rows = results["speeds"]
     assert {(row["set"], row["method"], row["parallel"]) for row in rows} == {
         (name, method, parallel)
         for name in ("a", "mean")
