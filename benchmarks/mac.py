@@ -5,6 +5,7 @@
 - `verify`: milliseconds of a target forward pass over a tree, by nodes and committed positions. The
   steps by nodes show which kernels the GPU chooses, the growth by positions the cost of attention.
 - `host`: milliseconds in which Python builds a pass over one token, which MLX evaluates afterwards.
+- `plain`: milliseconds of a token of plain decoding, after a short and a long text.
 - `methods`: for every method with the budget `auto`, tokens per second, tokens per iteration, and
   milliseconds of an iteration by phase; and tokens per second of mlx-lm's own loop with the same
   weights, in a process of its own. Work that a phase leaves running on the device counts towards
@@ -25,12 +26,16 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmarks.common import Parser, Row, describe, show, write_json
+import numpy as np
+
+from benchmarks.common import Parser, Row, describe, random_prompt, show, write_json
 from benchmarks.decoding.iteration import verify_rows
 from benchmarks.peers.system import SYSTEMS, Peer
 from treeflash.cli.console import guarded
 from treeflash.cli.options import add_model_options, load_model, locate_model
 from treeflash.config import METHODS, Method
+from treeflash.decoding.session import SequenceSession
+from treeflash.decoding.tree import DraftTree
 from treeflash.errors import ConfigError
 from treeflash.language_model import LanguageModel
 from treeflash.text.generation import PHASES, mean
@@ -38,6 +43,9 @@ from treeflash.text.prompt import encode
 from treeflash.text.tokenizer import Tokenizer
 
 MLX_LM = next(system for system in SYSTEMS if system.name == "mlx-lm")
+PLAIN_CONTEXTS, PLAIN_TOKENS = (64, 8192), 32
+AHEAD_AFTER = 2
+"""Tokens of plain decoding before the first whose pass was submitted ahead."""
 PROMPTS = (
     "Natalia sold clips to 48 of her friends in April, and half as many in May. How many clips did "
     "she sell in both months? Reason step by step.",
@@ -73,6 +81,23 @@ def host_row(backend: Any, repeats: int) -> Row:
         times.append(1000 * (time.perf_counter() - started))
         mx.eval(output)
     return {"layers": len(target.layers), "host_ms": median(times[1:])}
+
+
+def plain_rows(backend: Any) -> list[Row]:
+    """Measure plain decoding after short and long texts, with the next pass submitted ahead."""
+    rows = []
+    for context in PLAIN_CONTEXTS:
+        length = min(context, backend.max_positions - AHEAD_AFTER - PLAIN_TOKENS)
+        capacity, times = length + AHEAD_AFTER + PLAIN_TOKENS, []
+        with SequenceSession(backend, capacity=capacity) as sequence:
+            root = sequence.extend(random_prompt(backend.vocab_size, length))
+            for _ in range(AHEAD_AFTER + PLAIN_TOKENS):
+                started = time.perf_counter()
+                root = int(sequence.verify(DraftTree.root_only(root))[0])
+                sequence.commit(np.zeros(1, np.int32))
+                times.append(1000 * (time.perf_counter() - started))
+        rows.append({"context": length, "token_ms": median(times[AHEAD_AFTER:])})
+    return rows
 
 
 def supported_methods(model: LanguageModel) -> list[Method]:
@@ -163,6 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = {
         "verify": verify_rows(backend, args.contexts, args.sizes, args.repeats),
         "host": [host_row(backend, args.repeats)],
+        "plain": plain_rows(backend),
         "methods": [*methods, baseline],
     }
     pair = describe(backend) | {"target": args.target}

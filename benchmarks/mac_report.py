@@ -10,21 +10,27 @@ there are some.
 - `texts`: whether every method writes the text of plain decoding, with tiny models of random
   weights in float32.
 - `mlx-lm`, `passes`, `host` and `speed`: what `benchmarks.mac` measures of the target.
+- `buffers`: plain decoding with as many operations in a command buffer as MLX chooses, and with
+  more. MLX may then copy the keys of a long text for every token, or wait less; nobody knows.
 - `memory`: the peak of all parts, and what the device tells at the end.
 """
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+from unittest.mock import patch
 
 from benchmarks import mac
-from benchmarks.common import Parser, describe
+from benchmarks.common import Parser, Row, describe
 from benchmarks.decoding.iteration import verify_rows
 from benchmarks.gpu_report import METHODS, SAMPLINGS, compare_texts
 from benchmarks.report import Part, Report
@@ -36,6 +42,9 @@ from treeflash.registry import examine_device, loader
 from treeflash.text.prompt import encode
 
 MINUTES = 20
+OPERATIONS = (None, 200)
+"""Numbers of operations in a command buffer; MLX chooses 20 to 50 by the chip."""
+T = TypeVar("T")
 
 
 def parser() -> Parser:
@@ -108,6 +117,26 @@ def mlx_lm(args: Any, part: Part) -> None:
     part.add("methods", **mac.mlx_lm_row(args))
 
 
+def buffers(args: Any, part: Part) -> None:
+    """Measure plain decoding with other numbers of operations in a command buffer."""
+    for operations in OPERATIONS:
+        environment = {} if operations is None else {"MLX_MAX_OPS_PER_BUFFER": str(operations)}
+        for row in in_process(plain, args, environment=environment):
+            part.add("plain", operations=operations or "chosen by MLX", **row)
+
+
+def plain(args: Any) -> list[Row]:
+    """Load the target, and measure plain decoding."""
+    return mac.plain_rows(load_model(args).backend)
+
+
+def in_process(function: Callable[..., T], *arguments: Any, environment: Mapping[str, str]) -> T:
+    """Call a function in a process of its own, with further variables in its environment."""
+    context = multiprocessing.get_context("spawn")
+    with patch.dict(os.environ, environment), ProcessPoolExecutor(1, context) as pool:
+        return pool.submit(function, *arguments).result()
+
+
 def memory(part: Part) -> None:
     """Tell the peak of memory, swap and pressure after the other parts."""
     import mlx.core as mx
@@ -130,7 +159,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = cache(lambda: load_model(args))
     for name, find in (("kernels", kernels), ("texts", texts)):
         report.run(name, partial(find, args.device))
+    # Two that load the weights in processes of their own come before this process loads them.
     report.run("mlx-lm", partial(mlx_lm, args))
+    report.run("buffers", partial(buffers, args))
     for name, measure in (("passes", passes), ("host", host), ("speed", speed)):
         report.run(name, partial(measure, model, args))
     report.run("memory", memory)

@@ -1,6 +1,7 @@
 """The benchmarks that need MLX run, on a tiny pair and whatever device MLX has here."""
 
 import json
+import os
 import re
 from collections import Counter
 
@@ -36,6 +37,7 @@ def test_mac(module, pair, tmp_path):
         (5, 3),
     ]
     assert results["host"][0]["host_ms"] > 0
+    assert [row["token_ms"] > 0 for row in results["plain"]] == [True, True]
     assert [(row["system"], row["method"]) for row in results["methods"]] == [
         *(("treeflash", method) for method in METHODS),
         ("mlx-lm", "generate"),
@@ -50,16 +52,34 @@ def test_a_report_goes_on_after_a_part_that_fails(module, pair, tmp_path, monkey
         raise RuntimeError("the GPU is busy")
 
     monkeypatch.setattr(module("mac"), "method_row", method_row)
+    environments = []
+
+    def in_process(function, *arguments, environment):
+        environments.append(environment)
+        return function(*arguments)
+
+    monkeypatch.setattr(module("mac_report"), "in_process", in_process)
     options = ["--sizes", "1,3", "--contexts", "2", "--repeats", "1", "--json", str(file)]
     assert module("mac_report").main([*pair, *options]) == 1
     report = json.loads(file.read_text())
     assert report["problems"] == ["speed: RuntimeError: the GPU is busy"]
     parts = {part["name"]: part["tables"] for part in report["parts"]}
-    assert list(parts) == ["kernels", "texts", "mlx-lm", "passes", "host", "speed", "memory"]
+    before, after = ["kernels", "texts", "mlx-lm"], ["passes", "host", "speed", "memory"]
+    assert list(parts) == [*before, "buffers", *after]
+    assert environments == [{}, {"MLX_MAX_OPS_PER_BUFFER": "200"}]
+    assert len(parts["buffers"]["plain"]) == 4
     assert [row["nodes"] for row in parts["passes"]["passes"]] == [1, 3]
     assert all(row["equal_up_to"] == row["tokens"] > 0 for row in parts["texts"]["texts"])
     assert parts["mlx-lm"]["methods"][0]["tokens_per_s"] > 0
     assert f"send {file}" in capsys.readouterr().out
+
+
+def test_a_process_of_its_own_has_further_variables(module, monkeypatch):
+    monkeypatch.delenv("MLX_MAX_OPS_PER_BUFFER", raising=False)
+    found = module("mac_report").in_process(
+        os.getenv, "MLX_MAX_OPS_PER_BUFFER", environment={"MLX_MAX_OPS_PER_BUFFER": "9"}
+    )
+    assert (found, os.getenv("MLX_MAX_OPS_PER_BUFFER")) == ("9", None)
 
 
 def test_a_kernel_that_is_wrong_is_a_problem_and_one_that_loses_is_not(module):
