@@ -14,7 +14,7 @@ from servers import Gate, check_error, parse, serving, wait_until
 
 from treeflash.config import GIB
 from treeflash.decoding.interfaces import DeviceReport
-from treeflash.errors import CheckpointError, NumericalError
+from treeflash.errors import CheckpointError, ConfigError, NumericalError
 from treeflash.serving import application
 from treeflash.serving.engine import Engine
 from treeflash.serving.metrics import Metrics
@@ -207,7 +207,10 @@ def test_a_gpu_that_refuses_further_work_ends_the_server(serve, failing, message
 def test_memory_is_sized_from_the_device(model, monkeypatch):
     assert Settings().memory(None) == (4 * GIB, 2 * GIB)
     assert Settings().memory(20 * GIB) == (20 * GIB, 10 * GIB)
-    assert Settings().memory(0) == (GIB, GIB // 2)
+    assert Settings().memory(2**28) == (2**28, 2**27)
+    with pytest.raises(ConfigError, match="leave the device no memory for KV caches; use"):
+        Settings().memory(0)
+    assert Settings(max_memory_gb=1).memory(0) == (GIB, GIB // 2)
     assert Settings(max_memory_gb=2, prefix_cache_gb=0).memory(9 * GIB) == (2 * GIB, 0)
     assert Settings(max_memory_gb=0.5).memory(None) == (2**29, 2**28)
     assert Settings(prefix_cache_gb=0.25).memory(2**31) == (2**31, 2**28)
@@ -216,13 +219,22 @@ def test_memory_is_sized_from_the_device(model, monkeypatch):
     assert Settings(max_memory_gb=9, prefix_cache_gb=8).memory(2**31, 2**31) == (2**31, 2**31)
     assert Settings(max_memory_gb=1).memory(2**31, 2**31) == (GIB, GIB // 2)
     assert DeviceReport(available_bytes=9 * GIB, reserved_bytes=GIB).free_bytes == GIB
-    report = DeviceReport(available_bytes=10 * GIB, weights_bytes=3 * GIB, batches=False)
+    report = DeviceReport(
+        available_bytes=10 * GIB,
+        weights_bytes=3 * GIB,
+        batches=False,
+        kernels={"products": {"5 rows": "used, 1.30 times as fast", "9 rows": "not used, slower"}},
+    )
     monkeypatch.setattr(model.backend, "device_report", lambda: report, raising=False)
     with serving(model) as server:
         scheduler = server.engine._scheduler
         assert scheduler.config.max_bytes == 6 * GIB
         assert scheduler.prefix_cache.max_bytes == 3 * GIB
-        assert "treeflash:batches 0.0" in server.client.get("/metrics").text
+        told = server.client.get("/metrics").text
+        assert "treeflash:batches 0.0" in told
+        for size, reason, value in (("5 rows", "", 1.0), ("9 rows", "not used, slower", 0.0)):
+            labels = f'kernel="products",reason="{reason}",size="{size}"'
+            assert f"treeflash:kernel{{{labels}}} {value}" in told
 
 
 def test_the_end_waits_for_running_answers(model):

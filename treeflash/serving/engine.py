@@ -287,7 +287,7 @@ class Engine:
         copied = SuffixCache(copied_bytes) if copied_bytes else None
         self._scheduler = self._model.scheduler(config, cache, copied)
         self._acceptance = Acceptance(self._model)
-        self.metrics.set_batches(report.batches)
+        self.metrics.set_device(report)
         return self._scheduler
 
     def _admit(self, completion: Completion, requests: Sequence[Request]) -> None:

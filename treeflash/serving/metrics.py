@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from treeflash.decoding import Scheduler
+from treeflash.decoding.interfaces import DeviceReport
 from treeflash.serving.acceptance import Acceptance
 from treeflash.text.stream import Chunk
 
@@ -71,6 +72,12 @@ class Metrics:
         self._batches = gauge(
             "batches", "1 if sequences share forward passes, 0 if each has passes of its own."
         )
+        self._kernels = gauge(
+            "kernel",
+            "1 if the backend uses a kernel of its own in layers of this shape, for this number of "
+            "rows, nodes or columns, or in this dtype; 0 with the reason.",
+            ["kernel", "size", "reason"],
+        )
         self._finished = counter("request_success", "Finished sequences.", ["finished_reason"])
         self._failed = counter("request_failure", "Sequences that ended with an error.")
         self._queue_time = histogram("request_queue_time_seconds", "Time before the prefill.")
@@ -78,8 +85,13 @@ class Metrics:
         self._between = histogram("inter_token_latency_seconds", "Time between two tokens.")
         self._latency = histogram("e2e_request_latency_seconds", "Time to the last token.")
 
-    def set_batches(self, batches: bool) -> None:
-        self._batches.set(batches)
+    def set_device(self, report: DeviceReport) -> None:
+        """Tell what a backend has told about its device, once its models are loaded."""
+        self._batches.set(report.batches)
+        for kernel, verdicts in report.kernels.items():
+            for size, verdict in verdicts.items():
+                used = verdict.startswith("used")
+                self._kernels.labels(kernel, size, "" if used else verdict).set(used)
 
     def count_prefill(self, chunk: Chunk, prompt_tokens: int, seconds: float) -> None:
         """Count a sequence's first token, `seconds` after its submission."""

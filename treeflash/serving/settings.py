@@ -115,10 +115,18 @@ class Settings:
             free: bytes that the loaded models leave on the device; None if unknown.
             reserved: bytes that the backend has set aside, beyond which there are none; None if it
                 allocates what is needed.
+
+        Raises:
+            ConfigError: the models leave nothing, and no limit was given.
         """
-        limit = MAX_MEMORY_GB * GIB if free is None else max(free, GIB)
+        limit = MAX_MEMORY_GB * GIB if free is None else free
         if self.max_memory_gb is not None:
             limit = int(self.max_memory_gb * GIB)
+        elif limit == 0:
+            raise ConfigError(
+                "the models leave the device no memory for KV caches; use a smaller target or one "
+                "in fewer bits, or give memory with --max-memory-gb"
+            )
         if reserved is not None:
             limit = reserved if self.max_memory_gb is None else min(limit, reserved)
         cache = self.prefix_cache_gb
