@@ -70,7 +70,8 @@ PROMPT_TOKENS, LONG_PROMPT_TOKENS = 16, 256
 GPU_PROMPT_TOKENS, GPU_READERS = 4096, (1, 8, 32)
 """Length of the long prompt on a GPU, and the numbers of rows after it that are timed: kernels for
 few rows and for many read the keys at different speeds, which short prompts do not show."""
-PREFILL_TOKENS = 2048
+PREFILL_TOKENS, PREFILL_S = 512, 3.0
+"""Tokens of a part of it, and the seconds after which a slow GPU gets no further part."""
 FIRST_TOKENS, PLAIN_TOKENS = 2, 8
 """Tokens that are decoded before plain decoding is timed, until which a device has no pass of a
 next token, and tokens that are timed."""
@@ -243,13 +244,16 @@ class VerifyCosts:
         timed_sizes = [size for size in best if size in costs]
         position_s: dict[int, float] = {}
         if longest >= LONG_PROMPT_TOKENS:
+            started = time.perf_counter()
             for first in range(PROMPT_TOKENS, longest, PREFILL_TOKENS):
                 sequence.extend(prompt[first : first + PREFILL_TOKENS])
+                if time.perf_counter() - started >= PREFILL_S:
+                    break
             on_gpu = longest > LONG_PROMPT_TOKENS
             for rows in GPU_READERS if on_gpu else timed_sizes[-1:]:
                 if rows in timed_sizes:
                     longer_s = min(timed(rows) for _ in range(MIN_ROUNDS)) - best[rows]
-                    position_s[rows] = max(longer_s, 0.0) / (longest - PROMPT_TOKENS)
+                    position_s[rows] = max(longer_s, 0.0) / (sequence.length - PROMPT_TOKENS)
         sequence.close()
         seconds = {**costs, 1: min(costs[1], token_s)}
         return cls(seconds, position_s, is_sound=agree and rise)

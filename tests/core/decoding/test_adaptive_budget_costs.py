@@ -83,6 +83,7 @@ class Timed:
         self.verifier = self
         self.seconds = seconds
         self.first = first
+        self.prefill_s = 0.0  # of a token
         self.now = 0.0
         self.verified = []
         monkeypatch.setattr(verify_costs.time, "perf_counter", lambda: self.now)
@@ -94,7 +95,9 @@ class Timed:
     def run(self, work):
         (item,) = work
         if isinstance(item, Prefill):
+            item.state.length += len(item.token_ids)
             self.length += len(item.token_ids)
+            self.now += self.prefill_s * len(item.token_ids)
         else:
             rows = len(item.tree)
             first = rows not in self.verified
@@ -198,6 +201,13 @@ def test_a_gpu_is_timed_with_few_and_with_many_rows_after_a_long_text(monkeypatc
     assert found == pytest.approx(
         {1: 0.001 * per_position, 8: 0.001 * per_position, 32: 0.003 * per_position}
     )
+
+
+def test_a_slow_gpu_reads_less_of_the_long_text(monkeypatch):
+    timed = Timed(monkeypatch, lambda rows: 0.01 + 1e-6 * rows * (timed.length - PROMPT_TOKENS))
+    timed.max_positions, timed.prefill_s = 10**6, 1 / 256
+    assert VerifyCosts.measure(timed).position_s[8] == pytest.approx(8e-6)
+    assert timed.length == PROMPT_TOKENS + 1024
 
 
 def test_rows_beyond_the_largest_size_cost_as_the_last_ones_do():
