@@ -276,9 +276,28 @@ def published_drafters(target: str | None) -> tuple[PublishedDrafter, ...]:
     """Return the known drafters of a target, the best first.
 
     The last part of the target's name is looked up, without regard to case and to a precision such
-    as `-4bit` or `-MLX-4bit`.
+    as `-4bit` or `-MLX-4bit`. If it is unknown, the card in a local folder may name the original.
     """
-    return PUBLISHED_DRAFTERS.get(family_name(Path(target or DEFAULT_TARGET)), ())
+    folder = Path(target or DEFAULT_TARGET)
+    if drafters := PUBLISHED_DRAFTERS.get(family_name(folder)):
+        return drafters
+    original = original_name(folder)
+    return () if original is None else PUBLISHED_DRAFTERS.get(family_name(Path(original)), ())
+
+
+def original_name(folder: Path) -> str | None:
+    """Return the name of the model that a folder's was converted from, as its card says.
+
+    None if there is no such card: the weights of other models with a base were trained further.
+    """
+    card = folder / "README.md"
+    if not card.is_file():
+        return None
+    head = card.read_text(encoding="utf-8", errors="replace").split("\n---", 1)[0]
+    if not re.search(r"^(library_name: mlx|base_model_relation: quantized)$", head, re.MULTILINE):
+        return None
+    found = re.search(r"^base_model:\s*(?:-\s*)?([\w./-]+)", head, re.MULTILINE)
+    return found and found[1]
 
 
 def family_name(folder: Path) -> str:

@@ -46,6 +46,27 @@ def test_published_drafters(target: str, drafter: str | None):
     assert models.published_drafter(target) == drafter
 
 
+@pytest.mark.parametrize(
+    ("card", "drafter"),
+    [
+        ("library_name: mlx\nbase_model: Qwen/Qwen3-4B\n", "peerrh/treeflash-qwen3-4b"),
+        (
+            "base_model:\n- Qwen/Qwen3-8B\nbase_model_relation: quantized\n",
+            "peerrh/treeflash-qwen3-8b",
+        ),
+        ("library_name: transformers\nbase_model: Qwen/Qwen3-4B\n", None),  # trained further
+        ("library_name: mlx\n", None),
+    ],
+)
+def test_the_card_of_a_conversion_names_the_original(
+    tmp_path: Path, card: str, drafter: str | None
+):
+    (tmp_path / "README.md").write_text(f"---\n{card}---\nbase_model: google/gemma-4-31B-it\n")
+    (tmp_path / "mine").mkdir()
+    assert models.published_drafter(str(tmp_path)) == drafter
+    assert models.published_drafter(str(tmp_path / "mine")) is None
+
+
 def test_auto_is_the_published_drafter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr(models, "_resolve", lambda name: tmp_path / name)
     for drafter in ("auto", None):
