@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from contextlib import redirect_stdout, suppress
+from functools import cache
+from io import StringIO
 from pathlib import Path
 
 import pytest
 
-from treeflash.__main__ import COMMANDS
+from treeflash.__main__ import COMMANDS, main
 from treeflash.hub.models import BUNDLED_DRAFTER, DEFAULT_TARGET, PUBLISHED_DRAFTERS
 
 ROOT = Path(__file__).parents[2]
@@ -63,6 +66,47 @@ def test_commands_exist_and_are_written_as_users_type_them(page):
     text = page.read_text(encoding="utf-8")
     names = "|".join(COMMANDS)
     assert not re.findall(rf"python -m treeflash\b.*|`treeflash\.(?:{names})`", text)
+
+
+OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
+IMPORTS = re.compile(r"^from (benchmarks[\w.]*) import \(?([\w, \n]+)", re.MULTILINE)
+
+
+@cache
+def options_of(command):
+    """The options of a command of `treeflash`, or those in the source of a benchmark."""
+    if command in COMMANDS:
+        with redirect_stdout(StringIO()) as shown, suppress(SystemExit):
+            main([command, "--help"])
+        return set(OPTION.findall(shown.getvalue()))
+    path = ROOT / command.replace(".", "/")
+    files = [path / "__main__.py", path.with_suffix(".py")]
+    source = next((file.read_text(encoding="utf-8") for file in files if file.is_file()), "")
+    options = set(re.findall(rf'"({OPTION.pattern})"', source))
+    if "add_model_options" in source:
+        options |= options_of("generate")
+    for package, names in IMPORTS.findall(source):
+        for module in (package, *(f"{package}.{name}" for name in re.findall(r"\w+", names))):
+            options |= options_of(module)
+    return options
+
+
+@EVERY_PAGE
+def test_commands_have_the_options_that_pages_give_them(page):
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    code = re.findall(r"```sh\n.*?```|`[^`\n]+`", text, flags=re.DOTALL)
+    lines = [line for part in code for line in re.split(r"[\n`;#|]|&&| -- ", part)]
+    for line in lines:
+        if found := re.search(r"\btreeflash ([a-z]+)|python -m (benchmarks[\w.]*)", line):
+            command = found[1] or found[2]
+            assert set(OPTION.findall(line[found.end() :])) <= options_of(command), line
+
+
+def test_a_mac_has_the_options_of_its_page():
+    commands = ("chat", "serve", "doctor")
+    known = set.union(*map(options_of, commands))
+    flags = {OPTION.match(name)[0] for name in quoted(ROOT / "docs/mac.md") if OPTION.match(name)}
+    assert {"--draft-bits", "--wired"} < flags <= known
 
 
 @EVERY_PAGE
