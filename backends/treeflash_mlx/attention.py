@@ -57,7 +57,7 @@ class TreePass:
     start: int  # the first node's column in the shortest sequence
     columns: int  # keys of the longest sequence, with the keys of its tree
     positions: mx.array  # (batch, n) int32 absolute positions of the nodes
-    rotary: Sequence[mx.array]  # (batch, n) rotary positions of the nodes, on one or three axes
+    rotary: Sequence[mx.array]  # (batch * n,) rotary positions of the nodes, on one or three axes
     ancestors: mx.array  # (batch, n, n) bool; whether a node attends to a node
     index: mx.array | None  # (batch, 1, n, 1) int32 columns that the nodes are written to
     paths: NodePaths | None  # for recurrent layers
@@ -97,14 +97,14 @@ class TreePass:
             ancestors[i, :size, :size] = tree.ancestor_mask()
             ancestors[i, size:, 0] = True
         placed = mx.array(positions)
-        turned = [placed]
+        turned = [placed.reshape(-1)]
         if rotary is not None:
             axes = np.zeros((rotary[0].ndim * 2 - 1, batch, n), np.int32)
             for i, of_tree in enumerate(rotary):
                 for axis, row in zip(axes, np.atleast_2d(of_tree), strict=True):
                     axis[i] = row[0]
                     axis[i, : len(row)] = row
-            turned = list(map(mx.array, axes))
+            turned = [mx.array(axis.reshape(-1)) for axis in axes]
         if is_seen is not None:
             ancestors[0] |= is_seen
         written = mx.array(index[:, None, :, None]) if batch > 1 else None
@@ -273,7 +273,7 @@ class TreeHooks:
         kwargs.pop("offset", None)
         nodes = x.swapaxes(1, 2).reshape(batch * n, heads, 1, width)
         rotated, *others = [
-            base(rope, nodes, axis.reshape(-1), *args[1:], **kwargs) for axis in self.tree.rotary
+            base(rope, nodes, axis, *args[1:], **kwargs) for axis in self.tree.rotary
         ]
         for axis, other in enumerate(others, 1):
             assert self.axes is not None

@@ -11,7 +11,7 @@ require("mlx.core")
 require("mlx_lm")
 
 import mlx.core as mx
-from treeflash_mlx import hybrid
+from treeflash_mlx import hybrid, metal_kernels
 from treeflash_mlx.hybrid import NodePaths, Writes, run_tree
 
 HEADS, KEY_DIM, VALUE_DIM = 3, 16, 8
@@ -123,6 +123,7 @@ def test_a_kernel_that_is_wrong_or_fails_is_dropped_with_one_line(monkeypatch):
 
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    monkeypatch.setattr(metal_kernels, "VERDICTS", {})
     for kernel, reason in ((one_round_less, "its relative error is"), (fail, "cannot compile$")):
         monkeypatch.setattr(hybrid, "solve_by_substitution", kernel)
         with pytest.warns(UserWarning, match=f"without their Metal kernel: {reason}"):
