@@ -312,7 +312,8 @@ def runs_batches(backend: MlxBackend) -> bool:
     """
     rng = np.random.default_rng(0)
     try:
-        return any(batch_difference(backend, rng) <= LIMITS[backend.dtype] for _ in range(ATTEMPTS))
+        attempts = range(ATTEMPTS[backend.dtype])
+        return any(batch_difference(backend, rng) <= LIMITS[backend.dtype] for _ in attempts)
     except (AttributeError, IndexError, TypeError, ValueError):
         return False
 

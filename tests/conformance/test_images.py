@@ -42,6 +42,9 @@ def models(request, tmp_path_factory):
     model, before = random_model(family), mx.default_device()
     save_published(family, model, folder)
     with pytest.MonkeyPatch.context() as patch:
+        # mlx-vlm replaces it, so that folders without a processor have one from then on.
+        read = transformers.AutoProcessor.from_pretrained
+        patch.setattr(transformers.AutoProcessor, "from_pretrained", read)
         for module in (cuda_images, mlx_images):
             patch.setattr(module, "read_processor", lambda _: RandomProcessor(family))
         yield model, load_mlx(folder, None, CPU), load_cuda(folder, None, CPU)

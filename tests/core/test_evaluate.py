@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 from byte_tokens import save_tokenizer
 from mtp_pairs import write_mtp_pair
-from processes import core_command
+from processes import core_command, core_module
 
 import treeflash
 from treeflash.commands import evaluate
@@ -309,9 +309,9 @@ def test_the_names_of_the_default_pair_are_in_the_results():
 def test_the_module_runs_without_a_warning(tiny_pair, files, tmp_path):
     pytest.importorskip("matplotlib")
     report = tmp_path / "out.html"
-    python = [sys.executable, "-W", "error::RuntimeWarning", "-m", evaluate.__name__]
+    options = [*model_options(tiny_pair), "--prompts", files[0], "--report", str(report)]
     done = subprocess.run(
-        [*python, *model_options(tiny_pair), "--prompts", files[0], "--report", str(report)],
+        core_module(evaluate.__name__, *options),
         capture_output=True,
         text=True,
     )

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from processes import core_command
+from processes import core_command, core_module
 
 from treeflash.cli.single_prompt import SAMPLE_PROMPT, summarise
 from treeflash.commands import generate
@@ -322,10 +322,9 @@ def command_line(tiny_pair, *args: str) -> list[str]:
 
 
 def test_the_module_runs_without_a_warning(tiny_pair):
-    python = [sys.executable, "-W", "error::RuntimeWarning", "-m", generate.__name__]
-    options = ["--json", "--compare", "--max-tokens", "12"]
+    options = [*model_options(tiny_pair), "--json", "--compare", "--max-tokens", "12"]
     result = subprocess.run(
-        [*python, *model_options(tiny_pair), *options, "hi"],
+        core_module(generate.__name__, *options, "hi"),
         capture_output=True,
         text=True,
     )

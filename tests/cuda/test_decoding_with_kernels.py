@@ -52,8 +52,10 @@ CASES = [
 @pytest.mark.parametrize(("family", "method", "sampling"), CASES)
 def test_trees_and_tokens_equal_the_references(family, method, sampling, tmp_path, monkeypatch):
     target, drafter = tmp_path / "target", tmp_path / "drafter"
-    write_target(target, family, seed=1, vocab_size=VOCAB)
-    write_drafter(drafter, target, seed=2, sliding_window=4 if family == "mistral" else None)
+    # Few layers, because the interpreter takes a second for a prompt's layer.
+    write_target(target, family, seed=1, vocab_size=VOCAB, layers=2)
+    window = 4 if family == "mistral" else None
+    write_drafter(drafter, target, seed=2, layers=1, target_layer_ids=(0, 1), sliding_window=window)
     backend = load_with_parts(monkeypatch, target, drafter)
     counted = Counted(attention.tree_attention), Counted(layers.rotate_and_store)
     backend.target.operations = Operations(counted[0], layers.rms_norm, counted[1], layers.gated)

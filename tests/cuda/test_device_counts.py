@@ -47,11 +47,15 @@ def pair(tmp_path_factory):
     return folder / "target", folder / "drafter"
 
 
-def test_adaptive_budgets_need_few_graphs(pair, monkeypatch):
+def test_adaptive_budgets_need_few_graphs(tmp_path, monkeypatch):
     """Trees of all sizes, with tables of all sizes, share graphs."""
-    backend, rng, steps = load_with_parts(monkeypatch, *pair), np.random.default_rng(0), 0
+    target, drafter = tmp_path / "target", tmp_path / "drafter"
+    write_target(target, "qwen3", seed=1, vocab_size=VOCAB, layers=2)
+    write_drafter(drafter, target, seed=2, layers=1, target_layer_ids=(0, 1))
+    backend = load_with_parts(monkeypatch, target, drafter)
+    rng, steps = np.random.default_rng(0), 0
     for budget in range(1, 65):  # an adaptive budget may choose any of these
-        config = DecodeConfig(budget=budget, max_tokens=10, suffix=False)
+        config = DecodeConfig(budget=budget, max_tokens=12, suffix=False)
         steps += len(
             list(decode(backend, Request(prompt_ids=random_tokens(rng, VOCAB, 8), config=config)))
         )

@@ -92,14 +92,14 @@ def drafter(trained, tmp_path):
 def diagnosis(target, tokenizer, drafter):
     """Examine the pair, each time with the drafter that `wrap` makes of the loaded one."""
 
-    def run(prompting=Prompting(), wrap=lambda drafter: drafter):  # noqa: B008
+    def run(prompting=Prompting(), wrap=lambda drafter: drafter, count=3):  # noqa: B008
         def load(folder):
             backend = load_cuda(target, folder, CPU)
             backend.drafter = wrap(backend.drafter)
             return backend
 
         return diagnose(
-            load, drafter, tokenizer, questions(6, seed=1), prompting=prompting, max_tokens=40
+            load, drafter, tokenizer, questions(count, seed=1), prompting=prompting, max_tokens=40
         )
 
     return run
@@ -110,7 +110,7 @@ def problems(diagnosis):
 
 
 def test_a_sound_pair(diagnosis):
-    found = diagnosis()
+    found = diagnosis(count=6)
     assert problems(found) == {}
     assert found.marginal[0] > 0.5
     assert all(c > m for c, m in zip(found.corrected, found.marginal, strict=True))

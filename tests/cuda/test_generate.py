@@ -77,9 +77,9 @@ def default_pair(smollm2):
 )
 def test_smollm2_generates_what_transformers_generates(question, smollm2, default_pair):
     prompt = Tokenizer.from_folder(smollm2).chat([{"role": "user", "content": question}])
-    expected = plain(smollm2, prompt, 48)
+    expected = plain(smollm2, prompt, 24)
     for method in METHODS:
-        config = DecodeConfig(method=method, budget=64, max_tokens=48)
+        config = DecodeConfig(method=method, budget=64, max_tokens=24)
         assert tokens(default_pair, prompt, config) == expected, method
 
 
@@ -93,7 +93,7 @@ def test_smollm2_samples_the_same_by_every_method(filters, smollm2, default_pair
     sampling = SamplingConfig(temperature=0.8, seed=7, **filters)
     expected = None
     for method in METHODS:
-        config = DecodeConfig(method=method, budget=16, max_tokens=32, sampling=sampling)
+        config = DecodeConfig(method=method, budget=16, max_tokens=16, sampling=sampling)
         expected = expected or tokens(default_pair, prompt, config)
         assert tokens(default_pair, prompt, config) == expected, method
 

@@ -41,11 +41,12 @@ def folders(tmp_path_factory):
     return found
 
 
-@pytest.fixture(params=[0, 1], ids=["", "windows"])
-def pair(request, folders, monkeypatch):
+@pytest.fixture(scope="module", params=[0, 1], ids=["", "windows"])
+def pair(request, folders):
     """The same pair with static shapes, and without."""
-    static = load_with_parts(monkeypatch, *folders[request.param])
-    return static, load_with_parts(monkeypatch, *folders[request.param], cuda_graphs=False)
+    with pytest.MonkeyPatch.context() as patch:
+        static = load_with_parts(patch, *folders[request.param])
+        return static, load_with_parts(patch, *folders[request.param], cuda_graphs=False)
 
 
 @pytest.fixture

@@ -29,3 +29,17 @@ sys.exit(main())
 def core_command(*arguments: str) -> list[str]:
     """Return a command line that runs `treeflash` with these arguments."""
     return [sys.executable, "-c", WITHOUT_FRAMEWORKS + RUN, *arguments]
+
+
+RUN_MODULE = """
+import sys
+from runpy import run_module
+
+run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
+"""
+
+
+def core_module(name: str, *arguments: str) -> list[str]:
+    """Return a command line that does what `python -m` does, and fails at its warning."""
+    warnings = "-W", "error::RuntimeWarning"
+    return [sys.executable, *warnings, "-c", WITHOUT_FRAMEWORKS + RUN_MODULE, name, *arguments]

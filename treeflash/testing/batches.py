@@ -18,7 +18,6 @@ from treeflash.config import (
     Budget,
     DecodeConfig,
     LoadConfig,
-    Method,
     Penalties,
     SamplingConfig,
 )
@@ -45,8 +44,18 @@ from treeflash.testing.comparisons import (
     random_tree,
     tokens_of,
 )
-from treeflash.testing.pairs import SAMPLINGS, Pair, PairMaker, repeated, two_samplings
+from treeflash.testing.pairs import (
+    EXAMPLES,
+    SAMPLINGS,
+    Pair,
+    PairMaker,
+    repeated,
+    two_samplings,
+)
 from treeflash.testing.trees import noise_of_depths
+
+few = settings(repeated, max_examples=max(3, EXAMPLES // 8))
+"""Settings of properties whose examples run several schedules each."""
 
 
 class BatchTests:
@@ -279,38 +288,37 @@ class ScheduleTests:
         cache.close()
         for sequence, together in zip(sequences, steps, strict=True):
             emitted = tokens_of(together)
-            (alone,) = run_schedule(scheduler_of(backend), [replace(sequence, cancelled=None)])
-            plain = plain_tokens(backend, sequence)
-            assert tokens_of(alone) == plain
+            alone = plain_steps(backend, sequence)
+            plain = tokens_of(alone)
             assert emitted == (plain if sequence.cancelled is None else plain[: len(emitted)])
             actual, expected = sampled_log_probs(together), sampled_log_probs(alone)
             assert_close(actual, expected[: len(actual)])
 
     @two_samplings
-    @pytest.mark.parametrize("method", ["suffix", "treeflash"])
     def test_finished_answers_are_copied(
-        self, pair: PairMaker, representative: str, method: Method, sampling: SamplingConfig
+        self, pair: PairMaker, representative: str, sampling: SamplingConfig
     ) -> None:
         """Two sequences repeat answers together, in trees deeper than the drafter's block."""
         backend = pair(representative).tested
         assert backend.drafter_config is not None
-        config = DecodeConfig(method=method, budget=24, max_tokens=50, sampling=sampling)
+        config = DecodeConfig(budget=24, max_tokens=50, sampling=sampling)
         rng = np.random.default_rng(1)
         prompts = [random_tokens(rng, backend.vocab_size, 9) for _ in range(2)]
-        requests = [Request(prompt_ids=prompt, config=config) for prompt in prompts]
-        scheduler = scheduler_of(backend, copied=SuffixCache(1 << 20))
-        for repeats in (False, True):
-            steps: list[list[Step]] = [[], []]
-            for request, step in scheduler.decode(requests):
-                steps[requests.index(request)].append(step)
-            for prompt, answer in zip(prompts, steps, strict=True):
-                plain = DecodeConfig(method="ar", max_tokens=50, sampling=sampling)
-                assert tokens_of(answer) == generate(backend, prompt, plain)
-                if repeats:
+        plain = [generate(backend, prompt, replace(config, method="ar")) for prompt in prompts]
+        for method in ("suffix", "treeflash"):
+            own = replace(config, method=method)
+            requests = [Request(prompt_ids=prompt, config=own) for prompt in prompts]
+            scheduler = scheduler_of(backend, copied=SuffixCache(1 << 20))
+            for repeats in (False, True):
+                steps: list[list[Step]] = [[], []]
+                for request, step in scheduler.decode(requests):
+                    steps[requests.index(request)].append(step)
+                assert [tokens_of(answer) for answer in steps] == plain, method
+                for answer in steps if repeats else []:
                     longest = max(len(step.path) for step in answer if step.path is not None)
-                    assert longest > backend.drafter_config.depths + 2
+                    assert longest > backend.drafter_config.depths + 2, method
 
-    @repeated
+    @few
     @given(data=st.data())
     def test_a_group_shares_one_prefill(
         self, pair: PairMaker, representative: str, data: st.DataObject
@@ -326,7 +334,7 @@ class ScheduleTests:
             steps.setdefault(request, []).append(event)
         ended = len(steps[requests[0]]) == 1
         for number, (request, sequence) in enumerate(zip(requests, sequences, strict=True)):
-            assert tokens_of(steps[request]) == plain_tokens(backend, sequence)
+            assert tokens_of(steps[request]) == tokens_of(plain_steps(backend, sequence))
             # A sequence that has ended cannot be forked, nor one without a drafter's state.
             if number and not ended and sequence.config.drafts == drawn[0].config.drafts:
                 assert steps[request][0].cached_tokens == len(sequence.prompt_ids) - 1
@@ -368,15 +376,12 @@ def sampled_log_probs(steps: Sequence[Step]) -> NDArray[np.float32]:
     return np.concatenate([np.zeros(0, np.float32), *parts])
 
 
-def plain_tokens(backend: Backend, sequence: ScheduledSequence) -> list[int]:
-    """Return the tokens that plain decoding of the sequence alone emits."""
+def plain_steps(backend: Backend, sequence: ScheduledSequence) -> list[Step]:
+    """Return the steps of plain decoding of the sequence alone, to its end."""
     config = replace(sequence.config, method="ar", budget=1)
     alone = replace(sequence, config=config, joins=0, cancelled=None)
     (steps,) = run_schedule(scheduler_of(backend), [alone])
-    return tokens_of(steps)
-
-
-few = settings(repeated, max_examples=3)
+    return steps
 
 
 class ExactTests:
@@ -410,10 +415,9 @@ class ExactTests:
         steps = run_schedule(scheduler, sequences)
         cache.close()
         for sequence, together in zip(sequences, steps, strict=True):
-            plain = replace(sequence, config=replace(sequence.config, method="ar"), cancelled=None)
-            (alone,) = run_schedule(scheduler_of(backend), [plain])
+            alone = plain_steps(backend, sequence)
             emitted = tokens_of(together)
-            assert emitted == plain_tokens(backend, sequence)[: len(emitted)]
+            assert emitted == tokens_of(alone)[: len(emitted)]
             actual = sampled_log_probs(together)
             np.testing.assert_array_equal(actual, sampled_log_probs(alone)[: len(actual)])
 

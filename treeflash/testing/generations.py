@@ -88,22 +88,20 @@ class GenerationTests:
         check_generation(pair(), replace(config, max_tokens=MAX_TOKENS))
 
     @(each_sampling if EXAMPLES else two_samplings)
-    @pytest.mark.parametrize("method", DRAFTING)
     def test_budget_auto_equals_plain_decoding(
-        self, models: Pair, method: Method, sampling: SamplingConfig
+        self, models: Pair, sampling: SamplingConfig
     ) -> None:
         """With every tree size, and while drafting pauses."""
         prompt = prompt_of(models.reference, 3)
-        config = DecodeConfig(method=method, budget="auto", sampling=sampling, max_tokens=40)
-        plain = DecodeConfig(method="ar", sampling=sampling, max_tokens=40)
+        auto = DecodeConfig(budget="auto", sampling=sampling, max_tokens=40)
+        plain = generate(models.tested, prompt, replace(auto, method="ar"))
         # Drafting always pays, then it never does.
-        for costs, pauses in (
-            (dict.fromkeys(SIZES, 1000.0), False),
-            ({size: 1e-6 * size**3 for size in SIZES}, True),
-        ):
+        for method, pauses in product(DRAFTING, (False, True)):
+            costs = {size: 1e-6 * size**3 if pauses else 1000.0 for size in SIZES}
+            request = Request(prompt_ids=prompt, config=replace(auto, method=method))
             budgets = AdaptiveBudgets(VerifyCosts(costs))
-            steps = list(decode(models.tested, Request(prompt_ids=prompt, config=config), budgets))
-            assert tokens_of(steps) == generate(models.tested, prompt, plain)
+            steps = list(decode(models.tested, request, budgets))
+            assert tokens_of(steps) == plain, method
             # The last iteration may have room for one token only.
             trees = [step.tree for step in steps[1:-1] if step.table is None]
             plain_iterations = any(tree is not None and len(tree) == 1 for tree in trees)
@@ -212,10 +210,7 @@ def check_generation(pair: Pair, config: DecodeConfig) -> None:
     prompt, expected = settled_generation(pair.reference, config)
     steps = list(decode(pair.tested, Request(prompt_ids=prompt, config=config)))
     assert_equal_steps(steps, expected)
-    plain = list(
-        decode(pair.tested, Request(prompt_ids=prompt, config=replace(config, method="ar")))
-    )
-    assert tokens_of(steps) == tokens_of(plain)
+    assert tokens_of(steps) == pair.plain(prompt, config)
 
 
 CONFIG = DecodeConfig(budget=64, max_tokens=40)

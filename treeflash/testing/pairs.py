@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Hashable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import combinations, product
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -13,9 +13,10 @@ from typing import Any, Protocol, cast
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 
-from treeflash.config import LoadConfig, SamplingConfig
+from treeflash.config import DecodeConfig, LoadConfig, SamplingConfig
 from treeflash.decoding.interfaces import Backend, Loader
 from treeflash.reference import backend as reference
+from treeflash.testing.comparisons import generate
 from treeflash.testing.models import write_dialect, write_drafter, write_target
 
 VARIABLE = "TREEFLASH_REQUIRE_BACKENDS"
@@ -96,6 +97,7 @@ class Pair:
     drafter: Path
     tested: Backend
     reference: Backend
+    _plain: dict[tuple[tuple[int, ...], DecodeConfig], list[int]] = field(default_factory=dict)
 
     @classmethod
     def load(cls, loader: Loader, target: Path, drafter: Path) -> Pair:
@@ -105,6 +107,13 @@ class Pair:
     @property
     def both(self) -> tuple[Backend, Backend]:
         return self.tested, self.reference
+
+    def plain(self, prompt: Sequence[int], config: DecodeConfig) -> list[int]:
+        """Return the tokens of the tested backend's plain decoding, which are decoded once."""
+        key = tuple(prompt), replace(config, method="ar", budget=1)
+        if key not in self._plain:
+            self._plain[key] = generate(self.tested, *key)
+        return self._plain[key]
 
 
 class PairMaker(Protocol):
