@@ -101,8 +101,8 @@ class Pair:
 
     @classmethod
     def load(cls, loader: Loader, target: Path, drafter: Path) -> Pair:
-        backends = (make(target, drafter, LOAD) for make in (loader, load_reference))
-        return cls(target, drafter, *backends)
+        tested, reference = (make(target, drafter, LOAD) for make in (loader, load_reference))
+        return cls(target, drafter, tested, reference)
 
     @property
     def both(self) -> tuple[Backend, Backend]:
