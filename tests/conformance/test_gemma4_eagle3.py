@@ -11,8 +11,9 @@ from mtp_pairs import write_mtp_pair
 from published_drafters import BACKENDS, FLOAT32, TOLERANCE
 
 from treeflash.decoding.session import SequenceSession
-from treeflash.drafters.folder import read_config
+from treeflash.drafters.folder import read_config, read_tensors
 from treeflash.registry import loader
+from treeflash.testing.models import normal, save
 
 torch = pytest.importorskip("torch")
 import safetensors.torch as safetensors
@@ -40,7 +41,7 @@ def published_log_probs(target: Path, head: Path) -> np.ndarray:
     embedding = gemma4.Gemma4TextScaledWordEmbedding(
         settings["vocab_size"], states, 0, embed_scale=states**0.5
     )
-    embedding.weight = model.get_input_embeddings().weight
+    embedding.weight.data = tensors["embed_tokens.weight"]  # not the target's
 
     def normed(name: str | None, x: Any) -> Any:
         norm = gemma4.Gemma4RMSNorm(x.shape[-1], eps, with_scale=name is not None)
@@ -94,6 +95,10 @@ def published_log_probs(target: Path, head: Path) -> np.ndarray:
 def test_log_probs_are_the_published_ones(backend: str, shared: bool, tmp_path: Path) -> None:
     pytest.importorskip(BACKENDS[backend])
     target, head = write_mtp_pair(tmp_path, "eagle3-gemma4", attention_k_eq_v=shared)
+    config = read_config(head)
+    shape = config["vocab_size"], config["hidden_size"]
+    embeddings = {"embed_tokens.weight": normal(np.random.default_rng(5), *shape)}
+    save(head, config, read_tensors(head) | embeddings)
     with torch.inference_mode():
         expected = published_log_probs(target, head)
     pair = loader(backend)(target, head, FLOAT32)

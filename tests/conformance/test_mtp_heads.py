@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,12 @@ from published_drafters import (
     FLOAT32,
     ROOT,
     TOLERANCE,
+    Plant,
     cases,
     load_published,
     needs_fixtures,
+    other,
+    setting,
 )
 from scheduled_texts import scheduled_texts
 
@@ -176,13 +178,6 @@ def own_token(self: Any, state: Any, root: int, depths: int | None) -> Any:
     return DRAFT(self, state, root, depths)
 
 
-def window(size: int | None) -> Callable[[pytest.MonkeyPatch, Any], None]:
-    """Give an EAGLE-3 head another window."""
-    return lambda patch, pair: object.__setattr__(
-        pair.drafter_model.config, "sliding_windows", (size,)
-    )
-
-
 def window_before_the_root(self: Any, block: Any, rows: Any, depth: int, *args: Any) -> Any:
     """Drafted rows that see as far back as the root's row."""
     config = self.model.config
@@ -195,45 +190,16 @@ def window_before_the_root(self: Any, block: Any, rows: Any, depth: int, *args: 
 
 
 STEP, DRAFT = mtp_head.MtpHead._step, mtp_head.MtpDrafter.draft_one
-FAULTS: dict[str, tuple[str, Callable[[pytest.MonkeyPatch, Any], None]]] = {
-    "state before the final norm": (
-        "qwen3_5-mtp",
-        lambda patch, pair: object.__setattr__(pair.drafter_model.config, "target_layer_ids", (3,)),
-    ),
-    "state first": (
-        "qwen3_5-mtp",
-        lambda patch, pair: patch.setattr(mtp_head.MtpModel, "read", hidden_first),
-    ),
-    "fed back before the norm": (
-        "qwen3_5-mtp",
-        lambda patch, pair: patch.setattr(mtp_head.MtpModel, "feedback", feedback),
-    ),
-    "fed back after the norm": (
-        "eagle3",
-        lambda patch, pair: patch.setattr(mtp_head.MtpModel, "feedback", feedback),
-    ),
-    "drafts one position high": (
-        "qwen3_5-mtp",
-        lambda patch, pair: patch.setattr(mtp_head.MtpHead, "_step", later),
-    ),
-    "no rows of the prompt": (
-        "qwen3_5-mtp",
-        lambda patch, pair: patch.setattr(mtp_head.MtpDrafter, "draft_one", no_prompt),
-    ),
-    "rows with their own token": (
-        "eagle3",
-        lambda patch, pair: patch.setattr(mtp_head.MtpDrafter, "draft_one", own_token),
-    ),
-    "features of the layers after": (
-        "eagle3",
-        lambda patch, pair: object.__setattr__(
-            pair.drafter_model.config, "target_layer_ids", (2, 4, 5)
-        ),
-    ),
-    "the other residual": (
-        "speculators-eagle3",
-        lambda patch, pair: object.__setattr__(pair.drafter_model.config, "normed_residual", False),
-    ),
+FAULTS: dict[str, tuple[str, Plant]] = {
+    "state before the final norm": ("qwen3_5-mtp", setting("target_layer_ids", (3,))),
+    "state first": ("qwen3_5-mtp", other(mtp_head.MtpModel, "read", hidden_first)),
+    "fed back before the norm": ("qwen3_5-mtp", other(mtp_head.MtpModel, "feedback", feedback)),
+    "fed back after the norm": ("eagle3", other(mtp_head.MtpModel, "feedback", feedback)),
+    "drafts one position high": ("qwen3_5-mtp", other(mtp_head.MtpHead, "_step", later)),
+    "no rows of the prompt": ("qwen3_5-mtp", other(mtp_head.MtpDrafter, "draft_one", no_prompt)),
+    "rows with their own token": ("eagle3", other(mtp_head.MtpDrafter, "draft_one", own_token)),
+    "features of the layers after": ("eagle3", setting("target_layer_ids", (2, 4, 5))),
+    "the other residual": ("speculators-eagle3", setting("normed_residual", False)),
     "the target's rotary base": (
         "eagle3",
         lambda patch, pair: object.__setattr__(
@@ -244,7 +210,7 @@ FAULTS: dict[str, tuple[str, Callable[[pytest.MonkeyPatch, Any], None]]] = {
     "norms of speculators without the 1": ("speculators-mtp", without_the_one),
     "state first in speculators": (
         "speculators-mtp",
-        lambda patch, pair: patch.setattr(mtp_head.MtpModel, "read", hidden_first),
+        other(mtp_head.MtpModel, "read", hidden_first),
     ),
     "layer ids of DeepSpec that count the embeddings": (
         "deepspec-eagle3",
@@ -254,19 +220,16 @@ FAULTS: dict[str, tuple[str, Callable[[pytest.MonkeyPatch, Any], None]]] = {
             tuple(i - 1 for i in pair.drafter_model.config.target_layer_ids),
         ),
     ),
-    "norms of a side file without their 1": (
-        "qwen3_5-mtp-quantised",
-        without_the_one,
-    ),
-    "a window ignored": ("eagle3-window", window(None)),
-    "a window one longer": ("eagle3-window", window(7)),
+    "norms of a side file without their 1": ("qwen3_5-mtp-quantised", without_the_one),
+    "a window ignored": ("eagle3-window", setting("sliding_windows", (None,))),
+    "a window one longer": ("eagle3-window", setting("sliding_windows", (7,))),
     "a window before the root": (
         "eagle3-window",
-        lambda patch, pair: patch.setattr(mtp_head.MtpHead, "_step", window_before_the_root),
+        other(mtp_head.MtpHead, "_step", window_before_the_root),
     ),
     "DeepSpec's state fed back after the norm": (
         "deepspec-eagle3",
-        lambda patch, pair: patch.setattr(mtp_head.MtpModel, "feedback", feedback),
+        other(mtp_head.MtpModel, "feedback", feedback),
     ),
 }
 

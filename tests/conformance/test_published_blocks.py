@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,10 +12,13 @@ from published_drafters import (
     BACKENDS,
     FLOAT32,
     TOLERANCE,
+    Plant,
     cases,
     load_published,
     needs_fixtures,
+    other,
     published,
+    setting,
 )
 
 from treeflash.config import DecodeConfig
@@ -100,15 +102,6 @@ def test_published_numbers_drafts_and_texts(backend: str, name: str) -> None:
             assert [token for step in steps for token in step.tokens] == case["greedy"]
 
 
-Plant: TypeAlias = Callable[[pytest.MonkeyPatch, Any], None]
-"""Makes a mistake in a pair of the reference."""
-
-
-def setting(name: str, value: Any) -> Plant:
-    """Give a drafter's configuration another value."""
-    return lambda patch, pair: object.__setattr__(pair.drafter_model.config, name, value)
-
-
 def scaled_sinks(factor: float) -> Plant:
     """Multiply the sinks; a factor of -inf leaves them out."""
 
@@ -132,11 +125,6 @@ def masks_one_position_high(patch: pytest.MonkeyPatch, pair: Any) -> None:
     patch.setattr(mtp_head, "rotate", rotated)
 
 
-def other_function(name: str, function: Callable[..., Any]) -> Plant:
-    """Replace a function of the drafter's arithmetic."""
-    return lambda patch, pair: patch.setattr(drafter, name, function)
-
-
 FAULTS: dict[str, tuple[str, Plant]] = {
     "no sinks": ("dflash-sinks", scaled_sinks(-np.inf)),
     "sinks scaled like scores": ("dflash-sinks", scaled_sinks(0.25)),
@@ -155,13 +143,13 @@ FAULTS: dict[str, tuple[str, Plant]] = {
     ),
     "Gemma 4's values without a norm": (
         "gemma4-dspark-plain",
-        other_function("rms_norm", lambda x, weight, eps: x),
+        other(drafter, "rms_norm", lambda x, weight, eps: x),
     ),
     "Gemma 4's scores scaled": (
         "gemma4-dspark-plain",
-        other_function("attention", lambda q, k, v, mask, *_: attention(q, k, v, mask)),
+        other(drafter, "attention", lambda q, k, v, mask, *_: attention(q, k, v, mask)),
     ),
-    "SiLU in Gemma 4's layers": ("gemma4-dspark-plain", other_function("gelu_tanh", silu)),
+    "SiLU in Gemma 4's layers": ("gemma4-dspark-plain", other(drafter, "gelu_tanh", silu)),
     "embeddings without a factor": ("gemma4-dspark-plain", setting("input_scale", 1.0)),
     "no softcap before the Markov bias": ("gemma4-dspark-plain", setting("softcap", None)),
     "frequencies of the turning channels alone": (
@@ -181,9 +169,7 @@ FAULTS: dict[str, tuple[str, Plant]] = {
     "P-EAGLE's masks one position high": ("speculators-peagle", masks_one_position_high),
     "rows of P-EAGLE that see later ones": (
         "speculators-peagle",
-        lambda patch, pair: patch.setattr(
-            mtp_head, "visible", lambda q, k, w, causal: visible(q, k, w, causal=False)
-        ),
+        other(mtp_head, "visible", lambda q, k, w, causal: visible(q, k, w, causal=False)),
     ),
     "a causal block": ("gemma4-dspark-plain", setting("causal", (True, True))),
 }
