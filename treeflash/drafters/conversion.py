@@ -223,7 +223,7 @@ def _read(folder: Path) -> Tensors:
 
 
 def _stored(values: NDArray[np.float64], dtype: str) -> dict[str, Any]:
-    """0 and 1 are exact in every type."""
+    """Return values as a tensor of a file; 0 and 1 are exact in every type."""
     if dtype == "BF16":  # the upper half of a float32
         data = (values.astype(np.float32).view(np.uint32) >> 16).astype("<u2").tobytes()
     else:
