@@ -381,7 +381,7 @@ def delta_kernel_wins(
             errors.append(relative_error(outputs[:, node], output[:, 0]))
         return max(*errors, relative_error(after, expected))
 
-    def link(run: Callable[[mx.array], tuple[mx.array, mx.array]]) -> Callable[..., mx.array]:
+    def candidate(run: Callable[[mx.array], tuple[mx.array, mx.array]]) -> Callable[..., mx.array]:
         def call(state: mx.array, _: int) -> mx.array:
             outputs, after = run(state)
             return after + 0 * outputs.sum()
@@ -390,7 +390,7 @@ def delta_kernel_wins(
 
     what = "gated delta nets on trees"
     shape = f"{heads} heads of {value_dim} x {key_dim}{' by channel' if by_channel else ''}"
-    race = {"": link(by_kernel)}, link(by_operations), state
+    race = {"": candidate(by_kernel)}, candidate(by_operations), state
     key = key_heads, heads, value_dim, key_dim, dtype, by_channel
     verdict = choose(
         what, shape, f"{n} nodes", error, ROUNDING[dtype], *race, key=key, tells_bits=True

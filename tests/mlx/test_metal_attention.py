@@ -215,9 +215,9 @@ def test_splits_are_longer_in_long_contexts(metal, monkeypatch, rng):
         found, expected = attend(rng, SHAPES[0][0], starts)
         np.testing.assert_allclose(found, expected, atol=1e-5)
     assert [attention.span_of(n) for n in (39, 40)] == [16, 24]
-    checked, error = [], attention._Contest.error
+    checked, error = [], attention._Benchmark.error
     monkeypatch.setattr(
-        attention._Contest,
+        attention._Benchmark,
         "error",
         lambda self, window: checked.append(self.nodes.length) or error(self, window),
     )

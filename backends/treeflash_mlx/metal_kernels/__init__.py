@@ -33,7 +33,7 @@ and others report kernels that won their races there and stalled in generations.
 CALLS = 20
 """Calls of a chain."""
 ROUNDS = 3
-"""Chains of each contestant in a race; the fastest counts."""
+"""Chains of each candidate in a race; the fastest counts."""
 LONG_BYTES, LONG_CALLS, LONG_ROUNDS = 64 << 20, 5, 2
 """From that many bytes of weights on a call takes milliseconds, of which few are a race: those of
 an output head would take seconds on an M1."""
@@ -44,10 +44,11 @@ UNROLL = '#define UNROLL _Pragma("clang loop unroll(full)")\n'
 """Comes before every kernel. Without the pragma a compiler may keep a loop over registers, whose
 arrays then lie in the memory of the thread."""
 
-Link: TypeAlias = Callable[[mx.array, int], mx.array]
-"""A call in a chain: from the array that the call before returned, and the number of the call."""
+Candidate: TypeAlias = Callable[[mx.array, int], mx.array]
+"""An implementation in a race, as a call of a chain: it gets what the call before returned, and the
+number of the call."""
 
-NO_RACE: Mapping[str, Link] = {}
+NO_RACE: Mapping[str, Candidate] = {}
 VERDICTS: dict[str, dict[str, str]] = {}
 """What `choose` decided in this process and why, by kernel with its shape, and by size."""
 
@@ -107,7 +108,7 @@ def choose(
     size: str,
     error: Callable[[], float],
     limit: float,
-    kernels: Mapping[str, Link] = NO_RACE,
+    kernels: Mapping[str, Candidate] = NO_RACE,
     *race: Any,
     key: object = None,
     tells_bits: bool = False,
@@ -172,7 +173,7 @@ def summary() -> str:
     return "; ".join(f"{x} in {sum(wins)} of {len(wins)} shapes" for x, wins in used.items())
 
 
-def speedup(kernel: Link, plain: Link, start: mx.array, nbytes: int = 0) -> float:
+def speedup(kernel: Candidate, plain: Candidate, start: mx.array, nbytes: int = 0) -> float:
     """Return how many times as fast a chain of calls is with a kernel as with operations.
 
     Args:
@@ -183,10 +184,10 @@ def speedup(kernel: Link, plain: Link, start: mx.array, nbytes: int = 0) -> floa
     """
     calls, rounds = (LONG_CALLS, LONG_ROUNDS) if nbytes >= LONG_BYTES else (CALLS, ROUNDS)
 
-    def seconds(link: Link) -> float:
+    def seconds(candidate: Candidate) -> float:
         x, started = start, time.perf_counter()
         for call in range(calls):
-            x = link(x, call)
+            x = candidate(x, call)
         mx.eval(x)
         return time.perf_counter() - started
 

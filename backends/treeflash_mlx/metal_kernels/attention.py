@@ -426,7 +426,7 @@ def winning_columns(shape: Shape) -> float:
         for least, span in SPANS.items():
             # Two splits of committed positions after those that make splits so long, and a third
             # that begins between the depths of the tree.
-            checked = _Contest(shape, least + 2 * span - 2 + RACED_NODES)
+            checked = _Benchmark(shape, least + 2 * span - 2 + RACED_NODES)
             # Windows that begin in the second split, and between the depths of the tree.
             errors += map(checked.error, (None, span // 2 + 3, 2))
         return max(errors)
@@ -436,14 +436,14 @@ def winning_columns(shape: Shape) -> float:
     if shape.bits:
         name += f", keys of {shape.bits} bits"
     for columns in RACED_COLUMNS:
-        contest, limit = _Contest(shape, columns), 2 * ROUNDING[shape.dtype]
-        race = {"": contest.by_kernel}, contest.by_operation, contest.q
+        benchmark, limit = _Benchmark(shape, columns), 2 * ROUNDING[shape.dtype]
+        race = {"": benchmark.by_kernel}, benchmark.by_operation, benchmark.q
         if choose(what, name, f"{columns} columns", error, limit, *race, key=shape) is not None:
             return columns
     return math.inf
 
 
-class _Contest:
+class _Benchmark:
     """A tree after committed positions, on which the kernel is compared with the operation."""
 
     def __init__(self, shape: Shape, columns: int) -> None:

@@ -268,7 +268,7 @@ def fastest(layers: Sequence[Module], rows: int) -> Geometry | None:
     x = mx.random.normal((rows, width), key=mx.random.key(0)).astype(dtype)
     candidates = geometries(outputs, rows)
 
-    def link(product: Callable[[Module, mx.array], mx.array]) -> Callable[..., mx.array]:
+    def candidate(product: Callable[[Module, mx.array], mx.array]) -> Callable[..., mx.array]:
         # Each call waits for the one before, and its input stays finite.
         return lambda y, call: x + 0 * product(layers[call % len(layers)], y)[:, :1]
 
@@ -285,8 +285,8 @@ def fastest(layers: Sequence[Module], rows: int) -> Geometry | None:
         f"{rows} rows",
         error,
         ROUNDING[x.dtype],
-        {str(each): link(kernel(each)) for each in candidates},
-        link(multiply_plainly),
+        {str(each): candidate(kernel(each)) for each in candidates},
+        candidate(multiply_plainly),
         x,
         first.weight.nbytes,
         key=shape,
