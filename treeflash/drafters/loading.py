@@ -109,7 +109,13 @@ def read_layout(
         num_hidden_layers=num_hidden_layers,
         own_embeddings="embed_tokens.weight" in names.values(),
     )
+    quantisation = opened.config.get("quantization")
+    mode = quantisation.get("mode", "affine") if isinstance(quantisation, Mapping) else "affine"
     for name in names:
+        if format.kind == "rows" and stored[name].dtype == "U32" and mode != "affine":
+            raise CheckpointError(
+                f"{opened.path} is quantised in the mode {mode!r}; the mode 'affine' is supported"
+            )
         if format.kind == "block" or not stored[name].bits:
             check_dtype(stored[name].path, name, stored[name].dtype)
     shapes = mtp_heads.split_fused({names[x]: stored[x].shape for x in names})

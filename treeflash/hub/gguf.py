@@ -194,7 +194,7 @@ def _layers(fields: Fields) -> dict[str, Any]:
         # Readers look for the rotary settings in either place.
         "rope_theta": rope["rope_theta"],
         "rope_parameters": rope,
-        "rope_scaling": rope if "factor" in rope else None,
+        **({"rope_scaling": rope} if "factor" in rope else {}),
         "hidden_act": "silu",
         "attention_bias": False,
         "vocab_size": len(fields["tokenizer.ggml.tokens"]),

@@ -711,6 +711,11 @@ def test_tensors_of_a_head_are_checked(tmp_path: Path) -> None:
     refused(wrong, **{"fc.weight": zeros})
     refused("an unexpected tensor for an MTP or EAGLE-3 head: extra", extra=zeros)
     refused("tensors of type I8", **{"fc.weight": np.zeros((8, 24), np.int8)})
+    packed = {"quantization": {"group_size": 16, "bits": 4, "mode": "nvfp4"}}
+    words = {"fc.weight": np.zeros((8, 2), np.uint32)} | tensors("pre_fc_norm_hidden.weight")
+    save(folder, {**QWEN, **packed, "model_type": "qwen3_5_mtp"}, words)
+    with pytest.raises(CheckpointError, match="mode 'nvfp4'; the mode 'affine' is supported"):
+        load(folder)
     save(folder, {k: x for k, x in EAGLE.items() if k != "vocab_size"}, parts["stored"])
     with pytest.raises(CheckpointError, match=r"config\.json lacks 'vocab_size'"):
         load(folder)
