@@ -37,7 +37,11 @@ class Rotary(nn.Module):
 
     def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return the (..., n, head_dim) each, from (..., n) positions."""
-        angles = positions[..., None].float() * self.inv_freq
+        return self.turn(positions[..., None], dtype)
+
+    def turn(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return the same from the position of each frequency: (..., n, head_dim / 2)."""
+        angles = positions.float() * self.inv_freq
         angles = torch.cat([angles, angles], -1)
         return (angles.cos() * self.scale).to(dtype), (angles.sin() * self.scale).to(dtype)
 

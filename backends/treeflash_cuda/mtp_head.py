@@ -8,8 +8,8 @@ committed rows need no attention, so a prompt costs little more than their proje
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -53,7 +53,10 @@ class MtpModel(MtpLayer, nn.Module):
         return [self.layer, *self.further_layers]
 
     def rotation(self, positions: NDArray[np.integer], like: Tensor) -> Rotation:
-        return self.rotary(upload(positions, like.device), like.dtype)
+        if positions.ndim == 2 and (axes := self.config.rotary_axes) is not None:
+            return self.rotary.turn(upload(positions[list(axes)].T, like.device), like.dtype)
+        time = positions if positions.ndim == 1 else positions[0]
+        return self.rotary(upload(time, like.device), like.dtype)
 
     def write(self, segments: Sequence[tuple[MtpCache, int, int]], k: Tensor, v: Tensor) -> None:
         PackedRows(segments, k).write(0, k, v)
@@ -91,14 +94,24 @@ class MtpCache(KVCache):
     """
 
     hidden: Tensor | None = None  # (columns, hidden_size); None before the first draft
+    # The first position and the (n, hidden_size) embeddings of new tokens among which are features
+    # of images, until their rows are computed.
+    merged: list[tuple[int, Tensor]] = field(default_factory=list)
 
     @property
     def nbytes(self) -> int:
         return super().nbytes + (0 if self.hidden is None else self.hidden.nbytes)
 
     def append(self, states: Sequence[Tensor]) -> None:
-        """Note the (n, hidden_size) states of new committed positions."""
+        """Note the (n, hidden_size) states of new committed positions.
+
+        They are (n, 2, hidden_size) with `BaseState.merged`.
+        """
+        self.merged = []
         for part in states:
+            if part.ndim == 3:
+                part, embedded = part.unbind(1)
+                self.merged.append((self.length, embedded))
             if self.hidden is None:
                 self.hidden = part.new_empty(self.capacity, part.shape[1])
             self.hidden[self.length : self.length + len(part)] = part
@@ -140,6 +153,30 @@ class MtpArena(Arena):
         return MtpCache(self, capacity)
 
 
+NewRows: TypeAlias = tuple[Any, int, list[int]]
+"""The state of a sequence, the first of its rows that are computed, and their tokens."""
+
+
+def embed_rows(output: OutputStage, rows: Sequence[NewRows], device: torch.device) -> Tensor:
+    """Return the (n, hidden_size) embeddings of rows' tokens, or features of images."""
+    tokens = np.array([token for _, _, part in rows for token in part])
+    embedded, start = output.embed(upload(tokens, device)), 0
+    for state, first, part in rows:
+        for position, merged in state.drafter.merged:
+            row = position - 1 - first  # a row has the token after its own position
+            begin, end = max(row, 0), min(row + len(merged), len(part))
+            if begin < end:
+                embedded[start + begin : start + end] = merged[begin - row : end - row]
+        start += len(part)
+    return embedded
+
+
+def row_positions(rows: Sequence[NewRows]) -> NDArray[np.int32]:
+    """Return the (3, n) rotary positions of rows."""
+    parts = [state.row_positions(first, first + len(tokens)) for state, first, tokens in rows]
+    return np.concatenate(parts, 1)
+
+
 class MtpDrafter:
     """`treeflash.decoding.interfaces.Drafter` in PyTorch: the rows of committed positions."""
 
@@ -151,7 +188,7 @@ class MtpDrafter:
     @torch.inference_mode()
     def draft(self, roots: Sequence[tuple[Any, int]], depths: int | None = None) -> list[MtpBlock]:
         """Compute the rows of all sequences together; earlier parts of prompts chunk by chunk."""
-        new: list[tuple[MtpCache, int, list[int]]] = []
+        new: list[NewRows] = []
         for state, root in roots:
             cache = state.drafter
             assert isinstance(cache, MtpCache)
@@ -160,39 +197,40 @@ class MtpDrafter:
             state.context = []
             tokens = [*state.tokens[first + 1 :], root]
             while len(tokens) > CHUNK:
-                self._write([(cache, first, tokens[:CHUNK])])
+                self._write([(state, first, tokens[:CHUNK])])
                 first, tokens = first + CHUNK, tokens[CHUNK:]
-            new.append((cache, first, tokens))
+            new.append((state, first, tokens))
         read, rotation = self._write(new)
         ends = np.cumsum([len(tokens) for _, _, tokens in new]) - 1
         last = upload(ends, self.target.device)
         y, residual = (x.index_select(0, last) for x in read)
-        caches = [cache for cache, _, _ in new]
+        caches = [state.drafter for state, _, _ in new]
+        for cache in caches:
+            cache.merged = []
         cos, sin = (x.index_select(0, last) for x in rotation)
         q, gate = self.model.layer.self_attn.queries(y, (cos, sin))
         attended = self.model.attend(q, caches, [x.length for x in caches], 0, None)
         outputs = self.model.finish(attended, gate, residual)
         most = self.model.config.depths
         return [
-            MtpBlock(output, cache, cache.length, min(depths or most, most))
-            for output, cache in zip(outputs.split(1), caches, strict=True)
+            MtpBlock(
+                *(output, state.drafter, state.length),
+                position=state.length - 1 + state.shift,
+                depths=min(depths or most, most),
+            )
+            for output, (state, _) in zip(outputs.split(1), roots, strict=True)
         ]
 
     def _write(
-        self, rows: Sequence[tuple[MtpCache, int, list[int]]]
+        self, rows: Sequence[NewRows]
     ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Write the keys and values of rows: their cache, the first one, and their tokens.
-
-        Returns what `MtpModel.read` does, and the rotation.
-        """
-        device = self.target.device
-        flat = np.array([token for _, _, tokens in rows for token in tokens])
-        numbers = np.concatenate([first + np.arange(len(tokens)) for _, first, tokens in rows])
-        states = [x.hidden[first : first + len(tokens)] for x, first, tokens in rows]  # type: ignore[index]
-        read = self.model.read(self.output.embed(upload(flat, device)), torch.cat(states))
-        rotation = self.model.rotation(numbers, read[0])
+        """Write keys and values of rows; returns what `MtpModel.read` does, and the rotation."""
+        embedded = embed_rows(self.output, rows, self.target.device)
+        states = [x.drafter.hidden[first : first + len(tokens)] for x, first, tokens in rows]
+        read = self.model.read(embedded, torch.cat(states))
+        rotation = self.model.rotation(row_positions(rows), read[0])
         k, v = self.model.layer.self_attn.keys_and_values(read[0], rotation)
-        self.model.write([(x, first, len(tokens)) for x, first, tokens in rows], k, v)
+        self.model.write([(x.drafter, first, len(tokens)) for x, first, tokens in rows], k, v)
         return read, rotation
 
     def marginals(self, blocks: Sequence[MtpBlock], options: TableOptions) -> list[TransitionTable]:
@@ -214,7 +252,7 @@ class ParallelDrafter(Drafter):
         """Run the rows of all sequences together; earlier parts of prompts chunk by chunk."""
         config, masks = self.rows.config, self.rows.config.depths - 1
         mask = self.rows.project(self.rows.mask_hidden.flatten()[None])
-        runs: list[tuple[MtpCache, int, list[int], Tensor]] = []
+        runs: list[tuple[NewRows, Tensor]] = []
         for state, root in roots:
             cache = state.drafter
             assert isinstance(cache, MtpCache)
@@ -225,35 +263,39 @@ class ParallelDrafter(Drafter):
             tokens = [*state.tokens[first + 1 :], root]
             while len(tokens) > PARALLEL_CHUNK:
                 stop = first + PARALLEL_CHUNK
-                self._run([(cache, first, tokens[:PARALLEL_CHUNK], cache.hidden[first:stop])])
+                rows = state, first, tokens[:PARALLEL_CHUNK]
+                self._run([(rows, cache.hidden[first:stop])])
                 first, tokens = stop, tokens[PARALLEL_CHUNK:]
             states = torch.cat([cache.hidden[first : cache.length], mask.expand(masks, -1)])
-            runs.append((cache, first, [*tokens, *[config.mask_token_id or 0] * masks], states))
-        parts = self._run(runs).split([len(tokens) for _, _, tokens, _ in runs])
+            tokens += [config.mask_token_id or 0] * masks
+            runs.append(((state, first, tokens), states))
+        parts = self._run(runs).split([len(tokens) for (_, _, tokens), _ in runs])
         blocks = []
         for (state, root), part in zip(roots, parts, strict=True):
+            state.drafter.merged = []
             hidden, token = part[-config.depths :], upload(np.array([root]), self.target.device)
             blocks.append(Block(root, token, hidden[:depths], hidden, hidden, state.tokens[-1]))
         return blocks
 
-    def _run(self, runs: Sequence[tuple[MtpCache, int, list[int], Tensor]]) -> Tensor:
-        """Run rows of several sequences: each cache, its first row, and the tokens and states."""
+    def _run(self, runs: Sequence[tuple[NewRows, Tensor]]) -> Tensor:
+        """Run rows of several sequences, with their states."""
         device, groups = self.target.device, self.rows.config.num_attention_heads
         groups //= self.rows.config.num_key_value_heads
-        tokens = upload(np.array([token for run in runs for token in run[2]]), device)
-        positions = np.concatenate([first + np.arange(len(x)) for _, first, x, _ in runs])
-        embedded, states = self.output.embed(tokens), torch.cat([run[3] for run in runs])
-        sizes, masks = [len(x) for _, _, x, _ in runs], []
-        for _, first, x, _ in runs:
-            seen = torch.ones(len(x), first + len(x), dtype=torch.bool, device=device)
+        rows = [run[0] for run in runs]
+        embedded = embed_rows(self.output, rows, device)
+        segments = [(state.drafter, first, len(tokens)) for state, first, tokens in rows]
+        sizes, masks = [n for _, _, n in segments], []
+        for _, first, n in segments:
+            seen = torch.ones(n, first + n, dtype=torch.bool, device=device)
             masks.append(group_mask(additive_mask(seen.tril(first), embedded.dtype), groups))
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            PackedRows([(x, first, len(t)) for x, first, t, _ in runs], k).write(layer, k, v)
-            keys_and_values = [x.first_columns(layer, first + len(t)) for x, first, t, _ in runs]
+            PackedRows(segments, k).write(layer, k, v)
+            keys_and_values = [x.first_columns(layer, first + n) for x, first, n in segments]
             return grouped_attention(q, keys_and_values, masks, sizes, q.shape[-1] ** -0.5)[0]
 
-        rotation = self.rows.rotation(positions, embedded)
+        rotation = self.rows.rotation(row_positions(rows), embedded)
+        states = torch.cat([run[1] for run in runs])
         outputs: Tensor = self.rows.run(embedded, states, rotation, attend)
         return outputs
 

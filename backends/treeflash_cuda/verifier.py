@@ -18,8 +18,10 @@ from treeflash.decoding.tree import DraftTree
 from treeflash.errors import UnsupportedModelError
 from treeflash_cuda.attention import AttentionContext
 from treeflash_cuda.cache import Slab
+from treeflash_cuda.drafter import OutputStage
 from treeflash_cuda.drafter_model import DrafterModel
 from treeflash_cuda.hybrid import RecurrentStates, TreeWrites
+from treeflash_cuda.images import ImageRows
 from treeflash_cuda.mtp_head import MtpModel
 from treeflash_cuda.numerics import upload_all
 from treeflash_cuda.row_pass import MAX_ROWS, RowPass, Rows, has_features
@@ -107,7 +109,7 @@ class Verifier:
             self.target.threads.update()
         for state, tokens in rows:
             ids = tokens.tokens if isinstance(tokens, DraftTree) else tokens
-            state.pass_tokens = np.asarray(ids, np.int32)
+            state.pass_tokens, state.merged = np.asarray(ids, np.int32), None
         found: list[tuple[list[int], Logits]] = []
 
         def run(forward: Forward, members: list[int]) -> None:
@@ -161,6 +163,8 @@ class Verifier:
         tower, images = self.target.tower, None
         if tower is not None and has_features(*rows[0]):
             images = tower.rows(rows[0][0], sizes[0])
+            assert images is not None
+            self._merge(rows[0][0], images)
         token_ids: list[Tensor] = []
         contexts: list[AttentionContext] = []
         for state, tokens in rows:
@@ -216,7 +220,11 @@ class Verifier:
         context: list[tuple[State, Tensor]] = []
         for group in passes:
             features = self._project(group.outputs, next(uploaded))
-            context += zip(group.states, features.split(group.sizes), strict=True)
+            for state, part in zip(group.states, features.split(group.sizes), strict=True):
+                has_merged = state.merged is not None
+                context.append(
+                    (state, torch.stack([part, state.merged], 1) if has_merged else part)
+                )
         committed = [(states, states.states_after(next(uploaded))) for states, _ in hybrid]
         for writes, members in by_tree.items():
             after = writes.commit(next(uploaded), list(members))
@@ -230,6 +238,17 @@ class Verifier:
             states.resume(new)
         for state, part in context:
             state.context.append(part)
+
+    def _merge(self, state: State, images: ImageRows) -> None:
+        """Note what a head that reads embeddings has at the tokens of a pass over a prompt."""
+        if state.drafter is None or not isinstance(self.drafter, MtpModel):
+            return
+        assert state.images is not None
+        n = len(state.pass_tokens)
+        is_feature = state.images.is_feature[state.length : state.length + n]
+        tokens, places = upload_all([state.pass_tokens, is_feature], self.target.device)
+        state.merged = OutputStage(self.drafter, self.target).embed(tokens.long())
+        state.merged[places.bool()] = images.features.rows.to(state.merged.dtype)
 
     def _project(self, outputs: dict[int, Tensor], rows: Tensor) -> Tensor:
         """Project the (n, hidden_size) features of n rows of a forward pass."""

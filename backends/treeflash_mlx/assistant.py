@@ -173,7 +173,11 @@ class AssistantDrafter(MtpDrafter):
         outputs = self.model(self.output.embed(tokens), mx.concatenate(states), caches)
         most = self.model.config.depths
         return [
-            MtpBlock(outputs[i : i + 1], cache, cache.length, min(depths or most, most))
+            MtpBlock(
+                *(outputs[i : i + 1], cache, cache.length),
+                position=cache.length - 1,
+                depths=min(depths or most, most),
+            )
             for i, cache in enumerate(caches)
         ]
 

@@ -26,6 +26,11 @@ class Rope(nn.Module):
         # Not parameters: they stay float32 if the model is cast to half precision.
         self._wavelengths = 1 / mx.array(config.inv_freq, mx.float32)
         mx.eval(self._wavelengths)  # only the thread that makes a lazy array can evaluate it
+        self._axes = None  # (head_dim,) the axis that turns each channel; None if there is one
+        if config.rotary_axes is not None:
+            rest = config.head_dim - 2 * len(config.rotary_axes)
+            self._axes = mx.array([*config.rotary_axes * 2, *[0] * rest])
+            mx.eval(self._axes)
         self._scales = None
         if config.rope_scale != 1:
             width = 2 * len(config.inv_freq)
@@ -33,8 +38,19 @@ class Rope(nn.Module):
             self._scales = mx.array(scales)
 
     def __call__(self, x: mx.array, positions: mx.array) -> mx.array:
-        """Return the (1, heads, n, head_dim) from (n, heads, head_dim)."""
-        rotated = mx.fast.rope(
+        """Return the (1, heads, n, head_dim) from (n, heads, head_dim).
+
+        The positions are (n,), or (3, n) of time, height and width.
+        """
+        time, *others = positions if positions.ndim == 2 else [positions]
+        rotated = self._turn(x, time)
+        if self._axes is not None:
+            for axis, other in enumerate(others, 1):
+                rotated = mx.where(self._axes == axis, self._turn(x, other), rotated)
+        return rotated if self._scales is None else rotated * self._scales.astype(x.dtype)
+
+    def _turn(self, x: mx.array, positions: mx.array) -> mx.array:
+        return mx.fast.rope(
             x[:, :, None],  # a rope has one offset per batch entry, which is a row here
             2 * len(self._wavelengths),
             traditional=False,
@@ -43,7 +59,6 @@ class Rope(nn.Module):
             offset=positions,
             freqs=self._wavelengths,
         ).swapaxes(0, 2)
-        return rotated if self._scales is None else rotated * self._scales.astype(x.dtype)
 
 
 class Attention(nn.Module):

@@ -8,8 +8,8 @@ committed rows need no attention, so a prompt costs little more than their proje
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 import mlx.core as mx
 import numpy as np
@@ -94,9 +94,20 @@ class MtpCache(KVCache):
 
     layers_without_keys = 1  # the last, which has the states as (1, 1, columns, hidden_size)
 
+    # The first position and the (n, hidden_size) embeddings of new tokens among which are features
+    # of images, until their rows are computed.
+    merged: list[tuple[int, mx.array]] = field(default_factory=list)
+
     def append(self, states: Sequence[mx.array]) -> None:
-        """Note the (n, hidden_size) states of new committed positions."""
+        """Note the (n, hidden_size) states of new committed positions.
+
+        They are (n, 2, hidden_size) with `BaseState.merged`.
+        """
+        self.merged = []
         for part in states:
+            if part.ndim == 3:
+                self.merged.append((self.length, part[:, 1]))
+                part = part[:, 0]
             share_storage([self]).write(self.num_layers - 1, [part[None, None]], self.length)
             self.length += len(part)
 
@@ -118,6 +129,30 @@ class MtpCache(KVCache):
         return super().read()[..., : max(self.length - 1, 0), :]
 
 
+NewRows: TypeAlias = tuple[Any, int, list[int]]
+"""The state of a sequence, the first of its rows that are computed, and their tokens."""
+
+
+def embed_rows(output: OutputStage, rows: Sequence[NewRows]) -> mx.array:
+    """Return the (n, hidden_size) embeddings of rows' tokens, or features of images."""
+    embedded = output.embed(mx.array([token for _, _, part in rows for token in part], mx.int32))
+    start = 0
+    for state, first, part in rows:
+        for position, merged in state.drafter.merged:
+            row = position - 1 - first  # a row has the token after its own position
+            begin, end = max(row, 0), min(row + len(merged), len(part))
+            if begin < end:
+                embedded[start + begin : start + end] = merged[begin - row : end - row]
+        start += len(part)
+    return embedded
+
+
+def row_positions(rows: Sequence[NewRows]) -> NDArray[np.int32]:
+    """Return the (3, n) rotary positions of rows."""
+    parts = [state.row_positions(first, first + len(tokens)) for state, first, tokens in rows]
+    return np.concatenate(parts, 1)
+
+
 class MtpDrafter:
     """`treeflash.decoding.interfaces.Drafter` in MLX: the rows of committed positions."""
 
@@ -127,25 +162,31 @@ class MtpDrafter:
     def draft(self, roots: Sequence[tuple[Any, int]], depths: int | None = None) -> list[MtpBlock]:
         """Compute the rows of all sequences together; earlier parts of prompts chunk by chunk."""
         project_contexts([state for state, _ in roots], self.model.project)
-        new: list[tuple[MtpCache, int, list[int]]] = []
+        new: list[NewRows] = []
         for state, root in roots:
             cache, tokens = self._append(state)
             first, tokens = cache.length - 1 - len(tokens), [*tokens, root]
             while len(tokens) > CHUNK:
-                self._write([(cache, first, tokens[:CHUNK])])
+                self._write([(state, first, tokens[:CHUNK])])
                 mx.eval(share_storage([cache]).layers)
                 first, tokens = first + CHUNK, tokens[CHUNK:]
-            new.append((cache, first, tokens))
+            new.append((state, first, tokens))
         (y, residual), positions = self._write(new)
         last = mx.array(np.cumsum([len(tokens) for _, _, tokens in new]) - 1)
-        q, gate = self.model.layer.self_attn.queries(y[last], positions[last])
-        caches = [cache for cache, _, _ in new]
+        q, gate = self.model.layer.self_attn.queries(y[last], positions[:, last])
+        caches = [state.drafter for state, _, _ in new]
+        for cache in caches:
+            cache.merged = []
         attended = self.model.attend(q, caches, [x.length for x in caches], 0, None)
         outputs = self.model.finish(attended, gate, residual[last])
         most = self.model.config.depths
         return [
-            MtpBlock(outputs[i : i + 1], cache, cache.length, min(depths or most, most))
-            for i, cache in enumerate(caches)
+            MtpBlock(
+                *(outputs[i : i + 1], state.drafter, state.length),
+                position=state.length - 1 + state.shift,
+                depths=min(depths or most, most),
+            )
+            for i, (state, _) in enumerate(roots)
         ]
 
     def _append(self, state: State) -> tuple[MtpCache, list[int]]:
@@ -157,22 +198,13 @@ class MtpDrafter:
         state.context = []
         return cache, state.tokens[first + 1 :]
 
-    def _write(
-        self, rows: Sequence[tuple[MtpCache, int, list[int]]]
-    ) -> tuple[tuple[mx.array, mx.array], mx.array]:
-        """Write the keys and values of rows: their cache, the first one, and their tokens.
-
-        Returns what `MtpModel.read` does, and the positions.
-        """
-        flat = mx.array([token for _, _, tokens in rows for token in tokens], mx.int32)
-        numbers = [first + np.arange(len(tokens)) for _, first, tokens in rows]
-        states = []
-        for cache, first, tokens in rows:
-            states.append(cache.states(first, first + len(tokens)))
-        read = self.model.read(self.output.embed(flat), mx.concatenate(states))
-        positions = self.model.rotation(np.concatenate(numbers), read[0])
+    def _write(self, rows: Sequence[NewRows]) -> tuple[tuple[mx.array, mx.array], mx.array]:
+        """Write keys and values of rows; returns what `MtpModel.read` does, and the positions."""
+        states = [x.drafter.states(first, first + len(tokens)) for x, first, tokens in rows]
+        read = self.model.read(embed_rows(self.output, rows), mx.concatenate(states))
+        positions = self.model.rotation(row_positions(rows), read[0])
         k, v = self.model.layer.self_attn.keys_and_values(read[0], positions)
-        self.model.write([(cache, first, len(tokens)) for cache, first, tokens in rows], k, v)
+        self.model.write([(x.drafter, first, len(tokens)) for x, first, tokens in rows], k, v)
         return read, positions
 
     def marginals(self, blocks: Sequence[MtpBlock], options: TableOptions) -> list[TransitionTable]:
@@ -194,7 +226,7 @@ class ParallelDrafter(Drafter):
         config, masks = self.rows.config, self.rows.config.depths - 1
         project_contexts([state for state, _ in roots], self.rows.project)
         mask = self.rows.project(self.rows.mask_hidden.reshape(1, -1))
-        runs: list[tuple[MtpCache, int, list[int], mx.array]] = []
+        runs: list[tuple[NewRows, mx.array]] = []
         for state, root in roots:
             cache = state.drafter
             assert isinstance(cache, MtpCache)
@@ -204,42 +236,44 @@ class ParallelDrafter(Drafter):
             tokens = [*state.tokens[first + 1 :], root]
             while len(tokens) > CHUNK:
                 stop = first + CHUNK
-                self._run([(cache, first, tokens[:CHUNK], cache.states(first, stop))])
+                self._run([((state, first, tokens[:CHUNK]), cache.states(first, stop))])
                 mx.eval(share_storage([cache]).layers)
                 first, tokens = stop, tokens[CHUNK:]
             states = mx.concatenate([cache.states(first, cache.length), mx.repeat(mask, masks, 0)])
-            runs.append((cache, first, [*tokens, *[config.mask_token_id or 0] * masks], states))
-        ends = np.cumsum([len(tokens) for _, _, tokens, _ in runs])
+            tokens += [config.mask_token_id or 0] * masks
+            runs.append(((state, first, tokens), states))
+        ends = np.cumsum([len(tokens) for (_, _, tokens), _ in runs])
         parts = mx.split(self._run(runs), ends[:-1].tolist())
         hidden = [part[-config.depths :] for part in parts]
+        for state, _ in roots:
+            state.drafter.merged = []
         return [
             Block(root, part[:depths], part, state.tokens[-1])
             for (state, root), part in zip(roots, hidden, strict=True)
         ]
 
-    def _run(self, runs: Sequence[tuple[MtpCache, int, list[int], mx.array]]) -> mx.array:
-        """Run rows of several sequences: each cache, its first row, and the tokens and states."""
-        tokens = mx.array([token for _, _, x, _ in runs for token in x], mx.int32)
-        positions = np.concatenate([first + np.arange(len(x)) for _, first, x, _ in runs])
-        embedded = self.output.embed(tokens)
+    def _run(self, runs: Sequence[tuple[NewRows, mx.array]]) -> mx.array:
+        """Run rows of several sequences, with their states."""
+        rows = [run[0] for run in runs]
+        embedded = embed_rows(self.output, rows)
 
         def attend(layer: int, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
             out, row = [], 0
-            for cache, first, x, _ in runs:
-                part, storage = slice(row, row + len(x)), share_storage([cache])
+            for state, first, tokens in rows:
+                part, storage = slice(row, row + len(tokens)), share_storage([state.drafter])
                 storage.write(layer, [k[:, :, part], v[:, :, part]], first)
                 y = mx.fast.scaled_dot_product_attention(
                     q[:, :, part],
-                    *storage.read(layer, first + len(x)),
+                    *storage.read(layer, first + len(tokens)),
                     scale=q.shape[-1] ** -0.5,
                     mask="causal",
                 )
                 out.append(y[0].swapaxes(0, 1))
-                row += len(x)
+                row += len(tokens)
             return mx.concatenate(out)
 
-        states = mx.concatenate([states for *_, states in runs])
-        rotation = self.rows.rotation(positions, embedded)
+        states = mx.concatenate([states for _, states in runs])
+        rotation = self.rows.rotation(row_positions(rows), embedded)
         outputs: mx.array = self.rows.run(embedded, states, rotation, attend)
         return outputs
 

@@ -16,6 +16,7 @@ from treeflash.decoding.sampling import SampledTokens
 from treeflash.decoding.tree import DraftTree
 from treeflash_mlx.attention import TreePass
 from treeflash_mlx.cache import BatchStorage, share_storage, size_class, storages_of
+from treeflash_mlx.drafter import OutputStage
 from treeflash_mlx.drafter_model import DrafterModel
 from treeflash_mlx.mtp_head import MtpModel
 from treeflash_mlx.sampling import draw, edit, read_tokens, sample, with_log_probs
@@ -229,16 +230,35 @@ class Verifier:
             rotary=_rotary_positions(by_row),
             is_seen=None if images is None else images.is_seen,
         )
+        # A head that reads embeddings has those of features from the first layer's input.
+        reads = isinstance(self.drafter, MtpModel) and sequences[0][0].drafter is not None
+        merges = reads and images is not None
+        layer_ids = (*self._layer_ids, -1) if merges else self._layer_ids
         rows, outputs = self.target.forward(
-            mx.array(np.array(token_ids), mx.int32), caches, self._layer_ids, tree_pass, images
+            mx.array(np.array(token_ids), mx.int32), caches, layer_ids, tree_pass, images
         )
         if outputs is not None:
             outputs = outputs.reshape(-1, outputs.shape[-1])
         for row, (state, _) in enumerate(by_row):
             state.outputs, state.first_row, state.ahead = outputs, row * n, None
+            state.merged = None
         for state, tree in sequences:
             state.pass_tokens = tree.tokens
+        if merges:
+            ((state, tree),) = sequences
+            self._merge(state, tree.tokens)
         return [rows[state.kv_cache.row, : len(tree)] for state, tree in sequences]
+
+    def _merge(self, state: State, tokens: NDArray[np.int32]) -> None:
+        """Note what a head that reads embeddings has at the tokens of a pass over a prompt."""
+        assert isinstance(self.drafter, MtpModel)
+        assert state.images is not None
+        state.merged = OutputStage(self.drafter, self.target).embed(mx.array(tokens))
+        width = state.merged.shape[-1]
+        state.outputs, embedded = state.outputs[:, :-width], state.outputs[:, -width:]
+        is_feature = state.images.is_feature[state.length : state.length + len(tokens)]
+        places = mx.array(np.flatnonzero(is_feature))
+        state.merged[places] = embedded[places]
 
     def _groups(
         self, sequences: Sequence[tuple[State, DraftTree]]
@@ -260,6 +280,11 @@ class Verifier:
             assert self.drafter is not None
             outputs = rows.outputs[mx.array(rows.rows)]
             ends = np.cumsum(rows.sizes)[:-1].tolist()
+            (first, *_) = rows.states
+            if first.merged is not None:
+                features = self.drafter.project(outputs)
+                context.append((first, mx.stack([features, first.merged], 1)))
+                continue
             if all(len(state.pass_tokens) == 1 for state in rows.states):  # the drafter may pause
                 parts = map(Unprojected, mx.split(outputs, ends))
                 context += zip(rows.states, parts, strict=True)

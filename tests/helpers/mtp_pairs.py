@@ -83,6 +83,24 @@ def write_mtp_pair(
     return target, root / "head"
 
 
+def write_image_head(folder: Path, head: Path, kind: str, **settings: Any) -> Path:
+    """The folder of a head for a target with a vision tower, which `mtp` heads share with it."""
+    text = read_config(folder)["text_config"]
+    keys = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "head_dim")
+    shape = {key: text[key] for key in (*keys, "num_key_value_heads", "rms_norm_eps")}
+    shape["num_hidden_layers"] = text["num_hidden_layers"]
+    rng = np.random.default_rng(3)
+    if kind == "mtp":
+        edit_config(folder, lambda config: config["text_config"].update(SETTINGS[kind]))
+        tensors = _tensors(rng, mtp_formats.QWEN_MTP, read_config(folder), shape)
+        save_file(tensors, folder / "mtp.safetensors")
+        return folder
+    drafter = shape | {"model_type": "llama", "num_hidden_layers": 1} | SETTINGS[kind] | settings
+    drafter["eagle_config"] = {"eagle_aux_hidden_state_layer_ids": [0, 1, 2]}
+    save(head, drafter, _tensors(rng, mtp_formats.EAGLE3, drafter, shape))
+    return head
+
+
 def write_peagle_pair(root: Path, seed: int = 0) -> tuple[Path, Path]:
     """The folders of a target of 4 layers and of a P-EAGLE drafter of 2 layers for it."""
     target, head = write_mtp_pair(root, "eagle3", seed)

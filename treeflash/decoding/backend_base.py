@@ -134,8 +134,11 @@ class BaseState(ABC, Generic[K, R]):
         pass_tokens: (n,) int32 of the sequence in that pass.
         tokens: of the committed positions.
         images: of the prompt that is being run; None if it has none.
+        prompt_positions: (3, n) rotary positions of a prompt with images; None if they are columns.
         shift: rotary position minus column of tokens after the prompt. Every sequence runs a part
             of its prompt, at least the last token of it, which sets both.
+        merged: (n, hidden_size) embeddings of the tokens of the latest pass, with features of
+            images in place of those that stand for them; None if none does.
     """
 
     def __init__(self, kv_cache: K, drafter: K | None, initial: R | None = None) -> None:
@@ -148,7 +151,9 @@ class BaseState(ABC, Generic[K, R]):
         self.first_row = 0
         self.pass_tokens: NDArray[np.int32] = np.zeros(0, np.int32)
         self.tokens: list[int] = []
+        self.merged: Any = None
         self.images: PromptImages | None = None
+        self.prompt_positions: NDArray[np.int32] | None = None
         self.shift = 0
 
     @abstractmethod
@@ -278,18 +283,25 @@ class BaseState(ABC, Generic[K, R]):
         """Note the images of the prompt that is to be run, if it has any."""
         self.images = work.images if isinstance(work, Prefill) else None
         if self.images is not None:
-            self.shift = self.images.shift
+            self.shift, self.prompt_positions = self.images.shift, self.images.positions
 
     def rotary_positions(self, tokens: DraftTree | Sequence[int]) -> NDArray[np.int32]:
         """Return the rotary positions of new nodes or tokens: (n,), or (3, n) of different axes."""
         if isinstance(tokens, DraftTree):
             return tokens.positions(self.length) + np.int32(self.shift)
-        rows = slice(self.length, self.length + len(tokens))
-        if self.images is None or self.images.positions is None:
-            shift = self.shift if self.images is None else 0
-            return np.arange(rows.start + shift, rows.stop + shift, dtype=np.int32)
-        positions = self.images.positions[:, rows]
-        return positions if self.images.is_feature[rows].any() else positions[0]
+        columns = slice(self.length, self.length + len(tokens))
+        positions = self.row_positions(columns.start, columns.stop)
+        has_features = self.images is not None and self.images.is_feature[columns].any()
+        return positions if has_features and self.prompt_positions is not None else positions[0]
+
+    def row_positions(self, first: int, end: int) -> NDArray[np.int32]:
+        """Return the (3, end - first) rotary positions of columns: time, height and width."""
+        columns = np.arange(first + self.shift, end + self.shift, dtype=np.int32)
+        positions = np.broadcast_to(columns, (3, end - first))
+        if self.prompt_positions is None or first >= self.prompt_positions.shape[1]:
+            return positions
+        prompt = self.prompt_positions[:, first:end]
+        return np.concatenate([prompt, positions[:, prompt.shape[1] :]], 1)
 
     def keep_tokens(self, path: NDArray[np.int32]) -> None:
         """Note the tokens of a path of the latest forward pass, which is being committed."""

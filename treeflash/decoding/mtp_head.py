@@ -29,6 +29,7 @@ class MtpBlock:
     output: Array  # (1, hidden_size) of the layer
     cache: Any  # of the sequence's rows; for Gemma 4's assistant the target's KV cache
     length: int  # rows of the sequence, the root's last
+    position: int  # the rotary position of the root's row
     depths: int  # wanted
 
 
@@ -111,7 +112,7 @@ class MtpHead:
         places = (parents + before * ops.arange(batch, parents)[:, None]).reshape(-1)
         states = model.feedback(ops.take(rows.outputs, places))
         y, residual = model.read(self.output.embed(tokens.reshape(-1)), states)
-        positions = np.repeat([block.length - 1 + depth for block in blocks], n)
+        positions = np.repeat([block.position + depth for block in blocks], n)
         rotation = model.rotation(positions, y)
         q, gate = model.layer.self_attn.queries(y, rotation)
         k, v = model.layer.self_attn.keys_and_values(y, rotation)

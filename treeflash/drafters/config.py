@@ -50,6 +50,9 @@ class DrafterShape:
     # per layer, the width of its window in positions, or None
     sliding_windows: tuple[int | None, ...]
     causal: tuple[bool, ...]  # per layer, whether a slot attends only to itself and earlier slots
+    # per inverse frequency, the axis of rotary positions (0 time, 1 height, 2 width) that turns its
+    # channels; None if they have one axis
+    rotary_axes: tuple[int, ...] | None = None
     # whether the attention's output is multiplied by a sigmoid gate, which the stored `q_proj` has
     # behind the queries of each head
     gated: bool = False
@@ -164,6 +167,8 @@ def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
     parameters = {**(config.get("rope_scaling") or {}), **current}
     parameters.setdefault("rope_theta", config.get("rope_theta", 10000.0))
     parameters.setdefault("rope_type", parameters.pop("type", "default"))
+    if parameters["rope_type"] == "mrope":  # an older name of several axes, see `rotary_axes`
+        parameters["rope_type"] = "default"
     if "max_position_embeddings" in config:
         parameters.setdefault("original_max_position_embeddings", config["max_position_embeddings"])
     return parameters
@@ -195,6 +200,25 @@ def inverse_frequencies(
     raise CheckpointError(
         f"rope type {kind!r} is not supported; supported are default, linear, llama3 and yarn"
     )
+
+
+def rotary_axes(parameters: Mapping[str, Any], pairs: int) -> tuple[int, ...] | None:
+    """Return the axis that turns each pair of channels (M-RoPE); None if there is one axis.
+
+    The axes of rotary positions are time, height and width. They have consecutive sections of the
+    pairs (Qwen2-VL, arXiv 2409.12191), or take turns while height and width have any left, and the
+    rest is of time (Qwen3-VL). A CheckpointError is raised if the sections do not fit the pairs.
+    """
+    if not (sections := parameters.get("mrope_section")):
+        return None
+    if len(sections) != 3 or sum(sections) != pairs:
+        raise CheckpointError(f"mrope_section {sections} does not fit {pairs} pairs of channels")
+    if not parameters.get("mrope_interleaved"):
+        return tuple(axis for axis, count in enumerate(sections) for _ in range(count))
+    axes = [0] * pairs
+    for axis in (1, 2):
+        axes[axis : 3 * sections[axis] : 3] = [axis] * len(axes[axis : 3 * sections[axis] : 3])
+    return tuple(axes)
 
 
 def _positive(parameters: Mapping[str, Any], key: str) -> float:

@@ -22,7 +22,7 @@ from functools import partial
 from typing import Any
 
 from treeflash.drafters import backbone
-from treeflash.drafters.config import inverse_frequencies, rope_parameters
+from treeflash.drafters.config import inverse_frequencies, rope_parameters, rotary_axes
 from treeflash.drafters.format import Config, Format, Names
 from treeflash.drafters.mtp_heads import (
     Assistant,
@@ -125,6 +125,7 @@ def _layer_config(config: Config, **settings: Any) -> MtpConfig:
         vocab_size=int(config["vocab_size"]),
         inv_freq=tuple(inv_freq.tolist()),
         rope_scale=rope_scale,
+        rotary_axes=rotary_axes(rope, len(inv_freq)),
         **{"num_hidden_layers": 1, "sliding_windows": (None,), "causal": (True,), **settings},
     )
 

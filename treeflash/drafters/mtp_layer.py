@@ -314,7 +314,10 @@ class MtpLayer:
         return self.norm(outputs) if self.config.normed_feedback else outputs
 
     def rotation(self, positions: NDArray[np.integer], like: Array) -> Rotation:
-        """Return the rotation of rows at (n,) positions, in the dtype of `like`, on its device."""
+        """Return the rotation of rows at rotary positions, in the dtype of `like`, on its device.
+
+        The positions are (n,), or (3, n) of time, height and width.
+        """
         raise NotImplementedError
 
     def write(self, segments: Sequence[tuple[Any, int, int]], k: Array, v: Array) -> None:
