@@ -103,9 +103,12 @@ def test_commands_have_the_options_that_pages_give_them(page):
 
 
 def test_a_mac_has_the_options_of_its_page():
+    """And its shell, in which no comment can follow a command."""
+    page = ROOT / "docs" / "mac.md"
+    assert "#" not in "".join(re.findall(r"```sh\n(.*?)```", page.read_text("utf-8"), re.DOTALL))
     commands = ("chat", "serve", "doctor")
     known = set.union(*map(options_of, commands))
-    flags = {OPTION.match(name)[0] for name in quoted(ROOT / "docs/mac.md") if OPTION.match(name)}
+    flags = {OPTION.match(name)[0] for name in quoted(page) if OPTION.match(name)}
     assert {"--draft-bits", "--wired"} < flags <= known
 
 

@@ -200,14 +200,14 @@ def multiply(module: Module, x: mx.array, geometry: Geometry) -> mx.array:
     weight, width = module.weight, x.shape[-1]
     rows, outputs = x.size // width, weight.shape[0]
     template: dict[str, Any] = {"T": x.dtype, "GROUP": UNQUANTISED_GROUP}
-    name, inputs, arrays, step = "products", INPUTS, [x.reshape(rows, width), weight], 32
+    name, inputs, arrays = "products", INPUTS, [x.reshape(rows, width), weight]
     if isinstance(module, Quantised):
         name, inputs = "products_quantised", QUANTISED_INPUTS
         arrays += [module.scales, module.biases]
         template |= {"GROUP": module.group_size, "BITS": module.bits}
-        step = 64 if module.bits == 4 and module.group_size >= 64 else 32
     template |= {"COLUMNS": -(-rows // 8), "TILES": geometry.tiles, "SPLITS": geometry.splits}
-    template["STEP"] = step
+    two_words = isinstance(module, Quantised) and module.bits == 4 and module.group_size >= 64
+    template["STEP"] = 64 if two_words else 32
     threads = 32 * geometry.splits
     text = source(quantised=isinstance(module, Quantised))
     (out,) = make_kernel(name, inputs, ("out",), text)(
