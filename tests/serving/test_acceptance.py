@@ -17,7 +17,7 @@ from treeflash.decoding.loop import Step
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.drafters.evaluation import EVALUATION
 from treeflash.drafters.folder import read_config
-from treeflash.serving.acceptance import DRAFTS, EVERY, Acceptance
+from treeflash.serving.acceptance import DRAFTS, EVERY, AcceptanceMonitor
 
 GREEDY = SamplingConfig()
 THINKING = "{% if enable_thinking %}<think>{% endif %}"
@@ -61,7 +61,7 @@ def lines(caplog):
 
 
 def test_a_share_below_half_is_reported_once(evaluated, lines):
-    acceptance = Acceptance(evaluated(0.8))
+    acceptance = AcceptanceMonitor(evaluated(0.8))
     add(acceptance, DRAFTS // 2)
     assert (acceptance.share, acceptance.is_low, lines()) == (0.5, False, [])
     for _ in range(2):
@@ -75,7 +75,7 @@ def test_a_share_below_half_is_reported_once(evaluated, lines):
 
 
 def test_without_an_evaluation_there_is_a_floor(model, lines):
-    acceptance = Acceptance(model)
+    acceptance = AcceptanceMonitor(model)
     add(acceptance, DRAFTS // 4)
     assert not acceptance.is_low
     add(acceptance, DRAFTS // 4 - 1)
@@ -84,7 +84,7 @@ def test_without_an_evaluation_there_is_a_floor(model, lines):
 
 
 def test_what_no_drafter_could_know_does_not_count(evaluated, lines):
-    acceptance = Acceptance(evaluated(0.8))
+    acceptance = AcceptanceMonitor(evaluated(0.8))
     add(acceptance, 0, sampling=SamplingConfig(temperature=1.5))
     for _ in range(DRAFTS * EVERY):
         acceptance.add(Step((9,)), GREEDY, 100)  # plain decoding, or a copy of the text
@@ -95,12 +95,12 @@ def test_what_no_drafter_could_know_does_not_count(evaluated, lines):
 
 def test_reasons_are_those_of_the_pair(evaluated, lines):
     model = evaluated()
-    add(Acceptance(model), 0)
+    add(AcceptanceMonitor(model), 0)
     pair = f"treeflash doctor --target {model.folder} --drafter {model.drafter_folder}"
     first, *others = lines()[0].partition("each: ")[2].split("; ")
     assert first == f"a fine-tuned or another target than the drafter's ({pair})"
     assert not [reason for reason in others if not reason.startswith("thinking")]
-    add(Acceptance(evaluated(adapter="my lora", kv_bits=8, draft_bits=4)), 0, length=5000)
+    add(AcceptanceMonitor(evaluated(adapter="my lora", kv_bits=8, draft_bits=4)), 0, length=5000)
     line = lines()[1]
     for reason in (
         "contexts of 5000 tokens, after a training with 1000 (treeflash serve --target ",
@@ -117,7 +117,7 @@ def test_thinking_is_a_reason_where_the_template_knows_it(evaluated, lines, monk
     for template, thinking in ((THINKING, False), (THINKING, True), ("{{ messages }}", False)):
         monkeypatch.setattr(model.tokenizer.transformers, "chat_template", template)
         monkeypatch.setattr(model.tokenizer, "thinking", thinking)
-        add(Acceptance(model), 0)
+        add(AcceptanceMonitor(model), 0)
     first, *others = lines()
     assert "thinking, without which it was trained (treeflash doctor " in first
     assert " --thinking)" in first
@@ -127,7 +127,7 @@ def test_thinking_is_a_reason_where_the_template_knows_it(evaluated, lines, monk
 def test_a_head_that_drafts_depth_by_depth_is_checked_by_other_commands(evaluated, lines):
     shape = SimpleNamespace(has_marginals=False)
     model = replace(evaluated(), backend=SimpleNamespace(drafter_config=shape))
-    add(Acceptance(model), 0, length=5000)
+    add(AcceptanceMonitor(model), 0, length=5000)
     line = lines()[0]
     pair = f"--target {model.folder} --drafter {model.drafter_folder}"
     assert f"(treeflash evaluate --prompts FILE.jsonl {pair})" in line
@@ -143,13 +143,13 @@ def test_a_quantised_target_is_a_reason(evaluated, lines, tmp_path, key):
     folder.mkdir()
     config = read_config(model.folder) | {key: {"bits": 4}}
     (folder / "config.json").write_text(json.dumps(config))
-    add(Acceptance(replace(model, folder=folder)), 0)
+    add(AcceptanceMonitor(replace(model, folder=folder)), 0)
     original = f"(treeflash doctor --target ORIGINAL --drafter {model.drafter_folder})"
     assert f"the quantised target, unlike the original {original}" in lines()[0]
 
 
 def test_few_tables_are_made(model):
-    acceptance, made = Acceptance(model), list[int]()
+    acceptance, made = AcceptanceMonitor(model), list[int]()
     for _ in range(10 * EVERY):
         acceptance.add(drafted(7, made), GREEDY, 100)
     assert len(made) == 10

@@ -28,10 +28,10 @@ from rich.progress import (
 import treeflash
 from treeflash.errors import ConfigError, TreeflashError, is_device_lost, is_out_of_memory
 
-DEVICE_LOST = 1
-BAD_INPUT = 2
-INTERRUPTED = 130  # the exit status that shells report for SIGINT
-READER_GONE = 141  # the exit status that shells report for SIGPIPE
+EXIT_DEVICE_LOST = 1
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130  # the exit status that shells report for SIGINT
+EXIT_READER_GONE = 141  # the exit status that shells report for SIGPIPE
 DEVICE_LOST_ADVICE = (
     "the GPU refuses further work of this process; start again, with smaller draft trees "
     "(--budget) or without other programs on the GPU"
@@ -61,11 +61,11 @@ def guarded(main: Main) -> Main:
             sys.stdout.flush()
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
-            return INTERRUPTED
+            return EXIT_INTERRUPTED
         except BrokenPipeError:
             # Python flushes standard output again at exit, which must not fail.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return READER_GONE
+            return EXIT_READER_GONE
         except TreeflashError as error:
             return _fail(str(error))
         except OSError as error:
@@ -73,7 +73,7 @@ def guarded(main: Main) -> Main:
             return _fail(f"{error.filename}: {error.strerror}" if named else str(error))
         except (MemoryError, RuntimeError) as error:
             if is_device_lost(error):
-                return _fail(f"{DEVICE_LOST_ADVICE} ({error})", DEVICE_LOST)
+                return _fail(f"{DEVICE_LOST_ADVICE} ({error})", EXIT_DEVICE_LOST)
             if not is_out_of_memory(error):
                 raise
             return _fail(
@@ -111,7 +111,7 @@ def _open_closed_streams() -> None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8"))
 
 
-def _fail(message: str, status: int = BAD_INPUT) -> int:
+def _fail(message: str, status: int = EXIT_BAD_INPUT) -> int:
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return status
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from treeflash.cli.console import BAD_INPUT, INTERRUPTED, progress
+from treeflash.cli.console import EXIT_BAD_INPUT, EXIT_INTERRUPTED, progress
 from treeflash.config import AUTO
 from treeflash.decoding.suffix import SuffixCache
 from treeflash.errors import ConfigError, PromptError, TreeflashError, is_out_of_memory
@@ -61,9 +61,9 @@ def run_batch(
             except KeyboardInterrupt:
                 report = batch.report()
                 console.print(f"interrupted; {report}; run the same command again to resume")
-                return INTERRUPTED
+                return EXIT_INTERRUPTED
     console.print(batch.report())
-    return BAD_INPUT if batch.errors else 0
+    return EXIT_BAD_INPUT if batch.errors else 0
 
 
 def _is_turn(record: Record) -> bool:

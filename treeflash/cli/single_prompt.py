@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.text import Text
 from rich.tree import Tree
 
-from treeflash.cli.console import INTERRUPTED
+from treeflash.cli.console import EXIT_INTERRUPTED
 from treeflash.config import AUTO, SamplingConfig
 from treeflash.decoding.loop import Step
 from treeflash.decoding.sampling import noisy_logits, position_keys
@@ -302,13 +302,13 @@ def run_text(
         print(generation.text[printed:], flush=True)
     for number, step in enumerate(stream.steps[1 : explained + 1], 1):
         console.print(explain(step, number, stream.assembler.tokenizer))
-    code = INTERRUPTED if generation.finish_reason == "interrupted" else 0
+    code = EXIT_INTERRUPTED if generation.finish_reason == "interrupted" else 0
     if compared and code == 0:
         try:
             generation = replace(generation, compare=compare(generation, stream))
         except KeyboardInterrupt:
             console.print("interrupted while decoding without drafting; not compared")
-            code = INTERRUPTED
+            code = EXIT_INTERRUPTED
     if as_json:
         print(json.dumps({**names, **generation.to_dict()}))
     elif generation.log_probs is not None:

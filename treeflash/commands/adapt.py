@@ -15,7 +15,7 @@ import numpy as np
 from rich.console import Console
 from rich.filesize import decimal
 
-from treeflash.cli.console import INTERRUPTED, Parser, guarded
+from treeflash.cli.console import EXIT_INTERRUPTED, Parser, guarded
 from treeflash.cli.options import add_device_options, add_options, load_model, with_device
 from treeflash.config import AUTO, LoadConfig
 from treeflash.drafters.config import DrafterConfig
@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         after = _measure(args, args.output, rows[:measured], distill, console)
     except KeyboardInterrupt:
         console.print("interrupted; run the same command again to resume")
-        return INTERRUPTED
+        return EXIT_INTERRUPTED
     table = _table(before, after)
     _extend_card(args.output / "README.md", before, distill, table)
     print("\n".join(table))

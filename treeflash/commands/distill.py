@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from treeflash.cli.console import INTERRUPTED, Parser, guarded
+from treeflash.cli.console import EXIT_INTERRUPTED, Parser, guarded
 from treeflash.cli.options import add_device_options, add_options, load_model
 from treeflash.errors import ConfigError
 from treeflash.text.prompt import Row, read_rows
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             distillation.run(console)
         except KeyboardInterrupt:
             console.print("interrupted; run the same command again to resume")
-            return INTERRUPTED
+            return EXIT_INTERRUPTED
     console.print(distillation.report())
     return 0
 

@@ -30,7 +30,7 @@ from typing import Any
 from rich.console import Console
 
 from treeflash.cli import options as cli
-from treeflash.cli.console import BAD_INPUT, Parser, guarded
+from treeflash.cli.console import EXIT_BAD_INPUT, Parser, guarded
 from treeflash.commands.serve import add_options, model_names
 from treeflash.errors import ConfigError
 from treeflash.serving.agents import AGENTS, Agent, Endpoint
@@ -192,7 +192,7 @@ def _ending(process: subprocess.Popen[bytes], log: Path) -> str:
     lines = log.read_text(errors="replace").split("\n")
     last = next((line for line in reversed(lines) if line.strip()), "it printed nothing")
     last = last.removeprefix("error: ")
-    if process.returncode == BAD_INPUT:
+    if process.returncode == EXIT_BAD_INPUT:
         return last
     return f"the server ended with status {process.returncode}: {last}"
 

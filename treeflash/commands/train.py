@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from treeflash.cli.console import INTERRUPTED, Parser, guarded
+from treeflash.cli.console import EXIT_INTERRUPTED, Parser, guarded
 from treeflash.cli.options import add_device_options, add_options, with_device
 from treeflash.hub.models import resolve_target
 from treeflash.text.tokenizer import Tokenizer
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             console.print("interrupted; run the same command again to resume from the last state")
         else:
             console.print("interrupted before the first checkpoint; rerunning starts over")
-        return INTERRUPTED
+        return EXIT_INTERRUPTED
     console.print(f"{args.output}: trained; pass it as --drafter")
     return 0
 

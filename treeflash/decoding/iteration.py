@@ -47,7 +47,7 @@ from treeflash.errors import TreeflashError, is_out_of_memory
 
 SNAPSHOT_INTERVAL = 2048
 """Prompt tokens between two snapshots of recurrent states."""
-FIRST_PAUSE, MAX_PAUSE = 2, 17
+FIRST_SEQUENCE_PAUSE, MAX_SEQUENCE_PAUSE = 2, 17
 """Drafts of a batch until a sequence whose tree was cut to the root is drafted for again, at first
 and at most."""
 ROWS_PER_NODE, MIN_ROWS = 4, 16
@@ -371,7 +371,7 @@ class Iteration:
                     if len(nodes) > 1:
                         sequence.back_off.reset()
                     else:
-                        sequence.back_off.extend(FIRST_PAUSE, MAX_PAUSE)
+                        sequence.back_off.extend(FIRST_SEQUENCE_PAUSE, MAX_SEQUENCE_PAUSE)
                 sequence.resume(nodes, "tree")
 
     def _chunks(self) -> dict[RunningSequence, int]:

@@ -67,7 +67,7 @@ SETS = (
 
 
 @dataclass(frozen=True)
-class Row:
+class PublishedRow:
     """A row of the table: the last part of the target's hub id, and the accepted length by set.
 
     Accepted lengths count the bonus token, and are tokens over rounds of the whole set.
@@ -79,36 +79,40 @@ class Row:
 
 # DSpark paper, Table 1, by the last part of the drafter's hub id at deepseek-ai; columns as SETS.
 ROWS = {
-    "eagle3_qwen3_4b_ttt7": Row("Qwen3-4B", (5.14, 4.62, 3.92, 3.69, 4.16, 3.77, 2.39, 2.26, 2.55)),
-    "dflash_qwen3_4b_block7": Row(
+    "eagle3_qwen3_4b_ttt7": PublishedRow(
+        "Qwen3-4B", (5.14, 4.62, 3.92, 3.69, 4.16, 3.77, 2.39, 2.26, 2.55)
+    ),
+    "dflash_qwen3_4b_block7": PublishedRow(
         "Qwen3-4B", (5.40, 4.85, 4.15, 4.40, 4.74, 4.18, 3.07, 2.96, 2.83)
     ),
-    "dspark_qwen3_4b_block7": Row(
+    "dspark_qwen3_4b_block7": PublishedRow(
         "Qwen3-4B", (6.11, 5.70, 4.89, 5.13, 5.38, 4.86, 3.64, 3.54, 3.29)
     ),
-    "eagle3_qwen3_8b_ttt7": Row("Qwen3-8B", (5.30, 4.77, 3.91, 3.96, 4.33, 4.17, 2.66, 2.54, 2.54)),
-    "dflash_qwen3_8b_block7": Row(
+    "eagle3_qwen3_8b_ttt7": PublishedRow(
+        "Qwen3-8B", (5.30, 4.77, 3.91, 3.96, 4.33, 4.17, 2.66, 2.54, 2.54)
+    ),
+    "dflash_qwen3_8b_block7": PublishedRow(
         "Qwen3-8B", (5.33, 4.91, 4.07, 4.36, 4.64, 4.39, 3.11, 2.98, 2.81)
     ),
-    "dspark_qwen3_8b_block7": Row(
+    "dspark_qwen3_8b_block7": PublishedRow(
         "Qwen3-8B", (6.17, 5.78, 5.01, 5.16, 5.52, 5.17, 3.72, 3.58, 3.21)
     ),
-    "eagle3_qwen3_14b_ttt7": Row(
+    "eagle3_qwen3_14b_ttt7": PublishedRow(
         "Qwen3-14B", (5.24, 4.60, 3.71, 3.81, 4.14, 4.01, 2.62, 2.47, 2.48)
     ),
-    "dflash_qwen3_14b_block7": Row(
+    "dflash_qwen3_14b_block7": PublishedRow(
         "Qwen3-14B", (5.41, 4.84, 3.98, 4.44, 4.59, 4.33, 3.10, 2.94, 2.72)
     ),
-    "dspark_qwen3_14b_block7": Row(
+    "dspark_qwen3_14b_block7": PublishedRow(
         "Qwen3-14B", (6.21, 5.74, 4.94, 5.26, 5.43, 5.02, 3.70, 3.58, 3.13)
     ),
-    "eagle3_gemma4_12b_ttt7": Row(
+    "eagle3_gemma4_12b_ttt7": PublishedRow(
         "gemma-4-12B-it", (5.87, 5.46, 4.83, 4.72, 5.37, 4.16, 3.19, 3.06, 2.72)
     ),
-    "dflash_gemma4_12b_block7": Row(
+    "dflash_gemma4_12b_block7": PublishedRow(
         "gemma-4-12B-it", (5.45, 5.04, 4.22, 4.39, 4.95, 3.70, 2.98, 2.84, 2.59)
     ),
-    "dspark_gemma4_12b_block7": Row(
+    "dspark_gemma4_12b_block7": PublishedRow(
         "gemma-4-12B-it", (6.05, 5.78, 5.12, 5.11, 5.64, 4.51, 3.49, 3.35, 2.92)
     ),
 }
@@ -121,7 +125,7 @@ MIN_PROMPTS = 8
 """Resampling fewer prompts says little about how the figure varies."""
 
 
-def published_row(drafter: str | None, target: str | None) -> Row:
+def published_row(drafter: str | None, target: str | None) -> PublishedRow:
     """Return the row of a drafter, by the names of the command line; a ConfigError without one."""
     name = drafter_training(drafter, target).name
     row = ROWS.get(name.rpartition("/")[2].lower())
@@ -227,7 +231,7 @@ class Lengths:
                     self.by_set[prompt.set_name][prompt.number] = found
                 bar.advance(task)
 
-    def records(self, row: Row, differences: Sequence[str], seed: int) -> list[Record]:
+    def records(self, row: PublishedRow, differences: Sequence[str], seed: int) -> list[Record]:
         """Compare each set that has prompts with the table; intervals are over prompts."""
         rng = np.random.default_rng(seed)
         columns = {_plain(name): length for name, length in zip(SETS, row.lengths, strict=True)}
@@ -273,7 +277,9 @@ def verdict(record: Record, differences: Sequence[str]) -> str:
     return "undecided" if low <= (1 - FAR) * published else "faithful"
 
 
-def list_differences(model: LanguageModel, row: Row, config: DecodeConfig) -> Iterator[str]:
+def list_differences(
+    model: LanguageModel, row: PublishedRow, config: DecodeConfig
+) -> Iterator[str]:
     """Yield what differs from the protocol of the table, in words."""
     names, backend = model.names, model.backend
     target = (names["target"] or "").rpartition("/")[2]

@@ -40,7 +40,7 @@ logger = logging.getLogger("treeflash.serving")
 
 
 @dataclass(eq=False)
-class Acceptance:
+class AcceptanceMonitor:
     """How often the first drafted token is right; the log says once that it is too rarely.
 
     Attributes:

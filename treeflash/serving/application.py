@@ -23,7 +23,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import Field
 from starlette.exceptions import HTTPException
 
-from treeflash.cli.console import DEVICE_LOST, INTERRUPTED
+from treeflash.cli.console import EXIT_DEVICE_LOST, EXIT_INTERRUPTED
 from treeflash.errors import ConfigError, TreeflashError
 from treeflash.language_model import LanguageModel
 from treeflash.serving import anthropic, chat, completions, ollama, page, responses
@@ -273,7 +273,7 @@ def serve(
             asyncio.run(Server(config, engine).serve([listening]))
         finally:
             engine.stop()
-    return DEVICE_LOST if engine.device_lost else 0
+    return EXIT_DEVICE_LOST if engine.device_lost else 0
 
 
 def _load(engine: Engine) -> None:
@@ -286,7 +286,7 @@ def _load(engine: Engine) -> None:
         engine.start()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
-        os._exit(INTERRUPTED)
+        os._exit(EXIT_INTERRUPTED)
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -27,7 +27,7 @@ from treeflash.decoding.scheduler_thread import Mailbox, SchedulerThread
 from treeflash.decoding.suffix import SuffixCache
 from treeflash.errors import ConfigError, is_device_lost
 from treeflash.language_model import LanguageModel
-from treeflash.serving.acceptance import Acceptance
+from treeflash.serving.acceptance import AcceptanceMonitor
 from treeflash.serving.errors import SERVER_FAILED, APIError, bad_request
 from treeflash.serving.metrics import Metrics
 from treeflash.serving.settings import Settings
@@ -286,7 +286,7 @@ class Engine:
         copied_bytes = int(settings.suffix_cache_gb * GIB)
         copied = SuffixCache(copied_bytes) if copied_bytes else None
         self._scheduler = self._model.scheduler(config, cache, copied)
-        self._acceptance = Acceptance(self._model)
+        self._acceptance = AcceptanceMonitor(self._model)
         self.metrics.set_device(report)
         return self._scheduler
 

@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from treeflash.decoding import Scheduler
 from treeflash.decoding.interfaces import DeviceReport
-from treeflash.serving.acceptance import Acceptance
+from treeflash.serving.acceptance import AcceptanceMonitor
 from treeflash.text.stream import Chunk
 
 SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 10, 30, 60, 300)
@@ -137,7 +137,7 @@ class Metrics:
             self._disk_written.set(cache.disk.written_bytes)
             self._disk_skipped.set(cache.disk.skipped)
 
-    def update_acceptance(self, acceptance: Acceptance) -> None:
+    def update_acceptance(self, acceptance: AcceptanceMonitor) -> None:
         """Set the gauges of the drafts' first tokens, as far as they are known."""
         self._low.set(acceptance.is_low)
         for of, share in (("latest", acceptance.share), ("evaluation", acceptance.expected)):

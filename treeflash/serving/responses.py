@@ -157,7 +157,7 @@ class ResponseSchemaFormat(NamedSchema):
     type: Literal["json_schema"]
 
 
-class TextConfig(Schema):
+class TextSettings(Schema):
     format: Annotated[PlainFormat | ResponseSchemaFormat, Field(discriminator="type")] | None = None
     verbosity: Verbosity | None = None  # changes nothing here
 
@@ -190,7 +190,7 @@ class ResponsesRequest(Schema):
     tools: list[ResponseTool] | None = Field(None, max_length=MAX_TOOLS)
     tool_choice: CallMode | ResponseToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    text: TextConfig | None = None
+    text: TextSettings | None = None
     reasoning: Reasoning | None = None
     stream: bool | None = None
     stream_options: ResponseStreamOptions | None = None

@@ -10,12 +10,11 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from treeflash.drafters.formats import HEADS as HEAD_FORMATS
-from treeflash.drafters.formats import drafter_config
+from treeflash.drafters.formats import HEADS, drafter_config
 from treeflash.errors import ConfigError
 from treeflash.option import option, options_of
 
-HEADS = (*(h.training_name for h in HEAD_FORMATS.values() if h.training_name), "none")
+HEAD_NAMES = (*(h.training_name for h in HEADS.values() if h.training_name), "none")
 LOSSES = ("kl", "ce", "tv", "lk")
 """The names of the losses; docs/training.md defines them."""
 POSITION_WEIGHTS = ("exponential", "prefix-product")
@@ -172,7 +171,7 @@ class TrainConfig:
             raise ConfigError(f"seed must be below {MAX_SEED + 1}")
         if not self.marginal_weight + self.corrected_weight:
             raise ConfigError("marginal-weight and corrected-weight must not both be 0")
-        for name, known in (("head", HEADS), ("position_weights", POSITION_WEIGHTS)):
+        for name, known in (("head", HEAD_NAMES), ("position_weights", POSITION_WEIGHTS)):
             if (value := getattr(self, name)) not in known:
                 raise ConfigError(
                     f"unknown {_flag(name)} {value!r}; choose one of {', '.join(known)}"
@@ -244,7 +243,7 @@ def make_train_config(options: Mapping[str, Any]) -> TrainConfig:
 
 def trained_head_name(head: str | None) -> str:
     """Return the name in `TrainConfig.head` of a head in a drafter's folder."""
-    return "none" if head is None else HEAD_FORMATS[head].training_name or head
+    return "none" if head is None else HEADS[head].training_name or head
 
 
 def _flag(name: str) -> str:
