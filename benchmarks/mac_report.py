@@ -131,7 +131,7 @@ def plain(args: Any) -> list[Row]:
 
 
 def in_process(function: Callable[..., T], *arguments: Any, environment: Mapping[str, str]) -> T:
-    """Call a function in a process of its own, with further variables in its environment."""
+    """Call a function in a process of its own, with more variables in its environment."""
     context = multiprocessing.get_context("spawn")
     with patch.dict(os.environ, environment), ProcessPoolExecutor(1, context) as pool:
         return pool.submit(function, *arguments).result()

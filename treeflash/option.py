@@ -171,7 +171,7 @@ class Option:
 
 
 def option(default: Any, help: str, minimum: float | None = None, **settings: Any) -> Any:
-    """Define a field of a configuration; `Option` has the further settings."""
+    """Define a field of a configuration; `Option` lists the other settings."""
     metadata = {"help": help, "minimum": minimum, **settings}
     return field(default=default, metadata=metadata)
 

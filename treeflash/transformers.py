@@ -245,7 +245,7 @@ class _Rows:
         return len(self.ended) == len(self.answers)
 
     def is_padded(self, row: int) -> bool:
-        """Return whether a row gets no further token."""
+        """Return whether a row gets no more tokens."""
         return row in self.ended and bool(self.stop_token_ids)
 
     def _has_next(self, row: int) -> bool:

@@ -123,7 +123,7 @@ class Graphs:
 
     @cached_property
     def stream(self) -> torch.cuda.Stream:
-        """The stream of all captures: every further stream would keep a workspace."""
+        """The stream of all captures: every additional stream would keep a workspace."""
         return torch.cuda.Stream(self.device)
 
     @cached_property

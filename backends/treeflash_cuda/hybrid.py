@@ -419,7 +419,7 @@ class RecurrentCache(TreeCache):
         weight: Tensor,  # (channels, kernel)
         bias: Tensor | None = None,  # (channels,)
         activation: str | None = None,  # a name in transformers
-        **kwargs: Any,  # further arguments of the model's function
+        **kwargs: Any,  # other arguments of the model's function
     ) -> Tensor:
         """Return the (1, channels, rows) of a depthwise convolution."""
         self._not_convolved = [x for x in self._not_convolved if x is not inputs]

@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=20_000, help="of the first prompt")
     parser.add_argument("--turns", type=int, default=4)
-    parser.add_argument("--new", type=int, default=300, help="prompt tokens of a further turn")
+    parser.add_argument("--new", type=int, default=300, help="prompt tokens of a later turn")
     parser.add_argument("--answer", type=int, default=32, help="tokens of an answer")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--backend", default=None)

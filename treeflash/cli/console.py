@@ -116,10 +116,10 @@ def _fail(message: str, status: int = EXIT_BAD_INPUT) -> int:
     return status
 
 
-def progress(console: Console, *further: ProgressColumn) -> Progress:
+def progress(console: Console, *more: ProgressColumn) -> Progress:
     """Create a progress bar with a description, a count and the remaining time."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    return Progress(*columns, *further, TimeRemainingColumn(), console=console)
+    return Progress(*columns, *more, TimeRemainingColumn(), console=console)
 
 
 def print_columns(rows: Iterable[Sequence[str]]) -> None:

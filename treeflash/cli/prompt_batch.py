@@ -97,7 +97,7 @@ class Batch:
     def check(self, options: Options, **settings: Any) -> None:
         """Raise a ConfigError if the output has turns of other settings, or a row has no text.
 
-        `settings` are further ones, which are known only after loading.
+        `settings` are more of them, which are known only after loading.
         """
         settings = _settings(options) | settings
         for record in self.output.records.values():

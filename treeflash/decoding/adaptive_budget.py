@@ -1,6 +1,6 @@
 """The budget `auto`: how many nodes of each draft tree to verify, and whether to draft at all.
 
-Problem. A larger tree is accepted further, and its pass takes longer. The best size depends on the
+Problem. A larger tree is accepted deeper, and its pass takes longer. The best size depends on the
 text, the drafter, the machine and the other sequences. It changes the speed, never the output.
 
 Idea. Maximise the expected tokens per second of decoding as a whole. A node is worth verifying if
@@ -37,7 +37,7 @@ one of the sizes that were measured, because hardware has steps.
 
 Rule for pausing. A `PayoffTracker` keeps a balance: the tokens that drafting brought beyond what
 plain decoding would have emitted in the same time. At `LOWEST_BALANCE` drafting pauses for
-`FIRST_PAUSE` iterations; each further pause is twice as long until drafting pays again. Several
+`FIRST_PAUSE` iterations; each later pause is twice as long until drafting pays again. Several
 sequences must draft faster than plain decoding by `MIN_ADVANTAGE`, and pause until the iterations
 that drafted have cost them at most `MAX_LOSS` of their tokens. Copies of the text cost no draft, so
 they are verified in pauses of the drafter too; and where they promise more tokens per second than
@@ -262,7 +262,7 @@ class AdaptiveBudget:
     ) -> list[NDArray[np.int64]]:
         """Select the nodes of each tree that pay, ascending, with the root and every node's parent.
 
-        `lengths` are committed positions, `other_rows` further rows of the same forward pass.
+        `lengths` are committed positions, `other_rows` other rows of the same forward pass.
         """
         gains = [np.exp(tree.log_probs) * self._corrections(tree) for tree in trees]
         ranks = [_ranks(tree, gain) for tree, gain in zip(trees, gains, strict=True)]

@@ -279,7 +279,7 @@ class DiskCache:
         self.written_bytes += len(contents)
 
     def _evict(self, nbytes: int, share: float) -> None:
-        """Remove the least recently used files if there is no room for further `nbytes`."""
+        """Remove the least recently used files if there is no room for `nbytes` more."""
         files, self._used, useless = [], 0, 0
         now = time.time()
         with os.scandir(self.folder) as entries:

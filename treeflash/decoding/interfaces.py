@@ -234,7 +234,7 @@ class ARHead(Protocol):
         (TreeFlash, section 3).
 
         A recurrent head depends on all tokens before: a row of its table stands for one path. It
-        expands the root, and at each further depth the `m` most probable paths so far, the chain of
+        expands the root, and at each deeper depth the `m` most probable paths so far, the chain of
         the best child after each token first.
         """
 

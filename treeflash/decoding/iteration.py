@@ -218,7 +218,7 @@ class Iteration:
     prefill_chunks: tuple[int, int]
 
     def run(self) -> None:
-        """Bring every sequence one step further, or run the next chunk of its prompt."""
+        """Take every sequence one step forward, or run the next chunk of its prompt."""
         captures = self._captures()
         self._draft()
         self._prune()

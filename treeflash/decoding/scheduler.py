@@ -32,7 +32,7 @@ class SchedulerConfig:
     """Limits of a scheduler.
 
     Attributes:
-        max_parallel: sequences that run at once; further requests wait in order.
+        max_parallel: sequences that run at once; other requests wait in order.
         max_bytes: device memory for the states of sequences; None does not limit it.
         prefill_chunk: prompt tokens that run in one iteration while other sequences are decoded,
             which bounds how long these wait.
@@ -391,7 +391,7 @@ class Scheduler:
         if not length or nbytes > cache.max_bytes or not self._make_room(copied=nbytes):
             return
         try:
-            # A fork does not have the room for further tokens.
+            # A fork does not have room for more tokens.
             state = sequence.state.fork(length, length)
         except Exception as error:
             if not concerns_few(error):  # the answer is complete; only later prompts take longer

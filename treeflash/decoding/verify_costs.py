@@ -12,7 +12,7 @@ too high never would be.
 Example. The file says 385 ms for 1 row and 1,840 ms for 8, from a busy machine; passes take 25 ms.
 Three plain passes in a row take less than two thirds of their 385 ms, so all costs are divided by
 15 at once: 25 ms for 1 row and 119 ms for 8. That is still too much for 8 rows, and drafts are cut
-to the root. After three such drafts the excess of 94 ms over a plain pass is halved by each further
+to the root. After three such drafts the excess of 94 ms over a plain pass is halved by each later
 one, until a tree of 8 nodes is verified. Its pass takes 35 ms, which is then the cost.
 
 Rule.
@@ -162,9 +162,9 @@ class VerifyCosts:
     Attributes:
         seconds: by number of nodes, ascending, 1 first, after a short prompt; all are finite and
             above 0.
-        position_s: further seconds for each committed position of a sequence, by the number of its
+        position_s: extra seconds for each committed position of a sequence, by the number of its
             rows that read it.
-        sequences_s: further seconds of a pass over several sequences, whose attention is computed
+        sequences_s: extra seconds of a pass over several sequences, whose attention is computed
             sequence by sequence; by number of sequences, rounded up to a power of two, and by
             whether any of them has more than its root: the first such tree makes masks necessary.
         doubtful: sizes that became cheaper because no such tree was tried lately.

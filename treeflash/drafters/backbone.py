@@ -96,7 +96,7 @@ def backbone_config(
     causal: bool | None = None,
     **settings: Any,
 ) -> DrafterConfig:
-    """Make a configuration of a drafter's layers and of further fields, `settings`.
+    """Make a configuration of a drafter's layers and of the fields in `settings`.
 
     `config` is the section of `config.json` that describes the layers. If `causal` is None, only
     sliding layers are causal inside a block. A missing setting raises a KeyError, a wrong type a

@@ -386,7 +386,7 @@ def _parse_speculators(config: Config, stored: Collection[str], target_layers: i
 
 
 def _parse_peagle(config: Config, stored: Collection[str], target_layers: int) -> MtpConfig:
-    """P-EAGLE: EAGLE-3's rows, and behind them a row with the mask token for each further depth."""
+    """P-EAGLE: EAGLE-3's rows, and behind them a row with the mask token for each deeper depth."""
     eagle = {key: value for key, value in config.items() if key != "mask_token_id"}
     layers = dict(config["transformer_layer_config"])
     count = int(layers["num_hidden_layers"])

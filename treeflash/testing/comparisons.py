@@ -71,7 +71,7 @@ def assert_close(
 
 
 class Inspectable(SequenceState, Protocol):
-    """The further members that the state of a backend under test must have.
+    """The additional members that the state of a backend under test must have.
 
     `treeflash.decoding.backend_base.BaseState` has them all, but a backend with recurrent layers
     defines `read_recurrent_states`.

@@ -128,7 +128,7 @@ class PairMaker(Protocol):
     ) -> Pair:
         """Return a pair of a family, the suite's first by default.
 
-        Further options go to `write_target`, and to `write_drafter` or `write_dialect`.
+        Other options go to `write_target`, and to `write_drafter` or `write_dialect`.
         """
 
 

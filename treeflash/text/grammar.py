@@ -110,7 +110,7 @@ class GrammarConstraint:
     def __init__(self, matcher: llguidance.LLMatcher, vocab_size: int) -> None:
         self._matcher = matcher
         self._words = -(-vocab_size // 32)
-        self._after_stop = 0  # a matcher that has stopped does not count further end tokens
+        self._after_stop = 0  # a matcher that has stopped does not count later end tokens
 
     def allowed(self) -> NDArray[np.uint32]:
         """Return the (ceil(vocab / 32),) bitmask of the tokens that may come next."""

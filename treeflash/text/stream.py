@@ -220,7 +220,7 @@ def scheduler_config(parallel: Parallel) -> SchedulerConfig:
 class BatchStream:
     """Sequences that are decoded together. They join and leave at any time.
 
-    At most `parallel` run at once; further ones wait in order. A `suffix_cache` keeps the finished
+    At most `parallel` run at once; the others wait in order. A `suffix_cache` keeps the finished
     sequences, which later ones may copy.
     """
 

@@ -382,7 +382,7 @@ class TextStream:
     ConfigError.
 
     Attributes:
-        stopped: whether a stop string occurred; further ids are ignored.
+        stopped: whether a stop string occurred; later ids are ignored.
         tokens_used: number of ids so far, up to the id that completed a stop string.
     """
 
