@@ -147,8 +147,8 @@ class Copy:
             "PYTHONDONTWRITEBYTECODE": "1",
         }
 
-    def passes(self, tests: Sequence[str], seconds: float | None = None) -> bool:
-        """Whether the tests pass, and in time."""
+    def failure(self, tests: Sequence[str], seconds: float | None = None) -> str | None:
+        """What the tests printed if one fails, and a line if they hang; None if all pass."""
         options = "-x", "-q", "-p", "no:cacheprovider"
         # Without `-m pytest`, which would find the source tree in the working directory first.
         command = "import sys, pytest; sys.path.remove(''); sys.exit(pytest.main(sys.argv[1:]))"
@@ -157,21 +157,23 @@ class Copy:
                 [sys.executable, "-c", command, *options, *tests],
                 cwd=ROOT,
                 env=self.environment,
-                capture_output=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
                 timeout=seconds,
                 check=False,
                 preexec_fn=partial(resource.setrlimit, resource.RLIMIT_AS, (MAX_NBYTES,) * 2),
             )
         except subprocess.TimeoutExpired:
-            return False
-        return run.returncode == 0
+            return f"they took longer than {seconds:.0f} s"
+        return run.stdout if run.returncode else None
 
     def survives(self, mutation: Mutation, tests: Sequence[str], seconds: float) -> bool:
         file = self.folder / mutation.file
         whole = file.read_text(encoding="utf-8")
         file.write_text(mutation.code, encoding="utf-8")
         try:
-            return self.passes(tests, seconds)
+            return self.failure(tests, seconds) is None
         finally:
             file.write_text(whole, encoding="utf-8")
 
@@ -191,8 +193,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file = path.resolve().relative_to(ROOT)
             tests = options.tests or tests_of(file)
             started = time.monotonic()
-            if not copy.passes(tests):
-                print(f"the tests of {file} fail without a mutation; mend them first")
+            if (failure := copy.failure(tests)) is not None:
+                print(f"{failure}\nthe tests of {file} fail without a mutation; mend them first")
                 return 2
             limit = max(FACTOR * (time.monotonic() - started), MIN_SECONDS)
             chosen = list(mutations(file))

@@ -25,7 +25,11 @@ TYPES = (*("qwen3_next", "olmo_hybrid", "mamba2", "falcon_h1", "lfm2", "lfm2_moe
 ONE_GROUP = {"mamba2": {"n_groups": 1}, "falcon_h1": {"mamba_n_groups": 1}}
 
 
-@pytest.fixture(scope="module", params=HYBRID_FAMILIES + TYPES)
+# Both backends equal the reference on these in their own suites.
+BY_REFERENCE = [pytest.param(name, marks=pytest.mark.nightly) for name in HYBRID_FAMILIES]
+
+
+@pytest.fixture(scope="module", params=[*BY_REFERENCE, *TYPES])
 def backends(request, tmp_path_factory):
     name = request.param
     folder = tmp_path_factory.mktemp(name)

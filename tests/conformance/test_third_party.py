@@ -7,6 +7,9 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
+from laws import DRAFTING, LAWS
+
 PACKAGE = Path(__file__).parent / "third_party"
 PUBLIC = {"config", "drafters", "errors"} | {
     f"decoding.{name}" for name in ("backend_base", "interfaces", "probe", "transitions", "tree")
@@ -26,11 +29,15 @@ def test_example_uses_public_names_only():
         assert any(f"{module}.".startswith(f"treeflash.{name}.") for name in PUBLIC), module
 
 
-def test_example_passes_the_suite(tmp_path):
+@pytest.mark.parametrize(
+    "tests", [LAWS | DRAFTING, pytest.param(set(), marks=pytest.mark.nightly)], ids=["laws", "all"]
+)
+def test_example_passes_the_suite(tmp_path, tests):
     install(tmp_path)
+    options = ["-q", "-p", "no:cacheprovider", "-k", " or ".join(sorted(tests))]
     path = os.pathsep.join([str(tmp_path), str(PACKAGE), *filter(None, sys.path)])
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "check_example.py"],
+        [sys.executable, "-m", "pytest", *options, "check_example.py"],
         cwd=PACKAGE,
         env=os.environ | {"PYTHONPATH": path},
         capture_output=True,

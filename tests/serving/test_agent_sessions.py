@@ -60,6 +60,12 @@ def agent_model(agent_pair):
     return reference_model(*agent_pair)
 
 
+@pytest.fixture
+def api(agent_model):
+    """Of the model's sessions; those of full size have each API with each model."""
+    return APIS[agent_model.backend.open(1, drafts=False).needs_snapshots]
+
+
 @pytest.fixture(scope="module")
 def fast_model(agent_pair):
     """The pair in PyTorch: in NumPy the attention to 60,000 positions would take half an hour."""
@@ -232,7 +238,6 @@ def replay(client, session, turns):
         assert disk == 0
 
 
-@pytest.mark.parametrize("api", APIS)
 def test_each_turn_runs_what_is_new(agent_model, api):
     client = Client(api)
     with client.connected(agent_model):
@@ -294,7 +299,6 @@ def test_a_compacted_conversation_keeps_the_instructions(agent_model):
 
 
 @pytest.mark.usefixtures("own_cache")
-@pytest.mark.parametrize("api", APIS)
 def test_a_session_goes_on_after_a_restart(agent_model, api, tmp_path):
     client, session = Client(api), Session("main")
     settings = {"prefix_cache_dir": str(tmp_path)}

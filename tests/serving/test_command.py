@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import httpx
 import pytest
 import uvicorn
+from processes import core_command
 from servers import PATIENCE, Gate, parse, serving, wait_until
 
 from treeflash.commands import serve as command
@@ -239,7 +240,7 @@ def test_a_signal_ends_it_after_the_running_answers(model, tmp_path):
     with (
         log.open("w") as err,
         subprocess.Popen(
-            [sys.executable, "-m", "treeflash.serve", *map(str, args)], stderr=err, env=environment
+            core_command("serve", *map(str, args)), stderr=err, env=environment
         ) as process,
     ):
         try:

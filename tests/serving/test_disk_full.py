@@ -6,12 +6,12 @@ import errno
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import httpx
 import psutil
 import pytest
+from processes import core_command
 from servers import PATIENCE, wait_until
 
 from treeflash.commands import serve as command
@@ -37,7 +37,7 @@ def test_the_server_answers_though_its_log_cannot_be_written(model, tmp_path):
     with (
         FULL.open("w") as log,
         subprocess.Popen(
-            [sys.executable, "-m", "treeflash", "serve", *map(str, args)],
+            core_command("serve", *map(str, args)),
             stderr=log,
             env=environment,
         ) as process,

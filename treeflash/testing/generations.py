@@ -63,11 +63,14 @@ class GenerationTests:
         )
         check_generation(pair(), config)
 
-    @two_samplings
-    @pytest.mark.parametrize("method", TREES)
+    @pytest.mark.parametrize(
+        ("method", "name"),
+        product(TREES, SAMPLINGS) if EXAMPLES else [("ddtree", "greedy"), ("treeflash", "all")],
+    )
     def test_iterations_of_each_family_match_reference(
-        self, pair: PairMaker, family: str, method: Method, sampling: SamplingConfig
+        self, pair: PairMaker, family: str, method: Method, name: str
     ) -> None:
+        sampling = SAMPLINGS[name]
         config = DecodeConfig(method=method, budget=24, sampling=sampling, max_tokens=MAX_TOKENS)
         check_generation(pair(family), config)
 
