@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ PUBLISHED = [
     *((b, f) for b in ("cuda", "mlx") for f in ("qwen3_5-moe-mtp", "glm4_moe-mtp")),
     *(("mlx", f) for f in ("gemma4-assistant", "glm4_moe_lite-mtp", "deepseek_v3-mtp")),
 ]
+LoadPair = Callable[[str, str], Any]
 PROMPTS = ([3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1, 8], [1, 1, 2, 3, 5, 8, 13, 21, 12, 11, 10, 9])
 
 
@@ -265,9 +267,16 @@ def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def load_pair(backend: str, folder: Path, kind: str) -> Any:
-    pytest.importorskip(BACKENDS[backend])
-    return loader(backend)(*write_mtp_pair(folder, kind), FLOAT32)
+@pytest.fixture(scope="module")
+def load_pair(tmp_path_factory: pytest.TempPathFactory) -> LoadPair:
+    """Load a kind of pair in a backend, once for all tests."""
+
+    @cache
+    def load(backend: str, kind: str) -> Any:
+        pytest.importorskip(BACKENDS[backend])
+        return loader(backend)(*write_mtp_pair(tmp_path_factory.mktemp(kind), kind), FLOAT32)
+
+    return load
 
 
 def table_of(pair: Any, sequence: SequenceSession, root: int, noisy: bool = False) -> Any:
@@ -281,10 +290,10 @@ def table_of(pair: Any, sequence: SequenceSession, root: int, noisy: bool = Fals
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_siblings_are_invisible_and_rows_of_drafts_are_forgotten(
-    backend: str, kind: str, tmp_path: Path
+    backend: str, kind: str, load_pair: LoadPair
 ) -> None:
     """Every row of a table has the log probabilities of its path alone."""
-    pair = load_pair(backend, tmp_path, kind)
+    pair = load_pair(backend, kind)
     with SequenceSession(pair, drafts=True) as sequence:
         sequence.extend(PROMPTS[0])
         block, table = table_of(pair, sequence, 5)
@@ -306,18 +315,18 @@ def test_siblings_are_invisible_and_rows_of_drafts_are_forgotten(
             (table,) = pair.head.transitions([block], TableOptions(m=5, k=4))
 
 
-def test_visible_siblings_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_visible_siblings_fail(load_pair: LoadPair, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mtp_head.np, "eye", lambda n, dtype: np.ones((n, n), dtype))
     with pytest.raises(AssertionError, match="Not equal to tolerance"):
-        test_siblings_are_invisible_and_rows_of_drafts_are_forgotten("reference", "mtp", tmp_path)
+        test_siblings_are_invisible_and_rows_of_drafts_are_forgotten("reference", "mtp", load_pair)
 
 
 @pytest.mark.parametrize("noisy", [False, True])
 @pytest.mark.parametrize("backend", ["cuda", "mlx"])
 def test_tables_of_several_sequences_equal_the_reference(
-    backend: str, kind: str, noisy: bool, tmp_path: Path
+    backend: str, kind: str, noisy: bool, load_pair: LoadPair
 ) -> None:
-    pair, reference = load_pair(backend, tmp_path, kind), load_pair("reference", tmp_path, kind)
+    pair, reference = load_pair(backend, kind), load_pair("reference", kind)
 
     def tables(pair: Any) -> list[Any]:
         sequences = [SequenceSession(pair, drafts=True) for _ in PROMPTS]
@@ -342,9 +351,9 @@ def test_tables_of_several_sequences_equal_the_reference(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_rows_after_forks_and_truncations(backend: str, kind: str, tmp_path: Path) -> None:
+def test_rows_after_forks_and_truncations(backend: str, kind: str, load_pair: LoadPair) -> None:
     """A shorter state with other tokens drafts as a fresh one."""
-    pair = load_pair(backend, tmp_path, kind)
+    pair = load_pair(backend, kind)
     first, second = list(PROMPTS[2]), [7, 3]
     with SequenceSession(pair, drafts=True) as old:
         old.extend(first[:6])
@@ -374,17 +383,17 @@ def test_rows_after_forks_and_truncations(backend: str, kind: str, tmp_path: Pat
 @pytest.mark.parametrize("read", [11, 0])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_stored_states_continue_bit_for_bit(
-    backend: str, kind: str, read: int, tmp_path: Path
+    backend: str, kind: str, read: int, load_pair: LoadPair
 ) -> None:
-    check_storage(load_pair(backend, tmp_path, kind), read=read)
+    check_storage(load_pair(backend, kind), read=read)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_texts_equal_plain_decoding(
-    backend: str, kind: str, temperature: float, tmp_path: Path
+    backend: str, kind: str, temperature: float, load_pair: LoadPair
 ) -> None:
-    pair = load_pair(backend, tmp_path, kind)
+    pair = load_pair(backend, kind)
 
     def texts(method: Any, budget: Any) -> Any:
         options = {"method": method, "budget": budget, "max_tokens": 12}
@@ -395,13 +404,13 @@ def test_texts_equal_plain_decoding(
     assert texts("treeflash-chain", 5) == plain
 
 
-def test_methods_of_block_drafters_are_refused(tmp_path: Path) -> None:
-    pair = load_pair("reference", tmp_path, "eagle3")
+def test_methods_of_block_drafters_are_refused(load_pair: LoadPair, tmp_path: Path) -> None:
+    pair = load_pair("reference", "eagle3")
     for method in ("dflash", "ddtree"):
         with pytest.raises(ConfigError, match="with an MTP or EAGLE-3 head use method treeflash"):
             list(decode(pair, Request(prompt_ids=[1, 2], config=DecodeConfig(method=method))))
     with pytest.raises(ConfigError, match="draft_window is not supported with MTP"):
-        loader("reference")(tmp_path / "target", tmp_path / "head", LoadConfig(draft_window=8))
+        loader("reference")(*write_mtp_pair(tmp_path, "eagle3"), LoadConfig(draft_window=8))
 
 
 @pytest.mark.parametrize(
@@ -479,8 +488,8 @@ def test_own_head_is_the_drafter_of_last_resort(tmp_path: Path) -> None:
         models.resolve_drafter(None, str(target))
 
 
-def test_state_nbytes_covers_the_states(tmp_path: Path) -> None:
-    pair = load_pair("reference", tmp_path, "mtp")
+def test_state_nbytes_covers_the_states(load_pair: LoadPair) -> None:
+    pair = load_pair("reference", "mtp")
     config = pair.drafter_config
     assert isinstance(config, mtp_heads.MtpConfig)
     columns = 10 + config.scratch_rows
@@ -553,9 +562,9 @@ def test_lilicorr(backend: str) -> None:
 
 
 def test_the_budget_auto_learns_the_price_of_a_depth(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    load_pair: LoadPair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pair = load_pair("reference", tmp_path, "eagle3")
+    pair = load_pair("reference", "eagle3")
     drafted: list[int | None] = []
     draft = pair.drafter.draft
 
