@@ -20,6 +20,7 @@ require("torch")
 require("mlx_lm")
 
 from treeflash_cuda.backend import load as load_cuda
+from treeflash_mlx.backend import MlxBackend
 from treeflash_mlx.backend import load as load_mlx
 
 PROMPTS = (
@@ -71,11 +72,14 @@ TOLERANCE = 5e-4  # nats of a path; rounding was seen to cost some 1e-5 a node
 def pair(smollm2):
     """Both backends with the default pair, and its tokenizer."""
     drafter = resolve_drafter(None, None)
-    return (
-        load_cuda(smollm2, drafter, LoadConfig(device="cpu", dtype="float32")),
-        load_mlx(smollm2, drafter, LoadConfig(dtype="float32")),
-        Tokenizer.from_folder(smollm2),
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        # The check at load takes longer than the tests, which compare trees themselves.
+        patch.setattr(MlxBackend, "check_trees", lambda _: None)
+        return (
+            load_cuda(smollm2, drafter, LoadConfig(device="cpu", dtype="float32")),
+            load_mlx(smollm2, drafter, LoadConfig(dtype="float32")),
+            Tokenizer.from_folder(smollm2),
+        )
 
 
 def assert_trees_equal_but_for_ties(actual, expected, tolerance):

@@ -6,6 +6,7 @@ from treeflash.config import DecodeConfig, LoadConfig
 from treeflash.decoding import Request, decode
 from treeflash.errors import PromptError
 from treeflash.testing import require
+from treeflash.testing.comparisons import generate
 from treeflash.testing.models import write_drafter
 
 require("torch")
@@ -43,31 +44,26 @@ def write(folder, config):
     return load(folder / "target", folder / "drafter", CPU)
 
 
-@pytest.fixture(params=["a table of positions", "frequencies by the last position"])
-def backend(request, tmp_path):
+@pytest.fixture(scope="module", params=["a table of positions", "frequencies by the last position"])
+def backend(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pair")
     if request.param.startswith("a table"):
         positions = {"max_position_embeddings": POSITIONS, "word_embed_proj_dim": 32}
-        return write(tmp_path, transformers.OPTConfig(**SHAPE, **positions, ffn_dim=64))
+        return write(folder, transformers.OPTConfig(**SHAPE, **positions, ffn_dim=64))
     positions = {"original_max_position_embeddings": POSITIONS, "rope_parameters": LONGROPE}
     shape = {**SHAPE, "max_position_embeddings": 4 * POSITIONS, "intermediate_size": 64}
-    return write(tmp_path, transformers.Phi3Config(**shape, **positions, eos_token_id=1))
+    return write(folder, transformers.Phi3Config(**shape, **positions, eos_token_id=1))
 
 
-@pytest.mark.parametrize("method", ["dflash", "ddtree", "treeflash"])
-def test_texts_that_reach_the_last_position_are_those_of_plain_decoding(backend, method):
+def test_texts_that_reach_the_last_position_are_those_of_plain_decoding(backend):
     assert backend.max_positions == POSITIONS
     for first in range(3, 9):
         prompt = list(range(first, first + 5))
-        plain, drafted = (
-            [
-                t
-                for step in decode(backend, Request(prompt_ids=prompt, config=config))
-                for t in step.tokens
-            ]
-            for config in (DecodeConfig(method="ar"), DecodeConfig(method=method, budget=32))
-        )
+        plain = generate(backend, prompt, DecodeConfig(method="ar"))
         assert len(plain) == POSITIONS - len(prompt)
-        assert drafted == plain
+        for method in ("dflash", "ddtree", "treeflash"):
+            config = DecodeConfig(method=method, budget=32)
+            assert generate(backend, prompt, config) == plain, method
 
 
 def test_longer_prompts_are_refused(backend):

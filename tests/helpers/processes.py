@@ -7,6 +7,7 @@ process. The core needs no framework, so these processes find none.
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 FRAMEWORKS = {"torch", "mlx", "mlx_lm"}
 WITHOUT_FRAMEWORKS = f"""
@@ -18,6 +19,13 @@ PathFinder.find_spec = lambda name, *path: (
 )
 """
 """A program's first lines, after which the frameworks are as if they were not installed."""
+
+
+def hide_frameworks(folder: Path) -> None:
+    """Write a module that Python imports at its start where the folder is on `PYTHONPATH`."""
+    (folder / "sitecustomize.py").write_text(WITHOUT_FRAMEWORKS)
+
+
 RUN = """
 import sys
 from treeflash.__main__ import main
