@@ -22,13 +22,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from treeflash.decoding.families import ImageFamily, family_of
-from treeflash.decoding.image_processor import TOKEN_TYPES, Processor, sample_pictures
-from treeflash.decoding.images import Image
+from treeflash.decoding.image_processor import TOKEN_TYPES, Processor, image_samples
+from treeflash.decoding.images import Image, PromptImages
 from treeflash.decoding.probe import ImageSample
-from treeflash.errors import first_line
 from treeflash_cuda.state import State
 
 
@@ -151,44 +150,26 @@ class VisionTower:
         return ImageRows(Features.joined(parts), types)
 
 
-@torch.inference_mode()
-def image_samples(model: Any, processor: Processor) -> list[ImageSample]:
-    """Run prompts with an image through a model that nothing has changed yet."""
+def run_samples(model: Any, processor: Processor) -> list[ImageSample]:
+    """Run the prompts of the check through a model that nothing has changed yet."""
     parameters = inspect.signature(type(model).forward).parameters
-    samples = []
-    for picture in sample_pictures():
-        ids, images = processor.encode(f"{processor.placeholder} In this image", [picture])
+
+    @torch.inference_mode()
+    def logits(ids: Sequence[int], images: PromptImages) -> Any:
         types = torch.from_numpy(images.is_feature.astype(np.int64))[None].to(model.device)
         inputs = device_inputs(images.images[0], model.device, model.dtype)
         inputs |= {name: types for name in TOKEN_TYPES if name in parameters}
         tokens = torch.tensor([ids], device=model.device)
-        logits = model(input_ids=tokens, **inputs, use_cache=False, logits_to_keep=1).logits
-        samples.append(ImageSample(ids, images, logits[0, -1].float().cpu().numpy()))
-    return samples
+        made = model(input_ids=tokens, **inputs, use_cache=False, logits_to_keep=1).logits
+        return made[0, -1].float().cpu().numpy()
+
+    return image_samples(processor, logits)
 
 
 def device_inputs(image: Image, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
     """Return the inputs of an image on a device, and pixels in a dtype."""
     tensors = {name: torch.from_numpy(x).to(device) for name, x in image.inputs.items()}
     return {name: x.to(dtype) if x.is_floating_point() else x for name, x in tensors.items()}
-
-
-def load_processor(folder: Path, config: PreTrainedConfig) -> Processor | str:
-    """Load the processor of a target; or return why it takes no images, as a clause."""
-    family = family_of(config.model_type).images
-    vision = getattr(config, "vision_config", None)
-    if vision is None:
-        return "it has no vision tower"
-    if isinstance(family, str):
-        return family
-    try:
-        processor = read_processor(folder)
-    except ImportError as error:
-        return f"its processor needs a package that is not installed ({first_line(error)})"
-    except Exception as error:  # of a folder without the files of a processor, among others
-        return f"its folder has no usable processor ({first_line(error)})"
-    merge = getattr(vision, "spatial_merge_size", 1)
-    return Processor(processor, family, config.image_token_id, merge)
 
 
 def read_processor(folder: Path) -> Any:

@@ -32,7 +32,7 @@ from transformers.utils import is_accelerate_available, logging
 
 from treeflash.decoding.backend_base import arrays_nbytes
 from treeflash.decoding.families import ImageFamily, family_of, refusal
-from treeflash.decoding.image_processor import TOKEN_TYPES, Processor
+from treeflash.decoding.image_processor import TOKEN_TYPES, Processor, load_processor
 from treeflash.decoding.probe import INEXACT, TOLERANCE_FACTOR, TOLERANCES, ImageSample
 from treeflash.decoding.tree import DraftTree
 from treeflash.drafters.adapter import read_adapter, refuse_module
@@ -46,6 +46,7 @@ from treeflash.errors import (
     is_device_lost,
     is_out_of_memory,
 )
+from treeflash_cuda import images as vision
 from treeflash_cuda.attention import (
     IMPLEMENTATION,
     MASK,
@@ -81,13 +82,7 @@ from treeflash_cuda.hybrid import (
     StateLayout,
     hook_recurrent_layers,
 )
-from treeflash_cuda.images import (
-    ImageRows,
-    VisionTower,
-    has_tower,
-    image_samples,
-    load_processor,
-)
+from treeflash_cuda.images import ImageRows, VisionTower, has_tower, run_samples
 from treeflash_cuda.kernels import Kernels
 from treeflash_cuda.linear import IN_TARGET, fuse_linears, is_subclass, pack_linears, token_products
 from treeflash_cuda.operations import Operations
@@ -482,7 +477,9 @@ class Target:
             "they do not work with an adapter": adapter is not None,
         }
         reason = next((reason for reason, applies in refusals.items() if applies), None)
-        processor = reason or load_processor(folder, config)
+        processor = reason or load_processor(
+            folder, config.to_dict(), "cuda", vision.read_processor
+        )
         model = load_model(
             folder,
             config,
@@ -497,7 +494,7 @@ class Target:
         samples: Sequence[ImageSample] = ()
         if isinstance(processor, Processor):
             try:
-                samples = image_samples(model, processor)
+                samples = run_samples(model, processor)
             except Exception as error:  # of the model's own code, or its processor's
                 if is_out_of_memory(error) or is_device_lost(error):
                     raise

@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten
 
 from treeflash.config import LoadConfig, SamplingConfig
 from treeflash.decoding.backend_base import BaseBackend, arrays_nbytes
-from treeflash.decoding.image_processor import Processor
+from treeflash.decoding.image_processor import Processor, image_samples
 from treeflash.decoding.interfaces import DeviceReport, Prefill, TableOptions
 from treeflash.decoding.probe import ATTEMPTS, LIMITS, relative_difference
 from treeflash.decoding.session import SequenceSession
@@ -47,7 +47,6 @@ from treeflash_mlx.exact import check_operations
 from treeflash_mlx.head_operations import Float32Norm, split_pairs
 from treeflash_mlx.heads import HEADS, TABLE_HEADS, ARHead, RecurrentHead, TableHead
 from treeflash_mlx.hybrid import delta_kernel_wins
-from treeflash_mlx.images import image_samples
 from treeflash_mlx.metal_kernels import attention
 from treeflash_mlx.metal_kernels.products import RACED_ROWS, choose_products
 from treeflash_mlx.mtp_head import MtpCache, MtpDrafter, MtpHead, MtpModel, ParallelDrafter

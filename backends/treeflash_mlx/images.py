@@ -20,15 +20,9 @@ import numpy as np
 from mlx.utils import tree_flatten
 from numpy.typing import NDArray
 
-from treeflash.decoding.families import ImageFamily, family_of
-from treeflash.decoding.image_processor import Processor, sample_pictures
+from treeflash.decoding.image_processor import placeholder_id
 from treeflash.decoding.images import Image
-from treeflash.decoding.probe import ImageSample
-from treeflash.errors import first_line
 from treeflash_mlx.state import State
-
-PLACEHOLDER_IDS = "image_token_id", "image_token_index"
-"""Settings with the token id that stands for a feature."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +52,7 @@ class VisionTower:
     def __init__(
         self,
         model: Any,  # of mlx-vlm, whose weights are not read yet
-        placeholder: int,  # the token id that stands for a feature
+        config: Mapping[str, Any],  # of the target
         embed: Callable[[mx.array], mx.array],  # of the target
         dtype: mx.Dtype,  # of the target
     ) -> None:
@@ -68,7 +62,8 @@ class VisionTower:
         if hasattr(model.config, "text_config"):
             # mlx-vlm divides features by a function of it, with a default.
             model.config.hidden_size = model.config.text_config.hidden_size
-        self.model, self.placeholder, self.embed, self.dtype = model, placeholder, embed, dtype
+        self.placeholder = placeholder_id(config)
+        self.model, self.embed, self.dtype = model, embed, dtype
 
     @property
     def arrays(self) -> list[mx.array]:
@@ -157,29 +152,6 @@ class Axes:
         return np.concatenate([half, half])
 
 
-def load_processor(folder: Path, config: Mapping[str, Any]) -> Processor | str:
-    """Load the processor of a target; or return why it takes no images, as a clause."""
-    family = family_of(config.get("model_type")).images
-    if not isinstance(vision := config.get("vision_config"), Mapping):
-        return "it has no vision tower"
-    if isinstance(family, ImageFamily) and not family.mlx:
-        return "images of this model type are not known to be exact with the mlx backend"
-    if isinstance(family, str):
-        return family
-    try:
-        processor = read_processor(folder)
-    except ImportError as error:
-        return f"images need mlx-vlm ({first_line(error)}): pip install mlx-vlm"
-    except Exception as error:  # of a folder without the files of a processor, among others
-        return f"its folder has no usable processor ({first_line(error)})"
-    merge = int(vision.get("spatial_merge_size", 1))
-    return Processor(processor, family, placeholder_id(config), merge)
-
-
-def placeholder_id(config: Mapping[str, Any]) -> int:
-    return next(int(config[name]) for name in PLACEHOLDER_IDS if config.get(name) is not None)
-
-
 def read_processor(folder: Path) -> Any:
     """Read the processor of a folder by mlx-vlm's classes, which need no other framework."""
     from mlx_vlm.utils import get_model_and_args, load_config, load_processor
@@ -194,15 +166,6 @@ def load_tower(
     """Load the tower of a target."""
     from mlx_vlm.utils import load_model
 
-    tower = VisionTower(load_model(folder, lazy=True), placeholder_id(config), embed, dtype)
+    tower = VisionTower(load_model(folder, lazy=True), config, embed, dtype)
     mx.eval(tower.arrays)
     return tower
-
-
-def image_samples(processor: Processor) -> list[ImageSample]:
-    """Return prompts with an image; the framework has no model to compare with."""
-    prompts = [
-        processor.encode(f"{processor.placeholder} In this image", [picture])
-        for picture in sample_pictures()
-    ]
-    return [ImageSample(ids, images, None) for ids, images in prompts]

@@ -22,7 +22,7 @@ from mlx_lm.models.cache import ArraysCache, CacheList, RotatingKVCache, make_pr
 from mlx_lm.models.switch_layers import SwitchLinear
 
 from treeflash.decoding.families import family_of, refusal
-from treeflash.decoding.image_processor import Processor
+from treeflash.decoding.image_processor import Processor, load_processor
 from treeflash.decoding.tree import DraftTree
 from treeflash.drafters.adapter import read_adapter, refuse_module
 from treeflash.drafters.folder import read_config
@@ -33,10 +33,11 @@ from treeflash.errors import (
     first_line,
     is_out_of_memory,
 )
+from treeflash_mlx import images as vision
 from treeflash_mlx.attention import TreeHooks, TreePass
 from treeflash_mlx.cache import KVCache, Quantisation, QuantisedTreeCache, TreeCache, share_storage
 from treeflash_mlx.hybrid import RecurrentTreeCache, Solver, choose_solver, solve_by_rounds
-from treeflash_mlx.images import Axes, ImageRows, VisionTower, load_processor, load_tower
+from treeflash_mlx.images import Axes, ImageRows, VisionTower, load_tower
 
 TEXT_CONFIGS = ("text_config", "language_config")
 
@@ -81,6 +82,8 @@ def _model_classes(config: dict[str, Any]) -> tuple[type[nn.Module], type]:
     def sanitize(self: nn.Module, weights: dict[str, mx.array]) -> Any:
         for published, name in names.items():
             weights = {key.replace(published, name): x for key, x in weights.items()}
+        if (decoder := getattr(self, "language_model", None)) is not None:
+            weights = decoder.sanitize(weights)  # mlx-lm's `lfm2-vl` leaves it out
         return model.sanitize(self, weights)
 
     return type(model.__name__, (model,), {"sanitize": sanitize}) if names else model, arguments
@@ -282,7 +285,7 @@ class Target:
     def load_images(self, folder: Path) -> None:
         """Load the processor and the tower of a folder, if the target takes images."""
         config = read_config(folder)
-        self.processor = load_processor(folder, config)
+        self.processor = load_processor(folder, config, "mlx", vision.read_processor)
         if isinstance(self.processor, str):
             return
         try:

@@ -20,6 +20,7 @@ from treeflash.config import DecodeConfig, LoadConfig, SamplingConfig
 from treeflash.decoding import Request, Scheduler, SchedulerConfig, iteration
 from treeflash.decoding.backend_base import BaseState
 from treeflash.decoding.families import FAMILIES
+from treeflash.decoding.image_processor import load_processor
 from treeflash.decoding.images import PromptImages
 from treeflash.decoding.interfaces import ImageProcessor
 from treeflash.decoding.prefix_cache import PrefixCache
@@ -332,21 +333,21 @@ def test_a_folder_without_a_processor_is_a_text_model(pairs):
 def test_types_that_are_not_known_to_be_exact_are_refused_by_name(tmp_path):
     for name in ("paligemma", "mllama", "llama4"):
         config = transformers.CONFIG_MAPPING[name]()
-        reason = cuda_images.load_processor(tmp_path, config)
+        reason = load_processor(tmp_path, config.to_dict(), "cuda", cuda_images.read_processor)
         assert reason == FAMILIES[name].images if name in FAMILIES else "not known" in reason
-    assert cuda_images.load_processor(tmp_path, transformers.LlamaConfig()) == (
+    llama = transformers.LlamaConfig().to_dict()
+    assert load_processor(tmp_path, llama, "cuda", cuda_images.read_processor) == (
         "it has no vision tower"
     )
 
 
 def test_a_model_that_fails_on_images_remains_a_text_model(tmp_path, monkeypatch):
-    monkeypatch.setattr(cuda_images, "image_samples", None)
     import treeflash_cuda.target as target
 
     def failing(*_):
         raise RuntimeError("no kernel for this tower")
 
-    monkeypatch.setattr(target, "image_samples", failing)
+    monkeypatch.setattr(target, "run_samples", failing)
     random_model("qwen3_vl").save_pretrained(tmp_path)
     monkeypatch.setattr(cuda_images, "read_processor", lambda _: RandomProcessor("qwen3_vl"))
     backend = load(tmp_path, None, CPU)

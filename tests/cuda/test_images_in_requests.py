@@ -7,21 +7,23 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import transformers
 from byte_tokens import save_tokenizer
-from servers import NAME, serving
-from stub_images import StubProcessor, base64_of, picture, url_of
+from servers import serving
+from stub_images import StubProcessor, picture
 
-anthropic, openai = pytest.importorskip("anthropic"), pytest.importorskip("openai")
+pytest.importorskip("anthropic")
+pytest.importorskip("openai")
 
 import treeflash_cuda.images as cuda_images
 from treeflash_cuda.backend import load
 
+from tests.helpers.image_clients import ASK, QUESTION, TOKENS
 from tests.helpers.image_models import RandomProcessor, random_model
 from treeflash.config import LoadConfig
 from treeflash.language_model import LanguageModel
 from treeflash.text.prompt import image_part, text_part
 from treeflash.text.tokenizer import Tokenizer
 
-FAMILY, TOKENS, QUESTION = "gemma3", 12, "?"
+FAMILY = "gemma3"
 DEFAULTS = {"method": "suffix", "temperature": 0.0}
 
 
@@ -69,39 +71,6 @@ def expected(model):
         ).text
         for seed in range(10)
     ]
-
-
-def ask_chat(url, image):
-    parts = [{"type": "image_url", "image_url": {"url": url_of(image)}}]
-    content = [*parts, {"type": "text", "text": QUESTION}]
-    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
-        answer = client.chat.completions.create(
-            model=NAME, messages=[{"role": "user", "content": content}], max_tokens=TOKENS
-        )
-    return answer.choices[0].message.content
-
-
-def ask_responses(url, image):
-    parts = [{"type": "input_image", "image_url": url_of(image), "detail": "auto"}]
-    content = [*parts, {"type": "input_text", "text": QUESTION}]
-    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
-        answer = client.responses.create(
-            model=NAME, input=[{"role": "user", "content": content}], max_output_tokens=TOKENS
-        )
-    return answer.output_text
-
-
-def ask_messages(url, image):
-    source = {"type": "base64", "media_type": "image/png", "data": base64_of(image)}
-    content = [{"type": "image", "source": source}, {"type": "text", "text": QUESTION}]
-    with anthropic.Anthropic(base_url=url, api_key="none", max_retries=0) as client:
-        answer = client.messages.create(
-            model=NAME, messages=[{"role": "user", "content": content}], max_tokens=TOKENS
-        )
-    return "".join(block.text for block in answer.content)
-
-
-ASK = [ask_chat, ask_responses, ask_messages]
 
 
 @pytest.mark.parametrize("ask", ASK)

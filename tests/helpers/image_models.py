@@ -73,6 +73,13 @@ EXPERTS = {
 DEEP = QWEN | {"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]}
 GLM = QWEN | {"num_hidden_layers": 2, "image_size": 32, "attention_bias": False}
 LLAMA = TEXT | {"model_type": "llama"}
+PIXTRAL = VISION | {
+    "model_type": "pixtral",
+    "image_size": 64,
+    "patch_size": PATCH,
+    "head_dim": 16,
+    "hidden_act": "silu",
+}
 
 
 def _qwen(kind: str, text: dict[str, Any], vision: dict[str, Any]) -> Any:
@@ -119,7 +126,12 @@ CONFIGS: dict[str, Callable[[], Any]] = {
             "block_auto_adjust_ff_dim": False,
         },
         vision_config=VISION
-        | {"model_type": "siglip2_vision_model", "patch_size": PATCH, "num_patches": 64},
+        | {
+            "model_type": "siglip2_vision_model",
+            "patch_size": PATCH,
+            "num_patches": 64,
+            "vision_use_head": False,
+        },
         image_token_id=IMAGE,
         downsample_factor=2,
         projector_hidden_size=48,
@@ -167,10 +179,16 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     ),
     "mistral3": lambda: hf.Mistral3Config(
         text_config=TEXT | {"model_type": "mistral", "sliding_window": None},
-        vision_config=VISION
-        | {"model_type": "pixtral", "image_size": 64, "patch_size": PATCH, "head_dim": 16},
+        vision_config=PIXTRAL,
         image_token_index=IMAGE,
         spatial_merge_size=2,
+        vision_feature_layer=-1,
+    ),
+    "pixtral": lambda: hf.LlavaConfig(
+        text_config=TEXT | {"model_type": "mistral", "sliding_window": None},
+        vision_config=PIXTRAL,
+        image_token_index=IMAGE,
+        vision_feature_select_strategy="full",
         vision_feature_layer=-1,
     ),
     "glm4v": lambda: hf.Glm4vConfig(
@@ -234,16 +252,23 @@ def save_published(family: str, model: Any, folder: Path) -> None:
             "rope_local_base_freq": 1e4,
             "rope_theta": 1e6,
         }
-        weights = load_file(folder / "model.safetensors")
-        names = {x: x.replace("vision_tower.", "vision_tower.vision_model.") for x in weights}
-        weights = {names[name]: x for name, x in weights.items()}
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    elif family == "lfm2_vl":
+        text["block_dim"] = text["hidden_size"]
+    elif family == "pixtral":
+        config["model_type"] = family
     elif "rope_parameters" in text and "mrope_section" in text["rope_parameters"]:
         rope = text["rope_parameters"]
         text |= {"rope_theta": 1e4, "rope_scaling": {**rope, "type": "mrope"}}
         config["vision_config"]["model_type"] = family
-        if "layer_types" in text:
+        if "linear_num_key_heads" in text:
             text["full_attention_interval"] = 2
+        if family in ("qwen2_vl", "qwen2_5_vl"):
+            config = config.pop("text_config") | config
+    if family in ("gemma3", "pixtral"):
+        weights = load_file(folder / "model.safetensors")
+        names = {x: x.replace("vision_tower.", "vision_tower.vision_model.") for x in weights}
+        weights = {names[name]: x for name, x in weights.items()}
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config))
 
 
@@ -255,7 +280,7 @@ def picture(seed: int, height: int = 16, width: int = 24) -> Any:
 class RandomProcessor:
     """Is called like a processor of transformers: a token for each letter, patches of pictures."""
 
-    image_token = "<image>"
+    image_token = boi_token = "<image>"
     chat_template = None
 
     def __init__(self, family: str) -> None:
@@ -291,8 +316,9 @@ class RandomProcessor:
                 "pixel_attention_mask": np.ones((1, rows * columns), np.int64),
             }
             return arrays, [IMAGE] * (rows * columns // 4)
-        if self.family == "mistral3":
-            rows, columns = (size // PATCH // 2 for size in image.shape[:2])
+        if self.family in ("mistral3", "pixtral"):
+            patches = PATCH if self.family == "pixtral" else 2 * PATCH
+            rows, columns = (size // patches for size in image.shape[:2])
             arrays = {"pixel_values": pixels[None], "image_sizes": np.array([image.shape[:2]])}
             return arrays, ([IMAGE] * columns + [304]) * rows  # with ends of lines
         rows, columns = (np.arange(32) * size // 32 for size in image.shape[:2])

@@ -47,7 +47,8 @@ class StubProcessor:
             raise PromptError(f"{len(others)} placeholders for {len(pictures)} images")
         ids, images = self.tokenizer.encode_continuation(first), []
         for picture, after in zip(pictures, others, strict=True):
-            tokens = [len(SPECIAL) + int(quarter.mean()) for quarter in quarters(picture)]
+            means = [int(quarter.mean()) if quarter.size else 0 for quarter in quarters(picture)]
+            tokens = [len(SPECIAL) + mean for mean in means]
             images.append(Image(len(ids), len(ids) + FEATURES, {"pixels": np.array(tokens)}))
             ids += [*tokens, *self.tokenizer.encode_continuation(after)]
         is_feature = np.zeros(len(ids), np.bool_)

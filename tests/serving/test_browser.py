@@ -14,7 +14,11 @@ from scripted_model import reference_model
 from servers import Gate, serving, wait_until
 from stub_images import StubProcessor, picture, url_of
 
+from treeflash.config import LoadConfig
+from treeflash.language_model import LanguageModel
 from treeflash.text.images import read_image
+from treeflash.text.prompt import image_part, text_part
+from treeflash.text.tokenizer import Tokenizer
 
 sync_api = pytest.importorskip("playwright.sync_api")
 pytestmark = pytest.mark.nightly
@@ -450,3 +454,52 @@ def test_a_model_without_images_offers_none(server, open_page):
     page = open_page(server.url)
     sync_api.expect(page.locator("#model")).to_have_text("tiny")
     sync_api.expect(page.get_by_role("button", name="Image", exact=True)).to_be_hidden()
+
+
+@pytest.fixture(scope="module")
+def vision(tmp_path_factory):
+    """A random Qwen3-VL with the processor of transformers, and its server."""
+    for package in ("torchvision", "anthropic", "openai"):
+        pytest.importorskip(package)
+    import transformers
+    from treeflash_cuda.backend import load
+
+    from tests.helpers.image_models import random_model
+    from tests.helpers.image_processors import PROCESSORS
+
+    transformers.logging.set_verbosity_error()
+    folder = tmp_path_factory.mktemp("vision")
+    random_model("qwen3_vl").save_pretrained(folder)
+    PROCESSORS["qwen3_vl"]().save_pretrained(folder)
+    placeholder = "<|vision_start|><|image_pad|><|vision_end|>"
+    template = StubProcessor.chat_template.replace("<image>", placeholder)
+    (folder / "chat_template.jinja").write_text(template)
+    backend = load(folder, None, LoadConfig(device="cpu", dtype="float32"))
+    model = LanguageModel(backend, Tokenizer.from_folder(folder), folder, suffix=True)
+    with serving(model, {"method": "suffix", "temperature": 0.0}) as running:
+        yield model, running
+
+
+@pytest.mark.parametrize("way", ["dropped", "pasted"])
+def test_an_image_on_the_page_gives_the_text_of_every_client(vision, open_page, way):
+    from tests.helpers.image_clients import ASK, QUESTION, TOKENS
+
+    model, server = vision
+    image, other = picture(1, 96), picture(2, 96)
+    content = [image_part(image), text_part(QUESTION)]
+    messages = [{"role": "user", "content": content}]
+    plain = model.generate(messages, method="ar", max_tokens=TOKENS, temperature=0.0).text
+    assert {ask(server.url, image) for ask in ASK} == {plain}
+    assert plain not in {ask(server.url, other) for ask in ASK}
+    page = open_page(server.url)
+    page.locator("#length").evaluate("(x, n) => { x.min = x.step = 1; x.value = n; }", TOKENS)
+    if way == "dropped":
+        transfer = page.evaluate_handle(TRANSFER, list(image))
+        page.dispatch_event(".chat", "drop", {"dataTransfer": transfer})
+    else:
+        page.evaluate(PASTE, [TRANSFER, list(image)])
+    sync_api.expect(page.locator("#images img")).to_have_count(1)
+    ask(page, QUESTION)
+    assert page.locator(".assistant .tokens").text_content() == plain
+    sync_api.expect(page.locator(".user img")).to_be_visible()
+    shot(page, f"tower-{way}")

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
 import socket
 import threading
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
 
-pytest.importorskip("PIL")
+Pillow = pytest.importorskip("PIL.Image")
 from scripted_model import reference_model
-from servers import NAME, check_error, serving, wait_until
-from stub_images import FEATURES, StubProcessor, base64_of, claiming, picture, url_of
+from servers import NAME, check_error, parse, serving, wait_until
+from stub_images import FEATURES, StubProcessor, base64_of, chunk, claiming, picture, url_of
 
 from treeflash.text.prompt import image_part, text_part
 
@@ -244,6 +246,31 @@ def test_nothing_is_fetched_or_opened(image_server, tmp_path, monkeypatch):
         assert "is not base64" in response.json()["error"]
 
 
+@contextmanager
+def streaming_text(server, model):
+    """A text that streams meanwhile: its first tokens come before, and all are those of Python."""
+    messages = [{"role": "user", "content": "Go on."}]
+    body = {"messages": messages, "max_tokens": 128, "stream": True}
+    with server.client.stream("POST", CHAT, json=body) as response:
+        events = parse(response)
+        seen = [next(events), next(events)]
+        yield
+        seen += events
+    text = "".join(x["delta"].get("content") or "" for event in seen for x in event["choices"])
+    assert text == model.generate(messages, method="ar", max_tokens=128, **DEFAULTS).text
+
+
+def written(image, format, **settings):
+    file = io.BytesIO()
+    image.save(file, format, **settings)
+    return file.getvalue()
+
+
+SCANS = written(Pillow.new("L", (64, 64)), "JPEG", progressive=True)
+TEXT_BOMB = chunk(b"zTXt", b"a\0\0" + zlib.compress(b"\0" * (100 << 20)))
+LAST_SCAN, END = SCANS.rfind(b"\xff\xda"), SCANS.rfind(b"\xff\xd9")
+
+
 @pytest.mark.parametrize(
     ("data", "says"),
     [
@@ -251,15 +278,37 @@ def test_nothing_is_fetched_or_opened(image_server, tmp_path, monkeypatch):
         (picture(1)[:60], "image 2: the image cannot be decoded"),
         (claiming(60_000, 60_000), "image 2: the image has more than 32 megapixels"),
         (picture(1) + b"\0" * (20 << 20), "image 2: the file has more than 20 MiB"),
+        (SCANS[:END] + SCANS[LAST_SCAN:END] * 300 + SCANS[END:], "more than 200 scans"),
+        (picture(1)[:33] + TEXT_BOMB + picture(1)[33:], "image 2: the file is damaged"),
     ],
-    ids=["no image", "half a file", "a bomb", "too large"],
+    ids=["no image", "half a file", "60,000 x 60,000", "too large", "scans", "text of 100 MiB"],
 )
 def test_hostile_images_end_their_request_alone(image_server, image_model, data, says):
-    with ThreadPoolExecutor(1) as pool:
-        other = pool.submit(ask_openai, image_server, picture(3))
+    with streaming_text(image_server, image_model):
         response = image_server.post(CHAT, {"messages": openai_messages(picture(1), data)})
         check_error(response, 400, says)
-        assert other.result()[0] == expected(image_model, picture(3)).text
+
+
+FRAMES = [Pillow.open(io.BytesIO(picture(seed))) for seed in (5, 6)]
+TURNED = Pillow.Exif()
+TURNED[0x0112] = 6  # its right side is up
+ODD = {
+    "animated GIF": (written(FRAMES[0], "GIF", save_all=True, append_images=FRAMES[1:]), 5),
+    "EXIF": (written(FRAMES[0].transpose(Pillow.Transpose.ROTATE_90), "PNG", exif=TURNED), 5),
+    "CMYK": (written(Pillow.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG"), None),
+    "1 x 1": (written(Pillow.new("RGB", (1, 1), "lime"), "PNG"), None),
+    "1 x 20,000": (written(Pillow.new("RGB", (1, 20_000), "lime"), "PNG"), None),
+}
+
+
+@pytest.mark.parametrize(("data", "upright"), ODD.values(), ids=ODD)
+def test_odd_images_get_the_right_answer(image_server, image_model, data, upright):
+    """The answer is that of Python, and of the picture as it is seen, where a seed makes it."""
+    with streaming_text(image_server, image_model):
+        answer, _ = ask_openai(image_server, data)
+    assert answer == expected(image_model, data).text
+    if upright is not None:
+        assert answer == expected(image_model, picture(upright)).text
 
 
 def test_limits(image_model):

@@ -8,7 +8,7 @@ the differences between published files and mlx-lm.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,13 +24,15 @@ class ImageFamily:
 
     Attributes:
         three_axes: whether rotary positions have three axes, which follow from `image_grid_thw`.
-        whole: whether the tokens of an image see each other.
-        mlx: whether it is also known for the mlx backend.
+        whole: whether the tokens of an image see each other, so that one pass must have them all.
+        placeholder: the attribute of its processor with what templates write for an image.
+        backends: the backends that run its images.
     """
 
     three_axes: bool = False
     whole: bool = False
-    mlx: bool = False
+    placeholder: str = "image_token"
+    backends: Collection[str] = ("cuda",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,17 +93,18 @@ def _lfm2_settings(config: Mapping[str, Any], kinds: Sequence[str]) -> dict[str,
     return {"block_dim": config.get("block_dim", config["hidden_size"])}
 
 
-def _qwen3_5(mlx_type: str | None = None, *, mlx: bool = False) -> Family:
+def _qwen3_5(mlx_type: str | None = None, images: ImageFamily | None = None) -> Family:
     return Family(
         tool_calls="qwen3_coder",
         mlx_type=mlx_type,
         mlx_settings=_interval_settings,
-        images=_ON_BOTH if mlx else _THREE_AXES,
+        images=images or _THREE_AXES,
     )
 
 
+_BOTH = "cuda", "mlx"
 _THREE_AXES = ImageFamily(three_axes=True)
-_ON_BOTH = ImageFamily(three_axes=True, mlx=True)
+_THREE_AXES_ON_BOTH = ImageFamily(three_axes=True, backends=_BOTH)
 _CROSS_ATTENTION = "its layers attend to images beside the text"
 
 _BY_CHANNEL = Family(refusal="their recurrent layers decay each channel of the state separately")
@@ -110,7 +113,16 @@ _BY_TOKEN = Family(
 )
 _COMPRESSED = Family(refusal="their attention layers compress the KV cache as the text grows")
 _HERMES = Family(tool_calls="hermes")
-_QWEN_VL = Family(tool_calls="hermes", images=_THREE_AXES)
+_LFM2_VL = Family(
+    mlx_type="lfm2-vl",
+    mlx_weights={
+        "model.language_model.": "language_model.model.",
+        "model.multi_modal_projector.": "multi_modal_projector.",
+        "model.vision_tower.": "vision_tower.",
+    },
+    images=ImageFamily(backends=_BOTH),
+)
+_QWEN_VL = Family(tool_calls="hermes", images=_THREE_AXES_ON_BOTH)
 FAMILIES: Mapping[str, Family] = {
     "baichuan_m1": Family(refusal="their attention layers apply a short convolution to the keys"),
     "deepseek_v4": _COMPRESSED,
@@ -119,7 +131,7 @@ FAMILIES: Mapping[str, Family] = {
     "falcon_mamba": _BY_CHANNEL,
     "ernie4_5_vl_moe": Family(images="it chooses the experts of a token by whether it is text"),
     "evolla": Family(images=_CROSS_ATTENTION),
-    "gemma3": Family(images=ImageFamily(whole=True, mlx=True)),
+    "gemma3": Family(images=ImageFamily(whole=True, placeholder="boi_token", backends=_BOTH)),
     "gemma4": Family(tool_calls="gemma4"),
     "glm46v": Family(images=_THREE_AXES),
     "glm4v": Family(images=_THREE_AXES),
@@ -131,12 +143,13 @@ FAMILIES: Mapping[str, Family] = {
     "inkling2_text": _BY_TOKEN,
     "jamba": _BY_CHANNEL,
     "lfm2": Family(mlx_settings=_lfm2_settings),
-    "lfm2_vl": Family(images=ImageFamily()),
+    "lfm2-vl": _LFM2_VL,
+    "lfm2_vl": _LFM2_VL,
     "llava": Family(images=ImageFamily()),
     "longcat_flash_ngram": _BY_TOKEN,
     "mamba": _BY_CHANNEL,
     "minimax": Family(refusal="their lightning attention has its own kind of cache"),
-    "mistral3": Family(images=ImageFamily()),
+    "mistral3": Family(images=ImageFamily(backends=_BOTH)),
     "mllama": Family(images=_CROSS_ATTENTION),
     "molmo2": Family(images="its images see later ones"),
     "olmo_hybrid": Family(
@@ -146,19 +159,20 @@ FAMILIES: Mapping[str, Family] = {
         }
     ),
     "paligemma": Family(images="its prompts see their later tokens"),
+    "pixtral": Family(images=ImageFamily(backends=("mlx",))),
     "qwen2": _HERMES,
     "qwen2_5_vl": _QWEN_VL,
     "qwen2_moe": _HERMES,
     "qwen2_vl": _QWEN_VL,
     "qwen3": _HERMES,
-    "qwen3_5": _qwen3_5(mlx=True),
+    "qwen3_5": _qwen3_5(images=_THREE_AXES_ON_BOTH),
     "qwen3_5_moe": _qwen3_5(),
     "qwen3_5_moe_text": _qwen3_5("qwen3_5_moe"),
     "qwen3_5_text": _qwen3_5("qwen3_5"),
     "qwen3_moe": _HERMES,
     "qwen3_next": Family(tool_calls="hermes", mlx_settings=_interval_settings),
-    "qwen3_vl": Family(tool_calls="hermes", images=_ON_BOTH),
-    "qwen3_vl_moe": _QWEN_VL,
+    "qwen3_vl": _QWEN_VL,
+    "qwen3_vl_moe": Family(tool_calls="hermes", images=_THREE_AXES),
     "qwen4_exp": _BY_TOKEN,
     "qwen4_exp_text": _BY_TOKEN,
     "recurrent_gemma": _BY_CHANNEL,

@@ -1,24 +1,31 @@
-"""Processors of images in the interface of transformers, as the backends' packages have them."""
+"""Processors of images in the interface of transformers, as the backends' packages have them.
+
+A backend reads the processor of a folder. Everything else about processors is here.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from threading import Lock
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from treeflash.decoding.families import ImageFamily
+from treeflash.decoding.families import ImageFamily, family_of
 from treeflash.decoding.images import PromptImages, locate, rotary_positions
+from treeflash.decoding.probe import ImageSample
 from treeflash.errors import PromptError, first_line
 
 TOKEN_TYPES = "token_type_ids", "mm_token_type_ids"
 """Arguments of models for 1 where a token stands for a feature, from the start of the sequence."""
 TEXT_INPUTS = "input_ids", "attention_mask", *TOKEN_TYPES
 """Results of processors that are not of an image."""
+PLACEHOLDER_IDS = "image_token_id", "image_token_index"
+"""Settings with the token id that stands for a feature."""
 KEPT_PICTURES = 16
 """Pictures whose inputs are kept, because a chat sends its pictures with every turn."""
 
@@ -34,7 +41,7 @@ class Processor:
         merge: int,  # patches of a feature in height and in width, with three axes
     ) -> None:
         self.chat_template: str | None = getattr(processor, "chat_template", None)
-        self.placeholder: str = processor.image_token
+        self.placeholder: str = getattr(processor, family.placeholder)
         self._processor = processor
         self.family = family
         self._feature_id = feature_id
@@ -100,9 +107,55 @@ class Processor:
         return made
 
 
-def sample_pictures() -> list[NDArray[np.uint8]]:
-    """Return two pictures for the check at load: noise, and the same with a dark half."""
+def load_processor(
+    folder: Path, config: Mapping[str, Any], backend: str, read: Callable[[Path], Any]
+) -> Processor | str:
+    """Load the processor of a target; or return why it takes no images, as a clause.
+
+    Args:
+        folder: the target's.
+        config: the target's configuration.
+        backend: the name of the backend that will run the images.
+        read: reads a folder's processor in the interface of transformers.
+    """
+    family = family_of(config.get("model_type")).images
+    if not isinstance(vision := config.get("vision_config"), Mapping):
+        return "it has no vision tower"
+    if isinstance(family, str):
+        return family
+    if backend not in family.backends:
+        return f"images of this model type are not known to be exact with the {backend} backend"
+    try:
+        processor = read(folder)
+    except ImportError as error:
+        return (
+            f"its processor needs a package that is not installed ({first_line(error)}); "
+            f"pip install '.[{backend}-images]' in a clone of treeflash"
+        )
+    except Exception as error:  # of a folder without the files of a processor, among others
+        return f"its folder has no usable processor ({first_line(error)})"
+    merge = int(vision.get("spatial_merge_size", 2))  # it counts with three axes alone
+    return Processor(processor, family, placeholder_id(config), merge)
+
+
+def placeholder_id(config: Mapping[str, Any]) -> int:
+    """Return the token id that stands for a feature."""
+    return next(int(config[name]) for name in PLACEHOLDER_IDS if config.get(name) is not None)
+
+
+def image_samples(
+    processor: Processor,
+    logits: Callable[[Sequence[int], PromptImages], NDArray[np.float32]] | None = None,
+) -> list[ImageSample]:
+    """Return two prompts with an image for the check at load: noise, and noise with a dark half.
+
+    `logits` are those of the framework's own model after a prompt; None where it has no model.
+    """
     noise = np.random.default_rng(0).integers(0, 256, (48, 64, 3)).astype(np.uint8)
     dark = noise.copy()
     dark[24:] //= 8
-    return [noise, dark]
+    samples = []
+    for picture in (noise, dark):
+        ids, images = processor.encode(f"{processor.placeholder} In this image", [picture])
+        samples.append(ImageSample(ids, images, None if logits is None else logits(ids, images)))
+    return samples
