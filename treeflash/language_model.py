@@ -30,15 +30,8 @@ from treeflash.errors import (
     first_line,
 )
 from treeflash.hub.identity import pair_identity
-from treeflash.hub.models import (
-    choose_drafter,
-    drafter_training,
-    model_name,
-    other_base,
-    published_drafter,
-    resolve_drafter,
-    resolve_target,
-)
+from treeflash.hub.models import choose_drafter, other_base, resolve_drafter, resolve_target
+from treeflash.hub.published import drafter_training, model_name, published_drafter
 from treeflash.hub.sizes import refuse_pair
 from treeflash.option import is_whole, options_of
 from treeflash.registry import (

@@ -17,7 +17,7 @@ from treeflash.commands import generate
 from treeflash.config import LoadConfig
 from treeflash.errors import CheckpointError, TreeflashError, UnsupportedModelError
 from treeflash.hub import models
-from treeflash.hub.models import PublishedDrafter
+from treeflash.hub.published import PublishedDrafter
 from treeflash.language_model import LanguageModel, load, locate
 from treeflash.reference.backend import check_drafter
 from treeflash.testing.models import edit_config

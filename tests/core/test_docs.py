@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from treeflash.__main__ import COMMANDS, main
-from treeflash.hub.models import BUNDLED_DRAFTER, DEFAULT_TARGET, PUBLISHED_DRAFTERS
+from treeflash.hub.published import BUNDLED_DRAFTER, DEFAULT_TARGET, PUBLISHED_DRAFTERS
 
 ROOT = Path(__file__).parents[2]
 ARCHITECTURE = ROOT / "docs" / "architecture.md"

@@ -28,7 +28,7 @@ from treeflash.errors import (
     PromptError,
     UnsupportedModelError,
 )
-from treeflash.hub.models import PublishedDrafter
+from treeflash.hub.published import PublishedDrafter
 from treeflash.language_model import LanguageModel, load
 from treeflash.reference.backend import ReferenceBackend
 from treeflash.registry import installed

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar, cast, get_args, get_origin
 from rich.console import Console
 
 from treeflash.config import AUTO, LoadConfig
-from treeflash.hub.models import model_name
+from treeflash.hub.published import model_name
 from treeflash.language_model import LanguageModel, LocatedPair, locate
 from treeflash.option import Option, options_of
 from treeflash.registry import fall_back_to_cpu

@@ -24,7 +24,8 @@ from treeflash.drafters.formats import HEADS, drafter_config
 from treeflash.errors import ConfigError, PromptError
 from treeflash.evaluation.records import block_efficiencies, resamples, with_interval
 from treeflash.evaluation.run import Case, Evaluation, encode_rows
-from treeflash.hub.models import model_name, resolve_drafter, resolve_target
+from treeflash.hub.models import resolve_drafter, resolve_target
+from treeflash.hub.published import model_name
 from treeflash.language_model import LanguageModel
 from treeflash.registry import available
 from treeflash.text.prompt import Row, read_rows

@@ -27,13 +27,8 @@ from treeflash.diagnosis import (
 )
 from treeflash.drafters.folder import open_folder, read_config
 from treeflash.drafters.loading import find_head_format
-from treeflash.hub.models import (
-    choose_drafter,
-    draft_sources,
-    drafter_training,
-    resolve_drafter,
-    resolve_target,
-)
+from treeflash.hub.models import choose_drafter, draft_sources, resolve_drafter, resolve_target
+from treeflash.hub.published import drafter_training
 from treeflash.registry import default_backend, examine_device
 from treeflash.text.prompt import Message, Prompting, read_rows
 from treeflash.text.tokenizer import Tokenizer

@@ -14,13 +14,9 @@ from treeflash.cli.console import Parser, guarded, print_columns
 from treeflash.decoding.families import family_of
 from treeflash.drafters.folder import read_config
 from treeflash.errors import CheckpointError, ConfigError
-from treeflash.hub.models import (
-    KNOWN_TARGETS,
-    CachedModel,
-    DraftSource,
-    cached_models,
-    draft_sources,
-)
+from treeflash.hub.cached import CachedModel, cached_models
+from treeflash.hub.models import DraftSource, draft_sources
+from treeflash.hub.published import KNOWN_TARGETS
 
 
 @guarded

@@ -24,7 +24,7 @@ from treeflash.cli.single_prompt import (
 from treeflash.config import GIB
 from treeflash.decoding.suffix import SuffixCache
 from treeflash.errors import ConfigError
-from treeflash.hub.models import drafter_training
+from treeflash.hub.published import drafter_training
 from treeflash.language_model import LanguageModel
 from treeflash.text.images import read_images
 from treeflash.text.options import Options

@@ -11,16 +11,9 @@ from rich.filesize import decimal
 
 from treeflash.cli.console import Parser, guarded, print_columns
 from treeflash.errors import ConfigError
-from treeflash.hub.models import (
-    DEFAULT_TARGET,
-    PUBLISHED_DRAFTERS,
-    CachedModel,
-    cached_models,
-    published_drafters,
-    remove_model,
-    resolve_drafter,
-    resolve_target,
-)
+from treeflash.hub.cached import CachedModel, cached_models, remove_model
+from treeflash.hub.models import resolve_drafter, resolve_target
+from treeflash.hub.published import DEFAULT_TARGET, PUBLISHED_DRAFTERS, published_drafters
 
 
 @guarded

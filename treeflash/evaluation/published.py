@@ -50,7 +50,7 @@ from treeflash.decoding.tree import DraftTree
 from treeflash.errors import ConfigError
 from treeflash.evaluation.records import Record, interval, resamples
 from treeflash.evaluation.run import Case, decode_prompts
-from treeflash.hub.models import drafter_training
+from treeflash.hub.published import drafter_training
 from treeflash.language_model import LanguageModel
 from treeflash.text.stream import Parallel, scheduler_config
 

@@ -15,14 +15,8 @@ from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined, unuse
 
 from treeflash.config import GIB
 from treeflash.errors import ConfigError
-from treeflash.hub.models import (
-    BUNDLED_DRAFTER,
-    HUB_FILES_IGNORED,
-    HUB_REACHABLE_S,
-    SELF,
-    local_folder,
-    published_drafter,
-)
+from treeflash.hub.models import HUB_FILES_IGNORED, HUB_REACHABLE_S, SELF, local_folder
+from treeflash.hub.published import BUNDLED_DRAFTER, published_drafter
 
 PRECISION = re.compile(r"-(?:(?:mlx-)?(\d+)bit|bf16|fp16)$", re.IGNORECASE)
 """The end of the name of a conversion."""

@@ -21,7 +21,7 @@ from treeflash.config import SamplingConfig
 from treeflash.decoding.loop import Step
 from treeflash.drafters.evaluation import read_evaluation
 from treeflash.drafters.folder import is_quantised, read_config
-from treeflash.hub.models import model_name
+from treeflash.hub.published import model_name
 from treeflash.language_model import LanguageModel
 
 DRAFTS = 128

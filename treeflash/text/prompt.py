@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 from treeflash.decoding.images import PromptImages
 from treeflash.decoding.interfaces import ImageProcessor
 from treeflash.errors import ConfigError, PromptError
-from treeflash.hub.models import DEEPSPEC_SYSTEM
+from treeflash.hub.published import DEEPSPEC_SYSTEM
 from treeflash.text.images import MAX_IMAGES, ImageSource, is_path, read_images
 from treeflash.text.tokenizer import Tokenizer, check_unicode
 

@@ -20,7 +20,7 @@ from treeflash.config import DecodeConfig, SamplingConfig
 from treeflash.decoding import Request, Scheduler, SchedulerConfig
 from treeflash.decoding.interfaces import Backend
 from treeflash.errors import ConfigError, PromptError
-from treeflash.hub.models import family_name, model_name
+from treeflash.hub.published import family_name, model_name
 from treeflash.language_model import LanguageModel
 from treeflash.option import option
 from treeflash.text.output_file import OutputFile, Record, has_fields

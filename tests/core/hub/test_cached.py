@@ -17,13 +17,13 @@ from safetensors.numpy import save_file
 from treeflash.commands import drafters as drafters_command
 from treeflash.commands import models as command
 from treeflash.errors import CheckpointError
-from treeflash.hub import models
-from treeflash.hub.models import (
+from treeflash.hub import cached, models
+from treeflash.hub.cached import cached_models
+from treeflash.hub.published import (
     BUNDLED_DRAFTER,
     DEFAULT_TARGET,
     KNOWN_TARGETS,
     PUBLISHED_DRAFTERS,
-    cached_models,
     published_drafters,
 )
 
@@ -55,7 +55,7 @@ def machine(tmp_path, monkeypatch):
         repository("peerrh/treeflash-qwen3-4b", "config.json", "model.safetensors"),
         repository("some/pickle", "config.json", "pytorch_model.bin"),
     ]
-    monkeypatch.setattr(models, "scan_cache_dir", lambda: SimpleNamespace(repos=repositories))
+    monkeypatch.setattr(cached, "scan_cache_dir", lambda: SimpleNamespace(repos=repositories))
     monkeypatch.setattr(models, "LM_STUDIO_FOLDERS", (str(tmp_path / "studio"),))
     monkeypatch.setattr(models, "HF_HUB_CACHE", str(tmp_path / "hub"))
     return tmp_path
@@ -92,7 +92,7 @@ def test_a_machine_without_a_cache_has_the_bundled_drafter(tmp_path, monkeypatch
         raise CacheNotFound("no cache", tmp_path)
 
     monkeypatch.setenv("TREEFLASH_CACHE", str(tmp_path))
-    monkeypatch.setattr(models, "scan_cache_dir", fail)
+    monkeypatch.setattr(cached, "scan_cache_dir", fail)
     (model,) = cached_models()
     assert model.name == BUNDLED_DRAFTER
     assert model.nbytes > 30_000_000
@@ -150,7 +150,7 @@ def hub(machine, monkeypatch):
         blob.parent.mkdir(exist_ok=True)
         blob.write_bytes(b"0" * 1000)
         (snapshot / "model.safetensors").symlink_to(blob)
-    monkeypatch.setattr(models, "scan_cache_dir", lambda: scan_cache_dir(machine / "hub"))
+    monkeypatch.setattr(cached, "scan_cache_dir", lambda: scan_cache_dir(machine / "hub"))
     return folder
 
 

@@ -12,7 +12,7 @@ import pytest
 from tokenizers.pre_tokenizers import ByteLevel
 
 from treeflash.errors import CheckpointError
-from treeflash.hub import models
+from treeflash.hub import cached, models
 from treeflash.hub.gguf import ARCHITECTURES, convert_gguf
 from treeflash.registry import loader
 from treeflash.testing.models import INWARD
@@ -256,13 +256,13 @@ def test_a_file_is_a_target(backend: str, tmp_path: Path, monkeypatch: pytest.Mo
     folder = models.resolve_target(str(tmp_path / "tiny-Q8_0.gguf"))
     assert folder == models.resolve_target(str(tmp_path / "tiny-Q8_0.gguf"))
     assert folder.name == "tiny-Q8_0"
-    assert "tiny-Q8_0" in [cached.name for cached in models.cached_models()]
+    assert "tiny-Q8_0" in [model.name for model in cached.cached_models()]
     pair = loader(backend)(folder, None, LoadConfig(device="cpu", dtype="float32"))
     request = Request(prompt_ids=PROMPT, config=DecodeConfig(method="suffix", max_tokens=12))
     text = [token for step in decode(pair, request) for token in step.tokens]
     greedy = model.generate(torch.tensor([PROMPT]), max_new_tokens=12, do_sample=False)
     assert text == greedy[0, len(PROMPT) :].tolist()
-    models.remove_model("tiny-Q8_0")
+    cached.remove_model("tiny-Q8_0")
     assert not folder.exists()
 
 

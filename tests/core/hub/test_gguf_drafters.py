@@ -14,7 +14,7 @@ from treeflash.decoding import Request, decode
 from treeflash.decoding.session import SequenceSession
 from treeflash.drafters.folder import read_config, read_tensors
 from treeflash.errors import CheckpointError
-from treeflash.hub import models
+from treeflash.hub import cached, models
 from treeflash.hub.gguf import bfloat16_bits, convert_gguf
 from treeflash.reference.backend import load
 from treeflash.testing.models import edit_config, save, write_dialect, write_target
@@ -167,7 +167,7 @@ def test_a_file_drafts_as_its_folder(
     write_gguf(tmp_path / "tiny-Q8_0.gguf", folder)
     resolved = models.resolve_drafter(str(tmp_path / "tiny-Q8_0.gguf"), str(target))
     assert resolved == models.resolve_drafter(str(tmp_path / "tiny-Q8_0.gguf"), str(target))
-    assert "tiny-Q8_0" in [cached.name for cached in models.cached_models()]
+    assert "tiny-Q8_0" in [model.name for model in cached.cached_models()]
     options = LoadConfig(device="cpu", dtype="float32")
     found, texts = [], []
     for drafter in (folder, resolved):

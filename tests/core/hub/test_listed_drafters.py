@@ -19,7 +19,7 @@ from treeflash.drafters.folder import ModelFolder, StoredTensor, open_folder, re
 from treeflash.drafters.formats import detect_format
 from treeflash.drafters.loading import check_drafter, find_head_format
 from treeflash.errors import CheckpointError
-from treeflash.hub.models import BUNDLED_DRAFTER, PUBLISHED_DRAFTERS
+from treeflash.hub.published import BUNDLED_DRAFTER, PUBLISHED_DRAFTERS
 from treeflash.testing.models import edit_config, write_dialect, write_drafter, write_target
 
 LISTED = {

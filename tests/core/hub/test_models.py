@@ -17,7 +17,7 @@ import pytest
 from huggingface_hub.errors import HTTPError, RepositoryNotFoundError
 
 from treeflash.errors import CheckpointError, ConfigError
-from treeflash.hub import models
+from treeflash.hub import models, published
 
 FOLDER_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 
@@ -365,7 +365,7 @@ def test_default_target_from_the_hub(cache: Path, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(models.HfApi, "model_info", lambda self, name, timeout: None)
     assert models.resolve_target(None) == snapshot
     assert models.resolve_target(None) == snapshot
-    assert calls == [(models.DEFAULT_TARGET, local) for local in (True, False, True)]
+    assert calls == [(published.DEFAULT_TARGET, local) for local in (True, False, True)]
 
 
 def test_local_folder_is_returned_as_is(tmp_path: Path):

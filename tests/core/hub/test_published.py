@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from treeflash.errors import CheckpointError
-from treeflash.hub import models
-from treeflash.hub.models import (
+from treeflash.hub import models, published
+from treeflash.hub.published import (
     BUNDLED_DRAFTER,
     DEEPSPEC_SYSTEM,
     PUBLISHED_DRAFTERS,
@@ -43,7 +43,7 @@ from treeflash.hub.models import (
     ],
 )
 def test_published_drafters(target: str, drafter: str | None):
-    assert models.published_drafter(target) == drafter
+    assert published.published_drafter(target) == drafter
 
 
 @pytest.mark.parametrize(
@@ -63,8 +63,8 @@ def test_the_card_of_a_conversion_names_the_original(
 ):
     (tmp_path / "README.md").write_text(f"---\n{card}---\nbase_model: google/gemma-4-31B-it\n")
     (tmp_path / "mine").mkdir()
-    assert models.published_drafter(str(tmp_path)) == drafter
-    assert models.published_drafter(str(tmp_path / "mine")) is None
+    assert published.published_drafter(str(tmp_path)) == drafter
+    assert published.published_drafter(str(tmp_path / "mine")) is None
 
 
 def test_auto_is_the_published_drafter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
@@ -72,18 +72,18 @@ def test_auto_is_the_published_drafter(monkeypatch: pytest.MonkeyPatch, tmp_path
     for drafter in ("auto", None):
         folder = models.resolve_drafter(drafter, "Qwen/Qwen3-14B")
         assert folder == tmp_path / "deepseek-ai/dspark_qwen3_14b_block7"
-        assert models.drafter_training(drafter, "Qwen/Qwen3-14B").system == DEEPSPEC_SYSTEM
+        assert published.drafter_training(drafter, "Qwen/Qwen3-14B").system == DEEPSPEC_SYSTEM
 
 
 @pytest.mark.parametrize("drafter", [None, "auto", "z-lab/qwen3.5-4B-dflash"])
 def test_thinking_follows_the_drafter_training_the_drafter(drafter: str | None):
-    assert models.drafter_training(drafter, "mlx-community/Qwen3.5-4B-4bit").thinking
+    assert published.drafter_training(drafter, "mlx-community/Qwen3.5-4B-4bit").thinking
 
 
 @pytest.mark.parametrize("name", ["some/drafter", "/data/drafter"])
 def test_an_unknown_drafter_was_trained_as_most_are(name: str):
-    assert models.drafter_training(name, "Qwen/Qwen3-14B") == PublishedDrafter(name=name)
-    assert not models.drafter_training(name, None).thinking
+    assert published.drafter_training(name, "Qwen/Qwen3-14B") == PublishedDrafter(name=name)
+    assert not published.drafter_training(name, None).thinking
 
 
 def test_what_kind_of_drafter_a_target_has():
@@ -101,7 +101,7 @@ def test_every_drafter_of_the_table_is_a_hub_id_and_named_once():
     assert all(target == target.lower() for target in PUBLISHED_DRAFTERS)
 
 
-@pytest.mark.parametrize("target", [None, models.DEFAULT_TARGET, "/cache/SmolLM2-135M-Instruct"])
+@pytest.mark.parametrize("target", [None, published.DEFAULT_TARGET, "/cache/SmolLM2-135M-Instruct"])
 def test_bundled_drafter(target: str | None):
     folder = models.resolve_drafter(None, target)
     config = json.loads((folder / "config.json").read_text())
@@ -122,7 +122,7 @@ def test_the_bundled_drafter_has_a_name(tmp_path: Path, monkeypatch: pytest.Monk
 def test_how_a_drafter_was_trained_is_known_from_its_snapshot(tmp_path: Path):
     snapshot = tmp_path / "models--z-lab--Qwen3.5-4B-DFlash" / "snapshots" / "0a1b"
     snapshot.mkdir(parents=True)
-    assert models.drafter_training(str(snapshot), None).thinking
+    assert published.drafter_training(str(snapshot), None).thinking
 
 
 def test_no_drafter_is_known():

@@ -10,7 +10,7 @@ import treeflash
 from treeflash import language_model, registry
 from treeflash.config import GIB
 from treeflash.errors import BackendError, ConfigError
-from treeflash.hub import models, sizes
+from treeflash.hub import models, published, sizes
 
 GIB_OF = {
     "Qwen/Qwen3-8B": 15.3,
@@ -107,7 +107,9 @@ def test_a_folder_is_measured_and_what_nobody_tells_is_fetched(
     (tmp_path / "model.safetensors").write_bytes(b"x" * 100)
     (tmp_path / "tokenizer.json").write_bytes(b"x" * 100)
     assert sizes.weights_bytes(str(tmp_path)) == 100
-    assert [sizes.weights_bytes(name) for name in (None, "self", models.BUNDLED_DRAFTER)] == [0] * 3
+    assert [sizes.weights_bytes(name) for name in (None, "self", published.BUNDLED_DRAFTER)] == [
+        0
+    ] * 3
     assert hub == []
     sizes.refuse_pair("un/known", None, 1)
     assert hub == ["un/known"]
