@@ -8,7 +8,7 @@ from treeflash.testing import DIALECTS, HYBRID_FAMILIES, BackendSuite, require
 
 require("torch")
 
-from laws import DRAFTING, LAWS
+from laws import DRAFTING, FAMILIES, LAWS
 from parts import load_with_parts
 from treeflash_cuda.backend import load as load_cuda
 
@@ -28,7 +28,7 @@ class TestConformance(BackendSuite):
 class TestStaticShapes(BackendSuite):
     """What a GPU computes, by plain products: attention in parts, and what graphs capture."""
 
-    laws = LAWS | DRAFTING
+    laws, families = LAWS | DRAFTING, FAMILIES
     dialects = tuple(DIALECTS)
 
     @pytest.fixture

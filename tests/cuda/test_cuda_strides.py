@@ -11,12 +11,12 @@ require("torch")
 import torch
 import torch.nn.functional as F
 from fake_cuda import use_cuda_strides
-from laws import DRAFTING, LAWS
+from laws import DRAFTING, FAMILIES, LAWS
 from treeflash_cuda.backend import load as load_cuda
 
 
 class TestConformance(BackendSuite):
-    laws = LAWS | DRAFTING
+    laws, families = LAWS | DRAFTING, FAMILIES
     dialects = tuple(DIALECTS)
     exact_dtypes = ("bfloat16",)
 

@@ -5,6 +5,11 @@ What follows from its logits and states is the same code, so that laws of logits
 what the variant changes. `tests/conftest.py` leaves its other tests to the nightly run.
 """
 
+from treeflash.testing import BackendSuite
+from treeflash.testing.pairs import EXAMPLES
+
+FAMILIES = BackendSuite.families if EXAMPLES else ("qwen3", "qwen3_moe", "mistral")
+"""With experts and with windows; others differ in what variants leave as it is."""
 LAWS = frozenset(
     {
         # Trees, paths, windows

@@ -10,20 +10,21 @@ import sys
 from pathlib import Path
 
 FRAMEWORKS = {"torch", "mlx", "mlx_lm"}
-WITHOUT_FRAMEWORKS = f"""
+WITHOUT = """
 from importlib.machinery import PathFinder
 
 find = PathFinder.find_spec
 PathFinder.find_spec = lambda name, *path: (
-    None if name.split(".")[0] in {FRAMEWORKS} else find(name, *path)
+    None if name.split(".")[0] in {} else find(name, *path)
 )
 """
+WITHOUT_FRAMEWORKS = WITHOUT.format(FRAMEWORKS)
 """A program's first lines, after which the frameworks are as if they were not installed."""
 
 
-def hide_frameworks(folder: Path) -> None:
+def hide(packages: set[str], folder: Path) -> None:
     """Write a module that Python imports at its start where the folder is on `PYTHONPATH`."""
-    (folder / "sitecustomize.py").write_text(WITHOUT_FRAMEWORKS)
+    (folder / "sitecustomize.py").write_text(WITHOUT.format(packages))
 
 
 RUN = """

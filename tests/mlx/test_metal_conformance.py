@@ -89,6 +89,10 @@ def kernels(metal_kernels_folder):
 
 @pytest.mark.filterwarnings("ignore:MLX was imported before treeflash_mlx")  # of TF32, on GPUs
 class TestConformance(BackendSuite):
+    # Forks and truncations change arrays that the kernels only read.
+    laws = (LAWS - {"test_states_equal_prefills_after_forks_and_truncations"}) | {
+        "test_every_kernel_is_launched"
+    }
     families = ("qwen3", "mistral")
     hybrids = ("qwen3_5",)
     mask_nodes, rounds = 16, 3
