@@ -14,8 +14,8 @@ WITHOUT = """
 from importlib.machinery import PathFinder
 
 find = PathFinder.find_spec
-PathFinder.find_spec = lambda name, *path: (
-    None if name.split(".")[0] in {} else find(name, *path)
+PathFinder.find_spec = staticmethod(
+    lambda name, *path: None if name.split(".")[0] in {} else find(name, *path)
 )
 """
 WITHOUT_FRAMEWORKS = WITHOUT.format(FRAMEWORKS)
