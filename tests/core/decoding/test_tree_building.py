@@ -118,6 +118,15 @@ def test_nodes_have_the_confidence_of_the_row_that_they_are_of() -> None:
     assert chain.confidences[:2].tolist() == [1, known[0, 0]]
 
 
+def test_a_chain_ends_where_no_child_exists() -> None:
+    """A row may have none, if its token was scored with too few others."""
+    table = random_table("smooth", (4, 1, 3), 9)
+    table.log_probs[2] = -np.inf
+    chain = build_chain(table, ROOT, 9)
+    assert chain.tokens.tolist() == [ROOT, *table.tokens[:2, 0, 0]]
+    assert np.isfinite(chain.log_probs).all()
+
+
 def test_equal_probabilities_go_by_rank_path() -> None:
     """Two depths, two children, all paths of a depth equal: (0), (1), (0, 0), (0, 1), ..."""
     table = TransitionTable(
