@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 
 from treeflash.decoding.image_processor import placeholder_id
 from treeflash.decoding.images import Image
+from treeflash.drafters.config import rope_parameters, rotary_axes
 from treeflash_mlx.state import State
 
 
@@ -121,35 +121,16 @@ class VisionTower:
         return ImageRows(embeddings[None], deep, is_seen)
 
 
-@dataclass(frozen=True, eq=False)
-class Axes:
-    """Which of the three axes of rotary positions turns each channel of a head."""
+def channel_axes(config: Mapping[str, Any]) -> NDArray[np.int32] | None:
+    """Return which axis of rotary positions turns each channel of a head of a text configuration.
 
-    sections: Sequence[int]  # pairs of channels of each axis
-    interleaved: bool  # whether the axes take turns
-    rotated: int  # channels that are rotated, in two halves
-
-    @classmethod
-    def of(cls, config: Mapping[str, Any]) -> Axes | None:
-        """Return the axes of a text configuration; None if it has one."""
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        if not (sections := rope.get("mrope_section")):
-            return None
-        width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-        part = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-        interleaved = bool(rope.get("mrope_interleaved")) or "linear_num_value_heads" in config
-        return cls(sections, interleaved, int(width * part))
-
-    @cached_property
-    def channels(self) -> NDArray[np.int32]:
-        """(rotated,) axis of each channel; channels j and j + half have the same."""
-        half = np.zeros(self.rotated // 2, np.int32)
-        if self.interleaved:
-            for axis in (1, 2):
-                half[axis : 3 * self.sections[axis] : 3] = axis
-        else:
-            half[:] = np.repeat(np.arange(3), self.sections)
-        return np.concatenate([half, half])
+    They are (rotated,); channels j and j + half have the same. None stands for one axis.
+    """
+    rope = {"mrope_interleaved": "linear_num_value_heads" in config} | rope_parameters(config)
+    width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    part = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    axes = rotary_axes(rope, int(width * part) // 2)
+    return None if axes is None else np.array(axes * 2, np.int32)
 
 
 def read_processor(folder: Path) -> Any:

@@ -37,7 +37,7 @@ from treeflash_mlx import images as vision
 from treeflash_mlx.attention import TreeHooks, TreePass
 from treeflash_mlx.cache import KVCache, Quantisation, QuantisedTreeCache, TreeCache, share_storage
 from treeflash_mlx.hybrid import RecurrentTreeCache, Solver, choose_solver, solve_by_rounds
-from treeflash_mlx.images import Axes, ImageRows, VisionTower, load_tower
+from treeflash_mlx.images import ImageRows, VisionTower, channel_axes, load_tower
 
 TEXT_CONFIGS = ("text_config", "language_config")
 
@@ -295,8 +295,7 @@ class Target:
                 raise
             self.processor = f"mlx-vlm cannot load its vision tower ({first_line(error)})"
             return
-        if (axes := Axes.of(self.config)) is not None:
-            self.hooks.axes = axes.channels
+        self.hooks.axes = channel_axes(self.config)
         deep = (config["vision_config"].get("deepstack_visual_indexes")) or ()
         self.hooks.add_features(self.layers[: len(deep)])
 

@@ -19,6 +19,7 @@ from tests.helpers.parts import load_with_parts
 from treeflash.config import DecodeConfig, LoadConfig, SamplingConfig
 from treeflash.decoding import Request, Scheduler, SchedulerConfig, iteration
 from treeflash.decoding.backend_base import BaseState
+from treeflash.decoding.disk_cache import DiskCache
 from treeflash.decoding.families import FAMILIES
 from treeflash.decoding.image_processor import load_processor
 from treeflash.decoding.images import PromptImages
@@ -109,14 +110,18 @@ def test_text_is_that_of_generate_in_a_batch_with_other_images_and_text(family, 
     assert pair.decode(prompts[1:2], 3) == expected[1:2]
 
 
-def test_sampled_text_is_that_of_plain_decoding(pair):
+@pytest.mark.parametrize("family", CONFIGS)
+def test_sampled_text_is_that_of_plain_decoding(family, pairs):
+    pair = pairs(family)
     options = {"temperature": 1.0, "seed": 5}
     plain = [pair.decode([prompt], method="ar", **options)[0] for prompt in pair.prompts]
     assert pair.decode(pair.prompts, 5, **options) == plain
-    assert plain != [pair.reference(prompt) for prompt in pair.prompts]
+    assert plain != pair.decode(pair.prompts)
 
 
-def test_text_after_a_hit_of_the_prefix_cache(pair, monkeypatch):
+@pytest.mark.parametrize("family", CONFIGS)
+def test_text_after_a_hit_of_the_prefix_cache(family, pairs, monkeypatch):
+    pair = pairs(family)
     monkeypatch.setattr(iteration, "SNAPSHOT_INTERVAL", 4)
     cache = PrefixCache(1 << 30)
     (answer,) = pair.decode(pair.prompts[:1], cache=cache)
@@ -137,6 +142,38 @@ def test_text_after_a_hit_of_the_prefix_cache(pair, monkeypatch):
     image = same[1].images[0].first
     assert 0 < shared[1] <= image
     assert 0 < shared[2] <= image
+
+
+def restarted(pair, folder, prompts):
+    """The tokens after prompts, one after another, and how many of each came from the disk."""
+    disk = DiskCache(folder, 1 << 30, b"pair", block=4)
+    cache, answers = PrefixCache(1 << 30, disk), []
+    for prompt in prompts:
+        steps = [
+            x for _, x in Scheduler(pair.backend, prefix_cache=cache).decode([request(prompt)])
+        ]
+        answers.append(([t for step in steps for t in step.tokens], steps[0].disk_tokens))
+    cache.close()
+    return answers
+
+
+@pytest.mark.parametrize("forgets", [False, True])
+def test_states_with_pictures_survive_a_restart(pair, forgets, tmp_path, monkeypatch):
+    """Another picture finds no state behind it; with keys that forget pictures it would."""
+    if forgets:
+        monkeypatch.setattr(PromptImages, "digests", {})
+    picked = picture(1), picture(3)
+    first = pair.encode("ab<image>cdefgh", picked[:1])
+    longer = [pair.encode("ab<image>cdefghijkl", [x]) for x in picked]
+    ((answer, _),) = restarted(pair, tmp_path, [first])
+    assert answer == pair.reference(first)
+    ((same, cached),) = restarted(pair, tmp_path, longer[:1])
+    assert same == pair.reference(longer[0])
+    image = first[1].images[0]
+    assert cached > image.end
+    ((other, cached),) = restarted(pair, tmp_path, longer[1:])
+    assert (other == pair.reference(longer[1])) is not forgets
+    assert (cached <= image.first) is not forgets
 
 
 def test_forks_between_images_and_of_groups(pair, monkeypatch):
