@@ -31,6 +31,7 @@ from treeflash.config import (
 from treeflash.decoding import Request, Scheduler, SchedulerConfig, Step, best_method
 from treeflash.decoding.adaptive_budget import AdaptiveBudgets
 from treeflash.decoding.image_processor import TOKEN_TYPES
+from treeflash.decoding.images import PromptImages
 from treeflash.decoding.verify_costs import VerifyCosts, cost_file
 from treeflash.drafters.loading import check_drafter
 from treeflash.errors import ConfigError, PromptError
@@ -48,7 +49,9 @@ WARPERS = {
 }
 """Logits processors of sampling: the attribute, and the setting of `SamplingConfig`."""
 REPETITION = "RepetitionPenaltyLogitsProcessor"
-PREPARED = ("attention_mask", "position_ids", "cache", "past_key_values")
+ENCODED = "mm_encoder_outputs"
+"""The model input with features of images that `generate` has computed."""
+PREPARED = ("attention_mask", "position_ids", "cache", "past_key_values", ENCODED)
 """Model inputs that `generate` prepares, which are checked."""
 IRRELEVANT = ("use_cache", "logits_to_keep", "cache_position")
 
@@ -75,7 +78,8 @@ def generate(
     In float32 greedy output is the same as without it. Sampled output has the same distribution.
 
     Args:
-        model: a causal language model of transformers, in PyTorch, on one device.
+        model: a causal language model of transformers, in PyTorch, on one device; it may have a
+            vision tower for images.
         input_ids: (batch, n) token ids, padded on the left.
         logits_processor: of temperature, top-k, top-p, min-p and the repetition penalty.
         stopping_criteria: are asked after every token, without scores.
@@ -107,12 +111,14 @@ def generate(
         seed = int(input_ids.new_empty((), device="cpu").random_())
     sampling, penalties = _processing(logits_processor, bool(generation_config.do_sample))
     pair = _pair(model, _drafter_folder(model, drafter))
+    images = _images(pair, prompts, model_kwargs)
     limit = pair.backend.max_positions
     if max(map(len, prompts)) + rows.max_tokens > limit:
         warnings.warn(f"sequences end at {limit} tokens, the model's limit", stacklevel=2)
     requests = [
         Request(
             prompt_ids=prompt,
+            images=images[number],
             config=DecodeConfig(
                 method=method or best_method(pair.backend, copies=True),
                 budget=budget,
@@ -348,7 +354,7 @@ def _decode(pair: _Pair, requests: Sequence[Request], rows: _Rows) -> None:
             pair.budgets.get(first.method, pair.costs)
         if requests[0].config.method == "suffix":
             pair.backend.check_trees()
-        for _, equal in groupby(requests, lambda x: x.prompt_ids):
+        for _, equal in groupby(requests, lambda x: (x.prompt_ids, x.digests)):
             scheduler.submit_group(list(equal))
         with closing(scheduler.decode()) as steps:
             for request, step in steps:
@@ -367,10 +373,12 @@ def _refuse(
     mode = generation_config.get_generation_mode().name
     cache = model_kwargs.get("cache", model_kwargs.get("past_key_values"))
     implementation = generation_config.cache_implementation
+    encoded = model_kwargs.get(ENCODED) or {}
+    known = *PREPARED, *IRRELEVANT, *(TOKEN_TYPES if encoded.get("image") is not None else ())
     unknown = [
         name
         for name, value in model_kwargs.items()
-        if value is not None and name not in (*PREPARED, *IRRELEVANT) and _has_images(name, value)
+        if value is not None and name not in known and not _has_text_only(name, value)
     ]
     problems = {
         "a model in training mode; call model.eval()": model.training,
@@ -379,6 +387,7 @@ def _refuse(
         f"cache_implementation {implementation!r}": implementation not in (None, "dynamic"),
         "a cache that is not empty": cache is not None and cache.get_seq_length() > 0,
         **{name: getattr(generation_config, name) for name in OUTPUTS},
+        "videos": encoded.get("video") is not None,
         **{f"the model input {name}": True for name in unknown},
     }
     for problem, found in problems.items():
@@ -386,11 +395,31 @@ def _refuse(
             raise ConfigError(f"treeflash does not support {problem}")
 
 
-def _has_images(name: str, value: Any) -> bool:
-    """Return whether an input of a model says something else than that there are no images."""
-    if name == "mm_encoder_outputs":
-        return any(output is not None for output in value.values())
-    return name not in TOKEN_TYPES or bool(value.any())
+def _has_text_only(name: str, value: Any) -> bool:
+    """Return whether an input of a model tells that no token stands for anything but text."""
+    return name in TOKEN_TYPES and not bool(value.any())
+
+
+def _images(
+    pair: _Pair, prompts: Sequence[Sequence[int]], model_kwargs: dict[str, Any]
+) -> Sequence[PromptImages | None]:
+    """Return the images of each row of a batch, whose features `generate` has computed.
+
+    Raises a ConfigError if the model's images are not supported.
+    """
+    output = (model_kwargs.get(ENCODED) or {}).get("image")
+    if output is None:
+        return [None] * len(prompts)
+    if isinstance(pair.backend.images, str):
+        raise ConfigError("treeflash does not support images of this model type")
+    positions, axes = model_kwargs.get("position_ids"), [None] * len(prompts)
+    if positions is not None and positions.ndim == 3:
+        rows = positions[-3:].int().cpu().numpy().swapaxes(0, 1)
+        axes = [row[:, -len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
+    found: list[PromptImages | None] = pair.backend.target.tower.prompt_images(
+        prompts, output, axes
+    )
+    return found
 
 
 def _prompts(input_ids: Any, model_kwargs: dict[str, Any]) -> list[list[int]]:
@@ -410,6 +439,8 @@ def _prompts(input_ids: Any, model_kwargs: dict[str, Any]) -> list[list[int]]:
     ]:
         raise ConfigError("attention_mask must be ones, after zeros at the left of short prompts")
     expected = mask.cumsum(-1) - 1
+    if positions is not None and positions.ndim == 3:
+        positions = positions[0]  # of text; those of images differ
     if positions is not None and bool(((positions != expected) & (mask == 1)).any()):
         raise ConfigError("treeflash does not support position_ids that do not count from 0")
     return [ids[start:] for ids, start in zip(input_ids.tolist(), starts, strict=True)]

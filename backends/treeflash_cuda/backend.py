@@ -40,6 +40,7 @@ from treeflash_cuda.experts import fuse_experts, has_experts
 from treeflash_cuda.fused_layers import fuse_layers, fuse_rotation
 from treeflash_cuda.graphs import power_of_two
 from treeflash_cuda.heads import HEADS, TABLE_HEADS, TableHead
+from treeflash_cuda.images import GivenFeatures, NoPictures, has_tower
 from treeflash_cuda.kernels import EncodedKernels, flash_kernels
 from treeflash_cuda.linear import IN_DRAFTER, fuse_linears, pack_linears
 from treeflash_cuda.mtp_head import MtpArena, MtpDrafter, MtpHead, MtpModel, ParallelDrafter
@@ -370,8 +371,13 @@ def wrap(model: PreTrainedModel, drafter: Path | None) -> CudaBackend:
         raise ConfigError("the model is on several devices; load it on one device")
     with own_attention(model):
         target = Target(model, device, pack=False)
+        if has_tower(model):
+            target.tower = GivenFeatures(model)
         add_kernels(target)
-        return add_drafter(target, drafter, LoadConfig(), memory_share=WRAPPED_MEMORY_SHARE)
+        backend = add_drafter(target, drafter, LoadConfig(), memory_share=WRAPPED_MEMORY_SHARE)
+        if target.tower is not None:
+            backend.images = NoPictures()
+        return backend
 
 
 def check_config(config: LoadConfig) -> None:

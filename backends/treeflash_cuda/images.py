@@ -15,12 +15,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -28,6 +29,7 @@ from treeflash.decoding.families import ImageFamily, family_of
 from treeflash.decoding.image_processor import TOKEN_TYPES, Processor, image_samples
 from treeflash.decoding.images import Image, PromptImages
 from treeflash.decoding.probe import ImageSample
+from treeflash.errors import ConfigError, PromptError
 from treeflash_cuda.state import State
 
 
@@ -148,6 +150,75 @@ class VisionTower:
             types = torch.from_numpy(images.is_feature[:end].astype(np.int32))[None]
             types = types.to(parts[0].rows.device)
         return ImageRows(Features.joined(parts), types)
+
+
+class GivenFeatures(VisionTower):
+    """Features that `generate` of transformers has computed before it calls a decoding loop.
+
+    The model keeps its tower. The features are an image's inputs, in float32, which holds all
+    numbers of half precision.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model, self.modules = model, {}
+        self._like: Features | None = None  # as the latest call has them, without rows
+
+    def prompt_images(
+        self,
+        prompts: Sequence[Sequence[int]],
+        output: Any,
+        positions: Sequence[NDArray[np.int32] | None],
+    ) -> list[PromptImages | None]:
+        """Return the images of prompts; None for those that have none.
+
+        Args:
+            prompts: the ids of each.
+            output: of the tower, for the images of all prompts in order.
+            positions: (3, n) rotary positions of each prompt; None if they are its columns.
+
+        Raises:
+            ConfigError: there are more placeholders than features, or fewer.
+        """
+        family = family_of(self._model.config.model_type).images
+        assert isinstance(family, ImageFamily)
+        features = Features.of(output)
+        self._like = features[:0]
+        arrays = [x.float().cpu().numpy() for x in (features.rows, *features.deep)]
+        found: list[PromptImages | None] = []
+        start = 0
+        for ids, axes in zip(prompts, positions, strict=True):
+            is_feature = np.array(ids) == self._model.config.image_token_id
+            ends = np.flatnonzero(np.diff(is_feature.astype(np.int8), prepend=0, append=0))
+            images = []
+            for first, end in ends.reshape(-1, 2).tolist():
+                stop = start + end - first
+                inputs = {str(n): x[start:stop] for n, x in enumerate(arrays)}
+                images.append(Image(first, end, inputs))
+                start = stop
+            found.append(PromptImages(images, is_feature, axes, family.whole) if images else None)
+        if start != len(features.rows):
+            raise ConfigError(f"{start} placeholders for {len(features.rows)} features of images")
+        return found
+
+    def encode(self, image: Image) -> Features:
+        assert self._like is not None
+        like = self._like.rows
+        rows, *deep = (
+            torch.from_numpy(x).to(like.device, like.dtype) for x in image.inputs.values()
+        )
+        return replace(self._like, rows=rows, deep=tuple(deep))
+
+
+class NoPictures:
+    """`treeflash.decoding.interfaces.ImageProcessor` of a target that is given features."""
+
+    chat_template: str | None = None
+    placeholder = ""
+
+    def encode(
+        self, text: str, pictures: Sequence[NDArray[np.uint8]]
+    ) -> tuple[list[int], PromptImages]:
+        raise PromptError("give the images to the processor of transformers")
 
 
 def run_samples(model: Any, processor: Processor) -> list[ImageSample]:

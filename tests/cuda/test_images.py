@@ -1,15 +1,19 @@
 """Text after images is that of transformers' own `generate`, whatever it is decoded with."""
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
 import transformers
 import treeflash_cuda.backend as loading
 import treeflash_cuda.images as cuda_images
+from PIL import Image as Picture
 from treeflash_cuda.backend import load
 
 from tests.helpers.image_models import (
     CONFIGS,
+    IMAGE,
     RandomProcessor,
     picture,
     random_model,
@@ -21,7 +25,7 @@ from treeflash.decoding import Request, Scheduler, SchedulerConfig, iteration
 from treeflash.decoding.backend_base import BaseState
 from treeflash.decoding.disk_cache import DiskCache
 from treeflash.decoding.families import FAMILIES
-from treeflash.decoding.image_processor import load_processor
+from treeflash.decoding.image_processor import TOKEN_TYPES, load_processor
 from treeflash.decoding.images import PromptImages
 from treeflash.decoding.interfaces import ImageProcessor
 from treeflash.decoding.prefix_cache import PrefixCache
@@ -424,33 +428,53 @@ def test_exact_mode_on_a_gpu_refuses_images_that_need_a_mask(tmp_path, monkeypat
     assert target.tower is None
 
 
-def test_a_wrapped_model_decodes_text_and_refuses_images_by_name(pairs):
+@pytest.mark.parametrize("family", CONFIGS)
+def test_text_of_a_model_of_transformers_is_that_of_its_own_generate(family, tmp_path):
+    """In padded batches with texts."""
+    from treeflash.transformers import enable
+
+    model, processor = random_model(family), RandomProcessor(family)
+    texts = [("ab<image>cd", [picture(1)]), ("efgh<image>ij", [picture(2)])]
+    made = [processor([text], [Picture.fromarray(x) for x in images]) for text, images in texts]
+    rows = [[*x["input_ids"][0]] for x in made] + [[1, *map(ord, "abcdabcd")]]
+    width = max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    names = [name for name in made[0] if name not in ("input_ids", "attention_mask")]
+    inputs = {x: torch.cat([torch.from_numpy(one[x]) for one in made]) for x in names}
+    parameters = inspect.signature(type(model).forward).parameters
+    inputs |= {x: (ids == IMAGE).int() for x in TOKEN_TYPES if x in parameters}
+
+    def generate():
+        return model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            **inputs,
+            max_new_tokens=TOKENS,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        ).tolist()
+
+    expected = generate()
+    enable(model, drafter=False)
+    assert generate() == expected
+    assert len({*map(tuple, expected)}) == 3
+
+
+def test_images_of_unknown_models_of_transformers_are_refused(pairs, monkeypatch):
     from treeflash.errors import ConfigError
-    from treeflash.transformers import generate
+    from treeflash.transformers import disable, generate
 
     model, (ids, images) = pairs("qwen3_vl").model, pairs("qwen3_vl").prompts[0]
-    text = torch.tensor([[1, *map(ord, "abcdabcd")]])
-    options = {
-        "attention_mask": torch.ones_like(text),
-        "max_new_tokens": 8,
-        "do_sample": False,
-        "eos_token_id": None,
-        "pad_token_id": 0,
-    }
-    plain = model.generate(input_ids=text, **options)
-    ours = model.generate(
-        input_ids=text, **options, custom_generate=generate, drafter=False, method="ar"
-    )
-    assert (ours == plain).all()
-    tokens = torch.tensor([ids])
-    inputs = {name: torch.from_numpy(x) for name, x in images.images[0].inputs.items()}
-    with pytest.raises(ConfigError, match="does not support the model input"):
+    monkeypatch.setattr(loading, "has_tower", lambda _: False)
+    with pytest.raises(ConfigError, match="does not support images of this model type"):
         model.generate(
-            input_ids=tokens,
-            **inputs,
-            **options | {"attention_mask": torch.ones_like(tokens)},
-            mm_token_type_ids=(tokens == 300).int(),
+            input_ids=torch.tensor([ids]),
+            **{name: torch.from_numpy(x) for name, x in images.images[0].inputs.items()},
+            max_new_tokens=2,
             custom_generate=generate,
             drafter=False,
             method="ar",
         )
+    disable(model)
