@@ -6,11 +6,12 @@
 Weights and activations are tensors without values on a CUDA device that need not be there, so that
 models of any size fit. It needs a build of PyTorch with CUDA, and pytest.
 
-- `operations`: operations that compute something on the device. Each counts as one kernel; those
-  that have a Triton kernel (see `treeflash_cuda/operations.py`) count as one, too, though attention
-  launches two. `layer` is one layer of the target, and a part of `verify`.
+- `operations`: operations that compute something on the device; `layer` is one layer of the target,
+  and a part of `verify`.
+- `kernels`: at least as many are launched, as attention has two kernels.
 - `megabytes`: what the operations read and write, if each of them reads its inputs and writes its
   outputs once.
+- `syncs`: copies to the host, which wait for the device.
 - `slabs`: allocations that hold the keys and values of all sequences, of target and drafter.
 - `graphs`: CUDA graphs that `--budget auto` captures in `--iterations` iterations of texts of
   `TEXT` tokens, one text after another. Drafts are made up, and so are the tokens of the target.
@@ -31,7 +32,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -62,6 +63,15 @@ MEMORY = 80 << 30
 """Bytes that the device has free."""
 
 
+class Cost(NamedTuple):
+    """What a part of an iteration takes."""
+
+    operations: int
+    kernels: int
+    nbytes: int
+    syncs: int
+
+
 def count_operations(
     cuda: Any,  # the fake device
     backend: Any,
@@ -70,28 +80,33 @@ def count_operations(
     nodes: int = 6,
     context: int = 3,
     options: TableOptions | None = None,
-) -> dict[str, tuple[int, int]]:
-    """Count operations and bytes of the parts of an iteration of some sequences."""
+) -> tuple[dict[str, Cost], int]:
+    """Count what the parts of an iteration of some sequences take, and the allocations."""
     backend.target.graphs.enabled = False
-    marks: list[tuple[int, int]] = []
+    marks: list[Cost] = []
     layer = backend.target.layers[1]
 
+    def so_far() -> Cost:
+        attention = cuda.launches.count("tree_attention")
+        operations = len(cuda.launches)
+        return Cost(operations, operations + attention, cuda.nbytes, cuda.count.reads)
+
     def mark(*_: Any) -> None:
-        marks.append((len(cuda.launches), cuda.nbytes))
+        marks.append(so_far())
 
     hooks = layer.register_forward_pre_hook(mark), layer.register_forward_hook(mark)
     states = [backend.open(context + CAPACITY, drafts=True) for _ in range(sequences)]
     backend.verifier.run([Prefill(state, [3] * context, None) for state in states])
     backend.drafter.draft([(state, 1) for state in states])
-    found: dict[str, tuple[int, int]] = {}
+    found: dict[str, Cost] = {}
 
-    def difference(first: tuple[int, int], last: tuple[int, int]) -> tuple[int, int]:
-        return last[0] - first[0], last[1] - first[1]
+    def difference(first: Cost, last: Cost) -> Cost:
+        return Cost(*(y - x for x, y in zip(first, last, strict=True)))
 
     def count(name: str, call: Callable[[], Any]) -> Any:
-        before = len(cuda.launches), cuda.nbytes
+        before = so_far()
         result = call()
-        found[name] = difference(before, (len(cuda.launches), cuda.nbytes))
+        found[name] = difference(before, so_far())
         return result
 
     marks.clear()
@@ -105,12 +120,12 @@ def count_operations(
     blocks = count("draft", lambda: backend.drafter.draft([(state, 1) for state in states]))
     options = options or TableOptions(m=4, k=8, shortlist=256, rows=16)
     count("head", lambda: backend.head.transitions(blocks, options))
-    found["slabs"] = sum(len(x.slabs) for x in (backend.target.arena, backend.drafter_arena)), 0
+    slabs = sum(len(x.slabs) for x in (backend.target.arena, backend.drafter_arena))
     for hook in hooks:
         hook.remove()
     for state in states:
         state.close()
-    return found
+    return found, slabs
 
 
 def count_graphs(backend: Any, iterations: int) -> int:
@@ -208,19 +223,18 @@ def rows(cuda: Any, backend: Any, args: Any) -> list[Row]:
     """Build a row for each number of sequences and part of an iteration."""
     found = []
     for sequences in args.sequences:
-        parts = count_operations(
+        parts, slabs = count_operations(
             *(cuda, backend, sequences),
             nodes=args.nodes,
             context=args.context,
             options=TableOptions(m=16, k=16, shortlist=1024, rows=128),
         )
-        slabs, _ = parts.pop("slabs")
         totals = zip(*(parts[name] for name in parts if name != "layer"), strict=True)
-        operations, nbytes = map(sum, totals)
-        parts["iteration"] = operations, nbytes
-        for name, (count, size) in parts.items():
-            row: Row = {"sequences": sequences, "part": name, "operations": count}
-            found.append(row | {"megabytes": size / 1e6, "slabs": slabs})
+        parts["iteration"] = Cost(*map(sum, totals))
+        for name, cost in parts.items():
+            row: Row = {"sequences": sequences, "part": name, "operations": cost.operations}
+            row |= {"kernels": cost.kernels, "megabytes": cost.nbytes / 1e6}
+            found.append(row | {"syncs": cost.syncs, "slabs": slabs})
     return found
 
 

@@ -39,6 +39,7 @@ from treeflash_cuda.drafter_model import DrafterModel, load_weights
 from treeflash_cuda.experts import fuse_experts, has_experts
 from treeflash_cuda.fused_layers import fuse_layers, fuse_rotation
 from treeflash_cuda.graphs import power_of_two
+from treeflash_cuda.head_operations import Experts
 from treeflash_cuda.heads import HEADS, TABLE_HEADS, TableHead
 from treeflash_cuda.images import GivenFeatures, NoPictures, has_tower
 from treeflash_cuda.kernels import EncodedKernels, flash_kernels
@@ -212,8 +213,9 @@ class CudaBackend(BaseBackend):
 
 def new_drafter_arena(model: Model, target: Target) -> Arena:
     """Create an arena for the keys and values of a drafter."""
-    make = MtpArena if isinstance(model, MtpModel) else Arena
-    config, arena = model.config, make(len(model.layers))
+    config, layers, arena = model.config, len(model.layers), Arena(len(model.layers))
+    if isinstance(model, MtpModel):
+        arena = MtpArena(layers, config.hidden_size)
     shape = 1, config.num_key_value_heads, 0, config.head_dim
     arena.set_shape(torch.empty(shape, dtype=target.dtype, device=target.device))
     return arena
@@ -336,6 +338,10 @@ def load_packed_drafter(
     if layout.format.kind == "rows":
         refuse_window(config)
         rows = load_mtp_head(layout, target)
+        pack_linears(rows)
+        for part in rows.modules():
+            if isinstance(part, Experts):
+                part.operations = target.operations
         return rows, None if rows.config.has_marginals else MtpHead(rows, target)
     drafter_model, head = load_drafter(layout, target)
     fuse_linears(drafter_model, IN_DRAFTER)
@@ -508,9 +514,7 @@ def load_mtp_head(layout: Layout, target: Target) -> MtpModel:
     """Read a head that drafts depth by depth."""
     check_drafter(layout.config)
     tensors = mtp_tensors(layout, read_tensors, torch.stack, torch.from_numpy)
-    model = load_weights(MtpModel, tensors.config, tensors.weights, tensors.vocabulary, target)
-    pack_linears(model)
-    return model
+    return load_weights(MtpModel, tensors.config, tensors.weights, tensors.vocabulary, target)
 
 
 def read_tensors(path: Path, names: Collection[str]) -> dict[str, Tensor]:

@@ -126,6 +126,11 @@ class KVStorage:
             n -= len(part)
         raise IndexError("there is no such layer")
 
+    def write_layer(self, columns: Tensor, k: Tensor, v: Tensor) -> None:
+        """Write (1, kv_heads, n, width) stored keys and values to n columns of the first layer."""
+        for storage, new in zip(self.layer(0), (k, v), strict=True):
+            storage.index_copy_(1, columns, new[0])
+
     def views(self, columns: slice, width: int | None = None) -> Columns:
         """View some columns of all layers, without the numbers that follow the first `width`.
 
@@ -241,6 +246,9 @@ class Arena:
     def new_cache(self, capacity: int) -> KVCache:
         return KVCache(self, capacity)
 
+    def new_slab(self, parts: Sequence[Tensor]) -> Slab:
+        return Slab(parts)
+
     def encode(self, x: Tensor) -> Tensor:
         """Convert keys or values to the format in which they are stored."""
         if self.head_dim is not None:
@@ -280,7 +288,7 @@ class Arena:
                 if self.head_dim is not None:
                     for part in parts:  # exact mode writes only what comes before them
                         part[..., self.head_dim :] = 1
-            self.slabs.append(Slab(parts))
+                self.slabs.append(self.new_slab(parts))
             region = self.slabs[-1].take(capacity)
             assert region is not None
             return region

@@ -27,13 +27,7 @@ from treeflash_cuda.numerics import gumbel, pack, top_log_probs, unpack, upload
 from treeflash_cuda.operations import Operations
 from treeflash_cuda.state import State
 from treeflash_cuda.target import Target
-from treeflash_cuda.visible_keys import (
-    SharedWork,
-    VisibleKeys,
-    block_rows,
-    padded_items,
-    plan_work,
-)
+from treeflash_cuda.visible_keys import SharedWork, VisibleKeys, block_rows, equal_work
 
 MAX_CONTEXT = 64
 """More new positions for each sequence, as after prompts, run without a graph."""
@@ -147,11 +141,16 @@ class BlockBatch:
             parts = [block.all_hidden for block in blocks]
             extra, depths = power_of_two(len(blocks)) - len(blocks), len(parts[0])
             parts, roots = parts + extra * parts[:1], roots + extra * roots[:1]
-            if len(noise):
-                by_block = noise.unflatten(0, (len(blocks), wanted))
-                padded = F.pad(by_block, (0, 0, 0, depths - wanted, 0, extra))
-                noise = padded.flatten(0, 1)
+            noise = padded_noise(noise, (len(blocks), wanted), (len(parts), depths))
         return cls(concatenate(parts), concatenate(roots), noise, depths)
+
+
+def padded_noise(noise: Tensor, shape: tuple[int, int], padded: tuple[int, int]) -> Tensor:
+    """Return the noise of more blocks and depths, as `OutputStage.upload` gives it, with zeros."""
+    if not len(noise):
+        return noise
+    extra = padded[0] - shape[0], padded[1] - shape[1]
+    return F.pad(noise.unflatten(0, shape), (0, 0, 0, extra[1], 0, extra[0])).flatten(0, 1)
 
 
 def concatenate(parts: Sequence[Tensor]) -> Tensor:
@@ -361,14 +360,12 @@ class Drafter:
         ).T
         row_starts, row_firsts = np.repeat(starts, size), np.repeat(columns, size)
         positions = np.concatenate([positions, row_starts + np.tile(np.arange(size), len(order))])
-        config, rows = self.model.config, size * np.arange(len(roots))
+        config = self.model.config
         block = block_rows(config.num_attention_heads // config.num_key_value_heads)
-        shared = starts[: len(roots)] + size
-        items, places = plan_work(rows, np.full_like(rows, size), shared, block)
         arrays = [
             *(tokens, positions, np.concatenate([first, row_firsts]) + positions),
-            *(row_starts, row_firsts, *padded_items(items, block)),
-            places.reshape(-1, size)[order],
+            *(row_starts, row_firsts),
+            *equal_work(starts[: len(roots)] + size, size, order, block),
         ]
         uploaded, shapes = upload(pack(arrays), self.target.device), [x.shape for x in arrays]
         given = unpack(uploaded, shapes)[0]
@@ -392,7 +389,7 @@ class Drafter:
                 positions=positions[len(context) :],
                 start=rows[0],
                 first=rows[1],
-                work=SharedWork(items, count, places.flatten(), block),
+                work=SharedWork(items, count, places, block),
                 max_length=longest,
             )
             return (self._blocks(tokens, context, None, attention),)

@@ -11,6 +11,7 @@ experts 0, 1, 1, 3, which end before the pairs 1, 3, 3 and 4. One operation mult
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -70,19 +71,14 @@ class RoutedExperts:
         if len(hidden) > MAX_ROWS:  # of a prompt, whose pass is not captured
             result: Tensor = self.plain(hidden, chosen, weights)
             return result
-        per_token = chosen.shape[1]
-        experts, order = chosen.flatten().sort()
-        numbers = torch.arange(module.num_experts, device=chosen.device)
-        ends = torch.searchsorted(experts, numbers, right=True, out_int32=True)
-        x = hidden.index_select(0, order // per_token)
+        return routed(hidden, chosen, weights, module.num_experts, self._network).to(hidden.dtype)
+
+    def _network(self, x: Tensor, ends: Tensor) -> Tensor:
+        module = self.module
         x = self._linear(x, "gate_up_proj" if module.has_gate else "up_proj", ends)
         x = module._apply_gate(x) if module.has_gate else module.act_fn(x)
         x = self._linear(x.contiguous(), "down_proj", ends)
-        if module.has_post_expert_norm:
-            x = module.post_expert_norm(x)
-        x = x * weights.flatten()[order, None]
-        pairs = torch.empty_like(x).index_copy_(0, order, x)
-        return pairs.view(-1, per_token, x.shape[1]).sum(1).to(hidden.dtype)
+        return module.post_expert_norm(x) if module.has_post_expert_norm else x
 
     def _linear(self, x: Tensor, name: str, ends: Tensor) -> Tensor:
         weight: Tensor = getattr(self.module, name)
@@ -90,6 +86,28 @@ class RoutedExperts:
             weight = weight.transpose(1, 2)
         bias: Tensor | None = getattr(self.module, f"{name}_bias", None)
         return self.operations.grouped_linear(x, weight, ends, bias)
+
+
+def routed(
+    hidden: Tensor,  # (rows, size)
+    chosen: Tensor,  # (rows, per_token) experts of each row
+    weights: Tensor,  # (rows, per_token) of the experts
+    experts: int,
+    network: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
+    """Return the (rows, size) weighted sums of the outputs of each row's experts.
+
+    The `network` is given the (n, size) inputs of all pairs of a row and an expert, sorted by
+    expert, and the (experts,) int32 ends of the experts' pairs.
+    """
+    per_token = chosen.shape[1]
+    ascending, order = chosen.flatten().sort()
+    numbers = torch.arange(experts, device=chosen.device)
+    ends = torch.searchsorted(ascending, numbers, right=True, out_int32=True)
+    x = network(hidden.index_select(0, order // per_token), ends)
+    x = x * weights.flatten()[order, None]
+    pairs = torch.empty_like(x).index_copy_(0, order, x)
+    return pairs.view(-1, per_token, x.shape[1]).sum(1)
 
 
 def _is_experts(module: nn.Module) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from treeflash.drafters.heads.operations import Operations
 from treeflash_cuda.drafter_model import MLP, Gemma4MLP, RMSNorm, Rotation, rotate
+from treeflash_cuda.experts import routed
 from treeflash_cuda.linear import PairLinear, take
 from treeflash_cuda.numerics import largest, top_log_probs
+from treeflash_cuda.operations import Operations as TargetOperations
 
 
 class GRU(nn.Module):
@@ -52,6 +54,9 @@ class Float32Norm(nn.Module):
 class Experts(nn.Module):
     """The feed-forward networks of all experts, (experts, out, in) each."""
 
+    # On a GPU, whose grouped product needs no read of the experts' numbers of rows.
+    operations: TargetOperations | None = None
+
     def __init__(self, size: int, width: int, count: int) -> None:
         super().__init__()
         self.gate_proj = nn.Parameter(torch.empty(count, width, size))
@@ -60,6 +65,8 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """Return the (n, size) float32 sum of the outputs of (n, k) experts with these weights."""
+        if self.operations is not None:
+            return routed(x, chosen, weights, len(self.gate_proj), self._network)
         out = torch.zeros_like(x, dtype=torch.float32)
         for expert in chosen.unique().tolist():
             rows, places = (chosen == expert).nonzero(as_tuple=True)
@@ -69,6 +76,12 @@ class Experts(nn.Module):
             out.index_add_(0, rows, y.float() * weights[rows, places, None])
         return out
 
+    def _network(self, x: Tensor, ends: Tensor) -> Tensor:
+        assert self.operations is not None
+        multiply = self.operations.grouped_linear
+        gate, up = multiply(x, self.gate_proj, ends), multiply(x, self.up_proj, ends)
+        return multiply(self.operations.gated(gate, up), self.down_proj, ends)
+
 
 def rotate_first(x: Tensor, rotation: Rotation) -> Tensor:
     """Rotate the first channels: (1, heads, n, head_dim) from (n, heads, head_dim)."""
@@ -76,15 +89,26 @@ def rotate_first(x: Tensor, rotation: Rotation) -> Tensor:
     return torch.cat([rotate(first, rotation), rest], -1)
 
 
-def read(arrays: list[Tensor]) -> list[list[NDArray[Any]]]:
-    """Return the rows of (n, size) arrays of integers and float32 numbers, with one copy."""
+Layout: TypeAlias = tuple[tuple[int, bool], ...]
+"""By array, the size of its rows, and whether its numbers are float32."""
+
+
+def join(arrays: list[Tensor]) -> tuple[Tensor, Layout]:
+    """Join (n, size) arrays of integers and float32 numbers to one of (n, sizes) int32 bits."""
     bits = [x.view(torch.int32) if x.is_floating_point() else x.int() for x in arrays]
-    ends = np.cumsum([array.shape[1] for array in arrays])[:-1]
-    kinds = [np.float32 if x.is_floating_point() else np.int32 for x in arrays]
-    return [
-        [part.view(kind) for part, kind in zip(np.split(row, ends), kinds, strict=True)]
-        for row in torch.cat(bits, 1).cpu().numpy()
-    ]
+    return torch.cat(bits, 1), tuple((x.shape[1], x.is_floating_point()) for x in arrays)
+
+
+def split(numbers: NDArray[np.int32], layout: Layout) -> list[NDArray[Any]]:
+    """Return the arrays that `join` joined."""
+    parts = np.split(numbers, np.cumsum([size for size, _ in layout])[:-1], 1)
+    return [x.view(np.float32) if y else x for x, (_, y) in zip(parts, layout, strict=True)]
+
+
+def read(arrays: list[Tensor]) -> list[NDArray[Any]]:
+    """Read (n, size) arrays of integers and float32 numbers, with one copy."""
+    numbers, layout = join(arrays)
+    return split(numbers.cpu().numpy(), layout)
 
 
 def as_module(kind: Any) -> Any:
@@ -122,7 +146,7 @@ OPERATIONS = Operations(
     float32=lambda x: x.float(),
     split=lambda x, parts: x.chunk(parts, -1),
     take=take,
-    gather=lambda x, indices: x.gather(-1, indices),
+    gather=lambda x, indices: x.gather(-1, indices.long()),
     top=lambda x, k: x.topk(k, dim=-1).indices,
     amax=lambda x, axis: x.amax(axis),
     largest=largest,

@@ -23,17 +23,26 @@ from torch import Tensor, nn
 from treeflash.decoding import recurrent_head
 from treeflash.decoding.backend_base import CandidateHead
 from treeflash.decoding.interfaces import TableOptions
+from treeflash.decoding.recurrent_head import tables
 from treeflash.decoding.transitions import TransitionTable, tables_of_rows
 from treeflash.drafters.config import DrafterConfig
 from treeflash.drafters.formats import HEADS as FORMATS
 from treeflash.drafters.heads.lilicorr import Correlation
 from treeflash.drafters.heads.operations import ConditionalHead, RecurrentCell, Slots
-from treeflash_cuda.drafter import Block, BlockBatch, OutputStage
+from treeflash_cuda.drafter import Block, BlockBatch, OutputStage, padded_noise
 from treeflash_cuda.drafter_model import DrafterModel
 from treeflash_cuda.graphs import Outputs, power_of_four, power_of_two
-from treeflash_cuda.head_operations import OPERATIONS, as_module
+from treeflash_cuda.head_operations import OPERATIONS, as_module, join, split
 from treeflash_cuda.linear import RowIndex, take, token_products
-from treeflash_cuda.numerics import divide_by_temperature, largest, top_log_probs, topk, upload
+from treeflash_cuda.numerics import (
+    divide_by_temperature,
+    largest,
+    pack,
+    top_log_probs,
+    topk,
+    unpack,
+    upload,
+)
 from treeflash_cuda.target import Target
 
 MANY = 1 << 30
@@ -163,7 +172,10 @@ class ARHead:
             best, vocab = topk(marginals, self.module.candidates)
             by_block = best.unflatten(0, (blocks, -1))
         elif options.shortlist is not None and options.shortlist < size:
-            vocab, used = self._shortlist(by_block, options.shortlist, limits)
+            if limits is None:
+                vocab = largest(by_block.amax(1), options.shortlist)
+            else:
+                vocab, used = shortlist(by_block, options.shortlist, limits)
             by_block = by_block.gather(2, vocab[:, None].expand(-1, depths, -1))
             if used is not None:
                 by_block = by_block.masked_fill(~used[:, None], -torch.inf)
@@ -214,19 +226,16 @@ class ARHead:
             parts.append(confidence[:, None].view(torch.int32))
         return torch.cat(parts, 1), m, children.shape[1]
 
-    def _shortlist(
-        self, marginals: Tensor, size: int, limits: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Choose shortlists, (blocks, size) ascending tokens, from (blocks, D, Vd) marginals.
 
-        With limits also (blocks, size) whether a token is used.
-        """
-        if limits is None:
-            return largest(marginals.amax(1), size), None
-        depths = torch.arange(marginals.shape[1], device=marginals.device)
-        best = marginals.masked_fill((depths >= limits[0])[:, None], -torch.inf).amax(1)
-        vocab, ranks = topk(best, size)[1].sort(1)
-        return vocab, ranks < limits[2]
+def shortlist(marginals: Tensor, size: int, limits: Tensor) -> tuple[Tensor, Tensor]:
+    """Choose shortlists, (blocks, size) ascending tokens, from (blocks, D, Vd) marginals.
+
+    Returns also (blocks, size) whether a token is used; see `ARHead._search` for the limits.
+    """
+    depths = torch.arange(marginals.shape[1], device=marginals.device)
+    best = marginals.masked_fill((depths >= limits[0])[:, None], -torch.inf).amax(1)
+    vocab, ranks = topk(best, size)[1].sort(1)
+    return vocab, ranks < limits[2]
 
 
 def _columns(x: Tensor, tokens: Tensor | None) -> Tensor:
@@ -246,18 +255,35 @@ class CorrelationHead(CandidateHead):
         self.module = module
         self.output = OutputStage(model, target)
         self.vocab_size = target.vocab_size
+        self.graphs = target.graphs
 
     @torch.inference_mode()
     def candidates(
-        self, block: Block
+        self, blocks: Sequence[Block]
     ) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.float32]]:
-        assert block.anchor is not None
-        normed = self.output.norm(block.all_hidden)
-        marginal = self.output.logits(normed).float().log_softmax(-1)
-        log_probs, tokens = topk(marginal, self.output.config.selector_top_k)
-        embedded = self.output.embed(tokens)
-        scores = self.module.forward(embedded, normed, log_probs, block.anchor)
-        return tokens.int().cpu().numpy(), log_probs.cpu().numpy(), scores.cpu().numpy()
+        """Score the candidates of all sequences together; for CUDA graphs of a power of two."""
+        hidden = [block.all_hidden for block in blocks]
+        anchors = [block.anchor for block in blocks if block.anchor is not None]
+        if self.graphs.is_capturing:
+            extra = power_of_two(len(blocks)) - len(blocks)
+            hidden, anchors = hidden + extra * hidden[:1], anchors + extra * anchors[:1]
+
+        def score(hidden: Tensor, anchors: Tensor) -> Outputs:
+            normed, count = self.output.norm(hidden), len(anchors)
+            marginal = self.output.logits(normed).float().log_softmax(-1)
+            log_probs, tokens = topk(marginal, self.output.config.selector_top_k)
+            embedded, normed, best = (
+                x.unflatten(0, (count, -1)) for x in (self.output.embed(tokens), normed, log_probs)
+            )
+            scores = self.module.forward(embedded, normed, best, anchors)
+            return join([x.reshape(count, -1) for x in (tokens, log_probs, scores)])
+
+        inputs = torch.cat(hidden), torch.stack(anchors)
+        numbers, layout = self.graphs.run("the AR head", (), score, *inputs)
+        tokens, log_probs, scores = split(numbers.cpu().numpy()[: len(blocks)], layout)
+        shape = len(blocks), len(hidden[0]), -1
+        tokens, log_probs = tokens.reshape(shape), log_probs.reshape(shape)
+        return tokens, log_probs, scores.reshape(*tokens.shape, -1)
 
 
 class RecurrentHead(recurrent_head.RecurrentHead):
@@ -267,10 +293,47 @@ class RecurrentHead(recurrent_head.RecurrentHead):
 
     def __init__(self, module: RecurrentCell, model: DrafterModel, target: Target) -> None:
         super().__init__(module, OutputStage(model, target))
+        self.graphs = target.graphs
 
     @torch.inference_mode()
     def transitions(self, blocks: Sequence[Block], options: TableOptions) -> list[TransitionTable]:
-        return super().transitions(blocks, options)
+        """Follow the paths of all sequences together, for CUDA graphs to a power of two of depths.
+
+        A step costs its own reads and launches, so that not all depths are computed.
+        """
+        graphs, wanted, count = self.graphs, len(blocks[0].hidden), len(blocks)
+        width = options.m if options.rows is None else min(options.m, options.rows)
+        computed, depths = replace(options, noise=None, m=width, rows=None), wanted
+        parts, noise = [block.slots for block in blocks], self.output.upload(options.noise)
+        if graphs.is_capturing:
+            computed = _rounded(computed, self.output.vocab_size)
+            depths = min(power_of_two(wanted), self.output.config.depths)
+            parts += (power_of_two(count) - count) * parts[:1]
+            noise = padded_noise(noise, (count, wanted), (len(parts), depths))
+        tokens = [(block.before, block.root) for block in blocks]
+        tokens += (len(parts) - count) * tokens[:1]
+        numbers = [*np.array(tokens).T]
+        if graphs.is_capturing:
+            numbers.append(np.array([wanted, MANY, options.shortlist or MANY]))
+
+        def follow(slots: Tensor, noise: Tensor, numbers: Tensor) -> Outputs:
+            before, roots, *limits = unpack(numbers, shapes)
+            hidden, added = slots.unflatten(0, (len(roots), -1)), self.output.noise(noise)
+            return join(self.follow(computed, hidden, before, roots, depths, added, *limits))
+
+        shapes = tuple(x.shape for x in numbers)
+        inputs = torch.cat(parts), noise, upload(pack(numbers), parts[0].device)
+        found, layout = graphs.run("the AR head", (computed, depths, shapes), follow, *inputs)
+        return tables(split(found.cpu().numpy()[:count], layout), depths, wanted)
+
+    def shortlist(
+        self, marginals: Tensor, size: int, limits: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        if limits is None:
+            return super().shortlist(marginals, size, None)
+        vocab, used = shortlist(marginals, size, limits)
+        excluded = torch.zeros(used.shape, device=used.device).masked_fill(~used, -torch.inf)
+        return vocab, excluded
 
     @torch.inference_mode()
     def log_probs(self, block: Block, previous: NDArray[np.int32]) -> NDArray[np.float32]:

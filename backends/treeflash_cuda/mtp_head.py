@@ -7,7 +7,7 @@ committed rows need no attention, so a prompt costs little more than their proje
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -19,18 +19,23 @@ from torch import Tensor, nn
 
 from treeflash.decoding import mtp_head
 from treeflash.decoding.interfaces import StateArrays, TableOptions
-from treeflash.decoding.mtp_head import MtpBlock
+from treeflash.decoding.mtp_head import MtpBlock, MtpRows
+from treeflash.decoding.recurrent_head import tables
+from treeflash.decoding.sampling import Noise
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.drafters.mtp_heads import NO_MARGINALS, MtpConfig, first_visible
 from treeflash.drafters.mtp_layer import MtpLayer
 from treeflash.errors import ConfigError
 from treeflash_cuda.attention import additive_mask, group_mask, grouped_attention
-from treeflash_cuda.cache import Arena, KVCache, PackedRows, from_host, to_host
-from treeflash_cuda.drafter import Block, Drafter, OutputStage
+from treeflash_cuda.cache import Arena, KVCache, PackedRows, Slab, from_host, to_host
+from treeflash_cuda.drafter import MAX_CONTEXT, Block, Drafter, OutputStage
 from treeflash_cuda.drafter_model import OwnVocabulary, Rotary, Rotation
-from treeflash_cuda.head_operations import OPERATIONS
-from treeflash_cuda.numerics import upload
+from treeflash_cuda.graphs import MIN_LENGTH, Outputs, power_of_four, power_of_two
+from treeflash_cuda.head_operations import OPERATIONS, join, split
+from treeflash_cuda.numerics import pack, unpack, upload
+from treeflash_cuda.operations import Operations
 from treeflash_cuda.target import Target
+from treeflash_cuda.visible_keys import SharedWork, VisibleKeys, block_rows, equal_work
 
 PARALLEL_CHUNK = 512
 """Committed rows of P-EAGLE, which attend, that are computed at once."""
@@ -93,40 +98,55 @@ class MtpCache(KVCache):
     again for every draft.
     """
 
-    hidden: Tensor | None = None  # (columns, hidden_size); None before the first draft
     # The first position and the (n, hidden_size) embeddings of new tokens among which are features
     # of images, until their rows are computed.
     merged: list[tuple[int, Tensor]] = field(default_factory=list)
 
     @property
+    def slab(self) -> MtpSlab:
+        slab = self.allocate().slab
+        assert isinstance(slab, MtpSlab)
+        return slab
+
+    @property
+    def hidden(self) -> Tensor:
+        """(columns, hidden_size), a view of the slab's."""
+        region = self.allocate()
+        return self.slab.hidden[region.first : region.first + region.columns]
+
+    @property
     def nbytes(self) -> int:
-        return super().nbytes + (0 if self.hidden is None else self.hidden.nbytes)
+        return 0 if self.region is None else self.region.nbytes + self.hidden.nbytes
 
-    def append(self, states: Sequence[Tensor]) -> None:
-        """Note the (n, hidden_size) states of new committed positions.
+    def states_of(self, context: Sequence[Tensor]) -> list[Tensor]:
+        """Return the (n, hidden_size) states of new committed positions, and note `merged`.
 
-        They are (n, 2, hidden_size) with `BaseState.merged`.
+        A part of the context is (n, 2, hidden_size) with `BaseState.merged`.
         """
-        self.merged = []
-        for part in states:
+        states, first, self.merged = list[Tensor](), self.length, []
+        for part in context:
             if part.ndim == 3:
                 part, embedded = part.unbind(1)
-                self.merged.append((self.length, embedded))
-            if self.hidden is None:
-                self.hidden = part.new_empty(self.capacity, part.shape[1])
+                self.merged.append((first, embedded))
+            states.append(part)
+            first += len(part)
+        return states
+
+    def append(self, context: Sequence[Tensor]) -> None:
+        """Commit new positions, and note their states."""
+        for part in self.states_of(context):
             self.hidden[self.length : self.length + len(part)] = part
             self.length += len(part)
 
     def copy_from(self, other: KVCache, length: int) -> None:
         super().copy_from(other, length)
         assert isinstance(other, MtpCache)
-        if self.length and other.hidden is not None:
-            self.hidden = other.hidden.new_empty(self.capacity, other.hidden.shape[1])
+        if self.length:
             self.hidden[: self.length] = other.hidden[: self.length]
 
     def export(self, first: int, stop: int) -> StateArrays:
         """Export all rows but the last position's: it depends on the token after it."""
-        if self.hidden is None:
+        if not self.length:
             return {}
         rows = super().export(max(first - 1, 0), max(stop - 1, 0))
         return rows | {"hidden": to_host(self.hidden[first:stop])}
@@ -141,16 +161,71 @@ class MtpCache(KVCache):
     def read(self) -> NDArray[np.float32]:
         return super().read()[..., : max(self.length - 1, 0), :]
 
-    def close(self) -> None:
-        super().close()
-        self.hidden = None
+
+class MtpSlab(Slab):
+    """One allocation of rows: (columns, hidden_size) states beside their keys and values."""
+
+    def __init__(self, parts: Sequence[Tensor], hidden_size: int) -> None:
+        super().__init__(parts)
+        self.hidden = parts[0].new_empty(self.columns, hidden_size)
 
 
 class MtpArena(Arena):
     """Hands out the columns of row caches."""
 
+    def __init__(self, layers: int, hidden_size: int) -> None:
+        super().__init__(layers)
+        self.hidden_size = hidden_size
+
+    def set_shape(self, like: Tensor) -> None:
+        super().set_shape(like)
+        self.column_nbytes += self.hidden_size * like.element_size()
+
     def new_cache(self, capacity: int) -> MtpCache:
         return MtpCache(self, capacity)
+
+    def new_slab(self, parts: Sequence[Tensor]) -> MtpSlab:
+        return MtpSlab(parts, self.hidden_size)
+
+
+@dataclass(frozen=True, eq=False)
+class SlabColumns:
+    """`DraftedColumns` of the sequences of one slab: a function of tensors."""
+
+    model: MtpModel
+    operations: Operations
+    slab: MtpSlab
+    first: Tensor  # (t,) int32 column of position 0 of each sequence
+    length: Tensor  # (t,) int32 committed rows, the root's last
+    position: Tensor  # (t,) int32 rotary position of the root's row
+    work: Mapping[int, SharedWork]  # by the rows of a sequence
+    max_length: int  # a bound on the committed rows
+
+    def rotation(self, depth: int, n: int, like: Tensor) -> Rotation:
+        positions = (self.position + depth).repeat_interleave(n)
+        return self.model.rotary(positions, like.dtype)
+
+    def attend(self, depth: int, rows: MtpRows, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        assert rows.paths is not None
+        n = rows.paths.shape[1]
+        places = torch.arange(rows.drafted - n, rows.drafted, device=q.device)
+        columns = ((self.first + self.length)[:, None] + places).flatten()
+        self.slab.write_layer(columns, k, v)
+        return self.read(depth, n, q, rows.paths.flatten(0, 1))
+
+    def read(self, depth: int, n: int, q: Tensor, paths: Tensor) -> Tensor:
+        """Attend from n rows of each sequence, with (t * n, depth) `MtpRows.paths`."""
+        first, shared = (x.repeat_interleave(n) for x in (self.first, self.length))
+        end = shared + depth
+        parts = first, shared, torch.zeros_like(end), end, paths.int(), self.work[n]
+        seen, (window,) = VisibleKeys(*parts), self.model.config.sliding_windows
+        keys, values = self.slab.layer(0)
+        return self.operations.tree_attention(
+            *(q[0].transpose(0, 1).contiguous(), keys, values),
+            seen if window is None else seen.within(window),
+            max_length=self.max_length,
+            scale=self.model.config.attention_scale,
+        )
 
 
 NewRows: TypeAlias = tuple[Any, int, list[int]]
@@ -177,6 +252,24 @@ def row_positions(rows: Sequence[NewRows]) -> NDArray[np.int32]:
     return np.concatenate(parts, 1)
 
 
+def columns_of(rows: NewRows) -> NDArray[np.integer]:
+    """Return the columns of rows in the slab."""
+    state, first, tokens = rows
+    columns: NDArray[np.integer] = state.drafter.taken.first + first + np.arange(len(tokens))
+    return columns
+
+
+def most_rows(rows: NewRows) -> int:
+    """Return how many of the rows of a sequence are computed beside other sequences' rows.
+
+    They have tokens alone, and one rotary position; so has the root's row.
+    """
+    state, first, tokens = rows
+    positions = state.row_positions(first, first + len(tokens))
+    plain = not state.drafter.merged and (positions == positions[0]).all()
+    return CHUNK if plain else 1
+
+
 class MtpDrafter:
     """`treeflash.decoding.interfaces.Drafter` in PyTorch: the rows of committed positions."""
 
@@ -187,51 +280,121 @@ class MtpDrafter:
 
     @torch.inference_mode()
     def draft(self, roots: Sequence[tuple[Any, int]], depths: int | None = None) -> list[MtpBlock]:
-        """Compute the rows of all sequences together; earlier parts of prompts chunk by chunk."""
-        new: list[NewRows] = []
-        for state, root in roots:
-            cache = state.drafter
-            assert isinstance(cache, MtpCache)
-            first = max(cache.length - 1, 0)
-            cache.append(state.context)
-            state.context = []
-            tokens = [*state.tokens[first + 1 :], root]
-            while len(tokens) > CHUNK:
-                self._write([(state, first, tokens[:CHUNK])])
-                first, tokens = first + CHUNK, tokens[CHUNK:]
-            new.append((state, first, tokens))
-        read, rotation = self._write(new)
-        ends = np.cumsum([len(tokens) for _, _, tokens in new]) - 1
-        last = upload(ends, self.target.device)
-        y, residual = (x.index_select(0, last) for x in read)
-        caches = [state.drafter for state, _, _ in new]
-        for cache in caches:
-            cache.merged = []
-        cos, sin = (x.index_select(0, last) for x in rotation)
-        q, gate = self.model.layer.self_attn.queries(y, (cos, sin))
-        attended = self.model.attend(q, caches, [x.length for x in caches], 0, None)
-        outputs = self.model.finish(attended, gate, residual)
+        """Compute the rows of all sequences of a slab together."""
+        passes: dict[MtpSlab, list[int]] = {}
+        for i, (state, _) in enumerate(roots):
+            passes.setdefault(state.drafter.slab, []).append(i)
+        outputs: dict[int, Tensor] = {}
+        for slab, members in passes.items():
+            found = self._draft([roots[i] for i in members], slab)
+            outputs |= zip(members, found.split(1), strict=False)
+        for state, _ in roots:
+            state.drafter.length, state.context, state.drafter.merged = state.length, [], []
         most = self.model.config.depths
         return [
             MtpBlock(
-                *(output, state.drafter, state.length),
+                *(outputs[i], state.drafter, state.length),
                 position=state.length - 1 + state.shift,
                 depths=min(depths or most, most),
             )
-            for output, (state, _) in zip(outputs.split(1), roots, strict=True)
+            for i, (state, _) in enumerate(roots)
         ]
 
+    def _draft(self, roots: Sequence[tuple[Any, int]], slab: MtpSlab) -> Tensor:
+        """Return the outputs of the roots' rows, (sequences, hidden_size) or more.
+
+        For CUDA graphs the number of sequences is rounded up to a power of two, and the number of
+        rows to a power of four.
+        """
+        graphs, operations, device = self.target.graphs, self.target.operations, self.target.device
+        context: list[Tensor] = []
+        written: list[NDArray[np.integer]] = []
+        new: list[NewRows] = []
+        for state, root in roots:
+            cache, known = state.drafter, state.drafter.length
+            context += cache.states_of(state.context)
+            written.append(cache.taken.first + np.arange(known, state.length))
+            first = max(known - 1, 0)
+            new.append((state, first, [*state.tokens[first + 1 :], root]))
+        columns = np.concatenate(written)
+        if any(len(rows[2]) > most_rows(rows) for rows in new):
+            slab.hidden.index_copy_(0, upload(columns, device), torch.cat(context))
+            context, columns = [], columns[:0]
+            new = [self._write_first(slab, rows) for rows in new]
+        tokens = np.array([token for *_, part in new for token in part])
+        positions = row_positions(new)[0]
+        places = np.concatenate([columns_of(rows) for rows in new])
+        last = np.cumsum([len(part) for *_, part in new]) - 1
+        order = [*range(len(new))]
+        has_kernel = operations is not None and operations.runs_trees
+        captured = has_kernel and graphs.is_capturing and len(tokens) <= MAX_CONTEXT * len(new)
+        if captured:
+            order += [0] * (power_of_two(len(new)) - len(new))
+            # Further rows are copies of the last one, and so are further states.
+            rows = power_of_four(len(tokens))
+            tokens, positions, places = (
+                np.pad(x, (0, rows - len(x)), "edge") for x in (tokens, positions, places)
+            )
+            if context:
+                extra = rows - len(columns)
+                context.append(context[-1][-1:].expand(extra, -1))
+                columns = np.pad(columns, (0, extra), "edge")
+        pairs = [(state.drafter.taken.first, state.length) for state, _ in roots]
+        firsts, lengths = np.array(pairs).T
+        block, max_length = block_of(self.model.config), longest_of(lengths)
+        arrays = [tokens, positions, places, columns, last[order], firsts[order], lengths[order]]
+        arrays += equal_work(lengths, 1, order, block)
+        shapes = tuple(x.shape for x in arrays)
+
+        def draft(uploaded: Tensor, context: Tensor) -> Outputs:
+            tokens, positions, places, columns, last, first, length, items, n, at = unpack(
+                uploaded, shapes
+            )
+            slab.hidden.index_copy_(0, columns.long(), context)
+            embedded = self.output.embed(tokens)
+            rotation = self.model.rotary(positions, embedded.dtype)
+            read = self._write(slab, embedded, rotation, places)
+            y, residual, cos, sin = (x.index_select(0, last) for x in (*read, *rotation))
+            q, gate = self.model.layer.self_attn.queries(y, (cos, sin))
+            if has_kernel:
+                assert operations is not None
+                columns_of_roots = SlabColumns(
+                    *(self.model, operations, slab, first, length, length),
+                    work={1: SharedWork(items, n, at, block)},
+                    max_length=max_length,
+                )
+                attended = columns_of_roots.read(0, 1, q, last.new_empty(len(last), 0))
+            else:
+                caches = [state.drafter for state, _ in roots]
+                attended = self.model.attend(q, caches, lengths.tolist(), 0, None)
+            return (self.model.finish(attended, gate, residual),)
+
+        states = torch.cat(context) if context else slab.hidden[:0]
+        inputs = upload(pack(arrays), device), states
+        (outputs,) = graphs.run("the drafter", (slab, shapes), draft, *inputs, capture=captured)
+        return outputs
+
+    def _write_first(self, slab: MtpSlab, rows: NewRows) -> NewRows:
+        """Write the first rows of a sequence, so that `most_rows` are left, which are returned."""
+        (state, first, tokens), most = rows, most_rows(rows)
+        while len(tokens) > most:
+            size = min(CHUNK, len(tokens) - most)
+            part = state, first, tokens[:size]
+            embedded = embed_rows(self.output, [part], self.target.device)
+            rotation = self.model.rotation(row_positions([part]), embedded)
+            self._write(slab, embedded, rotation, upload(columns_of(part), self.target.device))
+            first, tokens = first + size, tokens[size:]
+        return state, first, tokens
+
     def _write(
-        self, rows: Sequence[NewRows]
-    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Write keys and values of rows; returns what `MtpModel.read` does, and the rotation."""
-        embedded = embed_rows(self.output, rows, self.target.device)
-        states = [x.drafter.hidden[first : first + len(tokens)] for x, first, tokens in rows]
-        read = self.model.read(embedded, torch.cat(states))
-        rotation = self.model.rotation(row_positions(rows), read[0])
+        self, slab: MtpSlab, embedded: Tensor, rotation: Rotation, columns: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Write the keys and values of (n,) rows; returns what `MtpModel.read` does."""
+        columns = columns.long()
+        read = self.model.read(embedded, slab.hidden.index_select(0, columns))
         k, v = self.model.layer.self_attn.keys_and_values(read[0], rotation)
-        self.model.write([(x.drafter, first, len(tokens)) for x, first, tokens in rows], k, v)
-        return read, rotation
+        slab.write_layer(columns, k, v)
+        return read
 
     def marginals(self, blocks: Sequence[MtpBlock], options: TableOptions) -> list[TransitionTable]:
         raise ConfigError(NO_MARGINALS)
@@ -307,14 +470,62 @@ class MtpHead(mtp_head.MtpHead):
 
     def __init__(self, model: MtpModel, target: Target) -> None:
         super().__init__(model, OutputStage(model, target))
-        self.module = model
+        self.module, self.target, self.graphs = model, target, target.graphs
 
     @torch.inference_mode()
     def transitions(
         self, blocks: Sequence[MtpBlock], options: TableOptions
     ) -> list[TransitionTable]:
-        return super().transitions(blocks, options)
+        """Run each depth of all sequences as one batch of rows, and read all depths at once.
+
+        For CUDA graphs the number of sequences is rounded up to a power of two.
+        """
+        operations, (slab, *others) = self.target.operations, {x.cache.slab: None for x in blocks}
+        if operations is None or not operations.runs_trees or others:
+            return super().transitions(blocks, options)
+        graphs, count, depths = self.graphs, len(blocks), blocks[0].depths
+        width, order = mtp_head.width_of(options), [*range(len(blocks))]
+        if graphs.is_capturing:
+            order += [0] * (power_of_two(count) - count)
+        noise = options.noise
+        if noise is not None:  # copies of a sequence must write equal rows
+            rows = np.arange(count * depths).reshape(count, depths)[order].ravel()
+            noise = Noise(noise.keys[rows], noise.scales[rows])
+        numbers = [(x.cache.taken.first, x.length, x.position) for x in blocks]
+        firsts, lengths, positions = np.array(numbers).T
+        block, max_length = block_of(self.model.config), longest_of(lengths)
+        k = min(options.k, self.output.vocab_size)
+        sizes = sorted(set(mtp_head.rows_by_depth(k, width, depths)))
+        arrays = [firsts[order], lengths[order], positions[order]]
+        for n in sizes:
+            arrays += equal_work(lengths, n, order, block)
+        shapes = tuple(x.shape for x in arrays)
+
+        def search(uploaded: Tensor, outputs: Tensor, noise: Tensor) -> Outputs:
+            first, length, position, *work = unpack(uploaded, shapes)
+            parts = zip(sizes, work[::3], work[1::3], work[2::3], strict=True)
+            works = {n: SharedWork(items, m, at, block) for n, items, m, at in parts}
+            rows = first, length, position
+            columns = SlabColumns(self.model, operations, slab, *rows, works, max_length)
+            noises = [self.output.noise(noise[depth::depths]) for depth in range(depths)]
+            return join(self.search(columns, outputs, width, options, noises))
+
+        settings = slab, shapes, width, depths, k, options.temperature
+        outputs = torch.cat([blocks[i].output for i in order])
+        inputs = upload(pack(arrays), self.target.device), outputs, self.output.upload(noise)
+        found, layout = graphs.run("the AR head", settings, search, *inputs)
+        return tables(split(found.cpu().numpy()[:count], layout), depths, depths)
 
     @torch.inference_mode()
     def log_probs(self, block: MtpBlock, previous: NDArray[np.int32]) -> NDArray[np.float32]:
         return super().log_probs(block, previous)
+
+
+def block_of(config: MtpConfig) -> int:
+    """Return the rows of a block; see `visible_keys`."""
+    return block_rows(config.num_attention_heads // config.num_key_value_heads)
+
+
+def longest_of(lengths: NDArray[np.integer]) -> int:
+    """Return a bound on the committed rows of sequences."""
+    return power_of_two(max(int(lengths.max()), MIN_LENGTH))

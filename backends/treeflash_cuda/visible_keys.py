@@ -135,6 +135,19 @@ def plan_work(
     return items.astype(np.int32), places.astype(np.int32)
 
 
+def equal_work(
+    shared: Integers, rows: int, order: Sequence[int], block: int
+) -> list[NDArray[np.int32]]:
+    """Return the items, their number, and places of sequences that have equally many rows.
+
+    The sequences have (t,) common positions. Those of a pass are in an `order`, in which others may
+    be copies of the first ones; a graph has the sizes of the arrays.
+    """
+    starts = rows * np.arange(len(shared))
+    items, places = plan_work(starts, np.full_like(starts, rows), shared, block)
+    return [*padded_items(items, block), places.reshape(-1, rows)[order].ravel()]
+
+
 def padded_items(
     items: NDArray[np.int32], block: int
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:

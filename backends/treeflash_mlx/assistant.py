@@ -17,7 +17,7 @@ from mlx import nn
 from mlx_lm.models.base import scaled_dot_product_attention
 from mlx_lm.models.gemma4_text import DecoderLayer, ModelArgs
 
-from treeflash.decoding.mtp_head import MtpBlock, MtpRows
+from treeflash.decoding.mtp_head import CacheColumns, DraftedColumns, MtpBlock, MtpRows
 from treeflash.drafters.mtp_heads import Assistant, MtpConfig
 from treeflash.errors import UnsupportedModelError
 from treeflash_mlx.cache import KVCache
@@ -190,15 +190,16 @@ class AssistantHead(MtpHead):
 
     def _step(
         self,
-        blocks: Sequence[MtpBlock],
+        columns: DraftedColumns,
         rows: MtpRows,
         depth: int,
         tokens: mx.array,
         parents: mx.array,
     ) -> MtpRows:
-        (batch, n), before = tokens.shape, rows.visible.shape[1]
+        assert isinstance(columns, CacheColumns)
+        batch, before = len(tokens), len(rows.outputs) // len(tokens)
         places = (parents + before * mx.arange(batch)[:, None]).reshape(-1)
         states = self.model.feedback(rows.outputs[places])
         embedded = self.output.embed(tokens.reshape(-1))
-        outputs = self.model(embedded, states, [block.cache for block in blocks])
-        return MtpRows(outputs, mx.zeros((batch, n, 0), mx.bool_))
+        caches = [block.cache for block in columns.blocks]
+        return MtpRows(self.model(embedded, states, caches))

@@ -71,7 +71,7 @@ def unit(x: mx.array, least: float) -> mx.array:
 
 
 def attention(q: mx.array, k: mx.array, v: mx.array, bias: mx.array) -> mx.array:
-    """Return the (heads, n, d) attention, with a (heads, n, n) bias on the scaled scores."""
+    """Return the (blocks, heads, n, d) attention, with a (heads, n, n) bias on scaled scores."""
     scores = q @ k.swapaxes(-1, -2) * q.shape[-1] ** -0.5 + bias
     return mx.softmax(scores, -1, precise=True) @ v
 
@@ -98,17 +98,16 @@ class Experts(SwitchGLU):
         return (outputs.astype(mx.float32) * weights[..., None]).sum(-2)
 
 
-def read(arrays: list[mx.array]) -> list[list[NDArray[Any]]]:
-    """Return the rows of (n, size) arrays of integers and float32 numbers, with one copy.
+def read(arrays: list[mx.array]) -> list[NDArray[Any]]:
+    """Read (n, size) arrays of integers and float32 numbers, with one copy.
 
     Token ids are exact in float32.
     """
     kinds = [np.float32 if x.dtype == mx.float32 else np.int32 for x in arrays]
     ends = np.cumsum([array.shape[1] for array in arrays])[:-1]
-    return [
-        [part.astype(kind) for part, kind in zip(np.split(row, ends), kinds, strict=True)]
-        for row in np.array(mx.concatenate([x.astype(mx.float32) for x in arrays], 1))
-    ]
+    numbers = np.array(mx.concatenate([x.astype(mx.float32) for x in arrays], 1))
+    parts = zip(np.split(numbers, ends, 1), kinds, strict=True)
+    return [part.astype(kind) for part, kind in parts]
 
 
 def as_module(kind: Any) -> Any:

@@ -190,15 +190,16 @@ class CorrelationHead(CandidateHead):
         self.vocab_size = target.vocab_size
 
     def candidates(
-        self, block: Block
+        self, blocks: Sequence[Block]
     ) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.float32]]:
-        assert block.anchor is not None
-        normed = self.output.norm(block.slots[self.output.config.first_slot :])
-        marginal = log_softmax(self.output.logits(normed))
+        slots = mx.stack([block.slots[self.output.config.first_slot :] for block in blocks])
+        normed = self.output.norm(slots)
+        marginal = log_softmax(self.output.logits(normed.reshape(-1, normed.shape[-1])))
         tokens = top_indices(marginal, self.output.config.selector_top_k)
         log_probs = mx.take_along_axis(marginal, tokens, -1)
-        embedded = self.output.embed(tokens)
-        scores = self.module.forward(embedded, normed, log_probs, block.anchor)
+        tokens, log_probs = (x.reshape(*normed.shape[:2], -1) for x in (tokens, log_probs))
+        anchors = mx.stack([block.anchor for block in blocks if block.anchor is not None])
+        scores = self.module.forward(self.output.embed(tokens), normed, log_probs, anchors)
         mx.eval(tokens, log_probs, scores)
         return np.array(tokens, np.int32), np.array(log_probs), np.array(scores)
 

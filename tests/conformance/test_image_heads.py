@@ -222,9 +222,10 @@ def test_later_drafts_are_at_shifted_positions(pair):
 
 
 def forget_features(patch, cache):
-    append = cache.append
+    name = "states_of" if hasattr(cache, "states_of") else "append"
+    take = getattr(cache, name)
     patch.setattr(
-        cache, "append", lambda x, parts: append(x, [y[:, 0] if y.ndim == 3 else y for y in parts])
+        cache, name, lambda x, parts: take(x, [y[:, 0] if y.ndim == 3 else y for y in parts])
     )
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from treeflash_cuda import backend, drafter, target, visible_keys
+from treeflash_cuda import backend, target, visible_keys
 from treeflash_cuda.operations import Operations
 
 from treeflash.decoding import backend_base
@@ -170,6 +170,7 @@ class FakeCuda(TorchDispatchMode):
 
     def _patch_loading(self, monkeypatch):
         load_model, load_drafter = target.load_model, backend.load_drafter
+        load_mtp_head = backend.load_mtp_head
 
         def load_fake_model(folder, config, dtype, device, *, processes, device_map, images):
             with unset_fake_temporarily():
@@ -194,15 +195,22 @@ class FakeCuda(TorchDispatchMode):
             model = model.to(owner.device)
             return model, head and type(head)(head.module.to(owner.device), model, owner)
 
+        def load_fake_mtp_head(layout, owner):
+            real = copy(owner)
+            real.device = torch.device("cpu")
+            with unset_fake_temporarily():
+                model = load_mtp_head(layout, real)
+            return model.to(owner.device)
+
         def plan_work(starts, sizes, shared, block):
             self.columns = int((shared + sizes).sum())
             return plain_plan(starts, sizes, shared, block)
 
         plain_plan = visible_keys.plan_work
-        for module in (visible_keys, drafter):
-            monkeypatch.setattr(module, "plan_work", plan_work)
+        monkeypatch.setattr(visible_keys, "plan_work", plan_work)
         monkeypatch.setattr(target, "load_model", load_fake_model)
         monkeypatch.setattr(backend, "load_drafter", load_fake_drafter)
+        monkeypatch.setattr(backend, "load_mtp_head", load_fake_mtp_head)
         monkeypatch.setattr(backend, "choose_device", lambda name: DEVICE)
         monkeypatch.setattr(backend, "load_operations", lambda *_: self._operations())
         monkeypatch.setattr(backend_base, "check_trees", lambda backend: None)  # it compares values
@@ -257,6 +265,12 @@ class FakeCuda(TorchDispatchMode):
             out = kernel_output(query, key, value, **settings)
             return products(query, key, value, **settings) if out is None else out
 
+        def equal(one, other):
+            fake = isinstance(one, FakeTensor) or isinstance(other, FakeTensor)
+            return False if fake else plain_equal(one, other)
+
+        plain_equal = torch.equal
+        monkeypatch.setattr(torch, "equal", equal)
         monkeypatch.setattr(torch.Tensor, "numpy", to_numpy)
         monkeypatch.setattr(torch, "from_numpy", from_numpy)
         monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)

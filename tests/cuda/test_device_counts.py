@@ -101,11 +101,14 @@ def test_free_memory_is_shared_by_target_and_drafter(cuda, pair):
 @pytest.mark.parametrize("sequences", [1, 8])
 def test_operations_of_an_iteration(cuda, launches, pair, sequences):
     """They do not depend on the number of sequences."""
-    found = launches.count_operations(
-        cuda, loading.load(*pair, LoadConfig(dtype="bfloat16")), sequences
-    )
+    backend = loading.load(*pair, LoadConfig(dtype="bfloat16"))
+    found, _ = launches.count_operations(cuda, backend, sequences)
     for part, limit in MAX_LAUNCHES.items():
-        assert 0 < found[part][0] <= limit, found
+        assert 0 < found[part].operations <= limit, found
+    assert {part: cost.syncs for part, cost in found.items() if cost.syncs} == {
+        "verify": 1,
+        "head": 1,
+    }
 
 
 def test_the_command_counts_operations_and_bytes(cuda, launches):
@@ -134,10 +137,10 @@ def test_operations_of_a_hybrid_target(cuda, launches, tmp_path, family, sequenc
     write_target(tmp_path / "target", family, seed=1, vocab_size=VOCAB)
     write_drafter(tmp_path / "drafter", tmp_path / "target", seed=2)
     backend = loading.load(tmp_path / "target", tmp_path / "drafter", LoadConfig(dtype="bfloat16"))
-    found = launches.count_operations(cuda, backend, sequences)
+    found, _ = launches.count_operations(cuda, backend, sequences)
     for part, limit in MAX_HYBRID_LAUNCHES[family].items():
         more = 2 * sequences if part == "commit" else 0
-        assert 0 < found[part][0] <= limit + more, found
+        assert 0 < found[part].operations <= limit + more, found
 
 
 @pytest.mark.parametrize("window", [None, 100])

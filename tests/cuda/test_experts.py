@@ -20,6 +20,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from treeflash_cuda import experts as experts_module
 from treeflash_cuda.backend import load
 from treeflash_cuda.experts import fuse_experts, has_experts
+from treeflash_cuda.head_operations import Experts
 from treeflash_cuda.operations import Operations, grouped_linear
 
 FAMILIES = ("qwen3_moe", "gpt_oss", "nemotron_h", "mixtral", "deepseek_v3")
@@ -121,3 +122,17 @@ def test_experts_are_captured_on_every_device(cuda, tmp_path, capability, dtype)
             backend.verifier.run([Verify(state, tree, SamplingParams())])
     assert backend.captures > captures
     assert transfers.reads == 1  # the tokens
+
+
+@torch.inference_mode()
+def test_experts_of_heads_compute_what_a_loop_over_experts_does():
+    """One expert of five has no rows."""
+    torch.manual_seed(0)
+    experts = Experts(size=12, width=8, count=5)
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter)
+    chosen = torch.tensor([[0, 3], [3, 4], [1, 0], [3, 1]])
+    x, weights = torch.randn(4, 12), torch.rand(4, 2)
+    expected = experts(x, chosen, weights)
+    experts.operations = Operations()
+    torch.testing.assert_close(experts(x, chosen, weights), expected)

@@ -7,11 +7,12 @@ from itertools import product
 
 import numpy as np
 import pytest
+from mtp_pairs import write_mtp_pair
 
 from treeflash.config import DecodeConfig, LoadConfig, SamplingConfig
 from treeflash.decoding import Request, decode
 from treeflash.decoding.interfaces import Prefill, TableOptions, Verify
-from treeflash.decoding.sampling import LogitEdits, SamplingParams
+from treeflash.decoding.sampling import LogitEdits, Noise, SamplingParams
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.drafters.folder import read_config, read_tensors
@@ -232,14 +233,21 @@ def test_tables(backend, shortlist, rows, scale):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("dialect", ["dflash2", "specforge", "deepspec-rnn", "specforge-domino"])
+@pytest.mark.parametrize(
+    "dialect",
+    [
+        *("dflash2", "specforge", "deepspec-rnn", "specforge-domino", "speculators-xpress"),
+        "lilicorr",
+    ],
+)
 def test_tables_of_other_heads(cuda, folders, tmp_path, dialect, dtype):
     target, _ = folders["qwen3"]
     with unset_fake_temporarily():
         write_dialect(tmp_path, target, dialect, seed=2)
         tensors = read_tensors(tmp_path)
-        for name in ("embed_tokens.weight", "lm_head.weight"):  # the target's will do
-            tensors.pop(name, None)
+        if "d2t" not in tensors:
+            for name in ("embed_tokens.weight", "lm_head.weight"):  # the target's will do
+                tensors.pop(name, None)
         save(tmp_path, read_config(tmp_path), tensors)
     backend = load(target, tmp_path, LoadConfig(dtype=dtype))
     states = [SequenceSession(backend, drafts=True).state for _ in range(2)]
@@ -251,11 +259,49 @@ def test_tables_of_other_heads(cuda, folders, tmp_path, dialect, dtype):
         with cuda.transfers() as count:
             tables = backend.head.transitions(blocks, options)
         assert [table.tokens.shape for table in tables] == [(depths, 4, 4)] * 2
-        recurrent = backend.drafter_config.head_state_size > 0
-        # The sizes of tables are an input of a graph, which recurrent heads have none of.
-        assert count.uploads == (not recurrent) + (noise is not None)
+        if dialect != "lilicorr":  # whose graph has all candidates, and whose host adds the noise
+            # The sizes of tables are an input of a graph.
+            assert count.uploads == 1 + (noise is not None)
         assert count.reads == 1
+    assert {name for name, *_ in backend.target.graphs.store} == {
+        "the drafter",
+        "the AR head",
+        "the target",
+    }
     assert backend.head.log_probs(blocks[1], np.ones(depths, np.int32)).shape == (depths, 40)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["eagle3", "eagle3-all", "mtp"])
+def test_drafts_depth_by_depth_are_captured(cuda, tmp_path, kind, dtype):
+    """Their operations do not depend on the number of sequences, and neither do the copies."""
+    with unset_fake_temporarily():
+        pair = write_mtp_pair(tmp_path, kind)
+    backend = load(*pair, LoadConfig(dtype=dtype))
+    found = []
+    for texts in (1, 4):
+        states = started(backend, texts)
+        for depths in (4, 1, 4):  # captured, then replayed
+            blocks = backend.drafter.draft([(state, 1) for state in states], depths)
+            for noise in (None, noise_of_depths(backend, 0.8, texts)):
+                if noise is not None:
+                    noise = Noise(noise.keys[: texts * depths], noise.scales[: texts * depths])
+                with cuda.transfers() as count:
+                    tables = backend.head.transitions(blocks, replace(OPTIONS, noise=noise))
+                assert [table.tokens.shape[0] for table in tables] == [depths] * texts
+                assert (count.uploads, count.reads) == (1 + (noise is not None), 1)
+            work = [Verify(state, tree(), SamplingParams()) for state in states]
+            backend.verifier.run(work)
+            backend.verifier.commit([(state, np.array([0, 2], np.int32)) for state in states])
+        assert backend.head.log_probs(blocks[0], np.ones(3, np.int32)).shape == (3, 24)
+        backend.target.graphs.enabled, before = False, len(cuda.launches)
+        backend.head.transitions(backend.drafter.draft([(x, 1) for x in states], 4), OPTIONS)
+        backend.target.graphs.enabled = True
+        found.append(len(cuda.launches) - before)
+    names = [name for name, *_ in backend.target.graphs.store]
+    assert set(names) == {"the target", "the drafter", "the AR head"}
+    assert names.count("the AR head") == 8  # by sequences, depths and noise
+    assert found[1] <= found[0] + 10
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=lambda s: repr(s)[15:-1])

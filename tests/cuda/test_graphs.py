@@ -1,21 +1,24 @@
 """Trees and drafts as functions of tensors alone, and when they run without static shapes."""
 
 import warnings
+from itertools import product
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from mtp_pairs import write_mtp_pair
 from parts import load_with_parts
 
-from treeflash.config import DecodeConfig
+from treeflash.config import DecodeConfig, LoadConfig, SamplingConfig
 from treeflash.decoding import Request, decode
 from treeflash.decoding.interfaces import Prefill, TableOptions, Verify
-from treeflash.decoding.sampling import SamplingParams
+from treeflash.decoding.sampling import Noise, SamplingParams
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.testing import require
 from treeflash.testing.comparisons import random_tokens, random_tree
-from treeflash.testing.models import write_drafter, write_target
+from treeflash.testing.models import write_dialect, write_drafter, write_target
+from treeflash.testing.trees import noise_of_depths
 
 require("torch")
 
@@ -24,6 +27,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from treeflash_cuda import attention, row_pass
 from treeflash_cuda import cache as arena_module
 from treeflash_cuda import drafter as drafter_module
+from treeflash_cuda.backend import load
 from treeflash_cuda.graphs import Graph, Graphs
 
 VOCAB = 40
@@ -121,6 +125,69 @@ def test_tables_that_share_a_graph_are_those_without_one(pair, monkeypatch, shor
     sizes = [(x.shortlist, x.rows) for name, x in found if name == "the AR head"]
     rounded = VOCAB - 1 if shortlist in (9, VOCAB - 1) else shortlist
     assert sizes[0] == (rounded, {None: None, 3: 64, 70: 256}[rows])
+
+
+@pytest.mark.parametrize(
+    ("dialect", "sizes"),
+    [("deepspec-rnn", 2), ("specforge-domino", 2), ("speculators-xpress", 2), ("lilicorr", 1)],
+)
+def test_tables_of_other_heads_share_graphs(folders, tmp_path, monkeypatch, dialect, sizes):
+    """Numbers of sequences and depths are rounded up; shortlists and noise are inputs."""
+    target, _ = folders[0]
+    write_dialect(tmp_path, target, dialect, seed=2)
+    found, keys = [], set()
+    for cuda_graphs in (True, False):
+        backend = load_with_parts(monkeypatch, target, tmp_path, cuda_graphs=cuda_graphs)
+        states, tables = started(backend, [[3, 4, 5], [6], [7, 8]]), []
+        for texts, depths, shortlist in product((1, 2, 3), (3, 4, 5), (9, 12)):
+            blocks = backend.drafter.draft([(state, 7) for state in states[:texts]], depths)
+            for noise in (None, noise_of_depths(backend, 0.8, texts)):
+                if noise is not None:
+                    rows = np.arange(len(noise.keys)).reshape(texts, -1)[:, :depths].ravel()
+                    noise = Noise(noise.keys[rows], noise.scales[rows])
+                options = TableOptions(m=4, k=4, shortlist=shortlist, rows=3, noise=noise)
+                tables += backend.head.transitions(blocks, options)
+        found.append(tables)
+        if cuda_graphs:
+            keys = {key for key in backend.target.graphs.keys if key[0] == "the AR head"}
+    for static, plain in zip(*found, strict=True):
+        np.testing.assert_array_equal(static.tokens, plain.tokens)
+        np.testing.assert_array_equal(static.next_row, plain.next_row)
+        np.testing.assert_allclose(static.log_probs, plain.log_probs, atol=1e-4, rtol=1e-5)
+    kinds_of_noise = 1 if dialect == "lilicorr" else 2
+    assert len(keys) == 3 * sizes * kinds_of_noise
+
+
+@pytest.mark.parametrize("kind", ["eagle3", "eagle3-flags", "eagle3-all", "mtp"])
+def test_drafts_depth_by_depth_share_graphs(tmp_path, monkeypatch, kind):
+    """They are those of caches that attend one by one with masks; the rows of caches are, too."""
+    pair = write_mtp_pair(tmp_path, kind)
+    static = load_with_parts(monkeypatch, *pair)
+    plain = load(*pair, LoadConfig(device="cpu", dtype="float32"))
+    found = []
+    for backend in (static, plain):
+        states, results = started(backend, [[3, 4, 5], [6], [7, 8]]), []
+        for texts, depths, k, m in product((1, 2, 3), (1, 3, 4), (2, 5), (1, 4)):
+            members = states[:texts]
+            blocks = backend.drafter.draft([(state, 7) for state in members], depths)
+            after = np.arange(1, depths + 1, dtype=np.int32)
+            samplings = [SamplingConfig(temperature=0.7, seed=n) for n in range(texts)]
+            noise = Noise.from_positions([(sampling, after) for sampling in samplings])
+            for added in (None, noise):
+                options = TableOptions(m=m, k=k, noise=added)
+                results += backend.head.transitions(blocks, options)
+            backend.verifier.run([Verify(x, chain(7, 8), SamplingParams()) for x in members])
+            backend.verifier.commit([(state, np.arange(1, dtype=np.int32)) for state in members])
+        found.append((results, [state.read_drafter_kv_cache() for state in states]))
+    for static_table, table in zip(found[0][0], found[1][0], strict=True):
+        np.testing.assert_array_equal(static_table.tokens, table.tokens)
+        np.testing.assert_array_equal(static_table.next_row, table.next_row)
+        np.testing.assert_allclose(static_table.log_probs, table.log_probs, atol=1e-4)
+    for rows, expected in zip(found[0][1], found[1][1], strict=True):
+        np.testing.assert_allclose(rows, expected, atol=1e-4)
+    keys = [name for name, *_ in static.target.graphs.keys]
+    assert keys.count("the AR head") == 3 * 3 * 4 * 2  # sequences, depths, sizes and noise
+    assert keys.count("the drafter") <= 8
 
 
 def test_the_rows_of_a_pass_alone_fix_its_shapes(backend, monkeypatch):

@@ -5,7 +5,7 @@ table, calibrate it and grow its tree takes about a hundred calls of NumPy, and 
 than what it computes, while the device waits.
 
 The idea: most rows are never looked at, because a tree of 16 nodes opens 16 of them. So the rows
-that an AR head scored stay in one array for all sequences (`RowBatch`), a row is calibrated when a
+that a head scored stay in one array for all sequences (`TableBatch`), a row is calibrated when a
 tree opens it, and the trees grow in lockstep: each step adds a node to every tree.
 
 Example: two trees of three nodes. At first each has opened its root's row, whose child 0 is its
@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from treeflash.decoding.transitions import (
     Calibration,
-    RowBatch,
+    TableBatch,
     TransitionTable,
     calibrate,
     powers,
@@ -92,7 +92,7 @@ def observe(outcomes: Sequence[Outcome]) -> None:
             _observe(batch, [outcomes[i] for i in members])
 
 
-def _observe(batch: RowBatch, outcomes: Sequence[Outcome]) -> None:
+def _observe(batch: TableBatch, outcomes: Sequence[Outcome]) -> None:
     """Observe the tables of one batch."""
     passed = [
         (lane, row, rank)
@@ -107,16 +107,16 @@ def _observe(batch: RowBatch, outcomes: Sequence[Outcome]) -> None:
         outcomes[lane].calibration.add(score, total)
 
 
-def _by_batch(tables: Sequence[TransitionTable]) -> dict[RowBatch | None, list[int]]:
+def _by_batch(tables: Sequence[TransitionTable]) -> dict[TableBatch | None, list[int]]:
     """Return the numbers of the tables of each batch; None is for tables of none."""
-    members: dict[RowBatch | None, list[int]] = {}
+    members: dict[TableBatch | None, list[int]] = {}
     for i, table in enumerate(tables):
         source = source_of(table)
         members.setdefault(None if source is None else source[0], []).append(i)
     return members
 
 
-def _flat(batch: RowBatch, i: int, exponent: float, vocab_size: int) -> FlatTable:
+def _flat(batch: TableBatch, i: int, exponent: float, vocab_size: int) -> FlatTable:
     """Return the calibrated table of a sequence of a batch."""
     first, count = int(batch.first_row[i]), batch.rows
     part, none = slice(first, first + count), len(batch.tokens) - 1
@@ -134,7 +134,7 @@ def _flat(batch: RowBatch, i: int, exponent: float, vocab_size: int) -> FlatTabl
 
 
 def _grow(
-    batch: RowBatch,
+    batch: TableBatch,
     indices: Sequence[int],
     exponents: NDArray[np.float64],
     vocab_size: int,

@@ -8,18 +8,18 @@ layer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from treeflash.decoding.interfaces import TableOptions
-from treeflash.decoding.recurrent_head import best_children, on_host
+from treeflash.decoding.recurrent_head import best_children, tables
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.drafters.heads.operations import Array, Operations
-from treeflash.drafters.mtp_heads import MAX_PATHS, hidden_rows
+from treeflash.drafters.mtp_heads import MAX_PATHS, hidden_depths
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,8 +38,47 @@ class MtpRows:
     """The rows of one depth of all sequences, n of each."""
 
     outputs: Array  # (sequences * n, hidden_size) of the layer
-    visible: Array  # (sequences, n, c) bool: the drafted rows so far that each row sees
-    sizes: tuple[int, ...] = ()  # the numbers of rows of a sequence at the depths so far
+    # (sequences, n, depth) the drafted rows that each row sees: its ancestors and itself, by their
+    # numbers among the drafted rows of the sequence; None of roots
+    paths: Array | None = None
+    drafted: int = 0  # rows of a sequence so far, without the root's
+
+
+class DraftedColumns(Protocol):
+    """The columns of KV caches for drafted rows, behind the committed rows of each sequence."""
+
+    def rotation(self, depth: int, n: int, like: Array) -> Any:
+        """Return the rotation of n rows of each sequence, in the dtype of `like`."""
+
+    def attend(self, depth: int, rows: MtpRows, q: Array, k: Array, v: Array) -> Array:
+        """Write the keys and values of rows of a depth, then attend from them.
+
+        The (1, heads, sequences * n, head_dim) queries give (sequences * n, heads, head_dim). The
+        rows have no outputs yet.
+        """
+
+
+@dataclass(frozen=True, eq=False)
+class CacheColumns:
+    """`DraftedColumns` of caches that are written and read one by one."""
+
+    ops: Operations
+    model: Any  # the backend's `MtpLayer`
+    blocks: Sequence[MtpBlock]
+
+    def rotation(self, depth: int, n: int, like: Array) -> Any:
+        positions = np.repeat([block.position + depth for block in self.blocks], n)
+        return self.model.rotation(positions, like)
+
+    def attend(self, depth: int, rows: MtpRows, q: Array, k: Array, v: Array) -> Array:
+        assert rows.paths is not None
+        before = rows.drafted - rows.paths.shape[1]
+        segments = [(x.cache, x.length + before, rows.paths.shape[1]) for x in self.blocks]
+        self.model.write(segments, k, v)
+        seen = rows.paths[:, :, hidden_depths(self.model.config, depth) :, None]
+        visible = (seen == self.ops.arange(rows.drafted, q)).any(2)
+        caches, lengths = [x.cache for x in self.blocks], [x.length for x in self.blocks]
+        return self.model.attend(q, caches, lengths, depth, visible)
 
 
 class MtpHead:
@@ -59,11 +98,30 @@ class MtpHead:
         self, blocks: Sequence[MtpBlock], options: TableOptions
     ) -> list[TransitionTable]:
         """Run each depth of all sequences as one batch of rows, and read all depths at once."""
-        ops, depths, batch = self.ops, blocks[0].depths, len(blocks)
-        width = min(options.m, MAX_PATHS if options.rows is None else options.rows, MAX_PATHS)
-        rows, arrays = self._start(blocks), list[Array]()
+        columns, depths = CacheColumns(self.ops, self.model, blocks), blocks[0].depths
+        outputs = self.ops.concatenate([block.output for block in blocks], 0)
+        noises = self.output.noise_by_depth(options.noise, depths)
+        found = self.search(columns, outputs, width_of(options), options, noises)
+        return tables(self.ops.read(found), depths, depths)
+
+    def search(
+        self,
+        columns: DraftedColumns,
+        outputs: Array,  # (B, hidden_size) of the roots' rows
+        width: int,  # see `width_of`
+        options: TableOptions,  # whose other sizes and noise are not used
+        noises: Iterable[Array | None],  # by depth, (B, Vd), added to the logits
+    ) -> list[Array]:
+        """Search the paths of B sequences, by arrays alone whose sizes the options fix.
+
+        Returns for each depth (B, size) arrays as `RecurrentHead.follow` does.
+        """
+        ops, batch, rows, arrays = self.ops, len(outputs), MtpRows(outputs), list[Array]()
         path_log_probs: Array | None = None
-        for depth, noise in enumerate(self.output.noise_by_depth(options.noise, depths)):
+        children: tuple[Array, Array] | None = None
+        for depth, noise in enumerate(noises):
+            if children is not None:
+                rows = self._step(columns, rows, depth, *children)
             n = len(rows.outputs) // batch
             logits = ops.float32(self.output.logits(self.model.norm(rows.outputs)))
             if noise is not None:
@@ -74,33 +132,25 @@ class MtpHead:
             log_probs = log_probs.reshape(batch, n * k)
             kept, path_log_probs = best_children(ops, path_log_probs, log_probs, k, width)
             arrays += [tokens, log_probs, kept]
-            if depth + 1 < depths:
-                rows = self._step(blocks, rows, depth + 1, ops.gather(tokens, kept), kept // k)
-        return [
-            TransitionTable.from_paths(numbers[::3], numbers[1::3], numbers[2::3])
-            for numbers in ops.read(arrays)
-        ]
+            children = ops.gather(tokens, kept), kept // k
+        return arrays
 
     def log_probs(self, block: MtpBlock, previous: NDArray[np.int32]) -> NDArray[np.float32]:
-        rows = self._start([block])
+        columns, rows = CacheColumns(self.ops, self.model, [block]), MtpRows(block.output)
         outputs = [rows.outputs]
         parents = self.ops.ids([[0]], rows.outputs)
         for depth in range(1, len(previous)):
             token = self.ops.ids([[int(previous[depth])]], rows.outputs)
-            rows = self._step([block], rows, depth, token, parents)
+            rows = self._step(columns, rows, depth, token, parents)
             outputs.append(rows.outputs)
         logits = self.output.logits(self.model.norm(self.ops.concatenate(outputs, 0)))
         log_probs = self.output.over_target_vocabulary(self.ops.log_softmax(logits))
-        return on_host(self.ops, log_probs)
-
-    def _start(self, blocks: Sequence[MtpBlock]) -> MtpRows:
-        outputs = self.ops.concatenate([block.output for block in blocks], 0)
-        none = self.ops.zeros((len(blocks), 1, 0), self.ops.eye(1, outputs))
-        return MtpRows(outputs, none)
+        (found,) = self.ops.read([log_probs])
+        return found
 
     def _step(
         self,
-        blocks: Sequence[MtpBlock],
+        columns: DraftedColumns,
         rows: MtpRows,
         depth: int,
         tokens: Array,  # (sequences, n) of the target's vocabulary
@@ -108,21 +158,28 @@ class MtpHead:
     ) -> MtpRows:
         """Return the rows of tokens, which follow rows of the depth before."""
         (batch, n), ops, model = tokens.shape, self.ops, self.model
-        before, drafted = rows.visible.shape[1:]
+        before = len(rows.outputs) // batch
         places = (parents + before * ops.arange(batch, parents)[:, None]).reshape(-1)
         states = model.feedback(ops.take(rows.outputs, places))
         y, residual = model.read(self.output.embed(tokens.reshape(-1)), states)
-        positions = np.repeat([block.position + depth for block in blocks], n)
-        rotation = model.rotation(positions, y)
+        itself = ops.broadcast_to(rows.drafted + ops.arange(n, y), (batch, n))
+        paths = itself[:, :, None]
+        if rows.paths is not None:
+            ancestors = ops.take(rows.paths.reshape(batch * before, -1), places)
+            paths = ops.concatenate([ancestors.reshape(batch, n, -1), paths], 2)
+        new = MtpRows(rows.outputs, paths, rows.drafted + n)
+        rotation = columns.rotation(depth, n, y)
         q, gate = model.layer.self_attn.queries(y, rotation)
         k, v = model.layer.self_attn.keys_and_values(y, rotation)
-        model.write([(block.cache, block.length + drafted, n) for block in blocks], k, v)
-        seen = rows.visible.reshape(batch * before, drafted)
-        ancestors = ops.take(seen, places).reshape(batch, n, drafted)
-        itself = ops.broadcast_to(ops.eye(n, y), (batch, n, n))
-        visible = ops.concatenate([ancestors, itself], 2)
-        if hidden := hidden_rows(model.config, rows.sizes, depth):
-            visible[:, :, :hidden] = False
-        caches, lengths = [block.cache for block in blocks], [block.length for block in blocks]
-        attended = model.attend(q, caches, lengths, depth, visible)
-        return MtpRows(model.finish(attended, gate, residual), visible, (*rows.sizes, n))
+        attended = columns.attend(depth, new, q, k, v)
+        return replace(new, outputs=model.finish(attended, gate, residual))
+
+
+def width_of(options: TableOptions) -> int:
+    """Return the most paths that are expanded at a depth."""
+    return min(options.m, MAX_PATHS if options.rows is None else options.rows, MAX_PATHS)
+
+
+def rows_by_depth(k: int, width: int, depths: int) -> list[int]:
+    """Return how many rows a sequence has at the depths after the root's."""
+    return [min(k ** min(depth, width), width) for depth in range(1, depths)]

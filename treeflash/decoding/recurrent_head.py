@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treeflash.decoding.interfaces import TableOptions
-from treeflash.decoding.transitions import TransitionTable
+from treeflash.decoding.transitions import PathBatch, TransitionTable
 from treeflash.drafters.heads.operations import Array, Operations, RecurrentCell, Slots
 
 
@@ -38,11 +38,6 @@ def best_children(
     return kept, ops.gather(children, kept)
 
 
-def on_host(ops: Operations, x: Array) -> NDArray[np.float32]:
-    """Return an (n, size) float32 array of the framework as one of NumPy."""
-    return np.stack([row for (row,) in ops.read([x])])
-
-
 class RecurrentHead:
     """`treeflash.decoding.interfaces.ARHead` for a head with a state for each path.
 
@@ -57,82 +52,111 @@ class RecurrentHead:
         self.module, self.output = module, output
 
     def transitions(self, blocks: Sequence[Any], options: TableOptions) -> list[TransitionTable]:
-        """Compute the logits of all sequences together, then follow the paths of each sequence.
-
-        One read from the device gets the tables of all sequences.
-        """
-        hidden = self.ops.concatenate([block.hidden for block in blocks], 0)
-        slots, depths = Slots.read(self.output, hidden), len(hidden) // len(blocks)
-        logits = self.output.logits(slots.normed)
+        """Follow the paths of all sequences together; one read from the device gets all tables."""
+        slots = self.ops.stack([block.slots for block in blocks], 0)
+        before = self.ops.ids([block.before for block in blocks], slots)
+        roots = self.ops.ids([block.root for block in blocks], slots)
         (noise,) = self.output.noise_by_depth(options.noise, 1)  # of all depths, as the logits
-        if noise is not None:
-            logits = logits + noise
-        found: list[Array] = []
-        for i, block in enumerate(blocks):
-            part = slice(i * depths, (i + 1) * depths)
-            own = hidden[part], slots.normed[part], logits[part]
-            root = self.ops.arange(1, logits) + block.root
-            state = self.module.start(self.output, block)
-            found += self.follow(options, *own, root, state)
-        (numbers,) = self.ops.read(found)
-        size = len(numbers) // len(blocks)
-        by_block = (numbers[i : i + size] for i in range(0, len(numbers), size))
-        parts = size // depths
-        return [TransitionTable.from_paths(*(x[i::parts] for i in range(parts))) for x in by_block]
+        depths = len(blocks[0].hidden)
+        found = self.follow(options, slots, before, roots, depths, noise)
+        return tables(self.ops.read(found), depths, depths)
 
     def log_probs(self, block: Any, previous: NDArray[np.int32]) -> NDArray[np.float32]:
         ops, slots = self.ops, Slots.read(self.output, block.hidden)
-        logits, state = self.output.logits(slots.normed), self.module.start(self.output, block)
+        logits = self.output.logits(slots.normed)
+        before = ops.ids([block.before], logits)
+        state = self.module.start(self.output, block.slots[None], before)
         rows = []
         for depth, token in enumerate(previous.tolist()):
             state, queries = self.module.step(slots, state, ops.ids([token], logits), depth)
             bias = ops.as_linear(self.module.token_rows, queries)
             rows.append(ops.float32(logits[depth]) + ops.float32(bias))
         log_probs = ops.log_softmax(ops.concatenate(rows, 0))
-        return on_host(ops, self.output.over_target_vocabulary(log_probs))
+        (found,) = ops.read([self.output.over_target_vocabulary(log_probs)])
+        return found
 
     def follow(
         self,
-        options: TableOptions,
-        hidden: Array,  # (D, hidden_size) of the slots, as `normed`
-        normed: Array,
-        logits: Array,  # (D, Vd) of the slots, with their noise
-        root: Array,  # (1,) token
-        state: Array,  # the result of `RecurrentCell.start`
-    ) -> Sequence[Array]:
-        """Follow the paths of one sequence, by arrays alone whose sizes the options fix.
+        options: TableOptions,  # whose noise is not used
+        hidden: Array,  # (B, S, hidden_size) outputs of the drafter at all slots of B blocks
+        before: Array,  # (B,) tokens before the roots
+        roots: Array,  # (B,) tokens
+        depths: int,  # D
+        noise: Array | None,  # (B * D, Vd), added to the logits
+        limits: Array | None = None,  # see `shortlist`
+    ) -> list[Array]:
+        """Follow the paths of B sequences, by arrays alone whose sizes the options fix.
 
-        Returns (1, size) arrays for each depth: the tokens and log probabilities of all children,
+        Returns (B, size) arrays for each depth: the tokens and log probabilities of all children,
         the children that are the next rows and, of some heads, the confidences of the rows.
         """
-        ops, module, temperature = self.ops, self.module, options.temperature
+        ops, module, temperature, blocks = self.ops, self.module, options.temperature, len(roots)
         width = options.m if options.rows is None else min(options.m, options.rows)
+        first = self.output.config.first_slot
+        outputs = hidden[:, first : first + depths].reshape(blocks * depths, -1)
+        slots = Slots.read(self.output, outputs, blocks)
+        state = module.start(self.output, hidden, before)
+        logits = self.output.logits(slots.normed)
+        if noise is not None:
+            logits = logits + noise
         vocab = keys = mass = None
         if options.shortlist is not None and options.shortlist < logits.shape[1]:
             scaled = ops.float32(logits)
             marginal = ops.log_softmax(scaled if temperature == 1 else scaled / temperature)
-            (vocab,) = ops.largest(ops.amax(marginal, 0)[None], options.shortlist)
-            mass = ops.logsumexp(marginal[:, vocab])
-            keys, logits = module.token_rows(vocab), logits[:, vocab]
-        k = min(options.k, logits.shape[1])
-        slots, previous = Slots(self.output, hidden, normed), root
+            marginal = marginal.reshape(blocks, depths, -1)
+            vocab, excluded = self.shortlist(marginal, options.shortlist, limits)
+            of_slots = ops.repeat(vocab, depths)
+            logits, marginal = (
+                ops.gather(x.reshape(blocks * depths, -1), of_slots) for x in (logits, marginal)
+            )
+            if excluded is not None:
+                of_slots = ops.repeat(excluded, depths)
+                logits, marginal = logits + of_slots, marginal + of_slots
+            mass = ops.logsumexp(marginal).reshape(blocks, depths, 1)
+            keys = module.token_rows(vocab).swapaxes(1, 2)
+        logits = logits.reshape(blocks, depths, -1)
+        k, previous = min(options.k, logits.shape[2]), roots
         path_log_probs: Array | None = None
         arrays: list[Array] = []
-        for depth in range(len(logits)):
+        for depth in range(depths):
             state, queries = module.step(slots, state, previous, depth)
-            table = module.token_rows
-            bias = ops.as_linear(table, queries) if keys is None else queries @ keys.T
-            scores = ops.float32(logits[depth]) + ops.float32(bias)
-            tokens, log_probs = ops.top_log_probs(scores, k, temperature)
+            n = len(queries) // blocks  # paths of a block
+            if keys is None:
+                bias = ops.as_linear(module.token_rows, queries).reshape(blocks, n, -1)
+            else:
+                bias = queries.reshape(blocks, n, -1) @ keys
+            scores = ops.float32(logits[:, depth, None]) + ops.float32(bias)
+            tokens, log_probs = ops.top_log_probs(scores.reshape(blocks * n, -1), k, temperature)
+            tokens, log_probs = tokens.reshape(blocks, n * k), log_probs.reshape(blocks, n * k)
             if vocab is not None and mass is not None:
-                tokens, log_probs = vocab[tokens], log_probs + mass[depth]
-            tokens = self.output.to_target(tokens).reshape(1, -1)
-            log_probs = log_probs.reshape(1, -1)
+                tokens, log_probs = ops.gather(vocab, tokens), log_probs + mass[:, depth]
+            tokens = self.output.to_target(tokens)
             kept, path_log_probs = best_children(ops, path_log_probs, log_probs, k, width)
             arrays += [tokens, log_probs, kept]
-            rows = ops.full(previous.shape, depth, previous)
+            block = ops.arange(blocks, kept)[:, None]
+            rows = ops.repeat((block * depths + depth)[:, 0], n)
             if (confidence := module.confidence(slots, previous, rows)) is not None:
-                arrays.append(confidence[None])
-            previous = ops.gather(tokens, kept)[0]
-            state = ops.take(state, kept[0] // k)
+                arrays.append(confidence.reshape(blocks, n))
+            previous = ops.gather(tokens, kept).reshape(-1)
+            state = ops.take(state, (kept // k + n * block).reshape(-1))
         return arrays
+
+    def shortlist(
+        self, marginals: Array, size: int, limits: Array | None
+    ) -> tuple[Array, Array | None]:
+        """Choose shortlists, (B, size) ascending tokens, from (B, D, Vd) marginals.
+
+        A backend that computes more than it was asked for, so that CUDA graphs are shared, gives
+        itself limits, and returns what excludes the tokens beyond them: (B, size) float32, each 0
+        or -inf.
+        """
+        return self.ops.largest(self.ops.amax(marginals, 1), size), None
+
+
+def tables(numbers: Sequence[NDArray[Any]], depths: int, wanted: int) -> list[TransitionTable]:
+    """Return the tables of B sequences, from the result of `RecurrentHead.follow` in NumPy.
+
+    The arrays are of `depths`, of which the first ones are `wanted`.
+    """
+    parts = len(numbers) // depths  # arrays of a depth
+    return PathBatch(*(numbers[i : wanted * parts : parts] for i in range(parts))).tables()

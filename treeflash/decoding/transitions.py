@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -172,28 +173,15 @@ class TransitionTable:
         """Build the table of a recurrent head, in which a row follows a path, not one token.
 
         Args:
-            tokens: by depth, (n, K) or (n * K,) int32 children of n paths; at depth 1 of the root
-                alone.
-            log_probs: by depth, float32 log probabilities of the children, of either shape.
+            tokens: by depth, (n, K) int32 children of n paths; at depth 1 of the root alone.
+            log_probs: by depth, (n, K) float32 of the children.
             kept: by depth, (n',) indices into the n * K children: the children that are the rows of
                 the next depth, in order. Not used at the last depth.
             confidences: by depth, (n,) float32 of the rows; None if the head states none.
         """
-        depths, k = len(tokens), tokens[0].size
-        m = max(rows.size for rows in tokens) // k
-        table_tokens = np.zeros((depths, m, k), np.int32)
-        table_log_probs = np.full((depths, m, k), -np.inf, np.float32)
-        next_row = np.full((depths, m, k), -1, np.int32)
-        table_confidences = None if confidences is None else np.ones((depths, m), np.float32)
-        for depth, rows in enumerate(tokens):
-            n = rows.size // k
-            table_tokens[depth, :n] = rows.reshape(n, k)
-            table_log_probs[depth, :n] = log_probs[depth].reshape(n, k)
-            if depth + 1 < depths:
-                next_row[depth].reshape(-1)[kept[depth]] = np.arange(len(kept[depth]))
-            if confidences is not None and table_confidences is not None:
-                table_confidences[depth, :n] = confidences[depth]
-        return cls(table_tokens, table_log_probs, next_row, table_confidences)
+        children = [x.reshape(1, -1) for x in tokens], [x.reshape(1, -1) for x in log_probs]
+        known = None if confidences is None else [x[None] for x in confidences]
+        return PathBatch(*children, [x[None] for x in kept], known).dense(0)
 
     def truncate(self, depths: int) -> TransitionTable:
         """Truncate the table of the first depths, at least 1; the same table if it has no more."""
@@ -241,23 +229,88 @@ def _matching_rows(previous: NDArray[np.int32], tokens: NDArray[np.int32]) -> ND
     return np.where(ordered[nearest] == wanted, order[nearest] % previous.shape[1], -1)
 
 
-class RowBatch:
-    """The rows that an AR head scored for several sequences, and their tables.
+class TableBatch(ABC):
+    """The rows of several sequences' tables.
 
-    Rows are numbered through all sequences. The last one stands for the row of a child that has
-    none: no child of it is possible. The rows of a depth of a sequence are a group; the last group
-    is empty, and stands for the depth after the last one.
+    Rows are numbered through all sequences, which have equally many. The last one stands for the
+    row of a child that has none: no child of it is possible.
 
     Attributes:
-        shape: (D, M) of each table.
+        depths: of each table.
         rows: of each sequence.
         tokens: (rows, K) int32 children.
         log_probs: (rows, K) float32 of the children, as the head gave them.
         confidences: (rows,) float32; None if the head states none.
+        first_row: (sequences,) the row of each sequence's root.
+    """
+
+    def __init__(
+        self,
+        tokens: NDArray[np.int32],
+        log_probs: NDArray[np.float32],
+        confidences: NDArray[np.float32] | None,
+        depths: int,
+    ) -> None:
+        """Join the (B, n, K) tokens and log probabilities, and the (B, n) confidences, of rows.
+
+        Raises what `TransitionTable` raises.
+        """
+        count, rows, k = tokens.shape
+        self.depths, self.rows, total = depths, rows, count * rows
+        none = np.full((1, k), -np.inf, np.float32)
+        self.log_probs = np.concatenate([check_log_probs(log_probs).reshape(total, k), none])
+        self.tokens = np.concatenate([tokens.reshape(total, k), np.zeros((1, k), np.int32)])
+        self.confidences = None
+        if confidences is not None:
+            self.confidences = np.append(confidences.ravel(), np.float32(1))
+        self.first_row = rows * np.arange(count)
+
+    @abstractmethod
+    def dense(self, i: int) -> TransitionTable:
+        """Return the table of a sequence with arrays of all D * M rows."""
+
+    @abstractmethod
+    def following(self, rows: NDArray[np.integer], ranks: NDArray[np.integer]) -> NDArray[np.int32]:
+        """Return the rows that follow some children, (n,); the last row stands for none."""
+
+    @abstractmethod
+    def row_after(self, row: int, rank: int) -> int:
+        """Return the row that follows one child."""
+
+    def tables(self) -> list[TransitionTable]:
+        """Return the table of each sequence, from which `draft_trees` finds the batch again."""
+        return [
+            TransitionTable.deferred(partial(self.dense, i), self.depths, source=(self, i))
+            for i in range(len(self.first_row))
+        ]
+
+    def path(self, i: int, tokens: Sequence[int]) -> Iterator[tuple[int, int]]:
+        """Yield the rows of a sequence that its tokens lead through, and each token's rank.
+
+        The rank is -1 if the token is no child of the row, which then is the last one.
+        """
+        row, none = int(self.first_row[i]), len(self.tokens) - 1
+        for token in tokens:
+            children = self.tokens[row].tolist()
+            rank = children.index(token) if token in children else -1
+            if rank >= 0 and self.log_probs[row, rank] == -np.inf:
+                rank = -1
+            yield row, rank
+            if rank < 0 or (row := self.row_after(row, rank)) == none:
+                return
+
+
+class RowBatch(TableBatch):
+    """The rows that an AR head scored, one for each previous token.
+
+    The rows of a depth of a sequence are a group; the last group is empty, and stands for the depth
+    after the last one.
+
+    Attributes:
+        shape: (D, M) of each table.
         previous: (groups, M) int32 previous token of each row of a group; -1 for no row.
         row_at: (groups, M) int32 the row.
         next_group: (rows,) int32 the group of the rows that follow a row's children.
-        first_row: (sequences,) the row of each sequence's root.
     """
 
     def __init__(
@@ -273,17 +326,11 @@ class RowBatch:
 
         Raises what `TransitionTable` raises.
         """
-        (depths, m), (count, rows, k) = shape, tokens.shape
-        self.shape, self.rows = shape, rows
+        (depths, m), (count, rows, _) = shape, tokens.shape
+        super().__init__(tokens, log_probs, confidences, depths)
+        self.shape = shape
         self.arguments = places, previous, tokens, log_probs, confidences
         total, groups = count * rows, count * depths
-        none = np.full((1, k), -np.inf, np.float32)
-        self.log_probs = np.concatenate([check_log_probs(log_probs).reshape(total, k), none])
-        self.tokens = np.concatenate([tokens.reshape(total, k), np.zeros((1, k), np.int32)])
-        self.confidences = None
-        if confidences is not None:
-            self.confidences = np.append(confidences.ravel(), np.float32(1))
-        self.first_row = rows * np.arange(count)
         depth, place = np.divmod(places, m)
         group = depth + depths * np.arange(count)[:, None]
         self.previous = np.full((groups + 1, m), -1, np.int32)
@@ -296,16 +343,7 @@ class RowBatch:
             following[:, 1:] = np.where(depth + 1 < depths, group + 1, groups)
         self.next_group = np.append(following.ravel(), np.int32(groups))
 
-    def tables(self) -> list[TransitionTable]:
-        """Return the table of each sequence, from which `draft_trees` finds the batch again."""
-        depths = self.shape[0]
-        return [
-            TransitionTable.deferred(partial(self.dense, i), depths, source=(self, i))
-            for i in range(len(self.first_row))
-        ]
-
     def dense(self, i: int) -> TransitionTable:
-        """Return the table of a sequence with arrays of all D * M rows."""
         places, previous, tokens, log_probs, confidences = self.arguments
         return TransitionTable.from_rows(
             *(places[i], previous[i], tokens[i], log_probs[i], self.shape),
@@ -313,7 +351,6 @@ class RowBatch:
         )
 
     def following(self, rows: NDArray[np.integer], ranks: NDArray[np.integer]) -> NDArray[np.int32]:
-        """Return the rows that follow some children, (n,); the last row stands for none."""
         groups = self.next_group[rows]
         matching = self.previous[groups] == self.tokens[rows, ranks][:, None]
         place = matching.argmax(1)
@@ -322,23 +359,70 @@ class RowBatch:
         )
         return found
 
-    def path(self, i: int, tokens: Sequence[int]) -> Iterator[tuple[int, int]]:
-        """Yield the rows of a sequence that its tokens lead through, and each token's rank.
+    def row_after(self, row: int, rank: int) -> int:
+        group, token = self.next_group[row], int(self.tokens[row, rank])
+        previous = self.previous[group].tolist()
+        if token not in previous:
+            return len(self.tokens) - 1
+        return int(self.row_at[group, previous.index(token)])
 
-        The rank is -1 if the token is no child of the row, which then is the last one.
+
+class PathBatch(TableBatch):
+    """The rows of a head that follows paths: each row follows one child.
+
+    Attributes:
+        next_row: (rows, K) int32 the row that follows each child.
+    """
+
+    def __init__(
+        self,
+        tokens: Sequence[NDArray[np.int32]],
+        log_probs: Sequence[NDArray[np.float32]],
+        kept: Sequence[NDArray[np.integer]],
+        confidences: Sequence[NDArray[np.float32]] | None = None,
+    ) -> None:
+        """Join the paths of B sequences; `TransitionTable.from_paths` has the arguments of each.
+
+        The arrays of a depth are (B, n * K), (B, n * K), (B, n') and (B, n). Raises what
+        `TransitionTable` raises.
         """
-        row = int(self.first_row[i])
-        for token in tokens:
-            children = self.tokens[row].tolist()
-            rank = children.index(token) if token in children else -1
-            if rank >= 0 and self.log_probs[row, rank] == -np.inf:
-                rank = -1
-            yield row, rank
-            group = self.next_group[row]
-            previous = self.previous[group].tolist()
-            if rank < 0 or token not in previous:
-                return
-            row = int(self.row_at[group, previous.index(token)])
+        depths, (count, k) = len(tokens), tokens[0].shape
+        m = max(x.shape[1] for x in tokens) // k
+        shape, total = (count, depths, m * k), count * depths * m
+        all_tokens, all_log_probs = np.zeros(shape, np.int32), np.full(shape, -np.inf, np.float32)
+        next_row = np.full(shape, total, np.int32)
+        known = None if confidences is None else np.ones((count, depths, m), np.float32)
+        for depth, children in enumerate(tokens):
+            all_tokens[:, depth, : children.shape[1]] = children
+            all_log_probs[:, depth, : children.shape[1]] = log_probs[depth]
+            if known is not None and confidences is not None:
+                known[:, depth, : confidences[depth].shape[1]] = confidences[depth]
+            if depth + 1 < depths:
+                first = m * (depth + 1 + depths * np.arange(count)[:, None])
+                rows = first + np.arange(kept[depth].shape[1])
+                np.put_along_axis(next_row[:, depth], kept[depth], rows, 1)
+        by_row = count, depths * m, k
+        super().__init__(all_tokens.reshape(by_row), all_log_probs.reshape(by_row), known, depths)
+        self.next_row = np.append(next_row.reshape(total, k), np.full((1, k), total, np.int32), 0)
+
+    def dense(self, i: int) -> TransitionTable:
+        part, m = slice(i * self.rows, (i + 1) * self.rows), self.rows // self.depths
+        shape = self.depths, m, self.tokens.shape[1]
+        next_row = self.next_row[part]
+        next_row = np.where(next_row == len(self.tokens) - 1, -1, next_row % m)
+        return TransitionTable(
+            self.tokens[part].reshape(shape),
+            self.log_probs[part].reshape(shape),
+            next_row.reshape(shape),
+            None if self.confidences is None else self.confidences[part].reshape(shape[:2]),
+        )
+
+    def following(self, rows: NDArray[np.integer], ranks: NDArray[np.integer]) -> NDArray[np.int32]:
+        found: NDArray[np.int32] = self.next_row[rows, ranks]
+        return found
+
+    def row_after(self, row: int, rank: int) -> int:
+        return int(self.next_row[row, rank])
 
 
 def tables_of_rows(

@@ -13,7 +13,7 @@ committed positions, so that the state which a draft passes on is all that its c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -155,13 +155,10 @@ def first_visible(config: MtpConfig, length: int, depth: int) -> int:
     return 0 if window is None else min(max(length + depth - window, 0), length)
 
 
-def hidden_rows(config: MtpConfig, sizes: Sequence[int], depth: int) -> int:
-    """Return how many of the first drafted rows are too far from rows of a depth to be seen.
-
-    `sizes` are the numbers of rows of the depths before.
-    """
+def hidden_depths(config: MtpConfig, depth: int) -> int:
+    """Return at how many of the first depths drafted rows are too far to be seen from a depth."""
     (window,) = config.sliding_windows
-    return 0 if window is None else sum(sizes[: max(depth - window, 0)])
+    return 0 if window is None else max(depth - window, 0)
 
 
 def mtp_shapes(config: MtpConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:

@@ -7,7 +7,7 @@ all previous tokens. All scores are logits before the temperature.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -365,7 +365,11 @@ class CorrelationHead(CandidateHead):
     def __init__(self, model: DrafterModel, scores: Correlation) -> None:
         self.model, self.scores, self.vocab_size = model, scores, model.target.vocab_size
 
-    def candidates(self, block: Block) -> tuple[Ints, Array, Array]:
+    def candidates(self, blocks: Sequence[Block]) -> tuple[Ints, Array, Array]:
+        tokens, log_probs, scores = zip(*map(self._candidates, blocks), strict=True)
+        return np.stack(tokens), np.stack(log_probs), np.stack(scores)
+
+    def _candidates(self, block: Block) -> tuple[Ints, Array, Array]:
         slots = block.slots[self.model.config.first_slot :]
         marginal = log_softmax(self.model.logits(slots))
         order = np.argsort(-marginal, axis=-1, kind="stable")

@@ -239,8 +239,10 @@ class DrafterTests:
             assert backend.drafter is not None
             blocks = backend.drafter.draft(roots, depths)
             tables = backend.drafter.marginals(blocks, options)
+            config = backend.drafter_config
+            assert isinstance(config, DrafterConfig)
             # A recurrent head has a row for each path instead of each token.
-            if backend.head is not None and dialect not in ("deepspec-rnn", "specforge-domino"):
+            if backend.head is not None and not config.head_state_size:
                 tables += backend.head.transitions(blocks, options)
             return tables
 

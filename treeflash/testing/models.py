@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from treeflash.drafters.folder import read_config, read_tensors
+from treeflash.drafters.formats import head_shapes, parse_drafter_config
 
 Tensors = dict[str, NDArray[Any]]
 
@@ -478,6 +479,23 @@ def _domino(config: Config, tensors: Tensors, rng: Generator) -> None:
     tensors["embed_proj.2.weight"] = normal(rng, config["vocab_size"], RANK, scale=0.7)
 
 
+def _lilicorr(config: Config, tensors: Tensors, rng: Generator) -> None:
+    """Build NVIDIA's transformer over the candidates, narrower than the drafter."""
+    config["architectures"] = ["LiLiCorrDraftModel"]
+    sizes = {"candidate_topk": CANDIDATES, "factor_dim": RANK, "hidden_size": 16, "num_layers": 2}
+    factors = {"num_heads": 2, "mlp_ratio": 2.0, "vector_eps": 1e-4, "logit_scale": 4.0}
+    named = {f"lilicorr_{name}": value for name, value in (sizes | factors).items()}
+    config["dflash_config"] |= {"projector_type": "lilicorr", "lilicorr_enabled": True, **named}
+    _head(config, tensors, rng)
+
+
+def _head(config: Config, tensors: Tensors, rng: Generator) -> None:
+    """Add random tensors of the configuration's head."""
+    for name, shape in head_shapes(parse_drafter_config(config), 0, None).items():
+        is_norm = name.endswith("norm.weight")
+        tensors[name] = norm(rng, *shape) if is_norm else normal(rng, *shape, scale=0.35)
+
+
 def _speculators(
     config: Config, tensors: Tensors, rng: Generator, *, kind: str, head: str | None, reduced: bool
 ) -> None:
@@ -508,6 +526,9 @@ def _speculators(
         "draft_vocab_size": DRAFT_VOCAB_SIZE if reduced else layers["vocab_size"],
         **settings,
     }
+    if kind == "xpress":
+        config["xpress_rank"] = RANK
+        _head(config, tensors, rng)
 
 
 DIALECTS: dict[str, Callable[[Config, Tensors, Generator], None]] = {
@@ -524,6 +545,8 @@ DIALECTS: dict[str, Callable[[Config, Tensors, Generator], None]] = {
     "speculators-dflash": partial(_speculators, kind="dflash", head=None, reduced=True),
     "speculators-dflash2": partial(_speculators, kind="dflash2", head=None, reduced=False),
     "speculators-dspark": partial(_speculators, kind="dspark", head="gated", reduced=True),
+    "speculators-xpress": partial(_speculators, kind="xpress", head=None, reduced=True),
+    "lilicorr": _lilicorr,
 }
 """By name, the changes that make a plain DFlash drafter one of the dialect."""
 

@@ -14,6 +14,7 @@ from treeflash.decoding.batch_trees import Outcome, draft_trees, observe
 from treeflash.decoding.transitions import (
     EXPONENTS,
     Calibration,
+    PathBatch,
     TransitionTable,
     tables_of_rows,
 )
@@ -43,15 +44,22 @@ class Batch:
         depth = np.concatenate([np.zeros((self.count, 1), int), self.places // m], 1)
         following = tokens[np.arange(self.count)[:, None], depth + 1, : max(m, k) + 1]
         self.tokens = random.permuted(following, axis=2)[..., :k]
-        probs = random.dirichlet(np.full(k, 0.4), (self.count, 1 + n))
-        log_probs = np.log(0.97 * -np.sort(-probs) + 1e-9)
-        if equal:
-            log_probs = np.minimum(np.round(2 * log_probs) / 2, 0)
-        absent = np.arange(k) >= random.integers(0, 2 * k + 1, (self.count, 1 + n, 1))
-        self.log_probs = np.where(absent, -np.inf, log_probs).astype(np.float32)
+        self.log_probs = self.random_log_probs((self.count, 1 + n, k), equal=equal)
         self.confidences = None
         if seed % 3 == 0:
             self.confidences = random.random((self.count, 1 + n)).astype(np.float32)
+
+    def random_log_probs(self, shape, *, equal):
+        probs = self.random.dirichlet(np.full(shape[2], 0.4), shape[:2])
+        log_probs = np.log(0.97 * -np.sort(-probs) + 1e-9)
+        if equal:
+            log_probs = np.minimum(np.round(2 * log_probs) / 2, 0)
+        present = self.random.integers(0, 2 * shape[2] + 1, (*shape[:2], 1))
+        absent = np.arange(shape[2]) >= present
+        return np.where(absent, -np.inf, log_probs).astype(np.float32)
+
+    def tables(self):
+        return tables_of_rows(*self.arguments())
 
     def arguments(self):
         return self.places, self.previous, self.tokens, self.log_probs, self.shape, self.confidences
@@ -81,6 +89,37 @@ class Batch:
         return [*tokens, int(self.random.integers(VOCAB))]
 
 
+class Paths(Batch):
+    """Rows of random heads that follow paths; some children have equal tokens."""
+
+    def __init__(self, seed, *, equal=False):
+        self.random = random = np.random.default_rng(seed)
+        self.count = int(random.integers(1, 9))
+        depths, m, k = (int(random.integers(1, 7)) for _ in range(3))
+        self.shape, n = (depths, m), 1
+        self.parts = [], [], [], []
+        for _ in range(depths):
+            tokens = np.tile(np.arange(VOCAB, dtype=np.int32), (self.count, n, 1))
+            children = (
+                random.permuted(tokens, axis=2)[..., :k],
+                self.random_log_probs((self.count, n, k), equal=equal),
+            )
+            order = random.permuted(np.tile(np.arange(n * k), (self.count, 1)), axis=1)
+            stated = random.random((self.count, n)).astype(np.float32)
+            for part, x in zip(self.parts, (*children, order[:, :m], stated), strict=True):
+                part.append(x)
+            n = min(m, n * k)
+        if seed % 3:
+            self.parts = self.parts[:3]
+
+    def tables(self):
+        flat = [[x.reshape(self.count, -1) for x in part] for part in self.parts]
+        return PathBatch(*flat).tables()
+
+    def plain(self, i):
+        return TransitionTable.from_paths(*([x[i] for x in part] for part in self.parts))
+
+
 def assert_equal_arrays(actual, expected, names):
     for name in names:
         one, other = getattr(actual, name), getattr(expected, name)
@@ -92,11 +131,12 @@ def assert_equal_arrays(actual, expected, names):
 
 @pytest.mark.parametrize("together", [True, False])
 @pytest.mark.parametrize("equal", [False, True], ids=["", "equal probabilities"])
+@pytest.mark.parametrize("kind", [Batch, Paths])
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 10**6))
-def test_trees_are_those_of_each_sequence_alone(together, equal, seed):
-    batch = Batch(seed, equal=equal)
-    tables = tables_of_rows(*batch.arguments())
+def test_trees_are_those_of_each_sequence_alone(together, equal, kind, seed):
+    batch = kind(seed, equal=equal)
+    tables = batch.tables()
     ours, theirs = batch.calibrations()
     nodes = batch.random.integers(1, 20, batch.count).tolist()
     with pytest.MonkeyPatch.context() as patch:
@@ -110,11 +150,12 @@ def test_trees_are_those_of_each_sequence_alone(together, equal, seed):
         assert_equal_arrays(table, expected, names)
 
 
+@pytest.mark.parametrize("kind", [Batch, Paths])
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 10**6))
-def test_calibrations_learn_what_each_would_alone(seed):
-    batch = Batch(seed)
-    tables = tables_of_rows(*batch.arguments())
+def test_calibrations_learn_what_each_would_alone(kind, seed):
+    batch = kind(seed)
+    tables = batch.tables()
     ours, theirs = batch.calibrations()
     texts = [batch.text(i) for i in range(batch.count)]
     observe([Outcome(*parts) for parts in zip(ours, tables, texts, strict=True)])

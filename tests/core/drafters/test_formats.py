@@ -317,6 +317,8 @@ MEANINGS = {
     "speculators-dflash": ("speculators", None, 1, (0, 2)),
     "speculators-dflash2": ("speculators", "selector", 1, (0, 2)),
     "speculators-dspark": ("speculators", "gated", 0, (0, 2)),
+    "speculators-xpress": ("speculators", "xpress", 1, (0, 2)),
+    "lilicorr": ("LiLiCorr", "lilicorr", 1, (0, 2)),
 }
 
 
@@ -353,7 +355,7 @@ def test_meaning(write: Callable[[str], Path], dialect: str) -> None:
     assert config.depths == 6 - first_slot
     assert config.target_layer_ids == layers
     assert config.confidence_head == (head in ("vanilla", "gated", "rnn"))
-    assert (config.head_state_size > 0) == (head in ("rnn", "domino"))
+    assert (config.head_state_size > 0) == (head in ("rnn", "domino", "xpress"))
     if name == "speculators":  # which has no such factors
         assert (config.input_scale, config.output_multiplier) == (1, 1)
     assert unknown_keys(read_config(folder)) == []

@@ -36,7 +36,7 @@ class Domino(RecurrentCell):
         state = self.prefix_gru(slots.output.embed(previous), state)
         if depth + 1 < self.config.head_from_depth:
             return state, self.ops.zeros((len(state), self.config.head_rank), state)
-        normed = self.ops.broadcast_to(slots.normed[depth], (len(state), slots.normed.shape[-1]))
+        normed = self.of_paths(slots.at(depth), len(state))
         return state, self.ops.silu(self.embed_proj[0](self.ops.concatenate([normed, state], -1)))
 
 

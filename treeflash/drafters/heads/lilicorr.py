@@ -32,12 +32,12 @@ class BiasedAttention:
         self.out_proj = self.ops.linear(width, width)
 
     def forward(self, x: Array, bias: Array) -> Array:
-        """Return the (n, width) from (n, width) and a (heads, n, n) bias."""
+        """Return the (blocks, n, width) from (blocks, n, width) and a (heads, n, n) bias."""
         qkv = x @ self.in_proj_weight.T + self.in_proj_bias
-        parts = qkv.reshape(len(x), 3, self.heads, -1)
-        q, k, v = (parts[:, i].swapaxes(0, 1) for i in range(3))
+        parts = qkv.reshape(*x.shape[:2], 3, self.heads, -1)
+        q, k, v = (parts[:, :, i].swapaxes(1, 2) for i in range(3))
         y = self.ops.attention(q, k, v, bias)
-        return self.out_proj(y.swapaxes(0, 1).reshape(len(x), -1))
+        return self.out_proj(y.swapaxes(1, 2).reshape(x.shape))
 
 
 class CorrelationLayer:
@@ -53,7 +53,7 @@ class CorrelationLayer:
         self.mlp = ops.children([ops.linear(w, inner), ops.activation(), ops.linear(inner, w)])
 
     def forward(self, x: Array, bias: Array) -> Array:
-        """Return the (n, w) nodes from (n, w) nodes and a (heads, n, n) bias."""
+        """Return the (blocks, n, w) nodes from (blocks, n, w) nodes and a (heads, n, n) bias."""
         x = x + self.attn(self.attn_norm(x), bias)
         y = self.mlp_norm(x)
         for part in self.mlp:
@@ -90,34 +90,37 @@ class Correlation(Head):
         self.layers = ops.children([layer(shape, eps) for _ in range(shape.layers)])
 
     def forward(self, embedded: Array, normed: Array, log_probs: Array, anchor: Array) -> Array:
-        """Return the (S - 1, k, k) scores of candidates after the candidates of the slot before.
+        """Return the (B, D, k, k) scores of candidates after the candidates of the slot before.
 
-        From (S - 1, k, hidden_size) embeddings of candidates, best first, (S - 1, hidden_size) u,
-        the (S - 1, k) log probabilities, and the (hidden_size,) context of the last position.
+        They come from the (B, D, k, hidden_size) embeddings of the candidates of B blocks, best
+        first, (B, D, hidden_size) u, the (B, D, k) log probabilities, and the (B, hidden_size)
+        contexts of the last positions.
         """
-        ops, (slots, k) = self.ops, log_probs.shape
-        ranks = ops.broadcast_to(ops.float32(ops.arange(k, log_probs)), (slots, k))
-        parts = [log_probs, ops.exp(log_probs), log_probs - log_probs[:, :1]]
+        ops, (blocks, slots, k) = self.ops, log_probs.shape
+        ranks = ops.broadcast_to(ops.float32(ops.arange(k, log_probs)), log_probs.shape)
+        parts = [log_probs, ops.exp(log_probs), log_probs - log_probs[:, :, :1]]
         y = ops.stack([*parts, ranks / max(k - 1, 1), ops.float32(ranks == 0)], -1)
         y = ops.cast(y, embedded)
         for part in self.feature_mlp:
             y = part(y)
         x = embedded if self.token_proj is None else self.token_proj(embedded)
-        x = x + self.pass_hidden_proj(normed)[:, None] + y
-        x = (x + self.slot_embedding[0, 0] + self.rank_embedding[0, 0]).reshape(slots * k, -1)
+        x = x + self.pass_hidden_proj(normed)[:, :, None] + y
+        x = x + self.slot_embedding[0, 0] + self.rank_embedding[0, 0]
+        x = x.reshape(blocks, slots * k, -1)
         slot = ops.arange(slots * k, log_probs) // k
         distance = slot[:, None] - slot
         bias = self.relative_slot_bias[:, distance + slots]
         bias = bias + self.same_slot_bias[:, None, None] * (distance == 0)
         for layer in self.layers:
             x = layer(x, bias)
-        known = self.anchor_norm(self.context_proj(anchor[None]))
+        known = self.anchor_norm(self.context_proj(anchor))[:, None]
         x = self.output_norm(x)
         joint = ops.concatenate([x, ops.broadcast_to(known, x.shape), x * known], -1)
-        factors = ops.silu(self.factor_input_proj(joint)).reshape(slots, k, -1)
+        factors = ops.silu(self.factor_input_proj(joint)).reshape(blocks, slots, k, -1)
         after = self._unit(self.in_head(factors))
-        start = ops.broadcast_to(self._unit(self.anchor_out_head(known)), (1, *after.shape[1:]))
-        before = ops.concatenate([start, self._unit(self.out_head(factors))[:-1]], 0)
+        start = self._unit(self.anchor_out_head(known))[:, None]
+        start = ops.broadcast_to(start, (blocks, 1, *after.shape[2:]))
+        before = ops.concatenate([start, self._unit(self.out_head(factors))[:, :-1]], 1)
         return self.shape.logit_scale * before @ after.swapaxes(-1, -2)
 
     def _unit(self, x: Array) -> Array:

@@ -77,7 +77,7 @@ class MarkovRNN(MarkovTensors, RecurrentCell):
 
     def step(self, slots: Slots, state: Array, previous: Array, depth: int) -> tuple[Array, Array]:
         embedded = self.markov_w1(previous)
-        normed = self.ops.broadcast_to(slots.normed[depth], (len(state), slots.normed.shape[-1]))
+        normed = self.of_paths(slots.at(depth), len(state))
         x = self.joint_proj(self.ops.concatenate([state, embedded, normed], -1))
         gate, candidate, out = self.ops.split(x, 3)
         gate = self.ops.sigmoid(gate)

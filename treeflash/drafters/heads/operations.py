@@ -78,8 +78,8 @@ class Operations:
     log_softmax: Callable[[Array], Array]  # of the last axis, in float32
     logsumexp: Callable[[Array], Array]  # (n, 1), of the last axis
     as_linear: Callable[[Module, Array], Array]  # (embedding table, queries): all products
-    # The rows of (n, size) arrays of whole numbers and float32 numbers, with one copy to the host.
-    read: Callable[[list[Array]], list[list[NDArray[Any]]]]
+    # Reads (n, size) arrays of whole numbers and float32 numbers, with one copy to the host.
+    read: Callable[[list[Array]], list[NDArray[Any]]]
     # The last argument of these is an array whose device the new one has.
     zeros: Callable[[tuple[int, ...], Array], Array]  # (shape, like), in the same dtype
     full: Callable[[tuple[int, ...], float, Array], Array]  # (shape, value, like)
@@ -89,7 +89,8 @@ class Operations:
     cast: Callable[[Array, Array], Array]  # (x, like): x in the same dtype
     # (x, least): float32 vectors divided by their length, or by the least one.
     unit: Callable[[Array, float], Array]
-    # (heads, n, d) attention from queries, keys, values and a (heads, n, n) bias on scaled scores.
+    # (blocks, heads, n, d) attention from queries, keys, values and a (heads, n, n) bias on scaled
+    # scores.
     attention: Callable[[Array, Array, Array, Array], Array]
 
 
@@ -112,26 +113,15 @@ class Slots:
     output: Output
     hidden: Array  # (slots, hidden_size) outputs of the last layer
     normed: Array  # (slots, hidden_size) u = norm(hidden)
+    blocks: int = 1  # the number of blocks, which have equally many slots
 
     @classmethod
-    def read(cls, output: Output, hidden: Array) -> Slots:
-        return cls(output, hidden, output.norm(hidden))
+    def read(cls, output: Output, hidden: Array, blocks: int = 1) -> Slots:
+        return cls(output, hidden, output.norm(hidden), blocks)
 
-
-class Block(Protocol):
-    """The outputs of the drafter after a draft."""
-
-    @property
-    def hidden(self) -> Array:
-        """(D, hidden_size) outputs of the last layer at the slots that predict."""
-
-    @property
-    def slots(self) -> Array:
-        """(S, hidden_size) outputs of the last layer at all slots."""
-
-    @property
-    def before(self) -> int:
-        """The token before the root."""
+    def at(self, depth: int) -> Array:
+        """Return the (blocks, hidden_size) u of all blocks at a depth, which counts from 0."""
+        return self.normed.reshape(self.blocks, -1, self.normed.shape[-1])[:, depth]
 
 
 class ScoredTokens(Protocol):
@@ -200,14 +190,23 @@ class RecurrentCell(Head):
         """The embedding table whose rows of r numbers give the bias, as products with a query."""
         raise NotImplementedError
 
-    def start(self, output: Output, block: Block) -> Array:
-        """Return the (1, state_size) state before the root."""
-        return self.ops.zeros((1, output.config.head_state_size), block.hidden)
+    def start(self, output: Output, hidden: Array, before: Array) -> Array:
+        """Return the (blocks, state_size) states before the roots.
+
+        They may depend on the (blocks, S, hidden_size) outputs of the last layer at all slots, and
+        on the (blocks,) tokens before the roots.
+        """
+        return self.ops.zeros((len(hidden), output.config.head_state_size), hidden)
 
     def step(self, slots: Slots, state: Array, previous: Array, depth: int) -> tuple[Array, Array]:
         """Advance n paths by their (n,) last tokens, of the target's vocabulary.
 
-        The (n, state_size) state of the paths without that token is `start` before the root; the
-        depth of the children counts from 0. Returns (n, state_size) states, and (n, r) queries.
+        Each block has equally many paths, which follow one another. The (n, state_size) state of
+        the paths without that token is `start` before the root; the depth of the children counts
+        from 0. Returns (n, state_size) states, and (n, r) queries.
         """
         raise NotImplementedError
+
+    def of_paths(self, x: Array, paths: int) -> Array:
+        """Return the (paths, size) of the paths' blocks, from (blocks, size)."""
+        return self.ops.repeat(x, paths // len(x))

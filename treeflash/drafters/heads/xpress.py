@@ -5,7 +5,7 @@ from __future__ import annotations
 from treeflash.drafters.config import DrafterConfig
 from treeflash.drafters.format import Shapes
 from treeflash.drafters.heads.head_format import HeadFormat
-from treeflash.drafters.heads.operations import Array, Block, Module, Output, RecurrentCell, Slots
+from treeflash.drafters.heads.operations import Array, Module, Output, RecurrentCell, Slots
 
 
 class XPress(RecurrentCell):
@@ -33,17 +33,17 @@ class XPress(RecurrentCell):
     def token_rows(self) -> Module:
         return self.readout
 
-    def start(self, output: Output, block: Block) -> Array:
-        normed = output.norm(block.slots)
-        inputs = super().start(output, block).reshape(1, -1, len(self.mix_l))
-        inputs[:, 0] = self.down_g(normed.mean(0, keepdims=True))
-        inputs[:, 1] = self._input(inputs, normed[0], self.ops.ids([block.before], normed))
-        return inputs.reshape(1, -1)
+    def start(self, output: Output, hidden: Array, before: Array) -> Array:
+        normed = output.norm(hidden)
+        inputs = super().start(output, hidden, before).reshape(len(hidden), -1, len(self.mix_l))
+        inputs[:, 0] = self.down_g(normed.mean(1))
+        inputs[:, 1] = self._input(inputs, normed[:, 0], before)
+        return inputs.reshape(len(hidden), -1)
 
     def step(self, slots: Slots, state: Array, previous: Array, depth: int) -> tuple[Array, Array]:
         inputs = self.ops.copy(state.reshape(len(state), -1, len(self.mix_l)))
         slot = depth + 1
-        new = self._input(inputs, slots.normed[depth], previous)
+        new = self._input(inputs, slots.at(depth), previous)
         inputs[:, 1 + slot] = new
         mix = self.mix_l[:, slot, : slot + 1]
         x = new + self.ops.einsum("njr,rj->nr", inputs[:, 1 : slot + 2], mix)
@@ -51,9 +51,9 @@ class XPress(RecurrentCell):
         return inputs.reshape(len(state), -1), x
 
     def _input(self, inputs: Array, normed: Array, previous: Array) -> Array:
-        """Return the (n, r) inputs of a slot after (n,) previous tokens."""
+        """Return the (n, r) inputs of a slot after (n,) previous tokens, from (blocks, h) u."""
         embedded = self.token_embed(previous)
-        hidden = self.ops.broadcast_to(self.down_h(normed[None]), embedded.shape)
+        hidden = self.of_paths(self.down_h(normed), len(previous))
         return self.in_proj(self.ops.concatenate([hidden, inputs[:, 0], embedded], -1))
 
 
