@@ -128,10 +128,13 @@ def test_a_failure_leaves_other_requests_their_tokens(serve, monkeypatch):
         return events
 
     monkeypatch.setattr(scheduler, "step", fail_first)
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor() as pool, Gate(server.engine) as gate:
         first = pool.submit(server.complete, "A", n=3, max_tokens=400, ignore_eos=True)
-        wait_until(lambda: server.engine.unfinished)
-        assert server.complete("B", **options).json()["choices"] == alone
+        wait_until(lambda: server.engine.unfinished == 3)
+        second = pool.submit(server.complete, "B", **options)
+        wait_until(lambda: server.engine.unfinished == 4)
+        gate.open()
+        assert second.result().json()["choices"] == alone
         check_error(first.result(), 500, "not finite")
 
 
