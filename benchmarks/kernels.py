@@ -21,7 +21,15 @@ from typing import Any
 import torch
 import triton
 from treeflash_cuda.cache import quantise
-from treeflash_cuda.triton_kernels import attention, experts, layers, products, sampling
+from treeflash_cuda.recurrence import PATH_COLUMNS, TreeNodes
+from treeflash_cuda.triton_kernels import (
+    attention,
+    experts,
+    layers,
+    products,
+    recurrence,
+    sampling,
+)
 from treeflash_cuda.visible_keys import SharedWork, VisibleKeys, block_rows
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
@@ -36,6 +44,9 @@ SHAPES = {
     "qwen3-8b in float32": (32, 8, 128, 4096, torch.float32),
 }
 """Heads, key heads, width of a head, hidden size, dtype."""
+RECURRENT = {"qwen3-next": (32, 16, 128, 128, True), "granite-4.0-h": (48, 1, 128, 64, False)}
+"""Heads, key heads, key_dim, value_dim of recurrent layers, and whether they have the delta rule.
+They are measured beside every model."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +145,34 @@ def launch_all(heads: int, kv_heads: int, head_dim: int, hidden: int, dtype: tor
         layers.rotate_and_store(
             q, new, new, cos, cos, k, v, slots, norms=(weight, weight), eps=1e-6
         )
+    for shape in RECURRENT.values():
+        launch_recurrence(numbers, *shape)
+
+
+def launch_recurrence(
+    numbers: Callable[..., torch.Tensor],  # shape, dtype -> zeros
+    heads: int,
+    key_heads: int,
+    key_dim: int,
+    value_dim: int,
+    delta: bool,
+    nodes: int = 64,
+) -> None:
+    """Launch the kernels of a recurrent layer, and of a commit of two layers."""
+    int32, float32 = torch.int32, torch.float32
+    visits, counts = numbers(1, nodes, 3, of=int32), numbers(1, of=int32)
+    tree = TreeNodes(numbers(1, nodes, nodes, of=torch.bool), visits=visits, counts=counts)
+    states = numbers(4, 2, heads, key_dim, value_dim, of=float32)
+    if not delta:  # as such layers store them
+        states = numbers(4, 2, heads, value_dim, key_dim, of=float32).mT
+    q, log_g = numbers(1, nodes, key_heads, key_dim), numbers(1, nodes, heads, 1, of=float32)
+    _, written, keys = recurrence.tree_recurrence(
+        *(q, q, numbers(1, nodes, heads, value_dim), log_g),
+        *(numbers(1, nodes, heads) if delta else None, states[:, 0], counts, tree),
+        normalise=delta,
+    )
+    tape = (x.expand(2, *x.shape) for x in (written, keys, log_g.transpose(1, 2)))
+    recurrence.commit_recurrence(*tape, states, numbers(1, PATH_COLUMNS + nodes, of=int32))
 
 
 def measure(capability: int, model: str) -> Iterator[Usage]:

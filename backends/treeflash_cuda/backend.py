@@ -45,7 +45,7 @@ from treeflash_cuda.images import GivenFeatures, NoPictures, has_tower
 from treeflash_cuda.kernels import EncodedKernels, flash_kernels
 from treeflash_cuda.linear import IN_DRAFTER, fuse_linears, pack_linears
 from treeflash_cuda.mtp_head import MtpArena, MtpDrafter, MtpHead, MtpModel, ParallelDrafter
-from treeflash_cuda.operations import Operations, Shapes, load_operations
+from treeflash_cuda.operations import EXAMINED_STATES, Operations, Shapes, load_operations
 from treeflash_cuda.parallel import (
     LeaderState,
     LeaderVerifier,
@@ -68,6 +68,9 @@ WRAPPED_MEMORY_SHARE = 0.2
 """The same beside a model that its owner goes on using."""
 GRAPH_FACTOR = 2
 """A pass, and a CUDA graph of it, which keeps its memory."""
+
+STATES_EACH = 2
+"""Recurrent states of a sequence at once: a commit writes to another slot."""
 
 NEW_TOKENS = 16, 4, 1
 """New tokens of each sequence after which drafts are captured: their total is rounded up to a power
@@ -164,8 +167,12 @@ class CudaBackend(BaseBackend):
         """
         if not self.target.graphs.is_capturing:
             return 0
-        before = self.captures
+        before, arena = self.captures, self.target.state_arena
         try:
+            if arena is not None:  # graphs of a smaller arena would be of no use later
+                room = torch.cuda.mem_get_info(self.target.device)[0] // 2
+                states = room // max(self.target.states_nbytes, 1)
+                arena.reserve(min(STATES_EACH * max_parallel, states))
             self._run_all_passes()
             if self.drafter is not None:
                 self._run_all_drafts(max_parallel)
@@ -287,7 +294,12 @@ def examine_device(config: LoadConfig) -> DeviceReport:
     verdicts: dict[str, dict[str, str]] = {}
     for head_dim in EXAMINED_HEAD_DIMS:
         shapes = Shapes(
-            heads=8, kv_heads=2, head_dim=head_dim, hidden_size=8 * head_dim, experts=True
+            heads=8,
+            kv_heads=2,
+            head_dim=head_dim,
+            hidden_size=8 * head_dim,
+            experts=True,
+            recurrent=EXAMINED_STATES,
         )
         operations = load_operations(shapes, device, getattr(torch, dtype))
         for name, verdict in operations.verdicts.items():
@@ -487,6 +499,7 @@ def load_target_operations(target: Target) -> Operations | None:
         sinks=target.has_sinks,
         quantised=target.arena.dtype is not None,
         experts=has_experts(target.model),
+        recurrent=() if target.state_arena is None else target.state_arena.matrix_shapes,
     )
     operations = load_operations(shapes, target.device, target.dtype)
     for line in operations.fallbacks:

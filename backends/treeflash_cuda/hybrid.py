@@ -1,14 +1,14 @@
 """Hybrid targets: recurrent layers of unmodified transformers models on draft trees.
 
-`treeflash.decoding.hybrid` has the formulas. Everything is computed in float32.
+`treeflash.decoding.hybrid` has the formulas, and `recurrence` computes them.
 
 A forward pass changes no state: it leaves what commits need, which is used or dropped later. There
 are two kinds of passes:
 
 - `HybridCache`: the rows of several sequences follow one another, and recurrent layers run sequence
   by sequence.
-- `HybridTreeCache`: trees of equally many nodes. Recurrent layers run all of them at once, in
-  operations on tensors alone, with shapes that a CUDA graph can have.
+- `HybridTreeCache`: trees of equally many nodes. Recurrent layers run all of them at once, on
+  states in the slots of an arena, with shapes that a CUDA graph can have.
 
 The `forward` of a mixer finds its convolution and its recurrence under names of its module, which
 are the same in all models. Each mixer gets a copy of its `forward`, whose globals have the hooks of
@@ -19,7 +19,7 @@ installed kernels serve prompts and plain decoding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -33,243 +33,49 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from treeflash.decoding.hybrid import convolution_tail, convolution_windows
+from treeflash.decoding.hybrid import convolution_windows
 from treeflash.decoding.tree import DraftTree
 from treeflash.errors import UnsupportedModelError
 from treeflash_cuda.cache import KVCache, Slab, SlabCache, TreeCache
 from treeflash_cuda.fused_layers import forward_with, names_in_forward
 from treeflash_cuda.numerics import upload
+from treeflash_cuda.operations import Operations
+from treeflash_cuda.recurrence import TreeNodes, state_update, tree_recurrence
+from treeflash_cuda.state_arena import (
+    MATRIX,
+    TAIL,
+    CommittedStates,
+    Key,
+    SlotStates,
+    StateArena,
+    TreeWrites,
+)
 
-MANY_NODES = 8
-"""From this many nodes on, gates of single channels are applied depth by depth: the decays of all
-pairs of nodes would take n * n * key_dim exponentials a head."""
-L2_EPS = 1e-6
 MAMBA_2 = "mamba2_chunk_scan"
 
-TAIL, MATRIX = 0, 1
-"""Kinds of states."""
-
-Key: TypeAlias = tuple[int, int, int]
-"""The kind of a state, its layer, and its index among the layer's states of this kind."""
-CommittedStates: TypeAlias = Mapping[Key, Tensor]
-"""States after the last committed position. No tensor is ever changed in place.
-
-A tail is (1, channels, kernel - 1), the last inputs of a short convolution. A matrix is (1, heads,
-key_dim, value_dim) or, if it is transposed, (1, heads, value_dim, key_dim).
-"""
 Original: TypeAlias = Callable[..., Any]
 """The function of a model that a hook replaces."""
-
-
-@dataclass(frozen=True, eq=False)
-class TreeNodes:
-    """The nodes of the trees that a recurrence runs at once, n of each tree."""
-
-    ancestors: Tensor  # (trees, n, n) bool, as `DraftTree.ancestor_mask`
-    parents: NDArray[np.int32] | None = None  # (n,) of a single tree, if the host knows them
+Recurrence: TypeAlias = Callable[..., Tensor]
+"""Runs `tree_recurrence` on the states and the nodes of a pass, and keeps what commits need: all
+other arguments -> outputs."""
 
 
 @dataclass(frozen=True, eq=False)
 class Writes:
-    """The updates of a layer's state by the nodes of trees."""
+    """The updates of a layer's state by the nodes of a tree."""
 
-    # (trees, heads, key_dim, value_dim) before the trees, float32; transposed if the model's is.
-    state: Tensor
-    u: Tensor  # (trees, heads, n, value_dim)
-    k: Tensor  # (trees, heads, n, key_dim)
-    log_g: Tensor  # (trees, heads, n, 1) log decays, or (trees, heads, n, key_dim) of channels
-    transposed: bool = False  # whether states are (trees, heads, value_dim, key_dim)
+    state: Tensor  # (1, heads, key_dim, value_dim) before the tree
+    u: Tensor  # (1, heads, n, value_dim)
+    k: Tensor  # (1, heads, n, key_dim)
+    log_g: Tensor  # (1, heads, n, 1) log decays, or (1, heads, n, key_dim) of channels
+    transposed: bool = False  # whether states are kept as (1, heads, value_dim, key_dim)
 
     def commit(self, path: Tensor) -> Tensor:
-        """Compute the state after a path of (a,) nodes of a single tree."""
+        """Compute the state after a path of (a,) nodes."""
         u, k, log_g = (x.index_select(2, path) for x in (self.u, self.k, self.log_g))
-        return torch.addcmul(*state_update(u, k, log_g, self.transposed), self.state)
-
-
-def state_update(u: Tensor, k: Tensor, log_g: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
-    """Return what rows add to a state, and the factor of the state before them; see `Writes`.
-
-    The rows follow one another. A row whose u and log_g are 0 changes nothing.
-    """
-    # Decays after each row, summed directly: a difference of two sums would lose digits.
-    later = F.pad(log_g[..., 1:, :].flip(-2).cumsum(-2).flip(-2), (0, 0, 0, 1))
-    left, right = k * later.exp(), u
-    if transposed:
-        left, right = right, left
-    return left.transpose(-1, -2) @ right, log_g.sum(-2).exp()[..., None]
-
-
-def delta_rule(
-    q: Tensor,  # (trees, heads, n, key_dim), normalised and scaled
-    k: Tensor,  # (trees, heads, n, key_dim), normalised
-    v: Tensor,  # (trees, heads, n, value_dim)
-    log_g: Tensor,  # (trees, heads, n, 1), or (trees, heads, n, key_dim) for gates of channels
-    beta: Tensor,  # (trees, heads, n, 1)
-    state: Tensor,  # (trees, heads, key_dim, value_dim)
-    nodes: TreeNodes,
-) -> tuple[Tensor, Tensor]:
-    """Compute the gated delta rule on trees: (trees, heads, n, value_dim), written values."""
-    if log_g.shape[-1] > 1 and nodes.parents is not None and len(nodes.parents) >= MANY_NODES:
-        return _by_depth(q, k, v, log_g, beta, state, nodes.parents)
-    pairs, total = _decays(log_g, nodes.ancestors)
-    decay = total.exp()
-    right = beta * (v - (decay * k) @ state)
-    # The solver reads the lower triangle, and takes the diagonal to be 1.
-    system = beta * _products(k, k, pairs)
-    u = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
-    return (decay * q) @ state + _products(q, k, pairs) @ u, u
-
-
-def linear_rule(
-    q: Tensor, k: Tensor, u: Tensor, log_g: Tensor, state: Tensor, nodes: TreeNodes
-) -> Tensor:
-    """Compute gated linear attention on trees, as `delta_rule`; `u` are the values written."""
-    pairs, total = _decays(log_g, nodes.ancestors)
-    return (total.exp() * q) @ state + _products(q, k, pairs) @ u
-
-
-def _decays(log_g: Tensor, ancestors: Tensor) -> tuple[Tensor, Tensor]:
-    """Return decays from node j to i, 0 where i does not see j; log decays from the state.
-
-    (trees, heads, n, n, 1 or key_dim) and (trees, heads, n, 1 or key_dim). Differences are masked
-    before the exponential: off the paths they are positive and overflow.
-    """
-    total = ancestors[:, None].to(log_g.dtype) @ log_g
-    difference = total[..., :, None, :] - total[..., None, :, :]
-    return difference.masked_fill(~ancestors[:, None, :, :, None], float("-inf")).exp(), total
-
-
-def _products(x: Tensor, k: Tensor, pairs: Tensor) -> Tensor:
-    """Return the (trees, heads, n, n) decayed products of rows."""
-    if pairs.shape[-1] == 1:
-        return (x @ k.transpose(-1, -2)) * pairs[..., 0]
-    return (x[..., :, None, :] * k[..., None, :, :] * pairs).sum(-1)
-
-
-def _by_depth(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_g: Tensor,
-    beta: Tensor,
-    state: Tensor,
-    parents: NDArray[np.int32],
-) -> tuple[Tensor, Tensor]:
-    """Compute `delta_rule` for a single tree, depth by depth.
-
-    The decayed keys on a node's path are its parent's keys, decayed once more. That takes n *
-    depth * key_dim products, and no exponentials but the gates'.
-    """
-    depths = np.zeros(len(parents), np.int32)
-    for node in range(1, len(parents)):
-        depths[node] = depths[parents[node]] + 1
-    gates, out, written = log_g.exp(), torch.empty_like(v), torch.empty_like(v)
-    keys = k.new_zeros(*k.shape[:2], 1, 0, k.shape[-1])  # (1, heads, nodes, depth, key_dim)
-    values = v.new_zeros(*v.shape[:2], 1, 0, v.shape[-1])
-    total = torch.ones_like(k[:, :, :1])  # decay from the state
-    rows = {-1: 0}  # the rows of the nodes of the depth above
-    for depth in range(int(depths.max()) + 1):
-        nodes = np.flatnonzero(depths == depth).tolist()
-        above = torch.tensor([rows[int(parents[i])] for i in nodes], device=k.device)
-        index = torch.tensor(nodes, device=k.device)
-        gate, key, query = gates[:, :, index], k[:, :, index], q[:, :, index]
-        total = total[:, :, above] * gate
-        keys, values = keys[:, :, above] * gate[..., None, :], values[:, :, above]
-        known = (total * key) @ state + ((keys @ key[..., None]) * values).sum(-2)
-        u = beta[:, :, index] * (v[:, :, index] - known)
-        keys = torch.cat([keys, key[..., None, :]], -2)
-        values = torch.cat([values, u[..., None, :]], -2)
-        out[:, :, index] = (total * query) @ state + ((keys @ query[..., None]) * values).sum(-2)
-        written[:, :, index] = u
-        rows = {node: row for row, node in enumerate(nodes)}
-    return out, written
-
-
-class StateLayout:
-    """Groups of states that have one shape: `HybridTreeCache` has a tensor for each group.
-
-    The groups of tails come before the groups of matrices.
-    """
-
-    def __init__(self, states: CommittedStates, transposed: frozenset[int]) -> None:
-        """Take the shapes from the states of any sequence."""
-        self.transposed = transposed  # see `RecurrentStates`
-        self._zeros: dict[Key, Tensor] = {}  # without memory; matrices are float32
-        groups: dict[Hashable, list[Key]] = {}
-        for key in sorted(states):
-            kind, layer, _ = key
-            dtype = torch.float32 if kind == MATRIX else states[key].dtype
-            self._zeros[key] = zeros = torch.zeros_like(states[key], dtype=dtype, device="meta")
-            shared = kind, zeros.shape, dtype, layer in transposed
-            groups.setdefault(shared, []).append(key)
-        self.groups = list(groups.values())
-        self.tails, self.matrices = (
-            [keys for keys in self.groups if keys[0][0] == kind] for kind in (TAIL, MATRIX)
-        )
-
-    def stack(self, states: Sequence[CommittedStates], device: torch.device) -> list[Tensor]:
-        """Return the (layers, sequences, ...) tails and float32 matrices of each group."""
-        stacked = []
-        for keys in self.groups:
-            like = self._zeros[keys[0]]
-            # Empty sequences have no states yet, which stands for zeros.
-            parts = [x.get(key, like) for key in keys for x in states]
-            found = [torch.zeros_like(x, device=device) if x is like else x for x in parts]
-            joined = torch.cat([x.to(like.dtype) for x in found])
-            stacked.append(joined.unflatten(0, (len(keys), -1)))
-        return stacked
-
-    def split(self, stacked: Sequence[Tensor]) -> CommittedStates:
-        """View the tensors of all groups by layer."""
-        groups = zip(self.groups, stacked, strict=True)
-        return dict(pair for keys, x in groups for pair in zip(keys, x, strict=True))
-
-
-@dataclass(frozen=True, eq=False)
-class TreeWrites:
-    """What the trees of several sequences write to the states of all layers, n nodes each."""
-
-    layout: StateLayout
-    nodes: int  # n
-    before: Sequence[Tensor]  # the states, see `StateLayout.stack`
-    # (layers, sequences, channels, kernel - 1 + n) inputs of convolutions for each group of tails;
-    # and (layers, sequences, ...) u, k and log_g of `Writes` for each group of matrices.
-    outputs: Sequence[Tensor]
-
-    def rows(self, paths: Mapping[int, NDArray[np.int32]]) -> NDArray[np.int32]:
-        """Return (sequences, ...) int32: the nodes on a path, and the rows of each group's tail."""
-        widths = [x.shape[3] for x in self.before[: len(self.layout.tails)]]
-        rows = np.zeros((self.before[0].shape[1], self.nodes + sum(widths)), np.int32)
-        for i, path in paths.items():
-            rows[i, path] = 1
-            tails = [convolution_tail(path, width + 1) for width in widths]
-            rows[i, self.nodes :] = np.concatenate([path[:0], *tails])
-        return rows
-
-    def commit(self, rows: Tensor, sequences: Sequence[int]) -> list[CommittedStates]:
-        """Compute the states of some sequences after their paths, from the result of `rows`.
-
-        Each sequence gets tensors of its own: the others may be kept for longer, or dropped.
-        """
-        tails, first = len(self.layout.tails), self.nodes
-        stacked: list[list[Tensor]] = [[] for _ in sequences]
-        for before, inputs in zip(self.before[:tails], self.outputs[:tails], strict=True):
-            index = rows[:, first : first + before.shape[3]]
-            first += before.shape[3]
-            for i, parts in zip(sequences, stacked, strict=True):
-                parts.append(inputs[:, i].index_select(2, index[i]))
-        on_path = rows[None, :, None, : self.nodes, None].bool()
-        for n, (keys, before) in enumerate(
-            zip(self.layout.matrices, self.before[tails:], strict=True)
-        ):
-            u, k, log_g = self.outputs[tails + 3 * n :][:3]
-            transposed = keys[0][1] in self.layout.transposed
-            update, decay = state_update(
-                u.masked_fill(~on_path, 0), k, log_g.masked_fill(~on_path, 0), transposed
-            )
-            for i, parts in zip(sequences, stacked, strict=True):
-                parts.append(torch.addcmul(update[:, i], decay[:, i], before[:, i]))
-        return [self.layout.split([x[:, None] for x in parts]) for parts in stacked]
+        update, decay = state_update(u, k, log_g)
+        after = torch.addcmul(update, decay, self.state)
+        return after.mT.contiguous() if self.transposed else after
 
 
 class RecurrentStates:
@@ -286,6 +92,13 @@ class RecurrentStates:
         self.pending: dict[Key, Tensor | Writes] = {}  # matrices, or the writes of nodes
         # After a pass with a `HybridTreeCache`: its writes, and the index of the sequence.
         self.tree: tuple[TreeWrites, int] | None = None
+
+    def move_to(self, arena: StateArena) -> SlotStates | None:
+        """Put the committed states in a slot, and return them; None of an empty sequence."""
+        if not self.committed:
+            return None
+        self.committed = states = arena.adopt(self.committed)
+        return states
 
     def states_after(self, path: Tensor) -> CommittedStates:
         """Compute the states after a path of (a,) nodes of the last pass with a `HybridCache`."""
@@ -306,7 +119,7 @@ class RecurrentStates:
             state = self.committed[kind, layer, n][0]
             if kind == TAIL or layer in self.transposed:
                 state = state.mT
-            states.append(state.float().cpu().numpy())
+            states.append(state.float().cpu().numpy().copy())  # a slot is written again later
         return states
 
 
@@ -439,8 +252,7 @@ class RecurrentCache(TreeCache):
         rows: Sequence[Tensor],  # (1, rows, ...) inputs
         # Takes rows and a state (or None), returns outputs and the next state.
         next_tokens: Callable[..., tuple[Tensor, Tensor]],
-        # Takes `TreeNodes`, (trees, n, ...) rows and states (or None), returns outputs and writes.
-        tree: Callable[..., tuple[Tensor, Writes]],
+        tree: Callable[..., Tensor],  # takes a `Recurrence` and (trees, n, ...) rows
     ) -> Tensor:
         """Return the (1, rows, ...) outputs of a recurrence."""
         raise NotImplementedError
@@ -510,19 +322,45 @@ class HybridCache(RecurrentCache):
         layer: int,
         rows: Sequence[Tensor],
         next_tokens: Callable[..., tuple[Tensor, Tensor]],
-        tree: Callable[..., tuple[Tensor, Writes]],
+        tree: Callable[..., Tensor],
     ) -> Tensor:
         """Run the recurrence sequence by sequence."""
         key = MATRIX, layer, 0
         self._pending.add(key)
         outputs = []
         for part in self.parts:
-            state = part.states.committed.get(key)
             inputs = [part.select(x) for x in rows]
-            run = next_tokens if part.tree is None else partial(tree, part.nodes)
-            output, part.states.pending[key] = run(*inputs, state)
+            if part.tree is None:
+                state = part.states.committed.get(key)
+                output, part.states.pending[key] = next_tokens(*inputs, state)
+            else:
+                output = tree(partial(self._run_tree, part, key), *inputs)
             outputs.append(output)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+
+    def _run_tree(
+        self,
+        part: SequenceRows,
+        key: Key,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_g: Tensor,
+        beta: Tensor | None,
+        **options: Any,
+    ) -> Tensor:
+        """See `Recurrence`."""
+        transposed = key[1] in part.states.transposed
+        state = part.states.committed.get(key)
+        if state is None:
+            state = v.new_zeros((1, v.shape[2], k.shape[3], v.shape[3]), dtype=torch.float32)
+        elif transposed:
+            state = state.mT
+        slots = torch.zeros(1, dtype=torch.long, device=v.device)
+        out, u, keys = tree_recurrence(*(q, k, v, log_g, beta, state, slots, part.nodes), **options)
+        gates = log_g.transpose(1, 2).float()
+        part.states.pending[key] = Writes(state.float(), u, keys, gates, transposed)
+        return out
 
     def _join_inputs(self, rows: Tensor, key: Key, width: int) -> Tensor:
         joined = []
@@ -556,26 +394,29 @@ class HybridTreeCache(RecurrentCache, SlabCache):
         encode: Callable[[Tensor], Tensor],  # see `SlabCache`
         slots: Tensor,  # see `SlabCache`
         attention_slots: dict[int, int],
-        layout: StateLayout,  # the layout of the target
-        states: Sequence[Tensor],  # before the trees; see `StateLayout.stack`
-        # (sequences, n, n) bool of the trees. A node that is not its own ancestor is a copy of the
-        # root that fills a tree up.
-        ancestors: Tensor,
+        operations: Operations,
+        arena: StateArena,
+        state_slots: Tensor,  # (trees,) int32 of the states before the trees
+        nodes: TreeNodes,
     ) -> None:
         SlabCache.__init__(self, slab, encode, slots)
         self.begin(attention_slots, slots.device)
-        self.layout = layout
-        self.states = layout.split(states)  # with the sequences as first axis
-        self.nodes = TreeNodes(ancestors)
+        self.operations = operations
+        self.arena = arena
+        self.state_slots = state_slots
+        self.nodes = nodes
+        # (trees, layers, channels, kernel - 1) of each group.
+        self._tails = [x.index_select(0, state_slots) for x in arena.tensors[: arena.tails]]
         self._inputs: dict[Key, Tensor] = {}
-        self._writes: dict[Key, Writes] = {}
+        self._written: dict[Key, tuple[Tensor, ...]] = {}
 
     def outputs(self) -> list[Tensor]:
-        found = [torch.stack([self._inputs[key] for key in keys]) for keys in self.layout.tails]
-        for keys in self.layout.matrices:
-            writes = [self._writes[key] for key in keys]
-            parts = [x.u for x in writes], [x.k for x in writes], [x.log_g for x in writes]
-            found += map(torch.stack, parts)
+        """Return `TreeWrites.outputs`."""
+        tails = self.arena.groups[: self.arena.tails]
+        found = [torch.stack([self._inputs[key] for key in keys]) for keys in tails]
+        for keys in self.arena.groups[self.arena.tails :]:
+            parts = zip(*(self._written[key] for key in keys), strict=True)
+            found += [torch.stack(part) for part in parts]
         return found
 
     def recur(
@@ -583,18 +424,38 @@ class HybridTreeCache(RecurrentCache, SlabCache):
         layer: int,
         rows: Sequence[Tensor],
         next_tokens: Callable[..., tuple[Tensor, Tensor]],
-        tree: Callable[..., tuple[Tensor, Writes]],
+        tree: Callable[..., Tensor],
     ) -> Tensor:
         """Run the recurrence of all trees at once."""
         key = MATRIX, layer, 0
         self._pending.add(key)
         by_tree = [x[0].unflatten(0, self.nodes.ancestors.shape[:2]) for x in rows]
-        output, self._writes[key] = tree(self.nodes, *by_tree, self.states[key])
-        return output.flatten(0, 1)[None]
+        return tree(partial(self._run_trees, key), *by_tree).flatten(0, 1)[None]
+
+    def _run_trees(
+        self,
+        key: Key,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_g: Tensor,
+        beta: Tensor | None,
+        **options: Any,
+    ) -> Tensor:
+        """See `Recurrence`."""
+        group, i = self.arena.places[key]
+        out, written, keys = self.operations.tree_recurrence(
+            *(q, k, v, log_g, beta, self.arena.matrices(group)[:, i], self.state_slots),
+            *(self.nodes,),
+            **options,
+        )
+        self._written[key] = written, keys, log_g.transpose(1, 2)
+        return out
 
     def _join_inputs(self, rows: Tensor, key: Key, width: int) -> Tensor:
         by_tree = rows[0].unflatten(1, self.nodes.ancestors.shape[:2]).transpose(0, 1)
-        self._inputs[key] = torch.cat([self.states[key], by_tree], 2)
+        group, i = self.arena.places[key]
+        self._inputs[key] = torch.cat([self._tails[group][:, i], by_tree], 2)
         return self._inputs[key].transpose(0, 1).flatten(1)[None]
 
     def _input_rows(self, kernel: int) -> Tensor:
@@ -668,27 +529,9 @@ def _gated_delta_rule(
     ) -> tuple[Tensor, Tensor]:
         return original(q, k, v, g=g, beta=beta, initial_state=state, **kwargs)
 
-    def tree(
-        nodes: TreeNodes,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        g: Tensor,
-        beta: Tensor,
-        state: Tensor | None,
-    ) -> tuple[Tensor, Writes]:
-        dtype, repeats = q.dtype, v.shape[2] // k.shape[2]
-        if repeats > 1:
-            q, k = (x.repeat_interleave(repeats, 2) for x in (q, k))
-        q, k, v, g = (x.transpose(1, 2).float() for x in (q, k, v, g))
-        if use_qk_l2norm_in_kernel:
-            q, k = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + L2_EPS) for x in (q, k))
-        q, g = q * q.shape[-1] ** -0.5, g if g.ndim == 4 else g[..., None]
-        if state is None:
-            state = q.new_zeros(*q.shape[:2], q.shape[3], v.shape[3])
-        state, beta = state.float(), beta.transpose(1, 2).float()[..., None]
-        out, u = delta_rule(q, k, v, g, beta, state, nodes)
-        return out.transpose(1, 2).to(dtype), Writes(state, u, k, g)
+    def tree(run: Recurrence, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
+        g = g if g.ndim == 4 else g[..., None]
+        return run(*(q, k, v, g, beta), normalise=use_qk_l2norm_in_kernel, scale=k.shape[3] ** -0.5)
 
     out = cache.recur(layer, (query, key, value, g, beta), next_tokens, tree)
     return out, out.new_empty(0)  # the model hands it to the cache, which has taken the states
@@ -723,25 +566,16 @@ def _mamba_2(
         states = {"initial_states": state, "return_final_states": True}
         return original(x, dt, a, b, c, **kwargs | states)
 
-    def tree(
-        nodes: TreeNodes, x: Tensor, dt: Tensor, b: Tensor, c: Tensor, state: Tensor | None
-    ) -> tuple[Tensor, Writes]:
+    def tree(run: Recurrence, x: Tensor, dt: Tensor, b: Tensor, c: Tensor) -> Tensor:
         if (bias := kwargs.get("dt_bias")) is not None:
             dt = dt + bias.to(dt.dtype)
         if kwargs.get("dt_softplus"):
             dt = F.softplus(dt)
-        repeats = x.shape[2] // b.shape[2]
-        k, q = (y.float().repeat_interleave(repeats, 2).transpose(1, 2) for y in (b, c))
         x, dt = x.float(), dt.float()
-        u = (x * dt[..., None]).transpose(1, 2)
-        g = (a.float() * dt).transpose(1, 2)[..., None]
-        if state is None:
-            state = x.new_zeros(x.shape[0], x.shape[2], x.shape[3], k.shape[3])
-        state = state.float()
-        out = linear_rule(q, k, u, g, state.transpose(-1, -2), nodes).transpose(1, 2)
+        out = run(c, b, x * dt[..., None], (a.float() * dt)[..., None], None)
         if (skip := kwargs.get("D")) is not None:
             out = out + skip[:, None] * x
-        return out.contiguous(), Writes(state, u, k, g, transposed=True)
+        return out.contiguous()
 
     out = cache.recur(layer, (x, dt, b, c), next_tokens, tree)
     return (out, out.new_empty(0)) if return_final_states else out  # as above

@@ -4,6 +4,12 @@ For the few rows of a draft tree a matrix product takes as long as reading the w
 kernel that gets them in a checkpoint's row-major layout rearranges them at every call, which takes
 at least as long again. oneDNN's kernels have their own layout, and FBGEMM's on processors without
 products of float16: PyTorch's kernel for them computes one row after the other.
+
+Quantised layers stay as the library of their format made them, one product each. What its kernels
+read is a layout that each version of it arranges after loading, such as Marlin's tiles for GPTQ and
+AWQ, so that joining or multiplying these weights here would mean to know all of them. Joining saves
+launches, which a CUDA graph makes cheap, and not one byte of weights. Those kernels read the
+weights once for the rows of a tree; only bitsandbytes writes them out in half precision first.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from treeflash.decoding.tree import DraftTree
 from treeflash.errors import first_line, is_out_of_memory
 from treeflash_cuda.cache import decoded, quantise
 from treeflash_cuda.numerics import gumbel
+from treeflash_cuda.recurrence import TreeNodes, commit_recurrence, plan_nodes, tree_recurrence
 from treeflash_cuda.visible_keys import RowPlan, VisibleKeys, block_rows
 
 TOLERANCES = {torch.bfloat16: 0.01, torch.float16: 0.01, torch.float32: 1e-5}
@@ -182,6 +183,8 @@ class Operations:
     gated: Callable[..., Tensor] = gated
     grouped_linear: Callable[..., Tensor] = grouped_linear
     sample_rows: Callable[..., Tensor] = sample_rows
+    tree_recurrence: Callable[..., tuple[Tensor, Tensor, Tensor]] = tree_recurrence
+    commit_recurrence: Callable[..., None] = commit_recurrence
     # Why an operation that has a kernel runs in PyTorch, by its name.
     reasons: Mapping[str, str] = field(default_factory=dict)
 
@@ -221,17 +224,24 @@ class Shapes:
     sinks: bool = False  # whether layers have attention sinks
     quantised: bool = False  # whether keys and values are stored in 8 bits
     experts: bool = False  # whether layers have experts
+    # The heads, key_dim and value_dim of recurrent layers, and whether their states are transposed.
+    recurrent: tuple[tuple[int, int, int, bool], ...] = ()
+
+
+EXAMINED_STATES = (4, 128, 128, False), (4, 128, 64, True)
+"""The states of gated delta nets and of Mamba-2, as `Shapes.recurrent`, for checks of a device."""
 
 
 def load_operations(shapes: Shapes, device: torch.device, dtype: torch.dtype) -> Operations:
     """Load a model's operations on a GPU: Triton kernels that pass their check, else PyTorch."""
     try:
-        from treeflash_cuda.triton_kernels import attention, experts, layers, sampling
+        from treeflash_cuda.triton_kernels import attention, experts, layers, recurrence, sampling
     except ImportError as error:
         return Operations(reasons=dict.fromkeys(CHECKS, str(error)))
     kernels = Operations(
         *(attention.tree_attention, layers.rms_norm, layers.rotate_and_store, layers.gated),
         *(experts.grouped_linear, sampling.sample_rows),
+        *(recurrence.tree_recurrence, recurrence.commit_recurrence),
     )
     return checked(kernels, shapes, device, dtype)
 
@@ -243,6 +253,8 @@ def checked(
     chosen: dict[str, Any] = {}
     reasons = {}
     for name, compute in CHECKS.items():
+        if name in ("tree_recurrence", "commit_recurrence") and not shapes.recurrent:
+            continue
         if name == "grouped_linear" and not shapes.experts:
             continue
         try:
@@ -394,6 +406,52 @@ def _check_sampling(operations: Operations, numbers: RandomInputs, shapes: Shape
     return [operations.sample_rows(x, keys, rows)[:, None] for x in (logits, logits.float())]
 
 
+def _check_recurrence(
+    operations: Operations, numbers: RandomInputs, shapes: Shapes
+) -> list[Tensor]:
+    """Check trees of different sizes: the delta rule, and linear attention with other gates."""
+    parents = np.array([-1, 0, 0, 1, 1, 2, 0, 6], np.int32)  # states are kept in two places
+    drafts = [DraftTree.from_parents(parents[:n] * 0, parents[:n]) for n in (8, 3)]
+    nodes = TreeNodes.of(*map(numbers.integers, plan_nodes(drafts, 2, 8)))
+    results = []
+    for heads, key_dim, value_dim, transposed in shapes.recurrent:
+        groups = heads // 2 if heads % 2 == 0 else heads
+        states = numbers.draw(4, heads, value_dim, key_dim).float().mT
+        states = states if transposed else states.contiguous()
+        for delta, channels in ((True, 1), (False, key_dim)):
+            q, k = numbers.draw(2, 2, 8, groups, key_dim)
+            log_g = -numbers.draw(2, 8, heads, channels).float().abs()
+            beta = numbers.draw(2, 8, heads).sigmoid() if delta else None
+            out, written, keys = operations.tree_recurrence(
+                *(q, k, numbers.draw(2, 8, heads, value_dim), log_g, beta),
+                *(states, numbers.integers([3, 1]), nodes),
+                normalise=True,
+                scale=key_dim**-0.5,
+            )
+            for x in (out, written.transpose(1, 2), keys.transpose(1, 2)):
+                # The other rows are copies of roots in a pass, and random here.
+                results.append(torch.cat([x[i, : len(tree)] for i, tree in enumerate(drafts)]))
+    return results
+
+
+def _check_commit(operations: Operations, numbers: RandomInputs, shapes: Shapes) -> list[Tensor]:
+    """Check paths of different lengths."""
+    results = []
+    paths = numbers.integers([[1, 2, 1, 3, 0, 2, 4, 0], [0, 0, 3, 1, 3, 0, 0, 0]])
+    for heads, key_dim, value_dim, transposed in shapes.recurrent:
+        states = numbers.draw(4, 2, heads, value_dim, key_dim).float().mT
+        states = states if transposed else states.contiguous()
+        for channels in (1, key_dim):
+            written, keys = (
+                numbers.draw(2, 2, heads, 5, size).float() for size in (value_dim, key_dim)
+            )
+            log_g = -numbers.draw(2, 2, heads, 5, channels).float().abs()
+            changed = states.clone()
+            operations.commit_recurrence(written, keys, log_g, changed, paths)
+            results.append(changed.flatten(0, 1))
+    return results
+
+
 CHECKS: dict[str, Callable[[Operations, RandomInputs, Shapes], list[Tensor]]] = {
     "tree_attention": _check_attention,
     "rms_norm": _check_norm,
@@ -401,5 +459,7 @@ CHECKS: dict[str, Callable[[Operations, RandomInputs, Shapes], list[Tensor]]] = 
     "gated": _check_gate,
     "grouped_linear": _check_experts,
     "sample_rows": _check_sampling,
+    "tree_recurrence": _check_recurrence,
+    "commit_recurrence": _check_commit,
 }
 """Results of each operation on random numbers, with rows first."""

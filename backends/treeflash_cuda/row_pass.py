@@ -21,10 +21,12 @@ from treeflash.decoding.tree import DraftTree
 from treeflash_cuda.attention import TreeContext
 from treeflash_cuda.cache import Region, Slab, SlabCache
 from treeflash_cuda.graphs import MIN_LENGTH, Outputs, power_of_two
-from treeflash_cuda.hybrid import HybridTreeCache, TreeWrites
+from treeflash_cuda.hybrid import HybridTreeCache
 from treeflash_cuda.numerics import pack, unpack, upload
+from treeflash_cuda.recurrence import TreeNodes, plan_nodes
 from treeflash_cuda.sampling import Logits, finite_argmax
 from treeflash_cuda.state import State
+from treeflash_cuda.state_arena import TreeWrites
 from treeflash_cuda.target import Target
 from treeflash_cuda.visible_keys import RowPlan, VisibleKeys, block_rows
 
@@ -59,7 +61,7 @@ class RowPass:
             return False
         if isinstance(tokens, DraftTree):
             return True
-        if has_features(state, tokens) or self.target.state_layout is not None:
+        if has_features(state, tokens) or self.target.state_arena is not None:
             return False
         return self.target.kernels is None or len(tokens) <= MAX_CHUNK
 
@@ -93,12 +95,12 @@ class RowPass:
     def _count(self, rows: Sequence[Rows]) -> int:
         """Return the rows of a pass, before they are rounded up to one of `ROWS`."""
         sizes = [len(tokens) for _, tokens in rows]
-        if self.target.state_layout is None:
+        if self.target.state_arena is None:
             return sum(sizes)
         return power_of_two(len(sizes)) * power_of_two(max(sizes))
 
     def _run(self, rows: Sequence[Rows], needs_logits: Sequence[bool]) -> Logits:
-        target, layout = self.target, self.target.state_layout
+        target, arena = self.target, self.target.state_arena
         graphs, count = target.graphs, self._count(rows)
         captured = graphs.is_capturing and count <= MAX_ROWS
         sizes = np.array([len(tokens) for _, tokens in rows])
@@ -106,7 +108,7 @@ class RowPass:
         for (state, tokens), region in zip(rows, regions, strict=True):
             assert region is None or state.length + len(tokens) <= region.columns, OUTGROWN
         stride, trees = None, (len(rows), int(sizes.max()))
-        if layout is None:
+        if arena is None:
             order = _padded_order(count, round_up(count) if captured else count)
         else:
             trees = (power_of_two(trees[0]), power_of_two(trees[1])) if captured else trees
@@ -126,21 +128,24 @@ class RowPass:
         placed = plan.arranged(order, depths)
         rotary = np.concatenate([state.rotary_positions(x) for state, x in rows])
         arrays = [np.concatenate(ids)[order], rotary[order], placed.slots, *placed.arrays()]
-        before: list[Tensor] = []
-        if layout is not None:
-            arrays.append(_ancestors([x for _, x in rows if isinstance(x, DraftTree)], *trees))
+        slab, addresses = slab_of(rows[0][0]), 0
+        if arena is not None:
             recurrent = [state.recurrent for state, _ in rows if state.recurrent is not None]
-            committed = [states.committed for states in recurrent]
-            committed += committed[:1] * (trees[0] - len(rows))
-            before = layout.stack(committed, target.device)
-        slab, shapes = slab_of(rows[0][0]), tuple(array.shape for array in arrays)
+            before = [states.move_to(arena) for states in recurrent]
+            places = [0 if x is None else x.slot for x in before]
+            places += places[:1] * (trees[0] - len(rows))
+            arrays += plan_nodes([x for _, x in rows if isinstance(x, DraftTree)], *trees)
+            arrays.append(np.array(places))
+            addresses = arena.slots  # a graph belongs to the tensors of an arena of this size
+        shapes = tuple(array.shape for array in arrays)
         forward = functools.partial(self._forward, slab, shapes, block, longest)
         uploaded = upload(pack(arrays), target.device)
-        results = graphs.run(NAME, (slab, shapes), forward, uploaded, *before, capture=captured)
+        results = graphs.run(NAME, (slab, shapes, addresses), forward, uploaded, capture=captured)
         logits, best, layers, *outputs = results
         by_layer = dict(zip(layers, outputs[: len(layers)], strict=True))
-        if layout is not None:
-            writes = TreeWrites(layout, trees[1], before, outputs[len(layers) :])
+        if arena is not None:
+            written = outputs[len(layers) :]
+            writes = TreeWrites(arena, operations, trees[1], before, written)
             for i, states in enumerate(recurrent):
                 states.drop_pending()
                 states.tree = writes, i
@@ -153,7 +158,7 @@ class RowPass:
                 start = end - is_needed
             parts.append(slice(start, end))
         whole = None
-        if layout is None and sum(part.stop - part.start for part in parts) == count:
+        if arena is None and sum(part.stop - part.start for part in parts) == count:
             whole = logits[:count]
         return Logits([logits[part] for part in parts], [best[part] for part in parts], whole)
 
@@ -163,22 +168,24 @@ class RowPass:
         shapes: Sequence[tuple[int, ...]],  # the shapes of the packed arrays
         block: int,
         longest: int,
-        # Packed: ids, rotary positions, slots, `RowPlan.arrays`, and ancestors of trees.
+        # Packed: ids, rotary positions, slots, `RowPlan.arrays`; and for recurrent layers the
+        # result of `plan_nodes`, and the slots of the states.
         inputs: Tensor,
-        *states: Tensor,  # the recurrent states; see `StateLayout.stack`
     ) -> Outputs:
         """Run a pass: logits, each row's best token, captured layers' indices and outputs.
 
         With recurrent layers `TreeWrites.outputs` follow.
         """
-        target, layout = self.target, self.target.state_layout
+        target, arena = self.target, self.target.state_arena
         assert target.operations is not None
         ids, rotary, slots, *plan = unpack(inputs, shapes)
         storage = slab, target.arena.encode, slots.long()
         cache = SlabCache(*storage)
-        if layout is not None:
-            ancestors = plan.pop().bool()
-            cache = HybridTreeCache(*storage, target.attention_slots, layout, states, ancestors)
+        if arena is not None:
+            *plan, ancestors, visits, counts, states = plan
+            nodes = TreeNodes.of(ancestors, visits, counts)
+            attention = target.attention_slots
+            cache = HybridTreeCache(*storage, attention, target.operations, arena, states, nodes)
         keys = VisibleKeys.of_rows(block, *plan)
         context = TreeContext(target.operations, cache, keys, plan[0].long(), longest)
         logits, outputs = target.forward(
@@ -227,13 +234,3 @@ def _rectangle(sizes: NDArray[np.int64], trees: int, nodes: int) -> NDArray[np.i
     node, first = np.arange(nodes), sizes.cumsum() - sizes
     order = first[:, None] + np.where(node < sizes[:, None], node, 0)
     return np.concatenate([order, np.tile(order[:1], (trees - len(sizes), 1))]).ravel()
-
-
-def _ancestors(drafts: Sequence[DraftTree], trees: int, nodes: int) -> NDArray[np.int32]:
-    """Return (trees, nodes, nodes) ancestors of trees that `_rectangle` fills up."""
-    ancestors = np.zeros((trees, nodes, nodes), np.int32)
-    for i, tree in enumerate(drafts):
-        ancestors[i, : len(tree), : len(tree)] = tree.ancestor_mask()
-        ancestors[i, len(tree) :, 0] = 1
-    ancestors[len(drafts) :] = ancestors[0]
-    return ancestors

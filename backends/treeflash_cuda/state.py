@@ -13,7 +13,8 @@ from torch import Tensor
 from treeflash.decoding.backend_base import BaseState
 from treeflash.decoding.interfaces import StateArrays
 from treeflash_cuda.cache import Arena, KVCache, from_host, to_host
-from treeflash_cuda.hybrid import CommittedStates, Key, RecurrentStates
+from treeflash_cuda.hybrid import RecurrentStates
+from treeflash_cuda.state_arena import CommittedStates, Key
 
 
 class State(BaseState[KVCache, CommittedStates]):
@@ -79,7 +80,8 @@ class State(BaseState[KVCache, CommittedStates]):
         return from_host(x).to(self.kv_cache.arena.device)
 
     def export_recurrent(self, states: CommittedStates) -> StateArrays:
-        return {".".join(map(str, key)): to_host(x) for key, x in states.items()}
+        # A slot of the arena is written again later.
+        return {".".join(map(str, key)): to_host(x).copy() for key, x in states.items()}
 
     def load_recurrent(self, arrays: StateArrays) -> CommittedStates:
         states: dict[Key, Tensor] = {}
@@ -98,8 +100,8 @@ class State(BaseState[KVCache, CommittedStates]):
     def recurrent_arrays(self) -> list[Tensor]:
         if self.recurrent is None:
             return []
-        held = self.recurrent.committed, *self.snapshots
-        return [x for states in held for x in states.values()]
+        held = {id(states): states for states in (self.recurrent.committed, *self.snapshots)}
+        return [x for states in held.values() for x in states.values()]
 
     def read_recurrent_states(self) -> list[NDArray[np.float32]]:
         return [] if self.recurrent is None else self.recurrent.read()

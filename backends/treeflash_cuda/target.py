@@ -79,7 +79,6 @@ from treeflash_cuda.hybrid import (
     RecurrentCache,
     RecurrentStates,
     SequenceRows,
-    StateLayout,
     hook_recurrent_layers,
 )
 from treeflash_cuda.images import ImageRows, VisionTower, has_tower, run_samples
@@ -87,6 +86,7 @@ from treeflash_cuda.kernels import Kernels
 from treeflash_cuda.linear import IN_TARGET, fuse_linears, is_subclass, pack_linears, token_products
 from treeflash_cuda.operations import Operations
 from treeflash_cuda.state import State
+from treeflash_cuda.state_arena import StateArena
 from treeflash_cuda.threads import Threads, cpu_threads
 
 UNLIMITED = 1 << 20
@@ -392,7 +392,7 @@ class Target:
         # models have entries.
         self.attention_slots: dict[int, int] = {}
         self.states_nbytes = 0  # size of a sequence's recurrent states, bytes
-        self.state_layout: StateLayout | None = None  # of recurrent states; None without them
+        self.state_arena: StateArena | None = None  # of recurrent states; None without them
         self.config = model.config.get_text_config()  # transformers' configuration of the decoder
         self.device = device
         self.layers = decoder_layers(self.model)  # the layers of the decoder
@@ -541,7 +541,7 @@ class Target:
                 raise UnsupportedModelError(refusal(family, str(error))) from error
             if state.recurrent is not None:
                 state.recurrent.resume(state.recurrent.states_after(tokens))
-                self.state_layout = StateLayout(state.recurrent.committed, self.transposed_layers)
+                self.state_arena = StateArena(state.recurrent.committed, self.transposed_layers)
                 self.states_nbytes = arrays_nbytes(state.recurrent_arrays())
             region = state.kv_cache.region
             if kv_bits is not None:

@@ -20,13 +20,14 @@ from treeflash_cuda.attention import AttentionContext
 from treeflash_cuda.cache import Slab
 from treeflash_cuda.drafter import OutputStage
 from treeflash_cuda.drafter_model import DrafterModel
-from treeflash_cuda.hybrid import RecurrentStates, TreeWrites
+from treeflash_cuda.hybrid import RecurrentStates
 from treeflash_cuda.images import ImageRows
 from treeflash_cuda.mtp_head import MtpModel
 from treeflash_cuda.numerics import upload_all
 from treeflash_cuda.row_pass import MAX_ROWS, RowPass, Rows, has_features
 from treeflash_cuda.sampling import Logits, sample
 from treeflash_cuda.state import State
+from treeflash_cuda.state_arena import CommittedStates, TreeWrites
 from treeflash_cuda.target import Target
 
 FIRST_CHUNK, NEXT_CHUNK = 2048, 1024
@@ -213,8 +214,11 @@ class Verifier:
             arrays += [np.concatenate(columns) for columns in zip(*pairs, strict=True)]
         arrays += [group.rows for group in passes]
         arrays += [path for _, path in hybrid]
+        committed: list[tuple[RecurrentStates, CommittedStates]] = []
         for writes, members in by_tree.items():
-            arrays.append(writes.rows({i: path for i, (_, path) in members.items()}))
+            after = writes.arena.take(len(members))
+            committed += zip((states for states, _ in members.values()), after, strict=True)
+            arrays.append(writes.rows({i: path for i, (_, path) in members.items()}, after))
         uploaded = iter(upload_all(arrays, self.target.device))
         copies = [(slab, slab.gather(next(uploaded)), next(uploaded).long()) for slab in moves]
         context: list[tuple[State, Tensor]] = []
@@ -225,10 +229,9 @@ class Verifier:
                 context.append(
                     (state, torch.stack([part, state.merged], 1) if has_merged else part)
                 )
-        committed = [(states, states.states_after(next(uploaded))) for states, _ in hybrid]
-        for writes, members in by_tree.items():
-            after = writes.commit(next(uploaded), list(members))
-            committed += zip((states for states, _ in members.values()), after, strict=True)
+        committed += [(states, states.states_after(next(uploaded))) for states, _ in hybrid]
+        for writes in by_tree:
+            writes.commit(next(uploaded))
         for slab, columns, destination in copies:
             slab.write(destination, columns)
         for state, path in paths:

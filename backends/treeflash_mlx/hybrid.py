@@ -27,11 +27,11 @@ from mlx_lm.models.cache import ArraysCache
 from mlx_lm.models.ssm import compute_dt
 from numpy.typing import NDArray
 
-from treeflash.decoding.hybrid import convolution_tail, convolution_windows
+from treeflash.decoding.hybrid import convolution_tail, convolution_windows, depth_first
 from treeflash.decoding.tree import DraftTree
 from treeflash.errors import UnsupportedModelError
 from treeflash_mlx.metal_kernels import ROUNDING, choose, make_kernel, relative_error, uses_kernels
-from treeflash_mlx.metal_kernels.gated_delta import SLOTS, Steps, depth_first, run_nodes, runs_shape
+from treeflash_mlx.metal_kernels.gated_delta import SLOTS, Steps, run_nodes, runs_shape
 
 Solver: TypeAlias = Callable[[mx.array, mx.array, int], mx.array]
 """Returns u with (1 + M) u = b.

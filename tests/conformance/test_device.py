@@ -178,13 +178,20 @@ def test_no_kernel_falls_back(module, dtype, head_dim):
         pytest.skip(problem)
     import torch
     from treeflash_cuda.device import choose_device
-    from treeflash_cuda.operations import Shapes, load_operations
+    from treeflash_cuda.operations import EXAMINED_STATES, Shapes, load_operations
 
-    shapes = Shapes(heads=8, kv_heads=2, head_dim=head_dim, hidden_size=512, experts=True)
+    shapes = Shapes(
+        heads=8,
+        kv_heads=2,
+        head_dim=head_dim,
+        hidden_size=512,
+        experts=True,
+        recurrent=EXAMINED_STATES,
+    )
     operations = load_operations(shapes, choose_device(None), getattr(torch, dtype))
     where = f"{dtype} and heads of {head_dim}"
     assert list(module("gpu_report").kernel_problems(operations.verdicts, where)) == []
-    assert len(operations.verdicts) == 6
+    assert len(operations.verdicts) == 8
 
 
 @pytest.fixture(scope="module")

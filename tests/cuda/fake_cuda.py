@@ -241,7 +241,24 @@ class FakeCuda(TorchDispatchMode):
             self._launch("grouped_linear", 2 * _nbytes(x) + _nbytes(weight))
             return torch.empty(len(x), weight.shape[1], dtype=x.dtype, device=x.device)
 
-        return Operations(tree_attention, rms_norm, rotate_and_store, gated, grouped_linear)
+        def tree_recurrence(q, k, v, log_g, beta, states, slots, nodes, **_):
+            assert {x.device for x in (q, k, v, log_g, states, slots, nodes.visits)} == {q.device}
+            read = len(slots) * _nbytes(states[0])
+            self._launch("tree_recurrence", read + sum(map(_nbytes, (q, k, v, v))))
+            trees, n, heads, value_dim = v.shape
+            written = torch.empty(trees, heads, n, value_dim, device=q.device)
+            keys = torch.empty(trees, heads, n, k.shape[3], device=q.device)
+            return torch.empty(v.shape, dtype=v.dtype, device=q.device), written, keys
+
+        def commit_recurrence(written, keys, log_g, states, paths):
+            assert {x.device for x in (written, keys, log_g, paths)} == {states.device}
+            self._launch("commit_recurrence", 2 * len(paths) * _nbytes(states[0]))
+
+        return Operations(
+            *(tree_attention, rms_norm, rotate_and_store, gated, grouped_linear),
+            tree_recurrence=tree_recurrence,
+            commit_recurrence=commit_recurrence,
+        )
 
     def _patch_tensors(self, monkeypatch):
         numpy, plain_from_numpy = torch.Tensor.numpy, torch.from_numpy

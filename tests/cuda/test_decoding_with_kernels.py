@@ -9,7 +9,7 @@ from parts import load_with_parts
 from treeflash.config import DecodeConfig, LoadConfig
 from treeflash.decoding import Request, decode
 from treeflash.reference.backend import load as load_reference
-from treeflash.testing import require
+from treeflash.testing import HYBRID_FAMILIES, require
 from treeflash.testing.comparisons import assert_equal_steps, random_tokens
 from treeflash.testing.models import write_drafter, write_target
 from treeflash.testing.pairs import SAMPLINGS
@@ -19,10 +19,14 @@ require("triton")
 
 import triton_interpreter  # noqa: F401 - repairs it
 from treeflash_cuda.operations import Operations
-from treeflash_cuda.triton_kernels import attention, layers
+from treeflash_cuda.triton_kernels import attention, layers, recurrence
 
 VOCAB = 24
-EACH_RUN = [("qwen3", "ar", "all"), ("mistral", "treeflash", "greedy")]
+EACH_RUN = [
+    ("qwen3", "ar", "all"),
+    ("mistral", "treeflash", "greedy"),
+    ("qwen3_5", "treeflash", "greedy"),
+]
 
 
 class Counted:
@@ -44,7 +48,7 @@ CASES = [
         marks=[] if (family, method, sampling) in EACH_RUN else [pytest.mark.nightly],
     )
     for family, method, sampling in itertools.product(
-        ("qwen3", "mistral"), ("ar", "treeflash"), ("greedy", "all")
+        ("qwen3", "mistral", *HYBRID_FAMILIES), ("ar", "treeflash"), ("greedy", "all")
     )
 ]
 
@@ -58,13 +62,22 @@ def test_trees_and_tokens_equal_the_references(family, method, sampling, tmp_pat
     write_drafter(drafter, target, seed=2, layers=1, target_layer_ids=(0, 1), sliding_window=window)
     backend = load_with_parts(monkeypatch, target, drafter)
     counted = Counted(attention.tree_attention), Counted(layers.rotate_and_store)
-    backend.target.operations = Operations(counted[0], layers.rms_norm, counted[1], layers.gated)
+    recurrences = Counted(recurrence.tree_recurrence), Counted(recurrence.commit_recurrence)
+    backend.target.operations = Operations(
+        *(counted[0], layers.rms_norm, counted[1], layers.gated),
+        tree_recurrence=recurrences[0],
+        commit_recurrence=recurrences[1],
+    )
     reference = load_reference(target, drafter, LoadConfig())
-    prompt = random_tokens(np.random.default_rng(3), VOCAB, 70)  # more than a tile
-    config = DecodeConfig(method=method, budget=6, max_tokens=6, sampling=SAMPLINGS[sampling])
+    length, tokens = 70, 6  # more than a tile
+    if family in HYBRID_FAMILIES:  # the interpreter takes seconds for every step
+        length, tokens = 5, 3
+    prompt = random_tokens(np.random.default_rng(3), VOCAB, length)
+    config = DecodeConfig(method=method, budget=6, max_tokens=tokens, sampling=SAMPLINGS[sampling])
     found, expected = (
         list(decode(x, Request(prompt_ids=prompt, config=config))) for x in (backend, reference)
     )
     assert_equal_steps(found, expected)
     assert counted[0].calls > 0
     assert counted[1].calls > 0
+    assert all((x.calls > 0) == (family in HYBRID_FAMILIES) for x in recurrences)

@@ -15,7 +15,7 @@ from treeflash.testing.pairs import DRAFTER_SEED, TARGET_SEED
 require("torch")
 
 import torch
-from treeflash_cuda import hybrid
+from treeflash_cuda import hybrid, recurrence
 from treeflash_cuda.backend import load
 from treeflash_cuda.hybrid import MATRIX, HybridCache, Writes
 from treeflash_cuda.target import Target
@@ -23,8 +23,8 @@ from treeflash_cuda.target import Target
 DELTA, MAMBA = HYBRID_FAMILIES
 commit = Writes.commit
 new_cache = Target.new_cache
-decays = hybrid._decays
-delta_rule, linear_rule = hybrid.delta_rule, hybrid.linear_rule
+decays = recurrence._decays
+delta_rule, linear_rule = recurrence.delta_rule, recurrence.linear_rule
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def causal_mask(patch):
     def causal(ancestors):
         return torch.ones_like(ancestors).tril()
 
-    patch.setattr(hybrid, "_decays", lambda log_g, seen: decays(log_g, causal(seen)))
+    patch.setattr(recurrence, "_decays", lambda log_g, seen: decays(log_g, causal(seen)))
 
 
 def own_decay_left_out(patch):
@@ -58,21 +58,21 @@ def own_decay_left_out(patch):
         _, total = decays(log_g, ancestors & ~torch.eye(ancestors.shape[-1], dtype=torch.bool))
         return pairs, total
 
-    patch.setattr(hybrid, "_decays", without)
+    patch.setattr(recurrence, "_decays", without)
 
 
 def keys_not_normalised(patch):
     def rule(q, k, *args):
         return delta_rule(q, 2 * k, *args)
 
-    patch.setattr(hybrid, "delta_rule", rule)
+    patch.setattr(recurrence, "delta_rule", rule)
 
 
 def queries_scaled(patch):
     def rule(q, *args):
         return linear_rule(2 * q, *args)
 
-    patch.setattr(hybrid, "linear_rule", rule)
+    patch.setattr(recurrence, "linear_rule", rule)
 
 
 def no_solve(patch):
@@ -171,7 +171,7 @@ def test_gated_delta_nets_normalise_the_scale_of_queries_away(pairs, monkeypatch
     found = []
     for factor in (1, 5):
         monkeypatch.setattr(
-            hybrid,
+            recurrence,
             "delta_rule",
             lambda q, *args, factor=factor: delta_rule(factor * q, *args),
         )

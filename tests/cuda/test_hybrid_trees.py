@@ -19,8 +19,8 @@ from parts import load_with_parts
 from replayed_graphs import enable, replay_graphs
 from treeflash_cuda.backend import CudaBackend, load
 from treeflash_cuda.graphs import Graphs
-from treeflash_cuda.hybrid import TreeNodes, delta_rule
 from treeflash_cuda.operations import Operations
+from treeflash_cuda.recurrence import TreeNodes, delta_rule
 from treeflash_cuda.target import Target
 
 VOCAB = 40
@@ -92,9 +92,15 @@ def test_the_state_of_a_finished_sequence_keeps_no_other_alive(folders, monkeypa
     tree = DraftTree.root_only(3)
     backend.verifier.run([Verify(state, tree, SamplingParams()) for state in states])
     backend.verifier.commit([(state, np.zeros(1, np.int32)) for state in states])
-    owners = {x.untyped_storage().data_ptr(): x for x in states[0].recurrent_arrays()}
-    held = sum(x.untyped_storage().nbytes() for x in owners.values())
-    assert held == sum(x.nbytes for x in states[0].recurrent_arrays())
+    arena = backend.target.state_arena
+    assert arena.slots - 1 - len(arena.free) == len(states)
+    fork = states[1].fork(1, 20)
+    states[2].snapshot()
+    for state in states[1:]:
+        state.close()
+    assert arena.slots - 1 - len(arena.free) == 2  # of the first sequence, and of the fork
+    fork.close()
+    assert arena.slots - 1 - len(arena.free) == 1
 
 
 def test_gates_of_single_channels_without_the_depths():

@@ -23,6 +23,8 @@ KERNELS = {
     "linear",
     "grouped_linear",
     "sample",
+    "tree_recurrence",
+    "commit_recurrence",
 }
 PAIRS = [
     (90, "qwen3-8b"),

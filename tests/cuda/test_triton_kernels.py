@@ -5,6 +5,7 @@ import itertools
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from treeflash.testing import require
@@ -18,12 +19,24 @@ import triton_interpreter  # noqa: F401 - repairs it
 from attention_cases import Case, alone, attention_case, expected_attention
 from treeflash_cuda import operations
 from treeflash_cuda.operations import CHECKS, TOLERANCES, Operations, RandomInputs, Shapes, checked
-from treeflash_cuda.triton_kernels import attention, experts, layers, products, sampling
+from treeflash_cuda.recurrence import TreeNodes, plan_nodes
+from treeflash_cuda.triton_kernels import (
+    attention,
+    experts,
+    layers,
+    products,
+    recurrence,
+    sampling,
+)
+
+from treeflash.decoding.tree import DraftTree
+from treeflash.testing.comparisons import path_to, random_tree
 
 CPU = torch.device("cpu")
 KERNELS = Operations(
     *(attention.tree_attention, layers.rms_norm, layers.rotate_and_store, layers.gated),
     *(experts.grouped_linear, sampling.sample_rows),
+    *(recurrence.tree_recurrence, recurrence.commit_recurrence),
 )
 SMALL = Shapes(heads=2, kv_heads=1, head_dim=16, hidden_size=24)
 CASES = {
@@ -83,7 +96,7 @@ def test_attention_reads_quantised_columns(dtype):
 
 
 LOADED = {
-    "soft-capped, with sinks, in 8 bits, with experts": Shapes(
+    "soft-capped, with sinks, in 8 bits, with experts, recurrent": Shapes(
         heads=6,
         kv_heads=2,
         head_dim=12,
@@ -92,6 +105,7 @@ LOADED = {
         sinks=True,
         quantised=True,
         experts=True,
+        recurrent=((2, 8, 6, False),),
     ),
     "plain": SMALL,
 }
@@ -100,8 +114,9 @@ LOADED = {
 @pytest.mark.parametrize(("shapes", "dtype"), all_in_float32(LOADED, "plain"))
 def test_all_kernels_pass_the_check_at_load(shapes, dtype):
     found = checked(KERNELS, shapes, CPU, dtype)
-    unused = {} if shapes.experts else {"grouped_linear": operations.grouped_linear}
-    assert found == replace(KERNELS, **unused)
+    names = [] if shapes.experts else ["grouped_linear"]
+    names += [] if shapes.recurrent else ["tree_recurrence", "commit_recurrence"]
+    assert found == replace(KERNELS, **{name: getattr(operations, name) for name in names})
 
 
 EXACT = {
@@ -247,6 +262,85 @@ def test_a_faulty_product_of_experts_falls_back(right, wrong, tmp_path, monkeypa
     kernels = replace(KERNELS, grouped_linear=broken.grouped_linear)
     found = checked(kernels, replace(SMALL, experts=True), CPU, torch.float32)
     assert found.grouped_linear is operations.grouped_linear
+
+
+def recurrence_inputs(n, heads=2, key_dim=8, value_dim=6):
+    """Random arguments of `tree_recurrence` for the nodes of one tree, and 4 states."""
+    numbers = RandomInputs(CPU, torch.float32)
+    q, k = numbers.draw(2, 1, n, 1, key_dim)
+    log_g, beta = -numbers.draw(1, n, heads, 1).abs(), numbers.draw(1, n, heads).sigmoid()
+    return (q, k, numbers.draw(1, n, heads, value_dim), log_g, beta), numbers.draw(
+        4, heads, key_dim, value_dim
+    )
+
+
+def run_recurrence(module, tree, rows, states, slot, nodes=None):
+    """The result of `tree_recurrence` for a tree on the state in a slot."""
+    arrays = plan_nodes([tree], 1, nodes or len(tree))
+    planned = TreeNodes.of(*(torch.from_numpy(x) for x in arrays))
+    slots = torch.tensor([slot], dtype=torch.int32)
+    return module.tree_recurrence(*rows, states, slots, planned, normalise=True, scale=0.5)
+
+
+def recurrence_is_row_independent(module):
+    """Whether nodes have the bits of their paths alone, before and after a part is committed."""
+    tree = random_tree(np.random.default_rng(3), 0, 12, 9)
+    rows, states = recurrence_inputs(16)
+    found = run_recurrence(module, tree, rows, states, 1, nodes=16)
+    if not torch.equal(found[0][0, 12:], found[0][0, :1].expand(4, -1, -1)):
+        return False  # copies of the root
+    for node in range(1, 12):
+        path = path_to(tree, node)
+        alone = [x[:, path.tolist()] for x in rows]
+        first, last = [[x[:, part] for x in alone] for part in (slice(-1), slice(-1, None))]
+        chain = DraftTree.chain(np.zeros(len(path) - 1, np.int32))
+        committed = run_recurrence(module, chain, first, states, 1)
+        log_g = first[3].transpose(1, 2)
+        line = [0, 1, 3, len(chain), *range(len(chain))]
+        module.commit_recurrence(
+            *(x[None] for x in (*committed[1:], log_g)),
+            states[:, None],
+            torch.tensor([line], dtype=torch.int32),
+        )
+        step = run_recurrence(module, DraftTree.root_only(0), last, states, 3)
+        if not torch.equal(step[0][0, 0], found[0][0, node]):
+            return False
+    return True
+
+
+def test_a_node_has_the_bits_of_plain_decoding_in_a_recurrent_layer():
+    assert recurrence_is_row_independent(recurrence)
+
+
+RECURRENCE_FAULTS = {
+    "the state of the node before": ("if source == i:", "if source == i + 9:"),
+    "a state that is never kept": ("tl.where(target == i,", "tl.where(target == i + 9,"),
+    "another slot's state": ("tl.load(slots_pointer + tree)", "tl.load(slots_pointer)"),
+    "values that are not corrected": ("    if DELTA:", "    if False:"),
+    "another head's gate": ("head * log_g_strides[2]", "0 * log_g_strides[2]"),
+    "half of a decay": ("[:, None]\n\n\n", "[:, None] * 0.5\n\n\n"),
+    "keys that are not normalised": ("    if NORMALISE:", "    if False:"),
+    "a commit of one node too few": ("range(tl.load(path + 3))", "range(tl.load(path + 3) - 1)"),
+    "a commit to the slot it read": ("after.to(tl.int64)", "before.to(tl.int64)"),
+}
+
+
+@pytest.mark.parametrize(("right", "wrong"), RECURRENCE_FAULTS.values(), ids=RECURRENCE_FAULTS)
+def test_a_faulty_recurrence_falls_back(right, wrong, tmp_path, monkeypatch):
+    broken = faulty(recurrence, tmp_path, right, wrong)
+    names = "tree_recurrence", "commit_recurrence"
+    monkeypatch.setattr(operations, "CHECKS", {name: CHECKS[name] for name in names})
+    kernels = replace(KERNELS, **{name: getattr(broken, name) for name in names})
+    found = checked(kernels, replace(SMALL, recurrent=((2, 8, 6, False),)), CPU, torch.float32)
+    assert found.reasons
+    assert all("differ by" in reason for reason in found.reasons.values())
+
+
+def test_a_walk_that_rounds_otherwise_than_a_commit_is_noticed(tmp_path):
+    """It is right otherwise, so only the test of bits can tell."""
+    line = "k[:, None] * written[None, :]\n        out"
+    broken = faulty(recurrence, tmp_path, line, "3 * " + line.replace("written", "(written / 3)"))
+    assert not recurrence_is_row_independent(broken)
 
 
 def test_a_kernel_that_cannot_be_compiled_falls_back_with_its_error(monkeypatch):

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from treeflash.decoding.hybrid import depth_first, most_kept
 from treeflash.decoding.tree import DraftTree
 from treeflash.testing import require
 
@@ -91,7 +92,7 @@ def test_states_in_half_precision_are_rounded_after_every_node(metal, rng):
 @given(st.lists(st.integers(0, 2**16), max_size=60))
 def test_a_walk_finds_the_state_of_every_parent(numbers):
     parents = [-1, *(number % (i + 1) for i, number in enumerate(numbers))]
-    order, count = kernels.depth_first(parents)
+    order, count = depth_first(parents)
     assert sorted(order[:, 0]) == list(range(len(parents)))
     held, state = {}, -1  # by slot, and in registers, the node whose state it is
     for node, source, target in order.tolist():
@@ -102,15 +103,16 @@ def test_a_walk_finds_the_state_of_every_parent(numbers):
             held[target] = node
     assert max(held, default=-1) + 1 == count
     assert len(parents) >= 2 ** (count + 1) - 1
+    assert count <= most_kept(len(parents))
 
 
 def test_a_full_binary_tree_needs_a_slot_for_each_depth():
     parents = [-1, *((i - 1) // 2 for i in range(1, 127))]
-    assert kernels.depth_first(parents)[1] == kernels.SLOTS
+    assert depth_first(parents)[1] == kernels.SLOTS == most_kept(127)
     tree = DraftTree.from_parents(
         np.zeros(255, np.int32), np.array([-1, *((i - 1) // 2 for i in range(1, 255))], np.int32)
     )
-    assert kernels.depth_first(tree.parents)[1] == kernels.SLOTS + 1
+    assert depth_first(tree.parents)[1] == kernels.SLOTS + 1
 
 
 FAULTS = {

@@ -16,6 +16,8 @@ along the path.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -41,3 +43,37 @@ def convolution_tail(path: NDArray[np.int32], kernel: int) -> NDArray[np.int32]:
     """
     rows = np.concatenate([np.arange(kernel - 1), kernel - 1 + path])
     return rows[len(path) :].astype(np.int32)
+
+
+def depth_first(parents: Sequence[int] | NDArray[np.int32]) -> tuple[NDArray[np.int32], int]:
+    """Plan the order in which a tree's nodes are visited, and the number of slots that it takes.
+
+    Returns:
+        (n, 3) int32 rows: a node; the slot that its parent's state is in, or -1 if the parent is
+        the node before it; the slot that its own state is kept in, or -1.
+    """
+    n = len(parents)
+    children: list[list[int]] = [[] for _ in range(n)]
+    for node in range(1, n):
+        children[parents[node]].append(node)
+    slots = [0] * n  # that the subtree of a node takes
+    for node in reversed(range(n)):
+        children[node].sort(key=lambda child: slots[child])
+        needs = [slots[child] for child in children[node]]
+        slots[node] = max(needs[-1:] + [1 + need for need in needs[:-1]], default=0)
+    rows, waiting = [], [(0, -1, 0)]  # a node, the slot of its parent, and the first free slot
+    while waiting:
+        node, parent_slot, free = waiting.pop()
+        slot = free if len(children[node]) > 1 else -1
+        rows.append((node, parent_slot, slot))
+        if children[node]:
+            # The stack turns the order round: the last child, which frees the slot, comes first.
+            first, *others = [(child, slot, free + 1) for child in children[node]]
+            waiting += [(child, kept, free) for child, kept, _ in others[-1:]]
+            waiting += [*reversed(others[:-1]), (first[0], -1, free + (slot >= 0))]
+    return np.array(rows, np.int32), slots[0]
+
+
+def most_kept(n: int) -> int:
+    """Return the largest number of slots that `depth_first` takes for a tree of n nodes."""
+    return max((n + 1).bit_length() - 2, 0)

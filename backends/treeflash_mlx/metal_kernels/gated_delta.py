@@ -14,12 +14,9 @@ than `SLOTS` has at least 2 ** (SLOTS + 2) - 1 nodes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
-import numpy as np
-from numpy.typing import NDArray
 
 from treeflash_mlx.metal_kernels import make_kernel
 
@@ -119,7 +116,7 @@ def run_nodes(
             outputs.
         steps: of the nodes.
         state: (batch, heads, value_dim, key_dim) before the trees; None for zeros.
-        order: (batch, n, 3) int32, see `depth_first`.
+        order: (batch, n, 3) int32, see `treeflash.decoding.hybrid.depth_first`.
         counts: (batch,) int32 nodes of each tree.
     """
     batch, _, key_heads, key_dim = steps.k.shape
@@ -172,35 +169,6 @@ def _packs(steps: Steps, state: mx.array) -> bool:
         and steps.v.shape[3] % 8 == 0
         and steps.g.dtype == state.dtype == mx.float32
     )
-
-
-def depth_first(parents: Sequence[int] | NDArray[np.int32]) -> tuple[NDArray[np.int32], int]:
-    """Plan the order in which a tree's nodes are visited, and the number of slots that it takes.
-
-    Returns:
-        (n, 3) int32 rows: a node; the slot that its parent's state is in, or -1 if the parent is
-        the node before it; the slot that its own state is kept in, or -1.
-    """
-    n = len(parents)
-    children: list[list[int]] = [[] for _ in range(n)]
-    for node in range(1, n):
-        children[parents[node]].append(node)
-    slots = [0] * n  # that the subtree of a node takes
-    for node in reversed(range(n)):
-        children[node].sort(key=lambda child: slots[child])
-        needs = [slots[child] for child in children[node]]
-        slots[node] = max(needs[-1:] + [1 + need for need in needs[:-1]], default=0)
-    rows, waiting = [], [(0, -1, 0)]  # a node, the slot of its parent, and the first free slot
-    while waiting:
-        node, parent_slot, free = waiting.pop()
-        slot = free if len(children[node]) > 1 else -1
-        rows.append((node, parent_slot, slot))
-        if children[node]:
-            # The stack turns the order round: the last child, which frees the slot, comes first.
-            first, *others = [(child, slot, free + 1) for child in children[node]]
-            waiting += [(child, kept, free) for child, kept, _ in others[-1:]]
-            waiting += [*reversed(others[:-1]), (first[0], -1, free + (slot >= 0))]
-    return np.array(rows, np.int32), slots[0]
 
 
 def runs_shape(key_dim: int) -> bool:

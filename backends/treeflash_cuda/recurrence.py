@@ -1,0 +1,219 @@
+"""Recurrent layers on draft trees, in PyTorch: what defines the results of the kernels.
+
+`treeflash.decoding.hybrid` has the formulas. Everything is computed in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from treeflash.decoding.hybrid import depth_first
+from treeflash.decoding.tree import DraftTree
+
+MANY_NODES = 8
+"""From this many nodes on, gates of single channels are applied depth by depth: the decays of all
+pairs of nodes would take n * n * key_dim exponentials a head."""
+L2_EPS = 1e-6
+PATH_COLUMNS = 4
+"""Columns of a path before its nodes: the tree, the slots of the states before and after it, and
+the number of its nodes."""
+
+
+@dataclass(frozen=True, eq=False)
+class TreeNodes:
+    """The nodes of the trees that a recurrence runs at once, n of each tree."""
+
+    # (trees, n, n) bool, as `DraftTree.ancestor_mask`. A node that is not its own ancestor is a
+    # copy of the root that fills a tree up.
+    ancestors: Tensor
+    parents: NDArray[np.int32] | None = None  # (n,) of a single tree, if the host knows them
+    visits: Tensor | None = None  # (trees, n, 3) int32, see `depth_first`; kernels need them
+    counts: Tensor | None = None  # (trees,) int32 nodes without copies of the root
+
+    @classmethod
+    def of(cls, ancestors: Tensor, visits: Tensor, counts: Tensor) -> TreeNodes:
+        """Take the result of `plan_nodes` as int32 tensors."""
+        return cls(ancestors.bool(), visits=visits, counts=counts)
+
+
+def plan_nodes(drafts: Sequence[DraftTree], trees: int, nodes: int) -> list[NDArray[np.int32]]:
+    """Return the arrays of `TreeNodes.of`: trees filled up to `nodes` with copies of their roots.
+
+    The trees after the last draft are copies of the first.
+    """
+    ancestors = np.zeros((trees, nodes, nodes), np.int32)
+    visits = np.full((trees, nodes, 3), -1, np.int32)
+    counts = np.zeros(trees, np.int32)
+    for i, tree in enumerate(drafts):
+        counts[i] = n = len(tree)
+        ancestors[i, :n, :n] = tree.ancestor_mask()
+        ancestors[i, n:, 0] = 1
+        visits[i, :n], _ = depth_first(tree.parents)
+    for x in (ancestors, visits, counts):
+        x[len(drafts) :] = x[0]
+    return [ancestors, visits, counts]
+
+
+def tree_recurrence(
+    q: Tensor,  # (trees, n, key_heads, key_dim)
+    k: Tensor,  # (trees, n, key_heads, key_dim)
+    v: Tensor,  # (trees, n, heads, value_dim)
+    log_g: Tensor,  # (trees, n, heads, 1) log decays, or (trees, n, heads, key_dim) of channels
+    beta: Tensor | None,  # (trees, n, heads) of the delta rule; None for linear attention
+    states: Tensor,  # (slots, heads, key_dim, value_dim) before the trees
+    slots: Tensor,  # (trees,) int32 or int64 place of each tree's state
+    nodes: TreeNodes,
+    *,
+    normalise: bool = False,  # whether keys and queries become unit vectors
+    scale: float = 1.0,  # factor on the queries
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run a recurrence on trees, and return what a commit needs.
+
+    Returns:
+        (trees, n, heads, value_dim) outputs in the dtype of v; in float32 the (trees, heads, n,
+        value_dim) values that the nodes write, and their (trees, heads, n, key_dim) keys.
+    """
+    repeats = v.shape[2] // k.shape[2]
+    q, k = (x.float().repeat_interleave(repeats, 2) for x in (q, k))
+    if normalise:
+        q, k = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + L2_EPS) for x in (q, k))
+    q, k, written, gates = (x.transpose(1, 2) for x in (q * scale, k, v.float(), log_g.float()))
+    state = states.index_select(0, slots).float()
+    if beta is None:
+        out = linear_rule(q, k, written, gates, state, nodes)
+    else:
+        factors = beta.transpose(1, 2).float()[..., None]
+        out, written = delta_rule(q, k, written, gates, factors, state, nodes)
+    return out.transpose(1, 2).to(v.dtype), written, k
+
+
+def commit_recurrence(
+    written: Tensor,  # (layers, trees, heads, n, value_dim)
+    keys: Tensor,  # (layers, trees, heads, n, key_dim)
+    log_g: Tensor,  # (layers, trees, heads, n, 1 or key_dim)
+    states: Tensor,  # (slots, layers, heads, key_dim, value_dim), changed in place
+    paths: Tensor,  # (sequences, 4 + n) int32, see `PATH_COLUMNS`
+) -> None:
+    """Write the states after the paths of some trees, from what `tree_recurrence` returned."""
+    trees, before, after, counts = paths[:, :PATH_COLUMNS].long().unbind(1)
+    path = paths[:, PATH_COLUMNS:].long()
+    index = path[None, :, None, :, None]
+    is_beyond = torch.arange(path.shape[1], device=path.device) >= counts[:, None]
+    is_beyond = is_beyond[None, :, None, :, None]
+    u, k, gates = (
+        x[:, trees].gather(3, index.expand(len(x), -1, x.shape[2], -1, x.shape[4]))
+        for x in (written, keys, log_g)
+    )
+    # A row whose value and log decay are 0 changes nothing.
+    update, decay = state_update(u.masked_fill(is_beyond, 0), k, gates.masked_fill(is_beyond, 0))
+    old = states.index_select(0, before).transpose(0, 1)
+    states.index_copy_(0, after, torch.addcmul(update, decay, old).transpose(0, 1))
+
+
+def state_update(u: Tensor, k: Tensor, log_g: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what rows that follow one another add to a state, and the factor of the state before.
+
+    Args:
+        u: (..., n, value_dim).
+        k: (..., n, key_dim).
+        log_g: (..., n, 1 or key_dim).
+
+    Returns:
+        (..., key_dim, value_dim) and (..., 1 or key_dim, 1).
+    """
+    # Decays after each row, summed directly: a difference of two sums would lose digits.
+    later = F.pad(log_g[..., 1:, :].flip(-2).cumsum(-2).flip(-2), (0, 0, 0, 1))
+    return (k * later.exp()).transpose(-1, -2) @ u, log_g.sum(-2).exp()[..., None]
+
+
+def delta_rule(
+    q: Tensor,  # (trees, heads, n, key_dim), normalised and scaled
+    k: Tensor,  # (trees, heads, n, key_dim), normalised
+    v: Tensor,  # (trees, heads, n, value_dim)
+    log_g: Tensor,  # (trees, heads, n, 1), or (trees, heads, n, key_dim) for gates of channels
+    beta: Tensor,  # (trees, heads, n, 1)
+    state: Tensor,  # (trees, heads, key_dim, value_dim)
+    nodes: TreeNodes,
+) -> tuple[Tensor, Tensor]:
+    """Compute the gated delta rule on trees: (trees, heads, n, value_dim), written values."""
+    if log_g.shape[-1] > 1 and nodes.parents is not None and len(nodes.parents) >= MANY_NODES:
+        return _by_depth(q, k, v, log_g, beta, state, nodes.parents)
+    pairs, total = _decays(log_g, nodes.ancestors)
+    decay = total.exp()
+    right = beta * (v - (decay * k) @ state)
+    # The solver reads the lower triangle, and takes the diagonal to be 1.
+    system = beta * _products(k, k, pairs)
+    u = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
+    return (decay * q) @ state + _products(q, k, pairs) @ u, u
+
+
+def linear_rule(
+    q: Tensor, k: Tensor, u: Tensor, log_g: Tensor, state: Tensor, nodes: TreeNodes
+) -> Tensor:
+    """Compute gated linear attention on trees, as `delta_rule`; `u` are the values written."""
+    pairs, total = _decays(log_g, nodes.ancestors)
+    return (total.exp() * q) @ state + _products(q, k, pairs) @ u
+
+
+def _decays(log_g: Tensor, ancestors: Tensor) -> tuple[Tensor, Tensor]:
+    """Return decays from node j to i, 0 where i does not see j; log decays from the state.
+
+    (trees, heads, n, n, 1 or key_dim) and (trees, heads, n, 1 or key_dim). Differences are masked
+    before the exponential: off the paths they are positive and overflow.
+    """
+    total = ancestors[:, None].to(log_g.dtype) @ log_g
+    difference = total[..., :, None, :] - total[..., None, :, :]
+    return difference.masked_fill(~ancestors[:, None, :, :, None], float("-inf")).exp(), total
+
+
+def _products(x: Tensor, k: Tensor, pairs: Tensor) -> Tensor:
+    """Return the (trees, heads, n, n) decayed products of rows."""
+    if pairs.shape[-1] == 1:
+        return (x @ k.transpose(-1, -2)) * pairs[..., 0]
+    return (x[..., :, None, :] * k[..., None, :, :] * pairs).sum(-1)
+
+
+def _by_depth(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_g: Tensor,
+    beta: Tensor,
+    state: Tensor,
+    parents: NDArray[np.int32],
+) -> tuple[Tensor, Tensor]:
+    """Compute `delta_rule` for a single tree, depth by depth.
+
+    The decayed keys on a node's path are its parent's keys, decayed once more. That takes n *
+    depth * key_dim products, and no exponentials but the gates'.
+    """
+    depths = np.zeros(len(parents), np.int32)
+    for node in range(1, len(parents)):
+        depths[node] = depths[parents[node]] + 1
+    gates, out, written = log_g.exp(), torch.empty_like(v), torch.empty_like(v)
+    keys = k.new_zeros(*k.shape[:2], 1, 0, k.shape[-1])  # (1, heads, nodes, depth, key_dim)
+    values = v.new_zeros(*v.shape[:2], 1, 0, v.shape[-1])
+    total = torch.ones_like(k[:, :, :1])  # decay from the state
+    rows = {-1: 0}  # the rows of the nodes of the depth above
+    for depth in range(int(depths.max()) + 1):
+        nodes = np.flatnonzero(depths == depth).tolist()
+        above = torch.tensor([rows[int(parents[i])] for i in nodes], device=k.device)
+        index = torch.tensor(nodes, device=k.device)
+        gate, key, query = gates[:, :, index], k[:, :, index], q[:, :, index]
+        total = total[:, :, above] * gate
+        keys, values = keys[:, :, above] * gate[..., None, :], values[:, :, above]
+        known = (total * key) @ state + ((keys @ key[..., None]) * values).sum(-2)
+        u = beta[:, :, index] * (v[:, :, index] - known)
+        keys = torch.cat([keys, key[..., None, :]], -2)
+        values = torch.cat([values, u[..., None, :]], -2)
+        out[:, :, index] = (total * query) @ state + ((keys @ query[..., None]) * values).sum(-2)
+        written[:, :, index] = u
+        rows = {node: row for row, node in enumerate(nodes)}
+    return out, written
