@@ -59,6 +59,7 @@ class TreePass:
     positions: mx.array  # (batch, n) int32 absolute positions of the nodes
     rotary: Sequence[mx.array]  # (batch * n,) rotary positions of the nodes, on one or three axes
     ancestors: mx.array  # (batch, n, n) bool; whether a node attends to a node
+    in_windows: mx.array  # the same for layers with a window
     index: mx.array | None  # (batch, 1, n, 1) int32 columns that the nodes are written to
     paths: NodePaths | None  # for recurrent layers
 
@@ -72,6 +73,7 @@ class TreePass:
         solve: Solver | None = None,
         rotary: Sequence[NDArray[np.int32]] | None = None,
         is_seen: NDArray[np.bool_] | None = None,
+        sliding: bool = False,
     ) -> TreePass | None:
         """Return the pass over trees, one per sequence; None if all tokens continue one sequence.
 
@@ -79,7 +81,7 @@ class TreePass:
         the column `spare`. Recurrent layers `solve`; None without them, or for chains that are
         committed whole. `rotary` are the (n,) rotary positions of each tree, or (3, n) of a single
         chain, where they are not the positions; `is_seen` is (n, n), whether tokens of a single
-        chain see others besides the earlier ones.
+        chain see others besides the earlier ones, in `sliding` layers alone or in all.
         """
         is_plain = len(trees[0]) == 1 or (trees[0].is_chain and solve is None)
         if len(trees) == 1 and is_plain and rotary is None:
@@ -105,8 +107,7 @@ class TreePass:
                     axis[i] = row[0]
                     axis[i, : len(row)] = row
             turned = [mx.array(axis.reshape(-1)) for axis in axes]
-        if is_seen is not None:
-            ancestors[0] |= is_seen
+        in_windows = mx.array(ancestors if is_seen is None else ancestors | is_seen)
         written = mx.array(index[:, None, :, None]) if batch > 1 else None
         paths = NodePaths(trees, solve) if solve is not None and n > 1 else None
         return cls(
@@ -115,7 +116,8 @@ class TreePass:
             columns=columns,
             positions=placed,
             rotary=turned,
-            ancestors=mx.array(ancestors),
+            ancestors=mx.array(ancestors) if sliding else in_windows,
+            in_windows=in_windows,
             index=written,
             paths=paths,
         )
@@ -125,7 +127,7 @@ class TreePass:
 
         Whether a key lies in the window of a node depends on its position, not on its column.
         """
-        if window is not None and window >= self.columns:
+        if window is not None and window >= self.columns and self.in_windows is self.ancestors:
             window = None
         if (window, first) not in self.masks:
             self.masks[window, first] = self._mask(window, first)
@@ -139,16 +141,18 @@ class TreePass:
     @cached_property
     def nodes(self) -> Nodes | None:
         """The nodes as `tree_attention` takes them; None where there are no kernels."""
-        if self.ancestors.shape[2] > MAX_NODES or not uses_kernels():
+        is_one = self.in_windows is self.ancestors
+        if not is_one or self.ancestors.shape[2] > MAX_NODES or not uses_kernels():
             return None
         words = ancestor_words(self.ancestors)
         return Nodes(words, self.positions, self.starts, self.columns)
 
     def _mask(self, window: int | None, first: int) -> mx.array:
         batch, n = self.positions.shape
+        ancestors = self.ancestors if window is None else self.in_windows
         if self.index is None:  # the nodes of one sequence are its last columns
             committed = mx.ones((n, self.start - first), mx.bool_)
-            mask = mx.concatenate([committed, self.ancestors[0]], 1)
+            mask = mx.concatenate([committed, ancestors[0]], 1)
             if window is not None:
                 keys = mx.concatenate([mx.arange(first, self.start), self.positions[0]])
                 mask = mask & (self.positions[0][:, None] - keys < window)
@@ -157,7 +161,7 @@ class TreePass:
         nodes = mx.broadcast_to(last - self.starts, (batch, len(last)))
         committed, nodes = nodes < 0, mx.clip(nodes, 0, n)
         beyond = mx.zeros((batch, n, 1), mx.bool_)  # columns after the nodes of a sequence
-        ancestors = mx.concatenate([self.ancestors, beyond], 2)
+        ancestors = mx.concatenate([ancestors, beyond], 2)
         index = mx.broadcast_to(nodes[:, None], (batch, n, len(last)))
         seen = committed[:, None] | mx.take_along_axis(ancestors, index, 2)
         mask = mx.concatenate([mx.ones((batch, n, self.start - first), mx.bool_), seen], 2)

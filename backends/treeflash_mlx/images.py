@@ -19,6 +19,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 from numpy.typing import NDArray
 
+from treeflash.decoding.families import ImageFamily, family_of
 from treeflash.decoding.image_processor import placeholder_id
 from treeflash.decoding.images import Image
 from treeflash.drafters.config import rope_parameters, rotary_axes
@@ -40,10 +41,12 @@ class Features:
 class ImageRows:
     """What a pass over a chunk with features has in place of embeddings of its tokens."""
 
+    token_ids: mx.array  # (1, n), the padding token at features
     embeddings: mx.array  # (1, n, hidden_size)
     deep: mx.array | None  # (layers, 1, n, hidden_size), 0 at tokens of text
     # (n, n), which tokens are of the same image, if these see each other.
     is_seen: NDArray[np.bool_] | None
+    sliding: bool  # whether they do so in sliding layers alone
 
 
 class VisionTower:
@@ -59,10 +62,15 @@ class VisionTower:
         decoder = model.language_model.model
         decoder.layers = []
         decoder.embed_tokens = embed
+        # Gemma 4's embeddings are scaled in mlx-vlm before its decoder, and in mlx-lm by it.
+        self.scale: float = getattr(decoder, "embed_scale", 1.0)
         if hasattr(model.config, "text_config"):
             # mlx-vlm divides features by a function of it, with a default.
             model.config.hidden_size = model.config.text_config.hidden_size
-        self.placeholder = placeholder_id(config)
+        model.audio_tower = model.embed_audio = None
+        family, text = family_of(config["model_type"]).images, config.get("text_config", config)
+        self.sliding = isinstance(family, ImageFamily) and family.sliding
+        self.placeholder, self.padding = placeholder_id(config), text.get("pad_token_id") or 0
         self.model, self.embed, self.dtype = model, embed, dtype
 
     @property
@@ -79,7 +87,7 @@ class VisionTower:
         deep = made.deepstack_visual_embeds
         if deep is not None:
             deep = mx.stack(list(deep)).astype(self.dtype)
-        features = Features(made.inputs_embeds[0].astype(self.dtype), deep)
+        features = Features((made.inputs_embeds[0] / self.scale).astype(self.dtype), deep)
         mx.eval(features.rows, features.deep)
         return features
 
@@ -102,7 +110,7 @@ class VisionTower:
         state.encoded = kept
         is_feature = images.is_feature[first:end]
         places = mx.array(np.flatnonzero(is_feature).astype(np.int32))
-        text = mx.array(np.where(is_feature, 0, token_ids).astype(np.int32))
+        text = mx.array(np.where(is_feature, self.padding, token_ids).astype(np.int32))
         embeddings = self.embed(text)
         embeddings[places] = mx.concatenate([part.rows for part in parts])
         deep = None
@@ -118,7 +126,7 @@ class VisionTower:
                 number[max(image.first - first, 0) : image.end - first] = i
             number[~is_feature] = 0
             is_seen = (number[:, None] == number) & is_feature
-        return ImageRows(embeddings[None], deep, is_seen)
+        return ImageRows(text[None], embeddings[None], deep, is_seen, self.sliding)
 
 
 def channel_axes(config: Mapping[str, Any]) -> NDArray[np.int32] | None:

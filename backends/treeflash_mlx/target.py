@@ -392,7 +392,10 @@ class Target:
             return RecurrentTreeCache(storage.states, i, paths, self.hooks.enter_recurrent_layer)
 
         caches = self.layout.make(attention_cache, recurrent_cache)
-        given = {} if images is None else {"input_embeddings": images.embeddings}
+        given = {}
+        if images is not None:
+            # Gemma 4 looks up more embeddings, those of each layer, by the ids.
+            token_ids, given = images.token_ids, {"input_embeddings": images.embeddings}
         with self.hooks.forward_pass(tree, None if images is None else images.deep) as outputs:
             logits = self.model(token_ids, cache=caches, **given)
         if not layer_ids:

@@ -229,6 +229,7 @@ class Verifier:
             solve=solve,
             rotary=_rotary_positions(by_row),
             is_seen=None if images is None else images.is_seen,
+            sliding=images is not None and images.sliding,
         )
         # A head that reads embeddings has those of features from the first layer's input.
         reads = isinstance(self.drafter, MtpModel) and sequences[0][0].drafter is not None

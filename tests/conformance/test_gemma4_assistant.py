@@ -14,6 +14,12 @@ import numpy as np
 import pytest
 from scheduled_texts import scheduled_texts
 
+from tests.helpers.image_models import (
+    RandomProcessor,
+    picture,
+    random_model,
+    save_published,
+)
 from treeflash.config import LoadConfig
 from treeflash.decoding.interfaces import TableOptions
 from treeflash.decoding.session import SequenceSession
@@ -69,9 +75,9 @@ def layers(kinds: str, **settings: Any) -> dict[str, Any]:
     return {**SHAPE, **WIDE, "num_hidden_layers": len(types), "layer_types": types, **settings}
 
 
-def publish(settings: dict[str, Any]) -> None:
+def publish(settings: dict[str, Any], wide: dict[str, int] = WIDE) -> None:
     del settings["per_layer_config"]
-    settings.update(WIDE)
+    settings.update(wide)
 
 
 def randomise(model: Any, folder: Path, scale: float) -> None:
@@ -112,10 +118,11 @@ def load_pair(folder: Path, config: LoadConfig = FLOAT32) -> Any:
 
 
 @torch.inference_mode()
-def published(target: Any, drafter: Any, prompt: list[int], path: list[int]) -> Any:
+def published(target: Any, drafter: Any, prompt: list[int], path: list[int], **inputs: Any) -> Any:
     """(depths, vocab) log probabilities after each token of a path, which begins with the root."""
     outputs = target(
         torch.tensor([prompt]),
+        **inputs,
         use_cache=True,
         output_hidden_states=True,
         return_shared_kv_states=True,
@@ -146,6 +153,36 @@ def test_log_probs_equal_those_of_transformers(pair: Any, prompt: list[int]) -> 
             actual = mlx.head.log_probs(block, np.array(path, np.int32))
             expected = published(target, drafter, prompt, path)
             np.testing.assert_allclose(actual, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["gemma4", "gemma4 small"])
+def test_drafts_after_an_image_equal_those_of_transformers(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("mlx_vlm")
+    from treeflash_mlx import images as mlx_images
+
+    monkeypatch.setattr(mlx_images, "read_processor", lambda _: RandomProcessor(family))
+    target = random_model(family)
+    save_published(family, target, tmp_path / "target")
+    wide = {"global_head_dim": 16 if family == "gemma4" else 32}
+    heads = {"head_dim": 16, "vocab_size": 320, "attention_k_eq_v": False, "sliding_window": 9}
+    small = {"hidden_size": 16, "intermediate_size": 24, "num_kv_shared_layers": 3}
+    config = Gemma4AssistantConfig(
+        text_config={**layers("ssf", **small, **heads, **wide)}, backbone_hidden_size=64
+    )
+    drafter = Gemma4AssistantForCausalLM(config)
+    randomise(drafter, tmp_path / "assistant", 0.25)
+    edit_config(tmp_path / "assistant", lambda config: publish(config["text_config"], wide))
+    mlx, path = load_pair(tmp_path), [7, 3, 9]
+    ids, images = mlx.images.encode("ab<image>cd", [picture(1)])
+    with SequenceSession(mlx, drafts=True) as sequence:
+        sequence.extend(ids, images=images)
+        actual = mlx.head.log_probs(sequence.draft(7), np.array(path, np.int32))
+    inputs = {name: torch.from_numpy(x) for name, x in images.images[0].inputs.items()}
+    kinds = torch.from_numpy(images.is_feature.astype(np.int64))[None]
+    expected = published(target, drafter, ids, path, **inputs, mm_token_type_ids=kinds)
+    np.testing.assert_allclose(actual, expected, atol=1e-3)
 
 
 def one_position_high(

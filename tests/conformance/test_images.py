@@ -36,6 +36,8 @@ FAMILIES = (
     "qwen3_5",
     "lfm2_vl",
     "gemma3",
+    "gemma4",
+    "gemma4 small",
     "mistral3",
     "pixtral",
 )

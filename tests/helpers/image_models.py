@@ -80,6 +80,32 @@ PIXTRAL = VISION | {
     "head_dim": 16,
     "hidden_act": "silu",
 }
+GEMMA_4 = TEXT | {
+    "num_hidden_layers": 6,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+    "sliding_window": 9,
+    "vocab_size_per_layer_input": VOCAB,
+}
+
+
+def _gemma4(**text: Any) -> Any:
+    return hf.Gemma4Config(
+        text_config=GEMMA_4 | text,
+        vision_config=VISION
+        | {
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "patch_size": PATCH,
+            "pooling_kernel_size": MERGE,
+            "position_embedding_size": 32,
+        },
+        image_token_id=IMAGE,
+        boi_token_id=START,
+        eoi_token_id=END,
+        # Outside of the vocabulary: transformers embeds them as padding, also in answers.
+        video_token_id=VOCAB,
+        audio_token_id=VOCAB + 1,
+    )
 
 
 def _qwen(kind: str, text: dict[str, Any], vision: dict[str, Any]) -> Any:
@@ -149,6 +175,12 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         image_token_index=IMAGE,
         boi_token_index=START,
         eoi_token_index=END,
+    ),
+    "gemma4": lambda: _gemma4(
+        use_bidirectional_attention="vision", hidden_size_per_layer_input=0, global_head_dim=16
+    ),
+    "gemma4 small": lambda: _gemma4(
+        hidden_size_per_layer_input=8, num_kv_shared_layers=2, global_head_dim=32
     ),
     "smolvlm": lambda: hf.SmolVLMConfig(
         text_config=LLAMA,
@@ -231,7 +263,7 @@ def random_model(family: str) -> Any:
     model = hf.AutoModelForImageTextToText.from_config(
         CONFIGS[family](), dtype=torch.float32
     ).eval()
-    wide = 0.03 if family == "gemma3" else 0.5
+    wide = 0.03 if family.startswith("gemma") else 0.5
     for name, weight in model.named_parameters():
         if weight.ndim > 1:
             weight.data.normal_(0, wide if "embed" in name else 0.15)
@@ -252,6 +284,9 @@ def save_published(family: str, model: Any, folder: Path) -> None:
             "rope_local_base_freq": 1e4,
             "rope_theta": 1e6,
         }
+    elif family.startswith("gemma4"):
+        wide = text.pop("per_layer_config", {})
+        text["global_head_dim"] = next(iter(wide.values()), text)["head_dim"]
     elif family == "lfm2_vl":
         text["block_dim"] = text["hidden_size"]
     elif family == "pixtral":
@@ -314,6 +349,15 @@ class RandomProcessor:
                 "pixel_values": patches.reshape(1, rows * columns, -1),
                 "spatial_shapes": np.array([[rows, columns]]),
                 "pixel_attention_mask": np.ones((1, rows * columns), np.int64),
+            }
+            return arrays, [IMAGE] * (rows * columns // 4)
+        if self.family.startswith("gemma4"):
+            rows, columns = (size // PATCH for size in image.shape[:2])
+            patches = pixels.reshape(3, rows, PATCH, columns, PATCH).transpose(1, 3, 2, 4, 0)
+            places = np.stack(np.divmod(np.arange(rows * columns), columns)[::-1], -1)
+            arrays = {
+                "pixel_values": patches.reshape(1, rows * columns, -1) / 2 + 0.5,
+                "image_position_ids": places[None],
             }
             return arrays, [IMAGE] * (rows * columns // 4)
         if self.family in ("mistral3", "pixtral"):

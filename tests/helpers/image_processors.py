@@ -18,6 +18,7 @@ GLM = {
     305: "<|end_of_video|>",
 }
 LFM2 = {300: "<image>", 302: "<|image_start|>", 303: "<|image_end|>", 304: "<|img_thumbnail|>"}
+GEMMA_4 = {300: "<|image|>", 301: "<|video|>", 302: "<|image>", 303: "<image|>", 305: "<|audio|>"}
 GEMMA = {300: "<image_soft_token>", 302: "<start_of_image>", 303: "<end_of_image>"}
 IDEFICS = {300: "<image>", 302: "<fake_token_around_image>", 303: "<global-img>"}
 GRID = {"patch_size": 4, "temporal_patch_size": 1, "merge_size": 2}
@@ -65,6 +66,20 @@ PROCESSORS: dict[str, Callable[[], Any]] = {
         hf.Gemma3ImageProcessor(size={"height": 32, "width": 32}),
         tokenizer(GEMMA, image_token=GEMMA[300], boi_token=GEMMA[302], eoi_token=GEMMA[303]),
         image_seq_length=4,
+    ),
+    "gemma4": lambda: hf.Gemma4Processor(
+        hf.Gemma4AudioFeatureExtractor(),
+        hf.Gemma4ImageProcessor(patch_size=4, pooling_kernel_size=2, max_soft_tokens=70),
+        tokenizer(
+            GEMMA_4,
+            image_token=GEMMA_4[300],
+            boi_token=GEMMA_4[302],
+            eoi_token=GEMMA_4[303],
+            audio_token=GEMMA_4[305],
+            boa_token="<unused306>",
+            eoa_token="<unused307>",
+        ),
+        hf.Gemma4VideoProcessor(),
     ),
     "lfm2_vl": lambda: hf.Lfm2VlProcessor(
         hf.Lfm2VlImageProcessor(

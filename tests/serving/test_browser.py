@@ -17,7 +17,6 @@ from stub_images import StubProcessor, picture, url_of
 from treeflash.config import LoadConfig
 from treeflash.language_model import LanguageModel
 from treeflash.text.images import read_image
-from treeflash.text.prompt import image_part, text_part
 from treeflash.text.tokenizer import Tokenizer
 
 sync_api = pytest.importorskip("playwright.sync_api")
@@ -477,21 +476,22 @@ def vision(tmp_path_factory):
     backend = load(folder, None, LoadConfig(device="cpu", dtype="float32"))
     model = LanguageModel(backend, Tokenizer.from_folder(folder), folder, suffix=True)
     with serving(model, {"method": "suffix", "temperature": 0.0}) as running:
-        yield model, running
+        yield running
 
 
 @pytest.mark.parametrize("way", ["dropped", "pasted"])
 def test_an_image_on_the_page_gives_the_text_of_every_client(vision, open_page, way):
     from tests.helpers.image_clients import ASK, QUESTION, TOKENS
 
-    model, server = vision
     image, other = picture(1, 96), picture(2, 96)
-    content = [image_part(image), text_part(QUESTION)]
-    messages = [{"role": "user", "content": content}]
-    plain = model.generate(messages, method="ar", max_tokens=TOKENS, temperature=0.0).text
-    assert {ask(server.url, image) for ask in ASK} == {plain}
-    assert plain not in {ask(server.url, other) for ask in ASK}
-    page = open_page(server.url)
+    parts = [{"type": "image_url", "image_url": {"url": url_of(image)}}]
+    messages = [{"role": "user", "content": [*parts, {"type": "text", "text": QUESTION}]}]
+    body = {"messages": messages, "max_tokens": TOKENS, "method": "ar"}
+    response = vision.post("/v1/chat/completions", body)
+    plain = response.json()["choices"][0]["message"]["content"]
+    assert {ask(vision.url, image) for ask in ASK} == {plain}
+    assert plain not in {ask(vision.url, other) for ask in ASK}
+    page = open_page(vision.url)
     page.locator("#length").evaluate("(x, n) => { x.min = x.step = 1; x.value = n; }", TOKENS)
     if way == "dropped":
         transfer = page.evaluate_handle(TRANSFER, list(image))

@@ -9,7 +9,7 @@ the differences between published files and mlx-lm.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from treeflash.errors import UnsupportedModelError
@@ -25,14 +25,22 @@ class ImageFamily:
     Attributes:
         three_axes: whether rotary positions have three axes, which follow from `image_grid_thw`.
         whole: whether the tokens of an image see each other, so that one pass must have them all.
+        sliding: whether they do so in sliding layers alone, and only in targets with the setting
+            `use_bidirectional_attention: vision`.
         placeholder: the attribute of its processor with what templates write for an image.
         backends: the backends that run its images.
     """
 
     three_axes: bool = False
     whole: bool = False
+    sliding: bool = False
     placeholder: str = "image_token"
     backends: Collection[str] = ("cuda",)
+
+    def for_config(self, text: Mapping[str, Any]) -> ImageFamily:
+        """Return the record for a target with this text configuration."""
+        causal = self.sliding and text.get("use_bidirectional_attention") != "vision"
+        return replace(self, whole=False) if causal else self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +140,9 @@ FAMILIES: Mapping[str, Family] = {
     "ernie4_5_vl_moe": Family(images="it chooses the experts of a token by whether it is text"),
     "evolla": Family(images=_CROSS_ATTENTION),
     "gemma3": Family(images=ImageFamily(whole=True, placeholder="boi_token", backends=_BOTH)),
-    "gemma4": Family(tool_calls="gemma4"),
+    "gemma4": Family(
+        tool_calls="gemma4", images=ImageFamily(whole=True, sliding=True, backends=("mlx",))
+    ),
     "glm46v": Family(images=_THREE_AXES),
     "glm4v": Family(images=_THREE_AXES),
     "granitemoehybrid": Family(mlx_settings=_granite_settings),

@@ -134,6 +134,7 @@ def load_processor(
         )
     except Exception as error:  # of a folder without the files of a processor, among others
         return f"its folder has no usable processor ({first_line(error)})"
+    family = family.for_config(config.get("text_config", config))
     merge = int(vision.get("spatial_merge_size", 2))  # it counts with three axes alone
     return Processor(processor, family, placeholder_id(config), merge)
 
