@@ -175,10 +175,15 @@ class Graphs:
             with torch.cuda.stream(self.stream):
                 for _ in range(WARM_UP):
                     function(*places)
-            torch.cuda.current_stream().wait_stream(self.stream)
-            # Other threads may use the device during the capture.
-            with torch.cuda.graph(
-                graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
+            current = torch.cuda.current_stream()
+            current.wait_stream(self.stream)
+            # PyTorch 2.13 and 2.14 leave the stream of a capture that fails the current one. Other
+            # threads may use the device during the capture.
+            with (
+                torch.cuda.stream(current),
+                torch.cuda.graph(
+                    graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
+                ),
             ):
                 outputs = function(*places)
         return Graph(graph, places, outputs)

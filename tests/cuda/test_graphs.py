@@ -1,6 +1,7 @@
 """Trees and drafts as functions of tensors alone, and when they run without static shapes."""
 
 import warnings
+from contextlib import contextmanager, nullcontext
 from itertools import product
 from types import SimpleNamespace
 
@@ -431,3 +432,44 @@ def test_replays_and_failures_are_counted_by_function(monkeypatch):
     recorder.run(2)
     assert recorder.graphs.replays == {"doubling": 2, "another": 1}
     assert recorder.graphs.verdicts["doubling"] == "operation not permitted"
+
+
+def test_the_stream_of_a_failed_capture_is_left(monkeypatch):
+    """PyTorch before 2.15 does not leave it itself."""
+    streams = [SimpleNamespace(wait_stream=lambda _: None)]
+
+    class FailedCapture:
+        def __init__(self, *_, stream, **__):
+            self.stream = stream
+
+        def __enter__(self):
+            streams[0] = self.stream
+
+        def __exit__(self, *_):
+            raise RuntimeError("operation not permitted when capturing")
+
+    @contextmanager
+    def stream(new):
+        before, streams[0] = streams[0], new
+        try:
+            yield
+        finally:
+            streams[0] = before
+
+    stand_ins = {
+        "CUDAGraph": lambda: None,
+        "Stream": lambda _: SimpleNamespace(wait_stream=lambda _: None),
+        "current_stream": lambda: streams[0],
+        "device": lambda _: nullcontext(),
+        "graph": FailedCapture,
+        "graph_pool_handle": lambda: None,
+        "stream": stream,
+    }
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    before, graphs = streams[0], Graphs(torch.device("cpu"))
+    monkeypatch.setattr(Graphs, "is_capturing", True)
+    x = torch.arange(3)
+    assert graphs.run("doubling", (), lambda x: (2 * x,), x)[0].tolist() == [0, 2, 4]
+    assert graphs.verdicts["doubling"] == "operation not permitted when capturing"
+    assert streams[0] is before

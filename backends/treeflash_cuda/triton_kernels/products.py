@@ -28,8 +28,9 @@ def _linear(
     DEPTH: tl.constexpr,
     BIAS: tl.constexpr,
 ):
-    columns = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
-    rows = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    # Programs of the same columns follow one another, and find the weight in a cache.
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     is_row, is_column = rows < n, columns < width
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, size, DEPTH):
@@ -65,7 +66,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     assert weight.is_contiguous()
     rows = x.reshape(-1, size)
     result = rows.new_empty(len(rows), width)
-    _linear[triton.cdiv(width, COLUMNS), triton.cdiv(len(rows), ROWS)](
+    _linear[triton.cdiv(len(rows), ROWS), triton.cdiv(width, COLUMNS)](
         *(rows, weight, bias, result, len(rows), size, width, rows.stride(0)),
         ROWS=ROWS,
         COLUMNS=COLUMNS,
