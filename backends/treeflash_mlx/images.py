@@ -67,7 +67,7 @@ class VisionTower:
         if hasattr(model.config, "text_config"):
             # mlx-vlm divides features by a function of it, with a default.
             model.config.hidden_size = model.config.text_config.hidden_size
-        model.audio_tower = model.embed_audio = None
+        model.audio_tower = model.embed_audio = None  # sounds are refused
         family, text = family_of(config["model_type"]).images, config.get("text_config", config)
         self.sliding = isinstance(family, ImageFamily) and family.sliding
         self.placeholder, self.padding = placeholder_id(config), text.get("pad_token_id") or 0
