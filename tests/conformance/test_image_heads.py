@@ -25,6 +25,7 @@ from tests.helpers.image_models import (
     save_published,
 )
 from tests.helpers.mtp_pairs import write_image_head
+from tests.helpers.parts import load_with_parts
 from treeflash.config import DecodeConfig, LoadConfig
 from treeflash.decoding import Request, Scheduler, SchedulerConfig
 from treeflash.decoding.backend_base import BaseState
@@ -139,10 +140,16 @@ class Published:
         return x @ self.tensors[f"midlayer.{name}.weight"].T
 
 
-@pytest.fixture(scope="module", params=[(b, k) for b in ("cuda", "mlx") for k in KINDS], ids=str)
+PAIRS = [(name, kind) for name in ("cuda", "mlx") for kind in KINDS]
+ON_A_GPU = "cuda on a GPU", "qwen3_5-mtp"
+"""Drafts as on a GPU, where rows without images are one function of tensors."""
+
+
+@pytest.fixture(scope="module", params=[*PAIRS, ON_A_GPU], ids=str)
 def pair(request, tmp_path_factory):
     """A published model with a head, the loaded pair, and a prompt with its log probabilities."""
-    name, kind = request.param
+    name, _, parts = request.param[0].partition(" ")
+    kind = request.param[1]
     if name == "mlx":
         pytest.importorskip("mlx_vlm")
     transformers.logging.set_verbosity_error()
@@ -151,7 +158,10 @@ def pair(request, tmp_path_factory):
     published = Published(family, *head, folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(f"treeflash_{name}.images.read_processor", lambda _: RandomProcessor(family))
-        backend = loader(name)(folder, published.head, CPU)
+        if parts:
+            backend = load_with_parts(patch, folder, published.head, cuda_graphs=True)
+        else:
+            backend = loader(name)(folder, published.head, CPU)
     assert not isinstance(backend.images, str), backend.images
     prompt = backend.images.encode(PROMPT, [PICTURE])
     return published, backend, prompt, published.log_probs(*prompt, DRAFTED)
