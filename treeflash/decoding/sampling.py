@@ -301,17 +301,19 @@ class PenaltyState:
 
     def __init__(self, penalties: Penalties, prompt_ids: Sequence[int]) -> None:
         self.penalties = penalties
+        self.is_active = penalties.active  # compared once, not in every iteration
         self.prompt = np.unique(np.array(prompt_ids, np.int64))
         self.generated: Counter[int] = Counter()
 
     def add(self, tokens: Iterable[int]) -> None:
         """Count newly generated tokens."""
-        self.generated.update(tokens)
+        if self.is_active:
+            self.generated.update(tokens)
 
     def edits(self, tree: DraftTree) -> LogitEdits | None:
         """Return the edits of the logits at each node, or None; the root is counted already."""
         penalties = self.penalties
-        if not penalties.active:
+        if not self.is_active:
             return None
         bias = dict(penalties.logit_bias)
         repeated = self.prompt if penalties.repetition != 1 else self.prompt[:0]
