@@ -207,22 +207,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     texts: list[Row] = []
     speeds: list[Row] = []
     pair: dict[str, str] = {}
-    for dtype in args.dtypes:
-        if args.exact or not args.speed:
+    if args.exact or not args.speed:
+        for dtype in args.dtypes:
             model = load_model(argparse.Namespace(**{**vars(args), "dtype": dtype}))
             pair = describe(model.backend)
             texts += compare_texts(args, model)
-        if args.speed:
+        show(f"half precision, {', '.join(pair.values())}", texts)
+        print(summary(texts), flush=True)
+    if args.speed:
+        for dtype in args.dtypes:
             found = list(compare_speeds(args, dtype))
             for method, parallel in dict.fromkeys((x["method"], x["parallel"]) for x in found):
                 case = {"dtype": dtype, "method": method, "parallel": parallel}
                 means = mean_row(found, case, ["tokens_per_s", "exact_tokens_per_s", "ratio"])
                 found.append({key: means[key] for key in found[0]})
             speeds += found
-    if texts:
-        show(f"half precision, {', '.join(pair.values())}", texts)
-        print(summary(texts))
-    if speeds:
         show("what exact mode costs", speeds)
     write_json(args.json, "half_precision", pair | {"rows": texts, "speeds": speeds})
     return 0
