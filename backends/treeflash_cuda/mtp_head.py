@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +19,15 @@ from torch import Tensor, nn
 
 from treeflash.decoding import mtp_head
 from treeflash.decoding.interfaces import StateArrays, TableOptions
-from treeflash.decoding.mtp_head import MtpBlock, MtpRows
+from treeflash.decoding.mtp_head import (
+    MtpBlock,
+    MtpRows,
+    NewRows,
+    merge_features,
+    new_rows,
+    row_positions,
+    row_tokens,
+)
 from treeflash.decoding.recurrent_head import tables
 from treeflash.decoding.sampling import Noise
 from treeflash.decoding.transitions import TransitionTable
@@ -228,30 +236,6 @@ class SlabColumns:
         )
 
 
-NewRows: TypeAlias = tuple[Any, int, list[int]]
-"""The state of a sequence, the first of its rows that are computed, and their tokens."""
-
-
-def embed_rows(output: OutputStage, rows: Sequence[NewRows], device: torch.device) -> Tensor:
-    """Return the (n, hidden_size) embeddings of rows' tokens, or features of images."""
-    tokens = np.array([token for _, _, part in rows for token in part])
-    embedded, start = output.embed(upload(tokens, device)), 0
-    for state, first, part in rows:
-        for position, merged in state.drafter.merged:
-            row = position - 1 - first  # a row has the token after its own position
-            begin, end = max(row, 0), min(row + len(merged), len(part))
-            if begin < end:
-                embedded[start + begin : start + end] = merged[begin - row : end - row]
-        start += len(part)
-    return embedded
-
-
-def row_positions(rows: Sequence[NewRows]) -> NDArray[np.int32]:
-    """Return the (3, n) rotary positions of rows."""
-    parts = [state.row_positions(first, first + len(tokens)) for state, first, tokens in rows]
-    return np.concatenate(parts, 1)
-
-
 def columns_of(rows: NewRows) -> NDArray[np.integer]:
     """Return the columns of rows in the slab."""
     state, first, tokens = rows
@@ -321,7 +305,7 @@ class MtpDrafter:
             slab.hidden.index_copy_(0, upload(columns, device), torch.cat(context))
             context, columns = [], columns[:0]
             new = [self._write_first(slab, rows) for rows in new]
-        tokens = np.array([token for *_, part in new for token in part])
+        tokens = row_tokens(new)
         positions = row_positions(new)[0]
         places = np.concatenate([columns_of(rows) for rows in new])
         last = np.cumsum([len(part) for *_, part in new]) - 1
@@ -380,7 +364,8 @@ class MtpDrafter:
         while len(tokens) > most:
             size = min(CHUNK, len(tokens) - most)
             part = state, first, tokens[:size]
-            embedded = embed_rows(self.output, [part], self.target.device)
+            ids = upload(row_tokens([part]), self.target.device)
+            embedded = merge_features(self.output.embed(ids), [part])
             rotation = self.model.rotation(row_positions([part]), embedded)
             self._write(slab, embedded, rotation, upload(columns_of(part), self.target.device))
             first, tokens = first + size, tokens[size:]
@@ -416,22 +401,16 @@ class ParallelDrafter(Drafter):
         config, masks = self.rows.config, self.rows.config.depths - 1
         mask = self.rows.project(self.rows.mask_hidden.flatten()[None])
         runs: list[tuple[NewRows, Tensor]] = []
+
+        def compute(rows: NewRows) -> None:
+            state, first, tokens = rows
+            self._run([(rows, state.drafter.hidden[first : first + len(tokens)])])
+
         for state, root in roots:
-            cache = state.drafter
-            assert isinstance(cache, MtpCache)
-            first = max(cache.length - 1, 0)
-            cache.append(state.context)
-            state.context = []
-            assert cache.hidden is not None
-            tokens = [*state.tokens[first + 1 :], root]
-            while len(tokens) > PARALLEL_CHUNK:
-                stop = first + PARALLEL_CHUNK
-                rows = state, first, tokens[:PARALLEL_CHUNK]
-                self._run([(rows, cache.hidden[first:stop])])
-                first, tokens = stop, tokens[PARALLEL_CHUNK:]
-            states = torch.cat([cache.hidden[first : cache.length], mask.expand(masks, -1)])
+            _, first, tokens = new_rows(state, root, PARALLEL_CHUNK, compute)
+            states = state.drafter.hidden[first : state.drafter.length]
             tokens += [config.mask_token_id or 0] * masks
-            runs.append(((state, first, tokens), states))
+            runs.append(((state, first, tokens), torch.cat([states, mask.expand(masks, -1)])))
         parts = self._run(runs).split([len(tokens) for (_, _, tokens), _ in runs])
         blocks = []
         for (state, root), part in zip(roots, parts, strict=True):
@@ -445,7 +424,7 @@ class ParallelDrafter(Drafter):
         device, groups = self.target.device, self.rows.config.num_attention_heads
         groups //= self.rows.config.num_key_value_heads
         rows = [run[0] for run in runs]
-        embedded = embed_rows(self.output, rows, device)
+        embedded = merge_features(self.output.embed(upload(row_tokens(rows), device)), rows)
         segments = [(state.drafter, first, len(tokens)) for state, first, tokens in rows]
         sizes, masks = [n for _, _, n in segments], []
         for _, first, n in segments:

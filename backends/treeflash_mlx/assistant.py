@@ -17,7 +17,13 @@ from mlx import nn
 from mlx_lm.models.base import scaled_dot_product_attention
 from mlx_lm.models.gemma4_text import DecoderLayer, ModelArgs
 
-from treeflash.decoding.mtp_head import CacheColumns, DraftedColumns, MtpBlock, MtpRows
+from treeflash.decoding.mtp_head import (
+    CacheColumns,
+    DraftedColumns,
+    MtpBlock,
+    MtpRows,
+    note_states,
+)
 from treeflash.drafters.mtp_heads import Assistant, MtpConfig
 from treeflash.errors import UnsupportedModelError
 from treeflash_mlx.cache import KVCache
@@ -166,8 +172,8 @@ class AssistantDrafter(MtpDrafter):
         project_contexts([state for state, _ in roots], self.model.project)
         states = []
         for state, _ in roots:
-            rows, _ = self._append(state)
-            states.append(rows.states(rows.length - 1, rows.length))
+            note_states(state)
+            states.append(state.drafter.states(state.length - 1, state.length))
         caches = [state.kv_cache for state, _ in roots]
         tokens = mx.array([root for _, root in roots], mx.int32)
         outputs = self.model(self.output.embed(tokens), mx.concatenate(states), caches)

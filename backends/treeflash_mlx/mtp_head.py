@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -18,7 +18,14 @@ from numpy.typing import NDArray
 
 from treeflash.decoding import mtp_head
 from treeflash.decoding.interfaces import StateArrays, TableOptions
-from treeflash.decoding.mtp_head import MtpBlock
+from treeflash.decoding.mtp_head import (
+    MtpBlock,
+    NewRows,
+    merge_features,
+    new_rows,
+    row_positions,
+    row_tokens,
+)
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.drafters.mtp_heads import NO_MARGINALS, MtpConfig, first_visible
 from treeflash.drafters.mtp_layer import MtpLayer
@@ -27,7 +34,7 @@ from treeflash_mlx.cache import KVCache, share_storage, to_host
 from treeflash_mlx.drafter import Block, Drafter, OutputStage
 from treeflash_mlx.drafter_model import OwnVocabulary
 from treeflash_mlx.head_operations import OPERATIONS
-from treeflash_mlx.state import State, project_contexts
+from treeflash_mlx.state import project_contexts
 from treeflash_mlx.target import Target
 
 CHUNK = 2048
@@ -129,30 +136,6 @@ class MtpCache(KVCache):
         return super().read()[..., : max(self.length - 1, 0), :]
 
 
-NewRows: TypeAlias = tuple[Any, int, list[int]]
-"""The state of a sequence, the first of its rows that are computed, and their tokens."""
-
-
-def embed_rows(output: OutputStage, rows: Sequence[NewRows]) -> mx.array:
-    """Return the (n, hidden_size) embeddings of rows' tokens, or features of images."""
-    embedded = output.embed(mx.array([token for _, _, part in rows for token in part], mx.int32))
-    start = 0
-    for state, first, part in rows:
-        for position, merged in state.drafter.merged:
-            row = position - 1 - first  # a row has the token after its own position
-            begin, end = max(row, 0), min(row + len(merged), len(part))
-            if begin < end:
-                embedded[start + begin : start + end] = merged[begin - row : end - row]
-        start += len(part)
-    return embedded
-
-
-def row_positions(rows: Sequence[NewRows]) -> NDArray[np.int32]:
-    """Return the (3, n) rotary positions of rows."""
-    parts = [state.row_positions(first, first + len(tokens)) for state, first, tokens in rows]
-    return np.concatenate(parts, 1)
-
-
 class MtpDrafter:
     """`treeflash.decoding.interfaces.Drafter` in MLX: the rows of committed positions."""
 
@@ -162,15 +145,12 @@ class MtpDrafter:
     def draft(self, roots: Sequence[tuple[Any, int]], depths: int | None = None) -> list[MtpBlock]:
         """Compute the rows of all sequences together; earlier parts of prompts chunk by chunk."""
         project_contexts([state for state, _ in roots], self.model.project)
-        new: list[NewRows] = []
-        for state, root in roots:
-            cache, tokens = self._append(state)
-            first, tokens = cache.length - 1 - len(tokens), [*tokens, root]
-            while len(tokens) > CHUNK:
-                self._write([(state, first, tokens[:CHUNK])])
-                mx.eval(share_storage([cache]).layers)
-                first, tokens = first + CHUNK, tokens[CHUNK:]
-            new.append((state, first, tokens))
+
+        def compute(rows: NewRows) -> None:
+            self._write([rows])
+            mx.eval(share_storage([rows[0].drafter]).layers)
+
+        new = [new_rows(state, root, CHUNK, compute) for state, root in roots]
         (y, residual), positions = self._write(new)
         last = mx.array(np.cumsum([len(tokens) for _, _, tokens in new]) - 1)
         q, gate = self.model.layer.self_attn.queries(y[last], positions[:, last])
@@ -189,19 +169,11 @@ class MtpDrafter:
             for i, (state, _) in enumerate(roots)
         ]
 
-    def _append(self, state: State) -> tuple[MtpCache, list[int]]:
-        """Append the committed positions' states to the cache, and return new rows' tokens."""
-        cache = state.drafter
-        assert isinstance(cache, MtpCache)
-        first = max(cache.length - 1, 0)
-        cache.append(state.context)
-        state.context = []
-        return cache, state.tokens[first + 1 :]
-
     def _write(self, rows: Sequence[NewRows]) -> tuple[tuple[mx.array, mx.array], mx.array]:
         """Write keys and values of rows; returns what `MtpModel.read` does, and the positions."""
         states = [x.drafter.states(first, first + len(tokens)) for x, first, tokens in rows]
-        read = self.model.read(embed_rows(self.output, rows), mx.concatenate(states))
+        embedded = merge_features(self.output.embed(mx.array(row_tokens(rows))), rows)
+        read = self.model.read(embedded, mx.concatenate(states))
         positions = self.model.rotation(row_positions(rows), read[0])
         k, v = self.model.layer.self_attn.keys_and_values(read[0], positions)
         self.model.write([(x.drafter, first, len(tokens)) for x, first, tokens in rows], k, v)
@@ -227,21 +199,18 @@ class ParallelDrafter(Drafter):
         project_contexts([state for state, _ in roots], self.rows.project)
         mask = self.rows.project(self.rows.mask_hidden.reshape(1, -1))
         runs: list[tuple[NewRows, mx.array]] = []
+
+        def compute(rows: NewRows) -> None:
+            state, first, tokens = rows
+            self._run([(rows, state.drafter.states(first, first + len(tokens)))])
+            mx.eval(share_storage([state.drafter]).layers)
+
         for state, root in roots:
-            cache = state.drafter
-            assert isinstance(cache, MtpCache)
-            first = max(cache.length - 1, 0)
-            cache.append(state.context)
-            state.context = []
-            tokens = [*state.tokens[first + 1 :], root]
-            while len(tokens) > CHUNK:
-                stop = first + CHUNK
-                self._run([((state, first, tokens[:CHUNK]), cache.states(first, stop))])
-                mx.eval(share_storage([cache]).layers)
-                first, tokens = stop, tokens[CHUNK:]
-            states = mx.concatenate([cache.states(first, cache.length), mx.repeat(mask, masks, 0)])
+            _, first, tokens = new_rows(state, root, CHUNK, compute)
+            states = state.drafter.states(first, state.drafter.length)
             tokens += [config.mask_token_id or 0] * masks
-            runs.append(((state, first, tokens), states))
+            both = mx.concatenate([states, mx.repeat(mask, masks, 0)])
+            runs.append(((state, first, tokens), both))
         ends = np.cumsum([len(tokens) for (_, _, tokens), _ in runs])
         parts = mx.split(self._run(runs), ends[:-1].tolist())
         hidden = [part[-config.depths :] for part in parts]
@@ -255,7 +224,7 @@ class ParallelDrafter(Drafter):
     def _run(self, runs: Sequence[tuple[NewRows, mx.array]]) -> mx.array:
         """Run rows of several sequences, with their states."""
         rows = [run[0] for run in runs]
-        embedded = embed_rows(self.output, rows)
+        embedded = merge_features(self.output.embed(mx.array(row_tokens(rows))), rows)
 
         def attend(layer: int, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
             out, row = [], 0

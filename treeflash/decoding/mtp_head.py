@@ -8,9 +8,9 @@ layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,6 +79,55 @@ class CacheColumns:
         visible = (seen == self.ops.arange(rows.drafted, q)).any(2)
         caches, lengths = [x.cache for x in self.blocks], [x.length for x in self.blocks]
         return self.model.attend(q, caches, lengths, depth, visible)
+
+
+NewRows: TypeAlias = tuple[Any, int, list[int]]
+"""The state of a sequence, the first of its rows that are computed, and their tokens."""
+
+
+def note_states(state: Any) -> int:
+    """Note the states of new committed positions; returns the first row that has to be computed."""
+    first: int = max(state.drafter.length - 1, 0)
+    state.drafter.append(state.context)
+    state.context = []
+    return first
+
+
+def new_rows(state: Any, root: int, chunk: int, compute: Callable[[NewRows], object]) -> NewRows:
+    """Return the new rows of a sequence, `chunk` at most; `compute` is called with earlier parts.
+
+    A row has the token after its own position, so that the last one has the root.
+    """
+    first = note_states(state)
+    tokens = [*state.tokens[first + 1 :], root]
+    while len(tokens) > chunk:
+        compute((state, first, tokens[:chunk]))
+        first, tokens = first + chunk, tokens[chunk:]
+    return state, first, tokens
+
+
+def row_tokens(rows: Sequence[NewRows]) -> NDArray[np.int32]:
+    """Return the (n,) tokens of rows."""
+    return np.array([token for _, _, tokens in rows for token in tokens], np.int32)
+
+
+def row_positions(rows: Sequence[NewRows]) -> NDArray[np.int32]:
+    """Return the (3, n) rotary positions of rows."""
+    parts = [state.row_positions(first, first + len(tokens)) for state, first, tokens in rows]
+    return np.concatenate(parts, 1)
+
+
+def merge_features(embedded: Array, rows: Sequence[NewRows]) -> Array:
+    """Put features of images in place of the (n, hidden_size) embeddings of rows' tokens."""
+    start = 0
+    for state, first, tokens in rows:
+        for position, merged in state.drafter.merged:
+            row = position - 1 - first  # a row has the token after its own position
+            begin, end = max(row, 0), min(row + len(merged), len(tokens))
+            if begin < end:
+                embedded[start + begin : start + end] = merged[begin - row : end - row]
+        start += len(tokens)
+    return embedded
 
 
 class MtpHead:
