@@ -492,6 +492,7 @@ def test_an_image_on_the_page_gives_the_text_of_every_client(vision, open_page, 
     assert {ask(vision.url, image) for ask in ASK} == {plain}
     assert plain not in {ask(vision.url, other) for ask in ASK}
     page = open_page(vision.url)
+    sync_api.expect(page.get_by_role("button", name="Image", exact=True)).to_be_visible()
     page.locator("#length").evaluate("(x, n) => { x.min = x.step = 1; x.value = n; }", TOKENS)
     if way == "dropped":
         transfer = page.evaluate_handle(TRANSFER, list(image))
