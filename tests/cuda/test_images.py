@@ -1,6 +1,7 @@
 """Text after images is that of transformers' own `generate`, whatever it is decoded with."""
 
 import inspect
+from copy import copy
 
 import numpy as np
 import pytest
@@ -32,6 +33,7 @@ from treeflash.decoding.prefix_cache import PrefixCache
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.errors import PromptError
+from treeflash.testing.models import edit_config, write_dialect
 
 CPU = LoadConfig(device="cpu", dtype="float32")
 TOKENS = 16
@@ -343,6 +345,18 @@ def test_exact_mode_is_exact_after_images(family, tmp_path, monkeypatch):
                 session.commit(np.zeros(1, np.int32))
     assert (seen[0] == seen[1]).all()
     assert (seen[0] == seen[2]).all()
+
+
+def test_a_drafter_of_lfm2_drafts_after_images(pairs, tmp_path, monkeypatch):
+    pair = copy(pairs("lfm2_vl"))
+    write_dialect(tmp_path, pair.folder, "deepspec", seed=1)
+    settings = {"architectures": ["Lfm2DSparkDraftModel"], "rope_is_neox_style": False}
+    edit_config(tmp_path, lambda config: config.update(settings))
+    monkeypatch.setattr(cuda_images, "read_processor", lambda _: RandomProcessor("lfm2_vl"))
+    pair.backend = load(pair.folder, tmp_path, CPU)
+    expected = [pair.reference(prompt) for prompt in pair.prompts]
+    assert pair.decode(pair.prompts, 5, method="treeflash") == expected
+    assert pair.decode(pair.prompts, method="ddtree") == expected
 
 
 @pytest.mark.parametrize("family", ["gemma3", "qwen3_5", "qwen2_vl"])
