@@ -18,8 +18,6 @@ computed like a single token after the same text.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -99,9 +97,9 @@ def _tree_recurrence(
     state = tl.load(states_pointer + places, mask=is_key[:, None] & is_column[None, :], other=0).to(
         tl.float32
     )
-    kept: Any = ()
+    kept = ()
     for _ in tl.static_range(KEPT):
-        kept += (state,)
+        kept += (state,)  # type: ignore[assignment]
     count = tl.load(counts_pointer + tree)
     for visit in range(count):
         place = visits_pointer + (tree * n + visit) * 3
@@ -136,9 +134,9 @@ def _tree_recurrence(
                 row = (tree * n + other) * heads + head
                 tl.store(out_pointer + row * VALUE_DIM + columns, out, mask=is_column)
         if KEPT:
-            new: Any = ()
+            new = ()
             for i in tl.static_range(KEPT):
-                new += (tl.where(target == i, state, kept[i]),)
+                new += (tl.where(target == i, state, kept[i]),)  # type: ignore[assignment]
             kept = new
 
 
