@@ -10,7 +10,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from processes import hide
 
 # The benchmarks lie beside the tests and are not installed. The package that is comes first.
 sys.path.append(str(Path(__file__).parents[1]))
@@ -49,14 +48,6 @@ def smollm2():
     from treeflash.hub.models import resolve_target
 
     return resolve_target(None)
-
-
-@pytest.fixture
-def without_torchvision(tmp_path_factory, monkeypatch):
-    """Processes that a test starts find none: transformers imports it, as long as PyTorch takes."""
-    folder = tmp_path_factory.mktemp("site")
-    hide({"torchvision"}, folder)
-    monkeypatch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
 
 
 @pytest.fixture

@@ -116,10 +116,9 @@ atexit.register(lambda: path.write_text(json.dumps(captured)))
 def start(script, *arguments):
     """Run a script with two processes."""
     launcher = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
-    before = filter(None, [os.environ.get("PYTHONPATH")])
     return subprocess.run(
         [sys.executable, *launcher, *map(str, (script, *arguments))],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([*before, *map(str, sys.path)])},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, sys.path))},
         capture_output=True,
         text=True,
         timeout=300,
@@ -127,7 +126,6 @@ def start(script, *arguments):
     )
 
 
-@pytest.mark.usefixtures("without_torchvision")
 def test_a_rank_that_fails_ends_all_ranks(tmp_path):
     write_target(tmp_path / "target", "qwen3", seed=1)
     write_drafter(tmp_path / "drafter", tmp_path / "target", seed=2)
@@ -154,7 +152,6 @@ def test_a_follower_that_fails_ends_its_process(monkeypatch, capsys):
     assert capsys.readouterr().err == "error: rank 1 failed: out of paper\n"
 
 
-@pytest.mark.usefixtures("without_torchvision")
 def test_two_processes_give_the_tokens_of_one(tmp_path):
     """Their trees run in graphs; without graphs they run in `test_machines.py`."""
     target, drafter = tmp_path / "target", tmp_path / "drafter"

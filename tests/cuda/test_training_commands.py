@@ -104,7 +104,6 @@ fsdp_config:
 """
 
 
-@pytest.mark.usefixtures("without_torchvision")
 @pytest.mark.parametrize("kind", ["ddp", pytest.param("fsdp", marks=pytest.mark.nightly)])
 def test_two_processes_train_one_drafter(kind, target, responses, tmp_path, run_processes):
     """One process with twice the sequences gives the same result."""

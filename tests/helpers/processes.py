@@ -10,21 +10,20 @@ import sys
 from pathlib import Path
 
 FRAMEWORKS = {"torch", "mlx", "mlx_lm"}
-WITHOUT = """
+WITHOUT_FRAMEWORKS = f"""
 from importlib.machinery import PathFinder
 
 find = PathFinder.find_spec
 PathFinder.find_spec = staticmethod(
-    lambda name, *path: None if name.split(".")[0] in {} else find(name, *path)
+    lambda name, *path: None if name.split(".")[0] in {FRAMEWORKS} else find(name, *path)
 )
 """
-WITHOUT_FRAMEWORKS = WITHOUT.format(FRAMEWORKS)
 """A program's first lines, after which the frameworks are as if they were not installed."""
 
 
-def hide(packages: set[str], folder: Path) -> None:
+def hide_frameworks(folder: Path) -> None:
     """Write a module that Python imports at its start where the folder is on `PYTHONPATH`."""
-    (folder / "sitecustomize.py").write_text(WITHOUT.format(packages))
+    (folder / "sitecustomize.py").write_text(WITHOUT_FRAMEWORKS)
 
 
 RUN = """

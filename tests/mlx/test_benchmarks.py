@@ -20,7 +20,7 @@ require("mlx_lm")
 
 
 @pytest.fixture
-def pair(tmp_path, without_torchvision):
+def pair(tmp_path):
     """Options that choose a tiny pair."""
     return [*endless_pair(tmp_path), "--max-tokens", "4"]
 

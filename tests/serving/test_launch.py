@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from processes import FRAMEWORKS, hide
+from processes import hide_frameworks
 from servers import MAX_POSITIONS, NAME, PATIENCE
 
 from treeflash.commands import launch, serve
@@ -50,7 +50,7 @@ def agents(tmp_path, monkeypatch):
         (folder / agent.command).write_text(AGENT)
         (folder / agent.command).chmod(0o755)
     monkeypatch.setenv("PATH", str(folder), prepend=":")
-    hide(FRAMEWORKS, folder)  # from the command and the server that it starts
+    hide_frameworks(folder)  # from the command and the server that it starts
     monkeypatch.setenv("PYTHONPATH", str(folder), prepend=":")
     monkeypatch.setenv("ANTHROPIC_API_KEY", "of the user")
     return folder
