@@ -349,7 +349,7 @@ def load_drafter(folder: Path, target: Target, bits: int | None) -> tuple[Model,
         vocab_size=target.vocab_size,
         num_hidden_layers=len(target.layers),
     )
-    # Heads that read embeddings have those of images from the first layer's input.
+    # Heads that read embeddings take an image's features from the first layer's input.
     ids = layout.config.target_layer_ids
     target.capture((*ids, -1) if layout.format.kind == "rows" else ids)
     if layout.format.kind == "rows":

@@ -394,7 +394,7 @@ class Target:
         caches = self.layout.make(attention_cache, recurrent_cache)
         given = {}
         if images is not None:
-            # Gemma 4 looks up more embeddings, those of each layer, by the ids.
+            # Gemma 4 also looks up embeddings of each layer by the ids.
             token_ids, given = images.token_ids, {"input_embeddings": images.embeddings}
         with self.hooks.forward_pass(tree, None if images is None else images.deep) as outputs:
             logits = self.model(token_ids, cache=caches, **given)

@@ -231,7 +231,7 @@ class Verifier:
             is_seen=None if images is None else images.is_seen,
             sliding=images is not None and images.sliding,
         )
-        # A head that reads embeddings has those of features from the first layer's input.
+        # A head that reads embeddings takes features from the first layer's input.
         reads = isinstance(self.drafter, MtpModel) and sequences[0][0].drafter is not None
         merges = reads and images is not None
         layer_ids = (*self._layer_ids, -1) if merges else self._layer_ids

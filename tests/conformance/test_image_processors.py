@@ -1,4 +1,4 @@
-"""mlx-vlm's processors and towers against those of transformers, on the same pictures."""
+"""mlx-vlm's processors and towers against transformers', on the same pictures."""
 
 from __future__ import annotations
 

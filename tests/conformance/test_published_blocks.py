@@ -116,7 +116,7 @@ def scaled_sinks(factor: float) -> Plant:
 
 
 def masks_one_position_high(patch: pytest.MonkeyPatch, pair: Any) -> None:
-    """Rotate the rows of P-EAGLE's masks, the last ones, as if they were one position further."""
+    """Rotate the rows of P-EAGLE's masks, the last ones, as if they were one position later."""
     masks = pair.drafter_model.config.depths - 1
 
     def rotated(x: Any, positions: Any, *args: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What the trainer makes works in both backends alike."""
+"""What the trainer makes works in both backends."""
 
 import json
 

@@ -23,7 +23,7 @@ EVERY_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.re
 
 
 def quoted(page: Path) -> set[str]:
-    """The names that a page quotes as code, in text and tables alike."""
+    """The names that a page quotes as code, in text and in tables."""
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     return set(re.findall(r"`([^`]+)`", text))
 

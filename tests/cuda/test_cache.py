@@ -1,4 +1,4 @@
-"""Keys and values of texts: written, committed, copied and closed; and those of a forward pass."""
+"""Keys and values of texts: written, committed, copied, closed, and computed by a forward pass."""
 
 import numpy as np
 import pytest

@@ -161,7 +161,7 @@ def test_tables_of_other_heads_share_graphs(folders, tmp_path, monkeypatch, dial
 
 @pytest.mark.parametrize("kind", ["eagle3", "eagle3-flags", "eagle3-all", "mtp"])
 def test_drafts_depth_by_depth_share_graphs(tmp_path, monkeypatch, kind):
-    """They are those of caches that attend one by one with masks; the rows of caches are, too."""
+    """Drafts and rows of caches equal the ones of caches that attend one by one with masks."""
     pair = write_mtp_pair(tmp_path, kind)
     static = load_with_parts(monkeypatch, *pair)
     plain = load(*pair, LoadConfig(device="cpu", dtype="float32"))

@@ -136,7 +136,7 @@ def test_fused_layers_keep_nothing_after_a_call(attention):
 
 @torch.inference_mode()
 def test_threads_share_fused_layers(attention):
-    """Each thread's outputs are those of its own input, however the calls interleave."""
+    """Each thread gets the outputs of its own input, however the calls interleave."""
     plain = [attention.q_proj, attention.k_proj, attention.v_proj]
     fuse_linears(attention, IN_TARGET)
     fused = [attention.q_proj, attention.k_proj, attention.v_proj]

@@ -57,7 +57,7 @@ def write_mtp_pair(
 ) -> tuple[Path, Path]:
     """The folders of a target of 4 layers and of an MTP head for it, which `mtp` heads share.
 
-    The settings are further ones of an EAGLE-3 head.
+    The settings join an EAGLE-3 head's configuration.
     """
     target = root / "target"
     family = "qwen3_5" if kind == "mtp" else "qwen3"

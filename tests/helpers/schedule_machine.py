@@ -88,7 +88,7 @@ def alone(
 
 @functools.cache
 def logits_after(family: str, tokens: tuple[int, ...]) -> np.ndarray:
-    """The target's logits after a fresh prefill of the tokens and a further token."""
+    """The target's logits after a fresh prefill of the tokens and one more."""
     state = healthy(family).open(len(tokens) + 1, drafts=False)
     healthy(family).verifier.run([Prefill(state, tokens, None)])
     return root_logits(family, state)
@@ -155,7 +155,7 @@ class WatchedState(State):
         return self.backend.state_nbytes(self.capacity, drafts=self.drafter is not None)
 
     def fork(self, length: int, capacity: int) -> WatchedState:
-        # A fork without room for further tokens is for the prefix cache.
+        # A fork without room for more tokens is for the prefix cache.
         self.backend.faults.visit("fork", [], tolerated=capacity == length)
         new = super().fork(length, capacity)
         self.backend.check_memory()

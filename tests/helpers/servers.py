@@ -127,7 +127,7 @@ class Gate:
         wait_until(lambda: self.arrivals > self.allowed)
 
     def open(self) -> None:
-        """Allow all further iterations."""
+        """Allow all iterations from now on."""
         self._open = True
         self._permits.release()
 

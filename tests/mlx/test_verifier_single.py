@@ -92,7 +92,7 @@ def test_a_pass_is_ahead_however_tokens_are_sampled(
     """Also where a nucleus is wider than the shortlist; then the pass ahead may be dropped."""
     monkeypatch.setattr(sampling, "SHORTLIST", shortlist)
     ahead = decoded(backend, [3, 4, 5], config, 20)
-    # The prompt, its last token, the first token, and each further one with the one ahead of it.
+    # The prompt, its last token, the first token, and each later token with the one before it.
     assert len(passes) == 22 or (shortlist == 2 and config.sampling.top_p < 1 < 22 < len(passes))
     monkeypatch.setattr(type(backend.verifier), "_run_single", lambda *_: None)
     assert decoded(backend, [3, 4, 5], config, 20) == ahead

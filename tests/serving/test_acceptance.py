@@ -36,7 +36,7 @@ def drafted(token: int, made: list[int] | None = None) -> Step:
 
 
 def add(acceptance, right, *, sampling=GREEDY, length=100):
-    """Add as many drafts as make a share, so many of those that count right."""
+    """Add enough drafts that count, of which this share is right."""
     for n in range(DRAFTS * EVERY):
         acceptance.add(drafted(7 if n < right * EVERY else 9), sampling, length)
 

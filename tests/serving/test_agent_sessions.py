@@ -62,7 +62,7 @@ def agent_model(agent_pair):
 
 @pytest.fixture
 def api(agent_model):
-    """Of the model's sessions; those of full size have each API with each model."""
+    """The sessions of a model; sessions of full size have each API with each model."""
     return APIS[agent_model.backend.open(1, drafts=False).needs_snapshots]
 
 
@@ -203,7 +203,7 @@ class Client:
             yield self
 
     def send(self, session: Session, *, lost: int = 1) -> tuple[int, int]:
-        """Send a turn; returns the cached tokens, and those of them from the disk.
+        """Send a turn; returns the number of cached tokens, and how many came from the disk.
 
         At most `lost` tokens that an earlier prompt began with are run again; the last token of a
         prompt always is.

@@ -39,7 +39,7 @@ def nest(link, depth):
 
 
 def rules(rule, length=MANY, name="r", define=":", start="start"):
-    """A grammar whose rules each refer to the next one; those of capital letters are terminals."""
+    """A grammar whose rules each refer to the next one; names of capital letters are terminals."""
     lines = [f"{start} {define} {name}0"]
     for i in range(length):
         lines.append(f"{name}{i} {define} " + rule.replace("@", f"{name}{i + 1}"))

@@ -248,7 +248,7 @@ def test_nothing_is_fetched_or_opened(image_server, tmp_path, monkeypatch):
 
 @contextmanager
 def streaming_text(server, model):
-    """A text that streams meanwhile: its first tokens come before, and all are those of Python."""
+    """A text that streams meanwhile: it starts before the image, and equals Python's text."""
     messages = [{"role": "user", "content": "Go on."}]
     body = {"messages": messages, "max_tokens": 128, "stream": True}
     with server.client.stream("POST", CHAT, json=body) as response:

@@ -70,7 +70,7 @@ def answer_after_a_near_tie(near_ties, model, job):
 
 
 def test_after_a_near_tie_the_answer_must_go_on_as_the_api_does(near_ties, model, job):
-    # Broken characters look alike, so that other tokens would explain them too.
+    # Broken characters look the same, so other tokens would explain them too.
     for seed in range(200):
         short = replace(job, max_tokens=4, seed=seed)
         tokens, margin = answer_after_a_near_tie(near_ties, model, short)

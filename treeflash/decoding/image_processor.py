@@ -150,7 +150,8 @@ def image_samples(
 ) -> list[ImageSample]:
     """Return two prompts with an image for the check at load: noise, and noise with a dark half.
 
-    `logits` are those of the framework's own model after a prompt; None where it has no model.
+    `logits` returns what the framework's own model predicts after a prompt; None where it has no
+    model.
     """
     noise = np.random.default_rng(0).integers(0, 256, (48, 64, 3)).astype(np.uint8)
     dark = noise.copy()

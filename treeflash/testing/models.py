@@ -300,7 +300,7 @@ def _target_tensors(rng: Generator, config: Mapping[str, Any]) -> Tensors:
     vocab_size, h = config["vocab_size"], config["hidden_size"]
     family = config["model_type"]
     # A direction that all embeddings share, and that the output head reads with a weight for each
-    # token, makes some tokens popular with target and drafter alike: drafts then get accepted.
+    # token, makes some tokens popular with both target and drafter: drafts then get accepted.
     shared = normal(rng, h, scale=1.0)
     popularity = normal(rng, vocab_size, 1, scale=1.0)
     embeddings = normal(rng, vocab_size, h, scale=0.7) + shared

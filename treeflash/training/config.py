@@ -61,7 +61,7 @@ class TrainConfig:
     layers: int | None = option(
         None,
         f"number of drafter layers: {DEFAULT_LAYERS} by default, or as many as the drafter in "
-        "`init` has; further layers are appended to it and change nothing at first",
+        "`init` has; more layers are appended to it and change nothing at first",
         1,
     )
     block_size: int = option(

@@ -36,7 +36,7 @@ RACED_LAYERS = 8
 # The weights are the left operand: 8 outputs by 8 inputs. The threadgroup's simdgroups share its
 # outputs and divide the groups of inputs: each takes every SPLITS-th. Of STEP neighbouring inputs,
 # 32 or 64, each of four lanes reads a quarter of an output's weights at once. Every 8 of them are
-# the two elements that the lane holds of each of 4 matrices: weights j and 4 + j those of matrix j.
+# the two elements that the lane holds of each of 4 matrices: matrix j has weights j and 4 + j.
 # With steps of 32, for example, input 4 i + j is in row i of matrix j.
 SOURCE = """
     uint lane = thread_index_in_simdgroup, split = simdgroup_index_in_threadgroup;

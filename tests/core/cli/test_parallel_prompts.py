@@ -26,7 +26,7 @@ MANY_KEYS |= {("talk", turn) for turn in range(3)} | {(n, 0) for n in range(1, 6
 
 @pytest.fixture
 def many(files, tiny_pair):
-    """A process that answers `MANY` with several options; started with its further arguments."""
+    """A process that answers `MANY` with several options; started with the extra arguments."""
     files[0].write_text("\n".join(map(json.dumps, MANY)))
     paths = ["--prompts", str(files[0]), "--output", str(files[1])]
     target, drafter = map(str, tiny_pair)

@@ -34,7 +34,7 @@ def parser() -> Parser:
 
 @pytest.fixture
 def parse(parser, tmp_path):
-    """Parse a file and further arguments."""
+    """Parse a file and some arguments."""
 
     def parse(text: str, *arguments: str):
         file = tmp_path / "options.toml"

@@ -41,7 +41,7 @@ def fan(nodes, share):
 
 
 def costs(slope):
-    """A forward takes one second, and `slope` more for each further node."""
+    """A forward takes one second, and `slope` more for each node after the first."""
     return VerifyCosts({size: 1 + slope * (size - 1) for size in SIZES})
 
 
@@ -148,7 +148,7 @@ def test_drafting_comes_back_when_it_pays():
 
 
 def observe(budget, tree, length, seconds, **options):
-    """One sequence's iteration in which so many nodes were accepted."""
+    """One sequence's iteration in which this number of nodes was accepted."""
     budget.observe([tree], [path(length)], [LENGTH], seconds, **options)
 
 
@@ -194,7 +194,7 @@ def confident(*confidences):
 
 
 def learned(low, high):
-    """A budget after drafts of low and of high confidence, of which so many nodes were accepted."""
+    """A budget after drafts of low and of high confidence, with the numbers of accepted nodes."""
     budget = AdaptiveBudget(VerifyCosts({size: 0.5 + 0.25 * size for size in SIZES}))
     for _ in range(30):
         for confidence, length in ((0.1, low), (0.99, high)):

@@ -28,7 +28,7 @@ LOADED = LoadConfig()
 
 
 def linear_costs(slope):
-    """A forward pass takes one second, and `slope` more for each further node."""
+    """A forward pass takes one second, and `slope` more for each node after the first."""
     return VerifyCosts({size: 1 + slope * (size - 1) for size in SIZES})
 
 
@@ -216,7 +216,7 @@ def test_rows_beyond_the_largest_size_cost_as_the_last_ones_do():
 
 
 def test_several_texts_take_further_time():
-    """The same for every number of rows; 3 and 4 sequences are alike."""
+    """The costs hold for every number of rows; 3 and 4 sequences share one entry."""
     found = linear_costs(0.1)
     found.observe(8, 0, 3, 1.7 + 0.4)
     assert found.predict([8, 3], [0, 0], 4) == pytest.approx([1.7 + 0.4, 1.2 + 0.4])
@@ -345,7 +345,7 @@ def test_costs_belong_to_the_kernels_that_are_used_not_to_their_races(
 
 
 def test_costs_belong_to_the_targets_configuration(measured, target):
-    """Weights of one size may be those of another architecture."""
+    """Weights of one size may belong to another architecture."""
     assert measured(lambda timed: edit_config(target, lambda config: config.update(rms_norm_eps=1)))
 
 

@@ -77,7 +77,7 @@ def test_no_request_fails_and_no_text_differs_after_kills(tmp_path, kills, caplo
             assert child.stdout.read() == ""
         left |= {path.name for path in states.glob(".*.tmp")}
         with Process(pair, states) as process:
-            process.disk.add = lambda *_: None  # the states are those of the killed process
+            process.disk.add = lambda *_: None  # the killed process wrote the states
             for prompt, text in zip(prompts, texts, strict=True):
                 again, (_, from_disk) = process.answer(prompt)
                 assert again == text

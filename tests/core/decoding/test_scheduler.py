@@ -379,7 +379,7 @@ LOST = (
 
 @pytest.mark.parametrize("message", [*METAL_MESSAGES, *LOST])
 def test_memory_that_runs_out_on_metal_ends_one_sequence(backend, monkeypatch, message):
-    """And a GPU that refuses further work ends them all."""
+    """A GPU that refuses all work ends them all."""
     run = type(backend.verifier).run
 
     def fail(self, work):
@@ -440,7 +440,7 @@ def out_of_memory(*_, **__):
 
 
 def test_no_two_salts_share_a_state(backend):
-    """However alike they are."""
+    """Equal prompts of two salts share nothing."""
     scheduler = Scheduler(backend, prefix_cache=PrefixCache(10**9))
     salts = ["", "a", "aa", "ab", "ba", "A", "a ", "0" * 64, "0" * 63 + "1", "1" + "0" * 63]
     for wanted in (0, 3):
@@ -558,7 +558,7 @@ def test_a_text_that_cannot_start_ends_with_the_error_alone(backend, monkeypatch
 
 
 class Room:
-    """Lets a backend open states as long as some of them fit, those of the prefix cache included.
+    """Lets a backend open states as long as some of them fit, the prefix cache's states included.
 
     Attributes:
         refused: states that did not fit.

@@ -1,4 +1,4 @@
-"""Rotary frequencies against those of transformers 5.24 (`ROPE_INIT_FUNCTIONS`, float32)."""
+"""Rotary frequencies against transformers 5.24 (`ROPE_INIT_FUNCTIONS`, float32)."""
 
 from __future__ import annotations
 

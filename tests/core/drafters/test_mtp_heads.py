@@ -364,7 +364,7 @@ def test_latent_attention() -> None:
 
 
 def test_stacked_experts_of_mlx(tmp_path: Path) -> None:
-    """A side file has them under `switch_mlp`; their shapes are those of single experts."""
+    """A side file has them under `switch_mlp`; each has the shape of a single expert."""
     name = "layers.0.mlp.switch_mlp.gate_proj.weight"
     canonical = QWEN_SIDECAR.names({}, [name])[name]
     assert canonical == "layer.mlp.experts.gate_proj"

@@ -1,4 +1,4 @@
-"""Texts of event loops: equal to those of `generate`, decoded together, ended by whoever waits."""
+"""Texts of event loops: equal to `generate`'s, decoded together, ended by whoever waits."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from treeflash.training.config import TrainConfig, given_options, make_train_con
 
 @pytest.fixture
 def read(tmp_path):
-    """The configuration of a TOML file's text and further arguments."""
+    """The configuration of a TOML file's text and some arguments."""
 
     def read(text: str, *arguments: str) -> TrainConfig:
         path = tmp_path / "train.toml"
