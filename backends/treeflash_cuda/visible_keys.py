@@ -15,10 +15,9 @@ Blocks have 2 rows, and chunks 512 positions:
     sequence  a    a    a    b
     items     (rows 0-1, chunk 0), (rows 0-1, chunk 1), (row 2, chunk 0), (row 2, chunk 1),
               (row 3, chunk 0)
-    place     0    1    4    8      of a row's sum over chunk 0
+    place     0    2    4    6      of a row's sum over chunk 0
 
-The rule: an item has a block's number of places for its sums, one for each row, so the sum of a
-row over chunk c is at its place + c * block.
+The rule: a row has a place for each chunk, so its sum over chunk c is at its place + c.
 """
 
 from __future__ import annotations
@@ -39,6 +38,8 @@ CHUNK = 512
 """Positions of an item of shared work."""
 MIN_PLACES = 4096
 """Places that every graph has for sums: enough for 64 rows over 32,768 positions."""
+PLACES_EACH = 4
+"""Places for each item that a graph has room for; an item takes one for each row of its block."""
 BLOCK_QUERIES = 32
 """Queries of a block of rows, counting all heads that share a key head. They share the keys that a
 program loads. With 64, compilers spilled registers for heads of 64 and 128, with 4 warps and
@@ -132,8 +133,8 @@ def plan_work(
     before = chunks.cumsum() - chunks
     owner = np.repeat(np.arange(len(sequence)), chunks)
     items = np.stack([first[owner], end[owner], np.arange(len(owner)) - before[owner]], 1)
-    rows = end - first
-    places = np.repeat(block * before - (rows.cumsum() - rows), rows) + np.arange(rows.sum())
+    each = np.repeat(chunks, end - first)
+    places = each.cumsum() - each
     return items.astype(np.int32), places.astype(np.int32)
 
 
@@ -147,14 +148,13 @@ def equal_work(
     """
     starts = rows * np.arange(len(shared))
     items, places = plan_work(starts, np.full_like(starts, rows), shared, block)
-    return [*padded_items(items, block), places.reshape(-1, rows)[order].ravel()]
+    return [*padded_items(items), places.reshape(-1, rows)[order].ravel()]
 
 
-def padded_items(
-    items: NDArray[np.int32], block: int
-) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+def padded_items(items: NDArray[np.int32]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """Return the result of `plan_work` in a size that a graph has, and (1,) how many are used."""
-    capacity = power_of_two(max(len(items), MIN_PLACES // block))
+    places = int((items[:, 1] - items[:, 0]).sum())
+    capacity = power_of_two(max(places, PLACES_EACH * len(items), MIN_PLACES)) // PLACES_EACH
     padded = np.zeros((capacity, 3), np.int32)
     padded[: len(items)] = items
     return padded, np.array([len(items)], np.int32)
@@ -198,7 +198,7 @@ class RowPlan:
         in_tree = np.array(branched)[owner]
         shared = lengths + np.where(branched, 0, sizes)
         items, places = plan_work(starts, sizes, shared, block)
-        items, count = padded_items(items, block)
+        items, count = padded_items(items)
         return cls(
             starts=starts,
             slots=(firsts + lengths)[owner] + nodes,

@@ -1,5 +1,6 @@
 """The operations of a forward pass, against definitions that look at one row at a time."""
 
+import numpy as np
 import pytest
 
 from treeflash.testing import require
@@ -12,6 +13,7 @@ from torch import nn
 from treeflash_cuda.cache import dequantise, quantise
 from treeflash_cuda.hybrid import ancestor_paths
 from treeflash_cuda.operations import gated, rms_norm, rotate_and_store, tree_attention
+from treeflash_cuda.visible_keys import CHUNK, MIN_PLACES, PLACES_EACH, padded_items, plan_work
 
 
 def numbers(*shape, seed=0):
@@ -106,3 +108,18 @@ def test_keys_are_quantised_for_a_quantised_cache():
 def test_gates(name, function):
     gate, up = numbers(3, 5), numbers(3, 5, seed=1)
     assert torch.equal(gated(gate, up, name), function(gate) * up)
+
+
+@pytest.mark.parametrize("block", [1, 4, 16])
+def test_sums_over_chunks_have_places_of_their_own(block):
+    """However many rows a block has, and beyond what graphs have by default."""
+    sizes, shared = np.array([1, 40, 3, 7, 300]), np.array([5000, 512, 1, 513, 9000])
+    items, places = plan_work(sizes.cumsum() - sizes, sizes, shared, block)
+    chunks = np.repeat(-(-shared // CHUNK), sizes)
+    taken = [place + c for place, n in zip(places, chunks, strict=True) for c in range(n)]
+    padded, count = padded_items(items)
+    assert count == len(items)
+    assert sorted(taken) == list(range(chunks.sum()))
+    assert MIN_PLACES < chunks.sum() <= PLACES_EACH * len(padded)
+    rows = [(row, chunk) for first, end, chunk in items.tolist() for row in range(first, end)]
+    assert sorted(rows) == [(row, c) for row, n in enumerate(chunks.tolist()) for c in range(n)]

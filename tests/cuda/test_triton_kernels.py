@@ -123,6 +123,7 @@ EXACT = {
     "trees of different sizes": Case(lengths=(3, 510, 520), nodes=(11, 1, 17)),
     "trees": Case(lengths=(62, 510), nodes=7, heads=12, head_dim=64),
     "prompt tokens": Case(lengths=(4, 55), nodes=12, chunk=True),
+    "several chunks": Case(lengths=(1100,), nodes=2, heads=2, kv_heads=1),
     "a window": Case(lengths=(600,), nodes=6, window=90),
     "soft-capping and sinks": Case(lengths=(509,), nodes=16, softcap=3.0, sinks=True),
 }
@@ -206,6 +207,11 @@ FAULTS = {
     "chunks that keep their scale": ("total = total * share + part_total", "total += part_total"),
     "another sequence's columns": ("tl.load(first_pointer + row)", "tl.load(first_pointer)"),
     "another key head": ("k_head = k_pointer + kv_head", "k_head = k_pointer + 0 * kv_head"),
+    "the queries of another product": ("more_q, more_bounds, k", "q, more_bounds, k"),
+    "a chunk that is left out": (
+        "tl.range(begin // CHUNK, whole",
+        "tl.range(begin // CHUNK + 1, whole",
+    ),
     "no soft-capping": ("    if SOFTCAP:", "    if False:"),
     "no attention sinks": ("    if SINKS:", "    if False:"),
 }

@@ -18,8 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from treeflash_cuda.visible_keys import CHUNK, VisibleKeys
+from treeflash_cuda.visible_keys import CHUNK, PLACES_EACH, VisibleKeys
 
+STAGES = tl.constexpr(4)
+"""Chunks whose sums are loaded at once, as a program would wait for memory in each of them."""
 PROGRAMS = 1024
 """Programs of the first kernel: some more than the largest GPUs run at once."""
 ROWS = 16
@@ -139,11 +141,10 @@ def _store_sums(
     GROUPS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIMS: tl.constexpr,
-    BLOCK: tl.constexpr,
 ):
     highest, total, out = state
     is_query, dims = queries < end_query, tl.arange(0, DIMS)
-    place = tl.load(places_pointer + queries // GROUPS, mask=is_query, other=0) + chunk * BLOCK
+    place = tl.load(places_pointer + queries // GROUPS, mask=is_query, other=0) + chunk
     place = place.to(tl.int64) * heads + kv_head * GROUPS + queries % GROUPS
     is_element = is_query[:, None] & (dims < HEAD_DIM)[None, :]
     tl.store(sums_pointer + place * 2, highest, mask=is_query)
@@ -182,7 +183,6 @@ def _attend_to_chunk(
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
     CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
     SOFTCAP: tl.constexpr,
     SINK: tl.constexpr,
     QUANTISED: tl.constexpr,
@@ -236,12 +236,12 @@ def _attend_to_chunk(
                 )
         _store_sums(
             *(state, queries, end_query, chunk, kv_head, heads),
-            *(places_pointer, sums_pointer, outputs_pointer, GROUPS, HEAD_DIM, DIMS, BLOCK),
+            *(places_pointer, sums_pointer, outputs_pointer, GROUPS, HEAD_DIM, DIMS),
         )
         if PAIR:
             _store_sums(
                 *(more_state, queries + ROWS, end_query, chunk, kv_head, heads),
-                *(places_pointer, sums_pointer, outputs_pointer, GROUPS, HEAD_DIM, DIMS, BLOCK),
+                *(places_pointer, sums_pointer, outputs_pointer, GROUPS, HEAD_DIM, DIMS),
             )
 
 
@@ -304,7 +304,7 @@ def _shared_positions(
                     *results,
                     *factors,
                     *(GROUPS, HEAD_DIM, DIMS),
-                    *(ROWS, TILE, CHUNK, BLOCK, SOFTCAP, SINK, QUANTISED, True),
+                    *(ROWS, TILE, CHUNK, SOFTCAP, SINK, QUANTISED, True),
                 )
         if (last_alone <= first_query) & (first_query < end_query):
             _attend_to_chunk(
@@ -314,8 +314,53 @@ def _shared_positions(
                 *results,
                 *factors,
                 *(GROUPS, HEAD_DIM, DIMS),
-                *(ROWS, TILE, CHUNK, BLOCK, SOFTCAP, SINK, QUANTISED, False),
+                *(ROWS, TILE, CHUNK, SOFTCAP, SINK, QUANTISED, False),
             )
+
+
+@triton.jit
+def _load_sums(
+    chunk,
+    start,
+    end,
+    common,
+    sink,
+    first_place,
+    heads,  # (ROWS,)
+    is_row,  # (ROWS,) bool
+    total_heads,
+    sums_pointer,
+    outputs_pointer,
+    HEAD_DIM: tl.constexpr,
+    DIMS: tl.constexpr,
+    TILE: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Load what `_shared_positions` has found in a chunk, if it had to look there."""
+    dims, chunk_start = tl.arange(0, DIMS), chunk * CHUNK
+    low = tl.where(chunk_start < sink, 0, start // TILE * TILE)
+    # Rows are compared, not numbers: Triton 3.9's interpreter takes no mask that combines a block
+    # with a single comparison.
+    added_end = tl.minimum(tl.minimum(common, end), chunk_start + CHUNK)
+    added = tl.where(is_row, tl.maximum(low, chunk_start), added_end) < added_end
+    place = (first_place + chunk).to(tl.int64) * total_heads + heads
+    highest = tl.load(sums_pointer + place * 2, mask=added, other=float("-inf"))
+    total = tl.load(sums_pointer + place * 2 + 1, mask=added, other=0.0)
+    is_element = added[:, None] & (dims < HEAD_DIM)[None, :]
+    places = outputs_pointer + place[:, None] * HEAD_DIM + dims[None, :]
+    return highest, total, tl.load(places, mask=is_element, other=0.0)
+
+
+@triton.jit
+def _add_sums(state, part):
+    """Add the sums over a chunk to those over the chunks before it."""
+    highest, total, out = state
+    part_highest, part_total, part_out = part
+    new_highest = tl.maximum(highest, part_highest)
+    base = tl.where(new_highest == float("-inf"), 0.0, new_highest)
+    share, part_share = tl.exp2(highest - base), tl.exp2(part_highest - base)
+    total = total * share + part_total * part_share
+    return new_highest, total, out * share[:, None] + part_out * part_share[:, None]
 
 
 @triton.jit
@@ -347,12 +392,12 @@ def _own_positions(
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
     CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
     SOFTCAP: tl.constexpr,
     SINK: tl.constexpr,
     SINKS: tl.constexpr,
     QUANTISED: tl.constexpr,
 ):
+    """Add the sums over chunks of a row in order, and attend to what no other row shares."""
     row = tl.program_id(0)
     parts = tl.cdiv(GROUPS, ROWS)
     kv_head, part = tl.program_id(1) // parts, tl.program_id(1) % parts
@@ -376,25 +421,23 @@ def _own_positions(
     k_head = k_pointer + kv_head.to(tl.int64) * kv_head_stride
     v_head = v_pointer + kv_head.to(tl.int64) * kv_head_stride
     highest = tl.full((ROWS,), float("-inf"), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    out = tl.zeros((ROWS, DIMS), tl.float32)
-    for chunk in range(begin // CHUNK, tl.cdiv(end, CHUNK)):
-        chunk_start, chunk_end = chunk * CHUNK, (chunk + 1) * CHUNK
-        low = tl.where(chunk_start < sink, 0, start // TILE * TILE)
-        # The first kernel has attended to some of the positions. Rows are compared, not numbers:
-        # Triton 3.9's interpreter takes no mask that combines a block with a single comparison.
-        added_end = tl.minimum(tl.minimum(common, end), chunk_end)
-        added = tl.where(is_row, tl.maximum(low, chunk_start), added_end) < added_end
-        place = (first_place + chunk * BLOCK).to(tl.int64) * total_heads + heads
-        part_highest = tl.load(sums_pointer + place * 2, mask=added, other=float("-inf"))
-        part_total = tl.load(sums_pointer + place * 2 + 1, mask=added, other=0.0)
-        part_out = tl.load(
-            outputs_pointer + place[:, None] * HEAD_DIM + dims[None, :],
-            mask=is_element & added[:, None],
-            other=0.0,
+    state = highest, tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS, DIMS), tl.float32)
+    # Chunks that rows share as a whole are only added, so their sums are loaded ahead.
+    whole = tl.minimum(common, end) // CHUNK
+    for chunk in tl.range(begin // CHUNK, whole, num_stages=STAGES):
+        part_state = _load_sums(
+            *(chunk, start, end, common, sink, first_place, heads, is_row, total_heads),
+            *(sums_pointer, outputs_pointer, HEAD_DIM, DIMS, TILE, CHUNK),
         )
-        tail = tl.maximum(tl.maximum(common, chunk_start), low)
-        for tile in range(tail, tl.minimum(end, chunk_end), TILE):
+        state = _add_sums(state, part_state)
+    for chunk in range(tl.maximum(begin // CHUNK, whole), tl.cdiv(end, CHUNK)):
+        part_state = _load_sums(
+            *(chunk, start, end, common, sink, first_place, heads, is_row, total_heads),
+            *(sums_pointer, outputs_pointer, HEAD_DIM, DIMS, TILE, CHUNK),
+        )
+        low = tl.where(chunk * CHUNK < sink, 0, start // TILE * TILE)
+        low = tl.maximum(tl.maximum(common, chunk * CHUNK), low)
+        for tile in range(low, tl.minimum(end, (chunk + 1) * CHUNK), TILE):
             positions = tile + tl.arange(0, TILE)
             visible = (positions >= start) | (positions < sink)
             visible = visible & (positions < end)
@@ -407,22 +450,9 @@ def _own_positions(
             v = _load_columns(
                 v_head, columns, visible, kv_column_stride, HEAD_DIM, DIMS, q.dtype, QUANTISED
             )
-            part_highest, part_total, part_out = _add_tile(
-                q,
-                k,
-                v,
-                visible[None, :],
-                (part_highest, part_total, part_out),
-                scale,
-                softcap,
-                SOFTCAP,
-            )
-        new_highest = tl.maximum(highest, part_highest)
-        base = tl.where(new_highest == float("-inf"), 0.0, new_highest)
-        share, part_share = tl.exp2(highest - base), tl.exp2(part_highest - base)
-        total = total * share + part_total * part_share
-        out = out * share[:, None] + part_out * part_share[:, None]
-        highest = new_highest
+            part_state = _add_tile(q, k, v, visible[None, :], part_state, scale, softcap, SOFTCAP)
+        state = _add_sums(state, part_state)
+    highest, total, out = state
     if SINKS:
         score = tl.load(sinks_pointer + heads, mask=is_row, other=0.0).to(tl.float32) * LOG2_E
         base = tl.maximum(highest, score)
@@ -457,7 +487,7 @@ def tree_attention(
     (rows, heads, head_dim), kv_heads, work = q.shape, k.shape[0], keys.work
     assert q.stride(2) == k.stride(2) == v.stride(2) == 1
     assert k.stride() == v.stride()
-    groups, places = heads // kv_heads, len(work.items) * work.block
+    groups, places = heads // kv_heads, len(work.items) * PLACES_EACH
     quantised = k.dtype == torch.int8  # its numbers become floats in registers, before products
     shapes: dict[str, Any] = {
         "GROUPS": groups,
@@ -466,7 +496,6 @@ def tree_attention(
         "ROWS": ROWS,
         "TILE": tile_size(head_dim, q.element_size(), quantised),
         "CHUNK": CHUNK,
-        "BLOCK": work.block,
         "SOFTCAP": softcap is not None,
         "SINK": keys.sink is not None,
         "QUANTISED": quantised,
@@ -483,6 +512,7 @@ def tree_attention(
     columns = kv_heads * triton.cdiv(work.block * groups, size)
     _shared_positions[min(len(work.items), triton.cdiv(PROGRAMS, columns)), columns](
         *(work.items, work.count, *inputs, sums, outputs, *strides, *factors),
+        BLOCK=work.block,
         PAIR=not wide,
         num_warps=8 if wide or head_dim > (MAX_SMALL if quantised else MAX_NARROW) else 4,
         **shapes,
@@ -493,8 +523,8 @@ def tree_attention(
         *(*strides, *factors),
         SINKS=sinks is not None,
         num_warps=8 if wide or quantised else 4,
-        # Few tiles follow each other, and loading ahead makes some GPUs spill registers.
-        num_stages=1 if not wide and MAX_SMALL < head_dim <= MAX_NARROW else 3,
+        # Few tiles follow each other, and other numbers make some GPUs spill registers.
+        num_stages=3 if wide or head_dim > MAX_NARROW else 1 if head_dim > MAX_SMALL else 2,
         **shapes,
     )
     return result
