@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from treeflash.decoding.families import ImageFamily, family_of
+from treeflash.decoding.families import ImageFamily, image_family
 from treeflash.decoding.image_processor import TOKEN_TYPES, Processor, image_samples
 from treeflash.decoding.images import Image, PromptImages
 from treeflash.decoding.probe import ImageSample
@@ -91,7 +91,7 @@ class ImageRows:
 
 def has_tower(model: PreTrainedModel) -> bool:
     """Return whether a model has modules beside its decoder that treeflash knows how to use."""
-    is_known = isinstance(family_of(model.config.model_type).images, ImageFamily)
+    is_known = isinstance(image_family(model.config.model_type, "cuda"), ImageFamily)
     return is_known and model.base_model is not model.get_decoder()
 
 
@@ -179,7 +179,7 @@ class GivenFeatures(VisionTower):
         Raises:
             ConfigError: there are more placeholders than features, or fewer.
         """
-        family = family_of(self._model.config.model_type).images
+        family = image_family(self._model.config.model_type, "cuda")
         assert isinstance(family, ImageFamily)
         features = Features.of(output)
         self._like = features[:0]

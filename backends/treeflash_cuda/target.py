@@ -31,7 +31,7 @@ from transformers import (
 from transformers.utils import is_accelerate_available, logging
 
 from treeflash.decoding.backend_base import arrays_nbytes
-from treeflash.decoding.families import ImageFamily, family_of, refusal
+from treeflash.decoding.families import ImageFamily, family_of, image_family, refusal
 from treeflash.decoding.image_processor import TOKEN_TYPES, Processor, load_processor
 from treeflash.decoding.probe import INEXACT, TOLERANCE_FACTOR, TOLERANCES, ImageSample
 from treeflash.decoding.tree import DraftTree
@@ -164,7 +164,7 @@ def load_model(
         placement = {"distributed_config": DistributedConfig(tp_size=processes, tp_plan="auto")}
     if device_map is not None:
         placement = {"device_map": device_map}
-    is_known = isinstance(family_of(config.model_type).images, ImageFamily)
+    is_known = isinstance(image_family(config.model_type, "cuda"), ImageFamily)
     whole = images or (is_known and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING)
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
@@ -355,7 +355,7 @@ def attention_implementation(config: Any) -> Any:
 
 def tree_attention(config: Any) -> Any:
     """Return the names of attention that let the decoder of a model run trees, as above."""
-    is_known = isinstance(family_of(config.model_type).images, ImageFamily)
+    is_known = isinstance(image_family(config.model_type, "cuda"), ImageFamily)
     if not is_known or config.get_text_config() is config:
         return IMPLEMENTATION
     own, text = attention_implementation(config), config.get_text_config()

@@ -70,6 +70,14 @@ def family_of(model_type: object) -> Family:
     return FAMILIES.get(str(model_type), Family())
 
 
+def image_family(model_type: object, backend: str) -> ImageFamily | str:
+    """Return how a backend runs the images of a model type; or why it does not, as a clause."""
+    family = family_of(model_type).images
+    if isinstance(family, ImageFamily) and backend not in family.backends:
+        return f"images of this model type are not known to be exact with the {backend} backend"
+    return family
+
+
 def refusal(model_type: str, reason: str | None = None) -> str:
     """Say that a target cannot run a draft tree, with this reason or its family's."""
     reason = reason or family_of(model_type).refusal

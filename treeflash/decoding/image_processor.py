@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from treeflash.decoding.families import ImageFamily, family_of
+from treeflash.decoding.families import ImageFamily, image_family
 from treeflash.decoding.images import PromptImages, locate, rotary_positions
 from treeflash.decoding.probe import ImageSample
 from treeflash.errors import PromptError, first_line
@@ -118,13 +118,11 @@ def load_processor(
         backend: the name of the backend that will run the images.
         read: reads a folder's processor in the interface of transformers.
     """
-    family = family_of(config.get("model_type")).images
+    family = image_family(config.get("model_type"), backend)
     if not isinstance(vision := config.get("vision_config"), Mapping):
         return "it has no vision tower"
     if isinstance(family, str):
         return family
-    if backend not in family.backends:
-        return f"images of this model type are not known to be exact with the {backend} backend"
     try:
         processor = read(folder)
     except ImportError as error:
