@@ -444,10 +444,9 @@ class HybridTreeCache(RecurrentCache, SlabCache):
     ) -> Tensor:
         """See `Recurrence`."""
         group, i = self.arena.places[key]
+        states = self.arena.matrices(group)[:, i]
         out, written, keys = self.operations.tree_recurrence(
-            *(q, k, v, log_g, beta, self.arena.matrices(group)[:, i], self.state_slots),
-            *(self.nodes,),
-            **options,
+            q, k, v, log_g, beta, states, self.state_slots, self.nodes, **options
         )
         self._written[key] = written, keys, log_g.transpose(1, 2)
         return out

@@ -314,7 +314,7 @@ class MtpDrafter:
         captured = has_kernel and graphs.is_capturing and len(tokens) <= MAX_CONTEXT * len(new)
         if captured:
             order += [0] * (power_of_two(len(new)) - len(new))
-            # Further rows are copies of the last one, and so are further states.
+            # The added rows are copies of the last one, and so are their states.
             rows = power_of_four(len(tokens))
             tokens, positions, places = (
                 np.pad(x, (0, rows - len(x)), "edge") for x in (tokens, positions, places)

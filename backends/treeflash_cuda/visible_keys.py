@@ -143,8 +143,8 @@ def equal_work(
 ) -> list[NDArray[np.int32]]:
     """Return the items, their number, and places of sequences that have equally many rows.
 
-    The sequences have (t,) common positions. Those of a pass are in an `order`, in which others may
-    be copies of the first ones; a graph has the sizes of the arrays.
+    The sequences have (t,) common positions. A pass has them in an `order`, in which later entries
+    may be copies of the first one; a graph has the sizes of the arrays.
     """
     starts = rows * np.arange(len(shared))
     items, places = plan_work(starts, np.full_like(starts, rows), shared, block)
