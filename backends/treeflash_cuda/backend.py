@@ -33,7 +33,7 @@ from treeflash.drafters.mtp_heads import (
 )
 from treeflash.errors import ConfigError, UnsupportedModelError, is_out_of_memory
 from treeflash_cuda.cache import KV_BITS, Arena
-from treeflash_cuda.device import choose_device, device_facts, device_name
+from treeflash_cuda.device import choose_device, device_facts, device_name, join_free_memory
 from treeflash_cuda.drafter import Drafter
 from treeflash_cuda.drafter_model import DrafterModel, load_weights
 from treeflash_cuda.experts import fuse_experts, has_experts
@@ -144,20 +144,30 @@ class CudaBackend(BaseBackend):
         return sum(parameter.nbytes for parameter in parameters)
 
     def device_report(self) -> DeviceReport:
-        operations, device = self.target.operations, self.target.device
+        device = self.target.device
         if self.target.threads is not None:
             facts = {**device_facts(device), "threads": self.target.threads.description}
             return DeviceReport(facts=facts, weights_bytes=self.weights_bytes)
         arenas = [self.target.arena, *([self.drafter_arena] if self.drafter_arena else [])]
-        verdicts = {} if operations is None else operations.verdicts
+        kernels: dict[str, dict[str, str]] = {}
+        for size, operations in self._operations().items():
+            for name, verdict in operations.verdicts.items():
+                kernels.setdefault(name, {})[size] = verdict
         return DeviceReport(
             facts=device_facts(device),
             available_bytes=torch.cuda.mem_get_info(device)[1],
             weights_bytes=self.weights_bytes,
             reserved_bytes=sum(arena.reserved_nbytes or 0 for arena in arenas) or None,
-            kernels={name: {self.dtype: verdict} for name, verdict in verdicts.items()}
-            | {"CUDA graphs": self.target.graphs.verdicts},
+            kernels=kernels | {"CUDA graphs": self.target.graphs.verdicts},
         )
+
+    def _operations(self) -> dict[str, Operations]:
+        """Return the operations of the target and the drafter, by what they run."""
+        target, drafter = self.target.operations, getattr(self.drafter_model, "operations", None)
+        found = {self.dtype: target, f"{self.dtype}, drafter": drafter}
+        if drafter is target:
+            del found[f"{self.dtype}, drafter"]
+        return {size: operations for size, operations in found.items() if operations is not None}
 
     def warm_up(self, max_parallel: int) -> int:
         """Capture the graphs of passes and drafts, the largest ones first; return how many.
@@ -347,15 +357,18 @@ def load_packed_drafter(
     """Load a drafter, packed for the device; the target keeps the outputs that it reads."""
     layout = drafter_layout(folder, target)
     target.capture(layout.config.target_layer_ids)
+    operations = load_drafter_operations(layout.config, target)
     if layout.format.kind == "rows":
         refuse_window(config)
         rows = load_mtp_head(layout, target)
+        rows.operations = operations
         pack_linears(rows)
         for part in rows.modules():
             if isinstance(part, Experts):
-                part.operations = target.operations
+                part.operations = operations
         return rows, None if rows.config.has_marginals else MtpHead(rows, target)
     drafter_model, head = load_drafter(layout, target)
+    drafter_model.operations = operations
     fuse_linears(drafter_model, IN_DRAFTER)
     pack_linears(drafter_model)
     if head is not None:
@@ -419,6 +432,7 @@ def load_target(folder: Path, config: LoadConfig, *, pack: bool, processes: int 
     if config.exact and processes > 1:
         raise ConfigError("exact mode does not work under torchrun; remove exact")
     if device.type == "cuda":
+        join_free_memory(device)
         # Products that are split would otherwise add their parts in half precision.
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
@@ -485,12 +499,38 @@ def add_kernels(target: Target) -> None:
 
 
 def load_target_operations(target: Target) -> Operations | None:
-    """Load the pair's operations on a GPU; None on a CPU, which uses masks."""
+    """Load the target's operations on a GPU; None on a CPU, which uses masks."""
     if target.device.type != "cuda":
         return None
+    operations = load_operations(target_shapes(target), target.device, target.dtype)
+    for line in operations.fallbacks:
+        warnings.warn(line, stacklevel=2)
+    return operations
+
+
+def load_drafter_operations(config: DrafterShape, target: Target) -> Operations | None:
+    """Load the drafter's operations: the target's, unless it has other shapes."""
+    shapes = Shapes(
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        hidden_size=config.hidden_size,
+        sinks=getattr(config, "attention_sinks", False),
+        experts=getattr(config, "experts", None) is not None,
+    )
+    if target.device.type != "cuda" or shapes == target_shapes(target):
+        return target.operations
+    operations = load_operations(shapes, target.device, target.dtype)
+    for line in operations.fallbacks:
+        warnings.warn(f"in the drafter {line}", stacklevel=2)
+    return operations
+
+
+def target_shapes(target: Target) -> Shapes:
+    """Return the sizes of a target that kernels depend on."""
     config = target.config
     heads, hidden_size = config.num_attention_heads, config.hidden_size
-    shapes = Shapes(
+    return Shapes(
         heads=heads,
         kv_heads=heads // target.groups,
         head_dim=getattr(config, "head_dim", None) or hidden_size // heads,
@@ -501,10 +541,6 @@ def load_target_operations(target: Target) -> Operations | None:
         experts=has_experts(target.model),
         recurrent=() if target.state_arena is None else target.state_arena.matrix_shapes,
     )
-    operations = load_operations(shapes, target.device, target.dtype)
-    for line in operations.fallbacks:
-        warnings.warn(line, stacklevel=2)
-    return operations
 
 
 def check_drafter(config: DrafterShape) -> None:

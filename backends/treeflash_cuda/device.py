@@ -7,10 +7,11 @@ import platform
 import re
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
 
-from treeflash.errors import BackendError, first_line
+from treeflash.errors import BackendError, first_line, is_out_of_memory
 
 DRIVERS = {12: 525, 13: 580}
 """The oldest NVIDIA driver for each major version of CUDA (CUDA Toolkit release notes, "CUDA driver
@@ -18,6 +19,12 @@ and toolkit compatibility")."""
 OLDER_WHEELS = "pip install torch --index-url https://download.pytorch.org/whl/cu126"
 OLDEST_WHEELS = 12000
 """The CUDA version of the oldest driver for `OLDER_WHEELS`, as the driver numbers it."""
+
+
+ALLOCATOR_SETTINGS = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
+"""Variables of the environment with a user's settings of PyTorch's allocator."""
+PROBED_BYTES = 32 << 20
+"""More than the allocator cuts from a block of small tensors."""
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -78,6 +85,25 @@ def why_unusable() -> tuple[str, str]:
     if "No CUDA GPUs" in message and hidden is not None:
         return f"CUDA_VISIBLE_DEVICES={hidden!r} hides every GPU", "unset that variable"
     return f"CUDA does not start ({first_line(Exception(message))})", "see what nvidia-smi prints"
+
+
+def join_free_memory(device: torch.device) -> None:
+    """Let the allocator of a GPU join free memory, also of blocks that it has got one by one.
+
+    Joined weights would otherwise leave holes that nothing fits into. A user's own settings are
+    kept, and so are the settings of a process that already uses CUDA.
+    """
+    if torch.cuda.is_initialized() or any(name in os.environ for name in ALLOCATOR_SETTINGS):
+        return
+    settings: Any = torch._C
+    settings._accelerator_setAllocatorSettings("expandable_segments:True")
+    try:
+        torch.empty(PROBED_BYTES, dtype=torch.uint8, device=device)
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        # Some virtual GPUs, and CUDA in WSL, cannot map memory.
+        settings._accelerator_setAllocatorSettings("expandable_segments:False")
 
 
 def device_name(device: torch.device) -> str:

@@ -299,7 +299,7 @@ class Drafter:
         self.target = target
         self.output = OutputStage(model, target)  # embeds tokens, and computes logits
         # The first positions are outside of the windows of a layer, but not of the draft's window.
-        operations = target.operations
+        operations = model.operations
         self._has_slab_pass = (
             operations is not None
             and operations.runs_trees
@@ -378,9 +378,9 @@ class Drafter:
             if slab is None:
                 masked = MaskedDrafts(self.model, states, self.window)
                 return (self._blocks(tokens, context, rotation, masked),)
-            assert self.target.operations is not None
+            assert self.model.operations is not None
             attention = SlabDrafts(
-                operations=self.target.operations,
+                operations=self.model.operations,
                 model=self.model,
                 rotation=rotation,
                 window=self.window,

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from treeflash.drafters.config import DrafterConfig, DrafterShape
+from treeflash_cuda.operations import Operations
 from treeflash_cuda.target import Target
 
 M = TypeVar("M", bound=nn.Module)
@@ -286,6 +287,8 @@ class OwnVocabulary(nn.Module):
 
 class DrafterModel(nn.Module):
     """A drafter's weights, under their names in checkpoints; they are loaded afterwards."""
+
+    operations: Operations | None = None  # for rows; None attends with masks
 
     def __init__(self, config: DrafterConfig, own: OwnVocabulary | None = None) -> None:
         super().__init__()

@@ -13,7 +13,7 @@ import time
 import warnings
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from threading import Lock
@@ -29,7 +29,8 @@ MAX_GRAPHS = 64
 one. Graphs of other functions do not count: under `torchrun` rank 0 alone has some, but all ranks
 must keep the same graphs of the target."""
 MAX_FAILURES = 3
-"""Captures of a function that may fail; it then runs without graphs."""
+"""Captures that may fail: of a function with equal settings and shapes, and of a function of which
+no capture has succeeded. They then run without graphs."""
 MAX_TRIED = 1000
 """Captures that are remembered for reports."""
 MIN_LENGTH = 1024
@@ -38,6 +39,8 @@ between how many processors its attention is split."""
 WARM_UP = 3
 """Calls before a capture, in which libraries allocate workspaces, and NCCL opens connections."""
 
+Key: TypeAlias = tuple[str, Hashable, Hashable]
+"""The name of a function, its settings, and the shapes and dtypes of its inputs."""
 Outputs: TypeAlias = tuple[Any, ...]
 """Tensors, and other results, which must be equal at every call."""
 
@@ -67,14 +70,14 @@ class Graphs:
         # By the name of a function that all ranks of `torchrun` call: whether its capture succeeded
         # on all of them, from whether it did on this one.
         self.agreements: dict[str, Callable[[bool], bool]] = {}
-        self.captures = 0  # graphs captured so far
+        self.captured: Counter[str] = Counter()  # graphs so far, by the name of the function
         self.tried: deque[Capture] = deque(maxlen=MAX_TRIED)  # the latest captures
         self.replays: Counter[str] = Counter()  # by the name of the function
-        # By name, settings, and the shapes and dtypes of the inputs; the latest used one last.
-        self.store: OrderedDict[tuple[str, Hashable, Hashable], Graph] = OrderedDict()
+        # The latest used one last.
+        self.store: OrderedDict[Key, Graph] = OrderedDict()
         self._lock = Lock()
-        self._failures: Counter[str] = Counter()
-        self._too_large: set[Hashable] = set()  # keys for whose capture there was no memory
+        # Failed captures by key, and by the name of a function of which none has succeeded.
+        self._failures: Counter[Key | str] = Counter()
 
     def run(
         self,
@@ -85,36 +88,44 @@ class Graphs:
         capture: bool = True,  # False calls the function
     ) -> Outputs:
         """Return the outputs of a function, replayed if that is possible."""
-        if not capture or not self.is_capturing or self._failures[name] >= MAX_FAILURES:
+        if not capture or not self.is_capturing:
             return function(*inputs)
         key = name, settings, tuple((x.shape, x.dtype) for x in inputs)
         with self._lock:
-            if key in self._too_large:
-                return function(*inputs)
-            if key not in self.store:
-                failures = self._failures[name]
-                captured = self._capture(name, function, inputs)
-                if captured is None:
-                    if self._failures[name] == failures:
-                        self._too_large.add(key)
-                    return function(*inputs)
-                same = [other for other in self.store if other[0] == name]
-                if len(same) >= MAX_GRAPHS:
-                    del self.store[same[0]]
-                self.store[key] = captured
-            self.store.move_to_end(key)
-            graph = self.store[key]
-            for place, tensor in zip(graph.inputs, inputs, strict=True):
-                place.copy_(tensor)
-            graph.graph.replay()
-            self.replays[name] += 1
-            # The next replay, perhaps for another sequence, overwrites the outputs.
-            return tuple(x.clone() if isinstance(x, Tensor) else x for x in graph.outputs)
+            if key in self.store or self._add(key, function, inputs):
+                self.store.move_to_end(key)
+                graph = self.store[key]
+                for place, tensor in zip(graph.inputs, inputs, strict=True):
+                    place.copy_(tensor)
+                graph.graph.replay()
+                self.replays[name] += 1
+                # The next replay, perhaps for another sequence, overwrites the outputs.
+                return tuple(x.clone() if isinstance(x, Tensor) else x for x in graph.outputs)
+        return function(*inputs)
+
+    def _add(self, key: Key, function: Callable[..., Outputs], inputs: tuple[Tensor, ...]) -> bool:
+        """Capture a function and store its graph, unless this has failed before; return whether."""
+        name = key[0]
+        if max(self._failures[key], self._failures[name]) >= MAX_FAILURES:
+            return False
+        graph = self._capture(key, function, inputs)
+        if graph is None:
+            return False
+        same = [other for other in self.store if other[0] == name]
+        if len(same) >= MAX_GRAPHS:
+            del self.store[same[0]]
+        self.store[key] = graph
+        return True
+
+    @property
+    def captures(self) -> int:
+        """Graphs captured so far."""
+        return self.captured.total()
 
     @property
     def verdicts(self) -> dict[str, str]:
         """Whether each function is captured, by name; the reason if its latest capture failed."""
-        return {x.name: x.reason or "captured" for x in self.tried}
+        return {x.name: x.reason or f"used ({self.captured[x.name]} graphs)" for x in self.tried}
 
     @property
     def is_capturing(self) -> bool:
@@ -136,18 +147,20 @@ class Graphs:
         self.store.clear()
 
     def _capture(
-        self, name: str, function: Callable[..., Outputs], inputs: tuple[Tensor, ...]
+        self, key: Key, function: Callable[..., Outputs], inputs: tuple[Tensor, ...]
     ) -> Graph | None:
         """Capture a function; return None if it cannot be captured.
 
-        A failure counts, and the last one that may happen is a warning. If memory runs out, it does
-        not count, but all other graphs are dropped: the function needs memory without a graph, too.
-        Ranks of `torchrun`, which must keep the same graphs, do not drop them.
+        A failure counts, and the last one that may happen is a warning. If memory runs out, all
+        other graphs are dropped, as the function needs memory without a graph, too, and it is not
+        tried again for inputs of these shapes. Ranks of `torchrun`, which must keep the same
+        graphs, do not drop them.
         """
-        graph: Graph | None = None
-        reason, fits, started = "another rank cannot capture it", True, time.perf_counter()
+        name, graph, fits = key[0], None, True
+        reason, started = "another rank cannot capture it", time.perf_counter()
         try:
-            graph = self._record(function, tuple(x.clone() for x in inputs))
+            places = tuple(x.clone() for x in inputs)
+            graph = self._record(function, places, is_first=not self.captured[name])
         except RuntimeError as error:
             reason = first_line(error)
             fits = not is_out_of_memory(error) or name in self.agreements
@@ -158,35 +171,67 @@ class Graphs:
         seconds = time.perf_counter() - started
         self.tried.append(Capture(name, seconds, "" if succeeded else reason))
         if succeeded:
-            self.captures += 1
+            self.captured[name] += 1
             return graph
         if not fits:
-            return None  # smaller inputs may fit
-        self._failures[name] += 1
-        if self._failures[name] == MAX_FAILURES:
-            warnings.warn(f"{name} runs without CUDA graphs: {reason}", stacklevel=2)
+            self._failures[key] = MAX_FAILURES  # smaller inputs may fit
+            return None
+        counted = key if self.captured[name] else name
+        self._failures[counted] += 1
+        if self._failures[counted] == MAX_FAILURES:
+            which = " for some of its inputs" if counted is key else ""
+            warnings.warn(f"{name} runs without CUDA graphs{which}: {reason}", stacklevel=2)
         return None
 
-    def _record(self, function: Callable[..., Outputs], places: tuple[Tensor, ...]) -> Graph:
+    def _record(
+        self,
+        function: Callable[..., Outputs],
+        places: tuple[Tensor, ...],
+        *,
+        is_first: bool,  # no function of this name has been captured
+    ) -> Graph:
         """Capture a function whose inputs have these addresses."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self.device), garbage_collection_disabled():
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
-                for _ in range(WARM_UP):
+                for _ in range(WARM_UP - 1):
+                    function(*places)
+                with synchronising_refused() if is_first else nullcontext():
                     function(*places)
             current = torch.cuda.current_stream()
             current.wait_stream(self.stream)
-            # PyTorch 2.13 and 2.14 leave the stream of a capture that fails the current one. Other
-            # threads may use the device during the capture.
-            with (
-                torch.cuda.stream(current),
-                torch.cuda.graph(
-                    graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
-                ),
-            ):
-                outputs = function(*places)
+            # A capture that fails in PyTorch 2.13 and 2.14 leaves its stream the current one, and
+            # its pool where no other capture can begin. Other threads may use the device during the
+            # capture.
+            try:
+                with (
+                    torch.cuda.stream(current),
+                    torch.cuda.graph(
+                        graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
+                    ),
+                ):
+                    outputs = function(*places)
+            except RuntimeError:
+                self.pool = torch.cuda.graph_pool_handle()
+                raise
         return Graph(graph, places, outputs)
+
+
+@contextmanager
+def synchronising_refused() -> Iterator[None]:
+    """Raise a RuntimeError where the host waits for the device, which no capture can have.
+
+    So a function that cannot be captured is found before a capture, which would leave parts of
+    PyTorch's allocator in disorder. PyTorch refuses it to all threads of the process, of which
+    others may belong to a user: it is for one call of a function.
+    """
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
 
 
 @contextmanager

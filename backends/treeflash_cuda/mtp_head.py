@@ -55,6 +55,7 @@ class MtpModel(MtpLayer, nn.Module):
     """The layer as a module of PyTorch, with the rotations of its rows and its own vocabulary."""
 
     ops = OPERATIONS
+    operations: Operations | None = None  # for rows; None attends with masks
 
     def __init__(self, config: MtpConfig, own: OwnVocabulary) -> None:
         super().__init__(config)
@@ -290,7 +291,7 @@ class MtpDrafter:
         For CUDA graphs the number of sequences is rounded up to a power of two, and the number of
         rows to a power of four.
         """
-        graphs, operations, device = self.target.graphs, self.target.operations, self.target.device
+        graphs, operations, device = self.target.graphs, self.model.operations, self.target.device
         context: list[Tensor] = []
         written: list[NDArray[np.integer]] = []
         new: list[NewRows] = []
@@ -459,7 +460,7 @@ class MtpHead(mtp_head.MtpHead):
 
         For CUDA graphs the number of sequences is rounded up to a power of two.
         """
-        operations, (slab, *others) = self.target.operations, {x.cache.slab: None for x in blocks}
+        operations, (slab, *others) = self.module.operations, {x.cache.slab: None for x in blocks}
         if operations is None or not operations.runs_trees or others:
             return super().transitions(blocks, options)
         graphs, count, depths = self.graphs, len(blocks), blocks[0].depths

@@ -7,6 +7,7 @@ and replaced by it if they differ.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -23,6 +24,8 @@ from treeflash_cuda.numerics import gumbel
 from treeflash_cuda.recurrence import TreeNodes, commit_recurrence, plan_nodes, tree_recurrence
 from treeflash_cuda.visible_keys import RowPlan, VisibleKeys, block_rows
 
+LOGGER = logging.getLogger(__name__)
+
 TOLERANCES = {torch.bfloat16: 0.01, torch.float16: 0.01, torch.float32: 1e-5}
 """Root mean square error of a kernel's rows in standard deviations. In bfloat16, rounding alone
 gives 0.003; a row that sees another row's key, or misses one, differs by more than 0.05."""
@@ -30,7 +33,7 @@ gives 0.003; a row that sees another row's key, or misses one, differs by more t
 ROWS_AT_ONCE = 16
 """Rows whose keys PyTorch's definition of attention gathers at once, which limits its memory."""
 
-KERNEL = "Triton"
+KERNEL = "used (Triton)"
 """The verdict on an operation whose kernel is used."""
 
 Activation = Literal["silu", "gelu_tanh"]
@@ -269,6 +272,7 @@ def checked(
         except Exception as error:
             if is_out_of_memory(error):
                 raise
+            LOGGER.info("%s has no kernel", name, exc_info=error)
             reasons[name] = first_line(error)
         else:
             if difference <= TOLERANCES[dtype]:

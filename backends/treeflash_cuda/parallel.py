@@ -1,8 +1,9 @@
 """A target whose layers are split between processes: tensor parallelism under `torchrun`.
 
-Rank 0 decodes: it alone has a drafter, a scheduler and a user. Before each call of the target it
-broadcasts the call, and the other ranks make the same call with their parts of the layers. They
-keep the same committed positions, but sample nothing.
+Rank 0 decodes: it alone has a drafter, a scheduler and a user. Before each forward pass of the
+target it broadcasts the pass, and the other ranks run the same one with their parts of the layers.
+They keep the same committed positions, but sample nothing. They need to know what changes these
+positions no earlier than the next pass, whose message tells it: an iteration has one broadcast.
 
 A forward pass has collective calls, and a call of one rank without the others ends in a deadlock.
 So all ranks have equal slabs, each of which has passes of its own, and the same CUDA graphs: they
@@ -55,16 +56,23 @@ class Followers:
     collective call, where no message reaches them.
     """
 
-    lost = False
+    def __init__(self) -> None:
+        self.lost = False
+        self._calls: list[tuple[Any, ...]] = []  # that they have to make, in order
 
-    def tell(self, *message: Any) -> None:
-        """Broadcast a call; raises a RuntimeError if the followers are lost."""
+    def tell(self, *call: Any) -> None:
+        """Note a call for the next broadcast; raises a RuntimeError if the followers are lost."""
         if self.lost:
             raise RuntimeError(
                 "rank 0 failed in the middle of a forward pass, in which the other ranks still "
                 "wait; restart torchrun"
             )
-        broadcast(message)
+        self._calls.append(call)
+
+    def send(self) -> None:
+        """Broadcast the calls."""
+        calls, self._calls = self._calls, []
+        broadcast(calls)
 
 
 followers = Followers()
@@ -124,6 +132,7 @@ class LeaderVerifier(Verifier):
     def forward(self, rows: Sequence[Rows], needs_logits: Sequence[bool]) -> Logits:
         numbered = [(_number(state), tokens) for state, tokens in rows]
         followers.tell("forward", numbered, list(needs_logits))
+        followers.send()
         try:
             return super().forward(rows, needs_logits)
         except Exception:
@@ -158,11 +167,12 @@ def follow(target: Target) -> None:
 def _follow(target: Target) -> None:
     verifier = Verifier(target, None)
     states: dict[int, State] = {}
-    while True:
-        match broadcast():
+    for call in itertools.chain.from_iterable(iter(broadcast, None)):
+        match call:
             case ("end",):
                 target.graphs.clear()
-                return _leave()
+                _leave()
+                return
             case "reserve", nbytes:
                 target.arena.reserved_nbytes = nbytes
             case "open", number, capacity:
@@ -185,6 +195,7 @@ def end(graphs: Graphs) -> None:
     graphs.clear()
     if dist.is_initialized() and not followers.lost:
         followers.tell("end")
+        followers.send()
         _leave()
 
 

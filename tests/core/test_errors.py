@@ -2,7 +2,7 @@
 
 import pytest
 
-from treeflash.errors import is_device_lost, is_out_of_memory
+from treeflash.errors import first_line, is_device_lost, is_out_of_memory
 
 # As PyTorch 2.13 (c10/cuda, ATen/cuda, NCCL) and Triton 3.9 word them.
 LOST = (
@@ -45,3 +45,16 @@ def test_other_errors_are_neither(message):
 def test_a_programming_error_is_neither():
     assert not is_out_of_memory(ValueError("out of memory"))
     assert not is_device_lost(ValueError("CUDA error: unspecified launch failure"))
+
+
+@pytest.mark.parametrize(
+    ("message", "line"),
+    [
+        ("ptxas is missing\nTraceback", "ptxas is missing"),
+        ("at 3:4:\n    x = y\n        ^\nNameError('y')\n", "at 3:4: NameError('y')"),
+        ("at 3:4:", "at 3:4:"),
+        ("", "ValueError"),
+    ],
+)
+def test_the_first_line_says_what_went_wrong(message, line):
+    assert first_line(ValueError(message)) == line

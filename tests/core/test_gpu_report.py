@@ -105,7 +105,7 @@ def test_rows_of_a_table_may_have_other_columns(report, capsys):
 
 
 def test_a_kernel_that_fell_back_is_a_line(judge):
-    verdicts = {"rms_norm": "Triton", "gated": "ptxas is missing"}
+    verdicts = {"rms_norm": "used (Triton)", "gated": "ptxas is missing"}
     (line,) = judge.kernel_problems(verdicts, "bfloat16")
     assert line == "gated runs in PyTorch with bfloat16: ptxas is missing"
 

@@ -101,6 +101,7 @@ class FakeCuda(TorchDispatchMode):
 
     Attributes:
         capturing: whether a graph is being captured.
+        refusing: whether waiting for a device is refused.
         count: copies between host and device.
         launches: the names of the operations that launched a kernel on a device, in order.
         nbytes: what these operations read and wrote, if each of them does so once.
@@ -111,7 +112,7 @@ class FakeCuda(TorchDispatchMode):
 
     def __init__(self, monkeypatch):
         super().__init__()
-        self.capturing = False
+        self.capturing = self.refusing = False
         self.count = Transfers()
         self.launches = []
         self.nbytes = 0
@@ -165,7 +166,7 @@ class FakeCuda(TorchDispatchMode):
         self.nbytes += nbytes
 
     def _check_not_capturing(self, func):
-        if self.capturing:
+        if self.capturing or self.refusing:
             raise AssertionError(f"{func} moves data between host and device during a capture")
 
     def _patch_loading(self, monkeypatch):
@@ -306,6 +307,9 @@ class FakeCuda(TorchDispatchMode):
         def nothing(*_):
             yield
 
+        def refuse_waiting(mode):
+            self.refusing = mode == "error"
+
         for name, stand_in in {
             "CUDAGraph": _Graph,
             "Stream": _Stream,
@@ -313,10 +317,13 @@ class FakeCuda(TorchDispatchMode):
             "graph": capture,
             "stream": nothing,
             "device": nothing,
+            "get_sync_debug_mode": lambda: 0,
+            "set_sync_debug_mode": refuse_waiting,
             "get_device_capability": lambda device: self.capability,
             "get_device_name": lambda device: "fake",
             "mem_get_info": lambda device: (self.free_bytes, self.free_bytes),
             "graph_pool_handle": lambda: None,
+            "is_initialized": lambda: True,
             "reset_peak_memory_stats": lambda device: None,
         }.items():
             monkeypatch.setattr(torch.cuda, name, stand_in)

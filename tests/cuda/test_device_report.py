@@ -1,5 +1,7 @@
 """What the PyTorch backend tells about its device, and the memory that it sets aside."""
 
+from dataclasses import replace
+
 import pytest
 
 from treeflash.config import LoadConfig
@@ -49,15 +51,39 @@ def test_a_gpu_reports_its_card_its_kernels_and_the_memory_set_aside(cuda, folde
     assert report.facts["memory"] == "10.0 GiB"
     assert report.facts["CUDA"] == torch.version.cuda
     graphs = report.kernels.pop("CUDA graphs")
-    assert graphs == {"the target": "captured"}
+    assert graphs == {"the target": "used (2 graphs)"}
     # The stand-in has no kernel for sampling.
-    assert report.kernels == {x: {"bfloat16": "Triton"} for x in CHECKS if x != "sample_rows"}
+    assert report.kernels == {
+        x: {"bfloat16": "used (Triton)"} for x in CHECKS if x != "sample_rows"
+    }
     assert report.free_bytes == pytest.approx(8.5 * GIB, rel=0.01)
+
+
+def test_a_drafter_of_other_shapes_has_operations_of_its_own(cuda, folders, monkeypatch):
+    """They are checked at load with its shapes, and reported beside the target's."""
+    backend = loading.load(*folders, LoadConfig(dtype="bfloat16"))
+    found = []
+
+    def load_operations(shapes, *_):
+        found.append(shapes)
+        return Operations(reasons={"gated": "ptxas is missing"})
+
+    monkeypatch.setattr(loading, "load_operations", load_operations)
+    same = loading.load_drafter_operations(backend.drafter_config, backend.target)
+    assert same is backend.drafter_model.operations is backend.target.operations
+    config = replace(backend.drafter_config, head_dim=64, attention_sinks=True)
+    with pytest.warns(UserWarning, match="^in the drafter gated runs in PyTorch: ptxas is missing"):
+        own = loading.load_drafter_operations(config, backend.target)
+    backend.drafter_model.operations = own
+    (shapes,) = found
+    assert (shapes.heads, shapes.head_dim, shapes.sinks) == (4, 64, True)
+    verdicts = device_report(backend).kernels["gated"]
+    assert verdicts == {"bfloat16": "used (Triton)", "bfloat16, drafter": "ptxas is missing"}
 
 
 def test_a_kernel_that_fell_back_is_reported_with_its_reason():
     found = Operations(rms_norm=lambda *_: None, reasons={"gated": "ptxas is missing"})
-    assert found.verdicts == {"rms_norm": "Triton", "gated": "ptxas is missing"}
+    assert found.verdicts == {"rms_norm": "used (Triton)", "gated": "ptxas is missing"}
 
 
 @pytest.mark.parametrize(

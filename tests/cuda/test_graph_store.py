@@ -116,7 +116,7 @@ def test_what_another_rank_cannot_capture_is_called(monkeypatch):
     """It counts as a failure of this rank, so that both try equally often."""
     own, x, tries = enable(Graphs(torch.device("cpu"))), torch.ones(1), []
 
-    def record(self, function, places):
+    def record(self, function, places, **_):
         tries.append(function)
         outputs = function(*places)
         return graphs.Graph(Replay(function, places, outputs), places, outputs)

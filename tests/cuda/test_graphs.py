@@ -381,7 +381,7 @@ class Recorder:
         assert not self.graphs.store, "graphs hold the memory"
         self.emptied += 1
 
-    def record(self, function, places):
+    def record(self, function, places, **_):
         if (message := self.errors.get(len(places[0]))) is not None:
             raise RuntimeError(message)
         outputs = function(*places)
@@ -415,10 +415,11 @@ def test_memory_that_runs_out_during_a_capture_drops_the_other_graphs(monkeypatc
     for _ in range(2):
         recorder.run(3)
     assert graphs.captures == 2
-    assert graphs.verdicts == {"doubling": "captured"}
+    assert graphs.verdicts == {"doubling": "used (2 graphs)"}
 
 
 def test_replays_and_failures_are_counted_by_function(monkeypatch):
+    """A size that cannot be captured stops no other ones of a function that has graphs."""
     recorder = Recorder(monkeypatch)
     recorder.errors[4] = "operation not permitted\nwhen capturing"
     with warnings.catch_warnings():
@@ -427,49 +428,95 @@ def test_replays_and_failures_are_counted_by_function(monkeypatch):
             recorder.run(rows)
         recorder.run(2, name="another")
     assert recorder.graphs.replays == {"doubling": 2, "another": 1}
-    with pytest.warns(UserWarning, match="doubling runs without CUDA graphs: operation not perm"):
+    reason = "doubling runs without CUDA graphs for some of its inputs: operation not perm"
+    recorder.run(4)
+    recorder.run(4)
+    with pytest.warns(UserWarning, match=reason):
         recorder.run(4)
-    recorder.run(2)
-    assert recorder.graphs.replays == {"doubling": 2, "another": 1}
-    assert recorder.graphs.verdicts["doubling"] == "operation not permitted"
+    tried = len(recorder.graphs.tried)
+    for rows in (4, 2, 3):
+        recorder.run(rows)
+    assert recorder.graphs.replays == {"doubling": 4, "another": 1}
+    assert len(recorder.graphs.tried) == tried + 1
+    recorder.errors |= {2: "never", 3: "never"}
+    recorder.run(4, name="third")
+    recorder.run(2, name="third")
+    with pytest.warns(UserWarning, match="third runs without CUDA graphs: never"):
+        recorder.run(3, name="third")
+    tried = len(recorder.graphs.tried)
+    recorder.run(5, name="third")
+    assert len(recorder.graphs.tried) == tried
+    assert recorder.graphs.verdicts["third"] == "never"
 
 
-def test_the_stream_of_a_failed_capture_is_left(monkeypatch):
-    """PyTorch before 2.15 does not leave it itself."""
-    streams = [SimpleNamespace(wait_stream=lambda _: None)]
+class StandIns:
+    """Stands for the parts of `torch.cuda` that captures use: none of them succeeds.
 
-    class FailedCapture:
-        def __init__(self, *_, stream, **__):
-            self.stream = stream
+    Attributes:
+        stream: the current stream.
+        pools: of captures that began.
+        refusing: whether waiting for the device is refused.
+    """
 
-        def __enter__(self):
-            streams[0] = self.stream
+    def __init__(self, monkeypatch):
+        self.stream = SimpleNamespace(wait_stream=lambda _: None)
+        self.pools = []
+        self.refusing = False
+        stand_ins = {
+            "CUDAGraph": lambda: None,
+            "Stream": lambda _: SimpleNamespace(wait_stream=lambda _: None),
+            "current_stream": lambda: self.stream,
+            "device": lambda _: nullcontext(),
+            "get_sync_debug_mode": lambda: "default",
+            "graph": self.capture,
+            "graph_pool_handle": object,
+            "set_sync_debug_mode": self.refuse,
+            "stream": self.enter,
+        }
+        for name, stand_in in stand_ins.items():
+            monkeypatch.setattr(torch.cuda, name, stand_in)
+        monkeypatch.setattr(Graphs, "is_capturing", True)
 
-        def __exit__(self, *_):
-            raise RuntimeError("operation not permitted when capturing")
+    def refuse(self, mode):
+        self.refusing = mode == "error"
 
     @contextmanager
-    def stream(new):
-        before, streams[0] = streams[0], new
+    def capture(self, *_, stream, pool, **__):
+        self.stream = stream
+        self.pools.append(pool)
+        yield
+        raise RuntimeError("operation not permitted when capturing")
+
+    @contextmanager
+    def enter(self, new):
+        before, self.stream = self.stream, new
         try:
             yield
         finally:
-            streams[0] = before
+            self.stream = before
 
-    stand_ins = {
-        "CUDAGraph": lambda: None,
-        "Stream": lambda _: SimpleNamespace(wait_stream=lambda _: None),
-        "current_stream": lambda: streams[0],
-        "device": lambda _: nullcontext(),
-        "graph": FailedCapture,
-        "graph_pool_handle": lambda: None,
-        "stream": stream,
-    }
-    for name, stand_in in stand_ins.items():
-        monkeypatch.setattr(torch.cuda, name, stand_in)
-    before, graphs = streams[0], Graphs(torch.device("cpu"))
-    monkeypatch.setattr(Graphs, "is_capturing", True)
+
+def test_the_stream_and_the_pool_of_a_failed_capture_are_left(monkeypatch):
+    """PyTorch before 2.15 does not leave them itself."""
+    stand_ins = StandIns(monkeypatch)
+    before, graphs = stand_ins.stream, Graphs(torch.device("cpu"))
     x = torch.arange(3)
-    assert graphs.run("doubling", (), lambda x: (2 * x,), x)[0].tolist() == [0, 2, 4]
+    for _ in range(2):
+        assert graphs.run("doubling", (), lambda x: (2 * x,), x)[0].tolist() == [0, 2, 4]
+        assert stand_ins.stream is before
     assert graphs.verdicts["doubling"] == "operation not permitted when capturing"
-    assert streams[0] is before
+    assert len(set(stand_ins.pools)) == 2
+
+
+def test_what_waits_for_the_device_is_found_before_its_capture(monkeypatch):
+    stand_ins = StandIns(monkeypatch)
+    graphs = Graphs(torch.device("cpu"))
+
+    def wait(x):
+        if stand_ins.refusing:
+            raise RuntimeError("called a synchronizing CUDA operation")
+        return (2 * x,)
+
+    assert graphs.run("doubling", (), wait, torch.arange(3))[0].tolist() == [0, 2, 4]
+    assert graphs.verdicts["doubling"] == "called a synchronizing CUDA operation"
+    assert not stand_ins.pools

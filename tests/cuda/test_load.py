@@ -29,9 +29,40 @@ from transformers import (
 )
 from treeflash_cuda import target
 from treeflash_cuda.backend import choose_device, load
+from treeflash_cuda.device import ALLOCATOR_SETTINGS, join_free_memory
 from treeflash_cuda.target import load_model, read_model_config
 
 CPU = LoadConfig(device="cpu")
+
+
+def test_a_gpus_allocator_joins_free_memory_where_it_can(monkeypatch):
+    """Not where a user has other settings, or CUDA runs already."""
+    found, on, off = [], "expandable_segments:True", "expandable_segments:False"
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", found.append)
+    for name in ALLOCATOR_SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+
+    def join(message=None, variable=None, initialized=False):
+        def empty(*_, **__):
+            if message is not None:
+                raise RuntimeError(message)
+
+        found.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "empty", empty)
+            patch.setattr(torch.cuda, "is_initialized", lambda: initialized)
+            if variable is not None:
+                patch.setenv(variable, "backend:native")
+            join_free_memory(torch.device("cuda"))
+        return found
+
+    assert join() == [on]
+    assert join("CUDA driver error: operation not supported") == [on, off]
+    for variable in ALLOCATOR_SETTINGS:
+        assert join(variable=variable) == []
+    assert join(initialized=True) == []
+    with pytest.raises(RuntimeError, match="out of memory"):
+        join("CUDA out of memory")
 
 
 def test_no_cuda_device_is_one_clear_line(monkeypatch):

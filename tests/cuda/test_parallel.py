@@ -95,15 +95,15 @@ Graphs.is_capturing = property(lambda self: self.enabled)
 graphs.MAX_GRAPHS = 2  # many are captured again
 capture, captured = Graphs._capture, []
 
-def record(self, function, places):
+def record(self, function, places, **_):
     outputs = function(*places)
     if os.environ["RANK"] == "1" and len(captured) == 1:
         raise RuntimeError("out of paper")
     return Graph(Replay(function, places, outputs), places, outputs)
 
-def watch(self, name, function, inputs):
-    graph = capture(self, name, function, inputs)
-    if name == loading.NAME:
+def watch(self, key, function, inputs):
+    graph = capture(self, key, function, inputs)
+    if key[0] == loading.NAME:
         captured.append([[list(x.shape) for x in inputs], graph is not None])
     return graph
 
@@ -224,6 +224,7 @@ class Ranks:
 
     def check(self):
         """Both ranks have the same keys and values in states that are not closed."""
+        parallel.followers.send()
         assert [x.length for x in self.leading] == [x.length for x in self.following]
         for mine, theirs in zip(self.leading, self.following, strict=True):
             if mine.length:
@@ -256,7 +257,7 @@ def places(states):
 def ranks(monkeypatch, tmp_path, request):
     ranks = Ranks(monkeypatch, tmp_path / "target", getattr(request, "param", None))
     yield ranks
-    ranks.messages.put(("end",))
+    ranks.messages.put([("end",)])
     ranks.thread.join(20)
     assert not ranks.thread.is_alive()
 
@@ -288,7 +289,7 @@ def test_graphs_are_dropped_before_the_communicator_ends(monkeypatch, rank):
     store["the target", None, None] = None
     monkeypatch.setattr(parallel.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(parallel.dist, "destroy_process_group", lambda: left.append(len(store)))
-    monkeypatch.setattr(parallel, "broadcast", lambda *_: ("end",))
+    monkeypatch.setattr(parallel, "broadcast", lambda *_: [("end",)])
     monkeypatch.setattr(parallel, "RELEASE_S", 0)
     if rank == 0:
         parallel.end(Split.graphs)
@@ -342,6 +343,23 @@ def test_a_sequence_without_a_token_to_choose_does_not_change_the_other_ranks(ra
         else:
             tokens += event.tokens
     assert tokens == expected
+
+
+def test_an_iteration_has_one_broadcast(ranks, monkeypatch):
+    """Whatever changes committed positions is told with the next forward pass."""
+    calls, broadcast = [], parallel.broadcast
+
+    def watch(*message):
+        if message:
+            calls.append([name for name, *_ in message[0]])
+        return broadcast(*message)
+
+    monkeypatch.setattr(parallel, "broadcast", watch)
+    config = DecodeConfig(method="ar", max_tokens=4)
+    assert len(list(decode(ranks.backend, Request(prompt_ids=[5, 6, 7], config=config)))) == 4
+    assert [names.count("forward") for names in calls] == [1] * 4
+    assert [names[-1] for names in calls] == ["forward"] * 4
+    assert calls[0] == ["reserve", "open", "forward"]
 
 
 def test_positions_are_dropped_on_every_rank(ranks):

@@ -21,7 +21,7 @@ class UncapturedGraphs(Graphs):
             self.keys.add((name, settings, tuple(x.shape for x in inputs)))
         return super().run(name, settings, function, *inputs, capture=capture)
 
-    def _capture(self, name, function, inputs):
+    def _capture(self, key, function, inputs):
         return None
 
 

@@ -207,7 +207,7 @@ def test_a_gpu_that_refuses_further_work_ends_the_server(serve, failing, message
     assert not server.engine.ready
 
 
-def test_memory_is_sized_from_the_device(model, monkeypatch):
+def test_memory_is_sized_from_the_device(model, monkeypatch, caplog):
     assert Settings().memory(None) == (4 * GIB, 2 * GIB)
     assert Settings().memory(20 * GIB) == (20 * GIB, 10 * GIB)
     assert Settings().memory(2**28) == (2**28, 2**27)
@@ -229,12 +229,17 @@ def test_memory_is_sized_from_the_device(model, monkeypatch):
         kernels={"products": {"5 rows": "used, 1.30 times as fast", "9 rows": "not used, slower"}},
     )
     monkeypatch.setattr(model.backend, "device_report", lambda: report, raising=False)
-    with serving(model) as server:
+    monkeypatch.setattr(model.backend, "captures", 7, raising=False)
+    with caplog.at_level("INFO"), serving(model) as server:
         scheduler = server.engine._scheduler
         assert scheduler.config.max_bytes == 6 * GIB
         assert scheduler.prefix_cache.max_bytes == 3 * GIB
         told = server.client.get("/metrics").text
         assert "treeflash:batches 0.0" in told
+        assert "treeflash:captures 7.0" in told
+        assert [x for x in caplog.messages if "products" in x] == [
+            "products, 9 rows: not used, slower"
+        ]
         for size, reason, value in (("5 rows", "", 1.0), ("9 rows", "not used, slower", 0.0)):
             labels = f'kernel="products",reason="{reason}",size="{size}"'
             assert f"treeflash:kernel{{{labels}}} {value}" in told

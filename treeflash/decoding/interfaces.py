@@ -341,7 +341,8 @@ class DeviceReport:
     weights_bytes: int = 0  # memory that the loaded models take
     reserved_bytes: int | None = None  # memory that is set aside for states; None if none is
     batches: bool = True  # whether sequences share forward passes
-    # whether each kernel of the backend is used, and why, by kernel and size
+    # Whether each kernel of the backend is used, and why, by kernel and size. What is said of a
+    # kernel in use begins with "used".
     kernels: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     @property
@@ -372,6 +373,11 @@ def warm_up(backend: Backend, max_parallel: int) -> int:
     """
     prepare = getattr(backend, "warm_up", None)
     return 0 if prepare is None else int(prepare(max_parallel))
+
+
+def count_captures(backend: Backend) -> int:
+    """Return how many functions a backend has compiled or captured; 0 without `captures`."""
+    return int(getattr(backend, "captures", 0))
 
 
 class Loader(Protocol):

@@ -36,6 +36,7 @@ from treeflash.decoding.interfaces import (
     SequenceState,
     TableOptions,
     Verify,
+    count_captures,
 )
 from treeflash.decoding.loop import Commit, Draft, Drafted, Loop, Phase, Prune, Step, Work
 from treeflash.decoding.request import Request
@@ -219,7 +220,7 @@ class Iteration:
 
     def run(self) -> None:
         """Take every sequence one step forward, or run the next chunk of its prompt."""
-        captures = self._captures()
+        captures = count_captures(self.backend)
         self._draft()
         self._prune()
         chunks = self._chunks()
@@ -231,7 +232,7 @@ class Iteration:
         # Otherwise prompts or the capture of a graph took part of the time, or trees were parts of
         # prompts.
         scored = any(sequence.is_scored for sequence in committed)
-        if not chunks and not scored and self._captures() == captures:
+        if not chunks and not scored and count_captures(self.backend) == captures:
             self._observe(committed, trees, lengths)
         for sequence in committed:
             sequence.has_drafted |= "draft" in sequence.seconds
@@ -450,11 +451,6 @@ class Iteration:
             seconds,
             first=any("draft" in x.seconds and not x.has_drafted for x in committed),
         )
-
-    def _captures(self) -> int:
-        """Count the functions that the backend has compiled or captured so far, if it does."""
-        captures: int = getattr(self.backend, "captures", 0)
-        return captures
 
     def _pending(self, kind: type[Work]) -> list[RunningSequence]:
         return [sequence for sequence in self.sequences if isinstance(sequence.pending, kind)]

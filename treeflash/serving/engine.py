@@ -20,7 +20,7 @@ from pathlib import Path
 
 from treeflash.config import GIB
 from treeflash.decoding import Request, Scheduler, SchedulerConfig
-from treeflash.decoding.interfaces import device_report, warm_up
+from treeflash.decoding.interfaces import DeviceReport, device_report, warm_up
 from treeflash.decoding.prefix_cache import PrefixCache
 from treeflash.decoding.request import Event
 from treeflash.decoding.scheduler_thread import Mailbox, SchedulerThread
@@ -287,8 +287,16 @@ class Engine:
         copied = SuffixCache(copied_bytes) if copied_bytes else None
         self._scheduler = self._model.scheduler(config, cache, copied)
         self._acceptance = AcceptanceMonitor(self._model)
-        self.metrics.set_device(report)
+        self._tell_device(device_report(self._model.backend))
         return self._scheduler
+
+    def _tell_device(self, report: DeviceReport) -> None:
+        """Tell in the metrics and the log which kernels are not used."""
+        self.metrics.set_device(report)
+        for kernel, verdicts in report.kernels.items():
+            for size, verdict in verdicts.items():
+                if not verdict.startswith("used"):
+                    logger.info("%s, %s: %s", kernel, size, verdict)
 
     def _admit(self, completion: Completion, requests: Sequence[Request]) -> None:
         answers = enumerate(completion.answers)

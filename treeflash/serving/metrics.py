@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from treeflash.decoding import Scheduler
-from treeflash.decoding.interfaces import DeviceReport
+from treeflash.decoding.interfaces import DeviceReport, count_captures
 from treeflash.serving.acceptance import AcceptanceMonitor
 from treeflash.text.stream import Chunk
 
@@ -78,6 +78,9 @@ class Metrics:
             "rows, nodes or columns, or in this dtype; 0 with the reason.",
             ["kernel", "size", "reason"],
         )
+        self._captures = gauge(
+            "captures", "Captured CUDA graphs; all sequences wait for a capture."
+        )
         self._finished = counter("request_success", "Finished sequences.", ["finished_reason"])
         self._failed = counter("request_failure", "Sequences that ended with an error.")
         self._queue_time = histogram("request_queue_time_seconds", "Time before the prefill.")
@@ -127,6 +130,7 @@ class Metrics:
         self._running.set(scheduler.running)
         self._waiting.set(scheduler.waiting)
         self._state_bytes.set(scheduler.nbytes)
+        self._captures.set(count_captures(scheduler.backend))
         for state in ("on", "paused", "no_drafter"):
             self._drafting.labels(state).set(state == _drafting_state(scheduler))
         reason = scheduler.backend.inexact
