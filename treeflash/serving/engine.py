@@ -288,6 +288,7 @@ class Engine:
         self._scheduler = self._model.scheduler(config, cache, copied)
         self._acceptance = AcceptanceMonitor(self._model)
         self._tell_device(device_report(self._model.backend))
+        self.metrics.update_gauges(self._scheduler)
         return self._scheduler
 
     def _tell_device(self, report: DeviceReport) -> None:
