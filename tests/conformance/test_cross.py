@@ -20,7 +20,6 @@ from both_backends import assert_equal_iterations, load_both
 
 FAMILIES = ("llama", "qwen3", "qwen3_moe", "mistral", "gemma3")
 METHODS = ("ar", "dflash", "ddtree", "treeflash", "treeflash-chain")
-# Both backends equal the reference iteration by iteration in their own suites.
 EACH_RUN = [("treeflash", "all"), ("treeflash-chain", "greedy")]
 CASES = [(family, *case) for family in FAMILIES for case in EACH_RUN]
 if EXAMPLES:
@@ -28,7 +27,16 @@ if EXAMPLES:
 VOCAB_SIZE = 24
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+def each(values, *each_run):
+    """Leave the other values to the nightly run.
+
+    Both backends equal the reference with them, iteration by iteration, in their own suites.
+    """
+    marks = {x: [] if x in each_run else [pytest.mark.nightly] for x in values}
+    return [pytest.param(x, marks=marks[x]) for x in values]
+
+
+@pytest.mark.parametrize("family", each(FAMILIES, "mistral", "gemma3"))
 def test_iterations_are_identical(tmp_path, family):
     target, drafter = tmp_path / "target", tmp_path / "drafter"
     if family == "gemma3":
@@ -41,7 +49,7 @@ def test_iterations_are_identical(tmp_path, family):
         assert_equal_iterations(backends, method, SAMPLINGS[sampling], VOCAB_SIZE)
 
 
-@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("dialect", each(DIALECTS, "deepspec", "lilicorr"))
 def test_iterations_with_a_dialect_are_identical(tmp_path, dialect):
     target, drafter = tmp_path / "target", tmp_path / "drafter"
     write_target(target, "qwen3", seed=TARGET_SEED, vocab_size=VOCAB_SIZE)

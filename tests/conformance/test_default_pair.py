@@ -9,6 +9,7 @@ import pytest
 
 from treeflash.config import DecodeConfig, LoadConfig
 from treeflash.decoding import Request, decode
+from treeflash.decoding.backend_base import BaseBackend
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.hub.models import resolve_drafter
@@ -20,7 +21,6 @@ require("torch")
 require("mlx_lm")
 
 from treeflash_cuda.backend import load as load_cuda
-from treeflash_mlx.backend import MlxBackend
 from treeflash_mlx.backend import load as load_mlx
 
 PROMPTS = (
@@ -74,7 +74,7 @@ def pair(smollm2):
     drafter = resolve_drafter(None, None)
     with pytest.MonkeyPatch.context() as patch:
         # The check at load takes longer than the tests, which compare trees themselves.
-        patch.setattr(MlxBackend, "check_trees", lambda _: None)
+        patch.setattr(BaseBackend, "check_trees", lambda _: None)
         return (
             load_cuda(smollm2, drafter, LoadConfig(device="cpu", dtype="float32")),
             load_mlx(smollm2, drafter, LoadConfig(dtype="float32")),

@@ -41,6 +41,7 @@ from treeflash.hub import models
 from treeflash.reference import mtp_head
 from treeflash.registry import loader
 from treeflash.testing.models import edit_config, save
+from treeflash.testing.pairs import pairwise
 from treeflash.testing.states import check_storage
 
 NEWER = ("deepspec-eagle3", "eagle3-window", "qwen3_5-mtp-quantised", "speculators-mtp")
@@ -322,8 +323,9 @@ def test_visible_siblings_fail(load_pair: LoadPair, monkeypatch: pytest.MonkeyPa
         test_siblings_are_invisible_and_rows_of_drafts_are_forgotten("reference", "mtp", load_pair)
 
 
-@pytest.mark.parametrize("noisy", [False, True])
-@pytest.mark.parametrize("backend", ["cuda", "mlx"])
+@pytest.mark.parametrize(
+    ("backend", "kind", "noisy"), pairwise(("cuda", "mlx"), SETTINGS, (False, True))
+)
 def test_tables_of_several_sequences_equal_the_reference(
     backend: str, kind: str, noisy: bool, load_pair: LoadPair
 ) -> None:
@@ -381,16 +383,16 @@ def test_rows_after_forks_and_truncations(backend: str, kind: str, load_pair: Lo
                 )
 
 
-@pytest.mark.parametrize("read", [11, 0])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "kind", "read"), pairwise(BACKENDS, SETTINGS, (11, 0)))
 def test_stored_states_continue_bit_for_bit(
     backend: str, kind: str, read: int, load_pair: LoadPair
 ) -> None:
     check_storage(load_pair(backend, kind), read=read)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("backend", "kind", "temperature"), pairwise(BACKENDS, SETTINGS, (0.0, 1.0))
+)
 def test_texts_equal_plain_decoding(
     backend: str, kind: str, temperature: float, load_pair: LoadPair
 ) -> None:

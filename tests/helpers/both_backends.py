@@ -19,7 +19,7 @@ def load_both(target, drafter):
 
 def assert_equal_iterations(backends, method, sampling, vocab_size):
     """Both backends accept the same tokens, and more of a tree than its root."""
-    config = DecodeConfig(method=method, budget=32, max_tokens=24, sampling=sampling)
+    config = DecodeConfig(method=method, budget=32, max_tokens=16, sampling=sampling)
     rng = np.random.default_rng(1)  # its prompts meet no tie of two nodes
     accepted = []
     for length in (1, 6, 30):  # the last is longer than the sliding windows

@@ -301,7 +301,7 @@ class ScheduleTests:
         """Two sequences repeat answers together, in trees deeper than the drafter's block."""
         backend = pair(representative).tested
         assert backend.drafter_config is not None
-        config = DecodeConfig(budget=24, max_tokens=50, sampling=sampling)
+        config = DecodeConfig(budget=24, max_tokens=30, sampling=sampling)
         rng = np.random.default_rng(1)
         prompts = [random_tokens(rng, backend.vocab_size, 9) for _ in range(2)]
         plain = [generate(backend, prompt, replace(config, method="ar")) for prompt in prompts]

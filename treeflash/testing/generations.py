@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from treeflash.config import METHODS, DecodeConfig, Method, Penalties, SamplingConfig
-from treeflash.decoding import Request, decode
+from treeflash.decoding import Request, Scheduler, SchedulerConfig, decode
 from treeflash.decoding.adaptive_budget import AdaptiveBudgets
 from treeflash.decoding.interfaces import Backend
 from treeflash.decoding.loop import Step
@@ -96,7 +96,7 @@ class GenerationTests:
     ) -> None:
         """With every tree size, and while drafting pauses."""
         prompt = prompt_of(models.reference, 3)
-        auto = DecodeConfig(budget="auto", sampling=sampling, max_tokens=40)
+        auto = DecodeConfig(budget="auto", sampling=sampling, max_tokens=24)
         plain = generate(models.tested, prompt, replace(auto, method="ar"))
         # Drafting always pays, then it never does.
         for method, pauses in product(DRAFTING, (False, True)):
@@ -119,8 +119,8 @@ class GenerationTests:
         self, models: Pair, what: str, size: int
     ) -> None:
         prompt = prompt_of(models.reference, 4)
-        plain = generate(models.tested, prompt, DecodeConfig(method="ar", max_tokens=40))
-        settings: dict[str, Any] = {what: size, "max_tokens": 40}
+        plain = models.plain(prompt, DecodeConfig(max_tokens=24))
+        settings: dict[str, Any] = {what: size, "max_tokens": 24}
         assert generate(models.tested, prompt, DecodeConfig(**settings)) == plain
 
     @pytest.mark.parametrize("method", DRAFTING)
@@ -344,11 +344,15 @@ class DistributionTests:
     def test_tokens_have_the_targets_distribution(self, pair: PairMaker) -> None:
         """A chi-square test of each token's marginal; the second and third come from trees."""
         models = pair(target={"vocab_size": VOCAB})
-        sequences = []
+        requests = []
         for seed in SEEDS:
             sampling = SamplingConfig(temperature=TEMPERATURE, seed=seed)
             config = DecodeConfig(budget=12, max_tokens=3, sampling=sampling)
-            sequences.append(generate(models.tested, PROMPT, config))
+            requests.append(Request(prompt_ids=PROMPT, config=config, tag=[]))
+        scheduler = Scheduler(models.tested, SchedulerConfig(max_parallel=40))
+        for request, step in scheduler.decode(requests):
+            request.tag.extend(step.tokens)
+        sequences = [request.tag for request in requests]
         for place, expected in enumerate(marginals_of(models.reference)):
             counts = np.bincount([sequence[place] for sequence in sequences], minlength=VOCAB)
             expected = expected * len(SEEDS)

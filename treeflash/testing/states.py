@@ -217,7 +217,7 @@ def check_drafter_cache(backend: Backend, rounds: int) -> None:
 
 
 # Ends shortly before, at, and after multiples of 256, with commits of a few tokens in between.
-PIECES = (250, 1, 1, 240, 3, 255, 1, 260, 1, 500, 17, 490, 2, 240)
+PIECES = (250, 1, 1, 240, 3, 255, 1, 260, 1, 250)
 
 
 class ContextTests:
@@ -241,7 +241,7 @@ class ContextTests:
                 sequence.commit(path)
                 sequence.draft(root)
             assert_close(*logits, tolerance=LONG_TOLERANCE)
-        assert sequences[0].length == sequences[1].length > 2300
+        assert sequences[0].length == sequences[1].length > 1250
         for check in (assert_equal_states, assert_equal_drafter_caches):
             check(*(sequence.state for sequence in sequences), tolerance=LONG_TOLERANCE)
 
@@ -451,7 +451,7 @@ class RecurrenceTests:
     ) -> None:
         backend = pair(hybrid).tested
         prompt = random_tokens(np.random.default_rng(26), backend.vocab_size, PROMPT)
-        config = DecodeConfig(budget=16, max_tokens=60, sampling=sampling)
+        config = DecodeConfig(budget=16, max_tokens=24, sampling=sampling)
         plain = generate(backend, prompt, replace(config, method="ar"))
         for method in METHODS[1:]:
             assert generate(backend, prompt, replace(config, method=method)) == plain, method
