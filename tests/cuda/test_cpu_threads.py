@@ -77,7 +77,7 @@ def test_every_pass_takes_the_threads_that_others_leave_free(folders, monkeypatc
 def test_a_change_of_threads_in_a_text_changes_no_token(folders, exact):
     dtype = "bfloat16" if exact else "float32"
     backend = load(*folders, LoadConfig(device="cpu", dtype=dtype, exact=exact or None))
-    config = DecodeConfig(method="treeflash", budget=16, max_tokens=16)
+    config = DecodeConfig(method="treeflash", budget=16, max_tokens=8)
 
     def tokens(policy):
         backend.target.threads.policy = policy

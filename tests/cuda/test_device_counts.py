@@ -55,11 +55,11 @@ def test_adaptive_budgets_need_few_graphs(tmp_path, monkeypatch):
     backend = load_with_parts(monkeypatch, target, drafter)
     rng, steps = np.random.default_rng(0), 0
     for budget in range(1, 65):  # an adaptive budget may choose any of these
-        config = DecodeConfig(budget=budget, max_tokens=12, suffix=False)
+        config = DecodeConfig(budget=budget, max_tokens=6, suffix=False)
         steps += len(
             list(decode(backend, Request(prompt_ids=random_tokens(rng, VOCAB, 8), config=config)))
         )
-    assert steps >= 500
+    assert steps >= 250
     assert len(backend.target.graphs.keys) <= 20
 
 

@@ -47,7 +47,7 @@ def test_responses_equal_plain_decoding(family, slots, prefix, tmp_path):
         request(
             (*prefix, *random.integers(4, 40, length).tolist()),
             SAMPLINGS[n % 3],
-            24 if n % 4 else 5,
+            12 if n % 4 else 5,
         )
         for n, length in enumerate([1, 9, 4, 17, 2, 2, 30, 6])
     ]

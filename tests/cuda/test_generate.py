@@ -58,9 +58,9 @@ def test_tiny_models_generate_what_transformers_generates(family, tmp_path):
     write_drafter(tmp_path / "drafter", tmp_path / "target", seed=2)
     backend = load(tmp_path / "target", tmp_path / "drafter", CPU)
     prompt = np.random.default_rng(3).integers(0, 40, 12).tolist()
-    expected = plain(tmp_path / "target", prompt, 48)
+    expected = plain(tmp_path / "target", prompt, 24)
     for method, budget in [case[1:] for case in CASES if case[0] == family]:
-        config = DecodeConfig(method=method, budget=budget, max_tokens=48)
+        config = DecodeConfig(method=method, budget=budget, max_tokens=24)
         assert tokens(backend, prompt, config) == expected, (method, budget)
 
 
@@ -77,9 +77,9 @@ def default_pair(smollm2):
 )
 def test_smollm2_generates_what_transformers_generates(question, smollm2, default_pair):
     prompt = Tokenizer.from_folder(smollm2).chat([{"role": "user", "content": question}])
-    expected = plain(smollm2, prompt, 24)
+    expected = plain(smollm2, prompt, 12)
     for method in METHODS:
-        config = DecodeConfig(method=method, budget=64, max_tokens=24)
+        config = DecodeConfig(method=method, budget=64, max_tokens=12)
         assert tokens(default_pair, prompt, config) == expected, method
 
 
@@ -93,7 +93,7 @@ def test_smollm2_samples_the_same_by_every_method(filters, smollm2, default_pair
     sampling = SamplingConfig(temperature=0.8, seed=7, **filters)
     expected = None
     for method in METHODS:
-        config = DecodeConfig(method=method, budget=16, max_tokens=16, sampling=sampling)
+        config = DecodeConfig(method=method, budget=16, max_tokens=8, sampling=sampling)
         expected = expected or tokens(default_pair, prompt, config)
         assert tokens(default_pair, prompt, config) == expected, method
 
@@ -102,7 +102,7 @@ def test_smollm2_accepts_more_than_one_token_an_iteration(smollm2, default_pair)
     prompt = Tokenizer.from_folder(smollm2).chat([{"role": "user", "content": QUESTIONS[0]}])
     steps = list(
         decode(
-            default_pair, Request(prompt_ids=prompt, config=DecodeConfig(budget=16, max_tokens=64))
+            default_pair, Request(prompt_ids=prompt, config=DecodeConfig(budget=16, max_tokens=32))
         )
     )
     assert np.mean([len(step.tokens) for step in steps[1:]]) > 1.5

@@ -20,20 +20,20 @@ def test_from_prompts_to_drafted_text(target, tmp_path, capsys):
     pair = ["--target", str(target), *ON_CPU]
     prompts, responses = tmp_path / "prompts.jsonl", tmp_path / "responses.jsonl"
     prompts.write_text(
-        "".join(json.dumps({"id": n, "prompt": f"word {n}"}) + "\n" for n in range(48))
+        "".join(json.dumps({"id": n, "prompt": f"word {n}"}) + "\n" for n in range(24))
     )
-    writing = ["--prompts", str(prompts), "--output", str(responses), "--max-tokens", "32"]
+    writing = ["--prompts", str(prompts), "--output", str(responses), "--max-tokens", "24"]
     assert distill.main([*writing, "--temperature", "1", *pair]) == 0
     records = responses.read_text().splitlines()
-    assert len(records) == 48
+    assert len(records) == 24
 
     kept, held_out = tmp_path / "kept.jsonl", tmp_path / "held_out.jsonl"
-    kept.write_text("\n".join(records[:40]) + "\n")
-    held_out.write_text("\n".join(records[40:]) + "\n")
+    kept.write_text("\n".join(records[:18]) + "\n")
+    held_out.write_text("\n".join(records[18:]) + "\n")
     config, drafter = tmp_path / "train.toml", tmp_path / "drafter"
     config.write_text(SMALL)
     learning = ["--responses", str(kept), "--validation", str(held_out), "--config", str(config)]
-    learning += ["--output", str(drafter), "--steps", "60", "--init", "random"]
+    learning += ["--output", str(drafter), "--steps", "20", "--init", "random"]
     assert train.main([*learning, *pair]) == 0
     capsys.readouterr()
 

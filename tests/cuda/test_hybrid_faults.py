@@ -32,8 +32,9 @@ def pairs(tmp_path_factory):
     made = {}
     for family in HYBRID_FAMILIES:
         folder = tmp_path_factory.mktemp(family)
-        write_target(folder / "target", family, seed=TARGET_SEED)
-        write_drafter(folder / "drafter", folder / "target", seed=DRAFTER_SEED)
+        write_target(folder / "target", family, seed=TARGET_SEED, layers=2)
+        ids = {"target_layer_ids": (0, 1)}
+        write_drafter(folder / "drafter", folder / "target", seed=DRAFTER_SEED, **ids)
         made[family] = folder / "target", folder / "drafter"
     return made
 
@@ -162,9 +163,10 @@ def test_sound_pairs_load(pairs, family, dtype):
     load(*pairs[family], LoadConfig(device="cpu", dtype=dtype))
 
 
-def test_gated_delta_nets_normalise_the_scale_of_queries_away(pairs, monkeypatch):
+def test_gated_delta_nets_normalise_the_scale_of_queries_away(tmp_path, monkeypatch):
     """A factor on them ends at the norm of the output, but for its epsilon: it is no fault."""
-    backend = load(pairs[DELTA][0], None, LoadConfig(device="cpu", dtype="float32"))
+    write_target(tmp_path, DELTA, seed=TARGET_SEED)
+    backend = load(tmp_path, None, LoadConfig(device="cpu", dtype="float32"))
     tree = DraftTree.from_parents(
         np.arange(5, 9, dtype=np.int32), np.array([-1, 0, 0, 2], np.int32)
     )

@@ -16,6 +16,7 @@ from treeflash.reference import backend as reference
 from treeflash.testing import require
 from treeflash.testing.comparisons import random_tokens, random_tree
 from treeflash.testing.models import write_target
+from treeflash.testing.pairs import pairwise
 
 require("torch")
 
@@ -26,7 +27,16 @@ CPU = LoadConfig(device="cpu", dtype="float32")
 KINDS = {"s": "sliding_attention", "f": "full_attention"}
 
 
-@pytest.fixture(params=["sfsf", "fsfs", "ffss"])
+def each_backend(**lengths):
+    """Any two of a target's layers, a backend and a length meet."""
+    ((name, values),) = lengths.items()
+    cases = pairwise(("sfsf", "fsfs", "ffss"), ("masks", "parts", "static"), values)
+    return pytest.mark.parametrize(
+        ("folder", "backend", name), cases, indirect=["folder", "backend"]
+    )
+
+
+@pytest.fixture
 def folder(request, tmp_path):
     """A target whose layers slide (s) or attend to everything (f)."""
     write_target(tmp_path, "qwen3", seed=1, vocab_size=VOCAB)
@@ -38,7 +48,7 @@ def folder(request, tmp_path):
     return tmp_path
 
 
-@pytest.fixture(params=["masks", "parts", "static"])
+@pytest.fixture
 def backend(request, folder, monkeypatch):
     """With masks over all keys, in parts as on a GPU, and with the shapes of CUDA graphs."""
     if request.param == "masks":
@@ -54,7 +64,7 @@ def logits(backend, prompts, trees):
     return backend.verifier.logits([(x.state, tree) for x, tree in zip(texts, trees, strict=True)])
 
 
-@pytest.mark.parametrize("long", [20, 300])
+@each_backend(long=(20, 300))
 def test_each_layer_of_a_batch_has_its_own_mask(backend, folder, long):
     """The logits of trees in a batch equal the reference's, which runs them alone."""
     rng = np.random.default_rng(long)
@@ -68,7 +78,7 @@ def test_each_layer_of_a_batch_has_its_own_mask(backend, folder, long):
         np.testing.assert_allclose(alone, theirs, atol=2e-3)
 
 
-@pytest.mark.parametrize("n", [30, 300])
+@each_backend(n=(30, 300))
 def test_each_layer_of_prompts_beside_trees_has_its_own_mask(backend, folder, n):
     """A tree and a long prompt in one pass, and a chunk after an earlier one."""
     rng = np.random.default_rng(n)

@@ -126,6 +126,7 @@ def start(script, *arguments):
     )
 
 
+@pytest.mark.nightly
 def test_a_rank_that_fails_ends_all_ranks(tmp_path):
     write_target(tmp_path / "target", "qwen3", seed=1)
     write_drafter(tmp_path / "drafter", tmp_path / "target", seed=2)

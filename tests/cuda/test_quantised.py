@@ -89,7 +89,7 @@ def test_trees_give_the_tokens_of_plain_decoding(backend, sampling):
     scheduler, expected = Scheduler(backend), {}
     for n, method in enumerate(("treeflash", "ddtree", "dflash")):
         prompt = random_tokens(rng, VOCAB, 2 + 9 * n)
-        config = DecodeConfig(method=method, budget=5 + 7 * n, max_tokens=24, sampling=sampling)
+        config = DecodeConfig(method=method, budget=5 + 7 * n, max_tokens=12, sampling=sampling)
         plain = decode(backend, Request(prompt_ids=prompt, config=replace(config, method="ar")))
         tokens = [token for step in plain for token in step.tokens]
         assert tokens == [
