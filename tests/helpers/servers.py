@@ -85,11 +85,24 @@ PATIENCE = 120.0
 
 
 def wait_until(condition, seconds: float = PATIENCE) -> None:
-    """Wait until another thread makes a condition true, or fail."""
-    end = time.monotonic() + seconds
+    """Wait until another thread or process makes a condition true, or fail."""
+    end, pause = time.monotonic() + seconds, 0.001
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.005)
+        time.sleep(pause)
+        pause = min(2 * pause, 0.05)  # whoever is waited for needs the processor
+
+
+def wait_until_ready(client: httpx.Client) -> None:
+    """Wait until the server of another process answers that it is ready."""
+
+    def ready():
+        try:
+            return client.get("/health").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    wait_until(ready)
 
 
 class Gate:

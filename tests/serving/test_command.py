@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import re
 import signal
@@ -17,7 +16,7 @@ import httpx
 import pytest
 import uvicorn
 from processes import core_command
-from servers import PATIENCE, Gate, parse, serving, wait_until
+from servers import PATIENCE, Gate, parse, serving, wait_until, wait_until_ready
 
 from treeflash.commands import serve as command
 from treeflash.errors import ConfigError
@@ -247,7 +246,7 @@ def test_a_signal_ends_it_after_the_running_answers(model, tmp_path):
             wait_until(lambda: " on http://" in log.read_text() or process.poll() is not None)
             url = log.read_text().split(" on ")[1].split()[0]
             with httpx.Client(base_url=url, timeout=PATIENCE) as client:
-                wait_until(lambda: is_ready(client))
+                wait_until_ready(client)
                 body = {"prompt": "A", "stream": True, "max_tokens": 400, "ignore_eos": True}
                 with client.stream("POST", "/v1/completions", json=body) as response:
                     frames = parse(response)
@@ -261,13 +260,6 @@ def test_a_signal_ends_it_after_the_running_answers(model, tmp_path):
     assert "Traceback" not in log.read_text()
     lines = log.read_text().splitlines()
     assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} [A-Z]+: ", line) for line in lines)
-
-
-def is_ready(client):
-    try:
-        return client.get("/health").json() == {"status": "ok"}
-    except (httpx.TransportError, json.JSONDecodeError):
-        return False
 
 
 PAGE = Path(__file__).parents[2] / "docs" / "serving.md"

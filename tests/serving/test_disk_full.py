@@ -12,7 +12,7 @@ import httpx
 import psutil
 import pytest
 from processes import core_command
-from servers import PATIENCE, wait_until
+from servers import PATIENCE, wait_until, wait_until_ready
 
 from treeflash.commands import serve as command
 
@@ -48,18 +48,13 @@ def test_the_server_answers_though_its_log_cannot_be_written(model, tmp_path):
             connections = psutil.Process(process.pid).net_connections("tcp4")
             return [x.laddr.port for x in connections if x.status == psutil.CONN_LISTEN]
 
-        def ready():
-            try:
-                return httpx.get(f"{url}/health").status_code == 200
-            except httpx.TransportError:
-                return False
-
         try:
             wait_until(listening)
             url = f"http://127.0.0.1:{listening()[0]}"
-            wait_until(ready)
-            body = {"prompt": "A", "max_tokens": 4, "ignore_eos": True}
-            answer = httpx.post(f"{url}/v1/completions", json=body, timeout=PATIENCE)
+            with httpx.Client(base_url=url, timeout=PATIENCE) as client:
+                wait_until_ready(client)
+                body = {"prompt": "A", "max_tokens": 4, "ignore_eos": True}
+                answer = client.post("/v1/completions", json=body)
             assert answer.json()["usage"]["completion_tokens"] == 4
             process.send_signal(signal.SIGTERM)
             # Python ends with 120 if some of its log was left to flush.
