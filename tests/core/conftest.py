@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -213,6 +215,23 @@ def use(monkeypatch):
         return model
 
     return use
+
+
+@pytest.fixture
+def nothing_loads(monkeypatch):
+    """Fail where the command line loads a model."""
+    monkeypatch.setattr(options, "load_model", lambda *args, **kwargs: pytest.fail("loaded"))
+
+
+@pytest.fixture
+def stdin(monkeypatch):
+    """Replace standard input by a text, or by another stream."""
+
+    def stdin(content):
+        stream = io.StringIO(content) if isinstance(content, str) else content
+        monkeypatch.setattr(sys, "stdin", stream)
+
+    return stdin
 
 
 @pytest.fixture

@@ -244,8 +244,8 @@ def test_figures_reach_a_file_though_standard_output_is_full(tiny_pair, files, t
         (["--nonsense"], "unrecognized arguments: --nonsense"),
     ],
 )
-def test_bad_input_is_one_line_before_anything_is_loaded(run, monkeypatch, args, line):
-    monkeypatch.setattr(evaluate.cli, "load_model", lambda args: pytest.fail("loaded"))
+@pytest.mark.usefixtures("nothing_loads")
+def test_bad_input_is_one_line_before_anything_is_loaded(run, args, line):
     code, out, err = run(*args)
     assert (code, out) == (2, "")
     assert err.startswith("error: ")
@@ -386,8 +386,8 @@ def test_an_interrupted_comparison_keeps_what_was_measured(use, run, model, monk
         ([], "no published figures are known for the drafter smollm2-135m-treeflash;"),
     ],
 )
-def test_a_comparison_that_cannot_be_made_is_one_line(run, monkeypatch, args, line):
-    monkeypatch.setattr(evaluate.cli, "load_model", lambda args: pytest.fail("loaded"))
+@pytest.mark.usefixtures("nothing_loads")
+def test_a_comparison_that_cannot_be_made_is_one_line(run, args, line):
     code, out, err = run("--expect", "published", *args)
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert line in err

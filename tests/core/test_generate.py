@@ -148,9 +148,9 @@ def test_the_form_of_the_text(run, tiny_pair, tmp_path, option, value, pattern):
         assert re.fullmatch(pattern, out.strip())
 
 
-def test_a_dash_is_standard_input(use, run, scripted, monkeypatch):
+def test_a_dash_is_standard_input(use, run, scripted, stdin):
     model = use(scripted(TEXT))
-    monkeypatch.setattr(sys, "stdin", io.StringIO("piped\n"))
+    stdin("piped\n")
     assert run("-", "--raw")[0] == 0
     assert asked(model) == "piped"
 
@@ -253,28 +253,28 @@ def test_prompt_from_a_file_loses_its_last_newline(use, run, scripted, tmp_path)
     assert asked(model) == "first\nsecond"
 
 
-def test_a_byte_order_mark_does_not_reach_the_model(use, run, scripted, tmp_path, monkeypatch):
+def test_a_byte_order_mark_does_not_reach_the_model(use, run, scripted, tmp_path, stdin):
     model = use(scripted(TEXT))
     (tmp_path / "p.txt").write_bytes(b"\xef\xbb\xbffirst\n")
     assert run("--prompt-file", str(tmp_path / "p.txt"), "--raw")[0] == 0
     assert asked(model) == "first"
-    monkeypatch.setattr(sys, "stdin", io.StringIO("\ufefffirst\n"))
+    stdin("\ufefffirst\n")
     assert run("--raw")[0] == 0
     assert asked(model) == "first"
 
 
-def test_prompt_from_standard_input(use, run, scripted, monkeypatch):
+def test_prompt_from_standard_input(use, run, scripted, stdin):
     model = use(scripted(TEXT))
-    monkeypatch.setattr(sys, "stdin", io.StringIO("piped\n"))
+    stdin("piped\n")
     assert run("--raw")[0] == 0
     assert asked(model) == "piped"
 
 
 @pytest.mark.parametrize("closed", [False, True])
-def test_the_default_prompt_is_a_sample(use, run, scripted, monkeypatch, closed):
+def test_the_default_prompt_is_a_sample(use, run, scripted, stdin, closed):
     model = use(scripted(TEXT))
     with Path(os.devnull).open() as null:
-        monkeypatch.setattr(sys, "stdin", None if closed else null)
+        stdin(None if closed else null)
         code, out, err = run("--raw")
     assert (code, out) == (0, TEXT + "\n")
     assert SAMPLE_PROMPT in err
@@ -471,9 +471,9 @@ def test_invalid_input_prints_one_line_and_exits_with_2(
     assert (tmp_path / "rows.jsonl").read_text() == '{"id": 1, "prompt": "x"}\n'
 
 
+@pytest.mark.usefixtures("nothing_loads")
 @pytest.mark.parametrize("arguments", [[" \n"], ["--n", "0", "hi"]])
-def test_what_the_command_line_tells_is_refused_before_loading(run, monkeypatch, arguments):
-    monkeypatch.setattr(generate.cli, "load_model", lambda *args: pytest.fail("loaded"))
+def test_what_the_command_line_tells_is_refused_before_loading(run, arguments):
     code, _, err = run(*arguments)
     assert (code, err.count("\n")) == (2, 1)
 
@@ -492,9 +492,7 @@ def test_invalid_prompts_print_one_line(use, run, scripted, prompt):
         (RuntimeError("CUDA out of memory"), "out of memory; try shorter texts"),
     ],
 )
-def test_an_error_while_decoding_is_on_its_own_line(
-    use, run, scripted, monkeypatch, error, message
-):
+def test_an_error_while_decoding_is_on_its_own_line(use, run, scripted, error, message):
     model = use(scripted(SHORT_TEXT))
     verify = model.backend.verify
 
@@ -503,7 +501,7 @@ def test_an_error_while_decoding_is_on_its_own_line(
             raise error
         return verify(*args)
 
-    monkeypatch.setattr(model.backend, "verify", fail)
+    model.backend.verify = fail
     code, out, err = run("hi", "--budget", "2")
     assert (code, err.count("\n")) == (2, 1)
     assert err.startswith(f"error: {message}")
@@ -520,8 +518,8 @@ def test_a_method_that_the_drafter_lacks_is_rejected(use, run, scripted):
 
 
 @pytest.mark.parametrize("content", [b"", b"   \n", b"caf\xe9"])
-def test_empty_or_undecodable_piped_input(run, monkeypatch, content):
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"))
+def test_empty_or_undecodable_piped_input(run, stdin, content):
+    stdin(io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"))
     code, _, err = run()
     assert (code, err.count("\n")) == (2, 1)
     assert "standard input is" in err

@@ -101,7 +101,7 @@ def test_a_stream_keeps_trees_but_no_tables(scripted):
     assert all(step.table is None for step in stream.steps)
 
 
-def test_a_finished_stream_keeps_no_keys_and_values(tiny_pair, monkeypatch):
+def test_a_finished_stream_keeps_no_keys_and_values(tiny_pair):
     model = load(*tiny_pair, backend="reference")
     made = []
     opened = model.backend.open
@@ -111,7 +111,7 @@ def test_a_finished_stream_keeps_no_keys_and_values(tiny_pair, monkeypatch):
         made.append(weakref.ref(state))
         return state
 
-    monkeypatch.setattr(type(model.backend), "open", lambda _, *args, **kw: noted(*args, **kw))
+    model.backend.open = noted
     stream = model.stream("hi", budget=5, max_tokens=6)
     next(stream)
     assert made[0]() is not None
@@ -353,6 +353,12 @@ def test_reference_pair_gives_the_same_tokens_for_every_method(tiny_pair):
         assert tokens == sampled.token_ids
 
 
+@pytest.fixture
+def nothing_fetched(monkeypatch):
+    """Fail where a target is looked for."""
+    monkeypatch.setattr(language_model, "resolve_target", lambda name: pytest.fail("fetched"))
+
+
 @pytest.mark.parametrize(
     ("backend", "settings", "message"),
     [
@@ -364,25 +370,25 @@ def test_reference_pair_gives_the_same_tokens_for_every_method(tiny_pair):
         ("reference", {"kv_bits": 8}, "are not supported by the reference backend"),
     ],
 )
-def test_settings_are_refused_before_anything_is_fetched(backend, settings, message, monkeypatch):
+@pytest.mark.usefixtures("nothing_fetched")
+def test_settings_are_refused_before_anything_is_fetched(backend, settings, message):
     if not installed(backend):
         pytest.skip(f"needs the framework of {backend}")
-    monkeypatch.setattr(language_model, "resolve_target", lambda name: pytest.fail("fetched"))
     with pytest.raises(ConfigError, match=message):
         load(backend=backend, **settings)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cuda", "mlx"])
-def test_an_unknown_device_is_refused_before_anything_is_fetched(backend, monkeypatch):
+@pytest.mark.usefixtures("nothing_fetched")
+def test_an_unknown_device_is_refused_before_anything_is_fetched(backend):
     if not installed(backend):
         pytest.skip(f"needs the framework of {backend}")
-    monkeypatch.setattr(language_model, "resolve_target", lambda name: pytest.fail("fetched"))
     with pytest.raises(BackendError, match="tpu"):
         load(backend=backend, device="tpu")
 
 
-def test_a_device_is_named_by_text(monkeypatch):
-    monkeypatch.setattr(language_model, "resolve_target", lambda name: pytest.fail("fetched"))
+@pytest.mark.usefixtures("nothing_fetched")
+def test_a_device_is_named_by_text():
     with pytest.raises(ConfigError, match=r"device must be the name of a device.*got 0"):
         load(backend="reference", device=0)
 

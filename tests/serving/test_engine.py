@@ -93,7 +93,7 @@ def test_a_failure_ends_its_texts_alone(serve, failing, caplog, error, status, s
     assert bool(tracebacks) == isinstance(error, KeyError)
 
 
-def test_a_failure_ends_all_answers_to_its_request(serve, monkeypatch, caplog):
+def test_a_failure_ends_all_answers_to_its_request(serve, caplog):
     server = serve()
     scheduler = server.engine._scheduler
     step = scheduler.step
@@ -104,7 +104,7 @@ def test_a_failure_ends_all_answers_to_its_request(serve, monkeypatch, caplog):
             events[0] = events[0][0], NumericalError("logits are not finite")
         return events
 
-    monkeypatch.setattr(scheduler, "step", fail_first)
+    scheduler.step = fail_first
     check_error(server.complete("A", n=3, max_tokens=400, ignore_eos=True), 500, "not finite")
     assert server.engine.unfinished == 0
     assert not scheduler.busy
@@ -113,7 +113,7 @@ def test_a_failure_ends_all_answers_to_its_request(serve, monkeypatch, caplog):
     assert server.complete("A", max_tokens=3).status_code == 200
 
 
-def test_a_failure_leaves_other_requests_their_tokens(serve, monkeypatch):
+def test_a_failure_leaves_other_requests_their_tokens(serve):
     server = serve()
     options = {"max_tokens": 60, "ignore_eos": True}
     alone = server.complete("B", **options).json()["choices"]
@@ -127,7 +127,7 @@ def test_a_failure_leaves_other_requests_their_tokens(serve, monkeypatch):
             events[0] = events[0][0], NumericalError("logits are not finite")
         return events
 
-    monkeypatch.setattr(scheduler, "step", fail_first)
+    scheduler.step = fail_first
     with ThreadPoolExecutor() as pool, Gate(server.engine) as gate:
         first = pool.submit(server.complete, "A", n=3, max_tokens=400, ignore_eos=True)
         wait_until(lambda: server.engine.unfinished == 3)
@@ -138,7 +138,7 @@ def test_a_failure_leaves_other_requests_their_tokens(serve, monkeypatch):
         check_error(first.result(), 500, "not finite")
 
 
-def test_an_answer_that_cannot_be_added_fails_alone(serve, monkeypatch):
+def test_an_answer_that_cannot_be_added_fails_alone(serve):
     """And no part of it is decoded."""
     server = serve()
     scheduler = server.engine._scheduler
@@ -150,10 +150,9 @@ def test_an_answer_that_cannot_be_added_fails_alone(serve, monkeypatch):
             raise KeyError("a fault")
         return submit(requests)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(scheduler, "submit_group", fail)
-        check_error(server.complete(["A", "B"], n=2), 500, "its log has the reason")
-        assert not scheduler.busy
+    scheduler.submit_group = fail
+    check_error(server.complete(["A", "B"], n=2), 500, "its log has the reason")
+    assert not scheduler.busy
     assert server.engine.unfinished == 0
     assert server.complete("A", max_tokens=3).status_code == 200
 

@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import stat
-import sys
 
 import pytest
 from prompt_toolkit.application import Application, create_app_session
@@ -38,19 +37,18 @@ def interruptible():
 
 
 @pytest.fixture
-def talk(scripted, monkeypatch):
+def talk(scripted):
     """Enter keys in a conversation with a model: the conversation and what it showed."""
 
     def talk(*keys: str, model=None, color=False, **options):
         file = io.StringIO()
         console = Console(file=file, width=100, force_terminal=color, highlight=False)
         model = model or scripted(TEXT)
-        if model.backend.name == "scripted":  # its states cannot be kept
-            config = SchedulerConfig(max_parallel=1, lone_prefill_chunk=talk.prefill_chunk)
-            scheduler = model.scheduler(config, None)
-            monkeypatch.setattr(Conversation, "_scheduler", scheduler)
         options = {"max_tokens": 100, **options}
         talked = Conversation(model, options, console, markdown=not color, color=color)
+        if model.backend.name == "scripted":  # its states cannot be kept
+            config = SchedulerConfig(max_parallel=1, lone_prefill_chunk=talk.prefill_chunk)
+            talked._scheduler = model.scheduler(config, None)
         with (
             create_pipe_input() as pipe,
             create_app_session(input=pipe, output=DummyOutput()),
@@ -119,7 +117,7 @@ def test_exit_ends_the_conversation(talk):
     assert talked.messages == []
 
 
-def test_an_interruption_stops_the_answer_and_not_the_program(talk, scripted, monkeypatch):
+def test_an_interruption_stops_the_answer_and_not_the_program(talk, scripted):
     model = scripted(TEXT)
     verify = model.backend.verify
 
@@ -128,7 +126,7 @@ def test_an_interruption_stops_the_answer_and_not_the_program(talk, scripted, mo
             signal.raise_signal(signal.SIGINT)
         return verify(*args)
 
-    monkeypatch.setattr(model.backend, "verify", interrupt)
+    model.backend.verify = interrupt
     before = signal.getsignal(signal.SIGINT)
     talked, shown = talk("hi", ENTER, "go on", ENTER, model=model)
     assert signal.getsignal(signal.SIGINT) is before
@@ -140,14 +138,14 @@ def test_an_interruption_stops_the_answer_and_not_the_program(talk, scripted, mo
     assert "interrupted]" in shown
 
 
-def test_a_second_interruption_ends_the_program(talk, scripted, monkeypatch):
+def test_a_second_interruption_ends_the_program(talk, scripted):
     model = scripted(TEXT)
 
     def interrupt(*args):
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(model.backend, "verify", interrupt)
+    model.backend.verify = interrupt
     with pytest.raises(KeyboardInterrupt):
         talk("hi", ENTER, model=model)
 
@@ -253,7 +251,7 @@ def test_the_progress_of_a_long_prompt_is_shown(talk, monkeypatch):
     ]  # fmt: skip
 
 
-def test_a_message_whose_prompt_was_interrupted_is_dropped(talk, scripted, monkeypatch):
+def test_a_message_whose_prompt_was_interrupted_is_dropped(talk, scripted):
     model = scripted(TEXT)
     extend = model.backend.extend
 
@@ -262,14 +260,14 @@ def test_a_message_whose_prompt_was_interrupted_is_dropped(talk, scripted, monke
             signal.raise_signal(signal.SIGINT)
         return extend(text, token_ids)
 
-    monkeypatch.setattr(model.backend, "extend", interrupt)
+    model.backend.extend = interrupt
     talk.prefill_chunk = 16
     talked, shown = talk("a message", ENTER, "hi", ENTER, model=model)
     assert contents(talked) == [("user", "hi"), ("assistant", TEXT)]
     assert "interrupted before the answer; the message is dropped" in shown
 
 
-def test_what_is_typed_during_an_answer_is_not_shown(talk, scripted, monkeypatch):
+def test_what_is_typed_during_an_answer_is_not_shown(talk, scripted, stdin):
     termios = pytest.importorskip("termios")
     model = scripted(TEXT)
     verify = model.backend.verify
@@ -279,11 +277,9 @@ def test_what_is_typed_during_an_answer_is_not_shown(talk, scripted, monkeypatch
     def echo() -> bool:
         return bool(termios.tcgetattr(terminal)[3] & termios.ECHO)
 
-    monkeypatch.setattr(
-        model.backend, "verify", lambda *args: echoes.append(echo()) or verify(*args)
-    )
-    with open(terminal, closefd=False) as stdin:
-        monkeypatch.setattr(sys, "stdin", stdin)
+    model.backend.verify = lambda *args: echoes.append(echo()) or verify(*args)
+    with open(terminal, closefd=False) as stream:
+        stdin(stream)
         talk("hi", ENTER, model=model)
     assert echoes
     assert not any(echoes)
@@ -360,8 +356,8 @@ def test_only_new_messages_are_prefilled(talk, tiny_pair):
     assert talked.answer.chunks[0].step.cached_tokens > 10
 
 
-def test_the_command_needs_a_terminal(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("hi\n"))
+def test_the_command_needs_a_terminal(capsys, stdin):
+    stdin("hi\n")
     assert chat.main([]) == 2
     assert "chat needs a terminal" in capsys.readouterr().err
 
@@ -377,11 +373,9 @@ def test_the_file_of_messages_is_private(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("available", "kept"), [(None, 1 << 30), (20 << 30, 9 << 30)])
-def test_a_conversation_is_kept_in_half_of_the_memory_that_is_free(
-    scripted, monkeypatch, available, kept
-):
+def test_a_conversation_is_kept_in_half_of_the_memory_that_is_free(scripted, available, kept):
     model = scripted(TEXT)
     report = DeviceReport(available_bytes=available)
-    monkeypatch.setattr(model.backend, "device_report", lambda: report, raising=False)
+    model.backend.device_report = lambda: report
     talked = Conversation(model, {}, Console(file=io.StringIO()))
     assert talked._scheduler.prefix_cache.max_bytes == kept

@@ -56,10 +56,8 @@ class TestGenerate:
         tokens = len(model.tokenizer.encode(text.replace("<image>", "")))
         assert f"after a prompt of {tokens + 2 * FEATURES}," in err
 
-    def test_without_a_prompt_a_sample_asks_for_the_image(
-        self, use, run, model, files, monkeypatch
-    ):
-        monkeypatch.setattr("sys.stdin", None)
+    def test_without_a_prompt_a_sample_asks_for_the_image(self, use, run, model, files, stdin):
+        stdin(None)
         use(model)
         assert run("--image", files[0])[0] == 0
         assert "<image>What does the image show?" in model.backend.images.texts[0]
@@ -94,10 +92,8 @@ class TestGenerate:
             (["--max-images", "0"], "max_images must be 1 or more, got 0"),
         ],
     )
-    def test_mistakes_are_one_line_before_a_model_is_loaded(
-        self, run, files, options, message, monkeypatch
-    ):
-        monkeypatch.setattr("treeflash.cli.options.load_model", None)
+    @pytest.mark.usefixtures("nothing_loads")
+    def test_mistakes_are_one_line_before_a_model_is_loaded(self, run, files, options, message):
         prompt = [] if "--prompts" in options else ["Hi"]
         code, out, err = run(*prompt, "--image", files[0], *options)[:3]
         if "--image" in options:
@@ -158,11 +154,10 @@ class TestPromptFiles:
 
 class TestChat:
     @pytest.fixture
-    def talk(self, model, capsys, monkeypatch):
+    def talk(self, model, capsys):
         talked = Conversation(model, {"max_tokens": 100}, Console(width=200))
         # A scripted target keeps no states.
-        scheduler = model.scheduler(SchedulerConfig(max_parallel=1), None)
-        monkeypatch.setattr(Conversation, "_scheduler", scheduler)
+        talked._scheduler = model.scheduler(SchedulerConfig(max_parallel=1), None)
 
         class Session:
             def __init__(self, lines):

@@ -10,7 +10,6 @@ import pytest
 from batch_files import ANSWERS, KEYS, keys, records
 from processes import WITHOUT_FRAMEWORKS
 
-from treeflash.cli import options
 from treeflash.commands.generate import main
 from treeflash.errors import NumericalError
 
@@ -65,7 +64,7 @@ def test_the_texts_are_the_same_however_many_are_decoded_at_once(files, many, ca
     assert "11 of 13 turns decoded, 1 with errors" in capsys.readouterr().err
 
 
-def test_conversations_are_decoded_together(run, files, scripted, monkeypatch):
+def test_conversations_are_decoded_together(run, files, scripted):
     model = scripted(*ANSWERS)
     together = []
     run_target = model.backend.run
@@ -74,7 +73,7 @@ def test_conversations_are_decoded_together(run, files, scripted, monkeypatch):
         together.append(len(work))
         return run_target(work)
 
-    monkeypatch.setattr(model.backend, "run", noted)
+    model.backend.run = noted
     for parallel, most in (("1", 1), ("2", 2), ("auto", 3)):
         together.clear()
         files[1].unlink(missing_ok=True)
@@ -106,7 +105,7 @@ def test_an_interrupted_run_of_several_conversations_resumes(
     assert all(record["finish_reason"] == "stop" for record in records(files[1]))
 
 
-def test_an_error_in_the_middle_ends_only_its_conversation(run, files, scripted, monkeypatch):
+def test_an_error_in_the_middle_ends_only_its_conversation(run, files, scripted):
     model = scripted(*ANSWERS)
     verify = model.backend.verify
 
@@ -115,13 +114,12 @@ def test_an_error_in_the_middle_ends_only_its_conversation(run, files, scripted,
             raise NumericalError("values are not finite")
         return verify(text, tree)
 
-    monkeypatch.setattr(model.backend, "verify", verify_or_fail)
+    model.backend.verify = verify_or_fail
     code, err = run(model, "--parallel", "3")
     assert (code, "3 of 4 turns decoded, 1 with errors" in err) == (2, True)
     (failed,) = [record for record in records(files[1]) if "error" in record]
     assert (failed["id"], failed["error"]) == (7, "values are not finite")
     assert "text" not in failed
-    monkeypatch.undo()
 
 
 INTERRUPT_AFTER_THE_FIRST_TEXT = """
@@ -168,7 +166,7 @@ def test_a_bad_number_of_conversations_is_one_line(run, scripted, value):
     assert f"neither auto nor a number of sequences: {value}" in err
 
 
-def test_parallel_is_for_many_prompts(monkeypatch, capsys):
-    monkeypatch.setattr(options, "load_model", lambda *a, **k: pytest.fail("loaded"))
+@pytest.mark.usefixtures("nothing_loads")
+def test_parallel_is_for_many_prompts(capsys):
     assert main(["--parallel", "2", "hi"]) == 2
     assert "--parallel needs --prompts" in capsys.readouterr().err

@@ -131,7 +131,7 @@ def test_another_dtype_or_backend_is_rejected_for_the_same_file(run, files, scri
     assert f"not {value}" in err
 
 
-def test_a_second_run_into_the_same_file_is_refused(run, files, scripted, monkeypatch):
+def test_a_second_run_into_the_same_file_is_refused(run, files, scripted):
     model = scripted(*ANSWERS)
     verify = model.backend.verify
     second: list[int] = []
@@ -141,7 +141,7 @@ def test_a_second_run_into_the_same_file_is_refused(run, files, scripted, monkey
             second.append(main(["--prompts", str(files[0]), "--output", str(files[1])]))
         return verify(*args)
 
-    monkeypatch.setattr(model.backend, "verify", verify_beside_a_second_run)
+    model.backend.verify = verify_beside_a_second_run
     code, err = run(model)
     assert (code, second) == (0, [2])
     assert "is being written by another process" in err
@@ -149,8 +149,8 @@ def test_a_second_run_into_the_same_file_is_refused(run, files, scripted, monkey
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no such devices on Windows")
-def test_an_output_must_be_a_regular_file(files, monkeypatch, capsys):
-    monkeypatch.setattr(options, "load_model", lambda *a, **k: pytest.fail("loaded"))
+@pytest.mark.usefixtures("nothing_loads")
+def test_an_output_must_be_a_regular_file(files, capsys):
     assert main(["--prompts", str(files[0]), "--output", os.devnull]) == 2
     assert "not a regular file" in capsys.readouterr().err
 

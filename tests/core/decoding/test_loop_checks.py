@@ -91,12 +91,10 @@ class TestChecks:
         assert str(caught.value) == message
 
     @pytest.mark.parametrize("entry", [decode, check])
-    def test_a_target_that_runs_no_trees(
-        self, monkeypatch: pytest.MonkeyPatch, entry: Callable[..., object]
-    ) -> None:
+    def test_a_target_that_runs_no_trees(self, entry: Callable[..., object]) -> None:
         """Loading a drafter checks it too; copies need no drafter."""
         backend = scripted(SCRIPT)
-        monkeypatch.setattr(backend, "check_trees", Mock(side_effect=UnsupportedModelError("no")))
+        backend.check_trees = Mock(side_effect=UnsupportedModelError("no"))
         entry(backend, Request(prompt_ids=PROMPT, config=config_of(method="ar")))
         with pytest.raises(UnsupportedModelError):
             entry(backend, Request(prompt_ids=PROMPT, config=config_of(method="suffix")))

@@ -125,7 +125,7 @@ def test_trees_of_all_texts_are_one_forward_pass(backend):
     assert [len(work) for work in backend.verifier.passes] == [len(PROMPTS)]
 
 
-def test_texts_of_any_temperature_are_drafted_together(backend, monkeypatch):
+def test_texts_of_any_temperature_are_drafted_together(backend):
     samplings = [SamplingConfig(), SAMPLED, replace(SAMPLED, temperature=1.4, top_k=9, seed=8)]
     configs = [config_of(sampling=sampling) for sampling in samplings]
     wanted = [alone(backend, PROMPTS[0], config) for config in configs]
@@ -136,7 +136,7 @@ def test_texts_of_any_temperature_are_drafted_together(backend, monkeypatch):
         calls.append(len(blocks))
         return transitions(blocks, options)
 
-    monkeypatch.setattr(backend.head, "transitions", spy)
+    backend.head.transitions = spy
     scheduler = Scheduler(backend)
     for config in configs:
         scheduler.submit(Request(prompt_ids=PROMPTS[0], config=config))
@@ -378,20 +378,20 @@ LOST = (
 
 
 @pytest.mark.parametrize("message", [*METAL_MESSAGES, *LOST])
-def test_memory_that_runs_out_on_metal_ends_one_sequence(backend, monkeypatch, message):
+def test_memory_that_runs_out_on_metal_ends_one_sequence(backend, message):
     """A GPU that refuses all work ends them all."""
-    run = type(backend.verifier).run
+    run = backend.verifier.run
 
-    def fail(self, work):
+    def fail(work):
         if any(isinstance(item, Prefill) and item.token_ids == [9] for item in work):
             raise RuntimeError(message)
-        return run(self, work)
+        return run(work)
 
     scheduler = Scheduler(backend)
     good, bad = (
         scheduler.submit(Request(prompt_ids=prompt, config=config_of())) for prompt in ([5, 6], [9])
     )
-    monkeypatch.setattr(type(backend.verifier), "run", fail)
+    backend.verifier.run = fail
     if message in LOST:
         with pytest.raises(RuntimeError, match="GPU"):
             finish(scheduler)

@@ -19,21 +19,16 @@ def submit(scheduler, prompt=PROMPT, **settings):
     return scheduler.submit(Request(prompt_ids=prompt, config=config))
 
 
-@pytest.fixture
-def drafts(monkeypatch):
+def drafts(backend: FakeBackend):
     """The sequences and the depths of every draft of a backend."""
+    calls, draft = [], backend.drafter.draft
 
-    def drafts(backend: FakeBackend):
-        calls, draft = [], backend.drafter.draft
+    def spy(roots, depths=None):
+        calls.append((len(roots), depths))
+        return draft(roots, depths)
 
-        def spy(roots, depths=None):
-            calls.append((len(roots), depths))
-            return draft(roots, depths)
-
-        monkeypatch.setattr(backend.drafter, "draft", spy)
-        return calls
-
-    return drafts
+    backend.drafter.draft = spy
+    return calls
 
 
 @pytest.fixture
@@ -54,7 +49,7 @@ def adaptive(backend, config=None):
 
 
 @pytest.mark.parametrize("budgets", [(2,), (2, 4), (4, 2), (3, 1, 2)])
-def test_a_batch_is_drafted_as_deep_as_its_largest_tree_may_be(drafts, budgets):
+def test_a_batch_is_drafted_as_deep_as_its_largest_tree_may_be(budgets):
     backend = scripted(SCRIPT)
     calls, scheduler = drafts(backend), Scheduler(backend)
     for budget in budgets:
@@ -64,14 +59,14 @@ def test_a_batch_is_drafted_as_deep_as_its_largest_tree_may_be(drafts, budgets):
     assert calls == [(len(budgets), max(budgets))]
 
 
-def test_no_more_depths_are_drafted_than_the_drafter_has(drafts):
+def test_no_more_depths_are_drafted_than_the_drafter_has():
     backend = scripted(SCRIPT)
     calls = drafts(backend)
     run(backend, budget=64, max_tokens=9)
     assert {depths for _, depths in calls} == {backend.drafter_config.depths}
 
 
-def test_the_drafter_does_nothing_while_drafting_rests(drafts):
+def test_the_drafter_does_nothing_while_drafting_rests():
     """Also beside sequences of a fixed budget, which are drafted for all the same."""
     backend = scripted(SCRIPT)
     calls, scheduler = drafts(backend), adaptive(backend)
@@ -87,7 +82,7 @@ def test_the_drafter_does_nothing_while_drafting_rests(drafts):
     assert [sequences for sequences, _ in calls] == [1]
 
 
-def test_several_sequences_first_measure_plain_decoding(drafts):
+def test_several_sequences_first_measure_plain_decoding():
     backend = scripted(SCRIPT)
     calls, scheduler = drafts(backend), adaptive(backend)
     for _ in range(3):
@@ -122,7 +117,7 @@ def test_copies_alone_are_looked_for_where_they_pay(monkeypatch):
 
 
 def test_a_sequence_whose_trees_are_cut_to_the_root_is_drafted_for_more_and_more_rarely(
-    drafts, monkeypatch
+    monkeypatch,
 ):
     """The others of the batch are drafted for as before, until it has a tree again."""
     backend = scripted(SCRIPT)

@@ -44,27 +44,27 @@ def model(tiny_pair):
 class Gate:
     """Lets a number of forward passes of a model through, and counts them."""
 
-    def __init__(self, verifier, monkeypatch) -> None:
+    def __init__(self, verifier) -> None:
         self.passes = 0
         self.reached = threading.Event()  # is set when a forward pass is about to run
         self._permits = threading.Semaphore(0)
-        run = type(verifier).run
+        run = verifier.run
 
-        def gated(verifier, work):
+        def gated(work):
             self.reached.set()
             assert self._permits.acquire(timeout=60)
             self.passes += 1
-            return run(verifier, work)
+            return run(work)
 
-        monkeypatch.setattr(type(verifier), "run", gated)
+        verifier.run = gated
 
     def allow(self, passes: int = 1000) -> None:
         self._permits.release(passes)
 
 
 @pytest.fixture
-def gate(model, monkeypatch):
-    return Gate(model.backend.verifier, monkeypatch)
+def gate(model):
+    return Gate(model.backend.verifier)
 
 
 @pytest.fixture
@@ -93,18 +93,12 @@ def test_an_asynchronous_stream_has_the_chunks_of_a_stream(scripted, method):
 
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 3}])
-def test_texts_of_one_event_loop_are_decoded_together_and_equal_to_those_alone(
-    model, monkeypatch, sampling
-):
+def test_texts_of_one_event_loop_are_decoded_together_and_equal_to_those_alone(model, sampling):
     options = {"max_tokens": 20, "budget": 6, **sampling}
     alone = [model.generate(prompt, **options) for prompt in PROMPTS]
     together = []
-    run = type(model.backend.verifier).run
-    monkeypatch.setattr(
-        type(model.backend.verifier),
-        "run",
-        lambda self, work: together.append(len(work)) or run(self, work),
-    )
+    run = model.backend.verifier.run
+    model.backend.verifier.run = lambda work: together.append(len(work)) or run(work)
 
     async def gather():
         return await asyncio.gather(*(model.agenerate(x, **options) for x in PROMPTS))
@@ -309,7 +303,7 @@ def test_a_stream_without_a_chunk_has_no_generation(scripted):
         scripted(TEXT).astream("hi").generation()
 
 
-def test_an_error_of_one_text_leaves_the_others(scripted, monkeypatch):
+def test_an_error_of_one_text_leaves_the_others(scripted):
     model = scripted("one", "two", "a third text")
     verify = model.backend.verify
 
@@ -318,7 +312,7 @@ def test_an_error_of_one_text_leaves_the_others(scripted, monkeypatch):
             raise NumericalError("not finite")
         return verify(text, tree)
 
-    monkeypatch.setattr(model.backend, "verify", verify_or_fail)
+    model.backend.verify = verify_or_fail
 
     async def gather():
         texts = (model.agenerate(prompt) for prompt in "xyz")

@@ -59,18 +59,18 @@ def test_a_text_that_a_stop_string_ends_makes_room(scripted, monkeypatch):
     assert model.backend.verified < len("stop here and") + len("other") + 2
 
 
-def test_answers_to_one_prompt_have_further_seeds_and_share_the_prefill(tiny_pair, monkeypatch):
+def test_answers_to_one_prompt_have_further_seeds_and_share_the_prefill(tiny_pair):
     model = load(*tiny_pair, backend="reference")
     options = {"max_tokens": 12, "temperature": 1.0, "budget": 4}
     alone = {seed: model.generate("hi", seed=seed, **options) for seed in (5, 6, 7)}
     extended = []
-    run = type(model.backend.verifier).run
+    run = model.backend.verifier.run
 
-    def noted(self, work):
+    def noted(work):
         extended.extend(len(x.token_ids) for x in work if isinstance(x, Prefill))
-        return run(self, work)
+        return run(work)
 
-    monkeypatch.setattr(type(model.backend.verifier), "run", noted)
+    model.backend.verifier.run = noted
     found = list(model.generate_many(["hi"], n=3, seed=5, **options))
     assert [i for i, _ in found] == [0, 0, 0]
     assert {text.seed: text.token_ids for _, text in found} == {
@@ -80,7 +80,7 @@ def test_answers_to_one_prompt_have_further_seeds_and_share_the_prefill(tiny_pai
     assert sorted(extended) == [1, 1, alone[5].prompt_tokens]
 
 
-def test_an_error_of_one_of_many_texts_comes_after_the_others(scripted, monkeypatch):
+def test_an_error_of_one_of_many_texts_comes_after_the_others(scripted):
     model = scripted("one", "two", "a third text")
     verify = model.backend.verify
 
@@ -89,7 +89,7 @@ def test_an_error_of_one_of_many_texts_comes_after_the_others(scripted, monkeypa
             raise NumericalError("not finite")
         return verify(text, tree)
 
-    monkeypatch.setattr(model.backend, "verify", verify_or_fail)
+    model.backend.verify = verify_or_fail
     texts = model.generate_many(["x", "y", "z"])
     assert {next(texts)[1].text, next(texts)[1].text} == {"one", "a third text"}
     with pytest.raises(NumericalError, match="not finite") as raised:
@@ -131,15 +131,15 @@ def test_many_texts_that_are_given_up_leave_no_state(tiny_pair, monkeypatch):
     assert len(closed) == 3
 
 
-def test_auto_bounds_the_memory_of_many_texts(scripted, monkeypatch):
+def test_auto_bounds_the_memory_of_many_texts(scripted):
     model = scripted(*["some text"] * 6)
     each = AUTO_BYTES // 2 - 1
     together = []
     run = model.backend.run
-    monkeypatch.setattr(model.backend, "run", lambda work: together.append(len(work)) or run(work))
+    model.backend.run = lambda work: together.append(len(work)) or run(work)
     for nbytes, most in ((each, 2), (3 * AUTO_BYTES, 1), (0, 6)):
         together.clear()
-        monkeypatch.setattr(model.backend, "state_nbytes", lambda *a, n=nbytes, **k: n)
+        model.backend.state_nbytes = lambda *a, n=nbytes, **k: n
         assert len(list(model.generate_many(["x"] * 6))) == 6
         assert max(together) == most
 
