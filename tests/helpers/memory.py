@@ -10,8 +10,6 @@ from treeflash.decoding import Request, Scheduler, SchedulerConfig, decode
 from treeflash.decoding.prefix_cache import PrefixCache
 from treeflash.errors import NumericalError
 
-TEXTS = 500
-
 
 class Failing:
     """A constraint that fails after some tokens."""
@@ -44,7 +42,7 @@ def watch_states(monkeypatch, state_class):
     return made
 
 
-def check_memory(monkeypatch, backend, state_class, held):
+def check_memory(monkeypatch, backend, state_class, held, texts=500):
     """Run sequences that end in every way; no state stays open, and held memory does not grow.
 
     Args:
@@ -52,13 +50,14 @@ def check_memory(monkeypatch, backend, state_class, held):
         backend: a loaded pair.
         state_class: of its states.
         held: gives the allocated memory as a number.
+        texts: the number of sequences.
     """
     made = watch_states(monkeypatch, state_class)
     rng = np.random.default_rng(0)
     cache = PrefixCache(4 * backend.state_nbytes(16, drafts=True))
     scheduler = Scheduler(backend, SchedulerConfig(max_parallel=6), prefix_cache=cache)
     most = []
-    for number in range(TEXTS):
+    for number in range(texts):
         come(backend, scheduler, rng, number)
         scheduler.step()
         # Finished sequences hold nothing but what the cache has taken over.
@@ -71,7 +70,7 @@ def check_memory(monkeypatch, backend, state_class, held):
     assert sum(state.nbytes for state in made) == cache.nbytes > 0
     cache.close()
     assert not any(state.nbytes for state in made)
-    assert max(most[TEXTS // 2 :]) <= max(most[: TEXTS // 2])
+    assert max(most[texts // 2 :]) <= max(most[: texts // 2])
 
 
 def come(backend, scheduler, rng, number):

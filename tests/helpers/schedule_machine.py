@@ -366,8 +366,13 @@ class ScheduleMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.submitted)
     @rule(which=st.integers(0, 99))
     def cancel(self, which: int) -> None:
-        """A client goes, or its time is over."""
-        request = list(self.submitted)[-1 - which % len(self.submitted)]
+        """A client goes, or its time is over, perhaps after its answer."""
+        unfinished, ended = (
+            [x for x, submitted in self.submitted.items() if submitted.ended == ended]
+            for ended in (False, True)
+        )
+        requests = [*unfinished, *ended[-1:]]
+        request = requests[which % len(requests)]
         self.scheduler.cancel(request)
         self.submitted[request].ended = True
         self.check_books()

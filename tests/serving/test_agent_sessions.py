@@ -20,8 +20,8 @@ from servers import serving
 from tool_models import tool_tokenizer
 
 from treeflash.config import LoadConfig
+from treeflash.decoding import iteration
 from treeflash.decoding.disk_cache import BLOCK
-from treeflash.decoding.iteration import SNAPSHOT_INTERVAL
 from treeflash.testing import require
 from treeflash.testing.models import write_drafter, write_target
 
@@ -85,9 +85,16 @@ class Size:
     turns: int
 
 
-SMALL = Size(2500, 150, 6)
+SMALL = Size(700, 100, 6)
+SHORT_INTERVAL = 512
+"""Tokens between the states that recurrent layers keep of a small session."""
 FULL = Size(14_500, 1550, 40)
 """An agent's day: 15,000 tokens of instructions and tools, and 60,000 at its end."""
+
+
+@pytest.fixture
+def small_session(monkeypatch):
+    monkeypatch.setattr(iteration, "SNAPSHOT_INTERVAL", SHORT_INTERVAL)
 
 
 def text(rng: random.Random, length: int) -> str:
@@ -238,6 +245,7 @@ def replay(client, session, turns):
         assert disk == 0
 
 
+@pytest.mark.usefixtures("small_session")
 def test_each_turn_runs_what_is_new(agent_model, api):
     client = Client(api)
     with client.connected(agent_model):
@@ -253,7 +261,7 @@ def test_a_session_of_full_size(fast_model, api, tmp_path):
     helpers = [Session(name, FULL) for name in ("one", "two")]
     settings = {"timeout": 3600, "max_memory_gb": 16, "prefix_cache_dir": str(tmp_path)}
     recurrent = fast_model.backend.open(1, drafts=False).needs_snapshots
-    lost = SNAPSHOT_INTERVAL if recurrent else 1
+    lost = iteration.SNAPSHOT_INTERVAL if recurrent else 1
     with client.connected(fast_model, **settings):
         replay(client, main, FULL.turns // 4)
         for helper in helpers:
@@ -273,32 +281,34 @@ def test_a_session_of_full_size(fast_model, api, tmp_path):
         assert cached > FULL.system - lost
 
 
+@pytest.mark.usefixtures("small_session")
 def test_sub_agents_take_turns(agent_model):
     client = Client("messages")
     sessions = [Session(name) for name in ("main", "one", "two")]
     with client.connected(agent_model):
         for session in sessions:
             # The system messages differ at their end, where recurrent layers have no state.
-            client.send(session, lost=SNAPSHOT_INTERVAL)
+            client.send(session, lost=SHORT_INTERVAL)
         for _ in range(3):
             for session in sessions:
                 session.go_on()
                 client.send(session)
 
 
+@pytest.mark.usefixtures("small_session")
 def test_a_compacted_conversation_keeps_the_instructions(agent_model):
     client, session = Client("messages"), Session("main")
     recurrent = agent_model.backend.open(1, drafts=False).needs_snapshots
     with client.connected(agent_model):
         replay(client, session, 4)
         session.compact()
-        cached, _ = client.send(session, lost=SNAPSHOT_INTERVAL if recurrent else 1)
-        assert cached >= SNAPSHOT_INTERVAL
+        cached, _ = client.send(session, lost=SHORT_INTERVAL if recurrent else 1)
+        assert cached >= SHORT_INTERVAL
         session.go_on()
         client.send(session)
 
 
-@pytest.mark.usefixtures("own_cache")
+@pytest.mark.usefixtures("own_cache", "small_session")
 def test_a_session_goes_on_after_a_restart(agent_model, api, tmp_path):
     client, session = Client(api), Session("main")
     settings = {"prefix_cache_dir": str(tmp_path)}
@@ -310,7 +320,7 @@ def test_a_session_goes_on_after_a_restart(agent_model, api, tmp_path):
             session.go_on()
             # Blocks are whole; states of recurrent layers are stored where a prompt ended.
             cached, disk = client.send(session, lost=1 if recurrent else BLOCK)
-            assert cached == disk > SNAPSHOT_INTERVAL
+            assert cached == disk > SHORT_INTERVAL
             metrics = client.server.client.get("/metrics").text
             assert f"treeflash:external_prefix_cache_hits_total {float(disk)}" in metrics
             session.go_on()

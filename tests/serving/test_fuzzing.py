@@ -13,7 +13,7 @@ from treeflash.testing.pairs import EXAMPLES
 
 schemathesis = pytest.importorskip("schemathesis")
 
-FEW = 20
+FEW = 8
 """Examples of each operation, valid and invalid each, unless TREEFLASH_EXAMPLES asks for more."""
 OPERATIONS = [
     ("/v1/chat/completions", "POST"),

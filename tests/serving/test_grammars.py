@@ -26,7 +26,7 @@ SCHEMA = {
 }
 LIST = 'start: "[" (item ("," item)*)? "]"\nitem: /[0-9]{1,3}/'
 GBNF = 'root ::= "yes" | "no" ("!" | "?")*'
-WIDE = {"budget": 128, "top_m": 256, "top_k_children": 96}
+WIDE = {"budget": 128, "top_m": 24, "top_k_children": 96}
 """Trees in which a random drafter is right now and then."""
 GRAMMARS = {
     "json": Grammar.json(SCHEMA),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from treeflash.config import METHODS, DecodeConfig, LoadConfig, Method, SamplingConfig
+from treeflash.config import METHODS, DecodeConfig, LoadConfig, Method
 from treeflash.decoding import Request, decode
 from treeflash.decoding.adaptive_budget import AdaptiveBudget, AdaptiveBudgets
 from treeflash.decoding.interfaces import Backend
@@ -20,11 +21,12 @@ from treeflash.decoding.verify_costs import VerifyCosts
 from treeflash.reference.backend import load as load_reference
 from treeflash.testing.comparisons import tokens_of
 from treeflash.testing.models import write_drafter, write_target
-from treeflash.testing.pairs import SAMPLINGS
+from treeflash.testing.pairs import EXAMPLES, SAMPLINGS, pairwise
 from treeflash.text.generation import Stats
 
 DRAFTING = METHODS[1:]
 BUDGETS = (1, 2, 16, 64, 256)
+combine = product if EXAMPLES else pairwise
 PROMPT = (3, 1, 4, 1, 5, 9, 2)
 
 
@@ -40,19 +42,15 @@ def pair_in(folder: Path, **target: Any) -> Backend:
     return load_reference(folder / "target", folder / "drafter", LoadConfig())
 
 
-@pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
-@pytest.mark.parametrize("method", DRAFTING)
+@pytest.mark.parametrize(("method", "budget", "sampling"), combine(DRAFTING, BUDGETS, SAMPLINGS))
 def test_every_budget_equals_plain_decoding(
-    reference: Backend, method: Method, sampling: SamplingConfig
+    reference: Backend, method: Method, budget: int, sampling: str
 ) -> None:
-    config = DecodeConfig(method=method, sampling=sampling, max_tokens=24)
+    config = DecodeConfig(method=method, budget=budget, sampling=SAMPLINGS[sampling], max_tokens=24)
+    steps = list(decode(reference, Request(prompt_ids=PROMPT, config=config)))
     plain = list(decode(reference, Request(prompt_ids=PROMPT, config=replace(config, method="ar"))))
     assert len(tokens_of(plain)) == 24
-    for budget in BUDGETS:
-        steps = list(
-            decode(reference, Request(prompt_ids=PROMPT, config=replace(config, budget=budget)))
-        )
-        assert tokens_of(steps) == tokens_of(plain)
+    assert tokens_of(steps) == tokens_of(plain)
 
 
 def test_trees_save_forward_passes(reference: Backend) -> None:

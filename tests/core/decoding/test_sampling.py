@@ -123,9 +123,10 @@ class TestFilters:
 
 
 class TestChoose:
+    @pytest.mark.parametrize("draws", [5000, pytest.param(20_000, marks=pytest.mark.nightly)])
     @pytest.mark.parametrize("sampling", FILTERS, ids=str)
-    def test_distribution(self, sampling: SamplingConfig) -> None:
-        draws, logits = 20_000, np.array([1.5, 0, 2, -1, 0.5, 0.2, 1, -0.5, 1.8, 0.9, -0.2, 0.7])
+    def test_distribution(self, sampling: SamplingConfig, draws: int) -> None:
+        logits = np.array([1.5, 0, 2, -1, 0.5, 0.2, 1, -0.5, 1.8, 0.9, -0.2, 0.7])
         expected = draws * np.array(naive_probs(np.float32(logits).tolist(), sampling))
         rows = np.broadcast_to(np.float32(logits), (draws, len(logits)))
         counts = np.bincount(sample_tokens(rows, sampling, keys(draws)), minlength=len(logits))

@@ -1,5 +1,6 @@
 """Memory of the reference over many sequences."""
 
+import pytest
 from memory import check_memory
 
 from treeflash.config import LoadConfig
@@ -7,5 +8,6 @@ from treeflash.reference.backend import load
 from treeflash.reference.verifier import State
 
 
-def test_no_state_stays_open_over_500_texts(monkeypatch, tiny_pair):
-    check_memory(monkeypatch, load(*tiny_pair, LoadConfig()), State, lambda: 0)
+@pytest.mark.parametrize("texts", [100, pytest.param(500, marks=pytest.mark.nightly)])
+def test_no_state_stays_open_over_many_texts(monkeypatch, tiny_pair, texts):
+    check_memory(monkeypatch, load(*tiny_pair, LoadConfig()), State, lambda: 0, texts)
