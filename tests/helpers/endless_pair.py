@@ -12,7 +12,7 @@ from treeflash.testing.models import edit_config, write_drafter, write_target
 def endless_pair(folder: Path) -> list[str]:
     """Write the pair; returns the options that choose it."""
     target, drafter = folder / "target", folder / "drafter"
-    write_target(target, "llama", seed=3, vocab_size=300)
+    write_target(target, "llama", seed=3, vocab_size=300, max_positions=512)
     edit_config(target, lambda config: config.pop("eos_token_id"))
     save_tokenizer(target)
     write_drafter(drafter, target, seed=4)

@@ -40,7 +40,7 @@ def test_texts_of_bfloat16_are_those_of_plain_decoding(backend, sampling, rng):
     prompts = [rng.integers(0, 96, n).tolist() for n in (3, 20, 70, 150)]
 
     def texts(method, parallel):
-        config = DecodeConfig(method=method, budget=12, max_tokens=40, sampling=sampling)
+        config = DecodeConfig(method=method, budget=12, max_tokens=20, sampling=sampling)
         requests = [Request(prompt_ids=prompt, config=config) for prompt in prompts]
         tokens = {id(request): [] for request in requests}
         scheduler = Scheduler(backend, SchedulerConfig(max_parallel=parallel))

@@ -30,8 +30,9 @@ TREES = [
 
 
 @pytest.fixture(autouse=True)
-def _short_splits(monkeypatch):
+def _short_contexts(monkeypatch):
     monkeypatch.setattr(attention, "SPANS", {0: 16})
+    monkeypatch.setattr(attention, "RACED_COLUMNS", (attention.RACED_NODES + 1,))
 
 
 def attend(rng, shape, starts, window=None, sinks=None):
@@ -332,7 +333,6 @@ def test_models_run_trees_by_the_kernel(
     expected = logits()
     with monkeypatch.context() as patch:
         install(executor, patch, speedup=2)
-        patch.setattr(attention, "RACED_COLUMNS", (attention.RACED_NODES + 1,))
         found = logits()
     np.testing.assert_allclose(found, expected, atol=2e-4)
     kernel = "treeflash_attention_parts" + "_quantised" * (kv_bits is not None)

@@ -180,7 +180,7 @@ SAMPLINGS = SamplingConfig(), SamplingConfig(temperature=0.9, seed=7)
 
 def generate(backend, sampling, **settings):
     """(tokens, steps) of a sequence."""
-    config = DecodeConfig(max_tokens=24, sampling=sampling, **settings)
+    config = DecodeConfig(max_tokens=12, sampling=sampling, **settings)
     steps = list(decode(backend, Request(prompt_ids=PROMPT, config=config)))
     return [token for step in steps for token in step.tokens], len(steps)
 

@@ -76,7 +76,7 @@ def test_sequences_together_give_the_tokens_of_each_alone(pair, rng, count, kv_b
         prompt = random_tokens(rng, backend.vocab_size, int(rng.integers(1, 40)))
         sampling = SamplingConfig(temperature=0.8 * (i % 2), top_p=0.9, seed=i)
         config = DecodeConfig(
-            method=METHODS[-1 - i], budget=3 + 9 * i, max_tokens=25, sampling=sampling
+            method=METHODS[-1 - i], budget=3 + 9 * i, max_tokens=12, sampling=sampling
         )
         request_id = scheduler.submit(Request(prompt_ids=prompt, config=config))
         plain = decode(backend, Request(prompt_ids=prompt, config=replace(config, method="ar")))
@@ -170,12 +170,12 @@ def test_short_and_long_new_tokens_run_beside_trees(pair, rng, monkeypatch):
     assert sampled[1].tokens.tolist() == sequences[0].logits(tree).argmax(-1).tolist()
 
 
-@pytest.mark.usefixtures("_short_chunks")
 @pytest.mark.parametrize("wide", [False, True])
 def test_chunks_of_wide_heads_keep_their_scores_small(pair, rng, monkeypatch, wide):
     """MLX has the scores of such heads in memory; a long context would make them gigabytes."""
-    backend = load(pair[0], None, LoadConfig())
-    monkeypatch.setattr(verifier, "WIDE_COLUMNS", 2 * CHUNK)
+    backend, chunk = load(pair[0], None, LoadConfig()), 128
+    monkeypatch.setattr(verifier, "PREFILL_CHUNK", chunk)
+    monkeypatch.setattr(verifier, "WIDE_COLUMNS", 2 * chunk)
     if wide:
         monkeypatch.setattr(verifier, "WIDE_HEAD", backend.target.head_dim)
     sizes, forward = [], backend.target.forward
@@ -184,14 +184,14 @@ def test_chunks_of_wide_heads_keep_their_scores_small(pair, rng, monkeypatch, wi
         "forward",
         lambda ids, *args: sizes.append(ids.shape[1]) or forward(ids, *args),
     )
-    tokens = random_tokens(rng, 64, 6 * CHUNK)
-    sequence = SequenceSession(backend, capacity=7 * CHUNK)
+    tokens = random_tokens(rng, 64, 6 * chunk)
+    sequence = SequenceSession(backend, capacity=7 * chunk)
     sequence.extend(tokens)
-    assert sizes[:2] == [CHUNK] * 2
+    assert sizes[:2] == [chunk] * 2
     assert sizes == sorted(sizes, reverse=True)
     assert sum(sizes) == len(tokens)
     columns = np.cumsum(sizes)
-    assert (max(sizes * columns) <= 2 * CHUNK * CHUNK) == wide
+    assert (max(sizes * columns) <= 2 * chunk * chunk) == wide
 
 
 @pytest.mark.usefixtures("_short_chunks")

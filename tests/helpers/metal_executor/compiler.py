@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,11 @@ def require_compiler() -> None:
         pytest.skip(reason, allow_module_level=True)
 
 
+@cache
+def _version(command: str) -> str:
+    return subprocess.run([command, "--version"], capture_output=True, text=True, check=True).stdout
+
+
 class Compiler:
     """A C++ compiler with a folder of what it has compiled."""
 
@@ -56,8 +62,7 @@ class Compiler:
         command = find_compiler()
         assert command is not None, "there is no C++ compiler"
         self.command, self.folder = command, folder
-        version = subprocess.run([command, "--version"], capture_output=True, text=True, check=True)
-        self._version = version.stdout
+        self._version = _version(command)
         headers = [FOLDER / "scheduler.h", FOLDER / "metal_stdlib.h"]
         self._headers = "".join(path.read_text() for path in headers)
         scheduler = self._build((FOLDER / "scheduler.cpp").read_text(), SCHEDULER_FLAGS)
