@@ -29,7 +29,7 @@ def folders(tmp_path):
     [False, pytest.param(True, marks=pytest.mark.nightly)],
     ids=["", "static shapes"],
 )
-def test_no_state_stays_open_over_500_texts(monkeypatch, folders, static):
+def test_no_state_stays_open_over_many_texts(monkeypatch, folders, static):
     monkeypatch.setattr(arena_module, "SLAB_BYTES", 1 << 16)  # several of them
     if static:
         backend = load_with_parts(monkeypatch, *folders)
