@@ -188,7 +188,9 @@ def test_without_the_extra(run, monkeypatch):
     assert run() == (2, f"error: {message}\n")
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 def test_port_taken(run):
+    """Nor is a socket left open."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         code, err = run("--port", port)
