@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -25,23 +27,49 @@ def run(tiny_pair, capsys):
     """Examine the pair: exit code, standard output, standard error."""
 
     def run(*args):
-        target, drafter = tiny_pair
-        options = ["--backend", "reference", "--target", str(target), "--drafter", str(drafter)]
-        return main([*options, *args]), *capsys.readouterr()
+        return main([*options_of(tiny_pair), *args]), *capsys.readouterr()
 
     return run
 
 
-@pytest.fixture
-def prompts(tmp_path):
-    path = tmp_path / "prompts.jsonl"
+def options_of(pair):
+    target, drafter = map(str, pair)
+    return ["--backend", "reference", "--target", target, "--drafter", drafter]
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
     rows = [{"id": 1, "prompt": "one"}, {"id": 2, "turns": ["two", "three"]}]
     path.write_text("\n".join(map(json.dumps, rows)))
     return str(path)
 
 
-def test_report(run, prompts):
-    code, out, _ = run("--prompts", prompts, "--max-tokens", "12")
+@pytest.fixture(scope="module")
+def examined(tiny_pair, prompts, tmp_path_factory):
+    """The pair, examined once on a machine that has measured no costs.
+
+    Exit code, standard output, standard error, and the devices of its loads.
+    """
+    devices, locate = [], doctor.locate_model
+
+    def located(args):
+        devices.append(args.device)
+        return locate(args)
+
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        redirect_stdout(io.StringIO()) as out,
+        redirect_stderr(io.StringIO()) as err,
+    ):
+        patch.setenv("TREEFLASH_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(doctor, "locate_model", located)
+        code = main([*options_of(tiny_pair), "--prompts", prompts, "--max-tokens", "12"])
+    return code, out.getvalue(), err.getvalue(), devices
+
+
+def test_report(examined):
+    code, out, *_ = examined
     assert code == 1
     lines = out.splitlines()
     assert lines[0].startswith("agreement by depth: ")
@@ -58,10 +86,8 @@ def test_report(run, prompts):
     assert lines[-1] == "can draft, best first: suffix"
 
 
-def test_the_costs_of_passes_are_shown(run, prompts, tmp_path, monkeypatch):
-    monkeypatch.setenv("TREEFLASH_CACHE", str(tmp_path / "cache"))
-    _, _, err = run("--prompts", prompts, "--max-tokens", "12")
-    assert "costs: measured by the first text with --budget auto" in err
+def test_the_costs_of_passes_are_shown(examined):
+    assert "costs: measured by the first text with --budget auto" in examined[2]
 
 
 def test_the_evaluation_of_the_drafter_stands_beside_what_is_found(
@@ -70,7 +96,7 @@ def test_the_evaluation_of_the_drafter_stands_beside_what_is_found(
     target, drafter = tiny_pair
     evaluated = shutil.copytree(drafter, tmp_path / "evaluated")
     (evaluated / EVALUATION).write_text('{"max_length": 64, "top1_marginal": [0.75, 0.5]}')
-    models = ["--backend", "reference", "--target", str(target), "--drafter", str(evaluated)]
+    models = options_of((target, evaluated))
     main([*models, "--prompts", prompts, "--max-tokens", "12"])
     assert capsys.readouterr().out.splitlines()[2] == "in its evaluation:  75% 50%"
     main([*models, "--prompts", prompts, "--max-tokens", "12", "--json"])
@@ -92,8 +118,8 @@ def test_every_check_is_announced_and_warnings_come_once(run, prompts, monkeypat
     assert list(dict.fromkeys(check for _, _, check in lines)) == ["target layers", "mask token"]
 
 
-def test_what_the_first_load_shows_is_told_before_the_checks(run, prompts):
-    _, out, err = run("--prompts", prompts, "--max-tokens", "12")
+def test_what_the_first_load_shows_is_told_before_the_checks(examined):
+    _, out, err, _ = examined
     first, _, checks = err.partition("check 1 of")
     assert checks
     lines = out.splitlines()
@@ -102,15 +128,8 @@ def test_what_the_first_load_shows_is_told_before_the_checks(run, prompts):
     assert shown[:3] == lines[:3]  # the agreement by depth, and whether it collapses
 
 
-def test_only_the_first_load_may_choose_the_device(tiny_pair, prompts, monkeypatch, capsys):
-    devices = []
-    locate = doctor.locate_model
-    monkeypatch.setattr(
-        doctor, "locate_model", lambda args: (devices.append(args.device), locate(args))[1]
-    )
-    target, drafter = map(str, tiny_pair)
-    models = ["--backend", "reference", "--target", target, "--drafter", drafter]
-    main([*models, "--prompts", prompts, "--max-tokens", "12"])
+def test_only_the_first_load_may_choose_the_device(examined):
+    *_, devices = examined
     assert devices[0] is None
     assert set(devices[1:]) == {"cpu"}
 

@@ -172,7 +172,17 @@ def compiler(model):
     return GrammarCompiler(model.tokenizer, model.backend.vocab_size)
 
 
-@pytest.mark.parametrize("name", REFUSED)
+SLOW = {
+    *("lark: conditions", "lark: intersection", "lark: sequence"),
+    *("gbnf: rules", "gbnf: terminals", "gbnf: lines", "regex: options", "regex: choices"),
+}
+"""Their compilation is stopped after half a second, as that of others of their kind."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.nightly if name in SLOW else ()) for name in REFUSED],
+)
 def test_refused(compiler, name):
     with pytest.raises(GrammarError, match=r"^invalid grammar: .") as caught:
         compiler.compile(REFUSED[name])

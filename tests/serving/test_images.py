@@ -246,18 +246,24 @@ def test_nothing_is_fetched_or_opened(image_server, tmp_path, monkeypatch):
         assert "is not base64" in response.json()["error"]
 
 
-@contextmanager
-def streaming_text(server, model):
+@pytest.fixture(scope="module")
+def streaming_text(image_server, image_model):
     """A text that streams meanwhile: it starts before the image, and equals Python's text."""
-    messages = [{"role": "user", "content": "Go on."}]
-    body = {"messages": messages, "max_tokens": 128, "stream": True}
-    with server.client.stream("POST", CHAT, json=body) as response:
-        events = parse(response)
-        seen = [next(events), next(events)]
-        yield
-        seen += events
-    text = "".join(x["delta"].get("content") or "" for event in seen for x in event["choices"])
-    assert text == model.generate(messages, method="ar", max_tokens=128, **DEFAULTS).text
+    options = {"messages": [{"role": "user", "content": "Go on."}], "max_tokens": 128}
+    expected = image_model.generate(options["messages"], method="ar", max_tokens=128, **DEFAULTS)
+
+    @contextmanager
+    def streaming_text():
+        body = {**options, "stream": True}
+        with image_server.client.stream("POST", CHAT, json=body) as response:
+            events = parse(response)
+            seen = [next(events), next(events)]
+            yield
+            seen += events
+        text = "".join(x["delta"].get("content") or "" for event in seen for x in event["choices"])
+        assert text == expected.text
+
+    return streaming_text
 
 
 def written(image, format, **settings):
@@ -283,8 +289,8 @@ LAST_SCAN, END = SCANS.rfind(b"\xff\xda"), SCANS.rfind(b"\xff\xd9")
     ],
     ids=["no image", "half a file", "60,000 x 60,000", "too large", "scans", "text of 100 MiB"],
 )
-def test_hostile_images_end_their_request_alone(image_server, image_model, data, says):
-    with streaming_text(image_server, image_model):
+def test_hostile_images_end_their_request_alone(image_server, streaming_text, data, says):
+    with streaming_text():
         response = image_server.post(CHAT, {"messages": openai_messages(picture(1), data)})
         check_error(response, 400, says)
 
@@ -302,9 +308,9 @@ ODD = {
 
 
 @pytest.mark.parametrize(("data", "upright"), ODD.values(), ids=ODD)
-def test_odd_images_get_the_right_answer(image_server, image_model, data, upright):
+def test_odd_images_get_the_right_answer(image_server, image_model, streaming_text, data, upright):
     """The answer is that of Python, and of the picture as it is seen, where a seed makes it."""
-    with streaming_text(image_server, image_model):
+    with streaming_text():
         answer, _ = ask_openai(image_server, data)
     assert answer == expected(image_model, data).text
     if upright is not None:

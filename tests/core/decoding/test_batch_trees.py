@@ -20,6 +20,7 @@ from treeflash.decoding.transitions import (
 )
 from treeflash.decoding.tree import build_tree
 from treeflash.errors import NumericalError
+from treeflash.testing.pairs import EXAMPLES, repeated
 
 VOCAB, ROOT = 40, 7
 FIELDS = "tokens", "parents", "depths", "log_probs", "confidences"
@@ -132,7 +133,7 @@ def assert_equal_arrays(actual, expected, names):
 @pytest.mark.parametrize("together", [True, False])
 @pytest.mark.parametrize("equal", [False, True], ids=["", "equal probabilities"])
 @pytest.mark.parametrize("kind", [Batch, Paths])
-@settings(max_examples=60, deadline=None)
+@settings(repeated, max_examples=EXAMPLES or 20)
 @given(seed=st.integers(0, 10**6))
 def test_trees_are_those_of_each_sequence_alone(together, equal, kind, seed):
     batch = kind(seed, equal=equal)
@@ -151,7 +152,7 @@ def test_trees_are_those_of_each_sequence_alone(together, equal, kind, seed):
 
 
 @pytest.mark.parametrize("kind", [Batch, Paths])
-@settings(max_examples=60, deadline=None)
+@settings(repeated, max_examples=EXAMPLES or 20)
 @given(seed=st.integers(0, 10**6))
 def test_calibrations_learn_what_each_would_alone(kind, seed):
     batch = kind(seed)

@@ -21,6 +21,7 @@ from tokenizers import models
 from transformers import AutoTokenizer
 
 from treeflash.errors import CheckpointError, ConfigError, PromptError
+from treeflash.testing.pairs import EXAMPLES
 from treeflash.text.tokenizer import TextStream, Tokenizer, check_vocabulary
 
 
@@ -237,6 +238,9 @@ def naive(tokenizer: Tokenizer, token_ids: list[int], stop: list[str]) -> tuple[
     return tokenizer.decode(token_ids), False, len(token_ids)
 
 
+repeated = settings(max_examples=EXAMPLES or 50, deadline=None, derandomize=not EXAMPLES)
+
+
 @st.composite
 def token_sequences(draw: st.DrawFn, size: int) -> list[list[int]]:
     """Draw ids in chunks: random ones, few different ones, and runs of a single one."""
@@ -247,7 +251,7 @@ def token_sequences(draw: st.DrawFn, size: int) -> list[list[int]]:
     return draw(st.lists(chunk, max_size=8))
 
 
-@settings(deadline=None)  # shared machines stall
+@repeated
 @given(data=st.data())
 def test_stream_equals_decode_of_all_ids(tokenizer: Tokenizer, data: st.DataObject):
     chunks = data.draw(token_sequences(vocabulary_size(tokenizer)))
@@ -261,7 +265,7 @@ def test_stream_equals_decode_of_all_ids(tokenizer: Tokenizer, data: st.DataObje
     assert not stream.stopped
 
 
-@settings(deadline=None)  # shared machines stall
+@repeated
 @given(data=st.data())
 def test_stop_strings_equal_naive_search(tokenizer: Tokenizer, data: st.DataObject):
     chunks = data.draw(token_sequences(vocabulary_size(tokenizer)))
