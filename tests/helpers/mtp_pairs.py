@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 from treeflash.drafters import mtp_formats
 from treeflash.drafters.folder import read_config
 from treeflash.drafters.format import Format
-from treeflash.drafters.mtp_heads import mtp_shapes
+from treeflash.drafters.mtp_tensors import mtp_shapes
 from treeflash.testing.models import edit_config, normal, save, write_target
 
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -11,13 +11,14 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from treeflash.drafters import formats, mtp_formats, mtp_heads
+from treeflash.drafters import formats, mtp_formats
 from treeflash.drafters.config import DrafterConfig, DrafterShape
 from treeflash.drafters.folder import ModelFolder, check_dtype, open_folder, read_quantised
 from treeflash.drafters.format import Config, Format, Names, Shapes
 from treeflash.drafters.formats import HEADS, TRAINING_TENSORS
 from treeflash.drafters.heads import treeflash
 from treeflash.drafters.mtp_heads import MtpConfig
+from treeflash.drafters.mtp_tensors import split_fused, stack_experts
 from treeflash.errors import CheckpointError, UnsupportedModelError
 
 Tensor = TypeVar("Tensor")
@@ -118,7 +119,7 @@ def read_layout(
             )
         if format.kind == "block" or not stored[name].bits:
             check_dtype(stored[name].path, name, stored[name].dtype)
-    shapes = mtp_heads.split_fused({names[x]: stored[x].shape for x in names})
+    shapes = split_fused({names[x]: stored[x].shape for x in names})
     required, optional = format.shapes(config, vocab_size, shapes)
     owner = "its configuration" if format.kind == "block" else "an MTP or EAGLE-3 head"
     compare_shapes(opened.path, required | optional, shapes, optional.keys(), owner)
@@ -216,7 +217,7 @@ def mtp_tensors(
         for name, numbers in read_quantised(path, quantised).items():
             tensors[layout.names[name]] = convert(numbers)
     vocabulary = {name: tensors.pop(name) for name in VOCABULARY if name in tensors}
-    weights = mtp_heads.stack_experts(tensors, layout.config, stack)
+    weights = stack_experts(tensors, layout.config, stack)
     return MtpTensors(config=layout.config, weights=weights, vocabulary=vocabulary)
 
 

@@ -27,7 +27,8 @@ from treeflash.drafters.mtp_formats import (
     SPECULATORS_EAGLE3,
     SPECULATORS_MTP,
 )
-from treeflash.drafters.mtp_heads import Assistant, Experts, MtpConfig, mtp_shapes
+from treeflash.drafters.mtp_heads import Assistant, Experts, MtpConfig
+from treeflash.drafters.mtp_tensors import mtp_shapes, split_fused, stack_experts
 from treeflash.errors import CheckpointError, ConfigError, UnsupportedModelError
 from treeflash.testing.models import save
 
@@ -370,13 +371,13 @@ def test_stacked_experts_of_mlx(tmp_path: Path) -> None:
     assert canonical == "layer.mlp.experts.gate_proj"
     stacked = {canonical: (3, 5, 8), "layer.mlp.experts.down_proj": (3, 8, 5)}
     stacked["layer.mlp.experts.up_proj"] = (3, 5, 8)
-    split = mtp_heads.split_fused(stacked)
+    split = split_fused(stacked)
     assert split["layer.mlp.experts.2.gate_proj.weight"] == (5, 8)
     assert split["layer.mlp.experts.0.down_proj.weight"] == (8, 5)
     assert len(split) == 9
     tensors = {key: np.zeros(shape) for key, shape in stacked.items()}
     config = parse(QWEN_SIDECAR, QWEN_MOE, "layers.0.mlp.gate.weight")
-    assert mtp_heads.stack_experts(dict(tensors), config, np.stack).keys() == tensors.keys()
+    assert stack_experts(dict(tensors), config, np.stack).keys() == tensors.keys()
 
 
 @pytest.mark.parametrize("form", ["eagle", "speculators"])

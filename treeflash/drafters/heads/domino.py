@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from treeflash.drafters.config import DrafterConfig
-from treeflash.drafters.format import Shapes
 from treeflash.drafters.heads.head_format import HeadFormat
 from treeflash.drafters.heads.operations import Array, Module, RecurrentCell, Slots
 
@@ -40,21 +39,10 @@ class Domino(RecurrentCell):
         return state, self.ops.silu(self.embed_proj[0](self.ops.concatenate([normed, state], -1)))
 
 
-def _shapes(config: DrafterConfig, vocab_size: int, inner_size: int) -> Shapes:
-    h, r, g = config.hidden_size, config.head_rank, config.head_state_size
-    return {
-        "prefix_gru.weight_ih_l0": (3 * g, h),
-        "prefix_gru.weight_hh_l0": (3 * g, g),
-        "embed_proj.0.weight": (r, h + g),
-        "embed_proj.2.weight": (vocab_size, r),
-    }
-
-
 HEADS = {
     "domino": HeadFormat(
         family="Domino",
         module=Domino,
-        shapes=_shapes,
         settings={"emb_dim": "head_rank", "gru_hidden_dim": "head_state_size"},
     )
 }

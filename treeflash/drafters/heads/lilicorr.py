@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from treeflash.drafters.config import Correlation as CorrelationShape
 from treeflash.drafters.config import DrafterConfig
-from treeflash.drafters.format import Shapes
 from treeflash.drafters.heads.head_format import HeadFormat
 from treeflash.drafters.heads.operations import Array, Head, Operations
 
@@ -127,53 +126,10 @@ class Correlation(Head):
         return self.ops.unit(x, self.shape.vector_eps)
 
 
-def _shapes(config: DrafterConfig, vocab_size: int, inner_size: int) -> Shapes:
-    own = config.correlation
-    assert own is not None
-    h, w, r, i = config.hidden_size, own.hidden_size, config.head_rank, own.inner_size
-    slots, k = config.depths, config.selector_top_k
-    linears = {
-        "pass_hidden_proj": (w, h),
-        "context_proj": (w, h),
-        "feature_mlp.1": (w, 5),
-        "feature_mlp.3": (w, w),
-        "factor_input_proj": (w, 3 * w),
-        "out_head": (r, w),
-        "in_head": (r, w),
-        "anchor_out_head": (r, w),
-    }
-    if w != h:
-        linears["token_proj"] = (w, h)
-    shapes: Shapes = {
-        "anchor_norm.weight": (w,),
-        "output_norm.weight": (w,),
-        "feature_mlp.0.weight": (5,),
-        "feature_mlp.0.bias": (5,),
-        "rank_embedding": (1, 1, 1, k, w),
-        "slot_embedding": (1, 1, slots, 1, w),
-        "relative_slot_bias": (own.heads, 2 * slots + 1),
-        "same_slot_bias": (own.heads,),
-    }
-    for n in range(own.layers):
-        layer = f"layers.{n}."
-        linears |= {f"{layer}mlp.0": (i, w), f"{layer}mlp.2": (w, i)}
-        linears[f"{layer}attn.out_proj"] = (w, w)
-        shapes |= {
-            f"{layer}attn_norm.weight": (w,),
-            f"{layer}mlp_norm.weight": (w,),
-            f"{layer}attn.in_proj_weight": (3 * w, w),
-            f"{layer}attn.in_proj_bias": (3 * w,),
-        }
-    for name, shape in linears.items():
-        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
-    return {f"lilicorr.{name}": shape for name, shape in shapes.items()}
-
-
 HEADS = {
     "lilicorr": HeadFormat(
         family="LiLiCorr",
         module=Correlation,
-        shapes=_shapes,
         prefix="lilicorr.",
         settings={
             "lilicorr_factor_dim": "head_rank",

@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 
 from treeflash.drafters.config import DrafterConfig
-from treeflash.drafters.format import Shapes
 from treeflash.drafters.heads.head_format import HeadFormat
 from treeflash.drafters.heads.operations import (
     Array,
@@ -17,8 +16,6 @@ from treeflash.drafters.heads.operations import (
     ScoredTokens,
     Slots,
 )
-
-CONFIDENCE_PREFIX = "confidence_head."
 
 
 class MarkovTensors(Head):
@@ -85,30 +82,9 @@ class MarkovRNN(MarkovTensors, RecurrentCell):
         return state, self.ops.tanh(out)
 
 
-def _shapes(config: DrafterConfig, vocab_size: int, inner_size: int) -> Shapes:
-    h, r = config.hidden_size, config.head_rank
-    shapes: Shapes = {
-        "markov_w1.weight": (vocab_size, r),
-        "markov_w2.weight": (config.draft_vocab_size or vocab_size, r),
-    }
-    if config.head == "gated":
-        shapes |= {"gate_proj.weight": (r, h + r), "gate_proj.bias": (r,)}
-    if config.head == "rnn":
-        shapes |= {"joint_proj.weight": (3 * r, 2 * r + h), "joint_proj.bias": (3 * r,)}
-    shapes = {"markov_head." + name: shape for name, shape in shapes.items()}
-    if config.confidence_head:
-        width = h + r if config.confidence_with_markov else h
-        shapes |= {
-            CONFIDENCE_PREFIX + "proj.weight": (1, width),
-            CONFIDENCE_PREFIX + "proj.bias": (1,),
-        }
-    return shapes
-
-
 _head = partial(
     HeadFormat,
     family="DSpark",
-    shapes=_shapes,
     prefix="markov_head.",
     settings={
         "markov_rank": "head_rank",

@@ -28,10 +28,9 @@ Rows: TypeAlias = Any
 
 
 @dataclass(frozen=True, kw_only=True)
-class Operations:
-    """An array library, as heads use it."""
+class Builders:
+    """What builds the children of a head, whose weights are loaded afterwards."""
 
-    # These build children, whose weights are loaded afterwards.
     linear: Callable[..., Module]  # (in, out, bias=True)
     # (size, out, bias): the layer is called with two vectors of a size, and the second's rows.
     pair_linear: Callable[..., Module]
@@ -52,6 +51,11 @@ class Operations:
     named_children: Callable[[dict[str, Module]], Any]
     parameter: Callable[..., Array]  # (*shape)
     module: Callable[[Any], Any]  # makes the framework's class of a class that is written once
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operations(Builders):
+    """An array library, as heads use it."""
 
     # These are NumPy's functions.
     concatenate: Callable[[list[Array], int], Array]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from treeflash.drafters.config import DrafterConfig
-from treeflash.drafters.format import Shapes
 from treeflash.drafters.heads.head_format import HeadFormat
 from treeflash.drafters.heads.operations import Array, ConditionalHead, Rows, ScoredTokens, Slots
 
@@ -27,19 +26,10 @@ class Selector(ConditionalHead):
         return scored.candidate_products(queries, self.successor_codebook) + scored.logits()
 
 
-def _shapes(config: DrafterConfig, vocab_size: int, inner_size: int) -> Shapes:
-    return {
-        "candidate_selector.predecessor_codebook": (vocab_size, config.head_rank),
-        "candidate_selector.successor_codebook": (vocab_size, config.head_rank),
-        "candidate_selector.hidden_projection.weight": (config.head_rank, config.hidden_size),
-    }
-
-
 HEADS = {
     "selector": HeadFormat(
         family="DFlash2",
         module=Selector,
-        shapes=_shapes,
         prefix="candidate_selector.",
         settings={
             "conv_kernel_size": "conv_kernel_size",

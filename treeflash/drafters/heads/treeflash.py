@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 
 from treeflash.drafters.config import DrafterConfig
-from treeflash.drafters.format import Shapes
 from treeflash.drafters.heads.head_format import HeadFormat
 from treeflash.drafters.heads.operations import Array, ConditionalHead, Rows, ScoredTokens, Slots
 
@@ -59,25 +58,10 @@ class Linear(Corrected):
         return self.d(self.norm(embedded), normed, rows)
 
 
-def _linear_shapes(config: DrafterConfig, vocab_size: int, inner_size: int) -> Shapes:
-    h = config.hidden_size
-    return {f"{PREFIX}d.weight": (h, 2 * h), f"{PREFIX}norm.weight": (h,)}
-
-
-def _swiglu_shapes(config: DrafterConfig, vocab_size: int, inner_size: int) -> Shapes:
-    h = config.hidden_size
-    return {
-        f"{PREFIX}norm.weight": (h,),
-        f"{PREFIX}ug.weight": (2 * inner_size, 2 * h),
-        f"{PREFIX}ug.bias": (2 * inner_size,),
-        f"{PREFIX}d.weight": (h, inner_size),
-    }
-
-
 _head = partial(
     HeadFormat, family="TreeFlash", prefix=PREFIX, settings={"ar_approximation": "head"}
 )
 HEADS = {
-    "swiglu": _head(module=SwiGLU, shapes=_swiglu_shapes, training_name="swiglu"),
-    "linear": _head(module=Linear, shapes=_linear_shapes, training_name="linear"),
+    "swiglu": _head(module=SwiGLU, training_name="swiglu"),
+    "linear": _head(module=Linear, training_name="linear"),
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from treeflash.drafters.config import DrafterConfig
-from treeflash.drafters.format import Shapes
 from treeflash.drafters.heads.head_format import HeadFormat
 from treeflash.drafters.heads.operations import Array, Module, Output, RecurrentCell, Slots
 
@@ -57,28 +56,10 @@ class XPress(RecurrentCell):
         return self.in_proj(self.ops.concatenate([hidden, inputs[:, 0], embedded], -1))
 
 
-def _shapes(config: DrafterConfig, vocab_size: int, inner_size: int) -> Shapes:
-    h, r, slots = config.hidden_size, config.head_rank, config.block_size
-    inner = config.head_mlp_ratio * r
-    shapes = {
-        "token_embed.weight": (vocab_size, r),
-        "down_h.weight": (r, h),
-        "down_g.weight": (r, h),
-        "in_proj.weight": (r, 3 * r),
-        "mix_l": (r, slots, slots),
-        "mlp_gate.weight": (inner, r),
-        "mlp_up.weight": (inner, r),
-        "mlp_down.weight": (r, inner),
-        "readout.weight": (config.draft_vocab_size or vocab_size, r),
-    }
-    return {f"refiner_head.{name}": shape for name, shape in shapes.items()}
-
-
 HEADS = {
     "xpress": HeadFormat(
         family="X-PRESS",
         module=XPress,
-        shapes=_shapes,
         prefix="refiner_head.",
         settings={"xpress_rank": "head_rank", "xpress_mlp_ratio": "head_mlp_ratio"},
     )

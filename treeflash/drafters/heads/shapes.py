@@ -1,0 +1,77 @@
+"""The shapes of the tensors of a class that is written once, from the children that it builds.
+
+A class names its tensors and their sizes where it builds its children. Built with these children,
+which have shapes in place of weights, it is a description of what a checkpoint has to hold.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from treeflash.drafters.format import Shapes
+from treeflash.drafters.heads.operations import Builders
+
+
+class Outline:
+    """A module whose parameters have a shape, and take no memory."""
+
+    def __init__(self, **shapes: tuple[int, ...]) -> None:
+        vars(self).update({name: parameter(*shape) for name, shape in shapes.items()})
+
+
+def parameter(*shape: int) -> Any:
+    return np.broadcast_to(np.float32(0), shape)
+
+
+def shapes_of(module: Any, prefix: str = "") -> Shapes:
+    """Return the shapes of all tensors of an outline, of a list or of a dictionary of outlines."""
+    if isinstance(module, np.ndarray):
+        return {prefix: module.shape}
+    if isinstance(module, Outline):
+        members = vars(module)
+    elif isinstance(module, list):
+        members = {str(n): child for n, child in enumerate(module)}
+    else:
+        members = module if isinstance(module, dict) else {}
+    shapes: Shapes = {}
+    for name, child in members.items():
+        shapes |= shapes_of(child, f"{prefix}.{name}" if prefix else name)
+    return shapes
+
+
+def as_outline(kind: Any) -> Any:
+    """Make an outline of a class that is written once."""
+    return type(kind.__name__, (kind, Outline), {"ops": BUILDERS})
+
+
+def linear(size: int, out: int, bias: bool = True) -> Outline:
+    return Outline(weight=(out, size), **{"bias": (out,)} if bias else {})
+
+
+def swiglu(size: int, width: int) -> dict[str, Outline]:
+    inner = {name: linear(size, width, bias=False) for name in ("gate_proj", "up_proj")}
+    return {**inner, "down_proj": linear(width, size, bias=False)}
+
+
+BUILDERS = Builders(
+    linear=linear,
+    pair_linear=lambda size, out, bias: linear(2 * size, out, bias),
+    embedding=lambda rows, size: Outline(weight=(rows, size)),
+    rms_norm=lambda size, eps: Outline(weight=(size,)),
+    float32_norm=lambda size, eps: Outline(weight=(size,)),
+    layer_norm=lambda size: Outline(weight=(size,), bias=(size,)),
+    activation=Outline,
+    gru=lambda size, state_size: Outline(
+        weight_ih_l0=(3 * state_size, size), weight_hh_l0=(3 * state_size, state_size)
+    ),
+    mlp=lambda config: swiglu(config.hidden_size, config.intermediate_size),
+    experts=lambda size, width, count: [swiglu(size, width) for _ in range(count)],
+    rotary=lambda config: None,
+    children=list,
+    named_children=dict,
+    parameter=parameter,
+    module=as_outline,
+)
+"""The children of outlines."""
