@@ -20,11 +20,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from treeflash.decoding import recurrent_head
-from treeflash.decoding.backend_base import CandidateHead
+from treeflash.decoding import candidate_head, recurrent_head
 from treeflash.decoding.interfaces import TableOptions
 from treeflash.decoding.recurrent_head import tables
-from treeflash.decoding.transitions import TransitionTable, tables_of_rows
+from treeflash.decoding.transitions import RowBatch, TransitionTable
 from treeflash.drafters.config import DrafterConfig
 from treeflash.drafters.formats import HEADS as FORMATS
 from treeflash.drafters.heads.lilicorr import Correlation
@@ -123,7 +122,8 @@ class ARHead:
         floats = numbers[..., 2 + k :].view(np.float32)
         confidences = floats[..., k] if floats.shape[2] > k else None
         places, previous, tokens = numbers[:, 1:, 0], numbers[:, 1:, 1], numbers[..., 2 : 2 + k]
-        return tables_of_rows(places, previous, tokens, floats[..., :k], (depths, m), confidences)
+        rows_of_all = places, previous, tokens, floats[..., :k]
+        return RowBatch(*rows_of_all, (depths, m), confidences).tables()
 
     @torch.inference_mode()
     def log_probs(self, block: Block, previous: NDArray[np.int32]) -> NDArray[np.float32]:
@@ -248,42 +248,30 @@ def _columns(x: Tensor, tokens: Tensor | None) -> Tensor:
     return x.gather(1, tokens if slots == 1 else tokens.repeat_interleave(slots, 0))
 
 
-class CorrelationHead(CandidateHead):
+class CorrelationHead(candidate_head.CorrelationHead):
     """`treeflash.decoding.interfaces.ARHead` in PyTorch, for the head of LiLiCorr."""
 
+    ops = OPERATIONS
+
     def __init__(self, module: Correlation, model: DrafterModel, target: Target) -> None:
-        self.module = module
-        self.output = OutputStage(model, target)
-        self.vocab_size = target.vocab_size
+        super().__init__(module, OutputStage(model, target), target.vocab_size)
         self.graphs = target.graphs
 
     @torch.inference_mode()
-    def candidates(
-        self, blocks: Sequence[Block]
-    ) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.float32]]:
-        """Score the candidates of all sequences together; for CUDA graphs of a power of two."""
-        hidden = [block.all_hidden for block in blocks]
-        anchors = [block.anchor for block in blocks if block.anchor is not None]
+    def read(self, hidden: Tensor, anchors: Tensor) -> list[NDArray[Any]]:
+        """Score all sequences together; for CUDA graphs of a power of two."""
+        count = len(hidden)
         if self.graphs.is_capturing:
-            extra = power_of_two(len(blocks)) - len(blocks)
-            hidden, anchors = hidden + extra * hidden[:1], anchors + extra * anchors[:1]
+            extra = power_of_two(count) - count
+            hidden, anchors = (
+                torch.cat([x, x[:1].expand(extra, *x.shape[1:])]) for x in (hidden, anchors)
+            )
 
         def score(hidden: Tensor, anchors: Tensor) -> Outputs:
-            normed, count = self.output.norm(hidden), len(anchors)
-            marginal = self.output.logits(normed).float().log_softmax(-1)
-            log_probs, tokens = topk(marginal, self.output.config.selector_top_k)
-            embedded, normed, best = (
-                x.unflatten(0, (count, -1)) for x in (self.output.embed(tokens), normed, log_probs)
-            )
-            scores = self.module.forward(embedded, normed, best, anchors)
-            return join([x.reshape(count, -1) for x in (tokens, log_probs, scores)])
+            return join(self.score(hidden, anchors))
 
-        inputs = torch.cat(hidden), torch.stack(anchors)
-        numbers, layout = self.graphs.run("the AR head", (), score, *inputs)
-        tokens, log_probs, scores = split(numbers.cpu().numpy()[: len(blocks)], layout)
-        shape = len(blocks), len(hidden[0]), -1
-        tokens, log_probs = tokens.reshape(shape), log_probs.reshape(shape)
-        return tokens, log_probs, scores.reshape(*tokens.shape, -1)
+        numbers, layout = self.graphs.run("the AR head", (), score, hidden, anchors)
+        return split(numbers.cpu().numpy()[:count], layout)
 
 
 class RecurrentHead(recurrent_head.RecurrentHead):

@@ -16,10 +16,9 @@ import numpy as np
 from mlx import nn
 from numpy.typing import NDArray
 
-from treeflash.decoding import recurrent_head
-from treeflash.decoding.backend_base import CandidateHead
+from treeflash.decoding import candidate_head, recurrent_head
 from treeflash.decoding.interfaces import TableOptions
-from treeflash.decoding.transitions import TransitionTable, tables_of_rows
+from treeflash.decoding.transitions import RowBatch, TransitionTable
 from treeflash.drafters.config import DrafterConfig
 from treeflash.drafters.formats import HEADS as FORMATS
 from treeflash.drafters.heads.lilicorr import Correlation
@@ -126,14 +125,14 @@ class ARHead:
         read = np.array(mx.concatenate([part.astype(mx.float32) for part in parts], 1))
         ends = np.cumsum([part.shape[1] for part in parts[:-1]])
         places, previous_ids, tokens, token_log_probs, *confidences = np.split(read, ends, axis=1)
-        return tables_of_rows(
+        return RowBatch(
             places.astype(np.int32),
             previous_ids.astype(np.int32),
             tokens.astype(np.int32).reshape(batch, -1, k),
             token_log_probs.reshape(batch, -1, k),
             (depths, m),
             *confidences,
-        )
+        ).tables()
 
     def log_probs(self, block: Block, previous: NDArray[np.int32]) -> NDArray[np.float32]:
         slots, rows = Slots.read(self.output, block.hidden), mx.arange(len(block.hidden))
@@ -181,27 +180,13 @@ def _scored_rows(marginal: mx.array, m: int, rows: int | None) -> tuple[mx.array
     return kept, mx.take_along_axis(best.reshape(batch, -1), kept, 1)
 
 
-class CorrelationHead(CandidateHead):
+class CorrelationHead(candidate_head.CorrelationHead):
     """`treeflash.decoding.interfaces.ARHead` in MLX, for the head of LiLiCorr."""
 
-    def __init__(self, module: Correlation, model: DrafterModel, target: Target) -> None:
-        self.module = module
-        self.output = OutputStage(model, target)
-        self.vocab_size = target.vocab_size
+    ops = OPERATIONS
 
-    def candidates(
-        self, blocks: Sequence[Block]
-    ) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.float32]]:
-        slots = mx.stack([block.slots[self.output.config.first_slot :] for block in blocks])
-        normed = self.output.norm(slots)
-        marginal = log_softmax(self.output.logits(normed.reshape(-1, normed.shape[-1])))
-        tokens = top_indices(marginal, self.output.config.selector_top_k)
-        log_probs = mx.take_along_axis(marginal, tokens, -1)
-        tokens, log_probs = (x.reshape(*normed.shape[:2], -1) for x in (tokens, log_probs))
-        anchors = mx.stack([block.anchor for block in blocks if block.anchor is not None])
-        scores = self.module.forward(self.output.embed(tokens), normed, log_probs, anchors)
-        mx.eval(tokens, log_probs, scores)
-        return np.array(tokens, np.int32), np.array(log_probs), np.array(scores)
+    def __init__(self, module: Correlation, model: DrafterModel, target: Target) -> None:
+        super().__init__(module, OutputStage(model, target), target.vocab_size)
 
 
 class RecurrentHead(recurrent_head.RecurrentHead):

@@ -31,7 +31,7 @@ from treeflash.config import DecodeConfig
 from treeflash.decoding import Request, Scheduler, SchedulerConfig
 from treeflash.decoding.interfaces import Prefill, TableOptions, Verify
 from treeflash.decoding.sampling import SampledTokens
-from treeflash.decoding.transitions import TransitionTable, tables_of_rows
+from treeflash.decoding.transitions import RowBatch, TransitionTable
 
 VOCAB_SIZE, DEPTHS = 151_936, 15
 PROMPT, WARM_UP = 1024, 8
@@ -86,7 +86,7 @@ class Stub:
         arguments = self._rows(len(blocks), blocks[0], options)
         self.seconds += time.perf_counter() - started
         if self.batched:
-            return tables_of_rows(*arguments)
+            return RowBatch(*arguments).tables()
         *parts, shape = arguments
         return [TransitionTable.from_rows(*row, shape) for row in zip(*parts, strict=True)]
 

@@ -29,7 +29,7 @@ from treeflash.decoding.interfaces import (
 )
 from treeflash.decoding.probe import ImageSample, check_exact, check_images, check_trees
 from treeflash.decoding.sampling import SampledTokens, sample
-from treeflash.decoding.transitions import TransitionTable, tables_of_rows
+from treeflash.decoding.transitions import TransitionTable
 from treeflash.decoding.tree import DraftTree
 from treeflash.drafters.config import DrafterShape
 from treeflash.errors import UnsupportedModelError
@@ -532,65 +532,3 @@ class OneByOneHead(ABC):
 
     def transitions(self, blocks: Sequence[Block], options: TableOptions) -> list[TransitionTable]:
         return list(map(self.transitions_one, blocks, options.split(len(blocks))))
-
-
-class CandidateHead(ABC):
-    """A head that scores the best tokens of all slots of a block after each other (LiLiCorr).
-
-    A row's scores are distributed over the candidates, and share the probability that the slot's
-    marginal gives to all of them. The scores depend on all slots, so that all are computed even if
-    fewer depths are wanted.
-    """
-
-    vocab_size: int  # the size of the target's vocabulary
-
-    @abstractmethod
-    def candidates(
-        self, blocks: Sequence[Any]
-    ) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.float32]]:
-        """Return the (B, D, k) candidates, best first, and their log probabilities and scores.
-
-        The (B, D, k, k) scores are of candidates after the candidates of the slot before; all rows
-        of the first slot are those after the root.
-        """
-
-    def transitions(self, blocks: Sequence[Any], options: TableOptions) -> list[TransitionTable]:
-        depths = len(blocks[0].hidden)
-        tokens, log_probs, scores = self.candidates(blocks)
-        tokens, log_probs, scores = tokens[:, :depths], log_probs[:, :depths], scores[:, :depths]
-        if options.noise is not None:
-            noise = options.noise.values(tokens.reshape(-1, tokens.shape[2]))
-            scores = scores + noise.reshape(tokens.shape)[:, :, None]
-        rows = _log_softmax(scores[:, :, : options.m] / np.float32(options.temperature))
-        rows = rows + np.log(np.exp(log_probs).sum(-1))[..., None, None]
-        order = np.argsort(-rows, axis=-1, kind="stable")[..., : options.k]
-        children = np.take_along_axis(np.broadcast_to(tokens[:, :, None], rows.shape), order, -1)
-        rows = np.take_along_axis(rows, order, -1)
-        count, _, m, k = rows.shape
-        places = np.arange(m, depths * m, dtype=np.int32)
-        scored = np.append(0, places)  # the root's row, and the rows of the other depths
-        return tables_of_rows(
-            np.tile(places, (count, 1)),
-            tokens[:, :-1, :m].reshape(count, -1),
-            children.reshape(count, depths * m, k)[:, scored],
-            rows.reshape(count, depths * m, k)[:, scored],
-            (depths, m),
-        )
-
-    def log_probs(self, block: Any, previous: NDArray[np.int32]) -> NDArray[np.float32]:
-        """Return the (D, vocab) after (D,) previous tokens; -inf for all but the candidates."""
-        depths = len(block.hidden)
-        (tokens,), (log_probs,), (scores,) = self.candidates([block])
-        tokens, log_probs, scores = tokens[:depths], log_probs[:depths], scores[:depths]
-        rows = _log_softmax(scores) + np.log(np.exp(log_probs).sum(-1))[:, None, None]
-        wide = np.full((depths, self.vocab_size), -np.inf, np.float32)
-        for depth, row in enumerate(rows):
-            places = np.flatnonzero(tokens[depth - 1] == previous[depth]) if depth else [0]
-            if len(places):  # nothing is scored after other tokens
-                wide[depth, tokens[depth]] = row[places[0]]
-        return wide
-
-
-def _log_softmax(scores: NDArray[np.float32]) -> NDArray[np.float32]:
-    shifted = scores - scores.max(-1, keepdims=True)
-    return np.asarray(shifted - np.log(np.exp(shifted).sum(-1, keepdims=True)), np.float32)

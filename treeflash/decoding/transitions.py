@@ -322,9 +322,10 @@ class RowBatch(TableBatch):
         shape: tuple[int, int],
         confidences: NDArray[np.float32] | None = None,
     ) -> None:
-        """Join the rows of B sequences; see `TransitionTable.from_rows` for the arguments of each.
+        """Join the rows of B sequences; `TransitionTable.from_rows` has the arguments of each.
 
-        Raises what `TransitionTable` raises.
+        They are stacked: (B, n), (B, n), (B, 1 + n, K), (B, 1 + n, K) and (B, 1 + n). Raises what
+        `TransitionTable` raises.
         """
         (depths, m), (count, rows, _) = shape, tokens.shape
         super().__init__(tokens, log_probs, confidences, depths)
@@ -423,27 +424,6 @@ class PathBatch(TableBatch):
 
     def row_after(self, row: int, rank: int) -> int:
         return int(self.next_row[row, rank])
-
-
-def tables_of_rows(
-    places: NDArray[np.int32],
-    previous: NDArray[np.int32],
-    tokens: NDArray[np.int32],
-    log_probs: NDArray[np.float32],
-    shape: tuple[int, int],
-    confidences: NDArray[np.float32] | None = None,
-) -> list[TransitionTable]:
-    """Return `TransitionTable.from_rows` of B sequences, whose arguments are stacked.
-
-    Args:
-        places: (B, n) int32.
-        previous: (B, n) int32.
-        tokens: (B, 1 + n, K) int32.
-        log_probs: (B, 1 + n, K) float32.
-        shape: (D, M) of each table.
-        confidences: (B, 1 + n) float32; None if the head states none.
-    """
-    return RowBatch(places, previous, tokens, log_probs, shape, confidences).tables()
 
 
 EXPONENTS = 2.0 ** np.arange(-2, 2.125, 0.125)

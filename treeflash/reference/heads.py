@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from treeflash.decoding.backend_base import CandidateHead, OneByOneHead
+from treeflash.decoding.backend_base import OneByOneHead
+from treeflash.decoding.candidate_head import CandidateHead
 from treeflash.decoding.interfaces import TableOptions
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.drafters.formats import HEADS as FORMATS

@@ -15,8 +15,8 @@ from treeflash.decoding.transitions import (
     EXPONENTS,
     Calibration,
     PathBatch,
+    RowBatch,
     TransitionTable,
-    tables_of_rows,
 )
 from treeflash.decoding.tree import build_tree
 from treeflash.errors import NumericalError
@@ -60,7 +60,7 @@ class Batch:
         return np.where(absent, -np.inf, log_probs).astype(np.float32)
 
     def tables(self):
-        return tables_of_rows(*self.arguments())
+        return RowBatch(*self.arguments()).tables()
 
     def arguments(self):
         return self.places, self.previous, self.tokens, self.log_probs, self.shape, self.confidences
@@ -171,7 +171,7 @@ def test_tables_of_several_kinds_are_drafted_together():
     plain = TransitionTable.from_marginals(
         np.array([[1, 2], [3, 4]], np.int32), np.array([[-0.5, -1], [-1, -2]], np.float32)
     )
-    tables = [tables_of_rows(*x.arguments())[0] for x in (first, second)]
+    tables = [RowBatch(*x.arguments()).tables()[0] for x in (first, second)]
     tables.insert(1, plain)
     calibrations = [Calibration(VOCAB) for _ in tables]
     drafts = draft_trees(tables, calibrations, [1, 2, 3], [5, 6, 7])
@@ -182,7 +182,7 @@ def test_tables_of_several_kinds_are_drafted_together():
 
 def test_a_table_of_a_batch_is_like_any_other():
     batch = Batch(5)
-    table = tables_of_rows(*batch.arguments())[0]
+    table = RowBatch(*batch.arguments()).tables()[0]
     assert table.depths == batch.shape[0]
     expected = batch.plain(0)
     changed = replace(table, log_probs=expected.log_probs - np.float32(1))
@@ -198,13 +198,13 @@ def test_rows_that_are_no_log_probabilities_are_an_error(value, error):
     batch = Batch(5)
     batch.log_probs[-1, -1, 0] = value
     with pytest.raises(error):
-        tables_of_rows(*batch.arguments())
+        RowBatch(*batch.arguments()).tables()
 
 
 def test_log_probabilities_above_0_by_rounding_become_0():
     batch = Batch(5)
     batch.log_probs[0, 0, 0] = 1e-3
-    (table, *_) = tables_of_rows(*batch.arguments())
+    (table, *_) = RowBatch(*batch.arguments()).tables()
     ((corrected, _), *_) = draft_trees([table], [Calibration(VOCAB)], [ROOT], [4])
     assert table.log_probs.max() <= 0
     np.testing.assert_array_equal(
