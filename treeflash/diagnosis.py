@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,12 +34,8 @@ SIGNIFICANT = 3.0
 """Standard errors from which a gain is not noise."""
 
 
-@dataclass(frozen=True)
-class Text:
-    """A prompt and the target's greedy answer to it, as token ids."""
-
-    prompt_ids: Sequence[int]
-    answer_ids: Sequence[int]
+Answered: TypeAlias = tuple[Sequence[int], Sequence[int]]
+"""A prompt and the target's greedy answer to it, as token ids."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,27 +101,29 @@ class Gain:
 
 def answer(
     backend: Backend, prompt_ids: Sequence[int], max_tokens: int, stop_token_ids: frozenset[int]
-) -> Text:
+) -> Answered:
     """Decode an answer without drafting."""
     config = DecodeConfig(method="ar", max_tokens=max_tokens, stop_token_ids=stop_token_ids)
     steps = decode(backend, Request(prompt_ids=prompt_ids, config=config))
-    return Text(prompt_ids, [token for step in steps for token in step.tokens])
+    return prompt_ids, [token for step in steps for token in step.tokens]
 
 
-def measure(backend: Backend, texts: Sequence[Text], head: ARHead | None = None) -> DrafterScores:
+def measure(
+    backend: Backend, texts: Sequence[Answered], head: ARHead | None = None
+) -> DrafterScores:
     """Score the tokens after every fourth token of some texts; a PromptError if they are short."""
     assert backend.drafter is not None
     rows: dict[str, list[NDArray[np.float64]]] = {}
     numbers: list[int] = []
-    for number, text in enumerate(texts):
-        for anchor in draft_anchors(backend, text.prompt_ids, text.answer_ids):
-            marginal = backend.drafter.log_probs(anchor.block)
+    for number, (prompt_ids, answer_ids) in enumerate(texts):
+        for tokens, block, _ in draft_anchors(backend, prompt_ids, answer_ids):
+            marginal = backend.drafter.log_probs(block)
             tables = {"marginal": (marginal, 1), "earlier": (marginal, 0), "later": (marginal, 2)}
             if head is not None:
-                previous = np.resize(np.array(anchor.tokens, np.int32), len(marginal))
-                tables["corrected"] = head.log_probs(anchor.block, previous), 1
+                previous = np.resize(np.array(tokens, np.int32), len(marginal))
+                tables["corrected"] = head.log_probs(block, previous), 1
             for name, (table, first) in tables.items():
-                rows.setdefault(name, []).append(_score(table, anchor.tokens[first:]))
+                rows.setdefault(name, []).append(_score(table, tokens[first:]))
             numbers.append(number)
     if not numbers:
         raise PromptError(
@@ -512,7 +510,7 @@ class _Pair(NamedTuple):
 
     config: DrafterConfig
     vocab_size: int
-    texts: list[Text]
+    texts: list[Answered]
     scores: DrafterScores
     prompted: dict[str, Gain | None]
     device: list[Finding]
@@ -527,7 +525,7 @@ def _measure_pair(
 ) -> _Pair:
     assert backend.drafter_config is not None
 
-    def answers(way: Prompting) -> list[Text]:
+    def answers(way: Prompting) -> list[Answered]:
         prompt_ids = [way.encode(tokenizer, prompt) for prompt in prompts]
         return [answer(backend, ids, max_tokens, tokenizer.stop_token_ids) for ids in prompt_ids]
 

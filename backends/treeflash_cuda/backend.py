@@ -563,7 +563,7 @@ def load_mtp_head(layout: Layout, target: Target) -> MtpModel:
     """Read a head that drafts depth by depth."""
     check_drafter(layout.config)
     tensors = mtp_tensors(layout, read_tensors, torch.stack, torch.from_numpy)
-    return load_weights(MtpModel, tensors.config, tensors.weights, tensors.vocabulary, target)
+    return load_weights(MtpModel, layout.config, *tensors, target)
 
 
 def read_tensors(path: Path, names: Collection[str]) -> dict[str, Tensor]:

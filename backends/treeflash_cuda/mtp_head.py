@@ -25,15 +25,15 @@ from treeflash.decoding.mtp_head import (
     NewRows,
     merge_features,
     new_rows,
+    root_blocks,
     row_positions,
     row_tokens,
 )
 from treeflash.decoding.recurrent_head import tables
 from treeflash.decoding.sampling import Noise
 from treeflash.decoding.transitions import TransitionTable
-from treeflash.drafters.mtp_heads import NO_MARGINALS, MtpConfig, first_visible
+from treeflash.drafters.mtp_heads import MtpConfig, first_visible
 from treeflash.drafters.mtp_layer import MtpLayer
-from treeflash.errors import ConfigError
 from treeflash_cuda.attention import additive_mask, group_mask, grouped_attention
 from treeflash_cuda.cache import Arena, KVCache, PackedRows, Slab, from_host, to_host
 from treeflash_cuda.drafter import MAX_CONTEXT, Block, Drafter, OutputStage
@@ -255,7 +255,7 @@ def most_rows(rows: NewRows) -> int:
     return CHUNK if plain else 1
 
 
-class MtpDrafter:
+class MtpDrafter(mtp_head.MtpDrafter):
     """`treeflash.decoding.interfaces.Drafter` in PyTorch: the rows of committed positions."""
 
     def __init__(self, model: MtpModel, target: Target) -> None:
@@ -269,21 +269,14 @@ class MtpDrafter:
         passes: dict[MtpSlab, list[int]] = {}
         for i, (state, _) in enumerate(roots):
             passes.setdefault(state.drafter.slab, []).append(i)
-        outputs: dict[int, Tensor] = {}
+        outputs: list[Any] = [None] * len(roots)
         for slab, members in passes.items():
             found = self._draft([roots[i] for i in members], slab)
-            outputs |= zip(members, found.split(1), strict=False)
+            for i, output in zip(members, found.split(1), strict=False):
+                outputs[i] = output
         for state, _ in roots:
             state.drafter.length, state.context, state.drafter.merged = state.length, [], []
-        most = self.model.config.depths
-        return [
-            MtpBlock(
-                *(outputs[i], state.drafter, state.length),
-                position=state.length - 1 + state.shift,
-                depths=min(depths or most, most),
-            )
-            for i, (state, _) in enumerate(roots)
-        ]
+        return root_blocks(roots, outputs, depths, self.model.config.depths)
 
     def _draft(self, roots: Sequence[tuple[Any, int]], slab: MtpSlab) -> Tensor:
         """Return the outputs of the roots' rows, (sequences, hidden_size) or more.
@@ -381,12 +374,6 @@ class MtpDrafter:
         k, v = self.model.layer.self_attn.keys_and_values(read[0], rotation)
         slab.write_layer(columns, k, v)
         return read
-
-    def marginals(self, blocks: Sequence[MtpBlock], options: TableOptions) -> list[TransitionTable]:
-        raise ConfigError(NO_MARGINALS)
-
-    def log_probs(self, block: MtpBlock) -> NDArray[np.float32]:
-        raise ConfigError(NO_MARGINALS)
 
 
 class ParallelDrafter(Drafter):

@@ -9,6 +9,7 @@ and drafts do not see each other.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -23,6 +24,7 @@ from treeflash.decoding.mtp_head import (
     MtpBlock,
     MtpRows,
     note_states,
+    root_blocks,
 )
 from treeflash.drafters.mtp_heads import Assistant, MtpConfig
 from treeflash.errors import UnsupportedModelError
@@ -177,15 +179,10 @@ class AssistantDrafter(MtpDrafter):
         caches = [state.kv_cache for state, _ in roots]
         tokens = mx.array([root for _, root in roots], mx.int32)
         outputs = self.model(self.output.embed(tokens), mx.concatenate(states), caches)
-        most = self.model.config.depths
-        return [
-            MtpBlock(
-                *(outputs[i : i + 1], cache, cache.length),
-                position=cache.length - 1,
-                depths=min(depths or most, most),
-            )
-            for i, cache in enumerate(caches)
-        ]
+        blocks = root_blocks(
+            roots, list(mx.split(outputs, len(roots))), depths, self.model.config.depths
+        )
+        return [replace(x, cache=cache) for x, cache in zip(blocks, caches, strict=True)]
 
 
 class AssistantHead(MtpHead):

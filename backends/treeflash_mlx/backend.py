@@ -379,17 +379,17 @@ def load_mtp_head(layout: Layout, target: Target, bits: int | None) -> MtpModel 
         tensors = read_file(path)  # lazily
         return {name: tensors[name] for name in names}
 
-    tensors = mtp_tensors(layout, read, mx.stack, mx.array)
-    config = tensors.config
-    own = OwnVocabulary(tensors.vocabulary, target)
+    tensors, vocabulary = mtp_tensors(layout, read, mx.stack, mx.array)
+    config: MtpConfig = layout.config
+    own = OwnVocabulary(vocabulary, target)
     if config.assistant is not None:
         assistant = AssistantModel(config, config.assistant, own, target)
-        _fill(assistant, tensors.weights, target.dtype, bits)
+        _fill(assistant, tensors, target.dtype, bits)
         return assistant
     model = MtpModel(config, own)
     weights = {
         f"{name}.weight" if name.startswith("layer.mlp.experts.") else name: weight
-        for name, weight in tensors.weights.items()
+        for name, weight in tensors.items()
     }
     _fill(model, weights, target.dtype, bits, quantised_layers(layout, bits or 0))
     for name, module in model.named_modules():

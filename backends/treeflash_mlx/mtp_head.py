@@ -17,19 +17,18 @@ from mlx import nn
 from numpy.typing import NDArray
 
 from treeflash.decoding import mtp_head
-from treeflash.decoding.interfaces import StateArrays, TableOptions
+from treeflash.decoding.interfaces import StateArrays
 from treeflash.decoding.mtp_head import (
     MtpBlock,
     NewRows,
     merge_features,
     new_rows,
+    root_blocks,
     row_positions,
     row_tokens,
 )
-from treeflash.decoding.transitions import TransitionTable
-from treeflash.drafters.mtp_heads import NO_MARGINALS, MtpConfig, first_visible
+from treeflash.drafters.mtp_heads import MtpConfig, first_visible
 from treeflash.drafters.mtp_layer import MtpLayer
-from treeflash.errors import ConfigError
 from treeflash_mlx.cache import KVCache, share_storage, to_host
 from treeflash_mlx.drafter import Block, Drafter, OutputStage
 from treeflash_mlx.drafter_model import OwnVocabulary
@@ -136,7 +135,7 @@ class MtpCache(KVCache):
         return super().read()[..., : max(self.length - 1, 0), :]
 
 
-class MtpDrafter:
+class MtpDrafter(mtp_head.MtpDrafter):
     """`treeflash.decoding.interfaces.Drafter` in MLX: the rows of committed positions."""
 
     def __init__(self, model: MtpModel, target: Target) -> None:
@@ -159,15 +158,9 @@ class MtpDrafter:
             cache.merged = []
         attended = self.model.attend(q, caches, [x.length for x in caches], 0, None)
         outputs = self.model.finish(attended, gate, residual[last])
-        most = self.model.config.depths
-        return [
-            MtpBlock(
-                *(outputs[i : i + 1], state.drafter, state.length),
-                position=state.length - 1 + state.shift,
-                depths=min(depths or most, most),
-            )
-            for i, (state, _) in enumerate(roots)
-        ]
+        return root_blocks(
+            roots, list(mx.split(outputs, len(roots))), depths, self.model.config.depths
+        )
 
     def _write(self, rows: Sequence[NewRows]) -> tuple[tuple[mx.array, mx.array], mx.array]:
         """Write keys and values of rows; returns what `MtpModel.read` does, and the positions."""
@@ -178,12 +171,6 @@ class MtpDrafter:
         k, v = self.model.layer.self_attn.keys_and_values(read[0], positions)
         self.model.write([(x.drafter, first, len(tokens)) for x, first, tokens in rows], k, v)
         return read, positions
-
-    def marginals(self, blocks: Sequence[MtpBlock], options: TableOptions) -> list[TransitionTable]:
-        raise ConfigError(NO_MARGINALS)
-
-    def log_probs(self, block: MtpBlock) -> NDArray[np.float32]:
-        raise ConfigError(NO_MARGINALS)
 
 
 class ParallelDrafter(Drafter):

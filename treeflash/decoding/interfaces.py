@@ -365,6 +365,18 @@ def device_report(backend: Backend) -> DeviceReport:
     return report
 
 
+def states_nbytes(backend: Backend, states: Sequence[tuple[int, bool]]) -> int:
+    """Return the bytes that states may hold which run together.
+
+    Each has the arguments of `Backend.state_nbytes`. A backend without a method `states_nbytes`
+    needs no more for all of them than for each alone.
+    """
+    together = getattr(backend, "states_nbytes", None)
+    if together is not None:
+        return int(together(states))
+    return sum(backend.state_nbytes(capacity, drafts=drafts) for capacity, drafts in states)
+
+
 def warm_up(backend: Backend, max_parallel: int) -> int:
     """Let a backend prepare passes of up to `max_parallel` sequences; return how many it prepared.
 

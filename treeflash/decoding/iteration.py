@@ -196,15 +196,6 @@ def propose(
     return [tables[i] for i in range(len(blocks))]
 
 
-@dataclass(frozen=True)
-class TreeSize:
-    """How much of a draft a tree can use."""
-
-    expected: int  # nodes of the tree that is verified
-    built: int  # nodes of the tree that is built, and perhaps pruned
-    depths: int | None  # depths that the tree is likely to reach; None for all
-
-
 @dataclass(frozen=True, eq=False)
 class Iteration:
     """The calls of one iteration, over all running sequences.
@@ -288,7 +279,11 @@ class Iteration:
             else:
                 sequence.resume(Drafted(None, len(proposal), proposal), "tree")
 
-        def size_of(config: DecodeConfig) -> TreeSize:
+        def size_of(config: DecodeConfig) -> tuple[int, int, int | None]:
+            """Return the nodes of the tree that is verified, and of the one that is built before.
+
+            The third number is of the depths that the tree is likely to reach; None for all.
+            """
             if config.is_adaptive:
                 budget, count = self.budget(config.method), adaptive[config.method]
                 sizes = budget.expected_nodes(count), budget.nodes_to_build(count)
@@ -296,34 +291,30 @@ class Iteration:
                 if drafter is not None and not drafter.has_marginals:
                     lengths = [x.state.length for x in drafting if x.config.method == config.method]
                     most = min(config.draft_depths or drafter.depths, drafter.depths)
-                    return TreeSize(*sizes, budget.passes_to_draft(most, lengths))
-                return TreeSize(*sizes, budget.depths_to_draft(count))
+                    return *sizes, budget.passes_to_draft(most, lengths)
+                return *sizes, budget.depths_to_draft(count)
             # The deepest node of n nodes ends a chain, at depth n - 1; the calibration also learns
             # from the depth after it.
             nodes = int(config.budget)
-            return TreeSize(nodes, nodes, nodes)
+            return nodes, nodes, nodes
 
         def draft(sequences: list[RunningSequence]) -> list[Drafted]:
             assert self.backend.drafter is not None
             assert self.backend.drafter_config is not None
             roots = [(sequence.state, sequence.expect(Draft).root) for sequence in sequences]
             configs = [sequence.config for sequence in sequences]
-            sizes = [size_of(config) for config in configs]
+            expected, built, reached = zip(*map(size_of, configs), strict=True)
             all_depths = self.backend.drafter_config.depths
             depths = max(
-                min(size.depths or all_depths, config.draft_depths or all_depths, all_depths)
-                for size, config in zip(sizes, configs, strict=True)
+                min(depths or all_depths, config.draft_depths or all_depths, all_depths)
+                for depths, config in zip(reached, configs, strict=True)
             )
             blocks = self.backend.drafter.draft(roots, depths)
             after_root = np.arange(1, depths + 1, dtype=np.int32)
             positions = [sequence.state.length + after_root for sequence in sequences]
-            nodes = [size.expected for size in sizes]
-            tables = propose(self.backend, blocks, configs, nodes, positions)
+            tables = propose(self.backend, blocks, configs, expected, positions)
             copies = [proposals.get(sequence) for sequence in sequences]
-            return [
-                Drafted(table, size.built, proposal)
-                for table, size, proposal in zip(tables, sizes, copies, strict=True)
-            ]
+            return list(map(Drafted, tables, built, copies))
 
         drafts = list(self._batch(drafting, "draft", draft))
         started = time.perf_counter()

@@ -19,7 +19,8 @@ from treeflash.decoding.interfaces import TableOptions
 from treeflash.decoding.recurrent_head import best_children, tables
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.drafters.heads.operations import Array, Operations
-from treeflash.drafters.mtp_heads import MAX_PATHS, hidden_depths
+from treeflash.drafters.mtp_heads import MAX_PATHS, NO_MARGINALS, hidden_depths
+from treeflash.errors import ConfigError
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +80,33 @@ class CacheColumns:
         visible = (seen == self.ops.arange(rows.drafted, q)).any(2)
         caches, lengths = [x.cache for x in self.blocks], [x.length for x in self.blocks]
         return self.model.attend(q, caches, lengths, depth, visible)
+
+
+class MtpDrafter:
+    """The part of a drafter of such heads that all backends share; it has no marginals."""
+
+    def marginals(self, blocks: Sequence[MtpBlock], options: TableOptions) -> list[TransitionTable]:
+        raise ConfigError(NO_MARGINALS)
+
+    def log_probs(self, block: MtpBlock) -> NDArray[np.float32]:
+        raise ConfigError(NO_MARGINALS)
+
+
+def root_blocks(
+    roots: Sequence[tuple[Any, int]], outputs: Sequence[Array], depths: int | None, most: int
+) -> list[MtpBlock]:
+    """Return the blocks of sequences from the (1, hidden_size) outputs of their roots' rows.
+
+    At most `depths` are wanted, of the `most` that the head drafts.
+    """
+    return [
+        MtpBlock(
+            *(output, state.drafter, state.length),
+            position=state.length - 1 + state.shift,
+            depths=min(depths or most, most),
+        )
+        for output, (state, _) in zip(outputs, roots, strict=True)
+    ]
 
 
 NewRows: TypeAlias = tuple[Any, int, list[int]]

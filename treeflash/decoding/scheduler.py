@@ -15,7 +15,7 @@ from functools import partial
 from treeflash.config import Method
 from treeflash.decoding.adaptive_budget import AdaptiveBudget, AdaptiveBudgets
 from treeflash.decoding.disk_cache import CacheKey, Restoration
-from treeflash.decoding.interfaces import Backend, SequenceState
+from treeflash.decoding.interfaces import Backend, SequenceState, states_nbytes
 from treeflash.decoding.iteration import Iteration, RunningSequence, concerns_few
 from treeflash.decoding.loop import SCORED_TOKENS, Step, decode_loop
 from treeflash.decoding.prefix_cache import PrefixCache
@@ -357,18 +357,12 @@ class Scheduler:
             request = self._waiting[0].request  # whose state is being restored
         # A state may grow up to its capacity.
         requests = [sequence.request for sequence in self._running]
-        reserved = self._states_bytes(requests if request is None else [*requests, request])
-        free = self.config.max_bytes - reserved - copied
+        requests += [] if request is None else [request]
+        states = [(self._capacity(x), x.config.drafts) for x in requests]
+        free = self.config.max_bytes - states_nbytes(self.backend, states) - copied
         if free >= 0 and self.prefix_cache is not None:
             self.prefix_cache.shrink(free)
         return free >= 0
-
-    def _states_bytes(self, requests: Sequence[Request]) -> int:
-        """Return the bytes that the states of sequences that run together may take."""
-        if (states_nbytes := getattr(self.backend, "states_nbytes", None)) is None:
-            return sum(map(self.state_bytes, requests))
-        nbytes: int = states_nbytes([(self._capacity(x), x.config.drafts) for x in requests])
-        return nbytes
 
     def _end(self, sequence: RunningSequence, *, keep: bool = False) -> None:
         """Remove a sequence; with `keep` the caches may take its state and its answer."""

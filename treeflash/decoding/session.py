@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,27 +79,17 @@ class SequenceSession:
         self.close()
 
 
-@dataclass(frozen=True, eq=False)
-class Anchor:
-    """A block that was drafted after a token of a known text."""
-
-    tokens: Sequence[int]  # the text from the root of the block on
-    block: Block
-    # (n, vocab) the target's logits after the first n tokens, n at most the depths of the block;
-    # None if not requested
-    logits: NDArray[np.float32] | None
-
-
 STRIDE = 4
 """Tokens from one anchor to the next: neighbouring blocks are nearly the same."""
 
 
 def draft_anchors(
     backend: Backend, prompt_ids: Sequence[int], text_ids: Sequence[int], *, logits: bool = False
-) -> Iterator[Anchor]:
+) -> Iterator[tuple[Sequence[int], Block, NDArray[np.float32] | None]]:
     """Draft after every fourth token of a known text, except the last token.
 
-    `logits` asks for the target's over the tokens that each block predicts.
+    Yields the text from the root of a block on, the block and, if `logits` are asked for, the
+    (n, vocab) of the target after the first n of these tokens, n at most the depths of the block.
     """
     assert backend.drafter_config is not None
     depths = backend.drafter_config.depths
@@ -112,7 +101,7 @@ def draft_anchors(
             tokens = text_ids[start:]
             known = np.array(tokens[:-1][:depths], np.int32)
             rows = session.logits(DraftTree.chain(known)) if logits else None
-            yield Anchor(tokens, session.draft(tokens[0]), rows)
+            yield tokens, session.draft(tokens[0]), rows
             if logits:
                 session.commit(np.arange(min(stride, len(known)), dtype=np.int32))
             elif start + stride < len(text_ids) - 1:

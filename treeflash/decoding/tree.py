@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -184,8 +185,8 @@ def grow_tree(table: FlatTable, root: int, budget: int) -> DraftTree:
     levels = _levels(table, room) if room else []
     if not levels:
         return DraftTree.root_only(root)
-    log_probs = np.concatenate([level.log_probs for level in levels])
-    order = _best_first(log_probs, levels)[:room]
+    log_probs, above, rows, ranks = (np.concatenate(parts) for parts in zip(*levels, strict=True))
+    order = _best_first(log_probs, above, ranks)[:room]
     # Node numbers of the tree, by number among all kept candidates; -1 stands for the root.
     number = np.zeros(len(log_probs) + 1, np.int32)
     number[order] = np.arange(1, len(order) + 1)
@@ -193,10 +194,10 @@ def grow_tree(table: FlatTable, root: int, budget: int) -> DraftTree:
     tokens, parents, depths = (np.empty(size, np.int32) for _ in range(3))
     path_log_probs = np.empty(size)
     tokens[0], parents[0], depths[0], path_log_probs[0] = root, -1, 0, 0.0
-    rows = np.concatenate([level.rows for level in levels])[order]
-    tokens[1:] = table.tokens[rows, np.concatenate([level.ranks for level in levels])[order]]
-    parents[1:] = number[np.concatenate([level.parents for level in levels])[order]]
-    depths[1:] = np.arange(1, len(levels) + 1).repeat([len(x.rows) for x in levels])[order]
+    rows = rows[order]
+    tokens[1:] = table.tokens[rows, ranks[order]]
+    parents[1:] = number[above[order]]
+    depths[1:] = np.arange(1, len(levels) + 1).repeat([len(level[0]) for level in levels])[order]
     path_log_probs[1:] = log_probs[order]
     confidences = None
     if table.confidences is not None:
@@ -205,22 +206,16 @@ def grow_tree(table: FlatTable, root: int, budget: int) -> DraftTree:
     return DraftTree(tokens, parents, depths, path_log_probs, confidences)
 
 
-@dataclass(frozen=True, eq=False)
-class _Level:
-    """Candidates of one depth, in lexicographic order of their rank paths; (c,) each.
-
-    Parents are numbers among the candidates of all levels so far; -1 is the root. Rows are rows of
-    the table, whose children the candidates are.
-    """
-
-    log_probs: NDArray[np.float64]
-    parents: NDArray[np.int64]
-    rows: NDArray[np.integer]
-    ranks: NDArray[np.int64]
+_Level: TypeAlias = tuple[
+    NDArray[np.float64], NDArray[np.int64], NDArray[np.integer], NDArray[np.int64]
+]
+"""The (c,) log probabilities, parents, rows and ranks of the candidates of one depth, in
+lexicographic order of their rank paths. Parents are numbers among the candidates of all levels so
+far; -1 is the root. Rows are rows of the table, whose children the candidates are."""
 
 
 def _levels(table: FlatTable, room: int) -> list[_Level]:
-    """Yield candidates depth by depth, all of the `room` best paths among them."""
+    """Return candidates depth by depth, all of the `room` best paths among them."""
     levels: list[_Level] = []
     width = table.tokens.shape[1]
     best = np.empty(0)  # the log probabilities of the best paths so far, `room` at most
@@ -244,7 +239,7 @@ def _levels(table: FlatTable, room: int) -> list[_Level]:
             kept, paths = kept[inside], paths[inside]
         node, rank = np.divmod(kept, width)
         row = rows[node]
-        levels.append(_Level(paths, parents[node], row, rank))
+        levels.append((paths, parents[node], row, rank))
         following = table.following(row, rank)
         inner = (following >= 0).nonzero()[0]
         rows, log_probs, parents = following[inner], paths[inner], first + inner
@@ -252,15 +247,15 @@ def _levels(table: FlatTable, room: int) -> list[_Level]:
     return levels
 
 
-def _best_first(log_probs: NDArray[np.float64], levels: list[_Level]) -> NDArray[np.int64]:
+def _best_first(
+    log_probs: NDArray[np.float64], parents: NDArray[np.int64], ranks: NDArray[np.int64]
+) -> NDArray[np.int64]:
     """Sort candidates, the most probable first; ties by rank path."""
     order = np.argsort(-log_probs, kind="stable")
     ranked = log_probs[order]
     if not (ranked[1:] == ranked[:-1]).any():
         return order
     # Rare: rank paths are made only where probabilities are equal.
-    parents = np.concatenate([level.parents for level in levels])
-    ranks = np.concatenate([level.ranks for level in levels])
     paths: dict[int, tuple[int, ...]] = {-1: ()}
 
     def path(node: int) -> tuple[int, ...]:

@@ -39,15 +39,6 @@ class DrafterTensors(Generic[Tensor]):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MtpTensors(Generic[Tensor]):
-    """The tensors of a head that drafts depth by depth, by canonical name, and its vocabulary."""
-
-    config: MtpConfig
-    weights: dict[str, Tensor]
-    vocabulary: dict[str, Tensor]
-
-
-@dataclass(frozen=True, kw_only=True)
 class Layout:
     """A drafter's configuration and tensors, which fit its target; no tensor is read yet."""
 
@@ -199,9 +190,10 @@ def mtp_tensors(
     read: Callable[[Path, Collection[str]], Mapping[str, Tensor]],
     stack: Callable[[list[Tensor]], Tensor],
     convert: Callable[[NDArray[np.float32]], Tensor],
-) -> MtpTensors[Tensor]:
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Read the tensors of a head that drafts depth by depth; its folder may hold a whole target.
 
+    Returns the weights and, apart from them, the tensors of `VOCABULARY`, by canonical name.
     `read` reads tensors with given names from a safetensors file, `stack` stacks tensors of one
     shape along a new first axis, and `convert` makes a tensor of the numbers that a weight stands
     for that MLX has quantised. Raises a CheckpointError if a file is damaged.
@@ -217,8 +209,7 @@ def mtp_tensors(
         for name, numbers in read_quantised(path, quantised).items():
             tensors[layout.names[name]] = convert(numbers)
     vocabulary = {name: tensors.pop(name) for name in VOCABULARY if name in tensors}
-    weights = stack_experts(tensors, layout.config, stack)
-    return MtpTensors(config=layout.config, weights=weights, vocabulary=vocabulary)
+    return stack_experts(tensors, layout.config, stack), vocabulary
 
 
 def _first_rows(tensor: Any, rows: int) -> Any:

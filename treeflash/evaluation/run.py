@@ -74,17 +74,17 @@ def measure_depth_metrics(
     assert backend.drafter is not None
     depths = backend.drafter_config.depths
     metrics = DepthMetrics(np.zeros(depths, np.int64))
-    for anchor in draft_anchors(backend, prompt_ids, text_ids, logits=True):
-        assert anchor.logits is not None
-        n = len(anchor.logits)  # the text may end within the block
-        target = softmax(anchor.logits, temperature)
+    for tokens, block, logits in draft_anchors(backend, prompt_ids, text_ids, logits=True):
+        assert logits is not None
+        n = len(logits)  # the text may end within the block
+        target = softmax(logits, temperature)
         drafted = {}
         if backend.drafter_config.has_marginals:
-            drafted["marginal"] = backend.drafter.log_probs(anchor.block)
+            drafted["marginal"] = backend.drafter.log_probs(block)
         if backend.head is not None:
-            previous = np.pad(np.array(anchor.tokens[:n], np.int32), (0, depths - n), mode="edge")
-            drafted["corrected"] = backend.head.log_probs(anchor.block, previous)
-        following = np.array(anchor.tokens[1 : n + 1], np.int32)
+            previous = np.pad(np.array(tokens[:n], np.int32), (0, depths - n), mode="edge")
+            drafted["corrected"] = backend.head.log_probs(block, previous)
+        following = np.array(tokens[1 : n + 1], np.int32)
         metrics.anchors[:n] += 1
         for source in SOURCES:
             if source in drafted:

@@ -102,9 +102,9 @@ def load_drafter(folder: Path, target: Target) -> DrafterModel:
     )
     check_drafter(layout.config)
     if layout.format.kind == "rows":
-        rows = mtp_tensors(layout, read_file, np.stack, np.asarray)
-        weights = _add_offset(rows.weights, rows.config.norm_offset)
-        return MtpModel(rows.config, weights, {}, rows.vocabulary, target)
+        weights, vocabulary = mtp_tensors(layout, read_file, np.stack, np.asarray)
+        weights = _add_offset(weights, layout.config.norm_offset)
+        return MtpModel(layout.config, weights, {}, vocabulary, target)
     tensors = block_tensors(layout, read_file)
     weights = _add_offset(tensors.backbone, tensors.config.norm_offset)
     return DrafterModel(tensors.config, weights, tensors.head, tensors.vocabulary, target)

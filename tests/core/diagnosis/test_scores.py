@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from made_up_pairs import COMMON, DEPTHS, VOCAB, Head, MadeUp, token_at
 
-from treeflash.diagnosis import Gain, Text, depth_means, measure
+from treeflash.diagnosis import Gain, depth_means, measure
 from treeflash.errors import NumericalError, PromptError
 
 
@@ -18,7 +18,7 @@ def test_measure(folder):
     answer = [token_at(position) for position in range(2, 12)]
     answer[4] = COMMON  # at depth 4 of the first block, the root of the second
     pair.draft = lambda roots, depths=None: [text.length for text, _ in roots]
-    found = measure(pair, [Text([5], answer[:1]), Text([5, 6], answer)], pair.head)
+    found = measure(pair, [([5], answer[:1]), ([5, 6], answer)], pair.head)
     np.testing.assert_array_equal(
         found.marginal.hits,
         [[1, 1, 1, 0, 1], [1, 1, 1, 1, 1], [1, np.nan, np.nan, np.nan, np.nan]],
@@ -38,14 +38,14 @@ def test_measure(folder):
 
 def test_answers_too_short(folder):
     with pytest.raises(PromptError, match="too short to score"):
-        measure(MadeUp(folder), [Text([5], [7])])
+        measure(MadeUp(folder), [([5], [7])])
 
 
 def test_a_drafter_that_is_not_a_number(folder):
     pair = MadeUp(folder)
     pair.log_probs = lambda block: np.full((DEPTHS, VOCAB), np.nan, np.float32)
     with pytest.raises(NumericalError, match="not a number"):
-        measure(pair, [Text([5], [token_at(1), token_at(2)])])
+        measure(pair, [([5], [token_at(1), token_at(2)])])
 
 
 def test_gain():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -670,7 +671,9 @@ def write_eagle(folder: Path, **changes: Any) -> dict[str, Any]:
 
 def load(folder: Path, **changes: int) -> Any:
     target = {"hidden_size": 8, "vocab_size": 10, "num_hidden_layers": 12, **changes}
-    return mtp_tensors(read_layout(folder, **target), read_file, np.stack, np.asarray)
+    layout = read_layout(folder, **target)
+    weights, vocabulary = mtp_tensors(layout, read_file, np.stack, np.asarray)
+    return SimpleNamespace(config=layout.config, weights=weights, vocabulary=vocabulary)
 
 
 def test_a_head_fits_its_target(tmp_path: Path) -> None:
