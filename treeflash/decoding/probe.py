@@ -131,8 +131,7 @@ def _changing_operation(backend: Backend, prefix: list[int], tree: DraftTree) ->
         prompt.extend(prefix + tree.tokens[path].tolist())
         if not np.array_equal(prompt.logits(tree), branched.logits(tree)):
             return "a prompt in the place of sampled tokens"
-        forked = SequenceSession.__new__(SequenceSession)
-        forked.backend, forked.state = backend, branched.state.fork(len(prefix), capacity)
+        forked = branched.fork(len(prefix), capacity)
         sessions.append(forked)
         if not np.array_equal(forked.logits(tree), on_tree):
             return "a fork"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from copy import copy
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,10 +71,16 @@ class SequenceSession:
         (block,) = self.backend.drafter.draft([(self.state, root)], depths)
         return block
 
+    def fork(self, length: int, capacity: int) -> Self:
+        """Return a sequence with the first positions of this one; see `SequenceState.fork`."""
+        new = copy(self)
+        new.state = self.state.fork(length, capacity)
+        return new
+
     def close(self) -> None:
         self.state.close()
 
-    def __enter__(self) -> SequenceSession:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

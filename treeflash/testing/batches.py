@@ -73,7 +73,7 @@ class BatchTests:
                 case 0:
                     sequence.truncate()
                 case 1:
-                    sequences.append(sequence.fork())
+                    sequences.append(sequence.branch())
                 case 2 if len(sequences) > 2:
                     sequences.remove(sequence)
                     sequence.close()
@@ -150,11 +150,10 @@ class TrackedSequence(SequenceSession):
         inspectable(self.state).truncate(length)
         del self.tokens[length:]
 
-    def fork(self) -> TrackedSequence:
+    def branch(self) -> TrackedSequence:
         length = self.restorable()
-        new = TrackedSequence.__new__(TrackedSequence)
-        new.backend, new.rng, new.tokens = self.backend, self.rng, self.tokens[:length]
-        new.state = self.state.fork(length, 400)
+        new = self.fork(length, 400)
+        new.tokens = self.tokens[:length]
         return new
 
     def restorable(self) -> int:

@@ -82,9 +82,7 @@ class CheckpointTests:
         backends = dflash.tested, treeflash.reference
         assert_equal_tables(*(marginals(backend, prompt, OPTIONS) for backend in backends))
         with pytest.raises(ConfigError, match="no AR head"):
-            decode(
-                dflash.tested, Request(prompt_ids=prompt, config=DecodeConfig(method="treeflash"))
-            )
+            generate(dflash.tested, prompt, DecodeConfig(method="treeflash"))
 
     @pytest.mark.parametrize("format", ["dflash", "treeflash"])
     def test_sharded_folder(self, pair: PairMaker, format: str) -> None:
@@ -313,13 +311,8 @@ class DrafterTests:
         prompt = random_tokens(np.random.default_rng(5), models.tested.vocab_size, 6)
         budgets = AdaptiveBudgets(VerifyCosts({size: 1 + 0.01 * size for size in SIZES}))
         method: Method = "ddtree" if models.tested.head is None else "treeflash"
-        steps = list(
-            decode(
-                models.tested,
-                Request(prompt_ids=prompt, config=DecodeConfig(method=method, **AUTO)),
-                budgets,
-            )
-        )
+        request = Request(prompt_ids=prompt, config=DecodeConfig(method=method, **AUTO))
+        steps = list(decode(models.tested, request, budgets))
         plain = generate(models.tested, prompt, DecodeConfig(method="ar", **AUTO))
         assert tokens_of(steps) == plain
         config = models.tested.drafter_config
@@ -468,5 +461,4 @@ def edit_tensors(folder: Path, edit: Callable[[Tensors], object]) -> None:
 
 def decode_something(load: Loader, target: Path, drafter: Path, method: Method = "ar") -> None:
     backend = load(target, drafter, LOAD)
-    config = DecodeConfig(method=method, max_tokens=4)
-    list(decode(backend, Request(prompt_ids=[1, 2, 3], config=config)))
+    generate(backend, [1, 2, 3], DecodeConfig(method=method, max_tokens=4))

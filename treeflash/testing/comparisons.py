@@ -165,8 +165,12 @@ def tokens_of(steps: Iterable[Step]) -> list[int]:
     return [token for step in steps for token in step.tokens]
 
 
+def steps_of(backend: Backend, prompt: Sequence[int], config: DecodeConfig) -> list[Step]:
+    return list(decode(backend, Request(prompt_ids=prompt, config=config)))
+
+
 def generate(backend: Backend, prompt: Sequence[int], config: DecodeConfig) -> list[int]:
-    return tokens_of(decode(backend, Request(prompt_ids=prompt, config=config)))
+    return tokens_of(steps_of(backend, prompt, config))
 
 
 def prompt_of(backend: Backend, seed: int = 0) -> list[int]:
@@ -196,7 +200,7 @@ def settled_generation(reference: Backend, config: DecodeConfig) -> tuple[list[i
     rng = np.random.default_rng(0)
     for _ in range(ATTEMPTS):
         prompt = random_tokens(rng, reference.vocab_size, int(rng.integers(1, 12)))
-        steps = list(decode(reference, Request(prompt_ids=prompt, config=config)))
+        steps = steps_of(reference, prompt, config)
         if _is_settled(reference, prompt, config, steps):
             return prompt, steps
     raise AssertionError(f"none of {ATTEMPTS} prompts is settled; choose other weights")

@@ -28,6 +28,7 @@ from treeflash.testing.comparisons import (
     prompt_of,
     prompted,
     settled_generation,
+    steps_of,
     tokens_of,
 )
 from treeflash.testing.pairs import (
@@ -78,9 +79,7 @@ class GenerationTests:
     def test_plain_decoding_matches_reference(self, models: Pair, sampling: SamplingConfig) -> None:
         config = DecodeConfig(method="ar", sampling=sampling, max_tokens=40)
         prompt, expected = settled_generation(models.reference, config)
-        assert_equal_steps(
-            list(decode(models.tested, Request(prompt_ids=prompt, config=config))), expected
-        )
+        assert_equal_steps(steps_of(models.tested, prompt, config), expected)
 
     def test_sliding_drafter_matches_reference(self, pair: PairMaker) -> None:
         models = pair(drafter={"sliding_window": 4})
@@ -127,14 +126,9 @@ class GenerationTests:
     def test_several_drafts_are_accepted_at_once(self, models: Pair, method: Method) -> None:
         """The other tests would mean little if the drafts were always wrong."""
         config = DecodeConfig(method=method, budget=64, max_tokens=24)
-        paths = [
-            len(step.path)
-            for seed in range(8)
-            for step in decode(
-                models.tested, Request(prompt_ids=prompt_of(models.reference, seed), config=config)
-            )
-            if step.path is not None
-        ]
+        prompts = [prompt_of(models.reference, seed) for seed in range(8)]
+        steps = [step for prompt in prompts for step in steps_of(models.tested, prompt, config)]
+        paths = [len(step.path) for step in steps if step.path is not None]
         assert max(paths) >= (3 if method in TREES else 2)
         assert sum(length >= 2 for length in paths) >= 8
 
@@ -156,7 +150,7 @@ class GenerationTests:
             log_probs=2,
         )
         prompt = prompt_of(models.reference, 5)
-        steps = list(decode(models.tested, Request(prompt_ids=prompt, config=config)))
+        steps = steps_of(models.tested, prompt, config)
         tokens = tokens_of(steps)
         with SequenceSession(models.reference) as session:
             session.extend(prompt[:-1])
@@ -211,7 +205,7 @@ class GenerationTests:
 def check_generation(pair: Pair, config: DecodeConfig) -> None:
     """Compare with the reference step by step, and with the backend's own plain decoding."""
     prompt, expected = settled_generation(pair.reference, config)
-    steps = list(decode(pair.tested, Request(prompt_ids=prompt, config=config)))
+    steps = steps_of(pair.tested, prompt, config)
     assert_equal_steps(steps, expected)
     assert tokens_of(steps) == pair.plain(prompt, config)
 
@@ -223,7 +217,7 @@ class StopTests:
     def test_end_token_inside_an_accepted_path(self, backend: Backend) -> None:
         prompt, sequence, inside = sequence_with_new_token_inside_path(backend)
         config = replace(CONFIG, stop_token_ids=frozenset({sequence[inside]}))
-        steps = list(decode(backend, Request(prompt_ids=prompt, config=config)))
+        steps = steps_of(backend, prompt, config)
         assert tokens_of(steps) == sequence[: inside + 1]
         assert steps[-1].finish_reason == "stop"
         assert steps[-1].path is not None
@@ -233,12 +227,7 @@ class StopTests:
         prompt, sequence, inside = sequence_with_new_token_inside_path(backend)
         unused = set(range(backend.vocab_size)) - set(sequence)
         stops = {sequence[inside], sequence[inside + 1]} | unused
-        steps = list(
-            decode(
-                backend,
-                Request(prompt_ids=prompt, config=replace(CONFIG, stop_token_ids=frozenset(stops))),
-            )
-        )
+        steps = steps_of(backend, prompt, replace(CONFIG, stop_token_ids=frozenset(stops)))
         first = min(sequence.index(stop) for stop in stops & set(sequence))
         assert tokens_of(steps) == sequence[: first + 1]
         assert steps[-1].finish_reason == "stop"
@@ -246,21 +235,15 @@ class StopTests:
     def test_end_token_right_after_the_prompt(self, backend: Backend) -> None:
         prompt = prompt_of(backend, 0)
         first = generate(backend, prompt, CONFIG)[0]
-        (step,) = decode(
-            backend,
-            Request(prompt_ids=prompt, config=replace(CONFIG, stop_token_ids=frozenset({first}))),
-        )
+        config = replace(CONFIG, stop_token_ids=frozenset({first}))
+        (step,) = steps_of(backend, prompt, config)
         assert step.tokens == (first,)
         assert step.finish_reason == "stop"
 
     def test_max_tokens_reached_inside_a_path(self, backend: Backend) -> None:
         """The tree is then no deeper than the tokens that can be emitted."""
         prompt, sequence, inside = sequence_with_new_token_inside_path(backend)
-        steps = list(
-            decode(
-                backend, Request(prompt_ids=prompt, config=replace(CONFIG, max_tokens=inside + 1))
-            )
-        )
+        steps = steps_of(backend, prompt, replace(CONFIG, max_tokens=inside + 1))
         assert tokens_of(steps) == sequence[: inside + 1]
         assert steps[-1].finish_reason == "length"
         assert steps[-1].path is not None
@@ -268,7 +251,7 @@ class StopTests:
 
     def test_one_new_token(self, backend: Backend) -> None:
         prompt = prompt_of(backend, 0)
-        (step,) = decode(backend, Request(prompt_ids=prompt, config=replace(CONFIG, max_tokens=1)))
+        (step,) = steps_of(backend, prompt, replace(CONFIG, max_tokens=1))
         assert list(step.tokens) == generate(backend, prompt, CONFIG)[:1]
         assert step.finish_reason == "length"
 
@@ -276,15 +259,15 @@ class StopTests:
         models = pair(target={"max_positions": 32})
         assert models.tested.max_positions == 32
         prompt = prompt_of(models.tested, 0)
-        expected = list(decode(models.reference, Request(prompt_ids=prompt, config=CONFIG)))
-        steps = list(decode(models.tested, Request(prompt_ids=prompt, config=CONFIG)))
+        expected = steps_of(models.reference, prompt, CONFIG)
+        steps = steps_of(models.tested, prompt, CONFIG)
         assert tokens_of(steps) == tokens_of(expected)
         assert len(prompt) + len(tokens_of(steps)) == 32
         assert steps[-1].finish_reason == "length"
 
     def test_prompt_of_one_token(self, models: Pair) -> None:
         for token in range(0, models.tested.vocab_size, 5):
-            expected = list(decode(models.reference, Request(prompt_ids=[token], config=CONFIG)))
+            expected = steps_of(models.reference, [token], CONFIG)
             assert generate(models.tested, [token], CONFIG) == tokens_of(expected)
 
     def test_prompt_with_the_mask_token(self, models: Pair) -> None:
@@ -292,10 +275,8 @@ class StopTests:
         assert isinstance(config, DrafterConfig)
         mask = config.mask_token_id
         prompt = [3, mask, 5, mask, mask]
-        expected = list(decode(models.reference, Request(prompt_ids=prompt, config=CONFIG)))
-        assert_equal_steps(
-            list(decode(models.tested, Request(prompt_ids=prompt, config=CONFIG))), expected
-        )
+        expected = steps_of(models.reference, prompt, CONFIG)
+        assert_equal_steps(steps_of(models.tested, prompt, CONFIG), expected)
 
     def test_budget_beyond_the_table(self, pair: PairMaker) -> None:
         models = pair(drafter={"block_size": 3})
@@ -315,7 +296,7 @@ def sequence_with_new_token_inside_path(backend: Backend) -> tuple[list[int], li
     """
     for seed in range(200):
         prompt = prompt_of(backend, seed)
-        steps = list(decode(backend, Request(prompt_ids=prompt, config=CONFIG)))
+        steps = steps_of(backend, prompt, CONFIG)
         sequence = tokens_of(steps)
         for inside in middles(steps):
             if all(sequence[i] not in sequence[:i] for i in (inside, inside + 1)):

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from treeflash.drafters.folder import read_config, read_tensors
-from treeflash.drafters.formats import head_shapes, parse_drafter_config
+from treeflash.drafters.formats import drafter_shapes, optional_shapes, parse_drafter_config
 
 Tensors = dict[str, NDArray[Any]]
 
@@ -392,50 +392,52 @@ def _mlp_tensors(rng: Generator, layer: str, h: int, width: int) -> Tensors:
 
 RANK, CANDIDATES, DRAFT_VOCAB_SIZE = 8, 5, 16
 SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 3}
+SELECTOR = {
+    "conv_kernel_size": 2,
+    "conv_group_size": 8,
+    "selector_rank": RANK,
+    "selector_top_k": CANDIDATES,
+}
 
 
-def _dflash(config: Config, tensors: Tensors, rng: Generator) -> None:
-    """Build settings with a factor, a softcap, a window and scaled embeddings."""
+def _dflash(config: Config) -> None:
+    """Use a factor, a softcap, a window and scaled embeddings."""
     config |= SLIDING
     factors = {"output_multiplier": 0.75, "input_embedding_scale": 1.25}
     config["dflash_config"] |= factors | {"final_logit_softcapping": 6.0}
 
 
-def _dflash2(config: Config, tensors: Tensors, rng: Generator) -> None:
+def _dflash2(config: Config) -> None:
     config |= {"architectures": ["DFlash2DraftModel"], "is_causal": False, **SLIDING}
-    config["dflash_config"] |= _selector(config, tensors, rng)
+    config["dflash_config"] |= SELECTOR
 
 
-def _deepspec(config: Config, tensors: Tensors, rng: Generator, *, head: str | None) -> None:
-    config["architectures"] = ["Qwen3DSparkModel"]
-    config |= config.pop("dflash_config")
-    if head is not None:
-        config |= _markov(config, tensors, rng, head)
-    config["target_layer_ids"] = [-1, 2]
-    shape = config["vocab_size"], config["hidden_size"]
-    tensors["embed_tokens.weight"] = normal(rng, *shape, scale=0.7)
-    tensors["lm_head.weight"] = normal(rng, *shape, scale=0.3)
+def _deepspec(config: Config, *, head: str | None) -> None:
+    config |= config.pop("dflash_config") | _markov(head)
+    config |= {"architectures": ["Qwen3DSparkModel"], "target_layer_ids": [-1, 2]}
 
 
-def _sinks(config: Config, tensors: Tensors, rng: Generator) -> None:
-    """Build NVIDIA's DSpark: attention sinks, and one causal window for all layers."""
-    _deepspec(config, tensors, rng, head="vanilla")
+def _markov(head: str | None) -> Config:
+    """Return the settings of a Markov head and of a confidence head."""
+    settings = {"markov_rank": RANK, "markov_head_type": head, "enable_confidence_head": True}
+    return {} if head is None else settings
+
+
+def _sinks(config: Config) -> None:
+    """Use attention sinks, and one causal window for all layers, as NVIDIA's DSpark does."""
+    _deepspec(config, head="vanilla")
     swa = {"use_swa": True, "swa_window_size": 3, "causal": True}
     config |= {"dflash_config": {"attention_sink_bias": True, **swa}, "dspark_bonus_anchor": True}
-    for n in range(config["num_hidden_layers"]):
-        sinks = normal(rng, config["num_attention_heads"], scale=1.0)
-        tensors[f"layers.{n}.self_attn.attention_sink_bias"] = sinks
 
 
-def _gemma4(config: Config, tensors: Tensors, rng: Generator) -> None:
-    """Build DeepSpec's drafter for Gemma 4, whose keys are its values; one pair of eight turns."""
-    _deepspec(config, tensors, rng, head="vanilla")
-    h, d = config["hidden_size"], 16
+def _gemma4(config: Config) -> None:
+    """Use DeepSpec's layers for Gemma 4, whose keys are their values; one pair of eight turns."""
+    _deepspec(config, head="vanilla")
     config |= {
         "architectures": ["Gemma4DSparkModel"],
         "attention_k_eq_v": True,
         "final_logit_softcapping": 6.0,
-        "global_head_dim": d,
+        "global_head_dim": 16,
         "hidden_activation": "gelu_pytorch_tanh",
         "num_global_key_value_heads": 1,
         "rope_parameters": {
@@ -446,74 +448,40 @@ def _gemma4(config: Config, tensors: Tensors, rng: Generator) -> None:
             }
         },
     }
-    shape = {**config, "head_dim": d, "num_key_value_heads": 1}
-    for n in range(config["num_hidden_layers"]):
-        layer = f"layers.{n}."
-        tensors |= _attention_tensors(rng, layer, shape, biases="", norms=True)
-        del tensors[f"{layer}self_attn.v_proj.weight"]
-        for name in ("pre_feedforward_layernorm", "post_feedforward_layernorm"):
-            tensors[f"{layer}{name}.weight"] = norm(rng, h)
-        tensors[f"{layer}layer_scalar"] = norm(rng, 1)
 
 
-def _specforge(config: Config, tensors: Tensors, rng: Generator) -> None:
+def _specforge(config: Config) -> None:
     config["architectures"] = ["DSparkDraftModel"]
-    head = _markov(config, tensors, rng, "vanilla")
-    config["dflash_config"] |= {"projector_type": "dspark", "attention_mode": "gqa", **head}
+    own = {"projector_type": "dspark", "attention_mode": "gqa"}
+    config["dflash_config"] |= own | _markov("vanilla")
 
 
-def _domino(config: Config, tensors: Tensors, rng: Generator) -> None:
-    """Fill-in slots, and a first depth that the head leaves alone."""
-    h, states = config["hidden_size"], 6
+def _domino(config: Config) -> None:
+    """Use fill-in slots, and a first depth that the head leaves alone."""
     config["architectures"] = ["DominoDraftModel"]
     config["dflash_config"] |= {
         "projector_type": "domino",
         "emb_dim": RANK,
-        "gru_hidden_dim": states,
+        "gru_hidden_dim": 6,
         "pure_draft_prefix_len": 1,
         "shift_label": False,
     }
-    tensors["prefix_gru.weight_ih_l0"] = normal(rng, 3 * states, h, scale=0.5)
-    tensors["prefix_gru.weight_hh_l0"] = normal(rng, 3 * states, states, scale=0.7)
-    tensors["embed_proj.0.weight"] = normal(rng, RANK, h + states, scale=0.5)
-    tensors["embed_proj.2.weight"] = normal(rng, config["vocab_size"], RANK, scale=0.7)
 
 
-def _lilicorr(config: Config, tensors: Tensors, rng: Generator) -> None:
-    """Build NVIDIA's transformer over the candidates, narrower than the drafter."""
+def _lilicorr(config: Config) -> None:
+    """Use NVIDIA's transformer over the candidates, narrower than the drafter."""
     config["architectures"] = ["LiLiCorrDraftModel"]
     sizes = {"candidate_topk": CANDIDATES, "factor_dim": RANK, "hidden_size": 16, "num_layers": 2}
     factors = {"num_heads": 2, "mlp_ratio": 2.0, "vector_eps": 1e-4, "logit_scale": 4.0}
     named = {f"lilicorr_{name}": value for name, value in (sizes | factors).items()}
     config["dflash_config"] |= {"projector_type": "lilicorr", "lilicorr_enabled": True, **named}
-    _head(config, tensors, rng)
-
-
-def _head(config: Config, tensors: Tensors, rng: Generator) -> None:
-    """Add random tensors of the configuration's head."""
-    for name, shape in head_shapes(parse_drafter_config(config), 0, None).items():
-        is_norm = name.endswith("norm.weight")
-        tensors[name] = norm(rng, *shape) if is_norm else normal(rng, *shape, scale=0.35)
 
 
 def _speculators(
-    config: Config, tensors: Tensors, rng: Generator, *, kind: str, head: str | None, reduced: bool
+    config: Config, *, kind: str, settings: Mapping[str, Any] = {}, reduced: bool = True
 ) -> None:
     own, layers = config.pop("dflash_config"), dict(config)
     block_size = layers.pop("block_size")
-    settings: Config = {}
-    if kind == "dflash2":
-        settings = _selector(layers, tensors, rng)
-    elif head is not None:
-        rows = DRAFT_VOCAB_SIZE if reduced else layers["vocab_size"]
-        settings = _markov(layers, tensors, rng, head, draft_vocab_size=rows)
-    if reduced:
-        chosen = np.sort(rng.permutation(layers["vocab_size"])[:DRAFT_VOCAB_SIZE])
-        known = np.isin(np.arange(layers["vocab_size"]), chosen)
-        tensors["d2t"] = (chosen - np.arange(DRAFT_VOCAB_SIZE)).astype(np.int64)
-        tensors["t2d"] = known
-        shape = DRAFT_VOCAB_SIZE, layers["hidden_size"]
-        tensors["lm_head.weight"] = normal(rng, *shape, scale=0.3)
     config.clear()
     config |= {
         "architectures": ["DFlashDraftModel"],
@@ -526,12 +494,9 @@ def _speculators(
         "draft_vocab_size": DRAFT_VOCAB_SIZE if reduced else layers["vocab_size"],
         **settings,
     }
-    if kind == "xpress":
-        config["xpress_rank"] = RANK
-        _head(config, tensors, rng)
 
 
-DIALECTS: dict[str, Callable[[Config, Tensors, Generator], None]] = {
+DIALECTS: dict[str, Callable[[Config], None]] = {
     "dflash": _dflash,
     "dflash2": _dflash2,
     "deepspec": partial(_deepspec, head="vanilla"),
@@ -542,58 +507,39 @@ DIALECTS: dict[str, Callable[[Config, Tensors, Generator], None]] = {
     "deepspec-sinks": _sinks,
     "specforge": _specforge,
     "specforge-domino": _domino,
-    "speculators-dflash": partial(_speculators, kind="dflash", head=None, reduced=True),
-    "speculators-dflash2": partial(_speculators, kind="dflash2", head=None, reduced=False),
-    "speculators-dspark": partial(_speculators, kind="dspark", head="gated", reduced=True),
-    "speculators-xpress": partial(_speculators, kind="xpress", head=None, reduced=True),
+    "speculators-dflash": partial(_speculators, kind="dflash"),
+    "speculators-dflash2": partial(_speculators, kind="dflash2", settings=SELECTOR, reduced=False),
+    "speculators-dspark": partial(_speculators, kind="dspark", settings=_markov("gated")),
+    "speculators-xpress": partial(_speculators, kind="xpress", settings={"xpress_rank": RANK}),
     "lilicorr": _lilicorr,
 }
-"""By name, the changes that make a plain DFlash drafter one of the dialect."""
+"""By name, the changes that make the configuration of a plain DFlash drafter one of the dialect."""
 
 
 def write_dialect(folder: Path, target_folder: Path, dialect: str, *, seed: int) -> None:
-    """Write a drafter of one of the `DIALECTS` for a target; see `write_drafter`."""
+    """Write a drafter of one of the `DIALECTS` for a target; see `write_drafter`.
+
+    Tensors that a plain drafter does not have, or not in this shape, are random.
+    """
     write_drafter(folder, target_folder, format="dflash", seed=seed)
-    config, tensors = read_config(folder), read_tensors(folder)
-    DIALECTS[dialect](config, tensors, np.random.default_rng(seed))
+    config, plain = read_config(folder), read_tensors(folder)
+    DIALECTS[dialect](config)
+    parsed, rng = parse_drafter_config(config), np.random.default_rng(seed)
+    shapes = drafter_shapes(parsed)
+    if dialect.startswith("deepspec"):
+        shapes |= optional_shapes(parsed)
+    tensors: Tensors = {}
+    for name, shape in shapes.items():
+        if name in plain and plain[name].shape == shape:
+            tensors[name] = plain[name]
+        elif name.endswith("norm.weight"):
+            tensors[name] = norm(rng, *shape)
+        else:
+            tensors[name] = normal(rng, *shape, scale=0.35)
+    if "d2t" in tensors:
+        vocab_size = parsed.vocab_size
+        assert vocab_size is not None
+        chosen = np.sort(rng.permutation(vocab_size)[:DRAFT_VOCAB_SIZE])
+        tensors["d2t"] = (chosen - np.arange(DRAFT_VOCAB_SIZE)).astype(np.int64)
+        tensors["t2d"] = np.isin(np.arange(vocab_size), chosen)
     save(folder, config, tensors)
-
-
-def _selector(config: Config, tensors: Tensors, rng: Generator) -> Config:
-    """Add a selector and convolutions; returns their settings."""
-    h, taps, group = config["hidden_size"], 2, 8
-    for name in ("predecessor_codebook", "successor_codebook"):
-        tensors[f"candidate_selector.{name}"] = normal(rng, config["vocab_size"], RANK, scale=0.7)
-    tensors["candidate_selector.hidden_projection.weight"] = normal(rng, RANK, h)
-    identity = np.zeros((2, taps, h), np.float32)
-    identity[:, 0] = 1
-    for n in range(config["num_hidden_layers"]):
-        for part in ("attention_conv", "mlp_conv"):
-            name = f"layers.{n}.{part}"
-            tensors[f"{name}.base_kernel"] = identity + normal(rng, 2, taps, h, scale=0.1)
-            shape = 2 * taps * (h // group), h
-            tensors[f"{name}.kernel_projection.weight"] = normal(rng, *shape, scale=0.1)
-    return {
-        "conv_kernel_size": taps,
-        "conv_group_size": group,
-        "selector_rank": RANK,
-        "selector_top_k": CANDIDATES,
-    }
-
-
-def _markov(
-    config: Config, tensors: Tensors, rng: Generator, head: str, draft_vocab_size: int | None = None
-) -> Config:
-    """Add a Markov head and a confidence head; returns their settings."""
-    h, rows = config["hidden_size"], config["vocab_size"]
-    tensors["markov_head.markov_w1.weight"] = normal(rng, rows, RANK, scale=0.7)
-    tensors["markov_head.markov_w2.weight"] = normal(rng, draft_vocab_size or rows, RANK, scale=0.7)
-    if head == "gated":
-        tensors["markov_head.gate_proj.weight"] = normal(rng, RANK, h + RANK)
-        tensors["markov_head.gate_proj.bias"] = normal(rng, RANK)
-    if head == "rnn":
-        tensors["markov_head.joint_proj.weight"] = normal(rng, 3 * RANK, 2 * RANK + h, scale=0.5)
-        tensors["markov_head.joint_proj.bias"] = normal(rng, 3 * RANK)
-    tensors["confidence_head.proj.weight"] = normal(rng, 1, h + RANK)
-    tensors["confidence_head.proj.bias"] = normal(rng, 1)
-    return {"markov_rank": RANK, "markov_head_type": head, "enable_confidence_head": True}

@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations, product
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, TypeAlias, cast
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
@@ -116,20 +116,12 @@ class Pair:
         return self._plain[key]
 
 
-class PairMaker(Protocol):
-    """The fixture `pair`."""
+PairMaker: TypeAlias = Callable[..., Pair]
+"""The fixture `pair`: makes a pair of a family, the suite's first by default.
 
-    def __call__(
-        self,
-        family: str | None = None,
-        *,
-        target: Mapping[str, Any] | None = None,
-        drafter: Mapping[str, Any] | None = None,
-    ) -> Pair:
-        """Return a pair of a family, the suite's first by default.
-
-        Other options go to `write_target`, and to `write_drafter` or `write_dialect`.
-        """
+The keywords `target` and `drafter` have options of `write_target`, and of `write_drafter` or
+`write_dialect`.
+"""
 
 
 class Pairs:

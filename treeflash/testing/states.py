@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import replace
 from typing import ClassVar
 
@@ -151,8 +152,7 @@ def check_storage(backend: Backend, *, read: int) -> None:
         np.testing.assert_array_equal(*values, strict=True)
     outcomes = []
     for each in states:
-        continued = SequenceSession(backend, drafts=True)
-        continued.state.close()
+        continued = copy(sequence)
         continued.state = each
         root = continued.extend([3, 1, 2])
         block = continued.draft(root)
