@@ -20,12 +20,8 @@ from treeflash.reference.numerics import (
     Ints,
     attention,
     block_visible,
-    gelu_tanh,
     log_softmax,
-    rms_norm,
-    rotate,
     sigmoid,
-    silu,
     top,
     visible,
 )
@@ -71,45 +67,34 @@ class Drafter(OneByOneDrafter):
             mask = seen(positions, keys, config.sliding_windows[n], config.causal[n])
             mask = mask & ((keys < first) | (keys >= end))
             attend = partial(self._attend, cache, n, positions, mask)
-            x = (self._gemma4_layer if config.gemma4 else self._layer)(f"layers.{n}.", x, attend)
+            x = self._layer(f"layers.{n}.", x, attend)
         assert state.anchor is not None
         return Block(root, x[config.first_slot :][:depths], x, state.tokens[-1], state.anchor)
 
     def _layer(self, layer: str, x: Array, attend: Sublayer) -> Array:
         """Map the outputs of the layer before to the outputs of a layer, with its convolutions."""
         y = self.model.normed(layer + "input_layernorm", x)
+        if not self.model.config.conv_kernel_size:
+            return self.model.finish(layer, attend(y), x)
         before, after = self._convolutions(layer + "attention_conv", y)
         x = x + after(attend(before(y)))
         y = self.model.normed(layer + "post_attention_layernorm", x)
         before, after = self._convolutions(layer + "mlp_conv", y)
-        return x + after(self._feed_forward(layer, before(y), silu))
-
-    def _gemma4_layer(self, layer: str, x: Array, attend: Sublayer) -> Array:
-        normed = self.model.normed
-        y = attend(normed(layer + "input_layernorm", x))
-        x = x + normed(layer + "post_attention_layernorm", y)
-        y = normed(layer + "pre_feedforward_layernorm", x)
-        y = self._feed_forward(layer, y, gelu_tanh)
-        x = x + normed(layer + "post_feedforward_layernorm", y)
-        return x * self.model.tensors[layer + "layer_scalar"]
+        return x + after(self.model.feed_forward(layer, before(y)))
 
     def _attend(
         self, cache: Cache, n: int, positions: Ints, mask: NDArray[np.bool_], y: Array
     ) -> Array:
         """Attend from a layer's (S, hidden_size) normed inputs to the context and the block."""
         layer, config = f"layers.{n}.", self.model.config
-        q = self._heads(layer, "q", y, positions)
-        k, v = cache.attend(n, *self._keys_and_values(layer, y, positions))
+        q = self.model.linear(layer + "self_attn.q_proj", y)
+        q = self.model.heads(layer + "self_attn.q", q, positions)
+        k, v = cache.attend(n, *self.model.keys_and_values(layer, y, positions))
         sinks = self.model.tensors.get(layer + "self_attn.attention_sink_bias")
         out = attention(q, k, v, mask, 1.0 if config.gemma4 else None, sinks)
         if config.gated:
             out = out * sigmoid(self.model.linear(layer + "self_attn.gate_proj", y))
         return self.model.linear(layer + "self_attn.o_proj", out)
-
-    def _feed_forward(self, layer: str, y: Array, activation: Sublayer) -> Array:
-        gate = activation(self.model.linear(layer + "mlp.gate_proj", y))
-        up = self.model.linear(layer + "mlp.up_proj", y)
-        return self.model.linear(layer + "mlp.down_proj", gate * up)
 
     def marginals_one(self, block: Block, options: TableOptions) -> TransitionTable:
         logits = self.model.logits(block.hidden)
@@ -126,7 +111,7 @@ class Drafter(OneByOneDrafter):
         context = self._project(features)
         rows = np.arange(len(context), dtype=np.int32)
         for n in range(self.model.config.num_hidden_layers):
-            k, v = self._keys_and_values(f"layers.{n}.", context, rows + cache.length)
+            k, v = self.model.keys_and_values(f"layers.{n}.", context, rows + cache.length)
             cache.attend(n, k, v)
         cache.commit(rows)
         return np.asarray(context[-1])
@@ -135,8 +120,6 @@ class Drafter(OneByOneDrafter):
         """Return the convolutions before and after a sublayer, whose normed input is `y`."""
         config, tensors = self.model.config, self.model.tensors
         taps = config.conv_kernel_size
-        if not taps:
-            return [lambda x: x] * 2
         groups = self.model.linear(name + ".kernel_projection", y).reshape(len(y), 2, taps, -1)
         kernels = tensors[name + ".base_kernel"] + groups.repeat(config.conv_group_size, -1)
 
@@ -154,17 +137,3 @@ class Drafter(OneByOneDrafter):
     def _project(self, features: Array) -> Array:
         """Project the (n, hidden_size) context of n positions."""
         return self.model.normed("hidden_norm", self.model.linear("fc", features))
-
-    def _keys_and_values(self, layer: str, x: Array, positions: Ints) -> tuple[Array, Array]:
-        return self._heads(layer, "k", x, positions), self._heads(layer, "v", x, positions)
-
-    def _heads(self, layer: str, name: str, x: Array, positions: Ints) -> Array:
-        config = self.model.config
-        projection = "k" if name == "v" and config.keys_are_values else name
-        y = self.model.linear(f"{layer}self_attn.{projection}_proj", x)
-        y = y.reshape(len(x), -1, config.head_dim)
-        if name == "v":
-            y = rms_norm(y, np.ones(1, np.float32), config.rms_norm_eps) if config.gemma4 else y
-            return y.swapaxes(0, 1)
-        y = self.model.normed(f"{layer}self_attn.{name}_norm", y).swapaxes(0, 1)
-        return rotate(y, positions, config.inv_freq, config.rope_scale)

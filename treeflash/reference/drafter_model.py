@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from treeflash.reference.numerics import Array, Ints, linear, rms_norm
+from treeflash.reference.numerics import Array, Ints, gelu_tanh, linear, rms_norm, rotate, silu
 from treeflash.reference.target import Cache, Target
 
 
@@ -46,6 +46,43 @@ class DrafterModel:
 
     def linear(self, name: str, x: Array) -> Array:
         return linear(self.tensors, name, x)
+
+    def heads(self, name: str, x: Array, positions: Ints) -> Array:
+        """Return the (heads, n, head_dim) of n rows, normed if their heads are, and rotated.
+
+        `x` has the rows' projected queries or keys, with `name` before the name of their norm.
+        """
+        config = self.config
+        y = x.reshape(len(x), -1, config.head_dim)
+        if f"{name}_norm.weight" in self.tensors:
+            y = self.normed(f"{name}_norm", y)
+        return rotate(y.swapaxes(0, 1), positions, config.inv_freq, config.rope_scale)
+
+    def keys_and_values(self, layer: str, x: Array, positions: Ints) -> tuple[Array, Array]:
+        """Return the (kv_heads, n, head_dim) each, of n rows."""
+        config = self.config
+        k = self.linear(f"{layer}self_attn.k_proj", x)
+        v = k if config.keys_are_values else self.linear(f"{layer}self_attn.v_proj", x)
+        v = v.reshape(len(x), -1, config.head_dim)
+        if config.gemma4:
+            v = rms_norm(v, np.ones(1, np.float32), config.rms_norm_eps)
+        return self.heads(f"{layer}self_attn.k", k, positions), v.swapaxes(0, 1)
+
+    def finish(self, layer: str, attended: Array, x: Array) -> Array:
+        """Return a layer's (n, hidden_size) outputs from its attention's, and its residual."""
+        if not self.config.gemma4:
+            x = x + attended
+            y = self.normed(layer + "post_attention_layernorm", x)
+            return x + self.feed_forward(layer, y)
+        x = x + self.normed(layer + "post_attention_layernorm", attended)
+        y = self.feed_forward(layer, self.normed(layer + "pre_feedforward_layernorm", x))
+        x = x + self.normed(layer + "post_feedforward_layernorm", y)
+        return np.asarray(x * self.tensors[layer + "layer_scalar"])
+
+    def feed_forward(self, layer: str, y: Array) -> Array:
+        gate = self.linear(layer + "mlp.gate_proj", y)
+        gate = gelu_tanh(gate) if self.config.gemma4 else silu(gate)
+        return self.linear(layer + "mlp.down_proj", gate * self.linear(layer + "mlp.up_proj", y))
 
     def embed(self, token_ids: Ints) -> Array:
         """Compute the (..., hidden_size) embeddings of (...) tokens."""

@@ -18,12 +18,8 @@ from treeflash.reference.numerics import (
     Array,
     Ints,
     attention,
-    gelu_tanh,
     log_softmax,
-    rms_norm,
-    rotate,
     sigmoid,
-    silu,
     top,
     visible,
 )
@@ -103,18 +99,6 @@ class MtpModel(DrafterModel):
         x = self.linear("input_proj", both)
         return self.normed("layer.input_layernorm", x), x
 
-    def keys_and_values(
-        self, y: Array, positions: Ints, layer: str = "layer."
-    ) -> tuple[Array, Array]:
-        """Return the (kv_heads, n, head_dim) each, of n rows."""
-        config = self.config
-        k = self.linear(f"{layer}self_attn.k_proj", y)
-        v = k if config.keys_are_values else self.linear(f"{layer}self_attn.v_proj", y)
-        v = v.reshape(len(y), -1, config.head_dim)
-        if config.gemma4:
-            v = rms_norm(v, np.ones(1, np.float32), config.rms_norm_eps)
-        return self._rotated(f"{layer}self_attn.k", k, positions), v.swapaxes(0, 1)
-
     def layer(
         self,
         read: tuple[Array, Array],
@@ -130,36 +114,16 @@ class MtpModel(DrafterModel):
         gate = None
         if self.config.gated:
             q, gate = np.split(q.reshape(len(y), -1, 2 * self.config.head_dim), 2, -1)
-        q = self._rotated(f"{layer}self_attn.q", q, positions)
+        q = self.heads(f"{layer}self_attn.q", q, positions)
         out = attention(q, keys, values, mask, self.config.attention_scale)
         if gate is not None:
             out = out * sigmoid(gate.reshape(out.shape))
         out = self.linear(f"{layer}self_attn.o_proj", out)
-        if self.config.gemma4:
-            return self._finish_gemma4(out, x)
-        x = x + out
-        y = self.normed(f"{layer}post_attention_layernorm", x)
-        up = silu(self.linear(f"{layer}mlp.gate_proj", y)) * self.linear(f"{layer}mlp.up_proj", y)
-        return x + self.linear(f"{layer}mlp.down_proj", up)
-
-    def _finish_gemma4(self, attended: Array, x: Array) -> Array:
-        x = x + self.normed("layer.post_attention_layernorm", attended)
-        y = self.normed("layer.pre_feedforward_layernorm", x)
-        gate = gelu_tanh(self.linear("layer.mlp.gate_proj", y))
-        y = self.linear("layer.mlp.down_proj", gate * self.linear("layer.mlp.up_proj", y))
-        x = x + self.normed("layer.post_feedforward_layernorm", y)
-        return x * self.tensors["layer.layer_scalar"]
+        return self.finish(layer, out, x)
 
     def feedback(self, x: Array) -> Array:
         """Compute the states of the children of rows, from the rows' outputs."""
         return self.normed("norm", x) if self.config.normed_feedback else x
-
-    def _rotated(self, name: str, x: Array, positions: Ints) -> Array:
-        config = self.config
-        y = x.reshape(len(x), -1, config.head_dim)
-        if config.qk_norm:
-            y = self.normed(f"{name}_norm", y)
-        return rotate(y.swapaxes(0, 1), positions, config.inv_freq, config.rope_scale)
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,7 +161,7 @@ class ParallelDrafter(Drafter):
         for n in range(config.num_hidden_layers):
             layer = f"further_layers.{n - 1}." if n else "layer."
             y = model.normed(layer + "input_layernorm", x) if n else y
-            keys, values = cache.attend(n, *model.keys_and_values(y, positions, layer))
+            keys, values = cache.attend(n, *model.keys_and_values(layer, y, positions))
             rows = np.arange(keys.shape[1], dtype=np.int32)
             seen = visible(positions, rows, None, causal=True)
             x = model.layer((y, x), positions, keys, values, seen, layer)
@@ -220,7 +184,7 @@ class MtpDrafter(OneByOneDrafter):
         tokens = np.array([*state.tokens[first + 1 :], root], np.int32)
         positions = np.arange(first, cache.length, dtype=np.int32)
         y, residual = model.read(tokens, cache.hidden[first:])
-        keys, values = cache.attend(0, *model.keys_and_values(y, positions))
+        keys, values = cache.attend(0, *model.keys_and_values("layer.", y, positions))
         cache.commit(np.arange(len(tokens) - 1, dtype=np.int32))
         rows = np.arange(keys.shape[1], dtype=np.int32)
         mask = visible(positions[-1:], rows, model.config.sliding_windows[0], causal=True)
@@ -303,7 +267,7 @@ class MtpHead(OneByOneHead):
         model, n = self.model, len(tokens)
         positions = np.full(n, block.keys.shape[1] - 1 + depth, np.int32)
         y, residual = model.read(tokens, model.feedback(rows.output[parents]))
-        new_keys, new_values = model.keys_and_values(y, positions)
+        new_keys, new_values = model.keys_and_values("layer.", y, positions)
         keys = np.concatenate([rows.keys, new_keys], 1)
         values = np.concatenate([rows.values, new_values], 1)
         related = np.concatenate([rows.related[parents], np.eye(n, dtype=np.bool_)], 1)
