@@ -31,10 +31,9 @@ from numpy.typing import NDArray
 
 from treeflash.config import DecodeConfig
 from treeflash.decoding.batch_trees import Outcome
-from treeflash.decoding.images import PromptImages
 from treeflash.decoding.interfaces import Prefill, SequenceState, Verify
+from treeflash.decoding.request import Request
 from treeflash.decoding.sampling import (
-    Constraint,
     LogProbs,
     PenaltyState,
     SampledTokens,
@@ -79,6 +78,10 @@ class Step:
     prompt_log_probs: LogProbs | None = field(default=None, repr=False)
     cached_tokens: int = 0
     disk_tokens: int = 0
+
+
+Event: TypeAlias = tuple[Request, Step | Exception]
+"""A step of a sequence, or the error that ended it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,15 +139,11 @@ Loop: TypeAlias = Generator[Work | Step, Any, None]
 
 
 def decode_loop(
+    request: Request,
     state: SequenceState,
-    prompt_ids: Sequence[int],
-    config: DecodeConfig,
     limit: int,
     vocab_size: int,
     *,
-    images: PromptImages | None = None,
-    constraint: Constraint | None = None,
-    scores_prompt: bool = False,
     cached_tokens: int = 0,
     disk_tokens: int = 0,
     shared: Callable[[], Sequence[SuffixIndex]] = lambda: (),
@@ -152,19 +151,16 @@ def decode_loop(
     """Decode one sequence with `limit` new tokens at most; see the module's table.
 
     Args:
+        request: its constraint has seen no token.
         state: the loop passes it on and never looks into it.
-        prompt_ids: at least one token.
-        config: how to decode.
         limit: new tokens at most.
         vocab_size: of the target.
-        images: of the prompt, which is not scored then.
-        constraint: of the generated tokens, none of which it has seen.
-        scores_prompt: whether the first step has the log probabilities of the prompt.
         cached_tokens: tokens of the prompt that are committed already; fewer than all, and none if
             the prompt is scored.
         disk_tokens: how many of the cached tokens came from a disk.
         shared: gives indices over other texts, for a configuration that copies.
     """
+    prompt_ids, config, constraint = request.prompt_ids, request.config, request.constraint
     penalties = PenaltyState(config.penalties, prompt_ids)
     # A chain is the same at every exponent. Under a constraint the target's tokens are not those
     # that a calibration could learn from.
@@ -172,7 +168,7 @@ def decode_loop(
         config.calibration and config.drafts and not config.drafts_chain and constraint is None
     )
     calibration = Calibration(vocab_size) if calibrated else None
-    text = prompt_ids if images is None else images.as_text(prompt_ids)
+    text = prompt_ids if request.images is None else request.images.as_text(prompt_ids)
     suffix = SuffixDrafter(text, shared) if config.copies else None
 
     def params(tree: DraftTree, emitted: int, allowed: NDArray[np.uint32] | None) -> SamplingParams:
@@ -184,7 +180,7 @@ def decode_loop(
         )
 
     scores: list[LogProbs] = []
-    if scores_prompt:
+    if request.scores_prompt:
         for start in range(0, len(prompt_ids) - 1, SCORED_TOKENS):
             chunk = np.array(prompt_ids[start : start + SCORED_TOKENS + 1], np.int32)
             forced = SamplingParams(
@@ -199,7 +195,7 @@ def decode_loop(
     allowed = None if constraint is None else constraint.allowed()[None]
     tree = DraftTree.root_only(prompt_ids[-1])
     sampled: SampledTokens = yield Prefill(
-        state, prompt_ids[cached_tokens:], params(tree, emitted, allowed), images
+        state, prompt_ids[cached_tokens:], params(tree, emitted, allowed), request.images
     )
     tokens, finish_reason = _cut_at_stop((int(sampled.tokens[0]),), config, limit)
     yield Step(

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
 from treeflash.config import DecodeConfig, Method
 from treeflash.decoding.images import NO_IMAGES, PromptImages
 from treeflash.decoding.interfaces import Backend
-from treeflash.decoding.loop import Step
 from treeflash.decoding.sampling import Constraint
 from treeflash.drafters.mtp_heads import NO_MARGINALS
 from treeflash.errors import ConfigError, ContextLengthError, PromptError
@@ -45,10 +44,6 @@ class Request:
     def digests(self) -> Mapping[int, bytes]:
         """The digests of the images by their first tokens."""
         return NO_IMAGES if self.images is None else self.images.digests
-
-
-Event: TypeAlias = tuple[Request, Step | Exception]
-"""A step of a sequence, or the error that ended it."""
 
 
 def check(backend: Backend, request: Request) -> None:

@@ -17,9 +17,9 @@ from treeflash.decoding.adaptive_budget import AdaptiveBudget, AdaptiveBudgets
 from treeflash.decoding.disk_cache import CacheKey, Restoration
 from treeflash.decoding.interfaces import Backend, SequenceState, states_nbytes
 from treeflash.decoding.iteration import Iteration, RunningSequence, concerns_few
-from treeflash.decoding.loop import SCORED_TOKENS, Step, decode_loop
+from treeflash.decoding.loop import SCORED_TOKENS, Event, Step, decode_loop
 from treeflash.decoding.prefix_cache import PrefixCache
-from treeflash.decoding.request import Event, Request, check
+from treeflash.decoding.request import Request, check
 from treeflash.decoding.suffix import SuffixCache, SuffixIndex
 from treeflash.decoding.verify_costs import VerifyCosts
 from treeflash.errors import ConfigError, MemoryInUseError, PromptError
@@ -327,14 +327,7 @@ class Scheduler:
         else:
             state = self.backend.open(capacity, drafts=request.config.drafts)
         loop = decode_loop(
-            state,
-            request.prompt_ids,
-            request.config,
-            self._limit(request),
-            self.backend.vocab_size,
-            images=request.images,
-            constraint=request.constraint,
-            scores_prompt=request.scores_prompt,
+            *(request, state, self._limit(request), self.backend.vocab_size),
             cached_tokens=cached,
             disk_tokens=0 if restored is None else cached,
             shared=partial(self._finished_answers, request.cache_salt),

@@ -25,7 +25,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from typing import Generic, TypeVar
 
-from treeflash.decoding.request import Event
+from treeflash.decoding.loop import Event
 from treeflash.decoding.scheduler import Scheduler
 
 T = TypeVar("T")

@@ -461,17 +461,18 @@ class Calibration:
         weights = np.exp(self.log_weights - self.log_weights.max())
         return float(np.exp(weights @ np.log(EXPONENTS) / weights.sum()))
 
-    def correct(self, table: TransitionTable) -> TransitionTable:
-        """Return the table with calibrated probabilities; the order of children is the same."""
-        return self._correct(table, self.exponent)
+    def correct(self, table: TransitionTable, exponent: float | None = None) -> TransitionTable:
+        """Return the table with calibrated probabilities; the order of children is the same.
+
+        The exponent is the present one by default.
+        """
+        exponent = self.exponent if exponent is None else exponent
+        log_probs = calibrate(table.log_probs, exponent, self.vocab_size)
+        return replace(table, log_probs=log_probs)
 
     def deferred(self, table: TransitionTable, exponent: float) -> TransitionTable:
         """Return what `correct` returns at an exponent; its arrays are made when they are read."""
-        return TransitionTable.deferred(partial(self._correct, table, exponent), table.depths)
-
-    def _correct(self, table: TransitionTable, exponent: float) -> TransitionTable:
-        log_probs = calibrate(table.log_probs, exponent, self.vocab_size)
-        return replace(table, log_probs=log_probs)
+        return TransitionTable.deferred(partial(self.correct, table, exponent), table.depths)
 
     def observe(self, table: TransitionTable, tokens: Sequence[int]) -> None:
         """Learn from a table as it was drafted, and the target's tokens after the root."""

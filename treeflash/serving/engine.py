@@ -21,8 +21,8 @@ from pathlib import Path
 from treeflash.config import GIB
 from treeflash.decoding import Request, Scheduler, SchedulerConfig
 from treeflash.decoding.interfaces import DeviceReport, device_report, warm_up
+from treeflash.decoding.loop import Event
 from treeflash.decoding.prefix_cache import PrefixCache
-from treeflash.decoding.request import Event
 from treeflash.decoding.scheduler_thread import Mailbox, SchedulerThread
 from treeflash.decoding.suffix import SuffixCache
 from treeflash.errors import ConfigError, is_device_lost

@@ -12,8 +12,7 @@ from treeflash.config import AUTO
 from treeflash.decoding import Request, Scheduler
 from treeflash.decoding.adaptive_budget import AdaptiveBudgets
 from treeflash.decoding.interfaces import Backend
-from treeflash.decoding.loop import Step
-from treeflash.decoding.request import Event
+from treeflash.decoding.loop import Event, Step
 from treeflash.decoding.scheduler_thread import Mailbox, SchedulerThread
 from treeflash.text.generation import Generation
 from treeflash.text.stream import Assembler, Chunk, scheduler_config
