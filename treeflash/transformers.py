@@ -106,7 +106,7 @@ def generate(
     """
     _refuse(model, generation_config, synced_gpus, model_kwargs)
     prompts = _prompts(input_ids, model_kwargs)
-    rows = _Rows.start(input_ids, stopping_criteria, generation_config, streamer)
+    rows = _Rows(input_ids, stopping_criteria, generation_config, streamer)
     if seed is None:
         seed = int(input_ids.new_empty((), device="cpu").random_())
     sampling, penalties = _processing(logits_processor, bool(generation_config.do_sample))
@@ -190,52 +190,39 @@ def run(
     )
 
 
-@dataclass(eq=False)
 class _Rows:
     """The rows of a batch, which get one token each at a time, as in transformers.
 
     Rows are decoded at different speeds: a token waits until all other rows have one.
     """
 
-    ids: Any  # (batch, width + max_tokens) tokens of the prompts, with padding, and of the answers
-    width: int  # tokens of the prompts, with padding
-    max_tokens: int  # new tokens at most
-    stop_token_ids: frozenset[int]  # that end a row. Without any, rows go on until all have ended
-    criteria: Any  # the other criteria: of the user, and of `max_time` and `stop_strings`
-    pad: int  # follows the end of a row
-    streamer: Any  # gets the new tokens, unless it is None
-    answers: list[list[int]]  # tokens of each row, of which `length` are in `ids`
-    complete: set[int] = field(default_factory=set)  # rows whose answers do not grow any more
-    ended: set[int] = field(default_factory=set)  # rows that have ended
-    length: int = 0  # new tokens in `ids`
-
-    @classmethod
-    def start(
-        cls, input_ids: Any, stopping_criteria: Any, generation_config: Any, streamer: Any
-    ) -> _Rows:
-        """Return the rows before their first tokens; the criteria are taken apart."""
+    def __init__(
+        self, input_ids: Any, stopping_criteria: Any, generation_config: Any, streamer: Any
+    ) -> None:
+        """Make the rows before their first tokens, and take the criteria apart."""
         stop: set[int] = set()
-        others = type(stopping_criteria)()
+        # The criteria of the user, and of `max_time` and `stop_strings`.
+        self.criteria = type(stopping_criteria)()
         for one in stopping_criteria:
             if hasattr(one, "eos_token_id"):
                 stop.update(one.eos_token_id.flatten().tolist())
             elif not hasattr(one, "max_length"):
-                others.append(one)
-        batch, width = input_ids.shape
-        max_tokens = stopping_criteria.max_length - width
-        ids = input_ids.new_zeros((batch, width + max_tokens))
-        ids[:, :width] = input_ids
+                self.criteria.append(one)
+        # Tokens that end a row. Without any, rows go on until all have ended.
+        self.stop_token_ids = frozenset(stop)
+        batch, self.width = input_ids.shape  # tokens of the prompts, with padding
+        self.max_tokens = stopping_criteria.max_length - self.width  # new tokens at most
+        # (batch, width + max_tokens) tokens of the prompts, with padding, and of the answers
+        self.ids = input_ids.new_zeros((batch, self.width + self.max_tokens))
+        self.ids[:, : self.width] = input_ids
         pad = generation_config._pad_token_tensor
-        return cls(
-            ids,
-            width,
-            max_tokens,
-            frozenset(stop),
-            others,
-            0 if pad is None else int(pad),
-            streamer,
-            [[] for _ in range(batch)],
-        )
+        self.pad = 0 if pad is None else int(pad)  # follows the end of a row
+        self.streamer = streamer  # gets the new tokens, unless it is None
+        # The tokens of each row, of which `length` are in `ids`.
+        self.answers: list[list[int]] = [[] for _ in range(batch)]
+        self.complete: set[int] = set()  # rows whose answers do not grow any more
+        self.ended: set[int] = set()  # rows that have ended
+        self.length = 0  # new tokens in `ids`
 
     def add(self, row: int, step: Step) -> None:
         """Take the tokens of a step, and write those that all rows have."""

@@ -129,21 +129,10 @@ class VisionTower:
             return Features.of(self._model.get_image_features(**inputs, return_dict=True))
 
     def rows(self, state: State, size: int) -> ImageRows | None:
-        """Return the features of the next `size` tokens of a prompt; None if these have none.
-
-        The features of an image are kept in the state while a chunk ends inside it.
-        """
-        images, first, end = state.images, state.length, state.length + size
+        """Return the features of the next `size` tokens of a prompt; None if these have none."""
+        images, end = state.images, state.length + size
         assert images is not None
-        parts, kept = [], {}
-        for image, which in images.features_in(first, end):
-            if (features := state.encoded.get(image.first)) is None:
-                features = self.encode(image)
-            parts.append(features[which])
-            if image.end > end:
-                kept[image.first] = features
-        state.encoded = kept
-        if not parts:
+        if not (parts := state.chunk_features(size, self.encode)):
             return None
         types = None
         if images.whole:

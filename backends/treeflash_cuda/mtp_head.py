@@ -345,7 +345,7 @@ class MtpDrafter(mtp_head.MtpDrafter):
             else:
                 caches = [state.drafter for state, _ in roots]
                 attended = self.model.attend(q, caches, lengths.tolist(), 0, None)
-            return (self.model.finish(attended, gate, residual),)
+            return (self.model.layer.finish(attended, gate, residual),)
 
         states = torch.cat(context) if context else slab.hidden[:0]
         inputs = upload(pack(arrays), device), states

@@ -41,8 +41,6 @@ class State(BaseState[KVCache, CommittedStates]):
         self.block = block
         self.recurrent = recurrent
         self.anchor: Tensor | None = None  # see `Block.anchor`
-        # Features of images that chunks have ended inside of, by the images' first tokens.
-        self.encoded: dict[int, Any] = {}
         try:
             # Where memory is reserved, a sequence without room must not start.
             for cache in (self.kv_cache, self.drafter):

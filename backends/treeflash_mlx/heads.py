@@ -25,7 +25,7 @@ from treeflash.drafters.heads.lilicorr import Correlation
 from treeflash.drafters.heads.operations import ConditionalHead, RecurrentCell, Slots
 from treeflash_mlx.drafter import Block, OutputStage
 from treeflash_mlx.drafter_model import DrafterModel
-from treeflash_mlx.head_operations import OPERATIONS, as_module
+from treeflash_mlx.head_operations import OPERATIONS, as_module, read
 from treeflash_mlx.numerics import log_softmax, logsumexp, top_indices, top_log_probs
 from treeflash_mlx.target import Target
 
@@ -117,22 +117,13 @@ class ARHead:
             children = mx.take_along_axis(lists, children.reshape(*depth.shape, k), 2)
             log_probs = log_probs + logsumexp(marginal.reshape(-1, size))[rows]
         children = self.output.to_target(children)
-        # Token ids are exact in float32, and one array needs one read from the device.
         parts = [part.reshape(batch, -1) for part in (m + kept, previous, children, log_probs)]
         confidence = self.module.confidence(slots, last_tokens, rows)
         if confidence is not None:
             parts.append(confidence.reshape(batch, -1))
-        read = np.array(mx.concatenate([part.astype(mx.float32) for part in parts], 1))
-        ends = np.cumsum([part.shape[1] for part in parts[:-1]])
-        places, previous_ids, tokens, token_log_probs, *confidences = np.split(read, ends, axis=1)
-        return RowBatch(
-            places.astype(np.int32),
-            previous_ids.astype(np.int32),
-            tokens.astype(np.int32).reshape(batch, -1, k),
-            token_log_probs.reshape(batch, -1, k),
-            (depths, m),
-            *confidences,
-        ).tables()
+        places, before, *of_children = read(parts)
+        tokens, nats = (x.reshape(batch, -1, k) for x in of_children[:2])
+        return RowBatch(places, before, tokens, nats, (depths, m), *of_children[2:]).tables()
 
     def log_probs(self, block: Block, previous: NDArray[np.int32]) -> NDArray[np.float32]:
         slots, rows = Slots.read(self.output, block.hidden), mx.arange(len(block.hidden))

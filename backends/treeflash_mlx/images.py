@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 
 from treeflash.decoding.families import ImageFamily, family_of
 from treeflash.decoding.image_processor import placeholder_id
-from treeflash.decoding.images import Image
+from treeflash.decoding.images import Image, PromptImages
 from treeflash.drafters.config import rope_parameters, rotary_axes
 from treeflash_mlx.state import State
 
@@ -79,8 +80,9 @@ class VisionTower:
         parts = {x: y for x, y in self.model.children().items() if x != "language_model"}
         return [x for _, x in tree_flatten(parts) if isinstance(x, mx.array)]
 
-    def encode(self, image: Image, count: int) -> Features:
-        """Compute the features of an image that has this number of them."""
+    def encode(self, images: PromptImages, image: Image) -> Features:
+        """Compute the features of an image."""
+        count = int(images.is_feature[image.first : image.end].sum())
         inputs = {name: mx.array(x) for name, x in image.inputs.items()}
         ids = mx.full((1, count), self.placeholder, mx.int32)
         made = self.model.get_input_embeddings(ids, mask=mx.ones((1, count), mx.int32), **inputs)
@@ -92,22 +94,12 @@ class VisionTower:
         return features
 
     def rows(self, state: State, token_ids: Sequence[int]) -> ImageRows | None:
-        """Return the embeddings of the next tokens of a prompt; None if no token is a feature.
-
-        The features of an image are kept in the state while a chunk ends inside it.
-        """
+        """Return the embeddings of the next tokens of a prompt; None if no token is a feature."""
         images, first = state.images, state.length
         end = first + len(token_ids)
         if images is None or not (found := images.features_in(first, end)):
             return None
-        parts, kept = [], {}
-        for image, which in found:
-            if (features := state.encoded.get(image.first)) is None:
-                features = self.encode(image, int(images.is_feature[image.first : image.end].sum()))
-            parts.append(features[which])
-            if image.end > end:
-                kept[image.first] = features
-        state.encoded = kept
+        parts = state.chunk_features(len(token_ids), partial(self.encode, images))
         is_feature = images.is_feature[first:end]
         places = mx.array(np.flatnonzero(is_feature).astype(np.int32))
         text = mx.array(np.where(is_feature, self.padding, token_ids).astype(np.int32))

@@ -157,7 +157,7 @@ class MtpDrafter(mtp_head.MtpDrafter):
         for cache in caches:
             cache.merged = []
         attended = self.model.attend(q, caches, [x.length for x in caches], 0, None)
-        outputs = self.model.finish(attended, gate, residual[last])
+        outputs = self.model.layer.finish(attended, gate, residual[last])
         return root_blocks(
             roots, list(mx.split(outputs, len(roots))), depths, self.model.config.depths
         )

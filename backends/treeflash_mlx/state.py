@@ -65,8 +65,6 @@ class State(BaseState[KVCache, RecurrentStates]):
         self.single_until = -1
         self.ahead: Ahead | None = None
         self.anchor: mx.array | None = None  # see `Block.anchor`
-        # Features of images that chunks have ended inside of, by the images' first tokens.
-        self.encoded: dict[int, Any] = {}
 
     def copy(self, length: int, capacity: int, recurrent: RecurrentStates | None) -> State:
         drafter = None

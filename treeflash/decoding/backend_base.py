@@ -7,7 +7,7 @@ the `OneByOne...` classes make the three roles from methods that handle one sequ
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, Self, TypeVar, cast
@@ -15,7 +15,7 @@ from typing import Any, Generic, Protocol, Self, TypeVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from treeflash.decoding.images import PromptImages
+from treeflash.decoding.images import Image, PromptImages
 from treeflash.decoding.interfaces import (
     ARHead,
     Backend,
@@ -134,6 +134,7 @@ class BaseState(ABC, Generic[K, R]):
         pass_tokens: (n,) int32 of the sequence in that pass.
         tokens: of the committed positions.
         images: of the prompt that is being run; None if it has none.
+        encoded: features of images that chunks have ended inside of, by the images' first tokens.
         prompt_positions: (3, n) rotary positions of a prompt with images; None if they are columns.
         shift: rotary position minus column of tokens after the prompt. Every sequence runs a part
             of its prompt, at least the last token of it, which sets both.
@@ -153,6 +154,7 @@ class BaseState(ABC, Generic[K, R]):
         self.tokens: list[int] = []
         self.merged: Any = None
         self.images: PromptImages | None = None
+        self.encoded: dict[int, Any] = {}
         self.prompt_positions: NDArray[np.int32] | None = None
         self.shift = 0
 
@@ -284,6 +286,22 @@ class BaseState(ABC, Generic[K, R]):
         self.images = work.images if isinstance(work, Prefill) else None
         if self.images is not None:
             self.shift, self.prompt_positions = self.images.shift, self.images.positions
+
+    def chunk_features(self, size: int, encode: Callable[[Image], Any]) -> list[Any]:
+        """Return the features among the next `size` tokens of a prompt, image by image.
+
+        The features that `encode` gives for an image are kept while a chunk ends inside it.
+        """
+        assert self.images is not None
+        parts, kept, end = [], {}, self.length + size
+        for image, which in self.images.features_in(self.length, end):
+            if (features := self.encoded.get(image.first)) is None:
+                features = encode(image)
+            parts.append(features[which])
+            if image.end > end:
+                kept[image.first] = features
+        self.encoded = kept
+        return parts
 
     def rotary_positions(self, tokens: DraftTree | Sequence[int]) -> NDArray[np.int32]:
         """Return the rotary positions of new nodes or tokens: (n,), or (3, n) of different axes."""

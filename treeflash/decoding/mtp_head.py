@@ -249,7 +249,7 @@ class MtpHead:
         q, gate = model.layer.self_attn.queries(y, rotation)
         k, v = model.layer.self_attn.keys_and_values(y, rotation)
         attended = columns.attend(depth, new, q, k, v)
-        return replace(new, outputs=model.finish(attended, gate, residual))
+        return replace(new, outputs=model.layer.finish(attended, gate, residual))
 
 
 def width_of(options: TableOptions) -> int:

@@ -88,6 +88,19 @@ def draft_vocab_size(config: Mapping[str, Any], layers: Mapping[str, Any]) -> in
     return None if size == vocab_size else size
 
 
+def layer_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Read the sizes of layers, as fields of `DrafterShape`, from the section that has them."""
+    heads, hidden_size = int(config["num_attention_heads"]), int(config["hidden_size"])
+    return {
+        "hidden_size": hidden_size,
+        "num_attention_heads": heads,
+        "num_key_value_heads": int(config.get("num_key_value_heads") or heads),
+        "head_dim": int(config.get("head_dim") or hidden_size // heads),
+        "rms_norm_eps": float(config["rms_norm_eps"]),
+        "attention_bias": bool(config.get("attention_bias", False)),
+    }
+
+
 def backbone_config(
     config: Mapping[str, Any],
     *,
@@ -104,29 +117,21 @@ def backbone_config(
     """
     interleaved = config.get("rope_is_neox_style") is False
     refuse(config, {x: y for x, y in NEUTRAL.items() if x != "rope_is_neox_style"})
-    layers = int(config["num_hidden_layers"])
-    heads = int(config["num_attention_heads"])
-    hidden_size = int(config["hidden_size"])
-    head_dim = int(config.get("head_dim") or hidden_size // heads)
+    layers, sizes = int(config["num_hidden_layers"]), layer_sizes(config)
     if block_size < 2:
         raise ValueError(f"block_size must be 2 or more, got {block_size}")
     if block_size > MAX_BLOCK_SIZE:
         raise ValueError(f"block_size must be at most {MAX_BLOCK_SIZE}, got {block_size}")
     if mask_token_id is None:
         raise KeyError("mask_token_id")
-    inv_freq, rope_scale = inverse_frequencies(rope_parameters(config), head_dim)
+    inv_freq, rope_scale = inverse_frequencies(rope_parameters(config), sizes["head_dim"])
     sliding = sliding_layers(config, layers)
     window = int(config["sliding_window"]) if any(sliding) else None
     vocab_size = config.get("vocab_size")
     return DrafterConfig(
-        hidden_size=hidden_size,
+        **sizes,
         intermediate_size=int(config["intermediate_size"]),
         num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=int(config.get("num_key_value_heads") or heads),
-        head_dim=head_dim,
-        rms_norm_eps=float(config["rms_norm_eps"]),
-        attention_bias=bool(config.get("attention_bias", False)),
         block_size=block_size,
         mask_token_id=int(mask_token_id),
         vocab_size=None if vocab_size is None else int(vocab_size),

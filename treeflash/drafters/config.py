@@ -15,7 +15,7 @@ from treeflash.errors import CheckpointError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Correlation:
+class CorrelationShape:
     """The shape of the head `lilicorr`, a small transformer over the candidates of all slots."""
 
     hidden_size: int
@@ -122,7 +122,8 @@ class DrafterConfig(DrafterShape):
     head_mlp_ratio: int = 0
     head_from_depth: int = 1  # the first depth that the head `domino` corrects
     selector_top_k: int = 0  # candidates of a slot that the heads `selector` and `lilicorr` score
-    correlation: Correlation | None = None  # the shape of the head `lilicorr`; None for other heads
+    # the shape of the head `lilicorr`; None for other heads
+    correlation: CorrelationShape | None = None
     # whether there is a head that predicts the acceptance of each token
     confidence_head: bool = False
     confidence_with_markov: bool = False  # whether the confidence head reads the previous token too

@@ -27,7 +27,7 @@ from typing import Any
 
 from treeflash.drafters import backbone
 from treeflash.drafters.config import (
-    Correlation,
+    CorrelationShape,
     DrafterConfig,
     inverse_frequencies,
     rope_parameters,
@@ -141,11 +141,14 @@ def _architecture(config: Config) -> Any:
     return next(iter(config.get("architectures") or ()), None)
 
 
-def _is_published_as(config: Config, projector: str | None, *architectures: str) -> bool:
-    """Return whether a configuration has a `projector_type`, or one of some architectures."""
-    found = find_setting(config, "projector_type")
-    named = projector is not None and found == projector
-    return named or _architecture(config) in architectures
+def _published_as(*architectures: str, projector: str | None = None) -> Callable[[Config], bool]:
+    """Return a function that tells whether a configuration has one of these names."""
+
+    def detect(config: Config) -> bool:
+        named = projector is not None and find_setting(config, "projector_type") == projector
+        return named or _architecture(config) in architectures
+
+    return detect
 
 
 def find_setting(config: Config, *names: str, default: Any = None) -> Any:
@@ -473,7 +476,7 @@ def _parse_lilicorr(config: Config) -> DrafterConfig:
         selector_top_k=int(values["candidate_topk"]),
         conv_kernel_size=int(taps or 0),
         conv_group_size=int(group or 1),
-        correlation=Correlation(
+        correlation=CorrelationShape(
             hidden_size=width,
             layers=int(values["num_layers"]),
             heads=int(values["num_heads"]),
@@ -638,7 +641,7 @@ DFLASH2 = _block(
     _parse_dflash2,
     DFLASH_KEYS | SELECTOR_DEFAULTS.keys(),
     lambda config: (
-        _is_published_as(config, None, "DFlash2DraftModel", "Qwen3DFlash2Model")
+        _published_as("DFlash2DraftModel", "Qwen3DFlash2Model")(config)
         or bool(find_setting(config, "selector_top_k"))
     ),
 )
@@ -646,7 +649,7 @@ MUSE = _block(
     "Muse Glimmer's assistant",
     _parse_muse,
     DFLASH_KEYS,
-    lambda config: _is_published_as(config, None, "MuseGlimmerAssistantModel"),
+    _published_as("MuseGlimmerAssistantModel"),
 )
 DEEPSPEC_KEYS = {
     *DFLASH_KEYS,
@@ -660,27 +663,25 @@ DEEPSPEC = _block(
     "DeepSpec",
     _parse_deepspec,
     DEEPSPEC_KEYS | {"enable_qwen35_gated_q_proj"},
-    lambda config: _is_published_as(
-        config, None, "Qwen3DSparkModel", "Lfm2DSparkDraftModel", "Qwen35DSparkModel"
-    ),
+    _published_as("Qwen3DSparkModel", "Lfm2DSparkDraftModel", "Qwen35DSparkModel"),
 )
 GEMMA4 = _block(
     "DeepSpec for Gemma 4",
     _parse_gemma4,
     DEEPSPEC_KEYS | backbone.GEMMA4_KEYS,
-    lambda config: _is_published_as(config, None, "Gemma4DSparkModel"),
+    _published_as("Gemma4DSparkModel"),
 )
 SPECFORGE = _block(
     "SpecForge DSpark",
     _parse_specforge,
     DFLASH_KEYS | MARKOV_KEYS | {"shift_label"},
-    lambda config: _is_published_as(config, "dspark", "DSparkDraftModel"),
+    _published_as("DSparkDraftModel", projector="dspark"),
 )
 DOMINO = _block(
     "SpecForge Domino",
     _parse_domino,
     DFLASH_KEYS | {*HEADS["domino"].settings, "pure_draft_prefix_len", "shift_label"},
-    lambda config: _is_published_as(config, "domino", "DominoDraftModel"),
+    _published_as("DominoDraftModel", projector="domino"),
 )
 LILICORR = _block(
     "LiLiCorr",
@@ -688,7 +689,7 @@ LILICORR = _block(
     DFLASH_KEYS
     | HEADS["lilicorr"].settings.keys()
     | {"lilicorr_enabled", "conv_kernel_size", "conv_group_size"},
-    lambda config: _is_published_as(config, "lilicorr", "LiLiCorrDraftModel"),
+    _published_as("LiLiCorrDraftModel", projector="lilicorr"),
 )
 SPECULATORS = _block(
     "speculators",

@@ -105,18 +105,11 @@ def text_config(config: Config) -> Config:
 def _layer_config(config: Config, **settings: Any) -> MtpConfig:
     """Return the fields that describe one layer; `config` is the section that has its settings."""
     backbone.refuse(config, {"hidden_act": (None, "silu"), "mlp_bias": (None, False)})
-    heads, hidden_size = int(config["num_attention_heads"]), int(config["hidden_size"])
-    head_dim = int(config.get("head_dim") or hidden_size // heads)
-    rope = rope_parameters(config)
+    sizes, rope = backbone.layer_sizes(config), rope_parameters(config)
     share = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-    inv_freq, rope_scale = inverse_frequencies(rope, int(head_dim * (share or 1.0)))
+    inv_freq, rope_scale = inverse_frequencies(rope, int(sizes["head_dim"] * (share or 1.0)))
     return MtpConfig(
-        hidden_size=hidden_size,
-        num_attention_heads=heads,
-        num_key_value_heads=int(config.get("num_key_value_heads") or heads),
-        head_dim=head_dim,
-        rms_norm_eps=float(config["rms_norm_eps"]),
-        attention_bias=bool(config.get("attention_bias", False)),
+        **sizes,
         vocab_size=int(config["vocab_size"]),
         inv_freq=tuple(inv_freq.tolist()),
         rope_scale=rope_scale,
@@ -203,9 +196,14 @@ def _speculators_mtp_names(config: Config, stored: Collection[str]) -> Names:
     names = {}
     for name in stored:
         part = name.removeprefix("mtp_layers.0.")
-        module = part.removesuffix(".weight")
-        names[name] = f"{renamed[module]}.weight" if module in renamed else f"layer.{part}"
+        names[name] = _renamed(part, renamed, "layer.")
     return names
+
+
+def _renamed(part: str, modules: Mapping[str, str], prefix: str = "") -> str:
+    """Return a weight's name with its module renamed; other names get the prefix."""
+    module = part.removesuffix(".weight")
+    return f"{modules[module]}.weight" if module in modules else prefix + part
 
 
 def _parse_glm(config: Config, stored: Collection[str], target_layers: int) -> MtpConfig:
@@ -281,8 +279,7 @@ def _glm_names(config: Config, stored: Collection[str]) -> Names:
     for name in stored:
         part = name.removeprefix(prefix)
         if part != name and part not in TARGET_TENSORS:
-            module = part.removesuffix(".weight")
-            canonical = f"{renamed[module]}.weight" if module in renamed else f"layer.{part}"
+            canonical = _renamed(part, renamed, "layer.")
             canonical = canonical.replace("shared_experts.", "shared_expert.")
             # The mapping of the latents is no layer: its two parts are applied on either side.
             canonical = canonical.replace("self_attn.kv_b_proj.weight", "self_attn.kv_b")
@@ -453,8 +450,7 @@ def _eagle_names(config: Config, stored: Collection[str]) -> Names:
         part = re.sub(r"^(midlayer|layers\.0)\.", "layer.", part)
         part = re.sub(r"^layers\.(\d+)", lambda n: f"further_layers.{int(n[1]) - 1}", part)
         if part not in unused and not part.startswith("verifier_"):
-            module = part.removesuffix(".weight")
-            names[name] = f"{renamed[module]}.weight" if module in renamed else part
+            names[name] = _renamed(part, renamed)
     return names
 
 
@@ -521,14 +517,9 @@ def _parse_assistant(config: Config, stored: Collection[str], target_layers: int
                 f"{scored} of {clusters} clusters of {vocab_size} tokens are not valid"
             )
     return MtpConfig(
-        hidden_size=int(config["backbone_hidden_size"]),
+        **backbone.layer_sizes(settings) | {"hidden_size": int(config["backbone_hidden_size"])},
         intermediate_size=int(settings["intermediate_size"]),
         num_hidden_layers=0,
-        num_attention_heads=int(settings["num_attention_heads"]),
-        num_key_value_heads=int(settings["num_key_value_heads"]),
-        head_dim=int(settings["head_dim"]),
-        rms_norm_eps=float(settings["rms_norm_eps"]),
-        attention_bias=False,
         vocab_size=vocab_size,
         target_layer_ids=(target_layers,),
         num_target_layers=None,

@@ -294,10 +294,6 @@ class MtpLayer:
         x = self.input_proj(both)
         return self.layer.input_layernorm(x), x
 
-    def finish(self, attended: Array, gate: Array | None, residual: Array) -> Array:
-        """Return (n, hidden_size) outputs of rows, from their (n, heads, head_dim) attention."""
-        return self.layer.finish(attended, gate, residual)
-
     def run(self, embedded: Array, states: Array, rotation: Rotation, attend: Attend) -> Array:
         """Return (n, hidden_size) outputs of rows after all layers of P-EAGLE."""
         y, x = self.read(embedded, states)

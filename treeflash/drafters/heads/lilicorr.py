@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from treeflash.drafters.config import Correlation as CorrelationShape
-from treeflash.drafters.config import DrafterConfig
+from treeflash.drafters.config import CorrelationShape, DrafterConfig
 from treeflash.drafters.heads.head_format import HeadFormat
 from treeflash.drafters.heads.operations import Array, Head, Operations
 
@@ -66,7 +65,7 @@ class Correlation(Head):
     kind = "correlation"
 
     def __init__(self, config: DrafterConfig, inner_size: int, vocab_size: int) -> None:
-        super().__init__()
+        super().__init__(config, inner_size, vocab_size)
         assert config.correlation is not None
         self.shape = shape = config.correlation
         ops, slots = self.ops, config.depths

@@ -22,7 +22,7 @@ class MarkovTensors(Head):
     """The tensors that DSpark's heads share, and their confidence head."""
 
     def __init__(self, config: DrafterConfig, inner_size: int, vocab_size: int) -> None:
-        super().__init__(config, inner_size, vocab_size)  # type: ignore[call-arg]  # of a kind
+        super().__init__(config, inner_size, vocab_size)
         h, rank = config.hidden_size, config.head_rank
         self.config = config
         self.markov_w1 = self.ops.embedding(vocab_size, rank)

@@ -147,12 +147,17 @@ class ScoredTokens(Protocol):
 class Head:
     """A head of a drafter, with its tensors under their names in checkpoints.
 
-    A head has the arguments of `ConditionalHead` and `RecurrentHead`: the drafter's configuration,
-    the inner width of a TreeFlash head, and the size of the target's vocabulary.
+    Args:
+        config: the drafter's.
+        inner_size: the inner width of a TreeFlash head.
+        vocab_size: the size of the target's vocabulary.
     """
 
     ops: Operations
     kind: ClassVar[Literal["conditional", "recurrent", "correlation"]]
+
+    def __init__(self, config: DrafterConfig, inner_size: int, vocab_size: int) -> None:
+        super().__init__()
 
     def confidence(self, slots: Slots, previous: Array, rows: Rows) -> Array | None:
         """Return (n,) expected acceptance of rows' tokens, 0 to 1; None if it is not predicted.
@@ -169,9 +174,6 @@ class ConditionalHead(Head):
     # Tokens of a slot that the head scores, the most probable by their marginal; None for all.
     candidates: int | None = None
 
-    def __init__(self, config: DrafterConfig, inner_size: int, vocab_size: int) -> None:
-        super().__init__()
-
     def queries(self, slots: Slots, previous: Array, rows: Rows) -> Array:
         """Return the (n, size) vectors that `score` compares with tokens; see `Head.confidence`."""
         raise NotImplementedError
@@ -185,9 +187,6 @@ class RecurrentCell(Head):
     """A head with a state for each path of previous tokens, and a bias on its children's logits."""
 
     kind = "recurrent"
-
-    def __init__(self, config: DrafterConfig, inner_size: int, vocab_size: int) -> None:
-        super().__init__()
 
     @property
     def token_rows(self) -> Module:
