@@ -306,8 +306,8 @@ class Iteration:
             expected, built, reached = zip(*map(size_of, configs), strict=True)
             all_depths = self.backend.drafter_config.depths
             depths = max(
-                min(depths or all_depths, config.draft_depths or all_depths, all_depths)
-                for depths, config in zip(reached, configs, strict=True)
+                min(likely or all_depths, config.draft_depths or all_depths, all_depths)
+                for likely, config in zip(reached, configs, strict=True)
             )
             blocks = self.backend.drafter.draft(roots, depths)
             after_root = np.arange(1, depths + 1, dtype=np.int32)
