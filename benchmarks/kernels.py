@@ -26,6 +26,7 @@ from treeflash_cuda.triton_kernels import (
     attention,
     experts,
     layers,
+    moves,
     products,
     recurrence,
     sampling,
@@ -133,6 +134,7 @@ def launch_all(heads: int, kv_heads: int, head_dim: int, hidden: int, dtype: tor
     x, gate = numbers(64, hidden), numbers(64, 4 * hidden)
     layers.rms_norm(x, x[0], 1e-6, x)
     layers.gated(gate, gate)
+    moves.move_columns(numbers(2, 2, 2, 8, head_dim), *(numbers(4, of=int32) for _ in range(3)))
     products.linear(x, numbers(4 * hidden, hidden), gate[0])
     sampling.sample_rows(x, numbers(64, 2, of=int32), numbers(64, 4, of=torch.float32))
     for groups in (4, 2):  # few rows for each expert, and many

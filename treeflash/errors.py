@@ -65,6 +65,8 @@ DEVICE_LOST = (
     # hardware every call fails, until the process ends
     "cuda error",
     "triton error [cuda]",
+    # ranks of torchrun that wait for one that failed
+    "restart torchrun",
 )
 """Parts of messages after which a device refuses all further work of the process."""
 

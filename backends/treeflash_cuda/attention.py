@@ -469,6 +469,9 @@ class TreeContext:
         self.positions = positions
         self.max_length = max_length
         self.norms: Norms | None = None  # the norms of the layer that calls `rotate`, if any
+        self.has_halves = False  # whether it gives the first half of cosines and sines alone
+        # These by the identity of what it gives, which most layers share.
+        self._whole: dict[int, tuple[Tensor, Tensor]] = {}
         self._keys: dict[tuple[int | None, torch.device], VisibleKeys] = {}
         self._keys[None, positions.device] = keys
         self._windows: dict[int, tuple[Tensor, int | None]] = {}
@@ -479,13 +482,14 @@ class TreeContext:
         """Normalise, rotate and store a layer's keys by one operation, once it stores them.
 
         Returns the (1, heads, n, head_dim) queries and keys as they are: `attend` replaces the
-        queries. The cosines and sines are (1, n, rotary_dim).
+        queries. The cosines and sines are (1, n, rotary_dim), or half as wide.
 
         Raises:
             UnsupportedModelError: they have other shapes; or, later, the layer changes its queries
                 or its keys in between.
         """
-        if query.ndim != 4 or cos.ndim != 3 or len(cos) != 1 or cos.shape[2] > query.shape[3]:
+        width = cos.shape[-1] * (2 if self.has_halves else 1)
+        if query.ndim != 4 or cos.ndim != 3 or len(cos) != 1 or width > query.shape[3]:
             raise UnsupportedModelError("a layer's cosines and sines are of an unknown shape")
 
         def store(keys: Tensor, values: Tensor) -> None:
@@ -493,8 +497,9 @@ class TreeContext:
                 raise UnsupportedModelError("a layer changes its keys after their rotation")
             q, k, v = (x[0].transpose(0, 1) for x in (query, key, values))
             slots, norms = self.cache.slots.to(q.device), self.norms
+            angles = [self._whole_angles(x) if self.has_halves else x[0] for x in (cos, sin)]
             rotated = self.operations.rotate_and_store(
-                *(q, k, v, cos[0], sin[0], *self.cache.stored_columns(), slots),
+                *(q, k, v, *angles, *self.cache.stored_columns(), slots),
                 norms=None if norms is None else norms.weights,
                 eps=0.0 if norms is None else norms.eps,
             )
@@ -502,6 +507,12 @@ class TreeContext:
 
         self.cache.store = store
         return query, key
+
+    def _whole_angles(self, x: Tensor) -> Tensor:
+        """Return the (n, rotary_dim) cosines or sines from the (1, n, rotary_dim / 2) of a half."""
+        if id(x) not in self._whole:
+            self._whole[id(x)] = x, torch.cat([x[0], x[0]], -1)
+        return self._whole[id(x)][1]
 
     def drop_rotation(self) -> None:
         """Forget what `rotate` was given by a layer that failed."""

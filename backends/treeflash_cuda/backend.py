@@ -37,7 +37,7 @@ from treeflash_cuda.device import choose_device, device_facts, device_name, join
 from treeflash_cuda.drafter import Drafter
 from treeflash_cuda.drafter_model import DrafterModel, load_weights
 from treeflash_cuda.experts import fuse_experts, has_experts
-from treeflash_cuda.fused_layers import fuse_layers, fuse_rotation
+from treeflash_cuda.fused_layers import fuse_layers, fuse_residuals, fuse_rotation
 from treeflash_cuda.graphs import power_of_two
 from treeflash_cuda.head_operations import Experts
 from treeflash_cuda.heads import HEADS, TABLE_HEADS, TableHead
@@ -71,6 +71,8 @@ GRAPH_FACTOR = 2
 
 STATES_EACH = 2
 """Recurrent states of a sequence at once: a commit writes to another slot."""
+STATE_SEQUENCES = 32
+"""Sequences whose recurrent states have room beside keys and values."""
 
 NEW_TOKENS = 16, 4, 1
 """New tokens of each sequence after which drafts are captured: their total is rounded up to a power
@@ -241,6 +243,8 @@ def new_drafter_arena(model: Model, target: Target) -> Arena:
 def reserve_memory(target: Target, drafter: Arena | None, share: float) -> None:
     """Let each arena reserve its part of the GPU's memory: columns for equal positions.
 
+    Recurrent states of `STATE_SEQUENCES` come first, but have at most half.
+
     Args:
         target: its largest pass, and the graphs that are captured of it, keep their memory.
         drafter: the drafter's arena; None without a drafter.
@@ -252,9 +256,14 @@ def reserve_memory(target: Target, drafter: Arena | None, share: float) -> None:
     free = sum(torch.cuda.mem_get_info(device)[0] for device in devices)
     arenas = [target.arena, drafter] if drafter is not None else [target.arena]
     column_nbytes = sum(arena.column_nbytes for arena in arenas)
+    room = int(share * max(free - passes, 0))
+    if target.state_arena is not None:
+        states = min(STATES_EACH * STATE_SEQUENCES, room // 2 // target.states_nbytes)
+        target.state_arena.reserve(states)
+        room -= states * target.states_nbytes
     for arena in arenas:
         part = arena.column_nbytes / max(column_nbytes, 1)
-        arena.reserved_nbytes = int(share * max(free - passes, 0) * part)
+        arena.reserved_nbytes = int(room * part)
 
 
 def pass_nbytes(target: Target) -> int:
@@ -363,6 +372,8 @@ def load_packed_drafter(
         rows = load_mtp_head(layout, target)
         rows.operations = operations
         pack_linears(rows)
+        if operations is not None:
+            fuse_layers(rows, operations, target.dtype)
         for part in rows.modules():
             if isinstance(part, Experts):
                 part.operations = operations
@@ -371,6 +382,8 @@ def load_packed_drafter(
     drafter_model.operations = operations
     fuse_linears(drafter_model, IN_DRAFTER)
     pack_linears(drafter_model)
+    if operations is not None:
+        fuse_layers(drafter_model, operations, target.dtype)
     if head is not None:
         module: Any = head.module
         pack_linears(module)
@@ -391,7 +404,9 @@ def inexact_if_refused(target: Target, config: LoadConfig) -> Iterator[None]:
 def wrap(model: PreTrainedModel, drafter: Path | None) -> CudaBackend:
     """Return a pair whose target is a loaded model that its owner goes on using.
 
-    Its weights stay as they are. Its attention is replaced inside `Target.attached` alone.
+    Its weights stay as they are. Its attention is replaced inside `Target.attached` alone. It has
+    neither CUDA graphs nor fused layers: a graph reads the weights' addresses, and would go on with
+    old weights after the owner has moved the model, loaded an adapter or trained it.
 
     Raises:
         ConfigError: the model's layers are on several devices.
@@ -465,7 +480,9 @@ def load_target(folder: Path, config: LoadConfig, *, pack: bool, processes: int 
     if pack and model.operations is not None:
         fuse_layers(model.model, model.operations, model.dtype)
         fuse_experts(model.model, model.operations, model.dtype)
-        fuse_rotation(model.model, functools.partial(run_tree, model))
+        run = functools.partial(run_tree, model)
+        fuse_rotation(model.model, run)
+        fuse_residuals(model.layers, getattr(model.model.get_decoder(), "norm", None), run)
     return model
 
 

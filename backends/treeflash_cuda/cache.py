@@ -126,9 +126,9 @@ class KVStorage:
             n -= len(part)
         raise IndexError("there is no such layer")
 
-    def write_layer(self, columns: Tensor, k: Tensor, v: Tensor) -> None:
-        """Write (1, kv_heads, n, width) stored keys and values to n columns of the first layer."""
-        for storage, new in zip(self.layer(0), (k, v), strict=True):
+    def write_layer(self, columns: Tensor, k: Tensor, v: Tensor, layer: int = 0) -> None:
+        """Write (1, kv_heads, n, width) stored keys and values to n columns of a layer."""
+        for storage, new in zip(self.layer(layer), (k, v), strict=True):
             storage.index_copy_(1, columns, new[0])
 
     def views(self, columns: slice, width: int | None = None) -> Columns:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias, TypeVar
 
@@ -138,6 +139,8 @@ class Gemma4Attention(Attention):
 class MLP(nn.Module):
     """SwiGLU."""
 
+    act_fn = staticmethod(F.silu)
+
     def __init__(self, config: DrafterShape) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
@@ -146,7 +149,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., hidden_size) to (..., hidden_size)."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Convolution(nn.Module):
@@ -218,9 +221,7 @@ class Layer(nn.Module):
 class Gemma4MLP(MLP):
     """A gated network with GELU, by its approximation with a hyperbolic tangent."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate = F.gelu(self.gate_proj(x), approximate="tanh")
-        return self.down_proj(gate * self.up_proj(x))
+    act_fn = staticmethod(functools.partial(F.gelu, approximate="tanh"))
 
 
 class Gemma4Layer(nn.Module):

@@ -1,16 +1,18 @@
 """Parts of a model's layers, computed by one operation each.
 
-These are norms, gated feed-forward networks, and the rotation of queries and keys with the write to
-the KV cache. A part is replaced only if the operation gives what the part gives: other models may
-have other activations, or rotate other pairs of elements.
+These are norms, also of the sum of a sublayer's output and the residual, gated feed-forward
+networks, and the rotation of queries and keys with the write to the KV cache. A part is replaced
+only if the operation gives what the part gives: other models may have other activations, or rotate
+other pairs of elements.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from types import FunctionType, MethodType
 from typing import Any, TypeAlias
 
@@ -40,6 +42,9 @@ POINTS, SAME_FUNCTION = torch.linspace(-4, 4, 33), 1e-5
 more."""
 ROTARY = "apply_rotary_pos_emb"
 """The function that rotates queries and keys, by the name that attention layers call it."""
+
+NORMED = "treeflash_normed"
+"""The attribute of a sum that has its norm and what this gives."""
 
 Forward: TypeAlias = Callable[..., Any]
 
@@ -94,11 +99,20 @@ class FusedNorm:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Map (..., size) to (..., size); unchanged if the rotation will norm it."""
+        norm, normed = getattr(x, NORMED, (None, x))
+        if norm is self:
+            return normed
         context = tree_context()
         norms = None if context is None else context.norms
         if norms is not None and any(weight is self.weight for weight in norms.weights):
             return x
         return self.operations.rms_norm(x, self.weight, self.eps)[0]
+
+    def of_sum(self, x: Tensor, residual: Tensor) -> Tensor:
+        """Return the sum, which has the result of the next call for it as an attribute."""
+        normed, total = self.operations.rms_norm(x, self.weight, self.eps, residual)
+        setattr(total, NORMED, (self, normed))
+        return total
 
 
 def _candidates(
@@ -162,6 +176,7 @@ class RotatingLayer:
         self.plain: Forward = module.forward
         self.rotating, _ = forward_with(module, {ROTARY: _rotate})
         self.norms: Norms | None = None
+        self.has_halves = False  # see `TreeContext`
         self.agrees = False  # whether it computes the plain queries and keys
         norms = [getattr(getattr(module, x, None), "forward", None) for x in ("q_norm", "k_norm")]
         found = [x for x in norms if isinstance(x, FusedNorm)]
@@ -172,19 +187,19 @@ class RotatingLayer:
         context = tree_context()
         if context is None:
             return self.plain(*args, **kwargs)
-        context.norms = self.norms
+        context.norms, context.has_halves = self.norms, self.has_halves
         try:
             return self.rotating(*args, **kwargs)
         finally:
-            context.norms = None
+            context.norms, context.has_halves = None, False
 
     def compare(self, *args: Any, **kwargs: Any) -> Any:
         """Return the plain layer's output, and find out whether this layer computes the same."""
         context = tree_context()
         assert context is not None
         output, expected = _watch(context, self.plain, args, kwargs)
-        for norms in (self.norms, None):
-            self.norms = norms
+        for has_halves, norms in product((False, True), (self.norms, None)):
+            self.has_halves, self.norms = has_halves, norms
             try:
                 _, actual = _watch(context, self, args, kwargs)
             except UnsupportedModelError:
@@ -195,6 +210,75 @@ class RotatingLayer:
                 self.agrees = all(_close(x, y, limit) for (x, limit), (y, _) in pairs)
             if self.agrees:
                 break
+        return output
+
+
+def fuse_residuals(
+    layers: Sequence[nn.Module], last: nn.Module | None, run: Callable[[], object]
+) -> None:
+    """Let layers add a sublayer's output and norm the sum by one operation, in passes over trees.
+
+    Args:
+        layers: of the decoder, whose norms and attention have been replaced.
+        last: the norm after them.
+        run: runs a tree through the model, on which each layer is compared with itself.
+    """
+    norms = [getattr(layer, "input_layernorm", None) for layer in layers[1:]]
+    found: list[AddingLayer] = []
+    for layer, following in zip(layers, [*norms, last], strict=True):
+        between, after = (
+            getattr(x, "forward", None)
+            for x in (getattr(layer, "post_attention_layernorm", None), following)
+        )
+        parts = [getattr(layer, name, None) for name in ("input_layernorm", "self_attn", "mlp")]
+        is_known = None not in parts and "forward" not in vars(layer)
+        if is_known and isinstance(between, FusedNorm) and isinstance(after, FusedNorm):
+            found.append(AddingLayer(layer, after))
+    for adding in found:
+        adding.module.forward = adding.compare
+    try:
+        if found:
+            run()
+    except UnsupportedModelError:  # of a target that has no passes over trees
+        return
+    finally:
+        for adding in found:
+            del adding.module.forward
+            if adding.agrees:
+                adding.module.forward = adding
+
+
+class AddingLayer:
+    """The `forward` of a pre-norm layer whose two sums are normed as they are added."""
+
+    def __init__(self, module: Any, after: FusedNorm) -> None:
+        self.module = module
+        self.plain: Forward = module.forward
+        self.after = after  # the first norm of the next layer
+        self.agrees = False  # whether it computes what the plain layer does
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if tree_context() is None or args:  # features of images may be added between layers
+            return self.plain(x, *args, **kwargs)
+        module = self.module
+        attended, _ = module.self_attn(hidden_states=module.input_layernorm(x), **kwargs)
+        x = module.post_attention_layernorm.forward.of_sum(attended, x)
+        output = module.mlp(module.post_attention_layernorm(x))
+        if isinstance(output, tuple):  # experts also return their router's scores
+            output = output[0]
+        return self.after.of_sum(output, x)
+
+    def compare(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Return the plain layer's output, and find out whether this layer computes the same."""
+        output = self.plain(x, *args, **kwargs)
+        try:
+            actual = self(x, *args, **kwargs)
+            # Beside what a layer passes on, its own part may be small.
+            pairs = (actual - x, output - x), (self.after(actual), self.after(output))
+            self.agrees = all(_close(*pair, TOLERANCES[x.dtype]) for pair in pairs)
+        except Exception as error:
+            if is_out_of_memory(error) or is_device_lost(error):
+                raise
         return output
 
 

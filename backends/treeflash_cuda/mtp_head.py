@@ -7,7 +7,8 @@ committed rows need no attention, so a prompt costs little more than their proje
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +25,6 @@ from treeflash.decoding.mtp_head import (
     MtpRows,
     NewRows,
     merge_features,
-    new_rows,
     root_blocks,
     row_positions,
     row_tokens,
@@ -42,11 +42,13 @@ from treeflash_cuda.graphs import MIN_LENGTH, Outputs, power_of_four, power_of_t
 from treeflash_cuda.head_operations import OPERATIONS, join, split
 from treeflash_cuda.numerics import pack, unpack, upload
 from treeflash_cuda.operations import Operations
+from treeflash_cuda.row_pass import MAX_ROWS, padded_order, round_up
 from treeflash_cuda.target import Target
-from treeflash_cuda.visible_keys import SharedWork, VisibleKeys, block_rows, equal_work
+from treeflash_cuda.visible_keys import RowPlan, SharedWork, VisibleKeys, block_rows, equal_work
 
 PARALLEL_CHUNK = 512
 """Committed rows of P-EAGLE, which attend, that are computed at once."""
+NO_COLUMNS: NDArray[np.integer] = np.empty(0, np.int64)
 CHUNK = 2048
 """Committed rows whose keys and values are computed at once."""
 
@@ -244,15 +246,59 @@ def columns_of(rows: NewRows) -> NDArray[np.integer]:
     return columns
 
 
-def most_rows(rows: NewRows) -> int:
-    """Return how many of the rows of a sequence are computed beside other sequences' rows.
-
-    They have tokens alone, and one rotary position; so has the root's row.
-    """
+def is_plain(rows: NewRows) -> bool:
+    """Return whether rows have tokens alone, and one rotary position; so has the root's row."""
     state, first, tokens = rows
     positions = state.row_positions(first, first + len(tokens))
-    plain = not state.drafter.merged and (positions == positions[0]).all()
-    return CHUNK if plain else 1
+    return not state.drafter.merged and bool((positions == positions[0]).all())
+
+
+def by_slab(roots: Sequence[tuple[Any, int]]) -> dict[MtpSlab, list[int]]:
+    """Return the indices of the sequences of each slab."""
+    passes: dict[MtpSlab, list[int]] = {}
+    for i, (state, _) in enumerate(roots):
+        passes.setdefault(state.drafter.slab, []).append(i)
+    return passes
+
+
+def lacking_rows(
+    slab: MtpSlab,
+    roots: Sequence[tuple[Any, int]],
+    most: int,
+    compute: Callable[[list[NewRows]], object],
+) -> tuple[list[NewRows], list[Tensor], NDArray[np.integer]]:
+    """Return the rows that drafts lack, at most so many of a sequence.
+
+    `compute` is called with earlier rows of each sequence, and with all but the root's where they
+    are not plain. Also returned are states of new positions that are to be written, and their
+    columns in the slab.
+    """
+    states: list[Tensor] = []
+    columns: list[NDArray[np.integer]] = []
+    rows: list[NewRows] = []
+    for state, root in roots:
+        cache, known = state.drafter, state.drafter.length
+        states += cache.states_of(state.context)
+        columns.append(cache.taken.first + np.arange(known, state.length))
+        first = max(known - 1, 0)
+        rows.append((state, first, [*state.tokens[first + 1 :], root]))
+    written, limits = np.concatenate(columns), [most if is_plain(x) else 1 for x in rows]
+    if all(len(x[2]) <= limit for x, limit in zip(rows, limits, strict=True)):
+        return rows, states, written
+    slab.hidden.index_copy_(0, upload(written, slab.hidden.device), torch.cat(states))
+    for i, limit in enumerate(limits):
+        state, first, tokens = rows[i]
+        while len(tokens) > limit:
+            size = min(most, len(tokens) - limit)
+            compute([(state, first, tokens[:size])])
+            first, tokens = first + size, tokens[size:]
+        rows[i] = state, first, tokens
+    return rows, [], NO_COLUMNS
+
+
+def padded(x: NDArray[Any], n: int) -> NDArray[Any]:
+    """Return n numbers, of which the last ones are copies."""
+    return np.pad(x, (0, n - len(x)), "edge")
 
 
 class MtpDrafter(mtp_head.MtpDrafter):
@@ -266,11 +312,8 @@ class MtpDrafter(mtp_head.MtpDrafter):
     @torch.inference_mode()
     def draft(self, roots: Sequence[tuple[Any, int]], depths: int | None = None) -> list[MtpBlock]:
         """Compute the rows of all sequences of a slab together."""
-        passes: dict[MtpSlab, list[int]] = {}
-        for i, (state, _) in enumerate(roots):
-            passes.setdefault(state.drafter.slab, []).append(i)
         outputs: list[Any] = [None] * len(roots)
-        for slab, members in passes.items():
+        for slab, members in by_slab(roots).items():
             found = self._draft([roots[i] for i in members], slab)
             for i, output in zip(members, found.split(1), strict=False):
                 outputs[i] = output
@@ -285,20 +328,8 @@ class MtpDrafter(mtp_head.MtpDrafter):
         rows to a power of four.
         """
         graphs, operations, device = self.target.graphs, self.model.operations, self.target.device
-        context: list[Tensor] = []
-        written: list[NDArray[np.integer]] = []
-        new: list[NewRows] = []
-        for state, root in roots:
-            cache, known = state.drafter, state.drafter.length
-            context += cache.states_of(state.context)
-            written.append(cache.taken.first + np.arange(known, state.length))
-            first = max(known - 1, 0)
-            new.append((state, first, [*state.tokens[first + 1 :], root]))
-        columns = np.concatenate(written)
-        if any(len(rows[2]) > most_rows(rows) for rows in new):
-            slab.hidden.index_copy_(0, upload(columns, device), torch.cat(context))
-            context, columns = [], columns[:0]
-            new = [self._write_first(slab, rows) for rows in new]
+        write = functools.partial(self._write_rows, slab)
+        new, context, columns = lacking_rows(slab, roots, CHUNK, write)
         tokens = row_tokens(new)
         positions = row_positions(new)[0]
         places = np.concatenate([columns_of(rows) for rows in new])
@@ -310,13 +341,11 @@ class MtpDrafter(mtp_head.MtpDrafter):
             order += [0] * (power_of_two(len(new)) - len(new))
             # The added rows are copies of the last one, and so are their states.
             rows = power_of_four(len(tokens))
-            tokens, positions, places = (
-                np.pad(x, (0, rows - len(x)), "edge") for x in (tokens, positions, places)
-            )
+            tokens, positions, places = (padded(x, rows) for x in (tokens, positions, places))
             if context:
                 extra = rows - len(columns)
                 context.append(context[-1][-1:].expand(extra, -1))
-                columns = np.pad(columns, (0, extra), "edge")
+                columns = padded(columns, rows)
         pairs = [(state.drafter.taken.first, state.length) for state, _ in roots]
         firsts, lengths = np.array(pairs).T
         block, max_length = block_of(self.model.config), longest_of(lengths)
@@ -352,18 +381,12 @@ class MtpDrafter(mtp_head.MtpDrafter):
         (outputs,) = graphs.run("the drafter", (slab, shapes), draft, *inputs, capture=captured)
         return outputs
 
-    def _write_first(self, slab: MtpSlab, rows: NewRows) -> NewRows:
-        """Write the first rows of a sequence, so that `most_rows` are left, which are returned."""
-        (state, first, tokens), most = rows, most_rows(rows)
-        while len(tokens) > most:
-            size = min(CHUNK, len(tokens) - most)
-            part = state, first, tokens[:size]
-            ids = upload(row_tokens([part]), self.target.device)
-            embedded = merge_features(self.output.embed(ids), [part])
-            rotation = self.model.rotation(row_positions([part]), embedded)
-            self._write(slab, embedded, rotation, upload(columns_of(part), self.target.device))
-            first, tokens = first + size, tokens[size:]
-        return state, first, tokens
+    def _write_rows(self, slab: MtpSlab, rows: list[NewRows]) -> None:
+        """Write rows of a sequence, among which may be features of images."""
+        embedded = self.output.embed(upload(row_tokens(rows), self.target.device))
+        embedded = merge_features(embedded, rows)
+        rotation = self.model.rotation(row_positions(rows), embedded)
+        self._write(slab, embedded, rotation, upload(columns_of(rows[0]), self.target.device))
 
     def _write(
         self, slab: MtpSlab, embedded: Tensor, rotation: Rotation, columns: Tensor
@@ -383,51 +406,109 @@ class ParallelDrafter(Drafter):
         super().__init__(model, target)
         self.rows: MtpModel = model
 
+    @functools.cached_property
+    def mask(self) -> Tensor:
+        """The (1, hidden_size) state of rows with the mask token."""
+        return self.rows.project(self.rows.mask_hidden.flatten()[None])
+
     @torch.inference_mode()
     def draft(self, roots: Sequence[tuple[Any, int]], depths: int | None = None) -> list[Block]:
-        """Run the rows of all sequences together; earlier parts of prompts chunk by chunk."""
-        config, masks = self.rows.config, self.rows.config.depths - 1
-        mask = self.rows.project(self.rows.mask_hidden.flatten()[None])
-        runs: list[tuple[NewRows, Tensor]] = []
+        """Run the rows of all sequences of a slab together; earlier parts of prompts before."""
+        blocks: dict[int, Block] = {}
+        size = self.rows.config.depths
+        for slab, members in by_slab(roots).items():
+            part = [roots[i] for i in members]
+            run = functools.partial(self._run, slab)
+            rows, *new = lacking_rows(slab, part, PARALLEL_CHUNK, run)
+            outputs, tokens = run(rows, *new, masks=size - 1)
+            ends = np.cumsum([len(tokens) + size - 1 for *_, tokens in rows]).tolist()
+            for i, (state, root), end in zip(members, part, ends, strict=True):
+                hidden, token = outputs[end - size : end], tokens[end - size][None]
+                parts = hidden[:depths], hidden, hidden
+                blocks[i] = Block(root, token, *parts, state.tokens[-1])
+        for state, _ in roots:
+            state.drafter.length, state.context, state.drafter.merged = state.length, [], []
+        return [blocks[i] for i in range(len(roots))]
 
-        def compute(rows: NewRows) -> None:
-            state, first, tokens = rows
-            self._run([(rows, state.drafter.hidden[first : first + len(tokens)])])
+    def _run(
+        self,
+        slab: MtpSlab,
+        rows: Sequence[NewRows],
+        states: Sequence[Tensor] = (),  # of new positions
+        written: NDArray[np.integer] = NO_COLUMNS,  # their columns in the slab
+        masks: int = 0,  # rows with the mask token behind those of each sequence
+    ) -> tuple[Tensor, Tensor]:
+        """Return the (n, hidden_size) outputs of all rows, or more, and their (n,) tokens.
 
-        for state, root in roots:
-            _, first, tokens = new_rows(state, root, PARALLEL_CHUNK, compute)
-            states = state.drafter.hidden[first : state.drafter.length]
-            tokens += [config.mask_token_id or 0] * masks
-            runs.append(((state, first, tokens), torch.cat([states, mask.expand(masks, -1)])))
-        parts = self._run(runs).split([len(tokens) for (_, _, tokens), _ in runs])
-        blocks = []
-        for (state, root), part in zip(roots, parts, strict=True):
-            state.drafter.merged = []
-            hidden, token = part[-config.depths :], upload(np.array([root]), self.target.device)
-            blocks.append(Block(root, token, hidden[:depths], hidden, hidden, state.tokens[-1]))
-        return blocks
+        For CUDA graphs the number of rows is rounded up, which alone fixes their shapes.
+        """
+        graphs, operations, config = self.target.graphs, self.rows.operations, self.rows.config
+        plain, masked = all(map(is_plain, rows)), [config.mask_token_id or 0] * masks
+        rows = [(state, first, [*tokens, *masked]) for state, first, tokens in rows]
+        caches = [state.drafter for state, *_ in rows]
+        counts, firsts = [len(tokens) for *_, tokens in rows], [first for _, first, _ in rows]
+        has_kernel, count = operations is not None and operations.runs_trees, sum(counts)
+        captured = has_kernel and graphs.is_capturing and plain and count <= MAX_ROWS
+        order = padded_order(count, round_up(count) if captured else count)
+        columns = np.array([cache.taken.first for cache in caches])
+        plan = RowPlan.of(columns, np.array(firsts), counts, block := block_of(config))
+        plan = plan.arranged(order, 0)
+        context = list(states)
+        if captured and context:
+            context.append(context[-1][-1:].expand(len(order) - len(written), -1))
+            written = padded(written, len(order))
+        is_mask = np.concatenate([np.arange(n) >= n - masks for n in counts])
+        arrays = [row_tokens(rows)[order], row_positions(rows)[0][order], is_mask[order]]
+        arrays += [plan.slots, written, *plan.arrays()]
+        shapes, mask = tuple(x.shape for x in arrays), self.mask
 
-    def _run(self, runs: Sequence[tuple[NewRows, Tensor]]) -> Tensor:
-        """Run rows of several sequences, with their states."""
-        device, groups = self.target.device, self.rows.config.num_attention_heads
-        groups //= self.rows.config.num_key_value_heads
-        rows = [run[0] for run in runs]
-        embedded = merge_features(self.output.embed(upload(row_tokens(rows), device)), rows)
-        segments = [(state.drafter, first, len(tokens)) for state, first, tokens in rows]
-        sizes, masks = [n for _, _, n in segments], []
-        for _, first, n in segments:
-            seen = torch.ones(n, first + n, dtype=torch.bool, device=device)
-            masks.append(group_mask(additive_mask(seen.tril(first), embedded.dtype), groups))
+        def draft(uploaded: Tensor, context: Tensor) -> Outputs:
+            tokens, positions, is_mask, slots, written, *arrays = unpack(uploaded, shapes)
+            slab.hidden.index_copy_(0, written.long(), context)
+            hidden = slab.hidden.index_select(0, slots := slots.long())
+            embedded = self.output.embed(tokens)
+            if plain:
+                rotation = self.rows.rotary(positions, embedded.dtype)
+            else:
+                embedded = merge_features(embedded, rows)
+                rotation = self.rows.rotation(row_positions(rows), embedded)
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            PackedRows(segments, k).write(layer, k, v)
-            keys_and_values = [x.first_columns(layer, first + n) for x, first, n in segments]
-            return grouped_attention(q, keys_and_values, masks, sizes, q.shape[-1] ** -0.5)[0]
+            def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+                slab.write_layer(slots, k, v, layer)
+                if not has_kernel:
+                    return self._attend_with_masks(layer, q, caches, firsts, counts)
+                assert operations is not None
+                return operations.tree_attention(
+                    *(q[0].transpose(0, 1).contiguous(), *slab.layer(layer)),
+                    VisibleKeys.of_rows(block, *arrays),
+                    max_length=longest_of(plan.shared),
+                    scale=q.shape[-1] ** -0.5,
+                )
 
-        rotation = self.rows.rotation(row_positions(rows), embedded)
-        states = torch.cat([run[1] for run in runs])
-        outputs: Tensor = self.rows.run(embedded, states, rotation, attend)
-        return outputs
+            hidden = torch.where(is_mask.bool()[:, None], mask, hidden)
+            return (self.rows.run(embedded, hidden, rotation, attend),)
+
+        uploaded = upload(pack(arrays), self.target.device)
+        inputs = uploaded, torch.cat(context) if context else slab.hidden[:0]
+        (outputs,) = graphs.run("the drafter", (slab, shapes), draft, *inputs, capture=captured)
+        return outputs, unpack(uploaded, shapes)[0]
+
+    def _attend_with_masks(
+        self,
+        layer: int,
+        q: Tensor,
+        caches: Sequence[MtpCache],
+        firsts: Sequence[int],
+        counts: Sequence[int],
+    ) -> Tensor:
+        """Attend from consecutive rows of sequences, from their first ones on."""
+        groups = self.rows.config.num_attention_heads // self.rows.config.num_key_value_heads
+        keys_and_values, masks = [], []
+        for cache, first, n in zip(caches, firsts, counts, strict=True):
+            seen = torch.ones(n, first + n, dtype=torch.bool, device=q.device).tril(first)
+            masks.append(group_mask(additive_mask(seen, q.dtype), groups))
+            keys_and_values.append(cache.first_columns(layer, first + n))
+        return grouped_attention(q, keys_and_values, masks, counts, q.shape[-1] ** -0.5)[0]
 
 
 class MtpHead(mtp_head.MtpHead):

@@ -176,6 +176,16 @@ def sample_rows(
     return torch.where(best[:, 0].isfinite(), tokens, -1).int()
 
 
+def move_columns(
+    storage: Tensor,  # (layers, 2, kv_heads, columns, width) keys and values, changed in place
+    sources: Tensor,  # (n,) int32 columns
+    targets: Tensor,  # (n,) int32 columns
+    ends: Tensor,  # (sequences,) int32 where the columns of each sequence end among these
+) -> None:
+    """Move columns in all layers. No target is the source of a later column."""
+    storage.index_copy_(3, targets.long(), storage.index_select(3, sources.long()))
+
+
 @dataclass(frozen=True)
 class Operations:
     """One implementation of each operation, with the arguments of the function above."""
@@ -188,6 +198,7 @@ class Operations:
     sample_rows: Callable[..., Tensor] = sample_rows
     tree_recurrence: Callable[..., tuple[Tensor, Tensor, Tensor]] = tree_recurrence
     commit_recurrence: Callable[..., None] = commit_recurrence
+    move_columns: Callable[..., None] = move_columns
     # Why an operation that has a kernel runs in PyTorch, by its name.
     reasons: Mapping[str, str] = field(default_factory=dict)
 
@@ -238,13 +249,21 @@ EXAMINED_STATES = (4, 128, 128, False), (4, 128, 64, True)
 def load_operations(shapes: Shapes, device: torch.device, dtype: torch.dtype) -> Operations:
     """Load a model's operations on a GPU: Triton kernels that pass their check, else PyTorch."""
     try:
-        from treeflash_cuda.triton_kernels import attention, experts, layers, recurrence, sampling
+        from treeflash_cuda.triton_kernels import (
+            attention,
+            experts,
+            layers,
+            moves,
+            recurrence,
+            sampling,
+        )
     except ImportError as error:
         return Operations(reasons=dict.fromkeys(CHECKS, str(error)))
     kernels = Operations(
         *(attention.tree_attention, layers.rms_norm, layers.rotate_and_store, layers.gated),
         *(experts.grouped_linear, sampling.sample_rows),
         *(recurrence.tree_recurrence, recurrence.commit_recurrence),
+        move_columns=moves.move_columns,
     )
     return checked(kernels, shapes, device, dtype)
 
@@ -456,6 +475,15 @@ def _check_commit(operations: Operations, numbers: RandomInputs, shapes: Shapes)
     return results
 
 
+def _check_moves(operations: Operations, numbers: RandomInputs, shapes: Shapes) -> list[Tensor]:
+    """Check columns that are targets after they were sources."""
+    columns = numbers.draw(2, 2, shapes.kv_heads, 12, shapes.head_dim)
+    stored = quantise(columns) if shapes.quantised else columns
+    moves = [2, 4, 5, 9, 10], [1, 2, 4, 8, 9], [3, 5]
+    operations.move_columns(stored, *map(numbers.integers, moves))
+    return [decoded(stored, columns.dtype).flatten(0, 3)]
+
+
 CHECKS: dict[str, Callable[[Operations, RandomInputs, Shapes], list[Tensor]]] = {
     "tree_attention": _check_attention,
     "rms_norm": _check_norm,
@@ -465,5 +493,6 @@ CHECKS: dict[str, Callable[[Operations, RandomInputs, Shapes], list[Tensor]]] = 
     "sample_rows": _check_sampling,
     "tree_recurrence": _check_recurrence,
     "commit_recurrence": _check_commit,
+    "move_columns": _check_moves,
 }
 """Results of each operation on random numbers, with rows first."""

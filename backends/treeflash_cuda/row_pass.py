@@ -109,7 +109,7 @@ class RowPass:
             assert region is None or state.length + len(tokens) <= region.columns, OUTGROWN
         stride, trees = None, (len(rows), int(sizes.max()))
         if arena is None:
-            order = _padded_order(count, round_up(count) if captured else count)
+            order = padded_order(count, round_up(count) if captured else count)
         else:
             trees = (power_of_two(trees[0]), power_of_two(trees[1])) if captured else trees
             order, stride = _rectangle(sizes, *trees), trees[1]
@@ -219,7 +219,7 @@ def slab_of(state: State) -> Slab | None:
     return None if region is None else region.slab
 
 
-def _padded_order(count: int, rows: int) -> NDArray[np.int64]:
+def padded_order(count: int, rows: int) -> NDArray[np.int64]:
     """Return all rows, and copies of the first one, which write the same keys to the same slot."""
     order = np.zeros(rows, np.int64)
     order[:count] = np.arange(count)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
@@ -212,6 +214,7 @@ class Verifier:
         arrays: list[NDArray[Any]] = []
         for pairs in moves.values():
             arrays += [np.concatenate(columns) for columns in zip(*pairs, strict=True)]
+            arrays.append(np.cumsum([len(sources) for sources, _ in pairs]))
         arrays += [group.rows for group in passes]
         arrays += [path for _, path in hybrid]
         committed: list[tuple[RecurrentStates, CommittedStates]] = []
@@ -220,7 +223,7 @@ class Verifier:
             committed += zip((states for states, _ in members.values()), after, strict=True)
             arrays.append(writes.rows({i: path for i, (_, path) in members.items()}, after))
         uploaded = iter(upload_all(arrays, self.target.device))
-        copies = [(slab, slab.gather(next(uploaded)), next(uploaded).long()) for slab in moves]
+        moved = [self._prepare_move(slab, *itertools.islice(uploaded, 3)) for slab in moves]
         context: list[tuple[State, Tensor]] = []
         for group in passes:
             features = self._project(group.outputs, next(uploaded))
@@ -232,8 +235,8 @@ class Verifier:
         committed += [(states, states.states_after(next(uploaded))) for states, _ in hybrid]
         for writes in by_tree:
             writes.commit(next(uploaded))
-        for slab, columns, destination in copies:
-            slab.write(destination, columns)
+        for move in moved:
+            move()
         for state, path in paths:
             state.kv_cache.commit(len(path))
             state.keep_tokens(path)
@@ -241,6 +244,21 @@ class Verifier:
             states.resume(new)
         for state, part in context:
             state.context.append(part)
+
+    def _prepare_move(
+        self, slab: Slab, sources: Tensor, targets: Tensor, ends: Tensor
+    ) -> Callable[[], None]:
+        """Return a function that moves columns of sequences, for which it needs no memory.
+
+        PyTorch's copies of columns are many launches where a slab is larger than 2 GiB.
+        """
+        operations = self.target.operations
+        has_kernel = operations is not None and operations.has_kernel("move_columns")
+        if has_kernel and len(slab.parts) == 1:
+            assert operations is not None
+            arguments = slab.storage, sources, targets, ends
+            return functools.partial(operations.move_columns, *arguments)
+        return functools.partial(slab.write, targets.long(), slab.gather(sources))
 
     def _merge(self, state: State, images: ImageRows) -> None:
         """Note what a head that reads embeddings has at the tokens of a pass over a prompt."""

@@ -13,6 +13,8 @@ LOST = (
     "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx(...)`",
     "NCCL error: unhandled cuda error (run with NCCL_DEBUG=INFO for details)",
     "Triton Error [CUDA]: an illegal memory access was encountered",
+    "rank 0 failed in the middle of a forward pass, in which the other ranks still wait; "
+    "restart torchrun",
 )
 OUT_OF_MEMORY = (
     "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.99 GiB",

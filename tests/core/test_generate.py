@@ -46,6 +46,14 @@ def test_the_text_goes_to_stdout_and_one_summary_to_stderr(use, run, scripted):
     assert err.count("block efficiency") == 1
 
 
+def test_a_summary_counts_captured_graphs(use, run, scripted):
+    model = scripted(TEXT)
+    use(model)
+    assert "captured" not in run("hi")[2]
+    model.backend.captures = 3
+    assert "\n3 CUDA graphs captured, in the times above or before\n" in run("hi")[2]
+
+
 def test_stdout_has_only_the_json(use, run, scripted):
     use(scripted(TEXT))
     code, out, err = run("hi", "--json", "--explain")

@@ -255,10 +255,15 @@ class FakeCuda(TorchDispatchMode):
             assert {x.device for x in (written, keys, log_g, paths)} == {states.device}
             self._launch("commit_recurrence", 2 * len(paths) * _nbytes(states[0]))
 
+        def move_columns(storage, sources, targets, ends):
+            assert {x.device for x in (sources, targets, ends)} == {storage.device}
+            self._launch("move_columns", 2 * len(sources) * _nbytes(storage[:, :, :, 0]))
+
         return Operations(
             *(tree_attention, rms_norm, rotate_and_store, gated, grouped_linear),
             tree_recurrence=tree_recurrence,
             commit_recurrence=commit_recurrence,
+            move_columns=move_columns,
         )
 
     def _patch_tensors(self, monkeypatch):

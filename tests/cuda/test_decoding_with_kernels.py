@@ -19,7 +19,7 @@ require("triton")
 
 import triton_interpreter  # noqa: F401 - repairs it
 from treeflash_cuda.operations import Operations
-from treeflash_cuda.triton_kernels import attention, layers, recurrence
+from treeflash_cuda.triton_kernels import attention, layers, moves, recurrence
 
 VOCAB = 24
 EACH_RUN = [
@@ -67,6 +67,7 @@ def test_trees_and_tokens_equal_the_references(family, method, sampling, tmp_pat
         *(counted[0], layers.rms_norm, counted[1], layers.gated),
         tree_recurrence=recurrences[0],
         commit_recurrence=recurrences[1],
+        move_columns=moves.move_columns,
     )
     reference = load_reference(target, drafter, LoadConfig())
     length, tokens = 70, 6  # more than a tile

@@ -25,7 +25,7 @@ from treeflash_cuda.row_pass import MAX_CHUNK
 VOCAB = 1000
 TREE = DraftTree.from_parents(np.arange(6, dtype=np.int32), np.array([-1, 0, 0, 1, 1, 2]))
 OPTIONS = TableOptions(m=4, k=8, shortlist=256, rows=16)
-MAX_LAUNCHES = {"layer": 11, "commit": 9, "draft": 56, "head": 58}
+MAX_LAUNCHES = {"layer": 9, "commit": 7, "draft": 52, "head": 58}
 """Operations of a layer of the target, of a commit, of a draft, and of a head."""
 MAX_HYBRID_LAUNCHES = {
     "qwen3_5": {"layer": 14, "commit": 23, "verify": 258},

@@ -105,6 +105,19 @@ def test_memory_is_set_aside_beside_the_largest_pass(
     assert abs(columns[0] - columns[1]) <= 1
 
 
+@pytest.mark.parametrize("fits", [True, False])
+def test_recurrent_states_have_memory_beside_keys_and_values(tmp_path, monkeypatch, fits):
+    write_target(tmp_path, "qwen3_5", seed=1)
+    target = loading.load(tmp_path, None, LoadConfig(device="cpu", dtype="float32")).target
+    wanted = loading.STATES_EACH * loading.STATE_SEQUENCES
+    free = (8 * wanted if fits else wanted) * target.states_nbytes
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
+    loading.reserve_memory(target, None, 0.5)
+    states = wanted if fits else wanted // 4
+    assert target.state_arena.slots == states + 1
+    assert target.arena.reserved_nbytes == free // 2 - states * target.states_nbytes
+
+
 def test_a_model_that_its_owner_goes_on_using_keeps_most_memory(cuda, folders):
     from transformers import AutoModelForCausalLM
 

@@ -7,7 +7,7 @@ from itertools import product
 
 import numpy as np
 import pytest
-from mtp_pairs import write_mtp_pair
+from mtp_pairs import write_mtp_pair, write_peagle_pair
 
 from treeflash.config import DecodeConfig, LoadConfig, SamplingConfig
 from treeflash.decoding import Request, decode
@@ -302,6 +302,30 @@ def test_drafts_depth_by_depth_are_captured(cuda, tmp_path, kind, dtype):
     assert set(names) == {"the target", "the drafter", "the AR head"}
     assert names.count("the AR head") == 8  # by sequences, depths and noise
     assert found[1] <= found[0] + 10
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_drafts_of_all_depths_at_once_are_captured(cuda, tmp_path, dtype):
+    """Whatever the number of sequences, with one upload; the rows of prompts too."""
+    with unset_fake_temporarily():
+        pair = write_peagle_pair(tmp_path)
+    backend = load(*pair, LoadConfig(dtype=dtype))
+    for texts in (1, 4):
+        states = started(backend, texts)
+        for _ in range(2):  # captured, then replayed
+            with cuda.transfers() as count:
+                blocks = backend.drafter.draft([(state, 1) for state in states], 3)
+            assert (count.uploads, count.reads) == (1, 0)
+            assert [block.hidden.shape[0] for block in blocks] == [3] * texts
+            assert len(backend.drafter.marginals(blocks, OPTIONS)) == texts
+            work = [Verify(state, tree(), SamplingParams()) for state in states]
+            backend.verifier.run(work)
+            backend.verifier.commit([(state, np.array([0, 2], np.int32)) for state in states])
+        before = backend.target.graphs.replays["the drafter"]
+        backend.drafter.draft([(state, 1) for state in states])
+        assert backend.target.graphs.replays["the drafter"] == before + 1
+    names = {name for name, *_ in backend.target.graphs.store}
+    assert names == {"the target", "the drafter", "marginals"}
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=lambda s: repr(s)[15:-1])

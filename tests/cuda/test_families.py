@@ -7,18 +7,22 @@ from parts import load_with_parts
 
 from treeflash.config import DecodeConfig, LoadConfig
 from treeflash.decoding import Request, Scheduler
+from treeflash.decoding.interfaces import Prefill
 from treeflash.decoding.probe import tree_difference
+from treeflash.decoding.tree import DraftTree
 from treeflash.errors import UnsupportedModelError
 from treeflash.testing import require
 from treeflash.testing.comparisons import random_tokens
-from treeflash.testing.models import write_drafter
+from treeflash.testing.models import edit_config, write_drafter
 
 require("torch")
 
 import torch
 from transformers import CONFIG_MAPPING
+from treeflash_cuda import backend as loading
 from treeflash_cuda import verifier
 from treeflash_cuda.backend import load
+from treeflash_cuda.fused_layers import AddingLayer
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +70,38 @@ def capped(families, tmp_path_factory):
         write_drafter(drafter, target, seed=2)
         pairs[name] = model, target, drafter
     return pairs
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "adds"),
+    [
+        ("qwen3", {}, True),
+        ("gpt_oss", {}, True),
+        ("granite", {"residual_multiplier": 0.999}, False),
+        ("gemma2", {}, False),  # norms what sublayers return, too
+    ],
+)
+def test_layers_add_and_norm_by_one_operation(
+    families, name, settings, adds, tmp_path, monkeypatch
+):
+    """The logits are those of layers that first add, and then norm."""
+    families.write(tmp_path, name)
+    edit_config(tmp_path, lambda config: config.update(settings))
+    adding = load_with_parts(monkeypatch, tmp_path)
+    layers = adding.target.layers
+    forwards = [vars(layer).get("forward") for layer in layers]
+    assert [isinstance(x, AddingLayer) for x in forwards] == [adds] * len(layers)
+    if adds:
+        rotating = [vars(layer.self_attn)["forward"] for layer in layers]
+        assert {x.has_halves for x in rotating} == {name == "gpt_oss"}
+    monkeypatch.setattr(loading, "fuse_layers", lambda *_: None)
+    monkeypatch.setattr(loading, "fuse_rotation", lambda *_: None)
+    plain, found = load_with_parts(monkeypatch, tmp_path), []
+    for backend in (adding, plain):
+        state = backend.open(40, drafts=False)
+        backend.verifier.run([Prefill(state, [3, 4, 5], None)])
+        found.append(backend.verifier.logits([(state, DraftTree.root_only(6))])[0])
+    np.testing.assert_allclose(*found, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from mtp_pairs import write_mtp_pair
+from mtp_pairs import write_mtp_pair, write_peagle_pair
 from parts import load_with_parts
 
 from treeflash.config import DecodeConfig, LoadConfig, SamplingConfig
@@ -25,7 +25,7 @@ require("torch")
 
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
-from treeflash_cuda import attention, row_pass
+from treeflash_cuda import attention, mtp_head, row_pass
 from treeflash_cuda import cache as arena_module
 from treeflash_cuda import drafter as drafter_module
 from treeflash_cuda.backend import load
@@ -189,6 +189,29 @@ def test_drafts_depth_by_depth_share_graphs(tmp_path, monkeypatch, kind):
     keys = [name for name, *_ in static.target.graphs.keys]
     assert keys.count("the AR head") == 3 * 3 * 4 * 2  # sequences, depths, sizes and noise
     assert keys.count("the drafter") <= 8
+
+
+def test_drafts_of_all_depths_at_once_share_graphs(tmp_path, monkeypatch):
+    """Drafts and caches of P-EAGLE equal the ones that attend sequence by sequence with masks."""
+    pair = write_peagle_pair(tmp_path)
+    static = load_with_parts(monkeypatch, *pair)
+    plain = load(*pair, LoadConfig(device="cpu", dtype="float32"))
+    monkeypatch.setattr(mtp_head, "PARALLEL_CHUNK", 4)
+    found = []
+    for backend in (static, plain):
+        states, results = started(backend, [[3, 4, 5] * 4, [6], [7, 8]]), []
+        for texts, nodes in product((1, 2, 3), (1, 2, 3)):
+            blocks = backend.drafter.draft([(state, 7) for state in states[:texts]], nodes)
+            results += [block.hidden.numpy() for block in blocks]
+            work = [Verify(x, chain(7, 8, 9), SamplingParams()) for x in states[:texts]]
+            backend.verifier.run(work)
+            path = np.arange(nodes, dtype=np.int32)
+            backend.verifier.commit([(state, path) for state in states[:texts]])
+        found.append(results + [state.read_drafter_kv_cache() for state in states])
+    for drafts, expected in zip(*found, strict=True):
+        np.testing.assert_allclose(drafts, expected, atol=1e-4)
+    keys = [key for key in static.target.graphs.keys if key[0] == "the drafter"]
+    assert len(keys) <= 6  # by rows, with new states and without
 
 
 def test_the_rows_of_a_pass_alone_fix_its_shapes(backend, monkeypatch):

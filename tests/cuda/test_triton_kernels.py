@@ -24,6 +24,7 @@ from treeflash_cuda.triton_kernels import (
     attention,
     experts,
     layers,
+    moves,
     products,
     recurrence,
     sampling,
@@ -37,6 +38,7 @@ KERNELS = Operations(
     *(attention.tree_attention, layers.rms_norm, layers.rotate_and_store, layers.gated),
     *(experts.grouped_linear, sampling.sample_rows),
     *(recurrence.tree_recurrence, recurrence.commit_recurrence),
+    move_columns=moves.move_columns,
 )
 SMALL = Shapes(heads=2, kv_heads=1, head_dim=16, hidden_size=24)
 CASES = {
@@ -247,6 +249,22 @@ def test_a_faulty_kernel_falls_back_alone(name, tmp_path, monkeypatch):
     assert getattr(found, name) is getattr(operations, name)
     assert all(getattr(found, key) is getattr(broken, key) for key in checks if key != name)
     assert len(found.fallbacks) == 1
+
+
+MOVE_FAULTS = {
+    "the last column first": ("load(sources_pointer + i)", "load(sources_pointer + end - 1 - i)"),
+    "columns of the sequence before": ("mask=sequence > 0", "mask=sequence > 1"),
+    "one layer": ("plane * plane_stride", "0 * plane_stride"),
+}
+
+
+@pytest.mark.parametrize(("right", "wrong"), MOVE_FAULTS.values(), ids=MOVE_FAULTS)
+def test_a_faulty_move_falls_back(right, wrong, tmp_path, monkeypatch):
+    broken = faulty(moves, tmp_path, right, wrong)
+    monkeypatch.setattr(operations, "CHECKS", {"move_columns": CHECKS["move_columns"]})
+    kernels = replace(KERNELS, move_columns=broken.move_columns)
+    found = checked(kernels, SMALL, CPU, torch.float32)
+    assert found.move_columns is operations.move_columns
 
 
 EXPERT_FAULTS = {

@@ -22,6 +22,7 @@ from rich.tree import Tree
 
 from treeflash.cli.console import EXIT_INTERRUPTED
 from treeflash.config import AUTO, SamplingConfig
+from treeflash.decoding.interfaces import count_captures
 from treeflash.decoding.loop import Step
 from treeflash.decoding.sampling import noisy_logits, position_keys
 from treeflash.decoding.tree import DraftTree
@@ -316,6 +317,8 @@ def run_text(
             list_log_probs(generation.log_probs, stream.assembler.tokenizer), markup=False
         )
     console.print(summarise(generation, console.width), markup=False)
+    if captures := count_captures(stream.assembler.backend):
+        console.print(f"{_count(captures, 'CUDA graph')} captured, in the times above or before")
     if generation.compare is not None and not generation.compare.explained:
         code = NOT_EQUAL
     return code

@@ -118,12 +118,11 @@ def _by_batch(tables: Sequence[TransitionTable]) -> dict[TableBatch | None, list
 
 def _flat(batch: TableBatch, i: int, exponent: float, vocab_size: int) -> FlatTable:
     """Return the calibrated table of a sequence of a batch."""
-    first, count = int(batch.first_row[i]), batch.rows
-    part, none = slice(first, first + count), len(batch.tokens) - 1
+    first = int(batch.first_row[i])
+    part = slice(first, first + batch.rows)
 
     def following(rows: NDArray[np.integer], ranks: NDArray[np.int64]) -> NDArray[np.integer]:
-        found = batch.following(rows + first, ranks)
-        return np.where(found == none, -1, found - first)
+        return batch.following(rows + first, ranks) - first
 
     return FlatTable(
         batch.tokens[part],

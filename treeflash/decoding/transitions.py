@@ -338,11 +338,11 @@ class RowBatch(TableBatch):
         self.previous[group, place] = previous
         self.row_at = np.full((groups + 1, m), total, np.int32)
         self.row_at[group, place] = np.arange(1, rows) + self.first_row[:, None]
-        following = np.full((count, rows), groups, np.int32)
+        self.next_group = np.full(total + 1, groups, np.int32)
+        following = self.next_group[:-1].reshape(count, rows)
         if depths > 1:
             following[:, 0] = 1 + depths * np.arange(count)
             following[:, 1:] = np.where(depth + 1 < depths, group + 1, groups)
-        self.next_group = np.append(following.ravel(), np.int32(groups))
 
     def dense(self, i: int) -> TransitionTable:
         places, previous, tokens, log_probs, confidences = self.arguments
@@ -428,6 +428,7 @@ class PathBatch(TableBatch):
 
 EXPONENTS = 2.0 ** np.arange(-2, 2.125, 0.125)
 """Exponents of probabilities: above 1 makes a distribution sharper, below 1 flatter."""
+LOG_EXPONENTS = np.log(EXPONENTS)
 SPREAD = 0.2
 """Standard deviation of the logarithm of the exponent before anything was seen."""
 MIN_REST = 1e-3
@@ -452,14 +453,14 @@ class Calibration:
 
     vocab_size: int
     log_weights: NDArray[np.float64] = field(
-        default_factory=lambda: -0.5 * (np.log(EXPONENTS) / SPREAD) ** 2
+        default_factory=lambda: -0.5 * (LOG_EXPONENTS / SPREAD) ** 2
     )
 
     @property
     def exponent(self) -> float:
         """The geometric mean of the exponents by their weights; 1 before anything was seen."""
         weights = np.exp(self.log_weights - self.log_weights.max())
-        return float(np.exp(weights @ np.log(EXPONENTS) / weights.sum()))
+        return float(np.exp(weights @ LOG_EXPONENTS / weights.sum()))
 
     def correct(self, table: TransitionTable, exponent: float | None = None) -> TransitionTable:
         """Return the table with calibrated probabilities; the order of children is the same.

@@ -139,7 +139,7 @@ class FlatTable:
         tokens: (n, K) int32 children of the rows.
         log_probs: (n, K) float32 of the children; -inf marks an absent child.
         following: gives the rows that follow some children, whose (c,) rows and ranks it is given;
-            -1 if there is none.
+            n or a larger number if there is none.
         confidences: (n,) float32 of the rows; None if the drafter states none.
     """
 
@@ -157,7 +157,7 @@ class FlatTable:
 
         def following(row: NDArray[np.integer], rank: NDArray[np.int64]) -> NDArray[np.integer]:
             place, depth = next_row[row, rank], row // rows + 1
-            return np.where((place < 0) | (depth == depths), -1, depth * rows + place)
+            return np.where((place < 0) | (depth == depths), flat, depth * rows + place)
 
         return cls(
             table.tokens.reshape(flat, children),
@@ -241,7 +241,7 @@ def _levels(table: FlatTable, room: int) -> list[_Level]:
         row = rows[node]
         levels.append((paths, parents[node], row, rank))
         following = table.following(row, rank)
-        inner = (following >= 0).nonzero()[0]
+        inner = (following < len(table.tokens)).nonzero()[0]
         rows, log_probs, parents = following[inner], paths[inner], first + inner
         first += len(kept)
     return levels
