@@ -25,6 +25,7 @@ KERNELS = {
     "sample",
     "tree_recurrence",
     "commit_recurrence",
+    "move_columns",
 }
 PAIRS = [
     (90, "qwen3-8b"),
