@@ -275,7 +275,7 @@ class AddingLayer:
             actual = self(x, *args, **kwargs)
             # Beside what a layer passes on, its own part may be small.
             pairs = (actual - x, output - x), (self.after(actual), self.after(output))
-            self.agrees = all(_close(*pair, TOLERANCES[x.dtype]) for pair in pairs)
+            self.agrees = all(_close(mine, its, TOLERANCES[x.dtype]) for mine, its in pairs)
         except Exception as error:
             if is_out_of_memory(error) or is_device_lost(error):
                 raise

@@ -419,8 +419,8 @@ class ParallelDrafter(Drafter):
         for slab, members in by_slab(roots).items():
             part = [roots[i] for i in members]
             run = functools.partial(self._run, slab)
-            rows, *new = lacking_rows(slab, part, PARALLEL_CHUNK, run)
-            outputs, tokens = run(rows, *new, masks=size - 1)
+            rows, states, written = lacking_rows(slab, part, PARALLEL_CHUNK, run)
+            outputs, tokens = run(rows, states, written, masks=size - 1)
             ends = np.cumsum([len(tokens) + size - 1 for *_, tokens in rows]).tolist()
             for i, (state, root), end in zip(members, part, ends, strict=True):
                 hidden, token = outputs[end - size : end], tokens[end - size][None]

@@ -157,7 +157,9 @@ class FlatTable:
 
         def following(row: NDArray[np.integer], rank: NDArray[np.int64]) -> NDArray[np.integer]:
             place, depth = next_row[row, rank], row // rows + 1
-            return np.where((place < 0) | (depth == depths), flat, depth * rows + place)
+            is_none = (place < 0) | (depth == depths)
+            found: NDArray[np.integer] = np.where(is_none, flat, depth * rows + place)
+            return found
 
         return cls(
             table.tokens.reshape(flat, children),
