@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from fake_models import PROMPT, SCRIPT, FakeBackend, config_of, run, scripted
 
+from treeflash.config import METHODS
 from treeflash.decoding import Request, Scheduler, SchedulerConfig
 from treeflash.decoding.adaptive_budget import HIGHEST_BALANCE, AdaptiveBudget, AdaptiveBudgets
 from treeflash.decoding.suffix import SuffixDrafter
@@ -31,21 +32,35 @@ def drafts(backend: FakeBackend):
     return calls
 
 
-@pytest.fixture
-def learned(monkeypatch):
-    """The number of trees in every iteration that an adaptive budget has learned from."""
-    calls, observe = [], AdaptiveBudget.observe
+class WatchedBudget(AdaptiveBudget):
+    """An adaptive budget that keeps what it was asked and told.
 
-    def spy(budget, trees, *args, **options):
-        calls.append(len(trees))
-        observe(budget, trees, *args, **options)
+    Attributes:
+        rows: rows of other sequences in each iteration whose trees it pruned.
+        learned: trees of each iteration that it learned from.
+        first: whether a sequence was drafted for the first time in each of these.
+    """
 
-    monkeypatch.setattr(AdaptiveBudget, "observe", spy)
-    return calls
+    def __init__(self):
+        super().__init__(VerifyCosts(dict(COSTS)))
+        self.rows, self.learned, self.first = [], [], []
+
+    def prune(self, trees, lengths, other_rows=0):
+        self.rows.append(other_rows)
+        return super().prune(trees, lengths, other_rows)
+
+    def observe(self, trees, *args, first=False, **options):
+        self.learned.append(len(trees))
+        self.first.append(first)
+        super().observe(trees, *args, first=first, **options)
 
 
-def adaptive(backend, config=None):
-    return Scheduler(backend, config, budgets=AdaptiveBudgets(VerifyCosts(dict(COSTS))))
+def adaptive(backend, config=None, budget=None):
+    """A scheduler whose sequences of all methods share the budget, if one is given."""
+    budgets = AdaptiveBudgets(VerifyCosts(dict(COSTS)))
+    if budget is not None:
+        budgets.by_method = dict.fromkeys(METHODS, budget)
+    return Scheduler(backend, config, budgets=budgets)
 
 
 @pytest.mark.parametrize("budgets", [(2,), (2, 4), (4, 2), (3, 1, 2)])
@@ -116,20 +131,20 @@ def test_copies_alone_are_looked_for_where_they_pay(monkeypatch):
         assert len(sought) == calls
 
 
-def test_a_sequence_whose_trees_are_cut_to_the_root_is_drafted_for_more_and_more_rarely(
-    monkeypatch,
-):
+def test_a_sequence_whose_trees_are_cut_to_the_root_is_drafted_for_more_and_more_rarely():
     """The others of the batch are drafted for as before, until it has a tree again."""
+
+    class Cutting(WatchedBudget):
+        def begin(self, sequences=1):
+            return True
+
+        def prune(self, trees, lengths, other_rows=0):
+            whole = [np.arange(len(tree)) for tree in trees]
+            return [whole[0][:1], *whole[1:]] if cut and len(trees) == 3 else whole
+
     backend = scripted(SCRIPT)
-    calls, scheduler = drafts(backend), adaptive(backend)
+    calls, scheduler = drafts(backend), adaptive(backend, budget=Cutting())
     cut = True
-
-    def prune(budget, trees, lengths, other_rows=0):
-        whole = [np.arange(len(tree)) for tree in trees]
-        return [whole[0][:1], *whole[1:]] if cut and len(trees) == 3 else whole
-
-    monkeypatch.setattr(AdaptiveBudget, "begin", lambda budget, sequences: True)
-    monkeypatch.setattr(AdaptiveBudget, "prune", prune)
     for _ in range(3):
         submit(scheduler, budget="auto", suffix=False, max_tokens=200)
     for _ in range(13):
@@ -142,70 +157,64 @@ def test_a_sequence_whose_trees_are_cut_to_the_root_is_drafted_for_more_and_more
     assert [sequences for sequences, _ in calls[12:]] == [*[2] * 7, 3, 3]
 
 
-def test_nothing_is_learned_from_iterations_that_also_run_prompts(learned):
+def test_nothing_is_learned_from_iterations_that_also_run_prompts():
     """Their time says nothing about trees."""
-    config = SchedulerConfig(prefill_chunk=2)
-    scheduler = adaptive(scripted(SCRIPT), config)
+    budget = WatchedBudget()
+    scheduler = adaptive(scripted(SCRIPT), SchedulerConfig(prefill_chunk=2), budget)
     submit(scheduler, budget="auto")
     scheduler.step()
     scheduler.step()
-    assert learned == [1]
+    assert budget.learned == [1]
     submit(scheduler, SCRIPT[:7], budget="auto")
     for _ in range(4):
         scheduler.step()
-    assert learned == [1]
+    assert budget.learned == [1]
     scheduler.step()
-    assert learned == [1, 2]
+    assert budget.learned == [1, 2]
 
 
 @pytest.mark.parametrize("other", [{"budget": 4}, {"budget": "auto", "method": "dflash"}])
-def test_nothing_is_learned_from_iterations_of_different_kinds_of_sequences(learned, other):
+def test_nothing_is_learned_from_iterations_of_different_kinds_of_sequences(other):
     """An adaptive budget cannot tell its trees' part of the time from the rest."""
+    ddtree, dflash = WatchedBudget(), WatchedBudget()
     scheduler = adaptive(scripted(SCRIPT))
+    scheduler.budgets.by_method = {"ddtree": ddtree, "dflash": dflash}
     submit(scheduler, budget="auto")
     second = submit(scheduler, **other)
     for _ in range(3):
         scheduler.step()
-    assert learned == []
+    assert ddtree.learned == dflash.learned == []
     scheduler.cancel(second)
     scheduler.step()
-    assert learned == [1]
+    assert ddtree.learned == [1]
 
 
-def test_trees_of_fixed_budgets_count_as_rows_of_the_pass(monkeypatch):
-    rows, prune = [], AdaptiveBudget.prune
-
-    def spy(budget, trees, lengths, other_rows=0):
-        rows.append(other_rows)
-        return prune(budget, trees, lengths, other_rows)
-
-    monkeypatch.setattr(AdaptiveBudget, "prune", spy)
-    scheduler = adaptive(scripted(SCRIPT))
+def test_trees_of_fixed_budgets_count_as_rows_of_the_pass():
+    budget = WatchedBudget()
+    scheduler = adaptive(scripted(SCRIPT), budget=budget)
     submit(scheduler, budget="auto")
     submit(scheduler, budget=4)
     scheduler.step()
     scheduler.step()
-    assert rows == [4]
+    assert budget.rows == [4]
 
 
-def test_an_iteration_is_marked_in_which_a_sequence_is_drafted_for_the_first_time(monkeypatch):
+def test_an_iteration_is_marked_in_which_a_sequence_is_drafted_for_the_first_time():
     """The drafter then also reads its prompt."""
-    marks, observe = [], AdaptiveBudget.observe
 
-    def spy(budget, *args, first=False):
-        marks.append(first)
-        observe(budget, *args, first=first)
+    class Drafting(WatchedBudget):
+        def begin(self, sequences=1):
+            return True
 
-    monkeypatch.setattr(AdaptiveBudget, "observe", spy)
-    monkeypatch.setattr(AdaptiveBudget, "begin", lambda *_: True)
-    scheduler = adaptive(scripted(SCRIPT))
+    budget = Drafting()
+    scheduler = adaptive(scripted(SCRIPT), budget=budget)
     submit(scheduler, budget="auto")
     for _ in range(4):
         scheduler.step()
     submit(scheduler, budget="auto")
     for _ in range(3):
         scheduler.step()
-    assert marks == [True, False, False, True, False]
+    assert budget.first == [True, False, False, True, False]
 
 
 class Anything:
