@@ -32,7 +32,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from itertools import product
@@ -65,6 +64,8 @@ SAMPLINGS = {
     "greedy": SamplingConfig(),
     "sampled": SamplingConfig(temperature=0.8, top_p=0.9, seed=1),
 }
+TOKENS = 60
+"""Tokens of a text."""
 TOLERANCE = 0.05
 """Logits of two ways to compute half precision: root mean square difference in standard deviations.
 Rounding gives 0.01; a key too many or too few more than 0.1."""
@@ -274,7 +275,7 @@ def graphs(gpu: Gpu, part: Part) -> None:
     for dtype in DTYPES[:2]:
         backend = gpu.load(gpu.write_tiny(), dtype=dtype)
         for sampling in SAMPLINGS.values():
-            config = DecodeConfig(budget=16, max_tokens=60, sampling=sampling)
+            config = DecodeConfig(budget=16, max_tokens=TOKENS, sampling=sampling)
             for texts in (1, 4):
                 run_texts(backend, [PROMPT] * texts, config)
         found = backend.target.graphs
@@ -292,8 +293,7 @@ def texts(gpu: Gpu, part: Part) -> None:
     """Compare texts and logits of different ways to compute them."""
     pair = gpu.write_tiny()
     backend = gpu.load(pair, dtype="float32")
-    for sampling, method in product(SAMPLINGS, METHODS):
-        compare_texts(part, backend, method, sampling, "float32")
+    compare_texts(part, backend, "float32")
     for dtype in DTYPES[:2]:
         logits = {}
         for name, with_graphs, masks in (
@@ -319,8 +319,7 @@ def texts(gpu: Gpu, part: Part) -> None:
             part.problem(f"exact mode is refused in {dtype}: {error}")
             continue
         part.add("exact mode", dtype=dtype, verdict=exact.inexact or "exact")
-        for sampling, method in product(SAMPLINGS, METHODS):
-            compare_texts(part, exact, method, sampling, f"exact {dtype}")
+        compare_texts(part, exact, f"exact {dtype}")
 
 
 def target(gpu: Gpu, part: Part) -> None:
@@ -492,27 +491,28 @@ def _memory_row(gpu: Gpu) -> Row:
     return {name: nbytes / 2**30 for name, nbytes in statistics.items()}
 
 
-def compare_texts(part: Part, backend: Any, method: Method, sampling: str, dtype: str) -> None:
-    """Add a row and perhaps a problem: the text of a method against the text of plain decoding."""
-    config = DecodeConfig(method="ar", max_tokens=60, sampling=SAMPLINGS[sampling])
-    plain, found = (
-        [
-            x
-            for step in decode(backend, Request(prompt_ids=PROMPT, config=changed))
-            for x in step.tokens
-        ]
-        for changed in (config, replace(config, method=method, budget=12))
-    )
-    part.add(
-        "texts",
-        dtype=dtype,
-        method=method,
-        sampling=sampling,
-        tokens=len(plain),
-        equal_up_to=first_difference(plain, found),
-    )
-    if line := text_problem(f"{method}, {sampling}, in {dtype}", plain, found):
-        part.problem(line)
+def compare_texts(part: Part, backend: Any, dtype: str) -> None:
+    """Add rows and perhaps problems: the texts of methods against the text of plain decoding."""
+
+    def text(**settings: Any) -> list[int]:
+        config = DecodeConfig(max_tokens=TOKENS, **settings)
+        steps = decode(backend, Request(prompt_ids=PROMPT, config=config))
+        return [token for step in steps for token in step.tokens]
+
+    for name, sampling in SAMPLINGS.items():
+        plain = text(method="ar", sampling=sampling)
+        for method in METHODS:
+            found = text(method=method, budget=12, sampling=sampling)
+            part.add(
+                "texts",
+                dtype=dtype,
+                method=method,
+                sampling=name,
+                tokens=len(plain),
+                equal_up_to=first_difference(plain, found),
+            )
+            if line := text_problem(f"{method}, {name}, in {dtype}", plain, found):
+                part.problem(line)
 
 
 def run_texts(backend: Any, prompts: Sequence[Sequence[int]], config: DecodeConfig) -> None:

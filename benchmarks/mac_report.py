@@ -24,7 +24,6 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
-from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar
 from unittest.mock import patch
@@ -32,7 +31,7 @@ from unittest.mock import patch
 from benchmarks import mac
 from benchmarks.common import Parser, Row, describe
 from benchmarks.decoding.iteration import verify_rows
-from benchmarks.gpu_report import METHODS, SAMPLINGS, compare_texts
+from benchmarks.gpu_report import compare_texts
 from benchmarks.report import Part, Report
 from treeflash.cli.console import guarded
 from treeflash.cli.options import load_model
@@ -88,8 +87,7 @@ def texts(device: str | None, part: Part) -> None:
         models.write_target(target, "qwen3", seed=1, vocab_size=500)
         models.write_drafter(drafter, target, seed=2)
         backend = loader("mlx")(target, drafter, LoadConfig(device=device, dtype="float32"))
-    for sampling, method in product(SAMPLINGS, METHODS):
-        compare_texts(part, backend, method, sampling, "float32")
+    compare_texts(part, backend, "float32")
 
 
 def passes(model: Callable[[], LanguageModel], args: Any, part: Part) -> None:

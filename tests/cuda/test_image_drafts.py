@@ -68,7 +68,7 @@ def test_the_bundled_drafter_beats_plain_decoding_after_an_image(folder, smollm2
     ids, images = backend.images.encode(text, [picture(1)])
 
     def run(method):
-        config = DecodeConfig(method=method, budget=16, max_tokens=32)
+        config = DecodeConfig(method=method, budget=16, max_tokens=24)
         return list(decode(backend, Request(prompt_ids=ids, images=images, config=config)))
 
     plain, drafted = run("ar"), run("treeflash")

@@ -165,8 +165,8 @@ def test_the_processor_computes_in_float32_by_default(tmp_path):
 
 
 def test_compiled_layers_compute_the_same(tmp_path, monkeypatch):
-    write_target(tmp_path / "target", "qwen3", seed=1)
-    write_drafter(tmp_path / "drafter", tmp_path / "target", seed=2)
+    write_target(tmp_path / "target", "qwen3", seed=1, layers=2)
+    write_drafter(tmp_path / "drafter", tmp_path / "target", seed=2, target_layer_ids=(0, 1))
     # Tracing, but no compiler of C++.
     monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="eager"))
     texts = []

@@ -31,7 +31,7 @@ def prompts(tmp_path_factory):
     random = np.random.default_rng(1)
     path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
     words = [
-        "".join(chr(97 + letter) for letter in row) for row in random.integers(0, 26, (320, 5))
+        "".join(chr(97 + letter) for letter in row) for row in random.integers(0, 26, (160, 5))
     ]
     path.write_text(
         "".join(json.dumps({"id": n, "prompt": word}) + "\n" for n, word in enumerate(words))
@@ -65,7 +65,7 @@ def efficiency(target, drafter, prompts, **settings):
 def test_from_prompts_to_a_drafter(steps, target, responses, tmp_path, capsys):
     records = [json.loads(line) for line in responses.read_text().splitlines()]
     kept, held_out = tmp_path / "kept.jsonl", tmp_path / "held_out.jsonl"
-    for path, part in ((kept, records[:300]), (held_out, records[300:])):
+    for path, part in ((kept, records[:150]), (held_out, records[150:])):
         path.write_text("".join(json.dumps(record) + "\n" for record in part))
     config, output = tmp_path / "train.toml", tmp_path / "drafter"
     config.write_text(SMALL)
@@ -73,7 +73,7 @@ def test_from_prompts_to_a_drafter(steps, target, responses, tmp_path, capsys):
     options += ["--config", str(config), "--output", str(output)]
     assert train.main([*options, "--target", str(target), "--steps", str(steps), *ON_CPU]) == 0
     assert "pass it as --drafter" in capsys.readouterr().err
-    fresh = [record["prompt_ids"] for record in records[300:]]
+    fresh = [record["prompt_ids"] for record in records[150:]]
     # With more nodes both trees have nearly everything that the block allows.
     tree = efficiency(target, output, fresh, method="treeflash", budget=8)
     assert tree > 5
