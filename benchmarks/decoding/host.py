@@ -88,7 +88,8 @@ class Stub:
         if self.batched:
             return RowBatch(*arguments).tables()
         *parts, shape = arguments
-        return [TransitionTable.from_rows(*row, shape) for row in zip(*parts, strict=True)]
+        rows = zip(*([x[None] for x in part] for part in parts), strict=True)
+        return [RowBatch(*row, shape).dense(0) for row in rows]
 
     def _rows(self, count: int, depths: int, options: TableOptions) -> tuple[Any, ...]:
         m, k, random = options.m, options.k, self._random

@@ -124,45 +124,6 @@ class TransitionTable:
         return cls(tokens, log_probs, next_row, confidences)
 
     @classmethod
-    def from_rows(
-        cls,
-        places: NDArray[np.int32],
-        previous: NDArray[np.int32],
-        tokens: NDArray[np.int32],
-        log_probs: NDArray[np.float32],
-        shape: tuple[int, int],
-        confidences: NDArray[np.float32] | None = None,
-    ) -> TransitionTable:
-        """Return the table of an AR head that scored the root's row and n other rows.
-
-        Args:
-            places: (n,) int32 indices of the n rows among all D * M rows, numbered depth by depth.
-            previous: (n,) int32 previous tokens of the n rows.
-            tokens: (1 + n, K) int32 children, the root's first.
-            log_probs: (1 + n, K) float32 log probabilities of the children.
-            shape: (D, M).
-            confidences: (1 + n,) float32 of the rows; None if the head states none.
-        """
-        depths, m = shape
-        scored = np.concatenate([[0], places])
-        all_previous = np.full(depths * m, -1, np.int32)
-        all_previous[places] = previous
-        all_tokens = np.zeros((depths * m, tokens.shape[1]), np.int32)
-        all_tokens[scored] = tokens
-        all_log_probs = np.full(all_tokens.shape, -np.inf, np.float32)
-        all_log_probs[scored] = log_probs
-        all_confidences = None
-        if confidences is not None:
-            all_confidences = np.ones(shape, np.float32)
-            all_confidences.ravel()[scored] = confidences
-        return cls.from_candidates(
-            all_previous.reshape(shape)[1:],
-            all_tokens.reshape(depths, m, -1),
-            all_log_probs.reshape(depths, m, -1),
-            all_confidences,
-        )
-
-    @classmethod
     def from_paths(
         cls,
         tokens: Sequence[NDArray[np.int32]],
@@ -307,7 +268,6 @@ class RowBatch(TableBatch):
     after the last one.
 
     Attributes:
-        shape: (D, M) of each table.
         previous: (groups, M) int32 previous token of each row of a group; -1 for no row.
         row_at: (groups, M) int32 the row.
         next_group: (rows,) int32 the group of the rows that follow a row's children.
@@ -322,15 +282,21 @@ class RowBatch(TableBatch):
         shape: tuple[int, int],
         confidences: NDArray[np.float32] | None = None,
     ) -> None:
-        """Join the rows of B sequences; `TransitionTable.from_rows` has the arguments of each.
+        """Join the rows of B sequences, for each of which the root's row and n others were scored.
 
-        They are stacked: (B, n), (B, n), (B, 1 + n, K), (B, 1 + n, K) and (B, 1 + n). Raises what
-        `TransitionTable` raises.
+        Args:
+            places: (B, n) int32 indices of the n rows among all D * M rows, numbered depth by
+                depth.
+            previous: (B, n) int32 previous tokens of these rows.
+            tokens: (B, 1 + n, K) int32 children, the root's first.
+            log_probs: (B, 1 + n, K) float32 log probabilities of the children.
+            shape: (D, M) of each table.
+            confidences: (B, 1 + n) float32 of the rows; None if the head states none.
+
+        Raises what `TransitionTable` raises.
         """
         (depths, m), (count, rows, _) = shape, tokens.shape
         super().__init__(tokens, log_probs, confidences, depths)
-        self.shape = shape
-        self.arguments = places, previous, tokens, log_probs, confidences
         total, groups = count * rows, count * depths
         depth, place = np.divmod(places, m)
         group = depth + depths * np.arange(count)[:, None]
@@ -345,10 +311,14 @@ class RowBatch(TableBatch):
             following[:, 1:] = np.where(depth + 1 < depths, group + 1, groups)
 
     def dense(self, i: int) -> TransitionTable:
-        places, previous, tokens, log_probs, confidences = self.arguments
-        return TransitionTable.from_rows(
-            *(places[i], previous[i], tokens[i], log_probs[i], self.shape),
-            None if confidences is None else confidences[i],
+        groups = slice(i * self.depths, (i + 1) * self.depths)
+        rows = self.row_at[groups].copy()
+        rows[0, 0] = self.first_row[i]
+        return TransitionTable.from_candidates(
+            self.previous[groups][1:],
+            self.tokens[rows],
+            self.log_probs[rows],
+            None if self.confidences is None else self.confidences[rows],
         )
 
     def following(self, rows: NDArray[np.integer], ranks: NDArray[np.integer]) -> NDArray[np.int32]:

@@ -67,9 +67,9 @@ class Batch:
 
     def plain(self, i):
         """The table of one sequence, made alone."""
-        rows = self.places[i], self.previous[i], self.tokens[i], self.log_probs[i]
-        known = None if self.confidences is None else self.confidences[i]
-        return TransitionTable.from_rows(*rows, self.shape, known)
+        arrays = self.places, self.previous, self.tokens, self.log_probs
+        known = None if self.confidences is None else self.confidences[i : i + 1]
+        return RowBatch(*(x[i : i + 1] for x in arrays), self.shape, known).dense(0)
 
     def calibrations(self):
         """Two equal calibrations of each sequence, which have learned something."""

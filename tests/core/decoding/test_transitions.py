@@ -7,7 +7,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from treeflash.decoding.transitions import TransitionTable
+from treeflash.decoding.transitions import RowBatch, TransitionTable
 from treeflash.errors import NumericalError
 
 
@@ -50,12 +50,19 @@ def test_candidates_by_hand() -> None:
     assert table.log_probs[1].tolist() == [[-1, -1], [-1, -1]]
 
 
+def table_of(*arrays: np.ndarray, shape: tuple[int, int]) -> TransitionTable:
+    """The table of one sequence from its scored rows."""
+    *rows, confidences = (*arrays, None) if len(arrays) == 4 else arrays
+    known = None if confidences is None else confidences[None]
+    return RowBatch(*(x[None] for x in rows), shape, known).dense(0)
+
+
 def test_rows_that_were_not_scored_are_absent() -> None:
     """Of 2 rows at 3 depths the root's, the second of depth 2 and the first of depth 3."""
     tokens = np.array([[5, 6], [7, 8], [1, 2]], np.int32)
     log_probs = np.array([[-1, -2], [-3, -4], [-5, -6]], np.float32)
     places, previous = np.array([3, 4], np.int32), np.array([6, 7], np.int32)
-    table = TransitionTable.from_rows(places, previous, tokens, log_probs, (3, 2))
+    table = table_of(places, previous, tokens, log_probs, shape=(3, 2))
     absent = [-np.inf, -np.inf]
     assert table.log_probs.tolist() == [[[-1, -2], absent], [absent, [-3, -4]], [[-5, -6], absent]]
     assert table.confidences is None
@@ -68,7 +75,7 @@ def test_confidences_stay_with_their_rows() -> None:
     tokens, log_probs = np.array([[5, 6], [7, 8]], np.int32), np.full((2, 2), -1, np.float32)
     places, previous = np.array([3], np.int32), np.array([6], np.int32)
     confidences = np.array([0.75, 0.25], np.float32)
-    table = TransitionTable.from_rows(places, previous, tokens, log_probs, (2, 2), confidences)
+    table = table_of(places, previous, tokens, log_probs, confidences, shape=(2, 2))
     assert table.confidences is not None
     assert table.confidences.tolist() == [[0.75, 1], [1, 0.25]]
     cut = table.truncate(1)
@@ -94,9 +101,8 @@ def test_rows_that_follow_paths() -> None:
 
 def test_a_block_of_two_has_the_roots_row_alone() -> None:
     nothing = np.zeros(0, np.int32)
-    table = TransitionTable.from_rows(
-        nothing, nothing, np.array([[5]], np.int32), np.array([[-1]], np.float32), (1, 2)
-    )
+    children = np.array([[5]], np.int32), np.array([[-1]], np.float32)
+    table = table_of(nothing, nothing, *children, shape=(1, 2))
     assert table.log_probs.tolist() == [[[-1], [-np.inf]]]
     assert (table.next_row == -1).all()
 
