@@ -23,6 +23,7 @@ from treeflash.decoding.transitions import TransitionTable
 from treeflash.drafters.config import window_gap
 from treeflash_mlx.cache import BatchStorage, share_storage, storages_of
 from treeflash_mlx.drafter_model import DrafterModel
+from treeflash_mlx.head_operations import read
 from treeflash_mlx.numerics import gumbel, log_softmax, top_log_probs
 from treeflash_mlx.state import project_contexts
 from treeflash_mlx.target import Target, shortlist_logits
@@ -180,13 +181,9 @@ class Drafter:
             logits = logits + self.output.noise(options.noise)
         k = min(options.k, logits.shape[1])
         tokens, log_probs = top_log_probs(logits, k, options.temperature)
-        tokens = self.output.to_target(tokens)
-        # Token ids are exact in float32, and one array needs one read from the device.
-        read = np.array(mx.stack([tokens.astype(mx.float32), log_probs]))
-        return [
-            TransitionTable.from_marginals(part[0].astype(np.int32), part[1])
-            for part in np.split(read, len(blocks), 1)
-        ]
+        arrays = read([self.output.to_target(tokens), log_probs])
+        parts = zip(*(np.split(x, len(blocks)) for x in arrays), strict=True)
+        return [TransitionTable.from_marginals(*part) for part in parts]
 
     def log_probs(self, block: Block) -> NDArray[np.float32]:
         log_probs = log_softmax(self.output.logits(self.output.norm(block.hidden)))
