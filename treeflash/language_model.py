@@ -19,7 +19,7 @@ from treeflash.decoding.interfaces import Backend, ImageProcessor, Loader
 from treeflash.decoding.prefix_cache import PrefixCache
 from treeflash.decoding.sampling import Constraint
 from treeflash.decoding.suffix import SuffixCache
-from treeflash.decoding.verify_costs import VerifyCosts
+from treeflash.decoding.verify_costs import VerifyCosts, cost_file, model_key
 from treeflash.drafters.folder import read_config
 from treeflash.drafters.loading import check_drafter
 from treeflash.errors import (
@@ -319,7 +319,8 @@ class LanguageModel:
     def _costs(self) -> VerifyCosts:
         if self.folder is None:
             return VerifyCosts.measure(self.backend)
-        return VerifyCosts.cached(self.backend, self.folder, self.loaded, cache_folder() / "costs")
+        key, folder = model_key(self.folder), cache_folder() / "costs"
+        return VerifyCosts.kept(self.backend, cost_file(self.backend, key, self.loaded, folder))
 
     def configure(self, options: Options) -> TextConfig:
         """Make a configuration as `parse_options` does, with this pair's defaults."""

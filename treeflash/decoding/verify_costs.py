@@ -259,18 +259,11 @@ class VerifyCosts:
         return cls(seconds, position_s, is_sound=agree and rise)
 
     @classmethod
-    def cached(
-        cls, backend: Backend, target: Path, loaded: LoadConfig, folder: Path
-    ) -> VerifyCosts:
-        """Return the costs of this target, device and dtype, kept from before or measured now.
-
-        `folder` has the measurements; that it cannot be written is not an error.
-        """
-        return cls.kept(backend, cost_file(backend, model_key(target), loaded, folder))
-
-    @classmethod
     def kept(cls, backend: Backend, file: CostFile) -> VerifyCosts:
-        """Return the costs in a file, or measure them, and keep them there if they are sound."""
+        """Return the costs in a file, or measure them, and keep them there if they are sound.
+
+        That the file cannot be written is not an error.
+        """
         costs = file.read()
         if costs is None:
             if backend.device != "cpu":  # which reads a long text too

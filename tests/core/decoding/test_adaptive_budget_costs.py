@@ -27,6 +27,11 @@ from treeflash.testing.models import edit_config
 LOADED = LoadConfig()
 
 
+def kept_costs(backend, target, loaded, folder):
+    file = verify_costs.cost_file(backend, verify_costs.model_key(target), loaded, folder)
+    return VerifyCosts.kept(backend, file)
+
+
 def linear_costs(slope):
     """A forward pass takes one second, and `slope` more for each node after the first."""
     return VerifyCosts({size: 1 + slope * (size - 1) for size in SIZES})
@@ -272,11 +277,11 @@ def measured(monkeypatch, target, tmp_path):
 
     def measured(change, loaded=LOADED):
         timed = Timed(monkeypatch, lambda nodes: 0.01)
-        first = VerifyCosts.cached(timed, target, LOADED, tmp_path / "costs")
+        first = kept_costs(timed, target, LOADED, tmp_path / "costs")
         assert first.seconds[1] == pytest.approx(0.01)
         timed.seconds = lambda nodes: 0.02
         change(timed)
-        found = VerifyCosts.cached(timed, target, loaded, tmp_path / "costs")
+        found = kept_costs(timed, target, loaded, tmp_path / "costs")
         assert found == first or found.seconds[1] == pytest.approx(0.02)
         return found != first
 
@@ -290,7 +295,7 @@ def test_costs_are_remembered(measured):
 def test_a_gpu_is_not_timed_without_a_word(monkeypatch, target, tmp_path, caplog):
     for _ in range(2):
         timed = Timed(monkeypatch, lambda nodes: 0.01)
-        VerifyCosts.cached(timed, target, LOADED, tmp_path / "costs")
+        kept_costs(timed, target, LOADED, tmp_path / "costs")
     line = "timing forward passes on Card A for the budget auto, once for this model"
     assert [record.getMessage() for record in caplog.records] == [line]
 
@@ -339,7 +344,7 @@ def test_costs_belong_to_the_kernels_that_are_used_not_to_their_races(
     for verdict in ("used, 1.20 times", "used, 1.21 times", "not used, 1.10 times"):
         report = DeviceReport(kernels={"products": {"5 rows": verdict}})
         timed.device_report = lambda report=report: report
-        found.append(VerifyCosts.cached(timed, target, LOADED, tmp_path / "costs").seconds[1])
+        found.append(kept_costs(timed, target, LOADED, tmp_path / "costs").seconds[1])
         timed.seconds = lambda nodes: 0.02
     assert found == pytest.approx([0.01, 0.01, 0.02])
 
@@ -390,5 +395,5 @@ def test_a_file_without_usable_costs_is_measured_anew(measured, tmp_path, conten
 def test_a_folder_that_cannot_be_written_only_costs_time(monkeypatch, target, tmp_path):
     (tmp_path / "costs").write_text("a file", encoding="utf-8")
     timed = Timed(monkeypatch, lambda nodes: 0.01)
-    found = VerifyCosts.cached(timed, target, LOADED, tmp_path / "costs")
+    found = kept_costs(timed, target, LOADED, tmp_path / "costs")
     assert found.seconds[1] == pytest.approx(0.01)
