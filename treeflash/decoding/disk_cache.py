@@ -72,14 +72,6 @@ class CacheKey(NamedTuple):
     salt: str
 
 
-@dataclass(eq=False)
-class Unsaved:
-    """A state in memory, and the parts of it that may not be on the disk."""
-
-    state: SequenceState
-    parts: deque[Part]
-
-
 @dataclass(frozen=True, eq=False)
 class Stored:
     """A stored beginning of some tokens: its blocks by kind and key, and its end if it has one."""
@@ -127,7 +119,8 @@ class DiskCache:
         self.written_bytes = self.skipped = 0
         self.rates = Rates()
         self._identity = identity
-        self._unsaved: deque[Unsaved] = deque()
+        # By state in memory, the parts of it that may not be on the disk.
+        self._unsaved: dict[SequenceState, deque[Part]] = {}
         self._queue: queue.SimpleQueue[tuple[Part, StateArrays | None] | None] = queue.SimpleQueue()
         self._queued_bytes = 0
         self._room = threading.Condition()
@@ -185,23 +178,23 @@ class DiskCache:
             if n >= self.block and (n > first or state.needs_snapshots):
                 parts.append(part("end", first, n))
         if parts:
-            self._unsaved.append(Unsaved(state, parts))
+            self._unsaved[state] = parts
 
     def copy_next(self) -> None:
         """Copy the next parts to the host, as far as there is room for them."""
         for _ in range(COPIES):
             if not self._unsaved or not self._has_room():
                 return
-            self._copy(self._unsaved[0])
-            if not self._unsaved[0].parts:
-                self._unsaved.popleft()
+            state, parts = next(iter(self._unsaved.items()))
+            self._copy(state, parts)
+            if not parts:
+                del self._unsaved[state]
 
     def let_go(self, state: SequenceState, *, save: bool) -> None:
         """Forget a state that leaves memory; `save` copies the rest of it, if there is room."""
-        for unsaved in [x for x in self._unsaved if x.state is state]:
-            while save and unsaved.parts and self._has_room():
-                self._copy(unsaved)
-            self._unsaved.remove(unsaved)
+        parts = self._unsaved.pop(state, None)
+        while save and parts and self._has_room():
+            self._copy(state, parts)
 
     def save_all(self) -> None:
         """Copy all states, waiting for the writer."""
@@ -226,19 +219,19 @@ class DiskCache:
     def _has_room(self) -> bool:
         return self._queued_bytes < QUEUE_BYTES
 
-    def _copy(self, unsaved: Unsaved) -> None:
+    def _copy(self, state: SequenceState, parts: deque[Part]) -> None:
         """Hand the next part of a state to the writer, or its name if it is stored already."""
-        part = unsaved.parts.popleft()
+        part = parts.popleft()
         trusted = part.name in self._checked or not self._found_bad
         if trusted and os.path.lexists(self.folder / part.name):
             self._queue.put((part, None))
             return
         try:
-            arrays = unsaved.state.export(part.first, part.stop, end=part.kind == "end")
+            arrays = state.export(part.first, part.stop, end=part.kind == "end")
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            unsaved.parts.clear()
+            parts.clear()
             return
         with self._room:
             self._queued_bytes += _nbytes(arrays)
