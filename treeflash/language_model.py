@@ -21,6 +21,7 @@ from treeflash.decoding.sampling import Constraint
 from treeflash.decoding.suffix import SuffixCache
 from treeflash.decoding.verify_costs import VerifyCosts, cost_file, model_key
 from treeflash.drafters.folder import read_config
+from treeflash.drafters.formats import DRAFTER_SETTINGS
 from treeflash.drafters.loading import check_drafter
 from treeflash.errors import (
     CheckpointError,
@@ -495,6 +496,11 @@ def locate(
         known = published_drafter(name) if drafter in (None, AUTO) else drafter
         refuse_pair(name, str(known) if known else None, limit)
     target_folder = resolve_target(name)
+    if DRAFTER_SETTINGS & read_config(target_folder).keys():
+        raise CheckpointError(
+            f"{name} is a drafter, not a target; name it as the drafter (--drafter), and the model "
+            "that it drafts for as the target"
+        )
     if config.adapter is not None and (base := other_base(Path(config.adapter), target_folder)):
         logging.getLogger(__name__).warning(
             "the adapter in %s was trained for %s, but is merged into %s; texts are right only if "

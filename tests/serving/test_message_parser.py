@@ -59,6 +59,15 @@ def test_parts(tokenizer, size):
 
 
 @pytest.mark.parametrize("size", [1, 1000])
+def test_special_tokens_that_the_template_lacks_are_left_out_as_in_other_texts(tokenizer, size):
+    text = "<think>Wh<|stop|>y?</think>Hel<|stop|>lo."
+    parser, _ = read(tokenizer, text, size)
+    assert (parser.reasoning, parser.content) == ("Why?", "Hello.")
+    plain, _ = read(tokenizer, text, size, form=False)
+    assert plain.content == tokenizer.decode(tokenizer.encode(text))
+
+
+@pytest.mark.parametrize("size", [1, 1000])
 def test_the_prompt_may_begin_the_reasoning(tokenizer, size):
     prompt = PROMPT + "<think>"
     assert MessageForm(TEMPLATE, prompt).in_reasoning

@@ -79,6 +79,8 @@ OTHER_FORMATS: dict[str, tuple[Any, ...]] = {
 """Keys that make a drafter another one than DFlash, with the values that mean nothing."""
 
 
+DRAFTER_SETTINGS = {"speculators_model_type", "dflash_config", "target_layer_ids", "eagle_config"}
+"""Settings that only drafters have: each has at least one of them."""
 ATTENTION_KEYS = ("add_swa_attention_sink_bias", "attention_sink_bias", "use_swa")
 """Settings of attention sinks and windows, which all formats but speculators may have."""
 TRAINING_TENSORS = frozenset({"t2d", "verifier_lm_head.weight", "verifier_norm.weight"})

@@ -64,6 +64,10 @@ class ResponseTemplate:
         fields: Mapping[str, Mapping[str, Any]] = self.source["fields"]
         return fields
 
+    def names(self, token: str) -> bool:
+        """Return whether the form refers to a special token, as a text or in a pattern."""
+        return token in json.dumps(self.source, ensure_ascii=False).replace("\\", "")
+
     @property
     def _reasoning(self) -> Mapping[str, Any]:
         """The field of the reasoning; empty if there is none."""
@@ -267,9 +271,9 @@ class MessageParser:
         self._form = form
         self._calls_only = form is not None and form.calls_only
         self._parser: ResponseParser | None = None if form is None else form.parser()
-        # Templates refer to special tokens, which the text of a chunk does not contain.
+        self._tokenizer = tokenizer
+        # The text of a chunk lacks the special tokens that templates refer to.
         self._stream = TextStream(tokenizer.verbatim, stop)
-        self._end_ids = tokenizer.stop_token_ids
         self._text = ""
         self._unfinished_call = ""
 
@@ -327,8 +331,9 @@ class MessageParser:
         finished = chunk.finish_reason is not None
         # An end token is not needed, because the end of the text closes every part.
         ids = chunk.token_ids
-        ids = ids[:-1] if ids and ids[-1] in self._end_ids else ids
-        text = self._stream.push(ids) + (self._stream.finish() if finished else "")
+        ids = ids[:-1] if ids and ids[-1] in self._tokenizer.stop_token_ids else ids
+        text = self._stream.push([token_id for token_id in ids if self._is_read(token_id)])
+        text += self._stream.finish() if finished else ""
         deltas = self._parse(text)
         if finished and self._parser is not None:
             try:
@@ -337,6 +342,12 @@ class MessageParser:
             except INVALID_CALL:  # it is unfinished
                 deltas += self._give_up("")
         return deltas
+
+    def _is_read(self, token_id: int) -> bool:
+        """Return whether the parser gets a token: no special ones that the template lacks."""
+        assert self._form is not None
+        special = token_id in self._tokenizer.special_token_ids
+        return not special or self._form.template.names(self._tokenizer.token_text(token_id))
 
     def _parse(self, text: str) -> list[Delta]:
         assert self._parser is not None

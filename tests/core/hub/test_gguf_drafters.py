@@ -16,6 +16,7 @@ from treeflash.drafters.folder import read_config, read_tensors
 from treeflash.errors import CheckpointError
 from treeflash.hub import cached, models
 from treeflash.hub.gguf import bfloat16_bits, convert_gguf
+from treeflash.language_model import locate
 from treeflash.reference.backend import load
 from treeflash.testing.models import edit_config, save, write_dialect, write_target
 
@@ -168,6 +169,9 @@ def test_a_file_drafts_as_its_folder(
     resolved = models.resolve_drafter(str(tmp_path / "tiny-Q8_0.gguf"), str(target))
     assert resolved == models.resolve_drafter(str(tmp_path / "tiny-Q8_0.gguf"), str(target))
     assert "tiny-Q8_0" in [model.name for model in cached.cached_models()]
+    for name in (tmp_path / "tiny-Q8_0.gguf", folder):
+        with pytest.raises(CheckpointError, match=f"^{name} is a drafter, not a target; name it"):
+            locate(name, backend="reference")
     options = LoadConfig(device="cpu", dtype="float32")
     found, texts = [], []
     for drafter in (folder, resolved):
