@@ -127,7 +127,7 @@ def test_two_processes_train_one_drafter(kind, target, responses, tmp_path, run_
         ]  # fmt: skip
 
     together = tmp_path / "together"
-    command = [sys.executable, "-m", *launchers[kind], "-m", "treeflash", "train", *start(together)]
+    command = [sys.executable, "-m", *launchers[kind], "-m", "treeflash.train", *start(together)]
     done = run_processes(command, 600)
     assert done.returncode == 0, done.stderr[-3000:]
     alone = tmp_path / "alone"

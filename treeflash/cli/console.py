@@ -10,10 +10,10 @@ import os
 import sys
 import tomllib
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn, ParamSpec
 
 from rich.console import Console
 from rich.progress import (
@@ -28,6 +28,7 @@ from rich.progress import (
 import treeflash
 from treeflash.errors import ConfigError, TreeflashError, is_device_lost, is_out_of_memory
 
+Arguments = ParamSpec("Arguments")
 EXIT_DEVICE_LOST = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130  # the exit status that shells report for SIGINT
@@ -38,12 +39,7 @@ DEVICE_LOST_ADVICE = (
 )
 
 
-class Main(Protocol):
-    def __call__(self, argv: Sequence[str] | None = None) -> int:
-        """Run with arguments, by default the process's, and return the exit status."""
-
-
-def guarded(main: Main) -> Main:
+def guarded(main: Callable[Arguments, int]) -> Callable[Arguments, int]:
     """Make the main function of a command end with an exit status, whatever the user does.
 
     Invalid input prints a one-line error and exits with status 2, a GPU that refuses further work
@@ -51,13 +47,13 @@ def guarded(main: Main) -> Main:
     """
 
     @functools.wraps(main)
-    def run(argv: Sequence[str] | None = None) -> int:
+    def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> int:
         _open_closed_streams()
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character
         try:
             with notes():
-                code = main(argv)
+                code = main(*args, **kwargs)
             sys.stdout.flush()
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)

@@ -41,9 +41,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
-from treeflash.cli.console import progress
 from treeflash.config import DecodeConfig
-from treeflash.decoding import Scheduler
 from treeflash.decoding.interfaces import Backend
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
@@ -52,7 +50,7 @@ from treeflash.evaluation.records import Record, interval, resamples
 from treeflash.evaluation.run import Case, decode_prompts
 from treeflash.hub.published import drafter_training
 from treeflash.language_model import LanguageModel
-from treeflash.text.stream import Parallel, scheduler_config
+from treeflash.text.stream import Parallel
 
 DEPTHS = 7
 """Drafts of a round in the published table: chains of the whole block."""
@@ -217,19 +215,14 @@ class Lengths:
 
         A prompt whose text is too short for a round counts nothing.
         """
-        scheduler = Scheduler(backend, scheduler_config(parallel))
-        case = Case(config.method, 1)
+        configs = {Case(config.method, 1): config}
         self.by_set = {name: {} for name in sets}
-        with progress(console) as bar:
-            task = bar.add_task("", total=sum(map(len, sets.values())))
-            for prompt in decode_prompts(scheduler, sets, {case: config}):
-                bar.update(task, description=prompt.set_name)
-                text = prompt.text_ids
-                ratios = acceptance_ratios(backend, prompt.ids, text)
-                found = expected_rounds(ratios, complete=text[-1] in config.stop_token_ids)
-                if found[1]:
-                    self.by_set[prompt.set_name][prompt.number] = found
-                bar.advance(task)
+        for prompt in decode_prompts(backend, sets, configs, console, parallel):
+            text = prompt.text_ids
+            ratios = acceptance_ratios(backend, prompt.ids, text)
+            found = expected_rounds(ratios, complete=text[-1] in config.stop_token_ids)
+            if found[1]:
+                self.by_set[prompt.set_name][prompt.number] = found
 
     def records(self, row: PublishedRow, differences: Sequence[str], seed: int) -> list[Record]:
         """Compare each set that has prompts with the table; intervals are over prompts."""

@@ -240,21 +240,16 @@ class Evaluation:
         """
         temperature = next(iter(configs.values())).sampling.temperature
         finished: dict[str, dict[int, Sample]] = {name: {} for name in sets}
-        scheduler = Scheduler(backend, scheduler_config(parallel))
-        with progress(console) as bar:
-            task = bar.add_task("", total=sum(map(len, sets.values())))
-            for prompt in decode_prompts(scheduler, sets, configs):
-                bar.update(task, description=prompt.set_name)
-                sample = prompt.sample(backend, temperature)
-                if all(run.accepted_lengths for run in sample.runs.values()):
-                    finished[prompt.set_name][prompt.number] = sample
-                # In the order of the file, because the intervals depend on it.
-                self.samples = {
-                    name: [samples[number] for number in sorted(samples)]
-                    for name, samples in finished.items()
-                    if samples
-                }
-                bar.advance(task)
+        for prompt in decode_prompts(backend, sets, configs, console, parallel):
+            sample = prompt.sample(backend, temperature)
+            if all(run.accepted_lengths for run in sample.runs.values()):
+                finished[prompt.set_name][prompt.number] = sample
+            # In the order of the file, because the intervals depend on it.
+            self.samples = {
+                name: [samples[number] for number in sorted(samples)]
+                for name, samples in finished.items()
+                if samples
+            }
 
 
 @dataclass(frozen=True, eq=False)
@@ -277,10 +272,15 @@ class DecodedPrompt:
 
 
 def decode_prompts(
-    scheduler: Scheduler, sets: Mapping[str, Sequence[Sequence[int]]], configs: Configs
+    backend: Backend,
+    sets: Mapping[str, Sequence[Sequence[int]]],
+    configs: Configs,
+    console: Console,
+    parallel: Parallel,
 ) -> Iterator[DecodedPrompt]:
-    """Decode every prompt in every case; yields a prompt when its last run has ended."""
+    """Decode prompts in every case, with a progress bar; yields each when its last run ended."""
     *_, last = configs
+    scheduler = Scheduler(backend, scheduler_config(parallel))
     for name, prompts in sets.items():
         for number, ids in enumerate(prompts):
             prompt = DecodedPrompt(
@@ -291,7 +291,8 @@ def decode_prompts(
                 for case, config in configs.items()
             ]
             scheduler.submit_group(requests, raises_limit=True)
-    with closing(scheduler.decode()) as steps:
+    with closing(scheduler.decode()) as steps, progress(console) as bar:
+        task = bar.add_task("", total=sum(map(len, sets.values())))
         for request, step in steps:
             prompt, case = request.tag
             prompt.runs[case].add(step)
@@ -300,7 +301,9 @@ def decode_prompts(
             if step.finish_reason is not None:
                 prompt.unfinished.remove(case)
                 if not prompt.unfinished:
+                    bar.update(task, description=prompt.set_name)
                     yield prompt
+                    bar.advance(task)
 
 
 def list_cases(methods: Iterable[str], budgets: Iterable[int]) -> list[Case]:

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from treeflash.serving.engine import AnswerUpdate, Completion
 from treeflash.serving.errors import bad_request
-from treeflash.serving.message_parser import MessageParser, PartChange
+from treeflash.serving.message_parser import MessageParser, PartChange, calls_of, text_of
 from treeflash.serving.schemas import (
     MAX_LOG_PROBS,
     MAX_TOOLS,
@@ -211,11 +211,11 @@ def _finish_reason(reason: str | None, parser: MessageParser) -> str | None:
 def _delta(parser: MessageParser, changes: Sequence[PartChange]) -> dict[str, Any]:
     """Return the additions of a chunk to a message, in OpenAI's form."""
     delta: dict[str, Any] = {}
-    for kind, name in (("content", "content"), ("reasoning", "reasoning_content")):
-        if text := "".join(change.text for change in changes if change.part.kind == kind):
-            delta[name] = text
-    calls = [x.part.call for x in changes if x.event == "open" and x.part.call is not None]
-    if calls:
+    if content := text_of(changes, "content"):
+        delta["content"] = content
+    if reasoning := text_of(changes, "reasoning"):
+        delta["reasoning_content"] = reasoning
+    if calls := calls_of(changes):
         first = len(parser.calls) - len(calls)
         delta["tool_calls"] = [
             {"index": first + i, **function_call(**vars(call))} for i, call in enumerate(calls)

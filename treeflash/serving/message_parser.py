@@ -253,6 +253,16 @@ class PartChange:
     text: str = ""
 
 
+def text_of(changes: Sequence[PartChange], kind: PartKind) -> str:
+    """Return the text that changes add to parts of a kind."""
+    return "".join(change.text for change in changes if change.part.kind == kind)
+
+
+def calls_of(changes: Sequence[PartChange]) -> list[ToolCall]:
+    """Return the calls that changes add."""
+    return [x.part.call for x in changes if x.event == "open" and x.part.call is not None]
+
+
 Delta = tuple[Literal["content", "reasoning"], str] | ToolCall
 """Text to append to a part, or a complete call."""
 

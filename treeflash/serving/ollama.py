@@ -23,7 +23,7 @@ from treeflash import __version__
 from treeflash.drafters.folder import read_config
 from treeflash.serving.engine import Completion
 from treeflash.serving.errors import bad_request
-from treeflash.serving.message_parser import MessageParser, PartChange
+from treeflash.serving.message_parser import MessageParser, ToolCall, calls_of, text_of
 from treeflash.serving.schemas import (
     ANY_OBJECT,
     MAX_TOOLS,
@@ -349,15 +349,14 @@ class OllamaFormatter:
     def body(self) -> dict[str, Any]:
         parser = self._parser
         parser.read(self._completion.answers[0].chunks)
-        calls = [_call(call.name, call.arguments) for call in parser.calls]
+        calls = list(map(_call, parser.calls))
         return self._part(parser.content, parser.reasoning, calls, done=True) | self._end()
 
     async def frames(self) -> AsyncIterator[bytes]:
         async for update in self._completion:
             changes = list(self._parser.feed(update.chunk))
-            text, reasoning = (_text(changes, kind) for kind in ("content", "reasoning"))
-            opened = [x.part.call for x in changes if x.event == "open" and x.part.call is not None]
-            calls = [_call(call.name, call.arguments) for call in opened]
+            text, reasoning = text_of(changes, "content"), text_of(changes, "reasoning")
+            calls = list(map(_call, calls_of(changes)))
             if text or reasoning or calls:
                 yield json_line(self._part(text, reasoning, calls, done=False))
         yield json_line(self._part("", "", [], done=True) | self._end())
@@ -390,14 +389,9 @@ class OllamaFormatter:
         }
 
 
-def _text(changes: Sequence[PartChange], kind: str) -> str:
-    """Join what changes add to the parts of a kind."""
-    return "".join(change.text for change in changes if change.part.kind == kind)
-
-
-def _call(name: str, arguments: str) -> dict[str, Any]:
+def _call(call: ToolCall) -> dict[str, Any]:
     """Write a call as Ollama does, with its arguments as an object."""
-    return {"function": {"name": name, "arguments": json.loads(arguments)}}
+    return {"function": {"name": call.name, "arguments": json.loads(call.arguments)}}
 
 
 def _nanoseconds(seconds: float) -> int:

@@ -9,9 +9,9 @@ import asyncio
 import json
 import logging
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Hashable, Iterator
+from collections.abc import AsyncIterator, Callable, Collection, Hashable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -159,23 +159,13 @@ def response_app(head: Head, body: AsyncIterator[bytes]) -> ASGIApp:
     return response
 
 
-class Pieces(Protocol):
-    """The head, then the body of a response that another process sends; see `response_pieces`."""
-
-    def __aiter__(self) -> AsyncIterator[Any]: ...
-
-    def __anext__(self) -> Awaitable[Any]: ...
-
-    def cancel(self) -> None:
-        """Disconnect; after the end it does nothing."""
-
-
 def relay_application(
-    answer: Callable[[RelayedRequest], Pieces], lost: type[Exception], settings: Settings
+    answer: Callable[[RelayedRequest], Any], lost: type[Exception], settings: Settings
 ) -> Starlette:
     """Return an application that checks requests as the server does, and passes them to `answer`.
 
-    `lost` is the error of a replica that has ended.
+    `answer` returns what `response_pieces` yields, with a method `cancel` that disconnects. `lost`
+    is the error of a replica that has ended.
     """
     app = Starlette(routes=[Route("/{path:path}", _Relay(answer, lost))])
     add_guard(app, settings, takes_images=True)  # a replica knows whether its model does
@@ -183,7 +173,7 @@ def relay_application(
 
 
 class _Relay:
-    def __init__(self, answer: Callable[[RelayedRequest], Pieces], lost: type[Exception]) -> None:
+    def __init__(self, answer: Callable[[RelayedRequest], Any], lost: type[Exception]) -> None:
         self._answer = answer
         self._lost = lost
 
