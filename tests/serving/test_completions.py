@@ -12,6 +12,7 @@ from servers import MAX_POSITIONS, NAME, check_error
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.serving.streaming import token_name
+from treeflash.testing.pairs import combine
 
 PATH = "/v1/completions"
 OPTIONS = {"max_tokens": 24, "temperature": 1.0, "seed": 3}
@@ -48,9 +49,9 @@ def test_text_is_that_of_the_python_api(server, model, stream, form):
 TEXTS = ["The sea is", "A", "The river flows north, " * 8]
 
 
-@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-@pytest.mark.parametrize("form", ["texts", "tokens"])
-@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize(
+    ("form", "stream", "n"), combine(["texts", "tokens"], [False, True], [1, 2])
+)
 def test_lists_of_prompts(server, model, form, stream, n):
     """One choice for each prompt and answer, in order, as if each prompt was sent alone."""
     prompts = TEXTS if form == "texts" else [model.tokenizer.encode(text) for text in TEXTS]

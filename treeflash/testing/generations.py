@@ -36,8 +36,8 @@ from treeflash.testing.pairs import (
     SAMPLINGS,
     Pair,
     PairMaker,
+    combine,
     each_sampling,
-    pairwise,
     two_samplings,
 )
 from treeflash.text.async_stream import AsyncDecoder
@@ -49,12 +49,7 @@ TREES: tuple[Method, ...] = ("ddtree", "treeflash")
 
 
 class GenerationTests:
-    @pytest.mark.parametrize(
-        ("method", "budget", "name"),
-        product(DRAFTING, BUDGETS, SAMPLINGS)
-        if EXAMPLES
-        else pairwise(DRAFTING, BUDGETS, SAMPLINGS),
-    )
+    @pytest.mark.parametrize(("method", "budget", "name"), combine(DRAFTING, BUDGETS, SAMPLINGS))
     def test_iterations_match_reference(
         self, pair: PairMaker, method: Method, budget: int, name: str
     ) -> None:

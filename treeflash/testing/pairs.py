@@ -70,6 +70,11 @@ def pairwise(*factors: Iterable[Hashable]) -> list[tuple[Any, ...]]:
     return cover
 
 
+def combine(*factors: Iterable[Hashable]) -> list[tuple[Any, ...]]:
+    """Return the `pairwise` cases of the factors, or all of them where examples are random."""
+    return list(product(*factors)) if EXAMPLES else pairwise(*factors)
+
+
 GREEDY = SamplingConfig()
 SAMPLINGS = {
     "greedy": GREEDY,

@@ -32,15 +32,15 @@ def marginals(rng: np.random.Generator, temperature: float) -> tuple[np.ndarray,
 
 def accepted_lengths(tree: DraftTree, logits: np.ndarray, temperature: float) -> np.ndarray:
     """The accepted drafts of `TEXTS` samples: texts of one seed, far from each other."""
-    lengths = []
-    for text in range(TEXTS):
-        # Every node of a depth has its own draw, as after different prefixes of a real target.
-        positions = np.arange(len(tree), dtype=np.int32) + text * 64
-        sampling = SamplingConfig(temperature=temperature, seed=5)
-        params = SamplingParams.from_positions(sampling, positions)
-        sampled = sample(logits[tree.depths], params)
-        lengths.append(len(accept(tree, sampled.tokens).path) - 1)
-    return np.array(lengths)
+    # Every node of a depth has its own draw, as after different prefixes of a real target.
+    positions = 64 * np.arange(TEXTS, dtype=np.int32)[:, None] + np.arange(
+        len(tree), dtype=np.int32
+    )
+    sampling = SamplingConfig(temperature=temperature, seed=5)
+    params = SamplingParams.from_positions(sampling, positions.ravel())
+    sampled = sample(np.tile(logits[tree.depths], (TEXTS, 1)), params)
+    texts = sampled.tokens.reshape(positions.shape)
+    return np.array([len(accept(tree, tokens).path) - 1 for tokens in texts])
 
 
 @pytest.mark.parametrize("temperature", [0.6, 1.0])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,12 +20,11 @@ from treeflash.decoding.verify_costs import VerifyCosts
 from treeflash.reference.backend import load as load_reference
 from treeflash.testing.comparisons import tokens_of
 from treeflash.testing.models import write_drafter, write_target
-from treeflash.testing.pairs import EXAMPLES, SAMPLINGS, pairwise
+from treeflash.testing.pairs import SAMPLINGS, combine
 from treeflash.text.generation import Stats
 
 DRAFTING = METHODS[1:]
 BUDGETS = (1, 2, 16, 64, 256)
-combine = product if EXAMPLES else pairwise
 PROMPT = (3, 1, 4, 1, 5, 9, 2)
 
 

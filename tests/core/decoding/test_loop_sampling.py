@@ -19,6 +19,7 @@ from treeflash.config import METHODS, Method, SamplingConfig
 from treeflash.decoding.sampling import position_keys
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.testing.comparisons import tokens_of
+from treeflash.testing.pairs import combine
 
 VOCAB = 6
 BIGRAMS = np.random.default_rng(11).normal(0, 1.2, (VOCAB, VOCAB)).astype(np.float32)
@@ -45,24 +46,16 @@ def bigram_backend() -> FakeBackend:
 
 
 class TestSampling:
-    @pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
-    @pytest.mark.parametrize("method", DRAFTING)
+    @pytest.mark.parametrize(
+        ("method", "budget", "sampling"), combine(DRAFTING, BUDGETS, SAMPLINGS)
+    )
     def test_every_budget_equals_plain_decoding(
-        self, method: Method, sampling: SamplingConfig
+        self, method: Method, budget: int, sampling: str
     ) -> None:
-        expected = tokens_of(
-            run(bigram_backend(), [1, 2], method="ar", sampling=sampling, max_tokens=40)
-        )
-        for budget in BUDGETS:
-            steps = run(
-                bigram_backend(),
-                [1, 2],
-                method=method,
-                budget=budget,
-                sampling=sampling,
-                max_tokens=40,
-            )
-            assert tokens_of(steps) == expected
+        config = {"sampling": SAMPLINGS[sampling], "max_tokens": 40}
+        expected = run(bigram_backend(), [1, 2], method="ar", **config)
+        steps = run(bigram_backend(), [1, 2], method=method, budget=budget, **config)
+        assert tokens_of(steps) == tokens_of(expected)
 
     @pytest.mark.parametrize("method", METHODS)
     def test_each_node_has_the_key_of_the_position_after_it(self, method: Method) -> None:
