@@ -392,6 +392,14 @@ def test_a_missing_tensor_is_named(write: Callable[[str], Path], name: str) -> N
         load_tensors(folder, read_file, **TARGET)
 
 
+@pytest.mark.parametrize("rank", [-1, 10**18])
+def test_a_size_that_no_tensor_has_is_a_misfit(write: Callable[[str], Path], rank: int) -> None:
+    folder = write("deepspec")
+    edited(folder, markov_rank=rank)
+    with pytest.raises(CheckpointError, match=rf"markov_w1\.weight has shape .*, {rank}\)"):
+        load_tensors(folder, read_file, **TARGET)
+
+
 def test_older_names_of_a_markov_head(write: Callable[[str], Path]) -> None:
     folder = write("specforge")
     renamed = {

@@ -8,27 +8,25 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from treeflash.drafters.format import Shapes
 from treeflash.drafters.heads.operations import Builders
 
 
+class Parameter(tuple[int, ...]):
+    """The shape of a parameter, in its place."""
+
+
 class Outline:
-    """A module whose parameters have a shape, and take no memory."""
+    """A module that has shapes in place of its parameters."""
 
     def __init__(self, **shapes: tuple[int, ...]) -> None:
-        vars(self).update({name: parameter(*shape) for name, shape in shapes.items()})
-
-
-def parameter(*shape: int) -> Any:
-    return np.broadcast_to(np.float32(0), shape)
+        vars(self).update({name: Parameter(shape) for name, shape in shapes.items()})
 
 
 def shapes_of(module: Any, prefix: str = "") -> Shapes:
     """Return the shapes of all tensors of an outline, of a list or of a dictionary of outlines."""
-    if isinstance(module, np.ndarray):
-        return {prefix: module.shape}
+    if isinstance(module, Parameter):
+        return {prefix: tuple(module)}
     if isinstance(module, Outline):
         members = vars(module)
     elif isinstance(module, list):
@@ -71,7 +69,7 @@ BUILDERS = Builders(
     rotary=lambda config: None,
     children=list,
     named_children=dict,
-    parameter=parameter,
+    parameter=lambda *shape: Parameter(shape),
     module=as_outline,
 )
 """The children of outlines."""
