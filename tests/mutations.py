@@ -14,6 +14,7 @@ import ast
 import difflib
 import os
 import random
+import re
 import resource
 import shutil
 import subprocess
@@ -125,13 +126,20 @@ def without_statements(code: str) -> Iterator[str]:
 
 
 def tests_of(file: Path) -> list[str]:
-    """The tests of a file's area, the file's own tests first."""
+    """The tests of a file's area: its own first, then by how much of what it defines they name."""
     parts = file.parts[1:]
     area = Path("tests", "serving") if parts[0] == "serving" else Path("tests", "core")
     if len(parts) > 1 and (ROOT / area / parts[0]).is_dir():
         area /= parts[0]
+    code = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+    defined = {x.name for x in ast.walk(code) if isinstance(x, ast.ClassDef | ast.FunctionDef)}
+
+    def relevance(path: Path) -> tuple[bool, int]:
+        words = set(re.findall(r"\w+", path.read_text(encoding="utf-8")))
+        return path.stem.startswith(f"test_{file.stem}"), len(words & defined)
+
     files = sorted((ROOT / area).rglob("test_*.py"))
-    files.sort(key=lambda path: not path.stem.startswith(f"test_{file.stem}"))
+    files.sort(key=relevance, reverse=True)
     return [str(path.relative_to(ROOT)) for path in files]
 
 
