@@ -426,7 +426,8 @@ def _check_sampling(operations: Operations, numbers: RandomInputs, shapes: Shape
     keys = numbers.integers([[977 * i, 61 - 7 * i] for i in range(n)])
     rows = torch.tensor(settings, dtype=torch.float32, device=logits.device)
     rows = rows.repeat_interleave(SAMPLES, 0)
-    return [operations.sample_rows(x, keys, rows)[:, None] for x in (logits, logits.float())]
+    by_dtype = {logits.dtype: logits, torch.float32: logits.float()}
+    return [operations.sample_rows(x, keys, rows)[:, None] for x in by_dtype.values()]
 
 
 def _check_recurrence(

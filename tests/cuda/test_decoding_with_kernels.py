@@ -70,7 +70,8 @@ def test_trees_and_tokens_equal_the_references(family, method, sampling, tmp_pat
         move_columns=moves.move_columns,
     )
     reference = load_reference(target, drafter, LoadConfig())
-    length, tokens = 70, 6  # more than a tile
+    monkeypatch.setattr(attention, "MAX_TILE", 16)
+    length, tokens = 14, 6  # together more than a tile
     if family in HYBRID_FAMILIES:  # the interpreter takes seconds for every step
         length, tokens = 5, 3
     prompt = random_tokens(np.random.default_rng(3), VOCAB, length)
