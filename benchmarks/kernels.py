@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import triton
 from treeflash_cuda.cache import quantise
+from treeflash_cuda.quantised_weights import BITS, GROUP, QuantisedWeight
 from treeflash_cuda.recurrence import PATH_COLUMNS, TreeNodes
 from treeflash_cuda.triton_kernels import (
     attention,
@@ -136,6 +137,14 @@ def launch_all(heads: int, kv_heads: int, head_dim: int, hidden: int, dtype: tor
     layers.gated(gate, gate)
     moves.move_columns(numbers(2, 2, 2, 8, head_dim), *(numbers(4, of=int32) for _ in range(3)))
     products.linear(x, numbers(4 * hidden, hidden), gate[0])
+    groups, width = hidden // GROUP, 64  # with sums in several parts
+    for bits in BITS:
+        weight = QuantisedWeight(
+            numbers(groups, width, GROUP * bits // 8, of=torch.uint8),
+            *(numbers(groups, width), numbers(groups, width)),
+        )
+        for rows in (x, x[:32], x[:1]):
+            products.quantised_linear(rows, weight)
     sampling.sample_rows(x, numbers(64, 2, of=int32), numbers(64, 4, of=torch.float32))
     for groups in (4, 2):  # few rows for each expert, and many
         ends, bias = numbers(groups, of=int32), numbers(groups, 64)

@@ -378,9 +378,9 @@ class LoadConfig:
     )
     draft_bits: int | None = option(
         None,
-        "quantise the drafter to N bits, 16 for not at all (mlx)",
+        "quantise the drafter to N bits, 16 for not at all (mlx; cuda on a GPU: 4 or 8)",
         1,
-        shown="on a GPU the bits of a quantised target, at least 4",
+        shown="with mlx on a GPU the bits of a quantised target, at least 4",
         metavar="N",
     )
     draft_window: int | None = option(

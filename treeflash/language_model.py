@@ -356,8 +356,8 @@ class LoadOptions(TypedDict, total=False):
             (cuda). Default: None.
         adapter (str or Path or None): the folder of a LoRA adapter of PEFT or mlx-lm, which is
             merged into the target; a drafter of the base model still drafts. Default: None.
-        draft_bits (int or None): quantise the drafter to N bits, 16 for not at all (mlx).
-            Default: on a GPU the bits of a quantised target, at least 4.
+        draft_bits (int or None): quantise the drafter to N bits, 16 for not at all (mlx; cuda on a
+            GPU: 4 or 8). Default: with mlx on a GPU the bits of a quantised target, at least 4.
         draft_window (int or None): the drafter sees only the first 4 and the last N tokens.
             Default: all; mlx: 4096.
         kv_bits (int or None): quantise the KV cache to N bits (mlx: 4 or 8; cuda: 8).

@@ -6,6 +6,7 @@ import atexit
 import functools
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from copy import copy
@@ -17,7 +18,7 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from treeflash.config import LoadConfig
@@ -31,7 +32,7 @@ from treeflash.drafters.mtp_heads import (
     refuse_missing_targets,
     refuse_window,
 )
-from treeflash.errors import ConfigError, UnsupportedModelError, is_out_of_memory
+from treeflash.errors import BackendError, ConfigError, UnsupportedModelError, is_out_of_memory
 from treeflash_cuda.cache import KV_BITS, Arena
 from treeflash_cuda.device import choose_device, device_facts, device_name, join_free_memory
 from treeflash_cuda.drafter import Drafter
@@ -43,9 +44,23 @@ from treeflash_cuda.head_operations import Experts
 from treeflash_cuda.heads import HEADS, TABLE_HEADS, TableHead
 from treeflash_cuda.images import GivenFeatures, NoPictures, has_tower
 from treeflash_cuda.kernels import EncodedKernels, flash_kernels
-from treeflash_cuda.linear import IN_DRAFTER, fuse_linears, pack_linears
+from treeflash_cuda.linear import (
+    IN_DRAFTER,
+    QuantisedLinear,
+    fuse_linears,
+    has_groups,
+    pack_linears,
+    quantise_linears,
+    weights_by_format,
+)
 from treeflash_cuda.mtp_head import MtpArena, MtpDrafter, MtpHead, MtpModel, ParallelDrafter
-from treeflash_cuda.operations import EXAMINED_STATES, Operations, Shapes, load_operations
+from treeflash_cuda.operations import (
+    EXAMINED_STATES,
+    PYTORCH,
+    Operations,
+    Shapes,
+    load_operations,
+)
 from treeflash_cuda.parallel import (
     LeaderState,
     LeaderVerifier,
@@ -55,6 +70,7 @@ from treeflash_cuda.parallel import (
     reserve_everywhere,
     succeeded_everywhere,
 )
+from treeflash_cuda.quantised_weights import BITS
 from treeflash_cuda.row_pass import MAX_ROWS, NAME, ROWS, RowPass
 from treeflash_cuda.state import State
 from treeflash_cuda.target import CHECKED_TOKENS, Target, own_attention
@@ -68,6 +84,9 @@ WRAPPED_MEMORY_SHARE = 0.2
 """The same beside a model that its owner goes on using."""
 GRAPH_FACTOR = 2
 """A pass, and a CUDA graph of it, which keeps its memory."""
+
+UNQUANTISED_BITS = 16
+"""The number of bits that keeps a drafter as it is."""
 
 STATES_EACH = 2
 """Recurrent states of a sequence at once: a commit writes to another slot."""
@@ -145,10 +164,31 @@ class CudaBackend(BaseBackend):
             parameters |= self.target.tower.parameters
         return sum(parameter.nbytes for parameter in parameters)
 
+    @property
+    def weights_read(self) -> dict[str, Counter[str]]:
+        """Bytes of weights by format that a pass of the target reads, and a draft, by their names.
+
+        With experts it is less, as a pass reads those of its rows.
+        """
+        found = {"a pass reads": weights_by_format([self.target.model])}
+        if (model := self.drafter_model) is not None:
+            own, modules = model.own, [model, getattr(self.head, "module", nn.Module())]
+            skipped = [own.embeddings]
+            if own.quantised_lm_head is not None:
+                skipped.append(own.lm_head)
+            elif own.lm_head is None:
+                modules.append(self.target.lm_head)
+            found["a draft reads"] = weights_by_format(modules, skipped)
+        return found
+
     def device_report(self) -> DeviceReport:
         device = self.target.device
+        facts = device_facts(device)
+        for name, formats in self.weights_read.items():
+            sizes = [f"{nbytes / 2**30:.2f} GiB of {x}" for x, nbytes in formats.most_common()]
+            facts[name] = " and ".join(sizes)
         if self.target.threads is not None:
-            facts = {**device_facts(device), "threads": self.target.threads.description}
+            facts["threads"] = self.target.threads.description
             return DeviceReport(facts=facts, weights_bytes=self.weights_bytes)
         arenas = [self.target.arena, *([self.drafter_arena] if self.drafter_arena else [])]
         kernels: dict[str, dict[str, str]] = {}
@@ -156,7 +196,7 @@ class CudaBackend(BaseBackend):
             for name, verdict in operations.verdicts.items():
                 kernels.setdefault(name, {})[size] = verdict
         return DeviceReport(
-            facts=device_facts(device),
+            facts=facts,
             available_bytes=torch.cuda.mem_get_info(device)[1],
             weights_bytes=self.weights_bytes,
             reserved_bytes=sum(arena.reserved_nbytes or 0 for arena in arenas) or None,
@@ -318,6 +358,7 @@ def examine_device(config: LoadConfig) -> DeviceReport:
             head_dim=head_dim,
             hidden_size=8 * head_dim,
             experts=True,
+            draft_bits=BITS,
             recurrent=EXAMINED_STATES,
         )
         operations = load_operations(shapes, device, getattr(torch, dtype))
@@ -366,28 +407,44 @@ def load_packed_drafter(
     """Load a drafter, packed for the device; the target keeps the outputs that it reads."""
     layout = drafter_layout(folder, target)
     target.capture(layout.config.target_layer_ids)
-    operations = load_drafter_operations(layout.config, target)
+    bits = None if config.draft_bits == UNQUANTISED_BITS else config.draft_bits
+    operations = load_drafter_operations(layout.config, target, bits)
     if layout.format.kind == "rows":
         refuse_window(config)
         rows = load_mtp_head(layout, target)
         rows.operations = operations
-        pack_linears(rows)
-        if operations is not None:
-            fuse_layers(rows, operations, target.dtype)
+        pack_drafter(rows, None, target, bits)
         for part in rows.modules():
             if isinstance(part, Experts):
                 part.operations = operations
         return rows, None if rows.config.has_marginals else MtpHead(rows, target)
     drafter_model, head = load_drafter(layout, target)
     drafter_model.operations = operations
-    fuse_linears(drafter_model, IN_DRAFTER)
-    pack_linears(drafter_model)
-    if operations is not None:
-        fuse_layers(drafter_model, operations, target.dtype)
-    if head is not None:
-        module: Any = head.module
-        pack_linears(module)
+    pack_drafter(drafter_model, None if head is None else head.module, target, bits)
     return drafter_model, head
+
+
+def pack_drafter(model: Model, head: Any, target: Target, bits: int | None) -> None:
+    """Quantise a drafter, with a copy of its output head; or pack it, without bits.
+
+    Logits of some tokens alone, as of a shortlist, are computed from the original output head.
+    """
+    modules = [model] if head is None else [model, head]
+    if bits is None:
+        fuse_linears(model, IN_DRAFTER)
+        for module in modules:
+            pack_linears(module)
+    else:
+        product = (model.operations or PYTORCH).quantised_linear
+        for module in modules:
+            quantise_linears(module, bits, product)
+        weight, bias = model.own.lm_head, None
+        if weight is None:
+            weight, bias = target.lm_head_weight, getattr(target.lm_head, "bias", None)
+        if weight is not None and has_groups(weight):
+            model.own.quantised_lm_head = QuantisedLinear(product, bits, weight, bias)
+    if model.operations is not None:
+        fuse_layers(model, model.operations, target.dtype)
 
 
 @contextmanager
@@ -428,13 +485,26 @@ def wrap(model: PreTrainedModel, drafter: Path | None) -> CudaBackend:
 
 def check_config(config: LoadConfig) -> None:
     """Raise a ConfigError for settings that this backend lacks."""
-    if config.draft_bits:
-        raise ConfigError("the cuda backend does not quantise drafters; remove draft_bits")
+    if config.draft_bits not in (None, *BITS, UNQUANTISED_BITS):
+        raise ConfigError(
+            f"draft_bits must be one of {(*BITS, UNQUANTISED_BITS)} on the cuda backend, got "
+            f"{config.draft_bits}"
+        )
+    if config.draft_bits in BITS and runs_on_cpu(config):
+        raise ConfigError("the cuda backend does not quantise drafters on a CPU; remove draft_bits")
     if config.kv_bits not in (None, KV_BITS):
         raise ConfigError(f"kv_bits must be {KV_BITS} on the cuda backend, got {config.kv_bits}")
     for option in ("kv_bits", "compile", "device_map"):
         if config.exact and getattr(config, option):
             raise ConfigError(f"exact mode does not support {option}; remove one of them")
+
+
+def runs_on_cpu(config: LoadConfig) -> bool:
+    """Return whether a target runs on the CPU, as it does where no GPU can be used."""
+    try:
+        return choose_device(config.device).type == "cpu"
+    except BackendError:
+        return True
 
 
 def load_target(folder: Path, config: LoadConfig, *, pack: bool, processes: int = 1) -> Target:
@@ -525,7 +595,9 @@ def load_target_operations(target: Target) -> Operations | None:
     return operations
 
 
-def load_drafter_operations(config: DrafterShape, target: Target) -> Operations | None:
+def load_drafter_operations(
+    config: DrafterShape, target: Target, bits: int | None
+) -> Operations | None:
     """Load the drafter's operations: the target's, unless it has other shapes."""
     shapes = Shapes(
         heads=config.num_attention_heads,
@@ -534,6 +606,7 @@ def load_drafter_operations(config: DrafterShape, target: Target) -> Operations 
         hidden_size=config.hidden_size,
         sinks=getattr(config, "attention_sinks", False),
         experts=getattr(config, "experts", None) is not None,
+        draft_bits=() if bits is None else (bits,),
     )
     if target.device.type != "cuda" or shapes == target_shapes(target):
         return target.operations

@@ -57,7 +57,9 @@ class OutputStage:
         These are (v,) tokens for all rows, or (b, v) for each of b equal parts of the rows.
         """
         lm_head = self._own.lm_head
-        if lm_head is not None:
+        if tokens is None and self._own.quantised_lm_head is not None:
+            logits = self._own.quantised_lm_head(normed)
+        elif lm_head is not None:
             logits = token_products(normed, lm_head, tokens)
         elif tokens is None:
             logits = self._target.lm_head(normed)

@@ -265,6 +265,8 @@ class OwnVocabulary(nn.Module):
         self.register_buffer("embeddings", embeddings, persistent=False)
         self.register_buffer("lm_head", lm_head, persistent=False)
         self.register_buffer("token_ids", token_ids, persistent=False)
+        # A quantised copy of the output head, for logits of all tokens.
+        self.quantised_lm_head: nn.Module | None = None
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], target: Target) -> OwnVocabulary:

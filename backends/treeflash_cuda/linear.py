@@ -5,23 +5,31 @@ kernel that gets them in a checkpoint's row-major layout rearranges them at ever
 at least as long again. oneDNN's kernels have their own layout, and FBGEMM's on processors without
 products of float16: PyTorch's kernel for them computes one row after the other.
 
-Quantised layers stay as the library of their format made them, one product each. What its kernels
-read is a layout that each version of it arranges after loading, such as Marlin's tiles for GPTQ and
-AWQ, so that joining or multiplying these weights here would mean to know all of them. Joining saves
-launches, which a CUDA graph makes cheap, and not one byte of weights. Those kernels read the
-weights once for the rows of a tree; only bitsandbytes writes them out in half precision first.
+Quantised layers of a target stay as the library of their format made them, one product each. What
+its kernels read is a layout that each version of it arranges after loading, such as Marlin's tiles
+for GPTQ and AWQ, so that joining or multiplying these weights here would mean to know all of them.
+Joining saves launches, which a CUDA graph makes cheap, and not one byte of weights. Those kernels
+read the packed weights once for the rows of a tree, as a kernel of ours would. Two formats become
+half precision first: bitsandbytes writes them out in each pass with more rows than its kernel is
+good for on a GPU, by thresholds that it measured, and compressed-tensors once, in the first pass.
+
+A drafter has no such library: `QuantisedLinear` is for it.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from treeflash_cuda.quantised_weights import GROUP, QuantisedWeight, quantise_weight
 
 ONEDNN: Any = torch.ops.mkldnn  # the kernels that torch.compile uses for frozen weights
 FBGEMM: Any = torch.ops.quantized  # multiplies float16 weights by float32 numbers
@@ -30,6 +38,9 @@ IN_ONEDNN: dict[torch.dtype, Callable[[], bool]] = {
     torch.bfloat16: ONEDNN._is_mkldnn_bf16_supported,
     torch.float16: ONEDNN._is_mkldnn_fp16_supported,
 }
+
+PLAIN = torch.float32, torch.bfloat16, torch.float16
+"""Dtypes of weights that nothing quantises."""
 
 RowIndex: TypeAlias = Tensor | None
 """(n,) indices of the rows of a tensor that belong to n others; None pairs them in order."""
@@ -102,13 +113,44 @@ class PackedLinear(nn.Module):
         return ONEDNN._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
 
-class PackedPairLinear(nn.Module):
-    """`PairLinear` with packed (out, 2 * size) weights."""
+class QuantisedLinear(nn.Module):
+    """A linear layer with an (out, in) weight of few bits, for inference."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    numbers: Tensor  # of the `QuantisedWeight`, as are the next two
+    scales: Tensor
+    least: Tensor
+
+    def __init__(
+        self,
+        product: Callable[..., Tensor],  # `operations.quantised_linear`, or its kernel
+        bits: int,
+        weight: Tensor,
+        bias: Tensor | None,
+    ) -> None:
         super().__init__()
-        first, second = weight.chunk(2, 1)
-        self.first, self.second = PackedLinear(first, None), PackedLinear(second, bias)
+        self.product = product
+        self.weight = placeholder(weight).data  # no parameter: nothing reads it
+        for name, part in quantise_weight(weight.detach(), bits)._asdict().items():
+            self.register_parameter(name, nn.Parameter(part, requires_grad=False))
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., in) to (..., out)."""
+        weight = QuantisedWeight(self.numbers, self.scales, self.least)
+        return self.product(x, weight, self.bias)
+
+
+Pack: TypeAlias = Callable[[Tensor, Tensor | None], nn.Module]
+"""Makes a linear layer of an (out, in) weight and a bias."""
+
+
+class PackedPairLinear(nn.Module):
+    """`PairLinear` as two packed layers."""
+
+    def __init__(self, pair: PairLinear, pack: Pack) -> None:
+        super().__init__()
+        first, second = pair.weight.chunk(2, 1)
+        self.first, self.second = pack(first, None), pack(second, pair.bias)
 
     def forward(self, first: Tensor, second: Tensor, rows: RowIndex) -> Tensor:
         return self.first(first) + take(self.second(second), rows)
@@ -168,18 +210,28 @@ IN_TARGET = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 """Layers of a target that read the same input, under the names that most models give them."""
 IN_DRAFTER = ("k_proj", "v_proj"), ("gate_proj", "up_proj")
 """Layers of a drafter that read the same input: its queries come from the block alone."""
-PACKED: dict[type[nn.Module], Callable[[Tensor, Tensor | None], nn.Module]] = {
-    nn.Linear: PackedLinear,
-    PairLinear: PackedPairLinear,
-}
 
 
 def pack_linears(module: nn.Module) -> None:
     """Pack the linear layers inside a module, which is then for inference only."""
+    _replace_linears(module, PackedLinear, can_pack)
+
+
+def quantise_linears(module: nn.Module, bits: int, product: Callable[..., Tensor]) -> None:
+    """Quantise the linear layers inside a module whose rows are whole groups; see `Pack`.
+
+    `product` is `operations.quantised_linear`, or its kernel.
+    """
+    _replace_linears(module, functools.partial(QuantisedLinear, product, bits), has_groups)
+
+
+def _replace_linears(module: nn.Module, pack: Pack, fits: Callable[[Tensor], bool]) -> None:
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Linear) and type(child) in PACKED and can_pack(child.weight):
-                setattr(parent, name, PACKED[type(child)](child.weight, child.bias))
+            if type(child) is nn.Linear and fits(child.weight):
+                setattr(parent, name, pack(child.weight, child.bias))
+            elif type(child) is PairLinear and fits(child.weight.chunk(2, 1)[0]):
+                setattr(parent, name, PackedPairLinear(child, pack))
 
 
 def fuse_linears(module: nn.Module, sets: Sequence[Sequence[str]]) -> None:
@@ -207,6 +259,40 @@ def is_plain(layer: Any) -> TypeGuard[nn.Linear]:
 def is_subclass(weight: Tensor) -> bool:
     """Return whether a weight holds other tensors, as torchao's quantised weights do."""
     return bool(is_traceable_wrapper_subclass(weight))
+
+
+def has_groups(weight: Tensor) -> bool:
+    """Return whether a weight can be quantised."""
+    return not is_subclass(weight) and weight.shape[1] % GROUP == 0
+
+
+def weights_by_format(
+    modules: Iterable[nn.Module], skipped: Iterable[Tensor | None] = ()
+) -> Counter[str]:
+    """Count the bytes of weights that a pass of some modules reads, by their format.
+
+    A format is a dtype, or the class of a layer that stores its weights otherwise. Of input tables
+    a pass reads a few rows, so embeddings are left out; and so are the `skipped` weights.
+    """
+    found, counted = Counter[str](), {x for x in skipped if x is not None}
+    for module in itertools.chain.from_iterable(x.modules() for x in modules):
+        weights = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        if isinstance(module, nn.Embedding) or counted.issuperset(weights):
+            continue
+        is_plain = all(x.dtype in PLAIN and not is_subclass(x) for x in weights if x.ndim > 1)
+        for weight in set(weights) - counted:
+            name = str(weight.dtype).removeprefix("torch.") if is_plain else type(module).__name__
+            found[name] += stored_nbytes(weight)
+        counted.update(weights)
+    return found
+
+
+def stored_nbytes(weight: Tensor) -> int:
+    """Return the bytes of a weight, which may hold other tensors."""
+    if not is_subclass(weight):
+        return weight.nbytes
+    names, _ = weight.__tensor_flatten__()  # type: ignore[attr-defined]
+    return sum(stored_nbytes(getattr(weight, name)) for name in names)
 
 
 def placeholder(weight: Tensor) -> nn.Parameter:

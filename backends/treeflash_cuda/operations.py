@@ -7,6 +7,7 @@ and replaced by it if they differ.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,6 +22,7 @@ from treeflash.decoding.tree import DraftTree
 from treeflash.errors import first_line, is_out_of_memory
 from treeflash_cuda.cache import decoded, quantise
 from treeflash_cuda.numerics import gumbel
+from treeflash_cuda.quantised_weights import GROUP, QuantisedWeight, quantise_weight
 from treeflash_cuda.recurrence import TreeNodes, commit_recurrence, plan_nodes, tree_recurrence
 from treeflash_cuda.visible_keys import RowPlan, VisibleKeys, block_rows
 
@@ -151,6 +153,15 @@ def grouped_linear(
     return result.masked_fill((group == len(ends))[:, None], 0).to(x.dtype)
 
 
+def quantised_linear(
+    x: Tensor,  # (..., size)
+    weight: QuantisedWeight,  # (width, size), with scales in the dtype of x
+    bias: Tensor | None = None,  # (width,)
+) -> Tensor:
+    """Multiply (..., size) rows with a quantised weight: (..., width)."""
+    return F.linear(x, weight.dequantised(), bias)
+
+
 def sample_rows(
     logits: Tensor,  # (n, vocab)
     keys: Tensor,  # (n, 2) int32 of the noise
@@ -199,6 +210,7 @@ class Operations:
     tree_recurrence: Callable[..., tuple[Tensor, Tensor, Tensor]] = tree_recurrence
     commit_recurrence: Callable[..., None] = commit_recurrence
     move_columns: Callable[..., None] = move_columns
+    quantised_linear: Callable[..., Tensor] = quantised_linear
     # Why an operation that has a kernel runs in PyTorch, by its name.
     reasons: Mapping[str, str] = field(default_factory=dict)
 
@@ -238,6 +250,7 @@ class Shapes:
     sinks: bool = False  # whether layers have attention sinks
     quantised: bool = False  # whether keys and values are stored in 8 bits
     experts: bool = False  # whether layers have experts
+    draft_bits: tuple[int, ...] = ()  # the bits of weights of drafters that are quantised
     # The heads, key_dim and value_dim of recurrent layers, and whether their states are transposed.
     recurrent: tuple[tuple[int, int, int, bool], ...] = ()
 
@@ -254,6 +267,7 @@ def load_operations(shapes: Shapes, device: torch.device, dtype: torch.dtype) ->
             experts,
             layers,
             moves,
+            products,
             recurrence,
             sampling,
         )
@@ -264,6 +278,7 @@ def load_operations(shapes: Shapes, device: torch.device, dtype: torch.dtype) ->
         *(experts.grouped_linear, sampling.sample_rows),
         *(recurrence.tree_recurrence, recurrence.commit_recurrence),
         move_columns=moves.move_columns,
+        quantised_linear=products.quantised_linear,
     )
     return checked(kernels, shapes, device, dtype)
 
@@ -278,6 +293,8 @@ def checked(
         if name in ("tree_recurrence", "commit_recurrence") and not shapes.recurrent:
             continue
         if name == "grouped_linear" and not shapes.experts:
+            continue
+        if name == "quantised_linear" and not shapes.draft_bits:
             continue
         try:
             difference = max(
@@ -407,6 +424,19 @@ def _check_experts(operations: Operations, numbers: RandomInputs, shapes: Shapes
     return results
 
 
+def _check_quantised(operations: Operations, numbers: RandomInputs, shapes: Shapes) -> list[Tensor]:
+    """Check few and many rows, columns that do not fill a program, and sums in several parts."""
+    results = []
+    for bits, (width, groups, n) in itertools.product(
+        shapes.draft_bits, ((72, 2, 20), (8, 16, 1), (8, 2, 70))
+    ):
+        size = groups * GROUP
+        weight = quantise_weight(numbers.draw(width, size), bits)
+        x = numbers.draw(n, size) / size**0.5
+        results += [operations.quantised_linear(x, weight, y) for y in (None, numbers.draw(width))]
+    return results
+
+
 SAMPLES = 8
 """Rows of each setting in the check of sampling."""
 
@@ -495,5 +525,6 @@ CHECKS: dict[str, Callable[[Operations, RandomInputs, Shapes], list[Tensor]]] = 
     "tree_recurrence": _check_recurrence,
     "commit_recurrence": _check_commit,
     "move_columns": _check_moves,
+    "quantised_linear": _check_quantised,
 }
 """Results of each operation on random numbers, with rows first."""

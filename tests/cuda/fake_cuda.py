@@ -242,6 +242,14 @@ class FakeCuda(TorchDispatchMode):
             self._launch("grouped_linear", 2 * _nbytes(x) + _nbytes(weight))
             return torch.empty(len(x), weight.shape[1], dtype=x.dtype, device=x.device)
 
+        def quantised_linear(x, weight, bias=None):
+            assert {part.device for part in weight} == {x.device}
+            assert weight.scales.dtype == x.dtype
+            width = weight.numbers.shape[1]
+            result = torch.empty(*x.shape[:-1], width, dtype=x.dtype, device=x.device)
+            self._launch("quantised_linear", sum(map(_nbytes, (x, *weight, result))))
+            return result
+
         def tree_recurrence(q, k, v, log_g, beta, states, slots, nodes, **_):
             assert {x.device for x in (q, k, v, log_g, states, slots, nodes.visits)} == {q.device}
             read = len(slots) * _nbytes(states[0])
@@ -264,6 +272,7 @@ class FakeCuda(TorchDispatchMode):
             tree_recurrence=tree_recurrence,
             commit_recurrence=commit_recurrence,
             move_columns=move_columns,
+            quantised_linear=quantised_linear,
         )
 
     def _patch_tensors(self, monkeypatch):

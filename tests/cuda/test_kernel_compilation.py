@@ -21,6 +21,7 @@ KERNELS = {
     "gated",
     "rotate_and_store",
     "linear",
+    "add_parts",
     "grouped_linear",
     "sample",
     "tree_recurrence",

@@ -19,6 +19,7 @@ import triton_interpreter  # noqa: F401 - repairs it
 from attention_cases import Case, alone, attention_case, expected_attention
 from treeflash_cuda import operations
 from treeflash_cuda.operations import CHECKS, TOLERANCES, Operations, RandomInputs, Shapes, checked
+from treeflash_cuda.quantised_weights import BITS, GROUP, quantise_weight
 from treeflash_cuda.recurrence import TreeNodes, plan_nodes
 from treeflash_cuda.triton_kernels import (
     attention,
@@ -39,6 +40,7 @@ KERNELS = Operations(
     *(experts.grouped_linear, sampling.sample_rows),
     *(recurrence.tree_recurrence, recurrence.commit_recurrence),
     move_columns=moves.move_columns,
+    quantised_linear=products.quantised_linear,
 )
 SMALL = Shapes(heads=2, kv_heads=1, head_dim=16, hidden_size=24)
 CASES = {
@@ -98,7 +100,7 @@ def test_attention_reads_quantised_columns(dtype):
 
 
 LOADED = {
-    "soft-capped, with sinks, in 8 bits, with experts, recurrent": Shapes(
+    "soft-capped, with sinks, in 8 bits, with experts, recurrent, quantised drafters": Shapes(
         heads=6,
         kv_heads=2,
         head_dim=12,
@@ -107,6 +109,7 @@ LOADED = {
         sinks=True,
         quantised=True,
         experts=True,
+        draft_bits=BITS,
         recurrent=((2, 8, 6, False),),
     ),
     "plain": SMALL,
@@ -118,6 +121,7 @@ def test_all_kernels_pass_the_check_at_load(shapes, dtype, monkeypatch):
     monkeypatch.setattr(operations, "SAMPLES", 3)
     found = checked(KERNELS, shapes, CPU, dtype)
     names = [] if shapes.experts else ["grouped_linear"]
+    names += [] if shapes.draft_bits else ["quantised_linear"]
     names += [] if shapes.recurrent else ["tree_recurrence", "commit_recurrence"]
     assert found == replace(KERNELS, **{name: getattr(operations, name) for name in names})
 
@@ -171,20 +175,45 @@ def test_a_row_of_the_other_kernels_does_not_depend_on_their_number(dtype):
         assert torch.equal(found[1][:, :, 0], columns[:, :, row])
 
 
+PARTS = 2 * products.MIN_STEPS * products.DEPTH, 100
+"""Terms of a sum: in several parts, and in one whose last terms are fewer than the others."""
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_products(dtype):
+@pytest.mark.parametrize("size", PARTS)
+def test_products(size, dtype):
     """Rows do not depend on their number or place, and PyTorch computes the same numbers."""
     numbers = RandomInputs(CPU, dtype)
-    x, weight, bias = numbers.draw(35, 100), numbers.draw(90, 100), numbers.draw(90)
+    x, weight, bias = numbers.draw(35, size), numbers.draw(90, size), numbers.draw(90)
     for shift in (None, bias):
         found = products.linear(x, weight, shift)
         assert worst_row(found, F.linear(x, weight, shift)) < TOLERANCES[dtype]
         for first, end in ((0, 1), (34, 35), (3, 20), (17, 19)):
             assert torch.equal(products.linear(x[first:end], weight, shift), found[first:end])
-    strided = numbers.draw(2, 3, 200)[..., :100]
+    strided = numbers.draw(2, 3, 2 * size)[..., :size]
     assert torch.equal(
         products.linear(strided, weight)[1, 2], products.linear(strided[1, 2], weight)
     )
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_rows_have_the_same_bits_where_a_program_has_one_part_and_where_it_has_all(
+    bits, monkeypatch
+):
+    numbers = RandomInputs(CPU, torch.bfloat16)
+    x, weight = numbers.draw(20, PARTS[0]), numbers.draw(90, PARTS[0])
+    quantised = quantise_weight(weight, bits)
+    split = products.split(90, PARTS[0], GROUP)
+    assert split[0] > 1
+
+    def results(rows):
+        return products.linear(rows, weight), products.quantised_linear(rows, quantised)
+
+    in_parts = results(x)
+    monkeypatch.setattr(products, "PROGRAMS", 0)  # as if the rows filled the GPU
+    monkeypatch.setattr(products, "split", lambda *_: split)
+    for found, expected in zip(results(x[3:5]), in_parts, strict=True):
+        assert torch.equal(found, expected[3:5])
 
 
 def faulty(module, tmp_path, right, wrong):
@@ -280,6 +309,28 @@ EXPERT_FAULTS = {
     ),
     "rows beyond the expert's": ("is_row = rows < end", "is_row = rows < end + 1"),
 }
+
+
+QUANTISED_FAULTS = {
+    "numbers in another order": ("numbers & 15, numbers >> 4", "numbers >> 4, numbers & 15"),
+    "no least number": (" + least[:, None]", ""),
+    "the scales of the first group": ("scales_pointer + group", "scales_pointer + columns"),
+    "a part that is left out": ("range(parts)", "range(parts - 1)"),
+    "the rows of the first product": (
+        "i * ROWS + tl.arange(0, ROWS)\n                mask",
+        "tl.arange(0, ROWS)\n                mask",
+    ),
+    "no bias": ("    if BIAS:", "    if False:"),
+}
+
+
+@pytest.mark.parametrize(("right", "wrong"), QUANTISED_FAULTS.values(), ids=QUANTISED_FAULTS)
+def test_a_faulty_product_of_quantised_weights_falls_back(right, wrong, tmp_path, monkeypatch):
+    broken = faulty(products, tmp_path, right, wrong)
+    monkeypatch.setattr(operations, "CHECKS", {"quantised_linear": CHECKS["quantised_linear"]})
+    kernels = replace(KERNELS, quantised_linear=broken.quantised_linear)
+    found = checked(kernels, replace(SMALL, draft_bits=(4,)), CPU, torch.float32)
+    assert found.quantised_linear is operations.quantised_linear
 
 
 @pytest.mark.parametrize(("right", "wrong"), EXPERT_FAULTS.values(), ids=EXPERT_FAULTS)

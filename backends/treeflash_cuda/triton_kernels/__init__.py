@@ -6,3 +6,7 @@ tile's size in the order of positions, added in that order; sums over elements o
 one program with a width that the model fixes; and no multiplication is fused with an addition,
 because compilers would do so in one kernel and not in another.
 """
+
+MAX_REGISTERS = 255
+"""Registers that a thread may have. Without a limit of ours the assembler keeps some below the next
+number with which one more program fits into a multiprocessor, and spills a few for that."""

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from treeflash_cuda.triton_kernels import MAX_REGISTERS
 from treeflash_cuda.visible_keys import CHUNK, PLACES_EACH, VisibleKeys
 
 STAGES = tl.constexpr(4)
@@ -500,6 +501,7 @@ def tree_attention(
         "SINK": keys.sink is not None,
         "QUANTISED": quantised,
         "enable_fp_fusion": False,
+        "maxnreg": MAX_REGISTERS,
     }
     strides = q.stride(0), q.stride(1), k.stride(0), k.stride(1)
     factors = scale, 0.0 if softcap is None else softcap

@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from treeflash_cuda.triton_kernels import MAX_REGISTERS
+
 FEW_ROWS, MANY_ROWS = 16, 64
 """Rows of an expert that a program multiplies at once: the fewest that GPUs multiply, or more, so
 that the expert's weights are read less often."""
@@ -74,5 +76,6 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor, bias: Tensor | None 
         DEPTH=DEPTH // 2 if x.dtype.itemsize == 4 else DEPTH,
         BIAS=bias is not None,
         num_warps=4,
+        maxnreg=MAX_REGISTERS,
     )
     return result

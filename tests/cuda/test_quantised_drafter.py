@@ -1,0 +1,126 @@
+"""Drafters whose weights are numbers of 4 or 8 bits."""
+
+import pytest
+
+from treeflash.config import DecodeConfig, LoadConfig
+from treeflash.decoding import Request, decode
+from treeflash.errors import ConfigError
+from treeflash.hub.models import resolve_drafter
+from treeflash.testing import require
+from treeflash.testing.models import write_drafter, write_target
+from treeflash.text.tokenizer import Tokenizer
+
+require("torch")
+
+import torch
+from torch import nn
+from treeflash_cuda import backend as loading
+from treeflash_cuda.backend import load
+from treeflash_cuda.linear import QuantisedLinear
+from treeflash_cuda.quantised_weights import BITS, GROUP, quantise_weight
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pair")
+    write_target(folder / "target", "qwen3", seed=1, vocab_size=40, hidden_size=2 * GROUP)
+    write_drafter(folder / "drafter", folder / "target", seed=2)
+    return folder / "target", folder / "drafter"
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    """Quantise drafters on a CPU too, with PyTorch's definition of the product."""
+    monkeypatch.setattr(loading, "runs_on_cpu", lambda config: False)
+    return {"device": "cpu", "dtype": "float32"}
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_weights_are_rounded_by_half_a_step(dtype, bits):
+    weight = torch.randn(6, 3 * GROUP, generator=torch.Generator().manual_seed(0)).to(dtype)
+    weight[0, :GROUP], weight[1, :GROUP] = 0, 1000 * weight[1, :GROUP]
+    quantised = quantise_weight(weight, bits)
+    assert quantised.bits == bits
+    assert quantised.numbers.nbytes == weight.numel() * bits // 8
+    found = quantised.dequantised()
+    assert (found.dtype, found.shape) == (dtype, weight.shape)
+    groups, error = (x.float().unflatten(1, (-1, GROUP)) for x in (weight, found - weight))
+    largest = groups.abs().amax(2, keepdim=True)
+    step = (groups.amax(2, keepdim=True) - groups.amin(2, keepdim=True)) / (2**bits - 1)
+    # The scale, the least number and the weight are rounded to the dtype.
+    assert (error.abs() <= step / 2 + 4 * torch.finfo(dtype).eps * largest).all()
+    assert (found[0, :GROUP] == 0).all()
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_the_text_is_that_of_plain_decoding(pair, on_cpu, bits):
+    backend = load(*pair, LoadConfig(draft_bits=bits, **on_cpu))
+    assert isinstance(backend.drafter_model.layers[0].mlp.up_proj, QuantisedLinear)
+    assert isinstance(backend.head.module.ug.first, QuantisedLinear)
+    assert isinstance(backend.drafter_model.own.quantised_lm_head, QuantisedLinear)
+    texts = []
+    for method in ("ar", "treeflash"):
+        request = Request(
+            prompt_ids=[1, 2, 3], config=DecodeConfig(method=method, max_tokens=30, budget=16)
+        )
+        texts.append([x for step in decode(backend, request) for x in step.tokens])
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.nightly
+def test_the_bundled_drafter_accepts_nearly_as_many_tokens(smollm2, on_cpu):
+    prompt = Tokenizer.from_folder(smollm2).chat(
+        [{"role": "user", "content": "Explain how rainbows form."}]
+    )
+    request = Request(prompt_ids=prompt, config=DecodeConfig(budget=16, max_tokens=100))
+    texts, iterations = [], {}
+    for bits in (16, *BITS):
+        backend = load(smollm2, resolve_drafter(None, None), LoadConfig(draft_bits=bits, **on_cpu))
+        steps = list(decode(backend, request))
+        texts.append([x for step in steps for x in step.tokens])
+        iterations[bits] = len(steps)
+    assert texts[0] == texts[1] == texts[2]
+    assert iterations[8] <= 1.05 * iterations[16]
+    assert iterations[4] <= 1.2 * iterations[16]
+
+
+def reads(backend):
+    return {name: dict(formats) for name, formats in backend.weights_read.items()}
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_a_draft_on_a_gpu_reads_the_numbers(cuda, pair, bits):
+    plain, quantised = (load(*pair, LoadConfig(dtype="bfloat16", draft_bits=x)) for x in (16, bits))
+    before, after = reads(plain), reads(quantised)
+    assert before["a pass reads"] == after["a pass reads"]
+    (nbytes,) = before["a draft reads"].values()
+    assert set(before["a draft reads"]) == {"bfloat16"}
+    numbers = after["a draft reads"]["QuantisedLinear"]
+    # Two numbers in 16 bits are added to a group of 64.
+    assert numbers / (nbytes - after["a draft reads"]["bfloat16"]) == pytest.approx(
+        (bits + 32 / GROUP) / 16, rel=0.01
+    )
+    request = Request(prompt_ids=[1, 2, 3], config=DecodeConfig(budget=8, max_tokens=4))
+    list(decode(quantised, request))
+    assert "quantised_linear" in cuda.launches
+    assert not quantised.target.graphs.reasons
+
+
+def test_other_bits_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"draft_bits must be one of \(4, 8, 16\) .* got 7"):
+        load(tmp_path, None, LoadConfig(device="cpu", draft_bits=7))
+
+
+def test_formats_of_layers_that_libraries_quantise_are_counted_by_their_class():
+    class Packed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("qweight", torch.zeros(8, 16, dtype=torch.int32))
+            self.register_buffer("scales", torch.zeros(2, 16, dtype=torch.float16))
+
+    lm_head = nn.Linear(16, 4, bias=False)
+    model = nn.ModuleList([nn.Embedding(4, 16), Packed(), lm_head, nn.Linear(16, 8), lm_head])
+    model[0].weight = lm_head.weight
+    found = loading.weights_by_format([model])
+    assert found == {"Packed": 8 * 16 * 4 + 2 * 16 * 2, "float32": (4 + 8) * 16 * 4 + 8 * 4}
