@@ -171,7 +171,7 @@ class Finding:
     """The outcome of one check; the message has the measurement and, for a problem, the remedy."""
 
     check: str
-    ok: bool
+    ok: bool = True
     message: str
 
 
@@ -196,14 +196,14 @@ class Trial:
         """Return the outcome, where a gain counts from `least` nats."""
         best = self.best()
         if best is None:
-            return Finding(check=self.check, ok=True, message="no alternative to try")
+            return Finding(check=self.check, message="no alternative to try")
         name, gain = best
         if gain.is_clear(least):
             message = f"{name}: the target's tokens are {gain} as probable; {self.advice}"
             return Finding(check=self.check, ok=False, message=message)
         noise = ", within noise" if gain.nats > 0 and not gain.is_clear(-math.inf) else ""
         message = f"no significant improvement (best alternative: {name}, {gain}{noise})"
-        return Finding(check=self.check, ok=True, message=message)
+        return Finding(check=self.check, message=message)
 
 
 def findings(trials: Sequence[Trial]) -> list[Finding]:
@@ -380,7 +380,7 @@ def diagnose_target(backend: Backend, target_config: Mapping[str, Any], drafter:
         drafter: what drafts, and what measures it.
     """
     findings = [
-        Finding(check="drafter", ok=True, message=drafter),
+        Finding(check="drafter", message=drafter),
         *check_precision(target_config),
         *check_device(backend),
         check_exact_mode(backend),
@@ -397,7 +397,7 @@ def check_device(backend: Backend) -> list[Finding]:
         findings.append(_memory_finding(backend, report.weights_bytes, free))
     if not report.batches:
         message = "sequences run one by one: this model's logits in a batch are others"
-        findings.append(Finding(check="batches", ok=True, message=message))
+        findings.append(Finding(check="batches", message=message))
     return [*findings, *check_kernels(report)]
 
 
@@ -406,17 +406,13 @@ def check_facts(report: DeviceReport) -> list[Finding]:
     if not report.facts:
         return []
     message = ", ".join(f"{name}: {fact}" for name, fact in report.facts.items())
-    return [Finding(check="device", ok=True, message=message)]
+    return [Finding(check="device", message=message)]
 
 
 def check_kernels(report: DeviceReport) -> list[Finding]:
     """Report which kernels are used and why."""
     return [
-        Finding(
-            check="kernel",
-            ok=True,
-            message=f"{kernel}: {'; '.join(f'{size} {used}' for size, used in verdicts.items())}",
-        )
+        Finding(check="kernel", message=f"{kernel}: {'; '.join(map(' '.join, verdicts.items()))}")
         for kernel, verdicts in report.kernels.items()
     ]
 
@@ -424,7 +420,7 @@ def check_kernels(report: DeviceReport) -> list[Finding]:
 def check_exact_mode(backend: Backend) -> Finding:
     """Check whether texts depend on drafts or other sequences in any bit."""
     message = backend.inexact or "exact: no token depends on drafts or on other sequences"
-    return Finding(check="exact mode", ok=True, message=message)
+    return Finding(check="exact mode", message=message)
 
 
 def check_images(backend: Backend) -> Finding:
@@ -436,7 +432,7 @@ def check_images(backend: Backend) -> Finding:
         picture = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), np.uint8)
         _, images = processor.encode(processor.placeholder, [picture])
         message = f"taken; one of {SIDE} x {SIDE} pixels is {images.is_feature.sum()} tokens"
-    return Finding(check="images", ok=True, message=message)
+    return Finding(check="images", message=message)
 
 
 def _memory_finding(backend: Backend, weights: int, free: int) -> Finding:
@@ -464,7 +460,7 @@ def check_keys(config: Mapping[str, Any]) -> list[Finding]:
     if not (ignored := unknown_keys(config)):
         return []
     message = f"config.json has unknown keys, which were ignored: {', '.join(ignored)}"
-    return [Finding(check="config keys", ok=True, message=message)]
+    return [Finding(check="config keys", message=message)]
 
 
 def check_precision(target_config: Mapping[str, Any]) -> list[Finding]:
@@ -475,7 +471,7 @@ def check_precision(target_config: Mapping[str, Any]) -> list[Finding]:
         "the target is quantised; a drafter that was trained on the unquantised target may be "
         "accepted less often here"
     )
-    return [Finding(check="precision", ok=True, message=message)]
+    return [Finding(check="precision", message=message)]
 
 
 def check_depths(scores: DrafterScores) -> Finding:
@@ -483,7 +479,7 @@ def check_depths(scores: DrafterScores) -> Finding:
     for name, rows in (("drafter", scores.marginal), ("AR head", scores.corrected)):
         if rows and (problem := _collapse(rows, name)):
             return Finding(check="depths", ok=False, message=problem)
-    return Finding(check="depths", ok=True, message="agreement does not collapse at any depth")
+    return Finding(check="depths", message="agreement does not collapse at any depth")
 
 
 def mask_candidates(
