@@ -99,7 +99,7 @@ def diagnosis(target, tokenizer, drafter):
             return backend
 
         return diagnose(
-            load, drafter, tokenizer, questions(count, seed=1), prompting=prompting, max_tokens=40
+            load, drafter, tokenizer, questions(count, seed=1), prompting=prompting, max_tokens=24
         )
 
     return run
@@ -212,7 +212,7 @@ def default_problems(default_target, default_drafter, smollm2):
         return CudaBackend(default_target, drafter, head)
 
     tokenizer = Tokenizer.from_folder(smollm2)
-    prompts = [[{"role": "user", "content": text}] for text in PROMPTS[1:3]]
+    prompts = [[{"role": "user", "content": text}] for text in PROMPTS[1:2]]
     return lambda: problems(
         diagnose(load, default_drafter, tokenizer, prompts, prompting=Prompting(), max_tokens=16)
     )
