@@ -93,18 +93,17 @@ def sample_tokens(
 
 
 def draw(logits: mx.array, sampling: SamplingConfig, keys: NDArray[np.uint32] | None) -> mx.array:
-    """Return (n + 2,) int32: tokens, whether logits are finite, whether tokens are certain.
+    """Return (2 n + 1,) int32: tokens, whether each is certain, whether logits are finite.
 
-    They are not where a nucleus is wider than the shortlist.
+    A token is not certain where its nucleus is wider than the shortlist.
     """
     best = logits.max(-1, keepdims=True)
     finite = mx.isfinite(best).all()
     if sampling.greedy:
-        tokens, covered = mx.argmax(logits, axis=-1), mx.array(True)
+        tokens, covered = mx.argmax(logits, axis=-1), mx.ones(len(logits), mx.bool_)
     else:
         tokens, covered = _sample(logits, best, sampling, keys, SHORTLIST)
-    flags = mx.stack([finite, covered])
-    return mx.concatenate([tokens.astype(mx.int32), flags.astype(mx.int32)])
+    return mx.concatenate([x.astype(mx.int32) for x in (tokens, covered, finite[None])])
 
 
 def read_tokens(
@@ -113,16 +112,22 @@ def read_tokens(
     sampling: SamplingConfig,
     keys: NDArray[np.uint32] | None,
 ) -> NDArray[np.int32]:
-    """Read the (n,) tokens of what `draw` returned, or of a second draw with the whole vocabulary.
+    """Read the (n,) tokens of what `draw` returned.
 
-    Raises a NumericalError if the largest logit of a row is not finite.
+    Rows that are not certain are drawn again from the whole vocabulary, and no others: sums over it
+    may be rounded differently, and a row must not depend on its neighbours. Raises a NumericalError
+    if the largest logit of a row is not finite.
     """
-    check_finite(drawn[-2])
-    if drawn[-1]:
-        return drawn[:-2]
-    best = logits.max(-1, keepdims=True)
-    tokens, _ = _sample(logits, best, sampling, keys, logits.shape[-1])
-    return np.array(tokens.astype(mx.int32))
+    check_finite(drawn[-1])
+    tokens, covered = np.split(drawn[:-1], 2)
+    if len(again := np.flatnonzero(covered == 0)):
+        assert keys is not None
+        rows = logits[mx.array(again)]
+        best = rows.max(-1, keepdims=True)
+        found, _ = _sample(rows, best, sampling, keys[again], logits.shape[-1])
+        tokens = tokens.copy()  # the caller's array stays what was drawn
+        tokens[again] = np.array(found.astype(mx.int32))
+    return tokens
 
 
 def _sample(
@@ -132,7 +137,7 @@ def _sample(
     keys: NDArray[np.uint32] | None,
     shortlist: int,
 ) -> tuple[mx.array, mx.array]:
-    """Sample the (n,) tokens, and whether every nucleus lay within the shortlist."""
+    """Sample the (n,) tokens, and whether each nucleus lay within the shortlist."""
     assert keys is not None
     wide = mx.float64 if mx.default_device().type == mx.cpu else mx.float32
     scaled = (logits.astype(wide) - best.astype(wide)) / sampling.temperature
@@ -143,7 +148,7 @@ def _sample(
 
 def _filter(probs: mx.array, sampling: SamplingConfig, shortlist: int) -> tuple[mx.array, mx.array]:
     """Set dropped tokens of (n, vocab) to 0; return whether each nucleus lay in the shortlist."""
-    ranked, covered = None, mx.array(True)
+    ranked, covered = None, mx.ones(len(probs), mx.bool_)
     if 0 < sampling.top_k < probs.shape[-1]:
         # Tokens with the probability of the last one are kept too.
         ranked = _best(probs, sampling.top_k)
@@ -152,7 +157,7 @@ def _filter(probs: mx.array, sampling: SamplingConfig, shortlist: int) -> tuple[
         wanted = sampling.top_p * probs.sum(-1, keepdims=True)
         if ranked is None:
             ranked = _best(probs, min(shortlist, probs.shape[-1]))
-            covered = (ranked.sum(-1, keepdims=True) >= wanted).all()
+            covered = ranked.sum(-1) >= wanted[:, 0]
         before = ranked.cumsum(-1) - ranked
         # One token is always kept: in float32 a tiny top-p is 0.
         last = mx.maximum((before < wanted).sum(-1, keepdims=True), 1) - 1

@@ -12,6 +12,7 @@ require("mlx.core")
 require("mlx_lm")
 
 import mlx.core as mx
+from treeflash_mlx import sampling
 from treeflash_mlx.numerics import gumbel_on_device, logsumexp, top_indices, top_log_probs
 from treeflash_mlx.sampling import _filter, sample, sample_tokens
 
@@ -99,7 +100,7 @@ def test_a_top_p_next_to_zero_keeps_one_token(rng):
     chosen = sample_tokens(mx.array(logits), config, keys(20))
     np.testing.assert_array_equal(chosen, logits.argmax(-1))
     probs, covered = _filter(mx.softmax(mx.array(logits), axis=-1), config, 256)
-    assert covered.item()
+    assert covered.all().item()
     np.testing.assert_array_equal((np.array(probs) > 0).sum(-1), 1)
 
 
@@ -138,6 +139,23 @@ def test_tokens_and_log_probs_of_several_sequences_are_those_defined(rng, vocab)
             np.testing.assert_allclose(mine.sampled, theirs.sampled, atol=1e-4)
             np.testing.assert_allclose(mine.values, theirs.values, atol=1e-4)
     assert reported > edited > 5
+
+
+def test_a_row_is_drawn_again_without_its_neighbours(rng, monkeypatch):
+    """Whose tokens are certain: sums over the whole vocabulary may be rounded differently."""
+    logits = mx.array(rng.normal(size=(3, 700)) * [[3.0], [0.01], [3.0]], mx.float32)
+    config, drawn = SamplingConfig(temperature=1.0, top_p=0.9), []
+    sample_rows = sampling._sample
+
+    def count(rows, *options):
+        drawn.append((len(rows), options[-1]))
+        return sample_rows(rows, *options)
+
+    monkeypatch.setattr(sampling, "_sample", count)
+    together = sample_tokens(logits, config, keys(3))
+    assert drawn == [(3, sampling.SHORTLIST), (1, 700)]
+    alone = [sample_tokens(logits[i : i + 1], config, keys(3)[i : i + 1])[0] for i in range(3)]
+    assert together.tolist() == alone
 
 
 @pytest.mark.parametrize("top_p", [0.05, 0.3, 0.5, 0.9, 0.99])
