@@ -79,19 +79,23 @@ def gated_delta_calls(dtype: mx.Dtype) -> Iterator[Call]:
 
 
 def attention_calls(dtype: mx.Dtype) -> Iterator[Call]:
-    words, positions = mx.zeros((1, 16), mx.uint64), mx.zeros((1, 16), mx.int32)
-    rows = [words, positions, mx.zeros(1, mx.int32)]
+    words, paths = mx.zeros((1, 16), mx.uint64), mx.zeros((1, 16, 4), mx.int32)
+    rows = [mx.zeros((1, 16), mx.int32), mx.zeros(1, mx.int32)]
     for width in (64, 128, 256, 512):
         q, key = (mx.zeros((1, heads, 16, width), dtype) for heads in (8, 2))
         for bits, group in ((0, 0), *product(attention.BITS, attention.GROUP_SIZES)):
             stored = mx.quantize(key, group, bits) if bits else [key]
 
             def call(q: mx.array, *x: mx.array, bits: int = bits) -> mx.array:
-                n = (len(x) - len(rows)) // 2
-                nodes = attention.Nodes(*x[2 * n :], 600)
-                return attention.tree_attention(q, x[:n], x[n : 2 * n], nodes, 0.1, bits=bits)
+                n, depths = (len(x) - 3) // 2, 4 if x[-3].ndim == 3 else 0
+                nodes = attention.Nodes(*x[2 * n :], 600, depths, branches=depths > 0)
+                sinks = None if bits else mx.zeros(8, q.dtype)
+                return attention.tree_attention(
+                    q, x[:n], x[n : 2 * n], nodes, 0.1, sinks=sinks, bits=bits
+                )
 
-            yield call, [q, *stored, *stored, *rows]
+            for ancestors in (words,) if bits else (words, paths):
+                yield call, [q, *stored, *stored, ancestors, *rows]
 
 
 def sources(call: Callable[..., Any], arguments: Sequence[mx.array]) -> dict[str, str]:

@@ -403,9 +403,9 @@ class LoadConfig:
     exact: bool | None = option(
         None,
         "make the target's logits bitwise equal for every method, budget and batch, or refuse "
-        "(cuda, and mlx on a CPU; default: with cuda in half precision on a CPU where possible)",
+        "(cuda and mlx; default: with cuda in half precision on a CPU where possible)",
         doc="make the target's logits bitwise equal for every method, budget, batch and prompt "
-        "chunk (cuda, and mlx on a CPU); an error where that does not hold. None does so with cuda "
+        "chunk (cuda and mlx); an error where that does not hold. None does so with cuda "
         "in half precision on a CPU where it holds",
         rule="True, False or None",
     )

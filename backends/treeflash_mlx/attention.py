@@ -37,6 +37,8 @@ from treeflash_mlx.metal_kernels.attention import (
     Nodes,
     Shape,
     ancestor_words,
+    exact_columns,
+    path_nodes,
     runs_shape,
     tree_attention,
     winning_columns,
@@ -60,6 +62,7 @@ class TreePass:
     rotary: Sequence[mx.array]  # (batch * n,) rotary positions of the nodes, on one or three axes
     ancestors: mx.array  # (batch, n, n) bool; whether a node attends to a node
     in_windows: mx.array  # the same for layers with a window
+    exact_nodes: Nodes | None  # as `tree_attention` takes them in exact mode
     index: mx.array | None  # (batch, 1, n, 1) int32 columns that the nodes are written to
     paths: NodePaths | None  # for recurrent layers
 
@@ -74,9 +77,11 @@ class TreePass:
         rotary: Sequence[NDArray[np.int32]] | None = None,
         is_seen: NDArray[np.bool_] | None = None,
         sliding: bool = False,
+        exact: bool = False,
     ) -> TreePass | None:
         """Return the pass over trees, one per sequence; None if all tokens continue one sequence.
 
+        In `exact` mode there is a pass then too, because all passes must use the same kernels.
         `starts` are the committed positions of each sequence. Rows without a node are written to
         the column `spare`. Recurrent layers `solve`; None without them, or for chains that are
         committed whole. `rotary` are the (n,) rotary positions of each tree, or (3, n) of a single
@@ -84,7 +89,7 @@ class TreePass:
         chain see others besides the earlier ones, in `sliding` layers alone or in all.
         """
         is_plain = len(trees[0]) == 1 or (trees[0].is_chain and solve is None)
-        if len(trees) == 1 and is_plain and rotary is None:
+        if len(trees) == 1 and is_plain and rotary is None and not exact:
             return None
         batch, n = len(trees), max(map(len, trees))
         columns = max(start + len(tree) for tree, start in zip(trees, starts, strict=True))
@@ -118,6 +123,7 @@ class TreePass:
             rotary=turned,
             ancestors=mx.array(ancestors) if sliding else in_windows,
             in_windows=in_windows,
+            exact_nodes=_exact_nodes(trees, placed, starts, columns) if exact else None,
             index=written,
             paths=paths,
         )
@@ -141,6 +147,8 @@ class TreePass:
     @cached_property
     def nodes(self) -> Nodes | None:
         """The nodes as `tree_attention` takes them; None where there are no kernels."""
+        if self.exact_nodes is not None:
+            return self.exact_nodes
         is_one = self.in_windows is self.ancestors
         if not is_one or self.ancestors.shape[2] > MAX_NODES or not uses_kernels():
             return None
@@ -171,6 +179,21 @@ class TreePass:
             keys = mx.concatenate([before, mx.where(committed, last, drafted)], 1)
             mask = mask & (self.positions[:, :, None] - keys[:, None] < window)
         return mask[:, None]
+
+
+def _exact_nodes(
+    trees: Sequence[DraftTree], positions: mx.array, starts: Sequence[int], columns: int
+) -> Nodes:
+    branches = not all(tree.is_chain for tree in trees)
+    paths = path_nodes(trees, positions.shape[1]) if branches else np.zeros((1, 1, 1), np.int32)
+    return Nodes(
+        ancestors=mx.array(paths),
+        positions=positions,
+        starts=mx.array(np.array(starts, np.int32)),
+        length=columns,
+        depths=1 + max(int(tree.depths.max()) for tree in trees),
+        branches=branches,
+    )
 
 
 class _ForwardPass(threading.local):
@@ -379,16 +402,16 @@ def _attend_by_kernel(
     bits = getattr(cache, "bits", 0) if len(keys) > 1 else 0
     if [x.shape for x in keys] != [x.shape for x in values] or (bits and sinks is not None):
         return None
-    _, heads, nodes, width = queries.shape
+    _, heads, _, width = queries.shape
     key_heads, columns, stored = keys[0].shape[1:]
     dtypes = {x.dtype for x in (queries, *keys[bits > 0 :], *values[bits > 0 :])}
-    if len(dtypes) > 1 or not runs_shape(width, nodes) or columns != tree.columns - bounds[1]:
+    if len(dtypes) > 1 or not runs_shape(width) or columns != tree.columns - bounds[1]:
         return None
     if width != (stored * 32 // bits if bits else stored):
         return None
     group_size = width // keys[1].shape[3] if bits else 0
     shape = Shape(heads, key_heads, width, queries.dtype, bits, group_size)
-    if columns < winning_columns(shape):
+    if columns < (winning_columns if tree.exact_nodes is None else exact_columns)(shape):
         return None
     window, first = bounds
     arrays = queries, keys, values

@@ -184,6 +184,9 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> MlxBackend:
     if isinstance(drafter_model, MtpModel | AssistantModel):
         refuse_window(config)
     module = head.module if isinstance(head, ARHead | RecurrentHead) else None
+    if config.exact and metal_kernels.uses_kernels():
+        model.use_exact_kernels()
+        model.processor = "exact mode on Metal takes no images"
     choose_products(model.model, drafter_model, module)
     window = config.draft_window or DRAFT_WINDOW
     backend = MlxBackend(model, drafter_model, head, draft_window=window)
@@ -271,6 +274,8 @@ def check_config(config: LoadConfig) -> None:
     for option in ("compile", "device_map", "threads"):
         if getattr(config, option):
             raise ConfigError(f"{option} is supported only by the cuda backend")
+    if config.exact and config.kv_bits:
+        raise ConfigError("exact mode does not support kv_bits; remove one of them")
     if config.kv_bits not in (None, *KV_BITS):
         raise ConfigError(
             f"kv_bits must be one of {KV_BITS} on the mlx backend, got {config.kv_bits}"

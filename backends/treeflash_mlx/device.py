@@ -61,7 +61,13 @@ def memory_limit() -> int | None:
 
 
 def limit_cache() -> None:
-    """Limit the freed memory that MLX keeps on a GPU, before anything is loaded."""
+    """Limit the freed memory that MLX keeps on a GPU, before anything is loaded.
+
+    MLX's limit of all memory stays where it is, at 1.5 times what macOS recommends: `refuse_size`
+    and the admission of sequences keep below. If other programs then need the memory, macOS
+    compresses and swaps what is not wired: calls take longer, and none fails. The level of this
+    pressure is among the `device_facts`.
+    """
     if mx.default_device().type == mx.cpu:
         return
     available = available_bytes()

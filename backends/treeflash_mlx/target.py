@@ -38,6 +38,7 @@ from treeflash_mlx.attention import TreeHooks, TreePass
 from treeflash_mlx.cache import KVCache, Quantisation, QuantisedTreeCache, TreeCache, share_storage
 from treeflash_mlx.hybrid import RecurrentTreeCache, Solver, choose_solver, solve_by_rounds
 from treeflash_mlx.images import ImageRows, VisionTower, channel_axes, load_tower
+from treeflash_mlx.metal_kernels.products import use_everywhere
 
 TEXT_CONFIGS = ("text_config", "language_config")
 
@@ -234,6 +235,7 @@ class Target:
         states_nbytes: size of the recurrent states of one sequence, bytes.
         head_dim: the largest width of keys and values; 0 without attention.
         batches: whether sequences of different lengths may share a forward pass.
+        exact: whether all passes use the kernels of exact mode; see `use_exact_kernels`.
         solve: for recurrent layers; None without recurrent layers.
         embedding: the input table; None if it was not found.
         lm_head: the output head; None if the embedding is used.
@@ -267,6 +269,7 @@ class Target:
         self.hooks = TreeHooks()
         self.keys_first = "recurrent_gla" in self.hooks.hook(self.model)
         self.quantisation: Quantisation | None = None
+        self.exact = False
         self.vocab_size, widths, self.column_nbytes, self.states_nbytes = self._measure()
         self.head_dim = max(widths, default=0)
         if kv_bits is not None:
@@ -281,6 +284,14 @@ class Target:
         self.max_positions = int(
             next((self.config[key] for key in POSITIONS if self.config.get(key)), sys.maxsize)
         )
+
+    def use_exact_kernels(self) -> None:
+        """Use the Metal kernels whose rows do not depend on each other, in all passes from now on.
+
+        Layers that they cannot run keep MLX's operations, which the check at load then names.
+        """
+        use_everywhere(self.model)
+        self.exact = True
 
     def load_images(self, folder: Path) -> None:
         """Load the processor and the tower of a folder, if the target takes images."""
@@ -380,6 +391,9 @@ class Target:
         storage = share_storage(sequences)
         start, windows = sequences[0].length, self.layout.windows
         window_starts: dict[int, int] = {}
+        if tree is None and self.exact:
+            chain = DraftTree.chain(np.zeros(token_ids.shape[1], np.int32))
+            tree = TreePass.build([chain], [start], storage.columns - 1, exact=True)
 
         def attention_cache(i: int) -> TreeCache:
             args = storage, i, windows[i], start, tree, window_starts

@@ -25,6 +25,9 @@ from treeflash_mlx.target import Target
 
 PREFILL_CHUNK = 2048
 """Prompt tokens per forward pass."""
+EXACT_CHUNK = 128
+"""Prompt tokens per forward pass with the kernels of exact mode, which keep the outputs of each
+split of the context in memory, for each token."""
 WIDE_HEAD, WIDE_COLUMNS = 192, 8192
 """MLX keeps the scores of heads from this width on in memory. From so many columns on chunks become
 smaller, so that the scores do not take more."""
@@ -192,6 +195,8 @@ class Verifier:
 
     def _chunk_size(self, committed: int) -> int:
         """Return the new tokens of a pass after this number of committed positions."""
+        if self.target.exact:
+            return EXACT_CHUNK
         if self.target.head_dim < WIDE_HEAD:
             return PREFILL_CHUNK
         return PREFILL_CHUNK * WIDE_COLUMNS // max(committed + PREFILL_CHUNK, WIDE_COLUMNS)
@@ -230,6 +235,7 @@ class Verifier:
             rotary=_rotary_positions(by_row),
             is_seen=None if images is None else images.is_seen,
             sliding=images is not None and images.sliding,
+            exact=self.target.exact,
         )
         # A head that reads embeddings takes features from the first layer's input.
         reads = isinstance(self.drafter, MtpModel) and sequences[0][0].drafter is not None

@@ -74,7 +74,9 @@ def attend(rng, shape, starts, window=None, sinks=None):
     k, v = (np.repeat(x[:, :, :columns], groups, 1) for x in (k, v))
     scores = np.where(visible, 0.3 * q @ k.swapaxes(2, 3), -np.inf)
     if sinks is not None:
-        sunk = np.broadcast_to(np.array(sinks)[None, :, None, None], (*scores.shape[:3], 1))
+        sunk = np.broadcast_to(
+            np.array(sinks.astype(mx.float32))[None, :, None, None], (*scores.shape[:3], 1)
+        )
         scores = np.concatenate([scores, sunk], -1)
     shares = np.exp(scores - scores.max(-1, keepdims=True))
     return found, (shares / shares.sum(-1, keepdims=True))[..., :columns] @ v
@@ -96,7 +98,7 @@ SHAPES = [
 @pytest.mark.parametrize(("shape", "starts"), SHAPES)
 def test_attention_is_exact_up_to_rounding(runner, rng, shape, starts, window):
     """With a window, also of layers with sinks."""
-    sinks = None if window is None else mx.array(rng.normal(size=shape.heads), mx.float32)
+    sinks = None if window is None else mx.array(rng.normal(size=shape.heads)).astype(shape.dtype)
     found, expected = attend(rng, shape, starts, window, sinks)
     assert found.dtype == shape.dtype
     error = np.abs(np.array(found.astype(mx.float32)) - expected).max() / np.abs(expected).max()
@@ -105,6 +107,20 @@ def test_attention_is_exact_up_to_rounding(runner, rng, shape, starts, window):
     first = "treeflash_attention_parts" + "_shared" * (shape.head_dim > 128)
     first += "_quantised" * (shape.bits > 0)
     assert runner.launches == {first: 1, "treeflash_attention_merge": 1}
+
+
+def test_sinks_are_not_converted(metal, monkeypatch, rng):
+    """As every layer would do in every pass."""
+    taken, make = [], attention.make_kernel
+
+    def make_kernel(*args, **options):
+        kernel = make(*args, **options)
+        return lambda **call: taken.append(call["inputs"]) or kernel(**call)
+
+    monkeypatch.setattr(attention, "make_kernel", make_kernel)
+    sinks = mx.array(rng.normal(size=6)).astype(mx.bfloat16)
+    attend(rng, SHAPES[1][0], (0, 20), None, sinks)
+    assert taken[1][2] is sinks
 
 
 FAULTS = {
@@ -232,7 +248,7 @@ def test_splits_are_longer_in_long_contexts(metal, monkeypatch, rng):
     [(32, True), (80, False), (160, False), (192, True), (512, True), (576, False)],
 )
 def test_widths_that_the_kernel_runs(width, runs):
-    assert attention.runs_shape(width, 8) == runs
+    assert attention.runs_shape(width) == runs
 
 
 def test_the_kernel_runs_from_the_context_on_where_it_wins(metal, monkeypatch):

@@ -9,6 +9,14 @@ Keys are divided by logical position: a split has some positions and the nodes a
 wherever the columns of the nodes are. Each split has its own softmax, and a second kernel merges
 the splits in the order of positions.
 
+Exact mode needs more, because each tile of keys rescales the outputs to a new maximum: a key must
+have the same place in the same tile in every pass. So there tiles have 16 positions, whoever is at
+them. Splits of committed positions are shared by all nodes, as before. In the others, a simdgroup
+has the heads of one node and takes the keys along its path. A tree's node at position 130, say, has
+the third place in the tile that begins at 128, after two ancestors that may be in any columns; in
+plain decoding the same three keys are in neighbouring columns. With splits of one length, whatever
+the context, and no other order anywhere, the node has the same bits in both.
+
 A thread has 128 registers, and a simdgroup's queries and outputs take 48 of them for 128 numbers of
 a head in half precision. Wider heads are shared: two or four simdgroups have the same rows and 128
 numbers each, add their parts of the scores in threadgroup memory, and then know the same shares.
@@ -25,6 +33,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from mlx_lm.models.base import quantized_scaled_dot_product_attention
+from numpy.typing import NDArray
 
 from treeflash.decoding.tree import DraftTree
 from treeflash_mlx.metal_kernels import ROUNDING, choose, make_kernel, relative_error
@@ -32,7 +41,10 @@ from treeflash_mlx.metal_kernels import ROUNDING, choose, make_kernel, relative_
 SPANS: Mapping[int, int] = {0: 128, 4096: 512}
 """Positions of a split, by the positions from which on they are used: short contexts would make too
 few threadgroups with long splits, long ones too many parts with short splits."""
+EXACT_SPAN = 256
+"""Positions of a split in exact mode, in all contexts: a multiple of a tile."""
 MAX_NODES = 64
+"""Nodes of a tree that words of ancestors can have; paths have no limit."""
 SHARES = (1, 2, 4)
 SHARE_WIDTH = 128
 """Simdgroups that may share the heads of a row, and the numbers that each has at most."""
@@ -56,25 +68,25 @@ PARTS = """
     uint b = threadgroup_position_in_grid.z / key_heads;
     uint key_head = threadgroup_position_in_grid.z % key_heads;
     uint split = threadgroup_position_in_grid.y, splits = threadgroups_per_grid.y;
-    uint rows = group * nodes;
+    int window = bounds[0], offset = bounds[1];  // the position of the first key
+    int start = starts[b], first = (split + offset / SPAN) * SPAN, stop = first + SPAN;
     uint first_row = 8 * (threadgroup_position_in_grid.x * (SIMDGROUPS / SHARES) + tile);
+    BEGIN_ROWS
+    uint rows = step * nodes;
     BEFORE_KEYS
     KEY_PARTS
     VALUE_PARTS
-    int window = bounds[0], offset = bounds[1];  // the position of the first key
-    int start = starts[b], first = (split + offset / SPAN) * SPAN, stop = first + SPAN;
 
     uint place[2];  // of this lane's two rows in the output
     int oldest[2];  // position in the window
-    ulong seen[2];
     simdgroup_matrix<T, 8, 8> query[WIDTH / 8];
     simdgroup_float8x8 output[WIDTH / 8];
     UNROLL for (uint i = 0; i < 2; ++i) {
-        uint r = min(first_row + column + i, rows - 1);
-        uint head = key_head * group + r / nodes, node = r % nodes;
+        uint r = min(first_row + column + i, rows - 1), node = r / step;
+        uint head = key_head * group + min(r % step, group - 1);
         place[i] = (b * heads + head) * nodes + node;
         oldest[i] = positions[b * nodes + node] - window + 1;
-        seen[i] = words[b * nodes + node];
+        SEE_NODES
         const device T* from = q + b * q_strides[0] + head * q_strides[1] + node * q_strides[2];
         UNROLL for (uint d = 0; d < WIDTH / 32; ++d) {
             vec<T, 4> x = *(const device vec<T, 4>*)(from + begin + 32 * d + 4 * row);
@@ -86,23 +98,11 @@ PARTS = """
     }
     float highest[2] = {-1e30f, -1e30f}, sum[2] = {0.0f, 0.0f};
 
-    // First the committed positions, then the nodes, in tiles of 16.
-    bool on_tree = false;
-    int c = max(first, max(offset, start - window + 1)), end = min(stop, start);
-    while (true) {
-        if (!on_tree && c >= end) {
-            if (stop <= start)
-                break;
-            on_tree = true;
-            c = start;
-            end = min(start + int(nodes), k_shape[2] + offset);
-        }
-        if (c >= end)
-            break;
+    BEGIN_TILES
         simdgroup_float8x8 scores[2];
         UNROLL for (uint u = 0; u < 2; ++u) {
             int key = c + int(8 * u + row);
-            int at = min(key, end - 1) - offset;
+            int at = COLUMN_OF_KEY;
             scores[u] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
             UNROLL for (uint d = 0; d < WIDTH / 32; ++d) {
                 LOAD_KEY
@@ -119,14 +119,10 @@ PARTS = """
             int key = c + int(8 * u + row);
             bool here = key < end;
             int position = key;
-            if (on_tree && here) {
-                position = positions[b * nodes + key - start];
-                here = position >= first && position < stop;
-            }
+            FIND_POSITION
             UNROLL for (uint i = 0; i < 2; ++i) {
                 scores[u].thread_elements()[i] *= scale[0];
-                if (!here || position < oldest[i]
-                        || (on_tree && !(seen[i] >> (key - start) & 1)))
+                if (!here || position < oldest[i] || IS_HIDDEN)
                     scores[u].thread_elements()[i] = -INFINITY;
             }
         }
@@ -148,8 +144,11 @@ PARTS = """
             }
         }
         UNROLL for (uint u = 0; u < 2; ++u) {
-            int key = c + int(8 * u + column);
-            int at[2] = {min(key, end - 1) - offset, min(key + 1, end - 1) - offset};
+            int at[2];
+            UNROLL for (int i = 0; i < 2; ++i) {
+                int key = c + i + int(8 * u + column);
+                at[i] = COLUMN_OF_KEY;
+            }
             UNROLL for (uint d = 0; d < WIDTH / 32; ++d) {
                 LOAD_VALUES
                 UNROLL for (uint j = 0; j < 4; ++j) {
@@ -167,7 +166,7 @@ PARTS = """
         sum[i] += simd_shuffle_xor(sum[i], 2);
         sum[i] += simd_shuffle_xor(sum[i], 4);
         sum[i] += simd_shuffle_xor(sum[i], 16);
-        if (first_row + column + i >= rows)
+        if (first_row + column + i >= rows || (first_row + column + i) % step >= group)
             continue;
         uint part = place[i] * splits + split;
         UNROLL for (uint d = 0; d < WIDTH / 8; ++d)
@@ -179,6 +178,46 @@ PARTS = """
         }
     }
 """
+BY_COLUMN = {
+    "BEGIN_ROWS": """uint step = group;
+    ulong seen[2];""",
+    "SEE_NODES": "seen[i] = words[b * nodes + node];",
+    "BEGIN_TILES": """// First the committed positions, then the nodes, in tiles of 16.
+    bool on_tree = false;
+    int c = max(first, max(offset, start - window + 1)), end = min(stop, start);
+    while (true) {
+        if (!on_tree && c >= end) {
+            if (stop <= start)
+                break;
+            on_tree = true;
+            c = start;
+            end = min(start + int(nodes), k_shape[2] + offset);
+        }
+        if (c >= end)
+            break;""",
+    "COLUMN_OF_KEY": "min(key, end - 1) - offset",
+    "FIND_POSITION": """if (on_tree && here) {
+                position = positions[b * nodes + key - start];
+                here = position >= first && position < stop;
+            }""",
+    "IS_HIDDEN": "(on_tree && !(seen[i] >> (key - start) & 1))",
+}
+# Along paths, rows are heads of one node in steps of whole matrices; otherwise of neighbours.
+BY_POSITION = {
+    "BEGIN_ROWS": """int reach = bounds[2], last = min(start + reach, k_shape[2] + offset);
+    bool branches = bounds[3] && stop > start;
+    uint step = branches ? (group + 7) / 8 * 8 : group;
+    uint own = min(first_row / step, nodes - 1);
+    const device int* path = paths + (b * nodes + own) * paths_shape[2];""",
+    "SEE_NODES": "",
+    "BEGIN_TILES": """int c = max(first, (start - window + 1) / 16 * 16), end = min(stop, last);
+    while (c < end) {""",
+    "COLUMN_OF_KEY": """branches && key >= start
+                ? start - offset + path[min(key, end - 1) - start]
+                : max(min(key, end - 1) - offset, 0)""",
+    "FIND_POSITION": "",
+    "IS_HIDDEN": "position - oldest[i] >= window",
+}
 ALONE = {
     "BEFORE_KEYS": """if (first_row >= rows)
         return;""",
@@ -255,7 +294,7 @@ QUANTISED = {
 MERGE = """
     uint d = thread_position_in_grid.x, row = thread_position_in_grid.y, width = parts_shape[3];
     uint nodes = parts_shape[1], splits = parts_shape[2];
-    float sink = sinks[row / nodes % sinks_shape[0]];
+    float sink = float(sinks[row / nodes % sinks_shape[0]]);
     float highest = sink, output = 0.0f, sum = 0.0f;
     for (uint s = 0; s < splits; ++s)
         highest = max(highest, weights[2 * (row * splits + s)]);
@@ -268,9 +307,9 @@ MERGE = """
     sum += exp(sink - highest);
     out[row * width + d] = static_cast<T>(output / sum);
 """
-ROWS = ("words", "positions", "starts", "scale", "bounds")
-INPUTS: tuple[str, ...] = ("q", "k", "v", *ROWS)
-QUANTISED_INPUTS = ("q", *(x + part for x in "kv" for part in ("", "_scales", "_biases")), *ROWS)
+ROWS: tuple[str, ...] = ("positions", "starts", "scale", "bounds")
+INPUTS: tuple[str, ...] = ("q", "k", "v")
+QUANTISED_INPUTS = ("q", *(x + part for x in "kv" for part in ("", "_scales", "_biases")))
 NO_WINDOW = 1 << 30
 
 
@@ -279,17 +318,22 @@ class Nodes:
     """The nodes of a pass, as the kernel takes them.
 
     Attributes:
-        words: (batch, n) uint64; see `ancestor_words`.
+        ancestors: (batch, n) uint64 words, see `ancestor_words`; in exact mode (batch, n, depths)
+            int32 nodes on the path to each node, see `path_nodes`, or anything for chains alone.
         positions: (batch, n) int32 logical positions of the nodes.
         starts: (batch,) int32 committed positions.
         length: of the longest sequence, with the deepest node.
+        depths: of the trees, at most, in exact mode; 0 otherwise.
+        branches: whether a tree is not a chain, in exact mode.
         constants: arrays that equal layers share, by what they are made of.
     """
 
-    words: mx.array
+    ancestors: mx.array
     positions: mx.array
     starts: mx.array
     length: int
+    depths: int = 0
+    branches: bool = False
     constants: dict[tuple[float, ...], mx.array] = field(default_factory=dict, repr=False)
 
     def constant(self, *numbers: float) -> mx.array:
@@ -305,14 +349,27 @@ def ancestor_words(ancestors: mx.array) -> mx.array:
     return mx.where(ancestors, bits, mx.array(0, mx.uint64)).sum(2)
 
 
+def path_nodes(trees: Sequence[DraftTree], rows: int) -> NDArray[np.int32]:
+    """Return the (batch, rows, depths) ancestors of each node by depth, with itself.
+
+    Rows without a node, and depths below a node, have the root.
+    """
+    depths = 1 + max(int(tree.depths.max()) for tree in trees)
+    paths = np.zeros((len(trees), rows, depths), np.int32)
+    for path, tree in zip(paths, trees, strict=True):
+        nodes, ancestors = np.nonzero(tree.ancestor_mask())
+        path[nodes, tree.depths[ancestors]] = ancestors
+    return paths
+
+
 @cache
-def source(*, quantised: bool, shared: bool) -> str:
+def source(*, quantised: bool, shared: bool, exact: bool = False) -> str:
     """Write the source of the first kernel, for keys and values of `BITS` bits or for others.
 
     The heads of a row may be `shared` by several simdgroups.
     """
-    text = PARTS
-    for parts in (QUANTISED if quantised else PLAIN, SHARED if shared else ALONE):
+    text, order = PARTS, BY_POSITION if exact else BY_COLUMN
+    for parts in (order, QUANTISED if quantised else PLAIN, SHARED if shared else ALONE):
         for name, part in parts.items():
             text = text.replace(name, part)
     return text
@@ -339,6 +396,7 @@ def tree_attention(
     first: int = 0,
     sinks: mx.array | None = None,
     bits: int = 0,
+    dtype: mx.Dtype | None = None,
 ) -> mx.array:
     """Return the (batch, heads, n, head_dim) outputs at all nodes.
 
@@ -351,24 +409,32 @@ def tree_attention(
         scale: of the scores.
         window: positions that a node sees, with its own; None for all.
         first: the position of the first column.
-        sinks: (heads,) scores of a position without a value; None without sinks.
+        sinks: (heads,) scores of a position without a value, in any dtype; None without sinks.
         bits: of quantised keys and values.
+        dtype: of the outputs; the queries' by default.
     """
     batch, heads, n, width = q.shape
-    key_heads, span, shares = k[0].shape[1], span_of(nodes.length - first), shares_of(width)
+    key_heads, shares, exact = k[0].shape[1], shares_of(width), nodes.depths > 0
+    span = EXACT_SPAN if exact else span_of(nodes.length - first)
     splits = -(-nodes.length // span) - first // span
-    tiles = -(-(heads // key_heads * n) // (8 * SIMDGROUPS // shares))
+    group = heads // key_heads
+    step = 8 * -(-group // 8) if nodes.branches else group
+    tiles = -(-(step * n) // (8 * SIMDGROUPS // shares))
     template: dict[str, Any] = {"T": q.dtype, "D": width, "SPAN": span}
     template |= {"SIMDGROUPS": SIMDGROUPS, "SHARES": shares}
-    name, inputs = "attention_parts" + "_shared" * (shares > 1), INPUTS
+    name, inputs = "attention_parts" + "_exact" * exact + "_shared" * (shares > 1), INPUTS
     if bits:
         template |= {"BITS": bits, "GROUP": width // k[1].shape[3]}
         name, inputs = f"{name}_quantised", QUANTISED_INPUTS
+    inputs = (*inputs, "paths" if exact else "words", *ROWS)
     # Keys and values are parts of a longer storage, and queries are often transposed.
-    text = source(quantised=bits > 0, shared=shares > 1)
+    text = source(quantised=bits > 0, shared=shares > 1, exact=exact)
     kernel = make_kernel(name, inputs, ("parts", "weights"), text, copies=False)
-    bounds = nodes.constant(NO_WINDOW if window is None else window, first)
-    rows = [nodes.words, nodes.positions, nodes.starts, nodes.constant(float(scale)), bounds]
+    bounds = [NO_WINDOW if window is None else window, first]
+    if exact:
+        bounds += [nodes.depths, int(nodes.branches)]
+    constants = nodes.constant(float(scale)), nodes.constant(*bounds)
+    rows = [nodes.ancestors, nodes.positions, nodes.starts, *constants]
     parts, weights = kernel(
         inputs=[q, *k, *v, *rows],
         template=list(template.items()),
@@ -377,22 +443,23 @@ def tree_attention(
         output_shapes=[(batch * heads, n, splits, x) for x in (width, 2)],
         output_dtypes=[mx.float32, mx.float32],
     )
-    sinks = nodes.constant(*[-math.inf] * heads) if sinks is None else sinks.astype(mx.float32)
+    if sinks is None:
+        sinks = nodes.constant(*[-math.inf] * heads)
     (out,) = make_kernel("attention_merge", ("parts", "weights", "sinks"), ("out",), MERGE)(
         inputs=[parts, weights, sinks],
-        template=[("T", q.dtype)],
+        template=[("T", dtype or q.dtype)],
         grid=(width, batch * heads * n, 1),
         threadgroup=(min(width, MAX_MERGE_THREADS), 1, 1),
         output_shapes=[q.shape],
-        output_dtypes=[q.dtype],
+        output_dtypes=[dtype or q.dtype],
     )
     return out
 
 
-def runs_shape(head_dim: int, nodes: int) -> bool:
-    """Return whether the kernel can run trees of this size with heads of this width."""
+def runs_shape(head_dim: int) -> bool:
+    """Return whether the kernel can run heads of this width."""
     shares = shares_of(head_dim)
-    return shares > 0 and head_dim % (32 * shares) == 0 and nodes <= MAX_NODES
+    return shares > 0 and head_dim % (32 * shares) == 0
 
 
 @dataclass(frozen=True)
@@ -443,10 +510,23 @@ def winning_columns(shape: Shape) -> float:
     return math.inf
 
 
+@lru_cache(64)
+def exact_columns(shape: Shape) -> float:
+    """Return from how many columns on exact mode uses the kernel: 0, or infinite if it is wrong."""
+
+    def error() -> float:
+        checked = _Benchmark(shape, 2 * EXACT_SPAN - 2 + RACED_NODES, exact=True)
+        return max(map(checked.error, (None, EXACT_SPAN // 2 + 3, 2)))
+
+    name, limit = f"{shape.heads} heads of {shape.head_dim}", 2 * ROUNDING[shape.dtype]
+    found = choose("attention in exact mode", name, "all columns", error, limit)
+    return math.inf if found is None else 0
+
+
 class _Benchmark:
     """A tree after committed positions, on which the kernel is compared with the operation."""
 
-    def __init__(self, shape: Shape, columns: int) -> None:
+    def __init__(self, shape: Shape, columns: int, *, exact: bool = False) -> None:
         self.tree = DraftTree.from_parents(
             np.zeros(RACED_NODES, np.int32), (np.arange(RACED_NODES, dtype=np.int32) - 1) // 2
         )
@@ -463,11 +543,14 @@ class _Benchmark:
         self.sinks = mx.random.normal((shape.heads,), key=key).astype(shape.dtype)
         ancestors = mx.array(self.tree.ancestor_mask())
         self.mask = mx.concatenate([mx.ones((RACED_NODES, self.start), mx.bool_), ancestors], 1)
+        depths = int(self.tree.depths.max()) + 1
+        paths = mx.array(path_nodes([self.tree], RACED_NODES))
         self.nodes = Nodes(
-            ancestor_words(ancestors[None]),
+            paths if exact else ancestor_words(ancestors[None]),
             mx.array(self.tree.positions(self.start)[None]),
             mx.array([self.start], mx.int32),
-            self.start + int(self.tree.depths.max()) + 1,
+            self.start + depths,
+            *((depths, True) if exact else ()),
         )
 
     def by_kernel(self, q: mx.array, _: int) -> mx.array:

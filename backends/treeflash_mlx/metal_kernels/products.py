@@ -3,6 +3,10 @@
 MLX multiplies few rows by its kernel for one row, whose cost grows with the rows, and more rows by
 a kernel with tiles of 32 or 64. Here a tile has 8, 16, 24 or 32. `choose_products` lets layers and
 embeddings use the kernel for the numbers of rows where it wins.
+
+The terms of a sum are added in an order that depends on the geometry alone, and the elements of a
+matrix on their own row and column. So with one geometry a row has the same bits beside any others:
+`use_everywhere` multiplies all numbers of rows so, in tiles of 32, for exact mode.
 """
 
 from __future__ import annotations
@@ -30,6 +34,8 @@ UNQUANTISED_GROUP = 64
 """Inputs that a simdgroup takes at once of weights that have no groups."""
 MANY_OUTPUTS = 4096
 """Layers with at least as many outputs fill a GPU with the largest threadgroups."""
+MAX_COLUMNS = 4
+"""Matrices of 8 rows that a threadgroup multiplies at most; more rows are further threadgroups."""
 RACED_LAYERS = 8
 """Layers that take turns in a race: the weights of one alone would stay in the GPU's cache."""
 
@@ -40,8 +46,9 @@ RACED_LAYERS = 8
 # With steps of 32, for example, input 4 i + j is in row i of matrix j.
 SOURCE = """
     uint lane = thread_index_in_simdgroup, split = simdgroup_index_in_threadgroup;
-    uint rows = x_shape[0], width = x_shape[1], outputs = weight_shape[0], words = weight_shape[1];
+    uint width = x_shape[1], outputs = weight_shape[0], words = weight_shape[1];
     uint groups = width / GROUP, first = threadgroup_position_in_grid.x * 8 * TILES;
+    uint first_row = threadgroup_position_in_grid.y * 8 * COLUMNS, rows = x_shape[0] - first_row;
     uint row = (lane >> 4 & 1) * 4 + (lane >> 1 & 3), column = (lane >> 3 & 1) * 4 + (lane & 1) * 2;
     uint quarter = STEP / 4 * (column / 2), start = STEP / 4 * (row / 2) + 4 * (row % 2);
     uint place[TILES];
@@ -60,8 +67,8 @@ SOURCE = """
                 UNROLL for (uint c = 0; c < COLUMNS; ++c)
                     UNROLL for (uint i = 0; i < 2; ++i) {
                         uint m = min(8 * c + column + i, rows - 1);
-                        values[c][i] =
-                            *(const device vec<T, 4>*)(x + m * width + k + start + 8 * w);
+                        values[c][i] = *(const device vec<T, 4>*)(
+                            x + (first_row + m) * width + k + start + 8 * w);
                     }
                 UNROLL for (uint j = 0; j < 4; ++j) {
                     simdgroup_matrix<T, 8, 8> right[COLUMNS];
@@ -89,7 +96,7 @@ SOURCE = """
             float y = 0.0f;
             UNROLL for (uint s = 0; s < SPLITS; ++s)
                 y += parts[s][m][n];
-            out[m * outputs + first + n] = static_cast<T>(y);
+            out[size_t(first_row + m) * outputs + first + n] = static_cast<T>(y);
         }
     }
 """
@@ -153,6 +160,11 @@ class Geometry(NamedTuple):
         return f"{8 * self.tiles} outputs, {self.splits} simdgroups"
 
 
+EXACT_GEOMETRY = Geometry(2, 8)
+"""Of every product in exact mode: its sums fit beside those of another threadgroup for all numbers
+of rows."""
+
+
 def geometries(outputs: int, rows: int) -> list[Geometry]:
     """List the geometries that race.
 
@@ -205,7 +217,8 @@ def multiply(module: Module, x: mx.array, geometry: Geometry) -> mx.array:
         name, inputs = "products_quantised", QUANTISED_INPUTS
         arrays += [module.scales, module.biases]
         template |= {"GROUP": module.group_size, "BITS": module.bits}
-    template |= {"COLUMNS": -(-rows // 8), "TILES": geometry.tiles, "SPLITS": geometry.splits}
+    columns = min(-(-rows // 8), MAX_COLUMNS)
+    template |= {"COLUMNS": columns, "TILES": geometry.tiles, "SPLITS": geometry.splits}
     two_words = isinstance(module, Quantised) and module.bits == 4 and module.group_size >= 64
     template["STEP"] = 64 if two_words else 32
     threads = 32 * geometry.splits
@@ -213,7 +226,7 @@ def multiply(module: Module, x: mx.array, geometry: Geometry) -> mx.array:
     (out,) = make_kernel(name, inputs, ("out",), text)(
         inputs=arrays,
         template=list(template.items()),
-        grid=(threads * -(-outputs // (8 * geometry.tiles)), 1, 1),
+        grid=(threads * -(-outputs // (8 * geometry.tiles)), -(-rows // (8 * columns)), 1),
         threadgroup=(threads, 1, 1),
         output_shapes=[(rows, outputs)],
         output_dtypes=[x.dtype],
@@ -240,20 +253,55 @@ def choose_products(*models: nn.Module | None) -> None:
     """Let layers of models multiply by the kernel, for the numbers of rows where it wins."""
     if not uses_kernels():
         return
-    by_shape: dict[Shape, dict[int, Module]] = {}
-    for model in models:
-        for module in [] if model is None else model.modules():
-            if (shape := shape_of(module)) is not None:
-                by_shape.setdefault(shape, {})[id(module)] = module
-    for (_, bits, _, dtype), layers in by_shape.items():
-        modules, raced = list(layers.values()), RACED_ROWS[bits]
+    for (_, bits, _, dtype), modules in _by_shape(*models).items():
+        raced = RACED_ROWS[bits]
         stops = [*raced[1:], 8 * -(-raced[-1] // 8) + 1]
         won: dict[int, Geometry] = {}
         for first, stop in zip(raced, stops, strict=True):
             if (geometry := fastest(modules[:RACED_LAYERS], first)) is not None:
                 won |= dict.fromkeys(range(first, stop), geometry)
         for module in modules if won else ():
-            _use_kernel(module, won, dtype)
+            _use_kernel(module, won.get, dtype)
+
+
+def use_everywhere(model: nn.Module) -> None:
+    """Let layers of a model multiply by the kernel in one geometry, whatever the number of rows.
+
+    Layers for which the kernel is wrong on this device keep MLX's operation.
+    """
+    for shape, modules in _by_shape(model).items():
+        (outputs, _), bits, _, dtype = shape
+        first = modules[0]
+        x = _inputs(first, 8 * MAX_COLUMNS + 1)
+
+        def error(first: Module = first, x: mx.array = x) -> float:
+            return relative_error(multiply(first, x, EXACT_GEOMETRY), multiply_plainly(first, x))
+
+        name = f"{outputs} x {x.shape[1]} in {bits} bits"
+        if choose("products in exact mode", name, "all rows", error, ROUNDING[dtype]) is None:
+            continue
+        for module in modules:
+            _use_kernel(module, lambda _: EXACT_GEOMETRY, dtype)
+
+
+def _by_shape(*models: nn.Module | None) -> dict[Shape, list[Module]]:
+    """Group the modules of models that the kernel can multiply by, each once."""
+    by_shape: dict[Shape, dict[int, Module]] = {}
+    for model in models:
+        for module in [] if model is None else model.modules():
+            if (shape := shape_of(module)) is not None:
+                by_shape.setdefault(shape, {})[id(module)] = module
+    return {shape: list(modules.values()) for shape, modules in by_shape.items()}
+
+
+def _inputs(module: Module, rows: int) -> mx.array:
+    """Return random inputs of a module that the kernel can multiply by."""
+    shape = shape_of(module)
+    assert shape is not None
+    (_, width), _, group, dtype = shape
+    if isinstance(module, Quantised):
+        width = module.scales.shape[1] * group
+    return mx.random.normal((rows, width), key=mx.random.key(0)).astype(dtype)
 
 
 def fastest(layers: Sequence[Module], rows: int) -> Geometry | None:
@@ -263,10 +311,8 @@ def fastest(layers: Sequence[Module], rows: int) -> Geometry | None:
     """
     first, shape = layers[0], shape_of(layers[0])
     assert shape is not None
-    (outputs, _), bits, group, dtype = shape
-    width = first.scales.shape[1] * group if isinstance(first, Quantised) else shape[0][1]
-    x = mx.random.normal((rows, width), key=mx.random.key(0)).astype(dtype)
-    candidates = geometries(outputs, rows)
+    (outputs, _), bits, _, _ = shape
+    x, candidates = _inputs(first, rows), geometries(outputs, rows)
 
     def candidate(product: Callable[[Module, mx.array], mx.array]) -> Callable[..., mx.array]:
         # Each call waits for the one before, and its input stays finite.
@@ -281,7 +327,7 @@ def fastest(layers: Sequence[Module], rows: int) -> Geometry | None:
 
     winner = choose(
         "products of few rows",
-        f"{outputs} x {width} in {bits} bits",
+        f"{outputs} x {x.shape[1]} in {bits} bits",
         f"{rows} rows",
         error,
         ROUNDING[x.dtype],
@@ -294,12 +340,14 @@ def fastest(layers: Sequence[Module], rows: int) -> Geometry | None:
     return next((each for each in candidates if str(each) == winner), None)
 
 
-def _use_kernel(module: Module, chosen: Mapping[int, Geometry], dtype: mx.Dtype) -> None:
+def _use_kernel(
+    module: Module, geometry_of: Callable[[int], Geometry | None], dtype: mx.Dtype
+) -> None:
     """Give one module, and no other, a class whose products of some rows use the kernel.
 
     Args:
         module: gets the class.
-        chosen: the kernel's geometry by the number of rows.
+        geometry_of: the number of rows; None for MLX's operation.
         dtype: of the inputs.
     """
     cls, name = type(module), method_of(module)
@@ -307,7 +355,7 @@ def _use_kernel(module: Module, chosen: Mapping[int, Geometry], dtype: mx.Dtype)
     plain = getattr(cls, name)
 
     def call(self: Any, x: mx.array) -> mx.array:
-        geometry = chosen.get(x.size // x.shape[-1])
+        geometry = geometry_of(x.size // x.shape[-1])
         if geometry is None or x.dtype != dtype:
             return plain(self, x)
         out = multiply(self, x, geometry)

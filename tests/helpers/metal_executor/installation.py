@@ -56,6 +56,7 @@ def install(
     executor.max_threads = metal_kernels.MAX_THREADS
     hybrid.delta_kernel_wins.cache_clear()
     attention.winning_columns.cache_clear()
+    attention.exact_columns.cache_clear()
     for module in imported:
         for name, kernel in kernels_of(module).items():
             patch.setattr(module, name, kernel)
