@@ -24,6 +24,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import cache_from_source
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -150,10 +151,16 @@ class Copy:
         self.folder = folder
         shutil.copytree(ROOT / "treeflash", folder / "treeflash")
         paths = [str(folder), str(ROOT / "backends"), os.environ.get("PYTHONPATH", "")]
+        # To compile everything anew takes longer than most tests that notice a change.
         self.environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(paths),
-            "PYTHONDONTWRITEBYTECODE": "1",
+            "PYTHONDONTWRITEBYTECODE": "",
         }
+
+    def write(self, file: Path, code: str) -> None:
+        """Replace a file, and forget what was compiled of it, whatever its time and size are."""
+        (self.folder / file).write_text(code, encoding="utf-8")
+        Path(cache_from_source(str(self.folder / file))).unlink(missing_ok=True)
 
     def failure(self, tests: Sequence[str], seconds: float | None = None) -> str | None:
         """What the tests printed if one fails, and a line if they hang; None if all pass."""
@@ -177,13 +184,12 @@ class Copy:
         return run.stdout if run.returncode else None
 
     def survives(self, mutation: Mutation, tests: Sequence[str], seconds: float) -> bool:
-        file = self.folder / mutation.file
-        whole = file.read_text(encoding="utf-8")
-        file.write_text(mutation.code, encoding="utf-8")
+        whole = (self.folder / mutation.file).read_text(encoding="utf-8")
+        self.write(mutation.file, mutation.code)
         try:
             return self.failure(tests, seconds) is None
         finally:
-            file.write_text(whole, encoding="utf-8")
+            self.write(mutation.file, whole)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
