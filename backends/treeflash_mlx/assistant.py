@@ -30,7 +30,7 @@ from treeflash.drafters.mtp_heads import Assistant, MtpConfig
 from treeflash.errors import UnsupportedModelError
 from treeflash_mlx.cache import KVCache
 from treeflash_mlx.drafter import OutputStage
-from treeflash_mlx.drafter_model import OwnVocabulary
+from treeflash_mlx.drafter_model import OwnVocabulary, VocabularyOwner
 from treeflash_mlx.mtp_head import MtpDrafter, MtpHead
 from treeflash_mlx.state import project_contexts
 from treeflash_mlx.target import Target
@@ -54,7 +54,7 @@ class Clusters(nn.Module):
         return mx.put_along_axis(mx.full(logits.shape, -mx.inf, logits.dtype), tokens, kept, -1)
 
 
-class AssistantModel(nn.Module):
+class AssistantModel(VocabularyOwner):
     """The weights of an assistant; its layers are mlx-lm's, without their keys and values."""
 
     def __init__(
@@ -72,15 +72,10 @@ class AssistantModel(nn.Module):
         self.masked_embedding = None
         if shape.clusters:
             self.masked_embedding = Clusters(shape, width, target.vocab_size)
-        self._own = own  # loaded already, so not among the parameters
+        self._own = own
         self._sources = [self._source(layer, target) for layer in self.layers]
         for layer in self.layers:  # only the thread that makes a lazy array can evaluate it
             mx.eval(getattr(layer.self_attn.rope, "_freqs", []))
-
-    @property
-    def own(self) -> OwnVocabulary:
-        """The parts of the vocabulary that are not the target's."""
-        return self._own
 
     def project(self, features: mx.array) -> mx.array:
         """Project the (n, hidden_size) states: the target's, as they are."""

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import mlx.core as mx
 import numpy as np
 from mlx import nn
-from mlx_lm.models.activations import swiglu
+from mlx_lm.models import gemma3_text, qwen3
 
 from treeflash.drafters.config import DrafterConfig, DrafterShape
 from treeflash_mlx.target import Target
@@ -132,19 +132,11 @@ class Gemma4Attention(Attention):
         return mx.fast.rms_norm(values, None, self.eps)
 
 
-class MLP(nn.Module):
-    """SwiGLU."""
-
-    def __init__(self, config: DrafterShape) -> None:
-        super().__init__()
-        h, i = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(h, i, bias=False)
-        self.up_proj = nn.Linear(h, i, bias=False)
-        self.down_proj = nn.Linear(i, h, bias=False)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        """Map (..., hidden_size) to (..., hidden_size)."""
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+def mlp(config: DrafterShape) -> nn.Module:
+    """Make the feed-forward network of a layer: SwiGLU, or Gemma's gated GELU."""
+    kind = gemma3_text.MLP if config.gemma4 else qwen3.MLP
+    made: nn.Module = kind(config.hidden_size, config.intermediate_size)
+    return made
 
 
 class Convolution(nn.Module):
@@ -192,7 +184,7 @@ class Layer(nn.Module):
     def __init__(self, config: DrafterConfig) -> None:
         super().__init__()
         self.self_attn = Attention(config)
-        self.mlp = MLP(config)
+        self.mlp = mlp(config)
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         convolves = config.conv_kernel_size > 0
@@ -221,20 +213,13 @@ class Layer(nn.Module):
         return x + after(self.mlp(before(y)))
 
 
-class Gemma4MLP(MLP):
-    """A gated network with GELU, by its approximation with a hyperbolic tangent."""
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(nn.gelu_approx(self.gate_proj(x)) * self.up_proj(x))
-
-
 class Gemma4Layer(nn.Module):
     """Gemma 4's layer with full attention: the outputs of sublayers are normed too."""
 
     def __init__(self, config: DrafterConfig) -> None:
         super().__init__()
         self.self_attn = Gemma4Attention(config)
-        self.mlp = Gemma4MLP(config)
+        self.mlp = mlp(config)
         size = config.hidden_size, config.rms_norm_eps
         self.input_layernorm = nn.RMSNorm(*size)
         self.post_attention_layernorm = nn.RMSNorm(*size)
@@ -312,7 +297,17 @@ def _quantisation_error(weight: mx.array, module: Any, first: int) -> float:
     return float(np.array(error))
 
 
-class DrafterModel(nn.Module):
+class VocabularyOwner(nn.Module):
+    """A drafter's model that has the parts of the vocabulary that are not the target's."""
+
+    _own: OwnVocabulary  # loaded already, so not among the parameters
+
+    @property
+    def own(self) -> OwnVocabulary:
+        return self._own
+
+
+class DrafterModel(VocabularyOwner):
     """A drafter's weights, under their names in checkpoints."""
 
     def __init__(self, config: DrafterConfig, own: OwnVocabulary) -> None:
@@ -324,12 +319,7 @@ class DrafterModel(nn.Module):
         layer = Gemma4Layer if config.gemma4 else Layer
         self.layers = [layer(config) for _ in range(config.num_hidden_layers)]
         self.norm = nn.RMSNorm(h, config.rms_norm_eps)
-        self._own = own  # loaded already, so not among the parameters
-
-    @property
-    def own(self) -> OwnVocabulary:
-        """The parts of the vocabulary that are not the target's."""
-        return self._own
+        self._own = own
 
     def project(self, features: mx.array) -> mx.array:
         """Project (n, layers * hidden_size) target outputs to (n, hidden_size) context."""

@@ -12,7 +12,7 @@ from mlx_lm.models.switch_layers import SwitchGLU
 from numpy.typing import NDArray
 
 from treeflash.drafters.heads.operations import Operations
-from treeflash_mlx.drafter_model import MLP, Gemma4MLP, Rope
+from treeflash_mlx.drafter_model import Rope, mlp
 from treeflash_mlx.numerics import log_softmax, logsumexp, top_indices, top_log_probs
 
 
@@ -127,7 +127,7 @@ OPERATIONS = Operations(
     layer_norm=nn.LayerNorm,
     activation=nn.SiLU,
     gru=GRU,
-    mlp=lambda config: (Gemma4MLP if config.gemma4 else MLP)(config),
+    mlp=mlp,
     experts=Experts,
     rotary=Rope,
     children=list,

@@ -13,7 +13,6 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx import nn
 from numpy.typing import NDArray
 
 from treeflash.decoding import mtp_head
@@ -31,7 +30,7 @@ from treeflash.drafters.mtp_heads import MtpConfig, first_visible
 from treeflash.drafters.mtp_layer import MtpLayer
 from treeflash_mlx.cache import KVCache, share_storage, to_host
 from treeflash_mlx.drafter import Block, Drafter, OutputStage
-from treeflash_mlx.drafter_model import OwnVocabulary
+from treeflash_mlx.drafter_model import OwnVocabulary, VocabularyOwner
 from treeflash_mlx.head_operations import OPERATIONS
 from treeflash_mlx.state import project_contexts
 from treeflash_mlx.target import Target
@@ -40,19 +39,14 @@ CHUNK = 2048
 """Committed rows whose keys and values are computed at once."""
 
 
-class MtpModel(MtpLayer, nn.Module):
+class MtpModel(MtpLayer, VocabularyOwner):
     """The layer as a module of MLX, with its own vocabulary."""
 
     ops = OPERATIONS
 
     def __init__(self, config: MtpConfig, own: OwnVocabulary) -> None:
         super().__init__(config)
-        self._own = own  # loaded already, so not among the parameters
-
-    @property
-    def own(self) -> OwnVocabulary:
-        """The parts of the vocabulary that are not the target's."""
-        return self._own
+        self._own = own
 
     def rotation(self, positions: NDArray[np.integer], like: mx.array) -> mx.array:
         return mx.array(positions, mx.int32)
