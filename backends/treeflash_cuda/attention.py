@@ -470,7 +470,7 @@ class TreeContext:
         self.max_length = max_length
         self.norms: Norms | None = None  # the norms of the layer that calls `rotate`, if any
         self.has_halves = False  # whether it gives the first half of cosines and sines alone
-        # These by the identity of what it gives, which most layers share.
+        # Cosines and sines of both halves, by the identity of the given ones, which layers share.
         self._whole: dict[int, tuple[Tensor, Tensor]] = {}
         self._keys: dict[tuple[int | None, torch.device], VisibleKeys] = {}
         self._keys[None, positions.device] = keys

@@ -44,7 +44,7 @@ ROTARY = "apply_rotary_pos_emb"
 """The function that rotates queries and keys, by the name that attention layers call it."""
 
 NORMED = "treeflash_normed"
-"""The attribute of a sum that has its norm and what this gives."""
+"""The attribute of a sum with the norm that reads it next, and with the normed sum."""
 
 Forward: TypeAlias = Callable[..., Any]
 
@@ -109,7 +109,7 @@ class FusedNorm:
         return self.operations.rms_norm(x, self.weight, self.eps)[0]
 
     def of_sum(self, x: Tensor, residual: Tensor) -> Tensor:
-        """Return the sum, which has the result of the next call for it as an attribute."""
+        """Return the sum of two tensors, and leave the normed sum with it for the next call."""
         normed, total = self.operations.rms_norm(x, self.weight, self.eps, residual)
         setattr(total, NORMED, (self, normed))
         return total

@@ -222,9 +222,9 @@ class Graphs:
 def synchronising_refused() -> Iterator[None]:
     """Raise a RuntimeError where the host waits for the device, which no capture can have.
 
-    So a function that cannot be captured is found before a capture, which would leave parts of
-    PyTorch's allocator in disorder. PyTorch refuses it to all threads of the process, of which
-    others may belong to a user: it is for one call of a function.
+    So a function that cannot be captured is found before a capture, whose failure would leave parts
+    of PyTorch's allocator in disorder. PyTorch refuses it to all threads of the process, some of
+    which may be a user's: it is for one call of a function.
     """
     mode = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")

@@ -48,9 +48,9 @@ from treeflash_cuda.visible_keys import RowPlan, SharedWork, VisibleKeys, block_
 
 PARALLEL_CHUNK = 512
 """Committed rows of P-EAGLE, which attend, that are computed at once."""
-NO_COLUMNS: NDArray[np.integer] = np.empty(0, np.int64)
 CHUNK = 2048
 """Committed rows whose keys and values are computed at once."""
+NO_COLUMNS: NDArray[np.integer] = np.empty(0, np.int64)
 
 
 class MtpModel(MtpLayer, nn.Module):
@@ -267,10 +267,10 @@ def lacking_rows(
     most: int,
     compute: Callable[[list[NewRows]], object],
 ) -> tuple[list[NewRows], list[Tensor], NDArray[np.integer]]:
-    """Return the rows that drafts lack, at most so many of a sequence.
+    """Return the rows that drafts lack, `most` of a sequence at most.
 
     `compute` is called with earlier rows of each sequence, and with all but the root's where they
-    are not plain. Also returned are states of new positions that are to be written, and their
+    are not plain. The other results are states of new positions that are to be written, and their
     columns in the slab.
     """
     states: list[Tensor] = []
