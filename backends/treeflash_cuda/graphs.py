@@ -223,8 +223,9 @@ def synchronising_refused() -> Iterator[None]:
     """Raise a RuntimeError where the host waits for the device, which no capture can have.
 
     So a function that cannot be captured is found before a capture, whose failure would leave parts
-    of PyTorch's allocator in disorder. PyTorch refuses it to all threads of the process, some of
-    which may be a user's: it is for one call of a function.
+    of PyTorch's allocator in disorder; code that waits only where nothing is captured is refused
+    too. PyTorch refuses it to all threads of the process, some of which may be a user's: it is for
+    one call of a function.
     """
     mode = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
