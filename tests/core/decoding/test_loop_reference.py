@@ -119,7 +119,8 @@ def test_features_of_iterations_without_a_draft_reach_the_drafter(reference: Bac
             states.append(reference.open(capacity, drafts=drafts))
             return states[-1]
 
-    config = DecodeConfig(method="ddtree", budget="auto", max_tokens=24)
+    # How deep drafts are depends on the time that they take here.
+    config = DecodeConfig(method="ddtree", budget="auto", max_tokens=80)
     budgets = AdaptiveBudgets(by_method={"ddtree": EverySecond(VerifyCosts({1: 1.0, 16: 1.0}))})
     committed, lengths = len(PROMPT) - 1, []
     for step in decode(
