@@ -366,10 +366,10 @@ def device_report(backend: Backend) -> DeviceReport:
 
 
 def states_nbytes(backend: Backend, states: Sequence[tuple[int, bool]]) -> int:
-    """Return the bytes that states may hold which run together.
+    """Return the bytes that the states of sequences that run together may hold.
 
-    Each has the arguments of `Backend.state_nbytes`. A backend without a method `states_nbytes`
-    needs no more for all of them than for each alone.
+    `states` has the arguments of `Backend.state_nbytes` for each of them. In a backend without a
+    method `states_nbytes` they hold as much as alone.
     """
     together = getattr(backend, "states_nbytes", None)
     if together is not None:

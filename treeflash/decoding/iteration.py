@@ -280,9 +280,9 @@ class Iteration:
                 sequence.resume(Drafted(None, len(proposal), proposal), "tree")
 
         def size_of(config: DecodeConfig) -> tuple[int, int, int | None]:
-            """Return the nodes of the tree that is verified, and of the one that is built before.
+            """Return the nodes of the tree that will be verified, and of the tree to build.
 
-            The third number is of the depths that the tree is likely to reach; None for all.
+            The third number is the depth that the tree is likely to reach; None for any.
             """
             if config.is_adaptive:
                 budget, count = self.budget(config.method), adaptive[config.method]

@@ -83,7 +83,7 @@ class CacheColumns:
 
 
 class MtpDrafter:
-    """The part of a drafter of such heads that all backends share; it has no marginals."""
+    """A drafter of heads that draft depth by depth, which have no marginals."""
 
     def marginals(self, blocks: Sequence[MtpBlock], options: TableOptions) -> list[TransitionTable]:
         raise ConfigError(NO_MARGINALS)

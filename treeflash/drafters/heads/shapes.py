@@ -1,7 +1,10 @@
-"""The shapes of the tensors of a class that is written once, from the children that it builds.
+"""The shapes of a head's tensors, read from the class that computes with them.
 
-A class names its tensors and their sizes where it builds its children. Built with these children,
-which have shapes in place of weights, it is a description of what a checkpoint has to hold.
+A class that is written once for PyTorch and MLX names its tensors, and gives their sizes, where it
+builds its children. With outlines as children, which have shapes in place of weights, it describes
+what a checkpoint has to hold. For example, `linear(8, 4)` is an outline with a `weight` of (4, 8)
+and a `bias` of (4,); in a class that keeps it as `self.gate_proj`, these are `gate_proj.weight` and
+`gate_proj.bias`.
 """
 
 from __future__ import annotations
@@ -72,4 +75,4 @@ BUILDERS = Builders(
     parameter=lambda *shape: Parameter(shape),
     module=as_outline,
 )
-"""The children of outlines."""
+"""What builds the children of an outline."""
