@@ -495,7 +495,7 @@ def use_kernel_for_products(model: nn.Module) -> None:
     """Let a Triton kernel compute the linear layers of a loaded model; see `triton_kernels`.
 
     Raises an UnsupportedModelError if a module computes products in another way, or the kernel's
-    results differ from PyTorch's.
+    results differ from PyTorch's, or those of a prompt's rows from those of a tree's.
     """
     from treeflash_cuda.triton_kernels.products import linear
 
@@ -509,11 +509,16 @@ def use_kernel_for_products(model: nn.Module) -> None:
         else:
             raise UnsupportedModelError(f"{INEXACT}: the products of its layers are packed")
         x = torch.randn(CHECKED_TOKENS, weight.shape[1], generator=random).to(weight)
-        actual, expected = linear(x, weight, bias).float(), F.linear(x, weight, bias).float()
-        difference = float((actual - expected).square().mean().sqrt() / expected.std())
+        actual, expected = linear(x, weight, bias), F.linear(x, weight, bias).float()
+        difference = float((actual.float() - expected).square().mean().sqrt() / expected.std())
         if not difference <= TOLERANCES[weight.dtype]:
             raise UnsupportedModelError(
                 f"{INEXACT}: the results of the kernel for products differ by {difference:.2%}"
+            )
+        of_prompt = linear(x.repeat(CHECKED_REPEATS, 1), weight, bias)
+        if not torch.equal(of_prompt[:CHECKED_TOKENS], actual):
+            raise UnsupportedModelError(
+                f"{INEXACT}: products of many rows have other bits than products of few"
             )
         setattr(owner, name, partial(linear, weight=weight, bias=bias))
 
@@ -593,6 +598,8 @@ def _depends_on_place(module: nn.Module, dtype: torch.dtype) -> bool:
 
 CHECKED_TOKENS = 4
 """Rows on which the kernel for products is compared with PyTorch."""
+CHECKED_REPEATS = 64
+"""Times that these rows make a prompt, for which the kernel has other programs."""
 CHECKED_ROWS = (*range(1, 18), 24, 31, 32, 33, 48, 63, 64)
 
 

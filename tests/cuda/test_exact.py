@@ -211,6 +211,24 @@ def test_a_token_of_a_model_larger_than_caches_has_four_rows(tmp_path, monkeypat
     assert [tuple(shape[:2]) for shape in rows] == [(1, 3), (1, 4)]
 
 
+@torch.inference_mode()
+def test_a_kernel_whose_prompts_have_other_bits_is_refused(monkeypatch):
+    require("triton")
+    from treeflash_cuda.triton_kernels import products
+
+    def row_by_row(x, weight, bias):
+        return torch.stack([F.linear(row, weight, bias) for row in x])
+
+    def other_for_prompts(x, weight, bias):
+        return row_by_row(x, weight, bias) + (1e-6 if len(x) > 64 else 0)
+
+    monkeypatch.setattr(products, "linear", row_by_row)
+    exact.use_kernel_for_products(nn.Sequential(nn.Linear(16, 8)))
+    monkeypatch.setattr(products, "linear", other_for_prompts)
+    with pytest.raises(UnsupportedModelError, match="many rows have other bits"):
+        exact.use_kernel_for_products(nn.Sequential(nn.Linear(16, 8)))
+
+
 def test_kernels_are_exact(tmp_path, monkeypatch):
     """What a GPU runs in exact mode passes the check at load, in Triton's interpreter."""
     require("triton")
@@ -229,6 +247,7 @@ def test_kernels_are_exact(tmp_path, monkeypatch):
     monkeypatch.setattr("treeflash.decoding.probe.EXACT_PREFIX", 12)
     monkeypatch.setattr("treeflash.decoding.probe.EXACT_NODES", 8)
     monkeypatch.setattr(exact, "CHECKED_ROWS", (1, 2, 17))
+    monkeypatch.setattr(exact, "CHECKED_REPEATS", 17)
     for operations, dtype, message in (
         (kernels, "bfloat16", None),
         (Operations(), "float32", r"exact mode is not possible .* changes its logits"),
