@@ -153,7 +153,7 @@ def later(self: Any, block: Any, rows: Any, depth: int, tokens: Any, parents: An
     """Nodes one position too high."""
     keys_and_values, layer = mtp_head.MtpModel.keys_and_values, mtp_head.MtpModel.layer
     try:
-        mtp_head.MtpModel.keys_and_values = lambda m, y, p: keys_and_values(m, y, p + 1)  # type: ignore
+        mtp_head.MtpModel.keys_and_values = lambda m, n, y, p: keys_and_values(m, n, y, p + 1)  # type: ignore
         mtp_head.MtpModel.layer = lambda m, r, p, *a: layer(m, r, p + 1, *a)  # type: ignore
         return STEP(self, block, rows, depth, tokens, parents)
     finally:
@@ -169,7 +169,7 @@ def no_prompt(self: Any, state: Any, root: int, depths: int | None) -> Any:
     block = DRAFT(self, state, root, depths)
     model, p = self.model, block.keys.shape[1]
     y, residual = model.read(np.array([root], np.int32), state.drafter.hidden[-1:])
-    keys, values = model.keys_and_values(y, np.array([p - 1], np.int32))
+    keys, values = model.keys_and_values("layer.", y, np.array([p - 1], np.int32))
     output = model.layer(
         (y, residual), np.array([p - 1], np.int32), keys, values, np.ones((1, 1), np.bool_)
     )

@@ -27,8 +27,8 @@ from treeflash.decoding.interfaces import TableOptions
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import build_chain
 from treeflash.drafters.folder import read_config, read_tensors
-from treeflash.reference import drafter, mtp_head
-from treeflash.reference.numerics import attention, rotate, silu, visible
+from treeflash.reference import drafter, drafter_model, mtp_head
+from treeflash.reference.numerics import attention, rms_norm, rotate, silu, visible
 from treeflash.registry import loader
 from treeflash.testing.models import edit_config
 
@@ -122,7 +122,7 @@ def masks_one_position_high(patch: pytest.MonkeyPatch, pair: Any) -> None:
     def rotated(x: Any, positions: Any, *args: Any) -> Any:
         return rotate(x, positions + (np.arange(len(positions)) >= len(positions) - masks), *args)
 
-    patch.setattr(mtp_head, "rotate", rotated)
+    patch.setattr(drafter_model, "rotate", rotated)
 
 
 FAULTS: dict[str, tuple[str, Plant]] = {
@@ -143,13 +143,17 @@ FAULTS: dict[str, tuple[str, Plant]] = {
     ),
     "Gemma 4's values without a norm": (
         "gemma4-dspark-plain",
-        other(drafter, "rms_norm", lambda x, weight, eps: x),
+        other(
+            drafter_model,
+            "rms_norm",
+            lambda x, weight, eps: x if len(weight) == 1 else rms_norm(x, weight, eps),
+        ),
     ),
     "Gemma 4's scores scaled": (
         "gemma4-dspark-plain",
         other(drafter, "attention", lambda q, k, v, mask, *_: attention(q, k, v, mask)),
     ),
-    "SiLU in Gemma 4's layers": ("gemma4-dspark-plain", other(drafter, "gelu_tanh", silu)),
+    "SiLU in Gemma 4's layers": ("gemma4-dspark-plain", other(drafter_model, "gelu_tanh", silu)),
     "embeddings without a factor": ("gemma4-dspark-plain", setting("input_scale", 1.0)),
     "no softcap before the Markov bias": ("gemma4-dspark-plain", setting("softcap", None)),
     "frequencies of the turning channels alone": (
