@@ -157,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = cache(lambda: load_model(args))
     for name, find in (("kernels", kernels), ("texts", texts)):
         report.run(name, partial(find, args.device))
-    # Two that load the weights in processes of their own come before this process loads them.
+    # These two load the weights in processes of their own, before this process loads them.
     report.run("mlx-lm", partial(mlx_lm, args))
     report.run("buffers", partial(buffers, args))
     for name, measure in (("passes", passes), ("host", host), ("speed", speed)):

@@ -55,7 +55,8 @@ def write_drafter(folder: Path, shape: dict[str, Any], device: Any, dtype: str) 
     for name, size in shapes.items():
         tensor = torch.empty(size, device=device, dtype=getattr(torch, dtype))
         tensors[name] = (tensor.fill_(1) if len(size) == 1 else tensor.normal_(std=0.02)).cpu()
-    # As at the start of training: a head of random weights would leave most nodes childless.
+    # The head is as at the start of training: with random weights most nodes would have no
+    # children.
     tensors["ar_approximation.d.weight"].zero_()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 

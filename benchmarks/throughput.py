@@ -196,7 +196,8 @@ def transformers(model: LanguageModel) -> dict[str, Run]:
         return arrivals.answers()
 
     def generate_batch(group: Group, max_tokens: int) -> list[Answer]:
-        # Room for these sequences alone: by default it reserves most of the device's memory.
+        # The cache gets room for these sequences alone: by default it reserves most of the device's
+        # memory.
         page = ContinuousBatchingConfig().page_size
         positions = max(map(len, group)) + max_tokens
         results = batching_model.generate_batch(
@@ -215,7 +216,8 @@ def transformers(model: LanguageModel) -> dict[str, Run]:
         errors = [output.error for output in outputs if output.error]
         if errors or len(outputs) < len(group):
             raise RuntimeError(errors[0] if errors else "some prompts were not answered")
-        # From the first request, not from the call, which first makes the cache and a thread.
+        # Times count from the first request, not from the call, which first makes the cache and a
+        # thread.
         started = min(output.created_time for output in outputs)
         return [
             Answer(

@@ -55,8 +55,8 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    # Imported on first use, so that `treeflash --help` takes no second, and a source tree that is
-    # not installed, which has no version, can be imported.
+    # Names are imported on first use, so that `treeflash --help` takes no second, and a source tree
+    # that is not installed, which has no version, can be imported.
     if name == "__version__":
         from importlib.metadata import version
 

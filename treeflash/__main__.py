@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand, or print what was asked for, and return the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in COMMANDS:
-        # Only now, because the imports of a command take a second.
+        # The command is imported only now, because its imports take a second.
         status: int = _module(argv[0]).main(argv[1:])
         return status
     parser, _ = _make_parser()

@@ -84,7 +84,7 @@ def command(system: System, environments: Path, install: bool) -> list[str]:
     python = str(folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python"))
     if system.node:
         requirements = [*system.requirements, node_build(system.node)]
-        # No builds for other devices, and no script that would compile llama.cpp.
+        # Builds for other devices, and a script that would compile llama.cpp, are left out.
         options = ["--prefix", str(folder), "--ignore-scripts", "--omit=optional", "--no-audit"]
         installer, run = ["npm", "install", *options], ["node", worker, str(folder)]
     else:

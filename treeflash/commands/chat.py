@@ -212,7 +212,7 @@ class Conversation:
     def _set(self, name: str = "", value: str | None = None) -> None:
         parser = Parser("chat", "")
         cli.add_decode_options(parser, SETTABLE)
-        # By flag, the names of options.
+        # Each flag has the name of its option.
         names = {flag: x.dest for flag, x in parser._option_string_actions.items()}
         flags = [flag for flag, option in names.items() if option in SETTABLE]
         if not name:

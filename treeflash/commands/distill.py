@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = DistillConfig(**given_options(args, DistillConfig))
     rows = _rows(args, config.seed)
     with response_file(args.output) as file:  # before the model is loaded
-        # No drafter: with many prompts at once, plain decoding keeps the device busy.
+        # No drafter is loaded: with many prompts at once, plain decoding keeps the device busy.
         model = load_model(argparse.Namespace(**vars(args), drafter=False))
         distillation = Distillation(model, config, file, rows)
         try:

@@ -272,7 +272,7 @@ class AdaptiveBudget:
         expected = np.cumsum(np.concatenate(gains)[order])
         reads = np.cumsum(np.asarray(lengths, np.float64)[owners[order]])
         if len(trees) == 1 and not other_rows:
-            # Hardware has steps: only sizes whose costs are known.
+            # Hardware has steps, so only sizes whose costs are known are tried.
             sizes = np.array([*(n for n in self.costs.seconds if n < len(order)), len(order)])
         else:
             sizes = np.arange(len(trees), len(order) + 1)

@@ -57,7 +57,8 @@ class Snapshots(Generic[R]):
             lengths = sorted(self._states)
             older = lengths[: MAX_SNAPSHOTS + 1 - NEWEST_SNAPSHOTS]
             gaps = np.diff([0, *older])
-            # The one that is least missed: it is nearest to the snapshot before it.
+            # The snapshot that is dropped is the nearest to the one before it, and so the least
+            # missed.
             del self._states[older[int(np.argmin(gaps))]]
 
     def longest(self, length: int) -> int:

@@ -237,7 +237,7 @@ class DiskCache:
             self._queued_bytes += _nbytes(arrays)
         self._queue.put((part, arrays))
 
-    # The writer's thread.
+    # The methods below run in the writer's thread.
 
     def _write_queued(self) -> None:
         while (item := self._queue.get()) is not None:

@@ -104,7 +104,7 @@ class Prefill:
 
     state: SequenceState
     token_ids: Sequence[int]  # at least one, at positions length, length + 1 and so on
-    # None if no token is to be sampled after the last one
+    # `params` is None if no token is to be sampled after the last one.
     params: SamplingParams | None
     # of the whole prompt, of which these tokens are a part; None if it has none
     images: PromptImages | None = None

@@ -274,7 +274,7 @@ class Noise:
     def from_positions(cls, sequences: Sequence[tuple[SamplingConfig, NDArray[np.int32]]]) -> Noise:
         """Return the noise of several sequences, one after another, from their positions."""
         keys = [
-            # Equal keys, whose noise is computed once: it is multiplied by 0.
+            # The keys are equal, so that their noise is computed once: it is multiplied by 0.
             np.zeros((len(positions), 2), np.uint32)
             if sampling.greedy
             else position_keys(sampling.seed, positions)

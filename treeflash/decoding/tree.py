@@ -257,7 +257,7 @@ def _best_first(
     ranked = log_probs[order]
     if not (ranked[1:] == ranked[:-1]).any():
         return order
-    # Rare: rank paths are made only where probabilities are equal.
+    # This is rare: rank paths are made only where probabilities are equal.
     paths: dict[int, tuple[int, ...]] = {-1: ()}
 
     def path(node: int) -> tuple[int, ...]:

@@ -75,7 +75,8 @@ class PublishedRow:
     lengths: tuple[float, ...]
 
 
-# DSpark paper, Table 1, by the last part of the drafter's hub id at deepseek-ai; columns as SETS.
+# The rows are of Table 1 in DSpark's paper, by the last part of the drafter's hub id at
+# deepseek-ai; the columns are `SETS`.
 ROWS = {
     "eagle3_qwen3_4b_ttt7": PublishedRow(
         "Qwen3-4B", (5.14, 4.62, 3.92, 3.69, 4.16, 3.77, 2.39, 2.26, 2.55)
@@ -232,7 +233,7 @@ class Lengths:
         for name, found in self.by_set.items():
             if not found:
                 continue
-            # In the order of the file, because the intervals depend on it.
+            # The prompts have the order of the file, on which the intervals depend.
             tokens, rounds = np.array([found[number] for number in sorted(found)]).T
             drawn = resamples(len(found), rng)
             values = tokens[drawn].sum(1) / rounds[drawn].sum(1)

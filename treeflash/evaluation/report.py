@@ -209,7 +209,7 @@ def draw(records: Mapping[str, Sequence[Record]], title: str = "") -> bytes:
         axis.grid(alpha=0.3)
         axis.set_axisbelow(True)
         if axis.get_legend_handles_labels()[0]:
-            # Beside the plot, where it hides no line.
+            # The legend is beside the plot, where it hides no line.
             axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     file = io.BytesIO()
     figure.savefig(file, format="png")

@@ -244,7 +244,7 @@ class Evaluation:
             sample = prompt.sample(backend, temperature)
             if all(run.accepted_lengths for run in sample.runs.values()):
                 finished[prompt.set_name][prompt.number] = sample
-            # In the order of the file, because the intervals depend on it.
+            # The prompts have the order of the file, on which the intervals depend.
             self.samples = {
                 name: [samples[number] for number in sorted(samples)]
                 for name, samples in finished.items()

@@ -410,7 +410,7 @@ def _default_target_from_hub() -> Path | None:
     for local_files_only in (True, False):
         try:
             if not local_files_only:
-                # Fails within seconds, where a download would retry for minutes.
+                # This fails within seconds, where a download would retry for minutes.
                 HfApi().model_info(DEFAULT_TARGET, timeout=HUB_REACHABLE_S)
             snapshot = _snapshot(DEFAULT_TARGET, local_files_only=local_files_only)
         except (OSError, RuntimeError, HTTPError):

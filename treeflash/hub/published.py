@@ -37,7 +37,7 @@ def _drafters(*names: str, thinking: bool = False) -> tuple[PublishedDrafter, ..
     )
 
 
-# By target. The first drafter is the default. Drafters with a conditional head come before DFlash,
+# The first drafter of a target is the default. Drafters with a conditional head come before DFlash,
 # because they serve every method.
 _DRAFTERS_BY_TARGET = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": _drafters(BUNDLED_DRAFTER),

@@ -78,7 +78,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
             "object": "model",
             "created": service.created,
             "owned_by": "treeflash",
-            # The names of Anthropic's API.
+            # Anthropic's API has these names.
             "type": "model",
             "display_name": name,
             "created_at": datetime.fromtimestamp(service.created, UTC).isoformat(),

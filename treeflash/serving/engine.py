@@ -160,7 +160,7 @@ class Engine:
         self.metrics = metrics
         self.draining = self.device_lost = False
         self._load = load
-        # Unfinished answers of each completion and the mean time of an answer, for all threads.
+        # All threads use the unfinished answers of each completion, and the mean time of an answer.
         self._backlog: dict[Completion, int] = {}
         self._mean_seconds = 1.0
         self._lock = threading.Lock()

@@ -65,7 +65,7 @@ class OllamaOptions(Schema):
     repeat_penalty: Annotated[float, limits("repetition_penalty")] | None = None
     presence_penalty: Annotated[float, limits("presence_penalty")] | None = None
     frequency_penalty: Annotated[float, limits("frequency_penalty")] | None = None
-    # A value that leaves these out of sampling.
+    # Only values that leave these out of sampling are accepted.
     mirostat: Literal[0] | None = None
     typical_p: Annotated[float, Field(ge=1, le=1)] | None = None
     # The model was loaded when the server started.

@@ -43,7 +43,8 @@ class PrefixIndex:
 
     def add(self, request: RelayedRequest, replica: Hashable) -> None:
         """Remember that a replica got a prompt."""
-        # In reverse, so that a beginning is never forgotten before its continuations.
+        # Keys are added in reverse, so that a beginning is never forgotten before its
+        # continuations.
         for key in reversed(list(self._keys(request))):
             self._replicas.setdefault(key, set()).add(replica)
             self._replicas.move_to_end(key)

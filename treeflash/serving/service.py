@@ -44,7 +44,8 @@ class Service:
     defaults: Options
     names: tuple[str, ...]
     created: int = field(default_factory=lambda: int(time.time()))  # seconds since 1970
-    # of requests whose images are decoded and processed, each in a thread, while answers go on
+    # Requests decode and process their images in these places, each in a thread, while answers go
+    # on.
     image_places: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2))
 
     @property

@@ -173,7 +173,8 @@ class GrammarCompiler:
     def _loaded(self) -> tuple[llguidance.LLTokenizer, GrammarTrial]:
         with self._lock:
             if self._parts is None:
-                # As in `llguidance.hf`, whose vocabulary cannot be handed to another process.
+                # The arguments follow `llguidance.hf`, whose vocabulary cannot be handed to another
+                # process.
                 backend = copy(self._tokenizer.transformers.backend_tokenizer)
                 backend.no_padding()
                 backend.no_truncation()

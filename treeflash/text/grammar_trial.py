@@ -88,7 +88,7 @@ class GrammarTrial:
         return verdict["converted"] or text
 
     def _start(self) -> None:
-        # A session of its own: an interruption at the keyboard is for the server.
+        # The process has a session of its own: an interruption at the keyboard is for the server.
         self._process = subprocess.Popen(
             [sys.executable, "-P", __file__],
             stdin=subprocess.PIPE,

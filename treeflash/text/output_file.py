@@ -96,7 +96,8 @@ class OutputFile:
         """Return the file without its unfinished end, open to append; a ConfigError if it fails."""
         if self._file is None:
             try:
-                # Unbuffered: closing a buffered file after a failure would write again, and fail.
+                # The file is unbuffered: closing a buffered one after a failure would write again,
+                # and fail.
                 self._file = self._exit.enter_context(self.path.open("ab", buffering=0))
                 self._file.truncate(self._size)
             except OSError as error:

@@ -58,7 +58,8 @@ class Tokenizer:
         token of its chat template.
         """
         folder = Path(path)
-        # First, because transformers reads the configuration too and would blame the tokenizer.
+        # Both files are read first: transformers reads the configuration too, and would blame the
+        # tokenizer.
         files = folder / "generation_config.json", folder / "config.json"
         stop_token_ids = frozenset[int]().union(*map(_eos_token_ids, files))
         for name in ("transformers", "transformers.configuration_utils"):

@@ -177,7 +177,7 @@ def initial_drafter(
     config: TrainConfig,  # the configuration of the training
     settings: dict[str, Any],  # from `drafter_settings`
     target: Target,  # the model to draft for
-    # Tokens of a few sequences, to measure the scale of queries and keys on.
+    # The scale of queries and keys is measured on these tokens of a few sequences.
     sequences: Sequence[Sequence[int]],
 ) -> tuple[DrafterModel, nn.Module | None]:
     """Create a drafter and its head, float32, on the target's device.

@@ -122,7 +122,7 @@ def train(
             is_saved = is_last or step % config.save_every == 0
             is_lowest = config.patience is not None and "validation" in record and place.is_best
             is_needed = config.patience is None or not has_checkpoint(output)
-            # In this order, so that a run with its last state also has its checkpoint.
+            # This order gives a run with its last state a checkpoint too.
             if is_lowest or (is_saved and is_needed):
                 export(accelerator, blocks, settings, run)
             if is_saved:

@@ -58,7 +58,7 @@ def make_shortlist(
     others = torch.nonzero(index < 0)[:, 0]
     if negatives >= len(others):
         return None
-    # With replacement: simple and unbiased, as a token drawn twice counts twice.
+    # Tokens are drawn with replacement, which is unbiased, as a token drawn twice counts twice.
     sample = others[torch.randint(len(others), (negatives,), generator=generator)]
     tokens = torch.cat([kept, sample])
     index[tokens] = torch.arange(len(tokens))
@@ -239,10 +239,10 @@ class Blocks(nn.Module):
         """Add the target's embeddings and output head, which are not trained."""
         super().__init__()
         self.model = model
-        # In a list, so that they are neither moved nor saved.
+        # Lists keep these tensors from being moved and saved with the module.
         self.embeddings = [embeddings]
         self.lm_head = [lm_head]
-        # The prefix of the names of the head's tensors in a checkpoint.
+        # The names of the head's tensors in a checkpoint begin with this prefix.
         self.head_name = HEADS[model.config.head or "swiglu"].prefix.removesuffix(".")
         self.add_module(self.head_name, head)
 

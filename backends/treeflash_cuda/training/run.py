@@ -72,7 +72,7 @@ class Log:
         self._path = folder / "log.jsonl"
         lines = self._path.read_text().splitlines(keepends=True) if self._path.exists() else []
         finished = [json.loads(line) for line in lines if line.endswith("\n")]
-        # Of all steps so far, including the steps before the run was resumed.
+        # The records are of all steps so far, including the steps before the run was resumed.
         self.records: list[Record] = [record for record in finished if record["step"] <= step]
         with replacing(self._path) as scratch:
             scratch.write_text("".join(json.dumps(record) + "\n" for record in self.records))
@@ -154,10 +154,10 @@ class Run:
         # It has the checkpoint, `log.jsonl`, `tensorboard/`, `state/`, and `features/` if they are
         # cached.
         self.folder = folder
-        # Configuration, target and `data`, a fingerprint of the responses and their features; they
-        # must be equal to resume the run.
+        # The identity has configuration, target and `data`, a fingerprint of the responses and
+        # their features, which must be equal to resume the run.
         self.identity = identity
-        # A fingerprint of what is known before the target is loaded, for `is_finished`.
+        # `is_finished` compares this fingerprint of what is known before the target is loaded.
         self._request = request
         self._accelerator = accelerator
         self._main = accelerator.is_main_process

@@ -25,7 +25,7 @@ class XPress(RecurrentCell):
         self.mlp_gate = ops.linear(r, inner, bias=False)
         self.mlp_up = ops.linear(r, inner, bias=False)
         self.mlp_down = ops.linear(inner, r, bias=False)
-        # No linear layer here: its rows are also taken for single tokens.
+        # This is no linear layer: its rows are also taken for single tokens.
         self.readout = ops.embedding(config.draft_vocab_size or vocab_size, r)
 
     @property
