@@ -208,8 +208,8 @@ def test_the_extra_testing_has_what_the_conformance_suite_imports() -> None:
 
     suite = [path for name, path in ALL.items() if inside(name, "treeflash.testing")]
     imported = {found.split(".")[0] for path in suite for found in imports_of(path)}
-    further = imported - sys.stdlib_module_names - packages(project["dependencies"])
-    assert further - {"treeflash"} == packages(project["optional-dependencies"]["testing"])
+    additional = imported - sys.stdlib_module_names - packages(project["dependencies"])
+    assert additional - {"treeflash"} == packages(project["optional-dependencies"]["testing"])
 
 
 def test_the_core_reaches_backends_through_the_registry_alone() -> None:

@@ -18,7 +18,7 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), 
 
 @pytest.fixture
 def page(scripted, monkeypatch):
-    """Run all snippets, the one that imports fastapi only on request: the names they define."""
+    """Run all snippets, and return the names that they define; fastapi's runs only on request."""
     monkeypatch.setattr(treeflash, "load", lambda: scripted("1, 2, 3, 4, 5, 6, 7, 8, 9, 10."))
 
     def run(*, web: bool):

@@ -104,7 +104,7 @@ class FakeCuda(TorchDispatchMode):
         refusing: whether waiting for a device is refused.
         count: copies between host and device.
         launches: the names of the operations that launched a kernel on a device, in order.
-        nbytes: what these operations read and wrote, if each of them does so once.
+        nbytes: what these operations read and wrote, if each of them reads and writes once.
         converted: elements of 8 bits on a device from which operations made floating-point numbers.
         free_bytes: memory that a device says is free.
         capability: the devices' compute capability.

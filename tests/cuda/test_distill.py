@@ -1,4 +1,4 @@
-"""Responses to many prompts at once equal those of plain decoding, prompt by prompt."""
+"""Responses to many prompts at once equal plain decoding's, prompt by prompt."""
 
 import numpy as np
 import pytest

@@ -466,7 +466,7 @@ def test_transfers_of_choices_with_edits_masks_and_log_probs(cuda, backend):
     with cuda.transfers() as all_kinds:
         backend.verifier.run(edited)
     assert (without.uploads, without.reads) == (2, 1)  # the trees, the random numbers; the tokens
-    # Further: edits and masks, the tokens again; log probabilities.
+    # Other paths are edits and masks, the tokens again, and log probabilities.
     assert (all_kinds.uploads, all_kinds.reads) == (4, 2)
 
 

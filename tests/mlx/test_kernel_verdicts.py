@@ -50,7 +50,7 @@ def test_a_later_process_neither_checks_nor_races(process, caplog, monkeypatch):
         assert decide(ran := process(0.9, 0.8), size="6 rows") is None
     assert ran == ["check", "race", "race"]
     assert [record.message.partition(",")[0] for record in caplog.records] == [
-        "racing Metal kernels with MLX's operations"
+        "timing Metal kernels and MLX's operations"
     ] * 2
     caplog.clear()
     ran = process()
@@ -58,8 +58,8 @@ def test_a_later_process_neither_checks_nor_races(process, caplog, monkeypatch):
     assert (ran, caplog.records) == ([], [])
     assert metal_kernels.VERDICTS == {
         "products, 8 x 8": {
-            "5 rows": "used, 1.80 times as fast as MLX's operation with b, raced on 2026-11-29",
-            "6 rows": "not used, 0.90 times as fast as MLX's operation with a, raced on 2026-11-29",
+            "5 rows": "used, 1.80 times as fast as MLX's operation with b, timed on 2026-11-29",
+            "6 rows": "not used, 0.90 times as fast as MLX's operation with a, timed on 2026-11-29",
         }
     }
 

@@ -1,4 +1,4 @@
-"""The executor of Metal kernels: right kernels pass, and each kind of fault fails by itself."""
+"""The executor of Metal kernels: right kernels pass, and each kind of fault fails alone."""
 
 import re
 from dataclasses import replace

@@ -58,7 +58,7 @@ def packages(tmp_path_factory):
     (folder / "package.json").write_text("{}")
     subprocess.run([npm, "install", *PACKAGES.values()], cwd=folder, check=True)
     modules = folder / "node_modules"
-    # npm may not run the scripts of packages by itself.
+    # npm may not run the scripts of packages unasked.
     for agent, script in {"claude": "install.cjs", "opencode": "postinstall.mjs"}.items():
         subprocess.run(["node", script], cwd=modules / PACKAGES[agent], check=True)
     return modules / ".bin"

@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from treeflash.commands.chat import Conversation
+from treeflash.commands.chat import ChatSession
 from treeflash.errors import ConfigError
 from treeflash.serving.engine import Engine
 from treeflash.serving.metrics import Metrics
@@ -20,7 +20,7 @@ def test_a_conversation_in_the_terminal_goes_on(model, tmp_path):
     for restored in (False, True):
         disk = model.disk_cache(tmp_path, GIB)
         console = Console(file=io.StringIO())
-        talked = Conversation(model, {"max_tokens": 8, "seed": 1}, console, disk=disk)
+        talked = ChatSession(model, {"max_tokens": 8, "seed": 1}, console, disk=disk)
         talked.reply("A long question. " * 20)
         talked.close()
         first = talked.answer.chunks[0].step

@@ -83,7 +83,7 @@ HELP = "\n".join(
 
 
 @dataclass(eq=False)
-class Conversation:
+class ChatSession:
     """A conversation with a loaded model: the messages so far, without the system message.
 
     A random seed is chosen for each answer unless the `options` have one. `markdown` lays out the
@@ -408,7 +408,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.prefix_cache_dir is not None:
         disk_bytes = int(args.prefix_cache_disk_gb * GIB)
         disk = model.disk_cache(Path(args.prefix_cache_dir), disk_bytes)
-    conversation = Conversation(model, options, console, not args.no_markdown, args.color, disk)
+    conversation = ChatSession(model, options, console, not args.no_markdown, args.color, disk)
     console.print("Ask something; /help lists the commands, and Ctrl-D ends.", style="dim")
     with closing(conversation):
         conversation.run(make_session(_history(args.no_history)))

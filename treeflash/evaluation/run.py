@@ -191,7 +191,7 @@ Configs: TypeAlias = Mapping[Case, DecodeConfig]
 
 
 @dataclass(eq=False)
-class Run:
+class CaseRun:
     """One case on one prompt so far: new tokens, including the prefill's, and iterations."""
 
     tokens: int = 0
@@ -215,7 +215,7 @@ class Sample:
     The depth metrics are measured on the text of the last case; None without a drafter.
     """
 
-    runs: Mapping[Case, Run]
+    runs: Mapping[Case, CaseRun]
     depth_metrics: DepthMetrics | None
 
 
@@ -259,7 +259,7 @@ class DecodedPrompt:
     set_name: str
     number: int
     ids: Sequence[int]
-    runs: Mapping[Case, Run]
+    runs: Mapping[Case, CaseRun]
     unfinished: set[Case]
     text_ids: list[int] = field(default_factory=list)  # new tokens of the last case
 
@@ -284,7 +284,7 @@ def decode_prompts(
     for name, prompts in sets.items():
         for number, ids in enumerate(prompts):
             prompt = DecodedPrompt(
-                name, number, ids, {case: Run() for case in configs}, set(configs)
+                name, number, ids, {case: CaseRun() for case in configs}, set(configs)
             )
             requests = [
                 Request(prompt_ids=ids, config=config, tag=(prompt, case))

@@ -73,7 +73,7 @@ def kept_verdicts() -> KeptVerdicts:
 def announce_races() -> None:
     """Say why loading takes longer than usual, once in a process."""
     logging.getLogger(__name__).warning(
-        "racing Metal kernels with MLX's operations, once on this machine for each shape of layers"
+        "timing Metal kernels and MLX's operations, once on this machine for each shape of layers"
     )
 
 
@@ -136,7 +136,7 @@ def choose(
     verdicts, kept = VERDICTS.setdefault(f"{what}, {shape}", {}), kept_verdicts()
     name = repr((what, key, size))
     if (verdict := kept.find(name)) is not None:
-        verdicts[size] = f"{verdict.text}, raced on {verdict.day}"
+        verdicts[size] = f"{verdict.text}, timed on {verdict.day}"
         return verdict.winner
     if kernels and kept.path is not None:
         announce_races()

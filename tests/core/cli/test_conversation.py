@@ -19,7 +19,7 @@ from rich.console import Console
 
 import treeflash
 from treeflash.commands import chat
-from treeflash.commands.chat import COMMANDS, STYLES, Conversation, make_session
+from treeflash.commands.chat import COMMANDS, STYLES, ChatSession, make_session
 from treeflash.decoding import SchedulerConfig
 from treeflash.decoding.interfaces import DeviceReport
 
@@ -45,7 +45,7 @@ def talk(scripted):
         console = Console(file=file, width=100, force_terminal=color, highlight=False)
         model = model or scripted(TEXT)
         options = {"max_tokens": 100, **options}
-        talked = Conversation(model, options, console, markdown=not color, color=color)
+        talked = ChatSession(model, options, console, markdown=not color, color=color)
         if model.backend.name == "scripted":  # its states cannot be kept
             config = SchedulerConfig(max_parallel=1, lone_prefill_chunk=talk.prefill_chunk)
             talked._scheduler = model.scheduler(config, None)
@@ -377,5 +377,5 @@ def test_a_conversation_is_kept_in_half_of_the_memory_that_is_free(scripted, ava
     model = scripted(TEXT)
     report = DeviceReport(available_bytes=available)
     model.backend.device_report = lambda: report
-    talked = Conversation(model, {}, Console(file=io.StringIO()))
+    talked = ChatSession(model, {}, Console(file=io.StringIO()))
     assert talked._scheduler.prefix_cache.max_bytes == kept

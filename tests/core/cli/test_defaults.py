@@ -92,7 +92,7 @@ def test_chat(monkeypatch: pytest.MonkeyPatch, scripted: Any):
     monkeypatch.setattr(chat.sys, "stdin", SimpleNamespace(isatty=lambda: True))
     monkeypatch.setattr(chat.sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.setattr(chat.cli, "load_model", lambda *args: scripted("hi"))
-    monkeypatch.setattr(chat.Conversation, "run", lambda self, session: conversations.append(self))
+    monkeypatch.setattr(chat.ChatSession, "run", lambda self, session: conversations.append(self))
     monkeypatch.setattr(chat, "make_session", lambda history: None)
     assert chat.main(["--no-history"]) == 0
     (conversation,) = conversations

@@ -11,7 +11,7 @@ pytest.importorskip("PIL")
 from batch_files import records
 from stub_images import FEATURES, StubProcessor, picture, url_of
 
-from treeflash.commands.chat import Conversation
+from treeflash.commands.chat import ChatSession
 from treeflash.commands.generate import main
 from treeflash.decoding import SchedulerConfig
 from treeflash.text.prompt import image_part, text_part
@@ -155,7 +155,7 @@ class TestPromptFiles:
 class TestChat:
     @pytest.fixture
     def talk(self, model, capsys):
-        talked = Conversation(model, {"max_tokens": 100}, Console(width=200))
+        talked = ChatSession(model, {"max_tokens": 100}, Console(width=200))
         # A scripted target keeps no states.
         talked._scheduler = model.scheduler(SchedulerConfig(max_parallel=1), None)
 

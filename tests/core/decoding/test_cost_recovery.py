@@ -73,7 +73,7 @@ RIGHT = table(lambda rows: 1)
     [
         pytest.param(lambda rows: 10, 0.9, id="ten times too slow"),
         pytest.param(lambda rows: 0.2 if rows == 1 else 1, 0.9, id="a cheap plain pass"),
-        pytest.param(lambda rows: 1 if rows == 1 else 8, 0.9, id="dear trees"),
+        pytest.param(lambda rows: 1 if rows == 1 else 8, 0.9, id="expensive trees"),
         pytest.param(busy, 0.7, id="a busy machine"),
     ],
 )

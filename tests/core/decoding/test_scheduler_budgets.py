@@ -253,7 +253,7 @@ def test_a_calibration_learns_from_the_drafter_and_not_from_itself():
 
 
 def test_nothing_is_calibrated_under_a_constraint():
-    """The target's tokens are then not those that it would sample by itself."""
+    """The target's tokens are then not those that it would sample alone."""
     steps = list(drafted_tables(scripted(SCRIPT, right=2), Anything()))
     assert len(steps) > 3
     for step, proposed in steps:

@@ -13,7 +13,7 @@ from treeflash.errors import ConfigError
 from treeflash.evaluation import report
 from treeflash.evaluation.records import compute_records
 from treeflash.evaluation.report import check_report, tables, write_report
-from treeflash.evaluation.run import METRICS, BestDraft, Case, DepthMetrics, Run, Sample
+from treeflash.evaluation.run import METRICS, BestDraft, Case, CaseRun, DepthMetrics, Sample
 
 PNG = b"\x89PNG\r\n"
 
@@ -25,7 +25,7 @@ def found(head: bool = True, depths: bool = True):
     cases = [Case("ar", 1), Case("dflash", 16), Case("ddtree", 4), Case("ddtree", 16)]
     cases += [Case("treeflash", 16)] * head
     best = Counter([BestDraft(1, True, True), BestDraft(1, True, False)])
-    runs = {case: Run(4, (1, 2), Counter(child=2), best) for case in cases}
+    runs = {case: CaseRun(4, (1, 2), Counter(child=2), best) for case in cases}
     metrics = DepthMetrics(np.ones(3, np.int64), sources) if depths else None
     return compute_records({"a<b": [Sample(runs, metrics)]}, 0)
 

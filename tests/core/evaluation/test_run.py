@@ -21,9 +21,9 @@ from treeflash.evaluation.records import compute_records, interval, resamples
 from treeflash.evaluation.run import (
     BestDraft,
     Case,
+    CaseRun,
     DepthMetrics,
     Evaluation,
-    Run,
     Sample,
     best_drafts,
     encode_rows,
@@ -183,7 +183,7 @@ def sample(lengths: dict[Case, tuple[int, ...]], tvd: float = 0.5, anchors: int 
     figures = np.zeros((2, 7))
     figures[0, 0] = tvd * anchors
     runs = {
-        case: Run(1 + sum(own), own, Counter(child=len(own) - 1, block=1))
+        case: CaseRun(1 + sum(own), own, Counter(child=len(own) - 1, block=1))
         for case, own in lengths.items()
     }
     depths = DepthMetrics(np.array([anchors, 0]), {"marginal": figures, "corrected": figures / 2})
@@ -347,7 +347,7 @@ def test_plain_decoding_has_no_best_drafts():
 
 def test_shares_of_best_drafts_by_hand():
     def counted(*drafts):
-        runs = {TREE: Run(3, (2,), Counter(), Counter(BestDraft(*draft) for draft in drafts))}
+        runs = {TREE: CaseRun(3, (2,), Counter(), Counter(BestDraft(*draft) for draft in drafts))}
         return Sample(runs, None)
 
     right, wrong = (1, True, True), (1, True, False)
