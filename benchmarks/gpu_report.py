@@ -455,11 +455,7 @@ def memory(gpu: Gpu, part: Part) -> None:
     for count in (1, 8, 32):
         run_texts(backend, [PROMPT] * count, config)
         part.add("texts", texts=count, **_memory_row(gpu))
-    expected = [
-        x
-        for step in decode(backend, Request(prompt_ids=PROMPT, config=config))
-        for x in step.tokens
-    ]
+    expected = token_ids(backend, config)
     free = gpu.free_bytes()
     try:
         torch.empty(4 * max(free, 1 << 44), dtype=torch.uint8, device=gpu.device)
@@ -469,11 +465,7 @@ def memory(gpu: Gpu, part: Part) -> None:
         part.add("out of memory", message=str(error).partition("\n")[0])
     else:
         part.problem("an allocation of more memory than there is succeeded")
-    found = [
-        x
-        for step in decode(backend, Request(prompt_ids=PROMPT, config=config))
-        for x in step.tokens
-    ]
+    found = token_ids(backend, config)
     if line := text_problem("a text after memory ran out", expected, found):
         part.problem(line)
 
@@ -495,9 +487,7 @@ def compare_texts(part: Part, backend: Any, dtype: str) -> None:
     """Add rows and perhaps problems: the texts of methods against the text of plain decoding."""
 
     def text(**settings: Any) -> list[int]:
-        config = DecodeConfig(max_tokens=TOKENS, **settings)
-        steps = decode(backend, Request(prompt_ids=PROMPT, config=config))
-        return [token for step in steps for token in step.tokens]
+        return token_ids(backend, DecodeConfig(max_tokens=TOKENS, **settings))
 
     for name, sampling in SAMPLINGS.items():
         plain = text(method="ar", sampling=sampling)
@@ -513,6 +503,12 @@ def compare_texts(part: Part, backend: Any, dtype: str) -> None:
             )
             if line := text_problem(f"{method}, {name}, in {dtype}", plain, found):
                 part.problem(line)
+
+
+def token_ids(backend: Any, config: DecodeConfig) -> list[int]:
+    """Return the new tokens of a text after `PROMPT`."""
+    steps = decode(backend, Request(prompt_ids=PROMPT, config=config))
+    return [token for step in steps for token in step.tokens]
 
 
 def run_texts(backend: Any, prompts: Sequence[Sequence[int]], config: DecodeConfig) -> None:

@@ -23,6 +23,7 @@ from treeflash.serving.schemas import (
     Schema,
     StopString,
     Temperature,
+    TextPart,
     TopK,
     TopP,
     allowed_tools,
@@ -52,14 +53,8 @@ class Cacheable(Schema):
     cache_control: CacheControl | None = None
 
 
-class TextBlock(Cacheable):
-    type: Literal["text"]
-    text: str
+class TextBlock(TextPart, Cacheable):
     citations: None = None
-
-    def template(self) -> dict[str, Any]:
-        """Return the block as a part of a prompt."""
-        return text_part(self.text)
 
 
 class ImageSource(Schema):

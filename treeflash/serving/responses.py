@@ -6,7 +6,7 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from itertools import count
 from typing import Annotated, Any, Literal
 
@@ -30,6 +30,7 @@ from treeflash.serving.schemas import (
     ReasoningEffort,
     Schema,
     Temperature,
+    TextContent,
     TopP,
     Verbosity,
     allowed_tools,
@@ -44,7 +45,7 @@ from treeflash.serving.schemas import (
 from treeflash.serving.service import Conversation, Service
 from treeflash.serving.streaming import cached_details, draft_details, frame, respond
 from treeflash.text.options import Options
-from treeflash.text.prompt import Content, content_of, text_part
+from treeflash.text.prompt import Content, content_of
 
 logger = logging.getLogger("treeflash.serving")
 
@@ -53,17 +54,12 @@ NOT_ECHOED = {"input", "stream", "stream_options", "client_metadata"}
 """The fields of a request that the response does not repeat."""
 
 
-class ContentPart(Schema):
+class ContentPart(TextContent):
     """A text in a message, in reasoning or in the result of a call."""
 
     type: Literal["input_text", "output_text", "text", "reasoning_text", "summary_text"]
-    text: str
     annotations: list[Any] | None = None
     logprobs: list[Any] | None = None
-
-    def template(self) -> dict[str, Any]:
-        """Return the part as one of a prompt."""
-        return text_part(self.text)
 
 
 class InputImage(Schema):
@@ -79,7 +75,6 @@ class InputImage(Schema):
         return embedded_image(self.image_url, "image_url")
 
 
-Text = str | list[ContentPart]
 ItemContent = str | list[Annotated[ContentPart | InputImage, Field(discriminator="type")]]
 
 
@@ -311,7 +306,7 @@ def _content_of(content: ItemContent) -> Content:
     return content_of([part.template() for part in content])
 
 
-def _join(content: Text | ItemContent) -> str:
+def _join(content: str | Sequence[ContentPart | InputImage]) -> str:
     """Join the texts of a content; an APIError if it has images."""
     if isinstance(content, str):
         return content

@@ -203,13 +203,18 @@ def allowed_tools(
     return AllowedTools(allowed, must_call=True, parallel=several)
 
 
-class TextPart(Schema):
-    type: Literal["text"]
+class TextContent(Schema):
+    """A text in a message; the protocols differ in the types that a text may have."""
+
     text: str
 
     def template(self) -> dict[str, Any]:
-        """Return the part in the form of prompts."""
+        """Return the text as a part of a prompt."""
         return text_part(self.text)
+
+
+class TextPart(TextContent):
+    type: Literal["text"]
 
 
 class ImageURL(Schema):
