@@ -28,7 +28,7 @@ from treeflash.decoding.prefix_cache import PrefixCache
 from treeflash.errors import UnsupportedModelError
 
 CPU = LoadConfig(device="cpu", dtype="float32")
-TOKENS = 16
+TOKENS = 10
 FAMILIES = (
     "qwen2_vl",
     "qwen2_5_vl",

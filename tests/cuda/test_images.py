@@ -2,6 +2,7 @@
 
 import inspect
 from copy import copy
+from functools import partial
 
 import numpy as np
 import pytest
@@ -36,10 +37,18 @@ from treeflash.errors import PromptError
 from treeflash.testing.models import edit_config, write_dialect
 
 CPU = LoadConfig(device="cpu", dtype="float32")
-TOKENS = 16
+TOKENS, FAULT_TOKENS = 10, 16  # some faults show late
 TYPES = [name for name in CONFIGS if not name.startswith("gemma4")]  # which takes texts alone
 FEW = "qwen3_vl", "qwen3_5", "gemma3"
 """Axes and added features, axes and recurrent layers, images whose tokens see each other."""
+
+
+def by_day(names):
+    """All types, of which the others than these and `FEW` are left to the nightly run."""
+    marks = {name: [] if name in (*FEW, *names) else [pytest.mark.nightly] for name in TYPES}
+    return [pytest.param(name, marks=marks[name]) for name in TYPES]
+
+
 PROMPTS = (
     ("ab<image>cd", [picture(1)]),
     ("<image>ef<image>gh", [picture(1), picture(2, 24, 16)]),
@@ -72,11 +81,11 @@ class Pair:
     def reference(self, prompt, tokens=TOKENS):
         return reference(self.model, *prompt, tokens)
 
-    def decode(self, prompts, size=1000, cache=None, method="suffix", **sampling):
+    def decode(self, prompts, size=1000, cache=None, method="suffix", tokens=TOKENS, **sampling):
         """The tokens after prompts, decoded together in chunks of a size."""
         config = SchedulerConfig(prefill_chunk=size, lone_prefill_chunk=size)
         scheduler = Scheduler(self.backend, config, prefix_cache=cache)
-        texts = {request(prompt, method, **sampling): [] for prompt in prompts}
+        texts = {request(prompt, method, tokens, **sampling): [] for prompt in prompts}
         for one, step in scheduler.decode(texts):
             texts[one] += step.tokens
         return list(texts.values())
@@ -117,7 +126,7 @@ def test_text_is_that_of_generate_in_a_batch_with_other_images_and_text(family, 
     assert pair.decode(prompts[1:2], 3) == expected[1:2]
 
 
-@pytest.mark.parametrize("family", TYPES)
+@pytest.mark.parametrize("family", by_day(TYPES[::2]))
 def test_sampled_text_is_that_of_plain_decoding(family, pairs):
     pair = pairs(family)
     options = {"temperature": 1.0, "seed": 5}
@@ -126,7 +135,7 @@ def test_sampled_text_is_that_of_plain_decoding(family, pairs):
     assert plain != pair.decode(pair.prompts)
 
 
-@pytest.mark.parametrize("family", TYPES)
+@pytest.mark.parametrize("family", by_day(TYPES[1::2]))
 def test_text_after_a_hit_of_the_prefix_cache(family, pairs, monkeypatch):
     pair = pairs(family)
     monkeypatch.setattr(iteration, "SNAPSHOT_INTERVAL", 4)
@@ -289,12 +298,11 @@ def test_planted_faults_change_the_text_or_are_refused_at_load(
     pair = pairs(family)
     other = pair.encode("ab<image>cdefgh", [picture(8, 8, 48)])
     prompts = [pair.prompts[1], other, pair.encode("ab<image>cdefgh", [picture(9, 8, 48)])]
-    expected = [pair.reference(prompt) for prompt in prompts]
+    expected = [pair.reference(prompt, FAULT_TOKENS) for prompt in prompts]
 
     def texts():
-        cache = PrefixCache(1 << 30)
-        together = pair.decode(prompts, 5, cache)
-        return together, [pair.decode([prompt], 5, cache)[0] for prompt in prompts[::-1]][::-1]
+        decode = partial(pair.decode, size=5, cache=PrefixCache(1 << 30), tokens=FAULT_TOKENS)
+        return decode(prompts), [decode([prompt])[0] for prompt in prompts[::-1]][::-1]
 
     assert texts() == (expected, expected)
     fault(monkeypatch)

@@ -39,7 +39,7 @@ def pair(tmp_path_factory):
     """Folders of a tiny Qwen3 and a TreeFlash drafter for it, wide enough to be quantised."""
     folder = tmp_path_factory.mktemp("pair")
     target, drafter = folder / "target", folder / "drafter"
-    write_target(target, "qwen3", seed=1, hidden_size=128, vocab_size=64)
+    write_target(target, "qwen3", seed=1, hidden_size=128, vocab_size=64, layers=3)
     write_drafter(drafter, target, seed=2)
     return target, drafter
 
@@ -63,6 +63,7 @@ def hybrid_pair_of(families, tmp_path_factory):
 
     def pair(name, **settings):
         key = name, *settings.items()
+        layers = settings.get("num_hidden_layers", SHAPE["num_hidden_layers"])
         if key not in made:
             folder = tmp_path_factory.mktemp(name)
             with pytest.MonkeyPatch.context() as patch:
@@ -70,8 +71,10 @@ def hybrid_pair_of(families, tmp_path_factory):
                 patch.setattr(families, "FIELDS", families.FIELDS | sizes)
                 families.write(folder / "target", name)
             # Types call the sizes of a target by different names.
-            (folder / "config.json").write_text(json.dumps(SHAPE))
-            write_drafter(folder / "drafter", folder, seed=3)
+            shape = SHAPE | {"num_hidden_layers": layers}
+            (folder / "config.json").write_text(json.dumps(shape))
+            ids = 0, layers // 2
+            write_drafter(folder / "drafter", folder, seed=3, target_layer_ids=ids)
             made[key] = folder / "target", folder / "drafter"
         return made[key]
 

@@ -77,4 +77,4 @@ BROKEN = {
 def test_a_broken_recurrence_is_refused_at_load(hybrid_pair_of, monkeypatch, broken, name):
     monkeypatch.setattr(*BROKEN[broken])
     with pytest.raises(UnsupportedModelError):
-        load(*hybrid_pair_of(name), LoadConfig())
+        load(*hybrid_pair_of(name, num_hidden_layers=2), LoadConfig())
