@@ -303,8 +303,9 @@ def test_a_finished_state_is_copied_only_where_both_fit(backend, missing, cached
     assert len(scheduler.prefix_cache) == cached
 
 
-def test_a_group_runs_its_prompt_once(backend):
-    scheduler = Scheduler(backend)
+@pytest.mark.parametrize("chunk", [2048, 18], ids=["whole", "all but two tokens"])
+def test_a_group_runs_its_prompt_once(backend, chunk):
+    scheduler = Scheduler(backend, SchedulerConfig(lone_prefill_chunk=chunk))
     prompt = list(range(20, 40))
     configs = [config_of(sampling=replace(SAMPLED, seed=n), max_tokens=12) for n in range(4)]
     request_ids = scheduler.submit_group([Request(prompt_ids=prompt, config=c) for c in configs])
@@ -564,7 +565,7 @@ class Room:
         refused: states that did not fit.
     """
 
-    def __init__(self, monkeypatch, backend, scheduler, states):
+    def __init__(self, backend, scheduler, states):
         self.refused = 0
         open_state = backend.open
 
@@ -574,12 +575,12 @@ class Room:
                 raise MemoryInUseError("the memory for keys and values has no room")
             return open_state(*args, **kwargs)
 
-        monkeypatch.setattr(backend, "open", open_if_it_fits)
+        backend.open = open_if_it_fits
 
 
-def test_a_text_waits_until_reserved_memory_has_room(backend, monkeypatch):
+def test_a_text_waits_until_reserved_memory_has_room(backend):
     scheduler = Scheduler(backend)
-    room = Room(monkeypatch, backend, scheduler, 2)
+    room = Room(backend, scheduler, 2)
     prompts = [[5, 6, 7 + n] for n in range(4)]
     request_ids = [scheduler.submit(Request(prompt_ids=x, config=config_of())) for x in prompts]
     found = {}
@@ -587,28 +588,32 @@ def test_a_text_waits_until_reserved_memory_has_room(backend, monkeypatch):
         step(scheduler, found)
         assert scheduler.running <= 2
     assert room.refused
-    monkeypatch.undo()
+    del backend.open  # from here on it has room
     assert found == {
         request_id: alone(backend, prompt, config_of())
         for request_id, prompt in zip(request_ids, prompts, strict=True)
     }
 
 
-def test_cached_states_leave_reserved_memory_one_by_one(backend, monkeypatch):
-    scheduler = Scheduler(backend, prefix_cache=PrefixCache(10**9))
-    for prompt in ([5, 6], [7, 8], [9, 10]):
+def test_cached_states_leave_reserved_memory_one_by_one(backend):
+    config = SchedulerConfig(max_parallel=1)
+    scheduler = Scheduler(backend, config, prefix_cache=PrefixCache(10**9))
+    for prompt in ([5, 6], [7, 8], [9, 10], [15, 16]):
         scheduler.submit(Request(prompt_ids=prompt, config=config_of(max_tokens=2)))
         finish(scheduler)
-    assert len(scheduler.prefix_cache) == 3
-    room = Room(monkeypatch, backend, scheduler, 2)
-    scheduler.submit(Request(prompt_ids=[11, 12], config=config_of()))
-    scheduler.step()
-    assert (scheduler.running, len(scheduler.prefix_cache), room.refused) == (1, 1, 2)
+    assert len(scheduler.prefix_cache) == 4
+    room = Room(backend, scheduler, 2)
+    first, _ = (
+        scheduler.submit(Request(prompt_ids=x, config=config_of())) for x in ([11, 12], [13, 14])
+    )
+    ((request_id, _),) = scheduler.step()
+    assert request_id == first, "a request overtook another"
+    assert (scheduler.running, len(scheduler.prefix_cache), room.refused) == (1, 1, 3)
 
 
-def test_a_text_without_room_ends_if_nothing_can_make_room(backend, monkeypatch):
+def test_a_text_without_room_ends_if_nothing_can_make_room(backend):
     scheduler = Scheduler(backend)
-    Room(monkeypatch, backend, scheduler, 0)
+    Room(backend, scheduler, 0)
     bad = scheduler.submit(Request(prompt_ids=[5, 6], config=config_of()))
     ((request_id, error),) = scheduler.step()
     assert request_id == bad
