@@ -248,7 +248,7 @@ def _random_sequence(rng: Generator, vocab_size: int, shared: list[int]) -> Sche
             method=METHODS[below(len(METHODS))],
             budget=budgets[below(len(budgets))],
             suffix=bool(rng.random() < 0.7),
-            max_tokens=1 + below(23),
+            max_tokens=1 + below(15),
             sampling=replace(list(SAMPLINGS.values())[below(len(SAMPLINGS))], seed=below(1000)),
             penalties=PENALTIES if rng.random() < 0.3 else Penalties(),
             log_probs=2 if rng.random() < 0.3 else None,

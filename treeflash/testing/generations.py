@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
-from itertools import product, zip_longest
+from itertools import count, product, zip_longest
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from treeflash.config import METHODS, DecodeConfig, Method, Penalties, SamplingConfig
-from treeflash.decoding import Request, Scheduler, SchedulerConfig, decode
+from treeflash.decoding import Request, Scheduler, SchedulerConfig, decode, iteration
 from treeflash.decoding.adaptive_budget import AdaptiveBudgets
 from treeflash.decoding.interfaces import Backend
 from treeflash.decoding.loop import Step
@@ -86,9 +87,12 @@ class GenerationTests:
 
     @(each_sampling if EXAMPLES else two_samplings)
     def test_budget_auto_equals_plain_decoding(
-        self, models: Pair, sampling: SamplingConfig
+        self, models: Pair, sampling: SamplingConfig, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """With every tree size, and while drafting pauses."""
+        ticks = count()
+        clock = SimpleNamespace(perf_counter=lambda: 1e-3 * next(ticks))
+        monkeypatch.setattr(iteration, "time", clock)  # every phase takes a millisecond
         prompt = prompt_of(models.reference, 3)
         auto = DecodeConfig(budget="auto", sampling=sampling, max_tokens=24)
         plain = generate(models.tested, prompt, replace(auto, method="ar"))
