@@ -8,7 +8,7 @@ there are some.
 
 - `kernels`: whether each kernel is right on this GPU, and its race with MLX's operations.
 - `texts`: whether every method writes the text of plain decoding, with tiny models of random
-  weights in float32.
+  weights in float32, and in bfloat16 with exact mode; or why that is refused.
 - `mlx-lm`, `passes`, `host` and `speed`: what `benchmarks.mac` measures of the target.
 - `buffers`: plain decoding with as many operations in a command buffer as MLX chooses, and with
   more. MLX may then copy the keys of a long text for every token, or wait less; nobody knows.
@@ -36,6 +36,7 @@ from benchmarks.report import Part, Report
 from treeflash.cli.console import guarded
 from treeflash.cli.options import load_model
 from treeflash.config import GIB, LoadConfig
+from treeflash.errors import UnsupportedModelError
 from treeflash.language_model import LanguageModel
 from treeflash.registry import examine_device, loader
 from treeflash.text.prompt import encode
@@ -84,10 +85,16 @@ def texts(device: str | None, part: Part) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         target, drafter = Path(folder) / "target", Path(folder) / "drafter"
-        models.write_target(target, "qwen3", seed=1, vocab_size=500)
+        models.write_target(target, "qwen3", seed=1, vocab_size=500, hidden_size=64)
         models.write_drafter(drafter, target, seed=2)
-        backend = loader("mlx")(target, drafter, LoadConfig(device=device, dtype="float32"))
-    compare_texts(part, backend, "float32")
+        for dtype, exact in (("float32", None), ("bfloat16", True)):
+            config = LoadConfig(device=device, dtype=dtype, exact=exact)
+            try:
+                backend = loader("mlx")(target, drafter, config)
+            except UnsupportedModelError as error:
+                part.notes.append(f"{dtype}: {error}")
+                continue
+            compare_texts(part, backend, dtype)
 
 
 def passes(model: Callable[[], LanguageModel], args: Any, part: Part) -> None:

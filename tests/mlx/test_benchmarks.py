@@ -70,7 +70,9 @@ def test_a_report_goes_on_after_a_part_that_fails(module, pair, tmp_path, monkey
     assert environments == [{}, {"MLX_MAX_OPS_PER_BUFFER": "200"}]
     assert len(parts["buffers"]["plain"]) == 4
     assert [row["nodes"] for row in parts["passes"]["passes"]] == [1, 3]
-    assert all(row["equal_up_to"] == row["tokens"] > 0 for row in parts["texts"]["texts"])
+    texts = parts["texts"]["texts"]
+    assert all(row["equal_up_to"] == row["tokens"] > 0 for row in texts)
+    assert {row["dtype"] for row in texts} == {"float32", "bfloat16"}
     assert parts["mlx-lm"]["methods"] == [{"tokens_per_s": 9.0}]
     assert f"send {file}" in capsys.readouterr().out
 
