@@ -79,7 +79,8 @@ def gated_delta_calls(dtype: mx.Dtype) -> Iterator[Call]:
 
 
 def attention_calls(dtype: mx.Dtype) -> Iterator[Call]:
-    words, paths = mx.zeros((1, 16), mx.uint64), mx.zeros((1, 16, 4), mx.int32)
+    words = mx.zeros((1, 16), mx.uint64)
+    paths = mx.zeros((1, 16, 4), mx.int32), mx.zeros((1, 1, 1), mx.int32)  # of trees, of chains
     rows = [mx.zeros((1, 16), mx.int32), mx.zeros(1, mx.int32)]
     for width in (64, 128, 256, 512):
         q, key = (mx.zeros((1, heads, 16, width), dtype) for heads in (8, 2))
@@ -94,7 +95,7 @@ def attention_calls(dtype: mx.Dtype) -> Iterator[Call]:
                     q, x[:n], x[n : 2 * n], nodes, 0.1, sinks=sinks, bits=bits
                 )
 
-            for ancestors in (words,) if bits else (words, paths):
+            for ancestors in (words,) if bits else (words, *paths):
                 yield call, [q, *stored, *stored, ancestors, *rows]
 
 

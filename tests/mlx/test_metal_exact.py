@@ -128,7 +128,7 @@ def target(metal, tmp_path):
 FAULTS = {
     "tiles that begin with the window": ("(start - window + 1) / 16 * 16", "start - window + 1"),
     "the path of another node": ("min(first_row / step, nodes - 1)", "0"),
-    "columns instead of a path": ("path[min(key, end - 1) - start]", "min(key, end - 1) - start"),
+    "columns instead of a path": ("paths[path + min(key, end - 1)]", "min(key, end - 1) - start"),
     "later positions": ("position - oldest[i] >= window", "false"),
     "the heads of two nodes": ("(group + 7) / 8 * 8", "group"),
     "the root alone": ("start + reach", "start + 1"),

@@ -208,12 +208,12 @@ BY_POSITION = {
     bool branches = bounds[3] && stop > start;
     uint step = branches ? (group + 7) / 8 * 8 : group;
     uint own = min(first_row / step, nodes - 1);
-    const device int* path = paths + (b * nodes + own) * paths_shape[2];""",
+    int path = (b * nodes + own) * paths_shape[2] - start;  // of the position 0""",
     "SEE_NODES": "",
     "BEGIN_TILES": """int c = max(first, (start - window + 1) / 16 * 16), end = min(stop, last);
     while (c < end) {""",
     "COLUMN_OF_KEY": """branches && key >= start
-                ? start - offset + path[min(key, end - 1) - start]
+                ? start - offset + paths[path + min(key, end - 1)]
                 : max(min(key, end - 1) - offset, 0)""",
     "FIND_POSITION": "",
     "IS_HIDDEN": "position - oldest[i] >= window",
