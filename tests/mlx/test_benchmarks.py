@@ -124,8 +124,10 @@ def test_metal_sources(module, tmp_path, monkeypatch, capsys):
         r"void custom_kernel_treeflash_([a-z_]+?)__?(?:float|bfloat)", "".join(texts)
     )
     kinds = [f"gated_delta_{x}_{y}" for x in ("nodes", "replay") for y in sources.DELTA_KINDS]
-    attention = {"attention_parts": 2, "attention_parts_quantised": 8, "attention_merge": 1}
+    # With and without sinks; in exact mode for trees and for chains.
+    attention = {"attention_parts": 2, "attention_parts_quantised": 8, "attention_merge": 2}
     attention |= {"attention_parts_shared": 2, "attention_parts_shared_quantised": 8}
+    attention |= {"attention_parts_exact": 4, "attention_parts_exact_shared": 4}
     # Three geometries for each number of matrices of 8 rows, bits, and size of groups.
     counts = {"products": 3 * 3, "products_quantised": 3 * (3 + 4) * 3, "substitution": 1}
     counts |= attention
