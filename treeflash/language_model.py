@@ -365,8 +365,8 @@ class LoadOptions(TypedDict, total=False):
         images (bool): load the target's vision tower, if it has one that the backend supports;
             without it, prompts with images are refused. Default: True.
         exact (bool or None): make the target's logits bitwise equal for every method, budget, batch
-            and prompt chunk (cuda, and mlx on a CPU); an error where that does not hold. None does
-            so with cuda in half precision on a CPU where it holds. Default: None.
+            and prompt chunk (cuda and mlx); an error where that does not hold. None does so with
+            cuda in half precision on a CPU where it holds. Default: None.
         cuda_graphs (bool): replay trees and drafts as CUDA graphs (cuda). Default: True.
         wired (bool): keep the models and 5 GiB more in memory while the process runs, whatever
             other programs need (mlx on a Mac). Default: False.
