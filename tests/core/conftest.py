@@ -185,8 +185,9 @@ def scripted(byte_tokenizer: Tokenizer) -> Callable[..., LanguageModel]:
 
     def make(*texts: str, **settings) -> LanguageModel:
         scripts = [[*byte_tokenizer.encode(text), END] for text in texts]
-        # Measuring costs would use up scripts; here every size costs the same.
-        adaptive_budgets = AdaptiveBudgets(VerifyCosts(dict.fromkeys(SIZES, 1.0)))
+        # Measuring costs would use up scripts; here every size costs the same, so much that the
+        # seconds of passes are implausible on any machine, and change no cost.
+        adaptive_budgets = AdaptiveBudgets(VerifyCosts(dict.fromkeys(SIZES, 1000.0)))
         return LanguageModel(
             ScriptedBackend(scripts, **settings), byte_tokenizer, adaptive_budgets=adaptive_budgets
         )
