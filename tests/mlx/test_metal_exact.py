@@ -199,17 +199,19 @@ SAMPLINGS = [SamplingConfig(), SamplingConfig(temperature=0.9, top_p=0.9, seed=3
 
 
 @pytest.mark.filterwarnings("ignore:MLX was imported before treeflash_mlx")
-def test_texts_of_trees_are_those_of_plain_decoding(metal, tmp_path, rng):
+def test_texts_of_trees_are_those_of_plain_decoding(metal, monkeypatch, tmp_path, rng):
     """In bfloat16, alone and together; and the chunks of a prompt change no bit."""
+    monkeypatch.setattr(attention, "EXACT_SPAN", 16)
+    monkeypatch.setattr(probe, "EXACT_PREFIX", 11)
     target, drafter = tmp_path / "target", tmp_path / "drafter"
     write_target(target, "qwen3", seed=1, vocab_size=64, hidden_size=64, layers=3)
     write_drafter(drafter, target, seed=2)
     backend = load(target, drafter, LoadConfig(dtype="bfloat16", exact=True))
     assert backend.inexact is None
-    prompts = [rng.integers(0, 64, n).tolist() for n in (3, 20)]
+    prompts = [rng.integers(0, 64, n).tolist() for n in (3, 12)]
 
     def texts(method, sampling, parallel):
-        config = DecodeConfig(method=method, budget=8, max_tokens=8, sampling=sampling)
+        config = DecodeConfig(method=method, budget=8, max_tokens=6, sampling=sampling)
         requests = [Request(prompt_ids=prompt, config=config) for prompt in prompts]
         tokens = {id(request): [] for request in requests}
         scheduler = Scheduler(backend, SchedulerConfig(max_parallel=parallel))
@@ -229,7 +231,7 @@ def test_texts_of_trees_are_those_of_plain_decoding(metal, tmp_path, rng):
     logits = []
     for size in (1, 5, 1000):
         with SequenceSession(backend, capacity=32) as sequence:
-            for begin in range(0, 20, size):
+            for begin in range(0, 12, size):
                 sequence.extend(prompts[1][begin : begin + size])
             logits.append(sequence.logits(DraftTree.root_only(5)))
     assert np.array_equal(logits[0], logits[1])
