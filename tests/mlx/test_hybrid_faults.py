@@ -71,10 +71,16 @@ BROKEN = {
 
 
 @pytest.mark.parametrize(
-    "name", ["qwen3_5", pytest.param("granitemoehybrid", marks=pytest.mark.nightly)]
+    ("name", "settings"),
+    [
+        ("qwen3_5", {"num_hidden_layers": 2}),
+        pytest.param("granitemoehybrid", {}, marks=pytest.mark.nightly),
+    ],
 )
 @pytest.mark.parametrize("broken", BROKEN)
-def test_a_broken_recurrence_is_refused_at_load(hybrid_pair_of, monkeypatch, broken, name):
+def test_a_broken_recurrence_is_refused_at_load(
+    hybrid_pair_of, monkeypatch, broken, name, settings
+):
     monkeypatch.setattr(*BROKEN[broken])
     with pytest.raises(UnsupportedModelError):
-        load(*hybrid_pair_of(name, num_hidden_layers=2), LoadConfig())
+        load(*hybrid_pair_of(name, **settings), LoadConfig())
