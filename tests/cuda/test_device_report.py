@@ -71,10 +71,11 @@ def test_a_drafter_of_other_shapes_has_operations_of_its_own(cuda, folders, monk
     sizes = ("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size")
     sizes = {name: getattr(backend.target.config, name) for name in sizes}
     config = replace(backend.drafter_config, **sizes)
-    assert loading.load_drafter_operations(config, backend.target) is backend.target.operations
+    operations = loading.load_drafter_operations(config, backend.target, None)
+    assert operations is backend.target.operations
     config = replace(config, head_dim=64, attention_sinks=True)
     with pytest.warns(UserWarning, match="^in the drafter gated runs in PyTorch: ptxas is missing"):
-        own = loading.load_drafter_operations(config, backend.target)
+        own = loading.load_drafter_operations(config, backend.target, None)
     backend.drafter_model.operations = own
     (shapes,) = found
     assert (shapes.heads, shapes.head_dim, shapes.sinks) == (4, 64, True)

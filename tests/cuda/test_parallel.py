@@ -383,8 +383,8 @@ def test_a_fork_that_fails_leaves_no_state_on_any_rank(ranks, monkeypatch):
     list(scheduler.run())
     assert len(cache) == 0
     state.close()
-    assert not any(state.kv_cache.region for state in ranks.following)
     ranks.check()
+    assert not any(state.kv_cache.region for state in ranks.following)
 
 
 def test_a_forward_pass_that_fails_on_rank_0_alone_is_the_last(ranks, monkeypatch):
