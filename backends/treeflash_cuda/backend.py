@@ -596,7 +596,7 @@ def load_target_operations(target: Target) -> Operations | None:
 
 
 def load_drafter_operations(
-    config: DrafterShape, target: Target, bits: int | None
+    config: DrafterShape, target: Target, bits: int | None = None
 ) -> Operations | None:
     """Load the drafter's operations: the target's, unless it has other shapes."""
     shapes = Shapes(

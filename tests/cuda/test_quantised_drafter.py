@@ -89,15 +89,14 @@ def reads(backend):
     return {name: dict(formats) for name, formats in backend.weights_read.items()}
 
 
-@pytest.mark.parametrize("bits", BITS)
-def test_a_draft_on_a_gpu_reads_the_numbers(cuda, pair, bits):
-    plain, quantised = (load(*pair, LoadConfig(dtype="bfloat16", draft_bits=x)) for x in (16, bits))
+def test_a_draft_on_a_gpu_reads_the_numbers(cuda, pair):
+    plain, quantised = (load(*pair, LoadConfig(dtype="bfloat16", draft_bits=x)) for x in (16, 4))
     before, after = reads(plain), reads(quantised)
     assert before["a pass reads"] == after["a pass reads"]
     numbers = after["a draft reads"]["QuantisedLinear"]
     quantised_nbytes = before["a draft reads"]["bfloat16"] - after["a draft reads"]["bfloat16"]
     # Two numbers in 16 bits are added to a group of 64; biases stay as they are.
-    share = (bits + 2 * 16 / GROUP) / 16
+    share = (4 + 2 * 16 / GROUP) / 16
     assert numbers / quantised_nbytes == pytest.approx(share, rel=0.05)
     request = Request(prompt_ids=[1, 2, 3], config=DecodeConfig(budget=8, max_tokens=4))
     list(decode(quantised, request))

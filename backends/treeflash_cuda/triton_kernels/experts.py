@@ -67,15 +67,15 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor, bias: Tensor | None 
     assert x.stride(1) == 1
     assert bias is None or bias.stride(1) == 1
     result = x.new_zeros(len(x), width)
-    many = len(x) >= experts * MANY_ROWS // 2
+    many, wide = len(x) >= experts * MANY_ROWS // 2, x.dtype.itemsize == 4
     _grouped_linear[triton.cdiv(width, COLUMNS), experts](
         *(x, weight, ends, bias, result, size, width, x.stride(0), weight.stride()),
         0 if bias is None else bias.stride(0),
         ROWS=MANY_ROWS if many else FEW_ROWS,
         COLUMNS=COLUMNS,
-        DEPTH=DEPTH // 2 if x.dtype.itemsize == 4 else DEPTH,
+        DEPTH=DEPTH // 2 if wide else DEPTH,
         BIAS=bias is not None,
-        num_warps=4,
+        num_warps=8 if wide and many else 4,  # float32 products have no tensor cores
         maxnreg=MAX_REGISTERS,
     )
     return result

@@ -191,7 +191,10 @@ def _product(
     rows = x.reshape(-1, size)
     n, columns = len(rows), triton.cdiv(width, COLUMNS)
     parts, part_size = split(width, size, depth)
-    products = min(triton.next_power_of_2(triton.cdiv(max(n, 1), ROWS)), MAX_PRODUCTS)
+    # Float32 products have no tensor cores, and need more registers.
+    wide = x.dtype.itemsize == 4
+    most = MAX_PRODUCTS // 2 if wide else MAX_PRODUCTS
+    products = min(triton.next_power_of_2(triton.cdiv(max(n, 1), ROWS)), most)
     blocks = triton.cdiv(n, ROWS * products)
     one_part = parts > 1 and blocks * columns < PROGRAMS
     result = rows.new_empty(n, width)
@@ -206,7 +209,7 @@ def _product(
         BITS=bits,
         BIAS=bias is not None and not one_part,
         ONE_PART=one_part,
-        num_warps=8 if products == MAX_PRODUCTS else 4,
+        num_warps=8 if wide or products == MAX_PRODUCTS else 4,
         maxnreg=MAX_REGISTERS,
         enable_fp_fusion=False,
     )
