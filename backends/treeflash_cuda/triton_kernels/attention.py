@@ -33,7 +33,8 @@ TILE_BYTES = 16384
 MIN_TILE, MAX_TILE = 16, 64
 """Positions of a tile."""
 MAX_SMALL, MAX_NARROW = 64, 128
-"""Wider heads need the registers of more warps: with keys in 8 bits, and without."""
+"""Wider heads need the registers of more warps: with keys in 8 bits or soft-capped scores, and
+without."""
 MIN_DIMS = 16
 """Width of a product; narrower heads are filled up with zeros."""
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -510,13 +511,14 @@ def tree_attention(
     outputs = q.new_empty((places, heads, head_dim), dtype=torch.float32)
     # Float32 products have no tensor cores, and need the registers of the second rows themselves.
     wide = q.dtype == torch.float32
+    narrow = MAX_SMALL if quantised or softcap is not None else MAX_NARROW
     size = ROWS if wide else 2 * ROWS
     columns = kv_heads * triton.cdiv(work.block * groups, size)
     _shared_positions[min(len(work.items), triton.cdiv(PROGRAMS, columns)), columns](
         *(work.items, work.count, *inputs, sums, outputs, *strides, *factors),
         BLOCK=work.block,
         PAIR=not wide,
-        num_warps=8 if wide or head_dim > (MAX_SMALL if quantised else MAX_NARROW) else 4,
+        num_warps=8 if wide or head_dim > narrow else 4,
         **shapes,
     )
     result = q.new_empty((rows, heads, head_dim))
