@@ -201,15 +201,16 @@ class Arena:
     ) -> None:
         self.layers = layers  # the layers of the model
         self.column_nbytes = column_nbytes  # of a column in all layers; 0 as long as it is unknown
-        # Of keys and values that are stored in another format; None stores them as they are.
+        # Keys and values are stored in this format; None stores them as they are.
         self.dtype = dtype
         self.device = device  # the device of the model's first layer; None of a drafter's
         self.spans = spans  # devices and their numbers of layers; None for one device
-        # Of keys and values that are stored as `widen` makes them; None for other formats.
+        # Keys and values that `widen` makes have this width; it is None for other formats.
         self.head_dim: int | None = None
-        # Keys as they are stored, (1, kv_heads, any, width); None as long as they are unknown.
+        # Stored keys have this form, (1, kv_heads, any, width); it is None as long as it is
+        # unknown.
         self.like: Tensor | None = None
-        # Bytes of the only slab, which is then kept for ever; None or 0 allocates slabs of at
+        # The only slab has this many bytes and is kept for ever; None or 0 allocates slabs of at
         # least `SLAB_BYTES` as they are needed.
         self.reserved_nbytes: int | None = None
         self.lock = Lock()
@@ -532,7 +533,8 @@ class SlabCache(TreeCache):
         self.slab = slab  # the slab of all sequences; None for a model without attention layers
         self.encode = encode  # see `Arena.encode`
         self.slots = slots  # (rows,) int64 the column of each row
-        # Stores the next keys and values in place of `update`; see `TreeContext.rotate`.
+        # The function stores the next keys and values in place of `update`; see
+        # `TreeContext.rotate`.
         self.store: Callable[[Tensor, Tensor], None] | None = None
 
     @torch.compiler.disable

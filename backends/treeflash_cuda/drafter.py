@@ -181,7 +181,7 @@ class MaskedDrafts:
         caches = [(state.drafter, state.length) for state in states]
         # Each sequence has its KV cache and the position of its root here.
         self.sequences = [(cache, start) for cache, start in caches if cache is not None]
-        # The positions that each block does not see; see `window_gap`.
+        # Block i does not see the positions `gaps[i]`; see `window_gap`.
         self.gaps = [window_gap(state.length, window) for state in states]
         self._masks: dict[Kind, list[Tensor | None]] = {}
         self._packed: PackedRows | None = None  # the columns of the rows of several sequences
@@ -425,7 +425,7 @@ class Drafter:
                 logits = logits + added
             tokens, log_probs = top_log_probs(logits, options.k, options.temperature)
             tokens = self.output.to_target(tokens)
-            # One read from the device for both.
+            # One read from the device brings both.
             return (torch.cat([tokens, log_probs.view(torch.int32)], 1),)
 
         graphs, settings = self.target.graphs, (options.k, options.temperature)

@@ -328,7 +328,7 @@ def load_weights(
     with torch.device("meta"):  # no memory for weights that are replaced
         model = make(config, own)
     tensors = {
-        # In float32, where adding the offset rounds nothing.
+        # Adding the offset in float32 rounds nothing.
         name: x.float() + config.norm_offset if "norm." in name else x
         for name, x in weights.items()
     }

@@ -111,7 +111,8 @@ class Rows:
     columns: slice  # begins at a multiple of `GROUP`, before which no token sees a key
     visible: Tensor | None  # (tokens, columns) bool; None if every column is visible
     parts: list[Part]  # in the order of their groups
-    # The parts' numbers of columns, if parts follow each other and have the weights of all rows.
+    # These are the parts' numbers of columns, if parts follow each other and have the weights of
+    # all rows.
     sizes: list[int] | None = None
 
     @property
@@ -220,9 +221,9 @@ class Run:
             for (rows, stored), q, out in zip(members, queries, sums, strict=True)
         ]
         own, results = (x[:, :, :used].unflatten(2, (tokens, groups)) for x in (queries, sums))
-        # In the order of the model: (kv_heads, groups, members, tokens, width).
+        # Queries have the order of the model: (kv_heads, groups, members, tokens, width).
         self.queries = own.permute(1, 3, 0, 2, 4)
-        # In the order of the output: (members, tokens, kv_heads, groups, columns of values).
+        # The output's order is (members, tokens, kv_heads, groups, columns of values).
         self.output = output.unflatten(0, (-1, tokens))
         results = results.transpose(1, 2).expand(len(self.output), -1, -1, -1, -1)
         self.numerators, self.denominators = results[..., :width], results[..., width : width + 1]
@@ -272,7 +273,7 @@ class ExactContext(AttentionContext):
     def __init__(self, committed: int, positions: Tensor, ancestors: Tensor | None) -> None:
         super().__init__(committed, positions, ancestors)
         self.tokens = len(positions)  # without the equal rows that `repeat` adds
-        # Has the keys and values of the layers; None if `attend` is given them.
+        # The cache has the keys and values of the layers; None if `attend` is given them.
         self.cache: ExactCache | None = None
         self._layouts: dict[int, tuple[Tensor, list[Rows]]] = {}
 

@@ -83,7 +83,7 @@ def fuse_layers(model: nn.Module, operations: Operations, dtype: torch.dtype) ->
         if len(inspect.signature(module.forward).parameters) != 1:
             continue  # a norm with a gate, for example
         for forward, x in _candidates(module, operations, dtype):
-            # Without hooks, which may take the last layers' outputs to another device.
+            # Both run without hooks, which may take the last layers' outputs to another device.
             if agrees(forward, module.forward, x):
                 module.forward = forward
                 break

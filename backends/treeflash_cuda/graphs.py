@@ -67,8 +67,8 @@ class Graphs:
     def __init__(self, device: torch.device) -> None:
         self.device = device  # the device of all tensors
         self.enabled = False  # whether functions are captured; only on a CUDA device
-        # By the name of a function that all ranks of `torchrun` call: whether its capture succeeded
-        # on all of them, from whether it did on this one.
+        # A function that all ranks of `torchrun` call has an entry by its name, which turns whether
+        # its capture succeeded on this rank into whether it did on all of them.
         self.agreements: dict[str, Callable[[bool], bool]] = {}
         self.captured: Counter[str] = Counter()  # graphs so far, by the name of the function
         self.tried: deque[Capture] = deque(maxlen=MAX_TRIED)  # the latest captures

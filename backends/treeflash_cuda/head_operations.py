@@ -54,7 +54,7 @@ class Float32Norm(nn.Module):
 class Experts(nn.Module):
     """The feed-forward networks of all experts, (experts, out, in) each."""
 
-    # On a GPU, whose grouped product needs no read of the experts' numbers of rows.
+    # A GPU has operations, as its grouped product needs no read of the experts' numbers of rows.
     operations: TargetOperations | None = None
 
     def __init__(self, size: int, width: int, count: int) -> None:

@@ -55,8 +55,8 @@ class ScoredTokens:
     output: OutputStage  # the output of the drafter
     marginals: Tensor  # (slots, v) logits of these tokens
     rows: RowIndex  # (n,) the slot of each query
-    # Of the drafter's vocabulary: (v,); or (blocks, v), with equally many queries in each block; or
-    # (slots, v) for a head with candidates. None for all.
+    # Tokens are of the drafter's vocabulary: (v,); or (blocks, v), with equally many queries in
+    # each block; or (slots, v) for a head with candidates. None stands for all.
     tokens: Tensor | None
 
     def logits(self) -> Tensor:

@@ -90,7 +90,7 @@ class RecurrentStates:
         # channels, kernel - 1 + n), or only their end if all rows will be committed.
         self.inputs: dict[Key, tuple[Tensor, int]] = {}
         self.pending: dict[Key, Tensor | Writes] = {}  # matrices, or the writes of nodes
-        # After a pass with a `HybridTreeCache`: its writes, and the index of the sequence.
+        # A pass with a `HybridTreeCache` leaves its writes and the index of the sequence here.
         self.tree: tuple[TreeWrites, int] | None = None
 
     def move_to(self, arena: StateArena) -> SlotStates | None:
@@ -138,8 +138,8 @@ class SequenceRows:
     states: RecurrentStates  # the states of the sequence
     first: int  # the first row
     count: int  # number of rows
-    # Whose nodes the rows are; None for the next tokens of the sequence, all of which will be
-    # committed.
+    # The rows are the nodes of this tree; None if they are the next tokens of the sequence, all of
+    # which will be committed.
     tree: DraftTree | None
     ancestors: Tensor | None  # (count, count) bool of the tree
 
@@ -158,8 +158,8 @@ class RecurrentCache(TreeCache):
     """`TreeCache` with recurrent states, under the names by which transformers' models use them."""
 
     def begin(self, attention_slots: dict[int, int], device: torch.device) -> None:
-        # The index of every attention layer among the attention layers, by its index among all
-        # layers; layers are added when they are called first.
+        # An attention layer's index among all layers gives its index among the attention layers;
+        # layers are added when they are called first.
         self.attention_slots = attention_slots
         self.device = device
         self._windows: dict[int, Tensor] = {}
@@ -250,7 +250,7 @@ class RecurrentCache(TreeCache):
         self,
         layer: int,  # index
         rows: Sequence[Tensor],  # (1, rows, ...) inputs
-        # Takes rows and a state (or None), returns outputs and the next state.
+        # `next_tokens` takes rows and a state (or None), and returns outputs and the next state.
         next_tokens: Callable[..., tuple[Tensor, Tensor]],
         tree: Callable[..., Tensor],  # takes a `Recurrence` and (trees, n, ...) rows
     ) -> Tensor:
@@ -371,7 +371,7 @@ class HybridCache(RecurrentCache):
             inputs = torch.cat([tail, part.select(rows, 2)], 2)
             joined.append(inputs)
             if part.tree is None:
-                # The end is enough: a copy, so that the other inputs can be freed.
+                # Only the end is kept, as a copy, so that the other inputs can be freed.
                 inputs = inputs[:, :, inputs.shape[2] - width :].clone()
             part.states.inputs[key] = inputs, width
         return joined[0] if len(joined) == 1 else torch.cat(joined, 2)

@@ -54,14 +54,14 @@ class FlashKernels:
         needed = {"enable_gqa", "num_splits", "window_size"}
         if missing := needed - set(inspect.signature(varlen_attn).parameters):
             raise ImportError(f"torch.nn.attention.varlen.varlen_attn has no {min(missing)}")
-        # As many splits as the kernel likes; cuDNN's kernels do not take the argument.
+        # The kernel chooses the number of splits; cuDNN's kernels do not take the argument.
         self.varlen: Any = functools.partial(varlen_attn, enable_gqa=True, num_splits=0)
 
     def causal(
         self, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float, **options: Any
     ) -> Tensor:
         assert all(option is None for option in options.values())
-        # 0 and the length, made on the device: nothing is uploaded.
+        # 0 and the length are made on the device, so that nothing is uploaded.
         queries, keys = (
             torch.arange(0, len(x) + 1, len(x), dtype=torch.int32, device=q.device) for x in (q, k)
         )

@@ -211,7 +211,7 @@ class Operations:
     commit_recurrence: Callable[..., None] = commit_recurrence
     move_columns: Callable[..., None] = move_columns
     quantised_linear: Callable[..., Tensor] = quantised_linear
-    # Why an operation that has a kernel runs in PyTorch, by its name.
+    # An operation that has a kernel and runs in PyTorch has the reason here, by its name.
     reasons: Mapping[str, str] = field(default_factory=dict)
 
     @property

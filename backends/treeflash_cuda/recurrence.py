@@ -128,7 +128,7 @@ def state_update(u: Tensor, k: Tensor, log_g: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         (..., key_dim, value_dim) and (..., 1 or key_dim, 1).
     """
-    # Decays after each row, summed directly: a difference of two sums would lose digits.
+    # The decays after each row are summed directly: a difference of two sums would lose digits.
     later = F.pad(log_g[..., 1:, :].flip(-2).cumsum(-2).flip(-2), (0, 0, 0, 1))
     return (k * later.exp()).transpose(-1, -2) @ u, log_g.sum(-2).exp()[..., None]
 

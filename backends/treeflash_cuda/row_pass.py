@@ -168,8 +168,8 @@ class RowPass:
         shapes: Sequence[tuple[int, ...]],  # the shapes of the packed arrays
         block: int,
         longest: int,
-        # Packed: ids, rotary positions, slots, `RowPlan.arrays`; and for recurrent layers the
-        # result of `plan_nodes`, and the slots of the states.
+        # `inputs` packs ids, rotary positions, slots and `RowPlan.arrays`; and for recurrent layers
+        # the result of `plan_nodes`, and the slots of the states.
         inputs: Tensor,
     ) -> Outputs:
         """Run a pass: logits, each row's best token, captured layers' indices and outputs.

@@ -85,7 +85,7 @@ def _sample_row(
     if top_p < 1:
         ranked = np.sort(probs)[::-1]
         mass_above = ranked.cumsum(dtype=np.float64) - ranked
-        # At least the best token, even if the mass to keep rounds to 0.
+        # The best token stays, even if the mass to keep rounds to 0.
         nucleus = max(int(np.count_nonzero(mass_above < top_p * total)), 1)
         edge = max(edge, ranked[nucleus - 1])
     inside = probs >= edge

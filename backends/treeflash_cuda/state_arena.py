@@ -63,7 +63,7 @@ class StateArena:
         self.groups = list(groups.values())
         self.tails = sum(keys[0][0] == TAIL for keys in self.groups)  # groups of tails
         self.is_transposed = [keys[0][1] in transposed for keys in self.groups]
-        # The group of a state, and its index in it.
+        # A state has a group, and an index in the group.
         self.places = {
             key: (g, i) for g, keys in enumerate(self.groups) for i, key in enumerate(keys)
         }

@@ -275,7 +275,7 @@ class Verifier:
         """Project the (n, hidden_size) features of n rows of a forward pass."""
         assert self.drafter is not None
         layers = [outputs[i].index_select(0, rows) for i in self.drafter.config.target_layer_ids]
-        # Projected at once: the outputs of five layers take five times the memory.
+        # The outputs are projected at once, because five layers have five times as many.
         return self.drafter.project(torch.cat(layers, -1))
 
 

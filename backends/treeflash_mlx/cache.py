@@ -75,7 +75,8 @@ class BatchStorage:
                 if row:
                     array[number : number + 1, :, : row[i].shape[2]] = row[i]
             arrays.append(array)
-        # Evaluated now: the old arrays could not be written in place while these depend on them.
+        # New arrays are evaluated now: the old ones could not be written in place while these
+        # depend on them.
         mx.eval(arrays)
         self.layers[layer] = arrays
 
@@ -139,7 +140,7 @@ class BatchStorage:
         """Move the keys and values of paths to where their sequences continue."""
         if all(path[-1] == len(path) - 1 for _, path in paths.values()):
             return  # they are there already
-        # Taken from the rows as they were written: reading the storage before writing to it would
+        # The rows are taken as they were written: reading the storage before writing to it would
         # force a copy.
         if self.batch_size == 1:
             [(first, path)] = paths.values()

@@ -23,7 +23,7 @@ class Rope(nn.Module):
 
     def __init__(self, config: DrafterShape) -> None:
         super().__init__()
-        # Not parameters: they stay float32 if the model is cast to half precision.
+        # Wavelengths are no parameters, and so stay float32 if the model is cast to half precision.
         self._wavelengths = 1 / mx.array(config.inv_freq, mx.float32)
         mx.eval(self._wavelengths)  # only the thread that makes a lazy array can evaluate it
         self._axes = None  # (head_dim,) the axis that turns each channel; None if there is one

@@ -37,8 +37,8 @@ class ScoredTokens:
     output: OutputStage
     marginals: mx.array  # (batch, D, v) logits of these tokens
     rows: mx.array  # (batch, n) the depth of each query, from 0
-    # of the drafter's vocabulary: (batch, 1, v), or (batch, D, v) for a head with candidates; None
-    # for all
+    # Tokens are of the drafter's vocabulary: (batch, 1, v), or (batch, D, v) for a head with
+    # candidates. None stands for all.
     tokens: mx.array | None
 
     def logits(self) -> mx.array:

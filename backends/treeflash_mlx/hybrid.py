@@ -115,7 +115,8 @@ class Writes:
             for shape in [(*x.shape[:2], nodes.shape[1], x.shape[3])]
         )
         values, log_decays = mx.where(kept, values, 0), mx.where(kept, log_decays, 0)
-        # Summed directly: where much has decayed, a difference of two sums loses its digits.
+        # The decays are summed directly: where much has decayed, a difference of two sums loses its
+        # digits.
         later = mx.cumsum(log_decays, axis=2, reverse=True, inclusive=False)
         written = values.swapaxes(2, 3) @ (keys * mx.exp(later))
         if state is None:
@@ -164,7 +165,7 @@ def path_products(
     zeros. `totals` are log decays, summed over each node and its ancestors.
     """
     if totals.shape[3] == 1:
-        # Masked before exp: off the paths the differences are positive and overflow.
+        # Differences are masked before exp, as off the paths they are positive and overflow.
         differences = mx.where(paths.ancestors, totals - totals.swapaxes(2, 3), -mx.inf)
         pairs = mx.exp(differences)
         return lambda rows: (rows @ keys.swapaxes(2, 3)) * pairs

@@ -133,7 +133,8 @@ class State(BaseState[KVCache, RecurrentStates]):
 
     def snapshot(self) -> None:
         super().snapshot()
-        # Now: a slice of a batch would keep the states of the other sequences in memory.
+        # The copies are evaluated now: a slice of a batch would keep the states of the other
+        # sequences in memory.
         mx.eval(self.recurrent_arrays())
 
     def rollback(self, length: int, recurrent: RecurrentStates | None) -> None:

@@ -188,7 +188,7 @@ class Verifier:
             chunk = DraftTree.chain(np.array(token_ids[:size], np.int32))
             token_ids = token_ids[size:]
             self._forward([(state, chunk)], prefill=True)
-            # Projected at once: the outputs of five layers take five times the memory.
+            # The outputs are projected at once, because five layers have five times as many.
             self._commit([(state, np.arange(len(chunk), dtype=np.int32))])
             (storage,) = storages_of([state.kv_cache])
             mx.eval(storage.arrays, storage.states.arrays, state.context_arrays())

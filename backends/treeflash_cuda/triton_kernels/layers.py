@@ -58,7 +58,7 @@ def rms_norm(
         SIZE=size,
         WIDTH=width,
         RESIDUAL=added is not None,
-        # A function of the width alone: the order of the sum depends on it.
+        # The number follows from the width alone, because the order of the sum depends on it.
         num_warps=min(max(width // 512, 1), 16),
         enable_fp_fusion=False,
     )

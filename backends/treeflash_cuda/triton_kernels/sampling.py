@@ -18,7 +18,7 @@ from treeflash.decoding.sampling import MAX_SHARE, MULTIPLIERS, SHIFTS
 BLOCK = 1024
 """Tokens that a program reads at once."""
 FIRST_SHIFT, SECOND_SHIFT, THIRD_SHIFT = map(tl.constexpr, SHIFTS)
-# As int32 numbers, whose products wrap.
+# The multipliers are int32 numbers, whose products wrap.
 FIRST, SECOND = (tl.constexpr(x - (x >> 31 << 32)) for x in MULTIPLIERS)
 LARGEST_SHARE = tl.constexpr(MAX_SHARE)
 SIGN, HIGHEST_BIT, OTHERS = map(tl.constexpr, (-(2**31), 2**30, 2**31 - 1))
@@ -58,7 +58,7 @@ def _noise(tokens, first_key, second_key):
     x = _mixed(_mixed(tokens ^ first_key) ^ second_key)
     share = (_shifted(x, 1).to(tl.float32) + 0.5) * (1.0 / 2147483648.0)
     share = tl.minimum(share, LARGEST_SHARE)
-    # log(1 - share), whose error for small shares the quotient takes back.
+    # The quotient takes back the error of log(1 - share) for small shares.
     rest = 1.0 - share
     exact = tl.log(rest) * (share / tl.maximum(1.0 - rest, 1e-30))
     return -tl.log(-tl.where(rest == 1.0, -share, exact))
