@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,7 +26,9 @@ from treeflash.serving import application as serving_run
 from treeflash.serving.engine import Engine
 from treeflash.serving.metrics import Metrics
 from treeflash.serving.service import Service
-from treeflash.serving.settings import LIMITS, Settings
+from treeflash.serving.settings import Settings
+
+LIMITS = tuple(field for field in fields(Settings) if field.metadata)
 
 
 @pytest.fixture

@@ -39,10 +39,6 @@ class Endpoint:
         return min(self.context // 4, MAX_OUTPUT)
 
 
-def _no_arguments(endpoint: Endpoint) -> Sequence[str]:
-    return ()
-
-
 @dataclass(frozen=True)
 class Agent:
     """A coding agent.
@@ -59,7 +55,7 @@ class Agent:
     command: str
     install: str
     environment: Callable[[Endpoint], Mapping[str, str | None]]
-    arguments: Callable[[Endpoint], Sequence[str]] = _no_arguments
+    arguments: Callable[[Endpoint], Sequence[str]] = lambda endpoint: ()
 
 
 def _claude(endpoint: Endpoint) -> dict[str, str | None]:

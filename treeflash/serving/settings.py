@@ -135,7 +135,6 @@ class Settings:
 
 DISK_OPTIONS = tuple(options_of(Settings)[x] for x in ("prefix_cache_dir", "prefix_cache_disk_gb"))
 """The options of the prefix cache's disk tier."""
-LIMITS = tuple(field for field in fields(Settings) if field.metadata)
 
 
 def add_server_options(parser: argparse.ArgumentParser) -> None:
