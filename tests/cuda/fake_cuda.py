@@ -365,7 +365,7 @@ def _computed(func, args, kwargs):
     """The result of an operation.
 
     Some versions of PyTorch know the shapes of grouped products in bfloat16 alone, though their
-    kernels take other dtypes; and none knows those of the GRU cell.
+    kernels take other dtypes; and none knows the kernels of the GRU cell.
     """
     if func.overloadpacket is torch.ops.aten.gru_cell:
         return torch.empty_like(args[1])  # the state

@@ -261,7 +261,7 @@ def tokens() -> list[int]:
 def plain_logits(model: Any) -> np.ndarray:
     """The last token's logits by transformers alone; a recurrent model is given it as in decoding.
 
-    Some of them limit the steps of a prompt's tokens, and not those of decoding.
+    Some of them limit the steps of a prompt's tokens, and not the steps of decoding.
     """
     token_ids = torch.tensor([tokens()])
     with torch.inference_mode():

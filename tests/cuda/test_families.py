@@ -84,7 +84,7 @@ def capped(families, tmp_path_factory):
 def test_layers_add_and_norm_by_one_operation(
     families, name, settings, adds, tmp_path, monkeypatch
 ):
-    """The logits are those of layers that first add, and then norm."""
+    """Layers that first add, and then norm, give these logits."""
     families.write(tmp_path, name)
     edit_config(tmp_path, lambda config: config.update(settings))
     adding = load_with_parts(monkeypatch, tmp_path)

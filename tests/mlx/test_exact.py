@@ -79,7 +79,7 @@ def test_attention_that_depends_on_others_is_named(backend, monkeypatch, name, s
 
 
 def test_products_that_depend_on_their_number_of_rows_are_named(backend, monkeypatch):
-    """Products of Metal do so: one row has another kernel than five."""
+    """Products of Metal differ so: one row has another kernel than five."""
     call = nn.Linear.__call__
     monkeypatch.setattr(
         nn.Linear, "__call__", lambda self, x: call(self, x) * (1.01 if len(x) == 9 else 1)

@@ -176,7 +176,7 @@ SLOW = {
     *("lark: conditions", "lark: intersection", "lark: sequence"),
     *("gbnf: rules", "gbnf: terminals", "gbnf: lines", "regex: options", "regex: choices"),
 }
-"""Their compilation is stopped after half a second, as that of others of their kind."""
+"""Their compilation is stopped after half a second, as with others of their kind."""
 
 
 @pytest.mark.parametrize(

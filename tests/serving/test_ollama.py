@@ -130,7 +130,7 @@ def test_options_of_a_machine_change_nothing(client):
 
 
 def test_calls_and_their_results(server):
-    """The prompt is that of chat completions, whose calls have ids."""
+    """The prompt equals the one of chat completions, whose calls have ids."""
     call = {"function": {"name": "paint", "arguments": {"colour": "red"}}}
     answer = {"role": "assistant", "content": ""}
     result = {"role": "tool", "content": "It is red."}

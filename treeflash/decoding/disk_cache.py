@@ -51,7 +51,7 @@ again, and enough that a file is large."""
 COPIES = 2
 """Parts that are copied to the host between two iterations, which wait for it."""
 AHEAD = 4
-"""Parts that are read ahead of the one that is appended, each by a thread."""
+"""Parts that are read ahead of the part that is appended, each by a thread."""
 QUEUE_BYTES = 256 << 20
 """Bytes on the host that may wait to be written."""
 SCAN_S = 5.0

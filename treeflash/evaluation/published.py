@@ -28,8 +28,8 @@ and varies less than one run of the rule.
 
 Three traps: the first token of the answer is the target's own and belongs to no round. A text that
 ended with a stop token ends a round inside the block, without a bonus token if the stop token was a
-draft. A text that was cut at its limit must not do so: rounds are counted only from roots whose
-whole block and bonus token are in the text.
+draft. A text that was cut at its limit must not end a round there: rounds are counted only from
+roots whose whole block and bonus token are in the text.
 """
 
 from __future__ import annotations

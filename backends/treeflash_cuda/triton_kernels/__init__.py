@@ -4,7 +4,7 @@ Whatever a kernel computes for a row depends on that row alone, bit for bit: nei
 of rows nor on what they hold. Sums over keys are products of tiles that lie at multiples of the
 tile's size in the order of positions, added in that order; sums over elements of a row are made by
 one program with a width that the model fixes; and no multiplication is fused with an addition,
-because compilers would do so in one kernel and not in another.
+because compilers would fuse them in one kernel and not in another.
 """
 
 MAX_REGISTERS = 255

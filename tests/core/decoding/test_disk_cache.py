@@ -21,7 +21,7 @@ def pair(request, tmp_path_factory):
 
 @pytest.mark.parametrize("method", ["treeflash", "ar"])
 def test_a_conversation_goes_on_after_a_restart(pair, tmp_path, method):
-    """The whole state is restored, and the text is that of a process that was not interrupted."""
+    """The whole state is restored, and the text is what an uninterrupted process writes."""
     first = prompt_of(30)
     with Process(pair, tmp_path) as process:
         answer, cached = process.answer(first, method=method)
