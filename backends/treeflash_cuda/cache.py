@@ -59,7 +59,12 @@ def from_host(x: NDArray[Any]) -> Tensor:
 
 
 def quantise(x: Tensor) -> Tensor:
-    """Return the (..., head_dim + 4) int8 from (..., head_dim) keys or values."""
+    """Return the (..., head_dim + 4) int8 from (..., head_dim) keys or values.
+
+    The scale lies behind the numbers, so that a column is read, moved and stored as one. Columns of
+    132 or 260 bytes are aligned to 4 bytes alone, which loads of a GPU then have; 16 bytes would
+    take 9 or 5 % more memory.
+    """
     least = torch.finfo(x.dtype).tiny
     scale = (x.abs().amax(-1, keepdim=True) / MAX_INT8).clamp(min=least).float()
     numbers = (x.float() / scale).round().clamp(-MAX_INT8, MAX_INT8).to(torch.int8)
