@@ -1,7 +1,7 @@
 """Weights of linear layers as integers of 4 or 8 bits, in groups with a scale and a least number.
 
-The groups are those of MLX, so that a drafter of so many bits drafts nearly the same there: 64
-weights of a row share a scale and a least number, and a weight is `least + number * scale`.
+The groups are MLX's, so that a drafter of 4 or 8 bits drafts nearly the same there: 64 weights of a
+row share a scale and a least number, and a weight is `least + number * scale`.
 
 Groups come first in memory, so that what a kernel reads at once lies together: the same group of
 neighbouring rows.
@@ -42,7 +42,7 @@ class QuantisedWeight(NamedTuple):
 
 
 def quantise_weight(weight: Tensor, bits: int) -> QuantisedWeight:
-    """Round a (width, size) weight to numbers of so many bits."""
+    """Round a (width, size) weight to numbers of 4 or 8 bits."""
     groups = weight.float().unflatten(1, (-1, GROUP)).transpose(0, 1)
     low, high = groups.aminmax(dim=2)
     largest = 2**bits - 1

@@ -29,8 +29,8 @@ EXACT_CHUNK = 128
 """Prompt tokens per forward pass with the kernels of exact mode, which keep the outputs of each
 split of the context in memory, for each token."""
 WIDE_HEAD, WIDE_COLUMNS = 192, 8192
-"""MLX keeps the scores of heads from this width on in memory. From so many columns on chunks become
-smaller, so that the scores do not take more."""
+"""MLX keeps the scores of heads of at least this width in memory. Beyond this number of columns
+chunks become smaller, so that the scores do not take more."""
 
 PathOfState: TypeAlias = tuple[State, NDArray[np.int32]]
 """A sequence, and the nodes of its latest pass to commit."""

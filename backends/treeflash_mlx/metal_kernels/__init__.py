@@ -35,8 +35,8 @@ CALLS = 20
 ROUNDS = 3
 """Chains of each candidate in a race; the fastest counts."""
 LONG_BYTES, LONG_CALLS, LONG_ROUNDS = 64 << 20, 5, 2
-"""From that many bytes of weights on a call takes milliseconds, of which few are a race: those of
-an output head would take seconds on an M1."""
+"""With this number of bytes of weights a call takes milliseconds, so that few calls are a race: the
+full number would take seconds for an output head on an M1."""
 ROUNDING = {mx.float32: 1e-5, mx.float16: 5e-3, mx.bfloat16: 4e-2}
 """Relative errors that rounding explains, by the dtype of results."""
 
