@@ -15,9 +15,9 @@ import pytest
 from scheduled_texts import scheduled_texts
 
 from tests.helpers.image_models import (
-    RandomProcessor,
     picture,
     random_model,
+    random_processors,
     save_published,
 )
 from treeflash.config import LoadConfig
@@ -156,13 +156,10 @@ def test_log_probs_equal_those_of_transformers(pair: Any, prompt: list[int]) -> 
 
 
 @pytest.mark.parametrize("family", ["gemma4", "gemma4 small"])
-def test_drafts_after_an_image_equal_those_of_transformers(
-    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_drafts_after_an_image_equal_those_of_transformers(family: str, tmp_path: Path) -> None:
     pytest.importorskip("mlx_vlm")
     from treeflash_mlx import images as mlx_images
 
-    monkeypatch.setattr(mlx_images, "read_processor", lambda _: RandomProcessor(family))
     target = random_model(family)
     save_published(family, target, tmp_path / "target")
     wide = {"global_head_dim": 16 if family == "gemma4" else 32}
@@ -174,7 +171,8 @@ def test_drafts_after_an_image_equal_those_of_transformers(
     drafter = Gemma4AssistantForCausalLM(config)
     randomise(drafter, tmp_path / "assistant", 0.25)
     edit_config(tmp_path / "assistant", lambda config: publish(config["text_config"], wide))
-    mlx, path = load_pair(tmp_path), [7, 3, 9]
+    with random_processors(family, mlx_images):
+        mlx, path = load_pair(tmp_path), [7, 3, 9]
     ids, images = mlx.images.encode("ab<image>cd", [picture(1)])
     with SequenceSession(mlx, drafts=True) as sequence:
         sequence.extend(ids, images=images)

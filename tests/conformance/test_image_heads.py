@@ -1,5 +1,6 @@
 """Heads that read embeddings have features of images, at the target's rotary positions."""
 
+from importlib import import_module
 from types import SimpleNamespace
 
 import pytest
@@ -19,9 +20,9 @@ from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5DecoderLayer
 
 from tests.helpers.image_models import (
     SECTIONS,
-    RandomProcessor,
     picture,
     random_model,
+    random_processors,
     save_published,
 )
 from tests.helpers.mtp_pairs import write_image_head
@@ -156,8 +157,7 @@ def pair(request, tmp_path_factory):
     family, *head = KINDS[kind]
     folder = tmp_path_factory.mktemp(kind)
     published = Published(family, *head, folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(f"treeflash_{name}.images.read_processor", lambda _: RandomProcessor(family))
+    with random_processors(family, import_module(f"treeflash_{name}.images")) as patch:
         if parts:
             backend = load_with_parts(patch, folder, published.head, cuda_graphs=True)
         else:

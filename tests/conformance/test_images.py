@@ -14,9 +14,9 @@ from treeflash_cuda.backend import load as load_cuda
 from treeflash_mlx.backend import load as load_mlx
 
 from tests.helpers.image_models import (
-    RandomProcessor,
     picture,
     random_model,
+    random_processors,
     reference,
     save_published,
 )
@@ -56,16 +56,7 @@ def models(request, tmp_path_factory):
     model, before = random_model(family), mx.default_device()
     save_published(family, model, published)
     model.save_pretrained(saved := tmp_path_factory.mktemp("cuda"))
-    with pytest.MonkeyPatch.context() as patch:
-        # mlx-vlm replaces them, so that folders without a processor have one from then on.
-        for owner, name in (
-            (transformers.AutoProcessor, "from_pretrained"),
-            (transformers.Lfm2VlProcessor, "from_pretrained"),
-            (transformers.Lfm2VlProcessor, "__call__"),
-        ):
-            patch.setattr(owner, name, getattr(owner, name))
-        for module in (cuda_images, mlx_images):
-            patch.setattr(module, "read_processor", lambda _: RandomProcessor(family))
+    with random_processors(family, cuda_images, mlx_images):
         try:
             cuda = load_cuda(saved, None, CPU)
         except UnsupportedModelError as error:

@@ -162,7 +162,8 @@ def test_tables_of_other_heads_share_graphs(folders, tmp_path, monkeypatch, dial
 @pytest.mark.parametrize("kind", ["eagle3", "eagle3-flags", "eagle3-all", "mtp"])
 def test_drafts_depth_by_depth_share_graphs(tmp_path, monkeypatch, kind):
     """Drafts and rows of caches equal the ones of caches that attend one by one with masks."""
-    pair = write_mtp_pair(tmp_path, kind)
+    # With this seed no two paths are so equally probable that rounding decides their order.
+    pair = write_mtp_pair(tmp_path, kind, seed=1)
     static = load_with_parts(monkeypatch, *pair)
     plain = load(*pair, LoadConfig(device="cpu", dtype="float32"))
     found = []

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 import transformers as hf
 from safetensors.torch import load_file, save_file
+
+REPLACED = (
+    (hf.AutoProcessor, "from_pretrained"),
+    (hf.Lfm2VlProcessor, "from_pretrained"),
+    (hf.Lfm2VlProcessor, "__call__"),
+)
+"""What mlx-vlm replaces in transformers, so that folders without a processor have one."""
 
 VOCAB, IMAGE, START, END = 320, 300, 302, 303
 PATCH, MERGE = 4, 2
@@ -310,6 +319,17 @@ def save_published(family: str, model: Any, folder: Path) -> None:
 def picture(seed: int, height: int = 16, width: int = 24) -> Any:
     """(height, width, 3) uint8 noise."""
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3)).astype(np.uint8)
+
+
+@contextmanager
+def random_processors(family: str, *modules: Any) -> Iterator[pytest.MonkeyPatch]:
+    """Let modules of images read a `RandomProcessor`; transformers is then as it was before."""
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in REPLACED:
+            patch.setattr(owner, name, getattr(owner, name))
+        for module in modules:
+            patch.setattr(module, "read_processor", lambda _: RandomProcessor(family))
+        yield patch
 
 
 class RandomProcessor:
