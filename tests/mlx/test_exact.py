@@ -3,7 +3,6 @@
 import pytest
 
 from treeflash.config import DecodeConfig, LoadConfig, SamplingConfig
-from treeflash.decoding import Request, Scheduler, SchedulerConfig
 from treeflash.errors import UnsupportedModelError
 from treeflash.testing import require
 from treeflash.testing.models import write_drafter, write_target
@@ -12,6 +11,7 @@ require("mlx_lm")
 
 import mlx.core as mx
 from mlx import nn
+from scheduled_texts import decode_together
 from treeflash_mlx.backend import load
 from treeflash_mlx.exact import check_operations
 from treeflash_mlx.target import Target
@@ -41,12 +41,7 @@ def test_texts_of_bfloat16_are_those_of_plain_decoding(backend, sampling, rng):
 
     def texts(method, parallel):
         config = DecodeConfig(method=method, budget=12, max_tokens=20, sampling=sampling)
-        requests = [Request(prompt_ids=prompt, config=config) for prompt in prompts]
-        tokens = {id(request): [] for request in requests}
-        scheduler = Scheduler(backend, SchedulerConfig(max_parallel=parallel))
-        for request, step in scheduler.decode(requests):
-            tokens[id(request)] += step.tokens
-        return [tokens[id(request)] for request in requests]
+        return decode_together(backend, prompts, [config] * len(prompts), parallel=parallel)
 
     plain = texts("ar", 1)
     assert texts("ar", 4) == plain

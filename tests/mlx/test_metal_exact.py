@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from treeflash.config import DecodeConfig, LoadConfig, SamplingConfig
-from treeflash.decoding import Request, Scheduler, SchedulerConfig, probe
+from treeflash.decoding import probe
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.errors import ConfigError, UnsupportedModelError
@@ -19,6 +19,7 @@ require("mlx_lm")
 
 from metal_executor import DESCENDING, MetalKernelError
 from mlx import nn
+from scheduled_texts import decode_together
 from treeflash_mlx import exact, metal_kernels
 from treeflash_mlx.attention import TreePass
 from treeflash_mlx.backend import load
@@ -212,12 +213,7 @@ def test_texts_of_trees_are_those_of_plain_decoding(metal, monkeypatch, tmp_path
 
     def texts(method, sampling, parallel):
         config = DecodeConfig(method=method, budget=8, max_tokens=6, sampling=sampling)
-        requests = [Request(prompt_ids=prompt, config=config) for prompt in prompts]
-        tokens = {id(request): [] for request in requests}
-        scheduler = Scheduler(backend, SchedulerConfig(max_parallel=parallel))
-        for request, step in scheduler.decode(requests):
-            tokens[id(request)] += step.tokens
-        return [tokens[id(request)] for request in requests]
+        return decode_together(backend, prompts, [config] * len(prompts), parallel=parallel)
 
     for sampling, parallel in zip(SAMPLINGS, (1, 2), strict=True):
         plain = texts("ar", sampling, 1)
