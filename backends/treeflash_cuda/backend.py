@@ -168,7 +168,7 @@ class CudaBackend(BaseBackend):
     def weights_read(self) -> dict[str, Counter[str]]:
         """Bytes of weights by format that a pass of the target reads, and a draft, by their names.
 
-        With experts it is less, as a pass reads those of its rows.
+        With experts a pass reads less: only the experts of its rows.
         """
         found = {"a pass reads": weights_by_format([self.target.model])}
         if (model := self.drafter_model) is not None:

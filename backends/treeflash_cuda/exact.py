@@ -496,7 +496,7 @@ def use_kernel_for_products(model: nn.Module) -> None:
     """Let a Triton kernel compute the linear layers of a loaded model; see `triton_kernels`.
 
     Raises an UnsupportedModelError if a module computes products in another way, or the kernel's
-    results differ from PyTorch's, or those of a prompt's rows from those of a tree's.
+    results differ from PyTorch's, or a row's results in a prompt from its results in a tree.
     """
     from treeflash_cuda.triton_kernels.products import linear
 

@@ -155,6 +155,13 @@ def fuse_rotation(model: nn.Module, run: Callable[[], object]) -> None:
         for module in model.modules()
         if ROTARY in names_in_forward(module) and "forward" not in vars(module)
     }
+    _replace_agreeing(layers, run)
+
+
+def _replace_agreeing(
+    layers: Mapping[nn.Module, RotatingLayer | AddingLayer], run: Callable[[], object]
+) -> None:
+    """Replace the `forward` of each module whose layer agrees with it on the tree of `run`."""
     for module, layer in layers.items():
         module.forward = layer.compare
     try:
@@ -224,7 +231,7 @@ def fuse_residuals(
         run: runs a tree through the model, on which each layer is compared with itself.
     """
     norms = [getattr(layer, "input_layernorm", None) for layer in layers[1:]]
-    found: list[AddingLayer] = []
+    found: dict[nn.Module, AddingLayer] = {}
     for layer, following in zip(layers, [*norms, last], strict=True):
         between, after = (
             getattr(x, "forward", None)
@@ -233,19 +240,8 @@ def fuse_residuals(
         parts = [getattr(layer, name, None) for name in ("input_layernorm", "self_attn", "mlp")]
         is_known = None not in parts and "forward" not in vars(layer)
         if is_known and isinstance(between, FusedNorm) and isinstance(after, FusedNorm):
-            found.append(AddingLayer(layer, after))
-    for adding in found:
-        adding.module.forward = adding.compare
-    try:
-        if found:
-            run()
-    except UnsupportedModelError:  # of a target that has no passes over trees
-        return
-    finally:
-        for adding in found:
-            del adding.module.forward
-            if adding.agrees:
-                adding.module.forward = adding
+            found[layer] = AddingLayer(layer, after)
+    _replace_agreeing(found, run)
 
 
 class AddingLayer:

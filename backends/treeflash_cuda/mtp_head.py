@@ -436,7 +436,7 @@ class ParallelDrafter(Drafter):
         rows: Sequence[NewRows],
         states: Sequence[Tensor] = (),  # of new positions
         written: NDArray[np.integer] = NO_COLUMNS,  # their columns in the slab
-        masks: int = 0,  # rows with the mask token behind those of each sequence
+        masks: int = 0,  # rows with the mask token behind the rows of each sequence
     ) -> tuple[Tensor, Tensor]:
         """Return the (n, hidden_size) outputs of all rows, or more, and their (n,) tokens.
 

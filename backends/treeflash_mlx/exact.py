@@ -9,7 +9,7 @@ two of this project's kernels for everything that they can compute, one geometry
 | --- | --- |
 | products | `products.use_everywhere`: sums in one order for any number of rows |
 | attention | `attention.BY_POSITION`: tiles of positions, along the path of each node |
-| norms, rotations, activations | MLX's own, which compute each row by itself |
+| norms, rotations, activations | MLX's kernels, which compute each row alone |
 
 The operations of a layer are checked first, in the target's sizes: a row alone, among few and among
 many rows, and a token's attention where keys that it does not see lie between its keys, as the

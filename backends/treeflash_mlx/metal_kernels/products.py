@@ -35,7 +35,7 @@ UNQUANTISED_GROUP = 64
 MANY_OUTPUTS = 4096
 """Layers with at least as many outputs fill a GPU with the largest threadgroups."""
 MAX_COLUMNS = 4
-"""Matrices of 8 rows that a threadgroup multiplies at most; more rows are further threadgroups."""
+"""Matrices of 8 rows that a threadgroup multiplies at most; other threadgroups have the rest."""
 RACED_LAYERS = 8
 """Layers that take turns in a race: the weights of one alone would stay in the GPU's cache."""
 
@@ -161,8 +161,8 @@ class Geometry(NamedTuple):
 
 
 EXACT_GEOMETRY = Geometry(2, 8)
-"""Of every product in exact mode: its sums fit beside those of another threadgroup for all numbers
-of rows."""
+"""Every product in exact mode has it: for all numbers of rows two threadgroups' sums fit into the
+memory of one."""
 
 
 def geometries(outputs: int, rows: int) -> list[Geometry]:
