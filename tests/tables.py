@@ -6,26 +6,21 @@ read, and tables of options in `docs/`. `tests/core/test_tables.py` checks that 
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Collection
 from pathlib import Path
 
 from treeflash.config import LoadConfig, Penalties, SamplingConfig
 from treeflash.option import Option, options_of
 from treeflash.serving.settings import Settings
-from treeflash.text.options import OPTIONS, describe
+from treeflash.text.options import OPTIONS
 
 ROOT = Path(__file__).parents[1]
 
 
 def typed_dict(name: str, summary: str, options: Collection[Option]) -> str:
-    """Write a class of keywords with their descriptions."""
-    described = textwrap.indent("\n".join(map(describe, options)), "    ")
+    """Write a class of keywords."""
     keys = "\n".join(f"    {one.name}: {one.annotation}".replace("'", '"') for one in options)
-    return (
-        f"class {name}(TypedDict, total=False):\n"
-        f'    """{summary}\n\n    Options:\n{described}\n    """\n\n{keys}'
-    )
+    return f'class {name}(TypedDict, total=False):\n    """{summary}"""\n\n{keys}'
 
 
 def flag(option: Option) -> str:

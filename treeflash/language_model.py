@@ -50,6 +50,7 @@ from treeflash.text.options import (
     Options,
     TextConfig,
     check_names,
+    document_options,
     lists_options,
     parse_options,
 )
@@ -346,37 +347,7 @@ class LanguageModel:
 # Written by `python -m tests.tables`, like everything between such marks.
 # begin LoadOptions
 class LoadOptions(TypedDict, total=False):
-    """Keywords of `load`.
-
-    Options:
-        device (str or None): a device of the backend, such as cuda:1, gpu or cpu.
-            Default: the fastest.
-        dtype (str): number format of the models. Default: chosen by the backend.
-        device_map (str): put the target's layers on as many GPUs as they need; needs accelerate
-            (cuda). Default: None.
-        adapter (str or Path or None): the folder of a LoRA adapter of PEFT or mlx-lm, which is
-            merged into the target; a drafter of the base model still drafts. Default: None.
-        draft_bits (int or None): quantise the drafter to N bits, 16 for not at all (mlx; cuda on a
-            GPU: 4 or 8). Default: with mlx on a GPU the bits of a quantised target, at least 4.
-        draft_window (int or None): the drafter sees only the first 4 and the last N tokens.
-            Default: all; mlx: 4096.
-        kv_bits (int or None): quantise the KV cache to N bits (mlx: 4 or 8; cuda: 8).
-            Default: None.
-        images (bool): load the target's vision tower, if it has one that the backend supports;
-            without it, prompts with images are refused. Default: True.
-        exact (bool or None): make the target's logits bitwise equal for every method, budget, batch
-            and prompt chunk (cuda and mlx); an error where that does not hold. None does so with
-            cuda in half precision on a CPU where it holds. Default: None.
-        cuda_graphs (bool): replay trees and drafts as CUDA graphs (cuda). Default: True.
-        wired (bool): keep the models and 5 GiB more in memory while the process runs, whatever
-            other programs need (mlx on a Mac). Default: False.
-        force (bool): load models that take more memory than macOS recommends for the GPU (mlx on a
-            Mac). Default: False.
-        compile (bool): compile the target's layers with torch.compile, which takes minutes (cuda).
-            Default: False.
-        threads (int or None): threads of the process's operations on a CPU (cuda).
-            Default: one for each processor that other programs leave free.
-    """
+    """Keywords of `load`."""
 
     device: str | None
     dtype: str | None
@@ -395,6 +366,8 @@ class LoadOptions(TypedDict, total=False):
 
 
 # end LoadOptions
+
+document_options(LoadOptions, options_of(LoadConfig).values())
 
 
 @lists_options(options_of(LoadConfig).values())

@@ -134,59 +134,7 @@ class TextConfig:
 # Written by `python -m tests.tables`, like everything between such marks.
 # begin Options
 class Options(TypedDict, total=False):
-    """Keywords of `generate`, `stream` and `generate_many`.
-
-    Options:
-        method (str): `ar` decodes without drafting; `dflash` drafts a chain and `ddtree` a tree of
-            the drafter's marginals; `treeflash-chain` and `treeflash` draft with its AR head;
-            `suffix` needs no drafter and copies what followed the last tokens earlier in the text.
-            Default: the best that the drafter supports; suffix if none is known.
-        budget (int or "auto"): nodes of a draft tree with its root, at most 1024; auto chooses the
-            fastest size. Default: "auto".
-        top_m (int): previous-token candidates per depth. Default: 16.
-        top_k_children (int): children per previous token. Default: 16.
-        head_vocab (int or None): number of most probable tokens that the AR head scores; None is
-            the whole vocabulary. Default: 1024.
-        head_rows (int or None or "auto"): number of most probable previous tokens that the AR head
-            conditions on; None is all, auto follows the budget. Default: "auto".
-        suffix (bool): whether trees also copy what followed the last tokens earlier in the text.
-            Default: True.
-        draft_depths (int or None): depths to draft at most, None for all; each costs MTP and
-            EAGLE-3 heads a pass. Default: None.
-        draft_temperature (float): temperature of the drafter, which adapts to each text; it shapes
-            the trees, never the text. Default: 1.0.
-        calibration (bool): whether trees adapt to how sharp the drafter's distributions proved to
-            be in the text so far; False builds them as published. Default: True.
-        max_tokens (int): maximum number of new tokens. Default: 256.
-        stop_token_ids (Collection[int]): tokens that end the text; the generated one is a part of
-            it. Default: the end tokens of the target.
-        temperature (float): sampling temperature; 0 is greedy. Default: 0.0.
-        top_k (int): sample from the K most probable tokens; 0 for all. Default: 0.
-        top_p (float): sample from the most probable tokens whose probabilities add up to P.
-            Default: 1.0.
-        min_p (float): drop tokens less probable than P times the most probable one. Default: 0.0.
-        seed (int): random seed for sampling. Default: 0.
-        repetition_penalty (float): above 1, tokens of the prompt and of the text become less
-            probable. Default: 1.0.
-        presence_penalty (float): subtracted from the logits of tokens in the text. Default: 0.0.
-        frequency_penalty (float): subtracted from a token's logit for each time that it is in the
-            text. Default: 0.0.
-        logit_bias (Mapping[int, float]): numbers to add to logits, by token id. Default: none.
-        log_probs (int or None): report the log probability of each token and of the N most probable
-            tokens. Default: None.
-        json_schema (Mapping[str, Any] or bool): write JSON that conforms to this JSON schema.
-            Default: None.
-        regex (str): write a text that matches this regular expression. Default: None.
-        grammar (str): write a text of this grammar, in the Lark format of llguidance or in
-            llama.cpp's GBNF. Default: None.
-        stop (str or Sequence[str]): stop before the first of these strings. Default: none.
-        system (str or None): system message. Default: None.
-        raw (bool): send the prompt as plain text, without the chat template. Default: False.
-        max_images (int): images of a prompt at most. Default: 16.
-        template_args (Mapping[str, Any] or None): extra variables for the chat template;
-            `enable_thinking` is by default as in the drafter's training, False for all but few
-            drafters. Default: None.
-    """
+    """Keywords of `generate`, `stream` and `generate_many`."""
 
     method: Method
     budget: Budget
@@ -225,6 +173,23 @@ class Options(TypedDict, total=False):
 
 OPTIONS = options_of(TextConfig)
 """The options by name, in the order of `Options`."""
+
+
+def describe(option: Option) -> str:
+    """Describe an option in lines of a docstring: its name, type, meaning and default."""
+    text = f"{option.name} ({option.type_name}): {option.doc or option.help}. "
+    default = f"Default: {option.default_text}.".replace(" ", "\0")  # stays on one line
+    lines = textwrap.wrap(text + default, 96, initial_indent=" " * 4, subsequent_indent=" " * 8)
+    return "\n".join(lines).replace("\0", " ")
+
+
+def document_options(documented: Any, options: Collection[Option]) -> None:
+    """Add the descriptions of options to the docstring of a function or a class."""
+    text = "\n".join(["Options:", *map(describe, options)])
+    documented.__doc__ = f"{inspect.cleandoc(documented.__doc__ or '')}\n\n{text}\n"
+
+
+document_options(Options, OPTIONS.values())
 
 
 def parse_options(options: Options) -> TextConfig:
@@ -269,8 +234,7 @@ def lists_options(options: Collection[Option]) -> Callable[[Function], Function]
     """Return a decorator that adds options to the docstring and the signature of a function."""
 
     def decorate(function: Function) -> Function:
-        text = "\n".join(["Options:", *map(describe, options)])
-        function.__doc__ = f"{inspect.cleandoc(str(function.__doc__))}\n\n{text}\n"
+        document_options(function, options)
         signature = inspect.signature(function)
         named = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
         named += [
@@ -286,11 +250,3 @@ def lists_options(options: Collection[Option]) -> Callable[[Function], Function]
         return function
 
     return decorate
-
-
-def describe(option: Option) -> str:
-    """Describe an option in lines of a docstring: its name, type, meaning and default."""
-    text = f"{option.name} ({option.type_name}): {option.doc or option.help}. "
-    default = f"Default: {option.default_text}.".replace(" ", "\0")  # stays on one line
-    lines = textwrap.wrap(text + default, 96, initial_indent=" " * 4, subsequent_indent=" " * 8)
-    return "\n".join(lines).replace("\0", " ")
