@@ -122,18 +122,18 @@ class Option:
         least, most = self.request_limits
         return f"between {least} and {most}"
 
-    def check(self, value: object) -> None:
-        """Raise a ConfigError unless the value is accepted."""
+    def check(self, value: object, name: str) -> None:
+        """Raise a ConfigError, in which the option has this name, unless the value is accepted."""
         if self.accepts(value) if self.accepts else self._fits(value):
             return
         if self.choices and self.rule is None:
             known = ", ".join(self.choices)
-            raise ConfigError(f"unknown {self.name} {value!r}; choose one of {known}")
+            raise ConfigError(f"unknown {name} {value!r}; choose one of {known}")
         rule = self.rule or self._limits()
         is_fraction = isinstance(value, Real) and not isinstance(value, Integral)
         if "or more" in rule and is_fraction and float not in self.kinds:
             rule = f"a whole number, {rule}"
-        raise ConfigError(f"{self.name} must be {rule}, got {value!r}")
+        raise ConfigError(f"{name} must be {rule}, got {value!r}")
 
     def _fits(self, value: object) -> bool:
         """Return whether the type and the limits accept the value."""
@@ -192,11 +192,14 @@ def options_of(config: type) -> Mapping[str, Option]:
     return options
 
 
-def check(config: Any) -> None:
-    """Raise a ConfigError for the first option of a configuration whose value is not accepted."""
-    for one in options_of(config.__class__).values():
+def check(config: Any, spell: Callable[[str], str] = str) -> None:
+    """Raise a ConfigError for the first option of a configuration whose value is not accepted.
+
+    `spell` writes the name of an option as its users know it.
+    """
+    for name, one in options_of(config.__class__).items():
         if one.owner is type(config):
-            one.check(getattr(config, one.field))
+            one.check(getattr(config, one.field), spell(name))
 
 
 def is_whole(value: object, least: int | None = None) -> bool:

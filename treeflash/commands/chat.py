@@ -398,7 +398,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line, load the models, and talk until the user ends the input."""
     args = make_parser().parse(argv)
     for one in DISK_OPTIONS:
-        one.check(getattr(args, one.name))
+        one.check(getattr(args, one.name), one.name)
     options: Options = {"max_tokens": MAX_TOKENS, **cli.decode_options(args)}
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise ConfigError("chat needs a terminal; pipe prompts into `treeflash generate`")

@@ -12,7 +12,7 @@ from typing import Any
 
 from treeflash.drafters.formats import HEADS, drafter_config
 from treeflash.errors import ConfigError
-from treeflash.option import option, options_of
+from treeflash.option import check, option
 
 HEAD_NAMES = (*(h.training_name for h in HEADS.values() if h.training_name), "none")
 LOSSES = ("kl", "ce", "tv", "lk")
@@ -32,12 +32,9 @@ SHAPE = {
 """Options that define the shape of a new drafter, and their names in `DrafterConfig`."""
 
 
-def check_minimums(config: Any) -> None:
-    """Raise a ConfigError for an option below its minimum."""
-    for name, one in options_of(config.__class__).items():
-        value = getattr(config, name)
-        if None not in (value, one.minimum) and value < one.minimum:
-            raise ConfigError(f"{_flag(name)} must be {one.minimum} or more")
+def spelled(name: str) -> str:
+    """Write the name of an option as on the command line."""
+    return name.replace("_", "-")
 
 
 def given_options(args: argparse.Namespace, config: type) -> dict[str, Any]:
@@ -86,6 +83,8 @@ class TrainConfig:
         None,
         "target layers whose outputs the drafter reads; by default as many as it has layers, the "
         "last of them just below the copied layers",
+        accepts=lambda ids: min(ids or (0,)) >= 0,
+        rule="0 or more",
         metavar="ID",
     )
     mask_token_id: int | None = option(
@@ -107,11 +106,14 @@ class TrainConfig:
         "exponential weights depth d by exp(-(d - 1) / gamma); prefix-product, by how much the "
         "accepted length depends on it",
     )
-    gamma: float = option(7.0, "decay of the exponential weights, in tokens")
+    gamma: float = option(7.0, "decay of the exponential weights, in tokens", above=0)
     on_policy: float = option(
         0.0,
         "share of the blocks that the drafter drafts itself and the target scores, rounded up to a "
         "multiple of 8 blocks",
+        0,
+        maximum=1,
+        rule="from 0 to 1",
     )
     top_tokens: int = option(
         32,
@@ -130,6 +132,7 @@ class TrainConfig:
         None,
         "stop after this many minutes even if steps remain; the learning rate then decays over "
         "time",
+        above=0,
         shown="no limit",
     )
     patience: int | None = option(
@@ -144,11 +147,16 @@ class TrainConfig:
     accumulation: int = option(1, "forward passes per step", 1)
     max_length: int = option(3072, "truncate longer sequences", 4)
     learning_rate: float = option(
-        6e-4, "peak learning rate, after warm-up; a cosine decays it to 0"
+        6e-4, "peak learning rate, after warm-up; a cosine decays it to 0", above=0
     )
-    warmup: float = option(0.04, "fraction of the steps used for warm-up")
+    warmup: float = option(
+        0.04,
+        "fraction of the steps used for warm-up",
+        accepts=lambda share: 0 <= share < 1,
+        rule="at least 0 and below 1",
+    )
     weight_decay: float = option(0.01, "weight decay of AdamW", 0)
-    clip: float = option(1.0, "maximum gradient norm")
+    clip: float = option(1.0, "maximum gradient norm", above=0)
     seed: int = option(0, "random seed", 0)
     validation_sequences: int = option(32, "responses held out for validation", 0)
     validate_every: int = option(200, "steps between validations", 1)
@@ -160,13 +168,11 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
-        check_minimums(self)
-        if min(self.target_layer_ids or (0,)) < 0:
-            raise ConfigError("target-layer-ids must be 0 or more")
         for item in fields(self):
             value = getattr(self, item.name)
             if isinstance(value, float) and not math.isfinite(value):
-                raise ConfigError(f"{_flag(item.name)} must be a finite number")
+                raise ConfigError(f"{spelled(item.name)} must be a finite number")
+        check(self, spelled)
         if self.seed > MAX_SEED:
             raise ConfigError(f"seed must be below {MAX_SEED + 1}")
         if not self.marginal_weight + self.corrected_weight:
@@ -174,16 +180,9 @@ class TrainConfig:
         for name, known in (("head", HEAD_NAMES), ("position_weights", POSITION_WEIGHTS)):
             if (value := getattr(self, name)) not in known:
                 raise ConfigError(
-                    f"unknown {_flag(name)} {value!r}; choose one of {', '.join(known)}"
+                    f"unknown {spelled(name)} {value!r}; choose one of {', '.join(known)}"
                 )
         parse_loss(self.loss)
-        for name in ("gamma", "learning_rate", "clip", "minutes"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise ConfigError(f"{_flag(name)} must be above 0")
-        if not 0 <= self.on_policy <= 1:
-            raise ConfigError("on-policy must be from 0 to 1")
-        if not 0 <= self.warmup < 1:
-            raise ConfigError("warmup must be at least 0 and below 1")
         if self.patience is not None and not self.validation_sequences:
             raise ConfigError("patience needs validation-sequences")
         if self.freeze_layers and (self.freeze_backbone or self.init in NEW_DRAFTERS):
@@ -233,7 +232,7 @@ def make_train_config(options: Mapping[str, Any]) -> TrainConfig:
                 continue  # the missing layers are appended
             if name in options and value != existing:
                 raise ConfigError(
-                    f"the drafter in {config.init} has {_flag(name)} {existing}, not {value}; "
+                    f"the drafter in {config.init} has {spelled(name)} {existing}, not {value}; "
                     "leave it out"
                 )
         if drafter.head is not None and "head" not in options:
@@ -244,7 +243,3 @@ def make_train_config(options: Mapping[str, Any]) -> TrainConfig:
 def trained_head_name(head: str | None) -> str:
     """Return the name in `TrainConfig.head` of a head in a drafter's folder."""
     return "none" if head is None else HEADS[head].training_name or head
-
-
-def _flag(name: str) -> str:
-    return name.replace("_", "-")

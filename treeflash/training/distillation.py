@@ -22,11 +22,11 @@ from treeflash.decoding.interfaces import Backend
 from treeflash.errors import ConfigError, PromptError
 from treeflash.hub.published import family_name, model_name
 from treeflash.language_model import LanguageModel
-from treeflash.option import option
+from treeflash.option import check, option
 from treeflash.text.output_file import OutputFile, Record, has_fields
 from treeflash.text.prompt import Row, check_messages, encode_chat, read_json_lines
 from treeflash.text.tokenizer import Tokenizer
-from treeflash.training.config import check_minimums
+from treeflash.training.config import spelled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +143,7 @@ class DistillConfig:
     seed: int = option(0, "random seed for mixing and sampling; prompt n uses seed + n")
 
     def __post_init__(self) -> None:
-        check_minimums(self)
+        check(self, spelled)
         if not self.temperature:
             raise ConfigError("temperature must have at least one value")
         for temperature in self.temperature:
