@@ -24,6 +24,7 @@ from tests.helpers.image_models import (
 from tests.helpers.parts import load_with_parts
 from treeflash.config import DecodeConfig, LoadConfig, SamplingConfig
 from treeflash.decoding import Request, Scheduler, SchedulerConfig, families, iteration
+from treeflash.decoding.adaptive_budget import AdaptiveBudgets
 from treeflash.decoding.backend_base import BaseState
 from treeflash.decoding.disk_cache import DiskCache
 from treeflash.decoding.families import FAMILIES, Family, ImageFamily
@@ -33,6 +34,7 @@ from treeflash.decoding.interfaces import ImageProcessor
 from treeflash.decoding.prefix_cache import PrefixCache
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
+from treeflash.decoding.verify_costs import SIZES, VerifyCosts
 from treeflash.errors import PromptError
 from treeflash.testing.models import edit_config, write_dialect
 
@@ -84,11 +86,17 @@ class Pair:
     def decode(self, prompts, size=1000, cache=None, method="suffix", tokens=TOKENS, **sampling):
         """The tokens after prompts, decoded together in chunks of a size."""
         config = SchedulerConfig(prefill_chunk=size, lone_prefill_chunk=size)
-        scheduler = Scheduler(self.backend, config, prefix_cache=cache)
+        scheduler = steady_scheduler(self.backend, config, cache)
         texts = {request(prompt, method, tokens, **sampling): [] for prompt in prompts}
         for one, step in scheduler.decode(texts):
             texts[one] += step.tokens
         return list(texts.values())
+
+
+def steady_scheduler(backend, config=None, cache=None):
+    """A scheduler that need not time forward passes for its adaptive budget."""
+    budgets = AdaptiveBudgets(VerifyCosts({size: 1 + 0.01 * size for size in SIZES}))
+    return Scheduler(backend, config, budgets=budgets, prefix_cache=cache)
 
 
 def request(prompt, method="suffix", tokens=TOKENS, **sampling):
@@ -148,7 +156,7 @@ def test_text_after_a_hit_of_the_prefix_cache(family, pairs, monkeypatch):
     without = [*same[0]], None  # placeholders as text
     shared = []
     for prompt in (same, other, without):
-        scheduler = Scheduler(pair.backend, prefix_cache=cache)
+        scheduler = steady_scheduler(pair.backend, cache=cache)
         steps = [step for _, step in scheduler.decode([request(prompt)])]
         text = [token for step in steps for token in step.tokens]
         if prompt[1] is not None:
@@ -165,9 +173,8 @@ def restarted(pair, folder, prompts):
     disk = DiskCache(folder, 1 << 30, b"pair", block=4)
     cache, answers = PrefixCache(1 << 30, disk), []
     for prompt in prompts:
-        steps = [
-            x for _, x in Scheduler(pair.backend, prefix_cache=cache).decode([request(prompt)])
-        ]
+        scheduler = steady_scheduler(pair.backend, cache=cache)
+        steps = [step for _, step in scheduler.decode([request(prompt)])]
         answers.append(([t for step in steps for t in step.tokens], steps[0].disk_tokens))
     cache.close()
     return answers
@@ -198,7 +205,7 @@ def test_forks_between_images_and_of_groups(pair, monkeypatch):
     one = pair.encode("<image>ef<image>gh", [picture(1), picture(2)])
     two = pair.encode("<image>ef<image>gh", [picture(1), picture(6)])
     assert pair.decode([one], 5, cache) == [pair.reference(one)]
-    scheduler = Scheduler(pair.backend, prefix_cache=cache)
+    scheduler = steady_scheduler(pair.backend, cache=cache)
     group = [request(two, temperature=1.0, seed=seed) for seed in (1, 2, 3)]
     texts = {one: [] for one in scheduler.submit_group(group)}
     cached = {one: [] for one in group}
@@ -229,7 +236,8 @@ def test_others_go_on_when_an_image_fails_or_its_prompt_is_cancelled(pair, monke
         return encode(tower, image)
 
     monkeypatch.setattr(cuda_images.VisionTower, "encode", failing)
-    scheduler = Scheduler(pair.backend, SchedulerConfig(prefill_chunk=5, lone_prefill_chunk=5))
+    config = SchedulerConfig(prefill_chunk=5, lone_prefill_chunk=5)
+    scheduler = steady_scheduler(pair.backend, config)
     texts = {scheduler.submit(request(prompt)): [] for prompt in pair.prompts}
     scheduler.step()
     cancelled, errors = scheduler.submit(request(pair.prompts[1])), []
@@ -379,7 +387,9 @@ def test_without_images_there_is_no_tower_and_text_is_the_same(family, pairs, mo
     tower = sum(x.nbytes for x in pair.backend.target.tower.parameters)
     assert pair.backend.weights_bytes == text.weights_bytes + tower
     prompt = pair.encode("abcdabcd")
-    tokens = [t for _, step in Scheduler(text).decode([request(prompt)]) for t in step.tokens]
+    tokens = [
+        t for _, step in steady_scheduler(text).decode([request(prompt)]) for t in step.tokens
+    ]
     assert tokens == pair.reference(prompt)
     with pytest.raises(PromptError, match="takes no images: it was loaded without its vision"):
         Scheduler(text).submit(request(pair.prompts[0]))
@@ -390,7 +400,9 @@ def test_a_folder_without_a_processor_is_a_text_model(pairs):
     text = load(pair.folder, None, CPU)
     assert text.images.startswith("its folder has no usable processor")
     prompt = pair.encode("abcdabcd")
-    tokens = [t for _, step in Scheduler(text).decode([request(prompt)]) for t in step.tokens]
+    tokens = [
+        t for _, step in steady_scheduler(text).decode([request(prompt)]) for t in step.tokens
+    ]
     assert tokens == pair.reference(prompt)
 
 
