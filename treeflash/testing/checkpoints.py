@@ -431,7 +431,7 @@ class ErrorTests:
         for method in DRAFTING[:4]:  # `suffix` drafts without it where it can copy
             # NumPy warns where an infinity becomes NaN.
             with np.errstate(invalid="ignore"), pytest.raises(NumericalError, match=message):
-                generate(backend, [1, 2, 3], DecodeConfig(method=method, max_tokens=4))
+                generate(backend, [1, 2, 3], DecodeConfig(method=method, budget=8, max_tokens=4))
 
     def test_prompts_that_cannot_be_decoded(self, pair: PairMaker) -> None:
         backend = pair(target={"max_positions": 32}).tested
@@ -461,4 +461,4 @@ def edit_tensors(folder: Path, edit: Callable[[Tensors], object]) -> None:
 
 def decode_something(load: Loader, target: Path, drafter: Path, method: Method = "ar") -> None:
     backend = load(target, drafter, LOAD)
-    generate(backend, [1, 2, 3], DecodeConfig(method=method, max_tokens=4))
+    generate(backend, [1, 2, 3], DecodeConfig(method=method, budget=8, max_tokens=4))
