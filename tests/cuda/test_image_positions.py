@@ -13,6 +13,7 @@ from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5Model
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
 
 from treeflash.decoding.images import rotary_positions
+from treeflash.testing.pairs import EXAMPLES, repeated
 
 MODELS = {
     Qwen2VLModel: Qwen2VLConfig,
@@ -33,7 +34,7 @@ def model(request):
     return model
 
 
-@settings(max_examples=25)
+@settings(repeated, max_examples=EXAMPLES or 25)
 @given(
     st.lists(
         st.tuples(st.integers(1, 3), st.integers(1, 7), st.integers(1, 7)), min_size=1, max_size=3

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from treeflash.decoding.hybrid import depth_first, most_kept
 from treeflash.decoding.tree import DraftTree
 from treeflash.testing import require
+from treeflash.testing.pairs import EXAMPLES, repeated
 
 require("mlx.core")
 require("mlx_lm")
@@ -88,7 +89,7 @@ def test_states_in_half_precision_are_rounded_after_every_node(metal, rng):
     assert mx.array_equal(replayed, after)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(repeated, max_examples=EXAMPLES or 100)
 @given(st.lists(st.integers(0, 2**16), max_size=60))
 def test_a_walk_finds_the_state_of_every_parent(numbers):
     parents = [-1, *(number % (i + 1) for i, number in enumerate(numbers))]
