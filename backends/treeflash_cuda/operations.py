@@ -290,6 +290,8 @@ def checked(
     chosen: dict[str, Any] = {}
     reasons = {}
     for name, compute in CHECKS.items():
+        if not kernels.has_kernel(name):
+            continue
         if name in ("tree_recurrence", "commit_recurrence") and not shapes.recurrent:
             continue
         if name == "grouped_linear" and not shapes.experts:

@@ -1,7 +1,6 @@
 """The sampling kernel, run by Triton's interpreter, and its definition, against the core's."""
 
 import importlib.util
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ require("triton")
 import torch
 import triton_interpreter  # noqa: F401 - repairs it
 from treeflash_cuda import operations
-from treeflash_cuda.operations import CHECKS, Operations, Shapes, checked
+from treeflash_cuda.operations import Operations, Shapes, checked
 from treeflash_cuda.sampling import Logits, sample
 from treeflash_cuda.triton_kernels import sampling
 
@@ -172,9 +171,8 @@ def test_a_faulty_kernel_fails_the_check_at_load(right, wrong, tmp_path, monkeyp
     spec = importlib.util.spec_from_file_location("faulty", path)
     broken = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(broken)
-    monkeypatch.setattr(operations, "CHECKS", {"sample_rows": CHECKS["sample_rows"]})
     monkeypatch.setattr(operations, "SAMPLES", 3)
-    kernels = replace(Operations(), sample_rows=broken.sample_rows)
+    kernels = Operations(sample_rows=broken.sample_rows)
     shapes = Shapes(heads=2, kv_heads=1, head_dim=16, hidden_size=24)
     found = checked(kernels, shapes, torch.device("cpu"), torch.float32)
     assert not found.has_kernel("sample_rows")

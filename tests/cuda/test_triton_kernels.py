@@ -18,7 +18,7 @@ import torch.nn.functional as F
 import triton_interpreter  # noqa: F401 - repairs it
 from attention_cases import Case, alone, attention_case, expected_attention
 from treeflash_cuda import operations
-from treeflash_cuda.operations import CHECKS, TOLERANCES, Operations, RandomInputs, Shapes, checked
+from treeflash_cuda.operations import TOLERANCES, Operations, RandomInputs, Shapes, checked
 from treeflash_cuda.quantised_weights import BITS, GROUP, quantise_weight
 from treeflash_cuda.recurrence import TreeNodes, plan_nodes
 from treeflash_cuda.triton_kernels import (
@@ -252,12 +252,11 @@ FAULTS = {
 
 
 @pytest.mark.parametrize(("right", "wrong"), FAULTS.values(), ids=FAULTS)
-def test_a_faulty_attention_fails_the_check_at_load(right, wrong, tmp_path, monkeypatch):
+def test_a_faulty_attention_fails_the_check_at_load(right, wrong, tmp_path):
     broken = faulty(attention, tmp_path, right, wrong)
     heads = 2 if wrong.endswith("0 * kv_head") else 1
     shapes = Shapes(heads=2, kv_heads=heads, head_dim=16, hidden_size=8, softcap=1.0, sinks=True)
-    monkeypatch.setattr(operations, "CHECKS", {"tree_attention": CHECKS["tree_attention"]})
-    kernels = replace(KERNELS, tree_attention=broken.tree_attention)
+    kernels = Operations(tree_attention=broken.tree_attention)
     found = checked(kernels, shapes, CPU, torch.float16)
     assert found.tree_attention is operations.tree_attention
     (line,) = found.fallbacks
@@ -272,14 +271,12 @@ LAYER_FAULTS = {
 
 
 @pytest.mark.parametrize("name", LAYER_FAULTS)
-def test_a_faulty_kernel_falls_back_alone(name, tmp_path, monkeypatch):
+def test_a_faulty_kernel_falls_back_alone(name, tmp_path):
     broken = faulty(layers, tmp_path, *LAYER_FAULTS[name])
-    checks = {key: CHECKS[key] for key in LAYER_FAULTS}
-    monkeypatch.setattr(operations, "CHECKS", checks)
-    kernels = replace(KERNELS, **{key: getattr(broken, key) for key in checks})
+    kernels = Operations(**{key: getattr(broken, key) for key in LAYER_FAULTS})
     found = checked(kernels, SMALL, CPU, torch.float32)
     assert getattr(found, name) is getattr(operations, name)
-    assert all(getattr(found, key) is getattr(broken, key) for key in checks if key != name)
+    assert all(getattr(found, key) is getattr(broken, key) for key in LAYER_FAULTS if key != name)
     assert len(found.fallbacks) == 1
 
 
@@ -291,10 +288,9 @@ MOVE_FAULTS = {
 
 
 @pytest.mark.parametrize(("right", "wrong"), MOVE_FAULTS.values(), ids=MOVE_FAULTS)
-def test_a_faulty_move_falls_back(right, wrong, tmp_path, monkeypatch):
+def test_a_faulty_move_falls_back(right, wrong, tmp_path):
     broken = faulty(moves, tmp_path, right, wrong)
-    monkeypatch.setattr(operations, "CHECKS", {"move_columns": CHECKS["move_columns"]})
-    kernels = replace(KERNELS, move_columns=broken.move_columns)
+    kernels = Operations(move_columns=broken.move_columns)
     found = checked(kernels, SMALL, CPU, torch.float32)
     assert found.move_columns is operations.move_columns
 
@@ -325,19 +321,17 @@ QUANTISED_FAULTS = {
 
 
 @pytest.mark.parametrize(("right", "wrong"), QUANTISED_FAULTS.values(), ids=QUANTISED_FAULTS)
-def test_a_faulty_product_of_quantised_weights_falls_back(right, wrong, tmp_path, monkeypatch):
+def test_a_faulty_product_of_quantised_weights_falls_back(right, wrong, tmp_path):
     broken = faulty(products, tmp_path, right, wrong)
-    monkeypatch.setattr(operations, "CHECKS", {"quantised_linear": CHECKS["quantised_linear"]})
-    kernels = replace(KERNELS, quantised_linear=broken.quantised_linear)
+    kernels = Operations(quantised_linear=broken.quantised_linear)
     found = checked(kernels, replace(SMALL, draft_bits=(4,)), CPU, torch.float32)
     assert found.quantised_linear is operations.quantised_linear
 
 
 @pytest.mark.parametrize(("right", "wrong"), EXPERT_FAULTS.values(), ids=EXPERT_FAULTS)
-def test_a_faulty_product_of_experts_falls_back(right, wrong, tmp_path, monkeypatch):
+def test_a_faulty_product_of_experts_falls_back(right, wrong, tmp_path):
     broken = faulty(experts, tmp_path, right, wrong)
-    monkeypatch.setattr(operations, "CHECKS", {"grouped_linear": CHECKS["grouped_linear"]})
-    kernels = replace(KERNELS, grouped_linear=broken.grouped_linear)
+    kernels = Operations(grouped_linear=broken.grouped_linear)
     found = checked(kernels, replace(SMALL, experts=True), CPU, torch.float32)
     assert found.grouped_linear is operations.grouped_linear
 
@@ -404,11 +398,11 @@ RECURRENCE_FAULTS = {
 
 
 @pytest.mark.parametrize(("right", "wrong"), RECURRENCE_FAULTS.values(), ids=RECURRENCE_FAULTS)
-def test_a_faulty_recurrence_falls_back(right, wrong, tmp_path, monkeypatch):
+def test_a_faulty_recurrence_falls_back(right, wrong, tmp_path):
     broken = faulty(recurrence, tmp_path, right, wrong)
-    names = "tree_recurrence", "commit_recurrence"
-    monkeypatch.setattr(operations, "CHECKS", {name: CHECKS[name] for name in names})
-    kernels = replace(KERNELS, **{name: getattr(broken, name) for name in names})
+    kernels = Operations(
+        tree_recurrence=broken.tree_recurrence, commit_recurrence=broken.commit_recurrence
+    )
     found = checked(kernels, replace(SMALL, recurrent=((2, 8, 6, False),)), CPU, torch.float32)
     assert found.reasons
     assert all("differ by" in reason for reason in found.reasons.values())
@@ -421,12 +415,11 @@ def test_a_walk_that_rounds_otherwise_than_a_commit_is_noticed(tmp_path):
     assert not recurrence_is_row_independent(broken)
 
 
-def test_a_kernel_that_cannot_be_compiled_falls_back_with_its_error(monkeypatch):
+def test_a_kernel_that_cannot_be_compiled_falls_back_with_its_error():
     def broken(*_, **__):
         raise RuntimeError("ptxas is missing\nTraceback")
 
-    monkeypatch.setattr(operations, "CHECKS", {"gated": CHECKS["gated"]})
-    found = checked(replace(KERNELS, gated=broken), SMALL, CPU, torch.float32)
+    found = checked(Operations(gated=broken), SMALL, CPU, torch.float32)
     assert found.gated is operations.gated
     assert found.fallbacks == ("gated runs in PyTorch: ptxas is missing",)
 
