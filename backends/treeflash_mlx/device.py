@@ -112,9 +112,9 @@ def warn_of_size(weights: int) -> None:
         )
 
 
-def warn_of_tf32() -> None:
+def warn_of_tf32(may_be_on: bool = TF32_MAY_BE_ON) -> None:
     """Warn if a GPU may round float32 products to TF32."""
-    if TF32_MAY_BE_ON:
+    if may_be_on:
         warnings.warn(
             "MLX was imported before treeflash_mlx and may compute in TF32, where drafting can "
             "change tokens; set MLX_ENABLE_TF32=0 in the environment",

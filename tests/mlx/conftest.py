@@ -20,6 +20,18 @@ SHAPE = {
 }
 
 
+@pytest.fixture
+def see_device(monkeypatch):
+    """Let code see MLX on a device (`mx.cpu`, `mx.gpu`) from now on; arrays stay on the CPU."""
+    import mlx.core as mx
+
+    def see(kind):
+        monkeypatch.setattr(mx.metal, "is_available", lambda: kind == mx.gpu)
+        monkeypatch.setattr(mx, "default_device", lambda: mx.Device(kind))
+
+    return see
+
+
 @pytest.fixture(scope="session")
 def families():
     """The script `families.py` as a module: it writes random models of any type of mlx-lm."""

@@ -105,7 +105,9 @@ def run_in_thread(function):
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-def test_the_heads_of_a_group_are_rows_where_mlx_has_no_fused_kernel(rng, monkeypatch, batch):
+def test_the_heads_of_a_group_are_rows_where_mlx_has_no_fused_kernel(
+    rng, see_device, monkeypatch, batch
+):
     """Wide heads and many rows; the keys of a group are then read once."""
     tree = DraftTree.from_parents(np.zeros(9, np.int32), (np.arange(9, dtype=np.int32) - 1) // 2)
     tree_pass = TreePass.build([tree] * batch, [6] * batch, 99)
@@ -122,7 +124,7 @@ def test_the_heads_of_a_group_are_rows_where_mlx_has_no_fused_kernel(rng, monkey
 
     monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", record)
     assert attend(tree_pass, q, k, v, None, 0.1, mask) is NotImplemented  # on a CPU
-    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    see_device(mx.gpu)
     assert mx.allclose(attend(tree_pass, q, k, v, None, 0.1, mask), expected, atol=1e-5)
     assert calls == [(batch, 2, 27, 160)]
     for part in (q[:, :, :8], q[:, :2], q[..., :128]):  # few rows, no groups, narrow heads

@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import chain, repeat
 
 import pytest
 
@@ -117,9 +118,8 @@ def test_experts_in_half_precision_on_a_cpu_are_refused_in_one_line(families, tm
 
 
 @pytest.mark.parametrize("late", [False, True])
-def test_tf32_that_may_be_on_is_one_warning(monkeypatch, recwarn, late):
-    monkeypatch.setattr(device, "TF32_MAY_BE_ON", late)
-    device.warn_of_tf32()
+def test_tf32_that_may_be_on_is_one_warning(recwarn, late):
+    device.warn_of_tf32(late)
     messages = [str(warning.message) for warning in recwarn]
     assert len(messages) == late
     assert all("MLX_ENABLE_TF32=0" in message and "\n" not in message for message in messages)
@@ -141,28 +141,46 @@ def test_tf32_may_be_on_if_mlx_was_imported_first(before, set_by_user, late):
     assert run.stdout.strip() == str(late)
 
 
+class Mac:
+    """A Mac with a GPU, of which MLX may use 10 GiB.
+
+    Attributes:
+        info: what MLX tells about it.
+        outputs: of commands, by their last argument.
+        limits: that were set.
+    """
+
+    def __init__(self):
+        self.info = {
+            "device_name": "Apple M4",
+            "architecture": "applegpu_g17p",
+            "memory_size": 16 << 30,
+        }
+        self.recommend(10 << 30)
+        self.outputs = {}
+        self.limits = []
+
+    def recommend(self, nbytes):
+        self.info["max_recommended_working_set_size"] = nbytes
+
+
 @pytest.fixture
-def mac(monkeypatch):
-    """A Mac with a GPU, of which MLX may use 10 GiB; notes the limits that are set."""
-    limits = []
-    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
-    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
-    info = {
-        "device_name": "Apple M4",
-        "architecture": "applegpu_g17p",
-        "max_recommended_working_set_size": 10 << 30,
-    }
-    monkeypatch.setattr(mx, "device_info", lambda: info | {"memory_size": 16 << 30})
-    monkeypatch.setattr(mx, "set_cache_limit", lambda n: limits.append(("cache", n)))
-    monkeypatch.setattr(mx, "set_wired_limit", lambda n: limits.append(("wired", n)) or 7)
-    return limits
+def mac(see_device, monkeypatch):
+    """The machine is a `Mac`."""
+    mac = Mac()
+    see_device(mx.gpu)
+    monkeypatch.setattr(mx, "device_info", lambda: mac.info)
+    monkeypatch.setattr(mx, "set_cache_limit", lambda n: mac.limits.append(("cache", n)))
+    monkeypatch.setattr(mx, "set_wired_limit", lambda n: mac.limits.append(("wired", n)) or 7)
+    monkeypatch.setattr(device, "_output", lambda command: mac.outputs.get(command[-1], ""))
+    return mac
 
 
 @pytest.mark.parametrize(("available", "kept"), [(10 << 30, 640 << 20), (64 << 30, 1 << 30)])
-def test_freed_memory_is_limited_by_the_size_of_the_gpu(mac, monkeypatch, available, kept):
-    monkeypatch.setattr(device, "available_bytes", lambda: available)
+def test_freed_memory_is_limited_by_the_size_of_the_gpu(mac, available, kept):
+    mac.recommend(available)
     device.limit_cache()
-    assert mac == [("cache", kept)]
+    assert mac.limits == [("cache", kept)]
 
 
 def test_the_limit_comes_before_the_models(pair, monkeypatch):
@@ -180,12 +198,12 @@ def test_memory_is_wired_and_given_back_at_exit(mac, monkeypatch):
     at_exit = []
     monkeypatch.setattr(device.atexit, "register", lambda *call: at_exit.append(call))
     device.wire_memory(2 << 30)
-    assert mac == [("wired", 7 << 30)]  # weights, states and 1 GiB
+    assert mac.limits == [("wired", 7 << 30)]  # weights, states and 1 GiB
     ((restore, previous),) = at_exit
     restore(previous)
-    assert mac[-1] == ("wired", 7)
+    assert mac.limits[-1] == ("wired", 7)
     device.wire_memory(4 << 30)
-    assert mac[-1] == ("wired", 9 << 30)
+    assert mac.limits[-1] == ("wired", 9 << 30)
 
 
 @pytest.mark.parametrize(("options", "wired"), [({}, False), ({"wired": True}, True)])
@@ -219,7 +237,7 @@ def test_models_that_do_not_fit_are_refused_before_they_are_loaded(
     pair, mac, monkeypatch, limit, force, refused
 ):
     size = sum((folder / "model.safetensors").stat().st_size for folder in pair)
-    monkeypatch.setattr(device, "available_bytes", lambda: int(limit * size))
+    mac.recommend(int(limit * size))
 
     def begin(*_):
         raise BackendError("it is loaded")
@@ -243,8 +261,7 @@ def test_the_folder_is_not_blamed_for_memory_that_runs_out(pair, monkeypatch):
 
 
 def test_the_report_names_the_machine_and_its_memory(pair, mac, monkeypatch):
-    outputs = {"ioreg": '    "gpu-core-count" = 40\n', "sysctl": "0\n"}
-    monkeypatch.setattr(device, "_output", lambda command: outputs[command[0]])
+    mac.outputs |= {"AGXAccelerator": '    "gpu-core-count" = 40\n', "iogpu.wired_limit_mb": "0\n"}
     monkeypatch.setattr(device.platform, "mac_ver", lambda: ("15.5", (), ""))
     assert device.device_facts() == {
         "chip": "Apple M4",
@@ -255,19 +272,18 @@ def test_the_report_names_the_machine_and_its_memory(pair, mac, monkeypatch):
         "wired limit": "set by macOS",
         "kernels": "MLX's alone, treeflash's are not tried on this GPU (applegpu_g17p)",
     }
-    outputs["sysctl"] = "20000\n"
-    monkeypatch.setattr(device, "uses_kernels", lambda: True)
+    mac.outputs["iogpu.wired_limit_mb"] = "20000\n"
+    mac.info["architecture"] = "applegpu_g16p"
     assert device.device_facts()["wired limit"] == "20000 MiB"
     assert "kernels" not in device.device_facts()
     assert device.available_bytes() == 10 << 30
 
 
-def test_the_report_tells_swap_and_pressure(mac, monkeypatch):
-    outputs = {
+def test_the_report_tells_swap_and_pressure(mac):
+    mac.outputs |= {
         "vm.swapusage": "total = 3072.00M  used = 2186.25M  free = 885.75M  (encrypted)\n",
         "kern.memorystatus_vm_pressure_level": "2\n",
     }
-    monkeypatch.setattr(device, "_output", lambda command: outputs.get(command[-1], ""))
     facts = device.device_facts()
     assert (facts["swap in use"], facts["memory pressure"]) == ("2186.25M", "warning")
 
@@ -291,11 +307,10 @@ def test_batches_are_judged_relative_to_another_context_and_more_than_once(
     pair, monkeypatch, caplog
 ):
     """And their absence is said in one line."""
-    differences = iter([9.0, 0.4, 0.2])
+    differences = chain([9.0, 0.4], repeat(float("nan")))
     monkeypatch.setattr(backend_module, "batch_difference", lambda *_: next(differences))
     assert load(pair[0], None, LoadConfig(dtype="bfloat16")).target.batches
     assert not caplog.records
-    monkeypatch.setattr(backend_module, "batch_difference", lambda *_: float("nan"))
     backend = load(pair[0], None, LoadConfig(dtype="bfloat16"))
     assert not backend.target.batches
     assert not backend.device_report().batches

@@ -270,7 +270,7 @@ def test_peak_memory_is_reported(pair):
 
 
 @pytest.mark.parametrize("on_gpu", [True, False])
-def test_a_gpu_begins_a_draft_before_its_table_is_built(pair, monkeypatch, on_gpu):
+def test_a_gpu_begins_a_draft_before_its_table_is_built(pair, see_device, monkeypatch, on_gpu):
     """A CPU would compute while it should build the rest."""
     backend = load(*pair, LoadConfig())
     with SequenceSession(backend, drafts=True) as sequence:
@@ -279,8 +279,7 @@ def test_a_gpu_begins_a_draft_before_its_table_is_built(pair, monkeypatch, on_gp
     submitted = []
     with SequenceSession(backend, drafts=True) as sequence:
         sequence.extend([5, 6, 7])
-        device = mx.Device(mx.gpu if on_gpu else mx.cpu)
-        monkeypatch.setattr(mx, "default_device", lambda: device)
+        see_device(mx.gpu if on_gpu else mx.cpu)
         monkeypatch.setattr(mx, "async_eval", submitted.append)
         block = sequence.draft(root)
     layers = backend.drafter_config.num_hidden_layers
@@ -289,7 +288,7 @@ def test_a_gpu_begins_a_draft_before_its_table_is_built(pair, monkeypatch, on_gp
 
 
 @pytest.mark.parametrize("drafts", [True, False])
-def test_rows_of_a_commit_are_moved_behind_the_draft(pair, monkeypatch, drafts):
+def test_rows_of_a_commit_are_moved_behind_the_draft(pair, see_device, monkeypatch, drafts):
     """Which does not read them; without a draft they are moved at once."""
     backend = load(*pair, LoadConfig())
     tree = DraftTree.from_parents(np.arange(3, dtype=np.int32), np.array([-1, 0, 0], np.int32))
@@ -302,6 +301,6 @@ def test_rows_of_a_commit_are_moved_behind_the_draft(pair, monkeypatch, drafts):
         keys = sequence.state.kv_cache.storage.arrays
         assert len(submitted[-1]) == (1 if drafts else len(keys))
         if drafts:
-            monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+            see_device(mx.gpu)
             sequence.draft(3)
         assert {id(x) for x in keys} <= {id(x) for x in submitted[-1]}

@@ -107,22 +107,21 @@ def one_round_less(system, targets, depth):
 ROUNDS = hybrid.solve_by_rounds
 
 
-def test_one_round_too_few_is_noticed(monkeypatch):
+def test_one_round_too_few_is_noticed(see_device, monkeypatch):
     assert hybrid.choose_solver() in (ROUNDS, hybrid.solve_by_substitution)
     monkeypatch.setattr(hybrid, "solve_by_rounds", one_round_less)
-    monkeypatch.setattr(mx.metal, "is_available", lambda: False)
+    see_device(mx.cpu)
     with pytest.raises(UnsupportedModelError, match="token by token"):
         hybrid.choose_solver()
 
 
-def test_a_kernel_that_is_wrong_or_fails_is_dropped_with_one_line(monkeypatch):
+def test_a_kernel_that_is_wrong_or_fails_is_dropped_with_one_line(see_device, monkeypatch):
     """There is no Metal here: a stand-in is wrong, or fails as a compiler does."""
 
     def fail(*args):
         raise RuntimeError("cannot compile\nline 1: error")
 
-    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
-    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    see_device(mx.gpu)
     monkeypatch.setattr(metal_kernels, "VERDICTS", {})
     for kernel, reason in ((one_round_less, "its relative error is"), (fail, "cannot compile$")):
         monkeypatch.setattr(hybrid, "solve_by_substitution", kernel)

@@ -197,11 +197,11 @@ FAULT_NAMES = [*SHARED_FAULTS, *FAULTS, *QUANTISED_FAULTS, *WORD_FAULTS]
 
 
 @pytest.mark.parametrize(("right", "wrong", "shape"), CASES, ids=FAULT_NAMES)
-def test_a_fault_in_the_kernel_is_noticed(metal, monkeypatch, recwarn, right, wrong, shape):
+def test_a_fault_in_the_kernel_is_noticed(metal, recwarn, right, wrong, shape):
     """By the executor, or by the check at load."""
     text = attention.source(quantised=shape.bits > 0, shared=shape.head_dim > 128)
     assert right in text
-    monkeypatch.setattr(attention, "source", lambda **_: text.replace(right, wrong))
+    metal.faults.append(("treeflash_attention_parts", right, wrong))
     try:
         assert attention.winning_columns(shape) == math.inf
     except MetalKernelError:
@@ -217,10 +217,10 @@ MERGE_FAULTS = {
 
 
 @pytest.mark.parametrize("fault", MERGE_FAULTS)
-def test_a_fault_in_the_merge_is_noticed(metal, monkeypatch, fault):
+def test_a_fault_in_the_merge_is_noticed(metal, fault):
     right, wrong = MERGE_FAULTS[fault]
     assert right in attention.MERGE
-    monkeypatch.setattr(attention, "MERGE", attention.MERGE.replace(right, wrong))
+    metal.faults.append(("treeflash_attention_merge", right, wrong))
     with pytest.warns(UserWarning, match="its relative error is"):
         assert attention.winning_columns(Shape(6, 2, 32, mx.float32)) == math.inf
 
@@ -260,7 +260,7 @@ def test_the_kernel_runs_from_the_context_on_where_it_wins(metal, monkeypatch):
         races.append(start.shape)
         return 1.2 if len(races) == 2 else 1.1
 
-    monkeypatch.setattr(metal_kernels, "speedup", speedup)
+    metal.speedup = speedup
     assert attention.winning_columns(Shape(4, 2, 32, mx.float32)) == 40
     assert races == [(1, 4, attention.RACED_NODES, 32)] * 2
     assert metal_kernels.VERDICTS["attention of draft trees, 4 heads of 32"] == {
@@ -303,7 +303,9 @@ def test_layers_that_the_kernel_runs(metal, monkeypatch, rng, trees):
         assert mx.allclose(found[0], expected[0], atol=1e-5)
 
 
-def test_layers_that_the_kernel_does_not_run_keep_their_function(metal, monkeypatch, rng):
+def test_layers_that_the_kernel_does_not_run_keep_their_function(
+    metal, see_device, monkeypatch, rng
+):
     """Short contexts, large trees, and masks and widths that a model has changed."""
     monkeypatch.setattr("treeflash_mlx.attention.winning_columns", lambda *_: 20)
     made = [
@@ -324,7 +326,7 @@ def test_layers_that_the_kernel_does_not_run_keep_their_function(metal, monkeypa
             ((q, k.astype(mx.float16), v, None, 0.2, mask), {}),
         ]
         assert all(attend_nodes(tree, *a, **b) is NotImplemented for a, b in others)
-    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.cpu))
+    see_device(mx.cpu)
     assert TreePass.build(TREES, (33, 16), 63).nodes is None
 
 
@@ -347,8 +349,9 @@ def test_models_run_trees_by_the_kernel(
         return sequence.logits(TREES[0])
 
     expected = logits()
+    executor.speedup = lambda *_: 2
     with monkeypatch.context() as patch:
-        install(executor, patch, speedup=2)
+        install(executor, patch)
         found = logits()
     np.testing.assert_allclose(found, expected, atol=2e-4)
     kernel = "treeflash_attention_parts" + "_quantised" * (kv_bits is not None)

@@ -75,9 +75,9 @@ def load_quantised(target, drafter, config):
 
 @pytest.fixture(scope="module", autouse=True)
 def kernels(metal_kernels_folder):
-    executor = MetalExecutor(metal_kernels_folder, schedules=(DESCENDING,))
+    executor = MetalExecutor(metal_kernels_folder, schedules=(DESCENDING,), speedup=lambda *_: 2)
     with pytest.MonkeyPatch.context() as patch:
-        install(executor, patch, speedup=2)
+        install(executor, patch)
         patch.setattr(attention, "SPANS", {0: 16})
         patch.setattr(attention, "RACED_COLUMNS", (attention.RACED_NODES + 1,))
         few = settings(repeated, max_examples=EXAMPLES)

@@ -135,7 +135,7 @@ def test_a_fault_in_the_kernel_is_noticed(metal, monkeypatch, recwarn, fault):
     right, wrong = FAULTS[fault]
     assert right in kernels.WALK
     monkeypatch.setattr(kernels, "WALK", kernels.WALK.replace(right, wrong))
-    monkeypatch.setattr(metal_kernels, "speedup", lambda *_: 2.0)
+    metal.speedup = lambda *_: 2.0
     try:
         assert not hybrid.delta_kernel_wins(*SHAPE)
     except MetalKernelError:
@@ -143,10 +143,10 @@ def test_a_fault_in_the_kernel_is_noticed(metal, monkeypatch, recwarn, fault):
     assert "gated delta nets on trees run without" in str(recwarn.pop().message)
 
 
-def test_the_kernel_runs_where_it_wins(metal, monkeypatch, recwarn):
+def test_the_kernel_runs_where_it_wins(metal, recwarn):
     for speedup in (1.1, 1.2):
         hybrid.delta_kernel_wins.cache_clear()
-        monkeypatch.setattr(metal_kernels, "speedup", lambda *_, x=speedup: x)
+        metal.speedup = lambda *_, x=speedup: x
         assert hybrid.delta_kernel_wins(*SHAPE) == (speedup > 1.15)
         assert metal_kernels.VERDICTS["gated delta nets on trees, 2 heads of 8 x 32"] == {
             "12 nodes": f"{'used' if speedup > 1.15 else 'not used'}, {speedup:.2f} times as fast "
@@ -162,14 +162,14 @@ def test_a_contracted_kernel_is_right_and_has_other_bits(metal, monkeypatch, rec
     assert twice in kernels.WALK
     once = "fma(static_cast<float>(k[keys + i]), delta, state[i]);"
     monkeypatch.setattr(kernels, "WALK", kernels.WALK.replace(twice, once))
-    monkeypatch.setattr(metal_kernels, "speedup", lambda *_: 2.0)
+    metal.speedup = lambda *_: 2.0
     assert hybrid.delta_kernel_wins(*SHAPE)
     (verdict,) = metal_kernels.VERDICTS["gated delta nets on trees, 2 heads of 8 x 32"].values()
     assert verdict == "used, 2.00 times as fast as MLX's operation, other bits"
     assert not recwarn.list
 
 
-def test_the_race_is_between_the_kernels_and_operations(metal, monkeypatch):
+def test_the_race_is_between_the_kernels_and_operations(metal):
     """Both give the same states and outputs."""
     seen = []
 
@@ -177,7 +177,7 @@ def test_the_race_is_between_the_kernels_and_operations(metal, monkeypatch):
         seen.append(mx.abs(kernel(start, 0) - plain(start, 0)).max().item())
         return 2.0
 
-    monkeypatch.setattr(metal_kernels, "speedup", speedup)
+    metal.speedup = speedup
     for shape in (SHAPE, (2, 2, 4, 64, mx.float32, True)):
         assert hybrid.delta_kernel_wins(*shape)
     assert max(seen) < 1e-5

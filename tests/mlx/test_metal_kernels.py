@@ -94,12 +94,12 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_in_the_substitution_is_noticed(metal, monkeypatch, fault):
+def test_a_fault_in_the_substitution_is_noticed(metal, fault):
     """By the executor, or by the check of the solver at load."""
     metal.max_seconds = 0.3
     right, wrong, reason = FAULTS[fault]
     assert right in hybrid.SUBSTITUTION
-    monkeypatch.setattr(hybrid, "SUBSTITUTION", hybrid.SUBSTITUTION.replace(right, wrong))
+    metal.faults.append(("treeflash_substitution", right, wrong))
     if reason:
         with pytest.raises(MetalKernelError, match=reason):
             hybrid.choose_solver()
@@ -200,7 +200,8 @@ def test_plain_decoding_by_kernel_equals_drafting_on_trees(
     executor.schedules = (DESCENDING,)  # for speed; the kernels' own tests run them under all
     on_the_cpu = generate(load(*hybrid_pair, LoadConfig()), SAMPLINGS[0], method="ar")[0]
     with monkeypatch.context() as patch:
-        install(executor, patch, speedup=speedup)
+        executor.speedup = lambda *_: speedup
+        install(executor, patch)
         backend = load(*hybrid_pair, LoadConfig())
         assert backend.device == "gpu"
         for sampling in SAMPLINGS:
@@ -224,17 +225,17 @@ def test_plain_decoding_by_kernel_equals_drafting_on_trees(
 # ---------------------------------------------------------------------------- the device alone
 
 
-def test_every_kernel_is_checked_without_a_model(executor, monkeypatch):
+def test_every_kernel_is_checked_without_a_model(metal, monkeypatch):
     """And a kernel that is wrong is named, with its error."""
-    executor.schedules = (DESCENDING,)
-    install(executor, monkeypatch, speedup=2)
+    metal.schedules = (DESCENDING,)
+    metal.speedup = lambda *_: 2
     monkeypatch.setattr(attention, "RACED_COLUMNS", (attention.RACED_NODES + 1,))
     monkeypatch.setattr(backend_module, "EXAMINED_WIDTH", 64)
     monkeypatch.setattr(products, "MANY_OUTPUTS", 1)  # one geometry
     shapes = (attention.Shape(4, 2, 32, mx.bfloat16),)
     monkeypatch.setattr(backend_module, "EXAMINED_HEADS", shapes)
     monkeypatch.setattr(backend_module, "EXAMINED_DELTA_NET", (1, 2, 8, 32, mx.bfloat16, False))
-    monkeypatch.setattr(attention, "MERGE", attention.MERGE.replace("factor =", "factor = 1.0f +"))
+    metal.faults.append(("treeflash_attention_merge", "factor =", "factor = 1.0f +"))
     with pytest.warns(UserWarning, match="attention of draft trees run without"):
         kernels = backend_module.examine_device(LoadConfig()).kernels
     used = {name: [x.startswith("used") for x in kernels[name].values()] for name in kernels}

@@ -22,6 +22,12 @@ from treeflash_mlx.metal_kernels.products import Geometry
 KERNEL, UNQUANTISED = "treeflash_products_quantised", "treeflash_products"
 
 
+@pytest.fixture
+def _one_geometry(monkeypatch):
+    """Let a single geometry race for every layer."""
+    monkeypatch.setattr(products, "MANY_OUTPUTS", 1)
+
+
 def layer(bits, group, dtype, outputs=40, width=128, bias=False):
     mx.random.seed(0)
     linear = nn.Linear(width, outputs, bias=bias)
@@ -120,17 +126,15 @@ CASES = [
 ]
 
 
+@pytest.mark.usefixtures("_one_geometry")
 @pytest.mark.parametrize(
     ("right", "wrong", "bits", "rows", "dtype"), CASES, ids=[*FAULTS, *UNQUANTISED_FAULTS]
 )
-def test_a_fault_in_the_kernel_is_noticed(
-    metal, monkeypatch, recwarn, right, wrong, bits, rows, dtype
-):
+def test_a_fault_in_the_kernel_is_noticed(metal, recwarn, right, wrong, bits, rows, dtype):
     """By the executor, or by the check at load."""
     text = products.source(quantised=bits < 16)
     assert right in text
-    monkeypatch.setattr(products, "source", lambda **_: text.replace(right, wrong))
-    monkeypatch.setattr(products, "MANY_OUTPUTS", 1)  # one geometry
+    metal.faults.append(("treeflash_products", right, wrong))
     try:
         assert products.fastest([layer(bits, 64, dtype)], rows) is None
     except MetalKernelError:
@@ -138,15 +142,15 @@ def test_a_fault_in_the_kernel_is_noticed(
     assert "few rows run without their Metal kernel: its rel" in str(recwarn.pop().message)
 
 
-def test_layers_use_the_kernel_for_the_rows_where_it_wins(metal, monkeypatch):
+@pytest.mark.usefixtures("_one_geometry")
+def test_layers_use_the_kernel_for_the_rows_where_it_wins(metal):
     raced = []
 
     def speedup(kernel, plain, start, *_):
         raced.append(len(start))
         return 1.2 if len(start) >= 7 else 1.1
 
-    monkeypatch.setattr(metal_kernels, "speedup", speedup)
-    monkeypatch.setattr(products, "MANY_OUTPUTS", 1)  # one geometry
+    metal.speedup = speedup
     model = nn.Sequential(layer(4, 64, mx.float32, bias=True), nn.Linear(40, 40))
     table = nn.QuantizedEmbedding.from_embedding(nn.Embedding(40, 64), 32, 8)
     other = layer(4, 64, mx.float32, bias=True)
@@ -168,9 +172,9 @@ def test_layers_use_the_kernel_for_the_rows_where_it_wins(metal, monkeypatch):
     assert not metal.launches
 
 
-def test_layers_in_half_precision_use_the_kernel(metal, monkeypatch):
+def test_layers_in_half_precision_use_the_kernel(metal):
     """Where MLX's kernel for one row ends, and not for few rows or in float32."""
-    install(metal, monkeypatch, speedup=2)
+    metal.speedup = lambda *_: 2
     model = nn.Sequential(layer(16, 0, mx.bfloat16, bias=True), layer(16, 0, mx.float32))
     table = nn.Embedding(40, 128)
     table.set_dtype(mx.bfloat16)
@@ -194,10 +198,10 @@ def test_layers_in_half_precision_use_the_kernel(metal, monkeypatch):
         assert metal.launches.get(UNQUANTISED, 0) == (2 if 9 <= n <= 32 else 0)
 
 
-def test_the_fastest_geometry_is_used(metal, monkeypatch):
+def test_the_fastest_geometry_is_used(metal):
     """Few outputs make few threadgroups, so those with fewer outputs race too."""
     gains = iter([1.3, 1.6, 1.4])
-    monkeypatch.setattr(metal_kernels, "speedup", lambda *_: next(gains))
+    metal.speedup = lambda *_: next(gains)
     module = layer(16, 0, mx.bfloat16)
     assert products.fastest([module], 17) == Geometry(2, 8)
     (verdicts,) = metal_kernels.VERDICTS.values()
@@ -207,15 +211,14 @@ def test_the_fastest_geometry_is_used(metal, monkeypatch):
 
 
 def test_a_kernel_that_fails_is_left_out_with_one_line(metal, monkeypatch):
-    monkeypatch.setattr(metal, "metal_kernel", lambda *_, **__: _fail)
-    monkeypatch.setattr(mx.fast, "metal_kernel", metal.metal_kernel)
+    monkeypatch.setattr(mx.fast, "metal_kernel", lambda *_, **__: _fail)
     with pytest.warns(UserWarning, match=r"few rows run without their Metal kernel: no such type$"):
         assert products.fastest([layer(4, 64, mx.float32)], 5) is None
     (verdicts,) = metal_kernels.VERDICTS.values()
     assert verdicts == {"5 rows": "not used, no such type"}
 
 
-def test_threadgroups_are_as_small_as_m1_needs(metal, monkeypatch):
+def test_threadgroups_are_as_small_as_m1_needs(metal):
     """Where metal is installed, the executor refuses more threads."""
     most = metal_kernels.MAX_THREADS // 32
     products.multiply(layer(4, 64, mx.float32), inputs(5, mx.float32), Geometry(4, most))
@@ -228,9 +231,9 @@ def _fail(**_):
 
 
 @pytest.mark.parametrize("chip", ["applegpu_g17s", "unknown", None])
-def test_no_kernel_is_tried_on_m5_or_without_metal(metal, monkeypatch, chip, recwarn):
+def test_no_kernel_is_tried_on_m5_or_without_metal(metal, see_device, monkeypatch, chip, recwarn):
     if chip is None:
-        monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.cpu))
+        see_device(mx.cpu)
     else:
         monkeypatch.setattr(mx, "device_info", lambda *_: {"architecture": chip})
     products.choose_products(layer(4, 64, mx.float32))
@@ -238,10 +241,9 @@ def test_no_kernel_is_tried_on_m5_or_without_metal(metal, monkeypatch, chip, rec
     assert not recwarn.list
 
 
-def test_a_race_compares_chains_of_calls(monkeypatch):
+def test_a_race_compares_chains_of_calls():
     """Each call waits for the one before; the fastest of several chains counts."""
-    clock = iter([0, 9, 0, 9, *[0, 8, 0, 3] * 2, 0, 6, 0, 2])
-    monkeypatch.setattr(metal_kernels.time, "perf_counter", lambda: next(clock))
+    times = iter([0, 9, 0, 9, *[0, 8, 0, 3] * 2, 0, 6, 0, 2])
     seen = []
 
     def link(x, call):
@@ -249,15 +251,15 @@ def test_a_race_compares_chains_of_calls(monkeypatch):
         return x + 1
 
     start = mx.array(0)
-    assert run_race(link, lambda x, _: x, start) == 3
+    assert run_race(link, lambda x, _: x, start, clock=lambda: next(times)) == 3
     assert seen[: metal_kernels.CALLS] == [(n, n) for n in range(metal_kernels.CALLS)]
 
 
+@pytest.mark.usefixtures("_one_geometry")
 def test_few_calls_race_for_an_output_head(metal, monkeypatch):
     """Whose calls are so long that the others would take seconds."""
-    monkeypatch.setattr(metal_kernels, "speedup", run_race)
+    metal.speedup = run_race
     calls = []
-    monkeypatch.setattr(products, "MANY_OUTPUTS", 1)  # one geometry
     monkeypatch.setattr(products, "multiply", lambda _, x, __: calls.append(0) or plain(_, x))
     plain, small = products.multiply_plainly, layer(4, 64, mx.float32)
     products.fastest([small], 5)
@@ -268,6 +270,7 @@ def test_few_calls_race_for_an_output_head(metal, monkeypatch):
     assert len(calls) - many == 1 + metal_kernels.LONG_CALLS * (1 + metal_kernels.LONG_ROUNDS)
 
 
+@pytest.mark.usefixtures("_one_geometry")
 @pytest.mark.filterwarnings("ignore:MLX was imported before treeflash_mlx")  # of TF32, on GPUs
 def test_decoding_with_the_kernel_equals_decoding_without(executor, quantised_pair, monkeypatch):
     """In the target, its output head and the drafter."""
@@ -283,8 +286,8 @@ def test_decoding_with_the_kernel_equals_decoding_without(executor, quantised_pa
 
     expected = tokens(load(*quantised_pair, settings), method="ar")
     with monkeypatch.context() as patch:
-        install(executor, patch, speedup=2)
-        patch.setattr(products, "MANY_OUTPUTS", 1)  # one geometry
+        executor.speedup = lambda *_: 2
+        install(executor, patch)
         backend = load(*quantised_pair, settings)
         told = [x.message for x in check_device(backend) if x.check == "kernel"]
         assert [message.partition(",")[0] for message in told] == [

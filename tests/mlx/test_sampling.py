@@ -104,12 +104,12 @@ def test_a_top_p_next_to_zero_keeps_one_token(rng):
     np.testing.assert_array_equal((np.array(probs) > 0).sum(-1), 1)
 
 
-def test_a_gpu_takes_one_kernel_for_the_normaliser(rng, monkeypatch):
+def test_a_gpu_takes_one_kernel_for_the_normaliser(rng, see_device, monkeypatch):
     """And a CPU adds in blocks, because its own sums are too inexact."""
     x = mx.array(rng.normal(size=(3, 5000)), mx.float32)
     on_cpu, calls = logsumexp(x), []
     one_kernel = mx.logsumexp
-    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    see_device(mx.gpu)
     monkeypatch.setattr(mx, "logsumexp", lambda *a, **k: calls.append(1) or one_kernel(*a, **k))
     assert mx.allclose(logsumexp(x), on_cpu, atol=1e-3)
     assert calls == [1]

@@ -173,7 +173,13 @@ def summary() -> str:
     return "; ".join(f"{x} in {sum(wins)} of {len(wins)} shapes" for x, wins in used.items())
 
 
-def speedup(kernel: Candidate, plain: Candidate, start: mx.array, nbytes: int = 0) -> float:
+def speedup(
+    kernel: Candidate,
+    plain: Candidate,
+    start: mx.array,
+    nbytes: int = 0,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
     """Return how many times as fast a chain of calls is with a kernel as with operations.
 
     Args:
@@ -181,15 +187,16 @@ def speedup(kernel: Candidate, plain: Candidate, start: mx.array, nbytes: int = 
         plain: a call of the operations.
         start: what the first call gets.
         nbytes: that a call reads.
+        clock: seconds.
     """
     calls, rounds = (LONG_CALLS, LONG_ROUNDS) if nbytes >= LONG_BYTES else (CALLS, ROUNDS)
 
     def seconds(candidate: Candidate) -> float:
-        x, started = start, time.perf_counter()
+        x, started = start, clock()
         for call in range(calls):
             x = candidate(x, call)
         mx.eval(x)
-        return time.perf_counter() - started
+        return clock() - started
 
     seconds(kernel), seconds(plain)  # compiles
     times = [(seconds(plain), seconds(kernel)) for _ in range(rounds)]

@@ -30,7 +30,6 @@ def install(
     executor: MetalExecutor,
     patch: pytest.MonkeyPatch,
     modules: Iterable[str] = MODULES,
-    speedup: float = 1,
 ) -> None:
     """Let code see an MLX with Metal, whose custom kernels the executor runs.
 
@@ -41,7 +40,6 @@ def install(
         executor: runs the kernels.
         patch: takes everything back.
         modules: those that make kernels when they are imported; they get them now.
-        speedup: of the backend's kernels in their races, which are not run.
     """
     importlib.import_module("mlx_lm.generate")  # makes a stream of the default device
     imported = [importlib.import_module(name) for name in modules]
@@ -50,7 +48,7 @@ def install(
     patch.setattr(mx, "device_info", lambda *_: dict(DEVICE_INFO))
     patch.setattr(mx, "set_wired_limit", lambda _: 0)
     patch.setattr(mx.fast, "metal_kernel", executor.metal_kernel)
-    patch.setattr(metal_kernels, "speedup", lambda *_: speedup)
+    patch.setattr(metal_kernels, "speedup", lambda *race: executor.speedup(*race))
     patch.setattr(metal_kernels, "VERDICTS", {})
     patch.setattr(metal_kernels, "kept_verdicts", lambda: KeptVerdicts(None))
     executor.max_threads = metal_kernels.MAX_THREADS
