@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -190,28 +189,26 @@ def one_position_high(
 
 
 ATTEND = assistant.AssistantModel._attend
-FAULTS: dict[str, Callable[[pytest.MonkeyPatch, Any], None]] = {
-    "embeddings without their factor": lambda patch, model: patch.setattr(
-        assistant.AssistantOutput, "embed", OutputStage.embed
+FAULTS: dict[str, tuple[Any, str, Any]] = {
+    "embeddings without their factor": (assistant.AssistantOutput, "embed", OutputStage.embed),
+    "fed back before the norm": (
+        assistant.AssistantModel,
+        "feedback",
+        lambda self, x: self.post_projection(x),
     ),
-    "fed back before the norm": lambda patch, model: patch.setattr(
-        assistant.AssistantModel, "feedback", lambda self, x: self.post_projection(x)
-    ),
-    "one position high": lambda patch, model: patch.setattr(
-        assistant.AssistantModel, "_attend", one_position_high
-    ),
-    "the keys of the first layers": lambda patch, model: patch.setattr(
-        model, "_sources", [0, 0, 1]
-    ),
-    "a window around the root": lambda patch, model: patch.setattr(model, "window", WINDOW - 2),
+    "one position high": (assistant.AssistantModel, "_attend", one_position_high),
+    "the keys of the first layers": (None, "_sources", [0, 0, 1]),
+    "a window around the root": (None, "window", WINDOW - 2),
 }
+"""Class, attribute and value; without a class the attribute of the one model."""
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_usual_mistakes(pair: Any, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, target, drafter = pair
     mlx = load_pair(folder)
-    FAULTS[fault](monkeypatch, mlx.drafter_model)
+    owner, *replacement = FAULTS[fault]
+    monkeypatch.setattr(owner or mlx.drafter_model, *replacement)
     with SequenceSession(mlx, drafts=True) as sequence:
         sequence.extend(PROMPTS[0])
         path = [7, 3, 9, 30]

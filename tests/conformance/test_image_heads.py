@@ -231,23 +231,23 @@ def test_later_drafts_are_at_shifted_positions(pair):
             assert error(backend, session, expected) < TOLERANCE
 
 
-def forget_features(patch, cache):
+def forget_features(cache):
     name = "states_of" if hasattr(cache, "states_of") else "append"
     take = getattr(cache, name)
-    patch.setattr(
-        cache, name, lambda x, parts: take(x, [y[:, 0] if y.ndim == 3 else y for y in parts])
+    return cache, name, lambda x, parts: take(x, [y[:, 0] if y.ndim == 3 else y for y in parts])
+
+
+def take_columns(_):
+    return (
+        BaseState,
+        "row_positions",
+        lambda _, first, end: np.tile(np.arange(first, end), (3, 1)),
     )
 
 
-def take_columns(patch, _):
-    patch.setattr(
-        BaseState, "row_positions", lambda _, first, end: np.tile(np.arange(first, end), (3, 1))
-    )
-
-
-def take_one_axis(patch, _):
+def take_one_axis(_):
     positions = BaseState.row_positions
-    patch.setattr(BaseState, "row_positions", lambda *args: positions(*args)[[0, 0, 0]])
+    return BaseState, "row_positions", lambda *args: positions(*args)[[0, 0, 0]]
 
 
 @pytest.mark.parametrize("fault", [forget_features, take_columns, take_one_axis])
@@ -257,7 +257,7 @@ def test_planted_faults_change_the_drafts(pair, fault, monkeypatch):
         pytest.skip("its rotary positions are columns")
     with SequenceSession(backend, drafts=True) as session:
         extend(session, prompt)
-        fault(monkeypatch, type(session.state.drafter))
+        monkeypatch.setattr(*fault(type(session.state.drafter)))
         assert error(backend, session, expected) > MISTAKE
 
 

@@ -39,95 +39,78 @@ def pairs(tmp_path_factory):
     return made
 
 
-def windows_by_column(patch):
-    def windows(parents, kernel):
-        return hybrid.np.arange(len(parents))[:, None] + hybrid.np.arange(kernel)
-
-    patch.setattr(hybrid, "convolution_windows", windows)
+def windows_by_column(parents, kernel):
+    return hybrid.np.arange(len(parents))[:, None] + hybrid.np.arange(kernel)
 
 
-def causal_mask(patch):
-    def causal(ancestors):
-        return torch.ones_like(ancestors).tril()
-
-    patch.setattr(recurrence, "_decays", lambda log_g, seen: decays(log_g, causal(seen)))
+def causal_mask(log_g, ancestors):
+    return decays(log_g, torch.ones_like(ancestors).tril())
 
 
-def own_decay_left_out(patch):
-    def without(log_g, ancestors):
-        pairs, _ = decays(log_g, ancestors)
-        _, total = decays(log_g, ancestors & ~torch.eye(ancestors.shape[-1], dtype=torch.bool))
-        return pairs, total
-
-    patch.setattr(recurrence, "_decays", without)
+def own_decay_left_out(log_g, ancestors):
+    pairs, _ = decays(log_g, ancestors)
+    _, total = decays(log_g, ancestors & ~torch.eye(ancestors.shape[-1], dtype=torch.bool))
+    return pairs, total
 
 
-def keys_not_normalised(patch):
-    def rule(q, k, *args):
-        return delta_rule(q, 2 * k, *args)
-
-    patch.setattr(recurrence, "delta_rule", rule)
+def keys_not_normalised(q, k, *args):
+    return delta_rule(q, 2 * k, *args)
 
 
-def queries_scaled(patch):
-    def rule(q, *args):
-        return linear_rule(2 * q, *args)
-
-    patch.setattr(recurrence, "linear_rule", rule)
+def queries_scaled(q, *args):
+    return linear_rule(2 * q, *args)
 
 
-def no_solve(patch):
+def no_solve(system, right, **_):
     """What nodes write is not corrected by what their ancestors write."""
-    patch.setattr(torch.linalg, "solve_triangular", lambda system, right, **_: right)
+    return right
 
 
-def commit_without_decay(patch):
-    def without(self, path):
-        return commit(replace(self, log_g=torch.zeros_like(self.log_g)), path)
-
-    patch.setattr(Writes, "commit", without)
+def commit_without_decay(writes, path):
+    return commit(replace(writes, log_g=torch.zeros_like(writes.log_g)), path)
 
 
-def commit_with_own_decay(patch):
-    def shifted(self, path):
-        own = torch.exp(self.log_g)
-        return commit(replace(self, k=self.k * own), path)
-
-    patch.setattr(Writes, "commit", shifted)
+def commit_with_own_decay(writes, path):
+    return commit(replace(writes, k=writes.k * torch.exp(writes.log_g)), path)
 
 
-def state_of_the_whole_block(patch):
-    def whole(self, path):
-        return commit(self, torch.arange(self.u.shape[2]))
-
-    patch.setattr(Writes, "commit", whole)
+def state_of_the_whole_block(writes, path):
+    return commit(writes, torch.arange(writes.u.shape[2]))
 
 
-def tail_of_the_last_columns(patch):
-    patch.setattr(hybrid, "_tail", lambda inputs, path, width: inputs[:, :, -width:].clone())
+def tail_of_the_last_columns(inputs, path, width):
+    return inputs[:, :, -width:].clone()
 
 
-def chains_run_as_text(patch):
-    def as_text(self, rows, ancestors):
-        plain = [
-            (state, list(tokens.tokens))
-            if isinstance(tokens, DraftTree) and tokens.is_chain and len(tokens) > 1
-            else (state, tokens)
-            for state, tokens in rows
-        ]
-        return new_cache(self, plain, ancestors)
-
-    patch.setattr(Target, "new_cache", as_text)
+def chains_run_as_text(target, rows, ancestors):
+    plain = [
+        (state, list(tokens.tokens))
+        if isinstance(tokens, DraftTree) and tokens.is_chain and len(tokens) > 1
+        else (state, tokens)
+        for state, tokens in rows
+    ]
+    return new_cache(target, plain, ancestors)
 
 
-def single_step_in_place(patch):
-    def shared(self, layer_idx, state_idx=0):
-        states = self.parts[0].states
-        return states.committed.get((MATRIX, layer_idx, state_idx)) if self.is_step else None
-
-    patch.setattr(HybridCache, "get_recurrent_state", shared)
+def single_step_in_place(cache, layer_idx, state_idx=0):
+    states = cache.parts[0].states
+    return states.committed.get((MATRIX, layer_idx, state_idx)) if cache.is_step else None
 
 
+PLACES = {
+    windows_by_column: (hybrid, "convolution_windows"),
+    causal_mask: (recurrence, "_decays"),
+    own_decay_left_out: (recurrence, "_decays"),
+    keys_not_normalised: (recurrence, "delta_rule"),
+    queries_scaled: (recurrence, "linear_rule"),
+    no_solve: (torch.linalg, "solve_triangular"),
+    commit_without_decay: (Writes, "commit"),
+    commit_with_own_decay: (Writes, "commit"),
+    state_of_the_whole_block: (Writes, "commit"),
+    tail_of_the_last_columns: (hybrid, "_tail"),
+    chains_run_as_text: (Target, "new_cache"),
+    single_step_in_place: (HybridCache, "get_recurrent_state"),
+}
 EVERYWHERE = (
     windows_by_column,
     causal_mask,
@@ -152,7 +135,7 @@ def names(value):
 
 @pytest.mark.parametrize(("fault", "family"), FAULTS, ids=names)
 def test_a_fault_is_refused_at_load(pairs, monkeypatch, fault, family):
-    fault(monkeypatch)
+    monkeypatch.setattr(*PLACES[fault], fault)
     with pytest.raises(UnsupportedModelError, match="speculative output would differ"):
         load(*pairs[family], LoadConfig(device="cpu", dtype="float32"))
 
