@@ -19,6 +19,18 @@ def frequent_switches():
 
 
 @pytest.fixture
+def see_gpus(monkeypatch):
+    """Let PyTorch count this number of GPUs from now on, whatever the machine has."""
+    import torch
+
+    def see(count):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+
+    return see
+
+
+@pytest.fixture
 def cuda(monkeypatch):
     """CUDA devices whose tensors hold no values."""
     import torch

@@ -37,8 +37,8 @@ def run(module, judge, gpu):
     return run_part
 
 
-def test_a_machine_without_a_gpu_is_told_why(judge, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+def test_a_machine_without_a_gpu_is_told_why(judge, tmp_path, see_gpus, monkeypatch, capsys):
+    see_gpus(0)
     monkeypatch.setattr(judge, "has_metal", lambda: False)
     path = tmp_path / "report.json"
     assert judge.main(["--json", str(path)]) == 2
@@ -47,8 +47,8 @@ def test_a_machine_without_a_gpu_is_told_why(judge, tmp_path, monkeypatch, capsy
     assert why in capsys.readouterr().err
 
 
-def test_a_mac_is_sent_to_its_own_benchmark(judge, monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+def test_a_mac_is_sent_to_its_own_benchmark(judge, see_gpus, monkeypatch, capsys):
+    see_gpus(0)
     monkeypatch.setattr(judge, "has_metal", lambda: True)
     assert judge.main([]) == 0
     assert "python -m benchmarks.mac" in capsys.readouterr().out
@@ -110,11 +110,10 @@ def test_a_device_that_fails_is_a_problem_of_each_part(run, judge, monkeypatch):
         assert run(name).problems == [f"{name}: RuntimeError: this device is broken"]
 
 
-def test_accelerators_have_a_reason_or_none(monkeypatch):
+def test_accelerators_have_a_reason_or_none(see_gpus):
     from accelerators import cuda_problem
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    see_gpus(0)
     assert "no CUDA device is available" in cuda_problem()
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    see_gpus(1)
     assert cuda_problem() is None

@@ -35,6 +35,7 @@ from treeflash.decoding.prefix_cache import PrefixCache
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.decoding.verify_costs import SIZES, VerifyCosts
+from treeflash.drafters.folder import read_config
 from treeflash.errors import PromptError
 from treeflash.testing.models import edit_config, write_dialect
 
@@ -63,6 +64,16 @@ def quiet():
     transformers.logging.set_verbosity_error()
 
 
+def read_processor(folder):
+    """Make the processor of the type of a folder's model."""
+    return RandomProcessor(read_config(folder)["model_type"])
+
+
+@pytest.fixture
+def _random_processors(monkeypatch):
+    monkeypatch.setattr(cuda_images, "read_processor", read_processor)
+
+
 class Pair:
     """A model of transformers, and the same model as a target."""
 
@@ -70,7 +81,7 @@ class Pair:
         self.model = random_model(family)
         self.model.save_pretrained(folder)
         self.folder = folder
-        patch.setattr(cuda_images, "read_processor", lambda _: RandomProcessor(family))
+        patch.setattr(cuda_images, "read_processor", read_processor)
         self.backend = loader(folder, None, config)
         assert not isinstance(self.backend.images, str), self.backend.images
         self.prompts = [self.encode(*prompt) for prompt in PROMPTS]
@@ -184,7 +195,7 @@ def restarted(pair, folder, prompts):
 def test_states_with_pictures_survive_a_restart(pair, forgets, tmp_path, monkeypatch):
     """Another picture finds no state behind it; with keys that forget pictures it would."""
     if forgets:
-        monkeypatch.setattr(PromptImages, "digests", {})
+        monkeypatch.setattr(*ignore_pictures())
     picked = picture(1), picture(3)
     first = pair.encode("ab<image>cdefgh", picked[:1])
     longer = [pair.encode("ab<image>cdefghijkl", [x]) for x in picked]
@@ -255,28 +266,28 @@ def ignore_whole(images, first, size):
     return min(first + size, len(images.is_feature))
 
 
-def forget_shift(patch):
-    patch.setattr(PromptImages, "shift", 0)
+def forget_shift():
+    return PromptImages, "shift", 0
 
 
-def cut_inside_images(patch):
-    patch.setattr(PromptImages, "chunk_end", ignore_whole)
+def cut_inside_images():
+    return PromptImages, "chunk_end", ignore_whole
 
 
-def ignore_pictures(patch):
-    patch.setattr(PromptImages, "digests", {})
+def ignore_pictures():
+    return PromptImages, "digests", {}
 
 
-def take_features_of_the_first_image(patch):
+def take_features_of_the_first_image():
     encode, known = cuda_images.VisionTower.encode, {}
 
     def first(tower, image):
         return encode(tower, known.setdefault(image.inputs["pixel_values"].shape, image))
 
-    patch.setattr(cuda_images.VisionTower, "encode", first)
+    return cuda_images.VisionTower, "encode", first
 
 
-def take_the_last_prompts_shift(patch):
+def take_the_last_prompts_shift():
     """As with `rope_deltas` on the model object."""
     last = []
     begin = BaseState.begin
@@ -286,7 +297,7 @@ def take_the_last_prompts_shift(patch):
         last[:] = [state.shift, *last] if state.images is not None else last
         state.shift = last[0] if last else 0
 
-    patch.setattr(BaseState, "begin", begin_and_note)
+    return BaseState, "begin", begin_and_note
 
 
 @pytest.mark.parametrize(
@@ -313,7 +324,7 @@ def test_planted_faults_change_the_text_or_are_refused_at_load(
         return decode(prompts), [decode([prompt])[0] for prompt in prompts[::-1]][::-1]
 
     assert texts() == (expected, expected)
-    fault(monkeypatch)
+    monkeypatch.setattr(*fault())
     again = [
         (ids, PromptImages(x.images, x.is_feature, x.positions, x.whole)) for ids, x in prompts
     ]
@@ -364,22 +375,22 @@ def test_exact_mode_is_exact_after_images(family, tmp_path, monkeypatch):
     assert (seen[0] == seen[2]).all()
 
 
-def test_a_drafter_of_lfm2_drafts_after_images(pairs, tmp_path, monkeypatch):
+@pytest.mark.usefixtures("_random_processors")
+def test_a_drafter_of_lfm2_drafts_after_images(pairs, tmp_path):
     pair = copy(pairs("lfm2_vl"))
     write_dialect(tmp_path, pair.folder, "deepspec", seed=1)
     settings = {"architectures": ["Lfm2DSparkDraftModel"], "rope_is_neox_style": False}
     edit_config(tmp_path, lambda config: config.update(settings))
-    monkeypatch.setattr(cuda_images, "read_processor", lambda _: RandomProcessor("lfm2_vl"))
     pair.backend = load(pair.folder, tmp_path, CPU)
     expected = [pair.reference(prompt) for prompt in pair.prompts]
     assert pair.decode(pair.prompts, 5, method="treeflash") == expected
     assert pair.decode(pair.prompts, method="ddtree") == expected
 
 
+@pytest.mark.usefixtures("_random_processors")
 @pytest.mark.parametrize("family", ["gemma3", "qwen3_5", "qwen2_vl"])
-def test_without_images_there_is_no_tower_and_text_is_the_same(family, pairs, monkeypatch):
+def test_without_images_there_is_no_tower_and_text_is_the_same(family, pairs):
     pair = pairs(family)
-    monkeypatch.setattr(cuda_images, "read_processor", lambda _: RandomProcessor(family))
     text = load(pair.folder, None, LoadConfig(device="cpu", dtype="float32", images=False))
     assert text.images == "it was loaded without its vision tower"
     names = [name for name, _ in text.target.model.named_parameters()]
@@ -417,6 +428,7 @@ def test_types_that_are_not_known_to_be_exact_are_refused_by_name(tmp_path):
     )
 
 
+@pytest.mark.usefixtures("_random_processors")
 def test_a_model_that_fails_on_images_remains_a_text_model(tmp_path, monkeypatch):
     import treeflash_cuda.target as target
 
@@ -425,7 +437,6 @@ def test_a_model_that_fails_on_images_remains_a_text_model(tmp_path, monkeypatch
 
     monkeypatch.setattr(target, "run_samples", failing)
     random_model("qwen3_vl").save_pretrained(tmp_path)
-    monkeypatch.setattr(cuda_images, "read_processor", lambda _: RandomProcessor("qwen3_vl"))
     backend = load(tmp_path, None, CPU)
     assert backend.images == "transformers cannot run an image (no kernel for this tower)"
     assert backend.target.tower is None

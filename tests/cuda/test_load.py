@@ -65,8 +65,8 @@ def test_a_gpus_allocator_joins_free_memory_where_it_can(monkeypatch):
         join("CUDA out of memory")
 
 
-def test_no_cuda_device_is_one_clear_line(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+def test_no_cuda_device_is_one_clear_line(see_gpus):
+    see_gpus(0)
     with pytest.raises(BackendError, match="no CUDA device is available; use device cpu"):
         choose_device(None)
 
@@ -116,12 +116,14 @@ TOO_OLD = (
         ("13.0", None, None, "counts no device"),
     ],
 )
-def test_the_line_says_why_there_is_no_cuda_device(monkeypatch, wheel, message, visible, line):
+def test_the_line_says_why_there_is_no_cuda_device(
+    see_gpus, monkeypatch, wheel, message, visible, line
+):
     def init():
         if message is not None:
             raise RuntimeError(message)
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    see_gpus(0)
     monkeypatch.setattr(torch.version, "cuda", wheel)
     monkeypatch.setattr(torch.cuda, "init", init)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -133,16 +135,14 @@ def test_the_line_says_why_there_is_no_cuda_device(monkeypatch, wheel, message, 
 
 
 @pytest.mark.parametrize("name", ["cuda:7", "mps", "tpu", "cpu:x"])
-def test_devices_that_are_not_there_are_refused(name, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+def test_devices_that_are_not_there_are_refused(name, see_gpus):
+    see_gpus(2)
     with pytest.raises(BackendError, match=name):
         choose_device(name)
 
 
-def test_a_device_is_chosen_by_number(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+def test_a_device_is_chosen_by_number(see_gpus):
+    see_gpus(2)
     assert choose_device("cuda:1") == torch.device("cuda", 1)
     assert choose_device(None) == torch.device("cuda", 0)
 

@@ -62,16 +62,21 @@ def test_keys_and_values_in_parts_are_those_in_one(pair, bits):
     np.testing.assert_array_equal(kv_cache, expected[1])
 
 
-def test_layers_outside_of_gpus_are_refused(pair, monkeypatch):
-    """Accelerate places a model that does not fit on the CPU."""
+@pytest.fixture
+def _placed_on_the_cpu(monkeypatch):
     monkeypatch.setattr(backend_module, "choose_device", lambda name: CPU)
+
+
+@pytest.mark.usefixtures("_placed_on_the_cpu")
+def test_layers_outside_of_gpus_are_refused(pair):
+    """Accelerate places a model that does not fit on the CPU."""
     with pytest.raises(ConfigError, match="does not fit into the GPUs"):
         load(*pair, LoadConfig(device_map="auto"))
 
 
-def test_recurrent_layers_are_refused(tmp_path, monkeypatch):
+@pytest.mark.usefixtures("_placed_on_the_cpu")
+def test_recurrent_layers_are_refused(tmp_path):
     write_target(tmp_path, "qwen3_5", seed=1)
-    monkeypatch.setattr(backend_module, "choose_device", lambda name: CPU)
     with pytest.raises(ConfigError, match="not supported for models with recurrent layers"):
         load(tmp_path, None, LoadConfig(device_map="auto"))
 
