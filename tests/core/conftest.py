@@ -16,6 +16,7 @@ from treeflash.cli import options
 from treeflash.commands.generate import main
 from treeflash.decoding.adaptive_budget import AdaptiveBudgets
 from treeflash.decoding.interfaces import Verify
+from treeflash.decoding.iteration import RunningSequence
 from treeflash.decoding.sampling import SampledTokens
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.decoding.verify_costs import SIZES, VerifyCosts
@@ -216,6 +217,16 @@ def use(monkeypatch):
         return model
 
     return use
+
+
+@pytest.fixture
+def closed(monkeypatch):
+    """Collect the sequences whose states are closed."""
+    sequences, close = [], RunningSequence.close
+    monkeypatch.setattr(
+        RunningSequence, "close", lambda self: (close(self), sequences.append(self))
+    )
+    return sequences
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
@@ -310,11 +311,11 @@ def test_the_system_message_of_a_drafters_training_is_pointed_out(use, run, scri
     assert note not in run("hi", *drafter, "--method", "ar")[2]
 
 
-def test_a_text_may_not_fit_the_encoding_of_stdout(use, scripted, monkeypatch):
+def test_a_text_may_not_fit_the_encoding_of_stdout(use, scripted):
     use(scripted(TEXT))
     raw = io.BytesIO()
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
-    assert main(["hi"]) == 0
+    with redirect_stdout(io.TextIOWrapper(raw, encoding="ascii")):
+        assert main(["hi"]) == 0
     assert raw.getvalue().decode("ascii").strip() == TEXT.encode("ascii", "replace").decode()
 
 

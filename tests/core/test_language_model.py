@@ -121,11 +121,7 @@ def test_a_finished_stream_keeps_no_keys_and_values(tiny_pair):
 
 
 @pytest.mark.parametrize("close", [Stream.close, lambda stream: stream.__exit__(None, None, None)])
-def test_a_closed_stream_ends_and_frees_its_sequence(scripted, monkeypatch, close):
-    closed = []
-    monkeypatch.setattr(
-        "treeflash.decoding.iteration.RunningSequence.close", lambda self: closed.append(self)
-    )
+def test_a_closed_stream_ends_and_frees_its_sequence(scripted, closed, close):
     stream = scripted(TEXT).stream("hi")
     text = next(stream).text + next(stream).text
     assert not closed

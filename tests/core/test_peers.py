@@ -108,7 +108,7 @@ def test_a_target_that_llama_cpp_cannot_load_is_a_reason(start, gguf, reason):
 
 
 def test_a_machine_without_node_is_a_reason(tmp_path, monkeypatch):
-    monkeypatch.setattr(system.shutil, "which", lambda name: None)
+    monkeypatch.setenv("PATH", "")
     with pytest.raises(PeerError, match=r"needs Node\.js"):
         command(LLAMA, tmp_path, install=True)
 

@@ -7,7 +7,6 @@ import json
 import pytest
 from batch_files import ROWS
 
-from treeflash.cli import options
 from treeflash.commands.generate import main
 
 
@@ -20,14 +19,14 @@ def files(tmp_path):
 
 
 @pytest.fixture
-def run(files, monkeypatch, capsys):
+def run(files, use, capsys):
     """Run the batch with a model: exit status and standard error.
 
     Unless arguments say otherwise, one conversation at a time, so that the order is known.
     """
 
     def run(model, *args: str) -> tuple[int, str]:
-        monkeypatch.setattr(options, "load_model", lambda *a, **k: model)
+        use(model)
         capsys.readouterr()
         paths = ["--prompts", str(files[0]), "--output", str(files[1])]
         code = main([*paths, "--parallel", "1", *args])

@@ -86,12 +86,12 @@ def test_evaluate():
         check("evaluate", decoding(parse_options(options).decode))
 
 
-def test_chat(monkeypatch: pytest.MonkeyPatch, scripted: Any):
+def test_chat(monkeypatch: pytest.MonkeyPatch, stdin: Any, use: Any, scripted: Any):
     chat = pytest.importorskip("treeflash.commands.chat")
     conversations: list[Any] = []
-    monkeypatch.setattr(chat.sys, "stdin", SimpleNamespace(isatty=lambda: True))
+    stdin(SimpleNamespace(isatty=lambda: True))
     monkeypatch.setattr(chat.sys.stdout, "isatty", lambda: True, raising=False)
-    monkeypatch.setattr(chat.cli, "load_model", lambda *args: scripted("hi"))
+    use(scripted("hi"))
     monkeypatch.setattr(chat.ChatSession, "run", lambda self, session: conversations.append(self))
     monkeypatch.setattr(chat, "make_session", lambda history: None)
     assert chat.main(["--no-history"]) == 0

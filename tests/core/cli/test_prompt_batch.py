@@ -12,7 +12,6 @@ import pytest
 from batch_files import ANSWERS, KEYS, asked, keys, records
 from processes import WITHOUT_FRAMEWORKS
 
-from treeflash.cli import options
 from treeflash.commands.generate import main
 
 
@@ -241,13 +240,13 @@ def test_the_reference_pair_resumes_to_the_same_file(files, tiny_pair, capsys):
     assert len(records(files[1])) == len(whole)
 
 
-def test_a_finished_file_loads_no_model(tiny_pair, files, monkeypatch, capsys):
+def test_a_finished_file_loads_no_model(tiny_pair, files, request, capsys):
     target, drafter = map(str, tiny_pair)
     models = ["--backend", "reference", "--target", target, "--drafter", drafter]
     paths = ["--prompts", str(files[0]), "--output", str(files[1]), "--max-tokens", "3"]
     assert main([*models, *paths]) == 0
     assert re.search(r"block efficiency [\d.]+, [\d.]+ tokens/s\n", capsys.readouterr().err)
-    monkeypatch.setattr(options, "load_model", lambda *a, **k: pytest.fail("loaded"))
+    request.getfixturevalue("nothing_loads")
     assert main([*models, *paths]) == 0
     assert "turns decoded, 0 with errors" in capsys.readouterr().err
     # Other settings are refused without a model too.

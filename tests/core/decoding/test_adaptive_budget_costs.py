@@ -273,14 +273,18 @@ def target(tiny_pair, tmp_path):
 
 @pytest.fixture
 def measured(monkeypatch, target, tmp_path):
-    """Whether costs are measured, not read, after a change, where 10 ms were measured before."""
+    """Whether costs are measured, not read, after a change, where 10 ms were measured before.
 
-    def measured(change, loaded=LOADED):
+    Changes are those of the target's attributes, and what `change` does.
+    """
+
+    def measured(change=lambda: None, loaded=LOADED, **attributes):
         timed = Timed(monkeypatch, lambda nodes: 0.01)
         first = kept_costs(timed, target, LOADED, tmp_path / "costs")
         assert first.seconds[1] == pytest.approx(0.01)
         timed.seconds = lambda nodes: 0.02
-        change(timed)
+        vars(timed).update(attributes)
+        change()
         found = kept_costs(timed, target, loaded, tmp_path / "costs")
         assert found == first or found.seconds[1] == pytest.approx(0.02)
         return found != first
@@ -289,7 +293,7 @@ def measured(monkeypatch, target, tmp_path):
 
 
 def test_costs_are_remembered(measured):
-    assert not measured(lambda timed: None)
+    assert not measured()
 
 
 def test_a_gpu_is_not_timed_without_a_word(monkeypatch, target, tmp_path, caplog):
@@ -301,39 +305,39 @@ def test_a_gpu_is_not_timed_without_a_word(monkeypatch, target, tmp_path, caplog
 
 
 def test_costs_belong_to_the_hardware_not_to_its_index(measured):
-    assert not measured(lambda timed: setattr(timed, "device", "gpu:1"))
-    assert measured(lambda timed: setattr(timed, "device_name", "Card B"))
+    assert not measured(device="gpu:1")
+    assert measured(device_name="Card B")
 
 
 def test_costs_belong_to_the_dtype(measured):
-    assert measured(lambda timed: setattr(timed, "dtype", "bfloat16"))
+    assert measured(dtype="bfloat16")
 
 
 @pytest.mark.parametrize("loaded", [LoadConfig(cuda_graphs=False), LoadConfig(kv_bits=8)])
 def test_costs_belong_to_the_way_of_loading(measured, loaded):
-    assert measured(lambda timed: None, loaded)
+    assert measured(loaded=loaded)
 
 
 def test_costs_belong_to_exact_mode_also_where_it_is_the_default(measured):
-    assert measured(lambda timed: setattr(timed, "inexact", None))
+    assert measured(inexact=None)
 
 
 @pytest.mark.parametrize("variable", ["OMP_NUM_THREADS", "LD_PRELOAD"])
 def test_costs_belong_to_the_threads_and_to_a_preloaded_library(measured, monkeypatch, variable):
-    assert measured(lambda timed: monkeypatch.setenv(variable, "7"))
+    assert measured(lambda: monkeypatch.setenv(variable, "7"))
 
 
 def test_costs_belong_to_the_version(measured, monkeypatch):
     """Which may have faster kernels."""
     name = "treeflash.decoding.verify_costs.version"
-    assert measured(lambda timed: monkeypatch.setattr(name, lambda package: f"{package} 7"))
+    assert measured(lambda: monkeypatch.setattr(name, lambda package: f"{package} 7"))
 
 
 def test_costs_belong_to_the_version_of_macos(measured, monkeypatch):
     """Which has libraries that MLX computes with."""
     mac_ver = verify_costs.platform.mac_ver
     name = "treeflash.decoding.verify_costs.platform.mac_ver"
-    assert measured(lambda timed: monkeypatch.setattr(name, lambda: ("26.2", *mac_ver()[1:])))
+    assert measured(lambda: monkeypatch.setattr(name, lambda: ("26.2", *mac_ver()[1:])))
 
 
 def test_costs_belong_to_the_kernels_that_are_used_not_to_their_races(
@@ -351,11 +355,11 @@ def test_costs_belong_to_the_kernels_that_are_used_not_to_their_races(
 
 def test_costs_belong_to_the_targets_configuration(measured, target):
     """Weights of one size may belong to another architecture."""
-    assert measured(lambda timed: edit_config(target, lambda config: config.update(rms_norm_eps=1)))
+    assert measured(lambda: edit_config(target, lambda config: config.update(rms_norm_eps=1)))
 
 
 def test_costs_belong_to_the_targets_weights(measured, target):
-    def change(timed):
+    def change():
         with (target / "model.safetensors").open("ab") as file:
             file.write(b"0")
 
@@ -383,7 +387,7 @@ def test_costs_belong_to_the_targets_weights(measured, target):
     ],
 )
 def test_a_file_without_usable_costs_is_measured_anew(measured, tmp_path, content):
-    def damage(timed):
+    def damage():
         (file,) = (tmp_path / "costs").iterdir()
         file.write_text(content, encoding="utf-8")
 

@@ -117,12 +117,8 @@ def test_bad_input_for_many_texts_is_refused_at_once(scripted, prompts, options,
     assert not model.backend.opened
 
 
-def test_many_texts_that_are_given_up_leave_no_state(tiny_pair, monkeypatch):
+def test_many_texts_that_are_given_up_leave_no_state(tiny_pair, closed):
     model = load(*tiny_pair, backend="reference")
-    closed = []
-    monkeypatch.setattr(
-        "treeflash.decoding.iteration.RunningSequence.close", lambda self: closed.append(self)
-    )
     texts = model.generate_many(
         ["one", "two", "three"], stop_token_ids=(), max_tokens=9, method="ar"
     )

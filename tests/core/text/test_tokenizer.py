@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -190,37 +191,30 @@ def test_a_broken_configuration_is_not_taken_for_a_broken_tokenizer(
     assert "\n" not in str(caught.value)
 
 
-def test_a_long_prompt_leaks_no_warning_of_transformers(tmp_path: Path, monkeypatch):
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """What transformers logs; its logger passes nothing on."""
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+
+
+def test_a_long_prompt_leaks_no_warning_of_transformers(tmp_path: Path, said):
     folder = save_folder(tmp_path, byte_level(), chat_template=CHAT_TEMPLATE, model_max_length=16)
     tokenizer = Tokenizer.from_folder(folder)
-    logger = logging.getLogger("transformers")
-    said: list[logging.LogRecord] = []
-    handler = logging.Handler()
-    monkeypatch.setattr(handler, "emit", said.append)
-    logger.addHandler(handler)
-    try:
-        token_ids = tokenizer.chat([{"role": "user", "content": "word " * 100}])
-    finally:
-        logger.removeHandler(handler)
+    token_ids = tokenizer.chat([{"role": "user", "content": "word " * 100}])
     assert len(token_ids) > 100
-    assert [record.getMessage() for record in said] == []
+    assert said.messages == []
 
 
-def test_an_unknown_type_of_model_leaks_no_warning_of_transformers(tmp_path: Path, monkeypatch):
+def test_an_unknown_type_of_model_leaks_no_warning_of_transformers(tmp_path: Path, said):
     """It would stand before the error that names the type."""
     folder = save_folder(tmp_path, byte_level())
     (folder / "config.json").write_text('{"model_type": "foo"}')
-    said: list[logging.LogRecord] = []
-    handler = logging.Handler()
-    monkeypatch.setattr(handler, "emit", said.append)
-    logger = logging.getLogger("transformers")
-    logger.addHandler(handler)
-    try:
-        Tokenizer.from_folder(folder)
-        logging.getLogger("transformers.configuration_utils").warning("another warning")
-    finally:
-        logger.removeHandler(handler)
-    assert [record.getMessage() for record in said] == ["another warning"]
+    Tokenizer.from_folder(folder)
+    logging.getLogger("transformers.configuration_utils").warning("another warning")
+    assert said.messages == ["another warning"]
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:
