@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import pytest
 from byte_tokens import save_tokenizer
+from failures import failing
 from mtp_pairs import write_mtp_pair
 from safetensors.numpy import save_file
 
@@ -142,14 +144,12 @@ def test_the_target_s_own_head_comes_after_published_drafters(tmp_path, publishe
     one_line(caplog.messages, "missing is passed over")
 
 
-def test_a_drafter_that_the_backend_lacks_is_passed_over(tiny_pair, published, monkeypatch, caplog):
-    def refuse(config):
-        raise UnsupportedModelError("this backend has no such drafters")
-
+def test_a_drafter_that_the_backend_lacks_is_passed_over(tiny_pair, published, caplog):
     target, drafter = tiny_pair
     published(drafter)
-    monkeypatch.setattr(f"{check_drafter.__module__}.check_drafter", refuse)
-    assert load(target, backend="reference").drafter_folder is None
+    refused = UnsupportedModelError("this backend has no such drafters")
+    with failing(import_module(check_drafter.__module__), "check_drafter", refused):
+        assert load(target, backend="reference").drafter_folder is None
     one_line(caplog.messages, f"the drafter {drafter}", "this backend has no such drafters")
 
 

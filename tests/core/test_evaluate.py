@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 from byte_tokens import save_tokenizer
+from failures import failing
 from mtp_pairs import write_mtp_pair
 from processes import core_command, core_module
 
@@ -150,31 +151,14 @@ def test_what_the_head_scores_reaches_the_trees(use, run, model, tmp_path, optio
         (NumericalError("not finite"), 2, "error: not finite"),
     ],
 )
-def test_an_early_end_keeps_what_was_measured(
-    use, run, model, tmp_path, monkeypatch, error, code, line
-):
+def test_an_early_end_keeps_what_was_measured(use, run, model, tmp_path, error, code, line):
     pytest.importorskip("matplotlib")
     use(model)
-    made, opened = [], model.backend.open
-
-    def interrupted(capacity, **settings):
-        made.append(settings)
-        if len(made) == 8:  # two methods and the depths: in the third prompt
-            raise error
-        return opened(capacity, **settings)
-
-    monkeypatch.setattr(model.backend, "open", interrupted)
     path, report = tmp_path / "out.json", tmp_path / "out.png"
-    done, out, err = run(
-        "--methods",
-        "dflash,treeflash",
-        "--budgets",
-        "8",
-        "--json",
-        str(path),
-        "--report",
-        str(report),
-    )
+    options = ["--methods", "dflash,treeflash", "--budgets", "8"]
+    # Two methods and the depths: the eighth state is the third prompt's.
+    with failing(model.backend, "open", error, call=8):
+        done, out, err = run(*options, "--json", str(path), "--report", str(report))
     found = json.loads(path.read_text(encoding="utf-8"))
     assert done == code
     assert err.strip().splitlines()[-1] == line
@@ -183,16 +167,12 @@ def test_an_early_end_keeps_what_was_measured(
     assert "Block efficiency" in out
 
 
-def test_an_end_before_the_first_prompt_overwrites_nothing(use, run, model, tmp_path, monkeypatch):
+def test_an_end_before_the_first_prompt_overwrites_nothing(use, run, model, tmp_path):
     use(model)
-
-    def interrupted(capacity, **settings):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(model.backend, "open", interrupted)
     path = tmp_path / "out.json"
     path.write_text("before", encoding="utf-8")
-    assert run("--json", str(path))[0] == 130
+    with failing(model.backend, "open", KeyboardInterrupt):
+        assert run("--json", str(path))[0] == 130
     assert path.read_text(encoding="utf-8") == "before"
 
 
@@ -358,18 +338,10 @@ def test_published_figures_beside_those_measured(use, run, model, tmp_path):
     assert "not comparable, because the dtype is float32, not bfloat16" in out
 
 
-def test_an_interrupted_comparison_keeps_what_was_measured(use, run, model, monkeypatch, tmp_path):
+def test_an_interrupted_comparison_keeps_what_was_measured(use, run, model, tmp_path):
     use(model)
-    drafts, drafted = [], model.backend.drafter.draft
-
-    def interrupted(roots, depths=None):
-        drafts.append(roots)
-        if len(drafts) == 12:  # in the second prompt
-            raise KeyboardInterrupt
-        return drafted(roots, depths)
-
-    monkeypatch.setattr(model.backend.drafter, "draft", interrupted)
-    code, out, err = run("--expect", "published", *DSPARK)
+    with failing(model.backend.drafter, "draft", KeyboardInterrupt, call=12):  # second prompt
+        code, out, err = run("--expect", "published", *DSPARK)
     assert (code, err.strip().splitlines()[-1]) == (130, "interrupted")
     assert "one" in out
     assert "two" not in out

@@ -16,6 +16,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from failures import failing
 
 import treeflash
 from treeflash import language_model
@@ -406,17 +407,15 @@ def test_without_a_published_drafter_the_text_is_copied(tiny_pair, caplog):
     assert generation.token_ids == model.generate("hi", max_tokens=30, method="ar").token_ids
 
 
-def test_a_target_that_runs_no_trees_is_decoded_plainly(tiny_pair, monkeypatch, caplog):
-    def check_trees(backend):
-        raise UnsupportedModelError("tree attention changes this model's logits")
-
-    monkeypatch.setattr(ReferenceBackend, "check_trees", check_trees)
-    model = load(tiny_pair[0], backend="reference")
-    (message,) = caplog.messages
-    assert message.endswith("is ar, without drafts: tree attention changes this model's logits")
-    assert model.generate("hi", max_tokens=3).method == "ar"
-    with pytest.raises(UnsupportedModelError):
-        model.generate("hi", max_tokens=3, method="suffix")
+def test_a_target_that_runs_no_trees_is_decoded_plainly(tiny_pair, caplog):
+    unlike = UnsupportedModelError("tree attention changes this model's logits")
+    with failing(ReferenceBackend, "check_trees", unlike):
+        model = load(tiny_pair[0], backend="reference")
+        (message,) = caplog.messages
+        assert message.endswith(f"is ar, without drafts: {unlike}")
+        assert model.generate("hi", max_tokens=3).method == "ar"
+        with pytest.raises(UnsupportedModelError):
+            model.generate("hi", max_tokens=3, method="suffix")
 
 
 def test_only_an_automatic_choice_falls_back_to_the_cpu(tiny_pair, monkeypatch):

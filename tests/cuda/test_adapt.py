@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from failures import failing
 from small_training import ON_CPU, VOCAB, write_predictable_target
 
 from treeflash.commands import adapt
@@ -61,14 +62,9 @@ def test_the_missing_gpu_is_told_once(run, caplog):
     assert caplog.text.count("running on the CPU") == 1
 
 
-def test_a_drafter_gains_and_its_card_says_how_much(run, tmp_path, monkeypatch):
+def test_a_drafter_gains_and_its_card_says_how_much(run, tmp_path):
     out = tmp_path / "out"
-
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(adapt, "show_records", interrupted)
+    with failing(adapt, "show_records", KeyboardInterrupt):
         code, _, error = run("--steps", "24")
     assert code == 130
     assert "run the same command again to resume" in error
@@ -93,9 +89,10 @@ def test_a_drafter_gains_and_its_card_says_how_much(run, tmp_path, monkeypatch):
     assert card.endswith("\n".join(lines) + "\n")
     assert "After 24 of 24 steps" in card
 
-    with monkeypatch.context() as patch:  # a finished run is only reported
-        patch.setattr(adapt.Evaluation, "run", interrupted)
-        patch.setattr(loop, "load_target", interrupted)
+    with (  # a finished run is only reported
+        failing(adapt.Evaluation, "run", KeyboardInterrupt),
+        failing(loop, "load_target", KeyboardInterrupt),
+    ):
         assert run("--steps", "24")[1] == table
     assert (out / "README.md").read_text() == card
     code, _, error = run("--steps", "24", "--temperature", "0", "1")

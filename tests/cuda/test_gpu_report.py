@@ -4,6 +4,7 @@ import json
 from argparse import Namespace
 
 import pytest
+from failures import failing
 
 from treeflash.testing import require
 
@@ -101,13 +102,10 @@ def test_decoding_goes_on_after_memory_ran_out(run):
     assert part.tables["out of memory"]
 
 
-def test_a_device_that_fails_is_a_problem_of_each_part(run, judge, monkeypatch):
-    def broken(*_, **__):
-        raise RuntimeError("this device is broken")
-
-    monkeypatch.setattr(judge.Gpu, "load", broken)
-    for name in ("graphs", "texts", "memory", "speed"):
-        assert run(name).problems == [f"{name}: RuntimeError: this device is broken"]
+def test_a_device_that_fails_is_a_problem_of_each_part(run, judge):
+    with failing(judge.Gpu, "load", RuntimeError("this device is broken")):
+        for name in ("graphs", "texts", "memory", "speed"):
+            assert run(name).problems == [f"{name}: RuntimeError: this device is broken"]
 
 
 def test_accelerators_have_a_reason_or_none(see_gpus):

@@ -10,6 +10,7 @@ import torch
 import transformers
 import treeflash_cuda.backend as loading
 import treeflash_cuda.images as cuda_images
+from failures import failing
 from PIL import Image as Picture
 from treeflash_cuda.backend import load
 
@@ -64,14 +65,14 @@ def quiet():
     transformers.logging.set_verbosity_error()
 
 
-def read_processor(folder):
-    """Make the processor of the type of a folder's model."""
-    return RandomProcessor(read_config(folder)["model_type"])
-
-
 @pytest.fixture
 def _random_processors(monkeypatch):
-    monkeypatch.setattr(cuda_images, "read_processor", read_processor)
+    """Let every folder have the processor of its model's type."""
+
+    def read(folder):
+        return RandomProcessor(read_config(folder)["model_type"])
+
+    monkeypatch.setattr(cuda_images, "read_processor", read)
 
 
 class Pair:
@@ -81,7 +82,7 @@ class Pair:
         self.model = random_model(family)
         self.model.save_pretrained(folder)
         self.folder = folder
-        patch.setattr(cuda_images, "read_processor", read_processor)
+        patch.setattr(cuda_images, "read_processor", lambda _: RandomProcessor(family))
         self.backend = loader(folder, None, config)
         assert not isinstance(self.backend.images, str), self.backend.images
         self.prompts = [self.encode(*prompt) for prompt in PROMPTS]
@@ -241,12 +242,12 @@ def test_others_go_on_when_an_image_fails_or_its_prompt_is_cancelled(pair, monke
     expected = [pair.reference(prompt) for prompt in pair.prompts]
     encode, bad = cuda_images.VisionTower.encode, pair.prompts[2][1].images[0]
 
-    def failing(tower, image):
+    def encode_others(tower, image):
         if image is bad:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         return encode(tower, image)
 
-    monkeypatch.setattr(cuda_images.VisionTower, "encode", failing)
+    monkeypatch.setattr(cuda_images.VisionTower, "encode", encode_others)
     config = SchedulerConfig(prefill_chunk=5, lone_prefill_chunk=5)
     scheduler = steady_scheduler(pair.backend, config)
     texts = {scheduler.submit(request(prompt)): [] for prompt in pair.prompts}
@@ -429,15 +430,12 @@ def test_types_that_are_not_known_to_be_exact_are_refused_by_name(tmp_path):
 
 
 @pytest.mark.usefixtures("_random_processors")
-def test_a_model_that_fails_on_images_remains_a_text_model(tmp_path, monkeypatch):
+def test_a_model_that_fails_on_images_remains_a_text_model(tmp_path):
     import treeflash_cuda.target as target
 
-    def failing(*_):
-        raise RuntimeError("no kernel for this tower")
-
-    monkeypatch.setattr(target, "run_samples", failing)
     random_model("qwen3_vl").save_pretrained(tmp_path)
-    backend = load(tmp_path, None, CPU)
+    with failing(target, "run_samples", RuntimeError("no kernel for this tower")):
+        backend = load(tmp_path, None, CPU)
     assert backend.images == "transformers cannot run an image (no kernel for this tower)"
     assert backend.target.tower is None
 

@@ -1,6 +1,7 @@
 """Memory of the arenas over many texts."""
 
 import pytest
+from failures import failing
 from memory import check_memory
 from parts import load_with_parts
 
@@ -45,21 +46,12 @@ def test_no_state_stays_open_over_many_texts(monkeypatch, folders, static):
         assert [slab.is_free for slab in arena.slabs] == [True]
 
 
-def test_a_fork_that_fails_in_the_middle_gives_its_regions_back(monkeypatch, folders):
+def test_a_fork_that_fails_in_the_middle_gives_its_regions_back(folders):
     backend = load(*folders, LoadConfig(device="cpu"))
     session = SequenceSession(backend, drafts=True)
     session.extend([3, 4, 5])
     session.draft(6)
-    copied = []
-
-    def copy_from(cache, other, length, plain=KVCache.copy_from):
-        copied.append(cache)
-        if len(copied) == 2:
-            raise MemoryError("out of memory")
-        plain(cache, other, length)
-
-    monkeypatch.setattr(KVCache, "copy_from", copy_from)
-    with pytest.raises(MemoryError):
+    with failing(KVCache, "copy_from", MemoryError, call=2), pytest.raises(MemoryError):
         session.state.fork(2, 10)
     session.close()
     for arena in (backend.target.arena, backend.drafter_arena):

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from failures import failing
 
 from treeflash.config import LoadConfig
 from treeflash.decoding.interfaces import Prefill, Verify
@@ -65,7 +66,7 @@ def test_trees_and_new_tokens_of_texts_are_as_alone(backend):
         np.testing.assert_allclose(mine_kv, theirs_kv, atol=1e-5)
 
 
-def test_a_failed_call_changes_no_text(backend, monkeypatch):
+def test_a_failed_call_changes_no_text(backend):
     """Whatever fails after the forward pass: the call can be repeated."""
     texts, fresh = ([SequenceSession(backend, drafts=True) for _ in range(2)] for _ in range(2))
     tree = DraftTree.from_parents(np.arange(4, dtype=np.int32), np.array([-1, 0, 0, 2], np.int32))
@@ -77,17 +78,13 @@ def test_a_failed_call_changes_no_text(backend, monkeypatch):
         path = np.array([0, 2, 3], np.int32)
         backend.verifier.commit([(text.state, path) for text in texts])
 
-    def fail(*_):
-        raise RuntimeError("out of memory")
-
     for call in (extend, commit):
         if call is commit:
             for group in (texts, fresh):
                 backend.verifier.logits([(text.state, tree) for text in group])
-        with monkeypatch.context() as broken:
-            broken.setattr(backend.drafter_model, "project", fail)
-            with pytest.raises(RuntimeError):
-                call(texts)
+        error = RuntimeError("out of memory")
+        with failing(backend.drafter_model, "project", error), pytest.raises(RuntimeError):
+            call(texts)
         call(texts)
         call(fresh)
     for mine, theirs in zip(texts, fresh, strict=True):

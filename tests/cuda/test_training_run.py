@@ -11,6 +11,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+from failures import failing
 
 from treeflash.config import LoadConfig
 from treeflash.errors import ConfigError
@@ -113,12 +114,8 @@ def test_a_save_or_a_line_of_the_log_that_was_cut_short_does_not_matter(run, fol
     assert len((folder / "log.jsonl").read_text().splitlines()) == 4
 
 
-def test_the_checkpoint_is_written_before_the_last_state(run, folder, monkeypatch):
-    def interrupt(*args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(loop, "export", interrupt)
-    with pytest.raises(KeyboardInterrupt):
+def test_the_checkpoint_is_written_before_the_last_state(run, folder):
+    with failing(loop, "export", KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
         run(save_every=4)
     assert not (folder / "state").exists()
 
@@ -144,10 +141,10 @@ def test_a_finished_run_restores_a_deleted_file_of_its_checkpoint(name, run, fol
 
 
 @pytest.mark.usefixtures("finished")
-def test_a_finished_run_is_left_as_it_is_without_its_target(run, folder, monkeypatch):
+def test_a_finished_run_is_left_as_it_is_without_its_target(run, folder):
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    monkeypatch.setattr(loop, "load_target", lambda *args, **settings: pytest.fail("loaded"))
-    assert run() == []
+    with failing(loop, "load_target", pytest.fail.Exception("loaded")):
+        assert run() == []
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 

@@ -4,6 +4,7 @@ import contextlib
 
 import numpy as np
 import pytest
+from failures import failing
 
 from treeflash.config import METHODS, DecodeConfig
 from treeflash.decoding import Request, Scheduler, SchedulerConfig, decode
@@ -87,8 +88,8 @@ def come(backend, scheduler, rng, number):
             config = DecodeConfig(budget=6, max_tokens=30, stop_token_ids=stops)
             scheduler.submit(Request(prompt_ids=prompt, config=config))
         case 2:  # by an error of its constraint
-            failing = Failing(backend.vocab_size, 2)
-            scheduler.submit(Request(prompt_ids=prompt, config=config, constraint=failing))
+            constraint = Failing(backend.vocab_size, 2)
+            scheduler.submit(Request(prompt_ids=prompt, config=config, constraint=constraint))
         case 3:  # is cancelled
             request = scheduler.submit(Request(prompt_ids=prompt, config=config))
             scheduler.step()
@@ -101,18 +102,10 @@ def come(backend, scheduler, rng, number):
             steps.close()
         case 6:  # the target fails, with an error of its own and with one of ours
             for error in (NumericalError, RuntimeError):
-                with pytest.MonkeyPatch.context() as broken:
-                    steps = decode(
-                        backend,
-                        Request(prompt_ids=prompt, config=DecodeConfig(budget=6, max_tokens=9)),
-                    )
-                    next(steps)
-
-                    def fail(*_, error=error):
-                        raise error("broken")
-
-                    broken.setattr(backend.verifier, "run", fail)
-                    with pytest.raises(error):
-                        list(steps)
+                request = Request(prompt_ids=prompt, config=DecodeConfig(budget=6, max_tokens=9))
+                steps = decode(backend, request)
+                next(steps)
+                with failing(backend.verifier, "run", error("broken")), pytest.raises(error):
+                    list(steps)
                 with contextlib.suppress(StopIteration):
                     next(steps)

@@ -5,6 +5,7 @@ import sys
 from itertools import chain, repeat
 
 import pytest
+from failures import failing
 
 from treeflash.commands import doctor
 from treeflash.config import LoadConfig
@@ -234,28 +235,24 @@ def test_models_that_leave_no_room_are_a_warning(mac, recwarn, weights, warned):
     [(0.99, False, True), (0.99, True, False), (1.2, False, False)],
 )
 def test_models_that_do_not_fit_are_refused_before_they_are_loaded(
-    pair, mac, monkeypatch, limit, force, refused
+    pair, mac, limit, force, refused
 ):
     size = sum((folder / "model.safetensors").stat().st_size for folder in pair)
     mac.recommend(int(limit * size))
-
-    def begin(*_):
-        raise BackendError("it is loaded")
-
-    monkeypatch.setattr(backend_module, "Target", begin)
     message = "the models' files have .* use a conversion in fewer bits" if refused else "is loaded"
-    with pytest.raises(ConfigError if refused else BackendError, match=message):
+    with (
+        failing(backend_module, "Target", BackendError("it is loaded")),
+        pytest.raises(ConfigError if refused else BackendError, match=message),
+    ):
         load(*pair, LoadConfig(force=force))
 
 
-def test_the_folder_is_not_blamed_for_memory_that_runs_out(pair, monkeypatch):
+def test_the_folder_is_not_blamed_for_memory_that_runs_out(pair):
     message = "[METAL] Command buffer execution failed: Insufficient Memory"
-
-    def load_model(*_, **__):
-        raise RuntimeError(message)
-
-    monkeypatch.setattr(target_module.utils, "load_model", load_model)
-    with pytest.raises(RuntimeError, match="Insufficient Memory") as caught:
+    with (
+        failing(target_module.utils, "load_model", RuntimeError(message)),
+        pytest.raises(RuntimeError, match="Insufficient Memory") as caught,
+    ):
         load(*pair, LoadConfig())
     assert str(caught.value) == message
 
@@ -307,7 +304,7 @@ def test_batches_are_judged_relative_to_another_context_and_more_than_once(
     pair, monkeypatch, caplog
 ):
     """And their absence is said in one line."""
-    differences = chain([9.0, 0.4], repeat(float("nan")))
+    differences = chain([9.0, 0.4, 0.2], repeat(float("nan")))
     monkeypatch.setattr(backend_module, "batch_difference", lambda *_: next(differences))
     assert load(pair[0], None, LoadConfig(dtype="bfloat16")).target.batches
     assert not caplog.records

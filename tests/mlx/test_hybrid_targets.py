@@ -7,6 +7,7 @@ import shutil
 import mlx_lm.models.gated_delta
 import numpy as np
 import pytest
+from failures import failing
 
 from treeflash.config import METHODS, DecodeConfig, LoadConfig, SamplingConfig
 from treeflash.decoding import Request, decode
@@ -162,7 +163,7 @@ def test_states_after_commits_equal_those_of_a_prefill(families, tmp_path, rng, 
         np.testing.assert_allclose(sequence.logits(probe), expected, atol=1e-3 * expected.std())
 
 
-def test_a_run_that_fails_leaves_the_states_as_they_were(backend_of, monkeypatch):
+def test_a_run_that_fails_leaves_the_states_as_they_were(backend_of):
     """A chunk of the prompt was committed before it failed."""
     backend = backend_of("qwen3_5")
     sequences = [SequenceSession(backend) for _ in range(2)]
@@ -170,17 +171,13 @@ def test_a_run_that_fails_leaves_the_states_as_they_were(backend_of, monkeypatch
         sequence.extend(PROMPT)
     before = [sequence.state.read_recurrent_states() for sequence in sequences]
 
-    def fail(*args):
-        raise NumericalError("logits are not finite")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(verifier_module, "sample", fail)
-        work = [
-            Verify(sequences[0].state, DraftTree.root_only(1), SamplingParams()),
-            Prefill(sequences[1].state, [1, 2, 3, 4], SamplingParams()),
-        ]
-        with pytest.raises(NumericalError):
-            backend.verifier.run(work)
+    work = [
+        Verify(sequences[0].state, DraftTree.root_only(1), SamplingParams()),
+        Prefill(sequences[1].state, [1, 2, 3, 4], SamplingParams()),
+    ]
+    error = NumericalError("logits are not finite")
+    with failing(verifier_module, "sample", error), pytest.raises(NumericalError):
+        backend.verifier.run(work)
     for sequence, states in zip(sequences, before, strict=True):
         assert sequence.length == len(PROMPT)
         for mine, theirs in zip(sequence.state.read_recurrent_states(), states, strict=True):

@@ -9,6 +9,7 @@ import re
 import httpx
 import pytest
 from asgi import LostReplicaError, Pieces, ask, ask_async, ingress
+from failures import failing
 from servers import PATIENCE, serving
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse
@@ -556,16 +557,12 @@ ANTHROPIC_TYPES = {"server_error": "api_error", "service_unavailable_error": "ov
 
 @pytest.mark.parametrize("path", STREAMS)
 @pytest.mark.parametrize(("error", "status", "kind"), ERRORS)
-def test_errors_have_the_form_of_their_api(started, monkeypatch, caplog, path, error, status, kind):
+def test_errors_have_the_form_of_their_api(started, caplog, path, error, status, kind):
     """Programs read the type; messages of unknown errors are for the log alone."""
     server = started()
-
-    def fail(*args, **named):
-        raise error
-
-    monkeypatch.setattr(server.engine, "submit", fail)
     # The server closes the connection behind an error that it does not know.
-    response = httpx.post(f"{server.url}{path}", json=REQUESTS[path])
+    with failing(server.engine, "submit", error):
+        response = httpx.post(f"{server.url}{path}", json=REQUESTS[path])
     assert response.status_code == status
     body = response.json()
     anthropic = path.startswith("/v1/messages")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from failures import failing
 from pydantic import TypeAdapter, ValidationError
 from servers import NAME, serving
 from tool_models import tool_model
@@ -330,14 +331,14 @@ def test_an_unknown_model(client):
         client.messages.create(model="other", max_tokens=9, messages=HELLO)
 
 
-def test_a_failure_ends_the_stream_with_an_error(server, client, monkeypatch):
-    monkeypatch.setattr(server.engine._scheduler, "step", lambda: 1 / 0)
-    with (
-        pytest.raises(anthropic.APIStatusError),
-        client.messages.stream(model=NAME, max_tokens=9, messages=HELLO) as stream,
-    ):
-        stream.until_done()
+def test_a_failure_ends_the_stream_with_an_error(server, client):
     body = {"messages": HELLO, "max_tokens": 9, "stream": True}
-    text = server.post("/v1/messages", body).text
+    with failing(server.engine._scheduler, "step", ZeroDivisionError):
+        with (
+            pytest.raises(anthropic.APIStatusError),
+            client.messages.stream(model=NAME, max_tokens=9, messages=HELLO) as stream,
+        ):
+            stream.until_done()
+        text = server.post("/v1/messages", body).text
     assert text.startswith("event: error\n")
     assert text.count("data: ") == 1, "nothing follows an error"

@@ -11,6 +11,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+from failures import failing
 from processes import core_command
 from servers import PATIENCE, wait_until, wait_until_ready
 
@@ -19,12 +20,10 @@ from treeflash.commands import serve as command
 FULL = Path("/dev/full")
 
 
-def test_while_models_are_fetched(capsys, monkeypatch):
-    def load(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "model.safetensors")
-
-    monkeypatch.setattr(command.cli, "locate_model", load)
-    code = command.main(["--port", "0"])
+def test_while_models_are_fetched(capsys):
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "model.safetensors")
+    with failing(command.cli, "locate_model", full):
+        code = command.main(["--port", "0"])
     err = capsys.readouterr().err
     assert code == 2
     assert err == "error: model.safetensors: No space left on device\n"

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+from failures import failing
 from servers import NAME, serving
 from tool_models import tool_model
 
+from treeflash.serving.ollama import OllamaFormatter
 from treeflash.serving.schemas import allowed_tools
 
 ollama = pytest.importorskip("ollama")
@@ -241,12 +243,10 @@ def test_what_this_server_does_not_do_is_said(server, path, says):
     assert says in response.json()["error"]
 
 
-def test_an_error_within_a_stream_is_its_last_line(server, monkeypatch):
-    def fail(*_):
-        raise RuntimeError("broken")
-
-    monkeypatch.setattr("treeflash.serving.ollama.OllamaFormatter._end", fail)
-    response = server.post("/api/generate", {"model": NAME, "prompt": "Hi", "options": SHORT})
+def test_an_error_within_a_stream_is_its_last_line(server):
+    body = {"model": NAME, "prompt": "Hi", "options": SHORT}
+    with failing(OllamaFormatter, "_end", RuntimeError("broken")):
+        response = server.post("/api/generate", body)
     last = json.loads(response.text.splitlines()[-1])
     assert last == {"error": "the server failed; its log has the reason"}
 

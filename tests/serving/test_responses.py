@@ -6,6 +6,7 @@ import json
 
 import httpx
 import pytest
+from failures import failing
 from pydantic import TypeAdapter, ValidationError
 from servers import NAME, serving
 from tool_models import tool_model
@@ -287,10 +288,10 @@ def test_values_that_are_not_supported(fields):
     assert {error["loc"][0] for error in caught.value.errors()} == set(fields)
 
 
-def test_a_failure_ends_the_stream_with_events(server, monkeypatch):
-    monkeypatch.setattr(server.engine._scheduler, "step", lambda: 1 / 0)
+def test_a_failure_ends_the_stream_with_events(server):
     body = {"input": "Hi", "stream": True}
-    response = httpx.post(f"{server.url}/v1/responses", json=body)
+    with failing(server.engine._scheduler, "step", ZeroDivisionError):
+        response = httpx.post(f"{server.url}/v1/responses", json=body)
     lines = [line for line in response.text.splitlines() if line.startswith("event: ")]
     assert lines[-2:] == ["event: error", "event: response.failed"]
     error, failed = events_of(response)[-2:]

@@ -6,6 +6,7 @@ import errno
 import os
 
 import pytest
+from failures import failing
 from stored_states import Process, plain, prompt_of, stored_pair
 
 from treeflash.config import DecodeConfig
@@ -190,13 +191,9 @@ def test_a_read_only_folder_costs_speed_only(pair, tmp_path, caplog):
     ]
 
 
-def test_a_full_disk_costs_speed_only(pair, tmp_path, monkeypatch, caplog):
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    prompt = prompt_of(40)
-    with Process(pair, tmp_path) as process:
-        monkeypatch.setattr(state_files, "write", full)
+def test_a_full_disk_costs_speed_only(pair, tmp_path, caplog):
+    prompt, full = prompt_of(40), OSError(errno.ENOSPC, "No space left on device")
+    with failing(state_files, "write", full), Process(pair, tmp_path) as process:
         text, _ = process.answer(prompt)
     assert text == plain(pair, prompt)
     assert names(tmp_path) == set()

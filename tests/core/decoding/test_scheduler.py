@@ -6,6 +6,7 @@ import time
 from dataclasses import replace
 
 import pytest
+from failures import failing
 from memory import watch_states
 
 from treeflash.config import METHODS, DecodeConfig, LoadConfig, Penalties, SamplingConfig
@@ -436,10 +437,6 @@ def test_long_prompts_leave_snapshots_on_the_way(backend, monkeypatch):
         scheduler.close()
 
 
-def out_of_memory(*_, **__):
-    raise MemoryError("out of memory")
-
-
 def test_no_two_salts_share_a_state(backend):
     """Equal prompts of two salts share nothing."""
     scheduler = Scheduler(backend, prefix_cache=PrefixCache(10**9))
@@ -521,8 +518,7 @@ def test_a_state_that_does_not_fit_beside_its_text_is_not_cached(backend, monkey
     scheduler = Scheduler(backend, prefix_cache=PrefixCache(1 << 20))
     long = scheduler.submit(Request(prompt_ids=[9, 8], config=config_of()))
     short = scheduler.submit(Request(prompt_ids=[5, 6], config=config_of(max_tokens=1)))
-    with monkeypatch.context() as full:
-        full.setattr(State, "fork", out_of_memory)
+    with failing(State, "fork", MemoryError("out of memory")):
         found = finish(scheduler)
     assert found[long] == alone(backend, [9, 8], config_of())
     assert found[short] == alone(backend, [5, 6], config_of(max_tokens=1))
@@ -532,16 +528,15 @@ def test_a_state_that_does_not_fit_beside_its_text_is_not_cached(backend, monkey
 
 def test_an_error_of_another_kind_is_raised_and_the_state_closed(backend, monkeypatch):
     made = watch_states(monkeypatch, State)
-    monkeypatch.setattr(State, "fork", lambda *_: 1 / 0)
     scheduler = Scheduler(backend, prefix_cache=PrefixCache(1 << 20))
     scheduler.submit(Request(prompt_ids=[5, 6], config=config_of(max_tokens=1)))
-    with pytest.raises(ZeroDivisionError):
+    with failing(State, "fork", ZeroDivisionError), pytest.raises(ZeroDivisionError):
         scheduler.step()
     assert [state.nbytes for state in made] == [0]
 
 
 @pytest.mark.parametrize("place", ["open", "fork"])
-def test_a_text_that_cannot_start_ends_with_the_error_alone(backend, monkeypatch, place):
+def test_a_text_that_cannot_start_ends_with_the_error_alone(backend, place):
     scheduler = Scheduler(backend, prefix_cache=PrefixCache(1 << 20))
     scheduler.submit(Request(prompt_ids=[5, 6, 7], config=config_of(max_tokens=1)))
     scheduler.step()
@@ -550,8 +545,7 @@ def test_a_text_that_cannot_start_ends_with_the_error_alone(backend, monkeypatch
     step(scheduler, found)
     prompt = [5, 6, 7] if place == "fork" else [30]
     bad = scheduler.submit(Request(prompt_ids=prompt, config=config_of()))
-    with monkeypatch.context() as full:
-        full.setattr(State if place == "fork" else backend, place, out_of_memory)
+    with failing(State if place == "fork" else backend, place, MemoryError("out of memory")):
         step(scheduler, found)
     assert isinstance(found.pop(bad), MemoryError)
     assert (scheduler.running, scheduler.waiting) == (1, 0)

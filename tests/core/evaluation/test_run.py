@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from failures import failing
 from rich.console import Console
 
 import treeflash
@@ -152,19 +153,13 @@ def test_depth_metrics_compare_with_the_distribution_that_was_sampled_from(model
     assert list(found.depth_metrics.records()) == same != other
 
 
-def test_an_interruption_keeps_finished_prompts(model, configs, monkeypatch):
-    opened = model.backend.open
-    calls = [0]
-
-    def interrupted(capacity, **settings):
-        calls[0] += 1
-        if calls[0] == 2 * (len(CASES) + 1):  # in the depth metrics of the second prompt
-            raise KeyboardInterrupt
-        return opened(capacity, **settings)
-
-    monkeypatch.setattr(model.backend, "open", interrupted)
+def test_an_interruption_keeps_finished_prompts(model, configs):
     evaluation = Evaluation()
-    with pytest.raises(KeyboardInterrupt):
+    last = 2 * (len(CASES) + 1)  # in the depth metrics of the second prompt
+    with (
+        failing(model.backend, "open", KeyboardInterrupt, call=last),
+        pytest.raises(KeyboardInterrupt),
+    ):
         evaluation.run(model.backend, {"a": PROMPTS}, configs, Console(file=io.StringIO()))
     assert len(evaluation.samples["a"]) == 1
 

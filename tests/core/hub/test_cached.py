@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from failures import failing
 from huggingface_hub import scan_cache_dir
 from huggingface_hub.errors import CacheNotFound
 from rich.filesize import decimal
@@ -88,12 +89,9 @@ def test_models_of_all_caches_are_found(machine):
 
 
 def test_a_machine_without_a_cache_has_the_bundled_drafter(tmp_path, monkeypatch):
-    def fail():
-        raise CacheNotFound("no cache", tmp_path)
-
     monkeypatch.setenv("TREEFLASH_CACHE", str(tmp_path))
-    monkeypatch.setattr(cached, "scan_cache_dir", fail)
-    (model,) = cached_models()
+    with failing(cached, "scan_cache_dir", CacheNotFound("no cache", tmp_path)):
+        (model,) = cached_models()
     assert model.name == BUNDLED_DRAFTER
     assert model.nbytes > 30_000_000
 
@@ -251,12 +249,9 @@ def test_a_download_has_the_drafter_of_a_target(machine, run, monkeypatch, name,
     assert [line.split()[0] for line in out.splitlines()] == fetched
 
 
-def test_a_download_that_fails_is_one_line(machine, capsys, monkeypatch):
-    def fail(name):
-        raise CheckpointError("not reachable")
-
-    monkeypatch.setattr(models, "_resolve", fail)
-    assert command.main(["--download", "some/model"]) == 2
+def test_a_download_that_fails_is_one_line(machine, capsys):
+    with failing(models, "_resolve", CheckpointError("not reachable")):
+        assert command.main(["--download", "some/model"]) == 2
     assert capsys.readouterr().err == "error: not reachable\n"
 
 

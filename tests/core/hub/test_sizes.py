@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from failures import failing
 
 import treeflash
 from treeflash import language_model, registry
@@ -117,19 +118,20 @@ def test_a_folder_is_measured_and_what_nobody_tells_is_fetched(
 
 def test_nothing_is_fetched_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Unless it is forced, or the backend has no limit."""
-
-    def begin(name: str | None) -> Path:
-        raise BackendError("fetched")
-
-    monkeypatch.setattr(language_model, "resolve_target", begin)
     load = registry.loader("reference")
     monkeypatch.setattr(language_model, "memory_limit", lambda of: GIB if of is load else None)
     options: dict[str, Any] = {"backend": "reference", "drafter": False}
-    with pytest.raises(ConfigError, match=r"^the weights of Qwen/Qwen3-8B have 15.3 GiB"):
+    with (
+        failing(language_model, "resolve_target", BackendError("fetched")),
+        pytest.raises(ConfigError, match=r"^the weights of Qwen/Qwen3-8B have 15.3 GiB"),
+    ):
         treeflash.load("Qwen/Qwen3-8B", **options)
     monkeypatch.setattr(registry, "check_config", lambda *_: None)
     for limit, settings in ((None, {}), (20 * GIB, {}), (1, {"force": True})):
         monkeypatch.setattr(language_model, "memory_limit", lambda _, x=limit: x)
         monkeypatch.setattr(language_model, "check_config", lambda *_: None)
-        with pytest.raises(BackendError, match="fetched"):
+        with (
+            failing(language_model, "resolve_target", BackendError("fetched")),
+            pytest.raises(BackendError, match="fetched"),
+        ):
             treeflash.load("Qwen/Qwen3-8B", **options, **settings)

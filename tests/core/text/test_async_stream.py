@@ -9,6 +9,7 @@ import weakref
 from contextlib import aclosing
 
 import pytest
+from failures import failing
 
 from treeflash.config import METHODS
 from treeflash.decoding import Scheduler
@@ -324,14 +325,13 @@ def test_an_error_of_one_text_leaves_the_others(scripted):
     assert {x.text for x in found if x is not error} == {"one", "a third text"}
 
 
-def test_an_iteration_that_fails_is_raised_by_all_texts(scripted, monkeypatch):
+def test_an_iteration_that_fails_is_raised_by_all_texts(scripted):
     model = scripted(TEXT)
 
     async def gather():
         texts = (model.agenerate(prompt) for prompt in "xyz")
         return await asyncio.gather(*texts, return_exceptions=True)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Scheduler, "step", lambda self: 1 / 0)
+    with failing(Scheduler, "step", ZeroDivisionError):
         assert all(isinstance(x, ZeroDivisionError) for x in asyncio.run(gather()))
     assert [x.text for x in asyncio.run(gather())] == [TEXT] * 3

@@ -4,6 +4,7 @@ import json
 
 import pytest
 from byte_tokens import END
+from failures import failing
 from rich.console import Console
 
 from treeflash.config import SamplingConfig
@@ -183,10 +184,10 @@ def test_a_changed_prompt_does_not_count_as_answered(distill, echo):
         distill(rows(["changed"]), echo())
 
 
-def test_a_row_that_the_template_rejects_is_named(distill, echo, byte_tokenizer, monkeypatch):
-    def reject(*args):
-        raise PromptError("the chat template refuses these messages")
-
-    monkeypatch.setattr(byte_tokenizer, "chat", reject)
-    with pytest.raises(PromptError, match="the row 'r0': the chat template refuses"):
+def test_a_row_that_the_template_rejects_is_named(distill, echo, byte_tokenizer):
+    refused = PromptError("the chat template refuses these messages")
+    with (
+        failing(byte_tokenizer, "chat", refused),
+        pytest.raises(PromptError, match="the row 'r0': the chat template refuses"),
+    ):
         distill(rows(["a"]), echo())

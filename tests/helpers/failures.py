@@ -1,0 +1,30 @@
+"""Functions that fail."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import count
+from typing import Any
+
+import pytest
+
+
+@contextmanager
+def failing(
+    owner: Any, name: str, error: BaseException | type[BaseException], call: int | None = None
+) -> Iterator[None]:
+    """Let a function of a module, a class or an object raise an error until the block ends.
+
+    Every call raises it; with `call` only the one of this number, from 1 on.
+    """
+    function, numbers = getattr(owner, name), count(1)
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        if call in (None, next(numbers)):
+            raise error
+        return function(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, fail)
+        yield
