@@ -8,7 +8,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import count
+from itertools import count, starmap
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, TypeAlias
@@ -217,12 +217,8 @@ def findings(trials: Sequence[Trial]) -> list[Finding]:
     return [trial.finding(max(trial.least, largest / 2)) for trial in trials]
 
 
-class Alternatives(NamedTuple):
-    """Other values for one setting of a drafter, by name, as `replace_settings` takes them."""
-
-    check: str
-    settings: Mapping[str, Mapping[str, object]]
-    advice: str
+Alternatives: TypeAlias = tuple[str, Mapping[str, Mapping[str, object]], str]
+"""A check, other values for one setting by name, as `replace_settings` takes them, and advice."""
 
 
 def list_alternatives(
@@ -239,9 +235,9 @@ def list_alternatives(
     layers = [[i + step for i in config.target_layer_ids] for step in (-1, 1)]
     layer_ids = {f"target_layer_ids {ids}": {"target_layer_ids": ids} for ids in layers}
     tokens = {f"mask_token_id {i} ({name})": {"mask_token_id": i} for i, name in masks.items()}
-    found = [
-        Alternatives("target layers", layer_ids, IN_CONFIG),
-        Alternatives("mask token", tokens, IN_CONFIG),
+    found: list[Alternatives] = [
+        ("target layers", layer_ids, IN_CONFIG),
+        ("mask token", tokens, IN_CONFIG),
     ]
     windows = zip(config.sliding_windows, config.causal, strict=True)
     if sliding := [causal for window, causal in windows if window is not None]:
@@ -251,13 +247,13 @@ def list_alternatives(
             "(speculators: sliding_window_non_causal, the opposite)"
         )
         settings = {f"is_causal {other}": {"is_causal": other}}
-        found.append(Alternatives("causal block", settings, advice))
+        found.append(("causal block", settings, advice))
     gemma = str(target.get("model_type")).startswith("gemma")
     if gemma and detect_format(drafter) is not SPECULATORS:
         scale = 1.0 if config.input_scale != 1 else config.hidden_size**0.5
         scales = {f"input_embedding_scale {scale:g}": {"input_embedding_scale": scale}}
         advice = f"drafters for scaled embeddings are published with and without it; {IN_CONFIG}"
-        found.append(Alternatives("embedding scale", scales, advice))
+        found.append(("embedding scale", scales, advice))
     return found
 
 
@@ -337,15 +333,15 @@ def diagnose(
     limit = ALL_MASK_CANDIDATES if thorough else MASK_CANDIDATES
     masks = mask_candidates(tokenizer, config.mask_token_id, pair.vocab_size, limit)
     alternatives = list_alternatives(config, drafter, target, masks)
-    total = sum(len(other.settings) for other in alternatives)
+    total = sum(len(values) for _, values, _ in alternatives)
     numbers = count(1)
 
-    def trial(other: Alternatives) -> Trial:
+    def trial(check: str, values: Mapping[str, Mapping[str, object]], advice: str) -> Trial:
         gains = {}
-        for name, settings in other.settings.items():
-            report(next(numbers), total, other.check)
+        for name, settings in values.items():
+            report(next(numbers), total, check)
             gains[name] = change(settings)
-        return Trial(check=other.check, gains=gains, least=MIN_GAIN, advice=other.advice)
+        return Trial(check=check, gains=gains, least=MIN_GAIN, advice=advice)
 
     rows = {"i - 1": scores.earlier, "i + 1": scores.later}
     trials = [
@@ -365,7 +361,7 @@ def diagnose(
             least=MIN_PROMPTING_GAIN,
             advice="prompt this way, or use a drafter trained for your way of prompting",
         ),
-        *map(trial, alternatives),
+        *starmap(trial, alternatives),
     ]
     depths, *facts = measured.findings
     return replace(measured, findings=[depths, *findings(trials), *facts])

@@ -219,7 +219,7 @@ def test_a_schema_that_python_cannot_write(compiler):
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system does not bound memory")
 def test_memory_is_bounded():
     code = (
-        "from treeflash.text.grammar_trial import MEMORY, _limit_memory\n"
+        "from treeflash.text.grammar_sandbox import MEMORY, _limit_memory\n"
         "_limit_memory()\n"
         "bytearray(MEMORY // 2)\n"
         "bytearray(2 * MEMORY)\n"

@@ -14,7 +14,7 @@ from treeflash.decoding.sampling import LogProbs
 PHASES: tuple[Phase, ...] = ("prefill", "draft", "tree", "verify", "commit")
 
 
-class Timings:
+class DecodingMetrics:
     """Figures that follow from accepted lengths and times by phase.
 
     `accepted_lengths` are the numbers of tokens that each iteration committed, accepted draft
@@ -54,7 +54,7 @@ class Timings:
 
 
 @dataclass
-class Stats(Timings):
+class Stats(DecodingMetrics):
     """Accepted lengths, times and number of new tokens, which grow step by step."""
 
     accepted_lengths: list[int] = field(default_factory=list)
@@ -149,7 +149,7 @@ class TokenLogProb:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generation(Timings):
+class Generation(DecodingMetrics):
     """A generated text, how it was decoded, and the time that it took.
 
     Unless `token_ids` is empty, `1 + sum(accepted_lengths) == len(token_ids)`: the prefill gives

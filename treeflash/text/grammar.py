@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treeflash.errors import ConfigError
-from treeflash.text.grammar_trial import ANY_FORM, LIMITS, STACK, GrammarTrial, TrialError
+from treeflash.text.grammar_sandbox import ANY_FORM, LIMITS, STACK, GrammarSandbox, SandboxError
 from treeflash.text.tokenizer import Tokenizer
 
 ANSWER, OTHER, REST = "answer", "other", "rest"
@@ -150,7 +150,7 @@ class GrammarCompiler:
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
-        self._parts: tuple[llguidance.LLTokenizer, GrammarTrial] | None = None
+        self._parts: tuple[llguidance.LLTokenizer, GrammarSandbox] | None = None
         self._lock = threading.Lock()
 
     def compile(self, grammar: Grammar) -> Callable[[], GrammarConstraint]:
@@ -159,10 +159,10 @@ class GrammarCompiler:
         A GrammarError is raised if the grammar is invalid, unsupported, or takes too much to
         compile, an OSError if no process for grammars can be started.
         """
-        vocabulary, trial = self._loaded()
+        vocabulary, sandbox = self._loaded()
         try:
-            text = trial.run(grammar.entries)
-        except TrialError as error:
+            text = sandbox.run(grammar.entries)
+        except SandboxError as error:
             raise GrammarError(str(error)) from error
         make = partial(llguidance.LLMatcher, log_level=0, limits=LIMITS)  # prints no errors
         matcher = _in_deep_thread(partial(make, vocabulary, text))
@@ -170,7 +170,7 @@ class GrammarCompiler:
             raise GrammarError(matcher.get_error())
         return lambda: GrammarConstraint(matcher.deep_copy(), self._vocab_size)
 
-    def _loaded(self) -> tuple[llguidance.LLTokenizer, GrammarTrial]:
+    def _loaded(self) -> tuple[llguidance.LLTokenizer, GrammarSandbox]:
         with self._lock:
             if self._parts is None:
                 # The arguments follow `llguidance.hf`, whose vocabulary cannot be handed to another
@@ -183,8 +183,8 @@ class GrammarCompiler:
                     "n_vocab": self._vocab_size,
                     "eos_token": sorted(self._tokenizer.stop_token_ids),
                 }
-                trial = GrammarTrial(arguments)  # loads the vocabulary meanwhile
-                self._parts = llguidance.LLTokenizer(**arguments), trial
+                sandbox = GrammarSandbox(arguments)  # loads the vocabulary meanwhile
+                self._parts = llguidance.LLTokenizer(**arguments), sandbox
             return self._parts
 
 
@@ -193,7 +193,7 @@ _STACK_SIZE = threading.Lock()
 
 
 def _in_deep_thread(function: Callable[[], llguidance.LLMatcher]) -> llguidance.LLMatcher:
-    """Call a function in a thread with a larger stack than the trial's, on any system."""
+    """Call a function in a thread with a larger stack than the sandbox's, on any system."""
     with ThreadPoolExecutor(1, "treeflash-grammar") as pool:
         with _STACK_SIZE:
             before = threading.stack_size(2 * STACK)

@@ -38,7 +38,7 @@ from treeflash_cuda.training.data import (
 from treeflash_cuda.training.initial import drafter_settings, initial_drafter
 from treeflash_cuda.training.losses import Outcomes, forward_kl, objective
 from treeflash_cuda.training.model import Blocks, LMHead
-from treeflash_cuda.training.run import Run, export, has_checkpoint, is_finished
+from treeflash_cuda.training.run import TrainingRun, export, has_checkpoint, is_finished
 
 VALIDATION_ANCHORS = 16
 """Anchors per validation sequence."""
@@ -88,7 +88,7 @@ def train(
         top_tokens=config.top_tokens,
     )
     identity = {**known, "dtype": str(model.dtype).removeprefix("torch."), "data": data}
-    run = Run(output, accelerator, identity, request)
+    run = TrainingRun(output, accelerator, identity, request)
     if config.freeze_backbone or config.freeze_layers:
         drafter.requires_grad_(False)
         drafter.fc.requires_grad_(config.freeze_layers)

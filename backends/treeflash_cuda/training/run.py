@@ -138,11 +138,11 @@ def is_finished(folder: Path, request: str) -> bool:
         saved = json.loads((folder / "state" / "run.json").read_text())
         done = saved["request"] == request and saved["finished"] is True
     except (OSError, ValueError, LookupError, TypeError):
-        return False  # `Run` then says what is wrong
+        return False  # `TrainingRun` then says what is wrong
     return done and has_checkpoint(folder)
 
 
-class Run:
+class TrainingRun:
     def __init__(
         self, folder: Path, accelerator: Accelerator, identity: Record, request: str
     ) -> None:
@@ -274,7 +274,9 @@ class Run:
         )
 
 
-def export(accelerator: Accelerator, blocks: nn.Module, settings: dict[str, Any], run: Run) -> None:
+def export(
+    accelerator: Accelerator, blocks: nn.Module, settings: dict[str, Any], run: TrainingRun
+) -> None:
     """Write a checkpoint into a run's folder: configuration, weights (bfloat16) and `README.md`.
 
     If responses were held out, `evaluation.json` has what was measured on them. Raises a

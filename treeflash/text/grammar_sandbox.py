@@ -42,11 +42,11 @@ LIMITS = llguidance.LLParserLimits(verbose_errors=False)
 """Errors do not show the parser's state, because clients read them."""
 
 
-class TrialError(ValueError):
+class SandboxError(ValueError):
     """A grammar is invalid, or compiling it takes too much."""
 
 
-class GrammarTrial:
+class GrammarSandbox:
     """A process that compiles grammars, one at a time, and is replaced if it dies.
 
     Any thread may call it.
@@ -62,13 +62,13 @@ class GrammarTrial:
     def run(self, grammars: Sequence[Mapping[str, Any]]) -> str:
         """Compile grammars, which may have the key `ANY_FORM`; returns llguidance's form of them.
 
-        A TrialError is raised if a grammar is invalid, or compiling it takes too much, an OSError
+        A SandboxError is raised if a grammar is invalid, or compiling it takes too much, an OSError
         if no process can be started.
         """
         try:
             text = json.dumps({"grammars": list(grammars)})
         except RecursionError as error:
-            raise TrialError("it is nested too deep") from error
+            raise SandboxError("it is nested too deep") from error
         with self._lock:
             if self._process.poll() is not None:
                 self._end()
@@ -81,10 +81,10 @@ class GrammarTrial:
             if not reply:
                 reason = self._cause_of_death()
                 self._start()  # now, so that the next grammar need not wait
-                raise TrialError(reason)
+                raise SandboxError(reason)
         verdict = json.loads(reply)
         if verdict["error"] is not None:
-            raise TrialError(verdict["error"])
+            raise SandboxError(verdict["error"])
         return verdict["converted"] or text
 
     def _start(self) -> None:
