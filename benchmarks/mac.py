@@ -8,7 +8,7 @@
 - `plain`: milliseconds of a token of plain decoding, after a short and a long text.
 - `methods`: for every method with the budget `auto`, tokens per second, tokens per iteration, and
   milliseconds of an iteration by phase; and tokens per second of mlx-lm's own loop with the same
-  weights, in a process of its own. Work that a phase leaves running on the device counts towards
+  weights, in a separate process. Work that a phase leaves running on the device counts towards
   the next phase that waits for it.
 
 It runs wherever MLX does.
@@ -142,7 +142,7 @@ def method_row(
 
 
 def mlx_lm_row(args: Namespace) -> Row:
-    """Measure the speed of mlx-lm's own loop over the same weights, in a process of its own.
+    """Measure the speed of mlx-lm's own loop over the same weights, in a separate process.
 
     In this process the model would have hooks, and its weights are not loaded yet.
     """

@@ -136,7 +136,7 @@ def plain(args: Any) -> list[Row]:
 
 
 def in_process(function: Callable[..., T], *arguments: Any, environment: Mapping[str, str]) -> T:
-    """Call a function in a process of its own, with more variables in its environment."""
+    """Call a function in a separate process, with more variables in its environment."""
     context = multiprocessing.get_context("spawn")
     with patch.dict(os.environ, environment), ProcessPoolExecutor(1, context) as pool:
         return pool.submit(function, *arguments).result()
@@ -164,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = cache(lambda: load_model(args))
     for name, find in (("kernels", kernels), ("texts", texts)):
         report.run(name, partial(find, args.device))
-    # These two load the weights in processes of their own, before this process loads them.
+    # These two load the weights in separate processes, before this process loads them.
     report.run("mlx-lm", partial(mlx_lm, args))
     report.run("buffers", partial(buffers, args))
     for name, measure in (("passes", passes), ("host", host), ("speed", speed)):

@@ -162,7 +162,7 @@ def transformers(model: LanguageModel) -> dict[str, Run]:
         other.generation_config = config
         return other.to(device).eval()
 
-    # Continuous batching replaces a model's attention, so each way has a model of its own.
+    # Continuous batching replaces a model's attention, so each way has its own model.
     padded_model, batching_model = load(), load()
 
     def generate(group: Group, max_tokens: int) -> list[Answer]:

@@ -57,15 +57,19 @@ def loader(name: str) -> Loader:
     return cast(Loader, load_entry_point(name, available()))
 
 
+def _beside(load: Loader, name: str) -> Any:
+    """Return an optional function of the module of a `Loader`; None if there is none."""
+    return getattr(inspect.getmodule(load), name, None)
+
+
 def check_config(load: Loader, config: LoadConfig) -> None:
     """Let a backend refuse settings before models are fetched.
 
     A module of a `Loader` may have the functions `check_config` and `choose_device`, which raise a
     ConfigError for settings that the backend lacks, and a BackendError for an unknown device.
     """
-    module = inspect.getmodule(load)
     for name, value in (("choose_device", config.device), ("check_config", config)):
-        check = getattr(module, name, None)
+        check = _beside(load, name)
         if check is not None and value is not None:
             check(value)
 
@@ -76,7 +80,7 @@ def refuse_drafter(load: Loader, config: DrafterShape) -> None:
     A module of a `Loader` may have the function `check_drafter`, which raises an
     UnsupportedModelError for a drafter that the backend cannot run.
     """
-    check = getattr(inspect.getmodule(load), "check_drafter", None)
+    check = _beside(load, "check_drafter")
     if check is not None:
         check(config)
 
@@ -86,18 +90,18 @@ def memory_limit(load: Loader) -> int | None:
 
     A module of a `Loader` may have the function `memory_limit`, which returns the same.
     """
-    limit = getattr(inspect.getmodule(load), "memory_limit", None)
+    limit = _beside(load, "memory_limit")
     return None if limit is None else limit()
 
 
 def examine_device(name: str, config: LoadConfig) -> DeviceReport:
-    """Let a backend tell about its device, and check its kernels there, without a model.
+    """Let a backend report on its device, and check its kernels there, without a model.
 
     A module of a `Loader` may have the function `examine_device`; a BackendError is raised if it
     has none.
     """
     load = loader(name)
-    examine = getattr(inspect.getmodule(load), "examine_device", None)
+    examine = _beside(load, "examine_device")
     if examine is None:
         raise BackendError(f"the {name} backend has nothing to tell about its device")
     check_config(load, config)

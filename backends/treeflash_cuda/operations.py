@@ -1,4 +1,4 @@
-"""The operations of a forward pass that have kernels of their own, and their PyTorch definitions.
+"""The operations of a forward pass that have Triton kernels, and their PyTorch definitions.
 
 A forward pass calls `Operations`, whose members are the functions below or Triton kernels with the
 same arguments. The functions define the results: at load, each kernel is compared with its function

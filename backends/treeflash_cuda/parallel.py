@@ -6,7 +6,7 @@ They keep the same committed positions, but sample nothing. They need to know wh
 positions no earlier than the next pass, whose message tells it: an iteration has one broadcast.
 
 A forward pass has collective calls, and a call of one rank without the others ends in a deadlock.
-So all ranks have equal slabs, each of which has passes of its own, and the same CUDA graphs: they
+So all ranks have equal slabs, each of which has its own passes, and the same CUDA graphs: they
 capture the same calls in the same order, keep equally many graphs, and drop a graph that one of
 them cannot capture. The kernels of NCCL are parts of these graphs.
 """

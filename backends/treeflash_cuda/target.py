@@ -95,7 +95,7 @@ UNLIMITED = 1 << 20
 TREE_LAYERS = {"full_attention", "sliding_attention"}
 RECURRENT_LAYERS = {"linear_attention", "conv", "hybrid", "hybrid_sliding"}
 STATELESS_LAYERS = {"mlp", "moe"}
-"""Of models in which feed-forward networks are layers of their own."""
+"""Of models in which feed-forward networks are separate layers."""
 
 FIXED_ATTENTION = "their attention layers do not support other attention functions"
 

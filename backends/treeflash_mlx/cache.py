@@ -345,7 +345,7 @@ def storages_of(sequences: Iterable[KVCache]) -> set[BatchStorage]:
 
 
 def _separate(sequence: KVCache, new: BatchStorage, row: int, moved: int) -> None:
-    """Give a sequence a storage of its own, after a move of its storage has failed.
+    """Give a sequence its own storage, after a move of its storage has failed.
 
     The first `moved` layers are in a row of the new storage, the others still in the old one.
     Nothing is copied before the next pass: memory has just run out.

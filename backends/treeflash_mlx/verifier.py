@@ -157,7 +157,7 @@ class Verifier:
             has_features = images is not None and bool(images.features_in(state.length, stop))
             together = len(token_ids) <= largest and not has_features
             if not together:
-                # The last token has a pass of its own: no other token needs logits.
+                # The last token has its own pass: no other token needs logits.
                 end = len(token_ids) - (item.params is not None)
                 if images is not None and (last := images.chunk_end(state.length, end)) > stop - 1:
                     end = 0 if item.params is not None else last - state.length

@@ -6,7 +6,7 @@ All rules have the same drafter, AR head, chain length and prompts:
 
 - `shared`: draft and target add the same noise to their logits; a draft is accepted if it is the
   target's token (Daliri et al. 2024, arXiv 2408.07978). It is the rule of this package.
-- `match`: as before, but the draft has noise of its own.
+- `match`: as before, but the draft has its own noise.
 - `rejection`: a draft x is accepted with probability min(1, p(x) / q(x)), and otherwise replaced by
   a token of the normalised max(p - q, 0) (Leviathan et al. 2023, arXiv 2211.17192).
 

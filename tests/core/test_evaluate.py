@@ -273,7 +273,7 @@ def model_options(tiny_pair) -> list[str]:
 
 
 def command_line(tiny_pair, *args: str) -> list[str]:
-    """Evaluate the tiny pair in a process of its own."""
+    """Evaluate the tiny pair in a separate process."""
     return core_command("evaluate", *model_options(tiny_pair), *args)
 
 

@@ -327,7 +327,7 @@ def model_options(tiny_pair) -> list[str]:
 
 
 def command_line(tiny_pair, *args: str) -> list[str]:
-    """Decode with the tiny pair in a process of its own."""
+    """Decode with the tiny pair in a separate process."""
     return core_command("generate", *model_options(tiny_pair), *args)
 
 

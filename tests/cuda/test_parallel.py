@@ -182,7 +182,7 @@ def test_two_processes_give_the_tokens_of_one(tmp_path):
 class Ranks:
     """Rank 0 in this thread and another rank in a second one, with the whole of a tiny target.
 
-    Each has an arena of its own. Rank 0 waits after each message until the other rank has done what
+    Each has its own arena. Rank 0 waits after each message until the other rank has done what
     the message says.
     """
 
@@ -265,7 +265,7 @@ def ranks(monkeypatch, tmp_path, request):
 
 @pytest.mark.parametrize("ranks", [None, 0, 1 << 17], indirect=True)
 def test_sequences_lie_in_the_same_slabs_on_every_rank(ranks, monkeypatch):
-    """Each slab has a forward pass of its own, in which all ranks must take part."""
+    """Each slab has its own forward pass, in which all ranks must take part."""
     monkeypatch.setattr(cache, "SLAB_BYTES", 1)
     states = [ranks.backend.open(n, drafts=False) for n in (20, 30, 25)]
     ranks.backend.verifier.run([Prefill(state, [5, 6, 7], None) for state in states])

@@ -100,7 +100,7 @@ def come(backend, scheduler, rng, number):
             steps = decode(backend, Request(prompt_ids=prompt, config=config))
             next(steps)
             steps.close()
-        case 6:  # the target fails, with an error of its own and with one of ours
+        case 6:  # the target fails, with its own error and with one of ours
             for error in (NumericalError, RuntimeError):
                 request = Request(prompt_ids=prompt, config=DecodeConfig(budget=6, max_tokens=9))
                 steps = decode(backend, request)

@@ -1,4 +1,4 @@
-"""The processors of mlx-vlm, for a process of its own: it changes transformers' classes."""
+"""The processors of mlx-vlm, for a separate process: it changes transformers' classes."""
 
 from __future__ import annotations
 

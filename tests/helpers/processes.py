@@ -1,4 +1,4 @@
-"""Commands of the core in processes of their own, for tests of signals, pipes and exit statuses.
+"""Commands of the core in separate processes, for tests of signals, pipes and exit statuses.
 
 Where PyTorch is installed, transformers imports it, which takes most of the time of such a
 process. The core needs no framework, so these processes find none.

@@ -317,7 +317,7 @@ class ScheduleMachine(RuleBasedStateMachine):
     ) -> None:
         self.family = family
         self.backend = FaultyBackend(family)
-        self.backend.check_trees()  # once, with states of its own; requests for `suffix` need it
+        self.backend.check_trees()  # once, with its own states; requests for `suffix` need it
         self.faults = self.backend.faults
         each = self.backend.state_nbytes(80, drafts=True)
         max_bytes = None if sequences_in_memory is None else int(sequences_in_memory * each)

@@ -125,7 +125,7 @@ def test_what_verdicts_depend_on(tmp_path, monkeypatch):
 
 
 def test_the_file_depends_on_every_kernel(monkeypatch, tmp_path):
-    """Kernels of hybrid targets, which have a file of their own, count too."""
+    """Kernels of hybrid targets, which have their own file, count too."""
     seen = []
     monkeypatch.setattr(
         metal_kernels, "file_of", lambda folder, paths: seen.extend(paths) or folder / "a"

@@ -176,7 +176,7 @@ def test_features_of_a_long_prompt_are_projected_by_chunks(pair, rng, monkeypatc
     monkeypatch.setattr(nn.Linear, "__call__", record)
     sequence = SequenceSession(backend, drafts=True, capacity=2048)
     root = sequence.extend(rng.integers(0, 64, 1500).tolist())
-    assert sum(projected) == 1499  # the last position had a pass of its own
+    assert sum(projected) == 1499  # the last position had its own pass
     assert max(projected) <= 512
     assert features_of(sequence).shape == (1500, 128)
     assert sum(projected) == 1500

@@ -1,6 +1,6 @@
 """Random checkpoints that speculators saves, against what its own forward passes compute.
 
-`tox -e oracles` runs it in an environment of its own.
+`tox -e oracles` runs it in a separate environment.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ def documented(language_comment):
 
 
 def run_agent(packages, folder, command, codex_config):
-    """Run a documented command in a folder and a home of its own, without a network."""
+    """Run a documented command in its own folder and home, without a network."""
     home, work = folder / "home", folder / "work"
     (home / ".codex").mkdir(parents=True)
     work.mkdir()

@@ -220,7 +220,7 @@ def test_limits(context):
 
 
 def command(model, *args):
-    """Start the command with a server of its own, in a session of its own."""
+    """Start the command with its own server, in its own session."""
     pair = ["--target", model.folder, "--drafter", model.folder.parent / "drafter"]
     options = [*pair, "--backend", "reference", "--port", "0", "--model-name", NAME]
     return subprocess.Popen(

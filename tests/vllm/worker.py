@@ -1,4 +1,4 @@
-"""Runs vLLM in a process of its own: a JSON job on stdin, JSON on the last line of stdout.
+"""Runs vLLM in a separate process: a JSON job on stdin, JSON on the last line of stdout.
 
 A job has `target`, `drafter`, its `method` or None for a folder of speculators, and `drafts`, the
 number of tokens that are drafted in each pass. With `prompts` (token ids) they are decoded

@@ -182,7 +182,7 @@ def load_model(args: argparse.Namespace, methods: Collection[str | None] = ()) -
 
 def load_located(pair: LocatedPair) -> LanguageModel:
     """Load models, while a spinner on a terminal says which."""
-    # The models are on this machine by now: a download would show a progress bar of its own.
+    # The models are on this machine by now: a download would show its own progress bar.
     with Console(stderr=True).status(f"loading {model_name(pair.target)}"):
         return pair.load()
 

@@ -296,7 +296,7 @@ def run_text(
         pass  # the generation has the text so far and the finish reason `interrupted`
     except Exception:
         if printed:
-            print(flush=True)  # the error gets a line of its own
+            print(flush=True)  # the error begins on a new line
         raise
     generation = stream.generation()
     if not as_json:

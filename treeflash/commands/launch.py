@@ -1,7 +1,7 @@
 """Start a coding agent on a local model: `treeflash launch`.
 
 A server that answers at the address is used; else one is started, and ended with the agent. The
-agent shares the terminal with this process. The server has a session of its own, because a Ctrl-C
+agent shares the terminal with this process. The server has its own session, because a Ctrl-C
 in the terminal is for the agent: it would end the server while the agent still needs it.
 """
 

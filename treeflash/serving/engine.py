@@ -287,12 +287,12 @@ class Engine:
         copied = SuffixCache(copied_bytes) if copied_bytes else None
         self._scheduler = self._model.scheduler(config, cache, copied)
         self._acceptance = AcceptanceMonitor(self._model)
-        self._tell_device(device_report(self._model.backend))
+        self._report_device(device_report(self._model.backend))
         self.metrics.update_gauges(self._scheduler)
         return self._scheduler
 
-    def _tell_device(self, report: DeviceReport) -> None:
-        """Tell in the metrics and the log which kernels are not used."""
+    def _report_device(self, report: DeviceReport) -> None:
+        """Report in the metrics and the log which kernels are not used."""
         self.metrics.set_device(report)
         for kernel, verdicts in report.kernels.items():
             for size, verdict in verdicts.items():

@@ -89,7 +89,7 @@ class Metrics:
         self._latency = histogram("e2e_request_latency_seconds", "Time to the last token.")
 
     def set_device(self, report: DeviceReport) -> None:
-        """Tell what a backend has told about its device, once its models are loaded."""
+        """Set the gauges of the device, which does not change once the models are loaded."""
         self._batches.set(report.batches)
         for kernel, verdicts in report.kernels.items():
             for size, verdict in verdicts.items():

@@ -384,7 +384,7 @@ class RecurrenceTests:
             with SequenceSession(backend, drafts=True) as fresh:
                 fresh.extend(tokens)
                 assert_equal_states(state, fresh.state)
-        # A fork has the snapshots of its own tokens alone.
+        # A fork has only the snapshots of its own tokens.
         sequence.state.snapshot()
         fork = sequence.state.fork(5, 40)
         assert [fork.restorable(n) for n in (5, 16, 17, 40)] == [5, 5, 5, 5]

@@ -88,7 +88,7 @@ class GrammarSandbox:
         return verdict["converted"] or text
 
     def _start(self) -> None:
-        # The process has a session of its own: an interruption at the keyboard is for the server.
+        # The process has its own session: an interruption at the keyboard is for the server.
         self._process = subprocess.Popen(
             [sys.executable, "-P", __file__],
             stdin=subprocess.PIPE,

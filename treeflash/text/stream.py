@@ -77,7 +77,7 @@ class Assembler:
         self._text = TextStream(self.tokenizer, self.stop)
 
     def request(self) -> Request:
-        """Return a request for this sequence, with a constraint of its own; its tag is this."""
+        """Return a request for this sequence, with its own constraint and this object as tag."""
         constraint = None if self.make_constraint is None else self.make_constraint()
         return Request(
             prompt_ids=self.prompt_ids,

@@ -1,4 +1,4 @@
-"""Temperature, filters, noise and argmax of rows of logits, each row with settings of its own.
+"""Temperature, filters, noise and argmax of rows of logits, each row with its own settings.
 
 The idea: a filter keeps the tokens from some logit on, so it is enough to find that logit. It is
 found bit by bit, from the sign on, as an integer in the order of the logits: a bit is set if what

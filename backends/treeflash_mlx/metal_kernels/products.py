@@ -145,7 +145,7 @@ METHODS: Mapping[type[nn.Module], str] = {
     nn.Embedding: "as_linear",
     nn.QuantizedEmbedding: "as_linear",
 }
-"""The product of each kind of module; a module with a product of its own keeps it."""
+"""The product of each kind of module; a module with its own product keeps it."""
 Shape: TypeAlias = tuple[tuple[int, ...], int, int, mx.Dtype]
 """Shape of the weight, bits of a number, numbers of a group, dtype of the inputs."""
 

@@ -84,7 +84,7 @@ def test_confidences_stay_with_their_rows() -> None:
 
 
 def test_rows_that_follow_paths() -> None:
-    """The same token after 4 and after 7 has rows of its own."""
+    """The same token after 4 and after 7 has separate rows."""
     tokens = [np.array(x, np.int32) for x in ([[4, 7]], [[1, 2], [1, 3]], [[5, 6], [6, 5]])]
     log_probs = [np.full(x.shape, -1, np.float32) for x in tokens]
     kept = [np.array([0, 1]), np.array([2, 0]), np.array([0])]

@@ -86,7 +86,7 @@ class Compiler:
         path = self.folder / f"{name}.so"
         if path.exists():
             return path
-        # Under a name of its own until it is complete: other processes may build the same.
+        # Under a temporary name until it is complete: other processes may build the same.
         made = self.folder / f"{name}.{os.getpid()}"
         text, objects, library = (
             made.with_suffix(f".{os.getpid()}.{x}") for x in ("cpp", "o", "so")

@@ -62,7 +62,7 @@ def install(
 
 def kernels_of(module: types.ModuleType) -> dict[str, MetalKernel]:
     """The kernels that a module makes when it is imported, by the names that it gives them."""
-    # Its code runs once more, in a namespace of its own; classes and functions stay the old ones.
+    # Its code runs once more, in another namespace; classes and functions stay the old ones.
     spec = module.__spec__
     assert spec is not None
     assert spec.loader is not None
