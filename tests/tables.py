@@ -36,6 +36,15 @@ def default(option: Option) -> str:
     return f"{option.default:g}" if is_number else option.default_text.strip('"')
 
 
+def in_requests(option: Option) -> str:
+    """Return the numbers that requests may have, in words; empty if they have no limits."""
+    if option.request_limits is None:
+        has_limits = option.minimum is not None or option.above is not None
+        return option.accepted_values if has_limits else ""
+    least, most = option.request_limits
+    return f"between {least} and {most}"
+
+
 def table(head: str, rows: Collection[Collection[str]]) -> str:
     """Write a table in Markdown."""
     lines = [head, *(f"| {' | '.join(row)} |" for row in rows)]
@@ -48,7 +57,7 @@ def sampling_table() -> str:
     return table(
         "| option | flag | default | in requests | |",
         [
-            (f"`{name}`", flag(one), default(one), one.request_text, one.doc or one.help)
+            (f"`{name}`", flag(one), default(one), in_requests(one), one.doc or one.help)
             for name, one in (options_of(SamplingConfig) | options_of(Penalties)).items()  # type: ignore[operator]
         ],
     )
@@ -69,7 +78,7 @@ def fields_table() -> str:
         [
             (
                 f"`{name}`",
-                one.request_text or ", ".join(one.choices) or str(one.rule),
+                in_requests(one) or ", ".join(one.choices) or str(one.rule),
                 one.doc or one.help,
             )
             for name, one in OPTIONS.items()

@@ -113,15 +113,6 @@ class Option:
             return "none"
         return f'"{self.default}"' if isinstance(self.default, str) else str(self.default)
 
-    @property
-    def request_text(self) -> str:
-        """The numbers that requests may have, in words; empty if they have no limits."""
-        if self.request_limits is None:
-            has_limits = self.minimum is not None or self.above is not None
-            return (self.rule or self._limits()) if has_limits else ""
-        least, most = self.request_limits
-        return f"between {least} and {most}"
-
     def check(self, value: object, name: str) -> None:
         """Raise a ConfigError, in which the option has this name, unless the value is accepted."""
         if self.accepts(value) if self.accepts else self._fits(value):
@@ -129,7 +120,7 @@ class Option:
         if self.choices and self.rule is None:
             known = ", ".join(self.choices)
             raise ConfigError(f"unknown {name} {value!r}; choose one of {known}")
-        rule = self.rule or self._limits()
+        rule = self.accepted_values
         is_fraction = isinstance(value, Real) and not isinstance(value, Integral)
         if "or more" in rule and is_fraction and float not in self.kinds:
             rule = f"a whole number, {rule}"
@@ -157,8 +148,11 @@ class Option:
             and (self.above is None or value > self.above)
         )
 
-    def _limits(self) -> str:
-        """Return the accepted values in words."""
+    @property
+    def accepted_values(self) -> str:
+        """The accepted values in words."""
+        if self.rule is not None:
+            return self.rule
         if bool in self.kinds:
             return "True or False"
         if self.above is not None:

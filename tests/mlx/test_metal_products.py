@@ -12,6 +12,7 @@ require("mlx_lm")
 
 import mlx.core as mx
 from metal_executor import DESCENDING, MetalKernelError, install
+from metal_executor.installation import MAX_THREADS
 from mlx import nn
 from treeflash_mlx import metal_kernels
 from treeflash_mlx.backend import load
@@ -85,7 +86,7 @@ def test_sums_leave_threadgroup_memory_for_another_threadgroup(rows):
     for outputs in (1024, products.MANY_OUTPUTS):
         for tiles, splits in products.geometries(outputs, rows):
             assert 4 * splits * rows * 8 * tiles <= 16 << 10
-            assert 32 * splits <= metal_kernels.MAX_THREADS
+            assert 32 * splits <= MAX_THREADS
 
 
 FAULTS = {
@@ -220,7 +221,7 @@ def test_a_kernel_that_fails_is_left_out_with_one_line(metal, monkeypatch):
 
 def test_threadgroups_are_as_small_as_m1_needs(metal):
     """Where metal is installed, the executor refuses more threads."""
-    most = metal_kernels.MAX_THREADS // 32
+    most = MAX_THREADS // 32
     products.multiply(layer(4, 64, mx.float32), inputs(5, mx.float32), Geometry(4, most))
     with pytest.raises(ValueError, match="greater than 448"):
         products.multiply(layer(4, 64, mx.float32), inputs(5, mx.float32), Geometry(4, most + 1))

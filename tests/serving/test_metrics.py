@@ -129,7 +129,7 @@ def test_tokens_and_seconds():
     metrics.count_prefill(chunk(1, cached_tokens=4, seconds={"prefill": 0.5}), 10, 2.0)
     tree = DraftTree.chain(np.arange(6, dtype=np.int32))
     metrics.count_iteration(chunk(3, tree=tree, path=np.arange(3)), 0.6)
-    metrics.count_iteration(chunk(1, tree=tree.first(1), path=np.arange(1)), 0.2)
+    metrics.count_iteration(chunk(1, tree=tree.subset(np.arange(1)), path=np.arange(1)), 0.2)
     metrics.count_finish("stop", 5.0)
     metrics.count_failures(3)
     expected = {

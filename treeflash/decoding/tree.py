@@ -71,10 +71,6 @@ class DraftTree:
     def __repr__(self) -> str:
         return f"DraftTree(nodes={len(self)}, depth={int(self.depths.max())})"
 
-    def first(self, nodes: int) -> DraftTree:
-        """Return the tree of the first nodes, the best ones if `build_tree` made it."""
-        return self.subset(np.arange(len(self))[:nodes])
-
     def subset(self, nodes: NDArray[np.int64]) -> DraftTree:
         """Return the tree of some nodes in ascending order, with the parent of each among them."""
         number = np.full(len(self) + 1, -1, np.int32)  # the root's parent is -1, the last entry

@@ -26,7 +26,6 @@ from treeflash.config import cache_folder
 from treeflash_mlx.metal_kernels.verdicts import KeptVerdicts, Verdict, file_of
 
 MIN_SPEEDUP = 1.15
-MAX_THREADS = 448
 MAX_FAMILY = 16
 """The latest GPU family that kernels are used on, M4's. On M5 (17) none has been tried for minutes,
 and others report kernels that won their races there and stalled in generations."""

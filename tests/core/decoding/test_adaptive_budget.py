@@ -57,7 +57,7 @@ def iterate(budget, tree, accepted, draft_s=0.0):
         return 0
     nodes = cut(budget, tree)
     seconds = {"draft": draft_s, "verify": budget.costs.seconds[nodes]}
-    budget.observe([tree.first(nodes)], [path(min(accepted, nodes))], [LENGTH], seconds)
+    budget.observe([tree.subset(np.arange(nodes))], [path(min(accepted, nodes))], [LENGTH], seconds)
     return nodes
 
 

@@ -49,7 +49,8 @@ class Decoding:
             log_probs = np.concatenate([[0.0], np.cumsum(np.full(7, np.log(HIT)))])
             drafted = DraftTree.chain(np.zeros(8, np.int32), log_probs)
             (kept,) = self.budget.prune([drafted], [LENGTH])
-            tree, seconds["draft"] = drafted.first(len(kept)), self.slow * DRAFT_S
+            tree = drafted.subset(np.arange(len(kept)))
+            seconds["draft"] = self.slow * DRAFT_S
         hits = self.random.random(len(tree) - 1) < self.hit
         accepted = 1 + int(np.cumprod(hits).sum())
         seconds["verify"] = self.slow * true_s(len(tree))

@@ -405,7 +405,7 @@ class TestBudget:
             seconds = {"draft": 0.5, "verify": 1.1}
             budget.observe([drafted], [np.arange(3, dtype=np.int32)], [100], seconds)
         assert budget.prefers_copy(chain, 100)
-        assert not budget.prefers_copy(chain.first(2), 100)
+        assert not budget.prefers_copy(chain.subset(np.arange(2)), 100)
 
     def test_copies_that_fail_do_not_replace_the_draft(self) -> None:
         """On text that only looks like earlier text they cost less than 3 % in the long run."""

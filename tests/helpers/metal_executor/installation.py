@@ -24,6 +24,8 @@ DEVICE_INFO = {
     "memory_size": 2**35,
     "resource_limit": 499000,
 }
+MAX_THREADS = 448
+"""Threads of a threadgroup that M1 and M2 allow every kernel."""
 
 
 def install(
@@ -51,7 +53,7 @@ def install(
     patch.setattr(metal_kernels, "speedup", lambda *race: executor.speedup(*race))
     patch.setattr(metal_kernels, "VERDICTS", {})
     patch.setattr(metal_kernels, "kept_verdicts", lambda: KeptVerdicts(None))
-    executor.max_threads = metal_kernels.MAX_THREADS
+    executor.max_threads = MAX_THREADS
     hybrid.delta_kernel_wins.cache_clear()
     attention.winning_columns.cache_clear()
     attention.exact_columns.cache_clear()
