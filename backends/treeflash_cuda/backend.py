@@ -37,10 +37,10 @@ from treeflash_cuda.cache import KV_BITS, Arena
 from treeflash_cuda.device import choose_device, device_facts, device_name, join_free_memory
 from treeflash_cuda.drafter import Drafter
 from treeflash_cuda.drafter_model import DrafterModel, load_weights
+from treeflash_cuda.drafter_operations import Experts
 from treeflash_cuda.experts import fuse_experts, has_experts
 from treeflash_cuda.fused_layers import fuse_layers, fuse_residuals, fuse_rotation
 from treeflash_cuda.graphs import power_of_two
-from treeflash_cuda.head_operations import Experts
 from treeflash_cuda.heads import HEADS, TABLE_HEADS, TableHead
 from treeflash_cuda.images import GivenFeatures, NoPictures, has_tower
 from treeflash_cuda.kernels import EncodedKernels, flash_kernels

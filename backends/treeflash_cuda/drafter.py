@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,10 +17,12 @@ from treeflash.config import SINK
 from treeflash.decoding.interfaces import TableOptions
 from treeflash.decoding.sampling import Noise
 from treeflash.decoding.transitions import TransitionTable
-from treeflash.drafters.config import DrafterConfig, window_gap
+from treeflash.drafters.block_model import Rotations
+from treeflash.drafters.config import DrafterConfig, LayerKind, window_gap
 from treeflash_cuda.attention import additive_mask, group_mask, grouped_attention
 from treeflash_cuda.cache import PackedRows, Slab
-from treeflash_cuda.drafter_model import DrafterModel, OwnVocabulary, Rotation
+from treeflash_cuda.drafter_model import DrafterModel, OwnVocabulary
+from treeflash_cuda.drafter_operations import Rotation
 from treeflash_cuda.graphs import MIN_LENGTH, Graphs, Outputs, power_of_four, power_of_two
 from treeflash_cuda.linear import token_products
 from treeflash_cuda.numerics import gumbel, pack, top_log_probs, unpack, upload
@@ -31,9 +33,6 @@ from treeflash_cuda.visible_keys import SharedWork, VisibleKeys, block_rows, equ
 
 MAX_CONTEXT = 64
 """More new positions for each sequence, as after prompts, run without a graph."""
-
-Kind: TypeAlias = tuple[int | None, bool]
-"""The kind of a layer: its window, and whether it is causal."""
 
 
 class OutputStage:
@@ -160,19 +159,6 @@ def concatenate(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
-class DraftAttention(Protocol):
-    """The attention of the blocks of a draft."""
-
-    def attend(self, layer: int, kind: Kind, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attend to the positions before blocks and to themselves: (1, t * S, heads, head_dim).
-
-        Queries and keys are normed and rotated, unless this object does so. The (1, heads, t * S,
-        head_dim) queries belong to the blocks. The (1, kv_heads, c + t * S, head_dim) keys and
-        values, of the new context of all sequences and then of the blocks, are written to the
-        drafter's KV cache first.
-        """
-
-
 class MaskedDrafts:
     """Each sequence attends for itself, with a mask where its block does not see everything."""
 
@@ -183,11 +169,16 @@ class MaskedDrafts:
         self.sequences = [(cache, start) for cache, start in caches if cache is not None]
         # Block i does not see the positions `gaps[i]`; see `window_gap`.
         self.gaps = [window_gap(state.length, window) for state in states]
-        self._masks: dict[Kind, list[Tensor | None]] = {}
+        self._masks: dict[LayerKind, list[Tensor | None]] = {}
         self._packed: PackedRows | None = None  # the columns of the rows of several sequences
 
-    def attend(self, layer: int, kind: Kind, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        size = self.config.block_size
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend from (1, heads, t * S, head_dim) queries: (1, t * S, heads, head_dim).
+
+        The (1, kv_heads, c + t * S, head_dim) keys and values, of the new context of all sequences
+        and then of the blocks, are written to the drafter's KV cache first.
+        """
+        size, kind = self.config.block_size, self.config.layer_kinds[layer]
         if len(self.sequences) == 1:
             cache, _ = self.sequences[0]
             cache.write(layer, cache.length, k, v)
@@ -204,11 +195,16 @@ class MaskedDrafts:
         if kind not in self._masks:
             pairs = zip(self.sequences, self.gaps, strict=True)
             self._masks[kind] = [self._mask(start, kind, gap, q) for (_, start), gap in pairs]
-        sizes, attention = [size] * len(keys_and_values), self.model.attention(layer)
-        options = {"scale": attention.scale, "sinks": attention.attention_sink_bias}
-        return grouped_attention(q, keys_and_values, self._masks[kind], sizes, **options)
+        sinks = self.model.layers[layer].self_attn.attention_sink_bias
+        return grouped_attention(
+            *(q, keys_and_values, self._masks[kind], [size] * len(keys_and_values)),
+            scale=self.config.attention_scale,
+            sinks=sinks,
+        )
 
-    def _mask(self, start: int, kind: Kind, gap: tuple[int, int], query: Tensor) -> Tensor | None:
+    def _mask(
+        self, start: int, kind: LayerKind, gap: tuple[int, int], query: Tensor
+    ) -> Tensor | None:
         """Return the grouped mask of a block at position `start`; None if everything is visible.
 
         It has the dtype and the device of the query.
@@ -241,11 +237,13 @@ class SlabDrafts:
     first: Tensor  # (t * S,) int32 column of position 0 of each slot's sequence
     work: SharedWork  # of the blocks
     max_length: int  # a bound on the positions of the blocks
-    _keys: dict[Kind, VisibleKeys] = field(default_factory=dict)
+    _keys: dict[LayerKind, VisibleKeys] = field(default_factory=dict)
 
-    def attend(self, layer: int, kind: Kind, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Norm, rotate and attend; the shapes are those of `MaskedDrafts.attend`."""
+        kind = self.model.config.layer_kinds[layer]
         queries, new_keys, new_values = (x[0].transpose(0, 1) for x in (q, k, v))
-        attention = self.model.attention(layer)
+        attention = self.model.layers[layer].self_attn
         keys, values = self.slab.layer(layer)
         context = len(new_keys) - len(queries)
 
@@ -268,12 +266,12 @@ class SlabDrafts:
             values,
             self._keys[kind],
             max_length=self.max_length,
-            scale=attention.scale,
+            scale=self.model.config.attention_scale,
             sinks=attention.attention_sink_bias,
         )
         return out[None]
 
-    def _visible(self, kind: Kind) -> VisibleKeys:
+    def _visible(self, kind: LayerKind) -> VisibleKeys:
         """Return the keys that the slots of the blocks see in a kind of layer."""
         (window, causal), end = kind, self.start + self.model.config.block_size
         shared, low = end, torch.zeros_like(end)
@@ -379,7 +377,7 @@ class Drafter:
             rotation = self.model.rotary(positions, context.dtype)
             if slab is None:
                 masked = MaskedDrafts(self.model, states, self.window)
-                return (self._blocks(tokens, context, rotation, masked),)
+                return (self._blocks(tokens, context, rotation, masked.attend),)
             assert self.model.operations is not None
             attention = SlabDrafts(
                 operations=self.model.operations,
@@ -394,7 +392,7 @@ class Drafter:
                 work=SharedWork(items, count, places, block),
                 max_length=longest,
             )
-            return (self._blocks(tokens, context, None, attention),)
+            return (self._blocks(tokens, context, None, attention.attend),)
 
         settings, inputs = (slab, *shapes), (uploaded, torch.cat(parts))
         (hidden,) = graphs.run("the drafter", settings, draft, *inputs, capture=captured)
@@ -404,16 +402,24 @@ class Drafter:
         self,
         tokens: Tensor,  # (t,) roots
         context: Tensor,  # (c, hidden_size) features of positions that the drafter has not read
-        rotation: Rotation | None,  # of the context and the blocks; None if `attention` rotates
-        attention: DraftAttention,
+        rotation: Rotation | None,  # of the context and the blocks; None if `attend` rotates
+        attend: Callable[[int, Tensor, Tensor, Tensor], Tensor],  # of a layer
     ) -> Tensor:
         """Return the (t * S, hidden_size) outputs of the blocks."""
         config, roots = self.model.config, tokens[:, None]
         masks = torch.full_like(roots, config.mask_token_id).expand(-1, config.block_size - 1)
         x = self.output.embed(torch.cat([roots, masks], 1).flatten())[None]
         x = x if config.input_scale == 1 else x * config.input_scale
-        for n, (layer, kind) in enumerate(zip(self.model.layers, layer_kinds(config), strict=True)):
-            x = layer(x, context[None], rotation, functools.partial(attention.attend, n, kind))
+        rotations: Rotations = (None, None)
+        if rotation is not None:
+            cos, sin = rotation
+            rotations = (cos[len(context) :], sin[len(context) :]), rotation
+
+        def with_context(y: Tensor) -> Tensor:
+            return torch.cat([context[None], y], 1)
+
+        for n, layer in enumerate(self.model.layers):
+            x = layer(x, with_context, rotations, functools.partial(attend, n))
         return x[0]
 
     @torch.inference_mode()
@@ -442,10 +448,6 @@ class Drafter:
     def log_probs(self, block: Block) -> NDArray[np.float32]:
         log_probs = self.output.logits(self.output.norm(block.hidden)).float().log_softmax(-1)
         return self.output.over_target_vocabulary(log_probs).cpu().numpy()
-
-
-def layer_kinds(config: DrafterConfig) -> list[Kind]:
-    return list(zip(config.sliding_windows, config.causal, strict=True))
 
 
 def cut_gap(x: Tensor, gap: tuple[int, int], axis: int) -> Tensor:

@@ -11,7 +11,7 @@ that are scored.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -26,13 +26,14 @@ from treeflash.decoding.recurrent_head import tables
 from treeflash.decoding.transitions import RowBatch, TransitionTable
 from treeflash.drafters.config import DrafterConfig
 from treeflash.drafters.formats import HEADS as FORMATS
+from treeflash.drafters.heads import operations
 from treeflash.drafters.heads.lilicorr import Correlation
 from treeflash.drafters.heads.operations import ConditionalHead, RecurrentCell, Slots
 from treeflash_cuda.drafter import Block, BlockBatch, OutputStage, padded_noise
 from treeflash_cuda.drafter_model import DrafterModel
+from treeflash_cuda.drafter_operations import OPERATIONS, as_module, join, split
 from treeflash_cuda.graphs import Outputs, power_of_four, power_of_two
-from treeflash_cuda.head_operations import OPERATIONS, as_module, join, split
-from treeflash_cuda.linear import RowIndex, take, token_products
+from treeflash_cuda.linear import take, token_products
 from treeflash_cuda.numerics import (
     divide_by_temperature,
     largest,
@@ -48,16 +49,12 @@ MANY = 1 << 30
 """In the place of a size without a limit."""
 
 
-@dataclass(frozen=True, eq=False)
-class ScoredTokens:
-    """The tokens that the children of queries are chosen from."""
+class ScoredTokens(operations.ScoredTokens):
+    """The tokens that the children of (n,) rows are chosen from, with (slots, v) marginals.
 
-    output: OutputStage  # the output of the drafter
-    marginals: Tensor  # (slots, v) logits of these tokens
-    rows: RowIndex  # (n,) the slot of each query
-    # Tokens are of the drafter's vocabulary: (v,); or (blocks, v), with equally many queries in
-    # each block; or (slots, v) for a head with candidates. None stands for all.
-    tokens: Tensor | None
+    The tokens are (v,); or (blocks, v), with equally many queries in each block; or (slots, v) for
+    a head with candidates.
+    """
 
     def logits(self) -> Tensor:
         return take(self.marginals, self.rows).float()

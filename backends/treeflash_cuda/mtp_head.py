@@ -37,9 +37,9 @@ from treeflash.drafters.mtp_layer import MtpLayer
 from treeflash_cuda.attention import additive_mask, group_mask, grouped_attention
 from treeflash_cuda.cache import Arena, KVCache, PackedRows, Slab, from_host, to_host
 from treeflash_cuda.drafter import MAX_CONTEXT, Block, Drafter, OutputStage
-from treeflash_cuda.drafter_model import OwnVocabulary, Rotary, Rotation
+from treeflash_cuda.drafter_model import OwnVocabulary, Rotary
+from treeflash_cuda.drafter_operations import OPERATIONS, Rotation, join, split
 from treeflash_cuda.graphs import MIN_LENGTH, Outputs, power_of_four, power_of_two
-from treeflash_cuda.head_operations import OPERATIONS, join, split
 from treeflash_cuda.numerics import pack, unpack, upload
 from treeflash_cuda.operations import Operations
 from treeflash_cuda.row_pass import MAX_ROWS, padded_order, round_up

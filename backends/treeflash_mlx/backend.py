@@ -43,8 +43,8 @@ from treeflash_mlx.device import (
 )
 from treeflash_mlx.drafter import Drafter
 from treeflash_mlx.drafter_model import DrafterModel, OwnVocabulary
+from treeflash_mlx.drafter_operations import Float32Norm, split_pairs
 from treeflash_mlx.exact import check_operations
-from treeflash_mlx.head_operations import Float32Norm, split_pairs
 from treeflash_mlx.heads import HEADS, TABLE_HEADS, ARHead, RecurrentHead, TableHead
 from treeflash_mlx.hybrid import delta_kernel_wins
 from treeflash_mlx.metal_kernels import attention

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -20,10 +20,10 @@ from treeflash.config import SINK
 from treeflash.decoding.interfaces import TableOptions
 from treeflash.decoding.sampling import Noise
 from treeflash.decoding.transitions import TransitionTable
-from treeflash.drafters.config import window_gap
+from treeflash.drafters.config import LayerKind, window_gap
 from treeflash_mlx.cache import BatchStorage, share_storage, storages_of
 from treeflash_mlx.drafter_model import DrafterModel
-from treeflash_mlx.head_operations import read
+from treeflash_mlx.drafter_operations import read
 from treeflash_mlx.numerics import gumbel, log_softmax, top_log_probs
 from treeflash_mlx.state import project_contexts
 from treeflash_mlx.target import Target, shortlist_logits
@@ -98,10 +98,6 @@ class Block:
     anchor: mx.array | None = None  # (hidden_size,) features of the last committed position
 
 
-Kind: TypeAlias = tuple[int | None, bool]
-"""The sliding window of a layer, and whether it is causal."""
-
-
 @dataclass(frozen=True, eq=False)
 class _DraftedSequence:
     """The rows of one sequence in a draft: its new context, then its block."""
@@ -110,7 +106,7 @@ class _DraftedSequence:
     first: int  # position of the new context
     start: int  # position of the block
     first_seen: int  # the first position that the block sees after a gap; 0 if it sees all
-    masks: dict[Kind, mx.array | None]
+    masks: dict[LayerKind, mx.array | None]
 
 
 class Drafter:
@@ -126,7 +122,7 @@ class Drafter:
         """Draft blocks after the roots; the rows of all sequences follow one another."""
         config = self.model.config
         size = config.block_size
-        kinds = list(zip(config.sliding_windows, config.causal, strict=True))
+        kinds = config.layer_kinds
         masks = [config.mask_token_id] * (size - 1)
         x = self.output.embed(mx.array([token for _, root in roots for token in (root, *masks)]))
         if config.input_scale != 1:
@@ -151,10 +147,15 @@ class Drafter:
         block_positions, row_positions = (
             mx.array(np.concatenate(x), mx.int32) for x in (blocks, rows)
         )
+
+        def with_context(y: mx.array) -> mx.array:
+            pairs = zip(contexts, mx.split(y, len(contexts)), strict=True)
+            return mx.concatenate([part for pair in pairs for part in pair])
+
         on_gpu = mx.default_device().type == mx.gpu
         for n, (layer, kind) in enumerate(zip(self.model.layers, kinds, strict=True)):
             attend = partial(self._attend, sequences, n, kind)
-            x = layer(x, contexts, block_positions, row_positions, attend)
+            x = layer(x, with_context, (block_positions, row_positions), attend)
             # The device begins while Python builds what follows, and moves the rows of the commit
             # behind the drafts, which do not read them.
             if on_gpu and n == len(kinds) - 1:
@@ -189,7 +190,7 @@ class Drafter:
         log_probs = log_softmax(self.output.logits(self.output.norm(block.hidden)))
         return np.array(self.output.over_target_vocabulary(log_probs))
 
-    def _block_mask(self, start: int, kind: Kind, first_seen: int) -> mx.array | None:
+    def _block_mask(self, start: int, kind: LayerKind, first_seen: int) -> mx.array | None:
         config = self.model.config
         mask = block_mask(start, config.block_size, *kind, config.window_from_root)
         if mask is None or not first_seen:
@@ -200,7 +201,7 @@ class Drafter:
         self,
         sequences: Sequence[_DraftedSequence],
         layer: int,
-        kind: Kind,
+        kind: LayerKind,
         queries: mx.array,
         keys: mx.array,
         values: mx.array,
@@ -209,11 +210,11 @@ class Drafter:
 
         From (1, heads, batch * S, head_dim) queries of the blocks, and (1, kv_heads, rows,
         head_dim) keys and values of each sequence's new context and block in turn, to (batch * S,
-        heads * head_dim). After a gap, copies of the first positions come behind the block: the
+        heads, head_dim). After a gap, copies of the first positions come behind the block: the
         columns that it sees are neighbours, and none of them is copied.
         """
         size = self.model.config.block_size
-        attention = self.model.layers[layer].self_attn
+        sinks = self.model.layers[layer].self_attn.attention_sink_bias
         out, row = [], 0
         for i, sequence in enumerate(sequences):
             stop = sequence.start + size
@@ -227,11 +228,11 @@ class Drafter:
             y = mx.fast.scaled_dot_product_attention(
                 queries[:, :, i * size : (i + 1) * size],
                 *storage.read(layer, stop, first_seen),
-                scale=attention.scale,
+                scale=self.model.config.attention_scale,
                 mask=sequence.masks[kind],
-                sinks=attention.attention_sink_bias,
+                sinks=sinks,
             )
-            out.append(y[0].swapaxes(0, 1).reshape(size, -1))
+            out.append(y[0].swapaxes(0, 1))
         return mx.concatenate(out)
 
 

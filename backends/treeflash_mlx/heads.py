@@ -8,7 +8,6 @@ and `RecurrentHead` follows the paths depth by depth. All scores are logits befo
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import mlx.core as mx
@@ -21,25 +20,22 @@ from treeflash.decoding.interfaces import TableOptions
 from treeflash.decoding.transitions import RowBatch, TransitionTable
 from treeflash.drafters.config import DrafterConfig
 from treeflash.drafters.formats import HEADS as FORMATS
+from treeflash.drafters.heads import operations
 from treeflash.drafters.heads.lilicorr import Correlation
 from treeflash.drafters.heads.operations import ConditionalHead, RecurrentCell, Slots
 from treeflash_mlx.drafter import Block, OutputStage
 from treeflash_mlx.drafter_model import DrafterModel
-from treeflash_mlx.head_operations import OPERATIONS, as_module, read
+from treeflash_mlx.drafter_operations import OPERATIONS, as_module, read
 from treeflash_mlx.numerics import log_softmax, logsumexp, top_indices, top_log_probs
 from treeflash_mlx.target import Target
 
 
-@dataclass(frozen=True, eq=False)
-class ScoredTokens:
-    """The tokens that the children of queries are chosen from."""
+class ScoredTokens(operations.ScoredTokens):
+    """The tokens that the children of (batch, n) rows are chosen from, which count depths from 0.
 
-    output: OutputStage
-    marginals: mx.array  # (batch, D, v) logits of these tokens
-    rows: mx.array  # (batch, n) the depth of each query, from 0
-    # Tokens are of the drafter's vocabulary: (batch, 1, v), or (batch, D, v) for a head with
-    # candidates. None stands for all.
-    tokens: mx.array | None
+    The marginals are (batch, D, v). The tokens are (batch, 1, v), or (batch, D, v) for a head with
+    candidates.
+    """
 
     def logits(self) -> mx.array:
         return take_rows(self.marginals, self.rows).astype(mx.float32)

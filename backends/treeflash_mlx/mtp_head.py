@@ -31,7 +31,7 @@ from treeflash.drafters.mtp_layer import MtpLayer
 from treeflash_mlx.cache import KVCache, share_storage, to_host
 from treeflash_mlx.drafter import Block, Drafter, OutputStage
 from treeflash_mlx.drafter_model import OwnVocabulary, VocabularyOwner
-from treeflash_mlx.head_operations import OPERATIONS
+from treeflash_mlx.drafter_operations import OPERATIONS
 from treeflash_mlx.state import project_contexts
 from treeflash_mlx.target import Target
 

@@ -19,8 +19,8 @@ from families import OVERRIDES, SMALL
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from treeflash_cuda import experts as experts_module
 from treeflash_cuda.backend import load
+from treeflash_cuda.drafter_operations import Experts
 from treeflash_cuda.experts import fuse_experts, has_experts
-from treeflash_cuda.head_operations import Experts
 from treeflash_cuda.operations import Operations, grouped_linear
 
 FAMILIES = ("qwen3_moe", "gpt_oss", "nemotron_h", "mixtral", "deepseek_v3")

@@ -7,7 +7,7 @@ require("mlx.core")
 
 import mlx.core as mx
 from mlx import nn
-from treeflash_mlx.head_operations import PairLinear, split_pairs
+from treeflash_mlx.drafter_operations import PairLinear, split_pairs
 
 SIZE, OUT = 64, 40
 

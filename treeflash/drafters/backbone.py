@@ -6,17 +6,13 @@ import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from treeflash.drafters.block_model import BlockModel
 from treeflash.drafters.config import DrafterConfig, inverse_frequencies, rope_parameters
+from treeflash.drafters.format import Shapes
+from treeflash.drafters.heads.shapes import as_outline, shapes_of
 
 MAX_BLOCK_SIZE = 4096
 """Slots of a block; drafters have 7 to 16. More would exhaust the memory."""
-NORMS = (
-    "input_layernorm",
-    "post_attention_layernorm",
-    "pre_feedforward_layernorm",
-    "post_feedforward_layernorm",
-)
-"""The norms of Gemma 4's layers, of which other layers have the first two."""
 LAYER_TYPES = ("full_attention", "sliding_attention")
 KEYS = frozenset(
     (  # noqa: SIM905
@@ -174,41 +170,15 @@ def gemma4_layers(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, 
     return settings, fields
 
 
-def backbone_shapes(config: DrafterConfig) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a backbone's tensors, by canonical name."""
-    h, i, d = config.hidden_size, config.intermediate_size, config.head_dim
-    q, kv = config.num_attention_heads * d, config.num_key_value_heads * d
-    shapes: dict[str, tuple[int, ...]] = {
-        "fc.weight": (h, len(config.target_layer_ids) * h),
-        "hidden_norm.weight": (h,),
-        "norm.weight": (h,),
-    }
-    for n in range(config.num_hidden_layers):
-        layer = f"layers.{n}."
-        for name, (rows, columns) in {"q": (q, h), "k": (kv, h), "v": (kv, h), "o": (h, q)}.items():
-            if name == "v" and config.keys_are_values:
-                continue
-            rows = 2 * rows if name == "q" and config.gated else rows
-            shapes[f"{layer}self_attn.{name}_proj.weight"] = (rows, columns)
-            if config.attention_bias:
-                shapes[f"{layer}self_attn.{name}_proj.bias"] = (rows,)
-        shapes |= {
-            f"{layer}self_attn.q_norm.weight": (d,),
-            f"{layer}self_attn.k_norm.weight": (d,),
-            f"{layer}mlp.gate_proj.weight": (i, h),
-            f"{layer}mlp.up_proj.weight": (i, h),
-            f"{layer}mlp.down_proj.weight": (h, i),
-            **{f"{layer}{name}.weight": (h,) for name in NORMS[: 4 if config.gemma4 else 2]},
-        }
-        if config.gemma4:
-            shapes[f"{layer}layer_scalar"] = (1,)
-        if config.attention_sinks:
-            shapes[f"{layer}self_attn.attention_sink_bias"] = (config.num_attention_heads,)
-        if taps := config.conv_kernel_size:
-            groups = h // config.conv_group_size
-            for name in ("attention_conv", "mlp_conv"):
-                shapes[f"{layer}{name}.base_kernel"] = (2, taps, h)
-                shapes[f"{layer}{name}.kernel_projection.weight"] = (2 * taps * groups, h)
+def backbone_shapes(config: DrafterConfig) -> Shapes:
+    """Return the shapes of a backbone's tensors as they are stored, by canonical name.
+
+    The gates of queries are rows of `q_proj`, which `block_tensors` splits.
+    """
+    shapes = shapes_of(as_outline(BlockModel)(config))
+    for name in [name for name in shapes if ".self_attn.gate_proj." in name]:
+        rows, *columns = shapes.pop(name)
+        shapes[name.replace("gate_proj", "q_proj")] = (2 * rows, *columns)
     return shapes
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from treeflash.config import SINK
 from treeflash.errors import CheckpointError
+
+LayerKind: TypeAlias = tuple[int | None, bool]
+"""The window of a layer of a block drafter, None for all positions, and whether it is causal."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +96,11 @@ class DrafterShape:
         """Numbers that the KV cache keeps for each position."""
         return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim
 
+    @property
+    def attention_scale(self) -> float:
+        """Factor on the scores of the attention."""
+        return 1.0 if self.gemma4 else self.head_dim**-0.5
+
 
 @dataclass(frozen=True, kw_only=True)
 class DrafterConfig(DrafterShape):
@@ -131,6 +139,11 @@ class DrafterConfig(DrafterShape):
     @property
     def depths(self) -> int:
         return self.block_size - self.first_slot
+
+    @property
+    def layer_kinds(self) -> list[LayerKind]:
+        """By layer, which positions its slots see."""
+        return list(zip(self.sliding_windows, self.causal, strict=True))
 
     @property
     def extensions(self) -> dict[str, bool]:

@@ -121,10 +121,7 @@ class MtpConfig(DrafterShape):
 
     @property
     def attention_scale(self) -> float:
-        """Factor on the scores of the attention."""
-        if self.gemma4:
-            return 1.0
-        return self.head_dim**-0.5 if self.latent is None else self.latent.scale
+        return super().attention_scale if self.latent is None else self.latent.scale
 
 
 def refuse_window(config: LoadConfig) -> None:

@@ -8,18 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from treeflash.drafters.heads.operations import Array, Operations
+from treeflash.drafters.heads.operations import Array, Module, Operations
+from treeflash.drafters.layers import Attention, Gemma4Layer, Layer, Rotation
 from treeflash.drafters.mtp_heads import Experts, MtpConfig
-
-Attend: TypeAlias = Callable[[int, Array, Array, Array], Array]
-"""From a layer's index, queries, keys and values to its (n, heads, head_dim) attention."""
-Rotation: TypeAlias = Any
-"""What the rotary embedding of a backend needs of n positions."""
 
 
 class Router:
@@ -92,52 +88,22 @@ class MixtureOfExperts:
         return out
 
 
-class Attention:
-    """Queries, keys and values of rows, by head."""
-
-    ops: Operations
+class RowAttention(Attention):
+    """Attention whose `q_proj` gives the queries of a head, then its gates if there are any."""
 
     def __init__(self, config: MtpConfig) -> None:
-        super().__init__()
-        self.config, ops = config, self.ops
-        h, d, bias = config.hidden_size, config.head_dim, config.attention_bias
-        read = 2 * h if config.reads_both else h
-        q, kv = config.num_attention_heads * d, config.num_key_value_heads * d
-        self.q_proj = ops.linear(read, 2 * q if config.gated else q, bias=bias)
-        self.k_proj = ops.linear(read, kv, bias=bias)
-        self.v_proj = None if config.keys_are_values else ops.linear(read, kv, bias=bias)
-        self.o_proj = ops.linear(q, h, bias=config.output_bias)
-        if config.qk_norm:
-            self.q_norm = ops.float32_norm(d, config.rms_norm_eps)
-            self.k_norm = ops.float32_norm(d, config.rms_norm_eps)
-        self.rotate = ops.rotary(config)
+        ops, q = self.ops, config.num_attention_heads * config.head_dim
+        super().__init__(
+            config,
+            ops.float32_norm if config.qk_norm else None,
+            inputs=2 * config.hidden_size if config.reads_both else config.hidden_size,
+            queries=2 * q if config.gated else q,
+            output_bias=config.output_bias,
+        )
 
-    def queries(self, y: Array, rotation: Rotation) -> tuple[Array, Array | None]:
-        """Return (1, heads, n, head_dim) queries, and (n, heads, head_dim) gates if any."""
-        q, gate = self.q_proj(y).reshape(len(y), self.config.num_attention_heads, -1), None
-        if self.config.gated:
-            q, gate = self.ops.split(q, 2)
-        return self.rotate(self.q_norm(q) if self.config.qk_norm else q, rotation), gate
-
-    def keys_and_values(self, y: Array, rotation: Rotation) -> tuple[Array, Array]:
-        """Return the (1, kv_heads, n, head_dim) each, of n rows."""
-        shape = len(y), -1, self.config.head_dim
-        k = self.k_proj(y).reshape(shape)
-        v = k if self.v_proj is None else self.v_proj(y).reshape(shape)
-        keys = self.rotate(self.k_norm(k) if self.config.qk_norm else k, rotation)
-        return keys, self._values(v).swapaxes(0, 1)[None]
-
-    def _values(self, v: Array) -> Array:
-        return v
-
-
-class Gemma4Attention(Attention):
-    """Gemma 4's attention, with values that are normed without weights."""
-
-    def _values(self, v: Array) -> Array:
-        values = self.ops.float32(v)
-        square = (values * values).mean(-1, keepdims=True) + self.config.rms_norm_eps
-        return self.ops.cast(values * square**-0.5, v)
+    def _queries_and_gates(self, y: Array) -> tuple[Array, Array | None]:
+        q = self.q_proj(y).reshape(len(y), self.config.num_attention_heads, -1)
+        return self.ops.split(q, 2) if self.config.gated else (q, None)
 
 
 class LatentAttention:
@@ -183,60 +149,18 @@ class LatentAttention:
         latents = self.kv_a_layernorm(both[:, :rank])[None, None]
         return latents, self._rotated(both[:, None, rank:], rotation)
 
-    def values(self, attended: Array) -> Array:
-        """Map (n, heads, rank + head_dim) sums of latents and rotary keys to sums of values."""
+    def output(self, attended: Array, gate: None) -> Array:
+        """Return (n, hidden_size) from (n, heads, rank + head_dim) sums of latents and keys."""
         latent, heads = self.latent, self.config.num_attention_heads
         maps = self.kv_b.reshape(heads, -1, latent.rank)[:, latent.key_dim :]
-        return self.ops.einsum("nhr,hvr->nhv", attended[:, :, : latent.rank], maps)
+        values = self.ops.einsum("nhr,hvr->nhv", attended[:, :, : latent.rank], maps)
+        return self.o_proj(values.reshape(len(values), -1))
 
     def _rotated(self, x: Array, rotation: Rotation) -> Array:
         n, heads, width = x.shape
         if self.latent.interleaved:  # neighbouring channels are pairs
             x = x.reshape(n, heads, width // 2, 2).swapaxes(2, 3).reshape(n, heads, width)
         return self.rotate(x, rotation)
-
-
-class Layer:
-    """A pre-norm transformer layer; rows are attended to outside of it."""
-
-    ops: Operations
-
-    def __init__(self, config: MtpConfig) -> None:
-        super().__init__()
-        ops, h, eps = self.ops, config.hidden_size, config.rms_norm_eps
-        attention = Gemma4Attention if config.gemma4 else Attention
-        self.self_attn = ops.module(LatentAttention if config.latent else attention)(config)
-        self.has_latents = config.latent is not None
-        self.input_layernorm = None if config.reads_both else ops.float32_norm(h, eps)
-        self.post_attention_layernorm = ops.float32_norm(h, eps)
-        mixture = ops.module(MixtureOfExperts)
-        self.mlp = mixture(config) if config.experts else ops.mlp(config)
-
-    def finish(self, attended: Array, gate: Array | None, residual: Array) -> Array:
-        """Return (n, hidden_size) outputs of rows, from their (n, heads, head_dim) attention."""
-        if self.has_latents:
-            attended = self.self_attn.values(attended)
-        if gate is not None:
-            attended = attended * self.ops.sigmoid(gate)
-        x = residual + self.self_attn.o_proj(attended.reshape(len(attended), -1))
-        return x + self.mlp(self.post_attention_layernorm(x))
-
-
-class Gemma4Layer(Layer):
-    """Gemma 4's layer with full attention: the outputs of sublayers are normed too."""
-
-    def __init__(self, config: MtpConfig) -> None:
-        super().__init__(config)
-        size = config.hidden_size, config.rms_norm_eps
-        self.pre_feedforward_layernorm = self.ops.float32_norm(*size)
-        self.post_feedforward_layernorm = self.ops.float32_norm(*size)
-        self.layer_scalar = self.ops.parameter(1)
-
-    def finish(self, attended: Array, gate: Array | None, residual: Array) -> Array:
-        y = self.self_attn.o_proj(attended.reshape(len(attended), -1))
-        x = residual + self.post_attention_layernorm(y)
-        y = self.mlp(self.pre_feedforward_layernorm(x))
-        return (x + self.post_feedforward_layernorm(y)) * self.layer_scalar
 
 
 class MtpLayer:
@@ -262,14 +186,24 @@ class MtpLayer:
                 self.fc_norm = ops.children([ops.float32_norm(h, eps) for _ in range(features)])
         else:
             self.input_proj = ops.linear(2 * h, h, bias=False)
-        self.layer = ops.module(Gemma4Layer if config.gemma4 else Layer)(config)
-        ordinary = replace(config, reads_both=False)
+        self.layer = self._layer(config)
+        further = replace(config, reads_both=False)
         self.further_layers = ops.children(
-            [ops.module(Layer)(ordinary) for _ in range(config.num_hidden_layers - 1)]
+            [self._layer(further) for _ in range(config.num_hidden_layers - 1)]
         )
         if config.has_marginals:
             self.mask_hidden = ops.parameter(1, 1, features * h)
         self.norm = ops.float32_norm(h, eps)
+
+    def _layer(self, config: MtpConfig) -> Module:
+        ops = self.ops
+        attention = ops.module(LatentAttention if config.latent else RowAttention)(config)
+        network = ops.module(MixtureOfExperts)(config) if config.experts else ops.mlp(config)
+        return ops.module(Gemma4Layer if config.gemma4 else Layer)(
+            *(config, attention, network),
+            norm=ops.float32_norm,
+            norms_input=not config.reads_both,
+        )
 
     def project(self, features: Array) -> Array:
         """Project (n, features * hidden_size) target outputs to (n, hidden_size) states."""
@@ -294,8 +228,17 @@ class MtpLayer:
         x = self.input_proj(both)
         return self.layer.input_layernorm(x), x
 
-    def run(self, embedded: Array, states: Array, rotation: Rotation, attend: Attend) -> Array:
-        """Return (n, hidden_size) outputs of rows after all layers of P-EAGLE."""
+    def run(
+        self,
+        embedded: Array,
+        states: Array,
+        rotation: Rotation,
+        attend: Callable[[int, Array, Array, Array], Array],
+    ) -> Array:
+        """Return (n, hidden_size) outputs of rows after all layers of P-EAGLE.
+
+        `attend` is an `Attend` that is also given a layer's number.
+        """
         y, x = self.read(embedded, states)
         for n, layer in enumerate([self.layer, *self.further_layers]):
             if n:

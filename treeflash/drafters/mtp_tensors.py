@@ -5,11 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from treeflash.drafters import backbone
 from treeflash.drafters.format import Shapes
 from treeflash.drafters.heads.shapes import as_outline, shapes_of, swiglu
 from treeflash.drafters.mtp_heads import Assistant, MtpConfig
 from treeflash.drafters.mtp_layer import MtpLayer
+
+NORMS = (
+    "input_layernorm",
+    "post_attention_layernorm",
+    "pre_feedforward_layernorm",
+    "post_feedforward_layernorm",
+)
+"""The norms of Gemma 4's layers."""
 
 
 def mtp_shapes(config: MtpConfig, vocab_size: int) -> Shapes:
@@ -49,7 +56,7 @@ def _assistant_shapes(config: MtpConfig, assistant: Assistant, vocab_size: int) 
             f"{layer}self_attn.o_proj.weight": (width, queries),
             f"{layer}layer_scalar": (1,),
             **shapes_of(swiglu(width, inner), f"{layer}mlp"),
-            **{f"{layer}{name}.weight": (width,) for name in backbone.NORMS},
+            **{f"{layer}{name}.weight": (width,) for name in NORMS},
         }
     return shapes
 

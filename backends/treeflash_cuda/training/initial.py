@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from treeflash.drafters.backbone import default_target_layer_ids
+from treeflash.drafters.block_model import Convolution
 from treeflash.drafters.config import DrafterConfig
 from treeflash.drafters.folder import read_config, stored_shapes
 from treeflash.drafters.formats import (
@@ -29,7 +30,7 @@ from treeflash.errors import ConfigError
 from treeflash.training.config import DEFAULT_LAYERS, NEW_DRAFTERS, TrainConfig, trained_head_name
 from treeflash_cuda.attention import AttentionContext
 from treeflash_cuda.backend import drafter_layout, load_drafter
-from treeflash_cuda.drafter_model import Convolution, DrafterModel
+from treeflash_cuda.drafter_model import DrafterModel
 from treeflash_cuda.heads import HEADS as HEAD_CLASSES
 from treeflash_cuda.target import Target
 

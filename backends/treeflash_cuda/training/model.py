@@ -20,9 +20,10 @@ from torch.utils.checkpoint import checkpoint
 from treeflash.drafters.formats import HEADS
 from treeflash.drafters.heads.operations import ConditionalHead, Slots
 from treeflash.drafters.heads.treeflash import Corrected
+from treeflash.drafters.layers import Attend
 from treeflash_cuda.attention import additive_mask, group_mask, grouped_attention
-from treeflash_cuda.drafter import OutputStage, layer_kinds
-from treeflash_cuda.drafter_model import Attend, DrafterModel
+from treeflash_cuda.drafter import OutputStage
+from treeflash_cuda.drafter_model import DrafterModel
 from treeflash_cuda.heads import ScoredTokens
 from treeflash_cuda.numerics import topk
 from treeflash_cuda.training.batch import Batch
@@ -257,15 +258,20 @@ class Blocks(nn.Module):
         columns = torch.arange(length, device=device).expand(rows, -1)
         cos, sin = self.model.rotary(torch.cat([columns, positions], 1), torch.float32)
         rotation = cos[:, None], sin[:, None]  # shared by all heads
+        block_rotation = cos[:, None, length:], sin[:, None, length:]
         tokens = torch.full((rows, anchors, size), config.mask_token_id, device=device)
         tokens[:, :, 0] = batch.tokens.gather(1, batch.anchors)
         x = F.embedding(tokens.flatten(1), self.embeddings[0]) * config.input_scale
-        kinds = layer_kinds(config)
+        kinds = config.layer_kinds
         attention = {
             kind: block_attention(batch.anchors, size, length, *kind) for kind in set(kinds)
         }
+
+        def with_context(y: Tensor) -> Tensor:
+            return torch.cat([context, y], 1)
+
         for layer, kind in zip(self.model.layers, kinds, strict=True):
-            x = layer(x, context, rotation, attention[kind])
+            x = layer(x, with_context, (block_rotation, rotation), attention[kind])
         return x.unflatten(1, (anchors, size))[:, :, config.first_slot :]
 
     def forward(

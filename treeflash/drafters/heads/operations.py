@@ -1,10 +1,10 @@
-"""What a head's mathematics needs of an array library, and the kinds of heads.
+"""What the mathematics of drafters needs of an array library, and the kinds of heads.
 
-A head is written once, for PyTorch and MLX. Its class imports neither: a backend makes a module of
-it by adding its own module class as a second base, and its operations as the attribute `ops`. So
-parameters and children are registered, quantised, packed and trained as in any other module of the
-framework, and children are built by the backend. The NumPy reference has heads of its own, so that
-a mistake here is compared with something that does not share it.
+A head or layer is written once, for PyTorch and MLX. Its class imports neither: a backend makes a
+module of it by adding its own module class as a second base, and its operations as the attribute
+`ops`. So parameters and children are registered, quantised, packed and trained as in any other
+module of the framework, and children are built by the backend. The NumPy reference has heads and
+layers of its own, so that a mistake here is compared with something that does not share it.
 
 Arrays are of the backend's framework. Methods and operators that both frameworks share, such as
 `reshape`, `mean(keepdims=True)`, `@` and slices, need no operation.
@@ -29,7 +29,7 @@ Rows: TypeAlias = Any
 
 @dataclass(frozen=True, kw_only=True)
 class Builders:
-    """What builds the children of a head, whose weights are loaded afterwards."""
+    """What builds the children of a head or layer, whose weights are loaded afterwards."""
 
     linear: Callable[..., Module]  # (in, out, bias=True)
     # (size, out, bias): the layer is called with two vectors of a size, and the second's rows.
@@ -45,7 +45,7 @@ class Builders:
     # (size, width, experts): SwiGLUs, called with (n, size) vectors, and (n, k) indices and weights
     # of the experts whose weighted sum in float32 is returned.
     experts: Callable[[int, int, int], Module]
-    # Called with (n, heads, head_dim) vectors and a rotation, gives (1, heads, n, head_dim).
+    # Called with (..., n, heads, head_dim) vectors and a rotation, gives `layers.by_head` of them.
     rotary: Callable[[DrafterShape], Module]
     children: Callable[[list[Module]], Any]
     named_children: Callable[[dict[str, Module]], Any]
@@ -55,7 +55,7 @@ class Builders:
 
 @dataclass(frozen=True, kw_only=True)
 class Operations(Builders):
-    """An array library, as heads use it."""
+    """An array library, as heads and layers use it."""
 
     # These are NumPy's functions.
     concatenate: Callable[[list[Array], int], Array]
@@ -91,6 +91,8 @@ class Operations(Builders):
     arange: Callable[[int, Array], Array]  # (n, like)
     ids: Callable[[list[Any], Array], Array]  # (token ids, like)
     cast: Callable[[Array, Array], Array]  # (x, like): x in the same dtype
+    shift: Callable[[Array, int], Array]  # (..., S, size) with rows n later, behind n rows of zeros
+    normed: Callable[[Array, float], Array]  # (x, eps): an RMS norm without weights
     # (x, least): float32 vectors divided by their length, or by the least one.
     unit: Callable[[Array, float], Array]
     # (blocks, heads, n, d) attention from queries, keys, values and a (heads, n, n) bias on scaled
@@ -128,20 +130,30 @@ class Slots:
         return self.normed.reshape(self.blocks, -1, self.normed.shape[-1])[:, depth]
 
 
-class ScoredTokens(Protocol):
-    """The v tokens that the children of each of n queries are chosen from."""
+@dataclass(frozen=True, eq=False)
+class ScoredTokens:
+    """The v tokens that the children of each of n queries are chosen from; backends compute."""
+
+    output: Any  # the output stage of the drafter
+    marginals: Array  # logits of these tokens by slot
+    rows: Rows  # the slot of each query
+    tokens: Array | None  # of the drafter's vocabulary; None for all
 
     def logits(self) -> Array:
         """Return the (n, v) float32 logits of the marginals."""
+        raise NotImplementedError
 
     def output_logits(self, queries: Array) -> Array:
         """Return (n, v) logits that the drafter's output head gives (n, hidden_size) queries."""
+        raise NotImplementedError
 
     def products(self, queries: Array, table: Module) -> Array:
         """Return (n, v) float32 products of (n, r) queries with the rows of an embedding table."""
+        raise NotImplementedError
 
     def candidate_products(self, queries: Array, table: Array) -> Array:
         """Multiply with rows of a (vocab, r) table: (n, v) float32, for a head with candidates."""
+        raise NotImplementedError
 
 
 class Head:

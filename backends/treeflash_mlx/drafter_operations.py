@@ -1,4 +1,4 @@
-"""What the heads of `treeflash.drafters.heads` need of MLX."""
+"""What the layers and heads of `treeflash.drafters` need of MLX."""
 
 from __future__ import annotations
 
@@ -8,12 +8,63 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from mlx import nn
+from mlx_lm.models import gemma3_text, qwen3
 from mlx_lm.models.switch_layers import SwitchGLU
 from numpy.typing import NDArray
 
+from treeflash.drafters.config import DrafterShape
 from treeflash.drafters.heads.operations import Operations
-from treeflash_mlx.drafter_model import Rope, mlp
 from treeflash_mlx.numerics import log_softmax, logsumexp, top_indices, top_log_probs
+
+
+class Rope(nn.Module):
+    """Rotates the first channels of heads, each row by its own position."""
+
+    def __init__(self, config: DrafterShape) -> None:
+        super().__init__()
+        # Wavelengths are no parameters, and so stay float32 if the model is cast to half precision.
+        self._wavelengths = 1 / mx.array(config.inv_freq, mx.float32)
+        mx.eval(self._wavelengths)  # only the thread that makes a lazy array can evaluate it
+        self._axes = None  # (head_dim,) the axis that turns each channel; None if there is one
+        if config.rotary_axes is not None:
+            rest = config.head_dim - 2 * len(config.rotary_axes)
+            self._axes = mx.array([*config.rotary_axes * 2, *[0] * rest])
+            mx.eval(self._axes)
+        self._scales = None
+        if config.rope_scale != 1:
+            width = 2 * len(config.inv_freq)
+            scales = [config.rope_scale] * width + [1.0] * (config.head_dim - width)
+            self._scales = mx.array(scales)
+
+    def __call__(self, x: mx.array, positions: mx.array) -> mx.array:
+        """Return the (1, heads, n, head_dim) from (n, heads, head_dim).
+
+        The positions are (n,), or (3, n) of time, height and width.
+        """
+        time, *others = positions if positions.ndim == 2 else [positions]
+        rotated = self._turn(x, time)
+        if self._axes is not None:
+            for axis, other in enumerate(others, 1):
+                rotated = mx.where(self._axes == axis, self._turn(x, other), rotated)
+        return rotated if self._scales is None else rotated * self._scales.astype(x.dtype)
+
+    def _turn(self, x: mx.array, positions: mx.array) -> mx.array:
+        return mx.fast.rope(
+            x[:, :, None],  # a rope has one offset per batch entry, which is a row here
+            2 * len(self._wavelengths),
+            traditional=False,
+            base=None,
+            scale=1.0,
+            offset=positions,
+            freqs=self._wavelengths,
+        ).swapaxes(0, 2)
+
+
+def mlp(config: DrafterShape) -> nn.Module:
+    """Make the feed-forward network of a layer: SwiGLU, or Gemma's gated GELU."""
+    kind = gemma3_text.MLP if config.gemma4 else qwen3.MLP
+    made: nn.Module = kind(config.hidden_size, config.intermediate_size)
+    return made
 
 
 class PairLinear(nn.Module):
@@ -163,7 +214,9 @@ OPERATIONS = Operations(
     arange=lambda n, like: mx.arange(n),
     ids=lambda tokens, like: mx.array(tokens),
     cast=lambda x, like: x.astype(like.dtype),
+    shift=lambda x, n: mx.pad(x, [(0, 0), (n, 0), (0, 0)])[:, : x.shape[1]],
+    normed=lambda x, eps: mx.fast.rms_norm(x, None, eps),
     unit=unit,
     attention=attention,
 )
-"""The operations of heads in MLX."""
+"""The operations of layers and heads in MLX."""

@@ -1,7 +1,8 @@
-"""What the heads of `treeflash.drafters.heads` need of PyTorch."""
+"""What the layers and heads of `treeflash.drafters` need of PyTorch."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -11,12 +12,45 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from treeflash.drafters.config import DrafterShape
 from treeflash.drafters.heads.operations import Operations
-from treeflash_cuda.drafter_model import MLP, Gemma4MLP, RMSNorm, Rotation, rotate
+from treeflash.drafters.layers import by_head
 from treeflash_cuda.experts import routed
 from treeflash_cuda.linear import PairLinear, take
 from treeflash_cuda.numerics import largest, top_log_probs
 from treeflash_cuda.operations import Operations as TargetOperations
+
+Rotation: TypeAlias = tuple[Tensor, Tensor]
+"""Cosines and sines, (..., n, head_dim) each, or of the channels that are rotated."""
+
+
+class RMSNorm(nn.RMSNorm):
+    """RMSNorm in the dtype of its weight, which stays float32 in mixed-precision training."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype))
+
+
+class MLP(nn.Module):
+    """SwiGLU."""
+
+    act_fn = staticmethod(F.silu)
+
+    def __init__(self, config: DrafterShape) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., hidden_size) to (..., hidden_size)."""
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Gemma4MLP(MLP):
+    """A gated network with GELU, by its approximation with a hyperbolic tangent."""
+
+    act_fn = staticmethod(functools.partial(F.gelu, approximate="tanh"))
 
 
 class GRU(nn.Module):
@@ -83,9 +117,19 @@ class Experts(nn.Module):
         return multiply(self.operations.gated(gate, up), self.down_proj, ends)
 
 
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """Rotate (..., n, head_dim); element i is paired with i + head_dim / 2."""
+    cos, sin = rotation
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat([-second, first], -1) * sin
+
+
 def rotate_first(x: Tensor, rotation: Rotation) -> Tensor:
-    """Rotate the first channels: (1, heads, n, head_dim) from (n, heads, head_dim)."""
-    first, rest = x.transpose(0, 1)[None].tensor_split([rotation[0].shape[-1]], -1)
+    """Rotate the first channels: (batch, heads, n, head_dim) from (..., n, heads, head_dim)."""
+    x, width = by_head(x), rotation[0].shape[-1]
+    if width == x.shape[-1]:
+        return rotate(x, rotation)
+    first, rest = x.tensor_split([width], -1)
     return torch.cat([rotate(first, rotation), rest], -1)
 
 
@@ -162,7 +206,9 @@ OPERATIONS = Operations(
     arange=lambda n, like: torch.arange(n, device=like.device),
     ids=lambda tokens, like: torch.from_numpy(np.array(tokens)).to(like.device),
     cast=lambda x, like: x.to(like.dtype),
+    shift=lambda x, n: F.pad(x, (0, 0, n, -n)),
+    normed=lambda x, eps: F.rms_norm(x, x.shape[-1:], None, eps),
     unit=lambda x, least: F.normalize(x.float(), dim=-1, eps=least),
     attention=F.scaled_dot_product_attention,
 )
-"""The operations of heads in PyTorch."""
+"""The operations of layers and heads in PyTorch."""
