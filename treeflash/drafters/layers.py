@@ -127,7 +127,7 @@ class Layer:
         self.post_attention_layernorm = norm(h, eps)
 
     def forward(self, x: Array, *attention: Any) -> Array:
-        """Map (..., n, hidden_size) rows; the attention takes other arguments too."""
+        """Map (..., n, hidden_size) rows; `attention` is what the attention takes beside them."""
         return self.add(self.self_attn(self.input_layernorm(x), *attention), x)
 
     def finish(self, attended: Array, gate: Array | None, residual: Array) -> Array:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -105,22 +105,22 @@ def train(
             store, config, depths, accelerator.process_index, accelerator.num_processes
         )
         validation = Validation(model, layer_ids, validation_data, depths, config)
-        step, place = first, progress(first, run.records, config, accelerator)
-        while place.position < config.steps:
-            rate = learning_rate(place.position, config)
+        step, (position, _) = first, progress(first, run.records, config, accelerator)
+        while position < config.steps:
+            rate = learning_rate(position, config)
             record = take_step(step, rate, blocks, optimizer, batches, model, config, accelerator)
             step += 1
-            place = progress(step, [*run.records, record], config, accelerator)
-            is_last = place.position >= config.steps
+            position, is_best = progress(step, [*run.records, record], config, accelerator)
+            is_last = position >= config.steps
             if validation_data and (is_last or step % config.validate_every == 0):
                 started = time.perf_counter()
                 record["validation"] = validation.measure(blocks)
                 record["seconds"] += time.perf_counter() - started
-                place = progress(step, [*run.records, record], config, accelerator)
-                is_last = place.position >= config.steps
+                position, is_best = progress(step, [*run.records, record], config, accelerator)
+                is_last = position >= config.steps
             run.log(record)
             is_saved = is_last or step % config.save_every == 0
-            is_lowest = config.patience is not None and "validation" in record and place.is_best
+            is_lowest = config.patience is not None and "validation" in record and is_best
             is_needed = config.patience is None or not has_checkpoint(output)
             # This order gives a run with its last state a checkpoint too.
             if is_lowest or (is_saved and is_needed):
@@ -158,19 +158,14 @@ def make_optimizer(blocks: nn.Module, config: TrainConfig) -> torch.optim.Optimi
     )
 
 
-class Progress(NamedTuple):
-    """How far a run is."""
-
-    # its steps, or what they would be if every step took the same part of its time;
-    # `TrainConfig.steps` or more when it is over
-    position: float
-    is_best: bool  # whether the last validation has the lowest loss
-
-
 def progress(
     step: int, records: Sequence[dict[str, Any]], config: TrainConfig, accelerator: Accelerator
-) -> Progress:
-    """Describe the progress after `step` steps; only the first process has the log."""
+) -> tuple[float, bool]:
+    """Return the position after `step` steps, and whether the last validation has the lowest loss.
+
+    The position is the steps, or what they would be if every step took the same part of the time of
+    the run; `TrainConfig.steps` or more when it is over. Only the first process has the log.
+    """
     position = float(step)
     if config.minutes is not None:
         seconds = sum(record["seconds"] for record in records)
@@ -181,7 +176,7 @@ def progress(
         position = math.inf
     values = torch.tensor([position, since_best], device=accelerator.device)
     position, since_best = broadcast(values).tolist()
-    return Progress(position, since_best == 0)
+    return position, since_best == 0
 
 
 def validation_loss(validation: Mapping[str, Any], config: TrainConfig) -> float:
