@@ -186,7 +186,7 @@ def test_no_keys_in_the_file(run, tmp_path):
 
 
 def test_without_the_extra(run, monkeypatch):
-    monkeypatch.setattr(command, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "fastapi", None)
     message = "the server needs fastapi; pip install '.[serve]' in a clone of treeflash"
     assert run() == (2, f"error: {message}\n")
 

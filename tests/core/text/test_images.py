@@ -5,13 +5,13 @@ from __future__ import annotations
 import base64
 import io
 import os
+import sys
 import zlib
 
 import numpy as np
 import pytest
 
 from treeflash.errors import ConfigError, PromptError
-from treeflash.text import images
 from treeflash.text.images import MAX_BYTES, data_url, read_image, read_images
 
 Image = pytest.importorskip("PIL.Image")
@@ -94,7 +94,7 @@ class TestSources:
             read_images([PNG, b"?"])
 
     def test_without_pillow(self, monkeypatch):
-        monkeypatch.setattr(images, "find_spec", lambda name: None)
+        monkeypatch.setitem(sys.modules, "PIL", None)
         with pytest.raises(ConfigError, match="images need Pillow; pip install pillow"):
             read_image(PNG)
 
