@@ -4,7 +4,7 @@
 
 The changes are cosmic-ray's operators, and statements that are left out. They are made in
 a copy of the package, which the tests import instead of the source tree. A change survives if the
-tests of its area pass; such a change is either without effect, or a promise without a test.
+tests of its area pass: either the change has no effect, or a behaviour has no test.
 """
 
 from __future__ import annotations

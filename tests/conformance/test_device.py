@@ -96,7 +96,7 @@ def test_the_operation_computes_what_a_mask_does(tmp_path, family):
 @pytest.mark.device
 @pytest.mark.parametrize("sampling", [SamplingConfig(), SamplingConfig(temperature=0.8, top_p=0.9)])
 def test_graphs_in_bfloat16_compute_what_no_graph_does(tmp_path, sampling):
-    """Beyond the columns that attention covers at least too."""
+    """This holds beyond the minimum of columns that attention covers, too."""
     write_target(tmp_path / "target", "qwen3", seed=1)
     write_drafter(tmp_path / "drafter", tmp_path / "target", seed=2)
     found = []
@@ -134,7 +134,7 @@ class TestMetal(BackendSuite):
 
 @pytest.mark.device
 def test_every_metal_kernel_is_right(module):
-    """On shapes of common models; one that loses its race is not a problem."""
+    """Shapes of common models are tried. A kernel that is too slow to be used is not a problem."""
     require("mlx.core")
     if problem := metal_problem():
         pytest.skip(problem)

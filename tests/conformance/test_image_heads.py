@@ -216,7 +216,7 @@ def test_forks_and_stored_states_draft_the_same(pair):
 
 
 def test_later_drafts_are_at_shifted_positions(pair):
-    """Also a first draft after the answer has begun: while drafting pauses no row is computed."""
+    """A first draft may come late: no row is computed while drafting pauses."""
     published, backend, prompt, _ = pair
     longer = backend.images.encode(PROMPT + "PQR", [PICTURE])
     expected = published.log_probs(*longer, DRAFTED)

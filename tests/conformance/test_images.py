@@ -1,4 +1,4 @@
-"""Text after images with MLX: that of transformers, and of the PyTorch backend draft by draft."""
+"""Text after images with MLX equals transformers', and the PyTorch backend's draft by draft."""
 
 import pytest
 

@@ -471,7 +471,7 @@ def test_a_head_of_its_own_folder(tmp_path: Path) -> None:
 
 
 def test_norms_stay_float32(tmp_path: Path) -> None:
-    """Also the norms of single features: PyTorch's kernel takes no weights in half precision."""
+    """Norms of single features do, too: PyTorch's kernel takes no weights in half precision."""
     torch = pytest.importorskip("torch")
     config = LoadConfig(device="cpu", dtype="bfloat16", exact=False)
     pair: Any = loader("cuda")(*write_mtp_pair(tmp_path, "eagle3-flags"), config)

@@ -103,7 +103,7 @@ def test_commands_have_the_options_that_pages_give_them(page):
 
 
 def test_a_mac_has_the_options_of_its_page():
-    """And its shell, in which no comment can follow a command."""
+    """The commands also suit its shell, in which no comment can follow a command."""
     page = ROOT / "docs" / "mac.md"
     assert "#" not in "".join(re.findall(r"```sh\n(.*?)```", page.read_text("utf-8"), re.DOTALL))
     commands = ("chat", "serve", "doctor")

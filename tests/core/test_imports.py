@@ -148,7 +148,7 @@ raise SystemExit(main(["generate", "Hi", *folders, "--backend", "reference", "--
 
 
 def test_core_files_name_no_framework() -> None:
-    """Not even inside a function: backends are reached through the registry."""
+    """Functions import none either: backends are reached through the registry."""
     for name, path in CORE.items():
         found = {module.split(".")[0] for module in imports_of(path)}
         assert not found & FRAMEWORKS, name

@@ -149,7 +149,7 @@ def test_what_never_fits_into_reserved_memory_is_no_matter_of_waiting():
 
 
 def test_a_sequence_takes_its_room_when_it_starts():
-    """And gives it back if its drafter has none."""
+    """It gives the room back if its drafter has none."""
     target, drafter = reserved_arena(100), reserved_arena(50)
     state = State(target, drafter, 40, 10)
     assert target.slabs[0].free == [(40, 60)]

@@ -1,4 +1,4 @@
-"""Text after images is that of transformers' own `generate`, whatever it is decoded with."""
+"""Text after images equals that of transformers' own `generate`, however it is decoded."""
 
 import inspect
 from copy import copy

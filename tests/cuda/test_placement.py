@@ -34,7 +34,7 @@ def pair(tmp_path_factory):
 
 
 def decoded(backend):
-    """Tokens of texts that run together; keys and values of one that was forked."""
+    """Tokens of texts that run together; keys and values of a forked one."""
     scheduler, rng = Scheduler(backend), np.random.default_rng(0)
     found = {}
     for method in ("treeflash", "ddtree", "ar"):

@@ -72,7 +72,7 @@ def test_tokens_are_those_of_the_core(sample_rows, dtype):
 
 @pytest.mark.parametrize("sample_rows", ROWS, ids=IDS)
 def test_equal_tokens_stay_together(sample_rows):
-    """Beyond the k-th one too: all that are as probable as it."""
+    """All tokens that are as probable as the k-th one stay."""
     settings = [
         SamplingConfig(temperature=1.0, top_k=2),
         SamplingConfig(temperature=1.0, top_p=0.3),

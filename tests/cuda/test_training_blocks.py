@@ -145,7 +145,7 @@ def test_blocks_equal_the_drafts_of_the_drafter(backend):
 
 @torch.no_grad()
 def test_a_shortlist_of_everything_changes_nothing(backend):
-    """But for the order of its tokens, and of those that represent the rest."""
+    """Only the order of its tokens, and of the tokens that represent the rest, differs."""
     _, _, batch = make_batch_of(backend)
     blocks, wanted = made(backend), batch.target_rows().scored_tokens()
     missing = 40 - len(wanted.unique())

@@ -148,7 +148,7 @@ def test_two_processes_train_one_drafter(kind, target, responses, tmp_path, run_
 
 
 def test_processes_that_hang_are_all_killed(run_processes, tmp_path, monkeypatch):
-    """Also a process in its own session, as launchers start it."""
+    """Processes in their own session, as launchers start them, are killed too."""
     started = tmp_path / "started"
     code = f"""
 import os, pathlib, subprocess, sys, time

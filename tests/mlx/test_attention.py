@@ -32,7 +32,7 @@ BRANCHED = DraftTree(
 
 
 def modules_of_mlx_lm():
-    """Every class of module that mlx-lm defines, but for one that needs another package."""
+    """Every class of module that mlx-lm defines, except one that needs another package."""
     for path in sorted(Path(mlx_lm.models.__path__[0]).glob("*.py")):
         if path.stem != "olmo":
             module = importlib.import_module(f"mlx_lm.models.{path.stem}")

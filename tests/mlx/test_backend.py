@@ -303,7 +303,7 @@ def test_the_report_counts_the_weights(pair):
 def test_batches_are_judged_relative_to_another_context_and_more_than_once(
     pair, monkeypatch, caplog
 ):
-    """And their absence is said in one line."""
+    """One line says that there are none."""
     differences = chain([9.0, 0.4, 0.2], repeat(float("nan")))
     monkeypatch.setattr(backend_module, "batch_difference", lambda *_: next(differences))
     assert load(pair[0], None, LoadConfig(dtype="bfloat16")).target.batches

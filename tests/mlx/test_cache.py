@@ -53,7 +53,7 @@ def write(sequences, keys, values, tree):
 
 
 def test_sequences_that_run_together_are_copied_once(rng):
-    """And each keeps its rows, whatever the lengths and paths; nothing is written over."""
+    """Each keeps its rows, whatever the lengths and paths; nothing is overwritten."""
     lengths, paths = (3, 0, 7), ([0, 2, 4], [0], [0, 1, 3])
     sequences = [KVCache(1, 40 + 300 * i) for i in range(3)]
     expected = []
@@ -184,7 +184,7 @@ def test_only_sequences_of_similar_capacity_share_a_storage():
 
 
 def test_a_mask_is_made_from_the_nodes_alone(rng):
-    """And equals the mask over all columns, with a window and without, alone and in a batch."""
+    """It equals the mask over all columns, with a window and without, alone and in a batch."""
     trees, starts = [TREE, DraftTree.chain(np.arange(3, dtype=np.int32))], [9, 4]
     for first, window in ((0, None), (0, 6), (2, 3)):
         tree_pass = TreePass.build(trees, starts, 255)

@@ -289,7 +289,7 @@ def test_a_gpu_begins_a_draft_before_its_table_is_built(pair, see_device, monkey
 
 @pytest.mark.parametrize("drafts", [True, False])
 def test_rows_of_a_commit_are_moved_behind_the_draft(pair, see_device, monkeypatch, drafts):
-    """Which does not read them; without a draft they are moved at once."""
+    """The draft does not read them; without a draft they are moved at once."""
     backend = load(*pair, LoadConfig())
     tree = DraftTree.from_parents(np.arange(3, dtype=np.int32), np.array([-1, 0, 0], np.int32))
     submitted = []

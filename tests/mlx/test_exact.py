@@ -84,5 +84,5 @@ def test_products_that_depend_on_their_number_of_rows_are_named(backend, monkeyp
 
 
 def test_every_operation_of_the_default_target_is_exact(smollm2):
-    """Also with as many rows as the chunks of a prompt have, in its own sizes."""
+    """The sizes are the target's, with up to as many rows as a chunk of a prompt has."""
     check_operations(Target(smollm2, mx.bfloat16, None))

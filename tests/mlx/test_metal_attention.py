@@ -226,7 +226,7 @@ def test_a_fault_in_the_merge_is_noticed(metal, fault):
 
 
 def test_splits_are_longer_in_long_contexts(metal, monkeypatch, rng):
-    """And both lengths are checked at load."""
+    """Both lengths are checked at load."""
     monkeypatch.setattr(attention, "SPANS", {0: 16, 40: 24})
     for starts in ((33, 16), (47, 30)):
         found, expected = attend(rng, SHAPES[0][0], starts)

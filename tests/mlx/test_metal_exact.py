@@ -50,7 +50,7 @@ def metal(metal):
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
 @pytest.mark.parametrize(("bits", "group"), [(16, 64), (8, 32), (4, 64)])
 def test_a_row_of_a_product_has_the_same_bits_beside_any_others(runner, bits, group, dtype):
-    """Also in the last rows of a prompt's chunk, which are another threadgroup."""
+    """The last rows of a prompt's chunk, which are another threadgroup, have them too."""
     layer = nn.Linear(192, 40)
     layer.set_dtype(dtype)
     if bits < 16:

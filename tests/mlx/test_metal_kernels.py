@@ -226,7 +226,7 @@ def test_plain_decoding_by_kernel_equals_drafting_on_trees(
 
 
 def test_every_kernel_is_checked_without_a_model(metal, monkeypatch):
-    """And a kernel that is wrong is named, with its error."""
+    """A wrong kernel is named, with its error."""
     metal.schedules = (DESCENDING,)
     metal.speedup = lambda *_: 2
     monkeypatch.setattr(attention, "RACED_COLUMNS", (attention.RACED_NODES + 1,))

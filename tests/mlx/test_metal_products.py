@@ -258,7 +258,7 @@ def test_a_race_compares_chains_of_calls():
 
 @pytest.mark.usefixtures("_one_geometry")
 def test_few_calls_race_for_an_output_head(metal, monkeypatch):
-    """Whose calls are so long that the others would take seconds."""
+    """Its calls are so long that more of them would take seconds."""
     metal.speedup = run_race
     calls = []
     monkeypatch.setattr(products, "multiply", lambda _, x, __: calls.append(0) or plain(_, x))

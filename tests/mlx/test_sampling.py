@@ -105,7 +105,7 @@ def test_a_top_p_next_to_zero_keeps_one_token(rng):
 
 
 def test_a_gpu_takes_one_kernel_for_the_normaliser(rng, see_device, monkeypatch):
-    """And a CPU adds in blocks, because its own sums are too inexact."""
+    """A CPU adds in blocks, because its own sums are too inexact."""
     x = mx.array(rng.normal(size=(3, 5000)), mx.float32)
     on_cpu, calls = logsumexp(x), []
     one_kernel = mx.logsumexp
@@ -142,7 +142,7 @@ def test_tokens_and_log_probs_of_several_sequences_are_those_defined(rng, vocab)
 
 
 def test_a_row_is_drawn_again_without_its_neighbours(rng, monkeypatch):
-    """Whose tokens are certain: sums over the whole vocabulary may be rounded differently."""
+    """Other rows are certain; sums over the whole vocabulary may round differently."""
     logits = mx.array(rng.normal(size=(3, 700)) * [[3.0], [0.01], [3.0]], mx.float32)
     config, drawn = SamplingConfig(temperature=1.0, top_p=0.9), []
     sample_rows = sampling._sample

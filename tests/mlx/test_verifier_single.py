@@ -89,7 +89,7 @@ PENALISED = Penalties(repetition=1.3, presence=0.2)
 def test_a_pass_is_ahead_however_tokens_are_sampled(
     backend, passes, monkeypatch, config, shortlist
 ):
-    """Also where a nucleus is wider than the shortlist; then the pass ahead may be dropped."""
+    """A nucleus may be wider than the shortlist; then the pass ahead may be dropped."""
     monkeypatch.setattr(sampling, "SHORTLIST", shortlist)
     ahead = decoded(backend, [3, 4, 5], config, 20)
     # The prompt, its last token, the first token, and each later token with the one before it.
@@ -131,7 +131,7 @@ def test_a_pass_ahead_changes_no_recurrent_state(hybrid_pair_of):
 
 
 def test_features_are_not_projected_while_drafting_pauses(backend, monkeypatch):
-    """But all at once when the drafter reads them."""
+    """They are projected all at once when the drafter reads them."""
     rows, project = [], backend.drafter_model.project
 
     def record(model, outputs):

@@ -190,7 +190,7 @@ def test_the_time_of_a_check_does_not_depend_on_the_key(monkeypatch):
 
 
 def test_without_a_key_no_part_of_a_body_is_read(guarded, routes):
-    """Else anyone could fill the server's memory."""
+    """Otherwise anyone could fill the server's memory."""
     posts = [path for method, path in routes if method == "POST"]
     assert posts
     for path in posts:
@@ -388,7 +388,7 @@ def test_all_pieces_of_a_body_must_arrive_in_time(application, path):
 
 @pytest.mark.parametrize("method", ["GET", "HEAD", "PUT", "PATCH", "DELETE"])
 def test_the_ingress_reads_no_body_without_a_limit(started, method):
-    """Which only a POST has, as no other route reads a body."""
+    """Only a POST has a body, as no other route reads one."""
     server, relayed = started(max_body_mb=0.01), []
     app = ingress(server.server.config.app, server.engine.settings, relayed)
     for path in ("/v1/models", "/v1/completions"):
@@ -502,7 +502,7 @@ def test_a_lost_replica_is_an_error_that_says_so(caplog):
 
 @pytest.mark.parametrize("begun", [False, True])
 def test_a_disconnect_reaches_the_replica(begun):
-    """Of whole answers too, whose status comes at their end."""
+    """So does the disconnect of a whole answer, whose status comes at its end."""
     pieces = []
 
     async def run():
@@ -575,7 +575,7 @@ def test_errors_have_the_form_of_their_api(started, caplog, path, error, status,
 
 
 def test_refusals_have_the_form_of_their_api(guarded):
-    """Which the endpoints never see."""
+    """The endpoints never see the refused requests."""
     for path in REQUESTS:
         answer = ask(guarded, "POST", path, JSON, [content(path)])
         body = answer.json()

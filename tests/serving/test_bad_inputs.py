@@ -244,7 +244,7 @@ def test_bodies_that_are_no_requests(server, content, says):
 
 @pytest.mark.parametrize("kind", ["text/plain", "multipart/form-data; boundary=x", None])
 def test_content_type(server, kind):
-    """Else a web page of any origin could make the server work."""
+    """Otherwise a web page of any origin could use the server."""
     headers = {} if kind is None else {"Content-Type": kind}
     response = server.client.post(CHAT, content=json.dumps({"messages": [USER]}), headers=headers)
     check_error(response, 415, "Content-Type: application/json")
@@ -287,7 +287,7 @@ def test_error_before_a_stream_has_a_status(server):
 
 
 def test_no_field_of_a_request_names_a_file_a_url_or_a_template(server):
-    """Else a client could have the server read what it has no right to, or run code."""
+    """Otherwise a client could make the server read private files, or run code."""
     schemas = server.client.get("/openapi.json").json()["components"]["schemas"]
     names = {name for schema in schemas.values() for name in schema.get("properties", ())}
     assert names >= {"prompt", "messages", "input", "system", "tools", "input_schema"}

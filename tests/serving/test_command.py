@@ -193,7 +193,7 @@ def test_without_the_extra(run, monkeypatch):
 
 @pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 def test_port_taken(run):
-    """Nor is a socket left open."""
+    """No socket is left open."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         code, err = run("--port", port)

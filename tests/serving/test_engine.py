@@ -139,7 +139,7 @@ def test_a_failure_leaves_other_requests_their_tokens(serve):
 
 
 def test_an_answer_that_cannot_be_added_fails_alone(serve):
-    """And no part of it is decoded."""
+    """No part of it is decoded."""
     server = serve()
     scheduler = server.engine._scheduler
     submit = scheduler.submit_group
@@ -159,7 +159,7 @@ def test_an_answer_that_cannot_be_added_fails_alone(serve):
 
 @pytest.mark.parametrize("lost", [False, True])
 def test_the_status_tells_whether_the_device_was_lost(model, failing, monkeypatch, lost):
-    """And no thread of a framework is left, beside which the interpreter would abort."""
+    """No thread of a framework is left, beside which the interpreter would abort."""
     started = []
 
     class WatchedServer(application.Server):

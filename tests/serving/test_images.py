@@ -309,7 +309,7 @@ ODD = {
 
 @pytest.mark.parametrize(("data", "upright"), ODD.values(), ids=ODD)
 def test_odd_images_get_the_right_answer(image_server, image_model, streaming_text, data, upright):
-    """The answer is that of Python, and of the picture as it is seen, where a seed makes it."""
+    """The answer equals Python's, and a turned picture gives the answer of the upright one."""
     with streaming_text():
         answer, _ = ask_openai(image_server, data)
     assert answer == expected(image_model, data).text

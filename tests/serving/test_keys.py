@@ -55,7 +55,7 @@ def test_health_needs_no_key(guarded):
 
 
 def test_keys_share_no_states(guarded):
-    """Else one user could find out what another has asked, from the time of an answer."""
+    """Otherwise the time of an answer would tell one user what another has asked."""
 
     def cached(key):
         body = {"prompt": PROMPT, "max_tokens": 2}

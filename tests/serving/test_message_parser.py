@@ -100,7 +100,7 @@ def test_a_broken_call_becomes_content(tokenizer, size, end):
     ],
 )
 def test_what_is_not_a_call_is_content(tokenizer, call):
-    """And what no response could hold as JSON."""
+    """So is what no response could hold as JSON."""
     parser, _ = read(tokenizer, f"Hello.<call>{call}</call>", 6)
     assert parser.content == f"Hello.{call}"
     assert not parser.calls

@@ -153,7 +153,7 @@ def test_tokens_and_seconds():
 
 
 def test_nothing_is_drafted_without_a_drafter():
-    """Except copies of the text, which the method `suffix` drafts. A backend may be exact."""
+    """Only the method `suffix` drafts copies of the text. A backend may be exact."""
     budgets = AdaptiveBudgets(VerifyCosts({1: 1.0}))
     backend = SimpleNamespace(drafter=None, inexact=None)
     scheduler = SimpleNamespace(

@@ -258,7 +258,7 @@ def test_the_ingress_and_its_replica(ray_app, model, monkeypatch):
 
 
 def test_a_prompt_goes_where_its_beginning_went(ray_app):
-    """Unless that queue is too long; among near replicas only."""
+    """If that queue is too long, the shortest one gets it. Only near replicas count."""
     router = ray_app.PrefixRouter()
     router.initialize_state(imbalance=2)
     router.replica_queue_len_cache = {}

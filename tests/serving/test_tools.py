@@ -204,7 +204,7 @@ def test_a_required_call_has_no_content_to_constrain(server, choice):
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("start", ["{", "<"], ids=["content", "call"])
 def test_content_of_a_form_or_calls(server, tokenizer, start, strict):
-    """The form is that of the content, and the model may call instead."""
+    """The grammar is for the content, and the model may call a function instead."""
     tools = [tool("paint", PAINT, strict=strict)]
     bias = {str(token): 25 for token in tokenizer.encode(start)}
     args = {"chat_template_kwargs": {"enable_thinking": False}, "parallel_tool_calls": False}
@@ -336,7 +336,7 @@ def test_calls_that_cannot_be_enforced(tmp_path):
 
 @pytest.mark.parametrize("path", [PATH, "/v1/messages"])
 def test_a_message_with_a_broken_call_is_continued(server, path):
-    """Nor does an answer run on behind an error."""
+    """An answer does not run on after an error."""
     messages = [*HELLO, {"role": "assistant", "content": 'I paint. <call>{"name": </call>'}]
     body = {"messages": messages, "max_tokens": 5, "temperature": 0}
     if path == PATH:

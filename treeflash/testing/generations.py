@@ -181,7 +181,7 @@ class GenerationTests:
             assert_equal_steps(actual, expected)
 
     def test_texts_of_an_event_loop_equal_texts_alone(self, backend: Backend) -> None:
-        """They are decoded together, in another thread than the one that loaded the models."""
+        """They are decoded together, in a thread that did not load the models."""
         config = DecodeConfig(budget=16, max_tokens=MAX_TOKENS)
         prompts = [prompt_of(backend, seed) for seed in range(3)]
         decoder = AsyncDecoder(backend, AdaptiveBudgets())

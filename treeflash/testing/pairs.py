@@ -40,7 +40,7 @@ EXAMPLES = int(os.environ.get("TREEFLASH_EXAMPLES", "0"))
 """How many random examples each property is tested with, as the nightly run does.
 
 Without it a few are tested that are the same in every run. Random ones can meet a near-tie of two
-tokens by chance: such a failure is one of the seed that Hypothesis prints, not of the backend.
+tokens by chance: then the seed that Hypothesis prints has failed, not the backend.
 """
 
 repeated = settings(

@@ -212,7 +212,7 @@ def test_confidence_is_not_believed_before_it_was_observed():
 
 @pytest.mark.parametrize(("low", "high"), [(1, 2), (2, 1)])
 def test_levels_of_confidence_count_as_often_as_their_drafts_were_accepted(low, high):
-    """Whether or not the drafter is right to be more confident."""
+    """It does not matter whether the drafter is right to be more confident."""
     trees = [confident(0.1), confident(0.99)]
     assert sizes(learned(low, high), trees, [LENGTH] * 2) == [low, high]
 
@@ -259,7 +259,7 @@ def test_no_root_is_cut():
 
 
 def test_no_node_is_kept_without_its_parent():
-    """Though its correction makes it likelier than its parent."""
+    """The correction makes the node likelier than its parent."""
     budget = AdaptiveBudget(VerifyCosts({1: 1.0, 2: 1.01, 3: 9.0}))
     budget.expected, budget.accepted = {1: 50.0, 2: 0.5}, {1: 5.0, 2: 50.0}
     (nodes,) = budget.prune([chain(0.5, 0.9)], [LENGTH])

@@ -240,8 +240,8 @@ def test_roots_alone_cost_less_than_trees_of_several_texts():
     assert found.predict([3, 8], [0, 0], 3) == pytest.approx([1.2 + 0.2, 1.7 + 0.6])
 
 
-def test_trees_that_were_dear_once_are_tried_again():
-    """Else the pass that a disturbance slowed down would be the last one with trees."""
+def test_trees_that_were_expensive_once_are_tried_again():
+    """Otherwise a pass that a disturbance slowed down would be the last one with trees."""
     found = linear_costs(0.1)
     found.observe(3, 0, 3, 1.2 + 0.2)
     found.observe(8, 0, 3, 1.7 + 1.0)
@@ -328,13 +328,13 @@ def test_costs_belong_to_the_threads_and_to_a_preloaded_library(measured, monkey
 
 
 def test_costs_belong_to_the_version(measured, monkeypatch):
-    """Which may have faster kernels."""
+    """Another version may have faster kernels."""
     name = "treeflash.decoding.verify_costs.version"
     assert measured(lambda: monkeypatch.setattr(name, lambda package: f"{package} 7"))
 
 
 def test_costs_belong_to_the_version_of_macos(measured, monkeypatch):
-    """Which has libraries that MLX computes with."""
+    """MLX computes with libraries of macOS."""
     mac_ver = verify_costs.platform.mac_ver
     name = "treeflash.decoding.verify_costs.platform.mac_ver"
     assert measured(lambda: monkeypatch.setattr(name, lambda: ("26.2", *mac_ver()[1:])))

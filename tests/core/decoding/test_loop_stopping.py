@@ -62,7 +62,7 @@ class TestStopping:
     @pytest.mark.parametrize("method", METHODS)
     @pytest.mark.parametrize("limit", range(1, 16))
     def test_no_node_lies_where_nothing_can_be_emitted(self, method: Method, limit: int) -> None:
-        """Nor beyond the positions of the model, some of which have a table of them."""
+        """Some models have a table of positions, beyond which no node may be."""
         for backend, max_tokens in (
             (scripted(SCRIPT), limit),
             (scripted(SCRIPT, max_positions=4 + limit), 99),

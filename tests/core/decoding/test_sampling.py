@@ -23,7 +23,7 @@ CHI_SQUARE_LIMIT = 31.26
 
 
 def keys(count: int) -> np.ndarray:
-    """Of the first positions."""
+    """The keys of the first positions."""
     return position_keys(0, np.arange(count, dtype=np.int32))
 
 
@@ -113,7 +113,7 @@ class TestFilters:
         assert np.flatnonzero(filtered_probs(logits, sampling)[0]).tolist() == kept
 
     def test_no_filter_drops_no_token(self) -> None:
-        """Not even one that rounding loses in the sum of the others."""
+        """Tokens stay whose probability is lost to rounding in the sum of the others."""
         logits = np.array([[1, -50, 2, -90]], np.float32)
         assert (filtered_probs(logits, SamplingConfig(temperature=1)) > 0).all()
 

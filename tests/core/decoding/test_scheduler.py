@@ -463,7 +463,7 @@ def test_a_group_shares_its_prompt_among_equal_salts_alone(backend):
 
 
 def test_a_prompt_that_is_scored_is_run_as_a_whole(backend):
-    """Though its beginning is cached: logits of cached positions are not kept."""
+    """Its beginning is cached, but logits of cached positions are not kept."""
 
     def scores(scheduler):
         request = Request(prompt_ids=[5, 6, 7, 8], config=config_of(), scores_prompt=True)
@@ -482,7 +482,7 @@ def test_a_prompt_that_is_scored_is_run_as_a_whole(backend):
 
 @pytest.mark.parametrize("length", [1, 2, 64, 65, 66])
 def test_every_token_of_a_prompt_but_the_first_is_scored(backend, length):
-    """Also where the prompt ends with one of the parts that are scored at once."""
+    """The end of the prompt may be the end of a part that is scored at once."""
     request = Request(prompt_ids=[5] * length, config=config_of(max_tokens=1), scores_prompt=True)
     ((_, step),) = Scheduler(backend).decode([request])
     scores = step.prompt_log_probs

@@ -83,7 +83,7 @@ def test_no_more_depths_are_drafted_than_the_drafter_has():
 
 
 def test_the_drafter_does_nothing_while_drafting_rests():
-    """Also beside sequences of a fixed budget, which are drafted for all the same."""
+    """Sequences of a fixed budget beside it are still drafted for."""
     backend = scripted(SCRIPT)
     calls, scheduler = drafts(backend), adaptive(backend)
     budget = scheduler.budgets.get("ddtree", lambda: VerifyCosts(dict(COSTS)))

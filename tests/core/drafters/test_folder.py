@@ -132,7 +132,7 @@ def write_raw(path: Path, dtype: str, shape: tuple[int, ...], data: bytes) -> No
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 def test_weights_that_mlx_has_quantised(bits: int, tmp_path: Path) -> None:
-    """Also in a layer with its own settings, and where experts are stacked."""
+    """A layer may have its own settings, and experts may be stacked."""
     mx = pytest.importorskip("mlx.core")
     rng = np.random.default_rng(bits)
     saved, expected = {"plain.weight": mx.zeros((2, 3))}, {}

@@ -117,7 +117,7 @@ def test_a_folder_is_measured_and_what_nobody_tells_is_fetched(
 
 
 def test_nothing_is_fetched_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Unless it is forced, or the backend has no limit."""
+    """It is fetched if it is forced, or if the backend has no limit."""
     load = registry.loader("reference")
     monkeypatch.setattr(language_model, "memory_limit", lambda of: GIB if of is load else None)
     options: dict[str, Any] = {"backend": "reference", "drafter": False}

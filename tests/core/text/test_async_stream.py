@@ -127,7 +127,7 @@ def test_event_loops_of_several_threads_share_a_model(model):
 
 
 def test_the_event_loop_runs_while_a_text_is_decoded(model):
-    """And the chunks arrive while later ones are decoded."""
+    """Chunks arrive while later ones are decoded."""
 
     async def race():
         chunks, others = [], 0

@@ -29,7 +29,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("new_type", [False, True])
 @pytest.mark.parametrize("damaged", [False, True])
 def test_code_of_a_folder_is_not_run(folder: Path, new_type: bool, damaged: bool):
-    """Nor where another error is looked for in the configuration."""
+    """It is not run either when the configuration is read for the cause of another error."""
     ran = plant_code(folder, new_type=new_type)
     if damaged:
         (folder / "tokenizer.json").write_text("{}")

@@ -198,7 +198,7 @@ def model(tiny_pair):
 
 @pytest.fixture(scope="module")
 def answers(model):
-    """Of plain decoding."""
+    """The answers of plain decoding."""
     return [model.generate(x, **OPTIONS, method="ar") for x in PROMPTS]
 
 
