@@ -84,7 +84,7 @@ def is_device_lost(error: Exception) -> bool:
 def first_line(error: Exception) -> str:
     """Return the first line of an error's message; its type if it has no message.
 
-    A line that only says where the error is, as a compiler's does, stands before the last one.
+    A line that only says where the error is, as a compiler's does, comes before the last one.
     """
     first, *others = str(error).strip().splitlines() or [type(error).__name__]
     return f"{first} {others[-1].strip()}" if others and first.endswith(":") else first

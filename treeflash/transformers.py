@@ -337,9 +337,10 @@ def _decode(pair: _Pair, requests: Sequence[Request], rows: _Rows) -> None:
     config = SchedulerConfig(max_parallel=len(requests))
     scheduler = Scheduler(pair.backend, config, budgets=pair.budgets)
     with pair.backend.target.attached():
-        if (first := requests[0].config).is_adaptive:
+        first = requests[0].config
+        if first.is_adaptive:
             pair.budgets.get(first.method, pair.costs)
-        if requests[0].config.method == "suffix":
+        if first.method == "suffix":
             pair.backend.check_trees()
         for _, equal in groupby(requests, lambda x: (x.prompt_ids, x.digests)):
             scheduler.submit_group(list(equal))
@@ -383,7 +384,7 @@ def _refuse(
 
 
 def _has_text_only(name: str, value: Any) -> bool:
-    """Return whether an input of a model tells that no token stands for anything but text."""
+    """Return whether an input of a model says that all tokens are text."""
     return name in TOKEN_TYPES and not bool(value.any())
 
 

@@ -269,7 +269,7 @@ def _outcome(assembler: Assembler, error: Exception | None) -> Record:
 
 
 def _settings(options: Options) -> Record:
-    """List what determines a text besides its prompt, as far as options tell it."""
+    """List what determines a text besides its prompt, as far as the options say."""
     text = parse_options(options)
     config = text.decode
     penalties = asdict(config.penalties)

@@ -46,7 +46,7 @@ except ImportError:  # Windows
 
 CACHE_BYTES = GIB
 """Device memory that may keep the conversation so far, so that only new messages are prefilled, on
-a device that does not tell its memory; else half of what the models leave free."""
+a device that does not report its memory; else half of what the models leave free."""
 MAX_TOKENS = 2048
 """New tokens of an answer unless the user sets a limit."""
 LONG_PROMPT = 512

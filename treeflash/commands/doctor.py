@@ -40,7 +40,7 @@ PROMPTS = (
     "Write a short letter of thanks to a neighbour.",
 )
 NO_DRAFTER = "none is known for this target, so copies of the text are drafted (method suffix)"
-ROW_HEAD = (
+MTP_HEAD = (
     "an MTP or EAGLE-3 head or an assistant; treeflash evaluate measures it, because only the "
     "settings of block drafters can be checked here"
 )
@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         target_config = read_config(Path(args.target))
         if folder is None or find_head_format(open_folder(folder)) is not None:
             diagnosis = diagnose_target(
-                load(folder), target_config, NO_DRAFTER if folder is None else ROW_HEAD
+                load(folder), target_config, NO_DRAFTER if folder is None else MTP_HEAD
             )
         else:
             diagnosis = diagnose(
@@ -130,7 +130,7 @@ def _find_drafter(drafter: str | None, target: str | None) -> Path | None:
 
 
 def _examine_device(args: argparse.Namespace) -> int:
-    """Print what the backend tells about its device, without a model."""
+    """Print the backend's report on its device, without a model."""
     name = args.backend or default_backend()
     with Console(stderr=True).status("checking kernels"):
         report = with_device(args, lambda config: examine_device(name, config))

@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     text = read_prompt(args.prompt, args.prompt_file, console, sample)
     prompt: Prompt = text
     if args.image:
-        read_images(args.image)  # a file that is no image is told before the models are loaded
+        read_images(args.image)  # a file that is not an image is refused before loading
         prompt = [{"role": "user", "content": with_images(text, args.image)}]
     if options.get("temperature") and "seed" not in options:
         options["seed"] = secrets.randbits(32)

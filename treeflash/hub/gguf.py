@@ -5,7 +5,7 @@ differs between models: their settings and names, and what llama.cpp's converter
 
 A file of the architecture `dflash` is a drafter: DFlash, DFlash2 or DSpark, with a copy of the
 target's tokens. It becomes a folder in a published format, whose arithmetic llama.cpp's runtime
-(`src/models/dflash.cpp`) has too. Layer ids count one more than in that format, since they tell the
+(`src/models/dflash.cpp`) has too. Layer ids count one more than in that format, since they name the
 layer that reads a feature, and `d2t` has tokens instead of differences.
 """
 
