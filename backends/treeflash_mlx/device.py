@@ -1,4 +1,4 @@
-"""The device: its choice, the limits of its memory, and what `doctor` tells about it."""
+"""The device: its choice, the limits of its memory, and what `doctor` reports about it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PRESSURES = {"1": "normal", "2": "warning", "4": "critical"}
 
 
 def on_metal() -> bool:
-    """Return whether arrays are computed by a GPU of Apple."""
+    """Return whether an Apple GPU computes arrays."""
     return mx.metal.is_available() and mx.default_device().type == mx.gpu
 
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.decoding.calibration gsm8k.jsonl mbpp.jsonl --parallel 8 [--json FILE]
 
-`ratio` is the block efficiency with calibration over that without, where the trees are as
+`ratio` is the block efficiency with calibration divided by the one without, whose trees are as
 published. Its 95 % bootstrap interval is over prompts, paired: both decode the same resampled
 prompts.
 """

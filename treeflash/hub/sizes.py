@@ -34,7 +34,7 @@ COMMON_TARGETS = (
 
 
 def weights_bytes(name: str | None) -> int:
-    """Return the bytes of the weights of a model, by its folder or hub id; 0 if they are unknown."""
+    """Return the bytes of a model's weights, by its folder or hub id; 0 if they are unknown."""
     if name in (None, SELF, BUNDLED_DRAFTER):  # in the target's folder, or small
         return 0
     if (folder := local_folder(name)) is not None:
