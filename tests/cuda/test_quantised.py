@@ -35,11 +35,18 @@ def pair(request, tmp_path_factory):
     return folder / "target", folder / "drafter"
 
 
-@pytest.fixture(params=[True, False], ids=["parts", "masks"])
-def backend(request, pair, monkeypatch):
-    if request.param:
-        return load_with_parts(monkeypatch, *pair, kv_bits=8)
-    return load(*pair, ROUNDED)
+@pytest.fixture(scope="module", params=[True, False], ids=["parts", "masks"])
+def backend(request, pair):
+    if not request.param:
+        return load(*pair, ROUNDED)
+    with pytest.MonkeyPatch.context() as patch:
+        return load_with_parts(patch, *pair, kv_bits=8)
+
+
+@pytest.fixture(scope="module")
+def exact(pair):
+    """The same pair with keys and values as they are."""
+    return load(*pair, EXACT)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -65,10 +72,10 @@ def test_what_is_not_a_number_stays_so():
     assert (y[1] == 1).all()
 
 
-def test_logits_and_state_are_near_those_of_floats(pair, backend):
+def test_logits_and_state_are_near_those_of_floats(exact, backend):
     tokens = random_tokens(np.random.default_rng(0), VOCAB, 40)
     caches, logits = [], []
-    for each in (load(*pair, EXACT), backend):
+    for each in (exact, backend):
         text = SequenceSession(each)
         text.extend(tokens)
         logits.append(text.logits(TREE))
@@ -120,8 +127,7 @@ def test_commits_and_forks_equal_a_prefill(backend):
     np.testing.assert_array_equal(fork.read_kv_cache(), text.state.read_kv_cache())
 
 
-def test_a_text_takes_a_byte_a_number_and_its_scales(pair, backend):
-    exact = load(*pair, EXACT)
+def test_a_text_takes_a_byte_a_number_and_its_scales(exact, backend):
     with SequenceSession(exact) as text, SequenceSession(backend) as rounded:
         for each in (text, rounded):
             each.extend([3, 4, 5])

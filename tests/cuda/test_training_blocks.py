@@ -56,10 +56,12 @@ def near(found, expected):
 
 
 @pytest.fixture(
-    params=["full", "sliding", "causal", "scaled", "mistral", "none", "markov", "selector"]
+    scope="module",
+    params=["full", "sliding", "causal", "scaled", "mistral", "none", "markov", "selector"],
 )
-def backend(request, tmp_path):
-    target, drafter = tmp_path / "target", tmp_path / "drafter"
+def backend(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pair")
+    target, drafter = folder / "target", folder / "drafter"
     family = "mistral" if request.param == "mistral" else "llama"
     write_target(target, family, seed=1, vocab_size=40)
     if request.param in ("none", "markov", "selector"):
