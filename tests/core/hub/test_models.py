@@ -31,7 +31,7 @@ def unreachable(*args: object, **kwargs: object) -> str:
 
 @dataclass
 class Network:
-    """What the hub, pip and conversion do; a test gives them what they need."""
+    """What the hub, pip and the converter answer; a test sets what it needs."""
 
     snapshot_download: Callable[..., str] = unreachable
     model_info: Callable[..., object] = unreachable
