@@ -91,6 +91,8 @@ def test_an_answer_without_a_length_takes_the_memory_that_there_is(serve):
     answer = server.complete("A", budget=2, ignore_eos=True).json()
     assert 2 < answer["usage"]["completion_tokens"] < 500
     assert answer["choices"][0]["finish_reason"] == "length"
+    # After a longer prompt there is not room for one token.
+    check_error(server.complete("A" * 400), 400, "MiB for its KV cache and the limit is")
 
 
 def test_keep_alive(serve):
