@@ -399,17 +399,12 @@ class MtpDrafter(mtp_head.MtpDrafter):
         return read
 
 
-class ParallelDrafter(Drafter):
-    """P-EAGLE: rows with the mask token follow the root's, and all rows are one causal text."""
+class ParallelDrafter(mtp_head.ParallelDrafter, Drafter):
+    """`treeflash.decoding.interfaces.Drafter` in PyTorch, for P-EAGLE."""
 
     def __init__(self, model: Any, target: Target) -> None:
         super().__init__(model, target)
         self.rows: MtpModel = model
-
-    @functools.cached_property
-    def mask(self) -> Tensor:
-        """The (1, hidden_size) state of rows with the mask token."""
-        return self.rows.project(self.rows.mask_hidden.flatten()[None])
 
     @torch.inference_mode()
     def draft(self, roots: Sequence[tuple[Any, int]], depths: int | None = None) -> list[Block]:
@@ -442,16 +437,15 @@ class ParallelDrafter(Drafter):
 
         For CUDA graphs the number of rows is rounded up, which alone fixes their shapes.
         """
-        graphs, operations, config = self.target.graphs, self.rows.operations, self.rows.config
-        plain, masked = all(map(is_plain, rows)), [config.mask_token_id or 0] * masks
-        rows = [(state, first, [*tokens, *masked]) for state, first, tokens in rows]
+        graphs, operations = self.target.graphs, self.rows.operations
+        plain, rows = all(map(is_plain, rows)), self.with_masks(rows, masks)
         caches = [state.drafter for state, *_ in rows]
         counts, firsts = [len(tokens) for *_, tokens in rows], [first for _, first, _ in rows]
         has_kernel, count = operations is not None and operations.runs_trees, sum(counts)
         captured = has_kernel and graphs.is_capturing and plain and count <= MAX_ROWS
         order = padded_order(count, round_up(count) if captured else count)
         columns = np.array([cache.taken.first for cache in caches])
-        plan = RowPlan.of(columns, np.array(firsts), counts, block := block_of(config))
+        plan = RowPlan.of(columns, np.array(firsts), counts, block := block_of(self.rows.config))
         plan = plan.arranged(order, 0)
         context = list(states)
         if captured and context:
@@ -482,7 +476,7 @@ class ParallelDrafter(Drafter):
                     *(q[0].transpose(0, 1).contiguous(), *slab.layer(layer)),
                     VisibleKeys.of_rows(block, *arrays),
                     max_length=longest_of(plan.shared),
-                    scale=q.shape[-1] ** -0.5,
+                    scale=self.rows.config.attention_scale,
                 )
 
             hidden = torch.where(is_mask.bool()[:, None], mask, hidden)
@@ -508,7 +502,9 @@ class ParallelDrafter(Drafter):
             seen = torch.ones(n, first + n, dtype=torch.bool, device=q.device).tril(first)
             masks.append(group_mask(additive_mask(seen, q.dtype), groups))
             keys_and_values.append(cache.first_columns(layer, first + n))
-        return grouped_attention(q, keys_and_values, masks, counts, q.shape[-1] ** -0.5)[0]
+        return grouped_attention(
+            q, keys_and_values, masks, counts, self.rows.config.attention_scale
+        )[0]
 
 
 class MtpHead(mtp_head.MtpHead):

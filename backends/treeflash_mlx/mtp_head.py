@@ -167,44 +167,39 @@ class MtpDrafter(mtp_head.MtpDrafter):
         return read, positions
 
 
-class ParallelDrafter(Drafter):
-    """P-EAGLE: rows with the mask token follow the root's, and all rows are one causal text."""
+class ParallelDrafter(mtp_head.ParallelDrafter, Drafter):
+    """`treeflash.decoding.interfaces.Drafter` in MLX, for P-EAGLE."""
 
     def __init__(self, model: Any, target: Target) -> None:
         super().__init__(model, target)
         self.rows: MtpModel = model
+        mx.eval(self.mask)  # only the thread that makes a lazy array can evaluate it
 
     def draft(self, roots: Sequence[tuple[Any, int]], depths: int | None = None) -> list[Block]:
         """Run the rows of all sequences together; earlier parts of prompts chunk by chunk."""
-        config, masks = self.rows.config, self.rows.config.depths - 1
+        size = self.rows.config.depths
         project_contexts([state for state, _ in roots], self.rows.project)
-        mask = self.rows.project(self.rows.mask_hidden.reshape(1, -1))
-        runs: list[tuple[NewRows, mx.array]] = []
 
         def compute(rows: NewRows) -> None:
-            state, first, tokens = rows
-            self._run([(rows, state.drafter.states(first, first + len(tokens)))])
-            mx.eval(share_storage([state.drafter]).layers)
+            self._run([rows])
+            mx.eval(share_storage([rows[0].drafter]).layers)
 
-        for state, root in roots:
-            _, first, tokens = new_rows(state, root, CHUNK, compute)
-            states = state.drafter.states(first, state.drafter.length)
-            tokens += [config.mask_token_id or 0] * masks
-            both = mx.concatenate([states, mx.repeat(mask, masks, 0)])
-            runs.append(((state, first, tokens), both))
-        ends = np.cumsum([len(tokens) for (_, _, tokens), _ in runs])
-        parts = mx.split(self._run(runs), ends[:-1].tolist())
-        hidden = [part[-config.depths :] for part in parts]
+        rows = [new_rows(state, root, CHUNK, compute) for state, root in roots]
+        ends = np.cumsum([len(tokens) + size - 1 for *_, tokens in rows])
+        parts = mx.split(self._run(rows, masks=size - 1), ends[:-1].tolist())
         for state, _ in roots:
             state.drafter.merged = []
         return [
-            Block(root, part[:depths], part, state.tokens[-1])
-            for (state, root), part in zip(roots, hidden, strict=True)
+            Block(root, part[-size:][:depths], part[-size:], state.tokens[-1])
+            for (state, root), part in zip(roots, parts, strict=True)
         ]
 
-    def _run(self, runs: Sequence[tuple[NewRows, mx.array]]) -> mx.array:
-        """Run rows of several sequences, with their states."""
-        rows = [run[0] for run in runs]
+    def _run(self, rows: Sequence[NewRows], masks: int = 0) -> mx.array:
+        """Return the outputs of rows, and of rows with the mask token behind each sequence's."""
+        states = []
+        for state, first, tokens in rows:
+            states += [state.drafter.states(first, first + len(tokens)), *[self.mask] * masks]
+        rows = self.with_masks(rows, masks)
         embedded = merge_features(self.output.embed(mx.array(row_tokens(rows))), rows)
 
         def attend(layer: int, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
@@ -215,16 +210,15 @@ class ParallelDrafter(Drafter):
                 y = mx.fast.scaled_dot_product_attention(
                     q[:, :, part],
                     *storage.read(layer, first + len(tokens)),
-                    scale=q.shape[-1] ** -0.5,
+                    scale=self.rows.config.attention_scale,
                     mask="causal",
                 )
                 out.append(y[0].swapaxes(0, 1))
                 row += len(tokens)
             return mx.concatenate(out)
 
-        states = mx.concatenate([states for _, states in runs])
         rotation = self.rows.rotation(row_positions(rows), embedded)
-        outputs: mx.array = self.rows.run(embedded, states, rotation, attend)
+        outputs: mx.array = self.rows.run(embedded, mx.concatenate(states), rotation, attend)
         return outputs
 
 

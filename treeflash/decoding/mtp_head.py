@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -132,6 +133,22 @@ def new_rows(state: Any, root: int, chunk: int, compute: Callable[[NewRows], obj
         compute((state, first, tokens[:chunk]))
         first, tokens = first + chunk, tokens[chunk:]
     return state, first, tokens
+
+
+class ParallelDrafter:
+    """P-EAGLE: rows with the mask token follow the root's, and all rows are one causal text."""
+
+    rows: Any  # the backend's `MtpLayer`
+
+    @cached_property
+    def mask(self) -> Array:
+        """The (1, hidden_size) state of rows with the mask token."""
+        return self.rows.project(self.rows.mask_hidden.reshape(1, -1))
+
+    def with_masks(self, rows: Sequence[NewRows], masks: int) -> list[NewRows]:
+        """Return the rows of sequences, and behind each sequence's some with the mask token."""
+        added = [self.rows.config.mask_token_id] * masks
+        return [(state, first, [*tokens, *added]) for state, first, tokens in rows]
 
 
 def row_tokens(rows: Sequence[NewRows]) -> NDArray[np.int32]:
