@@ -116,7 +116,6 @@ class Block:
     root: int  # token id of the first slot
     token: Tensor  # (1,) the root on the device
     hidden: Tensor  # (D, hidden_size) outputs of the last layer at the slots of the wanted depths
-    all_hidden: Tensor  # the outputs at the slots of all depths
     slots: Tensor  # (S, hidden_size) outputs of the last layer at all slots
     before: int  # token id before the root
     anchor: Tensor | None = None  # (hidden_size,) features of the last committed position
@@ -135,12 +134,13 @@ class BlockBatch:
     depths: int  # D
 
     @classmethod
-    def join(cls, blocks: Sequence[Block], noise: Tensor, graphs: Graphs) -> BlockBatch:
+    def join(cls, blocks: Sequence[Block], noise: Tensor, graphs: Graphs, most: int) -> BlockBatch:
+        """Join blocks and their noise; drafts have `most` depths, of which fewer may be wanted."""
         wanted, parts = len(blocks[0].hidden), [block.hidden for block in blocks]
         roots, depths = [block.token for block in blocks], wanted
         if graphs.is_capturing:
-            parts = [block.all_hidden for block in blocks]
-            extra, depths = power_of_two(len(blocks)) - len(blocks), len(parts[0])
+            extra, depths = power_of_two(len(blocks)) - len(blocks), most
+            parts = [block.slots[-most:] for block in blocks]
             parts, roots = parts + extra * parts[:1], roots + extra * roots[:1]
             noise = padded_noise(noise, (len(blocks), wanted), (len(parts), depths))
         return cls(concatenate(parts), concatenate(roots), noise, depths)
@@ -321,8 +321,8 @@ class Drafter:
             part = [roots[i] for i in members]
             for i, hidden, token in zip(members, *self._draft(part, slab), strict=True):
                 state, root = roots[i]
-                parts = hidden[first:][:depths], hidden[first:], hidden
-                blocks[i] = Block(root, token[None], *parts, state.tokens[-1], state.anchor)
+                wanted, before = hidden[first:][:depths], state.tokens[-1]
+                blocks[i] = Block(root, token[None], wanted, hidden, before, state.anchor)
         for state, _ in roots:
             # The block's keys and values are scratch: the next context overwrites them.
             state.drafter.length, state.context = state.length, []
@@ -435,7 +435,8 @@ class Drafter:
             return (torch.cat([tokens, log_probs.view(torch.int32)], 1),)
 
         graphs, settings = self.target.graphs, (options.k, options.temperature)
-        batch = BlockBatch.join(blocks, self.output.upload(options.noise), graphs)
+        noise, most = self.output.upload(options.noise), self.output.config.depths
+        batch = BlockBatch.join(blocks, noise, graphs, most)
         (numbers,) = graphs.run("marginals", settings, search, batch.hidden, batch.noise)
         rows = numbers.unflatten(0, (-1, batch.depths)).cpu().numpy()
         k = rows.shape[2] // 2

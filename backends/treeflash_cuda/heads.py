@@ -102,7 +102,8 @@ class ARHead:
     def transitions(self, blocks: Sequence[Block], options: TableOptions) -> list[TransitionTable]:
         """Compute the products of all sequences together."""
         graphs, depths, limits = self.graphs, len(blocks[0].hidden), []
-        batch = BlockBatch.join(blocks, self.output.upload(options.noise), graphs)
+        noise, most = self.output.upload(options.noise), self.output.config.depths
+        batch = BlockBatch.join(blocks, noise, graphs, most)
         computed = replace(options, noise=None)
         if graphs.is_capturing:
             computed = _rounded(computed, self.output.vocab_size)

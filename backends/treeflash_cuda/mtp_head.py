@@ -419,8 +419,7 @@ class ParallelDrafter(mtp_head.ParallelDrafter, Drafter):
             ends = np.cumsum([len(tokens) + size - 1 for *_, tokens in rows]).tolist()
             for i, (state, root), end in zip(members, part, ends, strict=True):
                 hidden, token = outputs[end - size : end], tokens[end - size][None]
-                parts = hidden[:depths], hidden, hidden
-                blocks[i] = Block(root, token, *parts, state.tokens[-1])
+                blocks[i] = Block(root, token, hidden[:depths], hidden, state.tokens[-1])
         for state, _ in roots:
             state.drafter.length, state.context, state.drafter.merged = state.length, [], []
         return [blocks[i] for i in range(len(roots))]
