@@ -483,8 +483,7 @@ def locate(
             model_name(target_folder),
         )
     automatic = drafter in (None, AUTO)
-    passed_over: tuple[str, ...] = ()
-    drafter_name, drafter_folder = None, None
+    passed_over, drafter_name, drafter_folder = False, None, None
     if automatic:
 
         def check(folder: Path) -> None:
@@ -497,8 +496,6 @@ def locate(
     elif drafter is not False:
         drafter_name = str(drafter)
         drafter_folder = resolve_drafter(drafter_name, name)
-    for line in passed_over:
-        logging.getLogger(__name__).warning(line)
     return LocatedPair(
         target=target_folder,
         drafter=drafter_folder,
@@ -507,7 +504,7 @@ def locate(
         config=config,
         named=backend is not None or config.device is not None,
         automatic=automatic,
-        passed_over=bool(passed_over),
+        passed_over=passed_over,
     )
 
 

@@ -324,10 +324,8 @@ def _drafter_folder(model: Any, drafter: Drafter) -> Path | None:
             if (found := check_drafter(folder, model.config.to_dict())) is not None:
                 refuse_drafter(loader("cuda"), found)
 
-        chosen = choose_drafter(name, check)
-        for line in chosen.passed_over:
-            warnings.warn(line, stacklevel=3)
-        pairs[AUTO] = chosen.folder
+        warn = partial(warnings.warn, stacklevel=4)  # names the line that called `generate`
+        pairs[AUTO] = choose_drafter(name, check, warn).folder
     folder: Path | None = pairs[AUTO]
     return folder
 

