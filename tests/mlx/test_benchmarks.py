@@ -53,6 +53,7 @@ def test_a_report_goes_on_after_a_part_that_fails(module, pair, tmp_path, monkey
 
     monkeypatch.setattr(module("mac"), "method_row", method_row)
     monkeypatch.setattr(module("mac"), "mlx_lm_row", lambda _: {"tokens_per_s": 9.0})
+    monkeypatch.setattr(module("gpu_report"), "TOKENS", 16)
     environments = []
 
     def in_process(function, *arguments, environment):

@@ -46,7 +46,8 @@ def write_wide_target(folder, family, **options):
     The weights of a Qwen3 come from a second folder, `quantised`, as numbers of 32 bits.
     """
     size = 128 if family == "mistral" else 64
-    write_target(folder, family, **({"hidden_size": size, "key_dim": 32} | options))
+    shape = {"hidden_size": size, "key_dim": 32, "layers": 3}
+    write_target(folder, family, **(shape | options))
     if family != "qwen3":
         return
     config = json.loads((folder / "config.json").read_text())
