@@ -18,6 +18,9 @@ one, until a tree of 8 nodes is verified. Its pass takes 35 ms, which is then th
 Rule.
 - Each pass moves the cost of its size by `COST_SMOOTHING` of the difference, and the costs of
   other sizes by half as much.
+- A size without any pass keeps its measured proportion to the next sizes with `AGREEING` passes. If
+  all were measured on a busy machine, and trees of 12 nodes show that, a plain pass is as much
+  faster than it was measured. With half of the error, rows 2 to 12 would look too cheap.
 - `AGREEING` passes in a row that disagree with their costs by `DISAGREEMENT` in the same direction
   correct them at once: if they are faster, or trees, for all sizes; if they are slower plain
   passes, for a plain pass alone.
@@ -39,7 +42,7 @@ import os
 import platform
 import statistics
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -186,6 +189,9 @@ class VerifyCosts:
         default_factory=lambda: deque(maxlen=AGREEING), init=False, compare=False, repr=False
     )
     _passes: int = field(default=0, init=False, compare=False, repr=False)
+    # The costs before passes of single trees corrected them, and the number of these passes by size.
+    _before: dict[int, float] = field(init=False, compare=False, repr=False)
+    _seen: Counter[int] = field(init=False, compare=False, repr=False)
     _cut_drafts: int = field(default=0, init=False, compare=False, repr=False)  # in a row
 
     def __post_init__(self) -> None:
@@ -196,6 +202,7 @@ class VerifyCosts:
             raise ValueError(f"seconds must be finite and above 0, got {seconds}")
         if not all(0 <= x < math.inf for x in self.position_s.values()):
             raise ValueError(f"position_s must be finite and 0 or more, got {self.position_s}")
+        self._before, self._seen = dict(self.seconds), Counter()
 
     @classmethod
     def measure(cls, backend: Backend) -> VerifyCosts:
@@ -346,6 +353,9 @@ class VerifyCosts:
         else:
             for size in self.seconds:
                 self.seconds[size] *= factor
+        self._before, self._seen = dict(self.seconds), Counter()
+        if sequences == 1:
+            self._seen[rows] = AGREEING
         return True
 
     def _smooth(self, rows: int, sequences: int, ratio: float, expected: float) -> None:
@@ -353,6 +363,7 @@ class VerifyCosts:
         if sequences == 1 and rows in self.doubtful:
             self.doubtful.discard(rows)
             self.seconds[rows] *= ratio
+            self._seen[rows] = AGREEING
             return
         ratio = min(max(ratio, 1 / OUTLIER_FACTOR), OUTLIER_FACTOR)
         change = COST_SMOOTHING * (ratio - 1)
@@ -370,6 +381,19 @@ class VerifyCosts:
         for size in self.seconds:
             # A slowdown of one size probably affects the others too, but less surely.
             self.seconds[size] *= 1 + (change if size == rows else change / 2)
+        self._seen[rows] += 1
+        self._keep_shape()
+
+    def _keep_shape(self) -> None:
+        """Correct sizes that were not seen as much as the sizes next to them that were."""
+        known = [size for size in self.seconds if self._seen[size] >= AGREEING]
+        if not known:
+            return
+        corrections = [self.seconds[size] / self._before[size] for size in known]
+        line = np.interp(list(self.seconds), known, corrections).tolist()
+        for size, correction in zip(self.seconds, line, strict=True):
+            if not self._seen[size] and size not in self.doubtful:
+                self.seconds[size] = self._before[size] * correction
 
     def doubt(self, rows: int) -> None:
         """Doubt what trees with more than `rows` nodes cost, so that they are tried.
@@ -383,6 +407,7 @@ class VerifyCosts:
             if share and size > rows and seconds > known:
                 self.seconds[size] -= share * (seconds - known)
                 self.doubtful.add(size)
+                self._seen[size] = 0
 
 
 def model_key(target: Path) -> str:

@@ -141,6 +141,14 @@ def test_the_file_is_corrected(file, factor):
     assert Decoding(file.read()).decode(100) > 1.5 / true_s(1)
 
 
+def test_trees_correct_the_cost_of_a_plain_pass_that_was_measured_with_theirs(file):
+    """Plain passes are rare in a text that drafts; half an error would make the next rows cheap."""
+    file.write(VerifyCosts(table(lambda rows: 1.4)))
+    decoding = process(file)
+    assert decoding.budget.costs.seconds[1] == pytest.approx(true_s(1), rel=0.02)
+    assert kept(file)[8] / kept(file)[1] == pytest.approx(true_s(8) / true_s(1), rel=0.02)
+
+
 def test_a_busy_process_does_not_change_the_file(file):
     file.write(VerifyCosts(dict(RIGHT)))
     before = file.path.read_text()
