@@ -189,7 +189,7 @@ class VerifyCosts:
         default_factory=lambda: deque(maxlen=AGREEING), init=False, compare=False, repr=False
     )
     _passes: int = field(default=0, init=False, compare=False, repr=False)
-    # The costs before passes of single trees corrected them, and the number of these passes by size.
+    # The costs before passes of single trees corrected them, and these passes by size.
     _before: dict[int, float] = field(init=False, compare=False, repr=False)
     _seen: Counter[int] = field(init=False, compare=False, repr=False)
     _cut_drafts: int = field(default=0, init=False, compare=False, repr=False)  # in a row
@@ -233,7 +233,10 @@ class VerifyCosts:
         for number in range(1, MAX_ROUNDS):
             if number >= MIN_ROUNDS and time.perf_counter() - started > TIME_BUDGET_S:
                 break
-            for size in [size for size in best if best[size] <= MAX_RELATIVE_COST * best[1]]:
+            # A pass is slower after a much larger one. So rounds go down and up in turn, and sizes
+            # follow similar ones, as they do in decoding.
+            order = sorted(best, reverse=number % 2 == 1)
+            for size in [size for size in order if best[size] <= MAX_RELATIVE_COST * best[1]]:
                 rounds[size].append(timed(size))
                 best[size] = min(best[size], rounds[size][-1])
         typical = {size: statistics.median(times) for size, times in rounds.items() if times}

@@ -168,6 +168,18 @@ def test_sizes_that_cannot_pay_are_not_timed_for_long(monkeypatch):
     assert max(timed.verified) == 10
 
 
+def test_a_plain_pass_is_timed_after_a_small_one_as_other_sizes_are(monkeypatch):
+    """A slow target is timed in one round after the first."""
+
+    def seconds(rows):
+        before = [1, *timed.verified][-2]
+        return 0.05 * (1.1 if before > 8 * rows else 1)
+
+    timed = Timed(monkeypatch, seconds)
+    timed.device = "cpu"
+    assert VerifyCosts.measure(timed).seconds == pytest.approx(dict.fromkeys(SIZES, 0.05))
+
+
 def test_no_size_is_given_up_for_what_its_first_forward_compiles(monkeypatch):
     timed = Timed(monkeypatch, lambda nodes: 0.01, first=20)
     assert VerifyCosts.measure(timed).seconds == pytest.approx(dict.fromkeys(SIZES, 0.01))
