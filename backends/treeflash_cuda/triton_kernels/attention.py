@@ -262,6 +262,7 @@ def _shared_positions(
     places_pointer,
     sums_pointer,  # (places, heads, 2) float32 largest scores, sums of weights
     outputs_pointer,  # (places, heads, HEAD_DIM) float32 sums of weighted values
+    heads,
     q_row_stride,
     q_head_stride,
     kv_head_stride,
@@ -284,7 +285,6 @@ def _shared_positions(
     size: tl.constexpr = 2 * ROWS if PAIR else ROWS
     parts: tl.constexpr = (BLOCK * GROUPS + size - 1) // size
     kv_head, part = tl.program_id(1) // parts, tl.program_id(1) % parts
-    heads = tl.num_programs(1) // parts * GROUPS
     inputs = q_pointer, k_pointer, v_pointer
     ranges = first_pointer, shared_pointer, start_pointer, end_pointer, sink_pointer
     results = places_pointer, sums_pointer, outputs_pointer
@@ -382,6 +382,7 @@ def _own_positions(
     outputs_pointer,  # the result of `_shared_positions`
     result_pointer,  # (rows, heads, HEAD_DIM)
     depths,
+    total_heads,
     q_row_stride,
     q_head_stride,
     kv_head_stride,
@@ -403,7 +404,6 @@ def _own_positions(
     row = tl.program_id(0)
     parts = tl.cdiv(GROUPS, ROWS)
     kv_head, part = tl.program_id(1) // parts, tl.program_id(1) % parts
-    total_heads = tl.num_programs(1) // parts * GROUPS
     start, end = tl.load(start_pointer + row), tl.load(end_pointer + row)
     shared, first_place = tl.load(shared_pointer + row), tl.load(places_pointer + row)
     common = shared // TILE * TILE
@@ -515,7 +515,7 @@ def tree_attention(
     size = ROWS if wide else 2 * ROWS
     columns = kv_heads * triton.cdiv(work.block * groups, size)
     _shared_positions[min(len(work.items), triton.cdiv(PROGRAMS, columns)), columns](
-        *(work.items, work.count, *inputs, sums, outputs, *strides, *factors),
+        *(work.items, work.count, *inputs, sums, outputs, heads, *strides, *factors),
         BLOCK=work.block,
         PAIR=not wide,
         num_warps=8 if wide or head_dim > narrow else 4,
@@ -523,7 +523,7 @@ def tree_attention(
     )
     result = q.new_empty((rows, heads, head_dim))
     _own_positions[rows, kv_heads * triton.cdiv(groups, ROWS)](
-        *(*inputs, keys.paths, sinks, sums, outputs, result, keys.paths.shape[1]),
+        *(*inputs, keys.paths, sinks, sums, outputs, result, keys.paths.shape[1], heads),
         *(*strides, *factors),
         SINKS=sinks is not None,
         num_warps=8 if wide or quantised else 4,
