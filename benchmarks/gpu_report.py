@@ -211,12 +211,17 @@ def kernels(gpu: Gpu, part: Part) -> None:
     """Check every kernel for every dtype and width, and read what it takes."""
     import torch
     from treeflash_cuda.kernels import flash_kernels
-    from treeflash_cuda.operations import EXAMINED_STATES, Shapes, load_operations
+    from treeflash_cuda.operations import (
+        EXAMINED_CONVOLUTIONS,
+        EXAMINED_STATES,
+        Shapes,
+        load_operations,
+    )
 
     for dtype, head_dim in product(DTYPES, HEAD_DIMS):
         heads = {"heads": 8, "kv_heads": 2, "head_dim": head_dim}
-        sizes = {"hidden_size": 8 * head_dim, "experts": True, "recurrent": EXAMINED_STATES}
-        shapes = Shapes(**heads, **sizes)
+        states = {"recurrent": EXAMINED_STATES, "convolutions": EXAMINED_CONVOLUTIONS}
+        shapes = Shapes(**heads, hidden_size=8 * head_dim, experts=True, **states)
         where = f"{dtype} and heads of {head_dim}"
         started = time.perf_counter()
         operations = load_operations(shapes, gpu.device, getattr(torch, dtype))

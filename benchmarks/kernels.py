@@ -25,6 +25,7 @@ from treeflash_cuda.quantised_weights import BITS, GROUP, QuantisedWeight
 from treeflash_cuda.recurrence import PATH_COLUMNS, TreeNodes
 from treeflash_cuda.triton_kernels import (
     attention,
+    convolution,
     experts,
     layers,
     moves,
@@ -49,6 +50,8 @@ SHAPES = {
 RECURRENT = {"qwen3-next": (32, 16, 128, 128, True), "granite-4.0-h": (48, 1, 128, 64, False)}
 """Heads, key heads, key_dim, value_dim of recurrent layers, and whether they have the delta rule.
 They are measured beside every model."""
+CONVOLUTIONS = (8192, 4, "silu"), (2048, 3, None)
+"""Channels, kernel and activation of the convolutions of Qwen3-Next and LFM2, likewise."""
 
 
 @dataclass(frozen=True)
@@ -158,6 +161,12 @@ def launch_all(heads: int, kv_heads: int, head_dim: int, hidden: int, dtype: tor
         )
     for shape in RECURRENT.values():
         launch_recurrence(numbers, *shape)
+    for channels, kernel, activation in CONVOLUTIONS:
+        convolution.convolve_paths(
+            *(numbers(1, 64, channels), numbers(4, channels, kernel - 1), numbers(1, of=int32)),
+            *(numbers(1, 64, kernel, of=torch.int64), numbers(channels, kernel)),
+            activation=activation,
+        )
 
 
 def launch_recurrence(

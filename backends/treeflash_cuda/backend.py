@@ -55,6 +55,7 @@ from treeflash_cuda.linear import (
 )
 from treeflash_cuda.mtp_head import MtpArena, MtpDrafter, MtpHead, MtpModel, ParallelDrafter
 from treeflash_cuda.operations import (
+    EXAMINED_CONVOLUTIONS,
     EXAMINED_STATES,
     PYTORCH,
     Operations,
@@ -360,6 +361,7 @@ def examine_device(config: LoadConfig) -> DeviceReport:
             experts=True,
             draft_bits=BITS,
             recurrent=EXAMINED_STATES,
+            convolutions=EXAMINED_CONVOLUTIONS,
         )
         operations = load_operations(shapes, device, getattr(torch, dtype))
         for name, verdict in operations.verdicts.items():
@@ -620,6 +622,7 @@ def target_shapes(target: Target) -> Shapes:
     """Return the sizes of a target that kernels depend on."""
     config = target.config
     heads, hidden_size = config.num_attention_heads, config.hidden_size
+    arena = target.state_arena
     return Shapes(
         heads=heads,
         kv_heads=heads // target.groups,
@@ -629,7 +632,8 @@ def target_shapes(target: Target) -> Shapes:
         sinks=target.has_sinks,
         quantised=target.arena.dtype is not None,
         experts=has_experts(target.model),
-        recurrent=() if target.state_arena is None else target.state_arena.matrix_shapes,
+        recurrent=() if arena is None else arena.matrix_shapes,
+        convolutions=() if arena is None else arena.tail_shapes,
     )
 
 

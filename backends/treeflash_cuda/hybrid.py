@@ -31,7 +31,6 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 
 from treeflash.decoding.hybrid import convolution_windows
 from treeflash.decoding.tree import DraftTree
@@ -40,7 +39,7 @@ from treeflash_cuda.cache import KVCache, Slab, SlabCache, TreeCache
 from treeflash_cuda.fused_layers import forward_with, names_in_forward
 from treeflash_cuda.numerics import upload
 from treeflash_cuda.operations import Operations
-from treeflash_cuda.recurrence import TreeNodes, state_update, tree_recurrence
+from treeflash_cuda.recurrence import TreeNodes, state_update, tree_recurrence, weigh_windows
 from treeflash_cuda.state_arena import (
     MATRIX,
     TAIL,
@@ -163,7 +162,7 @@ class RecurrentCache(TreeCache):
         self.attention_slots = attention_slots
         self.device = device
         self._windows: dict[int, Tensor] = {}
-        self._not_convolved: list[Tensor] = []
+        self._not_convolved: dict[int, tuple[Tensor, Key]] = {}  # by the id of the tensor
         self._pending: set[Key] = set()
 
     @contextmanager
@@ -203,12 +202,12 @@ class RecurrentCache(TreeCache):
         conv_kernel_size: int | None = None,
         **_: Any,
     ) -> Tensor:
-        """Return inputs per sequence, (1, channels, ...): the last kernel - 1, then its rows."""
+        """Return what the model hands to `convolve` as the inputs of its rows."""
         if conv_kernel_size is None:
             raise UnsupportedModelError("cannot determine the convolution's kernel size")
         key = TAIL, layer_idx, state_idx
         result = self._join_inputs(conv_states, key, conv_kernel_size - 1)
-        self._not_convolved.append(result)
+        self._not_convolved[id(result)] = result, key
         return result
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
@@ -235,16 +234,7 @@ class RecurrentCache(TreeCache):
         **kwargs: Any,  # other arguments of the model's function
     ) -> Tensor:
         """Return the (1, channels, rows) of a depthwise convolution."""
-        self._not_convolved = [x for x in self._not_convolved if x is not inputs]
-        kernel = weight.shape[1]
-        if kernel not in self._windows:  # made once for all layers
-            self._windows[kernel] = self._input_rows(kernel)
-        windows = inputs[0][:, self._windows[kernel]]  # (channels, rows, kernel)
-        out = (windows.float() * weight[:, None].float()).sum(-1)  # kernels sum in float32
-        if bias is not None:
-            out = out + bias[:, None].float()
-        out = out.to(weight.dtype)
-        return (out if activation is None else ACT2FN[activation](out))[None].to(inputs.dtype)
+        raise NotImplementedError
 
     def recur(
         self,
@@ -261,8 +251,20 @@ class RecurrentCache(TreeCache):
         """See `update_conv_state`."""
         raise NotImplementedError
 
+    def _key_of(self, inputs: Tensor) -> Key:
+        """Return the key of the tail that `update_conv_state` took for the inputs."""
+        if id(inputs) not in self._not_convolved:
+            raise UnsupportedModelError("their convolution is computed by an unsupported function")
+        return self._not_convolved.pop(id(inputs))[1]
+
     def _input_rows(self, kernel: int) -> Tensor:
-        """Return the (rows, kernel) inputs that each row's convolution reads."""
+        """Return the (..., kernel) inputs that each row's convolution reads."""
+        if kernel not in self._windows:  # made once for all layers
+            self._windows[kernel] = self._plan_windows(kernel)
+        return self._windows[kernel]
+
+    def _plan_windows(self, kernel: int) -> Tensor:
+        """See `_input_rows`."""
         raise NotImplementedError
 
 
@@ -311,9 +313,11 @@ class HybridCache(RecurrentCache):
         **kwargs: Any,
     ) -> Tensor:
         """Convolve the next tokens of a single sequence by the model's own function."""
+        self._key_of(inputs)
         if len(self.parts) > 1 or (self.parts[0].tree is not None and not self.is_step):
-            return super().convolve(original, inputs, weight, bias, activation, **kwargs)
-        self._not_convolved = [x for x in self._not_convolved if x is not inputs]
+            windows = inputs[0][:, self._input_rows(weight.shape[1])]  # (channels, rows, kernel)
+            bias = None if bias is None else bias[:, None]
+            return weigh_windows(windows, weight[:, None], bias, activation)[None]
         out = original(inputs, weight, bias, activation=activation, **kwargs)
         return out[..., -self.parts[0].count :]
 
@@ -376,7 +380,7 @@ class HybridCache(RecurrentCache):
             part.states.inputs[key] = inputs, width
         return joined[0] if len(joined) == 1 else torch.cat(joined, 2)
 
-    def _input_rows(self, kernel: int) -> Tensor:
+    def _plan_windows(self, kernel: int) -> Tensor:
         windows, first = [], 0
         for part in self.parts:
             tree = part.tree or DraftTree.chain(np.zeros(part.count, np.int32))
@@ -405,8 +409,6 @@ class HybridTreeCache(RecurrentCache, SlabCache):
         self.arena = arena
         self.state_slots = state_slots
         self.nodes = nodes
-        # (trees, layers, channels, kernel - 1) of each group.
-        self._tails = [x.index_select(0, state_slots) for x in arena.tensors[: arena.tails]]
         self._inputs: dict[Key, Tensor] = {}
         self._written: dict[Key, tuple[Tensor, ...]] = {}
 
@@ -451,22 +453,35 @@ class HybridTreeCache(RecurrentCache, SlabCache):
         self._written[key] = written, keys, log_g.transpose(1, 2)
         return out
 
-    def _join_inputs(self, rows: Tensor, key: Key, width: int) -> Tensor:
-        by_tree = rows[0].unflatten(1, self.nodes.ancestors.shape[:2]).transpose(0, 1)
+    def convolve(
+        self,
+        original: Callable[..., Tensor],
+        inputs: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        activation: str | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Convolve along the paths of all trees at once."""
+        key = self._key_of(inputs)
         group, i = self.arena.places[key]
-        self._inputs[key] = torch.cat([self._tails[group][:, i], by_tree], 2)
-        return self._inputs[key].transpose(0, 1).flatten(1)[None]
+        by_tree = inputs[0].mT.unflatten(0, self.nodes.ancestors.shape[:2])
+        out, self._inputs[key] = self.operations.convolve_paths(
+            *(by_tree, self.arena.tensors[group][:, i], self.state_slots),
+            *(self._input_rows(weight.shape[1]), weight, bias, activation),
+        )
+        return out.flatten(0, 1).mT[None]
 
-    def _input_rows(self, kernel: int) -> Tensor:
-        """Compute `convolution_windows` on the device."""
+    def _join_inputs(self, rows: Tensor, key: Key, width: int) -> Tensor:
+        return rows
+
+    def _plan_windows(self, kernel: int) -> Tensor:
+        """Compute `convolution_windows` of each tree on the device."""
         ancestors = self.nodes.ancestors
-        trees, n, _ = ancestors.shape
         back = torch.arange(kernel - 1, -1, -1, device=self.device)
         depths = ancestors.sum(2, keepdim=True) - 1 - back  # of the inputs; negative in the tail
         nodes = ancestor_paths(ancestors).long().gather(2, depths.clamp(min=0))
-        rows = kernel - 1 + torch.where(depths < 0, depths, nodes)
-        first = torch.arange(trees, device=self.device) * (kernel - 1 + n)
-        return (rows + first[:, None, None]).flatten(0, 1)
+        return kernel - 1 + torch.where(depths < 0, depths, nodes)
 
 
 def ancestor_paths(ancestors: Tensor) -> Tensor:

@@ -18,12 +18,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from treeflash.decoding.hybrid import convolution_windows
 from treeflash.decoding.tree import DraftTree
 from treeflash.errors import first_line, is_out_of_memory
 from treeflash_cuda.cache import decoded, quantise
 from treeflash_cuda.numerics import gumbel
 from treeflash_cuda.quantised_weights import GROUP, QuantisedWeight, quantise_weight
-from treeflash_cuda.recurrence import TreeNodes, commit_recurrence, plan_nodes, tree_recurrence
+from treeflash_cuda.recurrence import (
+    TreeNodes,
+    commit_recurrence,
+    convolve_paths,
+    plan_nodes,
+    tree_recurrence,
+)
 from treeflash_cuda.visible_keys import RowPlan, VisibleKeys, block_rows
 
 LOGGER = logging.getLogger(__name__)
@@ -209,6 +216,7 @@ class Operations:
     sample_rows: Callable[..., Tensor] = sample_rows
     tree_recurrence: Callable[..., tuple[Tensor, Tensor, Tensor]] = tree_recurrence
     commit_recurrence: Callable[..., None] = commit_recurrence
+    convolve_paths: Callable[..., tuple[Tensor, Tensor]] = convolve_paths
     move_columns: Callable[..., None] = move_columns
     quantised_linear: Callable[..., Tensor] = quantised_linear
     # An operation that has a kernel and runs in PyTorch has the reason here, by its name.
@@ -253,10 +261,22 @@ class Shapes:
     draft_bits: tuple[int, ...] = ()  # the bits of weights of drafters that are quantised
     # The heads, key_dim and value_dim of recurrent layers, and whether their states are transposed.
     recurrent: tuple[tuple[int, int, int, bool], ...] = ()
+    # The channels and the kernel of short convolutions.
+    convolutions: tuple[tuple[int, int], ...] = ()
 
 
 EXAMINED_STATES = (4, 128, 128, False), (4, 128, 64, True)
 """The states of gated delta nets and of Mamba-2, as `Shapes.recurrent`, for checks of a device."""
+EXAMINED_CONVOLUTIONS = (600, 4), (64, 3)
+"""As `Shapes.convolutions`, for checks of a device."""
+NEEDS = {
+    "grouped_linear": "experts",
+    "quantised_linear": "draft_bits",
+    "tree_recurrence": "recurrent",
+    "commit_recurrence": "recurrent",
+    "convolve_paths": "convolutions",
+}
+"""Operations that only some models use, and the member of `Shapes` that such models have."""
 
 
 def load_operations(shapes: Shapes, device: torch.device, dtype: torch.dtype) -> Operations:
@@ -264,6 +284,7 @@ def load_operations(shapes: Shapes, device: torch.device, dtype: torch.dtype) ->
     try:
         from treeflash_cuda.triton_kernels import (
             attention,
+            convolution,
             experts,
             layers,
             moves,
@@ -277,6 +298,7 @@ def load_operations(shapes: Shapes, device: torch.device, dtype: torch.dtype) ->
         *(attention.tree_attention, layers.rms_norm, layers.rotate_and_store, layers.gated),
         *(experts.grouped_linear, sampling.sample_rows),
         *(recurrence.tree_recurrence, recurrence.commit_recurrence),
+        convolve_paths=convolution.convolve_paths,
         move_columns=moves.move_columns,
         quantised_linear=products.quantised_linear,
     )
@@ -292,11 +314,7 @@ def checked(
     for name, compute in CHECKS.items():
         if not kernels.has_kernel(name):
             continue
-        if name in ("tree_recurrence", "commit_recurrence") and not shapes.recurrent:
-            continue
-        if name == "grouped_linear" and not shapes.experts:
-            continue
-        if name == "quantised_linear" and not shapes.draft_bits:
+        if name in NEEDS and not getattr(shapes, NEEDS[name]):
             continue
         try:
             difference = max(
@@ -462,14 +480,24 @@ def _check_sampling(operations: Operations, numbers: RandomInputs, shapes: Shape
     return [operations.sample_rows(x, keys, rows)[:, None] for x in by_dtype.values()]
 
 
+CHECKED_TREES = [
+    DraftTree.from_parents(np.zeros(n, np.int32), np.array([-1, 0, 0, 1, 1, 2, 0, 6], np.int32)[:n])
+    for n in (8, 3)
+]
+"""Trees of different sizes. The states of the first one are kept in two places."""
+
+
+def _nodes_alone(x: Tensor) -> Tensor:
+    """Return the rows of (trees, n, ...) that belong to nodes of `CHECKED_TREES`."""
+    return torch.cat([rows[: len(tree)] for rows, tree in zip(x, CHECKED_TREES, strict=True)])
+
+
 def _check_recurrence(
     operations: Operations, numbers: RandomInputs, shapes: Shapes
 ) -> list[Tensor]:
-    """Check trees of different sizes: the delta rule, and linear attention with other gates."""
-    parents = np.array([-1, 0, 0, 1, 1, 2, 0, 6], np.int32)  # states are kept in two places
-    drafts = [DraftTree.from_parents(parents[:n] * 0, parents[:n]) for n in (8, 3)]
-    nodes = TreeNodes.of(*map(numbers.integers, plan_nodes(drafts, 2, 8)))
-    results = []
+    """Check the delta rule, and linear attention with other gates."""
+    nodes = TreeNodes.of(*map(numbers.integers, plan_nodes(CHECKED_TREES, 2, 8)))
+    results: list[Tensor] = []
     for heads, key_dim, value_dim, transposed in shapes.recurrent:
         groups = heads // 2 if heads % 2 == 0 else heads
         states = numbers.draw(4, heads, value_dim, key_dim).float().mT
@@ -484,9 +512,8 @@ def _check_recurrence(
                 normalise=True,
                 scale=key_dim**-0.5,
             )
-            for x in (out, written.transpose(1, 2), keys.transpose(1, 2)):
-                # The other rows are copies of roots in a pass, and random here.
-                results.append(torch.cat([x[i, : len(tree)] for i, tree in enumerate(drafts)]))
+            # The other rows are copies of roots in a pass, and random here.
+            results += map(_nodes_alone, (out, written.transpose(1, 2), keys.transpose(1, 2)))
     return results
 
 
@@ -508,6 +535,25 @@ def _check_commit(operations: Operations, numbers: RandomInputs, shapes: Shapes)
     return results
 
 
+def _check_convolution(
+    operations: Operations, numbers: RandomInputs, shapes: Shapes
+) -> list[Tensor]:
+    """Check convolutions with and without a bias and an activation."""
+    results = []
+    for channels, kernel in shapes.convolutions:
+        windows = [convolution_windows(tree.parents, kernel) for tree in CHECKED_TREES]
+        windows[1] = np.resize(windows[1], windows[0].shape)
+        rows, tails = numbers.draw(2, channels, 8).mT, numbers.draw(4, 2, channels, kernel - 1)
+        slots, index = numbers.integers([3, 1]), numbers.integers(windows).long()
+        weight, bias = numbers.draw(channels, kernel), numbers.draw(channels)
+        for settings in itertools.product((None, bias), (None, "silu", "relu")):
+            out, inputs = operations.convolve_paths(
+                rows, tails[:, 1], slots, index, weight, *settings
+            )
+            results += [_nodes_alone(out), inputs.flatten(0, 1)]
+    return results
+
+
 def _check_moves(operations: Operations, numbers: RandomInputs, shapes: Shapes) -> list[Tensor]:
     """Check columns that are targets after they were sources."""
     columns = numbers.draw(2, 2, shapes.kv_heads, 12, shapes.head_dim)
@@ -526,6 +572,7 @@ CHECKS: dict[str, Callable[[Operations, RandomInputs, Shapes], list[Tensor]]] = 
     "sample_rows": _check_sampling,
     "tree_recurrence": _check_recurrence,
     "commit_recurrence": _check_commit,
+    "convolve_paths": _check_convolution,
     "move_columns": _check_moves,
     "quantised_linear": _check_quantised,
 }

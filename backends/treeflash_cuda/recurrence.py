@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers.activations import ACT2FN
 
 from treeflash.decoding.hybrid import depth_first
 from treeflash.decoding.tree import DraftTree
@@ -59,6 +60,41 @@ def plan_nodes(drafts: Sequence[DraftTree], trees: int, nodes: int) -> list[NDAr
     for x in (ancestors, visits, counts):
         x[len(drafts) :] = x[0]
     return [ancestors, visits, counts]
+
+
+def convolve_paths(
+    rows: Tensor,  # (trees, n, channels) inputs of the nodes
+    tails: Tensor,  # (slots, channels, kernel - 1) last inputs before the trees
+    slots: Tensor,  # (trees,) int32 or int64 place of each tree's tail
+    windows: Tensor,  # (trees, n, kernel) int64 inputs of each node, see `convolution_windows`
+    weight: Tensor,  # (channels, kernel)
+    bias: Tensor | None = None,  # (channels,)
+    activation: str | None = None,  # a name in transformers
+) -> tuple[Tensor, Tensor]:
+    """Convolve each channel along the paths of trees, and return what a commit needs.
+
+    Returns:
+        (trees, n, channels) outputs, and the (trees, kernel - 1 + n, channels) inputs: tails, then
+        rows.
+    """
+    inputs = torch.cat([tails.index_select(0, slots).mT, rows], 1)
+    index = windows.flatten(1)[:, :, None].expand(-1, -1, inputs.shape[2])
+    read = inputs.gather(1, index).unflatten(1, windows.shape[1:]).mT
+    return weigh_windows(read, weight, bias, activation), inputs
+
+
+def weigh_windows(
+    windows: Tensor,  # (..., kernel)
+    weight: Tensor,  # of a shape like windows, as is the bias without the last axis
+    bias: Tensor | None,
+    activation: str | None,
+) -> Tensor:
+    """Return the (...) outputs of a convolution in the dtype of its inputs; sums are in float32."""
+    out = (windows.float() * weight.float()).sum(-1)
+    if bias is not None:
+        out = out + bias.float()
+    out = out.to(weight.dtype)
+    return (out if activation is None else ACT2FN[activation](out)).to(windows.dtype)
 
 
 def tree_recurrence(

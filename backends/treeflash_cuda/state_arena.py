@@ -90,6 +90,11 @@ class StateArena:
         groups = range(self.tails, len(self.groups))
         return tuple((*self.matrices(g).shape[2:], self.is_transposed[g]) for g in groups)
 
+    @property
+    def tail_shapes(self) -> tuple[tuple[int, int], ...]:
+        """The channels and the kernel of each group of tails."""
+        return tuple((x.shape[2], x.shape[3] + 1) for x in self.tensors[: self.tails])
+
     def reserve(self, count: int) -> None:
         """Make room for `count` states, so that the arena does not have to grow for them."""
         with self._lock:
@@ -148,7 +153,7 @@ class TreeWrites:
     operations: Operations
     nodes: int  # n
     before: Sequence[SlotStates | None]  # the states of the sequences; None of an empty one
-    # (layers, trees, channels, kernel - 1 + n) inputs of convolutions for each group of tails; and
+    # (layers, trees, kernel - 1 + n, channels) inputs of convolutions for each group of tails; and
     # the first three arguments of `commit_recurrence` for each group of matrices.
     outputs: Sequence[Tensor]
 
@@ -177,9 +182,8 @@ class TreeWrites:
             tails, inputs = arena.tensors[group], self.outputs[group]
             index = rows[:, first : first + tails.shape[3]].long()
             first += tails.shape[3]
-            index = index[None, :, None].expand(len(inputs), -1, inputs.shape[2], -1)
-            last = inputs.index_select(1, trees).gather(3, index)
-            tails.index_copy_(0, after, last.transpose(0, 1))
+            last = inputs[:, trees[:, None], index]  # (layers, sequences, kernel - 1, channels)
+            tails.index_copy_(0, after, last.permute(1, 0, 3, 2))
         paths = rows[:, : PATH_COLUMNS + self.nodes]
         for group in range(arena.tails, len(arena.groups)):
             tape = self.outputs[arena.tails + 3 * (group - arena.tails) :][:3]

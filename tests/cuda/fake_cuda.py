@@ -263,6 +263,14 @@ class FakeCuda(TorchDispatchMode):
             assert {x.device for x in (written, keys, log_g, paths)} == {states.device}
             self._launch("commit_recurrence", 2 * len(paths) * _nbytes(states[0]))
 
+        def convolve_paths(rows, tails, slots, windows, weight, bias=None, activation=None):
+            assert {x.device for x in (rows, tails, slots, windows)} == {weight.device}
+            (trees, n, channels), width = rows.shape, tails.shape[2]
+            out = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
+            inputs = out.new_empty((trees, width + n, channels))
+            self._launch("convolve_paths", sum(map(_nbytes, (rows, out, inputs, weight))))
+            return out, inputs
+
         def move_columns(storage, sources, targets, ends):
             assert {x.device for x in (sources, targets, ends)} == {storage.device}
             self._launch("move_columns", 2 * len(sources) * _nbytes(storage[:, :, :, 0]))
@@ -271,6 +279,7 @@ class FakeCuda(TorchDispatchMode):
             *(tree_attention, rms_norm, rotate_and_store, gated, grouped_linear),
             tree_recurrence=tree_recurrence,
             commit_recurrence=commit_recurrence,
+            convolve_paths=convolve_paths,
             move_columns=move_columns,
             quantised_linear=quantised_linear,
         )

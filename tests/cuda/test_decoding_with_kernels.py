@@ -19,7 +19,7 @@ require("triton")
 
 import triton_interpreter  # noqa: F401 - repairs it
 from treeflash_cuda.operations import Operations
-from treeflash_cuda.triton_kernels import attention, layers, moves, recurrence
+from treeflash_cuda.triton_kernels import attention, convolution, layers, moves, recurrence
 
 VOCAB = 24
 EACH_RUN = [
@@ -63,10 +63,12 @@ def test_trees_and_tokens_equal_the_references(family, method, sampling, tmp_pat
     backend = load_with_parts(monkeypatch, target, drafter)
     counted = Counted(attention.tree_attention), Counted(layers.rotate_and_store)
     recurrences = Counted(recurrence.tree_recurrence), Counted(recurrence.commit_recurrence)
+    recurrences += (Counted(convolution.convolve_paths),)
     backend.target.operations = Operations(
         *(counted[0], layers.rms_norm, counted[1], layers.gated),
         tree_recurrence=recurrences[0],
         commit_recurrence=recurrences[1],
+        convolve_paths=recurrences[2],
         move_columns=moves.move_columns,
     )
     reference = load_reference(target, drafter, LoadConfig())

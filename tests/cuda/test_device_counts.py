@@ -28,8 +28,8 @@ OPTIONS = TableOptions(m=4, k=8, shortlist=256, rows=16)
 MAX_LAUNCHES = {"layer": 9, "commit": 7, "draft": 52, "head": 58}
 """Operations of a layer of the target, of a commit, of a draft, and of a head."""
 MAX_HYBRID_LAUNCHES = {
-    "qwen3_5": {"layer": 14, "commit": 23, "verify": 258},
-    "granitemoehybrid": {"layer": 14, "commit": 23, "verify": 217},
+    "qwen3_5": {"layer": 13, "commit": 12, "verify": 180},
+    "granitemoehybrid": {"layer": 14, "commit": 12, "verify": 183},
 }
 """The layer is one with attention; the targets have four layers."""
 
@@ -133,14 +133,13 @@ def test_the_command_counts_operations_and_bytes(cuda, launches):
 @pytest.mark.parametrize("sequences", [1, 8])
 @pytest.mark.parametrize("family", HYBRID_FAMILIES)
 def test_operations_of_a_hybrid_target(cuda, launches, tmp_path, family, sequences):
-    """A commit writes each kind of state once for each sequence; nothing else depends on them."""
+    """They hardly depend on the number of sequences."""
     write_target(tmp_path / "target", family, seed=1, vocab_size=VOCAB)
     write_drafter(tmp_path / "drafter", tmp_path / "target", seed=2)
     backend = loading.load(tmp_path / "target", tmp_path / "drafter", LoadConfig(dtype="bfloat16"))
     found, _ = launches.count_operations(cuda, backend, sequences)
     for part, limit in MAX_HYBRID_LAUNCHES[family].items():
-        more = 2 * sequences if part == "commit" else 0
-        assert 0 < found[part].operations <= limit + more, found
+        assert 0 < found[part].operations <= limit, found
 
 
 @pytest.mark.parametrize("window", [None, 100])

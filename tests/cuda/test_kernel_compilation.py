@@ -26,6 +26,7 @@ KERNELS = {
     "sample",
     "tree_recurrence",
     "commit_recurrence",
+    "convolve_paths",
     "move_columns",
 }
 PAIRS = [

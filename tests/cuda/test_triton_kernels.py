@@ -23,6 +23,7 @@ from treeflash_cuda.quantised_weights import BITS, GROUP, quantise_weight
 from treeflash_cuda.recurrence import TreeNodes, plan_nodes
 from treeflash_cuda.triton_kernels import (
     attention,
+    convolution,
     experts,
     layers,
     moves,
@@ -39,6 +40,7 @@ KERNELS = Operations(
     *(attention.tree_attention, layers.rms_norm, layers.rotate_and_store, layers.gated),
     *(experts.grouped_linear, sampling.sample_rows),
     *(recurrence.tree_recurrence, recurrence.commit_recurrence),
+    convolve_paths=convolution.convolve_paths,
     move_columns=moves.move_columns,
     quantised_linear=products.quantised_linear,
 )
@@ -111,6 +113,7 @@ LOADED = {
         experts=True,
         draft_bits=BITS,
         recurrent=((2, 8, 6, False),),
+        convolutions=((20, 4), (6, 3)),
     ),
     "plain": SMALL,
 }
@@ -123,6 +126,7 @@ def test_all_kernels_pass_the_check_at_load(shapes, dtype, monkeypatch):
     names = [] if shapes.experts else ["grouped_linear"]
     names += [] if shapes.draft_bits else ["quantised_linear"]
     names += [] if shapes.recurrent else ["tree_recurrence", "commit_recurrence"]
+    names += [] if shapes.convolutions else ["convolve_paths"]
     assert found == replace(KERNELS, **{name: getattr(operations, name) for name in names})
 
 
@@ -406,6 +410,24 @@ def test_a_faulty_recurrence_falls_back(right, wrong, tmp_path):
     found = checked(kernels, replace(SMALL, recurrent=((2, 8, 6, False),)), CPU, torch.float32)
     assert found.reasons
     assert all("differ by" in reason for reason in found.reasons.values())
+
+
+CONVOLUTION_FAULTS = {
+    "the window of another node": ("(tree * n + node) * KERNEL", "tree * n * KERNEL"),
+    "another slot's tail": ("tl.load(slots_pointer + tree)", "tl.load(slots_pointer)"),
+    "a tail without its first input": ("in tl.static_range(KERNEL - 1)", "in range(1, KERNEL - 1)"),
+    "a row behind the tail": ("row = place - (KERNEL - 1)", "row = place - KERNEL"),
+    "no bias": ("if bias_pointer is not None", "if False"),
+    "no activation": ("    if SILU:", "    if False:"),
+}
+
+
+@pytest.mark.parametrize(("right", "wrong"), CONVOLUTION_FAULTS.values(), ids=CONVOLUTION_FAULTS)
+def test_a_faulty_convolution_falls_back(right, wrong, tmp_path):
+    kernels = Operations(convolve_paths=faulty(convolution, tmp_path, right, wrong).convolve_paths)
+    found = checked(kernels, replace(SMALL, convolutions=((20, 4),)), CPU, torch.float32)
+    assert found.convolve_paths is operations.convolve_paths
+    assert "differ by" in found.reasons["convolve_paths"]
 
 
 def test_a_walk_that_rounds_otherwise_than_a_commit_is_noticed(tmp_path):
