@@ -75,7 +75,7 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor, bias: Tensor | None 
         COLUMNS=COLUMNS,
         DEPTH=DEPTH // 2 if wide else DEPTH,
         BIAS=bias is not None,
-        num_warps=8 if wide and many else 4,  # float32 products have no tensor cores
+        num_warps=8 if wide else 4,  # float32 products have no tensor cores
         maxnreg=MAX_REGISTERS,
     )
     return result
