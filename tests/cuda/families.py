@@ -2,11 +2,11 @@
 
     python tests/cuda/families.py [model_type ...]
 
-A type is `verified` if a random tree, after a prefix longer than any sliding window, has the
-logits of its paths run as plain text and those of transformers itself, and so has a tree after
-commits if the type has recurrent layers. It is `refused` if loading or the probe raises an error
-that says why, and `not tried` if this script's configuration does not make such a model, or if that
-model lacks a kind of layer that the type's default configuration has.
+A type is `verified` if the logits of a random tree, after a prefix longer than any sliding window,
+equal the logits of its paths as plain text, here and in transformers itself. If the type has
+recurrent layers, a tree after commits must pass too. It is `refused` if loading or the probe raises
+an error that says why, and `not tried` if this script's configuration makes no model of the type,
+or a model without a kind of layer that the type's default configuration has.
 """
 
 from __future__ import annotations

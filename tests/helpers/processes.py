@@ -1,6 +1,6 @@
 """Commands of the core in separate processes, for tests of signals, pipes and exit statuses.
 
-Where PyTorch is installed, transformers imports it, which takes most of the time of such a
+Where PyTorch is installed, transformers imports it, which takes most of the time of a short
 process. The core needs no framework, so these processes find none.
 """
 

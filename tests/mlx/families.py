@@ -2,11 +2,11 @@
 
     python tests/mlx/families.py [model_type ...]
 
-A type is `verified` if a random tree, after a prefix longer than any sliding window, has the
-logits of its paths run as plain text, and so do trees after commits if it has recurrent layers;
-`refused` if loading it raises an error that says why. It is
-`not tried` if `family_configurations.py` has no configuration that makes such a model, or if that
-model lacks a kind of layer that the type has.
+A type is `verified` if the logits of a random tree, after a prefix longer than any sliding window,
+equal the logits of its paths as plain text. If the type has recurrent layers, trees after commits
+must pass too. It is `refused` if loading raises an error that says why, and `not tried` if
+`family_configurations.py` has no configuration for the type, or one whose model lacks a kind of
+layer that the type has.
 """
 
 from __future__ import annotations
@@ -110,8 +110,8 @@ def configuration(name: str) -> dict[str, Any]:
 def missing_layers(name: str, config: dict[str, Any]) -> set[str]:
     """Kinds of layers and caches that a type has and a model of that configuration lacks.
 
-    The type has the layers that its module in mlx-lm defines, and those of the model that
-    transformers' default configuration gives, if mlx-lm can build it.
+    The type has the layers that its module in mlx-lm defines, and the layers of a model with
+    transformers' default configuration, if mlx-lm can build it.
     """
     model = build(name, config)
     text = sys.modules[type(getattr(model, "language_model", model)).__module__]

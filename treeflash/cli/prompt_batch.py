@@ -39,8 +39,7 @@ def run_batch(
     options: Options,
     load: Callable[[], LanguageModel],
     console: Console,
-    *,
-    suffix_cache: SuffixCache | None = None,
+    suffix_cache: SuffixCache | None,
 ) -> int:
     """Decode the file `--prompts` into `--output`, and return the exit status.
 

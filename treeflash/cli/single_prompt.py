@@ -115,9 +115,7 @@ BAR_WIDTH = 40
 NOT_EQUAL = 1
 
 
-def read_prompt(
-    prompt: str | None, file: Path | None, console: Console, sample: str = SAMPLE_PROMPT
-) -> str:
+def read_prompt(prompt: str | None, file: Path | None, console: Console, sample: str) -> str:
     """Read the given prompt, else the file's text, else standard input if piped, else a sample.
 
     A final newline is dropped. A text that is empty or cannot be read raises a PromptError.

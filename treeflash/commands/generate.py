@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError(f"--{extra} is for a single prompt; remove it, or --prompts")
         cache_bytes = int((args.suffix_cache_gb or 0) * GIB)
         suffix_cache = SuffixCache(cache_bytes) if cache_bytes else None
-        return run_batch(args, options, load, console, suffix_cache=suffix_cache)
+        return run_batch(args, options, load, console, suffix_cache)
     for name in ("suffix_cache_gb", *(["parallel"] if args.n is None else [])):
         if getattr(args, name) is not None:
             flag = name.replace("_", "-")

@@ -2,7 +2,7 @@
 
 A state that enters the prefix cache is copied to the host a few parts at a time, between two
 iterations of the scheduler, and what is left of it when it leaves memory or the process ends. A
-thread of its own writes the parts; if it cannot keep up, parts are left out. `state_files` says
+separate thread writes the parts; if it cannot keep up, parts are left out. `state_files` says
 what a part is, and how its file is named and checked. A conversation that has grown shares the
 blocks of its beginning, so that only new ones are copied and written.
 

@@ -145,7 +145,7 @@ def _changing_operation(backend: Backend, prefix: list[int], tree: DraftTree) ->
 class ImageSample:
     """A prompt with an image, and the (vocab,) logits of the framework's own model after it.
 
-    They are None where the framework has no model of its own.
+    They are None where the framework has no model to compare with.
     """
 
     token_ids: Sequence[int]

@@ -251,7 +251,7 @@ def check_pair(
 ) -> None:
     """Raise a CheckpointError if a drafter cannot belong to a target of this shape.
 
-    A block drafter with embeddings of its own may have more tokens than the target.
+    A block drafter with its own embeddings may have more tokens than the target.
     """
     problem, mask, layer_ids, tokens = None, 0, config.target_layer_ids, vocab_size
     if isinstance(config, MtpConfig):

@@ -79,7 +79,7 @@ FUSED = f"{EXPERTS}gate_up_proj"
 
 
 def split_fused(shapes: Mapping[str, tuple[int, ...]]) -> Shapes:
-    """Split the shapes of experts that are stored together, as if each was a tensor of its own."""
+    """Split the shapes of experts that are stored together, as if each were a separate tensor."""
     split = dict(shapes)
     if FUSED in split:
         count, both, h = split.pop(FUSED)

@@ -5,7 +5,7 @@ may add in another order. With more rows a program has several such products for
 weights, which it reads and dequantises once.
 
 Few columns would leave most of a GPU idle, so that a sum is split into parts. How many parts it has
-depends on the weight alone. With few rows each part has a program of its own, and a second kernel
+depends on the weight alone. With few rows each part has its own program, and a second kernel
 adds the parts; with many rows one program computes them one after the other. Both add them in
 the same order, so a row has the same bits among few rows and among many.
 """

@@ -28,8 +28,8 @@ A kernel fails, with the line of its source, if
   simdgroup may write the same value;
 - a barrier is not reached by all threads, or threads wait at different barriers;
 - the lanes of a simdgroup do not all reach the same operation of simdgroups. Lanes that have
-  returned take no part, as in Metal; operations on matrices need all 32. A branch that only some
-  lanes take to such an operation is legal in Metal, and an error here;
+  returned take no part, as in Metal; operations on matrices need all 32. A branch to
+  one of these operations that only some lanes take is legal in Metal, and an error here;
 - a shuffle reads a lane that takes no part;
 - an index leaves an array, an integer is divided by zero or shifted too far, 32 KiB of threadgroup
   memory do not suffice, or a run takes more than a minute of the processor.
