@@ -112,11 +112,11 @@ class BlockModel:
     def __init__(self, config: DrafterConfig) -> None:
         super().__init__()
         self.config, ops = config, self.ops
-        size = h, _ = config.hidden_size, config.rms_norm_eps
+        h, eps = config.hidden_size, config.rms_norm_eps
         self.fc = ops.linear(len(config.target_layer_ids) * h, h, bias=False)
-        self.hidden_norm = ops.rms_norm(*size)
+        self.hidden_norm = ops.rms_norm(h, eps)
         self.layers = ops.children([self._layer() for _ in range(config.num_hidden_layers)])
-        self.norm = ops.rms_norm(*size)
+        self.norm = ops.rms_norm(h, eps)
 
     def project(self, features: Array) -> Array:
         """Project (..., layers * hidden_size) target outputs to (..., hidden_size) context."""

@@ -91,7 +91,7 @@ class Operations(Builders):
     arange: Callable[[int, Array], Array]  # (n, like)
     ids: Callable[[list[Any], Array], Array]  # (token ids, like)
     cast: Callable[[Array, Array], Array]  # (x, like): x in the same dtype
-    shift: Callable[[Array, int], Array]  # (..., S, size) with rows n later, behind n rows of zeros
+    shift: Callable[[Array, int], Array]  # (blocks, S, size), n rows later, behind n rows of zeros
     normed: Callable[[Array, float], Array]  # (x, eps): an RMS norm without weights
     # (x, least): float32 vectors divided by their length, or by the least one.
     unit: Callable[[Array, float], Array]
@@ -132,9 +132,12 @@ class Slots:
 
 @dataclass(frozen=True, eq=False)
 class ScoredTokens:
-    """The v tokens that the children of each of n queries are chosen from; backends compute."""
+    """The v tokens that the children of each of n queries are chosen from.
 
-    output: Any  # the output stage of the drafter
+    Backends have subclasses that compute, and that give the shapes.
+    """
+
+    output: Any  # the backend's output stage of the drafter
     marginals: Array  # logits of these tokens by slot
     rows: Rows  # the slot of each query
     tokens: Array | None  # of the drafter's vocabulary; None for all
