@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 from fake_models import PROMPT, SCRIPT, FakeBackend, config_of, run, scripted
 
-from treeflash.config import METHODS
+from treeflash.config import METHODS, LoadConfig
 from treeflash.decoding import Request, Scheduler, SchedulerConfig
 from treeflash.decoding.adaptive_budget import HIGHEST_BALANCE, AdaptiveBudget, AdaptiveBudgets
 from treeflash.decoding.suffix import SuffixDrafter
 from treeflash.decoding.transitions import Calibration
 from treeflash.decoding.tree import DraftTree
 from treeflash.decoding.verify_costs import VerifyCosts
+from treeflash.reference.backend import load
 
 COSTS = {1: 1000.0, 4: 1010.0, 8: 1020.0}
 """So large that the seconds of passes are implausible on any machine, and change no cost."""
@@ -172,6 +173,19 @@ def test_nothing_is_learned_from_iterations_that_also_run_prompts():
     assert budget.learned == [1]
     scheduler.step()
     assert budget.learned == [1, 2]
+
+
+def test_a_budget_learns_from_a_scored_text_but_not_from_its_scores(tiny_pair):
+    """Which are passes over chains of the prompt."""
+    budget = WatchedBudget()
+    scheduler = adaptive(load(*tiny_pair, LoadConfig()), budget=budget)
+    config = config_of(budget="auto", max_tokens=9)
+    scheduler.submit(Request(prompt_ids=[5, 6, 7], config=config, scores_prompt=True))
+    learned = []
+    for _ in range(3):  # scores, the last token of the prompt, a tree
+        scheduler.step()
+        learned.append(len(budget.learned))
+    assert learned == [0, 0, 1]
 
 
 @pytest.mark.parametrize("other", [{"budget": 4}, {"budget": "auto", "method": "dflash"}])
