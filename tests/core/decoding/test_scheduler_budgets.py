@@ -133,7 +133,8 @@ def test_copies_alone_are_looked_for_where_they_pay(monkeypatch):
         assert len(sought) == calls
 
 
-def test_a_sequence_whose_trees_are_cut_to_the_root_is_drafted_for_more_and_more_rarely():
+@pytest.mark.parametrize("batch", [2, 3])
+def test_a_sequence_whose_trees_are_cut_to_the_root_is_drafted_for_more_and_more_rarely(batch):
     """The others of the batch are drafted for as before, until it has a tree again."""
 
     class Cutting(WatchedBudget):
@@ -142,21 +143,21 @@ def test_a_sequence_whose_trees_are_cut_to_the_root_is_drafted_for_more_and_more
 
         def prune(self, trees, lengths, other_rows=0):
             whole = [np.arange(len(tree)) for tree in trees]
-            return [whole[0][:1], *whole[1:]] if cut and len(trees) == 3 else whole
+            return [whole[0][:1], *whole[1:]] if cut and len(trees) == batch else whole
 
     backend = scripted(SCRIPT)
     calls, scheduler = drafts(backend), adaptive(backend, budget=Cutting())
     cut = True
-    for _ in range(3):
+    for _ in range(batch):
         submit(scheduler, budget="auto", suffix=False, max_tokens=200)
     for _ in range(13):
         scheduler.step()
-    together = [sequences for sequences, _ in calls]
-    assert together == [3, 2, 3, 2, 2, 3, *[2] * 4, 3, 2]
+    without = [batch - sequences for sequences, _ in calls]
+    assert without == [0, 1, 0, 1, 1, 0, *[1] * 4, 0, 1]
     cut = False
     for _ in range(9):
         scheduler.step()
-    assert [sequences for sequences, _ in calls[12:]] == [*[2] * 7, 3, 3]
+    assert [batch - sequences for sequences, _ in calls[12:]] == [*[1] * 7, 0, 0]
 
 
 def test_nothing_is_learned_from_iterations_that_also_run_prompts():
