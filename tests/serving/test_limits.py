@@ -47,6 +47,17 @@ def test_full_queue(serve, in_background):
     assert server.engine.unfinished == 0
 
 
+def test_an_answer_that_ends_leaves_the_queue_before_its_request(serve, in_background):
+    server = serve(max_parallel=1)
+    with Gate(server.engine) as gate:
+        answers = in_background(lambda: server.complete("A", n=3, max_tokens=1))
+        wait_until(lambda: server.engine.unfinished == 3)
+        gate.allow(1)
+        assert server.engine.unfinished == 2
+    wait_until(lambda: answers)
+    assert answers[0].status_code == 200
+
+
 def test_body_size(serve):
     server = serve(max_body_mb=0.001)
     check_error(server.chat("x" * 2000), 413, "more than 1048 bytes")
