@@ -37,7 +37,7 @@ OTHERS = [
     *((capability, "qwen3-8b") for capability in (80, 89, 100, 120)),
     (90, "llama-3.2-1b"),
     (120, "llama-3.2-1b"),
-    (80, "qwen3-8b in float32"),
+    *((capability, "qwen3-8b in float32") for capability in (80, 90)),
 ]
 
 
