@@ -202,7 +202,6 @@ SAMPLINGS = [SamplingConfig(), SamplingConfig(temperature=0.9, top_p=0.9, seed=3
 @pytest.mark.filterwarnings("ignore:MLX was imported before treeflash_mlx")
 def test_texts_of_trees_are_those_of_plain_decoding(metal, monkeypatch, tmp_path, rng):
     """In bfloat16, alone and together; and the chunks of a prompt change no bit."""
-    metal.schedules = (DESCENDING,)  # for speed; the kernels' own tests run them under all
     monkeypatch.setattr(attention, "EXACT_SPAN", 16)
     monkeypatch.setattr(probe, "EXACT_PREFIX", 11)
     target, drafter = tmp_path / "target", tmp_path / "drafter"
