@@ -26,10 +26,11 @@ Rule.
   passes, for a plain pass alone.
 - What a pruned tree shows nothing about, because it is smaller, loses `COST_FORGETTING` of what it
   costs more, or `DOUBT` of it while one draft after another is cut to its root.
-- The file keeps the shape of the costs of the latest process and the scale of the fastest: the
-  costs are divided by how much slower they are than the file's at the size where that is least. A
-  busy process so changes nothing. Measured costs that fall with the rows, or whose rounds disagree,
-  are not kept.
+- The file takes its shape from the medians of the latest passes, so that neither a disturbed pass
+  nor a cost that is in doubt is kept: sizes with fewer than `AGREEING` passes are as wrong as those
+  next to them. It keeps the scale of the fastest process: the medians are divided by how much
+  slower they are than the file's costs at the size where that is least. A busy process so changes
+  nothing. Measured costs that fall with the rows, or whose rounds disagree, are not kept.
 """
 
 from __future__ import annotations
@@ -94,8 +95,9 @@ IMPLAUSIBLE = 100.0
 """A pass that takes a hundredth of its predicted seconds says nothing about the costs."""
 DOUBT = 0.5
 """The same for a draft that was cut to its root, from the `AGREEING`-th in a row on."""
-KEPT_EVERY, KEPT_CHANGE = 16, 0.2
-"""Passes after which costs are compared with the file, and the relative change that is written."""
+KEPT_EVERY, KEPT_CHANGE, LATEST = 16, 0.2, 9
+"""Passes after which costs are compared with the file, the relative change that is written, and the
+passes of a size that are remembered."""
 
 
 @dataclass(frozen=True)
@@ -143,14 +145,18 @@ class CostFile:
         )
 
     def correct(self, costs: VerifyCosts) -> None:
-        """Take over the shape of corrected costs, at the scale of the fastest process."""
+        """Take over the shape that passes of single trees showed; see the rule of the module."""
         stored = self.read()
         if not self.is_valid() or stored is None or stored.seconds.keys() != costs.seconds.keys():
             return
-        ratios = np.array([costs.seconds[n] / cost for n, cost in stored.seconds.items()])
-        for i, size in enumerate(costs.seconds):
-            if i and size in costs.doubtful:
-                ratios[i] = ratios[i - 1]  # as wrong as the size before it, for all that is known
+        shown = {
+            size: statistics.median(passes) / stored.seconds[size]
+            for size, passes in sorted(costs.passes_s.items())
+            if len(passes) >= AGREEING
+        }
+        if not shown:
+            return
+        ratios = np.interp(list(stored.seconds), list(shown), list(shown.values()))
         ratios /= max(ratios.min(), 1.0)
         if np.abs(ratios - 1).max() > KEPT_CHANGE:
             pairs = zip(stored.seconds.items(), ratios.tolist(), strict=True)
@@ -184,6 +190,8 @@ class VerifyCosts:
     doubtful: set[int] = field(default_factory=set, compare=False, repr=False)
     is_sound: bool = field(default=True, compare=False, repr=False)
     file: CostFile | None = field(default=None, compare=False, repr=False)
+    # The seconds of the latest passes over single trees, without reading positions, by size.
+    passes_s: dict[int, deque[float]] = field(init=False, compare=False, repr=False)
     # The observed seconds of the latest passes, divided by the predicted ones.
     _ratios: deque[float] = field(
         default_factory=lambda: deque(maxlen=AGREEING), init=False, compare=False, repr=False
@@ -203,6 +211,7 @@ class VerifyCosts:
         if not all(0 <= x < math.inf for x in self.position_s.values()):
             raise ValueError(f"position_s must be finite and 0 or more, got {self.position_s}")
         self._before, self._seen = dict(self.seconds), Counter()
+        self.passes_s = {size: deque(maxlen=LATEST) for size in self.seconds}
 
     @classmethod
     def measure(cls, backend: Backend) -> VerifyCosts:
@@ -332,6 +341,9 @@ class VerifyCosts:
         self._ratios.append(ratio)
         if not self._rescale(rows, sequences):
             self._smooth(rows, sequences, ratio, expected)
+        if sequences == 1 and rows in self.passes_s:
+            read_s = float(self._read_s(np.array([rows]))[0]) * reads
+            self.passes_s[rows].append(max(seconds - read_s, seconds / OUTLIER_FACTOR))
         self._passes += 1
         if self.file is not None and self._passes % KEPT_EVERY == 0:
             self.file.correct(self)

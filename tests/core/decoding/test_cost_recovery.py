@@ -149,6 +149,22 @@ def test_trees_correct_the_cost_of_a_plain_pass_that_was_measured_with_theirs(fi
     assert kept(file)[8] / kept(file)[1] == pytest.approx(true_s(8) / true_s(1), rel=0.02)
 
 
+def test_neither_disturbed_passes_nor_costs_in_doubt_change_the_file(file):
+    file.write(VerifyCosts(dict(RIGHT)))
+    before, costs = file.path.read_text(), file.read()
+    costs.file = file
+    for number in range(160):
+        rows = 8 if number % 5 else 4
+        costs.observe(rows, 0, 1, (3 if number % 15 == 5 else 1) * true_s(rows))
+        costs.doubt(8)  # larger trees are not tried
+    assert costs.seconds[64] < 0.5 * true_s(64)
+    costs.observe(16, 0, 1, 3 * true_s(16))  # is believed at once, for now
+    assert costs.seconds[16] > 2 * true_s(16)
+    for _ in range(16):
+        costs.observe(8, 0, 1, true_s(8))
+    assert file.path.read_text() == before
+
+
 def test_a_busy_process_does_not_change_the_file(file):
     file.write(VerifyCosts(dict(RIGHT)))
     before = file.path.read_text()
