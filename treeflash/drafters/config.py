@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -140,7 +141,7 @@ class DrafterConfig(DrafterShape):
     def depths(self) -> int:
         return self.block_size - self.first_slot
 
-    @property
+    @cached_property
     def layer_kinds(self) -> list[LayerKind]:
         """By layer, which positions its slots see."""
         return list(zip(self.sliding_windows, self.causal, strict=True))
