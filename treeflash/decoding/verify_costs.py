@@ -26,11 +26,12 @@ Rule.
   passes, for a plain pass alone.
 - What a pruned tree shows nothing about, because it is smaller, loses `COST_FORGETTING` of what it
   costs more, or `DOUBT` of it while one draft after another is cut to its root.
-- The file takes its shape from the medians of the latest passes, so that neither a disturbed pass
-  nor a cost that is in doubt is kept: sizes with fewer than `AGREEING` passes are as wrong as those
-  next to them. It keeps the scale of the fastest process: the medians are divided by how much
-  slower they are than the file's costs at the size where that is least. A busy process so changes
-  nothing. Measured costs that fall with the rows, or whose rounds disagree, are not kept.
+- The file takes its shape from the medians of the latest passes where they differ from it by
+  `DISAGREEMENT`, so that neither disturbed passes nor costs in doubt are kept: sizes with fewer
+  than `LATEST` passes are as wrong as those next to them. It keeps the scale of the fastest
+  process: the medians are divided by how much slower they are than the file's costs at the size
+  where that is least. A busy process so changes nothing. Measured costs that fall with the rows, or
+  whose rounds disagree, are not kept.
 """
 
 from __future__ import annotations
@@ -95,9 +96,9 @@ IMPLAUSIBLE = 100.0
 """A pass that takes a hundredth of its predicted seconds says nothing about the costs."""
 DOUBT = 0.5
 """The same for a draft that was cut to its root, from the `AGREEING`-th in a row on."""
-KEPT_EVERY, KEPT_CHANGE, LATEST = 16, 0.2, 9
-"""Passes after which costs are compared with the file, the relative change that is written, and the
-passes of a size that are remembered."""
+KEPT_EVERY, LATEST = 16, 9
+"""Passes after which costs are compared with the file, and the passes of a size that must have been
+seen until then."""
 
 
 @dataclass(frozen=True)
@@ -152,13 +153,13 @@ class CostFile:
         shown = {
             size: statistics.median(passes) / stored.seconds[size]
             for size, passes in sorted(costs.passes_s.items())
-            if len(passes) >= AGREEING
+            if len(passes) == LATEST
         }
         if not shown:
             return
         ratios = np.interp(list(stored.seconds), list(shown), list(shown.values()))
         ratios /= max(ratios.min(), 1.0)
-        if np.abs(ratios - 1).max() > KEPT_CHANGE:
+        if max(ratios.max(), 1 / ratios.min()) > DISAGREEMENT:
             pairs = zip(stored.seconds.items(), ratios.tolist(), strict=True)
             seconds = {size: cost * ratio for (size, cost), ratio in pairs}
             self.write(VerifyCosts(seconds, costs.position_s))
