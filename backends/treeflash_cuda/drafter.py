@@ -240,7 +240,7 @@ class SlabDrafts:
     _keys: dict[LayerKind, VisibleKeys] = field(default_factory=dict)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Norm, rotate and attend; the shapes are those of `MaskedDrafts.attend`."""
+        """Norm, rotate and attend, with the shapes of `MaskedDrafts.attend`."""
         kind = self.model.config.layer_kinds[layer]
         queries, new_keys, new_values = (x[0].transpose(0, 1) for x in (q, k, v))
         attention = self.model.layers[layer].self_attn

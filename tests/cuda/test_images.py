@@ -1,4 +1,4 @@
-"""Text after images equals that of transformers' own `generate`, however it is decoded."""
+"""Text after images equals the text of transformers' own `generate`, however it is decoded."""
 
 import inspect
 from copy import copy

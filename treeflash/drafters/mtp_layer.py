@@ -187,9 +187,9 @@ class MtpLayer:
         else:
             self.input_proj = ops.linear(2 * h, h, bias=False)
         self.layer = self._layer(config)
-        further = replace(config, reads_both=False)
+        ordinary = replace(config, reads_both=False)
         self.further_layers = ops.children(
-            [self._layer(further) for _ in range(config.num_hidden_layers - 1)]
+            [self._layer(ordinary) for _ in range(config.num_hidden_layers - 1)]
         )
         if config.has_marginals:
             self.mask_hidden = ops.parameter(1, 1, features * h)

@@ -287,7 +287,7 @@ def target(tiny_pair, tmp_path):
 def measured(monkeypatch, target, tmp_path):
     """Whether costs are measured, not read, after a change, where 10 ms were measured before.
 
-    Changes are those of the target's attributes, and what `change` does.
+    A change sets attributes of the target, and calls `change`.
     """
 
     def measured(change=lambda: None, loaded=LOADED, **attributes):

@@ -177,7 +177,7 @@ def test_nothing_is_learned_from_iterations_that_also_run_prompts():
 
 
 def test_a_budget_learns_from_a_scored_text_but_not_from_its_scores(tiny_pair):
-    """Which are passes over chains of the prompt."""
+    """The scores are passes over chains of the prompt."""
     budget = WatchedBudget()
     scheduler = adaptive(load(*tiny_pair, LoadConfig()), budget=budget)
     config = config_of(budget="auto", max_tokens=9)
