@@ -91,6 +91,8 @@ def convert_gguf(path: Path, folder: Path, progress: Progress = lambda done, tot
         fields = {name: field.contents() for name, field in reader.fields.items()}
     except (ValueError, IndexError, KeyError, OverflowError) as error:
         raise CheckpointError(f"{path.name} is not a readable GGUF file: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     if int(fields.get("split.count", 1)) > 1:
         raise CheckpointError(
             f"{path.name} is one of {fields['split.count']} parts of a model; merge them with "
@@ -107,14 +109,17 @@ def convert_gguf(path: Path, folder: Path, progress: Progress = lambda done, tot
     try:
         convert = _drafter if kind == DRAFTER else _target
         model = convert(str(kind), fields, stored)
-    except (KeyError, ValueError) as error:
+    except (LookupError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path.name}: missing or unsupported GGUF entry: {error}") from error
     for name, document in model.documents.items():
         (folder / name).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     if model.tokenizer is not None:
         model.tokenizer.save(str(folder / "tokenizer.json"))
     entries = {name: _entry(name, tensor) for name, tensor in model.tensors.items()}
-    write_stored(folder / "model.safetensors", entries, _weights(model, progress))
+    try:
+        write_stored(folder / "model.safetensors", entries, _weights(model, progress))
+    except NotImplementedError as error:  # a type of weights
+        raise CheckpointError(f"{path.name} cannot be converted: {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,6 +42,7 @@ from treeflash.hub.published import (
     BUNDLED_DRAFTER,
     DEFAULT_TARGET,
     PublishedDrafter,
+    expand_home,
     family_name,
     model_name,
     published_drafters,
@@ -304,8 +305,9 @@ def find_local(name: str) -> Path | None:
     newest snapshot. Raises a CheckpointError if several publishers have a model of this name.
     """
     studio = studio_models()
-    snapshots = filter(has_weights, sorted(Path(HF_HUB_CACHE).glob("models--*/snapshots/*")))
-    known = {model_name(folder): folder for folder in snapshots} | studio
+    snapshots = filter(has_weights, Path(HF_HUB_CACHE).glob("models--*/snapshots/*"))
+    by_age = sorted(snapshots, key=lambda folder: folder.stat().st_mtime)  # the newest one counts
+    known = {model_name(folder): folder for folder in by_age} | studio
     found = {x for x in known if x.rpartition("/")[2].lower() == name.lower()}
     found |= {x for x in studio if x.lower() == name.lower()}
     if len(found) > 1:
@@ -315,8 +317,10 @@ def find_local(name: str) -> Path | None:
 
 def local_folder(name: str | None) -> Path | None:
     """Return the folder of a target that is on this machine already; None if it is not."""
-    if name is None or Path(name).is_dir():
-        return None if name is None else Path(name)
+    if name is None:
+        return None
+    if (folder := expand_home(name)).is_dir():
+        return folder
     if (local := find_local(name)) is not None:
         return local
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from itertools import chain
@@ -11,8 +12,9 @@ from treeflash.config import AUTO
 
 DEFAULT_TARGET = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PRECISION = (
-    r"((-mlx|-awq|-gptq|-optiq|-unsloth|-bnb)*-(\d+bit|bf16|fp16|mxfp[48]|nvfp4)"
-    r"(-q\d|-awq|-gptq|-dwq[\w-]*)?|[-.](i?q\d(_\w+)?|b?f16|f32))$"
+    r"((-mlx|-awq|-gptq|-optiq|-unsloth|-bnb)*"
+    r"-(\d+bit|int[48]|bf16|fp16|fp8|mxfp[48]|nvfp4|awq|gptq)(-q\d|-awq|-gptq|-dwq[\w-]*)?"
+    r"|(-ud|\.i1)?[-.](i?q\d(_\w+)?|b?f16|f32))?(-gguf)?$"
 )
 """Suffix of the names of targets in another precision, as publishers of conversions write it."""
 BUNDLED_DRAFTER = "smollm2-135m-treeflash"
@@ -197,11 +199,16 @@ def published_drafters(target: str | None) -> tuple[PublishedDrafter, ...]:
     The last part of the target's name is looked up, without regard to case and to a precision such
     as `-4bit` or `-MLX-4bit`. If it is unknown, the card in a local folder may name the original.
     """
-    folder = Path(target or DEFAULT_TARGET)
+    folder = expand_home(target or DEFAULT_TARGET)
     if drafters := PUBLISHED_DRAFTERS.get(family_name(folder)):
         return drafters
     original = original_name(folder)
     return () if original is None else PUBLISHED_DRAFTERS.get(family_name(Path(original)), ())
+
+
+def expand_home(name: str) -> Path:
+    """Return the path that a name may be, in which `~` is a home; it may also be a hub id."""
+    return Path(os.path.expanduser(name))  # noqa: PTH111 (leaves the home of an unknown user)
 
 
 def original_name(folder: Path) -> str | None:
@@ -228,12 +235,12 @@ def family_name(folder: Path) -> str:
 
 
 def model_name(folder: Path) -> str:
-    """Return the hub id of a folder in the hub's cache, else the folder's name."""
+    """Return the hub id of a folder in the hub's cache, else the name of a folder or GGUF file."""
     folder = folder.absolute()
     repository = folder.parents[1].name if len(folder.parents) > 1 else ""
     if folder.parent.name == "snapshots" and repository.startswith("models--"):
         return repository.removeprefix("models--").replace("--", "/")
-    return folder.name
+    return folder.stem if folder.suffix.lower() == ".gguf" else folder.name
 
 
 def drafter_training(drafter: str | None, target: str | None) -> PublishedDrafter:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import zipfile
 from pathlib import Path
@@ -9,11 +10,13 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+from failures import failing
 from safetensors import deserialize
 from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 
 from treeflash.errors import CheckpointError
+from treeflash.hub import gguf as converter
 from treeflash.hub import models
 from treeflash.hub.gguf import bfloat16_bits, convert_gguf
 
@@ -191,6 +194,21 @@ def test_other_and_damaged_gguf_files_are_refused(tmp_path: Path):
     (tmp_path / "junk.gguf").write_bytes(b"not a model" * 100)
     with pytest.raises(CheckpointError, match=r"junk\.gguf is not a readable"):
         convert_gguf(tmp_path / "junk.gguf", tmp_path)
+    with (
+        failing(converter, "GGUFReader", PermissionError(errno.EACCES, "Permission denied")),
+        pytest.raises(CheckpointError, match=r"junk\.gguf cannot be read: Permission denied"),
+    ):
+        convert_gguf(tmp_path / "junk.gguf", tmp_path)
+
+
+def test_weights_of_an_unknown_type_are_refused(tmp_path: Path):
+    write_gguf(tmp_path / "tiny.gguf")
+    unknown = NotImplementedError("Dequantization for Q1_0 is not yet implemented")
+    with (
+        failing(converter, "dequantize", unknown),
+        pytest.raises(CheckpointError, match=r"tiny\.gguf cannot be converted: .* Q1_0 is not"),
+    ):
+        convert_gguf(tmp_path / "tiny.gguf", tmp_path)
 
 
 def test_default_target_from_a_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

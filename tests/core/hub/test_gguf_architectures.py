@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -280,6 +281,11 @@ def replaced(key: str, value: str) -> Callable[[bytes], bytes]:
     return lambda data: data.replace(key.encode(), value.encode(), 1)
 
 
+def replaced_id(key: str) -> Callable[[bytes], bytes]:
+    pattern = re.compile(re.escape(key.encode()) + b"(.{4})(.{4})", re.DOTALL)
+    return lambda data: pattern.sub(lambda x: x[0][:-4] + b"\xff\xff\0\0", data, count=1)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -287,6 +293,7 @@ def replaced(key: str, value: str) -> Callable[[bytes], bytes]:
         (replaced("blk.3.attn_q.weight", "blk.3.attn_z.weight"), r"blk\.3\.attn_z\.weight"),
         (lambda data: data[:2000], "is not a readable GGUF file"),
         (replaced("tokenizer.ggml.pre", "tokenizer.ggml.prx"), "tokenizer.ggml.pre = 'default'"),
+        (replaced_id("tokenizer.ggml.eos_token_id"), "unsupported GGUF entry: list index out of"),
     ],
 )
 def test_bad_files_are_one_line(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import subprocess
 import threading
 import zipfile
@@ -468,6 +469,16 @@ def test_models_of_lm_studio_and_of_the_hub_are_found_by_name(
     machine: Path, name: str, folder: str
 ) -> None:
     assert models.resolve_target(name) == machine / folder
+
+
+def test_a_name_is_the_newest_snapshot_and_a_tilde_the_home(machine: Path) -> None:
+    old = machine / "hub/models--Qwen--Qwen3-4B/snapshots/0a1b"
+    new = shutil.copytree(old, old.with_name("00ff"))
+    os.utime(old, (1, 1))
+    assert models.resolve_target("Qwen3-4B") == new
+    studio = "~/.lmstudio/models/other/Llama-4bit"
+    assert models.local_folder(studio) == Path(studio).expanduser()
+    assert models.local_folder("~no-such-user/x") is None
 
 
 def test_a_name_of_two_publishers_is_refused(machine: Path) -> None:
