@@ -110,12 +110,15 @@ class Batch:
                 )
 
     def is_finished(self, options: Options, args: argparse.Namespace) -> bool:
-        """Return whether the output has every turn, from the chosen target, backend and dtype."""
+        """Return whether the output has every turn, from the chosen models, backend and dtype."""
         name = model_name(Path(args.target or DEFAULT_TARGET)).rpartition("/")[2].lower()
+        chosen = {"adapter": args.adapter and Path(args.adapter).name}
+        for key in ("backend", "dtype"):
+            if (value := getattr(args, key)) is not None:
+                chosen[key] = value
         for record in self._records():
-            if str(record.get("target")).rpartition("/")[2].lower() != name or any(
-                getattr(args, key) not in (None, record.get(key)) for key in ("backend", "dtype")
-            ):
+            target = str(record.get("target")).rpartition("/")[2].lower()
+            if target != name or any(record.get(key) != value for key, value in chosen.items()):
                 return False
         turns = (
             turn for row in self.rows for turn in self._converse(row, options, {}, lambda: None)

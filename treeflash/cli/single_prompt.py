@@ -342,18 +342,33 @@ def run_answers(
     parallel: Parallel | None,
     as_json: bool,
 ) -> int:
-    """Decode and print several answers to a prompt, and return the exit status."""
-    many = model.generate_many([prompt], n=n, parallel=parallel or AUTO, **options)
-    answers = sorted((generation for _, generation in many), key=lambda answer: answer.seed)
-    for number, answer in enumerate(answers, 1):
-        if as_json:
-            print(json.dumps({**model.names, **answer.to_dict()}))
-            continue
-        console.print(f"answer {number} of {n}, seed {answer.seed}:", style="bold")
-        print(answer.text, flush=True)
-        if answer.log_probs is not None:
-            console.print(list_log_probs(answer.log_probs, model.tokenizer), markup=False)
+    """Decode several answers to a prompt, print them by seed, and return the exit status.
+
+    Answers that ended before an interruption or an error are printed too.
+    """
+    answers: list[Generation] = []
+    code = 0
+    try:
+        for _, answer in model.generate_many([prompt], n=n, parallel=parallel or AUTO, **options):
+            answers.append(answer)
+    except KeyboardInterrupt:
+        code = EXIT_INTERRUPTED
+    finally:
+        answers.sort(key=lambda answer: answer.seed)
+        for answer in answers:
+            if as_json:
+                print(json.dumps({**model.names, **answer.to_dict()}))
+                continue
+            number = answer.seed - options.get("seed", 0) + 1
+            console.print(f"answer {number} of {n}, seed {answer.seed}:", style="bold")
+            print(answer.text, flush=True)
+            if answer.log_probs is not None:
+                console.print(list_log_probs(answer.log_probs, model.tokenizer), markup=False)
     tokens = sum(len(answer.token_ids) for answer in answers)
     lengths = [length for answer in answers for length in answer.accepted_lengths]
-    console.print(f"{n} answers, {tokens} tokens, block efficiency {mean(lengths):.2f}")
-    return 0
+    interrupted = f"interrupted; {n - len(answers)} did not end; " if code else ""
+    console.print(
+        f"{interrupted}{_count(len(answers), 'answer')}, {tokens} tokens, "
+        f"block efficiency {mean(lengths):.2f}"
+    )
+    return code

@@ -7,6 +7,8 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from batch_files import ANSWERS, KEYS, asked, keys, records
@@ -128,6 +130,15 @@ def test_another_dtype_or_backend_is_rejected_for_the_same_file(run, files, scri
     code, err = run(model)
     assert (code, err.count("\n")) == (2, 1)
     assert f"not {value}" in err
+
+
+def test_answers_with_another_adapter_are_not_those_of_a_finished_run(run, files, scripted):
+    model = replace(scripted(*ANSWERS), folder=Path("SmolLM2-135M-Instruct"))
+    run(model)
+    files[1].write_text(files[1].read_text().replace('"adapter": null', '"adapter": "lora"'))
+    code, err = run(model)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "adapter lora, not None" in err
 
 
 def test_a_second_run_into_the_same_file_is_refused(run, files, scripted):
