@@ -53,9 +53,9 @@ def examined(tiny_pair, prompts, tmp_path_factory):
     """
     devices, locate = [], doctor.locate_model
 
-    def located(args):
+    def located(args, **changes):
         devices.append(args.device)
-        return locate(args)
+        return locate(args, **changes)
 
     with (
         pytest.MonkeyPatch.context() as patch,

@@ -31,6 +31,11 @@ DEVICE_OPTIONS = ("device", "dtype", "threads")
 """The options of `LoadConfig` that commands without a drafter have too."""
 
 
+def flag_of(option: Option) -> str:
+    """Return the flag of an option."""
+    return option.flag or f"--{option.name.replace('_', '-')}"
+
+
 def add_option(
     group: Any, option: Option, *, default: Any = argparse.SUPPRESS, shown: object = None
 ) -> None:
@@ -38,7 +43,6 @@ def add_option(
 
     `shown` is the default that the help shows, if it is not the option's own.
     """
-    flag = option.flag or f"--{option.name.replace('_', '-')}"
     items = [get_args(kind)[0] for kind in option.kinds if get_origin(kind) is tuple]
     kinds = items or option.kinds
     settings: dict[str, Any] = {}
@@ -61,7 +65,7 @@ def add_option(
         help = option.help
     else:
         help = f"{option.meaning} (default: {text})"
-    group.add_argument(flag, dest=option.name, default=default, help=help, **settings)
+    group.add_argument(flag_of(option), dest=option.name, default=default, help=help, **settings)
 
 
 def _default_text(option: Option) -> str:
@@ -166,22 +170,26 @@ def with_device(args: argparse.Namespace, run: Callable[[LoadConfig], T]) -> T:
     return fall_back_to_cpu(run, config, named=named)
 
 
-def locate_model(args: argparse.Namespace, methods: Collection[str | None] = ()) -> LocatedPair:
-    """Fetch the chosen models; no drafter if the methods need none. None is the default method."""
-    drafter: str | Literal[False] | None = args.drafter
+def locate_model(
+    args: argparse.Namespace, methods: Collection[str | None] = (), **changes: Any
+) -> LocatedPair:
+    """Fetch the chosen models; no drafter if the methods need none. None is the default method.
+
+    `changes` are options in place of those of the command line.
+    """
+    chosen = {**vars(args), **changes}
+    drafter: str | Literal[False] | None = chosen["drafter"]
     if drafter is None and methods and set(methods) <= {"ar", "suffix"}:
         drafter = False
-    settings: Any = {name: value for name, value in vars(args).items() if name in LOAD_OPTIONS}
-    return locate(args.target, drafter, backend=args.backend, **settings)
+    settings: Any = {name: value for name, value in chosen.items() if name in LOAD_OPTIONS}
+    return locate(chosen["target"], drafter, backend=chosen["backend"], **settings)
 
 
-def load_model(args: argparse.Namespace, methods: Collection[str | None] = ()) -> LanguageModel:
-    """Load the models of `locate_model`; a spinner on a terminal says which."""
-    return load_located(locate_model(args, methods))
-
-
-def load_located(pair: LocatedPair) -> LanguageModel:
-    """Load models, while a spinner on a terminal says which."""
+def load_model(
+    args: argparse.Namespace, methods: Collection[str | None] = (), **changes: Any
+) -> LanguageModel:
+    """Load the models of `locate_model`, while a spinner on a terminal says which."""
+    pair = locate_model(args, methods, **changes)
     # The models are on this machine by now: a download would show its own progress bar.
     with Console(stderr=True).status(f"loading {model_name(pair.target)}"):
         return pair.load()

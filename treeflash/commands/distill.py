@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = _rows(args, config.seed)
     with response_file(args.output) as file:  # before the model is loaded
         # No drafter is loaded: with many prompts at once, plain decoding keeps the device busy.
-        model = load_model(argparse.Namespace(**vars(args), drafter=False))
+        model = load_model(args, drafter=False)
         distillation = Distillation(model, config, file, rows)
         try:
             distillation.check()

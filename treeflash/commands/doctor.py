@@ -61,20 +61,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.device_only:
         return _examine_device(args)
     # Folders replace hub ids, which would be resolved at every load.
-    folder = (
-        choose_drafter(args.target).folder  # None if copies of the text are the best that can draft
-        if args.drafter in (None, AUTO)
-        else resolve_drafter(args.drafter, args.target)
-    )
-    thinking = folder is not None and drafter_training(args.drafter, args.target).thinking
+    if args.drafter in (None, AUTO):
+        chosen = choose_drafter(args.target)  # None if copies of the text are the best drafts
+        name, folder = chosen.name, chosen.folder
+    else:
+        name, folder = args.drafter, resolve_drafter(args.drafter, args.target)
+    thinking = name is not None and drafter_training(name, args.target).thinking
     sources = [source.name for source in draft_sources(args.target)]
     args.target = str(resolve_target(args.target))
 
     costs: list[str] = []
 
     def load(drafter: Path | None) -> Backend:
-        changed = {**vars(args), "drafter": None if drafter is None else str(drafter)}
-        model = locate_model(argparse.Namespace(**changed)).load()
+        model = locate_model(args, drafter=None if drafter is None else str(drafter)).load()
         backend = model.backend
         if not costs:  # of the pair, which is loaded first
             key = model_key(Path(args.target))
@@ -138,7 +137,7 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--device-only",
         action="store_true",
-        help="tell about the device, and check the backend's kernels there, without any model",
+        help="describe the device and check the backend's kernels on it, without loading a model",
     )
     parser.add_argument(
         "--prompts",

@@ -147,7 +147,9 @@ def test_a_spinner_says_what_is_being_loaded(monkeypatch):
     )
     target = Path("/hub/models--Qwen--Qwen3-4B/snapshots/0a1b")
     pair = SimpleNamespace(target=target, load=lambda: list(shown))
-    assert options.load_located(pair) == ["loading Qwen/Qwen3-4B"]
+    monkeypatch.setattr(options, "locate", lambda *args, **settings: pair)
+    args = argparse.Namespace(target="Qwen/Qwen3-4B", drafter=None, backend=None)
+    assert options.load_model(args) == ["loading Qwen/Qwen3-4B"]
 
 
 def test_help_names_the_defaults(parser):

@@ -22,7 +22,7 @@ def run(monkeypatch, files, capsys):
     """Run the command with a model: exit status and standard error."""
 
     def run(model, *arguments):
-        monkeypatch.setattr(distill, "load_model", lambda args: model)
+        monkeypatch.setattr(distill, "load_model", lambda args, drafter: model)
         capsys.readouterr()
         code = distill.main(["--output", str(files[1]), *arguments])
         return code, capsys.readouterr().err
