@@ -100,6 +100,23 @@ def test_a_drafter_gains_and_its_card_says_how_much(run, tmp_path):
     assert "answers.jsonl has lines generated with temperature 0.0, not 1" in error
 
 
+def test_what_cannot_be_adapted_is_one_line(run, tmp_path):
+    for options, message in (
+        (["--measured", "0"], "measured must be 1 or more, got 0"),
+        (["--output", str(tmp_path / "treeflash")], "has the drafter itself; give another"),
+    ):
+        code, _, error = run(*options)
+        assert (code, error.count("\n"), message in error) == (2, 1, True)
+    (tmp_path / "out").mkdir()
+    for text, message in (
+        ('{"target', "before.json cannot be read as JSON"),
+        ("{}", "before.json was measured with target None, not "),
+    ):
+        (tmp_path / "out" / "before.json").write_text(text)
+        code, _, error = run()
+        assert (code, message in error) == (2, True)
+
+
 def test_a_new_head_is_trained_alone(run, tmp_path):
     code, _, error = run("--steps", "2", "--head", "swiglu", format="dflash")
     assert code == 0, error

@@ -82,7 +82,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().parse(argv)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     distill = DistillConfig(**given_options(args, DistillConfig))
+    if args.measured < 1:
+        raise ConfigError(f"measured must be 1 or more, got {args.measured}")
     base = resolve_drafter(args.drafter, args.target)
+    if args.output.resolve() == base.resolve():
+        raise ConfigError(f"{args.output} has the drafter itself; give another --output")
     config = _train_config(args, base, distill)
     # A backend without training answers and measures, and PyTorch trains.
     trains = args.backend is None or args.backend in available(GROUP)
@@ -98,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     answers = args.output / "answers.jsonl"
     try:
         with response_file(answers) as file:
-            model = _load(args, base)
+            model = load_model(args, drafter=str(base))
             if args.device is None:  # later loads choose the same device without a warning
                 args.device = model.backend.device
             distillation = Distillation(model, distill, file, rows[measured:])
@@ -183,10 +187,6 @@ def _train_config(args: argparse.Namespace, base: Path, distill: DistillConfig) 
     return make_train_config(options)
 
 
-def _load(args: argparse.Namespace, drafter: Path) -> LanguageModel:
-    return load_model(argparse.Namespace(**{**vars(args), "drafter": str(drafter)}))
-
-
 def _cost(
     target: Path,
     base: Path,
@@ -250,26 +250,28 @@ def _measure(
     model: LanguageModel | None = None,
 ) -> dict[str, Any]:
     """Return a drafter's accepted lengths by prompt, measured once for each output folder."""
-    is_base = drafter != args.output
-    path = args.output / f"{'before' if is_base else 'after'}.json"
+    path = args.output / ("after.json" if drafter == args.output else "before.json")
     settings = {
         "target": model_name(resolve_target(args.target)),
         "drafter": model_name(drafter),
+        "adapter": args.adapter and Path(args.adapter).name,
         "prompts": [row.id for row in rows],
         "budget": BUDGET,
         "max_tokens": distill.max_tokens,
         "temperature": distill.temperature[0],
     }
     if path.exists():
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found = read_config(args.output, path.name)
         for name, value in settings.items():
-            if found[name] != value:
+            if (other := found.get(name)) != value:
+                difference = f"{name} {other}, not {value}"
                 raise ConfigError(
-                    f"{path} was measured with {name} {found[name]}, not {value}; use the same "
+                    f"{path} was measured with "
+                    f"{'other prompts' if name == 'prompts' else difference}; use the same "
                     "options, or give another --output"
                 )
         return found
-    model = model or _load(args, drafter)
+    model = model or load_model(args, drafter=str(drafter))
     method = model.best_method
     configs = {
         Case(method, BUDGET): model.decode_config(
@@ -292,7 +294,9 @@ def _measure(
         raise PromptError("every answer ended with its first token, so nothing was drafted")
     lengths = [list(run.accepted_lengths) for sample in samples for run in sample.runs.values()]
     measured = {**settings, "method": method, "lengths": lengths}
-    path.write_text(json.dumps(measured) + "\n", encoding="utf-8")
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text(json.dumps(measured) + "\n", encoding="utf-8")
+    scratch.replace(path)  # whole, whenever the process ends
     return measured
 
 
