@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import signal
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -30,8 +32,9 @@ from treeflash.config import GIB, cache_folder
 from treeflash.decoding import Scheduler, SchedulerConfig
 from treeflash.decoding.disk_cache import DiskCache
 from treeflash.decoding.interfaces import device_report
+from treeflash.decoding.iteration import concerns_few
 from treeflash.decoding.prefix_cache import PrefixCache
-from treeflash.errors import ConfigError, PromptError, TreeflashError
+from treeflash.errors import ConfigError, PromptError, first_line
 from treeflash.language_model import LanguageModel
 from treeflash.serving.settings import DISK_OPTIONS
 from treeflash.text.images import data_url
@@ -118,8 +121,10 @@ class ChatSession:
                 elif text.strip():
                     self.reply(with_images(text, self.images))
                     self.images = []
-            except TreeflashError as error:
-                self.console.print(Text(f"error: {error}", "red"))
+            except Exception as error:
+                if not concerns_few(error):
+                    raise
+                self.console.print(Text(f"error: {first_line(error)}", "red"))
 
     def reply(self, content: Content) -> None:
         """Stream the answer to a message. If it fails, the message is dropped."""
@@ -210,24 +215,22 @@ class ChatSession:
                 self.messages = before
 
     def _set(self, name: str = "", value: str | None = None) -> None:
-        parser = Parser("chat", "")
-        cli.add_decode_options(parser, SETTABLE)
-        # Each flag has the name of its option.
-        names = {flag: x.dest for flag, x in parser._option_string_actions.items()}
-        flags = [flag for flag, option in names.items() if option in SETTABLE]
+        flags = {cli.flag_of(cli.DECODE_OPTIONS[x]).removeprefix("--"): x for x in SETTABLE}
         if not name:
-            self._list_options({flag.removeprefix("--"): names[flag] for flag in flags})
+            self._list_options(flags)
             return
         name = name.removeprefix("--").replace("_", "-")
-        if (flag := f"--{name}") not in flags:
+        if name not in flags:
             raise ConfigError(f"unknown option {name}; /set lists the options")
         options: dict[str, Any] = dict(self.options)
         if value is None:
-            options.pop(names[flag], None)
+            options.pop(flags[name], None)
             options.setdefault("max_tokens", MAX_TOKENS)
         else:
+            parser = Parser("chat", "")
+            cli.add_decode_options(parser, [flags[name]])
             try:
-                options |= vars(parser.parse([f"{flag}={value}"]))
+                options |= vars(parser.parse([f"--{name}={value}"]))
             except ConfigError as error:
                 raise ConfigError(str(error).removesuffix("; see --help")) from None
         parse_options(cast(Options, options))
@@ -440,8 +443,13 @@ def _history(forget: bool) -> History:
     if forget:
         return InMemoryHistory()
     file = cache_folder() / "chat_history"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.touch(mode=0o600)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(file, os.O_CREAT | os.O_RDWR, 0o600))
+    except OSError as error:
+        reason = f"{error.filename} cannot be written ({error.strerror})"
+        warnings.warn(f"messages are forgotten at the end: {reason}", stacklevel=2)
+        return InMemoryHistory()
     return FileHistory(file)
 
 

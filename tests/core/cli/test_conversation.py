@@ -9,6 +9,7 @@ import signal
 import stat
 
 import pytest
+from failures import failing
 from prompt_toolkit.application import Application, create_app_session
 from prompt_toolkit.completion import CompleteEvent
 from prompt_toolkit.document import Document
@@ -339,6 +340,14 @@ def test_errors_are_one_line_and_not_the_end(talk, line, message):
     assert contents(talked) == [("user", "hi"), ("assistant", TEXT)]
 
 
+def test_a_text_that_runs_out_of_memory_is_not_the_end(talk, scripted):
+    model = scripted(TEXT)
+    with failing(model.backend, "verify", RuntimeError("CUDA out of memory.\nMore."), call=2):
+        talked, shown = talk("hi", ENTER, "hello", ENTER, model=model)
+    assert "error: CUDA out of memory.\n" in shown
+    assert contents(talked) == [("user", "hello"), ("assistant", TEXT)]
+
+
 def test_a_message_may_begin_with_a_slash(talk):
     assert contents(talk(" /etc", ENTER)[0])[0] == ("user", " /etc")
 
@@ -370,6 +379,9 @@ def test_the_file_of_messages_is_private(tmp_path, monkeypatch):
     assert "a secret" in file.read_text()
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert isinstance(chat._history(True), InMemoryHistory)
+    monkeypatch.setenv("TREEFLASH_CACHE", str(file))  # no folder can be there
+    with pytest.warns(UserWarning, match=f"messages are forgotten at the end: {file} cannot be"):
+        assert isinstance(chat._history(False), InMemoryHistory)
 
 
 @pytest.mark.parametrize(("available", "kept"), [(None, 1 << 30), (20 << 30, 9 << 30)])
