@@ -62,7 +62,7 @@ def test_the_names_that_scripts_rely_on(use, run, model, tmp_path):
     use(model)
     path = tmp_path / "out.json"
     code, out, err = run(
-        "--methods", "ar,dflash,ddtree,treeflash", "--budgets", "16,4", "--json", str(path)
+        "--methods", "ar, dflash,ddtree,treeflash", "--budgets", "16, 4", "--json", str(path)
     )
     found = json.loads(path.read_text(encoding="utf-8"))
     assert code == 0
@@ -246,6 +246,13 @@ def test_a_method_that_the_drafter_cannot_do(use, run, scripted):
     use(scripted("x", head=False))
     code, _, err = run("--methods", "treeflash")
     assert (code, "has no AR head" in err) == (2, True)
+
+
+def test_without_a_drafter_the_default_methods_have_nothing_to_measure(use, run, scripted):
+    use(scripted("x", drafter=False))
+    code, out, err = run()
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "no drafter was loaded, which all default methods need" in err
 
 
 def test_unless_methods_are_named_they_are_those_that_the_drafter_can(

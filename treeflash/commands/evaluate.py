@@ -57,6 +57,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         drafts_blocks = drafter is not None and drafter.has_marginals
         has = {True: model.backend.head is not None, False: drafts_blocks}
         configs = {case: config for case, config in configs.items() if has[config.uses_head]}
+    if not configs:
+        raise ConfigError(
+            "no drafter was loaded, which all default methods need; name one (--drafter), or "
+            "methods without one (--methods ar,suffix)"
+        )
     sets = {name: encode_rows(model, prompts, configs) for name, prompts in rows.items()}
     config = next(iter(configs.values()))
     evaluation = Evaluation()
@@ -175,7 +180,8 @@ def _case_options(args: argparse.Namespace) -> dict[Case, Options]:
         raise ConfigError("max_tokens must be 2 or more, because the prefill gives the first token")
     methods = DEFAULT_METHODS if args.methods is None else args.methods
     options: dict[Case, Options] = {}
-    for case in list_cases(methods.split(","), map(int, sizes)):
+    names = (name.strip() for name in methods.split(","))
+    for case in list_cases(names, map(int, sizes)):
         options[case] = {**shared, "method": case.method, "budget": case.budget}
         parse_options(options[case])
     return options

@@ -172,9 +172,9 @@ def mix(
         if not any(shares):
             break
         mixed.append(random_.choices(remaining, shares)[0].pop())
-    counts = Counter(row.id for row in mixed)
-    if repeated := next((name for name, count in counts.items() if count > 1), None):
-        raise PromptError(f"the id {repeated!r} is in two files of prompts; make ids unique")
+    ((name, count),) = Counter(row.id for row in mixed).most_common(1)
+    if count > 1:
+        raise PromptError(f"the id {name!r} is in two files of prompts; make ids unique")
     return mixed
 
 

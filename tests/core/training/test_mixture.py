@@ -21,6 +21,7 @@ def test_without_limit_every_row_comes_once():
     assert {row.id for row in mix(files, [9.0, 1.0], None, seed=0)} == {"a", "b", "c"}
 
 
-def test_an_id_in_two_files_is_refused():
-    with pytest.raises(PromptError, match="the id 'a' is in two files"):
-        mix([[Row(id="a", turns=())], [Row(id="a", turns=())]], [1.0, 1.0], None, seed=0)
+@pytest.mark.parametrize("name", ["a", "", 0])
+def test_an_id_in_two_files_is_refused(name):
+    with pytest.raises(PromptError, match=f"the id {name!r} is in two files"):
+        mix([[Row(id=name, turns=())], [Row(id=name, turns=())]], [1.0, 1.0], None, seed=0)
