@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from failures import failing
 from processes import core_command, core_module
 
 from treeflash.cli.single_prompt import SAMPLE_PROMPT, summarise
@@ -117,6 +118,28 @@ def test_n_answers_have_seeds_of_their_own(run, tiny_pair):
     _, out, err = run("hi", *options, "--n", "2")
     assert "answer 2 of 2, seed 8:" in err
     assert answers[1]["text"].strip() in out
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (KeyboardInterrupt, 130, "interrupted; 1 did not end; 1 answer, "),
+        (NumericalError("not finite"), 2, "error: not finite\n"),
+    ],
+)
+def test_an_early_end_keeps_the_answers_that_ended(use, run, scripted, error, code, line):
+    def options(n):
+        return "hi", "--n", str(n), "--parallel", "1", "--seed", "7", "--json"
+
+    model = use(scripted(TEXT))
+    run(*options(1))
+    calls = model.backend.verified
+    with failing(model.backend, "verify", error, call=calls + 1):
+        found, out, err = run(*options(2))
+    assert found == code
+    (answer,) = map(json.loads, out.splitlines())
+    assert (answer["text"], answer["seed"]) == (TEXT, 7)
+    assert line in err
 
 
 def test_the_seed_is_random_and_can_be_repeated(run, tiny_pair):
@@ -308,6 +331,10 @@ def test_the_system_message_of_a_drafters_training_is_pointed_out(use, run, scri
     note = "note: the drafter was trained with the system message 'You are a helpful assistant.'"
     assert note in run("hi", *drafter)[2]
     assert note not in run("hi", *drafter, "--system", "Be.")[2]
+    # The best drafter of this target was passed over.
+    folder = Path("/hub/models--deepseek-ai--dspark_qwen3_4b_block7/snapshots/0a1b")
+    use(replace(scripted(TEXT), drafter_folder=folder))
+    assert note in run("hi", "--target", "Qwen/Qwen3-4B")[2]
     assert note not in run("hi", *drafter, "--method", "ar")[2]
 
 

@@ -338,6 +338,17 @@ def test_keys_and_origins_are_lists_without_empty_texts(name):
     assert Settings(**{name: ["one", "two"]})
 
 
+def test_a_model_is_called_as_its_file_or_folder(tmp_path):
+    (tmp_path / "Qwen3-4B-Q4_K_M.gguf").touch()
+    for target, name in (
+        (tmp_path, tmp_path.name),
+        (tmp_path / "Qwen3-4B-Q4_K_M.gguf", "Qwen3-4B-Q4_K_M"),
+        ("Qwen/Qwen3-4B", "Qwen/Qwen3-4B"),
+    ):
+        args = command.make_parser().parse(["--target", str(target)])
+        assert command.model_names(args) == (name,)
+
+
 def test_the_model_has_all_of_its_names(model):
     """Requests may use any of them; responses have the first."""
     engine = Engine(lambda: model, Settings(), Metrics())

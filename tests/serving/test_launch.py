@@ -197,6 +197,7 @@ def answering(status, body):
         (404, b"nothing"),
         (200, b"<html>"),
         (200, b"[]"),
+        (200, b'{"data": []}'),
         (200, b'{"data": [{"id": "other", "owned_by": "vllm", "max_model_len": 8}]}'),
     ],
 )

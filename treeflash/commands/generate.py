@@ -21,7 +21,7 @@ from treeflash.cli.single_prompt import (
     run_answers,
     run_text,
 )
-from treeflash.config import GIB
+from treeflash.config import AUTO, GIB
 from treeflash.decoding.suffix import SuffixCache
 from treeflash.errors import ConfigError
 from treeflash.hub.published import drafter_training
@@ -185,7 +185,10 @@ def _load(args: argparse.Namespace, options: Options, console: Console) -> Langu
     model = cli.load_model(args, [options.get("method")])
     if options.get("method") in ("ar", "suffix") or model.backend.drafter_config is None:
         return model
-    trained = drafter_training(args.drafter, args.target)
+    # The best known drafter of the target may have been passed over.
+    automatic = args.drafter in (None, AUTO)
+    drafter = model.names["drafter"] if automatic else args.drafter
+    trained = drafter_training(drafter, args.target)
     thinking = (options.get("template_args") or {}).get("enable_thinking", trained.thinking)
     if model.tokenizer.knows_thinking and bool(thinking) != trained.thinking:
         on, off = ("on", "off") if thinking else ("off", "on")

@@ -160,7 +160,7 @@ def _models(url: str, key: str) -> dict[str, int] | None:
     try:
         with opener.open(request, timeout=SECONDS) as response:
             data: list[dict[str, Any]] = json.load(response)["data"]
-            if any(model["owned_by"] != "treeflash" for model in data):
+            if not data or any(model["owned_by"] != "treeflash" for model in data):
                 raise ConfigError(taken)
             return {model["id"]: model["max_model_len"] for model in data}
     except urllib.error.HTTPError as error:

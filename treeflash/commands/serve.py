@@ -68,6 +68,8 @@ def model_names(args: argparse.Namespace) -> tuple[str, ...]:
     if args.target is None:
         return ("SmolLM2-135M-Instruct",)
     path = Path(args.target)
+    if path.is_file():  # GGUF
+        return (path.stem,)
     return (path.resolve().name,) if path.is_dir() else (args.target,)
 
 
