@@ -63,7 +63,7 @@ from numpy.typing import NDArray
 from treeflash.config import Method
 from treeflash.decoding.suffix import MATCH_LEVELS, match_level
 from treeflash.decoding.tree import DraftTree
-from treeflash.decoding.verify_costs import OUTLIER_FACTOR, VerifyCosts, power_of_two
+from treeflash.decoding.verify_costs import OUTLIER_FACTOR, SIZES, VerifyCosts, power_of_two
 
 SMOOTHING = 0.07
 """Weight of the newest iteration in running sums."""
@@ -454,6 +454,11 @@ class AdaptiveBudgets:
                     self.costs = measure()
                 self.by_method[method] = AdaptiveBudget(self.costs, method != "suffix")
             return self.by_method[method]
+
+    @property
+    def largest(self) -> int:
+        """The most nodes that any tree can have; until the costs are known, with any costs."""
+        return max(SIZES if self.costs is None else self.costs.seconds)
 
     def is_paused(self, sequences: int) -> bool:
         """Return whether no method drafts now with about that many sequences."""

@@ -149,7 +149,7 @@ class Scheduler:
         return requests
 
     def check(self, request: Request) -> None:
-        """Raise the error that `submit` would raise. Any thread may call it."""
+        """Raise the error that `submit` would raise. Any thread may call it: no costs are timed."""
         check(self.backend, request)
         limit = self.config.max_bytes
         if limit is not None and (needed := self.state_bytes(request)) > limit:
@@ -185,8 +185,7 @@ class Scheduler:
         requests = list(requests)
         for request in requests:
             self.check(request)
-        for request in requests:
-            self.submit(request)
+        self._waiting += [_Waiting(request, None) for request in requests]
         return self._steps()
 
     def _steps(self) -> Generator[tuple[Request, Step], None, None]:
@@ -250,6 +249,8 @@ class Scheduler:
                 break
             del self._waiting[0]
             try:
+                if first.request.config.is_adaptive:
+                    self._budget(first.request.config.method)  # the state's size depends on it
                 if leader is None and not self._restore(first):
                     self._waiting.insert(0, first)
                     break  # its state is still being read
@@ -282,8 +283,7 @@ class Scheduler:
             return True
         if self._restoration is None:
             prefix = request.prompt_ids[:-1]
-            in_memory = cache.find(self._cache_key(request), prefix, request.digests)
-            cached = 0 if in_memory is None else in_memory[1]
+            _, cached = self._find(request)
             if len(prefix) < cached + cache.disk.block:
                 return True
             opened = partial(
@@ -307,23 +307,30 @@ class Scheduler:
                 return sequence if shareable else None
         return None
 
+    def _find(self, request: Request) -> tuple[SequenceState | None, int]:
+        """Find the state in the prefix cache to fork, and at which length; it counts as used.
+
+        The prompt's last token is always run, because its logits give the first new token.
+        """
+        if self.prefix_cache is None or request.scores_prompt:
+            return None, 0
+        prefix = request.prompt_ids[:-1]
+        found = self.prefix_cache.find(self._cache_key(request), prefix, request.digests)
+        return found or (None, 0)
+
     def _start(self, waiting: _Waiting, leader: RunningSequence | None) -> None:
         request = waiting.request
-        # The prompt's last token is always run, because its logits give the first new token.
-        prefix = request.prompt_ids[:-1]
-        source: tuple[SequenceState, int] | None = None
-        if leader is not None:
-            source = leader.state, leader.state.restorable(len(prefix))
-        elif self.prefix_cache is not None and not request.scores_prompt:
-            source = self.prefix_cache.find(self._cache_key(request), prefix, request.digests)
-        cached = 0 if source is None else source[1]
+        if leader is None:
+            source, cached = self._find(request)
+        else:
+            source, cached = leader.state, leader.state.restorable(len(request.prompt_ids) - 1)
         capacity = self._capacity(request)
         restored = None if self._restoration is None else self._restoration[1].state
         self._restoration = None
         if restored is not None:
             state, cached = restored, restored.length
         elif source is not None and cached:
-            state = source[0].fork(cached, capacity)
+            state = source.fork(cached, capacity)
         else:
             state = self.backend.open(capacity, drafts=request.config.drafts)
         loop = decode_loop(
@@ -354,6 +361,8 @@ class Scheduler:
         states = [(self._capacity(x), x.config.drafts) for x in requests]
         free = self.config.max_bytes - states_nbytes(self.backend, states) - copied
         if free >= 0 and self.prefix_cache is not None:
+            if request is not None and self.prefix_cache.nbytes > free:
+                self._find(request)  # the state that it continues is then the last to leave
             self.prefix_cache.shrink(free)
         return free >= 0
 
@@ -401,7 +410,7 @@ class Scheduler:
         config = request.config
         nodes = 1
         if config.is_adaptive:
-            nodes = self._budget(config.method).largest
+            nodes = self.budgets.largest
         elif config.speculates:
             nodes = int(config.budget)
         if request.scores_prompt:

@@ -292,6 +292,23 @@ def test_the_prefix_cache_makes_room_for_sequences(backend):
     assert len(cache) == 0
 
 
+def test_the_state_that_a_sequence_continues_is_the_last_to_make_room(backend):
+    """Small requests that came after it do not cost a conversation its beginning."""
+    config, cache = config_of(max_tokens=4), PrefixCache(10**9)
+    scheduler = Scheduler(backend, prefix_cache=cache)
+    conversation, sizes = list(range(10, 50)), []
+    for prompt in (conversation, [5, 6], [7, 8]):
+        scheduler.submit(Request(prompt_ids=prompt, config=config))
+        finish(scheduler)
+        sizes.append(cache.nbytes)
+    request = Request(prompt_ids=[*conversation, 9, 8], config=config)
+    scheduler.config = SchedulerConfig(max_bytes=scheduler.state_bytes(request) + sizes[0])
+    scheduler.submit(request)
+    ((_, first),) = scheduler.step()
+    assert first.cached_tokens >= len(conversation)
+    assert cache.nbytes == sizes[0] < sizes[-1]
+
+
 @pytest.mark.parametrize(("missing", "cached"), [(0, 1), (1, 0)])
 def test_a_finished_state_is_copied_only_where_both_fit(backend, missing, cached):
     """The copy is made before the state of the sequence is closed."""

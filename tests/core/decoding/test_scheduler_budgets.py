@@ -10,8 +10,9 @@ from treeflash.decoding.adaptive_budget import HIGHEST_BALANCE, AdaptiveBudget, 
 from treeflash.decoding.suffix import SuffixDrafter
 from treeflash.decoding.transitions import Calibration
 from treeflash.decoding.tree import DraftTree
-from treeflash.decoding.verify_costs import VerifyCosts
+from treeflash.decoding.verify_costs import SIZES, VerifyCosts
 from treeflash.reference.backend import load
+from treeflash.testing.comparisons import tokens_of
 
 COSTS = {1: 1000.0, 4: 1010.0, 8: 1020.0}
 """So large that the seconds of passes are implausible on any machine, and change no cost."""
@@ -307,3 +308,20 @@ def test_the_budgets_of_a_pair_share_costs_that_are_measured_once():
     assert other is not first
     assert other.costs is first.costs is measured[0]
     assert len(measured) == 1
+
+
+def test_a_request_is_checked_without_a_pass_of_the_target(monkeypatch):
+    """Other threads than the scheduler's check requests, and must not run the target."""
+    timed = []
+    costs = VerifyCosts({1: 1000.0, 4: 1010.0})
+    monkeypatch.setattr(VerifyCosts, "measure", lambda backend: timed.append(backend) or costs)
+    backend = scripted(SCRIPT)
+    monkeypatch.setattr(backend, "state_nbytes", lambda capacity, *, drafts: capacity)
+    scheduler = Scheduler(backend, SchedulerConfig(max_bytes=1000))
+    request = Request(prompt_ids=PROMPT, config=config_of(budget="auto", max_tokens=9))
+    scheduler.check(request)
+    assert scheduler.state_bytes(request) == len(PROMPT) + 9 + max(SIZES)
+    assert not timed
+    assert tokens_of(step for _, step in scheduler.decode([request])) == SCRIPT[4:13]
+    assert timed == [backend]
+    assert scheduler.state_bytes(request) == len(PROMPT) + 9 + 4
