@@ -68,7 +68,8 @@ class SchedulerThread(threading.Thread):
     Args:
         make: makes the scheduler, in the thread.
         receive: takes the events of each iteration, in the thread.
-        fail: takes the error of an iteration that ended all sequences, in the thread.
+        fail: takes the error of an iteration, or of `receive`, that ended all sequences, in the
+            thread.
         stays: whether the thread waits for commands while it has no sequence, until `stop`.
 
     Attributes:
@@ -140,9 +141,7 @@ class SchedulerThread(threading.Thread):
 
     def _iterate(self, scheduler: Scheduler) -> None:
         try:
-            events = scheduler.step()
+            self._receive(scheduler.step())
         except Exception as error:
             self._fail(error)
             scheduler.close()
-        else:
-            self._receive(events)
