@@ -56,6 +56,8 @@ QUEUE_BYTES = 256 << 20
 """Bytes on the host that may wait to be written."""
 SCAN_S = 5.0
 """Seconds for which the size of the folder is remembered: other processes write to it too."""
+FORGETTING = 0.1
+"""The share of the cost of restoring that each prompt forgets for which restoring does not pay."""
 SCRATCH_S = 3600.0
 """Age of a file that no process can be writing any more, seconds."""
 LEFT_AFTER_EVICTION = 0.95
@@ -89,10 +91,14 @@ class Rates:
     restore_s: float | None = None
 
     def pays(self, restored: int, saved: int) -> bool:
-        """Return whether restoring positions is likely to be faster than running `saved` ones."""
+        """Decide whether restoring positions is likely to be faster than running `saved` ones."""
         if self.prefill_s is None or self.restore_s is None:
             return True
-        return restored * self.restore_s < saved * self.prefill_s
+        if restored * self.restore_s < saved * self.prefill_s:
+            return True
+        # Otherwise nothing would be restored again after one slow restoration.
+        self.restore_s *= 1 - FORGETTING
+        return False
 
 
 class DiskCache:
@@ -338,10 +344,10 @@ class DiskCache:
         return Stored(len(blocks) * self.block, blocks, None)
 
     def read(self, kind: Kind, key: bytes) -> tuple[Part, StateArrays] | None:
-        """Read a part; None if it cannot be used, and then it is removed."""
+        """Read a part; None if it cannot be used. A damaged file is removed."""
         try:
-            part, arrays = state_files.read(self.folder, kind, key, self.max_bytes)
-        except FileNotFoundError:  # another process has removed it
+            found = state_files.read(self.folder, kind, key, self.max_bytes)
+        except MemoryError:  # the file may be good
             return None
         except (BadFileError, OSError) as error:
             path = self.folder / file_name(kind, key)
@@ -350,8 +356,9 @@ class DiskCache:
             self._found_bad = True
             _remove(path)
             return None
-        self._checked.add(part.name)
-        return part, arrays
+        if found is not None:
+            self._checked.add(found[0].name)
+        return found
 
     def restore(
         self,

@@ -23,6 +23,7 @@ positions can be appended only while the drafter has read everything before them
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import hmac
 import json
@@ -52,6 +53,9 @@ SCRATCH = re.compile(r"\.[0-9a-f]{64}\.(block|unread|end)\.[0-9a-f]+\.tmp")
 NS_PER_POSITION = 10**5
 """The time in which a position is written or read, at most, nanoseconds; a beginning that took
 longer would seem to have been used before its continuation."""
+NOT_NOW = (errno.ENOENT, errno.EMFILE, errno.ENFILE)
+"""Errors of opening a file that say nothing about it: another process has removed it, or this
+process or the machine has too many files open."""
 MAC, POSITIONS = "mac", "positions"
 """The names of the code and of `first`, `read` and `stop` of a part, among its arrays."""
 
@@ -152,19 +156,20 @@ def decode(kind: Kind, key: bytes, contents: bytes) -> tuple[Part, StateArrays]:
     return Part(kind, key, first, read, stop), arrays
 
 
-def read(folder: Path, kind: Kind, key: bytes, max_bytes: int) -> tuple[Part, StateArrays]:
+def read(folder: Path, kind: Kind, key: bytes, max_bytes: int) -> tuple[Part, StateArrays] | None:
     """Read and check a part; a BadFileError or an OSError if it cannot be used.
 
-    It counts as used: of two parts of a sequence, the later one is the less recently used.
+    It counts as used: of two parts of a sequence, the later one is the less recently used. None is
+    returned if the file was removed, or cannot be opened now and may be good.
     """
     path = folder / file_name(kind, key)
     # A link would lead out of the folder, and a pipe would not end.
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     try:
         descriptor = os.open(path, flags)
-    except FileNotFoundError:
-        raise
     except OSError as error:
+        if error.errno in NOT_NOW:
+            return None
         raise BadFileError(f"it cannot be opened ({error.strerror})") from error
     with os.fdopen(descriptor, "rb") as file:
         status = os.fstat(descriptor)

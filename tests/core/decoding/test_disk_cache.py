@@ -11,6 +11,7 @@ from stored_states import Process, plain, prompt_of, stored_pair
 
 from treeflash.config import DecodeConfig
 from treeflash.decoding import Request, state_files
+from treeflash.decoding.disk_cache import Rates
 
 FAMILIES = ("qwen3", "qwen3_5")  # the second has recurrent layers
 
@@ -131,6 +132,35 @@ def test_nothing_is_restored_that_the_prefill_computes_faster(pair, tmp_path):
             again, (_, disk) = process.answer(prompt)
             assert again == text
             assert (disk > 0) == pays
+
+
+def test_one_slow_restoration_is_not_the_last():
+    rates = Rates(prefill_s=1e-3, restore_s=4e-3)
+    assert not rates.pays(40, 40)
+    assert any(rates.pays(40, 40) for _ in range(20))
+    assert rates.restore_s > 0.5e-3
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "error"),
+    [
+        (os, "open", OSError(errno.EMFILE, "Too many open files")),
+        (state_files, "decode", MemoryError()),
+    ],
+)
+def test_a_host_without_room_for_a_file_keeps_it(pair, tmp_path, caplog, owner, name, error):
+    prompt = prompt_of(40)
+    with Process(pair, tmp_path) as process:
+        text, _ = process.answer(prompt)
+    before = names(tmp_path)
+    with Process(pair, tmp_path) as process:
+        process.disk.add = lambda *_: None
+        with failing(owner, name, error):
+            assert process.answer(prompt) == (text, (0, 0))
+    assert names(tmp_path) == before
+    assert not caplog.records
+    with Process(pair, tmp_path) as process:
+        assert process.answer(prompt)[1][1] >= 32
 
 
 def test_the_limit_holds_and_the_least_recently_used_go_first(pair, tmp_path):
