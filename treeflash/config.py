@@ -16,6 +16,7 @@ from platformdirs import user_cache_dir
 from treeflash.errors import ConfigError
 from treeflash.option import (
     check,
+    is_finite,
     is_number,
     is_whole,
     option,
@@ -56,8 +57,11 @@ def remember(path: Path, text: str) -> None:
     scratch = path.with_suffix(f".{time.monotonic_ns()}")
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch.write_text(text, encoding="utf-8")
-        scratch.replace(path)
+        try:
+            scratch.write_text(text, encoding="utf-8")
+            scratch.replace(path)
+        finally:
+            scratch.unlink(missing_ok=True)
 
 
 def parse_budget(text: str) -> int | str:
@@ -86,7 +90,7 @@ def parse_head_rows(text: str) -> int | str | None:
 
 def _parse_logit_bias(text: str) -> dict[int, float]:
     values = parse_json_object(text)
-    if not all(key.isdecimal() and type(bias) in (int, float) for key, bias in values.items()):
+    if not all(key.isdecimal() and (type(x) is float or is_finite(x)) for key, x in values.items()):
         raise argparse.ArgumentTypeError(f"not numbers by token id: {text}")
     return {int(key): float(bias) for key, bias in values.items()}
 
@@ -195,15 +199,15 @@ class Penalties:
     )
 
     def __post_init__(self) -> None:
-        if not (is_number(self.repetition) and 0 < self.repetition < math.inf):
+        if not (is_finite(self.repetition) and self.repetition > 0):
             raise ConfigError(f"repetition penalty must be above 0, got {self.repetition!r}")
         for name in ("presence", "frequency"):
             value = getattr(self, name)
-            if not (is_number(value) and abs(value) < math.inf):
+            if not is_finite(value):
                 raise ConfigError(f"{name} penalty must be a finite number, got {value!r}")
         tokens = [token for token, _ in self.logit_bias]
         if len(set(tokens)) < len(tokens) or not all(
-            is_whole(token, 0) and is_number(bias) and bias < math.inf
+            is_whole(token, 0) and (is_finite(bias) or bias == -math.inf)
             for token, bias in self.logit_bias
         ):
             raise ConfigError(
@@ -300,6 +304,7 @@ class DecodeConfig:
         frozenset(),
         "tokens that end the text; the generated one is a part of it",
         annotation="Collection[int]",
+        rule="a frozenset of token ids",
         shown="the end tokens of the target",
         flag="",
     )

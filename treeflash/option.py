@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
@@ -138,7 +138,7 @@ class Option:
         if kind is int:
             return is_whole(value) and self._within_limits(value)
         if kind is float:
-            return is_number(value) and math.isfinite(value) and self._within_limits(value)
+            return is_finite(value) and self._within_limits(value)
         return isinstance(value, get_origin(kind) or kind) and value != ""
 
     def _within_limits(self, value: float) -> bool:
@@ -205,6 +205,11 @@ def is_whole(value: object, least: int | None = None) -> bool:
 def is_number(value: object) -> bool:
     """Return whether `value` is a real number, Python's or NumPy's."""
     return not isinstance(value, bool) and isinstance(value, Real)
+
+
+def is_finite(value: Any) -> bool:
+    """Return whether `value` is a real number that a float holds: neither infinite nor NaN."""
+    return is_number(value) and bool(abs(value) <= sys.float_info.max)
 
 
 def parse_switch(text: str) -> bool:

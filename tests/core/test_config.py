@@ -51,6 +51,7 @@ BAD_DECODE = [
     ({"draft_temperature": NAN}, "draft_temperature must be from 1e-6 to 1e6, got nan"),
     ({"calibration": "off"}, "calibration must be True or False, got 'off'"),
     ({"max_tokens": 0}, "max_tokens must be 1 or more, got 0"),
+    ({"stop_token_ids": [2]}, "stop_token_ids must be a frozenset of token ids, got [2]"),
 ]
 
 

@@ -473,6 +473,7 @@ def bad_files(folder):
         ("--prompts rows.jsonl", "--output"),
         ("--logit-bias {x} hi", "not JSON"),
         ('--logit-bias {"x":1} hi', "not numbers by token id"),
+        (f'--logit-bias {{"1":1{"0" * 400}}} hi', "not numbers by token id"),
         ('--logit-bias {"1":NaN} hi', "logit_bias must give one number per token id"),
         ("--json-schema [] hi", "not a JSON object"),
         ("--json-schema @missing.json hi", "missing.json cannot be read"),

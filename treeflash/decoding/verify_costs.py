@@ -45,11 +45,12 @@ import platform
 import statistics
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -217,66 +218,25 @@ class VerifyCosts:
     @classmethod
     def measure(cls, backend: Backend) -> VerifyCosts:
         """Time the backend's target on bushy trees of arbitrary tokens."""
-
-        def timed(size: int) -> float:
-            tree = _bushy_tree(size, backend.vocab_size)
-            before = time.perf_counter()
-            sequence.verify(tree)
-            return time.perf_counter() - before
-
-        longest = LONG_PROMPT_TOKENS if backend.device == "cpu" else GPU_PROMPT_TOKENS
+        on_cpu = backend.device == "cpu"
+        longest = LONG_PROMPT_TOKENS if on_cpu else GPU_PROMPT_TOKENS
         longest = min(longest, max(backend.max_positions, PROMPT_TOKENS))
         prompt = [token % backend.vocab_size for token in range(longest)]
-        sequence = SequenceSession(backend, capacity=longest + max(TIMED))
-        sequence.extend(prompt[:PROMPT_TOKENS])
-        # The first forward pass of a size also compiles and allocates: the best time counts, and no
-        # size is given up because of its first.
-        best: dict[int, float] = {}
-        for size in TIMED:
-            best[size] = timed(size)
-            if best[size] > MAX_RELATIVE_COST * best[1]:
-                best[size] = min(best[size], timed(size))
-            if best[size] > MAX_RELATIVE_COST * best[1]:
-                break
-        rounds: dict[int, list[float]] = {size: [] for size in best}
-        started = time.perf_counter()
-        for number in range(1, MAX_ROUNDS):
-            if number >= MIN_ROUNDS and time.perf_counter() - started > TIME_BUDGET_S:
-                break
-            # A pass is slower after a much larger one. So rounds go down and up in turn, and sizes
-            # follow similar ones, as they do in decoding.
-            order = sorted(best, reverse=number % 2 == 1)
-            for size in [size for size in order if best[size] <= MAX_RELATIVE_COST * best[1]]:
-                rounds[size].append(timed(size))
-                best[size] = min(best[size], rounds[size][-1])
-        typical = {size: statistics.median(times) for size, times in rounds.items() if times}
-        agree = all(typical[size] <= DISAGREEMENT * best[size] for size in typical)
-        rise = all(
-            best[larger] * DISAGREEMENT >= best[smaller]
-            for smaller, larger in zip(list(best), list(best)[1:], strict=False)
-        )
-        token_s = math.inf if backend.device == "cpu" else _token_seconds(sequence)
-        sizes = [size for size in SIZES if size <= max(best)]
-        line = np.interp(sizes, list(best), list(best.values())).tolist()
-        pairs = zip(sizes, line, strict=True)
-        limit = MAX_RELATIVE_COST * best[1]
-        costs = {size: seconds for size, seconds in pairs if seconds <= limit}
-        timed_sizes = [size for size in best if size in costs]
-        position_s: dict[int, float] = {}
-        if longest >= LONG_PROMPT_TOKENS:
-            started = time.perf_counter()
-            for first in range(PROMPT_TOKENS, longest, PREFILL_TOKENS):
-                sequence.extend(prompt[first : first + PREFILL_TOKENS])
-                if time.perf_counter() - started >= PREFILL_S:
-                    break
-            on_gpu = longest > LONG_PROMPT_TOKENS
-            for rows in GPU_READERS if on_gpu else timed_sizes[-1:]:
-                if rows in timed_sizes:
-                    longer_s = min(timed(rows) for _ in range(MIN_ROUNDS)) - best[rows]
-                    position_s[rows] = max(longer_s, 0.0) / (sequence.length - PROMPT_TOKENS)
-        sequence.close()
-        seconds = {**costs, 1: min(costs[1], token_s)}
-        return cls(seconds, position_s, is_sound=agree and rise)
+        with SequenceSession(backend, capacity=longest + max(TIMED)) as sequence:
+            sequence.extend(prompt[:PROMPT_TOKENS])
+            best, is_sound = _time_sizes(sequence)
+            token_s = math.inf if on_cpu else _token_seconds(sequence)
+            sizes = [size for size in SIZES if size <= max(best)]
+            line = np.interp(sizes, list(best), list(best.values())).tolist()
+            limit = MAX_RELATIVE_COST * best[1]
+            costs = {n: cost for n, cost in zip(sizes, line, strict=True) if cost <= limit}
+            position_s: dict[int, float] = {}
+            if longest >= LONG_PROMPT_TOKENS:
+                short_s = {size: seconds for size, seconds in best.items() if size in costs}
+                readers = GPU_READERS if longest > LONG_PROMPT_TOKENS else (max(short_s),)
+                short_s = {size: short_s[size] for size in readers if size in short_s}
+                position_s = _position_seconds(sequence, prompt[PROMPT_TOKENS:], short_s)
+        return cls({**costs, 1: min(costs[1], token_s)}, position_s, is_sound=is_sound)
 
     @classmethod
     def kept(cls, backend: Backend, file: CostFile) -> VerifyCosts:
@@ -463,6 +423,65 @@ def cost_file(backend: Backend, model: str, loaded: LoadConfig, folder: Path) ->
 def power_of_two(sequences: int) -> int:
     """Round a number of sequences up to a power of two, the key of measurements."""
     return 1 << (sequences - 1).bit_length()
+
+
+def _time(sequence: SequenceSession, size: int) -> float:
+    """Time a pass over a tree of some nodes."""
+    tree = _bushy_tree(size, sequence.backend.vocab_size)
+    before = time.perf_counter()
+    sequence.verify(tree)
+    return time.perf_counter() - before
+
+
+def _time_sizes(sequence: SequenceSession) -> tuple[dict[int, float], bool]:
+    """Return the best time of each tree size, and whether the times are sound.
+
+    The first forward pass of a size also compiles and allocates: the best time counts, and no size
+    is given up because of its first.
+    """
+    best: dict[int, float] = {}
+    for size in TIMED:
+        best[size] = _time(sequence, size)
+        if best[size] > MAX_RELATIVE_COST * best[1]:
+            best[size] = min(best[size], _time(sequence, size))
+        if best[size] > MAX_RELATIVE_COST * best[1]:
+            break
+    rounds: dict[int, list[float]] = {size: [] for size in best}
+    started = time.perf_counter()
+    for number in range(1, MAX_ROUNDS):
+        if number >= MIN_ROUNDS and time.perf_counter() - started > TIME_BUDGET_S:
+            break
+        # A pass is slower after a much larger one. So rounds go down and up in turn, and sizes
+        # follow similar ones, as they do in decoding.
+        order = sorted(best, reverse=number % 2 == 1)
+        for size in [size for size in order if best[size] <= MAX_RELATIVE_COST * best[1]]:
+            rounds[size].append(_time(sequence, size))
+            best[size] = min(best[size], rounds[size][-1])
+    agree = all(
+        statistics.median(times) <= DISAGREEMENT * best[size]
+        for size, times in rounds.items()
+        if times
+    )
+    rise = all(best[b] * DISAGREEMENT >= best[a] for a, b in pairwise(best))
+    return best, agree and rise
+
+
+def _position_seconds(
+    sequence: SequenceSession, tokens: Sequence[int], short_s: Mapping[int, float]
+) -> dict[int, float]:
+    """Return the extra seconds of a pass for each position, by number of rows.
+
+    The sequence is extended by as many of the tokens as `PREFILL_S` allow. `short_s` has the
+    seconds of passes before, by number of rows.
+    """
+    started = time.perf_counter()
+    for first in range(0, len(tokens), PREFILL_TOKENS):
+        sequence.extend(tokens[first : first + PREFILL_TOKENS])
+        if time.perf_counter() - started >= PREFILL_S:
+            break
+    added = sequence.length - PROMPT_TOKENS
+    long_s = {rows: min(_time(sequence, rows) for _ in range(MIN_ROUNDS)) for rows in short_s}
+    return {rows: max(long_s[rows] - short_s[rows], 0.0) / added for rows in short_s}
 
 
 def _token_seconds(sequence: SequenceSession) -> float:

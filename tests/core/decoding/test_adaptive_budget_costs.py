@@ -1,11 +1,14 @@
 """The cost of verifying trees: how it is measured, kept, read back and updated."""
 
+import errno
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from failures import failing
 
 from treeflash.config import LoadConfig
 from treeflash.decoding import verify_costs
@@ -271,6 +274,25 @@ def test_an_outlier_of_several_texts_counts_as_the_shortest_or_longest_plausible
     assert 1.7 / OUTLIER_FACTOR <= cost < np.inf
 
 
+def test_a_pass_that_fails_leaves_no_state_open(monkeypatch):
+    closed = []
+
+    class Small(Timed):
+        def open(self, capacity, *, drafts):
+            state = super().open(capacity, drafts=drafts)
+            state.close = lambda: closed.append(True)
+            return state
+
+    def seconds(rows):
+        if rows == 64:
+            raise MemoryError
+        return 0.01
+
+    with pytest.raises(MemoryError):
+        VerifyCosts.measure(Small(monkeypatch, seconds))
+    assert closed == [True]
+
+
 def test_costs_are_measured_on_a_target(backend):
     found = VerifyCosts.measure(backend).seconds
     assert found[1] > 0
@@ -413,3 +435,10 @@ def test_a_folder_that_cannot_be_written_only_costs_time(monkeypatch, target, tm
     timed = Timed(monkeypatch, lambda nodes: 0.01)
     found = kept_costs(timed, target, LOADED, tmp_path / "costs")
     assert found.seconds[1] == pytest.approx(0.01)
+
+
+def test_a_disk_that_is_full_is_left_without_pieces(monkeypatch, target, tmp_path):
+    timed = Timed(monkeypatch, lambda nodes: 0.01)
+    with failing(Path, "replace", OSError(errno.ENOSPC, "No space left on device")):
+        kept_costs(timed, target, LOADED, tmp_path / "costs")
+    assert not list((tmp_path / "costs").iterdir())
