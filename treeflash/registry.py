@@ -15,7 +15,7 @@ from typing import Any, TypeVar, cast
 from treeflash.config import LoadConfig
 from treeflash.decoding.interfaces import DeviceReport, Loader
 from treeflash.drafters.config import DrafterShape
-from treeflash.errors import BackendError
+from treeflash.errors import BackendError, first_line
 
 T = TypeVar("T")
 
@@ -134,7 +134,7 @@ def fall_back_to_cpu(run: Callable[[LoadConfig], T], config: LoadConfig, *, name
 
 
 def load_entry_point(name: str, entries: dict[str, EntryPoint]) -> Any:
-    """Import a backend; a BackendError if it is unknown or lacks its framework."""
+    """Import a backend; a BackendError if it is unknown, or its framework is missing or broken."""
     if name not in entries:
         raise BackendError(
             f"unknown backend {name!r}; registered are: {', '.join(sorted(entries)) or 'none'}"
@@ -148,4 +148,10 @@ def load_entry_point(name: str, entries: dict[str, EntryPoint]) -> Any:
         raise BackendError(
             f"backend {name!r} needs {missing[0]}; pip install '.[{name}]' in a clone of treeflash"
         )
-    return entries[name].load()
+    try:
+        return entries[name].load()
+    except ImportError as error:
+        raise BackendError(
+            f"backend {name!r} cannot be imported ({first_line(error)}); update its packages, or "
+            "install them again"
+        ) from error

@@ -58,6 +58,21 @@ def test_backend_of_another_package(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     del sys.modules["abacus_backend"]
 
 
+def test_a_framework_that_cannot_be_imported(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its version may be one that the backend does not know, or its libraries may be missing."""
+    (tmp_path / "broken_backend.py").write_text("raise ImportError('no libtorch.so')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    register(monkeypatch, ("broken", "broken_backend:load"))
+    with pytest.raises(BackendError) as caught:
+        registry.loader("broken")
+    assert str(caught.value) == (
+        "backend 'broken' cannot be imported (no libtorch.so); update its packages, or install "
+        "them again"
+    )
+
+
 def test_unknown_name(monkeypatch: pytest.MonkeyPatch) -> None:
     register(monkeypatch, REFERENCE, ("mlx", "treeflash_mlx.backend:load"))
     with pytest.raises(BackendError) as caught:

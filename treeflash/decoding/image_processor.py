@@ -123,8 +123,12 @@ def load_processor(
         return "it has no vision tower"
     if isinstance(family, str):
         return family
+    if all(config.get(name) is None for name in PLACEHOLDER_IDS):
+        return "its configuration does not say which token stands for an image"
+    family = family.for_config(config.get("text_config", config))
+    merge = int(vision.get("spatial_merge_size", 2))  # it counts with three axes alone
     try:
-        processor = read(folder)
+        return Processor(read(folder), family, placeholder_id(config), merge)
     except ImportError as error:
         return (
             f"its processor needs a package that is not installed ({first_line(error)}); "
@@ -132,9 +136,6 @@ def load_processor(
         )
     except Exception as error:  # of a folder without the files of a processor, among others
         return f"its folder has no usable processor ({first_line(error)})"
-    family = family.for_config(config.get("text_config", config))
-    merge = int(vision.get("spatial_merge_size", 2))  # it counts with three axes alone
-    return Processor(processor, family, placeholder_id(config), merge)
 
 
 def placeholder_id(config: Mapping[str, Any]) -> int:

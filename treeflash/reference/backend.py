@@ -72,7 +72,7 @@ def check_config(config: LoadConfig) -> None:
     """Raise a ConfigError for settings that this backend lacks."""
     for option in ("compile", "device_map", "exact", "threads"):
         if getattr(config, option):
-            raise ConfigError(f"{option} is supported only by the cuda backend")
+            raise ConfigError(f"{option} is not supported by the reference backend")
     if config.dtype not in (None, "float32"):
         raise ConfigError(f"dtype must be float32 on the reference backend, got {config.dtype}")
     if config.draft_bits or config.kv_bits:

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from treeflash.decoding.image_processor import load_processor
 from treeflash.decoding.images import Image, PromptImages, locate, rotary_positions
 from treeflash.decoding.prefix_cache import PrefixCache
 from treeflash.decoding.state_files import PrefixKeys
@@ -174,3 +175,18 @@ def test_placeholders_are_never_copied():
     assert text == [1, 2, 3, SEPARATOR, SEPARATOR, SEPARATOR, 4, 1, 2, 3]
     proposal = SuffixDrafter(text).propose(8, 8)
     assert len(proposal) == 1
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({}, "its configuration does not say which token stands for an image"),
+        ({"image_token_id": PLACEHOLDER}, "its folder has no usable processor ('object' object"),
+    ],
+)
+def test_a_folder_that_lacks_what_images_need_is_a_text_model(tmp_path, config, reason):
+    """A tokenizer may be all that a folder has in place of a processor."""
+    config = {"model_type": "qwen2_vl", "vision_config": {}, **config}
+    found = load_processor(tmp_path, config, "mlx", lambda folder: object())
+    assert isinstance(found, str)
+    assert found.startswith(reason)
