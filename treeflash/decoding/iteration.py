@@ -322,8 +322,7 @@ class Iteration:
         for sequence, _ in drafts:
             sequence.add_time("tree", started)
         for (sequence, drafted), made in zip(drafts, grown, strict=True):
-            parts = drafted.table, drafted.nodes, drafted.proposal, made
-            sequence.resume(Drafted(*parts), "tree")
+            sequence.resume(replace(drafted, grown=made), "tree")
 
     def _grow(
         self, drafts: Sequence[tuple[RunningSequence, Drafted]]

@@ -22,6 +22,7 @@ from treeflash.reference.drafter_model import DrafterModel
 from treeflash.reference.numerics import (
     Array,
     Ints,
+    best_children,
     linear,
     log_softmax,
     rms_norm,
@@ -396,11 +397,8 @@ class RecurrentHead(OneByOneHead):
         if len(vocab) < logits.shape[1]:
             mass = np.log(np.exp(marginal[:, vocab]).sum(-1))
         width = options.m if options.rows is None else min(options.m, options.rows)
-        state, previous, paths = (
-            self.cell.start(block),
-            np.array([block.root], np.int32),
-            np.zeros(1),
-        )
+        state, paths = self.cell.start(block), np.zeros(1)
+        previous = np.array([block.root], np.int32)
         tokens, log_probs, kept, confidences = [], [], [], []
         for depth, hidden in enumerate(block.hidden, 1):
             state, scores = self._step(state, hidden, previous, depth)
@@ -411,12 +409,9 @@ class RecurrentHead(OneByOneHead):
             confidence = self.cell.confidence(hidden[None], previous[None])
             if confidence is not None:
                 confidences.append(confidence[0])
-            children = (paths[:, None] + log_probs[-1]).ravel()
-            ranks = children.copy()
-            ranks[0] = np.inf  # the first row is the chain's, which must not end here
-            kept.append(np.argsort(-ranks, kind="stable")[:width])
-            previous, paths = tokens[-1].ravel()[kept[-1]], children[kept[-1]]
-            state = state[kept[-1] // best.shape[1]]
+            chosen, paths = best_children(paths, log_probs[-1], width)
+            kept.append(chosen)
+            previous, state = tokens[-1].ravel()[chosen], state[chosen // best.shape[1]]
         return TransitionTable.from_paths(tokens, log_probs, kept, confidences or None)
 
     def log_probs(self, block: Block, previous: Ints) -> Array:

@@ -18,6 +18,7 @@ from treeflash.reference.numerics import (
     Array,
     Ints,
     attention,
+    best_children,
     log_softmax,
     sigmoid,
     top,
@@ -226,7 +227,7 @@ class MtpHead(OneByOneHead):
         if options.noise is not None:
             noise = options.noise.values(model.token_ids)
         width = min(options.m, MAX_PATHS if options.rows is None else options.rows, MAX_PATHS)
-        rows, path_log_probs = self._start(block), np.zeros(1)
+        rows, paths = self._start(block), np.zeros(1)
         tokens: list[Ints] = []
         log_probs: list[Array] = []
         kept: list[NDArray[np.int64]] = []
@@ -238,12 +239,9 @@ class MtpHead(OneByOneHead):
             best, best_log_probs = top(scores, options.k)
             tokens.append(model.token_ids[best])
             log_probs.append(best_log_probs)
-            children = (path_log_probs[:, None] + best_log_probs).ravel()
-            ranks = children.copy()
-            ranks[0] = np.inf  # the first row is the chain's, which must not end here
-            kept.append(np.argsort(-ranks, kind="stable")[:width])
-            parents = kept[-1] // best.shape[1]
-            path_log_probs = children[kept[-1]]
+            chosen, paths = best_children(paths, best_log_probs, width)
+            kept.append(chosen)
+            parents = chosen // best.shape[1]
         return TransitionTable.from_paths(tokens, log_probs, kept)
 
     def log_probs(self, block: MtpBlock, previous: Ints) -> Array:

@@ -113,3 +113,19 @@ def top(logits: Array, k: int) -> tuple[Ints, Array]:
     """Return the `k` largest of each row, ties by index, and their log probabilities."""
     order = np.argsort(-logits, axis=-1, kind="stable")[..., :k]
     return order.astype(np.int32), np.take_along_axis(log_softmax(logits), order, -1)
+
+
+def best_children(
+    paths: NDArray[np.float64], log_probs: Array, width: int
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Choose the children that become the paths of the next depth, at most `width`, best first.
+
+    They are indices into the n * K children of (n,) paths, whose log probabilities are (n, K).
+    Returns the log probabilities of the paths to them too. The first child is the chain's, which
+    must not end here.
+    """
+    children = (paths[:, None] + log_probs).ravel()
+    ranks = children.copy()
+    ranks[0] = np.inf
+    kept = np.argsort(-ranks, kind="stable")[:width]
+    return kept, children[kept]
