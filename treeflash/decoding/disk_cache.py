@@ -57,7 +57,7 @@ QUEUE_BYTES = 256 << 20
 SCAN_S = 5.0
 """Seconds for which the size of the folder is remembered: other processes write to it too."""
 FORGETTING = 0.1
-"""The share of the cost of restoring that each prompt forgets for which restoring does not pay."""
+"""The share of the cost of restoring that each prompt forgets while the prefill is faster."""
 SCRATCH_S = 3600.0
 """Age of a file that no process can be writing any more, seconds."""
 LEFT_AFTER_EVICTION = 0.95
@@ -94,11 +94,11 @@ class Rates:
         """Decide whether restoring positions is likely to be faster than running `saved` ones."""
         if self.prefill_s is None or self.restore_s is None:
             return True
-        if restored * self.restore_s < saved * self.prefill_s:
-            return True
-        # Otherwise nothing would be restored again after one slow restoration.
-        self.restore_s *= 1 - FORGETTING
-        return False
+        pays = restored * self.restore_s < saved * self.prefill_s
+        if self.restore_s > self.prefill_s:
+            # Otherwise nothing would be restored again after one slow restoration.
+            self.restore_s *= 1 - FORGETTING
+        return pays
 
 
 class DiskCache:

@@ -35,6 +35,11 @@ class _Entry:
         ends = [first for first, _ in self.digests.items() ^ digests.items()]
         return self.state.restorable(min([n, *different[:1].tolist(), *ends]))
 
+    def replaces(self, other: _Entry) -> bool:
+        """Return whether the state serves all prompts that another one serves."""
+        both = other.tokens, other.digests
+        return self.key == other.key and self.shared_length(*both) >= other.shared_length(*both)
+
 
 class PrefixCache:
     """A cache of states; at `max_bytes` of device memory the least recently used are closed.
@@ -91,16 +96,24 @@ class PrefixCache:
             state.close()
             return
         new = _Entry(key, np.array(tokens, np.int32), digests, state)
-        for entry in [entry for entry in self._entries if entry.key == key]:
-            both = entry.tokens, entry.digests
-            if new.shared_length(*both) >= entry.shared_length(*both):
-                # The new state serves all prompts that this one served.
-                self._drop(entry, save=False)
+        for entry in [entry for entry in self._entries if new.replaces(entry)]:
+            self._drop(entry, save=False)
         self._entries.append(new)
         if self.disk is not None:
             assert isinstance(key, CacheKey)
             self.disk.add(key, tokens, state, digests)
         self.shrink(self.max_bytes)
+
+    def retire(
+        self,
+        key: Hashable,
+        tokens: Sequence[int],
+        state: SequenceState,
+        digests: Mapping[int, bytes] = NO_IMAGES,
+    ) -> None:
+        """Let the states that a fork of this one will replace be the first to leave."""
+        new = _Entry(key, np.array(tokens, np.int32), digests, state)
+        self._entries.sort(key=lambda entry: not new.replaces(entry))
 
     def shrink(self, nbytes: int) -> None:
         """Close the least recently used states until the others hold at most `nbytes` bytes."""

@@ -384,7 +384,12 @@ class Scheduler:
         # A stop may have cut off the tokens of the last positions.
         length = sequence.state.restorable(len(sequence.tokens))
         nbytes = self.backend.state_nbytes(length, drafts=sequence.config.drafts)
-        if not length or nbytes > cache.max_bytes or not self._make_room(copied=nbytes):
+        if not length or nbytes > cache.max_bytes:
+            return
+        request, tokens = sequence.request, sequence.tokens[:length]
+        key = self._cache_key(request)
+        cache.retire(key, tokens, sequence.state, request.digests)
+        if not self._make_room(copied=nbytes):
             return
         try:
             # A fork does not have room for more tokens.
@@ -393,8 +398,7 @@ class Scheduler:
             if not concerns_few(error):  # the answer is complete; only later prompts take longer
                 raise
             return
-        request = sequence.request
-        cache.put(self._cache_key(request), sequence.tokens[:length], state, request.digests)
+        cache.put(key, tokens, state, request.digests)
 
     def _finished_answers(self, salt: str) -> list[SuffixIndex]:
         """Return the indices over finished answers that a sequence may copy."""

@@ -11,6 +11,7 @@ from memory import watch_states
 
 from treeflash.config import METHODS, DecodeConfig, LoadConfig, Penalties, SamplingConfig
 from treeflash.decoding import Request, Scheduler, SchedulerConfig, Step, decode, iteration
+from treeflash.decoding.disk_cache import CacheKey
 from treeflash.decoding.interfaces import Prefill, Verify
 from treeflash.decoding.prefix_cache import PrefixCache
 from treeflash.errors import (
@@ -307,6 +308,27 @@ def test_the_state_that_a_sequence_continues_is_the_last_to_make_room(backend):
     ((_, first),) = scheduler.step()
     assert first.cached_tokens >= len(conversation)
     assert cache.nbytes == sizes[0] < sizes[-1]
+
+
+def test_a_longer_state_takes_the_place_of_the_one_it_replaces(backend):
+    """The turn of a conversation does not cost others their states."""
+    config, cache = config_of(max_tokens=4), PrefixCache(10**9)
+    scheduler = Scheduler(backend, prefix_cache=cache)
+    prompt = list(range(10, 50))
+    for each in ([5, 6], prompt):
+        scheduler.submit(Request(prompt_ids=each, config=config))
+        (answer,) = finish(scheduler).values()
+    following = [*prompt, *answer, 9, 8]
+    request = Request(prompt_ids=following, config=config)
+    # Beside the sequence there is room for two of the three states.
+    copied = backend.state_nbytes(len(following) + 4 - 1, drafts=True)
+    other = backend.state_nbytes(2 + 4 - 1, drafts=True)
+    limit = scheduler.state_bytes(request) + copied + other
+    scheduler.config = SchedulerConfig(max_bytes=limit)
+    scheduler.submit(request)
+    finish(scheduler)
+    assert len(cache) == 2
+    assert cache.find(CacheKey(backend, True, ""), [5, 6]) is not None
 
 
 @pytest.mark.parametrize(("missing", "cached"), [(0, 1), (1, 0)])
