@@ -269,7 +269,7 @@ class Tokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes of one token, which may be a part of a character."""
-        text = str(self.transformers.decode([token_id], clean_up_tokenization_spaces=False))
+        text = self._text_inside(token_id)
         if REPLACEMENT not in text:
             return text.encode()
         token = str(self.transformers.convert_ids_to_tokens(token_id))
@@ -280,10 +280,21 @@ class Tokenizer:
 
     def token_text(self, token_id: int) -> str:
         """Return one token for display: special tokens by name, partial characters as stored."""
-        text = str(self.transformers.decode([token_id], clean_up_tokenization_spaces=False))
+        text = self._text_inside(token_id)
         if text and REPLACEMENT not in text:
             return text
         return self.transformers.convert_ids_to_tokens(token_id) or f"<{token_id}>"
+
+    def _text_inside(self, token_id: int) -> str:
+        """Return the text that a token adds to a text.
+
+        Some decoders strip a space from the first token, so the second of two has its whole text.
+        """
+        first, both = (
+            str(self.transformers.decode([token_id] * n, clean_up_tokenization_spaces=False))
+            for n in (1, 2)
+        )
+        return both[len(first) :]
 
 
 @cache

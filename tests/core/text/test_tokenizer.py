@@ -36,6 +36,16 @@ def test_special_tokens_are_left_out_but_can_be_shown(plain: Tokenizer):
     assert plain.token_text(100_000) == "<100000>"
 
 
+def test_a_token_has_the_text_that_it_adds(tokenizer: Tokenizer):
+    """With the space at its beginning, which some decoders strip from a text of one token."""
+    vocabulary = tokenizer.transformers.get_vocab()
+    for token in vocabulary.values():
+        added = tokenizer.transformers.decode([vocabulary["e"], token]).removeprefix("e")
+        if "\ufffd" not in added:
+            assert tokenizer.token_text(token) == added
+            assert tokenizer.token_bytes(token) == added.encode()
+
+
 def test_spaces_before_punctuation_stay(plain: Tokenizer):
     assert plain.decode(plain.encode("a , b . n't")) == "a , b . n't"
 
