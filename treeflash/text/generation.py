@@ -4,81 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from treeflash.config import Budget
-from treeflash.decoding.loop import Phase, Step
+from treeflash.decoding.loop import Phase
 from treeflash.decoding.sampling import LogProbs
 
 PHASES: tuple[Phase, ...] = ("prefill", "draft", "tree", "verify", "commit")
-
-
-class DecodingMetrics:
-    """Figures that follow from accepted lengths and times by phase.
-
-    `accepted_lengths` are the numbers of tokens that each iteration committed, accepted draft
-    tokens and the bonus token. The prefill and its token are not an iteration.
-    """
-
-    accepted_lengths: list[int]
-    seconds: dict[Phase, float]
-
-    @property
-    def histogram(self) -> dict[int, int]:
-        """Number of iterations by accepted length, shortest first."""
-        return dict(sorted(Counter(self.accepted_lengths).items()))
-
-    @property
-    def block_efficiency(self) -> float:
-        """Mean of the accepted lengths; 1 for plain decoding, 0 without an iteration."""
-        return mean(self.accepted_lengths)
-
-    @property
-    def prefill_s(self) -> float:
-        """Seconds until the first token was sampled."""
-        return self.seconds["prefill"]
-
-    @property
-    def decode_s(self) -> float:
-        """Seconds of the iterations."""
-        return sum(self.seconds.values()) - self.prefill_s
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Tokens of the iterations per second of `decode_s`; 0 without an iteration.
-
-        In a batch, the tokens count one text and the seconds count the whole batch.
-        """
-        return sum(self.accepted_lengths) / self.decode_s if self.decode_s else 0.0
-
-
-@dataclass
-class Stats(DecodingMetrics):
-    """Accepted lengths, times and number of new tokens, which grow step by step."""
-
-    accepted_lengths: list[int] = field(default_factory=list)
-    seconds: dict[Phase, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
-    tokens: int = 0
-    plain_iterations: int = 0  # without a draft or a copy
-
-    def add(self, step: Step) -> None:
-        self.tokens += len(step.tokens)
-        if step.tree is not None:
-            self.accepted_lengths.append(len(step.tokens))
-            self.plain_iterations += len(step.tree) == 1 and "draft" not in step.seconds
-        for phase, seconds in step.seconds.items():
-            self.seconds[phase] += seconds
-
-    def truncate(self, tokens: int) -> None:
-        """Drop tokens after the first `tokens`, because a stop string ended the text there."""
-        excess = self.tokens - tokens
-        self.tokens = min(self.tokens, tokens)
-        while excess > 0 and self.accepted_lengths:
-            last = self.accepted_lengths.pop()
-            if last > excess:
-                self.accepted_lengths.append(last - excess)
-            excess -= last
 
 
 def mean(values: Iterable[float]) -> float:
@@ -149,7 +82,7 @@ class TokenLogProb:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generation(DecodingMetrics):
+class Generation:
     """A generated text, how it was decoded, and the time that it took.
 
     Unless `token_ids` is empty, `1 + sum(accepted_lengths) == len(token_ids)`: the prefill gives
@@ -158,6 +91,9 @@ class Generation(DecodingMetrics):
     Attributes:
         text: the new text, without special tokens, ending before a stop string.
         token_ids: the new tokens; the last may be a stop token, or have completed a stop string.
+        accepted_lengths: numbers of tokens that each iteration committed, accepted draft tokens and
+            the bonus token.
+        seconds: wall time by phase.
         inexact: why other methods, budgets or batches may give other texts; None in exact mode.
         finish_reason: `stop` (a stop token or string), `length` (`max_tokens`), or `interrupted`.
         paused_iterations: iterations without a draft, because the budget `auto` found that drafts
@@ -180,6 +116,34 @@ class Generation(DecodingMetrics):
     paused_iterations: int = 0
     compare: Comparison | None = None
     log_probs: list[TokenLogProb] | None = None
+
+    @property
+    def histogram(self) -> dict[int, int]:
+        """Number of iterations by accepted length, shortest first."""
+        return dict(sorted(Counter(self.accepted_lengths).items()))
+
+    @property
+    def block_efficiency(self) -> float:
+        """Mean of the accepted lengths; 1 for plain decoding, 0 without an iteration."""
+        return mean(self.accepted_lengths)
+
+    @property
+    def prefill_s(self) -> float:
+        """Seconds until the first token was sampled."""
+        return self.seconds["prefill"]
+
+    @property
+    def decode_s(self) -> float:
+        """Seconds of the iterations."""
+        return sum(self.seconds.values()) - self.prefill_s
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens of the iterations per second of `decode_s`; 0 without an iteration.
+
+        In a batch, the tokens count one text and the seconds count the whole batch.
+        """
+        return sum(self.accepted_lengths) / self.decode_s if self.decode_s else 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON object with the names that scripts rely on."""

@@ -21,7 +21,7 @@ from treeflash.decoding.suffix import SuffixCache
 from treeflash.decoding.tree import DraftTree
 from treeflash.errors import ConfigError
 from treeflash.option import is_whole
-from treeflash.text.generation import Generation, Stats, TokenLogProb
+from treeflash.text.generation import PHASES, Generation, TokenLogProb
 from treeflash.text.tokenizer import TextStream, Tokenizer
 
 Parallel: TypeAlias = int | Literal["auto"]
@@ -110,10 +110,11 @@ class Assembler:
     def generation(self) -> Generation:
         """Return all chunks so far as one result; `interrupted` if the text is not complete."""
         token_ids = [token for chunk in self.chunks for token in chunk.token_ids]
-        stats = Stats()
-        for chunk in self.chunks:
-            stats.add(chunk.step)
-        stats.truncate(len(token_ids))
+        steps = [chunk.step for chunk in self.chunks]
+        plain = sum(
+            step.tree is not None and len(step.tree) == 1 and "draft" not in step.seconds
+            for step in steps
+        )
         text = "".join(chunk.text for chunk in self.chunks)
         if self.finish_reason is None:
             text = self.tokenizer.decode(token_ids)  # with text that the chunks held back
@@ -121,8 +122,12 @@ class Assembler:
             text=text,
             token_ids=token_ids,
             prompt_tokens=len(self.prompt_ids),
-            accepted_lengths=stats.accepted_lengths,
-            seconds=stats.seconds,
+            accepted_lengths=[
+                len(chunk.token_ids) for chunk in self.chunks if chunk.step.tree is not None
+            ],
+            seconds={
+                phase: sum(step.seconds.get(phase, 0.0) for step in steps) for phase in PHASES
+            },
             method=self.config.method,
             budget=AUTO if self.config.budget == AUTO else int(self.config.budget),
             backend=self.backend.name,
@@ -131,9 +136,7 @@ class Assembler:
             inexact=self.backend.inexact,
             seed=int(self.config.sampling.seed),  # NumPy's numbers are not JSON
             finish_reason=self.finish_reason or "interrupted",
-            paused_iterations=stats.plain_iterations
-            if self.config.drafts and self.config.is_adaptive
-            else 0,
+            paused_iterations=plain if self.config.drafts and self.config.is_adaptive else 0,
             log_probs=None
             if self.config.log_probs is None
             else [token for chunk in self.chunks for token in chunk.log_probs],

@@ -6,10 +6,8 @@ import numpy as np
 import pytest
 
 from treeflash.decoding.adaptive_budget import AdaptiveBudget
-from treeflash.decoding.loop import Step
 from treeflash.decoding.tree import DraftTree
 from treeflash.decoding.verify_costs import SIZES, CostFile, VerifyCosts
-from treeflash.text.generation import Stats
 
 LENGTH = 100
 DRAFT_S = 0.012
@@ -192,11 +190,3 @@ def test_the_file_says_what_it_has_and_how_to_measure_again(file):
     file.write(VerifyCosts(dict(RIGHT)))
     assert file.describe().startswith("1 row 25 ms, 8 rows ")
     assert f"delete {file.path} to measure again" in file.describe()
-
-
-def test_iterations_without_a_draft_are_counted():
-    stats = Stats()
-    root, chain = DraftTree.root_only(0), DraftTree.chain(np.zeros(2, np.int32), np.zeros(2))
-    for tree, seconds in ((None, {}), (root, {"draft": 1.0}), (root, {}), (chain, {}), (root, {})):
-        stats.add(Step(tokens=[1], tree=tree, path=None, table=None, seconds=seconds))
-    assert stats.plain_iterations == 2

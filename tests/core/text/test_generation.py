@@ -2,95 +2,106 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
+from treeflash.config import DecodeConfig
 from treeflash.decoding.loop import Step
 from treeflash.decoding.tree import DraftTree
-from treeflash.text.generation import PHASES, Stats, mean
+from treeflash.text.generation import PHASES, Generation, mean
+from treeflash.text.stream import Assembler
 
-PREFILL = Step((3,), {"prefill": 2.0})
+BACKEND = SimpleNamespace(name="none", device="cpu", dtype="float32", inexact=None)
+LETTERS = SimpleNamespace(
+    special_token_ids=frozenset(),
+    byte_token_ids=frozenset(),
+    decode=lambda token_ids: "".join(chr(ord("a") + token) for token in token_ids),
+)
+"""Each token is a letter."""
+PREFILL = Step((0,), {"prefill": 2.0})
+SECONDS = {"draft": 0.1, "tree": 0.2, "verify": 0.3, "commit": 0.4}
 
 
-def iteration(tokens: int, finish_reason: str | None = None) -> Step:
-    return Step(
-        tuple(range(tokens)),
-        {"draft": 0.1, "tree": 0.2, "verify": 0.3, "commit": 0.4},
-        DraftTree.root_only(1),
-        np.zeros(1, np.int32),
-        finish_reason,
-    )
-
-
-def stats_of(*lengths: int) -> Stats:
-    stats = Stats()
-    stats.add(PREFILL)
+def generate(*lengths: int, stop: str | None = None) -> Generation:
+    """Return the generation of a prefill and iterations that committed so many tokens."""
+    assembler = Assembler(BACKEND, LETTERS, (1, 2), DecodeConfig(), () if stop is None else (stop,))
+    assembler.add(PREFILL)
+    first = 1
     for length in lengths:
-        stats.add(iteration(length))
-    return stats
+        tokens = tuple(range(first, first + length))
+        first += length
+        tree = DraftTree.root_only(1)
+        if assembler.add(Step(tokens, SECONDS, tree, np.zeros(1, np.int32))).finish_reason:
+            break
+    return assembler.generation()
 
 
 def test_figures() -> None:
-    stats = stats_of(3, 1, 4, 3)
-    assert stats.tokens == 12
-    assert stats.accepted_lengths == [3, 1, 4, 3]
-    assert stats.block_efficiency == 11 / 4
-    assert stats.prefill_s == 2
-    assert stats.decode_s == pytest.approx(4)
-    assert stats.tokens_per_s == pytest.approx(11 / 4)
-    assert stats.histogram == {1: 1, 3: 2, 4: 1}
-    assert list(stats.histogram) == [1, 3, 4]
-    assert stats.seconds == pytest.approx(
+    found = generate(3, 1, 4, 3)
+    assert len(found.token_ids) == 12
+    assert found.accepted_lengths == [3, 1, 4, 3]
+    assert found.block_efficiency == 11 / 4
+    assert found.prefill_s == 2
+    assert found.decode_s == pytest.approx(4)
+    assert found.tokens_per_s == pytest.approx(11 / 4)
+    assert found.histogram == {1: 1, 3: 2, 4: 1}
+    assert list(found.histogram) == [1, 3, 4]
+    assert found.seconds == pytest.approx(
         {"prefill": 2, "draft": 0.4, "tree": 0.8, "verify": 1.2, "commit": 1.6}
     )
 
 
-def test_nothing_counted_yet() -> None:
-    stats = Stats()
-    assert stats.tokens == 0
-    assert stats.block_efficiency == 0
-    assert stats.tokens_per_s == 0
-    assert stats.histogram == {}
-    assert stats.seconds == dict.fromkeys(PHASES, 0.0)
+def test_nothing_generated_yet() -> None:
+    found = Assembler(BACKEND, LETTERS, (1, 2), DecodeConfig()).generation()
+    assert found.token_ids == []
+    assert found.block_efficiency == 0
+    assert found.tokens_per_s == 0
+    assert found.histogram == {}
+    assert found.seconds == dict.fromkeys(PHASES, 0.0)
 
 
 def test_prefill_alone_is_no_iteration() -> None:
-    stats = stats_of()
-    assert stats.tokens == 1
-    assert stats.accepted_lengths == []
-    assert stats.block_efficiency == 0
-    assert stats.tokens_per_s == 0
+    found = generate()
+    assert len(found.token_ids) == 1
+    assert found.accepted_lengths == []
+    assert found.block_efficiency == 0
+    assert found.tokens_per_s == 0
 
 
 def test_plain_decoding_has_efficiency_one() -> None:
-    assert stats_of(1, 1, 1).block_efficiency == 1
-
-
-def test_two_generations_share_nothing() -> None:
-    first = stats_of(2)
-    assert Stats().accepted_lengths == []
-    assert first.accepted_lengths == [2]
+    assert generate(1, 1, 1).block_efficiency == 1
 
 
 @pytest.mark.parametrize(
-    ("kept", "lengths"),
+    ("stop", "text", "lengths"),
     [
-        (8, [3, 1, 3]),  # nothing is cut
-        (7, [3, 1, 2]),
-        (6, [3, 1, 1]),
-        (5, [3, 1]),  # an iteration of which nothing is left is none
-        (4, [3]),
-        (2, [1]),
-        (1, []),
-        (0, []),  # the prefill's token too
+        ("x", "abcdefgh", [3, 1, 3]),  # nothing is cut
+        ("gh", "abcdef", [3, 1, 3]),
+        ("g", "abcdef", [3, 1, 2]),
+        ("ef", "abcd", [3, 1, 1]),  # an iteration begins within the stop string
+        ("e", "abcd", [3, 1]),
+        ("cd", "ab", [3]),
+        ("b", "a", [1]),
     ],
 )
-def test_cut(kept: int, lengths: list[int]) -> None:
-    stats = stats_of(3, 1, 3)
-    stats.truncate(kept)
-    assert stats.tokens == kept
-    assert stats.accepted_lengths == lengths
-    assert stats.decode_s == pytest.approx(3)  # the time was spent all the same
+def test_a_stop_string_cuts_an_iteration(stop: str, text: str, lengths: list[int]) -> None:
+    """Its tokens count up to the one that completed the string; its time was spent all the same."""
+    found = generate(3, 1, 3, stop=stop)
+    assert found.text == text
+    assert found.accepted_lengths == lengths
+    assert len(found.token_ids) == 1 + sum(lengths)
+    assert found.decode_s == pytest.approx(len(lengths))
+
+
+@pytest.mark.parametrize(("budget", "expected"), [("auto", 2), (4, 0)])
+def test_iterations_without_a_draft_are_counted(budget: str | int, expected: int) -> None:
+    root, chain = DraftTree.root_only(0), DraftTree.chain(np.zeros(2, np.int32), np.zeros(2))
+    assembler = Assembler(BACKEND, LETTERS, (1, 2), DecodeConfig(budget=budget))
+    for tree, seconds in ((None, {}), (root, {"draft": 1.0}), (root, {}), (chain, {}), (root, {})):
+        assembler.add(Step((1,), seconds, tree))
+    assert assembler.generation().paused_iterations == expected
 
 
 def test_mean() -> None:
