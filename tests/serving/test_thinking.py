@@ -12,7 +12,7 @@ from tool_models import tool_model
 from treeflash.config import DecodeConfig
 from treeflash.decoding import Request, decode
 from treeflash.decoding.sampling import unpack
-from treeflash.serving.thinking import ThinkingBudget, limit_thinking
+from treeflash.serving.thinking import ThinkingBudget
 
 OPEN, CLOSE = "<think>", "</think>"
 HELLO = [{"role": "user", "content": "Hello."}]
@@ -45,9 +45,8 @@ def limited(model):
 
     def make(budget, opening=None, other=None):
         vocab_size = model.backend.vocab_size
-        constraint = limit_thinking(budget, opening, CLOSE, model.tokenizer, vocab_size, other)()
-        assert isinstance(constraint, ThinkingBudget)
-        return constraint
+        other = None if other is None else other()
+        return ThinkingBudget(budget, opening, CLOSE, model.tokenizer.verbatim, vocab_size, other)
 
     return make
 
@@ -140,8 +139,8 @@ def test_a_limit_changes_no_token_of_any_method(model):
     texts = set()
     for method in ("ar", "ddtree", "treeflash"):
         config = DecodeConfig(method=method, budget=12, max_tokens=40)
-        make = limit_thinking(7, None, CLOSE, model.tokenizer, vocab_size, None)
-        request = Request(prompt_ids=prompt_ids, config=config, constraint=make())
+        limit = ThinkingBudget(7, None, CLOSE, model.tokenizer.verbatim, vocab_size)
+        request = Request(prompt_ids=prompt_ids, config=config, constraint=limit)
         steps = decode(model.backend, request)
         texts.add(tuple(token for step in steps for token in step.tokens))
     (text,) = texts

@@ -20,7 +20,7 @@ from treeflash.serving.errors import APIError, bad_request
 from treeflash.serving.message_parser import MessageForm, MessageParser, ResponseTemplate
 from treeflash.serving.schemas import AllowedTools
 from treeflash.serving.settings import MAX_TOKENS, Settings
-from treeflash.serving.thinking import limit_thinking
+from treeflash.serving.thinking import ThinkingBudget
 from treeflash.text.grammar import Grammar, GrammarError
 from treeflash.text.images import MAX_IMAGES
 from treeflash.text.options import Options
@@ -215,9 +215,14 @@ class Conversation:
         close, opening = template.reasoning_close, template.reasoning_opening
         if close is None or (opening is None and not begun):
             return constraint
+        begin, tokenizer = None if begun else opening, service.tokenizer.verbatim
         vocab_size = service.engine.model.backend.vocab_size
-        opening = None if begun else opening
-        return limit_thinking(budget, opening, close, service.tokenizer, vocab_size, constraint)
+
+        def make() -> Constraint:
+            other = None if constraint is None else constraint()
+            return ThinkingBudget(budget, begin, close, tokenizer, vocab_size, other)
+
+        return make
 
     def _constraint(
         self, service: Service, form: MessageForm | None

@@ -7,7 +7,6 @@ where the reasoning must, and the tokens before are the ones without a limit.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -108,20 +107,3 @@ class ThinkingBudget:
         )
         end = self._tokenizer.encode_continuation(self._close[begun:].decode())
         return _State(state.phase, state.tail, state.tokens, tuple(end))
-
-
-def limit_thinking(
-    budget: int,
-    opening: str | None,
-    close: str,
-    tokenizer: Tokenizer,
-    vocab_size: int,
-    constraint: Callable[[], Constraint] | None,
-) -> Callable[[], Constraint]:
-    """Return a function that makes a `ThinkingBudget` over the constraint of an answer."""
-
-    def make() -> Constraint:
-        other = None if constraint is None else constraint()
-        return ThinkingBudget(budget, opening, close, tokenizer.verbatim, vocab_size, other)
-
-    return make
