@@ -479,6 +479,25 @@ def test_the_ingress_passes_on_what_the_server_answers(started, path):
     assert dict(whole[0].headers).keys() == dict(whole[1].headers).keys()
 
 
+ENDS_OF_STREAMS = {
+    "/v1/completions": r'data: \{"error":.*"code":"replica_lost"\}\}\n\n',
+    "/v1/messages": r'event: error\ndata: \{"type":"error","error":\{.*\}\}\n\n',
+    "/api/chat": r'\{"error":"the replica that answered has ended.*"\}\n',
+}
+
+
+@pytest.mark.parametrize("path", ENDS_OF_STREAMS)
+def test_a_stream_of_a_lost_replica_ends_in_the_form_of_its_api(path):
+    async def half():
+        yield 200, []
+        yield b"some\n"
+        raise LostReplicaError("it died")
+
+    app = relay_application(lambda request: Pieces(half()), LostReplicaError, Settings())
+    body = ask(app, "POST", path, JSON, [b"{}"]).body.decode()
+    assert re.fullmatch("some\n" + ENDS_OF_STREAMS[path], body), body
+
+
 def test_a_lost_replica_is_an_error_that_says_so(caplog):
     async def nothing():
         raise LostReplicaError("it died")

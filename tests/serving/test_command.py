@@ -133,6 +133,7 @@ def test_configuration_file(run, told, tmp_path):
         (["--config", "/no/such/file"], "/no/such/file"),
         (["--config"], "expected one argument"),
         (["--host", "no.such.host.example"], "cannot listen on no.such.host.example:8000"),
+        (["--host", "no..host"], "cannot listen on no..host:8000 (it is not a name of a host)"),
         (["--target", "/no/such/folder", "--port", "0"], "/no/such/folder"),
         (["--nothing"], "--nothing"),
         (["Hello"], "Hello"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -10,13 +11,14 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
-from servers import Gate, check_error, parse, serving, wait_until
+from servers import PATIENCE, Gate, check_error, parse, serving, wait_until
 
-from treeflash.config import GIB
+from treeflash.config import GIB, DecodeConfig
+from treeflash.decoding import Request
 from treeflash.decoding.interfaces import DeviceReport
 from treeflash.errors import CheckpointError, ConfigError, NumericalError
 from treeflash.serving import application
-from treeflash.serving.engine import Engine
+from treeflash.serving.engine import Completion, Engine
 from treeflash.serving.metrics import Metrics
 from treeflash.serving.settings import Settings
 
@@ -242,6 +244,28 @@ def test_memory_is_sized_from_the_device(model, monkeypatch, caplog):
         for size, reason, value in (("5 rows", "", 1.0), ("9 rows", "not used, slower", 0.0)):
             labels = f'kernel="products",reason="{reason}",size="{size}"'
             assert f"treeflash:kernel{{{labels}}} {value}" in told
+
+
+def test_a_signal_may_come_while_a_request_is_added(model, monkeypatch):
+    """Its handler counts the unfinished answers, in the thread of the event loop."""
+    engine, counts = Engine(lambda: model, Settings(), Metrics()), []
+    engine.start()
+
+    def interrupted(completion):
+        counts.append(engine.unfinished)
+        return id(completion)
+
+    async def answer():
+        config = DecodeConfig(method="ar", max_tokens=1)
+        await engine.submit([Request(prompt_ids=[5], config=config)], (), prompts=1).wait()
+
+    monkeypatch.setattr(Completion, "__hash__", interrupted)
+    loop = threading.Thread(target=lambda: asyncio.run(answer()), daemon=True)
+    loop.start()
+    loop.join(PATIENCE)
+    engine.stop()
+    assert not loop.is_alive()
+    assert counts[0] == 0
 
 
 def test_the_end_waits_for_running_answers(model):

@@ -9,7 +9,7 @@ import reprlib
 import signal
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from http import HTTPStatus
@@ -169,23 +169,21 @@ async def _error(http: Request, error: Exception) -> JSONResponse:
                 message = "the body is compressed, which is not supported; send plain JSON"
         error = APIError(error.status_code, message, headers=error.headers)
     elif isinstance(error, RequestValidationError):
-        error = _field_error(error.errors())
+        error = _field_error(error.errors(), error.body)
     return api_error(error).response(path)
 
 
-UNION_TYPES = frozenset({"str", "int", "float", "bool", "constrained-str", "constrained-int"})
-"""Names that pydantic adds to a location for the simple types of a union."""
 WRONG_TYPE = ("_type", "_parsing", "literal_error", "union_tag_invalid", "union_tag_not_found")
 """Ends of the names of pydantic's errors for a value of another type."""
 
 
-def _field_error(errors: Sequence[dict[str, Any]]) -> APIError:
-    """Name the field that is wrong.
+def _field_error(errors: Sequence[dict[str, Any]], body: Any) -> APIError:
+    """Name the field of the body that is wrong.
 
     A field that allows several types has an error for each of them. The type is meant that fits
     the value deepest; if the value has none of the types, the message names all of them.
     """
-    paths = [_field_path(error["loc"]) for error in errors]
+    paths = [_field_path(error, body) for error in errors]
     path = max(paths, key=len)
     same = [error for error, other in zip(errors, paths, strict=True) if other == path]
     fitting = [error for error in same if not error["type"].endswith(WRONG_TYPE)]
@@ -207,15 +205,26 @@ def _field_error(errors: Sequence[dict[str, Any]]) -> APIError:
     return bad_request(f"{param}: {' or '.join(dict.fromkeys(reasons))}{got}", param)
 
 
-def _field_path(location: Sequence[str | int]) -> list[str]:
+def _field_path(error: Mapping[str, Any], body: Any) -> list[str]:
     """Return the names and indices of a field, without the types that pydantic adds to them."""
-    types = UNION_TYPES | _schema_names(Schema)
-    names = [str(part) for part in location[1:]]
-    return [name for name in names if name not in types and "[" not in name]
+    _, *location = error["loc"]
+    missing = [str(location.pop())] if error["type"] == "missing" and location else []
+    return _path_within(body, location) + missing
 
 
-def _schema_names(schema: type[Schema]) -> set[str]:
-    return {schema.__name__}.union(*map(_schema_names, schema.__subclasses__()))
+def _path_within(value: Any, location: Sequence[str | int]) -> list[str]:
+    """Return the parts of a location that lead into the value.
+
+    Some types have the names of fields, such as `text`. The longest way into the value is right.
+    """
+    if not location:
+        return []
+    part, *others = location
+    path = _path_within(value, others)  # if the part is a type
+    is_index = isinstance(part, int) and isinstance(value, list)
+    if is_index or (isinstance(value, dict) and part in value):
+        path = max(path, [str(part), *_path_within(value[part], others)], key=len)
+    return path
 
 
 class Server(uvicorn.Server):
@@ -299,8 +308,9 @@ def bind(host: str, port: int) -> socket.socket:
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listening.bind(address)
             on_failure.pop_all()
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # no address has such a name
+        reason = error.strerror if isinstance(error, OSError) else "it is not a name of a host"
         raise ConfigError(
-            f"cannot listen on {host}:{port} ({error.strerror}); choose another --host or --port"
+            f"cannot listen on {host}:{port} ({reason}); choose another --host or --port"
         ) from None
     return listening

@@ -78,6 +78,8 @@ class AuthenticationMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if scope["method"] == "HEAD":  # a GET of which the server sends the headers alone
+            scope = {**scope, "method": "GET"}
         try:
             headers, path = Headers(scope=scope), scope["path"]
             needs_key = self._digests and path not in OPEN_PATHS
@@ -97,7 +99,7 @@ class AuthenticationMiddleware:
             # A web page of another origin can send other types without a preflight request.
             raise APIError(415, "the body must be JSON; send Content-Type: application/json")
         limit, seconds = self._max_bytes, self._body_timeout
-        body = b""
+        body = bytearray()
         try:
             with suppress(ClientDisconnect):
                 async with asyncio.timeout(seconds):
@@ -112,7 +114,7 @@ class AuthenticationMiddleware:
                 f"the body did not arrive within {seconds:g} seconds",
                 headers={"Connection": "close"},
             ) from None
-        unread: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+        unread: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
 
         async def replay() -> Message:
             return unread.pop() if unread else await receive()

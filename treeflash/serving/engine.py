@@ -163,7 +163,8 @@ class Engine:
         # All threads use the unfinished answers of each completion, and the mean time of an answer.
         self._backlog: dict[Completion, int] = {}
         self._mean_seconds = 1.0
-        self._lock = threading.Lock()
+        # A signal's handler counts the unfinished answers, while its own thread may hold the lock.
+        self._lock = threading.RLock()
         self._answers: dict[Request, _RunningAnswer] = {}
         self._thread = SchedulerThread(
             self._make_scheduler, self._add_events, self._fail_all, stays=True

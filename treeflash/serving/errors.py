@@ -16,6 +16,8 @@ from treeflash.errors import (
     is_out_of_memory,
 )
 
+ANTHROPIC, OLLAMA = "/v1/messages", "/api/"
+"""The beginnings of the paths of these APIs; all other paths have OpenAI's errors."""
 INVALID_REQUEST = "invalid_request_error"
 ERROR_TYPES = {
     401: "authentication_error",
@@ -59,30 +61,20 @@ class APIError(Exception):
         self._anthropic = anthropic
         self.headers = dict(headers or {})
 
-    def body(self) -> dict[str, Any]:
-        """Return the error in OpenAI's form."""
+    def body(self, path: str) -> dict[str, Any]:
+        """Return the error in the form of the API that a path belongs to."""
+        if path.startswith(OLLAMA):
+            return {"error": self.message}
         kind = ERROR_TYPES.get(self.status, INVALID_REQUEST)
+        if path.startswith(ANTHROPIC):
+            kind, message = ANTHROPIC_TYPES.get(kind, kind), self._anthropic or self.message
+            return {"type": "error", "error": {"type": kind, "message": message}}
         fields = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
         return {"error": fields}
 
-    def anthropic_body(self) -> dict[str, Any]:
-        """Return the error in Anthropic's form."""
-        kind = ERROR_TYPES.get(self.status, INVALID_REQUEST)
-        fields = {
-            "type": ANTHROPIC_TYPES.get(kind, kind),
-            "message": self._anthropic or self.message,
-        }
-        return {"type": "error", "error": fields}
-
-    def ollama_body(self) -> dict[str, Any]:
-        """Return the error in Ollama's form."""
-        return {"error": self.message}
-
     def response(self, path: str) -> JSONResponse:
-        """Return the response, in the form of the API that the path belongs to."""
-        bodies = {"/v1/messages": self.anthropic_body, "/api/": self.ollama_body}
-        named = (body for start, body in bodies.items() if path.startswith(start))
-        return JSONResponse(next(named, self.body)(), self.status, headers=self.headers)
+        """Return the response, in the form of the API that a path belongs to."""
+        return JSONResponse(self.body(path), self.status, headers=self.headers)
 
 
 def bad_request(message: str, param: str | None, code: str | None = None) -> APIError:

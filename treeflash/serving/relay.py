@@ -184,7 +184,8 @@ class _Relay:
         try:
             try:
                 head = await until_disconnect(anext(pieces), receive)
-                response = response_app(head, with_errors(pieces, self._lost, _replica_lost))
+                body = with_errors(pieces, self._lost, _replica_lost, scope["path"])
+                response = response_app(head, body)
             except self._lost as error:
                 response = _replica_lost(error).response(scope["path"])
             except APIError as error:

@@ -18,7 +18,7 @@ from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
 from starlette.types import Receive, Scope, Send
 
 from treeflash.serving.engine import AnswerUpdate, Completion, Usage
-from treeflash.serving.errors import APIError, api_error
+from treeflash.serving.errors import OLLAMA, APIError, api_error
 from treeflash.serving.schemas import DecodingSchema, StreamOptions
 from treeflash.serving.service import Service
 from treeflash.text.stream import Assembler
@@ -61,10 +61,11 @@ async def respond(
 
     An error of a whole answer, or a disconnect, is raised as an APIError.
     """
+    path = http.url.path
     if stream:
-        kind = kind or CompletionStream
-        return kind(completion, answer.frames(), service.settings.keep_alive)
-    with _running(completion, http.url.path):
+        frames = with_errors(answer.frames(), Exception, api_error, path)
+        return (kind or CompletionStream)(completion, frames, service.settings.keep_alive)
+    with _running(completion, path):
         try:
             await until_disconnect(completion.wait(), http.receive)
         except Exception as error:
@@ -95,19 +96,31 @@ def _running(completion: Completion, path: str) -> Iterator[None]:
 
 
 class CompletionStream(EventSourceResponse):
-    """Streams frames, of which the last may be an error; a disconnect drops the answers."""
+    """Streams frames; a disconnect drops the answers."""
 
     def __init__(
         self, completion: Completion, frames: AsyncIterator[bytes], keep_alive: float
     ) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(self.complete(frames, keep_alive), headers=headers)
+        super().__init__(self.keep_alive(frames, keep_alive), headers=headers)
         self._completion = completion
 
     @staticmethod
-    def complete(frames: AsyncIterator[bytes], keep_alive: float) -> AsyncIterator[bytes]:
-        """Add what a client needs where an answer fails, and while it has no news."""
-        return _with_keep_alive(with_errors(frames, Exception, api_error), keep_alive)
+    async def keep_alive(frames: AsyncIterator[bytes], seconds: float) -> AsyncIterator[bytes]:
+        """Yield the frames, and a comment whenever there is no frame for `seconds`."""
+        upcoming: asyncio.Future[bytes | None] = asyncio.ensure_future(anext(frames, None))
+        try:
+            while True:
+                await asyncio.wait({upcoming}, timeout=seconds)
+                if not upcoming.done():
+                    yield KEEPALIVE_COMMENT
+                    continue
+                if (item := upcoming.result()) is None:
+                    return
+                yield item
+                upcoming = asyncio.ensure_future(anext(frames, None))
+        finally:
+            upcoming.cancel()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with _running(self._completion, scope["path"]):
@@ -115,46 +128,32 @@ class CompletionStream(EventSourceResponse):
 
 
 class LineStream(CompletionStream):
-    """Streams lines of JSON, of which the last may be an error."""
+    """Streams lines of JSON, whose clients know no comments."""
 
     media_type = "application/x-ndjson"
 
     @staticmethod
-    async def complete(frames: AsyncIterator[bytes], keep_alive: float) -> AsyncIterator[bytes]:
-        """Add a line for an error; its clients know no comments."""
-        try:
-            async for item in frames:
-                yield item
-        except Exception as error:
-            yield json_line(api_error(error).ollama_body())
+    def keep_alive(frames: AsyncIterator[bytes], seconds: float) -> AsyncIterator[bytes]:
+        """Return the frames alone."""
+        return frames
 
 
 async def with_errors(
-    frames: AsyncIterator[bytes], kind: type[Exception], describe: Callable[[Any], APIError]
+    frames: AsyncIterator[bytes],
+    kind: type[Exception],
+    describe: Callable[[Any], APIError],
+    path: str,
 ) -> AsyncIterator[bytes]:
-    """Yield the frames; an error becomes the last one, since the status has been sent already."""
+    """Yield the frames; an error becomes the last one, since the status has been sent already.
+
+    It has the form of the API that the path belongs to.
+    """
     try:
         async for item in frames:
             yield item
     except kind as error:
-        yield frame(describe(error).body())
-
-
-async def _with_keep_alive(frames: AsyncIterator[bytes], seconds: float) -> AsyncIterator[bytes]:
-    """Yield the frames, and a comment whenever there is no frame for `seconds`."""
-    upcoming: asyncio.Future[bytes | None] = asyncio.ensure_future(anext(frames, None))
-    try:
-        while True:
-            await asyncio.wait({upcoming}, timeout=seconds)
-            if not upcoming.done():
-                yield KEEPALIVE_COMMENT
-                continue
-            if (item := upcoming.result()) is None:
-                return
-            yield item
-            upcoming = asyncio.ensure_future(anext(frames, None))
-    finally:
-        upcoming.cancel()
+        body = describe(error).body(path)
+        yield json_line(body) if path.startswith(OLLAMA) else frame(body, body.get("type"))
 
 
 async def until_disconnect(work: Awaitable[T], receive: Receive) -> T:

@@ -30,8 +30,7 @@ def add_routes(app: FastAPI) -> None:
         content = resources.files(__name__).joinpath(name).read_bytes()
         kind = TYPES[PurePath(name).suffix]
 
-        # Some clients, such as Claude Code, send HEAD to see whether the server is there.
-        @app.api_route(path, methods=["GET", "HEAD"], include_in_schema=False)
+        @app.get(path, include_in_schema=False)
         async def file() -> Response:
             return Response(content, headers=HEADERS, media_type=kind)
 
