@@ -126,6 +126,11 @@ WRONG = [
     ((CHAT, {"messages": [{**USER, "name": 1}]}), "messages.0.name"),
     ((CHAT, {"messages": [{**USER, "content": [{"type": "image_url"}]}]}), "content.0.image_url"),
     ((CHAT, {"messages": [{**USER, "content": [{"type": "input_audio"}]}]}), "'input_audio'"),
+    (
+        (CHAT, {"messages": [{**USER, "content": [{"type": "text", "text": "Hi", "size": 1}]}]}),
+        "messages.0.content.0.size is not supported",
+    ),
+    ((CHAT, {"messages": [{**USER, "refusal": "No."}]}), "messages.0.refusal is not supported"),
     ((CHAT, {"messages": [{**USER, "content": "a\ud800b"}]}), "Unicode"),
     (chat(chat_template_kwargs={"a": "\ud800"}, **{"\ud800": 1}), "unicode"),
     (text(prompt="\ud800"), "Unicode"),
@@ -280,6 +285,15 @@ def test_paths(server, method, path, status):
 def test_paths_of_other_servers_say_what_is_missing(server, path, says):
     response = server.post(path, {"model": "tiny", "input": "Hi"})
     check_error(response, 404, f"POST {path}: {says}")
+
+
+@pytest.mark.parametrize("path", ["/health", "/v1/models", "/metrics", "/api/tags", "/nothing"])
+def test_head_is_get_without_a_body(server, path):
+    """Programs that watch servers send it."""
+    whole, head = server.client.get(path), server.client.head(path)
+    assert head.status_code == whole.status_code
+    assert head.headers["content-type"] == whole.headers["content-type"]
+    assert not head.content
 
 
 def test_error_before_a_stream_has_a_status(server):

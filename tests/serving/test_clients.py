@@ -61,6 +61,16 @@ class TestOpenAI:
             final = stream.get_final_completion()
         assert final.choices[0].message.content == expected[0].text.partition(stop)[0]
 
+    def test_a_message_is_sent_back_as_it_came(self, client):
+        """With all fields of the package's message, which are null where this server has none."""
+        answer = client.chat.completions.create(model="tiny", messages=MESSAGES, **OPTIONS)
+        message = answer.choices[0].message.model_dump()
+        assert message["audio"] is None
+        again = client.chat.completions.create(
+            model="tiny", messages=[*MESSAGES, message, *MESSAGES], **OPTIONS
+        )
+        assert again.usage.prompt_tokens > answer.usage.total_tokens
+
     def test_completions(self, client, model):
         answer = client.completions.create(model="tiny", prompt="The sea", logprobs=2, **OPTIONS)
         assert answer.choices[0].text == model.generate("The sea", raw=True, **OPTIONS).text

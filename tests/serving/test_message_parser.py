@@ -75,6 +75,9 @@ def test_the_prompt_may_begin_the_reasoning(tokenizer, size):
     assert not MessageForm(TEMPLATE, PROMPT).in_reasoning
     parser, _ = read(tokenizer, "Why?</think>Hello.", size, prompt=prompt)
     assert (parser.reasoning, parser.content) == ("Why?", "Hello.")
+    thought = tokenizer.encode("Why?</think>")
+    assert parser.count_reasoning([*thought, *tokenizer.encode("Hello.")]) == len(thought)
+    assert read(tokenizer, "Hello.", size)[0].count_reasoning(thought) == 0
 
 
 @pytest.mark.parametrize("size", [1, 4, 1000])

@@ -131,6 +131,19 @@ def test_options_of_a_machine_change_nothing(client):
     assert found.response == plain.response
 
 
+def test_what_clients_in_go_send(server):
+    """They write all fields of a request, those that are not set as empty."""
+    asked = {"model": NAME, "system": "", "template": ""}
+    shown = server.post("/api/show", {**asked, "verbose": False, "options": None, "name": ""})
+    assert shown.json()["details"]["family"] == "llama"
+    asked |= {"prompt": "Hello.", "suffix": "", "stream": False, "think": False}
+    options = {**SHORT, "low_vram": False, "use_mlock": True, "mirostat": 0, "mirostat_tau": 5.0}
+    found = server.post("/api/generate", {**asked, "options": options})
+    assert found.json()["eval_count"] == 12
+    refused = server.post("/api/generate", {**asked, "suffix": "."})
+    assert "suffix is not supported" in refused.json()["error"]
+
+
 def test_calls_and_their_results(server):
     """The prompt equals the one of chat completions, whose calls have ids."""
     call = {"function": {"name": "paint", "arguments": {"colour": "red"}}}
@@ -173,6 +186,7 @@ def test_models_are_listed_and_shown(client):
     assert [model.model for model in client.ps().models] == [NAME]
     shown = client.show(f"{NAME}:latest")
     assert shown.modelinfo["llama.context_length"] > 0
+    assert shown.modelinfo["general.basename"] == NAME
     assert set(shown.capabilities) == {"completion", "tools", "thinking"}
 
 
@@ -252,6 +266,9 @@ def test_an_error_within_a_stream_is_its_last_line(server):
 
 
 def test_the_version(server):
+    """Editors refuse a server whose version of Ollama's API is too old."""
     from treeflash import __version__
 
-    assert server.client.get("/api/version").json() == {"version": __version__}
+    found = server.client.get("/api/version").json()
+    assert tuple(map(int, found["version"].split("."))) >= (0, 6, 4)
+    assert found["treeflash"] == __version__

@@ -124,7 +124,7 @@ def test_a_conversation_with_calls_continues(client):
     (call,) = first.output
     items = [
         {"role": "user", "content": [{"type": "input_text", "text": "Paint it."}]},
-        call.model_dump(exclude_none=True),
+        call.model_dump(),
         {"type": "function_call_output", "call_id": call.call_id, "output": "Done."},
     ]
     second = client.responses.create(model=NAME, input=items, tools=[TOOL], max_output_tokens=4)
@@ -141,6 +141,7 @@ def test_all_of_a_conversation_reaches_the_model():
     thoughts = text("It ", "is red.", kind="reasoning_text")
     items = [
         {"role": "developer", "content": text("Be kind.")},
+        {"role": "developer", "content": "Be quick."},
         {"role": "user", "content": text("Paint ", "it.")},
         {
             "type": "reasoning",
@@ -162,7 +163,7 @@ def test_all_of_a_conversation_reaches_the_model():
         return {"id": f"call_{i}", "type": "function", "function": function}
 
     assert request.conversation(supports_reasoning=True).messages == [
-        {"role": "system", "content": "Help.\n\nBe kind."},
+        {"role": "system", "content": "Help.\n\nBe kind.\n\nBe quick."},
         {"role": "user", "content": "Paint it."},
         {
             "role": "assistant",
@@ -206,9 +207,13 @@ def test_structured_output(client):
 
 def test_reasoning(client):
     found = client.responses.create(
-        model=NAME, input="Hi", reasoning={"effort": "low"}, max_output_tokens=8
+        model=NAME,
+        input="Hi",
+        reasoning={"effort": "low", "summary": "detailed"},
+        max_output_tokens=8,
     )
     (item,) = found.output
+    assert found.usage.output_tokens_details.reasoning_tokens == 8
     assert item.type == "reasoning"
     assert item.content[0].text
 

@@ -134,7 +134,7 @@ def test_json_after_reasoning(server, tokenizer, seed):
     [
         {"response_format": FORMAT},
         {"structured_outputs": {"json": PAINT}},
-        {"structured_outputs": {"regex": "(red|blue)!"}},
+        {"structured_outputs": {"regex": "(red|blue)!", "json": None, "disable_fallback": None}},
         {"structured_outputs": {"choice": ["red!", "blue!"]}},
         {"structured_outputs": {"grammar": 'start: ("red" | "blue") "!"'}},
         {"structured_outputs": {"grammar": 'root ::= ("red" | "blue") "!"'}},

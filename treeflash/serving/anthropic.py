@@ -12,7 +12,7 @@ from fastapi import Request as HTTPRequest
 from pydantic import Field
 
 from treeflash.serving.engine import Completion
-from treeflash.serving.errors import api_error, bad_request
+from treeflash.serving.errors import bad_request
 from treeflash.serving.message_parser import MessageParser, MessagePart, PartChange
 from treeflash.serving.schemas import (
     MAX_TOOLS,
@@ -54,7 +54,7 @@ class Cacheable(Schema):
 
 
 class TextBlock(TextPart, Cacheable):
-    citations: None = None
+    """A text, which may mark the end of a prefix to cache."""
 
 
 class ImageSource(Schema):
@@ -342,18 +342,14 @@ class MessagesFormatter:
         return {**self._head, "content": content, **self._stop(), "usage": self._usage()}
 
     async def frames(self) -> AsyncIterator[bytes]:
-        try:
-            async for update in self._completion:
-                if update.iteration == 0:  # the number of cached tokens is known now
-                    stop = {"stop_reason": None, "stop_sequence": None}
-                    head: Any = {**self._head, "content": [], **stop}
-                    yield _frame("message_start", message={**head, "usage": self._usage()})
-                for change in self._parser.feed(update.chunk):
-                    for data in _change_frames(change):
-                        yield data
-        except Exception as error:
-            yield _frame("error", error=api_error(error).anthropic_body()["error"])
-            return
+        async for update in self._completion:
+            if update.iteration == 0:  # the number of cached tokens is known now
+                stop = {"stop_reason": None, "stop_sequence": None}
+                head: Any = {**self._head, "content": [], **stop}
+                yield _frame("message_start", message={**head, "usage": self._usage()})
+            for change in self._parser.feed(update.chunk):
+                for data in _change_frames(change):
+                    yield data
         yield _frame("message_delta", delta=self._stop(), usage=self._usage())
         yield _frame("message_stop")
 
@@ -394,6 +390,9 @@ def _block(part: MessagePart) -> dict[str, Any]:
 def _change_frames(change: PartChange) -> Iterator[bytes]:
     part, index = change.part, {"index": change.part.index}
     if change.event == "close":
+        if part.kind == "reasoning":  # clients drop reasoning whose signature they never got
+            delta = {"type": "signature_delta", "signature": ""}
+            yield _frame("content_block_delta", **index, delta=delta)
         yield _frame("content_block_stop", **index)
     elif change.event == "text":
         name = "thinking" if part.kind == "reasoning" else "text"

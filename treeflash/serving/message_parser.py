@@ -299,6 +299,15 @@ class MessageParser:
     def calls(self) -> list[ToolCall]:
         return [part.call for part in self.parts if part.call is not None]
 
+    def count_reasoning(self, token_ids: Sequence[int]) -> int:
+        """Count the tokens of the answer up to the end of its reasoning; 0 if that is not known."""
+        close = None if self._form is None else self._form.template.reasoning_close
+        if close is None or not self.reasoning:
+            return 0
+        stream = TextStream(self._tokenizer.verbatim, (close,))
+        stream.push(token_ids)
+        return stream.tokens_used
+
     def read(self, chunks: Iterable[Chunk]) -> None:
         for chunk in chunks:
             for _ in self.feed(chunk):

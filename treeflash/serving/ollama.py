@@ -50,9 +50,18 @@ from treeflash.text.prompt import Content, content_of, text_part
 TAG = ":latest"
 """The tag that Ollama's clients may add to a model's name."""
 NANOSECONDS = 1_000_000_000
+API_VERSION = "0.14.2"
+"""The version of Ollama whose API this is. Applications refuse versions that lack what they use: VS
+Code refuses all before 0.6.4."""
 
 
-class OllamaOptions(Schema):
+class OllamaSchema(Schema):
+    """A JSON object whose empty fields are not set: clients in Go write all fields."""
+
+    unset = (None, "", False)
+
+
+class OllamaOptions(OllamaSchema):
     """`options` of a request; those that place a model on a machine change nothing here."""
 
     temperature: Temperature | None = None
@@ -67,6 +76,8 @@ class OllamaOptions(Schema):
     frequency_penalty: Annotated[float, limits("frequency_penalty")] | None = None
     # Only values that leave these out of sampling are accepted.
     mirostat: Literal[0] | None = None
+    mirostat_eta: float | None = None
+    mirostat_tau: float | None = None
     typical_p: Annotated[float, Field(ge=1, le=1)] | None = None
     # The model was loaded when the server started.
     num_ctx: int | None = None
@@ -77,6 +88,9 @@ class OllamaOptions(Schema):
     num_thread: int | None = None
     repeat_last_n: int | None = None
     use_mmap: bool | None = None
+    use_mlock: bool | None = None
+    low_vram: bool | None = None
+    numa: bool | None = None
 
     def decoding(self) -> Options:
         """Return the options under the names that they have here."""
@@ -90,7 +104,7 @@ class OllamaOptions(Schema):
         return options
 
 
-class OllamaRequest(Schema):
+class OllamaRequest(OllamaSchema):
     """The fields that both kinds of answers share."""
 
     model: str
@@ -177,7 +191,7 @@ class GenerateRequest(OllamaRequest):
         )
 
 
-class ShowRequest(Schema):
+class ShowRequest(OllamaSchema):
     model: str
     verbose: bool | None = None
 
@@ -270,6 +284,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
             "template": service.tokenizer.chat_template,
             "model_info": {
                 "general.architecture": architecture,
+                "general.basename": request.model.removesuffix(TAG),
                 f"{architecture}.context_length": model.backend.max_positions,
             },
             "capabilities": _capabilities(service),
@@ -277,7 +292,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/api/version")
     def version() -> dict[str, str]:
-        return {"version": __version__}
+        return {"version": API_VERSION, "treeflash": __version__}
 
 
 def _loaded(model: str, empty: Mapping[str, Any]) -> Response:

@@ -111,7 +111,6 @@ class ReasoningItem(InputItem):
     type: Literal["reasoning"]
     summary: list[ContentPart] = Field(default_factory=list)
     content: list[ContentPart] | None = None
-    encrypted_content: None = None
 
 
 Item = MessageItem | CallItem | CallOutputItem | ReasoningItem
@@ -161,7 +160,7 @@ class Reasoning(Schema):
     """Whether the model reasons first. There are no degrees of reasoning and no summaries here."""
 
     effort: ReasoningEffort | None = None
-    summary: Literal["auto"] | None = None
+    summary: Literal["auto", "concise", "detailed"] | None = None
 
 
 class ResponseStreamOptions(Schema):
@@ -277,7 +276,7 @@ class ResponsesRequest(Schema):
                 if not messages or messages[-1]["role"] != "assistant":
                     messages.append({"role": "assistant", "content": ""})
                 _extend(messages[-1], item)
-        if [message["role"] for message in messages[:2]] == ["system", "system"]:
+        while [message["role"] for message in messages[:2]] == ["system", "system"]:
             # Most chat templates accept one system message only.
             messages[0]["content"] += f"\n\n{messages.pop(1)['content']}"
         return messages
@@ -422,11 +421,13 @@ class ResponsesFormatter:
     def _usage(self) -> dict[str, Any]:
         counts = self._completion.usage
         cached = {**cached_details(counts), "cache_write_tokens": 0}
+        (answer,) = self._completion.answers
+        ids = [token for chunk in answer.chunks for token in chunk.token_ids]
         return {
             "input_tokens": counts.prompt_tokens,
             "input_tokens_details": cached,
             "output_tokens": counts.completion_tokens,
-            "output_tokens_details": {"reasoning_tokens": 0},
+            "output_tokens_details": {"reasoning_tokens": self._parser.count_reasoning(ids)},
             "total_tokens": counts.prompt_tokens + counts.completion_tokens,
             "draft_tokens_details": draft_details(counts),
         }

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import or_
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, create_model
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, create_model, model_validator
 
 from treeflash.option import Option
 from treeflash.serving.errors import bad_request
@@ -53,9 +53,23 @@ def request_field(option: Option) -> Any:
 
 
 class Schema(BaseModel):
-    """A JSON object whose unknown fields are errors."""
+    """A JSON object whose unknown fields are errors, unless their values say that they are not set.
 
+    Clients write fields that they do not use: the objects of the SDKs, sent back, have all fields
+    of newer versions of an API as null.
+    """
+
+    unset: ClassVar[tuple[Any, ...]] = (None,)
+    """The values of fields that are not set."""
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_unset(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict):
+            return fields
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        return {name: x for name, x in fields.items() if name in known or x not in cls.unset}
 
 
 class StreamOptions(Schema):
@@ -269,7 +283,6 @@ class Message(Schema):
     tool_call_id: str | None = None
     name: str | None = None  # the name of a participant, for chat templates that show it
     type: Literal["text"] | None = None  # sent by lm-eval
-    refusal: None = None
 
     def template(self) -> dict[str, Any]:
         """Convert it for chat templates; an APIError if it does not fit its role."""
@@ -386,7 +399,7 @@ class StructuredOutputs(Schema):
 
     def to_grammar(self) -> Grammar:
         """Return the grammar of the answer; raises an APIError unless exactly one field is set."""
-        if len(self.model_fields_set) != 1:
+        if len(self.model_dump(exclude_none=True)) != 1:
             names = "json, regex, choice, grammar and json_object"
             message = f"structured_outputs must have exactly one of {names}"
             raise bad_request(message, "structured_outputs")
