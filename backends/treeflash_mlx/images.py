@@ -128,8 +128,7 @@ def channel_axes(config: Mapping[str, Any]) -> NDArray[np.int32] | None:
     """
     rope = {"mrope_interleaved": "linear_num_value_heads" in config} | rope_parameters(config)
     width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    part = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-    axes = rotary_axes(rope, int(width * part) // 2)
+    axes = rotary_axes(rope, int(width * rope["partial_rotary_factor"]) // 2)
     return None if axes is None else np.array(axes * 2, np.int32)
 
 

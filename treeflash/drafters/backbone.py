@@ -25,9 +25,9 @@ KEYS = frozenset(
 INERT_KEYS = frozenset(
     (  # noqa: SIM905
         "_attn_implementation _name_or_path architectures attention_dropout auto_map "
-        "bos_token_id dtype eos_token_id initializer_range max_window_layers model_type "
-        "num_anchors num_target_layers pad_token_id tie_word_embeddings torch_dtype "
-        "transformers_version use_cache use_sliding_window"
+        "bos_token_id dtype eos_token_id initializer_range max_anchors max_window_layers "
+        "model_type num_anchors num_target_layers pad_token_id tie_word_embeddings "
+        "torch_dtype transformers_version use_cache use_sliding_window"
     ).split()
 )
 """Keys without any effect on a drafter's forward pass."""
@@ -122,7 +122,7 @@ def backbone_config(
         raise KeyError("mask_token_id")
     inv_freq, rope_scale = inverse_frequencies(rope_parameters(config), sizes["head_dim"])
     sliding = sliding_layers(config, layers)
-    window = int(config["sliding_window"]) if any(sliding) else None
+    window = window_size(config["sliding_window"]) if any(sliding) else None
     vocab_size = config.get("vocab_size")
     return DrafterConfig(
         **sizes,
@@ -155,7 +155,7 @@ def gemma4_layers(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, 
     head_dim, shared = int(config["global_head_dim"]), bool(config.get("attention_k_eq_v"))
     kv_heads = config.get("num_global_key_value_heads") if shared else None
     frequencies, _ = inverse_frequencies({**rope, "rope_type": "default"}, head_dim)
-    frequencies[int(float(rope.get("partial_rotary_factor", 1)) * head_dim) // 2 :] = 0
+    frequencies[int(rope["partial_rotary_factor"] * head_dim) // 2 :] = 0
     settings = {
         "head_dim": head_dim,
         "num_key_value_heads": kv_heads or config["num_key_value_heads"],
@@ -188,6 +188,13 @@ def default_target_layer_ids(num_target_layers: int, num_hidden_layers: int) -> 
         return (num_target_layers // 2,)
     step = (num_target_layers - 4) / (num_hidden_layers - 1)
     return tuple(round(1 + i * step) for i in range(num_hidden_layers))
+
+
+def window_size(window: Any) -> int:
+    """Return the width of a sliding window; a ValueError if it is no number of positions."""
+    if isinstance(window, bool) or not isinstance(window, int) or window < 1:
+        raise ValueError(f"sliding_window must be 1 or more for sliding layers, got {window!r}")
+    return window
 
 
 def sliding_layers(config: Mapping[str, Any], layers: int) -> tuple[bool, ...]:

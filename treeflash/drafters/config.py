@@ -178,10 +178,13 @@ def window_gap(start: int, window: int | None) -> tuple[int, int]:
 def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the rotary settings of a `config.json`: `rope_parameters`, or older keys."""
     current = config.get("rope_parameters") or {}
-    current = current.get("full_attention", current)  # some files have settings by layer type
+    by_type = (current.get(f"{kind}_attention") for kind in ("full", "sliding"))
+    current = next(filter(None, by_type), current)  # some files have settings by layer type
     parameters = {**(config.get("rope_scaling") or {}), **current}
     parameters.setdefault("rope_theta", config.get("rope_theta", 10000.0))
     parameters.setdefault("rope_type", parameters.pop("type", "default"))
+    share = parameters.get("partial_rotary_factor") or config.get("partial_rotary_factor")
+    parameters["partial_rotary_factor"] = float(share or 1)
     if parameters["rope_type"] == "mrope":  # an older name of several axes, see `rotary_axes`
         parameters["rope_type"] = "default"
     if "max_position_embeddings" in config:

@@ -69,6 +69,7 @@ SECTIONS = ("dflash_config", "treeflash_config")
 REFUSED = {
     "DFlashLagunaForCausalLM": "poolside's Laguna",
     "K3DSparkModel": "DSpark for Kimi K3",
+    "PEagleDraftModel": "P-EAGLE of SpecForge",
 }
 """Layouts that are not supported, by the first entry of `architectures`."""
 OTHER_FORMATS: dict[str, tuple[Any, ...]] = {
@@ -132,7 +133,8 @@ def _refuse_layouts(config: Config) -> None:
     architecture = _architecture(config)
     if architecture in REFUSED:
         raise ValueError(f"the layout {architecture} ({REFUSED[architecture]}) is not supported")
-    if any(key.startswith("dspark_") for key in config) and not DEEPSPEC.detect(config, ()):
+    deepspec = any(format_.detect(config, ()) for format_ in (DEEPSPEC, GEMMA4))
+    if not deepspec and any(key.startswith("dspark_") for key in config):
         raise ValueError("the layout of DeepSeek-V4's DSpark is not supported")
     projector = find_setting(config, "projector_type")
     if projector not in (None, "dflash", "dspark", "domino", "lilicorr"):
@@ -237,16 +239,25 @@ def optional_shapes(config: DrafterConfig, vocab_size: int | None = None) -> Sha
     return {"embed_tokens.weight": whole, **head}
 
 
+CANONICAL_PREFIXES = {
+    "model.": "",
+    "draft_model.": "",
+    "logit_head.": "markov_head.",
+    "encoder.fc.": "fc.",
+    "encoder.output_norm_enc.": "hidden_norm.",
+    # NVIDIA's exports of DSpark have no module for the head.
+    "markov_w1.": "markov_head.markov_w1.",
+    "markov_w2.": "markov_head.markov_w2.",
+    "gate_proj.": "markov_head.gate_proj.",
+    "joint_proj.": "markov_head.joint_proj.",
+    "confidence_proj.": "confidence_head.proj.",
+}
+"""What some files have at the beginning of a tensor's name, and what all others have there."""
+
+
 def canonical_name(name: str) -> str:
-    """Return a tensor's name without what only some files put before it."""
-    renamed = {
-        "model.": "",
-        "draft_model.": "",
-        "logit_head.": "markov_head.",
-        "encoder.fc.": "fc.",
-        "encoder.output_norm_enc.": "hidden_norm.",
-    }
-    for prefix, replacement in renamed.items():
+    """Return a tensor's name as most files have it."""
+    for prefix, replacement in CANONICAL_PREFIXES.items():
         if name.startswith(prefix):
             return replacement + name.removeprefix(prefix)
     return name
@@ -256,12 +267,15 @@ def _sections(config: Config) -> dict[str, dict[str, Any]]:
     return {name: dict(config.get(name) or {}) for name in SECTIONS}
 
 
-def _refuse_unread(config: Config, prefix: str, section: Config, keys: Iterable[str]) -> None:
+def _refuse_unread(
+    section: Config, keys: Iterable[str], layers: Config, place: str, prefix: str = ""
+) -> None:
     """Raise a ValueError for a setting in a drafter's section that nothing would read.
 
     Such a setting may change the drafts without an error: the target verifies them, and they are
     merely accepted less often. At the top level unknown keys are ignored, since many drafters'
-    files are copies of their target's. `prefix` is the section's name in messages.
+    files are copies of their target's. The settings of the `layers` are read at another `place`;
+    `prefix` is the section's name in messages.
     """
     for key, value in section.items():
         if value in (None, False) or key in (*keys, *backbone.INERT_KEYS, *backbone.NEUTRAL):
@@ -274,10 +288,9 @@ def _refuse_unread(config: Config, prefix: str, section: Config, keys: Iterable[
                 f"{prefix}{key} = {value!r} is not supported; "
                 "remove it if it does not change the drafter's output"
             )
-        if value != config.get(top_key):
+        if value != layers.get(top_key):
             raise ValueError(
-                f"{prefix}{key} = {value!r} contradicts {top_key} = {config.get(top_key)!r} "
-                "at the top level"
+                f"{prefix}{key} = {value!r} contradicts {top_key} = {layers.get(top_key)!r} {place}"
             )
 
 
@@ -298,7 +311,8 @@ def _parse_muse(config: Config) -> DrafterConfig:
     A slot sees the positions at a distance of `sliding_window` too.
     """
     layer_types = config.get("layer_types") or ["sliding_attention"] * config["num_hidden_layers"]
-    window = {"layer_types": layer_types, "sliding_window": config["sliding_window"] + 1}
+    width = backbone.window_size(config["sliding_window"]) + 1
+    window = {"layer_types": layer_types, "sliding_window": width}
     own = {"causal": False, **(config.get("dflash_config") or {})}
     return _parse_sections({**config, **window, "dflash_config": own})
 
@@ -339,7 +353,8 @@ def _parse_sections(config: Config, **settings: Any) -> DrafterConfig:
     window = find_setting(config, "swa_window_size", "sliding_window")
     if window is None:
         raise KeyError("swa_window_size")
-    return replace(parsed, sliding_windows=(int(window),) * parsed.num_hidden_layers)
+    windows = (backbone.window_size(window),) * parsed.num_hidden_layers
+    return replace(parsed, sliding_windows=windows)
 
 
 def _without(settings: Config, keys: Collection[str]) -> dict[str, Any]:
@@ -395,8 +410,8 @@ def _parse_deepspec(config: Config) -> DrafterConfig:
 def _gated(parsed: DrafterConfig, config: Config) -> DrafterConfig:
     """Return a drafter whose layers are Qwen3.5's: gates, norms of 1 + w, and partial rotary."""
     rope = rope_parameters(config)
-    share = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
-    rotated, scale = inverse_frequencies(rope, int(parsed.head_dim * float(share)))
+    channels = int(parsed.head_dim * rope["partial_rotary_factor"])
+    rotated, scale = inverse_frequencies(rope, channels)
     if scale != 1:
         raise ValueError(f"rope type {rope['rope_type']!r} is not supported with gated queries")
     still = (0.0,) * (parsed.head_dim // 2 - len(rotated))
@@ -416,7 +431,9 @@ def _parse_specforge(config: Config) -> DrafterConfig:
     SpecForge trains them on the tokens after the root, as DeepSpec does, although its own
     `spec_generate` reads the slots one later. NVIDIA's exports say so in `shift_label`.
     """
-    head = _markov_fields({key: find_setting(config, key) for key in MARKOV_KEYS})
+    settings = {key: find_setting(config, key) for key in MARKOV_KEYS}
+    confidence = find_setting(config, "enable_confidence_head", "use_confidence_head")
+    head = _markov_fields({**settings, "enable_confidence_head": confidence})
     first_slot = 0 if find_setting(config, "shift_label", default=True) else 1
     return _parse_sections(config, first_slot=first_slot, own_vocabulary=True, **head)
 
@@ -500,8 +517,11 @@ def _parse_speculators(config: Config) -> DrafterConfig:
         known = "dflash, dflash2, dspark, xpress"
         raise ValueError(f"speculators of type {kind!r} are not supported; supported are {known}")
     backbone.refuse(config)
-    _refuse_unread(config, "", config, SPECULATORS.keys)  # the top level is no copy of a target's
     layers = dict(config["transformer_layer_config"])
+    # vLLM reads these at the top level first.
+    layers |= {key: config[key] for key in ("layer_types", "sliding_window") if config.get(key)}
+    # The top level is no copy of a target's.
+    _refuse_unread(config, SPECULATORS.keys, layers, "in transformer_layer_config")
     rope = dict(layers.get("rope_parameters") or {})
     layers["rope_parameters"] = rope.get("sliding_attention", rope)  # some tell layer types apart
     backbone.refuse_adapter(config.get("target_hidden_size"), layers)
@@ -601,7 +621,7 @@ def _block(
     def parse_known(config: Config, stored: Collection[str], layers: int) -> DrafterConfig:
         if "speculators_model_type" not in config:  # it has no such sections
             for section_name, section in _sections(config).items():
-                _refuse_unread(config, f"{section_name}.", section, known)
+                _refuse_unread(section, known, config, "at the top level", f"{section_name}.")
         return parse(config)
 
     return Format(
@@ -676,7 +696,7 @@ GEMMA4 = _block(
 SPECFORGE = _block(
     "SpecForge DSpark",
     _parse_specforge,
-    DFLASH_KEYS | MARKOV_KEYS | {"shift_label"},
+    DFLASH_KEYS | MARKOV_KEYS | {"shift_label", "use_confidence_head"},
     _published_as("DSparkDraftModel", projector="dspark"),
 )
 DOMINO = _block(

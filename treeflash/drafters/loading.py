@@ -75,9 +75,12 @@ def refuse_extensions(
 def find_head_format(folder: ModelFolder) -> Format | None:
     """Tell the format of the MTP or EAGLE head in a folder; None if the folder holds none.
 
-    Raises an UnsupportedModelError if the head is of a family that is not supported.
+    Raises an UnsupportedModelError if the head is of a family that is not supported, and a
+    CheckpointError if the configuration is invalid.
     """
-    return mtp_formats.detect(folder.config, folder.tensors)
+    # Only speculators have a setting elsewhere that tells the family, and may lack it.
+    with formats.explained(folder.path, lambda: formats.SPECULATORS):
+        return mtp_formats.detect(folder.config, folder.tensors)
 
 
 def read_layout(

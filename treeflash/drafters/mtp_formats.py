@@ -3,8 +3,9 @@
 | family | who publishes it | how it is recognised |
 | --- | --- | --- |
 | Qwen MTP | Qwen3-Next, 3.5, 3.6, 3.8, in the target's folder | `mtp.fc.weight` |
+| Qwen MTP | mlx-community, in a folder of its own | `model_type` `qwen3_5_mtp` |
 | GLM MTP | GLM-4.5 to 4.7, DeepSeek-V3, in the target's folder | `model.layers.N.eh_proj.weight` |
-| EAGLE-3 | SafeAILab, SpecForge, ModelOpt | architecture `LlamaForCausalLMEagle3` |
+| EAGLE-3 | SafeAILab, SpecForge, ModelOpt, AngelSlim | an architecture with `eagle3` in its name |
 | Qwen MTP | speculators | `speculators_model_type` `mtp` |
 | EAGLE-3 | DeepSpec | architecture `Qwen3Eagle3Model` or `Gemma4Eagle3Model` |
 | EAGLE-3 | speculators | `speculators_model_type` `eagle3` |
@@ -106,8 +107,8 @@ def _layer_config(config: Config, **settings: Any) -> MtpConfig:
     """Return the fields that describe one layer; `config` is the section that has its settings."""
     backbone.refuse(config, {"hidden_act": (None, "silu"), "mlp_bias": (None, False)})
     sizes, rope = backbone.layer_sizes(config), rope_parameters(config)
-    share = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-    inv_freq, rope_scale = inverse_frequencies(rope, int(sizes["head_dim"] * (share or 1.0)))
+    rotated = int(sizes["head_dim"] * rope["partial_rotary_factor"])
+    inv_freq, rope_scale = inverse_frequencies(rope, rotated)
     return MtpConfig(
         **sizes,
         vocab_size=int(config["vocab_size"]),
@@ -301,7 +302,27 @@ EAGLE_KEYS = {
     "target_hidden_size",
     "use_aux_norm",
 }
+EAGLE_INERT = {
+    "decoder_sparse_step",  # of the target's experts, as `router_aux_loss_coef`
+    "image_token_id",
+    "modal_type",
+    "parallel_draft_heads_num_layers",  # of heads that exist with a `parallel_draft_step` above 1
+    "router_aux_loss_coef",
+    "target_model_type",
+    "video_token_id",
+    "vision_end_token_id",
+    "vision_start_token_id",
+    "vision_token_id",
+}
+"""Keys of published files that mean nothing for an EAGLE-3 head."""
+PEAGLE_KEYS = {
+    "down_sample_ratio",  # of the training, as the next two
+    "down_sample_ratio_min",
+    "mask_token_id",
+    "num_depths",
+}
 EAGLE_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "draft_num_hidden_layers": (None, 1),
     "embed_requires_grad": (None, False, True),
     "mlp_bias": (None, False),
     "next_layer_regular": (None, True),
@@ -322,7 +343,6 @@ DEEPSPEC_EAGLE_KEYS = {
 GEMMA4_EAGLE_INERT = {
     "final_logit_softcapping",  # read beside the other settings
     "moe_intermediate_size",
-    "target_model_type",
     "target_text_model_type",
     "use_bidirectional_attention",  # of pictures
     "use_double_wide_mlp",  # of layers that share keys, which are refused
@@ -340,9 +360,8 @@ SPECULATORS_INERT = {
 def _parse_eagle(config: Config, stored: Collection[str], target_layers: int) -> MtpConfig:
     """SafeAILab, SpecForge and ModelOpt: the settings of a Llama with one layer."""
     nested = config.get("eagle_config") or {}
-    known = EAGLE_KEYS | backbone.KEYS | backbone.INERT_KEYS
     for section in (config, nested):
-        _refuse_keys(section, lambda key: key not in known, EAGLE_NEUTRAL)
+        _refuse_unknown(section, EAGLE_KEYS | backbone.KEYS)
     ids = config.get("eagle_aux_hidden_state_layer_ids")
     if ids is not None:
         ids = [int(i) - 1 for i in ids]
@@ -353,9 +372,7 @@ def _parse_eagle(config: Config, stored: Collection[str], target_layers: int) ->
 
 def _parse_deepspec_eagle(config: Config, stored: Collection[str], target_layers: int) -> MtpConfig:
     """DeepSpec: a copy of the target's settings, and the ids of layers whose outputs are read."""
-    known = DEEPSPEC_EAGLE_KEYS | backbone.KEYS | backbone.INERT_KEYS
-    neutral = EAGLE_NEUTRAL | {"draft_num_hidden_layers": (None, 1)}
-    _refuse_keys(config, lambda key: key not in known, neutral)
+    _refuse_unknown(config, DEEPSPEC_EAGLE_KEYS | backbone.KEYS)
     return _eagle_config(config, config, [int(i) for i in config["target_layer_ids"]], stored)
 
 
@@ -371,21 +388,22 @@ def _parse_gemma4_eagle(config: Config, stored: Collection[str], target_layers: 
 
 def _parse_speculators(config: Config, stored: Collection[str], target_layers: int) -> MtpConfig:
     layers = config["transformer_layer_config"]
-    known = EAGLE_KEYS | backbone.INERT_KEYS | SPECULATORS_INERT
-    _refuse_keys(config, lambda key: key not in known, EAGLE_NEUTRAL)
+    _refuse_unknown(config, EAGLE_KEYS | SPECULATORS_INERT)
     ids = [int(i) - 1 for i in config.get("eagle_aux_hidden_state_layer_ids") or ()]
     return _eagle_config(config, layers, ids or _default_layers(target_layers), stored)
 
 
 def _parse_peagle(config: Config, stored: Collection[str], target_layers: int) -> MtpConfig:
     """P-EAGLE: EAGLE-3's rows, and behind them a row with the mask token for each deeper depth."""
-    eagle = {key: value for key, value in config.items() if key != "mask_token_id"}
+    eagle = {key: value for key, value in config.items() if key not in PEAGLE_KEYS}
     layers = dict(config["transformer_layer_config"])
     count = int(layers["num_hidden_layers"])
     if any(backbone.sliding_layers(layers, count)):
         raise ValueError("P-EAGLE with a sliding window is not supported")
     layers |= {"num_hidden_layers": 1, "layer_types": None}
     methods = config["speculators_config"]["proposal_methods"]
+    if not methods:
+        raise ValueError("speculators_config has no proposal_methods, which tell the depths")
     parsed = _parse_speculators(
         {**eagle, "transformer_layer_config": layers}, stored, target_layers
     )
@@ -431,7 +449,7 @@ def _eagle_config(
         feature_norms="each" if each else "all" if whole else None,
         own_vocabulary=True,
         draft_vocab_size=backbone.draft_vocab_size(config, layers),
-        sliding_windows=(int(layers["sliding_window"]) if sliding else None,),
+        sliding_windows=(backbone.window_size(layers["sliding_window"]) if sliding else None,),
     )
 
 
@@ -452,6 +470,12 @@ def _eagle_names(config: Config, stored: Collection[str]) -> Names:
         if part not in unused and not part.startswith("verifier_"):
             names[name] = _renamed(part, renamed)
     return names
+
+
+def _refuse_unknown(config: Config, known: Collection[str]) -> None:
+    """Raise a ValueError for the first setting of an EAGLE-3 head that nothing reads."""
+    understood = {*known, *EAGLE_INERT, *backbone.INERT_KEYS}
+    _refuse_keys(config, lambda key: key not in understood, EAGLE_NEUTRAL)
 
 
 def _refuse_keys(

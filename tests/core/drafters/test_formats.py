@@ -261,6 +261,19 @@ class TestBadConfigs:
             ),
             *(
                 (
+                    lambda c, window=window: c.update(
+                        layer_types=["sliding_attention"] * 2, sliding_window=window
+                    ),
+                    f"sliding_window must be 1 or more for sliding layers, got {window!r}",
+                )
+                for window in (None, 0, -1, True, "4")
+            ),
+            (
+                lambda c: c["dflash_config"].update(use_swa=True, swa_window_size=0),
+                "sliding_window must be 1 or more for sliding layers, got 0",
+            ),
+            *(
+                (
                     lambda c, kind=kind: c.update(
                         speculators_model_type=kind, transformer_layer_config={}
                     ),
@@ -521,6 +534,33 @@ def test_slots_of_nvidias_dspark(
     assert drafter_config(folder).first_slot == first_slot
 
 
+@pytest.mark.parametrize("kind", ["gated", "rnn"])
+def test_names_of_nvidias_dspark(write: Callable[[str], Path], kind: str) -> None:
+    """The parts of its head have no prefix, and a key of its own tells of a confidence head."""
+    folder = write(f"deepspec-{kind}")
+
+    def edit(config: Config) -> None:
+        head = {key: config.pop(key) for key in ("markov_rank", "markov_head_type")}
+        config["architectures"] = ["DSparkDraftModel"]
+        own = {"projector_type": "dspark", "shift_label": True, "use_confidence_head": True}
+        ids = {key: config.pop(key) for key in ("mask_token_id", "target_layer_ids")}
+        config["dflash_config"] = {**head, **own, **ids}
+        del config["enable_confidence_head"]
+
+    expected, tensors = load_tensors(folder, read_file, **TARGET), read_tensors(folder)
+    edit_config(folder, edit)
+    renamed = {
+        name.removeprefix("markov_head.").replace("confidence_head.proj", "confidence_proj"): x
+        for name, x in tensors.items()
+    }
+    assert renamed.keys() != tensors.keys()
+    save(folder, read_config(folder), renamed)
+    found = load_tensors(folder, read_file, **TARGET)
+    assert found.config == expected.config
+    assert found.head.keys() == expected.head.keys()
+    assert unknown_keys(read_config(folder)) == []
+
+
 @pytest.mark.parametrize("key", ["emb_dim", "gru_hidden_dim"])
 def test_domino_needs_its_sizes(write: Callable[[str], Path], key: str) -> None:
     folder = write("specforge-domino")
@@ -548,8 +588,9 @@ PUBLISHED_KEYS = {
     "enable_qwen35_gated_q_proj markov_head_type markov_rank num_anchors rope_is_neox_style",
     "specforge": "attention_mode confidence_head_alpha markov_rank projector_type shift_label",
     "specforge-domino": "emb_dim gru_hidden_dim pure_draft_prefix_len shift_label",
-    "speculators-dflash": "aux_hidden_state_layer_ids draft_vocab_size sample_from_anchor "
-    "sliding_window_non_causal speculators_config target_hidden_size tie_word_embeddings",
+    "speculators-dflash": "aux_hidden_state_layer_ids draft_vocab_size max_anchors "
+    "sample_from_anchor sliding_window_non_causal speculators_config target_hidden_size "
+    "tie_word_embeddings",
     "speculators-dflash2": "conv_group_size conv_kernel_size selector_rank selector_top_k",
     "speculators-dspark": "confidence_head_with_markov enable_confidence_head markov_head_type",
 }
@@ -602,6 +643,8 @@ def test_the_anchor_of_nvidias_dspark(write: Callable[[str], Path]) -> None:
     config = edited(folder, dspark_bonus_anchor=True, dspark_markov_rank=4)
     assert (config.first_slot, config.depths) == (1, config.block_size - 1)
     assert edited(folder, dspark_bonus_anchor=False).first_slot == 0
+    assert edited(write("deepspec-gemma4"), dspark_bonus_anchor=True).first_slot == 1
+    folder = write("deepspec")
     with pytest.raises(CheckpointError, match="dspark_bonus_anchor exclude each other"):
         edited(folder, dspark_bonus_anchor=True, sample_from_anchor=True)
 

@@ -207,6 +207,16 @@ def test_heads_of_other_families_are_refused_by_name(
         find_head_format(open_folder(tmp_path / "head"))
 
 
+def test_a_configuration_that_tells_no_family(tmp_path: Path) -> None:
+    for config, problem in (
+        ({"speculators_model_type": "mtp"}, "lacks 'transformer_layer_config'; speculators"),
+        ({"architectures": 3}, "is not valid: "),
+    ):
+        save(tmp_path / "head", config, tensors("x"))
+        with pytest.raises(CheckpointError, match=f"config.json {problem}"):
+            find_head_format(open_folder(tmp_path / "head"))
+
+
 def parse(format: Format, config: dict[str, Any], *names: str, **changes: Any) -> MtpConfig:
     return format.parse({**config, **changes}, names, 12)
 
@@ -470,6 +480,10 @@ def test_p_eagle() -> None:
         parse(PEAGLE, PARALLEL, transformer_layer_config=sliding)
     with pytest.raises(KeyError, match="mask_token_id"):
         parse(PEAGLE, {key: x for key, x in PARALLEL.items() if key != "mask_token_id"})
+    with pytest.raises(ValueError, match="speculators_config has no proposal_methods"):
+        parse(PEAGLE, PARALLEL, speculators_config={"proposal_methods": []})
+    training = {"num_depths": 8, "down_sample_ratio": 0.7, "down_sample_ratio_min": 0.2}
+    assert parse(PEAGLE, PARALLEL, **training) == parse(PEAGLE, PARALLEL), "version 0.6"
 
 
 def test_layer_ids_and_biases_of_eagle_3() -> None:
@@ -478,6 +492,10 @@ def test_layer_ids_and_biases_of_eagle_3() -> None:
     check(parse(EAGLE3, EAGLE, eagle_config=nested), target_layer_ids=(2, 5, 9))
     with pytest.raises(ValueError, match="mystery = 1 is not supported"):
         parse(EAGLE3, EAGLE, eagle_config={"mystery": 1})
+    plain = parse(EAGLE3, EAGLE, eagle_aux_hidden_state_layer_ids=[3, 6, 10])
+    nested |= {"parallel_draft_step": 1, "parallel_draft_heads_num_layers": 1}
+    copied = {"target_model_type": "qwen3_moe", "decoder_sparse_step": 1, "image_token_id": 7}
+    assert parse(EAGLE3, EAGLE, eagle_config=nested, **copied) == plain
     biased = parse(EAGLE3, EAGLE, attention_bias=True, parallel_draft_step=1)
     check(biased, attention_bias=True, output_bias=True)
     shapes = mtp_shapes(biased, 10)

@@ -49,12 +49,20 @@ def test_rope_parameters_count_before_rope_scaling():
     for both in (
         {"rope_parameters": NEW, "rope_scaling": OLD, "rope_theta": 7.0},
         {"rope_scaling": OLD, "rope_theta": 7.0, "rope_parameters": {"full_attention": NEW}},
+        {"rope_scaling": OLD, "rope_theta": 7.0, "rope_parameters": {"sliding_attention": NEW}},
     ):
         found = rope_parameters(both)
         assert {name: found[name] for name in NEW} == NEW
     assert rope_parameters({"rope_scaling": OLD})["factor"] == 8.0
     assert rope_parameters({"rope_theta": 7.0})["rope_theta"] == 7.0
     assert rope_parameters({})["rope_theta"] == 10000.0
+    for config in (
+        {"partial_rotary_factor": 0.5},
+        {"rope_scaling": {"partial_rotary_factor": 0.5}},
+    ):
+        assert rope_parameters(config)["partial_rotary_factor"] == 0.5
+    unset = {"partial_rotary_factor": None}
+    assert rope_parameters({**unset, "rope_parameters": unset})["partial_rotary_factor"] == 1
 
 
 @pytest.mark.parametrize("dialect", HEADS)
@@ -112,6 +120,20 @@ def test_sliding_layers_of_speculators(made, kind: str, value: object):
     assert config.sliding_windows == (4, None)
     non_causal = value if isinstance(value, bool) else kind == "dflash2"
     assert config.causal == (not non_causal, False)
+
+
+def test_settings_beside_the_layers_of_speculators(made):
+    """Files of versions 0.5 and 0.6, and windows that vLLM reads at the top level first."""
+    folder = made("speculators-dflash")
+    edit_config(folder, lambda config: config.update(max_anchors=256))
+    assert drafter_config(folder).sliding_windows == (3, None)
+    edit_config(folder, lambda config: config.update(SLIDING))
+    assert drafter_config(folder).sliding_windows == (4, None)
+    edit_config(folder, lambda config: config.update(hidden_size=33))
+    with pytest.raises(
+        CheckpointError, match="hidden_size = 33 contradicts hidden_size = 32 in transformer_layer"
+    ):
+        drafter_config(folder)
 
 
 @pytest.mark.parametrize("dialect", ["dflash2", "speculators-dflash2"])
@@ -203,6 +225,7 @@ def test_sinks_and_windows_for_all_layers_are_refused_in_speculators(made, add, 
     [
         ("DFlashLagunaForCausalLM", "poolside's Laguna"),
         ("K3DSparkModel", "DSpark for Kimi K3"),
+        ("PEagleDraftModel", "P-EAGLE of SpecForge"),
     ],
 )
 def test_layouts_of_others_are_refused_by_name(made, architecture: str, publisher: str):
