@@ -6,7 +6,7 @@
 It ends with the list of problems that it found. Its exit status is 0 if there are none, and 1 if
 there are some.
 
-- `kernels`: whether each kernel is right on this GPU, and its race with MLX's operations.
+- `kernels`: whether each kernel is right on this GPU, and how fast beside MLX's operations.
 - `texts`: whether every method writes the text of plain decoding, with tiny models of random
   weights in float32, and in bfloat16 with exact mode; or why that is refused.
 - `mlx-lm`, `passes`, `host` and `speed`: what `benchmarks.mac` measures of the target.
@@ -56,7 +56,7 @@ def parser() -> Parser:
 
 
 def kernel_problems(kernels: Mapping[str, Mapping[str, str]]) -> Iterator[str]:
-    """Yield a line for each kernel that is wrong or does not compile; one may lose its race.
+    """Yield a line for each kernel that is wrong or does not compile; one may be slower than MLX.
 
     Args:
         kernels: verdicts; see `treeflash.decoding.interfaces.DeviceReport`.

@@ -58,7 +58,7 @@ def product_calls(dtype: mx.Dtype) -> Iterator[Call]:
     for layer in [linear, *layers]:
         if (shape := products.shape_of(layer)) is None:
             continue  # weights in float32
-        for rows in sorted({8 * -(-n // 8) for n in products.RACED_ROWS[shape[1]]}):
+        for rows in sorted({8 * -(-n // 8) for n in products.TIMED_ROWS[shape[1]]}):
             for geometry in products.geometries(64, rows):
                 yield (
                     lambda x, y=layer, z=geometry: products.multiply(y, x, z),

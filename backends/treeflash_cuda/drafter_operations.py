@@ -202,7 +202,6 @@ OPERATIONS = Operations(
     read=read,
     zeros=lambda shape, like: like.new_zeros(shape),
     full=lambda shape, value, like: like.new_full(shape, value),
-    eye=lambda n, like: torch.eye(n, dtype=torch.bool, device=like.device),
     arange=lambda n, like: torch.arange(n, device=like.device),
     ids=lambda tokens, like: torch.from_numpy(np.array(tokens)).to(like.device),
     cast=lambda x, like: x.to(like.dtype),

@@ -22,10 +22,7 @@ from treeflash.decoding.probe import ATTEMPTS, LIMITS, relative_difference
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.drafters.loading import Layout, block_tensors, mtp_tensors, read_layout
-from treeflash.drafters.mtp_heads import (
-    MtpConfig,
-    refuse_window,
-)
+from treeflash.drafters.mtp_heads import MtpConfig, refuse_window
 from treeflash.errors import ConfigError, UnsupportedModelError
 from treeflash_mlx import metal_kernels
 from treeflash_mlx.assistant import AssistantDrafter, AssistantHead, AssistantModel
@@ -48,7 +45,7 @@ from treeflash_mlx.exact import check_operations
 from treeflash_mlx.heads import HEADS, TABLE_HEADS, ARHead, RecurrentHead, TableHead
 from treeflash_mlx.hybrid import delta_kernel_wins
 from treeflash_mlx.metal_kernels import attention
-from treeflash_mlx.metal_kernels.products import RACED_ROWS, choose_products
+from treeflash_mlx.metal_kernels.products import TIMED_ROWS, choose_products
 from treeflash_mlx.mtp_head import MtpCache, MtpDrafter, MtpHead, MtpModel, ParallelDrafter
 from treeflash_mlx.state import State
 from treeflash_mlx.target import KV_BITS, Target
@@ -223,14 +220,14 @@ EXAMINED_DELTA_NET = (16, 32, 128, 128, mx.bfloat16, False)
 
 
 def examine_device(config: LoadConfig) -> DeviceReport:
-    """Tell about the device, and check and race every kernel there anew, without a model."""
+    """Tell about the device, and check and time every kernel there anew, without a model."""
     choose_device(config.device)
     limit_cache()
     if metal_kernels.uses_kernels():
         metal_kernels.kept_verdicts().forget()
         linear = nn.Linear(EXAMINED_WIDTH, EXAMINED_WIDTH, bias=False)
         linear.set_dtype(mx.bfloat16)
-        for bits in RACED_ROWS:
+        for bits in TIMED_ROWS:
             quantised = bits < UNQUANTISED_BITS
             choose_products(linear.to_quantized(GROUP_SIZE, bits) if quantised else linear)
         for shape in EXAMINED_HEADS:
@@ -434,23 +431,28 @@ def _fill(
 ) -> None:
     """Load the weights of a module, and quantise the layers that allow it if `bits` is given.
 
-    The layers that are quantised already, by name, keep their weights, scales and biases.
+    The layers that are quantised already, by name, keep their weights, scales and biases. Other
+    modules, such as a router, have dequantised ones.
     """
     module.load_weights(list(tensors.items()))
     module.set_dtype(dtype)
     if bits is not None:
+        layers = {name for name, child in module.named_modules() if hasattr(child, "to_quantized")}
 
         def fits(name: str, m: nn.Module) -> bool | dict[str, int]:
+            if name not in layers:
+                return False
             if name in quantised:
                 columns, words = m.weight.shape[-1], quantised[name]["weight"].shape[-1]
                 groups = quantised[name]["scales"].shape[-1]
                 return {"group_size": columns // groups, "bits": 32 * words // columns}
-            return hasattr(m, "to_quantized") and m.weight.shape[-1] % GROUP_SIZE == 0
+            return bool(m.weight.shape[-1] % GROUP_SIZE == 0)
 
         nn.quantize(module, GROUP_SIZE, bits, class_predicate=fits)
-        for name, child in module.named_modules():
-            for part, array in quantised.get(name, {}).items():
-                child[part] = array if part == "weight" else array.astype(dtype)
+        modules = dict(module.named_modules())
+        for name in layers & quantised.keys():
+            for part, array in quantised[name].items():
+                modules[name][part] = array if part == "weight" else array.astype(dtype)
     mx.eval(
         [child.parameters() for child in module.modules()]
     )  # also the parameters of `DrafterModel.own`

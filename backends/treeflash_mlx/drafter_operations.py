@@ -29,7 +29,6 @@ class Rope(nn.Module):
         if config.rotary_axes is not None:
             rest = config.head_dim - 2 * len(config.rotary_axes)
             self._axes = mx.array([*config.rotary_axes * 2, *[0] * rest])
-            mx.eval(self._axes)
         self._scales = None
         if config.rope_scale != 1:
             width = 2 * len(config.inv_freq)
@@ -210,7 +209,6 @@ OPERATIONS = Operations(
     read=read,
     zeros=lambda shape, like: mx.zeros(shape, like.dtype),
     full=lambda shape, value, like: mx.full(shape, value, like.dtype),
-    eye=lambda n, like: mx.eye(n, dtype=mx.bool_),
     arange=lambda n, like: mx.arange(n),
     ids=lambda tokens, like: mx.array(tokens),
     cast=lambda x, like: x.astype(like.dtype),

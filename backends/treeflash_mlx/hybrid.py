@@ -331,10 +331,10 @@ def _delta_rule(
     return outputs.swapaxes(1, 2).astype(q.dtype), writes
 
 
-RACED_TREE = DraftTree.from_parents(
+TIMED_TREE = DraftTree.from_parents(
     np.zeros(12, np.int32), np.array([-1, 0, 0, 1, 2, 2, 3, 3, 6, 7, 8, 8], np.int32)
 )
-RACED_PATH = (0, 1, 3, 6, 8, 11)
+TIMED_PATH = (0, 1, 3, 6, 8, 11)
 
 
 @lru_cache(64)
@@ -350,7 +350,7 @@ def delta_kernel_wins(
     """
     if not runs_shape(key_dim):
         return False
-    n, paths = len(RACED_TREE), NodePaths([RACED_TREE], choose_solver())
+    n, paths = len(TIMED_TREE), NodePaths([TIMED_TREE], choose_solver())
     assert paths.visits is not None
     visits = paths.visits
     gates = (1, n, heads, key_dim) if by_channel else (1, n, heads)
@@ -364,7 +364,7 @@ def delta_kernel_wins(
     q, k, v, beta = (x.astype(dtype) for x in (q * norm, k * norm, v, mx.sigmoid(b)))
     log_decays = -mx.abs(log_decays)
     steps = Steps(k, v, mx.exp(log_decays), beta)
-    nodes, kept = mx.array([RACED_PATH], mx.int32), mx.ones((1, len(RACED_PATH)), mx.bool_)
+    nodes, kept = mx.array([TIMED_PATH], mx.int32), mx.ones((1, len(TIMED_PATH)), mx.bool_)
 
     def by_kernel(state: mx.array) -> tuple[mx.array, mx.array]:
         return run_nodes(q, steps, state, *visits), steps.commit(state, nodes, kept)
@@ -376,7 +376,7 @@ def delta_kernel_wins(
     def error() -> float:
         outputs, after = by_kernel(state)
         expected, errors = state, []
-        for node in RACED_PATH:
+        for node in TIMED_PATH:
             token = (x[:, node : node + 1] for x in (q, k, v, steps.g, beta))
             output, expected = gated_delta.gated_delta_kernel(*token, expected)
             errors.append(relative_error(outputs[:, node], output[:, 0]))
@@ -391,10 +391,10 @@ def delta_kernel_wins(
 
     what = "gated delta nets on trees"
     shape = f"{heads} heads of {value_dim} x {key_dim}{' by channel' if by_channel else ''}"
-    race = {"": candidate(by_kernel)}, candidate(by_operations), state
+    timed = {"": candidate(by_kernel)}, candidate(by_operations), state
     key = key_heads, heads, value_dim, key_dim, dtype, by_channel
     verdict = choose(
-        what, shape, f"{n} nodes", error, ROUNDING[dtype], *race, key=key, tells_bits=True
+        what, shape, f"{n} nodes", error, ROUNDING[dtype], *timed, key=key, tells_bits=True
     )
     return verdict is not None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import mlx.core as mx
 import numpy as np
@@ -48,12 +48,21 @@ class Unprojected:
         return Unprojected(self.rows[part])
 
 
+ContextPart: TypeAlias = mx.array | Unprojected
+"""Projected features of n positions, or what they are computed from."""
+
+
+def rows_of(part: ContextPart) -> mx.array:
+    """Return the array of a part of a context."""
+    return part.rows if isinstance(part, Unprojected) else part
+
+
 class State(BaseState[KVCache, RecurrentStates]):
     """`treeflash.decoding.interfaces.SequenceState` in MLX.
 
     Attributes:
         kv_cache: the target's, with the states of its recurrent layers.
-        context: (n, hidden_size) projected features each, or `Unprojected`.
+        context: a `ContextPart` of n positions each, (n, hidden_size) if it is projected.
         outputs: (rows, layers * hidden_size) of the captured layers.
         single_until: positions until the end of the last pass over a single node.
         ahead: the pass after it, if it has been submitted.
@@ -74,17 +83,14 @@ class State(BaseState[KVCache, RecurrentStates]):
         new = State(self.kv_cache.copy(length, capacity, recurrent), drafter)
         if self.drafter:
             new.anchor = self.anchor
-            new.context = [
-                Unprojected(mx.contiguous(part.rows))
-                if isinstance(part, Unprojected)
-                else mx.contiguous(part)
-                for part in self.context_before(length)
-            ]
+            for part in self.context_before(length):
+                rows = mx.contiguous(rows_of(part))
+                new.context.append(Unprojected(rows) if isinstance(part, Unprojected) else rows)
             mx.eval(new.context_arrays())
         return new
 
     def context_arrays(self) -> list[mx.array]:
-        return [part.rows if isinstance(part, Unprojected) else part for part in self.context]
+        return [rows_of(part) for part in self.context]
 
     def recurrent_states(self) -> RecurrentStates | None:
         return self.kv_cache.recurrent_states() if self.kv_cache.state_counts else None
@@ -114,16 +120,14 @@ class State(BaseState[KVCache, RecurrentStates]):
             for layer, count in enumerate(self.kv_cache.state_counts)
         ]
 
-    def export_features(self, parts: Sequence[mx.array | Unprojected]) -> StateArrays:
+    def export_features(self, parts: Sequence[ContextPart]) -> StateArrays:
         """NUMBER.0 is projected, and NUMBER.1 is not."""
         return {
-            f"{n}.1" if isinstance(part, Unprojected) else f"{n}.0": to_host(
-                part.rows if isinstance(part, Unprojected) else part
-            )
+            f"{n}.{isinstance(part, Unprojected):d}": to_host(rows_of(part))
             for n, part in enumerate(parts)
         }
 
-    def load_features(self, arrays: StateArrays) -> list[mx.array | Unprojected]:
+    def load_features(self, arrays: StateArrays) -> list[ContextPart]:
         parts = sorted(by_numbers(arrays).items())
         return [part[0] if 0 in part else Unprojected(part[1]) for _, part in parts]
 

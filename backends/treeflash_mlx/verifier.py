@@ -20,7 +20,7 @@ from treeflash_mlx.drafter import OutputStage
 from treeflash_mlx.drafter_model import DrafterModel
 from treeflash_mlx.mtp_head import MtpModel
 from treeflash_mlx.sampling import draw, edit, read_tokens, sample, with_log_probs
-from treeflash_mlx.state import Ahead, State, Unprojected
+from treeflash_mlx.state import Ahead, ContextPart, State, Unprojected, rows_of
 from treeflash_mlx.target import Target
 
 PREFILL_CHUNK = 2048
@@ -67,7 +67,7 @@ class Verifier:
     def commit(self, paths: Sequence[tuple[Any, NDArray[np.int32]]]) -> None:
         context = self._commit(paths)
         storages = storages_of(state.kv_cache for state, _ in paths)
-        submitted = [part.rows if isinstance(part, Unprojected) else part for part in context]
+        submitted = [rows_of(part) for part in context]
         submitted += [x for storage in storages for x in storage.states.arrays]
         # The next drafts read the context alone. The rows are moved after them, or where the next
         # pass reads them; without a drafter the device has nothing else to do.
@@ -277,12 +277,12 @@ class Verifier:
             groups.setdefault(key, []).append((state, tree))
         return list(groups.values())
 
-    def _commit(self, paths: Sequence[PathOfState]) -> list[mx.array | Unprojected]:
+    def _commit(self, paths: Sequence[PathOfState]) -> list[ContextPart]:
         """Commit paths of the latest passes, and project their features, which it returns.
 
         The projection may fail, so it comes first: a failed call must change no sequence.
         """
-        context: list[tuple[State, mx.array | Unprojected]] = []
+        context: list[tuple[State, ContextPart]] = []
         for rows in rows_by_pass(paths):
             assert self.drafter is not None
             outputs = rows.outputs[mx.array(rows.rows)]

@@ -10,6 +10,8 @@ from treeflash.decoding.interfaces import TableOptions
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.drafters.folder import read_config
+from treeflash.drafters.mtp_heads import Experts
+from treeflash.drafters.mtp_layer import Router
 from treeflash.errors import ConfigError
 from treeflash.reference.backend import load as load_reference
 from treeflash.testing import models, require
@@ -22,6 +24,7 @@ import mlx.core as mx
 from mlx import nn
 from treeflash_mlx import backend as backend_module
 from treeflash_mlx.backend import choose_bits, load
+from treeflash_mlx.drafter_operations import as_module
 
 GREEDY = SamplingConfig()
 SEEDED = SamplingConfig(temperature=0.8, top_p=0.9, seed=5)
@@ -223,6 +226,17 @@ def test_quantised_layers_of_a_side_file_stay_as_they_are(tmp_path):
     assert mlp.gate_proj.group_size == 32
     np.testing.assert_allclose(rows[8], rows[16], atol=1e-4)
     np.testing.assert_allclose(rows[4], rows[16], atol=1e-4)
+
+
+def test_a_quantised_router_of_a_side_file_is_dequantised():
+    """It is no layer of MLX, which could stay quantised."""
+    sizes = {"count": 4, "per_token": 2, "width": 8, "shared_width": 8}
+    experts = Experts(**sizes, shared_gate=True, sigmoid=False, normalised=True)
+    module, weight = nn.Module(), mx.random.normal((4, 32))
+    module.gate = as_module(Router)(experts, 32)
+    packed = dict(zip(("weight", "scales", "biases"), mx.quantize(weight, 32, 8), strict=True))
+    backend_module._fill(module, {"gate.weight": weight}, mx.float32, 8, {"gate": packed})
+    np.testing.assert_array_equal(module.gate.weight, weight)
 
 
 @pytest.mark.parametrize(("bits", "expected"), [(2, 4), (4, 4), (8, 8), (None, None)])

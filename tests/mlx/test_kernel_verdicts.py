@@ -1,4 +1,4 @@
-"""Verdicts of races between Metal kernels and MLX's operations, kept for other processes."""
+"""Verdicts on Metal kernels that were timed against MLX's operations, kept for other processes."""
 
 import logging
 import platform
@@ -17,9 +17,9 @@ from treeflash_mlx.metal_kernels.verdicts import KeptVerdicts, Verdict, file_of
 
 @pytest.fixture
 def process(monkeypatch, tmp_path):
-    """Begins another process on this machine, whose kernels have these gains in their races.
+    """Begins another process on this machine, whose kernels have these gains when timed.
 
-    What it returns is the list of the checks and races that the process ran.
+    What it returns is the list of the checks and timings that the process ran.
     """
 
     def begin(*gains):
@@ -27,8 +27,10 @@ def process(monkeypatch, tmp_path):
         kept = KeptVerdicts(tmp_path / "kernels" / "a.json")
         monkeypatch.setattr(metal_kernels, "kept_verdicts", lambda: kept)
         monkeypatch.setattr(metal_kernels, "VERDICTS", {})
-        monkeypatch.setattr(metal_kernels, "speedup", lambda *_: ran.append("race") or next(coming))
-        metal_kernels.announce_races.cache_clear()
+        monkeypatch.setattr(
+            metal_kernels, "speedup", lambda *_: ran.append("timing") or next(coming)
+        )
+        metal_kernels.announce_timing.cache_clear()
         return ran
 
     return begin
@@ -43,12 +45,12 @@ def decide(ran, key=(1,), size="5 rows", error=0.0, kernels=("a", "b")):
     return choose("products", "8 x 8", size, check, 0.1, links, None, None, key=key)
 
 
-def test_a_later_process_neither_checks_nor_races(process, caplog, monkeypatch):
+def test_a_later_process_neither_checks_nor_times(process, caplog, monkeypatch):
     monkeypatch.setattr(Verdict, "found_now", lambda *of: Verdict(*of, "2026-11-29"))
     with caplog.at_level(logging.WARNING):
         assert decide(process(1.5, 1.8)) == "b"
         assert decide(ran := process(0.9, 0.8), size="6 rows") is None
-    assert ran == ["check", "race", "race"]
+    assert ran == ["check", "timing", "timing"]
     assert [record.message.partition(",")[0] for record in caplog.records] == [
         "timing Metal kernels and MLX's operations"
     ] * 2
@@ -64,11 +66,11 @@ def test_a_later_process_neither_checks_nor_races(process, caplog, monkeypatch):
     }
 
 
-def test_another_shape_of_the_same_name_races(process):
+def test_another_shape_of_the_same_name_is_timed(process):
     decide(process(1.5), kernels=("a",))
     ran = process(1.1)
     assert decide(ran, key=(2,), kernels=("a",)) is None
-    assert ran == ["check", "race"]
+    assert ran == ["check", "timing"]
 
 
 def test_a_wrong_kernel_is_tried_again(process):
@@ -77,7 +79,7 @@ def test_a_wrong_kernel_is_tried_again(process):
     assert decide(process(1.5), kernels=("a",)) == "a"
 
 
-def test_all_races_can_be_run_again(process):
+def test_all_kernels_can_be_timed_again(process):
     decide(process(1.5), kernels=("a",))
     ran = process(1.1)
     metal_kernels.kept_verdicts().forget()
@@ -86,7 +88,7 @@ def test_all_races_can_be_run_again(process):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", '{"a": 1}', '{"a": {"winner": "b"}}'])
-def test_a_damaged_file_is_raced_anew(tmp_path, text):
+def test_after_a_damaged_file_kernels_are_timed_anew(tmp_path, text):
     path = tmp_path / "a.json"
     path.write_text(text)
     kept = KeptVerdicts(path)

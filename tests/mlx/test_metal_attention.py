@@ -32,7 +32,7 @@ TREES = [
 @pytest.fixture(autouse=True)
 def _short_contexts(monkeypatch):
     monkeypatch.setattr(attention, "SPANS", {0: 16})
-    monkeypatch.setattr(attention, "RACED_COLUMNS", (attention.RACED_NODES + 1,))
+    monkeypatch.setattr(attention, "TIMED_COLUMNS", (attention.TIMED_NODES + 1,))
 
 
 def attend(rng, shape, starts, window=None, sinks=None):
@@ -238,7 +238,7 @@ def test_splits_are_longer_in_long_contexts(metal, monkeypatch, rng):
         "error",
         lambda self, window: checked.append(self.nodes.length) or error(self, window),
     )
-    monkeypatch.setattr(attention, "RACED_COLUMNS", (60,))
+    monkeypatch.setattr(attention, "TIMED_COLUMNS", (60,))
     attention.winning_columns(Shape(4, 2, 32, mx.float32))
     assert [min(checked) < 40, max(checked) >= 40] == [True, True]
 
@@ -252,17 +252,17 @@ def test_widths_that_the_kernel_runs(width, runs):
 
 
 def test_the_kernel_runs_from_the_context_on_where_it_wins(metal, monkeypatch):
-    monkeypatch.setattr(attention, "RACED_COLUMNS", (30, 40, 50))
-    races = []
+    monkeypatch.setattr(attention, "TIMED_COLUMNS", (30, 40, 50))
+    timed = []
 
     def speedup(kernel, plain, start):
         assert mx.allclose(kernel(start, 0), plain(start, 0), atol=1e-5)
-        races.append(start.shape)
-        return 1.2 if len(races) == 2 else 1.1
+        timed.append(start.shape)
+        return 1.2 if len(timed) == 2 else 1.1
 
     metal.speedup = speedup
     assert attention.winning_columns(Shape(4, 2, 32, mx.float32)) == 40
-    assert races == [(1, 4, attention.RACED_NODES, 32)] * 2
+    assert timed == [(1, 4, attention.TIMED_NODES, 32)] * 2
     assert metal_kernels.VERDICTS["attention of draft trees, 4 heads of 32"] == {
         "30 columns": "not used, 1.10 times as fast as MLX's operation",
         "40 columns": "used, 1.20 times as fast as MLX's operation",

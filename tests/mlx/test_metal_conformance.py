@@ -80,7 +80,7 @@ def kernels(metal_kernels_folder):
     with pytest.MonkeyPatch.context() as patch:
         install(executor, patch)
         patch.setattr(attention, "SPANS", {0: 16})
-        patch.setattr(attention, "RACED_COLUMNS", (attention.RACED_NODES + 1,))
+        patch.setattr(attention, "TIMED_COLUMNS", (attention.TIMED_NODES + 1,))
         few = settings(repeated, max_examples=EXAMPLES)
         for name in dir(BackendSuite):
             if hasattr(law := getattr(BackendSuite, name), "hypothesis"):

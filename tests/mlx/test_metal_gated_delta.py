@@ -169,7 +169,7 @@ def test_a_contracted_kernel_is_right_and_has_other_bits(metal, monkeypatch, rec
     assert not recwarn.list
 
 
-def test_the_race_is_between_the_kernels_and_operations(metal):
+def test_the_kernels_are_timed_against_operations(metal):
     """Both give the same states and outputs."""
     seen = []
 

@@ -185,7 +185,7 @@ def generate(backend, sampling, **settings):
     return [token for step in steps for token in step.tokens], len(steps)
 
 
-TREE_KERNELS = {  # of trees in hybrid targets, by the result of the race
+TREE_KERNELS = {  # of trees in hybrid targets, by whether their kernels win
     1: {"treeflash_substitution"},
     2: {"treeflash_gated_delta_nodes_by_head", "treeflash_gated_delta_replay_by_head"},
 }
@@ -229,7 +229,7 @@ def test_every_kernel_is_checked_without_a_model(metal, monkeypatch):
     """A wrong kernel is named, with its error."""
     metal.schedules = (DESCENDING,)
     metal.speedup = lambda *_: 2
-    monkeypatch.setattr(attention, "RACED_COLUMNS", (attention.RACED_NODES + 1,))
+    monkeypatch.setattr(attention, "TIMED_COLUMNS", (attention.TIMED_NODES + 1,))
     monkeypatch.setattr(backend_module, "EXAMINED_WIDTH", 64)
     monkeypatch.setattr(products, "MANY_OUTPUTS", 1)  # one geometry
     shapes = (attention.Shape(4, 2, 32, mx.bfloat16),)

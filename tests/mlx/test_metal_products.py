@@ -17,7 +17,7 @@ from mlx import nn
 from treeflash_mlx import metal_kernels
 from treeflash_mlx.backend import load
 from treeflash_mlx.metal_kernels import products
-from treeflash_mlx.metal_kernels import speedup as run_race
+from treeflash_mlx.metal_kernels import speedup as time_chains
 from treeflash_mlx.metal_kernels.products import Geometry
 
 KERNEL, UNQUANTISED = "treeflash_products_quantised", "treeflash_products"
@@ -25,7 +25,7 @@ KERNEL, UNQUANTISED = "treeflash_products_quantised", "treeflash_products"
 
 @pytest.fixture
 def _one_geometry(monkeypatch):
-    """Let a single geometry race for every layer."""
+    """Let a single geometry be timed for every layer."""
     monkeypatch.setattr(products, "MANY_OUTPUTS", 1)
 
 
@@ -145,10 +145,10 @@ def test_a_fault_in_the_kernel_is_noticed(metal, recwarn, right, wrong, bits, ro
 
 @pytest.mark.usefixtures("_one_geometry")
 def test_layers_use_the_kernel_for_the_rows_where_it_wins(metal):
-    raced = []
+    timed = []
 
     def speedup(kernel, plain, start, *_):
-        raced.append(len(start))
+        timed.append(len(start))
         return 1.2 if len(start) >= 7 else 1.1
 
     metal.speedup = speedup
@@ -158,7 +158,7 @@ def test_layers_use_the_kernel_for_the_rows_where_it_wins(metal):
     x, y = inputs(33, mx.float32), inputs(33, mx.float32, 64)
     plain = [(model.layers[0](x[:n]), table.as_linear(y[:n])) for n in range(1, 34)]
     products.choose_products(model, table, None)
-    assert raced == [5, 7, 9, 12, 17, 5, 7, 9, 12, 17, 25]
+    assert timed == [5, 7, 9, 12, 17, 5, 7, 9, 12, 17, 25]
     for n in range(1, 34):
         metal.launches.clear()
         found = model.layers[0](x[None, :n]), table.as_linear(y[:n])
@@ -200,7 +200,7 @@ def test_layers_in_half_precision_use_the_kernel(metal):
 
 
 def test_the_fastest_geometry_is_used(metal):
-    """Few outputs make few threadgroups, so those with fewer outputs race too."""
+    """Few outputs make few threadgroups, so those with fewer outputs are timed too."""
     gains = iter([1.3, 1.6, 1.4])
     metal.speedup = lambda *_: next(gains)
     module = layer(16, 0, mx.bfloat16)
@@ -242,7 +242,7 @@ def test_no_kernel_is_tried_on_m5_or_without_metal(metal, see_device, monkeypatc
     assert not recwarn.list
 
 
-def test_a_race_compares_chains_of_calls():
+def test_chains_of_calls_are_compared():
     """Each call waits for the one before; the fastest of several chains counts."""
     times = iter([0, 9, 0, 9, *[0, 8, 0, 3] * 2, 0, 6, 0, 2])
     seen = []
@@ -252,14 +252,14 @@ def test_a_race_compares_chains_of_calls():
         return x + 1
 
     start = mx.array(0)
-    assert run_race(link, lambda x, _: x, start, clock=lambda: next(times)) == 3
+    assert time_chains(link, lambda x, _: x, start, clock=lambda: next(times)) == 3
     assert seen[: metal_kernels.CALLS] == [(n, n) for n in range(metal_kernels.CALLS)]
 
 
 @pytest.mark.usefixtures("_one_geometry")
-def test_few_calls_race_for_an_output_head(metal, monkeypatch):
+def test_few_calls_are_timed_for_an_output_head(metal, monkeypatch):
     """Its calls are so long that more of them would take seconds."""
-    metal.speedup = run_race
+    metal.speedup = time_chains
     calls = []
     monkeypatch.setattr(products, "multiply", lambda _, x, __: calls.append(0) or plain(_, x))
     plain, small = products.multiply_plainly, layer(4, 64, mx.float32)

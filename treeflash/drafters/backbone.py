@@ -32,7 +32,7 @@ INERT_KEYS = frozenset(
 )
 """Keys without any effect on a drafter's forward pass."""
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "attention_mode": (None, "gqa"),
+    "attention_mode": (None, "gqa", "mha"),  # the numbers of heads tell which
     "attention_sink_bias": (None, False),
     "attention_value_scale": (None, 1),
     "dflash_query_causal": (None, False),

@@ -257,14 +257,14 @@ def check_pair(
     A block drafter with its own embeddings may have more tokens than the target.
     """
     problem, mask, layer_ids, tokens = None, 0, config.target_layer_ids, vocab_size
-    if isinstance(config, MtpConfig):
-        mask = config.mask_token_id or 0
     if isinstance(config, DrafterConfig):
         mask = config.mask_token_id
         if own_embeddings and not config.draft_vocab_size:
             tokens = max(vocab_size, config.vocab_size or 0)
-    elif isinstance(config, MtpConfig) and config.final_state:
-        layer_ids = ()  # it reads the states after all layers
+    elif isinstance(config, MtpConfig):
+        mask = config.mask_token_id or 0
+        if config.final_state:
+            layer_ids = ()  # it reads the states after all layers
     if config.hidden_size != hidden_size:
         problem = f"its hidden size is {config.hidden_size}, the target's is {hidden_size}"
     elif config.vocab_size not in (None, tokens):

@@ -1,9 +1,9 @@
 """Metal kernels in the place of MLX's operations, and how they are chosen at load.
 
-A kernel is used on a device only if its results there equal the operations' results, and if a race
-shows that it is faster: `choose` decides both, for one kernel and one shape. The races are chains
-of calls, each of which waits for the one before, as layers do. M1 and M2 allow some kernels only
-448 threads in a threadgroup, and no kernel here has more.
+A kernel is used on a device only if its results there equal the operations' results, and if it is
+faster there: `choose` decides both, for one kernel and one shape. What is timed are chains of
+calls, each of which waits for the one before, as layers do. M1 and M2 allow some kernels only 448
+threads in a threadgroup, and no kernel here has more.
 
 Kernels are written for `mx.fast.metal_kernel`, so they are bodies of functions in Metal's language,
 for which MLX writes the signature. `python -m benchmarks.metal_sources` prints them.
@@ -28,13 +28,13 @@ from treeflash_mlx.metal_kernels.verdicts import KeptVerdicts, Verdict, file_of
 MIN_SPEEDUP = 1.15
 MAX_FAMILY = 16
 """The latest GPU family that kernels are used on, M4's. On M5 (17) none has been tried for minutes,
-and others report kernels that won their races there and stalled in generations."""
+and others report kernels that were the fastest there when timed and stalled in generations."""
 CALLS = 20
 """Calls of a chain."""
 ROUNDS = 3
-"""Chains of each candidate in a race; the fastest counts."""
+"""Chains of each candidate that are timed; the fastest counts."""
 LONG_BYTES, LONG_CALLS, LONG_ROUNDS = 64 << 20, 5, 2
-"""With this number of bytes of weights a call takes milliseconds, so that few calls are a race: the
+"""With this number of bytes of weights a call takes milliseconds, so that few calls are enough: the
 full number would take seconds for an output head on an M1."""
 ROUNDING = {mx.float32: 1e-5, mx.float16: 5e-3, mx.bfloat16: 4e-2}
 """Relative errors that rounding explains, by the dtype of results."""
@@ -44,10 +44,10 @@ UNROLL = '#define UNROLL _Pragma("clang loop unroll(full)")\n'
 arrays then lie in the memory of the thread."""
 
 Candidate: TypeAlias = Callable[[mx.array, int], mx.array]
-"""An implementation in a race, as a call of a chain: it gets what the call before returned, and the
-number of the call."""
+"""An implementation that is timed, as a call of a chain: it gets what the call before returned, and
+the number of the call."""
 
-NO_RACE: Mapping[str, Candidate] = {}
+NOT_TIMED: Mapping[str, Candidate] = {}
 VERDICTS: dict[str, dict[str, str]] = {}
 """What `choose` decided in this process and why, by kernel with its shape, and by size."""
 
@@ -69,7 +69,7 @@ def kept_verdicts() -> KeptVerdicts:
 
 
 @cache
-def announce_races() -> None:
+def announce_timing() -> None:
     """Say why loading takes longer than usual, once in a process."""
     logging.getLogger(__name__).warning(
         "timing Metal kernels and MLX's operations, once on this machine for each shape of layers"
@@ -107,15 +107,15 @@ def choose(
     size: str,
     error: Callable[[], float],
     limit: float,
-    kernels: Mapping[str, Candidate] = NO_RACE,
-    *race: Any,
+    kernels: Mapping[str, Candidate] = NOT_TIMED,
+    *timed: Any,
     key: object = None,
     tells_bits: bool = False,
 ) -> str | None:
-    """Decide whether a kernel is right on this device and wins its race, and note it in `VERDICTS`.
+    """Decide whether a kernel is right and the fastest on this device; note it in `VERDICTS`.
 
-    A kernel that is wrong or does not compile is left out with a warning of one line. The end of a
-    race is kept for later processes, which neither check nor race the kernel again.
+    A kernel that is wrong or does not compile is left out with a warning of one line. A verdict
+    after timing is kept for later processes, which neither check nor time the kernel again.
 
     Args:
         what: computes without the kernel, in the warning.
@@ -123,9 +123,9 @@ def choose(
         size: the number of rows, nodes or columns of this decision.
         error: of the kernel's results.
         limit: of the error.
-        kernels: a call of each variant of the kernel, by its name; a kernel without them need not
-            win.
-        race: the other arguments of `speedup`.
+        kernels: a call of each variant of the kernel, by its name; a kernel without them is not
+            timed.
+        timed: the other arguments of `speedup`.
         key: what tells the shape from all others, for verdicts that are kept.
         tells_bits: whether the note says if the results have the same bits.
 
@@ -138,10 +138,10 @@ def choose(
         verdicts[size] = f"{verdict.text}, timed on {verdict.day}"
         return verdict.winner
     if kernels and kept.path is not None:
-        announce_races()
+        announce_timing()
     try:
         if (found := error()) <= limit:
-            gains = {name: speedup(kernel, *race) for name, kernel in kernels.items()}
+            gains = {name: speedup(kernel, *timed) for name, kernel in kernels.items()}
             fastest = max(gains, key=gains.__getitem__, default="")
             used = gains.get(fastest, MIN_SPEEDUP) >= MIN_SPEEDUP
             text = ("" if used else "not ") + "used"

@@ -52,8 +52,8 @@ MAX_MERGE_THREADS = 256
 SIMDGROUPS = 4
 BITS, GROUP_SIZES = (4, 8), (32, 64)
 """Quantised keys and values that the kernel reads."""
-RACED_COLUMNS = (1024, 4096, 16384)
-RACED_NODES = 12
+TIMED_COLUMNS = (1024, 4096, 16384)
+TIMED_NODES = 12
 
 # A simdgroup has 8 rows, and computes transposed matrices: 8 keys by 8 rows of scores, and 8 values
 # by 8 rows of outputs. A lane reads 8 neighbours of a key and 4 of a value at once: element 4 i + j
@@ -493,7 +493,7 @@ def winning_columns(shape: Shape) -> float:
         for least, span in SPANS.items():
             # Two splits of committed positions after those that make splits so long, and a third
             # that begins between the depths of the tree.
-            checked = _Benchmark(shape, least + 2 * span - 2 + RACED_NODES)
+            checked = _Benchmark(shape, least + 2 * span - 2 + TIMED_NODES)
             # Windows that begin in the second split, and between the depths of the tree.
             errors += map(checked.error, (None, span // 2 + 3, 2))
         return max(errors)
@@ -502,10 +502,10 @@ def winning_columns(shape: Shape) -> float:
     name = f"{shape.heads} heads of {shape.head_dim}"
     if shape.bits:
         name += f", keys of {shape.bits} bits"
-    for columns in RACED_COLUMNS:
+    for columns in TIMED_COLUMNS:
         benchmark, limit = _Benchmark(shape, columns), 2 * ROUNDING[shape.dtype]
-        race = {"": benchmark.by_kernel}, benchmark.by_operation, benchmark.q
-        if choose(what, name, f"{columns} columns", error, limit, *race, key=shape) is not None:
+        timed = {"": benchmark.by_kernel}, benchmark.by_operation, benchmark.q
+        if choose(what, name, f"{columns} columns", error, limit, *timed, key=shape) is not None:
             return columns
     return math.inf
 
@@ -515,7 +515,7 @@ def exact_columns(shape: Shape) -> float:
     """Return from how many columns on exact mode uses the kernel: 0, or infinite if it is wrong."""
 
     def error() -> float:
-        checked = _Benchmark(shape, 2 * EXACT_SPAN - 2 + RACED_NODES, exact=True)
+        checked = _Benchmark(shape, 2 * EXACT_SPAN - 2 + TIMED_NODES, exact=True)
         return max(map(checked.error, (None, EXACT_SPAN // 2 + 3, 2)))
 
     name, limit = f"{shape.heads} heads of {shape.head_dim}", 2 * ROUNDING[shape.dtype]
@@ -528,11 +528,11 @@ class _Benchmark:
 
     def __init__(self, shape: Shape, columns: int, *, exact: bool = False) -> None:
         self.tree = DraftTree.from_parents(
-            np.zeros(RACED_NODES, np.int32), (np.arange(RACED_NODES, dtype=np.int32) - 1) // 2
+            np.zeros(TIMED_NODES, np.int32), (np.arange(TIMED_NODES, dtype=np.int32) - 1) // 2
         )
-        self.shape, self.start = shape, columns - RACED_NODES
+        self.shape, self.start = shape, columns - TIMED_NODES
         *keys, key = mx.random.split(mx.random.key(0), 4)
-        sizes = [(shape.heads, RACED_NODES), *[(shape.key_heads, columns)] * 2]
+        sizes = [(shape.heads, TIMED_NODES), *[(shape.key_heads, columns)] * 2]
         self.q, *pair = (
             mx.random.normal((1, *size, shape.head_dim), key=random_key).astype(shape.dtype)
             for size, random_key in zip(sizes, keys, strict=True)
@@ -542,9 +542,9 @@ class _Benchmark:
         self.scale = shape.head_dim**-0.5
         self.sinks = mx.random.normal((shape.heads,), key=key).astype(shape.dtype)
         ancestors = mx.array(self.tree.ancestor_mask())
-        self.mask = mx.concatenate([mx.ones((RACED_NODES, self.start), mx.bool_), ancestors], 1)
+        self.mask = mx.concatenate([mx.ones((TIMED_NODES, self.start), mx.bool_), ancestors], 1)
         depths = int(self.tree.depths.max()) + 1
-        paths = mx.array(path_nodes([self.tree], RACED_NODES))
+        paths = mx.array(path_nodes([self.tree], TIMED_NODES))
         self.nodes = Nodes(
             paths if exact else ancestor_words(ancestors[None]),
             mx.array(self.tree.positions(self.start)[None]),

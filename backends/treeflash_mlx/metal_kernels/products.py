@@ -20,7 +20,7 @@ from mlx import nn
 
 from treeflash_mlx.metal_kernels import ROUNDING, choose, make_kernel, relative_error, uses_kernels
 
-RACED_ROWS: Mapping[int, tuple[int, ...]] = {
+TIMED_ROWS: Mapping[int, tuple[int, ...]] = {
     4: (5, 7, 9, 12, 17),
     8: (5, 7, 9, 12, 17, 25),
     16: (9, 12, 16, 17, 25),
@@ -36,8 +36,8 @@ MANY_OUTPUTS = 4096
 """Layers with at least as many outputs fill a GPU with the largest threadgroups."""
 MAX_COLUMNS = 4
 """Matrices of 8 rows that a threadgroup multiplies at most; other threadgroups have the rest."""
-RACED_LAYERS = 8
-"""Layers that take turns in a race: the weights of one alone would stay in the GPU's cache."""
+TIMED_LAYERS = 8
+"""Layers that take turns in a chain: the weights of one alone would stay in the GPU's cache."""
 
 # The weights are the left operand: 8 outputs by 8 inputs. The threadgroup's simdgroups share its
 # outputs and divide the groups of inputs: each takes every SPLITS-th. Of STEP neighbouring inputs,
@@ -166,7 +166,7 @@ memory of one."""
 
 
 def geometries(outputs: int, rows: int) -> list[Geometry]:
-    """List the geometries that race.
+    """List the geometries that are timed.
 
     Small layers make few threadgroups, which leave cores idle unless each has fewer outputs. A
     threadgroup takes at most 16 KiB for its sums, half of what there is.
@@ -182,7 +182,7 @@ def shape_of(module: nn.Module) -> Shape | None:
         return None
     if isinstance(module, Quantised):
         bits, group, dtype = module.bits, module.group_size, module.scales.dtype
-        runs = module.mode == "affine" and bits in RACED_ROWS and group in GROUP_SIZES
+        runs = module.mode == "affine" and bits in TIMED_ROWS and group in GROUP_SIZES
     else:
         bits, group, dtype = 16, UNQUANTISED_GROUP, module.weight.dtype
         runs = dtype in (mx.float16, mx.bfloat16) and module.weight.shape[-1] % group == 0
@@ -254,11 +254,11 @@ def choose_products(*models: nn.Module | None) -> None:
     if not uses_kernels():
         return
     for (_, bits, _, dtype), modules in _by_shape(*models).items():
-        raced = RACED_ROWS[bits]
-        stops = [*raced[1:], 8 * -(-raced[-1] // 8) + 1]
+        timed = TIMED_ROWS[bits]
+        stops = [*timed[1:], 8 * -(-timed[-1] // 8) + 1]
         won: dict[int, Geometry] = {}
-        for first, stop in zip(raced, stops, strict=True):
-            if (geometry := fastest(modules[:RACED_LAYERS], first)) is not None:
+        for first, stop in zip(timed, stops, strict=True):
+            if (geometry := fastest(modules[:TIMED_LAYERS], first)) is not None:
                 won |= dict.fromkeys(range(first, stop), geometry)
         for module in modules if won else ():
             _use_kernel(module, won.get, dtype)

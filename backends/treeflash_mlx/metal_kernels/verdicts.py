@@ -1,6 +1,6 @@
-"""What races decided, kept from one process to the next.
+"""Which kernels were the fastest when timed, kept from one process to the next.
 
-Races take seconds on a small Mac, and end in the same way until something changes: the machine, its
+Timing takes seconds on a small Mac, and finds the same until something changes: the machine, its
 macOS, MLX, or the kernels. A file has the verdicts of one such combination. A kernel that was wrong
 or did not compile is tried again by every process.
 """
@@ -25,12 +25,12 @@ FACTS = ("architecture", "device_name", "memory_size")
 
 @dataclass(frozen=True)
 class Verdict:
-    """The end of a race.
+    """Whether a kernel was faster than MLX's operation.
 
     Attributes:
         winner: name of the fastest variant of the kernel; None if MLX's operation won.
         text: as `doctor` tells it.
-        day: when the race was run, YYYY-MM-DD.
+        day: when they were timed, YYYY-MM-DD.
     """
 
     winner: str | None
@@ -43,25 +43,25 @@ class Verdict:
 
 
 class KeptVerdicts:
-    """The verdicts in a file, by race; without a path nothing is kept."""
+    """The verdicts in a file, by kernel and shape; without a path nothing is kept."""
 
     def __init__(self, path: Path | None) -> None:
         self.path, self._verdicts = path, _read(path)
 
-    def find(self, race: str) -> Verdict | None:
-        """Return the verdict of a race; None if it was never run."""
-        return self._verdicts.get(race)
+    def find(self, name: str) -> Verdict | None:
+        """Return a verdict; None if the kernel was never timed."""
+        return self._verdicts.get(name)
 
-    def keep(self, race: str, verdict: Verdict) -> None:
+    def keep(self, name: str, verdict: Verdict) -> None:
         """Keep a verdict; that the folder cannot be written is not an error."""
         if self.path is None:
             return
-        self._verdicts[race] = verdict
-        stored = {name: asdict(each) for name, each in self._verdicts.items()}
+        self._verdicts[name] = verdict
+        stored = {each: asdict(kept) for each, kept in self._verdicts.items()}
         remember(self.path, json.dumps(stored, indent=1))
 
     def forget(self) -> None:
-        """Let all races be run again."""
+        """Let all kernels be timed again."""
         self._verdicts.clear()
 
 
@@ -82,6 +82,6 @@ def _read(path: Path | None) -> dict[str, Verdict]:
         return {}
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
-        return {str(race): Verdict(**fields) for race, fields in stored.items()}
+        return {str(name): Verdict(**fields) for name, fields in stored.items()}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}

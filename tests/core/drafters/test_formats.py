@@ -530,7 +530,8 @@ def test_slots_of_nvidias_dspark(
     write: Callable[[str], Path], shift: bool, first_slot: int
 ) -> None:
     folder = write("specforge")
-    edit_config(folder, lambda c: c["dflash_config"].update(shift_label=shift))
+    settings = {"shift_label": shift, "attention_mode": "mha"}
+    edit_config(folder, lambda c: c["dflash_config"].update(settings))
     assert drafter_config(folder).first_slot == first_slot
 
 

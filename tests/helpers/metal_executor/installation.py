@@ -50,7 +50,7 @@ def install(
     patch.setattr(mx, "device_info", lambda *_: dict(DEVICE_INFO))
     patch.setattr(mx, "set_wired_limit", lambda _: 0)
     patch.setattr(mx.fast, "metal_kernel", executor.metal_kernel)
-    patch.setattr(metal_kernels, "speedup", lambda *race: executor.speedup(*race))
+    patch.setattr(metal_kernels, "speedup", lambda *timed: executor.speedup(*timed))
     patch.setattr(metal_kernels, "VERDICTS", {})
     patch.setattr(metal_kernels, "kept_verdicts", lambda: KeptVerdicts(None))
     executor.max_threads = MAX_THREADS

@@ -87,7 +87,6 @@ class Operations(Builders):
     # The last argument of these is an array whose device the new one has.
     zeros: Callable[[tuple[int, ...], Array], Array]  # (shape, like), in the same dtype
     full: Callable[[tuple[int, ...], float, Array], Array]  # (shape, value, like)
-    eye: Callable[[int, Array], Array]  # (n, like): an (n, n) mask
     arange: Callable[[int, Array], Array]  # (n, like)
     ids: Callable[[list[Any], Array], Array]  # (token ids, like)
     cast: Callable[[Array, Array], Array]  # (x, like): x in the same dtype
