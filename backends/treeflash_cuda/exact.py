@@ -71,7 +71,7 @@ from treeflash_cuda.attention import (
 )
 from treeflash_cuda.cache import Columns, KVCache, PackedRows, TreeCache, widen
 from treeflash_cuda.linear import FusedPart, PackedLinear, is_subclass, uses_fbgemm
-from treeflash_cuda.operations import TOLERANCES
+from treeflash_cuda.operations import TOLERANCES, on_its_device
 
 GROUP = 128
 """Number of positions whose sum is computed by one product."""
@@ -498,8 +498,9 @@ def use_kernel_for_products(model: nn.Module) -> None:
     Raises an UnsupportedModelError if a module computes products in another way, or the kernel's
     results differ from PyTorch's, or a row's results in a prompt from its results in a tree.
     """
-    from treeflash_cuda.triton_kernels.products import linear
+    from treeflash_cuda.triton_kernels import products
 
+    linear = on_its_device(products.linear)
     random = torch.Generator().manual_seed(0)
     for owner, name in _products(model):
         product = getattr(owner, name)

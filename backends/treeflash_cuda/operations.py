@@ -7,6 +7,7 @@ and replaced by it if they differ.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -294,15 +295,29 @@ def load_operations(shapes: Shapes, device: torch.device, dtype: torch.dtype) ->
         )
     except ImportError as error:
         return Operations(reasons=dict.fromkeys(CHECKS, str(error)))
-    kernels = Operations(
-        *(attention.tree_attention, layers.rms_norm, layers.rotate_and_store, layers.gated),
-        *(experts.grouped_linear, sampling.sample_rows),
-        *(recurrence.tree_recurrence, recurrence.commit_recurrence),
-        convolve_paths=convolution.convolve_paths,
-        move_columns=moves.move_columns,
-        quantised_linear=products.quantised_linear,
-    )
-    return checked(kernels, shapes, device, dtype)
+    modules = attention, convolution, experts, layers, moves, products, recurrence, sampling
+    kernels = {
+        name: on_its_device(getattr(module, name))
+        for module in modules
+        for name in CHECKS
+        if hasattr(module, name)
+    }
+    return checked(Operations(**kernels), shapes, device, dtype)
+
+
+def on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a function launch Triton kernels on the device of its first argument.
+
+    Triton launches them on the current device. That is another one where a user has chosen
+    `cuda:1`, or a target has layers on several devices.
+    """
+
+    @functools.wraps(launch)
+    def launch_there(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        with torch.cuda.device_of(x):
+            return launch(x, *args, **kwargs)
+
+    return launch_there
 
 
 def checked(

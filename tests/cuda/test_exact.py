@@ -1,7 +1,7 @@
 """Exact mode: a sequence's logits are bitwise equal whatever is computed together with them."""
 
 import json
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 
 import numpy as np
 import pytest
@@ -222,8 +222,11 @@ def test_a_kernel_whose_prompts_have_other_bits_is_refused(monkeypatch):
     def other_for_prompts(x, weight, bias):
         return row_by_row(x, weight, bias) + (1e-6 if len(x) > 64 else 0)
 
+    devices = []
+    monkeypatch.setattr(torch.cuda, "device_of", lambda x: devices.append(x) or nullcontext())
     monkeypatch.setattr(products, "linear", row_by_row)
     exact.use_kernel_for_products(nn.Sequential(nn.Linear(16, 8)))
+    assert devices, "Triton launches kernels on the current device"
     monkeypatch.setattr(products, "linear", other_for_prompts)
     with pytest.raises(UnsupportedModelError, match="many rows have other bits"):
         exact.use_kernel_for_products(nn.Sequential(nn.Linear(16, 8)))

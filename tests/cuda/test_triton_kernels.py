@@ -83,6 +83,35 @@ def worst_row(actual, expected):
     return float(error / expected.double().std())
 
 
+def test_kernels_are_launched_on_the_device_of_their_inputs(monkeypatch):
+    """Triton launches them on the current device, wherever the inputs are."""
+    launches, current = [], []
+
+    class DeviceOf:
+        def __init__(self, x):
+            self.x = x
+
+        def __enter__(self):
+            current.append(self.x)
+
+        def __exit__(self, *_):
+            current.pop()
+
+    def launcher(name):
+        return lambda x: launches.append((name, [y is x for y in current]))
+
+    modules = attention, convolution, experts, layers, moves, products, recurrence, sampling
+    for module, name in itertools.product(modules, operations.CHECKS):
+        if hasattr(module, name):
+            monkeypatch.setattr(module, name, launcher(name))
+    monkeypatch.setattr(torch.cuda, "device_of", DeviceOf)
+    monkeypatch.setattr(operations, "checked", lambda kernels, *_: kernels)
+    found = operations.load_operations(SMALL, CPU, torch.float32)
+    for name in operations.CHECKS:
+        getattr(found, name)(torch.zeros(1))
+    assert launches == [(name, [True]) for name in operations.CHECKS]
+
+
 @pytest.mark.parametrize(("case", "dtype"), all_in_float32(CASES, "trees"))
 def test_attention(case, dtype):
     case = replace(case, dtype=dtype)
