@@ -52,8 +52,8 @@ def broadcast(message: Any = None) -> Any:
 class Followers:
     """The other ranks, as rank 0 sees them.
 
-    They are `lost` if rank 0 failed in the middle of a forward pass: they then wait for it in a
-    collective call, where no message reaches them.
+    They are `lost` if rank 0 failed or was interrupted in the middle of a forward pass: they then
+    wait for it in a collective call, where no message reaches them.
     """
 
     def __init__(self) -> None:
@@ -132,10 +132,10 @@ class LeaderVerifier(Verifier):
     def forward(self, rows: Sequence[Rows], needs_logits: Sequence[bool]) -> Logits:
         numbered = [(_number(state), tokens) for state, tokens in rows]
         followers.tell("forward", numbered, list(needs_logits))
-        followers.send()
         try:
+            followers.send()
             return super().forward(rows, needs_logits)
-        except Exception:
+        except BaseException:  # also an interrupt by the user
             followers.lost = True
             raise
 

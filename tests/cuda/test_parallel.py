@@ -232,15 +232,15 @@ class Ranks:
                 assert np.array_equal(mine.read_kv_cache(), theirs.read_kv_cache())
         assert places(self.leading) == places(self.following)
 
-    def fail(self, patch, owner, name, at):
-        """Let one call of a function, with this number, run out of memory on rank 0."""
+    def fail(self, patch, owner, name, at, error=MemoryError):
+        """Let one call of a function, with this number, fail on rank 0."""
         whole, rank_0, calls = getattr(owner, name), threading.get_ident(), []
 
         def call(*args, **options):
             if threading.get_ident() == rank_0:
                 calls.append(args)
                 if len(calls) == at:
-                    raise MemoryError("out of memory")
+                    raise error("out of memory")
             return whole(*args, **options)
 
         patch.setattr(owner, name, call)
@@ -394,6 +394,16 @@ def test_a_forward_pass_that_fails_on_rank_0_alone_is_the_last(ranks, monkeypatc
     requests = [Request(prompt_ids=prompt, config=config) for prompt in ([5], [6, 7])]
     with pytest.raises(RuntimeError, match="restart torchrun"):
         list(Scheduler(ranks.backend).decode(requests))
+    with pytest.raises(RuntimeError, match="restart torchrun"):
+        ranks.backend.open(20, drafts=False)
+    state.close()
+
+
+def test_a_forward_pass_that_is_interrupted_on_rank_0_is_the_last(ranks, monkeypatch):
+    state = ranks.backend.open(20, drafts=False)
+    ranks.fail(monkeypatch, type(ranks.target), "forward", 1, KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        ranks.backend.verifier.run([Prefill(state, [5], None)])
     with pytest.raises(RuntimeError, match="restart torchrun"):
         ranks.backend.open(20, drafts=False)
     state.close()
