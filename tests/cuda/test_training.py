@@ -20,9 +20,12 @@ from treeflash.training.distillation import Response, respond
 
 require("torch")
 
+import families
 import torch
 from treeflash_cuda.backend import load
+from treeflash_cuda.target import Target
 from treeflash_cuda.training.entry import train
+from treeflash_cuda.training.initial import drafter_settings, initial_drafter
 
 CPU = LoadConfig(device="cpu", dtype="float32")
 VOCAB = 40
@@ -72,6 +75,16 @@ def run(target, responses, output, config, steps=None):
         if len(records) == steps:
             break
     return records
+
+
+@pytest.mark.parametrize("family", ["cohere", "lfm2", "olmo"])
+def test_layers_of_another_form_are_not_copied(tmp_path, family):
+    """One norm for attention and MLP, an MLP of another name, and norms without weights."""
+    families.write(tmp_path, family)
+    target = Target.load(tmp_path, torch.device("cpu"), torch.float32, pack=False)
+    settings = drafter_settings(TINY, target)
+    with pytest.raises(ConfigError, match=f"{family} cannot be copied .* use --init random"):
+        initial_drafter(TINY, settings, target, [])
 
 
 @pytest.mark.parametrize(

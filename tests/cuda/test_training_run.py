@@ -25,7 +25,7 @@ require("torch")
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from treeflash_cuda.training import loop
 from treeflash_cuda.training.entry import train
-from treeflash_cuda.training.run import CHECKPOINT
+from treeflash_cuda.training.run import CHECKPOINT, TrainingRun
 
 CPU = LoadConfig(device="cpu", dtype="float32")
 VOCAB = 40
@@ -220,6 +220,23 @@ def test_a_full_disk_is_one_clear_error(size, cache_gb, run, folder, monkeypatch
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "\n" not in str(caught.value)
     assert run(cache_gb=cache_gb)[-1] == 4
+
+
+@pytest.mark.usefixtures("stopped")
+def test_other_processes_resume_from_the_state_that_the_first_one_puts_back(folder):
+    """An interrupted save had moved it away."""
+    (folder / "state").rename(folder / "state.old")
+
+    class OtherProcess:
+        is_main_process = False
+
+        def wait_for_everyone(self):
+            (folder / "state.old").rename(folder / "state")
+
+        def load_state(self, folder):
+            pass
+
+    assert TrainingRun(folder, OtherProcess(), {}, "").resume() == 2
 
 
 def test_tensorboard_shows_each_step_once(run, folder):

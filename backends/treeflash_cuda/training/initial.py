@@ -32,12 +32,19 @@ from treeflash_cuda.attention import AttentionContext
 from treeflash_cuda.backend import drafter_layout, load_drafter
 from treeflash_cuda.drafter_model import DrafterModel
 from treeflash_cuda.heads import HEADS as HEAD_CLASSES
+from treeflash_cuda.linear import is_subclass
 from treeflash_cuda.target import Target
 
 RANK = 256
 """Rank of the heads `markov` and `selector`, as published."""
 RANDOM_STD = 0.02
 """Standard deviation of random weights."""
+COPIED_LINEARS = (
+    *(f"self_attn.{name}_proj" for name in ("q", "k", "v", "o")),
+    *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+)
+FOLDED_NORMS = "input_layernorm", "post_attention_layernorm"
+"""The parts of a target's layer that a drafter gets, under the names that most models give them."""
 
 
 def drafter_settings(config: TrainConfig, target: Target) -> dict[str, Any]:
@@ -275,6 +282,11 @@ def _copy_layers(model: DrafterModel, target: Target, sequences: Sequence[Sequen
     count = len(model.layers)
     layers: Sequence[Any] = list(model.layers)
     sources: Sequence[Any] = list(target.layers)[-count:]
+    if not all(map(_can_copy, sources)):
+        raise ConfigError(
+            f"the layers of {target.model.config.model_type} cannot be copied into a drafter; "
+            "use --init random"
+        )
     scales = _query_key_scales(target, sources, sequences)
     for layer, source, (scale_q, scale_k) in zip(layers, sources, scales, strict=True):
         scale = _norm_scale(source.input_layernorm)
@@ -292,6 +304,14 @@ def _copy_layers(model: DrafterModel, target: Target, sequences: Sequence[Sequen
     model.fc.weight.zero_()
     deepest = int(torch.tensor(model.config.target_layer_ids).argmax())
     model.fc.weight[:, deepest * h : (deepest + 1) * h] = torch.eye(h)
+
+
+def _can_copy(layer: nn.Module) -> bool:
+    """Return whether a layer has the parts that are copied, and nothing quantises its weights."""
+    parts = dict(layer.named_modules())
+    linears, norms = ([parts.get(x) for x in names] for names in (COPIED_LINEARS, FOLDED_NORMS))
+    has_norms = all(getattr(x, "weight", None) is not None for x in norms)
+    return has_norms and all(type(x) is nn.Linear and not is_subclass(x.weight) for x in linears)
 
 
 def _copy_linear(linear: nn.Linear, source: Any, scale: Tensor | None) -> None:
@@ -318,15 +338,8 @@ def _query_key_scales(
 
     hooks = []
     for n, layer in enumerate(layers):
-        attention = getattr(layer, "self_attn", None)
-        linears: list[Any] = [getattr(attention, f"{name}_proj", None) for name in "qkvo"]
-        linears += [getattr(layer.mlp, f"{name}_proj", None) for name in ("gate", "up", "down")]
-        if not all(isinstance(linear, nn.Linear) for linear in linears):
-            raise ConfigError(
-                f"the layers of {target.model.config.model_type} cannot be copied into a drafter; "
-                "use --init random"
-            )
-        for name, linear in zip("qk", linears, strict=False):
+        for name in ("q", "k"):
+            linear = getattr(layer.self_attn, f"{name}_proj")
             hooks.append(linear.register_forward_hook(partial(measure, (n, name))))
     for sequence in sequences:
         tokens = torch.tensor(sequence, device=target.device)

@@ -235,6 +235,7 @@ class TrainingRun:
         state, old = self._state, self.folder / "state.old"
         if old.exists() and not state.exists() and self._main:
             old.rename(state)  # interrupted between the two renames of `save`
+        self._accelerator.wait_for_everyone()  # all processes find the same state
         if not state.exists():
             # An interrupted first save leaves only `state.new`.
             was_saving = (self.folder / "state.new").exists()
