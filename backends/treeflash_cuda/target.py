@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -111,7 +110,7 @@ def read_model_config(folder: Path) -> PreTrainedConfig:
     read_config(folder)  # has the clearer message about a damaged file
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, KeyError, OSError) as error:
+    except Exception as error:  # also a validation error of another library
         raise CheckpointError(
             f"{folder / 'config.json'} is not usable: {first_line(error)}"
         ) from error
@@ -192,12 +191,14 @@ def load_model(
             f"{folder} needs a package that is not installed ({first_line(error)}); install it, "
             "or use weights that are not quantised"
         ) from error
-    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-        if is_out_of_memory(error):
+    except Exception as error:  # of the model's own code, for sizes that it cannot have
+        if is_out_of_memory(error) or is_device_lost(error):
             raise
         reason = first_line(error)
         if "above report" in reason:
             reason = "its weights do not have the form that its configuration asks for"
+        elif isinstance(error, KeyError):
+            reason = f"transformers does not know {reason}"
         raise CheckpointError(f"{folder} cannot be loaded: {reason}") from error
     finally:
         log.removeFilter(_is_no_report)

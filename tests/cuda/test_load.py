@@ -291,6 +291,20 @@ def test_an_unknown_family_is_an_error_about_its_configuration(tmp_path):
         load(tmp_path, None, CPU)
 
 
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        ({"rms_norm_eps": "small"}, r"config\.json is not usable.*rms_norm_eps"),
+        ({"hidden_act": "silo"}, "cannot be loaded: transformers does not know 'silo'"),
+    ],
+)
+def test_a_configuration_that_makes_no_model_is_one_line(tmp_path, damage, reason):
+    write_target(tmp_path, "llama", seed=1)
+    edit_config(tmp_path, lambda config: config.update(damage))
+    with pytest.raises(CheckpointError, match=reason):
+        load(tmp_path, None, CPU)
+
+
 def test_code_in_a_checkpoint_is_not_run(tmp_path):
     LlamaConfig(**TINY).save_pretrained(tmp_path)
     write_target(tmp_path, "llama", seed=1)
