@@ -233,8 +233,7 @@ def kernels(gpu: Gpu, part: Part) -> None:
             part.problem(line)
         if dtype == "float32":
             continue
-        config = _Config(num_attention_heads=8, num_key_value_heads=2, head_dim=head_dim)
-        found, reason = flash_kernels(gpu.device, getattr(torch, dtype), config)
+        found, reason = flash_kernels(gpu.device, getattr(torch, dtype), shapes)
         part.add(
             "verdicts", dtype=dtype, head_dim=head_dim, kernel="FlashAttention", verdict=reason
         )
@@ -242,13 +241,6 @@ def kernels(gpu: Gpu, part: Part) -> None:
             part.problem(f"FlashAttention is not used with {where}: {reason}")
     if gpu.device.type == "cuda":
         _usages(gpu, part)
-
-
-class _Config:
-    """The part of a model's configuration that FlashAttention's check reads."""
-
-    def __init__(self, **settings: int) -> None:
-        vars(self).update(settings, hidden_size=0)
 
 
 def _usages(gpu: Gpu, part: Part) -> None:

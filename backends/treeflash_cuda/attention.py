@@ -53,6 +53,7 @@ from transformers.masking_utils import causal_mask_function
 from treeflash.errors import UnsupportedModelError
 from treeflash_cuda.cache import SlabCache, TreeCache, decoded
 from treeflash_cuda.kernels import Kernels
+from treeflash_cuda.numerics import concatenate
 from treeflash_cuda.operations import Operations
 from treeflash_cuda.visible_keys import VisibleKeys
 
@@ -266,7 +267,7 @@ def grouped_attention(
             outputs.append(kernel(q, k, v, bias, False, scale=scale)[0])
         else:
             outputs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale))
-    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
+    output = concatenate(outputs, 2)
     # CUDA's kernels return other strides than the CPU's: no view may join dimensions here.
     return output.unflatten(2, (-1, groups)).transpose(1, 2).flatten(2, 3).contiguous()
 
@@ -370,7 +371,7 @@ class AttentionContext:
         if self.kernels is not None and id(mask) in self._windows:
             q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
             window = self._windows[id(mask)][1]
-            return self.kernels.causal(q, k, v, window, **inputs.score_options)[None]
+            return self.kernels.causal(q, k, v, window, inputs.scale)[None]
         key, value = (decoded(x, query.dtype) for x in (key, value))
         causal = mask is None and n > 1
         if causal and not self.is_whole_sequence:

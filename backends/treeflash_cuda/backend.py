@@ -578,7 +578,7 @@ def add_kernels(target: Target) -> None:
     if target.softcap is not None or target.has_sinks:
         return
     for part, _ in target.spans or [(target.device, len(target.layers))]:
-        target.kernels, reason = flash_kernels(part, target.dtype, target.config)
+        target.kernels, reason = flash_kernels(part, target.dtype, target_shapes(target))
         if target.kernels is None:
             break
     if reason:

@@ -199,13 +199,12 @@ class Arena:
     def __init__(
         self,
         layers: int,
-        column_nbytes: int = 0,
         dtype: torch.dtype | None = None,
         spans: Sequence[Span] | None = None,
         device: torch.device | None = None,
     ) -> None:
         self.layers = layers  # the layers of the model
-        self.column_nbytes = column_nbytes  # of a column in all layers; 0 as long as it is unknown
+        self.column_nbytes = 0  # of a column in all layers; 0 as long as it is unknown
         # Keys and values are stored in this format; None stores them as they are.
         self.dtype = dtype
         self.device = device  # the device of the model's first layer; None of a drafter's
@@ -344,16 +343,6 @@ class KVCache:
     def nbytes(self) -> int:
         return 0 if self.region is None else self.region.nbytes
 
-    def write(self, layer: int, first: int, k: Tensor, v: Tensor) -> None:
-        """Write keys and values, (1, kv_heads, n, head_dim) each, from a column on.
-
-        Raises an UnsupportedModelError if the layers' keys and values differ in shape.
-        """
-        end = first + k.shape[2]
-        k, v = self.arena.encode(k), self.arena.encode(v)
-        for storage, x in zip(self.reserve(k, v, end).layer(layer), (k[0], v[0]), strict=True):
-            storage[:, first:end] = x
-
     def allocate(self) -> Region:
         """Return the region, in an arena whose shape is known."""
         if self.region is None:
@@ -394,10 +383,7 @@ class KVCache:
         """Copy the committed positions of another sequence, at most `length`."""
         length = min(length, other.length)
         if length:
-            parts = other.taken.parts
-            if self.region is None:
-                self.region = self.arena.take(self.capacity, parts[0][0, :1])
-            for storage, part in zip(self.region.parts, parts, strict=True):
+            for storage, part in zip(self.allocate().parts, other.taken.parts, strict=True):
                 storage[:, :, :, :length] = part[:, :, :, :length]
         self.length = length
 
@@ -418,13 +404,9 @@ class KVCache:
         parts = [from_host(arrays[str(n)]) for n in range(len(arrays))]
         if self.arena.head_dim is not None:
             parts = list(map(widen, parts))
-        if not parts:
-            return
-        if self.region is None:
-            like = self.arena.like
-            self.region = self.arena.take(self.capacity, parts[0][0, :1] if like is None else like)
-        for storage, part in zip(self.region.parts, parts, strict=True):
-            storage[:, :, :, first : first + part.shape[3]] = part
+        if parts:  # a model without attention layers has none
+            for storage, part in zip(self.allocate().parts, parts, strict=True):
+                storage[:, :, :, first : first + part.shape[3]] = part
 
     def truncate(self, length: int) -> None:
         self.length = min(self.length, length)

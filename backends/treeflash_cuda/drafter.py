@@ -25,7 +25,7 @@ from treeflash_cuda.drafter_model import DrafterModel, OwnVocabulary
 from treeflash_cuda.drafter_operations import Rotation
 from treeflash_cuda.graphs import MIN_LENGTH, Graphs, Outputs, power_of_four, power_of_two
 from treeflash_cuda.linear import token_products
-from treeflash_cuda.numerics import gumbel, pack, top_log_probs, unpack, upload
+from treeflash_cuda.numerics import concatenate, gumbel, pack, top_log_probs, unpack, upload
 from treeflash_cuda.operations import Operations
 from treeflash_cuda.state import State
 from treeflash_cuda.target import Target
@@ -154,11 +154,6 @@ def padded_noise(noise: Tensor, shape: tuple[int, int], padded: tuple[int, int])
     return F.pad(noise.unflatten(0, shape), (0, 0, 0, extra[1], 0, extra[0])).flatten(0, 1)
 
 
-def concatenate(parts: Sequence[Tensor]) -> Tensor:
-    """Concatenate tensors; a single one is not copied."""
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
-
-
 class MaskedDrafts:
     """Each sequence attends for itself, with a mask where its block does not see everything."""
 
@@ -170,7 +165,7 @@ class MaskedDrafts:
         # Block i does not see the positions `gaps[i]`; see `window_gap`.
         self.gaps = [window_gap(state.length, window) for state in states]
         self._masks: dict[LayerKind, list[Tensor | None]] = {}
-        self._packed: PackedRows | None = None  # the columns of the rows of several sequences
+        self._packed: PackedRows | None = None  # the columns of the rows
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend from (1, heads, t * S, head_dim) queries: (1, t * S, heads, head_dim).
@@ -179,15 +174,11 @@ class MaskedDrafts:
         and then of the blocks, are written to the drafter's KV cache first.
         """
         size, kind = self.config.block_size, self.config.layer_kinds[layer]
-        if len(self.sequences) == 1:
-            cache, _ = self.sequences[0]
-            cache.write(layer, cache.length, k, v)
-        else:
-            if self._packed is None:
-                contexts = [(x, x.length, start - x.length) for x, start in self.sequences]
-                blocks = [(cache, start, size) for cache, start in self.sequences]
-                self._packed = PackedRows([*contexts, *blocks], k)
-            self._packed.write(layer, k, v)
+        if self._packed is None:
+            contexts = [(x, x.length, start - x.length) for x, start in self.sequences]
+            blocks = [(cache, start, size) for cache, start in self.sequences]
+            self._packed = PackedRows([*contexts, *blocks], k)
+        self._packed.write(layer, k, v)
         keys_and_values = []
         for (cache, start), gap in zip(self.sequences, self.gaps, strict=True):
             keys, values = cache.first_columns(layer, start + size)

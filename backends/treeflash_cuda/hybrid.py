@@ -37,7 +37,7 @@ from treeflash.decoding.tree import DraftTree
 from treeflash.errors import UnsupportedModelError
 from treeflash_cuda.cache import KVCache, Slab, SlabCache, TreeCache
 from treeflash_cuda.fused_layers import forward_with, names_in_forward
-from treeflash_cuda.numerics import upload
+from treeflash_cuda.numerics import concatenate, upload
 from treeflash_cuda.operations import Operations
 from treeflash_cuda.recurrence import TreeNodes, state_update, tree_recurrence, weigh_windows
 from treeflash_cuda.state_arena import (
@@ -248,8 +248,8 @@ class RecurrentCache(TreeCache):
         raise NotImplementedError
 
     def _join_inputs(self, rows: Tensor, key: Key, width: int) -> Tensor:
-        """See `update_conv_state`."""
-        raise NotImplementedError
+        """See `update_conv_state`. `convolve` joins the rows with the last inputs by default."""
+        return rows
 
     def _key_of(self, inputs: Tensor) -> Key:
         """Return the key of the tail that `update_conv_state` took for the inputs."""
@@ -340,7 +340,7 @@ class HybridCache(RecurrentCache):
             else:
                 output = tree(partial(self._run_tree, part, key), *inputs)
             outputs.append(output)
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+        return concatenate(outputs, 1)
 
     def _run_tree(
         self,
@@ -378,7 +378,7 @@ class HybridCache(RecurrentCache):
                 # Only the end is kept, as a copy, so that the other inputs can be freed.
                 inputs = inputs[:, :, inputs.shape[2] - width :].clone()
             part.states.inputs[key] = inputs, width
-        return joined[0] if len(joined) == 1 else torch.cat(joined, 2)
+        return concatenate(joined, 2)
 
     def _plan_windows(self, kernel: int) -> Tensor:
         windows, first = [], 0
@@ -471,9 +471,6 @@ class HybridTreeCache(RecurrentCache, SlabCache):
             *(self._input_rows(weight.shape[1]), weight, bias, activation),
         )
         return out.flatten(0, 1).mT[None]
-
-    def _join_inputs(self, rows: Tensor, key: Key, width: int) -> Tensor:
-        return rows
 
     def _plan_windows(self, kernel: int) -> Tensor:
         """Compute `convolution_windows` of each tree on the device."""

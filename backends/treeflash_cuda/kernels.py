@@ -16,7 +16,7 @@ from torch import Tensor
 
 from treeflash.errors import first_line, is_out_of_memory
 from treeflash_cuda.cache import decoded
-from treeflash_cuda.operations import RandomInputs, tree_attention
+from treeflash_cuda.operations import RandomInputs, Shapes, tree_attention
 from treeflash_cuda.visible_keys import RowPlan, VisibleKeys
 
 TOLERANCE = 0.01
@@ -29,15 +29,12 @@ MIN_CAPABILITY = 8, 0
 class Kernels(Protocol):
     """Attention of prompts."""
 
-    def causal(
-        self, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float, **options: Any
-    ) -> Tensor:
+    def causal(self, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float) -> Tensor:
         """Attend from the last n positions to the whole sequence: (n, heads, head_dim).
 
         q is (n, heads, head_dim); k and v are (m, kv_heads, head_dim) of all positions, as the
         cache stores them. Each position sees `window` positions, itself included; None for all
-        before it. `treeflash_cuda.operations.tree_attention` explains the options `softcap` and
-        `sinks`.
+        before it. The scores are multiplied by `scale`.
         """
 
 
@@ -57,10 +54,7 @@ class FlashKernels:
         # The kernel chooses the number of splits; cuDNN's kernels do not take the argument.
         self.varlen: Any = functools.partial(varlen_attn, enable_gqa=True, num_splits=0)
 
-    def causal(
-        self, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float, **options: Any
-    ) -> Tensor:
-        assert all(option is None for option in options.values())
+    def causal(self, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float) -> Tensor:
         # 0 and the length are made on the device, so that nothing is uploaded.
         queries, keys = (
             torch.arange(0, len(x) + 1, len(x), dtype=torch.int32, device=q.device) for x in (q, k)
@@ -75,18 +69,16 @@ class EncodedKernels:
     def __init__(self, kernels: Kernels) -> None:
         self.kernels = kernels  # takes floats
 
-    def causal(
-        self, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float, **options: Any
-    ) -> Tensor:
+    def causal(self, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float) -> Tensor:
         if window is not None:  # the first row's
             unseen = max(len(k) - len(q) + 1 - window, 0)
             k, v = k[unseen:], v[unseen:]
         k, v = (decoded(x, q.dtype) for x in (k, v))
-        return self.kernels.causal(q, k, v, window, scale, **options)
+        return self.kernels.causal(q, k, v, window, scale)
 
 
 def flash_kernels(
-    device: torch.device, dtype: torch.dtype, config: Any
+    device: torch.device, dtype: torch.dtype, shapes: Shapes
 ) -> tuple[FlashKernels | None, str]:
     """Load FlashAttention's kernels, or None if their results differ from plain products.
 
@@ -95,12 +87,10 @@ def flash_kernels(
     on_cuda = device.type == "cuda" and dtype != torch.float32
     if not on_cuda or torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
         return None, ""
-    heads, hidden_size = config.num_attention_heads, config.hidden_size
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    head_dim = getattr(config, "head_dim", None) or hidden_size // heads
+    sizes = shapes.heads, shapes.kv_heads, shapes.head_dim
     try:
         kernels = FlashKernels()
-        difference = _difference(kernels, device, dtype, heads, kv_heads, head_dim)
+        difference = _difference(kernels, device, dtype, *sizes)
     except Exception as error:
         if is_out_of_memory(error):
             raise

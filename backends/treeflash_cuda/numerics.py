@@ -52,6 +52,11 @@ def upload_all(arrays: Sequence[NDArray[Any]], device: torch.device) -> list[Ten
     return unpack(upload(pack(arrays), device), [array.shape for array in arrays])
 
 
+def concatenate(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """Concatenate tensors; a single one is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
+
+
 def topk(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Return the (n, k) largest elements of each (size,) row, largest first, and their indices.
 

@@ -71,14 +71,11 @@ class RowPass:
         Raises:
             UnsupportedModelError: a layer's attention is neither causal nor a window.
         """
-        parts: dict[int, tuple[Tensor, Tensor | None]] = {}
-        for group in self._groups(rows):
-            found = self._run([rows[i] for i in group], [needs_logits[i] for i in group])
-            if len(group) == len(rows):
-                return found
-            parts |= zip(group, zip(found.parts, found.best, strict=True), strict=True)
-        logits, best = zip(*(parts[i] for i in range(len(rows))), strict=True)
-        return Logits(list(logits), list(best))
+        passes = [
+            (group, self._run([rows[i] for i in group], [needs_logits[i] for i in group]))
+            for group in self._groups(rows)
+        ]
+        return Logits.of_passes(passes)
 
     def _groups(self, rows: Sequence[Rows]) -> Iterator[list[int]]:
         """Yield the indices of sequences that share a pass: all are in one slab."""

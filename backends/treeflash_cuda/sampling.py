@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,7 +23,14 @@ from treeflash.decoding.sampling import (
     shared_sampling,
 )
 from treeflash_cuda.graphs import Graphs, power_of_two
-from treeflash_cuda.numerics import gumbel, topk, topk_lower_bound, upload, upload_all
+from treeflash_cuda.numerics import (
+    concatenate,
+    gumbel,
+    topk,
+    topk_lower_bound,
+    upload,
+    upload_all,
+)
 
 ROWS = 4
 """Rows computed together on a CPU: few enough to stay in its caches and in the allocator's pool."""
@@ -209,11 +216,21 @@ class Logits:
         """Split the (rows, vocab) logits with this number of rows of each sequence."""
         return cls(list(logits.split(list(counts))), [None] * len(counts), logits)
 
-    def joined(self, parts: Sequence[Tensor]) -> Tensor:
-        """Return some or all parts as one tensor."""
-        if self.whole is not None and sum(map(len, parts)) == len(self.whole):
+    @classmethod
+    def of_passes(cls, passes: Sequence[tuple[Sequence[int], Logits]]) -> Logits:
+        """Order the logits of passes by the indices of their sequences, which cover all."""
+        if len(passes) == 1:
+            return passes[0][1]
+        found = [part for x, y in passes for part in zip(x, y.parts, y.best, strict=True)]
+        _, parts, best = zip(*sorted(found, key=lambda part: part[0]), strict=True)
+        return cls(list(parts), list(best))
+
+    def joined(self, sequences: Iterable[int], edited: Mapping[int, Tensor]) -> Tensor:
+        """Return the parts of some sequences as one tensor, with `edited` parts in their place."""
+        parts = [edited.get(i, self.parts[i]) for i in sequences]
+        if not edited and self.whole is not None and sum(map(len, parts)) == len(self.whole):
             return self.whole
-        return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+        return concatenate(parts)
 
 
 def sample(
@@ -238,9 +255,8 @@ def sample(
         for i, params in sampled.items()
     )
     if sample_rows is not None and not is_known:
-        rows = [edited.get(i, parts[i]) for i in sampled]
-        whole = torch.cat(rows) if edited else logits.joined(rows)
-        tokens = _sample_together(whole, sampled, [len(part) for part in rows], sample_rows)
+        counts = [len(parts[i]) for i in sampled]
+        tokens = _sample_together(logits.joined(sampled, edited), sampled, counts, sample_rows)
     else:
         tokens = _sample_groups(logits, sampled, edited, graphs)
     log_probs = _log_probs(parts, tokens, sampled)
@@ -279,7 +295,6 @@ def _sample_groups(
     graphs: Graphs | None,
 ) -> dict[int, NDArray[np.int32]]:
     """Sample the tokens of each sequence, those with the same sampling together."""
-    parts, counts = logits.parts, [len(part) for part in logits.parts]
     groups: dict[object, list[int]] = {}
     for i, params in sampled.items():
         groups.setdefault(shared_sampling(params), []).append(i)
@@ -290,19 +305,15 @@ def _sample_groups(
             best for i in sequences if i not in edited and (best := logits.best[i]) is not None
         ]
         if sampling.greedy and len(known) == len(sequences):
-            numbers = (known[0] if len(known) == 1 else torch.cat(known)).cpu().numpy()
+            numbers = concatenate(known).cpu().numpy()
             check_finite((numbers >= 0).all())
             group_tokens = numbers.astype(np.int32)
         else:
-            if edited:
-                group = [edited.get(i, parts[i]) for i in sequences]
-                rows = group[0] if len(group) == 1 else torch.cat(group)
-            else:
-                rows = logits.joined([parts[i] for i in sequences])
+            rows = logits.joined(sequences, edited)
             keys = [keys for i in sequences if (keys := sampled[i].keys) is not None]
             all_keys = np.concatenate(keys) if keys else None
             group_tokens = sample_tokens(rows, sampling, all_keys, graphs)
-        ends = np.cumsum([counts[i] for i in sequences])
+        ends = np.cumsum([len(logits.parts[i]) for i in sequences])
         tokens |= zip(sequences, np.split(group_tokens, ends[:-1]), strict=True)
     return tokens
 

@@ -133,13 +133,7 @@ class Verifier:
         for members in (*([i] for i in alone), [i for i in others if i not in alone]):
             if members:
                 run(self._forward_with_masks, members)
-        if len(found) == 1:
-            return found[0][1]
-        results: dict[int, tuple[Tensor, Tensor | None]] = {}
-        for members, logits in found:
-            results |= zip(members, zip(logits.parts, logits.best, strict=True), strict=True)
-        parts, best = zip(*(results[i] for i in range(len(rows))), strict=True)
-        return Logits(list(parts), list(best))
+        return Logits.of_passes(found)
 
     def _forward_with_masks(self, rows: Sequence[Rows], needs_logits: Sequence[bool]) -> Logits:
         """Run `_forward` in one pass, in which every sequence has its mask."""

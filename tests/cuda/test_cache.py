@@ -9,7 +9,7 @@ from treeflash.testing import require
 require("torch")
 
 import torch
-from treeflash_cuda.cache import Arena, KVCache, TreeCache
+from treeflash_cuda.cache import Arena, KVCache, PackedRows, TreeCache
 from treeflash_cuda.numerics import upload_all
 
 LAYERS = 2
@@ -33,8 +33,9 @@ def random(n, seed=0, heads=2):
 
 def write(text, values):
     """Write a block of n rows in all layers."""
+    rows = PackedRows([(text, text.length, values.shape[4])], values[0, 0])
     for layer, (k, v) in enumerate(zip(*values, strict=True)):
-        text.write(layer, text.length, k, v)
+        rows.write(layer, k, v)
 
 
 def expected(values, rows):
@@ -100,9 +101,8 @@ def test_a_text_does_not_outgrow_its_capacity(arena):
 def test_layers_of_other_shapes_are_refused(arena):
     text = KVCache(arena, 5)
     write(text, random(2))
-    k = torch.zeros(1, 3, 2, 4)
     with pytest.raises(UnsupportedModelError, match="different shapes"):
-        text.write(1, 0, k, k)
+        write(text, random(2, heads=3))
 
 
 def test_a_forward_pass_writes_each_texts_rows_to_its_own_columns(arena):

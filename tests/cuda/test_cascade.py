@@ -26,6 +26,7 @@ from treeflash_cuda.attention import is_window
 from treeflash_cuda.backend import load
 from treeflash_cuda.cache import dequantise, quantise
 from treeflash_cuda.kernels import EncodedKernels, causal_attention
+from treeflash_cuda.operations import Shapes
 
 VOCAB = 40
 CPU = LoadConfig(device="cpu", dtype="float32")
@@ -141,9 +142,7 @@ def test_kernels_are_checked_before_they_are_used(monkeypatch, kernels, reason):
         lambda kernels, device, *shape: difference(kernels, torch.device("cpu"), *shape),
     )
 
-    class Config:
-        num_attention_heads, num_key_value_heads, head_dim, hidden_size = 4, 2, 8, 32
-
-    found, why = kernels_module.flash_kernels(torch.device("cuda"), torch.bfloat16, Config)
+    shapes = Shapes(heads=4, kv_heads=2, head_dim=8, hidden_size=32)
+    found, why = kernels_module.flash_kernels(torch.device("cuda"), torch.bfloat16, shapes)
     assert (found is None) == bool(reason)
     assert reason in why

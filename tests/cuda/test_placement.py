@@ -54,7 +54,7 @@ def test_keys_and_values_in_parts_are_those_in_one(pair, bits):
     expected = decoded(backend)
     whole, target = backend.target.arena, backend.target
     spans = [(CPU, 1), (CPU, 2), (CPU, 1)]
-    target.arena = Arena(4, whole.column_nbytes, whole.dtype, spans)
+    target.arena = Arena(4, whole.dtype, spans)
     follow_devices(target.model, target.layers, CPU)
     tokens, kv_cache = decoded(backend)
     assert [len(part) for part in target.arena.slabs[0].parts] == [1, 2, 1]
