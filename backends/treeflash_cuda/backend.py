@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from copy import copy
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -28,11 +28,14 @@ from treeflash.decoding.interfaces import DeviceReport, Prefill
 from treeflash.decoding.tree import DraftTree
 from treeflash.drafters.config import DrafterShape
 from treeflash.drafters.loading import Layout, block_tensors, mtp_tensors, read_layout
-from treeflash.drafters.mtp_heads import (
-    refuse_missing_targets,
-    refuse_window,
+from treeflash.drafters.mtp_heads import refuse_missing_targets, refuse_window
+from treeflash.errors import (
+    BackendError,
+    ConfigError,
+    MemoryInUseError,
+    UnsupportedModelError,
+    is_out_of_memory,
 )
-from treeflash.errors import BackendError, ConfigError, UnsupportedModelError, is_out_of_memory
 from treeflash_cuda.cache import KV_BITS, Arena
 from treeflash_cuda.device import choose_device, device_facts, device_name, join_free_memory
 from treeflash_cuda.drafter import Drafter
@@ -237,28 +240,25 @@ class CudaBackend(BaseBackend):
 
     def _run_all_passes(self) -> None:
         """Run passes of all numbers of rows that have graphs."""
-        state = self.open(MAX_ROWS, drafts=False)
-        try:
+        with closing(self.open(MAX_ROWS, drafts=False)) as state, torch.inference_mode():
             for rows in reversed(ROWS):
                 tree = DraftTree.chain(np.zeros(rows, np.int32))
-                with torch.inference_mode():
-                    self.verifier.forward([(state, tree)], [True])
-        finally:
-            state.close()
+                self.verifier.forward([(state, tree)], [True])
 
     def _run_all_drafts(self, max_parallel: int) -> None:
         """Run drafts for up to that many sequences, after few and several new tokens."""
         assert self.drafter is not None
         count = power_of_two(max_parallel)
         while count:
-            states = [self.open(sum(NEW_TOKENS), drafts=True) for _ in range(count)]
-            try:
+            # Memory may have no room for the most sequences, and for fewer ones.
+            with suppress(MemoryInUseError), ExitStack() as opened:
+                states = [
+                    opened.enter_context(closing(self.open(sum(NEW_TOKENS), drafts=True)))
+                    for _ in range(count)
+                ]
                 for tokens in NEW_TOKENS:
                     self.verifier.run([Prefill(state, [0] * tokens, None) for state in states])
                     self.drafter.draft([(state, 0) for state in states])
-            finally:
-                for state in states:
-                    state.close()
             count //= 2
 
     def memory_bytes(self) -> int:
@@ -282,29 +282,34 @@ def new_drafter_arena(model: Model, target: Target) -> Arena:
 
 
 def reserve_memory(target: Target, drafter: Arena | None, share: float) -> None:
-    """Let each arena reserve its part of the GPU's memory: columns for equal positions.
+    """Let each arena reserve its part of the GPUs' memory: columns for equal positions.
 
-    Recurrent states of `STATE_SEQUENCES` come first, but have at most half.
+    A GPU has the columns of its layers, and the target's has those of the drafter too. The GPU with
+    the least room for a position decides. Recurrent states of `STATE_SEQUENCES` come first, but
+    have at most half.
 
     Args:
         target: its largest pass, and the graphs that are captured of it, keep their memory.
         drafter: the drafter's arena; None without a drafter.
         share: of the memory that is left, for keys and values.
     """
-    devices = [device for device, _ in target.spans or [(target.device, 0)]]
-    passes = GRAPH_FACTOR * pass_nbytes(target)
+    home, whole, passes = target.device, target.arena, GRAPH_FACTOR * pass_nbytes(target)
     torch.cuda.empty_cache()
-    free = sum(torch.cuda.mem_get_info(device)[0] for device in devices)
-    arenas = [target.arena, drafter] if drafter is not None else [target.arena]
-    column_nbytes = sum(arena.column_nbytes for arena in arenas)
-    room = int(share * max(free - passes, 0))
+    layers = Counter({home: 0})
+    for device, count in target.spans or [(home, whole.layers)]:
+        layers[device] += count
+    room = {x: int(share * max(torch.cuda.mem_get_info(x)[0] - passes, 0)) for x in layers}
     if target.state_arena is not None:
-        states = min(STATES_EACH * STATE_SEQUENCES, room // 2 // target.states_nbytes)
+        states = min(STATES_EACH * STATE_SEQUENCES, room[home] // 2 // target.states_nbytes)
         target.state_arena.reserve(states)
-        room -= states * target.states_nbytes
-    for arena in arenas:
-        part = arena.column_nbytes / max(column_nbytes, 1)
-        arena.reserved_nbytes = int(room * part)
+        room[home] -= states * target.states_nbytes
+    needed = {x: whole.column_nbytes * n // max(whole.layers, 1) for x, n in layers.items()}
+    needed[home] += 0 if drafter is None else drafter.column_nbytes
+    fullest = min(layers, key=lambda x: room[x] / max(needed[x], 1))
+    for arena in (whole, drafter):
+        if arena is not None:
+            part = room[fullest] * arena.column_nbytes
+            arena.reserved_nbytes = part // max(needed[fullest], 1)
 
 
 def pass_nbytes(target: Target) -> int:

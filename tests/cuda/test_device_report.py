@@ -15,6 +15,7 @@ require("torch")
 
 import torch
 from treeflash_cuda import backend as loading
+from treeflash_cuda.cache import Arena
 from treeflash_cuda.operations import CHECKS, Operations
 
 GIB = 1 << 30
@@ -104,6 +105,23 @@ def test_memory_is_set_aside_beside_the_largest_pass(
     assert sum(x.reserved_nbytes for x in arenas) == pytest.approx(reserved * GIB, abs=2)
     columns = [x.reserved_nbytes // x.column_nbytes for x in arenas]
     assert abs(columns[0] - columns[1]) <= 1
+
+
+@pytest.mark.parametrize(("free", "positions"), [((8, 24), 4), ((24, 2), 2)])
+def test_the_gpu_with_the_least_room_decides(folders, monkeypatch, free, positions):
+    """It has a part of the layers, and the first one has the drafter too."""
+    gpus = [torch.device("cuda", n) for n in range(2)]
+    target = loading.load(folders[0], None, LoadConfig(device="cpu", dtype="float32")).target
+    layers, half = target.arena.layers // 2, target.arena.column_nbytes // 2
+    drafter = Arena(layers)
+    drafter.set_shape(target.arena.like)
+    target.device, target.spans = gpus[0], [(gpu, layers) for gpu in gpus]
+    free = dict(zip(gpus, free, strict=True))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: (free[gpu] * half, 0))
+    monkeypatch.setattr(loading, "pass_nbytes", lambda target: 0)
+    loading.reserve_memory(target, drafter, 1.0)
+    found = [x.reserved_nbytes // x.column_nbytes for x in (target.arena, drafter)]
+    assert found == [positions, positions]
 
 
 @pytest.mark.parametrize("fits", [True, False])

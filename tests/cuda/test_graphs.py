@@ -26,6 +26,7 @@ require("torch")
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 from treeflash_cuda import attention, mtp_head, row_pass
+from treeflash_cuda import backend as backend_module
 from treeflash_cuda import cache as arena_module
 from treeflash_cuda import drafter as drafter_module
 from treeflash_cuda.backend import load
@@ -246,6 +247,18 @@ def test_what_is_warm_captures_nothing_later(backend):
     backend.drafter.draft([(states[0], 1)])
     assert {x for x in graphs.keys if x[0] == "the target"} <= warm
     assert len(graphs.keys - warm) <= 1  # a draft after long prompts
+
+
+def test_a_warm_up_of_more_sequences_than_memory_has_room_for_goes_on(backend):
+    """It gives the memory back, and prepares drafts for fewer sequences."""
+    arena, drafter_arena = backend.target.arena, backend.drafter_arena
+    positions = row_pass.MAX_ROWS + 30
+    for part in (arena, drafter_arena):
+        part.reserved_nbytes = positions * part.column_nbytes
+    backend.warm_up(64)
+    assert [slab.is_free for part in (arena, drafter_arena) for slab in part.slabs] == [True, True]
+    names = [name for name, *_ in backend.target.graphs.keys]
+    assert names.count("the drafter") >= 2 * len(backend_module.NEW_TOKENS)
 
 
 def test_trees_beside_a_prompt_are_captured(backend, monkeypatch):
