@@ -415,28 +415,25 @@ def load_packed_drafter(
     layout = drafter_layout(folder, target)
     target.capture(layout.config.target_layer_ids)
     bits = None if config.draft_bits == UNQUANTISED_BITS else config.draft_bits
-    operations = load_drafter_operations(layout.config, target, bits)
+    model: Model
+    head: Head | None
     if layout.format.kind == "rows":
         refuse_window(config)
-        rows = load_mtp_head(layout, target)
-        rows.operations = operations
-        pack_drafter(rows, None, target, bits)
-        for part in rows.modules():
-            if isinstance(part, Experts):
-                part.operations = operations
-        return rows, None if rows.config.has_marginals else MtpHead(rows, target)
-    drafter_model, head = load_drafter(layout, target)
-    drafter_model.operations = operations
-    pack_drafter(drafter_model, None if head is None else head.module, target, bits)
-    return drafter_model, head
+        model = load_mtp_head(layout, target)
+        head = None if model.config.has_marginals else MtpHead(model, target)
+    else:
+        model, head = load_drafter(layout, target)
+    model.operations = load_drafter_operations(layout.config, target, bits)
+    pack_drafter(model, head, target, bits)
+    return model, head
 
 
-def pack_drafter(model: Model, head: Any, target: Target, bits: int | None) -> None:
+def pack_drafter(model: Model, head: Head | None, target: Target, bits: int | None) -> None:
     """Quantise a drafter, with a copy of its output head; or pack it, without bits.
 
     Logits of some tokens alone, as of a shortlist, are computed from the original output head.
     """
-    modules = [model] if head is None else [model, head]
+    modules: set[Any] = {model, model if head is None else head.module}
     if bits is None:
         fuse_linears(model, IN_DRAFTER)
         for module in modules:
@@ -452,6 +449,9 @@ def pack_drafter(model: Model, head: Any, target: Target, bits: int | None) -> N
             model.own.quantised_lm_head = QuantisedLinear(product, bits, weight, bias)
     if model.operations is not None:
         fuse_layers(model, model.operations, target.dtype)
+        for part in model.modules():
+            if isinstance(part, Experts):
+                part.operations = model.operations
 
 
 @contextmanager

@@ -125,10 +125,7 @@ def _agrees(forward: RoutedExperts, dtype: torch.dtype) -> bool:
     """Return whether experts compute what they do in transformers, on made-up rows."""
     module = forward.module
     weight = module.down_proj
-    numbers, size = (
-        RandomInputs(weight.device, dtype),
-        weight.shape[2 if module.is_transposed else 1],
-    )
+    numbers, size = RandomInputs(weight.device, dtype), weight.shape[1 + module.is_transposed]
     per_token = min(2, module.num_experts)
     chosen = torch.arange(CHECKED_ROWS * per_token, device=weight.device) * 5 % module.num_experts
     chosen = chosen.view(CHECKED_ROWS, per_token)
