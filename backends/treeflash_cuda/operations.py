@@ -296,7 +296,7 @@ def load_operations(shapes: Shapes, device: torch.device, dtype: torch.dtype) ->
     except ImportError as error:
         return Operations(reasons=dict.fromkeys(CHECKS, str(error)))
     modules = attention, convolution, experts, layers, moves, products, recurrence, sampling
-    kernels = {
+    kernels: dict[str, Any] = {
         name: on_its_device(getattr(module, name))
         for module in modules
         for name in CHECKS
