@@ -19,6 +19,7 @@ from treeflash.option import (
     is_finite,
     is_number,
     is_whole,
+    number_or,
     option,
     parse_json_object,
     parse_switch,
@@ -62,30 +63,6 @@ def remember(path: Path, text: str) -> None:
             scratch.replace(path)
         finally:
             scratch.unlink(missing_ok=True)
-
-
-def parse_budget(text: str) -> int | str:
-    """Read a number of nodes or `auto`."""
-    if text == AUTO:
-        return AUTO
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"neither auto nor a number of nodes: {text}") from None
-
-
-def parse_head_vocab(text: str) -> int | None:
-    """Read a number of tokens, or `full` for None."""
-    if text == "full":
-        return None
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"neither full nor a number: {text}")
-    return int(text)
-
-
-def parse_head_rows(text: str) -> int | str | None:
-    """Read a number of tokens, `auto`, or `full` for None."""
-    return AUTO if text == AUTO else parse_head_vocab(text)
 
 
 def _parse_logit_bias(text: str) -> dict[int, float]:
@@ -247,7 +224,7 @@ class DecodeConfig:
         maximum=MAX_BUDGET,
         rule=f"auto, or from 1 to {MAX_BUDGET} nodes",
         metavar="N|auto",
-        parse=parse_budget,
+        parse=number_or({AUTO: AUTO}, "nodes"),
         requests=True,
     )
     top_m: int = option(16, "previous-token candidates per depth", 1)
@@ -258,7 +235,7 @@ class DecodeConfig:
         1,
         doc="number of most probable tokens that the AR head scores; None is the whole vocabulary",
         metavar="full|N",
-        parse=parse_head_vocab,
+        parse=number_or({"full": None}, "tokens"),
     )
     head_rows: HeadRows = option(
         AUTO,
@@ -268,7 +245,7 @@ class DecodeConfig:
         doc="number of most probable previous tokens that the AR head conditions on; None is all, "
         "auto follows the budget",
         metavar="full|N|auto",
-        parse=parse_head_rows,
+        parse=number_or({"full": None, AUTO: AUTO}, "tokens"),
     )
     suffix: bool = option(
         True,

@@ -212,6 +212,23 @@ def is_finite(value: Any) -> bool:
     return is_number(value) and bool(abs(value) <= sys.float_info.max)
 
 
+def number_or(words: Mapping[str, Any], counted: str) -> Callable[[str], Any]:
+    """Return a function that reads a number of what is `counted`, or a word for another value."""
+
+    def parse(text: str) -> Any:
+        if text in words:
+            return words[text]
+        try:
+            return int(text)
+        except ValueError:
+            known = " nor ".join(words)
+            raise argparse.ArgumentTypeError(
+                f"neither {known} nor a number of {counted}: {text}"
+            ) from None
+
+    return parse
+
+
 def parse_switch(text: str) -> bool:
     """Read `on` or `off`."""
     if text not in ("on", "off"):

@@ -453,6 +453,8 @@ def bad_files(folder):
         ("--budget=-1 hi", "budget must be auto, or from 1 to 1024 nodes"),
         ("--budget 100000 hi", "budget must be auto, or from 1 to 1024 nodes, got 100000"),
         ("--budget many hi", "neither auto nor a number of nodes: many"),
+        ("--head-rows many hi", "neither full nor auto nor a number of tokens: many"),
+        ("--head-vocab -1 hi", "head_vocab must be 1 or more, got -1"),
         ("--suffix maybe hi", "neither on nor off: maybe"),
         ("--suffix-cache-gb 1 hi", "--suffix-cache-gb needs --prompts; remove it for a single"),
         ("--suffix-cache-gb -1 hi", "'-1' is not a number of GiB, 0 or more"),
