@@ -325,14 +325,16 @@ def _parse_sections(config: Config, **settings: Any) -> DrafterConfig:
     for section in _sections(config).values():
         backbone.refuse(_without(section, ATTENTION_KEYS))
     layer_ids = find_setting(config, "target_layer_ids")
+    target_layers = find_setting(config, "num_target_layers")  # LiquidAI has it in the section
     if layer_ids is None:
+        if target_layers is None:
+            raise KeyError("num_target_layers")
         layer_ids = backbone.default_target_layer_ids(
-            int(config["num_target_layers"]), int(config["num_hidden_layers"])
+            int(target_layers), int(config["num_hidden_layers"])
         )
     backbone.refuse_adapter(find_setting(config, "target_hidden_size"), config)
     # The published code makes sliding layers causal unless the checkpoint says otherwise.
     causal = find_setting(config, "is_causal", "causal", "causal_head")
-    target_layers = config.get("num_target_layers")
     softcap = find_setting(config, "final_logit_softcapping")
     sinks = find_setting(config, "attention_sink_bias", "add_swa_attention_sink_bias")
     parsed = backbone.backbone_config(

@@ -95,6 +95,11 @@ def read_layout(
     stored, format = opened.tensors, find_head_format(opened)
     with formats.explained(opened.path, lambda: format or formats.DFLASH):
         format = format or formats.detect_format(opened.config)
+        if format.kind == "block" and any(tensor.bits for tensor in stored.values()):
+            raise CheckpointError(
+                f"{opened.path} is quantised; use the original drafter, which is quantised when it "
+                "is loaded (--draft-bits)"
+            )
         config = format.parse(opened.config, stored, num_hidden_layers)
     names = format.names(opened.config, stored)
     check_pair(
@@ -111,7 +116,7 @@ def read_layout(
             raise CheckpointError(
                 f"{opened.path} is quantised in the mode {mode!r}; the mode 'affine' is supported"
             )
-        if format.kind == "block" or not stored[name].bits:
+        if not stored[name].bits:
             check_dtype(stored[name].path, name, stored[name].dtype)
     shapes = split_fused({names[x]: stored[x].shape for x in names})
     required, optional = format.shapes(config, vocab_size, shapes)

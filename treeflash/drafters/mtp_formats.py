@@ -34,6 +34,7 @@ TARGET_TENSORS = ("embed_tokens.weight", "shared_head.head.weight")
 REFUSED_TENSORS = {
     r"mtp\.fc_(hidden|embedding)\.weight": "Qwen4",
     r"mtp\.0\.": "DeepSeek-V4",
+    r"model\.mtp_block\.": "mlx-vlm's GLM-4.7-Flash",
     r"model\.mtp_layers\.0\.input_proj\.weight": "MiMo",
     r"model\.mtp\.layers\.0\.eh_proj\.weight": "MiMo-V2",
     r"mtp\.layers\.0\.eh_proj\.weight": "Nemotron-H",

@@ -74,6 +74,7 @@ class TestConfig:
         "spell",
         [
             lambda c: c["dflash_config"].update(block_size=c.pop("block_size")),
+            lambda c: c["dflash_config"].update(num_target_layers=c.pop("num_target_layers")),
             lambda c: c.update(c.pop("dflash_config")),
             lambda c: c.update(c.pop("treeflash_config")),
             lambda c: c["treeflash_config"].update(c.pop("dflash_config")),
@@ -89,6 +90,7 @@ class TestConfig:
         ],
         ids=[
             "block size inside",
+            "target's depth inside",
             "dflash keys at top level",
             "head at top level",
             "all in treeflash_config",

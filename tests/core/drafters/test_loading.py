@@ -175,3 +175,9 @@ class TestLoading:
         save(folder, read_config(folder), tensors)
         with pytest.raises(CheckpointError, match="holds tensors of type I8; supported are"):
             load_tensors(folder, pytest.fail, **TARGET_SHAPE)
+        tensors["model.fc.weight"] = np.zeros((32, 4), np.uint32)
+        tensors |= {f"model.fc.{part}": np.zeros((32, 1), "f4") for part in ("scales", "biases")}
+        quantisation = {"group_size": 32, "bits": 4}
+        save(folder, read_config(folder) | {"quantization": quantisation}, tensors)
+        with pytest.raises(CheckpointError, match="is quantised; use the original drafter"):
+            load_tensors(folder, pytest.fail, **TARGET_SHAPE)

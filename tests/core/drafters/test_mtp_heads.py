@@ -181,6 +181,7 @@ def test_a_head_is_recognised(
         ({}, "mtp.fc_hidden.weight", "in the layout of Qwen4"),
         ({}, "mtp.fc_embedding.weight", "in the layout of Qwen4"),
         ({}, "mtp.0.attn.weight", "in the layout of DeepSeek-V4"),
+        ({}, "model.mtp_block.input_layernorm.weight", "in the layout of mlx-vlm's GLM-4.7-Flash"),
         ({}, "model.mtp_layers.0.input_proj.weight", "in the layout of MiMo"),
         ({}, "model.mtp.layers.0.eh_proj.weight", "in the layout of MiMo-V2"),
         ({}, "mtp.layers.0.eh_proj.weight", "in the layout of Nemotron-H"),
