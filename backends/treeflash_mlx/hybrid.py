@@ -240,7 +240,7 @@ def choose_solver() -> Solver:
 
     Raises an UnsupportedModelError if no solver is correct.
     """
-    if mx.metal.is_available() and mx.default_device().type == mx.gpu:
+    if uses_kernels():
         winner = choose(
             "recurrent layers",
             "substitution",

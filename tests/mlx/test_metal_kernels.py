@@ -81,6 +81,12 @@ def test_the_kernel_is_the_solver_where_metal_is(metal, recwarn):
     assert metal_kernels.VERDICTS == {"recurrent layers, substitution": {"all sizes": "used"}}
 
 
+def test_no_solver_is_a_kernel_on_later_gpus(metal, monkeypatch):
+    monkeypatch.setattr(mx, "device_info", lambda *_: {"architecture": "applegpu_g17s"})
+    assert hybrid.choose_solver() is hybrid.solve_by_rounds
+    assert not metal.launches
+
+
 FAULTS = {
     "one node too many": ("i < n", "i <= n", "out of bounds|two threadgroups"),
     "one ancestor too many": ("j < i", "j <= i", "nothing has written"),

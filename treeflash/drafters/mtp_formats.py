@@ -317,11 +317,12 @@ EAGLE_INERT = {
 }
 """Keys of published files that mean nothing for an EAGLE-3 head."""
 PEAGLE_KEYS = {
+    "mask_token_id",
     "down_sample_ratio",  # of the training, as the next two
     "down_sample_ratio_min",
-    "mask_token_id",
     "num_depths",
 }
+"""The keys that P-EAGLE has beside EAGLE-3's."""
 EAGLE_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "draft_num_hidden_layers": (None, 1),
     "embed_requires_grad": (None, False, True),
