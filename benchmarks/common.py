@@ -20,13 +20,14 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from treeflash.config import Budget, parse_budget
+from treeflash.config import Budget, DecodeConfig
 from treeflash.decoding.interfaces import Backend
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.decoding.tree import DraftTree, build_tree
 from treeflash.evaluation.records import MEAN
 from treeflash.evaluation.run import Case, Evaluation, Sample, encode_rows
 from treeflash.language_model import LanguageModel
+from treeflash.option import options_of
 from treeflash.text.generation import mean
 from treeflash.text.prompt import encode, read_rows
 from treeflash.text.tokenizer import Tokenizer
@@ -34,6 +35,7 @@ from treeflash.text.tokenizer import Tokenizer
 Row: TypeAlias = dict[str, Any]
 """One line of a table: the columns by name."""
 PACKAGES = ("treeflash", "numpy", "torch", "transformers", "mlx", "mlx-lm")
+DECODE_OPTIONS = options_of(DecodeConfig)
 TREE_DEPTHS, TREE_CHILDREN = 15, 32  # of the tables that random trees are built from
 
 
@@ -83,7 +85,7 @@ class Parser(argparse.ArgumentParser):
         """Add `--budgets`: a comma-separated list of numbers of nodes, and `auto`."""
         self.add_argument(
             "--budgets",
-            type=lambda text: [parse_budget(part) for part in text.split(",")],
+            type=lambda text: [DECODE_OPTIONS["budget"].parse(part) for part in text.split(",")],
             default=list(default),
             metavar="N|auto,...",
             help=f"{help} (default: {','.join(map(str, default))})",

@@ -25,19 +25,20 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from rich.progress import track
 
-from benchmarks.common import MEAN, Parser, Row, describe, mean_row, names, show, write_json
+from benchmarks.common import (
+    DECODE_OPTIONS,
+    MEAN,
+    Parser,
+    Row,
+    describe,
+    mean_row,
+    names,
+    show,
+    write_json,
+)
 from treeflash.cli.console import guarded
 from treeflash.cli.options import add_model_options, load_model
-from treeflash.config import (
-    AUTO,
-    METHODS,
-    Budget,
-    DecodeConfig,
-    HeadRows,
-    Method,
-    parse_head_rows,
-    parse_head_vocab,
-)
+from treeflash.config import AUTO, METHODS, Budget, DecodeConfig, HeadRows, Method
 from treeflash.decoding.adaptive_budget import AdaptiveBudgets
 from treeflash.decoding.interfaces import Backend, Prefill, SequenceState, TreeVerifier, Verify
 from treeflash.decoding.sampling import SampledTokens
@@ -145,9 +146,10 @@ Runs: TypeAlias = dict[Case, list[Generation]]
 
 def parse_heads(text: str) -> list[Head]:
     """Parse comma-separated VOCAB:ROWS pairs, for argparse."""
+    parse_vocab, parse_rows = (DECODE_OPTIONS[x].parse for x in ("head_vocab", "head_rows"))
     try:
         pairs = [part.split(":") for part in text.split(",")]
-        return [Head(parse_head_vocab(vocab), parse_head_rows(rows)) for vocab, rows in pairs]
+        return [Head(parse_vocab(vocab), parse_rows(rows)) for vocab, rows in pairs]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text} is not VOCAB:ROWS,...") from None
 
