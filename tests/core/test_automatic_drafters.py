@@ -14,8 +14,8 @@ from failures import failing
 from mtp_pairs import write_mtp_pair
 from safetensors.numpy import save_file
 
+from treeflash.commands import doctor, generate
 from treeflash.commands import drafters as drafters_command
-from treeflash.commands import generate
 from treeflash.config import LoadConfig
 from treeflash.errors import CheckpointError, TreeflashError, UnsupportedModelError
 from treeflash.hub import models
@@ -131,6 +131,10 @@ def test_the_next_published_drafter_is_taken(tiny_pair, tmp_path, published, cap
     first, second = caplog.messages
     one_line([first], f"the drafter {tmp_path / 'missing'} is passed over")
     one_line([second], f"the drafter {wide} is passed over", "its hidden size is 64")
+    caplog.clear()
+    options = ["--backend", "reference", "--target", str(target), "--max-tokens", "4"]
+    assert doctor.main(options) in (0, doctor.PROBLEM)
+    assert "wide is passed over" in caplog.text
     assert models.resolve_drafter("auto", str(target)) == wide  # which asks no backend
     for name in (tmp_path / "missing", wide):
         with pytest.raises(CheckpointError):

@@ -11,13 +11,16 @@ from pathlib import Path
 
 import pytest
 from byte_tokens import save_tokenizer
+from failures import failing
 from mtp_pairs import write_mtp_pair
 
 from treeflash import language_model
 from treeflash.commands import doctor
 from treeflash.commands.doctor import main
+from treeflash.decoding.backend_base import BaseBackend
 from treeflash.decoding.interfaces import DeviceReport
 from treeflash.drafters.evaluation import EVALUATION
+from treeflash.errors import UnsupportedModelError
 from treeflash.reference import backend as reference_backend
 from treeflash.testing.models import write_target
 
@@ -165,6 +168,9 @@ def test_a_target_without_a_drafter_is_diagnosed(tmp_path, capsys):
     assert [x["check"] for x in found["findings"]] == ["drafter", "exact mode", "images"]
     assert "method suffix" in found["findings"][0]["message"]
     assert found["drafters"] == ["suffix"]
+    with failing(BaseBackend, "check_trees", UnsupportedModelError("its layers")):
+        assert main(["--backend", "reference", "--target", str(tmp_path)]) == 0
+    assert "which runs no draft trees, so nothing is drafted" in capsys.readouterr().out
 
 
 def test_the_device_alone_is_examined_without_a_model(monkeypatch, capsys):

@@ -6,15 +6,14 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from rich.console import Console
 
 from treeflash.cli.console import Parser, guarded
 from treeflash.cli.options import add_model_options, locate_model, with_device
-from treeflash.config import AUTO, DecodeConfig, cache_folder
-from treeflash.decoding.interfaces import Backend
+from treeflash.config import DecodeConfig, cache_folder
 from treeflash.decoding.verify_costs import cost_file, model_key
 from treeflash.diagnosis import (
     Diagnosis,
@@ -26,8 +25,8 @@ from treeflash.diagnosis import (
 )
 from treeflash.drafters.folder import open_folder, read_config
 from treeflash.drafters.loading import find_head_format
-from treeflash.hub.models import choose_drafter, draft_sources, resolve_drafter, resolve_target
-from treeflash.hub.published import drafter_training
+from treeflash.hub.models import draft_sources
+from treeflash.language_model import LanguageModel
 from treeflash.registry import default_backend, examine_device
 from treeflash.text.prompt import Message, Prompting, read_rows
 from treeflash.text.tokenizer import Tokenizer
@@ -38,7 +37,11 @@ PROMPTS = (
     "A baker sells 24 rolls an hour. How many does she sell in 7 hours?",
     "Write a short letter of thanks to a neighbour.",
 )
-NO_DRAFTER = "none is known for this target, so copies of the text are drafted (method suffix)"
+NO_DRAFTER = {
+    "suffix": "none is known for this target, so copies of the text are drafted (method suffix)",
+    "ar": "none is known for this target, which runs no draft trees, so nothing is drafted",
+}
+"""By the method that is left."""
 MTP_HEAD = (
     "an MTP or EAGLE-3 head or an assistant; treeflash evaluate measures it, because only the "
     "settings of block drafters can be checked here"
@@ -60,28 +63,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     DecodeConfig(max_tokens=args.max_tokens)  # raises before anything is loaded
     if args.device_only:
         return _examine_device(args)
-    # Folders replace hub ids, which would be resolved at every load.
-    if args.drafter in (None, AUTO):
-        chosen = choose_drafter(args.target)  # None if copies of the text are the best drafts
-        name, folder = chosen.name, chosen.folder
-    else:
-        name, folder = args.drafter, resolve_drafter(args.drafter, args.target)
-    thinking = name is not None and drafter_training(name, args.target).thinking
+    pair = locate_model(args)
     sources = [source.name for source in draft_sources(args.target)]
-    args.target = str(resolve_target(args.target))
-
+    args.target = str(pair.target)  # a hub id would be resolved at every load
     costs: list[str] = []
 
-    def load(drafter: Path | None) -> Backend:
-        model = locate_model(args, drafter=None if drafter is None else str(drafter)).load()
-        backend = model.backend
+    def load(drafter: Path | None) -> LanguageModel:
+        located = pair if drafter == pair.drafter else locate_model(args, drafter=str(drafter))
+        # A drafter that was chosen and fails is an error, as one that was named.
+        model = replace(located, automatic=drafter is None).load()
         if not costs:  # of the pair, which is loaded first
-            key = model_key(Path(args.target))
-            file = cost_file(backend, key, model.loaded, cache_folder() / "costs")
-            costs.append(file.describe())
+            key, kept = model_key(pair.target), cache_folder() / "costs"
+            costs.append(cost_file(model.backend, key, model.loaded, kept).describe())
         if args.device_map is None:
-            args.device = backend.device  # where the next pairs are loaded without a warning
-        return backend
+            args.device = model.backend.device  # where others are loaded without a warning
+        return model
 
     console = Console(stderr=True, highlight=False)
     with console.status("loading the pair") as status:
@@ -92,18 +88,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not console.is_terminal:
                 console.print(line)
 
-        target_config = read_config(Path(args.target))
-        if folder is None or find_head_format(open_folder(folder)) is not None:
-            diagnosis = diagnose_target(
-                load(folder), target_config, NO_DRAFTER if folder is None else MTP_HEAD
-            )
+        target_config = read_config(pair.target)
+        if pair.drafter is None:
+            model = load(None)
+            left = NO_DRAFTER[model.best_method]
+            diagnosis = diagnose_target(model.backend, target_config, left)
+        elif find_head_format(open_folder(pair.drafter)) is not None:
+            diagnosis = diagnose_target(load(pair.drafter).backend, target_config, MTP_HEAD)
         else:
             diagnosis = diagnose(
-                load,
-                folder,
-                Tokenizer.from_folder(args.target),
+                lambda drafter: load(drafter).backend,
+                pair.drafter,
+                Tokenizer.from_folder(pair.target),
                 prompts,
-                prompting=Prompting(raw=args.raw, thinking=args.thinking or thinking),
+                prompting=Prompting(raw=args.raw, thinking=args.thinking or pair.thinking),
                 max_tokens=args.max_tokens,
                 target_config=target_config,
                 thorough=args.thorough,
