@@ -445,9 +445,9 @@ def _memory_finding(backend: Backend, weights: int, free: int) -> Finding:
         message += f"enough for a context of {longest} tokens ({nbytes(longest) / GIB:.1f} GiB)"
     else:
         message += f"enough for a context of {fitting} of {longest} tokens"
-    if ok := fitting >= min(longest, USEFUL_CONTEXT):
-        return Finding(check="memory", ok=ok, message=message)
-    message += "; use a smaller model or fewer bits"
+    ok = fitting >= min(longest, USEFUL_CONTEXT)
+    if not ok:
+        message += "; use a smaller model or fewer bits"
     return Finding(check="memory", ok=ok, message=message)
 
 

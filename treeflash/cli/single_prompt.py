@@ -124,14 +124,12 @@ def read_prompt(prompt: str | None, file: Path | None, console: Console, sample:
         if not prompt.strip():
             raise PromptError("the prompt is empty; give some text")
         return prompt
+    source = "standard input" if file is None else str(file)
     if file is not None:
-        source, text = str(file), read_text(file)
+        text = read_text(file)
     elif prompt == STANDARD_INPUT or _is_piped(sys.stdin):
         try:
-            source, text = (
-                "standard input",
-                (sys.stdin or io.StringIO()).read().removeprefix(BYTE_ORDER_MARK),
-            )
+            text = (sys.stdin or io.StringIO()).read().removeprefix(BYTE_ORDER_MARK)
         except UnicodeDecodeError as error:
             raise PromptError(f"standard input is not text: {error.reason}") from error
     else:

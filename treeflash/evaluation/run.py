@@ -23,7 +23,7 @@ from treeflash.text.prompt import Row, encode
 from treeflash.text.stream import Parallel, scheduler_config
 
 Source: TypeAlias = Literal["marginal", "corrected"]
-SOURCES: tuple[Source, ...] = ("marginal", "corrected")
+SOURCES: tuple[Source, ...] = get_args(Source)
 BEST = (1, 2, 5)
 METRICS = ("tvd", *(f"top{k}" for k in BEST), *(f"cover{k}" for k in BEST))
 """Metrics of a drafted distribution:
@@ -221,9 +221,18 @@ class Sample:
 
 @dataclass
 class Evaluation:
-    """The finished prompts by set, except those whose text ends with its first token."""
+    """The finished prompts by set and number, except those whose text ends with its first token."""
 
-    samples: dict[str, list[Sample]] = field(default_factory=dict)
+    finished: dict[str, dict[int, Sample]] = field(default_factory=dict)
+
+    @property
+    def samples(self) -> dict[str, list[Sample]]:
+        """By set that has some, in the order of the file, on which the intervals depend."""
+        return {
+            name: [found[number] for number in sorted(found)]
+            for name, found in self.finished.items()
+            if found
+        }
 
     def run(
         self,
@@ -239,17 +248,11 @@ class Evaluation:
         same iterations as alone.
         """
         temperature = next(iter(configs.values())).sampling.temperature
-        finished: dict[str, dict[int, Sample]] = {name: {} for name in sets}
+        self.finished = {name: {} for name in sets}
         for prompt in decode_prompts(backend, sets, configs, console, parallel):
             sample = prompt.sample(backend, temperature)
             if all(run.accepted_lengths for run in sample.runs.values()):
-                finished[prompt.set_name][prompt.number] = sample
-            # The prompts have the order of the file, on which the intervals depend.
-            self.samples = {
-                name: [samples[number] for number in sorted(samples)]
-                for name, samples in finished.items()
-                if samples
-            }
+                self.finished[prompt.set_name][prompt.number] = sample
 
 
 @dataclass(frozen=True, eq=False)
