@@ -181,6 +181,16 @@ def test_copy_without_the_interface_for_the_clipboard(server, open_page):
     assert page.get_by_label("Message").input_value() == "The Rhine"
 
 
+def test_a_browser_may_keep_nothing_for_pages(server, open_page):
+    page = open_page(server.url)
+    refuse = "get() { throw new DOMException('refused', 'SecurityError'); }"
+    page.context.add_init_script(f"Object.defineProperty(window, 'localStorage', {{ {refuse} }});")
+    page.reload()
+    sync_api.expect(page.locator("#model")).to_have_text("tiny")
+    ask(page, "Name a river.")
+    sync_api.expect(page.locator(".assistant .token").first).to_be_visible()
+
+
 def test_a_chat_survives_a_reload(server, open_page):
     page = open_page(server.url)
     page.get_by_label("System prompt").fill("Be brief.")

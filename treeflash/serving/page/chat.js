@@ -143,15 +143,29 @@ async function copyText(text) {
 function store() {
   const field = (id) => (byId(id).type === "checkbox" ? byId(id).checked : byId(id).value);
   const settings = Object.fromEntries(SETTINGS.map((id) => [id, field(id)]));
+  keep({ messages, settings }) || keep({ settings });
+}
+
+/** Keep a value in the browser; returns whether it has the room, and lets pages keep anything. */
+function keep(value) {
   try {
-    localStorage.setItem(STORED, JSON.stringify({ messages, settings }));
+    localStorage.setItem(STORED, JSON.stringify(value));
+    return true;
   } catch {
-    localStorage.setItem(STORED, JSON.stringify({ settings }));
+    return false;
+  }
+}
+
+function kept() {
+  try {
+    return JSON.parse(localStorage.getItem(STORED) ?? "{}");
+  } catch {
+    return {};
   }
 }
 
 function restore() {
-  const stored = JSON.parse(localStorage.getItem(STORED) ?? "{}");
+  const stored = kept();
   for (const [id, value] of Object.entries(stored.settings ?? {})) {
     byId(id)[byId(id).type === "checkbox" ? "checked" : "value"] = value;
   }
