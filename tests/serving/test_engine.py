@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
+import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -159,36 +161,85 @@ def test_an_answer_that_cannot_be_added_fails_alone(serve):
     assert server.complete("A", max_tokens=3).status_code == 200
 
 
-@pytest.mark.parametrize("lost", [False, True])
-def test_the_status_tells_whether_the_device_was_lost(model, failing, monkeypatch, lost):
-    """No thread of a framework is left, beside which the interpreter would abort."""
-    started = []
+@pytest.fixture
+def started(monkeypatch):
+    """The servers that `application.serve` runs; a function waits for the first and its port."""
+    servers = []
 
     class WatchedServer(application.Server):
         def __init__(self, *args):
             super().__init__(*args)
-            started.append(self)
+            servers.append(self)
+
+    def first():
+        wait_until(lambda: servers and servers[0].started)
+        return servers[0], servers[0].servers[0].sockets[0].getsockname()[1]
+
+    monkeypatch.setattr(application, "Server", WatchedServer)
+    return first
+
+
+def serve_until_it_ends(model, client):
+    """Run a server of its own, and the client in a thread; returns the exit status."""
+    thread = threading.Thread(target=client)
+    thread.start()
+    where = {"host": "127.0.0.1", "port": 0, "log_level": "info"}
+    status = application.serve(lambda: model, Settings(), {}, ("tiny",), **where)
+    thread.join()
+    return status
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_the_status_tells_whether_the_device_was_lost(model, failing, started, lost):
+    """No thread of a framework is left, beside which the interpreter would abort."""
 
     def post():
-        wait_until(lambda: started and started[0].started)
+        server, port = started()
+        engines.append(server._engine)
         if not lost:
-            started[0].handle_exit(signal.SIGTERM, None)
+            server.handle_exit(signal.SIGTERM, None)
             return
-        port = started[0].servers[0].sockets[0].getsockname()[1]
         with suppress(httpx.TransportError):  # the server ends
             httpx.post(f"http://127.0.0.1:{port}/v1/completions", json={"prompt": "A"})
 
-    monkeypatch.setattr(application, "Server", WatchedServer)
+    engines = []
     if lost:
         loaded = SimpleNamespace(engine=SimpleNamespace(model=model))
         failing(loaded, RuntimeError("[METAL] ... Caused GPU Timeout Error"), times=100)
-    client = threading.Thread(target=post)
-    client.start()
-    where = {"host": "127.0.0.1", "port": 0, "log_level": "info"}
-    status = application.serve(lambda: model, Settings(), {}, ("tiny",), **where)
-    assert bool(status) == lost
-    client.join()
-    assert not started[0]._engine._thread.is_alive()
+    assert bool(serve_until_it_ends(model, post)) == lost
+    assert not engines[0]._thread.is_alive()
+
+
+def test_a_client_that_does_not_read_its_answer_cannot_hold_the_server(model, started, monkeypatch):
+    bind = application.bind
+
+    def bind_with_small_buffer(host, port):
+        listening = bind(host, port)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        return listening
+
+    monkeypatch.setattr(application, "bind", bind_with_small_buffer)
+    monkeypatch.setattr(application, "READING_SECONDS", 0)
+    body = {"prompt": "A", "stream": True, "max_tokens": 400, "ignore_eos": True, "logprobs": 20}
+    content = json.dumps(body).encode()
+
+    def ask():
+        server, port = started()
+        with socket.socket() as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.connect(("127.0.0.1", port))
+            connection.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                b"Content-Length: %d\r\n\r\n%s" % (len(content), content)
+            )
+            wait_until(lambda: server._engine.unfinished == 1)
+            server.handle_exit(signal.SIGTERM, None)
+            wait_until(lambda: not server._engine._thread.is_alive())
+            ended.append(True)
+
+    ended = []
+    assert serve_until_it_ends(model, ask) == 0
+    assert ended, "it waited for the client"
 
 
 @pytest.mark.parametrize(

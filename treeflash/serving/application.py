@@ -37,6 +37,9 @@ from treeflash.serving.service import Conversation, Service
 from treeflash.serving.settings import Settings
 from treeflash.text.options import Options
 
+READING_SECONDS = 10
+"""Seconds in which clients can read the last answers of a server that ends."""
+
 logger = logging.getLogger("treeflash.serving")
 
 
@@ -278,7 +281,13 @@ def serve(
             app = application(service)
             host, port = listening.getsockname()[:2]
             shown = f"[{host}]" if ":" in host else host
-            config = uvicorn.Config(app, log_level=log_level, log_config=None, lifespan="off")
+            config = uvicorn.Config(
+                app,
+                log_level=log_level,
+                log_config=None,
+                lifespan="off",
+                timeout_graceful_shutdown=READING_SECONDS,
+            )
             logger.info("serving %s on http://%s:%d", names[0], shown, port)
             asyncio.run(Server(config, engine).serve([listening]))
         finally:
