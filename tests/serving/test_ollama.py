@@ -178,6 +178,7 @@ def test_a_call_has_its_arguments_as_an_object(server, monkeypatch, stream):
     (call,) = [call for part in parts for call in part["message"].get("tool_calls", [])]
     assert call["function"]["name"] == "paint"
     assert call["function"]["arguments"]["colour"] in ("red", "blue")
+    assert call["id"], "its result may name it"
     assert parts[-1]["done_reason"] == "stop"
 
 

@@ -406,7 +406,8 @@ class OllamaFormatter:
 
 def _call(call: ToolCall) -> dict[str, Any]:
     """Write a call as Ollama does, with its arguments as an object."""
-    return {"function": {"name": call.name, "arguments": json.loads(call.arguments)}}
+    function = {"name": call.name, "arguments": json.loads(call.arguments)}
+    return {"id": call.id, "function": function}
 
 
 def _nanoseconds(seconds: float) -> int:
