@@ -145,7 +145,7 @@ class CudaBackend(BaseBackend):
     def device_name(self) -> str:
         """The hardware and, on a CPU, the threads of a pass."""
         name = device_name(self.target.device)
-        return name if self.target.threads is None else f"{name}, {self.target.threads.number}"
+        return name if self.target.threads is None else f"{name}, {torch.get_num_threads()} threads"
 
     @property
     def captures(self) -> int:

@@ -60,11 +60,6 @@ class Threads:
             torch.set_num_threads(before)
 
     @property
-    def number(self) -> str:
-        """The present number in words."""
-        return f"{torch.get_num_threads()} threads"
-
-    @property
     def description(self) -> str:
         """The present number, and why it is that."""
         number = torch.get_num_threads()

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.model_executor.models.qwen3_dflash import DFlashQwen3ForCausalLM, DFlashQwen3Model
 
+from treeflash.drafters.heads.treeflash import NORM_EPS
 from treeflash.drafters.heads.treeflash import PREFIX as TREEFLASH_PREFIX
-
-NORM_EPS = 1e-6
 
 
 class Head(nn.Module):

@@ -77,14 +77,22 @@ def run(target, responses, output, config, steps=None):
     return records
 
 
-@pytest.mark.parametrize("family", ["cohere", "lfm2", "olmo"])
+@pytest.mark.parametrize("family", ["cohere", "lfm2", "olmo", "qwen3_5_text"])
 def test_layers_of_another_form_are_not_copied(tmp_path, family):
-    """One norm for attention and MLP, an MLP of another name, and norms without weights."""
+    """One norm for attention and MLP, an MLP of another name, norms without weights, and gates."""
     families.write(tmp_path, family)
     target = Target.load(tmp_path, torch.device("cpu"), torch.float32, pack=False)
-    settings = drafter_settings(TINY, target)
+    config = replace(TINY, layers=1)
+    settings = drafter_settings(config, target)
     with pytest.raises(ConfigError, match=f"{family} cannot be copied .* use --init random"):
-        initial_drafter(TINY, settings, target, [])
+        initial_drafter(config, settings, target, [])
+
+
+def test_recurrent_layers_cannot_score_drafts_beside_each_other(tmp_path):
+    write_target(tmp_path, "qwen3_5", seed=1)
+    target = Target.load(tmp_path, torch.device("cpu"), torch.float32, pack=False)
+    with pytest.raises(ConfigError, match="on-policy needs a target without recurrent layers"):
+        drafter_settings(replace(TINY, on_policy=0.5), target)
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,8 @@ def drafter_settings(config: TrainConfig, target: Target) -> dict[str, Any]:
     Raises a ConfigError if the configuration does not fit the target, and a CheckpointError if
     `init` names a folder without a drafter.
     """
+    if config.on_policy and target.is_hybrid:  # recurrent layers would read drafts one by one
+        raise ConfigError("on-policy needs a target without recurrent layers; leave it out")
     if config.init in NEW_DRAFTERS:
         return with_head(_new_settings(config, target), config)
     folder = Path(config.init)
@@ -282,7 +284,7 @@ def _copy_layers(model: DrafterModel, target: Target, sequences: Sequence[Sequen
     count = len(model.layers)
     layers: Sequence[Any] = list(model.layers)
     sources: Sequence[Any] = list(target.layers)[-count:]
-    if not all(map(_can_copy, sources)):
+    if not all(map(_can_copy, layers, sources)):
         raise ConfigError(
             f"the layers of {target.model.config.model_type} cannot be copied into a drafter; "
             "use --init random"
@@ -306,12 +308,16 @@ def _copy_layers(model: DrafterModel, target: Target, sequences: Sequence[Sequen
     model.fc.weight[:, deepest * h : (deepest + 1) * h] = torch.eye(h)
 
 
-def _can_copy(layer: nn.Module) -> bool:
-    """Return whether a layer has the parts that are copied, and nothing quantises its weights."""
-    parts = dict(layer.named_modules())
-    linears, norms = ([parts.get(x) for x in names] for names in (COPIED_LINEARS, FOLDED_NORMS))
-    has_norms = all(getattr(x, "weight", None) is not None for x in norms)
-    return has_norms and all(type(x) is nn.Linear and not is_subclass(x.weight) for x in linears)
+def _can_copy(layer: nn.Module, source: nn.Module) -> bool:
+    """Return whether a target's layer has the parts of a drafter's, and nothing quantises them."""
+    parts, own = (dict(x.named_modules()) for x in (source, layer))
+    if any(getattr(parts.get(name), "weight", None) is None for name in FOLDED_NORMS):
+        return False
+    pairs: Sequence[tuple[Any, Any]] = [(parts.get(name), own[name]) for name in COPIED_LINEARS]
+    return all(
+        type(x) is nn.Linear and not is_subclass(x.weight) and x.weight.shape == mine.weight.shape
+        for x, mine in pairs
+    )
 
 
 def _copy_linear(linear: nn.Linear, source: Any, scale: Tensor | None) -> None:

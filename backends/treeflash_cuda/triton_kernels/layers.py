@@ -49,6 +49,8 @@ def rms_norm(
     size = x.shape[-1]
     rows = x.reshape(-1, size)
     added = None if residual is None else residual.reshape(-1, size)
+    assert rows.stride(1) == 1
+    assert added is None or added.stride(1) == 1
     normed = rows.new_empty(rows.shape)
     total = None if added is None else rows.new_empty(rows.shape)
     width = triton.next_power_of_2(size)
@@ -244,6 +246,7 @@ def gated(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
     """Compute `operations.gated` in one launch."""
     size = gate.shape[-1]
     gates, ups = gate.reshape(-1, size), up.reshape(-1, size)
+    assert gates.stride(1) == ups.stride(1) == 1
     result = gates.new_empty(gates.shape)
     _gated[len(gates), triton.cdiv(size, BLOCK)](
         *(gates, ups, result, gates.stride(0), ups.stride(0), size),
