@@ -250,7 +250,7 @@ class CudaBackend(BaseBackend):
         assert self.drafter is not None
         count = power_of_two(max_parallel)
         while count:
-            # Memory may have no room for the most sequences, and for fewer ones.
+            # Memory may have no room for that many sequences, and room for fewer.
             with suppress(MemoryInUseError), ExitStack() as opened:
                 states = [
                     opened.enter_context(closing(self.open(sum(NEW_TOKENS), drafts=True)))
