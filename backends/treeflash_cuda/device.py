@@ -50,7 +50,7 @@ def choose_device(name: str | None) -> torch.device:
     index = local_rank if device.index is None else device.index
     if index >= torch.cuda.device_count():
         raise BackendError(
-            f"there is no {device}: this machine has {torch.cuda.device_count()} CUDA device(s)"
+            f"there is no cuda:{index}: this machine has {torch.cuda.device_count()} CUDA device(s)"
         )
     return torch.device("cuda", index)
 

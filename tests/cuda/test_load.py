@@ -147,6 +147,13 @@ def test_a_device_is_chosen_by_number(see_gpus):
     assert choose_device(None) == torch.device("cuda", 0)
 
 
+def test_more_processes_than_devices_are_one_clear_line(monkeypatch, see_gpus):
+    see_gpus(2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(BackendError, match=r"there is no cuda:2: this machine has 2 CUDA device"):
+        choose_device(None)
+
+
 def test_quantised_drafters_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="does not quantise drafters"):
         load(tmp_path, None, LoadConfig(device="cpu", draft_bits=4))
