@@ -84,6 +84,16 @@ def draft_vocab_size(config: Mapping[str, Any], layers: Mapping[str, Any]) -> in
     return None if size == vocab_size else size
 
 
+def speculators_layers(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the layers' settings of a file of speculators.
+
+    Where rotary settings differ between types of layers, all layers have those of sliding ones.
+    """
+    layers = dict(config["transformer_layer_config"])
+    rope = layers.get("rope_parameters") or {}
+    return layers | {"rope_parameters": rope.get("sliding_attention", rope)}
+
+
 def layer_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
     """Read the sizes of layers, as fields of `DrafterShape`, from the section that has them."""
     heads, hidden_size = int(config["num_attention_heads"]), int(config["hidden_size"])
@@ -186,8 +196,8 @@ def default_target_layer_ids(num_target_layers: int, num_hidden_layers: int) -> 
     """Return the target layers whose outputs DFlash reads if a checkpoint does not name them."""
     if num_hidden_layers == 1:
         return (num_target_layers // 2,)
-    step = (num_target_layers - 4) / (num_hidden_layers - 1)
-    return tuple(round(1 + i * step) for i in range(num_hidden_layers))
+    steps, span = num_hidden_layers - 1, num_target_layers - 4
+    return tuple(round(1 + i * span / steps) for i in range(num_hidden_layers))
 
 
 def window_size(window: Any) -> int:

@@ -320,7 +320,7 @@ def _parse_muse(config: Config) -> DrafterConfig:
 def _parse_sections(config: Config, **settings: Any) -> DrafterConfig:
     """Parse the keys that all formats but speculators share; `settings` are the head's.
 
-    With `use_swa` all layers have a window, whatever `layer_types` says of them.
+    With `use_swa` all layers have a window, unless `layer_types` names some sliding ones.
     """
     for section in _sections(config).values():
         backbone.refuse(_without(section, ATTENTION_KEYS))
@@ -355,7 +355,9 @@ def _parse_sections(config: Config, **settings: Any) -> DrafterConfig:
     window = find_setting(config, "swa_window_size", "sliding_window")
     if window is None:
         raise KeyError("swa_window_size")
-    windows = (backbone.window_size(window),) * parsed.num_hidden_layers
+    slides = [width is not None for width in parsed.sliding_windows]
+    width = backbone.window_size(window)
+    windows = tuple(width if each or not any(slides) else None for each in slides)
     return replace(parsed, sliding_windows=windows)
 
 
@@ -519,13 +521,11 @@ def _parse_speculators(config: Config) -> DrafterConfig:
         known = "dflash, dflash2, dspark, xpress"
         raise ValueError(f"speculators of type {kind!r} are not supported; supported are {known}")
     backbone.refuse(config)
-    layers = dict(config["transformer_layer_config"])
+    layers = backbone.speculators_layers(config)
     # vLLM reads these at the top level first.
     layers |= {key: config[key] for key in ("layer_types", "sliding_window") if config.get(key)}
     # The top level is no copy of a target's.
     _refuse_unread(config, SPECULATORS.keys, layers, "in transformer_layer_config")
-    rope = dict(layers.get("rope_parameters") or {})
-    layers["rope_parameters"] = rope.get("sliding_attention", rope)  # some tell layer types apart
     backbone.refuse_adapter(config.get("target_hidden_size"), layers)
     for key in ("mask_token_id", "aux_hidden_state_layer_ids"):
         if config.get(key) is None:

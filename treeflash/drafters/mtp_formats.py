@@ -369,6 +369,8 @@ def _parse_eagle(config: Config, stored: Collection[str], target_layers: int) ->
         ids = [int(i) - 1 for i in ids]
     elif (ids := nested.get("eagle_aux_hidden_state_layer_ids")) is not None:
         ids = [int(i) for i in ids]  # the ids of the layers whose outputs are read
+    # Either place may have a setting; the section counts first, as in vLLM.
+    config = {**config, **{key: value for key, value in nested.items() if value is not None}}
     return _eagle_config(config, config, ids or _default_layers(target_layers), stored)
 
 
@@ -389,7 +391,7 @@ def _parse_gemma4_eagle(config: Config, stored: Collection[str], target_layers: 
 
 
 def _parse_speculators(config: Config, stored: Collection[str], target_layers: int) -> MtpConfig:
-    layers = config["transformer_layer_config"]
+    layers = backbone.speculators_layers(config)
     _refuse_unknown(config, EAGLE_KEYS | SPECULATORS_INERT)
     ids = [int(i) - 1 for i in config.get("eagle_aux_hidden_state_layer_ids") or ()]
     return _eagle_config(config, layers, ids or _default_layers(target_layers), stored)

@@ -174,6 +174,8 @@ class TestConfig:
             (36, 1, (18,)),
             (7, 1, (3,)),
             (5, 2, (1, 2)),
+            # The eighth is exactly 31.5, which `round` makes even.
+            (65, 15, (1, 5, 10, 14, 18, 23, 27, 32, 36, 40, 45, 49, 53, 58, 62)),
         ],
     )
     def test_default_target_layer_ids(
@@ -704,6 +706,11 @@ def test_sinks_and_a_window_for_all_layers(write: Callable[[str], Path], section
     assert parsed(**windows, causal=True).causal == (True, True)
     with pytest.raises(CheckpointError, match="lacks 'swa_window_size'"):
         parsed(use_swa=True)
+    config |= {"layer_types": ["full_attention"] * 2, "sliding_window": None}
+    assert parsed(**windows).sliding_windows == (4, 4)
+    config |= {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 9}
+    found = parsed(**windows)
+    assert (found.sliding_windows, found.causal) == ((4, None), (True, False))
 
 
 def test_sinks_of_mimo_at_the_top_level(write: Callable[[str], Path]) -> None:

@@ -421,6 +421,10 @@ def test_dialects_of_eagle_3(form: str) -> None:
         ({"draft_vocab_size": 10}, {"draft_vocab_size": None}),
     ):
         check(parse(format, base, **changes), **expected)
+        if form == "eagle" and "eagle_aux_hidden_state_layer_ids" not in changes:
+            other, unset = dict.fromkeys(changes, False), dict.fromkeys(changes)
+            check(parse(format, base, **other, eagle_config=changes), **expected)
+            check(parse(format, base, **changes, eagle_config=unset), **expected)
     check(parse(format, base, "midlayer.self_attn.q_norm.weight"), qk_norm=True)
     with pytest.raises(ValueError, match="exclude each other"):
         parse(format, base, fc_norm=True, norm_before_fc=True)
@@ -453,6 +457,20 @@ def test_the_window_of_eagle_3(form: str) -> None:
         parsed(sliding_window=4, use_sliding_window=True)
     with pytest.raises(ValueError, match="layer type 'linear_attention' is not supported"):
         parsed(layer_types=["linear_attention"])
+
+
+@pytest.mark.parametrize(
+    ("format", "base"), [(SPECULATORS_EAGLE3, SPECULATORS), (PEAGLE, PARALLEL)]
+)
+def test_speculators_take_the_rotary_settings_of_sliding_layers(
+    format: Format, base: dict[str, Any]
+) -> None:
+    by_type = {
+        "full_attention": {"rope_type": "proportional", "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 4.0},
+    }
+    layers = {**base["transformer_layer_config"], "rope_parameters": by_type}
+    check(parse(format, base, transformer_layer_config=layers), inv_freq=(1.0, 0.5))
 
 
 def test_p_eagle() -> None:
