@@ -12,6 +12,7 @@ from servers import check_error
 
 CHAT, TEXT, TOKENIZE = "/v1/chat/completions", "/v1/completions", "/tokenize"
 USER = {"role": "user", "content": "Hi"}
+GREETING = [{"type": "text", "text": "Hi"}] * 2
 DEEP = "[" * 5000 + "]" * 5000
 
 
@@ -127,8 +128,8 @@ WRONG = [
     ((CHAT, {"messages": [{**USER, "content": [{"type": "image_url"}]}]}), "content.0.image_url"),
     ((CHAT, {"messages": [{**USER, "content": [{"type": "input_audio"}]}]}), "'input_audio'"),
     (
-        (CHAT, {"messages": [{**USER, "content": [{"type": "text", "text": "Hi", "size": 1}]}]}),
-        "messages.0.content.0.size is not supported",
+        (CHAT, {"messages": [{**USER, "content": [*GREETING, {**GREETING[0], "size": 1}]}]}),
+        "messages.0.content.2.size is not supported",
     ),
     ((CHAT, {"messages": [{**USER, "refusal": "No."}]}), "messages.0.refusal is not supported"),
     ((CHAT, {"messages": [{**USER, "content": "a\ud800b"}]}), "Unicode"),

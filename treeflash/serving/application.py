@@ -224,7 +224,7 @@ def _path_within(value: Any, location: Sequence[str | int]) -> list[str]:
         return []
     part, *others = location
     path = _path_within(value, others)  # if the part is a type
-    is_index = isinstance(part, int) and isinstance(value, list)
+    is_index = isinstance(value, list) and part in range(len(value))
     if is_index or (isinstance(value, dict) and part in value):
         path = max(path, [str(part), *_path_within(value[part], others)], key=len)
     return path
