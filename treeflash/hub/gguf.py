@@ -22,7 +22,16 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFReader, ReaderTensor
 from gguf.quants import dequantize, quantize
 from numpy.typing import NDArray
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 
 from treeflash.drafters.folder import write_stored
 from treeflash.errors import CheckpointError
@@ -55,6 +64,52 @@ LAYER_NAMES = {
 ROPE_FACTORS = "rope_freqs.weight"
 """Factors on the wavelengths of Llama 3's rotary embeddings, instead of the settings."""
 CONTROL_TOKEN, USER_DEFINED_TOKEN = 3, 4
+END_TOKENS = {
+    "<end_of_turn>",
+    "<end_of_utterance>",
+    "<|end_of_text|>",
+    "<|endoftext|>",
+    "<|end|>",
+    "<|eom_id|>",
+    "<|eot_id|>",
+    "<|im_end|>",
+}
+"""Tokens that end a text or a turn also in files that do not say so, as Gemma 3's do not."""
+YARN_FACTORS = {
+    "attn_factor": 1.0,
+    "yarn_attn_factor": 1.0,
+    "yarn_ext_factor": 1.0,
+    "yarn_log_multiplier": 0.0,
+}
+"""Settings under `rope.scaling.` that transformers lacks, and the values that change nothing."""
+GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+SPLITS = {
+    "gpt-2": (GPT2_SPLIT,),
+    "mellum": (GPT2_SPLIT,),
+    "a.x-4.0": (GPT2_SPLIT,),
+    "smollm": (r"\p{N}", GPT2_SPLIT),
+    "deepseek-coder": (
+        r"[\r\n]",
+        r"\s?\p{L}+",
+        r"\s?\p{P}+",
+        r"[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+",
+        r"\p{N}",
+    ),
+}
+"""How texts are split before merges, by `tokenizer.ggml.pre`; transformers knows other ones."""
+WHOLE_WORDS = {
+    "llama3",
+    "llama-v3",
+    "llama-bpe",
+    "falcon3",
+    "falcon-h1",
+    "pixtral",
+    "midm-2.0",
+    "lfm2",
+    "jina-v5-nano",
+    "tekken",
+}
+"""Tokenizers that look words up before they merge, and by default put the first token first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +148,11 @@ def convert_gguf(path: Path, folder: Path, progress: Progress = lambda done, tot
         raise CheckpointError(f"{path.name} is not a readable GGUF file: {error}") from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    if reader.byte_order != "I":
+        raise CheckpointError(
+            f"{path.name} has its bytes in the order of another kind of machine; convert it with "
+            "gguf-convert-endian, or take the usual file"
+        )
     if int(fields.get("split.count", 1)) > 1:
         raise CheckpointError(
             f"{path.name} is one of {fields['split.count']} parts of a model; merge them with "
@@ -186,6 +246,9 @@ def _config(architecture: Architecture, fields: Fields, tensors: Tensors) -> dic
 def _layers(fields: Fields) -> dict[str, Any]:
     """Return the settings that the layers of targets and drafters have."""
     hidden_size, heads = int(fields["embedding_length"]), int(fields["attention.head_count"])
+    head_dim = int(fields.get("attention.key_length") or hidden_size // heads)
+    if fields.get("rope.dimension_count", head_dim) != head_dim:
+        raise ValueError(f"rope.dimension_count = {fields['rope.dimension_count']}")
     rope = _rope(fields)
     return {
         "hidden_size": hidden_size,
@@ -193,7 +256,7 @@ def _layers(fields: Fields) -> dict[str, Any]:
         "num_hidden_layers": int(fields["block_count"]),
         "num_attention_heads": heads,
         "num_key_value_heads": int(np.max(fields.get("attention.head_count_kv", heads))),
-        "head_dim": int(fields.get("attention.key_length") or hidden_size // heads),
+        "head_dim": head_dim,
         "max_position_embeddings": int(fields["context_length"]),
         "rms_norm_eps": _number(fields["attention.layer_norm_rms_epsilon"]),
         # Readers look for the rotary settings in either place.
@@ -209,20 +272,29 @@ def _layers(fields: Fields) -> dict[str, Any]:
 
 
 def _rope(fields: Fields) -> dict[str, Any]:
-    """Return the settings of plain rotary embeddings, or of ones that are stretched."""
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(fields["rope.freq_base"])}
-    kind = fields.get("rope.scaling.type")
-    if kind in (None, "none"):
+    """Return the settings of plain rotary embeddings, or of ones that are stretched.
+
+    What a file leaves out is as in llama.cpp: the base is 10000, and a factor without a type is
+    linear.
+    """
+    theta = float(fields.get("rope.freq_base", 10000.0))
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
+    kind = fields.get("rope.scaling.type", "linear")
+    factor = _number(fields.get("rope.scaling.factor") or fields.get("rope.scale_linear") or 1.0)
+    if kind == "none" or factor == 1.0:
         return rope
     if kind not in ("linear", "yarn"):
         raise ValueError(f"rope.scaling.type = {kind!r}")
-    rope |= {"rope_type": kind, "factor": _number(fields["rope.scaling.factor"])}
+    rope |= {"rope_type": kind, "factor": factor}
     if kind == "yarn":
         length = "original_max_position_embeddings"
         rope[length] = int(fields["rope.scaling.original_context_length"])
         for name in ("beta_fast", "beta_slow"):
             if (value := fields.get(f"rope.scaling.yarn_{name}")) is not None:
                 rope[name] = _number(value)
+        for name, neutral in YARN_FACTORS.items():
+            if (value := fields.get(f"rope.scaling.{name}", neutral)) != neutral:
+                raise ValueError(f"rope.scaling.{name} = {value}")
     return rope
 
 
@@ -238,7 +310,7 @@ def _llama_settings(fields: Fields, tensors: Tensors) -> dict[str, Any]:
     factors = np.asarray(tensors[ROPE_FACTORS].data, np.float64).ravel()
     rope: dict[str, Any] = {
         "rope_type": "llama3",
-        "rope_theta": float(fields["rope.freq_base"]),
+        "rope_theta": _rope(fields)["rope_theta"],
         "factor": _number(factors.max()),
         "low_freq_factor": 1.0,
         "high_freq_factor": 4.0,
@@ -255,7 +327,7 @@ def _llama_settings(fields: Fields, tensors: Tensors) -> dict[str, Any]:
 def _gemma3_settings(fields: Fields, tensors: Tensors) -> dict[str, Any]:
     """Five layers with a window are followed by one without, whose rotary base is another."""
     full = _rope(fields)
-    local = {"rope_type": "default", "rope_theta": 10000.0}
+    local = {"rope_type": "default", "rope_theta": float(fields.get("rope.freq_base_swa", 10000.0))}
     layers, heads = int(fields["block_count"]), int(fields["attention.head_count"])
     # The largest model alone scales its scores by a width that is not its heads' width.
     scaled = int(fields["embedding_length"]) // heads if layers == 62 else None
@@ -386,8 +458,6 @@ def _drafter_config(fields: Fields, stored: Tensors) -> dict[str, Any]:
     unless the file says otherwise.
     """
     layers = _layers(fields)
-    if fields.get("rope.dimension_count", layers["head_dim"]) != layers["head_dim"]:
-        raise ValueError(f"rope.dimension_count = {fields['rope.dimension_count']}")
     if window := int(fields.get("attention.sliding_window") or 0):
         kinds = fields["attention.sliding_window_pattern"]
         names = {True: "sliding_attention", False: "full_attention"}
@@ -486,9 +556,15 @@ def _half_rotation_order(weight: NDArray[np.float32], heads: int) -> NDArray[np.
 
 
 def _end_tokens(fields: Fields) -> list[int]:
-    """Return the ids of the tokens that end a text or a turn."""
-    ids = (fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
-    return sorted({int(x) for x in ids if x is not None})
+    """Return the ids of the tokens that end a text or a turn.
+
+    SmolLM's unknown token has the name of an end token, and is none.
+    """
+    keys = (f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
+    named = {int(fields[key]) for key in keys if fields.get(key) is not None}
+    tokens = enumerate(fields["tokenizer.ggml.tokens"])
+    known = {number for number, token in tokens if token in END_TOKENS}
+    return sorted(named | known - {fields.get("tokenizer.ggml.unknown_token_id")})
 
 
 def _tokenizer_config(fields: Fields) -> dict[str, Any]:
@@ -496,6 +572,11 @@ def _tokenizer_config(fields: Fields) -> dict[str, Any]:
     roles = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
     ids = {role: fields.get(f"tokenizer.ggml.{name}_token_id") for role, name in roles.items()}
     template = fields.get("tokenizer.chat_template")
+    prefix = "tokenizer.chat_template."
+    named = {x.removeprefix(prefix): fields[x] for x in fields if x.startswith(prefix)}
+    if template and named:  # one for tools, say
+        every = {"default": template} | named
+        template = [{"name": name, "template": text} for name, text in every.items()]
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "add_prefix_space": False,
@@ -508,29 +589,13 @@ def _tokenizer_config(fields: Fields) -> dict[str, Any]:
 
 def _tokenizer(kind: str, fields: Fields) -> Tokenizer:
     """Build the tokenizer, which puts the first token before a text if the file says so."""
-    if fields.get("tokenizer.ggml.pre") == "smollm":
-        tokenizer = _smollm_tokenizer(fields)
+    if fields["tokenizer.ggml.model"] == "gpt2":
+        tokenizer = _byte_level_tokenizer(fields)
+        default = fields.get("tokenizer.ggml.pre") in WHOLE_WORDS
     else:
-        try:
-            from transformers.integrations.gguf import gguf_tokenizer_mapping as mapping
-        except ImportError as error:
-            raise CheckpointError(
-                "GGUF files need transformers 5.24 or later; update it, or pass a folder in the "
-                "Hugging Face format"
-            ) from error
-        pre = fields.get("tokenizer.ggml.pre", "default")
-        if (
-            fields["tokenizer.ggml.model"] == "gpt2"
-            and pre not in mapping.GGUF_PRE_TOKENIZER_SPLITS
-        ):
-            raise ValueError(f"tokenizer.ggml.pre = {pre!r}")
-        own = {
-            name: fields[f"tokenizer.{key}"]
-            for key, name in mapping.GGUF_TOKENIZER_MAPPING["tokenizer"].items()
-            if f"tokenizer.{key}" in fields
-        }
-        tokenizer, _ = mapping.convert_gguf_tokenizer(kind, own)
-    added = fields.get("tokenizer.ggml.add_bos_token", fields["tokenizer.ggml.model"] == "llama")
+        tokenizer = _sentencepiece_tokenizer(kind, fields)
+        default = fields["tokenizer.ggml.model"] == "llama"
+    added = fields.get("tokenizer.ggml.add_bos_token", default)
     if added and (first := fields.get("tokenizer.ggml.bos_token_id")) is not None:
         token = fields["tokenizer.ggml.tokens"][int(first)]
         tokenizer.post_processor = processors.TemplateProcessing(
@@ -541,15 +606,40 @@ def _tokenizer(kind: str, fields: Fields) -> Tokenizer:
     return tokenizer
 
 
-def _smollm_tokenizer(fields: Fields) -> Tokenizer:
+def _mapping() -> Any:
+    """Return the module of transformers that knows the tokenizers of GGUF files."""
+    try:
+        from transformers.integrations.gguf import gguf_tokenizer_mapping
+    except ImportError as error:
+        raise CheckpointError(
+            "GGUF files need transformers 5.24 or later; update it, or pass a folder in the "
+            "Hugging Face format"
+        ) from error
+    return gguf_tokenizer_mapping
+
+
+def _byte_level_tokenizer(fields: Fields) -> Tokenizer:
+    """Build a byte-level BPE tokenizer, in which added tokens are whole whatever their letters."""
     tokens: list[str] = fields["tokenizer.ggml.tokens"]
     kinds: list[int] = fields["tokenizer.ggml.token_type"]
+    pre = fields.get("tokenizer.ggml.pre", "default")
+    if (splits := SPLITS.get(pre)) is None:
+        if (split := _mapping().GGUF_PRE_TOKENIZER_SPLITS.get(pre)) is None:
+            raise ValueError(f"tokenizer.ggml.pre = {pre!r}")
+        splits = (split,)
+    vocab = {token: number for number, token in enumerate(tokens)}
     merges = [(left, right) for left, right in map(str.split, fields["tokenizer.ggml.merges"])]
-    tokenizer = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges))
+    try:
+        model = models.BPE(vocab=vocab, merges=merges, ignore_merges=pre in WHOLE_WORDS)
+    except Exception as error:  # tokenizers raises a bare Exception
+        raise ValueError(f"tokenizer.ggml.merges: {error}") from error
+    tokenizer = Tokenizer(model)
+    if pre == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+            *(pre_tokenizers.Split(Regex(split), behavior="isolated") for split in splits),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
@@ -560,3 +650,27 @@ def _smollm_tokenizer(fields: Fields) -> Tokenizer:
     ]
     tokenizer.add_tokens(added)
     return tokenizer
+
+
+def _sentencepiece_tokenizer(kind: str, fields: Fields) -> Tokenizer:
+    """Build a SentencePiece tokenizer, which marks words by a space before them.
+
+    In Llama's and Mistral's the first word has one too, and the first after a special token, unless
+    the file says otherwise.
+    """
+    mapping = _mapping()
+    own = {
+        name: fields[f"tokenizer.{key}"]
+        for key, name in mapping.GGUF_TOKENIZER_MAPPING["tokenizer"].items()
+        if f"tokenizer.{key}" in fields
+    }
+    tokenizer, _ = mapping.convert_gguf_tokenizer(kind, own)
+    if kind != "gemma3":
+        marks: list[normalizers.Normalizer] = [normalizers.Replace(" ", "\u2581")]
+        decoding = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+        if fields.get("tokenizer.ggml.add_space_prefix", True):
+            marks.insert(0, normalizers.Prepend("\u2581"))
+            decoding.append(decoders.Strip(" ", left=1))
+        tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Sequence(marks), None
+        tokenizer.decoder = decoders.Sequence(decoding)
+    return tokenizer  # type: ignore[no-any-return]

@@ -60,6 +60,8 @@ HUB_FILES_IGNORED = ["original/*", "consolidated*", "onnx/*"]
 HUB_REACHABLE_S = 5.0
 CONVERTED = "gguf"
 """The folder of our cache with the folders that GGUF files were converted to."""
+CONVERSION = 2
+"""Counts changes of what files are converted to; older folders are not used."""
 COLUMNS = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
 LM_STUDIO_FOLDERS = ("~/.lmstudio/models", "~/.cache/lm-studio/models")
 """Where LM Studio keeps models, as PUBLISHER/MODEL; the second is of its older versions."""
@@ -394,7 +396,7 @@ def _gguf_file(path: Path) -> Path | None:
 def _converted(gguf: Path) -> Path:
     """Return the folder that a GGUF file is converted to, which is made once for each file."""
     state = gguf.stat()
-    key = f"{gguf.resolve()} {state.st_size} {state.st_mtime_ns}".encode()
+    key = f"{CONVERSION} {gguf.resolve()} {state.st_size} {state.st_mtime_ns}".encode()
     folder = cache_folder() / CONVERTED / hashlib.sha256(key).hexdigest()[:12] / gguf.stem
 
     def make(scratch: Path) -> Path:

@@ -194,6 +194,13 @@ def test_other_and_damaged_gguf_files_are_refused(tmp_path: Path):
     (tmp_path / "junk.gguf").write_bytes(b"not a model" * 100)
     with pytest.raises(CheckpointError, match=r"junk\.gguf is not a readable"):
         convert_gguf(tmp_path / "junk.gguf", tmp_path)
+    big = gguf.GGUFWriter(tmp_path / "big.gguf", "llama", endianess=gguf.GGUFEndian.BIG)
+    big.write_header_to_file()
+    big.write_kv_data_to_file()
+    big.write_tensors_to_file()
+    big.close()
+    with pytest.raises(CheckpointError, match=r"big\.gguf has its bytes in the order of another"):
+        convert_gguf(tmp_path / "big.gguf", tmp_path)
     with (
         failing(converter, "GGUFReader", PermissionError(errno.EACCES, "Permission denied")),
         pytest.raises(CheckpointError, match=r"junk\.gguf cannot be read: Permission denied"),

@@ -17,12 +17,13 @@ from treeflash.hub import cached, models
 from treeflash.hub.gguf import ARCHITECTURES, convert_gguf
 from treeflash.registry import loader
 from treeflash.testing.models import INWARD
+from treeflash.text.tokenizer import Tokenizer
 
 torch = pytest.importorskip("torch")
 import transformers
 
 LAYERS, PROMPT = 7, [3, 9, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]
-SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>"]
+SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<｜User｜>", "<end_of_turn>"]
 SHAPE = {
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -53,6 +54,11 @@ EPSILONS = {"rms_norm_eps": 1e-5}
 CASES: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "llama": ("llama", transformers.LlamaConfig, {"rope_theta": 5000.0, **EPSILONS}),
     "llama 3": ("llama", transformers.LlamaConfig, {"rope_parameters": LLAMA3, **EPSILONS}),
+    "mistral": (
+        "llama",
+        transformers.LlamaConfig,
+        {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}, **EPSILONS},
+    ),
     "qwen2": ("qwen2", transformers.Qwen2Config, {"rope_theta": 5000.0}),
     "qwen3": ("qwen3", transformers.Qwen3Config, {"rope_theta": 5000.0, "head_dim": 16}),
     "qwen3 with YaRN": ("qwen3", transformers.Qwen3Config, {"rope_parameters": YARN}),
@@ -105,7 +111,7 @@ def write(path: Path, name: str, kind: gguf.GGMLQuantizationType | None = None) 
     """
     architecture = CASES[name][0]
     writer = gguf.GGUFWriter(path, architecture)
-    vocab_size = write_tokenizer(writer, architecture)
+    vocab_size = write_tokenizer(writer, name)
     model = random_model(name, vocab_size)
     config = model.config
     writer.add_block_count(LAYERS)
@@ -113,9 +119,14 @@ def write(path: Path, name: str, kind: gguf.GGMLQuantizationType | None = None) 
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
+    if architecture == "qwen2":
+        writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
     rope = config.rope_parameters
     full = rope.get("full_attention", rope)
-    writer.add_rope_freq_base(full["rope_theta"])
+    if name == "mistral":  # as in old files
+        writer.add_float32("llama.rope.scale_linear", full["factor"])
+    else:
+        writer.add_rope_freq_base(full["rope_theta"])
     writer.add_layer_norm_rms_eps(getattr(config, "rms_norm_eps", getattr(config, "norm_eps", 0)))
     kv_heads: Any = config.num_key_value_heads
     if architecture == "lfm2":
@@ -169,32 +180,39 @@ ARCHS = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
 PRE_TOKENIZERS = {"llama": "llama-bpe", "qwen2": "qwen2", "qwen3": "qwen2", "lfm2": "lfm2"}
 
 
-def write_tokenizer(writer: gguf.GGUFWriter, architecture: str) -> int:
+def write_tokenizer(writer: gguf.GGUFWriter, name: str) -> int:
     """Write a small tokenizer of the family; returns the number of tokens."""
     kinds = [3] * len(SPECIAL)
-    if architecture == "gemma3":
+    if name in ("gemma3", "mistral"):
         pieces = [chr(c) for c in range(97, 123)] + ["\u2581", "th", "\u2581th", "  "]
         tokens = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
         kinds += [6] * 256 + [1] * len(pieces)
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
         writer.add_token_scores([-float(n) for n in range(len(tokens))])
-        writer.add_add_space_prefix(False)
+        if name == "gemma3":
+            writer.add_add_space_prefix(False)
     else:
-        merges = ["Ġ t", "h e", "Ġt he", "1 2", "12 3"]
+        merges = ["Ġ t", "h e", "Ġt he", "1 2", "12 3", "Ã ©"]
         alphabet = sorted(ByteLevel.alphabet())
-        tokens = [*SPECIAL, *alphabet, *(merge.replace(" ", "") for merge in merges)]
+        tokens = [*SPECIAL, *alphabet, *(merge.replace(" ", "") for merge in merges), "Ġwhole"]
         kinds += [1] * (len(tokens) - len(kinds))
         writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(PRE_TOKENIZERS[architecture])
+        writer.add_tokenizer_pre(PRE_TOKENIZERS[CASES[name][0]])
         writer.add_token_merges(merges)
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
     writer.add_bos_token_id(2)
     writer.add_eos_token_id(1)
     writer.add_pad_token_id(0)
-    writer.add_add_bos_token(architecture != "qwen3")
-    writer.add_chat_template("{% for m in messages %}{{ m.content }}{% endfor %}")
+    if name in ("qwen2", "qwen3"):  # in the others it is the default
+        writer.add_add_bos_token(name == "qwen2")
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    writer.add_chat_template(
+        [{"name": "default", "template": template}, {"name": "tool_use", "template": "{{ tools }}"}]
+        if name == "mistral"
+        else template
+    )
     return len(tokens)
 
 
@@ -246,6 +264,24 @@ def test_tokenizers(name: str, text: str, tokens: list[str], tmp_path: Path) -> 
     assert tokenizer.eos_token == "<eos>"
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "tokens"),
+    [
+        ("llama", " whole<｜User｜> the", ["<bos>", "Ġwhole", "<｜User｜>", "Ġthe"]),
+        ("mistral", "th<eos>th", ["<bos>", "\u2581th", "<eos>", "\u2581th"]),
+        ("qwen3", "e\u0301", ["Ã©"]),
+    ],
+)
+def test_what_files_leave_out(name: str, text: str, tokens: list[str], tmp_path: Path) -> None:
+    write(tmp_path / "tiny.gguf", name)
+    convert_gguf(tmp_path / "tiny.gguf", tmp_path)
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    assert tokenizer.transformers.convert_ids_to_tokens(tokenizer.encode(text)) == tokens
+    assert tokenizer.stop_token_ids == {SPECIAL.index("<eos>"), SPECIAL.index("<end_of_turn>")}
+    assert tokenizer.knows_tools == (name == "mistral")
+    assert tokenizer.render([{"role": "user", "content": "Hi"}]) == "Hi"
+
+
 @pytest.mark.parametrize("backend", ["cuda", "mlx"])
 def test_a_file_is_a_target(backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip({"cuda": "torch", "mlx": "mlx_lm"}[backend])
@@ -275,6 +311,8 @@ def test_a_changed_file_is_converted_again(tmp_path: Path, monkeypatch: pytest.M
     after = models.resolve_target(str(tmp_path))
     assert before != after
     assert '"qwen2"' in (after / "config.json").read_text()
+    monkeypatch.setattr(models, "CONVERSION", models.CONVERSION + 1)
+    assert models.resolve_target(str(tmp_path)) != after
 
 
 def replaced(key: str, value: str) -> Callable[[bytes], bytes]:
@@ -292,7 +330,9 @@ def replaced_id(key: str) -> Callable[[bytes], bytes]:
         (replaced("qwen2.block_count", "qwen2.block_xount"), "missing or unsupported.*block_count"),
         (replaced("blk.3.attn_q.weight", "blk.3.attn_z.weight"), r"blk\.3\.attn_z\.weight"),
         (lambda data: data[:2000], "is not a readable GGUF file"),
+        (replaced("Ġt he", "Ġt hx"), "tokenizer.ggml.merges: .* `hx` out of vocabulary"),
         (replaced("tokenizer.ggml.pre", "tokenizer.ggml.prx"), "tokenizer.ggml.pre = 'default'"),
+        (replaced_id("qwen2.rope.dimension_count"), "rope.dimension_count = 65535"),
         (replaced_id("tokenizer.ggml.eos_token_id"), "unsupported GGUF entry: list index out of"),
     ],
 )
