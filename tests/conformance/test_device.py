@@ -75,15 +75,15 @@ class TestCudaGraphs(BackendSuite):
 
 @pytest.mark.device
 @pytest.mark.parametrize("family", ["qwen3", "mistral"])  # the latter has a sliding window
-def test_the_operation_computes_what_a_mask_does(tmp_path, family):
+def test_the_operation_computes_what_a_mask_does(tmp_path, family, monkeypatch):
     write_target(tmp_path, family, seed=1)
     found = []
     for with_operations in (True, False):
         backend = load_cuda(tmp_path, None, LoadConfig(dtype="bfloat16"))
         assert backend.target.operations is not None
         if not with_operations:
-            backend.verifier._has_tree_pass = False
-            backend.target.kernels = None
+            monkeypatch.setattr(backend.verifier, "_has_row_pass", False)
+            monkeypatch.setattr(backend.target, "kernels", None)
         text = SequenceSession(backend)
         text.extend([3, 4, 5] * 400)
         parents = np.array([-1, 0, 0, 1, 1, 2], np.int32)
