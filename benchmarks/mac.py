@@ -38,7 +38,7 @@ from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.errors import ConfigError
 from treeflash.language_model import LanguageModel
-from treeflash.text.generation import PHASES, mean
+from treeflash.text.generation import PHASES, Generation, mean
 from treeflash.text.prompt import encode
 from treeflash.text.tokenizer import Tokenizer
 
@@ -125,16 +125,17 @@ def method_row(
     model: LanguageModel, method: Method, prompts: Sequence[list[int]], max_tokens: int
 ) -> Row:
     """Measure the speed of a method, and its mean time of an iteration by phase."""
-    generations = []
+    generations: list[Generation] = []
 
     def run(prompt: list[int]) -> int:
         generations.append(model.generate(prompt, method=method, max_tokens=max_tokens))
         return len(generations[-1].token_ids)
 
     speed = decode_all(run, prompts)
-    lengths = [n for generation in generations for n in generation.accepted_lengths]
+    measured = generations[1:]  # the first one warms up
+    lengths = [n for generation in measured for n in generation.accepted_lengths]
     phases = {
-        f"{phase}_ms": 1000 * sum(g.seconds[phase] for g in generations) / max(1, len(lengths))
+        f"{phase}_ms": 1000 * sum(g.seconds[phase] for g in measured) / max(1, len(lengths))
         for phase in PHASES[1:]
     }
     row = {"system": "treeflash", "method": method, "tokens_per_s": speed}

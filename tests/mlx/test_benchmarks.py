@@ -4,6 +4,7 @@ import json
 import os
 import re
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 from byte_tokens import save_tokenizer
@@ -14,6 +15,7 @@ import treeflash
 from treeflash.config import METHODS
 from treeflash.testing import require
 from treeflash.testing.models import write_target
+from treeflash.text.generation import PHASES
 
 require("mlx.core")
 require("mlx_lm")
@@ -94,6 +96,20 @@ def test_a_kernel_that_is_wrong_is_a_problem_and_one_that_loses_is_not(module):
     }
     found = list(module("mac_report").kernel_problems({"products": verdicts}))
     assert found == ["products, 9 rows: not used, its relative error is 1.0e+00"]
+
+
+def test_the_text_that_warms_up_is_in_no_figure(module):
+    def generate(prompt, **options):
+        seconds = dict.fromkeys(PHASES, 9.0 if not calls else 0.5)
+        calls.append(prompt)
+        lengths = [1, 1] if len(calls) == 1 else [4]
+        return SimpleNamespace(token_ids=[5], accepted_lengths=lengths, seconds=seconds)
+
+    calls = []
+    model = SimpleNamespace(generate=generate)
+    row = module("mac").method_row(model, "treeflash", [[3], [4]], 8)
+    assert row["block_efficiency"] == 4
+    assert all(row[f"{phase}_ms"] == 500 for phase in PHASES[1:])
 
 
 @pytest.mark.parametrize("kind", ["mtp", "eagle3", "none"])
