@@ -153,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if shape["num_hidden_layers"] < MIN_LAYERS:
         raise ConfigError(f"--layers must be {MIN_LAYERS} or more, got {args.layers}")
     load = loader("cuda")
-    from treeflash_cuda.backend import choose_device
+    from treeflash_cuda.device import choose_device
 
     device = choose_device(args.device)
     with tempfile.TemporaryDirectory(dir=args.folder) as scratch:

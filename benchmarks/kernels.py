@@ -82,7 +82,7 @@ class CompileOnly(DriverBase):
         return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self) -> int:
-        """Return 0: Triton keeps compiled kernels by device."""
+        """Return a number for each architecture: Triton keeps compiled kernels by device."""
         return self.capability
 
     def get_current_stream(self, device: int) -> int:

@@ -157,7 +157,9 @@ def report(comparison: Comparison, args: Namespace) -> None:
         | {key: peer.description[key] for key in ("device", "dtype", "versions")}
         for peer in dict.fromkeys(case.peer for case in comparison.cases)
     ]
+    own = next((row for row in systems if row["system"] == "treeflash"), systems[0])
     settings = {"threads": args.threads, "max_tokens": args.max_tokens, "systems": systems}
+    settings["device"] = own["device"]
     write_json(args.json, "peers", settings | {"rows": rows, "skipped": comparison.skipped})
 
 

@@ -55,6 +55,7 @@ def test_a_comparison_runs(name, module, pair, tmp_path):
     assert {row["system"] for row in rows} == {"treeflash", "transformers"}
     assert all(row["equal"] == row["prompts"] > 0 for row in rows)
     assert {row["method"] for row in results["skipped"]} <= {"assisted"}
+    assert results["device"] == "cpu"
 
 
 def test_the_speed_of_exact_mode_is_measured(module, pair, tmp_path):

@@ -31,7 +31,8 @@ def load(setup: dict[str, Any]) -> tuple[dict, Any]:
         lengths = result.accepted_lengths
         return answer(result.token_ids, sum(lengths), len(lengths), result.decode_s)
 
-    return describe(methods, backend.device, backend.dtype, PACKAGES[name]), decode
+    device = "cpu" if backend.device == "cpu" else backend.device_name
+    return describe(methods, device, backend.dtype, PACKAGES[name]), decode
 
 
 if __name__ == "__main__":
