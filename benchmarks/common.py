@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from ctypes.util import find_library
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal, NoReturn, TypeAlias
@@ -24,6 +25,7 @@ from treeflash.config import Budget, DecodeConfig
 from treeflash.decoding.interfaces import Backend
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.decoding.tree import DraftTree, build_tree
+from treeflash.errors import ConfigError
 from treeflash.evaluation.records import MEAN
 from treeflash.evaluation.run import Case, Evaluation, Sample, encode_rows
 from treeflash.language_model import LanguageModel
@@ -113,6 +115,13 @@ def integer(text: str, minimum: int = 1) -> int:
 def names(text: str) -> list[str]:
     """Parse comma-separated words, for argparse."""
     return text.split(",")
+
+
+def require_testing(extra: str) -> None:
+    """Raise a ConfigError unless the extra `testing` is installed; `extra` names the backend's."""
+    if missing := [name for name in ("hypothesis", "pytest") if find_spec(name) is None]:
+        command = f"pip install '.[{extra},testing]' in a clone of treeflash"
+        raise ConfigError(f"this benchmark needs {missing[0]}; {command}")
 
 
 def alternate_ms(calls: Sequence[Callable[[], object]], repeats: int) -> list[float]:

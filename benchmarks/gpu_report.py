@@ -8,30 +8,32 @@ if there are none, 1 if there are some, and 2 if PyTorch finds no GPU, with the 
 only names the command that measures MLX.
 
 - `machine`: the card, its driver, the software, and what Triton needs to compile.
-- `kernels`: whether each kernel is used, by dtype and width of heads; what it takes of the GPU; its
-  time beside PyTorch's.
+- `kernels`: whether each kernel is used, by dtype and width of heads; its time beside PyTorch's.
 - `graphs`: which functions are captured as CUDA graphs, their replays, and failures.
 - `texts`: whether every method writes the text of plain decoding, and graphs, masks and exact mode
   agree, with tiny models of random weights.
-- `target`: with `--target`, how far every method writes the text of plain decoding.
-- `speed`: a forward pass by nodes and context, an iteration by phase for 1, 8 and 32 texts, and its
-  longest kernels, with random weights in the shape of the largest Qwen3 model that fits.
 - `memory`: what is reserved and used, and whether decoding goes on after memory ran out.
+- `speed`: a forward pass by nodes and context, an iteration by phase for 1, 8 and 32 texts, and its
+  longest kernels, with random weights in the shape of the largest Qwen3 model that fits the GPU and
+  the folder of temporary files (`TMPDIR`).
+- `target`: with `--target`, how far every method writes the text of plain decoding.
+- `resources`: what each kernel takes of the GPU.
+
+The tiny models come from the conformance suite: `pip install '.[cuda,testing]'`.
 """
 
 from __future__ import annotations
 
 import gc
 import json
+import os
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
 from itertools import product
@@ -41,7 +43,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common import Parser, Row, random_prompt
+from benchmarks.common import Parser, Row, random_prompt, require_testing
 from benchmarks.decoding.iteration import verify_rows
 from benchmarks.gpu import copy_bandwidth, read_bytes, synchronize
 from benchmarks.random_pair import SHAPES, write_drafter, write_target
@@ -71,6 +73,10 @@ TOLERANCE = 0.05
 Rounding gives 0.01; a key too many or too few more than 0.1."""
 TREE = DraftTree.from_parents(np.arange(6, dtype=np.int32), np.array([-1, 0, 0, 1, 1, 2], np.int32))
 PROMPT = [3, 4, 5] * 40
+LARGE = (("qwen3-8b", 60, 20), ("qwen3-4b", 20, 10))
+"""Shapes of `speed`, and the GiB that each takes of the GPU and of the temporary folder."""
+WARM_UP, MEASURED, PROFILED = 8, 16, 10
+"""Iterations before the measured ones, these, and the ones of the profile."""
 
 
 def parser() -> Parser:
@@ -137,6 +143,36 @@ def logits_problem(what: str, difference: float) -> str | None:
     return f"{what}: the logits differ by {difference:.1%} of their standard deviation"
 
 
+def choose_shape(free_memory: int, free_disk: int) -> str:
+    """Return the largest shape that fits these bytes of the GPU and of the disk."""
+    fitting = (
+        name
+        for name, memory_gib, disk_gib in LARGE
+        if free_memory > memory_gib << 30 and free_disk > disk_gib << 30
+    )
+    return next(fitting, "tiny")
+
+
+def kernel_rows(averages: Iterable[Any], iterations: int) -> list[Row]:
+    """Return what each kernel takes of an iteration, the longest one first.
+
+    Args:
+        averages: of a profile of PyTorch. Those of the host, such as the launch of a graph, have
+            the times of their kernels once more.
+        iterations: of the profile.
+    """
+    rows = [
+        {
+            "kernel": event.key,
+            "ms": event.self_device_time_total / 1000 / iterations,  # from microseconds
+            "calls": event.count / iterations,
+        }
+        for event in averages
+        if event.device_type.name == "CUDA"
+    ]
+    return sorted(rows, key=lambda row: -row["ms"])
+
+
 def toolchain_problems(compiler: str | None, header: Path) -> Iterator[str]:
     """Yield a line for each thing that Triton needs to compile and does not find."""
     if compiler is None:
@@ -189,7 +225,8 @@ class Gpu:
 def machine(gpu: Gpu, part: Part) -> None:
     """Find the driver, the clocks, and what Triton needs."""
     header = Path(sysconfig.get_path("include"), "Python.h")
-    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    # As Triton looks for it.
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     part.add("tools", name="C compiler", found=compiler)
     part.add("tools", name="Python.h", found=header.is_file())
     for line in toolchain_problems(compiler, header):
@@ -208,7 +245,7 @@ def machine(gpu: Gpu, part: Part) -> None:
 
 
 def kernels(gpu: Gpu, part: Part) -> None:
-    """Check every kernel for every dtype and width, and read what it takes."""
+    """Check every kernel for every dtype and width."""
     import torch
     from treeflash_cuda.kernels import flash_kernels
     from treeflash_cuda.operations import (
@@ -239,13 +276,14 @@ def kernels(gpu: Gpu, part: Part) -> None:
         )
         if found is None:
             part.problem(f"FlashAttention is not used with {where}: {reason}")
-    if gpu.device.type == "cuda":
-        _usages(gpu, part)
 
 
-def _usages(gpu: Gpu, part: Part) -> None:
+def resources(gpu: Gpu, part: Part) -> None:
+    """Compile all kernels once more, for the shapes of real models, and read what they take."""
     import torch
 
+    if gpu.device.type != "cuda":
+        return
     major, minor = torch.cuda.get_device_capability(gpu.device)
     command = [sys.executable, "-m", "benchmarks.kernels", "--json"]
     done = subprocess.run(
@@ -347,14 +385,8 @@ def target(gpu: Gpu, part: Part) -> None:
 
 def speed(gpu: Gpu, part: Part) -> None:
     """Measure passes and iterations of a pair of random weights."""
-    shape = gpu.args.shape or next(
-        (
-            name
-            for name, need in (("qwen3-8b", 60), ("qwen3-4b", 24))
-            if gpu.free_bytes() > need << 30
-        ),
-        "tiny",
-    )
+    free_disk = shutil.disk_usage(gpu.large[0].parent).free
+    shape = gpu.args.shape or choose_shape(gpu.free_bytes(), free_disk)
     settings = SHAPES[shape]
     dtype = "bfloat16" if gpu.device.type == "cuda" else "float32"
     write_target(gpu.large[0], settings, gpu.device, dtype)
@@ -389,19 +421,25 @@ def speed(gpu: Gpu, part: Part) -> None:
 
 
 def iteration_row(backend: Any, prompts: Sequence[Sequence[int]], config: DecodeConfig) -> Row:
-    """Return the median milliseconds of an iteration and its phases, after some to warm up."""
-    scheduler = Scheduler(backend, SchedulerConfig(max_parallel=len(prompts)))
+    """Return the median milliseconds of an iteration and its phases, after some to warm up.
+
+    All texts are decoded in every one of them: their prompts run in the first iteration.
+    """
+    tokens = sum(map(len, prompts))
+    scheduler = Scheduler(
+        backend, SchedulerConfig(max_parallel=len(prompts), lone_prefill_chunk=tokens)
+    )
     for prompt in prompts:
         scheduler.submit(Request(prompt_ids=prompt, config=config))
     times: list[float] = []
     phases: dict[str, list[float]] = {}
-    for number in range(24):
+    for number in range(WARM_UP + MEASURED):
         started = time.perf_counter()
         events = scheduler.step()
         synchronize(backend.target.device)
         ended = time.perf_counter()
         steps = [step for _, step in events if not isinstance(step, Exception)]
-        if number < 8 or not steps:
+        if number < WARM_UP or not steps:
             continue
         times.append(1000 * (ended - started))
         for phase, seconds in steps[0].seconds.items():
@@ -419,26 +457,20 @@ def _profile(part: Part, backend: Any) -> None:
     steps = decode(
         backend, Request(prompt_ids=random_prompt(backend.vocab_size, 256), config=config)
     )
-    for _ in range(8):
+    for _ in range(WARM_UP):
         next(steps)
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         started = time.perf_counter()
-        for _ in range(10):
+        for _ in range(PROFILED):
             next(steps)
         synchronize(backend.target.device)
-        wall = 1000 * (time.perf_counter() - started) / 10
+        wall = 1000 * (time.perf_counter() - started) / PROFILED
     steps.close()
-    total: Counter[str] = Counter()
-    calls: Counter[str] = Counter()
-    for event in profiler.key_averages():
-        total[event.key] += event.self_device_time_total / 1e4  # microseconds of 10 iterations
-        calls[event.key] += event.count
-    busy = sum(total.values())
-    part.add(
-        "gaps", wall_ms=wall, kernels_ms=busy, idle_ms=wall - busy, kernels=sum(calls.values())
-    )
-    for name, milliseconds in total.most_common(25):
-        part.add("longest kernels", kernel=name, ms=milliseconds, calls=calls[name] / 10)
+    rows = kernel_rows(profiler.key_averages(), PROFILED)
+    busy, calls = (sum(row[name] for row in rows) for name in ("ms", "calls"))
+    part.add("gaps", wall_ms=wall, kernels_ms=busy, idle_ms=wall - busy, kernels=calls)
+    for row in rows[:25]:
+        part.add("longest kernels", **row)
 
 
 def memory(gpu: Gpu, part: Part) -> None:
@@ -529,20 +561,17 @@ PARTS: dict[str, Callable[[Gpu, Part], None]] = {
     "memory": memory,
     "speed": speed,
     "target": target,
+    "resources": resources,
 }
 
 
-@contextmanager
-def released(gpu: Gpu) -> Iterator[None]:
+def release(device: Any) -> None:
     """Give the memory of a part's models back, for the next part."""
-    try:
-        yield
-    finally:
-        gc.collect()
-        if gpu.device.type == "cuda":
-            import torch
+    import torch
 
-            torch.cuda.empty_cache()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def has_metal() -> bool:
@@ -559,6 +588,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run all parts, print, write."""
     args = parser().parse_args(argv)
     loader("cuda")  # its error is clearer than an import's
+    require_testing("cuda")
     from treeflash_cuda.device import choose_device, device_facts
 
     try:
@@ -575,8 +605,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         gpu = Gpu(device, Path(folder), args, lambda: report.is_late)
         for name, find in PARTS.items():
-            with released(gpu):
-                report.run(name, partial(find, gpu))
+            report.run(name, partial(find, gpu))
+            if not report.lost:  # a lost device refuses this, too
+                release(device)
     return report.close()
 
 

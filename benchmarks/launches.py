@@ -4,7 +4,7 @@
     python -m benchmarks.launches --shape qwen3-4b --sequences 1,4 --nodes 16 --json FILE
 
 Weights and activations are tensors without values on a CUDA device that need not be there, so that
-models of any size fit. It needs a build of PyTorch with CUDA, and pytest.
+models of any size fit. It needs a build of PyTorch with CUDA, and the extra `testing`.
 
 - `operations`: operations that compute something on the device; `layer` is one layer of the target,
   and a part of `verify`.
@@ -37,7 +37,7 @@ from unittest import mock
 
 import numpy as np
 
-from benchmarks.common import Parser, Row, show, write_json
+from benchmarks.common import Parser, Row, require_testing, show, write_json
 from benchmarks.random_pair import SHAPES, drafter_config
 from treeflash.cli.console import guarded
 from treeflash.config import DecodeConfig, LoadConfig, SamplingConfig
@@ -254,6 +254,7 @@ def parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Count, print, write."""
     args = parser().parse_args(argv)
+    require_testing("cuda")
     import pytest
     import torch
 

@@ -13,6 +13,8 @@ there are some.
 - `buffers`: plain decoding with as many operations in a command buffer as MLX chooses, and with
   more. MLX may then copy the keys of a long text for every token, or wait less; nobody knows.
 - `memory`: the peak of all parts, and what the device tells at the end.
+
+The tiny models come from the conformance suite: `pip install '.[mlx,testing]'`.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from typing import Any, TypeVar
 from unittest.mock import patch
 
 from benchmarks import mac
-from benchmarks.common import Parser, Row, describe
+from benchmarks.common import Parser, Row, describe, require_testing
 from benchmarks.decoding.iteration import verify_rows
 from benchmarks.gpu_report import compare_texts
 from benchmarks.report import Part, Report
@@ -157,6 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run all parts, print, write."""
     args = parser().parse_args(argv)
     loader("mlx")  # its error is clearer than an import's
+    require_testing("mlx")
     from treeflash_mlx.device import choose_device, device_facts
 
     choose_device(args.device)

@@ -7,6 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from treeflash.errors import ConfigError
+
 LOST = "CUDA error: an illegal memory access was encountered"
 
 
@@ -145,6 +147,36 @@ def test_a_missing_compiler_and_header_are_lines(judge, tmp_path):
     assert len(list(judge.toolchain_problems(None, tmp_path / "Python.h"))) == 2
     (tmp_path / "Python.h").touch()
     assert list(judge.toolchain_problems("/usr/bin/cc", tmp_path / "Python.h")) == []
+
+
+def test_the_largest_shape_that_fits_the_gpu_and_the_disk_is_measured(judge):
+    gib = 1 << 30
+    assert judge.choose_shape(79 * gib, 64 * gib) == "qwen3-8b"
+    assert judge.choose_shape(79 * gib, 16 * gib) == "qwen3-4b"
+    assert judge.choose_shape(23 * gib, 64 * gib) == "qwen3-4b"
+    assert judge.choose_shape(0, 64 * gib) == "tiny"
+
+
+def test_a_profile_counts_the_kernels_of_an_iteration_once(judge):
+    def event(key, device, microseconds, count):
+        device_type = SimpleNamespace(name=device)
+        return SimpleNamespace(
+            key=key, device_type=device_type, self_device_time_total=microseconds, count=count
+        )
+
+    launch = event("cudaGraphLaunch", "CPU", 9000.0, 30)
+    averages = [event("gated", "CUDA", 2000.0, 10), launch, event("linear", "CUDA", 7000.0, 20)]
+    assert judge.kernel_rows(averages, 10) == [
+        {"kernel": "linear", "ms": 0.7, "calls": 2.0},
+        {"kernel": "gated", "ms": 0.2, "calls": 1.0},
+    ]
+
+
+def test_a_missing_extra_is_named_before_the_work(module, monkeypatch):
+    common = module("common")
+    monkeypatch.setattr(common, "find_spec", lambda name: None if name == "pytest" else name)
+    with pytest.raises(ConfigError, match=r"needs pytest; pip install '\.\[mlx,testing\]'"):
+        common.require_testing("mlx")
 
 
 def test_kernels_that_spill_or_do_not_fit_are_lines(judge):

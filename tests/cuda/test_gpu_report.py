@@ -95,6 +95,35 @@ def test_speed_has_a_row_for_each_number_of_texts(run):
     assert {row["nodes"] for row in part.tables["passes"]} == {1, 8, 16, 64}
 
 
+def test_every_text_is_decoded_in_every_measured_iteration(judge, gpu, monkeypatch):
+    counts = []
+
+    class Scheduler(judge.Scheduler):
+        def step(self):
+            events = super().step()
+            counts.append(len(events))
+            return events
+
+    monkeypatch.setattr(judge, "Scheduler", Scheduler)
+    backend = gpu.load(gpu.write_tiny(), dtype="float32")
+    prompts = [[3] * 300] * 10  # more than a pass takes beside texts that are decoded
+    config = judge.DecodeConfig(method="ar", max_tokens=60)
+    judge.iteration_row(backend, prompts, config)
+    assert counts == [10] * (judge.WARM_UP + judge.MEASURED)
+
+
+def test_after_the_loss_of_a_device_its_memory_is_left_alone(judge, tmp_path, monkeypatch, capsys):
+    def lose(gpu, part):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(judge, "PARTS", {"first": lose, "second": lose})
+    monkeypatch.setattr(judge, "release", lose)
+    path = tmp_path / "report.json"
+    assert judge.main(["--device", "cpu", "--json", str(path)]) == 1
+    assert len(json.loads(path.read_text())["parts"]) == 2
+    assert "1 problem(s)" in capsys.readouterr().out
+
+
 def test_decoding_goes_on_after_memory_ran_out(run):
     part = run("memory")
     assert not part.error
