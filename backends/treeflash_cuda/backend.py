@@ -7,7 +7,7 @@ import functools
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, suppress
 from copy import copy
 from pathlib import Path
@@ -17,7 +17,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -27,6 +26,7 @@ from treeflash.decoding.image_processor import Processor
 from treeflash.decoding.interfaces import DeviceReport, Prefill
 from treeflash.decoding.tree import DraftTree
 from treeflash.drafters.config import DrafterShape
+from treeflash.drafters.folder import StoredTensor, read_quantised
 from treeflash.drafters.loading import Layout, block_tensors, mtp_tensors, read_layout
 from treeflash.drafters.mtp_heads import refuse_missing_targets, refuse_window
 from treeflash.errors import (
@@ -661,7 +661,7 @@ def drafter_layout(folder: Path, target: Target) -> Layout:
 def load_mtp_head(layout: Layout, target: Target) -> MtpModel:
     """Read a head that drafts depth by depth."""
     check_drafter(layout.config)
-    tensors = mtp_tensors(layout, read_tensors, torch.stack, torch.from_numpy)
+    tensors = mtp_tensors(layout, read_tensors, dequantise, torch.stack)
     return load_weights(MtpModel, layout.config, *tensors, target)
 
 
@@ -670,9 +670,13 @@ def read_tensors(path: Path, names: Collection[str]) -> dict[str, Tensor]:
         return {name: file.get_tensor(name) for name in names}
 
 
+def dequantise(path: Path, weights: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(x) for name, x in read_quantised(path, weights).items()}
+
+
 def load_drafter(layout: Layout, target: Target) -> tuple[DrafterModel, TableHead | None]:
     """Read a block drafter."""
-    tensors = block_tensors(layout, load_file)
+    tensors = block_tensors(layout, read_tensors, dequantise)
     config = tensors.config
     model = load_weights(DrafterModel, config, tensors.backbone, tensors.vocabulary, target)
     if config.head is None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeAlias
@@ -21,7 +21,14 @@ from treeflash.decoding.interfaces import DeviceReport, Prefill, TableOptions
 from treeflash.decoding.probe import ATTEMPTS, LIMITS, relative_difference
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
-from treeflash.drafters.loading import Layout, block_tensors, mtp_tensors, read_layout
+from treeflash.drafters.folder import StoredTensor
+from treeflash.drafters.loading import (
+    Layout,
+    arrange_block,
+    block_tensors,
+    mtp_tensors,
+    read_layout,
+)
 from treeflash.drafters.mtp_heads import MtpConfig, refuse_window
 from treeflash.errors import ConfigError, UnsupportedModelError
 from treeflash_mlx import metal_kernels
@@ -359,29 +366,26 @@ def load_drafter(folder: Path, target: Target, bits: int | None) -> tuple[Model,
         if isinstance(rows, AssistantModel):
             return rows, AssistantHead(rows, target)
         return rows, None if rows.config.has_marginals else MtpHead(rows, target)
-    tensors = block_tensors(layout, read_file)
+    tensors = block_tensors(layout, read_tensors, dequantise)
     config = tensors.config
     model = DrafterModel(config, OwnVocabulary(tensors.vocabulary, target))
     if offset := config.norm_offset:  # in float32, where adding it rounds nothing
         for name, weight in tensors.backbone.items():
             if name.endswith("norm.weight"):
                 tensors.backbone[name] = weight.astype(mx.float32) + offset
-    _fill(model, tensors.backbone, target.dtype, bits)
+    kept = quantised_layers(layout, bits or 0, lambda x: arrange_block(layout, x).backbone)
+    _fill(model, tensors.backbone, target.dtype, bits, kept)
     if config.head is None:
         return model, None
     module: Any = HEADS[config.head](config, tensors.head_size, target.vocab_size)
-    _fill(module, split_pairs(module, tensors.head), target.dtype, bits)
+    kept = quantised_layers(layout, bits or 0, lambda x: arrange_block(layout, x).head)
+    _fill(module, split_pairs(module, tensors.head), target.dtype, bits, kept)
     return model, TABLE_HEADS[module.kind](module, model, target)
 
 
 def load_mtp_head(layout: Layout, target: Target, bits: int | None) -> MtpModel | AssistantModel:
     """Read a head that drafts depth by depth."""
-
-    def read(path: Path, names: Collection[str]) -> dict[str, mx.array]:
-        tensors = read_file(path)  # lazily
-        return {name: tensors[name] for name in names}
-
-    tensors, vocabulary = mtp_tensors(layout, read, mx.stack, mx.array)
+    tensors, vocabulary = mtp_tensors(layout, read_tensors, dequantise, mx.stack)
     config: MtpConfig = layout.config
     own = OwnVocabulary(vocabulary, target)
     if config.assistant is not None:
@@ -402,24 +406,48 @@ def load_mtp_head(layout: Layout, target: Target, bits: int | None) -> MtpModel 
     return model
 
 
-def quantised_layers(layout: Layout, most: int) -> dict[str, dict[str, mx.array]]:
-    """Read the layers of an MTP head that its file has quantised to at most some bits, by name.
+PARTS = "weight", "scales", "biases"
+"""The tensors of a quantised weight."""
 
-    Each has a weight, scales and biases, in groups of any size.
+
+def quantised_layers(
+    layout: Layout,
+    most: int,
+    arrange: Callable[[dict[str, mx.array]], dict[str, mx.array]] = dict,
+) -> dict[str, dict[str, mx.array]]:
+    """Read the layers of a drafter that its file has quantised to at most some bits, by name.
+
+    Each has a weight, scales and biases, in groups of any size. `arrange` gives each of these the
+    rows and the name that the model's weight has.
     """
-    found: dict[str, dict[str, mx.array]] = {}
-    for stored, name in layout.names.items():
-        tensor = layout.folder.tensors[stored]
-        if 0 < tensor.bits <= most:
-            arrays, base = read_file(tensor.path), stored.removesuffix("weight")
-            parts = {part: arrays[base + part] for part in ("weight", "scales", "biases")}
-            found[name.removesuffix(".weight")] = parts
+    found: defaultdict[str, dict[str, mx.array]] = defaultdict(dict)
+    tensors = layout.folder.tensors
+    kept = {x: name for x, name in layout.names.items() if 0 < tensors[x].bits <= most}
+    for part in PARTS:
+        arrays: dict[str, mx.array] = {}
+        for stored, name in kept.items():
+            of_part = stored.removesuffix("weight") + part
+            arrays[name] = read_tensors(tensors[stored].path, [of_part])[of_part]
+        for name, array in arrange(arrays).items():
+            found[name.removesuffix(".weight")][part] = array
     return found
 
 
-def read_file(path: Path) -> dict[str, mx.array]:
-    tensors: Any = mx.load(str(path), format="safetensors")  # another type for each format
-    return dict(tensors)
+def read_tensors(path: Path, names: Collection[str]) -> dict[str, mx.array]:
+    tensors: Any = mx.load(str(path), format="safetensors")  # lazily; the type is the format's
+    return {name: tensors[name] for name in names}
+
+
+def dequantise(path: Path, weights: Mapping[str, StoredTensor]) -> dict[str, mx.array]:
+    """Read the numbers of quantised weights lazily: layers that stay as they are need none."""
+    found = {}
+    for name, weight in weights.items():
+        names = [name.removesuffix("weight") + part for part in PARTS]
+        words, scales, biases = read_tensors(path, names).values()
+        group, wide = weight.shape[-1] // scales.shape[-1], mx.float32
+        scales, biases = scales.astype(wide), biases.astype(wide)  # also the type of the numbers
+        found[name] = mx.dequantize(words, scales, biases, group, weight.bits)
+    return found
 
 
 def _fill(

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file
+from treeflash_cuda.backend import dequantise, read_tensors
 from treeflash_cuda.drafter_model import DrafterModel
 from treeflash_cuda.heads import HEADS
 from treeflash_cuda.training.data import SequenceFeatures, make_batch
@@ -22,7 +22,7 @@ from treeflash_cuda.training.losses import objective
 from treeflash_cuda.training.model import Blocks, LMHead
 
 from treeflash.drafters.folder import read_config
-from treeflash.drafters.loading import load_tensors
+from treeflash.drafters.loading import block_tensors, read_layout
 from treeflash.testing.models import save
 from treeflash.training.config import TrainConfig
 from treeflash.training.distillation import Response
@@ -57,13 +57,10 @@ def fit_drafter(
         layers: of the target.
     """
     vocab_size, hidden_size = embeddings.shape
-    tensors = load_tensors(
-        folder,
-        load_file,
-        hidden_size=hidden_size,
-        vocab_size=vocab_size,
-        num_hidden_layers=layers,
+    layout = read_layout(
+        folder, hidden_size=hidden_size, vocab_size=vocab_size, num_hidden_layers=layers
     )
+    tensors = block_tensors(layout, read_tensors, dequantise)
     model = DrafterModel(tensors.config)
     model.load_state_dict(tensors.backbone)
     head = HEADS[tensors.config.head](tensors.config, tensors.head_size, vocab_size)

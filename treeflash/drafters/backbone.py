@@ -26,7 +26,7 @@ INERT_KEYS = frozenset(
     (  # noqa: SIM905
         "_attn_implementation _name_or_path architectures attention_dropout auto_map "
         "bos_token_id dtype eos_token_id initializer_range max_anchors max_window_layers "
-        "model_type num_anchors num_target_layers pad_token_id tie_word_embeddings "
+        "model_type num_anchors num_target_layers pad_token_id quantization tie_word_embeddings "
         "torch_dtype transformers_version use_cache use_sliding_window"
     ).split()
 )

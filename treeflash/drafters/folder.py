@@ -18,6 +18,8 @@ from treeflash.errors import CheckpointError
 FLOATS = ("BF16", "F16", "F32", "F64")
 INTEGERS = {"d2t": "I64", "t2d": "BOOL", "masked_embedding.token_ordering": "I64"}
 """Types of the tensors that map or order a drafter's vocabulary, by stored name."""
+GROUP_SIZES, GROUP_BITS = (32, 64, 128), (2, 3, 4, 5, 6, 8)
+"""Numbers of a group, and bits of a number, that MLX quantises to."""
 
 
 def read_config(
@@ -103,7 +105,21 @@ def open_folder(folder: Path) -> ModelFolder:
     Raises a CheckpointError if it has none, or they are damaged.
     """
     config = read_config(folder)
+    if config.get("quantization_config") == config.get("quantization"):  # MLX writes both
+        config.pop("quantization_config", None)
     return ModelFolder(folder, config, _quantised_weights(stored_tensors(folder), config))
+
+
+def mlx_quantisation(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """Return how MLX has quantised the layer of a tensor; empty if it has quantised none.
+
+    `name` is the tensor's stored name. A layer may have settings of its own.
+    """
+    settings = config.get("quantization")
+    if not isinstance(settings, Mapping):
+        return {}
+    own = settings.get(name.rpartition(".")[0])
+    return own if isinstance(own, Mapping) else settings
 
 
 def _quantised_weights(
@@ -113,23 +129,20 @@ def _quantised_weights(
 
     A row of numbers is packed into words; every group of them has a scale and a bias.
     """
-    settings = config.get("quantization")
     found = dict(tensors)
     for name, tensor in tensors.items():
         base = name.removesuffix(".weight")
         parts = [tensors.get(f"{base}.{part}") for part in ("scales", "biases")]
         same = all(part is not None and part.path == tensor.path for part in parts)
-        if not isinstance(settings, Mapping) or tensor.dtype != "U32" or not same:
+        settings = mlx_quantisation(config, name)
+        group, mode = settings.get("group_size"), settings.get("mode", "affine")
+        if tensor.dtype != "U32" or not same or mode != "affine" or group not in GROUP_SIZES:
             continue
-        own = settings.get(base)
-        own = own if isinstance(own, Mapping) else settings
-        group, mode = own.get("group_size"), own.get("mode", "affine")
-        if not isinstance(group, int) or group < 1 or mode != "affine":
-            continue
-        columns = found.pop(f"{base}.scales").shape[-1] * group
-        del found[f"{base}.biases"]
-        shape = (*tensor.shape[:-1], columns)
-        found[name] = replace(tensor, shape=shape, bits=32 * tensor.shape[-1] // columns)
+        columns = tensors[f"{base}.scales"].shape[-1] * group
+        bits = 32 * tensor.shape[-1] // columns
+        if bits in GROUP_BITS:
+            del found[f"{base}.scales"], found[f"{base}.biases"]
+            found[name] = replace(tensor, shape=(*tensor.shape[:-1], columns), bits=bits)
     return found
 
 
@@ -140,7 +153,7 @@ def read_quantised(
 
     A CheckpointError is raised if the file is damaged.
     """
-    parts = _deserialized(path) if weights else {}
+    parts = _deserialized(path)
     return {name: _dequantised(name, weight, parts) for name, weight in weights.items()}
 
 

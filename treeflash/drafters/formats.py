@@ -251,6 +251,9 @@ CANONICAL_PREFIXES = {
     "gate_proj.": "markov_head.gate_proj.",
     "joint_proj.": "markov_head.joint_proj.",
     "confidence_proj.": "confidence_head.proj.",
+    # mlx-vlm has modules for DFlash2's parameters.
+    "candidate_selector.predecessor_codebook.weight": "candidate_selector.predecessor_codebook",
+    "candidate_selector.successor_codebook.weight": "candidate_selector.successor_codebook",
 }
 """What some files have at the beginning of a tensor's name, and what all others have there."""
 

@@ -6,14 +6,20 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
-import numpy as np
 from numpy.typing import NDArray
 
 from treeflash.drafters import formats, mtp_formats
 from treeflash.drafters.config import DrafterConfig, DrafterShape
-from treeflash.drafters.folder import ModelFolder, check_dtype, open_folder, read_quantised
+from treeflash.drafters.folder import (
+    ModelFolder,
+    StoredTensor,
+    check_dtype,
+    mlx_quantisation,
+    open_folder,
+    read_quantised,
+)
 from treeflash.drafters.format import Config, Format, Names, Shapes
 from treeflash.drafters.formats import HEADS, TRAINING_TENSORS
 from treeflash.drafters.heads import treeflash
@@ -22,6 +28,10 @@ from treeflash.drafters.mtp_tensors import split_fused, stack_experts
 from treeflash.errors import CheckpointError, UnsupportedModelError
 
 Tensor = TypeVar("Tensor")
+Read: TypeAlias = Callable[[Path, Collection[str]], Mapping[str, Tensor]]
+"""Reads the tensors with given stored names from a safetensors file."""
+Dequantise: TypeAlias = Callable[[Path, Mapping[str, StoredTensor]], Mapping[str, Tensor]]
+"""Reads the numbers of weights that MLX has quantised, by stored name, from a safetensors file."""
 VOCABULARY = ("embed_tokens.weight", "lm_head.weight", "d2t")
 """Tensors of a drafter's own embeddings, output head, and vocabulary."""
 
@@ -95,11 +105,6 @@ def read_layout(
     stored, format = opened.tensors, find_head_format(opened)
     with formats.explained(opened.path, lambda: format or formats.DFLASH):
         format = format or formats.detect_format(opened.config)
-        if format.kind == "block" and any(tensor.bits for tensor in stored.values()):
-            raise CheckpointError(
-                f"{opened.path} is quantised; use the original drafter, which is quantised when it "
-                "is loaded (--draft-bits)"
-            )
         config = format.parse(opened.config, stored, num_hidden_layers)
     names = format.names(opened.config, stored)
     check_pair(
@@ -109,15 +114,14 @@ def read_layout(
         num_hidden_layers=num_hidden_layers,
         own_embeddings="embed_tokens.weight" in names.values(),
     )
-    quantisation = opened.config.get("quantization")
-    mode = quantisation.get("mode", "affine") if isinstance(quantisation, Mapping) else "affine"
     for name in names:
-        if format.kind == "rows" and stored[name].dtype == "U32" and mode != "affine":
+        tensor, mode = stored[name], mlx_quantisation(opened.config, name).get("mode", "affine")
+        if tensor.dtype in ("U8", "U32") and mode != "affine":
             raise CheckpointError(
                 f"{opened.path} is quantised in the mode {mode!r}; the mode 'affine' is supported"
             )
-        if not stored[name].bits:
-            check_dtype(stored[name].path, name, stored[name].dtype)
+        if not tensor.bits:
+            check_dtype(tensor.path, name, tensor.dtype)
     shapes = split_fused({names[x]: stored[x].shape for x in names})
     required, optional = format.shapes(config, vocab_size, shapes)
     owner = "its configuration" if format.kind == "block" else "an MTP or EAGLE-3 head"
@@ -150,72 +154,80 @@ def check_drafter(folder: Path | ModelFolder, target: Config) -> DrafterShape | 
 
 
 def load_tensors(
-    folder: Path, read: Callable[[Path], Mapping[str, Tensor]], **target: int
-) -> DrafterTensors[Tensor]:
+    folder: Path, read: Read[NDArray[Any]], **target: int
+) -> DrafterTensors[NDArray[Any]]:
     """Read a block drafter for a target; `read_layout` and `block_tensors` in one."""
-    return block_tensors(read_layout(folder, **target), read)
+    return block_tensors(read_layout(folder, **target), read, read_quantised)
 
 
 def block_tensors(
-    layout: Layout, read: Callable[[Path], Mapping[str, Tensor]]
+    layout: Layout, read: Read[Tensor], dequantise: Dequantise[Tensor]
 ) -> DrafterTensors[Tensor]:
-    """Read the tensors of a block drafter.
+    """Read the tensors of a block drafter; a CheckpointError if a file is damaged."""
+    return arrange_block(layout, _read_tensors(layout, read, dequantise))
 
-    `read` reads a safetensors file into the tensors of a framework, by stored name. The gates of
-    queries become tensors of their own, `gate_proj`. Tokens beyond the target's vocabulary keep
-    their embeddings alone, since no target draws them and a mask may be among them. Raises a
-    CheckpointError if a file is damaged.
+
+def _read_tensors(
+    layout: Layout, read: Read[Tensor], dequantise: Dequantise[Tensor]
+) -> dict[str, Tensor]:
+    """Read the tensors of a drafter by canonical name; what MLX has quantised is dequantised."""
+    stored = layout.folder.tensors
+    tensors: dict[str, Tensor] = {}
+    for path in layout.folder.files:
+        wanted = {name: stored[name] for name in layout.names if stored[name].path == path}
+        plain = [name for name, tensor in wanted.items() if not tensor.bits]
+        quantised = {name: tensor for name, tensor in wanted.items() if tensor.bits}
+        found = {
+            **(read(path, plain) if plain else {}),
+            **(dequantise(path, quantised) if quantised else {}),
+        }
+        tensors |= {layout.names[name]: tensor for name, tensor in found.items()}
+    return tensors
+
+
+def arrange_block(layout: Layout, tensors: Mapping[str, Tensor]) -> DrafterTensors[Tensor]:
+    """Bring tensors of a block drafter, by canonical name, into the form in which models have them.
+
+    The gates of queries become tensors of their own, `gate_proj`. Tokens beyond the target's
+    vocabulary keep their embeddings alone, since no target draws them and a mask may be among them.
+    Rows are chosen and moved, so in place of weights there may be their words, scales or biases.
     """
     config, vocab_size = layout.config, layout.vocab_size
     head_size = formats.head_inner_size(layout.shapes)
     head_shapes = formats.head_shapes(config, head_size, vocab_size)
     prefix = HEADS[config.head].prefix if config.head else ""
     parts: dict[str, dict[str, Tensor]] = {"backbone": {}, "head": {}, "vocabulary": {}}
-    for path in layout.folder.files:
-        for stored, tensor in read(path).items():
-            name = layout.names.get(stored)
-            if name is None:  # only training needs it
-                continue
-            if name in head_shapes:
-                parts["head"][name.removeprefix(prefix)] = _first_rows(tensor, head_shapes[name][0])
-            elif name == "lm_head.weight":
-                rows = config.draft_vocab_size or vocab_size
-                parts["vocabulary"][name] = _first_rows(tensor, rows)
-            elif name in VOCABULARY:
-                parts["vocabulary"][name] = tensor
-            else:
-                if config.gated and ".self_attn.q_proj." in name:
-                    tensor, gate = _split_gate(tensor, config.head_dim)
-                    parts["backbone"][name.replace("q_proj", "gate_proj")] = gate
-                if re.search(r"\.[qk]_(proj|norm)\.", name):
-                    tensor = _join_halves(tensor, config)
-                parts["backbone"][name] = tensor
+    for name, tensor in tensors.items():
+        if name in head_shapes:
+            parts["head"][name.removeprefix(prefix)] = _first_rows(tensor, head_shapes[name][0])
+        elif name == "lm_head.weight":
+            rows = config.draft_vocab_size or vocab_size
+            parts["vocabulary"][name] = _first_rows(tensor, rows)
+        elif name in VOCABULARY:
+            parts["vocabulary"][name] = tensor
+        else:
+            if config.gated and ".self_attn.q_proj." in name:
+                tensor, gate = _split_gate(tensor, config.head_dim)
+                parts["backbone"][name.replace("q_proj", "gate_proj")] = gate
+            if re.search(r"\.[qk]_(proj|norm)\.", name):
+                tensor = _join_halves(tensor, config)
+            parts["backbone"][name] = tensor
     return DrafterTensors(config=config, head_size=head_size, **parts)
 
 
 def mtp_tensors(
     layout: Layout,
-    read: Callable[[Path, Collection[str]], Mapping[str, Tensor]],
+    read: Read[Tensor],
+    dequantise: Dequantise[Tensor],
     stack: Callable[[list[Tensor]], Tensor],
-    convert: Callable[[NDArray[np.float32]], Tensor],
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Read the tensors of a head that drafts depth by depth; its folder may hold a whole target.
 
     Returns the weights and, apart from them, the tensors of `VOCABULARY`, by canonical name.
-    `read` reads tensors with given names from a safetensors file, `stack` stacks tensors of one
-    shape along a new first axis, and `convert` makes a tensor of the numbers that a weight stands
-    for that MLX has quantised. Raises a CheckpointError if a file is damaged.
+    `stack` stacks tensors of one shape along a new first axis. Raises a CheckpointError if a file
+    is damaged.
     """
-    opened = layout.folder
-    tensors: dict[str, Tensor] = {}
-    for path in opened.files:
-        wanted = [name for name in layout.names if opened.tensors[name].path == path]
-        plain = [name for name in wanted if not opened.tensors[name].bits]
-        if plain:
-            tensors |= {layout.names[x]: tensor for x, tensor in read(path, plain).items()}
-        quantised = {name: opened.tensors[name] for name in wanted if name not in plain}
-        for name, numbers in read_quantised(path, quantised).items():
-            tensors[layout.names[name]] = convert(numbers)
+    tensors = _read_tensors(layout, read, dequantise)
     vocabulary = {name: tensors.pop(name) for name in VOCABULARY if name in tensors}
     return stack_experts(tensors, layout.config, stack), vocabulary
 

@@ -11,7 +11,7 @@ from treeflash.config import LoadConfig
 from treeflash.decoding.backend_base import BaseBackend
 from treeflash.decoding.interfaces import ARHead
 from treeflash.drafters.config import DrafterShape
-from treeflash.drafters.folder import read_file
+from treeflash.drafters.folder import read_file, read_quantised
 from treeflash.drafters.loading import block_tensors, mtp_tensors, read_layout
 from treeflash.drafters.mtp_heads import (
     MtpConfig,
@@ -102,10 +102,10 @@ def load_drafter(folder: Path, target: Target) -> DrafterModel:
     )
     check_drafter(layout.config)
     if layout.format.kind == "rows":
-        weights, vocabulary = mtp_tensors(layout, read_file, np.stack, np.asarray)
+        weights, vocabulary = mtp_tensors(layout, read_file, read_quantised, np.stack)
         weights = _add_offset(weights, layout.config.norm_offset)
         return MtpModel(layout.config, weights, {}, vocabulary, target)
-    tensors = block_tensors(layout, read_file)
+    tensors = block_tensors(layout, read_file, read_quantised)
     weights = _add_offset(tensors.backbone, tensors.config.norm_offset)
     return DrafterModel(tensors.config, weights, tensors.head, tensors.vocabulary, target)
 

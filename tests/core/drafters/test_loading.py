@@ -177,7 +177,8 @@ class TestLoading:
             load_tensors(folder, pytest.fail, **TARGET_SHAPE)
         tensors["model.fc.weight"] = np.zeros((32, 4), np.uint32)
         tensors |= {f"model.fc.{part}": np.zeros((32, 1), "f4") for part in ("scales", "biases")}
-        quantisation = {"group_size": 32, "bits": 4}
-        save(folder, read_config(folder) | {"quantization": quantisation}, tensors)
-        with pytest.raises(CheckpointError, match="is quantised; use the original drafter"):
-            load_tensors(folder, pytest.fail, **TARGET_SHAPE)
+        mode = {"group_size": 32, "bits": 4, "mode": "mxfp4"}
+        for quantisation in (mode, mode | {"mode": "affine", "model.fc": mode}):
+            save(folder, read_config(folder) | {"quantization": quantisation}, tensors)
+            with pytest.raises(CheckpointError, match="mode 'mxfp4'; the mode 'affine' is"):
+                load_tensors(folder, pytest.fail, **TARGET_SHAPE)

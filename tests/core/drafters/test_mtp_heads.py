@@ -13,7 +13,7 @@ import pytest
 
 from treeflash.config import LoadConfig
 from treeflash.drafters import mtp_heads
-from treeflash.drafters.folder import open_folder, read_file
+from treeflash.drafters.folder import open_folder, read_file, read_quantised
 from treeflash.drafters.format import Format
 from treeflash.drafters.loading import find_head_format, mtp_tensors, read_layout
 from treeflash.drafters.mtp_formats import (
@@ -709,7 +709,7 @@ def write_eagle(folder: Path, **changes: Any) -> dict[str, Any]:
 def load(folder: Path, **changes: int) -> Any:
     target = {"hidden_size": 8, "vocab_size": 10, "num_hidden_layers": 12, **changes}
     layout = read_layout(folder, **target)
-    weights, vocabulary = mtp_tensors(layout, read_file, np.stack, np.asarray)
+    weights, vocabulary = mtp_tensors(layout, read_file, read_quantised, np.stack)
     return SimpleNamespace(config=layout.config, weights=weights, vocabulary=vocabulary)
 
 
