@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -68,7 +69,8 @@ def refuse(settings: Mapping[str, Any], neutral: Mapping[str, Collection[Any]] =
     """Raise a ValueError for the first setting whose value is not supported."""
     for key, harmless in neutral.items():
         if key in settings and settings[key] not in harmless:
-            raise ValueError(f"{key} = {settings[key]!r} is not supported")
+            value = reprlib.repr(settings[key])  # some quantisations list all layers
+            raise ValueError(f"{key} = {value} is not supported")
 
 
 def refuse_adapter(target_hidden_size: Any, layers: Mapping[str, Any]) -> None:
