@@ -153,6 +153,11 @@ def convert_gguf(path: Path, folder: Path, progress: Progress = lambda done, tot
             f"{path.name} has its bytes in the order of another kind of machine; convert it with "
             "gguf-convert-endian, or take the usual file"
         )
+    if (content := fields.get("general.type", "model")) != "model":
+        raise CheckpointError(
+            f"{path.name} has general.type = {content!r}, not 'model'; pass the file of a whole "
+            "language model"
+        )
     if int(fields.get("split.count", 1)) > 1:
         raise CheckpointError(
             f"{path.name} is one of {fields['split.count']} parts of a model; merge them with "

@@ -266,6 +266,11 @@ def _resolve(name: str) -> Path:
             f"{name} is neither a local folder nor a reachable hub id ({first_line(error)}); "
             "check the name and the network, or pass a local folder"
         ) from error
+    if not has_weights(folder) and "gguf" in name.lower():
+        raise CheckpointError(
+            f"{name} has GGUF files, which are not fetched by the name of their repository; fetch "
+            f"one (hf download {name} FILE.gguf) and pass its path"
+        )
     if problem := _wrong_format(folder):
         raise CheckpointError(f"{name} {problem}")
     if not has_weights(folder):

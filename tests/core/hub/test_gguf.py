@@ -194,13 +194,18 @@ def test_other_and_damaged_gguf_files_are_refused(tmp_path: Path):
     (tmp_path / "junk.gguf").write_bytes(b"not a model" * 100)
     with pytest.raises(CheckpointError, match=r"junk\.gguf is not a readable"):
         convert_gguf(tmp_path / "junk.gguf", tmp_path)
-    big = gguf.GGUFWriter(tmp_path / "big.gguf", "llama", endianess=gguf.GGUFEndian.BIG)
-    big.write_header_to_file()
-    big.write_kv_data_to_file()
-    big.write_tensors_to_file()
-    big.close()
-    with pytest.raises(CheckpointError, match=r"big\.gguf has its bytes in the order of another"):
-        convert_gguf(tmp_path / "big.gguf", tmp_path)
+    for order, message in (
+        (gguf.GGUFEndian.BIG, r"part\.gguf has its bytes in the order of another"),
+        (gguf.GGUFEndian.LITTLE, r"part\.gguf has general\.type = 'adapter'"),
+    ):
+        part = gguf.GGUFWriter(tmp_path / "part.gguf", "llama", endianess=order)
+        part.add_type("adapter")
+        part.write_header_to_file()
+        part.write_kv_data_to_file()
+        part.write_tensors_to_file()
+        part.close()
+        with pytest.raises(CheckpointError, match=message):
+            convert_gguf(tmp_path / "part.gguf", tmp_path)
     with (
         failing(converter, "GGUFReader", PermissionError(errno.EACCES, "Permission denied")),
         pytest.raises(CheckpointError, match=r"junk\.gguf cannot be read: Permission denied"),

@@ -425,6 +425,8 @@ def test_hub_download_takes_neither_pickles_nor_code(tmp_path: Path, network: Ne
     network.snapshot_download = download
     with pytest.raises(CheckpointError, match="safetensors"):
         models.resolve_target("some/model")
+    with pytest.raises(CheckpointError, match=r"hf download some/model-GGUF FILE\.gguf"):
+        models.resolve_target("some/model-GGUF")
     (tmp_path / "config.json").touch()
     (tmp_path / "model.safetensors").touch()
     assert models.resolve_target("some/model") == tmp_path
