@@ -63,7 +63,7 @@ LAYER_NAMES = {
 }
 ROPE_FACTORS = "rope_freqs.weight"
 """Factors on the wavelengths of Llama 3's rotary embeddings, instead of the settings."""
-CONTROL_TOKEN, USER_DEFINED_TOKEN = 3, 4
+NORMAL_TOKEN, CONTROL_TOKEN, USER_DEFINED_TOKEN = 1, 3, 4
 END_TOKENS = {
     "<end_of_turn>",
     "<end_of_utterance>",
@@ -669,6 +669,11 @@ def _sentencepiece_tokenizer(kind: str, fields: Fields) -> Tokenizer:
         for key, name in mapping.GGUF_TOKENIZER_MAPPING["tokenizer"].items()
         if f"tokenizer.{key}" in fields
     }
+    types = fields["tokenizer.ggml.token_type"]
+    scores = zip(own["scores"], types, strict=True)
+    if len({score for score, token_type in scores if token_type == NORMAL_TOKEN}) == 1:
+        # A tokenizer.json has no scores for the converter; its tokens are in the merges' order.
+        own["scores"] = [-float(number) for number in range(len(types))]
     tokenizer, _ = mapping.convert_gguf_tokenizer(kind, own)
     if kind != "gemma3":
         marks: list[normalizers.Normalizer] = [normalizers.Replace(" ", "\u2581")]

@@ -185,13 +185,16 @@ def write_tokenizer(writer: gguf.GGUFWriter, name: str) -> int:
     kinds = [3] * len(SPECIAL)
     if name in ("gemma3", "mistral"):
         pieces = [chr(c) for c in range(97, 123)] + ["\u2581", "th", "\u2581th", "  "]
+        pieces += ["bc", "abc", "bcd"]
         tokens = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
         kinds += [6] * 256 + [1] * len(pieces)
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
-        writer.add_token_scores([-float(n) for n in range(len(tokens))])
         if name == "gemma3":
+            writer.add_token_scores([-float(n) for n in range(len(tokens))])
             writer.add_add_space_prefix(False)
+        else:  # as from a tokenizer.json
+            writer.add_token_scores([-1000.0] * len(tokens))
     else:
         merges = ["Ġ t", "h e", "Ġt he", "1 2", "12 3", "Ã ©"]
         alphabet = sorted(ByteLevel.alphabet())
@@ -269,6 +272,7 @@ def test_tokenizers(name: str, text: str, tokens: list[str], tmp_path: Path) -> 
     [
         ("llama", " whole<｜User｜> the", ["<bos>", "Ġwhole", "<｜User｜>", "Ġthe"]),
         ("mistral", "th<eos>th", ["<bos>", "\u2581th", "<eos>", "\u2581th"]),
+        ("mistral", "abcd", ["<bos>", "\u2581", "abc", "d"]),
         ("qwen3", "e\u0301", ["Ã©"]),
     ],
 )
