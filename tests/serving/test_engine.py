@@ -117,7 +117,8 @@ def test_a_failure_ends_all_answers_to_its_request(serve, caplog):
     assert server.complete("A", max_tokens=3).status_code == 200
 
 
-def test_a_failure_leaves_other_requests_their_tokens(serve):
+@pytest.mark.parametrize("part", ["decoding", "text"])
+def test_a_failure_leaves_other_requests_their_tokens(serve, part):
     server = serve()
     options = {"max_tokens": 60, "ignore_eos": True}
     alone = server.complete("B", **options).json()["choices"]
@@ -128,8 +129,14 @@ def test_a_failure_leaves_other_requests_their_tokens(serve):
         events = step()
         if len(events) == 4 and not failed:  # three answers to A, then one to B
             failed.append(events[0][0])
-            events[0] = events[0][0], NumericalError("logits are not finite")
+            if part == "decoding":
+                events[0] = events[0][0], NumericalError("logits are not finite")
+            else:
+                server.engine._answers[events[0][0]].assembler.add = fail
         return events
+
+    def fail(step):
+        raise NumericalError("its numbers are not finite")
 
     scheduler.step = fail_first
     with ThreadPoolExecutor() as pool, Gate(server.engine) as gate:

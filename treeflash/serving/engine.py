@@ -19,7 +19,7 @@ from itertools import groupby
 from pathlib import Path
 
 from treeflash.config import GIB
-from treeflash.decoding import Request, Scheduler, SchedulerConfig
+from treeflash.decoding import Request, Scheduler, SchedulerConfig, Step
 from treeflash.decoding.interfaces import DeviceReport, device_report, warm_up
 from treeflash.decoding.loop import Event
 from treeflash.decoding.prefix_cache import PrefixCache
@@ -322,15 +322,12 @@ class Engine:
         for request, step in events:
             if (answer := self._answers.get(request)) is None:
                 continue  # it was dropped with another answer of its completion, which failed
-            if isinstance(step, Exception):
-                logger.warning("an answer ended with an error: %s", step)
-                self._fail(answer.completion, step)
+            try:
+                update = self._add_step(answer, step)
+            except Exception as error:  # other answers have their tokens nevertheless
+                logger.warning("an answer ended with an error: %s", error)
+                self._fail(answer.completion, error)
                 continue
-            iteration = len(answer.assembler.chunks)
-            length = len(answer.assembler.prompt_ids) + iteration
-            self._acceptance.add(step, answer.assembler.config.sampling, length)
-            update = AnswerUpdate(answer.index, iteration, answer.assembler.add(step))
-            self._count(answer, update)
             updates.setdefault(answer.completion, []).append(update)
             if update.chunk.finish_reason is not None:
                 self._scheduler.cancel(request)  # a stop string may have ended it
@@ -339,6 +336,17 @@ class Engine:
             completion.deliver(new)
         self.metrics.update_gauges(self._scheduler)
         self.metrics.update_acceptance(self._acceptance)
+
+    def _add_step(self, answer: _RunningAnswer, step: Step | Exception) -> AnswerUpdate:
+        """Add a step to the text of its answer; raises the error that ended the answer."""
+        if isinstance(step, Exception):
+            raise step
+        iteration = len(answer.assembler.chunks)
+        length = len(answer.assembler.prompt_ids) + iteration
+        self._acceptance.add(step, answer.assembler.config.sampling, length)
+        update = AnswerUpdate(answer.index, iteration, answer.assembler.add(step))
+        self._count(answer, update)
+        return update
 
     def _count(self, answer: _RunningAnswer, update: AnswerUpdate) -> None:
         now = time.perf_counter()
