@@ -21,7 +21,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from treeflash.config import Budget, DecodeConfig
+from treeflash.config import METHODS, Budget, DecodeConfig, Method
 from treeflash.decoding.interfaces import Backend
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.decoding.tree import DraftTree, build_tree
@@ -87,7 +87,7 @@ class Parser(argparse.ArgumentParser):
         """Add `--budgets`: a comma-separated list of numbers of nodes, and `auto`."""
         self.add_argument(
             "--budgets",
-            type=lambda text: [DECODE_OPTIONS["budget"].parse(part) for part in text.split(",")],
+            type=lambda text: [parse_option("budget", part) for part in text.split(",")],
             default=list(default),
             metavar="N|auto,...",
             help=f"{help} (default: {','.join(map(str, default))})",
@@ -110,6 +110,13 @@ def integer(text: str, minimum: int = 1) -> int:
     if not text.isdecimal() or int(text) < minimum:
         raise argparse.ArgumentTypeError(f"{text!r} is not an integer of {minimum} or more")
     return int(text)
+
+
+def parse_option(name: str, text: str) -> Any:
+    """Parse the value of an option of `DecodeConfig`, for argparse."""
+    parse = DECODE_OPTIONS[name].parse
+    assert parse is not None
+    return parse(text)
 
 
 def names(text: str) -> list[str]:
@@ -160,8 +167,8 @@ def evaluate(
     model: LanguageModel, args: argparse.Namespace, cases: Iterable[Case], **options: Any
 ) -> dict[str, list[Sample]]:
     """Decode the prompt sets in every case, without copies of the text; returns samples by set."""
-    options |= {"suffix": False, "temperature": args.temperature, "max_tokens": args.max_tokens}
-    configs = {case: model.decode_config({**case._asdict(), **options}) for case in cases}
+    shared: Any = {"suffix": False, "temperature": args.temperature, "max_tokens": args.max_tokens}
+    configs = {case: model.decode_config(shared | options | case._asdict()) for case in cases}
     sets = {
         path.stem: encode_rows(model, read_rows(path)[: args.limit], configs)
         for path in args.prompts
@@ -215,6 +222,18 @@ def mean_row(rows: Sequence[Row], case: Row, figures: Sequence[str]) -> Row:
         values = [row[figure] for row in selected]
         means[figure] = None if None in values else mean(values)
     return {"set": MEAN, **case, **means, "prompts": sum(row["prompts"] for row in selected)}
+
+
+def supported_methods(backend: Backend) -> list[Method]:
+    """List the methods that a pair supports."""
+    drafter, has_head = backend.drafter_config, backend.head is not None
+    has_marginals = drafter is not None and drafter.has_marginals
+    return [
+        method
+        for method in METHODS
+        if method in ("ar", "suffix")
+        or (has_head if method.startswith("treeflash") else has_marginals)
+    ]
 
 
 def describe(backend: Backend) -> dict[str, str]:

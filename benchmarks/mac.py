@@ -28,12 +28,20 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common import Parser, Row, describe, random_prompt, show, write_json
+from benchmarks.common import (
+    Parser,
+    Row,
+    describe,
+    random_prompt,
+    show,
+    supported_methods,
+    write_json,
+)
 from benchmarks.decoding.iteration import verify_rows
 from benchmarks.peers.system import SYSTEMS, Peer
 from treeflash.cli.console import guarded
 from treeflash.cli.options import add_model_options, load_model, locate_model
-from treeflash.config import METHODS, Method
+from treeflash.config import Method
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.errors import ConfigError
@@ -98,19 +106,6 @@ def plain_rows(backend: Any) -> list[Row]:
                 times.append(1000 * (time.perf_counter() - started))
         rows.append({"context": length, "token_ms": median(times[AHEAD_AFTER:])})
     return rows
-
-
-def supported_methods(model: LanguageModel) -> list[Method]:
-    """List the methods that the pair supports."""
-    drafter, has_head = model.backend.drafter_config, model.backend.head is not None
-    if drafter is None:
-        return ["ar", "suffix"]
-    return [
-        method
-        for method in METHODS
-        if method in ("ar", "suffix")
-        or (has_head if method.startswith("treeflash") else drafter.has_marginals)
-    ]
 
 
 def decode_all(run: Callable[[list[int]], int], prompts: Sequence[list[int]]) -> float:
@@ -184,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     backend = model.backend
     prompts = [encode(model.tokenizer, prompt).token_ids for prompt in PROMPTS]
     methods = [
-        method_row(model, method, prompts, args.max_tokens) for method in supported_methods(model)
+        method_row(model, method, prompts, args.max_tokens) for method in supported_methods(backend)
     ]
     results = {
         "verify": verify_rows(backend, args.contexts, args.sizes, args.repeats),

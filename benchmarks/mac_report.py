@@ -31,7 +31,7 @@ from typing import Any, TypeVar
 from unittest.mock import patch
 
 from benchmarks import mac
-from benchmarks.common import Parser, Row, describe, require_testing
+from benchmarks.common import Parser, Row, describe, require_testing, supported_methods
 from benchmarks.decoding.iteration import verify_rows
 from benchmarks.gpu_report import compare_texts
 from benchmarks.report import Part, Report
@@ -115,7 +115,7 @@ def host(model: Callable[[], LanguageModel], args: Any, part: Part) -> None:
 def speed(model: Callable[[], LanguageModel], args: Any, part: Part) -> None:
     """Measure every method that the pair supports."""
     prompts = [encode(model().tokenizer, prompt).token_ids for prompt in mac.PROMPTS]
-    for method in mac.supported_methods(model()):
+    for method in supported_methods(model().backend):
         part.add("methods", **mac.method_row(model(), method, prompts, args.max_tokens))
 
 

@@ -4,8 +4,9 @@
 
 For every number of sequences, the prompts of a set are cut into groups of that size, and a group is
 handed over at once. Every system and method answers a group in turn before the next group, so that
-a disturbance of the machine affects all of them. A group ends with its last sequence. Decoding is
-greedy, from the same token ids to the same stop tokens and limit; the budget is `auto`.
+a disturbance of the machine affects all of them. A group ends with its last sequence. The first
+group of each number is answered once before anything is measured. Decoding is greedy, from the same
+token ids to the same stop tokens and limit; the budget is `auto`.
 
 Tokens per second count all new tokens of a group and all its time, the prefill included. The other
 packages run in the same process, on the same device and in the same dtype: with `--backend cuda`,
@@ -26,13 +27,13 @@ import numpy as np
 from rich.progress import track
 
 from benchmarks.common import (
-    MEAN,
     Parser,
     Row,
     describe,
     mean_row,
     names,
     show,
+    supported_methods,
     write_json,
 )
 from treeflash.cli.console import guarded
@@ -40,10 +41,10 @@ from treeflash.cli.options import add_model_options, load_model
 from treeflash.config import METHODS, Method
 from treeflash.decoding import Request, SchedulerConfig
 from treeflash.errors import ConfigError
+from treeflash.evaluation.records import MEAN
 from treeflash.language_model import LanguageModel
 from treeflash.text.prompt import encode, read_rows
 
-WARM_UP_TOKENS = 8
 SYSTEMS = ("treeflash", "transformers", "mlx-lm")
 
 
@@ -310,8 +311,8 @@ def load_systems(model: LanguageModel, args: Any) -> tuple[dict[System, Run], li
     skipped: list[Row] = []
     if "treeflash" in args.systems:
         for method in METHODS:
-            if method.startswith("treeflash") and model.backend.head is None:
-                skipped.append(skip("treeflash", method, "the drafter has no AR head"))
+            if method not in supported_methods(model.backend):
+                skipped.append(skip("treeflash", method, "the pair cannot draft for it"))
             else:
                 systems[System("treeflash", method)] = treeflash(model, method)
     name, load = PEERS.get(model.backend.name, ("", None))
@@ -357,7 +358,7 @@ def measure(
         for number, (name, prompts) in enumerate(sets.items()):
             groups = make_groups(prompts, args.limit, concurrency, name)
             if number == 0:
-                answer("", groups[0], WARM_UP_TOKENS)
+                answer("", groups[0], args.max_tokens)
             for group in track(groups, f"{name}, {concurrency} at once"):
                 answer(name, group, args.max_tokens)
     return records, skipped
@@ -416,7 +417,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for concurrency in args.concurrency:
             make_groups([[]] * len(turns), args.limit, concurrency, name)  # raises before the work
     model = load_model(args)
-    sets = {
+    sets: dict[str, Group] = {
         name: [encode(model.tokenizer, turn).token_ids for turn in turns]
         for name, turns in prompts.items()
     }

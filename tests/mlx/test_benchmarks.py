@@ -121,7 +121,7 @@ def test_mac_measures_what_a_pair_without_a_block_drafter_can_do(module, tmp_pat
         target, head = write_mtp_pair(tmp_path, kind)
     save_tokenizer(target)
     model = treeflash.load(target, False if head is None else head, backend="mlx")
-    methods = module("mac").supported_methods(model)
+    methods = module("common").supported_methods(model.backend)
     assert methods[0] == "ar"
     assert methods == ["ar", *(["treeflash", "treeflash-chain"] if head else []), "suffix"]
     for method in methods:
