@@ -225,7 +225,7 @@ class Gpu:
 def machine(gpu: Gpu, part: Part) -> None:
     """Find the driver, the clocks, and what Triton needs."""
     header = Path(sysconfig.get_path("include"), "Python.h")
-    # As Triton looks for it.
+    # Triton looks for it in these places.
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     part.add("tools", name="C compiler", found=compiler)
     part.add("tools", name="Python.h", found=header.is_file())
@@ -244,21 +244,29 @@ def machine(gpu: Gpu, part: Part) -> None:
             part.add("cards", **dict(zip(names.split(","), line.split(", "), strict=False)))
 
 
+def examined_shapes(head_dim: int) -> Any:
+    """Return the `Shapes` of a target that uses every kernel, with heads of this width."""
+    from treeflash_cuda.operations import EXAMINED_CONVOLUTIONS, EXAMINED_STATES, Shapes
+
+    return Shapes(
+        heads=8,
+        kv_heads=2,
+        head_dim=head_dim,
+        hidden_size=8 * head_dim,
+        experts=True,
+        recurrent=EXAMINED_STATES,
+        convolutions=EXAMINED_CONVOLUTIONS,
+    )
+
+
 def kernels(gpu: Gpu, part: Part) -> None:
     """Check every kernel for every dtype and width."""
     import torch
     from treeflash_cuda.kernels import flash_kernels
-    from treeflash_cuda.operations import (
-        EXAMINED_CONVOLUTIONS,
-        EXAMINED_STATES,
-        Shapes,
-        load_operations,
-    )
+    from treeflash_cuda.operations import load_operations
 
     for dtype, head_dim in product(DTYPES, HEAD_DIMS):
-        heads = {"heads": 8, "kv_heads": 2, "head_dim": head_dim}
-        states = {"recurrent": EXAMINED_STATES, "convolutions": EXAMINED_CONVOLUTIONS}
-        shapes = Shapes(**heads, hidden_size=8 * head_dim, experts=True, **states)
+        shapes = examined_shapes(head_dim)
         where = f"{dtype} and heads of {head_dim}"
         started = time.perf_counter()
         operations = load_operations(shapes, gpu.device, getattr(torch, dtype))
@@ -300,8 +308,8 @@ def resources(gpu: Gpu, part: Part) -> None:
     usages = [json.loads(line) for line in done.stdout.splitlines()]
     for usage in usages:
         part.add("resources", **usage)
-    most = torch.cuda.get_device_properties(gpu.device).shared_memory_per_block_optin
-    for line in usage_problems(usages, most):
+    properties: Any = torch.cuda.get_device_properties(gpu.device)  # more than its types tell
+    for line in usage_problems(usages, properties.shared_memory_per_block_optin):
         part.problem(line)
 
 

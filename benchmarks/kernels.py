@@ -118,12 +118,11 @@ def launch_all(heads: int, kv_heads: int, head_dim: int, hidden: int, dtype: tor
 
     int32 = torch.int32
     caches = numbers(2, kv_heads, 256, head_dim), quantise(numbers(2, kv_heads, 256, head_dim))
+    row = numbers(64, of=int32)
     work = SharedWork(
-        *(numbers(*shape, of=int32) for shape in ((512, 3), (1,), (64,))),
-        block_rows(heads // kv_heads),
+        numbers(512, 3, of=int32), numbers(1, of=int32), row, block_rows(heads // kv_heads)
     )
-    ranges = [numbers(64, of=int32) for _ in range(4)]
-    keys = VisibleKeys(*ranges, numbers(64, 64, of=int32), work)
+    keys = VisibleKeys(row, row, row, row, numbers(64, 64, of=int32), work)
     for (k, v), softcap, sinks in (
         *((cache, None, None) for cache in caches),
         (caches[0], 50.0, numbers(heads)),
@@ -142,12 +141,12 @@ def launch_all(heads: int, kv_heads: int, head_dim: int, hidden: int, dtype: tor
     products.linear(x, numbers(4 * hidden, hidden), gate[0])
     groups, width = hidden // GROUP, 64  # with sums in several parts
     for bits in BITS:
-        weight = QuantisedWeight(
+        quantised = QuantisedWeight(
             numbers(groups, width, GROUP * bits // 8, of=torch.uint8),
             *(numbers(groups, width), numbers(groups, width)),
         )
         for rows in (x, x[:32], x[:1]):
-            products.quantised_linear(rows, weight)
+            products.quantised_linear(rows, quantised)
     sampling.sample_rows(x, numbers(64, 2, of=int32), numbers(64, 4, of=torch.float32))
     for groups in (4, 2):  # few rows for each expert, and many
         ends, bias = numbers(groups, of=int32), numbers(groups, 64)
@@ -191,8 +190,9 @@ def launch_recurrence(
         *(numbers(1, nodes, heads) if delta else None, states[:, 0], counts, tree),
         normalise=delta,
     )
-    tape = (x.expand(2, *x.shape) for x in (written, keys, log_g.transpose(1, 2)))
-    recurrence.commit_recurrence(*tape, states, numbers(1, PATH_COLUMNS + nodes, of=int32))
+    writes, read, gates = (x.expand(2, *x.shape) for x in (written, keys, log_g.transpose(1, 2)))
+    paths = numbers(1, PATH_COLUMNS + nodes, of=int32)
+    recurrence.commit_recurrence(writes, read, gates, states, paths)
 
 
 def measure(capability: int, model: str) -> Iterator[Usage]:

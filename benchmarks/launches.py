@@ -208,7 +208,7 @@ def load_without_weights(shape: dict[str, Any]) -> Any:
             parts[part][stored] = torch.empty(size, dtype=torch.bfloat16)
         return DrafterTensors(config=config, head_size=head, vocabulary={}, **parts)
 
-    stand_ins = {
+    stand_ins: dict[str, Any] = {
         "drafter_layout": lambda *_: SimpleNamespace(format=DFLASH, config=config),
         "block_tensors": block_tensors,
     }

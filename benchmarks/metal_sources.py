@@ -13,6 +13,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -43,7 +44,7 @@ Call: TypeAlias = tuple[Callable[..., Any], Sequence[mx.array]]
 def calls() -> Iterator[Call]:
     """Call all kernels, with all types and settings."""
     systems = mx.zeros((1, 2, 8, 8)), mx.zeros((1, 2, 8, 128))
-    yield lambda *x: hybrid.solve_by_substitution(*x, 7), systems
+    yield partial(hybrid.solve_by_substitution, depth=7), systems
     for dtype in DTYPES:
         yield from product_calls(dtype)
         yield from gated_delta_calls(dtype)
@@ -88,11 +89,14 @@ def attention_calls(dtype: mx.Dtype) -> Iterator[Call]:
             stored = mx.quantize(key, group, bits) if bits else [key]
 
             def call(q: mx.array, *x: mx.array, bits: int = bits) -> mx.array:
-                n, depths = (len(x) - 3) // 2, 4 if x[-3].ndim == 3 else 0
-                nodes = attention.Nodes(*x[2 * n :], 600, depths, branches=depths > 0)
+                *parts, ancestors, positions, starts = x
+                n, depths = len(parts) // 2, 4 if ancestors.ndim == 3 else 0
+                nodes = attention.Nodes(
+                    ancestors, positions, starts, 600, depths, branches=depths > 0
+                )
                 sinks = None if bits else mx.zeros(8, q.dtype)
                 return attention.tree_attention(
-                    q, x[:n], x[n : 2 * n], nodes, 0.1, sinks=sinks, bits=bits
+                    q, parts[:n], parts[n:], nodes, 0.1, sinks=sinks, bits=bits
                 )
 
             for ancestors in (words,) if bits else (words, *paths):

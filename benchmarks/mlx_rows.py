@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -37,13 +38,18 @@ def operations(dtype: mx.Dtype) -> Iterator[tuple[str, RowFunction]]:
     weight = numbers(HIDDEN)
     for size, out in ((HIDDEN, WIDE), (WIDE, HIDDEN), (HIDDEN, VOCABULARY)):
         matrix, rows = numbers(out, size), x if size == HIDDEN else wide
-        yield f"product {size} x {out}", lambda n, m=matrix, r=rows: r[:n] @ m.T
+        yield f"product {size} x {out}", partial(multiply, rows, matrix)
     yield "RMSNorm", lambda n: mx.fast.rms_norm(x[:n], weight, 1e-5)
     yield "SiLU", lambda n: nn.silu(wide[:n])
     q, (k, v) = numbers(1, HEADS, ROWS, HEAD_DIM), numbers(2, 1, KV_HEADS, KEYS, HEAD_DIM)
     yield "rotary angles", lambda n: rotate(q[:, :, :n]).transpose(0, 2, 1, 3)[0]
     yield "attention, rows", lambda n: attend(q[:, :, :n], k, v)
     yield "attention, keys", lambda n: attend_beside(q[:, :, :n], k, v)
+
+
+def multiply(x: mx.array, matrix: mx.array, n: int) -> mx.array:
+    """Multiply the first n rows with the rows of a matrix."""
+    return x[:n] @ matrix.T
 
 
 def rotate(x: mx.array) -> mx.array:

@@ -19,11 +19,12 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.common import MEAN, Parser, Row, markdown_table, names
+from benchmarks.common import Parser, Row, markdown_table, names
 from benchmarks.peers.system import BASELINES
 from treeflash.cli.console import guarded
 from treeflash.config import DTYPES
 from treeflash.errors import ConfigError
+from treeflash.evaluation.records import MEAN
 from treeflash.text.prompt import read_rows
 
 ROOT = Path(__file__).parents[1]
@@ -88,7 +89,7 @@ def memory_command(args: Namespace) -> list[str]:
 
 def by_set(rows: Iterable[Row], case: Sequence[str], figure: str) -> list[Row]:
     """Format a line for each case, with a column of the figure for each set and their mean."""
-    lines: dict[tuple, Row] = {}
+    lines: dict[tuple[object, ...], Row] = {}
     for row in rows:
         columns = {name: row[name] for name in case}
         line = lines.setdefault(tuple(columns.values()), columns)

@@ -24,14 +24,14 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.progress import track
 
-from benchmarks.common import MEAN, Parser, Row, describe, read_prompts, show, write_json
+from benchmarks.common import Parser, Row, describe, read_prompts, show, write_json
 from treeflash.cli.console import guarded
 from treeflash.cli.options import add_model_options, load_model
 from treeflash.decoding.interfaces import Backend, Block
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.errors import ConfigError
-from treeflash.evaluation.records import block_efficiencies, interval, resamples
+from treeflash.evaluation.records import MEAN, block_efficiencies, interval, resamples
 from treeflash.evaluation.run import softmax
 
 Rule: TypeAlias = Literal["shared", "match", "rejection"]

@@ -15,10 +15,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.common import MEAN, Parser, Row, describe, evaluate, names, show, write_json
+from benchmarks.common import Parser, Row, describe, evaluate, names, show, write_json
 from treeflash.cli.console import guarded
 from treeflash.cli.options import add_model_options, load_model
-from treeflash.evaluation.records import efficiencies_by_case, interval, resamples
+from treeflash.evaluation.records import MEAN, efficiencies_by_case, interval, resamples
 from treeflash.evaluation.run import Case, Sample, list_cases
 
 
@@ -43,8 +43,8 @@ def compare(
     efficiencies: dict[str, dict[Case, list[NDArray[np.float64]]]] = {}
     for name in samples[0]:
         drawn = resamples(len(samples[0][name]), rng)
-        off, on = (efficiencies_by_case(own[name], drawn) for own in samples)
-        efficiencies[name] = {case: [off[case], on[case]] for case in cases}
+        both = [efficiencies_by_case(own[name], drawn) for own in samples]
+        efficiencies[name] = {case: [own[case] for own in both] for case in cases}
     efficiencies[MEAN] = {
         case: list(np.mean([by_case[case] for by_case in efficiencies.values()], 0))
         for case in cases

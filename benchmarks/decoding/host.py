@@ -89,7 +89,7 @@ class Stub:
             return RowBatch(*arguments).tables()
         *parts, shape = arguments
         rows = zip(*([x[None] for x in part] for part in parts), strict=True)
-        return [RowBatch(*row, shape).dense(0) for row in rows]
+        return [RowBatch(*(*row, shape)).dense(0) for row in rows]
 
     def _rows(self, count: int, depths: int, options: TableOptions) -> tuple[Any, ...]:
         m, k, random = options.m, options.k, self._random
@@ -112,7 +112,8 @@ class Stub:
 
     def _sample(self, item: Prefill | Verify) -> SampledTokens | None:
         if isinstance(item, Prefill):
-            item.state.length += len(item.token_ids)
+            state: Any = item.state
+            state.length += len(item.token_ids)
             return None if item.params is None else SampledTokens(np.array([5], np.int32))
         tokens = self._random.integers(0, VOCAB_SIZE, len(item.tree)).astype(np.int32)
         first = {p: i for i, p in reversed(list(enumerate(item.tree.parents.tolist())))}
@@ -131,9 +132,9 @@ def host_ms(sequences: int, nodes: int, iterations: int) -> list[float]:
     config = DecodeConfig(
         method="treeflash", budget=nodes, suffix=False, max_tokens=DEPTHS * (iterations + WARM_UP)
     )
-    runs = []
+    runs: list[tuple[Any, Scheduler, list[float]]] = []
     for batched in (True, False):
-        stub = Stub(batched=batched)
+        stub: Any = Stub(batched=batched)
         scheduler = Scheduler(
             stub, SchedulerConfig(max_parallel=sequences, lone_prefill_chunk=1 << 20)
         )

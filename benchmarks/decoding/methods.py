@@ -26,13 +26,12 @@ import numpy as np
 from rich.progress import track
 
 from benchmarks.common import (
-    DECODE_OPTIONS,
-    MEAN,
     Parser,
     Row,
     describe,
     mean_row,
     names,
+    parse_option,
     show,
     write_json,
 )
@@ -42,7 +41,7 @@ from treeflash.config import AUTO, METHODS, Budget, DecodeConfig, HeadRows, Meth
 from treeflash.decoding.adaptive_budget import AdaptiveBudgets
 from treeflash.decoding.interfaces import Backend, Prefill, SequenceState, TreeVerifier, Verify
 from treeflash.decoding.sampling import SampledTokens
-from treeflash.evaluation.records import interval, resamples
+from treeflash.evaluation.records import MEAN, interval, resamples
 from treeflash.language_model import LanguageModel
 from treeflash.text.generation import Generation, mean
 from treeflash.text.prompt import Prompt, read_rows
@@ -146,10 +145,12 @@ Runs: TypeAlias = dict[Case, list[Generation]]
 
 def parse_heads(text: str) -> list[Head]:
     """Parse comma-separated VOCAB:ROWS pairs, for argparse."""
-    parse_vocab, parse_rows = (DECODE_OPTIONS[x].parse for x in ("head_vocab", "head_rows"))
     try:
         pairs = [part.split(":") for part in text.split(",")]
-        return [Head(parse_vocab(vocab), parse_rows(rows)) for vocab, rows in pairs]
+        return [
+            Head(parse_option("head_vocab", vocab), parse_option("head_rows", rows))
+            for vocab, rows in pairs
+        ]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text} is not VOCAB:ROWS,...") from None
 
@@ -190,16 +191,17 @@ def parser() -> Parser:
 
 
 def make_cases(
-    methods: Sequence[str],
+    methods: Sequence[Method],
     budgets: Sequence[Budget],
     heads: Sequence[Head],
     suffixes: Sequence[bool],
 ) -> list[Case]:
     """Make every method at every budget, plain decoding first; chains at the largest one."""
     largest = max((budget for budget in budgets if budget != AUTO), default=AUTO)
+    plain: Method = "ar"
     return [
         Case(method, budget, head, suffix)
-        for method in dict.fromkeys(["ar", *methods])
+        for method in dict.fromkeys([plain, *methods])
         for budget in (budgets if method in TREE_METHODS else [largest])
         for head in (heads if method.startswith("treeflash") else [None])
         for suffix in (suffixes if method in DRAFTER_TREES else [None])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from statistics import median
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from benchmarks.common import Row, mean_row
 from benchmarks.peers.system import BASELINES, Peer, PeerError, System
@@ -12,6 +12,8 @@ from treeflash.config import Budget
 
 TREE_METHODS = ("ddtree", "treeflash")
 COLUMNS = ("system", "method", "budget", "backend", "dtype")
+Key: TypeAlias = tuple[object, ...]
+"""Some columns of a record."""
 
 
 class Case(NamedTuple):
@@ -93,8 +95,8 @@ class Comparison:
         tokens as the baseline. A sequence that ends with its first token has no speed and is left
         out.
         """
-        groups: dict[tuple[tuple, str], list[Row]] = {}
-        baselines: dict[tuple, Row] = {}
+        groups: dict[tuple[Key, str], list[Row]] = {}
+        baselines: dict[Key, Row] = {}
         for record in self.records:
             if not record["tokens"]:
                 continue
@@ -109,11 +111,11 @@ class Comparison:
         return rows + [mean_row(rows, case, figures) for case in columns]
 
 
-def _prompt_key(record: Row) -> tuple:
+def _prompt_key(record: Row) -> Key:
     return record["backend"], record["set"], record["prompt"]
 
 
-def _set_row(records: Sequence[Row], baselines: dict[tuple, Row]) -> Row:
+def _set_row(records: Sequence[Row], baselines: dict[Key, Row]) -> Row:
     pairs = [(r, baselines[_prompt_key(r)]) for r in records if _prompt_key(r) in baselines]
     ratios = [_speed(record) / _speed(baseline) for record, baseline in pairs]
     tokens = sum(record["tokens"] for record in records)

@@ -36,6 +36,7 @@ from benchmarks.serving.servers import (
     resident_bytes,
     server,
 )
+from treeflash.text.options import Options
 
 PATH = "/v1/chat/completions"
 KINDS = (*["stream"] * 3, *["whole"] * 2, *["leave"] * 2, "invalid", "long", "none")
@@ -185,7 +186,8 @@ def compare_exactly(answers: Sequence[tuple[Job, str, int]]) -> Comparison:
     model, comparison = treeflash.load(exact=True, **EXACT), Comparison(rounding=0.0)
     for (job, text, tokens), times in Counter(answers).items():
         messages = [{"role": "user", "content": job.question}]
-        plain = model.generate(messages, method="ar", **job.options)
+        options: Options = {**job.options, "method": "ar"}
+        plain = model.generate(messages, **options)
         if (plain.text, len(plain.token_ids)) != (text, tokens):
             comparison.different += [f"{job}: {text!r}"] * times
     return comparison

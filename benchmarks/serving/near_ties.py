@@ -20,6 +20,7 @@ from treeflash.config import SamplingConfig
 from treeflash.decoding.sampling import noisy_logits, position_keys
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
+from treeflash.text.options import Options
 from treeflash.text.tokenizer import REPLACEMENT
 
 
@@ -92,7 +93,7 @@ class Judge:
         room = job.max_tokens - len(start)
         if not room or (start and start[-1] in self.model.tokenizer.stop_token_ids):
             return start
-        options = {**job.options, "max_tokens": room}
+        options: Options = {**job.options, "max_tokens": room}
         return start + self.model.generate([*prompt, *start], **options).token_ids
 
     def _begins(self, text: str, tokens: list[int]) -> bool:

@@ -22,6 +22,7 @@ import httpx
 import treeflash
 from benchmarks.serving.load import PATH
 from benchmarks.serving.servers import QUESTIONS, Job, server
+from treeflash.text.options import Options
 
 
 async def http_seconds(url: str, work: Sequence[Job], clients: int) -> float:
@@ -46,7 +47,7 @@ def scheduler_seconds(model: treeflash.LanguageModel, work: Sequence[Job], paral
     """Measure the seconds in which the scheduler has decoded all answers."""
     started = time.perf_counter()
     questions = [[{"role": "user", "content": job.question}] for job in work]
-    options = {**work[0].options, "stop_token_ids": (), "budget": 16}
+    options: Options = {**work[0].options, "stop_token_ids": (), "budget": 16}
     for _ in model.generate_many(questions, parallel=parallel, **options):
         pass
     return time.perf_counter() - started
@@ -56,11 +57,12 @@ def first_tokens(model: treeflash.LanguageModel, url: str, repeats: int) -> dict
     """Measure the median milliseconds to a short prompt's first token in both systems."""
     job = Job("Why is the sky blue?", 2)
     messages = [{"role": "user", "content": job.question}]
+    options: Options = {**job.options, "budget": 16}
     api_times, http_times = [], []
     with httpx.Client(base_url=url, timeout=600) as client:
         for _ in range(repeats):
             started = time.perf_counter()
-            next(model.stream(messages, budget=16, **job.options))
+            next(model.stream(messages, **options))
             api_times.append(time.perf_counter() - started)
             started = time.perf_counter()
             with client.stream("POST", PATH, json={**job.body, "stream": True}) as response:

@@ -17,6 +17,8 @@ from pathlib import Path
 import httpx
 import numpy as np
 
+from treeflash.text.options import Options
+
 QUESTIONS = (
     "Why is the sky blue?",
     "Name three rivers in Europe.",
@@ -39,7 +41,7 @@ class Job:
     seed: int = 0
 
     @property
-    def options(self) -> dict[str, float]:
+    def options(self) -> Options:
         """The decoding options, by the names of the Python API and the server."""
         return {
             "max_tokens": self.max_tokens,

@@ -178,23 +178,9 @@ def test_no_kernel_falls_back(module, dtype, head_dim):
         pytest.skip(problem)
     import torch
     from treeflash_cuda.device import choose_device
-    from treeflash_cuda.operations import (
-        CHECKS,
-        EXAMINED_CONVOLUTIONS,
-        EXAMINED_STATES,
-        Shapes,
-        load_operations,
-    )
+    from treeflash_cuda.operations import CHECKS, load_operations
 
-    shapes = Shapes(
-        heads=8,
-        kv_heads=2,
-        head_dim=head_dim,
-        hidden_size=512,
-        experts=True,
-        recurrent=EXAMINED_STATES,
-        convolutions=EXAMINED_CONVOLUTIONS,
-    )
+    shapes = module("gpu_report").examined_shapes(head_dim)
     operations = load_operations(shapes, choose_device(None), getattr(torch, dtype))
     where = f"{dtype} and heads of {head_dim}"
     assert list(module("gpu_report").kernel_problems(operations.verdicts, where)) == []
