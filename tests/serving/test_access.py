@@ -451,6 +451,36 @@ def test_no_origin_is_allowed_by_default(application):
         assert not [name for name in found.headers if name.startswith("access-control")]
 
 
+@pytest.mark.parametrize(
+    ("origin", "address", "settings", "status"),
+    [
+        (OTHER, "127.0.0.1", {}, 403),
+        (OTHER, "::1", {}, 403),
+        (OTHER, "127.0.0.1", {"cors_origins": (ORIGIN,)}, 403),
+        (OTHER, "127.0.0.1", {"cors_origins": (OTHER,)}, 200),
+        (OTHER, "127.0.0.1", {"cors_origins": ("*",)}, 200),
+        (OTHER, "127.0.0.1", {"api_keys": KEYS}, 200),
+        (OTHER, "192.168.0.7", {}, 200),
+        ("http://localhost:8000", "127.0.0.1", {}, 200),
+        ("http://[::1]:8000", "::1", {}, 200),
+        ("vscode-file://vscode-app", "127.0.0.1", {}, 200),
+        ("null", "127.0.0.1", {}, 200),
+        ("http://[", "127.0.0.1", {}, 403),
+    ],
+)
+def test_a_page_whose_name_leads_to_this_machine_is_refused(
+    application, origin, address, settings, status
+):
+    app, headers = application(**settings), JSON | bearer("first-key") | {"Origin": origin}
+
+    async def at_address(scope, receive, send):
+        await app({**scope, "server": (address, 8000)}, receive, send)
+
+    answer = ask(at_address, "POST", "/tokenize", headers, [content("/tokenize")])
+    assert answer.status == status
+    assert ("--cors-origin" in answer.body.decode()) == (status == 403)
+
+
 @pytest.mark.parametrize("path", STREAMS)
 def test_proxies_are_asked_not_to_hold_streams_back(application, path):
     answer = ask(application(), "POST", path, JSON, [content(path, stream=True)])

@@ -7,6 +7,8 @@ import hashlib
 import hmac
 from collections.abc import Collection
 from contextlib import suppress
+from ipaddress import ip_address
+from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
@@ -61,6 +63,22 @@ def add_guard(app: Starlette, settings: Settings, *, takes_images: bool) -> None
         )
 
 
+def is_loopback(host: str) -> bool:
+    """Return whether a host is this machine alone, by its name or address."""
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    with suppress(ValueError):  # it is another name
+        return ip_address(host).is_loopback
+    return False
+
+
+def host_of(origin: str) -> str:
+    """Return the name or address in an origin; empty if it has none."""
+    with suppress(ValueError):  # the client sent something else
+        return urlsplit(origin).hostname or ""
+    return ""
+
+
 class AuthenticationMiddleware:
     """Checks the API key of every request, then reads its body within the limits.
 
@@ -73,6 +91,7 @@ class AuthenticationMiddleware:
         self._max_bytes = settings.body_bytes(takes_images=takes_images)
         self._body_timeout = settings.body_timeout
         self._digests = [_digest(key) for key in settings.api_keys]
+        self._origins = settings.cors_origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -86,11 +105,29 @@ class AuthenticationMiddleware:
             cache_salt = authenticate(headers, self._digests) if needs_key else ""
             scope.setdefault("state", {})["cache_salt"] = cache_salt
             if scope["method"] == "POST":
+                if not self._digests:
+                    self._check_origin(headers.get("origin", ""), scope)
                 receive = await self._read_body(headers, receive)
         except APIError as error:
             await error.response(scope["path"])(scope, receive, send)
             return
         await self._app(scope, receive, send)
+
+    def _check_origin(self, origin: str, scope: Scope) -> None:
+        """Refuse a page of another name than this machine's; raises an APIError.
+
+        A page's owner can let the page's name lead to 127.0.0.1 (DNS rebinding). The browser then
+        takes the server for a part of the page, and asks no permission.
+        """
+        address, _ = scope.get("server") or ("", None)
+        if not is_loopback(address) or not origin.startswith(("http://", "https://")):
+            return  # other origins are applications, or pages without a name
+        if not is_loopback(host_of(origin)) and not {origin, "*"} & {*self._origins}:
+            raise APIError(
+                403,
+                f"pages of {origin} may not use this server; start it with an API key, or with "
+                f"--cors-origin {origin}",
+            )
 
     async def _read_body(self, headers: Headers, receive: Receive) -> Receive:
         """Read the whole body; returns a callable that hands it to the application."""
