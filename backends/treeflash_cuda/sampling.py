@@ -38,6 +38,8 @@ SHORTLIST = 64
 """Most probable tokens that are searched first for the end of a nucleus, on a GPU."""
 NOT_FINITE = -1
 """In the place of a token whose logit is not finite."""
+LEAST = float(np.finfo(np.float32).tiny)
+"""Probabilities below this are as good as 0: no noise makes such a token the sampled one."""
 BLOCK = 256
 """Tokens reduced together in the first step of an argmax, on a GPU."""
 
@@ -75,7 +77,8 @@ def _sample_row(
 ) -> np.int64:
     """Sample one token by (vocab,) probabilities and the (2,) key of noise; `top_k` 0 is off."""
     best = probs.max()
-    edge = min_p * best
+    # A mask or a low temperature may leave fewer than `top_k` tokens.
+    edge = max(min_p * best, LEAST)
     if top_k:
         floor = topk_lower_bound(probs, top_k)
     else:
@@ -278,7 +281,8 @@ def _sample_together(
     ends = np.cumsum(counts)
     for params, count, end in zip(sampled.values(), counts, ends, strict=True):
         part, sampling = slice(end - count, end), params.sampling
-        filters = sampling.top_k, sampling.top_p, sampling.min_p
+        # A float32 does not hold every number that a request may name.
+        filters = min(sampling.top_k, logits.shape[-1]), sampling.top_p, sampling.min_p
         settings[part] = 0 if sampling.greedy else sampling.temperature, *filters
         if params.keys is not None:
             keys[part] = params.keys.view(np.int32)

@@ -100,6 +100,18 @@ def test_the_smallest_top_p_keeps_the_best_token(choose, top_p):
     assert chosen.tolist() == logits.argmax(-1).tolist()
 
 
+@pytest.mark.parametrize(
+    "choose", [sample_tokens, sampling_module.sample_on_gpu], ids=["cpu", "gpu"]
+)
+def test_top_k_may_be_more_than_the_tokens_that_are_allowed(choose):
+    """Without a warning about the others, whose probability is 0."""
+    logits, noise_keys = rows(300, 1.0)
+    logits[:, 7:] = -np.inf
+    sampling = SamplingConfig(temperature=1.0, top_k=40)
+    chosen = choose(torch.from_numpy(logits), sampling, noise_keys)
+    assert chosen.tolist() == reference(logits, sampling, noise_keys).tolist()
+
+
 @pytest.mark.parametrize("vocab", [1, 5, 151_936])
 def test_the_noise_of_a_gpu_is_as_defined(vocab):
     found = numerics.gumbel_on_device(torch.from_numpy(keys(9).view(np.int32)), vocab)

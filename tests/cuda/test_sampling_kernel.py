@@ -137,6 +137,15 @@ def test_sequences_with_different_settings_take_one_launch():
     assert starts[3] == 8
 
 
+@pytest.mark.parametrize("top_k", [10**40, 10**400], ids=["float64", "none"])
+def test_a_top_k_that_a_float32_does_not_hold_keeps_all_tokens(top_k):
+    """One request with such a number must not end the requests of the whole batch."""
+    logits, keys = inputs(3, torch.float32, 7)
+    params = SamplingParams(SamplingConfig(temperature=1.0, top_k=top_k), keys)
+    (found,) = sample(Logits([logits], [None]), [params], sample_rows=operations.sample_rows)
+    np.testing.assert_array_equal(found.tokens, definition.sample(logits.numpy(), params).tokens)
+
+
 def test_greedy_tokens_that_are_known_are_not_computed_again():
     logits, _ = inputs(3, torch.bfloat16, 7)
     best = [logits.argmax(-1)]
