@@ -261,6 +261,16 @@ def test_stop_sequences(client):
     assert found.content[0].text == text[: text.index(stop)]
 
 
+def test_a_special_token_can_be_a_stop_sequence(model, serve):
+    special = min(model.tokenizer.special_token_ids - model.tokenizer.stop_token_ids)
+    name = model.tokenizer.token_text(special)
+    server = serve(defaults={"logit_bias": {special: 100.0}})
+    body = {"messages": HELLO, "max_tokens": 9, "stop_sequences": [name]}
+    found = server.post("/v1/messages", body).json()
+    assert (found["stop_reason"], found["stop_sequence"]) == ("stop_sequence", name)
+    assert found["usage"]["output_tokens"] == 1
+
+
 def test_what_claude_code_sends(client):
     ephemeral = {"cache_control": {"type": "ephemeral"}}
     with client.messages.stream(

@@ -372,7 +372,9 @@ class MessagesFormatter:
             reason = "max_tokens"
         elif ids[-1] not in answer.config.stop_token_ids:
             text, reason = self._tokenizer.decode(ids), "stop_sequence"
-            stop = min((stop for stop in answer.stop if stop in text), key=text.find)
+            found = [stop for stop in answer.stop if stop in text]
+            # A special token is a stop sequence that the text does not have.
+            stop = min(found, key=text.find, default=self._tokenizer.token_text(ids[-1]))
         else:
             reason = "tool_use" if self._parser.calls else "end_turn"
         return {"stop_reason": reason, "stop_sequence": stop}

@@ -390,8 +390,8 @@ class TextStream:
 
     The joined pieces are exactly the text of all ids or, if a string of `stop` occurs, the text
     before the first one. A piece never ends inside a character, nor in characters that may begin a
-    stop string. Only a short window of ids is decoded at a time. An empty stop string raises a
-    ConfigError.
+    stop string. Special tokens have no text, but one whose name is a stop string ends the text.
+    Only a short window of ids is decoded at a time. An empty stop string raises a ConfigError.
 
     Attributes:
         stopped: whether a stop string occurred; later ids are ignored.
@@ -419,6 +419,9 @@ class TextStream:
             self.tokens_used += 1
             if token_id not in self._tokenizer.special_token_ids:
                 self._push_one(token_id)
+            elif self._stop and self._tokenizer.token_text(token_id) in self._stop:
+                self.finish()
+                self.stopped = True
         return "".join(self._pieces[first_new:])
 
     def finish(self) -> str:

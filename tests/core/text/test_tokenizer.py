@@ -314,6 +314,15 @@ def test_stop_cuts_inside_a_chunk_and_ignores_what_follows(plain: Tokenizer):
     assert stream.tokens_used == len(before)
 
 
+def test_a_special_token_whose_name_is_a_stop_string_ends_the_text(plain: Tokenizer):
+    before, special, after = map(plain.encode, ("one <", "<|start|>", "two"))
+    stream = TextStream(plain, ["<|start|>"])
+    assert stream.push([*before, *special, *after]) == "one <"
+    assert stream.stopped
+    assert stream.tokens_used == len(before) + 1
+    assert stream.finish() == ""
+
+
 def test_earliest_of_two_stop_strings_counts(plain: Tokenizer):
     stream = TextStream(plain, ["cd", "bcd"])
     assert stream.push(plain.encode("abcd")) == "a"
