@@ -9,7 +9,7 @@ from failures import failing
 from servers import NAME, serving
 from tool_models import tool_model
 
-from treeflash.serving.ollama import OllamaFormatter
+from treeflash.serving.ollama import OllamaFormatter, OllamaOptions
 from treeflash.serving.schemas import allowed_tools
 
 ollama = pytest.importorskip("ollama")
@@ -122,6 +122,15 @@ def test_options_reach_the_scheduler(client, server):
     expected = server.complete("Hello.", **fields).json()["choices"][0]["text"]
     assert found.response == expected
     assert expected != server.complete("Hello.", max_tokens=12).json()["choices"][0]["text"]
+
+
+def test_penalties_over_the_last_0_tokens_are_off():
+    options = OllamaOptions(repeat_last_n=0, repeat_penalty=1.2, presence_penalty=0.1)
+    assert options.decoding() == {
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+    }
 
 
 def test_options_of_a_machine_change_nothing(client):

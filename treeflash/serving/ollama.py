@@ -74,6 +74,7 @@ class OllamaOptions(OllamaSchema):
     repeat_penalty: Annotated[float, limits("repetition_penalty")] | None = None
     presence_penalty: Annotated[float, limits("presence_penalty")] | None = None
     frequency_penalty: Annotated[float, limits("frequency_penalty")] | None = None
+    repeat_last_n: int | None = None  # 0 turns the penalties off; else they count the whole text
     # Only values that leave these out of sampling are accepted.
     mirostat: Literal[0] | None = None
     mirostat_eta: float | None = None
@@ -86,7 +87,6 @@ class OllamaOptions(OllamaSchema):
     main_gpu: int | None = None
     num_keep: int | None = None
     num_thread: int | None = None
-    repeat_last_n: int | None = None
     use_mmap: bool | None = None
     use_mlock: bool | None = None
     low_vram: bool | None = None
@@ -99,6 +99,9 @@ class OllamaOptions(OllamaSchema):
             del options["seed"]
         if self.repeat_penalty is not None:
             options["repetition_penalty"] = self.repeat_penalty
+        if self.repeat_last_n == 0:  # Ollama then penalises no token
+            options["repetition_penalty"] = 1.0
+            options["presence_penalty"] = options["frequency_penalty"] = 0.0
         if self.num_predict is not None and self.num_predict > 0:
             options["max_tokens"] = self.num_predict
         return options
