@@ -190,6 +190,10 @@ class RecurrentCache(TreeCache):
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> None:
         """Return None: a model that gets a state may shift it in place."""
 
+    def has_previous_state(self, *_: Any, **__: Any) -> bool:
+        """Return False: before transformers 5.21 models would then read the states themselves."""
+        return False
+
     def is_recording_past(self, layer_idx: int) -> bool:
         """Return whether `update_conv_state` is to return earlier inputs too."""
         return True

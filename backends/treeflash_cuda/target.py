@@ -98,6 +98,10 @@ STATELESS_LAYERS = {"mlp", "moe"}
 
 FIXED_ATTENTION = "their attention layers do not support other attention functions"
 
+CACHES = "cache", "past_key_values", "cache_params"
+"""Names of the argument by which models take a cache. transformers has only the first since 5.24,
+and warns about the others at every call; the last one was that of models without attention."""
+
 CHECKED_TOKENS = 16
 """Length of the prompt on which the replaced attention is compared with the model's own."""
 
@@ -436,9 +440,8 @@ class Target:
         self.graphs = Graphs(device)  # replay forward passes, if they are enabled
         # The arena holds the keys and values of all sequences.
         self.arena = Arena(len(self.layers), spans=self.spans, device=device)
-        # transformers 5.24 renamed the argument, and warns about the old name at every call.
         parameters = inspect.signature(type(self.model).forward).parameters
-        self.cache_argument = "cache" if "cache" in parameters else "past_key_values"
+        self.cache_argument = next((x for x in CACHES if x in parameters), "past_key_values")
         self.type_arguments = [name for name in TOKEN_TYPES if name in parameters]
         self.tower: VisionTower | None = None  # None if the target takes no images
         self.processor: Processor | str = "it is used as a text model"  # or why it takes no images

@@ -119,6 +119,20 @@ def test_latent_attention_is_refused_by_name(tmp_path, model, name):
         load(tmp_path / "target", None, FLOAT32)
 
 
+@pytest.mark.parametrize("name", ["mamba2"])
+def test_a_model_may_use_its_cache_as_in_earlier_versions(tmp_path, model, monkeypatch):
+    """Before transformers 5.24 it had another name, and was asked otherwise for earlier states."""
+    forward = type(model).forward
+
+    def earlier_forward(self, input_ids=None, cache_params=None, **kwargs):
+        if cache_params is not None:
+            assert not cache_params.has_previous_state()
+        return forward(self, input_ids, cache=cache_params, **kwargs)
+
+    monkeypatch.setattr(type(model), "forward", earlier_forward)
+    assert load(tmp_path / "target", None, FLOAT32).target.states_nbytes > 0
+
+
 @pytest.mark.parametrize("name", COMMON)
 def test_drafted_text_equals_generate(tmp_path, model):
     check(tmp_path, model, 40, ("treeflash", "dflash"), (16,))

@@ -611,25 +611,15 @@ def _tokenizer(kind: str, fields: Fields) -> Tokenizer:
     return tokenizer
 
 
-def _mapping() -> Any:
-    """Return the module of transformers that knows the tokenizers of GGUF files."""
-    try:
-        from transformers.integrations.gguf import gguf_tokenizer_mapping
-    except ImportError as error:
-        raise CheckpointError(
-            "GGUF files need transformers 5.24 or later; update it, or pass a folder in the "
-            "Hugging Face format"
-        ) from error
-    return gguf_tokenizer_mapping
-
-
 def _byte_level_tokenizer(fields: Fields) -> Tokenizer:
     """Build a byte-level BPE tokenizer, in which added tokens are whole whatever their letters."""
     tokens: list[str] = fields["tokenizer.ggml.tokens"]
     kinds: list[int] = fields["tokenizer.ggml.token_type"]
     pre = fields.get("tokenizer.ggml.pre", "default")
     if (splits := SPLITS.get(pre)) is None:
-        if (split := _mapping().GGUF_PRE_TOKENIZER_SPLITS.get(pre)) is None:
+        from transformers.integrations.gguf import gguf_tokenizer_mapping as mapping
+
+        if (split := mapping.GGUF_PRE_TOKENIZER_SPLITS.get(pre)) is None:
             raise ValueError(f"tokenizer.ggml.pre = {pre!r}")
         splits = (split,)
     vocab = {token: number for number, token in enumerate(tokens)}
@@ -663,7 +653,8 @@ def _sentencepiece_tokenizer(kind: str, fields: Fields) -> Tokenizer:
     In Llama's and Mistral's the first word has one too, and the first after a special token, unless
     the file says otherwise.
     """
-    mapping = _mapping()
+    from transformers.integrations.gguf import gguf_tokenizer_mapping as mapping
+
     own = {
         name: fields[f"tokenizer.{key}"]
         for key, name in mapping.GGUF_TOKENIZER_MAPPING["tokenizer"].items()
