@@ -13,6 +13,7 @@ Without Markdown the blocks are lines. Both wrap at spaces.
 
 from __future__ import annotations
 
+import re
 from typing import ClassVar
 
 from markdown_it import MarkdownIt
@@ -27,6 +28,13 @@ from rich.text import Text
 PARSER = (
     MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"]).disable("escape")
 )
+FENCE = re.compile(r"\s*(```|~~~).*\n")
+PICTURES = {
+    **{code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n\r"},
+    **dict.fromkeys(range(127, 160), 0xFFFD),
+}
+"""A visible character for each control character, which a terminal would obey: one that a model
+writes could set the title of the window, or what the clipboard holds."""
 
 
 class Code(CodeBlock):
@@ -92,7 +100,7 @@ class AnswerView:
 
     def add(self, text: str, style: str = "") -> None:
         """Add text to the answer; the style counts without Markdown only."""
-        self._block.append(text, style)
+        self._block.append(text.translate(PICTURES), style)
         plain = self._block.plain
         starts = block_starts(plain) if self._markdown else line_starts(plain)
         *complete, self._block = self._block.divide(starts)
@@ -100,8 +108,17 @@ class AnswerView:
             self._live.update(Text(), refresh=True)
         for block in complete:
             self._print(block)
-        last_lines = self._lines(self._block)[-max(self._console.height - 1, 1) :]
+        room = max(self._console.height - 1, 1)
+        last_lines = self._lines(self._end(room))[-room:]
         self._live.update(SegmentLines(last_lines, new_lines=True), refresh=True)
+
+    def _end(self, room: int) -> Text:
+        """Return the last block, of code only the lines that have room: to colour it is slow."""
+        fence = FENCE.match(self._block.plain) if self._markdown else None
+        if fence is None:
+            return self._block
+        code = self._block.plain[fence.end() :].splitlines(keepends=True)
+        return Text(fence.group() + "".join(code[-room:]))
 
     def _print(self, block: Text) -> None:
         self._console.print(SegmentLines(self._lines(block), new_lines=True), end="")

@@ -103,6 +103,7 @@ class ChatSession:
     messages: list[Message] = field(default_factory=list)
     images: list[str] = field(default_factory=list)  # of the next message, as `data:` URLs
     answer: Assembler | None = None
+    interrupted: Event = field(default_factory=Event)  # by Ctrl-C, since the last input
 
     def run(self, session: PromptSession[str]) -> None:
         """Read messages and commands until the user ends the input or enters `/exit`."""
@@ -116,11 +117,12 @@ class ChatSession:
             if text.strip() == "/exit":
                 return
             try:
-                if text.startswith("/"):
-                    self.run_command(*text.split(maxsplit=1))
-                elif text.strip():
-                    self.reply(with_images(text, self.images))
-                    self.images = []
+                with _interruption() as self.interrupted:
+                    if text.startswith("/"):
+                        self.run_command(*text.split(maxsplit=1))
+                    elif text.strip():
+                        self.reply(with_images(text, self.images))
+                        self.images = []
             except Exception as error:
                 if not concerns_few(error):
                     raise
@@ -249,10 +251,10 @@ class ChatSession:
         scheduler, prompt_tokens = self._scheduler, len(assembler.prompt_ids)
         shown = 0
         view = AnswerView(self.console, markdown=self.markdown and not self.color)
-        with view, _interruption() as interrupted, _without_echo():
+        with view, _without_echo():
             request = scheduler.submit(assembler.request())
             try:
-                while assembler.finish_reason is None and not interrupted.is_set():
+                while assembler.finish_reason is None and not self.interrupted.is_set():
                     if not assembler.chunks and prompt_tokens > LONG_PROMPT:
                         done = scheduler.committed_tokens
                         view.report(f"reading the prompt: {done:,} of {prompt_tokens:,} tokens")

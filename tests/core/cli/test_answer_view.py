@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import random
+import re
 from itertools import pairwise
 
 import pytest
 from rich.console import Console
 
+from treeflash.cli import answer_view
 from treeflash.cli.answer_view import AnswerView, block_starts
 
 TEXT = """# Eggs
@@ -84,6 +86,30 @@ def test_a_terminal_draws_the_last_block_again_and_nothing_else():
         assert "item 1" not in drawn, "only the last lines have room"
         before = file.tell()
     assert file.getvalue()[before:].count("item") == 9
+
+
+def test_code_that_is_still_growing_is_laid_out_as_far_as_there_is_room(monkeypatch):
+    laid_out = []
+    render = answer_view.render_markdown
+    monkeypatch.setattr(
+        answer_view, "render_markdown", lambda text: laid_out.append(text) or render(text)
+    )
+    file = io.StringIO()
+    console = Console(file=file, width=40, height=5, force_terminal=True, color_system=None)
+    code = "".join(f"line {n}\n" for n in range(30))
+    with AnswerView(console, markdown=True) as view:
+        for line in ["```python\n", *code.splitlines(keepends=True)]:
+            view.add(line)
+        assert laid_out[-1] == "```python\nline 26\nline 27\nline 28\nline 29\n"
+        before = file.tell()
+    assert re.findall(r"line \d+", file.getvalue()[before:]) == code.splitlines()
+
+
+@pytest.mark.parametrize("markdown", [False, True])
+def test_control_characters_are_shown_and_not_obeyed(markdown):
+    lines = show("a\x1b]52;c;eA==\x07b \x9b2J `\x1b[3J`\r\n", markdown=markdown)
+    code = "␛[3J" if markdown else "`␛[3J`"
+    assert lines == [f"a␛]52;c;eA==␇b \ufffd2J {code}"]
 
 
 def test_an_error_leaves_the_text_so_far():

@@ -139,6 +139,26 @@ def test_an_interruption_stops_the_answer_and_not_the_program(talk, scripted):
     assert "interrupted]" in shown
 
 
+@pytest.mark.parametrize("name", ["assembler", "summarise"])
+def test_an_interruption_beside_an_answer_does_not_end_the_program(
+    talk, scripted, monkeypatch, name
+):
+    model = scripted(TEXT)
+    place = type(model) if name == "assembler" else chat
+    before = getattr(place, name)
+
+    def interrupt(*args):
+        signal.raise_signal(signal.SIGINT)
+        monkeypatch.setattr(place, name, before)
+        return before(*args)
+
+    monkeypatch.setattr(place, name, interrupt)
+    talked, shown = talk("hi", ENTER, "hello", ENTER, "/speed", ENTER, model=model)
+    assert contents(talked)[-2:] == [("user", "hello"), ("assistant", TEXT)]
+    assert ("the message is dropped" in shown) == (name == "assembler")
+    assert "accepted length: iterations" in shown
+
+
 def test_a_second_interruption_ends_the_program(talk, scripted):
     model = scripted(TEXT)
 
