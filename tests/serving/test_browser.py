@@ -43,7 +43,8 @@ def open_page(browser):
     contexts, problems = [], []
 
     def noted(text):
-        if "status of 4" not in text:  # Chromium notes every refused request
+        # Chromium notes every request that is refused or fails.
+        if "status of 4" not in text and "net::ERR_FAILED" not in text:
             problems.append(text)
 
     def open_page(url, width=1280, height=800, dark=False):
@@ -88,11 +89,15 @@ def fake(page, *tokens):
     answer_with(page, trees)
 
 
-def answer_with(page, trees):
-    """Answer with the tokens of these iterations."""
+CHAIN = {"nodes": ["a", "b"], "parents": [-1, 0], "path": [0, 1]}
+
+
+def answer_with(page, trees, thoughts=0):
+    """Answer with the tokens of these iterations, of which the first ones are thoughts."""
     frames = []
-    for tree in trees:
-        choice = {"index": 0, "delta": {"content": "".join(tree["tokens"])}, "draft_tree": tree}
+    for i, tree in enumerate(trees):
+        field = "reasoning_content" if i < thoughts else "content"
+        choice = {"index": 0, "delta": {field: "".join(tree["tokens"])}, "draft_tree": tree}
         frames.append("data: " + json.dumps({"choices": [choice]}) + "\n\n")
     body = "".join([*frames, "data: [DONE]\n\n"])
     page.route(
@@ -105,6 +110,7 @@ def test_a_chat(server, open_page):
     page = open_page(server.url)
     sync_api.expect(page.locator("#model")).to_have_text("tiny")
     page.get_by_label("Compare with plain").check()
+    page.locator("#length").evaluate("x => { x.value = 32; }")  # room for both answers
     ask(page, "Name a river.")
     spans = page.locator(".assistant .token")
     iterations = {int(x.get_attribute("data-iteration")) for x in spans.all()}
@@ -115,9 +121,11 @@ def test_a_chat(server, open_page):
         assert float(page.locator(f"#{name}-speed").inner_text()) > 0
     assert float(page.locator("#plain-efficiency").inner_text()) == 1
     ask(page, "And another.")
+    assert page.locator(".error").count() == 0
     assert page.locator(".turn.user").count() == 2
     page.get_by_role("button", name="New chat").click()
     assert page.locator(".turn").count() == 0
+    assert page.locator("#tree-speed").inner_text() == "\u2013"
 
 
 def test_hostile_text_is_shown_as_text(server, open_page):
@@ -134,7 +142,8 @@ def test_hostile_text_is_shown_as_text(server, open_page):
 
 
 LINK = "[x](javascript:alert(1))"
-MARKDOWN = f"# Rivers\n\n| a | b |\n| - | - |\n| 1 | 2 |\n\n- **Rhine**\n- {LINK}\n"
+AS_WRITTEN = r"- [x] \(a_1\) ![Main](https://x.y/z)"
+MARKDOWN = f"# Rivers\n\n| a | b |\n| - | - |\n| 1 | 2 |\n\n- **Rhine**\n- {LINK}\n{AS_WRITTEN}\n"
 
 
 def test_markdown_and_copy(server, open_page):
@@ -149,10 +158,36 @@ def test_markdown_and_copy(server, open_page):
     assert formatted.locator("strong").inner_text() == "Rhine"
     assert formatted.locator("td").count() == 2
     assert formatted.locator("[href]").count() == 0
+    assert formatted.locator("li").last.inner_text() == AS_WRITTEN.removeprefix("- ")
     assert not page.locator(".tokens").is_visible()
     shot(page, "markdown")
     page.get_by_role("button", name="Copy").click()
     assert page.evaluate("navigator.clipboard.readText()") == MARKDOWN
+
+
+def test_thoughts_are_not_copied(server, open_page):
+    page = open_page(server.url)
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    tokens = ["<b>First", ", think.", "# Rhine"]
+    trees = [{"iteration": i, "seconds": 0.01, "tokens": [x]} for i, x in enumerate(tokens)]
+    answer_with(page, trees[:1] + [tree | CHAIN for tree in trees[1:]], thoughts=2)
+    page.get_by_label("Show Markdown").check()
+    ask(page, "Hi")
+    assert page.locator(".formatted .thought").inner_text() == "<b>First, think."
+    assert page.locator(".formatted h1").inner_text() == "Rhine"
+    page.get_by_role("button", name="Copy").click()
+    page.get_by_role("button", name="Copied").wait_for()
+    assert page.evaluate("navigator.clipboard.readText()") == "# Rhine"
+
+
+def test_an_answer_that_no_parser_can_lay_out_is_shown_as_it_is(server, open_page):
+    page = open_page(server.url)
+    page.get_by_label("Show Markdown").check()
+    fake(page, ">" * 20_000)
+    ask(page, "Hi")
+    page.reload()
+    sync_api.expect(page.locator(".formatted")).to_have_text(">" * 20_000)
+    ask(page, "And another.")
 
 
 def test_an_answer_that_is_still_growing_is_shown_beside_markdown(serve, open_page):
@@ -189,6 +224,18 @@ def test_a_browser_may_keep_nothing_for_pages(server, open_page):
     sync_api.expect(page.locator("#model")).to_have_text("tiny")
     ask(page, "Name a river.")
     sync_api.expect(page.locator(".assistant .token").first).to_be_visible()
+
+
+def test_each_tab_keeps_its_chat(server, open_page):
+    page = open_page(server.url)
+    fake(page, "The", " Rhine")
+    ask(page, "Name a river.")
+    other = page.context.new_page()
+    other.goto(server.url)
+    assert other.locator(".turn").count() == 2  # a new tab goes on
+    other.get_by_role("button", name="New chat").click()
+    page.reload()
+    assert page.locator(".user").inner_text() == "Name a river."
 
 
 def test_a_chat_survives_a_reload(server, open_page):
@@ -285,8 +332,11 @@ def test_a_missing_key_is_asked_for_beside_the_error(serve, open_page, width, da
     shot(page, f"key-{width}-{'dark' if dark else 'light'}")
     key.fill("wrong")
     page.keyboard.press("Enter")
-    sync_api.expect(page.locator("#model")).to_contain_text("key")
+    sync_api.expect(page.locator("#model")).to_have_text("wrong API key")
     sync_api.expect(key).to_be_visible()
+    key.fill("ключ")  # no header can hold it
+    page.keyboard.press("Enter")
+    sync_api.expect(page.locator("#model")).to_contain_text("key")
     key.fill("right")
     page.keyboard.press("Enter")
     sync_api.expect(page.locator("#model")).to_have_text("tiny")
@@ -340,6 +390,49 @@ def test_stop(server, open_page):
     page.get_by_role("button", name="Stop").click()
     page.get_by_role("button", name="Send").wait_for()
     assert page.locator(".error").count() <= 1
+
+
+def test_a_message_that_was_not_answered_can_be_sent_again(server, open_page):
+    page = open_page(server.url)
+    held = []
+    page.route("**/v1/chat/completions", lambda route: held.append(route))
+    message = page.get_by_label("Message")
+    for key in ("Escape", None):
+        message.fill("Hi")
+        with page.expect_request("**/v1/chat/completions"):
+            page.keyboard.press("Enter")
+        page.keyboard.type("Next")  # the focus stayed
+        if key:
+            page.keyboard.press(key)
+        else:
+            held[-1].abort()
+        sync_api.expect(message).to_have_value("Hi\nNext")
+        assert page.locator(".user, .assistant").count() == 0
+    assert page.locator(".error").inner_text() == "the server cannot be reached"
+
+
+def test_a_server_that_cannot_be_reached_is_told(server, open_page):
+    page = open_page(server.url)
+    page.route("**/v1/models", lambda route: route.abort())
+    page.reload()
+    sync_api.expect(page.locator("#model")).to_have_text("the server cannot be reached")
+
+
+def test_input_methods_do_not_send(server, open_page):
+    """Safari says only by its code that a key ends a composition."""
+    page = open_page(server.url)
+    page.get_by_label("Message").fill("ライン川")
+    key = {"key": "Enter", "keyCode": 229, "cancelable": True, "bubbles": True}
+    page.locator("#prompt").dispatch_event("keydown", key)
+    assert page.locator(".user").count() == 0
+
+
+def test_each_paragraph_has_the_direction_of_its_script(server, open_page):
+    page = open_page(server.url)
+    fake(page, "نهر", " الراين")
+    ask(page, "Hi")
+    place, token = (page.locator(x).first.bounding_box() for x in (".tokens", ".token"))
+    assert token["x"] > place["x"] + place["width"] / 2
 
 
 def test_errors_are_told(server, open_page):

@@ -2,7 +2,7 @@
 
 import { NextImages, imageFiles, thumbnail } from "./images.js";
 import { markdown } from "./markdown.js";
-import { complete, reason } from "./stream.js";
+import { complete, fetchPath } from "./stream.js";
 import { drawTree } from "./tree.js";
 
 const BUDGETS = ["auto", 1, 4, 8, 16, 32, 64, 128, 256];
@@ -17,41 +17,48 @@ let takesImages = false; // whether the model does
 let shown = null; // the answer whose iterations can be chosen
 let request = null;
 let comparison = null; // the request of the plain answer
+let marked = []; // the tokens of the chosen iteration
 
 /** What was measured of one answer. The first iteration is the prefill, which is not counted. */
 class Answer {
   constructor(place) {
     this.place = place;
     this.iterations = [];
-    this.text = "";
+    this.spans = []; // of the tokens of each iteration
+    this.thoughts = "";
     this.content = "";
     this.tokens = 0;
     this.seconds = 0;
   }
 
   add({ delta, draft_tree: tree }) {
-    this.content += delta.content ?? "";
-    const text = (delta.reasoning_content ?? "") + (delta.content ?? "");
-    this.text += text;
+    const { reasoning_content: thought, content } = delta;
+    this.thoughts += thought ?? "";
+    this.content += content ?? "";
     if (!tree) return;
     if (tree.iteration > 0) {
       this.iterations.push(tree);
       this.tokens += tree.tokens.length;
       this.seconds += tree.seconds;
     }
-    if (this.place) this.#show(text, tree, Boolean(delta.reasoning_content));
+    if (this.place) this.#show((thought ?? "") + (content ?? ""), tree, Boolean(thought));
   }
 
   #show(text, tree, thought) {
     const parts = tree.tokens.join("") === text ? tree.tokens : [text];
-    for (const part of parts) {
+    this.spans[tree.iteration] = parts.map((part) => {
       const span = document.createElement("span");
       span.className = `token shade-${tree.iteration % SHADES}${thought ? " thought" : ""}`;
       span.dataset.iteration = tree.iteration;
       span.title = `iteration ${tree.iteration}, ${tree.tokens.length} tokens`;
       span.textContent = part;
-      this.place.append(span);
-    }
+      return span;
+    });
+    this.place.append(...this.spans[tree.iteration]);
+  }
+
+  get text() {
+    return this.thoughts + this.content;
   }
 
   get speed() {
@@ -104,7 +111,7 @@ function follow(change) {
   if (atEnd) log.scrollTop = log.scrollHeight;
 }
 
-/** Add an answer: its tokens, the same text as Markdown, and a button that copies it. */
+/** Add an answer, first as its tokens; `finishTurn` adds the rest. */
 function answerTurn(text = "") {
   const made = turn("assistant");
   const tokens = document.createElement("div");
@@ -114,29 +121,37 @@ function answerTurn(text = "") {
   return tokens;
 }
 
-function finishTurn(tokens, text) {
+/** Add the same text as Markdown, and a button that copies it, without the thoughts before it. */
+function finishTurn(tokens, text, thoughts = "") {
   const formatted = document.createElement("div");
   formatted.className = "formatted";
-  formatted.append(markdown(text));
+  const thought = document.createElement("div");
+  thought.className = "thought";
+  thought.textContent = thoughts;
+  formatted.append(thought, markdown(text));
   const copy = document.createElement("button");
   copy.type = "button";
   copy.textContent = "Copy";
   copy.addEventListener("click", async () => {
-    await copyText(text);
-    copy.textContent = "Copied";
+    copy.textContent = (await copyText(text || thoughts)) ? "Copied" : "Not copied";
+    copy.focus();
   });
   follow(() => tokens.after(formatted, copy));
 }
 
+/** Copy a text; returns whether the browser lets the page do it. */
 async function copyText(text) {
-  if (navigator.clipboard) return navigator.clipboard.writeText(text);
+  if (navigator.clipboard) {
+    return navigator.clipboard.writeText(text).then(() => true, () => false);
+  }
   // Browsers keep this interface from pages of other machines without TLS.
   const field = document.createElement("textarea");
   field.value = text;
   document.body.append(field);
   field.select();
-  document.execCommand("copy");
+  const copied = document.execCommand("copy");
   field.remove();
+  return copied;
 }
 
 /** Keep the chat and the settings for a reload; the settings alone if images take too much room. */
@@ -146,10 +161,12 @@ function store() {
   keep({ messages, settings }) || keep({ settings });
 }
 
-/** Keep a value in the browser; returns whether it has the room, and lets pages keep anything. */
+/** Keep a value for this tab and for the next new one; returns whether the browser does so. */
 function keep(value) {
   try {
-    localStorage.setItem(STORED, JSON.stringify(value));
+    for (const storage of [sessionStorage, localStorage]) {
+      storage.setItem(STORED, JSON.stringify(value));
+    }
     return true;
   } catch {
     return false;
@@ -158,7 +175,8 @@ function keep(value) {
 
 function kept() {
   try {
-    return JSON.parse(localStorage.getItem(STORED) ?? "{}");
+    const [own, last] = [sessionStorage, localStorage].map((storage) => storage.getItem(STORED));
+    return JSON.parse(own ?? last) ?? {};
   } catch {
     return {};
   }
@@ -166,8 +184,9 @@ function kept() {
 
 function restore() {
   const stored = kept();
-  for (const [id, value] of Object.entries(stored.settings ?? {})) {
-    byId(id)[byId(id).type === "checkbox" ? "checked" : "value"] = value;
+  for (const id of SETTINGS) {
+    const value = stored.settings?.[id];
+    if (value !== undefined) byId(id)[byId(id).type === "checkbox" ? "checked" : "value"] = value;
   }
   for (const message of stored.messages ?? []) {
     log.querySelector(".hint")?.remove();
@@ -206,16 +225,19 @@ async function read(answer, name, sent, signal) {
   }
 }
 
+/** Remove what was measured of the last answer. */
+function blank() {
+  for (const name of ["tree-speed", "tree-efficiency", "plain-speed", "plain-efficiency"]) {
+    byId(name).textContent = "–";
+  }
+  for (const name of ["verdict", "pause"]) byId(name).textContent = "";
+}
+
 async function ask(text, urls) {
   comparison?.abort();
   request = new AbortController();
   busy(true);
-  for (const name of ["tree-speed", "tree-efficiency", "plain-speed", "plain-efficiency"]) {
-    byId(name).textContent = "–";
-  }
-  const verdict = byId("verdict");
-  verdict.textContent = "";
-  byId("pause").textContent = "";
+  blank();
   log.querySelector(".hint")?.remove();
   const content = contentOf(text, urls);
   const asked = userTurn(content);
@@ -231,22 +253,22 @@ async function ask(text, urls) {
     await read(answer, "tree", treeBody, signal);
     finished = true;
   } catch (error) {
-    if (!answer.text && error.name !== "AbortError" && signal.reason !== "new chat") {
-      // Nothing was answered: the message can be sent again.
-      if (error.status === 401) asked.remove();
+    if (signal.reason === "new chat") return;
+    if (!answer.text) {
+      // Nothing was answered: the message can be sent again, with what was typed since.
+      asked.remove();
       answer.place.parentElement.remove();
       messages.pop();
       shown = null;
-      prompt.value = text;
-      nextImages.set(urls);
+      prompt.value = [text, prompt.value].filter(Boolean).join("\n");
+      nextImages.set([...urls, ...nextImages.urls]);
       busy(false);
       return tell(error);
     }
     tell(error);
   }
-  if (signal.reason === "new chat") return;
   messages.push({ role: "assistant", content: answer.content });
-  finishTurn(answer.place, answer.text);
+  finishTurn(answer.place, answer.content, answer.thoughts);
   store();
   busy(false);
   if (finished && byId("compare").checked) await compare(answer, plainBody);
@@ -272,7 +294,7 @@ async function compare(answer, sent) {
 
 function tell(error) {
   if (error.status === 401) askForKey();
-  if (error.name !== "AbortError" && error !== "new chat") turn("error", error.message);
+  if (error.name !== "AbortError") turn("error", error.message);
 }
 
 /** Show an iteration's tree, and mark its tokens. */
@@ -282,12 +304,12 @@ function choose(number) {
   slider.disabled = !count;
   slider.max = Math.max(1, count);
   slider.value = number;
-  log.querySelectorAll(".shown").forEach((span) => span.classList.remove("shown"));
+  for (const span of marked) span.classList.remove("shown");
+  marked = [];
   if (!count) return;
   const tree = shown.iterations[Number(slider.value) - 1];
-  shown.place
-    .querySelectorAll(`[data-iteration="${tree.iteration}"]`)
-    .forEach((span) => span.classList.add("shown"));
+  marked = shown.spans[tree.iteration];
+  for (const span of marked) span.classList.add("shown");
   const drafted = tree.nodes.length - 1;
   byId("caption").textContent =
     `Draft tree of iteration ${tree.iteration}: ${tree.path.length - 1} of ${drafted} drafted ` +
@@ -295,10 +317,14 @@ function choose(number) {
   drawTree(byId("tree"), tree);
 }
 
+/** Offer to stop, or to send. The focus moves only where its button disappears. */
 function busy(yes) {
+  const [before, after] = yes ? [send, stop] : [stop, prompt];
+  const moves = document.activeElement === before;
   send.hidden = yes;
   stop.hidden = !yes;
-  (yes ? stop : prompt).focus();
+  log.ariaBusy = yes; // screen readers read an answer when it is complete
+  if (moves) after.focus();
 }
 
 function askForKey() {
@@ -341,11 +367,18 @@ for (const name of ["dragover", "dragleave", "drop"]) {
   });
 }
 prompt.addEventListener("keydown", (event) => {
-  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  if (event.key !== "Enter" || event.shiftKey || isComposing(event)) return;
   event.preventDefault();
   form.requestSubmit();
 });
+/** Whether a key belongs to an input method. Safari ends the composition before its last key. */
+function isComposing(event) {
+  return event.isComposing || event.keyCode === 229;
+}
 stop.addEventListener("click", () => request.abort());
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Escape" && !stop.hidden && !isComposing(event)) request.abort();
+});
 byId("clear").addEventListener("click", () => {
   request?.abort("new chat");
   comparison?.abort();
@@ -357,7 +390,7 @@ byId("clear").addEventListener("click", () => {
   log.replaceChildren();
   byId("tree").replaceChildren();
   byId("caption").textContent = "Draft tree";
-  byId("verdict").textContent = "";
+  blank();
   choose(1);
   prompt.focus();
 });
@@ -377,22 +410,22 @@ byId("key-form").addEventListener("submit", async (event) => {
   prompt.focus();
 });
 
-/** Show the name of the model; returns whether the server accepts the key. */
+/** Show the name of the model, or why there is none; returns whether the server accepts the key. */
 async function nameModel() {
   const key = byId("key").value;
-  const headers = key ? { Authorization: `Bearer ${key}` } : {};
-  const response = await fetch("v1/models", { headers });
-  const refused = response.status === 401;
-  if (refused) askForKey();
-  if (response.ok) {
-    const [model] = (await response.json()).data;
+  try {
+    const [model] = (await (await fetchPath("v1/models", key)).json()).data;
     byId("model").textContent = model.id;
     takesImages = model.input_modalities.includes("image");
     byId("add-image").hidden = !takesImages;
-  } else {
-    byId("model").textContent = refused ? "API key needed" : await reason(response);
+    return true;
+  } catch (error) {
+    const refused = error.status === 401;
+    if (refused) askForKey();
+    const reason = key ? "wrong API key" : "API key needed";
+    byId("model").textContent = refused ? reason : error.message;
+    return false;
   }
-  return response.ok;
 }
 
 function showMarkdown() {

@@ -8,9 +8,19 @@ const TAGS = [
   "li", "ol", "p", "pre", "s", "strong", "table", "tbody", "td", "th", "thead", "tr", "ul",
 ];
 
-/** The elements of a text in Markdown; HTML in the text is shown as text. */
+// Shown as the model wrote them: HTML, the places of images, which are not loaded, the boxes of
+// tasks, and backslashes, which belong to formulas.
+const AS_WRITTEN = ["html", "image", "checkbox", "escape"];
+
+/** The elements of a text in Markdown, or the text itself if it is nested too deeply to be laid out. */
 export function markdown(text) {
-  const html = marked.parse(text, { breaks: true, walkTokens: showHtml });
+  let html;
+  try {
+    html = marked.parse(text, { breaks: true, walkTokens: showAsWritten });
+  } catch (error) {
+    if (!(error instanceof RangeError)) throw error; // the stack is full
+    return document.createTextNode(text);
+  }
   const made = DOMPurify.sanitize(html, {
     ALLOWED_TAGS: TAGS,
     ALLOWED_ATTR: ["href", "start", "align"],
@@ -23,8 +33,8 @@ export function markdown(text) {
   return made;
 }
 
-function showHtml(token) {
-  if (token.type !== "html") return;
+function showAsWritten(token) {
+  if (!AS_WRITTEN.includes(token.type)) return;
   token.type = "text";
   token.text = token.raw;
   token.escaped = false;
