@@ -103,7 +103,7 @@ def examine_device(name: str, config: LoadConfig) -> DeviceReport:
     load = loader(name)
     examine = _beside(load, "examine_device")
     if examine is None:
-        raise BackendError(f"the {name} backend has nothing to tell about its device")
+        raise BackendError(f"the {name} backend cannot describe its device")
     check_config(load, config)
     report: DeviceReport = examine(config)
     return report

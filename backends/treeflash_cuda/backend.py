@@ -351,7 +351,7 @@ EXAMINED_HEAD_DIMS = (64, 128, 256)
 
 
 def examine_device(config: LoadConfig) -> DeviceReport:
-    """Tell about the device, and check the Triton kernels on a GPU, without a model."""
+    """Describe the device, and check the Triton kernels on a GPU, without a model."""
     device = choose_device(config.device)
     if device.type != "cuda":
         return DeviceReport(facts=device_facts(device))

@@ -227,7 +227,7 @@ EXAMINED_DELTA_NET = (16, 32, 128, 128, mx.bfloat16, False)
 
 
 def examine_device(config: LoadConfig) -> DeviceReport:
-    """Tell about the device, and check and time every kernel there anew, without a model."""
+    """Describe the device, and check and time every kernel there anew, without a model."""
     choose_device(config.device)
     limit_cache()
     if metal_kernels.uses_kernels():

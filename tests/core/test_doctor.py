@@ -196,9 +196,7 @@ def test_the_device_alone_is_examined_without_a_model(monkeypatch, capsys):
 
 def test_a_backend_that_cannot_tell_about_its_device_says_so(capsys):
     assert main(["--backend", "reference", "--device", "cpu", "--device-only"]) == 2
-    assert capsys.readouterr().err == (
-        "error: the reference backend has nothing to tell about its device\n"
-    )
+    assert capsys.readouterr().err == ("error: the reference backend cannot describe its device\n")
 
 
 @pytest.mark.parametrize(

@@ -408,7 +408,7 @@ def cost_file(backend: Backend, model: str, loaded: LoadConfig, folder: Path) ->
     variables = map(os.environ.get, ("OMP_NUM_THREADS", "LD_PRELOAD"))
     machine = platform.node(), platform.processor(), os.cpu_count(), *variables
     versions = [*(version(name) for name in PACKAGES if find_spec(name)), platform.mac_ver()[0]]
-    # Kernels that race at load may win this time and lose the next.
+    # Kernels that are timed at load may win this time and lose the next.
     used = sorted(
         (kernel, size)
         for kernel, verdicts in device_report(backend).kernels.items()
