@@ -9,8 +9,9 @@ const TAGS = [
 ];
 
 // Shown as the model wrote them: HTML, the places of images, which are not loaded, the boxes of
-// tasks, and backslashes, which belong to formulas.
-const AS_WRITTEN = ["html", "image", "checkbox", "escape"];
+// tasks, and the brackets of formulas, as in \(x\).
+const AS_WRITTEN = ["html", "image", "checkbox"];
+const FORMULA = /^\\[()[\]]$/;
 
 /** The elements of a text in Markdown, or the text itself if it is nested too deeply to be laid out. */
 export function markdown(text) {
@@ -34,7 +35,7 @@ export function markdown(text) {
 }
 
 function showAsWritten(token) {
-  if (!AS_WRITTEN.includes(token.type)) return;
+  if (!AS_WRITTEN.includes(token.type) && !FORMULA.test(token.raw)) return;
   token.type = "text";
   token.text = token.raw;
   token.escaped = false;
