@@ -143,7 +143,8 @@ def test_hostile_text_is_shown_as_text(server, open_page):
 
 LINK = "[x](javascript:alert(1))"
 AS_WRITTEN = r"- [x] \(a_1\) ![Main](https://x.y/z)"
-MARKDOWN = f"# Rivers\n\n| a | b |\n| - | - |\n| 1 | 2 |\n\n- **Rhine**\n- {LINK}\n{AS_WRITTEN}\n"
+TABLE = "| a | b |\n| - | - |\n| 1 | 2 |"
+MARKDOWN = f"# Rivers\n\n{TABLE}\n\n- **Rhine**\n- {LINK}\n- 3 \\* 4\n{AS_WRITTEN}\n"
 
 
 def test_markdown_and_copy(server, open_page):
@@ -158,6 +159,7 @@ def test_markdown_and_copy(server, open_page):
     assert formatted.locator("strong").inner_text() == "Rhine"
     assert formatted.locator("td").count() == 2
     assert formatted.locator("[href]").count() == 0
+    assert formatted.locator("li").nth(2).inner_text() == "3 * 4"
     assert formatted.locator("li").last.inner_text() == AS_WRITTEN.removeprefix("- ")
     assert not page.locator(".tokens").is_visible()
     shot(page, "markdown")

@@ -159,9 +159,11 @@ class CompletionFormatter(ChoicesFormatter):
         lengths = (sum(byte & 0xC0 != 0x80 for byte in token_bytes(token_id)) for token_id in ids)
         *offsets, self._offsets[index] = accumulate(lengths, initial=self._offsets[index])
         blank = [None] * len(first)
+        # Beside the best tokens there is the token itself, as in OpenAI's API.
+        best = ([*token.top, (token.token_id, token.log_prob)] for token in scored)
         return {
             "tokens": list(map(name, ids)),
             "token_logprobs": [*blank, *(token.log_prob for token in scored)],
-            "top_logprobs": [*blank, *({name(i): x for i, x in token.top} for token in scored)],
+            "top_logprobs": [*blank, *({name(i): x for i, x in row} for row in best)],
             "text_offset": offsets,
         }
