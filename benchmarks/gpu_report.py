@@ -157,7 +157,7 @@ def kernel_rows(averages: Iterable[Any], iterations: int) -> list[Row]:
     """Return what each kernel takes of an iteration, the longest one first.
 
     Args:
-        averages: of a profile of PyTorch. Those of the host, such as the launch of a graph, have
+        averages: of a profile of PyTorch. Averages of the host, such as the launch of a graph, have
             the times of their kernels once more.
         iterations: of the profile.
     """
@@ -244,26 +244,11 @@ def machine(gpu: Gpu, part: Part) -> None:
             part.add("cards", **dict(zip(names.split(","), line.split(", "), strict=False)))
 
 
-def examined_shapes(head_dim: int) -> Any:
-    """Return the `Shapes` of a target that uses every kernel, with heads of this width."""
-    from treeflash_cuda.operations import EXAMINED_CONVOLUTIONS, EXAMINED_STATES, Shapes
-
-    return Shapes(
-        heads=8,
-        kv_heads=2,
-        head_dim=head_dim,
-        hidden_size=8 * head_dim,
-        experts=True,
-        recurrent=EXAMINED_STATES,
-        convolutions=EXAMINED_CONVOLUTIONS,
-    )
-
-
 def kernels(gpu: Gpu, part: Part) -> None:
     """Check every kernel for every dtype and width."""
     import torch
     from treeflash_cuda.kernels import flash_kernels
-    from treeflash_cuda.operations import load_operations
+    from treeflash_cuda.operations import examined_shapes, load_operations
 
     for dtype, head_dim in product(DTYPES, HEAD_DIMS):
         shapes = examined_shapes(head_dim)

@@ -58,11 +58,10 @@ from treeflash_cuda.linear import (
 )
 from treeflash_cuda.mtp_head import MtpArena, MtpDrafter, MtpHead, MtpModel, ParallelDrafter
 from treeflash_cuda.operations import (
-    EXAMINED_CONVOLUTIONS,
-    EXAMINED_STATES,
     PYTORCH,
     Operations,
     Shapes,
+    examined_shapes,
     load_operations,
 )
 from treeflash_cuda.parallel import (
@@ -284,9 +283,9 @@ def new_drafter_arena(model: Model, target: Target) -> Arena:
 def reserve_memory(target: Target, drafter: Arena | None, share: float) -> None:
     """Let each arena reserve its part of the GPUs' memory: columns for equal positions.
 
-    A GPU has the columns of its layers, and the target's has those of the drafter too. The GPU with
-    the least room for a position decides. Recurrent states of `STATE_SEQUENCES` come first, but
-    have at most half.
+    A GPU has the columns of its layers, and the target's GPU has the drafter's columns too. The
+    GPU with the least room for a position decides. Recurrent states of `STATE_SEQUENCES` come
+    first, but have at most half.
 
     Args:
         target: its largest pass, and the graphs that are captured of it, keep their memory.
@@ -358,16 +357,7 @@ def examine_device(config: LoadConfig) -> DeviceReport:
     dtype = config.dtype or "bfloat16"
     verdicts: dict[str, dict[str, str]] = {}
     for head_dim in EXAMINED_HEAD_DIMS:
-        shapes = Shapes(
-            heads=8,
-            kv_heads=2,
-            head_dim=head_dim,
-            hidden_size=8 * head_dim,
-            experts=True,
-            draft_bits=BITS,
-            recurrent=EXAMINED_STATES,
-            convolutions=EXAMINED_CONVOLUTIONS,
-        )
+        shapes = examined_shapes(head_dim, BITS)
         operations = load_operations(shapes, device, getattr(torch, dtype))
         for name, verdict in operations.verdicts.items():
             verdicts.setdefault(name, {})[f"{dtype}, heads of {head_dim}"] = verdict

@@ -270,6 +270,22 @@ EXAMINED_STATES = (4, 128, 128, False), (4, 128, 64, True)
 """The states of gated delta nets and of Mamba-2, as `Shapes.recurrent`, for checks of a device."""
 EXAMINED_CONVOLUTIONS = (600, 4), (64, 3)
 """As `Shapes.convolutions`, for checks of a device."""
+
+
+def examined_shapes(head_dim: int, draft_bits: tuple[int, ...] = ()) -> Shapes:
+    """Return the shapes of a target that uses every kernel, for checks of a device."""
+    return Shapes(
+        heads=8,
+        kv_heads=2,
+        head_dim=head_dim,
+        hidden_size=8 * head_dim,
+        experts=True,
+        draft_bits=draft_bits,
+        recurrent=EXAMINED_STATES,
+        convolutions=EXAMINED_CONVOLUTIONS,
+    )
+
+
 NEEDS = {
     "grouped_linear": "experts",
     "quantised_linear": "draft_bits",

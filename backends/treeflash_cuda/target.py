@@ -100,7 +100,7 @@ FIXED_ATTENTION = "their attention layers do not support other attention functio
 
 CACHES = "cache", "past_key_values", "cache_params"
 """Names of the argument by which models take a cache. transformers has only the first since 5.24,
-and warns about the others at every call; the last one was that of models without attention."""
+and warns about the others at every call; the last warning was about models without attention."""
 
 CHECKED_TOKENS = 16
 """Length of the prompt on which the replaced attention is compared with the model's own."""

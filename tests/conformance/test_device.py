@@ -178,9 +178,9 @@ def test_no_kernel_falls_back(module, dtype, head_dim):
         pytest.skip(problem)
     import torch
     from treeflash_cuda.device import choose_device
-    from treeflash_cuda.operations import CHECKS, load_operations
+    from treeflash_cuda.operations import CHECKS, examined_shapes, load_operations
 
-    shapes = module("gpu_report").examined_shapes(head_dim)
+    shapes = examined_shapes(head_dim)
     operations = load_operations(shapes, choose_device(None), getattr(torch, dtype))
     where = f"{dtype} and heads of {head_dim}"
     assert list(module("gpu_report").kernel_problems(operations.verdicts, where)) == []

@@ -175,7 +175,7 @@ def locate_model(
 ) -> LocatedPair:
     """Fetch the chosen models; no drafter if the methods need none. None is the default method.
 
-    `changes` are options in place of those of the command line.
+    `changes` are options that replace the command line's.
     """
     chosen = {**vars(args), **changes}
     drafter: str | Literal[False] | None = chosen["drafter"]

@@ -471,7 +471,7 @@ def _position_seconds(
 ) -> dict[int, float]:
     """Return the extra seconds of a pass for each position, by number of rows.
 
-    The sequence is extended by as many of the tokens as `PREFILL_S` allow. `short_s` has the
+    The tokens extend the sequence, in chunks, until `PREFILL_S` are over. `short_s` has the
     seconds of passes before, by number of rows.
     """
     started = time.perf_counter()

@@ -89,7 +89,7 @@ def draft_vocab_size(config: Mapping[str, Any], layers: Mapping[str, Any]) -> in
 def speculators_layers(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the layers' settings of a file of speculators.
 
-    Where rotary settings differ between types of layers, all layers have those of sliding ones.
+    If rotary settings differ between types of layers, all have the sliding layers' settings.
     """
     layers = dict(config["transformer_layer_config"])
     rope = layers.get("rope_parameters") or {}
