@@ -18,11 +18,11 @@ COMMANDS = {
     "launch": "run a coding agent, such as Claude Code, on a local model",
     "train": "train a drafter on the responses of its target",
     "distill": "generate a target's responses to train a drafter on",
-    "adapt": "continue training a drafter, for a fine-tuned target",
+    "adapt": "continue training a drafter for a fine-tuned target",
     "evaluate": "measure a drafter by depth, method and budget",
     "doctor": "diagnose a target and its drafter",
-    "convert": "write a drafter in another published format",
-    "models": "list models on this machine, download and remove models",
+    "convert": "convert a drafter to another published format",
+    "models": "list the models on this machine, download and remove models",
     "drafters": "list what can draft for a target, the best first",
 }
 SHELLS = ("bash", "zsh", "tcsh", "fish", "powershell")
@@ -54,7 +54,7 @@ def _make_parser() -> tuple[Parser, argparse._SubParsersAction[argparse.Argument
     parser.add_argument(
         "--completion",
         choices=SHELLS,
-        help="print a script that makes this shell complete commands and options",
+        help="print a script that lets this shell complete commands and options",
     )
     commands = parser.add_subparsers(
         metavar="COMMAND", title="commands", parser_class=argparse.ArgumentParser

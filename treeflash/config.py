@@ -68,7 +68,7 @@ def remember(path: Path, text: str) -> None:
 def _parse_logit_bias(text: str) -> dict[int, float]:
     values = parse_json_object(text)
     if not all(key.isdecimal() and (type(x) is float or is_finite(x)) for key, x in values.items()):
-        raise argparse.ArgumentTypeError(f"not numbers by token id: {text}")
+        raise argparse.ArgumentTypeError(f"must be numbers by token id, got {text}")
     return {int(key): float(bias) for key, bias in values.items()}
 
 
@@ -104,7 +104,7 @@ class SamplingConfig:
     )
     top_p: float = option(
         1.0,
-        "sample from the most probable tokens whose probabilities add up to P",
+        "sample from the smallest set of most probable tokens whose probabilities add up to P",
         above=0,
         maximum=1,
         requests=True,
@@ -145,29 +145,29 @@ class Penalties:
     # Requests beyond OpenAI's limits could overflow the logits.
     repetition: float = option(
         1.0,
-        "above 1, tokens of the prompt and of the text become less probable",
+        "values above 1 make tokens that occur in the prompt or the text less probable",
         name="repetition_penalty",
         requests=True,
         request_limits=(0.01, 100),
     )
     presence: float = option(
         0.0,
-        "subtracted from the logits of tokens in the text",
+        "number to subtract from the logits of tokens that occur in the text",
         name="presence_penalty",
         requests=True,
         request_limits=(-2, 2),
     )
     frequency: float = option(
         0.0,
-        "subtracted from a token's logit for each time that it is in the text",
+        "number to subtract from a token's logit for each time that it occurs in the text",
         name="frequency_penalty",
         requests=True,
         request_limits=(-2, 2),
     )
     logit_bias: tuple[tuple[int, float], ...] = option(
         (),
-        "numbers to add to logits, by token id, as a JSON object",
-        doc="numbers to add to logits, by token id",
+        "numbers to add to the logits of tokens, as a JSON object with token ids as keys",
+        doc="numbers to add to the logits of tokens, by token id",
         annotation="Mapping[int, float]",
         metavar="JSON",
         parse=_parse_logit_bias,
@@ -210,7 +210,7 @@ class DecodeConfig:
     method: Method = option(
         "treeflash",
         "drafting method",
-        doc="`ar` decodes without drafting; `dflash` drafts a chain and `ddtree` a tree of the "
+        doc="`ar` decodes without drafting; `dflash` drafts a chain and `ddtree` a tree from the "
         "drafter's marginals; `treeflash-chain` and `treeflash` draft with its AR head; `suffix` "
         "needs no drafter and copies what followed the last tokens earlier in the text",
         shown="the best that the drafter supports; suffix if none is known",
@@ -219,7 +219,8 @@ class DecodeConfig:
     )
     budget: Budget = option(
         AUTO,
-        f"nodes of a draft tree with its root, at most {MAX_BUDGET}; auto chooses the fastest size",
+        f"number of nodes in a draft tree, including its root, up to {MAX_BUDGET}; auto chooses "
+        "the fastest size",
         1,
         maximum=MAX_BUDGET,
         rule=f"auto, or from 1 to {MAX_BUDGET} nodes",
@@ -249,37 +250,39 @@ class DecodeConfig:
     )
     suffix: bool = option(
         True,
-        "whether trees also copy what followed the last tokens earlier in the text",
+        "whether trees include copies of what followed the last tokens earlier in the text",
         metavar="on|off",
         parse=parse_switch,
     )
     draft_depths: int | None = option(
         None,
-        "depths to draft at most; each costs MTP and EAGLE-3 heads a pass (default: all)",
+        "maximum number of depths to draft; each costs MTP and EAGLE-3 heads one pass "
+        "(default: all)",
         1,
-        doc="depths to draft at most, None for all; each costs MTP and EAGLE-3 heads a pass",
+        doc="maximum number of depths to draft, None for all; each costs MTP and EAGLE-3 heads one "
+        "pass",
     )
     draft_temperature: float = option(
         1.0,
-        "temperature of the drafter, which adapts to each text; it shapes the trees, never the "
-        "text",
+        "temperature of the drafter at the start of a text, to which it then adapts; it changes "
+        "the trees, never the text",
         1e-6,
         maximum=1e6,
         rule="from 1e-6 to 1e6",
     )
     calibration: bool = option(
         True,
-        "whether trees adapt to how sharp the drafter's distributions proved to be in the text so "
-        "far; off builds them as published",
-        doc="whether trees adapt to how sharp the drafter's distributions proved to be in the text "
-        "so far; False builds them as published",
+        "whether to sharpen or flatten the drafter's probabilities by how often they were right in "
+        "the text so far; off builds trees as published",
+        doc="whether to sharpen or flatten the drafter's probabilities by how often they were "
+        "right in the text so far; False builds trees as published",
         metavar="on|off",
         parse=parse_switch,
     )
     max_tokens: int = option(256, "maximum number of new tokens", 1, requests=True)
     stop_token_ids: frozenset[int] = option(
         frozenset(),
-        "tokens that end the text; the generated one is a part of it",
+        "tokens that end the text; the token that ends it is part of the text",
         annotation="Collection[int]",
         rule="a frozenset of token ids",
         shown="the end tokens of the target",
@@ -341,11 +344,11 @@ class LoadConfig:
         rule="the name of a device, such as cpu or cuda:1",
     )
     dtype: str | None = option(
-        None, "number format of the models", shown="chosen by the backend", choices=DTYPES
+        None, "data type of the models", shown="chosen by the backend", choices=DTYPES
     )
     device_map: Literal["auto"] | None = option(
         None,
-        "put the target's layers on as many GPUs as they need; needs accelerate (cuda)",
+        "distribute the target's layers over as many GPUs as they need; needs accelerate (cuda)",
         rule="auto, or None for one device",
         choices=(AUTO,),
     )
@@ -360,14 +363,14 @@ class LoadConfig:
     )
     draft_bits: int | None = option(
         None,
-        "quantise the drafter to N bits, 16 for not at all (mlx; cuda on a GPU: 4 or 8)",
+        "quantise the drafter to N bits; 16 leaves it unquantised (mlx; cuda on a GPU: 4 or 8)",
         1,
-        shown="with mlx on a GPU the bits of a quantised target, at least 4",
+        shown="on a Mac's GPU the bits of a quantised target, at least 4",
         metavar="N",
     )
     draft_window: int | None = option(
         None,
-        f"the drafter sees only the first {SINK} and the last N tokens",
+        f"let the drafter see only the first {SINK} and the last N tokens",
         1,
         shown="all; mlx: 4096",
         metavar="N",
@@ -384,23 +387,24 @@ class LoadConfig:
     )
     exact: bool | None = option(
         None,
-        "make the target's logits bitwise equal for every method, budget and batch, or refuse "
-        "(cuda and mlx; default: with cuda in half precision on a CPU where possible)",
+        "make the target's logits bitwise equal for every method, budget and batch, or fail if "
+        "that is impossible (cuda and mlx; default: on for cuda in half precision on a CPU, if "
+        "possible)",
         doc="make the target's logits bitwise equal for every method, budget, batch and prompt "
-        "chunk (cuda and mlx); an error where that does not hold. None does so with cuda "
-        "in half precision on a CPU where it holds",
+        "chunk (cuda and mlx), or raise an error if that is impossible. None means True for cuda "
+        "in half precision on a CPU if it is possible, and False otherwise",
         rule="True, False or None",
     )
     cuda_graphs: bool = option(
         True,
-        "do not replay trees and drafts as CUDA graphs (cuda)",
-        doc="replay trees and drafts as CUDA graphs (cuda)",
+        "do not use CUDA graphs (cuda)",
+        doc="run trees and drafts as CUDA graphs (cuda)",
         flag="--no-cuda-graphs",
     )
     wired: bool = option(
         False,
-        "keep the models and 5 GiB more in memory while the process runs, whatever other programs "
-        "need (mlx on a Mac)",
+        "keep the models, and 5 GiB more, in memory while the process runs, even if other programs "
+        "need it (mlx on a Mac)",
         flag="--wired",
     )
     force: bool = option(
@@ -415,7 +419,7 @@ class LoadConfig:
     )
     threads: int | None = option(
         None,
-        "threads of the process's operations on a CPU (cuda)",
+        "number of threads for computing on a CPU (cuda)",
         1,
         shown="one for each processor that other programs leave free",
         metavar="N",

@@ -392,7 +392,7 @@ def check_device(backend: Backend) -> list[Finding]:
     if (free := report.free_bytes) is not None:
         findings.append(_memory_finding(backend, report.weights_bytes, free))
     if not report.batches:
-        message = "sequences run one by one: this model's logits in a batch are others"
+        message = "sequences run one by one, because this model's logits differ in a batch"
         findings.append(Finding(check="batches", message=message))
     return [*findings, *check_kernels(report)]
 

@@ -385,7 +385,7 @@ def load(
             SmolLM2-135M-Instruct.
         drafter: a local folder or a hub id; `auto` or None is the published drafter of the target,
             or else the MTP head in the target's folder; `self` is that head. One that cannot be
-            used is passed over with a warning. If there is neither, the default method is
+            used is skipped with a warning. If there is neither, the default method is
             `suffix`, which needs none. False loads no drafter: the default is
             plain decoding, and `suffix` works.
         backend: name of an installed backend; None is the best installed backend.
@@ -425,9 +425,7 @@ class LocatedPair:
             reason = first_line(error)
         if reason:  # not inside `except`, where the error keeps the first target in memory
             pair = self._load_pair(None)  # raises if the target was the reason
-            logging.getLogger(__name__).warning(
-                "the drafter in %s is passed over: %s", drafter, reason
-            )
+            logging.getLogger(__name__).warning("the drafter in %s is skipped: %s", drafter, reason)
             passed_over, drafter = True, None
         if self.config.exact and pair.inexact:
             raise ConfigError(f"the {pair.name} backend has no exact mode; {pair.inexact}")
@@ -476,8 +474,8 @@ def locate(
         )
     if config.adapter is not None and (base := other_base(Path(config.adapter), target_folder)):
         logging.getLogger(__name__).warning(
-            "the adapter in %s was trained for %s, but is merged into %s; texts are right only if "
-            "these are one model",
+            "the adapter in %s was trained for %s, but is merged into %s; the output is right "
+            "only if these are the same model",
             config.adapter,
             base,
             model_name(target_folder),
@@ -511,7 +509,7 @@ def locate(
 def _can_copy(backend: Backend, target: Path, *, passed_over: bool) -> bool:
     """Return whether a target without a drafter runs draft trees; says what it is decoded with.
 
-    A drafter that was passed over had a line already, which is enough if copies replace it.
+    A drafter that was skipped had a line already, which is enough if copies replace it.
     """
     method, reason = "suffix, which copies what the text repeats", ""
     try:

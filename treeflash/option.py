@@ -221,9 +221,9 @@ def number_or(words: Mapping[str, Any], counted: str) -> Callable[[str], Any]:
         try:
             return int(text)
         except ValueError:
-            known = " nor ".join(words)
+            known = ", ".join(words)
             raise argparse.ArgumentTypeError(
-                f"neither {known} nor a number of {counted}: {text}"
+                f"must be {known} or a number of {counted}, got {text}"
             ) from None
 
     return parse
@@ -232,7 +232,7 @@ def number_or(words: Mapping[str, Any], counted: str) -> Callable[[str], Any]:
 def parse_switch(text: str) -> bool:
     """Read `on` or `off`."""
     if text not in ("on", "off"):
-        raise argparse.ArgumentTypeError(f"neither on nor off: {text}")
+        raise argparse.ArgumentTypeError(f"must be on or off, got {text}")
     return text == "on"
 
 
@@ -241,7 +241,7 @@ def parse_json_object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise argparse.ArgumentTypeError(f"not JSON ({error}): {text}") from None
+        raise argparse.ArgumentTypeError(f"invalid JSON ({error}): {text}") from None
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"not a JSON object: {text}")
+        raise argparse.ArgumentTypeError(f"must be a JSON object, got {text}")
     return value

@@ -234,7 +234,7 @@ class CudaBackend(BaseBackend):
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            warnings.warn(f"other CUDA graphs are captured later: {error}", stacklevel=2)
+            warnings.warn(f"other CUDA graphs are captured when needed: {error}", stacklevel=2)
         return self.captures - before
 
     def _run_all_passes(self) -> None:

@@ -1,4 +1,4 @@
-"""Draft sources that are found automatically: what cannot be used is passed over with one line."""
+"""Draft sources that are found automatically: what cannot be used is skipped with one line."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def unsupported(request, tiny_pair, tmp_path):
 
 def one_line(lines: list[str], *parts: str) -> None:
     (line,) = lines
-    assert "is passed over" in line
+    assert "is skipped" in line
     for part in parts:
         assert part in line
 
@@ -129,12 +129,12 @@ def test_the_next_published_drafter_is_taken(tiny_pair, tmp_path, published, cap
     pair = locate(target, backend="reference")
     assert pair.drafter == drafter
     first, second = caplog.messages
-    one_line([first], f"the drafter {tmp_path / 'missing'} is passed over")
-    one_line([second], f"the drafter {wide} is passed over", "its hidden size is 64")
+    one_line([first], f"the drafter {tmp_path / 'missing'} is skipped")
+    one_line([second], f"the drafter {wide} is skipped", "its hidden size is 64")
     caplog.clear()
     options = ["--backend", "reference", "--target", str(target), "--max-tokens", "4"]
     assert doctor.main(options) in (0, doctor.PROBLEM)
-    assert "wide is passed over" in caplog.text
+    assert "wide is skipped" in caplog.text
     assert models.resolve_drafter("auto", str(target)) == wide  # which asks no backend
     for name in (tmp_path / "missing", wide):
         with pytest.raises(CheckpointError):
@@ -145,7 +145,7 @@ def test_the_target_s_own_head_comes_after_published_drafters(tmp_path, publishe
     target, _ = write_mtp_pair(tmp_path, "mtp")
     published(tmp_path / "missing")
     assert locate(target, backend="reference").drafter == target
-    one_line(caplog.messages, "missing is passed over")
+    one_line(caplog.messages, "missing is skipped")
 
 
 def test_a_drafter_that_the_backend_lacks_is_passed_over(tiny_pair, published, caplog):

@@ -331,7 +331,7 @@ def test_the_system_message_of_a_drafters_training_is_pointed_out(use, run, scri
     note = "note: the drafter was trained with the system message 'You are a helpful assistant.'"
     assert note in run("hi", *drafter)[2]
     assert note not in run("hi", *drafter, "--system", "Be.")[2]
-    # The best drafter of this target was passed over.
+    # The best drafter of this target was skipped.
     folder = Path("/hub/models--deepseek-ai--dspark_qwen3_4b_block7/snapshots/0a1b")
     use(replace(scripted(TEXT), drafter_folder=folder))
     assert note in run("hi", "--target", "Qwen/Qwen3-4B")[2]
@@ -452,10 +452,10 @@ def bad_files(folder):
         ("--budget 0 hi", "budget must be auto, or from 1 to 1024 nodes, got 0"),
         ("--budget=-1 hi", "budget must be auto, or from 1 to 1024 nodes"),
         ("--budget 100000 hi", "budget must be auto, or from 1 to 1024 nodes, got 100000"),
-        ("--budget many hi", "neither auto nor a number of nodes: many"),
-        ("--head-rows many hi", "neither full nor auto nor a number of tokens: many"),
+        ("--budget many hi", "must be auto or a number of nodes, got many"),
+        ("--head-rows many hi", "must be full, auto or a number of tokens, got many"),
         ("--head-vocab -1 hi", "head_vocab must be 1 or more, got -1"),
-        ("--suffix maybe hi", "neither on nor off: maybe"),
+        ("--suffix maybe hi", "must be on or off, got maybe"),
         ("--suffix-cache-gb 1 hi", "--suffix-cache-gb needs --prompts; remove it for a single"),
         ("--suffix-cache-gb -1 hi", "'-1' is not a number of GiB, 0 or more"),
         ("--temperature hot hi", "invalid float value"),
@@ -469,15 +469,15 @@ def bad_files(folder):
         ("--prompt-file empty.txt", "is empty"),
         ("--explain hi", "put the prompt before --explain"),
         ("--explain=0 hi", "not a number of iterations"),
-        ("--chat-template-args {x} hi", "not JSON"),
-        ("--chat-template-args [] hi", "not a JSON object"),
+        ("--chat-template-args {x} hi", "invalid JSON"),
+        ("--chat-template-args [] hi", "must be a JSON object"),
         ("--raw --system x hi", "raw"),
         ("--prompts rows.jsonl", "--output"),
-        ("--logit-bias {x} hi", "not JSON"),
-        ('--logit-bias {"x":1} hi', "not numbers by token id"),
-        (f'--logit-bias {{"1":1{"0" * 400}}} hi', "not numbers by token id"),
+        ("--logit-bias {x} hi", "invalid JSON"),
+        ('--logit-bias {"x":1} hi', "must be numbers by token id"),
+        (f'--logit-bias {{"1":1{"0" * 400}}} hi', "must be numbers by token id"),
         ('--logit-bias {"1":NaN} hi', "logit_bias must give one number per token id"),
-        ("--json-schema [] hi", "not a JSON object"),
+        ("--json-schema [] hi", "must be a JSON object"),
         ("--json-schema @missing.json hi", "missing.json cannot be read"),
         ("--regex a --grammar b hi", "grammar and regex exclude each other"),
         ("--logprobs -1 hi", "log_probs must be 0 or more"),

@@ -79,5 +79,5 @@ def test_a_picture_that_the_target_does_not_take_is_refused(tmp_path):
     CONFIGS["qwen3_vl"]().save_pretrained(tmp_path)
     PROCESSORS["qwen3_vl"]().save_pretrained(tmp_path)
     processor = load_processor(tmp_path, read_config(tmp_path), "cuda", read_processor)
-    with pytest.raises(PromptError, match="the target takes no such image: absolute aspect ratio"):
+    with pytest.raises(PromptError, match="cannot take this image: absolute aspect ratio"):
         processor.encode(processor.placeholder, [picture(1, 1, 2000)])

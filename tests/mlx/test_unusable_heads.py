@@ -23,7 +23,7 @@ def test_an_incomplete_head_of_glm_4_7_flash_is_passed_over(
     save_file(head, tmp_path / "mtp.safetensors")
     model = load(tmp_path, device="cpu", backend="mlx", dtype="float32")
     line = caplog.messages[0]
-    assert f"the MTP head in {tmp_path} is passed over: {tmp_path} lacks the tensor" in line
+    assert f"the MTP head in {tmp_path} is skipped: {tmp_path} lacks the tensor" in line
     plain = load(tmp_path, False, device="cpu", backend="mlx", dtype="float32")
     text = model.generate("hi", max_tokens=16)
     assert text.method == "suffix"

@@ -98,7 +98,7 @@ def test_reasons_are_those_of_the_pair(evaluated, lines):
     add(AcceptanceMonitor(model), 0)
     pair = f"treeflash doctor --target {model.folder} --drafter {model.drafter_folder}"
     first, *others = lines()[0].partition("each: ")[2].split("; ")
-    assert first == f"a fine-tuned or another target than the drafter's ({pair})"
+    assert first == f"a target that is a fine-tune, or not the drafter's ({pair})"
     assert not [reason for reason in others if not reason.startswith("thinking")]
     add(AcceptanceMonitor(evaluated(adapter="my lora", kv_bits=8, draft_bits=4)), 0, length=5000)
     line = lines()[1]
@@ -119,7 +119,7 @@ def test_thinking_is_a_reason_where_the_template_knows_it(evaluated, lines, monk
         monkeypatch.setattr(model.tokenizer, "thinking", thinking)
         add(AcceptanceMonitor(model), 0)
     first, *others = lines()
-    assert "thinking, without which it was trained (treeflash doctor " in first
+    assert "thinking, which was off in its training (treeflash doctor " in first
     assert " --thinking)" in first
     assert not [line for line in others if "without which" in line]
 

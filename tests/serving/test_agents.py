@@ -213,7 +213,7 @@ def test_functions_of_a_namespace(caller, caplog):
         "function_call", "multi_agent_v1", "close_agent",
     )  # fmt: skip
     assert json.loads(call["arguments"]) == {"target": "7"}
-    assert "web_search is left out" in caplog.text
+    assert "web_search is ignored" in caplog.text
     result = {"type": "function_call_output", "call_id": call["call_id"], "output": "Closed."}
     history = {**CODEX, "input": [*CODEX["input"], call, result]}
     (item,) = caller.post("/v1/responses", history).json()["output"]

@@ -112,8 +112,8 @@ def test_configuration_file(run, told, tmp_path):
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (["--port", "70000"], "not a port: 70000"),
-        (["--port", "-1"], "not a port"),
+        (["--port", "70000"], "must be a port from 0 to 65535, got 70000"),
+        (["--port", "-1"], "must be a port"),
         (["--max-parallel", "0"], "max_parallel must be 1 or more"),
         (["--max-memory-gb", "-1"], "max_memory_gb must be above 0"),
         (["--max-memory-gb", "nan"], "max_memory_gb must be above 0"),
@@ -121,7 +121,7 @@ def test_configuration_file(run, told, tmp_path):
         (["--max-queue", "x"], "invalid int value: 'x'"),
         (["--timeout", "0"], "timeout must be above 0"),
         (["--timeout", "inf"], "timeout must be above 0, got inf"),
-        (["--port", "65536"], "not a port: 65536"),
+        (["--port", "65536"], "must be a port from 0 to 65535, got 65536"),
         (["--max-queue", "-1"], "max_queue must be 0 or more"),
         (["--max-choices", "0"], "max_choices must be 1 or more"),
         (["--max-body-mb", "0"], "max_body_mb must be above 0"),
@@ -152,7 +152,7 @@ def test_bad_options(run, args, says):
     [
         ("port = ", "is not a valid TOML file"),
         ("colour = 'red'", "unknown option 'colour'"),
-        ("port = 'x'", "not a port: x"),
+        ("port = 'x'", "must be a port from 0 to 65535, got x"),
         ("config = 'other.toml'", "cannot set config"),
         ("max_parallel = true", "max_parallel must be a number, not true"),
         ("port = true", "port must be a number, not true"),

@@ -158,7 +158,7 @@ class Parser(argparse.ArgumentParser):
             "--config",
             type=Path,
             metavar="FILE.toml",
-            help="read options from a TOML file; the command line has priority",
+            help="read options from a TOML file; options on the command line take precedence",
         )
 
     def parse(self, argv: Sequence[str] | None) -> argparse.Namespace:

@@ -100,14 +100,14 @@ def add_device_options(parser: argparse.ArgumentParser) -> Any:
     group.add_argument(
         "--backend",
         metavar="NAME",
-        help="cuda, mlx, reference or another installed backend (default: the best installed)",
+        help="cuda, mlx, reference or another installed backend (default: the best one installed)",
     )
     for name in DEVICE_OPTIONS:
         _add_load_option(group, name)
     group.add_argument(
         "--target",
         metavar="FOLDER_OR_ID",
-        help="the model to run; also a GGUF file (default: SmolLM2-135M-Instruct)",
+        help="the model to run: a folder, a hub id or a GGUF file (default: SmolLM2-135M-Instruct)",
     )
     return group
 
@@ -118,8 +118,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--drafter",
         metavar="FOLDER_OR_ID",
-        help="a drafter for the target, auto for the published one, or self for the MTP head in "
-        "the target's own folder (default: auto, then self)",
+        help="a drafter for the target: a folder, a hub id or a GGUF file; auto for the published "
+        "one; or self for the MTP head in the target's folder (default: auto, then self)",
     )
     for name in LOAD_OPTIONS:
         if name not in DEVICE_OPTIONS:
@@ -144,7 +144,7 @@ def _parse_parallel(text: str) -> Parallel:
     if text == AUTO:
         return AUTO
     if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"neither auto nor a number of sequences: {text}")
+        raise argparse.ArgumentTypeError(f"must be auto or a number of sequences, got {text}")
     return int(text)
 
 

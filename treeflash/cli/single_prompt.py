@@ -235,7 +235,7 @@ def _pauses(generation: Generation) -> list[str]:
     iterations = _count(len(generation.accepted_lengths), "iteration")
     return [
         f"drafting was paused in {generation.paused_iterations} of {iterations}: drafts cost more "
-        "than they brought"
+        "than they gained"
     ]
 
 

@@ -134,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def make_parser() -> Parser:
     parser = Parser(
-        "adapt", "Continue training a drafter, for a fine-tuned target, and measure the gain."
+        "adapt", "Continue training a drafter for a fine-tuned target, and measure the gain."
     )
     parser.add_config_option()
     parser.add_argument(
@@ -148,24 +148,24 @@ def make_parser() -> Parser:
         nargs="+",
         required=True,
         metavar="FILE.jsonl",
-        help="prompts of the kind that will be decoded: JSON objects with an id, and turns, a "
-        "prompt, or messages",
+        help="files of prompts like those that will be decoded, one JSON object per line, with an "
+        "id and either a prompt, messages, or turns",
     )
     parser.add_argument(
         "--output",
         type=Path,
         required=True,
         metavar="FOLDER",
-        help="folder for the drafter, the target's answers, the measurements and the state to "
-        "resume from",
+        help="folder for the drafter, the target's answers, the measurements, and the state from "
+        "which an interrupted run resumes",
     )
     parser.add_argument(
         "--measured",
         type=int,
         default=MEASURED,
         metavar="N",
-        help="prompts that measure the block efficiency before and after, and are not trained on; "
-        f"at most a quarter of all (default: {MEASURED})",
+        help="number of prompts that measure the block efficiency before and after training and "
+        f"are not trained on; at most a quarter of all prompts (default: {MEASURED})",
     )
     parser.add_argument(
         "--adapter", metavar="FOLDER", help="merge a LoRA adapter of PEFT or mlx-lm into the target"

@@ -64,15 +64,15 @@ COMMANDS = {
     "/reset": "/reset begins a new conversation",
     "/image": "/image FILE shows the model an image with the next message; may be repeated",
     "/retry": "/retry answers the last message again",
-    "/set": "/set NAME VALUE changes an option, as in `/set temperature 0.7`; without VALUE, back "
-    "to the default; /set alone lists the options",
-    "/save": "/save FILE writes the conversation as a line of JSON, for /load and for train, which "
-    "learns its last answer",
+    "/set": "/set NAME VALUE changes an option, as in `/set temperature 0.7`; without VALUE, "
+    "restores the default; /set alone lists the options",
+    "/save": "/save FILE writes the conversation as a line of JSON, for /load and for `treeflash "
+    "train`, which trains on its last answer",
     "/load": "/load FILE continues a saved conversation",
     "/tree": "/tree [N] draws the draft trees of the last N iterations",
     "/speed": "/speed shows tokens per second and accepted lengths of the last answer",
-    "/markdown": "/markdown turns the layout of Markdown on or off",
-    "/color": "/color turns colouring by iteration on or off; coloured text has no layout",
+    "/markdown": "/markdown turns the formatting of Markdown on or off",
+    "/color": "/color turns colouring by iteration on or off; coloured text is not formatted",
     "/help": "/help shows this list",
     "/exit": "/exit ends the program, as Ctrl-D does",
 }
@@ -424,13 +424,15 @@ def make_parser() -> Parser:
     parser = Parser("chat", "Talk to a model in the terminal, with draft trees.")
     parser.add_config_option()
     parser.add_argument(
-        "--color", action="store_true", help="colour the text by the iteration that brought it"
+        "--color", action="store_true", help="colour the text by the iteration that added it"
     )
     parser.add_argument(
-        "--no-markdown", action="store_true", help="show Markdown as the model writes it"
+        "--no-markdown", action="store_true", help="show Markdown source as the model writes it"
     )
     parser.add_argument(
-        "--no-history", action="store_true", help="do not remember messages for the next time"
+        "--no-history",
+        action="store_true",
+        help="do not store the messages that you type for later sessions",
     )
     for one in DISK_OPTIONS:
         cli.add_option(parser, one, default=one.default)
@@ -450,7 +452,7 @@ def _history(forget: bool) -> History:
         os.close(os.open(file, os.O_CREAT | os.O_RDWR, 0o600))
     except OSError as error:
         reason = f"{error.filename} cannot be written ({error.strerror})"
-        warnings.warn(f"messages are forgotten at the end: {reason}", stacklevel=2)
+        warnings.warn(f"messages will not be remembered: {reason}", stacklevel=2)
         return InMemoryHistory()
     return FileHistory(file)
 

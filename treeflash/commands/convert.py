@@ -24,9 +24,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_parser() -> Parser:
-    parser = Parser("convert", "Write a drafter in another published format.")
+    parser = Parser("convert", "Convert a drafter to another published format.")
     parser.add_argument("drafter", help="the drafter: a folder or a Hugging Face id")
-    parser.add_argument("output", type=Path, help="the folder to write, new or empty")
+    parser.add_argument("output", type=Path, help="the folder to write, which must be new or empty")
     parser.add_argument(
         "--to",
         choices=CONVERSIONS,
@@ -36,7 +36,9 @@ def make_parser() -> Parser:
         "convert a speculators drafter to the format of z-lab or DeepSpec; dflash also takes a "
         "TreeFlash drafter and leaves its AR head out",
     )
-    parser.add_argument("--target", help="name of the target, which speculators records")
+    parser.add_argument(
+        "--target", help="name of the target, which the format speculators requires"
+    )
     return parser
 
 

@@ -79,20 +79,21 @@ def make_parser() -> Parser:
         type=Path,
         nargs="+",
         metavar="FILE.jsonl",
-        help="prompts to answer: JSON objects with an id, and turns, a prompt, or messages",
+        help="files of prompts, one JSON object per line, with an id and either a prompt, "
+        "messages, or turns",
     )
     source.add_argument(
         "--self-prompt",
         type=int,
         metavar="N",
-        help="let the target generate N prompts itself, in a file beside the output",
+        help="let the target generate N prompts itself, and store them in a file beside the output",
     )
     parser.add_argument(
         "--weights",
         type=float,
         nargs="+",
         metavar="W",
-        help="share of each file of --prompts in the --limit (default: equal shares)",
+        help="relative share of each file of --prompts in the --limit (default: equal shares)",
     )
     parser.add_argument(
         "--limit", type=int, metavar="N", help="number of prompts to answer (default: all)"

@@ -141,8 +141,8 @@ def make_parser() -> Parser:
         "--prompts",
         type=Path,
         metavar="FILE.jsonl",
-        help="JSON objects with an id, and a prompt, messages, or turns (only the first is used) "
-        f"(default: {len(PROMPTS)} built-in prompts)",
+        help="file of prompts, one JSON object per line, with an id and either a prompt, messages, "
+        f"or turns, of which only the first is used (default: {len(PROMPTS)} built-in prompts)",
     )
     parser.add_argument(
         "--max-tokens",
@@ -152,13 +152,11 @@ def make_parser() -> Parser:
         help=f"maximum number of new tokens per answer (default: {MAX_TOKENS})",
     )
     way = parser.add_mutually_exclusive_group()
-    way.add_argument(
-        "--raw", action="store_true", help="check for prompts without the chat template"
-    )
+    way.add_argument("--raw", action="store_true", help="use the prompts without the chat template")
     way.add_argument(
         "--thinking",
         action="store_true",
-        help="check for prompts with thinking on (default: as in the drafter's training)",
+        help="use the prompts with thinking on (default: as in the drafter's training)",
     )
     parser.add_argument(
         "--thorough", action="store_true", help="try more tokens as the drafter's mask token"

@@ -124,8 +124,8 @@ def make_parser() -> Parser:
         nargs="+",
         required=True,
         metavar="FILE.jsonl",
-        help="sets of prompts, one per file: JSON objects with an id, and a prompt, messages, or "
-        "turns (only the first is answered)",
+        help="sets of prompts, one file per set and one JSON object per line, with an id and "
+        "either a prompt, messages, or turns (of which only the first is answered)",
     )
     parser.add_argument(
         "--limit", type=int, metavar="N", help="use the first N prompts of each set (default: all)"
@@ -133,14 +133,14 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--methods",
         metavar="A,B",
-        help=f"any of {', '.join(METHODS)} (default: {DEFAULT_METHODS}, as far as the drafter "
-        "supports them)",
+        help=f"methods to measure, out of {', '.join(METHODS)} (default: the methods that the "
+        f"drafter supports of {DEFAULT_METHODS})",
     )
     parser.add_argument(
         "--budgets",
         metavar="N,M",
-        help="nodes of the draft trees with their roots; chains use the largest number and stop at "
-        f"the end of the block (default: {DEFAULT_BUDGETS})",
+        help="numbers of nodes in the draft trees, including their roots; chains use the largest "
+        f"number and stop at the end of the block (default: {DEFAULT_BUDGETS})",
     )
     cli.add_parallel_option(
         parser,
@@ -152,15 +152,15 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--expect",
         choices=("published",),
-        help="compare accepted lengths with the drafter's published ones, by their protocol: "
-        "chains at temperature 1, accepted by speculative sampling (default: no comparison)",
+        help="compare accepted lengths with the published figures of the drafter, by their "
+        "protocol: chains at temperature 1, accepted by speculative sampling",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
     parser.add_argument(
         "--report",
         type=Path,
         metavar="FILE.html|FILE.png",
-        help="write plots and tables, or plots alone, to this file",
+        help="write plots and tables (HTML), or only plots (PNG), to this file",
     )
     cli.add_decode_options(parser, OPTIONS, {"suffix": "off"})
     cli.add_model_options(parser)

@@ -89,14 +89,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_parser() -> Parser:
-    parser = Parser("generate", "Generate text faster with draft trees, losslessly.")
+    parser = Parser("generate", "Generate text with lossless speculative decoding.")
     parser.add_config_option()
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
         "prompt",
         nargs="?",
-        help="the prompt, or - for standard input (default: standard input if piped, else a "
-        "sample)",
+        help="the prompt, or - for standard input (default: standard input if it is piped, else "
+        "a sample prompt)",
     )
     source.add_argument(
         "--prompt-file", type=Path, metavar="FILE", help="read the prompt from a file"
@@ -105,14 +105,14 @@ def make_parser() -> Parser:
         "--prompts",
         type=Path,
         metavar="FILE.jsonl",
-        help="answer many prompts: JSON objects with an id, and turns, a prompt with or without "
-        "images, or messages; requires --output",
+        help="answer the prompts of a file, one JSON object per line, with an id and either a "
+        "prompt (and images), messages, or turns; requires --output",
     )
     parser.add_argument(
         "--image",
         action="append",
         metavar="FILE",
-        help="an image before the prompt: PNG, JPEG, WebP or GIF; may be repeated",
+        help="put an image before the prompt: PNG, JPEG, WebP or GIF; may be repeated",
     )
     parser.add_argument(
         "--output",
@@ -134,8 +134,8 @@ def make_parser() -> Parser:
         "--suffix-cache-gb",
         type=_gibibytes,
         metavar="GiB",
-        help="GiB of memory for finished answers, which further answers to --prompts may copy "
-        "(default: each copies only itself)",
+        help="GiB of memory for finished answers, from which later answers to --prompts may draft "
+        "copies (default: only from itself)",
     )
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object instead of the text"
@@ -143,7 +143,7 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--compare",
         action="store_true",
-        help="also decode without drafting, check that the texts are equal and show the speedup; "
+        help="also decode without drafting, check that the texts are equal, and show the speedup; "
         "exit with status 1 if they differ by more than rounding",
     )
     parser.add_argument(
@@ -185,7 +185,7 @@ def _load(args: argparse.Namespace, options: Options, console: Console) -> Langu
     model = cli.load_model(args, [options.get("method")])
     if options.get("method") in ("ar", "suffix") or model.backend.drafter_config is None:
         return model
-    # The best known drafter of the target may have been passed over.
+    # The best known drafter of the target may have been skipped.
     automatic = args.drafter in (None, AUTO)
     drafter = model.names["drafter"] if automatic else args.drafter
     trained = drafter_training(drafter, args.target)

@@ -62,8 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def make_parser() -> Parser:
     parser = Parser(
         "launch",
-        "Run a coding agent on a local model. Uses the server at the address, or starts one and "
-        "ends it with the agent. Arguments after -- are the agent's.",
+        "Run a coding agent on a local model. Uses the server at the address, or starts a server "
+        "and stops it when the agent exits. Arguments after -- are passed to the agent.",
     )
     parser.add_argument("agent", choices=tuple(AGENTS), help="the agent to run")
     add_options(parser)

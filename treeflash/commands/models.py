@@ -39,19 +39,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def make_parser() -> Parser:
     parser = Parser(
-        "models", "List models on this machine, fetch models ahead of use, and remove them."
+        "models",
+        "List the models on this machine, download models ahead of use, and remove models.",
     )
     parser.add_argument(
         "--download",
         metavar="ID",
-        help=f"fetch this drafter, or this target and its published drafter ({DEFAULT_TARGET} is "
-        "the default target)",
+        help=f"download this drafter, or this target and its published drafter ({DEFAULT_TARGET} "
+        "is the default target)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(
         "action", nargs="?", choices=["rm"], help="rm deletes the named models from the caches"
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help="a name that the list shows")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="name of a model, as listed")
     return parser
 
 

@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_parser() -> Parser:
-    parser = Parser("serve", "Serve a model over HTTP, with draft trees, losslessly.")
+    parser = Parser("serve", "Serve a model over HTTP, with lossless speculative decoding.")
     add_options(parser)
     return parser
 

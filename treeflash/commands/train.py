@@ -58,7 +58,8 @@ def make_parser() -> Parser:
         nargs="+",
         required=True,
         metavar="FILE.jsonl",
-        help="files of treeflash distill, or JSON lines of messages that end with the assistant's",
+        help="files that treeflash distill wrote, or JSON lines with messages, of which the last "
+        "is the assistant's",
     )
     parser.add_argument(
         "--validation",
@@ -66,14 +67,14 @@ def make_parser() -> Parser:
         nargs="+",
         default=[],
         metavar="FILE.jsonl",
-        help="responses to validate on (default: --validation-sequences of --responses)",
+        help="responses for validation (default: as many of --responses as --validation-sequences)",
     )
     parser.add_argument(
         "--output",
         type=Path,
         required=True,
         metavar="FOLDER",
-        help="folder for the checkpoint, the log, and the state to resume from",
+        help="folder for the checkpoint, the log, and the state from which the run can resume",
     )
     add_options(parser.add_argument_group("training"), TrainConfig)
     add_device_options(parser)

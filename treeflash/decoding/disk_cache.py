@@ -141,7 +141,7 @@ class DiskCache:
         except FileExistsError:
             raise ConfigError(f"{folder} is a file; give a folder for the prefix cache") from None
         except OSError as error:
-            logger.warning("%s: no states are stored there: %s", folder, error.strerror)
+            logger.warning("%s: states will not be stored: %s", folder, error.strerror)
         self._readers = ThreadPoolExecutor(AHEAD + 1, "treeflash-cache-reader")
         self._writer = threading.Thread(
             target=self._write_queued, name="treeflash-cache-writer", daemon=True
@@ -303,7 +303,7 @@ class DiskCache:
                     files.append((status.st_mtime_ns, entry.name, status.st_size))
         if useless:
             self.skipped += useless
-            logger.warning("%s: %d files are no states; they are removed", self.folder, useless)
+            logger.warning("%s: %d files are not states; removing them", self.folder, useless)
         self._scanned = time.monotonic()
         if self._used + nbytes <= self.max_bytes:
             return
@@ -351,7 +351,7 @@ class DiskCache:
             return None
         except (BadFileError, OSError) as error:
             path = self.folder / file_name(kind, key)
-            logger.warning("%s is not used and is removed: %s", path, error)
+            logger.warning("%s cannot be used and is removed: %s", path, error)
             self.skipped += 1
             self._found_bad = True
             _remove(path)

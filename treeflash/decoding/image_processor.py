@@ -54,8 +54,8 @@ class Processor:
     ) -> tuple[list[int], PromptImages]:
         if (found := text.count(self.placeholder)) != len(pictures):
             raise PromptError(
-                f"the prompt has {found} times {self.placeholder!r} for {len(pictures)} images; "
-                "remove it from the text"
+                f"the prompt contains {self.placeholder!r} {found} times for {len(pictures)} "
+                "images; remove it from the text"
             )
         bos = self._processor.tokenizer.bos_token
         has_bos = bos is not None and text.startswith(bos)
@@ -103,7 +103,7 @@ class Processor:
                 add_special_tokens=add_special_tokens,
             )
         except ValueError as error:  # of a picture that is too narrow, for example
-            raise PromptError(f"the target takes no such image: {first_line(error)}") from error
+            raise PromptError(f"the target cannot take this image: {first_line(error)}") from error
         return made
 
 

@@ -71,7 +71,7 @@ def check(backend: Backend, request: Request) -> None:
     for token, _ in config.penalties.logit_bias:
         if token >= backend.vocab_size:
             raise ConfigError(
-                f"logit_bias has the token id {token}, and the target's vocabulary has "
+                f"logit_bias has the token id {token}, but the target's vocabulary has only "
                 f"{backend.vocab_size} tokens"
             )
     text_ids = np.asarray(prompt_ids)

@@ -133,7 +133,7 @@ def _refuse_inexpressible(config: DrafterConfig, to: str) -> None:
     }
     for name, present in properties.items():
         if present:
-            raise ConfigError(f"{to} cannot express {name} as this drafter has")
+            raise ConfigError(f"{to} cannot express {name}, which this drafter has")
 
 
 def _add_head(config: Config, tensors: Tensors) -> tuple[Config, Tensors]:

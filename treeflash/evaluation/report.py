@@ -83,7 +83,7 @@ def publish_comparison(
         if any(record["verdict"] == "too low" for record in records):
             notes.append("too low: `treeflash doctor` finds the settings that are likely wrong")
         table = _table(
-            "Accepted lengths beside the published ones",
+            "Accepted lengths compared with the published ones",
             "tokens per round of speculative sampling at temperature 1; low and high: 95 % "
             "bootstrap interval over prompts",
             records,

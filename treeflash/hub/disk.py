@@ -33,7 +33,7 @@ def disk_problem(failure: Exception | str, folder: Path, variable: str) -> str |
     if any(words in text for words in PROTECTED) and not any(
         isinstance(error, HTTPError) for error in errors
     ):
-        return f"{folder} may not be written; set {variable} to a folder that may"
+        return f"{folder} cannot be written; set {variable} to a writable folder"
     return None
 
 

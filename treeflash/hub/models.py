@@ -189,7 +189,7 @@ def choose_drafter(
     """Choose the best drafter that can be fetched and used, in the order of `draft_sources`.
 
     `check` raises a CheckpointError or an UnsupportedModelError for the folder of a drafter that
-    cannot be used. `warn` gets a line on each drafter that is passed over, which says why.
+    cannot be used. `warn` gets a line on each drafter that is skipped, which says why.
     """
     passed_over = False
     for drafter in published_drafters(target):
@@ -197,7 +197,7 @@ def choose_drafter(
             folder = resolve_drafter(drafter.name, target)
             check(folder)
         except (CheckpointError, UnsupportedModelError) as error:
-            warn(f"the drafter {drafter.name} is passed over: {first_line(error)}")
+            warn(f"the drafter {drafter.name} is skipped: {first_line(error)}")
             passed_over = True
         else:
             return ChosenDrafter(drafter.name, folder, passed_over)
@@ -230,7 +230,7 @@ def _has_own_head(folder: Path) -> bool:
 
 
 def _passed_over(folder: Path, error: UnsupportedModelError) -> str:
-    return f"the MTP head in {folder} is passed over: {first_line(error)}"
+    return f"the MTP head in {folder} is skipped: {first_line(error)}"
 
 
 def _resolve(name: str) -> Path:

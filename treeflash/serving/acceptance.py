@@ -111,11 +111,11 @@ class AcceptanceMonitor:
         # Only the settings of block drafters can be checked by `doctor`.
         check = ["doctor"] if is_block else ["evaluate", "--prompts", "FILE.jsonl"]
         check = ["treeflash", *check, *pair]
-        yield "a fine-tuned or another target than the drafter's", check
+        yield "a target that is a fine-tune, or not the drafter's", check
         if model.tokenizer.knows_thinking and not model.tokenizer.thinking:
             thinking = ["--chat-template-args", '{"enable_thinking": true}', "PROMPT"]
             yield (
-                "thinking, without which it was trained",
+                "thinking, which was off in its training",
                 [*check, "--thinking"] if is_block else ["treeflash", "generate", *pair, *thinking],
             )
         longest = LONG if self._evaluation is None else self._evaluation.max_length

@@ -113,9 +113,9 @@ class ResponseTemplate:
         # Free text ends where a call begins, so the call must begin with a certain text.
         if not is_json or function is None or opening is None or (free and not opening):
             raise bad_request(
-                f"{param} is not supported with this model, because it writes its calls in a form "
-                "that cannot be enforced; set tool_choice to auto and strict to false, and remove "
-                "a form of the content",
+                f"{param} is not supported with this model, because it writes its calls in a "
+                "format that cannot be enforced; set tool_choice to auto and strict to false, and "
+                "do not request structured output",
                 param,
             )
         schemas = {

@@ -237,7 +237,7 @@ class ResponsesRequest(Schema):
             elif isinstance(tool, ResponseFunction):
                 functions.append(tool)
             else:
-                logger.info("the tool %s is left out, because this server has none", tool.type)
+                logger.info("the tool %s is ignored, because this server has none", tool.type)
         return functions
 
     def namespaces(self) -> dict[str, tuple[str, str]]:

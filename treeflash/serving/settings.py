@@ -30,9 +30,12 @@ class Settings:
         tool_call_parser: a name of `TOOL_CALL_PARSERS`; None is the model's own form of calls.
     """
 
-    max_parallel: int = option(16, "answers to decode at once", 1, metavar="N")
+    max_parallel: int = option(16, "answers to decode at the same time", 1, metavar="N")
     max_queue: int = option(
-        128, "answers that may wait; further requests get status 429", 0, metavar="N"
+        128,
+        "answers that may wait in the queue; if it is full, requests get status 429",
+        0,
+        metavar="N",
     )
     max_memory_gb: float | None = option(
         None,
@@ -44,54 +47,55 @@ class Settings:
     )
     prefix_cache_gb: float | None = option(
         None,
-        "GiB of --max-memory-gb that finished sequences may keep for prompts that share a "
-        "beginning; 0 turns the prefix cache off (default: half of --max-memory-gb)",
+        "GiB of --max-memory-gb for the prefix cache: finished sequences, kept for prompts that "
+        "begin in the same way; 0 turns it off (default: half of --max-memory-gb)",
         0,
         shown="half of `--max-memory-gb`",
         metavar="GiB",
     )
     prefix_cache_dir: str | None = option(
         None,
-        "folder in which states of conversations are kept, so that they go on after a restart "
+        "folder that keeps the states of conversations, so that they continue after a restart "
         "without a new prefill",
         rule="the path of a folder",
         shown="in memory only",
         metavar="FOLDER",
     )
     prefix_cache_disk_gb: float = option(
-        10.0, "GiB that --prefix-cache-dir may take", above=0, metavar="GiB"
+        10.0, "maximum size of --prefix-cache-dir in GiB", above=0, metavar="GiB"
     )
     suffix_cache_gb: float = option(
         0.0,
-        "GiB of memory for finished answers, which further answers to the same API key may copy; "
-        "they then come faster, with the same tokens; 0 copies only within an answer",
+        "GiB of memory for finished answers, from which later answers to the same API key may "
+        "draft copies; this makes them faster without changing them; 0 drafts copies only from the "
+        "answer itself",
         0,
         metavar="GiB",
     )
     max_body_mb: float | None = option(
         None,
-        f"MiB of a request's body (default: {MAX_BODY_MB}, or {MAX_IMAGES_BODY_MB} if the target "
-        "takes images)",
+        f"maximum size of a request's body in MiB (default: {MAX_BODY_MB}, or {MAX_IMAGES_BODY_MB} "
+        "if the target takes images)",
         above=0,
         shown=f"{MAX_BODY_MB}; {MAX_IMAGES_BODY_MB} if the target takes images",
         metavar="MiB",
     )
     body_timeout: float = option(
-        30.0, "seconds in which the body of a request must arrive", above=0, metavar="S"
+        30.0, "seconds within which the body of a request must arrive", above=0, metavar="S"
     )
     timeout: float = option(
         600.0,
-        "seconds in which a request must be answered, waiting included",
+        "seconds within which a request must be answered, including the time in the queue",
         above=0,
         metavar="S",
     )
     keep_alive: float = option(
         10.0,
-        "seconds after which a silent stream sends a comment, so that it stays open",
+        "seconds without output after which a stream sends a comment, to keep the connection open",
         above=0,
         metavar="S",
     )
-    max_choices: int = option(16, "answers to one request (n)", 1, metavar="N")
+    max_choices: int = option(16, "maximum number of answers to one request (n)", 1, metavar="N")
     api_keys: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
     tool_call_parser: str | None = None
@@ -125,7 +129,7 @@ class Settings:
         elif limit == 0:
             raise ConfigError(
                 "the models leave the device no memory for KV caches; use a smaller target or one "
-                "in fewer bits, or give memory with --max-memory-gb"
+                "in fewer bits, or set a limit with --max-memory-gb"
             )
         if reserved is not None:
             limit = reserved if self.max_memory_gb is None else min(limit, reserved)
@@ -147,18 +151,17 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
 
     add("--host", "address to listen on", "127.0.0.1")
     add("--port", "port to listen on; 0 chooses a free one", 8000, type=_port)
-    help = "the model's name for clients; may be repeated (default: the target's)"
+    help = "name of the model for clients; may be repeated (default: the target's name)"
     add("--model-name", help, action="append", metavar="NAME")
-    add("--log-level", "level of the log", "info", choices=("error", "warning", "info", "debug"))
+    levels = ("error", "warning", "info", "debug")
+    add("--log-level", "least severe level to log", "info", choices=levels)
     for limit in options_of(Settings).values():
         add_option(group, limit, default=limit.default)
-    help = (
-        "form in which the model writes tool calls (default: the form of its tokenizer or family)"
-    )
+    help = "format of the model's tool calls (default: the format of its tokenizer or family)"
     add("--tool-call-parser", help, choices=tuple(TOOL_CALL_PARSERS))
-    help = "file with one API key per line; every request must have one of them"
+    help = "file with one API key per line; every request must then have one of them"
     add("--api-key-file", help, type=Path, metavar="FILE")
-    help = "origin whose web pages may use the server, or * for all; may be repeated"
+    help = "origin whose web pages may use the server, or * for every origin; may be repeated"
     add("--cors-origin", help, action="append", metavar="ORIGIN")
 
 
@@ -181,5 +184,5 @@ def read_settings(args: argparse.Namespace) -> Settings:
 
 def _port(text: str) -> int:
     if not text.isdecimal() or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"not a port: {text}")
+        raise argparse.ArgumentTypeError(f"must be a port from 0 to 65535, got {text}")
     return int(text)

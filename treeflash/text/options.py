@@ -52,7 +52,7 @@ class TextConfig:
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     json_schema: Mapping[str, Any] | bool | None = option(
         None,
-        "write JSON that conforms to this JSON schema, or to the schema in a file",
+        "write JSON that conforms to this JSON schema; @FILE reads the schema from a file",
         doc="write JSON that conforms to this JSON schema",
         annotation="Mapping[str, Any] | bool",
         rule="a JSON schema",
@@ -68,7 +68,7 @@ class TextConfig:
     )
     grammar: str | None = option(
         None,
-        "write a text of this grammar, in the Lark format or in GBNF, or of the grammar in a file",
+        "write a text of this grammar, in the Lark format or in GBNF; @FILE reads it from a file",
         doc="write a text of this grammar, in the Lark format of llguidance or in llama.cpp's GBNF",
         annotation="str",
         rule="a string",
@@ -90,12 +90,12 @@ class TextConfig:
         "send the prompt as plain text, without the chat template",
         flag="--raw",
     )
-    max_images: int = option(MAX_IMAGES, "images of a prompt at most", 1, metavar="N")
+    max_images: int = option(MAX_IMAGES, "maximum number of images in a prompt", 1, metavar="N")
     template_args: Mapping[str, Any] | None = option(
         None,
         "extra variables for the chat template, as a JSON object",
-        doc="extra variables for the chat template; `enable_thinking` is by default as in the "
-        "drafter's training, False for all but few drafters",
+        doc="extra variables for the chat template; the default of `enable_thinking` is its value "
+        "in the drafter's training, which is False for most drafters",
         rule="a mapping of names to values",
         flag="--chat-template-args",
         metavar="JSON",

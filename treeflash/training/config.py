@@ -52,18 +52,18 @@ class TrainConfig:
 
     init: str = option(
         "target",
-        "`target` copies the target's last layers, `random` starts from random weights, and a "
-        "folder has a DFlash or TreeFlash drafter, which keeps its shape",
+        "`target` copies the target's last layers, `random` starts from random weights, and the "
+        "folder of a DFlash or TreeFlash drafter continues from it and keeps its shape",
     )
     layers: int | None = option(
         None,
         f"number of drafter layers: {DEFAULT_LAYERS} by default, or as many as the drafter in "
-        "`init` has; more layers are appended to it and change nothing at first",
+        "`init` has; additional layers are appended to it and change nothing at first",
         1,
     )
     block_size: int = option(
         16,
-        "the last token so far and the tokens drafted after it",
+        "tokens per block: the last token so far, and the tokens drafted after it",
         2,
         shown="16, or that of the drafter in `init`",
     )
@@ -81,8 +81,8 @@ class TrainConfig:
     )
     target_layer_ids: tuple[int, ...] | None = option(
         None,
-        "target layers whose outputs the drafter reads; by default as many as it has layers, the "
-        "last of them just below the copied layers",
+        "target layers whose outputs the drafter reads; by default as many as the drafter has "
+        "layers, the last one just below the copied layers",
         accepts=lambda ids: min(ids or (0,)) >= 0,
         rule="0 or more",
         metavar="ID",
@@ -97,14 +97,16 @@ class TrainConfig:
         False, "train only the head and the projection of the target's features (fc)"
     )
     loss: str = option("kl", "kl, ce, tv or lk, or a sum such as '0.1 ce + 0.9 tv'")
-    marginal_weight: float = option(0.5, "weight of the loss without the previous token", 0)
+    marginal_weight: float = option(
+        0.5, "weight of the loss without the head, which ignores the previous token", 0
+    )
     corrected_weight: float = option(
-        1.0, "weight of the loss with the previous token, which the head adds", 0
+        1.0, "weight of the loss with the head, which sees the previous token", 0
     )
     position_weights: str = option(
         "exponential",
-        "exponential weights depth d by exp(-(d - 1) / gamma); prefix-product, by how much the "
-        "accepted length depends on it",
+        "exponential weights depth d by exp(-(d - 1) / gamma); prefix-product weights it by how "
+        "much the accepted length depends on it",
     )
     gamma: float = option(7.0, "decay of the exponential weights, in tokens", above=0)
     on_policy: float = option(
@@ -117,8 +119,8 @@ class TrainConfig:
     )
     top_tokens: int = option(
         32,
-        "tokens of the target's distribution that losses compare one by one; the rest counts as "
-        "one more",
+        "number of most probable tokens of the target that losses compare one by one; all other "
+        "tokens count as one",
         1,
     )
     negatives: int = option(
@@ -138,13 +140,13 @@ class TrainConfig:
     patience: int | None = option(
         None,
         "stop when the validation loss has not fallen for N validations, and keep the drafter with "
-        "the lowest",
+        "the lowest loss",
         1,
         shown="train to the end",
     )
     sequences: int = option(8, "sequences per forward pass and process", 1)
-    anchors: int = option(64, "roots per sequence, drawn anew for every forward pass", 1)
-    accumulation: int = option(1, "forward passes per step", 1)
+    anchors: int = option(64, "roots per sequence, sampled anew for every forward pass", 1)
+    accumulation: int = option(1, "forward passes per optimiser step", 1)
     max_length: int = option(3072, "truncate longer sequences", 4)
     learning_rate: float = option(
         6e-4, "peak learning rate, after warm-up; a cosine decays it to 0", above=0
@@ -160,7 +162,7 @@ class TrainConfig:
     seed: int = option(0, "random seed", 0)
     validation_sequences: int = option(32, "responses held out for validation", 0)
     validate_every: int = option(200, "steps between validations", 1)
-    save_every: int = option(200, "steps between saved states", 1)
+    save_every: int = option(200, "steps between saves of the training state", 1)
     cache_gb: float = option(
         0.0,
         "GB of disk space for cached features of the target; 0 recomputes them in every epoch",
@@ -184,10 +186,11 @@ class TrainConfig:
                 )
         parse_loss(self.loss)
         if self.patience is not None and not self.validation_sequences:
-            raise ConfigError("patience needs validation-sequences")
+            raise ConfigError("patience needs validation; set validation-sequences to 1 or more")
         if self.freeze_layers and (self.freeze_backbone or self.init in NEW_DRAFTERS):
             raise ConfigError(
-                "freeze-layers needs a folder as init, and freeze-backbone leaves nothing of it"
+                "freeze-layers needs the folder of a drafter as init, and cannot be combined with "
+                "freeze-backbone"
             )
         if self.freeze_backbone and (self.head == "none" or self.init in NEW_DRAFTERS):
             raise ConfigError(

@@ -132,15 +132,18 @@ class DistillConfig:
     """How the target responds."""
 
     temperature: tuple[float, ...] = option(
-        (0.0,), "0 is greedy; several are assigned to the prompts in turn", metavar="T"
+        (0.0,),
+        "sampling temperature; 0 is greedy; several are assigned to the prompts in turn",
+        metavar="T",
     )
     top_p: float = option(
-        1.0, "sample from the most probable tokens whose probabilities add up to this"
+        1.0,
+        "sample from the smallest set of most probable tokens whose probabilities add up to this",
     )
-    max_tokens: int = option(512, "maximum length of a response", 1)
-    max_prompt_tokens: int = option(1024, "skip longer prompts", 1)
-    slots: int = option(128, "prompts answered at the same time", 1)
-    seed: int = option(0, "random seed for mixing and sampling; prompt n uses seed + n")
+    max_tokens: int = option(512, "maximum number of tokens in a response", 1)
+    max_prompt_tokens: int = option(1024, "skip prompts with more tokens", 1)
+    slots: int = option(128, "number of prompts to answer at the same time", 1)
+    seed: int = option(0, "random seed for mixing and sampling; prompt n uses the seed plus n")
 
     def __post_init__(self) -> None:
         check(self, spelled)

@@ -400,7 +400,7 @@ def test_the_file_of_messages_is_private(tmp_path, monkeypatch):
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert isinstance(chat._history(True), InMemoryHistory)
     monkeypatch.setenv("TREEFLASH_CACHE", str(file))  # no folder can be there
-    with pytest.warns(UserWarning, match=f"messages are forgotten at the end: {file} cannot be"):
+    with pytest.warns(UserWarning, match=f"messages will not be remembered: {file} cannot be"):
         assert isinstance(chat._history(False), InMemoryHistory)
 
 

@@ -67,9 +67,9 @@ def test_only_given_options_are_set(parser):
         (["--method", "magic"], "magic"),
         (["--dtype", "int8"], "int8"),
         (["--bud", "8"], "--bud"),
-        (["--chat-template-args", "{"], "not JSON"),
-        (["--chat-template-args", "[" * 100000], "not JSON"),
-        (["--chat-template-args", "[1]"], "not a JSON object"),
+        (["--chat-template-args", "{"], "invalid JSON"),
+        (["--chat-template-args", "[" * 100000], "invalid JSON"),
+        (["--chat-template-args", "[1]"], "must be a JSON object"),
     ],
 )
 def test_the_parser_raises_a_configuration_error(parser, args, message):

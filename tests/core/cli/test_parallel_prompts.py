@@ -163,7 +163,7 @@ def test_sigint_loses_no_finished_text_and_resumes(files, many):
 def test_a_bad_number_of_conversations_is_one_line(run, scripted, value):
     code, err = run(scripted(*ANSWERS), f"--parallel={value}")
     assert (code, err.count("\n")) == (2, 1)
-    assert f"neither auto nor a number of sequences: {value}" in err
+    assert f"must be auto or a number of sequences, got {value}" in err
 
 
 @pytest.mark.usefixtures("nothing_loads")

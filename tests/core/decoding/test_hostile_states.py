@@ -195,7 +195,7 @@ def test_a_damaged_folder_costs_one_line_for_each_file(pair, stored, tmp_path, c
     lines = [record.message for record in caplog.records]
     assert len(set(lines)) == len(lines)
     assert all("\n" not in line for line in lines)
-    named = [line.split(" is not used")[0] for line in lines]
+    named = [line.split(" cannot be used")[0] for line in lines]
     assert len(set(named)) == len(named)
     assert restored == 0
     assert lines
@@ -221,5 +221,5 @@ def test_many_small_files_cost_one_line_together(pair, stored, tmp_path, caplog,
             assert restored >= 32
             process.answer(prompt_of(40, seed=1))  # is written, and the folder scanned
     (line,) = caplog.messages
-    assert f"{count} files are no states; they are removed" in line
+    assert f"{count} files are not states; removing them" in line
     assert len(list(folder.iterdir())) < 100

@@ -104,7 +104,8 @@ def test_heads_that_cannot_be_expressed(
     folder: Path, tmp_path: Path, dialect: str, to: str, problem: str
 ) -> None:
     write_dialect(tmp_path / "origin", tmp_path / "target", dialect, seed=1)
-    with pytest.raises(ConfigError, match=f"^{to} cannot express {problem} as this drafter has$"):
+    expected = f"^{to} cannot express {problem}, which this drafter has$"
+    with pytest.raises(ConfigError, match=expected):
         convert(tmp_path / "origin", tmp_path / "there", to, target="target")
 
 
@@ -114,7 +115,7 @@ def test_a_recurrence_over_the_roots_slot_is_not_written(folder: Path, tmp_path:
     convert(tmp_path / "origin", tmp_path / "there", "speculators", target="target")
     assert drafter_config(tmp_path / "there").head == "rnn"
     edit_config(tmp_path / "origin", lambda c: c.update(sample_from_anchor=False))
-    problem = "the head rnn after a root's slot that predicts nothing as this drafter has$"
+    problem = "the head rnn after a root's slot that predicts nothing, which this drafter has$"
     with pytest.raises(ConfigError, match=f"^speculators cannot express {problem}"):
         convert(tmp_path / "origin", tmp_path / "refused", "speculators", target="target")
     assert not (tmp_path / "refused").exists()
@@ -156,7 +157,7 @@ def test_what_speculators_cannot_express(
     published: Path, tmp_path: Path, edit: Callable[[dict[str, Any]], object], problem: str
 ) -> None:
     edit_config(published, edit)
-    expected = f"^speculators cannot express {re.escape(problem)} as this drafter has$"
+    expected = f"^speculators cannot express {re.escape(problem)}, which this drafter has$"
     with pytest.raises(ConfigError, match=expected):
         convert(published, tmp_path / "there", "speculators", target="target")
     assert not (tmp_path / "there").exists()

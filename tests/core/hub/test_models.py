@@ -213,7 +213,7 @@ DENIED = os.strerror(errno.EACCES)
         ),
         (
             f"ERROR: Could not install packages due to an OSError: [Errno 13] {DENIED}: '/x'\n",
-            r"cache may not be written; set TREEFLASH_CACHE",
+            r"cache cannot be written; set TREEFLASH_CACHE",
         ),
         (
             "ERROR: Exception:\nTraceback (most recent call last):\nReadTimeoutError: timed out\n",
@@ -254,7 +254,7 @@ def test_a_disk_that_is_too_small_is_noticed_before_the_download(
     ("number", "message"),
     [
         (errno.ENOSPC, "no space is left on the disk of .*set TREEFLASH_CACHE"),
-        (errno.EROFS, "cache may not be written; set TREEFLASH_CACHE"),
+        (errno.EROFS, "cache cannot be written; set TREEFLASH_CACHE"),
         (errno.EIO, r"cache cannot be written \(.*\); set TREEFLASH_CACHE"),
     ],
 )
@@ -282,7 +282,7 @@ def chained(error: Exception, cause: Exception) -> Exception:
     [
         (OSError(errno.ENOSPC, FULL), "cannot fetch a/b: no space is left .*set HF_HOME"),
         (RuntimeError(f"Data processing error: {FULL} (os error 28)"), "no space is left"),
-        (PermissionError(errno.EACCES, DENIED, "/hub"), "may not be written; set HF_HOME"),
+        (PermissionError(errno.EACCES, DENIED, "/hub"), "cannot be written; set HF_HOME"),
         (
             chained(HTTPError("connection refused"), PermissionError(errno.EACCES, DENIED)),
             "check the name and the network",
