@@ -76,11 +76,11 @@ def _sample_row(
     probs: NDArray[np.float32], key: NDArray[np.uint32], top_k: int, top_p: float, min_p: float
 ) -> np.int64:
     """Sample one token by (vocab,) probabilities and the (2,) key of noise; `top_k` 0 is off."""
-    best = probs.max()
+    best: float | np.floating = probs.max()
     # A mask or a low temperature may leave fewer than `top_k` tokens.
-    edge = max(min_p * best, LEAST)
+    edge: float | np.floating = max(min_p * best, LEAST)
     if top_k:
-        floor = topk_lower_bound(probs, top_k)
+        floor: float | np.floating = topk_lower_bound(probs, top_k)
     else:
         total = probs.sum()
         # Top-p drops every token below an equal share of the mass that it drops.
