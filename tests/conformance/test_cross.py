@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 
 from treeflash.config import DecodeConfig
-from treeflash.decoding import Request, decode
 from treeflash.testing import DIALECTS, require, write_drafter, write_target
-from treeflash.testing.comparisons import assert_equal_steps, random_tokens
+from treeflash.testing.comparisons import assert_equal_steps, random_tokens, steps_of
 from treeflash.testing.models import write_dialect
 from treeflash.testing.pairs import DRAFTER_SEED, EXAMPLES, SAMPLINGS, TARGET_SEED, pairwise
 
@@ -63,8 +62,8 @@ def test_iterations_with_a_dialect_are_identical(tmp_path, dialect):
         sampling = SAMPLINGS[name]
         config = DecodeConfig(method=method, budget=24, max_tokens=16, sampling=sampling)
         assert_equal_steps(
-            list(decode(mlx, Request(prompt_ids=prompt, config=config))),
-            list(decode(cuda, Request(prompt_ids=prompt, config=config))),
+            steps_of(mlx, prompt, config),
+            steps_of(cuda, prompt, config),
         )
 
 

@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 
 from treeflash.config import DecodeConfig, LoadConfig
-from treeflash.decoding import Request, decode
 from treeflash.decoding.backend_base import BaseBackend
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.hub.models import resolve_drafter
 from treeflash.testing import require
-from treeflash.testing.comparisons import paths
+from treeflash.testing.comparisons import paths, steps_of
 from treeflash.text.tokenizer import Tokenizer
 
 require("torch")
@@ -99,8 +98,8 @@ def assert_trees_equal_but_for_ties(actual, expected, tolerance):
 def assert_identical(pair, prompt, config):
     cuda, mlx, tokenizer = pair
     prompt_ids = tokenizer.chat([{"role": "user", "content": prompt}])
-    steps = list(decode(cuda, Request(prompt_ids=prompt_ids, config=config)))
-    others = list(decode(mlx, Request(prompt_ids=prompt_ids, config=config)))
+    steps = steps_of(cuda, prompt_ids, config)
+    others = steps_of(mlx, prompt_ids, config)
     assert [step.tokens for step in others] == [step.tokens for step in steps]
     for other, step in zip(others[1:], steps[1:], strict=True):
         assert_trees_equal_but_for_ties(other.tree, step.tree, TOLERANCE)

@@ -26,6 +26,8 @@ from treeflash.testing import (
     write_drafter,
     write_target,
 )
+from treeflash.testing.comparisons import generate
+from treeflash.testing.models import write_pair
 
 DTYPES = "bfloat16", "float16"
 TREE = DraftTree.from_parents(np.arange(6, dtype=np.int32), np.array([-1, 0, 0, 1, 1, 2], np.int32))
@@ -86,10 +88,7 @@ def test_the_operation_computes_what_a_mask_does(tmp_path, family, monkeypatch):
             monkeypatch.setattr(backend.target, "kernels", None)
         text = SequenceSession(backend)
         text.extend([3, 4, 5] * 400)
-        parents = np.array([-1, 0, 0, 1, 1, 2], np.int32)
-        depths = np.array([0, 1, 1, 2, 2, 2], np.int32)
-        tree = DraftTree(np.arange(6, dtype=np.int32), parents, depths, np.zeros(6))
-        found.append(text.logits(tree))
+        found.append(text.logits(TREE))
     np.testing.assert_allclose(*found, atol=0.05 * float(found[0].std()))
 
 
@@ -97,18 +96,12 @@ def test_the_operation_computes_what_a_mask_does(tmp_path, family, monkeypatch):
 @pytest.mark.parametrize("sampling", [SamplingConfig(), SamplingConfig(temperature=0.8, top_p=0.9)])
 def test_graphs_in_bfloat16_compute_what_no_graph_does(tmp_path, sampling):
     """This holds beyond the minimum of columns that attention covers, too."""
-    write_target(tmp_path / "target", "qwen3", seed=1)
-    write_drafter(tmp_path / "drafter", tmp_path / "target", seed=2)
-    found = []
+    folders, found = write_pair(tmp_path, "qwen3"), []
     for with_graphs in (False, True):
         load = LoadConfig(dtype="bfloat16", cuda_graphs=with_graphs)
-        backend = load_cuda(tmp_path / "target", tmp_path / "drafter", load)
+        backend = load_cuda(*folders, load)
         config = DecodeConfig(budget=16, max_tokens=600, sampling=sampling)
-        tokens = [
-            token
-            for step in decode(backend, Request(prompt_ids=[3, 4, 5], config=config))
-            for token in step.tokens
-        ]
+        tokens = generate(backend, [3, 4, 5], config)
         assert len(tokens) == 600
         text = SequenceSession(backend)
         text.extend([3, 4, 5] * 200)
@@ -154,9 +147,7 @@ def test_metal_writes_the_text_of_plain_decoding_after_a_long_prompt(tmp_path, b
     from mlx_lm.utils import load_model, quantize_model, save_model
     from treeflash_mlx.backend import load
 
-    target, drafter = tmp_path / "target", tmp_path / "drafter"
-    write_target(target, "qwen3", seed=1, hidden_size=256)
-    write_drafter(drafter, target, seed=2)
+    target, drafter = write_pair(tmp_path, "qwen3", hidden_size=256)
     if bits is not None:
         model, config = quantize_model(*load_model(target), 64, bits)
         save_model(target, model)
@@ -165,8 +156,7 @@ def test_metal_writes_the_text_of_plain_decoding_after_a_long_prompt(tmp_path, b
     texts = []
     for method in ("ar", "treeflash"):
         config = DecodeConfig(method=method, budget=12, max_tokens=80)
-        steps = decode(backend, Request(prompt_ids=[3, 4, 5, 6] * 275, config=config))
-        texts.append([token for step in steps for token in step.tokens])
+        texts.append(generate(backend, [3, 4, 5, 6] * 275, config))
     assert texts[0] == texts[1]
 
 
@@ -259,8 +249,7 @@ class TestCudaHalfPrecision:
         texts = []
         for each in ("ar", method):
             config = DecodeConfig(method=each, budget=12, max_tokens=80)
-            steps = decode(backend, Request(prompt_ids=[3, 4, 5] * 5, config=config))
-            texts.append([token for step in steps for token in step.tokens])
+            texts.append(generate(backend, [3, 4, 5] * 5, config))
         assert texts[0] == texts[1]
 
     def test_keys_in_8_bits_change_little(self, pairs, dtype):

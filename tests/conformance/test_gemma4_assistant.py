@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scheduled_texts import scheduled_texts
-
-from tests.helpers.image_models import (
+from image_models import (
     picture,
     random_model,
     random_processors,
     save_published,
 )
+from scheduled_texts import assert_plain_texts
+
 from treeflash.config import LoadConfig
 from treeflash.decoding.interfaces import TableOptions
 from treeflash.decoding.session import SequenceSession
@@ -254,14 +254,9 @@ def test_texts_equal_plain_decoding(pair: Any, temperature: float, bits: int | N
     folder, target, _ = pair
     shares = target.config.num_kv_shared_layers > 0  # mlx-lm does not quantise the keys then
     mlx = load_pair(folder, replace(FLOAT32, kv_bits=None if shares else bits))
-
-    def texts(method: Any, budget: Any) -> Any:
-        options = {"method": method, "budget": budget, "max_tokens": 8, "suffix": False}
-        return scheduled_texts(mlx, PROMPTS, temperature=temperature, **options)
-
-    plain = texts("ar", 1)
-    assert texts("treeflash", 12) == plain
-    assert texts("treeflash", "auto") == plain
+    drafting = ("treeflash", 12), ("treeflash", "auto")
+    options = {"temperature": temperature, "max_tokens": 8, "suffix": False}
+    assert_plain_texts(mlx, PROMPTS, *drafting, **options)
 
 
 def test_refusals(pair: Any, tmp_path: Path) -> None:

@@ -10,14 +10,14 @@ import pytest
 for package in ("mlx_vlm", "torchvision"):
     pytest.importorskip(package)
 
+import mlx_processors
 import numpy as np
 import torch
 import transformers
+from image_models import random_model, save_published
+from image_processors import PROCESSORS
 from treeflash_cuda.images import Features, device_inputs
 
-from tests.helpers import mlx_processors
-from tests.helpers.image_models import random_model, save_published
-from tests.helpers.image_processors import PROCESSORS
 from treeflash.decoding.families import FAMILIES, ImageFamily
 from treeflash.decoding.image_processor import Processor, placeholder_id
 from treeflash.drafters.folder import read_config

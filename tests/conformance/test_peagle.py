@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from mtp_pairs import write_peagle_pair
 from published_drafters import BACKENDS, FLOAT32, TOLERANCE
-from scheduled_texts import scheduled_texts
+from scheduled_texts import assert_plain_texts
 
 from treeflash.config import LoadConfig
 from treeflash.decoding.interfaces import TableOptions
@@ -80,15 +80,8 @@ def test_stored_states_continue_bit_for_bit(backend: str, read: int, tmp_path: P
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_texts_equal_plain_decoding(backend: str, temperature: float, tmp_path: Path) -> None:
-    pair = load_pair(backend, tmp_path)
-
-    def texts(method: Any, budget: Any) -> Any:
-        options = {"method": method, "budget": budget, "max_tokens": 12}
-        return scheduled_texts(pair, PROMPTS, temperature=temperature, **options)
-
-    plain = texts("ar", 1)
-    assert texts("ddtree", 12) == plain
-    assert texts("dflash", 6) == plain
+    pair, drafting = load_pair(backend, tmp_path), (("ddtree", 12), ("dflash", 6))
+    assert_plain_texts(pair, PROMPTS, *drafting, temperature=temperature, max_tokens=12)
 
 
 @pytest.mark.parametrize(("backend", "chunk"), [("cuda", "PARALLEL_CHUNK"), ("mlx", "CHUNK")])

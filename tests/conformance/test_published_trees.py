@@ -17,6 +17,7 @@ from treeflash.config import DecodeConfig, LoadConfig
 from treeflash.decoding import Request, decode
 from treeflash.registry import loader
 from treeflash.testing import require
+from treeflash.testing.comparisons import tokens_of
 from treeflash.text.tokenizer import Tokenizer
 
 require("torch")
@@ -103,7 +104,7 @@ def test_iterations_end_where_they_ended_in_the_published_code(backend, tokenize
     )
     prompt_ids = tokenizer.chat([{"role": "user", "content": run["prompt"]}])
     prefill, *steps = decode(backend, Request(prompt_ids=prompt_ids, config=config))
-    tokens = [*prefill.tokens, *(token for step in steps for token in step.tokens)]
+    tokens = [*prefill.tokens, *tokens_of(steps)]
     assert tokens == run["token_ids"]
     lengths = [len(step.tokens) for step in steps]
     expected = ends(run["accepted_lengths"], run["max_tokens"])

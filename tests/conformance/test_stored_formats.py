@@ -9,7 +9,7 @@ import pytest
 
 from treeflash.config import LoadConfig
 from treeflash.registry import loader
-from treeflash.testing.models import write_drafter, write_target
+from treeflash.testing.models import write_pair
 from treeflash.testing.states import check_storage
 
 PACKAGES = {"cuda": "torch", "mlx": "mlx_lm"}
@@ -29,9 +29,7 @@ def test_a_stored_state_continues_bit_for_bit(name: str, read: int, tmp_path: Pa
     backend, settings = FORMATS[name]
     pytest.importorskip(PACKAGES[backend])
     # Groups of quantised numbers have 32 of them: the width of a head.
-    write_target(tmp_path / "target", "qwen3", seed=1, hidden_size=64)
-    write_drafter(tmp_path / "drafter", tmp_path / "target", seed=2)
-    config = LoadConfig(device="cpu", **settings)
-    pair = loader(backend)(tmp_path / "target", tmp_path / "drafter", config)
+    folders = write_pair(tmp_path, "qwen3", hidden_size=64)
+    pair = loader(backend)(*folders, LoadConfig(device="cpu", **settings))
     assert (pair.inexact is None) == bool(settings.get("exact"))
     check_storage(pair, read=read)

@@ -8,8 +8,8 @@ from small_training import write_predictable_target
 
 from treeflash.commands import adapt
 from treeflash.config import DecodeConfig, LoadConfig
-from treeflash.decoding import Request, decode
 from treeflash.testing import require
+from treeflash.testing.comparisons import steps_of
 from treeflash.testing.models import write_drafter, write_target
 from treeflash.training.config import TrainConfig
 from treeflash.training.distillation import Response
@@ -43,14 +43,10 @@ def test_a_trained_drafter_decodes_alike_everywhere(head, tmp_path):
     list(train(target, responses, drafter, config, CPU))
     method = "ddtree" if head == "none" else "treeflash"
     steps = [
-        list(
-            decode(
-                load(target, drafter, CPU),
-                Request(
-                    prompt_ids=[1, 2, 3],
-                    config=DecodeConfig(method=method, budget=64, max_tokens=24),
-                ),
-            )
+        steps_of(
+            load(target, drafter, CPU),
+            [1, 2, 3],
+            DecodeConfig(method=method, budget=64, max_tokens=24),
         )
         for load in (load_cuda, load_mlx)
     ]

@@ -20,6 +20,7 @@ from treeflash.decoding.iteration import RunningSequence
 from treeflash.decoding.sampling import SampledTokens
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.decoding.verify_costs import SIZES, VerifyCosts
+from treeflash.errors import NumericalError
 from treeflash.language_model import LanguageModel
 from treeflash.testing.models import edit_config, write_drafter, write_target
 from treeflash.text.tokenizer import Tokenizer
@@ -62,6 +63,7 @@ class ScriptedBackend:
     `differ_at` makes verified trees, unlike plain decoding, give another token there;
     Its logits are 4 for the script's token, and less by `margin` for the other one there.
     `interrupt_at` raises KeyboardInterrupt in that call of `verify`, counted over all texts.
+    `fails` is the number of a script whose trees cannot be verified.
     """
 
     name, device, device_name, dtype = "scripted", "cpu", "none", "float32"
@@ -79,6 +81,7 @@ class ScriptedBackend:
         differ_at: int | None = None,
         interrupt_at: int | None = None,
         margin: float = 1.0,
+        fails: int | None = None,
     ) -> None:
         self.scripts = list(scripts)
         self.drafter_config = (
@@ -92,6 +95,7 @@ class ScriptedBackend:
         self.differ_at = differ_at
         self.interrupt_at = interrupt_at
         self.margin = margin
+        self.failing = None if fails is None else self.scripts[fails]
         self.verified = 0
         self.opened = 0
         self.prompts: list[list[int]] = []
@@ -129,6 +133,8 @@ class ScriptedBackend:
         self.verified += 1
         if self.verified == self.interrupt_at:
             raise KeyboardInterrupt
+        if text.script is self.failing:
+            raise NumericalError("not finite")
         positions = [text.length + 1 + int(depth) for depth in tree.depths]
         chosen = [text.token(position) for position in positions]
         if self.differ_at is not None and len(tree) > 1:

@@ -157,7 +157,7 @@ def test_a_drafter_that_the_backend_lacks_is_passed_over(tiny_pair, published, c
     one_line(caplog.messages, f"the drafter {drafter}", "this backend has no such drafters")
 
 
-def test_a_drafter_that_fails_while_it_loads_is_passed_over(tiny_pair, tmp_path, published, caplog):
+def test_a_drafter_that_fails_while_it_loads_is_passed_over(tiny_pair, published, caplog):
     """Its headers are right, and a value shows that it cannot be used only later."""
     target, drafter = tiny_pair
     published(drafter)

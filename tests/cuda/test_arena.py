@@ -126,7 +126,7 @@ def reserved_arena(columns):
     return arena
 
 
-def test_reserved_memory_is_one_allocation_for_all(monkeypatch):
+def test_reserved_memory_is_one_allocation_for_all():
     arena = reserved_arena(300)
     regions = [arena.take(120, LIKE) for _ in range(2)]
     with pytest.raises(MemoryInUseError, match=r"no room for another .* until a sequence ends"):

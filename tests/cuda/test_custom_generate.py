@@ -11,7 +11,7 @@ import pytest
 from treeflash.decoding.verify_costs import VerifyCosts
 from treeflash.errors import CheckpointError, ConfigError, PromptError
 from treeflash.testing import require
-from treeflash.testing.models import write_drafter, write_target
+from treeflash.testing.models import write_pair
 from treeflash.transformers import PAIRS, disable, enable, generate
 
 require("torch")
@@ -26,10 +26,9 @@ TOKENS = {"max_new_tokens": 16, "pad_token_id": 3, "eos_token_id": None}
 
 def write_models(folder, family):
     """A random target and drafter; the loaded target, and the options that name the drafter."""
-    write_target(folder / "target", family, seed=1, vocab_size=VOCAB)
-    write_drafter(folder / "drafter", folder / "target", seed=2)
-    model = AutoModelForCausalLM.from_pretrained(folder / "target", dtype=torch.float32)
-    options = {"custom_generate": generate, "drafter": folder / "drafter", "budget": 16}
+    target, drafter = write_pair(folder, family, vocab_size=VOCAB)
+    model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
+    options = {"custom_generate": generate, "drafter": drafter, "budget": 16}
     return model, options
 
 

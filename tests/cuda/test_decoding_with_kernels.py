@@ -7,10 +7,9 @@ import pytest
 from parts import load_with_parts
 
 from treeflash.config import DecodeConfig, LoadConfig
-from treeflash.decoding import Request, decode
 from treeflash.reference.backend import load as load_reference
 from treeflash.testing import HYBRID_FAMILIES, require
-from treeflash.testing.comparisons import assert_equal_steps, random_tokens
+from treeflash.testing.comparisons import assert_equal_steps, random_tokens, steps_of
 from treeflash.testing.models import write_drafter, write_target
 from treeflash.testing.pairs import SAMPLINGS
 
@@ -78,9 +77,7 @@ def test_trees_and_tokens_equal_the_references(family, method, sampling, tmp_pat
         length, tokens = 5, 3
     prompt = random_tokens(np.random.default_rng(3), VOCAB, length)
     config = DecodeConfig(method=method, budget=6, max_tokens=tokens, sampling=SAMPLINGS[sampling])
-    found, expected = (
-        list(decode(x, Request(prompt_ids=prompt, config=config))) for x in (backend, reference)
-    )
+    found, expected = (steps_of(x, prompt, config) for x in (backend, reference))
     assert_equal_steps(found, expected)
     assert counted[0].calls > 0
     assert counted[1].calls > 0

@@ -7,14 +7,13 @@ import pytest
 from parts import load_with_parts
 
 from treeflash.config import DecodeConfig, LoadConfig
-from treeflash.decoding import Request, decode
 from treeflash.decoding.adaptive_budget import AdaptiveBudget
 from treeflash.decoding.interfaces import Prefill, TableOptions, Verify
 from treeflash.decoding.sampling import SamplingParams
 from treeflash.decoding.tree import DraftTree
 from treeflash.testing import HYBRID_FAMILIES, require
-from treeflash.testing.comparisons import random_tokens
-from treeflash.testing.models import write_drafter, write_target
+from treeflash.testing.comparisons import random_tokens, steps_of
+from treeflash.testing.models import write_pair
 
 require("torch")
 
@@ -42,23 +41,23 @@ def launches(module):
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pair")
-    write_target(folder / "target", "qwen3", seed=1, vocab_size=VOCAB)
-    write_drafter(folder / "drafter", folder / "target", seed=2)
-    return folder / "target", folder / "drafter"
+    return write_pair(folder, "qwen3", vocab_size=VOCAB)
 
 
 def test_adaptive_budgets_need_few_graphs(tmp_path, monkeypatch):
     """Trees of all sizes, with tables of all sizes, share graphs."""
-    target, drafter = tmp_path / "target", tmp_path / "drafter"
-    write_target(target, "qwen3", seed=1, vocab_size=VOCAB, layers=2)
-    write_drafter(drafter, target, seed=2, layers=1, target_layer_ids=(0, 1))
+    target, drafter = write_pair(
+        tmp_path,
+        "qwen3",
+        drafter={"layers": 1, "target_layer_ids": (0, 1)},
+        vocab_size=VOCAB,
+        layers=2,
+    )
     backend = load_with_parts(monkeypatch, target, drafter)
     rng, steps = np.random.default_rng(0), 0
     for budget in range(1, 65):  # an adaptive budget may choose any of these
         config = DecodeConfig(budget=budget, max_tokens=6, suffix=False)
-        steps += len(
-            list(decode(backend, Request(prompt_ids=random_tokens(rng, VOCAB, 8), config=config)))
-        )
+        steps += len(steps_of(backend, random_tokens(rng, VOCAB, 8), config))
     assert steps >= 250
     assert len(backend.target.graphs.keys) <= 20
 
@@ -68,11 +67,11 @@ def test_iterations_that_capture_a_graph_are_not_measured(pair, monkeypatch):
     monkeypatch.setattr(AdaptiveBudget, "observe", lambda *_, **__: seen.append(1))
     backend = load_with_parts(monkeypatch, *pair)
     config = DecodeConfig(budget="auto", max_tokens=6)
-    list(decode(backend, Request(prompt_ids=[3, 4, 5], config=config)))
+    steps_of(backend, [3, 4, 5], config)
     assert seen
     seen.clear()
     monkeypatch.setattr(type(backend), "captures", property(lambda _: next(captures)))
-    list(decode(backend, Request(prompt_ids=[3, 4, 5], config=config)))
+    steps_of(backend, [3, 4, 5], config)
     assert not seen
 
 
@@ -134,9 +133,9 @@ def test_the_command_counts_operations_and_bytes(cuda, launches):
 @pytest.mark.parametrize("family", HYBRID_FAMILIES)
 def test_operations_of_a_hybrid_target(cuda, launches, tmp_path, family, sequences):
     """They hardly depend on the number of sequences."""
-    write_target(tmp_path / "target", family, seed=1, vocab_size=VOCAB)
-    write_drafter(tmp_path / "drafter", tmp_path / "target", seed=2)
-    backend = loading.load(tmp_path / "target", tmp_path / "drafter", LoadConfig(dtype="bfloat16"))
+    backend = loading.load(
+        *write_pair(tmp_path, family, vocab_size=VOCAB), LoadConfig(dtype="bfloat16")
+    )
     found, _ = launches.count_operations(cuda, backend, sequences)
     for part, limit in MAX_HYBRID_LAUNCHES[family].items():
         assert 0 < found[part].operations <= limit, found
@@ -146,10 +145,9 @@ def test_operations_of_a_hybrid_target(cuda, launches, tmp_path, family, sequenc
 def test_keys_in_8_bits_are_converted_for_long_prompts_alone(cuda, tmp_path, window):
     """Short prompts, trees, drafts and commits read and write the 8 bits as they are."""
     family, settings = ("mistral", {"sliding_window": window}) if window else ("qwen3", {})
-    write_target(tmp_path / "target", family, seed=1, vocab_size=VOCAB, **settings)
-    write_drafter(tmp_path / "drafter", tmp_path / "target", seed=2)
     backend = loading.load(
-        tmp_path / "target", tmp_path / "drafter", LoadConfig(dtype="bfloat16", kv_bits=8)
+        *write_pair(tmp_path, family, vocab_size=VOCAB, **settings),
+        LoadConfig(dtype="bfloat16", kv_bits=8),
     )
     state = backend.open(2000, drafts=True)
     shape = np.array(backend.target.arena.like.shape)

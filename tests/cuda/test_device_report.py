@@ -9,7 +9,7 @@ from treeflash.decoding.interfaces import Prefill, Verify, device_report
 from treeflash.decoding.sampling import SamplingParams
 from treeflash.decoding.tree import DraftTree
 from treeflash.testing import require
-from treeflash.testing.models import write_drafter, write_target
+from treeflash.testing.models import write_pair, write_target
 
 require("torch")
 
@@ -23,9 +23,7 @@ GIB = 1 << 30
 
 @pytest.fixture
 def folders(tmp_path):
-    write_target(tmp_path / "target", "qwen3", seed=1, vocab_size=40)
-    write_drafter(tmp_path / "drafter", tmp_path / "target", seed=2)
-    return tmp_path / "target", tmp_path / "drafter"
+    return write_pair(tmp_path, "qwen3", vocab_size=40)
 
 
 def test_a_processor_reports_what_runs_on_it(folders):
@@ -59,7 +57,7 @@ def test_a_gpu_reports_its_card_its_kernels_and_the_memory_set_aside(cuda, folde
     assert report.free_bytes == pytest.approx(8.5 * GIB, rel=0.01)
 
 
-def test_a_drafter_of_other_shapes_has_operations_of_its_own(cuda, folders, monkeypatch):
+def test_a_drafter_of_other_shapes_has_its_own_operations(cuda, folders, monkeypatch):
     """They are checked at load with its shapes, and reported beside the target's."""
     backend = loading.load(*folders, LoadConfig(dtype="bfloat16"))
     found = []

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from treeflash.config import DecodeConfig, LoadConfig, SamplingConfig
-from treeflash.decoding import Request, decode
+from treeflash.decoding import Request
 from treeflash.errors import UnsupportedModelError
 from treeflash.testing import require
+from treeflash.testing.comparisons import generate
 from treeflash.testing.models import write_target
 from treeflash.testing.pairs import pairwise
 from treeflash.training.config import TrainConfig
@@ -67,8 +68,7 @@ def check_responses(backend, requests, slots):
     responses = dict(respond(backend, requests, slots))
     assert responses.keys() == set(range(len(requests)))
     for n, request in enumerate(requests):
-        steps = decode(backend, Request(prompt_ids=request.prompt_ids, config=request.config))
-        assert responses[n] == [token for step in steps for token in step.tokens], n
+        assert responses[n] == generate(backend, request.prompt_ids, request.config), n
     return set(map(len, responses.values()))
 
 

@@ -10,7 +10,7 @@ from treeflash.config import LoadConfig
 from treeflash.decoding.session import SequenceSession
 from treeflash.reference.backend import load as load_reference
 from treeflash.testing import require
-from treeflash.testing.models import edit_config, write_drafter, write_target
+from treeflash.testing.models import edit_config, write_drafter, write_pair, write_target
 
 require("torch")
 
@@ -30,9 +30,7 @@ YARN = {
 
 @pytest.fixture
 def folders(tmp_path):
-    write_target(tmp_path / "target", "qwen3", seed=1)
-    write_drafter(tmp_path / "drafter", tmp_path / "target", seed=2)
-    return tmp_path / "target", tmp_path / "drafter"
+    return write_pair(tmp_path, "qwen3")
 
 
 def log_probs(backend):

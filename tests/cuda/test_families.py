@@ -1,3 +1,5 @@
+"""Model types of transformers as targets, and the script that tries them all."""
+
 import importlib.util
 from pathlib import Path
 

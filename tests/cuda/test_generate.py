@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from treeflash.config import METHODS, DecodeConfig, LoadConfig, SamplingConfig
-from treeflash.decoding import Request, decode
 from treeflash.hub.models import resolve_drafter
 from treeflash.testing import require
-from treeflash.testing.models import write_drafter, write_target
+from treeflash.testing.comparisons import generate, steps_of
+from treeflash.testing.models import write_pair
 from treeflash.testing.pairs import pairwise
 from treeflash.text.tokenizer import Tokenizer
 
@@ -41,27 +41,17 @@ def plain(folder, prompt, max_tokens):
     return output[0, len(prompt) :].tolist()
 
 
-def tokens(backend, prompt, config):
-    return [
-        token
-        for step in decode(backend, Request(prompt_ids=prompt, config=config))
-        for token in step.tokens
-    ]
-
-
 CASES = pairwise(FAMILIES, METHODS, BUDGETS)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tiny_models_generate_what_transformers_generates(family, tmp_path):
-    write_target(tmp_path / "target", family, seed=1, vocab_size=40)
-    write_drafter(tmp_path / "drafter", tmp_path / "target", seed=2)
-    backend = load(tmp_path / "target", tmp_path / "drafter", CPU)
+    backend = load(*write_pair(tmp_path, family, vocab_size=40), CPU)
     prompt = np.random.default_rng(3).integers(0, 40, 12).tolist()
     expected = plain(tmp_path / "target", prompt, 24)
     for method, budget in [case[1:] for case in CASES if case[0] == family]:
         config = DecodeConfig(method=method, budget=budget, max_tokens=24)
-        assert tokens(backend, prompt, config) == expected, (method, budget)
+        assert generate(backend, prompt, config) == expected, (method, budget)
 
 
 OTHER_FILTERS = {}, {"top_k": 20}, {"min_p": 0.05}
@@ -80,7 +70,7 @@ def test_smollm2_generates_what_transformers_generates(question, smollm2, defaul
     expected = plain(smollm2, prompt, 12)
     for method in METHODS:
         config = DecodeConfig(method=method, budget=64, max_tokens=12)
-        assert tokens(default_pair, prompt, config) == expected, method
+        assert generate(default_pair, prompt, config) == expected, method
 
 
 @pytest.mark.parametrize(
@@ -94,15 +84,11 @@ def test_smollm2_samples_the_same_by_every_method(filters, smollm2, default_pair
     expected = None
     for method in METHODS:
         config = DecodeConfig(method=method, budget=16, max_tokens=8, sampling=sampling)
-        expected = expected or tokens(default_pair, prompt, config)
-        assert tokens(default_pair, prompt, config) == expected, method
+        expected = expected or generate(default_pair, prompt, config)
+        assert generate(default_pair, prompt, config) == expected, method
 
 
 def test_smollm2_accepts_more_than_one_token_an_iteration(smollm2, default_pair):
     prompt = Tokenizer.from_folder(smollm2).chat([{"role": "user", "content": QUESTIONS[0]}])
-    steps = list(
-        decode(
-            default_pair, Request(prompt_ids=prompt, config=DecodeConfig(budget=16, max_tokens=32))
-        )
-    )
+    steps = steps_of(default_pair, prompt, DecodeConfig(budget=16, max_tokens=32))
     assert np.mean([len(step.tokens) for step in steps[1:]]) > 1.5

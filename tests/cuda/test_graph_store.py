@@ -16,7 +16,7 @@ from treeflash.decoding.interfaces import Prefill
 from treeflash.decoding.sampling import position_keys
 from treeflash.testing import require
 from treeflash.testing.comparisons import random_tokens, random_tree
-from treeflash.testing.models import write_drafter, write_target
+from treeflash.testing.models import write_pair
 from treeflash.testing.pairs import SAMPLINGS
 
 require("torch")
@@ -138,9 +138,7 @@ def test_replays_of_models_are_for_the_present_sequences(tmp_path, monkeypatch, 
     """With other sequences, other numbers of them, and other slabs of the KV cache."""
     if slabs == "several":
         monkeypatch.setattr(cache, "SLAB_BYTES", 1)
-    write_target(tmp_path / "target", "qwen3", seed=1, vocab_size=VOCAB)
-    write_drafter(tmp_path / "drafter", tmp_path / "target", seed=2)
-    folders = tmp_path / "target", tmp_path / "drafter"
+    folders = write_pair(tmp_path, "qwen3", vocab_size=VOCAB)
     replaying = load_with_parts(monkeypatch, *folders)
     plain = load_with_parts(monkeypatch, *folders, cuda_graphs=False)
     replaying.target.graphs = replaying.head.graphs = enable(Graphs(torch.device("cpu")))

@@ -216,7 +216,7 @@ def test_drafts_of_all_depths_at_once_share_graphs(tmp_path, monkeypatch):
     assert len(keys) <= 6  # by rows, with new states and without
 
 
-def test_the_rows_of_a_pass_alone_fix_its_shapes(backend, monkeypatch):
+def test_the_rows_of_a_pass_alone_fix_its_shapes(backend):
     """Not their division between sequences, nor lengths, and few numbers of rows occur."""
     states = started(backend, [[3, 4], [5], [6] * 50])
     backend.target.graphs.keys.clear()
@@ -261,7 +261,7 @@ def test_a_warm_up_of_more_sequences_than_memory_has_room_for_goes_on(backend):
     assert names.count("the drafter") >= 2 * len(backend_module.NEW_TOKENS)
 
 
-def test_trees_beside_a_prompt_are_captured(backend, monkeypatch):
+def test_trees_beside_a_prompt_are_captured(backend):
     first, second, third = started(backend, [[3, 4], [5], [6, 7, 8]])
     rows = []
     backend.target.layers[0].register_forward_hook(

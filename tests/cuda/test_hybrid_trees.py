@@ -8,8 +8,9 @@ from treeflash.decoding.interfaces import Prefill, Verify
 from treeflash.decoding.probe import state_difference, tree_difference
 from treeflash.decoding.sampling import SamplingParams
 from treeflash.decoding.tree import DraftTree
-from treeflash.testing import HYBRID_FAMILIES, require, write_drafter, write_target
+from treeflash.testing import HYBRID_FAMILIES, require
 from treeflash.testing.comparisons import path_to, random_tokens, random_tree
+from treeflash.testing.models import write_pair
 
 require("torch")
 
@@ -33,10 +34,7 @@ OTHERS = (
 
 @pytest.fixture(params=HYBRID_FAMILIES)
 def folders(request, tmp_path):
-    target, drafter = tmp_path / "target", tmp_path / "drafter"
-    write_target(target, request.param, seed=1, vocab_size=VOCAB)
-    write_drafter(drafter, target, seed=2)
-    return target, drafter
+    return write_pair(tmp_path, request.param, vocab_size=VOCAB)
 
 
 @pytest.mark.parametrize("sequences", [1, 3])

@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 
 from treeflash.config import METHODS, DecodeConfig, LoadConfig, SamplingConfig
-from treeflash.decoding import Request, decode
 from treeflash.errors import UnsupportedModelError
 from treeflash.testing import require, write_drafter
-from treeflash.testing.comparisons import tokens_of
+from treeflash.testing.comparisons import generate, steps_of, tokens_of
 from treeflash.testing.pairs import DRAFTER_SEED
 from treeflash.training.distillation import Response
 
@@ -73,10 +72,7 @@ def generated(model, length):
 def plain_texts(backend, length):
     """Those that drafts must give, by the ways to choose tokens."""
     configs = (DecodeConfig(method="ar", max_tokens=length, sampling=x) for x in SAMPLINGS)
-    return [
-        tokens_of(list(decode(backend, Request(prompt_ids=PROMPT, config=config))))
-        for config in configs
-    ]
+    return [generate(backend, PROMPT, config) for config in configs]
 
 
 def fit(drafter, backend, texts):
@@ -104,7 +100,7 @@ def check(folder, model, length, methods, budgets):
             config = DecodeConfig(
                 method=method, budget=budget, max_tokens=length, sampling=sampling
             )
-            steps = list(decode(backend, Request(prompt_ids=PROMPT, config=config)))
+            steps = steps_of(backend, PROMPT, config)
             assert tokens_of(steps) == text, (method, budget)
             efficiency = (len(text) - 1) / (len(steps) - 1)
             # The drafter was fitted to these texts, which seldom repeat what `suffix` could copy.

@@ -5,13 +5,14 @@ import pytest
 import torch
 import transformers
 import treeflash_cuda.images as cuda_images
+from image_models import VISION, RandomProcessor, picture
 from transformers import AutoConfig, AutoModelForCausalLM, LlavaConfig
 from treeflash_cuda.backend import load
 
-from tests.helpers.image_models import VISION, RandomProcessor, picture
 from treeflash.config import DecodeConfig, LoadConfig
 from treeflash.decoding import Request, decode
 from treeflash.hub.models import resolve_drafter
+from treeflash.testing.comparisons import tokens_of
 from treeflash.text.tokenizer import Tokenizer
 
 IMAGE = 4  # a token that texts do not have
@@ -72,5 +73,5 @@ def test_the_bundled_drafter_beats_plain_decoding_after_an_image(folder, smollm2
         return list(decode(backend, Request(prompt_ids=ids, images=images, config=config)))
 
     plain, drafted = run("ar"), run("treeflash")
-    assert [t for step in drafted for t in step.tokens] == [t for s in plain for t in s.tokens]
+    assert tokens_of(drafted) == tokens_of(plain)
     assert sum(len(step.tokens) for step in drafted[1:]) > 1.5 * len(drafted[1:])

@@ -7,12 +7,12 @@ pytest.importorskip("torchvision")
 import numpy as np
 import torch
 import transformers as hf
+from image_models import CONFIGS, picture, random_model
+from image_processors import PROCESSORS
 from PIL import Image as Picture
 from treeflash_cuda.backend import load
 from treeflash_cuda.images import read_processor
 
-from tests.helpers.image_models import CONFIGS, picture, random_model
-from tests.helpers.image_processors import PROCESSORS
 from treeflash.config import DecodeConfig, LoadConfig
 from treeflash.decoding import Request, Scheduler
 from treeflash.decoding.families import FAMILIES

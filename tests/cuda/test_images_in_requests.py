@@ -14,10 +14,10 @@ pytest.importorskip("anthropic")
 pytest.importorskip("openai")
 
 import treeflash_cuda.images as cuda_images
+from image_clients import ASK, QUESTION, TOKENS
+from image_models import RandomProcessor, random_model
 from treeflash_cuda.backend import load
 
-from tests.helpers.image_clients import ASK, QUESTION, TOKENS
-from tests.helpers.image_models import RandomProcessor, random_model
 from treeflash.config import LoadConfig
 from treeflash.language_model import LanguageModel
 from treeflash.text.prompt import image_part, text_part

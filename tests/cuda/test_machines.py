@@ -10,7 +10,7 @@ import pytest
 from treeflash.config import DecodeConfig, LoadConfig
 from treeflash.decoding import Request, decode
 from treeflash.testing import require
-from treeflash.testing.models import write_drafter, write_target
+from treeflash.testing.models import write_pair
 
 require("torch")
 
@@ -40,9 +40,7 @@ def free_port():
 
 @pytest.mark.nightly
 def test_two_machines_give_the_tokens_of_one(tmp_path):
-    target, drafter = tmp_path / "target", tmp_path / "drafter"
-    write_target(target, "qwen3", seed=1)
-    write_drafter(drafter, target, seed=2)
+    target, drafter = write_pair(tmp_path, "qwen3")
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     rendezvous = f"--rdzv-backend=c10d --rdzv-id=test --rdzv-endpoint=127.0.0.1:{free_port()}"

@@ -8,7 +8,7 @@ from parts import load_with_parts
 from treeflash.config import LoadConfig
 from treeflash.decoding.session import SequenceSession
 from treeflash.testing import require
-from treeflash.testing.models import write_drafter, write_target
+from treeflash.testing.models import write_pair
 
 require("torch")
 
@@ -20,9 +20,7 @@ from treeflash_cuda.state import State
 
 @pytest.fixture
 def folders(tmp_path):
-    write_target(tmp_path / "target", "qwen3", seed=1, vocab_size=40)
-    write_drafter(tmp_path / "drafter", tmp_path / "target", seed=2)
-    return tmp_path / "target", tmp_path / "drafter"
+    return write_pair(tmp_path, "qwen3", vocab_size=40)
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ def test_gates(name, function):
 
 
 @pytest.mark.parametrize("block", [1, 4, 16])
-def test_sums_over_chunks_have_places_of_their_own(block):
+def test_sums_over_chunks_have_separate_places(block):
     """However many rows a block has, and beyond what graphs have by default."""
     sizes, shared = np.array([1, 40, 3, 7, 300]), np.array([5000, 512, 1, 513, 9000])
     items, places = plan_work(sizes.cumsum() - sizes, sizes, shared, block)

@@ -12,7 +12,7 @@ from treeflash.decoding.tree import DraftTree
 from treeflash.errors import UnsupportedModelError
 from treeflash.testing import require
 from treeflash.testing.comparisons import random_tokens, random_tree
-from treeflash.testing.models import write_drafter, write_target
+from treeflash.testing.models import write_pair
 
 require("torch")
 
@@ -27,9 +27,7 @@ VOCAB = 40
 
 @pytest.fixture(params=["qwen3", "mistral", "qwen3_moe"])  # mistral has a sliding window
 def backend(request, tmp_path):
-    write_target(tmp_path / "target", request.param, seed=1, vocab_size=VOCAB)
-    write_drafter(tmp_path / "drafter", tmp_path / "target", seed=2)
-    return load(tmp_path / "target", tmp_path / "drafter", LoadConfig(device="cpu"))
+    return load(*write_pair(tmp_path, request.param, vocab_size=VOCAB), LoadConfig(device="cpu"))
 
 
 def test_rows_of_all_texts_are_one_sequence_without_padding(backend):

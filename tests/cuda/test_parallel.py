@@ -10,6 +10,7 @@ import threading
 
 import numpy as np
 import pytest
+from recordings import recording
 
 from treeflash.config import DecodeConfig, LoadConfig
 from treeflash.decoding import Request, Scheduler, decode
@@ -17,7 +18,8 @@ from treeflash.decoding.interfaces import Prefill
 from treeflash.decoding.prefix_cache import PrefixCache
 from treeflash.errors import ConfigError, NumericalError
 from treeflash.testing import require
-from treeflash.testing.models import write_drafter, write_target
+from treeflash.testing.comparisons import generate, steps_of
+from treeflash.testing.models import write_pair, write_target
 
 require("torch")
 
@@ -128,11 +130,10 @@ def start(script, *arguments):
 
 @pytest.mark.nightly
 def test_a_rank_that_fails_ends_all_ranks(tmp_path):
-    write_target(tmp_path / "target", "qwen3", seed=1)
-    write_drafter(tmp_path / "drafter", tmp_path / "target", seed=2)
+    folders = write_pair(tmp_path, "qwen3")
     script = tmp_path / "script.py"
     script.write_text(FAILING_RANK + SCRIPT)
-    run = start(script, tmp_path / "target", tmp_path / "drafter", tmp_path / "tokens.json")
+    run = start(script, *folders, tmp_path / "tokens.json")
     assert run.returncode != 0
     assert run.stderr.count("error: rank 1 failed: out of paper\n") == 1
     assert not (tmp_path / "tokens.json").exists()
@@ -155,9 +156,7 @@ def test_a_follower_that_fails_ends_its_process(monkeypatch, capsys):
 
 def test_two_processes_give_the_tokens_of_one(tmp_path):
     """Their trees run in graphs; without graphs they run in `test_machines.py`."""
-    target, drafter = tmp_path / "target", tmp_path / "drafter"
-    write_target(target, "qwen3", seed=1)
-    write_drafter(drafter, target, seed=2)
+    target, drafter = write_pair(tmp_path, "qwen3")
     script, written = tmp_path / "script.py", tmp_path / "tokens.json"
     script.write_text(SCRIPT.replace(LOADING, GRAPHS + LOADING))
     run = start(script, target, drafter, written)
@@ -307,10 +306,7 @@ PLACES = {"sampling": (verifier, "sample"), "commit": (Verifier, "_commit")}
 def test_ranks_stay_alike_when_rank_0_alone_fails(ranks, monkeypatch, place, at):
     config = DecodeConfig(method="ar", max_tokens=6)
     prompts = [[5, 6, 7], [9, 8]]
-    alone = [
-        [t for x in decode(ranks.backend, Request(prompt_ids=p, config=config)) for t in x.tokens]
-        for p in prompts
-    ]
+    alone = [generate(ranks.backend, p, config) for p in prompts]
     calls = ranks.fail(monkeypatch, *PLACES[place], at)
     texts = [[], []]
     requests = [Request(prompt_ids=prompts[n], config=config, tag=texts[n]) for n in range(2)]
@@ -328,11 +324,7 @@ def test_a_sequence_without_a_token_to_choose_does_not_change_the_other_ranks(ra
             return np.zeros(-(-ranks.backend.vocab_size // 32), np.uint32)
 
     config = DecodeConfig(method="ar", max_tokens=6)
-    expected = [
-        t
-        for step in decode(ranks.backend, Request(prompt_ids=[5, 6, 7], config=config))
-        for t in step.tokens
-    ]
+    expected = generate(ranks.backend, [5, 6, 7], config)
     scheduler = Scheduler(ranks.backend)
     bad = scheduler.submit(Request(prompt_ids=[1, 2], config=config, constraint=Nothing()))
     scheduler.submit(Request(prompt_ids=[5, 6, 7], config=config))
@@ -346,18 +338,12 @@ def test_a_sequence_without_a_token_to_choose_does_not_change_the_other_ranks(ra
     assert tokens == expected
 
 
-def test_an_iteration_has_one_broadcast(ranks, monkeypatch):
+def test_an_iteration_has_one_broadcast(ranks):
     """Whatever changes committed positions is told with the next forward pass."""
-    calls, broadcast = [], parallel.broadcast
-
-    def watch(*message):
-        if message:
-            calls.append([name for name, *_ in message[0]])
-        return broadcast(*message)
-
-    monkeypatch.setattr(parallel, "broadcast", watch)
     config = DecodeConfig(method="ar", max_tokens=4)
-    assert len(list(decode(ranks.backend, Request(prompt_ids=[5, 6, 7], config=config)))) == 4
+    with recording(parallel, "broadcast") as broadcasts:
+        assert len(steps_of(ranks.backend, [5, 6, 7], config)) == 4
+    calls = [[name for name, *_ in message[0]] for message in broadcasts if message]
     assert [names.count("forward") for names in calls] == [1] * 4
     assert [names[-1] for names in calls] == ["forward"] * 4
     assert calls[0] == ["reserve", "open", "forward"]

@@ -12,7 +12,7 @@ from treeflash.decoding.session import SequenceSession
 from treeflash.errors import ConfigError
 from treeflash.testing import require
 from treeflash.testing.comparisons import random_tokens
-from treeflash.testing.models import write_drafter, write_target
+from treeflash.testing.models import write_pair, write_target
 
 require("torch")
 
@@ -28,9 +28,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pair")
-    write_target(folder / "target", "mistral", seed=1, vocab_size=40)
-    write_drafter(folder / "drafter", folder / "target", seed=2)
-    return folder / "target", folder / "drafter"
+    return write_pair(folder, "mistral", vocab_size=40)
 
 
 def decoded(backend):

@@ -7,13 +7,13 @@ import pytest
 from parts import load_with_parts
 
 from treeflash.config import DecodeConfig, LoadConfig, SamplingConfig
-from treeflash.decoding import Request, Scheduler, decode
+from treeflash.decoding import Request, Scheduler
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.errors import ConfigError
 from treeflash.testing import require
-from treeflash.testing.comparisons import random_tokens
-from treeflash.testing.models import write_drafter, write_target
+from treeflash.testing.comparisons import generate, random_tokens
+from treeflash.testing.models import write_pair, write_target
 
 require("torch")
 
@@ -30,9 +30,7 @@ TREE = DraftTree.from_parents(np.array([3, 4, 5, 6, 7], np.int32), np.array([-1,
 def pair(request, tmp_path_factory):
     """One of them has windows, one recurrent layers."""
     folder = tmp_path_factory.mktemp("pair")
-    write_target(folder / "target", request.param, seed=1, vocab_size=VOCAB)
-    write_drafter(folder / "drafter", folder / "target", seed=2)
-    return folder / "target", folder / "drafter"
+    return write_pair(folder, request.param, vocab_size=VOCAB)
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["parts", "masks"])
@@ -97,13 +95,8 @@ def test_trees_give_the_tokens_of_plain_decoding(backend, sampling):
     for n, method in enumerate(("treeflash", "ddtree", "dflash")):
         prompt = random_tokens(rng, VOCAB, 2 + 9 * n)
         config = DecodeConfig(method=method, budget=5 + 7 * n, max_tokens=12, sampling=sampling)
-        plain = decode(backend, Request(prompt_ids=prompt, config=replace(config, method="ar")))
-        tokens = [token for step in plain for token in step.tokens]
-        assert tokens == [
-            x
-            for step in decode(backend, Request(prompt_ids=prompt, config=config))
-            for x in step.tokens
-        ]
+        tokens = generate(backend, prompt, replace(config, method="ar"))
+        assert tokens == generate(backend, prompt, config)
         expected[scheduler.submit(Request(prompt_ids=prompt, config=config))] = tokens
     found = {request_id: [] for request_id in expected}
     for request_id, step in scheduler.run():

@@ -7,7 +7,8 @@ from treeflash.decoding import Request, decode
 from treeflash.errors import ConfigError
 from treeflash.hub.models import resolve_drafter
 from treeflash.testing import require
-from treeflash.testing.models import write_drafter, write_target
+from treeflash.testing.comparisons import generate, steps_of, tokens_of
+from treeflash.testing.models import write_pair
 from treeflash.text.tokenizer import Tokenizer
 
 require("torch")
@@ -23,9 +24,7 @@ from treeflash_cuda.quantised_weights import BITS, GROUP, quantise_weight
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pair")
-    write_target(folder / "target", "qwen3", seed=1, vocab_size=40, hidden_size=2 * GROUP)
-    write_drafter(folder / "drafter", folder / "target", seed=2)
-    return folder / "target", folder / "drafter"
+    return write_pair(folder, "qwen3", vocab_size=40, hidden_size=2 * GROUP)
 
 
 @pytest.fixture
@@ -61,10 +60,8 @@ def test_the_text_is_that_of_plain_decoding(pair, on_cpu, bits):
     assert isinstance(backend.drafter_model.own.quantised_lm_head, QuantisedLinear)
     texts = []
     for method in ("ar", "treeflash"):
-        request = Request(
-            prompt_ids=[1, 2, 3], config=DecodeConfig(method=method, max_tokens=30, budget=16)
-        )
-        texts.append([x for step in decode(backend, request) for x in step.tokens])
+        config = DecodeConfig(method=method, max_tokens=30, budget=16)
+        texts.append(generate(backend, [1, 2, 3], config))
     assert texts[0] == texts[1]
 
 
@@ -73,12 +70,12 @@ def test_the_bundled_drafter_accepts_nearly_as_many_tokens(smollm2, on_cpu):
     prompt = Tokenizer.from_folder(smollm2).chat(
         [{"role": "user", "content": "Explain how rainbows form."}]
     )
-    request = Request(prompt_ids=prompt, config=DecodeConfig(budget=16, max_tokens=100))
+    config = DecodeConfig(budget=16, max_tokens=100)
     texts, iterations = [], {}
     for bits in (16, *BITS):
         backend = load(smollm2, resolve_drafter(None, None), LoadConfig(draft_bits=bits, **on_cpu))
-        steps = list(decode(backend, request))
-        texts.append([x for step in steps for x in step.tokens])
+        steps = steps_of(backend, prompt, config)
+        texts.append(tokens_of(steps))
         iterations[bits] = len(steps)
     assert texts[0] == texts[1] == texts[2]
     assert iterations[8] <= 1.05 * iterations[16]

@@ -7,9 +7,9 @@ import pytest
 from parts import load_with_parts
 
 from treeflash.config import DecodeConfig, LoadConfig
-from treeflash.decoding import Request, decode
 from treeflash.testing import require
-from treeflash.testing.models import write_drafter, write_target
+from treeflash.testing.comparisons import generate
+from treeflash.testing.models import write_pair
 
 require("torch")
 
@@ -20,9 +20,7 @@ THREADS, TEXTS = 4, 12
 
 @pytest.fixture(params=[False, True], ids=["", "static shapes"])
 def backend(request, tmp_path, monkeypatch):
-    write_target(tmp_path / "target", "qwen3", seed=1, vocab_size=40)
-    write_drafter(tmp_path / "drafter", tmp_path / "target", seed=2)
-    folders = tmp_path / "target", tmp_path / "drafter"
+    folders = write_pair(tmp_path, "qwen3", vocab_size=40)
     if request.param:
         return load_with_parts(monkeypatch, *folders)
     return load(*folders, LoadConfig(device="cpu", dtype="float32"))
@@ -36,11 +34,7 @@ def test_texts_of_threads_are_those_of_one(backend):
 
     def text(n):
         config = DecodeConfig(method=methods[n % 3], budget=8, max_tokens=24)
-        return [
-            token
-            for step in decode(backend, Request(prompt_ids=prompts[n], config=config))
-            for token in step.tokens
-        ]
+        return generate(backend, prompts[n], config)
 
     alone = [text(n) for n in range(TEXTS)]
     with ThreadPoolExecutor(THREADS) as threads:

@@ -5,8 +5,7 @@ from treeflash_cuda.backend import load as load_cuda
 from treeflash_mlx.backend import load as load_mlx
 
 from treeflash.config import DecodeConfig, LoadConfig
-from treeflash.decoding import Request, decode
-from treeflash.testing.comparisons import assert_equal_steps, random_tokens
+from treeflash.testing.comparisons import assert_equal_steps, random_tokens, steps_of
 
 
 def load_both(target, drafter):
@@ -24,9 +23,7 @@ def assert_equal_iterations(backends, method, sampling, vocab_size):
     accepted = []
     for length in (1, 6, 30):  # the last is longer than the sliding windows
         prompt = random_tokens(rng, vocab_size, length)
-        cuda, mlx = (
-            list(decode(backend, Request(prompt_ids=prompt, config=config))) for backend in backends
-        )
+        cuda, mlx = (steps_of(backend, prompt, config) for backend in backends)
         assert_equal_steps(mlx, cuda)
         accepted += [len(step.path) for step in cuda if step.path is not None]
     if method in ("ddtree", "treeflash"):

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from treeflash.config import METHODS, DecodeConfig, SamplingConfig
-from treeflash.decoding import Request, decode
 from treeflash.decoding.interfaces import Backend, Prefill, TableOptions, Verify
 from treeflash.decoding.loop import Step
 from treeflash.decoding.sampling import Noise, SampledTokens, SamplingParams, sample
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.decoding.tree import DraftTree
+from treeflash.testing.comparisons import steps_of
 
 DRAFTING = tuple(method for method in METHODS if DecodeConfig(method=method).drafts)
 BUDGETS = (1, 2, 16, 64, 256)
@@ -212,4 +212,4 @@ def config_of(**settings: Any) -> DecodeConfig:
 
 
 def run(backend: Backend, prompt: Sequence[int] = PROMPT, **settings: Any) -> list[Step]:
-    return list(decode(backend, Request(prompt_ids=prompt, config=config_of(**settings))))
+    return steps_of(backend, prompt, config_of(**settings))

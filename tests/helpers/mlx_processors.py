@@ -7,9 +7,9 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from image_models import picture
 from treeflash_mlx.images import load_tower, read_processor
 
-from tests.helpers.image_models import picture
 from treeflash.decoding.image_processor import Processor, load_processor
 from treeflash.drafters.folder import read_config
 from treeflash.errors import PromptError

@@ -4,16 +4,25 @@ from treeflash.config import DecodeConfig, SamplingConfig
 from treeflash.decoding import Request, Scheduler, SchedulerConfig
 
 
-def scheduled_texts(backend, prompts, *, temperature, **options):
-    """The new tokens after each prompt, two at once, with the prompts' numbers as seeds."""
+def assert_plain_texts(backend, prompts, *drafting, temperature, **options):
+    """Assert that methods with budgets give plain decoding's texts, decoded two at once.
+
+    The prompts' numbers are the seeds.
+    """
     samplings = [SamplingConfig(temperature=temperature, seed=i) for i in range(len(prompts))]
-    return decode_together(
-        backend, prompts, [DecodeConfig(sampling=x, **options) for x in samplings], parallel=2
-    )
+
+    def texts(method, budget):
+        settings = {"method": method, "budget": budget, **options}
+        configs = [DecodeConfig(sampling=x, **settings) for x in samplings]
+        return decode_together(backend, prompts, configs, parallel=2)
+
+    plain = texts("ar", 1)
+    for method, budget in drafting:
+        assert texts(method, budget) == plain, (method, budget)
 
 
 def decode_together(backend, prompts, configs, *, parallel):
-    """The new tokens after each prompt, decoded by its configuration."""
+    """Return the new tokens after each prompt, decoded by its configuration."""
     requests = [
         Request(prompt_ids=prompt, config=config, tag=i)
         for i, (prompt, config) in enumerate(zip(prompts, configs, strict=True))

@@ -13,14 +13,13 @@ from treeflash.decoding.disk_cache import DiskCache
 from treeflash.decoding.prefix_cache import PrefixCache
 from treeflash.decoding.state_files import PrefixKeys, root_key
 from treeflash.reference.backend import load
-from treeflash.testing.models import write_drafter, write_target
+from treeflash.testing.comparisons import tokens_of
+from treeflash.testing.models import write_pair
 
 
 def stored_pair(folder: Path, family: str) -> Any:
     """A tiny pair; its weights are the same in every process."""
-    write_target(folder / "target", family, seed=1)
-    write_drafter(folder / "drafter", folder / "target", seed=2)
-    return load(folder / "target", folder / "drafter", LoadConfig())
+    return load(*write_pair(folder, family), LoadConfig())
 
 
 class Process:
@@ -70,7 +69,7 @@ class Process:
         request = Request(prompt_ids=prompt, config=config, cache_salt=salt)
         steps = [step for _, step in self.scheduler.decode([request])]
         cached, disk = steps[0].cached_tokens, steps[0].disk_tokens
-        return [token for step in steps for token in step.tokens], (cached - disk, disk)
+        return tokens_of(steps), (cached - disk, disk)
 
 
 def prompt_of(length: int, seed: int = 0, vocab_size: int = 24) -> list[int]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from accelerators import MetalKernels, metal_problem
 
-from treeflash.testing.models import write_drafter, write_target
+from treeflash.testing.models import write_drafter, write_pair
 
 VOCAB = 24  # so few that a random drafter is right at times
 SHAPE = {
@@ -50,10 +50,7 @@ def families():
 def pair(tmp_path_factory):
     """Folders of a tiny Qwen3 and a TreeFlash drafter for it, wide enough to be quantised."""
     folder = tmp_path_factory.mktemp("pair")
-    target, drafter = folder / "target", folder / "drafter"
-    write_target(target, "qwen3", seed=1, hidden_size=128, vocab_size=64, layers=3)
-    write_drafter(drafter, target, seed=2)
-    return target, drafter
+    return write_pair(folder, "qwen3", hidden_size=128, vocab_size=64, layers=3)
 
 
 @pytest.fixture(scope="session")

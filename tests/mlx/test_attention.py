@@ -1,17 +1,21 @@
+"""Rotary modules and attention under the hooks that run draft trees."""
+
 import importlib
 import inspect
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+from recordings import recording
 
 from treeflash.config import DecodeConfig, LoadConfig, SamplingConfig
-from treeflash.decoding import Request, decode
 from treeflash.decoding.tree import DraftTree
 from treeflash.testing import require
+from treeflash.testing.comparisons import generate
 
 require("mlx.core")
 require("mlx_lm")
@@ -23,12 +27,7 @@ from mlx_lm.models.phixtral import RoPEAttention
 from treeflash_mlx.attention import TreeHooks, TreePass, attend, fold_group, is_rope
 from treeflash_mlx.backend import load
 
-BRANCHED = DraftTree(
-    np.arange(3, dtype=np.int32),
-    np.array([-1, 0, 0], np.int32),
-    np.array([0, 1, 1], np.int32),
-    np.zeros(3),
-)
+BRANCHED = DraftTree.from_parents(np.arange(3, dtype=np.int32), np.array([-1, 0, 0], np.int32))
 
 
 def modules_of_mlx_lm():
@@ -50,7 +49,7 @@ def test_rotary_modules_are_found_by_what_they_take():
     assert not is_rope(nn.ALiBi())
 
 
-def test_an_attention_layer_named_after_its_rope_is_not_one(families, tmp_path):
+def test_an_attention_layer_named_after_its_rope_is_not_one(families):
     assert not is_rope(RoPEAttention(64, 4, 16))
     assert families.attempt("phixtral")[0] == "verified"
 
@@ -77,14 +76,7 @@ def test_threads_that_share_a_model_decode_as_one_does(pair, method):
     prompts = [[1 + i, 2, 3 + i] for i in range(8)]
     sampling = SamplingConfig(temperature=0.8, seed=5)
     config = DecodeConfig(method=method, max_tokens=12, budget=12, sampling=sampling)
-
-    def text(prompt):
-        return [
-            token
-            for step in decode(backend, Request(prompt_ids=prompt, config=config))
-            for token in step.tokens
-        ]
-
+    text = partial(generate, backend, config=config)
     expected = [text(prompt) for prompt in prompts]
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)  # threads take turns in the middle of forward passes
@@ -105,9 +97,7 @@ def run_in_thread(function):
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-def test_the_heads_of_a_group_are_rows_where_mlx_has_no_fused_kernel(
-    rng, see_device, monkeypatch, batch
-):
+def test_the_heads_of_a_group_are_rows_where_mlx_has_no_fused_kernel(rng, see_device, batch):
     """Wide heads and many rows; the keys of a group are then read once."""
     tree = DraftTree.from_parents(np.zeros(9, np.int32), (np.arange(9, dtype=np.int32) - 1) // 2)
     tree_pass = TreePass.build([tree] * batch, [6] * batch, 99)
@@ -116,17 +106,11 @@ def test_the_heads_of_a_group_are_rows_where_mlx_has_no_fused_kernel(
     k, v = (mx.array(rng.normal(size=(batch, 2, 15, 160)), mx.float32) for _ in "kv")
     expected = mx.fast.scaled_dot_product_attention(q, k, v, scale=0.1, mask=mask)
     assert mx.allclose(fold_group(q, k, v, 0.1, mask), expected, atol=1e-5)
-    calls, operation = [], mx.fast.scaled_dot_product_attention
-
-    def record(queries, *args, **kwargs):
-        calls.append(queries.shape)
-        return operation(queries, *args, **kwargs)
-
-    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", record)
-    assert attend(tree_pass, q, k, v, None, 0.1, mask) is NotImplemented  # on a CPU
-    see_device(mx.gpu)
-    assert mx.allclose(attend(tree_pass, q, k, v, None, 0.1, mask), expected, atol=1e-5)
-    assert calls == [(batch, 2, 27, 160)]
+    with recording(mx.fast, "scaled_dot_product_attention") as calls:
+        assert attend(tree_pass, q, k, v, None, 0.1, mask) is NotImplemented  # on a CPU
+        see_device(mx.gpu)
+        assert mx.allclose(attend(tree_pass, q, k, v, None, 0.1, mask), expected, atol=1e-5)
+    assert [queries.shape for queries, *_ in calls] == [(batch, 2, 27, 160)]
     for part in (q[:, :, :8], q[:, :2], q[..., :128]):  # few rows, no groups, narrow heads
         width = part.shape[-1]
         others = part, k[..., :width], v[..., :width], None, 0.1, mask[..., : part.shape[2], :]

@@ -80,7 +80,7 @@ def test_a_report_goes_on_after_a_part_that_fails(module, pair, tmp_path, monkey
     assert f"send {file}" in capsys.readouterr().out
 
 
-def test_a_process_of_its_own_has_further_variables(module, monkeypatch):
+def test_a_separate_process_has_additional_variables(module, monkeypatch):
     monkeypatch.delenv("MLX_MAX_OPS_PER_BUFFER", raising=False)
     found = module("mac_report").in_process(
         os.getenv, "MLX_MAX_OPS_PER_BUFFER", environment={"MLX_MAX_OPS_PER_BUFFER": "9"}

@@ -1,3 +1,5 @@
+"""Keys and values of sequences that share a storage: commits, moves, copies, windows and masks."""
+
 import numpy as np
 import pytest
 
@@ -20,12 +22,7 @@ from treeflash_mlx.cache import (
 )
 
 START = 3
-TREE = DraftTree(
-    np.arange(5, dtype=np.int32),
-    np.array([-1, 0, 0, 1, 2], np.int32),
-    np.array([0, 1, 1, 2, 2], np.int32),
-    np.zeros(5),
-)
+TREE = DraftTree.from_parents(np.arange(5, dtype=np.int32), np.array([-1, 0, 0, 1, 2], np.int32))
 
 
 @pytest.mark.parametrize("quantised", [False, True])
@@ -183,7 +180,7 @@ def test_only_sequences_of_similar_capacity_share_a_storage():
     assert size_class(2048) < size_class(2304) == size_class(4096)
 
 
-def test_a_mask_is_made_from_the_nodes_alone(rng):
+def test_a_mask_is_made_from_the_nodes_alone():
     """It equals the mask over all columns, with a window and without, alone and in a batch."""
     trees, starts = [TREE, DraftTree.chain(np.arange(3, dtype=np.int32))], [9, 4]
     for first, window in ((0, None), (0, 6), (2, 3)):

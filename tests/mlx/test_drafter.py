@@ -1,3 +1,5 @@
+"""Drafters on MLX against the reference, quantised or not."""
+
 import json
 
 import numpy as np
@@ -5,7 +7,6 @@ import pytest
 from mtp_pairs import write_mtp_pair
 
 from treeflash.config import METHODS, DecodeConfig, LoadConfig, SamplingConfig
-from treeflash.decoding import Request, decode
 from treeflash.decoding.interfaces import TableOptions
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
@@ -15,7 +16,15 @@ from treeflash.drafters.mtp_layer import Router
 from treeflash.errors import ConfigError
 from treeflash.reference.backend import load as load_reference
 from treeflash.testing import models, require
-from treeflash.testing.models import edit_config, write_dialect, write_drafter, write_target
+from treeflash.testing.comparisons import assert_equal_tables, generate
+from treeflash.testing.models import (
+    edit_config,
+    write_dialect,
+    write_drafter,
+    write_pair,
+    write_target,
+)
+from treeflash.testing.pairs import combine
 
 require("mlx.core")
 require("mlx_lm")
@@ -45,16 +54,16 @@ def drafted(backend, tokens, root):
     return sequence, sequence.draft(root)
 
 
-@pytest.mark.parametrize("block_size", [2, 6])
-@pytest.mark.parametrize("sliding_window", [None, 5])
-@pytest.mark.parametrize("causal", [None, False, True])
-@pytest.mark.parametrize("rope", [None, YARN], ids=["plain", "yarn"])
-def test_block_and_tables_match_reference(tmp_path, block_size, sliding_window, causal, rope):
-    target, drafter = tmp_path / "target", tmp_path / "drafter"
-    write_target(target, "qwen3", seed=1)
-    write_drafter(drafter, target, seed=2, block_size=block_size, sliding_window=sliding_window)
+@pytest.mark.parametrize(
+    ("block_size", "sliding_window", "causal", "yarn"),
+    combine((2, 6), (None, 5), (None, False, True), (False, True)),
+)
+def test_block_and_tables_match_reference(tmp_path, block_size, sliding_window, causal, yarn):
+    target, drafter = write_pair(
+        tmp_path, "qwen3", drafter={"block_size": block_size, "sliding_window": sliding_window}
+    )
     extra = {} if causal is None else {"is_causal": causal}
-    extra |= {} if rope is None else {"rope_parameters": rope}
+    extra |= {"rope_parameters": YARN} if yarn else {}
     edit_config(drafter, lambda config: config.update(input_embedding_scale=1.5, **extra))
     ours, theirs = (
         load(target, drafter, LoadConfig()),
@@ -70,27 +79,17 @@ def test_block_and_tables_match_reference(tmp_path, block_size, sliding_window, 
     )
     for k in (1, 5, 100):
         options = TableOptions(k=k, temperature=0.7)
-        assert_same(ours.drafter.marginals([a], options), theirs.drafter.marginals([b], options))
+        marginals = ours.drafter.marginals([a], options), theirs.drafter.marginals([b], options)
+        assert_equal_tables(*(table for (table,) in marginals))
         for m in (1, 4, 100):
             options = TableOptions(m=m, k=k, temperature=0.7)
-            table = ours.head.transitions([a], options)
-            assert_same(table, theirs.head.transitions([b], options))
-
-
-def assert_same(ours, theirs):
-    (a,), (b,) = ours, theirs
-    finite = np.isfinite(b.log_probs)
-    np.testing.assert_array_equal(np.isfinite(a.log_probs), finite)
-    np.testing.assert_array_equal(a.next_row[finite], b.next_row[finite])
-    np.testing.assert_array_equal(a.tokens[finite], b.tokens[finite])
-    np.testing.assert_allclose(a.log_probs, b.log_probs, atol=1e-4)
+            tables = ours.head.transitions([a], options), theirs.head.transitions([b], options)
+            assert_equal_tables(*(table for (table,) in tables))
 
 
 @pytest.mark.parametrize(("window", "seen"), [(None, 4096), (100, 100)])
 def test_a_block_drafter_sees_the_last_positions_by_default(tmp_path, window, seen):
-    target, drafter = tmp_path / "target", tmp_path / "drafter"
-    write_target(target, "qwen3", seed=1)
-    write_drafter(drafter, target, seed=2)
+    target, drafter = write_pair(tmp_path, "qwen3")
     assert load(target, drafter, LoadConfig(draft_window=window)).drafter.window == seen
 
 
@@ -101,9 +100,7 @@ def test_a_window_of_the_context_matches_reference(tmp_path, window, sliding_win
 
     Also in a second draft, and after a truncation that leaves others first.
     """
-    target, drafter = tmp_path / "target", tmp_path / "drafter"
-    write_target(target, "qwen3", seed=1)
-    write_drafter(drafter, target, seed=2, sliding_window=sliding_window)
+    target, drafter = write_pair(tmp_path, "qwen3", drafter={"sliding_window": sliding_window})
     config, found = LoadConfig(draft_window=window), []
     for load_backend in (load, load_reference):
         backend = load_backend(target, drafter, config)
@@ -127,11 +124,7 @@ def test_every_method_equals_plain_decoding(families, tmp_path, sampling):
     texts = {}
     for method in METHODS:
         config = DecodeConfig(method=method, max_tokens=60, budget=24, sampling=sampling)
-        texts[method] = [
-            x
-            for step in decode(backend, Request(prompt_ids=prompt, config=config))
-            for x in step.tokens
-        ]
+        texts[method] = generate(backend, prompt, config)
     assert all(text == texts["ar"] for text in texts.values())
 
 
@@ -145,13 +138,7 @@ def test_quantised_drafter(pair, bits):
     texts = []
     for method in ("ar", "treeflash"):
         config = DecodeConfig(method=method, max_tokens=30, budget=16)
-        texts.append(
-            [
-                x
-                for step in decode(backend, Request(prompt_ids=[1, 2, 3], config=config))
-                for x in step.tokens
-            ]
-        )
+        texts.append(generate(backend, [1, 2, 3], config))
     assert texts[0] == texts[1]
 
 
@@ -178,13 +165,7 @@ def test_quantised_heads(tmp_path, monkeypatch, dialect):
     texts = []
     for method in ("ar", "treeflash"):
         config = DecodeConfig(method=method, max_tokens=20, budget=16, head_vocab=32)
-        texts.append(
-            [
-                x
-                for step in decode(backend, Request(prompt_ids=[1, 2, 3], config=config))
-                for x in step.tokens
-            ]
-        )
+        texts.append(generate(backend, [1, 2, 3], config))
     assert texts[0] == texts[1]
 
 
@@ -261,8 +242,7 @@ def test_a_drafter_is_quantised_like_its_target(quantised_pair, monkeypatch):
         backend = load(*quantised_pair, LoadConfig(draft_bits=bits))
         kinds.append(type(backend.drafter_model.layers[0].mlp.up_proj))
         config = DecodeConfig(max_tokens=20, budget=16)
-        request = Request(prompt_ids=[1, 2, 3], config=config)
-        texts.append([x for step in decode(backend, request) for x in step.tokens])
+        texts.append(generate(backend, [1, 2, 3], config))
     assert kinds == [nn.QuantizedLinear, nn.Linear]
     assert texts[0] == texts[1]
 

@@ -1,3 +1,5 @@
+"""The script that tries every model type of mlx-lm notices what its tiny models lack."""
+
 from treeflash.testing import require
 
 require("mlx.core")

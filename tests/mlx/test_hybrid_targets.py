@@ -10,7 +10,6 @@ import pytest
 from failures import failing
 
 from treeflash.config import METHODS, DecodeConfig, LoadConfig, SamplingConfig
-from treeflash.decoding import Request, decode
 from treeflash.decoding.interfaces import Prefill, Verify
 from treeflash.decoding.sampling import SamplingParams
 from treeflash.decoding.session import SequenceSession
@@ -18,7 +17,7 @@ from treeflash.decoding.tree import DraftTree
 from treeflash.drafters.folder import read_config
 from treeflash.errors import NumericalError, UnsupportedModelError
 from treeflash.testing import require
-from treeflash.testing.comparisons import path_to, random_tokens, random_tree
+from treeflash.testing.comparisons import path_to, random_tokens, random_tree, steps_of, tokens_of
 from treeflash.training.distillation import Response
 
 require("mlx.core")
@@ -66,8 +65,8 @@ def backend_of(hybrid_pair_of):
 
 def text_of(backend, length, **settings):
     config = DecodeConfig(max_tokens=length, **settings)
-    steps = list(decode(backend, Request(prompt_ids=PROMPT, config=config)))
-    return [token for step in steps for token in step.tokens], len(steps)
+    steps = steps_of(backend, PROMPT, config)
+    return tokens_of(steps), len(steps)
 
 
 def plain_model(folder):

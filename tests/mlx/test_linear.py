@@ -1,3 +1,5 @@
+"""Linear layers whose input is a concatenation of two parts."""
+
 import numpy as np
 import pytest
 

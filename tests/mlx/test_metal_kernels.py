@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from treeflash.config import DecodeConfig, LoadConfig, SamplingConfig
-from treeflash.decoding import Request, decode
 from treeflash.testing import require
+from treeflash.testing.comparisons import steps_of, tokens_of
 
 require("mlx.core")
 require("mlx_lm")
@@ -187,8 +187,8 @@ SAMPLINGS = SamplingConfig(), SamplingConfig(temperature=0.9, seed=7)
 def generate(backend, sampling, **settings):
     """(tokens, steps) of a sequence."""
     config = DecodeConfig(max_tokens=12, sampling=sampling, **settings)
-    steps = list(decode(backend, Request(prompt_ids=PROMPT, config=config)))
-    return [token for step in steps for token in step.tokens], len(steps)
+    steps = steps_of(backend, PROMPT, config)
+    return tokens_of(steps), len(steps)
 
 
 TREE_KERNELS = {  # of trees in hybrid targets, by whether their kernels win

@@ -3,9 +3,9 @@
 import pytest
 
 from treeflash.config import DecodeConfig, LoadConfig
-from treeflash.decoding import Request, decode
 from treeflash.diagnosis import check_device
 from treeflash.testing import require
+from treeflash.testing.comparisons import generate
 
 require("mlx.core")
 require("mlx_lm")
@@ -279,11 +279,7 @@ def test_decoding_with_the_kernel_equals_decoding_without(executor, quantised_pa
 
     def tokens(backend, **options):
         config = DecodeConfig(max_tokens=8, **options)
-        return [
-            token
-            for step in decode(backend, Request(prompt_ids=[5, 17, 3], config=config))
-            for token in step.tokens
-        ]
+        return generate(backend, [5, 17, 3], config)
 
     expected = tokens(load(*quantised_pair, settings), method="ar")
     with monkeypatch.context() as patch:

@@ -1,5 +1,8 @@
+"""Targets on MLX: families, hooks, features and quantised caches."""
+
 import numpy as np
 import pytest
+from recordings import recording
 
 from treeflash.config import LoadConfig
 from treeflash.decoding.probe import check_trees
@@ -38,11 +41,8 @@ VERIFIED = (
 
 def a_tree(*parents: int) -> DraftTree:
     """A tree of tokens 1, 2, ..."""
-    depths = np.zeros(len(parents), np.int32)
-    for node, parent in enumerate(parents[1:], 1):
-        depths[node] = depths[parent] + 1
     tokens = np.arange(1, len(parents) + 1, dtype=np.int32)
-    return DraftTree(tokens, np.array(parents, np.int32), depths, np.zeros(len(parents)))
+    return DraftTree.from_parents(tokens, np.array(parents, np.int32))
 
 
 def features_of(sequence: SequenceSession) -> np.ndarray:
@@ -109,7 +109,7 @@ def test_hooks_leave_the_parameters_alone(pair):
     assert mx.array_equal(plain(tokens), hooked(tokens))
 
 
-def test_two_models_at_once(families, tmp_path, pair):
+def test_two_models_at_once(pair):
     """Hooks belong to instances: another model of the same classes computes as before."""
     untouched, _ = load_model(pair[0])
     before = untouched(mx.array([[1, 2, 3]]))
@@ -166,22 +166,19 @@ def test_features_of_a_long_prompt_are_projected_by_chunks(pair, rng, monkeypatc
     """Outputs of the target layers are never held for the whole prompt."""
     monkeypatch.setattr("treeflash_mlx.verifier.PREFILL_CHUNK", 512)
     backend = load(*pair, LoadConfig())
-    fc, call, projected = backend.drafter_model.fc, nn.Linear.__call__, []
-
-    def record(self, x):
-        if self is fc:
-            projected.append(x.shape[0])
-        return call(self, x)
-
-    monkeypatch.setattr(nn.Linear, "__call__", record)
     sequence = SequenceSession(backend, drafts=True, capacity=2048)
-    root = sequence.extend(rng.integers(0, 64, 1500).tolist())
-    assert sum(projected) == 1499  # the last position had its own pass
-    assert max(projected) <= 512
-    assert features_of(sequence).shape == (1500, 128)
-    assert sum(projected) == 1500
-    sequence.draft(root)
-    assert sum(projected) == 1500
+    with recording(nn.Linear, "__call__") as calls:
+
+        def projected():
+            return [len(x) for layer, x in calls if layer is backend.drafter_model.fc]
+
+        root = sequence.extend(rng.integers(0, 64, 1500).tolist())
+        assert sum(projected()) == 1499  # the last position had its own pass
+        assert max(projected()) <= 512
+        assert features_of(sequence).shape == (1500, 128)
+        assert sum(projected()) == 1500
+        sequence.draft(root)
+        assert sum(projected()) == 1500
 
 
 def test_quantised_keys_and_values(pair, rng):

@@ -1,3 +1,5 @@
+"""Settings of configurations by the names that mlx-lm reads."""
+
 import json
 
 import pytest
@@ -20,7 +22,7 @@ THETA = 12345.0
     ["llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "olmo2", "phi", "gpt_neox", "glm4"],
 )
 @pytest.mark.parametrize("old", [False, True], ids=["rope_parameters", "rope_theta"])
-def test_old_and_new_rope_settings_give_the_same_base(families, tmp_path, family, old):
+def test_old_and_new_rope_settings_give_the_same_base(tmp_path, family, old):
     """What transformers 5 saves, and what older files hold, give the same rotary base."""
     saved = AutoConfig.for_model(family)
     saved.save_pretrained(tmp_path)

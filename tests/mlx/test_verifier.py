@@ -4,16 +4,17 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from recordings import recording
 
 from treeflash.config import METHODS, DecodeConfig, LoadConfig, SamplingConfig
-from treeflash.decoding import Request, Scheduler, decode
+from treeflash.decoding import Request, Scheduler
 from treeflash.decoding.interfaces import Prefill, Verify
 from treeflash.decoding.sampling import SamplingParams
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.errors import NumericalError
 from treeflash.testing import require
-from treeflash.testing.comparisons import path_to, random_tokens, random_tree
+from treeflash.testing.comparisons import generate, path_to, random_tokens, random_tree
 
 require("mlx.core")
 require("mlx_lm")
@@ -79,8 +80,7 @@ def test_sequences_together_give_the_tokens_of_each_alone(pair, rng, count, kv_b
             method=METHODS[-1 - i], budget=3 + 9 * i, max_tokens=12, sampling=sampling
         )
         request_id = scheduler.submit(Request(prompt_ids=prompt, config=config))
-        plain = decode(backend, Request(prompt_ids=prompt, config=replace(config, method="ar")))
-        expected[request_id] = [token for step in plain for token in step.tokens]
+        expected[request_id] = generate(backend, prompt, replace(config, method="ar"))
     found = {request_id: [] for request_id in expected}
     for request_id, step in scheduler.run():
         found[request_id] += step.tokens
@@ -134,7 +134,7 @@ def _short_chunks(monkeypatch):
 
 
 @pytest.mark.usefixtures("_short_chunks")
-def test_short_and_long_new_tokens_run_beside_trees(pair, rng, monkeypatch):
+def test_short_and_long_new_tokens_run_beside_trees(pair, rng):
     """Tokens no more than the largest tree share its pass; more of them have their own."""
     backend = load(*pair, LoadConfig())
     sequences = [GrowingSequence(backend, rng, 4, capacity=2000) for _ in range(4)]
@@ -145,16 +145,10 @@ def test_short_and_long_new_tokens_run_beside_trees(pair, rng, monkeypatch):
         Prefill(t.state, ids, c) for t, ids, c in zip(sequences[1:], new, all_params, strict=True)
     ]
     verification = Verify(sequences[0].state, tree, SamplingParams(log_probs=3))
-    passes, forward = [], backend.target.forward
-
-    def record(token_ids, *args):
-        passes.append(token_ids.shape)
-        return forward(token_ids, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(backend.target, "forward", record)
+    with recording(backend.target, "forward") as passes:
         sampled = backend.verifier.run([work[0], verification, *work[1:]])
-    assert passes == [(1, CHUNK), (1, 99), (1, 1), (3, 20)]
+    shapes = [token_ids.shape for token_ids, *_ in passes]
+    assert shapes == [(1, CHUNK), (1, 99), (1, 1), (3, 20)]
     assert sampled[2] is None
     assert sequences[0].length == 4
     for sequence, ids, found in zip(sequences[1:], new, (sampled[0], *sampled[2:]), strict=True):
@@ -178,15 +172,11 @@ def test_chunks_of_wide_heads_keep_their_scores_small(pair, rng, monkeypatch, wi
     monkeypatch.setattr(verifier, "WIDE_COLUMNS", 2 * chunk)
     if wide:
         monkeypatch.setattr(verifier, "WIDE_HEAD", backend.target.head_dim)
-    sizes, forward = [], backend.target.forward
-    monkeypatch.setattr(
-        backend.target,
-        "forward",
-        lambda ids, *args: sizes.append(ids.shape[1]) or forward(ids, *args),
-    )
     tokens = random_tokens(rng, 64, 6 * chunk)
     sequence = SequenceSession(backend, capacity=7 * chunk)
-    sequence.extend(tokens)
+    with recording(backend.target, "forward") as passes:
+        sequence.extend(tokens)
+    sizes = [token_ids.shape[1] for token_ids, *_ in passes]
     assert sizes[:2] == [chunk] * 2
     assert sizes == sorted(sizes, reverse=True)
     assert sum(sizes) == len(tokens)
@@ -206,7 +196,7 @@ def test_a_call_that_fails_changes_no_sequence(pair, rng):
         Prefill(sequences[2].state, [1, 2, 3], SamplingParams()),
         Verify(sequences[0].state, tree, nothing),
     ]
-    with pytest.raises(NumericalError):
+    with pytest.raises(NumericalError, match="not finite"):
         backend.verifier.run(work)
     for sequence, (length, kv_cache) in zip(sequences, before, strict=True):
         assert sequence.length == length
@@ -236,7 +226,7 @@ def addresses(storage):
     return [np.array(array, copy=False).__array_interface__["data"][0] for array in arrays]
 
 
-def test_the_bytes_of_a_state_are_those_announced(pair, rng):
+def test_the_bytes_of_a_state_are_those_announced(pair):
     backend = load(*pair, LoadConfig())
     for drafts in (False, True):
         sequence = SequenceSession(backend, drafts=drafts, capacity=700)

@@ -4,17 +4,17 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from recordings import recording
 
 from treeflash.config import DecodeConfig, LoadConfig, Penalties, SamplingConfig
-from treeflash.decoding import Request, decode
 from treeflash.decoding.interfaces import Verify
 from treeflash.decoding.sampling import SamplingParams
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.errors import NumericalError
 from treeflash.testing import require
-from treeflash.testing.comparisons import random_tokens
-from treeflash.testing.models import write_drafter, write_target
+from treeflash.testing.comparisons import generate, random_tokens
+from treeflash.testing.models import write_pair
 
 require("mlx")
 
@@ -29,22 +29,14 @@ ROOT = np.zeros(1, np.int32)
 @pytest.fixture(scope="module")
 def backend(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pair")
-    write_target(folder / "target", "qwen3", seed=1, vocab_size=40)
-    write_drafter(folder / "drafter", folder / "target", seed=2)
-    return load(folder / "target", folder / "drafter", LoadConfig())
+    return load(*write_pair(folder, "qwen3", vocab_size=40), LoadConfig())
 
 
 @pytest.fixture
-def passes(backend, monkeypatch):
-    """Token counts of the passes over the target."""
-    found, forward = [], backend.target.forward
-
-    def record(token_ids, *args):
-        found.append(token_ids.shape[1])
-        return forward(token_ids, *args)
-
-    monkeypatch.setattr(backend.target, "forward", record)
-    return found
+def passes(backend):
+    """The passes over the target."""
+    with recording(backend.target, "forward") as found:
+        yield found
 
 
 def step(sequence, token):
@@ -67,11 +59,8 @@ def prefilled(backend, tokens):
 
 
 def decoded(backend, prompt, config, n):
-    """New tokens, and the number of passes whose tokens the device had when they were asked for."""
-    found = []
-    for part in decode(backend, Request(prompt_ids=prompt, config=replace(config, max_tokens=n))):
-        found += part.tokens
-    return found
+    """Return n new tokens."""
+    return generate(backend, prompt, replace(config, max_tokens=n))
 
 
 PENALISED = Penalties(repetition=1.3, presence=0.2)
@@ -103,13 +92,10 @@ def test_a_pass_is_ahead_however_tokens_are_sampled(
 def test_hybrids_are_ahead_too(hybrid_pair_of, monkeypatch, family):
     backend = load(*hybrid_pair_of(family), LoadConfig())
     config = DecodeConfig(method="ar")
-    count, forward = [], backend.target.forward
-    monkeypatch.setattr(
-        backend.target, "forward", lambda *args: count.append(len(args)) or forward(*args)
-    )
-    ahead = decoded(backend, [3, 4, 5], config, 16)
+    with recording(backend.target, "forward") as passes:
+        ahead = decoded(backend, [3, 4, 5], config, 16)
     # A call without trees that is not the prompt's is the verifier's own, ahead of its turn.
-    assert count.count(3) >= 13
+    assert sum(len(args) == 3 for args in passes) >= 13
     monkeypatch.setattr(type(backend.verifier), "_run_single", lambda *_: None)
     assert decoded(backend, [3, 4, 5], config, 16) == ahead
 
@@ -131,27 +117,28 @@ def test_a_pass_ahead_changes_no_recurrent_state(hybrid_pair_of):
     np.testing.assert_allclose(sequence.logits(tree), fresh.logits(tree), atol=1e-4)
 
 
-def test_features_are_not_projected_while_drafting_pauses(backend, monkeypatch):
+@pytest.fixture
+def projected(backend):
+    """Features that were projected, with the model that did."""
+    with recording(type(backend.drafter_model), "project") as found:
+        yield found
+
+
+def test_features_are_not_projected_while_drafting_pauses(backend, projected):
     """They are projected all at once when the drafter reads them."""
-    rows, project = [], backend.drafter_model.project
-
-    def record(model, outputs):
-        rows.append(len(outputs))
-        return project(outputs)
-
-    monkeypatch.setattr(type(backend.drafter_model), "project", record)
     sequences = [SequenceSession(backend, drafts=True) for _ in range(2)]
     tokens = [sequence.extend([3, 4, 5 + i]) for i, sequence in enumerate(sequences)]
     for _ in range(4):
         tokens = [step(*pair) for pair in zip(sequences, tokens, strict=True)]
-    assert rows == [2, 2]  # of the prompts, but for their last tokens
+    # Of the prompts, but for their last tokens.
+    assert [len(outputs) for _, outputs in projected] == [2, 2]
     kept = sequences[0].state.context[1:]
     assert len(kept) == 5
     assert all(isinstance(part, Unprojected) for part in kept)
     states = [sequence.state for sequence in sequences]
     copy = sequences[0].state.fork(5, 40)
     drafted = backend.drafter.draft(list(zip(states, tokens, strict=True)))
-    assert rows == [2, 2, 10]
+    assert [len(outputs) for _, outputs in projected] == [2, 2, 10]
     fresh = SequenceSession(backend, drafts=True)
     fresh.extend(sequences[0].state.tokens)
     (expected_,) = backend.drafter.draft([(fresh.state, tokens[0])])
@@ -218,23 +205,12 @@ def test_a_sequence_fills_its_capacity(backend):
 
 @pytest.mark.parametrize("sampling", [SamplingConfig(), SamplingConfig(temperature=1.0, seed=3)])
 def test_tokens_are_those_of_drafting(backend, sampling):
-    found = [
-        [
-            token
-            for part in decode(
-                backend,
-                Request(
-                    prompt_ids=[3, 4, 5],
-                    config=DecodeConfig(
-                        method=method, budget=budget, max_tokens=30, sampling=sampling
-                    ),
-                ),
-            )
-            for token in part.tokens
-        ]
+    configs = [
+        DecodeConfig(method=method, budget=budget, sampling=sampling)
         for method, budget in (("ar", 1), ("treeflash", 8))
     ]
-    assert found[0] == found[1]
+    plain, drafted = (decoded(backend, [3, 4, 5], config, 30) for config in configs)
+    assert drafted == plain
 
 
 def test_a_mask_of_tokens_holds(backend):
@@ -257,5 +233,5 @@ def test_logits_that_are_not_finite_raise(backend, monkeypatch):
     token = step(sequence, sequence.extend([3, 4, 5]))
     norm = backend.target.model.model.norm
     monkeypatch.setattr(norm, "weight", norm.weight * mx.nan)
-    with pytest.raises(NumericalError):
+    with pytest.raises(NumericalError, match="not finite"):
         step(sequence, token)

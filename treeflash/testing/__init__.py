@@ -121,12 +121,14 @@ class BackendSuite(
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         """Run tests with a `family`, `hybrid` or `dialect` for each of them that the backend has.
 
-        Tests with a `representative` run for the first family and for the hybrids.
+        Tests with a `plain_family` run for the families that are no hybrids, and tests with a
+        `representative` for the first family and for the hybrids.
         """
         suite = metafunc.cls
         assert suite is not None
         for name, values in (
             ("family", suite.families + suite.hybrids),
+            ("plain_family", suite.families),
             ("representative", suite.families[:1] + suite.hybrids),
             ("hybrid", suite.hybrids),
             ("dialect", suite.dialects),

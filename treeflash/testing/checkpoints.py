@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, ClassVar
@@ -29,6 +30,7 @@ from treeflash.errors import (
     PromptError,
     UnsupportedModelError,
 )
+from treeflash.testing import models as tiny_models
 from treeflash.testing.comparisons import (
     TOLERANCE,
     assert_close,
@@ -43,13 +45,11 @@ from treeflash.testing.comparisons import (
 from treeflash.testing.generations import DRAFTING, check_generation
 from treeflash.testing.models import (
     DIALECTS,
-    HYBRID_FAMILIES,
     Config,
     Tensors,
     edit_config,
     save,
     write_dialect,
-    write_drafter,
     write_target,
 )
 from treeflash.testing.pairs import (
@@ -70,6 +70,9 @@ from treeflash.testing.trees import (
     settled_prompt,
     transitions,
 )
+
+write_pair = partial(tiny_models.write_pair, seeds=(TARGET_SEED, DRAFTER_SEED))
+"""Write a pair that a test may change."""
 
 
 class CheckpointTests:
@@ -119,12 +122,10 @@ class CheckpointTests:
 
     @pytest.mark.parametrize("absent", ["rope_theta", "rope_parameters"])
     def test_rope_settings_in_either_form(
-        self, load: Loader, tmp_path: Path, family: str, absent: str
+        self, load: Loader, tmp_path: Path, plain_family: str, absent: str
     ) -> None:
         """A folder has one form or the other; with neither read, the output is nonsense."""
-        if family in HYBRID_FAMILIES:
-            pytest.skip("these families have one form")
-        target, drafter = write_pair(tmp_path, family)
+        target, drafter = write_pair(tmp_path, plain_family)
         both = load(target, drafter, LOAD)
         edit_config(target, lambda config: config.pop(absent))
         edit_config(drafter, lambda config: config.pop(absent))
@@ -166,13 +167,6 @@ class CheckpointTests:
         assert models.tested.name
         assert models.tested.device
         assert models.tested.memory_bytes() >= 0
-
-
-def write_pair(folder: Path, family: str, *, vocab_size: int = 24) -> tuple[Path, Path]:
-    """Write a pair that a test may change; returns the folders of the target and the drafter."""
-    write_target(folder / "target", family, seed=TARGET_SEED, vocab_size=vocab_size)
-    write_drafter(folder / "drafter", folder / "target", seed=DRAFTER_SEED)
-    return folder / "target", folder / "drafter"
 
 
 def logits_of(backend: Backend) -> NDArray[np.float32]:

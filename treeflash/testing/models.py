@@ -253,6 +253,25 @@ def write_drafter(
     save(folder, config, tensors, sharded=sharded)
 
 
+def write_pair(
+    folder: Path,
+    family: str,
+    *,
+    seeds: tuple[int, int] = (1, 2),
+    drafter: Mapping[str, Any] | None = None,
+    **target: Any,
+) -> tuple[Path, Path]:
+    """Write a target and a drafter for it, with options of `write_target` and `write_drafter`.
+
+    Returns:
+        the folders of the target and of the drafter.
+    """
+    folders = folder / "target", folder / "drafter"
+    write_target(folders[0], family, seed=seeds[0], **target)
+    write_drafter(folders[1], folders[0], seed=seeds[1], **(drafter or {}))
+    return folders
+
+
 def save(
     folder: Path, config: Mapping[str, Any], tensors: Tensors, *, sharded: bool = False
 ) -> None:

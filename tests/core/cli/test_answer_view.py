@@ -8,6 +8,7 @@ import re
 from itertools import pairwise
 
 import pytest
+from recordings import recording
 from rich.console import Console
 
 from treeflash.cli import answer_view
@@ -88,19 +89,17 @@ def test_a_terminal_draws_the_last_block_again_and_nothing_else():
     assert file.getvalue()[before:].count("item") == 9
 
 
-def test_code_that_is_still_growing_is_laid_out_as_far_as_there_is_room(monkeypatch):
-    laid_out = []
-    render = answer_view.render_markdown
-    monkeypatch.setattr(
-        answer_view, "render_markdown", lambda text: laid_out.append(text) or render(text)
-    )
+def test_code_that_is_still_growing_is_laid_out_as_far_as_there_is_room():
     file = io.StringIO()
     console = Console(file=file, width=40, height=5, force_terminal=True, color_system=None)
     code = "".join(f"line {n}\n" for n in range(30))
-    with AnswerView(console, markdown=True) as view:
+    with (
+        recording(answer_view, "render_markdown") as calls,
+        AnswerView(console, markdown=True) as view,
+    ):
         for line in ["```python\n", *code.splitlines(keepends=True)]:
             view.add(line)
-        assert laid_out[-1] == "```python\nline 26\nline 27\nline 28\nline 29\n"
+        assert calls[-1] == ("```python\nline 26\nline 27\nline 28\nline 29\n",)
         before = file.tell()
     assert re.findall(r"line \d+", file.getvalue()[before:]) == code.splitlines()
 

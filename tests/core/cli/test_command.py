@@ -48,7 +48,7 @@ def test_help_lists_the_commands(capsys):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_command_has_help_of_its_own(name, capsys):
+def test_each_command_has_its_own_help(name, capsys):
     with pytest.raises(SystemExit, match="0"):
         main([name, "--help"])
     assert f"usage: treeflash {name} " in capsys.readouterr().out

@@ -193,7 +193,7 @@ class TestChat:
         assert after.messages[:2] == kept
         assert "<image>What?" in model.backend.images.texts[-1]
 
-    def test_mistakes(self, talk, scripted, files, model):
+    def test_mistakes(self, talk, files, model):
         _, shown = talk("/image", "/image none.png", f"/image {files[0]}", "/reset", "Hi")
         assert "/image needs the name of a file" in shown
         assert "none.png cannot be read: No such file" in shown

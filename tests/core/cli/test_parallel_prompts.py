@@ -9,6 +9,7 @@ import sys
 import pytest
 from batch_files import ANSWERS, KEYS, keys, records
 from processes import WITHOUT_FRAMEWORKS
+from recordings import recording
 
 from treeflash.commands.generate import main
 from treeflash.errors import NumericalError
@@ -66,19 +67,11 @@ def test_the_texts_are_the_same_however_many_are_decoded_at_once(files, many, ca
 
 def test_conversations_are_decoded_together(run, files, scripted):
     model = scripted(*ANSWERS)
-    together = []
-    run_target = model.backend.run
-
-    def noted(work):
-        together.append(len(work))
-        return run_target(work)
-
-    model.backend.run = noted
     for parallel, most in (("1", 1), ("2", 2), ("auto", 3)):
-        together.clear()
         files[1].unlink(missing_ok=True)
-        assert run(model, "--parallel", parallel)[0] == 0
-        assert max(together) == most
+        with recording(model.backend, "run") as passes:
+            assert run(model, "--parallel", parallel)[0] == 0
+        assert max(len(work) for (work,) in passes) == most
 
 
 @pytest.mark.parametrize("interrupt_at", range(1, 15, 2))

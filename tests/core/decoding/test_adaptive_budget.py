@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from treeflash.config import DecodeConfig, LoadConfig
-from treeflash.decoding import Request, decode
 from treeflash.decoding.adaptive_budget import (
     EXTRA_DEPTHS,
     FIRST_PAUSE,
@@ -21,6 +20,7 @@ from treeflash.decoding.tree import DraftTree
 from treeflash.decoding.verify_costs import OUTLIER_FACTOR, SIZES, VerifyCosts
 from treeflash.errors import ConfigError
 from treeflash.reference.backend import load
+from treeflash.testing.comparisons import generate
 
 LENGTH = 100
 
@@ -444,14 +444,7 @@ def backend(tiny_pair):
 def test_a_text_without_a_shared_budget_measures_its_own_costs(backend):
     prompt = [5, 6, 7]
     steps = [
-        [
-            t
-            for s in decode(
-                backend,
-                Request(prompt_ids=prompt, config=DecodeConfig(budget=budget, max_tokens=12)),
-            )
-            for t in s.tokens
-        ]
+        generate(backend, prompt, DecodeConfig(budget=budget, max_tokens=12))
         for budget in (16, "auto")
     ]
     assert steps[0] == steps[1]

@@ -235,7 +235,7 @@ def test_rows_beyond_the_largest_size_cost_as_the_last_ones_do():
     assert found.predict([3, 10], [0, 0]) == pytest.approx([2.0, 5.5])
 
 
-def test_several_texts_take_further_time():
+def test_several_sequences_take_additional_time():
     """The costs hold for every number of rows; 3 and 4 sequences share one entry."""
     found = linear_costs(0.1)
     found.observe(8, 0, 3, 1.7 + 0.4)

@@ -1,10 +1,13 @@
+"""How many depths a head drafts that runs depth by depth."""
+
 import numpy as np
 import pytest
+from fake_models import PROMPT, SCRIPT, config_of, scripted
+from recordings import recording
 
-from tests.helpers.fake_models import PROMPT, SCRIPT, config_of, scripted
-from treeflash.decoding import Request, decode
 from treeflash.decoding.adaptive_budget import DraftDepths
 from treeflash.decoding.tree import DraftTree
+from treeflash.testing.comparisons import steps_of, tokens_of
 
 CHAIN = DraftTree.chain(np.arange(9, dtype=np.int32))
 
@@ -61,22 +64,12 @@ def test_one_slow_draft_changes_little() -> None:
 @pytest.mark.parametrize("method", ["ddtree", "dflash"])
 @pytest.mark.parametrize("depths", [1, 2, 9])
 def test_a_setting_limits_the_depths(method: str, depths: int) -> None:
-    backend, asked = scripted(SCRIPT), []
-    draft = backend.drafter.draft
-
-    def recorded(roots: object, most: int) -> object:
-        asked.append(most)
-        return draft(roots, most)
-
-    backend.drafter.draft = recorded
+    backend = scripted(SCRIPT)
     room = len(SCRIPT) - len(PROMPT)
     settings = {"method": method, "budget": 16, "suffix": False, "max_tokens": room}
-    steps = list(
-        decode(
-            backend, Request(prompt_ids=PROMPT, config=config_of(**settings, draft_depths=depths))
-        )
-    )
-    assert [token for step in steps for token in step.tokens] == SCRIPT[len(PROMPT) :]
+    with recording(backend.drafter, "draft") as drafts:
+        steps = steps_of(backend, PROMPT, config_of(**settings, draft_depths=depths))
+    assert tokens_of(steps) == SCRIPT[len(PROMPT) :]
     trees = [step.tree for step in steps[1:-1] if step.tree is not None]
     assert max(int(tree.depths.max()) for tree in trees) == min(depths, 5)
-    assert set(asked) == {min(depths, 5)}
+    assert {most for _, most in drafts} == {min(depths, 5)}

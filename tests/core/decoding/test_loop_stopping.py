@@ -127,7 +127,7 @@ class TestStopping:
         steps = decode(backend, Request(prompt_ids=PROMPT, config=config_of()))
         next(steps)
         backend.states[0].logits_of = lambda sequence: [np.nan] * len(SCRIPT)
-        with pytest.raises(NumericalError):
+        with pytest.raises(NumericalError, match="not finite"):
             list(steps)
         assert backend.states[0].closed
 

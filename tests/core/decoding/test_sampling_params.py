@@ -15,6 +15,7 @@ from treeflash.decoding.sampling import (
     unpack,
 )
 from treeflash.errors import NumericalError
+from treeflash.reference.numerics import log_softmax
 from treeflash.testing.pairs import SAMPLINGS
 
 ROWS, VOCAB = 5, 70  # of three words of a bitmask, the last not full
@@ -86,7 +87,7 @@ def test_masks_take_effect_after_edits(rng, logits, sampling):
 
 def test_a_row_without_an_allowed_token_is_an_error(logits):
     allowed = np.zeros((ROWS, VOCAB), np.bool_)
-    with pytest.raises(NumericalError):
+    with pytest.raises(NumericalError, match="not finite"):
         sample(logits, SamplingParams(allowed=pack(allowed)))
 
 
@@ -115,11 +116,6 @@ def test_log_probs_are_those_of_the_target_alone(rng, logits, count):
     np.testing.assert_array_equal(some.sampled, found.log_probs.sampled[[0, 3]])
 
 
-def log_softmax(logits):
-    logits = logits.astype(np.float64)
-    return logits - np.logaddexp.reduce(logits, -1, keepdims=True)
-
-
 @pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
 @pytest.mark.parametrize("edited", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
@@ -139,7 +135,7 @@ def test_reported_log_probs_are_the_models_own(sampling, edited, masked):
         allowed = np.packbits(bits, -1, bitorder="little").view(np.uint32)
     keys = None if sampling.greedy else position_keys(1, np.arange(n, dtype=np.int32))
     found = sample(logits, SamplingParams(sampling, keys, edits, allowed, 3))
-    expected = log_softmax(logits)
+    expected = log_softmax(logits.astype(np.float64))
     np.testing.assert_allclose(
         found.log_probs.sampled, expected[np.arange(n), found.tokens], atol=1e-5
     )

@@ -8,9 +8,10 @@ from dataclasses import replace
 import pytest
 from failures import failing
 from memory import watch_states
+from recordings import recording
 
 from treeflash.config import METHODS, DecodeConfig, LoadConfig, Penalties, SamplingConfig
-from treeflash.decoding import Request, Scheduler, SchedulerConfig, Step, decode, iteration
+from treeflash.decoding import Request, Scheduler, SchedulerConfig, Step, iteration
 from treeflash.decoding.disk_cache import CacheKey
 from treeflash.decoding.interfaces import Prefill, Verify
 from treeflash.decoding.prefix_cache import PrefixCache
@@ -23,6 +24,7 @@ from treeflash.errors import (
 )
 from treeflash.reference.backend import load
 from treeflash.reference.verifier import State, Verifier
+from treeflash.testing.comparisons import generate
 
 SAMPLED = SamplingConfig(temperature=0.9, seed=3)
 PROMPTS = [[5, 6, 7], [9, 8], [4, 4, 4, 4, 4, 1], [30]]
@@ -66,14 +68,6 @@ def config_of(**settings):
     return DecodeConfig(**({"budget": 6, "max_tokens": 9} | settings))
 
 
-def alone(backend, prompt, config):
-    return [
-        token
-        for step in decode(backend, Request(prompt_ids=prompt, config=config))
-        for token in step.tokens
-    ]
-
-
 def finish(scheduler, found=None):
     """Run to the end; returns the tokens, or the error, by request."""
     found = {} if found is None else found
@@ -102,7 +96,7 @@ def test_texts_of_all_methods_at_once_equal_themselves_alone(backend, sampling):
         prompt = PROMPTS[n % len(PROMPTS)]
         config = config_of(method=method, sampling=replace(sampling, seed=n), max_tokens=6 + n)
         request_id = scheduler.submit(Request(prompt_ids=prompt, config=config))
-        wanted[request_id] = alone(backend, prompt, config)
+        wanted[request_id] = generate(backend, prompt, config)
     assert finish(scheduler) == wanted
 
 
@@ -111,7 +105,7 @@ def test_texts_join_and_leave_between_iterations(backend):
     for n, prompt in enumerate(PROMPTS):
         config = config_of(max_tokens=4 + 3 * n)
         request_id = scheduler.submit(Request(prompt_ids=prompt, config=config))
-        wanted[request_id] = alone(backend, prompt, config)
+        wanted[request_id] = generate(backend, prompt, config)
         step(scheduler, found)
     assert finish(scheduler, found) == wanted
     assert (scheduler.running, scheduler.waiting) == (0, 0)
@@ -130,20 +124,15 @@ def test_trees_of_all_texts_are_one_forward_pass(backend):
 def test_texts_of_any_temperature_are_drafted_together(backend):
     samplings = [SamplingConfig(), SAMPLED, replace(SAMPLED, temperature=1.4, top_k=9, seed=8)]
     configs = [config_of(sampling=sampling) for sampling in samplings]
-    wanted = [alone(backend, PROMPTS[0], config) for config in configs]
+    wanted = [generate(backend, PROMPTS[0], config) for config in configs]
     assert len(set(map(tuple, wanted))) == 3
-    calls, transitions = [], backend.head.transitions
-
-    def spy(blocks, options):
-        calls.append(len(blocks))
-        return transitions(blocks, options)
-
-    backend.head.transitions = spy
     scheduler = Scheduler(backend)
     for config in configs:
         scheduler.submit(Request(prompt_ids=PROMPTS[0], config=config))
-    assert list(finish(scheduler).values()) == wanted
-    assert calls[0] == 3
+    with recording(backend.head, "transitions") as tables:
+        assert list(finish(scheduler).values()) == wanted
+    blocks, _ = tables[0]
+    assert len(blocks) == 3
 
 
 def test_cancelled_texts_say_no_more_and_others_continue(backend):
@@ -158,7 +147,7 @@ def test_cancelled_texts_say_no_more_and_others_continue(backend):
     before = len(found[request_ids[0]])
     finish(scheduler, found)
     assert len(found.pop(request_ids[0])) == before
-    assert found == {request_ids[n]: alone(backend, PROMPTS[n], config_of()) for n in (1, 2)}
+    assert found == {request_ids[n]: generate(backend, PROMPTS[n], config_of()) for n in (1, 2)}
     scheduler.cancel(request_ids[1])  # has finished: nothing happens
 
 
@@ -187,7 +176,7 @@ def test_the_memory_of_all_texts_stays_below_the_limit(backend):
         step(scheduler, found)
         assert scheduler.running <= 2
     assert list(found) == request_ids
-    assert found[request_ids[3]] == alone(backend, [5, 6, 10], config)
+    assert found[request_ids[3]] == generate(backend, [5, 6, 10], config)
 
 
 def test_a_text_that_never_fits_is_refused(backend):
@@ -206,7 +195,7 @@ def test_an_error_in_one_text_ends_only_that_text(backend, kind):
     found = finish(scheduler)
     assert isinstance(found.pop(bad), NumericalError)
     assert found == {
-        request_id: alone(backend, prompt, config_of())
+        request_id: generate(backend, prompt, config_of())
         for request_id, prompt in zip(good, PROMPTS, strict=True)
     }
 
@@ -245,7 +234,7 @@ def test_long_prompts_run_in_chunks_beside_running_texts(backend):
         assert len(found[first]) == 2 + n, "the running sequence waits"
     assert backend.verifier.extended == [8, 8, 8, 8, 8, 5]
     finish(scheduler, found)
-    assert found[second] == alone(backend, prompt, config)
+    assert found[second] == generate(backend, prompt, config)
     backend.verifier.passes.clear()
     scheduler.submit(Request(prompt_ids=prompt, config=config))
     finish(scheduler)
@@ -352,7 +341,7 @@ def test_a_group_runs_its_prompt_once(backend, chunk):
     found = finish(scheduler)
     assert sum(backend.verifier.extended) == len(prompt) + 3  # and each chooses its first token
     assert [found[request_id] for request_id in request_ids] == [
-        alone(backend, prompt, c) for c in configs
+        generate(backend, prompt, c) for c in configs
     ]
 
 
@@ -362,7 +351,7 @@ def test_a_group_of_drafted_and_plain_texts(backend):
     requests = [Request(prompt_ids=PROMPTS[0], config=config) for config in configs]
     request_ids = scheduler.submit_group(requests)
     found = finish(scheduler)
-    assert [found[t] for t in request_ids] == [alone(backend, PROMPTS[0], c) for c in configs]
+    assert [found[t] for t in request_ids] == [generate(backend, PROMPTS[0], c) for c in configs]
 
 
 def test_a_group_has_one_prompt(backend):
@@ -381,7 +370,7 @@ def test_requests_of_which_one_is_refused_are_all_refused(backend, call):
     assert not scheduler.busy
 
 
-def test_finished_texts_serve_prompts_that_begin_alike(backend):
+def test_finished_sequences_serve_prompts_with_the_same_beginning(backend):
     cache = PrefixCache(10**9)
     scheduler = Scheduler(backend, prefix_cache=cache)
     prompt = list(range(20, 50))
@@ -395,7 +384,7 @@ def test_finished_texts_serve_prompts_that_begin_alike(backend):
         assert backend.verifier.extended == [len(other) - cached]
         tokens = list(first.tokens)
         tokens += [token for _, event in scheduler.run() for token in event.tokens]
-        assert tokens == alone(backend, other, config_of())
+        assert tokens == generate(backend, other, config_of())
     scheduler.submit(Request(prompt_ids=prompt, config=config_of(), cache_salt="another caller"))
     ((_, first),) = scheduler.step()
     assert first.cached_tokens == 0
@@ -444,19 +433,17 @@ def test_memory_that_runs_out_on_metal_ends_one_sequence(backend, message):
     assert str(error) == message
     (first,) = (event for request_id, event in events if request_id == good)
     found[good] = [*first.tokens, *finish(scheduler)[good]]
-    assert found[good] == alone(backend, [5, 6], config_of())
+    assert found[good] == generate(backend, [5, 6], config_of())
 
 
-def test_a_state_that_the_prefix_cache_cannot_hold_is_not_copied(backend, monkeypatch):
+def test_a_state_that_the_prefix_cache_cannot_hold_is_not_copied(backend):
     """An agent's prompt would be copied, and dropped at once."""
     nbytes = backend.state_nbytes(2 + 4 - 1, drafts=True)
-    forks = []
-    fork = State.fork
-    monkeypatch.setattr(State, "fork", lambda *args: forks.append(1) or fork(*args))
     for missing, copies in ((1, 0), (0, 1)):
         scheduler = Scheduler(backend, prefix_cache=PrefixCache(nbytes - missing))
         scheduler.submit(Request(prompt_ids=[5, 6], config=config_of(max_tokens=4)))
-        finish(scheduler)
+        with recording(State, "fork") as forks:
+            finish(scheduler)
         assert len(forks) == len(scheduler.prefix_cache) == copies
 
 
@@ -549,7 +536,7 @@ def test_drafted_and_plain_sequences_do_not_share_states(backend, methods):
         ((_, first),) = scheduler.step()
         assert first.cached_tokens == 0
         (rest,) = finish(scheduler).values()
-        assert [*first.tokens, *rest] == alone(backend, [5, 6, 7, 8], config)
+        assert [*first.tokens, *rest] == generate(backend, [5, 6, 7, 8], config)
 
 
 def test_a_state_that_does_not_fit_beside_its_text_is_not_cached(backend, monkeypatch):
@@ -559,8 +546,8 @@ def test_a_state_that_does_not_fit_beside_its_text_is_not_cached(backend, monkey
     short = scheduler.submit(Request(prompt_ids=[5, 6], config=config_of(max_tokens=1)))
     with failing(State, "fork", MemoryError("out of memory")):
         found = finish(scheduler)
-    assert found[long] == alone(backend, [9, 8], config_of())
-    assert found[short] == alone(backend, [5, 6], config_of(max_tokens=1))
+    assert found[long] == generate(backend, [9, 8], config_of())
+    assert found[short] == generate(backend, [5, 6], config_of(max_tokens=1))
     assert len(scheduler.prefix_cache) == 0
     assert not any(state.nbytes for state in made)
 
@@ -588,7 +575,7 @@ def test_a_text_that_cannot_start_ends_with_the_error_alone(backend, place):
         step(scheduler, found)
     assert isinstance(found.pop(bad), MemoryError)
     assert (scheduler.running, scheduler.waiting) == (1, 0)
-    assert finish(scheduler, found) == {first: alone(backend, [9, 8], config_of())}
+    assert finish(scheduler, found) == {first: generate(backend, [9, 8], config_of())}
 
 
 class Room:
@@ -623,7 +610,7 @@ def test_a_text_waits_until_reserved_memory_has_room(backend):
     assert room.refused
     del backend.open  # from here on it has room
     assert found == {
-        request_id: alone(backend, prompt, config_of())
+        request_id: generate(backend, prompt, config_of())
         for request_id, prompt in zip(request_ids, prompts, strict=True)
     }
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from fake_models import PROMPT, SCRIPT, FakeBackend, config_of, run, scripted
+from recordings import recording
 
 from treeflash.config import METHODS, LoadConfig
 from treeflash.decoding import Request, Scheduler, SchedulerConfig
@@ -112,26 +113,20 @@ def test_several_sequences_first_measure_plain_decoding():
     assert [sequences for sequences, _ in calls] == [3]
 
 
-def test_copies_alone_are_looked_for_where_they_pay(monkeypatch):
+def test_copies_alone_are_looked_for_where_they_pay():
     """Neither while plain decoding is timed, nor in their pauses."""
-    sought, propose = [], SuffixDrafter.propose
-
-    def spy(suffix, *args):
-        sought.append(args)
-        return propose(suffix, *args)
-
-    monkeypatch.setattr(SuffixDrafter, "propose", spy)
     scheduler = adaptive(scripted(SCRIPT))
-    for _ in range(3):
-        submit(scheduler, budget="auto")
-    for _ in range(3):
-        scheduler.step()
-    assert sought == []
-    now = scheduler.budgets.by_method["ddtree"].throughput_with(3)
-    now.drafting.pause, now.copying.pause = 10, 2
-    for calls in (0, 3, 6):
-        scheduler.step()
-        assert len(sought) == calls
+    with recording(SuffixDrafter, "propose") as sought:
+        for _ in range(3):
+            submit(scheduler, budget="auto")
+        for _ in range(3):
+            scheduler.step()
+        assert sought == []
+        now = scheduler.budgets.by_method["ddtree"].throughput_with(3)
+        now.drafting.pause, now.copying.pause = 10, 2
+        for calls in (0, 3, 6):
+            scheduler.step()
+            assert len(sought) == calls
 
 
 @pytest.mark.parametrize("batch", [2, 3])
@@ -316,7 +311,7 @@ def test_a_request_is_checked_without_a_pass_of_the_target(monkeypatch):
     costs = VerifyCosts({1: 1000.0, 4: 1010.0})
     monkeypatch.setattr(VerifyCosts, "measure", lambda backend: timed.append(backend) or costs)
     backend = scripted(SCRIPT)
-    monkeypatch.setattr(backend, "state_nbytes", lambda capacity, *, drafts: capacity)
+    backend.state_nbytes = lambda capacity, *, drafts: capacity
     scheduler = Scheduler(backend, SchedulerConfig(max_bytes=1000))
     request = Request(prompt_ids=PROMPT, config=config_of(budget="auto", max_tokens=9))
     scheduler.check(request)

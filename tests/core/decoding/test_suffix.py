@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fake_models import PROMPT, scripted
 
-from tests.helpers.fake_models import PROMPT, scripted
 from treeflash.config import DecodeConfig
 from treeflash.decoding import Request, Scheduler
 from treeflash.decoding.adaptive_budget import AdaptiveBudget, AdaptiveBudgets
@@ -39,6 +39,7 @@ from treeflash.decoding.suffix import (
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.decoding.tree import DraftTree, build_tree
 from treeflash.decoding.verify_costs import VerifyCosts
+from treeflash.testing.comparisons import tokens_of
 
 FIXTURES = Path(os.environ.get("TREEFLASH_DRAFTER_FIXTURES", "."))
 
@@ -364,7 +365,7 @@ def lengths_of(scheduler: Scheduler, salt: str = "", method: str = "suffix") -> 
     )
     request = Request(prompt_ids=PROMPT, config=config, cache_salt=salt)
     steps = [step for _, step in scheduler.decode([request])]
-    assert [token for step in steps for token in step.tokens] == ANSWER
+    assert tokens_of(steps) == ANSWER
     return [len(step.tokens) for step in steps]
 
 

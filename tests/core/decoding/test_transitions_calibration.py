@@ -7,13 +7,9 @@ import pytest
 from random_tables import KINDS, random_table
 
 from treeflash.decoding.transitions import EXPONENTS, MIN_REST, Calibration, TransitionTable
+from treeflash.reference.numerics import log_softmax
 
 VOCAB, CHILDREN, DEPTHS = 60, 16, 6
-
-
-def log_softmax(logits):
-    shifted = logits - logits.max(-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
 def observed(exponent, iterations=150, seed=0):
@@ -73,17 +69,17 @@ def test_without_evidence_probabilities_stay(kind):
     )
 
 
-@pytest.mark.parametrize("exponent", EXPONENTS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_stay_distributions_in_the_same_order(kind, exponent):
+def test_rows_stay_distributions_in_the_same_order(kind):
     table = random_table(kind, (7, 5, 4), 1)
-    found = sure(exponent).correct(table)
-    np.testing.assert_array_equal(np.isfinite(found.log_probs), np.isfinite(table.log_probs))
-    with np.errstate(invalid="ignore"):
-        assert not (np.diff(found.log_probs, axis=-1) > 0).any()
-    assert (np.exp(found.log_probs).sum(-1) <= 1 + 1e-6).all()
-    np.testing.assert_array_equal(found.tokens, table.tokens)
-    np.testing.assert_array_equal(found.next_row, table.next_row)
+    for exponent in EXPONENTS:
+        found = sure(exponent).correct(table)
+        np.testing.assert_array_equal(np.isfinite(found.log_probs), np.isfinite(table.log_probs))
+        with np.errstate(invalid="ignore"):
+            assert not (np.diff(found.log_probs, axis=-1) > 0).any()
+        assert (np.exp(found.log_probs).sum(-1) <= 1 + 1e-6).all()
+        np.testing.assert_array_equal(found.tokens, table.tokens)
+        np.testing.assert_array_equal(found.next_row, table.next_row)
 
 
 def test_the_rest_is_raised_as_well():

@@ -10,12 +10,12 @@ import pytest
 from numpy.typing import NDArray
 
 from treeflash.config import DecodeConfig, LoadConfig
-from treeflash.decoding import Request, decode
 from treeflash.decoding.session import SequenceSession
 from treeflash.drafters.folder import read_config, read_tensors
 from treeflash.drafters.formats import unknown_keys
 from treeflash.registry import loader
 from treeflash.testing import models
+from treeflash.testing.comparisons import generate
 from treeflash.testing.models import edit_config, save, write_dialect, write_target
 
 PACKAGES = {"reference": "numpy", "cuda": "torch", "mlx": "mlx_lm"}
@@ -101,8 +101,7 @@ def scores(pair: Any) -> list[NDArray[np.float32]]:
 
 
 def text(pair: Any, method: Any) -> list[int]:
-    request = Request(prompt_ids=[1, 2, 3], config=DecodeConfig(method=method, max_tokens=8))
-    return [token for step in decode(pair, request) for token in step.tokens]
+    return generate(pair, [1, 2, 3], DecodeConfig(method=method, max_tokens=8))
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from failures import failing
+from recordings import recording
 from rich.console import Console
 
 import treeflash
@@ -106,18 +107,12 @@ def test_texts_decoded_together_give_the_same_records(model, configs):
 
 
 def test_cases_of_a_prompt_that_run_together_share_its_prefill(model, configs, monkeypatch):
-    extended = []
-    run_target = type(model.backend.verifier).run
-
-    def noted(self, work):
-        extended.extend(len(x.token_ids) for x in work if isinstance(x, Prefill))
-        return run_target(self, work)
-
-    monkeypatch.setattr(type(model.backend.verifier), "run", noted)
     drafting = {case: config for case, config in configs.items() if config.drafts}
     prompt = {"a": [list(range(4, 30))]}
     monkeypatch.setattr(evaluation_run, "measure_depth_metrics", lambda *_: None)
-    run(model.backend, prompt, drafting, parallel=len(drafting))
+    with recording(type(model.backend.verifier), "run") as passes:
+        run(model.backend, prompt, drafting, parallel=len(drafting))
+    extended = [len(x.token_ids) for _, work in passes for x in work if isinstance(x, Prefill)]
     assert sorted(extended) == [1] * (len(drafting) - 1) + [26]
 
 
@@ -129,7 +124,7 @@ def test_every_iteration_but_the_cut_last_has_a_reason(model, configs):
     assert sample.runs["ddtree", 4].rejections["candidate"] == 0
 
 
-def test_a_text_of_one_token_is_left_out(model, configs):
+def test_a_text_of_one_token_is_left_out(model):
     stop = frozenset({model.generate(PROMPTS[0], max_tokens=1).token_ids[0]})
     case = Case("treeflash", 16)
     config = model.decode_config({"max_tokens": 9, "stop_token_ids": stop})

@@ -25,7 +25,7 @@ SECONDS = {"draft": 0.1, "tree": 0.2, "verify": 0.3, "commit": 0.4}
 
 
 def generate(*lengths: int, stop: str | None = None) -> Generation:
-    """Return the generation of a prefill and iterations that committed so many tokens."""
+    """Return the generation of a prefill and iterations that committed these numbers of tokens."""
     assembler = Assembler(BACKEND, LETTERS, (1, 2), DecodeConfig(), () if stop is None else (stop,))
     assembler.add(PREFILL)
     first = 1

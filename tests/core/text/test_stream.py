@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+from recordings import recording
 
 from treeflash.config import METHODS
 from treeflash.decoding import Scheduler
@@ -17,7 +18,7 @@ from treeflash.text.stream import AUTO_BYTES
 TEXT = "The quick brown fox."
 
 
-def test_many_texts_are_those_of_one_at_a_time(scripted, tiny_pair):
+def test_many_texts_are_those_of_one_at_a_time(tiny_pair):
     model = load(*tiny_pair, backend="reference")
     prompts = ["one", "two and three", [{"role": "user", "content": "four"}], [5, 6, 7]]
     options = {"max_tokens": 20, "temperature": 1.0, "seed": 3, "budget": 6}
@@ -59,37 +60,23 @@ def test_a_text_that_a_stop_string_ends_makes_room(scripted, monkeypatch):
     assert model.backend.verified < len("stop here and") + len("other") + 2
 
 
-def test_answers_to_one_prompt_have_further_seeds_and_share_the_prefill(tiny_pair):
+def test_answers_to_one_prompt_have_consecutive_seeds_and_share_the_prefill(tiny_pair):
     model = load(*tiny_pair, backend="reference")
     options = {"max_tokens": 12, "temperature": 1.0, "budget": 4}
     alone = {seed: model.generate("hi", seed=seed, **options) for seed in (5, 6, 7)}
-    extended = []
-    run = model.backend.verifier.run
-
-    def noted(work):
-        extended.extend(len(x.token_ids) for x in work if isinstance(x, Prefill))
-        return run(work)
-
-    model.backend.verifier.run = noted
-    found = list(model.generate_many(["hi"], n=3, seed=5, **options))
+    with recording(model.backend.verifier, "run") as passes:
+        found = list(model.generate_many(["hi"], n=3, seed=5, **options))
     assert [i for i, _ in found] == [0, 0, 0]
     assert {text.seed: text.token_ids for _, text in found} == {
         seed: text.token_ids for seed, text in alone.items()
     }
     assert len({tuple(text.token_ids) for _, text in found}) == 3
+    extended = [len(x.token_ids) for (work,) in passes for x in work if isinstance(x, Prefill)]
     assert sorted(extended) == [1, 1, alone[5].prompt_tokens]
 
 
 def test_an_error_of_one_of_many_texts_comes_after_the_others(scripted):
-    model = scripted("one", "two", "a third text")
-    verify = model.backend.verify
-
-    def verify_or_fail(text, tree):
-        if model.tokenizer.decode(text.script).startswith("two"):
-            raise NumericalError("not finite")
-        return verify(text, tree)
-
-    model.backend.verify = verify_or_fail
+    model = scripted("one", "two", "a third text", fails=1)
     texts = model.generate_many(["x", "y", "z"])
     assert {next(texts)[1].text, next(texts)[1].text} == {"one", "a third text"}
     with pytest.raises(NumericalError, match="not finite") as raised:
@@ -144,6 +131,7 @@ def test_penalties_and_biases_are_options(tiny_pair):
     model = load(*tiny_pair, backend="reference")
     plain = model.generate("hi", max_tokens=24, stop_token_ids=())
     first = plain.token_ids[0]
+    assert len(set(plain.token_ids)) < 24
     for options in (
         {"logit_bias": {first: -1e9}},
         {"logit_bias": {first: float("-inf"), 9: 1}},
@@ -159,7 +147,6 @@ def test_penalties_and_biases_are_options(tiny_pair):
                 assert first not in text.token_ids
             else:
                 assert len(set(text.token_ids)) == 24
-        assert len(set(plain.token_ids)) < 24
 
 
 @pytest.mark.parametrize(
