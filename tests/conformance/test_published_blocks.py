@@ -22,7 +22,6 @@ from published_drafters import (
 )
 
 from treeflash.config import DecodeConfig
-from treeflash.decoding import Request, decode
 from treeflash.decoding.interfaces import TableOptions
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import build_chain
@@ -30,6 +29,7 @@ from treeflash.drafters.folder import read_config, read_tensors
 from treeflash.reference import drafter, drafter_model, mtp_head
 from treeflash.reference.numerics import attention, rms_norm, rotate, silu, visible
 from treeflash.registry import loader
+from treeflash.testing.comparisons import generate
 from treeflash.testing.models import edit_config
 
 NAMES = (
@@ -98,8 +98,7 @@ def test_published_numbers_drafts_and_texts(backend: str, name: str) -> None:
                 sequence.extend(tokens[sequence.length :][: accepted + 1])
         for method in methods:
             config = DecodeConfig(method=method, budget=12, max_tokens=len(case["greedy"]))
-            steps = list(decode(pair, Request(prompt_ids=case["prompt"], config=config)))
-            assert [token for step in steps for token in step.tokens] == case["greedy"]
+            assert generate(pair, case["prompt"], config) == case["greedy"]
 
 
 def scaled_sinks(factor: float) -> Plant:
@@ -185,8 +184,7 @@ def test_usual_mistakes(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pair = load_published("reference", name)
     assert largest_error(pair, name) < TOLERANCE
     plant(monkeypatch, pair)
-    with pytest.raises(AssertionError):
-        assert largest_error(pair, name) < 100 * TOLERANCE
+    assert largest_error(pair, name) > 100 * TOLERANCE
 
 
 @pytest.mark.parametrize("fault", ["normed embeddings", "a factor and a softcap"])

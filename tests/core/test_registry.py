@@ -191,7 +191,7 @@ def test_a_device_that_the_user_named_is_not_replaced() -> None:
     def run(config: LoadConfig) -> None:
         raise BackendError("no CUDA device is available")
 
-    with pytest.raises(BackendError):
+    with pytest.raises(BackendError, match=r"no CUDA device is available$"):
         registry.fall_back_to_cpu(run, LoadConfig(), named=True)
 
 

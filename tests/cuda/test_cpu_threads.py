@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from treeflash.config import DecodeConfig, LoadConfig
-from treeflash.decoding import Request, decode
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.threads import ProcessorTimes, ThreadPolicy
 from treeflash.decoding.tree import DraftTree
 from treeflash.testing import require
-from treeflash.testing.models import write_drafter, write_target
+from treeflash.testing.comparisons import generate
+from treeflash.testing.models import write_pair
 
 require("torch")
 
@@ -25,11 +25,8 @@ PROMPT = list(range(1, 40))
 
 @pytest.fixture
 def folders(tmp_path):
-    target, drafter = tmp_path / "target", tmp_path / "drafter"
     # Large enough for operations to be shared by threads.
-    write_target(target, "qwen3", seed=1, vocab_size=4000, hidden_size=256)
-    write_drafter(drafter, target, seed=2)
-    return target, drafter
+    return write_pair(tmp_path, "qwen3", vocab_size=4000, hidden_size=256)
 
 
 @pytest.fixture(autouse=True)
@@ -57,16 +54,12 @@ def shared_machine(others):
     return ThreadPolicy(2, 2, read, lambda: times[0] + 1)
 
 
-def test_every_pass_takes_the_threads_that_others_leave_free(folders, monkeypatch):
+def test_every_pass_takes_the_threads_that_others_leave_free(folders):
     backend = load(*folders, LoadConfig(device="cpu"))
     backend.target.threads.policy = shared_machine([0, 1, 1, 0])
     counts = []
-    forward = backend.target.forward
-    monkeypatch.setattr(
-        backend.target,
-        "forward",
-        lambda *args, **kwargs: counts.append(torch.get_num_threads()) or forward(*args, **kwargs),
-    )
+    layer = backend.target.layers[0]
+    layer.register_forward_pre_hook(lambda *_: counts.append(torch.get_num_threads()))
     with SequenceSession(backend, capacity=100) as sequence:
         for _ in range(4):
             sequence.extend(PROMPT[:8])
@@ -81,11 +74,7 @@ def test_a_change_of_threads_in_a_text_changes_no_token(folders, exact):
 
     def tokens(policy):
         backend.target.threads.policy = policy
-        return [
-            token
-            for step in decode(backend, Request(prompt_ids=PROMPT, config=config))
-            for token in step.tokens
-        ]
+        return generate(backend, PROMPT, config)
 
     torch.set_num_threads(2)
     expected = tokens(None)

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 
 from treeflash.config import DecodeConfig, LoadConfig
-from treeflash.decoding import Request, decode
 from treeflash.decoding.interfaces import TableOptions
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.drafters.folder import read_config, read_tensors
 from treeflash.errors import BackendError, CheckpointError, ConfigError, UnsupportedModelError
 from treeflash.testing import require
-from treeflash.testing.models import edit_config, save, write_drafter, write_target
+from treeflash.testing.comparisons import generate
+from treeflash.testing.models import edit_config, save, write_pair, write_target
 
 require("torch")
 
@@ -172,18 +172,14 @@ def test_the_processor_computes_in_float32_by_default(tmp_path):
 
 
 def test_compiled_layers_compute_the_same(tmp_path, monkeypatch):
-    write_target(tmp_path / "target", "qwen3", seed=1, layers=2)
-    write_drafter(tmp_path / "drafter", tmp_path / "target", seed=2, target_layer_ids=(0, 1))
+    folders = write_pair(tmp_path, "qwen3", drafter={"target_layer_ids": (0, 1)}, layers=2)
     # Tracing, but no compiler of C++.
     monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="eager"))
     texts = []
     for compiled in (False, True):
         config = LoadConfig(device="cpu", dtype="float32", compile=compiled)
-        backend = load(tmp_path / "target", tmp_path / "drafter", config)
-        steps = decode(
-            backend, Request(prompt_ids=[3, 4, 5], config=DecodeConfig(budget=8, max_tokens=12))
-        )
-        texts.append([token for step in steps for token in step.tokens])
+        backend = load(*folders, config)
+        texts.append(generate(backend, [3, 4, 5], DecodeConfig(budget=8, max_tokens=12)))
     assert texts[0] == texts[1]
 
 
@@ -200,8 +196,7 @@ class QuantisedHead(nn.Module):
 
 
 def test_the_output_head_may_be_quantised(tmp_path, monkeypatch):
-    write_target(tmp_path / "target", "qwen3", seed=1)
-    write_drafter(tmp_path / "drafter", tmp_path / "target", seed=2)
+    folders = write_pair(tmp_path, "qwen3")
 
     def load_quantised(*args, **settings):
         model = load_model(*args, **settings)
@@ -211,7 +206,7 @@ def test_the_output_head_may_be_quantised(tmp_path, monkeypatch):
     tables = []
     for loader in (load_model, load_quantised):
         monkeypatch.setattr(target, "load_model", loader)
-        backend = load(tmp_path / "target", tmp_path / "drafter", CPU)
+        backend = load(*folders, CPU)
         assert (backend.target.lm_head_weight is None) == (loader is load_quantised)
         text = SequenceSession(backend, drafts=True)
         blocks = [text.draft(text.extend([3, 4, 5]))]
@@ -264,12 +259,11 @@ def test_layers_that_attend_in_chunks_are_refused(tmp_path):
 
 def test_a_pair_is_probed_at_load(tmp_path, monkeypatch):
     """What `check_trees` raises, loading raises."""
-    write_target(tmp_path / "target", "llama", seed=1)
-    write_drafter(tmp_path / "drafter", tmp_path / "target", seed=2)
+    folders = write_pair(tmp_path, "llama")
     ancestors = DraftTree.ancestor_mask
     monkeypatch.setattr(DraftTree, "ancestor_mask", lambda tree: np.tril(ancestors(tree) | True))
     with pytest.raises(UnsupportedModelError, match="tree attention changes this model's logits"):
-        load(tmp_path / "target", tmp_path / "drafter", CPU)
+        load(*folders, CPU)
 
 
 def test_a_missing_target_tensor_is_named(tmp_path):
@@ -323,7 +317,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_attention_of_its_own_is_refused(tmp_path):
+def test_custom_attention_is_refused(tmp_path):
     config = DogeConfig(**TINY | {"num_attention_heads": 4}, keep_window_size=4)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)

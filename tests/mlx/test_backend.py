@@ -1,3 +1,5 @@
+"""Loading pairs with MLX: refusals, memory limits, the device report and warming up."""
+
 import json
 import os
 import subprocess
@@ -68,23 +70,23 @@ def test_dtype_is_the_one_asked_for(pair, dtype):
     assert backend.drafter_model.fc.weight.dtype == getattr(mx, dtype)
 
 
-def test_missing_device_is_refused(pair):
-    if not mx.metal.is_available():
-        with pytest.raises(BackendError, match="no GPU"):
-            load(*pair, LoadConfig(device="gpu"))
+def test_missing_device_is_refused(pair, see_device):
+    see_device(mx.cpu)
+    with pytest.raises(BackendError, match="no GPU"):
+        load(*pair, LoadConfig(device="gpu"))
     with pytest.raises(BackendError, match="gpu or cpu"):
         load(*pair, LoadConfig(device="cuda:0"))
     assert load(*pair, LoadConfig(device="cpu")).device == "cpu"
 
 
-def test_model_type_that_mlx_lm_lacks_is_named(pair, tmp_path):
+def test_model_type_that_mlx_lm_lacks_is_named(tmp_path):
     write_target(tmp_path, "llama", seed=0)
     edit_config(tmp_path, lambda config: config.update(model_type="nothing"))
     with pytest.raises(UnsupportedModelError, match="'nothing'"):
         load(tmp_path, None, LoadConfig())
 
 
-def test_scaling_by_column_is_refused_for_drafting_only(families, tmp_path, pair):
+def test_scaling_by_column_is_refused_for_drafting_only(families, tmp_path):
     families.write(tmp_path / "target", "ministral3")
     write_drafter(tmp_path / "drafter", tmp_path / "target", seed=0)
     load(tmp_path / "target", None, LoadConfig())
@@ -257,7 +259,7 @@ def test_the_folder_is_not_blamed_for_memory_that_runs_out(pair):
     assert str(caught.value) == message
 
 
-def test_the_report_names_the_machine_and_its_memory(pair, mac, monkeypatch):
+def test_the_report_names_the_machine_and_its_memory(mac, monkeypatch):
     mac.outputs |= {"AGXAccelerator": '    "gpu-core-count" = 40\n', "iogpu.wired_limit_mb": "0\n"}
     monkeypatch.setattr(device.platform, "mac_ver", lambda: ("15.5", (), ""))
     assert device.device_facts() == {

@@ -5,7 +5,7 @@ import pytest
 from treeflash.config import DecodeConfig, LoadConfig, SamplingConfig
 from treeflash.errors import UnsupportedModelError
 from treeflash.testing import require
-from treeflash.testing.models import write_drafter, write_target
+from treeflash.testing.models import write_pair
 
 require("mlx_lm")
 
@@ -24,10 +24,8 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def backend(tmp_path_factory):
     folder = tmp_path_factory.mktemp("exact")
-    write_target(folder / "target", "qwen3", seed=1, vocab_size=96, hidden_size=64)
-    write_drafter(folder / "drafter", folder / "target", seed=2)
     config = LoadConfig(dtype="bfloat16", exact=True)
-    return load(folder / "target", folder / "drafter", config)
+    return load(*write_pair(folder, "qwen3", vocab_size=96, hidden_size=64), config)
 
 
 SAMPLINGS = SamplingConfig(), SamplingConfig(temperature=0.9, seed=3)

@@ -82,5 +82,5 @@ def test_a_broken_recurrence_is_refused_at_load(
     hybrid_pair_of, monkeypatch, broken, name, settings
 ):
     monkeypatch.setattr(*BROKEN[broken])
-    with pytest.raises(UnsupportedModelError):
+    with pytest.raises(UnsupportedModelError, match=r"changes this model's logits|token by token"):
         load(*hybrid_pair_of(name, **settings), LoadConfig())

@@ -13,7 +13,7 @@ from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.errors import ConfigError, UnsupportedModelError
 from treeflash.testing import require
-from treeflash.testing.models import write_drafter, write_target
+from treeflash.testing.models import write_pair, write_target
 
 require("mlx_lm")
 
@@ -204,9 +204,7 @@ def test_texts_of_trees_are_those_of_plain_decoding(metal, monkeypatch, tmp_path
     """In bfloat16, alone and together; and the chunks of a prompt change no bit."""
     monkeypatch.setattr(attention, "EXACT_SPAN", 16)
     monkeypatch.setattr(probe, "EXACT_PREFIX", 11)
-    target, drafter = tmp_path / "target", tmp_path / "drafter"
-    write_target(target, "qwen3", seed=1, vocab_size=64, hidden_size=64, layers=3)
-    write_drafter(drafter, target, seed=2)
+    target, drafter = write_pair(tmp_path, "qwen3", vocab_size=64, hidden_size=64, layers=3)
     backend = load(target, drafter, LoadConfig(dtype="bfloat16", exact=True))
     assert backend.inexact is None
     prompts = [rng.integers(0, 64, n).tolist() for n in (3, 12)]

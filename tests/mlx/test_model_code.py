@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import pytest
 from hostile_folders import plant_code
 from mlx_lm import utils
@@ -24,6 +26,6 @@ def test_code_of_a_folder_is_not_run(tmp_path, new_type):
 def test_the_code_would_run_if_it_were_trusted(tmp_path):
     write_target(tmp_path, "llama", seed=1)
     ran = plant_code(tmp_path)
-    with pytest.raises(Exception):  # noqa: B017, PT011
+    with suppress(Exception):
         utils.load_model(tmp_path, trust_remote_code=True)
     assert ran.exists()

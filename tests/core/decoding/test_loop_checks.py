@@ -94,9 +94,9 @@ class TestChecks:
     def test_a_target_that_runs_no_trees(self, entry: Callable[..., object]) -> None:
         """Loading a drafter checks it too; copies need no drafter."""
         backend = scripted(SCRIPT)
-        backend.check_trees = Mock(side_effect=UnsupportedModelError("no"))
+        backend.check_trees = Mock(side_effect=UnsupportedModelError("no trees"))
         entry(backend, Request(prompt_ids=PROMPT, config=config_of(method="ar")))
-        with pytest.raises(UnsupportedModelError):
+        with pytest.raises(UnsupportedModelError, match="no trees"):
             entry(backend, Request(prompt_ids=PROMPT, config=config_of(method="suffix")))
 
     def test_a_prompt_of_one_token_and_of_extreme_ids(self) -> None:

@@ -18,7 +18,7 @@ from treeflash.decoding.interfaces import Backend
 from treeflash.decoding.tree import DraftTree
 from treeflash.decoding.verify_costs import VerifyCosts
 from treeflash.reference.backend import load as load_reference
-from treeflash.testing.comparisons import tokens_of
+from treeflash.testing.comparisons import generate, steps_of, tokens_of
 from treeflash.testing.models import write_drafter, write_target
 from treeflash.testing.pairs import SAMPLINGS, combine
 
@@ -44,10 +44,9 @@ def test_every_budget_equals_plain_decoding(
     reference: Backend, method: Method, budget: int, sampling: str
 ) -> None:
     config = DecodeConfig(method=method, budget=budget, sampling=SAMPLINGS[sampling], max_tokens=24)
-    steps = list(decode(reference, Request(prompt_ids=PROMPT, config=config)))
-    plain = list(decode(reference, Request(prompt_ids=PROMPT, config=replace(config, method="ar"))))
-    assert len(tokens_of(plain)) == 24
-    assert tokens_of(steps) == tokens_of(plain)
+    plain = generate(reference, PROMPT, replace(config, method="ar"))
+    assert len(plain) == 24
+    assert generate(reference, PROMPT, config) == plain
 
 
 def test_trees_save_forward_passes(reference: Backend) -> None:
@@ -62,15 +61,11 @@ def test_trees_save_forward_passes(reference: Backend) -> None:
 def test_end_tokens_inside_paths(reference: Backend) -> None:
     """Each token once as the end token: the sequence ends where that token first occurs."""
     config = DecodeConfig(budget=64, max_tokens=48)
-    sequence = tokens_of(list(decode(reference, Request(prompt_ids=PROMPT, config=config))))
+    sequence = generate(reference, PROMPT, config)
     inside = 0
     for end in set(sequence):
         stops = frozenset({end, *set(range(24)) - set(sequence)})
-        steps = list(
-            decode(
-                reference, Request(prompt_ids=PROMPT, config=replace(config, stop_token_ids=stops))
-            )
-        )
+        steps = steps_of(reference, PROMPT, replace(config, stop_token_ids=stops))
         assert tokens_of(steps) == sequence[: sequence.index(end) + 1]
         assert steps[-1].finish_reason == "stop"
         inside += steps[-1].path is not None and len(steps[-1].tokens) < len(steps[-1].path)
@@ -79,13 +74,13 @@ def test_end_tokens_inside_paths(reference: Backend) -> None:
 
 def test_the_models_limit(tmp_path: Path) -> None:
     backend = pair_in(tmp_path, max_positions=30)
-    plain = list(decode(backend, Request(prompt_ids=PROMPT, config=DecodeConfig(method="ar"))))
-    assert len(tokens_of(plain)) == 23
+    plain = generate(backend, PROMPT, DecodeConfig(method="ar"))
+    assert len(plain) == 23
+    budgets = AdaptiveBudgets()  # which time forward passes once for all methods
     for method in DRAFTING:
-        steps = list(
-            decode(backend, Request(prompt_ids=PROMPT, config=DecodeConfig(method=method)))
-        )
-        assert tokens_of(steps) == tokens_of(plain)
+        request = Request(prompt_ids=PROMPT, config=DecodeConfig(method=method))
+        steps = list(decode(backend, request, budgets))
+        assert tokens_of(steps) == plain
         assert steps[-1].finish_reason == "length"
 
 

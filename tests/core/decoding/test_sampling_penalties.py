@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 
 from treeflash.config import METHODS, DecodeConfig, LoadConfig, Penalties, SamplingConfig
-from treeflash.decoding import Request, decode
 from treeflash.decoding.sampling import PenaltyState
 from treeflash.decoding.tree import DraftTree
 from treeflash.reference.backend import load
-from treeflash.testing.comparisons import path_to, random_tokens, random_tree
+from treeflash.testing.comparisons import generate, path_to, random_tokens, random_tree
 
 VOCAB = 12
 PENALTIES = {
@@ -74,11 +73,7 @@ def test_decoding_equals_plain_decoding(backend, penalties, sampling):
         config = DecodeConfig(
             method=method, budget=12, max_tokens=24, sampling=sampling, penalties=penalties
         )
-        return [
-            t
-            for step in decode(backend, Request(prompt_ids=[5, 6, 7, 5], config=config))
-            for t in step.tokens
-        ]
+        return generate(backend, [5, 6, 7, 5], config)
 
     plain = tokens("ar")
     assert len(plain) == 24
@@ -92,17 +87,7 @@ def test_decoding_equals_plain_decoding(backend, penalties, sampling):
 def test_penalties_change_the_text(backend, penalties):
     """The equalities would mean little otherwise."""
     plain, penalised = (
-        [
-            token
-            for step in decode(
-                backend,
-                Request(
-                    prompt_ids=[5, 6, 7, 5],
-                    config=DecodeConfig(method="ar", max_tokens=24, penalties=each),
-                ),
-            )
-            for token in step.tokens
-        ]
+        generate(backend, [5, 6, 7, 5], DecodeConfig(method="ar", max_tokens=24, penalties=each))
         for each in (Penalties(), penalties)
     )
     assert penalised != plain

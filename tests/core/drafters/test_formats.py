@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 from treeflash.config import DecodeConfig, LoadConfig, SamplingConfig
-from treeflash.decoding import Request, decode
 from treeflash.decoding.interfaces import TableOptions
 from treeflash.decoding.session import SequenceSession
 from treeflash.drafters.backbone import default_target_layer_ids
@@ -32,6 +31,7 @@ from treeflash.drafters.formats import (
 from treeflash.drafters.loading import load_tensors, refuse_extensions
 from treeflash.errors import CheckpointError, UnsupportedModelError
 from treeflash.registry import loader
+from treeflash.testing.comparisons import generate
 from treeflash.testing.models import DIALECTS, edit_config, save, write_dialect, write_target
 
 Config = dict[str, Any]
@@ -950,12 +950,7 @@ def test_backends_agree_on_lilicorr(width: int, tmp_path: Path) -> None:
         sampling = SamplingConfig(temperature=0.8, seed=3)
         config = DecodeConfig(method="treeflash", budget=12, max_tokens=16, sampling=sampling)
         plain, drafted = (
-            [
-                token
-                for step in decode(pair, Request(prompt_ids=[1, 2, 3], config=x))
-                for token in step.tokens
-            ]
-            for x in (replace(config, method="ar"), config)
+            generate(pair, [1, 2, 3], x) for x in (replace(config, method="ar"), config)
         )
         assert plain == drafted
         texts.append(drafted)

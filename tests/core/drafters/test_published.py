@@ -20,7 +20,9 @@ from treeflash.decoding import Request, decode
 from treeflash.decoding.interfaces import TableOptions
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import build_chain
+from treeflash.reference.numerics import log_softmax
 from treeflash.registry import loader
+from treeflash.testing.comparisons import steps_of, tokens_of
 
 ROOT = Path(os.environ.get("TREEFLASH_DRAFTER_FIXTURES", "."))
 FOLDERS = sorted(p.parent for p in ROOT.glob("*/expected.json") if p.parent.name != "target")
@@ -63,11 +65,6 @@ def published(request: pytest.FixtureRequest) -> Published:
     published = Published(backend, folder)
     assert published.blocks, "most tests go through its blocks"
     return published
-
-
-def log_softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
-    shifted = logits - logits.max(-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
 def test_marginals(published: Published) -> None:
@@ -155,7 +152,7 @@ def test_accepted_lengths_of_the_published_loop(published: Published) -> None:
         prompt = published.texts[case["text"]]["prompt"]
         config = DecodeConfig(method=chain, budget=100, max_tokens=len(expected["tokens"]))
         prefill, *steps = decode(backend, Request(prompt_ids=prompt, config=config))
-        assert [*prefill.tokens, *(t for s in steps for t in s.tokens)] == expected["tokens"]
+        assert [*prefill.tokens, *tokens_of(steps)] == expected["tokens"]
         lengths = [len(step.tokens) for step in steps]
         # The published loops may go past the limit, in their last iteration or by one more.
         assert lengths[:-1] == expected["acceptance_lengths"][: len(lengths) - 1]
@@ -190,10 +187,7 @@ def test_trees_need_no_more_forwards_than_chains(published: Published) -> None:
     def forwards(method: Method, budget: int) -> int:
         config = DecodeConfig(method=method, budget=budget, max_tokens=40)
         prompts = [text["prompt"] for text in published.texts]
-        return sum(
-            len(list(decode(backend, Request(prompt_ids=prompt, config=config)))) - 1
-            for prompt in prompts
-        )
+        return sum(len(steps_of(backend, prompt, config)) - 1 for prompt in prompts)
 
     assert forwards("ddtree", 32) <= forwards("dflash", 100)
     if backend.head is not None:

@@ -16,6 +16,7 @@ from treeflash.errors import CheckpointError
 from treeflash.hub import cached, models
 from treeflash.hub.gguf import ARCHITECTURES, convert_gguf
 from treeflash.registry import loader
+from treeflash.testing.comparisons import generate
 from treeflash.testing.models import INWARD
 from treeflash.text.tokenizer import Tokenizer
 
@@ -290,7 +291,6 @@ def test_what_files_leave_out(name: str, text: str, tokens: list[str], tmp_path:
 def test_a_file_is_a_target(backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip({"cuda": "torch", "mlx": "mlx_lm"}[backend])
     from treeflash.config import DecodeConfig, LoadConfig
-    from treeflash.decoding import Request, decode
 
     monkeypatch.setenv("TREEFLASH_CACHE", str(tmp_path / "cache"))
     model = write(tmp_path / "tiny-Q8_0.gguf", "qwen3")
@@ -299,8 +299,7 @@ def test_a_file_is_a_target(backend: str, tmp_path: Path, monkeypatch: pytest.Mo
     assert folder.name == "tiny-Q8_0"
     assert "tiny-Q8_0" in [model.name for model in cached.cached_models()]
     pair = loader(backend)(folder, None, LoadConfig(device="cpu", dtype="float32"))
-    request = Request(prompt_ids=PROMPT, config=DecodeConfig(method="suffix", max_tokens=12))
-    text = [token for step in decode(pair, request) for token in step.tokens]
+    text = generate(pair, PROMPT, DecodeConfig(method="suffix", max_tokens=12))
     greedy = model.generate(torch.tensor([PROMPT]), max_new_tokens=12, do_sample=False)
     assert text == greedy[0, len(PROMPT) :].tolist()
     cached.remove_model("tiny-Q8_0")

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from treeflash.config import DecodeConfig, LoadConfig
-from treeflash.decoding import Request, decode
 from treeflash.decoding.session import SequenceSession
 from treeflash.drafters.folder import read_config, read_tensors
 from treeflash.errors import CheckpointError
@@ -18,6 +17,7 @@ from treeflash.hub import cached, models
 from treeflash.hub.gguf import bfloat16_bits, convert_gguf
 from treeflash.language_model import locate
 from treeflash.reference.backend import load
+from treeflash.testing.comparisons import steps_of
 from treeflash.testing.models import edit_config, save, write_dialect, write_target
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
@@ -186,7 +186,7 @@ def test_a_file_drafts_as_its_folder(
         found.append(rows)
         method = "ddtree" if pair.head is None else "treeflash"
         config = DecodeConfig(method=method, budget=8, max_tokens=12)
-        steps = list(decode(pair, Request(prompt_ids=PROMPT, config=config)))
+        steps = steps_of(pair, PROMPT, config)
         texts.append([step.tokens for step in steps])
     for actual, expected in zip(*found[::-1], strict=True):
         np.testing.assert_allclose(actual, expected, atol=1e-5)

@@ -102,7 +102,7 @@ def test_conversions_in_fewer_bits_come_first() -> None:
     assert "mlx-community/Qwen3-4B-4bit" not in sizes.smaller_choices("mlx-community/qwen3-4b-4bit")
 
 
-def test_a_folder_is_measured_and_what_nobody_tells_is_fetched(
+def test_a_folder_is_measured_and_a_pair_of_unknown_size_is_fetched(
     tmp_path: Path, hub: list[str]
 ) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"x" * 100)
