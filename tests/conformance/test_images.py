@@ -10,37 +10,29 @@ import mlx.core as mx
 import transformers
 import treeflash_cuda.images as cuda_images
 import treeflash_mlx.images as mlx_images
-from treeflash_cuda.backend import load as load_cuda
-from treeflash_mlx.backend import load as load_mlx
-
-from tests.helpers.image_models import (
+from image_models import (
     picture,
     random_model,
     random_processors,
     reference,
     save_published,
 )
+from treeflash_cuda.backend import load as load_cuda
+from treeflash_mlx.backend import load as load_mlx
+
 from treeflash.config import DecodeConfig, LoadConfig
 from treeflash.decoding import Request, Scheduler, SchedulerConfig
 from treeflash.decoding.image_processor import image_samples
 from treeflash.decoding.images import PromptImages
 from treeflash.decoding.prefix_cache import PrefixCache
-from treeflash.errors import UnsupportedModelError
+from treeflash.testing.comparisons import tokens_of
 
 CPU = LoadConfig(device="cpu", dtype="float32")
 TOKENS = 10
-FAMILIES = (
-    "qwen2_vl",
-    "qwen2_5_vl",
-    "qwen3_vl",
-    "qwen3_5",
-    "lfm2_vl",
-    "gemma3",
-    "gemma4",
-    "gemma4 small",
-    "mistral3",
-    "pixtral",
-)
+WITH_AXES = "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"
+"""Families whose rotary positions are not columns."""
+OF_PYTORCH = *WITH_AXES, "lfm2_vl", "gemma3", "mistral3", "pixtral"
+FAMILIES = *OF_PYTORCH, "gemma4", "gemma4 small"
 PROMPTS = (
     ("ab<image>cd", [picture(1)]),
     ("<image>ef<image>gh", [picture(1), picture(2, 24, 16)]),
@@ -50,17 +42,14 @@ PROMPTS = (
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def models(request, tmp_path_factory):
-    """A model of transformers, and the backends with the same weights."""
+    """A model of transformers, and its weights in MLX and, if it runs such images, in PyTorch."""
     transformers.logging.set_verbosity_error()
     family, published = request.param, tmp_path_factory.mktemp("mlx")
     model, before = random_model(family), mx.default_device()
     save_published(family, model, published)
     model.save_pretrained(saved := tmp_path_factory.mktemp("cuda"))
     with random_processors(family, cuda_images, mlx_images):
-        try:
-            cuda = load_cuda(saved, None, CPU)
-        except UnsupportedModelError as error:
-            cuda = error
+        cuda = load_cuda(saved, None, CPU) if family in OF_PYTORCH else None
         yield model, load_mlx(published, None, CPU), cuda
     mx.set_default_device(before)
 
@@ -76,7 +65,7 @@ def decode(backend, prompts, size=1000, cache=None):
 
 
 def texts(sequences):
-    return [[token for step in steps for token in step.tokens] for steps in sequences]
+    return [tokens_of(steps) for steps in sequences]
 
 
 def test_text_is_that_of_generate_in_a_batch_with_other_images_and_text(models):
@@ -95,10 +84,9 @@ def test_text_is_that_of_generate_in_a_batch_with_other_images_and_text(models):
     assert other[0].cached_tokens <= prompts[0][1].images[0].first
 
 
+@pytest.mark.parametrize("models", OF_PYTORCH, indirect=True, scope="module")
 def test_equal_arrays_give_the_same_trees_and_acceptances(models):
     _, mlx, cuda = models
-    if isinstance(cuda, UnsupportedModelError) or isinstance(cuda.images, str):
-        pytest.skip(f"{getattr(cuda, 'images', cuda)}")
     prompts = [cuda.images.encode(*prompt) for prompt in PROMPTS]
     for mine, theirs in zip(decode(mlx, prompts), decode(cuda, prompts), strict=True):
         assert [step.tokens for step in mine] == [step.tokens for step in theirs]
@@ -107,10 +95,9 @@ def test_equal_arrays_give_the_same_trees_and_acceptances(models):
             assert one.path.tolist() == two.path.tolist()
 
 
+@pytest.mark.parametrize("models", WITH_AXES, indirect=True, scope="module")
 def test_without_a_shift_images_are_refused_at_load(models, monkeypatch):
     _, mlx, _ = models
-    if mlx.target.hooks.axes is None:
-        pytest.skip("its rotary positions are columns")
     monkeypatch.setattr(PromptImages, "shift", 0)
     processor = mlx.target.processor
     mlx.check_images(processor, image_samples(processor))
@@ -120,8 +107,6 @@ def test_without_a_shift_images_are_refused_at_load(models, monkeypatch):
 
 def test_without_images_no_tower_is_loaded(models, tmp_path):
     model, backend, _ = models
-    if isinstance(backend.images, str):
-        pytest.skip(backend.images)
     family = backend.target.processor._processor.family
     save_published(family, model, tmp_path)
     text = load_mlx(tmp_path, None, LoadConfig(device="cpu", dtype="float32", images=False))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from copy import copy
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from byte_tokens import save_tokenizer
@@ -17,7 +18,6 @@ from processes import core_command, core_module
 import treeflash
 from treeflash.commands import evaluate
 from treeflash.commands.evaluate import main
-from treeflash.config import DecodeConfig
 from treeflash.errors import NumericalError
 from treeflash.evaluation.run import METRICS
 
@@ -93,6 +93,7 @@ def test_the_names_that_scripts_rely_on(use, run, model, tmp_path):
     ]
     assert (found["backend"], found["dtype"], found["max_tokens"]) == ("reference", "float32", 9)
     assert (found["head_vocab"], found["head_rows"]) == (1024, "auto")
+    assert model.names.items() <= found.items()
     assert "Block efficiency" in out
     assert "Rejections" in out
     assert "4/4" in err
@@ -255,10 +256,10 @@ def test_without_a_drafter_the_default_methods_have_nothing_to_measure(use, run,
     assert "no drafter was loaded, which all default methods need" in err
 
 
-def test_unless_methods_are_named_they_are_those_that_the_drafter_can(
-    use, run, model, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(use(model).backend, "head", None)
+def test_unless_methods_are_named_they_are_those_that_the_drafter_can(use, run, model, tmp_path):
+    backend = copy(model.backend)
+    backend.head = None
+    use(replace(model, backend=backend))
     assert run("--json", str(tmp_path / "out.json"))[0] == 0
     found = json.loads((tmp_path / "out.json").read_text())
     assert {row["method"] for row in found["rows"]} == {"dflash", "ddtree"}
@@ -282,15 +283,6 @@ def model_options(tiny_pair) -> list[str]:
 def command_line(tiny_pair, *args: str) -> list[str]:
     """Evaluate the tiny pair in a separate process."""
     return core_command("evaluate", *model_options(tiny_pair), *args)
-
-
-def test_the_names_of_the_default_pair_are_in_the_results():
-    args = evaluate.make_parser().parse(["--prompts", "p"])
-    names = {"target": "SmolLM2-135M-Instruct", "drafter": "smollm2-135m-treeflash"}
-    device = SimpleNamespace(name="cuda", device="cpu", dtype="float32")
-    model = SimpleNamespace(backend=device, names=names)
-    settings = evaluate._settings(args, model, DecodeConfig())
-    assert names.items() <= settings.items()
 
 
 def test_the_module_runs_without_a_warning(tiny_pair, files, tmp_path):
@@ -345,7 +337,7 @@ def test_published_figures_beside_those_measured(use, run, model, tmp_path):
     assert "not comparable, because the dtype is float32, not bfloat16" in out
 
 
-def test_an_interrupted_comparison_keeps_what_was_measured(use, run, model, tmp_path):
+def test_an_interrupted_comparison_keeps_what_was_measured(use, run, model):
     use(model)
     with failing(model.backend.drafter, "draft", KeyboardInterrupt, call=12):  # second prompt
         code, out, err = run("--expect", "published", *DSPARK)

@@ -376,7 +376,7 @@ def test_latent_attention() -> None:
     assert stretched.rope_scale == 1
 
 
-def test_stacked_experts_of_mlx(tmp_path: Path) -> None:
+def test_stacked_experts_of_mlx() -> None:
     """A side file has them under `switch_mlp`; each has the shape of a single expert."""
     name = "layers.0.mlp.switch_mlp.gate_proj.weight"
     canonical = QWEN_SIDECAR.names({}, [name])[name]
@@ -591,6 +591,9 @@ def test_assistants_of_gemma() -> None:
         (SPECULATORS_MTP, SPECULATORS_QWEN, "mystery", 1),
         (DEEPSPEC_EAGLE3, DEEPSPEC, "draft_num_hidden_layers", 2),
         (DEEPSPEC_EAGLE3, DEEPSPEC, "mystery", 1),
+        (EAGLE3, EAGLE, "parallel_draft_step", 4),
+        (EAGLE3, EAGLE, "hidden_act", "gelu"),
+        (EAGLE3, EAGLE, "num_hidden_layers", 2),
         (GEMMA4_EAGLE3, DEEPSPEC_GEMMA4, "mystery", 1),
         (GEMMA4_EAGLE3, DEEPSPEC_GEMMA4, "enable_moe_block", True),
         (GEMMA4_EAGLE3, DEEPSPEC_GEMMA4, "num_kv_shared_layers", 2),
