@@ -15,6 +15,8 @@ from treeflash.errors import NumericalError
 class Failing:
     """A constraint that fails after some tokens."""
 
+    end_tokens = frozenset()
+
     def __init__(self, vocab_size, tokens):
         self.mask = np.full(-(-vocab_size // 32), 0xFFFFFFFF, np.uint32)
         self.left = tokens

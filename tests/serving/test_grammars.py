@@ -137,6 +137,15 @@ def check(name, text):
         assert re.fullmatch(patterns[name], text), text
 
 
+def test_a_complete_text_ends_whatever_tokens_end_others(compiler, model):
+    make, ends = compiler.compile(GRAMMARS["choice"]), model.tokenizer.stop_token_ids
+    config = {**WIDE, "max_tokens": 110, "stop_token_ids": ends}
+    texts, _ = decode(model.backend, make, config)
+    assert texts[0][-1] in ends
+    for others in (frozenset(), frozenset({model.backend.vocab_size - 1})):
+        assert decode(model.backend, make, {**config, "stop_token_ids": others})[0] == texts
+
+
 def test_without_rollback_texts_differ(compiler, model):
     """The laws above notice a broken constraint."""
 
@@ -154,7 +163,7 @@ def test_without_rollback_texts_differ(compiler, model):
 
     def equal():
         (plain, *others), _ = decode(
-            model.backend, lambda: Broken(make()._matcher, vocab_size), config
+            model.backend, lambda: Broken(make()._matcher, vocab_size, frozenset()), config
         )
         assert others == [plain] * len(others)
 

@@ -97,6 +97,8 @@ def test_another_constraint_holds_too(model, limited):
     """A grammar whose reasoning is free obeys the budget, and the budget obeys the grammar."""
 
     class OnlyDigits:
+        end_tokens = frozenset()
+
         def allowed(self):
             mask = np.zeros(-(-model.backend.vocab_size // 32), np.uint32)
             for token in model.tokenizer.encode_continuation("0123456789</think>"):

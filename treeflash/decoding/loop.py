@@ -22,7 +22,7 @@ then closed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -161,6 +161,9 @@ def decode_loop(
         shared: gives indices over other texts, for a configuration that copies.
     """
     prompt_ids, config, constraint = request.prompt_ids, request.config, request.constraint
+    stops = config.stop_token_ids
+    if constraint is not None:  # after a complete text only its end tokens are allowed, for ever
+        stops |= constraint.end_tokens
     penalties = PenaltyState(config.penalties, prompt_ids)
     # A chain is the same at every exponent. Under a constraint the target's tokens are not those
     # that a calibration could learn from.
@@ -197,7 +200,7 @@ def decode_loop(
     sampled: SampledTokens = yield Prefill(
         state, prompt_ids[cached_tokens:], params(tree, emitted, allowed), request.images
     )
-    tokens, finish_reason = _cut_at_stop((int(sampled.tokens[0]),), config, limit)
+    tokens, finish_reason = _cut_at_stop((int(sampled.tokens[0]),), stops, limit)
     yield Step(
         tokens,
         finish_reason=finish_reason,
@@ -244,7 +247,7 @@ def decode_loop(
         if suffix is not None:
             suffix.observe(accepted.tokens)
         yield Commit(accepted.path, seen)
-        tokens, finish_reason = _cut_at_stop(accepted.tokens, config, limit - emitted)
+        tokens, finish_reason = _cut_at_stop(accepted.tokens, stops, limit - emitted)
         log_probs = sampled.log_probs
         if log_probs is not None:
             log_probs = log_probs.rows(accepted.path[: len(tokens)])
@@ -272,10 +275,10 @@ def _build(
 
 
 def _cut_at_stop(
-    tokens: tuple[int, ...], config: DecodeConfig, room: int
+    tokens: tuple[int, ...], stops: Set[int], room: int
 ) -> tuple[tuple[int, ...], str | None]:
     """Cut at `room` tokens or after the first stop token; return the finish reason, if any."""
     for i, token in enumerate(tokens):
-        if token in config.stop_token_ids:
+        if token in stops:
             return tokens[: i + 1], "stop"
     return tokens, "length" if len(tokens) == room else None

@@ -10,7 +10,7 @@ et al. 2024, arXiv 2408.07978), so more of its drafts are accepted.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Protocol
@@ -341,6 +341,10 @@ class PenaltyState:
 
 class Constraint(Protocol):
     """Restricts the tokens that may follow the generated ones, as a grammar matcher does."""
+
+    @property
+    def end_tokens(self) -> Set[int]:
+        """Tokens that complete the text, whatever other tokens end it."""
 
     def allowed(self) -> NDArray[np.uint32]:
         """Return the (ceil(vocab / 32),) uint32 bitmask of the tokens that may come next."""

@@ -7,6 +7,7 @@ where the reasoning must, and the tokens before are the ones without a limit.
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import Literal
 
@@ -56,6 +57,11 @@ class ThinkingBudget:
         self._close, self._other = close.encode(), other
         first = _State("reasoning" if opening is None else "before")
         self._states = [self._due(first)]
+
+    @property
+    def end_tokens(self) -> Set[int]:
+        """The end tokens of the other constraint."""
+        return frozenset() if self._other is None else self._other.end_tokens
 
     def allowed(self) -> NDArray[np.uint32]:
         """Return the (ceil(vocab / 32),) bitmask of the tokens that may come next."""

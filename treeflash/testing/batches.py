@@ -195,6 +195,8 @@ PENALTIES = Penalties(repetition=1.3, presence=0.4, frequency=0.2, logit_bias=((
 class Alternating:
     """A constraint: even and odd tokens take turns."""
 
+    end_tokens: frozenset[int] = frozenset()
+
     def __init__(self, vocab_size: int) -> None:
         tokens = np.arange(-(-vocab_size // 32) * 32)
         bits = [(tokens % 2 == parity) & (tokens < vocab_size) for parity in (0, 1)]

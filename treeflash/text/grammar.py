@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from dataclasses import dataclass
@@ -104,10 +104,14 @@ def escape_slashes(pattern: str) -> str:
 class GrammarConstraint:
     """A `Constraint` of the decode loop that allows the texts of a grammar.
 
-    The matcher belongs to this constraint alone. `vocab_size` is the target's.
+    The matcher belongs to this constraint alone. `vocab_size` is the target's, and `end_tokens` are
+    the ones that the matcher allows after a complete text.
     """
 
-    def __init__(self, matcher: llguidance.LLMatcher, vocab_size: int) -> None:
+    def __init__(
+        self, matcher: llguidance.LLMatcher, vocab_size: int, end_tokens: Set[int]
+    ) -> None:
+        self.end_tokens = end_tokens
         self._matcher = matcher
         self._words = -(-vocab_size // 32)
         self._after_stop = 0  # a matcher that has stopped does not count later end tokens
@@ -168,7 +172,8 @@ class GrammarCompiler:
         matcher = _in_deep_thread(partial(make, vocabulary, text))
         if matcher.is_error():
             raise GrammarError(matcher.get_error())
-        return lambda: GrammarConstraint(matcher.deep_copy(), self._vocab_size)
+        ends = self._tokenizer.stop_token_ids
+        return lambda: GrammarConstraint(matcher.deep_copy(), self._vocab_size, ends)
 
     def _loaded(self) -> tuple[llguidance.LLTokenizer, GrammarSandbox]:
         with self._lock:

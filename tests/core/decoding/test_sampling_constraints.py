@@ -21,6 +21,8 @@ VOCAB = 40
 class Alternates:
     """A token may follow one of another remainder modulo `modulus`."""
 
+    end_tokens = frozenset()
+
     def __init__(self, vocab_size=VOCAB, modulus=3):
         self.vocab_size, self.modulus = vocab_size, modulus
         self.tokens = []

@@ -232,6 +232,8 @@ def test_an_iteration_is_marked_in_which_a_sequence_is_drafted_for_the_first_tim
 class Anything:
     """A constraint that allows every token."""
 
+    end_tokens = frozenset()
+
     def allowed(self):
         return np.full(4, 0xFFFFFFFF, np.uint32)
 
