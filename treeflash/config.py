@@ -97,8 +97,8 @@ class SamplingConfig:
     )
     top_k: int = option(
         0,
-        "sample from the K most probable tokens; 0 for all",
-        0,
+        "sample from the K most probable tokens; 0 or -1 for all",
+        -1,
         rule="0 (off) or more",
         requests=True,
     )
@@ -127,6 +127,8 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         check(self)
+        if self.top_k == -1:  # as in vLLM
+            object.__setattr__(self, "top_k", 0)
 
     @property
     def greedy(self) -> bool:

@@ -17,7 +17,7 @@ BAD_SAMPLING = [
     ({"temperature": -0.1}, "temperature must be 0 (greedy), or from 1e-6 to 1e6, got -0.1"),
     ({"temperature": INF}, "temperature must be 0 (greedy), or from 1e-6 to 1e6, got inf"),
     ({"temperature": NAN}, "temperature must be 0 (greedy), or from 1e-6 to 1e6, got nan"),
-    ({"top_k": -1}, "top_k must be 0 (off) or more, got -1"),
+    ({"top_k": -2}, "top_k must be 0 (off) or more, got -2"),
     ({"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0.0"),
     ({"top_p": 1.01}, "top_p must be above 0 and at most 1, got 1.01"),
     ({"top_p": NAN}, "top_p must be above 0 and at most 1, got nan"),
@@ -60,6 +60,10 @@ def test_bad_sampling(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         SamplingConfig(**settings)
     assert str(caught.value) == message
+
+
+def test_a_top_k_of_minus_one_is_off() -> None:
+    assert SamplingConfig(temperature=1.0, top_k=-1) == SamplingConfig(temperature=1.0)
 
 
 @pytest.mark.parametrize(("settings", "message"), BAD_DECODE, ids=str)

@@ -211,7 +211,7 @@ def test_a_budget_of_reasoning_is_below_the_length():
         {"temperature": -0.1},
         {"temperature": float("nan")},
         {"top_p": 0},
-        {"top_k": -1},
+        {"top_k": -2},
         {"stop_sequences": ["a"] * 17},
         {"stop_sequences": [""]},
         {"tools": [{**TOOL, "name": f"f{i}"} for i in range(257)]},

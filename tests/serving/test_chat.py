@@ -251,6 +251,7 @@ NOTHING = {
     "safety_identifier": "b",
     "service_tier": "auto",
     "store": False,
+    "top_k": -1,
     "verbosity": "low",
 }
 
