@@ -50,19 +50,24 @@ def cache_folder() -> Path:
         raise ConfigError(f"TREEFLASH_CACHE is {str(folder)!r}: {error}") from None
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a file as a whole, or leave what was there and raise an OSError."""
+    scratch = path.with_name(f".{path.name}.{time.monotonic_ns()}")
+    try:
+        scratch.write_text(text, encoding="utf-8")
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
 def remember(path: Path, text: str) -> None:
     """Replace a file of the cache as a whole; that its folder cannot be written is not an error.
 
     The next process then finds out again what the file would have told it.
     """
-    scratch = path.with_suffix(f".{time.monotonic_ns()}")
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            scratch.write_text(text, encoding="utf-8")
-            scratch.replace(path)
-        finally:
-            scratch.unlink(missing_ok=True)
+        write_whole(path, text)
 
 
 def _parse_logit_bias(text: str) -> dict[int, float]:

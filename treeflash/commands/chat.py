@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import secrets
@@ -28,7 +29,7 @@ from treeflash.cli import options as cli
 from treeflash.cli.answer_view import AnswerView
 from treeflash.cli.console import Parser, guarded
 from treeflash.cli.single_prompt import explain, summarise
-from treeflash.config import GIB, cache_folder
+from treeflash.config import GIB, cache_folder, write_whole
 from treeflash.decoding import Scheduler, SchedulerConfig
 from treeflash.decoding.disk_cache import DiskCache
 from treeflash.decoding.interfaces import device_report
@@ -306,12 +307,12 @@ class ChatSession:
         first = [] if system is None else [{"role": "system", "content": system}]
         line = json.dumps({"id": name, "messages": first + self.messages}, ensure_ascii=False)
         try:
-            with path.open("x", encoding="utf-8") as file:
-                file.write(line + "\n")
+            if path.exists():
+                advice = "already; choose another name"
+                raise FileExistsError(errno.EEXIST, f"{os.strerror(errno.EEXIST)} {advice}")
+            write_whole(path, line + "\n")
         except OSError as error:
-            exists = isinstance(error, FileExistsError)
-            advice = " already; choose another name" if exists else ""
-            raise ConfigError(f"{name} cannot be written: {error.strerror}{advice}") from None
+            raise ConfigError(f"{name} cannot be written: {error.strerror}") from None
         self.console.print(f"saved {len(self.messages)} messages in {name}", markup=False)
 
     def _load(self, name: str) -> None:

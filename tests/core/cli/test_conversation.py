@@ -201,6 +201,18 @@ def test_save_writes_what_train_reads(talk, tmp_path):
     assert "/save needs the name of a file" in shown
 
 
+def test_a_full_disk_keeps_no_part_of_a_conversation(talk, tmp_path):
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+    try:
+        _, shown = talk("hi", ENTER, f"/save {tmp_path / 'talk.jsonl'}", ENTER)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "cannot be written: File too large" in " ".join(shown.split())
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_saved_conversation_is_loaded(talk, scripted, tmp_path):
     file = tmp_path / "talk.jsonl"
     talk("hi", ENTER, f"/save {file}", ENTER, system="Be.")
