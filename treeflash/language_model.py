@@ -84,6 +84,11 @@ class LanguageModel:
     suffix: bool = False
     adaptive_budgets: AdaptiveBudgets = field(default_factory=AdaptiveBudgets, compare=False)
 
+    def __post_init__(self) -> None:
+        if self.folder is not None:
+            # A method of the model in its place would keep the model in memory.
+            self.adaptive_budgets.measure = partial(_kept_costs, self.folder, self.loaded)
+
     def __repr__(self) -> str:
         names = ", ".join(f"{key}={name!r}" for key, name in self.names.items())
         backend = self.backend
@@ -316,13 +321,7 @@ class LanguageModel:
         if config.method == "suffix":
             self.backend.check_trees()
         if config.is_adaptive:
-            self.adaptive_budgets.get(config.method, self._costs)
-
-    def _costs(self) -> VerifyCosts:
-        if self.folder is None:
-            return VerifyCosts.measure(self.backend)
-        key, folder = model_key(self.folder), cache_folder() / "costs"
-        return VerifyCosts.kept(self.backend, cost_file(self.backend, key, self.loaded, folder))
+            self.adaptive_budgets.get(config.method, self.backend)
 
     def configure(self, options: Options) -> TextConfig:
         """Make a configuration as `parse_options` does, with this pair's defaults."""
@@ -504,6 +503,12 @@ def locate(
         automatic=automatic,
         passed_over=passed_over,
     )
+
+
+def _kept_costs(folder: Path, loaded: LoadConfig, backend: Backend) -> VerifyCosts:
+    """Return what passes of a folder's target cost: as an earlier process measured it, or now."""
+    file = cost_file(backend, model_key(folder), loaded, cache_folder() / "costs")
+    return VerifyCosts.kept(backend, file)
 
 
 def _can_copy(backend: Backend, target: Path, *, passed_over: bool) -> bool:

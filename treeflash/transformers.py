@@ -12,7 +12,7 @@ import inspect
 import warnings
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -32,6 +32,7 @@ from treeflash.decoding import Request, Scheduler, SchedulerConfig, Step, best_m
 from treeflash.decoding.adaptive_budget import AdaptiveBudgets
 from treeflash.decoding.image_processor import TOKEN_TYPES
 from treeflash.decoding.images import PromptImages
+from treeflash.decoding.interfaces import Backend
 from treeflash.decoding.verify_costs import VerifyCosts, cost_file
 from treeflash.drafters.loading import check_drafter
 from treeflash.errors import ConfigError, PromptError
@@ -281,14 +282,17 @@ class _Pair:
 
     backend: Any
     weights: tuple[int, ...]
-    config: str  # of the model, as JSON
-    budgets: AdaptiveBudgets = field(default_factory=AdaptiveBudgets)
+    budgets: AdaptiveBudgets
 
-    def costs(self) -> VerifyCosts:
-        """Return what passes cost: as an earlier process measured it, or measured now."""
-        name = f"transformers {self.config}"  # its weights are not packed, as treeflash's own are
-        file = cost_file(self.backend, name, LoadConfig(), cache_folder() / "costs")
-        return VerifyCosts.kept(self.backend, file)
+
+def _kept_costs(config: str, backend: Backend) -> VerifyCosts:
+    """Return what passes cost: as an earlier process measured it, or measured now.
+
+    `config` is the model's, as JSON.
+    """
+    name = f"transformers {config}"  # its weights are not packed, as treeflash's own are
+    file = cost_file(backend, name, LoadConfig(), cache_folder() / "costs")
+    return VerifyCosts.kept(backend, file)
 
 
 def _pair(model: Any, drafter: Path | None) -> _Pair:
@@ -305,7 +309,7 @@ def _pair(model: Any, drafter: Path | None) -> _Pair:
         pair = pairs[drafter] = _Pair(
             backend.wrap(model, drafter),  # type: ignore[union-attr]
             weights,
-            model.config.to_json_string(),
+            AdaptiveBudgets(measure=partial(_kept_costs, model.config.to_json_string())),
         )
     return pair
 
@@ -337,7 +341,7 @@ def _decode(pair: _Pair, requests: Sequence[Request], rows: _Rows) -> None:
     with pair.backend.target.attached():
         first = requests[0].config
         if first.is_adaptive:
-            pair.budgets.get(first.method, pair.costs)
+            pair.budgets.get(first.method, pair.backend)
         if first.method == "suffix":
             pair.backend.check_trees()
         for _, equal in groupby(requests, lambda x: (x.prompt_ids, x.digests)):

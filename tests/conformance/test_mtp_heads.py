@@ -519,7 +519,7 @@ def test_the_budget_auto_learns_the_price_of_a_depth(load_pair: LoadPair) -> Non
     # Plain decoding is slow, so a depth is nearly free; then fast, so that none pays.
     for seconds, pays in ((10.0, True), (1e-6, False)):
         budgets = AdaptiveBudgets(VerifyCosts({1: seconds, 8: seconds, 16: seconds}))
-        budget = budgets.get("treeflash", lambda: pytest.fail("costs are known"))
+        budget = budgets.get("treeflash", pair)
         budget.draft_depths[1] = DraftDepths(seconds_per_depth=0.01)
         budget.draft_depths[1].reached = dict.fromkeys(range(1, 9), 9.0)
         budget.draft_depths[1].accepted = dict.fromkeys(range(1, 9), 9.0)

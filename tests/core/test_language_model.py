@@ -21,6 +21,7 @@ from failures import failing
 import treeflash
 from treeflash import language_model
 from treeflash.config import METHODS
+from treeflash.decoding import Request, SchedulerConfig, Step
 from treeflash.decoding.adaptive_budget import AdaptiveBudgets
 from treeflash.decoding.verify_costs import VerifyCosts
 from treeflash.errors import (
@@ -256,6 +257,22 @@ def test_costs_are_measured_once_for_all_methods_and_threads(scripted, monkeypat
         model.adaptive_budgets.by_method[name] for name in ("treeflash", "ddtree")
     )
     assert treeflash_.costs is ddtree.costs
+
+
+def test_kept_costs_serve_methods_that_are_not_the_default(tiny_pair, tmp_path, monkeypatch):
+    """No costs are needed before a request asks for such a method."""
+    monkeypatch.setenv("TREEFLASH_CACHE", str(tmp_path))
+    measured, costs = [], VerifyCosts({1: 1.0, 8: 1.1})
+    monkeypatch.setattr(VerifyCosts, "measure", lambda backend: measured.append(1) or costs)
+    for _ in range(2):  # processes
+        model = load(tiny_pair[0], False, backend="reference")
+        scheduler = model.scheduler(SchedulerConfig(), None)
+        config = model.decode_config({"method": "suffix", "max_tokens": 2})
+        scheduler.submit(Request(prompt_ids=[5, 6], config=config))
+        assert model.adaptive_budgets.costs is None
+        assert all(isinstance(event, Step) for _, event in scheduler.run())
+        assert model.adaptive_budgets.costs.seconds == costs.seconds
+    assert len(measured) == 1
 
 
 def test_the_default_method_is_the_best_that_was_loaded(scripted):

@@ -149,7 +149,7 @@ def test_echo_without_log_probs(server, model):
 def test_scored_prompts_teach_the_budget_nothing(serve, model):
     """Their chains are not drafts."""
     server = serve()
-    budget = model.adaptive_budgets.get("treeflash", lambda: pytest.fail("it exists"))
+    budget = model.adaptive_budgets.by_method["treeflash"]
     seen = []
     observe = budget.observe
 

@@ -61,6 +61,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treeflash.config import Method
+from treeflash.decoding.interfaces import Backend
 from treeflash.decoding.suffix import MATCH_LEVELS, match_level
 from treeflash.decoding.tree import DraftTree
 from treeflash.decoding.verify_costs import OUTLIER_FACTOR, SIZES, VerifyCosts, power_of_two
@@ -440,18 +441,20 @@ class AdaptiveBudgets:
     """The adaptive budgets of one pair, by method; schedulers and threads may share them.
 
     The budgets share the costs of the target's forward pass, which are None until one is needed.
+    `measure` gives them then, if costs are kept for other processes; else they are measured.
     """
 
     costs: VerifyCosts | None = None
     by_method: dict[Method, AdaptiveBudget] = field(default_factory=dict)
+    measure: Callable[[Backend], VerifyCosts] | None = None
     _lock: Lock = field(default_factory=Lock, init=False, repr=False)
 
-    def get(self, method: Method, measure: Callable[[], VerifyCosts]) -> AdaptiveBudget:
-        """Return the budget of a method; `measure` gives the costs if none are known yet."""
+    def get(self, method: Method, backend: Backend) -> AdaptiveBudget:
+        """Return the budget of a method; a backend's costs are measured if they are unknown."""
         with self._lock:
             if method not in self.by_method:
                 if self.costs is None:
-                    self.costs = measure()
+                    self.costs = (self.measure or VerifyCosts.measure)(backend)
                 self.by_method[method] = AdaptiveBudget(self.costs, method != "suffix")
             return self.by_method[method]
 

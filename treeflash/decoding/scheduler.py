@@ -21,7 +21,6 @@ from treeflash.decoding.loop import SCORED_TOKENS, Event, Step, decode_loop
 from treeflash.decoding.prefix_cache import PrefixCache
 from treeflash.decoding.request import Request, check
 from treeflash.decoding.suffix import SuffixCache, SuffixIndex
-from treeflash.decoding.verify_costs import VerifyCosts
 from treeflash.errors import ConfigError, MemoryInUseError, PromptError
 
 MIB = 1 << 20
@@ -436,7 +435,7 @@ class Scheduler:
         return CacheKey(self.backend, request.config.drafts, request.cache_salt)
 
     def _budget(self, method: Method) -> AdaptiveBudget:
-        return self.budgets.get(method, lambda: VerifyCosts.measure(self.backend))
+        return self.budgets.get(method, self.backend)
 
 
 def decode(

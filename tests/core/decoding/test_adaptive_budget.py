@@ -130,7 +130,8 @@ def test_drafting_pauses_longer_and_longer_if_it_never_pays():
 def test_all_methods_must_pause_for_drafting_to_be_paused():
     budgets = AdaptiveBudgets(costs(1))
     assert not budgets.is_paused(1)
-    first, second = (budgets.get(method, pytest.fail) for method in ("treeflash", "ddtree"))
+    first, second = AdaptiveBudget(costs(1)), AdaptiveBudget(costs(1))
+    budgets.by_method |= {"treeflash": first, "ddtree": second}
     first.throughput_with(1).drafting.pause = 3
     assert not budgets.is_paused(1)
     second.throughput_with(1).drafting.pause = 1

@@ -89,7 +89,7 @@ def test_the_drafter_does_nothing_while_drafting_rests():
     """Sequences of a fixed budget beside it are still drafted for."""
     backend = scripted(SCRIPT)
     calls, scheduler = drafts(backend), adaptive(backend)
-    budget = scheduler.budgets.get("ddtree", lambda: VerifyCosts(dict(COSTS)))
+    budget = scheduler.budgets.get("ddtree", backend)
     budget.throughput_with(1).drafting.pause = 20
     submit(scheduler, budget="auto")
     for _ in range(8):
@@ -294,13 +294,15 @@ def test_drafting_that_stops_paying_pauses_however_long_it_has_paid():
 
 
 def test_the_budgets_of_a_pair_share_costs_that_are_measured_once():
-    measured, budgets = [], AdaptiveBudgets()
+    measured, backend = [], scripted(SCRIPT)
 
-    def measure():
+    def measure(of):
+        assert of is backend
         measured.append(VerifyCosts(dict(COSTS)))
         return measured[-1]
 
-    first, again, other = (budgets.get(m, measure) for m in ("ddtree", "ddtree", "dflash"))
+    budgets = AdaptiveBudgets(measure=measure)
+    first, again, other = (budgets.get(m, backend) for m in ("ddtree", "ddtree", "dflash"))
     assert first is again
     assert other is not first
     assert other.costs is first.costs is measured[0]

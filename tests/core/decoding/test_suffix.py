@@ -20,7 +20,7 @@ from fake_models import PROMPT, scripted
 
 from treeflash.config import DecodeConfig
 from treeflash.decoding import Request, Scheduler
-from treeflash.decoding.adaptive_budget import AdaptiveBudget, AdaptiveBudgets
+from treeflash.decoding.adaptive_budget import AdaptiveBudget
 from treeflash.decoding.suffix import (
     MAX_MATCH,
     MAX_NODES,
@@ -426,8 +426,7 @@ class TestBudget:
         assert tokens / seconds > 0.97 * 4 / 1.6
 
     def test_copies_that_fail_pause(self) -> None:
-        budgets = AdaptiveBudgets(VerifyCosts({1: 1.0, 8: 1.4, 32: 3.0}))
-        budget = budgets.get("suffix", lambda: VerifyCosts({1: 1.0}))
+        budget = AdaptiveBudget(VerifyCosts({1: 1.0, 8: 1.4, 32: 3.0}), has_drafter=False)
         tree = DraftTree.chain(np.arange(8, dtype=np.int32))
         assert budget.begin()
         for _ in range(20):
