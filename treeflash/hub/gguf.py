@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -35,6 +35,7 @@ from tokenizers import (
 
 from treeflash.drafters.folder import write_stored
 from treeflash.errors import CheckpointError
+from treeflash.hub.gguf_names import part_files
 
 Progress = Callable[[int, int], None]
 """Called with two numbers of bytes: the weights written so far, and all weights."""
@@ -61,6 +62,9 @@ LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+ATTENTION = ("attn_q", "attn_k", "attn_v", "attn_output")
+MLP = ("ffn_gate", "ffn_up", "ffn_down")
+"""The matrices of a Llama's layer that may have biases: all of a line, or none."""
 ROPE_FACTORS = "rope_freqs.weight"
 """Factors on the wavelengths of Llama 3's rotary embeddings, instead of the settings."""
 NORMAL_TOKEN, CONTROL_TOKEN, USER_DEFINED_TOKEN = 1, 3, 4
@@ -87,7 +91,12 @@ SPLITS = {
     "gpt-2": (GPT2_SPLIT,),
     "mellum": (GPT2_SPLIT,),
     "a.x-4.0": (GPT2_SPLIT,),
+    "default": (r"[\p{P}$+<=>^~|]+", GPT2_SPLIT, r"\p{N}+", "[0-9][0-9][0-9]"),
     "smollm": (r"\p{N}", GPT2_SPLIT),
+    "seed-coder": (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}\r\n]+"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+    ),
     "deepseek-coder": (
         r"[\r\n]",
         r"\s?\p{L}+",
@@ -121,7 +130,7 @@ class Architecture:
         name: the class of transformers.
         settings: makes the settings of `config.json` that other kinds lack.
         names: other names of tensors than in `LAYER_NAMES` and `TOP_LEVEL_NAMES`.
-        biases: whether queries, keys and values have biases.
+        biases: whether matrices may have biases.
         pairs_rows: whether neighbouring rows of queries and keys are rotary pairs.
         norm_offset: what is added to the norms' weights in the file.
     """
@@ -138,17 +147,19 @@ class Architecture:
 def convert_gguf(path: Path, folder: Path, progress: Progress = lambda done, total: None) -> None:
     """Write configuration, bfloat16 weights and tokenizer of a GGUF model into a folder.
 
-    The folder exists. Raises a CheckpointError if the file is damaged, or holds another kind of
-    model or tokenizer, and an OSError if the folder cannot be written.
+    The folder exists. A model in parts is read from all of them, and `path` is any. Raises a
+    CheckpointError if the file is damaged, or holds another kind of model or tokenizer, and an
+    OSError if the folder cannot be written.
     """
+    files = part_files(path)
     try:
-        reader = GGUFReader(path)
-        fields = {name: field.contents() for name, field in reader.fields.items()}
+        readers = [GGUFReader(file) for file in files]
+        fields = {name: field.contents() for name, field in readers[0].fields.items()}
     except (ValueError, IndexError, KeyError, OverflowError) as error:
         raise CheckpointError(f"{path.name} is not a readable GGUF file: {error}") from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    if reader.byte_order != "I":
+    if any(reader.byte_order != "I" for reader in readers):
         raise CheckpointError(
             f"{path.name} has its bytes in the order of another kind of machine; convert it with "
             "gguf-convert-endian, or take the usual file"
@@ -158,10 +169,10 @@ def convert_gguf(path: Path, folder: Path, progress: Progress = lambda done, tot
             f"{path.name} has general.type = {content!r}, not 'model'; pass the file of a whole "
             "language model"
         )
-    if int(fields.get("split.count", 1)) > 1:
+    if (parts := max(int(fields.get("split.count", 1)), 1)) != len(files):
         raise CheckpointError(
-            f"{path.name} is one of {fields['split.count']} parts of a model; merge them with "
-            "llama-gguf-split --merge"
+            f"{path.name} is one of {parts} parts of a model, and its name does not say so; merge "
+            "them with llama-gguf-split --merge"
         )
     kind = fields.get("general.architecture")
     if kind not in (*ARCHITECTURES, DRAFTER):
@@ -170,7 +181,7 @@ def convert_gguf(path: Path, folder: Path, progress: Progress = lambda done, tot
             f"{', '.join(ARCHITECTURES)}, and {DRAFTER} for drafters"
         )
     fields |= {name.removeprefix(f"{kind}."): value for name, value in fields.items()}
-    stored = {tensor.name: tensor for tensor in reader.tensors}
+    stored = {tensor.name: tensor for reader in readers for tensor in reader.tensors}
     try:
         convert = _drafter if kind == DRAFTER else _target
         model = convert(str(kind), fields, stored)
@@ -309,6 +320,23 @@ def _number(value: float) -> float:
 
 
 def _llama_settings(fields: Fields, tensors: Tensors) -> dict[str, Any]:
+    """Find which layers have biases, and Llama 3's rotary settings from the factors they give."""
+    biases = {
+        setting: _have_biases(int(fields["block_count"]), names, tensors)
+        for setting, names in (("attention_bias", ATTENTION), ("mlp_bias", MLP))
+    }
+    return biases | _llama3_rope(fields, tensors)
+
+
+def _have_biases(layers: int, names: Sequence[str], tensors: Tensors) -> bool:
+    """Return whether these matrices have biases in all layers; a ValueError if only some do."""
+    found = {f"blk.{n}.{name}.bias" in tensors for n in range(layers) for name in names}
+    if len(found) > 1:
+        raise ValueError(f"biases of some of the matrices {', '.join(names)} only")
+    return found.pop()
+
+
+def _llama3_rope(fields: Fields, tensors: Tensors) -> dict[str, Any]:
     """Find Llama 3's rotary settings from the factors that follow from them."""
     if ROPE_FACTORS not in tensors:
         return {}
@@ -370,7 +398,11 @@ def _lfm2_settings(fields: Fields, tensors: Tensors) -> dict[str, Any]:
 
 ARCHITECTURES = {
     "llama": Architecture(
-        model_type="llama", name="LlamaForCausalLM", settings=_llama_settings, pairs_rows=True
+        model_type="llama",
+        name="LlamaForCausalLM",
+        settings=_llama_settings,
+        biases=True,
+        pairs_rows=True,
     ),
     "qwen2": Architecture(model_type="qwen2", name="Qwen2ForCausalLM", biases=True),
     "qwen3": Architecture(model_type="qwen3", name="Qwen3ForCausalLM"),
@@ -550,14 +582,13 @@ def _weights(model: Model, progress: Progress) -> Iterator[bytes]:
 
 
 def _half_rotation_order(weight: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
-    """Reorder the rows of a query or key matrix, (heads * head_dim, hidden_size).
+    """Reorder the rows of a query or key matrix, (heads * head_dim, hidden_size), or its bias.
 
     In the file the rows (2i, 2i + 1) of a head are rotated as a pair, in transformers row i of the
     first half and row i of the second half.
     """
-    rows, columns = weight.shape
-    pairs = weight.reshape(heads, rows // heads // 2, 2, columns)
-    return pairs.swapaxes(1, 2).reshape(rows, columns)
+    pairs = weight.reshape(heads, len(weight) // heads // 2, 2, *weight.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(weight.shape)
 
 
 def _end_tokens(fields: Fields) -> list[int]:
@@ -615,7 +646,8 @@ def _byte_level_tokenizer(fields: Fields) -> Tokenizer:
     """Build a byte-level BPE tokenizer, in which added tokens are whole whatever their letters."""
     tokens: list[str] = fields["tokenizer.ggml.tokens"]
     kinds: list[int] = fields["tokenizer.ggml.token_type"]
-    pre = fields.get("tokenizer.ggml.pre", "default")
+    if (pre := fields.get("tokenizer.ggml.pre")) is None:
+        raise ValueError("no pre-tokenizer; llama.cpp would guess tokenizer.ggml.pre = 'default'")
     if (splits := SPLITS.get(pre)) is None:
         from transformers.integrations.gguf import gguf_tokenizer_mapping as mapping
 

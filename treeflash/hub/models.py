@@ -38,6 +38,7 @@ from treeflash.drafters.loading import check_drafter, find_head_format
 from treeflash.errors import CheckpointError, UnsupportedModelError, first_line
 from treeflash.hub.disk import FULL, disk_problem
 from treeflash.hub.gguf import convert_gguf
+from treeflash.hub.gguf_names import choose_model, model_of, part_files, whole_models
 from treeflash.hub.published import (
     BUNDLED_DRAFTER,
     DEFAULT_TARGET,
@@ -57,6 +58,8 @@ HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
 """Weights, configuration and tokenizer; no pickles and no code."""
 HUB_FILES_IGNORED = ["original/*", "consolidated*", "onnx/*"]
 """Copies of the weights in formats that no backend reads."""
+HUB_ID = re.compile(r"(?:hf\.co/|huggingface\.co/)?(\w[\w.-]*(?:/\w[\w.-]*)?)(?::(\w[\w.-]*))?")
+"""A repository and perhaps a quantisation, as llama.cpp and Ollama write them."""
 HUB_REACHABLE_S = 5.0
 CONVERTED = "gguf"
 """The folder of our cache with the folders that GGUF files were converted to."""
@@ -244,12 +247,13 @@ def _resolve(name: str) -> Path:
         if problem := _wrong_format(folder):
             raise CheckpointError(f"{name} {problem}")
         return folder
-    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+    if (hub_id := HUB_ID.fullmatch(name)) is None:
         raise CheckpointError(f"{name!r} is not a folder; pass an existing folder or a hub id")
-    if (local := find_local(name)) is not None:
+    repository, quantisation = hub_id.groups()
+    if not quantisation and (local := find_local(repository)) is not None:
         return local
     try:
-        folder = _snapshot(name)
+        fetched = _fetch_gguf(repository, quantisation) if quantisation else _snapshot(repository)
     except GatedRepoError as error:
         raise CheckpointError(
             f"{name} is gated; request access on its page, then run `hf auth login`"
@@ -266,16 +270,18 @@ def _resolve(name: str) -> Path:
             f"{name} is neither a local folder nor a reachable hub id ({first_line(error)}); "
             "check the name and the network, or pass a local folder"
         ) from error
-    if not has_weights(folder) and "gguf" in name.lower():
+    if quantisation:
+        return _converted(fetched)
+    if not has_weights(fetched) and "gguf" in name.lower():
         raise CheckpointError(
-            f"{name} has GGUF files, which are not fetched by the name of their repository; fetch "
-            f"one (hf download {name} FILE.gguf) and pass its path"
+            f"{name} has GGUF files; name a quantisation, as in {name}:Q4_K_M, or fetch a file "
+            f"(hf download {name} FILE.gguf) and pass its path"
         )
-    if problem := _wrong_format(folder):
+    if problem := _wrong_format(fetched):
         raise CheckpointError(f"{name} {problem}")
-    if not has_weights(folder):
+    if not has_weights(fetched):
         raise CheckpointError(f"{name} has no *.safetensors; pass another model")
-    return folder
+    return fetched
 
 
 def _wrong_format(path: Path) -> str | None:
@@ -347,6 +353,23 @@ def _snapshot(name: str, *, local_files_only: bool = False) -> Path:
     )
 
 
+def _fetch_gguf(repository: str, quantisation: str) -> Path:
+    """Fetch a repository's GGUF model in a quantisation, and return its first file.
+
+    Without the hub it is looked for on this machine. Raises a CheckpointError unless the repository
+    has one such model.
+    """
+    try:
+        names = HfApi().list_repo_files(repository)
+    except (GatedRepoError, RepositoryNotFoundError):
+        raise
+    except (OSError, HTTPError):
+        known = Path(snapshot_download(repository, local_files_only=True))
+        names = [path.relative_to(known).as_posix() for path in known.rglob("*.gguf")]
+    files = choose_model(names, quantisation, repository)
+    return Path(snapshot_download(repository, allow_patterns=files)) / files[0]
+
+
 def _default_target() -> Path:
     cache = cache_folder()
     folder = cache / DEFAULT_TARGET.rpartition("/")[2]
@@ -389,20 +412,21 @@ def _make_once(folder: Path, make: Callable[[Path], Path], action: str, nbytes: 
 
 
 def _gguf_file(path: Path) -> Path | None:
-    """Return the GGUF file that a path names, or that is the only model of a folder; else None."""
+    """Return the GGUF file that a path names, or the first of a folder's only model; else None."""
     if path.suffix.lower() == ".gguf" and path.is_file():
         return path
     if not path.is_dir() or (path / "config.json").exists():
         return None
-    files = [x for x in sorted(path.glob("*.gguf")) if not x.name.startswith("mmproj")]
-    return files[0] if len(files) == 1 else None
+    models = list(whole_models(x.name for x in path.iterdir()).values())
+    return path / models[0][0] if len(models) == 1 else None
 
 
 def _converted(gguf: Path) -> Path:
-    """Return the folder that a GGUF file is converted to, which is made once for each file."""
-    state = gguf.stat()
-    key = f"{CONVERSION} {gguf.resolve()} {state.st_size} {state.st_mtime_ns}".encode()
-    folder = cache_folder() / CONVERTED / hashlib.sha256(key).hexdigest()[:12] / gguf.stem
+    """Return the folder that a GGUF model is converted to, which is made once for its files."""
+    states = [(file.resolve(), file.stat()) for file in part_files(gguf)]
+    known = [f"{file} {state.st_size} {state.st_mtime_ns}" for file, state in states]
+    digest = hashlib.sha256(" ".join([str(CONVERSION), *known]).encode()).hexdigest()
+    folder = cache_folder() / CONVERTED / digest[:12] / model_of(gguf.name)
 
     def make(scratch: Path) -> Path:
         made = scratch / "converted"

@@ -229,9 +229,10 @@ def original_name(folder: Path) -> str | None:
 def family_name(folder: Path) -> str:
     """Return the last part of a model's name, in lower case and without a precision.
 
-    The folder may also be a hub id.
+    The folder may also be a hub id, with the quantisation of a GGUF file or without.
     """
-    return re.sub(PRECISION, "", model_name(folder).rpartition("/")[2].lower())
+    name = model_name(folder).rpartition("/")[2].partition(":")[0]
+    return re.sub(PRECISION, "", name.lower())
 
 
 def model_name(folder: Path) -> str:

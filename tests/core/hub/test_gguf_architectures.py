@@ -10,6 +10,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import tokenizers
 from tokenizers.pre_tokenizers import ByteLevel
 
 from treeflash.errors import CheckpointError
@@ -55,6 +56,11 @@ EPSILONS = {"rms_norm_eps": 1e-5}
 CASES: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "llama": ("llama", transformers.LlamaConfig, {"rope_theta": 5000.0, **EPSILONS}),
     "llama 3": ("llama", transformers.LlamaConfig, {"rope_parameters": LLAMA3, **EPSILONS}),
+    "llama with biases": (
+        "llama",
+        transformers.LlamaConfig,
+        {"rope_theta": 5000.0, "attention_bias": True, "mlp_bias": True, **EPSILONS},
+    ),
     "mistral": (
         "llama",
         transformers.LlamaConfig,
@@ -104,15 +110,23 @@ def random_model(name: str, vocab_size: int) -> Any:
     return model.eval()
 
 
-def write(path: Path, name: str, kind: gguf.GGMLQuantizationType | None = None) -> Any:
+def write(
+    path: Path,
+    name: str,
+    kind: gguf.GGMLQuantizationType | None = None,
+    *,
+    pre: str | None = None,
+    part: int = 0,
+) -> Any:
     """Write a random model as llama.cpp's converter does; returns the model.
 
     Matrices are quantised if a kind is given, and the model then has the rounded weights. A Llama's
-    would be in the file's order.
+    would be in the file's order. `pre` names another pre-tokenizer, and `part` is the number of
+    tensors in each part of a model in parts.
     """
     architecture = CASES[name][0]
-    writer = gguf.GGUFWriter(path, architecture)
-    vocab_size = write_tokenizer(writer, name)
+    writer = gguf.GGUFWriter(path, architecture, split_max_tensors=part)
+    vocab_size = write_tokenizer(writer, name, pre)
     model = random_model(name, vocab_size)
     config = model.config
     writer.add_block_count(LAYERS)
@@ -157,7 +171,7 @@ def write(path: Path, name: str, kind: gguf.GGMLQuantizationType | None = None) 
         values = tensor.numpy().copy()
         if architecture == "llama" and module.endswith(("q_proj", "k_proj")):
             heads = config.num_attention_heads if "q_proj" in module else kv_heads
-            values = values.reshape(heads, 2, -1, values.shape[1]).swapaxes(1, 2)
+            values = values.reshape(heads, 2, -1, *values.shape[1:]).swapaxes(1, 2)
             values = np.ascontiguousarray(values).reshape(tensor.shape)
         if architecture == "gemma3" and module.endswith("norm"):
             values += 1
@@ -181,7 +195,7 @@ ARCHS = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
 PRE_TOKENIZERS = {"llama": "llama-bpe", "qwen2": "qwen2", "qwen3": "qwen2", "lfm2": "lfm2"}
 
 
-def write_tokenizer(writer: gguf.GGUFWriter, name: str) -> int:
+def write_tokenizer(writer: gguf.GGUFWriter, name: str, pre: str | None) -> int:
     """Write a small tokenizer of the family; returns the number of tokens."""
     kinds = [3] * len(SPECIAL)
     if name in ("gemma3", "mistral"):
@@ -202,7 +216,7 @@ def write_tokenizer(writer: gguf.GGUFWriter, name: str) -> int:
         tokens = [*SPECIAL, *alphabet, *(merge.replace(" ", "") for merge in merges), "Ġwhole"]
         kinds += [1] * (len(tokens) - len(kinds))
         writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(PRE_TOKENIZERS[CASES[name][0]])
+        writer.add_tokenizer_pre(pre or PRE_TOKENIZERS[CASES[name][0]])
         writer.add_token_merges(merges)
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
@@ -238,6 +252,24 @@ def test_a_converted_model_is_the_written_one(name: str, tmp_path: Path) -> None
         torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
 
 
+def test_a_model_in_parts_is_one_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TREEFLASH_CACHE", str(tmp_path / "cache"))
+    model = write(tmp_path / "tiny-BF16.gguf", "qwen3", part=30)
+    files = sorted(tmp_path.glob("*.gguf"))
+    assert [file.name for file in files] == [f"tiny-BF16-0000{n}-of-00003.gguf" for n in (1, 2, 3)]
+    folder = models.resolve_target(str(tmp_path))
+    assert folder.name == "tiny-BF16"
+    assert {models.resolve_target(str(file)) for file in files} == {folder}
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for tensor, values in loaded.state_dict().items():
+        torch.testing.assert_close(values, model.state_dict()[tensor], atol=0.01, rtol=0)
+    files[1].rename(tmp_path / "other.gguf")
+    with pytest.raises(CheckpointError, match=r"is one of 3 parts of a model.*llama-gguf-split"):
+        models.resolve_target(str(tmp_path / "other.gguf"))
+    with pytest.raises(CheckpointError, match=r"00002-of-00003\.gguf is missing, which is a part"):
+        models.resolve_target(str(files[0]))
+
+
 @pytest.mark.parametrize("kind", ["Q4_0", "Q5_1", "Q8_0"])
 def test_quantised_weights_are_read(kind: str, tmp_path: Path) -> None:
     model = write(tmp_path / "tiny.gguf", "qwen3", gguf.GGMLQuantizationType[kind])
@@ -266,6 +298,23 @@ def test_tokenizers(name: str, text: str, tokens: list[str], tmp_path: Path) -> 
     assert tokenizer.decode(ids, skip_special_tokens=True) == text.replace("<eos>", "")
     assert tokenizer.chat_template.startswith("{% for m in messages %}")
     assert tokenizer.eos_token == "<eos>"
+
+
+@pytest.mark.parametrize(
+    ("pre", "text", "pieces"),
+    [
+        ("default", "it's 12345, a+b  c", ["it", "'", "s", "Ġ", "123", "45", ",", "Ġa", "+"]),
+        ("seed-coder", "I'LL see 12!\n\n x", ["I", "'LL", "Ġsee", "Ġ", "1", "2", "!", "ĊĊ", "Ġx"]),
+    ],
+)
+def test_texts_are_split_as_the_file_says(
+    pre: str, text: str, pieces: list[str], tmp_path: Path
+) -> None:
+    write(tmp_path / "tiny.gguf", "llama", pre=pre)
+    convert_gguf(tmp_path / "tiny.gguf", tmp_path)
+    tokenizer = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    found = [piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+    assert found[: len(pieces)] == pieces
 
 
 @pytest.mark.parametrize(
@@ -335,6 +384,7 @@ def replaced_id(key: str) -> Callable[[bytes], bytes]:
         (lambda data: data[:2000], "is not a readable GGUF file"),
         (replaced("Ġt he", "Ġt hx"), "tokenizer.ggml.merges: .* `hx` out of vocabulary"),
         (replaced("tokenizer.ggml.pre", "tokenizer.ggml.prx"), "tokenizer.ggml.pre = 'default'"),
+        (replaced("blk.3.attn_q.bias", "blk.3.attn_q.bios"), r"blk\.3\.attn_q\.bios"),
         (replaced_id("qwen2.rope.dimension_count"), "rope.dimension_count = 65535"),
         (replaced_id("tokenizer.ggml.eos_token_id"), "unsupported GGUF entry: list index out of"),
     ],

@@ -36,6 +36,7 @@ class Network:
 
     snapshot_download: Callable[..., str] = unreachable
     model_info: Callable[..., object] = unreachable
+    list_repo_files: Callable[..., list[str]] = unreachable
     run: Callable[..., object] = unreachable
     convert_gguf: Callable[..., None] = models.convert_gguf
 
@@ -51,6 +52,7 @@ def network(monkeypatch: pytest.MonkeyPatch) -> Network:
     for owner, name in (
         (models, "snapshot_download"),
         (models.HfApi, "model_info"),
+        (models.HfApi, "list_repo_files"),
         (models.subprocess, "run"),
         (models, "convert_gguf"),
     ):
@@ -433,6 +435,63 @@ def test_hub_download_takes_neither_pickles_nor_code(tmp_path: Path, network: Ne
     assert asked["name"] == "some/model"
     for name in ("pytorch_model.bin", "modeling.py", "tokenizer.py", "model.pt"):
         assert not any(Path(name).match(pattern) for pattern in asked["allow_patterns"])
+
+
+GGUF_FILES = [
+    "README.md",
+    "mmproj-model-Q8_0.gguf",
+    "Tiny-Q8_0.gguf",
+    "Tiny-UD-Q4_K_XL.gguf",
+    "Q4_K_M/Tiny-Q4_K_M-00001-of-00002.gguf",
+    "Q4_K_M/Tiny-Q4_K_M-00002-of-00002.gguf",
+]
+
+
+@pytest.fixture
+def gguf_hub(tmp_path: Path, cache: Path, converter: None, network: Network) -> Path:
+    """A repository of GGUF files on the hub; returns the folder of what was fetched."""
+    hub = tmp_path / "hub"
+
+    def download(name: str, **kwargs: object) -> str:
+        assert name == "some/Tiny-GGUF"
+        for file in kwargs.get("allow_patterns", ()):  # type: ignore[attr-defined]
+            if not (hub / file).exists():
+                (hub / file).parent.mkdir(parents=True, exist_ok=True)
+                (hub / file).write_bytes(b"0123")
+        return str(hub)
+
+    network.snapshot_download = download
+    network.list_repo_files = lambda api, name: GGUF_FILES
+    return hub
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "fetched"),
+    [
+        ("some/Tiny-GGUF:Q8_0", "Tiny-Q8_0", GGUF_FILES[2:3]),
+        ("hf.co/some/Tiny-GGUF:q4_k_m", "Tiny-Q4_K_M", GGUF_FILES[4:]),
+        ("huggingface.co/some/Tiny-GGUF:Q4_K_XL", "Tiny-UD-Q4_K_XL", GGUF_FILES[3:4]),
+    ],
+)
+def test_a_quantisation_of_a_repository_is_fetched(
+    gguf_hub: Path, network: Network, name: str, folder: str, fetched: list[str]
+) -> None:
+    found = models.resolve_target(name)
+    assert found.name == folder
+    assert {path.name for path in found.iterdir()} == set(FOLDER_FILES)
+    names = sorted(x.relative_to(gguf_hub).as_posix() for x in gguf_hub.rglob("*.gguf"))
+    assert names == fetched
+    network.list_repo_files = unreachable
+    assert models.resolve_target(name) == found  # what was fetched needs no hub
+
+
+def test_an_unknown_quantisation_is_one_line(gguf_hub: Path) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        models.resolve_target("some/Tiny-GGUF:Q5")
+    assert str(caught.value) == (
+        "some/Tiny-GGUF has no GGUF models in Q5; it has Q4_K_M, Q8_0, Q4_K_XL"
+    )
+    assert not gguf_hub.exists()
 
 
 @pytest.fixture
