@@ -134,11 +134,12 @@ class Completion:
 
 @dataclass(eq=False)
 class _RunningAnswer:
-    """An answer that is being generated; `newest` is the time of its newest tokens."""
+    """An answer that is being generated: its tokens so far, and the time of the newest ones."""
 
     completion: Completion
     index: int
     assembler: Assembler
+    tokens: int = 0
     newest: float = 0.0
 
 
@@ -341,10 +342,12 @@ class Engine:
         """Add a step to the text of its answer; raises the error that ended the answer."""
         if isinstance(step, Exception):
             raise step
-        iteration = len(answer.assembler.chunks)
-        length = len(answer.assembler.prompt_ids) + iteration
-        self._acceptance.add(step, answer.assembler.config.sampling, length)
-        update = AnswerUpdate(answer.index, iteration, answer.assembler.add(step))
+        assembler = answer.assembler
+        length = len(assembler.prompt_ids) + answer.tokens
+        self._acceptance.add(step, assembler.config.sampling, length)
+        answer.tokens += len(step.tokens)
+        iteration = len(assembler.chunks)
+        update = AnswerUpdate(answer.index, iteration, assembler.add(step))
         self._count(answer, update)
         return update
 
