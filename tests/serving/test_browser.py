@@ -261,6 +261,137 @@ def test_a_chat_survives_a_reload(server, open_page):
     assert page.locator(".turn").count() == 0
 
 
+@pytest.mark.parametrize("crash", [False, True])
+def test_what_was_streamed_survives(serve, open_page, crash):
+    server = serve()
+    page = open_page(server.url)
+    page.clock.install()
+    with Gate(server.engine) as gate:
+        page.get_by_label("Message").fill("Hi")
+        page.keyboard.press("Enter")
+        wait_until(lambda: server.engine.unfinished)
+        gate.allow(6)
+        page.locator(".token:not(:empty)").first.wait_for(timeout=10_000)
+        streamed = page.locator(".assistant .tokens").text_content()
+        if crash:  # a new tab has what is stored without a goodbye
+            page.clock.fast_forward(1000)
+            page = page.context.new_page()
+            page.goto(server.url)
+        else:
+            page.reload()
+        stopped = page.locator(".assistant", has_text="Stopped")
+        sync_api.expect(stopped.locator(".tokens")).to_have_text(streamed)
+        assert page.locator(".user").inner_text() == "Hi"
+    sent = sent_by(page)
+    fake(page, "The", " Rhine")
+    ask(page, "And another.")
+    assert [message["role"] for message in sent[0]["messages"]] == ["user", "assistant", "user"]
+    assert sent[0]["messages"][1] == {"role": "assistant", "content": streamed}
+    sync_api.expect(page.get_by_text("Stopped")).to_have_count(1)
+
+
+def test_a_message_without_an_answer_survives_a_reload(server, open_page):
+    page = open_page(server.url)
+    fake(page, "The", " Rhine")
+    ask(page, "Name a river.")
+    page.unroute_all()
+    page.route("**/v1/chat/completions", lambda route: None)
+    message = page.get_by_label("Message")
+    message.fill("And another.")
+    with page.expect_request("**/v1/chat/completions"):
+        page.keyboard.press("Enter")
+    page.reload()
+    sync_api.expect(message).to_have_value("And another.")
+    assert page.locator(".user").all_inner_texts() == ["Name a river."]
+
+
+def test_thoughts_survive_a_reload(server, open_page):
+    page = open_page(server.url)
+    trees = [{"iteration": i, "seconds": 0.01, "tokens": [x]} for i, x in enumerate("ab")]
+    answer_with(page, [tree | CHAIN for tree in trees], thoughts=1)
+    ask(page, "Hi")
+    page.reload()
+    assert page.locator(".tokens .thought").inner_text() == "a"
+    sent = sent_by(page)
+    ask(page, "And another.")
+    assert sent[0]["messages"][1] == {"role": "assistant", "content": "b"}
+
+
+def refuse(page):
+    page.route(
+        "**/v1/chat/completions",
+        lambda route: route.fulfill(status=429, json={"error": {"message": "the queue is full"}}),
+    )
+
+
+def test_the_last_answer_is_regenerated(server, open_page):
+    page = open_page(server.url)
+    again = page.get_by_role("button", name="Regenerate")
+    for name in ("Rhine", "Elbe"):
+        fake(page, "The", f" {name}")
+        ask(page, f"Is it the {name}?")
+    refuse(page)
+    again.click()  # there is one: of the last answer
+    sync_api.expect(page.locator(".error")).to_have_text("the queue is full")
+    assert page.locator(".tokens").all_inner_texts() == ["The Rhine", "The Elbe"]
+    assert page.get_by_label("Message").input_value() == ""
+    sent = sent_by(page)
+    fake(page, "The", " Oder")
+    again.focus()
+    page.keyboard.press("Enter")
+    sync_api.expect(page.locator(".tokens")).to_have_text(["The Rhine", "The Oder"])
+    assert [message["content"] for message in sent[0]["messages"]] == [
+        "Is it the Rhine?",
+        "The Rhine",
+        "Is it the Elbe?",
+    ]
+    sync_api.expect(page.get_by_label("Message")).to_be_focused()
+    page.reload()
+    assert page.locator(".tokens").all_inner_texts() == ["The Rhine", "The Oder"]
+
+
+def test_an_earlier_message_is_edited(images, open_page):
+    page = open_page(images.url)
+    files = [{"name": "a.png", "mimeType": "image/png", "buffer": picture(1)}]
+    page.locator("#files").set_input_files(files)
+    page.locator("#images img").wait_for()
+    fake(page, "The", " Rhine")
+    ask(page, "Name it.")
+    ask(page, "And another.")
+    message = page.get_by_label("Message")
+    message.fill("Draft")
+    first = page.get_by_role("button", name="Edit").first
+    for leave in ("Escape", "Cancel"):
+        first.click()
+        sync_api.expect(message).to_be_focused()
+        assert message.input_value() == "Name it."
+        assert page.locator("#images img").count() == 1
+        assert page.locator(".replaced").count() == 4
+        sync_api.expect(page.locator("#editing")).to_contain_text("faded")
+        if leave == "Escape":
+            page.keyboard.press("Escape")
+        else:
+            page.get_by_role("button", name=leave).click()
+        assert message.input_value() == "Draft"
+        assert page.locator("#images img, .replaced").count() == 0
+    first.click()
+    shot(page, "edit")
+    refuse(page)
+    ask(page, "What is it?")
+    assert page.locator(".tokens").count() == 2  # and it can be sent again
+    assert message.input_value() == "What is it?"
+    assert page.locator(".replaced").count() == 4
+    sent = sent_by(page)
+    fake(page, "A", " ship")
+    page.keyboard.press("Enter")
+    sync_api.expect(page.locator(".tokens")).to_have_text(["A ship"])
+    assert page.locator(".user").all_inner_texts() == ["What is it?"]
+    assert message.input_value() == "Draft"
+    (asked,) = sent[0]["messages"]
+    assert [part["type"] for part in asked["content"]] == ["image_url", "text"]
+    assert page.locator(".user img").count() == 1
+
+
 def test_sending_while_the_plain_answer_is_decoded(server, open_page):
     page = open_page(server.url)
     fake(page, "The", " Rhine")

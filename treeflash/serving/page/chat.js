@@ -11,30 +11,37 @@ const byId = (id) => document.getElementById(id);
 const [log, form, prompt, send, stop] = ["log", "form", "prompt", "send", "stop"].map(byId);
 const SETTINGS = ["budget", "temperature", "length", "seed", "system", "compare", "markdown"];
 const STORED = "treeflash";
-const messages = [];
+const STORE_AFTER_MS = 1000; // how much of an answer a crash may cost
+const messages = []; // each with a turn of the log
 const nextImages = new NextImages(byId("images"), tell);
 let takesImages = false; // whether the model does
 let shown = null; // the answer whose iterations can be chosen
 let request = null;
 let comparison = null; // the request of the plain answer
 let marked = []; // the tokens of the chosen iteration
+let edited = null; // the index of the message that the next one replaces
+let draft = ""; // the content of the next message before that
+let unanswered = null; // what was sent, until it is answered, and the messages before
+let storing = null; // the timer of the next `store`
 
-/** What was measured of one answer. The first iteration is the prefill, which is not counted. */
+/**
+ * One answer: its message, which is stopped until it is complete, and what was measured. The first
+ * iteration is the prefill, which is not counted.
+ */
 class Answer {
   constructor(place) {
     this.place = place;
+    this.message = { role: "assistant", content: "", thoughts: "", stopped: true };
     this.iterations = [];
     this.spans = []; // of the tokens of each iteration
-    this.thoughts = "";
-    this.content = "";
     this.tokens = 0;
     this.seconds = 0;
   }
 
   add({ delta, draft_tree: tree }) {
     const { reasoning_content: thought, content } = delta;
-    this.thoughts += thought ?? "";
-    this.content += content ?? "";
+    this.message.thoughts += thought ?? "";
+    this.message.content += content ?? "";
     if (!tree) return;
     if (tree.iteration > 0) {
       this.iterations.push(tree);
@@ -47,18 +54,17 @@ class Answer {
   #show(text, tree, thought) {
     const parts = tree.tokens.join("") === text ? tree.tokens : [text];
     this.spans[tree.iteration] = parts.map((part) => {
-      const span = document.createElement("span");
-      span.className = `token shade-${tree.iteration % SHADES}${thought ? " thought" : ""}`;
+      const kind = `token shade-${tree.iteration % SHADES}${thought ? " thought" : ""}`;
+      const span = element("span", kind, part);
       span.dataset.iteration = tree.iteration;
       span.title = `iteration ${tree.iteration}, ${tree.tokens.length} tokens`;
-      span.textContent = part;
       return span;
     });
     this.place.append(...this.spans[tree.iteration]);
   }
 
   get text() {
-    return this.thoughts + this.content;
+    return this.message.thoughts + this.message.content;
   }
 
   get speed() {
@@ -75,26 +81,46 @@ class Answer {
   }
 }
 
-function turn(who, text = "") {
-  const made = document.createElement("div");
-  made.className = `turn ${who}`;
-  made.dataset.who = who === "user" ? "You" : who === "error" ? "Error" : "Model";
+function element(name, className, text = "") {
+  const made = document.createElement(name);
+  made.className = className;
   made.textContent = text;
+  return made;
+}
+
+function turn(who, text = "") {
+  const made = element("div", `turn ${who}`, text);
+  made.dataset.who = who === "user" ? "You" : who === "error" ? "Error" : "Model";
   log.append(made);
   log.scrollTop = log.scrollHeight;
   return made;
 }
 
-/** Add a message of the user: its images and its text. */
-function userTurn(content) {
-  if (typeof content === "string") return turn("user", content);
-  const made = turn("user");
-  const images = document.createElement("div");
-  images.className = "images";
-  images.append(...content.slice(0, -1).map((part) => thumbnail(part.image_url.url)));
-  made.append(images, content.at(-1).text);
-  log.scrollTop = log.scrollHeight;
+/** The turns of the messages, in their order. */
+function turns() {
+  return [...log.querySelectorAll(".user, .assistant")];
+}
+
+function button(className, label, act) {
+  const made = element("button", className, label);
+  made.type = "button";
+  made.addEventListener("click", act);
   return made;
+}
+
+/** Add a message of the user: its images, its text, and a button that edits it. */
+function userTurn(content) {
+  const { text, urls } = partsOf(content);
+  const made = turn("user");
+  const images = element("div", "images");
+  images.append(...urls.map(thumbnail));
+  const change = button("edit", "", () => {
+    edit(turns().indexOf(made));
+    prompt.focus();
+  });
+  change.setAttribute("aria-label", "Edit"); // it has no text, which would be copied with the message
+  made.append(images, text, change);
+  log.scrollTop = log.scrollHeight;
 }
 
 /** The content of a message: a text or, after images, parts. */
@@ -102,6 +128,13 @@ function contentOf(text, urls) {
   if (!urls.length) return text;
   const images = urls.map((url) => ({ type: "image_url", image_url: { url } }));
   return [...images, { type: "text", text }];
+}
+
+/** The text and the images of a message's content. */
+function partsOf(content) {
+  if (typeof content === "string") return { text: content, urls: [] };
+  const images = content.slice(0, -1);
+  return { text: content.at(-1).text, urls: images.map((part) => part.image_url.url) };
 }
 
 /** Change the log; if its end is in view, it stays in view. */
@@ -112,31 +145,34 @@ function follow(change) {
 }
 
 /** Add an answer, first as its tokens; `finishTurn` adds the rest. */
-function answerTurn(text = "") {
+function answerTurn({ thoughts = "", content = "" } = {}) {
   const made = turn("assistant");
-  const tokens = document.createElement("div");
-  tokens.className = "tokens";
-  tokens.textContent = text;
+  const tokens = element("div", "tokens");
+  tokens.append(element("span", "thought", thoughts), content);
   made.append(tokens);
   return tokens;
 }
 
-/** Add the same text as Markdown, and a button that copies it, without the thoughts before it. */
-function finishTurn(tokens, text, thoughts = "") {
-  const formatted = document.createElement("div");
-  formatted.className = "formatted";
-  const thought = document.createElement("div");
-  thought.className = "thought";
-  thought.textContent = thoughts;
-  formatted.append(thought, markdown(text));
-  const copy = document.createElement("button");
-  copy.type = "button";
-  copy.textContent = "Copy";
-  copy.addEventListener("click", async () => {
-    copy.textContent = (await copyText(text || thoughts)) ? "Copied" : "Not copied";
+/**
+ * Add the same text as Markdown, whether it was stopped, and buttons: one that copies it, without
+ * the thoughts before it, and one that replaces it.
+ */
+function finishTurn(tokens, { content, thoughts = "", stopped = false }) {
+  const formatted = element("div", "formatted");
+  formatted.append(element("div", "thought", thoughts), markdown(content));
+  const copy = button("copy", "Copy", async () => {
+    copy.textContent = (await copyText(content || thoughts)) ? "Copied" : "Not copied";
     copy.focus();
   });
-  follow(() => tokens.after(formatted, copy));
+  const again = button("regenerate", "Regenerate", () => {
+    const index = turns().indexOf(tokens.parentElement) - 1;
+    endEdit();
+    ask(messages[index].content, index);
+    stop.focus();
+  });
+  again.title = "Replace this answer; with temperature 0 or a seed its text stays the same";
+  const note = element("p", "note", stopped ? "Stopped" : "");
+  follow(() => tokens.after(formatted, note, copy, again));
 }
 
 /** Copy a text; returns whether the browser lets the page do it. */
@@ -156,9 +192,11 @@ async function copyText(text) {
 
 /** Keep the chat and the settings for a reload; the settings alone if images take too much room. */
 function store() {
+  clearTimeout(storing);
+  storing = null;
   const field = (id) => (byId(id).type === "checkbox" ? byId(id).checked : byId(id).value);
   const settings = Object.fromEntries(SETTINGS.map((id) => [id, field(id)]));
-  keep({ messages, settings }) || keep({ settings });
+  keep({ messages, ...unanswered, settings }) || keep({ settings });
 }
 
 /** Keep a value for this tab and for the next new one; returns whether the browser does so. */
@@ -192,14 +230,18 @@ function restore() {
     log.querySelector(".hint")?.remove();
     messages.push(message);
     if (message.role === "user") userTurn(message.content);
-    else finishTurn(answerTurn(message.content), message.content);
+    else finishTurn(answerTurn(message), message);
   }
+  if (stored.index !== undefined) giveBack(stored);
 }
 
 function body(conversation, extra) {
   const system = byId("system").value.trim();
   return {
-    messages: [...(system ? [{ role: "system", content: system }] : []), ...conversation],
+    messages: [
+      ...(system ? [{ role: "system", content: system }] : []),
+      ...conversation.map(({ role, content }) => ({ role, content })),
+    ],
     stream: true,
     stream_options: { include_draft_trees: true },
     temperature: Number(byId("temperature").value),
@@ -215,7 +257,10 @@ async function read(answer, name, sent, signal) {
       follow(() => answer.add(choice));
       byId(`${name}-speed`).textContent = answer.speed.toFixed(1);
       byId(`${name}-efficiency`).textContent = answer.efficiency.toFixed(2);
-      if (answer.place) choose(answer.iterations.length);
+      if (!answer.place) continue;
+      if (answer.text) unanswered = null;
+      choose(answer.iterations.length);
+      storing ??= setTimeout(store, STORE_AFTER_MS);
     }
   }
   if (answer.place && answer.paused) {
@@ -233,45 +278,92 @@ function blank() {
   for (const name of ["verdict", "pause"]) byId(name).textContent = "";
 }
 
-async function ask(text, urls) {
+/** Send a message, which replaces the messages from an index on once it is answered. */
+async function ask(content, index = messages.length) {
   comparison?.abort();
   request = new AbortController();
   busy(true);
   blank();
   log.querySelector(".hint")?.remove();
-  const content = contentOf(text, urls);
-  const asked = userTurn(content);
-  messages.push({ role: "user", content });
+  const nodes = [...log.childNodes];
+  const before = shown;
+  unanswered = { messages: [...messages], content, index };
+  const replaced = turns()[index];
+  while (replaced && log.contains(replaced)) log.lastChild.remove();
+  userTurn(content);
   const answer = new Answer(answerTurn());
   shown = answer;
+  messages.splice(index, messages.length, { role: "user", content });
   const seed = byId("seed").value === "" ? Math.floor(Math.random() * 2 ** 31) : Number(byId("seed").value);
-  const plainBody = body([...messages], { seed, method: "ar" });
-  const treeBody = body([...messages], { seed, budget: BUDGETS[byId("budget").value] });
+  const plainBody = body(messages, { seed, method: "ar" });
+  const treeBody = body(messages, { seed, budget: BUDGETS[byId("budget").value] });
+  messages.push(answer.message);
+  store();
   const { signal } = request;
-  let finished = false;
   try {
     await read(answer, "tree", treeBody, signal);
-    finished = true;
+    delete answer.message.stopped;
   } catch (error) {
     if (signal.reason === "new chat") return;
     if (!answer.text) {
-      // Nothing was answered: the message can be sent again, with what was typed since.
-      asked.remove();
-      answer.place.parentElement.remove();
-      messages.pop();
-      shown = null;
-      prompt.value = [text, prompt.value].filter(Boolean).join("\n");
-      nextImages.set([...urls, ...nextImages.urls]);
+      messages.splice(0, messages.length, ...unanswered.messages);
+      log.replaceChildren(...nodes);
+      shown = before;
       busy(false);
+      giveBack(unanswered);
+      store(); // with what was sent: a reload makes a request fail, too
+      unanswered = null;
       return tell(error);
     }
     tell(error);
   }
-  messages.push({ role: "assistant", content: answer.content });
-  finishTurn(answer.place, answer.content, answer.thoughts);
+  unanswered = null;
+  finishTurn(answer.place, answer.message);
   store();
   busy(false);
-  if (finished && byId("compare").checked) await compare(answer, plainBody);
+  if (!answer.message.stopped && byId("compare").checked) await compare(answer, plainBody);
+}
+
+/** Put what was not answered in the next message, before what was typed since. */
+function giveBack({ content, index }) {
+  const replaced = messages[index];
+  if (replaced?.content === content) return; // it is in the chat
+  if (replaced) {
+    edit(index);
+    return compose(content);
+  }
+  const { text, urls } = partsOf(content);
+  const typed = [text, prompt.value].filter(Boolean).join("\n");
+  compose(contentOf(typed, [...urls, ...nextImages.urls]));
+}
+
+/** Put a content in the next message. */
+function compose(content) {
+  const { text, urls } = partsOf(content);
+  prompt.value = text;
+  nextImages.set(urls);
+}
+
+/** Let the next message replace a message and what follows it. */
+function edit(index) {
+  endEdit();
+  draft = contentOf(prompt.value, nextImages.take());
+  compose(messages[index].content);
+  showEdited(index);
+}
+
+/** Let the next message follow the others again, and be what it was before. */
+function endEdit() {
+  if (edited === null) return;
+  compose(draft);
+  showEdited(null);
+}
+
+function showEdited(index) {
+  edited = index;
+  turns().forEach((made, i) => made.classList.toggle("replaced", i >= (index ?? Infinity)));
+  byId("editing").textContent = index === null ? "" : "The next message replaces the faded ones.";
+  byId("cancel").hidden = index === null;
 }
 
 /** Decode the same answer plainly. A new message ends this. */
@@ -342,8 +434,11 @@ form.addEventListener("submit", (event) => {
   event.preventDefault();
   const text = prompt.value.trim();
   if (!text || !stop.hidden) return;
-  prompt.value = "";
-  ask(text, nextImages.take());
+  const sent = contentOf(text, nextImages.take());
+  const index = edited ?? messages.length;
+  compose("");
+  endEdit();
+  ask(sent, index);
 });
 byId("add-image").addEventListener("click", () => byId("files").click());
 byId("files").addEventListener("change", async ({ target }) => {
@@ -377,12 +472,20 @@ function isComposing(event) {
 }
 stop.addEventListener("click", () => request.abort());
 document.addEventListener("keydown", (event) => {
-  if (event.key === "Escape" && !stop.hidden && !isComposing(event)) request.abort();
+  if (event.key !== "Escape" || isComposing(event)) return;
+  if (stop.hidden) endEdit();
+  else request.abort();
+});
+byId("cancel").addEventListener("click", () => {
+  endEdit();
+  prompt.focus();
 });
 byId("clear").addEventListener("click", () => {
   request?.abort("new chat");
   comparison?.abort();
+  endEdit();
   messages.length = 0;
+  unanswered = null;
   nextImages.set([]);
   store();
   busy(false);
@@ -401,6 +504,7 @@ log.addEventListener("click", (event) => {
 });
 for (const id of ["budget", "temperature", "length"]) byId(id).addEventListener("input", label);
 for (const id of SETTINGS) byId(id).addEventListener("change", store);
+addEventListener("pagehide", () => storing && store());
 byId("markdown").addEventListener("change", showMarkdown);
 byId("key-form").addEventListener("submit", async (event) => {
   event.preventDefault();
