@@ -112,6 +112,11 @@ def test_two_processes_train_one_drafter(kind, target, responses, tmp_path, run_
     config.write_text(SMALL.replace("anchors = 16", "anchors = 99") + "steps = 4\nsave_every = 2\n")
     launch = tmp_path / "accelerate.yaml"
     launch.write_text(FSDP)
+    uneven = tmp_path / "uneven.jsonl"
+    records = [json.loads(line) for line in responses.read_text().splitlines()]
+    for n, record in enumerate(records):
+        record["response_ids"] = record["response_ids"][: 2 + 5 * n % 47]
+    uneven.write_text("".join(json.dumps(record) + "\n" for record in records))
     launchers = {
         "ddp": ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
         # `accelerate launch` starts several processes on CPUs for FSDP alone.
@@ -122,7 +127,7 @@ def test_two_processes_train_one_drafter(kind, target, responses, tmp_path, run_
 
     def start(output, *options):
         return [
-            "--responses", str(responses), "--config", str(config), "--output", str(output),
+            "--responses", str(uneven), "--config", str(config), "--output", str(output),
             "--target", str(target), *ON_CPU, "--learning-rate", "1e-3", *cache, *options,
         ]  # fmt: skip
 
@@ -139,8 +144,9 @@ def test_two_processes_train_one_drafter(kind, target, responses, tmp_path, run_
         for folder in (alone, together)
     )
     for left, right in zip(expected, found, strict=True):
-        # The norm of the mean of both processes' gradients.
+        # The gradient and the loss are means over the tokens of both processes.
         assert right["gradient_norm"] == pytest.approx(left["gradient_norm"], rel=1e-3)
+        assert right["loss"] == pytest.approx(left["loss"], rel=1e-3)
     validation = found[-1]["validation"]["kl_corrected"]
     assert validation == pytest.approx(expected[-1]["validation"]["kl_corrected"], rel=1e-2)
     shapes = [{n: t.shape for n, t in read_tensors(f).items()} for f in (alone, together)]

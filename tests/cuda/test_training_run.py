@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import stat
 import sys
 from dataclasses import replace
@@ -14,6 +15,7 @@ import pytest
 from failures import failing
 
 from treeflash.config import LoadConfig
+from treeflash.drafters.folder import read_tensors
 from treeflash.errors import ConfigError
 from treeflash.testing import require
 from treeflash.testing.models import write_target
@@ -121,6 +123,35 @@ def test_the_checkpoint_is_written_before_the_last_state(run, folder):
 
 
 @pytest.mark.usefixtures("stopped")
+def test_an_interrupt_loses_no_step(run, folder, finished_run, monkeypatch):
+    """The step that is running ends, and its state and drafter are saved; a second one does not."""
+
+    def interrupted(interrupts):
+        def take_interrupted_step(*arguments):
+            for _ in range(interrupts):
+                signal.raise_signal(signal.SIGINT)
+            return take_step(*arguments)
+
+        return take_interrupted_step
+
+    take_step = loop.take_step
+    for interrupts, step in ((2, 2), (1, 3)):
+        monkeypatch.setattr(loop, "take_step", interrupted(interrupts))
+        with (
+            pytest.warns(UserWarning, match="saved after this step; press Ctrl-C again to stop"),
+            pytest.raises(KeyboardInterrupt),
+        ):
+            run()
+        assert json.loads((folder / "state" / "run.json").read_text())["step"] == step
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert "After 3 of 4 steps" in (folder / "README.md").read_text()
+    monkeypatch.setattr(loop, "take_step", take_step)
+    assert run() == [4]
+    expected, found = (read_tensors(x) for x in (finished_run, folder))
+    assert all(np.array_equal(found[name], x) for name, x in expected.items())
+
+
+@pytest.mark.usefixtures("stopped")
 def test_a_drafter_without_a_state_is_not_overwritten(run, folder):
     (folder / "state").rename(folder / "state.new")  # an interrupted first save
     assert run(stop=2)
@@ -194,6 +225,14 @@ def test_a_damaged_state_is_named(name, content, run, folder):
     else:
         path.write_bytes(content)
     with pytest.raises(ConfigError, match="state is damaged, so training cannot be resumed"):
+        run()
+
+
+@pytest.mark.parametrize("line", ["\0\0\n", "{}\n", "3\n"])
+@pytest.mark.usefixtures("stopped")
+def test_a_damaged_log_is_named(line, run, folder):
+    (folder / "log.jsonl").write_text(line)
+    with pytest.raises(ConfigError, match=r"log\.jsonl is damaged, so training cannot be resumed"):
         run()
 
 

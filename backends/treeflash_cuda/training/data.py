@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -247,18 +247,46 @@ class Batches:
         self.config = config
         self.depths = depths
         self.process = process
+        self.processes = processes
         lengths = [len(response) for response in store.responses]
         self.plan = Plan(lengths, config.sequences * processes, config.seed)
 
     def __getitem__(self, forward: int) -> Batch:
         """Return the batch of a forward pass, counted from 0 through all epochs."""
-        first = self.process * self.config.sequences
-        numbers = self.plan[forward][first : first + self.config.sequences].tolist()
+        numbers, anchors = self._sequences(forward, self.process)
         responses = [self.store.responses[n] for n in numbers]
-        random = np.random.default_rng((self.config.seed, forward, self.process))
-        anchors = [choose_anchors(response, self.config.anchors, random) for response in responses]
         features, device = self.store.get(numbers), self.store.target.device
         return make_batch(responses, features, anchors, self.depths, device)
+
+    def shares(self, forwards: Iterable[int]) -> list[float]:
+        """Return this process's share of a step's loss in each of the step's forward passes.
+
+        A share is proportional to the weights of the tokens that the pass predicts, or to their
+        number if their weights depend on the predictions. Drafted tokens count as those that they
+        replace.
+        """
+        processes = range(self.processes)
+        weights = np.array([[self._weight(n, process) for process in processes] for n in forwards])
+        shares: list[float] = (weights[:, self.process] / weights.sum()).tolist()
+        return shares
+
+    def _sequences(self, forward: int, process: int) -> tuple[list[int], list[NDArray[np.int64]]]:
+        """Return the numbers of the responses of a process, and the anchors of each."""
+        first = process * self.config.sequences
+        numbers = self.plan[forward][first : first + self.config.sequences].tolist()
+        random = np.random.default_rng((self.config.seed, forward, process))
+        responses = (self.store.responses[n] for n in numbers)
+        return numbers, [choose_anchors(x, self.config.anchors, random) for x in responses]
+
+    def _weight(self, forward: int, process: int) -> float:
+        """Sum the weights of the tokens that a process predicts in a forward pass."""
+        is_exponential = self.config.position_weights == "exponential"
+        gamma = self.config.gamma if is_exponential else np.inf
+        by_depth = np.exp(-np.arange(self.depths) / gamma).cumsum()
+        numbers, anchors = self._sequences(forward, process)
+        ends = (len(self.store.responses[n]) - 1 for n in numbers)
+        predicted = (end - roots for end, roots in zip(ends, anchors, strict=True))
+        return sum(float(by_depth[np.minimum(x, self.depths) - 1].sum()) for x in predicted)
 
 
 def choose_anchors(

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+import signal
+import threading
 import time
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast
 from torch import Tensor, nn
 
@@ -40,6 +43,8 @@ from treeflash_cuda.training.losses import Outcomes, forward_kl, objective
 from treeflash_cuda.training.model import Blocks, LMHead
 from treeflash_cuda.training.run import TrainingRun, export, has_checkpoint, is_finished
 
+MIXED_PRECISION = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+"""What accelerate calls the training of float32 weights beside a target of a half precision."""
 VALIDATION_ANCHORS = 16
 """Anchors per validation sequence."""
 MEASURED_SEQUENCES = 8
@@ -55,15 +60,19 @@ def train(
     held_out: Sequence[Response],
 ) -> Iterator[dict[str, Any]]:
     """Train as `treeflash.training.interfaces.Trainer.train` describes, in PyTorch."""
-    accelerator = make_accelerator(config, load)
-    known = {**asdict(config), "processes": accelerator.num_processes, "target": target.name}
+    processes = start_processes(load)
+    known = {**asdict(config), "processes": processes.num_processes, "target": target.name}
     request = fingerprint(
         [*held_out, *responses], held_out=len(held_out), dtype=load.dtype, **known
     )
     if is_finished(output, request):
         return
-    device = load.device or str(accelerator.device)
+    device = load.device or str(processes.device)
     model = load_target(target, replace(load, device=device, images=False), pack=False)
+    accelerator = Accelerator(
+        mixed_precision=MIXED_PRECISION.get(model.dtype, "no"),
+        gradient_accumulation_steps=config.accumulation,
+    )
     model.find_scale()
     model.model.requires_grad_(False)
     settings = drafter_settings(config, model)
@@ -106,43 +115,71 @@ def train(
         )
         validation = Validation(model, layer_ids, validation_data, depths, config)
         step, (position, _) = first, progress(first, run.records, config, accelerator)
-        while position < config.steps:
-            rate = learning_rate(position, config)
-            record = take_step(step, rate, blocks, optimizer, batches, model, config, accelerator)
-            step += 1
-            position, is_best = progress(step, [*run.records, record], config, accelerator)
-            is_last = position >= config.steps
-            if validation_data and (is_last or step % config.validate_every == 0):
-                started = time.perf_counter()
-                record["validation"] = validation.measure(blocks)
-                record["seconds"] += time.perf_counter() - started
+        with delayed_interrupt() as interrupts:
+            while position < config.steps:
+                rate = learning_rate(position, config)
+                record = take_step(
+                    step, rate, blocks, optimizer, batches, model, config, accelerator
+                )
+                step += 1
                 position, is_best = progress(step, [*run.records, record], config, accelerator)
                 is_last = position >= config.steps
-            run.log(record)
-            is_saved = is_last or step % config.save_every == 0
-            is_lowest = config.patience is not None and "validation" in record and is_best
-            is_needed = config.patience is None or not has_checkpoint(output)
-            # This order gives a run with its last state a checkpoint too.
-            if is_lowest or (is_saved and is_needed):
-                export(accelerator, blocks, settings, run)
-            if is_saved:
-                run.save(step, finished=is_last)
-            yield record
+                if validation_data and (is_last or step % config.validate_every == 0):
+                    started = time.perf_counter()
+                    record["validation"] = validation.measure(blocks)
+                    record["seconds"] += time.perf_counter() - started
+                    position, is_best = progress(step, [*run.records, record], config, accelerator)
+                    is_last = position >= config.steps
+                run.log(record)
+                # The first process decides for all.
+                is_interrupted = bool(
+                    broadcast(torch.tensor(len(interrupts), device=accelerator.device))
+                )
+                is_saved = is_last or is_interrupted or step % config.save_every == 0
+                is_lowest = config.patience is not None and "validation" in record and is_best
+                is_needed = config.patience is None or not has_checkpoint(output)
+                # This order gives a run with its last state a checkpoint too.
+                if is_lowest or (is_saved and is_needed):
+                    export(accelerator, blocks, settings, run)
+                if is_saved:
+                    run.save(step, finished=is_last)
+                yield record
+                if is_interrupted:
+                    raise KeyboardInterrupt
         if not has_checkpoint(output):  # deleted after the run had finished
             export(accelerator, blocks, settings, run)
 
 
-def make_accelerator(config: TrainConfig, load: LoadConfig) -> Accelerator:
-    """Set up a run's processes and precision; one process without `accelerate launch`."""
-    on_cpu = load.device == "cpu"
+def start_processes(load: LoadConfig) -> PartialState:
+    """Set up the processes and the device of a run; one process without `accelerate launch`."""
     device = choose_device(load.device)
     if load.device not in (None, "cuda", "cpu"):
         torch.cuda.set_device(device)  # accelerate prepares modules on the current device
-    return Accelerator(
-        cpu=on_cpu,
-        mixed_precision={"bfloat16": "bf16", "float16": "fp16"}.get(load.dtype or "", "no"),
-        gradient_accumulation_steps=config.accumulation,
-    )
+    return PartialState(cpu=load.device == "cpu")
+
+
+@contextmanager
+def delayed_interrupt() -> Iterator[list[int]]:
+    """Collect the first Ctrl-C in a list, so that the running step can end; a second one raises."""
+    interrupts: list[int] = []
+
+    def collect(number: int, _: object) -> None:
+        if interrupts:
+            raise KeyboardInterrupt
+        interrupts.append(number)
+        warnings.warn(
+            "the state is saved after this step; press Ctrl-C again to stop without it",
+            stacklevel=2,
+        )
+
+    if threading.current_thread() is not threading.main_thread():  # it gets no signals
+        yield interrupts
+        return
+    previous = signal.signal(signal.SIGINT, collect)
+    try:
+        yield interrupts
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def make_optimizer(blocks: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
@@ -219,31 +256,47 @@ def take_step(
 ) -> dict[str, Any]:
     """Take one optimiser step; returns its record.
 
-    Raises a NumericalError if the loss is not finite.
+    The loss is the weighted mean over the tokens of all forward passes and processes, as if they
+    were one batch. Raises a NumericalError if the loss or its gradient is not finite.
     """
     started = time.perf_counter()
     for group in optimizer.param_groups:
         group["lr"] = rate
     record: dict[str, Any] = {"step": step + 1, "learning_rate": rate}
-    for forward in range(step * config.accumulation, (step + 1) * config.accumulation):
+    forwards = range(step * config.accumulation, (step + 1) * config.accumulation)
+    sums: dict[str, float] = defaultdict(float)
+    for forward, share in zip(forwards, batches.shares(forwards), strict=True):
         random = torch.Generator().manual_seed(config.seed + forward)
         with accelerator.accumulate(blocks):
             batch = with_drafts(batches[forward], blocks, target, config.on_policy, random)
             loss, parts = objective(blocks, batch, target.vocab_size, config, random)
-            accelerator.backward(loss)
+            for name, value in parts.items():
+                sums[name] += share * value
+            # accelerate averages the gradients of the forward passes and of the processes.
+            accelerator.backward(loss * (share * config.accumulation * accelerator.num_processes))
             if accelerator.sync_gradients:
-                norm = accelerator.clip_grad_norm_(blocks.parameters(), config.clip)
-                record["gradient_norm"] = float(norm)
+                losses = torch.tensor(list(sums.values()), dtype=torch.float64)
+                losses = accelerator.reduce(losses.to(accelerator.device), "sum")
+                record |= zip(sums, losses.tolist(), strict=True)
+                norm = float(accelerator.clip_grad_norm_(blocks.parameters(), config.clip))
+                record["gradient_norm"] = norm
+                _check_finite(record, accelerator)
             optimizer.step()
             optimizer.zero_grad()
-        for name, value in parts.items():
-            record[name] = record.get(name, 0.0) + value / config.accumulation
-    if not math.isfinite(record["loss"]):
-        raise NumericalError(
-            f"the loss of step {step + 1} is not finite; try a lower learning rate"
-        )
     record["seconds"] = time.perf_counter() - started
     return record
+
+
+def _check_finite(record: Mapping[str, Any], accelerator: Accelerator) -> None:
+    """Raise a NumericalError before a step that would make the weights useless."""
+    names = {"loss": "loss"}
+    if accelerator.scaler is None:  # it skips a step whose gradient overflows in float16
+        names["gradient_norm"] = "gradient"
+    for key, name in names.items():
+        if not math.isfinite(record[key]):
+            raise NumericalError(
+                f"the {name} of step {record['step']} is not finite; try a lower learning rate"
+            )
 
 
 class Validation:

@@ -179,7 +179,7 @@ class TrainingRun:
     def resume(self) -> int:
         """Load the last state, if there is one; returns the number of steps it has done.
 
-        Raises a ConfigError if the state is damaged.
+        Raises a ConfigError if the state or the log is damaged.
         """
         step = 0
         if self._state.exists():
@@ -189,9 +189,12 @@ class TrainingRun:
             except DAMAGED as error:
                 if isinstance(error, RuntimeError) and is_out_of_memory(error):
                     raise
-                raise self._damaged(error) from error
+                raise _damaged(self._state, error) from error
         if self._main:
-            self._log = Log(self.folder, step)
+            try:
+                self._log = Log(self.folder, step)
+            except (json.JSONDecodeError, UnicodeDecodeError, LookupError, TypeError) as error:
+                raise _damaged(self.folder / "log.jsonl", error) from error
         return step
 
     @property
@@ -265,14 +268,15 @@ class TrainingRun:
             if not isinstance(saved, dict) or not isinstance(saved.get("step"), int):
                 raise ValueError("run.json has no step")
         except (OSError, ValueError) as error:
-            raise self._damaged(error) from error
+            raise _damaged(self._state, error) from error
         return saved
 
-    def _damaged(self, error: Exception) -> ConfigError:
-        return ConfigError(
-            f"{self._state} is damaged, so training cannot be resumed ({first_line(error)}); "
-            "give another --output"
-        )
+
+def _damaged(path: Path, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"{path} is damaged, so training cannot be resumed ({first_line(error)}); "
+        "give another --output"
+    )
 
 
 def export(
