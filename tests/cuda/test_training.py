@@ -77,9 +77,9 @@ def run(target, responses, output, config, steps=None):
     return records
 
 
-@pytest.mark.parametrize("family", ["cohere", "lfm2", "olmo", "qwen3_5_text"])
+@pytest.mark.parametrize("family", ["cohere", "gemma3_text", "lfm2", "olmo", "qwen3_5_text"])
 def test_layers_of_another_form_are_not_copied(tmp_path, family):
-    """One norm for attention and MLP, an MLP of another name, norms without weights, and gates."""
+    """One norm for attention and MLP, norms behind them, other names, no weights, and gates."""
     families.write(tmp_path, family)
     target = Target.load(tmp_path, torch.device("cpu"), torch.float32, pack=False)
     config = replace(TINY, layers=1)

@@ -37,6 +37,14 @@ def test_a_shortlist_has_all_wanted_tokens():
     assert make_shortlist(wanted, VOCAB, VOCAB, torch.Generator()) is None
 
 
+def test_the_weights_of_a_sample_are_not_rounded_to_the_precision_of_the_head():
+    head = LMHead(nn.Linear(HIDDEN, VOCAB).bfloat16())
+    shortlist = make_shortlist(torch.tensor([[3, 9]]), VOCAB, 20, torch.Generator().manual_seed(1))
+    bias = head.bias[shortlist.tokens].float()
+    found = head.logits(torch.zeros(1, HIDDEN), shortlist)[0]
+    torch.testing.assert_close(found - bias, shortlist.log_weights)
+
+
 @pytest.mark.parametrize("k", [1, 4])
 def test_the_gradient_of_a_shortlist_agrees_with_the_full_one_in_expectation(case, k):
     head, hidden, target = case

@@ -309,9 +309,14 @@ def _copy_layers(model: DrafterModel, target: Target, sequences: Sequence[Sequen
 
 
 def _can_copy(layer: nn.Module, source: nn.Module) -> bool:
-    """Return whether a target's layer has the parts of a drafter's, and nothing quantises them."""
+    """Return whether a target's layer has the parts of a drafter's, and nothing quantises them.
+
+    Gemma 2 and 3 give the names of these norms to others, among more norms.
+    """
     parts, own = (dict(x.named_modules()) for x in (source, layer))
-    if any(getattr(parts.get(name), "weight", None) is None for name in FOLDED_NORMS):
+    if {name for name, _ in source.named_children() if "norm" in name} != set(FOLDED_NORMS):
+        return False
+    if any(getattr(parts[name], "weight", None) is None for name in FOLDED_NORMS):
         return False
     pairs: Sequence[tuple[Any, Any]] = [(parts.get(name), own[name]) for name in COPIED_LINEARS]
     return all(

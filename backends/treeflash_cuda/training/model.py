@@ -83,11 +83,11 @@ class LMHead:
     def logits(self, hidden: Tensor, shortlist: Shortlist | None = None) -> Tensor:
         """Return (n, v) float32 from (n, hidden_size); the log weights of a shortlist are added."""
         weight, bias = self.weight, self.bias
-        if shortlist is not None:
-            weight = weight[shortlist.tokens]
-            token_bias = 0 if bias is None else bias[shortlist.tokens]
-            bias = (shortlist.log_weights + token_bias).to(weight.dtype)
-        return F.linear(hidden.to(weight.dtype), weight, bias).float()
+        if shortlist is None:
+            return F.linear(hidden.to(weight.dtype), weight, bias).float()
+        weight, bias = weight[shortlist.tokens], None if bias is None else bias[shortlist.tokens]
+        # bfloat16 would round these logarithms to two digits.
+        return F.linear(hidden.to(weight.dtype), weight, bias).float() + shortlist.log_weights
 
 
 def in_chunks(
