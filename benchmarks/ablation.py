@@ -26,7 +26,7 @@ from treeflash.config import DecodeConfig, LoadConfig, Method, SamplingConfig
 from treeflash.decoding import Request
 from treeflash.drafters.folder import read_config, read_tensors
 from treeflash.errors import ConfigError
-from treeflash.evaluation.records import resamples, with_interval
+from treeflash.evaluation.records import ratios_of_sums, resamples, with_interval
 from treeflash.evaluation.run import Case, Evaluation
 from treeflash.hub.models import resolve_target
 from treeflash.registry import loader
@@ -200,8 +200,13 @@ def measure(
     for name, temperature in TEMPERATURES.items():
         sampling = SamplingConfig(temperature=temperature, seed=seed)
         configs = {
+            # Without copies of the text, the figures are the drafter's own.
             Case(method, BUDGET): DecodeConfig(
-                method=method, budget=BUDGET, max_tokens=max_tokens, sampling=sampling
+                method=method,
+                budget=BUDGET,
+                max_tokens=max_tokens,
+                sampling=sampling,
+                suffix=False,
             )
             for method in methods
         }
@@ -233,10 +238,7 @@ def _figure(seeds: Sequence[Sequence[tuple[int, int]]]) -> str:
     """Return the figure of (tokens, forward passes) by seed and prompt."""
     count = min(map(len, seeds))
     drawn = resamples(count, np.random.default_rng(0))
-    values = []
-    for prompts in seeds:
-        tokens, forwards = np.array(prompts[:count]).T
-        values.append(tokens[drawn].sum(1) / forwards[drawn].sum(1))
+    values = [ratios_of_sums(prompts[:count], drawn) for prompts in seeds]
     return with_interval(np.mean(values, 0))
 
 

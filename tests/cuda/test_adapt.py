@@ -12,8 +12,10 @@ from treeflash.commands import adapt
 from treeflash.config import LoadConfig
 from treeflash.drafters.folder import read_tensors
 from treeflash.drafters.formats import drafter_config
+from treeflash.errors import PromptError
 from treeflash.testing import require
 from treeflash.testing.models import write_drafter
+from treeflash.text.prompt import Row
 from treeflash.training.config import TrainConfig
 from treeflash.training.distillation import Response
 
@@ -98,6 +100,16 @@ def test_a_drafter_gains_and_its_card_says_how_much(run, tmp_path):
     code, _, error = run("--steps", "24", "--temperature", "0", "1")
     assert code == 2
     assert "answers.jsonl has lines generated with temperature 0.0, not 1" in error
+
+
+def test_a_prompt_that_measures_is_not_trained_on_under_another_id():
+    turns = [(({"role": "user", "content": text},),) for text in "abacadae"]
+    rows = [Row(id=n, turns=turn) for n, turn in enumerate(turns)]
+    measured, others = adapt.divide_prompts(rows, 9)
+    assert [row.id for row in measured] == [0, 1]
+    assert [row.id for row in others] == [3, 5, 7]
+    with pytest.raises(PromptError, match="4 prompts or more, and not all of them equal; got 4"):
+        adapt.divide_prompts([rows[0]] * 4, 1)
 
 
 def test_what_cannot_be_adapted_is_one_line(run, tmp_path):

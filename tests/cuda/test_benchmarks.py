@@ -7,6 +7,7 @@ import json
 import pytest
 from endless_pair import endless_pair
 
+from treeflash.config import DecodeConfig
 from treeflash.testing import require
 
 require("torch")
@@ -82,7 +83,16 @@ def test_the_ablation_resumes(module, tmp_path, capsys, monkeypatch):
     ablation = module("ablation")
     options = ["--output", str(tmp_path / "out.jsonl"), *ABLATION, "--limit", "2"]
     options += ["--max-tokens", "9"]
+    configs = []
+
+    def recorded(**settings):
+        configs.append(DecodeConfig(**settings))
+        return configs[-1]
+
+    monkeypatch.setattr(ablation, "DecodeConfig", recorded)
     assert ablation.main(options) == 0
+    assert {config.method for config in configs} == {"ar", "treeflash", "treeflash-chain"}
+    assert not any(config.copies for config in configs), "the drafter is measured alone"
     shown = capsys.readouterr().out
     assert shown.startswith("| choice | value | seeds | chain, greedy | tree, greedy |")
     monkeypatch.setattr(ablation, "measure", None)

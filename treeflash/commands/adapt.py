@@ -93,10 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     train = trainer(args.backend if trains else None).train
     target = resolve_target(args.target)
     rows = mix([read_rows(path) for path in args.prompts], [1.0] * len(args.prompts), None, 0)
-    measured = min(args.measured, len(rows) // SHARE_MEASURED)
-    if measured < 1:
-        raise PromptError(f"adapt needs {SHARE_MEASURED} prompts or more, got {len(rows)}")
-    for line in _cost(target, base, config, distill, len(rows) - measured, measured):
+    measured, answered = divide_prompts(rows, args.measured)
+    for line in _cost(target, base, config, distill, len(answered), len(measured)):
         console.print(line)
     args.output.mkdir(parents=True, exist_ok=True)
     answers = args.output / "answers.jsonl"
@@ -105,9 +103,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             model = load_model(args, drafter=str(base))
             if args.device is None:  # later loads choose the same device without a warning
                 args.device = model.backend.device
-            distillation = Distillation(model, distill, file, rows[measured:])
+            distillation = Distillation(model, distill, file, answered)
             distillation.check()
-            before = _measure(args, base, rows[:measured], distill, console, model)
+            before = _measure(args, base, measured, distill, console, model)
             distillation.run(console)
             console.print(distillation.report())
             del model, distillation
@@ -121,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return train(target, responses, args.output, config, load)
 
         show_records(with_device(device, start), config, console)
-        after = _measure(args, args.output, rows[:measured], distill, console)
+        after = _measure(args, args.output, measured, distill, console)
     except KeyboardInterrupt:
         console.print("interrupted; run the same command again to resume")
         return EXIT_INTERRUPTED
@@ -185,6 +183,22 @@ def _train_config(args: argparse.Namespace, base: Path, distill: DistillConfig) 
         # The layers are right already; a new head has everything to learn.
         options.setdefault("freeze_backbone", "freeze_layers" not in given)
     return make_train_config(options)
+
+
+def divide_prompts(rows: Sequence[Row], measured: int) -> tuple[list[Row], list[Row]]:
+    """Divide the prompts into some that measure and the others, of which none is the same text.
+
+    Raises a PromptError if there are too few prompts.
+    """
+    count = min(measured, len(rows) // SHARE_MEASURED)
+    texts = [row.turns[0] for row in rows[:count]]
+    others = [row for row in rows[count:] if row.turns[0] not in texts]
+    if not texts or not others:
+        raise PromptError(
+            f"adapt needs {SHARE_MEASURED} prompts or more, and not all of them equal; "
+            f"got {len(rows)}"
+        )
+    return list(rows[:count]), others
 
 
 def _cost(

@@ -46,7 +46,7 @@ from treeflash.decoding.interfaces import Backend
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.errors import ConfigError
-from treeflash.evaluation.records import Record, interval, resamples
+from treeflash.evaluation.records import Record, interval, ratios_of_sums, resamples
 from treeflash.evaluation.run import Case, decode_prompts
 from treeflash.hub.published import drafter_training
 from treeflash.language_model import LanguageModel
@@ -234,9 +234,8 @@ class Lengths:
             if not found:
                 continue
             # The prompts have the order of the file, on which the intervals depend.
-            tokens, rounds = np.array([found[number] for number in sorted(found)]).T
-            drawn = resamples(len(found), rng)
-            values = tokens[drawn].sum(1) / rounds[drawn].sum(1)
+            pairs = [found[number] for number in sorted(found)]
+            values = ratios_of_sums(pairs, resamples(len(found), rng))
             low, high = interval(values)
             record: Record = {
                 "set": name,

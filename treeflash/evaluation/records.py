@@ -28,7 +28,7 @@ COMPARED: tuple[tuple[Method, Method], ...] = (
     ("treeflash", "treeflash-chain"),
     ("ddtree", "dflash"),
 )
-"""Methods and their baselines, at equal numbers of nodes."""
+"""Methods and their baselines, with the same budget; a chain ends with its block."""
 
 
 def compute_records(samples: Samples, seed: int) -> dict[str, list[Record]]:
@@ -81,9 +81,16 @@ def block_efficiencies(
     lengths: Sequence[Sequence[int]], indices: NDArray[np.int64]
 ) -> NDArray[np.float64]:
     """Pool n prompts' accepted lengths as (r, n) indices choose: (r,) block efficiencies."""
-    tokens, forwards = np.array([(sum(prompt), len(prompt)) for prompt in lengths]).T
-    efficiencies: NDArray[np.float64] = tokens[indices].sum(1) / forwards[indices].sum(1)
-    return efficiencies
+    return ratios_of_sums([(sum(prompt), len(prompt)) for prompt in lengths], indices)
+
+
+def ratios_of_sums(
+    pairs: Sequence[tuple[float, float]], indices: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """Sum the numbers of n pairs as (r, n) indices choose: (r,) first sums over the second."""
+    first, second = np.array(pairs)[indices].sum(1).T
+    ratios: NDArray[np.float64] = first / second
+    return ratios
 
 
 def _rows(name: str, efficiencies: Efficiencies, samples: Sequence[Sample]) -> Iterator[Record]:
