@@ -37,7 +37,7 @@ def page(scripted, monkeypatch):
 
 
 def test_the_snippets_run(page, capsys):
-    assert len(SNIPPETS) == 8
+    assert len(SNIPPETS) == 9
     names = page(web=False)
     assert repr(names["model"]).startswith("LanguageModel(target=")
     assert [answer.text for answer in names["answers"]] == ["1, 2, 3, 4, 5, 6, 7, 8, 9, 10."] * 3
