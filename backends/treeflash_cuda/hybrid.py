@@ -57,6 +57,14 @@ Original: TypeAlias = Callable[..., Any]
 Recurrence: TypeAlias = Callable[..., Tensor]
 """Runs `tree_recurrence` on the states and the nodes of a pass, and keeps what commits need: all
 other arguments -> outputs."""
+Filters: TypeAlias = tuple[Tensor, Tensor | None, str | None]
+"""The (channels, kernel) weight and the (channels,) bias of a depthwise convolution, and the name
+of an activation in transformers."""
+NextTokens: TypeAlias = Callable[..., tuple[Tensor, Tensor]]
+"""Runs a recurrence over consecutive tokens: (1, n, ...) rows and a state (or None) -> outputs and
+the next state."""
+OverTrees: TypeAlias = Callable[..., Tensor]
+"""Runs a recurrence over trees: a `Recurrence` and (trees, n, ...) rows -> outputs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -238,28 +246,35 @@ class RecurrentCache(TreeCache):
         **kwargs: Any,  # other arguments of the model's function
     ) -> Tensor:
         """Return the (1, channels, rows) of a depthwise convolution."""
-        raise NotImplementedError
+        if id(inputs) not in self._not_convolved:
+            raise UnsupportedModelError("their convolution is computed by an unsupported function")
+        _, key = self._not_convolved.pop(id(inputs))
+        own = partial(original, inputs, weight, bias, activation=activation, **kwargs)
+        return self._convolve(key, inputs, (weight, bias, activation), own)
 
     def recur(
-        self,
-        layer: int,  # index
-        rows: Sequence[Tensor],  # (1, rows, ...) inputs
-        # `next_tokens` takes rows and a state (or None), and returns outputs and the next state.
-        next_tokens: Callable[..., tuple[Tensor, Tensor]],
-        tree: Callable[..., Tensor],  # takes a `Recurrence` and (trees, n, ...) rows
+        self, layer: int, rows: Sequence[Tensor], next_tokens: NextTokens, tree: OverTrees
     ) -> Tensor:
-        """Return the (1, rows, ...) outputs of a recurrence."""
+        """Return the (1, n, ...) outputs of a recurrence from (1, n, ...) rows."""
+        key = MATRIX, layer, 0
+        self._pending.add(key)
+        return self._recur(key, rows, next_tokens, tree)
+
+    def _convolve(
+        self, key: Key, inputs: Tensor, filters: Filters, own: Callable[[], Tensor]
+    ) -> Tensor:
+        """See `convolve`; the key is of the tail, and `own` calls the model's own function."""
+        raise NotImplementedError
+
+    def _recur(
+        self, key: Key, rows: Sequence[Tensor], next_tokens: NextTokens, tree: OverTrees
+    ) -> Tensor:
+        """See `recur`; the key is of the matrix."""
         raise NotImplementedError
 
     def _join_inputs(self, rows: Tensor, key: Key, width: int) -> Tensor:
         """See `update_conv_state`. `convolve` joins the rows with the last inputs by default."""
         return rows
-
-    def _key_of(self, inputs: Tensor) -> Key:
-        """Return the key of the tail that `update_conv_state` took for the inputs."""
-        if id(inputs) not in self._not_convolved:
-            raise UnsupportedModelError("their convolution is computed by an unsupported function")
-        return self._not_convolved.pop(id(inputs))[1]
 
     def _input_rows(self, kernel: int) -> Tensor:
         """Return the (..., kernel) inputs that each row's convolution reads."""
@@ -307,34 +322,21 @@ class HybridCache(RecurrentCache):
             return recurrent_states
         return super().update_recurrent_state(recurrent_states, layer_idx, state_idx, **kwargs)
 
-    def convolve(
-        self,
-        original: Callable[..., Tensor],
-        inputs: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        activation: str | None = None,
-        **kwargs: Any,
+    def _convolve(
+        self, key: Key, inputs: Tensor, filters: Filters, own: Callable[[], Tensor]
     ) -> Tensor:
         """Convolve the next tokens of a single sequence by the model's own function."""
-        self._key_of(inputs)
+        weight, bias, activation = filters
         if len(self.parts) > 1 or (self.parts[0].tree is not None and not self.is_step):
             windows = inputs[0][:, self._input_rows(weight.shape[1])]  # (channels, rows, kernel)
             bias = None if bias is None else bias[:, None]
             return weigh_windows(windows, weight[:, None], bias, activation)[None]
-        out = original(inputs, weight, bias, activation=activation, **kwargs)
-        return out[..., -self.parts[0].count :]
+        return own()[..., -self.parts[0].count :]
 
-    def recur(
-        self,
-        layer: int,
-        rows: Sequence[Tensor],
-        next_tokens: Callable[..., tuple[Tensor, Tensor]],
-        tree: Callable[..., Tensor],
+    def _recur(
+        self, key: Key, rows: Sequence[Tensor], next_tokens: NextTokens, tree: OverTrees
     ) -> Tensor:
         """Run the recurrence sequence by sequence."""
-        key = MATRIX, layer, 0
-        self._pending.add(key)
         outputs = []
         for part in self.parts:
             inputs = [part.select(x) for x in rows]
@@ -425,16 +427,10 @@ class HybridTreeCache(RecurrentCache, SlabCache):
             found += [torch.stack(part) for part in parts]
         return found
 
-    def recur(
-        self,
-        layer: int,
-        rows: Sequence[Tensor],
-        next_tokens: Callable[..., tuple[Tensor, Tensor]],
-        tree: Callable[..., Tensor],
+    def _recur(
+        self, key: Key, rows: Sequence[Tensor], next_tokens: NextTokens, tree: OverTrees
     ) -> Tensor:
         """Run the recurrence of all trees at once."""
-        key = MATRIX, layer, 0
-        self._pending.add(key)
         by_tree = [x[0].unflatten(0, self.nodes.ancestors.shape[:2]) for x in rows]
         return tree(partial(self._run_trees, key), *by_tree).flatten(0, 1)[None]
 
@@ -457,22 +453,15 @@ class HybridTreeCache(RecurrentCache, SlabCache):
         self._written[key] = written, keys, log_g.transpose(1, 2)
         return out
 
-    def convolve(
-        self,
-        original: Callable[..., Tensor],
-        inputs: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        activation: str | None = None,
-        **kwargs: Any,
+    def _convolve(
+        self, key: Key, inputs: Tensor, filters: Filters, own: Callable[[], Tensor]
     ) -> Tensor:
         """Convolve along the paths of all trees at once."""
-        key = self._key_of(inputs)
         group, i = self.arena.places[key]
         by_tree = inputs[0].mT.unflatten(0, self.nodes.ancestors.shape[:2])
         out, self._inputs[key] = self.operations.convolve_paths(
             *(by_tree, self.arena.tensors[group][:, i], self.state_slots),
-            *(self._input_rows(weight.shape[1]), weight, bias, activation),
+            *(self._input_rows(filters[0].shape[1]), *filters),
         )
         return out.flatten(0, 1).mT[None]
 
