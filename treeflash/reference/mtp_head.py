@@ -129,15 +129,17 @@ class MtpModel(DrafterModel):
 
 @dataclass(frozen=True, eq=False)
 class MtpBlock:
-    """The root's row after a draft, with the (1, hidden_size) output of the layer.
+    """The n rows of one depth, and the m rows of the sequence so far; a draft has the root's row.
 
-    The keys and values are (kv_heads, p, head_dim) of all rows of the sequence, the root's last.
+    The keys and values are (kv_heads, m, head_dim), at (m,) `positions`; (n, m) `related` says
+    whether a row of this depth descends from a row, or is it. `depths` are wanted.
     """
 
-    root: int
-    output: Array
+    output: Array  # (n, hidden_size) of the layer
     keys: Array
     values: Array
+    positions: Ints
+    related: NDArray[np.bool_]
     depths: int
 
 
@@ -191,28 +193,14 @@ class MtpDrafter(OneByOneDrafter):
         mask = visible(positions[-1:], rows, model.config.sliding_windows[0], causal=True)
         output = model.layer((y[-1:], residual[-1:]), positions[-1:], keys, values, mask)
         most = model.config.depths
-        return MtpBlock(root, output, keys, values, min(depths or most, most))
+        related = np.ones(mask.shape, np.bool_)
+        return MtpBlock(output, keys, values, rows, related, min(depths or most, most))
 
     def marginals_one(self, block: MtpBlock, options: TableOptions) -> TransitionTable:
         raise ConfigError(NO_MARGINALS)
 
     def log_probs(self, block: MtpBlock) -> Array:
         raise ConfigError(NO_MARGINALS)
-
-
-@dataclass(frozen=True, eq=False)
-class _Paths:
-    """The rows of one depth, with (n, hidden_size) outputs of the layer, and the rows they see.
-
-    The keys and values are (kv_heads, m, head_dim) of all rows so far, at (m,) `positions`; (n, m)
-    `related` says whether a row of this depth descends from a row, or is it.
-    """
-
-    output: Array
-    keys: Array
-    values: Array
-    positions: Ints
-    related: NDArray[np.bool_]
 
 
 class MtpHead(OneByOneHead):
@@ -227,7 +215,7 @@ class MtpHead(OneByOneHead):
         if options.noise is not None:
             noise = options.noise.values(model.token_ids)
         width = min(options.m, MAX_PATHS if options.rows is None else options.rows, MAX_PATHS)
-        rows, paths = self._start(block), np.zeros(1)
+        rows, paths = block, np.zeros(1)
         tokens: list[Ints] = []
         log_probs: list[Array] = []
         kept: list[NDArray[np.int64]] = []
@@ -245,22 +233,16 @@ class MtpHead(OneByOneHead):
         return TransitionTable.from_paths(tokens, log_probs, kept)
 
     def log_probs(self, block: MtpBlock, previous: Ints) -> Array:
-        rows = self._start(block)
-        outputs = [rows.output]
+        rows, outputs = block, [block.output]
         for depth in range(1, len(previous)):
             rows = self._step(block, rows, depth, previous[depth : depth + 1], np.zeros(1, int))
             outputs.append(rows.output)
         log_probs = log_softmax(self.model.logits(np.concatenate(outputs)))
         return self.model.over_target_vocabulary(log_probs)
 
-    def _start(self, block: MtpBlock) -> _Paths:
-        positions = np.arange(block.keys.shape[1], dtype=np.int32)
-        related = np.ones((1, len(positions)), np.bool_)
-        return _Paths(block.output, block.keys, block.values, positions, related)
-
     def _step(
-        self, block: MtpBlock, rows: _Paths, depth: int, tokens: Ints, parents: NDArray[np.int64]
-    ) -> _Paths:
+        self, block: MtpBlock, rows: MtpBlock, depth: int, tokens: Ints, parents: NDArray[np.int64]
+    ) -> MtpBlock:
         """Append the rows of (n,) tokens that follow (n,) rows of the depth before."""
         model, n = self.model, len(tokens)
         positions = np.full(n, block.keys.shape[1] - 1 + depth, np.int32)
@@ -272,4 +254,4 @@ class MtpHead(OneByOneHead):
         all_positions = np.concatenate([rows.positions, positions])
         near = visible(positions, all_positions, model.config.sliding_windows[0], causal=True)
         output = model.layer((y, residual), positions, keys, values, related & near)
-        return _Paths(output, keys, values, all_positions, related)
+        return MtpBlock(output, keys, values, all_positions, related, block.depths)
