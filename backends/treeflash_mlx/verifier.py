@@ -65,15 +65,23 @@ class Verifier:
         return sampled
 
     def commit(self, paths: Sequence[tuple[Any, NDArray[np.int32]]]) -> None:
-        context = self._commit(paths)
         storages = storages_of(state.kv_cache for state, _ in paths)
+        before = [(storage.states, storage.states.layers) for storage in storages]
+        context = self._commit(paths)
         submitted = [rows_of(part) for part in context]
         submitted += [x for storage in storages for x in storage.states.arrays]
         # The next drafts read the context alone. The rows are moved after them, or where the next
         # pass reads them; without a drafter the device has nothing else to do.
         if not context:
             submitted += [x for storage in storages for x in storage.arrays]
-        mx.async_eval(submitted)
+        try:
+            mx.async_eval(submitted)
+        except Exception:  # memory may run out; a failed call must change no sequence
+            for states, layers in before:
+                states.layers = layers
+            for state, path in paths:
+                state.rollback(state.length - len(path), None)
+            raise
 
     def logits(self, trees: Sequence[tuple[Any, DraftTree]]) -> list[NDArray[np.float32]]:
         """Return the (n, vocab) logits at the nodes of each tree, for tests."""
