@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from treeflash.config import LoadConfig
-from treeflash.decoding.backend_base import BaseBackend
+from treeflash.decoding.backend_base import UNQUANTISED_BITS, BaseBackend, check_settings
 from treeflash.decoding.image_processor import Processor
 from treeflash.decoding.interfaces import DeviceReport, Prefill
 from treeflash.decoding.tree import DraftTree
@@ -38,7 +38,7 @@ from treeflash.errors import (
 )
 from treeflash_cuda.cache import KV_BITS, Arena
 from treeflash_cuda.device import choose_device, device_facts, device_name, join_free_memory
-from treeflash_cuda.drafter import Drafter
+from treeflash_cuda.drafter import Drafter, OutputStage
 from treeflash_cuda.drafter_model import DrafterModel, load_weights
 from treeflash_cuda.drafter_operations import Experts
 from treeflash_cuda.experts import fuse_experts, has_experts
@@ -88,9 +88,6 @@ WRAPPED_MEMORY_SHARE = 0.2
 GRAPH_FACTOR = 2
 """A pass, and a CUDA graph of it, which keeps its memory."""
 
-UNQUANTISED_BITS = 16
-"""The number of bits that keeps a drafter as it is."""
-
 STATES_EACH = 2
 """Recurrent states of a sequence at once: a commit writes to another slot."""
 STATE_SEQUENCES = 32
@@ -136,8 +133,6 @@ class CudaBackend(BaseBackend):
             reserve_everywhere(target.arena)
         self.verifier = (LeaderVerifier if target.split else Verifier)(target, drafter_model)
         self.state_class = LeaderState if target.split else State
-        if isinstance(target.processor, str):
-            self.images = target.processor
         self.device = str(target.device)
 
     @property
@@ -162,10 +157,12 @@ class CudaBackend(BaseBackend):
     def weights_bytes(self) -> int:
         """Size of the weights of the target and the drafter, bytes."""
         modules = [self.target.model, self.drafter_model, getattr(self.head, "module", None)]
-        parameters = {p for module in modules if module is not None for p in module.parameters()}
+        weights = {p for module in modules if module is not None for p in module.parameters()}
+        if self.drafter_model is not None:
+            weights |= set(self.drafter_model.own.buffers())  # no parameters
         if self.target.tower is not None:
-            parameters |= self.target.tower.parameters
-        return sum(parameter.nbytes for parameter in parameters)
+            weights |= self.target.tower.parameters
+        return sum(weight.nbytes for weight in weights)
 
     @property
     def weights_read(self) -> dict[str, Counter[str]]:
@@ -410,7 +407,7 @@ def load_packed_drafter(
     if layout.format.kind == "rows":
         refuse_window(config)
         model = load_mtp_head(layout, target)
-        head = None if model.config.has_marginals else MtpHead(model, target)
+        head = None if model.config.has_marginals else MtpHead(model, OutputStage(model, target))
     else:
         model, head = load_drafter(layout, target)
     model.operations = load_drafter_operations(layout.config, target, bits)
@@ -482,18 +479,10 @@ def wrap(model: PreTrainedModel, drafter: Path | None) -> CudaBackend:
 
 def check_config(config: LoadConfig) -> None:
     """Raise a ConfigError for settings that this backend lacks."""
-    if config.draft_bits not in (None, *BITS, UNQUANTISED_BITS):
-        raise ConfigError(
-            f"draft_bits must be one of {(*BITS, UNQUANTISED_BITS)} on the cuda backend, got "
-            f"{config.draft_bits}"
-        )
+    inexact = "kv_bits", "compile", "device_map"
+    check_settings(config, "cuda", draft_bits=BITS, kv_bits=(KV_BITS,), inexact=inexact)
     if config.draft_bits in BITS and runs_on_cpu(config):
         raise ConfigError("the cuda backend does not quantise drafters on a CPU; remove draft_bits")
-    if config.kv_bits not in (None, KV_BITS):
-        raise ConfigError(f"kv_bits must be {KV_BITS} on the cuda backend, got {config.kv_bits}")
-    for option in ("kv_bits", "compile", "device_map"):
-        if config.exact and getattr(config, option):
-            raise ConfigError(f"exact mode does not support {option}; remove one of them")
 
 
 def runs_on_cpu(config: LoadConfig) -> bool:
@@ -675,4 +664,4 @@ def load_drafter(layout: Layout, target: Target) -> tuple[DrafterModel, TableHea
         module: Any = HEADS[config.head](config, tensors.head_size, target.vocab_size)
     module.load_state_dict(tensors.head, assign=True)
     module = module.to(target.device, target.dtype).eval()
-    return model, TABLE_HEADS[module.kind](module, model, target)
+    return model, TABLE_HEADS[module.kind](module, OutputStage(model, target))

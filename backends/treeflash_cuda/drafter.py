@@ -1,4 +1,4 @@
-"""The one-shot drafter (DFlash, arXiv 2602.06036), and its embeddings and logits."""
+"""The one-shot drafter (DFlash, arXiv 2602.06036): its blocks, and its output stage."""
 
 from __future__ import annotations
 
@@ -11,18 +11,21 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from treeflash.config import SINK
+from treeflash.decoding import output_stage
+from treeflash.decoding.backend_base import note_drafted
 from treeflash.decoding.interfaces import TableOptions
+from treeflash.decoding.output_stage import note_anchor
 from treeflash.decoding.sampling import Noise
 from treeflash.decoding.transitions import TransitionTable
-from treeflash.drafters.block_model import Rotations
-from treeflash.drafters.config import DrafterConfig, LayerKind, window_gap
+from treeflash.drafters.block_model import Rotations, visible_positions
+from treeflash.drafters.config import LayerKind, window_gap
 from treeflash_cuda.attention import additive_mask, group_mask, grouped_attention
 from treeflash_cuda.cache import PackedRows, Slab
-from treeflash_cuda.drafter_model import DrafterModel, OwnVocabulary
-from treeflash_cuda.drafter_operations import Rotation
+from treeflash_cuda.drafter_model import DrafterModel
+from treeflash_cuda.drafter_operations import OPERATIONS, Rotation
 from treeflash_cuda.graphs import MIN_LENGTH, Graphs, Outputs, power_of_four, power_of_two
 from treeflash_cuda.linear import token_products
 from treeflash_cuda.numerics import concatenate, gumbel, pack, top_log_probs, unpack, upload
@@ -35,90 +38,48 @@ MAX_CONTEXT = 64
 """More new positions for each sequence, as after prompts, run without a graph."""
 
 
-class OutputStage:
-    """From tokens to embeddings and from hidden states to logits, for a drafter and its head."""
+class OutputStage(output_stage.OutputStage):
+    """The output stage in PyTorch."""
 
-    def __init__(self, model: Any, target: Target) -> None:
-        """Take these parts of a `DrafterModel` or a `MtpModel`."""
-        self.config: DrafterConfig = model.config
-        self.norm: nn.Module = model.norm  # the final norm, to apply before `logits`
-        self._own: OwnVocabulary = model.own
-        self._target = target
+    ops = OPERATIONS
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Compute (..., hidden_size) rows of the input table, from (...) tokens of the target."""
-        embeddings = self._own.embeddings
-        return self._target.embed(tokens) if embeddings is None else F.embedding(tokens, embeddings)
+        table = self.own.embeddings
+        return self.target.embed(tokens) if table is None else F.embedding(tokens, table)
 
-    def logits(self, normed: Tensor, tokens: Tensor | None = None) -> Tensor:
-        """Return (n, Vd) logits of normalised outputs, or (n, v) of some of the drafter's tokens.
-
-        These are (v,) tokens for all rows, or (b, v) for each of b equal parts of the rows.
-        """
-        lm_head = self._own.lm_head
-        if tokens is None and self._own.quantised_lm_head is not None:
-            logits = self._own.quantised_lm_head(normed)
-        elif lm_head is not None:
-            logits = token_products(normed, lm_head, tokens)
-        elif tokens is None:
-            logits = self._target.lm_head(normed)
-        else:
-            logits = self._target.shortlist_logits(normed, tokens)
-        if self.config.output_multiplier != 1:
-            logits = logits.float() * self.config.output_multiplier
-        if (cap := self.config.softcap) is not None:
-            logits = cap * (logits.float() / cap).tanh()
-        return logits
+    def head_logits(self, normed: Tensor, tokens: Tensor | None) -> Tensor:
+        lm_head = self.own.lm_head
+        if tokens is None and self.own.quantised_lm_head is not None:
+            return self.own.quantised_lm_head(normed)
+        if lm_head is not None:
+            return token_products(normed, lm_head, tokens)
+        if tokens is None:
+            return self.target.lm_head(normed)
+        return self.target.shortlist_logits(normed, tokens)
 
     def upload(self, noise: Noise | None) -> Tensor:
         """Return (n, 3) int32 keys of noise and the bits of its scales; (0, 3) without noise."""
         if noise is None:
-            return torch.empty((0, 3), dtype=torch.int32, device=self._target.device)
+            return torch.empty((0, 3), dtype=torch.int32, device=self.target.device)
         numbers = np.column_stack([noise.keys.view(np.int32), noise.scales.view(np.int32)])
-        return upload(numbers, self._target.device)
+        return upload(numbers, self.target.device)
 
     def noise(self, uploaded: Tensor) -> Tensor | None:
         """Return (n, Vd) noise to add to logits, from the result of `upload`, or None."""
         if not len(uploaded):
             return None
         keys, scales = uploaded[:, :2], uploaded[:, 2:].view(torch.float32)
-        noise = gumbel(keys, self._target.vocab_size) * scales
-        ids = self._own.token_ids
+        noise, ids = gumbel(keys, self.target.vocab_size) * scales, self.own.token_ids
         return noise if ids is None else noise[:, ids]
 
     def noise_by_depth(self, noise: Noise | None, depths: int) -> Iterator[Tensor | None]:
-        """Compute the (sequences, Vd) noise of each depth, or None without noise."""
         uploaded = self.upload(noise)
         return (self.noise(uploaded[depth::depths]) for depth in range(depths))
 
-    def to_target(self, tokens: Tensor) -> Tensor:
-        """Return the target's ids of the drafter's tokens."""
-        ids = self._own.token_ids
-        return tokens if ids is None else ids[tokens].to(tokens.dtype)
-
-    @property
-    def vocab_size(self) -> int:
-        """Vd, the number of tokens that the drafter can propose."""
-        ids = self._own.token_ids
-        return self._target.vocab_size if ids is None else len(ids)
-
-    def over_target_vocabulary(self, log_probs: Tensor) -> Tensor:
-        """Return the (n, vocab) from (n, Vd); tokens that the drafter cannot propose have -inf."""
-        ids = self._own.token_ids
-        if ids is None:
-            return log_probs
-        wide = log_probs.new_full((len(log_probs), self._target.vocab_size), -torch.inf)
-        return wide.index_copy(1, ids, log_probs)
-
 
 @dataclass(frozen=True, eq=False)
-class Block:
-    root: int  # token id of the first slot
+class Block(output_stage.Block):
     token: Tensor  # (1,) the root on the device
-    hidden: Tensor  # (D, hidden_size) outputs of the last layer at the slots of the wanted depths
-    slots: Tensor  # (S, hidden_size) outputs of the last layer at all slots
-    before: int  # token id before the root
-    anchor: Tensor | None = None  # (hidden_size,) features of the last committed position
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,15 +161,10 @@ class MaskedDrafts:
 
         It has the dtype and the device of the query.
         """
-        config, (window, causal) = self.config, kind
-        if window is None and not causal:
+        config = self.config
+        visible = visible_positions(OPERATIONS, config, start, kind, query)
+        if visible is None:
             return None
-        keys = torch.arange(start + config.block_size, device=query.device)
-        distance = keys[start:, None] - keys
-        visible = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
-        if window is not None:
-            from_root = keys >= start - window
-            visible = visible & (from_root if config.window_from_root else distance.abs() < window)
         mask = cut_gap(additive_mask(visible, query.dtype), gap, 1)
         return group_mask(mask, config.num_attention_heads // config.num_key_value_heads)
 
@@ -307,16 +263,12 @@ class Drafter:
         first, blocks = self.model.config.first_slot, {}
         if self.model.config.correlation is not None:
             for state, _ in roots:
-                state.anchor = state.context[-1][-1] if state.context else state.anchor
+                note_anchor(state)
         for slab, members in passes.items():
             part = [roots[i] for i in members]
             for i, hidden, token in zip(members, *self._draft(part, slab), strict=True):
-                state, root = roots[i]
-                wanted, before = hidden[first:][:depths], state.tokens[-1]
-                blocks[i] = Block(root, token[None], wanted, hidden, before, state.anchor)
-        for state, _ in roots:
-            # The block's keys and values are scratch: the next context overwrites them.
-            state.drafter.length, state.context = state.length, []
+                blocks[i] = Block.after(*roots[i], hidden, first, depths, token=token[None])
+        note_drafted(state for state, _ in roots)
         return [blocks[i] for i in range(len(roots))]
 
     def _draft(

@@ -30,8 +30,7 @@ from treeflash.drafters.heads import operations
 from treeflash.drafters.heads.lilicorr import Correlation
 from treeflash.drafters.heads.operations import ConditionalHead, RecurrentCell, Slots
 from treeflash_cuda.drafter import Block, BlockBatch, OutputStage, padded_noise
-from treeflash_cuda.drafter_model import DrafterModel
-from treeflash_cuda.drafter_operations import OPERATIONS, as_module, join, split
+from treeflash_cuda.drafter_operations import as_module, join, split
 from treeflash_cuda.graphs import Outputs, power_of_four, power_of_two
 from treeflash_cuda.linear import take, token_products
 from treeflash_cuda.numerics import (
@@ -43,7 +42,6 @@ from treeflash_cuda.numerics import (
     unpack,
     upload,
 )
-from treeflash_cuda.target import Target
 
 MANY = 1 << 30
 """In the place of a size without a limit."""
@@ -93,10 +91,8 @@ def _rounded(options: TableOptions, vocab_size: int) -> TableOptions:
 class ARHead:
     """`treeflash.decoding.interfaces.ARHead` in PyTorch, for a head of one previous token."""
 
-    def __init__(self, module: ConditionalHead, model: DrafterModel, target: Target) -> None:
-        self.module = module
-        self.output = OutputStage(model, target)
-        self.graphs = target.graphs
+    def __init__(self, module: ConditionalHead, output: OutputStage) -> None:
+        self.module, self.output, self.graphs = module, output, output.target.graphs
 
     @torch.inference_mode()
     def transitions(self, blocks: Sequence[Block], options: TableOptions) -> list[TransitionTable]:
@@ -252,11 +248,9 @@ def _columns(x: Tensor, tokens: Tensor | None) -> Tensor:
 class CorrelationHead(candidate_head.CorrelationHead):
     """`treeflash.decoding.interfaces.ARHead` in PyTorch, for the head of LiLiCorr."""
 
-    ops = OPERATIONS
-
-    def __init__(self, module: Correlation, model: DrafterModel, target: Target) -> None:
-        super().__init__(module, OutputStage(model, target), target.vocab_size)
-        self.graphs = target.graphs
+    def __init__(self, module: Correlation, output: OutputStage) -> None:
+        super().__init__(module, output)
+        self.graphs = output.target.graphs
 
     @torch.inference_mode()
     def read(self, hidden: Tensor, anchors: Tensor) -> list[NDArray[Any]]:
@@ -278,11 +272,11 @@ class CorrelationHead(candidate_head.CorrelationHead):
 class RecurrentHead(recurrent_head.RecurrentHead):
     """`treeflash.decoding.interfaces.ARHead` in PyTorch, for a head with a state for each path."""
 
-    ops = OPERATIONS
+    output: OutputStage
 
-    def __init__(self, module: RecurrentCell, model: DrafterModel, target: Target) -> None:
-        super().__init__(module, OutputStage(model, target))
-        self.graphs = target.graphs
+    def __init__(self, module: RecurrentCell, output: OutputStage) -> None:
+        super().__init__(module, output)
+        self.graphs = output.target.graphs
 
     @torch.inference_mode()
     def transitions(self, blocks: Sequence[Block], options: TableOptions) -> list[TransitionTable]:
@@ -330,7 +324,7 @@ class RecurrentHead(recurrent_head.RecurrentHead):
 
 
 TableHead: TypeAlias = ARHead | CorrelationHead | RecurrentHead
-TABLE_HEADS: Mapping[str, Callable[[Any, DrafterModel, Target], TableHead]] = {
+TABLE_HEADS: Mapping[str, Callable[[Any, OutputStage], TableHead]] = {
     "conditional": ARHead,
     "recurrent": RecurrentHead,
     "correlation": CorrelationHead,

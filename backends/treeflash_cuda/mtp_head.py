@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from treeflash.decoding import mtp_head
+from treeflash.decoding.backend_base import note_drafted
 from treeflash.decoding.interfaces import StateArrays, TableOptions
 from treeflash.decoding.mtp_head import (
     MtpBlock,
@@ -28,6 +29,7 @@ from treeflash.decoding.mtp_head import (
     root_blocks,
     row_positions,
     row_tokens,
+    unread_states,
 )
 from treeflash.decoding.recurrent_head import tables
 from treeflash.decoding.sampling import Noise
@@ -109,10 +111,6 @@ class MtpCache(KVCache):
     again for every draft.
     """
 
-    # The first position and the (n, hidden_size) embeddings of new tokens among which are features
-    # of images, until their rows are computed.
-    merged: list[tuple[int, Tensor]] = field(default_factory=list)
-
     @property
     def slab(self) -> MtpSlab:
         slab = self.allocate().slab
@@ -128,26 +126,6 @@ class MtpCache(KVCache):
     @property
     def nbytes(self) -> int:
         return 0 if self.region is None else self.region.nbytes + self.hidden.nbytes
-
-    def states_of(self, context: Sequence[Tensor]) -> list[Tensor]:
-        """Return the (n, hidden_size) states of new committed positions, and note `merged`.
-
-        A part of the context is (n, 2, hidden_size) with `BaseState.merged`.
-        """
-        states, first, self.merged = list[Tensor](), self.length, []
-        for part in context:
-            if part.ndim == 3:
-                part, embedded = part.unbind(1)
-                self.merged.append((first, embedded))
-            states.append(part)
-            first += len(part)
-        return states
-
-    def append(self, context: Sequence[Tensor]) -> None:
-        """Commit new positions, and note their states."""
-        for part in self.states_of(context):
-            self.hidden[self.length : self.length + len(part)] = part
-            self.length += len(part)
 
     def copy_from(self, other: KVCache, length: int) -> None:
         super().copy_from(other, length)
@@ -165,9 +143,9 @@ class MtpCache(KVCache):
     def load(self, arrays: StateArrays, length: int) -> None:
         rows = dict(arrays)
         if (hidden := rows.pop("hidden", None)) is not None:
-            assert self.arena.like is not None
             self.write_stored(rows, max(self.length - 1, 0))
-            self.append([from_host(hidden).to(self.arena.like.device)])
+            self.hidden[self.length : length] = from_host(hidden)
+            self.length = length
 
     def read(self) -> NDArray[np.float32]:
         return super().read()[..., : max(self.length - 1, 0), :]
@@ -250,7 +228,8 @@ def is_plain(rows: NewRows) -> bool:
     """Return whether rows have tokens alone, and one rotary position; so has the root's row."""
     state, first, tokens = rows
     positions = state.row_positions(first, first + len(tokens))
-    return not state.drafter.merged and bool((positions == positions[0]).all())
+    has_features = any(part.ndim == 3 for part in state.context)
+    return not has_features and bool((positions == positions[0]).all())
 
 
 def by_slab(roots: Sequence[tuple[Any, int]]) -> dict[MtpSlab, list[int]]:
@@ -278,7 +257,7 @@ def lacking_rows(
     rows: list[NewRows] = []
     for state, root in roots:
         cache, known = state.drafter, state.drafter.length
-        states += cache.states_of(state.context)
+        states += unread_states(state)
         columns.append(cache.taken.first + np.arange(known, state.length))
         first = max(known - 1, 0)
         rows.append((state, first, [*state.tokens[first + 1 :], root]))
@@ -317,8 +296,7 @@ class MtpDrafter(mtp_head.MtpDrafter):
             found = self._draft([roots[i] for i in members], slab)
             for i, output in zip(members, found.split(1), strict=False):
                 outputs[i] = output
-        for state, _ in roots:
-            state.drafter.length, state.context, state.drafter.merged = state.length, [], []
+        note_drafted(state for state, _ in roots)
         return root_blocks(roots, outputs, depths, self.model.config.depths)
 
     def _draft(self, roots: Sequence[tuple[Any, int]], slab: MtpSlab) -> Tensor:
@@ -417,11 +395,10 @@ class ParallelDrafter(mtp_head.ParallelDrafter, Drafter):
             rows, states, written = lacking_rows(slab, part, PARALLEL_CHUNK, run)
             outputs, tokens = run(rows, states, written, masks=size - 1)
             ends = np.cumsum([len(tokens) + size - 1 for *_, tokens in rows]).tolist()
-            for i, (state, root), end in zip(members, part, ends, strict=True):
-                hidden, token = outputs[end - size : end], tokens[end - size][None]
-                blocks[i] = Block(root, token, hidden[:depths], hidden, state.tokens[-1])
-        for state, _ in roots:
-            state.drafter.length, state.context, state.drafter.merged = state.length, [], []
+            for i, root, end in zip(members, part, ends, strict=True):
+                slots, token = outputs[end - size : end], tokens[end - size][None]
+                blocks[i] = Block.after(*root, slots, 0, depths, token=token)
+        note_drafted(state for state, _ in roots)
         return [blocks[i] for i in range(len(roots))]
 
     def _run(
@@ -509,11 +486,11 @@ class ParallelDrafter(mtp_head.ParallelDrafter, Drafter):
 class MtpHead(mtp_head.MtpHead):
     """`treeflash.decoding.interfaces.ARHead` in PyTorch."""
 
-    ops = OPERATIONS
+    output: OutputStage
 
-    def __init__(self, model: MtpModel, target: Target) -> None:
-        super().__init__(model, OutputStage(model, target))
-        self.module, self.target, self.graphs = model, target, target.graphs
+    def __init__(self, model: MtpModel, output: OutputStage) -> None:
+        super().__init__(model, output)
+        self.module, self.target, self.graphs = model, output.target, output.target.graphs
 
     @torch.inference_mode()
     def transitions(

@@ -40,7 +40,6 @@ class State(BaseState[KVCache, CommittedStates]):
         self.arenas = target, drafter
         self.block = block
         self.recurrent = recurrent
-        self.anchor: Tensor | None = None  # see `Block.anchor`
         try:
             # Where memory is reserved, a sequence without room must not start.
             for cache in (self.kv_cache, self.drafter):
@@ -60,7 +59,6 @@ class State(BaseState[KVCache, CommittedStates]):
             new.kv_cache.copy_from(self.kv_cache, length)
             if self.drafter and new.drafter:
                 new.drafter.copy_from(self.drafter, length)
-                new.anchor = self.anchor
                 new.context = [part.clone() for part in self.context_before(length)]
         except BaseException:
             new.close()  # regions of the arena are not given back by themselves

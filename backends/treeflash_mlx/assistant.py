@@ -18,20 +18,22 @@ from mlx import nn
 from mlx_lm.models.base import scaled_dot_product_attention
 from mlx_lm.models.gemma4_text import DecoderLayer, ModelArgs
 
+from treeflash.decoding.backend_base import note_drafted
 from treeflash.decoding.mtp_head import (
     CacheColumns,
     DraftedColumns,
     MtpBlock,
+    MtpHead,
     MtpRows,
-    note_states,
     root_blocks,
+    unread_states,
 )
 from treeflash.drafters.mtp_heads import Assistant, MtpConfig
 from treeflash.errors import UnsupportedModelError
 from treeflash_mlx.cache import KVCache
 from treeflash_mlx.drafter import OutputStage
 from treeflash_mlx.drafter_model import OwnVocabulary, VocabularyOwner
-from treeflash_mlx.mtp_head import MtpDrafter, MtpHead
+from treeflash_mlx.mtp_head import MtpDrafter
 from treeflash_mlx.state import project_contexts
 from treeflash_mlx.target import Target
 
@@ -169,11 +171,12 @@ class AssistantDrafter(MtpDrafter):
         project_contexts([state for state, _ in roots], self.model.project)
         states = []
         for state, _ in roots:
-            note_states(state)
+            state.drafter.write_states(unread_states(state))
             states.append(state.drafter.states(state.length - 1, state.length))
         caches = [state.kv_cache for state, _ in roots]
         tokens = mx.array([root for _, root in roots], mx.int32)
         outputs = self.model(self.output.embed(tokens), mx.concatenate(states), caches)
+        note_drafted(state for state, _ in roots)
         blocks = root_blocks(
             roots, list(mx.split(outputs, len(roots))), depths, self.model.config.depths
         )
@@ -181,10 +184,7 @@ class AssistantDrafter(MtpDrafter):
 
 
 class AssistantHead(MtpHead):
-    """`treeflash.decoding.interfaces.ARHead` in MLX, one step for each depth."""
-
-    def __init__(self, model: AssistantModel, target: Target) -> None:
-        self.model, self.output = model, AssistantOutput(model, target)
+    """`treeflash.decoding.interfaces.ARHead` in MLX, one step of an `AssistantModel` a depth."""
 
     def _step(
         self,

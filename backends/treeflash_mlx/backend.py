@@ -15,10 +15,17 @@ from mlx import nn
 from mlx.utils import tree_flatten
 
 from treeflash.config import LoadConfig, SamplingConfig
-from treeflash.decoding.backend_base import BaseBackend, arrays_nbytes
+from treeflash.decoding.backend_base import (
+    UNQUANTISED_BITS,
+    BaseBackend,
+    arrays_nbytes,
+    check_settings,
+)
 from treeflash.decoding.image_processor import Processor, image_samples
 from treeflash.decoding.interfaces import DeviceReport, Prefill, TableOptions
+from treeflash.decoding.mtp_head import MtpHead
 from treeflash.decoding.probe import ATTEMPTS, LIMITS, relative_difference
+from treeflash.decoding.recurrent_head import RecurrentHead
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.drafters.folder import StoredTensor
@@ -30,9 +37,14 @@ from treeflash.drafters.loading import (
     read_layout,
 )
 from treeflash.drafters.mtp_heads import MtpConfig, refuse_window
-from treeflash.errors import ConfigError, UnsupportedModelError
+from treeflash.errors import UnsupportedModelError
 from treeflash_mlx import metal_kernels
-from treeflash_mlx.assistant import AssistantDrafter, AssistantHead, AssistantModel
+from treeflash_mlx.assistant import (
+    AssistantDrafter,
+    AssistantHead,
+    AssistantModel,
+    AssistantOutput,
+)
 from treeflash_mlx.cache import KVCache, allocated_columns, size_class
 from treeflash_mlx.device import (
     available_bytes,
@@ -45,15 +57,15 @@ from treeflash_mlx.device import (
     warn_of_tf32,
     wire_memory,
 )
-from treeflash_mlx.drafter import Drafter
+from treeflash_mlx.drafter import Drafter, OutputStage
 from treeflash_mlx.drafter_model import DrafterModel, OwnVocabulary
 from treeflash_mlx.drafter_operations import Float32Norm, split_pairs
 from treeflash_mlx.exact import check_operations
-from treeflash_mlx.heads import HEADS, TABLE_HEADS, ARHead, RecurrentHead, TableHead
+from treeflash_mlx.heads import HEADS, TABLE_HEADS, ARHead, TableHead
 from treeflash_mlx.hybrid import delta_kernel_wins
 from treeflash_mlx.metal_kernels import attention
 from treeflash_mlx.metal_kernels.products import TIMED_ROWS, choose_products
-from treeflash_mlx.mtp_head import MtpCache, MtpDrafter, MtpHead, MtpModel, ParallelDrafter
+from treeflash_mlx.mtp_head import MtpCache, MtpDrafter, MtpModel, ParallelDrafter
 from treeflash_mlx.state import State
 from treeflash_mlx.target import KV_BITS, Target
 from treeflash_mlx.verifier import Verifier
@@ -62,8 +74,6 @@ Model: TypeAlias = DrafterModel | MtpModel | AssistantModel
 Head: TypeAlias = TableHead | MtpHead
 
 BITS = (2, 3, 4, 5, 6, 8)
-UNQUANTISED_BITS = 16
-"""The number of bits that keeps a drafter as it is."""
 LEAST_DEFAULT_BITS = 4
 """Drafters take no fewer bits unless asked to: what they lose with fewer was never measured."""
 GROUP_SIZE = 64
@@ -101,8 +111,6 @@ class MlxBackend(BaseBackend):
             self.drafter = Drafter(drafter_model, target, draft_window)
         self.device = "cpu" if mx.default_device().type == mx.cpu else "gpu"
         self.device_name = str(mx.device_info()["device_name"])
-        if isinstance(target.processor, str):
-            self.images = target.processor
 
     def open(self, capacity: int, *, drafts: bool) -> State:
         drafter = None
@@ -275,20 +283,7 @@ def warm_up(backend: MlxBackend) -> None:
 
 def check_config(config: LoadConfig) -> None:
     """Raise a ConfigError for settings that this backend lacks."""
-    for option in ("compile", "device_map", "threads"):
-        if getattr(config, option):
-            raise ConfigError(f"{option} is supported only by the cuda backend")
-    if config.exact and config.kv_bits:
-        raise ConfigError("exact mode does not support kv_bits; remove one of them")
-    if config.kv_bits not in (None, *KV_BITS):
-        raise ConfigError(
-            f"kv_bits must be one of {KV_BITS} on the mlx backend, got {config.kv_bits}"
-        )
-    if config.draft_bits not in (None, *BITS, UNQUANTISED_BITS):
-        raise ConfigError(
-            f"draft_bits must be one of {(*BITS, UNQUANTISED_BITS)} on the mlx backend, got "
-            f"{config.draft_bits}"
-        )
+    check_settings(config, "mlx", draft_bits=BITS, kv_bits=KV_BITS, inexact=("kv_bits",))
 
 
 def choose_bits(asked: int | None, target: nn.Module, *, on_cpu: bool) -> int | None:
@@ -364,8 +359,8 @@ def load_drafter(folder: Path, target: Target, bits: int | None) -> tuple[Model,
     if layout.format.kind == "rows":
         rows = load_mtp_head(layout, target, bits)
         if isinstance(rows, AssistantModel):
-            return rows, AssistantHead(rows, target)
-        return rows, None if rows.config.has_marginals else MtpHead(rows, target)
+            return rows, AssistantHead(rows, AssistantOutput(rows, target))
+        return rows, None if rows.config.has_marginals else MtpHead(rows, OutputStage(rows, target))
     tensors = block_tensors(layout, read_tensors, dequantise)
     config = tensors.config
     model = DrafterModel(config, OwnVocabulary(tensors.vocabulary, target))
@@ -380,7 +375,7 @@ def load_drafter(folder: Path, target: Target, bits: int | None) -> tuple[Model,
     module: Any = HEADS[config.head](config, tensors.head_size, target.vocab_size)
     kept = quantised_layers(layout, bits or 0, lambda x: arrange_block(layout, x).head)
     _fill(module, split_pairs(module, tensors.head), target.dtype, bits, kept)
-    return model, TABLE_HEADS[module.kind](module, model, target)
+    return model, TABLE_HEADS[module.kind](module, OutputStage(model, target))
 
 
 def load_mtp_head(layout: Layout, target: Target, bits: int | None) -> MtpModel | AssistantModel:

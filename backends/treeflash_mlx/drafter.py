@@ -1,9 +1,4 @@
-"""The one-shot drafter (DFlash, arXiv 2602.06036): its blocks, and the logits of their slots.
-
-`OutputStage` is what the drafter shares with its conditional head: the embeddings of tokens, and
-the way from hidden states to logits. `Drafter` runs the drafter's layers over the new context and
-the blocks of several sequences.
-"""
+"""The one-shot drafter (DFlash, arXiv 2602.06036): its blocks, and its output stage."""
 
 from __future__ import annotations
 
@@ -17,85 +12,49 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treeflash.config import SINK
+from treeflash.decoding import output_stage
+from treeflash.decoding.backend_base import note_drafted
 from treeflash.decoding.interfaces import TableOptions
+from treeflash.decoding.output_stage import Block, note_anchor
 from treeflash.decoding.sampling import Noise
 from treeflash.decoding.transitions import TransitionTable
+from treeflash.drafters.block_model import visible_positions
 from treeflash.drafters.config import LayerKind, window_gap
 from treeflash_mlx.cache import BatchStorage, share_storage, storages_of
 from treeflash_mlx.drafter_model import DrafterModel
-from treeflash_mlx.drafter_operations import read
+from treeflash_mlx.drafter_operations import OPERATIONS, read
 from treeflash_mlx.numerics import gumbel, log_softmax, top_log_probs
 from treeflash_mlx.state import project_contexts
 from treeflash_mlx.target import Target, shortlist_logits
 
 
-class OutputStage:
-    """From tokens to embeddings and from hidden states to logits, for a drafter and its head.
+class OutputStage(output_stage.OutputStage):
+    """The output stage in MLX."""
 
-    `norm` is the final norm, to apply before `logits`.
-    """
-
-    def __init__(self, model: DrafterModel, target: Target) -> None:
-        self.config, self.norm = model.config, model.norm
-        self._own, self._target = model.own, target
+    ops = OPERATIONS
 
     def embed(self, tokens: mx.array) -> mx.array:
-        """Compute (..., hidden_size) rows of the input table, from (...) tokens of the target."""
-        table = self._own.embed_tokens
-        return self._target.embed(tokens) if table is None else table(tokens)
+        table = self.own.embed_tokens
+        return self.target.embed(tokens) if table is None else table(tokens)
 
-    def logits(self, normed: mx.array, tokens: mx.array | None = None) -> mx.array:
-        """Compute (..., n, Vd) logits of normalised outputs, or (..., n, v) of (..., v) tokens.
-
-        They are float32 if the drafter has a factor or a softcap on its logits.
-        """
-        head = self._own.lm_head
+    def head_logits(self, normed: mx.array, tokens: mx.array | None) -> mx.array:
+        head = self.own.lm_head
         if tokens is not None:
-            module = self._target.output_module if head is None else head
-            logits = shortlist_logits(module, normed, tokens)
-        else:
-            logits = self._target.output_head(normed) if head is None else head(normed)
-        if self.config.output_multiplier != 1:
-            logits = logits.astype(mx.float32) * self.config.output_multiplier
-        if (cap := self.config.softcap) is not None:
-            logits = cap * mx.tanh(logits.astype(mx.float32) / cap)
-        return logits
+            module = self.target.output_module if head is None else head
+            return shortlist_logits(module, normed, tokens)
+        return self.target.output_head(normed) if head is None else head(normed)
 
     def noise(self, noise: Noise) -> mx.array:
         """Return the (n, Vd) noise to add to logits."""
-        scaled = gumbel(noise.keys, self._target.vocab_size) * mx.array(noise.scales)[:, None]
-        ids = self._own.token_ids
+        scaled = gumbel(noise.keys, self.target.vocab_size) * mx.array(noise.scales)[:, None]
+        ids = self.own.token_ids
         return scaled if ids is None else scaled[:, ids]
 
     def noise_by_depth(self, noise: Noise | None, depths: int) -> list[mx.array | None]:
-        """Compute the (sequences, Vd) noise of each depth, or None without noise."""
         if noise is None:
             return [None] * depths
         whole = self.noise(noise)
         return [whole[depth::depths] for depth in range(depths)]
-
-    def to_target(self, tokens: mx.array) -> mx.array:
-        """Return the target's ids of the drafter's tokens."""
-        ids = self._own.token_ids
-        return tokens if ids is None else ids[tokens]
-
-    def over_target_vocabulary(self, log_probs: mx.array) -> mx.array:
-        """Return the (n, vocab) from (n, Vd); tokens that the drafter cannot propose have -inf."""
-        ids = self._own.token_ids
-        if ids is None:
-            return log_probs
-        wide = mx.full((len(log_probs), self._target.vocab_size), -mx.inf)
-        wide[:, ids] = log_probs
-        return wide
-
-
-@dataclass(frozen=True, eq=False)
-class Block:
-    root: int  # token id of the first slot
-    hidden: mx.array  # (D, hidden_size) outputs of the last layer at the wanted slots
-    slots: mx.array  # (S, hidden_size) outputs of the last layer at all slots
-    before: int  # token id before the root
-    anchor: mx.array | None = None  # (hidden_size,) features of the last committed position
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +89,7 @@ class Drafter:
         project_contexts([state for state, _ in roots], self.model.project)
         if config.correlation is not None:
             for state, _ in roots:
-                state.anchor = state.context[-1][-1] if state.context else state.anchor
+                note_anchor(state)
         sequences, contexts = [], []
         for state, _ in roots:
             start = state.length
@@ -163,16 +122,10 @@ class Drafter:
                 mx.async_eval([x, *(y for storage in storages for y in storage.arrays)])
             elif on_gpu and n == 0:
                 mx.async_eval(x)
-        for state, _ in roots:
-            # The blocks' keys and values are scratch: the next context overwrites them.
-            state.drafter.length, state.context = state.length, []
-        pairs = zip(roots, mx.split(x, len(roots)), strict=True)
+        note_drafted(state for state, _ in roots)
         return [
-            Block(
-                *(root, part[config.first_slot :][:depths], part),
-                *(state.tokens[-1], state.anchor),
-            )
-            for (state, root), part in pairs
+            Block.after(*root, part, config.first_slot, depths)
+            for root, part in zip(roots, mx.split(x, len(roots)), strict=True)
         ]
 
     def marginals(self, blocks: Sequence[Block], options: TableOptions) -> list[TransitionTable]:
@@ -191,8 +144,7 @@ class Drafter:
         return np.array(self.output.over_target_vocabulary(log_probs))
 
     def _block_mask(self, start: int, kind: LayerKind, first_seen: int) -> mx.array | None:
-        config = self.model.config
-        mask = block_mask(start, config.block_size, *kind, config.window_from_root)
+        mask = visible_positions(OPERATIONS, self.model.config, start, kind, None)
         if mask is None or not first_seen:
             return mask
         return mx.concatenate([mask[:, first_seen:], mask[:, :SINK]], 1)
@@ -234,22 +186,3 @@ class Drafter:
             )
             out.append(y[0].swapaxes(0, 1))
         return mx.concatenate(out)
-
-
-def block_mask(
-    start: int, size: int, window: int | None, causal: bool, from_root: bool = False
-) -> mx.array | None:
-    """Return the (size, start + size) mask of a block at `start`; None if all is visible.
-
-    The window is around each slot, or `from_root` before the root.
-    """
-    if window is not None and window >= start + size:
-        window = None
-    if window is None and not causal:
-        return None
-    keys = mx.arange(start + size)
-    distance = keys[start:, None] - keys
-    mask = distance >= 0 if causal else mx.ones(distance.shape, mx.bool_)
-    if window is None:
-        return mask
-    return mask & (keys >= start - window if from_root else mx.abs(distance) < window)

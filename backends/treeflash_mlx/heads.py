@@ -15,19 +15,18 @@ import numpy as np
 from mlx import nn
 from numpy.typing import NDArray
 
-from treeflash.decoding import candidate_head, recurrent_head
+from treeflash.decoding.candidate_head import CorrelationHead
 from treeflash.decoding.interfaces import TableOptions
+from treeflash.decoding.output_stage import Block
+from treeflash.decoding.recurrent_head import RecurrentHead
 from treeflash.decoding.transitions import RowBatch, TransitionTable
 from treeflash.drafters.config import DrafterConfig
 from treeflash.drafters.formats import HEADS as FORMATS
 from treeflash.drafters.heads import operations
-from treeflash.drafters.heads.lilicorr import Correlation
-from treeflash.drafters.heads.operations import ConditionalHead, RecurrentCell, Slots
-from treeflash_mlx.drafter import Block, OutputStage
-from treeflash_mlx.drafter_model import DrafterModel
-from treeflash_mlx.drafter_operations import OPERATIONS, as_module, read
+from treeflash.drafters.heads.operations import ConditionalHead, Slots
+from treeflash_mlx.drafter import OutputStage
+from treeflash_mlx.drafter_operations import as_module, read
 from treeflash_mlx.numerics import log_softmax, logsumexp, top_indices, top_log_probs
-from treeflash_mlx.target import Target
 
 
 class ScoredTokens(operations.ScoredTokens):
@@ -70,9 +69,8 @@ def take_rows(x: mx.array, rows: mx.array) -> mx.array:
 class ARHead:
     """`treeflash.decoding.interfaces.ARHead` in MLX, for a head of one previous token."""
 
-    def __init__(self, module: ConditionalHead, model: DrafterModel, target: Target) -> None:
-        self.module = module
-        self.output = OutputStage(model, target)
+    def __init__(self, module: ConditionalHead, output: OutputStage) -> None:
+        self.module, self.output = module, output
 
     def transitions(self, blocks: Sequence[Block], options: TableOptions) -> list[TransitionTable]:
         """Score the rows of all sequences together."""
@@ -167,26 +165,8 @@ def _scored_rows(marginal: mx.array, m: int, rows: int | None) -> tuple[mx.array
     return kept, mx.take_along_axis(best.reshape(batch, -1), kept, 1)
 
 
-class CorrelationHead(candidate_head.CorrelationHead):
-    """`treeflash.decoding.interfaces.ARHead` in MLX, for the head of LiLiCorr."""
-
-    ops = OPERATIONS
-
-    def __init__(self, module: Correlation, model: DrafterModel, target: Target) -> None:
-        super().__init__(module, OutputStage(model, target), target.vocab_size)
-
-
-class RecurrentHead(recurrent_head.RecurrentHead):
-    """`treeflash.decoding.interfaces.ARHead` in MLX, for a head with a state for each path."""
-
-    ops = OPERATIONS
-
-    def __init__(self, module: RecurrentCell, model: DrafterModel, target: Target) -> None:
-        super().__init__(module, OutputStage(model, target))
-
-
 TableHead: TypeAlias = ARHead | CorrelationHead | RecurrentHead
-TABLE_HEADS: Mapping[str, Callable[[Any, DrafterModel, Target], TableHead]] = {
+TABLE_HEADS: Mapping[str, Callable[[Any, OutputStage], TableHead]] = {
     "conditional": ARHead,
     "recurrent": RecurrentHead,
     "correlation": CorrelationHead,

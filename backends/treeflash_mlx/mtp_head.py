@@ -8,7 +8,7 @@ committed rows need no attention, so a prompt costs little more than their proje
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treeflash.decoding import mtp_head
+from treeflash.decoding.backend_base import note_drafted
 from treeflash.decoding.interfaces import StateArrays
 from treeflash.decoding.mtp_head import (
     MtpBlock,
@@ -26,10 +27,11 @@ from treeflash.decoding.mtp_head import (
     row_positions,
     row_tokens,
 )
+from treeflash.decoding.output_stage import Block
 from treeflash.drafters.mtp_heads import MtpConfig, first_visible
 from treeflash.drafters.mtp_layer import MtpLayer
 from treeflash_mlx.cache import KVCache, share_storage, to_host
-from treeflash_mlx.drafter import Block, Drafter, OutputStage
+from treeflash_mlx.drafter import Drafter, OutputStage
 from treeflash_mlx.drafter_model import OwnVocabulary, VocabularyOwner
 from treeflash_mlx.drafter_operations import OPERATIONS
 from treeflash_mlx.state import project_contexts
@@ -94,22 +96,12 @@ class MtpCache(KVCache):
 
     layers_without_keys = 1  # the last, which has the states as (1, 1, columns, hidden_size)
 
-    # The first position and the (n, hidden_size) embeddings of new tokens among which are features
-    # of images, until their rows are computed.
-    merged: list[tuple[int, mx.array]] = field(default_factory=list)
-
-    def append(self, states: Sequence[mx.array]) -> None:
-        """Note the (n, hidden_size) states of new committed positions.
-
-        They are (n, 2, hidden_size) with `BaseState.merged`.
-        """
-        self.merged = []
-        for part in states:
-            if part.ndim == 3:
-                self.merged.append((self.length, part[:, 1]))
-                part = part[:, 0]
-            share_storage([self]).write(self.num_layers - 1, [part[None, None]], self.length)
-            self.length += len(part)
+    def write_states(self, parts: Sequence[mx.array]) -> None:
+        """Write the (n, hidden_size) states of positions behind the ones that were read."""
+        first = self.length
+        for part in parts:
+            share_storage([self]).write(self.num_layers - 1, [part[None, None]], first)
+            first += len(part)
 
     def states(self, first: int, stop: int) -> mx.array:
         """Return the (stop - first, hidden_size) states of committed positions."""
@@ -147,11 +139,11 @@ class MtpDrafter(mtp_head.MtpDrafter):
         (y, residual), positions = self._write(new)
         last = mx.array(np.cumsum([len(tokens) for _, _, tokens in new]) - 1)
         q, gate = self.model.layer.self_attn.queries(y[last], positions[:, last])
-        caches = [state.drafter for state, _, _ in new]
-        for cache in caches:
-            cache.merged = []
-        attended = self.model.attend(q, caches, [x.length for x in caches], 0, None)
+        states = [state for state, _ in roots]
+        caches, lengths = [x.drafter for x in states], [x.length for x in states]
+        attended = self.model.attend(q, caches, lengths, 0, None)
         outputs = self.model.layer.finish(attended, gate, residual[last])
+        note_drafted(states)
         return root_blocks(
             roots, list(mx.split(outputs, len(roots))), depths, self.model.config.depths
         )
@@ -187,11 +179,10 @@ class ParallelDrafter(mtp_head.ParallelDrafter, Drafter):
         rows = [new_rows(state, root, CHUNK, compute) for state, root in roots]
         ends = np.cumsum([len(tokens) + size - 1 for *_, tokens in rows])
         parts = mx.split(self._run(rows, masks=size - 1), ends[:-1].tolist())
-        for state, _ in roots:
-            state.drafter.merged = []
+        note_drafted(state for state, _ in roots)
         return [
-            Block(root, part[-size:][:depths], part[-size:], state.tokens[-1])
-            for (state, root), part in zip(roots, parts, strict=True)
+            Block.after(*root, part[-size:], 0, depths)
+            for root, part in zip(roots, parts, strict=True)
         ]
 
     def _run(self, rows: Sequence[NewRows], masks: int = 0) -> mx.array:
@@ -220,12 +211,3 @@ class ParallelDrafter(mtp_head.ParallelDrafter, Drafter):
         rotation = self.rows.rotation(row_positions(rows), embedded)
         outputs: mx.array = self.rows.run(embedded, mx.concatenate(states), rotation, attend)
         return outputs
-
-
-class MtpHead(mtp_head.MtpHead):
-    """`treeflash.decoding.interfaces.ARHead` in MLX."""
-
-    ops = OPERATIONS
-
-    def __init__(self, model: MtpModel, target: Target) -> None:
-        super().__init__(model, OutputStage(model, target))

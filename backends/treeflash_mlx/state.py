@@ -73,7 +73,6 @@ class State(BaseState[KVCache, RecurrentStates]):
         super().__init__(kv_cache, drafter, initial)
         self.single_until = -1
         self.ahead: Ahead | None = None
-        self.anchor: mx.array | None = None  # see `Block.anchor`
 
     def copy(self, length: int, capacity: int, recurrent: RecurrentStates | None) -> State:
         drafter = None
@@ -82,7 +81,6 @@ class State(BaseState[KVCache, RecurrentStates]):
             drafter = self.drafter.copy(length, capacity + block)
         new = State(self.kv_cache.copy(length, capacity, recurrent), drafter)
         if self.drafter:
-            new.anchor = self.anchor
             for part in self.context_before(length):
                 rows = mx.contiguous(rows_of(part))
                 new.context.append(Unprojected(rows) if isinstance(part, Unprojected) else rows)

@@ -1,25 +1,38 @@
-"""A forward pass that fails, at whatever call, leaves every sequence as it was."""
+"""A call that fails, at whatever point, leaves every sequence as it was."""
 
 from __future__ import annotations
+
+from functools import partial
 
 import numpy as np
 import pytest
 
+from tests.helpers.mtp_pairs import write_mtp_pair, write_peagle_pair
 from treeflash.config import LoadConfig
 from treeflash.decoding.interfaces import Prefill, Verify
 from treeflash.decoding.sampling import SamplingParams
 from treeflash.decoding.session import SequenceSession
 from treeflash.registry import loader
 from treeflash.testing import HYBRID_FAMILIES, require
-from treeflash.testing.comparisons import assert_equal_states, random_tokens, random_tree
-from treeflash.testing.models import write_drafter, write_target
+from treeflash.testing.comparisons import (
+    assert_equal_states,
+    path_to,
+    random_tokens,
+    random_tree,
+)
+from treeflash.testing.models import write_pair
 
 require("torch")
 require("mlx_lm")
 
+import mlx.core
+import treeflash_cuda.mtp_head
 import treeflash_cuda.verifier
+import treeflash_mlx.mtp_head
 import treeflash_mlx.verifier
 
+SUBMIT = {"cuda": (treeflash_cuda.verifier, "upload_all"), "mlx": (mlx.core, "async_eval")}
+"""What brings the work of a commit to the device."""
 VOCAB = 40
 PARTS = ["forward", "sample", "project"]
 # Prompts of a few tokens run in several chunks, of which the first are committed.
@@ -37,9 +50,8 @@ def name(request):
 @pytest.fixture(scope="module", params=["qwen3", *HYBRID_FAMILIES])
 def backend(request, name, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
-    write_target(folder / "target", request.param, seed=1, vocab_size=VOCAB)
-    write_drafter(folder / "drafter", folder / "target", seed=2)
-    return loader(name)(folder / "target", folder / "drafter", LoadConfig(device="cpu"))
+    folders = write_pair(folder, request.param, vocab_size=VOCAB)
+    return loader(name)(*folders, LoadConfig(device="cpu"))
 
 
 @pytest.fixture(autouse=True)
@@ -76,6 +88,8 @@ def fail_at(monkeypatch, backend, verifier, part, number):
         "forward": (backend.target, "forward"),
         "sample": (verifier, "sample"),
         "project": (backend.drafter_model, "project"),
+        "embed": (backend.drafter and backend.drafter.output, "embed"),
+        "submit": SUBMIT[backend.name],
     }[part]
     function, calls = getattr(holder, name), []
 
@@ -122,3 +136,70 @@ def test_a_call_that_fails_anywhere_can_be_repeated(backend, verifier, monkeypat
             mine.draft(3)
             drafts = [backend.drafter.log_probs(x.draft(3)) for x in (mine, theirs)]
             np.testing.assert_allclose(*drafts, atol=1e-4)
+
+
+@pytest.mark.parametrize("part", ["project", "submit"])
+def test_a_commit_that_fails_can_be_repeated(backend, verifier, monkeypatch, part):
+    def verified():
+        sequences, _ = started(backend)
+        tree = random_tree(np.random.default_rng(6), 7, 5, VOCAB)
+        path = path_to(tree, len(tree) - 1)
+        backend.verifier.run([Verify(x.state, tree, SamplingParams()) for x in sequences[:2]])
+        return [(x.state, path) for x in sequences[:2]]
+
+    paths, untouched, expected = verified(), verified(), verified()
+    backend.verifier.commit(expected)
+    with monkeypatch.context() as patch:
+        fail_at(patch, backend, verifier, part, 0)
+        with pytest.raises(RuntimeError, match="planted"):
+            backend.verifier.commit(paths)
+    for (mine, _), (before, _) in zip(paths, untouched, strict=True):
+        assert_equal_states(mine, before)
+    for path in paths:  # a call that fails is repeated for each sequence alone
+        backend.verifier.commit([path])
+    for (mine, _), (theirs, _) in zip(paths, expected, strict=True):
+        assert_equal_states(mine, theirs)
+
+
+WRITERS = {
+    "block": partial(write_pair, family="qwen3"),
+    "eagle3": partial(write_mtp_pair, kind="eagle3"),
+    "peagle": write_peagle_pair,
+}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_draft_that_fails_can_be_repeated(name, verifier, monkeypatch, tmp_path, kind):
+    """Long prompts are read in several chunks, and the second may fail after the first."""
+    for module in (treeflash_cuda.mtp_head, treeflash_mlx.mtp_head):
+        monkeypatch.setattr(module, "CHUNK", 4)
+    monkeypatch.setattr(treeflash_cuda.mtp_head, "PARALLEL_CHUNK", 4)
+    backend = loader(name)(*WRITERS[kind](tmp_path), LoadConfig(device="cpu", dtype="float32"))
+    texts = [random_tokens(np.random.default_rng(8), backend.vocab_size, n) for n in (7, 11)]
+
+    def prompted():
+        sequences = [SequenceSession(backend, drafts=True) for _ in texts]
+        for sequence, tokens in zip(sequences, texts, strict=True):
+            sequence.extend(tokens)
+        return [(sequence.state, 3) for sequence in sequences]
+
+    def log_probs(block):
+        if kind != "eagle3":
+            return backend.drafter.log_probs(block)
+        return backend.head.log_probs(block, np.array([3, 5, 2], np.int32))
+
+    with monkeypatch.context() as patch:
+        calls = fail_at(patch, backend, verifier, "embed", -1)
+        blocks = backend.drafter.draft(prompted())
+    assert len(calls) >= (1 if kind == "block" else 3)
+    expected = [log_probs(block) for block in blocks]
+    for number in range(len(calls)):
+        roots = prompted()
+        with monkeypatch.context() as patch:
+            fail_at(patch, backend, verifier, "embed", number)
+            with pytest.raises(RuntimeError, match="planted"):
+                backend.drafter.draft(roots)
+        assert [state.read_length for state, _ in roots] == [0, 0]
+        for root, log_probs_before in zip(roots, expected, strict=True):
+            (block,) = backend.drafter.draft([root])
+            np.testing.assert_allclose(log_probs(block), log_probs_before, atol=1e-4)

@@ -231,10 +231,9 @@ def test_later_drafts_are_at_shifted_positions(pair):
             assert error(backend, session, expected) < TOLERANCE
 
 
-def forget_features(cache):
-    name = "states_of" if hasattr(cache, "states_of") else "append"
-    take = getattr(cache, name)
-    return cache, name, lambda x, parts: take(x, [y[:, 0] if y.ndim == 3 else y for y in parts])
+def forget_features(backend):
+    module = import_module(f"treeflash_{backend.name}.mtp_head")
+    return module, "merge_features", lambda embedded, rows: embedded
 
 
 def take_columns(_):
@@ -259,7 +258,7 @@ def test_planted_faults_change_the_drafts(pair):
             pytest.MonkeyPatch.context() as patch,
         ):
             extend(session, prompt)
-            patch.setattr(*fault(type(session.state.drafter)))
+            patch.setattr(*fault(backend))
             assert error(backend, session, expected) > MISTAKE, fault
 
 

@@ -36,6 +36,7 @@ from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree, build_chain, build_tree
 from treeflash.decoding.verify_costs import VerifyCosts
 from treeflash.drafters import mtp_heads
+from treeflash.drafters.folder import read_tensors
 from treeflash.errors import CheckpointError, ConfigError
 from treeflash.hub import models
 from treeflash.reference import mtp_head
@@ -449,6 +450,19 @@ def test_state_nbytes_covers_the_states(load_pair: LoadPair) -> None:
     size = 2 * config.num_key_value_heads * config.head_dim + config.hidden_size
     plain = pair.state_nbytes(10, drafts=False)
     assert pair.state_nbytes(10, drafts=True) - plain == 4 * columns * size
+
+
+@pytest.mark.parametrize("backend", ["cuda", "mlx"])
+def test_the_size_of_weights_has_a_vocabulary_of_the_heads_own(
+    backend: str, tmp_path: Path
+) -> None:
+    pytest.importorskip(BACKENDS[backend])
+    target, head = write_mtp_pair(tmp_path, "eagle3")
+    pair = loader(backend)(target, head, FLOAT32)
+    size = pair.weights_bytes
+    pair.drafter_model.own.lm_head = None
+    stored = read_tensors(head)["lm_head.weight"]
+    assert size - pair.weights_bytes == 4 * stored.size > 0
 
 
 @needs_fixtures

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from treeflash_cuda import backend, target, visible_keys
+from treeflash_cuda.drafter import OutputStage
 from treeflash_cuda.operations import Operations
 
 from treeflash.decoding import backend_base
@@ -194,7 +195,8 @@ class FakeCuda(TorchDispatchMode):
             with unset_fake_temporarily():
                 model, head = load_drafter(folder, real)
             model = model.to(owner.device)
-            return model, head and type(head)(head.module.to(owner.device), model, owner)
+            output = OutputStage(model, owner)
+            return model, head and type(head)(head.module.to(owner.device), output)
 
         def load_fake_mtp_head(layout, owner):
             real = copy(owner)

@@ -22,9 +22,10 @@ require("mlx_lm")
 
 from laws import LAWS
 from metal_executor import DESCENDING, MetalExecutor, install, require_compiler
-from treeflash_mlx.backend import UNQUANTISED_BITS
 from treeflash_mlx.backend import load as load_mlx
 from treeflash_mlx.metal_kernels import attention
+
+from treeflash.decoding.backend_base import UNQUANTISED_BITS
 
 require_compiler()
 

@@ -15,6 +15,7 @@ from typing import Any, Generic, Protocol, Self, TypeVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from treeflash.config import LoadConfig
 from treeflash.decoding.images import Image, PromptImages
 from treeflash.decoding.interfaces import (
     ARHead,
@@ -32,7 +33,7 @@ from treeflash.decoding.sampling import SampledTokens, sample
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.decoding.tree import DraftTree
 from treeflash.drafters.config import DrafterShape
-from treeflash.errors import UnsupportedModelError
+from treeflash.errors import ConfigError, UnsupportedModelError
 
 R = TypeVar("R")
 
@@ -139,6 +140,8 @@ class BaseState(ABC, Generic[K, R]):
         prompt_positions: (3, n) rotary positions of a prompt with images; None if they are columns.
         shift: rotary position minus column of tokens after the prompt. Every sequence runs a part
             of its prompt, at least the last token of it, which sets both.
+        anchor: (hidden_size,) features of the last position before the latest draft; None if the
+            drafter's head does not read them.
         merged: (n, hidden_size) embeddings of the tokens of the latest pass, with features of
             images in place of those that stand for them; None if none does.
     """
@@ -153,6 +156,7 @@ class BaseState(ABC, Generic[K, R]):
         self.first_row = 0
         self.pass_tokens: NDArray[np.int32] = np.zeros(0, np.int32)
         self.tokens: list[int] = []
+        self.anchor: Any = None
         self.merged: Any = None
         self.images: PromptImages | None = None
         self.encoded: dict[int, Any] = {}
@@ -232,7 +236,7 @@ class BaseState(ABC, Generic[K, R]):
     def fork(self, length: int, capacity: int) -> Self:
         new = self.copy(length, capacity, self._recurrent_at(length))
         new.snapshots = self.snapshots.copy(length)
-        new.tokens = self.tokens[:length]
+        new.tokens, new.anchor = self.tokens[:length], self.anchor
         return new
 
     def export(self, first: int, stop: int, *, end: bool) -> StateArrays:
@@ -385,6 +389,15 @@ def undone_on_failure(states: Iterable[BaseState[Any, Any]]) -> Iterator[None]:
         raise
 
 
+def note_drafted(states: Iterable[Any]) -> None:
+    """Note that the drafter has read all committed positions of states, once a draft is complete.
+
+    What a draft writes behind them is scratch: the next context overwrites it.
+    """
+    for state in states:
+        state.drafter.length, state.context = state.length, []
+
+
 @dataclass(frozen=True, eq=False)
 class PassRows(Generic[S]):
     """Committed rows of one forward pass, whose features the drafter will read."""
@@ -412,12 +425,45 @@ def rows_by_pass(paths: Iterable[tuple[S, NDArray[np.int32]]]) -> list[PassRows[
     ]
 
 
+UNQUANTISED_BITS = 16
+"""The number of `LoadConfig.draft_bits` that keeps a drafter as it is."""
+ONLY_BACKENDS = {"compile": "cuda", "device_map": "cuda", "threads": "cuda", "wired": "mlx"}
+"""Settings of `LoadConfig` that a single backend has."""
+
+
+def check_settings(
+    config: LoadConfig,
+    backend: str,
+    *,
+    draft_bits: Sequence[int],
+    kv_bits: Sequence[int],
+    inexact: Sequence[str],
+) -> None:
+    """Raise a ConfigError for settings that a backend lacks.
+
+    It quantises drafters, and keys and values, to these numbers of bits; its exact mode does not
+    support the `inexact` settings.
+    """
+    for name, only in ONLY_BACKENDS.items():
+        if getattr(config, name) and backend != only:
+            raise ConfigError(f"{name} is supported only by the {only} backend")
+    for name in inexact:
+        if config.exact and getattr(config, name):
+            raise ConfigError(f"exact mode does not support {name}; remove one of them")
+    supported = {"draft_bits": (*draft_bits, UNQUANTISED_BITS), "kv_bits": tuple(kv_bits)}
+    for name, numbers in supported.items():
+        if (number := getattr(config, name)) not in (None, *numbers):
+            choices = numbers[0] if len(numbers) == 1 else f"one of {numbers}"
+            raise ConfigError(f"{name} must be {choices} on the {backend} backend, got {number}")
+
+
 class BaseBackend:
     """The members of a `Backend` that follow from its target and its drafter.
 
     Attributes:
         target: has `dtype`, `vocab_size`, `max_positions`, `column_nbytes` (keys and values of one
-            position in all layers, bytes) and `states_nbytes` (recurrent states of one sequence).
+            position in all layers, bytes) and `states_nbytes` (recurrent states of one sequence);
+            and perhaps a `processor` of images, or why it takes none.
         drafter_model: the weights of the drafter, with their `config`; None without a drafter.
     """
 
@@ -438,6 +484,8 @@ class BaseBackend:
         self.drafter_config: DrafterShape | None = drafter_model.config if drafter_model else None
         # `check_images` replaces it.
         self.images: ImageProcessor | str = "the backend does not run images of its model type"
+        if isinstance(reason := getattr(target, "processor", None), str):
+            self.images = reason
         self._trees: bool | UnsupportedModelError = False  # whether they were checked, or the error
 
     def check_exact(self) -> None:

@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treeflash.decoding.interfaces import TableOptions
+from treeflash.decoding.output_stage import OutputStage
 from treeflash.decoding.transitions import RowBatch, TransitionTable
 from treeflash.drafters.heads.lilicorr import Correlation
-from treeflash.drafters.heads.operations import Array, Operations
+from treeflash.drafters.heads.operations import Array
 
 
 class CandidateHead(ABC):
@@ -77,14 +78,12 @@ class CorrelationHead(CandidateHead):
 
     Args:
         module: the backend's module of the head.
-        output: the backend's output stage, which embeds tokens and computes logits.
-        vocab_size: the size of the target's vocabulary.
+        output: the backend's output stage of the drafter.
     """
 
-    ops: Operations
-
-    def __init__(self, module: Correlation, output: Any, vocab_size: int) -> None:
-        self.module, self.output, self.vocab_size = module, output, vocab_size
+    def __init__(self, module: Correlation, output: OutputStage) -> None:
+        self.module, self.output, self.ops = module, output, output.ops
+        self.vocab_size = output.target.vocab_size
 
     def candidates(
         self, blocks: Sequence[Any]

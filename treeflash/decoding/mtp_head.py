@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treeflash.decoding.interfaces import TableOptions
+from treeflash.decoding.output_stage import OutputStage
 from treeflash.decoding.recurrent_head import best_children, tables
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.drafters.heads.operations import Array, Operations
@@ -114,12 +115,12 @@ NewRows: TypeAlias = tuple[Any, int, list[int]]
 """The state of a sequence, the first of its rows that are computed, and their tokens."""
 
 
-def note_states(state: Any) -> int:
-    """Note the states of new committed positions; returns the first row that has to be computed."""
-    first: int = max(state.drafter.length - 1, 0)
-    state.drafter.append(state.context)
-    state.context = []
-    return first
+def unread_states(state: Any) -> list[Array]:
+    """Return the (n, hidden_size) states of the positions that the drafter has not read.
+
+    A part of the context is (n, 2, hidden_size) with `BaseState.merged`.
+    """
+    return [part if part.ndim == 2 else part[:, 0] for part in state.context]
 
 
 def new_rows(state: Any, root: int, chunk: int, compute: Callable[[NewRows], object]) -> NewRows:
@@ -127,7 +128,8 @@ def new_rows(state: Any, root: int, chunk: int, compute: Callable[[NewRows], obj
 
     A row has the token after its own position, so that the last one has the root.
     """
-    first = note_states(state)
+    state.drafter.write_states(unread_states(state))
+    first = max(state.drafter.length - 1, 0)
     tokens = [*state.tokens[first + 1 :], root]
     while len(tokens) > chunk:
         compute((state, first, tokens[:chunk]))
@@ -163,14 +165,18 @@ def row_positions(rows: Sequence[NewRows]) -> NDArray[np.int32]:
 
 
 def merge_features(embedded: Array, rows: Sequence[NewRows]) -> Array:
-    """Put features of images in place of the (n, hidden_size) embeddings of rows' tokens."""
+    """Put features of images in place of the (n, hidden_size) embeddings of rows' tokens.
+
+    They are in the context, whose parts with features have `BaseState.merged`.
+    """
     start = 0
     for state, first, tokens in rows:
-        for position, merged in state.drafter.merged:
-            row = position - 1 - first  # a row has the token after its own position
-            begin, end = max(row, 0), min(row + len(merged), len(tokens))
-            if begin < end:
-                embedded[start + begin : start + end] = merged[begin - row : end - row]
+        row = state.drafter.length - 1 - first  # a row has the token after its own position
+        for part in state.context:
+            begin, end = max(row, 0), min(row + len(part), len(tokens))
+            if part.ndim == 3 and begin < end:
+                embedded[start + begin : start + end] = part[begin - row : end - row, 1]
+            row += len(part)
         start += len(tokens)
     return embedded
 
@@ -180,13 +186,11 @@ class MtpHead:
 
     Args:
         model: the backend's `MtpLayer`.
-        output: the backend's output stage, which embeds tokens and computes logits.
+        output: the backend's output stage of the head.
     """
 
-    ops: Operations
-
-    def __init__(self, model: Any, output: Any) -> None:
-        self.model, self.output = model, output
+    def __init__(self, model: Any, output: OutputStage) -> None:
+        self.model, self.output, self.ops = model, output, output.ops
 
     def transitions(
         self, blocks: Sequence[MtpBlock], options: TableOptions

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treeflash.decoding.interfaces import TableOptions
+from treeflash.decoding.output_stage import OutputStage
 from treeflash.decoding.transitions import PathBatch, TransitionTable
 from treeflash.drafters.heads.operations import Array, Operations, RecurrentCell, Slots
 
@@ -43,13 +44,11 @@ class RecurrentHead:
 
     Args:
         module: the backend's module of the head.
-        output: the backend's output stage, which embeds tokens and computes logits.
+        output: the backend's output stage of the drafter.
     """
 
-    ops: Operations
-
-    def __init__(self, module: RecurrentCell, output: Any) -> None:
-        self.module, self.output = module, output
+    def __init__(self, module: RecurrentCell, output: OutputStage) -> None:
+        self.module, self.output, self.ops = module, output, output.ops
 
     def transitions(self, blocks: Sequence[Any], options: TableOptions) -> list[TransitionTable]:
         """Follow the paths of all sequences together; one read from the device gets all tables."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-from treeflash.drafters.config import DrafterConfig
+from treeflash.drafters.config import DrafterConfig, LayerKind
 from treeflash.drafters.heads.operations import Array, Module, Operations
 from treeflash.drafters.layers import Attend, Attention, Gemma4Layer, Layer, NormBuilder, Rotation
 
@@ -98,6 +98,26 @@ class ConvolvedLayer(Layer):
         y = self.post_attention_layernorm(x)
         before, after = self.mlp_conv(y)
         return x + after(self.mlp(before(y)))
+
+
+def visible_positions(
+    ops: Operations, config: DrafterConfig, start: int, kind: LayerKind, like: Array
+) -> Array | None:
+    """Return the (S, start + S) bool mask of a block at position `start`, on the device of `like`.
+
+    None stands for a layer whose slots see all positions.
+    """
+    (window, causal), end = kind, start + config.block_size
+    if window is not None and window >= end:
+        window = None
+    if window is None and not causal:
+        return None
+    keys = ops.arange(end, like)
+    distance = keys[start:, None] - keys
+    if window is None:
+        return distance >= 0
+    near = keys >= start - window if config.window_from_root else abs(distance) < window
+    return near & (distance >= 0) if causal else ops.broadcast_to(near, distance.shape)
 
 
 class BlockModel:

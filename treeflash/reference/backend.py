@@ -70,7 +70,7 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> ReferenceBac
 
 def check_config(config: LoadConfig) -> None:
     """Raise a ConfigError for settings that this backend lacks."""
-    for option in ("compile", "device_map", "exact", "threads"):
+    for option in ("compile", "device_map", "exact", "threads", "wired"):
         if getattr(config, option):
             raise ConfigError(f"{option} is not supported by the reference backend")
     if config.dtype not in (None, "float32"):

@@ -26,8 +26,6 @@ class State(BaseState[Cache, States]):
         cache = target.new_cache()
         super().__init__(cache, drafter.new_cache() if drafter else None, cache.start or None)
         self.target, self.drafter_model, self.capacity = target, drafter, capacity
-        # (hidden_size,) projected features of the last position that the drafter has read
-        self.anchor: Array | None = None
 
     def copy(self, length: int, capacity: int, recurrent: States | None) -> State:
         new = type(self)(self.target, self.drafter_model, capacity)
@@ -37,7 +35,6 @@ class State(BaseState[Cache, States]):
         if self.drafter and new.drafter:
             new.drafter.copy_from(self.drafter, length)
             new.context = [part.copy() for part in self.context_before(length)]
-            new.anchor = self.anchor
         return new
 
     def recurrent_states(self) -> States | None:
