@@ -350,8 +350,9 @@ def test_the_last_answer_is_regenerated(server, open_page):
     assert page.locator(".tokens").all_inner_texts() == ["The Rhine", "The Oder"]
 
 
-def test_an_earlier_message_is_edited(images, open_page):
-    page = open_page(images.url)
+@pytest.mark.parametrize("width", [360, 1280])
+def test_an_earlier_message_is_edited(images, open_page, width):
+    page = open_page(images.url, width)
     files = [{"name": "a.png", "mimeType": "image/png", "buffer": picture(1)}]
     page.locator("#files").set_input_files(files)
     page.locator("#images img").wait_for()
@@ -375,7 +376,8 @@ def test_an_earlier_message_is_edited(images, open_page):
         assert message.input_value() == "Draft"
         assert page.locator("#images img, .replaced").count() == 0
     first.click()
-    shot(page, "edit")
+    assert message.bounding_box()["width"] >= 144  # beside three buttons
+    shot(page, f"edit-{width}")
     refuse(page)
     ask(page, "What is it?")
     assert page.locator(".tokens").count() == 2  # and it can be sent again
