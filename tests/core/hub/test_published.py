@@ -38,6 +38,7 @@ from treeflash.hub.published import (
         ("/models/Qwen3-4B-Q4_K_M", "peerrh/treeflash-qwen3-4b"),
         ("/models/Qwen3-8B.IQ3_XXS", "peerrh/treeflash-qwen3-8b"),
         ("/models/Qwen3-14B-F16", "deepseek-ai/dspark_qwen3_14b_block7"),
+        ("hf.co/Qwen/Qwen3-14B-GGUF:Q4_K_M", "deepseek-ai/dspark_qwen3_14b_block7"),
         ("/models/Qwen3-4B-Q4_K_M.gguf", "peerrh/treeflash-qwen3-4b"),
         ("/models/Qwen3-4B-UD-Q4_K_XL.gguf", "peerrh/treeflash-qwen3-4b"),
         ("/models/Qwen3-8B.i1-Q4_K_M.gguf", "peerrh/treeflash-qwen3-8b"),
