@@ -25,7 +25,7 @@ def typed_dict(name: str, summary: str, options: Collection[Option]) -> str:
 
 def flag(option: Option) -> str:
     """Write an option as on the command line."""
-    value = "" if bool in option.kinds and option.parse is None else option.metavar or ""
+    value = "" if bool in option.kinds and option.parse is None else option.placeholder or ""
     name = option.flag or f"--{option.name.replace('_', '-')}"
     return f"`{name} {value}".rstrip().replace("|", "\\|") + "`"
 

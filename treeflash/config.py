@@ -96,6 +96,7 @@ class SamplingConfig:
         0.0,
         "sampling temperature; 0 is greedy",
         0,
+        metavar="T",
         accepts=_is_temperature,
         rule="0 (greedy), or from 1e-6 to 1e6",
         requests=True,
@@ -105,6 +106,7 @@ class SamplingConfig:
         "sample from the K most probable tokens; 0 or -1 for all",
         -1,
         rule="0 (off) or more",
+        metavar="K",
         requests=True,
     )
     top_p: float = option(
@@ -112,6 +114,7 @@ class SamplingConfig:
         "sample from the smallest set of most probable tokens whose probabilities add up to P",
         above=0,
         maximum=1,
+        metavar="P",
         requests=True,
     )
     min_p: float = option(
@@ -119,6 +122,7 @@ class SamplingConfig:
         "drop tokens less probable than P times the most probable one",
         0,
         maximum=1,
+        metavar="P",
         requests=True,
     )
     seed: int = option(
@@ -303,7 +307,6 @@ class DecodeConfig:
         0,
         rule="0 or more, or None",
         flag="--logprobs",
-        metavar="N",
     )
 
     def __post_init__(self) -> None:
@@ -373,18 +376,14 @@ class LoadConfig:
         "quantise the drafter to N bits; 16 leaves it unquantised (mlx; cuda on a GPU: 4 or 8)",
         1,
         shown="on a Mac's GPU the bits of a quantised target, at least 4",
-        metavar="N",
     )
     draft_window: int | None = option(
         None,
         f"let the drafter see only the first {SINK} and the last N tokens",
         1,
         shown="all; mlx: 4096",
-        metavar="N",
     )
-    kv_bits: int | None = option(
-        None, "quantise the KV cache to N bits (mlx: 4 or 8; cuda: 8)", 1, metavar="N"
-    )
+    kv_bits: int | None = option(None, "quantise the KV cache to N bits (mlx: 4 or 8; cuda: 8)", 1)
     images: bool = option(
         True,
         "do not load the target's vision tower; prompts with images are then refused",
@@ -429,7 +428,6 @@ class LoadConfig:
         "number of threads for computing on a CPU (cuda)",
         1,
         shown="one for each processor that other programs leave free",
-        metavar="N",
     )
 
     def __post_init__(self) -> None:

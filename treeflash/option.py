@@ -43,7 +43,7 @@ class Option:
         rule: says which values are accepted, for error messages; by default the limits say it.
         flag: the flag of the command line, if the name does not give it; "" if it has none. A bool
             that has this is turned over by its flag, which takes no value.
-        metavar: stands for the value in the help of the command line.
+        metavar: stands for the value in help texts and tables; by default N or X for a number.
         parse: reads a value of the command line; by default the type does.
         requests: whether requests to the server may set the option.
         request_limits: the least and the largest number in a request, if they differ from the
@@ -93,6 +93,12 @@ class Option:
         classes = [kind for kind in self.kinds if get_origin(kind) is not Literal]
         names = ["None" if kind is type(None) else kind.__name__ for kind in classes]
         return " or ".join([*names, *(f'"{text}"' for text in self.literals)])
+
+    @property
+    def placeholder(self) -> str | None:
+        """The name of the value in help texts and tables; None for the name of the flag."""
+        number = "N" if int in self.kinds else "X" if float in self.kinds else None
+        return self.metavar or number
 
     @property
     def tells_default(self) -> bool:

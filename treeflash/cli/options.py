@@ -53,7 +53,7 @@ def add_option(
         settings["action"] = argparse.BooleanOptionalAction
     else:
         numbers = [kind for kind in (int, float) if kind in kinds]
-        settings = {"type": option.parse or (*numbers, str)[0], "metavar": option.metavar}
+        settings = {"type": option.parse or (*numbers, str)[0], "metavar": option.placeholder}
         if option.choices:
             settings["choices"] = option.choices
         if items and option.parse is None:

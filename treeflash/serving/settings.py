@@ -30,12 +30,11 @@ class Settings:
         tool_call_parser: a name of `TOOL_CALL_PARSERS`; None is the model's own form of calls.
     """
 
-    max_parallel: int = option(16, "answers to decode at the same time", 1, metavar="N")
+    max_parallel: int = option(16, "answers to decode at the same time", 1)
     max_queue: int = option(
         128,
         "answers that may wait in the queue; if it is full, requests get status 429",
         0,
-        metavar="N",
     )
     max_memory_gb: float | None = option(
         None,
@@ -95,7 +94,7 @@ class Settings:
         above=0,
         metavar="S",
     )
-    max_choices: int = option(16, "maximum number of answers to one request (n)", 1, metavar="N")
+    max_choices: int = option(16, "maximum number of answers to one request (n)", 1)
     api_keys: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
     tool_call_parser: str | None = None

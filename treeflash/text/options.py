@@ -90,7 +90,7 @@ class TextConfig:
         "send the prompt as plain text, without the chat template",
         flag="--raw",
     )
-    max_images: int = option(MAX_IMAGES, "maximum number of images in a prompt", 1, metavar="N")
+    max_images: int = option(MAX_IMAGES, "maximum number of images in a prompt", 1)
     template_args: Mapping[str, Any] | None = option(
         None,
         "extra variables for the chat template, as a JSON object",
