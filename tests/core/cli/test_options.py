@@ -91,7 +91,7 @@ def test_the_parser_raises_a_configuration_error(parser, args, message):
         "--temperature=-1",
         "--temperature nan",
         "--temperature inf",
-        "--top-k=-1",
+        "--top-k=-2",
         "--top-p 0",
         "--top-p 1.5",
         "--min-p 2",
