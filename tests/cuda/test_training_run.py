@@ -122,21 +122,30 @@ def test_the_checkpoint_is_written_before_the_last_state(run, folder):
     assert not (folder / "state").exists()
 
 
+def interrupted(take_step, interrupts=1):
+    def take_interrupted_step(*arguments):
+        for _ in range(interrupts):
+            signal.raise_signal(signal.SIGINT)
+        return take_step(*arguments)
+
+    return take_interrupted_step
+
+
+@pytest.fixture
+def on_interrupt():
+    """Set the handler of Ctrl-C until the test ends; shells turn it off for background jobs."""
+    before = signal.getsignal(signal.SIGINT)
+    yield partial(signal.signal, signal.SIGINT)
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.usefixtures("stopped")
-def test_an_interrupt_loses_no_step(run, folder, finished_run, monkeypatch):
+def test_an_interrupt_loses_no_step(run, folder, finished_run, monkeypatch, on_interrupt):
     """The step that is running ends, and its state and drafter are saved; a second one does not."""
-
-    def interrupted(interrupts):
-        def take_interrupted_step(*arguments):
-            for _ in range(interrupts):
-                signal.raise_signal(signal.SIGINT)
-            return take_step(*arguments)
-
-        return take_interrupted_step
-
+    on_interrupt(signal.default_int_handler)
     take_step = loop.take_step
     for interrupts, step in ((2, 2), (1, 3)):
-        monkeypatch.setattr(loop, "take_step", interrupted(interrupts))
+        monkeypatch.setattr(loop, "take_step", interrupted(take_step, interrupts))
         with (
             pytest.warns(UserWarning, match="saved after this step; press Ctrl-C again to stop"),
             pytest.raises(KeyboardInterrupt),
@@ -149,6 +158,13 @@ def test_an_interrupt_loses_no_step(run, folder, finished_run, monkeypatch):
     assert run() == [4]
     expected, found = (read_tensors(x) for x in (finished_run, folder))
     assert all(np.array_equal(found[name], x) for name, x in expected.items())
+
+
+@pytest.mark.usefixtures("stopped")
+def test_an_interrupt_that_a_shell_has_turned_off_stays_off(run, monkeypatch, on_interrupt):
+    on_interrupt(signal.SIG_IGN)
+    monkeypatch.setattr(loop, "take_step", interrupted(loop.take_step))
+    assert run() == [3, 4]
 
 
 @pytest.mark.usefixtures("stopped")

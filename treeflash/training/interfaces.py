@@ -53,7 +53,8 @@ class Trainer(Protocol):
         Raises:
             ConfigError: the configuration does not fit the target or the run in `output`, or
                 `output` cannot be written.
-            NumericalError: the loss is not finite.
+            NumericalError: the loss or its gradient is not finite.
+            KeyboardInterrupt: after Ctrl-C; the step that was running is done and its state saved.
         """
 
 

@@ -160,7 +160,10 @@ def start_processes(load: LoadConfig) -> PartialState:
 
 @contextmanager
 def delayed_interrupt() -> Iterator[list[int]]:
-    """Collect the first Ctrl-C in a list, so that the running step can end; a second one raises."""
+    """Collect the first Ctrl-C in a list, so that the running step can end; a second one raises.
+
+    Where Ctrl-C raises no KeyboardInterrupt, as in jobs in the background, nothing changes.
+    """
     interrupts: list[int] = []
 
     def collect(number: int, _: object) -> None:
@@ -172,14 +175,15 @@ def delayed_interrupt() -> Iterator[list[int]]:
             stacklevel=2,
         )
 
-    if threading.current_thread() is not threading.main_thread():  # it gets no signals
+    raises = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not raises or threading.current_thread() is not threading.main_thread():
         yield interrupts
         return
-    previous = signal.signal(signal.SIGINT, collect)
+    signal.signal(signal.SIGINT, collect)
     try:
         yield interrupts
     finally:
-        signal.signal(signal.SIGINT, previous)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def make_optimizer(blocks: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
