@@ -1,6 +1,7 @@
 """Published checkpoints with the numbers that the published code computes from them.
 
-`TREEFLASH_DRAFTER_FIXTURES` names the folder beside which they are.
+They lie outside this repository, in several folders beside each other, of which
+`TREEFLASH_DRAFTER_FIXTURES` names any one.
 """
 
 from __future__ import annotations

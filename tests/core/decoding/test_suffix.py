@@ -1,7 +1,6 @@
 """Copies of the text: the index, SuffixDecoding's trees, calibration, and joining with a table.
 
-The numbers of arctic-inference lie outside this repository; `TREEFLASH_DRAFTER_FIXTURES` names the
-folder that holds the folder `suffix`, or one beside it.
+The numbers of arctic-inference are among the published checkpoints.
 """
 
 from __future__ import annotations
@@ -9,14 +8,13 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from fake_models import PROMPT, scripted
+from published_drafters import ROOT, needs_fixtures
 
 from treeflash.config import DecodeConfig
 from treeflash.decoding import Request, Scheduler
@@ -41,16 +39,10 @@ from treeflash.decoding.tree import DraftTree, build_tree
 from treeflash.decoding.verify_costs import VerifyCosts
 from treeflash.testing.comparisons import tokens_of
 
-FIXTURES = Path(os.environ.get("TREEFLASH_DRAFTER_FIXTURES", "."))
-
 
 def published_drafts() -> Iterator[tuple[dict[str, Any], list[list[int]], list[int], int]]:
     """The drafts of the published code, with their texts, contexts and depths of trees."""
-    folders = (FIXTURES / "suffix", FIXTURES.parent / "more-drafters" / "suffix")
-    folder = next((folder for folder in folders if folder.is_dir()), None)
-    if folder is None:
-        pytest.skip("TREEFLASH_DRAFTER_FIXTURES does not name the folder of the numbers")
-    for case in json.loads((folder / "expected.json").read_text(encoding="utf-8"))["cases"]:
+    for case in json.loads((ROOT / "suffix/expected.json").read_text(encoding="utf-8"))["cases"]:
         texts = case["sequences"]
         for draft in case["drafts"]:
             context = [*texts, case["unseen"]][draft["sequence"]][: draft["length"]]
@@ -122,6 +114,7 @@ def naive_score(
     return best
 
 
+@needs_fixtures
 class TestPublished:
     def test_trees_of_arctic_inference(self) -> None:
         compared = 0

@@ -1,12 +1,8 @@
-"""Small checkpoints in published formats, against what the published code computes from them.
-
-The folders lie outside this repository; `TREEFLASH_DRAFTER_FIXTURES` names the one that holds them.
-"""
+"""Small checkpoints in published formats, against what the published code computes from them."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -14,6 +10,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from published_drafters import BACKENDS, FIXTURES, TOLERANCE, needs_fixtures
 
 from treeflash.config import DecodeConfig, LoadConfig, Method
 from treeflash.decoding import Request, decode
@@ -24,16 +21,10 @@ from treeflash.reference.numerics import log_softmax
 from treeflash.registry import loader
 from treeflash.testing.comparisons import steps_of, tokens_of
 
-ROOT = Path(os.environ.get("TREEFLASH_DRAFTER_FIXTURES", "."))
+ROOT = FIXTURES / "drafters"
 FOLDERS = sorted(p.parent for p in ROOT.glob("*/expected.json") if p.parent.name != "target")
-TOLERANCE = 1e-4
-BACKENDS = {"reference": "numpy", "cuda": "torch", "mlx": "mlx_lm"}
-"""And the package that each needs."""
 Given: TypeAlias = tuple[NDArray[np.int32], int, list[float]]
-pytestmark = pytest.mark.skipif(
-    "TREEFLASH_DRAFTER_FIXTURES" not in os.environ,
-    reason="TREEFLASH_DRAFTER_FIXTURES does not name the folder of published drafters",
-)
+pytestmark = needs_fixtures
 
 
 class Published:
