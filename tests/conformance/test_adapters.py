@@ -148,6 +148,21 @@ def test_other_adapters_are_refused(
         read_adapter(tmp_path / "adapter")
 
 
+@pytest.mark.parametrize(
+    ("kind", "config", "message"),
+    [
+        ("peft", PEFT | {"lora_alpha": None}, "adapter_config.json has no lora_alpha"),
+        ("mlx", MLX | {"lora_parameters": {"rank": 3}}, "has no scale in lora_parameters"),
+    ],
+)
+def test_adapters_without_a_scale_are_refused(
+    tmp_path: Path, target: Path, kind: str, config: dict[str, Any], message: str
+) -> None:
+    write_adapter(tmp_path / "adapter", kind, target, config)
+    with pytest.raises(CheckpointError, match=message):
+        read_adapter(tmp_path / "adapter")
+
+
 def test_an_adapter_for_another_base_model_is_warned_of(
     tmp_path: Path, target: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -157,7 +172,7 @@ def test_an_adapter_for_another_base_model_is_warned_of(
     assert f"was trained for a/b, but is merged into {target.name}" in caplog.text
 
 
-def test_unknown_tensors_are_refused(tmp_path: Path, target: Path) -> None:
+def test_unknown_and_missing_tensors_are_refused(tmp_path: Path, target: Path) -> None:
     write_adapter(tmp_path / "adapter", "peft", target, PEFT)
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     tensors = load_file(file)
@@ -168,6 +183,9 @@ def test_unknown_tensors_are_refused(tmp_path: Path, target: Path) -> None:
     _, *others = sorted(tensors)
     save_file({key: tensors[key] for key in others}, file)
     with pytest.raises(CheckpointError, match="only one of the two matrices"):
+        read_adapter(tmp_path / "adapter")
+    save_file({}, file)
+    with pytest.raises(CheckpointError, match="has no LoRA matrices"):
         read_adapter(tmp_path / "adapter")
     with pytest.raises(CheckpointError, match="has no adapter_config"):
         read_adapter(target)

@@ -8,6 +8,7 @@ from itertools import chain, repeat
 
 import pytest
 from failures import failing
+from recordings import recording
 
 from treeflash.commands import doctor
 from treeflash.config import LoadConfig
@@ -345,13 +346,9 @@ def test_a_gpu_is_warmed_up_at_load(pair, monkeypatch, drafts):
                     return method(*args)
 
                 monkeypatch.setattr(type(role), name, record)
-    sizes, logits = [], type(backend.target).forward
-    monkeypatch.setattr(
-        type(backend.target),
-        "forward",
-        lambda self, ids, *args: sizes.append(ids.shape[1]) or logits(self, ids, *args),
-    )
-    backend_module.warm_up(backend)
+    with recording(type(backend.target), "forward") as passes:
+        backend_module.warm_up(backend)
+    sizes = [token_ids.shape[1] for _, token_ids, *_ in passes]
     assert sizes.count(backend_module.WARM_NODES) == 2  # copies of the text need trees too
     assert set(calls) == {"run", "commit", *(("draft", "transitions") if drafts else ())}
     calls.clear()

@@ -384,6 +384,15 @@ def test_a_message_may_begin_with_a_slash(talk):
     assert contents(talk(" /etc", ENTER)[0])[0] == ("user", " /etc")
 
 
+def test_markdown_can_be_turned_off(talk, scripted):
+    model = scripted("**Bär**", "**Bär**")
+    _, shown = talk("hi", ENTER, "/markdown", ENTER, "hi", ENTER, model=model)
+    formatted, source = shown.split("Markdown is off")
+    assert "Bär" in formatted
+    assert "**" not in formatted
+    assert "**Bär**" in source
+
+
 def test_answers_have_random_seeds_unless_one_is_given(talk, monkeypatch):
     monkeypatch.setattr(chat.secrets, "randbits", lambda bits: 77)
     assert talk("hi", ENTER)[0].answer.config.sampling.seed == 77

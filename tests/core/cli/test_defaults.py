@@ -94,8 +94,9 @@ def test_chat(monkeypatch: pytest.MonkeyPatch, stdin: Any, use: Any, scripted: A
     use(scripted("hi"))
     monkeypatch.setattr(chat.ChatSession, "run", lambda self, session: conversations.append(self))
     monkeypatch.setattr(chat, "make_session", lambda history: None)
-    assert chat.main(["--no-history"]) == 0
-    (conversation,) = conversations
+    assert chat.main(["--no-history"]) == chat.main(["--no-history", "--no-markdown"]) == 0
+    assert [conversation.markdown for conversation in conversations] == [True, False]
+    conversation = conversations[0]
     assert "seed" not in conversation.options  # a random one for each answer
     check("chat", decoding(parse_options(conversation.options).decode) | {"seed": "random"})
 

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
-from huggingface_hub.errors import HTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFoundError
 
 from treeflash.errors import CheckpointError, ConfigError
 from treeflash.hub import models, published
@@ -279,6 +279,11 @@ def chained(error: Exception, cause: Exception) -> Exception:
     return error
 
 
+def refused_by_hub(kind: type[RepositoryNotFoundError]) -> Exception:
+    request = httpx.Request("GET", "https://hub")
+    return kind("refused", response=httpx.Response(403, request=request))
+
+
 @pytest.mark.parametrize(
     ("failure", "message"),
     [
@@ -290,10 +295,9 @@ def chained(error: Exception, cause: Exception) -> Exception:
             "check the name and the network",
         ),
         (RuntimeError("Data processing error: timed out"), "check the name and the network"),
+        (refused_by_hub(GatedRepoError), "a/b is gated; request access on its page"),
         (
-            RepositoryNotFoundError(
-                "404", response=httpx.Response(404, request=httpx.Request("GET", "https://hub"))
-            ),
+            refused_by_hub(RepositoryNotFoundError),
             "neither a local folder nor a model of the hub; check the name",
         ),
     ],

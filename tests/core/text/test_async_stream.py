@@ -10,6 +10,7 @@ from contextlib import aclosing
 
 import pytest
 from failures import failing
+from recordings import recording
 
 from treeflash.config import METHODS
 from treeflash.decoding import Scheduler
@@ -97,18 +98,16 @@ def test_an_asynchronous_stream_has_the_chunks_of_a_stream(scripted, method):
 def test_texts_of_one_event_loop_are_decoded_together_and_equal_to_those_alone(model, sampling):
     options = {"max_tokens": 20, "budget": 6, **sampling}
     alone = [model.generate(prompt, **options) for prompt in PROMPTS]
-    together = []
-    run = model.backend.verifier.run
-    model.backend.verifier.run = lambda work: together.append(len(work)) or run(work)
 
     async def gather():
         return await asyncio.gather(*(model.agenerate(x, **options) for x in PROMPTS))
 
-    found = asyncio.run(gather())
+    with recording(model.backend.verifier, "run") as passes:
+        found = asyncio.run(gather())
     assert [x.token_ids for x in found] == [x.token_ids for x in alone]
     assert [x.text for x in found] == [x.text for x in alone]
     assert [x.accepted_lengths for x in found] == [x.accepted_lengths for x in alone]
-    assert max(together) == len(PROMPTS)
+    assert max(len(work) for (work,) in passes) == len(PROMPTS)
 
 
 def test_event_loops_of_several_threads_share_a_model(model):

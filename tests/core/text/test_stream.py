@@ -117,14 +117,11 @@ def test_many_texts_that_are_given_up_leave_no_state(tiny_pair, closed):
 def test_auto_bounds_the_memory_of_many_texts(scripted):
     model = scripted(*["some text"] * 6)
     each = AUTO_BYTES // 2 - 1
-    together = []
-    run = model.backend.run
-    model.backend.run = lambda work: together.append(len(work)) or run(work)
     for nbytes, most in ((each, 2), (3 * AUTO_BYTES, 1), (0, 6)):
-        together.clear()
         model.backend.state_nbytes = lambda *a, n=nbytes, **k: n
-        assert len(list(model.generate_many(["x"] * 6))) == 6
-        assert max(together) == most
+        with recording(model.backend, "run") as passes:
+            assert len(list(model.generate_many(["x"] * 6))) == 6
+        assert max(len(work) for (work,) in passes) == most
 
 
 def test_penalties_and_biases_are_options(tiny_pair):
