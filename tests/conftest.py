@@ -10,6 +10,18 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+from treeflash.testing.pairs import EXAMPLES
+
+# A busy machine takes as long as it likes for an example.
+settings.register_profile(
+    "all",
+    deadline=None,
+    derandomize=not EXAMPLES,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("all")
 
 # The benchmarks lie beside the tests and are not installed. The package that is comes first.
 sys.path.append(str(Path(__file__).parents[1]))

@@ -35,7 +35,7 @@ def test_example_uses_public_names_only():
 def test_example_passes_the_suite(tmp_path, tests):
     install(tmp_path)
     options = ["-q", "-p", "no:cacheprovider", "-k", " or ".join(sorted(tests))]
-    path = os.pathsep.join([str(tmp_path), str(PACKAGE), *filter(None, sys.path)])
+    path = os.pathsep.join([str(tmp_path), str(PACKAGE), *filter(None, map(str, sys.path))])
     result = subprocess.run(
         [sys.executable, "-m", "pytest", *options, "check_example.py"],
         cwd=PACKAGE,

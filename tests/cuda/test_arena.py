@@ -84,12 +84,7 @@ def test_slabs_are_given_back_but_for_the_smallest():
     assert arena.take(50, LIKE).slab is arena.slabs[0]
 
 
-@settings(
-    max_examples=30,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@settings(max_examples=30, suppress_health_check=list(HealthCheck))
 @given(seed=st.integers(0, 10**6))
 def test_regions_never_overlap_move_or_leak(seed):
     rng = np.random.default_rng(seed)

@@ -17,7 +17,7 @@ import torch
 from treeflash_cuda import sampling as sampling_module
 from treeflash_cuda.sampling import Logits
 
-REPEATED = settings(max_examples=40, deadline=None, derandomize=True)
+REPEATED = settings(max_examples=40)
 
 
 def sample(logits, counts, all_params):

@@ -86,8 +86,6 @@ def test_operation(document, fuzzed, caplog, path, method, mode):
 
     @settings(
         max_examples=EXAMPLES or FEW,
-        deadline=None,
-        derandomize=not EXAMPLES,
         database=None,
         suppress_health_check=list(HealthCheck),
     )

@@ -18,7 +18,6 @@ from treeflash.decoding.scheduler import Scheduler
 short = settings(
     max_examples=25,
     stateful_step_count=30,
-    deadline=None,
     derandomize=True,
     phases=[Phase.generate],  # a shorter schedule takes long to find
     print_blob=False,

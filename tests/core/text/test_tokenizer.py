@@ -242,7 +242,7 @@ def naive(tokenizer: Tokenizer, token_ids: list[int], stop: list[str]) -> tuple[
     return tokenizer.decode(token_ids), False, len(token_ids)
 
 
-repeated = settings(max_examples=EXAMPLES or 50, deadline=None, derandomize=not EXAMPLES)
+repeated = settings(max_examples=EXAMPLES or 50)
 
 
 @st.composite
