@@ -114,8 +114,8 @@ def naive_score(
     return best
 
 
-@needs_fixtures
 class TestPublished:
+    @needs_fixtures
     def test_trees_of_arctic_inference(self) -> None:
         compared = 0
         for draft, texts, context, max_depth in published_drafts():
@@ -128,6 +128,7 @@ class TestPublished:
             compared += 1
         assert compared == 48
 
+    @needs_fixtures
     def test_chains_of_arctic_inference(self) -> None:
         """They take the best child at every node; where counts tie, one of the best."""
         compared = 0
