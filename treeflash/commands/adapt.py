@@ -17,7 +17,7 @@ from rich.filesize import decimal
 
 from treeflash.cli.console import EXIT_INTERRUPTED, Parser, guarded
 from treeflash.cli.options import add_device_options, add_options, load_model, with_device
-from treeflash.config import AUTO, LoadConfig
+from treeflash.config import AUTO, LoadConfig, write_whole
 from treeflash.drafters.config import DrafterConfig
 from treeflash.drafters.folder import read_config, stored_tensors
 from treeflash.drafters.formats import HEADS, drafter_config
@@ -308,9 +308,7 @@ def _measure(
         raise PromptError("every answer ended with its first token, so nothing was drafted")
     lengths = [list(run.accepted_lengths) for sample in samples for run in sample.runs.values()]
     measured = {**settings, "method": method, "lengths": lengths}
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text(json.dumps(measured) + "\n", encoding="utf-8")
-    scratch.replace(path)  # whole, whenever the process ends
+    write_whole(path, json.dumps(measured) + "\n")  # whenever the process ends
     return measured
 
 

@@ -162,7 +162,8 @@ def decode_loop(
     """
     prompt_ids, config, constraint = request.prompt_ids, request.config, request.constraint
     stops = config.stop_token_ids
-    if constraint is not None:  # after a complete text only its end tokens are allowed, for ever
+    if constraint is not None:
+        # A complete text allows nothing but these, which would be repeated up to the limit.
         stops |= constraint.end_tokens
     penalties = PenaltyState(config.penalties, prompt_ids)
     # A chain is the same at every exponent. Under a constraint the target's tokens are not those
