@@ -320,6 +320,8 @@ def test_ranks_stay_alike_when_rank_0_alone_fails(ranks, monkeypatch, place, at)
 
 def test_a_sequence_without_a_token_to_choose_does_not_change_the_other_ranks(ranks):
     class Nothing:
+        end_tokens = frozenset()
+
         def allowed(self):
             return np.zeros(-(-ranks.backend.vocab_size // 32), np.uint32)
 

@@ -34,7 +34,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_drafter(tmp_path / "drafter", tmp_path / "target", seed=2)
     save_tokenizer(tmp_path / "target")
     (tmp_path / "target" / "tokenizer.json").unlink()
-    prompts = [{"id": n, "prompt": "hi"} for n in range(8)]
+    prompts = [{"id": n, "prompt": f"hi {n}"} for n in range(8)]
     (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, prompts)))
     (tmp_path / "responses.jsonl").write_text('{"prompt_ids": [5], "response_ids": [6, 7]}')
     monkeypatch.chdir(tmp_path)
