@@ -115,9 +115,10 @@ def test_experts_are_captured_on_every_device(cuda, tmp_path, capability, dtype)
         warnings.simplefilter("error")
         backend = load(tmp_path, None, LoadConfig(dtype=dtype))
         state = backend.open(40, drafts=False)
+        captures = backend.captures
+        # It has as many rows as the tree, so that both replay one graph.
         backend.verifier.run([Prefill(state, [3, 4, 5], None)])
         tree = DraftTree.chain(np.arange(4, dtype=np.int32), np.zeros(4))
-        captures = backend.captures
         with cuda.transfers() as transfers:
             backend.verifier.run([Verify(state, tree, SamplingParams())])
     assert backend.captures > captures
