@@ -52,15 +52,20 @@ def part_files(path: Path) -> list[Path]:
 def choose_model(names: Iterable[str], quantisation: str, repository: str) -> list[str]:
     """Return the files of the model in a quantisation, regardless of case.
 
-    Raises a CheckpointError, which says what the repository has, unless there is just one.
+    The quantisation may be more of the model's name, up to all of it. Raises a CheckpointError,
+    which says what the repository has, unless there is just one.
     """
     models = whole_models(names)
     end = re.compile(rf"(^|[-._/]){re.escape(quantisation)}$", re.IGNORECASE)
-    found = [files for model, files in models.items() if end.search(model)]
+    found = [model for model in models if end.search(model)]
     if len(found) == 1:
-        return found[0]
+        return models[found[0]]
+    if found:
+        names = ", ".join(model.rpartition("/")[2] for model in found)
+        raise CheckpointError(
+            f"{repository} has several GGUF models in {quantisation}; give a longer name: {names}"
+        )
     known = ", ".join(dict.fromkeys(re.split(r"[-./]", model)[-1] for model in models))
     raise CheckpointError(
-        f"{repository} has {len(found) or 'no'} GGUF models in {quantisation}; "
-        + (f"it has {known}" if known else "it has no GGUF files")
+        f"{repository} has no GGUF model in {quantisation}; it has {known or 'no GGUF files'}"
     )

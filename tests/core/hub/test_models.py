@@ -448,6 +448,8 @@ GGUF_FILES = [
     "Tiny-UD-Q4_K_XL.gguf",
     "Q4_K_M/Tiny-Q4_K_M-00001-of-00002.gguf",
     "Q4_K_M/Tiny-Q4_K_M-00002-of-00002.gguf",
+    "Tiny-IQ2_M.gguf",
+    "Tiny-UD-IQ2_M.gguf",
 ]
 
 
@@ -473,8 +475,9 @@ def gguf_hub(tmp_path: Path, cache: Path, converter: None, network: Network) -> 
     ("name", "folder", "fetched"),
     [
         ("some/Tiny-GGUF:Q8_0", "Tiny-Q8_0", GGUF_FILES[2:3]),
-        ("hf.co/some/Tiny-GGUF:q4_k_m", "Tiny-Q4_K_M", GGUF_FILES[4:]),
+        ("hf.co/some/Tiny-GGUF:q4_k_m", "Tiny-Q4_K_M", GGUF_FILES[4:6]),
         ("huggingface.co/some/Tiny-GGUF:Q4_K_XL", "Tiny-UD-Q4_K_XL", GGUF_FILES[3:4]),
+        ("some/Tiny-GGUF:Tiny-IQ2_M", "Tiny-IQ2_M", GGUF_FILES[6:7]),
     ],
 )
 def test_a_quantisation_of_a_repository_is_fetched(
@@ -489,12 +492,22 @@ def test_a_quantisation_of_a_repository_is_fetched(
     assert models.resolve_target(name) == found  # what was fetched needs no hub
 
 
-def test_an_unknown_quantisation_is_one_line(gguf_hub: Path) -> None:
+@pytest.mark.parametrize(
+    ("quantisation", "problem"),
+    [
+        ("Q5", "no GGUF model in Q5; it has Q4_K_M, IQ2_M, Q8_0, Q4_K_XL"),
+        (
+            "IQ2_M",
+            "several GGUF models in IQ2_M; give a longer name: Tiny-IQ2_M, Tiny-UD-IQ2_M",
+        ),
+    ],
+)
+def test_a_quantisation_without_one_model_is_one_line(
+    gguf_hub: Path, quantisation: str, problem: str
+) -> None:
     with pytest.raises(CheckpointError) as caught:
-        models.resolve_target("some/Tiny-GGUF:Q5")
-    assert str(caught.value) == (
-        "some/Tiny-GGUF has no GGUF models in Q5; it has Q4_K_M, Q8_0, Q4_K_XL"
-    )
+        models.resolve_target(f"some/Tiny-GGUF:{quantisation}")
+    assert str(caught.value) == f"some/Tiny-GGUF has {problem}"
     assert not gguf_hub.exists()
 
 
