@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import secrets
@@ -308,8 +307,9 @@ class ChatSession:
         line = json.dumps({"id": name, "messages": first + self.messages}, ensure_ascii=False)
         try:
             if path.exists():
-                advice = "already; choose another name"
-                raise FileExistsError(errno.EEXIST, f"{os.strerror(errno.EEXIST)} {advice}")
+                raise ConfigError(
+                    f"{name} cannot be written: File exists already; choose another name"
+                )
             write_whole(path, line + "\n")
         except OSError as error:
             raise ConfigError(f"{name} cannot be written: {error.strerror}") from None
