@@ -122,10 +122,10 @@ def test_the_checkpoint_is_written_before_the_last_state(run, folder):
     assert not (folder / "state").exists()
 
 
-def interrupted(take_step, interrupts=1):
+def interrupted(take_step, *signals):
     def take_interrupted_step(*arguments):
-        for _ in range(interrupts):
-            signal.raise_signal(signal.SIGINT)
+        for number in signals:
+            signal.raise_signal(number)
         return take_step(*arguments)
 
     return take_interrupted_step
@@ -139,20 +139,32 @@ def on_interrupt():
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.parametrize(
+    ("number", "hint", "end"),
+    [
+        (signal.SIGINT, "; press Ctrl-C again to stop", KeyboardInterrupt),
+        (signal.SIGTERM, "$", SystemExit),
+    ],
+)
 @pytest.mark.usefixtures("stopped")
-def test_an_interrupt_loses_no_step(run, folder, finished_run, monkeypatch, on_interrupt):
-    """The step that is running ends, and its state and drafter are saved; a second one does not."""
+def test_a_signal_loses_no_step(
+    number, hint, end, run, folder, finished_run, monkeypatch, on_interrupt
+):
+    """The running step ends, and its state and drafter are saved, unless Ctrl-C follows."""
     on_interrupt(signal.default_int_handler)
     take_step = loop.take_step
-    for interrupts, step in ((2, 2), (1, 3)):
-        monkeypatch.setattr(loop, "take_step", interrupted(take_step, interrupts))
+    cases = ((number, signal.SIGINT), KeyboardInterrupt, 2), ((number,), end, 3)
+    for signals, raised, step in cases:
+        monkeypatch.setattr(loop, "take_step", interrupted(take_step, *signals))
         with (
-            pytest.warns(UserWarning, match="saved after this step; press Ctrl-C again to stop"),
-            pytest.raises(KeyboardInterrupt),
+            pytest.warns(UserWarning, match=f"saved after this step{hint}"),
+            pytest.raises(raised) as stop,
         ):
             run()
         assert json.loads((folder / "state" / "run.json").read_text())["step"] == step
+    assert getattr(stop.value, "code", 128 + number) == 128 + number
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert "After 3 of 4 steps" in (folder / "README.md").read_text()
     monkeypatch.setattr(loop, "take_step", take_step)
     assert run() == [4]
@@ -163,7 +175,7 @@ def test_an_interrupt_loses_no_step(run, folder, finished_run, monkeypatch, on_i
 @pytest.mark.usefixtures("stopped")
 def test_an_interrupt_that_a_shell_has_turned_off_stays_off(run, monkeypatch, on_interrupt):
     on_interrupt(signal.SIG_IGN)
-    monkeypatch.setattr(loop, "take_step", interrupted(loop.take_step))
+    monkeypatch.setattr(loop, "take_step", interrupted(loop.take_step, signal.SIGINT))
     assert run() == [3, 4]
 
 

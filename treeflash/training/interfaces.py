@@ -55,6 +55,7 @@ class Trainer(Protocol):
                 `output` cannot be written.
             NumericalError: the loss or its gradient is not finite.
             KeyboardInterrupt: after Ctrl-C; the step that was running is done and its state saved.
+            SystemExit: after SIGTERM, likewise.
         """
 
 

@@ -115,7 +115,7 @@ def train(
         )
         validation = Validation(model, layer_ids, validation_data, depths, config)
         step, (position, _) = first, progress(first, run.records, config, accelerator)
-        with delayed_interrupt() as interrupts:
+        with delayed_signals() as signals:
             while position < config.steps:
                 rate = learning_rate(position, config)
                 record = take_step(
@@ -132,10 +132,10 @@ def train(
                     is_last = position >= config.steps
                 run.log(record)
                 # The first process decides for all.
-                is_interrupted = bool(
-                    broadcast(torch.tensor(len(interrupts), device=accelerator.device))
+                interrupt = int(
+                    broadcast(torch.tensor(signals[0] if signals else 0, device=accelerator.device))
                 )
-                is_saved = is_last or is_interrupted or step % config.save_every == 0
+                is_saved = is_last or interrupt or step % config.save_every == 0
                 is_lowest = config.patience is not None and "validation" in record and is_best
                 is_needed = config.patience is None or not has_checkpoint(output)
                 # This order gives a run with its last state a checkpoint too.
@@ -144,8 +144,10 @@ def train(
                 if is_saved:
                     run.save(step, finished=is_last)
                 yield record
-                if is_interrupted:
+                if interrupt == signal.SIGINT:
                     raise KeyboardInterrupt
+                if interrupt:
+                    raise SystemExit(128 + interrupt)
         if not has_checkpoint(output):  # deleted after the run had finished
             export(accelerator, blocks, settings, run)
 
@@ -159,31 +161,33 @@ def start_processes(load: LoadConfig) -> PartialState:
 
 
 @contextmanager
-def delayed_interrupt() -> Iterator[list[int]]:
-    """Collect the first Ctrl-C in a list, so that the running step can end; a second one raises.
+def delayed_signals() -> Iterator[list[int]]:
+    """Collect Ctrl-C and SIGTERM, so that the running step can end; a second Ctrl-C raises.
 
-    Where Ctrl-C raises no KeyboardInterrupt, as in jobs in the background, nothing changes.
+    A signal that the process handles in its own way is not collected: shells turn Ctrl-C off for
+    jobs in the background.
     """
-    interrupts: list[int] = []
+    signals: list[int] = []
 
     def collect(number: int, _: object) -> None:
-        if interrupts:
+        if signals and number == signal.SIGINT:
             raise KeyboardInterrupt
-        interrupts.append(number)
-        warnings.warn(
-            "the state is saved after this step; press Ctrl-C again to stop without it",
-            stacklevel=2,
-        )
+        signals.append(number)
+        hint = "; press Ctrl-C again to stop without it" if number == signal.SIGINT else ""
+        warnings.warn(f"the state is saved after this step{hint}", stacklevel=2)
 
-    raises = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if not raises or threading.current_thread() is not threading.main_thread():
-        yield interrupts
-        return
-    signal.signal(signal.SIGINT, collect)
+    replaced = {}
+    if threading.current_thread() is threading.main_thread():  # others cannot set handlers
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handler = signal.getsignal(number)
+            if handler in (signal.default_int_handler, signal.SIG_DFL):
+                replaced[number] = handler
+                signal.signal(number, collect)
     try:
-        yield interrupts
+        yield signals
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number, handler in replaced.items():
+            signal.signal(number, handler)
 
 
 def make_optimizer(blocks: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
