@@ -105,7 +105,6 @@ class SamplingConfig:
         0,
         "sample from the K most probable tokens; 0 or -1 for all",
         -1,
-        rule="0 (off) or more",
         metavar="K",
         requests=True,
     )
