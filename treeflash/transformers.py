@@ -272,9 +272,6 @@ class _Pairs(dict[Any, Any]):
     def __reduce__(self) -> Any:
         return _Pairs, ()
 
-    def __deepcopy__(self, _: Any) -> _Pairs:
-        return _Pairs()
-
 
 @dataclass(frozen=True, eq=False)
 class _Pair:

@@ -644,25 +644,16 @@ class Target:
 
         -1 stands for the embeddings, and the number of layers for the final norm.
         """
-
-        def capture_layer(layer_id: int, _: nn.Module, __: Any, output: Any) -> None:
-            capture_output(layer_id, output[0] if isinstance(output, tuple) else output)
-
-        def capture_input(layer_id: int, _: nn.Module, args: Any, kwargs: Any) -> None:
-            capture_output(layer_id, args[0] if args else kwargs["hidden_states"])
-
         for layer_id in layer_ids:
             # A model may add features of images between two layers.
             if layer_id == -1 or (self.tower is not None and layer_id < len(self.layers) - 1):
                 self.layers[layer_id + 1].register_forward_pre_hook(
-                    partial(capture_input, layer_id), with_kwargs=True
-                )
-            elif layer_id == len(self.layers):
-                self.model.get_decoder().register_forward_hook(
-                    lambda _, __, output, i=layer_id: capture_output(i, output[0])
+                    partial(_capture_input, layer_id), with_kwargs=True
                 )
             else:
-                self.layers[layer_id].register_forward_hook(partial(capture_layer, layer_id))
+                is_norm = layer_id == len(self.layers)
+                module = self.model.get_decoder() if is_norm else self.layers[layer_id]
+                module.register_forward_hook(partial(_capture_output, layer_id))
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Compute the (..., hidden_size) rows of the input table."""
@@ -776,6 +767,14 @@ class Target:
                 **inputs,
             )
         return output.logits[0, :rows], {i: x[0].to(self.device) for i, x in outputs.items()}
+
+
+def _capture_output(layer_id: int, _: nn.Module, __: Any, output: Any) -> None:
+    capture_output(layer_id, output if isinstance(output, Tensor) else output[0])
+
+
+def _capture_input(layer_id: int, _: nn.Module, args: Any, kwargs: Any) -> None:
+    capture_output(layer_id, args[0] if args else kwargs["hidden_states"])
 
 
 class _CountingContext(AttentionContext):

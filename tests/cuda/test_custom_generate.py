@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import pickle
 import weakref
 from dataclasses import replace
 from functools import partial
@@ -10,6 +11,8 @@ import pytest
 
 from treeflash.decoding.verify_costs import VerifyCosts
 from treeflash.errors import CheckpointError, ConfigError, PromptError
+from treeflash.hub import models as hub_models
+from treeflash.hub.published import PublishedDrafter
 from treeflash.testing import require
 from treeflash.testing.models import write_pair
 from treeflash.transformers import PAIRS, disable, enable, generate
@@ -85,6 +88,31 @@ def test_a_tokenizer_without_a_vocabulary_is_refused(tmp_path):
     model.generate(**prompts(), **TOKENS, **options)
 
 
+def test_the_best_published_drafter_that_can_be_used_is_the_default(models, tmp_path, monkeypatch):
+    model, options = models
+    model = copy.deepcopy(model)
+    names = tmp_path / "missing", options["drafter"]
+    published = [PublishedDrafter(name=str(name)) for name in names]
+    monkeypatch.setattr(hub_models, "published_drafters", lambda target: published)
+    expected = model.generate(**prompts(), **TOKENS, do_sample=False).tolist()
+    given = prompts() | TOKENS | {"custom_generate": generate, "budget": 16}
+    with pytest.warns(UserWarning, match="the drafter .*missing is skipped"):
+        assert model.generate(**given).tolist() == expected
+    assert model.generate(**given).tolist() == expected
+    assert vars(model)[PAIRS].keys() == {"auto", options["drafter"]}  # which was found once
+
+
+def test_sequences_end_at_the_limit_of_the_model(models):
+    model, options = models
+    model = copy.deepcopy(model)
+    model.config.max_position_embeddings = 20
+    given = prompts([12]) | TOKENS | {"do_sample": False}
+    expected = model.generate(**given)
+    with pytest.warns(UserWarning, match="sequences end at 20 tokens, the model's limit"):
+        output = model.generate(**given, **options)
+    assert output.tolist() == expected[:, :20].tolist()
+
+
 def test_an_empty_prompt_is_refused(models):
     model, options = models
     empty = {name: tensor[:1, :0] for name, tensor in prompts().items()}
@@ -112,9 +140,11 @@ def test_the_attention_is_restored_after_an_error(models):
 
 def test_the_pair_ends_with_its_model(tmp_path):
     model, options = write_models(tmp_path, "llama")
-    model.generate(**prompts(), **TOKENS, **options)
+    tokens = model.generate(**prompts(), **TOKENS, **options)
     pair = weakref.ref(next(iter(vars(model)[PAIRS].values())))
     assert vars(copy.deepcopy(model))[PAIRS] == {}
+    other = pickle.loads(pickle.dumps(model))
+    assert other.generate(**prompts(), **TOKENS, **options).tolist() == tokens.tolist()
     model.generate(**prompts(), **TOKENS, **options)
     assert pair() is next(iter(vars(model)[PAIRS].values()))
     del model

@@ -519,6 +519,9 @@ def test_text_of_a_model_of_transformers_is_that_of_its_own_generate(family):
     enable(model, drafter=False)
     assert generate() == expected
     assert len({*map(tuple, expected)}) == 3
+    ids, mask = ids[2:, -9:], mask[2:, -9:]  # the text alone, which processors say of each token
+    inputs = {x: torch.zeros_like(ids) for x in TOKEN_TYPES if x in parameters}
+    assert generate() == [expected[2][-9 - TOKENS :]]
 
 
 @pytest.mark.parametrize("known", [{}, {"qwen3_vl": Family(images=ImageFamily(backends=["mlx"]))}])
