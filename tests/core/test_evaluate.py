@@ -29,6 +29,9 @@ DEPTH = ["set", "depth", "anchors"] + [
 ]
 
 
+DSPARK = ("--drafter", "deepseek-ai/dspark_qwen3_4b_block7")
+
+
 @pytest.fixture(scope="module")
 def model(tiny_pair):
     return treeflash.load(*tiny_pair, backend="reference")
@@ -256,6 +259,13 @@ def test_without_a_drafter_the_default_methods_have_nothing_to_measure(use, run,
     assert "no drafter was loaded, which all default methods need" in err
 
 
+def test_without_a_drafter_there_is_nothing_to_compare(use, run, scripted):
+    use(scripted("x", drafter=False))
+    code, out, err = run("--expect", "published", *DSPARK)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "no drafter was loaded, so there is nothing to compare" in err
+
+
 def test_unless_methods_are_named_they_are_those_that_the_drafter_can(use, run, model, tmp_path):
     backend = copy(model.backend)
     backend.head = None
@@ -271,6 +281,8 @@ def test_texts_that_end_at_once(use, run, scripted, tmp_path):
     code, out, err = run("--methods", "ar", "--json", str(path))
     assert (code, out, path.exists()) == (2, "", False)
     assert "every text ended with its first token" in err
+    code, out, err = run("--expect", "published", *DSPARK)
+    assert (code, out, "every text was too short for a round" in err) == (2, "", True)
 
 
 def model_options(tiny_pair) -> list[str]:
@@ -314,9 +326,6 @@ def test_a_reader_that_goes_away_costs_no_figures(tiny_pair, files, tmp_path):
     assert process.wait(timeout=300) == 141
     assert b"Traceback" not in err
     assert json.loads(path.read_text(encoding="utf-8"))["rows"]
-
-
-DSPARK = ("--drafter", "deepseek-ai/dspark_qwen3_4b_block7")
 
 
 def test_published_figures_beside_those_measured(use, run, model, tmp_path):

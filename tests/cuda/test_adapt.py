@@ -1,6 +1,7 @@
 """`treeflash adapt` on a tiny pair: cost, measurements, training within limits, and resuming."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -112,9 +113,10 @@ def test_a_prompt_that_measures_is_not_trained_on_under_another_id():
         adapt.divide_prompts([rows[0]] * 4, 1)
 
 
-def test_what_cannot_be_adapted_is_one_line(run, tmp_path):
+def test_what_cannot_be_adapted_is_one_line(run, target, tmp_path):
     for options, message in (
         (["--measured", "0"], "measured must be 1 or more, got 0"),
+        (["--max-tokens", "1"], "max_tokens must be 2 or more"),
         (["--output", str(tmp_path / "treeflash")], "has the drafter itself; give another"),
     ):
         code, _, error = run(*options)
@@ -127,6 +129,14 @@ def test_what_cannot_be_adapted_is_one_line(run, tmp_path):
         (tmp_path / "out" / "before.json").write_text(text)
         code, _, error = run()
         assert (code, message in error) == (2, True)
+    shutil.copytree(target, tmp_path / "ends")
+    ends = json.dumps({"eos_token_id": list(range(VOCAB))})
+    (tmp_path / "ends" / "generation_config.json").write_text(ends)
+    options = ["--target", str(tmp_path / "ends"), "--output", str(tmp_path / "other")]
+    code, _, error = run(*options, "--head", "none")
+    assert (code, "every answer ended with its first token" in error) == (2, True)
+    kept = [x for name, x in tensors(tmp_path / "treeflash").items() if "ar_approx" not in name]
+    assert f"for {sum(tensor.size for tensor in kept):,} trained parameters" in error
 
 
 def test_a_new_head_is_trained_alone(run, tmp_path):

@@ -23,7 +23,7 @@ from treeflash.drafters.folder import read_config, stored_tensors
 from treeflash.drafters.formats import HEADS, drafter_config
 from treeflash.errors import ConfigError, PromptError
 from treeflash.evaluation.records import block_efficiencies, resamples, with_interval
-from treeflash.evaluation.run import Case, Evaluation, encode_rows
+from treeflash.evaluation.run import Case, Evaluation, check_max_tokens, encode_rows
 from treeflash.hub.models import resolve_drafter, resolve_target
 from treeflash.hub.published import model_name
 from treeflash.language_model import LanguageModel
@@ -82,6 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().parse(argv)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     distill = DistillConfig(**given_options(args, DistillConfig))
+    check_max_tokens(distill.max_tokens)
     if args.measured < 1:
         raise ConfigError(f"measured must be 1 or more, got {args.measured}")
     base = resolve_drafter(args.drafter, args.target)

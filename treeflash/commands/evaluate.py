@@ -23,7 +23,13 @@ from treeflash.evaluation.published import (
 )
 from treeflash.evaluation.records import MEAN, compute_records
 from treeflash.evaluation.report import check_files, publish, publish_comparison
-from treeflash.evaluation.run import Case, Evaluation, encode_rows, list_cases
+from treeflash.evaluation.run import (
+    Case,
+    Evaluation,
+    check_max_tokens,
+    encode_rows,
+    list_cases,
+)
 from treeflash.language_model import LanguageModel
 from treeflash.text.options import Options, parse_options
 from treeflash.text.prompt import Row, read_rows
@@ -45,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     the run ends.
     """
     args = make_parser().parse(argv)
+    check_max_tokens(getattr(args, "max_tokens", MAX_TOKENS))
     if args.expect:
         return _compare_with_published(args)
     options = _case_options(args)
@@ -88,14 +95,14 @@ def _compare_with_published(args: argparse.Namespace) -> int:
                 f"--expect published follows a protocol; leave out --{name.replace('_', '-')}"
             )
     shared: Options = {"max_tokens": MAX_TOKENS, **cli.decode_options(args)}
-    if shared["max_tokens"] < 2:
-        raise ConfigError("max_tokens must be 2 or more, because the prefill gives the first token")
     rows = _rows(args)
     check_files(args.json, None, args.prompts)
     published = published_row(args.drafter, args.target)
     model = cli.load_model(args)
     if model.backend.drafter is None:
-        raise ConfigError("no drafter was loaded, so there is nothing to compare")
+        raise ConfigError(
+            "no drafter was loaded, so there is nothing to compare; name one (--drafter)"
+        )
     config = model.decode_config({**shared, "method": "ar", "temperature": 1.0})
     differences = list(list_differences(model, published, config))
     sets = {
@@ -176,8 +183,6 @@ def _case_options(args: argparse.Namespace) -> dict[Case, Options]:
         )
     # Without copies of the text, the figures are the drafter's own.
     shared: Options = {"suffix": False, **cli.decode_options(args)}
-    if shared.get("max_tokens", 2) < 2:
-        raise ConfigError("max_tokens must be 2 or more, because the prefill gives the first token")
     methods = DEFAULT_METHODS if args.methods is None else args.methods
     options: dict[Case, Options] = {}
     names = (name.strip() for name in methods.split(","))

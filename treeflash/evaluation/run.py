@@ -17,7 +17,7 @@ from treeflash.config import DecodeConfig, Method
 from treeflash.decoding import Request, Scheduler, Step, check
 from treeflash.decoding.interfaces import Backend
 from treeflash.decoding.session import draft_anchors
-from treeflash.errors import PromptError
+from treeflash.errors import ConfigError, PromptError
 from treeflash.language_model import LanguageModel
 from treeflash.text.prompt import Row, encode
 from treeflash.text.stream import Parallel, scheduler_config
@@ -307,6 +307,12 @@ def decode_prompts(
                     bar.update(task, description=prompt.set_name)
                     yield prompt
                     bar.advance(task)
+
+
+def check_max_tokens(max_tokens: int) -> None:
+    """Raise a ConfigError for a limit of new tokens that leaves no iteration to measure."""
+    if max_tokens < 2:
+        raise ConfigError("max_tokens must be 2 or more, because the prefill gives the first token")
 
 
 def list_cases(methods: Iterable[str], budgets: Iterable[int]) -> list[Case]:

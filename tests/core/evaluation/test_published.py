@@ -233,4 +233,11 @@ def test_what_differs_from_the_protocol_is_named(tiny_pair):
         loaded=model.loaded,
         tokenizer=tokenizer,
     )
-    assert not list(list_differences(like, row, replace(config, max_tokens=2048)))
+    config = replace(config, max_tokens=2048)
+    assert not list(list_differences(like, row, config))
+    like.loaded, tokenizer.thinking = replace(model.loaded, adapter="lora", kv_bits=8), True
+    assert list(list_differences(like, row, config)) == [
+        "adapter is set",
+        "kv bits is set",
+        "the prompts are without the chat template, or thinking is on",
+    ]
