@@ -147,8 +147,6 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         check(self, spelled)
-        if not self.temperature:
-            raise ConfigError("temperature must have at least one value")
         for temperature in self.temperature:
             SamplingConfig(temperature=temperature, top_p=self.top_p, seed=self.seed)
 
@@ -172,8 +170,6 @@ def mix(
     mixed: list[Row] = []
     while len(mixed) < size:
         shares = [w if rows else 0.0 for w, rows in zip(weights, remaining, strict=True)]
-        if not any(shares):
-            break
         mixed.append(random_.choices(remaining, shares)[0].pop())
     ((name, count),) = Counter(row.id for row in mixed).most_common(1)
     if count > 1:

@@ -60,6 +60,8 @@ def test_the_command_line_overrides_the_file(read):
         ("gamma = 0", "gamma must be above 0"),
         ("warmup = 1", "warmup must be"),
         ("freeze_backbone = true", "needs a head, and a folder as init"),
+        ("freeze_layers = true", "freeze-layers needs the folder of a drafter as init"),
+        ("patience = 2\nvalidation_sequences = 0", "patience needs validation; set validation-seq"),
     ],
 )
 def test_an_invalid_option_is_named(text, message, read):

@@ -41,6 +41,11 @@ def test_an_interrupted_run_resumes(generate, path, echo, byte_tokenizer):
     assert len(generate(2, echo(interrupt_at=0))) == 2
 
 
+def test_a_target_that_writes_no_prompt_is_an_error(generate, scripted):
+    with pytest.raises(ConfigError, match="only empty prompts; use --prompts instead"):
+        generate(2, scripted("", " ", drafter=False))
+
+
 @pytest.mark.parametrize(
     ("name", "attributes", "seed"),
     [

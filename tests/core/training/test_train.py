@@ -13,8 +13,9 @@ from treeflash.errors import ConfigError
 def run(monkeypatch, byte_tokenizer, tmp_path, capsys):
     """Run the command with a trainer that yields records: exit status and standard error."""
     responses = tmp_path / "responses.jsonl"
-    responses.write_text(json.dumps({"prompt_ids": [1], "response_ids": [2]}))
-    monkeypatch.setattr(train, "resolve_target", lambda name: None)
+    line = {"prompt_ids": [1], "response_ids": [2], "target": "a/other"}
+    responses.write_text(json.dumps(line))
+    monkeypatch.setattr(train, "resolve_target", lambda name: tmp_path / "own")
     monkeypatch.setattr(train.Tokenizer, "from_folder", lambda folder: byte_tokenizer)
 
     def run(records, *arguments):
@@ -49,6 +50,7 @@ def test_validations_are_shown(run):
         "--max-length 3072\n" in error
     )
     assert "out: trained; pass it as --drafter" in error
+    assert "warning: 1 of 1 responses were written by a/other, not by the target own;" in error
 
 
 def test_the_bar_of_a_finished_run_is_full(run):
