@@ -103,8 +103,10 @@ def test_penalties_biases_and_log_probs(run, tiny_pair):
 
 def test_log_probs_are_listed_after_the_text(run, tiny_pair):
     options = [*model_options(tiny_pair), "--max-tokens", "2", "--logprobs", "1"]
-    _, _, err = run("hi", *options)
-    assert len(re.findall(r"^ +-\d+\.\d{3}  '.*'  \('.*' -\d+\.\d{3}\)$", err, re.MULTILINE)) == 2
+    for n, lines in (([], 2), (["--n", "2"], 4)):
+        _, _, err = run("hi", *options, *n)
+        found = re.findall(r"^ +-\d+\.\d{3}  '.*'  \('.*' -\d+\.\d{3}\)$", err, re.MULTILINE)
+        assert len(found) == lines
 
 
 def test_n_answers_have_different_seeds(run, tiny_pair):
@@ -458,6 +460,7 @@ def bad_files(folder):
         ("--suffix maybe hi", "must be on or off, got maybe"),
         ("--suffix-cache-gb 1 hi", "--suffix-cache-gb needs --prompts; remove it for a single"),
         ("--suffix-cache-gb -1 hi", "'-1' is not a number of GiB, 0 or more"),
+        ("--suffix-cache-gb x hi", "'x' is not a number of GiB, 0 or more"),
         ("--temperature hot hi", "invalid float value"),
         ("--method magic hi", "invalid choice"),
         ("--nonsense hi", "unrecognized arguments"),

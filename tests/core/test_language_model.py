@@ -92,6 +92,7 @@ def test_streaming_equals_generate_for_every_method(scripted, method, budget):
     assert stream.generation().token_ids == generation.token_ids
     assert 1 + sum(generation.accepted_lengths) == len(generation.token_ids)
     assert [chunk.finish_reason for chunk in chunks] == [None] * (len(chunks) - 1) + ["stop"]
+    assert stream.finish_reason == "stop"
     if method != "suffix":  # the text does not repeat
         assert (generation.block_efficiency > 1) == (method != "ar" and budget > 1)
 
@@ -452,6 +453,24 @@ def test_only_an_automatic_choice_falls_back_to_the_cpu(tiny_pair, monkeypatch):
     for choice in ({"backend": "cuda"}, {"device": "cuda:1"}):
         with pytest.raises(BackendError, match="no accelerator"):
             load(*tiny_pair, **choice)
+
+
+def test_exact_mode_is_an_error_where_a_backend_lacks_it(tiny_pair, scripted, monkeypatch):
+    pair = scripted(TEXT).backend
+    monkeypatch.setattr(language_model, "loader", lambda name: lambda *_: pair)
+    with pytest.raises(ConfigError, match="scripted backend has no exact mode; rounding may diff"):
+        load(*tiny_pair, exact=True)
+
+
+def test_states_of_a_model_without_a_folder_are_not_stored(scripted, tmp_path):
+    with pytest.raises(ConfigError, match=r"cannot be stored on a disk.*remove prefix_cache_dir"):
+        scripted(TEXT).disk_cache(tmp_path, 1)
+
+
+def test_the_form_of_a_text_needs_llguidance(scripted, monkeypatch):
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    with pytest.raises(ConfigError, match="needs llguidance; pip install llguidance"):
+        scripted(TEXT).generate("hi", regex="a+")
 
 
 def test_unknown_backend_and_dtype(tiny_pair):

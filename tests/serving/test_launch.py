@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from failures import failing
 from processes import hide_frameworks
 from servers import MAX_POSITIONS, NAME, PATIENCE
 
@@ -278,6 +280,23 @@ def test_a_model_that_cannot_be_loaded(run, model, tmp_path):
     assert (code, told, len(lines)) == (2, None, 1), err
     assert "model.safetensors" in lines[0]
     assert "Traceback" not in err
+
+
+def test_a_server_that_fails_without_a_word(run, model, monkeypatch):
+    monkeypatch.setattr(launch.sys, "executable", shutil.which("false"))
+    code, told, err = run("claude", "--port", "0", "--target", model.folder, "--method", "ar")
+    assert (code, told) == (2, None)
+    assert "error: the server ended with status 1: it printed nothing\n" in err
+
+
+def test_an_interruption_ends_a_server_that_still_answers():
+    program = "import signal, sys; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True)"
+    command = [sys.executable, "-c", f"{program}; sys.stdin.read()"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        with failing(process, "wait", KeyboardInterrupt, call=1):
+            launch._end(process)
+    assert process.returncode == -signal.SIGKILL
 
 
 def test_the_options_are_those_of_serve():

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from treeflash.cli.single_prompt import compare, decision_margin, spacing
+from treeflash.cli.single_prompt import compare, decision_margin, spacing, summarise
 from treeflash.config import SamplingConfig
 from treeflash.decoding.sampling import position_keys, sample_tokens
 from treeflash.language_model import load
@@ -66,6 +66,10 @@ def test_a_text_that_is_a_part_of_the_plain_one_is_not_equal(scripted):
     comparison = compare(shorter, stream)
     assert (comparison.equal, comparison.explained) == (False, False)
     assert comparison.first_difference == len(shorter.token_ids)
+    line = (
+        f"plain decoding: NOT EQUAL: the texts differ from new token {len(shorter.token_ids)} on,"
+    )
+    assert line in summarise(replace(shorter, compare=comparison))
 
 
 def test_logits_of_a_stream_are_those_that_chose_the_plain_tokens(tiny_pair):

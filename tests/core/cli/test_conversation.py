@@ -329,12 +329,14 @@ def test_ctrl_z_suspends(talk, monkeypatch):
     assert contents(talked)[0] == ("user", "hi")
 
 
-def test_tree_draws_the_last_iterations(talk):
+def test_tree_draws_the_last_iterations(talk, scripted):
     _, shown = talk("hi", ENTER, "/tree 2", ENTER, "/tree x", ENTER)
     assert shown.count("accepted") == 2
     assert "root" in shown
     assert "/tree takes a number of iterations, not 'x'" in shown
     assert "there is no answer yet" in talk("/tree", ENTER)[1]
+    _, shown = talk("hi", ENTER, "/tree", ENTER, model=scripted(""))
+    assert "the answer ended with its first token, so nothing was drafted" in shown
 
 
 def test_speed_shows_the_summary(talk):
@@ -378,6 +380,8 @@ def test_a_text_that_runs_out_of_memory_is_not_the_end(talk, scripted):
         talked, shown = talk("hi", ENTER, "hello", ENTER, model=model)
     assert "error: CUDA out of memory.\n" in shown
     assert contents(talked) == [("user", "hello"), ("assistant", TEXT)]
+    with failing(model.backend, "verify", IndexError), pytest.raises(IndexError):
+        talk("hi", ENTER, model=model)  # a fault of the program is not hidden
 
 
 def test_a_message_may_begin_with_a_slash(talk):
@@ -404,6 +408,29 @@ def test_only_new_messages_are_prefilled(talk, tiny_pair):
     talked, _ = talk("hi", ENTER, "more", ENTER, model=model, max_tokens=5)
     assert len(talked.messages) == 4
     assert talked.answer.chunks[0].step.cached_tokens > 10
+
+
+def test_a_conversation_is_kept_on_a_disk(use, tiny_pair, tmp_path, stdin, monkeypatch):
+    use(treeflash.load(tiny_pair[0], False, backend="reference"))
+    monkeypatch.setattr(chat.sys.stdout, "isatty", lambda: True, raising=False)
+    sessions, close = [], ChatSession.close
+    monkeypatch.setattr(ChatSession, "close", lambda self: close(self) or sessions.append(self))
+    arguments = [
+        "--no-history",
+        "--max-tokens",
+        "3",
+        "--prefix-cache-dir",
+        str(tmp_path / "states"),
+    ]
+    main, terminal = os.openpty()
+    with os.fdopen(terminal) as stream:
+        stdin(stream)
+        for _ in range(2):
+            with create_pipe_input() as pipe, create_app_session(input=pipe, output=DummyOutput()):
+                pipe.send_text("x" * 300 + ENTER + END)
+                assert chat.main(arguments) == 0
+    os.close(main)
+    assert [session.answer.chunks[0].step.disk_tokens for session in sessions] == [0, 256]
 
 
 def test_the_command_needs_a_terminal(capsys, stdin):

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 from batch_files import ANSWERS, KEYS, asked, keys, records
+from failures import failing
 from processes import WITHOUT_FRAMEWORKS
 
 from treeflash.commands.generate import main
+from treeflash.decoding import loop
 
 
 def test_a_line_per_turn_and_the_conversation_continues(run, files, scripted):
@@ -203,6 +205,12 @@ def test_a_prompt_that_cannot_be_decoded_is_reported_and_the_run_continues(run, 
     assert ok["text"] == ANSWERS[0]
     assert run(scripted("wrong"))[0] == 2
     assert len(records(files[1])) == 2
+
+
+def test_a_fault_of_the_program_is_no_answer(run, files, scripted):
+    with failing(loop, "accept", IndexError), pytest.raises(IndexError):
+        run(scripted("An answer."))
+    assert files[1].read_text() == ""
 
 
 def test_an_edited_row_with_the_same_id_is_rejected(run, files, scripted):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -83,6 +84,15 @@ def test_only_a_regular_file_can_be_an_output(tmp_path, kind):
 def test_a_folder_that_is_not_there_is_one_line(tmp_path):
     with pytest.raises(ConfigError, match=r"no/out\.jsonl cannot be written: No such file"):
         opened(tmp_path / "no" / "out.jsonl").__enter__()
+
+
+def test_a_folder_that_is_removed_meanwhile_is_one_line(tmp_path):
+    path = tmp_path / "answers" / "out.jsonl"
+    path.parent.mkdir()
+    with opened(path) as file:
+        shutil.rmtree(path.parent)
+        with pytest.raises(ConfigError, match=r"out\.jsonl cannot be written: No such file"):
+            file.append(FIRST)
 
 
 FIRST, SECOND = {"id": "a", "turn": 0}, {"id": "b", "turn": 1}

@@ -46,6 +46,13 @@ def test_a_token_has_the_text_that_it_adds(tokenizer: Tokenizer):
             assert tokenizer.token_bytes(token) == added.encode()
 
 
+def test_bytes_of_a_character_are_known_one_by_one(tokenizer: Tokenizer):
+    for text in ("é", "👋"):
+        token_ids = tokenizer.encode_continuation(text)
+        joined = b"".join(map(tokenizer.token_bytes, token_ids))
+        assert joined.removeprefix(b" ") == text.encode()
+
+
 def test_spaces_before_punctuation_stay(plain: Tokenizer):
     assert plain.decode(plain.encode("a , b . n't")) == "a , b . n't"
 
@@ -116,6 +123,13 @@ def test_template_errors_are_one_line_wherever_the_template_runs(tmp_path: Path)
         with pytest.raises(PromptError, match="division by zero") as caught:
             run()
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("template", ["{{ messages[0].content }}", "nothing"])
+def test_a_template_without_a_header_is_one_line(tmp_path: Path, template: str):
+    tokenizer = Tokenizer.from_folder(save_folder(tmp_path, byte_level(), chat_template=template))
+    with pytest.raises(PromptError, match="puts nothing before the user's message"):
+        tokenizer.user_header()
 
 
 def test_text_without_a_token_is_one_line(tmp_path: Path):
