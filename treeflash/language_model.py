@@ -22,7 +22,6 @@ from treeflash.decoding.suffix import SuffixCache
 from treeflash.decoding.verify_costs import VerifyCosts, cost_file, model_key
 from treeflash.drafters.folder import read_config
 from treeflash.drafters.formats import DRAFTER_SETTINGS
-from treeflash.drafters.loading import check_drafter
 from treeflash.errors import (
     CheckpointError,
     ConfigError,
@@ -466,7 +465,8 @@ def locate(
         known = published_drafter(name) if drafter in (None, AUTO) else drafter
         refuse_pair(name, str(known) if known else None, limit)
     target_folder = resolve_target(name)
-    if DRAFTER_SETTINGS & read_config(target_folder).keys():
+    target_config = read_config(target_folder)
+    if DRAFTER_SETTINGS & target_config.keys():
         raise CheckpointError(
             f"{name} is a drafter, not a target; name it as the drafter (--drafter), and the model "
             "that it drafts for as the target"
@@ -482,12 +482,9 @@ def locate(
     automatic = drafter in (None, AUTO)
     passed_over, drafter_name, drafter_folder = False, None, None
     if automatic:
-
-        def check(folder: Path) -> None:
-            if (found := check_drafter(folder, read_config(target_folder))) is not None:
-                refuse_drafter(load_pair, found)
-
-        chosen = choose_drafter(name, check)
+        chosen = choose_drafter(
+            name, lambda folder: refuse_drafter(load_pair, folder, target_config)
+        )
         drafter_name, drafter_folder = chosen.name, chosen.folder
         passed_over = chosen.passed_over
     elif drafter is not False:

@@ -10,11 +10,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from treeflash.config import LoadConfig
 from treeflash.decoding.interfaces import DeviceReport, Loader
-from treeflash.drafters.config import DrafterShape
+from treeflash.drafters.format import Config
+from treeflash.drafters.loading import check_drafter
 from treeflash.errors import BackendError, first_line
 
 T = TypeVar("T")
@@ -57,9 +59,10 @@ def loader(name: str) -> Loader:
     return cast(Loader, load_entry_point(name, available()))
 
 
-def _beside(load: Loader, name: str) -> Any:
-    """Return an optional function of the module of a `Loader`; None if there is none."""
-    return getattr(inspect.getmodule(load), name, None)
+def _ask(load: Loader, name: str, *arguments: Any) -> Any:
+    """Call an optional function of the module of a `Loader`; None if there is none."""
+    function = getattr(inspect.getmodule(load), name, None)
+    return None if function is None else function(*arguments)
 
 
 def check_config(load: Loader, config: LoadConfig) -> None:
@@ -68,21 +71,19 @@ def check_config(load: Loader, config: LoadConfig) -> None:
     A module of a `Loader` may have the functions `check_config` and `choose_device`, which raise a
     ConfigError for settings that the backend lacks, and a BackendError for an unknown device.
     """
-    for name, value in (("choose_device", config.device), ("check_config", config)):
-        check = _beside(load, name)
-        if check is not None and value is not None:
-            check(value)
+    if config.device is not None:
+        _ask(load, "choose_device", config.device)
+    _ask(load, "check_config", config)
 
 
-def refuse_drafter(load: Loader, config: DrafterShape) -> None:
-    """Let a backend refuse a drafter before it is loaded.
+def refuse_drafter(load: Loader, folder: Path, target: Config) -> None:
+    """Refuse the drafter of a folder that cannot draft for a target, before it is loaded.
 
-    A module of a `Loader` may have the function `check_drafter`, which raises an
-    UnsupportedModelError for a drafter that the backend cannot run.
+    Raises a CheckpointError or an UnsupportedModelError. A module of a `Loader` may have the
+    function `check_drafter`, which raises the latter for a drafter that the backend cannot run.
     """
-    check = _beside(load, "check_drafter")
-    if check is not None:
-        check(config)
+    if (config := check_drafter(folder, target)) is not None:
+        _ask(load, "check_drafter", config)
 
 
 def memory_limit(load: Loader) -> int | None:
@@ -90,8 +91,8 @@ def memory_limit(load: Loader) -> int | None:
 
     A module of a `Loader` may have the function `memory_limit`, which returns the same.
     """
-    limit = _beside(load, "memory_limit")
-    return None if limit is None else limit()
+    limit: int | None = _ask(load, "memory_limit")
+    return limit
 
 
 def examine_device(name: str, config: LoadConfig) -> DeviceReport:
@@ -101,11 +102,10 @@ def examine_device(name: str, config: LoadConfig) -> DeviceReport:
     has none.
     """
     load = loader(name)
-    examine = _beside(load, "examine_device")
-    if examine is None:
-        raise BackendError(f"the {name} backend cannot describe its device")
     check_config(load, config)
-    report: DeviceReport = examine(config)
+    report: DeviceReport | None = _ask(load, "examine_device", config)
+    if report is None:
+        raise BackendError(f"the {name} backend cannot describe its device")
     return report
 
 

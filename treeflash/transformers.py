@@ -34,7 +34,6 @@ from treeflash.decoding.image_processor import TOKEN_TYPES
 from treeflash.decoding.images import PromptImages
 from treeflash.decoding.interfaces import Backend
 from treeflash.decoding.verify_costs import VerifyCosts, cost_file
-from treeflash.drafters.loading import check_drafter
 from treeflash.errors import ConfigError, PromptError
 from treeflash.hub.models import choose_drafter, resolve_drafter
 from treeflash.registry import loader, refuse_drafter
@@ -320,13 +319,10 @@ def _drafter_folder(model: Any, drafter: Drafter) -> Path | None:
         return resolve_drafter(str(drafter), name or None)
     pairs = vars(model).setdefault(PAIRS, _Pairs())
     if AUTO not in pairs:
-
-        def check(folder: Path) -> None:
-            if (found := check_drafter(folder, model.config.to_dict())) is not None:
-                refuse_drafter(loader("cuda"), found)
-
+        load, config = loader("cuda"), model.config.to_dict()
         warn = partial(warnings.warn, stacklevel=4)  # names the line that called `generate`
-        pairs[AUTO] = choose_drafter(name, check, warn).folder
+        chosen = choose_drafter(name, lambda folder: refuse_drafter(load, folder, config), warn)
+        pairs[AUTO] = chosen.folder
     folder: Path | None = pairs[AUTO]
     return folder
 
