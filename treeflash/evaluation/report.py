@@ -250,10 +250,9 @@ def _efficiencies(axis: Any, rows: Sequence[Record]) -> None:
         ylabel="tokens per target forward pass",
     )
     budgets = sorted({row["budget"] for row in rows})
-    if budgets:
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(budgets, budgets)
-        axis.minorticks_off()
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(budgets, budgets)
+    axis.minorticks_off()
     for method in dict.fromkeys(row["method"] for row in rows):
         points = [row for row in rows if row["method"] == method]
         middle = np.array([row["block_efficiency"] for row in points])

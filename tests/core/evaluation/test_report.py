@@ -18,12 +18,12 @@ from treeflash.evaluation.run import METRICS, BestDraft, Case, CaseRun, DepthMet
 PNG = b"\x89PNG\r\n"
 
 
-def found(head: bool = True, depths: bool = True):
+def found(head: bool = True, depths: bool = True, drafts: bool = True):
     """Records of one prompt."""
     sums = np.full((3, len(METRICS)), 0.25)
     sources = {"marginal": sums} | ({"corrected": sums} if head else {})
-    cases = [Case("ar", 1), Case("dflash", 16), Case("ddtree", 4), Case("ddtree", 16)]
-    cases += [Case("treeflash", 16)] * head
+    cases = [Case("dflash", 16), Case("ddtree", 4), Case("ddtree", 16)] * drafts
+    cases = [Case("ar", 1), *cases, *[Case("treeflash", 16)] * head]
     best = Counter([BestDraft(1, True, True), BestDraft(1, True, False)])
     runs = {case: CaseRun(4, (1, 2), Counter(child=2), best) for case in cases}
     metrics = DepthMetrics(np.ones(3, np.int64), sources) if depths else None
@@ -85,9 +85,9 @@ def test_settings_are_told_once_and_legends_hide_no_line(tmp_path, monkeypatch):
         assert legend.get_window_extent().x0 >= axis.get_window_extent().x1
 
 
-def test_an_image(tmp_path):
+def test_an_image_of_plain_decoding(tmp_path):
     pytest.importorskip("matplotlib")
-    write_report(tmp_path / "r.png", found(), "x")
+    write_report(tmp_path / "r.png", found(head=False, depths=False, drafts=False), "x")
     assert (tmp_path / "r.png").read_bytes().startswith(PNG)
 
 
