@@ -137,8 +137,10 @@ def test_only_the_first_load_may_choose_the_device(examined):
     assert set(devices[1:]) == {"cpu"}
 
 
-def test_json(run, prompts):
-    code, out, _ = run("--json", "--prompts", prompts, "--max-tokens", "12", "--thinking")
+def test_json(run, prompts, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal, where one line says what is checked
+    code, out, err = run("--json", "--prompts", prompts, "--max-tokens", "12", "--thinking")
+    assert "\ncheck" not in err
     found = json.loads(out)
     assert code == 1
     assert not found["ok"]

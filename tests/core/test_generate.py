@@ -189,9 +189,10 @@ def test_a_dash_is_standard_input(use, run, scripted, stdin):
     assert asked(model) == "piped"
 
 
-def test_compare_equal(use, run, scripted):
+@pytest.mark.parametrize("budget", ["auto", "5"])
+def test_compare_equal(use, run, scripted, budget):
     use(scripted(TEXT))
-    code, out, err = run("hi", "--json", "--compare")
+    code, out, err = run("hi", "--json", "--compare", "--budget", budget)
     compare = json.loads(out)["compare"]
     assert code == 0
     assert (compare["equal"], compare["first_difference"]) == (True, None)
@@ -551,6 +552,9 @@ def test_an_error_while_decoding_is_on_its_own_line(use, run, scripted, error, m
     assert out.endswith("\n")
     assert len(out) > 1
     assert SHORT_TEXT.startswith(out[:-1])
+    with failing(model.backend, "extend", error):
+        code, out, err = run("hi")
+    assert (code, out, err.startswith(f"error: {message}")) == (2, "", True)
 
 
 def test_a_method_that_the_drafter_lacks_is_rejected(use, run, scripted):

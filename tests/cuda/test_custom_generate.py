@@ -170,6 +170,8 @@ def test_sampled_sequences_follow_the_seed_of_pytorch(models):
         given = prompts([7]) | TOKENS | settings | {"num_return_sequences": 3}
         outputs.append(model.generate(**given, **options).tolist())
     assert outputs[0] == outputs[1] != outputs[2]
+    again = [model.generate(**given, **options, seed=7).tolist() for _ in range(2)]
+    assert again[0] == again[1] != outputs[2]
     assert len({tuple(row) for row in outputs[0]}) == 3
 
 
@@ -177,7 +179,8 @@ def test_sampling_settings_and_the_repetition_penalty_arrive(models):
     model, options = models
     given = prompts([7]) | TOKENS
     greedy = model.generate(**given, do_sample=False).tolist()
-    for setting in ({"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}, {"temperature": 1e-5}):
+    normalised = {"top_k": 1, "renormalize_logits": True}
+    for setting in (normalised, {"top_p": 1e-6}, {"min_p": 1.0}, {"temperature": 1e-5}):
         assert model.generate(**given, do_sample=True, **setting, **options).tolist() == greedy
     expected = model.generate(**given, do_sample=False, repetition_penalty=1.8).tolist()
     actual = model.generate(**given, do_sample=False, repetition_penalty=1.8, **options).tolist()

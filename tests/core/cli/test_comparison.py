@@ -85,3 +85,5 @@ def test_logits_of_a_stream_are_those_that_chose_the_plain_tokens(tiny_pair):
             logits = stream.next_logits(tokens[:n])
             assert sample_tokens(logits[None], sampling, keys) == [token]
             assert decision_margin(logits, (token,), sampling, position) == 0
+    stream = model.stream([5], method="ar", max_tokens=1)
+    assert stream.run().token_ids == [stream.next_logits([]).argmax()]

@@ -85,7 +85,7 @@ def test_messages_are_answered_in_turn(talk, scripted):
 
 
 def test_a_message_has_several_lines(talk):
-    talked, _ = talk("first", NEW_LINE, "second", ENTER)
+    talked, _ = talk(ENTER, "  ", ENTER, "first", NEW_LINE, "second", ENTER)
     assert contents(talked)[0] == ("user", "first\nsecond")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+from byte_tokens import TEMPLATE
 from made_up_pairs import VOCAB, Head, MadeUp
 
 from treeflash import diagnosis
@@ -141,6 +142,14 @@ def test_prompting(problems, byte_tokenizer, asked, made_for, advice):
     found = problems(asked, prompts=prompts)
     assert found.keys() == {"prompting"}
     assert found["prompting"].startswith(advice)
+
+
+def test_a_template_without_a_system_message(problems, byte_tokenizer, monkeypatch):
+    made_for = Prompting(system=DEEPSPEC_SYSTEM)
+    prompts = tuple(made_for.encode(byte_tokenizer, prompt) for prompt in PROMPTS)
+    refusal = "{{ raise_exception('no system message') if messages[0].role == 'system' }}"
+    monkeypatch.setattr(byte_tokenizer.transformers, "chat_template", refusal + TEMPLATE)
+    assert problems(prompts=prompts) == {}
 
 
 def test_depths_that_collapse(problems):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from treeflash.errors import PromptError
-from treeflash.text.prompt import encode, read_rows
+from treeflash.text.prompt import Prompting, encode, read_rows
 
 
 @pytest.mark.parametrize(
@@ -48,6 +48,10 @@ def test_rows_without_an_id_have_the_number_of_their_line(tmp_path):
     file.write_text('{"prompt": "x"}\n{"id": 1, "prompt": "y"}\n')
     with pytest.raises(PromptError, match="the id 1 is already used on line 1"):
         read_rows(file)
+
+
+def test_a_tokenizer_without_a_chat_template_has_one_way_of_prompting(plain):
+    assert Prompting(raw=True).alternatives(plain) == []
 
 
 def test_the_content_of_a_message_may_be_parts(byte_tokenizer):

@@ -75,9 +75,10 @@ def test_answers_to_one_prompt_have_consecutive_seeds_and_share_the_prefill(tiny
     assert sorted(extended) == [1, 1, alone[5].prompt_tokens]
 
 
-def test_an_error_of_one_of_many_texts_comes_after_the_others(scripted):
-    model = scripted("one", "two", "a third text", fails=1)
-    texts = model.generate_many(["x", "y", "z"])
+def test_the_first_error_of_many_texts_comes_after_the_others(scripted):
+    model = scripted("one", "two", "a third text", "two", fails=1)
+    model.backend.scripts[3] = model.backend.failing
+    texts = model.generate_many(["x", "y", "z", "more"])
     assert {next(texts)[1].text, next(texts)[1].text} == {"one", "a third text"}
     with pytest.raises(NumericalError, match="not finite") as raised:
         next(texts)
