@@ -337,9 +337,7 @@ def _raised_by_model(error: Exception, backend: Backend) -> bool:
     The innermost frame outside the numerical frameworks decides. An error of the backend's own code
     is a bug, not a property of the model.
     """
-    ours = {"treeflash", type(backend).__module__.split(".")[0]}
-    for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
-        package = str(frame.f_globals.get("__name__")).split(".")[0]
-        if package not in FRAMEWORKS:
-            return package not in ours
-    return False
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    packages = [str(frame.f_globals.get("__name__")).split(".")[0] for frame in frames]
+    innermost = next(name for name in reversed(packages) if name not in FRAMEWORKS)
+    return innermost not in {"treeflash", type(backend).__module__.split(".")[0]}

@@ -1,4 +1,4 @@
-"""The check at load: targets that pass, and each way of failing it."""
+"""The checks at load: targets that pass, and each way of failing them."""
 
 import types
 
@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from treeflash.config import LoadConfig
-from treeflash.decoding.probe import check_trees, tree_difference
+from treeflash.decoding.images import Image, PromptImages
+from treeflash.decoding.probe import ImageSample, check_trees, tree_difference
 from treeflash.errors import NumericalError, UnsupportedModelError
 from treeflash.reference import numerics
 from treeflash.reference.backend import ReferenceBackend, load
@@ -180,3 +181,114 @@ def test_a_crash_of_the_model_is_a_refusal_that_says_why(backend):
 def test_other_errors_pass_through(backend):
     with pytest.raises(NumericalError, match="overflow"):
         check_trees(broken(backend, NotFinite))
+
+
+class Exact(Verifier):
+    """Logits that depend on the text up to a node alone, bit for bit."""
+
+    def forward(self, state, tree):
+        super().forward(state, tree)
+        texts = ([*state.tokens, *tree.tokens[row].tolist()] for row in tree.ancestor_mask())
+        logits = [np.random.default_rng(x).normal(size=self.target.vocab_size) for x in texts]
+        return np.array(logits, np.float32) * np.float32(1 + self.error(state, tree))
+
+    def error(self, state, tree):
+        """The relative error of logits."""
+        return 0.0
+
+
+class InexactChunks(Exact):
+    """As if all keys were rounded once more for each chunk of a prompt."""
+
+    def run(self, work):
+        found = super().run(work)
+        for item in work:
+            item.state.chunks = getattr(item.state, "chunks", 0) + 1
+        return found
+
+    def error(self, state, tree):
+        return getattr(state, "chunks", 0) / 512
+
+
+class InexactBatches(Exact):
+    """As if shorter sequences were padded to the longest one, which changes the order of sums."""
+
+    def logits(self, trees):
+        longest = max(state.length for state, _ in trees)
+        return [
+            super(InexactBatches, self).logits([(state, tree)])[0]
+            * np.float32(1 + (state.length < longest) / 512)
+            for state, tree in trees
+        ]
+
+
+class InexactTrees(Exact):
+    """As if one row had another kernel than several."""
+
+    def error(self, state, tree):
+        return (len(tree) > 1) / 512
+
+
+class InexactPaths(Exact):
+    """As if keys were rounded when they move to the place of rejected ones."""
+
+    def commit_one(self, state, path):
+        super().commit_one(state, path)
+        state.moved = getattr(state, "moved", 0) + int(path[-1] >= len(path))
+
+    def error(self, state, tree):
+        return getattr(state, "moved", 0) / 512
+
+
+class InexactPrompts(Exact):
+    """As if keys of prompts were rounded otherwise than those of sampled tokens."""
+
+    def run(self, work):
+        found = super().run(work)
+        for item in work:
+            item.state.prompt = item.state.length
+        return found
+
+    def error(self, state, tree):
+        return getattr(state, "prompt", 0) / 2**16
+
+
+class InexactForks(InexactPrompts):
+    """As if a copy of keys lost their last bits."""
+
+    def error(self, state, tree):
+        return (not hasattr(state, "prompt")) / 512
+
+
+def test_a_target_whose_logits_depend_on_the_text_alone_is_exact(backend):
+    broken(backend, Exact).check_exact()
+    assert backend.inexact is None
+
+
+@pytest.mark.parametrize(
+    ("verifier", "operation"),
+    {
+        InexactChunks: "a prompt in other chunks",
+        InexactBatches: "another sequence in the batch",
+        InexactTrees: "a draft tree",
+        InexactPaths: "committing a path",
+        InexactPrompts: "a prompt in the place of sampled tokens",
+        InexactForks: "a fork",
+    }.items(),
+)
+def test_what_changes_a_bit_is_named(backend, verifier, operation):
+    expected = f"exact mode is not possible for this target: {operation} changes its logits"
+    with pytest.raises(UnsupportedModelError, match=f"^{expected}$"):
+        broken(backend, verifier).check_exact()
+    assert backend.inexact is not None
+
+
+def test_a_target_that_does_not_look_at_images_takes_none(backend):
+    ids = [1, *[2] * 4, 3, 4]
+    is_feature = np.array(ids) == 2
+    samples = []
+    for pixel in (0.0, 1.0):
+        image = Image(1, 5, {"pixel_values": np.full((1, 4), pixel)})
+        samples.append(ImageSample(ids, PromptImages([image], is_feature), None))
+    backend.check_images(None, samples)
+    assert backend.images == "another picture does not change its logits"
