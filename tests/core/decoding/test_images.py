@@ -1,13 +1,15 @@
 """Images in prompts: positions, chunks, and which states other prompts may share."""
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from treeflash.decoding.image_processor import load_processor
+from treeflash.decoding.families import ImageFamily
+from treeflash.decoding.image_processor import KEPT_PICTURES, Processor, load_processor
 from treeflash.decoding.images import Image, PromptImages, locate, rotary_positions
 from treeflash.decoding.prefix_cache import PrefixCache
 from treeflash.decoding.state_files import PrefixKeys
@@ -177,16 +179,63 @@ def test_placeholders_are_never_copied():
     assert len(proposal) == 1
 
 
+class TwoFeatures:
+    """Like a processor of transformers, for images of two features; counts its calls."""
+
+    image_token, calls = "x", 0
+    tokenizer = SimpleNamespace(bos_token=None)
+
+    def __call__(self, text, images, **options):
+        self.calls += 1
+        ids = [PLACEHOLDER if letter == "x" else 1 for letter in text[0].replace("x", "xx")]
+        return {"input_ids": [ids], "pixel_values": np.stack(images)}
+
+
+def test_the_latest_pictures_are_prepared_once():
+    """A chat sends its pictures with every turn."""
+    read = TwoFeatures()
+    processor = Processor(read, ImageFamily(), PLACEHOLDER, 2)
+    pictures = [np.full((1, 1, 3), n, np.uint8) for n in range(KEPT_PICTURES + 1)]
+
+    def calls(*numbers):
+        before = read.calls
+        processor.encode("a" + "x" * len(numbers), [pictures[n] for n in numbers])
+        return read.calls - before
+
+    assert calls(0, 1) == 3  # one is for the prompt
+    assert [calls(n) for n in range(2, KEPT_PICTURES)] == [2] * (KEPT_PICTURES - 2)
+    assert calls(0, KEPT_PICTURES) == 2
+    assert [calls(n) for n in (0, KEPT_PICTURES, 1)] == [1, 1, 2]
+
+
+def no_processor(folder):
+    return object()
+
+
+def needs_a_package(folder):
+    raise ImportError("it needs torchvision\nor something else")
+
+
 @pytest.mark.parametrize(
-    ("config", "reason"),
+    ("config", "read", "reason"),
     [
-        ({}, "its configuration does not say which token stands for an image"),
-        ({"image_token_id": PLACEHOLDER}, "its folder has no usable processor ('object' object"),
+        ({}, no_processor, "its configuration does not say which token stands for an image"),
+        (
+            {"image_token_id": PLACEHOLDER},
+            no_processor,
+            "its folder has no usable processor ('object' object",
+        ),
+        (
+            {"image_token_id": PLACEHOLDER},
+            needs_a_package,
+            "its processor needs a package that is not installed (it needs torchvision); pip "
+            "install '.[mlx-images]'",
+        ),
     ],
 )
-def test_a_folder_that_lacks_what_images_need_is_a_text_model(tmp_path, config, reason):
+def test_a_folder_that_lacks_what_images_need_is_a_text_model(tmp_path, config, read, reason):
     """A tokenizer may be all that a folder has in place of a processor."""
     config = {"model_type": "qwen2_vl", "vision_config": {}, **config}
-    found = load_processor(tmp_path, config, "mlx", lambda folder: object())
+    found = load_processor(tmp_path, config, "mlx", read)
     assert isinstance(found, str)
     assert found.startswith(reason)
