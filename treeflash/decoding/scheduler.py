@@ -353,7 +353,7 @@ class Scheduler:
         if self.config.max_bytes is None:
             return True
         if request is None and self._restoration is not None:
-            request = self._waiting[0].request  # whose state is being restored
+            request, _ = self._restoration
         # A state may grow up to its capacity.
         requests = [sequence.request for sequence in self._running]
         requests += [] if request is None else [request]

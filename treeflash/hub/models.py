@@ -237,10 +237,7 @@ def _passed_over(folder: Path, error: UnsupportedModelError) -> str:
 
 
 def _resolve(name: str) -> Path:
-    try:
-        folder = Path(name).expanduser()
-    except RuntimeError as error:  # ~ of an unknown user
-        raise CheckpointError(f"{name!r} is not a folder: {error}") from None
+    folder = expand_home(name)
     if name and folder.exists():
         if (gguf := _gguf_file(folder)) is not None:
             return _converted(gguf)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
+from dataclasses import replace
 
 import pytest
 from failures import failing
+from servers import PATIENCE
 from stored_states import Process, plain, prompt_of, stored_pair
 
 from treeflash.config import DecodeConfig
-from treeflash.decoding import Request, state_files
+from treeflash.decoding import Request, SchedulerConfig, state_files
 from treeflash.decoding.disk_cache import Rates
+from treeflash.reference.verifier import State
 
 FAMILIES = ("qwen3", "qwen3_5")  # the second has recurrent layers
 
@@ -122,6 +126,47 @@ def test_a_state_that_leaves_memory_comes_back(pair, tmp_path):
         assert text == texts[0]
 
 
+def test_a_state_that_leaves_memory_before_it_was_copied_comes_back(pair, tmp_path):
+    prompt = prompt_of(40)
+    with Process(pair, tmp_path) as process:
+        text, _ = process.answer(prompt)
+        assert process.disk.has_unsaved
+        process.cache.shrink(0)
+        process.wait_for_writer()
+        again, (in_memory, restored) = process.answer(prompt)
+        assert again == text
+        assert restored >= 32 > in_memory
+
+
+@pytest.mark.parametrize(("missing", "cached"), [(0, 1), (1, 0)])
+def test_a_state_that_is_being_restored_counts_towards_the_memory(pair, tmp_path, missing, cached):
+    """Others are decoded meanwhile, and their states are cached if there is room beside it."""
+    prompt, answered = prompt_of(40), threading.Event()
+    with Process(pair, tmp_path) as process:
+        text, _ = process.answer(prompt)
+    with Process(pair, tmp_path) as process:
+        scheduler, find = process.scheduler, process.disk.find
+        process.disk.find = lambda *x, **y: find(*x, **y) if answered.wait(PATIENCE) else None
+        config = DecodeConfig(method="treeflash", budget=8, max_tokens=12)
+        long = Request(prompt_ids=prompt, config=config)
+        short = Request(prompt_ids=[5, 6], config=replace(config, max_tokens=2))
+        copied = pair.state_nbytes(2 + 2 - 1, drafts=True)
+        states = sum(map(scheduler.state_bytes, (long, short)))
+        scheduler.config = SchedulerConfig(max_bytes=states + copied - missing)
+        scheduler.submit(short)
+        scheduler.step()
+        scheduler.submit(long)
+        try:
+            while scheduler.running:
+                scheduler.step()
+            assert (scheduler.waiting, len(process.cache)) == (1, cached)
+        finally:
+            answered.set()
+        steps = [step for _, step in scheduler.run()]
+    assert steps[0].disk_tokens >= 32
+    assert [token for step in steps for token in step.tokens] == text
+
+
 def test_nothing_is_restored_that_the_prefill_computes_faster(pair, tmp_path):
     prompt = prompt_of(40)
     with Process(pair, tmp_path) as process:
@@ -207,6 +252,22 @@ def test_a_file_that_another_process_removes_in_between_is_computed(pair, tmp_pa
         assert process.answer(prompt) == (text, (0, 0))
 
 
+def test_an_end_that_does_not_fit_its_blocks_is_computed(pair, tmp_path):
+    """The drafter had not read the blocks that are left, as their successors suppose."""
+    first = prompt_of(41)
+    for tokens in (1, 6):
+        with Process(pair, tmp_path) as process:
+            answer, _ = process.answer(first, tokens=tokens)
+    for path in tmp_path.glob("*.block.*"):
+        path.unlink()
+    second = [*first, *answer, *prompt_of(3, seed=1)]
+    with Process(pair, tmp_path) as process:
+        text, cached = process.answer(second)
+        assert cached == (0, 0 if process.recurrent else 40)
+        assert process.disk.skipped == 0
+    assert text == plain(pair, second)
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_read_only_folder_costs_speed_only(pair, tmp_path, caplog):
     prompt = prompt_of(40)
@@ -228,6 +289,28 @@ def test_a_full_disk_costs_speed_only(pair, tmp_path, caplog):
     assert [x.message for x in caplog.records] == [
         f"{tmp_path}: states cannot be written: No space left on device"
     ]
+
+
+def test_a_folder_that_cannot_be_made_costs_speed_only(pair, tmp_path, caplog):
+    prompt, folder = prompt_of(40), tmp_path / "file" / "states"
+    folder.parent.touch()
+    with Process(pair, folder) as process:
+        text, _ = process.answer(prompt)
+        process.cache.shrink(0)
+        assert process.answer(prompt) == (text, (0, 0))
+    assert text == plain(pair, prompt)
+    assert [x.message for x in caplog.records] == [
+        f"{folder}: states will not be stored: Not a directory",
+        f"{folder}: states cannot be written: Not a directory",
+    ]
+
+
+def test_a_state_for_whose_copy_the_host_has_no_memory_is_not_stored(pair, tmp_path):
+    prompt = prompt_of(40)
+    with failing(State, "export", MemoryError()), Process(pair, tmp_path) as process:
+        text, _ = process.answer(prompt)
+    assert text == plain(pair, prompt)
+    assert names(tmp_path) == set()
 
 
 def test_short_states_are_not_stored(pair, tmp_path):

@@ -552,13 +552,17 @@ def test_a_state_that_does_not_fit_beside_its_text_is_not_cached(backend, monkey
     assert not any(state.nbytes for state in made)
 
 
-def test_an_error_of_another_kind_is_raised_and_the_state_closed(backend, monkeypatch):
+@pytest.mark.parametrize(("place", "states"), [("open", 0), ("fork", 1)])
+def test_an_error_of_another_kind_is_raised_and_the_state_closed(
+    backend, monkeypatch, place, states
+):
     made = watch_states(monkeypatch, State)
     scheduler = Scheduler(backend, prefix_cache=PrefixCache(1 << 20))
     scheduler.submit(Request(prompt_ids=[5, 6], config=config_of(max_tokens=1)))
-    with failing(State, "fork", ZeroDivisionError), pytest.raises(ZeroDivisionError):
+    owner = State if place == "fork" else backend
+    with failing(owner, place, ZeroDivisionError), pytest.raises(ZeroDivisionError):
         scheduler.step()
-    assert [state.nbytes for state in made] == [0]
+    assert [state.nbytes for state in made] == [0] * states
 
 
 @pytest.mark.parametrize("place", ["open", "fork"])

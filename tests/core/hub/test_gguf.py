@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -38,8 +40,17 @@ LAYER_SHAPES = {
 }
 
 
-def write_gguf(path: Path, architecture: str = "llama") -> dict[str, np.ndarray]:
-    """Write a tiny random model; return the weights as they can be read back, by GGUF name."""
+def write_gguf(
+    path: Path,
+    architecture: str = "llama",
+    *,
+    pre: str = "smollm",
+    add: Callable[[gguf.GGUFWriter], object] = lambda writer: None,
+) -> dict[str, np.ndarray]:
+    """Write a tiny random model; return the weights as they can be read back, by GGUF name.
+
+    `pre` is the pre-tokenizer; `add` adds settings or tensors.
+    """
     rng = np.random.default_rng(0)
     alphabet = sorted(ByteLevel.alphabet())
     tokens = [*SPECIAL, *alphabet, *(merge.replace(" ", "") for merge in MERGES), USER_DEFINED]
@@ -53,7 +64,7 @@ def write_gguf(path: Path, architecture: str = "llama") -> dict[str, np.ndarray]
     writer.add_rope_freq_base(100000.0)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
+    writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
     writer.add_token_types([3] * len(SPECIAL) + [1] * (len(tokens) - len(SPECIAL) - 1) + [4])
     writer.add_token_merges(MERGES)
@@ -72,6 +83,7 @@ def write_gguf(path: Path, architecture: str = "llama") -> dict[str, np.ndarray]
         stored = values if kind is None else gguf.quants.quantize(values, kind)
         writer.add_tensor(f"{name}.weight", stored, raw_dtype=kind)
         weights[name] = values if kind is None else gguf.quants.dequantize(stored, kind)
+    add(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -211,6 +223,41 @@ def test_other_and_damaged_gguf_files_are_refused(tmp_path: Path):
         pytest.raises(CheckpointError, match=r"junk\.gguf cannot be read: Permission denied"),
     ):
         convert_gguf(tmp_path / "junk.gguf", tmp_path)
+
+
+def scaling(kind: str, **settings: float) -> Callable[[gguf.GGUFWriter], None]:
+    def add(writer: gguf.GGUFWriter) -> None:
+        writer.add_string("llama.rope.scaling.type", kind)
+        writer.add_float32("llama.rope.scaling.factor", 4.0)
+        writer.add_uint32("llama.rope.scaling.original_context_length", 32)
+        for name, value in settings.items():
+            writer.add_float32(f"llama.rope.scaling.{name}", value)
+
+    return add
+
+
+@pytest.mark.parametrize(
+    ("entry", "parts"),
+    [
+        ("a mixture of experts", {"add": lambda writer: writer.add_expert_count(8)}),
+        ("rope.scaling.type = 'longrope'", {"add": scaling("longrope")}),
+        ("rope.scaling.yarn_ext_factor = 0.5", {"add": scaling("yarn", yarn_ext_factor=0.5)}),
+        (
+            "rope_freqs.weight of no known rotary settings",
+            {"add": lambda writer: writer.add_tensor("rope_freqs.weight", np.arange(1, 5, 1, "f"))},
+        ),
+        (
+            "biases of some of the matrices attn_q, attn_k, attn_v, attn_output only",
+            {"add": lambda writer: writer.add_tensor("blk.0.attn_q.bias", np.zeros(32, "f"))},
+        ),
+        ("tokenizer.ggml.pre = 'unheard-of'", {"pre": "unheard-of"}),
+    ],
+)
+def test_what_a_folder_could_not_say_is_refused(tmp_path: Path, entry: str, parts: dict[str, Any]):
+    write_gguf(tmp_path / "tiny.gguf", **parts)
+    with pytest.raises(CheckpointError) as caught:
+        convert_gguf(tmp_path / "tiny.gguf", tmp_path)
+    assert str(caught.value) == f"tiny.gguf: missing or unsupported GGUF entry: {entry}"
 
 
 def test_weights_of_an_unknown_type_are_refused(tmp_path: Path):

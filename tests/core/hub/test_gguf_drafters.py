@@ -64,7 +64,9 @@ DRAFTERS: dict[str, tuple[str, dict[str, Any]]] = {
                 "rope_type": "yarn",
                 "rope_theta": 1000.0,
                 "factor": 4.0,
-                "original_max_position_embeddings": 16,
+                "original_max_position_embeddings": 64,
+                "beta_fast": 0.5,
+                "beta_slow": 0.125,
             },
         },
     ),
@@ -121,6 +123,8 @@ def write_gguf(path: Path, folder: Path) -> None:
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         writer.add_rope_scaling_factor(rope["factor"])
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+        writer.add_rope_scaling_yarn_beta_fast(rope["beta_fast"])
+        writer.add_rope_scaling_yarn_beta_slow(rope["beta_slow"])
     ids = config.get("aux_hidden_state_layer_ids") or [i + 1 for i in config["target_layer_ids"]]
     writer.add_array("dflash.target_layers", ids)
     writer.add_uint32("dflash.block_size", config["block_size"])
@@ -211,3 +215,11 @@ def test_bad_files_are_one_line(old: str, new: str, message: str, tmp_path: Path
     with pytest.raises(CheckpointError, match=message) as caught:
         convert_gguf(path, tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_factor_that_its_format_lacks_is_refused(tmp_path: Path) -> None:
+    _, folder = write_drafter(tmp_path, "DSpark with fewer tokens")
+    edit_config(folder, lambda config: config.update(output_multiplier=2.0))
+    write_gguf(tmp_path / "tiny.gguf", folder)
+    with pytest.raises(CheckpointError, match="GGUF entry: d2t with output_multiplier"):
+        convert_gguf(tmp_path / "tiny.gguf", tmp_path)

@@ -317,6 +317,21 @@ def test_a_failure_of_the_hub_is_called_what_it_is(
     )
 
 
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [(GatedRepoError, "is gated"), (RepositoryNotFoundError, "nor a model of the hub")],
+)
+def test_a_refusal_of_a_quantisation_is_called_what_it_is(
+    cache: Path, network: Network, kind: type[RepositoryNotFoundError], message: str
+):
+    def refuse(api: object, name: str) -> list[str]:
+        raise refused_by_hub(kind)
+
+    network.list_repo_files = refuse
+    with pytest.raises(CheckpointError, match=f"^a/b:Q8_0 .*{message}"):
+        models.resolve_target("a/b:Q8_0")
+
+
 def test_files_and_folders_of_other_formats_are_named(cache: Path, tmp_path: Path):
     (tmp_path / "model.bin").touch()
     with pytest.raises(CheckpointError, match=r"is a file.*Hugging Face format.* or a GGUF file"):
@@ -409,7 +424,9 @@ def test_local_folder_is_returned_as_is(tmp_path: Path):
     assert models.resolve_drafter(str(tmp_path), None) == tmp_path
 
 
-@pytest.mark.parametrize("name", ["/no/such/folder", "./nowhere", "a/b/c", "~/nothing", ""])
+@pytest.mark.parametrize(
+    "name", ["/no/such/folder", "./nowhere", "a/b/c", "~/nothing", "~nouser/x", ""]
+)
 def test_path_that_does_not_exist(cache: Path, name: str):
     with pytest.raises(CheckpointError, match="pass an existing folder or a hub id"):
         models.resolve_target(name)
@@ -434,6 +451,8 @@ def test_hub_download_takes_neither_pickles_nor_code(tmp_path: Path, network: Ne
     with pytest.raises(CheckpointError, match=r"hf download some/model-GGUF FILE\.gguf"):
         models.resolve_target("some/model-GGUF")
     (tmp_path / "config.json").touch()
+    with pytest.raises(CheckpointError, match=r"some/model has no \*\.safetensors; pass another"):
+        models.resolve_target("some/model")
     (tmp_path / "model.safetensors").touch()
     assert models.resolve_target("some/model") == tmp_path
     assert asked["name"] == "some/model"
@@ -553,7 +572,7 @@ def test_a_name_is_the_newest_snapshot_and_a_tilde_the_home(machine: Path) -> No
     old = machine / "hub/models--Qwen--Qwen3-4B/snapshots/0a1b"
     new = shutil.copytree(old, old.with_name("00ff"))
     os.utime(old, (1, 1))
-    assert models.resolve_target("Qwen3-4B") == new
+    assert models.resolve_target("Qwen3-4B") == models.local_folder("Qwen3-4B") == new
     studio = "~/.lmstudio/models/other/Llama-4bit"
     assert models.local_folder(studio) == Path(studio).expanduser()
     assert models.local_folder("~no-such-user/x") is None

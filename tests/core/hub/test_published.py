@@ -98,6 +98,7 @@ def test_what_kind_of_drafter_a_target_has():
     kinds = [source.kind for source in models.draft_sources("google/gemma-4-31B-it")]
     assert kinds == [*["block drafter"] * 4, "assistant", "EAGLE-3 head", "copies of the text"]
     assert models.draft_sources("meta-llama/Llama-3.3-70B-Instruct")[0].kind == "EAGLE-3 head"
+    assert [source.name for source in models.draft_sources(None)] == [BUNDLED_DRAFTER, "suffix"]
 
 
 def test_every_drafter_of_the_table_is_a_hub_id_and_named_once():
