@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -172,12 +174,20 @@ def test_files_may_begin_with_a_byte_order_mark(run, told, tmp_path):
     assert (told["port"], told["settings"].api_keys) == (0, ("one",))
 
 
-def test_template_variables_that_the_chat_template_rejects(run, model, tmp_path):
-    file = write(tmp_path / "serve.toml", "[chat_template_args]\nmessages = 1\n")
-    models = ("--backend", "reference", "--target", model.folder, "--method", "ar", "--port", 0)
+@pytest.mark.parametrize(
+    ("variable", "says"),
+    [("messages = 1", "'messages' is reserved"), ("style = 1", "arguments: no style")],
+)
+def test_template_variables_that_the_chat_template_rejects(run, model, tmp_path, variable, says):
+    target = shutil.copytree(model.folder, tmp_path / "target")
+    template = "{% if style is defined %}{{ raise_exception('no style') }}{% endif %}"
+    config = json.loads((target / "tokenizer_config.json").read_text())
+    write(target / "tokenizer_config.json", json.dumps(config | {"chat_template": template}))
+    file = write(tmp_path / "serve.toml", f"[chat_template_args]\n{variable}\n")
+    models = ("--backend", "reference", "--target", target, "--method", "ar", "--port", 0)
     code, err = run("--config", file, *models)
     assert (code, err.count("\n")) == (2, 1)
-    assert "'messages' is reserved" in err
+    assert says in err
 
 
 def test_no_keys_in_the_file(run, tmp_path):

@@ -18,7 +18,9 @@ from tool_models import tool_model
 from treeflash.serving.errors import APIError
 from treeflash.serving.service import Service
 from treeflash.serving.settings import Settings
+from treeflash.text import grammar_sandbox
 from treeflash.text.grammar import Grammar, GrammarCompiler, GrammarError
+from treeflash.text.grammar_sandbox import GrammarSandbox
 
 MANY = 6000
 """References in a chain, of which half end a process with a stack of 8 MB."""
@@ -76,6 +78,7 @@ SCHEMAS = {
     "patterns": {"allOf": [{"type": "string", "pattern": f"x{i}.*y{i}"} for i in range(200)]},
     "length": {"type": "string", "minLength": 10**18},
     "no text": {"$ref": "#"},
+    "nothing": False,
 }
 LARK = {
     "rules": rules("@"),
@@ -152,6 +155,7 @@ ACCEPTED = {
             "$ref": "#/$defs/t",
         }
     ),
+    "anything": Grammar.json(True),
     "enum": Grammar.json({"enum": [f"value {i}" for i in range(2000)]}),
     "nested": Grammar.json(nest(LINKS["array"], 40)),
     "items": Grammar.json({"type": "array", "minItems": 10**9}),
@@ -234,6 +238,18 @@ def test_a_process_that_was_killed_is_replaced(compiler):
     compiler._parts[1]._process.kill()
     compiler._parts[1]._process.wait()
     compiler.compile(ACCEPTED["tree"])
+
+
+def test_a_process_that_does_not_answer_is_killed(compiler, monkeypatch):
+    compiler.compile(ACCEPTED["tree"])
+    monkeypatch.setattr(grammar_sandbox, "PATIENCE", 0.01)
+    with pytest.raises(GrammarError, match="it takes too much memory or time to compile"):
+        compiler.compile(REFUSED["lark: intersection"])
+
+
+def test_a_process_that_cannot_begin():
+    with pytest.raises(OSError, match="the process for grammars ended"):
+        GrammarSandbox({"tokenizer": "", "n_vocab": 1}).run([])
 
 
 def test_the_process_ends_with_its_compiler(model):

@@ -95,6 +95,7 @@ def test_a_broken_call_becomes_content(tokenizer, size, end):
     [
         '{"arguments": {}}',
         '{"name": "add", "arguments": "a"}',
+        '{"name": "add", "arguments": [1]}',
         "[1]",
         '{"name": "add", "arguments": {"a": NaN}}',
         '{"name": "add", "arguments": {"a": -Infinity}}',

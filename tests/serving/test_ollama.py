@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from failures import failing
 from servers import NAME, serving
 from tool_models import tool_model
 
-from treeflash.serving.ollama import OllamaFormatter, OllamaOptions
+from treeflash.serving.ollama import ChatRequest, OllamaFormatter, OllamaOptions
 from treeflash.serving.schemas import allowed_tools
 
 ollama = pytest.importorskip("ollama")
@@ -124,13 +125,27 @@ def test_options_reach_the_scheduler(client, server):
     assert expected != server.complete("Hello.", max_tokens=12).json()["choices"][0]["text"]
 
 
-def test_penalties_over_the_last_0_tokens_are_off():
-    options = OllamaOptions(repeat_last_n=0, repeat_penalty=1.2, presence_penalty=0.1)
-    assert options.decoding() == {
-        "repetition_penalty": 1.0,
-        "presence_penalty": 0.0,
-        "frequency_penalty": 0.0,
-    }
+@pytest.mark.parametrize(
+    ("options", "decoding"),
+    [
+        pytest.param(
+            {"repeat_last_n": 0, "repeat_penalty": 1.2, "presence_penalty": 0.1},
+            {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0},
+            id="penalties over the last 0 tokens are off",
+        ),
+        pytest.param({"seed": -1, "num_predict": -1}, {}, id="a negative number sets nothing"),
+    ],
+)
+def test_options_that_mean_something_else_here(options, decoding):
+    assert OllamaOptions(**options).decoding() == decoding
+
+
+def test_earlier_thoughts_reach_the_chat_template():
+    answer = {"role": "assistant", "content": "Hi."}
+    request = ChatRequest(model=NAME, messages=[*HELLO, answer | {"thinking": "Who?"}, *HELLO])
+    service = SimpleNamespace(tokenizer=SimpleNamespace(knows_thinking=True))
+    expected = [*HELLO, answer | {"reasoning_content": "Who?"}, *HELLO]
+    assert request.conversation(service).messages == expected
 
 
 def test_options_of_a_machine_change_nothing(client):

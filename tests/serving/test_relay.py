@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import sys
+from itertools import count
 from types import ModuleType, SimpleNamespace
 
 import httpx
@@ -53,7 +54,7 @@ def test_streams_come_piece_by_piece_and_end_with_the_client():
     async def stream():
         async def pieces():
             try:
-                for i in range(1000):
+                for i in count():
                     yield b"%d\n" % i
                     await asyncio.sleep(0.001)
             finally:
@@ -125,6 +126,7 @@ def test_prompts_of_all_apis():
         b'{"system": [{"text": "s"}], "messages": []}': "s",
         b'{"prompt": "p"}': "p",
         b"[1": "-",
+        b"[1]": "-",
         b"": "-",
         b'{"prompt": ' + b"[" * 50 + b"]" * 50 + b"}": "-",
     }

@@ -200,6 +200,15 @@ def test_arguments_of_a_call_are_an_object(arguments):
         ResponsesRequest(input=[item]).conversation(supports_reasoning=True)
 
 
+@pytest.mark.parametrize("role", ["system", "developer", "assistant"])
+def test_only_users_and_results_have_images(role):
+    image = {"type": "input_image", "image_url": "data:image/png;base64,AAAA"}
+    with pytest.raises(APIError, match="only messages of the user and results of calls"):
+        ResponsesRequest(input=[{"role": role, "content": [image]}]).conversation(
+            supports_reasoning=True
+        )
+
+
 def test_structured_output(client):
     found = client.responses.create(model=NAME, input="Paint it.", text=FORMAT)
     assert json.loads(found.output_text)["colour"] in ("red", "blue")

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 from servers import NAME, serving
-from tool_models import tool_model
+from tool_models import CHAT_TEMPLATE, tool_model
 
 from treeflash.config import DecodeConfig
 from treeflash.decoding import Request, decode
@@ -43,7 +43,7 @@ def server(model):
 def limited(model):
     """A function that makes the constraint of a message."""
 
-    def make(budget, opening=None, other=None):
+    def make(budget, opening, other=None):
         vocab_size = model.backend.vocab_size
         other = None if other is None else other()
         return ThinkingBudget(budget, opening, CLOSE, model.tokenizer.verbatim, vocab_size, other)
@@ -75,15 +75,15 @@ def forced(model, constraint):
 @pytest.mark.parametrize(
     ("opening", "text", "following"),
     [
-        pytest.param(None, "12345", CLOSE, id="begun by the prompt"),
-        pytest.param(None, "1234", "", id="room for one more"),
+        pytest.param("", "12345", CLOSE, id="begun by the prompt"),
+        pytest.param("", "1234", "", id="room for one more"),
         pytest.param(OPEN, f"{OPEN}12345", CLOSE, id="begun by the model"),
         pytest.param(OPEN, f"\n{OPEN}12345", CLOSE, id="after white space"),
         pytest.param(OPEN, "1234567", "", id="no reasoning"),
         pytest.param(OPEN, "<thin1234567", "", id="another beginning"),
-        pytest.param(None, f"12{CLOSE}34567", "", id="ended by the model"),
-        pytest.param(None, "123</", CLOSE[2:], id="the end has begun"),
-        pytest.param(None, f"12345{CLOSE}6789", "", id="after the forced end"),
+        pytest.param("", f"12{CLOSE}34567", "", id="ended by the model"),
+        pytest.param("", "123</", CLOSE[2:], id="the end has begun"),
+        pytest.param("", f"12345{CLOSE}6789", "", id="after the forced end"),
     ],
 )
 def test_the_end_is_forced_at_the_token(model, limited, opening, text, following):
@@ -109,7 +109,7 @@ def test_another_constraint_holds_too(model, limited):
 
         def rollback(self, tokens): ...
 
-    constraint = limited(2, None, OnlyDigits)
+    constraint = limited(2, "", OnlyDigits)
     digits = set(model.tokenizer.encode_continuation("0123456789</think>"))
     assert allowed(model, constraint) == digits
     say(model, constraint, "12")
@@ -130,6 +130,11 @@ def test_messages_think_for_their_budget(server, model):
     thought = short["content"][0]["thinking"]
     unlimited = server.chat(max_tokens=13, reasoning_effort="high").json()
     assert thought == unlimited["choices"][0]["message"]["reasoning_content"]
+    asked = {"messages": HELLO, "max_tokens": 13, "reasoning_effort": "high"}
+    frames = server.frames("/v1/chat/completions", **asked)
+    parts = [frame["choices"][0]["delta"].get("reasoning_content", "") for frame in frames]
+    assert "".join(parts) == thought
+    assert len(list(filter(None, parts))) > 2
     assert [block["type"] for block in short["content"]] == ["thinking", "text"]
     assert short["usage"]["output_tokens"] == 60
 
@@ -141,7 +146,7 @@ def test_a_limit_changes_no_token_of_any_method(model):
     texts = set()
     for method in ("ar", "ddtree", "treeflash"):
         config = DecodeConfig(method=method, budget=12, max_tokens=40)
-        limit = ThinkingBudget(7, None, CLOSE, model.tokenizer.verbatim, vocab_size)
+        limit = ThinkingBudget(7, "", CLOSE, model.tokenizer.verbatim, vocab_size)
         request = Request(prompt_ids=prompt_ids, config=config, constraint=limit)
         steps = decode(model.backend, request)
         texts.add(tuple(token for step in steps for token in step.tokens))
@@ -153,3 +158,31 @@ def test_the_form_of_the_answer_holds_after_a_forced_end(server):
     found = message(server, 9, output_config={"format": FORMAT}, max_tokens=120)
     assert [block["type"] for block in found["content"]] == ["thinking", "text"]
     assert json.loads(found["content"][1]["text"])["colour"] in ("red", "blue")
+
+
+def test_a_thought_that_the_model_may_begin_ends_after_its_budget(tmp_path):
+    """Prompts of Qwen3 begin no thought."""
+    before, _, _ = CHAT_TEMPLATE.partition("{% if enable_thinking")
+    off = "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
+    model = tool_model(tmp_path, chat_template=before + off)
+    first, brace = (model.tokenizer.encode(text)[0] for text in "<{")
+    with serving(model, {"logit_bias": {first: 30.0}}) as running:
+        found = message(running, 9, output_config={"format": FORMAT}, max_tokens=120)
+        thought, text = found["content"]
+        assert thought["thinking"] == "<" * 8  # the ninth begins the end
+        assert json.loads(text["text"])["colour"] in ("red", "blue")
+        form = {"type": "json_schema", "json_schema": {"name": "paint", "schema": FORMAT["schema"]}}
+        fields = {"response_format": form, "logit_bias": {str(brace): 30}}
+        found = running.chat(max_tokens=120, reasoning_effort="high", **fields).json()
+    answer = found["choices"][0]["message"]
+    assert json.loads(answer["content"])["colour"] in ("red", "blue")
+    assert "reasoning_content" not in answer
+
+
+def test_a_thought_whose_ends_are_unknown_has_no_limit(tmp_path):
+    """The form of the answer holds from its first token on."""
+    model = tool_model(tmp_path, response_template=None)
+    with serving(model, tool_call_parser="llama3_json") as running:
+        found = message(running, 9, output_config={"format": FORMAT}, max_tokens=120)
+    (block,) = found["content"]
+    assert json.loads(block["text"])["colour"] in ("red", "blue")

@@ -11,7 +11,9 @@ import json
 import re
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from treeflash.decoding.families import family_of
@@ -85,17 +87,22 @@ class ResponseTemplate:
         close = self._reasoning.get("close")
         return close if isinstance(close, str) else None
 
+    def reasoning_ends(self, *, begun: bool) -> tuple[str, str] | None:
+        """Return the texts before and after the reasoning; None if one is not always the same.
+
+        The first is empty if the prompt has `begun` the reasoning.
+        """
+        opening, close = "" if begun else self.reasoning_opening, self.reasoning_close
+        return None if opening is None or close is None else (opening, close)
+
     def prepend_reasoning(self, grammar: Grammar, *, begun: bool) -> Grammar:
         """Return a grammar after reasoning, which is optional if the prompt has not `begun` it."""
-        if (close := self.reasoning_close) is None:
+        if (ends := self.reasoning_ends(begun=begun)) is None:
             return grammar
-        end = escape_slashes(re.escape(close))
-        if begun:
-            return grammar.prepend(f"thought /{SPACE}/", rule=f"thought[lazy]: /(?s:.*){end}/")
-        if (opening := self.reasoning_opening) is None:
-            return grammar
-        rule = f"thought[lazy]: /{escape_slashes(re.escape(opening))}(?s:.*){end}/"
-        return grammar.prepend(f"(thought /{SPACE}/)?", rule=rule)
+        opening, close = (escape_slashes(re.escape(text)) for text in ends)
+        lead = f"thought /{SPACE}/"
+        rule = f"thought[lazy]: /{opening}(?s:.*){close}/"
+        return grammar.prepend(lead if begun else f"({lead})?", rule=rule)
 
     def call_grammar(self, tools: AllowedTools, *, free: bool, param: str) -> Grammar:
         """Return the grammar of messages with calls of these tools.
@@ -196,7 +203,7 @@ class MessageForm:
         except INVALID_CALL:  # in the message that the answer continues, for example
             return None
 
-    @property
+    @cached_property
     def in_reasoning(self) -> bool:
         """Whether the prompt ends within the reasoning."""
         if (parser := self.parser()) is None:
@@ -384,14 +391,11 @@ class MessageParser:
         assert self._parser is not None
         self._unfinished_call = ""
         self._deltas(self._parser.feed(self._text))
-        deltas = []
-        for i, character in enumerate(text):
-            try:
+        deltas, rest = [], iter(text)
+        with suppress(INVALID_CALL):
+            for character in rest:
                 deltas += self._deltas(self._parser.feed(character))
-            except INVALID_CALL:
-                return deltas + self._give_up(text[i + 1 :])
-        self._text += text
-        return deltas
+        return deltas + self._give_up("".join(rest))
 
     def _give_up(self, rest: str) -> list[Delta]:
         """Make an invalid call content, and everything after it."""

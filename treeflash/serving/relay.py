@@ -98,9 +98,9 @@ class RelayedRequest:
 def _prompt(body: bytes) -> str:
     """Return the texts of a request, in the order in which they become the prompt; never empty."""
     try:
-        fields = json.loads(body or b"{}")
+        fields = json.loads(body)
     except (ValueError, RecursionError):
-        fields = {}
+        fields = None
     if not isinstance(fields, dict):
         return "-"
     names = ("instructions", "system", "messages", "input", "prompt")
@@ -118,16 +118,12 @@ def _texts(value: Any, depth: int = 9) -> Iterator[str]:
 
 
 async def response_pieces(app: ASGIApp, request: RelayedRequest) -> AsyncIterator[Head | bytes]:
-    """Yield the status and headers, then the body; abandoning the iteration is a disconnect."""
+    """Yield the status and headers, then the body; abandoning the iteration cancels the answer."""
     pieces: asyncio.Queue[Head | bytes | None] = asyncio.Queue()
-    disconnected = asyncio.Event()
     unread: list[Message] = [{"type": "http.request", "body": request.body, "more_body": False}]
 
     async def receive() -> Message:
-        if unread:
-            return unread.pop()
-        await disconnected.wait()
-        return {"type": "http.disconnect"}
+        return unread.pop() if unread else await asyncio.Future[Message]()  # which never comes
 
     async def send(message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -147,9 +143,7 @@ async def response_pieces(app: ASGIApp, request: RelayedRequest) -> AsyncIterato
             yield piece
         await task
     finally:
-        disconnected.set()
-        if not task.done():
-            task.cancel()
+        task.cancel()
 
 
 def response_app(head: Head, body: AsyncIterator[bytes]) -> ASGIApp:

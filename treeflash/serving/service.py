@@ -211,16 +211,13 @@ class Conversation:
         constraint: Callable[[], Constraint] | None,
     ) -> Callable[[], Constraint] | None:
         """Return the constraint with a limit on the reasoning, where its ends are known."""
-        template, begun = form.template, form.in_reasoning
-        close, opening = template.reasoning_close, template.reasoning_opening
-        if close is None or (opening is None and not begun):
+        if (ends := form.template.reasoning_ends(begun=form.in_reasoning)) is None:
             return constraint
-        begin, tokenizer = None if begun else opening, service.tokenizer.verbatim
-        vocab_size = service.engine.model.backend.vocab_size
+        tokenizer, vocab_size = service.tokenizer.verbatim, service.engine.model.backend.vocab_size
 
         def make() -> Constraint:
             other = None if constraint is None else constraint()
-            return ThinkingBudget(budget, begin, close, tokenizer, vocab_size, other)
+            return ThinkingBudget(budget, *ends, tokenizer, vocab_size, other)
 
         return make
 

@@ -39,23 +39,22 @@ class _State:
 class ThinkingBudget:
     """A `Constraint` that ends the reasoning after `budget` tokens, and obeys another one if given.
 
-    `opening` begins the reasoning, and is None if the prompt has begun it; `close` ends it. The
+    `opening` begins the reasoning, and is empty if the prompt has begun it; `close` ends it. The
     tokenizer must be `verbatim`. `vocab_size` is the target's.
     """
 
     def __init__(
         self,
         budget: int,
-        opening: str | None,
+        opening: str,
         close: str,
         tokenizer: Tokenizer,
         vocab_size: int,
         other: Constraint | None = None,
     ) -> None:
         self._budget, self._tokenizer, self._vocab_size = budget, tokenizer, vocab_size
-        self._opening = None if opening is None else opening.encode()
-        self._close, self._other = close.encode(), other
-        first = _State("reasoning" if opening is None else "before")
+        self._opening, self._close, self._other = opening.encode(), close.encode(), other
+        first = _State("before" if opening else "reasoning")
         self._states = [self._due(first)]
 
     @property
@@ -94,7 +93,6 @@ class ThinkingBudget:
             return state
         tail = state.tail + self._tokenizer.token_bytes(token)
         if state.phase == "before":
-            assert self._opening is not None
             text = tail.lstrip()
             if text.startswith(self._opening):
                 return _State("reasoning")

@@ -170,8 +170,6 @@ class GrammarCompiler:
             raise GrammarError(str(error)) from error
         make = partial(llguidance.LLMatcher, log_level=0, limits=LIMITS)  # prints no errors
         matcher = _in_deep_thread(partial(make, vocabulary, text))
-        if matcher.is_error():
-            raise GrammarError(matcher.get_error())
         ends = self._tokenizer.stop_token_ids
         return lambda: GrammarConstraint(matcher.deep_copy(), self._vocab_size, ends)
 
