@@ -140,11 +140,15 @@ def test_options_that_mean_something_else_here(options, decoding):
     assert OllamaOptions(**options).decoding() == decoding
 
 
-def test_earlier_thoughts_reach_the_chat_template():
-    answer = {"role": "assistant", "content": "Hi."}
-    request = ChatRequest(model=NAME, messages=[*HELLO, answer | {"thinking": "Who?"}, *HELLO])
+def test_thoughts_and_results_without_a_name_reach_the_chat_template():
+    call = {"function": {"name": "stop", "arguments": {}}}
+    answer = {"role": "assistant", "content": "Hi.", "thinking": "Who?", "tool_calls": [call]}
+    result = {"role": "tool", "content": "Done."}
+    request = ChatRequest(model=NAME, messages=[*HELLO, answer, result])
     service = SimpleNamespace(tokenizer=SimpleNamespace(knows_thinking=True))
-    expected = [*HELLO, answer | {"reasoning_content": "Who?"}, *HELLO]
+    answer["reasoning_content"] = answer.pop("thinking")
+    answer["tool_calls"] = [{"id": "call_1_0", "type": "function", **call}]
+    expected = [*HELLO, answer, result | {"tool_call_id": "call_1_0"}]
     assert request.conversation(service).messages == expected
 
 

@@ -426,8 +426,8 @@ class Restoration:
         for read in self._reads:
             read.cancel()
         self._reads.clear()
-        if self.state is not None:
-            self.state.close()
+        assert self.state is not None
+        self.state.close()
         self.state, self._blocks = None, deque()
 
     def _read_ahead(self) -> None:

@@ -289,7 +289,7 @@ def state_difference(backend: Backend, rng: np.random.Generator, prefix_length: 
 
 
 def _append(sequence: SequenceSession, tokens: list[int]) -> None:
-    """Commit tokens: at once, or one by one if the target has recurrent layers.
+    """Commit at least one token: all at once, or one by one if the target has recurrent layers.
 
     Some families round or limit the steps of prompts in another way than the steps of decoding.
     """
@@ -297,7 +297,7 @@ def _append(sequence: SequenceSession, tokens: list[int]) -> None:
         for token in tokens:
             sequence.logits(DraftTree.root_only(token))
             sequence.commit(np.zeros(1, np.int32))
-    elif tokens:
+    else:
         sequence.extend(tokens)
 
 

@@ -111,17 +111,18 @@ class SuffixIndex:
         for number, order in enumerate(self.orders):
             latest = np.full(slots, -1, np.int32)
             previous = np.full(len(tokens), -1, np.int32)
-            if (count := len(tokens) + 1 - order) > 0:
-                grams = (tokens[i : i + count] for i in range(order))
-                keys = np.zeros(count, np.uint64)
-                for gram in grams:
-                    keys = keys * np.uint64(MULTIPLIER) + gram
-                keys = (keys >> np.uint64(HASH_SHIFT)) & np.uint64(slots - 1)
-                by_slot = np.argsort(keys, kind="stable")
-                same = keys[by_slot[1:]] == keys[by_slot[:-1]]
-                ends = (by_slot + order - 1).astype(np.int32)
-                previous[ends[1:][same]] = ends[:-1][same]
-                latest[keys[by_slot]] = ends  # the last one of a slot remains
+            count = (
+                len(tokens) + 1 - order
+            )  # more than 0, as there are more than `MIN_SLOTS` tokens
+            keys = np.zeros(count, np.uint64)
+            for i in range(order):
+                keys = keys * np.uint64(MULTIPLIER) + tokens[i : i + count]
+            keys = (keys >> np.uint64(HASH_SHIFT)) & np.uint64(slots - 1)
+            by_slot = np.argsort(keys, kind="stable")
+            same = keys[by_slot[1:]] == keys[by_slot[:-1]]
+            ends = (by_slot + order - 1).astype(np.int32)
+            previous[ends[1:][same]] = ends[:-1][same]
+            latest[keys[by_slot]] = ends  # the last one of a slot remains
             self._latest[number] = array("i", latest.tobytes())
             self._previous[number] = array("i", previous.tobytes())
 

@@ -392,7 +392,7 @@ class MessageParser:
         self._unfinished_call = ""
         self._deltas(self._parser.feed(self._text))
         deltas, rest = [], iter(text)
-        with suppress(INVALID_CALL):
+        with suppress(*INVALID_CALL):
             for character in rest:
                 deltas += self._deltas(self._parser.feed(character))
         return deltas + self._give_up("".join(rest))

@@ -233,6 +233,7 @@ def test_a_slow_gpu_reads_less_of_the_long_text(monkeypatch):
 def test_rows_beyond_the_largest_size_cost_as_the_last_ones_do():
     found = VerifyCosts({1: 1.0, 2: 1.5, 4: 2.5})
     assert found.predict([3, 10], [0, 0]) == pytest.approx([2.0, 5.5])
+    assert VerifyCosts({1: 1.0}).predict([1, 3], [0, 0]) == pytest.approx([1.0, 1.0])
 
 
 def test_several_sequences_take_additional_time():

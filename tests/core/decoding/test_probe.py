@@ -260,8 +260,11 @@ class InexactForks(InexactPrompts):
         return (not hasattr(state, "prompt")) / 512
 
 
-def test_a_target_whose_logits_depend_on_the_text_alone_is_exact(backend):
-    broken(backend, Exact).check_exact()
+@pytest.mark.parametrize("positions", [16, 256])
+def test_a_target_whose_logits_depend_on_the_text_alone_is_exact(tmp_path, positions):
+    write_target(tmp_path, "llama", seed=1, max_positions=positions)
+    backend = broken(load(tmp_path, None, LoadConfig()), Exact)
+    backend.check_exact()
     assert backend.inexact is None
 
 

@@ -116,17 +116,19 @@ def write(
     kind: gguf.GGMLQuantizationType | None = None,
     *,
     pre: str | None = None,
+    space: bool = True,
     part: int = 0,
 ) -> Any:
     """Write a random model as llama.cpp's converter does; returns the model.
 
     Matrices are quantised if a kind is given, and the model then has the rounded weights. A Llama's
-    would be in the file's order. `pre` names another pre-tokenizer, and `part` is the number of
-    tensors in each part of a model in parts.
+    would be in the file's order. `pre` names another pre-tokenizer, `space` is whether a space
+    comes before the first word, and `part` is the number of tensors in each part of a model in
+    parts.
     """
     architecture = CASES[name][0]
     writer = gguf.GGUFWriter(path, architecture, split_max_tensors=part)
-    vocab_size = write_tokenizer(writer, name, pre)
+    vocab_size = write_tokenizer(writer, name, pre, space=space)
     model = random_model(name, vocab_size)
     config = model.config
     writer.add_block_count(LAYERS)
@@ -195,7 +197,7 @@ ARCHS = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
 PRE_TOKENIZERS = {"llama": "llama-bpe", "qwen2": "qwen2", "qwen3": "qwen2", "lfm2": "lfm2"}
 
 
-def write_tokenizer(writer: gguf.GGUFWriter, name: str, pre: str | None) -> int:
+def write_tokenizer(writer: gguf.GGUFWriter, name: str, pre: str | None, *, space: bool) -> int:
     """Write a small tokenizer of the family; returns the number of tokens."""
     kinds = [3] * len(SPECIAL)
     if name in ("gemma3", "mistral"):
@@ -210,6 +212,8 @@ def write_tokenizer(writer: gguf.GGUFWriter, name: str, pre: str | None) -> int:
             writer.add_add_space_prefix(False)
         else:  # as from a tokenizer.json
             writer.add_token_scores([-1000.0] * len(tokens))
+            if not space:  # the default is to have one
+                writer.add_add_space_prefix(False)
     else:
         merges = ["Ġ t", "h e", "Ġt he", "1 2", "12 3", "Ã ©"]
         alphabet = sorted(ByteLevel.alphabet())
@@ -334,6 +338,15 @@ def test_what_files_leave_out(name: str, text: str, tokens: list[str], tmp_path:
     assert tokenizer.stop_token_ids == {SPECIAL.index("<eos>"), SPECIAL.index("<end_of_turn>")}
     assert tokenizer.knows_tools == (name == "mistral")
     assert tokenizer.render([{"role": "user", "content": "Hi"}]) == "Hi"
+
+
+def test_the_space_before_the_first_word_may_be_left_out(tmp_path: Path) -> None:
+    write(tmp_path / "tiny.gguf", "mistral", space=False)
+    convert_gguf(tmp_path / "tiny.gguf", tmp_path)
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    ids = tokenizer.encode("th th")
+    assert tokenizer.transformers.convert_ids_to_tokens(ids) == ["<bos>", "th", "\u2581th"]
+    assert tokenizer.decode(ids) == "th th"
 
 
 @pytest.mark.parametrize("backend", ["cuda", "mlx"])
