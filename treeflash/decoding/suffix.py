@@ -111,12 +111,10 @@ class SuffixIndex:
         for number, order in enumerate(self.orders):
             latest = np.full(slots, -1, np.int32)
             previous = np.full(len(tokens), -1, np.int32)
-            count = (
-                len(tokens) + 1 - order
-            )  # more than 0, as there are more than `MIN_SLOTS` tokens
-            keys = np.zeros(count, np.uint64)
+            # More than `MIN_SLOTS` tokens have n-grams of every order.
+            keys = np.zeros(len(tokens) + 1 - order, np.uint64)
             for i in range(order):
-                keys = keys * np.uint64(MULTIPLIER) + tokens[i : i + count]
+                keys = keys * np.uint64(MULTIPLIER) + tokens[i : i + len(keys)]
             keys = (keys >> np.uint64(HASH_SHIFT)) & np.uint64(slots - 1)
             by_slot = np.argsort(keys, kind="stable")
             same = keys[by_slot[1:]] == keys[by_slot[:-1]]

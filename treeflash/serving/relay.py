@@ -123,7 +123,8 @@ async def response_pieces(app: ASGIApp, request: RelayedRequest) -> AsyncIterato
     unread: list[Message] = [{"type": "http.request", "body": request.body, "more_body": False}]
 
     async def receive() -> Message:
-        return unread.pop() if unread else await asyncio.Future[Message]()  # which never comes
+        """Return the request. No other message comes, because a disconnect cancels the answer."""
+        return unread.pop() if unread else await asyncio.Future[Message]()
 
     async def send(message: Message) -> None:
         if message["type"] == "http.response.start":
