@@ -16,7 +16,6 @@
 - `launches`: the operations and bytes of an iteration on a GPU, counted without one.
 - `kernels`: what the Triton kernels take of each GPU, compiled without one.
 - `mac_report`: whether a Mac does everything right, and how fast: one file to send.
-- `mac`: everything that MLX does with a target and a drafter.
 - `mlx_rows`: which operations of MLX give a row the same bits beside any others.
 - `metal_sources`: the sources of the MLX backend's Metal kernels, to compile them on a Mac.
 - `ablation` and `training_cost`: what each choice in training is worth, and what a step costs.

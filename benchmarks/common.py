@@ -7,20 +7,24 @@ import datetime
 import json
 import os
 import platform
+import re
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from ctypes.util import find_library
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal, NoReturn, TypeAlias
+from typing import Any, Literal, NoReturn, TypeAlias, TypeVar
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from treeflash.cli.options import add_option
 from treeflash.config import METHODS, Budget, DecodeConfig, Method
 from treeflash.decoding.interfaces import Backend
 from treeflash.decoding.transitions import TransitionTable
@@ -34,33 +38,44 @@ from treeflash.text.generation import mean
 from treeflash.text.prompt import encode, read_rows
 from treeflash.text.tokenizer import Tokenizer
 
+T = TypeVar("T")
 Row: TypeAlias = dict[str, Any]
 """One line of a table: the columns by name."""
+ROOT = Path(__file__).parents[1]
 PACKAGES = ("treeflash", "numpy", "torch", "transformers", "mlx", "mlx-lm")
 DECODE_OPTIONS = options_of(DecodeConfig)
 TREE_DEPTHS, TREE_CHILDREN = 15, 32  # of the tables that random trees are built from
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line."""
+    """An argument parser whose help is the module's docstring, and whose errors are one line."""
 
     def __init__(self, doc: str | None, *, json: bool = True) -> None:
         """Start with `--json FILE`, if the benchmark writes one.
 
         Args:
-            doc: the module's docstring, whose first line is the description.
+            doc: the module's docstring, which has the command.
             json: whether there is `--json`.
         """
-        super().__init__(description=(doc or "").partition("\n")[0])
+        command = re.search(r"python -m benchmarks[\w.]+", doc or "")
+        super().__init__(
+            prog=command and command[0],
+            description=doc,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         if json:
             self.add_argument(
                 "--json", type=output_file, metavar="FILE", help="write the results to this file"
             )
 
-    def add_prompts(self, *, limit: int, max_tokens: int) -> None:
+    def add_prompts(self, *, limit: int, max_tokens: int, required: bool = True) -> None:
         """Add the prompt sets, and the defaults of how much of them to decode."""
         self.add_argument(
-            "prompts", nargs="+", type=Path, metavar="FILE.jsonl", help="prompt sets, one per file"
+            "prompts",
+            nargs="+" if required else "*",
+            type=Path,
+            metavar="FILE.jsonl",
+            help="prompt sets, one per file",
         )
         self.add_number("--limit", limit, "prompts per set")
         self.add_number("--max-tokens", max_tokens, "new tokens per prompt")
@@ -71,27 +86,52 @@ class Parser(argparse.ArgumentParser):
             flag, type=integer, default=default, metavar="N", help=f"{help} (default: {default})"
         )
 
+    def add_list(
+        self,
+        flag: str,
+        parse: Callable[[str], T],
+        default: Sequence[T],
+        help: str,
+        metavar: str = "N,...",
+    ) -> None:
+        """Add an option that is a comma-separated list of values, each of which `parse` reads."""
+        self.add_argument(
+            flag,
+            type=lambda text: [parse(part) for part in text.split(",")],
+            default=list(default),
+            metavar=metavar,
+            help=f"{help} (default: {','.join(map(str, default))})",
+        )
+
     def add_numbers(
         self, flag: str, default: Sequence[int], help: str, *, minimum: int = 1
     ) -> None:
         """Add an option that is a comma-separated list of integers."""
-        self.add_argument(
-            flag,
-            type=lambda text: [integer(part, minimum) for part in text.split(",")],
-            default=list(default),
-            metavar="N,...",
-            help=f"{help} (default: {','.join(map(str, default))})",
-        )
+        self.add_list(flag, lambda text: integer(text, minimum), default, help)
+
+    def add_names(
+        self, flag: str, choices: Collection[str], help: str, default: Sequence[str] = ()
+    ) -> None:
+        """Add an option that is a comma-separated list of some of the `choices`; all by default."""
+
+        def parse(text: str) -> str:
+            if text not in choices:
+                known = ", ".join(choices)
+                raise argparse.ArgumentTypeError(f"{text!r} is unknown; choose from {known}")
+            return text
+
+        self.add_list(flag, parse, default or list(choices), help, "NAME,...")
 
     def add_budgets(self, default: Sequence[Budget], help: str) -> None:
         """Add `--budgets`: a comma-separated list of numbers of nodes, and `auto`."""
-        self.add_argument(
-            "--budgets",
-            type=lambda text: [parse_option("budget", part) for part in text.split(",")],
-            default=list(default),
-            metavar="N|auto,...",
-            help=f"{help} (default: {','.join(map(str, default))})",
-        )
+        parse = partial(parse_option, "budget")
+        self.add_list("--budgets", parse, default, help, "N|auto,...")
+
+    def add_decode_options(self, *names: str) -> None:
+        """Add options of `DecodeConfig` with their defaults."""
+        for name in names:
+            option = DECODE_OPTIONS[name]
+            add_option(self, option, default=option.default)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}\n")
@@ -113,15 +153,14 @@ def integer(text: str, minimum: int = 1) -> int:
 
 
 def parse_option(name: str, text: str) -> Any:
-    """Parse the value of an option of `DecodeConfig`, for argparse."""
-    parse = DECODE_OPTIONS[name].parse
-    assert parse is not None
-    return parse(text)
-
-
-def names(text: str) -> list[str]:
-    """Parse comma-separated words, for argparse."""
-    return text.split(",")
+    """Parse and check the value of an option of `DecodeConfig`, for argparse."""
+    option = DECODE_OPTIONS[name]
+    try:
+        value = (option.parse or option.type)(text)
+        option.check(value, name)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be {option.accepted_values}, got {text}") from None
+    return value
 
 
 def require_testing(extra: str) -> None:
@@ -131,12 +170,20 @@ def require_testing(extra: str) -> None:
         raise ConfigError(f"this benchmark needs {missing[0]}; {command}")
 
 
-def alternate_ms(calls: Sequence[Callable[[], object]], repeats: int) -> list[float]:
-    """Return each call's median milliseconds: all are made in turn, after a round to warm up."""
+def alternate_ms(
+    calls: Sequence[Callable[[], object]], repeats: int, *, leave_work: bool = False
+) -> list[float]:
+    """Return each call's median milliseconds: all are made in turn, after a round to warm up.
+
+    Calls that `leave_work` running on the device, for which the next call waits, are made twice in
+    a row, and the second time counts: it waits for the work of an equal call.
+    """
     rounds = []
     for _ in range(repeats + 1):
         times = []
         for call in calls:
+            if leave_work:
+                call()
             started = time.perf_counter()
             call()
             times.append(1000 * (time.perf_counter() - started))
@@ -156,6 +203,12 @@ def random_tree(vocab_size: int, nodes: int) -> DraftTree:
 def read_prompts(tokenizer: Tokenizer, path: Path, limit: int) -> list[list[int]]:
     """Return the token ids of the first prompts of a set."""
     return [encode(tokenizer, row.turns[0]).token_ids for row in read_rows(path)[:limit]]
+
+
+def first_difference(plain: Sequence[int], tokens: Sequence[int]) -> int:
+    """Return the place of the first different token; the shorter length if there is none."""
+    pairs = enumerate(zip(plain, tokens, strict=False))
+    return next((i for i, (x, y) in pairs if x != y), min(len(plain), len(tokens)))
 
 
 def random_prompt(vocab_size: int, length: int) -> list[int]:
@@ -250,9 +303,10 @@ def write_json(path: Path | None, benchmark: str, results: Row) -> None:
 
 
 def machine() -> Row:
-    """Describe date, hardware and versions."""
+    """Describe date, hardware and versions; `revision` is git's name of the source."""
     return {
         "date": datetime.date.today().isoformat(),
+        "revision": _revision(),
         "cpu": _cpu(),
         "cores": os.cpu_count(),
         "system": platform.platform(),
@@ -278,6 +332,14 @@ def _cpu() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
+
+
+def _revision() -> str | None:
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None  # there is no git here, or the source comes from an archive
 
 
 def _version(package: str) -> str | None:

@@ -11,34 +11,44 @@ layers could be made.
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.metadata import version
-from pathlib import Path
 
-TESTS = Path(__file__).parents[1] / "tests"
+from benchmarks.common import ROOT, Parser, require_testing
+from treeflash.cli.console import guarded
+from treeflash.errors import ConfigError
+from treeflash.registry import loader
+
 FRAMEWORKS = {"cuda": "transformers", "mlx": "mlx-lm"}
 OUTCOMES = ("verified", "refused")
 
 
 def run_families(backend: str) -> dict[str, str]:
     """Return the outcome of each model type that could be tried."""
+    script = ROOT / "tests" / backend / "families.py"
     run = subprocess.run(
-        [sys.executable, TESTS / backend / "families.py"],
+        [sys.executable, script],
         stdout=subprocess.PIPE,
         text=True,
-        check=True,
+        check=False,
         env=os.environ | {"PYTHONWARNINGS": "ignore"},
     )
+    if run.returncode:
+        raise ConfigError(f"{script} failed with exit status {run.returncode}")
     words = (line.split() for line in run.stdout.partition("\n\n")[0].splitlines())
     return {name: outcome for name, outcome, *_ in words if outcome in OUTCOMES}
 
 
-def main() -> None:
+@guarded
+def main(argv: Sequence[str] | None = None) -> int:
     """Run both scripts and print the table."""
-    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
+    Parser(__doc__, json=False).parse_args(argv)
+    for backend in FRAMEWORKS:
+        loader(backend)  # its error is clearer than a script's
+        require_testing(backend)
     outcomes = {backend: run_families(backend) for backend in FRAMEWORKS}
     for backend, framework in FRAMEWORKS.items():
         verified, refused = (list(outcomes[backend].values()).count(x) for x in OUTCOMES)
@@ -49,7 +59,8 @@ def main() -> None:
     print("\n| model type | " + " | ".join(outcomes) + " |\n| --- | --- | --- |")
     for name in sorted(set().union(*outcomes.values())):
         print(f"| {name} | {' | '.join(x.get(name, '-') for x in outcomes.values())} |")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -2,10 +2,10 @@
 
     python -m benchmarks.gpu --shape qwen3-4b [--json FILE]
 
-Nothing is downloaded: a checkpoint of random weights is written to a temporary folder and loaded
-like any other. The drafter has the published shape: 5 layers, a block of 16, M = K = 16, and an AR
-head with the intermediate size of the target's MLP. Drafts are almost never accepted, so this
-measures the parts of an iteration, not the speed of decoding.
+Nothing is downloaded: a checkpoint of random weights is written to the folder of temporary files
+(`TMPDIR`) and loaded like any other. The drafter has the published shape: 5 layers, a block of 16,
+M = K = 16, and an AR head with the intermediate size of the target's MLP. Drafts are almost never
+accepted, so this measures the parts of an iteration, not the speed of decoding.
 
 - `verify`: one target forward pass over a tree, by nodes and committed positions. `of_limit` is the
   fraction of the memory bandwidth used: the time to read the weights and the KV cache once at the
@@ -38,28 +38,22 @@ from treeflash.cli.console import guarded
 from treeflash.config import DTYPES, DecodeConfig, LoadConfig
 from treeflash.decoding.interfaces import TableOptions
 from treeflash.decoding.session import SequenceSession
-from treeflash.errors import ConfigError
 from treeflash.registry import loader
 
 BUDGETS = (16, 64)
 HEADS = ((None, None), (1024, None), (1024, 128), (256, 128))  # shortlist size, previous tokens
-MIN_LAYERS = 4  # the min layers of the target, for the drafter's default target layers
 
 
 def parser() -> Parser:
     """Build the parser of the command line."""
     options = Parser(__doc__)
     options.add_argument("--shape", choices=SHAPES, default="qwen3-4b", help="(default: qwen3-4b)")
-    options.add_argument("--layers", type=int, help="target layers (default: as published)")
     options.add_argument("--device", help="cuda, cuda:1, ... or cpu (default: cuda if available)")
     options.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="(default: bfloat16)")
     options.add_numbers("--sizes", [2**n for n in range(10)], "nodes of the trees of `verify`")
     options.add_numbers("--contexts", [0, 1024, 2048, 4096, 8192], "committed positions", minimum=0)
     options.add_argument("--compile", action="store_true", help="compile the target's layers")
     options.add_number("--repeats", 20, "calls per median")
-    options.add_argument(
-        "--folder", type=Path, metavar="DIR", help="where to write the temporary checkpoint"
-    )
     return options
 
 
@@ -149,14 +143,12 @@ def measure(backend: Any, shape: Row, bandwidth: float, args: Any) -> dict[str, 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, write."""
     args = parser().parse_args(argv)
-    shape = SHAPES[args.shape] | ({"num_hidden_layers": args.layers} if args.layers else {})
-    if shape["num_hidden_layers"] < MIN_LAYERS:
-        raise ConfigError(f"--layers must be {MIN_LAYERS} or more, got {args.layers}")
+    shape = SHAPES[args.shape]
     load = loader("cuda")
     from treeflash_cuda.device import choose_device
 
     device = choose_device(args.device)
-    with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
+    with tempfile.TemporaryDirectory() as scratch:
         target, drafter = Path(scratch, "target"), Path(scratch, "drafter")
         write_target(target, shape, device, args.dtype)
         write_drafter(drafter, shape, device, args.dtype)
@@ -170,7 +162,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             about = {
                 "card": backend.device_name,
                 "shape": args.shape,
-                "layers": shape["num_hidden_layers"],
                 "dtype": args.dtype,
                 "compile": args.compile,
                 "copy_gb_per_s": bandwidth / 1e9,

@@ -8,10 +8,11 @@ if there are none, 1 if there are some, and 2 if PyTorch finds no GPU, with the 
 only names the command that measures MLX.
 
 - `machine`: the card, its driver, the software, and what Triton needs to compile.
-- `kernels`: whether each kernel is used, by dtype and width of heads; its time beside PyTorch's.
+- `kernels`: whether each kernel is used, by dtype, width of heads and bits of stored keys, and how
+  long it takes to compile them.
 - `graphs`: which functions are captured as CUDA graphs, their replays, and failures.
 - `texts`: whether every method writes the text of plain decoding, and graphs, masks and exact mode
-  agree, with tiny models of random weights.
+  agree, with tiny models of random weights: with attention alone, and with recurrent layers.
 - `memory`: what is reserved and used, and whether decoding goes on after memory ran out.
 - `speed`: a forward pass by nodes and context, an iteration by phase for 1, 8 and 32 texts, and its
   longest kernels, with random weights in the shape of the largest Qwen3 model that fits the GPU and
@@ -24,8 +25,6 @@ The tiny models come from the conformance suite: `pip install '.[cuda,testing]'`
 
 from __future__ import annotations
 
-import gc
-import json
 import os
 import shutil
 import subprocess
@@ -34,6 +33,7 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from itertools import product
@@ -43,7 +43,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common import Parser, Row, random_prompt, require_testing
+from benchmarks.common import Parser, Row, first_difference, random_prompt, require_testing
 from benchmarks.decoding.iteration import verify_rows
 from benchmarks.gpu import copy_bandwidth, read_bytes, synchronize
 from benchmarks.random_pair import SHAPES, write_drafter, write_target
@@ -56,9 +56,16 @@ from treeflash.decoding.tree import DraftTree
 from treeflash.errors import TreeflashError, is_out_of_memory
 from treeflash.registry import loader
 
-SECONDS = 600
 DTYPES = ("bfloat16", "float16", "float32")
-HEAD_DIMS = (64, 128, 256)
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "float32": ("qwen3", {}),
+    "float32, 8-bit KV cache": ("qwen3", {"kv_bits": 8}),
+    "float32, 4-bit drafter": ("qwen3", {"draft_bits": 4}),
+    "float32, gated delta nets": ("qwen3_5", {}),
+    "float32, Mamba-2": ("granitemoehybrid", {}),
+}
+"""Families of tiny targets, and settings, in which every method writes the text of plain decoding
+except where two logits are closer than the rounding of float32."""
 CAPTURED = ("the target", "the drafter", "the AR head")
 """Functions that every iteration of a greedy text replays."""
 METHODS: tuple[Method, ...] = ("dflash", "ddtree", "treeflash", "suffix")
@@ -85,7 +92,7 @@ def parser() -> Parser:
     options.add_argument("--device", help="cuda, cuda:1, ... (default: cuda)")
     options.add_argument("--target", metavar="ID", help="also decode with this target")
     options.add_argument("--shape", choices=SHAPES, help="of `speed` (default: what fits)")
-    options.add_number("--minutes", SECONDS // 60, "time for all parts")
+    options.add_number("--minutes", 10, "time for all parts")
     return options
 
 
@@ -128,12 +135,6 @@ def text_problem(what: str, plain: Sequence[int], tokens: Sequence[int]) -> str 
         return None
     place = first_difference(plain, tokens)
     return f"{what} differs from plain decoding at token {place} of {len(plain)}"
-
-
-def first_difference(plain: Sequence[int], tokens: Sequence[int]) -> int:
-    """Return the place of the first different token; the shorter length if there is none."""
-    pairs = enumerate(zip(plain, tokens, strict=False))
-    return next((i for i, (x, y) in pairs if x != y), min(len(plain), len(tokens)))
 
 
 def logits_problem(what: str, difference: float) -> str | None:
@@ -193,27 +194,26 @@ def usage_problems(usages: Iterable[Row], most_shared: int) -> Iterator[str]:
 class Gpu:
     """A device, and the models that the parts of a report load on it."""
 
-    def __init__(
-        self, device: Any, folder: Path, args: Any, is_late: Callable[[], bool] = lambda: False
-    ) -> None:
+    def __init__(self, device: Any, folder: Path, args: Any, end: float) -> None:
         self.device = device  # torch's
         self.args = args
-        self.is_late = is_late  # whether the time for all parts is over
-        self.tiny = folder / "tiny-target", folder / "tiny-drafter"
-        self.large = folder / "target", folder / "drafter"
+        self.end = end  # when the time for all parts is over
+        self.folder = folder
+
+    @property
+    def is_late(self) -> bool:
+        """Whether the time for all parts is over."""
+        return time.time() > self.end
 
     def load(self, pair: tuple[Path, Path], **settings: Any) -> Any:
         """Load a pair on the device; see `LoadConfig`."""
         return loader("cuda")(*pair, LoadConfig(device=str(self.device), **settings))
 
-    def write_tiny(self) -> tuple[Path, Path]:
-        """Write a pair of tiny models of random weights, once."""
-        if not self.tiny[0].exists():
-            from treeflash.testing import models
+    def write_tiny(self, family: str = "qwen3") -> tuple[Path, Path]:
+        """Write a pair of tiny models of random weights into a new folder."""
+        from treeflash.testing.models import write_pair
 
-            models.write_target(self.tiny[0], "qwen3", seed=1, vocab_size=500)
-            models.write_drafter(self.tiny[1], self.tiny[0], seed=2)
-        return self.tiny
+        return write_pair(Path(tempfile.mkdtemp(dir=self.folder)), family, vocab_size=500)
 
     def free_bytes(self) -> int:
         """Return the memory that is free; 0 for a processor."""
@@ -247,26 +247,27 @@ def machine(gpu: Gpu, part: Part) -> None:
 def kernels(gpu: Gpu, part: Part) -> None:
     """Check every kernel for every dtype and width."""
     import torch
+    from treeflash_cuda.backend import EXAMINED_HEAD_DIMS
+    from treeflash_cuda.cache import KV_BITS
     from treeflash_cuda.kernels import flash_kernels
     from treeflash_cuda.operations import examined_shapes, load_operations
+    from treeflash_cuda.quantised_weights import BITS
 
-    for dtype, head_dim in product(DTYPES, HEAD_DIMS):
-        shapes = examined_shapes(head_dim)
-        where = f"{dtype} and heads of {head_dim}"
+    for dtype, head_dim, kv_bits in product(DTYPES, EXAMINED_HEAD_DIMS, (None, KV_BITS)):
+        shapes = replace(examined_shapes(head_dim, BITS), quantised=kv_bits is not None)
+        case = {"dtype": dtype, "head_dim": head_dim, "kv_bits": kv_bits}
+        where = f"{dtype}, heads of {head_dim} and kv_bits {kv_bits}"
         started = time.perf_counter()
         operations = load_operations(shapes, gpu.device, getattr(torch, dtype))
-        seconds = time.perf_counter() - started
+        part.add("compiling", **case, seconds=time.perf_counter() - started)
         for name, verdict in operations.verdicts.items():
-            part.add("verdicts", dtype=dtype, head_dim=head_dim, kernel=name, verdict=verdict)
-        part.add("compiling", dtype=dtype, head_dim=head_dim, seconds=seconds)
+            part.add("verdicts", **case, kernel=name, verdict=verdict)
         for line in kernel_problems(operations.verdicts, where):
             part.problem(line)
-        if dtype == "float32":
+        if dtype == "float32" or kv_bits is not None:
             continue
         found, reason = flash_kernels(gpu.device, getattr(torch, dtype), shapes)
-        part.add(
-            "verdicts", dtype=dtype, head_dim=head_dim, kernel="FlashAttention", verdict=reason
-        )
+        part.add("verdicts", **case, kernel="FlashAttention", verdict=reason)
         if found is None:
             part.problem(f"FlashAttention is not used with {where}: {reason}")
 
@@ -277,25 +278,15 @@ def resources(gpu: Gpu, part: Part) -> None:
 
     if gpu.device.type != "cuda":
         return
-    major, minor = torch.cuda.get_device_capability(gpu.device)
-    command = [sys.executable, "-m", "benchmarks.kernels", "--json"]
-    done = subprocess.run(
-        [*command, "--capability", f"{major}{minor}"],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=SECONDS,
-    )
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or ["no output"]
-        part.notes.append(f"what kernels take is unknown: {lines[-1]}")
-        return
-    usages = [json.loads(line) for line in done.stdout.splitlines()]
-    for usage in usages:
-        part.add("resources", **usage)
     properties: Any = torch.cuda.get_device_properties(gpu.device)  # more than its types tell
-    for line in usage_problems(usages, properties.shared_memory_per_block_optin):
-        part.problem(line)
+    from benchmarks import kernels  # from here on, calls of kernels compile and run nothing
+
+    for model in kernels.SHAPES:
+        usages = list(kernels.measure(10 * properties.major + properties.minor, model))
+        for usage in usages:
+            part.add("resources", **usage)
+        for line in usage_problems(usages, properties.shared_memory_per_block_optin):
+            part.problem(line)
 
 
 def graphs(gpu: Gpu, part: Part) -> None:
@@ -319,9 +310,12 @@ def graphs(gpu: Gpu, part: Part) -> None:
 
 def texts(gpu: Gpu, part: Part) -> None:
     """Compare texts and logits of different ways to compute them."""
+    for name, (family, settings) in VARIANTS.items():
+        if "draft_bits" in settings and gpu.device.type != "cuda":
+            continue  # a processor does not quantise drafters
+        backend = gpu.load(gpu.write_tiny(family), dtype="float32", **settings)
+        compare_texts(part, backend, name)
     pair = gpu.write_tiny()
-    backend = gpu.load(pair, dtype="float32")
-    compare_texts(part, backend, "float32")
     for dtype in DTYPES[:2]:
         logits = {}
         for name, with_graphs, masks in (
@@ -355,7 +349,7 @@ def target(gpu: Gpu, part: Part) -> None:
     import treeflash
 
     if not gpu.args.target:
-        part.notes.append("target was left out: pass --target")
+        part.note("target was left out: pass --target")
         return
     model = treeflash.load(gpu.args.target, backend="cuda", device=str(gpu.device))
     backend: Any = model.backend
@@ -378,13 +372,14 @@ def target(gpu: Gpu, part: Part) -> None:
 
 def speed(gpu: Gpu, part: Part) -> None:
     """Measure passes and iterations of a pair of random weights."""
-    free_disk = shutil.disk_usage(gpu.large[0].parent).free
+    free_disk = shutil.disk_usage(gpu.folder).free
     shape = gpu.args.shape or choose_shape(gpu.free_bytes(), free_disk)
     settings = SHAPES[shape]
     dtype = "bfloat16" if gpu.device.type == "cuda" else "float32"
-    write_target(gpu.large[0], settings, gpu.device, dtype)
-    write_drafter(gpu.large[1], settings, gpu.device, dtype)
-    backend = gpu.load(gpu.large, dtype=dtype)
+    pair = gpu.folder / "target", gpu.folder / "drafter"
+    write_target(pair[0], settings, gpu.device, dtype)
+    write_drafter(pair[1], settings, gpu.device, dtype)
+    backend = gpu.load(pair, dtype=dtype)
     bandwidth = copy_bandwidth(gpu.device)
     part.add("pair", shape=shape, dtype=dtype, copy_gb_per_s=bandwidth / 1e9)
     contexts = [x for x in (64, 1024, 8192, 32_768) if x < backend.max_positions]
@@ -392,8 +387,8 @@ def speed(gpu: Gpu, part: Part) -> None:
         for row in verify_rows(backend, [context], [1, 8, 16, 64], 5):
             limit = 1000 * read_bytes(backend, settings, context) / bandwidth
             part.add("passes", **row, share_of_bandwidth=limit / row["verify_ms"])
-        if gpu.is_late():
-            part.notes.append(f"speed was cut short after passes at {context} positions")
+        if gpu.is_late:
+            part.note(f"speed was cut short after passes at {context} positions")
             return
     for count, (sampling, settings_of_text) in product((1, 8, 32), SAMPLINGS.items()):
         budget = 64 if count == 1 else 16
@@ -406,8 +401,8 @@ def speed(gpu: Gpu, part: Part) -> None:
             sampling=sampling,
             **iteration_row(backend, prompts, config),
         )
-        if gpu.is_late():
-            part.notes.append(f"speed was cut short after {count} texts")
+        if gpu.is_late:
+            part.note(f"speed was cut short after {count} texts")
             return
     if gpu.device.type == "cuda":
         _profile(part, backend)
@@ -431,14 +426,18 @@ def iteration_row(backend: Any, prompts: Sequence[Sequence[int]], config: Decode
         events = scheduler.step()
         synchronize(backend.target.device)
         ended = time.perf_counter()
-        steps = [step for _, step in events if not isinstance(step, Exception)]
+        steps = []
+        for _, step in events:
+            if isinstance(step, Exception):
+                raise step
+            steps.append(step)
         if number < WARM_UP or not steps:
             continue
         times.append(1000 * (ended - started))
         for phase, seconds in steps[0].seconds.items():
             phases.setdefault(f"{phase}_ms", []).append(1000 * seconds)
     scheduler.close()
-    row: Row = {"iteration_ms": median(times or [0.0])}
+    row: Row = {"iteration_ms": median(times)}
     return row | {name: median(values) for name, values in phases.items()}
 
 
@@ -558,15 +557,6 @@ PARTS: dict[str, Callable[[Gpu, Part], None]] = {
 }
 
 
-def release(device: Any) -> None:
-    """Give the memory of a part's models back, for the next part."""
-    import torch
-
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
 def has_metal() -> bool:
     """Return whether this machine is a Mac whose GPU MLX can use."""
     if find_spec("mlx") is None:
@@ -596,11 +586,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise
     report = Report("gpu_report", args.json, dict(device_facts(device)), 60 * args.minutes)
     with tempfile.TemporaryDirectory() as folder:
-        gpu = Gpu(device, Path(folder), args, lambda: report.is_late)
+        gpu = Gpu(device, Path(folder), args, report.end)
         for name, find in PARTS.items():
             report.run(name, partial(find, gpu))
-            if not report.lost:  # a lost device refuses this, too
-                release(device)
     return report.close()
 
 

@@ -1,25 +1,25 @@
 """Compile all Triton kernels for GPUs that need not be there, and print what they take.
 
-    python -m benchmarks.kernels
-    python -m benchmarks.kernels --capability 90 --json
+    python -m benchmarks.kernels [--capability 90] [--json FILE]
 
-Kernels are compiled by the calls that launch them, with tensors of the shapes of real models.
+Kernels are compiled by the calls that launch them, with tensors of the shapes of real models. They
+are listed with the bytes of shared memory of a program, the registers of a thread, and the bytes of
+registers that a thread has to spill to memory.
 """
 
 from __future__ import annotations
 
-import argparse
-import itertools
-import json
 import re
 import subprocess
+import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
 from typing import Any
 
 import torch
 import triton
+from rich.progress import track
 from treeflash_cuda.cache import quantise
 from treeflash_cuda.quantised_weights import BITS, GROUP, QuantisedWeight
 from treeflash_cuda.recurrence import PATH_COLUMNS, TreeNodes
@@ -38,6 +38,10 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime.driver import driver
 
+from benchmarks.common import Parser, Row, integer, show, write_json
+from treeflash.cli.console import guarded
+from treeflash.errors import ConfigError
+
 SHARED_MEMORY = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 """Bytes that a program may have, by compute capability (NVIDIA's CUDA programming guide)."""
 SHAPES = {
@@ -52,18 +56,6 @@ RECURRENT = {"qwen3-next": (32, 16, 128, 128, True), "granite-4.0-h": (48, 1, 12
 They are measured beside every model."""
 CONVOLUTIONS = (8192, 4, "silu"), (2048, 3, None)
 """Channels, kernel and activation of the convolutions of Qwen3-Next and LFM2, likewise."""
-
-
-@dataclass(frozen=True)
-class Usage:
-    """What one kernel takes on one architecture."""
-
-    capability: int
-    model: str
-    kernel: str
-    shared_bytes: int
-    registers: int  # the registers of a thread
-    spilled_bytes: int  # the stack of a thread: the kernels have no other use for it
 
 
 class CompileOnly(DriverBase):
@@ -195,14 +187,18 @@ def launch_recurrence(
     recurrence.commit_recurrence(writes, read, gates, states, paths)
 
 
-def measure(capability: int, model: str) -> Iterator[Usage]:
-    """List what all kernels take for a model on an architecture."""
+def measure(capability: int, model: str) -> Iterator[Row]:
+    """Yield what each kernel takes for a model on an architecture."""
     compiler = CompileOnly(capability)
     driver.set_active(compiler)
     launch_all(*SHAPES[model])
     for name, cubin, shared in compiler.cubins:
         registers, stack = resources(cubin)
-        yield Usage(capability, model, name.strip("_"), shared, registers, stack)
+        yield {
+            **{"capability": capability, "model": model, "kernel": name.strip("_")},
+            **{"shared_bytes": shared, "registers": registers},
+            "spilled_bytes": stack,  # the kernels have no other use for a stack
+        }
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
@@ -216,31 +212,30 @@ def resources(cubin: bytes) -> tuple[int, int]:
     return int(registers), int(stack)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__)
-    parser.add_argument(
-        "--capability", type=int, choices=SHARED_MEMORY, help="one architecture (default: all)"
+def parser() -> Parser:
+    """Build the parser of the command line."""
+    options = Parser(__doc__)
+    known = ", ".join(map(str, SHARED_MEMORY))
+    options.add_argument(
+        "--capability", type=integer, metavar="N", help=f"one architecture (default: {known})"
     )
-    parser.add_argument("--model", choices=SHAPES, help="the shapes of one model (default: all)")
-    parser.add_argument("--json", action="store_true", help="print JSON lines instead of a table")
-    args = parser.parse_args()
+    options.add_argument("--model", choices=SHAPES, help="the shapes of one model (default: all)")
+    return options
+
+
+@guarded
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compile, print, write."""
+    args = parser().parse_args(argv)
     if triton.knobs.runtime.interpret:
-        parser.error("TRITON_INTERPRET is set, but an interpreter compiles nothing; unset it")
+        raise ConfigError("TRITON_INTERPRET is set, but an interpreter compiles nothing; unset it")
     capabilities = [args.capability] if args.capability else list(SHARED_MEMORY)
-    if not args.json:
-        print("| GPU | model | kernel | shared memory | registers | spilled |")
-        print("| --- | --- | --- | --- | --- | --- |")
-    pairs = itertools.product(capabilities, [args.model] if args.model else SHAPES)
-    for usage in itertools.chain.from_iterable(itertools.starmap(measure, pairs)):
-        if args.json:
-            print(json.dumps(asdict(usage)), flush=True)
-        else:
-            print(
-                f"| sm_{usage.capability} | {usage.model} | {usage.kernel} "
-                f"| {usage.shared_bytes} B | {usage.registers} | {usage.spilled_bytes} B |",
-                flush=True,
-            )
+    pairs = list(product(capabilities, [args.model] if args.model else SHAPES))
+    rows = [row for pair in track(pairs, "compiling") for row in measure(*pair)]
+    show("resources of kernels", rows)
+    write_json(args.json, "kernels", {"rows": rows})
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

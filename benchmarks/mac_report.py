@@ -9,10 +9,17 @@ there are some.
 - `kernels`: whether each kernel is right on this GPU, and how fast beside MLX's operations.
 - `texts`: whether every method writes the text of plain decoding, with tiny models of random
   weights in float32, and in bfloat16 with exact mode; or why that is refused.
-- `mlx-lm`, `passes`, `host` and `speed`: what `benchmarks.mac` measures of the target.
-- `buffers`: plain decoding with as many operations in a command buffer as MLX chooses, and with
-  more. MLX may then copy the keys of a long text for every token, or wait less; nobody knows.
-- `memory`: the peak of all parts, and what the device tells at the end.
+- `mlx-lm`: tokens per second of mlx-lm's own loop with the target's weights.
+- `buffers`: plain decoding after a short and a long text, with as many operations in a command
+  buffer as MLX chooses, and with more. MLX may then copy the keys of a long text for every token,
+  or wait less; nobody knows.
+- `passes`: a target forward pass over a tree, by nodes and committed positions. The steps by nodes
+  show which kernels the GPU chooses, the growth by positions the cost of attention.
+- `host`: the time in which Python builds a pass over one token, which MLX evaluates afterwards.
+- `speed`: for every method with the budget `auto`, tokens per second, tokens per forward pass, and
+  the mean time of an iteration by phase. Work that a phase leaves running on the device counts
+  towards the next phase that waits for it.
+- `memory`: the peak of a text, and what the device tells at the end.
 
 The tiny models come from the conformance suite: `pip install '.[mlx,testing]'`.
 """
@@ -23,27 +30,51 @@ import multiprocessing
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any, TypeVar
 from unittest.mock import patch
 
-from benchmarks import mac
-from benchmarks.common import Parser, Row, describe, require_testing, supported_methods
+import numpy as np
+
+from benchmarks.common import (
+    Parser,
+    Row,
+    describe,
+    random_prompt,
+    require_testing,
+    supported_methods,
+)
 from benchmarks.decoding.iteration import verify_rows
 from benchmarks.gpu_report import compare_texts
+from benchmarks.peers.system import SYSTEMS, Peer
 from benchmarks.report import Part, Report
 from treeflash.cli.console import guarded
-from treeflash.cli.options import load_model
-from treeflash.config import GIB, LoadConfig
-from treeflash.errors import UnsupportedModelError
+from treeflash.cli.options import add_model_options, load_model, locate_model
+from treeflash.config import GIB, LoadConfig, Method
+from treeflash.decoding.session import SequenceSession
+from treeflash.decoding.tree import DraftTree
+from treeflash.errors import ConfigError, UnsupportedModelError
 from treeflash.language_model import LanguageModel
 from treeflash.registry import examine_device, loader
+from treeflash.text.generation import PHASES, Generation, mean
 from treeflash.text.prompt import encode
+from treeflash.text.tokenizer import Tokenizer
 
-MINUTES = 20
+MLX_LM = next(system for system in SYSTEMS if system.name == "mlx-lm")
+PLAIN_CONTEXTS, PLAIN_TOKENS = (64, 8192), 32
+AHEAD_AFTER = 2
+"""Tokens of plain decoding before the first whose pass was submitted ahead."""
+PROMPTS = (
+    "Natalia sold clips to 48 of her friends in April, and half as many in May. How many clips did "
+    "she sell in both months? Reason step by step.",
+    "Write a Python function that returns the n-th Fibonacci number, and explain it.",
+    "Why is the sky blue? Answer in one paragraph.",
+)
 OPERATIONS = (None, 200)
 """Numbers of operations in a command buffer; MLX chooses 20 to 50 by the chip."""
 T = TypeVar("T")
@@ -51,9 +82,15 @@ T = TypeVar("T")
 
 def parser() -> Parser:
     """Build the parser of the command line."""
-    options = mac.parser()
-    options.description = (__doc__ or "").partition("\n")[0]
-    options.add_number("--minutes", MINUTES, "time for all parts")
+    options = Parser(__doc__)
+    sizes = [1, 2, 4, 5, 8, 10, 12, 16, 24, 32, 48, 64]
+    options.add_numbers("--sizes", sizes, "nodes of the trees of `passes`")
+    options.add_numbers("--contexts", [64, 1024, 4096], "committed positions")
+    options.add_number("--repeats", 10, "calls per median")
+    options.add_number("--max-tokens", 128, "new tokens per prompt")
+    options.add_number("--minutes", 20, "time for all parts")
+    add_model_options(options)
+    options.set_defaults(backend="mlx")
     return options
 
 
@@ -69,59 +106,126 @@ def kernel_problems(kernels: Mapping[str, Mapping[str, str]]) -> Iterator[str]:
                 yield f"{kernel}, {size}: {verdict}"
 
 
-def kernels(device: str | None, part: Part) -> None:
+def kernels(args: Any, part: Part) -> None:
     """Check every kernel on shapes of common models."""
-    found = examine_device("mlx", LoadConfig(device=device)).kernels
+    found = examine_device("mlx", LoadConfig(device=args.device)).kernels
     for kernel, verdicts in found.items():
         for size, verdict in verdicts.items():
             part.add("verdicts", kernel=kernel, size=size, verdict=verdict)
     if not found:
-        part.notes.append("treeflash's kernels are not tried on this device")
+        part.note("treeflash's kernels are not tried on this device")
     for line in kernel_problems(found):
         part.problem(line)
 
 
-def texts(device: str | None, part: Part) -> None:
+def texts(args: Any, part: Part) -> None:
     """Compare the texts of all methods with plain decoding's."""
-    from treeflash.testing import models
+    from treeflash.testing.models import write_pair
 
     with tempfile.TemporaryDirectory() as folder:
-        target, drafter = Path(folder) / "target", Path(folder) / "drafter"
-        models.write_target(target, "qwen3", seed=1, vocab_size=500, hidden_size=64)
-        models.write_drafter(drafter, target, seed=2)
+        pair = write_pair(Path(folder), "qwen3", vocab_size=500, hidden_size=64)
         for dtype, exact in (("float32", None), ("bfloat16", True)):
-            config = LoadConfig(device=device, dtype=dtype, exact=exact)
+            config = LoadConfig(device=args.device, dtype=dtype, exact=exact)
             try:
-                backend = loader("mlx")(target, drafter, config)
+                backend = loader("mlx")(*pair, config)
             except UnsupportedModelError as error:
-                part.notes.append(f"{dtype}: {error}")
+                part.note(f"{dtype}: {error}")
                 continue
             compare_texts(part, backend, dtype)
 
 
-def passes(model: Callable[[], LanguageModel], args: Any, part: Part) -> None:
-    """Measure the target's pass by nodes and committed positions."""
-    part.add("pair", **describe(model().backend))
-    for context in args.contexts:
-        for row in verify_rows(model().backend, [context], args.sizes, args.repeats):
-            part.add("passes", **row)
+def host_row(backend: Any, repeats: int) -> Row:
+    """Measure how long a pass over a single token takes to build, without its evaluation."""
+    import mlx.core as mx
+
+    target = backend.target
+    cache = target.new_kv_cache(repeats + 64)
+    token = mx.array([[1]], mx.int32)
+    times = []
+    for _ in range(repeats + 1):
+        started = time.perf_counter()
+        output = target.forward(token, [cache], ())
+        times.append(1000 * (time.perf_counter() - started))
+        mx.eval(output)
+    return {"layers": len(target.layers), "host_ms": median(times[1:])}
 
 
-def host(model: Callable[[], LanguageModel], args: Any, part: Part) -> None:
-    """Measure how long a pass takes to build."""
-    part.add("host", **mac.host_row(model().backend, args.repeats))
+def plain_rows(backend: Any) -> list[Row]:
+    """Measure plain decoding after short and long texts, with the next pass submitted ahead."""
+    rows = []
+    for context in PLAIN_CONTEXTS:
+        length = min(context, backend.max_positions - AHEAD_AFTER - PLAIN_TOKENS)
+        capacity, times = length + AHEAD_AFTER + PLAIN_TOKENS, []
+        with SequenceSession(backend, capacity=capacity) as sequence:
+            root = sequence.extend(random_prompt(backend.vocab_size, length))
+            for _ in range(AHEAD_AFTER + PLAIN_TOKENS):
+                started = time.perf_counter()
+                root = int(sequence.verify(DraftTree.root_only(root))[0])
+                sequence.commit(np.zeros(1, np.int32))
+                times.append(1000 * (time.perf_counter() - started))
+        rows.append({"context": length, "token_ms": median(times[AHEAD_AFTER:])})
+    return rows
 
 
-def speed(model: Callable[[], LanguageModel], args: Any, part: Part) -> None:
-    """Measure every method that the pair supports."""
-    prompts = [encode(model().tokenizer, prompt).token_ids for prompt in mac.PROMPTS]
-    for method in supported_methods(model().backend):
-        part.add("methods", **mac.method_row(model(), method, prompts, args.max_tokens))
+def decode_all(run: Callable[[list[int]], int], prompts: Sequence[list[int]]) -> float:
+    """Measure a function from a prompt to its number of new tokens, in tokens per second."""
+    run(prompts[0])  # warms up
+    started = time.perf_counter()
+    tokens = sum(run(prompt) for prompt in prompts)
+    return tokens / (time.perf_counter() - started)
+
+
+def method_row(
+    model: LanguageModel, method: Method, prompts: Sequence[list[int]], max_tokens: int
+) -> Row:
+    """Measure the speed of a method, and its mean time of an iteration by phase."""
+    generations: list[Generation] = []
+
+    def run(prompt: list[int]) -> int:
+        generations.append(model.generate(prompt, method=method, max_tokens=max_tokens))
+        return len(generations[-1].token_ids)
+
+    speed = decode_all(run, prompts)
+    measured = generations[1:]  # the first one warms up
+    lengths = [n for generation in measured for n in generation.accepted_lengths]
+    phases = {
+        f"{phase}_ms": 1000 * sum(g.seconds[phase] for g in measured) / max(1, len(lengths))
+        for phase in PHASES[1:]
+    }
+    row = {"system": "treeflash", "method": method, "tokens_per_s": speed}
+    return row | {"block_efficiency": mean(lengths)} | phases
+
+
+def mlx_lm_row(args: Any) -> Row:
+    """Measure the speed of mlx-lm's own loop, in the process of its worker."""
+    from treeflash_mlx.device import choose_device
+
+    pair, on_cpu = locate_model(args), choose_device(args.device)
+    tokenizer = Tokenizer.from_folder(pair.target, thinking=pair.thinking)
+    setup = {
+        "target": str(pair.target),
+        "assistant": None,
+        "device": "cpu" if on_cpu else "gpu",
+        "dtype": args.dtype or ("float32" if on_cpu else None),
+        "stop_token_ids": sorted(tokenizer.stop_token_ids),
+    }
+    request = {"method": "generate", "budget": None, "max_tokens": args.max_tokens}
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(MLX_LM.worker)]
+        peer = Peer(MLX_LM, command, setup, os.cpu_count() or 1, Path(folder) / "log")
+        try:
+            speed = decode_all(
+                lambda prompt: len(peer.ask(request | {"prompt_ids": prompt})["token_ids"]),
+                [encode(tokenizer, prompt).token_ids for prompt in PROMPTS],
+            )
+        finally:
+            peer.close()
+    return {"system": "mlx-lm", "method": "generate", "tokens_per_s": speed}
 
 
 def mlx_lm(args: Any, part: Part) -> None:
-    """Measure mlx-lm's own loop over the same weights, before this process loads them."""
-    part.add("methods", **mac.mlx_lm_row(args))
+    """Measure mlx-lm's own loop over the same weights."""
+    part.add("methods", **mlx_lm_row(args))
 
 
 def buffers(args: Any, part: Part) -> None:
@@ -134,7 +238,7 @@ def buffers(args: Any, part: Part) -> None:
 
 def plain(args: Any) -> list[Row]:
     """Load the target, and measure plain decoding."""
-    return mac.plain_rows(load_model(args).backend)
+    return plain_rows(load_model(args).backend)
 
 
 def in_process(function: Callable[..., T], *arguments: Any, environment: Mapping[str, str]) -> T:
@@ -144,35 +248,65 @@ def in_process(function: Callable[..., T], *arguments: Any, environment: Mapping
         return pool.submit(function, *arguments).result()
 
 
-def memory(part: Part) -> None:
-    """Tell the peak of memory, swap and pressure after the other parts."""
+def passes(args: Any, part: Part) -> None:
+    """Measure the target's pass by nodes and committed positions."""
+    backend = load_model(args).backend
+    part.add("pair", **describe(backend))
+    for context in args.contexts:
+        for row in verify_rows(backend, [context], args.sizes, args.repeats):
+            part.add("passes", **row)
+
+
+def host(args: Any, part: Part) -> None:
+    """Measure how long a pass takes to build."""
+    part.add("host", **host_row(load_model(args).backend, args.repeats))
+
+
+def speed(args: Any, part: Part) -> None:
+    """Measure every method that the pair supports."""
+    model = load_model(args)
+    prompts = [encode(model.tokenizer, prompt).token_ids for prompt in PROMPTS]
+    for method in supported_methods(model.backend):
+        part.add("methods", **method_row(model, method, prompts, args.max_tokens))
+
+
+def memory(args: Any, part: Part) -> None:
+    """Tell the peak of memory of a text, and swap and pressure after the other parts."""
     import mlx.core as mx
     from treeflash_mlx.device import device_facts
 
+    load_model(args).generate(PROMPTS[0], max_tokens=args.max_tokens)
     part.add("peak", gib=mx.get_peak_memory() / GIB)
     for name, fact in device_facts().items():
         part.add("device", name=name, fact=fact)
+
+
+PARTS: dict[str, Callable[[Any, Part], None]] = {
+    "kernels": kernels,
+    "texts": texts,
+    "mlx-lm": mlx_lm,
+    "buffers": buffers,
+    "passes": passes,
+    "host": host,
+    "speed": speed,
+    "memory": memory,
+}
 
 
 @guarded
 def main(argv: Sequence[str] | None = None) -> int:
     """Run all parts, print, write."""
     args = parser().parse_args(argv)
+    if args.backend != "mlx":
+        raise ConfigError(f"this report is about the mlx backend, got --backend {args.backend}")
     loader("mlx")  # its error is clearer than an import's
     require_testing("mlx")
     from treeflash_mlx.device import choose_device, device_facts
 
     choose_device(args.device)
     report = Report("mac_report", args.json, dict(device_facts()), 60 * args.minutes)
-    model = cache(lambda: load_model(args))
-    for name, find in (("kernels", kernels), ("texts", texts)):
-        report.run(name, partial(find, args.device))
-    # These two load the weights in separate processes, before this process loads them.
-    report.run("mlx-lm", partial(mlx_lm, args))
-    report.run("buffers", partial(buffers, args))
-    for name, measure in (("passes", passes), ("host", host), ("speed", speed)):
-        report.run(name, partial(measure, model, args))
-    report.run("memory", memory)
+    for name, find in PARTS.items():
+        report.run(name, partial(find, args))
     return report.close()
 
 

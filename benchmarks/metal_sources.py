@@ -27,6 +27,7 @@ from treeflash_mlx.metal_kernels import attention, gated_delta, products
 from treeflash_mlx.metal_kernels.gated_delta import Steps
 
 from benchmarks.common import Parser
+from treeflash.cli.console import guarded
 
 INCLUDES = Path(mx.__file__).parent / "include"
 """A folder of MLX's package, which has the file of the `PRELUDE`."""
@@ -133,6 +134,7 @@ def sources(call: Callable[..., Any], arguments: Sequence[mx.array]) -> dict[str
     return {name: text for (name,), text in zip(names, texts, strict=True)}
 
 
+@guarded
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the files."""
     parser = Parser(__doc__, json=False)

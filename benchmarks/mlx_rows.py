@@ -16,9 +16,11 @@ from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
+from treeflash_mlx.device import choose_device
 from treeflash_mlx.exact import ROWS, RowFunction, attend, attend_beside, differing
 
 from benchmarks.common import Parser, Row, show, write_json
+from treeflash.cli.console import guarded
 
 DTYPES = (mx.float32, mx.bfloat16, mx.float16)
 HIDDEN, WIDE, VOCABULARY = 576, 1536, 49152
@@ -57,21 +59,22 @@ def rotate(x: mx.array) -> mx.array:
     return mx.fast.rope(x, HEAD_DIM, traditional=False, base=1e5, scale=1.0, offset=100)
 
 
+@guarded
 def main(argv: Sequence[str] | None = None) -> int:
     """Compute, print, write."""
     parser = Parser(__doc__)
     parser.add_argument("--device", choices=("cpu", "gpu"), help="(default: MLX's own)")
     args = parser.parse_args(argv)
-    if args.device is not None:
-        mx.set_default_device(mx.Device(getattr(mx, args.device)))
+    choose_device(args.device)
     rows: list[Row] = []
     for dtype in DTYPES:
         for name, function in operations(dtype):
             numbers = differing(function, COUNTS)
             answer = "equal" if not numbers else f"differs: {', '.join(map(str, numbers))}"
             rows.append({"dtype": str(dtype).split(".")[-1], "operation": name, "rows": answer})
-    show(f"rows of MLX on {mx.default_device()}", rows)
-    write_json(args.json, "mlx_rows", {"rows": rows})
+    device = str(mx.default_device())
+    show(f"rows of MLX on {device}", rows)
+    write_json(args.json, "mlx_rows", {"device": device, "rows": rows})
     return 0
 
 

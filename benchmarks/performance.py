@@ -4,8 +4,8 @@ r"""Measure everything that docs/performance.md shows, and write its tables, in 
         mt_bench.jsonl --device cpu --dtype bfloat16
 
 The sections are measured one after the other, each in its own process, and the results are kept in
-docs/performance/results.json. `--only NAME,...` measures some of them again; `--only ''` writes the
-tables from the results. Nothing else should run on the machine meanwhile.
+docs/performance/results.json. `--only NAME,...` measures some of them again; without prompt sets
+the tables are written from the results. Nothing else should run on the machine meanwhile.
 """
 
 from __future__ import annotations
@@ -19,15 +19,14 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.common import Parser, Row, markdown_table, names
+from benchmarks.common import ROOT, Parser, Row, markdown_table
 from benchmarks.peers.system import BASELINES
 from treeflash.cli.console import guarded
-from treeflash.config import DTYPES
+from treeflash.config import AUTO, DTYPES
 from treeflash.errors import ConfigError
 from treeflash.evaluation.records import MEAN
 from treeflash.text.prompt import read_rows
 
-ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "performance.md"
 RESULTS = ROOT / "docs" / "performance" / "results.json"
 NOT_MEASURED = "Not measured yet."
@@ -36,9 +35,9 @@ NOT_MEASURED = "Not measured yet."
 def parser() -> Parser:
     """Build the parser of the command line."""
     options = Parser(__doc__, json=False)
-    options.add_prompts(limit=8, max_tokens=64)
+    options.add_prompts(limit=8, max_tokens=64, required=False)
     options.add_number("--few", 4, "prompts per set for all sections but the first")
-    options.add_argument("--budgets", default="8,16,32,64,auto", help="(default: 8,16,32,64,auto)")
+    options.add_budgets([8, 16, 32, 64, AUTO], "budgets of tree methods")
     options.add_numbers("--concurrency", [1, 2, 4, 8, 16, 32], "sequences at once")
     options.add_number("--memory-tokens", 500, "new tokens of each sequence for memory")
     options.add_argument("--backend", default="cuda", help="(default: cuda)")
@@ -46,12 +45,14 @@ def parser() -> Parser:
     options.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="(default: bfloat16)")
     options.add_argument("--target", metavar="FOLDER_OR_ID", help="(default: the bundled pair)")
     options.add_argument("--drafter", metavar="FOLDER_OR_ID", help="(default: the published one)")
-    options.add_argument("--only", type=names, metavar="NAME,...", help="measure only these")
+    options.add_names("--only", SECTIONS, "sections to measure")
     return options
 
 
 def systems_command(args: Namespace) -> list[str]:
-    """Measure the speed of `generate`, of plain decoding and of drafting, by set."""
+    """Return the command for the speed of `generate`, plain decoding and drafting, by set."""
+    if args.backend not in BASELINES:
+        raise ConfigError(f"no other system has the backend {args.backend!r}; see --only")
     return [
         *["peers", *args.sets, "--backends", args.backend, "--methods", "generate,ar,treeflash"],
         *["--systems", f"{BASELINES[args.backend]},treeflash", *args.model],
@@ -61,7 +62,8 @@ def systems_command(args: Namespace) -> list[str]:
 
 def methods_command(args: Namespace) -> list[str]:
     """Return the command for block efficiency and speed by method and budget."""
-    return ["decoding.methods", *args.sets, *args.pair, *args.amount, "--budgets", args.budgets]
+    budgets = ",".join(map(str, args.budgets))
+    return ["decoding.methods", *args.sets, *args.pair, *args.amount, "--budgets", budgets]
 
 
 def throughput_command(args: Namespace) -> list[str]:
@@ -74,7 +76,7 @@ def throughput_command(args: Namespace) -> list[str]:
 
 
 def iteration_command(args: Namespace) -> list[str]:
-    """Measure the time of an iteration by phase."""
+    """Return the command for the time of an iteration by phase."""
     return [
         *["decoding.iteration", *args.sets[:1], *args.pair, *args.amount],
         *["--parts", "phases"],
@@ -255,14 +257,11 @@ def _change(ratio: float) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, then write the page."""
     args = parser().parse_args(argv)
-    chosen = list(SECTIONS) if args.only is None else [name for name in args.only if name]
-    if unknown := [name for name in chosen if name not in SECTIONS]:
-        raise ConfigError(f"--only has no {unknown[0]!r}; choose from {', '.join(SECTIONS)}")
     for path in args.prompts:
         read_rows(path)  # reports errors before the work
     prepare(args)
     results = read_results()
-    for name in chosen:
+    for name in args.only if args.prompts else ():
         results[name] = measure(SECTIONS[name].command(args))
         write_results(results)
     page = PAGE.read_text(encoding="utf-8")

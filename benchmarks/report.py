@@ -1,8 +1,10 @@
 """A report about a machine: parts that do not stop each other, in a file that is always complete.
 
 A person with an accelerator runs one command and sends one file. So whatever a part meets is a part
-of the report, and the file is written again after each part: a machine that hangs or restarts in
-the middle leaves what the parts before have found.
+of the report. A fault of a kernel can end a process, or make the device refuse all its later work.
+Therefore each part runs in its own process, which sends each finding at once. The file is written
+again after each part, so that a fault, an interruption or a restart of the machine loses nothing
+that was found before. A part that hangs is ended some time after the time for the report.
 
 A report on another kind of accelerator has other parts, and the same frame: `Report.run` for each.
 """
@@ -10,18 +12,25 @@ A report on another kind of accelerator has other parts, and the same frame: `Re
 from __future__ import annotations
 
 import json
+import multiprocessing
 import time
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
+from signal import Signals
+from typing import Any, TypeAlias
 
 from benchmarks.common import Row, machine, show
-from treeflash.errors import first_line, is_device_lost
+from treeflash.errors import first_line
 
 PROBLEMS = 1
 """The exit status of a report with problems."""
+GRACE = 120
+"""Seconds that a part may still take when the time for all parts is over."""
 
 
 @dataclass
@@ -48,10 +57,75 @@ class Part:
         """Add a row to a table."""
         self.tables.setdefault(table, []).append(cells)
 
+    def note(self, line: str) -> None:
+        """Add a note."""
+        self.notes.append(line)
+
     def problem(self, line: str) -> None:
         """Add a problem, once."""
         if line not in self.problems:
             self.problems.append(line)
+
+    def fail(self, error: str, trace: str = "") -> None:
+        """Add what ended the part."""
+        self.error = trace
+        self.problem(f"{self.name}: {error}")
+
+
+Find: TypeAlias = Callable[[Part], None]
+"""Adds what it finds to a part."""
+
+
+def find_here(part: Part, find: Find) -> None:
+    """Run a part in this process; its error and the warnings of treeflash are problems."""
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            find(part)
+    except Exception as error:
+        part.fail(f"{type(error).__name__}: {first_line(error)}", traceback.format_exc())
+    for warning in caught:
+        if Path(warning.filename).parent.name.startswith("treeflash"):
+            part.problem(f"{part.name}: {warning.message}")
+
+
+def find_apart(part: Part, find: Find, end: float) -> None:
+    """Run a part in its own process, which ends at the time `end` at the latest."""
+    context = multiprocessing.get_context("spawn")  # a forked process could not use CUDA
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send_findings, args=(part.name, find, sender))
+    process.start()
+    sender.close()
+    try:
+        while receiver.poll(max(0.0, end - time.time())):
+            method, arguments, cells = receiver.recv()
+            getattr(part, method)(*arguments, **cells)
+        part.fail("it did not end in time")
+    except EOFError:  # the process has sent everything, or it was ended
+        process.join(GRACE)
+        if code := process.exitcode:
+            how = f"signal {Signals(-code).name}" if code < 0 else f"exit status {code}"
+            part.fail(f"its process ended with {how}")
+    finally:
+        process.kill()
+        process.join()
+
+
+class _SentPart:
+    """Stands for a part in another process, and sends the calls of its methods there."""
+
+    def __init__(self, name: str, pipe: Connection) -> None:
+        self.name = name
+        self._pipe = pipe
+
+    def __getattr__(self, method: str) -> Callable[..., None]:
+        return lambda *arguments, **cells: self._pipe.send((method, arguments, cells))
+
+
+def _send_findings(name: str, find: Find, pipe: Connection) -> None:
+    part: Any = _SentPart(name, pipe)
+    with suppress(KeyboardInterrupt):  # the process of the report is interrupted, too
+        find_here(part, find)
 
 
 class Report:
@@ -61,67 +135,47 @@ class Report:
         benchmark: the name of the command.
         path: the file; None writes none.
         facts: about the device, by name.
-        seconds: the time for all parts. A part that has tables of several sizes looks at `is_late`.
+        seconds: the time for all parts.
+
+    Attributes:
+        end: when this time is over. A part that has tables of several sizes looks at it.
     """
 
     def __init__(self, benchmark: str, path: Path | None, facts: Row, seconds: float) -> None:
         self.benchmark = benchmark
         self.path = path
         self.facts = facts
+        self.end = time.time() + seconds
         self.parts: list[Part] = []
-        self.lost = False  # whether the device refuses all work
         self._machine = machine()
-        self._end = time.monotonic() + seconds
         self.write()
-
-    @property
-    def is_late(self) -> bool:
-        """Whether the time for all parts is over."""
-        return time.monotonic() > self._end
 
     @property
     def problems(self) -> list[str]:
         """The problems of all parts."""
         return [line for part in self.parts for line in part.problems]
 
-    def run(self, name: str, find: Callable[[Part], None]) -> None:
-        """Run a part, print its tables, and write the report.
-
-        An error ends the part alone. After the loss of the device no other part runs.
-        """
+    def run(self, name: str, find: Find) -> None:
+        """Run a part, write the report, and print the part's tables."""
         part = Part(name)
         self.parts.append(part)
-        if self.lost or self.is_late:
-            why = "the device was lost before" if self.lost else "the time was over"
-            part.notes.append(f"{name} was left out: {why}")
-        else:
-            self._find(part, find)
-        self.write()
+        started = time.time()
+        try:
+            if started > self.end:
+                part.note(f"{name} was left out: the time was over")
+            else:
+                find_apart(part, find, self.end + GRACE)
+        except KeyboardInterrupt:
+            part.note("interrupted")
+            raise
+        finally:
+            part.seconds = time.time() - started
+            self.write()
         for title, rows in part.tables.items():
             columns = list(dict.fromkeys(column for row in rows for column in row))
             show(f"{name}: {title}", [{x: row.get(x) for x in columns} for row in rows])
         for line in [*part.notes, *(f"PROBLEM: {line}" for line in part.problems)]:
             print(line, flush=True)
-
-    def _find(self, part: Part, find: Callable[[Part], None]) -> None:
-        started = time.monotonic()
-        try:
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always", UserWarning)
-                find(part)
-        except KeyboardInterrupt:
-            part.notes.append("interrupted")
-            self.write()
-            raise
-        except Exception as error:
-            self.lost = is_device_lost(error)
-            part.error = traceback.format_exc()
-            part.problem(f"{part.name}: {type(error).__name__}: {first_line(error)}")
-        finally:
-            part.seconds = time.monotonic() - started
-        for warning in caught:
-            if Path(warning.filename).parent.name.startswith("treeflash"):
-                part.problem(f"{part.name}: {warning.message}")
 
     def write(self) -> None:
         """Write what was found so far; the file is never half written."""

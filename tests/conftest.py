@@ -3,6 +3,7 @@
 import gc
 import importlib
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -88,3 +89,14 @@ def run_processes() -> Callable[[Sequence[str], float], subprocess.CompletedProc
 def module():
     """Import a module of the benchmarks."""
     return lambda name: importlib.import_module(f"benchmarks.{name}")
+
+
+@pytest.fixture
+def in_this_process(module, monkeypatch):
+    """Run the parts of reports in this process, after they were pickled as for another one."""
+    report = module("report")
+
+    def find(part, find, _):
+        report.find_here(part, pickle.loads(pickle.dumps(find)))
+
+    monkeypatch.setattr(report, "find_apart", find)

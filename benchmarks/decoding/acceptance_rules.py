@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from itertools import product
 from typing import Literal, TypeAlias, get_args
 
@@ -24,7 +25,15 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.progress import track
 
-from benchmarks.common import Parser, Row, describe, read_prompts, show, write_json
+from benchmarks.common import (
+    Parser,
+    Row,
+    describe,
+    parse_option,
+    read_prompts,
+    show,
+    write_json,
+)
 from treeflash.cli.console import guarded
 from treeflash.cli.options import add_model_options, load_model
 from treeflash.decoding.interfaces import Backend, Block
@@ -43,12 +52,8 @@ def parser() -> Parser:
     """Build the parser of the command line."""
     options = Parser(__doc__)
     options.add_prompts(limit=4, max_tokens=48)
-    options.add_argument(
-        "--temperatures",
-        type=lambda text: [float(part) for part in text.split(",")],
-        default=[0.6, 1.0],
-        help="of the sampling (default: 0.6,1)",
-    )
+    temperature = partial(parse_option, "temperature")
+    options.add_list("--temperatures", temperature, [0.6, 1.0], "temperatures", "T,...")
     add_model_options(options)
     return options
 

@@ -31,7 +31,7 @@ def parser() -> Parser:
     options = Parser(__doc__)
     options.add_prompts(limit=6, max_tokens=64)
     options.add_number("--parallel", 1, "sequences at once")
-    options.add_argument("--temperature", type=float, default=0.0, help="(default: 0)")
+    options.add_decode_options("temperature")
     add_model_options(options)
     return options
 

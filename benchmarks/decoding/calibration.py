@@ -15,9 +15,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.common import Parser, Row, describe, evaluate, names, show, write_json
+from benchmarks.common import Parser, Row, describe, evaluate, show, write_json
 from treeflash.cli.console import guarded
 from treeflash.cli.options import add_model_options, load_model
+from treeflash.config import METHODS
 from treeflash.evaluation.records import MEAN, efficiencies_by_case, interval, resamples
 from treeflash.evaluation.run import Case, Sample, list_cases
 
@@ -26,12 +27,10 @@ def parser() -> Parser:
     """Build the parser of the command line."""
     options = Parser(__doc__)
     options.add_prompts(limit=8, max_tokens=64)
-    options.add_argument(
-        "--methods", type=names, default=["ddtree", "treeflash"], help="(default: ddtree,treeflash)"
-    )
+    options.add_names("--methods", METHODS, "methods", ["ddtree", "treeflash"])
     options.add_numbers("--budgets", [16, 64], "nodes of the trees")
     options.add_number("--parallel", 1, "sequences at once")
-    options.add_argument("--temperature", type=float, default=0.0, help="(default: 0)")
+    options.add_decode_options("temperature")
     add_model_options(options)
     return options
 

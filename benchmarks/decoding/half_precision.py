@@ -35,8 +35,8 @@ from benchmarks.common import (
     Row,
     alternate_ms,
     describe,
+    first_difference,
     mean_row,
-    names,
     read_prompts,
     show,
     write_json,
@@ -44,7 +44,7 @@ from benchmarks.common import (
 from treeflash.cli.console import guarded
 from treeflash.cli.options import add_model_options, load_model
 from treeflash.cli.single_prompt import spacing
-from treeflash.config import AUTO, METHODS
+from treeflash.config import AUTO, DTYPES, METHODS
 from treeflash.language_model import LanguageModel
 
 SEED = 7
@@ -55,20 +55,8 @@ def parser() -> Parser:
     options = Parser(__doc__)
     options.add_prompts(limit=8, max_tokens=128)
     options.add_budgets([16, 64, AUTO], "budgets")
-    options.add_argument(
-        "--methods",
-        type=names,
-        default=["dflash", "ddtree", "treeflash"],
-        metavar="NAME,...",
-        help=f"methods, out of {', '.join(METHODS)} (default: dflash,ddtree,treeflash)",
-    )
-    options.add_argument(
-        "--dtypes",
-        type=names,
-        default=["bfloat16", "float16"],
-        metavar="NAME,...",
-        help="number formats (default: bfloat16,float16)",
-    )
+    options.add_names("--methods", METHODS, "methods", ["dflash", "ddtree", "treeflash"])
+    options.add_names("--dtypes", DTYPES, "number formats", ["bfloat16", "float16"])
     options.add_numbers("--temperatures", [0, 1], "temperatures", minimum=0)
     options.add_numbers("--parallel", [1, 8], "sequences at once")
     options.add_argument("--texts", type=Path, metavar="FILE.jsonl", help="keep records here")
@@ -135,11 +123,10 @@ def first_margin(
     """Return plain decoding's largest margin between two logits at the first token that differs."""
     found: Row = {"margin": None, "spacing": None}
     for prompt, expected, actual in zip(prompts, plain, drafted, strict=True):
-        pairs = enumerate(zip(expected, actual, strict=False))
-        first = next((i for i, (x, y) in pairs if x != y), None)
-        if first is None:
+        if expected == actual:
             continue
-        logits = model.stream(prompt, method="ar").next_logits(expected[:first])
+        known = expected[: first_difference(expected, actual)]
+        logits = model.stream(prompt, method="ar").next_logits(known)
         second, best = np.sort(logits)[-2:].tolist()
         if found["margin"] is None or best - second > found["margin"]:
             found = {"margin": best - second, "spacing": spacing(best, model.backend.dtype)}

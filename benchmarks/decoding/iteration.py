@@ -29,7 +29,6 @@ from benchmarks.common import (
     Row,
     alternate_ms,
     describe,
-    names,
     random_prompt,
     random_tree,
     read_prompts,
@@ -57,17 +56,23 @@ def parser() -> Parser:
     options = Parser(__doc__)
     options.add_prompts(limit=4, max_tokens=64)
     options.add_numbers("--budgets", [16, 64], "nodes of the trees whose phases are timed")
-    options.add_argument("--temperature", type=float, default=0.0, help="(default: 0)")
-    options.add_argument("--top-p", type=float, default=1.0, help="(default: 1)")
+    options.add_decode_options("temperature", "top_p")
     options.add_numbers("--sizes", [2**n for n in range(10)], "nodes of the trees of `verify`")
     options.add_numbers("--contexts", [64, 1024, 4096], "committed positions of `verify`")
     options.add_numbers("--sequences", [1, 4, 16], "sequences at once of `break_even`")
     options.add_number("--repeats", 7, "calls per median")
-    options.add_argument(
-        "--parts", type=names, default=list(PARTS), help=f"(default: {','.join(PARTS)})"
-    )
+    options.add_names("--parts", PARTS, "what to measure")
     add_model_options(options)
     return options
+
+
+def check_positions(backend: Backend, contexts: Sequence[int], sizes: Sequence[int]) -> None:
+    """Raise a ConfigError if the largest tree after the longest context has too many positions."""
+    if max(contexts) + max(sizes) > backend.max_positions:
+        raise ConfigError(
+            f"a tree of {max(sizes)} nodes after {max(contexts)} positions exceeds the target's "
+            f"{backend.max_positions} positions; lower --contexts"
+        )
 
 
 def make_cases(backend: Backend, budgets: Sequence[int]) -> list[tuple[Method, int]]:
@@ -161,7 +166,7 @@ def break_even_rows(backend: Backend, args: argparse.Namespace) -> list[Row]:
 
     rows = []
     sizes = [1, *args.budgets]
-    capacity = max(args.contexts) + (args.repeats + 1) * len(sizes) + max(sizes)
+    capacity = max(args.contexts) + 2 * (args.repeats + 1) * len(sizes) + max(sizes)
     for context, count in product(args.contexts, args.sequences):
         with ExitStack() as stack:
             sessions = [
@@ -171,7 +176,7 @@ def break_even_rows(backend: Backend, args: argparse.Namespace) -> list[Row]:
             for session in sessions:
                 session.extend(random_prompt(backend.vocab_size, context))
             calls = [partial(step, sessions, nodes) for nodes in sizes]
-            plain, *drafted = alternate_ms(calls, args.repeats)
+            plain, *drafted = alternate_ms(calls, args.repeats, leave_work=True)
         for nodes, ms in zip(args.budgets, drafted, strict=True):
             row = {"context": context, "sequences": count, "nodes": nodes}
             rows.append({**row, "plain_ms": plain, "iteration_ms": ms, "break_even": ms / plain})
@@ -182,14 +187,17 @@ def break_even_rows(backend: Backend, args: argparse.Namespace) -> list[Row]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, write."""
     args = parser().parse_args(argv)
-    if unknown := [part for part in args.parts if part not in PARTS]:
-        raise ConfigError(f"--parts has no {unknown[0]!r}; choose from {', '.join(PARTS)}")
+    sampling = SamplingConfig(temperature=args.temperature, top_p=args.top_p)
     model = load_model(args)
+    if "break_even" in args.parts and model.backend.drafter is None:
+        raise ConfigError("the part break_even needs a drafter; pass --drafter")
+    for part, sizes in (("verify", args.sizes), ("break_even", args.budgets)):
+        if part in args.parts:
+            check_positions(model.backend, args.contexts, sizes)
     results: dict[str, list[Row]] = {}
     if "phases" in args.parts:
         sets = [read_prompts(model.tokenizer, path, args.limit) for path in args.prompts]
         prompts = list(chain.from_iterable(sets))
-        sampling = SamplingConfig(temperature=args.temperature, top_p=args.top_p)
         results["phases"] = []
         for method, budget in make_cases(model.backend, args.budgets):
             config = DecodeConfig(
@@ -199,8 +207,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "verify" in args.parts:
         results["verify"] = verify_rows(model.backend, args.contexts, args.sizes, args.repeats)
     if "break_even" in args.parts:
-        if model.backend.drafter is None:
-            raise ConfigError("the part break_even needs a drafter; pass --drafter")
         results["break_even"] = break_even_rows(model.backend, args)
     pair = describe(model.backend)
     for name, table in results.items():

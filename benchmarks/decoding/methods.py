@@ -30,7 +30,6 @@ from benchmarks.common import (
     Row,
     describe,
     mean_row,
-    names,
     parse_option,
     show,
     write_json,
@@ -143,49 +142,31 @@ Runs: TypeAlias = dict[Case, list[Generation]]
 """Generations of the same prompts in the same order, by case."""
 
 
-def parse_heads(text: str) -> list[Head]:
-    """Parse comma-separated VOCAB:ROWS pairs, for argparse."""
-    try:
-        pairs = [part.split(":") for part in text.split(",")]
-        return [
-            Head(parse_option("head_vocab", vocab), parse_option("head_rows", rows))
-            for vocab, rows in pairs
-        ]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text} is not VOCAB:ROWS,...") from None
-
-
-def parse_switches(text: str) -> list[bool]:
-    """Parse comma-separated `on` and `off`, for argparse."""
-    if not set(parts := text.split(",")) <= {"on", "off"}:
-        raise argparse.ArgumentTypeError(f"{text} is not on, off, or on,off")
-    return [part == "on" for part in parts]
+def parse_head(text: str) -> Head:
+    """Parse VOCAB:ROWS, for argparse."""
+    vocab, colon, rows = text.partition(":")
+    if not colon:
+        raise argparse.ArgumentTypeError(f"{text} is not VOCAB:ROWS")
+    return Head(parse_option("head_vocab", vocab), parse_option("head_rows", rows))
 
 
 def parser() -> Parser:
     """Build the parser of the command line."""
     options = Parser(__doc__)
     options.add_prompts(limit=8, max_tokens=128)
-    options.add_argument(
-        "--methods", type=names, default=list(METHODS), help="comma-separated (default: all)"
-    )
+    options.add_names("--methods", METHODS, "methods")
     options.add_budgets([16, 64, AUTO], "budgets of tree methods")
-    options.add_argument(
+    options.add_list(
         "--heads",
-        type=parse_heads,
-        default=[Head(DecodeConfig.head_vocab, DecodeConfig.head_rows)],
-        metavar="VOCAB:ROWS,...",
-        help="settings of the AR head: numbers, full, or auto for ROWS (default: 1024:auto)",
+        parse_head,
+        [Head(DecodeConfig.head_vocab, DecodeConfig.head_rows)],
+        "settings of the AR head: numbers, full, or auto for ROWS",
+        "VOCAB:ROWS,...",
     )
-    options.add_argument(
-        "--suffix",
-        type=parse_switches,
-        default=[True],
-        metavar="on,off",
-        help="whether trees of a drafter also copy the text (default: on)",
+    options.add_names(
+        "--suffix", ["on", "off"], "whether trees of a drafter also copy the text", ["on"]
     )
-    options.add_argument("--temperature", type=float, default=0.0, help="(default: 0)")
-    options.add_argument("--seed", type=int, default=0, help="(default: 0)")
+    options.add_decode_options("temperature", "seed")
     add_model_options(options)
     return options
 
@@ -280,7 +261,8 @@ def measure(model: LanguageModel, args: Any, cases: Sequence[Case]) -> dict[str,
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, write."""
     args = parser().parse_args(argv)
-    cases = make_cases(args.methods, args.budgets, args.heads, args.suffix)
+    suffixes = [switch == "on" for switch in args.suffix]
+    cases = make_cases(args.methods, args.budgets, args.heads, suffixes)
     model = load_model(args)
     results = measure(model, args, cases)
     pair = describe(model.backend)

@@ -12,7 +12,6 @@ results are printed as a JSON object.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import random
@@ -26,6 +25,7 @@ from typing import Any
 import httpx
 
 import treeflash
+from benchmarks.common import Parser
 from benchmarks.serving.near_ties import Judge
 from benchmarks.serving.servers import (
     QUESTIONS,
@@ -36,6 +36,8 @@ from benchmarks.serving.servers import (
     resident_bytes,
     server,
 )
+from treeflash.cli.console import guarded
+from treeflash.errors import ConfigError
 from treeflash.text.options import Options
 
 PATH = "/v1/chat/completions"
@@ -193,14 +195,20 @@ def compare_exactly(answers: Sequence[tuple[Job, str, int]]) -> Comparison:
     return comparison
 
 
+def parser() -> Parser:
+    """Build the parser of the command line."""
+    options = Parser(__doc__, json=False)
+    options.add_number("--seconds", 600, "how long the clients ask")
+    options.add_number("--clients", 32, "clients at once")
+    options.add_number("--jobs", 24, "questions with seeds")
+    options.add_argument("--exact", action="store_true", help="bfloat16 in exact mode")
+    return options
+
+
+@guarded
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the load, print the report, and return 1 if anything is wrong."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--seconds", type=float, default=600, help="(default: 600)")
-    parser.add_argument("--clients", type=int, default=32, help="(default: 32)")
-    parser.add_argument("--jobs", type=int, default=24, help="questions with seeds (default: 24)")
-    parser.add_argument("--exact", action="store_true", help="bfloat16 in exact mode")
-    args = parser.parse_args(argv)
+    args = parser().parse_args(argv)
     pool, options = jobs(args.jobs), ["--dtype", "float32"]
     if args.exact:
         pool += [replace(job, question=f"{LONG} {job.question}") for job in pool[::4]]
@@ -208,6 +216,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with server(*options) as running:
         observed = asyncio.run(load(running, args.clients, args.seconds, pool))
         log = running.log.read_text()
+    if not (observed.answers and observed.between):
+        raise ConfigError(f"too few answers were finished in {args.seconds} s; raise --seconds")
     third = len(observed.memory) // 3
     comparison = (compare_exactly if args.exact else compare)(observed.answers)
     report: dict[str, Any] = {
@@ -223,7 +233,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "first_token_ms": percentiles(observed.first_token),
         "inter_token_ms": percentiles(observed.between),
         "memory_mib": [
-            max(part) >> 20 for part in (observed.memory[third : 2 * third], observed.memory)
+            max(part) >> 20 for part in (observed.memory[third : 2 * third + 1], observed.memory)
         ],
     }
     print(json.dumps(report, indent=1))

@@ -1,6 +1,6 @@
 """The cost of HTTP: throughput and time to the first token, with the server and without.
 
-    python -m benchmarks.serving.overhead --dtype float32
+    python -m benchmarks.serving.overhead [--dtype float32]
 
 Throughput is compared with the scheduler's, the time to the first token with the Python API's. Both
 sides decode the same prompts with the same options, in turn, and the medians count. The results are
@@ -9,7 +9,6 @@ printed as one JSON object per line.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import statistics
@@ -20,8 +19,11 @@ from collections.abc import Sequence
 import httpx
 
 import treeflash
+from benchmarks.common import Parser, alternate_ms
 from benchmarks.serving.load import PATH
 from benchmarks.serving.servers import QUESTIONS, Job, server
+from treeflash.cli.console import guarded
+from treeflash.config import DTYPES
 from treeflash.text.options import Options
 
 
@@ -58,21 +60,20 @@ def first_tokens(model: treeflash.LanguageModel, url: str, repeats: int) -> dict
     job = Job("Why is the sky blue?", 2)
     messages = [{"role": "user", "content": job.question}]
     options: Options = {**job.options, "budget": 16}
-    api_times, http_times = [], []
     with httpx.Client(base_url=url, timeout=600) as client:
-        for _ in range(repeats):
-            started = time.perf_counter()
+
+        def ask_api() -> None:
             next(model.stream(messages, **options))
-            api_times.append(time.perf_counter() - started)
-            started = time.perf_counter()
+
+        def ask_server() -> None:
             with client.stream("POST", PATH, json={**job.body, "stream": True}) as response:
                 for line in response.iter_lines():
                     if '"content":"' in line and '"content":""' not in line:
                         break
-            http_times.append(time.perf_counter() - started)
-    medians = {"api_ms": statistics.median(api_times), "http_ms": statistics.median(http_times)}
-    medians["difference_ms"] = medians["http_ms"] - medians["api_ms"]
-    return {name: round(1000 * value, 1) for name, value in medians.items()}
+
+        api, http = alternate_ms([ask_api, ask_server], repeats)
+    found = {"api_ms": api, "http_ms": http, "difference_ms": http - api}
+    return {name: round(ms, 1) for name, ms in found.items()}
 
 
 def throughput(
@@ -96,16 +97,22 @@ def throughput(
     }
 
 
+def parser() -> Parser:
+    """Build the parser of the command line."""
+    options = Parser(__doc__, json=False)
+    options.add_argument("--dtype", choices=DTYPES, default="float32", help="(default: float32)")
+    options.add_numbers("--clients", [1, 4, 16], "clients at once")
+    options.add_number("--rounds", 3, "rounds of throughput")
+    options.add_number("--answers", 16, "answers per round")
+    options.add_number("--tokens", 32, "tokens per answer")
+    options.add_number("--repeats", 20, "first tokens")
+    return options
+
+
+@guarded
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--dtype", default="float32", help="(default: float32)")
-    parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16], metavar="N")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds of throughput (default: 3)")
-    parser.add_argument("--answers", type=int, default=16, help="answers per round (default: 16)")
-    parser.add_argument("--tokens", type=int, default=32, help="tokens per answer (default: 32)")
-    parser.add_argument("--repeats", type=int, default=20, help="first tokens (default: 20)")
-    args = parser.parse_args(argv)
+    args = parser().parse_args(argv)
     model = treeflash.load(dtype=args.dtype)
     work = [Job(QUESTIONS[i % len(QUESTIONS)], args.tokens) for i in range(args.answers)]
     options = ("--budget", "16", "--prefix-cache-gb", "0")

@@ -11,7 +11,6 @@ line.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -23,13 +22,13 @@ from pathlib import Path
 import numpy as np
 
 import treeflash
-from benchmarks.common import machine
+from benchmarks.common import Parser, machine
+from treeflash.cli.console import guarded
+from treeflash.config import DTYPES, GIB
 from treeflash.decoding import Request, SchedulerConfig
 from treeflash.decoding.loop import Step
 from treeflash.decoding.prefix_cache import PrefixCache
 from treeflash.hub.models import resolve_target
-
-GIB = 1 << 30
 
 
 def with_positions(source: Path, folder: Path, positions: int) -> Path:
@@ -84,16 +83,25 @@ def drop_from_page_cache(folder: Path) -> None:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
+def parser() -> Parser:
+    """Build the parser of the command line."""
+    options = Parser(__doc__, json=False)
+    options.add_number("--tokens", 20_000, "tokens of the first prompt")
+    options.add_number("--turns", 4, "turns before the restart")
+    options.add_number("--new", 300, "prompt tokens of a later turn")
+    options.add_number("--answer", 32, "tokens of an answer")
+    options.add_argument("--dtype", choices=DTYPES, default="float32", help="(default: float32)")
+    options.add_argument("--backend", metavar="NAME", help="(default: the best one installed)")
+    options.add_argument(
+        "--folder", type=Path, metavar="FOLDER", help="for the states (default: a temporary one)"
+    )
+    return options
+
+
+@guarded
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", type=int, default=20_000, help="of the first prompt")
-    parser.add_argument("--turns", type=int, default=4)
-    parser.add_argument("--new", type=int, default=300, help="prompt tokens of a later turn")
-    parser.add_argument("--answer", type=int, default=32, help="tokens of an answer")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--backend", default=None)
-    parser.add_argument("--folder", type=Path, help="for the states (default: a temporary one)")
-    args = parser.parse_args(argv)
+    """Measure and print."""
+    args = parser().parse_args(argv)
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as scratch:
         states = args.folder or Path(scratch) / "states"

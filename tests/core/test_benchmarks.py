@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,53 @@ def test_a_benchmark_runs(name, module, sets, pair, tmp_path):
     assert {"date", "cpu", "versions"} <= results["machine"].keys()
     if name == "throughput":
         assert all(row["equal"] == 2 for row in results["rows"] if row["set"] != "mean")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("decoding.methods", ["--methods", "ar,foo"], "argument --methods: 'foo' is unknown"),
+        ("decoding.methods", ["--heads", "8:x"], "argument --heads: must be full, auto or a"),
+        ("decoding.methods", ["--heads", "8"], "argument --heads: 8 is not VOCAB:ROWS"),
+        ("decoding.methods", ["--budgets", "0"], "--budgets: must be auto, or from 1 to 1024"),
+        ("decoding.iteration", ["--contexts", "2.5"], "argument --contexts: '2.5' is not an"),
+        ("decoding.iteration", ["--contexts", "6000"], "after 6000 positions exceeds the target's"),
+        ("decoding.acceptance_rules", ["--temperatures", "x"], "must be 0 (greedy), or from"),
+        ("decoding.memory", ["--json", "/"], "argument --json: cannot write /"),
+        ("performance", ["--only", "systems"], "no other system has the backend 'reference'"),
+    ],
+)
+def test_bad_input_is_one_line(name, options, message, module, sets, pair, capsys):
+    code = 0
+    try:
+        code = module(name).main([sets[0], *pair, *options])
+    except SystemExit as exit:
+        code = exit.code
+    assert code == 2
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert shown.count("\n") == 1
+
+
+def crash(part):
+    part.add("rows", n=1)
+    os.abort()
+
+
+def test_a_part_that_crashes_or_hangs_loses_no_other(module, tmp_path, monkeypatch, capsys):
+    reports, path = module("report"), tmp_path / "report.json"
+    report = reports.Report("test", path, {"device": "fake"}, 600)
+    report.run("first", crash)
+    monkeypatch.setattr(reports, "GRACE", -600)
+    report.run("second", crash)
+    assert report.close() == reports.PROBLEMS
+    found = json.loads(path.read_text())
+    assert found["parts"][0]["tables"] == {"rows": [{"n": 1}]}
+    assert found["problems"] == [
+        "first: its process ended with signal SIGABRT",
+        "second: it did not end in time",
+    ]
+    assert "2 problem(s)" in capsys.readouterr().out
 
 
 @pytest.mark.nightly

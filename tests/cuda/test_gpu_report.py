@@ -1,7 +1,9 @@
 """The parts of the report about a GPU, run on a CPU, where graphs and kernels disappoint."""
 
 import json
+import time
 from argparse import Namespace
+from functools import partial
 
 import pytest
 from failures import failing
@@ -23,7 +25,8 @@ def judge(module, monkeypatch):
 
 @pytest.fixture
 def gpu(judge, tmp_path):
-    return judge.Gpu(torch.device("cpu"), tmp_path, Namespace(target=None, shape="tiny"))
+    args = Namespace(target=None, shape="tiny")
+    return judge.Gpu(torch.device("cpu"), tmp_path, args, end=time.time() + 600)
 
 
 @pytest.fixture
@@ -31,9 +34,9 @@ def run(module, judge, gpu):
     """Runs a part, and returns it."""
 
     def run_part(name):
-        report = module("report").Report("test", None, {}, 600)
-        report.run(name, lambda part: judge.PARTS[name](gpu, part))
-        return report.parts[0]
+        part = module("report").Part(name)
+        module("report").find_here(part, partial(judge.PARTS[name], gpu))
+        return part
 
     return run_part
 
@@ -60,7 +63,8 @@ def test_texts_that_agree_are_no_problem(run):
     assert not part.error
     assert part.problems == []
     assert {row["dtype"] for row in part.tables["texts"]} == {
-        *("float32", "exact bfloat16", "exact float16"),
+        *("float32", "float32, 8-bit KV cache", "float32, gated delta nets", "float32, Mamba-2"),
+        *("exact bfloat16", "exact float16"),
     }
     assert all(row["equal_up_to"] == row["tokens"] == 16 for row in part.tables["texts"])
 
@@ -74,6 +78,7 @@ def test_a_wrong_text_is_a_problem_by_method(run, judge, monkeypatch):
 
     monkeypatch.setattr(loop, "accept", accept_too_much)
     monkeypatch.setattr(judge, "DTYPES", ())
+    monkeypatch.setattr(judge, "VARIANTS", {"float32": ("qwen3", {})})
     monkeypatch.setattr(judge, "METHODS", ("treeflash",))
     part = run("texts")
     assert any(line.startswith("treeflash, greedy, in float32 differs") for line in part.problems)
@@ -112,16 +117,18 @@ def test_every_text_is_decoded_in_every_measured_iteration(judge, gpu, monkeypat
     assert counts == [10] * (judge.WARM_UP + judge.MEASURED)
 
 
-def test_after_the_loss_of_a_device_its_memory_is_left_alone(judge, tmp_path, monkeypatch, capsys):
-    def lose(gpu, part):
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
-    monkeypatch.setattr(judge, "PARTS", {"first": lose, "second": lose})
-    monkeypatch.setattr(judge, "release", lose)
+def test_every_part_is_in_the_report(judge, tmp_path, in_this_process, monkeypatch, capsys):
+    monkeypatch.setattr(judge, "PARTS", {"machine": judge.machine, "target": judge.target})
     path = tmp_path / "report.json"
-    assert judge.main(["--device", "cpu", "--json", str(path)]) == 1
-    assert len(json.loads(path.read_text())["parts"]) == 2
-    assert "1 problem(s)" in capsys.readouterr().out
+    code = judge.main(["--device", "cpu", "--json", str(path)])
+    report = json.loads(path.read_text())
+    assert [part["name"] for part in report["parts"]] == ["machine", "target"]
+    assert [row["name"] for row in report["parts"][0]["tables"]["tools"]] == [
+        *("C compiler", "Python.h"),
+    ]
+    assert report["parts"][1]["notes"] == ["target was left out: pass --target"]
+    assert code == int(bool(report["problems"]))
+    assert f"{len(report['problems'])} problem(s)" in capsys.readouterr().out
 
 
 def test_decoding_goes_on_after_memory_ran_out(run):

@@ -27,34 +27,40 @@ def pair(tmp_path):
     return [*endless_pair(tmp_path), "--max-tokens", "4"]
 
 
-def test_mac(module, pair, tmp_path):
-    file = tmp_path / "out.json"
-    options = ["--sizes", "1,3", "--contexts", "2,5", "--repeats", "1", "--json", str(file)]
-    assert module("mac").main([*pair, *options]) == 0
-    results = json.loads(file.read_text())
-    assert [(row["context"], row["nodes"]) for row in results["verify"]] == [
+def test_the_target_is_measured(module, pair):
+    report = module("mac_report")
+    args = report.parser().parse_args(
+        [*pair, "--sizes", "1,3", "--contexts", "2,5", "--repeats", "1"]
+    )
+    part = module("report").Part("measurements")
+    for name in ("speed", "mlx-lm", "passes", "host"):
+        report.PARTS[name](args, part)
+    assert [(row["context"], row["nodes"]) for row in part.tables["passes"]] == [
         (2, 1),
         (2, 3),
         (5, 1),
         (5, 3),
     ]
-    assert results["host"][0]["host_ms"] > 0
-    assert [row["token_ms"] > 0 for row in results["plain"]] == [True, True]
-    assert [(row["system"], row["method"]) for row in results["methods"]] == [
+    assert part.tables["host"][0]["host_ms"] > 0
+    assert [row["token_ms"] > 0 for row in report.plain(args)] == [True, True]
+    assert [(row["system"], row["method"]) for row in part.tables["methods"]] == [
         *(("treeflash", method) for method in METHODS),
         ("mlx-lm", "generate"),
     ]
-    assert all(row["tokens_per_s"] > 0 for row in results["methods"])
+    assert all(row["tokens_per_s"] > 0 for row in part.tables["methods"])
 
 
-def test_a_report_goes_on_after_a_part_that_fails(module, pair, tmp_path, monkeypatch, capsys):
+def test_a_report_goes_on_after_a_part_that_fails(
+    module, pair, tmp_path, in_this_process, monkeypatch, capsys
+):
     file = tmp_path / "out.json"
 
     def method_row(*_):
         raise RuntimeError("the GPU is busy")
 
-    monkeypatch.setattr(module("mac"), "method_row", method_row)
-    monkeypatch.setattr(module("mac"), "mlx_lm_row", lambda _: {"tokens_per_s": 9.0})
+    mac_report = module("mac_report")
+    monkeypatch.setattr(mac_report, "method_row", method_row)
+    monkeypatch.setattr(mac_report, "mlx_lm_row", lambda _: {"tokens_per_s": 9.0})
     monkeypatch.setattr(module("gpu_report"), "TOKENS", 16)
     environments = []
 
@@ -62,9 +68,9 @@ def test_a_report_goes_on_after_a_part_that_fails(module, pair, tmp_path, monkey
         environments.append(environment)
         return function(*arguments)
 
-    monkeypatch.setattr(module("mac_report"), "in_process", in_process)
+    monkeypatch.setattr(mac_report, "in_process", in_process)
     options = ["--sizes", "1,3", "--contexts", "2", "--repeats", "1", "--json", str(file)]
-    assert module("mac_report").main([*pair, *options]) == 1
+    assert mac_report.main([*pair, *options]) == 1
     report = json.loads(file.read_text())
     assert report["problems"] == ["speed: RuntimeError: the GPU is busy"]
     parts = {part["name"]: part["tables"] for part in report["parts"]}
@@ -107,13 +113,13 @@ def test_the_text_that_warms_up_is_in_no_figure(module):
 
     calls = []
     model = SimpleNamespace(generate=generate)
-    row = module("mac").method_row(model, "treeflash", [[3], [4]], 8)
+    row = module("mac_report").method_row(model, "treeflash", [[3], [4]], 8)
     assert row["block_efficiency"] == 4
     assert all(row[f"{phase}_ms"] == 500 for phase in PHASES[1:])
 
 
 @pytest.mark.parametrize("kind", ["mtp", "eagle3", "none"])
-def test_mac_measures_what_a_pair_without_a_block_drafter_can_do(module, tmp_path, kind):
+def test_a_report_measures_what_a_pair_without_a_block_drafter_can_do(module, tmp_path, kind):
     if kind == "none":
         target, head = tmp_path / "target", None
         write_target(target, "qwen3", seed=1)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-SECONDS = float(os.environ.get("TREEFLASH_LOAD_SECONDS", "600"))
+SECONDS = int(os.environ.get("TREEFLASH_LOAD_SECONDS", "600"))
 
 
 @pytest.mark.nightly
