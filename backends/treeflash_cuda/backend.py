@@ -477,12 +477,25 @@ def wrap(model: PreTrainedModel, drafter: Path | None) -> CudaBackend:
         return backend
 
 
+NOT_UNDER_TORCHRUN = {
+    "adapter": "merge it into the target beforehand",
+    "device_map": "remove it",
+    "exact": "remove it",
+}
+"""Settings of one process, and what a user can do instead."""
+
+
 def check_config(config: LoadConfig) -> None:
     """Raise a ConfigError for settings that this backend lacks."""
     inexact = "kv_bits", "compile", "device_map"
     check_settings(config, "cuda", draft_bits=BITS, kv_bits=(KV_BITS,), inexact=inexact)
     if config.draft_bits in BITS and runs_on_cpu(config):
         raise ConfigError("the cuda backend does not quantise drafters on a CPU; remove draft_bits")
+    if config.device_map is not None and config.device is not None:
+        raise ConfigError("device_map chooses the devices itself; remove device")
+    for name, advice in NOT_UNDER_TORCHRUN.items():
+        if getattr(config, name) and process_count() > 1:
+            raise ConfigError(f"{name} does not work under torchrun; {advice}")
 
 
 def runs_on_cpu(config: LoadConfig) -> bool:
@@ -500,8 +513,6 @@ def load_target(folder: Path, config: LoadConfig, *, pack: bool, processes: int 
         cpu_threads().choose(config.threads)
     elif device.type == "cpu":
         cpu_threads()  # what other programs use is measured from now on, while weights are read
-    if config.exact and processes > 1:
-        raise ConfigError("exact mode does not work under torchrun; remove exact")
     if device.type == "cuda":
         join_free_memory(device)
         # Products that are split would otherwise add their parts in half precision.
@@ -510,19 +521,14 @@ def load_target(folder: Path, config: LoadConfig, *, pack: bool, processes: int 
     dtype = getattr(torch, config.dtype) if config.dtype else None
     if dtype is None and device.type == "cpu":
         dtype = torch.float32
-    kv_bits, device_map = config.kv_bits, config.device_map
-    if device_map is not None and processes > 1:
-        raise ConfigError("device_map does not work under torchrun; remove one of them")
-    if device_map is not None and config.device is not None:
-        raise ConfigError("device_map chooses the devices itself; remove device")
     model = Target.load(
         folder,
         device,
         dtype,
         pack=pack,
-        kv_bits=kv_bits,
+        kv_bits=config.kv_bits,
         processes=processes,
-        device_map=device_map,
+        device_map=config.device_map,
         adapter=Path(config.adapter) if config.adapter else None,
         images=config.images,
     )
@@ -575,10 +581,7 @@ def load_target_operations(target: Target) -> Operations | None:
     """Load the target's operations on a GPU; None on a CPU, which uses masks."""
     if target.device.type != "cuda":
         return None
-    operations = load_operations(target_shapes(target), target.device, target.dtype)
-    for line in operations.fallbacks:
-        warnings.warn(line, stacklevel=2)
-    return operations
+    return load_kernels(target_shapes(target), target)
 
 
 def load_drafter_operations(
@@ -596,9 +599,14 @@ def load_drafter_operations(
     )
     if target.device.type != "cuda" or shapes == target_shapes(target):
         return target.operations
+    return load_kernels(shapes, target, "in the drafter ")
+
+
+def load_kernels(shapes: Shapes, target: Target, place: str = "") -> Operations:
+    """Load operations on a target's GPU, with a warning of those that have no kernel."""
     operations = load_operations(shapes, target.device, target.dtype)
     for line in operations.fallbacks:
-        warnings.warn(f"in the drafter {line}", stacklevel=2)
+        warnings.warn(place + line, stacklevel=2)
     return operations
 
 

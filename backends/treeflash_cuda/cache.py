@@ -125,11 +125,11 @@ class KVStorage:
 
     def layer(self, n: int) -> Tensor:
         """Return the (2, kv_heads, columns, head_dim) of a layer."""
-        for part in self.parts:
-            if n < len(part):
-                return part[n]
-            n -= len(part)
-        raise IndexError("there is no such layer")
+        part = 0
+        while n >= len(self.parts[part]):
+            n -= len(self.parts[part])
+            part += 1
+        return self.parts[part][n]
 
     def write_layer(self, columns: Tensor, k: Tensor, v: Tensor, layer: int = 0) -> None:
         """Write (1, kv_heads, n, width) stored keys and values to n columns of a layer."""
@@ -255,9 +255,7 @@ class Arena:
         return Slab(parts)
 
     def encode(self, x: Tensor) -> Tensor:
-        """Convert keys or values to the format in which they are stored."""
-        if self.head_dim is not None:
-            return widen(x)
+        """Convert keys or values to the format in which they are stored, except in exact mode."""
         return x if self.dtype is None else quantise(x)
 
     def decode(self, x: Tensor) -> Tensor:
@@ -391,7 +389,7 @@ class KVCache:
         if self.region is None:
             return {}
         parts = [x[:, :, :, first:stop] for x in self.region.parts]
-        if self.arena.head_dim is not None:  # half the bytes, and `encode` gives the same bits
+        if self.arena.head_dim is not None:  # half the bytes, and `widen` gives the same bits
             parts = [self.arena.decode(x) for x in parts]
         return {str(n): to_host(part) for n, part in enumerate(parts)}
 

@@ -336,13 +336,12 @@ class ExactContext(AttentionContext):
     def layout(self, inputs: AttentionInputs, mask: Tensor | None) -> list[Rows]:
         """Return the rows of the block in layers with a mask that `mask` made.
 
-        Raises an UnsupportedModelError if the layer changes its mask, or uses a variant of
-        attention whose order of sums is not known.
+        Raises an UnsupportedModelError if the layer changes its mask.
         """
-        if id(mask) not in self._layouts or inputs.softcap or inputs.sinks is not None:
+        if id(mask) not in self._layouts:
             raise UnsupportedModelError(
-                f"{type(inputs.module).__name__} changes its mask or its scores, which exact mode "
-                "does not support"
+                f"{type(inputs.module).__name__} changes its mask, which exact mode does not "
+                "support"
             )
         return self._layouts[id(mask)][1]
 
@@ -506,10 +505,8 @@ def use_kernel_for_products(model: nn.Module) -> None:
         product = getattr(owner, name)
         if isinstance(product, partial):
             weight, bias = product.keywords["weight"], product.keywords["bias"]
-        elif isinstance(owner, nn.Linear):
-            weight, bias = owner.weight, owner.bias
         else:
-            raise UnsupportedModelError(f"{INEXACT}: the products of its layers are packed")
+            weight, bias = owner.weight, owner.bias
         x = torch.randn(CHECKED_TOKENS, weight.shape[1], generator=random).to(weight)
         actual, expected = linear(x, weight, bias), F.linear(x, weight, bias).float()
         difference = float((actual.float() - expected).square().mean().sqrt() / expected.std())

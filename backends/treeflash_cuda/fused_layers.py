@@ -205,18 +205,18 @@ class RotatingLayer:
         context = tree_context()
         assert context is not None
         output, expected = _watch(context, self.plain, args, kwargs)
+
+        def compare() -> bool:
+            _, actual = _watch(context, self, args, kwargs)
+            pairs = zip(actual, expected, strict=True)
+            return bool(actual) and all(_close(x, y, limit) for (x, limit), (y, _) in pairs)
+
         for has_halves, norms in product((False, True), (self.norms, None)):
             self.has_halves, self.norms = has_halves, norms
-            try:
-                _, actual = _watch(context, self, args, kwargs)
-            except UnsupportedModelError:
-                context.drop_rotation()
-                continue
-            if actual and len(actual) == len(expected):
-                pairs = zip(actual, expected, strict=True)
-                self.agrees = all(_close(x, y, limit) for (x, limit), (y, _) in pairs)
+            self.agrees = _holds(compare)
             if self.agrees:
                 break
+            context.drop_rotation()
         return output
 
 
@@ -267,24 +267,34 @@ class AddingLayer:
     def compare(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Return the plain layer's output, and find out whether this layer computes the same."""
         output = self.plain(x, *args, **kwargs)
-        try:
+
+        def compare() -> bool:
             actual = self(x, *args, **kwargs)
             # Beside what a layer passes on, its own part may be small.
             pairs = (actual - x, output - x), (self.after(actual), self.after(output))
-            self.agrees = all(_close(mine, its, TOLERANCES[x.dtype]) for mine, its in pairs)
-        except Exception as error:
-            if is_out_of_memory(error) or is_device_lost(error):
-                raise
+            return all(_close(mine, its, TOLERANCES[x.dtype]) for mine, its in pairs)
+
+        self.agrees = _holds(compare)
         return output
 
 
-def _rotate(original: Forward, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    """Return the hook of `ROTARY`, which most models give queries, keys, cosines and sines."""
+def _holds(compare: Callable[[], bool]) -> bool:
+    """Return the result of a comparison; False if the code of a model cannot run in this way."""
+    try:
+        return compare()
+    except Exception as error:
+        if is_out_of_memory(error) or is_device_lost(error):
+            raise
+        return False
+
+
+def _rotate(
+    original: Forward, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the hook of `ROTARY`, to which most models give these arguments."""
     context = tree_context()
     assert context is not None
-    if len(args) != 4 or kwargs:
-        raise UnsupportedModelError("a layer's rotation has other arguments")
-    return context.rotate(*args)
+    return context.rotate(query, key, cos, sin)
 
 
 def _watch(
@@ -313,13 +323,12 @@ def _watch(
 @torch.inference_mode()
 def agrees(forward: Forward, plain: Forward, *inputs: Tensor, tolerance: float = TOLERANCE) -> bool:
     """Return whether two functions compute the same; False if either cannot run alone."""
-    try:
+
+    def compare() -> bool:
         actual, expected = forward(*inputs), plain(*inputs)
-    except Exception as error:
-        if is_out_of_memory(error) or is_device_lost(error):
-            raise
-        return False
-    return actual.dtype == expected.dtype and _close(actual, expected, tolerance)
+        return actual.dtype == expected.dtype and _close(actual, expected, tolerance)
+
+    return _holds(compare)
 
 
 def _close(actual: Tensor, expected: Tensor, tolerance: float) -> bool:

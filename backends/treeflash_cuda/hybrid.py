@@ -202,10 +202,6 @@ class RecurrentCache(TreeCache):
         """Return False: before transformers 5.21 models would then read the states themselves."""
         return False
 
-    def is_recording_past(self, layer_idx: int) -> bool:
-        """Return whether `update_conv_state` is to return earlier inputs too."""
-        return True
-
     def update_conv_state(
         self,
         conv_states: Tensor,
@@ -571,15 +567,10 @@ def _mamba_2(
         return original(x, dt, a, b, c, **kwargs | states)
 
     def tree(run: Recurrence, x: Tensor, dt: Tensor, b: Tensor, c: Tensor) -> Tensor:
-        if (bias := kwargs.get("dt_bias")) is not None:
-            dt = dt + bias.to(dt.dtype)
-        if kwargs.get("dt_softplus"):
-            dt = F.softplus(dt)
-        x, dt = x.float(), dt.float()
+        dt = F.softplus(dt + kwargs["dt_bias"].to(dt.dtype)).float()
+        x = x.float()
         out = run(c, b, x * dt[..., None], (a.float() * dt)[..., None], None)
-        if (skip := kwargs.get("D")) is not None:
-            out = out + skip[:, None] * x
-        return out.contiguous()
+        return (out + kwargs["D"][:, None] * x).contiguous()
 
     out = cache.recur(layer, (x, dt, b, c), next_tokens, tree)
     return (out, out.new_empty(0)) if return_final_states else out  # as above

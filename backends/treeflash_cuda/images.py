@@ -128,13 +128,11 @@ class VisionTower:
         with self.attached():
             return Features.of(self._model.get_image_features(**inputs, return_dict=True))
 
-    def rows(self, state: State, size: int) -> ImageRows | None:
-        """Return the features of the next `size` tokens of a prompt; None if these have none."""
+    def rows(self, state: State, size: int) -> ImageRows:
+        """Return the features of the next `size` tokens of a prompt, some of which have some."""
         images, end = state.images, state.length + size
         assert images is not None
-        if not (parts := state.chunk_features(size, self.encode)):
-            return None
-        types = None
+        parts, types = state.chunk_features(size, self.encode), None
         if images.whole:
             types = torch.from_numpy(images.is_feature[:end].astype(np.int32))[None]
             types = types.to(parts[0].rows.device)

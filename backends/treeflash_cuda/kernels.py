@@ -7,7 +7,6 @@ soft-capped scores nor attention sinks, and takes no keys in 8 bits.
 from __future__ import annotations
 
 import functools
-import inspect
 from typing import Any, Protocol
 
 import numpy as np
@@ -39,18 +38,11 @@ class Kernels(Protocol):
 
 
 class FlashKernels:
-    """FlashAttention through PyTorch, in half precision on a CUDA device.
-
-    Raises:
-        ImportError: this version of PyTorch has no `varlen_attn`, or one with fewer arguments.
-    """
+    """FlashAttention through PyTorch, in half precision on a CUDA device."""
 
     def __init__(self) -> None:
         from torch.nn.attention.varlen import varlen_attn
 
-        needed = {"enable_gqa", "num_splits", "window_size"}
-        if missing := needed - set(inspect.signature(varlen_attn).parameters):
-            raise ImportError(f"torch.nn.attention.varlen.varlen_attn has no {min(missing)}")
         # The kernel chooses the number of splits; cuDNN's kernels do not take the argument.
         self.varlen: Any = functools.partial(varlen_attn, enable_gqa=True, num_splits=0)
 

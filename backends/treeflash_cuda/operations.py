@@ -225,8 +225,14 @@ class Operations:
 
     @property
     def fallbacks(self) -> tuple[str, ...]:
-        """A line for each operation that has a kernel but runs in PyTorch."""
-        return tuple(f"{name} runs in PyTorch: {reason}" for name, reason in self.reasons.items())
+        """A line for each reason why operations that have a kernel run in PyTorch."""
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in self.reasons.items():
+            by_reason.setdefault(reason, []).append(name)
+        return tuple(
+            f"{', '.join(names)} {'runs' if len(names) == 1 else 'run'} in PyTorch: {reason}"
+            for reason, names in by_reason.items()
+        )
 
     @property
     def verdicts(self) -> dict[str, str]:
@@ -296,6 +302,11 @@ NEEDS = {
 """Operations that only some models use, and the member of `Shapes` that such models have."""
 
 
+def used_operations(shapes: Shapes) -> list[str]:
+    """Return the names of the operations that a model uses."""
+    return [name for name in CHECKS if name not in NEEDS or getattr(shapes, NEEDS[name])]
+
+
 def load_operations(shapes: Shapes, device: torch.device, dtype: torch.dtype) -> Operations:
     """Load a model's operations on a GPU: Triton kernels that pass their check, else PyTorch."""
     try:
@@ -309,8 +320,8 @@ def load_operations(shapes: Shapes, device: torch.device, dtype: torch.dtype) ->
             recurrence,
             sampling,
         )
-    except ImportError as error:
-        return Operations(reasons=dict.fromkeys(CHECKS, str(error)))
+    except ImportError as error:  # PyTorch has no Triton on Windows
+        return Operations(reasons=dict.fromkeys(used_operations(shapes), str(error)))
     modules = attention, convolution, experts, layers, moves, products, recurrence, sampling
     kernels: dict[str, Any] = {
         name: on_its_device(getattr(module, name))
@@ -342,11 +353,8 @@ def checked(
     """Return the kernels that agree with PyTorch, and PyTorch for the other operations."""
     chosen: dict[str, Any] = {}
     reasons = {}
-    for name, compute in CHECKS.items():
-        if not kernels.has_kernel(name):
-            continue
-        if name in NEEDS and not getattr(shapes, NEEDS[name]):
-            continue
+    for name in filter(kernels.has_kernel, used_operations(shapes)):
+        compute = CHECKS[name]
         try:
             difference = max(
                 _worst_row(actual, expected)

@@ -27,7 +27,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.utils import is_accelerate_available, logging
+from transformers.utils import logging
 
 from treeflash.decoding.backend_base import arrays_nbytes
 from treeflash.decoding.families import ImageFamily, family_of, image_family, refusal
@@ -37,7 +37,6 @@ from treeflash.decoding.tree import DraftTree
 from treeflash.drafters.adapter import read_adapter, refuse_module
 from treeflash.drafters.folder import read_config, weight_files
 from treeflash.errors import (
-    BackendError,
     CheckpointError,
     ConfigError,
     UnsupportedModelError,
@@ -150,23 +149,14 @@ def load_model(
     is not installed.
     """
     weight_files(folder)
-    # A quantised model must not be moved; other models would be in memory twice.
-    direct = device.type != "cpu" and is_accelerate_available()
-    if device_map is not None and not is_accelerate_available():
-        raise BackendError("device_map needs the package accelerate: pip install accelerate")
-    quantised = getattr(config, "quantization_config", None) is not None
-    if quantised and device.type != "cpu" and not direct:
-        raise UnsupportedModelError(
-            f"{folder} has quantised weights, which need the package accelerate: "
-            "pip install accelerate"
-        )
-    placement: dict[str, Any] = {"device_map": {"": device}} if direct else {}
+    placement: dict[str, Any] = {}
     if processes > 1:
         from transformers.distributed import DistributedConfig
 
         placement = {"distributed_config": DistributedConfig(tp_size=processes, tp_plan="auto")}
-    if device_map is not None:
-        placement = {"device_map": device_map}
+    elif device_map is not None or device.type != "cpu":
+        # A quantised model must not be moved; other models would be in memory twice.
+        placement = {"device_map": device_map or {"": device}}
     is_known = isinstance(image_family(config.model_type, "cuda"), ImageFamily)
     whole = images or (is_known and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING)
     bars = logging.is_progress_bar_enabled()
@@ -188,8 +178,6 @@ def load_model(
             ignore_mismatched_sizes=True,  # refused below, by name
             **placement,
         )
-        if not placement and not quantised:
-            model = model.to(device)
     except ImportError as error:
         raise UnsupportedModelError(
             f"{folder} needs a package that is not installed ({first_line(error)}); install it, "
@@ -252,7 +240,7 @@ def decoder_layers(model: Any) -> Sequence[nn.Module]:
     layers: Sequence[nn.Module] | None = getattr(model.get_decoder(), "layers", None)
     if not layers:
         raise UnsupportedModelError(
-            f"{model.config.model_type} models cannot run a draft tree: they have no decoder layers"
+            refusal(model.config.model_type, "their decoder does not keep its layers as `layers`")
         )
     return layers
 
@@ -303,13 +291,12 @@ def join_ranks(tensor: Tensor) -> Tensor:
 
 def whole_output_head(head: Any) -> nn.Module:
     """Return a copy of the output head that one process can use alone, for its drafter."""
-    weight, bias = join_ranks(head.weight), head.bias
+    tensors = {name: join_ranks(x) for name, x in head.named_parameters()}
+    vocab_size, hidden_size = tensors["weight"].shape
     with torch.device("meta"):
-        copy = nn.Linear(weight.shape[1], len(weight), bias is not None)
-    copy.weight = nn.Parameter(weight, requires_grad=False)
-    if bias is not None:
-        copy.bias = nn.Parameter(join_ranks(bias), requires_grad=False)
-    return copy
+        copy = nn.Linear(hidden_size, vocab_size, "bias" in tensors)
+    copy.load_state_dict(tensors, assign=True)
+    return copy.requires_grad_(False)
 
 
 @torch.no_grad()
@@ -471,8 +458,6 @@ class Target:
         """
         config = read_model_config(folder)
         refuse_stateful(config)
-        if adapter is not None and processes > 1:
-            raise ConfigError("an adapter cannot be merged under torchrun; merge it beforehand")
         split, placed = processes > 1, device_map is not None
         refusals = {
             "it was loaded without its vision tower": not images,

@@ -160,7 +160,6 @@ class Verifier:
         tower, images = self.target.tower, None
         if tower is not None and has_features(*rows[0]):
             images = tower.rows(rows[0][0], sizes[0])
-            assert images is not None
             self._merge(rows[0][0], images)
         token_ids: list[Tensor] = []
         contexts: list[AttentionContext] = []

@@ -1,5 +1,7 @@
 """Keys and values of texts: written, committed, copied, closed, and computed by a forward pass."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 
@@ -103,6 +105,11 @@ def test_layers_of_other_shapes_are_refused(arena):
     write(text, random(2))
     with pytest.raises(UnsupportedModelError, match="different shapes"):
         write(text, random(2, heads=3))
+    cache = TreeCache([text], [2])
+    for heads, refusal in ((2, nullcontext()), (3, pytest.raises(UnsupportedModelError))):
+        (k,), (v,) = random(2, heads=heads)[:, :1]
+        with refusal:
+            cache.update(k, v, heads - 2)
 
 
 def test_a_forward_pass_writes_each_texts_rows_to_its_own_columns(arena):

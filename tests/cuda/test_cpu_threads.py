@@ -64,6 +64,8 @@ def test_every_pass_takes_the_threads_that_others_leave_free(folders):
         for _ in range(4):
             sequence.extend(PROMPT[:8])
     assert counts == [2, 1, 1, 2]
+    description = "2 of 2; other programs use 0.0 processors"
+    assert backend.device_report().facts["threads"] == description
 
 
 @pytest.mark.parametrize("exact", [False, True])
@@ -122,7 +124,7 @@ def test_the_limit_of_a_container_counts(tmp_path, monkeypatch):
 
 
 def test_a_busy_program_is_seen():
-    processors = threads.usable_processors()
+    processors = [*threads.usable_processors(), 1 << 20]  # the last one is switched off
     before = threads.read_times(processors)
     with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as program:
         try:

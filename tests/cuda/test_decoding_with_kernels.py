@@ -17,7 +17,7 @@ require("torch")
 require("triton")
 
 import triton_interpreter  # noqa: F401 - repairs it
-from treeflash_cuda.operations import Operations
+from treeflash_cuda.operations import Operations, sample_rows
 from treeflash_cuda.triton_kernels import attention, convolution, layers, moves, recurrence
 
 VOCAB = 24
@@ -63,12 +63,14 @@ def test_trees_and_tokens_equal_the_references(family, method, sampling, tmp_pat
     counted = Counted(attention.tree_attention), Counted(layers.rotate_and_store)
     recurrences = Counted(recurrence.tree_recurrence), Counted(recurrence.commit_recurrence)
     recurrences += (Counted(convolution.convolve_paths),)
+    samplings = Counted(sample_rows)
     backend.target.operations = Operations(
         *(counted[0], layers.rms_norm, counted[1], layers.gated),
         tree_recurrence=recurrences[0],
         commit_recurrence=recurrences[1],
         convolve_paths=recurrences[2],
         move_columns=moves.move_columns,
+        sample_rows=samplings,
     )
     reference = load_reference(target, drafter, LoadConfig())
     monkeypatch.setattr(attention, "MAX_TILE", 16)
@@ -81,4 +83,5 @@ def test_trees_and_tokens_equal_the_references(family, method, sampling, tmp_pat
     assert_equal_steps(found, expected)
     assert counted[0].calls > 0
     assert counted[1].calls > 0
+    assert (samplings.calls > 0) == (sampling != "greedy")
     assert all((x.calls > 0) == (family in HYBRID_FAMILIES) for x in recurrences)

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from treeflash.commands import doctor
 from treeflash.config import LoadConfig
 from treeflash.decoding.interfaces import Prefill, Verify, device_report
 from treeflash.decoding.sampling import SamplingParams
@@ -14,6 +15,7 @@ from treeflash.testing.models import write_pair, write_target
 require("torch")
 
 import torch
+from treeflash_cuda import attention
 from treeflash_cuda import backend as loading
 from treeflash_cuda.cache import Arena
 from treeflash_cuda.operations import CHECKS, Operations
@@ -72,6 +74,8 @@ def test_a_drafter_of_other_shapes_has_its_own_operations(cuda, folders, monkeyp
     config = replace(backend.drafter_config, **sizes)
     operations = loading.load_drafter_operations(config, backend.target, None)
     assert operations is backend.target.operations
+    backend.drafter_model.operations = operations
+    assert device_report(backend).kernels["gated"] == {"bfloat16": "used (Triton)"}
     config = replace(config, head_dim=64, attention_sinks=True)
     with pytest.warns(UserWarning, match="^in the drafter gated runs in PyTorch: ptxas is missing"):
         own = loading.load_drafter_operations(config, backend.target, None)
@@ -80,6 +84,29 @@ def test_a_drafter_of_other_shapes_has_its_own_operations(cuda, folders, monkeyp
     assert (shapes.heads, shapes.head_dim, shapes.sinks) == (4, 64, True)
     verdicts = device_report(backend).kernels["gated"]
     assert verdicts == {"bfloat16": "used (Triton)", "bfloat16, drafter": "ptxas is missing"}
+
+
+def test_a_processor_is_examined_without_a_model(capsys):
+    assert doctor.main(["--device-only", "--backend", "cuda", "--device", "cpu"]) == 0
+    assert torch.__version__ in capsys.readouterr().out
+
+
+def test_a_gpu_is_examined_without_a_model(cuda):
+    report = loading.examine_device(LoadConfig())
+    verdicts = {f"bfloat16, heads of {width}": "used (Triton)" for width in (64, 128, 256)}
+    assert report.kernels == {name: verdicts for name in CHECKS if name != "sample_rows"}
+    assert report.available_bytes == cuda.free_bytes
+
+
+@pytest.mark.parametrize("runs", [True, False])
+def test_passes_over_trees_are_measured_if_the_target_has_them(cuda, tmp_path, monkeypatch, runs):
+    monkeypatch.setattr(attention, "is_window", lambda *_: runs)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 5)
+    write_target(tmp_path, "mistral", seed=1)
+    backend = loading.load(tmp_path, None, LoadConfig(dtype="bfloat16"))
+    assert loading.pass_nbytes(backend.target) == (3 if runs else 0)
+    assert backend.memory_bytes() == 5
 
 
 def test_a_kernel_that_fell_back_is_reported_with_its_reason():

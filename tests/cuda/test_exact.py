@@ -227,9 +227,13 @@ def test_a_kernel_whose_prompts_have_other_bits_is_refused(monkeypatch):
     monkeypatch.setattr(products, "linear", row_by_row)
     exact.use_kernel_for_products(nn.Sequential(nn.Linear(16, 8)))
     assert devices, "Triton launches kernels on the current device"
-    monkeypatch.setattr(products, "linear", other_for_prompts)
-    with pytest.raises(UnsupportedModelError, match="many rows have other bits"):
-        exact.use_kernel_for_products(nn.Sequential(nn.Linear(16, 8)))
+    for wrong, message in (
+        (other_for_prompts, "many rows have other bits"),
+        (lambda *args: 1.5 * row_by_row(*args), "the kernel for products differ by"),
+    ):
+        monkeypatch.setattr(products, "linear", wrong)
+        with pytest.raises(UnsupportedModelError, match=message):
+            exact.use_kernel_for_products(nn.Sequential(nn.Linear(16, 8)))
 
 
 def test_kernels_are_exact(tmp_path, monkeypatch):

@@ -138,12 +138,14 @@ def test_several_texts_in_one_forward_pass(cuda, folders, family, dtype, graphs,
 @pytest.mark.parametrize("bits", [None, 8])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_layers_on_two_devices(cuda, folders, family, dtype, bits):
+def test_layers_on_two_devices(cuda, folders, family, dtype, bits, monkeypatch):
     config = LoadConfig(dtype=dtype, device_map="auto", kv_bits=bits)
     backend = load(*folders[family], config)
     target = backend.target
     assert target.spans == [(DEVICE, 2), (SECOND, 2)]
     assert backend.device == "cuda:0"
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", {DEVICE: 3, SECOND: 4}.get)
+    assert backend.memory_bytes() == 7
     states = started(backend, 3)
     parts = states[0].kv_cache.region.parts
     assert [(x.device, len(x)) for x in parts] == [(DEVICE, 2), (SECOND, 2)]

@@ -75,16 +75,18 @@ def capped(families, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("name", "settings", "adds"),
+    ("name", "settings", "adds", "halves"),
     [
-        ("qwen3", {}, True),
-        ("gpt_oss", {}, True),
-        ("granite", {"residual_multiplier": 0.999}, False),
-        ("gemma2", {}, False),  # norms what sublayers return, too
+        ("qwen3", {}, True, False),
+        ("gpt_oss", {}, True, True),
+        ("granite", {"residual_multiplier": 0.999}, False, False),
+        ("gemma2", {}, False, False),  # norms what sublayers return, too
+        ("olmo2", {}, False, False),  # has norms over all heads
+        ("hunyuan_v1_dense", {}, True, None),  # norms queries and keys after their rotation
     ],
 )
 def test_layers_add_and_norm_by_one_operation(
-    families, name, settings, adds, tmp_path, monkeypatch
+    families, name, settings, adds, halves, tmp_path, monkeypatch
 ):
     """Layers that first add, and then norm, give these logits."""
     families.write(tmp_path, name)
@@ -93,9 +95,8 @@ def test_layers_add_and_norm_by_one_operation(
     layers = adding.target.layers
     forwards = [vars(layer).get("forward") for layer in layers]
     assert [isinstance(x, AddingLayer) for x in forwards] == [adds] * len(layers)
-    if adds:
-        rotating = [vars(layer.self_attn)["forward"] for layer in layers]
-        assert {x.has_halves for x in rotating} == {name == "gpt_oss"}
+    rotating = [vars(layer.self_attn).get("forward") for layer in layers]
+    assert {getattr(x, "has_halves", None) for x in rotating} == {halves}
     monkeypatch.setattr(loading, "fuse_layers", lambda *_: None)
     monkeypatch.setattr(loading, "fuse_rotation", lambda *_: None)
     plain, found = load_with_parts(monkeypatch, tmp_path), []

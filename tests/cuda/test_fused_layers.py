@@ -107,6 +107,16 @@ def test_a_module_that_cannot_run_alone_is_left_as_it_is():
     assert "forward" not in vars(module)
 
 
+def test_a_network_with_weights_in_bytes_is_not_tried():
+    """They hold two numbers each, so that they do not tell the width of the input."""
+    module = Gated(nn.SiLU())
+    stored = torch.zeros(16 * 32 // 2, 1, dtype=torch.uint8)
+    module.gate_proj.weight = nn.Parameter(stored, requires_grad=False)
+    module.gate_proj.forward = pytest.fail
+    fuse_layers(module, Operations(), torch.float32)
+    assert "forward" not in vars(module)
+
+
 @torch.inference_mode()
 def test_a_module_that_changes_the_dtype_is_left_as_it_is():
     module = Norm(0)

@@ -1,5 +1,6 @@
 """Trees and drafts as functions of tensors alone, and when they run without static shapes."""
 
+import gc
 import warnings
 from contextlib import contextmanager, nullcontext
 from itertools import product
@@ -7,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from failures import failing
 from mtp_pairs import write_mtp_pair, write_peagle_pair
 from parts import load_with_parts
 
@@ -16,6 +18,7 @@ from treeflash.decoding.interfaces import Prefill, TableOptions, Verify
 from treeflash.decoding.sampling import Noise, SamplingParams
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
+from treeflash.errors import UnsupportedModelError
 from treeflash.testing import require
 from treeflash.testing.comparisons import random_tokens, random_tree
 from treeflash.testing.models import write_dialect, write_drafter, write_target
@@ -30,7 +33,8 @@ from treeflash_cuda import backend as backend_module
 from treeflash_cuda import cache as arena_module
 from treeflash_cuda import drafter as drafter_module
 from treeflash_cuda.backend import load
-from treeflash_cuda.graphs import Graph, Graphs
+from treeflash_cuda.graphs import Graph, Graphs, garbage_collection_disabled
+from treeflash_cuda.verifier import Verifier
 
 VOCAB = 40
 
@@ -182,6 +186,8 @@ def test_drafts_depth_by_depth_share_graphs(tmp_path, monkeypatch, kind):
             backend.verifier.run([Verify(x, chain(7, 8), SamplingParams()) for x in members])
             backend.verifier.commit([(state, np.arange(1, dtype=np.int32)) for state in members])
         found.append((results, [state.read_drafter_kv_cache() for state in states]))
+        rows = states[0].drafter
+        assert rows.nbytes == rows.capacity * backend.drafter_arena.column_nbytes
     for static_table, table in zip(found[0][0], found[1][0], strict=True):
         np.testing.assert_array_equal(static_table.tokens, table.tokens)
         np.testing.assert_array_equal(static_table.next_row, table.next_row)
@@ -261,6 +267,22 @@ def test_a_warm_up_of_more_sequences_than_memory_has_room_for_goes_on(backend):
     assert names.count("the drafter") >= 2 * len(backend_module.NEW_TOKENS)
 
 
+def test_a_warm_up_begins_with_the_states_and_ends_where_memory_does(tmp_path, monkeypatch):
+    """Graphs of a smaller arena of recurrent states would be of no use later."""
+    write_target(tmp_path, "qwen3_5", seed=1, layers=2)
+    backend = load_with_parts(monkeypatch, tmp_path)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 30, 1 << 30))
+    for error, outcome in (
+        (RuntimeError("CUDA out of memory"), pytest.warns(match="captured when needed: CUDA out")),
+        (RuntimeError("a kernel failed"), pytest.raises(RuntimeError, match="a kernel failed")),
+    ):
+        with failing(backend.verifier, "forward", error), outcome:
+            backend.warm_up(4)
+    monkeypatch.setattr(backend.verifier, "forward", lambda *_: None)
+    assert backend.warm_up(4) == 0
+    assert backend.target.state_arena.slots == 1 + 4 * backend_module.STATES_EACH
+
+
 def test_trees_beside_a_prompt_are_captured(backend):
     first, second, third = started(backend, [[3, 4], [5], [6, 7, 8]])
     rows = []
@@ -295,6 +317,11 @@ def test_what_does_not_fit_runs_without_static_shapes(folders, monkeypatch, modu
     backend = load_with_parts(monkeypatch, *folders[1])
     states = started(backend, [[3, 4, 5], [6]])
     trees = [(state, chain(*range(6))) for state in states]
+    if name == "is_window":  # a pass of another kind would give other bits
+        backend.target.is_exact = True
+        with pytest.raises(UnsupportedModelError, match="neither causal nor a sliding window"):
+            Verifier(backend.target, None).logits(trees)
+        backend.target.is_exact = False
     together = backend.verifier.logits(trees)
     for (state, tree), logits in zip(trees, together, strict=True):
         np.testing.assert_allclose(backend.verifier.logits([(state, tree)])[0], logits, atol=1e-4)
@@ -531,6 +558,18 @@ class StandIns:
             yield
         finally:
             self.stream = before
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_garbage_is_collected_again_if_it_was(enabled):
+    before = gc.isenabled()
+    (gc.enable if enabled else gc.disable)()
+    try:
+        with garbage_collection_disabled():
+            assert not gc.isenabled()
+        assert gc.isenabled() == enabled
+    finally:
+        (gc.enable if before else gc.disable)()
 
 
 def test_the_stream_and_the_pool_of_a_failed_capture_are_left(monkeypatch):

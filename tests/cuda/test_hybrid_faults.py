@@ -15,14 +15,15 @@ from treeflash.testing.pairs import DRAFTER_SEED, TARGET_SEED
 require("torch")
 
 import torch
-from treeflash_cuda import hybrid, recurrence
+from treeflash_cuda import hybrid, recurrence, target
 from treeflash_cuda.backend import load
-from treeflash_cuda.hybrid import MATRIX, HybridCache, Writes
+from treeflash_cuda.hybrid import MATRIX, HybridCache, RecurrentCache, Writes
 from treeflash_cuda.target import Target
 
 DELTA, MAMBA = HYBRID_FAMILIES
 commit = Writes.commit
 new_cache = Target.new_cache
+update_conv_state = RecurrentCache.update_conv_state
 decays = recurrence._decays
 delta_rule, linear_rule = recurrence.delta_rule, recurrence.linear_rule
 
@@ -138,6 +139,48 @@ def test_a_fault_is_refused_at_load(pairs, monkeypatch, fault, family):
     monkeypatch.setattr(*PLACES[fault], fault)
     with pytest.raises(UnsupportedModelError, match="speculative output would differ"):
         load(*pairs[family], LoadConfig(device="cpu", dtype="float32"))
+
+
+def own_attention(config):
+    return "eager"
+
+
+def without(*names):
+    """The hooks without some, as for layers whose functions have other names."""
+    return {name: hook for name, hook in hybrid.HOOKS.items() if name not in names}
+
+
+def convolve_a_copy(layer, original, inputs, *args, **kwargs):
+    return hybrid._convolution(layer, original, inputs.clone(), *args, **kwargs)
+
+
+def kernel_of_unknown_size(cache, conv_states, layer_idx, **_):
+    return update_conv_state(cache, conv_states, layer_idx)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "unsupported", "reason"),
+    [
+        (hybrid, "HOOKS", {}, "their recurrent layers are of an unknown kind"),
+        (hybrid, "HOOKS", without("causal_conv1d_fn"), "convolution is computed by an unsupp"),
+        (
+            hybrid,
+            "HOOKS",
+            hybrid.HOOKS | {"causal_conv1d_fn": convolve_a_copy},
+            "convolution is computed by an unsupported function",
+        ),
+        (hybrid, "HOOKS", without("torch_chunk_gated_delta_rule"), "the recurrence of layer 0"),
+        (RecurrentCache, "update_conv_state", kernel_of_unknown_size, "the convolution's kernel"),
+        (target, "tree_attention", own_attention, "do not support other attention functions"),
+    ],
+)
+def test_layers_of_another_kind_are_refused_by_name(
+    pairs, monkeypatch, owner, name, unsupported, reason
+):
+    monkeypatch.setattr(owner, name, unsupported)
+    refusal = f"^qwen3_5_text models cannot run a draft tree: .*{reason}"
+    with pytest.raises(UnsupportedModelError, match=refusal):
+        load(pairs[DELTA][0], None, LoadConfig(device="cpu", dtype="float32"))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

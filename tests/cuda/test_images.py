@@ -19,8 +19,10 @@ from image_models import (
     random_model,
     reference,
 )
+from mtp_pairs import write_peagle_head
 from parts import load_with_parts
 from PIL import Image as Picture
+from treeflash_cuda import verifier
 from treeflash_cuda.backend import load
 
 from treeflash.config import DecodeConfig, LoadConfig, SamplingConfig
@@ -392,6 +394,21 @@ def test_exact_mode_is_exact_after_images(family, tmp_path, monkeypatch):
     assert (seen[0] == seen[2]).all()
 
 
+def test_chunks_of_long_prompts_do_not_end_inside_images(pairs, monkeypatch):
+    pair = pairs("gemma3")
+    for name in ("FIRST_CHUNK", "NEXT_CHUNK"):
+        monkeypatch.setattr(verifier, name, 5)
+    assert pair.decode(pair.prompts) == pair.expected
+
+
+@pytest.mark.usefixtures("_random_processors")
+def test_a_drafter_whose_rows_attend_together_drafts_after_images(pairs, tmp_path):
+    pair = copy(pairs("gemma3"))
+    write_peagle_head(tmp_path, pair.folder)
+    pair.backend = load(pair.folder, tmp_path, CPU)
+    assert pair.decode(pair.prompts, 5, method="ddtree") == pair.expected
+
+
 @pytest.mark.usefixtures("_random_processors")
 def test_a_drafter_of_lfm2_drafts_after_images(pairs, tmp_path):
     pair = copy(pairs("lfm2_vl"))
@@ -522,6 +539,22 @@ def test_text_of_a_model_of_transformers_is_that_of_its_own_generate(family):
     ids, mask = ids[2:, -9:], mask[2:, -9:]  # the text alone, which processors say of each token
     inputs = {x: torch.zeros_like(ids) for x in TOKEN_TYPES if x in parameters}
     assert generate() == [expected[2][-9 - TOKENS :]]
+
+
+def test_other_features_than_placeholders_are_refused():
+    from treeflash.errors import ConfigError
+    from treeflash.transformers import enable
+
+    model = random_model("llava")
+    made = RandomProcessor("llava")(["ab<image>cd"], [Picture.fromarray(picture(1))])
+    inputs = {name: torch.from_numpy(x) for name, x in made.items()}
+    place = inputs["input_ids"][0].tolist().index(IMAGE)
+    for name in ("input_ids", "attention_mask"):  # as if the prompt had been cut
+        x = inputs[name]
+        inputs[name] = torch.cat([x[:, :place], x[:, place + 1 :]], 1)
+    enable(model, drafter=False)
+    with pytest.raises(ConfigError, match=r"^15 placeholders for 16 features of images$"):
+        model.generate(**inputs, max_new_tokens=2)
 
 
 @pytest.mark.parametrize("known", [{}, {"qwen3_vl": Family(images=ImageFamily(backends=["mlx"]))}])

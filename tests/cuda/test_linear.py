@@ -26,6 +26,7 @@ from treeflash_cuda.linear import (
     fuse_linears,
     is_subclass,
     pack_linears,
+    weights_by_format,
 )
 
 SHAPES = [(24,), (3, 24), (2, 3, 24), (0, 24), (70, 24)]
@@ -198,10 +199,13 @@ class Wrapped(torch.Tensor):
 
     @staticmethod
     def __new__(cls, inner):
-        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=torch.float64)
+
+    def __init__(self, inner):
+        self.inner = inner
 
     def __tensor_flatten__(self):
-        return [], None
+        return ["inner"], None
 
     @classmethod
     def __tensor_unflatten__(cls, inner, context, size, stride):
@@ -215,9 +219,11 @@ class Wrapped(torch.Tensor):
 
 
 def test_weights_of_other_tensors_are_neither_fused_nor_packed(attention, monkeypatch):
+    nbytes = sum(parameter.nbytes for parameter in attention.parameters())
     for layer in (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj):
         layer.weight = nn.Parameter(Wrapped(layer.weight.data), requires_grad=False)
     pack_linears(attention)
     monkeypatch.setattr(module, "can_pack", lambda _: True)  # plain layers are fused, as on GPUs
     fuse_linears(attention, IN_TARGET)
     assert {type(child) for child in attention.children()} == {nn.Linear}
+    assert weights_by_format([attention]) == {"Linear": nbytes}

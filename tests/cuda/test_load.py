@@ -1,10 +1,12 @@
 """What the PyTorch backend refuses to load, and how it says so."""
 
 import logging
+import sys
 from functools import partialmethod
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from treeflash.config import DecodeConfig, LoadConfig
 from treeflash.decoding.interfaces import TableOptions
@@ -22,15 +24,18 @@ import torch
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    BloomConfig,
     DogeConfig,
+    GPT2Config,
     LlamaConfig,
     MambaConfig,
     MiniMaxConfig,
 )
+from transformers.utils import logging as transformers_logging
 from treeflash_cuda import target
 from treeflash_cuda.backend import choose_device, load
 from treeflash_cuda.device import ALLOCATOR_SETTINGS, join_free_memory
-from treeflash_cuda.target import load_model, read_model_config
+from treeflash_cuda.target import load_model, merge_adapter, read_model_config
 
 CPU = LoadConfig(device="cpu")
 
@@ -71,7 +76,8 @@ def test_no_cuda_device_is_one_clear_line(see_gpus):
         choose_device(None)
 
 
-def test_tensors_of_an_mtp_head_print_no_table(tmp_path):
+@pytest.mark.parametrize("bars", [True, False])
+def test_tensors_of_an_mtp_head_print_no_table(tmp_path, monkeypatch, bars):
     write_target(tmp_path, "llama", seed=0)
     head = {"model.layers.4.eh_proj.weight": np.zeros((2, 2), np.float32)}
     save(tmp_path, read_config(tmp_path), read_tensors(tmp_path) | head)
@@ -80,8 +86,10 @@ def test_tensors_of_an_mtp_head_print_no_table(tmp_path):
     handler.emit = records.append
     log = logging.getLogger("transformers")
     log.addHandler(handler)
+    monkeypatch.setattr(transformers_logging, "_tqdm_active", bars)
     try:
         load_model(tmp_path, read_model_config(tmp_path), None, torch.device("cpu"))
+        assert transformers_logging.is_progress_bar_enabled() == bars
     finally:
         log.removeHandler(handler)
     assert not [x for x in records if "eh_proj" in x.getMessage()]
@@ -249,6 +257,20 @@ def test_recurrent_families_that_cannot_branch_are_refused_by_name(kind, tmp_pat
         load(tmp_path, None, CPU)
 
 
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (GPT2Config, "their decoder does not keep its layers as `layers`"),
+        (BloomConfig, "their attention layers do not support other attention functions"),
+    ],
+)
+def test_models_of_another_structure_are_refused_by_name(kind, reason):
+    model = AutoModelForCausalLM.from_config(kind(**TINY))
+    message = f"^{kind.model_type} models cannot run a draft tree: {reason}$"
+    with pytest.raises(UnsupportedModelError, match=message):
+        target.Target(model, torch.device("cpu"), pack=False)
+
+
 def test_layers_that_attend_in_chunks_are_refused(tmp_path):
     write_target(tmp_path, "llama", seed=1)
     layers = {"layer_types": ["chunked_attention", "full_attention"] * 2}
@@ -282,6 +304,46 @@ def test_weights_that_do_not_fit_the_configuration_are_one_line(tmp_path, capfd)
     with pytest.raises(CheckpointError, match=r"weight has the shape \(.*asks for \("):
         load(tmp_path, None, CPU)
     assert "REPORT" not in capfd.readouterr().err
+
+
+def test_weights_that_cannot_be_joined_are_one_line(tmp_path):
+    write_target(tmp_path, "qwen3_moe", seed=1)
+    tensors = read_tensors(tmp_path)
+    del tensors["model.layers.1.mlp.experts.1.up_proj.weight"]
+    save(tmp_path, read_config(tmp_path), tensors)
+    message = "cannot be loaded: its weights do not have the form that its configuration asks for$"
+    with pytest.raises(CheckpointError, match=message):
+        load(tmp_path, None, CPU)
+
+
+def test_a_package_that_quantised_weights_need_is_named(tmp_path, monkeypatch):
+    write_target(tmp_path, "llama", seed=1)
+    scheme = {"quantization_config": {"quant_method": "torchao", "quant_type": "int8_weight_only"}}
+    edit_config(tmp_path, lambda config: config.update(scheme))
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    with pytest.raises(UnsupportedModelError, match=r"a package that is not installed \(.*torchao"):
+        load(tmp_path, None, CPU)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "reason"),
+    [
+        ("model.layers.9.mlp.up_proj", (8, 32), r"no linear layer of this name and shape \(8, 32"),
+        ("model.layers.0.mlp.up_proj", (8, 32), r"no linear layer of this name and shape \(8, 32"),
+        ("model.embed_tokens", (32, 32), "it is quantised, or no linear layer"),
+    ],
+)
+def test_an_adapter_of_other_layers_is_refused(tmp_path, name, shape, reason):
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**TINY))
+    factors = {"lora_A": np.ones((2, shape[1])), "lora_B": np.ones((shape[0], 2))}
+    tensors = {
+        f"base_model.model.{name}.{factor}.weight": x.astype(np.float32)
+        for factor, x in factors.items()
+    }
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 2}')
+    with pytest.raises(UnsupportedModelError, match=f"cannot be merged into {name}: .*{reason}"):
+        merge_adapter(model, tmp_path)
 
 
 def test_an_unknown_family_is_an_error_about_its_configuration(tmp_path):

@@ -1,5 +1,7 @@
 """The operations of a forward pass, against definitions that look at one row at a time."""
 
+import sys
+
 import numpy as np
 import pytest
 
@@ -12,7 +14,15 @@ from attention_cases import Case, attention_case, expected_attention
 from torch import nn
 from treeflash_cuda.cache import dequantise, quantise
 from treeflash_cuda.hybrid import ancestor_paths
-from treeflash_cuda.operations import gated, rms_norm, rotate_and_store, tree_attention
+from treeflash_cuda.operations import (
+    Operations,
+    Shapes,
+    gated,
+    load_operations,
+    rms_norm,
+    rotate_and_store,
+    tree_attention,
+)
 from treeflash_cuda.visible_keys import CHUNK, MIN_PLACES, PLACES_EACH, padded_items, plan_work
 
 
@@ -123,3 +133,17 @@ def test_sums_over_chunks_have_separate_places(block):
     assert MIN_PLACES < chunks.sum() <= PLACES_EACH * len(padded)
     rows = [(row, chunk) for first, end, chunk in items.tolist() for row in range(first, end)]
     assert sorted(rows) == [(row, c) for row, n in enumerate(chunks.tolist()) for c in range(n)]
+
+
+def test_operations_without_triton_have_one_line(monkeypatch):
+    """PyTorch for Windows has none; only what the model uses is named."""
+    monkeypatch.setitem(sys.modules, "treeflash_cuda.triton_kernels", None)
+    shapes = Shapes(heads=4, kv_heads=2, head_dim=8, hidden_size=32)
+    operations = load_operations(shapes, torch.device("cpu"), torch.float32)
+    assert operations == Operations(reasons=operations.reasons)
+    (line,) = operations.fallbacks
+    assert line.startswith(
+        "tree_attention, rms_norm, rotate_and_store, gated, sample_rows, move_columns run in "
+        "PyTorch: import of treeflash_cuda.triton_kernels"
+    )
+    assert not operations.runs_trees

@@ -25,7 +25,7 @@ require("torch")
 
 import torch
 from treeflash_cuda import cache, parallel, verifier
-from treeflash_cuda.backend import CudaBackend, load
+from treeflash_cuda.backend import CudaBackend, check_config, load
 from treeflash_cuda.cache import KVCache
 from treeflash_cuda.graphs import Graphs
 from treeflash_cuda.state import State
@@ -358,7 +358,9 @@ def test_positions_are_dropped_on_every_rank(ranks):
     ranks.check()
     ranks.backend.verifier.run([Prefill(state, [9, 5], None)])
     ranks.check()
-    state.close()
+    for _ in range(2):
+        state.close()
+        ranks.check()
 
 
 def test_a_fork_that_fails_leaves_no_state_on_any_rank(ranks, monkeypatch):
@@ -385,6 +387,8 @@ def test_a_forward_pass_that_fails_on_rank_0_alone_is_the_last(ranks, monkeypatc
     with pytest.raises(RuntimeError, match="restart torchrun"):
         ranks.backend.open(20, drafts=False)
     state.close()
+    monkeypatch.setattr(parallel.dist, "is_initialized", lambda: True)
+    parallel.end(ranks.target.graphs)  # tells nobody
 
 
 def test_a_forward_pass_that_is_interrupted_on_rank_0_is_the_last(ranks, monkeypatch):
@@ -395,6 +399,18 @@ def test_a_forward_pass_that_is_interrupted_on_rank_0_is_the_last(ranks, monkeyp
     with pytest.raises(RuntimeError, match="restart torchrun"):
         ranks.backend.open(20, drafts=False)
     state.close()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"adapter": "folder"}, {"device_map": "auto"}, {"exact": True, "device": "cpu"}],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_settings_of_one_process_are_refused_under_torchrun(monkeypatch, settings):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    name = next(iter(settings))
+    with pytest.raises(ConfigError, match=f"^{name} does not work under torchrun; "):
+        check_config(LoadConfig(**settings))
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from treeflash.testing.models import write_pair, write_target
 require("torch")
 
 import torch
+from transformers import AutoModelForCausalLM
 from treeflash_cuda import backend as backend_module
 from treeflash_cuda.backend import load
 from treeflash_cuda.cache import Arena
@@ -77,6 +78,13 @@ def test_recurrent_layers_are_refused(tmp_path):
     write_target(tmp_path, "qwen3_5", seed=1)
     with pytest.raises(ConfigError, match="not supported for models with recurrent layers"):
         load(tmp_path, None, LoadConfig(device_map="auto"))
+
+
+def test_a_model_of_transformers_on_several_devices_is_refused(pair):
+    model = AutoModelForCausalLM.from_pretrained(pair[0])
+    model.lm_head.to("meta")
+    with pytest.raises(ConfigError, match="the model is on several devices; load it on one"):
+        backend_module.wrap(model, None)
 
 
 def test_a_device_beside_the_map_is_refused(pair):

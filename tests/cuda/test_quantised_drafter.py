@@ -1,6 +1,7 @@
 """Drafters whose weights are numbers of 4 or 8 bits."""
 
 import pytest
+from mtp_pairs import write_mtp_pair
 
 from treeflash.config import DecodeConfig, LoadConfig
 from treeflash.decoding import Request, decode
@@ -63,6 +64,15 @@ def test_the_text_is_that_of_plain_decoding(pair, on_cpu, bits):
         config = DecodeConfig(method=method, max_tokens=30, budget=16)
         texts.append(generate(backend, [1, 2, 3], config))
     assert texts[0] == texts[1]
+
+
+def test_an_output_head_of_its_own_that_is_too_narrow_stays_as_it_is(tmp_path, on_cpu):
+    backend = load(*write_mtp_pair(tmp_path, "eagle3"), LoadConfig(draft_bits=4, **on_cpu))
+    model = backend.drafter_model
+    assert model.own.quantised_lm_head is None
+    assert model.own.lm_head is not None
+    weights = [*model.parameters(), *model.buffers()]  # and none of the target's
+    assert backend.weights_read["a draft reads"].total() == sum(x.nbytes for x in weights)
 
 
 @pytest.mark.nightly

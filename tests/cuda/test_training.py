@@ -11,7 +11,7 @@ from treeflash.decoding import Request, decode
 from treeflash.drafters.evaluation import DrafterEvaluation, read_evaluation
 from treeflash.drafters.folder import read_config, read_tensors
 from treeflash.drafters.formats import drafter_config
-from treeflash.errors import CheckpointError, ConfigError
+from treeflash.errors import BackendError, CheckpointError, ConfigError
 from treeflash.reference.backend import load as load_reference
 from treeflash.testing import require
 from treeflash.testing.models import edit_config, write_drafter, write_target
@@ -24,6 +24,7 @@ import families
 import torch
 from treeflash_cuda.backend import load
 from treeflash_cuda.target import Target
+from treeflash_cuda.training import entry
 from treeflash_cuda.training.entry import train
 from treeflash_cuda.training.initial import drafter_settings, initial_drafter
 
@@ -86,6 +87,34 @@ def test_layers_of_another_form_are_not_copied(tmp_path, family):
     settings = drafter_settings(config, target)
     with pytest.raises(ConfigError, match=f"{family} cannot be copied .* use --init random"):
         initial_drafter(config, settings, target, [])
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_copied_layers_project_what_the_targets_do(tmp_path, family):
+    """With biases, which norms do not scale, and with norms of queries and keys."""
+    families.write(tmp_path, family)
+    target = Target.load(tmp_path, torch.device("cpu"), torch.float32, pack=False)
+    config = replace(TINY, layers=1)
+    drafter, _ = initial_drafter(config, drafter_settings(config, target), target, [[3, 4, 5]])
+    (layer,), source = drafter.layers, target.layers[-1]
+    x = torch.randn(1, 3, target.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    for part, norm, names in (
+        ("self_attn", "input_layernorm", ("q_proj", "k_proj", "v_proj")),
+        ("mlp", "post_attention_layernorm", ("gate_proj", "up_proj")),
+    ):
+        own, theirs = (getattr(each, norm)(x) for each in (layer, source))
+        for name in names:
+            found, expected = (getattr(getattr(y, part), name) for y in (layer, source))
+            torch.testing.assert_close(found(own), expected(theirs))
+    norms = [getattr(y.self_attn, "k_norm", None) for y in (layer, source)]
+    if norms[1] is not None:
+        torch.testing.assert_close(*(norm.weight for norm in norms))
+
+
+def test_a_missing_package_is_named(target, responses, tmp_path, monkeypatch):
+    monkeypatch.setattr(entry, "find_spec", lambda name: None)
+    with pytest.raises(BackendError, match=r"^training needs tensorboard; pip install '.\[cuda,tr"):
+        train(target, responses, tmp_path, TINY, CPU)
 
 
 def test_recurrent_layers_cannot_score_drafts_beside_each_other(tmp_path):
@@ -283,9 +312,13 @@ def test_training_starts_from_a_treeflash_checkpoint(target, responses, tmp_path
         run(target, responses, tmp_path / "third", replace(config, head_size=3))
 
 
-@pytest.mark.parametrize("head", ["swiglu", "selector"])
-def test_appended_layers_change_nothing_at_first(head, target, responses, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("head", "has_kinds"), [("swiglu", True), ("selector", False)])
+def test_appended_layers_change_nothing_at_first(
+    head, has_kinds, target, responses, tmp_path, monkeypatch
+):
     run(target, responses, tmp_path / "first", replace(TINY, head=head, steps=4))
+    if not has_kinds:  # layers then attend to everything
+        edit_config(tmp_path / "first", lambda config: config.pop("layer_types"))
     config = replace(TINY, head_size=None, head=head, init=str(tmp_path / "first"), steps=4)
     same = run(target, responses, tmp_path / "same", replace(config, layers=None))
     deeper = run(target, responses, tmp_path / "deeper", replace(config, layers=4))

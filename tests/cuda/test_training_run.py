@@ -7,6 +7,7 @@ import shutil
 import signal
 import stat
 import sys
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 
@@ -289,21 +290,24 @@ def test_a_full_disk_is_one_clear_error(size, cache_gb, run, folder, monkeypatch
     assert run(cache_gb=cache_gb)[-1] == 4
 
 
+@pytest.mark.parametrize("first", [True, False])
 @pytest.mark.usefixtures("stopped")
-def test_other_processes_resume_from_the_state_that_the_first_one_puts_back(folder):
+def test_all_processes_resume_from_the_state_that_the_first_one_puts_back(folder, first):
     """An interrupted save had moved it away."""
     (folder / "state").rename(folder / "state.old")
 
-    class OtherProcess:
-        is_main_process = False
+    class Process:
+        is_main_process = first
 
         def wait_for_everyone(self):
-            (folder / "state.old").rename(folder / "state")
+            if not first:
+                (folder / "state.old").rename(folder / "state")
 
         def load_state(self, folder):
             pass
 
-    assert TrainingRun(folder, OtherProcess(), {}, "").resume() == 2
+    with closing(TrainingRun(folder, Process(), {}, "")) as run:
+        assert run.resume() == 2
 
 
 def test_tensorboard_shows_each_step_once(run, folder):

@@ -104,7 +104,14 @@ def write_image_head(folder: Path, head: Path, kind: str, **settings: Any) -> Pa
 def write_peagle_pair(root: Path, seed: int = 0) -> tuple[Path, Path]:
     """The folders of a target of 4 layers and of a P-EAGLE drafter of 2 layers for it."""
     target, head = write_mtp_pair(root, "eagle3", seed)
-    shape = read_config(target)
+    write_peagle_head(head, target, seed)
+    return target, head
+
+
+def write_peagle_head(head: Path, target: Path, seed: int = 0) -> None:
+    """The folder of a P-EAGLE drafter of 2 layers for a target."""
+    config = read_config(target)
+    shape = config.get("text_config", config)
     keys = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "head_dim")
     layers = {key: shape[key] for key in (*keys, "num_key_value_heads", "rms_norm_eps")}
     drafter = {
@@ -119,7 +126,6 @@ def write_peagle_pair(root: Path, seed: int = 0) -> tuple[Path, Path]:
     tensors = _tensors(rng, mtp_formats.PEAGLE, drafter, shape)
     tensors["embed_tokens.weight"] = normal(rng, shape["vocab_size"], shape["hidden_size"])
     save(head, drafter, tensors)
-    return target, head
 
 
 def _tensors(

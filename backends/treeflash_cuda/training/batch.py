@@ -84,9 +84,9 @@ class Batch:
 
     def is_drafted(self) -> Tensor:
         """Return the (n,) bool, whether the token to predict belongs to a draft."""
+        assert self.drafts is not None
         drafted = torch.zeros_like(self.valid)
-        if self.drafts is not None:
-            drafted[:, self.drafts.columns] = True
+        drafted[:, self.drafts.columns] = True
         return drafted[self.valid]
 
     def rejections(self) -> Tensor:

@@ -23,12 +23,11 @@ def train(
     held_out: Sequence[Response] = (),
 ) -> Iterator[dict[str, Any]]:
     """Train as `treeflash.training.interfaces.Trainer.train` describes, in PyTorch."""
-    for package in ("accelerate", "tensorboard"):
-        if find_spec(package) is None:
-            raise BackendError(
-                f"training needs {package}; pip install '.[cuda,train]' in a clone of treeflash"
-            )
+    if find_spec("tensorboard") is None:
+        raise BackendError(
+            "training needs tensorboard; pip install '.[cuda,train]' in a clone of treeflash"
+        )
     choose_device(load.device)  # fail now, not at the first record
-    from treeflash_cuda.training import loop  # imports the packages above
+    from treeflash_cuda.training import loop  # imports the package above
 
     return loop.train(target, responses, output, config, load, held_out)
