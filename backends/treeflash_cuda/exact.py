@@ -435,7 +435,7 @@ class ExactCache(TreeCache):
                 "exact mode does not support"
             )
         key = id(inputs.mask), inputs.query.shape[1]
-        if key not in self._plans or inputs.needs_products:
+        if key not in self._plans:
             members = [
                 (rows, cache.taken.parts)
                 for context, mask, cache in zip(sequences, masks, self.sequences, strict=True)

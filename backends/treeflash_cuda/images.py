@@ -129,7 +129,7 @@ class VisionTower:
             return Features.of(self._model.get_image_features(**inputs, return_dict=True))
 
     def rows(self, state: State, size: int) -> ImageRows:
-        """Return the features of the next `size` tokens of a prompt, some of which have some."""
+        """Return the features of the next `size` tokens of a prompt, which has some there."""
         images, end = state.images, state.length + size
         assert images is not None
         parts, types = state.chunk_features(size, self.encode), None

@@ -63,10 +63,7 @@ class Verifier:
                 for state, item in zip(states, work, strict=True)
             ]
             logits = self.forward(rows, [item.params is not None for item in work])
-            operations, params = self.target.operations, [item.params for item in work]
-            kernel = None
-            if operations is not None and operations.has_kernel("sample_rows"):
-                kernel = operations.sample_rows
+            params, kernel = [item.params for item in work], self.target.kernel("sample_rows")
             sampled = sample(logits, params, self.target.graphs, kernel)
             new = [row for row in rows if not isinstance(row[1], DraftTree)]
             self._commit([(state, _all_nodes(tokens)) for state, tokens in new])
@@ -245,12 +242,9 @@ class Verifier:
 
         PyTorch's copies of columns are many launches where a slab is larger than 2 GiB.
         """
-        operations = self.target.operations
-        has_kernel = operations is not None and operations.has_kernel("move_columns")
-        if has_kernel and len(slab.parts) == 1:
-            assert operations is not None
-            arguments = slab.storage, sources, targets, ends
-            return functools.partial(operations.move_columns, *arguments)
+        kernel = self.target.kernel("move_columns")
+        if kernel is not None and len(slab.parts) == 1:
+            return functools.partial(kernel, slab.storage, sources, targets, ends)
         return functools.partial(slab.write, targets.long(), slab.gather(sources))
 
     def _merge(self, state: State, images: ImageRows) -> None:

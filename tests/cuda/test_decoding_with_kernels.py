@@ -83,5 +83,5 @@ def test_trees_and_tokens_equal_the_references(family, method, sampling, tmp_pat
     assert_equal_steps(found, expected)
     assert counted[0].calls > 0
     assert counted[1].calls > 0
-    assert (samplings.calls > 0) == (sampling != "greedy")
+    assert sampling == "greedy" or samplings.calls > 0
     assert all((x.calls > 0) == (family in HYBRID_FAMILIES) for x in recurrences)

@@ -1,6 +1,7 @@
 """Experts of models of transformers, computed by one product without a read on the host."""
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,9 +17,10 @@ require("torch")
 import numpy as np
 import torch
 from families import OVERRIDES, SMALL
+from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from treeflash_cuda import experts as experts_module
-from treeflash_cuda.backend import load
+from treeflash_cuda.backend import load, pack_drafter
 from treeflash_cuda.drafter_operations import Experts
 from treeflash_cuda.experts import fuse_experts, has_experts
 from treeflash_cuda.operations import Operations, grouped_linear
@@ -135,5 +137,8 @@ def test_experts_of_heads_compute_what_a_loop_over_experts_does():
     chosen = torch.tensor([[0, 3], [3, 4], [1, 0], [3, 1]])
     x, weights = torch.randn(4, 12), torch.rand(4, 2)
     expected = experts(x, chosen, weights)
-    experts.operations = Operations()
+    layer = nn.ModuleList([experts])
+    layer.operations = Operations()  # as a drafter has them on a GPU
+    pack_drafter(layer, None, SimpleNamespace(dtype=torch.float32), None)
+    assert experts.operations is layer.operations
     torch.testing.assert_close(experts(x, chosen, weights), expected)
