@@ -66,7 +66,16 @@ class GRU(nn.Module):
         return torch.gru_cell(x, state, self.weight_ih_l0, self.weight_hh_l0)
 
 
-class Float32Norm(nn.Module):
+class Float32Module(nn.Module):
+    """Has buffers that follow the model to its device, but not to its dtype."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Float32Module:
+        for name, x in self.named_buffers():
+            setattr(self, name, x.to(fn(x).device))
+        return self
+
+
+class Float32Norm(Float32Module):
     """RMS norm in float32, with weights that stay float32."""
 
     weight: Tensor
@@ -76,13 +85,21 @@ class Float32Norm(nn.Module):
         self.eps = eps
         self.register_buffer("weight", torch.empty(size))
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Float32Norm:
-        """Follow the model to its device, but not to its dtype."""
-        self.weight = self.weight.to(fn(self.weight).device)
-        return self
-
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(x.dtype)
+
+
+class Float32Bias(Float32Module):
+    """Adds a bias that stays float32."""
+
+    bias: Tensor
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.register_buffer("bias", torch.empty(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.bias
 
 
 class Experts(nn.Module):
@@ -167,6 +184,7 @@ OPERATIONS = Operations(
     embedding=nn.Embedding,
     rms_norm=RMSNorm,
     float32_norm=Float32Norm,
+    float32_bias=Float32Bias,
     layer_norm=nn.LayerNorm,
     activation=nn.SiLU,
     gru=GRU,

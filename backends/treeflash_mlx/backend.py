@@ -59,7 +59,7 @@ from treeflash_mlx.device import (
 )
 from treeflash_mlx.drafter import Drafter, OutputStage
 from treeflash_mlx.drafter_model import DrafterModel, OwnVocabulary
-from treeflash_mlx.drafter_operations import Float32Norm, split_pairs
+from treeflash_mlx.drafter_operations import Float32Bias, Float32Norm, split_pairs
 from treeflash_mlx.exact import check_operations
 from treeflash_mlx.heads import HEADS, TABLE_HEADS, ARHead, TableHead
 from treeflash_mlx.hybrid import delta_kernel_wins
@@ -393,11 +393,15 @@ def load_mtp_head(layout: Layout, target: Target, bits: int | None) -> MtpModel 
         for name, weight in tensors.items()
     }
     _fill(model, weights, target.dtype, bits, quantised_layers(layout, bits or 0))
+    exact = {}  # what stays float32, where adding the offset rounds nothing
     for name, module in model.named_modules():
-        if isinstance(module, Float32Norm):  # in float32, where adding the offset rounds nothing
-            weight = weights[f"{name}.weight"].astype(mx.float32) + config.norm_offset
-            module.weight = weight
-            mx.eval(weight)
+        if isinstance(module, Float32Norm):
+            weight = weights[f"{name}.weight"].astype(mx.float32)
+            exact[f"{name}.weight"] = weight + config.norm_offset
+        elif isinstance(module, Float32Bias):
+            exact[f"{name}.bias"] = weights[f"{name}.bias"].astype(mx.float32)
+    model.load_weights(list(exact.items()), strict=False)
+    mx.eval(exact)
     return model
 
 

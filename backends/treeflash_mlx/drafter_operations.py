@@ -139,6 +139,17 @@ class Float32Norm(nn.Module):
         return mx.fast.rms_norm(x.astype(mx.float32), weight, self.eps).astype(x.dtype)
 
 
+class Float32Bias(nn.Module):
+    """Adds a bias in float32."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.bias = mx.zeros(size)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return x + self.bias
+
+
 class Experts(SwitchGLU):
     """The feed-forward networks of all experts."""
 
@@ -174,6 +185,7 @@ OPERATIONS = Operations(
     embedding=nn.Embedding,
     rms_norm=nn.RMSNorm,
     float32_norm=Float32Norm,
+    float32_bias=Float32Bias,
     layer_norm=nn.LayerNorm,
     activation=nn.SiLU,
     gru=GRU,

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from mtp_pairs import SETTINGS, write_mtp_pair
+from mtp_pairs import SETTINGS, VARIANTS, write_mtp_pair
 from numpy.typing import NDArray
 from published_drafters import (
     BACKENDS,
@@ -271,6 +271,8 @@ def load_pair(tmp_path_factory: pytest.TempPathFactory) -> LoadPair:
     @cache
     def load(backend: str, kind: str) -> Any:
         pytest.importorskip(BACKENDS[backend])
+        if backend == "cuda" and "latents" in kind:
+            pytest.skip("the cuda backend runs no target with latent attention")
         return loader(backend)(*write_mtp_pair(tmp_path_factory.mktemp(kind), kind), FLOAT32)
 
     return load
@@ -319,7 +321,7 @@ def test_visible_siblings_fail(load_pair: LoadPair, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(
-    ("backend", "kind", "noisy"), pairwise(("cuda", "mlx"), SETTINGS, (False, True))
+    ("backend", "kind", "noisy"), pairwise(("cuda", "mlx"), SETTINGS | VARIANTS, (False, True))
 )
 def test_tables_of_several_sequences_equal_the_reference(
     backend: str, kind: str, noisy: bool, load_pair: LoadPair
@@ -371,11 +373,11 @@ def test_rows_after_forks_and_truncations(backend: str, kind: str, load_pair: Lo
                 _, expected = table_of(pair, fresh, 4)
                 np.testing.assert_array_equal(table.tokens, expected.tokens)
                 np.testing.assert_allclose(table.log_probs, expected.log_probs, atol=TOLERANCE)
-                np.testing.assert_allclose(
-                    state.read_drafter_kv_cache(),
-                    fresh.state.read_drafter_kv_cache(),
-                    atol=TOLERANCE,
+                rows, expected_rows = (
+                    x.drafter.export(0, x.drafter.length) for x in (state, fresh.state)
                 )
+                for name, x in expected_rows.items():
+                    np.testing.assert_allclose(rows[name], x, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize(("backend", "kind", "read"), pairwise(BACKENDS, SETTINGS, (11, 0)))
@@ -429,6 +431,17 @@ def test_norms_stay_float32(tmp_path: Path) -> None:
     norms = {name: x for name, x in pair.drafter_model.state_dict().items() if "norm" in name}
     assert {"norm.weight", "fc_norm.0.weight"} <= norms.keys()
     assert {x.dtype for x in norms.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("backend", ["cuda", "mlx"])
+def test_the_biases_of_routers_stay_float32(backend: str, tmp_path: Path) -> None:
+    """They differ by little: rounded, other experts would run for most tokens."""
+    pytest.importorskip(BACKENDS[backend])
+    config = LoadConfig(device="cpu", dtype="bfloat16", exact=False)
+    target, head = write_mtp_pair(tmp_path, "glm")
+    pair: Any = loader(backend)(target, head, config)
+    stored = read_tensors(head)["model.layers.4.mlp.gate.e_score_correction_bias"]
+    assert pair.drafter_model.layer.mlp.gate.correction.bias.tolist() == stored.tolist()
 
 
 def test_own_head_is_the_drafter_of_last_resort(tmp_path: Path) -> None:

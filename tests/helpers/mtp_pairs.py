@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,15 @@ from treeflash.drafters.format import Format
 from treeflash.drafters.mtp_tensors import mtp_shapes
 from treeflash.testing.models import edit_config, normal, save, write_target
 
+GLM = {
+    "moe_intermediate_size": 6,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 3,
+    "num_hidden_layers": 4,
+    "routed_scaling_factor": 2.5,
+}
+LATENTS = {"kv_lora_rank": 6, "qk_nope_head_dim": 4, "qk_rope_head_dim": 8, "v_head_dim": 5}
 SETTINGS: dict[str, dict[str, Any]] = {
     "mtp": {"mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": False},
     "eagle3": {"architectures": ["LlamaForCausalLMEagle3"], "draft_vocab_size": 16},
@@ -49,7 +59,56 @@ SETTINGS: dict[str, dict[str, Any]] = {
         },
         "target_layer_ids": [0, 2],
     },
+    "qwen-experts": {
+        "model_type": "qwen3_5_moe",
+        "moe_intermediate_size": 6,
+        "norm_topk_prob": False,
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": 4,
+        "partial_rotary_factor": 0.5,
+        "shared_expert_intermediate_size": 7,
+    },
+    "glm": {
+        **GLM,
+        "attention_bias": True,
+        "model_type": "glm4_moe",
+        "n_group": 4,
+        "partial_rotary_factor": 0.5,
+        "topk_group": 2,
+        "use_qk_norm": True,
+    },
+    "glm-latents": {
+        **GLM,
+        **LATENTS,
+        "model_type": "deepseek_v3",
+        "q_lora_rank": 5,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 8,
+        },
+    },
 }
+"""The settings of heads, of which `mtp` is in the target's folder."""
+VARIANTS: dict[str, dict[str, Any]] = {
+    "glm-latents-halves": {
+        **GLM,
+        **LATENTS,
+        "model_type": "glm4_moe_lite",
+        "n_shared_experts": 0,
+        "q_lora_rank": None,
+        "rope_interleave": False,
+    },
+}
+"""Settings that only numbers depend on."""
+MARKS = {
+    "qwen": ("mtp.fc.weight", "mtp.pre_fc_norm_hidden.weight", "mtp.layers.0.mlp.gate.weight"),
+    "glm": ("model.layers.4.eh_proj.weight",),
+}
+"""The tensors that tell the format, by the first part of a kind's name."""
 
 
 def write_mtp_pair(
@@ -76,10 +135,12 @@ def write_mtp_pair(
         return target, target
     keys = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "head_dim")
     drafter = {key: shape[key] for key in (*keys, "num_key_value_heads", "rms_norm_eps")}
-    drafter |= {"model_type": "llama", "num_hidden_layers": 1} | SETTINGS[kind] | settings
-    format = mtp_formats.detect(drafter, ())
+    drafter |= {"model_type": "llama", "num_hidden_layers": 1} | (SETTINGS | VARIANTS)[kind]
+    drafter |= settings
+    marks = MARKS.get(kind.partition("-")[0], ())
+    format = mtp_formats.detect(drafter, marks)
     assert format is not None
-    save(root / "head", drafter, _tensors(rng, format, drafter, shape))
+    save(root / "head", drafter, _tensors(rng, format, drafter, shape, marks))
     return target, root / "head"
 
 
@@ -133,23 +194,43 @@ def _tensors(
     format: Format,
     config: dict[str, Any],
     shape: dict[str, Any],
+    marks: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Random tensors under their stored names."""
-    parsed = format.parse(config, (), shape["num_hidden_layers"])
+    parsed = format.parse(config, marks, shape["num_hidden_layers"])
     tensors: dict[str, Any] = {}
     for name, size in mtp_shapes(parsed, shape["vocab_size"]).items():
-        stored = _stored_name(name, format)
+        stored = _stored_name(name, format, config)
         if name == "d2t":
             ids = np.sort(rng.permutation(shape["vocab_size"])[: size[0]])
             tensors[stored] = ids - np.arange(len(ids))
         elif name.endswith(("norm.weight", "scalar")) or name.startswith("fc_norm"):
             tensors[stored] = 1 - np.float32(parsed.norm_offset) + normal(rng, *size, scale=0.1)
+        elif name.endswith("correction.bias"):  # every expert's rank is below 0
+            tensors[stored] = normal(rng, *size, scale=0.3) - np.float32(2)
         elif name != "embed_tokens.weight":
             tensors[stored] = normal(rng, *size, scale=0.6 if name == "lm_head.weight" else 0.3)
     return tensors
 
 
-def _stored_name(name: str, format: Format) -> str:
+def _stored_name(name: str, format: Format, config: dict[str, Any]) -> str:
+    if format is mtp_formats.GLM_MTP:
+        renamed = {
+            "layer.": "",
+            "embedding_norm": "enorm",
+            "hidden_norm": "hnorm",
+            "input_proj": "eh_proj",
+            "shared_expert.": "shared_experts.",
+            "correction.bias": "e_score_correction_bias",
+            "kv_b": "kv_b_proj.weight",
+        }
+        if name == "norm.weight":
+            name = "shared_head.norm.weight"
+        if not config.get("q_lora_rank"):
+            renamed["q_b_proj"] = "q_proj"
+        for ours, theirs in renamed.items():
+            name = name.replace(ours, theirs)
+        return f"model.layers.4.{name}"
     if format is mtp_formats.QWEN_MTP:
         renamed = {
             "input_proj": "fc",

@@ -283,6 +283,7 @@ def _glm_names(config: Config, stored: Collection[str]) -> Names:
         if part != name and part not in TARGET_TENSORS:
             canonical = _renamed(part, renamed, "layer.")
             canonical = canonical.replace("shared_experts.", "shared_expert.")
+            canonical = canonical.replace("e_score_correction_bias", "correction.bias")
             # The mapping of the latents is no layer: its two parts are applied on either side.
             canonical = canonical.replace("self_attn.kv_b_proj.weight", "self_attn.kv_b")
             if not config.get("q_lora_rank") and config.get("kv_lora_rank"):

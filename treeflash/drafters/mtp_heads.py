@@ -130,13 +130,16 @@ def refuse_window(config: LoadConfig) -> None:
         raise ConfigError("draft_window is not supported with MTP and EAGLE-3 heads; remove it")
 
 
-def refuse_missing_targets(config: DrafterShape, backend: str) -> None:
-    """Raise an UnsupportedModelError for a drafter of targets that only the mlx backend runs."""
+def refuse_missing_targets(config: DrafterShape, backend: str, *, latents: bool = False) -> None:
+    """Raise an UnsupportedModelError for a drafter of targets that a backend does not run.
+
+    `latents` says whether the backend runs latent attention.
+    """
     if not isinstance(config, MtpConfig):
         return
     for name, part in (
         ("Gemma 4's assistant", config.assistant),
-        ("a head with latent attention", config.latent),
+        ("a head with latent attention", None if latents else config.latent),
     ):
         if part is not None:
             raise UnsupportedModelError(

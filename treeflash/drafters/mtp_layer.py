@@ -28,7 +28,7 @@ class Router:
         self.config = config
         self.weight = self.ops.parameter(config.count, hidden_size)
         if config.sigmoid:
-            self.e_score_correction_bias = self.ops.parameter(config.count)
+            self.correction = self.ops.float32_bias(config.count)
 
     def forward(self, x: Array) -> tuple[Array, Array]:
         """Return (n, per_token) float32 weights and indices of experts, from (n, hidden_size)."""
@@ -36,27 +36,27 @@ class Router:
         logits = ops.float32(x) @ ops.float32(self.weight).T
         if self.config.sigmoid:
             scores = ops.sigmoid(logits)
-            ranks = scores + ops.float32(self.e_score_correction_bias)
+            ranks = self.correction(scores)
         else:
             scores = ranks = ops.softmax(logits)
         if self.config.groups > 1:
-            ranks = self._best_groups(ranks)
+            ranks = self._in_best_groups(ranks)
         experts = ops.top(ranks, self.config.per_token)
         weights = ops.gather(scores, experts)
         if self.config.normalised:
             weights = weights / weights.sum(-1, keepdims=True)
         return weights * self.config.scale, experts
 
-    def _best_groups(self, ranks: Array) -> Array:
-        """Return (n, count) ranks, 0 outside of the groups whose best two experts are best."""
+    def _in_best_groups(self, ranks: Array) -> Array:
+        """Lower (n, count) ranks outside of the groups whose best two experts are best."""
         ops, groups = self.ops, self.config.groups
         members = ranks.reshape(len(ranks) * groups, -1)
         best = ops.gather(members, ops.top(members, 2)).sum(-1).reshape(-1, groups)
         chosen = ops.top(best, self.config.chosen_groups)[:, :, None]
-        kept = (chosen == ops.arange(groups, ranks)).any(1)
-        return (members.reshape(-1, groups, members.shape[1]) * kept[:, :, None]).reshape(
-            len(ranks), -1
-        )
+        kept = ops.float32((chosen == ops.arange(groups, ranks)).any(1))
+        # A rank can be negative, as its bias can.
+        lower = members.reshape(len(ranks), groups, -1) - 1e30 * (1 - kept)[:, :, None]
+        return lower.reshape(len(ranks), -1)
 
 
 class MixtureOfExperts:

@@ -13,12 +13,8 @@ from treeflash.decoding.interfaces import ARHead
 from treeflash.drafters.config import DrafterShape
 from treeflash.drafters.folder import read_file, read_quantised
 from treeflash.drafters.loading import block_tensors, mtp_tensors, read_layout
-from treeflash.drafters.mtp_heads import (
-    MtpConfig,
-    refuse_missing_targets,
-    refuse_window,
-)
-from treeflash.errors import BackendError, ConfigError, UnsupportedModelError
+from treeflash.drafters.mtp_heads import refuse_missing_targets, refuse_window
+from treeflash.errors import BackendError, ConfigError
 from treeflash.reference.drafter import Drafter
 from treeflash.reference.drafter_model import DrafterModel
 from treeflash.reference.heads import make_head
@@ -87,9 +83,7 @@ def choose_device(name: str | None) -> None:
 
 def check_drafter(config: DrafterShape) -> None:
     """Raise an UnsupportedModelError for a drafter that this backend lacks."""
-    refuse_missing_targets(config, "reference")
-    if isinstance(config, MtpConfig) and config.experts is not None:
-        raise UnsupportedModelError("the reference backend has no MTP heads with experts")
+    refuse_missing_targets(config, "reference", latents=True)
 
 
 def load_drafter(folder: Path, target: Target) -> DrafterModel:

@@ -80,7 +80,7 @@ class Drafter(OneByOneDrafter):
         x = x + after(attend(before(y)))
         y = self.model.normed(layer + "post_attention_layernorm", x)
         before, after = self._convolutions(layer + "mlp_conv", y)
-        return x + after(self.model.feed_forward(layer, before(y)))
+        return x + after(self.model.feed_forward(layer + "mlp.", before(y)))
 
     def _attend(
         self, cache: Cache, n: int, positions: Ints, mask: NDArray[np.bool_], y: Array

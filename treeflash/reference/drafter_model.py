@@ -73,16 +73,17 @@ class DrafterModel:
         if not self.config.gemma4:
             x = x + attended
             y = self.normed(layer + "post_attention_layernorm", x)
-            return x + self.feed_forward(layer, y)
+            return x + self.feed_forward(layer + "mlp.", y)
         x = x + self.normed(layer + "post_attention_layernorm", attended)
-        y = self.feed_forward(layer, self.normed(layer + "pre_feedforward_layernorm", x))
+        y = self.normed(layer + "pre_feedforward_layernorm", x)
+        y = self.feed_forward(layer + "mlp.", y)
         x = x + self.normed(layer + "post_feedforward_layernorm", y)
         return np.asarray(x * self.tensors[layer + "layer_scalar"])
 
-    def feed_forward(self, layer: str, y: Array) -> Array:
-        gate = self.linear(layer + "mlp.gate_proj", y)
+    def feed_forward(self, network: str, y: Array) -> Array:
+        gate = self.linear(network + "gate_proj", y)
         gate = gelu_tanh(gate) if self.config.gemma4 else silu(gate)
-        return self.linear(layer + "mlp.down_proj", gate * self.linear(layer + "mlp.up_proj", y))
+        return self.linear(network + "down_proj", gate * self.linear(network + "up_proj", y))
 
     def embed(self, token_ids: Ints) -> Array:
         """Compute the (..., hidden_size) embeddings of (...) tokens."""

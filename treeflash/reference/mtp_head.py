@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from treeflash.decoding.backend_base import OneByOneDrafter, OneByOneHead
 from treeflash.decoding.interfaces import StateArrays, TableOptions
 from treeflash.decoding.transitions import TransitionTable
-from treeflash.drafters.mtp_heads import MAX_PATHS, NO_MARGINALS, MtpConfig
+from treeflash.drafters.mtp_heads import MAX_PATHS, NO_MARGINALS, Experts, Latent, MtpConfig
 from treeflash.errors import ConfigError
 from treeflash.reference.drafter import Block, Drafter
 from treeflash.reference.drafter_model import DrafterModel
@@ -20,7 +20,10 @@ from treeflash.reference.numerics import (
     attention,
     best_children,
     log_softmax,
+    rotate,
     sigmoid,
+    silu,
+    softmax,
     top,
     visible,
 )
@@ -38,6 +41,10 @@ class MtpCache(Cache):
     def __init__(self, config: MtpConfig) -> None:
         layers = config.num_hidden_layers
         super().__init__(layers, config.num_key_value_heads, config.head_dim)
+        if config.latent is not None:
+            widths = config.latent.rank, config.head_dim
+            latents, keys = (np.zeros((1, 0, width), np.float32) for width in widths)
+            self.committed = [(latents, keys)] * layers
         self.hidden: Array = np.zeros((0, config.hidden_size), np.float32)
 
     @property
@@ -109,18 +116,92 @@ class MtpModel(DrafterModel):
         mask: NDArray[np.bool_],
         layer: str = "layer.",
     ) -> Array:
-        """Return (n, hidden_size) outputs of n rows, which attend to m keys by an (n, m) mask."""
+        """Return (n, hidden_size) outputs of n rows, which attend to m keys by an (n, m) mask.
+
+        The keys and values are what `keys_and_values` returns.
+        """
         y, x = read
-        q = self.linear(f"{layer}self_attn.q_proj", y)
         gate = None
-        if self.config.gated:
-            q, gate = np.split(q.reshape(len(y), -1, 2 * self.config.head_dim), 2, -1)
-        q = self.heads(f"{layer}self_attn.q", q, positions)
+        if (latent := self.config.latent) is not None:
+            q = self._latent_queries(f"{layer}self_attn.", y, positions, latent)
+            keys, values = self._from_latents(f"{layer}self_attn.", keys, values, latent)
+        else:
+            q = self.linear(f"{layer}self_attn.q_proj", y)
+            if self.config.gated:
+                q, gate = np.split(q.reshape(len(y), -1, 2 * self.config.head_dim), 2, -1)
+            q = self.heads(f"{layer}self_attn.q", q, positions)
         out = attention(q, keys, values, mask, self.config.attention_scale)
         if gate is not None:
             out = out * sigmoid(gate.reshape(out.shape))
         out = self.linear(f"{layer}self_attn.o_proj", out)
         return self.finish(layer, out, x)
+
+    def keys_and_values(self, layer: str, x: Array, positions: Ints) -> tuple[Array, Array]:
+        """Return the (kv_heads, n, head_dim) each, of n rows.
+
+        With latent attention these are (1, n, rank) latents and (1, n, head_dim) rotary keys.
+        """
+        if (latent := self.config.latent) is None:
+            return super().keys_and_values(layer, x, positions)
+        both = self.linear(f"{layer}self_attn.kv_a_proj_with_mqa", x)
+        latents, keys = np.split(both, [latent.rank], -1)
+        latents = self.normed(f"{layer}self_attn.kv_a_layernorm", latents)
+        return latents[None], self._rotated(keys[None], positions, latent)
+
+    def _latent_queries(self, name: str, y: Array, positions: Ints, latent: Latent) -> Array:
+        """Return the (heads, n, key_dim + head_dim) queries of n rows."""
+        if latent.query_rank:
+            y = self.normed(name + "q_a_layernorm", self.linear(name + "q_a_proj", y))
+        q = self.linear(name + "q_b_proj", y).reshape(len(y), self.config.num_attention_heads, -1)
+        plain, rotary = np.split(q.swapaxes(0, 1), [latent.key_dim], -1)
+        return np.concatenate([plain, self._rotated(rotary, positions, latent)], -1)
+
+    def _from_latents(
+        self, name: str, latents: Array, keys: Array, latent: Latent
+    ) -> tuple[Array, Array]:
+        """Return the (heads, m, key_dim + head_dim) keys and (heads, m, value_dim) values."""
+        heads = self.config.num_attention_heads
+        both = (latents[0] @ self.tensors[name + "kv_b"].T).reshape(latents.shape[1], heads, -1)
+        plain, values = np.split(both.swapaxes(0, 1), [latent.key_dim], -1)
+        return np.concatenate([plain, keys.repeat(heads, 0)], -1), values
+
+    def _rotated(self, x: Array, positions: Ints, latent: Latent) -> Array:
+        if latent.interleaved:  # neighbouring channels are pairs
+            x = np.concatenate([x[..., ::2], x[..., 1::2]], -1)
+        return rotate(x, positions, self.config.inv_freq, self.config.rope_scale)
+
+    def feed_forward(self, network: str, y: Array) -> Array:
+        """Sum the outputs of all experts; the ones that are not chosen have a weight of 0."""
+        if (experts := self.config.experts) is None:
+            return super().feed_forward(network, y)
+        weights = self._expert_weights(network + "gate", y, experts)
+        gate, up, down = (
+            self.tensors[f"{network}experts.{name}_proj"] for name in ("gate", "up", "down")
+        )
+        inner = silu(np.einsum("nh,eih->nei", y, gate)) * np.einsum("nh,eih->nei", y, up)
+        out: Array = np.einsum("ne,nei,ehi->nh", weights, inner, down)
+        if experts.shared_width:
+            shared = super().feed_forward(network + "shared_expert.", y)
+            if experts.shared_gate:
+                shared = shared * sigmoid(self.linear(network + "shared_expert_gate", y))
+            out = out + shared
+        return out
+
+    def _expert_weights(self, gate: str, y: Array, experts: Experts) -> Array:
+        """Return (n, count) weights (DeepSeek-V3, arXiv 2412.19437, equations 13 to 16)."""
+        scores = self.linear(gate, y)
+        scores = sigmoid(scores) if experts.sigmoid else softmax(scores)
+        ranks = scores + self.tensors.get(gate + ".correction.bias", np.float32(0))
+        groups = ranks.reshape(len(y), experts.groups, -1)
+        best = np.argsort(-np.sort(groups, -1)[..., -2:].sum(-1))[:, : experts.chosen_groups]
+        for row, chosen in zip(groups, best, strict=True):
+            row[np.setdiff1d(np.arange(experts.groups), chosen)] = -np.inf
+        chosen = np.argsort(-groups.reshape(len(y), -1))[:, : experts.per_token]
+        weights = np.zeros_like(scores)
+        np.put_along_axis(weights, chosen, np.take_along_axis(scores, chosen, -1), -1)
+        if experts.normalised:
+            weights = weights / weights.sum(-1, keepdims=True)
+        return np.asarray(weights * np.float32(experts.scale))
 
     def feedback(self, x: Array) -> Array:
         """Compute the states of the children of rows, from the rows' outputs."""

@@ -67,11 +67,11 @@ def attention(
     scale: float | None = None,
     sinks: Array | None = None,
 ) -> Array:
-    """Return the (n, heads * head_dim) grouped-query attention of (heads, n, head_dim) queries.
+    """Return the (n, heads * value_dim) grouped-query attention of (heads, n, head_dim) queries.
 
-    Keys and values are (kv_heads, m, head_dim), and the (n, m) mask is true if a query attends to a
-    key. `scale` multiplies the scores; None is 1 / sqrt(head_dim). The (heads,) `sinks` are scores
-    of one more key, whose value is zero.
+    Keys are (kv_heads, m, head_dim), values (kv_heads, m, value_dim), and the (n, m) mask is true
+    if a query attends to a key. `scale` multiplies the scores; None is 1 / sqrt(head_dim). The
+    (heads,) `sinks` are scores of one more key, whose value is zero.
     """
     heads, n, head_dim = q.shape
     grouped = q.reshape(len(k), -1, n, head_dim)
@@ -81,7 +81,7 @@ def attention(
         column = np.broadcast_to(sinks.reshape(len(k), -1, 1, 1), (*scores.shape[:-1], 1))
         scores = np.concatenate([scores, column], -1)
     out = softmax(scores)[..., : k.shape[1]] @ v[:, None]
-    return out.reshape(heads, n, head_dim).swapaxes(0, 1).reshape(n, -1)
+    return out.reshape(heads, n, -1).swapaxes(0, 1).reshape(n, -1)
 
 
 def visible(queries: Ints, keys: Ints, window: int | None, causal: bool) -> NDArray[np.bool_]:

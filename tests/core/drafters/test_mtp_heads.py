@@ -317,7 +317,7 @@ def test_experts_of_qwen() -> None:
     assert shapes["layer.mlp.shared_expert_gate.weight"] == (1, 8)
     assert shapes["layer.mlp.shared_expert.down_proj.weight"] == (8, 6)
     assert shapes["layer.mlp.experts.2.up_proj.weight"] == (5, 8)
-    assert "layer.mlp.gate.e_score_correction_bias" not in shapes
+    assert "layer.mlp.gate.correction.bias" not in shapes
 
 
 def test_mtp_of_glm() -> None:
@@ -343,7 +343,7 @@ def test_mtp_of_glm() -> None:
     )
     check(parse(GLM_MTP, GLM), qk_norm=False)
     shapes = mtp_shapes(config, 10)
-    assert shapes["layer.mlp.gate.e_score_correction_bias"] == (3,)
+    assert shapes["layer.mlp.gate.correction.bias"] == (3,)
     assert shapes["layer.mlp.shared_expert.up_proj.weight"] == (10, 8)
     assert "layer.mlp.shared_expert_gate.weight" not in shapes
     alone = parse(GLM_MTP, GLM, n_shared_experts=0, routed_scaling_factor=1.0)

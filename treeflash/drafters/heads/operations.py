@@ -37,6 +37,7 @@ class Builders:
     embedding: Callable[[int, int], Module]  # (rows, size)
     rms_norm: Callable[[int, float], Module]  # (size, eps)
     float32_norm: Callable[[int, float], Module]  # an RMS norm whose weights stay float32
+    float32_bias: Callable[[int], Module]  # adds a bias that stays float32 to a float32 array
     layer_norm: Callable[[int], Module]  # (size)
     activation: Callable[[], Module]  # SiLU, which has a number in a list but no weights
     # (size, state_size): the GRU has no biases, and is called with inputs and states.

@@ -62,6 +62,7 @@ BUILDERS = Builders(
     embedding=lambda rows, size: Outline(weight=(rows, size)),
     rms_norm=lambda size, eps: Outline(weight=(size,)),
     float32_norm=lambda size, eps: Outline(weight=(size,)),
+    float32_bias=lambda size: Outline(bias=(size,)),
     layer_norm=lambda size: Outline(weight=(size,), bias=(size,)),
     activation=Outline,
     gru=lambda size, state_size: Outline(
