@@ -43,6 +43,8 @@ MANY_OUTPUTS = 1 << 14
 """A product with more outputs, such as the output head's, is compared for few numbers of rows."""
 KEYS = (300, 2500)
 """Keys of the attention that is checked: sums over many keys may be split."""
+HEADS = 8
+"""Heads that are checked of a target whose configuration has another name for their number."""
 
 RowFunction: TypeAlias = Callable[[int], mx.array]
 """(n, ...) results of the first n of `ROWS` rows."""
@@ -76,10 +78,13 @@ def operations(target: Target) -> Iterator[tuple[str, RowFunction, Sequence[int]
     for width, module in norms.items():
         x = normal(ROWS, width, dtype=target.dtype)
         yield f"norms of {width}", partial(_rows, module, x), COUNTS
-    heads, width = target.config.get("num_attention_heads"), target.head_dim
-    if heads is None or not width:
-        return
-    key_heads = target.config.get("num_key_value_heads") or heads
+    width = target.head_dim
+    if not width:
+        return  # there is no attention
+    heads = key_heads = HEADS
+    if "num_attention_heads" in target.config:
+        heads = target.config["num_attention_heads"]
+        key_heads = target.config.get("num_key_value_heads") or heads
     if target.exact and runs_shape(width):
         yield from _kernel_operations(target, heads, key_heads)
         return

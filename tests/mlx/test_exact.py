@@ -13,7 +13,7 @@ import mlx.core as mx
 from mlx import nn
 from scheduled_texts import decode_together
 from treeflash_mlx.backend import load
-from treeflash_mlx.exact import check_operations
+from treeflash_mlx.exact import check_operations, operations
 from treeflash_mlx.target import Target
 
 pytestmark = pytest.mark.skipif(
@@ -79,6 +79,15 @@ def test_products_that_depend_on_their_number_of_rows_are_named(backend, monkeyp
     )
     with pytest.raises(UnsupportedModelError, match=r"beside it in products \d+ x \d+, products"):
         backend.check_exact()
+
+
+@pytest.mark.parametrize(("family", "attends"), [("gpt2", True), ("mamba", False)])
+def test_attention_is_checked_whatever_the_number_of_heads_is_called(
+    families, tmp_path, family, attends
+):
+    families.write(tmp_path, family)
+    names = [name for name, *_ in operations(Target(tmp_path, mx.float32, None))]
+    assert any("attention" in name for name in names) == attends
 
 
 def test_every_operation_of_the_default_target_is_exact(smollm2):
