@@ -194,9 +194,11 @@ class Target:
     def __init__(self, folder: Path, adapter: Path | None = None) -> None:
         config = text_config(read_config(folder))
         if not is_supported(config):
+            kind = config["model_type"]
+            found = f"this variant of {kind}" if kind in FAMILIES else repr(kind)
             raise UnsupportedModelError(
-                f"the reference backend supports {', '.join(FAMILIES)}, not "
-                f"{config['model_type']!r}; use the cuda or mlx backend"
+                f"the reference backend supports {', '.join(FAMILIES)}, not {found}; use the cuda "
+                "or mlx backend"
             )
         tensors = read_tensors(folder)
         if adapter is not None:

@@ -447,6 +447,7 @@ def _sinks(config: Config) -> None:
     _deepspec(config, head="vanilla")
     swa = {"use_swa": True, "swa_window_size": 3, "causal": True}
     config |= {"dflash_config": {"attention_sink_bias": True, **swa}, "dspark_bonus_anchor": True}
+    config["confidence_head_with_markov"] = False
 
 
 def _gemma4(config: Config) -> None:
