@@ -403,11 +403,9 @@ def _attend_by_kernel(
     if [x.shape for x in keys] != [x.shape for x in values] or (bits and sinks is not None):
         return None
     _, heads, _, width = queries.shape
-    key_heads, columns, stored = keys[0].shape[1:]
+    key_heads, columns, _ = keys[0].shape[1:]
     dtypes = {x.dtype for x in (queries, *keys[bits > 0 :], *values[bits > 0 :])}
     if len(dtypes) > 1 or not runs_shape(width) or columns != tree.columns - bounds[1]:
-        return None
-    if width != (stored * 32 // bits if bits else stored):
         return None
     group_size = width // keys[1].shape[3] if bits else 0
     shape = Shape(heads, key_heads, width, queries.dtype, bits, group_size)

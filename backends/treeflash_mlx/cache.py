@@ -270,8 +270,6 @@ class KVCache:
         """Read the (layers, 2, heads, length, width) committed keys and values."""
         kv_layers = self.num_layers - self.layers_without_keys
         layers = [self.first_columns(layer, self.length) for layer in range(kv_layers)]
-        if not layers:
-            return np.zeros((0, 2, 0, self.length, 0), np.float32)
         if self.quantisation is not None:
             bits, size = self.quantisation.bits, self.quantisation.group_size
             layers = [

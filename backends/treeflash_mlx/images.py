@@ -65,9 +65,8 @@ class VisionTower:
         decoder.embed_tokens = embed
         # Gemma 4's embeddings are scaled in mlx-vlm before its decoder, and in mlx-lm by it.
         self.scale: float = getattr(decoder, "embed_scale", 1.0)
-        if hasattr(model.config, "text_config"):
-            # mlx-vlm divides features by a function of it, with a default.
-            model.config.hidden_size = model.config.text_config.hidden_size
+        # mlx-vlm divides features by a function of it, with a default.
+        model.config.hidden_size = model.config.text_config.hidden_size
         model.audio_tower = model.embed_audio = None  # sounds are refused
         family, text = family_of(config["model_type"]).images, config.get("text_config", config)
         self.sliding = isinstance(family, ImageFamily) and family.sliding

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import mlx.core as mx
 import numpy as np
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from treeflash.decoding.backend_base import BaseState
 from treeflash.decoding.interfaces import StateArrays
-from treeflash_mlx.cache import KVCache, by_numbers, from_host, to_host
+from treeflash_mlx.cache import KVCache, by_numbers, to_host
 from treeflash_mlx.hybrid import RecurrentStates, RecurrentTreeCache, state_arrays
 
 
@@ -96,12 +96,6 @@ class State(BaseState[KVCache, RecurrentStates]):
     def restore_recurrent(self, states: RecurrentStates) -> None:
         if (storage := self.kv_cache.storage) is not None:
             storage.states.replace(self.kv_cache.row, states)
-
-    def to_host(self, x: mx.array) -> NDArray[Any]:
-        return to_host(x)
-
-    def from_host(self, x: NDArray[Any]) -> mx.array:
-        return from_host(x)
 
     def export_recurrent(self, states: RecurrentStates) -> StateArrays:
         return {

@@ -116,19 +116,18 @@ class Verifier:
         ahead = self._submit_next(state, drawn[:1])
         read = np.array(drawn)
         tokens = read_tokens(read, edited, params.sampling, params.keys)
-        if ahead is not None:
-            state.ahead = replace(ahead, token=int(read[0]))
+        state.ahead = replace(ahead, token=int(read[0]))
         return with_log_probs(tokens, logits, params)
 
-    def _submit_next(self, state: State, token: mx.array) -> Ahead | None:
-        """Start the pass over the token after the next position, if there is room for it.
+    def _submit_next(self, state: State, token: mx.array) -> Ahead:
+        """Start the pass over the token after the next position.
 
         Its recurrent layers read the states after the present token, which is yet to be committed.
+        There is a column for it even after the last position: see `allocated_columns`.
         """
         sequence = state.kv_cache
         storage, length = sequence.storage, sequence.length
-        if storage is None or length + 2 >= storage.columns:
-            return None
+        assert storage is not None
         sequence.length = length + 1
         try:
             with storage.states.committed_early() as recurrent:

@@ -10,6 +10,8 @@ import mlx.core as mx
 import transformers
 import treeflash_cuda.images as cuda_images
 import treeflash_mlx.images as mlx_images
+import treeflash_mlx.target as mlx_target
+from failures import failing
 from image_models import (
     picture,
     random_model,
@@ -103,6 +105,18 @@ def test_without_a_shift_images_are_refused_at_load(models, monkeypatch):
     mlx.check_images(processor, image_samples(processor))
     refusal, mlx.images = mlx.images, processor
     assert isinstance(refusal, str)
+
+
+@pytest.mark.parametrize("models", ["qwen2_vl"], indirect=True, scope="module")
+def test_without_a_tower_that_works_the_target_takes_text(models, monkeypatch, tmp_path, caplog):
+    save_published("qwen2_vl", models[0], tmp_path)
+    with failing(mlx_target, "load_tower", ValueError("no such weight\nin the file")):
+        backend = load_mlx(tmp_path, None, CPU)
+    assert backend.images == "mlx-vlm cannot load its vision tower (no such weight)"
+    monkeypatch.setattr(PromptImages, "shift", 0)
+    backend = load_mlx(tmp_path, None, CPU)
+    assert (backend.target.tower, type(backend.images)) == (None, str)
+    assert caplog.messages == [f"{backend.images}; the target takes no images"]
 
 
 def test_without_images_no_tower_is_loaded(models, tmp_path):

@@ -53,6 +53,7 @@ def test_a_table_equals_the_table_that_was_quantised_from_it(bits, kind):
     assert not drafter_model._differs(weight.astype(mx.float32), quantised)
     assert drafter_model._differs(mx.roll(weight, 1, 0), quantised)
     assert drafter_model._differs(weight[:200], quantised)
+    assert drafter_model._differs(weight[:, :64], quantised)
     assert drafter_model._differs(-weight, quantised)
 
 
@@ -332,13 +333,15 @@ def test_the_difference_of_a_batch_is_small_beside_that_of_a_context(pair, rng, 
     assert backend_module.batch_difference(backend, rng) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("drafts", [False, True])
-def test_a_gpu_is_warmed_up_at_load(pair, monkeypatch, drafts):
+@pytest.mark.parametrize("drafter", [None, "dflash", "treeflash"])
+def test_a_gpu_is_warmed_up_at_load(pair, tmp_path, monkeypatch, drafter):
     """Everything that an answer needs runs once, so that the first answer compiles nothing."""
     calls = []
-    backend = load(pair[0], pair[1] if drafts else None, LoadConfig())
+    if drafter is not None:
+        write_drafter(tmp_path, pair[0], format=drafter, seed=1)
+    backend = load(pair[0], None if drafter is None else tmp_path, LoadConfig())
     for role in (backend.verifier, backend.drafter, backend.head):
-        for name in ("run", "commit", "draft", "transitions"):
+        for name in ("run", "commit", "draft", "marginals", "transitions"):
             if (method := getattr(type(role), name, None)) is not None:
 
                 def record(*args, name=name, method=method):
@@ -350,7 +353,36 @@ def test_a_gpu_is_warmed_up_at_load(pair, monkeypatch, drafts):
         backend_module.warm_up(backend)
     sizes = [token_ids.shape[1] for _, token_ids, *_ in passes]
     assert sizes.count(backend_module.WARM_NODES) == 2  # copies of the text need trees too
-    assert set(calls) == {"run", "commit", *(("draft", "transitions") if drafts else ())}
+    drafting = {"dflash": {"draft", "marginals"}, "treeflash": {"draft", "transitions"}}
+    assert set(calls) == {"run", "commit"} | drafting.get(drafter, set())
     calls.clear()
     load(*pair, LoadConfig(device="cpu"))
     assert "draft" not in calls  # a CPU has nothing to compile
+
+
+def test_a_target_that_cannot_run_trees_is_warmed_up_without(families, tmp_path):
+    families.write(tmp_path, "ministral3")
+    backend = load(tmp_path, None, LoadConfig())
+    with recording(type(backend.target), "forward") as passes:
+        backend_module.warm_up(backend)
+    assert passes
+    assert backend_module.WARM_NODES not in [token_ids.shape[1] for _, token_ids, *_ in passes]
+
+
+def test_a_target_whose_embeddings_are_not_found_decodes_plainly(pair, monkeypatch):
+    monkeypatch.setattr(target_module, "EMBEDDINGS", ())
+    load(pair[0], None, LoadConfig())
+    with pytest.raises(UnsupportedModelError, match=r"^no embedding table was found in the qwen3"):
+        load(*pair, LoadConfig())
+
+
+def test_an_adapter_is_not_merged_into_quantised_layers(quantised_pair, tmp_path):
+    matrices = {"a": mx.zeros((128, 2)), "b": mx.zeros((2, 512))}
+    name = "model.layers.0.self_attn.q_proj"
+    tensors = {f"{name}.lora_{part}": x for part, x in matrices.items()}
+    mx.save_safetensors(str(tmp_path / "adapters.safetensors"), tensors)
+    settings = {"fine_tune_type": "lora", "lora_parameters": {"scale": 1.0}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    message = f"cannot be merged into {name}: it is quantised; dequantise the target"
+    with pytest.raises(UnsupportedModelError, match=message):
+        load(quantised_pair[0], None, LoadConfig(adapter=str(tmp_path)))

@@ -128,9 +128,11 @@ def test_a_move_that_fails_changes_no_sequence(rng, monkeypatch, failing):
         fill(storage, layer, rows)
 
     monkeypatch.setattr(BatchStorage, "fill", fail)
+    fresh = KVCache(3, 40)
     with pytest.raises(RuntimeError):
-        share_storage(sequences)
+        share_storage([*sequences, fresh])
     monkeypatch.undo()
+    assert fresh.storage is None
     for sequence, rows in zip(sequences, expected, strict=True):
         assert share_storage([sequence]).columns == sequence.columns
         np.testing.assert_array_equal(sequence.read(), rows)

@@ -84,3 +84,9 @@ def test_a_broken_recurrence_is_refused_at_load(
     monkeypatch.setattr(*BROKEN[broken])
     with pytest.raises(UnsupportedModelError, match=r"changes this model's logits|token by token"):
         load(*hybrid_pair_of(name, **settings), LoadConfig())
+
+
+def test_states_that_are_not_written_are_refused(hybrid_pair_of, monkeypatch):
+    monkeypatch.setattr(hybrid.RecurrentTreeCache, "__setitem__", lambda *_: None)
+    with pytest.raises(UnsupportedModelError, match=r"^qwen3_5 models cannot run a draft tree: "):
+        load(hybrid_pair_of("qwen3_5", num_hidden_layers=2)[0], None, LoadConfig())

@@ -51,6 +51,9 @@ def test_padding_is_admitted_too(tmp_path):
     backend = load(tmp_path / "target", None, LoadConfig(dtype="float32"))
     states = [(2000, False), (1100, False), (1100, False)]
     alone = [backend.state_nbytes(capacity, drafts=False) for capacity, _ in states]
+    backend.target.batches = False
+    assert backend.states_nbytes(states) == sum(alone)
+    backend.target.batches = True
     assert backend.states_nbytes(states) == 3 * alone[0] > sum(alone)
     scheduler = Scheduler(backend, SchedulerConfig(max_bytes=int(2.9 * alone[0])))
     for capacity, _ in states:

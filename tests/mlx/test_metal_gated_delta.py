@@ -107,13 +107,15 @@ def test_a_walk_finds_the_state_of_every_parent(numbers):
     assert count <= most_kept(len(parents))
 
 
-def test_a_full_binary_tree_needs_a_slot_for_each_depth():
+def test_a_full_binary_tree_needs_a_slot_for_each_depth(monkeypatch):
     parents = [-1, *((i - 1) // 2 for i in range(1, 127))]
     assert depth_first(parents)[1] == kernels.SLOTS == most_kept(127)
     tree = DraftTree.from_parents(
         np.zeros(255, np.int32), np.array([-1, *((i - 1) // 2 for i in range(1, 255))], np.int32)
     )
     assert depth_first(tree.parents)[1] == kernels.SLOTS + 1
+    monkeypatch.setattr(hybrid, "uses_kernels", lambda: True)
+    assert hybrid.NodePaths([tree], hybrid.solve_by_rounds).visits is None
 
 
 FAULTS = {

@@ -8,7 +8,7 @@ from treeflash.config import LoadConfig
 from treeflash.decoding.probe import check_trees
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
-from treeflash.errors import UnsupportedModelError
+from treeflash.errors import ConfigError, UnsupportedModelError
 from treeflash.testing import require
 
 require("mlx.core")
@@ -17,10 +17,11 @@ require("mlx_lm")
 import mlx.core as mx
 from mlx import nn
 from mlx.utils import tree_flatten
+from mlx_lm.models.cache import ChunkedKVCache, KVCache
 from mlx_lm.utils import load_model
 from treeflash_mlx.backend import MlxBackend, load
 from treeflash_mlx.state import project_contexts
-from treeflash_mlx.target import Target, shortlist_logits
+from treeflash_mlx.target import CacheLayout, Target, shortlist_logits
 
 VERIFIED = (
     "llama",
@@ -72,12 +73,12 @@ def test_family_branches_and_commits(families, tmp_path, rng, family):
     np.testing.assert_allclose(sequence.logits(probe), fresh.logits(probe), atol=2e-4)
 
 
-@pytest.mark.parametrize("family", ["mamba", "rwkv7", "baichuan_m1", "gpt2"])
+@pytest.mark.parametrize("family", ["mamba", "rwkv7", "baichuan_m1", "gpt2", "deepseek_v32"])
 def test_family_that_cannot_branch_is_refused(families, tmp_path, family):
     families.write(tmp_path, family)
-    target = Target(tmp_path, mx.float32, None)
 
     def check():
+        target = Target(tmp_path, mx.float32, None)
         target.check_drafting()
         target.check_trees()
         check_trees(MlxBackend(target, None, None))
@@ -87,6 +88,18 @@ def test_family_that_cannot_branch_is_refused(families, tmp_path, family):
     message = str(caught.value)
     assert "\n" not in message
     assert family in message or "method ar still works" in message
+
+
+def test_a_cache_of_another_kind_is_refused_by_name():
+    with pytest.raises(UnsupportedModelError, match=r"^llama4 models keep a ChunkedKVCache, which"):
+        CacheLayout("llama4", [KVCache(), ChunkedKVCache(8)])
+
+
+def test_attention_that_cannot_read_quantised_keys_is_refused(families, tmp_path, monkeypatch):
+    monkeypatch.setitem(families.OVERRIDES, "plamo2", {"hidden_size_per_head": 32})
+    families.write(tmp_path, "plamo2")
+    with pytest.raises(ConfigError, match=r"^kv_bits is not supported for plamo2 models"):
+        load(tmp_path, None, LoadConfig(kv_bits=8))
 
 
 def test_family_that_fails_the_probe_still_decodes_plainly(families, tmp_path):
