@@ -187,6 +187,9 @@ def test_unknown_and_missing_tensors_are_refused(tmp_path: Path, target: Path) -
     save_file({}, file)
     with pytest.raises(CheckpointError, match="has no LoRA matrices"):
         read_adapter(tmp_path / "adapter")
+    file.rename(file.with_suffix(".bin"))
+    with pytest.raises(CheckpointError, match="save the adapter as safetensors"):
+        read_adapter(tmp_path / "adapter")
     with pytest.raises(CheckpointError, match="has no adapter_config"):
         read_adapter(target)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -297,6 +297,7 @@ def test_siblings_are_invisible_and_rows_of_drafts_are_forgotten(
         sequence.extend(PROMPTS[0])
         block, table = table_of(pair, sequence, 5)
         for _ in range(2):  # the second time over what the first has left
+            block = sequence.draft(5, 4)
             known = {0: [5]}
             for depth in range(table.depths):
                 following = {}
@@ -402,6 +403,16 @@ def test_methods_of_block_drafters_are_refused(load_pair: LoadPair, tmp_path: Pa
     for method in ("dflash", "ddtree"):
         with pytest.raises(ConfigError, match="with an MTP or EAGLE-3 head use method treeflash"):
             steps_of(pair, [1, 2], DecodeConfig(method=method))
+    for backend in BACKENDS:
+        drafter: Any = load_pair(backend, "eagle3").drafter
+        for refused in (
+            partial(drafter.marginals, [0], TableOptions(k=4)),
+            partial(drafter.log_probs, 0),
+        ):
+            with pytest.raises(
+                ConfigError, match="with an MTP or EAGLE-3 head use method treeflash"
+            ):
+                refused()
     with pytest.raises(ConfigError, match="draft_window is not supported with MTP"):
         loader("reference")(*write_mtp_pair(tmp_path, "eagle3"), LoadConfig(draft_window=8))
 
@@ -463,6 +474,11 @@ def test_state_nbytes_covers_the_states(load_pair: LoadPair) -> None:
     size = 2 * config.num_key_value_heads * config.head_dim + config.hidden_size
     plain = pair.state_nbytes(10, drafts=False)
     assert pair.state_nbytes(10, drafts=True) - plain == 4 * columns * size
+    with SequenceSession(pair, drafts=True) as sequence:
+        sequence.extend(PROMPTS[0])
+        sequence.draft(5)
+        rows = len(PROMPTS[0]) * size - (size - config.hidden_size)  # but the root's row
+        assert sequence.state.drafter.nbytes == 4 * rows
 
 
 @pytest.mark.parametrize("backend", ["cuda", "mlx"])

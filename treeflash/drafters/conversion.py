@@ -76,8 +76,6 @@ def convert(folder: Path, output: Path, to: str, *, target: str | None = None) -
     source = formats.detect_format(config)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"{output} exists and is not an empty folder")
-    if to not in CONVERSIONS:
-        raise ConfigError(f"unknown format {to!r}; choose one of {', '.join(CONVERSIONS)}")
     if source not in CONVERSIONS[to].sources:
         names = " or ".join(format_.name for format_ in CONVERSIONS[to].sources)
         fitting = [name for name, other in CONVERSIONS.items() if source in other.sources]

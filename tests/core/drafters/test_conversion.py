@@ -14,11 +14,12 @@ import pytest
 from treeflash.commands.convert import main
 from treeflash.decoding.interfaces import TableOptions
 from treeflash.drafters.conversion import convert
-from treeflash.drafters.folder import read_config, read_tensors
+from treeflash.drafters.folder import read_config, read_stored, read_tensors, write_stored
 from treeflash.drafters.formats import detect_format, drafter_config, unknown_keys
+from treeflash.drafters.heads.treeflash import PREFIX
 from treeflash.errors import ConfigError
 from treeflash.testing.comparisons import assert_equal_tables
-from treeflash.testing.models import edit_config, write_dialect
+from treeflash.testing.models import edit_config, save, write_dialect
 from treeflash.testing.pairs import LOAD, load_reference
 from treeflash.testing.trees import marginals, transitions
 
@@ -172,6 +173,12 @@ def test_a_head_is_not_dropped(folder: Path, tmp_path: Path) -> None:
         convert(folder, tmp_path / "there", "speculators", target="target")
 
 
+def test_formats_that_lead_nowhere_are_named(published: Path, tmp_path: Path) -> None:
+    message = "^cannot convert a DFlash drafter to deepspec, .*; choose treeflash or speculators$"
+    with pytest.raises(ConfigError, match=message):
+        convert(published, tmp_path / "there", "deepspec")
+
+
 def test_a_treeflash_drafter_without_its_head_is_a_dflash_drafter(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -205,6 +212,29 @@ def test_a_vocabulary_is_not_dropped(folder: Path, tmp_path: Path) -> None:
     write_dialect(tmp_path / "own", tmp_path / "target", "speculators-dflash", seed=1)
     with pytest.raises(ConfigError, match=r"^dflash cannot express a vocabulary of its own"):
         convert(tmp_path / "own", tmp_path / "there", "dflash")
+
+
+def test_an_output_head_is_not_dropped(published: Path, tmp_path: Path) -> None:
+    convert(published, tmp_path / "own", "speculators", target="target")
+    tensors = read_tensors(tmp_path / "own") | {"lm_head.weight": np.ones((24, 32), np.float32)}
+    save(tmp_path / "own", read_config(tmp_path / "own"), tensors)
+    with pytest.raises(ConfigError, match=r"^dflash cannot express the drafter's own lm_head"):
+        convert(tmp_path / "own", tmp_path / "there", "dflash")
+
+
+def test_a_new_head_has_the_type_of_the_weights(published: Path, tmp_path: Path) -> None:
+    stored = read_stored(published / "model.safetensors")
+    halves = {
+        name: (np.frombuffer(part["data"], "<u4") >> 16).astype("<u2").tobytes()
+        for name, part in stored.items()
+    }
+    entries = {name: ("BF16", stored[name]["shape"], len(x)) for name, x in halves.items()}
+    write_stored(published / "model.safetensors", entries, halves.values())
+    convert(published, tmp_path / "headed", "treeflash")
+    headed = read_stored(tmp_path / "headed" / "model.safetensors")
+    assert {part["dtype"] for part in headed.values()} == {"BF16"}
+    tensors = read_tensors(tmp_path / "headed")
+    np.testing.assert_array_equal(tensors[f"model.{PREFIX}norm.weight"], np.ones(32))
 
 
 def test_nothing_is_overwritten(published: Path, tmp_path: Path) -> None:

@@ -154,10 +154,15 @@ def test_weights_that_mlx_has_quantised(bits: int, tmp_path: Path) -> None:
         np.testing.assert_allclose(found, values, atol=1e-6)
 
 
-def test_other_quantisations_of_mlx_stay_what_they_are(tmp_path: Path) -> None:
-    words = {"a.weight": np.zeros((4, 8), np.uint32), "a.scales": np.zeros((4, 2), np.uint8)}
+@pytest.mark.parametrize(("mode", "groups"), [("mxfp4", 2), ("affine", 8)])
+def test_other_quantisations_of_mlx_stay_what_they_are(
+    mode: str, groups: int, tmp_path: Path
+) -> None:
+    """A mode of another kind, and groups that would have one bit for a number."""
+    words = {"a.weight": np.zeros((4, 8), np.uint32)}
+    words |= {f"a.{part}": np.zeros((4, groups), np.uint8) for part in ("scales", "biases")}
     save_file(words, tmp_path / "model.safetensors")
-    settings = {"group_size": 32, "bits": 4, "mode": "mxfp4"}
+    settings = {"group_size": 32, "bits": 4, "mode": mode}
     (tmp_path / "config.json").write_text(json.dumps({"quantization": settings}))
     folder = open_folder(tmp_path)
     assert folder.tensors["a.weight"].bits == 0

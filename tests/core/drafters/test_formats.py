@@ -500,21 +500,24 @@ class TestSlotsOfSpeculators:
         ("deepspec", {"markov_rank": 0}, "a confidence head without a Markov head"),
         ("deepspec", {"target_layer_ids": ...}, "lacks 'target_layer_ids'"),
         ("deepspec", {"draft_vocab_size": 16}, "draft_vocab_size = 16 is not supported"),
+        ("dflash2", {"conv_kernel_size": 0}, "the settings of DFlash2 must be 1 or more, got "),
+        ("dflash2", {"conv_group_size": 5}, "hidden_size 32 is not a multiple of conv_group_size"),
+        ("specforge-domino", {"emb_dim": 0}, "emb_dim must be 1 or more, got 0"),
+        (
+            "speculators-dspark",
+            {"speculators_model_type": "xpress", "sample_from_anchor": True},
+            "xpress with sample_from_anchor is not supported",
+        ),
     ],
 )
 def test_refusals(
     write: Callable[[str], Path], dialect: str, settings: dict[str, Any], problem: str
 ) -> None:
     folder = write(dialect)
+    if settings.keys() <= read_config(folder).get("dflash_config", {}).keys():
+        edit_config(folder, lambda c: c["dflash_config"].update(settings))
     with pytest.raises(CheckpointError, match=problem):
         edited(folder, **settings)
-
-
-def test_a_selector_has_whole_groups(write: Callable[[str], Path]) -> None:
-    folder = write("dflash2")
-    edit_config(folder, lambda c: c["dflash_config"].update(conv_group_size=5))
-    with pytest.raises(CheckpointError, match="hidden_size 32 is not a multiple of"):
-        drafter_config(folder)
 
 
 @pytest.mark.parametrize(("shift", "prefix", "first_slot"), [(True, 0, 0), (False, 2, 1)])
@@ -759,6 +762,17 @@ def test_the_window_of_muse_glimmers_assistant(folder: Path) -> None:
     assert (found.causal, found.mask_token_id) == ((True, True), 4)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_causal_windows_of_speculators_are_replaced(
+    write: Callable[[str], Path], causal: bool
+) -> None:
+    config = read_config(write("speculators-dflash"))
+    windows = {"layer_types": ["sliding_attention"] * 2, "sliding_window": 7}
+    config["transformer_layer_config"] |= windows
+    found = parse_drafter_config(replace_settings(config, {"is_causal": causal}))
+    assert found.causal == (causal, causal)
+
+
 @pytest.mark.parametrize("backend", ["reference", "cuda", "mlx"])
 def test_a_mask_beyond_the_targets_vocabulary(backend: str, tmp_path: Path) -> None:
     """Its embedding is used, and other tokens that the target lacks change nothing."""
@@ -960,11 +974,11 @@ def test_backends_agree_on_lilicorr(width: int, tmp_path: Path) -> None:
     assert all(text == texts[0] for text in texts)
 
 
-@pytest.mark.parametrize("key", [*LILICORR, "unknown"])
+@pytest.mark.parametrize("key", [*LILICORR, "unknown", "conv_kernel_size"])
 def test_every_setting_of_lilicorr_is_needed(key: str, tmp_path: Path) -> None:
     folder = write_lilicorr(tmp_path) / "drafter"
-    name = f"lilicorr_{key}"
-    if key == "unknown":
+    name = key if key.startswith("conv") else f"lilicorr_{key}"
+    if key not in LILICORR:
         edit_config(folder, lambda c: c["dflash_config"].update({name: 1}))
     else:
         edit_config(folder, lambda c: c["dflash_config"].pop(name))

@@ -17,7 +17,7 @@ from treeflash.drafters.formats import (
     drafter_shapes,
     head_inner_size,
 )
-from treeflash.drafters.loading import check_pair, check_shapes, load_tensors
+from treeflash.drafters.loading import check_drafter, check_pair, check_shapes, load_tensors
 from treeflash.errors import CheckpointError
 from treeflash.testing.models import save
 
@@ -36,6 +36,10 @@ class TestPairs:
     def test_what_a_drafter_does_not_state_is_not_checked(self, folder: Path) -> None:
         config = replace(drafter_config(folder), vocab_size=None, num_target_layers=None)
         check_pair(config, hidden_size=32, vocab_size=50, num_hidden_layers=9)
+
+    def test_a_target_with_sizes_of_other_names_is_not_checked(self, folder: Path) -> None:
+        assert check_drafter(folder, TARGET_SHAPE) == drafter_config(folder)
+        assert check_drafter(folder, {"n_embd": 32, "vocab_size": 24, "n_layer": 4}) is None
 
     @pytest.mark.parametrize(
         ("change", "problem"),

@@ -254,6 +254,8 @@ def test_mtp_of_qwen() -> None:
     )
     check(parse(QWEN_MTP, QWEN), output_bias=False, inv_freq=(1.0, 0.25))
     assert parse(QWEN_SIDECAR, QWEN) == replace(parse(QWEN_MTP, QWEN), norm_offset=0.0)
+    with pytest.raises(CheckpointError, match=r"mrope_section \[1, 0, 0\] does not fit 2 pairs"):
+        parse(QWEN_MTP, QWEN, rope_scaling={"rope_type": "default", "mrope_section": [1, 0, 0]})
     nested = {"text_config": QWEN, "hidden_size": 99}
     assert parse(QWEN_MTP, nested) == parse(QWEN_MTP, QWEN)
 
