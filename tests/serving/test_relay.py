@@ -129,6 +129,8 @@ def test_prompts_of_all_apis():
         b"[1]": "-",
         b"": "-",
         b'{"prompt": ' + b"[" * 50 + b"]" * 50 + b"}": "-",
+        b'{"prompt": ' + b"[" * 8 + b'"a"' + b"]" * 8 + b"}": "a",
+        b'{"prompt": ' + b"[" * 9 + b'"a"' + b"]" * 9 + b"}": "-",
     }
     for body, expected in cases.items():
         assert asyncio.run(prompt(body)) == expected

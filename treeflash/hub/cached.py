@@ -81,13 +81,12 @@ def remove_model(name: str) -> int:
         raise CheckpointError(
             f"{name} is not in a cache of this machine; `treeflash models` lists what is"
         )
-    removable = [model for model in found if model.remove is not None]
+    removable = [(model.remove, model.nbytes) for model in found if model.remove is not None]
     if not removable:
         raise CheckpointError(
             f"{name} in {found[0].folder} is not treeflash's to remove; use the program that "
             "installed it"
         )
-    for model in removable:
-        assert model.remove is not None
-        model.remove()
-    return sum(model.nbytes for model in removable)
+    for remove, _ in removable:
+        remove()
+    return sum(nbytes for _, nbytes in removable)
