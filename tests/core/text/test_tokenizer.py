@@ -219,6 +219,7 @@ def test_a_broken_configuration_is_not_taken_for_a_broken_tokenizer(
 def said(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
     """What transformers logs; its logger passes nothing on."""
     logger = logging.getLogger("transformers")
+    caplog.set_level(logging.WARNING, logger.name)  # other tests may have asked it to say less
     logger.addHandler(caplog.handler)
     yield caplog
     logger.removeHandler(caplog.handler)
