@@ -213,7 +213,10 @@ def self_prompts(
     Raises a PromptError without a chat template, and a ConfigError if all prompts are empty or the
     file cannot be written, is in use, or has lines of another program or of other settings.
     """
-    header = model.tokenizer.user_header()
+    try:
+        header = model.tokenizer.user_header()
+    except PromptError as error:
+        raise PromptError(f"{error}; use --prompts instead") from None
     settings = provenance(model)
     names = [f"self-{n}" for n in range(count)]
     with OutputFile(path, _is_self_prompt, key=("id",)) as file:

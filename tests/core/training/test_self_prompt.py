@@ -5,7 +5,7 @@ import json
 import pytest
 from rich.console import Console
 
-from treeflash.errors import ConfigError
+from treeflash.errors import ConfigError, PromptError
 from treeflash.text.output_file import OutputFile
 from treeflash.training.distillation import self_prompts
 
@@ -41,9 +41,13 @@ def test_an_interrupted_run_resumes(generate, path, echo, byte_tokenizer):
     assert len(generate(2, echo(interrupt_at=0))) == 2
 
 
-def test_a_target_that_writes_no_prompt_is_an_error(generate, scripted):
+def test_a_target_that_writes_no_prompt_is_an_error(generate, scripted, monkeypatch):
+    model = scripted("", " ", drafter=False)
     with pytest.raises(ConfigError, match="only empty prompts; use --prompts instead"):
-        generate(2, scripted("", " ", drafter=False))
+        generate(2, model)
+    monkeypatch.setattr(model.tokenizer.transformers, "chat_template", None)
+    with pytest.raises(PromptError, match="has no chat template; use --prompts instead"):
+        generate(2, model)
 
 
 @pytest.mark.parametrize(
