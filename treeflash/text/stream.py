@@ -232,7 +232,7 @@ class BatchStream:
         backend: Backend,
         parallel: Parallel,
         budgets: AdaptiveBudgets,
-        suffix_cache: SuffixCache | None = None,
+        suffix_cache: SuffixCache | None,
     ) -> None:
         self._scheduler = Scheduler(
             backend, scheduler_config(parallel), budgets=budgets, suffix_cache=suffix_cache
