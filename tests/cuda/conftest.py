@@ -1,7 +1,6 @@
 """What tests of the PyTorch backend share."""
 
 import os
-import sys
 
 import pytest
 
@@ -9,13 +8,16 @@ import pytest
 os.environ["TRITON_INTERPRET"] = "1"
 
 
-@pytest.fixture
-def frequent_switches():
-    """Threads that give way far more often than by default."""
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    yield
-    sys.setswitchinterval(interval)
+@pytest.fixture(scope="session")
+def target(tmp_path_factory):
+    """The folder of a target for small training runs."""
+    from small_training import TINY_VOCAB
+
+    from treeflash.testing.models import write_target
+
+    folder = tmp_path_factory.mktemp("target")
+    write_target(folder, "llama", seed=1, vocab_size=TINY_VOCAB)
+    return folder
 
 
 @pytest.fixture

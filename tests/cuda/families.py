@@ -274,7 +274,7 @@ def plain_logits(model: Any) -> np.ndarray:
 
 
 def difference(backend: CudaBackend, expected: np.ndarray) -> float:
-    """From transformers' own logits, relative to their spread."""
+    """The difference from transformers' own logits, relative to their spread."""
     with SequenceSession(backend) as text:
         text.extend(tokens()[:-1])
         logits = text.logits(DraftTree.root_only(tokens()[-1]))[0]

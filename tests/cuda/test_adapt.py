@@ -7,18 +7,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from failures import failing
-from small_training import ON_CPU, VOCAB, write_predictable_target
+from small_training import CPU, ON_CPU, TINY_RUN, VOCAB, random_texts, write_predictable_target
 
 from treeflash.commands import adapt
-from treeflash.config import LoadConfig
 from treeflash.drafters.folder import read_tensors
 from treeflash.drafters.formats import drafter_config
 from treeflash.errors import PromptError
 from treeflash.testing import require
 from treeflash.testing.models import write_drafter
 from treeflash.text.prompt import Row
-from treeflash.training.config import TrainConfig
-from treeflash.training.distillation import Response
 
 require("torch")
 
@@ -152,20 +149,11 @@ def test_a_new_head_is_trained_alone(run, tmp_path):
     assert np.allclose(before[name], after[name], rtol=1e-2)
 
 
-def responses(count=8):
-    ids = np.random.default_rng(2).integers(3, VOCAB, (count, 20)).tolist()
-    return [Response(prompt_ids=tuple(row[:5]), response_ids=tuple(row[5:])) for row in ids]
-
-
-TINY = TrainConfig(
-    layers=2, block_size=5, head_size=48, top_tokens=8, steps=6, sequences=2, anchors=8,
-    validation_sequences=1, validate_every=1,
-)  # fmt: skip
+TINY = replace(TINY_RUN, head_size=48, steps=6, validation_sequences=1, validate_every=1)
 
 
 def records(target, output, **changes):
-    load = LoadConfig(device="cpu", dtype="float32")
-    found = train(target, responses(), output, replace(TINY, **changes), load)
+    found = train(target, random_texts(vocab_size=VOCAB), output, replace(TINY, **changes), CPU)
     return [record for record in found if "step" in record]
 
 

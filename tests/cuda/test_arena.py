@@ -133,7 +133,7 @@ def test_reserved_memory_is_one_allocation_for_all():
     assert slab.columns == 300
 
 
-def test_what_never_fits_into_reserved_memory_is_no_matter_of_waiting():
+def test_a_sequence_that_reserved_memory_can_never_hold_does_not_wait():
     for taken in (0, 10):
         arena = reserved_arena(300)
         if taken:

@@ -431,7 +431,7 @@ def test_the_size_of_a_state_is_known_before_the_first_text(folders, monkeypatch
 
 
 class Recorder:
-    """Stands for the capture of graphs, which fails for inputs that it is told."""
+    """Stands for the capture of graphs, which fails for inputs that the test names."""
 
     def __init__(self, monkeypatch):
         self.graphs = Graphs(torch.device("cpu"))

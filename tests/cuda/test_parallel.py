@@ -303,7 +303,7 @@ PLACES = {"sampling": (verifier, "sample"), "commit": (Verifier, "_commit")}
 
 @pytest.mark.parametrize("at", [1, 2, 3, 5])
 @pytest.mark.parametrize("place", PLACES)
-def test_ranks_stay_alike_when_rank_0_alone_fails(ranks, monkeypatch, place, at):
+def test_ranks_stay_equal_when_rank_0_alone_fails(ranks, monkeypatch, place, at):
     config = DecodeConfig(method="ar", max_tokens=6)
     prompts = [[5, 6, 7], [9, 8]]
     alone = [generate(ranks.backend, p, config) for p in prompts]
@@ -341,7 +341,7 @@ def test_a_sequence_without_a_token_to_choose_does_not_change_the_other_ranks(ra
 
 
 def test_an_iteration_has_one_broadcast(ranks):
-    """Whatever changes committed positions is told with the next forward pass."""
+    """Whatever changes committed positions is sent with the next forward pass."""
     config = DecodeConfig(method="ar", max_tokens=4)
     with recording(parallel, "broadcast") as broadcasts:
         assert len(steps_of(ranks.backend, [5, 6, 7], config)) == 4

@@ -58,7 +58,7 @@ def test_equal_probabilities_are_kept_together():
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=lambda s: repr(s)[15:-1])
 @pytest.mark.parametrize("vocab", [5, 300, 4000])
 @pytest.mark.parametrize("scale", [0.1, 3.0])  # 0.1 is flat: the nucleus outgrows the shortlist
-def test_that_of_a_gpu_chooses_as_defined(sampling, vocab, scale):
+def test_the_sampler_of_a_gpu_chooses_as_defined(sampling, vocab, scale):
     logits, noise_keys = rows(vocab, scale)
     chosen = sampling_module.sample_on_gpu(torch.from_numpy(logits), sampling, noise_keys)
     assert chosen.tolist() == reference(logits, sampling, noise_keys).tolist()

@@ -93,7 +93,7 @@ def test_equal_tokens_stay_together(sample_rows):
 
 
 @pytest.mark.parametrize("sample_rows", ROWS, ids=IDS)
-def test_rows_without_a_finite_best_logit_are_told(sample_rows):
+def test_rows_without_a_finite_best_logit_are_reported(sample_rows):
     logits, keys = inputs(5, torch.float32, 1)
     logits[0, 7] = torch.nan
     logits[1, 7] = torch.inf

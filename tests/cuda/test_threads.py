@@ -1,5 +1,6 @@
 """Threads that share one model get the texts that each would get alone."""
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -24,6 +25,15 @@ def backend(request, tmp_path, monkeypatch):
     if request.param:
         return load_with_parts(monkeypatch, *folders)
     return load(*folders, LoadConfig(device="cpu", dtype="float32"))
+
+
+@pytest.fixture
+def frequent_switches():
+    """Threads that give way far more often than by default."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)
 
 
 @pytest.mark.usefixtures("frequent_switches")

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from small_training import CPU, TINY_RUN, TINY_VOCAB
 
 from treeflash.config import DecodeConfig, LoadConfig
 from treeflash.decoding import Request, decode
@@ -15,7 +16,7 @@ from treeflash.errors import BackendError, CheckpointError, ConfigError
 from treeflash.reference.backend import load as load_reference
 from treeflash.testing import require
 from treeflash.testing.models import edit_config, write_drafter, write_target
-from treeflash.training.config import TrainConfig, trained_head_name
+from treeflash.training.config import trained_head_name
 from treeflash.training.distillation import Response, respond
 
 require("torch")
@@ -28,16 +29,10 @@ from treeflash_cuda.training import entry
 from treeflash_cuda.training.entry import train
 from treeflash_cuda.training.initial import drafter_settings, initial_drafter
 
-CPU = LoadConfig(device="cpu", dtype="float32")
-VOCAB = 40
-TINY = TrainConfig(
-    layers=2,
-    block_size=5,
+TINY = replace(
+    TINY_RUN,
     head_size=48,
-    top_tokens=8,
     steps=6,
-    sequences=2,
-    anchors=8,
     learning_rate=3e-3,
     validation_sequences=3,
     validate_every=3,
@@ -46,18 +41,11 @@ TINY = TrainConfig(
 
 
 @pytest.fixture(scope="module")
-def target(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("target")
-    write_target(folder, "llama", seed=1, vocab_size=VOCAB)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def responses(target):
     random = np.random.default_rng(3)
     config = DecodeConfig(method="ar", max_tokens=24)
     requests = [
-        Request(prompt_ids=tuple(random.integers(2, VOCAB, 6).tolist()), config=config)
+        Request(prompt_ids=tuple(random.integers(2, TINY_VOCAB, 6).tolist()), config=config)
         for _ in range(24)
     ]
     answers = dict(respond(load(target, None, CPU), requests, 8))
@@ -154,7 +142,7 @@ def test_a_run_interrupted_anywhere_equals_one_that_was_not(config, target, resp
         assert left == right
 
 
-def test_validation_texts_are_not_trained_on(target, responses):
+def test_validation_texts_are_not_trained_on(responses):
     from treeflash_cuda.training.data import split
 
     twice = [*responses, *(replace(r, response_ids=r.response_ids[:9]) for r in responses)]
@@ -236,7 +224,7 @@ def test_channels_in_another_order_are_not_trained(
 
 
 def test_responses_of_another_vocabulary_are_refused(target, tmp_path):
-    foreign = [Response(prompt_ids=(1,), response_ids=(VOCAB, 2))]
+    foreign = [Response(prompt_ids=(1,), response_ids=(TINY_VOCAB, 2))]
     with pytest.raises(ConfigError, match="outside the target's vocabulary"):
         run(target, foreign, tmp_path, TINY)
 

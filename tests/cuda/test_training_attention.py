@@ -18,7 +18,7 @@ SIZE, LENGTH, HEAD_DIM = 4, 37, 16
 
 
 @pytest.mark.parametrize(("window", "causal"), [(None, False), (6, False), (None, True), (6, True)])
-def test_both_attend_alike(window, causal):
+def test_both_kinds_compute_the_same_attention(window, causal):
     torch.manual_seed(0)
     anchors = torch.randint(2, LENGTH, (2, 2 * GROUP)).sort().values
     slots = anchors.shape[1] * SIZE

@@ -3,15 +3,12 @@
 from dataclasses import replace
 from statistics import fmean
 
-import numpy as np
 import pytest
+from small_training import CPU, TINY_RUN, random_texts
 
 from treeflash.config import LoadConfig
 from treeflash.errors import NumericalError
 from treeflash.testing import require
-from treeflash.testing.models import write_target
-from treeflash.training.config import TrainConfig
-from treeflash.training.distillation import Response
 
 require("torch")
 
@@ -19,36 +16,19 @@ import torch
 from treeflash_cuda.training import loop
 from treeflash_cuda.training.entry import train
 
-CPU = LoadConfig(device="cpu", dtype="float32")
-VOCAB = 40
-TINY = TrainConfig(
-    layers=2,
-    block_size=5,
-    top_tokens=8,
-    steps=3,
-    sequences=2,
-    anchors=8,
-    validation_sequences=0,
-)
-
 
 @pytest.fixture
-def steps(tmp_path):
+def steps(target, tmp_path):
     """Train a drafter of a tiny target on random texts; returns the records of the steps."""
-    write_target(tmp_path / "target", "llama", seed=1, vocab_size=VOCAB)
-    ids = np.random.default_rng(2).integers(0, VOCAB, (8, 20))
-    texts = [
-        Response(prompt_ids=tuple(row[:5]), response_ids=tuple(row[5:])) for row in ids.tolist()
-    ]
 
     def steps(lengths=(15,), load=CPU, **changes):
-        config = replace(TINY, **changes)
+        config = replace(TINY_RUN, **({"steps": 3, "validation_sequences": 0} | changes))
         cut = [
             replace(text, response_ids=text.response_ids[: lengths[n % len(lengths)]])
-            for n, text in enumerate(texts)
+            for n, text in enumerate(random_texts())
         ]
         output = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
-        records = train(tmp_path / "target", cut, output, config, load)
+        records = train(target, cut, output, config, load)
         return [record for record in records if "step" in record]
 
     return steps

@@ -14,14 +14,11 @@ from functools import partial
 import numpy as np
 import pytest
 from failures import failing
+from small_training import CPU, TINY_RUN, random_texts
 
-from treeflash.config import LoadConfig
 from treeflash.drafters.folder import read_tensors
 from treeflash.errors import ConfigError
 from treeflash.testing import require
-from treeflash.testing.models import write_target
-from treeflash.training.config import TrainConfig
-from treeflash.training.distillation import Response
 
 require("torch")
 
@@ -30,39 +27,16 @@ from treeflash_cuda.training import loop
 from treeflash_cuda.training.entry import train
 from treeflash_cuda.training.run import CHECKPOINT, TrainingRun
 
-CPU = LoadConfig(device="cpu", dtype="float32")
-VOCAB = 40
-TINY = TrainConfig(
-    layers=2,
-    block_size=5,
-    head_size=48,
-    top_tokens=8,
-    steps=4,
-    sequences=2,
-    anchors=8,
-    validation_sequences=1,
-    validate_every=2,
-    save_every=2,
+TINY = replace(
+    TINY_RUN, head_size=48, steps=4, validation_sequences=1, validate_every=2, save_every=2
 )
-
-
-@pytest.fixture(scope="module")
-def target(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("target")
-    write_target(folder, "llama", seed=1, vocab_size=VOCAB)
-    return folder
-
-
-def texts(count=8):
-    ids = np.random.default_rng(2).integers(0, VOCAB, (count, 20)).tolist()
-    return [Response(prompt_ids=tuple(row[:5]), response_ids=tuple(row[5:])) for row in ids]
 
 
 def train_in(folder, target, stop=None, responses=None, **changes):
     """Train in a folder, at most for some steps; returns their numbers."""
     done = []
     config = replace(TINY, **changes)
-    for record in train(target, responses or texts(), folder, config, CPU):
+    for record in train(target, responses or random_texts(), folder, config, CPU):
         if "step" in record:
             done.append(record["step"])
         if len(done) == stop:
@@ -212,7 +186,7 @@ def test_a_finished_run_is_left_as_it_is_without_its_target(run, folder):
     ("changes", "message"),
     [
         ({"steps": 7}, "has a run with steps 4, not 7"),
-        ({"responses": texts(9)}, "has a run on other responses; use the same files"),
+        ({"responses": random_texts(9)}, "has a run on other responses; use the same files"),
     ],
 )
 @pytest.mark.usefixtures("finished")
@@ -228,7 +202,7 @@ def test_a_finished_run_refuses_what_changed(changes, message, run):
         ({"layers": 1}, "has a run with layers 2, not 1"),
         ({"init": "random"}, "has a run with init target, not random"),
         ({"top_tokens": 4}, "has a run with top_tokens 8, not 4"),
-        ({"responses": texts(9)}, "has a run on other responses; use the same files"),
+        ({"responses": random_texts(9)}, "has a run on other responses; use the same files"),
     ],
 )
 @pytest.mark.usefixtures("stopped")
