@@ -22,7 +22,7 @@ from rich.console import Console
 
 from benchmarks.common import Parser, Row, markdown_table, read_prompts
 from treeflash.cli.console import guarded
-from treeflash.config import DecodeConfig, LoadConfig, Method, SamplingConfig
+from treeflash.config import DTYPES, DecodeConfig, LoadConfig, Method, SamplingConfig
 from treeflash.decoding import Request
 from treeflash.drafters.folder import read_config, read_tensors
 from treeflash.errors import ConfigError
@@ -259,14 +259,14 @@ def parser() -> Parser:
             help=f"{kind} answers of treeflash distill",
         )
     options.add_argument("--prompts", type=Path, metavar="FILE.jsonl", help="to measure on")
-    options.add_argument("--cells", nargs="+", metavar="CHOICE", help="only these, such as loss")
+    options.add_names("--cells", dict.fromkeys(cell.choice for cell in CELLS), "choices to vary")
     options.add_numbers("--seeds", [0, 1], "seeds of training", minimum=0)
     options.add_number("--steps", 300, "training steps")
     options.add_number("--answers", 400, "answers of the random target")
     options.add_number("--limit", 32, "prompts to measure on")
     options.add_number("--max-tokens", 48, "new tokens of a prompt, and of an answer")
     options.add_argument("--device", default="cpu", help="a device of PyTorch (default: cpu)")
-    options.add_argument("--dtype", default="float32", help="(default: float32)")
+    options.add_argument("--dtype", choices=DTYPES, default="float32", help="(default: float32)")
     return options
 
 
@@ -280,7 +280,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     load = LoadConfig(device=args.device, dtype=args.dtype)
     base = replace(RECIPE if args.target else BASE, steps=args.steps, save_every=args.steps)
     console = Console(stderr=True, highlight=False)
-    cells = [cell for cell in CELLS if args.cells is None or cell.choice in args.cells]
+    cells = [cell for cell in CELLS if cell.choice in args.cells]
     output = OutputFile(
         args.output, lambda line: has_fields(line, cell=str, seed=int), key=("cell", "seed")
     )

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import Parser, Row, alternate_ms, random_prompt, show, write_json
-from benchmarks.decoding.iteration import WARM_UP, make_cases, phase_row, verify_rows
+from benchmarks.decoding.iteration import WARM_UP, make_cases, phase_rows, verify_rows
 from benchmarks.random_pair import BLOCK_SIZE, SHAPES, TOP_K, TOP_M, write_drafter, write_target
 from treeflash.cli.console import guarded
 from treeflash.config import DTYPES, DecodeConfig, LoadConfig
@@ -126,15 +126,14 @@ def measure(backend: Any, shape: Row, bandwidth: float, args: Any) -> dict[str, 
     context = sorted(args.contexts)[len(args.contexts) // 2]
     prompts = [random_prompt(backend.vocab_size, max(1, context))]
     max_tokens = (WARM_UP + args.repeats) * BLOCK_SIZE
-    phases = []
-    for method, budget in make_cases(backend, BUDGETS):
-        config = DecodeConfig(method=method, budget=budget, max_tokens=max_tokens)
-        phases.append(
-            {"context": context} | phase_row(backend, prompts, config, iterations=args.repeats)
-        )
+    configs = [
+        DecodeConfig(method=method, budget=budget, max_tokens=max_tokens)
+        for method, budget in make_cases(backend, BUDGETS)
+    ]
+    phases = phase_rows(backend, prompts, configs, args.repeats)
     return {
         "verify": verify,
-        "phases": phases,
+        "phases": [{"context": context} | row for row in phases],
         "parts": part_rows(backend, context, args.repeats),
     }
 

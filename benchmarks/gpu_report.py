@@ -49,7 +49,7 @@ from benchmarks.gpu import copy_bandwidth, read_bytes, synchronize
 from benchmarks.random_pair import SHAPES, write_drafter, write_target
 from benchmarks.report import Part, Report
 from treeflash.cli.console import guarded
-from treeflash.config import DecodeConfig, LoadConfig, Method, SamplingConfig
+from treeflash.config import GIB, DecodeConfig, LoadConfig, Method, SamplingConfig
 from treeflash.decoding import Request, Scheduler, SchedulerConfig, decode
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
@@ -471,7 +471,7 @@ def memory(gpu: Gpu, part: Part) -> None:
 
     backend = gpu.load(gpu.write_tiny(), dtype="bfloat16")
     report = backend.device_report()
-    part.add("reserved", gib=(report.reserved_bytes or 0) / 2**30)
+    part.add("reserved", gib=(report.reserved_bytes or 0) / GIB)
     config = DecodeConfig(budget=16, max_tokens=40)
     for count in (1, 8, 32):
         run_texts(backend, [PROMPT] * count, config)
@@ -501,7 +501,7 @@ def _memory_row(gpu: Gpu) -> Row:
         "cached_gib": torch.cuda.memory_reserved(gpu.device),
         "free_gib": gpu.free_bytes(),
     }
-    return {name: nbytes / 2**30 for name, nbytes in statistics.items()}
+    return {name: nbytes / GIB for name, nbytes in statistics.items()}
 
 
 def compare_texts(part: Part, backend: Any, dtype: str) -> None:

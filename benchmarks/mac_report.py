@@ -34,6 +34,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
@@ -167,33 +168,30 @@ def plain_rows(backend: Any) -> list[Row]:
     return rows
 
 
-def decode_all(run: Callable[[list[int]], int], prompts: Sequence[list[int]]) -> float:
-    """Measure a function from a prompt to its number of new tokens, in tokens per second."""
-    run(prompts[0])  # warms up
-    started = time.perf_counter()
-    tokens = sum(run(prompt) for prompt in prompts)
-    return tokens / (time.perf_counter() - started)
-
-
-def method_row(
-    model: LanguageModel, method: Method, prompts: Sequence[list[int]], max_tokens: int
-) -> Row:
-    """Measure the speed of a method, and its mean time of an iteration by phase."""
-    generations: list[Generation] = []
-
-    def run(prompt: list[int]) -> int:
-        generations.append(model.generate(prompt, method=method, max_tokens=max_tokens))
-        return len(generations[-1].token_ids)
-
-    speed = decode_all(run, prompts)
-    measured = generations[1:]  # the first one warms up
-    lengths = [n for generation in measured for n in generation.accepted_lengths]
-    phases = {
-        f"{phase}_ms": 1000 * sum(g.seconds[phase] for g in measured) / max(1, len(lengths))
-        for phase in PHASES[1:]
-    }
-    row = {"system": "treeflash", "method": method, "tokens_per_s": speed}
-    return row | {"block_efficiency": mean(lengths)} | phases
+def method_rows(
+    model: LanguageModel, methods: Sequence[Method], prompts: Sequence[list[int]], max_tokens: int
+) -> Iterator[Row]:
+    """Measure the speed of methods, which take turns, and their mean times of an iteration."""
+    generations: dict[Method, list[Generation]] = {method: [] for method in methods}
+    seconds = dict.fromkeys(methods, 0.0)
+    for number, (prompt, method) in enumerate(product([prompts[0], *prompts], methods)):
+        started = time.perf_counter()
+        generation = model.generate(prompt, method=method, max_tokens=max_tokens)
+        if number >= len(methods):  # the first prompt warms up
+            seconds[method] += time.perf_counter() - started
+            generations[method].append(generation)
+    for method, found in generations.items():
+        lengths = [n for generation in found for n in generation.accepted_lengths]
+        tokens = sum(len(generation.token_ids) for generation in found)
+        yield {
+            "system": "treeflash",
+            "method": method,
+            "tokens_per_s": tokens / seconds[method],
+            "block_efficiency": mean(lengths),
+        } | {
+            f"{phase}_ms": 1000 * sum(g.seconds[phase] for g in found) / max(1, len(lengths))
+            for phase in PHASES[1:]
+        }
 
 
 def mlx_lm_row(args: Any) -> Row:
@@ -214,13 +212,16 @@ def mlx_lm_row(args: Any) -> Row:
         command = [sys.executable, str(MLX_LM.worker)]
         peer = Peer(MLX_LM, command, setup, os.cpu_count() or 1, Path(folder) / "log")
         try:
-            speed = decode_all(
-                lambda prompt: len(peer.ask(request | {"prompt_ids": prompt})["token_ids"]),
-                [encode(tokenizer, prompt).token_ids for prompt in PROMPTS],
-            )
+            tokens, started = 0, 0.0
+            for number, prompt in enumerate([PROMPTS[0], *PROMPTS]):
+                if number == 1:  # the first prompt warms up
+                    tokens, started = 0, time.perf_counter()
+                ids = encode(tokenizer, prompt).token_ids
+                tokens += len(peer.ask(request | {"prompt_ids": ids})["token_ids"])
+            seconds = time.perf_counter() - started
         finally:
             peer.close()
-    return {"system": "mlx-lm", "method": "generate", "tokens_per_s": speed}
+    return {"system": "mlx-lm", "method": "generate", "tokens_per_s": tokens / seconds}
 
 
 def mlx_lm(args: Any, part: Part) -> None:
@@ -266,8 +267,8 @@ def speed(args: Any, part: Part) -> None:
     """Measure every method that the pair supports."""
     model = load_model(args)
     prompts = [encode(model.tokenizer, prompt).token_ids for prompt in PROMPTS]
-    for method in supported_methods(model.backend):
-        part.add("methods", **method_row(model, method, prompts, args.max_tokens))
+    for row in method_rows(model, supported_methods(model.backend), prompts, args.max_tokens):
+        part.add("methods", **row)
 
 
 def memory(args: Any, part: Part) -> None:

@@ -3,9 +3,8 @@
     python -m benchmarks.training_cost --shape qwen3-4b [--json FILE]
 
 The loss of one sequence and its gradient are computed with random weights, for two numbers of
-anchors. PyTorch counts the operations of the matrix products and the bytes that
-are kept for the gradient. Both grow linearly with the anchors, which gives the cost of any batch.
-Nothing is timed.
+anchors. PyTorch counts the operations of the matrix products and the bytes that are kept for the
+gradient. Both grow linearly with the anchors, which gives the cost of any batch. Nothing is timed.
 """
 
 from __future__ import annotations
@@ -25,9 +24,11 @@ from treeflash_cuda.training.losses import objective
 from treeflash_cuda.training.model import Blocks, LMHead
 
 from benchmarks.common import Parser, Row, show, write_json
-from benchmarks.random_pair import DRAFTER_LAYERS, SHAPES, drafter_config
+from benchmarks.random_pair import BLOCK_SIZE, DRAFTER_LAYERS, SHAPES, drafter_config
 from treeflash.cli.console import guarded
+from treeflash.config import GIB
 from treeflash.drafters.formats import parse_drafter_config
+from treeflash.errors import ConfigError
 from treeflash.training.config import TrainConfig
 
 MEASURED_ANCHORS = (8, 16)
@@ -108,12 +109,11 @@ def compute_costs(shape: Row, length: int, sequences: int, anchors: int) -> dict
     )
     drafter = sum(parameter.numel() for parameter in blocks.parameters())
     multiplied, target = count_target_parameters(shape)
-    gib = 2**30
     memory = {
-        "drafter, gradient and optimiser": BYTES_PER_PARAMETER * drafter / gib,
-        "target": BYTES_PER_TARGET_PARAMETER * target / gib,
-        "kept for the gradient": sequences * activation_bytes / gib,
-        "features": sequences * DRAFTER_LAYERS * shape["hidden_size"] * 2 * length / gib,
+        "drafter, gradient and optimiser": BYTES_PER_PARAMETER * drafter / GIB,
+        "target": BYTES_PER_TARGET_PARAMETER * target / GIB,
+        "kept for the gradient": sequences * activation_bytes / GIB,
+        "features": sequences * DRAFTER_LAYERS * shape["hidden_size"] * 2 * length / GIB,
     }
     flops = {"drafter": sequences * drafter_flops, "target": sequences * 2 * multiplied * length}
     return {
@@ -132,6 +132,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.add_number("--sequences", 8, "sequences per forward pass")
     options.add_number("--anchors", 64, "anchors per sequence")
     args = options.parse_args(argv)
+    if args.length <= BLOCK_SIZE:
+        raise ConfigError(f"--length must be above the {BLOCK_SIZE} tokens of a block")
     costs = compute_costs(SHAPES[args.shape], args.length, args.sequences, args.anchors)
     show("memory, GiB", [costs["memory_gib"]])
     show("operations of a step, 10^12", [costs["tflop"]])

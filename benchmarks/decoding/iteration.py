@@ -9,7 +9,7 @@
 - `break_even`: an iteration that drafts, verifies a tree, and accepts none of it, against a plain
   step of the same sequences. Their ratio is the tokens per pass from which on drafting pays.
 
-All times are medians. Tree sizes take turns.
+All times are medians. Methods take turns with each prompt, and tree sizes with each call.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from treeflash.config import DecodeConfig, Method, SamplingConfig
 from treeflash.decoding import Request, decode
 from treeflash.decoding.interfaces import Backend, Verify
 from treeflash.decoding.iteration import propose
+from treeflash.decoding.loop import Step
 from treeflash.decoding.sampling import SamplingParams
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree, build_tree
@@ -85,26 +86,29 @@ def make_cases(backend: Backend, budgets: Sequence[int]) -> list[tuple[Method, i
     return cases
 
 
-def phase_row(
+def phase_rows(
     backend: Backend,
     prompts: Sequence[Sequence[int]],
-    config: DecodeConfig,
+    configs: Sequence[DecodeConfig],
     iterations: int | None = None,
-) -> Row:
+) -> list[Row]:
     """Measure the median time of each phase of an iteration.
 
     Args:
         backend: a loaded pair.
-        prompts: token ids.
-        config: of the decoding; the budget is a number of nodes.
+        prompts: token ids; each prompt is decoded with every configuration before the next one.
+        configs: of the decoding; the budget is a number of nodes.
         iterations: how many to measure of each sequence; None for all.
     """
     end = None if iterations is None else WARM_UP + iterations
-    steps = [
-        s
-        for ids in prompts
-        for s in islice(decode(backend, Request(prompt_ids=ids, config=config)), WARM_UP, end)
-    ]
+    steps: list[list[Step]] = [[] for _ in configs]
+    for ids, (found, config) in product(prompts, zip(steps, configs, strict=True)):
+        request = Request(prompt_ids=ids, config=config)
+        found += islice(decode(backend, request), WARM_UP, end)
+    return list(map(_phase_row, configs, steps))
+
+
+def _phase_row(config: DecodeConfig, steps: Sequence[Step]) -> Row:
     if not steps:
         raise ConfigError("no sequence has three steps; raise --max-tokens or --limit")
     times = {
@@ -198,12 +202,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "phases" in args.parts:
         sets = [read_prompts(model.tokenizer, path, args.limit) for path in args.prompts]
         prompts = list(chain.from_iterable(sets))
-        results["phases"] = []
-        for method, budget in make_cases(model.backend, args.budgets):
-            config = DecodeConfig(
+        configs = [
+            DecodeConfig(
                 method=method, budget=budget, max_tokens=args.max_tokens, sampling=sampling
             )
-            results["phases"].append(phase_row(model.backend, prompts, config))
+            for method, budget in make_cases(model.backend, args.budgets)
+        ]
+        results["phases"] = phase_rows(model.backend, prompts, configs)
     if "verify" in args.parts:
         results["verify"] = verify_rows(model.backend, args.contexts, args.sizes, args.repeats)
     if "break_even" in args.parts:

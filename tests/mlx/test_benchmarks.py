@@ -55,11 +55,11 @@ def test_a_report_goes_on_after_a_part_that_fails(
 ):
     file = tmp_path / "out.json"
 
-    def method_row(*_):
+    def method_rows(*_):
         raise RuntimeError("the GPU is busy")
 
     mac_report = module("mac_report")
-    monkeypatch.setattr(mac_report, "method_row", method_row)
+    monkeypatch.setattr(mac_report, "method_rows", method_rows)
     monkeypatch.setattr(mac_report, "mlx_lm_row", lambda _: {"tokens_per_s": 9.0})
     monkeypatch.setattr(module("gpu_report"), "TOKENS", 16)
     environments = []
@@ -113,7 +113,7 @@ def test_the_text_that_warms_up_is_in_no_figure(module):
 
     calls = []
     model = SimpleNamespace(generate=generate)
-    row = module("mac_report").method_row(model, "treeflash", [[3], [4]], 8)
+    (row,) = module("mac_report").method_rows(model, ["treeflash"], [[3], [4]], 8)
     assert row["block_efficiency"] == 4
     assert all(row[f"{phase}_ms"] == 500 for phase in PHASES[1:])
 
