@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import suppress
 from ctypes.util import find_library
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -311,7 +312,7 @@ def machine() -> Row:
         "cores": os.cpu_count(),
         "system": platform.platform(),
         "python": platform.python_version(),
-        "versions": {name: text for name in PACKAGES if (text := _version(name))},
+        "versions": package_versions(PACKAGES),
     }
 
 
@@ -342,8 +343,10 @@ def _revision() -> str | None:
         return None  # there is no git here, or the source comes from an archive
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+def package_versions(packages: Iterable[str]) -> dict[str, str]:
+    """Return the versions of those packages that are installed."""
+    versions = {}
+    for package in packages:
+        with suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return versions

@@ -7,7 +7,8 @@ It takes about ten minutes, and ends with the list of problems that it found. It
 if there are none, 1 if there are some, and 2 if PyTorch finds no GPU, with the reason. On a Mac it
 only names the command that measures MLX.
 
-- `machine`: the card, its driver, the software, and what Triton needs to compile.
+- `machine`: the card, its driver, what Triton needs to compile, optional packages, and variables of
+  the environment that PyTorch, Triton and CUDA read.
 - `kernels`: whether each kernel is used, by dtype, width of heads and bits of stored keys, and how
   long it takes to compile them.
 - `graphs`: which functions are captured as CUDA graphs, their replays, and failures.
@@ -43,7 +44,14 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common import Parser, Row, first_difference, random_prompt, require_testing
+from benchmarks.common import (
+    Parser,
+    Row,
+    first_difference,
+    package_versions,
+    random_prompt,
+    require_testing,
+)
 from benchmarks.decoding.iteration import verify_rows
 from benchmarks.gpu import copy_bandwidth, read_bytes, synchronize
 from benchmarks.random_pair import SHAPES, write_drafter, write_target
@@ -57,6 +65,12 @@ from treeflash.errors import TreeflashError, is_out_of_memory
 from treeflash.registry import loader
 
 DTYPES = ("bfloat16", "float16", "float32")
+OPTIONAL_PACKAGES = (
+    *("triton", "accelerate", "flash-linear-attention", "causal-conv1d", "kernels"),
+    *("bitsandbytes", "compressed-tensors", "gptqmodel"),
+)
+VARIABLES = ("CUDA", "NVIDIA", "PYTORCH", "TORCH", "TRITON")
+"""The beginnings of the names of variables that the machine's part lists."""
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "float32": ("qwen3", {}),
     "float32, 8-bit KV cache": ("qwen3", {"kv_bits": 8}),
@@ -223,7 +237,7 @@ class Gpu:
 
 
 def machine(gpu: Gpu, part: Part) -> None:
-    """Find the driver, the clocks, and what Triton needs."""
+    """Find the driver, the clocks, what Triton needs, and what changes the software."""
     header = Path(sysconfig.get_path("include"), "Python.h")
     # Triton looks for it in these places.
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
@@ -231,6 +245,11 @@ def machine(gpu: Gpu, part: Part) -> None:
     part.add("tools", name="Python.h", found=header.is_file())
     for line in toolchain_problems(compiler, header):
         part.problem(line)
+    for name, installed in package_versions(OPTIONAL_PACKAGES).items():
+        part.add("packages", name=name, version=installed)
+    for name, value in sorted(os.environ.items()):
+        if name.startswith(VARIABLES):
+            part.add("environment", name=name, value=value)
     if (command := shutil.which("nvidia-smi")) is not None:
         names = "name,driver_version,memory.total,clocks.max.sm,clocks.max.mem,power.limit"
         done = subprocess.run(

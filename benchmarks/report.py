@@ -42,7 +42,7 @@ class Part:
         tables: rows by the title of their table.
         problems: a line for each way in which the device or its software disappoints.
         notes: lines about what was left out.
-        error: the traceback of what ended the part; empty if it ran to its end.
+        error: the traceback of the error that ended the part; empty without one.
         seconds: that it took.
     """
 

@@ -52,9 +52,16 @@ def test_a_benchmark_runs(name, module, sets, pair, tmp_path):
     files = sets[:1] if name == "decoding.memory" else sets
     assert module(name).main([*files, *pair, *SCRIPTS[name], "--json", str(file)]) == 0
     results = json.loads(file.read_text())
-    assert {"date", "cpu", "versions"} <= results["machine"].keys()
+    assert {"date", "revision", "cpu", "versions"} <= results["machine"].keys()
     if name == "throughput":
         assert all(row["equal"] == 2 for row in results["rows"] if row["set"] != "mean")
+
+
+def test_a_call_that_leaves_work_waits_for_that_of_an_equal_call(module):
+    made = []
+    calls = [lambda: made.append("a"), lambda: made.append("b")]
+    assert len(module("common").alternate_ms(calls, 1, leave_work=True)) == 2
+    assert "".join(made) == "aabb" * 2  # the first round warms up
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,7 @@ def test_every_text_is_decoded_in_every_measured_iteration(judge, gpu, monkeypat
 
 def test_every_part_is_in_the_report(judge, tmp_path, in_this_process, monkeypatch, capsys):
     monkeypatch.setattr(judge, "PARTS", {"machine": judge.machine, "target": judge.target})
+    monkeypatch.setenv("TRITON_CACHE_DIR", "cache")
     path = tmp_path / "report.json"
     code = judge.main(["--device", "cpu", "--json", str(path)])
     report = json.loads(path.read_text())
@@ -126,6 +127,8 @@ def test_every_part_is_in_the_report(judge, tmp_path, in_this_process, monkeypat
     assert [row["name"] for row in report["parts"][0]["tables"]["tools"]] == [
         *("C compiler", "Python.h"),
     ]
+    variables = report["parts"][0]["tables"]["environment"]
+    assert {"name": "TRITON_CACHE_DIR", "value": "cache"} in variables
     assert report["parts"][1]["notes"] == ["target was left out: pass --target"]
     assert code == int(bool(report["problems"]))
     assert f"{len(report['problems'])} problem(s)" in capsys.readouterr().out
