@@ -211,6 +211,12 @@ def test_memory_is_wired_and_given_back_at_exit(mac, monkeypatch):
     assert mac.limits[-1] == ("wired", 9 << 30)
 
 
+def test_nothing_is_wired_without_a_gpu(see_device, monkeypatch):
+    see_device(mx.cpu)
+    monkeypatch.setattr(mx, "set_wired_limit", None)
+    device.wire_memory(2 << 30)
+
+
 @pytest.mark.parametrize(("options", "wired"), [({}, False), ({"wired": True}, True)])
 def test_models_are_wired_as_the_configuration_says(pair, monkeypatch, options, wired):
     asked = []

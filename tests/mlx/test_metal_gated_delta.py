@@ -89,6 +89,25 @@ def test_states_in_half_precision_are_rounded_after_every_node(metal, rng):
     assert mx.array_equal(replayed, after)
 
 
+@pytest.mark.parametrize("lower_bound", [None, -5.0])
+def test_nodes_by_the_kernel_decay_as_by_operations(metal, monkeypatch, rng, lower_bound):
+    """With a gate per head; or per channel, whose decays have a bound."""
+    monkeypatch.setattr(hybrid, "delta_kernel_wins", lambda *_: True)
+    bounded = lower_bound is not None
+    q, steps, state = random_arrays(rng, mx.float32, 32, by_channel=bounded, batch=1)
+    tree = DraftTree.from_parents(np.zeros(8, np.int32), np.array(PARENTS, np.int32))
+    paths = hybrid.NodePaths([tree], hybrid.solve_by_rounds)
+    gate = (2, 32) if bounded else (2,)
+    rate, bias = (mx.array(rng.normal(size=x), mx.float32) for x in ((2, 1)[: len(gate)], gate))
+    arrays = q, steps.k, steps.v, mx.log(steps.g), steps.beta, rate, bias, state
+    (outputs, written), (expected, _) = (
+        hybrid.gated_delta_update(paths, *arrays, use_kernel=x, lower_bound=lower_bound)
+        for x in (True, False)
+    )
+    assert isinstance(written, kernels.Steps)
+    assert mx.allclose(outputs, expected, atol=1e-5)
+
+
 @settings(repeated, max_examples=EXAMPLES or 100)
 @given(st.lists(st.integers(0, 2**16), max_size=60))
 def test_a_walk_finds_the_state_of_every_parent(numbers):
