@@ -273,8 +273,9 @@ def test_tables_of_other_heads(cuda, folders, tmp_path, dialect, dtype):
     assert backend.head.log_probs(blocks[1], np.ones(depths, np.int32)).shape == (depths, 40)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", ["eagle3", "eagle3-all", "mtp"])
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [*product(["eagle3", "eagle3-all", "mtp"], DTYPES), ("glm", "bfloat16")]
+)
 def test_drafts_depth_by_depth_are_captured(cuda, tmp_path, kind, dtype):
     """Their operations do not depend on the number of sequences, and neither do the copies."""
     with unset_fake_temporarily():

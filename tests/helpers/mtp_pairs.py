@@ -103,7 +103,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "rope_interleave": False,
     },
 }
-"""Settings that only numbers depend on."""
+"""More settings, for tests of numbers alone."""
 MARKS = {
     "qwen": ("mtp.fc.weight", "mtp.pre_fc_norm_hidden.weight", "mtp.layers.0.mlp.gate.weight"),
     "glm": ("model.layers.4.eh_proj.weight",),
@@ -214,6 +214,7 @@ def _tensors(
 
 
 def _stored_name(name: str, format: Format, config: dict[str, Any]) -> str:
+    """The name under which a format stores a tensor."""
     if format is mtp_formats.GLM_MTP:
         renamed = {
             "layer.": "",

@@ -114,7 +114,7 @@ def backbone_config(
     *,
     block_size: int,
     mask_token_id: int | None,
-    causal: bool | None = None,
+    causal: bool | None,
     **settings: Any,
 ) -> DrafterConfig:
     """Make a configuration of a drafter's layers and of the fields in `settings`.
