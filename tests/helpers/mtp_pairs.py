@@ -17,13 +17,21 @@ from treeflash.testing.models import edit_config, normal, save, write_target
 
 GLM = {
     "moe_intermediate_size": 6,
+    "n_group": 1,
     "n_routed_experts": 8,
     "n_shared_experts": 1,
     "num_experts_per_tok": 3,
     "num_hidden_layers": 4,
     "routed_scaling_factor": 2.5,
+    "topk_group": 1,
 }
-LATENTS = {"kv_lora_rank": 6, "qk_nope_head_dim": 4, "qk_rope_head_dim": 8, "v_head_dim": 5}
+LATENTS = {
+    "kv_lora_rank": 6,
+    "num_key_value_heads": 4,
+    "qk_nope_head_dim": 4,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 5,
+}
 SETTINGS: dict[str, dict[str, Any]] = {
     "mtp": {"mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": False},
     "eagle3": {"architectures": ["LlamaForCausalLMEagle3"], "draft_vocab_size": 16},
@@ -60,7 +68,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "target_layer_ids": [0, 2],
     },
     "qwen-experts": {
-        "model_type": "qwen3_5_moe",
+        "model_type": "qwen3_next",
         "moe_intermediate_size": 6,
         "norm_topk_prob": False,
         "num_experts": 5,
@@ -82,6 +90,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         **GLM,
         **LATENTS,
         "model_type": "deepseek_v3",
+        "n_group": 2,
         "q_lora_rank": 5,
         "rope_scaling": {
             "rope_type": "yarn",
