@@ -427,6 +427,7 @@ class PackedContext:
                 f"{type(inputs.module).__name__} changes its mask, so it cannot run several "
                 "sequences at once"
             )
+        self.cache.select(inputs.key)
         query, keys_and_values = inputs.query, self.cache.visible_columns()
         masks = self._sequence_masks[id(inputs.mask)][1]
         if not self.one_by_one:
@@ -541,6 +542,7 @@ class TreeContext:
         self._rotated = None
         if given is not inputs.query or self.cache.store is not None:
             raise UnsupportedModelError("a layer changes its queries after their rotation")
+        self.cache.select(inputs.key)
         output = self.operations.tree_attention(
             query,
             *self.cache.stored_columns(),

@@ -451,6 +451,10 @@ class PackedRows:
                 storage.index_copy_(1, columns.to(x.device), selected)
 
 
+LAYER = "treeflash_layer"
+"""The attribute of keys with the index of the layer that stored them."""
+
+
 class TreeCache(Cache):
     """The caches of the sequences of one forward pass, as transformers' models see them."""
 
@@ -458,7 +462,7 @@ class TreeCache(Cache):
         super().__init__(layers=[])
         self.sequences = sequences  # in the order of their rows
         self.rows = rows  # number of rows of each sequence
-        self.layer = 0  # the one that was updated last
+        self.layer = 0  # the one that was updated last, or whose keys are attended to
         self._packed: PackedRows | None = None
         self._new: Columns = []
         self._views: list[Columns] = []
@@ -472,7 +476,7 @@ class TreeCache(Cache):
         Returns views of the stored columns of a single sequence. For several sequences it returns
         its arguments: `PackedContext` reads the columns of each.
         """
-        self.layer = layer_idx
+        self.mark(key_states, layer_idx)
         keys, values = map(self.sequences[0].arena.encode, (key_states, value_states))
         if len(self.sequences) > 1:
             if self._packed is None:
@@ -491,6 +495,15 @@ class TreeCache(Cache):
                 raise UnsupportedModelError(DIFFERENT_SHAPES)
             storage.copy_(x)
         return self.visible_columns()[0]
+
+    def mark(self, keys: Tensor, layer: int) -> None:
+        """Begin to store the keys of a layer, which later layers may share."""
+        self.layer = layer
+        setattr(keys, LAYER, layer)
+
+    def select(self, keys: Tensor) -> None:
+        """Go back to the layer that stored these keys."""
+        self.layer = getattr(keys, LAYER, self.layer)
 
     def visible_columns(self) -> list[tuple[Tensor, Tensor]]:
         """Return `layer`'s stored keys and values, (1, kv_heads, length + n, width)."""
@@ -527,7 +540,7 @@ class SlabCache(TreeCache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Store the keys and values of all rows, and return them."""
-        self.layer = layer_idx
+        self.mark(key_states, layer_idx)
         if self.store is not None:
             store, self.store = self.store, None
             store(key_states, value_states)

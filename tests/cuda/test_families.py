@@ -107,6 +107,38 @@ def test_layers_add_and_norm_by_one_operation(
     np.testing.assert_allclose(*found, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("operations", [False, True], ids=["masks", "operations"])
+def test_layers_that_share_keys_attend_to_the_ones_they_share(
+    families, tmp_path, operations, monkeypatch
+):
+    """Not to the last ones that were stored: in trees alone and side by side."""
+    settings = {
+        "num_kv_shared_layers": 2,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 96,
+        "laurel_rank": 8,
+        "altup_num_inputs": 2,
+        "activation_sparsity_pattern": [0.0] * families.LAYERS,
+    }
+    monkeypatch.setitem(families.OVERRIDES, "gemma3n_text", settings)
+    model = families.write(tmp_path, "gemma3n_text")
+    if operations:
+        backend = load_with_parts(monkeypatch, tmp_path)
+    else:
+        backend = load(tmp_path, None, LoadConfig(device="cpu", dtype="float32"))
+    prompts = [random_tokens(np.random.default_rng(n), 96, n) for n in (20, 3)]
+    tree = DraftTree.from_parents(np.array([5, 6, 7, 8]), np.array([-1, 0, 0, 1], np.int32))
+    states = [backend.open(60, drafts=False) for _ in prompts]
+    backend.verifier.run([Prefill(*x, None) for x in zip(states, prompts, strict=True)])
+    together = backend.verifier.logits([(state, tree) for state in states])
+    for state, prompt, found in zip(states, prompts, together, strict=True):
+        with torch.inference_mode():
+            expected = model(torch.tensor([[*prompt, 5, 6, 8]])).logits[0, -1].numpy()
+        (alone,) = backend.verifier.logits([(state, tree)])
+        np.testing.assert_allclose(found[3], expected, atol=1e-4 * expected.std())
+        np.testing.assert_allclose(alone[3], expected, atol=1e-4 * expected.std())
+
+
 @pytest.mark.parametrize(
     ("name", "variant"), [("gemma2", "soft-capped scores"), ("gpt_oss", "attention sinks")]
 )
