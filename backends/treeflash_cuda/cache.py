@@ -452,7 +452,8 @@ class PackedRows:
 
 
 LAYER = "treeflash_layer"
-"""The attribute of keys with the index of the layer that stored them."""
+"""The attribute of keys and values with the index of the layer that stored them: later layers may
+share them."""
 
 
 class TreeCache(Cache):
@@ -476,7 +477,7 @@ class TreeCache(Cache):
         Returns views of the stored columns of a single sequence. For several sequences it returns
         its arguments: `PackedContext` reads the columns of each.
         """
-        self.mark(key_states, layer_idx)
+        self.layer = layer_idx
         keys, values = map(self.sequences[0].arena.encode, (key_states, value_states))
         if len(self.sequences) > 1:
             if self._packed is None:
@@ -484,7 +485,7 @@ class TreeCache(Cache):
                 self._packed = PackedRows([(x, x.length, n) for x, n in parts], keys)
                 self._views = [x.columns(0, x.length + n) for x, n in parts]
             self._packed.write(layer_idx, keys, values)
-            return key_states, value_states
+            return self.marked(key_states, value_states)
         if not self._views:
             (sequence,), (n,) = self.sequences, self.rows
             sequence.reserve(keys, values, sequence.length + n)
@@ -494,16 +495,22 @@ class TreeCache(Cache):
             if x.shape != storage.shape:
                 raise UnsupportedModelError(DIFFERENT_SHAPES)
             storage.copy_(x)
-        return self.visible_columns()[0]
+        return self.marked(*self.visible_columns()[0])
 
-    def mark(self, keys: Tensor, layer: int) -> None:
-        """Begin to store the keys of a layer, which later layers may share."""
-        self.layer = layer
-        setattr(keys, LAYER, layer)
+    def marked(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values of `layer` with its index."""
+        for x in (keys, values):
+            setattr(x, LAYER, self.layer)
+        return keys, values
 
     def select(self, keys: Tensor) -> None:
-        """Go back to the layer that stored these keys."""
-        self.layer = getattr(keys, LAYER, self.layer)
+        """Go back to the layer that stored these keys.
+
+        Raises an UnsupportedModelError if no layer did.
+        """
+        if not hasattr(keys, LAYER):
+            raise UnsupportedModelError("a layer changes its keys after it has stored them")
+        self.layer = getattr(keys, LAYER)
 
     def visible_columns(self) -> list[tuple[Tensor, Tensor]]:
         """Return `layer`'s stored keys and values, (1, kv_heads, length + n, width)."""
@@ -540,14 +547,14 @@ class SlabCache(TreeCache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Store the keys and values of all rows, and return them."""
-        self.mark(key_states, layer_idx)
+        self.layer = layer_idx
         if self.store is not None:
             store, self.store = self.store, None
             store(key_states, value_states)
-            return key_states, value_states
+            return self.marked(key_states, value_states)
         for storage, x in zip(self.stored_columns(), (key_states, value_states), strict=True):
             storage.index_copy_(1, self.slots.to(x.device), self.encode(x)[0])
-        return key_states, value_states
+        return self.marked(key_states, value_states)
 
     def stored_columns(self) -> tuple[Tensor, Tensor]:
         """Return the stored (kv_heads, columns, width) keys and values of the latest layer."""

@@ -57,7 +57,7 @@ class RowPass:
     def takes(self, state: State, tokens: DraftTree | Sequence[int]) -> bool:
         """Return whether a tree or next tokens of a sequence are rows of this pass."""
         operations = self.target.operations
-        if operations is None or not operations.runs_trees:
+        if operations is None or not operations.runs_trees or not self.target.reads_cache:
             return False
         if isinstance(tokens, DraftTree):
             return True

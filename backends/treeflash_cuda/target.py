@@ -56,7 +56,7 @@ from treeflash_cuda.attention import (
     capture_output,
     is_attending,
 )
-from treeflash_cuda.cache import Arena, Span, TreeCache, check_quantisation
+from treeflash_cuda.cache import LAYER, Arena, Span, TreeCache, check_quantisation
 from treeflash_cuda.exact import (
     LINEAR_ROWS,
     ExactCache,
@@ -416,6 +416,9 @@ class Target:
         self.scale = 1.0  # factor of the model on its output head's logits; `find_scale` finds it
         self.softcap: float | None = None  # the scores' softcap, see `AttentionInputs`
         self.has_sinks = False  # whether layers have attention sinks
+        # Whether layers attend to keys and values as they store them. If not, each sequence has a
+        # pass of its own, which takes them from the layers.
+        self.reads_cache = True
         self.kernels: Kernels | None = None  # for long prompts, which are rows like others without
         self.operations: Operations | None = None  # for rows; None attends with masks
         self.is_exact = False  # see `make_exact`
@@ -545,6 +548,7 @@ class Target:
             self.arena = self.arena.resized(layers, region, self.dtype if kv_bits else None)
             state.close()
         self.softcap, self.has_sinks = context.softcap, context.has_sinks
+        self.reads_cache = context.reads_cache
         if context.layers < len(self.attention_slots):
             raise UnsupportedModelError(refusal(family, FIXED_ATTENTION))
         if difference := self._significant_difference(actual, expected):
@@ -561,6 +565,8 @@ class Target:
         """
         if self.is_hybrid:
             raise UnsupportedModelError(f"{INEXACT}: it does not support recurrent layers")
+        if not self.reads_cache:
+            raise UnsupportedModelError(f"{INEXACT}: layers change what they have stored")
         if self.operations is not None:
             if self.operations.fallbacks:
                 raise UnsupportedModelError(f"{INEXACT}: {self.operations.fallbacks[0]}")
@@ -768,14 +774,17 @@ def _capture_input(layer_id: int, _: nn.Module, args: Any, kwargs: Any) -> None:
 
 
 class _CountingContext(AttentionContext):
-    """Counts the attention layers that it serves, and keeps their kinds of scores."""
+    """Counts the attention layers that it serves, and notes what they attend to and how."""
 
     layers = 0
     softcap: float | None = None
     has_sinks = False
+    reads_cache = True
 
     def attend(self, inputs: AttentionInputs) -> Tensor:
         self.layers += 1
         self.softcap = inputs.softcap if inputs.softcap is not None else self.softcap
         self.has_sinks |= inputs.sinks is not None
+        stored_by = {getattr(x, LAYER, None) for x in (inputs.key, inputs.value)}
+        self.reads_cache &= len(stored_by - {None}) == len(stored_by) == 1
         return super().attend(inputs)

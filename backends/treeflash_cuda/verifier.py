@@ -126,7 +126,7 @@ class Verifier:
                 self._has_row_pass, in_row_pass = False, []
                 warnings.warn(f"draft trees run without CUDA graphs: {error}", stacklevel=2)
         others = [i for i in range(len(rows)) if i not in in_row_pass]
-        alone = [i for i in others if has_features(*rows[i])]
+        alone = [i for i in others if has_features(*rows[i]) or not self.target.reads_cache]
         for members in (*([i] for i in alone), [i for i in others if i not in alone]):
             if members:
                 run(self._forward_with_masks, members)

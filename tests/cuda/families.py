@@ -3,10 +3,11 @@
     python tests/cuda/families.py [model_type ...]
 
 A type is `verified` if the logits of a random tree, after a prefix longer than any sliding window,
-equal the logits of its paths as plain text, here and in transformers itself. If the type has
-recurrent layers, a tree after commits must pass too. It is `refused` if loading or the probe raises
-an error that says why, and `not tried` if this script's configuration makes no model of the type,
-or a model without a kind of layer that the type's default configuration has.
+equal the logits of its paths as plain text, here and in transformers itself, alone and beside
+another text. If the type has recurrent layers, a tree after commits must pass too. It is `refused`
+if loading or the probe raises an error that says why, and `not tried` if this script's
+configuration makes no model of the type, or a model without a kind of layer that the type's default
+configuration has.
 """
 
 from __future__ import annotations
@@ -274,11 +275,15 @@ def plain_logits(model: Any) -> np.ndarray:
 
 
 def difference(backend: CudaBackend, expected: np.ndarray) -> float:
-    """The difference from transformers' own logits, relative to their spread."""
-    with SequenceSession(backend) as text:
+    """The difference from transformers' own logits, relative to their spread, alone and in a batch."""
+    with SequenceSession(backend) as text, SequenceSession(backend) as other:
+        other.extend(tokens()[:3])
         text.extend(tokens()[:-1])
-        logits = text.logits(DraftTree.root_only(tokens()[-1]))[0]
-    return float(np.sqrt(np.mean((logits - expected) ** 2)) / expected.std())
+        last, root = DraftTree.root_only(tokens()[-1]), DraftTree.root_only(5)
+        (alone,) = text.logits(last)
+        (beside, *_) = backend.verifier.logits([(text.state, last), (other.state, root)])
+    found = np.stack([alone, beside[0]])
+    return float(np.sqrt(np.mean((found - expected) ** 2, 1)).max() / expected.std())
 
 
 if __name__ == "__main__":

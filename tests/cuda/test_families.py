@@ -107,25 +107,37 @@ def test_layers_add_and_norm_by_one_operation(
     np.testing.assert_allclose(*found, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("operations", [False, True], ids=["masks", "operations"])
-def test_layers_that_share_keys_attend_to_the_ones_they_share(
-    families, tmp_path, operations, monkeypatch
+SHARING = {
+    "num_kv_shared_layers": 2,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 96,
+    "laurel_rank": 8,
+    "altup_num_inputs": 2,
+    "activation_sparsity_pattern": [0.0] * 4,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "operations", "reads_cache"),
+    [
+        ("gemma3n_text", False, True),  # its last layers share keys and values of earlier ones
+        ("gemma3n_text", True, True),
+        ("jetmoe", False, False),  # repeats keys in another order than others
+        ("jetmoe", True, False),
+        ("diffllama", True, False),  # attends twice, with other values
+    ],
+)
+def test_layers_that_attend_to_what_other_layers_do_not(
+    families, tmp_path, name, operations, reads_cache, monkeypatch
 ):
-    """Not to the last ones that were stored: in trees alone and side by side."""
-    settings = {
-        "num_kv_shared_layers": 2,
-        "hidden_size_per_layer_input": 8,
-        "vocab_size_per_layer_input": 96,
-        "laurel_rank": 8,
-        "altup_num_inputs": 2,
-        "activation_sparsity_pattern": [0.0] * families.LAYERS,
-    }
-    monkeypatch.setitem(families.OVERRIDES, "gemma3n_text", settings)
-    model = families.write(tmp_path, "gemma3n_text")
+    """In trees alone and side by side."""
+    monkeypatch.setitem(families.OVERRIDES, "gemma3n_text", SHARING)
+    model = families.write(tmp_path, name)
     if operations:
         backend = load_with_parts(monkeypatch, tmp_path)
     else:
         backend = load(tmp_path, None, LoadConfig(device="cpu", dtype="float32"))
+    assert backend.target.reads_cache == reads_cache
     prompts = [random_tokens(np.random.default_rng(n), 96, n) for n in (20, 3)]
     tree = DraftTree.from_parents(np.array([5, 6, 7, 8]), np.array([-1, 0, 0, 1], np.int32))
     states = [backend.open(60, drafts=False) for _ in prompts]
@@ -137,6 +149,9 @@ def test_layers_that_share_keys_attend_to_the_ones_they_share(
         (alone,) = backend.verifier.logits([(state, tree)])
         np.testing.assert_allclose(found[3], expected, atol=1e-4 * expected.std())
         np.testing.assert_allclose(alone[3], expected, atol=1e-4 * expected.std())
+    half = load(tmp_path, None, LoadConfig(device="cpu", dtype="bfloat16"))
+    reason = "does not attend to the keys that it stores" if reads_cache else "change what they"
+    assert reason in half.inexact
 
 
 @pytest.mark.parametrize(
