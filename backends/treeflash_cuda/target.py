@@ -786,5 +786,5 @@ class _CountingContext(AttentionContext):
         self.softcap = inputs.softcap if inputs.softcap is not None else self.softcap
         self.has_sinks |= inputs.sinks is not None
         stored_by = {getattr(x, LAYER, None) for x in (inputs.key, inputs.value)}
-        self.reads_cache &= len(stored_by - {None}) == len(stored_by) == 1
+        self.reads_cache &= None not in stored_by and len(stored_by) == 1
         return super().attend(inputs)
