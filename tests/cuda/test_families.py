@@ -127,7 +127,7 @@ SHARING = {
         ("diffllama", True, False),  # attends twice, with other values
     ],
 )
-def test_layers_that_attend_to_what_other_layers_do_not(
+def test_layers_attend_to_keys_that_they_share_or_change(
     families, tmp_path, name, operations, reads_cache, monkeypatch
 ):
     """In trees alone and side by side."""
