@@ -275,7 +275,7 @@ def plain_logits(model: Any) -> np.ndarray:
 
 
 def difference(backend: CudaBackend, expected: np.ndarray) -> float:
-    """The difference from transformers' own logits, relative to their spread, alone and in a batch."""
+    """The difference from transformers' own logits by their spread, alone and in a batch."""
     with SequenceSession(backend) as text, SequenceSession(backend) as other:
         other.extend(tokens()[:3])
         text.extend(tokens()[:-1])
