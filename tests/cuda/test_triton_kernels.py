@@ -65,6 +65,14 @@ CASES = {
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 
 
+@pytest.fixture(autouse=True)
+def unwritten_memory_is_wrong():
+    """Fill new tensors with NaN: what a kernel does not write must not be right by chance."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 def all_in_float32(cases, in_each):
     """Cases in float32, one of them in each type; the others are nightly."""
     return [

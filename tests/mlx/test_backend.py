@@ -1,6 +1,7 @@
 """Loading pairs with MLX: refusals, memory limits, the device report and warming up."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -337,6 +338,13 @@ def test_the_difference_of_a_batch_is_small_beside_that_of_a_context(pair, rng, 
 
     monkeypatch.setattr(type(backend.verifier), "logits", first_twice)
     assert backend_module.batch_difference(backend, rng) == pytest.approx(1)
+
+    def second_is_nan(verifier, trees):
+        first, *others = logits(verifier, trees)
+        return [first, *(float("nan") * x for x in others)]
+
+    monkeypatch.setattr(type(backend.verifier), "logits", second_is_nan)
+    assert math.isnan(backend_module.batch_difference(backend, rng))
 
 
 @pytest.mark.parametrize("drafter", [None, "dflash", "treeflash"])

@@ -1,6 +1,7 @@
 """Verdicts on Metal kernels that were timed against MLX's operations, kept for other processes."""
 
 import logging
+import math
 import platform
 
 import pytest
@@ -36,10 +37,10 @@ def process(monkeypatch, tmp_path):
     return begin
 
 
-def decide(ran, key=(1,), size="5 rows", error=0.0, kernels=("a", "b")):
+def decide(ran, key=(1,), size="5 rows", errors=(0.0,), kernels=("a", "b")):
     def check():
         ran.append("check")
-        return error
+        return errors
 
     links = dict.fromkeys(kernels, lambda x, _: x)
     return choose("products", "8 x 8", size, check, 0.1, links, None, None, key=key)
@@ -73,9 +74,10 @@ def test_another_shape_of_the_same_name_is_timed(process):
     assert ran == ["check", "timing"]
 
 
-def test_a_wrong_kernel_is_tried_again(process):
+@pytest.mark.parametrize("errors", [(1.0,), (0.0, math.nan)])
+def test_a_wrong_kernel_is_tried_again(process, errors):
     with pytest.warns(UserWarning, match="products run without their Metal kernel"):
-        assert decide(process(), error=1.0) is None
+        assert decide(process(), errors=errors) is None
     assert decide(process(1.5), kernels=("a",)) == "a"
 
 

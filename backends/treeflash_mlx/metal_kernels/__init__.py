@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import mlx.core as mx
+import numpy as np
 
 from treeflash.config import cache_folder
 from treeflash_mlx.metal_kernels.verdicts import KeptVerdicts, Verdict, file_of
@@ -105,7 +106,7 @@ def choose(
     what: str,
     shape: str,
     size: str,
-    error: Callable[[], float],
+    errors: Callable[[], Sequence[float]],
     limit: float,
     kernels: Mapping[str, Candidate] = NOT_TIMED,
     *timed: Any,
@@ -121,8 +122,8 @@ def choose(
         what: computes without the kernel, in the warning.
         shape: of the layers that would use it.
         size: the number of rows, nodes or columns of this decision.
-        error: of the kernel's results.
-        limit: of the error.
+        errors: of the kernel's results, relative.
+        limit: of the errors.
         kernels: a call of each variant of the kernel, by its name; a kernel without them is not
             timed.
         timed: the other arguments of `speedup`.
@@ -140,7 +141,8 @@ def choose(
     if kernels and kept.path is not None:
         announce_timing()
     try:
-        if (found := error()) <= limit:
+        found = float(np.max(errors()))  # `max` may pass over NaN
+        if found <= limit:
             gains = {name: speedup(kernel, *timed) for name, kernel in kernels.items()}
             fastest = max(gains, key=gains.__getitem__, default="")
             used = gains.get(fastest, MIN_SPEEDUP) >= MIN_SPEEDUP

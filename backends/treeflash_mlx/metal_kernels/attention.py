@@ -488,15 +488,15 @@ def winning_columns(shape: Shape) -> float:
     """
 
     @cache
-    def error() -> float:
-        errors: list[float] = []
+    def errors() -> list[float]:
+        found: list[float] = []
         for least, span in SPANS.items():
             # Two splits of committed positions after those that make splits so long, and a third
             # that begins between the depths of the tree.
             checked = _Benchmark(shape, least + 2 * span - 2 + TIMED_NODES)
             # Windows that begin in the second split, and between the depths of the tree.
-            errors += map(checked.error, (None, span // 2 + 3, 2))
-        return max(errors)
+            found += map(checked.error, (None, span // 2 + 3, 2))
+        return found
 
     what = "attention of draft trees"
     name = f"{shape.heads} heads of {shape.head_dim}"
@@ -505,7 +505,7 @@ def winning_columns(shape: Shape) -> float:
     for columns in TIMED_COLUMNS:
         benchmark, limit = _Benchmark(shape, columns), 2 * ROUNDING[shape.dtype]
         timed = {"": benchmark.by_kernel}, benchmark.by_operation, benchmark.q
-        if choose(what, name, f"{columns} columns", error, limit, *timed, key=shape) is not None:
+        if choose(what, name, f"{columns} columns", errors, limit, *timed, key=shape) is not None:
             return columns
     return math.inf
 
@@ -514,12 +514,12 @@ def winning_columns(shape: Shape) -> float:
 def exact_columns(shape: Shape) -> float:
     """Return from how many columns on exact mode uses the kernel: 0, or infinite if it is wrong."""
 
-    def error() -> float:
+    def errors() -> list[float]:
         checked = _Benchmark(shape, 2 * EXACT_SPAN - 2 + TIMED_NODES, exact=True)
-        return max(map(checked.error, (None, EXACT_SPAN // 2 + 3, 2)))
+        return [checked.error(window) for window in (None, EXACT_SPAN // 2 + 3, 2)]
 
     name, limit = f"{shape.heads} heads of {shape.head_dim}", 2 * ROUNDING[shape.dtype]
-    found = choose("attention in exact mode", name, "all columns", error, limit)
+    found = choose("attention in exact mode", name, "all columns", errors, limit)
     return math.inf if found is None else 0
 
 

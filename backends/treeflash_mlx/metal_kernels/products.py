@@ -274,11 +274,11 @@ def use_everywhere(model: nn.Module) -> None:
         first = modules[0]
         x = _inputs(first, 8 * MAX_COLUMNS + 1)
 
-        def error(first: Module = first, x: mx.array = x) -> float:
-            return relative_error(multiply(first, x, EXACT_GEOMETRY), multiply_plainly(first, x))
+        def errors(first: Module = first, x: mx.array = x) -> list[float]:
+            return [relative_error(multiply(first, x, EXACT_GEOMETRY), multiply_plainly(first, x))]
 
         name = f"{outputs} x {x.shape[1]} in {bits} bits"
-        if choose("products in exact mode", name, "all rows", error, ROUNDING[dtype]) is None:
+        if choose("products in exact mode", name, "all rows", errors, ROUNDING[dtype]) is None:
             continue
         for module in modules:
             _use_kernel(module, lambda _: EXACT_GEOMETRY, dtype)
@@ -321,15 +321,15 @@ def fastest(layers: Sequence[Module], rows: int) -> Geometry | None:
     def kernel(geometry: Geometry) -> Callable[[Module, mx.array], mx.array]:
         return lambda module, y: multiply(module, y, geometry)
 
-    def error() -> float:
+    def errors() -> list[float]:
         expected = multiply_plainly(first, x)
-        return max(relative_error(multiply(first, x, each), expected) for each in candidates)
+        return [relative_error(multiply(first, x, each), expected) for each in candidates]
 
     winner = choose(
         "products of few rows",
         f"{outputs} x {x.shape[1]} in {bits} bits",
         f"{rows} rows",
-        error,
+        errors,
         ROUNDING[x.dtype],
         {str(each): candidate(kernel(each)) for each in candidates},
         candidate(multiply_plainly),
