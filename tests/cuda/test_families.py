@@ -107,16 +107,6 @@ def test_layers_add_and_norm_by_one_operation(
     np.testing.assert_allclose(*found, rtol=1e-4, atol=1e-4)
 
 
-SHARING = {
-    "num_kv_shared_layers": 2,
-    "hidden_size_per_layer_input": 8,
-    "vocab_size_per_layer_input": 96,
-    "laurel_rank": 8,
-    "altup_num_inputs": 2,
-    "activation_sparsity_pattern": [0.0] * 4,
-}
-
-
 @pytest.mark.parametrize(
     ("name", "operations", "reads_cache"),
     [
@@ -131,7 +121,6 @@ def test_layers_attend_to_keys_that_they_share_or_change(
     families, tmp_path, name, operations, reads_cache, monkeypatch
 ):
     """In trees alone and side by side."""
-    monkeypatch.setitem(families.OVERRIDES, "gemma3n_text", SHARING)
     model = families.write(tmp_path, name)
     if operations:
         backend = load_with_parts(monkeypatch, tmp_path)
