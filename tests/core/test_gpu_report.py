@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +24,7 @@ def judge(module):
 
 
 @pytest.fixture
-def report(frame, tmp_path):
+def report(frame, in_this_process, tmp_path):
     return frame.Report("test", tmp_path / "report.json", {"device": "fake"}, 60)
 
 
@@ -31,23 +32,28 @@ def read(report):
     return json.loads(report.path.read_text())
 
 
-def fail(error):
-    def find(part):
-        part.add("table", n=1)
+def add_rows(rows, part, error=None):
+    """Add rows to a table, then raise the error."""
+    for row in rows:
+        part.add("table", **row)
+    if error is not None:
         raise error
 
-    return find
+
+def find(*rows, **error):
+    """Return a part that another process could run."""
+    return partial(add_rows, rows, **error)
 
 
 def test_a_part_that_fails_leaves_what_it_found_and_stops_nothing(report, capsys):
-    report.run("first", fail(ValueError("two lines\nof text")))
+    report.run("first", find({"n": 1}, error=ValueError("two lines\nof text")))
     written = read(report)
     assert written["problems"] == ["first: ValueError: two lines"]
     (part,) = written["parts"]
     assert part["tables"] == {"table": [{"n": 1}]}
     assert "Traceback" in part["error"]
     assert "of text" in part["error"]
-    report.run("second", lambda part: part.add("table", n=2))
+    report.run("second", find({"n": 2}))
     assert [x["name"] for x in read(report)["parts"]] == ["first", "second"]
     assert report.close() == 1
     printed = capsys.readouterr().out
@@ -56,53 +62,49 @@ def test_a_part_that_fails_leaves_what_it_found_and_stops_nothing(report, capsys
 
 
 def test_a_report_without_problems_says_so(report):
-    report.run("first", lambda part: part.add("table", n=1))
+    report.run("first", find({"n": 1}))
     assert report.close() == 0
     assert read(report)["problems"] == []
 
 
-def test_after_the_loss_of_a_device_no_part_runs(report):
-    report.run("first", fail(RuntimeError(LOST)))
-    report.run("second", lambda part: part.add("table", n=1))
+def test_the_loss_of_a_device_stops_no_other_part(report):
+    report.run("first", find({"n": 1}, error=RuntimeError(LOST)))
+    report.run("second", find({"n": 1}))
     first, second = read(report)["parts"]
     assert first["problems"] == [f"first: RuntimeError: {LOST}"]
-    assert second["tables"] == {}
-    assert second["notes"] == ["second was left out: the device was lost before"]
+    assert second["tables"] == {"table": [{"n": 1}]}
 
 
 def test_parts_beyond_the_time_are_left_out(frame, tmp_path):
     report = frame.Report("test", tmp_path / "report.json", {}, 0)
-    report.run("first", lambda part: part.add("table", n=1))
+    report.run("first", find({"n": 1}))
     assert read(report)["parts"][0]["notes"] == ["first was left out: the time was over"]
     assert report.close() == 0
 
 
 def test_an_interruption_leaves_a_report(report):
-    report.run("first", lambda part: part.add("table", n=1))
+    report.run("first", find({"n": 1}))
     with pytest.raises(KeyboardInterrupt):
-        report.run("second", fail(KeyboardInterrupt()))
+        report.run("second", find({"n": 1}, error=KeyboardInterrupt()))
     first, second = read(report)["parts"]
     assert first["tables"]
     assert second["tables"] == {"table": [{"n": 1}]}
     assert second["notes"] == ["interrupted"]
 
 
-def test_warnings_of_treeflash_are_problems(report):
-    def find(part):
-        for package in ("treeflash_cuda", "torch"):
-            name = str(Path("treeflash", package, "module.py"))
-            warnings.warn_explicit(f"{package} is slow", UserWarning, name, 1)
+def warn(part):
+    for package in ("treeflash_cuda", "torch"):
+        name = str(Path("treeflash", package, "module.py"))
+        warnings.warn_explicit(f"{package} is slow", UserWarning, name, 1)
 
-    report.run("first", find)
+
+def test_warnings_of_treeflash_are_problems(report):
+    report.run("first", warn)
     assert report.problems == ["first: treeflash_cuda is slow"]
 
 
 def test_rows_of_a_table_may_have_other_columns(report, capsys):
-    def find(part):
-        part.add("table", a=1)
-        part.add("table", b=2)
-
-    report.run("first", find)
+    report.run("first", find({"a": 1}, {"b": 2}))
     assert "| a | b |" in capsys.readouterr().out
 
 

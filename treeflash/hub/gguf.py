@@ -506,10 +506,15 @@ def _drafter_config(fields: Fields, stored: Tensors) -> dict[str, Any]:
         "mask_token_id": int(fields["tokenizer.ggml.mask_token_id"]),
     }
     if has_head:
+        confidence = stored.get("conf_proj.weight")
         own |= {
             "markov_rank": int(stored["markov_w1.weight"].shape[0]),
-            "enable_confidence_head": "conf_proj.weight" in stored,
+            "enable_confidence_head": confidence is not None,
         }
+        if (
+            confidence is not None
+        ):  # it reads a hidden state, and the previous token's vector or not
+            own["confidence_head_with_markov"] = int(confidence.shape[0]) > layers["hidden_size"]
     factors = {x: _number(fields[name]) for x, name in FACTORS.items() if name in fields}
     if "selector_hidden.weight" in stored:
         own |= {"architectures": ["DFlash2DraftModel"]}
