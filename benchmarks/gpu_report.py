@@ -69,8 +69,9 @@ OPTIONAL_PACKAGES = (
     *("triton", "accelerate", "flash-linear-attention", "causal-conv1d", "kernels"),
     *("bitsandbytes", "compressed-tensors", "gptqmodel"),
 )
-VARIABLES = ("CUDA", "NVIDIA", "PYTORCH", "TORCH", "TRITON")
-"""The beginnings of the names of variables that the machine's part lists."""
+VARIABLES = ("CUDA_", "NVIDIA_TF32", "NVIDIA_VISIBLE", "PYTORCH_", "TORCH_", "TRITON_")
+"""The beginnings of the names of variables that the machine's part lists. None is a secret, as
+`NVIDIA_API_KEY` is."""
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "float32": ("qwen3", {}),
     "float32, 8-bit KV cache": ("qwen3", {"kv_bits": 8}),

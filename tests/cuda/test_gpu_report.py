@@ -120,8 +120,10 @@ def test_every_text_is_decoded_in_every_measured_iteration(judge, gpu, monkeypat
 def test_every_part_is_in_the_report(judge, tmp_path, in_this_process, monkeypatch, capsys):
     monkeypatch.setattr(judge, "PARTS", {"machine": judge.machine, "target": judge.target})
     monkeypatch.setenv("TRITON_CACHE_DIR", "cache")
+    monkeypatch.setenv("NVIDIA_API_KEY", "secret")
     path = tmp_path / "report.json"
     code = judge.main(["--device", "cpu", "--json", str(path)])
+    assert "secret" not in path.read_text()
     report = json.loads(path.read_text())
     assert [part["name"] for part in report["parts"]] == ["machine", "target"]
     assert [row["name"] for row in report["parts"][0]["tables"]["tools"]] == [
