@@ -164,8 +164,8 @@ def _run_tree(
 
 
 def _rows(module: nn.Module, x: mx.array, rows: int) -> mx.array:
-    out: mx.array = module(x[:rows])
-    return out
+    out: mx.array | list[mx.array] = module(x[:rows])  # a list of a layer with several outputs
+    return out if isinstance(out, mx.array) else mx.concatenate(out, -1)
 
 
 def _attention(

@@ -90,6 +90,14 @@ def test_attention_is_checked_whatever_the_number_of_heads_is_called(
     assert any("attention" in name for name in names) == attends
 
 
+@pytest.mark.parametrize("family", ["afm7", "gear", "gemma3n", "iquestloopcoder"])
+def test_targets_may_have_fused_products_states_and_shared_keys(families, tmp_path, family):
+    families.write(tmp_path, family)
+    backend = load(tmp_path, None, LoadConfig(dtype="bfloat16", exact=True))
+    assert backend.inexact is None
+    assert backend.target.batches
+
+
 def test_every_operation_of_the_default_target_is_exact(smollm2):
     """The sizes are the target's, with up to as many rows as a chunk of a prompt has."""
     check_operations(Target(smollm2, mx.bfloat16, None))

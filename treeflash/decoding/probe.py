@@ -109,6 +109,7 @@ def _changing_operation(backend: Backend, prefix: list[int], tree: DraftTree) ->
     branched, plain, short, prompt = sessions
     try:
         branched.extend(prefix)
+        branched.state.snapshot()  # for a fork of this length
         on_tree = branched.logits(tree)
         plain.extend(prefix[:EXACT_CHUNK])
         if rest := prefix[EXACT_CHUNK:]:
