@@ -19,6 +19,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from mlx import nn
+from mlx_lm.models.base import scaled_dot_product_attention
 from numpy.typing import NDArray
 
 from treeflash.decoding.tree import DraftTree
@@ -359,6 +360,19 @@ def attend(
     if not isinstance(mask, mx.array) or (mask.ndim > 2 and mask.shape[1] > 1):
         return NotImplemented
     return fold_group(queries, keys, values, scale, mask)
+
+
+def keep_queries(model: nn.Module) -> None:
+    """Let attention to quantised keys leave its queries as they are.
+
+    mlx-lm scales them in place, and layers of IQuest-LoopCoder attend twice with the same queries.
+    """
+
+    def call(_: bool, queries: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        return scaled_dot_product_attention(mx.array(queries), *args, **kwargs)
+
+    for module in model.modules():
+        rebind(module, {"scaled_dot_product_attention": call}, lambda: True)
 
 
 MAX_FUSED_WIDTH, FEW_ROWS = 128, 8

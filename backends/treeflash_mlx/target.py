@@ -34,7 +34,7 @@ from treeflash.errors import (
     is_out_of_memory,
 )
 from treeflash_mlx import images as vision
-from treeflash_mlx.attention import TreeHooks, TreePass
+from treeflash_mlx.attention import TreeHooks, TreePass, keep_queries
 from treeflash_mlx.cache import KVCache, Quantisation, QuantisedTreeCache, TreeCache, share_storage
 from treeflash_mlx.hybrid import RecurrentTreeCache, Solver, choose_solver, solve_by_rounds
 from treeflash_mlx.images import ImageRows, VisionTower, channel_axes, load_tower
@@ -266,6 +266,8 @@ class Target:
             # mlx-lm runs Mistral as Llama, without the sliding window of its layers.
             windows = self.layout.windows
             windows[:] = [self.config.get("sliding_window")] * len(windows)
+        if kv_bits is not None:
+            keep_queries(self.model)
         self.hooks = TreeHooks()
         self.keys_first = "recurrent_gla" in self.hooks.hook(self.model)
         self.quantisation: Quantisation | None = None

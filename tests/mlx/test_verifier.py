@@ -9,6 +9,7 @@ from recordings import recording
 from treeflash.config import METHODS, DecodeConfig, LoadConfig, SamplingConfig
 from treeflash.decoding import Request, Scheduler
 from treeflash.decoding.interfaces import Prefill, Verify
+from treeflash.decoding.probe import relative_difference
 from treeflash.decoding.sampling import SamplingParams
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
@@ -262,3 +263,19 @@ def test_an_error_of_the_model_means_one_sequence_at_a_time(families, tmp_path):
     families.write(tmp_path, "gemma2")
     backend = MlxBackend(Target(tmp_path, mx.float32, None), None, None)
     assert not runs_batches(backend)
+def test_layers_with_quantised_keys_may_attend_twice_with_the_same_queries(
+    families, tmp_path, rng, monkeypatch
+):
+    """mlx-lm scales these queries in place."""
+    monkeypatch.setitem(families.FIELDS, "head_dim", 32)
+    families.write(tmp_path, "iquestloopcoder")
+    exact, quantised = (load(tmp_path, None, LoadConfig(kv_bits=bits)) for bits in (None, 8))
+    for nodes in (1, 5):
+        tree, found = random_tree(rng, 7, nodes, 96), []
+        for backend in (exact, quantised):
+            with SequenceSession(backend) as sequence:
+                sequence.extend(list(range(20)))
+                found.append(sequence.logits(tree)[-1])
+        assert relative_difference(*found) < 0.05
+
+
