@@ -333,12 +333,18 @@ class Target:
             self.solve = choose_solver()
         if not self._runs_trees():
             raise UnsupportedModelError(refusal(self.family))
-        if (self.config.get("rope_parameters") or {}).get("llama_4_scaling_beta"):
+        if self.scales_by_column:
             # The difference shows only after thousands of tokens, which `check_trees` does not run.
             raise UnsupportedModelError(
                 f"mlx-lm scales the queries of {self.family} models by column instead of position, "
                 "which is wrong in a draft tree; use method ar"
             )
+
+    @property
+    def scales_by_column(self) -> bool:
+        """Whether mlx-lm scales queries by the columns of a pass's first sequence."""
+        parameters = self.config.get("rope_parameters") or {}
+        return bool(parameters.get("llama_4_scaling_beta"))
 
     def capture(self, layer_ids: Collection[int]) -> None:
         """Let `forward` return the outputs of these layers.
