@@ -161,12 +161,12 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "gear": {"layer_types": ["conv_mixer", "sliding_attention", "conv_mixer", "full_attention"]},
     "gemma4_text": {
         "rope_parameters": GEMMA4_ROPE,
-        "num_kv_shared_layers": 0,
+        "num_kv_shared_layers": 2,
         "enable_moe_block": True,
     },
     "gemma4": {
         "rope_parameters": GEMMA4_ROPE,
-        "num_kv_shared_layers": 0,
+        "num_kv_shared_layers": 2,
         "global_head_dim": 16,
         "enable_moe_block": True,
     },
@@ -182,6 +182,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "use_cla": True,
         "rope_scaling": {"type": "dynamic", "factor": 1.0, "alpha": 2.0},
     },
+    "iquestloopcoder": {"loop_window_size": WINDOW},
     "kimi_k3": {
         "linear_attn_config": KDA,
         "num_key_value_heads": 4,
