@@ -26,9 +26,8 @@ from treeflash_cuda.backend import CudaBackend
 from treeflash_cuda.target import Target
 
 from treeflash.decoding.probe import state_difference, tree_difference
-from treeflash.decoding.session import SequenceSession
-from treeflash.decoding.tree import DraftTree
 from treeflash.errors import TreeflashError, UnsupportedModelError
+from treeflash.testing.comparisons import text_difference
 
 WINDOW = 8
 PREFIX = 24
@@ -189,7 +188,7 @@ def attempt(name: str) -> tuple[str, str]:
             errors = (
                 tree_difference(backend, rng, PREFIX),
                 state_difference(backend, rng, PREFIX),
-                difference(backend, expected),
+                text_difference(backend, tokens(), expected),
             )
             error = float(np.max(errors))  # `max` may pass over NaN
         except UnsupportedModelError as error:
@@ -283,18 +282,6 @@ def plain_logits(model: Any) -> np.ndarray:
         names = [name for name in ("cache", "past_key_values", "cache_params") if name in before]
         step = {"position_ids": torch.tensor([[PREFIX - 1]]), names[0]: before[names[0]]}
         return model(token_ids[:, -1:], use_cache=True, **step).logits[0, -1].numpy()
-
-
-def difference(backend: CudaBackend, expected: np.ndarray) -> float:
-    """The difference from transformers' own logits by their spread, alone and in a batch."""
-    with SequenceSession(backend) as text, SequenceSession(backend) as other:
-        other.extend(tokens()[:3])
-        text.extend(tokens()[:-1])
-        last, root = DraftTree.root_only(tokens()[-1]), DraftTree.root_only(5)
-        (alone,) = text.logits(last)
-        (beside, *_) = backend.verifier.logits([(text.state, last), (other.state, root)])
-    found = np.stack([alone, beside[0]])
-    return float(np.sqrt(np.mean((found - expected) ** 2, 1)).max() / expected.std())
 
 
 if __name__ == "__main__":

@@ -32,10 +32,9 @@ from treeflash_mlx.backend import MlxBackend, runs_batches
 from treeflash_mlx.target import CacheLayout, Target, compatible_settings, load_model
 
 from treeflash.decoding.probe import state_difference, tree_difference
-from treeflash.decoding.session import SequenceSession
-from treeflash.decoding.tree import DraftTree
 from treeflash.drafters.folder import read_config
 from treeflash.errors import TreeflashError, UnsupportedModelError
+from treeflash.testing.comparisons import text_difference
 
 PREFIX = 24
 TOLERANCE = 1e-4
@@ -79,7 +78,7 @@ def attempt(name: str) -> tuple[str, str]:
             errors = (
                 tree_difference(backend, rng, PREFIX),
                 state_difference(backend, rng, PREFIX),
-                difference(backend, plain_logits(Path(folder))),
+                text_difference(backend, tokens(), plain_logits(Path(folder))),
             )
             error = float(np.max(errors))  # `max` may pass over NaN
         except UnsupportedModelError as error:
@@ -182,18 +181,6 @@ def plain_logits(folder: Path) -> np.ndarray:
         model(token_ids[:, :-1], cache=cache)
         token_ids = token_ids[:, -1:]
     return np.array(model(token_ids, cache=cache)[0, -1])
-
-
-def difference(backend: MlxBackend, expected: np.ndarray) -> float:
-    """The difference from mlx-lm's own logits by their spread, alone and in a batch."""
-    with SequenceSession(backend) as text, SequenceSession(backend) as other:
-        other.extend(tokens()[:3])
-        text.extend(tokens()[:-1])
-        last, root = DraftTree.root_only(tokens()[-1]), DraftTree.root_only(5)
-        (alone,) = text.logits(last)
-        (beside, *_) = backend.verifier.logits([(text.state, last), (other.state, root)])
-    found = np.stack([alone, beside[0]])
-    return float(np.sqrt(np.mean((found - expected) ** 2, 1)).max() / expected.std())
 
 
 def random(rng: np.random.Generator, path: str, x: mx.array) -> mx.array:

@@ -511,9 +511,7 @@ def _drafter_config(fields: Fields, stored: Tensors) -> dict[str, Any]:
             "markov_rank": int(stored["markov_w1.weight"].shape[0]),
             "enable_confidence_head": confidence is not None,
         }
-        if (
-            confidence is not None
-        ):  # it reads a hidden state, and the previous token's vector or not
+        if confidence is not None:  # it reads a hidden state, and the vector of a token or not
             own["confidence_head_with_markov"] = int(confidence.shape[0]) > layers["hidden_size"]
     factors = {x: _number(fields[name]) for x, name in FACTORS.items() if name in fields}
     if "selector_hidden.weight" in stored:

@@ -18,6 +18,7 @@ from treeflash.config import DecodeConfig, SamplingConfig
 from treeflash.decoding import Request, decode
 from treeflash.decoding.interfaces import Backend, SequenceState
 from treeflash.decoding.loop import Step
+from treeflash.decoding.probe import relative_difference
 from treeflash.decoding.sampling import position_keys, sample_tokens
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.transitions import TransitionTable
@@ -26,6 +27,22 @@ from treeflash.decoding.tree import DraftTree, build_chain, build_tree
 
 def random_tokens(rng: Generator, vocab_size: int, length: int) -> list[int]:
     return [int(token) for token in rng.integers(0, vocab_size, length)]
+
+
+def text_difference(
+    backend: Backend, token_ids: Sequence[int], expected: NDArray[np.float32]
+) -> float:
+    """Measure how much a text's last (vocab,) logits differ from expected ones.
+
+    It is the larger difference of the text alone and beside another one, NaN if either is.
+    """
+    with SequenceSession(backend) as text, SequenceSession(backend) as other:
+        other.extend(list(token_ids[:3]))
+        text.extend(list(token_ids[:-1]))
+        last = DraftTree.root_only(token_ids[-1])
+        (alone,) = text.logits(last)
+        (beside, _) = backend.verifier.logits([(text.state, last), (other.state, last)])
+    return float(np.max([relative_difference(x, expected) for x in (alone, beside[0])]))
 
 
 def random_tree(rng: Generator, root: int, nodes: int, vocab_size: int) -> DraftTree:

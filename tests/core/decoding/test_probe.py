@@ -241,7 +241,7 @@ class InexactPaths(Exact):
 
 
 class InexactPrompts(Exact):
-    """As if keys of prompts were rounded otherwise than those of sampled tokens."""
+    """As if prompts and sampled tokens had keys that are rounded in different ways."""
 
     def run(self, work):
         found = super().run(work)
