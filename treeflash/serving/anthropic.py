@@ -19,6 +19,7 @@ from treeflash.serving.schemas import (
     CallMode,
     Function,
     FunctionName,
+    Items,
     NamedFunction,
     Schema,
     StopString,
@@ -93,7 +94,7 @@ class ToolUseBlock(Cacheable):
 class ToolResultBlock(Cacheable):
     type: Literal["tool_result"]
     tool_use_id: str
-    content: str | list[Annotated[TextBlock | ImageBlock, Field(discriminator="type")]] | None = (
+    content: str | Items[Annotated[TextBlock | ImageBlock, Field(discriminator="type")]] | None = (
         None
     )
     is_error: bool | None = None
@@ -120,7 +121,7 @@ ContentBlock = Annotated[
 
 class AnthropicMessage(Schema):
     role: Literal["system", "user", "assistant"]
-    content: str | list[ContentBlock]
+    content: str | Items[ContentBlock]
 
     def templates(self) -> list[dict[str, Any]]:
         """Convert to messages of chat templates; each tool result becomes its own message."""
@@ -213,7 +214,7 @@ class ClearThinking(Schema):
 
 
 class ContextManagement(Schema):
-    edits: list[ClearThinking] | None = None
+    edits: Items[ClearThinking] | None = None
 
 
 class Metadata(Schema):
@@ -226,9 +227,9 @@ class CountTokensRequest(Schema):
     """The fields of a request that make its prompt."""
 
     model: str | None = None
-    messages: list[AnthropicMessage] = Field(min_length=1)
-    system: str | list[TextBlock] | None = None
-    tools: list[AnthropicTool] | None = Field(None, max_length=MAX_TOOLS)
+    messages: Items[AnthropicMessage] = Field(min_length=1)
+    system: str | Items[TextBlock] | None = None
+    tools: Items[AnthropicTool] | None = Field(None, max_length=MAX_TOOLS)
     tool_choice: AnthropicToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
@@ -300,7 +301,7 @@ class MessagesRequest(CountTokensRequest):
         return options
 
 
-def _join(text: str | list[TextBlock]) -> str:
+def _join(text: str | Items[TextBlock]) -> str:
     return text if isinstance(text, str) else "\n\n".join(block.text for block in text)
 
 

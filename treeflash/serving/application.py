@@ -32,7 +32,16 @@ from treeflash.serving.authentication import add_guard
 from treeflash.serving.engine import Engine
 from treeflash.serving.errors import APIError, api_error, bad_request
 from treeflash.serving.metrics import Metrics
-from treeflash.serving.schemas import Message, Schema, TokenId, Tool, allowed_tools
+from treeflash.serving.schemas import (
+    MAX_TOOLS,
+    Items,
+    LongList,
+    Message,
+    Schema,
+    TokenId,
+    Tool,
+    allowed_tools,
+)
 from treeflash.serving.service import Conversation, Service
 from treeflash.serving.settings import Settings
 from treeflash.text.options import Options
@@ -61,8 +70,8 @@ class TokenizeRequest(Schema):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[Message] | None = Field(None, min_length=1)
-    tools: list[Tool] | None = None
+    messages: Items[Message] | None = Field(None, min_length=1)
+    tools: Items[Tool] | None = Field(None, max_length=MAX_TOOLS)
     chat_template_kwargs: dict[str, Any] | None = None
 
 
@@ -70,7 +79,7 @@ class DetokenizeRequest(Schema):
     """The body of a request to `/detokenize`: token ids."""
 
     model: str | None = None
-    tokens: list[TokenId]
+    tokens: LongList[TokenId]
 
 
 def add_routes(app: FastAPI, service: Service) -> None:
@@ -224,7 +233,8 @@ def _path_within(value: Any, location: Sequence[str | int]) -> list[str]:
         return []
     part, *others = location
     path = _path_within(value, others)  # if the part is a type
-    is_index = isinstance(value, list) and part in range(len(value))
+    # A range compares a text with each of its numbers.
+    is_index = isinstance(value, list) and isinstance(part, int) and part in range(len(value))
     if is_index or (isinstance(value, dict) and part in value):
         path = max(path, [str(part), *_path_within(value[part], others)], key=len)
     return path

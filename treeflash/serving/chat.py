@@ -17,7 +17,10 @@ from treeflash.serving.schemas import (
     MAX_TOOLS,
     CallMode,
     DecodingSchema,
+    Items,
+    LongList,
     Message,
+    Metadata,
     NamedToolChoice,
     ReasoningEffort,
     ResponseFormat,
@@ -38,7 +41,7 @@ from treeflash.text.tokenizer import Tokenizer
 
 
 class ChatRequest(DecodingSchema):
-    messages: list[Message] = Field(min_length=1)
+    messages: Items[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOG_PROBS)
@@ -46,14 +49,14 @@ class ChatRequest(DecodingSchema):
     reasoning_effort: ReasoningEffort | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
-    tools: list[Tool] | None = Field(None, max_length=MAX_TOOLS)
+    tools: Items[Tool] | None = Field(None, max_length=MAX_TOOLS)
     tool_choice: CallMode | NamedToolChoice | None = None
     parallel_tool_calls: bool | None = None
     continue_final_message: bool | None = None
     add_generation_prompt: bool | None = None
     # These fields of OpenAI's change nothing here.
-    metadata: dict[str, str] | None = None
-    modalities: list[Literal["text"]] | None = None
+    metadata: Metadata | None = None
+    modalities: LongList[Literal["text"]] | None = None
     prediction: dict[str, Any] | None = None
     prompt_cache_key: str | None = None
     safety_identifier: str | None = None

@@ -11,13 +11,16 @@ from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Response
 from fastapi import Request as HTTPRequest
-from pydantic import Field
+from pydantic import Field, field_validator
+from pydantic_core import PydanticCustomError
 
 from treeflash.serving.engine import AnswerUpdate, Completion, Usage
 from treeflash.serving.errors import bad_request
 from treeflash.serving.schemas import (
+    MAX_ITEMS,
     MAX_LOG_PROBS,
     DecodingSchema,
+    LongList,
     ResponseFormat,
     StructuredOutputs,
     TokenId,
@@ -30,7 +33,7 @@ from treeflash.text.options import Options
 from treeflash.text.prompt import EncodedPrompt
 from treeflash.text.stream import Assembler, Chunk
 
-TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+TokenIds = Annotated[LongList[TokenId], Field(min_length=1)]
 
 
 class CompletionRequest(DecodingSchema):
@@ -43,8 +46,8 @@ class CompletionRequest(DecodingSchema):
     prompt: (
         str
         | TokenIds
-        | Annotated[list[str], Field(min_length=1)]
-        | Annotated[list[TokenIds], Field(min_length=1)]
+        | Annotated[LongList[str], Field(min_length=1)]
+        | Annotated[LongList[TokenIds], Field(min_length=1)]
     )
     max_tokens: int | None = Field(None, ge=0)
     logprobs: int | None = Field(None, ge=0, le=MAX_LOG_PROBS)
@@ -52,6 +55,14 @@ class CompletionRequest(DecodingSchema):
     best_of: Literal[1] | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _limit_prompts(cls, prompt: Any) -> Any:
+        """Count the prompts before each of the types is tried."""
+        if isinstance(prompt, list) and len(prompt) > MAX_ITEMS and not isinstance(prompt[0], int):
+            raise PydanticCustomError("too_long", "a list has at most {n} items", {"n": MAX_ITEMS})
+        return prompt
 
     def options(self) -> Options:
         options = super().options()
@@ -74,9 +85,11 @@ def add_routes(app: FastAPI, service: Service) -> None:
     @app.post("/v1/completions")
     async def completions(request: CompletionRequest, http: HTTPRequest) -> Response:
         service.check_model(request.model)
+        given, answers = request.prompts(), request.n or 1
+        service.check_answers(len(given), answers)  # before each is encoded
         prompts = [
             await service.encode(prompt) if isinstance(prompt, str) else EncodedPrompt(prompt)
-            for prompt in request.prompts()
+            for prompt in given
         ]
         grammar = answer_grammar(request.response_format, request.structured_outputs)
         constraint = None
@@ -88,7 +101,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
             request.options(),
             prompts,
             constraint,
-            answers=request.n or 1,
+            answers=answers,
             scores_prompt=scores_prompt,
         )
         answer = CompletionFormatter(service, request, completion)

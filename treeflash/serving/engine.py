@@ -235,15 +235,23 @@ class Engine:
         fitting = bisect_right(counts, limit, key=lambda x: scheduler.state_bytes(with_tokens(x)))
         return with_tokens(max(fitting, 1))
 
-    def _reserve(self, completion: Completion) -> None:
-        """Take places in the queue; raises an APIError if there are not enough."""
-        limit, new = self.settings.max_parallel + self.settings.max_queue, len(completion.answers)
-        if new > limit:
+    @property
+    def _places(self) -> int:
+        return self.settings.max_parallel + self.settings.max_queue
+
+    def check_count(self, answers: int) -> None:
+        """Raise an APIError if one request asks for more answers than can ever run and wait."""
+        if answers > self._places:
             raise bad_request(
-                f"the request asks for {new} answers, and this server takes {limit} at once; send "
-                "fewer prompts, or a smaller n",
+                f"the request asks for {answers} answers, and this server takes {self._places} at "
+                "once; send fewer prompts, or a smaller n",
                 "prompt",
             )
+
+    def _reserve(self, completion: Completion) -> None:
+        """Take places in the queue; raises an APIError if there are not enough."""
+        limit, new = self._places, len(completion.answers)
+        self.check_count(new)
         with self._lock:
             total = sum(self._backlog.values())
             if total + new > limit:

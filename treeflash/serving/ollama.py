@@ -28,6 +28,8 @@ from treeflash.serving.schemas import (
     ANY_OBJECT,
     MAX_TOOLS,
     FunctionName,
+    Items,
+    LongList,
     Schema,
     StopString,
     Temperature,
@@ -155,15 +157,15 @@ class OllamaMessage(Schema):
     role: Literal["system", "user", "assistant", "tool"]
     content: str = ""
     thinking: str | None = None
-    tool_calls: list[OllamaCall] | None = None
+    tool_calls: Items[OllamaCall] | None = None
     tool_name: str | None = None
     tool_call_id: str | None = None
-    images: list[str] | None = None  # in base64
+    images: LongList[str] | None = None  # in base64
 
 
 class ChatRequest(OllamaRequest):
-    messages: list[OllamaMessage] = Field(default_factory=list)
-    tools: list[Tool] | None = Field(None, max_length=MAX_TOOLS)
+    messages: Items[OllamaMessage] = Field(default_factory=list)
+    tools: Items[Tool] | None = Field(None, max_length=MAX_TOOLS)
 
     def conversation(self, service: Service) -> Conversation:
         """Build the conversation; an APIError if its last message leaves nothing to answer."""
@@ -182,7 +184,7 @@ class GenerateRequest(OllamaRequest):
     prompt: str = ""
     system: str | None = None
     raw: bool | None = None
-    images: list[str] | None = None  # in base64
+    images: LongList[str] | None = None  # in base64
 
     def conversation(self, service: Service) -> Conversation:
         """Build a conversation of a system message, if there is one, and the prompt."""

@@ -23,7 +23,10 @@ from treeflash.serving.schemas import (
     Function,
     FunctionName,
     FunctionTyped,
+    Items,
     JSONSchemaFormat,
+    LongList,
+    Metadata,
     NamedFunction,
     NamedSchema,
     PlainFormat,
@@ -75,7 +78,7 @@ class InputImage(Schema):
         return embedded_image(self.image_url, "image_url")
 
 
-ItemContent = str | list[Annotated[ContentPart | InputImage, Field(discriminator="type")]]
+ItemContent = str | Items[Annotated[ContentPart | InputImage, Field(discriminator="type")]]
 
 
 class InputItem(Schema):
@@ -109,8 +112,8 @@ class ReasoningItem(InputItem):
     """The model's reasoning before the next item."""
 
     type: Literal["reasoning"]
-    summary: list[ContentPart] = Field(default_factory=list)
-    content: list[ContentPart] | None = None
+    summary: Items[ContentPart] = Field(default_factory=list)
+    content: Items[ContentPart] | None = None
 
 
 Item = MessageItem | CallItem | CallOutputItem | ReasoningItem
@@ -126,7 +129,7 @@ class Namespace(Schema):
     type: Literal["namespace"]
     name: FunctionName
     description: str | None = None
-    tools: list[ResponseFunction]
+    tools: Items[ResponseFunction]
 
 
 class WebSearch(Schema):
@@ -135,7 +138,7 @@ class WebSearch(Schema):
     type: Literal["web_search"]
     external_web_access: bool | None = None
     filters: dict[str, Any] | None = None
-    search_content_types: list[str] | None = None
+    search_content_types: LongList[str] | None = None
     search_context_size: Literal["low", "medium", "high"] | None = None
     user_location: dict[str, Any] | None = None
 
@@ -176,12 +179,12 @@ class ResponsesRequest(Schema):
     """
 
     model: str | None = None
-    input: str | Annotated[list[Item], Field(min_length=1)]
+    input: str | Annotated[Items[Item], Field(min_length=1)]
     instructions: str | None = None
     max_output_tokens: int | None = Field(None, ge=1)
     temperature: Temperature | None = None
     top_p: TopP | None = None
-    tools: list[ResponseTool] | None = Field(None, max_length=MAX_TOOLS)
+    tools: Items[ResponseTool] | None = Field(None, max_length=MAX_TOOLS)
     tool_choice: CallMode | ResponseToolChoice | None = None
     parallel_tool_calls: bool | None = None
     text: TextSettings | None = None
@@ -189,15 +192,15 @@ class ResponsesRequest(Schema):
     stream: bool | None = None
     stream_options: ResponseStreamOptions | None = None
     store: Literal[False] | None = None
-    include: list[Literal["reasoning.encrypted_content"]] | None = None
+    include: LongList[Literal["reasoning.encrypted_content"]] | None = None
     truncation: Literal["disabled"] | None = None
     service_tier: Literal["auto", "default"] | None = None
     background: Literal[False] | None = None
     prompt_cache_key: str | None = None
     safety_identifier: str | None = None
     user: str | None = None
-    metadata: dict[str, str] | None = None
-    client_metadata: dict[str, str] | None = None
+    metadata: Metadata | None = None
+    client_metadata: Metadata | None = None
 
     def options(self) -> Options:
         """Return the decoding options."""

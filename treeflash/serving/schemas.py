@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import cache, reduce
+from itertools import islice
 from operator import or_
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, cast
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, create_model, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    create_model,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from treeflash.option import Option
 from treeflash.serving.errors import bad_request
@@ -20,6 +33,10 @@ from treeflash.text.prompt import content_of, image_part, text_part
 
 MAX_LOG_PROBS = 20
 MAX_TOOLS = 256
+MAX_ITEMS = 16_384
+"""Most objects in a list: a body is checked in the event loop, while all streams wait."""
+MAX_FAULTS = 100
+"""Most invalid entries of an object that are described: it has room for a million."""
 
 
 def limits(name: str) -> Any:
@@ -29,6 +46,26 @@ def limits(name: str) -> Any:
     return Field(ge=least, gt=option.above, le=most)
 
 
+T = TypeVar("T")
+V = TypeVar("V")
+LongList = Annotated[list[T], Field(fail_fast=True)]
+"""A list that is checked up to its first fault."""
+Items = Annotated[list[T], Field(fail_fast=True, max_length=MAX_ITEMS)]
+"""A list of objects, which take longer to check than numbers and texts."""
+
+
+def _few_faults(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+    try:
+        return check(value)
+    except ValidationError as error:
+        if (count := error.error_count()) <= MAX_FAULTS:
+            raise
+    raise PydanticCustomError("faults", "{count} entries are invalid", {"count": count})
+
+
+Entries = Annotated[dict[T, V], WrapValidator(_few_faults)]
+"""An object with any names."""
+Metadata = Annotated[Entries[str, str], Field(max_length=MAX_ITEMS)]
 TokenId = Annotated[int, Field(ge=0, strict=False)]
 Temperature = Annotated[FiniteFloat, limits("temperature")]
 TopP = Annotated[FiniteFloat, limits("top_p")]
@@ -36,7 +73,7 @@ TopK = Annotated[int, limits("top_k")]
 StopString = Annotated[str, Field(min_length=1, max_length=1000)]
 REQUEST_OPTIONS = {name for name, one in OPTIONS.items() if one.requests}
 REQUEST_TYPES = {
-    "logit_bias": dict[TokenId, Annotated[float, limits("logit_bias")]],
+    "logit_bias": Entries[TokenId, Annotated[float, limits("logit_bias")]],
     "stop": StopString | Annotated[list[StopString], Field(max_length=16)],
 }
 """The types of options in requests that do not follow from the options' own types."""
@@ -66,10 +103,17 @@ class Schema(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _leave_out_unset(cls, fields: Any) -> Any:
-        if not isinstance(fields, dict):
+        known = cls._names()
+        if not isinstance(fields, dict) or fields.keys() <= known:
             return fields
-        known = {field.alias or name for name, field in cls.model_fields.items()}
-        return {name: x for name, x in fields.items() if name in known or x not in cls.unset}
+        unknown = (x for x, value in fields.items() if x not in known and value not in cls.unset)
+        kept = known | set(islice(unknown, 1))  # an error names one field
+        return {name: x for name, x in fields.items() if name in kept}
+
+    @classmethod
+    @cache
+    def _names(cls) -> frozenset[str]:
+        return frozenset(field.alias or name for name, field in cls.model_fields.items())
 
 
 class StreamOptions(Schema):
@@ -197,7 +241,7 @@ def allowed_tools(
         {"type": "function", "function": x.model_dump(exclude={"type"}, exclude_none=True)}
         for x in functions
     ]
-    if repeated := next((name for name in names if names.count(name) > 1), None):
+    if repeated := next((name for name, count in Counter(names).items() if count > 1), None):
         raise bad_request(f"two tools have the same name {repeated!r}; rename one", "tools")
     several = parallel is not False
     if choice is None or choice == "auto":
@@ -277,9 +321,9 @@ class MessageToolCall(Schema):
 
 class Message(Schema):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[Annotated[TextPart | ImagePart, Field(discriminator="type")]] | None = None
+    content: str | Items[Annotated[TextPart | ImagePart, Field(discriminator="type")]] | None = None
     reasoning_content: str | None = None
-    tool_calls: list[MessageToolCall] | None = None
+    tool_calls: Items[MessageToolCall] | None = None
     tool_call_id: str | None = None
     name: str | None = None  # the name of a participant, for chat templates that show it
     type: Literal["text"] | None = None  # sent by lm-eval
@@ -393,7 +437,7 @@ class StructuredOutputs(Schema):
 
     json_schema: dict[str, Any] | None = Field(None, alias="json")
     regex: str | None = None
-    choice: list[Annotated[str, Field(min_length=1)]] | None = Field(None, min_length=1)
+    choice: LongList[Annotated[str, Field(min_length=1)]] | None = Field(None, min_length=1)
     grammar: str | None = None
     json_object: Literal[True] | None = None
 

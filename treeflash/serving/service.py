@@ -95,6 +95,13 @@ class Service:
         check_unicode(text)
         return EncodedPrompt(await asyncio.to_thread(self.tokenizer.encode, text))
 
+    def check_answers(self, prompts: int, answers: int) -> None:
+        """Raise an APIError for too many answers to each prompt, or to all of them."""
+        if answers > self.settings.max_choices:
+            limit = f"this server gives at most {self.settings.max_choices} answers to a request"
+            raise bad_request(f"n is {answers}, and {limit}", "n")
+        self.engine.check_count(prompts * answers)
+
     def start(
         self,
         http: HTTPRequest,
@@ -110,9 +117,7 @@ class Service:
         `constraint` makes one for each answer; see `Request` for `scores_prompt`. Raises an
         APIError for too many answers, and the errors of `Engine.submit`.
         """
-        if answers > self.settings.max_choices:
-            limit = f"this server gives at most {self.settings.max_choices} answers to a request"
-            raise bad_request(f"n is {answers}, and {limit}", "n")
+        self.check_answers(len(prompts), answers)
         options: Options = {"max_tokens": MAX_TOKENS, **self.defaults, **asked}
         text = self.engine.model.configure(options)
         config = text.decode
