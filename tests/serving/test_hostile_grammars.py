@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import logging
 import subprocess
@@ -10,6 +11,7 @@ import threading
 from dataclasses import replace
 from types import SimpleNamespace
 
+import httpx
 import numpy as np
 import pytest
 from servers import PATIENCE, check_error, serving, wait_until
@@ -266,7 +268,7 @@ def test_no_process_can_be_started(model, monkeypatch):
     fresh = replace(model)  # which has no process yet
     service = Service(SimpleNamespace(model=fresh), Settings(), {}, ("model",))
     with pytest.raises(APIError, match="cannot compile grammars now") as caught:
-        service.compile(ACCEPTED["tree"], "response_format")
+        asyncio.run(service.compile(ACCEPTED["tree"], "response_format"))
     assert caught.value.status == 503
 
 
@@ -387,6 +389,40 @@ def test_requests(hardened, request_, param):
         check_error(response, 400, "invalid grammar: ")
         assert response.json()["error"]["param"] == param
     assert hardened.chat(max_tokens=2).status_code == 200
+
+
+def test_grammars_that_wait_leave_threads_for_prompts(hardened, monkeypatch):
+    release, asked, check_model = threading.Event(), [], Service.check_model
+
+    def check(self, name):
+        asked.append(name)
+        check_model(self, name)
+
+    def compile(self, grammar):
+        release.wait(2 * PATIENCE)
+        raise GrammarError("it takes too much")
+
+    monkeypatch.setattr(Service, "check_model", check)
+    monkeypatch.setattr(GrammarCompiler, "compile", compile)
+    path, body = text(structured_outputs={"regex": "a"})
+    many = 40  # more than `asyncio.to_thread` has threads
+    refused = []
+    with httpx.Client(base_url=hardened.url, limits=httpx.Limits(), timeout=PATIENCE) as client:
+        threads = [
+            threading.Thread(target=lambda: refused.append(client.post(path, json=body)))
+            for _ in range(many)
+        ]
+        try:
+            for thread in threads:
+                thread.start()
+            wait_until(lambda: len(asked) == many)
+            tokens = hardened.client.post("/tokenize", json={"prompt": "Hi"})
+        finally:
+            release.set()
+            for thread in threads:
+                thread.join()
+    assert tokens.status_code == 200
+    assert [response.status_code for response in refused] == [400] * many
 
 
 def test_others_go_on(hardened):

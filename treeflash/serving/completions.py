@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -94,7 +93,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
         grammar = answer_grammar(request.response_format, request.structured_outputs)
         constraint = None
         if grammar is not None:
-            constraint = await asyncio.to_thread(service.compile, *grammar)
+            constraint = await service.compile(*grammar)
         scores_prompt = bool(request.echo) and request.logprobs is not None
         completion = service.start(
             http,

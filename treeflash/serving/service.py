@@ -47,6 +47,9 @@ class Service:
     # Requests decode and process their images in these places, each in a thread, while answers go
     # on.
     image_places: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2))
+    # Grammars are compiled one at a time: requests that waited for that in threads would leave none
+    # for the prompts of others.
+    grammar_place: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -57,13 +60,14 @@ class Service:
         """The form in which the model writes reasoning and tool calls, if it is known."""
         return ResponseTemplate.find(self.engine.model, self.settings.tool_call_parser)
 
-    def compile(self, grammar: Grammar, param: str) -> Callable[[], Constraint]:
+    async def compile(self, grammar: Grammar, param: str) -> Callable[[], Constraint]:
         """Compile a grammar that a field of the request asks for; see `GrammarCompiler.compile`.
 
         Raises an APIError if the grammar is invalid, unsupported, or takes too much to compile.
         """
         try:
-            return self.engine.model.grammars.compile(grammar)
+            async with self.grammar_place:
+                return await asyncio.to_thread(self.engine.model.grammars.compile, grammar)
         except GrammarError as error:
             raise bad_request(str(error), param, "invalid_grammar") from error
         except OSError as error:
@@ -200,7 +204,8 @@ class Conversation:
             prompt = await asyncio.to_thread(service.tokenizer.verbatim.decode, end)
             tools, calls_only = self.tools.functions, self.tools.must_call
             form = MessageForm(service.response_template, prompt, tools, calls_only=calls_only)
-        constraint = await asyncio.to_thread(self._constraint, service, form)
+        grammar = await asyncio.to_thread(self._enforced_grammar, service, form)
+        constraint = None if grammar is None else await service.compile(*grammar)
         if self.thinking_budget is not None and form is not None:
             constraint = self._limit_thinking(self.thinking_budget, service, form, constraint)
         completion = service.start(http, asked, [encoded], constraint, answers=answers)
@@ -226,10 +231,10 @@ class Conversation:
 
         return make
 
-    def _constraint(
+    def _enforced_grammar(
         self, service: Service, form: MessageForm | None
-    ) -> Callable[[], Constraint] | None:
-        """Compile the grammar of the content or of the calls, if either is enforced.
+    ) -> tuple[Grammar, str] | None:
+        """Return the grammar of the content or of the calls, if either is enforced, and its field.
 
         A message of calls has no content: a grammar of the content leaves the calls free.
         """
@@ -248,7 +253,7 @@ class Conversation:
                 grammar = grammar.either(calls)
         if form is not None and (form.in_reasoning or self._may_think(service)):
             grammar = form.template.prepend_reasoning(grammar, begun=form.in_reasoning)
-        return service.compile(grammar, param)
+        return grammar, param
 
     def _may_think(self, service: Service) -> bool:
         """Return whether the model may begin to reason: thinking is on, or is never off."""
