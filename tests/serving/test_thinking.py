@@ -72,6 +72,14 @@ def forced(model, constraint):
     return model.tokenizer.decode(ids)
 
 
+def test_spaces_before_the_reasoning_take_no_memory(model, limited):
+    constraint = limited(5, OPEN)
+    say(model, constraint, " " * 1000)
+    assert sum(len(state.tail) for state in constraint._states) == 0
+    say(model, constraint, f"{OPEN}12345")
+    assert forced(model, constraint) == CLOSE
+
+
 @pytest.mark.parametrize(
     ("opening", "text", "following"),
     [

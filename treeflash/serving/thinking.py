@@ -25,7 +25,7 @@ class _State:
     """What is known of a message after some tokens.
 
     Attributes:
-        tail: the bytes since the beginning of the message, or the latest ones of its reasoning.
+        tail: the first bytes of the message, or the latest ones of its reasoning.
         tokens: number of tokens of the reasoning so far.
         end: ids of the end of the reasoning that must still follow.
     """
@@ -93,10 +93,10 @@ class ThinkingBudget:
             return state
         tail = state.tail + self._tokenizer.token_bytes(token)
         if state.phase == "before":
-            text = tail.lstrip()
-            if text.startswith(self._opening):
+            tail = tail.lstrip()  # else a state of many spaces would keep all of them
+            if tail.startswith(self._opening):
                 return _State("reasoning")
-            return _State("before" if self._opening.startswith(text) else "after", tail)
+            return _State("before", tail) if self._opening.startswith(tail) else _State("after")
         if self._close in tail:
             return _State("after")
         end = state.end[1:] if state.end[:1] == (token,) else ()

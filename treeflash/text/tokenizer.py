@@ -466,7 +466,8 @@ class TextStream:
 
     def _stop_overlap(self) -> int:
         """Return the length of the longest suffix of the held text that begins a stop string."""
-        beginnings = (stop[:length] for stop in self._stop for length in range(1, len(stop)))
+        longest = len(self._held)
+        beginnings = (x[:n] for x in self._stop for n in range(1, min(len(x), longest + 1)))
         return max((len(text) for text in beginnings if self._held.endswith(text)), default=0)
 
     def _shrink_window(self, window_text: str) -> None:

@@ -57,6 +57,19 @@ def test_spaces_before_punctuation_stay(plain: Tokenizer):
     assert plain.decode(plain.encode("a , b . n't")) == "a , b . n't"
 
 
+def test_long_stop_strings_are_not_compared_with_what_is_longer_than_the_text(plain: Tokenizer):
+    class Stop(str):
+        cuts = 0
+
+        def __getitem__(self, key):
+            Stop.cuts += 1
+            return str.__getitem__(self, key)
+
+    stream = TextStream(plain, [Stop("b" * 1000)])
+    assert stream.push(plain.encode("abab")) == "aba"
+    assert Stop.cuts < 20
+
+
 def test_chat_needs_a_template(plain: Tokenizer):
     assert not plain.has_chat_template
     with pytest.raises(PromptError, match="use raw for plain text"):
