@@ -212,4 +212,4 @@ def touch(path: Path, stop: int) -> None:
     """
     now = time.time_ns() - NS_PER_POSITION * stop
     with suppress(OSError):
-        os.utime(path, ns=(now, now))
+        os.utime(path, ns=(now, now), follow_symlinks=os.utime not in os.supports_follow_symlinks)

@@ -223,3 +223,13 @@ def test_many_small_files_cost_one_line_together(pair, stored, tmp_path, caplog,
     (line,) = caplog.messages
     assert f"{count} files are not states; removing them" in line
     assert len(list(folder.iterdir())) < 100
+
+
+def test_a_link_does_not_let_the_time_of_another_file_be_changed(tmp_path):
+    """Who may write to the folder could replace a state by a link to another file of its owner."""
+    other, link = tmp_path / "other", tmp_path / "link"
+    other.write_text("precious")
+    link.symlink_to(other)
+    before = other.stat().st_mtime_ns
+    state_files.touch(link, 10**9)
+    assert other.stat().st_mtime_ns == before
