@@ -11,10 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import httpx
-import uvicorn
 
 from treeflash.language_model import LanguageModel
-from treeflash.serving.application import Server, application, bind
+from treeflash.serving.application import Server, application, bind, configuration
 from treeflash.serving.engine import Engine
 from treeflash.serving.metrics import Metrics
 from treeflash.serving.service import Service
@@ -155,7 +154,7 @@ def serving(
     service = Service(engine, engine.settings, defaults or {}, (NAME,))
     listening = bind("127.0.0.1", 0)
     url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-    server = Server(uvicorn.Config(application(service), log_config=None, lifespan="off"), engine)
+    server = Server(configuration(application(service)), engine)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([listening])))
     thread.start()
     try:

@@ -29,6 +29,7 @@ from treeflash.errors import ConfigError, TreeflashError
 from treeflash.language_model import LanguageModel
 from treeflash.serving import anthropic, chat, completions, ollama, page, responses
 from treeflash.serving.authentication import add_guard
+from treeflash.serving.connections import Protocol, allow_many_files
 from treeflash.serving.engine import Engine
 from treeflash.serving.errors import APIError, api_error, bad_request
 from treeflash.serving.metrics import Metrics
@@ -264,6 +265,19 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
 
+def configuration(app: FastAPI, *, log_level: str | None = None) -> uvicorn.Config:
+    """Return how uvicorn serves the application."""
+    return uvicorn.Config(
+        app,
+        http=Protocol,
+        ws="none",
+        log_level=log_level,
+        log_config=None,
+        lifespan="off",
+        timeout_graceful_shutdown=READING_SECONDS,
+    )
+
+
 def serve(
     load: Callable[[], LanguageModel],
     settings: Settings,
@@ -282,6 +296,7 @@ def serve(
     """
     listening = bind(host, port)
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s: %(message)s")
+    allow_many_files()
     engine = Engine(load, settings, Metrics())
     with listening:
         _load(engine)
@@ -291,13 +306,7 @@ def serve(
             app = application(service)
             host, port = listening.getsockname()[:2]
             shown = f"[{host}]" if ":" in host else host
-            config = uvicorn.Config(
-                app,
-                log_level=log_level,
-                log_config=None,
-                lifespan="off",
-                timeout_graceful_shutdown=READING_SECONDS,
-            )
+            config = configuration(app, log_level=log_level)
             logger.info("serving %s on http://%s:%d", names[0], shown, port)
             asyncio.run(Server(config, engine).serve([listening]))
         finally:
