@@ -185,7 +185,7 @@ def convert_gguf(path: Path, folder: Path, progress: Progress = lambda done, tot
     try:
         convert = _drafter if kind == DRAFTER else _target
         model = convert(str(kind), fields, stored)
-    except (LookupError, TypeError, ValueError) as error:
+    except (LookupError, TypeError, ValueError, ArithmeticError) as error:
         raise CheckpointError(f"{path.name}: missing or unsupported GGUF entry: {error}") from error
     for name, document in model.documents.items():
         (folder / name).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
@@ -194,7 +194,7 @@ def convert_gguf(path: Path, folder: Path, progress: Progress = lambda done, tot
     entries = {name: _entry(name, tensor) for name, tensor in model.tensors.items()}
     try:
         write_stored(folder / "model.safetensors", entries, _weights(model, progress))
-    except NotImplementedError as error:  # a type of weights
+    except (NotImplementedError, ValueError, ArithmeticError) as error:  # types, sizes
         raise CheckpointError(f"{path.name} cannot be converted: {error}") from error
 
 

@@ -28,6 +28,9 @@ def message(text: str) -> str:
     return f"^{re.escape(text)}$"
 
 
+DEEP = b"[" * 100_000 + b"]" * 100_000
+
+
 class TestConfig:
     def test_no_config(self, tmp_path: Path) -> None:
         expected = f"{tmp_path} has no config.json; it is not a model folder"
@@ -39,7 +42,7 @@ class TestConfig:
         with pytest.raises(CheckpointError, match=r"config\.json cannot be read as JSON: "):
             read_config(tmp_path)
 
-    @pytest.mark.parametrize("content", [b"{", b"", b"\xff\xfe{}"])
+    @pytest.mark.parametrize("content", [b"{", b"", b"\xff\xfe{}", DEEP, b"9" * 5000])
     def test_no_json(self, tmp_path: Path, content: bytes) -> None:
         (tmp_path / "config.json").write_bytes(content)
         with pytest.raises(CheckpointError, match=r"config\.json cannot be read as JSON: "):

@@ -260,6 +260,18 @@ def test_what_a_folder_could_not_say_is_refused(tmp_path: Path, entry: str, part
     assert str(caught.value) == f"tiny.gguf: missing or unsupported GGUF entry: {entry}"
 
 
+@pytest.mark.parametrize("setting", ["head_count", "head_count_kv"])
+@pytest.mark.parametrize("value", [0, 3, 2**32 - 1])
+def test_settings_that_do_not_fit_the_weights_are_refused(tmp_path: Path, setting: str, value: int):
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path)
+    contents, key = path.read_bytes(), f"llama.attention.{setting}".encode()
+    place = contents.index(key + gguf.GGUFValueType.UINT32.to_bytes(4, "little")) + len(key) + 4
+    path.write_bytes(contents[:place] + value.to_bytes(4, "little") + contents[place + 4 :])
+    with pytest.raises(CheckpointError, match=r"^tiny\.gguf"):
+        convert_gguf(path, tmp_path)
+
+
 def test_weights_of_an_unknown_type_are_refused(tmp_path: Path):
     write_gguf(tmp_path / "tiny.gguf")
     unknown = NotImplementedError("Dequantization for Q1_0 is not yet implemented")
