@@ -23,8 +23,9 @@ node, because ancestors come before it, in the order of their positions.
 The rule, on a CPU:
 
 - A linear layer never runs with a single row where oneDNN has another kernel for it: a pass of one
-  token has equal rows of it (`ExactContext.repeat`), and other products are padded
-  (`pad_products`). FBGEMM, which multiplies float16, has the same kernel for one row.
+  token has equal rows of it (`ExactContext.repeat`), and other products are padded. FBGEMM, which
+  multiplies float16, has the same kernel for one row. Products of more rows than have the same
+  bits are split: on Intel's processors with AMX those have at most 32 (`bound_products`).
 - Attention sums over groups of `GROUP` positions, which begin at multiples of `GROUP`, one group
   after the other, in float32 (`ExactContext`). Within a group the kernel of a batched product adds
   one key after the other in the order of the columns, up to `MAX_KEYS` of them.
@@ -35,7 +36,7 @@ The rule, on a CPU:
 
 Everything else computes each row separately. On a GPU the Triton kernels keep the rule, with one
 more kernel for products (`use_kernel_for_products`). The underlying libraries guarantee none of
-this, so `check_products`, `check_activations`, `check_attention` and
+this, so `bound_products`, `check_products`, `check_activations`, `check_attention` and
 `treeflash.decoding.probe.check_exact` test it on each machine at load.
 
 The attention of a pass is prepared once and used in every layer. `Rows` are consecutive tokens of a
@@ -81,6 +82,9 @@ MIN_COLUMNS = 16
 """Least keys of a product: fewer keys take other kernels."""
 ROWS = 8
 """Queries are padded to a multiple of it, as the edges of products are summed in another order."""
+WIDE = 192
+WIDE_ROWS = 16
+"""Least queries of heads that are as wide as `WIDE`: MKL splits their sums for 8 rows alone."""
 MIN_SIZE = 400
 """Least multiplications of a product: PyTorch computes smaller ones with other loops."""
 PROMPT_ROWS = 128
@@ -135,7 +139,7 @@ class Sums:
         self,
         rows: Rows,
         stored: Sequence[Tensor],  # `KVStorage.parts` of the sequence, as `widen` makes them
-        queries: Tensor,  # (kv_heads, padded rows, width) float32, written before each layer
+        queries: Tensor,  # (kv_heads, padded rows, width) float32, scaled, written for each layer
         sums: Tensor,  # (kv_heads, padded rows, columns of values) float32, the result
         groups: int,  # query heads of each key head
         scratch: Tensor,  # float32, room for the weights of all columns, overwritten by every layer
@@ -161,12 +165,12 @@ class Sums:
             mask = F.pad(mask, (0, 0, 0, padded - len(mask)))
         self.mask = F.pad(mask, (0, self.missing), value=float("-inf"))[None]
 
-    def compute(self, layer: int, scale: float) -> None:
-        """Write the sums of a layer; `scale` multiplies the scores."""
+    def compute(self, layer: int) -> None:
+        """Write the sums of a layer."""
         keys, weights = self.keys[layer], self.weights
         if self.missing:
             keys = F.pad(keys.transpose(1, 2), (0, 0, 0, self.missing)).transpose(1, 2)
-        torch.baddbmm(self.mask, self.queries, keys, alpha=scale, out=weights)
+        torch.baddbmm(self.mask, self.queries, keys, out=weights)
         self.scores.sub_(self.scores.amax(-1, keepdim=True)).exp_()
         if self.rows.sizes is None:
             self._add_parts(*self.values[layer])
@@ -230,9 +234,10 @@ class Run:
 
     def compute(self, query: Tensor, layer: int, scale: float) -> None:
         """Write the attention of a layer, from the (1, heads, tokens, width) queries of the run."""
-        self.queries.copy_(query.view(self.queries.shape))
+        # MKL would multiply by a factor of its own before or after the sum, by the number of rows.
+        self.queries.copy_(query.view(self.queries.shape)).mul_(scale)
         for member in self.members:
-            member.compute(layer, scale)
+            member.compute(layer)
         torch.div(self.numerators, self.denominators, out=self.output)
 
 
@@ -468,7 +473,8 @@ def _bounded_parts(visible: Tensor, first: int, end: int, places: Tensor) -> Ite
 
 def _missing_rows(count: int, width: int) -> int:
     """Return how many rows products with `width` columns and any number of keys need more."""
-    return -max(count, -(-MIN_SIZE // width)) // ROWS * -ROWS - count
+    least = max(-(-MIN_SIZE // width), WIDE_ROWS if width >= WIDE else ROWS)
+    return -max(count, least) // ROWS * -ROWS - count
 
 
 def token_rows(model: nn.Module, dtype: torch.dtype) -> int:
@@ -479,16 +485,31 @@ def token_rows(model: nn.Module, dtype: torch.dtype) -> int:
     return STREAMED_ROWS if weights > CACHE_NBYTES else LINEAR_ROWS
 
 
-def pad_products(model: nn.Module, undo: ExitStack, least: int) -> None:
-    """Let every linear layer of a loaded model run with at least `least` rows until `undo` ends.
+def bound_products(model: nn.Module, dtype: torch.dtype, undo: ExitStack, least: int) -> None:
+    """Let the linear layers of a loaded model run with rows that have the same bits in any number.
 
-    Passes of one token have more rows anyway; this is for the output head of a longer pass. Raises
-    an UnsupportedModelError if a module computes products in another way.
+    Until `undo` ends, products of fewer than `least` rows are padded, and products of more rows
+    than have the same bits on this machine are split. Passes of one token have more rows anyway;
+    the padding is for the output head of a longer pass.
+
+    Raises an UnsupportedModelError if fewer than `LEAST_ROWS` rows have the same bits, or a module
+    computes products in another way.
     """
-    for owner, name in _products(model):
+    most: dict[tuple[int, int], int] = {}
+    for owner, name, shape in _products(model):
         product = getattr(owner, name)
+        if isinstance(product, _BoundedProduct):  # of fused layers, each of which is met
+            continue
+        bounded = _BoundedProduct(product, least)
+        if shape not in most:
+            affordable = CHECKED_MULTIPLICATIONS // math.prod(shape)
+            counts = [n for n in MORE_CHECKED_ROWS if n <= affordable]
+            counts = [*CHECKED_ROWS, *counts]
+            device = next(model.parameters()).device
+            most[shape] = _equal_rows(bounded, shape, dtype, device, counts, LEAST_ROWS)
+        bounded.most = most[shape]
         undo.callback(setattr, owner, name, product)
-        setattr(owner, name, _padded(product, least))
+        setattr(owner, name, bounded)
 
 
 def use_kernel_for_products(model: nn.Module) -> None:
@@ -501,7 +522,7 @@ def use_kernel_for_products(model: nn.Module) -> None:
 
     linear = on_its_device(products.linear)
     random = torch.Generator().manual_seed(0)
-    for owner, name in _products(model):
+    for owner, name, _ in _products(model):
         product = getattr(owner, name)
         if isinstance(product, partial):
             weight, bias = product.keywords["weight"], product.keywords["bias"]
@@ -522,13 +543,18 @@ def use_kernel_for_products(model: nn.Module) -> None:
         setattr(owner, name, partial(linear, weight=weight, bias=bias))
 
 
-def _products(model: nn.Module) -> Iterator[tuple[Any, str]]:
-    """Yield the objects that compute a model's products, and the names of their functions."""
+def _products(model: nn.Module) -> Iterator[tuple[Any, str, tuple[int, int]]]:
+    """Yield the objects that compute a model's products, the names of their functions, and shapes.
+
+    The shapes are (out, in). Raises an UnsupportedModelError if a module computes products in
+    another way.
+    """
     for name, module in model.named_modules():
         if isinstance(module, FusedPart):
-            yield module.fused, "product"
+            yield module.fused, "product", (sum(module.fused.sizes), module.weight.shape[1])
         elif isinstance(module, nn.Linear | PackedLinear) and not is_subclass(module.weight):
-            yield module, "forward"
+            out, width = module.weight.shape
+            yield module, "forward", (out, width)
         elif not isinstance(module, nn.Embedding) and any(
             x.ndim > 1 for x in module.parameters(recurse=False)
         ):
@@ -537,22 +563,21 @@ def _products(model: nn.Module) -> Iterator[tuple[Any, str]]:
             )
 
 
-class _Padded:
-    """A product whose input is padded with rows of zeros; a class so that it is padded once."""
+class _BoundedProduct:
+    """A product of at least `least` rows, which zeros fill up, and at most `most`."""
 
     def __init__(self, product: Callable[[Tensor], Tensor], least: int) -> None:
         self.product = product
         self.least = least
+        self.most = MORE_CHECKED_ROWS[-1]
 
     def __call__(self, x: Tensor) -> Tensor:
         rows = x.shape[-2]
+        if rows > self.most:
+            return torch.cat([self(part) for part in x.split(self.most, -2)], -2)
         if rows >= self.least or not rows:
             return self.product(x)
         return self.product(F.pad(x, (0, 0, 0, self.least - rows)))[..., :rows, :]
-
-
-def _padded(product: Callable[[Tensor], Tensor], least: int) -> Callable[[Tensor], Tensor]:
-    return product if isinstance(product, _Padded) else _Padded(product, least)
 
 
 def activations(model: nn.Module) -> Iterator[nn.Module]:
@@ -600,6 +625,13 @@ CHECKED_TOKENS = 4
 CHECKED_REPEATS = 64
 """Times that these rows make a prompt, for which the kernel has other programs."""
 CHECKED_ROWS = (*range(1, 18), 24, 31, 32, 33, 48, 63, 64)
+MORE_CHECKED_ROWS = (96, 128, 255, 256, 512)
+"""Rows of prompts and of batches."""
+CHECKED_MULTIPLICATIONS = 1 << 33
+"""Most multiplications of a checked product of more rows than `CHECKED_ROWS`: checks of large
+weights would take seconds."""
+LEAST_ROWS = 16
+"""A target is refused if a product of this many rows has to be split: it would be slow."""
 
 
 def check_products(model: nn.Module, dtype: torch.dtype) -> None:
@@ -607,22 +639,38 @@ def check_products(model: nn.Module, dtype: torch.dtype) -> None:
 
     Raises an UnsupportedModelError if a product's rows depend on the number of rows.
     """
-    random, device = torch.Generator().manual_seed(0), next(model.parameters()).device
-    products: dict[tuple[int, ...], Callable[[Tensor], Tensor]] = {}
-    for module in model.modules():
-        if isinstance(module, FusedPart):
-            products[sum(module.fused.sizes), module.weight.shape[1]] = module.fused.product
-        elif isinstance(module, nn.Linear | PackedLinear):
-            products[tuple(module.weight.shape)] = module.forward
-    for (size, width), product in products.items():
-        x = torch.randn(1, CHECKED_ROWS[-1], width, generator=random).to(device, dtype)
-        expected = product(x)
-        for rows in CHECKED_ROWS:
-            if not torch.equal(product(x[:, :rows]), expected[:, :rows]):
+    device = next(model.parameters()).device
+    products = {shape: getattr(owner, name) for owner, name, shape in _products(model)}
+    for shape, product in products.items():
+        _equal_rows(product, shape, dtype, device, CHECKED_ROWS, CHECKED_ROWS[-1])
+
+
+def _equal_rows(
+    product: Callable[[Tensor], Tensor],
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    counts: Sequence[int],
+    least: int,
+) -> int:
+    """Return the largest of some ascending numbers of rows up to which rows have the same bits.
+
+    Raises an UnsupportedModelError if it is smaller than `least`.
+    """
+    random, (size, width) = torch.Generator().manual_seed(0), shape
+    x = torch.randn(1, counts[-1], width, generator=random).to(device, dtype)
+    previous = product(x[:, : counts[0]])
+    for rows in counts[1:]:
+        result, equal = product(x[:, :rows]), previous.shape[1]
+        if not torch.equal(result[:, :equal], previous):
+            if equal < least:
                 raise UnsupportedModelError(
                     f"{INEXACT}: {dtype} products of {width} x {size} weights depend on the number "
-                    f"of rows on this machine ({rows} rows differ from {CHECKED_ROWS[-1]})"
+                    f"of rows on this machine ({equal} rows differ from {rows})"
                 )
+            return equal
+        previous = result
+    return counts[-1]
 
 
 CHECKED_NODES = 64

@@ -62,11 +62,11 @@ from treeflash_cuda.exact import (
     ExactCache,
     ExactContext,
     PackedExactContext,
+    bound_products,
     check_activations,
     check_attention,
     check_products,
     pack_activations,
-    pad_products,
     token_rows,
     use_kernel_for_products,
 )
@@ -574,6 +574,7 @@ class Target:
         with torch.inference_mode():
             if self.operations is not None:
                 use_kernel_for_products(self.model)
+                check_products(self.model, self.dtype)
             else:
                 if self.softcap is not None:
                     raise UnsupportedModelError(
@@ -582,7 +583,8 @@ class Target:
                 if self.has_sinks:
                     raise UnsupportedModelError(f"{INEXACT}: it does not support attention sinks")
                 self.token_rows = token_rows(self.model, self.dtype)
-                pad_products(self.model, self._exact_changes, min(self.token_rows, LINEAR_ROWS))
+                least = min(self.token_rows, LINEAR_ROWS)
+                bound_products(self.model, self.dtype, self._exact_changes, least)
                 pack_activations(self.model, self.dtype, self._exact_changes)
                 check_activations(self.model, self.dtype)
                 assert self.arena.like is not None
@@ -590,7 +592,6 @@ class Target:
                 check_attention(self.config.num_attention_heads, kv_heads, width)
                 self._exact_changes.callback(setattr, self, "arena", self.arena)
                 self.arena = self.arena.widened()
-            check_products(self.model, self.dtype)
         self.is_exact = True
 
     def make_inexact(self, reason: str) -> None:

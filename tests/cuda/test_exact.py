@@ -104,39 +104,81 @@ def test_exact_attention_is_attention():
     torch.testing.assert_close(context.attend(inputs), expected.transpose(1, 2))
 
 
-class OneRow(nn.Linear):
-    """A product whose single row has other bits."""
+class Spoilt(nn.Linear):
+    """A product that has other bits for some numbers of rows."""
+
+    def __init__(self, is_spoilt):
+        super().__init__(16, 8, dtype=torch.bfloat16)
+        self.is_spoilt = is_spoilt
 
     def forward(self, x):
-        return super().forward(x) * (1 + 2.0**-7 * (x.shape[-2] == 1))
+        return super().forward(x) * (1 + 2.0**-7 * self.is_spoilt(x.shape[-2]))
+
+
+def bind(model):
+    exact.bound_products(model, torch.bfloat16, ExitStack(), exact.LINEAR_ROWS)
 
 
 def test_a_product_with_one_row_is_padded_or_refused():
-    model = nn.Sequential(OneRow(16, 8).to(torch.bfloat16))
+    model = nn.Sequential(Spoilt(lambda rows: rows == 1))
     with torch.inference_mode():
         with pytest.raises(UnsupportedModelError, match="products of 16 x 8 weights depend"):
             exact.check_products(model, torch.bfloat16)
-        exact.pad_products(model, ExitStack(), exact.LINEAR_ROWS)
+        bind(model)
         exact.check_products(model, torch.bfloat16)
+
+
+@pytest.mark.parametrize(("limit", "most"), [(17, 17), (32, 32), (40, 33), (300, 256), (600, 512)])
+def test_a_product_of_more_rows_than_have_the_same_bits_is_split(limit, most):
+    model = nn.Sequential(Spoilt(lambda rows: rows > limit))
+    rows = []
+    with torch.inference_mode():
+        x = torch.randn(2, 700, 16, dtype=torch.bfloat16)
+        alone = torch.cat([F.linear(x[:, i : i + 2], model[0].weight, model[0].bias)
+                           for i in range(0, 700, 2)], 1)  # fmt: skip
+        bind(model)
+        model[0].is_spoilt = lambda count: rows.append(count) or count > limit
+        assert torch.equal(model(x), alone)
+    assert rows == [most] * (700 // most) + [700 % most]
+
+
+def test_a_product_whose_few_rows_differ_is_refused():
+    with torch.inference_mode(), pytest.raises(UnsupportedModelError, match="15 rows differ fr"):
+        bind(nn.Sequential(Spoilt(lambda rows: rows > 15)))
+
+
+def test_a_product_of_large_weights_is_checked_with_fewer_rows(monkeypatch):
+    monkeypatch.setattr(exact, "CHECKED_MULTIPLICATIONS", 200 * 16 * 8)
+    rows = []
+    with torch.inference_mode():
+        bind(nn.Sequential(Spoilt(lambda count: bool(rows.append(count)))))
+    assert max(rows) == 128
+
+
+def test_a_target_whose_products_of_many_rows_differ_is_exact(tmp_path, monkeypatch):
+    """As with oneDNN on a processor with AMX."""
+    original = linear.PackedLinear.forward
+
+    def forward(self, x):
+        return original(self, x) * (1 + 2.0**-6 * (x.shape[-2] > 32))
+
+    monkeypatch.setattr(linear.PackedLinear, "forward", forward)
+    monkeypatch.setattr(linear, "can_pack", lambda _: True)
+    backend = load_exact(write(tmp_path))
+    rng = np.random.default_rng(0)
+    assert_nodes_equal_single_tokens(backend, 100, tree_of(rng, 64, 3), rng)
 
 
 def test_products_with_one_row_fail_the_check(tmp_path, monkeypatch):
     """Without the padding the check at load finds them."""
 
-    def with_one_row(model, undo, least):
-        for module in model.modules():
-            if isinstance(module, exact.FusedPart | exact.PackedLinear | nn.Linear):
-                part = module.fused if isinstance(module, exact.FusedPart) else module
-                name = "product" if part is not module else "forward"
-                setattr(part, name, spoilt(getattr(part, name)))
+    def with_one_row(self, x):
+        return self.product(x) * (1 + 2.0**-6 * (x.shape[-2] == 1))
 
-    def spoilt(product):
-        return lambda x: product(x) * (1 + 2.0**-6 * (x.shape[-2] == 1))
-
-    monkeypatch.setattr("treeflash_cuda.target.pad_products", with_one_row)
+    monkeypatch.setattr(exact._BoundedProduct, "__call__", with_one_row)
     with pytest.raises(UnsupportedModelError, match=r"products of .* weights depend"):
         load_exact(write(tmp_path))
-    monkeypatch.setattr("treeflash_cuda.target.check_products", lambda *_: None)
+    monkeypatch.setattr(exact, "_equal_rows", lambda *_: 64)
     monkeypatch.setattr("treeflash_cuda.target.token_rows", lambda *_: 1)
     with pytest.raises(UnsupportedModelError, match="a prompt in other chunks changes its logits"):
         load_exact(tmp_path)
@@ -328,7 +370,7 @@ def test_exact_mode_is_the_default_in_half_precision(tmp_path, settings, is_exac
     ("family", "fault", "reason"),
     [
         ("qwen3_moe", None, "it does not support the products of Qwen3Moe"),
-        ("llama", "treeflash_cuda.target.check_products", "products of 3 x 4 weights"),
+        ("llama", "treeflash_cuda.exact._equal_rows", "products of 3 x 4 weights"),
         ("llama", "treeflash_cuda.backend.CudaBackend.check_exact", "a fork changes its logits"),
     ],
 )
@@ -346,7 +388,7 @@ def test_a_target_that_is_not_exact_is_loaded_as_without_the_default(
     assert backend.inexact.startswith(f"{plain.inexact}; ")
     assert reason in backend.inexact
     modules = list(backend.target.model.modules())
-    assert not any(isinstance(x, exact._Padded) for m in modules for x in vars(m).values())
+    assert not any(isinstance(x, exact._BoundedProduct) for m in modules for x in vars(m).values())
     assert not any(module._forward_pre_hooks for module in modules)
     assert backend.target.column_nbytes == plain.target.column_nbytes
     logits = []
