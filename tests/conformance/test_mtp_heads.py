@@ -334,7 +334,8 @@ def test_tables_of_several_sequences_equal_the_reference(
         for sequence, prompt in zip(sequences, PROMPTS, strict=True):
             sequence.extend(prompt)
         made = []
-        for root in (4, 6):  # the second after different new tokens
+        # The second comes after different new tokens. For these two no choice is a near-tie.
+        for root in (4, 17):
             blocks = pair.drafter.draft([(s.state, root) for s in sequences], 4)
             samplings = [SamplingConfig(temperature=1.0, seed=i) for i in range(len(sequences))]
             after = [s.length + np.arange(1, 5, dtype=np.int32) for s in sequences]
