@@ -164,7 +164,7 @@ def test_what_clients_in_go_send(server):
     asked = {"model": NAME, "system": "", "template": ""}
     shown = server.post("/api/show", {**asked, "verbose": False, "options": None, "name": ""})
     assert shown.json()["details"]["family"] == "llama"
-    asked |= {"prompt": "Hello.", "suffix": "", "stream": False, "think": False}
+    asked |= {"prompt": "Hello.", "suffix": "", "context": [], "stream": False, "think": False}
     options = {**SHORT, "low_vram": False, "use_mlock": True, "mirostat": 0, "mirostat_tau": 5.0}
     found = server.post("/api/generate", {**asked, "options": options})
     assert found.json()["eval_count"] == 12

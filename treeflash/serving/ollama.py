@@ -60,7 +60,7 @@ Code refuses all before 0.6.4."""
 class OllamaSchema(Schema):
     """A JSON object whose empty fields are not set: clients in Go write all fields."""
 
-    unset = (None, "", False)
+    unset = (None, "", False, [])
 
 
 class OllamaOptions(OllamaSchema):
