@@ -125,6 +125,17 @@ def test_linked_pages_exist(page):
         assert (page.parent / link).exists(), f"{page.name} links to {link}"
 
 
+@EVERY_PAGE
+def test_links_lead_to_headings(page):
+    links = re.findall(r"\]\((?!https?:)([^)#]*)#([^)]+)\)", page.read_text(encoding="utf-8"))
+    for link, anchor in links:
+        text = (page.parent / link if link else page).read_text(encoding="utf-8")
+        text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+        headings = re.findall(r"^#+ (.+)", text, flags=re.MULTILINE)
+        anchors = [re.sub(r"[^\w -]", "", x.lower()).replace(" ", "-") for x in headings]
+        assert anchor in anchors, f"{page.name} links to {link}#{anchor}"
+
+
 def test_every_file_in_the_cache_is_documented():
     page = (ROOT / "docs" / "files.md").read_text(encoding="utf-8")
     files = [path for top in ("treeflash", "backends") for path in (ROOT / top).rglob("*.py")]
