@@ -147,8 +147,8 @@ def make_parser() -> Parser:
         nargs="+",
         required=True,
         metavar="FILE.jsonl",
-        help="files of prompts like those that will be decoded, one JSON object per line, with an "
-        "id and either a prompt, messages, or turns",
+        help="files of prompts like those that will be decoded, one JSON object per line, with a "
+        "prompt, messages, or turns, and perhaps an id",
     )
     parser.add_argument(
         "--output",

@@ -79,8 +79,8 @@ def make_parser() -> Parser:
         type=Path,
         nargs="+",
         metavar="FILE.jsonl",
-        help="files of prompts, one JSON object per line, with an id and either a prompt, "
-        "messages, or turns",
+        help="files of prompts, one JSON object per line, with a prompt, messages, or turns, and "
+        "perhaps an id",
     )
     source.add_argument(
         "--self-prompt",

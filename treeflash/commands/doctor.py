@@ -141,8 +141,9 @@ def make_parser() -> Parser:
         "--prompts",
         type=Path,
         metavar="FILE.jsonl",
-        help="file of prompts, one JSON object per line, with an id and either a prompt, messages, "
-        f"or turns, of which only the first is used (default: {len(PROMPTS)} built-in prompts)",
+        help="file of prompts, one JSON object per line, with a prompt, messages, or turns (of "
+        "which only the first is used), and perhaps an id (default: "
+        f"{len(PROMPTS)} built-in prompts)",
     )
     parser.add_argument(
         "--max-tokens",

@@ -105,8 +105,8 @@ def make_parser() -> Parser:
         "--prompts",
         type=Path,
         metavar="FILE.jsonl",
-        help="answer the prompts of a file, one JSON object per line, with an id and either a "
-        "prompt (and images), messages, or turns; requires --output",
+        help="answer the prompts of a file, one JSON object per line, with a prompt (and images), "
+        "messages, or turns, and perhaps an id; requires --output",
     )
     parser.add_argument(
         "--image",
@@ -135,7 +135,7 @@ def make_parser() -> Parser:
         type=_gibibytes,
         metavar="GiB",
         help="GiB of memory for finished answers, from which later answers to --prompts may draft "
-        "copies (default: only from itself)",
+        "copies (default: 0, an answer copies only from itself)",
     )
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object instead of the text"
