@@ -12,6 +12,7 @@ from contextlib import suppress
 from types import SimpleNamespace
 
 import httpx
+import numpy as np
 import pytest
 from servers import PATIENCE, Gate, check_error, parse, serving, wait_until
 
@@ -20,9 +21,10 @@ from treeflash.decoding import Request
 from treeflash.decoding.interfaces import DeviceReport
 from treeflash.errors import CheckpointError, ConfigError, NumericalError
 from treeflash.serving import application
-from treeflash.serving.engine import Completion, Engine
+from treeflash.serving.engine import Completion, Engine, Usage
 from treeflash.serving.metrics import Metrics
 from treeflash.serving.settings import Settings
+from treeflash.serving.streaming import speculative_decoding
 
 
 @pytest.fixture
@@ -338,3 +340,55 @@ def test_the_end_waits_for_running_answers(model):
             *_, last = parse(response)
         assert last["choices"][0]["finish_reason"] == "length"
         wait_until(lambda: server.server.should_exit)
+
+
+def test_counts_of_a_stream_look_at_each_chunk_once():
+    """A stream may send them with each chunk."""
+
+    class Tree:
+        looks = 0
+
+        def __init__(self, nodes):
+            self.nodes = nodes
+
+        def __len__(self):
+            return self.nodes
+
+        @property
+        def depths(self):
+            Tree.looks += 1
+            return np.arange(self.nodes)
+
+    def chunk(number):
+        tree = None if number == 0 else Tree(1 + number % 4)
+        path = None if tree is None else range(1 + number % 2 * (len(tree) > 1))
+        step = SimpleNamespace(tree=tree, path=path, cached_tokens=5, disk_tokens=2)
+        return SimpleNamespace(token_ids=(1, 2), step=step)
+
+    async def count(prompts, answers):
+        texts = [SimpleNamespace(chunks=[], prompt_ids=(1, 2, 3)) for _ in range(answers)]
+        completion = Completion(texts, prompts, lambda _: None, 1.0)
+        for number in range(100):
+            for text in texts:
+                text.chunks.append(chunk(number))
+            usage = completion.usage
+            speculative_decoding(completion)
+        return usage, speculative_decoding(completion)
+
+    usage, drafts = asyncio.run(count(1, 1))
+    assert Tree.looks <= 100
+    expected = Usage(
+        prompt_tokens=3,
+        cached_tokens=5,
+        disk_tokens=2,
+        completion_tokens=200,
+        drafted_tokens=150,
+        accepted_tokens=50,
+        iterations=99,
+    )
+    assert usage == expected
+    assert drafts["acceptance_histogram"] == [25, 50, 0, 0]
+    usage, _ = asyncio.run(count(2, 4))
+    each = ("prompt_tokens", "cached_tokens", "disk_tokens")
+    for field, value in vars(expected).items():
+        assert getattr(usage, field) == value * (2 if field in each else 4)

@@ -12,8 +12,9 @@ import math
 import threading
 import time
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -58,6 +59,19 @@ class Usage:
     iterations: int  # forward passes after the prefill
 
 
+@dataclass
+class Drafts:
+    """Counts of the iterations of a completion that verified a draft.
+
+    Attributes:
+        accepted: how many of them accepted so many drafted tokens.
+        deepest: depth of the deepest draft.
+    """
+
+    accepted: Counter[int] = field(default_factory=Counter)
+    deepest: int = 0
+
+
 class Completion:
     """An asynchronous iterator of updates that ends when every answer has a finish reason.
 
@@ -85,22 +99,52 @@ class Completion:
         self._updates: Mailbox[AnswerUpdate | Exception] = Mailbox()
         self._unfinished = len(self.answers)
         self._cancel = cancel
+        self._counted = [0] * len(self.answers)  # chunks of each answer
+        self._counts = Counter[str]()
+        self._drafts = Drafts()
 
     @property
     def usage(self) -> Usage:
-        firsts = self.answers[:: len(self.answers) // self.prompts]
-        chunks = [chunk for answer in self.answers for chunk in answer.chunks]
-        steps = [chunk.step for chunk in chunks]
-        verified = [(x.tree, x.path) for x in steps if x.tree is not None and x.path is not None]
+        """The counts so far."""
+        self._count()
+        firsts, counts = self.answers[:: len(self.answers) // self.prompts], self._counts
         return Usage(
             prompt_tokens=sum(len(answer.prompt_ids) for answer in firsts),
-            cached_tokens=sum(x.step.cached_tokens for answer in firsts for x in answer.chunks[:1]),
-            disk_tokens=sum(x.step.disk_tokens for answer in firsts for x in answer.chunks[:1]),
-            completion_tokens=sum(len(chunk.token_ids) for chunk in chunks),
-            drafted_tokens=sum(len(tree) - 1 for tree, _ in verified),
-            accepted_tokens=sum(len(path) - 1 for _, path in verified),
-            iterations=len(verified),
+            cached_tokens=counts["cached"],
+            disk_tokens=counts["disk"],
+            completion_tokens=counts["completion"],
+            drafted_tokens=counts["drafted"],
+            accepted_tokens=counts["accepted"],
+            iterations=counts["iterations"],
         )
+
+    @property
+    def drafts(self) -> Drafts:
+        """The counts of drafts so far."""
+        self._count()
+        return self._drafts
+
+    def _count(self) -> None:
+        """Count the chunks that are new since the last call: a stream may ask after each chunk."""
+        answers_per_prompt, counts = len(self.answers) // self.prompts, self._counts
+        for index, answer in enumerate(self.answers):
+            first = self._counted[index]
+            chunks = answer.chunks[first:]
+            self._counted[index] += len(chunks)
+            if chunks and first == 0 and index % answers_per_prompt == 0:
+                counts["cached"] += chunks[0].step.cached_tokens
+                counts["disk"] += chunks[0].step.disk_tokens
+            for chunk in chunks:
+                counts["completion"] += len(chunk.token_ids)
+                tree, path = chunk.step.tree, chunk.step.path
+                if tree is None or path is None:
+                    continue
+                counts["drafted"] += len(tree) - 1
+                counts["accepted"] += len(path) - 1
+                counts["iterations"] += 1
+                if len(tree) > 1:
+                    self._drafts.accepted[len(path) - 1] += 1
+                    self._drafts.deepest = max(self._drafts.deepest, int(tree.depths.max()))
 
     def __aiter__(self) -> Completion:
         return self

@@ -276,19 +276,16 @@ def speculative_decoding(completion: Completion) -> dict[str, Any] | None:
     """
     if len(completion.answers) > 1:
         return None
-    steps = [chunk.step for chunk in completion.answers[0].chunks]
-    drafts = [(x.tree, x.path) for x in steps if x.tree is not None and len(x.tree) > 1]
-    accepted = [len(path) - 1 for _, path in drafts if path is not None]
-    deepest = max((int(tree.depths.max()) for tree, _ in drafts), default=0)
-    drafted = sum(len(tree) - 1 for tree, _ in drafts)
+    counts, drafts = completion.usage, completion.drafts
+    steps = drafts.accepted.total()
     return {
-        "mean_acceptance_length": 1 + sum(accepted) / max(len(accepted), 1),
-        "draft_acceptance_rate": sum(accepted) / max(drafted, 1),
-        "acceptance_histogram": [accepted.count(n) for n in range(deepest + 1)],
-        "num_spec_steps": len(accepted),
-        "num_accepted_draft_tokens": sum(accepted),
-        "num_draft_tokens": drafted,
-        "num_spec_tokens": deepest,
+        "mean_acceptance_length": 1 + counts.accepted_tokens / max(steps, 1),
+        "draft_acceptance_rate": counts.accepted_tokens / max(counts.drafted_tokens, 1),
+        "acceptance_histogram": [drafts.accepted[n] for n in range(drafts.deepest + 1)],
+        "num_spec_steps": steps,
+        "num_accepted_draft_tokens": counts.accepted_tokens,
+        "num_draft_tokens": counts.drafted_tokens,
+        "num_spec_tokens": drafts.deepest,
     }
 
 
