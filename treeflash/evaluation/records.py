@@ -145,6 +145,8 @@ def _mean_depth(records: Sequence[Record]) -> Record:
 
 def _rejections(name: str, samples: Sequence[Sample]) -> Iterator[Record]:
     for case in _drafting(samples):
+        if case.method == "suffix":  # its copies are from no table, which has the reasons
+            continue
         counts = sum((sample.runs[case].rejections for sample in samples), Counter())
         yield {"set": name, **case._asdict(), **{reason: counts[reason] for reason in REASONS}}
 

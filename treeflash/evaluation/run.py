@@ -17,6 +17,7 @@ from treeflash.config import DecodeConfig, Method
 from treeflash.decoding import Request, Scheduler, Step, check
 from treeflash.decoding.interfaces import Backend
 from treeflash.decoding.session import draft_anchors
+from treeflash.decoding.transitions import TransitionTable
 from treeflash.errors import ConfigError, PromptError
 from treeflash.language_model import LanguageModel
 from treeflash.text.prompt import Row, encode
@@ -130,25 +131,33 @@ def rejection_reason(step: Step) -> Reason | None:
           depth;
         - `child`: the bonus token is not among the K children of the path's last token;
         - `budget_limit`: the bonus token is in the table, but the tree had no room for it;
-        - None: nothing was drafted, the text ended before the bonus token, or the accepted path
-          reached the token limit, beyond which no tree is drafted.
+        - None: nothing was drafted, the text ended before the bonus token, the accepted path has
+          copies of the text that are not in the table, or it reached the token limit, beyond which
+          no tree is drafted.
     """
-    if step.table is None or step.tree is None or step.path is None:
+    table = step.table
+    if table is None or step.tree is None or step.path is None:
         return None
     if len(step.tokens) < len(step.path):
         return None
-    accepted = step.tree.tokens[step.path[1:]]
-    if len(accepted) == step.table.depths:
+    accepted = step.tree.tokens[step.path[1:]].tolist()
+    if len(accepted) >= table.depths:
         return None if step.finish_reason == "length" else "block"
     row = 0
     for depth, token in enumerate(accepted):
-        (rank,) = np.flatnonzero(step.table.tokens[depth, row] == token)[:1]
-        row = int(step.table.next_row[depth, row, rank])
+        if row < 0 or (rank := _rank(table, depth, row, token)) < 0:
+            return None
+        row = int(table.next_row[depth, row, rank])
     if row < 0:
         return "candidate"
-    children = step.table.tokens[len(accepted), row]
-    possible = np.isfinite(step.table.log_probs[len(accepted), row])
-    return "budget_limit" if step.tokens[-1] in children[possible] else "child"
+    return "child" if _rank(table, len(accepted), row, step.tokens[-1]) < 0 else "budget_limit"
+
+
+def _rank(table: TransitionTable, depth: int, row: int, token: int) -> int:
+    """Return the rank of a token among the children of a row, -1 if it is none of them."""
+    possible = np.isfinite(table.log_probs[depth, row])
+    ranks = np.flatnonzero(possible & (table.tokens[depth, row] == token))
+    return int(ranks[0]) if len(ranks) else -1
 
 
 class BestDraft(NamedTuple):
@@ -168,12 +177,11 @@ def best_drafts(step: Step) -> Iterator[BestDraft]:
         return
     row, on_spine = 0, True
     for depth, token in enumerate(step.tokens[: step.table.depths]):
-        children = step.table.tokens[depth, row]
-        yield BestDraft(depth + 1, on_spine, bool(children[0] == token))
-        drafted = (children == token) & np.isfinite(step.table.log_probs[depth, row])
-        if not drafted.any():
+        best = int(step.table.tokens[depth, row, 0])
+        yield BestDraft(depth + 1, on_spine, best == token)
+        rank = _rank(step.table, depth, row, token)
+        if rank < 0:
             return
-        rank = int(drafted.argmax())
         on_spine &= rank == 0
         row = int(step.table.next_row[depth, row, rank])
         if row < 0:
@@ -325,7 +333,7 @@ def list_cases(methods: Iterable[str], budgets: Iterable[int]) -> list[Case]:
     cases = []
     for name in dict.fromkeys(methods):
         config = DecodeConfig(method=cast(Method, name))
-        useful = sizes if config.drafts else [1]
+        useful = sizes if config.speculates else [1]
         cases += [Case(config.method, n) for n in useful[-1 if config.drafts_chain else 0 :]]
     return cases
 

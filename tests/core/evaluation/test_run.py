@@ -71,6 +71,7 @@ def test_cases_are_those_that_differ():
         ("ar", 1),
         ("dflash", 64),
     ]
+    assert list_cases(["suffix"], [16, 64]) == [("suffix", 16), ("suffix", 64)]
     with pytest.raises(ConfigError, match="unknown method 'beam'"):
         list_cases(["beam"], [16])
 
@@ -122,6 +123,22 @@ def test_every_iteration_but_the_cut_last_has_a_reason(model, configs):
         forwards = len(own.accepted_lengths)
         assert own.rejections.total() in ((0,) if case.method == "ar" else (forwards - 1, forwards))
     assert sample.runs["ddtree", 4].rejections["candidate"] == 0
+
+
+def test_copies_of_the_text_are_measured(model):
+    cases = list_cases(["ar", "ddtree", "treeflash", "suffix"], [16])
+    configs = {
+        case: model.decode_config({"method": case.method, "budget": case.budget, "max_tokens": 24})
+        for case in cases
+    }
+    text = model.generate(PROMPTS[0], method="ar", max_tokens=24).token_ids
+    prompt = [*PROMPTS[0], *text, *PROMPTS[0]]  # its own continuation is likely to be copied
+    evaluation = run(model.backend, {"a": [prompt]}, configs)
+    found = compute_records(evaluation.samples, 0)
+    efficiency = {row["method"]: row["block_efficiency"] for row in found["rows"]}
+    assert efficiency["suffix"] > efficiency["ar"] == 1
+    assert {row["method"] for row in found["lost"]} == {"ddtree", "treeflash"}
+    assert {row["method"] for row in found["accepted"]} == {"ddtree", "treeflash", "suffix"}
 
 
 def test_a_text_of_one_token_is_left_out(model):
@@ -368,6 +385,21 @@ def test_shares_of_best_drafts_by_hand():
 def test_nothing_is_rejected_if_nothing_was_drafted():
     assert rejection_reason(Step((1,), {})) is None
     assert rejection_reason(step(1, table=None)) is None
+
+
+@pytest.mark.parametrize(
+    ("tokens", "reason"),
+    [
+        ((8, 1), None),  # 8 is no child of the root
+        ((0, 1), None),
+        ((1, 0, 1), None),  # 0 fills the row, but is impossible
+        ((3, 1, 7), None),  # no row of the table follows 3
+        ((8, 9, 9, 9), "block"),
+        ((1, 4, 7, 1, 1), "block"),  # deeper than the table
+    ],
+)
+def test_after_a_copy_that_the_table_lacks_nothing_is_rejected(tokens, reason):
+    assert rejection_reason(step(*tokens)) == reason
 
 
 def test_nothing_is_rejected_if_the_text_ended_before():
