@@ -94,6 +94,15 @@ def test_the_names_that_scripts_rely_on(use, run, model, tmp_path):
     assert [(row["set"], row["depth"]) for row in found["depths"]] == [
         (name, depth) for name in ("one", "two", "mean") for depth in range(1, 6)
     ]
+    assert list(found["prompts"][0]) == ["set", "id", "method", "budget", "tokens", "iterations"]
+    assert [(x["set"], x["id"], x["method"], x["budget"]) for x in found["prompts"]] == [
+        (name, number, *case) for name in ("one", "two") for number in (0, 1) for case in wanted
+    ]
+    for row in found["rows"][:12]:
+        parts = [x for x in found["prompts"] if all(x[k] == row[k] for k in ROW[:3])]
+        tokens, iterations = (sum(x[key] for x in parts) for key in ("tokens", "iterations"))
+        assert (tokens, len(parts)) == (row["tokens"], row["prompts"])
+        assert row["block_efficiency"] == pytest.approx((tokens - len(parts)) / iterations)
     assert (found["backend"], found["dtype"], found["max_tokens"]) == ("reference", "float32", 9)
     assert (found["head_vocab"], found["head_rows"]) == (1024, "auto")
     assert model.names.items() <= found.items()

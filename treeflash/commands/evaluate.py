@@ -21,7 +21,7 @@ from treeflash.evaluation.published import (
     list_differences,
     published_row,
 )
-from treeflash.evaluation.records import MEAN, compute_records
+from treeflash.evaluation.records import MEAN, compute_records, prompt_records
 from treeflash.evaluation.report import check_files, publish, publish_comparison
 from treeflash.evaluation.run import (
     Case,
@@ -78,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         if evaluation.samples:
             records = compute_records(evaluation.samples, config.sampling.seed)
+            records["prompts"] = prompt_records(evaluation.finished, rows)
             target = model.names["target"] or model.backend.name
             settings = _settings(args, model, config)
             publish(records, settings, f"Drafts for {target}", args.json, args.report)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from treeflash.config import Method
 from treeflash.evaluation.run import REASONS, BestDraft, Case, Sample
 from treeflash.text.generation import mean
+from treeflash.text.prompt import Row
 
 RESAMPLES = 1000
 LEVEL = 0.95
@@ -67,6 +68,27 @@ def compute_records(samples: Samples, seed: int) -> dict[str, list[Record]]:
         "branches": list(_branches(all_samples)),
         "accepted": [row for name, prompts in samples.items() for row in _accepted(name, prompts)],
     }
+
+
+def prompt_records(
+    finished: Mapping[str, Mapping[int, Sample]], rows: Mapping[str, Sequence[Row]]
+) -> list[Record]:
+    """Return what each finished prompt took, with the id of its row.
+
+    Its new `tokens` are one, from the prefill, and those that the `iterations` committed.
+    """
+    return [
+        {
+            "set": name,
+            "id": rows[name][number].id,
+            **case._asdict(),
+            "tokens": run.tokens,
+            "iterations": len(run.accepted_lengths),
+        }
+        for name, samples in finished.items()
+        for number, sample in sorted(samples.items())
+        for case, run in sample.runs.items()
+    ]
 
 
 def efficiencies_by_case(samples: Sequence[Sample], indices: NDArray[np.int64]) -> Efficiencies:

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import os
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from importlib.util import find_spec
@@ -114,6 +115,7 @@ class Table(NamedTuple):
 
 def tables(records: Mapping[str, Sequence[Record]]) -> list[Table]:
     """Return all tables that have rows."""
+    records = defaultdict(tuple, records)
     candidates = (
         _table(
             "Block efficiency",
@@ -188,24 +190,30 @@ def _render(tables: Sequence[Table]) -> str:
     return text.getvalue()
 
 
-COLORS: dict[str, str] = {method: f"C{n}" for n, method in enumerate(METHODS)}
 LINES = {"marginal": "--", "corrected": "-"}
 
 
 def draw(records: Mapping[str, Sequence[Record]], title: str = "") -> bytes:
-    """Draw four plots of the records into a PNG image; the first three show means over sets."""
+    """Draw plots of the records into a PNG image; all but the last show means over sets."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(15, 9), dpi=110, layout="constrained")
-    if title:
-        figure.suptitle(title, wrap=True)
-    axes = figure.subplots(2, 2)
+    records = defaultdict(tuple, records)
     depth_metrics = [record for record in records["depths"] if record["set"] == MEAN]
     rows = [row for row in records["rows"] if row["set"] == MEAN and row["method"] != "ar"]
-    _distances(axes[0, 0], depth_metrics)
-    _coverage(axes[0, 1], depth_metrics)
-    _efficiencies(axes[1, 0], rows)
-    _lengths(axes[1, 1], records["accepted"])
+    # Each method has its own color in all reports; names of joined records have the next ones.
+    methods = dict.fromkeys((*METHODS, *(row["method"] for row in records["rows"])))
+    colors = {method: f"C{n}" for n, method in enumerate(methods)}
+    lines = 2 if depth_metrics else 1
+    figure = Figure(figsize=(15, 4.5 * lines), dpi=110, layout="constrained")
+    if title:
+        figure.suptitle(title, wrap=True)
+    axes = figure.subplots(lines, 2)
+    *upper, efficiencies, lengths = axes.flat
+    if upper:
+        _distances(upper[0], depth_metrics)
+        _coverage(upper[1], depth_metrics)
+    _efficiencies(efficiencies, rows, colors)
+    _lengths(lengths, records["accepted"], colors)
     for axis in axes.flat:
         axis.grid(alpha=0.3)
         axis.set_axisbelow(True)
@@ -243,7 +251,7 @@ def _line(axis: Any, depth_metrics: Sequence[Record], key: str, label: str, **st
         axis.plot(*zip(*points, strict=True), marker=".", label=label, **style)
 
 
-def _efficiencies(axis: Any, rows: Sequence[Record]) -> None:
+def _efficiencies(axis: Any, rows: Sequence[Record], colors: Mapping[str, str]) -> None:
     axis.set(
         title="Block efficiency, with 95 % intervals",
         xlabel="budget, nodes",
@@ -258,10 +266,10 @@ def _efficiencies(axis: Any, rows: Sequence[Record]) -> None:
         middle = np.array([row["block_efficiency"] for row in points])
         errors = np.abs([[row[end] for row in points] - middle for end in ("low", "high")])
         sizes = [row["budget"] for row in points]
-        axis.errorbar(sizes, middle, errors, marker="o", capsize=3, label=method, c=COLORS[method])
+        axis.errorbar(sizes, middle, errors, marker="o", capsize=3, label=method, c=colors[method])
 
 
-def _lengths(axis: Any, accepted: Sequence[Record]) -> None:
+def _lengths(axis: Any, accepted: Sequence[Record], colors: Mapping[str, str]) -> None:
     """Plot histograms over all sets, for each method at its largest budget."""
     from matplotlib.ticker import MaxNLocator
 
@@ -281,7 +289,7 @@ def _lengths(axis: Any, accepted: Sequence[Record]) -> None:
             counts[: len(iterations)] += iterations
         places = np.arange(1, len(counts) + 1) + width * (n - (len(methods) - 1) / 2)
         label = f"{method}, {budget}"
-        axis.bar(places, counts / counts.sum(), width, label=label, color=COLORS[method])
+        axis.bar(places, counts / counts.sum(), width, label=label, color=colors[method])
 
 
 PAGE = """\

@@ -65,16 +65,22 @@ def test_a_page_needs_no_other_file(tmp_path, recwarn, head, depths):
     assert not recwarn.list
 
 
-def test_settings_are_told_once_and_legends_hide_no_line(tmp_path, monkeypatch):
+@pytest.fixture
+def figures(monkeypatch):
+    """Collect the figures that are written."""
     figure = pytest.importorskip("matplotlib.figure")
-    figures = []
+    written = []
 
     class Kept(figure.Figure):
         def savefig(self, *args, **kwargs):
-            figures.append(self)
+            written.append(self)
             super().savefig(*args, **kwargs)
 
     monkeypatch.setattr(figure, "Figure", Kept)
+    return written
+
+
+def test_settings_are_told_once_and_legends_hide_no_line(tmp_path, figures):
     write_report(tmp_path / "r.html", found(), "title", "the settings")
     assert (tmp_path / "r.html").read_text(encoding="utf-8").count("the settings") == 1
     (drawn,) = figures
@@ -83,6 +89,28 @@ def test_settings_are_told_once_and_legends_hide_no_line(tmp_path, monkeypatch):
     assert legends
     for axis, legend in legends:
         assert legend.get_window_extent().x0 >= axis.get_window_extent().x1
+
+
+def test_joined_records_have_a_line_and_a_color_for_each_name(tmp_path, figures):
+    names = "ddtree, greedy", "ddtree, sampled"
+    joined = {
+        key: [
+            {**record, "method": name}
+            for name in names
+            for record in found()[key]
+            if record["method"] == "ddtree"
+        ]
+        for key in ("rows", "accepted")
+    }
+    for path in (tmp_path / "r.png", tmp_path / "r.html"):
+        write_report(path, joined, "joined")
+    for drawn in figures:
+        efficiencies, lengths = drawn.axes  # and no empty plots of depth metrics
+        for axis in (efficiencies, lengths):
+            labels = axis.get_legend_handles_labels()[1]
+            assert [label.removesuffix(", 16") for label in labels] == list(names)
+        first, second = (line[0].get_color() for line in efficiencies.containers)
+        assert first != second
 
 
 def test_an_image_of_plain_decoding(tmp_path):
