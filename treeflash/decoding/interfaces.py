@@ -95,7 +95,10 @@ class SequenceState(Protocol):
 
 
 Block: TypeAlias = Any
-"""A drafted block: the root, and the drafter's hidden states of its depths, on the device."""
+"""A drafted block: the root, and the drafter's hidden states of its depths, on the device.
+
+The blocks of block drafters have the token id of the `root`, for heads that users write.
+"""
 
 
 @dataclass(frozen=True, eq=False)

@@ -84,6 +84,32 @@ class DraftTree:
             None if self.matches is None else self.matches[nodes],
         )
 
+    def as_table(self) -> TransitionTable:
+        """Return the table whose paths are the nodes of this tree, so that a head can choose them.
+
+        Each node is a row. A tree of at least as many nodes that is built from the table has the
+        same nodes, ordered by their log probabilities.
+        """
+        children: list[list[int]] = [[] for _ in self.tokens]
+        for node in np.argsort(-self.log_probs[1:], kind="stable") + 1:
+            children[self.parents[node]].append(int(node))
+        inner = [node for node, below in enumerate(children) if below or not node]
+        levels = [
+            [node for node in inner if self.depths[node] == depth]
+            for depth in range(max(1, int(self.depths.max())))
+        ]
+        shape = len(levels), max(map(len, levels)), max(1, *map(len, children))
+        row_of = {node: row for level in levels for row, node in enumerate(level)}
+        tokens, next_row = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
+        log_probs = np.full(shape, -np.inf, np.float32)
+        for node in inner:
+            below = children[node]
+            place = int(self.depths[node]), row_of[node], slice(len(below))
+            tokens[place] = self.tokens[below]
+            log_probs[place] = self.log_probs[below] - self.log_probs[node]
+            next_row[place] = [row_of.get(child, -1) for child in below]
+        return TransitionTable(tokens, log_probs, next_row)
+
     @property
     def is_chain(self) -> bool:
         """Whether no node has two children."""

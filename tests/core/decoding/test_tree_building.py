@@ -210,3 +210,44 @@ def test_chain_is_the_best_child_after_each_token(shape: tuple[int, int, int], b
         ),
     )
     assert chain.is_chain
+
+
+def paths_of(tree: DraftTree) -> dict[tuple[int, ...], float]:
+    """Return the log probability of each path of tokens."""
+    paths: list[tuple[int, ...]] = []
+    for parent, token in zip(tree.parents.tolist(), tree.tokens.tolist(), strict=True):
+        paths.append((*(paths[parent] if parent >= 0 else ()), token))
+    return dict(zip(paths, tree.log_probs.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES[:-1], ids=str)
+def test_a_tree_is_built_again_from_its_table(kind: str, shape: tuple[int, int, int]) -> None:
+    for budget in (1, 2, 3, 16):
+        tree = build_tree(random_table(kind, shape, 0), ROOT, budget)
+        for spare in (0, 9):
+            again = build_tree(tree.as_table(), ROOT, len(tree) + spare)
+            assert paths_of(again) == pytest.approx(paths_of(tree), abs=1e-5)
+
+
+def test_the_table_of_a_tree_keeps_its_paths_apart_and_sorts_children() -> None:
+    """Token 5 stands at depth 2 twice, with other children, and the worse child is first."""
+    tree = DraftTree(
+        np.array([ROOT, 1, 2, 5, 5, 8, 9], np.int32),
+        np.array([-1, 0, 0, 1, 2, 3, 4], np.int32),
+        np.array([0, 1, 1, 2, 2, 3, 3], np.int32),
+        np.log([1, 0.2, 0.7, 0.1, 0.6, 0.05, 0.3]),
+    )
+    table = tree.as_table()
+    assert table.tokens[0, 0].tolist() == [2, 1]
+    assert np.exp(table.log_probs[:, 0, 0]) == pytest.approx([0.7, 0.5, 0.5])
+    again = build_tree(table, ROOT, 7)
+    assert paths_of(again) == pytest.approx(paths_of(tree))
+    assert again.tokens.tolist() == [ROOT, 2, 5, 9, 1, 5, 8]
+
+
+def test_a_tree_of_equally_probable_paths_has_a_table() -> None:
+    tree = DraftTree.from_parents(
+        np.array([ROOT, 1, 2, 3], np.int32), np.array([-1, 0, 0, 1], np.int32)
+    )
+    assert paths_of(build_tree(tree.as_table(), ROOT, 4)) == paths_of(tree)
