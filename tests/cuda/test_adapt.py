@@ -62,6 +62,16 @@ def test_the_missing_gpu_is_told_once(run, caplog):
     assert caplog.text.count("running on the CPU") == 1
 
 
+def test_too_few_prompts_to_train_on_are_refused_before_anything_is_answered(run, tmp_path):
+    code, _, error = run("--steps", "2", "--validation-sequences", "11")
+    assert code == 2
+    assert error == (
+        "error: 11 answers leave nothing to train on after 11 are held out for validation; add "
+        "prompts, or lower --validation-sequences\n"
+    )
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_drafter_gains_and_its_card_says_how_much(run, tmp_path):
     out = tmp_path / "out"
     with failing(adapt, "show_records", KeyboardInterrupt):

@@ -95,12 +95,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     target = resolve_target(args.target)
     rows = mix([read_rows(path) for path in args.prompts], [1.0] * len(args.prompts), None, 0)
     measured, answered = divide_prompts(rows, args.measured)
+    answers = sum(len(row.turns) for row in answered)
+    if answers <= config.validation_sequences:
+        raise ConfigError(
+            f"{answers} answers leave nothing to train on after {config.validation_sequences} are "
+            "held out for validation; add prompts, or lower --validation-sequences"
+        )
     for line in _cost(target, base, config, distill, len(answered), len(measured)):
         console.print(line)
     args.output.mkdir(parents=True, exist_ok=True)
-    answers = args.output / "answers.jsonl"
+    answers_file = args.output / "answers.jsonl"
     try:
-        with response_file(answers) as file:
+        with response_file(answers_file) as file:
             model = load_model(args, drafter=str(base))
             if args.device is None:  # later loads choose the same device without a warning
                 args.device = model.backend.device
@@ -110,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             distillation.run(console)
             console.print(distillation.report())
             del model, distillation
-        responses = read_responses(answers, Tokenizer.from_folder(target))
+        responses = read_responses(answers_file, Tokenizer.from_folder(target))
         # The named device is one of the backend that answers; PyTorch's may be missing.
         own = {} if trains else {"backend": None, "device": None}
         device = argparse.Namespace(**{**vars(args), **own})
