@@ -91,7 +91,8 @@ def show_records(records: Iterator[dict[str, Any]], config: TrainConfig, console
                     metrics = record["validation"].items()
                     chains = [f"{k} {v:.3f}" for k, v in metrics if k.startswith("chain")]
                     console.print(f"step {record['step']}: {', '.join([loss, *chains])}")
-        bar.update(steps, completed=config.steps)  # a finished run has no records
+        if not bar.tasks[steps].completed:  # a finished run has no records
+            bar.update(steps, completed=config.steps)
 
 
 CARD = """\

@@ -60,6 +60,13 @@ def test_the_bar_of_a_finished_run_is_full(run):
     assert "out: trained; pass it as --drafter" in error
 
 
+def test_the_bar_of_a_run_that_a_limit_stopped_shows_its_steps(run):
+    code, error = run(iter([{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.5}]), "--minutes", "1")
+    assert code == 0
+    assert "2/10000" in error
+    assert "10000/10000" not in error
+
+
 def test_dropped_responses_are_counted_before_an_error(run):
     def fail():
         yield {"too_short": 1, "too_long": 1}
