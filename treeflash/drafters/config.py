@@ -147,15 +147,15 @@ class DrafterConfig(DrafterShape):
         return list(zip(self.sliding_windows, self.causal, strict=True))
 
     @property
-    def extensions(self) -> dict[str, bool]:
-        """Whether its layers or logits differ from DFlash's, by the name of the difference."""
+    def extensions(self) -> dict[str, tuple[str, bool]]:
+        """By field, what its layers or logits may have beyond DFlash's, and whether they have."""
         return {
-            "a factor on its logits": self.output_multiplier != 1,
-            "a softcap": self.softcap is not None,
-            "interleaved rotary embeddings": self.interleaved_rope,
-            "gated queries": self.gated,
-            "attention sinks": self.attention_sinks,
-            "Gemma 4's layers": self.gemma4,
+            "output_multiplier": ("a factor on its logits", self.output_multiplier != 1),
+            "softcap": ("a softcap", self.softcap is not None),
+            "interleaved_rope": ("interleaved rotary embeddings", self.interleaved_rope),
+            "gated": ("gated queries", self.gated),
+            "attention_sinks": ("attention sinks", self.attention_sinks),
+            "gemma4": ("Gemma 4's layers", self.gemma4),
         }
 
     @property

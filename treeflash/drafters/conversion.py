@@ -127,7 +127,7 @@ def _refuse_inexpressible(config: DrafterConfig, to: str) -> None:
             config.head == "rnn" and not next_token
         ),
         "a factor on its embeddings": config.input_scale != 1,
-        **config.extensions,
+        **dict(config.extensions.values()),
     }
     for name, present in properties.items():
         if present:

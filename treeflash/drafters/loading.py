@@ -61,25 +61,42 @@ class Layout:
 
 
 def refuse_extensions(
-    config: DrafterConfig, user: str, vocabulary: Collection[str] = VOCABULARY
+    config: DrafterShape,
+    user: str,
+    vocabulary: Collection[str] = VOCABULARY,
+    *,
+    heads: Collection[str] = tuple(treeflash.HEADS),
+    supported: Collection[str] = (),
 ) -> None:
-    """Refuse all but DFlash and the published TreeFlash drafters, for a backend with only these.
+    """Refuse a drafter that a backend cannot run.
 
-    The UnsupportedModelError names `user`, such as `the mlx backend`, and the first other property.
-    `vocabulary` has the names of the drafter's own tensors of `VOCABULARY`, if they are known.
+    Every backend reads DFlash's windows and causal layers (`DrafterConfig.layer_kinds`). One that
+    also has other `heads`, or reads other fields of the configuration, names them; `supported` are
+    keys of the table here. `vocabulary` has the names of the drafter's own tensors of `VOCABULARY`,
+    if they are known. The UnsupportedModelError names `user`, such as `the mlx backend`, and the
+    first property that it lacks.
     """
-    extensions: dict[str, object] = {
-        f"the head {config.head!r}": config.head not in (None, *treeflash.HEADS),
-        "convolutions": config.conv_kernel_size,
-        "a first token predicted by the root's slot": config.first_slot == 0,
-        "windows measured from the root": config.window_from_root and any(config.sliding_windows),
+    refusal = f"{user} does not support a drafter with"
+    if not isinstance(config, DrafterConfig):
+        raise UnsupportedModelError(f"{refusal} the head {config.head!r}")
+    from_root = config.window_from_root and any(config.sliding_windows)
+    properties: dict[str, tuple[str, object]] = {
+        "head": (f"the head {config.head!r}", config.head not in (None, *heads)),
+        "conv_kernel_size": ("convolutions", config.conv_kernel_size),
+        "first_slot": ("a first token predicted by the root's slot", config.first_slot == 0),
+        "window_from_root": ("windows measured from the root", from_root),
         **config.extensions,
-        "features of the embeddings": -1 in config.target_layer_ids,
-        "embeddings or an output head of its own": config.own_vocabulary and vocabulary,
+        "target_layer_ids": ("features of the embeddings", -1 in config.target_layer_ids),
+        "own_vocabulary": (
+            "embeddings or an output head of its own",
+            config.own_vocabulary and vocabulary,
+        ),
+        "draft_vocab_size": ("a smaller vocabulary", config.draft_vocab_size),
+        "input_scale": ("a factor on its embeddings", config.input_scale != 1),
     }
-    for name, present in extensions.items():
-        if present:
-            raise UnsupportedModelError(f"{user} does not support a drafter with {name}")
+    for name, (property, present) in properties.items():
+        if present and name not in supported:
+            raise UnsupportedModelError(f"{refusal} {property}")
 
 
 def find_head_format(folder: ModelFolder) -> Format | None:
@@ -156,8 +173,17 @@ def check_drafter(folder: Path | ModelFolder, target: Config) -> DrafterShape | 
 def load_tensors(
     folder: Path, read: Read[NDArray[Any]], **target: int
 ) -> DrafterTensors[NDArray[Any]]:
-    """Read a block drafter for a target; `read_layout` and `block_tensors` in one."""
-    return block_tensors(read_layout(folder, **target), read, read_quantised)
+    """Read a block drafter for a target; `read_layout` and `block_tensors` in one.
+
+    It raises their errors, and an UnsupportedModelError for a head that drafts depth by depth.
+    """
+    layout = read_layout(folder, **target)
+    if layout.format.kind != "block":
+        raise UnsupportedModelError(
+            f"{folder} has the head {layout.config.head!r}, which drafts depth by depth; this "
+            "backend runs block drafters only"
+        )
+    return block_tensors(layout, read, read_quantised)
 
 
 def block_tensors(

@@ -94,7 +94,7 @@ def _refuse_untrainable_parts(folder: Path, config: DrafterConfig) -> None:
         "embeddings or an output head of its own": vocabulary,
         "windows measured from the root": config.window_from_root and any(config.sliding_windows),
         "features of the embeddings": -1 in config.target_layer_ids,
-        **config.extensions,
+        **dict(config.extensions.values()),
     }
     for name, present in parts.items():
         if present:

@@ -385,6 +385,17 @@ def test_no_dialect_passes_for_dflash(write: Callable[[str], Path], dialect: str
         refuse_extensions(drafter_config(write(dialect)), "a test")
 
 
+def test_a_backend_names_what_it_has_beyond_dflash(write: Callable[[str], Path]) -> None:
+    config = drafter_config(write("deepspec"))
+    own = {"heads": ("vanilla",), "supported": ("first_slot", "own_vocabulary")}
+    with pytest.raises(UnsupportedModelError, match="with features of the embeddings"):
+        refuse_extensions(config, "a test", **own)
+    own["supported"] += ("target_layer_ids",)
+    refuse_extensions(config, "a test", **own)
+    with pytest.raises(UnsupportedModelError, match="with a factor on its embeddings"):
+        refuse_extensions(replace(config, input_scale=2.0), "a test", **own)
+
+
 def test_copies_of_the_target_may_be_left_out(write: Callable[[str], Path]) -> None:
     folder = write("deepspec-dflash")
     assert load_tensors(folder, read_file, **TARGET).vocabulary.keys() == {

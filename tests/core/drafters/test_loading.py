@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from mtp_pairs import write_mtp_pair
 
 from treeflash.drafters.folder import read_config, read_file, read_tensors
 from treeflash.drafters.formats import (
@@ -17,8 +18,15 @@ from treeflash.drafters.formats import (
     drafter_shapes,
     head_inner_size,
 )
-from treeflash.drafters.loading import check_drafter, check_pair, check_shapes, load_tensors
-from treeflash.errors import CheckpointError
+from treeflash.drafters.loading import (
+    check_drafter,
+    check_pair,
+    check_shapes,
+    load_tensors,
+    read_layout,
+    refuse_extensions,
+)
+from treeflash.errors import CheckpointError, UnsupportedModelError
 from treeflash.testing.models import save
 
 TARGET_SHAPE = {"hidden_size": 32, "vocab_size": 24, "num_hidden_layers": 4}
@@ -186,3 +194,15 @@ class TestLoading:
             save(folder, read_config(folder) | {"quantization": quantisation}, tensors)
             with pytest.raises(CheckpointError, match="mode 'mxfp4'; the mode 'affine' is"):
                 load_tensors(folder, pytest.fail, **TARGET_SHAPE)
+
+
+def test_a_backend_for_block_drafters_refuses_a_head_that_drafts_depth_by_depth(
+    tmp_path: Path,
+) -> None:
+    target, head = write_mtp_pair(tmp_path, "eagle3")
+    shape = {name: read_config(target)[name] for name in TARGET_SHAPE}
+    with pytest.raises(UnsupportedModelError, match="has the head 'eagle3', which drafts depth"):
+        load_tensors(head, read_file, **shape)
+    config = read_layout(head, **shape).config
+    with pytest.raises(UnsupportedModelError, match="a test does not support"):
+        refuse_extensions(config, "a test")

@@ -9,6 +9,11 @@ from treeflash.drafters.loading import load_tensors, refuse_extensions
 from treeflash_example.layer import Layer, log_softmax, rms_norm, silu
 
 
+def check_drafter(config, vocabulary=()):
+    """Refuse a drafter before it is downloaded, when its own tensors are not yet known."""
+    refuse_extensions(config, "the example", vocabulary, supported=("input_scale",))
+
+
 class DrafterModel:
     def __init__(self, folder, target):
         tensors = load_tensors(
@@ -18,7 +23,7 @@ class DrafterModel:
             vocab_size=target.vocab_size,
             num_hidden_layers=len(target.layers),
         )
-        refuse_extensions(tensors.config, "the example", tensors.vocabulary)
+        check_drafter(tensors.config, tensors.vocabulary)
         self.config = config = tensors.config
         self.target = target
         self.weights, self.head_weights = tensors.backbone, tensors.head
