@@ -21,7 +21,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from treeflash.config import LoadConfig
-from treeflash.decoding.backend_base import UNQUANTISED_BITS, BaseBackend, check_settings
+from treeflash.decoding.backend_base import (
+    OPTIONAL,
+    UNQUANTISED_BITS,
+    BaseBackend,
+    check_settings,
+)
 from treeflash.decoding.image_processor import Processor
 from treeflash.decoding.interfaces import DeviceReport, Prefill
 from treeflash.decoding.tree import DraftTree
@@ -487,8 +492,14 @@ NOT_UNDER_TORCHRUN = {
 
 def check_config(config: LoadConfig) -> None:
     """Raise a ConfigError for settings that this backend lacks."""
-    inexact = "kv_bits", "compile", "device_map"
-    check_settings(config, "cuda", draft_bits=BITS, kv_bits=(KV_BITS,), inexact=inexact)
+    check_settings(
+        config,
+        "cuda",
+        supported=OPTIONAL,
+        draft_bits=BITS,
+        kv_bits=(KV_BITS,),
+        inexact=("kv_bits", "compile", "device_map"),
+    )
     if config.draft_bits in BITS and runs_on_cpu(config):
         raise ConfigError("the cuda backend does not quantise drafters on a CPU; remove draft_bits")
     if config.device_map is not None and config.device is not None:

@@ -16,6 +16,7 @@ from mlx.utils import tree_flatten
 
 from treeflash.config import LoadConfig, SamplingConfig
 from treeflash.decoding.backend_base import (
+    OPTIONAL,
     UNQUANTISED_BITS,
     BaseBackend,
     arrays_nbytes,
@@ -283,7 +284,14 @@ def warm_up(backend: MlxBackend) -> None:
 
 def check_config(config: LoadConfig) -> None:
     """Raise a ConfigError for settings that this backend lacks."""
-    check_settings(config, "mlx", draft_bits=BITS, kv_bits=KV_BITS, inexact=("kv_bits",))
+    check_settings(
+        config,
+        "mlx",
+        supported=OPTIONAL,
+        draft_bits=BITS,
+        kv_bits=KV_BITS,
+        inexact=("kv_bits",),
+    )
 
 
 def choose_bits(asked: int | None, target: nn.Module, *, on_cpu: bool) -> int | None:

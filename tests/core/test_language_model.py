@@ -383,7 +383,10 @@ def nothing_fetched(monkeypatch):
         ("mlx", {"kv_bits": 3}, r"kv_bits must be one of \(4, 8\) on the mlx backend, got 3"),
         ("mlx", {"draft_bits": 7}, "draft_bits must be one of"),
         ("mlx", {"compile": True}, "compile is supported only by the cuda backend"),
-        ("reference", {"kv_bits": 8}, "are not supported by the reference backend"),
+        ("reference", {"kv_bits": 8}, "kv_bits is not supported by the reference backend"),
+        ("reference", {"draft_bits": 4}, "draft_bits is not supported by the reference backend"),
+        ("reference", {"exact": True}, "exact is not supported by the reference backend"),
+        ("reference", {"compile": True}, "compile is supported only by the cuda backend"),
     ],
 )
 @pytest.mark.usefixtures("nothing_fetched")

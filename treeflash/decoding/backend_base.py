@@ -7,7 +7,7 @@ the `OneByOne...` classes make the three roles from methods that handle one sequ
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, Self, TypeVar, cast
@@ -429,32 +429,43 @@ UNQUANTISED_BITS = 16
 """The number of `LoadConfig.draft_bits` that keeps a drafter as it is."""
 ONLY_BACKENDS = {"compile": "cuda", "device_map": "cuda", "threads": "cuda", "wired": "mlx"}
 """Settings of `LoadConfig` that a single backend has."""
+OPTIONAL = ("adapter", "draft_window", "exact")
+"""Settings of `LoadConfig` that a backend may lack."""
 
 
 def check_settings(
     config: LoadConfig,
     backend: str,
     *,
-    draft_bits: Sequence[int],
-    kv_bits: Sequence[int],
-    inexact: Sequence[str],
+    supported: Collection[str] = (),
+    draft_bits: Sequence[int] = (),
+    kv_bits: Sequence[int] = (),
+    inexact: Sequence[str] = (),
 ) -> None:
-    """Raise a ConfigError for settings that a backend lacks.
+    """Raise a ConfigError for settings that a backend lacks, so that it ignores none of them.
 
-    It quantises drafters, and keys and values, to these numbers of bits; its exact mode does not
-    support the `inexact` settings.
+    A backend has the `OPTIONAL` settings that are `supported`. It quantises drafters, and keys and
+    values, to these numbers of bits; its exact mode does not support the `inexact` settings. What
+    else a `LoadConfig` has is a device, a data type, or a hint that a backend may ignore.
     """
     for name, only in ONLY_BACKENDS.items():
         if getattr(config, name) and backend != only:
             raise ConfigError(f"{name} is supported only by the {only} backend")
+    for name in OPTIONAL:
+        if getattr(config, name) and name not in supported:
+            raise ConfigError(f"{name} is not supported by the {backend} backend")
     for name in inexact:
         if config.exact and getattr(config, name):
             raise ConfigError(f"exact mode does not support {name}; remove one of them")
-    supported = {"draft_bits": (*draft_bits, UNQUANTISED_BITS), "kv_bits": tuple(kv_bits)}
-    for name, numbers in supported.items():
-        if (number := getattr(config, name)) not in (None, *numbers):
-            choices = numbers[0] if len(numbers) == 1 else f"one of {numbers}"
-            raise ConfigError(f"{name} must be {choices} on the {backend} backend, got {number}")
+    for name, numbers in {"draft_bits": tuple(draft_bits), "kv_bits": tuple(kv_bits)}.items():
+        unquantised = (UNQUANTISED_BITS,) if name == "draft_bits" else ()
+        if (number := getattr(config, name)) in (None, *numbers, *unquantised):
+            continue
+        if not numbers:
+            raise ConfigError(f"{name} is not supported by the {backend} backend")
+        choices = (*numbers, *unquantised)
+        wanted = choices[0] if len(choices) == 1 else f"one of {choices}"
+        raise ConfigError(f"{name} must be {wanted} on the {backend} backend, got {number}")
 
 
 class BaseBackend:
@@ -543,7 +554,10 @@ class OneByOneVerifier(ABC):
 
     @abstractmethod
     def commit_one(self, state: Any, path: NDArray[np.int32]) -> None:
-        """Keep a path of the tree that `forward` saw last."""
+        """Keep the keys and values of a path of the tree that `forward` saw last.
+
+        If `state.drafter` is not None, the features of the path are also added to `state.context`.
+        """
 
     def run(self, work: Sequence[Prefill | Verify]) -> list[SampledTokens | None]:
         sampled = [self._run(item) for item in work]
@@ -555,6 +569,7 @@ class OneByOneVerifier(ABC):
         with undone_on_failure(state for state, _ in paths):
             for state, path in paths:
                 self.commit_one(state, path)
+                state.keep_tokens(path)
 
     def logits(self, trees: Sequence[tuple[SequenceState, DraftTree]]) -> list[NDArray[np.float32]]:
         return [self._forward(state, tree) for state, tree in trees]

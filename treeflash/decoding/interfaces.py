@@ -326,9 +326,10 @@ class Backend(Protocol):
         """Return the bytes that a state opened with these arguments may hold."""
 
     def check_trees(self) -> None:
-        """Check, once, that the target runs draft trees, as loading a drafter does.
+        """Check, once, that the target runs draft trees, as `load` does for a drafter.
 
-        Raises an UnsupportedModelError if it does not; plain decoding still works.
+        A backend with a model of its own may leave that to the suite. Raises an
+        UnsupportedModelError if the target does not run them; plain decoding still works.
         """
 
     def memory_bytes(self) -> int:
@@ -398,11 +399,15 @@ def count_captures(backend: Backend) -> int:
 class Loader(Protocol):
     """The entry point of a backend, in the group `treeflash.backends`.
 
-    Its module may also have a function `choose_device(name)`, which raises a BackendError if the
-    device does not exist. It is called before any model is downloaded. And it may have the
-    functions `examine_device(config)`, which returns a `DeviceReport` without any model, and
-    `memory_limit()`, which returns the bytes that models may take, or None: larger ones are refused
-    before they are fetched.
+    Its module may also have functions that are called before any model is downloaded or read:
+
+    - `check_config(config)` raises a ConfigError for settings of a `LoadConfig` that the backend
+      lacks, as `treeflash.decoding.backend_base.check_settings` does; `load` checks them too.
+    - `choose_device(name)` raises a BackendError if the device does not exist.
+    - `check_drafter(config)` raises an UnsupportedModelError if the backend cannot run a drafter
+      with this `DrafterShape`; then another drafter is looked for.
+    - `memory_limit()` returns the bytes that models may take, or None: larger ones are refused.
+    - `examine_device(config)` returns a `DeviceReport` without any model, for `doctor`.
     """
 
     def __call__(self, target: Path, drafter: Path | None, config: LoadConfig) -> Backend:

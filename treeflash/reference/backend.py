@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from treeflash.config import LoadConfig
-from treeflash.decoding.backend_base import BaseBackend
+from treeflash.decoding.backend_base import BaseBackend, check_settings
 from treeflash.decoding.interfaces import ARHead
 from treeflash.drafters.config import DrafterShape
 from treeflash.drafters.folder import read_file, read_quantised
@@ -66,13 +66,9 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> ReferenceBac
 
 def check_config(config: LoadConfig) -> None:
     """Raise a ConfigError for settings that this backend lacks."""
-    for option in ("compile", "device_map", "exact", "threads", "wired"):
-        if getattr(config, option):
-            raise ConfigError(f"{option} is not supported by the reference backend")
+    check_settings(config, "reference", supported=("adapter", "draft_window"))
     if config.dtype not in (None, "float32"):
         raise ConfigError(f"dtype must be float32 on the reference backend, got {config.dtype}")
-    if config.draft_bits or config.kv_bits:
-        raise ConfigError("draft_bits and kv_bits are not supported by the reference backend")
 
 
 def choose_device(name: str | None) -> None:

@@ -80,7 +80,6 @@ class Verifier(OneByOneVerifier):
 
     def commit_one(self, state: State, path: Ints) -> None:
         state.kv_cache.commit(path)
-        state.keep_tokens(path)
         if state.drafter_model is not None:
             layers = state.drafter_model.config.target_layer_ids
             features = np.concatenate([state.outputs[i + 1][path] for i in layers], -1)

@@ -23,7 +23,12 @@ pytest.register_assert_rewrite(*(f"{__name__}.{module.name}" for module in iter_
 
 from treeflash.decoding.interfaces import Backend, Loader
 from treeflash.testing.batches import BatchTests, ExactTests, ScheduleTests
-from treeflash.testing.checkpoints import CheckpointTests, DrafterTests, ErrorTests
+from treeflash.testing.checkpoints import (
+    CheckpointTests,
+    DrafterTests,
+    ErrorTests,
+    SettingTests,
+)
 from treeflash.testing.comparisons import Inspectable
 from treeflash.testing.generations import DistributionTests, GenerationTests, StopTests
 from treeflash.testing.models import (
@@ -69,6 +74,7 @@ class BackendSuite(
     StopTests,
     DistributionTests,
     CheckpointTests,
+    SettingTests,
     DrafterTests,
     ErrorTests,
 ):

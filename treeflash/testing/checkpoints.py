@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from treeflash.config import DecodeConfig, Method, SamplingConfig
 from treeflash.decoding import Request, decode
 from treeflash.decoding.adaptive_budget import AdaptiveBudgets
+from treeflash.decoding.backend_base import ONLY_BACKENDS
 from treeflash.decoding.interfaces import Backend, Loader, SequenceState, TableOptions
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.transitions import TransitionTable
@@ -167,6 +168,45 @@ class CheckpointTests:
         assert models.tested.name
         assert models.tested.device
         assert models.tested.memory_bytes() >= 0
+
+
+SETTINGS: dict[str, Any] = {
+    "adapter": "a folder that does not exist",
+    "compile": True,
+    "device_map": "auto",
+    "draft_bits": 4,
+    "draft_window": 1,
+    "kv_bits": 8,
+    "threads": 1,
+    "wired": True,
+}
+
+
+class SettingTests:
+    @pytest.mark.parametrize("name", SETTINGS)
+    def test_a_setting_is_refused_or_has_an_effect(
+        self, load: Loader, models: Pair, name: str
+    ) -> None:
+        """Who asks for an adapter must not get the answers of the model without it."""
+        if models.tested.name == ONLY_BACKENDS.get(name):
+            pytest.skip("what it changes are not the results")
+        config = replace(LOAD, **{name: SETTINGS[name]})
+        try:
+            changed = load(models.target, models.drafter, config)
+        except (ConfigError, CheckpointError):
+            return
+        results = [results_of(backend) for backend in (changed, models.tested)]
+        assert any(not np.array_equal(*pair) for pair in zip(*results, strict=True))
+
+
+def results_of(backend: Backend) -> list[NDArray[np.float32]]:
+    """Compute the target's logits and the drafter's log probabilities after a prompt."""
+    assert backend.drafter is not None
+    (sequence,) = prompted([backend], prompt_of(backend) * 3, drafts=True)
+    return [
+        sequence.logits(DraftTree.root_only(1)),
+        backend.drafter.log_probs(sequence.draft(1)),
+    ]
 
 
 def logits_of(backend: Backend) -> NDArray[np.float32]:

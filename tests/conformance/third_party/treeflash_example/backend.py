@@ -1,8 +1,9 @@
-"""The entry point."""
+"""The entry point, and what is checked before models are fetched."""
 
+from treeflash.decoding.backend_base import check_settings
 from treeflash.decoding.probe import check_trees
 from treeflash.errors import BackendError, ConfigError
-from treeflash_example.drafter import Drafter, DrafterModel, Head
+from treeflash_example.drafter import Drafter, DrafterModel, Head, check_drafter  # noqa: F401
 from treeflash_example.state import KVCache, State
 from treeflash_example.target import Target, Verifier
 
@@ -35,14 +36,19 @@ class ExampleBackend:
         return 0
 
 
+def check_config(config):
+    check_settings(config, "example")
+    if config.dtype not in (None, "float32"):
+        raise ConfigError(f"dtype must be float32 on the example backend, got {config.dtype}")
+
+
+def choose_device(name):
+    if name not in (None, "cpu"):
+        raise BackendError(f"device must be cpu on the example backend, got {name!r}")
+
+
 def load(target, drafter, config):
-    if config.device not in (None, "cpu"):
-        raise BackendError(f"the example backend runs on cpu, not on {config.device!r}")
-    if config.dtype not in (None, "float32") or config.draft_bits or config.kv_bits:
-        raise ConfigError("the example backend computes in float32 and does not quantise")
-    if config.exact:
-        raise ConfigError("the example backend has no exact mode")
-    if config.draft_window:
-        raise ConfigError("the example backend has no --draft-window")
+    check_config(config)
+    choose_device(config.device)
     model = Target(target)
     return ExampleBackend(model, DrafterModel(drafter, model) if drafter else None)
