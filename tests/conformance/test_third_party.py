@@ -12,7 +12,7 @@ from laws import DRAFTING, LAWS
 
 PACKAGE = Path(__file__).parent / "third_party"
 PUBLIC = {"config", "drafters", "errors"} | {
-    f"decoding.{name}" for name in ("backend_base", "interfaces", "probe", "transitions", "tree")
+    f"decoding.{name}" for name in ("backend_base", "interfaces", "logit_tables", "probe")
 }
 
 

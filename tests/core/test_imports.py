@@ -43,7 +43,7 @@ FOR_BACKENDS = {
     *(f"decoding.{name}" for name in ("probe", "threads", "mtp_head", "recurrent_head")),
     *(
         f"decoding.{name}"
-        for name in ("candidate_head", "output_stage", "images", "image_processor")
+        for name in ("candidate_head", "logit_tables", "output_stage", "images", "image_processor")
     ),
 }
 # What its modules for training may import.

@@ -3,10 +3,10 @@
 import numpy as np
 
 from treeflash.decoding.backend_base import OneByOneDrafter, OneByOneHead
-from treeflash.decoding.transitions import TransitionTable
+from treeflash.decoding.logit_tables import head_table, log_softmax, marginal_table
 from treeflash.drafters.folder import read_file
 from treeflash.drafters.loading import load_tensors, refuse_extensions
-from treeflash_example.layer import Layer, log_softmax, rms_norm, silu
+from treeflash_example.layer import Layer, rms_norm, silu
 
 
 def check_drafter(config, vocabulary=()):
@@ -78,9 +78,7 @@ class Drafter(OneByOneDrafter):
         return root, x if depths is None else x[: 1 + depths]
 
     def marginals_one(self, block, options):
-        logits = self.model.logits(block[1][1:])
-        logits = logits + added(options.noise, logits)
-        return TransitionTable.from_marginals(*top(logits / options.temperature, options.k))
+        return marginal_table(self.model.logits(block[1][1:]), options)
 
     def log_probs(self, block):
         return log_softmax(self.model.logits(block[1][1:]))
@@ -92,49 +90,22 @@ class Head(OneByOneHead):
 
     def transitions_one(self, block, options):
         root, hidden = block[0], block[1][1:]
-        logits = self.model.logits(hidden)
-        noise = added(options.noise, logits)
-        marginal = log_softmax((logits + noise) / options.temperature)
-        vocab = np.sort(np.argsort(-marginal.max(0), kind="stable")[: options.shortlist])
-        marginal = marginal[:, vocab]
-        best, _ = top(marginal[:-1], options.m)
-        weights = np.take_along_axis(marginal[:-1], best, -1)
-        previous = vocab[best]
-        before = np.concatenate([np.full((1, previous.shape[1]), root), previous])
-        scores = self.logits(hidden, before) + noise[:, None]
-        tokens, log_probs = top(scores[..., vocab] / options.temperature, options.k)
-        log_probs += np.log(np.exp(marginal).sum(-1))[:, None, None]
-        if options.rows is not None:
-            order = np.argsort(-weights, axis=None, kind="stable")
-            previous.flat[order[options.rows :]] = -1
-        return TransitionTable.from_candidates(
-            previous.astype(np.int32), vocab[tokens].astype(np.int32), log_probs
-        )
+
+        def score(slots, previous, tokens):
+            return self.logits(hidden[slots], previous)[:, tokens]
+
+        return head_table(self.model.logits(hidden), root, score, options)
 
     def log_probs(self, block, previous):
-        return log_softmax(self.logits(block[1][1:], previous[:, None])[:, 0])
+        return log_softmax(self.logits(block[1][1:], previous))
 
     def logits(self, hidden, previous):
-        """(D, M, vocab) from (D, hidden_size) outputs and (D, M) previous tokens."""
+        """(n, vocab) from (n, hidden_size) outputs and (n,) previous tokens."""
         model, weights = self.model, self.model.head_weights
         embedded = rms_norm(model.target.embeddings[previous], weights["norm.weight"], 1e-6)
-        normed = np.broadcast_to(model.norm("norm", hidden)[:, None], embedded.shape)
-        x = np.concatenate([embedded, normed], -1)
+        x = np.concatenate([embedded, model.norm("norm", hidden)], -1)
         if model.config.head == "swiglu":
             x = x @ weights["ug.weight"].T + weights["ug.bias"]
             up, gate = np.split(x, 2, -1)
             x = up * silu(gate)
-        return model.logits(hidden[:, None] + x @ weights["d.weight"].T)
-
-
-def added(noise, logits):
-    """What is added to (D, vocab) logits."""
-    if noise is None:
-        return np.zeros_like(logits)
-    return noise.values(np.arange(logits.shape[1], dtype=np.int32))
-
-
-def top(logits, k):
-    """Tokens and log probabilities of the `k` best, ties by token id."""
-    tokens = np.argsort(-logits, -1, kind="stable")[..., :k].astype(np.int32)
-    return tokens, np.take_along_axis(log_softmax(logits), tokens, -1).astype(np.float32)
+        return model.logits(hidden + x @ weights["d.weight"].T)

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from treeflash.decoding.logit_tables import log_softmax
 from treeflash.errors import CheckpointError
 
 
@@ -75,8 +76,3 @@ def rms_norm(x, weight, eps):
 
 def silu(x):
     return x / (1 + np.exp(-x))
-
-
-def log_softmax(x):
-    x = x - x.max(-1, keepdims=True)
-    return x - np.log(np.exp(x).sum(-1, keepdims=True))
