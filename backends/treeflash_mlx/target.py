@@ -25,7 +25,7 @@ from treeflash.decoding.families import family_of, refusal
 from treeflash.decoding.image_processor import Processor, load_processor
 from treeflash.decoding.tree import DraftTree
 from treeflash.drafters.adapter import read_adapter, refuse_module
-from treeflash.drafters.folder import read_config
+from treeflash.drafters.folder import read_config, stored_tensors
 from treeflash.errors import (
     CheckpointError,
     ConfigError,
@@ -55,6 +55,9 @@ def load_model(folder: Path, config: Mapping[str, Any], dtype: mx.Dtype | None) 
         settings = compatible_settings(config)
         if (mlx_type := family_of(config.get("model_type")).mlx_type) is not None:
             settings["model_type"] = mlx_type
+        if "tie_word_embeddings" not in config and "lm_head.weight" in stored_tensors(folder):
+            # Most models of mlx-lm would use the embeddings instead, or ask for the setting.
+            settings["tie_word_embeddings"] = False
         model, _ = utils.load_model(
             folder, lazy=True, model_config=settings, get_model_classes=_model_classes
         )

@@ -61,6 +61,7 @@ from treeflash.testing.pairs import (
     TARGET_SEED,
     Pair,
     PairMaker,
+    load_reference,
 )
 from treeflash.testing.trees import (
     OPTIONS,
@@ -74,6 +75,18 @@ from treeflash.testing.trees import (
 
 write_pair = partial(tiny_models.write_pair, seeds=(TARGET_SEED, DRAFTER_SEED))
 """Write a pair that a test may change."""
+
+
+ROPE_SCALING: dict[str, dict[str, float]] = {
+    "linear": {},
+    "llama3": {
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+    "yarn": {"original_max_position_embeddings": 64},
+}
+"""By type, the settings besides the factor."""
 
 
 class CheckpointTests:
@@ -133,6 +146,36 @@ class CheckpointTests:
         one = load(target, drafter, LOAD)
         assert_close(logits_of(one), logits_of(both))
         assert one.drafter_config == both.drafter_config
+
+    def test_settings_that_a_folder_leaves_out(
+        self, load: Loader, tmp_path: Path, plain_family: str
+    ) -> None:
+        """The output head is then the folder's own, and the width of a head the usual one."""
+        write_target(tmp_path, plain_family, seed=TARGET_SEED)
+        expected = logits_of(load(tmp_path, None, LOAD))
+
+        def leave_out(config: Config) -> None:
+            del config["tie_word_embeddings"]
+            if config["head_dim"] * config["num_attention_heads"] == config["hidden_size"]:
+                del config["head_dim"]
+
+        edit_config(tmp_path, leave_out)
+        assert_close(logits_of(load(tmp_path, None, LOAD)), expected)
+
+    @pytest.mark.parametrize("kind", ROPE_SCALING)
+    def test_scaled_rotary_embeddings_match_reference(
+        self, load: Loader, tmp_path: Path, kind: str
+    ) -> None:
+        """Llama 3.1 has them, for example; a backend may refuse the target instead."""
+        write_target(tmp_path, self.families[0], seed=TARGET_SEED)
+        scaling = {"rope_type": kind, "factor": 4.0, **ROPE_SCALING[kind]}
+        edit_config(tmp_path, lambda config: config["rope_parameters"].update(scaling))
+        expected = logits_of(load_reference(tmp_path, None, LOAD))
+        try:
+            backend = load(tmp_path, None, LOAD)
+        except (CheckpointError, UnsupportedModelError):
+            return
+        assert_close(logits_of(backend), expected)
 
     @pytest.mark.parametrize(
         "rewrite",

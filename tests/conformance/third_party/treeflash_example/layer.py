@@ -18,7 +18,7 @@ class Weights(dict):
 
 
 class Layer:
-    def __init__(self, weights, prefix, *, heads, kv_heads, head_dim, eps, inv_freq, scale=1.0):
+    def __init__(self, weights, prefix, *, heads, kv_heads, head_dim, eps, inv_freq, scale):
         self.weights, self.prefix, self.eps = weights, prefix, eps
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
         self.inv_freq, self.scale = np.array(inv_freq), scale

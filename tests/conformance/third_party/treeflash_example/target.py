@@ -3,6 +3,7 @@
 import numpy as np
 
 from treeflash.decoding.backend_base import OneByOneVerifier
+from treeflash.drafters.config import inverse_frequencies, rope_parameters
 from treeflash.drafters.folder import read_config, read_tensors
 from treeflash.errors import UnsupportedModelError
 from treeflash_example.layer import Layer, Weights, rms_norm
@@ -17,19 +18,23 @@ class Target:
             )
         self.weights = Weights(folder, read_tensors(folder))
         self.embeddings = self.weights["model.embed_tokens.weight"]
-        tied = config["tie_word_embeddings"]
+        tied = config.get("tie_word_embeddings", False)
         self.lm_head = self.embeddings if tied else self.weights["lm_head.weight"]
         self.hidden_size, self.vocab_size = config["hidden_size"], config["vocab_size"]
         self.max_positions = config["max_position_embeddings"]
-        self.kv_shape = 2, config["num_key_value_heads"], 0, config["head_dim"]
+        heads = config["num_attention_heads"]
+        kv_heads = config.get("num_key_value_heads", heads)
+        head_dim = config.get("head_dim") or self.hidden_size // heads
+        inv_freq, scale = inverse_frequencies(rope_parameters(config), head_dim)
+        self.kv_shape = 2, kv_heads, 0, head_dim
         self.eps = config["rms_norm_eps"]
-        theta = (config.get("rope_parameters") or config)["rope_theta"]
         shape = {
-            "heads": config["num_attention_heads"],
-            "kv_heads": config["num_key_value_heads"],
-            "head_dim": config["head_dim"],
+            "heads": heads,
+            "kv_heads": kv_heads,
+            "head_dim": head_dim,
             "eps": self.eps,
-            "inv_freq": theta ** -(np.arange(0, config["head_dim"], 2) / config["head_dim"]),
+            "inv_freq": inv_freq,
+            "scale": scale,
         }
         self.layers = [
             Layer(self.weights, f"model.layers.{n}.", **shape)
