@@ -53,7 +53,7 @@ def test_a_summary_counts_captured_graphs(use, run, scripted):
     use(model)
     assert "captured" not in run("hi")[2]
     model.backend.captures = 3
-    assert "\n3 CUDA graphs captured, in the times above or before\n" in run("hi")[2]
+    assert "\n3 graphs captured or compiled, in the times above or before\n" in run("hi")[2]
 
 
 def test_stdout_has_only_the_json(use, run, scripted):

@@ -314,7 +314,9 @@ def run_text(
         )
     console.print(summarise(generation, console.width), markup=False)
     if captures := count_captures(stream.assembler.backend):
-        console.print(f"{_count(captures, 'CUDA graph')} captured, in the times above or before")
+        console.print(
+            f"{_count(captures, 'graph')} captured or compiled, in the times above or before"
+        )
     if generation.compare is not None and not generation.compare.explained:
         code = NOT_EQUAL
     return code

@@ -471,6 +471,9 @@ def check_settings(
 class BaseBackend:
     """The members of a `Backend` that follow from its target and its drafter.
 
+    A backend adds `name`, `device`, `device_name`, `verifier`, `drafter`, `open` and
+    `memory_bytes`. If its KV caches have more columns than positions, it also defines `columns`.
+
     Attributes:
         target: has `dtype`, `vocab_size`, `max_positions`, `column_nbytes` (keys and values of one
             position in all layers, bytes) and `states_nbytes` (recurrent states of one sequence);
@@ -586,15 +589,22 @@ class OneByOneVerifier(ABC):
 
 
 class OneByOneDrafter(ABC):
-    """`Drafter` from a draft for one sequence."""
+    """`Drafter` from a draft for one sequence; a subclass also defines `log_probs`."""
 
     @abstractmethod
     def draft_one(self, state: Any, root: int, depths: int | None) -> Block:
-        """Compute one entry of `Drafter.draft`."""
+        """Compute one entry of `Drafter.draft`.
+
+        The drafter reads `state.context`, whose first row belongs to position
+        `state.drafter.length`, and then calls `note_drafted`.
+        """
 
     @abstractmethod
     def marginals_one(self, block: Block, options: TableOptions) -> TransitionTable:
-        """Compute one entry of `Drafter.marginals`; the options have the noise of the block."""
+        """Compute one entry of `Drafter.marginals`, such as `logit_tables.marginal_table`.
+
+        The options have the noise of the block.
+        """
 
     def draft(
         self, roots: Sequence[tuple[SequenceState, int]], depths: int | None = None
@@ -606,11 +616,14 @@ class OneByOneDrafter(ABC):
 
 
 class OneByOneHead(ABC):
-    """`ARHead` from the transitions of one block."""
+    """`ARHead` from the transitions of one block; a subclass also defines `log_probs`."""
 
     @abstractmethod
     def transitions_one(self, block: Block, options: TableOptions) -> TransitionTable:
-        """Compute one entry of `ARHead.transitions`; the options have the noise of the block."""
+        """Compute one entry of `ARHead.transitions`, such as `logit_tables.head_table`.
+
+        The options have the noise of the block.
+        """
 
     def transitions(self, blocks: Sequence[Block], options: TableOptions) -> list[TransitionTable]:
         return list(map(self.transitions_one, blocks, options.split(len(blocks))))

@@ -130,6 +130,9 @@ class Verify:
 class TableOptions:
     """Sizes, temperature and noise of the tables that `marginals` and `transitions` return.
 
+    Marginals are those with noise, at the temperature. `treeflash.decoding.logit_tables` makes
+    tables from logits.
+
     Attributes:
         k: children of a row; the whole vocabulary if that is smaller.
         m: previous tokens at each depth, 1 by default; the whole vocabulary if that is smaller.
@@ -137,10 +140,12 @@ class TableOptions:
         noise: added to the logits of the marginals and of the head, for the depths of all blocks in
             order. The most probable tokens are then those that the target is most likely to sample.
             None adds nothing, as for a target that decodes greedily. It is left out of comparisons.
-        shortlist: number of tokens that an AR head scores, by highest marginal at any depth of the
-            block; ties by token id. Previous tokens and children are then from the shortlist, and
-            the rest of the vocabulary keeps the probability that the depth's marginal gives it.
-            None, or the whole vocabulary, is the published head.
+        shortlist: number of tokens that an AR head scores, by highest marginal log probability at
+            any depth of the block; ties by token id. Previous tokens and children are then from the
+            shortlist, and the rest of the vocabulary keeps the probability that the depth's
+            marginal gives it: a row's probabilities are the softmax over the shortlist, times the
+            probability that the marginal gives to the shortlist. None, or the whole vocabulary, is
+            the published head.
         rows: number of previous tokens of a sequence whose children an AR head scores, by highest
             marginal log probability over all depths; the root's children are always scored. A token
             is drafted about as often as its marginal says, so a tree of n nodes has little use for
@@ -279,12 +284,22 @@ class ImageProcessor(Protocol):
 
 
 class Backend(Protocol):
-    """A target, and a drafter for it, loaded on one device."""
+    """A target, and a drafter for it, loaded on one device.
+
+    These further members are optional; the functions below tell what the core does without them:
+
+    - `captures`: an int, how many functions were compiled or captured so far. The time of an
+      iteration in which it grows is no measurement, so a framework that compiles needs it: the
+      adaptive budget would conclude that drafts are slow.
+    - `warm_up(max_parallel)` compiles what a server needs; returns the number of functions.
+    - `states_nbytes(states)`: the bytes of several states, if they are not those of each alone.
+    - `device_report()`: a `DeviceReport`.
+    """
 
     name: str
     """The registered name: `cuda`, `mlx`, `reference`, ..."""
     device: str
-    """The framework's name of the device: `cuda:0`, `cpu`, `gpu`, ..."""
+    """The framework's name of the device: `cuda:0`, `gpu`, ...; for a CPU always `cpu`."""
     device_name: str
     """The hardware, such as the GPU's model, by which measured costs are kept."""
     dtype: str

@@ -79,7 +79,7 @@ class Metrics:
             ["kernel", "size", "reason"],
         )
         self._captures = gauge(
-            "captures", "Captured CUDA graphs; all sequences wait for a capture."
+            "captures", "Captured or compiled graphs; all sequences wait for a capture."
         )
         self._finished = counter("request_success", "Finished sequences.", ["finished_reason"])
         self._failed = counter("request_failure", "Sequences that ended with an error.")
