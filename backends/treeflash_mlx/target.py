@@ -41,14 +41,23 @@ from treeflash_mlx.images import ImageRows, VisionTower, channel_axes, load_towe
 from treeflash_mlx.metal_kernels.products import use_everywhere
 
 TEXT_CONFIGS = ("text_config", "language_config")
+SILU = ("llama", "mistral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
+"""Model types that mlx-lm computes with this activation, whatever their configuration says."""
 
 
 def load_model(folder: Path, config: Mapping[str, Any], dtype: mx.Dtype | None) -> nn.Module:
     """Load the model of a Hugging Face folder; a `dtype` of None keeps the weights' dtype.
 
     Raises a CheckpointError if the folder is damaged, or its weights do not fit its configuration,
-    and an UnsupportedModelError if mlx-lm lacks the model type, or the order of the layers.
+    and an UnsupportedModelError if mlx-lm lacks the model type, its activation, or the order of the
+    layers.
     """
+    activation = config.get("hidden_act", "silu")
+    if config.get("model_type") in SILU and activation not in ("silu", "swish"):
+        raise UnsupportedModelError(
+            f"mlx-lm computes {config['model_type']} models with the activation silu, and this one "
+            f"has {activation!r}; use the cuda backend"
+        )
     if not list(folder.glob("model*.safetensors")):
         raise CheckpointError(f"{folder} has no model*.safetensors, which mlx-lm needs")
     try:

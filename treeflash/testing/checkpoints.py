@@ -18,6 +18,7 @@ from treeflash.decoding import Request, decode
 from treeflash.decoding.adaptive_budget import AdaptiveBudgets
 from treeflash.decoding.backend_base import ONLY_BACKENDS
 from treeflash.decoding.interfaces import Backend, Loader, SequenceState, TableOptions
+from treeflash.decoding.probe import relative_difference
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.decoding.tree import DraftTree, build_chain, build_tree
@@ -161,6 +162,18 @@ class CheckpointTests:
 
         edit_config(tmp_path, leave_out)
         assert_close(logits_of(load(tmp_path, None, LOAD)), expected)
+
+    def test_another_activation_is_computed_or_refused(
+        self, load: Loader, tmp_path: Path, plain_family: str
+    ) -> None:
+        write_target(tmp_path, plain_family, seed=TARGET_SEED)
+        logits = logits_of(load(tmp_path, None, LOAD))
+        edit_config(tmp_path, lambda config: config.update(hidden_act="relu"))
+        try:
+            backend = load(tmp_path, None, LOAD)
+        except (CheckpointError, UnsupportedModelError):
+            return
+        assert relative_difference(logits_of(backend), logits) > TOLERANCE
 
     @pytest.mark.parametrize("kind", ROPE_SCALING)
     def test_scaled_rotary_embeddings_match_reference(

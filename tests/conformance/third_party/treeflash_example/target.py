@@ -16,6 +16,10 @@ class Target:
             raise UnsupportedModelError(
                 f"the example backend runs Llama targets, not {config['model_type']!r}"
             )
+        if config.get("hidden_act", "silu") != "silu":
+            raise UnsupportedModelError(
+                f"the example backend runs the activation silu, not {config['hidden_act']!r}"
+            )
         self.weights = Weights(folder, read_tensors(folder))
         self.embeddings = self.weights["model.embed_tokens.weight"]
         tied = config.get("tie_word_embeddings", False)
