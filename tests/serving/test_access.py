@@ -456,6 +456,8 @@ def test_no_origin_is_allowed_by_default(application):
     [
         (OTHER, "127.0.0.1", {}, 403),
         (OTHER, "::1", {}, 403),
+        (OTHER, "::ffff:127.0.0.1", {}, 403),
+        (OTHER, "::ffff:192.168.0.7", {}, 200),
         (OTHER, "127.0.0.1", {"cors_origins": (ORIGIN,)}, 403),
         (OTHER, "127.0.0.1", {"cors_origins": (OTHER,)}, 200),
         (OTHER, "127.0.0.1", {"cors_origins": ("*",)}, 200),

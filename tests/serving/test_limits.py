@@ -176,6 +176,8 @@ def test_disconnect_while_waiting(serve, in_background, caplog):
         wait_until(lambda: has_noticed_a_disconnect(caplog))
     wait_until(lambda: first and server.engine.unfinished == 0)
     assert first[0].status_code == 200
+    assert "0 new tokens" in caplog.text
+    assert "-1.00 tokens per iteration" not in caplog.text
 
 
 def test_a_slow_reader_does_not_hold_up_others(serve):

@@ -68,7 +68,9 @@ def is_loopback(host: str) -> bool:
     if host == "localhost" or host.endswith(".localhost"):
         return True
     with suppress(ValueError):  # it is another name
-        return ip_address(host).is_loopback
+        address = ip_address(host)
+        # A socket of IPv6 names a client's address of IPv4 so, as ::ffff:127.0.0.1.
+        return (getattr(address, "ipv4_mapped", None) or address).is_loopback
     return False
 
 

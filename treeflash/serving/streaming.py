@@ -81,6 +81,7 @@ def _running(completion: Completion, path: str) -> Iterator[None]:
             yield
     finally:
         counts, seconds = completion.usage, time.perf_counter() - completion.submitted
+        begun = sum(bool(answer.chunks) for answer in completion.answers)
         logger.info(
             "%s: %d prompt tokens (%d cached), %d new tokens in %.2f s, %.1f tokens/s, "
             "%.2f tokens per iteration, %s",
@@ -90,7 +91,7 @@ def _running(completion: Completion, path: str) -> Iterator[None]:
             counts.completion_tokens,
             seconds,
             counts.completion_tokens / seconds,
-            (counts.completion_tokens - len(completion.answers)) / max(counts.iterations, 1),
+            (counts.completion_tokens - begun) / max(counts.iterations, 1),
             ", ".join(answer.finish_reason or "unfinished" for answer in completion.answers),
         )
 
