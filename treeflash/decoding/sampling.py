@@ -320,9 +320,13 @@ class PenaltyState:
         tokens = np.unique(
             np.concatenate([repeated, tree.tokens, [*self.generated], [*bias]]).astype(np.int64)
         )
-        counts = np.array([self.generated[token] for token in tokens.tolist()], np.int64)
-        drafted = tree.tokens[1:, None] == tokens
-        counts = counts + tree.ancestor_mask()[:, 1:].astype(np.int64) @ drafted
+        generated = np.array([self.generated[token] for token in tokens.tolist()], np.int64)
+        counts = np.tile(generated, (len(tree), 1))
+        # Of all tokens, which may be the vocabulary, only those of the tree have counts by node.
+        drafted = np.unique(tree.tokens[1:])
+        is_drafted = (tree.tokens[1:, None] == drafted).astype(np.float32)
+        on_path = tree.ancestor_mask()[:, 1:].astype(np.float32) @ is_drafted
+        counts[:, np.searchsorted(tokens, drafted)] += on_path.astype(np.int64)
         seen = (counts > 0) | np.isin(tokens, self.prompt)
         factors = np.where(seen, penalties.repetition, 1.0)
         additions = (

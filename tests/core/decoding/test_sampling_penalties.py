@@ -55,6 +55,22 @@ def test_each_node_counts_its_own_path(penalties, nodes):
         np.testing.assert_allclose(found[node], expected, atol=1e-5)
 
 
+def test_tokens_outside_the_tree_are_not_counted_node_by_node(monkeypatch):
+    """A bias may have all tokens of the vocabulary, and the prompt many."""
+    columns, ancestor_mask = [], DraftTree.ancestor_mask
+
+    class Recorded(np.ndarray):
+        def __matmul__(self, other):
+            columns.append(other.shape[1])
+            return np.asarray(self) @ other
+
+    monkeypatch.setattr(DraftTree, "ancestor_mask", lambda tree: ancestor_mask(tree).view(Recorded))
+    state = PenaltyState(Penalties(repetition=1.3), range(10_000))
+    state.edits(random_tree(np.random.default_rng(0), 3, 30, 10_000))
+    assert columns
+    assert max(columns) < 30
+
+
 def test_no_penalty_changes_nothing():
     assert PenaltyState(Penalties(), [1, 2]).edits(DraftTree.root_only(2)) is None
 
