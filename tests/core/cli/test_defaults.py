@@ -107,7 +107,10 @@ def test_serve(scripted: Any):
 
     model: LanguageModel = scripted("hi")
     engine = SimpleNamespace(
-        model=model, shorten=lambda request: request, submit=lambda requests, *_, **__: requests
+        model=model,
+        check_count=lambda answers: None,
+        shorten=lambda request: request,
+        submit=lambda requests, *_, **__: requests,
     )
     http: Any = SimpleNamespace(state=SimpleNamespace(cache_salt=None))
     offered = service.Service(engine, Settings(), {}, ("model",))
