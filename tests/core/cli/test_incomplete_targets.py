@@ -19,7 +19,7 @@ COMMANDS = {
     "doctor": [],
     "distill": ["--prompts", "prompts.jsonl", "--output", "answers.jsonl"],
     "train": ["--responses", "responses.jsonl", "--output", "trained"],
-    "adapt": ["--prompts", "prompts.jsonl", "--output", "adapted"],
+    "adapt": ["--prompts", "prompts.jsonl", "--validation-sequences", "2", "--output", "adapted"],
 }
 NEEDED = {"serve": "fastapi", "train": "torch", "adapt": "torch"}
 """Packages that commands need before they look at the target."""
