@@ -84,7 +84,8 @@ def assert_close(
     actual: NDArray[np.floating], expected: NDArray[np.floating], *, tolerance: float = TOLERANCE
 ) -> None:
     """Assert equal types and shapes, and values within a tolerance."""
-    np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=tolerance, strict=True)
+    assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
+    np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=tolerance)
 
 
 class Inspectable(SequenceState, Protocol):
