@@ -292,7 +292,7 @@ class Backend(Protocol):
       iteration in which it grows is no measurement, so a framework that compiles needs it: the
       adaptive budget would conclude that drafts are slow.
     - `warm_up(max_parallel)` compiles what a server needs; returns the number of functions.
-    - `states_nbytes(states)`: the bytes of several states, if they are not those of each alone.
+    - `states_nbytes(states)`: the bytes of several states, if that is not the sum over the states.
     - `device_report()`: a `DeviceReport`.
     """
 

@@ -59,7 +59,7 @@ def head_table(
     depths, vocab_size = logits.shape
     tokens = np.arange(vocab_size, dtype=np.int32)
     marginals = _heated(logits, options, np.arange(depths, dtype=np.int32), tokens)
-    share: Any = np.float32(0)
+    share = np.zeros((depths, 1), np.float32)
     if options.shortlist is not None and options.shortlist < vocab_size:
         tokens = np.sort(_best(marginals.max(0), options.shortlist)).astype(np.int32)
         marginals = marginals[:, tokens]
@@ -75,9 +75,7 @@ def head_table(
     places = np.append(0, m + rows)
     slots = (places // m).astype(np.int32)
     before = np.append(root, previous.ravel()[rows]).astype(np.int32)
-    log_probs = _heated(score(slots, before, tokens), options, slots, tokens)
-    if share.ndim:
-        log_probs = log_probs + share[slots]
+    log_probs = _heated(score(slots, before, tokens), options, slots, tokens) + share[slots]
     children = _best(log_probs, options.k)
     log_probs = np.take_along_axis(log_probs, children, -1)
 
@@ -106,7 +104,7 @@ def _best(x: NDArray[np.float32], k: int) -> NDArray[np.int64]:
 
 
 def _scattered(x: NDArray[Any], places: NDArray[Any], size: int, absent: float) -> NDArray[Any]:
-    """Return an array of `size` rows with those of x at some places."""
+    """Return an array of `size` rows that has the rows of x at some places."""
     wide = np.full((size, *x.shape[1:]), absent, x.dtype)
     wide[places] = x
     return wide

@@ -322,7 +322,7 @@ class PenaltyState:
         )
         generated = np.array([self.generated[token] for token in tokens.tolist()], np.int64)
         counts = np.tile(generated, (len(tree), 1))
-        # Of all tokens, which may be the vocabulary, only those of the tree have counts by node.
+        # Only tokens of the tree have counts by node; all tokens may be the whole vocabulary.
         drafted = np.unique(tree.tokens[1:])
         is_drafted = (tree.tokens[1:, None] == drafted).astype(np.float32)
         on_path = tree.ancestor_mask()[:, 1:].astype(np.float32) @ is_drafted

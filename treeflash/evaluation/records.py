@@ -75,7 +75,7 @@ def prompt_records(
 ) -> list[Record]:
     """Return what each finished prompt took, with the id of its row.
 
-    Its new `tokens` are one, from the prefill, and those that the `iterations` committed.
+    Its new `tokens` are one token from the prefill, and the tokens that `iterations` committed.
     """
     return [
         {

@@ -64,7 +64,7 @@ class Drafts:
     """Counts of the iterations of a completion that verified a draft.
 
     Attributes:
-        accepted: how many of them accepted so many drafted tokens.
+        accepted: how many iterations accepted a draft, by the number of accepted tokens.
         deepest: depth of the deepest draft.
     """
 

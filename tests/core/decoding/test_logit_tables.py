@@ -1,4 +1,4 @@
-"""Tables from logits are those of the reference, which makes its own."""
+"""Tables from logits equal the tables of the reference, which has its own code."""
 
 from dataclasses import replace
 from itertools import product
