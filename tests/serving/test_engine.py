@@ -21,7 +21,7 @@ from treeflash.decoding import Request
 from treeflash.decoding.interfaces import DeviceReport
 from treeflash.errors import CheckpointError, ConfigError, NumericalError
 from treeflash.serving import application
-from treeflash.serving.engine import Completion, Engine, Usage
+from treeflash.serving.engine import Completion, Engine
 from treeflash.serving.metrics import Metrics
 from treeflash.serving.settings import Settings
 from treeflash.serving.streaming import speculative_decoding
@@ -377,18 +377,18 @@ def test_counts_of_a_stream_look_at_each_chunk_once():
 
     usage, drafts = asyncio.run(count(1, 1))
     assert Tree.looks <= 100
-    expected = Usage(
-        prompt_tokens=3,
-        cached_tokens=5,
-        disk_tokens=2,
-        completion_tokens=200,
-        drafted_tokens=150,
-        accepted_tokens=50,
-        iterations=99,
-    )
-    assert usage == expected
+    expected = {
+        "prompt_tokens": 3,
+        "cached_tokens": 5,
+        "disk_tokens": 2,
+        "completion_tokens": 200,
+        "drafted_tokens": 150,
+        "accepted_tokens": 50,
+        "iterations": 99,
+    }
+    assert vars(usage).items() >= expected.items()
     assert drafts["acceptance_histogram"] == [25, 50, 0, 0]
     usage, _ = asyncio.run(count(2, 4))
     each = ("prompt_tokens", "cached_tokens", "disk_tokens")
-    for field, value in vars(expected).items():
+    for field, value in expected.items():
         assert getattr(usage, field) == value * (2 if field in each else 4)

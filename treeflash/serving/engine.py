@@ -46,30 +46,20 @@ class AnswerUpdate:
     chunk: Chunk
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass
 class Usage:
-    """Token counts of a completion; each prompt counts once, everything else for all answers."""
+    """Counts of a completion so far; each prompt counts once, everything else for all answers."""
 
     prompt_tokens: int
-    cached_tokens: int  # prompt tokens that came from the prefix cache
-    disk_tokens: int  # cached tokens that came from its disk tier
-    completion_tokens: int
-    drafted_tokens: int
-    accepted_tokens: int
-    iterations: int  # forward passes after the prefill
-
-
-@dataclass
-class Drafts:
-    """Counts of the iterations of a completion that verified a draft.
-
-    Attributes:
-        accepted: how many iterations accepted a draft, by the number of accepted tokens.
-        deepest: depth of the deepest draft.
-    """
-
-    accepted: Counter[int] = field(default_factory=Counter)
-    deepest: int = 0
+    cached_tokens: int = 0  # prompt tokens that came from the prefix cache
+    disk_tokens: int = 0  # cached tokens that came from its disk tier
+    completion_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    iterations: int = 0  # forward passes after the prefill
+    # iterations that verified a draft, by the number of accepted tokens
+    drafts: Counter[int] = field(default_factory=Counter)
+    deepest_draft: int = 0
 
 
 class Completion:
@@ -99,52 +89,33 @@ class Completion:
         self._updates: Mailbox[AnswerUpdate | Exception] = Mailbox()
         self._unfinished = len(self.answers)
         self._cancel = cancel
+        firsts = self.answers[:: len(self.answers) // prompts]
+        self._usage = Usage(prompt_tokens=sum(len(answer.prompt_ids) for answer in firsts))
         self._counted = [0] * len(self.answers)  # chunks of each answer
-        self._counts = Counter[str]()
-        self._drafts = Drafts()
 
     @property
     def usage(self) -> Usage:
-        """The counts so far."""
-        self._count()
-        firsts, counts = self.answers[:: len(self.answers) // self.prompts], self._counts
-        return Usage(
-            prompt_tokens=sum(len(answer.prompt_ids) for answer in firsts),
-            cached_tokens=counts["cached"],
-            disk_tokens=counts["disk"],
-            completion_tokens=counts["completion"],
-            drafted_tokens=counts["drafted"],
-            accepted_tokens=counts["accepted"],
-            iterations=counts["iterations"],
-        )
-
-    @property
-    def drafts(self) -> Drafts:
-        """The counts of drafts so far."""
-        self._count()
-        return self._drafts
-
-    def _count(self) -> None:
-        """Count the chunks that are new since the last call: a stream may ask after each chunk."""
-        answers_per_prompt, counts = len(self.answers) // self.prompts, self._counts
+        """The counts so far: the chunks that are new since the last call are added."""
+        answers_per_prompt, counts = len(self.answers) // self.prompts, self._usage
         for index, answer in enumerate(self.answers):
             first = self._counted[index]
             chunks = answer.chunks[first:]
             self._counted[index] += len(chunks)
             if chunks and first == 0 and index % answers_per_prompt == 0:
-                counts["cached"] += chunks[0].step.cached_tokens
-                counts["disk"] += chunks[0].step.disk_tokens
+                counts.cached_tokens += chunks[0].step.cached_tokens
+                counts.disk_tokens += chunks[0].step.disk_tokens
             for chunk in chunks:
-                counts["completion"] += len(chunk.token_ids)
+                counts.completion_tokens += len(chunk.token_ids)
                 tree, path = chunk.step.tree, chunk.step.path
                 if tree is None or path is None:
                     continue
-                counts["drafted"] += len(tree) - 1
-                counts["accepted"] += len(path) - 1
-                counts["iterations"] += 1
+                counts.drafted_tokens += len(tree) - 1
+                counts.accepted_tokens += len(path) - 1
+                counts.iterations += 1
                 if len(tree) > 1:
-                    self._drafts.accepted[len(path) - 1] += 1
-                    self._drafts.deepest = max(self._drafts.deepest, int(tree.depths.max()))
+                    counts.drafts[len(path) - 1] += 1
+                    counts.deepest_draft = max(counts.deepest_draft, int(tree.depths.max()))
+        return counts
 
     def __aiter__(self) -> Completion:
         return self

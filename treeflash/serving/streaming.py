@@ -277,16 +277,16 @@ def speculative_decoding(completion: Completion) -> dict[str, Any] | None:
     """
     if len(completion.answers) > 1:
         return None
-    counts, drafts = completion.usage, completion.drafts
-    steps = drafts.accepted.total()
+    counts = completion.usage
+    steps = counts.drafts.total()
     return {
         "mean_acceptance_length": 1 + counts.accepted_tokens / max(steps, 1),
         "draft_acceptance_rate": counts.accepted_tokens / max(counts.drafted_tokens, 1),
-        "acceptance_histogram": [drafts.accepted[n] for n in range(drafts.deepest + 1)],
+        "acceptance_histogram": [counts.drafts[n] for n in range(counts.deepest_draft + 1)],
         "num_spec_steps": steps,
         "num_accepted_draft_tokens": counts.accepted_tokens,
         "num_draft_tokens": counts.drafted_tokens,
-        "num_spec_tokens": drafts.deepest,
+        "num_spec_tokens": counts.deepest_draft,
     }
 
 
