@@ -152,6 +152,18 @@ def test_thoughts_and_results_without_a_name_reach_the_chat_template():
     assert request.conversation(service).messages == expected
 
 
+def test_results_without_an_id_answer_the_calls_that_have_none_yet():
+    calls = [{"id": id, "function": {"name": "stop", "arguments": {}}} for id in ("a", "b", "c")]
+    answer = {"role": "assistant", "tool_calls": calls}
+    results = [
+        {"role": "tool", "content": "Done.", **named} for named in ({"tool_call_id": "b"}, {}, {})
+    ]
+    request = ChatRequest(model=NAME, messages=[*HELLO, answer, *results])
+    service = SimpleNamespace(tokenizer=SimpleNamespace(knows_thinking=True))
+    found = [x["tool_call_id"] for x in request.conversation(service).messages[2:]]
+    assert found == ["b", "a", "c"]
+
+
 def test_options_of_a_machine_change_nothing(client):
     plain = client.generate(NAME, "Hello.", raw=True, options=SHORT)
     machine = {"num_ctx": 4096, "num_gpu": 99, "num_thread": 2, "use_mmap": True}
@@ -234,6 +246,19 @@ def test_a_model_is_loaded_already(client):
             400,
             "answers no call",
             id="a result without a call",
+        ),
+        pytest.param(
+            "/api/chat",
+            {
+                "model": NAME,
+                "messages": [
+                    *HELLO,
+                    {"role": "assistant", "tool_calls": [{"function": {"name": "stop"}}]},
+                ],
+            },
+            400,
+            "add their results",
+            id="a call without a result",
         ),
         pytest.param(
             "/api/generate",

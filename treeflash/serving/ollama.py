@@ -169,11 +169,18 @@ class ChatRequest(OllamaRequest):
 
     def conversation(self, service: Service) -> Conversation:
         """Build the conversation; an APIError if its last message leaves nothing to answer."""
+        last = self.messages[-1]
+        if last.role == "assistant" and last.tool_calls:
+            raise bad_request(
+                "the last message is the assistant's, which the answer continues, so it must have "
+                "no tool_calls; add their results, or remove it",
+                "messages",
+            )
         return Conversation(
             messages=_templates(self.messages),
             template_args=self.thinking(service),
             tools=allowed_tools([tool.function for tool in self.tools or ()], None),
-            continues=self.messages[-1].role == "assistant",
+            continues=last.role == "assistant",
             grammar=self.grammar(),
         )
 
@@ -228,8 +235,8 @@ def _templates(messages: Sequence[OllamaMessage]) -> list[dict[str, Any]]:
         if message.role == "tool":
             if not waiting and message.tool_call_id is None:
                 raise bad_request("a message with the role tool answers no call", "messages")
-            template["tool_call_id"] = message.tool_call_id or waiting[0]
-            waiting = waiting[1:]
+            template["tool_call_id"] = answered = message.tool_call_id or waiting[0]
+            waiting = [call for call in waiting if call != answered]
             if message.tool_name is not None:
                 template["name"] = message.tool_name
         templates.append(template)
