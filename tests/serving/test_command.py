@@ -92,7 +92,7 @@ def test_configuration_file(run, told, tmp_path):
         port = 9000
         max_parallel = 4
         no-cuda-graphs = true
-        raw = false
+        wired = false
         stop = ["END", "--x"]
         model_name = ["a", "b"]
         temperature = 0.5
@@ -130,7 +130,7 @@ def test_configuration_file(run, told, tmp_path):
         (["--body-timeout", "0"], "body_timeout must be above 0"),
         (["--keep-alive", "0"], "keep_alive must be above 0"),
         (["--temperature", "-1"], "temperature must be 0"),
-        (["--raw"], "/v1/completions"),
+        (["--raw"], "unrecognized arguments: --raw"),
         (["--api-key-file", "/no/such/file"], "/no/such/file cannot be read"),
         (["--config", "/no/such/file"], "/no/such/file"),
         (["--config"], "expected one argument"),

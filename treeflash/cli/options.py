@@ -23,7 +23,8 @@ DECODE_OPTIONS = {name: one for name, one in OPTIONS.items() if one.flag != ""}
 SERVER_OPTIONS = tuple(
     name
     for name in DECODE_OPTIONS
-    if not name.endswith("_penalty") and name not in ("logit_bias", "log_probs", *GRAMMAR_OPTIONS)
+    if not name.endswith("_penalty")
+    and name not in ("logit_bias", "log_probs", "raw", *GRAMMAR_OPTIONS)
 )
 """The decoding options that a server has defaults for."""
 LOAD_OPTIONS = options_of(LoadConfig)

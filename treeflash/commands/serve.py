@@ -26,8 +26,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().parse(argv)
     settings = read_settings(args)
     options = cli.decode_options(args)
-    if options.pop("raw", False):
-        raise ConfigError("--raw is not supported by the server; send text to /v1/completions")
     if missing := [name for name in REQUIRED_PACKAGES if find_spec(name) is None]:
         raise ConfigError(
             f"the server needs {missing[0]}; pip install '.[serve]' in a clone of treeflash"
