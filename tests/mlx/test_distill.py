@@ -8,6 +8,6 @@ from treeflash.testing import require
 require("mlx")
 
 
-@pytest.mark.parametrize("slots", [1, 3])
-def test_responses_are_those_of_plain_decoding(slots, tmp_path):
-    check_plain_decoding("mlx", "qwen3", tmp_path, "--slots", str(slots))
+@pytest.mark.parametrize("parallel", [1, 3])
+def test_responses_are_those_of_plain_decoding(parallel, tmp_path):
+    check_plain_decoding("mlx", "qwen3", tmp_path, "--parallel", str(parallel))

@@ -218,13 +218,13 @@ def _cost(
 ) -> list[str]:
     """Estimate what the command takes, before a model is loaded: tokens, passes and memory."""
     length = min(config.max_length, distill.max_prompt_tokens + distill.max_tokens)
-    passes = math.ceil(prompts / distill.slots) * distill.max_tokens
+    passes = math.ceil(prompts / distill.parallel) * distill.max_tokens
     sequences = config.sequences * config.accumulation
     trained, frozen = _parameters(target, base, config)
     stored = sum(path.stat().st_size for path in target.glob("*.safetensors"))
     return [
         f"answers: at most {prompts * distill.max_tokens:,} tokens to {prompts} prompts, "
-        f"in {passes:,} passes of up to {distill.slots} sequences",
+        f"in {passes:,} passes of up to {distill.parallel} sequences",
         f"block efficiency: at most {2 * measured * distill.max_tokens:,} tokens, "
         f"{measured} prompts before and after",
         f"training: {config.minutes:g} minutes or {config.steps:,} steps at most; a step runs the "

@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     args.self_prompt,
                     args.output.with_suffix(".prompts.jsonl"),
                     console,
-                    slots=config.slots,
+                    parallel=config.parallel,
                     seed=config.seed,
                 )
             distillation.run(console)

@@ -142,7 +142,7 @@ class DistillConfig:
     )
     max_tokens: int = option(512, "maximum number of tokens in a response", 1)
     max_prompt_tokens: int = option(1024, "skip prompts with more tokens", 1)
-    slots: int = option(128, "number of prompts to answer at the same time", 1)
+    parallel: int = option(128, "number of prompts to answer at the same time", 1)
     seed: int = option(0, "random seed for mixing and sampling; prompt n uses the seed plus n")
 
     def __post_init__(self) -> None:
@@ -178,10 +178,10 @@ def mix(
 
 
 def respond(
-    backend: Backend, requests: Sequence[Request], slots: int
+    backend: Backend, requests: Sequence[Request], parallel: int
 ) -> Iterator[tuple[int, list[int]]]:
-    """Decode many requests, up to `slots` at once; yields each index and its new tokens."""
-    scheduler = Scheduler(backend, SchedulerConfig(max_parallel=slots))
+    """Decode many requests, up to `parallel` at once; yields each index and its new tokens."""
+    scheduler = Scheduler(backend, SchedulerConfig(max_parallel=parallel))
     numbers = {request: number for number, request in enumerate(requests)}
     responses: dict[Request, list[int]] = defaultdict(list)
     with closing(scheduler.decode(requests)) as steps:
@@ -205,7 +205,7 @@ def _request(
 
 
 def self_prompts(
-    model: LanguageModel, count: int, path: Path, console: Console, *, slots: int, seed: int
+    model: LanguageModel, count: int, path: Path, console: Console, *, parallel: int, seed: int
 ) -> list[Row]:
     """Sample `count` user messages by letting the target continue its chat template's user header.
 
@@ -229,7 +229,7 @@ def self_prompts(
         file.resume()
         with progress(console) as bar:
             task = bar.add_task("prompts", total=count, completed=count - len(missing))
-            for index, tokens in respond(model.backend, requests, slots):
+            for index, tokens in respond(model.backend, requests, parallel):
                 bar.advance(task)
                 if text := model.tokenizer.decode(tokens).strip():
                     n = missing[index]
@@ -302,7 +302,7 @@ class Distillation:
                     _request(self.model, prompt, self.config.sampling(n), self.config.max_tokens)
                     for n, prompt in missing
                 ]
-                responses = respond(self.model.backend, requests, self.config.slots)
+                responses = respond(self.model.backend, requests, self.config.parallel)
                 for index, response_ids in responses:
                     n, prompt = missing[index]
                     record: Record = {"id": self.rows[n].id, "turn": turn}

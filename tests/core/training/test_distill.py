@@ -39,7 +39,7 @@ def test_prompts_are_answered_and_counted(run, files, echo):
 
 
 def test_an_interrupted_run_says_how_to_resume(run, files, echo):
-    code, error = run(echo(interrupt_at=1), "--prompts", str(files[0]), "--slots", "1")
+    code, error = run(echo(interrupt_at=1), "--prompts", str(files[0]), "--parallel", "1")
     assert code == 130
     assert "interrupted; run the same command again to resume" in error
     assert "2 of 2 prompts answered" in run(echo(), "--prompts", str(files[0]))[1]
@@ -89,7 +89,7 @@ def test_two_processes_do_not_write_one_output(run, files, echo):
         (["--prompts", "{file}", "--weights", "1"], "--weights divide up the --limit"),
         (["--self-prompt", "2", "--limit", "1"], "--limit needs --prompts"),
         (["--self-prompt", "0"], "self-prompt must be 1 or more"),
-        (["--prompts", "{file}", "--slots", "0"], "slots must be 1 or more"),
+        (["--prompts", "{file}", "--parallel", "0"], "parallel must be 1 or more"),
         (["--prompts", "{file}", "--temperature", "-1"], "temperature must be 0"),
         (["--prompts", "{file}", "--backend", "abacus"], "unknown backend 'abacus'"),
         (["--self-prompt", "2", "--output", "."], "cannot be written"),
@@ -104,6 +104,6 @@ def test_invalid_input_is_a_one_line_error(arguments, message, files, capsys):
     assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize("slots", [1, 3, 8])
-def test_responses_are_those_of_plain_decoding(slots, tmp_path):
-    check_plain_decoding("reference", "llama", tmp_path, "--slots", str(slots))
+@pytest.mark.parametrize("parallel", [1, 3, 8])
+def test_responses_are_those_of_plain_decoding(parallel, tmp_path):
+    check_plain_decoding("reference", "llama", tmp_path, "--parallel", str(parallel))

@@ -95,7 +95,7 @@ def test_an_interrupted_run_resumes(distill, output, echo):
     for stop in range(5):
         output.unlink()
         with pytest.raises(KeyboardInterrupt):
-            distill(asked, echo(stop), slots=1)
+            distill(asked, echo(stop), parallel=1)
         assert len(lines(output)) == stop
         with output.open("a") as file:
             file.write('{"id": "r0", "tu')  # torn in the middle of a line

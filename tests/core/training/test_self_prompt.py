@@ -18,7 +18,7 @@ def path(tmp_path):
 @pytest.fixture
 def generate(path):
     def generate(count, model, seed=0):
-        return self_prompts(model, count, path, Console(quiet=True), slots=1, seed=seed)
+        return self_prompts(model, count, path, Console(quiet=True), parallel=1, seed=seed)
 
     return generate
 
