@@ -72,6 +72,8 @@ def convert(folder: Path, output: Path, to: str, *, target: str | None = None) -
     CheckpointError if the folder is not a drafter, or is damaged, and a ConfigError if the format
     cannot express the drafter, or `output` is not empty.
     """
+    if to not in CONVERSIONS:
+        raise ConfigError(f"unknown format {to!r}; choose one of {', '.join(CONVERSIONS)}")
     parsed, config = formats.drafter_config(folder), read_config(folder)
     source = formats.detect_format(config)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):

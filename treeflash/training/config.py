@@ -83,7 +83,7 @@ class TrainConfig:
         None,
         "target layers whose outputs the drafter reads; by default as many as the drafter has "
         "layers, the last one just below the copied layers",
-        accepts=lambda ids: min(ids or (0,)) >= 0,
+        accepts=lambda ids: ids is None or min(ids, default=-1) >= 0,
         rule="0 or more",
         metavar="ID",
     )

@@ -134,6 +134,8 @@ class DistillConfig:
     temperature: tuple[float, ...] = option(
         (0.0,),
         "sampling temperature; 0 is greedy; several are assigned to the prompts in turn",
+        accepts=lambda values: isinstance(values, tuple) and values != (),
+        rule="a tuple of at least one number",
         metavar="T",
     )
     top_p: float = option(

@@ -177,6 +177,8 @@ def test_formats_that_lead_nowhere_are_named(published: Path, tmp_path: Path) ->
     message = "^cannot convert a DFlash drafter to deepspec, .*; choose treeflash or speculators$"
     with pytest.raises(ConfigError, match=message):
         convert(published, tmp_path / "there", "deepspec")
+    with pytest.raises(ConfigError, match="unknown format 'gguf'; choose one of treeflash, "):
+        convert(published, tmp_path / "there", "gguf")
 
 
 def test_a_treeflash_drafter_without_its_head_is_a_dflash_drafter(

@@ -119,7 +119,9 @@ def test_a_loss_is_a_weighted_sum(text, weights):
     assert parse_loss(text) == weights
 
 
-@pytest.mark.parametrize("setting", [{"mask_token_id": -1}, {"target_layer_ids": (1, -1)}])
-def test_negative_ids_are_refused_before_anything_is_loaded(setting):
+@pytest.mark.parametrize(
+    "setting", [{"mask_token_id": -1}, {"target_layer_ids": (1, -1)}, {"target_layer_ids": ()}]
+)
+def test_negative_or_no_ids_are_refused_before_anything_is_loaded(setting):
     with pytest.raises(ConfigError, match="must be 0 or more"):
         TrainConfig(**setting)

@@ -31,6 +31,12 @@ def distill(output):
     return distill
 
 
+@pytest.mark.parametrize("temperature", [(), 0.5])
+def test_temperatures_are_a_tuple_of_one_or_more(temperature):
+    with pytest.raises(ConfigError, match="temperature must be a tuple of at least one"):
+        DistillConfig(temperature=temperature)
+
+
 def rows(*conversations):
     """A row for each list of user messages."""
     return [
