@@ -38,7 +38,14 @@ from treeflash.cli.console import guarded
 from treeflash.cli.options import add_model_options, load_model
 from treeflash.config import AUTO, METHODS, Budget, DecodeConfig, HeadRows, Method
 from treeflash.decoding.adaptive_budget import AdaptiveBudgets
-from treeflash.decoding.interfaces import Backend, Prefill, SequenceState, TreeVerifier, Verify
+from treeflash.decoding.interfaces import (
+    Backend,
+    Prefill,
+    SequenceState,
+    TreeVerifier,
+    Verify,
+    warm_up,
+)
 from treeflash.decoding.sampling import SampledTokens
 from treeflash.evaluation.records import MEAN, interval, resamples
 from treeflash.language_model import LanguageModel
@@ -264,6 +271,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     suffixes = [switch == "on" for switch in args.suffix]
     cases = make_cases(args.methods, args.budgets, args.heads, suffixes)
     model = load_model(args)
+    warm_up(model.backend, 1)
     results = measure(model, args, cases)
     pair = describe(model.backend)
     title = f"{', '.join(pair.values())}, {args.max_tokens} tokens per prompt"

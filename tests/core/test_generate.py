@@ -201,6 +201,15 @@ def test_compare_equal(use, run, scripted, budget):
     assert "without the prefill" in err
 
 
+def test_a_backend_prepares_its_passes_before_it_is_timed(use, run, scripted):
+    backend, asked = use(scripted(TEXT)).backend, []
+    backend.warm_up = lambda parallel: asked.append((parallel, backend.verified)) or 0
+    run("hi")
+    before = backend.verified
+    run("hi", "--compare")
+    assert asked == [(1, before)]
+
+
 @pytest.mark.parametrize(
     ("dtype", "margin"),
     [("float32", 1.0), ("float32", 0.0), ("bfloat16", 1.0), ("float16", 0.03125)],

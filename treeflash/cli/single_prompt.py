@@ -22,7 +22,7 @@ from rich.tree import Tree
 
 from treeflash.cli.console import EXIT_INTERRUPTED
 from treeflash.config import AUTO, SamplingConfig
-from treeflash.decoding.interfaces import count_captures
+from treeflash.decoding import interfaces
 from treeflash.decoding.loop import Step
 from treeflash.decoding.sampling import noisy_logits, position_keys
 from treeflash.decoding.tree import DraftTree
@@ -45,11 +45,12 @@ MANTISSA_BITS = {"float32": 23, "bfloat16": 7, "float16": 10}
 
 
 def warm_up(stream: Stream) -> None:
-    """Run a stream's method and plain decoding briefly, so that both are measured warm.
+    """Prepare the backend, and run a stream's method and plain decoding briefly.
 
-    The end of the prompt is enough, without images. A fixed budget replaces `auto`, which would
-    learn from these runs.
+    Both are then measured warm. The end of the prompt is enough, without images. A fixed budget
+    replaces `auto`, which would learn from these runs.
     """
+    interfaces.warm_up(stream.assembler.backend, 1)
     images = stream.assembler.images
     last_text = 0 if images is None else images.images[-1].end
     prompt_ids = stream.assembler.prompt_ids[last_text:][-WARM_UP_PROMPT:]
@@ -313,7 +314,7 @@ def run_text(
             list_log_probs(generation.log_probs, stream.assembler.tokenizer), markup=False
         )
     console.print(summarise(generation, console.width), markup=False)
-    if captures := count_captures(stream.assembler.backend):
+    if captures := interfaces.count_captures(stream.assembler.backend):
         console.print(
             f"{_count(captures, 'graph')} captured or compiled, in the times above or before"
         )
