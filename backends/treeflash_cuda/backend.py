@@ -460,9 +460,10 @@ def inexact_if_refused(target: Target, config: LoadConfig) -> Iterator[None]:
 def wrap(model: PreTrainedModel, drafter: Path | None) -> CudaBackend:
     """Return a pair whose target is a loaded model that its owner goes on using.
 
-    Its weights stay as they are. Its attention is replaced inside `Target.attached` alone. It has
-    neither CUDA graphs nor fused layers: a graph reads the weights' addresses, and would go on with
-    old weights after the owner has moved the model, loaded an adapter or trained it.
+    Its weights stay as they are. Its attention is replaced, and its layers have hooks, inside
+    `Target.attached` alone. It has neither CUDA graphs nor fused layers: a graph reads the weights'
+    addresses, and would go on with old weights after the owner has moved the model, loaded an
+    adapter or trained it.
 
     Raises:
         ConfigError: the model's layers are on several devices.
@@ -471,8 +472,9 @@ def wrap(model: PreTrainedModel, drafter: Path | None) -> CudaBackend:
     device = model.get_input_embeddings().weight.device
     if {parameter.device for parameter in model.parameters()} != {device}:
         raise ConfigError("the model is on several devices; load it on one device")
-    with own_attention(model):
+    with own_attention(model), ExitStack() as hooks:
         target = Target(model, device, pack=False)
+        hooks.enter_context(target.hooks)
         if has_tower(model):
             target.tower = GivenFeatures(model)
         add_kernels(target)

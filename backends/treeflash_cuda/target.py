@@ -423,6 +423,8 @@ class Target:
         self.operations: Operations | None = None  # for rows; None attends with masks
         self.is_exact = False  # see `make_exact`
         self.exact_refusal: str | None = None  # why the backend's default is not exact mode
+        self.captured: tuple[int, ...] = ()  # the layers of `capture`
+        self.hooks = ExitStack()  # closing it removes the hooks of `capture`
         self._exact_changes = ExitStack()  # undoes what exact mode changes on a CPU
         self.token_rows = 1  # equal rows of a lone token in exact mode on a CPU
         # Threads are chosen for each pass on a CPU; a GPU has None.
@@ -608,8 +610,9 @@ class Target:
     def attached(self) -> Iterator[None]:
         """Replace the attention of a model that has its own attention otherwise; see `wrap`."""
         borrowed = nullcontext() if self.threads is None else self.threads.borrowed()
-        with borrowed, own_attention(self.model):
+        with borrowed, own_attention(self.model), self.hooks:
             self.model.set_attn_implementation(tree_attention(self.model.config))
+            self.capture(self.captured)
             yield
 
     def find_scale(self) -> None:
@@ -637,20 +640,22 @@ class Target:
         return difference if difference > TOLERANCE_FACTOR * tolerance else 0
 
     def capture(self, layer_ids: Sequence[int]) -> None:
-        """Return these layers' outputs from every forward pass from now on.
+        """Return these layers' outputs from every forward pass, until `hooks` are closed.
 
         -1 stands for the embeddings, and the number of layers for the final norm.
         """
+        self.captured = tuple(layer_ids)
         for layer_id in layer_ids:
             # A model may add features of images between two layers.
             if layer_id == -1 or (self.tower is not None and layer_id < len(self.layers) - 1):
-                self.layers[layer_id + 1].register_forward_pre_hook(
+                handle = self.layers[layer_id + 1].register_forward_pre_hook(
                     partial(_capture_input, layer_id), with_kwargs=True
                 )
             else:
                 is_norm = layer_id == len(self.layers)
                 module = self.model.get_decoder() if is_norm else self.layers[layer_id]
-                module.register_forward_hook(partial(_capture_output, layer_id))
+                handle = module.register_forward_hook(partial(_capture_output, layer_id))
+            self.hooks.enter_context(handle)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Compute the (..., hidden_size) rows of the input table."""

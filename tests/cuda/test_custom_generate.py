@@ -126,6 +126,7 @@ def test_the_model_stays_its_owners(models):
     model.generate(**prompts(), **TOKENS, **options)
     assert model.config._attn_implementation == "sdpa"
     assert torch.equal(model(**prompts()).logits, before)
+    assert not any(x._forward_hooks or x._forward_pre_hooks for x in model.modules())
 
 
 def test_the_attention_is_restored_after_an_error(models):
