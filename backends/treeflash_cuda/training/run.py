@@ -122,6 +122,10 @@ def _scalars(record: Record) -> list[tuple[str, float]]:
     return scalars
 
 
+CONTINUE = (
+    "give another --output, whose run can begin with this drafter (train --init, adapt --drafter)"
+)
+"""What to do with a folder whose run is another one."""
 CHECKPOINT = ("model.safetensors", "config.json", "README.md")
 DAMAGED = (OSError, EOFError, LookupError, ValueError, RuntimeError, UnpicklingError)
 """Exceptions that reading a damaged state raises."""
@@ -254,12 +258,11 @@ class TrainingRun:
                 continue
             if name == "data":
                 raise ConfigError(
-                    f"{self.folder} has a run on other responses; use the same files, or give "
-                    "another --output"
+                    f"{self.folder} has a run on other responses; use the same files, or {CONTINUE}"
                 )
             raise ConfigError(
                 f"{self.folder} has a run with {name} {saved.get(name)}, not {value}; use the "
-                "same configuration, or give another --output"
+                f"same configuration, or {CONTINUE}"
             )
 
     def _read_state(self) -> dict[str, Any]:
