@@ -5,17 +5,33 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from mtp_configurations import (
+    ASSISTANT_LAYERS,
+    DEEPSPEC,
+    DEEPSPEC_GEMMA4,
+    EAGLE,
+    GEMMA,
+    GLM,
+    LATENT,
+    LAYER,
+    MTP_NAMES,
+    PARALLEL,
+    QWEN,
+    QWEN_MOE,
+    SPECULATORS,
+    SPECULATORS_QWEN,
+    tensors,
+)
 
 from treeflash.config import LoadConfig
 from treeflash.drafters import mtp_heads
-from treeflash.drafters.folder import open_folder, read_file, read_quantised
+from treeflash.drafters.folder import open_folder
 from treeflash.drafters.format import Format
-from treeflash.drafters.loading import find_head_format, mtp_tensors, read_layout
+from treeflash.drafters.loading import find_head_format
 from treeflash.drafters.mtp_formats import (
     ASSISTANT,
     DEEPSPEC_EAGLE3,
@@ -29,119 +45,9 @@ from treeflash.drafters.mtp_formats import (
     SPECULATORS_MTP,
 )
 from treeflash.drafters.mtp_heads import Assistant, Experts, MtpConfig
-from treeflash.drafters.mtp_tensors import mtp_shapes, split_fused, stack_experts
+from treeflash.drafters.mtp_tensors import mtp_shapes
 from treeflash.errors import CheckpointError, ConfigError, UnsupportedModelError
 from treeflash.testing.models import save
-
-LAYER = {
-    "hidden_size": 8,
-    "intermediate_size": 12,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 4,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 16.0,
-    "vocab_size": 10,
-}
-EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 5}
-QWEN = {**LAYER, "model_type": "qwen3_5", "num_hidden_layers": 12, "mtp_num_hidden_layers": 1}
-QWEN_MOE = {**QWEN, **EXPERTS, "num_experts": 3, "shared_expert_intermediate_size": 6}
-GLM = {
-    **LAYER,
-    **EXPERTS,
-    "model_type": "glm4_moe",
-    "num_hidden_layers": 12,
-    "n_routed_experts": 3,
-    "n_shared_experts": 2,
-    "routed_scaling_factor": 2.5,
-    "num_nextn_predict_layers": 1,
-    "n_group": 1,
-    "topk_group": 1,
-}
-LATENT = {
-    **GLM,
-    "kv_lora_rank": 6,
-    "q_lora_rank": 5,
-    "qk_nope_head_dim": 3,
-    "qk_rope_head_dim": 2,
-    "v_head_dim": 7,
-}
-EAGLE = {
-    **LAYER,
-    "architectures": ["LlamaForCausalLMEagle3"],
-    "model_type": "llama",
-    "num_hidden_layers": 1,
-}
-SPECULATORS = {
-    "speculators_model_type": "eagle3",
-    "transformer_layer_config": {**LAYER, "num_hidden_layers": 1},
-}
-PARALLEL = {
-    "speculators_model_type": "peagle",
-    "mask_token_id": 9,
-    "eagle_aux_hidden_state_layer_ids": [2, 5],
-    "speculators_config": {"proposal_methods": [{"speculative_tokens": 6}]},
-    "transformer_layer_config": {**LAYER, "num_hidden_layers": 3},
-}
-DEEPSPEC = {
-    **LAYER,
-    "architectures": ["Qwen3Eagle3Model"],
-    "model_type": "qwen3",
-    "num_hidden_layers": 1,
-    "draft_num_hidden_layers": 1,
-    "target_layer_ids": [0, 2, 4, 5, 7],
-    "target_model_name_or_path": "target",
-    "ttt_length": 7,
-    "step_loss_decay": 0.8,
-}
-DEEPSPEC_GEMMA4 = {
-    **DEEPSPEC,
-    "architectures": ["Gemma4Eagle3Model"],
-    "attention_k_eq_v": True,
-    "enable_moe_block": False,
-    "final_logit_softcapping": 30.0,
-    "global_head_dim": 8,
-    "hidden_activation": "gelu_pytorch_tanh",
-    "hidden_size_per_layer_input": 0,
-    "layer_types": ["full_attention"],
-    "model_type": "gemma4_text",
-    "num_global_key_value_heads": 2,
-    "num_kv_shared_layers": 0,
-    "rope_parameters": {
-        "full_attention": {
-            "rope_type": "proportional",
-            "rope_theta": 16.0,
-            "partial_rotary_factor": 0.5,
-        },
-        "sliding_attention": {"rope_type": "default", "rope_theta": 4.0},
-    },
-    "target_model_type": "gemma4_unified",
-    "use_bidirectional_attention": "vision",
-    "vocab_size_per_layer_input": 262144,
-}
-SPECULATORS_QWEN = {
-    "speculators_model_type": "mtp",
-    "num_nextn_predict_layers": 1,
-    "transformer_layer_config": QWEN,
-}
-ASSISTANT_LAYERS = {
-    **LAYER,
-    "hidden_activation": "gelu_pytorch_tanh",
-    "num_hidden_layers": 2,
-    "layer_types": ["sliding_attention", "full_attention"],
-    "global_head_dim": 6,
-    "sliding_window": 4,
-}
-GEMMA = {
-    "model_type": "gemma4_assistant",
-    "backbone_hidden_size": 16,
-    "text_config": ASSISTANT_LAYERS,
-}
-MTP_NAMES = ("mtp.fc.weight", "mtp.pre_fc_norm_hidden.weight")
-
-
-def tensors(*names: str) -> dict[str, Any]:
-    return {name: np.zeros(1, np.float32) for name in names}
 
 
 @pytest.mark.parametrize(
@@ -378,22 +284,6 @@ def test_latent_attention() -> None:
     assert stretched.rope_scale == 1
 
 
-def test_stacked_experts_of_mlx() -> None:
-    """A side file has them under `switch_mlp`; each has the shape of a single expert."""
-    name = "layers.0.mlp.switch_mlp.gate_proj.weight"
-    canonical = QWEN_SIDECAR.names({}, [name])[name]
-    assert canonical == "layer.mlp.experts.gate_proj"
-    stacked = {canonical: (3, 5, 8), "layer.mlp.experts.down_proj": (3, 8, 5)}
-    stacked["layer.mlp.experts.up_proj"] = (3, 5, 8)
-    split = split_fused(stacked)
-    assert split["layer.mlp.experts.2.gate_proj.weight"] == (5, 8)
-    assert split["layer.mlp.experts.0.down_proj.weight"] == (8, 5)
-    assert len(split) == 9
-    tensors = {key: np.zeros(shape) for key, shape in stacked.items()}
-    config = parse(QWEN_SIDECAR, QWEN_MOE, "layers.0.mlp.gate.weight")
-    assert stack_experts(dict(tensors), config, np.stack).keys() == tensors.keys()
-
-
 @pytest.mark.parametrize("form", ["eagle", "speculators"])
 def test_dialects_of_eagle_3(form: str) -> None:
     format, base = (EAGLE3, EAGLE) if form == "eagle" else (SPECULATORS_EAGLE3, SPECULATORS)
@@ -606,201 +496,6 @@ def test_settings_of_mtp_heads_that_nothing_reads_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=f"{key} = {value!r} is not supported"):
         parse(format, config, **{key: value})
-
-
-@pytest.mark.parametrize(
-    ("format", "config", "names"),
-    [
-        (
-            QWEN_MTP,
-            QWEN,
-            {
-                "mtp.fc.weight": "input_proj.weight",
-                "mtp.pre_fc_norm_embedding.weight": "embedding_norm.weight",
-                "mtp.pre_fc_norm_hidden.weight": "hidden_norm.weight",
-                "mtp.norm.weight": "norm.weight",
-                "mtp.layers.0.self_attn.q_proj.weight": "layer.self_attn.q_proj.weight",
-                "model.layers.0.self_attn.q_proj.weight": None,
-            },
-        ),
-        (
-            QWEN_SIDECAR,
-            QWEN,
-            {"fc.weight": "input_proj.weight", "layers.0.mlp.x": "layer.mlp.x"},
-        ),
-        (
-            GLM_MTP,
-            GLM,
-            {
-                "model.layers.12.enorm.weight": "embedding_norm.weight",
-                "model.layers.12.hnorm.weight": "hidden_norm.weight",
-                "model.layers.12.eh_proj.weight": "input_proj.weight",
-                "model.layers.12.shared_head.norm.weight": "norm.weight",
-                "model.layers.12.mlp.shared_experts.x": "layer.mlp.shared_expert.x",
-                "model.layers.12.mlp.gate.x": "layer.mlp.gate.x",
-                "model.layers.12.shared_head.head.weight": None,
-                "model.layers.12.embed_tokens.weight": None,
-                "model.layers.11.mlp.up_proj.weight": None,
-            },
-        ),
-        (
-            EAGLE3,
-            EAGLE,
-            {
-                "midlayer.hidden_norm.weight": "hidden_norm.weight",
-                "midlayer.input_layernorm.weight": "embedding_norm.weight",
-                "midlayer.self_attn.q_proj.bias": "layer.self_attn.q_proj.bias",
-                "model.norm.weight": "norm.weight",
-                "fc.weight": "fc.weight",
-                "t2d": None,
-                "d2t": None,
-                "verifier_norm.weight": None,
-            },
-        ),
-        (
-            SPECULATORS_EAGLE3,
-            {**SPECULATORS, "draft_vocab_size": 7},
-            {
-                "layers.0.hidden_norm.weight": "hidden_norm.weight",
-                "layers.0.mlp.up_proj.weight": "layer.mlp.up_proj.weight",
-                "d2t": "d2t",
-                "t2d": None,
-            },
-        ),
-        (
-            SPECULATORS_MTP,
-            SPECULATORS_QWEN,
-            {
-                "mtp_layers.0.token_layernorm.weight": "embedding_norm.weight",
-                "mtp_layers.0.hidden_layernorm.weight": "hidden_norm.weight",
-                "mtp_layers.0.input_proj.weight": "input_proj.weight",
-                "mtp_layers.0.final_layernorm.weight": "norm.weight",
-                "mtp_layers.0.input_layernorm.weight": "layer.input_layernorm.weight",
-                "mtp_layers.0.mlp.experts.down_proj": "layer.mlp.experts.down_proj",
-            },
-        ),
-        (
-            ASSISTANT,
-            GEMMA,
-            {
-                "model.layers.1.layer_scalar": "layers.1.layer_scalar",
-                "model.embed_tokens.weight": "lm_head.weight",
-                "lm_head.weight": None,
-                "pre_projection.weight": "pre_projection.weight",
-            },
-        ),
-    ],
-)  # fmt: skip
-def test_names_of_tensors(
-    format: Format, config: dict[str, Any], names: dict[str, str | None]
-) -> None:
-    expected = {stored: name for stored, name in names.items() if name is not None}
-    assert format.names(config, names) == expected
-
-
-def write_eagle(folder: Path, **changes: Any) -> dict[str, Any]:
-    """A head without its embeddings and output head, which it shares with the target."""
-    config = {**EAGLE, **changes}
-    optional = ("embed_tokens.weight", "lm_head.weight")
-    stored = {
-        name: np.zeros(shape, np.float32)
-        for name, shape in mtp_shapes(EAGLE3.parse(config, (), 12), 10).items()
-        if name not in optional
-    }
-    save(folder, config, stored)
-    return {"config": config, "stored": stored}
-
-
-def load(folder: Path, **changes: int) -> Any:
-    target = {"hidden_size": 8, "vocab_size": 10, "num_hidden_layers": 12, **changes}
-    layout = read_layout(folder, **target)
-    weights, vocabulary = mtp_tensors(layout, read_file, read_quantised, np.stack)
-    return SimpleNamespace(config=layout.config, weights=weights, vocabulary=vocabulary)
-
-
-def test_a_head_fits_its_target(tmp_path: Path) -> None:
-    write_eagle(tmp_path / "head")
-    found = load(tmp_path / "head")
-    assert not found.vocabulary
-    assert found.weights.keys() == mtp_shapes(found.config, 10).keys() - {
-        "embed_tokens.weight",
-        "lm_head.weight",
-    }
-    for changes, problem in (
-        ({"hidden_size": 16}, "its hidden size is 8, the target's is 16"),
-        ({"vocab_size": 11}, "its vocabulary has 10 tokens, the target's has 11"),
-        ({"num_hidden_layers": 2}, r"it reads target layers \[1, 0, -2\], the target has 2"),
-    ):
-        with pytest.raises(CheckpointError, match=problem):
-            load(tmp_path / "head", **changes)
-    mtp = {"num_hidden_layers": 11}
-    write_eagle(tmp_path / "embeddings", eagle_aux_hidden_state_layer_ids=[0, 5, 9])
-    assert load(tmp_path / "embeddings").config.target_layer_ids == (-1, 4, 8)
-    save(tmp_path / "mtp", QWEN, tensors("mtp.fc.weight", "mtp.pre_fc_norm_hidden.weight"))
-    with pytest.raises(CheckpointError, match="a target of 12 layers, this one has 11"):
-        load(tmp_path / "mtp", **mtp)
-
-
-def test_tensors_of_a_head_are_checked(tmp_path: Path) -> None:
-    folder = tmp_path / "head"
-    parts = write_eagle(folder)
-
-    def refused(problem: str, remove: str | None = None, **changes: Any) -> None:
-        stored = {k: x for k, x in (parts["stored"] | changes).items() if k != remove}
-        save(folder, parts["config"], stored)
-        with pytest.raises(CheckpointError, match=re.escape(problem)):
-            load(folder)
-
-    zeros = np.zeros((2, 2), np.float32)
-    refused("lacks the tensor norm.weight of shape (8,)", remove="norm.weight")
-    wrong = "tensor fc.weight has shape (2, 2), config.json asks for (8, 24)"
-    refused(wrong, **{"fc.weight": zeros})
-    refused("an unexpected tensor for an MTP or EAGLE-3 head: extra", extra=zeros)
-    refused("tensors of type I8", **{"fc.weight": np.zeros((8, 24), np.int8)})
-    packed = {"quantization": {"group_size": 16, "bits": 4, "mode": "nvfp4"}}
-    words = {"fc.weight": np.zeros((8, 2), np.uint32)} | tensors("pre_fc_norm_hidden.weight")
-    save(folder, {**QWEN, **packed, "model_type": "qwen3_5_mtp"}, words)
-    with pytest.raises(CheckpointError, match="mode 'nvfp4'; the mode 'affine' is supported"):
-        load(folder)
-    save(folder, {k: x for k, x in EAGLE.items() if k != "vocab_size"}, parts["stored"])
-    with pytest.raises(CheckpointError, match=r"config\.json lacks 'vocab_size'"):
-        load(folder)
-    save(folder, {**EAGLE, "hidden_size": "wide"}, parts["stored"])
-    with pytest.raises(CheckpointError, match=r"config\.json is not valid: "):
-        load(folder)
-    own = write_eagle(folder, draft_vocab_size=7)
-    with pytest.raises(CheckpointError, match=r"lacks the tensor lm_head\.weight"):
-        load(folder)
-    head = {"lm_head.weight": np.ones((7, 8), np.float32)}
-    save(folder, own["config"], own["stored"] | {"d2t": np.zeros(7, np.int64)} | head)
-    assert load(folder).vocabulary.keys() == {"lm_head.weight", "d2t"}
-
-
-@pytest.mark.parametrize("fused", [False, True])
-def test_experts_are_stacked(tmp_path: Path, fused: bool) -> None:
-    """They may be stored together, gates before the others."""
-    rng = np.random.default_rng(0)
-    names = ("mtp.layers.0.mlp.gate.weight",)
-    shapes = mtp_shapes(QWEN_MTP.parse(QWEN_MOE, names, 12), 10)
-    renamed = {"input_proj": "fc", "hidden_norm": "pre_fc_norm_hidden"}
-    renamed |= {"embedding_norm": "pre_fc_norm_embedding", "layer": "layers.0"}
-    stored = {}
-    for name, shape in shapes.items():
-        first, _, rest = name.partition(".")
-        stored[f"mtp.{renamed.get(first, first)}.{rest}"] = rng.normal(size=shape).astype("f4")
-    prefix, parts = "mtp.layers.0.mlp.experts.", ("gate_proj", "up_proj", "down_proj")
-    gate, up, down = (
-        np.stack([stored[f"{prefix}{i}.{name}.weight"] for i in range(3)]) for name in parts
-    )
-    if fused:
-        stored = {name: x for name, x in stored.items() if not name.startswith(prefix)}
-        stored |= {f"{prefix}gate_up_proj": np.concatenate([gate, up], 1)}
-        stored |= {f"{prefix}down_proj": down}
-    save(tmp_path / "head", QWEN_MOE, stored)
-    weights = load(tmp_path / "head").weights
-    for name, expected in zip(parts, (gate, up, down), strict=True):
-        np.testing.assert_array_equal(weights[f"layer.mlp.experts.{name}"], expected)
-    assert not [name for name in weights if name.startswith("layer.mlp.experts.0")]
 
 
 def test_what_only_some_backends_and_drafters_have() -> None:
