@@ -42,7 +42,7 @@ from treeflash.decoding.loop import Commit, Draft, Drafted, Loop, Phase, Prune, 
 from treeflash.decoding.request import Request
 from treeflash.decoding.sampling import Noise, SampledTokens
 from treeflash.decoding.suffix import SuffixTree, tree_of
-from treeflash.decoding.transitions import Calibration, TransitionTable
+from treeflash.decoding.transitions import Calibration, TransitionTable, check_tokens
 from treeflash.decoding.tree import DraftTree
 from treeflash.errors import TreeflashError, is_out_of_memory
 
@@ -189,6 +189,7 @@ def propose(
         if uses_head:
             assert backend.head is not None
             made = backend.head.transitions(batch, options)
+            check_tokens(made, backend.vocab_size)
         else:
             assert backend.drafter is not None
             made = backend.drafter.marginals(batch, options)

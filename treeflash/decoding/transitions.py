@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from treeflash.errors import NumericalError
+from treeflash.errors import ConfigError, NumericalError
 
 ROUNDING = 0.01
 """Nats above 0 that a log probability may reach by rounding; more is an error."""
@@ -158,6 +158,22 @@ class TransitionTable:
         """Depths that the table covers: the drafter's, or fewer."""
         known: int | None = vars(self).get("_depths")
         return len(self.tokens) if known is None else known
+
+
+def check_tokens(tables: Sequence[TransitionTable], vocab_size: int) -> None:
+    """Raise a ConfigError if a table drafts a token that the target does not have.
+
+    The tables of backends have a source, and their tokens come from the vocabulary; a head of a
+    user's own may draft any.
+    """
+    for table in tables:
+        if source_of(table) is None:
+            drafted = table.tokens[table.log_probs > -np.inf]
+            if len(unknown := drafted[(drafted < 0) | (drafted >= vocab_size)]):
+                raise ConfigError(
+                    f"the head drafted the token {unknown[0]}, and the target's vocabulary has "
+                    f"{vocab_size} tokens; correct the head's table"
+                )
 
 
 def source_of(table: TransitionTable) -> Any:

@@ -40,7 +40,7 @@ class DepthMetrics:
     """Metrics by depth, summed over anchors, the tokens after which blocks were drafted.
 
     `anchors` are (D,) numbers of anchors, `sums` (D, len(METRICS)) by source; `corrected` is
-    missing without an AR head.
+    missing without an AR head that has `log_probs`.
     """
 
     anchors: NDArray[np.int64]
@@ -82,7 +82,8 @@ def measure_depth_metrics(
         drafted = {}
         if backend.drafter_config.has_marginals:
             drafted["marginal"] = backend.drafter.log_probs(block)
-        if backend.head is not None:
+        # A head of a user's own need not have the method.
+        if backend.head is not None and hasattr(backend.head, "log_probs"):
             previous = np.pad(np.array(tokens[:n], np.int32), (0, depths - n), mode="edge")
             drafted["corrected"] = backend.head.log_probs(block, previous)
         following = np.array(tokens[1 : n + 1], np.int32)

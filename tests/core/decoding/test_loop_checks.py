@@ -11,6 +11,7 @@ from fake_models import (
     DRAFTING,
     PROMPT,
     SCRIPT,
+    FakeHead,
     config_of,
     run,
     scripted,
@@ -110,3 +111,14 @@ class TestChecks:
         assert next(steps).tokens == (0,)
         with pytest.raises(NumericalError, match="not finite"):
             next(steps)
+
+    @pytest.mark.parametrize("token", [100, -1])
+    def test_a_head_that_drafts_an_unknown_token(self, token: int) -> None:
+        backend = scripted(SCRIPT)
+        drafted = backend.propose(PROMPT, 1, 2)
+        drafted.tokens[2] = [SCRIPT[6], token]
+        backend.head = FakeHead(lambda *_: drafted)
+        with pytest.raises(ConfigError, match=f"drafted the token {token}, .* has 100 tokens"):
+            run(backend, method="treeflash")
+        drafted.log_probs[2, :, 1] = -np.inf  # the child is absent
+        assert tokens_of(run(backend, method="treeflash", max_tokens=3)) == SCRIPT[4:7]

@@ -72,9 +72,10 @@ def test_figures_equal_those_of_plain_text(model, temperature, length):
             assert value == pytest.approx(np.mean(wanted[depth, key]), abs=1e-5), key
 
 
-def test_without_a_head_nothing_is_corrected(tiny_pair, model):
+@pytest.mark.parametrize("head", [None, SimpleNamespace(transitions=None)])
+def test_without_log_probs_of_a_head_nothing_is_corrected(tiny_pair, model, head):
     backend = treeflash.load(*tiny_pair, backend="reference").backend
-    backend.head = None
+    backend.head = head
     (record, *_) = measure_depth_metrics(backend, [3, 1], [4, 1, 5], 0).records()
     assert record["tvd_corrected"] is None
     (whole, *_) = measure_depth_metrics(model.backend, [3, 1], [4, 1, 5], 0).records()
