@@ -514,7 +514,7 @@ class ScheduleMachine(RuleBasedStateMachine):
             if entry.state in self.checked:
                 continue
             self.checked.append(entry.state)
-            all_tokens = tuple(entry.tokens.tolist())
+            all_tokens = tuple(entry.prefix.tokens.tolist())
             assert entry.state.length == len(all_tokens)
             assert any(
                 x.finished and tuple(x.all_tokens[: len(all_tokens)]) == all_tokens

@@ -30,6 +30,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from treeflash.decoding import state_files
 from treeflash.decoding.images import NO_IMAGES
 from treeflash.decoding.interfaces import SequenceState, StateArrays
@@ -69,9 +71,21 @@ logger = logging.getLogger("treeflash.cache")
 class CacheKey(NamedTuple):
     """What states depend on besides their tokens."""
 
-    backend: object
-    drafts: bool
-    salt: str
+    backend: object  # the loaded pair
+    drafts: bool  # whether the states were opened for drafting
+    salt: str  # the caller's
+
+
+class Prefix:
+    """Tokens from the start of a sequence, and what else the state after them depends on.
+
+    The `digests` are the images', as `PromptImages` has them.
+    """
+
+    def __init__(
+        self, key: CacheKey, tokens: Sequence[int], digests: Mapping[int, bytes] = NO_IMAGES
+    ) -> None:
+        self.key, self.tokens, self.digests = key, np.array(tokens, np.int32), digests
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,6 +130,7 @@ class DiskCache:
         written_bytes: bytes of the files that were written.
         skipped: files that could not be used.
         rates: what the prefill and restoring cost.
+        readers: the threads that read parts.
     """
 
     def __init__(
@@ -142,7 +157,7 @@ class DiskCache:
             raise ConfigError(f"{folder} is a file; give a folder for the prefix cache") from None
         except OSError as error:
             logger.warning("%s: states will not be stored: %s", folder, error.strerror)
-        self._readers = ThreadPoolExecutor(AHEAD + 1, "treeflash-cache-reader")
+        self.readers = ThreadPoolExecutor(AHEAD + 1, "treeflash-cache-reader")
         self._writer = threading.Thread(
             target=self._write_queued, name="treeflash-cache-writer", daemon=True
         )
@@ -155,18 +170,12 @@ class DiskCache:
         """Whether a state waits to be copied."""
         return bool(self._unsaved)
 
-    def add(
-        self,
-        key: CacheKey,
-        tokens: Sequence[int],
-        state: SequenceState,
-        digests: Mapping[int, bytes] = NO_IMAGES,
-    ) -> None:
-        """Store a state, whose committed positions have these tokens, with the next copies.
+    def add(self, prefix: Prefix, state: SequenceState) -> None:
+        """Store the state of a prefix with the next copies.
 
         States of less than a block are left out: they are computed as fast as they are read.
         """
-        keys = self._keys(key, tokens, digests)
+        keys = self._keys(prefix)
 
         def part(kind: Kind, first: int, stop: int) -> Part:
             read = max(first, min(state.read_length, stop))
@@ -213,14 +222,12 @@ class DiskCache:
         """End the threads when what was copied is written."""
         self._queue.put(None)
         self._writer.join()
-        self._readers.shutdown(cancel_futures=True)
+        self.readers.shutdown(cancel_futures=True)
 
-    def _keys(
-        self, key: CacheKey, tokens: Sequence[int], digests: Mapping[int, bytes]
-    ) -> PrefixKeys:
+    def _keys(self, prefix: Prefix) -> PrefixKeys:
         identity = self._identity + self.block.to_bytes(4, "big")
-        root = root_key(identity, drafts=key.drafts, salt=key.salt)
-        return PrefixKeys(root, tokens, self.block, digests)
+        root = root_key(identity, drafts=prefix.key.drafts, salt=prefix.key.salt)
+        return PrefixKeys(root, prefix.tokens.tolist(), self.block, prefix.digests)
 
     def _has_room(self) -> bool:
         return self._queued_bytes < QUEUE_BYTES
@@ -361,19 +368,14 @@ class DiskCache:
         return found
 
     def restore(
-        self,
-        key: CacheKey,
-        tokens: Sequence[int],
-        open_state: Callable[[], SequenceState],
-        longer_than: int,
-        digests: Mapping[int, bytes] = NO_IMAGES,
+        self, prefix: Prefix, open_state: Callable[[], SequenceState], longer_than: int
     ) -> Restoration:
-        """Begin to restore the longest stored beginning of some tokens and their images."""
-        keys, state = self._keys(key, tokens, digests), open_state()
-        search = self._readers.submit(
+        """Begin to restore the longest stored beginning of a prefix."""
+        keys, state = self._keys(prefix), open_state()
+        search = self.readers.submit(
             self.find, keys, needs_end=state.needs_snapshots, longer_than=longer_than
         )
-        return Restoration(self, list(tokens), state, longer_than, search, self._readers)
+        return Restoration(self, prefix.tokens.tolist(), state, longer_than, search)
 
 
 @dataclass(eq=False)
@@ -388,7 +390,6 @@ class Restoration:
     state: SequenceState | None
     longer_than: int
     search: Future[Stored | None]
-    readers: ThreadPoolExecutor
     started: float = field(default_factory=time.perf_counter)
     _blocks: deque[tuple[Kind, bytes]] | None = None  # not read yet; None during the search
     _reads: deque[Future[tuple[Part, StateArrays] | None]] = field(default_factory=deque)
@@ -433,7 +434,8 @@ class Restoration:
     def _read_ahead(self) -> None:
         assert self._blocks is not None
         while self._blocks and len(self._reads) < AHEAD:
-            self._reads.append(self.readers.submit(self.cache.read, *self._blocks.popleft()))
+            read = self.cache.readers.submit(self.cache.read, *self._blocks.popleft())
+            self._reads.append(read)
 
     def _append(self, found: tuple[Part, StateArrays] | None) -> bool:
         """Append a part; if it cannot be, end with the positions before it, if they are a state."""

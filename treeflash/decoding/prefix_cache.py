@@ -5,46 +5,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from treeflash.decoding.disk_cache import CacheKey, DiskCache
-from treeflash.decoding.images import NO_IMAGES
+from treeflash.decoding.disk_cache import DiskCache, Prefix
 from treeflash.decoding.interfaces import SequenceState
 
 
 @dataclass(eq=False)
 class _Entry:
-    """A state, the tokens of its committed positions, and the digests of their images."""
+    """A state, and the prefix that is committed in it."""
 
-    key: Hashable
-    tokens: NDArray[np.int32]
-    digests: Mapping[int, bytes]
+    prefix: Prefix
     state: SequenceState
 
-    def shared_length(self, tokens: NDArray[np.int32], digests: Mapping[int, bytes]) -> int:
-        """Return the longest prefix of a prompt at which the state can be forked.
+    def shared_length(self, prompt: Prefix) -> int:
+        """Return how much of a prompt the state has in common, up to where it can be forked.
 
         It ends before the first image that only one of them has, or that differs.
         """
-        n = min(len(self.tokens), len(tokens))
-        different = np.flatnonzero(self.tokens[:n] != tokens[:n])
-        ends = [first for first, _ in self.digests.items() ^ digests.items()]
+        own, tokens = self.prefix.tokens, prompt.tokens
+        n = min(len(own), len(tokens))
+        different = np.flatnonzero(own[:n] != tokens[:n])
+        ends = [first for first, _ in self.prefix.digests.items() ^ prompt.digests.items()]
         return self.state.restorable(min([n, *different[:1].tolist(), *ends]))
 
     def replaces(self, other: _Entry) -> bool:
         """Return whether the state serves all prompts that another one serves."""
-        both = other.tokens, other.digests
-        return self.key == other.key and self.shared_length(*both) >= other.shared_length(*both)
+        if self.prefix.key != other.prefix.key:
+            return False
+        return self.shared_length(other.prefix) >= other.shared_length(other.prefix)
 
 
 class PrefixCache:
     """A cache of states; at `max_bytes` of device memory the least recently used are closed.
 
-    With a `disk`, which it closes, the states are stored there too; their keys are `CacheKey`s.
+    With a `disk`, which it closes, the states are stored there too.
     """
 
     def __init__(self, max_bytes: int, disk: DiskCache | None = None) -> None:
@@ -60,20 +57,12 @@ class PrefixCache:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def find(
-        self, key: Hashable, tokens: Sequence[int], digests: Mapping[int, bytes] = NO_IMAGES
-    ) -> tuple[SequenceState, int] | None:
-        """Find the state to fork at a prompt's longest common prefix, and that length, or None.
-
-        `key` has the dependencies of a state besides its tokens and images: the loaded pair,
-        whether the state was opened for drafting, and the caller's salt. `digests` are the
-        images', as `PromptImages` has them.
-        """
-        prompt = np.array(tokens, np.int32)
+    def find(self, prompt: Prefix) -> tuple[SequenceState, int] | None:
+        """Find the state to fork at a prompt's longest common prefix, and that length, or None."""
         best: _Entry | None = None
         longest = 0
         for entry in self._entries:
-            if entry.key == key and (length := entry.shared_length(prompt, digests)) > longest:
+            if entry.prefix.key == prompt.key and (length := entry.shared_length(prompt)) > longest:
                 best, longest = entry, length
         if best is None:
             return None
@@ -81,38 +70,25 @@ class PrefixCache:
         self._entries.append(best)
         return best.state, longest
 
-    def put(
-        self,
-        key: Hashable,
-        tokens: Sequence[int],
-        state: SequenceState,
-        digests: Mapping[int, bytes] = NO_IMAGES,
-    ) -> None:
-        """Take over a state with the tokens of its committed positions, and their images' digests.
+    def put(self, prefix: Prefix, state: SequenceState) -> None:
+        """Take over a state, in which the prefix is committed.
 
         It is closed when it leaves the cache: at once if it alone is above the limit.
         """
         if state.nbytes > self.max_bytes:
             state.close()
             return
-        new = _Entry(key, np.array(tokens, np.int32), digests, state)
+        new = _Entry(prefix, state)
         for entry in [entry for entry in self._entries if new.replaces(entry)]:
             self._drop(entry, save=False)
         self._entries.append(new)
         if self.disk is not None:
-            assert isinstance(key, CacheKey)
-            self.disk.add(key, tokens, state, digests)
+            self.disk.add(prefix, state)
         self.shrink(self.max_bytes)
 
-    def retire(
-        self,
-        key: Hashable,
-        tokens: Sequence[int],
-        state: SequenceState,
-        digests: Mapping[int, bytes] = NO_IMAGES,
-    ) -> None:
+    def retire(self, prefix: Prefix, state: SequenceState) -> None:
         """Let the states that a fork of this one will replace be the first to leave."""
-        new = _Entry(key, np.array(tokens, np.int32), digests, state)
+        new = _Entry(prefix, state)
         self._entries.sort(key=lambda entry: not new.replaces(entry))
 
     def shrink(self, nbytes: int) -> None:

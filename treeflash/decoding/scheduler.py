@@ -14,7 +14,7 @@ from functools import partial
 
 from treeflash.config import Method
 from treeflash.decoding.adaptive_budget import AdaptiveBudget, AdaptiveBudgets
-from treeflash.decoding.disk_cache import CacheKey, Restoration
+from treeflash.decoding.disk_cache import CacheKey, Prefix, Restoration
 from treeflash.decoding.interfaces import Backend, SequenceState, states_nbytes
 from treeflash.decoding.iteration import Iteration, RunningSequence, concerns_few
 from treeflash.decoding.loop import SCORED_TOKENS, Event, Step, decode_loop
@@ -281,16 +281,14 @@ class Scheduler:
         if cache is None or cache.disk is None or request.scores_prompt:
             return True
         if self._restoration is None:
-            prefix = request.prompt_ids[:-1]
+            prefix = self._prefix(request, request.prompt_ids[:-1])
             _, cached = self._find(request)
-            if len(prefix) < cached + cache.disk.block:
+            if len(prefix.tokens) < cached + cache.disk.block:
                 return True
             opened = partial(
                 self.backend.open, self._capacity(request), drafts=request.config.drafts
             )
-            key = self._cache_key(request)
-            restoration = cache.disk.restore(key, prefix, opened, cached, request.digests)
-            self._restoration = request, restoration
+            self._restoration = request, cache.disk.restore(prefix, opened, cached)
         return self._restoration[1].advance(wait=not self._running)
 
     def _drop_restoration(self) -> None:
@@ -313,9 +311,8 @@ class Scheduler:
         """
         if self.prefix_cache is None or request.scores_prompt:
             return None, 0
-        prefix = request.prompt_ids[:-1]
-        found = self.prefix_cache.find(self._cache_key(request), prefix, request.digests)
-        return found or (None, 0)
+        prefix = self._prefix(request, request.prompt_ids[:-1])
+        return self.prefix_cache.find(prefix) or (None, 0)
 
     def _start(self, waiting: _Waiting, leader: RunningSequence | None) -> None:
         request = waiting.request
@@ -385,9 +382,8 @@ class Scheduler:
         nbytes = self.backend.state_nbytes(length, drafts=sequence.config.drafts)
         if not length or nbytes > cache.max_bytes:
             return
-        request, tokens = sequence.request, sequence.tokens[:length]
-        key = self._cache_key(request)
-        cache.retire(key, tokens, sequence.state, request.digests)
+        prefix = self._prefix(sequence.request, sequence.tokens[:length])
+        cache.retire(prefix, sequence.state)
         if not self._make_room(copied=nbytes):
             return
         try:
@@ -397,7 +393,7 @@ class Scheduler:
             if not concerns_few(error):  # the answer is complete; only later prompts take longer
                 raise
             return
-        cache.put(key, tokens, state, request.digests)
+        cache.put(prefix, state)
 
     def _finished_answers(self, salt: str) -> list[SuffixIndex]:
         """Return the indices over finished answers that a sequence may copy."""
@@ -433,6 +429,9 @@ class Scheduler:
     def _cache_key(self, request: Request) -> CacheKey:
         """Return the key of sequences that share states; the loaded pair is a part of it."""
         return CacheKey(self.backend, request.config.drafts, request.cache_salt)
+
+    def _prefix(self, request: Request, tokens: Sequence[int]) -> Prefix:
+        return Prefix(self._cache_key(request), tokens, request.digests)
 
     def _budget(self, method: Method) -> AdaptiveBudget:
         return self.budgets.get(method, self.backend)

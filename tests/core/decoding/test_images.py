@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from treeflash.decoding.disk_cache import Prefix
 from treeflash.decoding.families import ImageFamily
 from treeflash.decoding.image_processor import KEPT_PICTURES, Processor, load_processor
 from treeflash.decoding.images import Image, PromptImages, locate, rotary_positions
@@ -134,9 +135,9 @@ def test_no_state_that_is_found_has_seen_another_image(prompts, block):
         for parts in prompts
     ]
     for ids, images in made[:-1]:
-        cache.put("pair", ids, State(ids, images.digests), images.digests)
+        cache.put(Prefix("pair", ids, images.digests), State(ids, images.digests))
     ids, images = made[-1]
-    found = cache.find("pair", ids, images.digests)
+    found = cache.find(Prefix("pair", ids, images.digests))
     for other, its_images in made[:-1]:
         shared = max(
             n
@@ -163,10 +164,10 @@ def test_a_text_does_not_share_the_tokens_of_an_image():
     cache = PrefixCache(100)
     ids, images = prompt([1, 2], (pixels(0), 2), [3])
     state = State(ids, images.digests)
-    cache.put("pair", ids, state, images.digests)
-    assert cache.find("pair", ids) == (state, 2)
-    assert cache.find("pair", ids, {2: Image(2, 4, pixels(1)).digest}) == (state, 2)
-    assert cache.find("pair", ids, images.digests) == (state, 5)
+    cache.put(Prefix("pair", ids, images.digests), state)
+    assert cache.find(Prefix("pair", ids)) == (state, 2)
+    assert cache.find(Prefix("pair", ids, {2: Image(2, 4, pixels(1)).digest})) == (state, 2)
+    assert cache.find(Prefix("pair", ids, images.digests)) == (state, 5)
 
 
 def test_placeholders_are_never_copied():

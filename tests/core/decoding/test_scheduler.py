@@ -12,7 +12,7 @@ from recordings import recording
 
 from treeflash.config import METHODS, DecodeConfig, LoadConfig, Penalties, SamplingConfig
 from treeflash.decoding import Request, Scheduler, SchedulerConfig, Step, iteration
-from treeflash.decoding.disk_cache import CacheKey
+from treeflash.decoding.disk_cache import CacheKey, Prefix
 from treeflash.decoding.interfaces import Prefill, Verify
 from treeflash.decoding.prefix_cache import PrefixCache
 from treeflash.errors import (
@@ -317,7 +317,7 @@ def test_a_longer_state_takes_the_place_of_the_one_it_replaces(backend):
     scheduler.submit(request)
     finish(scheduler)
     assert len(cache) == 2
-    assert cache.find(CacheKey(backend, True, ""), [5, 6]) is not None
+    assert cache.find(Prefix(CacheKey(backend, True, ""), [5, 6])) is not None
 
 
 @pytest.mark.parametrize(("missing", "cached"), [(0, 1), (1, 0)])
