@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeAlias
@@ -23,13 +24,14 @@ from treeflash.decoding.backend_base import (
     check_settings,
 )
 from treeflash.decoding.image_processor import Processor, image_samples
-from treeflash.decoding.interfaces import DeviceReport, Prefill, TableOptions
+from treeflash.decoding.interfaces import DeviceReport, Prefill, SequenceState, TableOptions
 from treeflash.decoding.mtp_head import MtpHead
 from treeflash.decoding.probe import ATTEMPTS, LIMITS, relative_difference
 from treeflash.decoding.recurrent_head import RecurrentHead
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.drafters.folder import StoredTensor
+from treeflash.drafters.formats import HEADS
 from treeflash.drafters.loading import (
     Layout,
     arrange_block,
@@ -60,9 +62,9 @@ from treeflash_mlx.device import (
 )
 from treeflash_mlx.drafter import Drafter, OutputStage
 from treeflash_mlx.drafter_model import DrafterModel, OwnVocabulary
-from treeflash_mlx.drafter_operations import Float32Bias, Float32Norm, split_pairs
+from treeflash_mlx.drafter_operations import Float32Bias, Float32Norm, as_module, split_pairs
 from treeflash_mlx.exact import check_operations
-from treeflash_mlx.heads import HEADS, TABLE_HEADS, ARHead, TableHead
+from treeflash_mlx.heads import TABLE_HEADS, ARHead, TableHead
 from treeflash_mlx.hybrid import delta_kernel_wins
 from treeflash_mlx.metal_kernels import attention
 from treeflash_mlx.metal_kernels.products import TIMED_ROWS, choose_products
@@ -333,24 +335,30 @@ def runs_batches(backend: MlxBackend) -> bool:
     return equal and not backend.target.scales_by_column
 
 
-def batch_difference(backend: MlxBackend, rng: np.random.Generator) -> float:
-    """Compare the difference that a pass of two sequences makes with what another context makes."""
-    sequences = [SequenceSession(backend, capacity=32) for _ in range(2)]
-    states = [sequence.state for sequence in sequences]
+@contextmanager
+def random_sequences(
+    backend: MlxBackend, rng: np.random.Generator, *lengths: int
+) -> Iterator[list[tuple[SequenceState, DraftTree]]]:
+    """Yield sequences of random tokens, and the same root for all; they may share passes."""
     tree = DraftTree.root_only(int(rng.integers(backend.vocab_size)))
-    batches = backend.target.batches
+    batches, backend.target.batches = backend.target.batches, True
+    sequences = [SequenceSession(backend, capacity=32) for _ in lengths]
     try:
-        for state, length in zip(states, (2, 12), strict=True):
+        for sequence, length in zip(sequences, lengths, strict=True):
             prompt = rng.integers(0, backend.vocab_size, length).tolist()
-            backend.verifier.run([Prefill(state, prompt, None)])
-        backend.target.batches = False
-        alone = [sequence.logits(tree)[0] for sequence in sequences]
-        backend.target.batches = True
-        together = [x[0] for x in backend.verifier.logits([(state, tree) for state in states])]
+            backend.verifier.run([Prefill(sequence.state, prompt, None)])
+        yield [(sequence.state, tree) for sequence in sequences]
     finally:
         backend.target.batches = batches
         for sequence in sequences:
             sequence.close()
+
+
+def batch_difference(backend: MlxBackend, rng: np.random.Generator) -> float:
+    """Compare the difference that a pass of two sequences makes with what another context makes."""
+    with random_sequences(backend, rng, 2, 12) as sequences:
+        alone = [backend.verifier.logits([x])[0][0] for x in sequences]
+        together = [x[0] for x in backend.verifier.logits(sequences)]
     with np.errstate(invalid="ignore", divide="ignore"):  # NaN is not an error yet
         differences = [relative_difference(*pair) for pair in zip(together, alone, strict=True)]
         return float(np.max(differences)) / relative_difference(*alone)  # `max` may pass over NaN
@@ -361,18 +369,8 @@ def neighbour_difference(backend: MlxBackend, rng: np.random.Generator) -> float
 
     The neighbours have different lengths, and the passes the same shapes, so that they round alike.
     """
-    sequences = [SequenceSession(backend, capacity=32) for _ in range(3)]
-    tree = DraftTree.root_only(int(rng.integers(backend.vocab_size)))
-    batches, backend.target.batches = backend.target.batches, True
-    try:
-        for sequence, length in zip(sequences, (2, 7, 12), strict=True):
-            sequence.extend(rng.integers(0, backend.vocab_size, length).tolist())
-        *neighbours, last = [(sequence.state, tree) for sequence in sequences]
+    with random_sequences(backend, rng, 2, 7, 12) as (*neighbours, last):
         logits = [np.stack(backend.verifier.logits([x, last]))[:, 0] for x in neighbours]
-    finally:
-        backend.target.batches = batches
-        for sequence in sequences:
-            sequence.close()
     (_, before), (context, after) = logits
     return relative_difference(before, after) / relative_difference(context, after)
 
@@ -405,7 +403,8 @@ def load_drafter(folder: Path, target: Target, bits: int | None) -> tuple[Model,
     _fill(model, tensors.backbone, target.dtype, bits, kept)
     if config.head is None:
         return model, None
-    module: Any = HEADS[config.head](config, tensors.head_size, target.vocab_size)
+    head_class = as_module(HEADS[config.head].module)
+    module: Any = head_class(config, tensors.head_size, target.vocab_size)
     kept = quantised_layers(layout, bits or 0, lambda x: arrange_block(layout, x).head)
     _fill(module, split_pairs(module, tensors.head), target.dtype, bits, kept)
     return model, TABLE_HEADS[module.kind](module, OutputStage(model, target))

@@ -20,12 +20,10 @@ from treeflash.decoding.interfaces import TableOptions
 from treeflash.decoding.output_stage import Block
 from treeflash.decoding.recurrent_head import RecurrentHead
 from treeflash.decoding.transitions import RowBatch, TransitionTable
-from treeflash.drafters.config import DrafterConfig
-from treeflash.drafters.formats import HEADS as FORMATS
 from treeflash.drafters.heads import operations
 from treeflash.drafters.heads.operations import ConditionalHead, Slots
 from treeflash_mlx.drafter import OutputStage
-from treeflash_mlx.drafter_operations import as_module, read
+from treeflash_mlx.drafter_operations import read
 from treeflash_mlx.numerics import log_softmax, logsumexp, top_indices, top_log_probs
 
 
@@ -53,12 +51,6 @@ class ScoredTokens(operations.ScoredTokens):
         assert self.tokens is not None
         keys = table[take_rows(self.tokens, self.rows)].astype(mx.float32)
         return (keys @ queries.astype(mx.float32)[..., None])[..., 0]
-
-
-HEADS: Mapping[str, Callable[[DrafterConfig, int, int], Any]] = {
-    name: as_module(x.module) for name, x in FORMATS.items()
-}
-"""By `DrafterConfig.head`; made with the configuration, I and the target's vocabulary size."""
 
 
 def take_rows(x: mx.array, rows: mx.array) -> mx.array:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treeflash.decoding.interfaces import TableOptions
+from treeflash.decoding.logit_tables import log_softmax
 from treeflash.decoding.output_stage import OutputStage
 from treeflash.decoding.transitions import RowBatch, TransitionTable
 from treeflash.drafters.heads.lilicorr import Correlation
@@ -43,7 +44,7 @@ class CandidateHead(ABC):
         if options.noise is not None:
             noise = options.noise.values(tokens.reshape(-1, tokens.shape[2]))
             scores = scores + noise.reshape(tokens.shape)[:, :, None]
-        rows = _log_softmax(scores[:, :, : options.m] / np.float32(options.temperature))
+        rows = log_softmax(scores[:, :, : options.m] / np.float32(options.temperature))
         rows = rows + np.log(np.exp(log_probs).sum(-1))[..., None, None]
         order = np.argsort(-rows, axis=-1, kind="stable")[..., : options.k]
         children = np.take_along_axis(np.broadcast_to(tokens[:, :, None], rows.shape), order, -1)
@@ -64,7 +65,7 @@ class CandidateHead(ABC):
         depths = len(block.hidden)
         (tokens,), (log_probs,), (scores,) = self.candidates([block])
         tokens, log_probs, scores = tokens[:depths], log_probs[:depths], scores[:depths]
-        rows = _log_softmax(scores) + np.log(np.exp(log_probs).sum(-1))[:, None, None]
+        rows = log_softmax(scores) + np.log(np.exp(log_probs).sum(-1))[:, None, None]
         wide = np.full((depths, self.vocab_size), -np.inf, np.float32)
         for depth, row in enumerate(rows):
             places = np.flatnonzero(tokens[depth - 1] == previous[depth]) if depth else [0]
@@ -113,8 +114,3 @@ class CorrelationHead(CandidateHead):
         tokens, log_probs = (x.reshape(blocks, depths, -1) for x in (tokens, log_probs))
         scores = self.module.forward(output.embed(tokens), normed, log_probs, anchors)
         return [x.reshape(blocks, -1) for x in (tokens, log_probs, scores)]
-
-
-def _log_softmax(scores: NDArray[np.float32]) -> NDArray[np.float32]:
-    shifted = scores - scores.max(-1, keepdims=True)
-    return np.asarray(shifted - np.log(np.exp(shifted).sum(-1, keepdims=True)), np.float32)

@@ -109,15 +109,6 @@ def _lfm2_settings(config: Mapping[str, Any], kinds: Sequence[str]) -> dict[str,
     return {"block_dim": config.get("block_dim", config["hidden_size"])}
 
 
-def _qwen3_5(mlx_type: str | None = None, images: ImageFamily | None = None) -> Family:
-    return Family(
-        tool_calls="qwen3_coder",
-        mlx_type=mlx_type,
-        mlx_settings=_interval_settings,
-        images=images or _THREE_AXES,
-    )
-
-
 _BOTH = "cuda", "mlx"
 _THREE_AXES = ImageFamily(three_axes=True)
 _THREE_AXES_ON_BOTH = ImageFamily(three_axes=True, backends=_BOTH)
@@ -138,6 +129,7 @@ _LFM2_VL = Family(
     },
     images=ImageFamily(backends=_BOTH),
 )
+_QWEN3_5 = Family(tool_calls="qwen3_coder", mlx_settings=_interval_settings, images=_THREE_AXES)
 _QWEN_VL = Family(tool_calls="hermes", images=_THREE_AXES_ON_BOTH)
 FAMILIES: Mapping[str, Family] = {
     "baichuan_m1": Family(refusal="their attention layers apply a short convolution to the keys"),
@@ -183,10 +175,10 @@ FAMILIES: Mapping[str, Family] = {
     "qwen2_moe": _HERMES,
     "qwen2_vl": _QWEN_VL,
     "qwen3": _HERMES,
-    "qwen3_5": _qwen3_5(images=_THREE_AXES_ON_BOTH),
-    "qwen3_5_moe": _qwen3_5(),
-    "qwen3_5_moe_text": _qwen3_5("qwen3_5_moe"),
-    "qwen3_5_text": _qwen3_5("qwen3_5"),
+    "qwen3_5": replace(_QWEN3_5, images=_THREE_AXES_ON_BOTH),
+    "qwen3_5_moe": _QWEN3_5,
+    "qwen3_5_moe_text": replace(_QWEN3_5, mlx_type="qwen3_5_moe"),
+    "qwen3_5_text": replace(_QWEN3_5, mlx_type="qwen3_5"),
     "qwen3_moe": _HERMES,
     "qwen3_next": Family(tool_calls="hermes", mlx_settings=_interval_settings),
     "qwen3_vl": _QWEN_VL,

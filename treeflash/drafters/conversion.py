@@ -15,13 +15,7 @@ from numpy.typing import NDArray
 
 from treeflash.drafters import formats
 from treeflash.drafters.config import DrafterConfig
-from treeflash.drafters.folder import (
-    read_config,
-    read_stored,
-    stored_shapes,
-    weight_files,
-    write_stored,
-)
+from treeflash.drafters.folder import read_config, read_stored, weight_files, write_stored
 from treeflash.drafters.format import Format
 from treeflash.drafters.formats import HEADS, TRAINING_TENSORS
 from treeflash.drafters.heads.treeflash import PREFIX as TREEFLASH_PREFIX
@@ -89,9 +83,8 @@ def convert(folder: Path, output: Path, to: str, *, target: str | None = None) -
         )
     if to != "treeflash":
         _refuse_inexpressible(parsed, to)
-    shapes = {formats.canonical_name(name): shape for name, shape in stored_shapes(folder).items()}
-    check_shapes(folder, parsed, shapes)
     tensors = _read(folder)
+    check_shapes(folder, parsed, {name: tuple(x["shape"]) for name, x in tensors.items()})
     if to == "treeflash":
         config, tensors = _add_head(config, tensors)
     elif to == "speculators":

@@ -195,11 +195,7 @@ def _speculators_mtp_names(config: Config, stored: Collection[str]) -> Names:
         "input_proj": "input_proj",
         "final_layernorm": "norm",
     }
-    names = {}
-    for name in stored:
-        part = name.removeprefix("mtp_layers.0.")
-        names[name] = _renamed(part, renamed, "layer.")
-    return names
+    return {x: _renamed(x.removeprefix("mtp_layers.0."), renamed, "layer.") for x in stored}
 
 
 def _renamed(part: str, modules: Mapping[str, str], prefix: str = "") -> str:

@@ -108,7 +108,7 @@ class Drafter(OneByOneDrafter):
 
     def _read(self, cache: Cache, features: Array) -> Array:
         """Project positions to keys and values, once for all blocks; returns the last context."""
-        context = self._project(features)
+        context = self.model.normed("hidden_norm", self.model.linear("fc", features))
         rows = np.arange(len(context), dtype=np.int32)
         for n in range(self.model.config.num_hidden_layers):
             k, v = self.model.keys_and_values(f"layers.{n}.", context, rows + cache.length)
@@ -133,7 +133,3 @@ class Drafter(OneByOneDrafter):
             return convolve
 
         return [convolution(0), convolution(1)]
-
-    def _project(self, features: Array) -> Array:
-        """Project the (n, hidden_size) context of n positions."""
-        return self.model.normed("hidden_norm", self.model.linear("fc", features))

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 from numpy.typing import NDArray
 
@@ -25,6 +25,8 @@ Module: TypeAlias = Any
 """A module of the framework, which is called with arrays."""
 Rows: TypeAlias = Any
 """(n,) indices of rows; None pairs rows in order, where a backend has that."""
+OutputStage: TypeAlias = Any
+"""The backend's `treeflash.decoding.output_stage.OutputStage` of the drafter."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,29 +102,17 @@ class Operations(Builders):
     attention: Callable[[Array, Array, Array, Array], Array]
 
 
-class Output(Protocol):
-    """The output stage of a drafter: from tokens to embeddings, and its final norm."""
-
-    @property
-    def config(self) -> DrafterConfig: ...
-
-    @property
-    def norm(self) -> Callable[[Array], Array]: ...
-
-    def embed(self, tokens: Array) -> Array: ...
-
-
 @dataclass(frozen=True, eq=False)
 class Slots:
     """The outputs of the drafter at the slots of blocks, which follow one another."""
 
-    output: Output
+    output: OutputStage
     hidden: Array  # (slots, hidden_size) outputs of the last layer
     normed: Array  # (slots, hidden_size) u = norm(hidden)
     blocks: int = 1  # the number of blocks, which have equally many slots
 
     @classmethod
-    def read(cls, output: Output, hidden: Array, blocks: int = 1) -> Slots:
+    def read(cls, output: OutputStage, hidden: Array, blocks: int = 1) -> Slots:
         return cls(output, hidden, output.norm(hidden), blocks)
 
     def at(self, depth: int) -> Array:
@@ -137,7 +127,7 @@ class ScoredTokens:
     Backends have subclasses that compute, and that give the shapes.
     """
 
-    output: Any  # the backend's output stage of the drafter
+    output: OutputStage
     marginals: Array  # logits of these tokens by slot
     rows: Rows  # the slot of each query
     tokens: Array | None  # of the drafter's vocabulary; None for all
@@ -208,7 +198,7 @@ class RecurrentCell(Head):
         """The embedding table whose rows of r numbers give the bias, as products with a query."""
         raise NotImplementedError
 
-    def start(self, output: Output, hidden: Array, before: Array) -> Array:
+    def start(self, output: OutputStage, hidden: Array, before: Array) -> Array:
         """Return the (blocks, state_size) states before the roots.
 
         They may depend on the (blocks, S, hidden_size) outputs of the last layer at all slots, and

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from treeflash.drafters.config import DrafterConfig
 from treeflash.drafters.heads.head_format import HeadFormat
-from treeflash.drafters.heads.operations import Array, Module, Output, RecurrentCell, Slots
+from treeflash.drafters.heads.operations import Array, Module, OutputStage, RecurrentCell, Slots
 
 
 class XPress(RecurrentCell):
@@ -32,7 +32,7 @@ class XPress(RecurrentCell):
     def token_rows(self) -> Module:
         return self.readout
 
-    def start(self, output: Output, hidden: Array, before: Array) -> Array:
+    def start(self, output: OutputStage, hidden: Array, before: Array) -> Array:
         normed = output.norm(hidden)
         inputs = super().start(output, hidden, before).reshape(len(hidden), -1, len(self.mix_l))
         inputs[:, 0] = self.down_g(normed.mean(1))
