@@ -201,7 +201,9 @@ class ARHead:
         block = torch.arange(blocks, device=device)[:, None]
         rows = ((places // m).clamp(max=depths - 1) + block * depths).flatten()
         queries = self.module.queries(slots, previous, rows)
-        tokens = vocab[0] if vocab is not None and len(vocab) == 1 else vocab
+        tokens = vocab
+        if vocab is not None and len(vocab) == 1 and self.module.candidates is None:
+            tokens = vocab[0]
         scored = ScoredTokens(self.output, _columns(logits, tokens), rows, tokens)
         scores = self.module.score(queries, scored)
         if noise is not None:

@@ -321,7 +321,7 @@ class DrafterTests:
         """A depth's output does not depend on how many depths or sequences are drafted."""
         backend = pair(drafter={"dialect": dialect}).tested
         assert backend.drafter is not None
-        roots, options = random_roots(backend, 2), TableOptions(m=3, k=4)
+        options = TableOptions(m=3, k=4)
 
         def tables(depths: int | None) -> list[TransitionTable]:
             assert backend.drafter is not None
@@ -334,11 +334,13 @@ class DrafterTests:
                 tables += backend.head.transitions(blocks, options)
             return tables
 
-        all_depths = tables(None)
-        for depths in (1, 2, all_depths[0].depths, all_depths[0].depths + 1):
-            for few, whole in zip(tables(depths), all_depths, strict=True):
-                assert few.depths == min(depths, whole.depths)
-                assert_equal_tables(few, whole.truncate(depths))
+        for count in (1, 2):
+            roots = random_roots(backend, count)
+            all_depths = tables(None)
+            for depths in (1, 2, all_depths[0].depths, all_depths[0].depths + 1):
+                for few, whole in zip(tables(depths), all_depths, strict=True):
+                    assert few.depths == min(depths, whole.depths)
+                    assert_equal_tables(few, whole.truncate(depths))
 
     def test_log_probs_of_a_dialect_match_reference(self, pair: PairMaker, dialect: str) -> None:
         models = pair(drafter={"dialect": dialect})
