@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -356,25 +356,22 @@ def checked(
     for name in filter(kernels.has_kernel, used_operations(shapes)):
         compute = CHECKS[name]
         try:
-            differences = [
-                _worst_row(actual, expected)
-                for actual, expected in zip(
-                    compute(kernels, RandomInputs(device, dtype), shapes),
-                    compute(Operations(), RandomInputs(device, dtype), shapes),
-                    strict=True,
-                )
-            ]
-            difference = float(np.max(differences))  # `max` may pass over NaN
+            results = (
+                compute(operations, RandomInputs(device, dtype), shapes)
+                for operations in (kernels, Operations())
+            )
+            differences = (_worst_row(*pair) for pair in zip(*results, strict=True))
+            excess = next((x for x in differences if not x <= TOLERANCES[dtype]), None)
         except Exception as error:
             if is_out_of_memory(error):
                 raise
             LOGGER.info("%s has no kernel", name, exc_info=error)
             reasons[name] = first_line(error)
         else:
-            if difference <= TOLERANCES[dtype]:
+            if excess is None:
                 chosen[name] = getattr(kernels, name)
-            else:
-                reasons[name] = f"the kernel's results differ by {difference:.2%}"
+            else:  # NaN is an excess, too
+                reasons[name] = f"the kernel's results differ by {excess:.2%}"
     return Operations(**chosen, reasons=reasons)
 
 
@@ -402,7 +399,9 @@ CHECKED_CHUNK = 18
 """Rows of a prompt in the check: more than the kernel multiplies at once, with any group size."""
 
 
-def _check_attention(operations: Operations, numbers: RandomInputs, shapes: Shapes) -> list[Tensor]:
+def _check_attention(
+    operations: Operations, numbers: RandomInputs, shapes: Shapes
+) -> Iterator[Tensor]:
     """Check trees with and without a window, a prompt's tokens, and plain decoding's rows.
 
     Rows cross tiles and chunks.
@@ -424,26 +423,21 @@ def _check_attention(operations: Operations, numbers: RandomInputs, shapes: Shap
     kinds.append(replace(kinds[0].within(64), sink=sink))
     sinks = numbers.draw(shapes.heads) if shapes.sinks else None
     options = {"scale": shapes.head_dim**-0.5, "softcap": shapes.softcap, "sinks": sinks}
-    return [
-        operations.tree_attention(
-            numbers.draw(len(keys.end), shapes.heads, shapes.head_dim),
-            *(k, v, keys),
-            max_length=1024,
-            **options,
-        )
-        for keys in kinds
-    ]
+    for keys in kinds:
+        query = numbers.draw(len(keys.end), shapes.heads, shapes.head_dim)
+        yield operations.tree_attention(query, k, v, keys, max_length=1024, **options)
 
 
-def _check_norm(operations: Operations, numbers: RandomInputs, shapes: Shapes) -> list[Tensor]:
+def _check_norm(operations: Operations, numbers: RandomInputs, shapes: Shapes) -> Iterator[Tensor]:
     x, residual = numbers.draw(2, 5, shapes.hidden_size)
     weight = numbers.draw(shapes.hidden_size)
-    parts = operations.rms_norm(x, weight, 1e-6), operations.rms_norm(x, weight, 1e-6, residual)
-    return [part for pair in parts for part in pair]
+    yield from operations.rms_norm(x, weight, 1e-6)
+    yield from operations.rms_norm(x, weight, 1e-6, residual)
 
 
-def _check_rotation(operations: Operations, numbers: RandomInputs, shapes: Shapes) -> list[Tensor]:
-    results = []
+def _check_rotation(
+    operations: Operations, numbers: RandomInputs, shapes: Shapes
+) -> Iterator[Tensor]:
     n, slots = 3, numbers.integers([5, 0, 9])
     for rotary_dim in {shapes.head_dim, shapes.head_dim // 4 * 2}:
         for norm in (False, True):
@@ -453,55 +447,56 @@ def _check_rotation(operations: Operations, numbers: RandomInputs, shapes: Shape
             caches = numbers.draw(2, shapes.kv_heads, 10, shapes.head_dim)
             stored = quantise(caches) if shapes.quantised else caches
             weights = numbers.draw(2, shapes.head_dim)
-            results += [
-                operations.rotate_and_store(
-                    *(q, k, v, angles.cos(), angles.sin(), stored[0], stored[1], slots),
-                    norms=(weights[0], weights[1]) if norm else None,
-                    eps=1e-6,
-                ),
-                decoded(stored, qkv.dtype).flatten(0, 1),
-            ]
-    return results
+            yield operations.rotate_and_store(
+                *(q, k, v, angles.cos(), angles.sin(), stored[0], stored[1], slots),
+                norms=(weights[0], weights[1]) if norm else None,
+                eps=1e-6,
+            )
+            yield decoded(stored, qkv.dtype).flatten(0, 1)
 
 
-def _check_gate(operations: Operations, numbers: RandomInputs, shapes: Shapes) -> list[Tensor]:
+def _check_gate(operations: Operations, numbers: RandomInputs, shapes: Shapes) -> Iterator[Tensor]:
     gate, up = numbers.draw(3, 2 * shapes.hidden_size).chunk(2, 1)
-    return [operations.gated(gate, up, "silu"), operations.gated(gate, up, "gelu_tanh")]
+    yield operations.gated(gate, up, "silu")
+    yield operations.gated(gate, up, "gelu_tanh")
 
 
-def _check_experts(operations: Operations, numbers: RandomInputs, shapes: Shapes) -> list[Tensor]:
+def _check_experts(
+    operations: Operations, numbers: RandomInputs, shapes: Shapes
+) -> Iterator[Tensor]:
     """Check experts with few, many and no rows, both layouts, and rows of no expert."""
     groups, width = 3, 48
     weights = numbers.draw(groups, width, shapes.hidden_size)
     bias = numbers.draw(groups, width)
-    results = []
     for ends in ([3, 3, 19], [70, 71, 140]):
         x = numbers.draw(ends[-1] + 2, shapes.hidden_size)
         for weight in (weights, weights.transpose(1, 2).contiguous().transpose(1, 2)):
             for biases in (None, bias):
                 product = operations.grouped_linear(x, weight, numbers.integers(ends), biases)
-                results.append(product / shapes.hidden_size**0.5)
-    return results
+                yield product / shapes.hidden_size**0.5
 
 
-def _check_quantised(operations: Operations, numbers: RandomInputs, shapes: Shapes) -> list[Tensor]:
+def _check_quantised(
+    operations: Operations, numbers: RandomInputs, shapes: Shapes
+) -> Iterator[Tensor]:
     """Check few and many rows, columns that do not fill a program, and sums in several parts."""
-    results = []
     for bits, (width, groups, n) in itertools.product(
         shapes.draft_bits, ((72, 2, 20), (8, 16, 1), (8, 2, 70))
     ):
         size = groups * GROUP
         weight = quantise_weight(numbers.draw(width, size), bits)
         x = numbers.draw(n, size) / size**0.5
-        results += [operations.quantised_linear(x, weight, y) for y in (None, numbers.draw(width))]
-    return results
+        for bias in (None, numbers.draw(width)):
+            yield operations.quantised_linear(x, weight, bias)
 
 
 SAMPLES = 8
 """Rows of each setting in the check of sampling."""
 
 
-def _check_sampling(operations: Operations, numbers: RandomInputs, shapes: Shapes) -> list[Tensor]:
+def _check_sampling(
+    operations: Operations, numbers: RandomInputs, shapes: Shapes
+) -> Iterator[Tensor]:
     """Check every filter alone and all together, greedy rows, and rows that are not finite.
 
     A setting has several rows, so that a filter decides some of them.
@@ -516,8 +511,8 @@ def _check_sampling(operations: Operations, numbers: RandomInputs, shapes: Shape
     keys = numbers.integers([[977 * i, 61 - 7 * i] for i in range(n)])
     rows = torch.tensor(settings, dtype=torch.float32, device=logits.device)
     rows = rows.repeat_interleave(SAMPLES, 0)
-    by_dtype = {logits.dtype: logits, torch.float32: logits.float()}
-    return [operations.sample_rows(x, keys, rows)[:, None] for x in by_dtype.values()]
+    for dtype in {logits.dtype, torch.float32}:
+        yield operations.sample_rows(logits.to(dtype), keys, rows)[:, None]
 
 
 CHECKED_TREES = [
@@ -534,10 +529,9 @@ def _nodes_alone(x: Tensor) -> Tensor:
 
 def _check_recurrence(
     operations: Operations, numbers: RandomInputs, shapes: Shapes
-) -> list[Tensor]:
+) -> Iterator[Tensor]:
     """Check the delta rule, and linear attention with other gates."""
     nodes = TreeNodes.of(*map(numbers.integers, plan_nodes(CHECKED_TREES, 2, 8)))
-    results: list[Tensor] = []
     for heads, key_dim, value_dim, transposed in shapes.recurrent:
         groups = heads // 2 if heads % 2 == 0 else heads
         states = numbers.draw(4, heads, value_dim, key_dim).float().mT
@@ -553,13 +547,13 @@ def _check_recurrence(
                 scale=key_dim**-0.5,
             )
             # The other rows are copies of roots in a pass, and random here.
-            results += map(_nodes_alone, (out, written.transpose(1, 2), keys.transpose(1, 2)))
-    return results
+            yield from map(_nodes_alone, (out, written.transpose(1, 2), keys.transpose(1, 2)))
 
 
-def _check_commit(operations: Operations, numbers: RandomInputs, shapes: Shapes) -> list[Tensor]:
+def _check_commit(
+    operations: Operations, numbers: RandomInputs, shapes: Shapes
+) -> Iterator[Tensor]:
     """Check paths of different lengths."""
-    results = []
     paths = numbers.integers([[1, 2, 1, 3, 0, 2, 4, 0], [0, 0, 3, 1, 3, 0, 0, 0]])
     for heads, key_dim, value_dim, transposed in shapes.recurrent:
         states = numbers.draw(4, 2, heads, value_dim, key_dim).float().mT
@@ -571,15 +565,13 @@ def _check_commit(operations: Operations, numbers: RandomInputs, shapes: Shapes)
             log_g = -numbers.draw(2, 2, heads, 5, channels).float().abs()
             changed = states.clone()
             operations.commit_recurrence(written, keys, log_g, changed, paths)
-            results.append(changed.flatten(0, 1))
-    return results
+            yield changed.flatten(0, 1)
 
 
 def _check_convolution(
     operations: Operations, numbers: RandomInputs, shapes: Shapes
-) -> list[Tensor]:
+) -> Iterator[Tensor]:
     """Check convolutions with and without a bias and an activation."""
-    results = []
     for channels, kernel in shapes.convolutions:
         windows = [convolution_windows(tree.parents, kernel) for tree in CHECKED_TREES]
         windows[1] = np.resize(windows[1], windows[0].shape)
@@ -590,20 +582,20 @@ def _check_convolution(
             out, inputs = operations.convolve_paths(
                 rows, tails[:, 1], slots, index, weight, *settings
             )
-            results += [_nodes_alone(out), inputs.flatten(0, 1)]
-    return results
+            yield _nodes_alone(out)
+            yield inputs.flatten(0, 1)
 
 
-def _check_moves(operations: Operations, numbers: RandomInputs, shapes: Shapes) -> list[Tensor]:
+def _check_moves(operations: Operations, numbers: RandomInputs, shapes: Shapes) -> Iterator[Tensor]:
     """Check columns that are targets after they were sources."""
     columns = numbers.draw(2, 2, shapes.kv_heads, 12, shapes.head_dim)
     stored = quantise(columns) if shapes.quantised else columns
     moves = [2, 4, 5, 9, 10], [1, 2, 4, 8, 9], [3, 5]
     operations.move_columns(stored, *map(numbers.integers, moves))
-    return [decoded(stored, columns.dtype).flatten(0, 3)]
+    yield decoded(stored, columns.dtype).flatten(0, 3)
 
 
-CHECKS: dict[str, Callable[[Operations, RandomInputs, Shapes], list[Tensor]]] = {
+CHECKS: dict[str, Callable[[Operations, RandomInputs, Shapes], Iterator[Tensor]]] = {
     "tree_attention": _check_attention,
     "rms_norm": _check_norm,
     "rotate_and_store": _check_rotation,
