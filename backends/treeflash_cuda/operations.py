@@ -41,7 +41,8 @@ TOLERANCES = {torch.bfloat16: 0.01, torch.float16: 0.01, torch.float32: 1e-5}
 gives 0.003; a row that sees another row's key, or misses one, differs by more than 0.05."""
 
 ROWS_AT_ONCE = 16
-"""Rows whose keys PyTorch's definition of attention gathers at once, which limits its memory."""
+"""Rows that PyTorch's definitions of attention and sampling compute at once, which limits their
+memory."""
 
 KERNEL = "used (Triton)"
 """The verdict on an operation whose kernel is used."""
@@ -179,6 +180,11 @@ def sample_rows(
 
     It is -1 where a row's largest logit is not finite.
     """
+    parts = zip(*(x.split(ROWS_AT_ONCE) for x in (logits, keys, settings)), strict=True)
+    return torch.cat([_sampled(*part) for part in parts])
+
+
+def _sampled(logits: Tensor, keys: Tensor, settings: Tensor) -> Tensor:
     vocab, (temperature, top_k, top_p, min_p) = logits.shape[1], settings[:, :, None].unbind(1)
     best, greedy = logits.float().amax(-1, keepdim=True), temperature == 0
     scores = (logits.float() - best) / temperature.masked_fill(greedy, 1)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -22,20 +21,16 @@ from treeflash.decoding.sampling import (
     check_finite,
     shared_sampling,
 )
-from treeflash_cuda.graphs import Graphs, power_of_two
 from treeflash_cuda.numerics import (
     concatenate,
     gumbel,
     topk,
     topk_lower_bound,
-    upload,
     upload_all,
 )
 
 ROWS = 4
 """Rows computed together on a CPU: few enough to stay in its caches and in the allocator's pool."""
-SHORTLIST = 64
-"""Most probable tokens that are searched first for the end of a nucleus, on a GPU."""
 NOT_FINITE = -1
 """In the place of a token whose logit is not finite."""
 LEAST = float(np.finfo(np.float32).tiny)
@@ -44,20 +39,25 @@ BLOCK = 256
 """Tokens reduced together in the first step of an argmax, on a GPU."""
 
 
-def sample_on_cpu(
+def sample_tokens(
     logits: Tensor, sampling: SamplingConfig, keys: NDArray[np.uint32] | None
-) -> NDArray[np.int64]:
+) -> NDArray[np.int32]:
+    """Sample a token per row on a CPU, as `treeflash.decoding.sampling.sample_tokens` does.
+
+    The logits are (n, vocab), and the keys of the noise (n, 2); None when greedy. Raises a
+    NumericalError if a row's largest logit is not finite.
+    """
     if sampling.greedy:
         rows = logits.float().numpy()
         # NumPy's argmax takes a fraction of the time of torch's, and prefers NaN to all numbers.
-        best: NDArray[np.int64] = rows.argmax(-1)
+        best = rows.argmax(-1)
         check_finite(np.isfinite(np.take_along_axis(rows, best[:, None], -1)).all())
-        return best
+        return best.astype(np.int32)
     assert keys is not None
     check_finite(logits.amax(-1).isfinite().all())
     starts = range(0, len(logits), ROWS)
     parts = [(logits[i : i + ROWS], sampling, keys[i : i + ROWS]) for i in starts]
-    return np.concatenate([_sample_rows(*part) for part in parts])
+    return np.concatenate([_sample_rows(*part) for part in parts]).astype(np.int32)
 
 
 def _sample_rows(
@@ -105,43 +105,6 @@ def _sample_row(
     return sampled
 
 
-def sample_on_gpu(
-    logits: Tensor,
-    sampling: SamplingConfig,
-    keys: NDArray[np.uint32] | None,
-    graphs: Graphs | None = None,
-) -> NDArray[np.int64]:
-    graphs = graphs or Graphs(logits.device)
-    rows = len(logits)
-    if graphs.is_capturing:  # padding to a power of two lets numbers of rows share a graph
-        logits = F.pad(logits, (0, 0, 0, power_of_two(rows) - rows))
-    if sampling.greedy:
-        best = graphs.run("argmax", None, lambda x: (finite_argmax(x),), logits)[0]
-        numbers = best[:rows].cpu().numpy()
-        check_finite((numbers >= 0).all())
-        return numbers
-    assert keys is not None
-    padded = np.zeros((len(logits), 2), np.int32)
-    padded[:rows] = keys.view(np.int32)
-    uploaded = upload(padded, logits.device)
-    filters = replace(sampling, seed=0)
-
-    def search(logits: Tensor, keys: Tensor) -> tuple[Tensor]:
-        tokens, covered = _sample(logits, filters, keys, SHORTLIST)
-        tokens = torch.where(logits.amax(-1).isfinite(), tokens, NOT_FINITE)
-        return (torch.stack([tokens, covered], 1),)
-
-    (results,) = graphs.run("sampling", filters, search, logits, uploaded)
-    numbers = results[:rows].cpu().numpy()
-    check_finite((numbers[:, 0] >= 0).all())
-    sampled, covered = numbers[:, 0], numbers[:, 1].astype(np.bool_)
-    if not covered.all():
-        places = upload(np.flatnonzero(~covered), logits.device)
-        tokens, _ = _sample(logits[places], sampling, uploaded[places], logits.shape[-1])
-        sampled[~covered] = tokens.cpu().numpy()
-    return sampled
-
-
 def finite_argmax(logits: Tensor) -> Tensor:
     """Return each row's (n,) best token of (n, vocab) logits; -1 where it is not finite."""
     best, tokens = _best(logits)
@@ -157,52 +120,6 @@ def _best(scores: Tensor) -> tuple[Tensor, Tensor]:
     best, best_block = blocks.amax(-1).max(-1)
     candidates = blocks[torch.arange(n, device=scores.device), best_block]
     return best, best_block * block + candidates.argmax(-1)
-
-
-def _sample(
-    logits: Tensor, sampling: SamplingConfig, keys: Tensor, shortlist: int
-) -> tuple[Tensor, Tensor]:
-    """Sample the (n,) tokens, and (n,) whether the shortlist contained the nucleus."""
-    probs = torch.softmax(logits.float() / sampling.temperature, -1)
-    covered = torch.ones(len(probs), dtype=torch.bool, device=probs.device)
-    ranked = None
-    if 0 < sampling.top_k < probs.shape[-1]:
-        # Ties with the k-th token stay as well.
-        ranked = topk(probs, sampling.top_k)[0]
-        probs = torch.where(probs >= ranked[:, -1:], probs, 0)
-    if sampling.top_p < 1:
-        mass = sampling.top_p * probs.sum(-1, keepdim=True, dtype=torch.float64)
-        if ranked is None:
-            ranked = topk(probs, shortlist)[0]
-            covered = ranked.sum(-1, dtype=torch.float64) >= mass[:, 0]
-        probs = torch.where(probs >= _nucleus_edge(ranked, mass), probs, 0)
-    if sampling.min_p > 0:
-        probs = torch.where(probs >= sampling.min_p * probs.amax(-1, keepdim=True), probs, 0)
-    return _best(probs.log() + gumbel(keys, probs.shape[-1]))[1], covered
-
-
-def _nucleus_edge(ranked: Tensor, mass: Tensor) -> Tensor:
-    """Return the (n, 1) least probability in top-p, from (n, k) largest ones and the mass."""
-    mass_above = ranked.cumsum(-1, dtype=torch.float64) - ranked
-    # Keep at least the best token; the caller reports rows that are not finite.
-    last = (mass_above < mass).sum(-1, keepdim=True).clamp(min=1) - 1
-    return ranked.gather(-1, last)
-
-
-def sample_tokens(
-    logits: Tensor,  # (n, vocab)
-    sampling: SamplingConfig,  # temperature and filters
-    keys: NDArray[np.uint32] | None,  # (n, 2) of the noise; None when greedy
-    graphs: Graphs | None = None,  # replay the arithmetic; None computes it
-) -> NDArray[np.int32]:
-    """Sample a token per row, as `treeflash.decoding.sampling.sample_tokens` does.
-
-    A GPU is read once, and once more if a nucleus is larger than `SHORTLIST`. Raises a
-    NumericalError if a row's largest logit is not finite.
-    """
-    if logits.device.type == "cpu":
-        return sample_on_cpu(logits, sampling, keys).astype(np.int32)
-    return sample_on_gpu(logits, sampling, keys, graphs).astype(np.int32)
 
 
 @dataclass(eq=False)
@@ -240,28 +157,31 @@ def sample(
     logits: Logits,  # the logits of all sequences
     # Each sequence has its own; it is None for a sequence without rows.
     all_params: Sequence[SamplingParams | None],
-    graphs: Graphs | None = None,  # replay the arithmetic; None computes it
-    # The kernel is `operations.sample_rows`; None computes without it.
+    # The operation of a GPU; None on a CPU.
     sample_rows: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
 ) -> list[SampledTokens | None]:
     """Sample for several sequences, as `treeflash.decoding.sampling.sample` does for one.
 
-    A kernel samples all sequences, with one read from a GPU. Without it sequences with the same
-    sampling are computed together, with one read for each group. Log probabilities of all sequences
-    take one more read. Raises a NumericalError if a row's largest logit is not finite.
+    A GPU samples all sequences together, with one read from it. On a CPU those with the same
+    sampling are computed together. Log probabilities of all sequences take one more read. Raises a
+    NumericalError if a row's largest logit is not finite.
     """
-    parts = logits.parts
     sampled = {i: params for i, params in enumerate(all_params) if params is not None}
+    if not sampled:
+        return [None] * len(all_params)
+    parts = logits.parts
     edited = _edit_logits(parts, sampled)
-    is_known = all(
-        params.sampling.greedy and i not in edited and logits.best[i] is not None
+    known = [
+        best
         for i, params in sampled.items()
-    )
-    if sample_rows is not None and not is_known:
-        counts = [len(parts[i]) for i in sampled]
-        tokens = _sample_together(logits.joined(sampled, edited), sampled, counts, sample_rows)
+        if params.sampling.greedy and i not in edited and (best := logits.best[i]) is not None
+    ]
+    if len(known) == len(sampled):
+        tokens = _read(concatenate(known), parts, sampled)
+    elif sample_rows is not None:
+        tokens = _sample_together(logits, sampled, edited, sample_rows)
     else:
-        tokens = _sample_groups(logits, sampled, edited, graphs)
+        tokens = _sample_groups(logits, sampled, edited)
     log_probs = _log_probs(parts, tokens, sampled)
     return [
         SampledTokens(tokens[i], log_probs.get(i)) if i in sampled else None
@@ -270,33 +190,48 @@ def sample(
 
 
 def _sample_together(
-    logits: Tensor,  # (rows, vocab) of all sequences
-    sampled: dict[int, SamplingParams],
-    counts: Sequence[int],  # rows of each sequence
-    sample_rows: Callable[[Tensor, Tensor, Tensor], Tensor],
-) -> dict[int, NDArray[np.int32]]:
-    """Sample each sequence's tokens by a kernel in which every row has its settings."""
-    keys = np.zeros((len(logits), 2), np.int32)
-    settings = np.zeros((len(logits), 4), np.float32)
-    ends = np.cumsum(counts)
-    for params, count, end in zip(sampled.values(), counts, ends, strict=True):
-        part, sampling = slice(end - count, end), params.sampling
-        # A float32 does not hold every number that a request may name.
-        filters = min(sampling.top_k, logits.shape[-1]), sampling.top_p, sampling.min_p
-        settings[part] = 0 if sampling.greedy else sampling.temperature, *filters
-        if params.keys is not None:
-            keys[part] = params.keys.view(np.int32)
-    uploaded = upload_all([keys, settings.view(np.int32)], logits.device)
-    numbers = sample_rows(logits, uploaded[0], uploaded[1].view(torch.float32)).cpu().numpy()
-    check_finite((numbers >= 0).all())
-    return dict(zip(sampled, np.split(numbers, ends[:-1]), strict=True))
-
-
-def _sample_groups(
     logits: Logits,
     sampled: dict[int, SamplingParams],
     edited: dict[int, Tensor],  # logits that take the place of others
-    graphs: Graphs | None,
+    sample_rows: Callable[[Tensor, Tensor, Tensor], Tensor],
+) -> dict[int, NDArray[np.int32]]:
+    """Sample each sequence's tokens by an operation in which every row has its settings."""
+    rows = logits.joined(sampled, edited)
+    keys = np.zeros((len(rows), 2), np.int32)
+    settings = np.zeros((len(rows), 4), np.float32)
+    start = 0
+    for i, params in sampled.items():
+        part, sampling = slice(start, start + len(logits.parts[i])), params.sampling
+        start = part.stop
+        # A float32 does not hold every number that a request may name.
+        filters = min(sampling.top_k, rows.shape[-1]), sampling.top_p, sampling.min_p
+        settings[part] = 0 if sampling.greedy else sampling.temperature, *filters
+        if params.keys is not None:
+            keys[part] = params.keys.view(np.int32)
+    uploaded = upload_all([keys, settings.view(np.int32)], rows.device)
+    found = sample_rows(rows, uploaded[0], uploaded[1].view(torch.float32))
+    return _read(found, logits.parts, sampled)
+
+
+def _read(
+    tokens: Tensor, parts: Sequence[Tensor], sequences: Iterable[int]
+) -> dict[int, NDArray[np.int32]]:
+    """Read the (rows,) tokens of some sequences, one of which may be `NOT_FINITE`."""
+    numbers = tokens.cpu().numpy().astype(np.int32)
+    check_finite((numbers >= 0).all())
+    return _split(numbers, parts, sequences)
+
+
+def _split(
+    tokens: NDArray[np.int32], parts: Sequence[Tensor], sequences: Iterable[int]
+) -> dict[int, NDArray[np.int32]]:
+    """Return the (rows,) tokens of some sequences by sequence."""
+    ends = np.cumsum([len(parts[i]) for i in sequences])
+    return dict(zip(sequences, np.split(tokens, ends[:-1]), strict=True))
+
+
+def _sample_groups(
+    logits: Logits, sampled: dict[int, SamplingParams], edited: dict[int, Tensor]
 ) -> dict[int, NDArray[np.int32]]:
     """Sample the tokens of each sequence, those with the same sampling together."""
     groups: dict[object, list[int]] = {}
@@ -304,21 +239,11 @@ def _sample_groups(
         groups.setdefault(shared_sampling(params), []).append(i)
     tokens: dict[int, NDArray[np.int32]] = {}
     for sequences in groups.values():
+        rows = logits.joined(sequences, edited)
+        keys = [keys for i in sequences if (keys := sampled[i].keys) is not None]
         sampling = sampled[sequences[0]].sampling
-        known = [
-            best for i in sequences if i not in edited and (best := logits.best[i]) is not None
-        ]
-        if sampling.greedy and len(known) == len(sequences):
-            numbers = concatenate(known).cpu().numpy()
-            check_finite((numbers >= 0).all())
-            group_tokens = numbers.astype(np.int32)
-        else:
-            rows = logits.joined(sequences, edited)
-            keys = [keys for i in sequences if (keys := sampled[i].keys) is not None]
-            all_keys = np.concatenate(keys) if keys else None
-            group_tokens = sample_tokens(rows, sampling, all_keys, graphs)
-        ends = np.cumsum([len(logits.parts[i]) for i in sequences])
-        tokens |= zip(sequences, np.split(group_tokens, ends[:-1]), strict=True)
+        found = sample_tokens(rows, sampling, np.concatenate(keys) if keys else None)
+        tokens |= _split(found, logits.parts, sequences)
     return tokens
 
 

@@ -8,7 +8,7 @@ are sampled.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from itertools import groupby
@@ -504,11 +504,6 @@ class Target:
         """Heads that share a key head."""
         heads: int = self.config.num_attention_heads
         return heads // (getattr(self.config, "num_key_value_heads", None) or heads)
-
-    def kernel(self, name: str) -> Callable[..., Any] | None:
-        """Return the kernel of an operation, if the target has one."""
-        has_kernel = self.operations is not None and self.operations.has_kernel(name)
-        return getattr(self.operations, name) if has_kernel else None
 
     @property
     def column_nbytes(self) -> int:

@@ -63,8 +63,9 @@ class Verifier:
                 for state, item in zip(states, work, strict=True)
             ]
             logits = self.forward(rows, [item.params is not None for item in work])
-            params, kernel = [item.params for item in work], self.target.kernel("sample_rows")
-            sampled = sample(logits, params, self.target.graphs, kernel)
+            operations = self.target.operations
+            sample_rows = None if operations is None else operations.sample_rows
+            sampled = sample(logits, [item.params for item in work], sample_rows)
             new = [row for row in rows if not isinstance(row[1], DraftTree)]
             self._commit([(state, _all_nodes(tokens)) for state, tokens in new])
         return sampled
@@ -242,9 +243,10 @@ class Verifier:
 
         PyTorch's copies of columns are many launches where a slab is larger than 2 GiB.
         """
-        kernel = self.target.kernel("move_columns")
-        if kernel is not None and len(slab.parts) == 1:
-            return functools.partial(kernel, slab.storage, sources, targets, ends)
+        operations = self.target.operations
+        has_kernel = operations is not None and operations.has_kernel("move_columns")
+        if operations is not None and has_kernel and len(slab.parts) == 1:
+            return functools.partial(operations.move_columns, slab.storage, sources, targets, ends)
         return functools.partial(slab.write, targets.long(), slab.gather(sources))
 
     def _merge(self, state: State, images: ImageRows) -> None:

@@ -14,21 +14,19 @@ from treeflash.testing import require
 require("torch")
 
 import torch
+from treeflash_cuda import operations
 from treeflash_cuda import sampling as sampling_module
 from treeflash_cuda.sampling import Logits
 
 REPEATED = settings(max_examples=40)
 
 
-def sample(logits, counts, all_params):
-    return sampling_module.sample(Logits.split(logits, counts), all_params)
+def sample(logits, counts, all_params, sample_rows=None):
+    return sampling_module.sample(Logits.split(logits, counts), all_params, sample_rows)
 
 
-@pytest.mark.parametrize("device", ["cpu", "gpu"])
-def test_choices_of_several_texts_are_those_defined(monkeypatch, device):
-    if device == "gpu":  # its sampler, on the CPU
-        monkeypatch.setattr(sampling_module, "sample_on_cpu", sampling_module.sample_on_gpu)
-
+@pytest.mark.parametrize("sample_rows", [None, operations.sample_rows], ids=["cpu", "gpu"])
+def test_choices_of_several_texts_are_those_defined(sample_rows):
     @REPEATED
     @given(st.integers(0, 10**6), st.integers(1, 5), st.sampled_from([5, 32, 65, 320]))
     def check(seed, texts, vocab):
@@ -37,7 +35,7 @@ def test_choices_of_several_texts_are_those_defined(monkeypatch, device):
         wanted = [random_params(rng, n, vocab) if n else None for n in counts]
         logits = rng.normal(size=(sum(counts), vocab)).astype(np.float32) * 2
         ours = torch.from_numpy(logits.copy())
-        found = sample(ours, counts, wanted)
+        found = sample(ours, counts, wanted, sample_rows)
         np.testing.assert_array_equal(ours, logits)  # they are not edited in place
         parts = np.split(logits, np.cumsum(counts)[:-1])
         for sampled, params, part in zip(found, wanted, parts, strict=True):

@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import replace
 
 import numpy as np
 import pytest
 from parts import load_with_parts
 from replayed_graphs import Replay, enable, replay_graphs
 
-from treeflash.config import SamplingConfig
-from treeflash.decoding import sampling as definition
 from treeflash.decoding.interfaces import Prefill
-from treeflash.decoding.sampling import position_keys
 from treeflash.testing import require
 from treeflash.testing.comparisons import random_tokens, random_tree
 from treeflash.testing.models import write_pair
-from treeflash.testing.pairs import SAMPLINGS
 
 require("torch")
 
 import torch
 from treeflash_cuda import cache, graphs
 from treeflash_cuda.graphs import Graphs
-from treeflash_cuda.sampling import sample_on_gpu
 
 VOCAB = 40
 
@@ -83,22 +77,6 @@ def test_a_store_has_a_limit(replayed, captured):
     assert len(captured) == count + 1
     replayed.run("f", graphs.MAX_GRAPHS + 2, times(-1), x)
     assert len(captured) == count + 1
-
-
-def test_each_sampling_is_its_own(replayed, captured):
-    """Tokens equal the definition's, whatever was sampled before; a seed needs no graph."""
-    rng = np.random.default_rng(1)
-    samplings = list(SAMPLINGS.values())
-    samplings += [replace(x, temperature=x.temperature / 2) for x in samplings if not x.greedy]
-    for turn in range(3):
-        for i, config in enumerate(samplings):
-            config = replace(config, seed=turn)
-            logits = (3 * rng.normal(size=(4, 300))).astype(np.float32)
-            keys = position_keys(turn, np.arange(i, i + 4, dtype=np.int32))
-            keys = None if config.greedy else keys
-            found = sample_on_gpu(torch.from_numpy(logits), config, keys, replayed)
-            assert found.tolist() == definition.sample_tokens(logits, config, keys).tolist()
-    assert len(captured) == len(samplings)
 
 
 def test_graphs_of_other_functions_drop_none(replayed, captured):
@@ -164,11 +142,3 @@ def test_replays_of_models_are_for_the_present_sequences(tmp_path, monkeypatch, 
         np.testing.assert_allclose(mine, theirs, atol=1e-4)
     assert captured.count("the target") > 0
     assert captured.count("the target") <= len(groups)
-
-
-def test_greedy_rows_are_read_from_the_present_logits(replayed):
-    rng = np.random.default_rng(2)
-    for _ in range(4):
-        logits = rng.normal(size=(3, 64)).astype(np.float32)
-        found = sample_on_gpu(torch.from_numpy(logits), SamplingConfig(), None, replayed)
-        assert found.tolist() == logits.argmax(-1).tolist()
