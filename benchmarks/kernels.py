@@ -121,7 +121,6 @@ def launch_all(heads: int, kv_heads: int, head_dim: int, hidden: int, dtype: tor
     ):
         attention.tree_attention(
             *(numbers(64, heads, head_dim), k, v, keys),
-            max_length=4096,
             scale=head_dim**-0.5,
             softcap=softcap,
             sinks=sinks,

@@ -464,12 +464,10 @@ class TreeContext:
         cache: SlabCache,  # the cache of the sequences
         keys: VisibleKeys,  # the keys of the rows, in layers that attend to all positions
         positions: Tensor,  # (n,) of the rows
-        max_length: int,  # see `operations.tree_attention`
     ) -> None:
         self.operations = operations
         self.cache = cache
         self.positions = positions
-        self.max_length = max_length
         self.norms: Norms | None = None  # the norms of the layer that calls `rotate`, if any
         self.has_halves = False  # whether it gives the first half of cosines and sines alone
         # Cosines and sines of both halves, by the identity of the given ones, which layers share.
@@ -547,7 +545,6 @@ class TreeContext:
             query,
             *self.cache.stored_columns(),
             self._visible(window, inputs.query.device),
-            max_length=self.max_length,
             **inputs.score_options,
         )
         return output[None]

@@ -26,7 +26,7 @@ from treeflash_cuda.attention import additive_mask, group_mask, grouped_attentio
 from treeflash_cuda.cache import PackedRows, Slab
 from treeflash_cuda.drafter_model import DrafterModel
 from treeflash_cuda.drafter_operations import OPERATIONS, Rotation
-from treeflash_cuda.graphs import MIN_LENGTH, Graphs, Outputs, power_of_four, power_of_two
+from treeflash_cuda.graphs import Graphs, Outputs, power_of_four, power_of_two
 from treeflash_cuda.linear import token_products
 from treeflash_cuda.numerics import concatenate, gumbel, pack, top_log_probs, unpack, upload
 from treeflash_cuda.operations import Operations
@@ -183,7 +183,6 @@ class SlabDrafts:
     start: Tensor  # (t * S,) int32 position of each slot's root
     first: Tensor  # (t * S,) int32 column of position 0 of each slot's sequence
     work: SharedWork  # of the blocks
-    max_length: int  # a bound on the positions of the blocks
     _keys: dict[LayerKind, VisibleKeys] = field(default_factory=dict)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -212,7 +211,6 @@ class SlabDrafts:
             keys,
             values,
             self._keys[kind],
-            max_length=self.max_length,
             scale=self.model.config.attention_scale,
             sinks=attention.attention_sink_bias,
         )
@@ -285,7 +283,6 @@ class Drafter:
         pairs = zip(caches, states, strict=True)
         new = [np.arange(cache.length, state.length) for cache, state in pairs]
         firsts = [0 if slab is None else cache.allocate().first for cache in caches]
-        longest = max(state.length for state in states) + size
         parts = [part for state in states for part in state.context]
         positions, first = np.concatenate(new), np.repeat(firsts, [len(x) for x in new])
         captured = slab is not None and graphs.is_capturing
@@ -294,7 +291,6 @@ class Drafter:
             # Further rows are copies of the last one, and further sequences of the first one: they
             # write the same keys and values to the same columns.
             order += [0] * (power_of_two(len(roots)) - len(roots))
-            longest = max(power_of_two(longest), MIN_LENGTH)
             if extra := power_of_four(len(positions)) - len(positions) if parts else 0:
                 parts.append(parts[-1][-1:].expand(extra, -1))
                 positions, first = (np.pad(x, (0, extra), "edge") for x in (positions, first))
@@ -333,7 +329,6 @@ class Drafter:
                 start=rows[0],
                 first=rows[1],
                 work=SharedWork(items, count, places, block),
-                max_length=longest,
             )
             return (self._blocks(tokens, context, None, attention.attend),)
 

@@ -33,9 +33,6 @@ MAX_FAILURES = 3
 no capture has succeeded. They then run without graphs."""
 MAX_TRIED = 1000
 """Captures that are remembered for reports."""
-MIN_LENGTH = 1024
-"""Shorter sequences share a graph. The length of the longest sequence fixes the shapes of a graph:
-between how many processors its attention is split."""
 WARM_UP = 3
 """Calls before a capture, in which libraries allocate workspaces, and NCCL opens connections."""
 

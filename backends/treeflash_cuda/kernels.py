@@ -99,7 +99,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale:
     keys = VisibleKeys.of_rows(len(q), *arrays)
     keys = keys if window is None else keys.within(window)
     columns = k.transpose(0, 1), v.transpose(0, 1)
-    return tree_attention(q, *columns, keys, max_length=len(k), scale=scale)
+    return tree_attention(q, *columns, keys, scale=scale)
 
 
 def _difference(

@@ -41,7 +41,7 @@ from treeflash_cuda.cache import Arena, KVCache, PackedRows, Slab, from_host, to
 from treeflash_cuda.drafter import MAX_CONTEXT, Block, Drafter, OutputStage
 from treeflash_cuda.drafter_model import OwnVocabulary, Rotary
 from treeflash_cuda.drafter_operations import OPERATIONS, Rotation, join, split
-from treeflash_cuda.graphs import MIN_LENGTH, Outputs, power_of_four, power_of_two
+from treeflash_cuda.graphs import Outputs, power_of_four, power_of_two
 from treeflash_cuda.numerics import pack, unpack, upload
 from treeflash_cuda.operations import Operations
 from treeflash_cuda.row_pass import MAX_ROWS, padded_order, round_up
@@ -188,7 +188,6 @@ class SlabColumns:
     length: Tensor  # (t,) int32 committed rows, the root's last
     position: Tensor  # (t,) int32 rotary position of the root's row
     work: Mapping[int, SharedWork]  # by the rows of a sequence
-    max_length: int  # a bound on the committed rows
 
     def rotation(self, depth: int, n: int, like: Tensor) -> Rotation:
         positions = (self.position + depth).repeat_interleave(n)
@@ -212,7 +211,6 @@ class SlabColumns:
         return self.operations.tree_attention(
             *(q[0].transpose(0, 1).contiguous(), keys, values),
             seen if window is None else seen.within(window),
-            max_length=self.max_length,
             scale=self.model.config.attention_scale,
         )
 
@@ -326,7 +324,7 @@ class MtpDrafter(mtp_head.MtpDrafter):
                 columns = padded(columns, rows)
         pairs = [(state.drafter.taken.first, state.length) for state, _ in roots]
         firsts, lengths = np.array(pairs).T
-        block, max_length = block_of(self.model.config), longest_of(lengths)
+        block = block_of(self.model.config)
         arrays = [tokens, positions, places, columns, last[order], firsts[order], lengths[order]]
         arrays += equal_work(lengths, 1, order, block)
         shapes = tuple(x.shape for x in arrays)
@@ -346,7 +344,6 @@ class MtpDrafter(mtp_head.MtpDrafter):
                 columns_of_roots = SlabColumns(
                     *(self.model, operations, slab, first, length, length),
                     work={1: SharedWork(items, n, at, block)},
-                    max_length=max_length,
                 )
                 attended = columns_of_roots.read(0, 1, q, last.new_empty(len(last), 0))
             else:
@@ -451,7 +448,6 @@ class ParallelDrafter(mtp_head.ParallelDrafter, Drafter):
                 return operations.tree_attention(
                     *(q[0].transpose(0, 1).contiguous(), *slab.layer(layer)),
                     VisibleKeys.of_rows(block, *arrays),
-                    max_length=longest_of(plan.shared),
                     scale=self.rows.config.attention_scale,
                 )
 
@@ -513,7 +509,7 @@ class MtpHead(mtp_head.MtpHead):
             noise = Noise(noise.keys[rows], noise.scales[rows])
         numbers = [(x.cache.taken.first, x.length, x.position) for x in blocks]
         firsts, lengths, positions = np.array(numbers).T
-        block, max_length = block_of(self.model.config), longest_of(lengths)
+        block = block_of(self.model.config)
         k = min(options.k, self.output.vocab_size)
         sizes = sorted(set(mtp_head.rows_by_depth(k, width, depths)))
         arrays = [firsts[order], lengths[order], positions[order]]
@@ -526,7 +522,7 @@ class MtpHead(mtp_head.MtpHead):
             parts = zip(sizes, work[::3], work[1::3], work[2::3], strict=True)
             works = {n: SharedWork(items, m, at, block) for n, items, m, at in parts}
             rows = first, length, position
-            columns = SlabColumns(self.model, operations, slab, *rows, works, max_length)
+            columns = SlabColumns(self.model, operations, slab, *rows, works)
             noises = [self.output.noise(noise[depth::depths]) for depth in range(depths)]
             return join(self.search(columns, outputs, width, options, noises))
 
@@ -544,8 +540,3 @@ class MtpHead(mtp_head.MtpHead):
 def block_of(config: MtpConfig) -> int:
     """Return the rows of a block; see `visible_keys`."""
     return block_rows(config.num_attention_heads // config.num_key_value_heads)
-
-
-def longest_of(lengths: NDArray[np.integer]) -> int:
-    """Return a bound on the committed rows of sequences."""
-    return power_of_two(max(int(lengths.max()), MIN_LENGTH))

@@ -56,14 +56,13 @@ def tree_attention(
     v: Tensor,  # (kv_heads, columns, head_dim) of the cache, or quantised
     keys: VisibleKeys,
     *,
-    max_length: int,  # bound on `keys.shared`, which a kernel does not need
     scale: float,  # factor on the scores
     softcap: float | None = None,  # scores become softcap * tanh(score / softcap)
     sinks: Tensor | None = None,  # (heads,) scores of a key per head whose value is zero
 ) -> Tensor:
     """Return (rows, heads, head_dim) attention of all rows, contiguous. Every row sees a key."""
     first, shared = keys.first[:, None], keys.shared[:, None]
-    positions = torch.arange(max_length, device=q.device)
+    positions = torch.arange(int(keys.shared.max()), device=q.device)
     later = torch.arange(keys.paths.shape[1], device=q.device) + shared
     all_columns = torch.cat([first + positions, first + shared + keys.paths], 1)
     all_visible = torch.cat([keys.sees(positions) & (positions < shared), keys.sees(later)], 1)
@@ -431,7 +430,7 @@ def _check_attention(
     options = {"scale": shapes.head_dim**-0.5, "softcap": shapes.softcap, "sinks": sinks}
     for keys in kinds:
         query = numbers.draw(len(keys.end), shapes.heads, shapes.head_dim)
-        yield operations.tree_attention(query, k, v, keys, max_length=1024, **options)
+        yield operations.tree_attention(query, k, v, keys, **options)
 
 
 def _check_norm(operations: Operations, numbers: RandomInputs, shapes: Shapes) -> Iterator[Tensor]:

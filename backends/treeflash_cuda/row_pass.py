@@ -20,7 +20,7 @@ from torch import Tensor
 from treeflash.decoding.tree import DraftTree
 from treeflash_cuda.attention import TreeContext
 from treeflash_cuda.cache import Region, Slab, SlabCache
-from treeflash_cuda.graphs import MIN_LENGTH, Outputs, power_of_two
+from treeflash_cuda.graphs import Outputs, power_of_two
 from treeflash_cuda.hybrid import HybridTreeCache
 from treeflash_cuda.numerics import pack, unpack, upload
 from treeflash_cuda.recurrence import TreeNodes, plan_nodes
@@ -119,7 +119,6 @@ class RowPass:
             block := block_rows(target.groups),
             stride,
         )
-        longest = power_of_two(max(int(plan.shared.max()), MIN_LENGTH))
         depths = power_of_two(max(plan.paths.shape[1], min(MIN_DEPTHS, len(order))))
         ids = [x.tokens if isinstance(x, DraftTree) else x for _, x in rows]
         placed = plan.arranged(order, depths)
@@ -135,7 +134,7 @@ class RowPass:
             arrays.append(np.array(places))
             addresses = arena.slots  # a graph belongs to the tensors of an arena of this size
         shapes = tuple(array.shape for array in arrays)
-        forward = functools.partial(self._forward, slab, shapes, block, longest)
+        forward = functools.partial(self._forward, slab, shapes, block)
         uploaded = upload(pack(arrays), target.device)
         results = graphs.run(NAME, (slab, shapes, addresses), forward, uploaded, capture=captured)
         logits, best, layers, *outputs = results
@@ -164,7 +163,6 @@ class RowPass:
         slab: Slab | None,
         shapes: Sequence[tuple[int, ...]],  # the shapes of the packed arrays
         block: int,
-        longest: int,
         # `inputs` packs ids, rotary positions, slots and `RowPlan.arrays`; and for recurrent layers
         # the result of `plan_nodes`, and the slots of the states.
         inputs: Tensor,
@@ -184,7 +182,7 @@ class RowPass:
             attention = target.attention_slots
             cache = HybridTreeCache(*storage, attention, target.operations, arena, states, nodes)
         keys = VisibleKeys.of_rows(block, *plan)
-        context = TreeContext(target.operations, cache, keys, plan[0].long(), longest)
+        context = TreeContext(target.operations, cache, keys, plan[0].long())
         logits, outputs = target.forward(
             ids.long(), context, cache, logits_to_keep=0, rotary=rotary.long()
         )

@@ -74,13 +74,11 @@ def attention_case(case: Case) -> dict:
         keys = keys.within(case.window)
     if case.sink:
         keys = replace(keys, sink=torch.full_like(keys.end, case.sink))
-    longest = max(map(sum, zip(case.lengths, case.sizes, strict=True)))
     return {
         "q": numbers(sum(case.sizes), case.heads, case.head_dim),
         "k": cache[0],
         "v": cache[1],
         "keys": keys,
-        "max_length": 1 << longest.bit_length(),
         "scale": case.head_dim**-0.5,
         "softcap": case.softcap,
         "sinks": numbers(case.heads) if case.sinks else None,
@@ -132,5 +130,4 @@ def alone(case: Case, inputs: dict, row: int) -> dict:
         "k": cache[0],
         "v": cache[1],
         "keys": one if case.window is None else one.within(case.window),
-        "max_length": 2048,
     }

@@ -480,7 +480,6 @@ def tree_attention(
     v: Tensor,
     keys: VisibleKeys,
     *,
-    max_length: int,
     scale: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
