@@ -269,7 +269,7 @@ def kernels(gpu: Gpu, part: Part) -> None:
     import torch
     from treeflash_cuda.backend import EXAMINED_HEAD_DIMS
     from treeflash_cuda.cache import KV_BITS
-    from treeflash_cuda.kernels import flash_kernels
+    from treeflash_cuda.kernels import load_flash_attention
     from treeflash_cuda.operations import examined_shapes, load_operations
     from treeflash_cuda.quantised_weights import BITS
 
@@ -286,7 +286,7 @@ def kernels(gpu: Gpu, part: Part) -> None:
             part.problem(line)
         if dtype == "float32" or kv_bits is not None:
             continue
-        found, reason = flash_kernels(gpu.device, getattr(torch, dtype), shapes)
+        found, reason = load_flash_attention(gpu.device, getattr(torch, dtype), shapes)
         part.add("verdicts", **case, kernel="FlashAttention", verdict=reason)
         if found is None:
             part.problem(f"FlashAttention is not used with {where}: {reason}")
@@ -345,7 +345,7 @@ def texts(gpu: Gpu, part: Part) -> None:
         ):
             backend = gpu.load(pair, dtype=dtype, cuda_graphs=with_graphs)
             if masks:
-                backend.verifier._has_row_pass, backend.target.kernels = False, None
+                backend.verifier._has_row_pass, backend.target.prompt_attention = False, None
             session = SequenceSession(backend)
             session.extend(PROMPT * 5)
             logits[name] = session.logits(TREE)

@@ -52,7 +52,7 @@ from transformers.masking_utils import causal_mask_function
 
 from treeflash.errors import UnsupportedModelError
 from treeflash_cuda.cache import SlabCache, TreeCache, decoded
-from treeflash_cuda.kernels import Kernels
+from treeflash_cuda.kernels import CausalAttention
 from treeflash_cuda.numerics import concatenate
 from treeflash_cuda.operations import Operations
 from treeflash_cuda.visible_keys import VisibleKeys
@@ -308,14 +308,15 @@ class AttentionContext:
         committed: int,
         positions: Tensor,
         ancestors: Tensor | None,
-        kernels: Kernels | None = None,
+        prompt_attention: CausalAttention | None = None,
     ) -> None:
         self.committed = committed  # positions before the block
         self.positions = positions  # (n,) absolute positions of the block's tokens
         # (n, n) bool, which of the block's tokens each token sees, if the layer's mask function
         # allows it; None for consecutive tokens.
         self.ancestors = ancestors
-        self.kernels = kernels  # for consecutive tokens; None attends with a mask
+        # It attends for consecutive tokens; None attends with a mask.
+        self.prompt_attention = prompt_attention
         self.masks = GroupedMasks()  # the masks of the layers
         self._windows: dict[int, tuple[Tensor, int | None]] = {}
 
@@ -335,13 +336,13 @@ class AttentionContext:
 
     @property
     def has_kernel(self) -> bool:
-        """Whether the block is a part of a prompt for which there are kernels."""
-        return self.kernels is not None and self.ancestors is None
+        """Whether the block is a part of a prompt for which there is a kernel."""
+        return self.prompt_attention is not None and self.ancestors is None
 
     def mask(self, function: MaskFunction, dtype: torch.dtype, window: int | None) -> Tensor | None:
         """Return (1, 1, n, committed + n) additive; None if each token sees everything before it.
 
-        For the kernels a tensor that stands for the layers' window. Only a CPU attends to a whole
+        For the kernel a tensor that stands for the layers' window. Only a CPU attends to a whole
         sequence of several tokens without a mask: on a GPU PyTorch may choose cuDNN for it, which
         builds a plan for every new length.
         """
@@ -368,10 +369,10 @@ class AttentionContext:
         """
         query, key, value, mask = inputs.query, inputs.key, inputs.value, inputs.mask
         n, scale = query.shape[2], inputs.scale
-        if self.kernels is not None and id(mask) in self._windows:
+        if self.prompt_attention is not None and id(mask) in self._windows:
             q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
             window = self._windows[id(mask)][1]
-            return self.kernels.causal(q, k, v, window, inputs.scale)[None]
+            return self.prompt_attention(q, k, v, window, inputs.scale)[None]
         key, value = (decoded(x, query.dtype) for x in (key, value))
         causal = mask is None and n > 1
         if causal and not self.is_whole_sequence:

@@ -51,7 +51,7 @@ from treeflash_cuda.fused_layers import fuse_layers, fuse_residuals, fuse_rotati
 from treeflash_cuda.graphs import power_of_two
 from treeflash_cuda.heads import HEADS, TABLE_HEADS, TableHead
 from treeflash_cuda.images import GivenFeatures, NoPictures, has_tower
-from treeflash_cuda.kernels import EncodedKernels, flash_kernels
+from treeflash_cuda.kernels import load_flash_attention
 from treeflash_cuda.linear import (
     IN_DRAFTER,
     QuantisedLinear,
@@ -581,13 +581,12 @@ def add_kernels(target: Target) -> None:
     if target.softcap is not None or target.has_sinks:
         return
     for part, _ in target.spans or [(target.device, len(target.layers))]:
-        target.kernels, reason = flash_kernels(part, target.dtype, target_shapes(target))
-        if target.kernels is None:
+        attend, reason = load_flash_attention(part, target.dtype, target_shapes(target))
+        target.prompt_attention = attend
+        if attend is None:
             break
     if reason:
         warnings.warn(f"prompts will be slow: {reason}", stacklevel=3)
-    if target.kernels and target.arena.dtype:
-        target.kernels = EncodedKernels(target.kernels)
 
 
 def load_target_operations(target: Target) -> Operations | None:

@@ -62,7 +62,7 @@ def tree_attention(
 ) -> Tensor:
     """Return (rows, heads, head_dim) attention of all rows, contiguous. Every row sees a key."""
     first, shared = keys.first[:, None], keys.shared[:, None]
-    positions = torch.arange(int(keys.shared.max()), device=q.device)
+    positions = torch.arange(most_shared(keys), device=q.device)
     later = torch.arange(keys.paths.shape[1], device=q.device) + shared
     all_columns = torch.cat([first + positions, first + shared + keys.paths], 1)
     all_visible = torch.cat([keys.sees(positions) & (positions < shared), keys.sees(later)], 1)
@@ -88,6 +88,11 @@ def tree_attention(
         weights = scores.softmax(-1)[..., : index.shape[1]]
         outputs.append((weights @ values).transpose(0, 1).flatten(1, 2))
     return torch.cat(outputs).to(q.dtype)
+
+
+def most_shared(keys: VisibleKeys) -> int:
+    """Read how many positions the rows of a sequence share at most."""
+    return int(keys.shared.max())
 
 
 def rms_norm(

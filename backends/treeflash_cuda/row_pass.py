@@ -63,7 +63,7 @@ class RowPass:
             return True
         if has_features(state, tokens) or self.target.state_arena is not None:
             return False
-        return self.target.kernels is None or len(tokens) <= MAX_CHUNK
+        return self.target.prompt_attention is None or len(tokens) <= MAX_CHUNK
 
     def run(self, rows: Sequence[Rows], needs_logits: Sequence[bool]) -> Logits:
         """Return the logits of all nodes of trees, and of last tokens where they are needed.

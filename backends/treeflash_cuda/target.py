@@ -80,7 +80,7 @@ from treeflash_cuda.hybrid import (
     hook_recurrent_layers,
 )
 from treeflash_cuda.images import ImageRows, VisionTower, has_tower, run_samples
-from treeflash_cuda.kernels import Kernels
+from treeflash_cuda.kernels import CausalAttention
 from treeflash_cuda.linear import IN_TARGET, fuse_linears, is_subclass, pack_linears, token_products
 from treeflash_cuda.operations import Operations
 from treeflash_cuda.state import State
@@ -419,7 +419,8 @@ class Target:
         # Whether layers attend to keys and values as they store them. If not, each sequence has a
         # pass of its own, which takes them from the layers.
         self.reads_cache = True
-        self.kernels: Kernels | None = None  # for long prompts, which are rows like others without
+        # For long prompts, which are rows like others without it.
+        self.prompt_attention: CausalAttention | None = None
         self.operations: Operations | None = None  # for rows; None attends with masks
         self.is_exact = False  # see `make_exact`
         self.exact_refusal: str | None = None  # why the backend's default is not exact mode
@@ -567,7 +568,7 @@ class Target:
         if self.operations is not None:
             if self.operations.fallbacks:
                 raise UnsupportedModelError(f"{INEXACT}: {self.operations.fallbacks[0]}")
-            self.kernels = None
+            self.prompt_attention = None
         with torch.inference_mode():
             if self.operations is not None:
                 use_kernel_for_products(self.model)
@@ -693,8 +694,8 @@ class Target:
             return ExactContext(committed, positions, ancestors)
         # Tokens of an image that see each other need a mask.
         needs_mask = images is not None and images.types is not None
-        kernels = None if needs_mask else self.kernels
-        return AttentionContext(committed, positions, ancestors, kernels)
+        attend = None if needs_mask else self.prompt_attention
+        return AttentionContext(committed, positions, ancestors, attend)
 
     def packed_context(self, contexts: Sequence[Any], cache: TreeCache) -> Context:
         """Return the context of several sequences, from the result of `context` for each."""

@@ -25,7 +25,7 @@ from treeflash_cuda import kernels as kernels_module
 from treeflash_cuda.attention import is_window
 from treeflash_cuda.backend import load
 from treeflash_cuda.cache import dequantise, quantise
-from treeflash_cuda.kernels import EncodedKernels, causal_attention
+from treeflash_cuda.kernels import causal_attention, seen_floats
 from treeflash_cuda.operations import Shapes
 
 VOCAB = 40
@@ -75,35 +75,29 @@ def test_models_compute_what_they_do_with_masks(tmp_path, monkeypatch, family):
     np.testing.assert_allclose(*found, atol=1e-4)
 
 
-class RoundingKernels:
+def rounding(q, k, v, window, scale):
     """As fused kernels do: the softmax is rounded to the dtype before the product with values."""
-
-    def causal(self, q, k, v, window, scale, *_):
-        columns = torch.arange(len(k))
-        distance = columns[len(k) - len(q) :, None] - columns
-        visible = (distance >= 0) & (distance < (window or len(k)))
-        keys, values = (x.repeat_interleave(q.shape[1] // x.shape[1], 1).float() for x in (k, v))
-        scores = torch.einsum("nhd,mhd->hnm", q.float(), keys) * scale
-        weights = scores.masked_fill(~visible, -torch.inf).softmax(-1).to(q.dtype).float()
-        return torch.einsum("hnm,mhd->nhd", weights, values).to(q.dtype)
+    columns = torch.arange(len(k))
+    distance = columns[len(k) - len(q) :, None] - columns
+    visible = (distance >= 0) & (distance < (window or len(k)))
+    keys, values = (x.repeat_interleave(q.shape[1] // x.shape[1], 1).float() for x in (k, v))
+    scores = torch.einsum("nhd,mhd->hnm", q.float(), keys) * scale
+    weights = scores.masked_fill(~visible, -torch.inf).softmax(-1).to(q.dtype).float()
+    return torch.einsum("hnm,mhd->nhd", weights, values).to(q.dtype)
 
 
-class OneRowShort(RoundingKernels):
+def one_row_short(q, k, v, window, scale):
     """The last position does not see itself."""
-
-    def causal(self, q, k, v, window, scale):
-        out = super().causal(q, k, v, window, scale)
-        return torch.cat([out[:-1], super().causal(q[-1:], k[:-1], v[:-1], window, scale)])
+    out = rounding(q, k, v, window, scale)
+    return torch.cat([out[:-1], rounding(q[-1:], k[:-1], v[:-1], window, scale)])
 
 
-class OtherScale(RoundingKernels):
-    def causal(self, q, k, v, window, scale):
-        return super().causal(q, k, v, window, 1.1 * scale)
+def other_scale(q, k, v, window, scale):
+    return rounding(q, k, v, window, 1.1 * scale)
 
 
-class NoWindow(RoundingKernels):
-    def causal(self, q, k, v, window, scale):
-        return super().causal(q, k, v, None, scale)
+def no_window(q, k, v, window, scale):
+    return rounding(q, k, v, None, scale)
 
 
 @pytest.mark.parametrize("window", [None, 7])
@@ -113,36 +107,36 @@ def test_keys_in_8_bits_are_attended_to_as_floats_are(window, rows):
     q = torch.randn(rows, 4, 8, generator=random)
     stored = quantise(torch.randn(2, 90, 2, 8, generator=random))
     floats = dequantise(stored, torch.float32)
-    actual = EncodedKernels(RoundingKernels()).causal(q, *stored, window, 0.3)
+    actual = rounding(q, *seen_floats(q, *stored, window), window, 0.3)
     torch.testing.assert_close(actual, causal_attention(q, *floats, window, 0.3))
 
 
-@pytest.mark.parametrize("kernels", [RoundingKernels, OtherScale, NoWindow, OneRowShort])
+@pytest.mark.parametrize("attend", [rounding, other_scale, no_window, one_row_short])
 @pytest.mark.parametrize("shape", [(32, 8, 128), (9, 3, 64)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_kernels_that_round_pass_and_wrong_ones_do_not(kernels, shape, dtype):
-    difference = kernels_module._difference(kernels(), torch.device("cpu"), dtype, *shape)
-    if kernels is RoundingKernels:
+def test_kernels_that_round_pass_and_wrong_ones_do_not(attend, shape, dtype):
+    difference = kernels_module._difference(attend, torch.device("cpu"), dtype, *shape)
+    if attend is rounding:
         assert difference < kernels_module.TOLERANCE / 3
     else:
         assert difference > kernels_module.TOLERANCE
 
 
 @pytest.mark.parametrize(
-    ("kernels", "reason"),
-    [(RoundingKernels, ""), (NoWindow, "differ by"), (lambda: 1 / 0, "division by zero")],
+    ("attend", "reason"),
+    [(rounding, ""), (no_window, "differ by"), (lambda *_: 1 / 0, "division by zero")],
 )
-def test_kernels_are_checked_before_they_are_used(monkeypatch, kernels, reason):
+def test_kernels_are_checked_before_they_are_used(monkeypatch, attend, reason):
     difference = kernels_module._difference
-    monkeypatch.setattr(kernels_module, "FlashKernels", kernels)
+    monkeypatch.setattr(kernels_module, "flash_attention", attend)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(
         kernels_module,
         "_difference",
-        lambda kernels, device, *shape: difference(kernels, torch.device("cpu"), *shape),
+        lambda attend, device, *shape: difference(attend, torch.device("cpu"), *shape),
     )
 
     shapes = Shapes(heads=4, kv_heads=2, head_dim=8, hidden_size=32)
-    found, why = kernels_module.flash_kernels(torch.device("cuda"), torch.bfloat16, shapes)
+    found, why = kernels_module.load_flash_attention(torch.device("cuda"), torch.bfloat16, shapes)
     assert (found is None) == bool(reason)
     assert reason in why

@@ -73,7 +73,7 @@ def tree():
 def test_prefill_verify_commit_and_draft(cuda, folders, family, dtype):
     backend = load(*folders[family], LoadConfig(dtype=dtype))
     assert backend.device == "cuda:0"
-    assert (backend.target.kernels is None) == (dtype == "float32")
+    assert (backend.target.prompt_attention is None) == (dtype == "float32")
     text = SequenceSession(backend, drafts=True)
     root = text.extend(PROMPT)
     check_context(text, len(PROMPT))
@@ -171,7 +171,7 @@ def test_layers_on_two_devices(cuda, folders, family, dtype, bits, monkeypatch):
 @pytest.mark.parametrize("family", ["qwen3", "mistral"])
 def test_nothing_builds_a_plan_for_each_length(cuda, folders, monkeypatch, family, dtype):
     """As cuDNN does, which `scaled_dot_product_attention` prefers on some GPUs."""
-    monkeypatch.setattr(kernels, "FlashKernels", lambda: 1 / 0)  # prompts attend without it
+    monkeypatch.setattr(kernels, "flash_attention", lambda *_: 1 / 0)  # prompts do without it
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *_, **__: 1 / 0)
     slow = pytest.warns(UserWarning, match="^prompts will be slow: division by zero$")
     with nullcontext() if dtype == "float32" else slow:
