@@ -21,7 +21,7 @@ from treeflash_cuda.drafter_model import DrafterModel
 from treeflash_cuda.heads import HEADS
 from treeflash_cuda.training.batch import Batch
 from treeflash_cuda.training.losses import objective
-from treeflash_cuda.training.model import Blocks, LMHead
+from treeflash_cuda.training.model import Blocks
 
 from benchmarks.common import Parser, Row, show, write_json
 from benchmarks.random_pair import BLOCK_SIZE, DRAFTER_LAYERS, SHAPES, drafter_config
@@ -41,7 +41,7 @@ def make_blocks(shape: Row) -> Blocks:
     config = parse_drafter_config(drafter_config(shape))
     vocabulary = torch.zeros(shape["vocab_size"], shape["hidden_size"], dtype=torch.bfloat16)
     head = HEADS["swiglu"](config, shape["intermediate_size"], shape["vocab_size"])
-    lm_head = LMHead(SimpleNamespace(weight=vocabulary))
+    lm_head = SimpleNamespace(weight=vocabulary)
     blocks = Blocks(DrafterModel(config), head, vocabulary, lm_head)
     for parameter in blocks.parameters():
         nn.init.normal_(parameter, std=0.02)

@@ -22,7 +22,7 @@ from treeflash_cuda.backend import load, load_target
 from treeflash_cuda.training.batch import Drafts
 from treeflash_cuda.training.data import FeatureStore, choose_anchors, make_batch
 from treeflash_cuda.training.initial import drafter_settings, initial_drafter
-from treeflash_cuda.training.model import Blocks, LMHead, make_shortlist
+from treeflash_cuda.training.model import Blocks, make_shortlist
 
 CPU = LoadConfig(device="cpu", dtype="float32")
 TOP = 5
@@ -43,7 +43,7 @@ def save_drafter(target, folder, head):
     model = load_target(target, CPU, pack=False)
     settings = drafter_settings(config, model)
     drafter, module = initial_drafter(config, settings, model, [])
-    blocks = Blocks(drafter, module, model.embeddings, LMHead(model.lm_head))
+    blocks = Blocks(drafter, module, model.embeddings, model.lm_head)
     for parameter in blocks.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     folder.mkdir()
@@ -96,7 +96,7 @@ def made(backend):
     target = backend.target
     module = None if backend.head is None else backend.head.module
     head = SimpleNamespace(weight=target.lm_head_weight)  # the layer itself is packed
-    return Blocks(backend.drafter_model, module, target.embeddings, LMHead(head))
+    return Blocks(backend.drafter_model, module, target.embeddings, head)
 
 
 def make_batch_of(backend, seed=1, top_tokens=TOP):

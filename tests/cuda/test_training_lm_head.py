@@ -1,5 +1,7 @@
 """The shortlist against the whole vocabulary, and chunks against all rows at once."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from treeflash.testing import require
@@ -11,9 +13,14 @@ from torch import nn
 from treeflash_cuda.training import model as module
 from treeflash_cuda.training.batch import TargetRows
 from treeflash_cuda.training.losses import Outcomes, forward_kl
-from treeflash_cuda.training.model import LMHead, in_chunks, make_shortlist
+from treeflash_cuda.training.model import TargetOutput, in_chunks, make_shortlist
 
 VOCAB, HIDDEN, ROWS = 60, 8, 5
+
+
+def logits(head, hidden, shortlist=None):
+    output = TargetOutput(SimpleNamespace(norm=None), None, head, shortlist)
+    return output.logits(hidden)
 
 
 @pytest.fixture
@@ -22,7 +29,7 @@ def case():
     head = nn.Linear(HIDDEN, VOCAB)
     hidden = torch.randn(ROWS, HIDDEN, requires_grad=True)
     target = (2 * torch.randn(ROWS, VOCAB)).log_softmax(-1)
-    return LMHead(head), hidden, target
+    return head, hidden, target
 
 
 def test_a_shortlist_has_all_wanted_tokens():
@@ -38,10 +45,10 @@ def test_a_shortlist_has_all_wanted_tokens():
 
 
 def test_the_weights_of_a_sample_are_not_rounded_to_the_precision_of_the_head():
-    head = LMHead(nn.Linear(HIDDEN, VOCAB).bfloat16())
+    head = nn.Linear(HIDDEN, VOCAB).bfloat16()
     shortlist = make_shortlist(torch.tensor([[3, 9]]), VOCAB, 20, torch.Generator().manual_seed(1))
     bias = head.bias[shortlist.tokens].float()
-    found = head.logits(torch.zeros(1, HIDDEN), shortlist)[0]
+    found = logits(head, torch.zeros(1, HIDDEN), shortlist)[0]
     torch.testing.assert_close(found - bias, shortlist.log_weights)
 
 
@@ -53,7 +60,7 @@ def test_the_gradient_of_a_shortlist_agrees_with_the_full_one_in_expectation(cas
 
     def gradient(shortlist):
         index = rows.scored_tokens() if shortlist is None else shortlist.index[rows.scored_tokens()]
-        log_probs = head.logits(hidden, shortlist).log_softmax(-1).gather(1, index)
+        log_probs = logits(head, hidden, shortlist).log_softmax(-1).gather(1, index)
         loss = forward_kl(Outcomes.compare(rows, log_probs)).sum()
         return torch.autograd.grad(loss, hidden)[0]
 
@@ -78,9 +85,9 @@ def test_chunks_give_the_same_values_and_gradients(case, monkeypatch):
     widths = []
 
     def predict(rows):
-        logits = head.logits(rows)
+        scores = logits(head, rows)
         widths.append(len(rows))
-        return logits.log_softmax(-1)[:, :3], logits.detach().amax(-1)
+        return scores.log_softmax(-1)[:, :3], scores.detach().amax(-1)
 
     results = []
     for limit in (10**6, 2 * VOCAB):

@@ -19,7 +19,7 @@ from treeflash_cuda.drafter_model import DrafterModel
 from treeflash_cuda.heads import HEADS
 from treeflash_cuda.training.data import SequenceFeatures, make_batch
 from treeflash_cuda.training.losses import objective
-from treeflash_cuda.training.model import Blocks, LMHead
+from treeflash_cuda.training.model import Blocks
 
 from treeflash.drafters.folder import read_config
 from treeflash.drafters.loading import block_tensors, read_layout
@@ -66,7 +66,7 @@ def fit_drafter(
     head = HEADS[tensors.config.head](tensors.config, tensors.head_size, vocab_size)
     head.load_state_dict(tensors.head)
     output: Any = SimpleNamespace(weight=torch.tensor(lm_head))
-    blocks = Blocks(model, head, torch.tensor(embeddings), LMHead(output))
+    blocks = Blocks(model, head, torch.tensor(embeddings), output)
     rows = [
         SequenceFeatures(
             torch.tensor(of),

@@ -40,7 +40,7 @@ from treeflash_cuda.training.data import (
 )
 from treeflash_cuda.training.initial import drafter_settings, initial_drafter
 from treeflash_cuda.training.losses import Outcomes, forward_kl, objective
-from treeflash_cuda.training.model import Blocks, LMHead
+from treeflash_cuda.training.model import Blocks
 from treeflash_cuda.training.run import TrainingRun, export, has_checkpoint, is_finished
 
 MIXED_PRECISION = {torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -101,7 +101,7 @@ def train(
     if config.freeze_backbone or config.freeze_layers:
         drafter.requires_grad_(False)
         drafter.fc.requires_grad_(config.freeze_layers)
-    blocks: nn.Module = Blocks(drafter, head, model.embeddings, LMHead(model.lm_head))
+    blocks: nn.Module = Blocks(drafter, head, model.embeddings, model.lm_head)
     blocks, optimizer = accelerator.prepare(blocks, make_optimizer(blocks, config))
     model.capture(layer_ids)
     with closing(run):

@@ -25,6 +25,7 @@ from treeflash_cuda.attention import additive_mask, group_mask, grouped_attentio
 from treeflash_cuda.drafter import OutputStage
 from treeflash_cuda.drafter_model import DrafterModel
 from treeflash_cuda.heads import ScoredTokens
+from treeflash_cuda.linear import token_products
 from treeflash_cuda.numerics import topk
 from treeflash_cuda.training.batch import Batch
 
@@ -67,27 +68,6 @@ def make_shortlist(
     weights[len(kept) :] = math.log(len(others) / negatives)
     device = scored.device
     return Shortlist(tokens.to(device), len(kept), weights.to(device), index.to(device))
-
-
-class LMHead:
-    """The target's output head: logits of the vocabulary, or of a shortlist."""
-
-    def __init__(self, head: Any) -> None:
-        self.weight: Tensor = head.weight.detach()
-        bias = getattr(head, "bias", None)
-        self.bias: Tensor | None = None if bias is None else bias.detach()
-
-    def vocab_size(self, shortlist: Shortlist | None = None) -> int:
-        return len(self.weight if shortlist is None else shortlist.tokens)
-
-    def logits(self, hidden: Tensor, shortlist: Shortlist | None = None) -> Tensor:
-        """Return (n, v) float32 from (n, hidden_size); the log weights of a shortlist are added."""
-        weight, bias = self.weight, self.bias
-        if shortlist is None:
-            return F.linear(hidden.to(weight.dtype), weight, bias).float()
-        weight, bias = weight[shortlist.tokens], None if bias is None else bias[shortlist.tokens]
-        # bfloat16 would round these logarithms to two digits.
-        return F.linear(hidden.to(weight.dtype), weight, bias).float() + shortlist.log_weights
 
 
 def in_chunks(
@@ -235,14 +215,13 @@ class Blocks(nn.Module):
     """
 
     def __init__(
-        self, model: DrafterModel, head: nn.Module | None, embeddings: Tensor, lm_head: LMHead
+        self, model: DrafterModel, head: nn.Module | None, embeddings: Tensor, lm_head: Any
     ) -> None:
         """Add the target's embeddings and output head, which are not trained."""
         super().__init__()
         self.model = model
-        # Lists keep these tensors from being moved and saved with the module.
-        self.embeddings = [embeddings]
-        self.lm_head = [lm_head]
+        # A tuple keeps these tensors from being moved and saved with the module.
+        self.of_target = embeddings, lm_head
         # The names of the head's tensors in a checkpoint begin with this prefix.
         self.head_name = HEADS[model.config.head or "swiglu"].prefix.removesuffix(".")
         self.add_module(self.head_name, head)
@@ -261,7 +240,7 @@ class Blocks(nn.Module):
         block_rotation = cos[:, None, length:], sin[:, None, length:]
         tokens = torch.full((rows, anchors, size), config.mask_token_id, device=device)
         tokens[:, :, 0] = batch.tokens.gather(1, batch.anchors)
-        x = F.embedding(tokens.flatten(1), self.embeddings[0]) * config.input_scale
+        x = F.embedding(tokens.flatten(1), self.of_target[0]) * config.input_scale
         kinds = config.layer_kinds
         attention = {
             kind: block_attention(batch.anchors, size, length, *kind) for kind in set(kinds)
@@ -290,14 +269,14 @@ class Blocks(nn.Module):
         hidden = hidden[batch.valid]
         normed = self.model.norm(hidden)
         index = scored if shortlist is None else shortlist.index[scored]
-        lm_head, head = self.lm_head[0], self._head()
-        output, queries = self._output(shortlist), normed
+        head, output = self._head(), TargetOutput(self.model, *self.of_target, shortlist)
+        queries = normed
         if head is not None:
             slots = Slots(output, hidden, normed)
             queries = head.queries(slots, batch.previous_tokens(), None)
 
         def predict(queries: Tensor, normed: Tensor, index: Tensor) -> tuple[Tensor, ...]:
-            logits = lm_head.logits(normed, shortlist)
+            logits = output.logits(normed)
             log_probs = [logits.log_softmax(-1)]
             if head is not None:
                 log_probs.append(conditional_log_probs(head, output, queries, logits))
@@ -305,19 +284,18 @@ class Blocks(nn.Module):
             return *scores, *(part.detach().amax(-1) for part in log_probs)
 
         heads = 1 if head is None else 2
-        width = heads * lm_head.vocab_size(shortlist)
-        columns = in_chunks(predict, (queries, normed, index), width)
+        columns = in_chunks(predict, (queries, normed, index), heads * output.vocab_size)
         marginal, *corrected = map(Prediction, columns[:heads], columns[heads:])
         return marginal, corrected[0] if corrected else None
 
     def _draft(self, hidden: Tensor, roots: Tensor) -> Tensor:
         """Return the (rows, A, D) tokens, each the best after the one before it."""
-        lm_head, head, output = self.lm_head[0], self._head(), self._output(None)
+        head, output = self._head(), TargetOutput(self.model, *self.of_target)
 
         def best(queries: Tensor, normed: Tensor) -> tuple[Tensor]:
             if isinstance(head, Corrected):  # it does not read the marginals
                 return (head.score(queries, ScoredTokens(output, normed, None, None)).argmax(-1),)
-            logits = lm_head.logits(normed)
+            logits = output.logits(normed)
             if head is not None:
                 logits = conditional_log_probs(head, output, queries, logits)
             return (logits.argmax(-1),)
@@ -328,34 +306,43 @@ class Blocks(nn.Module):
             queries = normed
             if head is not None:
                 queries = head.queries(Slots(output, slot, normed), chain[-1], None)
-            chain += in_chunks(best, (queries, normed), lm_head.vocab_size())
+            chain += in_chunks(best, (queries, normed), output.vocab_size)
         return torch.stack(chain[1:], -1).view(*roots.shape, -1)
 
     def _head(self) -> ConditionalHead | None:
         return getattr(self, self.head_name)
 
-    def _output(self, shortlist: Shortlist | None) -> TargetOutput:
-        return TargetOutput(self.model, self.embeddings[0], self.lm_head[0], shortlist)
-
 
 class TargetOutput(OutputStage):
-    """The parts of an `OutputStage` that conditional heads use, over a shortlist."""
+    """The parts of an `OutputStage` that training uses, over the vocabulary or a shortlist."""
 
     def __init__(
-        self, model: DrafterModel, embeddings: Tensor, lm_head: LMHead, shortlist: Shortlist | None
+        self,
+        model: DrafterModel,
+        embeddings: Tensor,  # of the target
+        lm_head: Any,  # of the target
+        shortlist: Shortlist | None = None,
     ) -> None:
-        self.norm = model.norm
-        self.embeddings = embeddings
-        self.lm_head = lm_head
-        self.shortlist = shortlist
+        self.norm, self.embeddings, self.shortlist = model.norm, embeddings, shortlist
+        bias: Tensor | None = getattr(lm_head, "bias", None)
+        self.weight: Tensor = lm_head.weight.detach()
+        self.bias = None if bias is None else bias.detach()
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.weight if self.shortlist is None else self.shortlist.tokens)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Compute the (n, hidden_size) rows of the input table."""
         return F.embedding(tokens, self.embeddings)
 
     def logits(self, normed: Tensor, tokens: Tensor | None = None) -> Tensor:
-        """Return the (n, v) logits of the shortlist's `tokens`."""
-        return self.lm_head.logits(normed, self.shortlist)
+        """Return (n, v) float32 of all tokens; the log weights of a shortlist are added."""
+        chosen = None if self.shortlist is None else self.shortlist.tokens
+        normed = normed.to(self.weight.dtype)
+        logits = token_products(normed, self.weight, chosen, self.bias).float()
+        # bfloat16 would round these logarithms to two digits.
+        return logits if self.shortlist is None else logits + self.shortlist.log_weights
 
 
 def conditional_log_probs(
