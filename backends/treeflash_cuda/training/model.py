@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from treeflash.drafters.formats import HEADS
@@ -97,97 +97,80 @@ def block_attention(
     """Return one layer's fastest attention, in which a block sees itself and all before its root.
 
     It takes (rows, heads, A * S, head_dim) queries, and (rows, kv_heads, length + A * S, head_dim)
-    keys and values, the sequence's first, to (rows, A * S, heads, head_dim).
+    keys and values, the sequence's first, to (rows, A * S, heads, head_dim). The blocks have S
+    slots after the roots at (rows, A) anchors. The window is how far a slot sees, in positions;
+    None is everything.
     """
-    kind = FlexBlockAttention if anchors.device.type == "cuda" else GroupedAttention
-    return kind(anchors, size, length, window, causal)
+    make = flex_block_attention if anchors.device.type == "cuda" else grouped_block_attention
+    return make(anchors, size, length, window, causal)
 
 
-class GroupedAttention:
-    """Attention with a mask, by groups of blocks that share a row of keys; for any device.
+def grouped_block_attention(
+    anchors: Tensor, size: int, length: int, window: int | None, causal: bool
+) -> Attend:
+    """Return attention with a mask, by groups of blocks that share a row of keys; for any device.
 
-    No block sees another, so small groups waste little.
+    No block sees another, so small groups waste little. A is a multiple of `GROUP`.
     """
+    device = anchors.device
+    columns = torch.arange(length, device=device)
+    roots = anchors.reshape(-1, GROUP).repeat_interleave(size, 1)[:, :, None]
+    positions = anchors[:, :, None] + torch.arange(size, device=device)
+    positions = positions.reshape(-1, GROUP * size)
+    blocks = torch.arange(GROUP * size, device=device) // size
+    same_block = (blocks[:, None] == blocks).expand(len(positions), -1, -1)
+    visible = torch.cat([columns < roots, same_block], -1)
+    if causal or window is not None:
+        keys = torch.cat([columns.expand(len(positions), -1), positions], 1)
+        distance = positions[:, :, None] - keys[:, None, :]
+        visible = visible & _is_near(distance, window, causal)
+    groups, mask = anchors.shape[1] // GROUP, additive_mask(visible, torch.float32)[:, None]
 
-    def __init__(
-        self, anchors: Tensor, size: int, length: int, window: int | None, causal: bool
-    ) -> None:
-        """Make the mask of blocks of S slots after the roots at (rows, A) anchors.
-
-        A is a multiple of `GROUP`. The window is how far a slot sees, in positions; None is
-        everything.
-        """
-        device = anchors.device
-        columns = torch.arange(length, device=device)
-        roots = anchors.reshape(-1, GROUP).repeat_interleave(size, 1)[:, :, None]
-        positions = (anchors[:, :, None] + torch.arange(size, device=device)).reshape(
-            -1, GROUP * size
-        )
-        blocks = torch.arange(GROUP * size, device=device) // size
-        same_block = (blocks[:, None] == blocks).expand(len(positions), -1, -1)
-        visible = torch.cat([columns < roots, same_block], -1)
-        if causal or window is not None:
-            keys = torch.cat([columns.expand(len(positions), -1), positions], 1)
-            distance = positions[:, :, None] - keys[:, None, :]
-            visible = visible & _is_near(distance, window, causal)
-        self.groups = anchors.shape[1] // GROUP
-        self.length = length
-        self.mask = additive_mask(visible, torch.float32)[:, None]
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         def grouped(blocks: Tensor) -> Tensor:
-            return blocks.unflatten(2, (self.groups, -1)).transpose(1, 2).flatten(0, 1).to(v.dtype)
+            return blocks.unflatten(2, (groups, -1)).transpose(1, 2).flatten(0, 1).to(v.dtype)
 
         def with_context(both: Tensor) -> Tensor:
-            context = both[:, :, : self.length].to(v.dtype).repeat_interleave(self.groups, 0)
-            return torch.cat([context, grouped(both[:, :, self.length :])], 2)
+            context = both[:, :, :length].to(v.dtype).repeat_interleave(groups, 0)
+            return torch.cat([context, grouped(both[:, :, length:])], 2)
 
-        bias = group_mask(self.mask.to(v.dtype), q.shape[1] // k.shape[1])
-        keys_and_values, rows = [(with_context(k), with_context(v))], [q.shape[2] // self.groups]
+        bias = group_mask(mask.to(v.dtype), q.shape[1] // k.shape[1])
+        keys_and_values, rows = [(with_context(k), with_context(v))], [q.shape[2] // groups]
         out = grouped_attention(grouped(q), keys_and_values, [bias], rows, q.shape[-1] ** -0.5)
-        return out.unflatten(0, (len(q), self.groups)).flatten(1, 2)
+        return out.unflatten(0, (len(q), groups)).flatten(1, 2)
+
+    return attend
 
 
-class FlexBlockAttention:
-    """Attention with FlexAttention, which makes no mask in memory and skips what no block sees.
+def flex_block_attention(
+    anchors: Tensor, size: int, length: int, window: int | None, causal: bool
+) -> Attend:
+    """Return attention that makes no mask in memory, and skips what no block sees.
 
-    It needs a compiler and a GPU. With `compiled` False it runs on a CPU, slowly and without a
-    gradient.
+    FlexAttention needs a compiler and a GPU. A may be any number.
     """
+    rows, count = anchors.shape
 
-    def __init__(
-        self,
-        anchors: Tensor,
-        size: int,
-        length: int,
-        window: int | None,
-        causal: bool,
-        *,
-        compiled: bool = True,
-    ) -> None:
-        """See `GroupedAttention`; A may be any number."""
-        rows, count = anchors.shape
+    def is_visible(row: Tensor, _: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        block, slot = query // size, query % size
+        root = anchors[row, block]
+        in_block = key >= length
+        block_key = (key - length).clamp(min=0)
+        visible = torch.where(in_block, block_key // size == block, key < root)
+        if causal or window is not None:
+            position = torch.where(in_block, root + block_key % size, key)
+            visible = visible & _is_near(root + slot - position, window, causal)
+        return visible
 
-        def is_visible(row: Tensor, _: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            block, slot = query // size, query % size
-            root = anchors[row, block]
-            in_block = key >= length
-            block_key = (key - length).clamp(min=0)
-            visible = torch.where(in_block, block_key // size == block, key < root)
-            if causal or window is not None:
-                position = torch.where(in_block, root + block_key % size, key)
-                visible = visible & _is_near(root + slot - position, window, causal)
-            return visible
+    shape = rows, None, count * size, length + count * size
+    mask = create_block_mask(is_visible, *shape, device=str(anchors.device))
 
-        self.compiled = compiled
-        self.mask: BlockMask = create_block_mask(
-            is_visible, rows, None, count * size, length + count * size, device=str(anchors.device)
-        )
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        attend: Any = _compiled_attention() if self.compiled else flex_attention
-        out: Tensor = attend(q.to(v.dtype), k.to(v.dtype), v, block_mask=self.mask, enable_gqa=True)
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        compiled = _compiled_attention()
+        out: Tensor = compiled(q.to(v.dtype), k.to(v.dtype), v, block_mask=mask, enable_gqa=True)
         return out.transpose(1, 2).contiguous()
+
+    return attend
 
 
 @functools.cache
