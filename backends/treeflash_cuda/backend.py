@@ -534,17 +534,7 @@ def load_target(folder: Path, config: LoadConfig, *, pack: bool, processes: int 
     dtype = getattr(torch, config.dtype) if config.dtype else None
     if dtype is None and device.type == "cpu":
         dtype = torch.float32
-    model = Target.load(
-        folder,
-        device,
-        dtype,
-        pack=pack,
-        kv_bits=config.kv_bits,
-        processes=processes,
-        device_map=config.device_map,
-        adapter=Path(config.adapter) if config.adapter else None,
-        images=config.images,
-    )
+    model = Target.load(folder, device, dtype, config, pack=pack, processes=processes)
     add_kernels(model)
     others = config.kv_bits, config.compile, config.device_map, processes > 1  # refuse exact mode
     is_half = model.dtype in (torch.bfloat16, torch.float16)

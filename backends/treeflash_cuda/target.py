@@ -29,6 +29,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from treeflash.config import LoadConfig
 from treeflash.decoding.backend_base import arrays_nbytes
 from treeflash.decoding.families import ImageFamily, family_of, image_family, refusal
 from treeflash.decoding.image_processor import TOKEN_TYPES, Processor, load_processor
@@ -447,14 +448,10 @@ class Target:
         folder: Path,  # the folder of the checkpoint
         device: torch.device,  # for the weights
         dtype: torch.dtype | None,  # None is the checkpoint's own
+        settings: LoadConfig,  # for what is loaded, and how it is stored and placed
         *,
         pack: bool,
-        kv_bits: int | None = None,
         processes: int = 1,  # processes of `torchrun`, each of which loads its part of every layer
-        # Places the layers on several devices; see `LoadConfig.device_map`.
-        device_map: str | None = None,
-        adapter: Path | None = None,  # a LoRA adapter to merge
-        images: bool = True,  # keep the vision tower, if images are supported
     ) -> Target:
         """Load the model of a folder, and replace its attention.
 
@@ -464,12 +461,12 @@ class Target:
         """
         config = read_model_config(folder)
         refuse_stateful(config)
-        split, placed = processes > 1, device_map is not None
+        split, placed = processes > 1, settings.device_map is not None
         refusals = {
-            "it was loaded without its vision tower": not images,
+            "it was loaded without its vision tower": not settings.images,
             "they do not work under torchrun": split,
             "they do not work with device_map": placed,
-            "they do not work with an adapter": adapter is not None,
+            "they do not work with an adapter": bool(settings.adapter),
         }
         reason = next((reason for reason, applies in refusals.items() if applies), None)
         processor = reason or load_processor(
@@ -481,11 +478,11 @@ class Target:
             dtype,
             device,
             processes=processes,
-            device_map=device_map,
+            device_map=settings.device_map,
             images=not isinstance(processor, str),
         )
-        if adapter is not None:
-            merge_adapter(model, adapter)
+        if settings.adapter:
+            merge_adapter(model, Path(settings.adapter))
         samples: Sequence[ImageSample] = ()
         if isinstance(processor, Processor):
             try:
@@ -495,6 +492,7 @@ class Target:
                     raise
                 processor = f"transformers cannot run an image ({first_line(error)})"
         tower = VisionTower(model) if has_tower(model) else None
+        kv_bits = settings.kv_bits
         target = cls(model, device, pack=pack, kv_bits=kv_bits, split=split, placed=placed)
         target.processor, target.samples = processor, samples
         target.tower = tower if samples else None

@@ -25,6 +25,7 @@ from transformers.utils import logging
 from treeflash_cuda.backend import CudaBackend
 from treeflash_cuda.target import Target
 
+from treeflash.config import LoadConfig
 from treeflash.decoding.probe import state_difference, tree_difference
 from treeflash.errors import TreeflashError, UnsupportedModelError
 from treeflash.testing.comparisons import text_difference
@@ -182,7 +183,9 @@ def attempt(name: str) -> tuple[str, str]:
         except Exception as error:
             return "not tried", f"{type(error).__name__}: {str(error).splitlines()[:1]}"[:100]
         try:
-            target = Target.load(Path(folder), torch.device("cpu"), torch.float32, pack=True)
+            target = Target.load(
+                Path(folder), torch.device("cpu"), torch.float32, LoadConfig(), pack=True
+            )
             backend = CudaBackend(target, None, None)
             rng = np.random.default_rng(0)
             errors = (

@@ -74,7 +74,7 @@ def test_trees_are_those_of_one_sequence_after_another(folders, monkeypatch, seq
 )
 def test_other_types_agree_with_plain_text(tmp_path, name):
     families.write(tmp_path, name)
-    target = Target.load(tmp_path, torch.device("cpu"), torch.float32, pack=True)
+    target = Target.load(tmp_path, torch.device("cpu"), torch.float32, LoadConfig(), pack=True)
     target.operations = Operations()
     backend, rng = CudaBackend(target, None, None), np.random.default_rng(0)
     assert tree_difference(backend, rng, families.PREFIX) < families.TOLERANCE
