@@ -425,7 +425,7 @@ def pack_drafter(model: Model, head: Head | None, target: Target, bits: int | No
 
     Logits of some tokens alone, as of a shortlist, are computed from the original output head.
     """
-    modules: set[Any] = {model, model if head is None else head.module}
+    modules: set[Any] = {model, getattr(head, "module", model)}
     if bits is None:
         fuse_linears(model, IN_DRAFTER)
         for module in modules:

@@ -27,8 +27,7 @@ from treeflash.decoding.transitions import RowBatch, TransitionTable
 from treeflash.drafters.config import DrafterConfig
 from treeflash.drafters.formats import HEADS as FORMATS
 from treeflash.drafters.heads import operations
-from treeflash.drafters.heads.lilicorr import Correlation
-from treeflash.drafters.heads.operations import ConditionalHead, RecurrentCell, Slots
+from treeflash.drafters.heads.operations import ConditionalHead, Slots
 from treeflash_cuda.drafter import Block, BlockBatch, OutputStage, padded_noise
 from treeflash_cuda.drafter_operations import as_module, join, split
 from treeflash_cuda.graphs import Outputs, power_of_four, power_of_two
@@ -92,12 +91,12 @@ class ARHead:
     """`treeflash.decoding.interfaces.ARHead` in PyTorch, for a head of one previous token."""
 
     def __init__(self, module: ConditionalHead, output: OutputStage) -> None:
-        self.module, self.output, self.graphs = module, output, output.target.graphs
+        self.module, self.output = module, output
 
     @torch.inference_mode()
     def transitions(self, blocks: Sequence[Block], options: TableOptions) -> list[TransitionTable]:
         """Compute the products of all sequences together."""
-        graphs, depths, limits = self.graphs, len(blocks[0].hidden), []
+        graphs, depths, limits = self.output.target.graphs, len(blocks[0].hidden), []
         noise, most = self.output.upload(options.noise), self.output.config.depths
         batch = BlockBatch.join(blocks, noise, graphs, most)
         computed = replace(options, noise=None)
@@ -250,15 +249,11 @@ def _columns(x: Tensor, tokens: Tensor | None) -> Tensor:
 class CorrelationHead(candidate_head.CorrelationHead):
     """`treeflash.decoding.interfaces.ARHead` in PyTorch, for the head of LiLiCorr."""
 
-    def __init__(self, module: Correlation, output: OutputStage) -> None:
-        super().__init__(module, output)
-        self.graphs = output.target.graphs
-
     @torch.inference_mode()
     def read(self, hidden: Tensor, anchors: Tensor) -> list[NDArray[Any]]:
         """Score all sequences together; for CUDA graphs of a power of two."""
-        count = len(hidden)
-        if self.graphs.is_capturing:
+        graphs, count = self.output.target.graphs, len(hidden)
+        if graphs.is_capturing:
             extra = power_of_two(count) - count
             hidden, anchors = (
                 torch.cat([x, x[:1].expand(extra, *x.shape[1:])]) for x in (hidden, anchors)
@@ -267,7 +262,7 @@ class CorrelationHead(candidate_head.CorrelationHead):
         def score(hidden: Tensor, anchors: Tensor) -> Outputs:
             return join(self.score(hidden, anchors))
 
-        numbers, layout = self.graphs.run("the AR head", (), score, hidden, anchors)
+        numbers, layout = graphs.run("the AR head", (), score, hidden, anchors)
         return split(numbers.cpu().numpy()[:count], layout)
 
 
@@ -276,17 +271,13 @@ class RecurrentHead(recurrent_head.RecurrentHead):
 
     output: OutputStage
 
-    def __init__(self, module: RecurrentCell, output: OutputStage) -> None:
-        super().__init__(module, output)
-        self.graphs = output.target.graphs
-
     @torch.inference_mode()
     def transitions(self, blocks: Sequence[Block], options: TableOptions) -> list[TransitionTable]:
         """Follow the paths of all sequences together, for CUDA graphs to a power of two of depths.
 
         A step costs its own reads and launches, so that not all depths are computed.
         """
-        graphs, wanted, count = self.graphs, len(blocks[0].hidden), len(blocks)
+        graphs, wanted, count = self.output.target.graphs, len(blocks[0].hidden), len(blocks)
         width = options.m if options.rows is None else min(options.m, options.rows)
         computed, depths = replace(options, noise=None, m=width, rows=None), wanted
         parts, noise = [block.slots for block in blocks], self.output.upload(options.noise)

@@ -484,10 +484,6 @@ class MtpHead(mtp_head.MtpHead):
 
     output: OutputStage
 
-    def __init__(self, model: MtpModel, output: OutputStage) -> None:
-        super().__init__(model, output)
-        self.module, self.target, self.graphs = model, output.target, output.target.graphs
-
     @torch.inference_mode()
     def transitions(
         self, blocks: Sequence[MtpBlock], options: TableOptions
@@ -496,12 +492,12 @@ class MtpHead(mtp_head.MtpHead):
 
         For CUDA graphs the number of sequences is rounded up to a power of two.
         """
-        operations, (slab, *others) = self.module.operations, {x.cache.slab: None for x in blocks}
+        operations, (slab, *others) = self.model.operations, {x.cache.slab: None for x in blocks}
         if operations is None or not operations.runs_trees or others:
             return super().transitions(blocks, options)
-        graphs, count, depths = self.graphs, len(blocks), blocks[0].depths
+        target, count, depths = self.output.target, len(blocks), blocks[0].depths
         width, order = mtp_head.width_of(options), [*range(len(blocks))]
-        if graphs.is_capturing:
+        if target.graphs.is_capturing:
             order += [0] * (power_of_two(count) - count)
         noise = options.noise
         if noise is not None:  # copies of a sequence must write equal rows
@@ -528,8 +524,8 @@ class MtpHead(mtp_head.MtpHead):
 
         settings = slab, shapes, width, depths, k, options.temperature
         outputs = torch.cat([blocks[i].output for i in order])
-        inputs = upload(pack(arrays), self.target.device), outputs, self.output.upload(noise)
-        found, layout = graphs.run("the AR head", settings, search, *inputs)
+        inputs = upload(pack(arrays), target.device), outputs, self.output.upload(noise)
+        found, layout = target.graphs.run("the AR head", settings, search, *inputs)
         return tables(split(found.cpu().numpy()[:count], layout), depths, depths)
 
     @torch.inference_mode()

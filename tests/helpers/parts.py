@@ -34,6 +34,4 @@ def load_with_parts(monkeypatch, target, drafter=None, **settings):
     graphs = backend.target.graphs
     if graphs.enabled:
         backend.target.graphs = UncapturedGraphs(graphs.device)
-        if backend.head is not None:
-            backend.head.graphs = backend.target.graphs
     return backend
