@@ -82,29 +82,24 @@ class Block(output_stage.Block):
     token: Tensor  # (1,) the root on the device
 
 
-@dataclass(frozen=True, eq=False)
-class BlockBatch:
-    """Blocks as the functions of tables take them.
+def join_blocks(
+    blocks: Sequence[Block], noise: Tensor, graphs: Graphs, most: int
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Join blocks and their noise, of which drafts have `most` depths.
 
-    For CUDA graphs it has all depths, and a power of two of blocks.
+    Returns:
+        (blocks * D, hidden_size) outputs, (blocks,) roots, (blocks * D, 3) noise as
+        `OutputStage.upload` returns it, and D: the wanted depths, or for CUDA graphs all depths of
+        a power of two of blocks.
     """
-
-    hidden: Tensor  # (blocks * D, hidden_size) outputs of all blocks
-    roots: Tensor  # (blocks,)
-    noise: Tensor  # (blocks * D, 3) as `OutputStage.upload` returns it; (0, 3) without noise
-    depths: int  # D
-
-    @classmethod
-    def join(cls, blocks: Sequence[Block], noise: Tensor, graphs: Graphs, most: int) -> BlockBatch:
-        """Join blocks and their noise; drafts have `most` depths, of which fewer may be wanted."""
-        wanted, parts = len(blocks[0].hidden), [block.hidden for block in blocks]
-        roots, depths = [block.token for block in blocks], wanted
-        if graphs.is_capturing:
-            extra, depths = power_of_two(len(blocks)) - len(blocks), most
-            parts = [block.slots[-most:] for block in blocks]
-            parts, roots = parts + extra * parts[:1], roots + extra * roots[:1]
-            noise = padded_noise(noise, (len(blocks), wanted), (len(parts), depths))
-        return cls(concatenate(parts), concatenate(roots), noise, depths)
+    wanted, parts = len(blocks[0].hidden), [block.hidden for block in blocks]
+    roots, depths = [block.token for block in blocks], wanted
+    if graphs.is_capturing:
+        extra, depths = power_of_two(len(blocks)) - len(blocks), most
+        parts = [block.slots[-most:] for block in blocks]
+        parts, roots = parts + extra * parts[:1], roots + extra * roots[:1]
+        noise = padded_noise(noise, (len(blocks), wanted), (len(parts), depths))
+    return concatenate(parts), concatenate(roots), noise, depths
 
 
 def padded_noise(noise: Tensor, shape: tuple[int, int], padded: tuple[int, int]) -> Tensor:
@@ -374,9 +369,9 @@ class Drafter:
 
         graphs, settings = self.target.graphs, (options.k, options.temperature)
         noise, most = self.output.upload(options.noise), self.output.config.depths
-        batch = BlockBatch.join(blocks, noise, graphs, most)
-        (numbers,) = graphs.run("marginals", settings, search, batch.hidden, batch.noise)
-        rows = numbers.unflatten(0, (-1, batch.depths)).cpu().numpy()
+        hidden, _, noise, depths = join_blocks(blocks, noise, graphs, most)
+        (numbers,) = graphs.run("marginals", settings, search, hidden, noise)
+        rows = numbers.unflatten(0, (-1, depths)).cpu().numpy()
         k = rows.shape[2] // 2
         return [
             TransitionTable.from_marginals(part[:, :k], part[:, k:].view(np.float32))

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from treeflash.drafters.block_model import BlockModel
 from treeflash.drafters.config import DrafterConfig, DrafterShape
-from treeflash_cuda.drafter_operations import OPERATIONS, Rotation
+from treeflash_cuda.drafter_operations import OPERATIONS, Float32Module, Rotation
 from treeflash_cuda.operations import Operations
 from treeflash_cuda.target import Target
 
 M = TypeVar("M", bound=nn.Module)
 
 
-class Rotary(nn.Module):
+class Rotary(Float32Module):
     """Cosines and sines of positions, from frequencies in float32 whatever the model's dtype."""
 
     inv_freq: Tensor
@@ -27,11 +27,6 @@ class Rotary(nn.Module):
         self.scale = config.rope_scale
         inv_freq = torch.tensor(config.inv_freq, dtype=torch.float32, device="cpu")
         self.register_buffer("inv_freq", inv_freq, persistent=False)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rotary:
-        """Follow the model to its device, but not to its dtype."""
-        self.inv_freq = self.inv_freq.to(fn(self.inv_freq).device)
-        return self
 
     def forward(self, positions: Tensor, dtype: torch.dtype) -> Rotation:
         """Return the (..., n, head_dim) each, from (..., n) positions."""

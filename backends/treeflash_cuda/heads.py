@@ -28,7 +28,7 @@ from treeflash.drafters.config import DrafterConfig
 from treeflash.drafters.formats import HEADS as FORMATS
 from treeflash.drafters.heads import operations
 from treeflash.drafters.heads.operations import ConditionalHead, Slots
-from treeflash_cuda.drafter import Block, BlockBatch, OutputStage, padded_noise
+from treeflash_cuda.drafter import Block, OutputStage, join_blocks, padded_noise
 from treeflash_cuda.drafter_operations import as_module, join, split
 from treeflash_cuda.graphs import Outputs, power_of_four, power_of_two
 from treeflash_cuda.linear import take, token_products
@@ -98,7 +98,7 @@ class ARHead:
         """Compute the products of all sequences together."""
         graphs, depths, limits = self.output.target.graphs, len(blocks[0].hidden), []
         noise, most = self.output.upload(options.noise), self.output.config.depths
-        batch = BlockBatch.join(blocks, noise, graphs, most)
+        hidden, roots, noise, _ = join_blocks(blocks, noise, graphs, most)
         computed = replace(options, noise=None)
         if graphs.is_capturing:
             computed = _rounded(computed, self.output.vocab_size)
@@ -108,10 +108,10 @@ class ARHead:
         def search(hidden: Tensor, roots: Tensor, noise: Tensor, *limits: Tensor) -> Outputs:
             return self._search(hidden, roots, self.output.noise(noise), computed, *limits)
 
-        inputs = batch.hidden, batch.roots, batch.noise, *limits
+        inputs = hidden, roots, noise, *limits
         results, m, k = graphs.run("the AR head", computed, search, *inputs)
         rows = 1 + min(options.rows or MANY, (depths - 1) * m)
-        numbers = results.unflatten(0, (len(batch.roots), -1)).cpu().numpy()[: len(blocks), :rows]
+        numbers = results.unflatten(0, (len(roots), -1)).cpu().numpy()[: len(blocks), :rows]
         floats = numbers[..., 2 + k :].view(np.float32)
         confidences = floats[..., k] if floats.shape[2] > k else None
         places, previous, tokens = numbers[:, 1:, 0], numbers[:, 1:, 1], numbers[..., 2 : 2 + k]
