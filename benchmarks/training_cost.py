@@ -72,7 +72,7 @@ def measure_cost(blocks: Blocks, length: int, anchors: int, config: TrainConfig)
         saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    weights = {p.untyped_storage().data_ptr() for p in [*blocks.parameters(), blocks.embeddings[0]]}
+    weights = {p.untyped_storage().data_ptr() for p in [*blocks.parameters(), blocks.of_target[0]]}
     counter = FlopCounterMode(display=False)
     hooks = torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor)
     with counter, torch.autocast("cpu", torch.bfloat16):
