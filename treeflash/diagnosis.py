@@ -406,7 +406,6 @@ def check_facts(report: DeviceReport) -> list[Finding]:
 
 
 def check_kernels(report: DeviceReport) -> list[Finding]:
-    """Report which kernels are used and why."""
     return [
         Finding(check="kernel", message=f"{kernel}: {'; '.join(map(' '.join, verdicts.items()))}")
         for kernel, verdicts in report.kernels.items()

@@ -133,7 +133,6 @@ class Option:
         raise ConfigError(f"{name} must be {rule}, got {value!r}")
 
     def _fits(self, value: object) -> bool:
-        """Return whether the type and the limits accept the value."""
         if self.choices and value is not None:
             return value in self.choices
         return any(self._fits_kind(kind, value) for kind in self.kinds)
@@ -236,14 +235,12 @@ def number_or(words: Mapping[str, Any], counted: str) -> Callable[[str], Any]:
 
 
 def parse_switch(text: str) -> bool:
-    """Read `on` or `off`."""
     if text not in ("on", "off"):
         raise argparse.ArgumentTypeError(f"must be on or off, got {text}")
     return text == "on"
 
 
 def parse_json_object(text: str) -> dict[str, Any]:
-    """Read a JSON object."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -39,7 +39,6 @@ def available(group: str = GROUP) -> dict[str, EntryPoint]:
 
 
 def installed(name: str) -> bool:
-    """Return whether the framework of a backend is installed."""
     return not _missing_packages(name)
 
 

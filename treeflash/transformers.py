@@ -234,7 +234,6 @@ class _Rows:
 
     @property
     def all_ended(self) -> bool:
-        """Whether all rows have ended."""
         return len(self.ended) == len(self.answers)
 
     def is_padded(self, row: int) -> bool:

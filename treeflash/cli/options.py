@@ -33,7 +33,6 @@ DEVICE_OPTIONS = ("device", "dtype", "threads")
 
 
 def flag_of(option: Option) -> str:
-    """Return the flag of an option."""
     return option.flag or f"--{option.name.replace('_', '-')}"
 
 

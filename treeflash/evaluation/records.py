@@ -92,7 +92,6 @@ def prompt_records(
 
 
 def efficiencies_by_case(samples: Sequence[Sample], indices: NDArray[np.int64]) -> Efficiencies:
-    """Return the `block_efficiencies` of each case."""
     return {
         case: block_efficiencies([own.runs[case].accepted_lengths for own in samples], indices)
         for case in samples[0].runs

@@ -188,7 +188,6 @@ class Thinking(Schema):
     display: Literal["summarized"] | None = None  # accepted, but the reasoning is always sent
 
     def thinks(self, *, supports_reasoning: bool) -> bool:
-        """Return whether reasoning is on."""
         return supports_reasoning if self.type == "adaptive" else self.type == "enabled"
 
 

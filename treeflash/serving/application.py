@@ -266,7 +266,6 @@ class Server(uvicorn.Server):
 
 
 def configuration(app: FastAPI, *, log_level: str | None = None) -> uvicorn.Config:
-    """Return how uvicorn serves the application."""
     return uvicorn.Config(
         app,
         http=Protocol,

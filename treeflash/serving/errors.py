@@ -78,7 +78,6 @@ class APIError(Exception):
 
 
 def bad_request(message: str, param: str | None, code: str | None = None) -> APIError:
-    """Create an error of the client: status 400."""
     return APIError(400, message, param=param, code=code)
 
 

@@ -149,7 +149,6 @@ class Metrics:
                 self._first_share.labels(of).set(share)
 
     def text(self) -> bytes:
-        """Return all metrics, in Prometheus' text format."""
         return generate_latest(self._registry)
 
 

@@ -120,7 +120,6 @@ class OllamaRequest(OllamaSchema):
     keep_alive: float | str | None = None
 
     def asked(self) -> Options:
-        """Return the decoding options."""
         return Options() if self.options is None else self.options.decoding()
 
     def grammar(self) -> tuple[Grammar, str] | None:
@@ -347,7 +346,6 @@ def _details(service: Service) -> dict[str, Any]:
 
 
 def _description(service: Service, name: str) -> dict[str, Any]:
-    """Describe a model of the server."""
     return {
         "name": name,
         "model": name,

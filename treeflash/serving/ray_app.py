@@ -158,5 +158,4 @@ class PrefixRouter(LocalityMixin, RequestRouter):  # type: ignore[misc]
     def on_request_routed(
         self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any
     ) -> None:
-        """Remember the replica of a prompt."""
         self._prefixes.add(pending_request.args[0], replica_id)

@@ -42,7 +42,6 @@ class PrefixIndex:
         self._replicas: OrderedDict[int, set[Hashable]] = OrderedDict()
 
     def add(self, request: RelayedRequest, replica: Hashable) -> None:
-        """Remember that a replica got a prompt."""
         # Keys are added in reverse, so that a beginning is never forgotten before its
         # continuations.
         for key in reversed(list(self._keys(request))):

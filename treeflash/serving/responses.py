@@ -203,7 +203,6 @@ class ResponsesRequest(Schema):
     client_metadata: Metadata | None = None
 
     def options(self) -> Options:
-        """Return the decoding options."""
         options = given_options(self)
         if self.max_output_tokens is not None:
             options["max_tokens"] = self.max_output_tokens

@@ -144,7 +144,6 @@ else:
 
 
 def given_options(request: Schema) -> Options:
-    """Return the decoding options among the fields of a request."""
     return cast(Options, request.model_dump(include=REQUEST_OPTIONS, exclude_none=True))
 
 
@@ -267,7 +266,6 @@ class TextContent(Schema):
     text: str
 
     def template(self) -> dict[str, Any]:
-        """Return the text as a part of a prompt."""
         return text_part(self.text)
 
 

@@ -91,7 +91,6 @@ class Service:
 
     @property
     def takes_images(self) -> bool:
-        """Whether prompts may have images."""
         return not isinstance(self.engine.model.image_processor, str)
 
     async def encode(self, text: str) -> EncodedPrompt:

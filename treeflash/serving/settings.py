@@ -107,7 +107,6 @@ class Settings:
                 raise ConfigError(f"{name} must be a list of texts that are not empty")
 
     def body_bytes(self, *, takes_images: bool) -> int:
-        """Return the most bytes of a request's body."""
         default = MAX_IMAGES_BODY_MB if takes_images else MAX_BODY_MB
         return int((self.max_body_mb or default) * 2**20)
 

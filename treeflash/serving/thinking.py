@@ -59,11 +59,9 @@ class ThinkingBudget:
 
     @property
     def end_tokens(self) -> Set[int]:
-        """The end tokens of the other constraint."""
         return frozenset() if self._other is None else self._other.end_tokens
 
     def allowed(self) -> NDArray[np.uint32]:
-        """Return the (ceil(vocab / 32),) bitmask of the tokens that may come next."""
         words = -(-self._vocab_size // 32)
         other = np.full(words, 2**32 - 1, np.uint32)
         if self._other is not None:
@@ -75,13 +73,11 @@ class ThinkingBudget:
         return both if both.any() else other  # a grammar completes a character first
 
     def advance(self, token: int) -> None:
-        """Append a token that is allowed."""
         self._states.append(self._due(self._after(self._states[-1], token)))
         if self._other is not None:
             self._other.advance(token)
 
     def rollback(self, tokens: int) -> None:
-        """Remove the last tokens."""
         if tokens:
             del self._states[-tokens:]
         if self._other is not None:

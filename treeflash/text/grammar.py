@@ -117,7 +117,6 @@ class GrammarConstraint:
         self._after_stop = 0  # a matcher that has stopped does not count later end tokens
 
     def allowed(self) -> NDArray[np.uint32]:
-        """Return the (ceil(vocab / 32),) bitmask of the tokens that may come next."""
         mask = np.zeros((1, self._words), np.int32)
         llguidance.numpy.fill_next_token_bitmask(self._matcher, mask)
         self._check()
@@ -125,7 +124,6 @@ class GrammarConstraint:
         return allowed
 
     def advance(self, token: int) -> None:
-        """Append a token that is allowed."""
         if self._matcher.is_stopped():
             self._after_stop += 1
         else:
@@ -133,7 +131,6 @@ class GrammarConstraint:
             self._check()
 
     def rollback(self, tokens: int) -> None:
-        """Remove the last tokens."""
         beyond = min(tokens, self._after_stop)
         self._after_stop -= beyond
         if tokens > beyond:

@@ -118,7 +118,6 @@ class TextConfig:
 
     @property
     def has_form(self) -> bool:
-        """Whether the text must have a form."""
         return bool(self._forms)
 
     @property
@@ -127,7 +126,6 @@ class TextConfig:
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
-        """The strings to stop at."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
 

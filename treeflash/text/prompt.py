@@ -129,12 +129,10 @@ def encode_chat(
 
 
 def text_part(text: str) -> dict[str, Any]:
-    """Return the part of a message's content that is a text."""
     return {"type": "text", "text": text}
 
 
 def image_part(source: ImageSource) -> dict[str, Any]:
-    """Return the part of a message's content that is an image."""
     return {"type": "image", "image": source}
 
 
@@ -151,7 +149,6 @@ def with_images(text: str, sources: Sequence[ImageSource]) -> Content:
 
 
 def images_of(message: Message) -> list[ImageSource]:
-    """Return the images in a message."""
     return [part["image"] for part in _parts(message) if _is_image(part)]
 
 
