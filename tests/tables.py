@@ -67,7 +67,7 @@ def limits_table() -> str:
     """Write the limits of a server."""
     return table(
         "| option | default | |",
-        [(flag(one), default(one), one.meaning) for one in options_of(Settings).values()],
+        [(flag(one), default(one), one.help) for one in options_of(Settings).values()],
     )
 
 

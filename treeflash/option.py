@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -99,16 +98,6 @@ class Option:
         """The name of the value in help texts and tables; None for the name of the flag."""
         number = "N" if int in self.kinds else "X" if float in self.kinds else None
         return self.metavar or number
-
-    @property
-    def tells_default(self) -> bool:
-        """Whether the description says the default itself."""
-        return self.meaning != self.help
-
-    @property
-    def meaning(self) -> str:
-        """The description without a default."""
-        return re.sub(r" \(default: .*\)$", "", self.help)
 
     @property
     def default_text(self) -> str:

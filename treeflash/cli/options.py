@@ -46,8 +46,7 @@ def add_option(
     items = [get_args(kind)[0] for kind in option.kinds if get_origin(kind) is tuple]
     kinds = items or option.kinds
     settings: dict[str, Any] = {}
-    is_lone_flag = bool in kinds and bool(option.flag)
-    if is_lone_flag:
+    if bool in kinds and option.flag:
         settings["action"] = "store_false" if option.default else "store_true"
     elif bool in kinds and option.parse is None:
         settings["action"] = argparse.BooleanOptionalAction
@@ -61,20 +60,17 @@ def add_option(
         elif any(get_origin(kind) is Sequence for kind in kinds):
             settings["action"] = "append"
     text = _default_text(option) if shown is None else str(shown)
-    if (shown is None and (is_lone_flag or option.tells_default)) or not text:
-        help = option.help
-    else:
-        help = f"{option.meaning} (default: {text})"
+    help = f"{option.help} (default: {text})" if text else option.help
     group.add_argument(flag_of(option), dest=option.name, default=default, help=help, **settings)
 
 
 def _default_text(option: Option) -> str:
-    """Write a default as on the command line; empty if there is none."""
+    """Write a default as on the command line; empty if there is none, or only the flag."""
     default = option.shown or option.default
     if default is None or isinstance(default, frozenset):
         return ""
     if isinstance(default, bool):
-        return "on" if default else "off"
+        return "" if option.flag else "on" if default else "off"
     return " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
 
 

@@ -38,18 +38,17 @@ class Settings:
     )
     max_memory_gb: float | None = option(
         None,
-        "GiB of device memory for the KV cache (default: on a GPU the memory that the models leave "
-        f"free, on a CPU {MAX_MEMORY_GB})",
-        shown=f"on a GPU the memory that the models leave free; {MAX_MEMORY_GB} on a CPU",
+        "GiB of device memory for the KV cache",
+        shown=f"on a GPU the memory that the models leave free, on a CPU {MAX_MEMORY_GB}",
         above=0,
         metavar="GiB",
     )
     prefix_cache_gb: float | None = option(
         None,
         "GiB of --max-memory-gb for the prefix cache: finished sequences, kept for prompts that "
-        "begin in the same way; 0 turns it off (default: half of --max-memory-gb)",
+        "begin in the same way; 0 turns it off",
         0,
-        shown="half of `--max-memory-gb`",
+        shown="half of --max-memory-gb",
         metavar="GiB",
     )
     prefix_cache_dir: str | None = option(
@@ -73,10 +72,9 @@ class Settings:
     )
     max_body_mb: float | None = option(
         None,
-        f"maximum size of a request's body in MiB (default: {MAX_BODY_MB}, or {MAX_IMAGES_BODY_MB} "
-        "if the target takes images)",
+        "maximum size of a request's body in MiB",
         above=0,
-        shown=f"{MAX_BODY_MB}; {MAX_IMAGES_BODY_MB} if the target takes images",
+        shown=f"{MAX_BODY_MB}, or {MAX_IMAGES_BODY_MB} if the target takes images",
         metavar="MiB",
     )
     body_timeout: float = option(
