@@ -15,7 +15,6 @@ import httpx
 from treeflash.language_model import LanguageModel
 from treeflash.serving.application import Server, application, bind, configuration
 from treeflash.serving.engine import Engine
-from treeflash.serving.metrics import Metrics
 from treeflash.serving.service import Service
 from treeflash.serving.settings import Settings
 
@@ -149,9 +148,9 @@ def serving(
     model: LanguageModel, defaults: dict | None = None, **settings: object
 ) -> Iterator[Running]:
     """Serve a model on a free port."""
-    engine = Engine(lambda: model, Settings(**settings), Metrics())
+    engine = Engine(lambda: model, Settings(**settings))
     engine.start()
-    service = Service(engine, engine.settings, defaults or {}, (NAME,))
+    service = Service(engine, defaults or {}, (NAME,))
     listening = bind("127.0.0.1", 0)
     url = f"http://127.0.0.1:{listening.getsockname()[1]}"
     server = Server(configuration(application(service)), engine)

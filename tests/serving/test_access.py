@@ -642,7 +642,7 @@ def test_refusals_have_the_form_of_their_api(guarded):
 @pytest.mark.parametrize("stream", [False, True])
 def test_requests_have_any_name_of_the_model_and_responses_the_first(started, path, stream):
     engine = started().engine
-    app = app_of(Service(engine, engine.settings, {}, ("first", "second")))
+    app = app_of(Service(engine, {}, ("first", "second")))
     for name in ("first", "second"):
         answer = ask(app, "POST", path, JSON, [content(path, model=name, stream=stream)])
         assert answer.status == 200, answer.body

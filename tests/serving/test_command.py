@@ -26,7 +26,6 @@ from treeflash.errors import ConfigError
 from treeflash.option import options_of
 from treeflash.serving import application as serving_run
 from treeflash.serving.engine import Engine
-from treeflash.serving.metrics import Metrics
 from treeflash.serving.service import Service
 from treeflash.serving.settings import Settings
 
@@ -360,8 +359,8 @@ def test_a_model_is_called_as_its_file_or_folder(tmp_path):
 
 def test_the_model_has_all_of_its_names(model):
     """Requests may use any of them; responses have the first."""
-    engine = Engine(lambda: model, Settings(), Metrics())
-    service = Service(engine, Settings(), {}, ("first", "second"))
+    engine = Engine(lambda: model, Settings())
+    service = Service(engine, {}, ("first", "second"))
     for name in ("first", "second", None):
         service.check_model(name)
     with pytest.raises(Exception, match="this server has first, second"):

@@ -10,7 +10,6 @@ from rich.console import Console
 from treeflash.commands.chat import ChatSession
 from treeflash.errors import ConfigError
 from treeflash.serving.engine import Engine
-from treeflash.serving.metrics import Metrics
 from treeflash.serving.settings import GIB, Settings
 
 
@@ -30,7 +29,7 @@ def test_a_conversation_in_the_terminal_goes_on(model, tmp_path):
 
 
 def start(model, **settings):
-    engine = Engine(lambda: model, Settings(**settings), Metrics())
+    engine = Engine(lambda: model, Settings(**settings))
     engine.start()
     engine.stop()
 

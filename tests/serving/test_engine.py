@@ -22,7 +22,6 @@ from treeflash.decoding.interfaces import DeviceReport
 from treeflash.errors import CheckpointError, ConfigError, NumericalError
 from treeflash.serving import application
 from treeflash.serving.engine import Completion, Engine
-from treeflash.serving.metrics import Metrics
 from treeflash.serving.settings import Settings
 from treeflash.serving.streaming import speculative_decoding
 
@@ -50,7 +49,7 @@ def test_loading_fails():
     def load():
         raise CheckpointError("no such model")
 
-    engine = Engine(load, Settings(), Metrics())
+    engine = Engine(load, Settings())
     with pytest.raises(CheckpointError, match="no such model"):
         engine.start()
 
@@ -63,7 +62,7 @@ def test_the_models_are_loaded_in_the_thread_that_runs_them(model):
         threads.append(threading.current_thread())
         return model
 
-    engine = Engine(load, Settings(), Metrics())
+    engine = Engine(load, Settings())
     engine.start()
     engine.stop()
     assert threads == [engine._thread]
@@ -308,7 +307,7 @@ def test_memory_is_sized_from_the_device(model, monkeypatch, caplog):
 
 def test_a_signal_may_come_while_a_request_is_added(model, monkeypatch):
     """Its handler counts the unfinished answers, in the thread of the event loop."""
-    engine, counts = Engine(lambda: model, Settings(), Metrics()), []
+    engine, counts = Engine(lambda: model, Settings()), []
     engine.start()
 
     def interrupted(completion):

@@ -19,7 +19,6 @@ from tool_models import tool_model
 
 from treeflash.serving.errors import APIError
 from treeflash.serving.service import Service
-from treeflash.serving.settings import Settings
 from treeflash.text import grammar_sandbox
 from treeflash.text.grammar import Grammar, GrammarCompiler, GrammarError
 from treeflash.text.grammar_sandbox import GrammarSandbox
@@ -266,7 +265,7 @@ def test_the_process_ends_with_its_compiler(model):
 def test_no_process_can_be_started(model, monkeypatch):
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     fresh = replace(model)  # which has no process yet
-    service = Service(SimpleNamespace(model=fresh), Settings(), {}, ("model",))
+    service = Service(SimpleNamespace(model=fresh), {}, ("model",))
     with pytest.raises(APIError, match="cannot compile grammars now") as caught:
         asyncio.run(service.compile(ACCEPTED["tree"], "response_format"))
     assert caught.value.status == 503

@@ -32,7 +32,6 @@ from treeflash.serving.authentication import add_guard
 from treeflash.serving.connections import Protocol, allow_many_files
 from treeflash.serving.engine import Engine
 from treeflash.serving.errors import APIError, api_error, bad_request
-from treeflash.serving.metrics import Metrics
 from treeflash.serving.schemas import (
     MAX_TOOLS,
     Items,
@@ -60,7 +59,7 @@ def application(service: Service) -> FastAPI:
         endpoint.add_routes(app, service)
     add_routes(app, service)
     page.add_routes(app)
-    add_guard(app, service.settings, takes_images=service.takes_images)
+    add_guard(app, service.engine.settings, takes_images=service.takes_images)
     for kind in (HTTPException, RequestValidationError, APIError, TreeflashError, Exception):
         app.add_exception_handler(kind, _error)
     return app
@@ -296,11 +295,11 @@ def serve(
     listening = bind(host, port)
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s: %(message)s")
     allow_many_files()
-    engine = Engine(load, settings, Metrics())
+    engine = Engine(load, settings)
     with listening:
         _load(engine)
         try:
-            service = Service(engine, settings, defaults, names)
+            service = Service(engine, defaults, names)
             service.check_defaults()
             app = application(service)
             host, port = listening.getsockname()[:2]

@@ -169,11 +169,9 @@ class Engine:
         device_lost: whether the server must end, because its GPU refuses further work.
     """
 
-    def __init__(
-        self, load: Callable[[], LanguageModel], settings: Settings, metrics: Metrics
-    ) -> None:
+    def __init__(self, load: Callable[[], LanguageModel], settings: Settings) -> None:
         self.settings = settings
-        self.metrics = metrics
+        self.metrics = Metrics()
         self.draining = self.device_lost = False
         self._load = load
         # All threads use the unfinished answers of each completion, and the mean time of an answer.

@@ -28,7 +28,6 @@ from starlette.types import ASGIApp
 from treeflash.language_model import load
 from treeflash.serving.application import application
 from treeflash.serving.engine import Engine
-from treeflash.serving.metrics import Metrics
 from treeflash.serving.relay import (
     Head,
     PrefixIndex,
@@ -102,11 +101,10 @@ class Replica:
     """A loaded pair that answers requests."""
 
     def __init__(self, config: RayConfig) -> None:
-        settings = Settings(**config.settings)
-        self._engine = Engine(partial(load, **config.model), settings, Metrics())
+        self._engine = Engine(partial(load, **config.model), Settings(**config.settings))
         self._engine.start()
         options: Any = config.options
-        self._app = application(Service(self._engine, settings, options, config.names))
+        self._app = application(Service(self._engine, options, config.names))
 
     async def answer(self, request: RelayedRequest) -> AsyncIterator[Head | bytes]:
         """Yield the status and the headers, then the body piece by piece."""

@@ -19,7 +19,7 @@ from treeflash.serving.engine import Completion, Engine
 from treeflash.serving.errors import APIError, bad_request
 from treeflash.serving.message_parser import MessageForm, MessageParser, ResponseTemplate
 from treeflash.serving.schemas import AllowedTools
-from treeflash.serving.settings import MAX_TOKENS, Settings
+from treeflash.serving.settings import MAX_TOKENS
 from treeflash.serving.thinking import ThinkingBudget
 from treeflash.text.grammar import Grammar, GrammarError
 from treeflash.text.images import MAX_IMAGES
@@ -40,7 +40,6 @@ class Service:
     """
 
     engine: Engine
-    settings: Settings
     defaults: Options
     names: tuple[str, ...]
     created: int = field(default_factory=lambda: int(time.time()))  # seconds since 1970
@@ -58,7 +57,7 @@ class Service:
     @cached_property
     def response_template(self) -> ResponseTemplate | None:
         """The form in which the model writes reasoning and tool calls, if it is known."""
-        return ResponseTemplate.find(self.engine.model, self.settings.tool_call_parser)
+        return ResponseTemplate.find(self.engine.model, self.engine.settings.tool_call_parser)
 
     async def compile(self, grammar: Grammar, param: str) -> Callable[[], Constraint]:
         """Compile a grammar that a field of the request asks for; see `GrammarCompiler.compile`.
@@ -100,8 +99,8 @@ class Service:
 
     def check_answers(self, prompts: int, answers: int) -> None:
         """Raise an APIError for too many answers to each prompt, or to all of them."""
-        if answers > self.settings.max_choices:
-            limit = f"this server gives at most {self.settings.max_choices} answers to a request"
+        if answers > (most := self.engine.settings.max_choices):
+            limit = f"this server gives at most {most} answers to a request"
             raise bad_request(f"n is {answers}, and {limit}", "n")
         self.engine.check_count(prompts * answers)
 

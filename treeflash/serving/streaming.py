@@ -64,7 +64,7 @@ async def respond(
     path = http.url.path
     if stream:
         frames = with_errors(answer.frames(), Exception, api_error, path)
-        return (kind or CompletionStream)(completion, frames, service.settings.keep_alive)
+        return (kind or CompletionStream)(completion, frames, service.engine.settings.keep_alive)
     with _running(completion, path):
         try:
             await until_disconnect(completion.wait(), http.receive)

@@ -108,12 +108,13 @@ def test_serve(scripted: Any):
     model: LanguageModel = scripted("hi")
     engine = SimpleNamespace(
         model=model,
+        settings=Settings(),
         check_count=lambda answers: None,
         shorten=lambda request: request,
         submit=lambda requests, *_, **__: requests,
     )
     http: Any = SimpleNamespace(state=SimpleNamespace(cache_salt=None))
-    offered = service.Service(engine, Settings(), {}, ("model",))
+    offered = service.Service(engine, {}, ("model",))
     configs = [offered.start(http, {}, [EncodedPrompt([1])])[0].config for _ in range(2)]
     assert configs[0].sampling.seed != configs[1].sampling.seed
     used = decoding(configs[0]) | {"seed": "random"} | vars(Settings())
