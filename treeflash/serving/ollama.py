@@ -44,7 +44,7 @@ from treeflash.serving.schemas import (
     reasoning_args,
 )
 from treeflash.serving.service import Conversation, Service
-from treeflash.serving.streaming import LineStream, json_line, respond
+from treeflash.serving.streaming import json_line, respond
 from treeflash.text.grammar import Grammar
 from treeflash.text.options import Options
 from treeflash.text.prompt import Content, content_of, text_part
@@ -256,8 +256,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
         conversation = request.conversation(service)
         completion, (parser,) = await conversation.start(service, http, request.asked())
         answer = OllamaFormatter(request.model, completion, parser, is_chat=True)
-        stream = request.stream is not False
-        return await respond(service, http, completion, answer, stream, LineStream)
+        return await respond(service, http, completion, answer, request.stream is not False)
 
     @app.post("/api/generate")
     async def generate(request: GenerateRequest, http: HTTPRequest) -> Response:
@@ -275,8 +274,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
             conversation = request.conversation(service)
             completion, (parser,) = await conversation.start(service, http, request.asked())
         answer = OllamaFormatter(request.model, completion, parser, is_chat=False)
-        stream = request.stream is not False
-        return await respond(service, http, completion, answer, stream, LineStream)
+        return await respond(service, http, completion, answer, request.stream is not False)
 
     @app.get("/api/tags")
     @app.get("/api/ps")  # every model of the server is loaded

@@ -55,16 +55,16 @@ async def respond(
     completion: Completion,
     answer: Formatter,
     stream: bool | None,
-    kind: type[CompletionStream] | None = None,
 ) -> Response:
-    """Return the response to a request: a body or, if `stream` is true, a stream of some `kind`.
+    """Return the response to a request: a body or, if `stream` is true, a stream.
 
     An error of a whole answer, or a disconnect, is raised as an APIError.
     """
     path = http.url.path
     if stream:
         frames = with_errors(answer.frames(), Exception, api_error, path)
-        return (kind or CompletionStream)(completion, frames, service.engine.settings.keep_alive)
+        kind = LineStream if path.startswith(OLLAMA) else CompletionStream
+        return kind(completion, frames, service.engine.settings.keep_alive)
     with _running(completion, path):
         try:
             await until_disconnect(completion.wait(), http.receive)
