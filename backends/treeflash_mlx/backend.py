@@ -285,7 +285,6 @@ def warm_up(backend: MlxBackend) -> None:
 
 
 def check_config(config: LoadConfig) -> None:
-    """Raise a ConfigError for settings that this backend lacks."""
     check_settings(
         config,
         "mlx",

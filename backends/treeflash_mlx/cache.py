@@ -250,7 +250,6 @@ class KVCache:
         return self.length
 
     def truncate(self, length: int) -> None:
-        """Drop the positions from `length` on."""
         self.length = min(self.length, length)
         if self.storage is not None:
             self.storage.copies.clear()
@@ -292,7 +291,6 @@ def to_host(x: mx.array) -> NDArray[Any]:
 
 
 def from_host(x: NDArray[Any]) -> mx.array:
-    """Return the array that `to_host` read."""
     array = mx.array(x)
     return array.view(mx.bfloat16) if array.dtype == mx.uint16 else array
 
@@ -338,7 +336,6 @@ def share_storage(sequences: Sequence[KVCache]) -> BatchStorage:
 
 
 def storages_of(sequences: Iterable[KVCache]) -> set[BatchStorage]:
-    """Return the storages that sequences are in."""
     return {x.storage for x in sequences if x.storage is not None}
 
 

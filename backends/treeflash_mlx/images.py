@@ -80,7 +80,6 @@ class VisionTower:
         return [x for _, x in tree_flatten(parts) if isinstance(x, mx.array)]
 
     def encode(self, images: PromptImages, image: Image) -> Features:
-        """Compute the features of an image."""
         count = int(images.is_feature[image.first : image.end].sum())
         inputs = {name: mx.array(x) for name, x in image.inputs.items()}
         ids = mx.full((1, count), self.placeholder, mx.int32)
@@ -142,7 +141,6 @@ def read_processor(folder: Path) -> Any:
 def load_tower(
     folder: Path, config: Mapping[str, Any], embed: Callable[[mx.array], mx.array], dtype: mx.Dtype
 ) -> VisionTower:
-    """Load the tower of a target."""
     from mlx_vlm.utils import load_model
 
     tower = VisionTower(load_model(folder, lazy=True), config, embed, dtype)

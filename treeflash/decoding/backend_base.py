@@ -70,7 +70,6 @@ class Snapshots(Generic[R]):
         return self._states[length]
 
     def truncate(self, length: int) -> None:
-        """Drop the snapshots beyond a length."""
         self._states = {n: states for n, states in self._states.items() if n <= length}
 
     def copy(self, length: int) -> Snapshots[R]:

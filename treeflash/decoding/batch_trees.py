@@ -93,7 +93,6 @@ def observe(outcomes: Sequence[Outcome]) -> None:
 
 
 def _observe(batch: TableBatch, outcomes: Sequence[Outcome]) -> None:
-    """Observe the tables of one batch."""
     passed = [
         (lane, row, rank)
         for lane, outcome in enumerate(outcomes)

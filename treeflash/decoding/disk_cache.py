@@ -423,7 +423,6 @@ class Restoration:
         return True
 
     def close(self) -> None:
-        """Drop the state."""
         for read in self._reads:
             read.cancel()
         self._reads.clear()

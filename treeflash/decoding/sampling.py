@@ -91,7 +91,6 @@ class LogProbs:
 
     @classmethod
     def concatenate(cls, parts: Sequence[LogProbs]) -> LogProbs:
-        """Return the rows of all parts."""
         return cls(
             np.concatenate([part.sampled for part in parts]),
             np.concatenate([part.tokens for part in parts]),

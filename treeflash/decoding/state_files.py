@@ -116,7 +116,6 @@ class Part:
 
     @property
     def name(self) -> str:
-        """The name of the file."""
         return file_name(self.kind, self.key)
 
 

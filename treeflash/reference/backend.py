@@ -65,7 +65,6 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> ReferenceBac
 
 
 def check_config(config: LoadConfig) -> None:
-    """Raise a ConfigError for settings that this backend lacks."""
     check_settings(config, "reference", supported=("adapter", "draft_window"))
     if config.dtype not in (None, "float32"):
         raise ConfigError(f"dtype must be float32 on the reference backend, got {config.dtype}")
@@ -78,7 +77,6 @@ def choose_device(name: str | None) -> None:
 
 
 def check_drafter(config: DrafterShape) -> None:
-    """Raise an UnsupportedModelError for a drafter that this backend lacks."""
     refuse_missing_targets(config, "reference", latents=True)
 
 

@@ -121,7 +121,6 @@ class BackendSuite(
 
     @pytest.fixture
     def backend(self, models: Pair) -> Backend:
-        """Return the backend under test with this pair."""
         return models.tested
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:

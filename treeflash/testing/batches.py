@@ -449,5 +449,4 @@ class ExactTests:
 
 
 def load_exact(load: Loader, models: Pair, dtype: str) -> Backend:
-    """Return the pair in exact mode."""
     return load(models.target, models.drafter, LoadConfig(dtype=dtype, exact=True))
