@@ -41,8 +41,41 @@ from treeflash_mlx.images import ImageRows, VisionTower, channel_axes, load_towe
 from treeflash_mlx.metal_kernels.products import use_everywhere
 
 TEXT_CONFIGS = ("text_config", "language_config")
-SILU = ("llama", "mistral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
-"""Model types that mlx-lm computes with this activation, whatever their configuration says."""
+ACTIVATIONS = {
+    ("hidden_act", "silu"): (
+        "afmoe baichuan_m1 bailing_hybrid bailing_moe bailing_moe_linear bailing_moe_v3 cohere "
+        "cohere2 deepseek deepseek_v2 deepseek_v3 deepseek_v32 dots1 ernie4_5 ernie4_5_moe "
+        "exaone4 exaone_moe falcon_h1 falcon_mamba glm glm4 glm4_moe glm4_moe_lite glm_moe_dsa "
+        "granite granitemoe granitemoehybrid helium hunyuan hunyuan_v1_dense internlm2 internlm3 "
+        "iquestcoder iquestloopcoder jamba joyai_llm_flash kimi_k2 kimi_k25 kimi_linear kimi_vl "
+        "Klear laguna llama llama4 llama4_text llava longcat_flash longcat_flash_ngram mamba "
+        "mamba2 mellum mimo mimo_v2_flash minicpm minicpm3 minimax minimax_m2 ministral3 mistral "
+        "mistral3 mistral4 mixtral muse_spark nanbeige olmo olmo2 olmo3 olmo_hybrid olmoe phi3 "
+        "phimoe pixtral qwen2 qwen2_5_vl qwen2_moe qwen2_vl qwen3 qwen3_5 qwen3_5_moe "
+        "qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next qwen3_vl qwen3_vl_moe seed_oss "
+        "smollm3 solar_open stablelm step3p5 telechat3 xverse youtu_llm"
+    ),
+    ("hidden_act", "gelu"): "gemma gpt_neox phi starcoder2",
+    ("hidden_act", "relu2"): "bitnet nanochat nemotron",
+    ("hidden_act", "xielu"): "apertus",
+    ("mlp_hidden_act", "relu2"): "nemotron_h",
+    ("hidden_activation", "silu"): "muse_glimmer",
+    ("hidden_activation", "gelu"): (
+        "gemma2 gemma3 gemma3_text gemma3n gemma4 gemma4_text gemma4_unified recurrent_gemma"
+    ),
+    ("activation_function", "silu"): "exaone",
+    ("activation_function", "gelu"): "gpt2 gpt_bigcode gptj phi-msft phixtral",
+}
+"""By setting and activation, the model types that mlx-lm computes with this activation, whatever
+the setting says."""
+SAME_ACTIVATIONS = {
+    "silu": "silu swish",
+    # mlx-lm approximates it for some types and not for others, unlike their configurations.
+    "gelu": (
+        "gelu gelu_accurate gelu_fast gelu_new gelu_python gelu_python_tanh gelu_pytorch_tanh"
+    ),
+}
+"""Other names of an activation."""
 
 
 def load_model(folder: Path, config: Mapping[str, Any], dtype: mx.Dtype | None) -> nn.Module:
@@ -52,12 +85,7 @@ def load_model(folder: Path, config: Mapping[str, Any], dtype: mx.Dtype | None) 
     and an UnsupportedModelError if mlx-lm lacks the model type, its activation, or the order of the
     layers.
     """
-    activation = config.get("hidden_act", "silu")
-    if config.get("model_type") in SILU and activation not in ("silu", "swish"):
-        raise UnsupportedModelError(
-            f"mlx-lm computes {config['model_type']} models with the activation silu, and this one "
-            f"has {activation!r}; use the cuda backend"
-        )
+    refuse_ignored_activation(config)
     if not list(folder.glob("model*.safetensors")):
         raise CheckpointError(f"{folder} has no model*.safetensors, which mlx-lm needs")
     try:
@@ -85,6 +113,19 @@ def load_model(folder: Path, config: Mapping[str, Any], dtype: mx.Dtype | None) 
         reason = shorten(str(error) or type(error).__name__, 300)
         raise CheckpointError(f"mlx-lm cannot load {folder}: {reason}") from error
     return model
+
+
+def refuse_ignored_activation(config: Mapping[str, Any]) -> None:
+    """Raise an UnsupportedModelError for an activation that mlx-lm replaces by another."""
+    kind, texts = config.get("model_type"), (config.get(key) for key in TEXT_CONFIGS)
+    text = next((text for text in texts if isinstance(text, Mapping)), config)
+    for (setting, computed), types in ACTIVATIONS.items():
+        names = SAME_ACTIVATIONS.get(computed, computed).split()
+        if kind in types.split() and text.get(setting) not in (None, *names):
+            raise UnsupportedModelError(
+                f"mlx-lm computes {kind} models with the activation {computed}, and this one has "
+                f"{text[setting]!r}; use the cuda backend"
+            )
 
 
 def _model_classes(config: dict[str, Any]) -> tuple[type[nn.Module], type]:

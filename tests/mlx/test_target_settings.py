@@ -11,8 +11,8 @@ require("mlx.core")
 require("mlx_lm")
 
 from mlx import nn
-from transformers import AutoConfig
-from treeflash_mlx.target import compatible_settings
+from transformers import CONFIG_MAPPING, AutoConfig
+from treeflash_mlx.target import ACTIVATIONS, compatible_settings, refuse_ignored_activation
 
 THETA = 12345.0
 
@@ -66,6 +66,25 @@ def test_existing_settings_stay_as_they_are():
         "x": 1,
         "rope_parameters": {"rope_theta": 5.0, "rope_type": "default"},
     }
+
+
+def test_activations_are_those_of_mlx_lm_or_refused(families):
+    """What transformers computes by default, published models have too."""
+    known = {name for types in ACTIVATIONS.values() for name in types.split()}
+    aliases = {"qwen3_5_moe_text", "qwen3_5_text", "solar_open"}
+    assert known - aliases <= set(families.model_types())
+    for (setting, activation), types in ACTIVATIONS.items():
+        for name in types.split():
+            config = {setting: activation}
+            if name in CONFIG_MAPPING and name != "pixtral":  # transformers' is its vision tower
+                config[setting] = getattr(CONFIG_MAPPING[name]().get_text_config(), setting)
+            refuse_ignored_activation({**config, "model_type": name})
+            refuse_ignored_activation({"model_type": name, "text_config": config})
+            for other in ({setting: "relu"}, {"text_config": {setting: "relu"}}):
+                with pytest.raises(UnsupportedModelError, match=f"activation {activation}"):
+                    refuse_ignored_activation({"model_type": name, **other})
+    refuse_ignored_activation({"model_type": "nemotron-nas", "hidden_act": "relu"})
+    refuse_ignored_activation({"model_type": "gemma", "hidden_act": "gelu"})
 
 
 FULL, LINEAR = "full_attention", "linear_attention"
