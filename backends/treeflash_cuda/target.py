@@ -512,15 +512,23 @@ class Target:
     def _replace_attention(self, pack: bool, kv_bits: int | None) -> None:
         """Replace the model's attention, and check that its logits on a short prompt stay equal.
 
-        Raises a ConfigError if the keys and values cannot be quantised, and an
-        UnsupportedModelError if the logits differ, so the model computes attention in a way that
-        the replacement does not.
+        Raises a CheckpointError if the model itself cannot run, a ConfigError if the keys and
+        values cannot be quantised, and an UnsupportedModelError if the logits differ, so the model
+        computes attention in a way that the replacement does not.
         """
         family = self.model.config.model_type
         tokens = torch.arange(CHECKED_TOKENS, device=self.device) % self.vocab_size
         context = _CountingContext(0, torch.arange(len(tokens), device=self.device), None)
         with torch.inference_mode():
-            expected = self.model(tokens[None], use_cache=False, logits_to_keep=1).logits[0]
+            try:
+                expected = self.model(tokens[None], use_cache=False, logits_to_keep=1).logits[0]
+            except Exception as error:  # of the model's own code, for settings that do not fit
+                if is_out_of_memory(error) or is_device_lost(error):
+                    raise
+                raise CheckpointError(
+                    f"transformers cannot run {self.model.name_or_path} with the settings of its "
+                    f"config.json: {first_line(error)}"
+                ) from error
             self.model.set_attn_implementation(tree_attention(self.model.config))
             if pack:
                 fuse_linears(self.model, IN_TARGET)

@@ -354,11 +354,15 @@ def test_an_unknown_family_is_an_error_about_its_configuration(tmp_path):
         load(tmp_path, None, CPU)
 
 
+HALF_ROTATED = {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}
+
+
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
         ({"rms_norm_eps": "small"}, r"config\.json is not usable.*rms_norm_eps"),
         ({"hidden_act": "silo"}, "cannot be loaded: transformers does not know 'silo'"),
+        ({"rope_parameters": HALF_ROTATED}, "cannot run .* with the settings .*: The size of te"),
     ],
 )
 def test_a_configuration_that_makes_no_model_is_one_line(tmp_path, damage, reason):

@@ -226,8 +226,9 @@ class Target:
         self.norm_topk_prob = bool(config.get("norm_topk_prob", False))
         self.score_scale = float(config.get("attention_multiplier") or self.head_dim**-0.5)
         rope = rope_parameters(config)
-        rotated = int(self.head_dim * rope.get("partial_rotary_factor", 1))
-        frequencies, self.rope_scale = inverse_frequencies(rope, rotated)
+        # Of these families, only this one reads the setting in transformers.
+        share = rope["partial_rotary_factor"] if config["model_type"] == "qwen3_5" else 1
+        frequencies, self.rope_scale = inverse_frequencies(rope, int(self.head_dim * share))
         self.inv_freq = tuple(frequencies.tolist())
         self.windows = sliding_windows(config, self.layers)
         kind = GatedDeltaNet if config["model_type"] == "qwen3_5" else Mamba2

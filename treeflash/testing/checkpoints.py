@@ -175,6 +175,14 @@ class CheckpointTests:
             return
         assert relative_difference(logits_of(backend), logits) > TOLERANCE
 
+    def test_a_share_of_rotated_channels_that_the_family_ignores_changes_nothing(
+        self, load: Loader, tmp_path: Path, plain_family: str
+    ) -> None:
+        write_target(tmp_path, plain_family, seed=TARGET_SEED)
+        logits = logits_of(load(tmp_path, None, LOAD))
+        edit_config(tmp_path, lambda config: config.update(partial_rotary_factor=0.5))
+        assert_close(logits_of(load(tmp_path, None, LOAD)), logits)
+
     @pytest.mark.parametrize("kind", ROPE_SCALING)
     def test_scaled_rotary_embeddings_match_reference(
         self, load: Loader, tmp_path: Path, kind: str
