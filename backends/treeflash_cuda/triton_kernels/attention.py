@@ -156,29 +156,11 @@ def _store_sums(
 
 @triton.jit
 def _attend_to_chunk(
-    row,  # the first row of the block
-    first_query,
-    end_query,
-    chunk,
-    kv_head,
-    heads,
-    q_pointer,
-    k_pointer,
-    v_pointer,
-    first_pointer,
-    shared_pointer,
-    start_pointer,
-    end_pointer,
-    sink_pointer,
-    places_pointer,
-    sums_pointer,
-    outputs_pointer,
-    q_row_stride,
-    q_head_stride,
-    kv_head_stride,
-    kv_column_stride,
-    scale,
-    softcap,
+    block,  # the first row, the first query, the query after the last one, chunk, and heads
+    inputs,  # pointers, as are the next two
+    ranges,
+    results,
+    factors,  # strides, and what scores are computed with
     GROUPS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIMS: tl.constexpr,
@@ -191,6 +173,10 @@ def _attend_to_chunk(
     PAIR: tl.constexpr,  # whether there are two products for each tile
 ):
     """Attend from 1 or 2 times `ROWS` queries to the tiles of a chunk that all rows share."""
+    row, first_query, end_query, chunk, kv_head, heads = block
+    q_pointer, k_pointer, v_pointer = inputs
+    first_pointer, shared_pointer, start_pointer, end_pointer, sink_pointer = ranges
+    q_row_stride, q_head_stride, kv_head_stride, kv_column_stride, scale, softcap = factors
     queries = first_query + tl.arange(0, ROWS)
     bounds = _load_range(queries, end_query, start_pointer, end_pointer, GROUPS)
     low, high = tl.min(bounds[0]), tl.max(bounds[1])
@@ -238,12 +224,14 @@ def _attend_to_chunk(
                 )
         _store_sums(
             *(state, queries, end_query, chunk, kv_head, heads),
-            *(places_pointer, sums_pointer, outputs_pointer, GROUPS, HEAD_DIM, DIMS),
+            *results,
+            *(GROUPS, HEAD_DIM, DIMS),
         )
         if PAIR:
             _store_sums(
                 *(more_state, queries + ROWS, end_query, chunk, kv_head, heads),
-                *(places_pointer, sums_pointer, outputs_pointer, GROUPS, HEAD_DIM, DIMS),
+                *results,
+                *(GROUPS, HEAD_DIM, DIMS),
             )
 
 
@@ -294,27 +282,19 @@ def _shared_positions(
         end_query = tl.load(items_pointer + item * 3 + 1) * GROUPS
         chunk = tl.load(items_pointer + item * 3 + 2)
         first_query = row * GROUPS + part * size
-        queries = row, first_query, end_query, chunk, kv_head, heads
+        block = row, first_query, end_query, chunk, kv_head, heads
         last_alone = first_query
         if PAIR:
             last_alone = end_query - ROWS
             if first_query < last_alone:
                 _attend_to_chunk(
-                    *queries,
-                    *inputs,
-                    *ranges,
-                    *results,
-                    *factors,
+                    *(block, inputs, ranges, results, factors),
                     *(GROUPS, HEAD_DIM, DIMS),
                     *(ROWS, TILE, CHUNK, SOFTCAP, SINK, QUANTISED, True),
                 )
         if (last_alone <= first_query) & (first_query < end_query):
             _attend_to_chunk(
-                *queries,
-                *inputs,
-                *ranges,
-                *results,
-                *factors,
+                *(block, inputs, ranges, results, factors),
                 *(GROUPS, HEAD_DIM, DIMS),
                 *(ROWS, TILE, CHUNK, SOFTCAP, SINK, QUANTISED, False),
             )
