@@ -33,7 +33,7 @@ from treeflash_cuda.triton_kernels import (
     recurrence,
     sampling,
 )
-from treeflash_cuda.visible_keys import SharedWork, VisibleKeys, block_rows
+from treeflash_cuda.visible_keys import SharedWork, VisibleKeys
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime.driver import driver
@@ -111,9 +111,7 @@ def launch_all(heads: int, kv_heads: int, head_dim: int, hidden: int, dtype: tor
     int32 = torch.int32
     caches = numbers(2, kv_heads, 256, head_dim), quantise(numbers(2, kv_heads, 256, head_dim))
     row = numbers(64, of=int32)
-    work = SharedWork(
-        numbers(512, 3, of=int32), numbers(1, of=int32), row, block_rows(heads // kv_heads)
-    )
+    work = SharedWork(numbers(512, 3, of=int32), numbers(1, of=int32), row)
     keys = VisibleKeys(row, row, row, row, numbers(64, 64, of=int32), work)
     for (k, v), softcap, sinks in (
         *((cache, None, None) for cache in caches),

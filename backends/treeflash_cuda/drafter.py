@@ -32,7 +32,7 @@ from treeflash_cuda.numerics import concatenate, gumbel, pack, top_log_probs, un
 from treeflash_cuda.operations import Operations
 from treeflash_cuda.state import State
 from treeflash_cuda.target import Target
-from treeflash_cuda.visible_keys import SharedWork, VisibleKeys, block_rows, equal_work
+from treeflash_cuda.visible_keys import SharedWork, VisibleKeys, equal_work
 
 MAX_CONTEXT = 64
 """More new positions for each sequence, as after prompts, run without a graph."""
@@ -161,7 +161,7 @@ class MaskedDrafts:
         if visible is None:
             return None
         mask = cut_gap(additive_mask(visible, query.dtype), gap, 1)
-        return group_mask(mask, config.num_attention_heads // config.num_key_value_heads)
+        return group_mask(mask, config.groups)
 
 
 @dataclass(frozen=True, eq=False)
@@ -295,11 +295,10 @@ class Drafter:
         row_starts, row_firsts = np.repeat(starts, size), np.repeat(columns, size)
         positions = np.concatenate([positions, row_starts + np.tile(np.arange(size), len(order))])
         config = self.model.config
-        block = block_rows(config.num_attention_heads // config.num_key_value_heads)
         arrays = [
             *(tokens, positions, np.concatenate([first, row_firsts]) + positions),
             *(row_starts, row_firsts),
-            *equal_work(starts[: len(roots)] + size, size, order, block),
+            *equal_work(starts[: len(roots)] + size, size, order, config.groups),
         ]
         uploaded, shapes = upload(pack(arrays), self.target.device), [x.shape for x in arrays]
         given = unpack(uploaded, shapes)[0]
@@ -323,7 +322,7 @@ class Drafter:
                 positions=positions[len(context) :],
                 start=rows[0],
                 first=rows[1],
-                work=SharedWork(items, count, places, block),
+                work=SharedWork(items, count, places),
             )
             return (self._blocks(tokens, context, None, attention.attend),)
 

@@ -81,9 +81,9 @@ def load_flash_attention(
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float) -> Tensor:
     """Compute a `CausalAttention` by PyTorch's definition of the operation for trees."""
-    plan = RowPlan.of(np.array([0]), np.array([len(k) - len(q)]), [len(q)], len(q))
+    plan = RowPlan.of(np.array([0]), np.array([len(k) - len(q)]), [len(q)], 1)
     arrays = (torch.from_numpy(np.asarray(x, np.int32)).to(q.device) for x in plan.arrays())
-    keys = VisibleKeys.of_rows(len(q), *arrays)
+    keys = VisibleKeys.of_rows(*arrays)
     keys = keys if window is None else keys.within(window)
     columns = k.transpose(0, 1), v.transpose(0, 1)
     return tree_attention(q, *columns, keys, scale=scale)

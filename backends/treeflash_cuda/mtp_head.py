@@ -46,7 +46,7 @@ from treeflash_cuda.numerics import pack, unpack, upload
 from treeflash_cuda.operations import Operations
 from treeflash_cuda.row_pass import MAX_ROWS, padded_order, round_up
 from treeflash_cuda.target import Target
-from treeflash_cuda.visible_keys import RowPlan, SharedWork, VisibleKeys, block_rows, equal_work
+from treeflash_cuda.visible_keys import RowPlan, SharedWork, VisibleKeys, equal_work
 
 PARALLEL_CHUNK = 512
 """Committed rows of P-EAGLE, which attend, that are computed at once."""
@@ -89,7 +89,6 @@ class MtpModel(MtpLayer, nn.Module):
     ) -> Tensor:
         n, drafted = queries.shape[2] // len(caches), 0 if visible is None else visible.shape[2]
         config, keys_and_values, masks = self.config, [], []
-        groups = config.num_attention_heads // config.num_key_value_heads
         for i, (cache, length) in enumerate(zip(caches, committed, strict=True)):
             first = first_visible(config, length, depth)
             keys, values = cache.first_columns(0, length + drafted)
@@ -97,7 +96,7 @@ class MtpModel(MtpLayer, nn.Module):
             mask = None
             if visible is not None:
                 mask = F.pad(additive_mask(visible[i], queries.dtype), (length - first, 0))
-                mask = group_mask(mask, groups)
+                mask = group_mask(mask, config.groups)
             masks.append(mask)
         sizes, scale = [n] * len(caches), config.attention_scale
         return grouped_attention(queries, keys_and_values, masks, sizes, scale)[0]
@@ -324,9 +323,8 @@ class MtpDrafter(mtp_head.MtpDrafter):
                 columns = padded(columns, rows)
         pairs = [(state.drafter.taken.first, state.length) for state, _ in roots]
         firsts, lengths = np.array(pairs).T
-        block = block_of(self.model.config)
         arrays = [tokens, positions, places, columns, last[order], firsts[order], lengths[order]]
-        arrays += equal_work(lengths, 1, order, block)
+        arrays += equal_work(lengths, 1, order, self.model.config.groups)
         shapes = tuple(x.shape for x in arrays)
 
         def draft(uploaded: Tensor, context: Tensor) -> Outputs:
@@ -343,7 +341,7 @@ class MtpDrafter(mtp_head.MtpDrafter):
                 assert operations is not None
                 columns_of_roots = SlabColumns(
                     *(self.model, operations, slab, first, length, length),
-                    work={1: SharedWork(items, n, at, block)},
+                    work={1: SharedWork(items, n, at)},
                 )
                 attended = columns_of_roots.read(0, 1, q, last.new_empty(len(last), 0))
             else:
@@ -418,7 +416,7 @@ class ParallelDrafter(mtp_head.ParallelDrafter, Drafter):
         captured = has_kernel and graphs.is_capturing and plain and count <= MAX_ROWS
         order = padded_order(count, round_up(count) if captured else count)
         columns = np.array([cache.taken.first for cache in caches])
-        plan = RowPlan.of(columns, np.array(firsts), counts, block := block_of(self.rows.config))
+        plan = RowPlan.of(columns, np.array(firsts), counts, self.rows.config.groups)
         plan = plan.arranged(order, 0)
         context = list(states)
         if captured and context:
@@ -447,7 +445,7 @@ class ParallelDrafter(mtp_head.ParallelDrafter, Drafter):
                 assert operations is not None
                 return operations.tree_attention(
                     *(q[0].transpose(0, 1).contiguous(), *slab.layer(layer)),
-                    VisibleKeys.of_rows(block, *arrays),
+                    VisibleKeys.of_rows(*arrays),
                     scale=self.rows.config.attention_scale,
                 )
 
@@ -468,11 +466,10 @@ class ParallelDrafter(mtp_head.ParallelDrafter, Drafter):
         counts: Sequence[int],
     ) -> Tensor:
         """Attend from consecutive rows of sequences, from their first ones on."""
-        groups = self.rows.config.num_attention_heads // self.rows.config.num_key_value_heads
         keys_and_values, masks = [], []
         for cache, first, n in zip(caches, firsts, counts, strict=True):
             seen = torch.ones(n, first + n, dtype=torch.bool, device=q.device).tril(first)
-            masks.append(group_mask(additive_mask(seen, q.dtype), groups))
+            masks.append(group_mask(additive_mask(seen, q.dtype), self.rows.config.groups))
             keys_and_values.append(cache.first_columns(layer, first + n))
         return grouped_attention(
             q, keys_and_values, masks, counts, self.rows.config.attention_scale
@@ -505,18 +502,17 @@ class MtpHead(mtp_head.MtpHead):
             noise = Noise(noise.keys[rows], noise.scales[rows])
         numbers = [(x.cache.taken.first, x.length, x.position) for x in blocks]
         firsts, lengths, positions = np.array(numbers).T
-        block = block_of(self.model.config)
         k = min(options.k, self.output.vocab_size)
         sizes = sorted(set(mtp_head.rows_by_depth(k, width, depths)))
         arrays = [firsts[order], lengths[order], positions[order]]
         for n in sizes:
-            arrays += equal_work(lengths, n, order, block)
+            arrays += equal_work(lengths, n, order, self.model.config.groups)
         shapes = tuple(x.shape for x in arrays)
 
         def search(uploaded: Tensor, outputs: Tensor, noise: Tensor) -> Outputs:
             first, length, position, *work = unpack(uploaded, shapes)
             parts = zip(sizes, work[::3], work[1::3], work[2::3], strict=True)
-            works = {n: SharedWork(items, m, at, block) for n, items, m, at in parts}
+            works = {n: SharedWork(items, m, at) for n, items, m, at in parts}
             rows = first, length, position
             columns = SlabColumns(self.model, operations, slab, *rows, works)
             noises = [self.output.noise(noise[depth::depths]) for depth in range(depths)]
@@ -531,8 +527,3 @@ class MtpHead(mtp_head.MtpHead):
     @torch.inference_mode()
     def log_probs(self, block: MtpBlock, previous: NDArray[np.int32]) -> NDArray[np.float32]:
         return super().log_probs(block, previous)
-
-
-def block_of(config: MtpConfig) -> int:
-    """Return the rows of a block; see `visible_keys`."""
-    return block_rows(config.num_attention_heads // config.num_key_value_heads)

@@ -32,7 +32,7 @@ from treeflash_cuda.recurrence import (
     plan_nodes,
     tree_recurrence,
 )
-from treeflash_cuda.visible_keys import RowPlan, VisibleKeys, block_rows
+from treeflash_cuda.visible_keys import RowPlan, VisibleKeys
 
 LOGGER = logging.getLogger(__name__)
 
@@ -420,14 +420,14 @@ def _check_attention(
     columns = 100 + int(lengths.max()) + CHECKED_CHUNK
     cache = numbers.draw(2, shapes.kv_heads, columns, shapes.head_dim)
     k, v = quantise(cache) if shapes.quantised else cache
-    block = block_rows(shapes.heads // shapes.kv_heads)
+    groups = shapes.heads // shapes.kv_heads
     tree = DraftTree.from_parents(np.zeros(6, np.int32), np.array([-1, 0, 0, 1, 1, 2], np.int32))
     kinds: list[VisibleKeys] = []
     several: Sequence[Sequence[DraftTree | int]]
     several = [tree, 1, tree], [1, tree, CHECKED_CHUNK], [1, 1, 1]
     for rows in several:
-        plan = RowPlan.of(firsts, lengths, rows, block)
-        keys = VisibleKeys.of_rows(block, *map(numbers.integers, plan.arrays()))
+        plan = RowPlan.of(firsts, lengths, rows, groups)
+        keys = VisibleKeys.of_rows(*map(numbers.integers, plan.arrays()))
         kinds += [keys, keys.within(2)]
     sink = torch.full_like(kinds[0].end, 3)
     kinds.append(replace(kinds[0].within(64), sink=sink))

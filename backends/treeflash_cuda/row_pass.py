@@ -28,7 +28,7 @@ from treeflash_cuda.sampling import Logits, finite_argmax
 from treeflash_cuda.state import State
 from treeflash_cuda.state_arena import TreeWrites
 from treeflash_cuda.target import Target
-from treeflash_cuda.visible_keys import RowPlan, VisibleKeys, block_rows
+from treeflash_cuda.visible_keys import RowPlan, VisibleKeys
 
 ROWS = (1, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 """The numbers of rows that have graphs. More rows are split between passes: from some hundred rows
@@ -116,7 +116,7 @@ class RowPass:
             np.array([0 if region is None else region.first for region in regions]),
             np.array([state.length for state, _ in rows]),
             [tokens if isinstance(tokens, DraftTree) else len(tokens) for _, tokens in rows],
-            block := block_rows(target.groups),
+            target.groups,
             stride,
         )
         depths = power_of_two(max(plan.paths.shape[1], min(MIN_DEPTHS, len(order))))
@@ -134,7 +134,7 @@ class RowPass:
             arrays.append(np.array(places))
             addresses = arena.slots  # a graph belongs to the tensors of an arena of this size
         shapes = tuple(array.shape for array in arrays)
-        forward = functools.partial(self._forward, slab, shapes, block)
+        forward = functools.partial(self._forward, slab, shapes)
         uploaded = upload(pack(arrays), target.device)
         results = graphs.run(NAME, (slab, shapes, addresses), forward, uploaded, capture=captured)
         logits, best, layers, *outputs = results
@@ -162,7 +162,6 @@ class RowPass:
         self,
         slab: Slab | None,
         shapes: Sequence[tuple[int, ...]],  # the shapes of the packed arrays
-        block: int,
         # `inputs` packs ids, rotary positions, slots and `RowPlan.arrays`; and for recurrent layers
         # the result of `plan_nodes`, and the slots of the states.
         inputs: Tensor,
@@ -181,7 +180,7 @@ class RowPass:
             nodes = TreeNodes.of(ancestors, visits, counts)
             attention = target.attention_slots
             cache = HybridTreeCache(*storage, attention, target.operations, arena, states, nodes)
-        keys = VisibleKeys.of_rows(block, *plan)
+        keys = VisibleKeys.of_rows(*plan)
         context = TreeContext(target.operations, cache, keys, plan[0].long())
         logits, outputs = target.forward(
             ids.long(), context, cache, logits_to_keep=0, rotary=rotary.long()

@@ -58,12 +58,10 @@ class SharedWork:
     items: Tensor  # (capacity, 3) int32 first row, row after the last one, and chunk
     count: Tensor  # (1,) int32 items that are used, which come first
     places: Tensor  # (rows,) int32 place of each row's sum over chunk 0
-    block: int  # rows of a block
 
     def to(self, device: torch.device) -> SharedWork:
         """Copy all tensors to a device."""
-        items, count, places = (x.to(device) for x in (self.items, self.count, self.places))
-        return SharedWork(items, count, places, self.block)
+        return SharedWork(*(x.to(device) for x in (self.items, self.count, self.places)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,10 +85,10 @@ class VisibleKeys:
     sink: Tensor | None = None  # (rows,) int32 positions that are always visible, if any are
 
     @classmethod
-    def of_rows(cls, block: int, *arrays: Tensor) -> VisibleKeys:
+    def of_rows(cls, *arrays: Tensor) -> VisibleKeys:
         """Let rows see all positions up to their own, from `RowPlan.arrays` as int32 tensors."""
         positions, first, shared, places, paths, count, items = arrays
-        work = SharedWork(items, count, places, block)
+        work = SharedWork(items, count, places)
         return cls(first, shared, torch.zeros_like(positions), positions + 1, paths, work)
 
     def within(self, window: int) -> VisibleKeys:
@@ -139,15 +137,16 @@ def plan_work(
 
 
 def equal_work(
-    shared: Integers, rows: int, order: Sequence[int], block: int
+    shared: Integers, rows: int, order: Sequence[int], groups: int
 ) -> list[NDArray[np.int32]]:
     """Return the items, their number, and places of sequences that have equally many rows.
 
     The sequences have (t,) common positions. A pass has them in an `order`, in which later entries
-    may be copies of the first one; a graph has the sizes of the arrays.
+    may be copies of the first one; a graph has the sizes of the arrays. See `block_rows` for the
+    groups.
     """
     starts = rows * np.arange(len(shared))
-    items, places = plan_work(starts, np.full_like(starts, rows), shared, block)
+    items, places = plan_work(starts, np.full_like(starts, rows), shared, block_rows(groups))
     return [*padded_items(items), places.reshape(-1, rows)[order].ravel()]
 
 
@@ -180,7 +179,7 @@ class RowPlan:
         firsts: Integers,  # (t,) column of position 0 of each sequence
         lengths: Integers,  # (t,) committed positions
         trees: Sequence[DraftTree | int],  # their rows: a tree, or a number of next tokens
-        block: int,
+        groups: int,  # see `block_rows`
         stride: int | None = None,  # rows between the first rows of sequences; None for no gaps
     ) -> RowPlan:
         sizes = np.array([x if isinstance(x, int) else len(x) for x in trees])
@@ -197,7 +196,7 @@ class RowPlan:
                 parents[row + 1 : row + len(tree)] = row + tree.parents[1:]
         in_tree = np.array(branched)[owner]
         shared = lengths + np.where(branched, 0, sizes)
-        items, places = plan_work(starts, sizes, shared, block)
+        items, places = plan_work(starts, sizes, shared, block_rows(groups))
         items, count = padded_items(items)
         return cls(
             starts=starts,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import Tensor
-from treeflash_cuda.visible_keys import RowPlan, VisibleKeys, block_rows
+from treeflash_cuda.visible_keys import RowPlan, VisibleKeys
 
 from treeflash.decoding.tree import DraftTree
 from treeflash.testing.comparisons import random_tree
@@ -40,10 +40,10 @@ class Case:
         return (self.nodes,) * len(self.lengths)
 
 
-def keys_of(plan: RowPlan, block: int) -> VisibleKeys:
+def keys_of(plan: RowPlan) -> VisibleKeys:
     """The tensors of a plan."""
     arrays = (torch.from_numpy(np.asarray(x, np.int32)) for x in plan.arrays())
-    return VisibleKeys.of_rows(block, *arrays)
+    return VisibleKeys.of_rows(*arrays)
 
 
 def attention_case(case: Case) -> dict:
@@ -66,8 +66,8 @@ def attention_case(case: Case) -> dict:
     if not (case.chunk or case.block):
         for i, n in enumerate(case.sizes):
             rows[i] = random_tree(np.random.default_rng(case.seed + i), 0, n, 1000)
-    block = block_rows(case.heads // case.kv_heads)
-    keys = keys_of(RowPlan.of(np.array(first), np.array(case.lengths), rows, block), block)
+    groups = case.heads // case.kv_heads
+    keys = keys_of(RowPlan.of(np.array(first), np.array(case.lengths), rows, groups))
     if case.block:
         keys = replace(keys, end=keys.shared)
     if case.window is not None:
@@ -120,11 +120,11 @@ def alone(case: Case, inputs: dict, row: int) -> dict:
     """The arguments for one row as plain decoding has them: all its keys are committed."""
     keys = inputs["keys"]
     columns = row_columns(replace(keys, start=torch.zeros_like(keys.end)), row)
-    n, first, block = len(columns), 5, keys.work.block
+    n, first, groups = len(columns), 5, case.heads // case.kv_heads
     cache = torch.full((2, case.kv_heads, first + n + 9, case.head_dim), torch.nan).to(case.dtype)
     for part, name in enumerate("kv"):
         cache[part, :, first : first + n] = inputs[name][:, columns]
-    one = keys_of(RowPlan.of(np.array([first]), np.array([n - 1]), [1], block), block)
+    one = keys_of(RowPlan.of(np.array([first]), np.array([n - 1]), [1], groups))
     return inputs | {
         "q": inputs["q"][row][None],
         "k": cache[0],

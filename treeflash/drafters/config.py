@@ -98,6 +98,11 @@ class DrafterShape:
         return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim
 
     @property
+    def groups(self) -> int:
+        """Heads that share a key head."""
+        return self.num_attention_heads // self.num_key_value_heads
+
+    @property
     def attention_scale(self) -> float:
         """Factor on the scores of the attention."""
         return 1.0 if self.gemma4 else self.head_dim**-0.5

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from treeflash_cuda.triton_kernels import MAX_REGISTERS
-from treeflash_cuda.visible_keys import CHUNK, PLACES_EACH, VisibleKeys
+from treeflash_cuda.visible_keys import CHUNK, PLACES_EACH, VisibleKeys, block_rows
 
 STAGES = tl.constexpr(4)
 """Chunks whose sums are loaded at once, as a program would wait for memory in each of them."""
@@ -492,10 +492,11 @@ def tree_attention(
     wide = q.dtype == torch.float32
     narrow = MAX_SMALL if quantised or softcap is not None else MAX_NARROW
     size = ROWS if wide else 2 * ROWS
-    columns = kv_heads * triton.cdiv(work.block * groups, size)
+    block = block_rows(groups)
+    columns = kv_heads * triton.cdiv(block * groups, size)
     _shared_positions[min(len(work.items), triton.cdiv(PROGRAMS, columns)), columns](
         *(work.items, work.count, *inputs, sums, outputs, heads, *strides, *factors),
-        BLOCK=work.block,
+        BLOCK=block,
         PAIR=not wide,
         num_warps=8 if wide or head_dim > narrow else 4,
         **shapes,
