@@ -92,7 +92,7 @@ def test_rows_of_a_mask_are_aligned(m):
 
 def in_trees(rotates):
     """The context of three rows, whose layer has perhaps rotated its queries."""
-    context = TreeContext(PYTORCH, SlabCache(None, id, torch.arange(3)), None, torch.arange(3), 8)
+    context = TreeContext(PYTORCH, SlabCache(None, id, torch.arange(3)), None, torch.arange(3))
     if rotates:
         context.rotate(*torch.ones(2, 1, 2, 3, 8), *torch.ones(2, 1, 3, 8))
     return context
