@@ -169,6 +169,14 @@ def test_whether_the_model_reasons(thinking, supported, args):
         ({"messages": [*HELLO, {"role": "assistant", "content": [
             {"type": "tool_use", "id": "call_1", "name": "paint", "input": {}}
         ]}]}, "messages"),
+        ({"messages": [{"role": "user", "content": [
+            {"type": "tool_use", "id": "call_1", "name": "paint", "input": {}}
+        ]}]}, "messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "thinking", "thinking": "Hm."}]}]},
+         "messages"),
+        ({"messages": [{"role": "assistant", "content": [
+            {"type": "tool_result", "tool_use_id": "call_1"}
+        ]}, *HELLO]}, "messages"),
         ({"tools": [TOOL], "tool_choice": {"type": "tool"}}, "tool_choice.name"),
         ({"tools": [TOOL, TOOL]}, "tools"),
         ({"tool_choice": {"type": "any"}}, "tool_choice"),

@@ -119,18 +119,28 @@ ContentBlock = Annotated[
 ]
 
 
+ROLES = {"thinking": "assistant", "tool_use": "assistant", "tool_result": "user"}
+"""The role of messages that can have such a block."""
+
+
 class AnthropicMessage(Schema):
     role: Literal["system", "user", "assistant"]
     content: str | Items[ContentBlock]
 
     def templates(self) -> list[dict[str, Any]]:
-        """Convert to messages of chat templates; each tool result becomes its own message."""
+        """Convert to messages of chat templates; each tool result becomes its own message.
+
+        Raises an APIError for a block that only messages of another role can have.
+        """
         if isinstance(self.content, str):
             return [{"role": self.role, "content": self.content}]
         messages: list[dict[str, Any]] = []
         parts: list[dict[str, Any]] = []
         fields: dict[str, Any] = {}
         for block in self.content:
+            if (role := ROLES.get(block.type, self.role)) != self.role:
+                message = f"only messages with the role {role} can have a {block.type}"
+                raise bad_request(message, "messages")
             if isinstance(block, ToolResultBlock):
                 messages.append(block.template())
             elif isinstance(block, TextBlock | ImageBlock):
