@@ -99,7 +99,7 @@ def add_device_options(parser: argparse.ArgumentParser) -> Any:
         help="cuda, mlx, reference or another installed backend (default: the best one installed)",
     )
     for name in DEVICE_OPTIONS:
-        _add_load_option(group, name)
+        add_option(group, LOAD_OPTIONS[name], default=LOAD_OPTIONS[name].default)
     group.add_argument(
         "--target",
         metavar="FOLDER_OR_ID",
@@ -117,9 +117,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="a drafter for the target: a folder, a hub id or a GGUF file; auto for the published "
         "one; or self for the MTP head in the target's folder (default: auto, then self)",
     )
-    for name in LOAD_OPTIONS:
+    for name, one in LOAD_OPTIONS.items():
         if name not in DEVICE_OPTIONS:
-            _add_load_option(group, name)
+            add_option(group, one, default=one.default)
 
 
 def add_decode_options(
@@ -189,8 +189,3 @@ def load_model(
     # The models are on this machine by now: a download would show its own progress bar.
     with Console(stderr=True).status(f"loading {model_name(pair.target)}"):
         return pair.load()
-
-
-def _add_load_option(group: Any, name: str) -> None:
-    one = LOAD_OPTIONS[name]
-    add_option(group, one, default=one.default)
