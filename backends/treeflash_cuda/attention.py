@@ -448,14 +448,6 @@ class PackedContext:
         return torch.cat(outputs, 1)
 
 
-@dataclass(frozen=True)
-class Norms:
-    """RMSNorms of the queries and keys of a layer, before their rotation."""
-
-    weights: tuple[Tensor, Tensor]  # (head_dim,) each
-    eps: float
-
-
 class TreeContext:
     """`Context` of rows of several sequences, in the columns after the ones that they continue."""
 
@@ -469,7 +461,8 @@ class TreeContext:
         self.operations = operations
         self.cache = cache
         self.positions = positions
-        self.norms: Norms | None = None  # the norms of the layer that calls `rotate`, if any
+        # The layer that calls `rotate` has these `FusedNorm`s of queries and keys, if any.
+        self.norms: Sequence[Any] = ()
         self.has_halves = False  # whether it gives the first half of cosines and sines alone
         # Cosines and sines of both halves, by the identity of the given ones, which layers share.
         self._whole: dict[int, tuple[Tensor, Tensor]] = {}
@@ -501,8 +494,8 @@ class TreeContext:
             angles = [self._whole_angles(x) if self.has_halves else x[0] for x in (cos, sin)]
             rotated = self.operations.rotate_and_store(
                 *(q, k, v, *angles, *self.cache.stored_columns(), slots),
-                norms=None if norms is None else norms.weights,
-                eps=0.0 if norms is None else norms.eps,
+                norms=tuple(norm.weight for norm in norms) or None,
+                eps=norms[0].eps if norms else 0.0,
             )
             self._rotated = query, rotated
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from treeflash.errors import UnsupportedModelError, is_device_lost, is_out_of_memory
-from treeflash_cuda.attention import Norms, TreeContext, tree_context
+from treeflash_cuda.attention import TreeContext, tree_context
 from treeflash_cuda.cache import dequantise
 from treeflash_cuda.operations import TOLERANCES, Activation, Operations, RandomInputs
 from treeflash_cuda.visible_keys import VisibleKeys
@@ -103,8 +103,7 @@ class FusedNorm:
         if norm is self:
             return normed
         context = tree_context()
-        norms = None if context is None else context.norms
-        if norms is not None and any(weight is self.weight for weight in norms.weights):
+        if context is not None and self in context.norms:
             return x
         return self.operations.rms_norm(x, self.weight, self.eps)[0]
 
@@ -182,13 +181,13 @@ class RotatingLayer:
     def __init__(self, module: nn.Module) -> None:
         self.plain: Forward = module.forward
         self.rotating, _ = forward_with(module, {ROTARY: _rotate})
-        self.norms: Norms | None = None
+        self.norms: Sequence[FusedNorm] = ()
         self.has_halves = False  # see `TreeContext`
         self.agrees = False  # whether it computes the plain queries and keys
         norms = [getattr(getattr(module, x, None), "forward", None) for x in ("q_norm", "k_norm")]
         found = [x for x in norms if isinstance(x, FusedNorm)]
         if len(found) == 2 and found[0].eps == found[1].eps:
-            self.norms = Norms((found[0].weight, found[1].weight), found[0].eps)
+            self.norms = found
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         context = tree_context()
@@ -198,7 +197,7 @@ class RotatingLayer:
         try:
             return self.rotating(*args, **kwargs)
         finally:
-            context.norms, context.has_halves = None, False
+            context.norms, context.has_halves = (), False
 
     def compare(self, *args: Any, **kwargs: Any) -> Any:
         """Return the plain layer's output, and find out whether this layer computes the same."""
@@ -211,7 +210,7 @@ class RotatingLayer:
             pairs = zip(actual, expected, strict=True)
             return bool(actual) and all(_close(x, y, limit) for (x, limit), (y, _) in pairs)
 
-        for has_halves, norms in product((False, True), (self.norms, None)):
+        for has_halves, norms in product((False, True), (self.norms, ())):
             self.has_halves, self.norms = has_halves, norms
             self.agrees = _holds(compare)
             if self.agrees:
