@@ -46,16 +46,10 @@ class OwnVocabulary(nn.Module):
     lm_head: Tensor | None  # (Vd, hidden_size)
     token_ids: Tensor | None  # (Vd,) the target's ids of the tokens that the drafter can propose
 
-    def __init__(
-        self,
-        embeddings: Tensor | None = None,
-        lm_head: Tensor | None = None,
-        token_ids: Tensor | None = None,
-    ) -> None:
+    def __init__(self, **tensors: Tensor | None) -> None:
         super().__init__()
-        self.register_buffer("embeddings", embeddings, persistent=False)
-        self.register_buffer("lm_head", lm_head, persistent=False)
-        self.register_buffer("token_ids", token_ids, persistent=False)
+        for name in ("embeddings", "lm_head", "token_ids"):
+            self.register_buffer(name, tensors.get(name), persistent=False)
         # A quantised copy of the output head, for logits of all tokens.
         self.quantised_lm_head: nn.Module | None = None
 
@@ -73,9 +67,9 @@ class OwnVocabulary(nn.Module):
         if (offsets := tensors.get("d2t")) is not None:
             token_ids = (offsets + torch.arange(len(offsets))).to(target.device, offsets.dtype)
         return cls(
-            weight("embed_tokens.weight", target.embeddings),
-            weight("lm_head.weight", target.lm_head_weight),
-            token_ids,
+            embeddings=weight("embed_tokens.weight", target.embeddings),
+            lm_head=weight("lm_head.weight", target.lm_head_weight),
+            token_ids=token_ids,
         )
 
 

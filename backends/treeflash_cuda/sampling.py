@@ -106,20 +106,18 @@ def _sample_row(
 
 
 def finite_argmax(logits: Tensor) -> Tensor:
-    """Return each row's (n,) best token of (n, vocab) logits; -1 where it is not finite."""
-    best, tokens = _best(logits)
-    return torch.where(best.isfinite(), tokens, NOT_FINITE)
+    """Return the (n,) best token of each row of (n, vocab) logits, the first one in a tie.
 
-
-def _best(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the (n,) largest number of each row, and (n,) its index, the first one in a tie."""
-    n, vocab = scores.shape
+    It is -1 where the best logit is not finite.
+    """
+    n, vocab = logits.shape
     block = math.gcd(vocab, BLOCK)
-    blocks = scores.view(n, -1, block)
+    blocks = logits.view(n, -1, block)
     # A maximum is several times as fast as an argmax: search only the block with the maximum.
     best, best_block = blocks.amax(-1).max(-1)
-    candidates = blocks[torch.arange(n, device=scores.device), best_block]
-    return best, best_block * block + candidates.argmax(-1)
+    candidates = blocks[torch.arange(n, device=logits.device), best_block]
+    tokens = best_block * block + candidates.argmax(-1)
+    return torch.where(best.isfinite(), tokens, NOT_FINITE)
 
 
 @dataclass(eq=False)
