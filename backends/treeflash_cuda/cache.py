@@ -520,9 +520,6 @@ class TreeCache(Cache):
         """Count the committed positions; models are given the positions of all rows."""
         return max(sequence.length for sequence in self.sequences)
 
-    def get_query_offset(self, layer_idx: int = 0) -> int:
-        return self.get_seq_length()
-
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         """Return the mask's number of columns for `query_length` rows, and the first column."""
         return self.get_seq_length() + query_length, 0
