@@ -59,17 +59,13 @@ def loader(name: str) -> Loader:
 
 
 def _ask(load: Loader, name: str, *arguments: Any) -> Any:
-    """Call an optional function of the module of a `Loader`; None if there is none."""
+    """Call an optional function of a backend's module, see `Loader`; None if there is none."""
     function = getattr(inspect.getmodule(load), name, None)
     return None if function is None else function(*arguments)
 
 
 def check_config(load: Loader, config: LoadConfig) -> None:
-    """Let a backend refuse settings before models are fetched.
-
-    A module of a `Loader` may have the functions `check_config` and `choose_device`, which raise a
-    ConfigError for settings that the backend lacks, and a BackendError for an unknown device.
-    """
+    """Let a backend refuse settings, and an unknown device, before models are fetched."""
     if config.device is not None:
         _ask(load, "choose_device", config.device)
     _ask(load, "check_config", config)
@@ -78,18 +74,14 @@ def check_config(load: Loader, config: LoadConfig) -> None:
 def refuse_drafter(load: Loader, folder: Path, target: Config) -> None:
     """Refuse the drafter of a folder that cannot draft for a target, before it is loaded.
 
-    Raises a CheckpointError or an UnsupportedModelError. A module of a `Loader` may have the
-    function `check_drafter`, which raises the latter for a drafter that the backend cannot run.
+    Raises a CheckpointError, or an UnsupportedModelError if the backend cannot run the drafter.
     """
     if (config := check_drafter(folder, target)) is not None:
         _ask(load, "check_drafter", config)
 
 
 def memory_limit(load: Loader) -> int | None:
-    """Return the bytes that a backend gives to models at most; None if it has no limit.
-
-    A module of a `Loader` may have the function `memory_limit`, which returns the same.
-    """
+    """Return the bytes that a backend gives to models at most; None if it has no limit."""
     limit: int | None = _ask(load, "memory_limit")
     return limit
 
@@ -97,8 +89,7 @@ def memory_limit(load: Loader) -> int | None:
 def examine_device(name: str, config: LoadConfig) -> DeviceReport:
     """Let a backend report on its device, and check its kernels there, without a model.
 
-    A module of a `Loader` may have the function `examine_device`; a BackendError is raised if it
-    has none.
+    Raises a BackendError if it cannot.
     """
     load = loader(name)
     check_config(load, config)
