@@ -23,12 +23,9 @@ from treeflash.serving.schemas import (
     Metadata,
     NamedToolChoice,
     ReasoningEffort,
-    ResponseFormat,
-    StructuredOutputs,
     Tool,
     Verbosity,
     allowed_tools,
-    answer_grammar,
     function_call,
     reasoning_args,
     thinks,
@@ -47,8 +44,6 @@ class ChatRequest(DecodingSchema):
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOG_PROBS)
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: ReasoningEffort | None = None
-    response_format: ResponseFormat | None = None
-    structured_outputs: StructuredOutputs | None = None
     tools: Items[Tool] | None = Field(None, max_length=MAX_TOOLS)
     tool_choice: CallMode | NamedToolChoice | None = None
     parallel_tool_calls: bool | None = None
@@ -85,7 +80,7 @@ class ChatRequest(DecodingSchema):
                 parallel=self.parallel_tool_calls,
             ),
             continues=self._continues(),
-            grammar=answer_grammar(self.response_format, self.structured_outputs),
+            grammar=self.grammar(),
         )
 
     def _continues(self) -> bool:

@@ -15,16 +15,7 @@ from pydantic_core import PydanticCustomError
 
 from treeflash.serving.engine import AnswerUpdate, Completion, Usage
 from treeflash.serving.errors import bad_request
-from treeflash.serving.schemas import (
-    MAX_ITEMS,
-    MAX_LOG_PROBS,
-    DecodingSchema,
-    LongList,
-    ResponseFormat,
-    StructuredOutputs,
-    TokenId,
-    answer_grammar,
-)
+from treeflash.serving.schemas import MAX_ITEMS, MAX_LOG_PROBS, DecodingSchema, LongList, TokenId
 from treeflash.serving.service import Service
 from treeflash.serving.streaming import ChoicesFormatter, respond, token_name
 from treeflash.text.generation import TokenLogProb
@@ -52,8 +43,6 @@ class CompletionRequest(DecodingSchema):
     logprobs: int | None = Field(None, ge=0, le=MAX_LOG_PROBS)
     echo: bool | None = None
     best_of: Literal[1] | None = None
-    response_format: ResponseFormat | None = None
-    structured_outputs: StructuredOutputs | None = None
 
     @field_validator("prompt", mode="before")
     @classmethod
@@ -90,10 +79,8 @@ def add_routes(app: FastAPI, service: Service) -> None:
             await service.encode(prompt) if isinstance(prompt, str) else EncodedPrompt(prompt)
             for prompt in given
         ]
-        grammar = answer_grammar(request.response_format, request.structured_outputs)
-        constraint = None
-        if grammar is not None:
-            constraint = await service.compile(*grammar)
+        grammar = request.grammar()
+        constraint = None if grammar is None else await service.compile(*grammar)
         scores_prompt = bool(request.echo) and request.logprobs is not None
         completion = service.start(
             http,

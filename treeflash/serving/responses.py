@@ -37,8 +37,8 @@ from treeflash.serving.schemas import (
     TopP,
     Verbosity,
     allowed_tools,
-    answer_grammar,
     embedded_image,
+    format_grammar,
     function_call,
     given_options,
     parsed_arguments,
@@ -215,7 +215,7 @@ class ResponsesRequest(Schema):
         response_format: Any = None if self.text is None else self.text.format
         if isinstance(response_format, ResponseSchemaFormat):
             response_format = JSONSchemaFormat(type="json_schema", json_schema=response_format)
-        grammar = answer_grammar(response_format, None)
+        grammar = format_grammar(response_format)
         return Conversation(
             messages=self._messages(),
             template_args=reasoning_args(
@@ -224,7 +224,7 @@ class ResponsesRequest(Schema):
                 param="reasoning.effort",
             ),
             tools=tools,
-            grammar=None if grammar is None else (grammar[0], "text"),
+            grammar=None if grammar is None else (grammar, "text"),
         )
 
     def _functions(self) -> list[Function]:

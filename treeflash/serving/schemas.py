@@ -147,35 +147,6 @@ def given_options(request: Schema) -> Options:
     return cast(Options, request.model_dump(include=REQUEST_OPTIONS, exclude_none=True))
 
 
-class DecodingSchema(OptionsSchema):
-    """The decoding fields of a request.
-
-    `method` and `budget` mean the same as on the command line: they change the speed, never the
-    text.
-    """
-
-    model: str | None = None
-    ignore_eos: bool | None = None
-    n: int | None = Field(None, ge=1)
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    user: str | None = None  # identifies the client's own user; it changes nothing here
-    # vllm-router adds these fields to every request, with values that change nothing.
-    no_stop_trim: Literal[False] | None = None
-    skip_special_tokens: Literal[True] | None = None
-    return_hidden_states: Literal[False] | None = None
-
-    def options(self) -> Options:
-        """Return the decoding options; an APIError if `stream_options` is set without a stream."""
-        if self.stream_options is not None and not self.stream:
-            advice = "set stream to true or remove stream_options"
-            raise bad_request(f"stream_options applies to streams only; {advice}", "stream_options")
-        options = given_options(self)
-        if self.ignore_eos:
-            options["stop_token_ids"] = ()
-        return options
-
-
 FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
 
 
@@ -454,25 +425,58 @@ class StructuredOutputs(Schema):
         return Grammar.json(ANY_OBJECT if self.json_schema is None else self.json_schema)
 
 
-def answer_grammar(
-    response_format: AnyFormat | None, structured_outputs: StructuredOutputs | None
-) -> tuple[Grammar, str] | None:
-    """Return the grammar that a request asks for, and its field; None for free text.
+def format_grammar(response_format: AnyFormat | None) -> Grammar | None:
+    """Return the grammar of answers in a format; None for free text."""
+    if response_format is None or response_format.type == "text":
+        return None
+    schema = None
+    if isinstance(response_format, JSONSchemaFormat):
+        schema = response_format.json_schema.json_schema
+    return Grammar.json(ANY_OBJECT if schema is None else schema)
 
-    Raises an APIError if both fields ask for a grammar, or `structured_outputs` for several.
+
+class DecodingSchema(OptionsSchema):
+    """The decoding fields of a request.
+
+    `method` and `budget` mean the same as on the command line: they change the speed, never the
+    text.
     """
-    has_format = response_format is not None and response_format.type != "text"
-    if structured_outputs is None:
-        if not has_format:
-            return None
-        schema = None
-        if isinstance(response_format, JSONSchemaFormat):
-            schema = response_format.json_schema.json_schema
-        return Grammar.json(ANY_OBJECT if schema is None else schema), "response_format"
-    if has_format:
-        raise bad_request(
-            "response_format and structured_outputs both set the form of the answer; remove one of "
-            "them",
-            "structured_outputs",
-        )
-    return structured_outputs.to_grammar(), "structured_outputs"
+
+    model: str | None = None
+    ignore_eos: bool | None = None
+    n: int | None = Field(None, ge=1)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    user: str | None = None  # identifies the client's own user; it changes nothing here
+    # vllm-router adds these fields to every request, with values that change nothing.
+    no_stop_trim: Literal[False] | None = None
+    skip_special_tokens: Literal[True] | None = None
+    return_hidden_states: Literal[False] | None = None
+
+    def options(self) -> Options:
+        """Return the decoding options; an APIError if `stream_options` is set without a stream."""
+        if self.stream_options is not None and not self.stream:
+            advice = "set stream to true or remove stream_options"
+            raise bad_request(f"stream_options applies to streams only; {advice}", "stream_options")
+        options = given_options(self)
+        if self.ignore_eos:
+            options["stop_token_ids"] = ()
+        return options
+
+    def grammar(self) -> tuple[Grammar, str] | None:
+        """Return the grammar that the request asks for, and its field; None for free text.
+
+        Raises an APIError if both fields ask for a grammar, or `structured_outputs` for several.
+        """
+        grammar = format_grammar(self.response_format)
+        if self.structured_outputs is None:
+            return None if grammar is None else (grammar, "response_format")
+        if grammar is not None:
+            raise bad_request(
+                "response_format and structured_outputs both set the form of the answer; remove "
+                "one of them",
+                "structured_outputs",
+            )
+        return self.structured_outputs.to_grammar(), "structured_outputs"
