@@ -36,7 +36,7 @@ from treeflash.decoding.iteration import concerns_few
 from treeflash.decoding.prefix_cache import PrefixCache
 from treeflash.errors import ConfigError, PromptError, first_line
 from treeflash.language_model import LanguageModel
-from treeflash.serving.settings import DISK_OPTIONS
+from treeflash.serving.settings import DISK_OPTIONS, MAX_TOKENS
 from treeflash.text.images import data_url
 from treeflash.text.options import Options, parse_options
 from treeflash.text.prompt import Content, Message, check_messages, read_text, with_images
@@ -50,8 +50,6 @@ except ImportError:  # Windows
 CACHE_BYTES = GIB
 """Device memory that may keep the conversation so far, so that only new messages are prefilled, on
 a device that does not report its memory; else half of what the models leave free."""
-MAX_TOKENS = 2048
-"""New tokens of an answer unless the user sets a limit."""
 LONG_PROMPT = 512
 """Tokens of a prompt from which on its progress is shown."""
 SETTABLE = [name for name in cli.DECODE_OPTIONS if name not in ("raw", "log_probs", "system")]

@@ -17,7 +17,7 @@ from treeflash.text.prompt import read_text
 MAX_MEMORY_GB = 4
 MAX_BODY_MB, MAX_IMAGES_BODY_MB = 8, 32
 MAX_TOKENS = 2048
-"""New tokens of an answer if neither the request nor the server sets a limit."""
+"""New tokens of an answer if nobody sets a limit, also in `treeflash chat`."""
 
 
 @dataclass(frozen=True, kw_only=True)
