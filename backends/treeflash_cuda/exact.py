@@ -24,11 +24,13 @@ The rule, on a CPU:
 
 - A linear layer never runs with a single row where oneDNN has another kernel for it: a pass of one
   token has equal rows of it (`ExactContext.repeat`), and other products are padded. FBGEMM, which
-  multiplies float16, has the same kernel for one row. Products of more rows than have the same
-  bits are split: on Intel's processors with AMX those have at most 32 (`bound_products`).
+  multiplies float16, has the same kernel for one row with AVX-512; with AVX2 alone it has the same
+  kernels for multiples of three rows. Products of more rows than have the same bits are split: on
+  Intel's processors with AMX those have at most 32 (`bound_products`).
 - Attention sums over groups of `GROUP` positions, which begin at multiples of `GROUP`, one group
   after the other, in float32 (`ExactContext`). Within a group the kernel of a batched product adds
-  one key after the other in the order of the columns, up to `MAX_KEYS` of them.
+  one key after the other in the order of the columns, up to `MAX_KEYS` of them. With AVX2 alone,
+  MKL does so on Intel's processors in its strict mode (`MKL_CBWR`).
 - Scores are sums over the head's width, and the largest score does not depend on an order. The
   denominator is summed like the numerator: a column of ones is stored beside the values.
 - Activations whose result depends on a number's place read contiguous numbers, as PyTorch's GELU
@@ -48,6 +50,7 @@ the attention of some `Rows`; a `Run` has `Sums` of equally many tokens, one for
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -74,6 +77,13 @@ from treeflash_cuda.cache import Columns, KVCache, PackedRows, TreeCache, widen
 from treeflash_cuda.linear import FusedPart, PackedLinear, is_subclass, uses_fbgemm
 from treeflash_cuda.operations import TOLERANCES, on_its_device
 
+HAS_AVX2_ALONE = torch.backends.cpu.get_cpu_capability() == "AVX2"
+"""Whether the processor has AVX2 and no AVX-512."""
+if HAS_AVX2_ALONE and "Intel" in torch.cpu.get_capabilities()["cpu_name"]:
+    # MKL's AVX2 kernels for Intel's processors sum in another order at the edges of a product, and
+    # where threads divide it, unless MKL finds this variable at its first product. For AMD's they
+    # do not, but in the strict mode they do.
+    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 GROUP = 128
 """Number of positions whose sum is computed by one product."""
 MAX_KEYS = 192
@@ -93,6 +103,8 @@ LINEAR_ROWS = 2
 STREAMED_ROWS = 4
 """Rows of a lone token where weights are read from memory: oneDNN reads them faster for 3 or 4 rows
 than for 1 or 2. Weights in a cache are read as fast for 2 rows, and 2 rows are less work."""
+FBGEMM_ROWS = 3
+"""With AVX2 alone FBGEMM computes three rows or more at once; one or two have other bits."""
 CACHE_NBYTES = 64 << 20
 """Weights of more bytes than this are read from memory, not from a cache."""
 
@@ -480,17 +492,22 @@ def _missing_rows(count: int, width: int) -> int:
 def token_rows(model: nn.Module, dtype: torch.dtype) -> int:
     """Return how many equal rows give a lone token the bits of more rows in the least time."""
     if uses_fbgemm(dtype):
-        return 1
+        return row_multiple(dtype)
     weights = sum(x.numel() * x.itemsize for x in model.parameters())
     return STREAMED_ROWS if weights > CACHE_NBYTES else LINEAR_ROWS
+
+
+def row_multiple(dtype: torch.dtype) -> int:
+    """Return the number of whose multiples products of a dtype must have rows on this machine."""
+    return FBGEMM_ROWS if HAS_AVX2_ALONE and uses_fbgemm(dtype) else 1
 
 
 def bound_products(model: nn.Module, dtype: torch.dtype, undo: ExitStack, least: int) -> None:
     """Let the linear layers of a loaded model run with rows that have the same bits in any number.
 
-    Until `undo` ends, products of fewer than `least` rows are padded, and products of more rows
-    than have the same bits on this machine are split. Passes of one token have more rows anyway;
-    the padding is for the output head of a longer pass.
+    Until `undo` ends, products of fewer than `least` rows are padded, others to `row_multiple`, and
+    products of more rows than have the same bits on this machine are split. Passes of one token
+    have more rows anyway; the least is for the output head of a longer pass.
 
     Raises an UnsupportedModelError if fewer than `LEAST_ROWS` rows have the same bits, or a module
     computes products in another way.
@@ -500,7 +517,7 @@ def bound_products(model: nn.Module, dtype: torch.dtype, undo: ExitStack, least:
         product = getattr(owner, name)
         if isinstance(product, _BoundedProduct):  # of fused layers, each of which is met
             continue
-        bounded = _BoundedProduct(product, least)
+        bounded = _BoundedProduct(product, least, row_multiple(dtype))
         if shape not in most:
             affordable = CHECKED_MULTIPLICATIONS // math.prod(shape)
             counts = [n for n in MORE_CHECKED_ROWS if n <= affordable]
@@ -564,20 +581,22 @@ def _products(model: nn.Module) -> Iterator[tuple[Any, str, tuple[int, int]]]:
 
 
 class _BoundedProduct:
-    """A product of at least `least` rows, which zeros fill up, and at most `most`."""
+    """A product of at least `least` rows, a multiple that zeros fill up, split at `most` rows."""
 
-    def __init__(self, product: Callable[[Tensor], Tensor], least: int) -> None:
+    def __init__(self, product: Callable[[Tensor], Tensor], least: int, multiple: int) -> None:
         self.product = product
         self.least = least
+        self.multiple = multiple
         self.most = MORE_CHECKED_ROWS[-1]
 
     def __call__(self, x: Tensor) -> Tensor:
         rows = x.shape[-2]
         if rows > self.most:
             return torch.cat([self(part) for part in x.split(self.most, -2)], -2)
-        if rows >= self.least or not rows:
+        missing = max(self.least - rows, -rows % self.multiple)
+        if missing <= 0 or not rows:
             return self.product(x)
-        return self.product(F.pad(x, (0, 0, 0, self.least - rows)))[..., :rows, :]
+        return self.product(F.pad(x, (0, 0, 0, missing)))[..., :rows, :]
 
 
 def activations(model: nn.Module) -> Iterator[nn.Module]:

@@ -1,7 +1,11 @@
 """Exact mode: a sequence's logits are bitwise equal whatever is computed together with them."""
 
 import json
+import os
+import subprocess
+import sys
 from contextlib import ExitStack, nullcontext
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -142,6 +146,44 @@ def test_a_product_of_more_rows_than_have_the_same_bits_is_split(limit, most):
     assert rows == [most] * (700 // most) + [700 % most]
 
 
+def test_rows_are_padded_to_a_multiple_where_others_have_other_bits(monkeypatch):
+    """As with FBGEMM on a processor with AVX2 alone."""
+    model = nn.Sequential(Spoilt(lambda rows: rows % 3))
+    monkeypatch.setattr(exact, "uses_fbgemm", lambda _: True)
+    with torch.inference_mode():
+        for alone in (False, True):
+            monkeypatch.setattr(exact, "HAS_AVX2_ALONE", alone)
+            with nullcontext() if alone else pytest.raises(UnsupportedModelError, match="depend"):
+                bind(model)
+        exact.check_products(model, torch.bfloat16)
+        assert exact.token_rows(model, torch.bfloat16) == 3
+        assert model(torch.randn(1, 7, 16, dtype=torch.bfloat16)).shape == (1, 7, 8)
+
+
+LIMITS = {
+    "AVX2": {
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "FBGEMM_ENABLE_INSTRUCTIONS": "AVX2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+    },
+    "AVX-512 alone": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"},
+}
+"""Variables of the libraries that leave instructions of the processor out."""
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+def test_exact_mode_is_granted_and_exact_with_fewer_instructions(limit):
+    """The libraries choose their kernels once, so another process runs the tests."""
+    names = "nodes_of_trees or every_number_of_threads or gelu_is_exact"
+    tests = [__file__, str(Path(__file__).with_name("test_cpu_threads.py"))]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", names, *tests]
+    environ = os.environ | LIMITS[limit]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert "4 passed" in done.stdout, "none is skipped"
+
+
 def test_a_product_whose_few_rows_differ_is_refused():
     with torch.inference_mode(), pytest.raises(UnsupportedModelError, match="15 rows differ fr"):
         bind(nn.Sequential(Spoilt(lambda rows: rows > 15)))
@@ -157,13 +199,12 @@ def test_a_product_of_large_weights_is_checked_with_fewer_rows(monkeypatch):
 
 def test_a_target_whose_products_of_many_rows_differ_is_exact(tmp_path, monkeypatch):
     """As with oneDNN on a processor with AMX."""
-    original = linear.PackedLinear.forward
+    for layer in (nn.Linear, linear.PackedLinear):
 
-    def forward(self, x):
-        return original(self, x) * (1 + 2.0**-6 * (x.shape[-2] > 32))
+        def forward(self, x, original=layer.forward):
+            return original(self, x) * (1 + 2.0**-6 * (x.shape[-2] > 32))
 
-    monkeypatch.setattr(linear.PackedLinear, "forward", forward)
-    monkeypatch.setattr(linear, "can_pack", lambda _: True)
+        monkeypatch.setattr(layer, "forward", forward)
     backend = load_exact(write(tmp_path))
     rng = np.random.default_rng(0)
     assert_nodes_equal_single_tokens(backend, 100, tree_of(rng, 64, 3), rng)
@@ -224,7 +265,8 @@ def test_other_operations_compute_each_row_independently():
         assert torch.equal(part.clone().neg().exp(), x.neg().exp()[:, :n])
 
 
-ROWS = {"bfloat16": 2, "float16": 1 if linear.uses_fbgemm(torch.float16) else 2}
+FBGEMM_ROWS = 3 if torch.backends.cpu.get_cpu_capability() == "AVX2" else 1
+ROWS = {"bfloat16": 2, "float16": FBGEMM_ROWS if linear.uses_fbgemm(torch.float16) else 2}
 
 
 @pytest.mark.parametrize(("dtype", "count"), ROWS.items())

@@ -73,9 +73,9 @@ def test_packed_equals_plain(dtype, bias):
 
 @torch.inference_mode()
 def test_packed_weights_still_tell_type_and_shape():
-    module = nn.Sequential(nn.Linear(24, 40).bfloat16())
+    module = nn.Sequential(nn.Linear(24, 40).half())
     pack_linears(module)
-    assert (module[0].weight.dtype, module[0].weight.shape) == (torch.bfloat16, (40, 24))
+    assert (module[0].weight.dtype, module[0].weight.shape) == (torch.float16, (40, 24))
     assert not module[0].weight.requires_grad
 
 
