@@ -22,52 +22,33 @@ from treeflash.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
-    """A field of a configuration that users can set.
+    """A field of a configuration that users can set."""
 
-    Attributes:
-        owner: the configuration.
-        field: the name of the field.
-        name: the name in Python, in files of options and in requests.
-        type: the type of the field.
-        annotation: the source text of the type of values that the Python API accepts.
-        default: the value if the option is not set; empty collections stand for nothing.
-        help: the description, as the command line shows it.
-        doc: the description for the Python API, where values are written differently there.
-        shown: describes the default where it is not a value.
-        minimum: the least number that is accepted.
-        maximum: the largest number that is accepted.
-        above: a number that every accepted number exceeds.
-        choices: the texts that are accepted.
-        accepts: decides whether a value is accepted, in place of the type and the limits.
-        rule: says which values are accepted, for error messages; by default the limits say it.
-        flag: the flag of the command line, if the name does not give it; "" if it has none. A bool
-            that has this is turned over by its flag, which takes no value.
-        metavar: stands for the value in help texts and tables; by default N or X for a number.
-        parse: reads a value of the command line; by default the type does.
-        requests: whether requests to the server may set the option.
-        request_limits: the least and the largest number in a request, if they differ from the
-            limits above.
-    """
-
-    owner: type
-    field: str
-    name: str
+    owner: type  # the configuration
+    field: str  # the name of the field
+    name: str  # in Python, in files of options and in requests
     type: Any
-    annotation: str
-    default: Any
-    help: str
-    doc: str | None = None
-    shown: str | None = None
-    minimum: float | None = None
-    maximum: float | None = None
-    above: float | None = None
-    choices: tuple[str, ...] = ()
+    annotation: str  # the source text of the type of values that the Python API accepts
+    default: Any  # the value if the option is not set; empty collections stand for nothing
+    help: str  # the description, as the command line shows it
+    doc: str | None = None  # the same for the Python API, if values are written differently there
+    shown: str | None = None  # describes the default where it is not a value
+    minimum: float | None = None  # the least number that is accepted
+    maximum: float | None = None  # the largest number that is accepted
+    above: float | None = None  # a number that every accepted number exceeds
+    choices: tuple[str, ...] = ()  # the texts that are accepted
+    # decides whether a value is accepted, in place of the type and the limits
     accepts: Callable[[Any], bool] | None = None
-    rule: str | None = None
+    rule: str | None = None  # the accepted values, for messages; by default the limits say it
+    # the flag, if the name does not give it; "" if there is none. A bool that has this is turned
+    # over by its flag, which takes no value
     flag: str | None = None
+    # stands for the value in help texts and tables; by default N or X for a number
     metavar: str | None = None
+    # reads a value of the command line; by default the type does
     parse: Callable[[str], Any] | None = None
-    requests: bool = False
+    requests: bool = False  # whether requests to the server may set the option
+    # the least and the largest number in a request, if they differ from the limits above
     request_limits: tuple[float, float] | None = None
 
     @property

@@ -123,25 +123,17 @@ WHOLE_WORDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """How the files of a kind of model differ from others.
+    """How the files of a kind of model differ from others."""
 
-    Attributes:
-        model_type: the name of the kind in `config.json`.
-        name: the class of transformers.
-        settings: makes the settings of `config.json` that other kinds lack.
-        names: other names of tensors than in `LAYER_NAMES` and `TOP_LEVEL_NAMES`.
-        biases: whether matrices may have biases.
-        pairs_rows: whether neighbouring rows of queries and keys are rotary pairs.
-        norm_offset: what is added to the norms' weights in the file.
-    """
-
-    model_type: str
-    name: str
+    model_type: str  # the name of the kind in `config.json`
+    name: str  # the class of transformers
+    # makes the settings of `config.json` that other kinds lack
     settings: Callable[[Fields, Tensors], dict[str, Any]] = lambda fields, tensors: {}
+    # other names of tensors than in `LAYER_NAMES` and `TOP_LEVEL_NAMES`
     names: Mapping[str, str] = field(default_factory=dict)
-    biases: bool = False
-    pairs_rows: bool = False
-    norm_offset: float = 0.0
+    biases: bool = False  # whether matrices may have biases
+    pairs_rows: bool = False  # whether neighbouring rows of queries and keys are rotary pairs
+    norm_offset: float = 0.0  # what is added to the norms' weights in the file
 
 
 def convert_gguf(path: Path, folder: Path, progress: Progress = lambda done, total: None) -> None:
@@ -200,19 +192,12 @@ def convert_gguf(path: Path, folder: Path, progress: Progress = lambda done, tot
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """What a file holds, under the names of Hugging Face folders.
+    """What a file holds, under the names of Hugging Face folders."""
 
-    Attributes:
-        architecture: what llama.cpp's converter does to the weights.
-        documents: JSON documents by the names of their files.
-        tensors: the file's tensors by name in the folder.
-        tokenizer: the tokenizer; None for a drafter, which has its target's.
-    """
-
-    architecture: Architecture
-    documents: Mapping[str, Mapping[str, Any]]
-    tensors: Tensors
-    tokenizer: Tokenizer | None
+    architecture: Architecture  # what llama.cpp's converter does to the weights
+    documents: Mapping[str, Mapping[str, Any]]  # in JSON, by the names of their files
+    tensors: Tensors  # by name in the folder
+    tokenizer: Tokenizer | None  # None for a drafter, which has its target's
 
 
 def _target(kind: str, fields: Fields, stored: Tensors) -> Model:

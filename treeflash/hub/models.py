@@ -171,17 +171,11 @@ def resolve_drafter(drafter: str | None, target: str | None) -> Path:
 
 @dataclass(frozen=True)
 class ChosenDrafter:
-    """The best draft source of a target that can be used.
+    """The best draft source of a target that can be used; no drafter if copies are best."""
 
-    Attributes:
-        name: of the drafter, as `resolve_drafter` takes it; None if copies of the text are best.
-        folder: of the drafter; None without one.
-        passed_over: whether a better source was found that cannot be used.
-    """
-
-    name: str | None = None
+    name: str | None = None  # of the drafter, as `resolve_drafter` takes it
     folder: Path | None = None
-    passed_over: bool = False
+    passed_over: bool = False  # whether a better source was found that cannot be used
 
 
 def choose_drafter(

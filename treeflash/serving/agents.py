@@ -19,19 +19,12 @@ MIN_COMPACT_WINDOW = 100_000
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A running server, as an agent has to know it.
+    """A running server, as an agent has to know it."""
 
-    Attributes:
-        url: the server's root, without a path.
-        key: an API key; any text if the server has none.
-        model: the model's name.
-        context: tokens of prompt and answer together.
-    """
-
-    url: str
-    key: str
-    model: str
-    context: int
+    url: str  # the server's root, without a path
+    key: str  # an API key; any text if the server has none
+    model: str  # the model's name
+    context: int  # tokens of prompt and answer together
 
     @property
     def output(self) -> int:
@@ -41,20 +34,14 @@ class Endpoint:
 
 @dataclass(frozen=True)
 class Agent:
-    """A coding agent.
+    """A coding agent."""
 
-    Attributes:
-        name: its name in messages.
-        command: the program.
-        install: a command that installs it.
-        environment: makes the variables that it gets; None removes one.
-        arguments: makes the arguments that come before the user's.
-    """
-
-    name: str
-    command: str
-    install: str
+    name: str  # in messages
+    command: str  # the program
+    install: str  # a command that installs it
+    # makes the variables that it gets; None removes one
     environment: Callable[[Endpoint], Mapping[str, str | None]]
+    # makes the arguments that come before the user's
     arguments: Callable[[Endpoint], Sequence[str]] = lambda endpoint: ()
 
 

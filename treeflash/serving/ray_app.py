@@ -40,34 +40,25 @@ from treeflash.serving.settings import Settings
 
 
 class RayConfig(BaseModel):
-    """Arguments of `build`: `serve run treeflash.serving.ray_app:build replicas=4 ...`.
-
-    Attributes:
-        model: arguments of `treeflash.load`.
-        options: decoding options of requests that leave them out.
-        settings: limits and access of each replica; see `Settings`.
-        names: names of the model.
-        replicas: the minimum number of replicas.
-        max_replicas: the maximum number of replicas; None is `replicas`.
-        target_requests: a replica is added while replicas have more unfinished requests than this.
-        imbalance: if the queues of two replicas differ by more requests than this, the shortest
-            queue decides instead of the prefix.
-        cpus: processor cores that a replica reserves.
-        gpus: GPUs that a replica reserves.
-    """
+    """Arguments of `build`: `serve run treeflash.serving.ray_app:build replicas=4 ...`."""
 
     model_config = ConfigDict(extra="forbid")
 
-    model: dict[str, Any] = Field(default_factory=dict)
+    model: dict[str, Any] = Field(default_factory=dict)  # arguments of `treeflash.load`
+    # decoding options of requests that leave them out
     options: dict[str, Any] = Field(default_factory=dict)
+    # limits and access of each replica; see `Settings`
     settings: dict[str, Any] = Field(default_factory=dict)
-    names: tuple[str, ...] = ("SmolLM2-135M-Instruct",)
-    replicas: int = Field(1, ge=1)
-    max_replicas: int | None = Field(None, ge=1)
+    names: tuple[str, ...] = ("SmolLM2-135M-Instruct",)  # of the model
+    replicas: int = Field(1, ge=1)  # the minimum number
+    max_replicas: int | None = Field(None, ge=1)  # None is `replicas`
+    # a replica is added while replicas have more unfinished requests than this
     target_requests: int = Field(16, ge=1)
+    # if the queues of two replicas differ by more requests than this, the shortest queue decides
+    # instead of the prefix
     imbalance: int = Field(8, ge=0)
-    cpus: float = 1.0
-    gpus: float = 0.0
+    cpus: float = 1.0  # processor cores that a replica reserves
+    gpus: float = 0.0  # GPUs that a replica reserves
 
 
 def build(args: RayConfig) -> serve.Application:

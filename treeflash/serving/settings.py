@@ -22,13 +22,7 @@ MAX_TOKENS = 2048
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Limits and access. Each limit is also an option of the command line.
-
-    Attributes:
-        api_keys: every request must have one of these keys; if empty, none is needed.
-        cors_origins: web origins whose pages may read answers; `*` means every origin.
-        tool_call_parser: a name of `TOOL_CALL_PARSERS`; None is the model's own form of calls.
-    """
+    """Limits and access. Each limit is also an option of the command line."""
 
     max_parallel: int = option(16, "answers to decode at the same time", 1)
     max_queue: int = option(
@@ -93,8 +87,9 @@ class Settings:
         metavar="S",
     )
     max_choices: int = option(16, "maximum number of answers to one request (n)", 1)
-    api_keys: tuple[str, ...] = ()
-    cors_origins: tuple[str, ...] = ()
+    api_keys: tuple[str, ...] = ()  # every request must have one; if empty, none is needed
+    cors_origins: tuple[str, ...] = ()  # whose pages may read answers; `*` is every origin
+    # a name of `TOOL_CALL_PARSERS`; None is the model's own form of calls
     tool_call_parser: str | None = None
 
     def __post_init__(self) -> None:

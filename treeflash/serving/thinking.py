@@ -22,18 +22,12 @@ Phase = Literal["before", "reasoning", "after"]
 
 @dataclass(frozen=True)
 class _State:
-    """What is known of a message after some tokens.
-
-    Attributes:
-        tail: the first bytes of the message, or the latest ones of its reasoning.
-        tokens: number of tokens of the reasoning so far.
-        end: ids of the end of the reasoning that must still follow.
-    """
+    """What is known of a message after some tokens."""
 
     phase: Phase
-    tail: bytes = b""
-    tokens: int = 0
-    end: tuple[int, ...] = ()
+    tail: bytes = b""  # the first bytes of the message, or the latest ones of its reasoning
+    tokens: int = 0  # of the reasoning so far
+    end: tuple[int, ...] = ()  # ids of the end of the reasoning that must still follow
 
 
 class ThinkingBudget:
