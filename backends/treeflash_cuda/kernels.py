@@ -67,9 +67,8 @@ def load_flash_attention(
     on_cuda = device.type == "cuda" and dtype != torch.float32
     if not on_cuda or torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
         return None, ""
-    sizes = shapes.heads, shapes.kv_heads, shapes.head_dim
     try:
-        difference = _difference(flash_attention, device, dtype, *sizes)
+        difference = _difference(flash_attention, device, dtype, shapes)
     except Exception as error:
         if is_out_of_memory(error):
             raise
@@ -90,20 +89,15 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale:
 
 
 def _difference(
-    attend: CausalAttention,
-    device: torch.device,
-    dtype: torch.dtype,
-    heads: int,
-    kv_heads: int,
-    size: int,
+    attend: CausalAttention, device: torch.device, dtype: torch.dtype, shapes: Shapes
 ) -> float:
     """Return the root mean square error of attention to random numbers, in standard deviations.
 
     Of several windows the largest one.
     """
-    numbers, columns, rows, scale = RandomInputs(device, dtype), 600, 40, size**-0.5
-    k, v = numbers.draw(2, kv_heads, columns, size).transpose(1, 2)  # strided as in a cache
-    q = numbers.draw(rows, heads, size)
+    numbers, columns, rows, size = RandomInputs(device, dtype), 600, 40, shapes.head_dim
+    k, v = numbers.draw(2, shapes.kv_heads, columns, size).transpose(1, 2)  # strided as in a cache
+    q, scale = numbers.draw(rows, shapes.heads, size), size**-0.5
     errors = []
     for window in (None, 100):
         actual = attend(q, k, v, window, scale).float()

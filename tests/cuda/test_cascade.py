@@ -115,7 +115,9 @@ def test_keys_in_8_bits_are_attended_to_as_floats_are(window, rows):
 @pytest.mark.parametrize("shape", [(32, 8, 128), (9, 3, 64)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_kernels_that_round_pass_and_wrong_ones_do_not(attend, shape, dtype):
-    difference = kernels_module._difference(attend, torch.device("cpu"), dtype, *shape)
+    heads, kv_heads, head_dim = shape
+    shapes = Shapes(heads=heads, kv_heads=kv_heads, head_dim=head_dim, hidden_size=32)
+    difference = kernels_module._difference(attend, torch.device("cpu"), dtype, shapes)
     if attend is rounding:
         assert difference < kernels_module.TOLERANCE / 3
     else:
