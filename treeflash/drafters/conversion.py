@@ -64,7 +64,7 @@ def convert(folder: Path, output: Path, to: str, *, target: str | None = None) -
     lead back, and `dflash` also takes a TreeFlash drafter without its AR head. The kind of AR head
     that was left out is returned; None if the converted drafter is complete. Raises a
     CheckpointError if the folder is not a drafter, or is damaged, and a ConfigError if the format
-    cannot express the drafter, or `output` is not empty.
+    cannot express the drafter, or `output` is not empty or cannot be written.
     """
     if to not in CONVERSIONS:
         raise ConfigError(f"unknown format {to!r}; choose one of {', '.join(CONVERSIONS)}")
@@ -98,13 +98,21 @@ def convert(folder: Path, output: Path, to: str, *, target: str | None = None) -
     else:
         config = _to_dflash(config, parsed)
     formats.parse_drafter_config(config)
-    output.mkdir(parents=True, exist_ok=True)
     text = json.dumps(config, indent=2) + "\n"
-    (output / "config.json").write_text(text, encoding="utf-8")
     entries = {
         name: (part["dtype"], part["shape"], len(part["data"])) for name, part in tensors.items()
     }
-    write_stored(output / "model.safetensors", entries, (part["data"] for part in tensors.values()))
+    written = output / "config.json", output / "model.safetensors"
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        written[0].write_text(text, encoding="utf-8")
+        write_stored(written[1], entries, (part["data"] for part in tensors.values()))
+    except BaseException as error:  # an interruption, too, leaves no half of a drafter
+        for path in written:
+            path.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise ConfigError(f"{output} cannot be written: {error.strerror or error}") from error
+        raise
     return parsed.head if source is formats.TREEFLASH else None
 
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 
 from treeflash.commands.convert import main
 from treeflash.decoding.interfaces import TableOptions
+from treeflash.drafters import conversion
 from treeflash.drafters.conversion import convert
 from treeflash.drafters.folder import read_config, read_stored, read_tensors, write_stored
 from treeflash.drafters.formats import detect_format, drafter_config, unknown_keys
@@ -252,3 +255,15 @@ def test_command(published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     error = capsys.readouterr().err
     assert "name the target (--target)" in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), KeyboardInterrupt()])
+def test_a_conversion_that_stops_leaves_no_half_of_a_drafter(
+    published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    monkeypatch.setattr(conversion, "write_stored", Mock(side_effect=error))
+    with pytest.raises((ConfigError, KeyboardInterrupt)) as caught:
+        convert(published, tmp_path / "there", "treeflash")
+    assert str(caught.value) in (f"{tmp_path / 'there'} cannot be written: No space left", "")
+    monkeypatch.undo()
+    convert(published, tmp_path / "there", "treeflash")
