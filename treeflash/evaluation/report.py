@@ -186,7 +186,7 @@ def _render(tables: Sequence[Table]) -> str:
             drawing.add_column(name, min_width=max(map(len, cells)))
         for row in table.rows:
             drawing.add_row(*row)
-        console.print(drawing)
+        console.print(drawing, crop=False)  # a narrow terminal must not lose figures
     return text.getvalue()
 
 

@@ -119,6 +119,15 @@ def test_an_image_of_plain_decoding(tmp_path):
     assert (tmp_path / "r.png").read_bytes().startswith(PNG)
 
 
+def test_a_narrow_terminal_loses_no_figure(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "40")
+    report.publish(found(), {}, "", None, None)
+    lines = [re.split("  +", line.strip()) for line in capsys.readouterr().out.splitlines()]
+    for table in tables(found()):
+        for row in table.rows:
+            assert [cell for cell in row if cell] in lines
+
+
 def test_a_figure_that_is_too_low_names_the_doctor(capsys):
     record = {"set": "gsm8k", "published": 6.11, "measured": 5.7, "verdict": "too low"}
     publish_comparison([record], {"differences": []}, None)
