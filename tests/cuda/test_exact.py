@@ -240,12 +240,15 @@ def test_attention_that_sums_by_column_fails_the_check(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["silu", "gelu", "gelu_pytorch_tanh"])
 def test_activations_do_not_depend_on_the_place_of_a_number(dtype, name):
     model = nn.Sequential(ACT2FN[name])
-    if name != "silu":
+    # PyTorch computes the polynomial number by number if it has no vector instructions.
+    has_vectors = torch.backends.cpu.get_cpu_capability() != "DEFAULT"
+    depends = name == "gelu" or (name == "gelu_pytorch_tanh" and has_vectors)
+    if depends:
         with pytest.raises(UnsupportedModelError, match="depends on a number"):
             exact.check_activations(model, dtype)
     exact.pack_activations(model, dtype, ExitStack())
     exact.check_activations(model, dtype)
-    assert bool(model[0]._forward_pre_hooks) == (name != "silu")
+    assert bool(model[0]._forward_pre_hooks) == depends
 
 
 def test_gelu_is_exact(tmp_path):
