@@ -162,8 +162,8 @@ class TruncationOfTheTargetAlone(State):
 class OneTokenTooMany(PrefixCache):
     """The prefix that is found is longer than what is shared."""
 
-    def find(self, key, tokens, digests):
-        found = super().find(key, tokens, digests)
+    def find(self, prompt):
+        found = super().find(prompt)
         return found and (found[0], min(found[1] + 1, found[0].length))
 
 
