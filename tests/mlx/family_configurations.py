@@ -244,6 +244,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "ministral3": {"rope_parameters": BETA},
     "mistral3": {"model_type": "llama"},
     "mistral4": {"rope_parameters": BETA, "rope_interleave": True},
+    "nemotron": {"hidden_act": "relu2"},
     "nemotron-nas": {
         "block_configs": [
             {"attention": {"n_heads_in_group": 2}, "ffn": {"ffn_mult": 2.0}},
