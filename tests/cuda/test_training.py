@@ -172,7 +172,7 @@ def test_given_validation_texts_take_their_prompts_out_of_training(target, respo
     [
         ({"layers": 4}, "layers must be below the target's 4"),
         ({"target_layer_ids": (9,)}, "target-layer-ids must be from 0 to 3"),
-        ({"target_layer_ids": ()}, "target-layer-ids must be from 0 to 3"),
+        ({"target_layer_ids": ()}, "target-layer-ids must be at least one number, each 0 or more"),
         ({"mask_token_id": 40}, "mask-token-id must be from 0 to 39, got 40"),
         ({"mask_token_id": -1}, "mask-token-id must be 0 or more"),
         ({"max_length": 4}, "every response is shorter than two tokens after truncation; raise"),

@@ -84,7 +84,7 @@ class TrainConfig:
         "target layers whose outputs the drafter reads; by default as many as the drafter has "
         "layers, the last one just below the copied layers",
         accepts=lambda ids: ids is None or min(ids, default=-1) >= 0,
-        rule="0 or more",
+        rule="at least one number, each 0 or more",
         metavar="ID",
     )
     mask_token_id: int | None = option(
