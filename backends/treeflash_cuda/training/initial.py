@@ -138,7 +138,7 @@ def _new_settings(config: TrainConfig, target: Target) -> dict[str, Any]:
         # The last one is the input of the first copied layer in the target.
         layer_ids = (*spread[:-1], depth - count - 1)
         layer_ids = tuple(sorted({i for i in layer_ids if i < depth - count}))
-    if not layer_ids or any(not 0 <= i < depth for i in layer_ids):
+    if max(layer_ids) >= depth:
         raise ConfigError(f"target-layer-ids must be from 0 to {depth - 1}, got {layer_ids}")
     heads = int(target_config.num_attention_heads)
     head_dim = getattr(target_config, "head_dim", None) or target_config.hidden_size // heads
