@@ -37,18 +37,18 @@ class Option:
     maximum: float | None = None  # the largest number that is accepted
     above: float | None = None  # a number that every accepted number exceeds
     choices: tuple[str, ...] = ()  # the texts that are accepted
-    # decides whether a value is accepted, in place of the type and the limits
+    # This decides whether a value is accepted, in place of the type and the limits.
     accepts: Callable[[Any], bool] | None = None
     rule: str | None = None  # the accepted values, for messages; by default the limits say it
-    # the flag, if the name does not give it; "" if there is none. A bool that has this is turned
-    # over by its flag, which takes no value
+    # This is the flag if the name does not give it, and "" if there is none. A bool that has one is
+    # turned over by its flag, which takes no value.
     flag: str | None = None
-    # stands for the value in help texts and tables; by default N or X for a number
+    # This stands for the value in help texts and tables; by default it is N or X for a number.
     metavar: str | None = None
-    # reads a value of the command line; by default the type does
+    # This reads a value of the command line; by default the type does.
     parse: Callable[[str], Any] | None = None
     requests: bool = False  # whether requests to the server may set the option
-    # the least and the largest number in a request, if they differ from the limits above
+    # A request has these limits if they differ from the ones above.
     request_limits: tuple[float, float] | None = None
 
     @property

@@ -127,9 +127,9 @@ class Architecture:
 
     model_type: str  # the name of the kind in `config.json`
     name: str  # the class of transformers
-    # makes the settings of `config.json` that other kinds lack
+    # This makes the settings of `config.json` that other kinds lack.
     settings: Callable[[Fields, Tensors], dict[str, Any]] = lambda fields, tensors: {}
-    # other names of tensors than in `LAYER_NAMES` and `TOP_LEVEL_NAMES`
+    # Tensors have these names instead of the ones in `LAYER_NAMES` and `TOP_LEVEL_NAMES`.
     names: Mapping[str, str] = field(default_factory=dict)
     biases: bool = False  # whether matrices may have biases
     pairs_rows: bool = False  # whether neighbouring rows of queries and keys are rotary pairs

@@ -39,9 +39,9 @@ class Agent:
     name: str  # in messages
     command: str  # the program
     install: str  # a command that installs it
-    # makes the variables that it gets; None removes one
+    # This makes the variables that the program gets; a variable that is None is removed.
     environment: Callable[[Endpoint], Mapping[str, str | None]]
-    # makes the arguments that come before the user's
+    # This makes the arguments that come before the user's.
     arguments: Callable[[Endpoint], Sequence[str]] = lambda endpoint: ()
 
 

@@ -57,7 +57,7 @@ class Usage:
     drafted_tokens: int = 0
     accepted_tokens: int = 0
     iterations: int = 0  # forward passes after the prefill
-    # iterations that verified a draft, by the number of accepted tokens
+    # This counts iterations that verified a draft, by the number of accepted tokens.
     drafts: Counter[int] = field(default_factory=Counter)
     deepest_draft: int = 0
 

@@ -45,17 +45,17 @@ class RayConfig(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     model: dict[str, Any] = Field(default_factory=dict)  # arguments of `treeflash.load`
-    # decoding options of requests that leave them out
+    # Requests that leave decoding options out have these.
     options: dict[str, Any] = Field(default_factory=dict)
-    # limits and access of each replica; see `Settings`
+    # Each replica has these limits and this access; see `Settings`.
     settings: dict[str, Any] = Field(default_factory=dict)
     names: tuple[str, ...] = ("SmolLM2-135M-Instruct",)  # of the model
     replicas: int = Field(1, ge=1)  # the minimum number
     max_replicas: int | None = Field(None, ge=1)  # None is `replicas`
-    # a replica is added while replicas have more unfinished requests than this
+    # A replica is added while replicas have more unfinished requests than this.
     target_requests: int = Field(16, ge=1)
-    # if the queues of two replicas differ by more requests than this, the shortest queue decides
-    # instead of the prefix
+    # If the queues of two replicas differ by more requests than this, the shortest queue decides
+    # instead of the prefix.
     imbalance: int = Field(8, ge=0)
     cpus: float = 1.0  # processor cores that a replica reserves
     gpus: float = 0.0  # GPUs that a replica reserves

@@ -89,7 +89,7 @@ class Settings:
     max_choices: int = option(16, "maximum number of answers to one request (n)", 1)
     api_keys: tuple[str, ...] = ()  # every request must have one; if empty, none is needed
     cors_origins: tuple[str, ...] = ()  # whose pages may read answers; `*` is every origin
-    # a name of `TOOL_CALL_PARSERS`; None is the model's own form of calls
+    # This is a name of `TOOL_CALL_PARSERS`; None is the model's own form of calls.
     tool_call_parser: str | None = None
 
     def __post_init__(self) -> None:

@@ -123,5 +123,5 @@ def test_a_loss_is_a_weighted_sum(text, weights):
     "setting", [{"mask_token_id": -1}, {"target_layer_ids": (1, -1)}, {"target_layer_ids": ()}]
 )
 def test_negative_or_no_ids_are_refused_before_anything_is_loaded(setting):
-    with pytest.raises(ConfigError, match="must be .*0 or more, got"):
+    with pytest.raises(ConfigError, match=r"must be .*0 or more, got"):
         TrainConfig(**setting)
