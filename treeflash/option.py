@@ -31,7 +31,7 @@ class Option:
     annotation: str  # the source text of the type of values that the Python API accepts
     default: Any  # the value if the option is not set; empty collections stand for nothing
     help: str  # the description, as the command line shows it
-    doc: str | None = None  # the same for the Python API, if values are written differently there
+    doc: str | None = None  # the description for the Python API, if values differ there
     shown: str | None = None  # describes the default where it is not a value
     minimum: float | None = None  # the least number that is accepted
     maximum: float | None = None  # the largest number that is accepted

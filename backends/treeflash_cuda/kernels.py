@@ -13,7 +13,6 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
 from treeflash.errors import first_line, is_out_of_memory
 from treeflash_cuda.cache import decoded
@@ -38,6 +37,8 @@ before it. The last argument is the factor on the scores.
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float) -> Tensor:
     """Attend by FlashAttention through PyTorch, in half precision on a CUDA device."""
+    from torch.nn.attention.varlen import varlen_attn  # a CPU never needs the module
+
     if k.dtype == torch.int8:
         k, v = seen_floats(q, k, v, window)
     # 0 and the length are made on the device, so that nothing is uploaded.

@@ -23,6 +23,7 @@ from treeflash.testing.trees import noise_of_depths
 require("torch")
 
 import torch
+import torch.nn.attention.varlen as varlen
 import torch.nn.functional as F
 from fake_cuda import DEVICE, SECOND
 from torch._subclasses.fake_tensor import unset_fake_temporarily
@@ -194,14 +195,14 @@ def test_blocks_that_see_everything_build_no_plan(cuda, monkeypatch):
 
 def test_flash_attention_is_asked_for_by_an_argument_that_cudnn_lacks(cuda, folders, monkeypatch):
     """Later versions of PyTorch may choose cuDNN for calls without it."""
-    found, plain = [], kernels.varlen_attn
+    found, plain = [], varlen.varlen_attn
 
     @functools.wraps(plain)
     def record(*args, **options):
         found.append(options.get("num_splits"))
         return plain(*args, **options)
 
-    monkeypatch.setattr(kernels, "varlen_attn", record)
+    monkeypatch.setattr(varlen, "varlen_attn", record)
     backend = load(*folders["qwen3"], LoadConfig(dtype="bfloat16"))
     loaded = len(found)
     # Longer than what runs as rows of the pass of trees.
