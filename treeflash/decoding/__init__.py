@@ -2,9 +2,10 @@
 
 from treeflash.decoding.loop import Step
 from treeflash.decoding.request import Request, best_method, check
-from treeflash.decoding.scheduler import Scheduler, SchedulerConfig, decode
+from treeflash.decoding.scheduler import PromptProgress, Scheduler, SchedulerConfig, decode
 
 __all__ = [
+    "PromptProgress",
     "Request",
     "Scheduler",
     "SchedulerConfig",

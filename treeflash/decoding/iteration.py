@@ -68,6 +68,7 @@ class RunningSequence:
     state: SequenceState
     loop: Loop
     tokens: list[int]  # the tokens of the prompt, then the emitted ones
+    cached: int  # tokens of the prompt that were committed at the start
     # the work that the loop waits for; None when the sequence is finished
     pending: Work | None = None
     prefilled: int = 0  # tokens of the pending `Prefill` that are committed already
@@ -84,9 +85,14 @@ class RunningSequence:
         return self.request.config
 
     @property
+    def in_prompt(self) -> bool:
+        """Whether its prompt is not complete."""
+        return len(self.tokens) == len(self.request.prompt_ids)
+
+    @property
     def is_scored(self) -> bool:
         """Whether its prompt is scored, and is not complete."""
-        return self.request.scores_prompt and len(self.tokens) == len(self.request.prompt_ids)
+        return self.request.scores_prompt and self.in_prompt
 
     @property
     def chunk_size(self) -> int:

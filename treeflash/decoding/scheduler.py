@@ -44,6 +44,23 @@ class SchedulerConfig:
     lone_prefill_chunk: int = 2048
 
 
+@dataclass(frozen=True, kw_only=True)
+class PromptProgress:
+    """How much of a prompt has run.
+
+    Attributes:
+        total: tokens of the prompt.
+        cached: tokens that came from a cache, or from a sequence with the same prompt.
+        done: tokens that need not run any more, the cached ones included.
+        seconds: wall time of the forward passes so far.
+    """
+
+    total: int
+    cached: int
+    done: int
+    seconds: float
+
+
 @dataclass(frozen=True, eq=False)
 class _Waiting:
     """A request that has not started; `leader` runs the same prompt and is to be forked."""
@@ -97,6 +114,20 @@ class Scheduler:
     def waiting(self) -> int:
         """Sequences that have not started."""
         return len(self._waiting)
+
+    @property
+    def prompts(self) -> dict[Request, PromptProgress]:
+        """How much has run of the prompts of started sequences that have no token yet."""
+        return {
+            sequence.request: PromptProgress(
+                total=len(sequence.request.prompt_ids),
+                cached=sequence.cached,
+                done=sequence.state.length,
+                seconds=sum(sequence.seconds.values()),
+            )
+            for sequence in self._running
+            if sequence.in_prompt
+        }
 
     @property
     def committed_tokens(self) -> int:
@@ -336,7 +367,7 @@ class Scheduler:
             shared=partial(self._finished_answers, request.cache_salt),
         )
         prompt = list(request.prompt_ids)
-        sequence = RunningSequence(request, state, loop, prompt)
+        sequence = RunningSequence(request, state, loop, prompt, cached)
         is_leader = any(other.leader is request for other in self._waiting)
         sequence.shared = is_leader or self.prefix_cache is not None
         self._running.append(sequence)

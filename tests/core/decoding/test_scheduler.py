@@ -241,6 +241,28 @@ def test_long_prompts_run_in_chunks_beside_running_texts(backend):
     assert backend.verifier.extended[:2] == [32, 13]
 
 
+@pytest.mark.parametrize("scored", [False, True])
+def test_how_much_of_a_prompt_has_run(backend, scored):
+    limits = SchedulerConfig(prefill_chunk=8, lone_prefill_chunk=32)
+    scheduler = Scheduler(backend, limits, prefix_cache=PrefixCache(10**9))
+    config = config_of(max_tokens=2, method="ar", log_probs=0)
+    scheduler.submit(Request(prompt_ids=[n % 250 for n in range(40)], config=config))
+    list(scheduler.run())
+    prompt = [n % 250 for n in range(150)]
+    first = scheduler.submit(Request(prompt_ids=prompt, config=config, scores_prompt=scored))
+    assert scheduler.prompts == {}, "it has not started"
+    cached, done = 0 if scored else 40, []
+    while not scheduler.step():
+        progress = scheduler.prompts[first]
+        assert (progress.total, progress.cached) == (150, cached)
+        assert progress.seconds > 0
+        done.append(progress.done)
+    assert done == sorted(set(done))
+    assert cached < done[0] < done[-1] < 150
+    assert scheduler.prompts == {}, "it has a token"
+    assert scheduler.busy
+
+
 def test_prompts_that_run_together_share_the_room(backend):
     """A sequence that decodes waits for a bounded number of tokens, however many prompts come."""
     limits = SchedulerConfig(prefill_chunk=8, lone_prefill_chunk=32)
