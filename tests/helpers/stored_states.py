@@ -36,8 +36,9 @@ class Process:
         nbytes: int = 1 << 30,
         identity: bytes = IDENTITY,
         memory: int = 1 << 30,
+        scan_s: float = 0.0,
     ) -> None:
-        self.disk = DiskCache(folder, nbytes, identity, block=self.BLOCK)
+        self.disk = DiskCache(folder, nbytes, identity, block=self.BLOCK, scan_s=scan_s)
         self.cache = PrefixCache(memory, self.disk)
         self.scheduler = Scheduler(pair, prefix_cache=self.cache)
         self.recurrent = pair.open(1, drafts=False).needs_snapshots

@@ -18,11 +18,8 @@ one that cannot be used is removed and computed again.
 from __future__ import annotations
 
 import logging
-import os
 import queue
-import stat
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -36,9 +33,8 @@ from treeflash.decoding import state_files
 from treeflash.decoding.images import NO_IMAGES
 from treeflash.decoding.interfaces import SequenceState, StateArrays
 from treeflash.decoding.state_files import (
-    NAME,
-    SCRATCH,
     BadFileError,
+    FolderIndex,
     Kind,
     Part,
     PrefixKeys,
@@ -57,11 +53,7 @@ AHEAD = 4
 QUEUE_BYTES = 256 << 20
 """Bytes on the host that may wait to be written."""
 SCAN_S = 5.0
-"""Seconds for which the size of the folder is remembered: other processes write to it too."""
-FORGETTING = 0.1
-"""The share of the cost of restoring that each prompt forgets while the prefill is faster."""
-SCRATCH_S = 3600.0
-"""Age of a file that no process can be writing any more, seconds."""
+"""Seconds after which the folder is listed again: other processes write to it too."""
 LEFT_AFTER_EVICTION = 0.95
 """Share of the limit that files may take when the least recently used have been removed."""
 
@@ -97,24 +89,6 @@ class Stored:
     end: tuple[Part, StateArrays] | None
 
 
-@dataclass
-class Rates:
-    """What a position of a prompt costs, seconds; None until it was measured."""
-
-    prefill_s: float | None = None
-    restore_s: float | None = None
-
-    def pays(self, restored: int, saved: int) -> bool:
-        """Decide whether restoring positions is likely to be faster than running `saved` ones."""
-        if self.prefill_s is None or self.restore_s is None:
-            return True
-        pays = restored * self.restore_s < saved * self.prefill_s
-        if self.restore_s > self.prefill_s:
-            # Otherwise nothing would be restored again after one slow restoration.
-            self.restore_s *= 1 - FORGETTING
-        return pays
-
-
 class DiskCache:
     """The stored states of one loaded pair in a folder, which other processes may use as well.
 
@@ -125,21 +99,27 @@ class DiskCache:
         max_bytes: of all files of states in the folder.
         identity: what all states depend on: the weights, how they are run, and by which versions.
         block: positions of a block.
+        scan_s: seconds after which the folder is listed again.
 
     Attributes:
         written_bytes: bytes of the files that were written.
         skipped: files that could not be used.
-        rates: what the prefill and restoring cost.
         readers: the threads that read parts.
     """
 
     def __init__(
-        self, folder: Path, max_bytes: int, identity: bytes, *, block: int = BLOCK
+        self,
+        folder: Path,
+        max_bytes: int,
+        identity: bytes,
+        *,
+        block: int = BLOCK,
+        scan_s: float = SCAN_S,
     ) -> None:
         self.folder, self.max_bytes, self.block = folder, max_bytes, block
         self.written_bytes = self.skipped = 0
-        self.rates = Rates()
         self._identity = identity
+        self._index = FolderIndex(folder, scan_s)
         # By state in memory, the parts of it that may not be on the disk.
         self._unsaved: dict[SequenceState, deque[Part]] = {}
         self._queue: queue.SimpleQueue[tuple[Part, StateArrays | None] | None] = queue.SimpleQueue()
@@ -149,8 +129,6 @@ class DiskCache:
         self._checked: set[str] = set()
         self._found_bad = False
         self._failure: str | None = None  # why the last part could not be written
-        self._used = 0  # bytes of all files, as the writer knows them
-        self._scanned = float("-inf")
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         except FileExistsError:
@@ -236,7 +214,7 @@ class DiskCache:
         """Hand the next part of a state to the writer, or its name if it is stored already."""
         part = parts.popleft()
         trusted = part.name in self._checked or not self._found_bad
-        if trusted and os.path.lexists(self.folder / part.name):
+        if trusted and part.name in self._index:
             self._queue.put((part, None))
             return
         try:
@@ -256,7 +234,7 @@ class DiskCache:
         while (item := self._queue.get()) is not None:
             part, arrays = item
             if arrays is None:
-                state_files.touch(self.folder / part.name, part.stop)
+                self._index.note_use(part)
                 continue
             try:
                 self._write(part, arrays)
@@ -275,50 +253,19 @@ class DiskCache:
         contents = state_files.encode(part, arrays)
         if len(contents) > self.max_bytes:
             return
-        if time.monotonic() - self._scanned > SCAN_S:
-            self._evict(len(contents), 1.0)
-        if self._used + len(contents) > self.max_bytes:
-            self._evict(len(contents), LEFT_AFTER_EVICTION)
+        self._refresh()
+        if self._index.nbytes + len(contents) > self.max_bytes:
+            self._index.evict(int(LEFT_AFTER_EVICTION * self.max_bytes) - len(contents))
         state_files.write(self.folder, part, contents)
+        self._index.note_use(part, len(contents))
         self._checked.add(part.name)
-        self._used += len(contents)
         self.written_bytes += len(contents)
 
-    def _evict(self, nbytes: int, share: float) -> None:
-        """Remove the least recently used files if there is no room for `nbytes` more."""
-        files, self._used, useless = [], 0, 0
-        now = time.time()
-        with os.scandir(self.folder) as entries:
-            for entry in entries:
-                scratch = SCRATCH.fullmatch(entry.name)
-                if not scratch and not NAME.fullmatch(entry.name):
-                    continue  # a stranger's, who may have chosen the wrong folder
-                try:
-                    status = entry.stat(follow_symlinks=False)
-                except FileNotFoundError:  # another process has removed it
-                    continue
-                is_file = stat.S_ISREG(status.st_mode)
-                if scratch and is_file:  # another process may just have begun it
-                    is_useless = now - status.st_mtime > SCRATCH_S
-                else:
-                    is_useless = not is_file or not status.st_size
-                if is_useless:
-                    useless += _remove(Path(entry.path))
-                    continue
-                self._used += status.st_size
-                if not scratch:
-                    files.append((status.st_mtime_ns, entry.name, status.st_size))
-        if useless:
+    def _refresh(self) -> None:
+        """List the folder again if that is due; raises an OSError."""
+        if useless := self._index.refresh():
             self.skipped += useless
             logger.warning("%s: %d files are not states; removing them", self.folder, useless)
-        self._scanned = time.monotonic()
-        if self._used + nbytes <= self.max_bytes:
-            return
-        for _, name, size in sorted(files):
-            if self._used + nbytes <= share * self.max_bytes:
-                break
-            if _remove(self.folder / name):
-                self._used -= size
 
     # These methods find states on the disk and read them.
 
@@ -328,21 +275,21 @@ class DiskCache:
         With `needs_end` it must have an end.
         """
         try:
-            names = {path.name for path in self.folder.iterdir()}
+            self._refresh()
         except OSError:
             return None
         blocks: list[tuple[Kind, bytes]] = []
         kinds: tuple[Kind, ...] = ("block", "unread")
         for stop in range(self.block, len(keys.tokens) + 1, self.block):
-            kind = next((x for x in kinds if file_name(x, keys[stop]) in names), None)
+            kind = next((x for x in kinds if file_name(x, keys[stop]) in self._index), None)
             if kind is None:
                 break
             kinds = kinds[kinds.index(kind) :]  # behind an unread block, all are
             blocks.append((kind, keys[stop]))
         least = longer_than if needs_end else max(longer_than, len(blocks) * self.block)
-        for stop in range(len(keys.tokens), least, -1) if names else ():
+        for stop in range(len(keys.tokens), least, -1) if len(self._index) else ():
             first = stop // self.block
-            if first > len(blocks) or file_name("end", keys[stop]) not in names:
+            if first > len(blocks) or file_name("end", keys[stop]) not in self._index:
                 continue
             if (end := self.read("end", keys[stop])) is not None:
                 return Stored(stop, blocks[:first], end)
@@ -361,9 +308,10 @@ class DiskCache:
             logger.warning("%s cannot be used and is removed: %s", path, error)
             self.skipped += 1
             self._found_bad = True
-            _remove(path)
+            self._index.remove(path.name)
             return None
         if found is not None:
+            self._index.note_use(found[0])
             self._checked.add(found[0].name)
         return found
 
@@ -390,7 +338,6 @@ class Restoration:
     state: SequenceState | None
     longer_than: int
     search: Future[Stored | None]
-    started: float = field(default_factory=time.perf_counter)
     _blocks: deque[tuple[Kind, bytes]] | None = None  # not read yet; None during the search
     _reads: deque[Future[tuple[Part, StateArrays] | None]] = field(default_factory=deque)
     _end: tuple[Part, StateArrays] | None = None
@@ -401,9 +348,7 @@ class Restoration:
             if not (self.search.done() or wait):
                 return False
             stored = self.search.result()
-            if stored is None or not self.cache.rates.pays(
-                stored.length, stored.length - self.longer_than
-            ):
+            if stored is None:
                 self.close()
                 return True
             self._blocks, self._end = deque(stored.blocks), stored.end
@@ -419,7 +364,6 @@ class Restoration:
             return True
         assert self.state is not None
         self.state.snapshot()
-        self.cache.rates.restore_s = (time.perf_counter() - self.started) / self.state.length
         return True
 
     def close(self) -> None:
@@ -454,12 +398,3 @@ class Restoration:
 
 def _nbytes(arrays: StateArrays) -> int:
     return sum(x.nbytes for x in arrays.values())
-
-
-def _remove(path: Path) -> bool:
-    """Remove a file; whether that was possible."""
-    try:
-        path.unlink()
-    except OSError:
-        return False
-    return True

@@ -232,7 +232,6 @@ class Scheduler:
         Iteration(self.backend, self._running, self._budget, prefill_chunks).run()
         for sequence in list(self._running):
             events += ((sequence.request, event) for event in sequence.events)
-            self._measure_prefill(sequence)
             finished = sequence.pending is None
             failed = finished and isinstance(sequence.events[-1], Exception)
             sequence.events.clear()
@@ -305,8 +304,8 @@ class Scheduler:
     def _restore(self, waiting: _Waiting) -> bool:
         """Restore the beginning of a prompt from the disk; whether that has ended.
 
-        Nothing is restored that the states in memory have, and nothing slower than the prefill.
-        While no sequence is running, a call waits for the next part.
+        Nothing is restored that the states in memory have. While no sequence is running, a call
+        waits for the next part.
         """
         cache, request = self.prefix_cache, waiting.request
         if cache is None or cache.disk is None or request.scores_prompt:
@@ -446,16 +445,6 @@ class Scheduler:
         if request.scores_prompt:
             nodes = max(nodes, SCORED_TOKENS)
         return len(request.prompt_ids) + self._limit(request) + nodes
-
-    def _measure_prefill(self, sequence: RunningSequence) -> None:
-        """Note what the prefill of a sequence cost, if it has just ended."""
-        if self.prefix_cache is None or self.prefix_cache.disk is None:
-            return
-        for step in sequence.events:
-            if isinstance(step, Step) and "prefill" in step.seconds:
-                run = len(sequence.request.prompt_ids) - step.cached_tokens
-                if run >= self.prefix_cache.disk.block:
-                    self.prefix_cache.disk.rates.prefill_s = step.seconds["prefill"] / run
 
     def _cache_key(self, request: Request) -> CacheKey:
         """Return the key of sequences that share states; the loaded pair is a part of it."""

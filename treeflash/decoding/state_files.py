@@ -12,9 +12,9 @@ not know the salt cannot name the files of another caller. A part is either a *b
 positions all of its continuations share, or the *end* of a state: the positions after its last
 complete block and what else the state has at its length.
 
-A file is in the safetensors format, and has a code (MAC) of its contents under a secret that only
-the key gives: a part that was torn, exchanged or made up by somebody who does not know the tokens,
-the pair and the salt is recognised. Nothing else in a file is trusted before that.
+A file is a checksum and the part's arrays in the safetensors format, which are parsed only if the
+checksum is right. It depends on the key too: a part that was torn, exchanged or made up by somebody
+who does not know the tokens, the pair and the salt is recognised.
 
 A drafter that pauses leaves positions unread, and what a state has of them depends on when it was
 stored. Blocks of such positions are therefore of a kind of their own, *unread*: parts with read
@@ -25,11 +25,11 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import hmac
 import json
 import os
 import re
 import stat
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -38,16 +38,15 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from treeflash.decoding.images import NO_IMAGES
 from treeflash.decoding.interfaces import StateArrays
 
-FORMAT = b"treeflash state 1"
+FORMAT = b"treeflash state 2"
 Kind: TypeAlias = Literal["block", "unread", "end"]
-NAME = re.compile(r"[0-9a-f]{64}\.(block|unread|end)\.safetensors")
+NAME = re.compile(r"[0-9a-f]{64}\.(block|unread|end)\.state")
 SCRATCH = re.compile(r"\.[0-9a-f]{64}\.(block|unread|end)\.[0-9a-f]+\.tmp")
 """A file that is being written, or that a killed process has left."""
 NS_PER_POSITION = 10**5
@@ -56,8 +55,12 @@ longer would seem to have been used before its continuation."""
 NOT_NOW = (errno.ENOENT, errno.EMFILE, errno.ENFILE)
 """Errors of opening a file that say nothing about it: another process has removed it, or this
 process or the machine has too many files open."""
-MAC, POSITIONS = "mac", "positions"
-"""The names of the code and of `first`, `read` and `stop` of a part, among its arrays."""
+SCRATCH_S = 3600.0
+"""Age of a file that no process can be writing any more, seconds."""
+CHECKSUM_SIZE = 32
+"""Bytes of the checksum, which a file begins with."""
+POSITIONS = "positions"
+"""The name of `first`, `read` and `stop` of a part, among its arrays."""
 
 
 class BadFileError(Exception):
@@ -121,45 +124,40 @@ class Part:
 
 def file_name(kind: Kind, key: bytes) -> str:
     """Return the name of the part of a kind that ends where the key does."""
-    return f"{hashlib.sha256(kind.encode() + key).hexdigest()}.{kind}.safetensors"
+    return f"{hashlib.sha256(kind.encode() + key).hexdigest()}.{kind}.state"
 
 
-def _mac(kind: Kind, key: bytes, arrays: StateArrays) -> NDArray[np.uint8]:
-    """Return the (32,) code of arrays, which are contiguous."""
-    code = hashlib.sha256(b"mac" + kind.encode() + key)
-    shapes = {name: (x.dtype.str, x.shape) for name, x in sorted(arrays.items())}
-    code.update(json.dumps(shapes).encode())
-    for name in shapes:
-        code.update(arrays[name].data if arrays[name].size else b"")
-    return np.frombuffer(hmac.digest(key, code.digest(), "sha256"), np.uint8)
+def _checksum(kind: Kind, key: bytes, arrays: bytes) -> bytes:
+    return hashlib.blake2b(
+        arrays, digest_size=CHECKSUM_SIZE, key=key, person=kind.encode()
+    ).digest()
 
 
 def encode(part: Part, arrays: StateArrays) -> bytes:
     """Encode the contents of a part's file."""
     arrays = {name: np.ascontiguousarray(x) for name, x in arrays.items()}
     arrays[POSITIONS] = np.array([part.first, part.read, part.stop], np.int64)
-    return save({**arrays, MAC: _mac(part.kind, part.key, arrays)})
+    encoded = save(arrays)
+    return _checksum(part.kind, part.key, encoded) + encoded
 
 
 def decode(kind: Kind, key: bytes, contents: bytes) -> tuple[Part, StateArrays]:
     """Read the part that ends where the key does; a BadFileError if it is another's."""
-    try:
-        arrays = load(contents)
-        code, positions = arrays.pop(MAC), arrays[POSITIONS]
-    except (SafetensorError, KeyError, ValueError, TypeError, OverflowError, MemoryError) as error:
-        raise BadFileError("it is damaged") from error
-    if not hmac.compare_digest(code.tobytes(), _mac(kind, key, arrays).tobytes()):
+    encoded = contents[CHECKSUM_SIZE:]
+    if contents[:CHECKSUM_SIZE] != _checksum(kind, key, encoded):
         raise BadFileError("its contents are not what was written under this name")
-    first, read, stop = map(int, positions)
-    del arrays[POSITIONS]
+    try:
+        arrays = load(encoded)
+        first, read, stop = map(int, arrays.pop(POSITIONS))
+    except (SafetensorError, KeyError, ValueError, TypeError, OverflowError) as error:
+        raise BadFileError("it is damaged") from error
     return Part(kind, key, first, read, stop), arrays
 
 
 def read(folder: Path, kind: Kind, key: bytes, max_bytes: int) -> tuple[Part, StateArrays] | None:
     """Read and check a part; a BadFileError or an OSError if it cannot be used.
 
-    It counts as used: of two parts of a sequence, the later one is the less recently used. None is
-    returned if the file was removed, or cannot be opened now and may be good.
+    None is returned if the file was removed, or cannot be opened now and may be good.
     """
     path = folder / file_name(kind, key)
     # A link would lead out of the folder, and a pipe would not end.
@@ -178,9 +176,7 @@ def read(folder: Path, kind: Kind, key: bytes, max_bytes: int) -> tuple[Part, St
             raise BadFileError("it belongs to another user")
         if status.st_size > max_bytes:
             raise BadFileError(f"it is larger than the cache ({status.st_size} bytes)")
-        part, arrays = decode(kind, key, file.read(status.st_size))
-    touch(path, part.stop)
-    return part, arrays
+        return decode(kind, key, file.read(status.st_size))
 
 
 def is_own(status: os.stat_result) -> bool:
@@ -191,7 +187,7 @@ def is_own(status: os.stat_result) -> bool:
 def write(folder: Path, part: Part, contents: bytes) -> None:
     """Write a part's file whole, readable by its owner only; raises an OSError."""
     path = folder / part.name
-    stem = part.name.removesuffix(".safetensors")
+    stem = part.name.removesuffix(".state")
     scratch = folder / f".{stem}.{os.getpid():x}{time.monotonic_ns():x}.tmp"
     descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
@@ -201,14 +197,104 @@ def write(folder: Path, part: Part, contents: bytes) -> None:
     except BaseException:
         scratch.unlink(missing_ok=True)
         raise
-    touch(path, part.stop)
 
 
-def touch(path: Path, stop: int) -> None:
-    """Mark a part that ends at a position as used now; nothing happens in a read-only folder.
+def touch(path: Path, stop: int) -> int:
+    """Mark a part that ends at a position as used now, unless the folder is read-only.
 
-    Without its beginning a sequence cannot be restored, so that later parts are to go first.
+    Returns the time that it got, in nanoseconds. Without its beginning a sequence cannot be
+    restored, so later parts are to go first and have earlier times.
     """
     now = time.time_ns() - NS_PER_POSITION * stop
     with suppress(OSError):
         os.utime(path, ns=(now, now), follow_symlinks=os.utime not in os.supports_follow_symlinks)
+    return now
+
+
+class FolderIndex:
+    """The files of states in a folder, as this process knows them; any thread may call it.
+
+    Other processes may use the folder too, so it is listed again when `scan_s` seconds have passed.
+    """
+
+    def __init__(self, folder: Path, scan_s: float) -> None:
+        self.folder, self.scan_s = folder, scan_s
+        # By name, when each was used, in nanoseconds, and its size in bytes.
+        self._files: dict[str, tuple[int, int]] = {}
+        self._scanned = float("-inf")
+        self._lock = threading.Lock()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files."""
+        with self._lock:
+            return sum(size for _, size in self._files.values())
+
+    def refresh(self) -> int:
+        """List the folder if that is due; raises an OSError.
+
+        Returns how many files were removed because they cannot be states.
+        """
+        with self._lock:
+            if time.monotonic() - self._scanned < self.scan_s:
+                return 0
+            files, useless, now = dict[str, tuple[int, int]](), 0, time.time()
+            with os.scandir(self.folder) as entries:
+                for entry in entries:
+                    scratch = SCRATCH.fullmatch(entry.name)
+                    if not scratch and not NAME.fullmatch(entry.name):
+                        continue  # a stranger's, who may have chosen the wrong folder
+                    try:
+                        status = entry.stat(follow_symlinks=False)
+                    except FileNotFoundError:  # another process has removed it
+                        continue
+                    is_useless = not stat.S_ISREG(status.st_mode) or not status.st_size
+                    if scratch:  # another process may just have begun it
+                        is_useless = now - status.st_mtime > SCRATCH_S
+                    if is_useless and _remove(Path(entry.path)):
+                        useless += 1
+                    elif not scratch:
+                        files[entry.name] = status.st_mtime_ns, status.st_size
+            self._files, self._scanned = files, time.monotonic()
+        return useless
+
+    def note_use(self, part: Part, nbytes: int | None = None) -> None:
+        """Note that a part is used now, or written with a number of bytes."""
+        used = touch(self.folder / part.name, part.stop)
+        with self._lock:
+            if nbytes is None and part.name in self._files:
+                _, nbytes = self._files[part.name]
+            if nbytes is not None:
+                self._files[part.name] = used, nbytes
+
+    def evict(self, nbytes: int) -> None:
+        """Remove the least recently used files until the others have at most `nbytes` bytes."""
+        with self._lock:
+            left = sum(size for _, size in self._files.values())
+            for name, (_, size) in sorted(self._files.items(), key=lambda item: item[1]):
+                if left <= nbytes:
+                    break
+                if _remove(self.folder / name):
+                    del self._files[name]
+                    left -= size
+
+    def remove(self, name: str) -> None:
+        """Remove a file."""
+        with self._lock:
+            _remove(self.folder / name)
+            self._files.pop(name, None)
+
+
+def _remove(path: Path) -> bool:
+    """Remove a file; whether that was possible."""
+    try:
+        path.unlink()
+    except OSError:
+        return False
+    return True

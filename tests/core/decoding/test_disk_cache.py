@@ -14,7 +14,6 @@ from stored_states import Process, plain, prompt_of, stored_pair
 
 from treeflash.config import DecodeConfig
 from treeflash.decoding import Request, SchedulerConfig, state_files
-from treeflash.decoding.disk_cache import Rates
 from treeflash.reference.verifier import State
 
 FAMILIES = ("qwen3", "qwen3_5")  # the second has recurrent layers
@@ -167,25 +166,6 @@ def test_a_state_that_is_being_restored_counts_towards_the_memory(pair, tmp_path
     assert [token for step in steps for token in step.tokens] == text
 
 
-def test_nothing_is_restored_that_the_prefill_computes_faster(pair, tmp_path):
-    prompt = prompt_of(40)
-    with Process(pair, tmp_path) as process:
-        text, _ = process.answer(prompt)
-    for restore_s, pays in ((1.0, False), (1e-6, True)):
-        with Process(pair, tmp_path) as process:
-            process.disk.rates.prefill_s, process.disk.rates.restore_s = 1e-3, restore_s
-            again, (_, disk) = process.answer(prompt)
-            assert again == text
-            assert (disk > 0) == pays
-
-
-def test_one_slow_restoration_is_not_the_last():
-    rates = Rates(prefill_s=1e-3, restore_s=4e-3)
-    assert not rates.pays(40, 40)
-    assert any(rates.pays(40, 40) for _ in range(20))
-    assert not any(rates.pays(400, 40) for _ in range(200)), "it is as fast as the prefill"
-
-
 @pytest.mark.parametrize(
     ("owner", "name", "error"),
     [
@@ -240,6 +220,41 @@ def test_two_processes_share_a_folder(pair, tmp_path):
             assert again == text
             assert disk >= 32
         assert first.disk.skipped == second.disk.skipped == 0
+
+
+def test_the_folder_is_not_listed_for_every_prompt(pair, tmp_path, monkeypatch):
+    """A folder of a big server has many files, on a disk that is perhaps on a network."""
+    prompts = [prompt_of(40, seed=seed) for seed in range(3)]
+    with Process(pair, tmp_path) as process:
+        texts = [process.answer(prompt)[0] for prompt in prompts]
+    listed = []
+    for name in ("scandir", "listdir"):
+        plain_function = getattr(os, name)
+
+        def list_folder(path, plain_function=plain_function):
+            listed.append(path)
+            return plain_function(path)
+
+        monkeypatch.setattr(os, name, list_folder)
+    with Process(pair, tmp_path, scan_s=3600.0) as process:
+        for prompt, text in zip(prompts, texts, strict=True):
+            again, (_, restored) = process.answer(prompt)
+            assert again == text
+            assert restored >= 32
+        process.answer(prompt_of(40, seed=3))  # is written
+    assert listed == [tmp_path]
+
+
+def test_a_process_finds_what_it_has_written_itself(pair, tmp_path):
+    prompt = prompt_of(40)
+    with Process(pair, tmp_path, scan_s=3600.0) as process:
+        process.answer([1, *prompt])  # after it the folder is listed
+        text, _ = process.answer(prompt)
+        process.wait_for_writer()
+        process.cache.shrink(0)
+        again, (_, restored) = process.answer(prompt)
+        assert again == text
+        assert restored >= 32
 
 
 def test_a_file_that_another_process_removes_in_between_is_computed(pair, tmp_path):

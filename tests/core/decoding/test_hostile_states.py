@@ -45,16 +45,6 @@ def second(folder: Path) -> Path:
     return folder / state_files.file_name("block", keys[2 * Process.BLOCK])
 
 
-def rewrite(change: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]):
-    """Damage that keeps the file a valid one of the format."""
-
-    def damage(folder: Path, *_: object) -> None:
-        path = block(folder)
-        path.write_bytes(save(change(load(path.read_bytes()))))
-
-    return damage
-
-
 def contents(make: Callable[[bytes], bytes]):
     """Damage of the bytes of a file."""
 
@@ -65,8 +55,31 @@ def contents(make: Callable[[bytes], bytes]):
     return damage
 
 
-def header(change: Callable[[dict], object]):
-    """Damage of the header alone."""
+def arrays(make: Callable[[bytes], bytes], *, forged: bool = False):
+    """Damage of the bytes behind the checksum; `forged` by somebody who knows all that it hashes.
+
+    The arrays are parsed only if the checksum is right.
+    """
+
+    def damage(folder: Path, *_: object) -> None:
+        path = block(folder)
+        old, size = path.read_bytes(), state_files.CHECKSUM_SIZE
+        new, key = make(old[size:]), Process.keys(PROMPT)[Process.BLOCK]
+        checksum = state_files._checksum("block", key, new) if forged else old[:size]
+        path.write_bytes(checksum + new)
+
+    return damage
+
+
+def rewrite(
+    change: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]], *, forged: bool = False
+):
+    """Damage that keeps the arrays valid ones of the format."""
+    return arrays(lambda old: save(change(load(old))), forged=forged)
+
+
+def header(change: Callable[[dict], object], *, forged: bool = False):
+    """Damage of the header of the arrays alone."""
 
     def make(old: bytes) -> bytes:
         (size,) = struct.unpack("<Q", old[:8])
@@ -75,7 +88,24 @@ def header(change: Callable[[dict], object]):
         new = json.dumps(fields if changed is None else changed).encode()
         return struct.pack("<Q", len(new)) + new + old[8 + size :]
 
-    return contents(make)
+    return arrays(make, forged=forged)
+
+
+def headers(forged: bool) -> dict[str, object]:
+    """Headers that cannot be true."""
+    changes: dict[str, Callable[[dict], object]] = {
+        "a shape of 2^63": lambda x: first_array(x).update(shape=[2**63, 1]),
+        "a product of shapes that overflows": lambda x: first_array(x).update(
+            shape=[2**32, 2**32, 2]
+        ),
+        "offsets of 2^63": lambda x: first_array(x).update(data_offsets=[0, 2**63]),
+        "negative offsets": lambda x: first_array(x).update(data_offsets=[-8, 8]),
+        "a header that is a list": lambda _: [1, 2],
+        "a dtype that NumPy lacks": lambda x: first_array(x).update(dtype="BF16"),
+        "an unknown dtype": lambda x: first_array(x).update(dtype="Q4"),
+    }
+    kind = ", forged" if forged else ""
+    return {name + kind: header(change, forged=forged) for name, change in changes.items()}
 
 
 def first_array(fields: dict) -> dict:
@@ -141,21 +171,22 @@ DAMAGE = {
     "a pickle": contents(lambda _: b"\x80\x04\x95\x1e\x00\x00\x00cos\nsystem\n(S'false'\ntR."),
     "a flipped bit": contents(lambda x: x[:-5] + bytes([x[-5] ^ 1]) + x[-4:]),
     "bytes behind the end": contents(lambda x: x + b"more"),
-    "a header of 2^63 bytes": contents(lambda x: struct.pack("<Q", 2**63) + x[8:]),
-    "a header of 2^64 - 1 bytes": contents(lambda x: b"\xff" * 8 + x[8:]),
-    "a shape of 2^63": header(lambda x: first_array(x).update(shape=[2**63, 1])),
-    "a product of shapes that overflows": header(
-        lambda x: first_array(x).update(shape=[2**32, 2**32, 2])
-    ),
-    "offsets of 2^63": header(lambda x: first_array(x).update(data_offsets=[0, 2**63])),
-    "negative offsets": header(lambda x: first_array(x).update(data_offsets=[-8, 8])),
-    "a header that is a list": header(lambda _: [1, 2]),
+    **headers(forged=False),
+    **headers(forged=True),
+    "a header of 2^63 bytes": arrays(lambda x: struct.pack("<Q", 2**63) + x[8:], forged=True),
+    "a header of 2^64 - 1 bytes": arrays(lambda x: b"\xff" * 8 + x[8:], forged=True),
+    "bytes behind the end, forged": arrays(lambda x: x + b"more", forged=True),
+    "nothing behind the checksum": arrays(lambda _: b"", forged=True),
     "another dtype": header(lambda x: first_array(x).update(dtype="I32")),
-    "a dtype that NumPy lacks": header(lambda x: first_array(x).update(dtype="BF16")),
-    "an unknown dtype": header(lambda x: first_array(x).update(dtype="Q4")),
-    "no code": rewrite(lambda x: {k: v for k, v in x.items() if k != "mac"}),
-    "no positions": rewrite(lambda x: {k: v for k, v in x.items() if k != "positions"}),
+    "no checksum": contents(lambda x: x[state_files.CHECKSUM_SIZE :]),
+    "no positions": rewrite(
+        lambda x: {k: v for k, v in x.items() if k != "positions"}, forged=True
+    ),
     "other positions": rewrite(lambda x: x | {"positions": np.array([0, 2**62])}),
+    "fewer positions": rewrite(lambda x: x | {"positions": np.array([0, 8])}, forged=True),
+    "positions that are no whole numbers": rewrite(
+        lambda x: x | {"positions": np.array([0, np.nan, 8])}, forged=True
+    ),
     "no keys": rewrite(lambda x: {k: v for k, v in x.items() if k != "target.0.k"}),
     "NaN": with_values(np.nan),
     "infinity": with_values(np.inf),
@@ -213,7 +244,7 @@ def test_many_small_files_cost_one_line_together(pair, stored, tmp_path, caplog,
     folder = tmp_path / "states"
     shutil.copytree(stored, folder)
     for n in range(count):
-        os.close(os.open(folder / f"{n:064x}.block.safetensors", os.O_CREAT, 0o600))
+        os.close(os.open(folder / f"{n:064x}.block.state", os.O_CREAT, 0o600))
     for _ in range(2):
         with Process(pair, folder) as process:
             text, (_, restored) = process.answer(PROMPT)
