@@ -16,8 +16,10 @@ from logging import LogRecord
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -35,7 +37,7 @@ from treeflash.decoding.families import ImageFamily, family_of, image_family, re
 from treeflash.decoding.image_processor import TOKEN_TYPES, Processor, load_processor
 from treeflash.decoding.probe import INEXACT, TOLERANCE_FACTOR, TOLERANCES, ImageSample
 from treeflash.decoding.tree import DraftTree
-from treeflash.drafters.adapter import read_adapter, refuse_module
+from treeflash.drafters.adapter import merge_adapter
 from treeflash.drafters.folder import read_config, weight_files
 from treeflash.errors import (
     CheckpointError,
@@ -301,31 +303,23 @@ def whole_output_head(head: Any) -> nn.Module:
 
 
 @torch.no_grad()
-def merge_adapter(model: PreTrainedModel, folder: Path) -> None:
-    """Add the updates of a LoRA adapter to the weights of a model, computed in float32.
-
-    Raises a CheckpointError if the adapter is damaged, and an UnsupportedModelError if the adapter
-    has other parts, or the model has no such layers, has quantised them, or shares their weights
-    with others.
-    """
-    modules = dict(model.named_modules())
+def add_adapter(model: PreTrainedModel, folder: Path) -> None:
+    """Merge a LoRA adapter into a model, computed in float32; see `merge_adapter` for errors."""
     embeddings = model.get_input_embeddings().weight
-    for update in read_adapter(folder):
-        module: Any = modules.get(update.name)
-        weight = getattr(module, "weight", None)
-        if weight is not None and (type(module) is not nn.Linear or not weight.is_floating_point()):
-            raise refuse_module(
-                update.name, "it is quantised, or no linear layer; dequantise the target"
-            )
-        if weight is None or weight.shape != update.shape:
-            raise refuse_module(
-                update.name, f"the target has no linear layer of this name and shape {update.shape}"
-            )
-        if weight is embeddings:
-            raise refuse_module(update.name, "it shares its weight with the embeddings")
-        delta = torch.from_numpy(update.delta()).to(weight.device)
-        merged = (weight.float() + delta).to(weight.dtype)
-        module.weight = nn.Parameter(merged, requires_grad=False)
+
+    def problem(module: Any) -> str | None:
+        if type(module) is not nn.Linear or not module.weight.is_floating_point():
+            return "it is quantised, or no linear layer; dequantise the target"
+        if module.weight is embeddings:
+            return "it shares its weight with the embeddings"
+        return None
+
+    def add(module: Any, update: NDArray[np.float32]) -> None:
+        weight = module.weight
+        merged = weight.float() + torch.from_numpy(update).to(weight.device)
+        module.weight = nn.Parameter(merged.to(weight.dtype), requires_grad=False)
+
+    merge_adapter(folder, dict(model.named_modules()), problem, add)
 
 
 @contextmanager
@@ -482,7 +476,7 @@ class Target:
             images=not isinstance(processor, str),
         )
         if settings.adapter:
-            merge_adapter(model, Path(settings.adapter))
+            add_adapter(model, Path(settings.adapter))
         samples: Sequence[ImageSample] = ()
         if isinstance(processor, Processor):
             try:

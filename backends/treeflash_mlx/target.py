@@ -20,11 +20,12 @@ from mlx_lm import utils
 from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.cache import ArraysCache, CacheList, RotatingKVCache, make_prompt_cache
 from mlx_lm.models.switch_layers import SwitchLinear
+from numpy.typing import NDArray
 
 from treeflash.decoding.families import family_of, refusal
 from treeflash.decoding.image_processor import Processor, load_processor
 from treeflash.decoding.tree import DraftTree
-from treeflash.drafters.adapter import read_adapter, refuse_module
+from treeflash.drafters.adapter import merge_adapter
 from treeflash.drafters.folder import read_config, stored_tensors
 from treeflash.errors import (
     CheckpointError,
@@ -258,23 +259,19 @@ GROUP_SIZES = (64, 32)
 SIBLINGS = DraftTree.from_parents(np.zeros(3, np.int32), np.array([-1, 0, 0], np.int32))
 
 
-def merge_adapter(model: nn.Module, folder: Path) -> None:
-    """Add the updates of a LoRA adapter to the weights of a model, computed in float32.
+def add_adapter(model: nn.Module, folder: Path) -> None:
+    """Merge a LoRA adapter into a model, computed in float32; see `merge_adapter` for errors."""
 
-    Raises a CheckpointError if the adapter is damaged, and an UnsupportedModelError if the adapter
-    has other parts, or the model has no such layers, or has quantised them.
-    """
-    modules = dict(model.named_modules())
-    for update in read_adapter(folder):
-        module = modules.get(update.name)
+    def problem(module: nn.Module) -> str | None:
         if isinstance(module, nn.QuantizedLinear):
-            raise refuse_module(update.name, "it is quantised; dequantise the target")
-        if not isinstance(module, nn.Linear) or module.weight.shape != update.shape:
-            raise refuse_module(
-                update.name, f"the target has no linear layer of this name and shape {update.shape}"
-            )
-        merged = module.weight.astype(mx.float32) + mx.array(update.delta())
+            return "it is quantised; dequantise the target"
+        return None if isinstance(module, nn.Linear) else "it is no linear layer"
+
+    def add(module: nn.Module, update: NDArray[np.float32]) -> None:
+        merged = module.weight.astype(mx.float32) + mx.array(update)
         module.weight = merged.astype(module.weight.dtype)
+
+    merge_adapter(folder, dict(model.named_modules()), problem, add)
     mx.eval(model.parameters())
 
 
@@ -311,7 +308,7 @@ class Target:
         )
         self.model = load_model(folder, config, dtype)
         if adapter is not None:
-            merge_adapter(self.model, adapter)
+            add_adapter(self.model, adapter)
         self._check_experts()
         self.layers: Sequence[nn.Module] = self.model.layers
         self.layout = CacheLayout(self.family, make_prompt_cache(self.model))

@@ -35,7 +35,7 @@ from transformers.utils import logging as transformers_logging
 from treeflash_cuda import target
 from treeflash_cuda.backend import choose_device, load
 from treeflash_cuda.device import ALLOCATOR_SETTINGS, join_free_memory
-from treeflash_cuda.target import load_model, merge_adapter, read_model_config
+from treeflash_cuda.target import add_adapter, load_model, read_model_config
 
 CPU = LoadConfig(device="cpu")
 
@@ -343,7 +343,7 @@ def test_an_adapter_of_other_layers_is_refused(tmp_path, name, shape, reason):
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 2}')
     with pytest.raises(UnsupportedModelError, match=f"cannot be merged into {name}: .*{reason}"):
-        merge_adapter(model, tmp_path)
+        add_adapter(model, tmp_path)
 
 
 def test_an_unknown_family_is_an_error_about_its_configuration(tmp_path):

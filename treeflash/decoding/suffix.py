@@ -40,8 +40,9 @@ import heapq
 import math
 from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TypeAlias
 
 import numpy as np
@@ -71,12 +72,10 @@ class SuffixIndex:
     """Where n-grams occur in a growing text, or in several texts, which end with `SEPARATOR`.
 
     `orders` are the lengths of the n-grams, ascending. A context is compared with the latest
-    `occurrences` for each order; None is all.
+    `occurrences` for each order.
     """
 
-    def __init__(
-        self, orders: Sequence[int] = ORDERS, occurrences: int | None = MAX_OCCURRENCES
-    ) -> None:
+    def __init__(self, orders: Sequence[int] = ORDERS, occurrences: int = MAX_OCCURRENCES) -> None:
         self.orders, self.occurrences = orders, occurrences
         self.tokens = array("i")
         # Both are by order: the latest end of an n-gram in each slot, and the end before each end.
@@ -138,7 +137,7 @@ class SuffixIndex:
                 continue
             end = latest[_slot(context[-order:], len(latest))]
             compared = 0
-            while end >= 0 and (self.occurrences is None or compared < self.occurrences):
+            while end >= 0 and compared < self.occurrences:
                 if end + 1 < len(self.tokens) and end + 1 not in found:
                     length = self._match(context, end, longest)
                     if length >= self.orders[0]:
@@ -198,11 +197,6 @@ ChildProbability: TypeAlias = Callable[[int, int, int], float]
 """The probability of a child, from (length of the match, its places, its parent's places)."""
 
 
-def share(length: int, places: int, all_places: int) -> float:
-    """Return the share of the places that continue with a token, as SuffixDecoding has it."""
-    return places / all_places
-
-
 @dataclass(frozen=True, eq=False)
 class SuffixTree:
     """What followed earlier occurrences, best first; node 0 is the last token of the context."""
@@ -241,9 +235,9 @@ def expand(
     match: int,
     nodes: int,
     *,
-    edge: ChildProbability = share,
-    min_prob: float = 0.1,
-    deepest: int | None = None,
+    edge: ChildProbability,
+    min_prob: float,
+    deepest: int,
 ) -> SuffixTree:
     """Build the tree of the tokens from some places on, best first.
 
@@ -254,7 +248,7 @@ def expand(
         nodes: the most nodes of the tree, node 0 not counted.
         edge: computes the probability of a child of a node.
         min_prob: less probable paths are left out.
-        deepest: the depth of the deepest nodes; None sets no limit.
+        deepest: the depth of the deepest nodes.
     """
     tree, tokens, end = SuffixTree(match), index.tokens, len(index.tokens)
     # The heap has (-probability, number of the entry, depth, parent, token, share, places).
@@ -262,7 +256,7 @@ def expand(
     count = 0
     node, depth, prob = 0, 0, 1.0
     while True:
-        if deepest is None or depth < deepest:
+        if depth < deepest:
             groups: dict[int, list[int]] = {}
             for place in places:
                 if place < end and (token := tokens[place]) != SEPARATOR:
@@ -286,28 +280,21 @@ def expand(
 
 
 def best_tree(
-    index: SuffixIndex,
-    found: dict[int, int],
+    found: Mapping[int, int],
     matches: Iterable[int],
-    nodes: Callable[[int], int],
-    *,
-    edge: ChildProbability = share,
-    min_prob: float = 0.1,
-    deepest: Callable[[int], int | None] = lambda match: None,
+    grow: Callable[[Sequence[int], int], SuffixTree],
 ) -> SuffixTree | None:
-    """Build the tree of highest score over several lengths of a match; ties go to the longer match.
+    """Choose the tree of highest score over several lengths of a match; ties go to the longer one.
 
     `found` has places and lengths, as `SuffixIndex.find` returns them. `matches` are the lengths to
-    try, ascending; `nodes` and `deepest` give limits by length. The rest is as for `expand`.
+    try, ascending; `grow` builds the tree of the places and the length of a match.
     """
     best: SuffixTree | None = None
     for match in matches:
         places = [place for place, length in found.items() if length >= match]
         if not places:
             break
-        tree = expand(
-            index, places, match, nodes(match), edge=edge, min_prob=min_prob, deepest=deepest(match)
-        )
+        tree = grow(places, match)
         if best is None or tree.score > best.score - ROUNDING:
             best = tree
     return best
@@ -361,15 +348,15 @@ class SuffixDrafter:
             found = index.find(self.index.tokens)
             # Matches between two of these lengths have the places of the longer one.
             matches = sorted(set(found.values()))[-MAX_LENGTHS:]
-            tree = best_tree(
+            grow = partial(
+                expand,
                 index,
-                found,
-                matches,
-                lambda match: min(nodes - 1, MAX_NODES),
+                nodes=min(nodes - 1, MAX_NODES),
                 edge=self._edge,
                 min_prob=MIN_PROB,
-                deepest=lambda match: deepest,
+                deepest=deepest,
             )
+            tree = best_tree(found, matches, grow)
             if tree is not None and (best is None or tree.score > best.score):
                 best = tree
         self._proposal = best

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,34 @@ def read_adapter(folder: Path) -> list[LowRankUpdate]:
 def refuse_module(name: str, reason: str) -> UnsupportedModelError:
     """Return the error for a module that an adapter cannot be merged into."""
     return UnsupportedModelError(f"the adapter cannot be merged into {name}: {reason}")
+
+
+def merge_adapter(
+    folder: Path,
+    modules: Mapping[str, Any],
+    problem: Callable[[Any], str | None],
+    add: Callable[[Any, NDArray[np.float32]], None],
+) -> None:
+    """Add the updates of a LoRA adapter to the weights of a model.
+
+    Args:
+        folder: the adapter's.
+        modules: the model's, by name.
+        problem: says why no update can be added to a module with a weight; None if one can.
+        add: adds an (out, in) update to the weight of a module.
+
+    Raises a CheckpointError if the adapter is damaged, and an UnsupportedModelError if the adapter
+    has other parts, or the model has no layer for one of them.
+    """
+    for update in read_adapter(folder):
+        module = modules.get(update.name)
+        weight = getattr(module, "weight", None)
+        reason = None if weight is None else problem(module)
+        if reason is None and (weight is None or weight.shape != update.shape):
+            reason = f"the target has no linear layer of this name and shape {update.shape}"
+        if reason is not None:
+            raise refuse_module(update.name, reason)
+        add(module, update.delta())
 
 
 def _read_peft(path: Path, config: Mapping[str, Any]) -> list[LowRankUpdate]:

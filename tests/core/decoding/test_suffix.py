@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -49,8 +49,17 @@ def published_drafts() -> Iterator[tuple[dict[str, Any], list[list[int]], list[i
             yield draft, texts, context, case["max_depth"]
 
 
+ALL = 10**9
+"""More occurrences than any text has."""
+
+
+def share(length: int, places: int, all_places: int) -> float:
+    """The share of the places that continue with a token, as SuffixDecoding has it."""
+    return places / all_places
+
+
 def published_index(texts: list[list[int]]) -> SuffixIndex:
-    index = SuffixIndex(orders=(1,), occurrences=None)
+    index = SuffixIndex(orders=(1,), occurrences=ALL)
     for text in texts:
         index.extend([*text, SEPARATOR])
     return index
@@ -67,14 +76,12 @@ def published_tree(
 ) -> SuffixTree:
     """The tree of SuffixDecoding over some texts."""
     index = published_index(texts)
-    tree = best_tree(
-        index,
-        index.find(context, max_depth),
-        range(1, max_depth + 1),
-        lambda match: room_of(settings, match),
-        min_prob=settings["min_token_prob"],
-        deepest=lambda match: max_depth - match,
-    )
+
+    def grow(places: Sequence[int], match: int) -> SuffixTree:
+        limits = {"min_prob": settings["min_token_prob"], "deepest": max_depth - match}
+        return expand(index, places, match, room_of(settings, match), edge=share, **limits)
+
+    tree = best_tree(index.find(context, max_depth), range(1, max_depth + 1), grow)
     assert tree is not None
     return tree
 
@@ -140,7 +147,9 @@ class TestPublished:
             found = index.find(context, max_depth)
             places = [place for place, length in found.items() if length >= match]
             deepest = max_depth - match
-            tree = expand(index, places, match, 10_000, min_prob=minimum, deepest=deepest)
+            tree = expand(
+                index, places, match, 10_000, edge=share, min_prob=minimum, deepest=deepest
+            )
             children, node = tree.children(), 0
             for token, prob in zip(draft["token_ids"], draft["probs"], strict=True):
                 best = max(tree.probs[child] for child in children[node])
@@ -174,7 +183,7 @@ class TestIndex:
     def test_places_equal_those_of_a_search(self) -> None:
         rng = np.random.default_rng(1)
         text: list[int] = []
-        index = SuffixIndex(occurrences=None)
+        index = SuffixIndex(occurrences=ALL)
         for _ in range(60):
             new = rng.integers(0, 4, int(rng.integers(1, 8))).tolist()
             text += new
@@ -209,7 +218,8 @@ class TestIndex:
         for text in ([1, 2, 3], [4, 5, 6]):
             index.extend([*text, SEPARATOR])
         places = list(index.find([1, 2]))
-        assert expand(index, places, 2, 9).tokens[1:] == [3]
+        tree = expand(index, places, 2, 9, edge=share, min_prob=0.1, deepest=9)
+        assert tree.tokens[1:] == [3]
         assert index.find([3, 4]) == {}
 
     def test_memory_grows_with_the_text(self) -> None:
