@@ -17,7 +17,6 @@ from treeflash.config import SINK
 from treeflash.decoding import output_stage
 from treeflash.decoding.backend_base import note_drafted
 from treeflash.decoding.interfaces import TableOptions
-from treeflash.decoding.output_stage import note_anchor
 from treeflash.decoding.sampling import Noise
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.drafters.block_model import Rotations, visible_positions
@@ -79,24 +78,25 @@ class OutputStage(output_stage.OutputStage):
 
 @dataclass(frozen=True, eq=False)
 class Block(output_stage.Block):
+    slots: Tensor  # outputs of the last layer at the slots of all depths, like `hidden`
     token: Tensor  # (1,) the root on the device
 
 
 def join_blocks(
     blocks: Sequence[Block], noise: Tensor, graphs: Graphs, most: int
 ) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Join blocks and their noise, of which drafts have `most` depths.
+    """Join blocks and their noise; for CUDA graphs, with `most` depths.
 
     Returns:
         (blocks * D, hidden_size) outputs, (blocks,) roots, (blocks * D, 3) noise as
-        `OutputStage.upload` returns it, and D: the wanted depths, or for CUDA graphs all depths of
-        a power of two of blocks.
+        `OutputStage.upload` returns it, and D: the wanted depths, or for CUDA graphs `most` depths
+        of a power of two of blocks.
     """
     wanted, parts = len(blocks[0].hidden), [block.hidden for block in blocks]
     roots, depths = [block.token for block in blocks], wanted
     if graphs.is_capturing:
         extra, depths = power_of_two(len(blocks)) - len(blocks), most
-        parts = [block.slots[-most:] for block in blocks]
+        parts = [block.slots[:most] for block in blocks]
         parts, roots = parts + extra * parts[:1], roots + extra * roots[:1]
         noise = padded_noise(noise, (len(blocks), wanted), (len(parts), depths))
     return concatenate(parts), concatenate(roots), noise, depths
@@ -254,13 +254,11 @@ class Drafter:
             slab = state.drafter.allocate().slab if self._has_slab_pass else None
             passes.setdefault(slab, []).append(i)
         first, blocks = self.model.config.first_slot, {}
-        if self.model.config.correlation is not None:
-            for state, _ in roots:
-                note_anchor(state)
         for slab, members in passes.items():
             part = [roots[i] for i in members]
             for i, hidden, token in zip(members, *self._draft(part, slab), strict=True):
-                blocks[i] = Block.after(*roots[i], hidden, first, depths, token=token[None])
+                slots = hidden[first:]
+                blocks[i] = Block(roots[i][1], slots[:depths], slots, token[None])
         note_drafted(state for state, _ in roots)
         return [blocks[i] for i in range(len(roots))]
 

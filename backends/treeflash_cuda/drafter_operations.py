@@ -185,7 +185,6 @@ OPERATIONS = Operations(
     rms_norm=RMSNorm,
     float32_norm=Float32Norm,
     float32_bias=Float32Bias,
-    layer_norm=nn.LayerNorm,
     activation=nn.SiLU,
     gru=GRU,
     mlp=lambda config: (Gemma4MLP if config.gemma4 else MLP)(config),
@@ -199,12 +198,10 @@ OPERATIONS = Operations(
     stack=torch.stack,
     broadcast_to=torch.broadcast_to,
     einsum=torch.einsum,
-    exp=torch.exp,
     sigmoid=torch.sigmoid,
     silu=F.silu,
     softmax=lambda x: x.softmax(-1),
     tanh=torch.tanh,
-    copy=torch.clone,
     float32=lambda x: x.float(),
     split=lambda x, parts: x.chunk(parts, -1),
     take=take,
@@ -225,7 +222,5 @@ OPERATIONS = Operations(
     cast=lambda x, like: x.to(like.dtype),
     shift=lambda x, n: F.pad(x, (0, 0, n, -n)),
     normed=lambda x, eps: F.rms_norm(x, x.shape[-1:], None, eps),
-    unit=lambda x, least: F.normalize(x.float(), dim=-1, eps=least),
-    attention=F.scaled_dot_product_attention,
 )
 """The operations of layers and heads in PyTorch."""

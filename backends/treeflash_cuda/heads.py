@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from treeflash.decoding import candidate_head, recurrent_head
+from treeflash.decoding import recurrent_head
 from treeflash.decoding.interfaces import TableOptions
 from treeflash.decoding.recurrent_head import tables
 from treeflash.decoding.transitions import RowBatch, TransitionTable
@@ -28,17 +28,15 @@ from treeflash.drafters.config import DrafterConfig
 from treeflash.drafters.formats import HEADS as FORMATS
 from treeflash.drafters.heads import operations
 from treeflash.drafters.heads.operations import ConditionalHead, Slots
-from treeflash_cuda.drafter import Block, OutputStage, join_blocks, padded_noise
+from treeflash_cuda.drafter import Block, OutputStage, join_blocks
 from treeflash_cuda.drafter_operations import as_module, join, split
 from treeflash_cuda.graphs import Outputs, power_of_four, power_of_two
 from treeflash_cuda.linear import take, token_products
 from treeflash_cuda.numerics import (
     divide_by_temperature,
     largest,
-    pack,
     top_log_probs,
     topk,
-    unpack,
     upload,
 )
 
@@ -246,26 +244,6 @@ def _columns(x: Tensor, tokens: Tensor | None) -> Tensor:
     return x.gather(1, tokens if slots == 1 else tokens.repeat_interleave(slots, 0))
 
 
-class CorrelationHead(candidate_head.CorrelationHead):
-    """`treeflash.decoding.interfaces.ARHead` in PyTorch, for the head of LiLiCorr."""
-
-    @torch.inference_mode()
-    def read(self, hidden: Tensor, anchors: Tensor) -> list[NDArray[Any]]:
-        """Score all sequences together; for CUDA graphs of a power of two."""
-        graphs, count = self.output.target.graphs, len(hidden)
-        if graphs.is_capturing:
-            extra = power_of_two(count) - count
-            hidden, anchors = (
-                torch.cat([x, x[:1].expand(extra, *x.shape[1:])]) for x in (hidden, anchors)
-            )
-
-        def score(hidden: Tensor, anchors: Tensor) -> Outputs:
-            return join(self.score(hidden, anchors))
-
-        numbers, layout = graphs.run("the AR head", (), score, hidden, anchors)
-        return split(numbers.cpu().numpy()[:count], layout)
-
-
 class RecurrentHead(recurrent_head.RecurrentHead):
     """`treeflash.decoding.interfaces.ARHead` in PyTorch, for a head with a state for each path."""
 
@@ -277,30 +255,26 @@ class RecurrentHead(recurrent_head.RecurrentHead):
 
         A step costs its own reads and launches, so that not all depths are computed.
         """
-        graphs, wanted, count = self.output.target.graphs, len(blocks[0].hidden), len(blocks)
+        graphs, wanted, limits = self.output.target.graphs, len(blocks[0].hidden), []
         width = options.m if options.rows is None else min(options.m, options.rows)
-        computed, depths = replace(options, noise=None, m=width, rows=None), wanted
-        parts, noise = [block.slots for block in blocks], self.output.upload(options.noise)
+        computed = replace(options, noise=None, m=width, rows=None)
+        most = min(power_of_two(wanted), self.output.config.depths)
+        noise = self.output.upload(options.noise)
+        outputs, roots, noise, depths = join_blocks(blocks, noise, graphs, most)
         if graphs.is_capturing:
             computed = _rounded(computed, self.output.vocab_size)
-            depths = min(power_of_two(wanted), self.output.config.depths)
-            parts += (power_of_two(count) - count) * parts[:1]
-            noise = padded_noise(noise, (count, wanted), (len(parts), depths))
-        tokens = [(block.before, block.root) for block in blocks]
-        tokens += (len(parts) - count) * tokens[:1]
-        numbers = [*np.array(tokens).T]
-        if graphs.is_capturing:
-            numbers.append(np.array([wanted, MANY, options.shortlist or MANY]))
+            sizes = wanted, MANY, options.shortlist or MANY
+            limits.append(upload(np.array(sizes, np.int32), graphs.device))
 
-        def follow(slots: Tensor, noise: Tensor, numbers: Tensor) -> Outputs:
-            before, roots, *limits = unpack(numbers, shapes)
-            hidden, added = slots.unflatten(0, (len(roots), -1)), self.output.noise(noise)
-            return join(self.follow(computed, hidden, before, roots, depths, added, *limits))
+        def follow(outputs: Tensor, roots: Tensor, noise: Tensor, *limits: Tensor) -> Outputs:
+            added = self.output.noise(noise)
+            by_block = outputs.unflatten(0, (len(roots), depths))
+            return join(self.follow(computed, by_block, roots, added, *limits))
 
-        shapes = tuple(x.shape for x in numbers)
-        inputs = torch.cat(parts), noise, upload(pack(numbers), parts[0].device)
-        found, layout = graphs.run("the AR head", (computed, depths, shapes), follow, *inputs)
-        return tables(split(found.cpu().numpy()[:count], layout), depths, wanted)
+        inputs = outputs, roots, noise, *limits
+        found, layout = graphs.run("the AR head", (computed, depths), follow, *inputs)
+        numbers = found.cpu().numpy()[: len(blocks)]
+        return tables(split(numbers, layout), depths, wanted)
 
     def shortlist(
         self, marginals: Tensor, size: int, limits: Tensor | None
@@ -316,10 +290,9 @@ class RecurrentHead(recurrent_head.RecurrentHead):
         return super().log_probs(block, previous)
 
 
-TableHead: TypeAlias = ARHead | CorrelationHead | RecurrentHead
+TableHead: TypeAlias = ARHead | RecurrentHead
 TABLE_HEADS: Mapping[str, Callable[[Any, OutputStage], TableHead]] = {
     "conditional": ARHead,
     "recurrent": RecurrentHead,
-    "correlation": CorrelationHead,
 }
 """What computes the tables of a head, by `Head.kind`."""

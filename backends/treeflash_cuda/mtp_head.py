@@ -390,9 +390,9 @@ class ParallelDrafter(mtp_head.ParallelDrafter, Drafter):
             rows, states, written = lacking_rows(slab, part, PARALLEL_CHUNK, run)
             outputs, tokens = run(rows, states, written, masks=size - 1)
             ends = np.cumsum([len(tokens) + size - 1 for *_, tokens in rows]).tolist()
-            for i, root, end in zip(members, part, ends, strict=True):
+            for i, end in zip(members, ends, strict=True):
                 slots, token = outputs[end - size : end], tokens[end - size][None]
-                blocks[i] = Block.after(*root, slots, 0, depths, token=token)
+                blocks[i] = Block(roots[i][1], slots[:depths], slots, token)
         note_drafted(state for state, _ in roots)
         return [blocks[i] for i in range(len(roots))]
 

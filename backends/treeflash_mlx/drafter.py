@@ -15,7 +15,7 @@ from treeflash.config import SINK
 from treeflash.decoding import output_stage
 from treeflash.decoding.backend_base import note_drafted
 from treeflash.decoding.interfaces import TableOptions
-from treeflash.decoding.output_stage import Block, note_anchor
+from treeflash.decoding.output_stage import Block
 from treeflash.decoding.sampling import Noise
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.drafters.block_model import visible_positions
@@ -87,9 +87,6 @@ class Drafter:
         if config.input_scale != 1:
             x = x * config.input_scale
         project_contexts([state for state, _ in roots], self.model.project)
-        if config.correlation is not None:
-            for state, _ in roots:
-                note_anchor(state)
         sequences, contexts = [], []
         for state, _ in roots:
             start = state.length
@@ -124,8 +121,8 @@ class Drafter:
                 mx.async_eval(x)
         note_drafted(state for state, _ in roots)
         return [
-            Block.after(*root, part, config.first_slot, depths)
-            for root, part in zip(roots, mx.split(x, len(roots)), strict=True)
+            Block(root, part[config.first_slot :][:depths])
+            for (_, root), part in zip(roots, mx.split(x, len(roots)), strict=True)
         ]
 
     def marginals(self, blocks: Sequence[Block], options: TableOptions) -> list[TransitionTable]:

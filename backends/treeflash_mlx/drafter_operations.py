@@ -114,18 +114,6 @@ class GRU(nn.Module):
         return (1 - update) * new + update * state
 
 
-def unit(x: mx.array, least: float) -> mx.array:
-    """Return the (..., d) float32 vectors divided by their length, or by the least one."""
-    x = x.astype(mx.float32)
-    return x / mx.maximum(mx.linalg.norm(x, axis=-1, keepdims=True), least)
-
-
-def attention(q: mx.array, k: mx.array, v: mx.array, bias: mx.array) -> mx.array:
-    """Return the (blocks, heads, n, d) attention, with a (heads, n, n) bias on scaled scores."""
-    scores = q @ k.swapaxes(-1, -2) * q.shape[-1] ** -0.5 + bias
-    return mx.softmax(scores, -1, precise=True) @ v
-
-
 class Float32Norm(nn.Module):
     """RMS norm in float32."""
 
@@ -186,7 +174,6 @@ OPERATIONS = Operations(
     rms_norm=nn.RMSNorm,
     float32_norm=Float32Norm,
     float32_bias=Float32Bias,
-    layer_norm=nn.LayerNorm,
     activation=nn.SiLU,
     gru=GRU,
     mlp=mlp,
@@ -200,12 +187,10 @@ OPERATIONS = Operations(
     stack=mx.stack,
     broadcast_to=mx.broadcast_to,
     einsum=mx.einsum,
-    exp=mx.exp,
     sigmoid=mx.sigmoid,
     silu=nn.silu,
     softmax=lambda x: mx.softmax(x, -1),
     tanh=mx.tanh,
-    copy=mx.array,
     float32=lambda x: x.astype(mx.float32),
     split=lambda x, parts: mx.split(x, parts, -1),
     take=lambda x, rows: x[rows],
@@ -226,7 +211,5 @@ OPERATIONS = Operations(
     cast=lambda x, like: x.astype(like.dtype),
     shift=lambda x, n: mx.pad(x, [(0, 0), (n, 0), (0, 0)])[:, : x.shape[1]],
     normed=lambda x, eps: mx.fast.rms_norm(x, None, eps),
-    unit=unit,
-    attention=attention,
 )
 """The operations of layers and heads in MLX."""

@@ -15,7 +15,6 @@ import numpy as np
 from mlx import nn
 from numpy.typing import NDArray
 
-from treeflash.decoding.candidate_head import CorrelationHead
 from treeflash.decoding.interfaces import TableOptions
 from treeflash.decoding.output_stage import Block
 from treeflash.decoding.recurrent_head import RecurrentHead
@@ -157,10 +156,9 @@ def _scored_rows(marginal: mx.array, m: int, rows: int | None) -> tuple[mx.array
     return kept, mx.take_along_axis(best.reshape(batch, -1), kept, 1)
 
 
-TableHead: TypeAlias = ARHead | CorrelationHead | RecurrentHead
+TableHead: TypeAlias = ARHead | RecurrentHead
 TABLE_HEADS: Mapping[str, Callable[[Any, OutputStage], TableHead]] = {
     "conditional": ARHead,
     "recurrent": RecurrentHead,
-    "correlation": CorrelationHead,
 }
 """What computes the tables of a head, by `Head.kind`."""

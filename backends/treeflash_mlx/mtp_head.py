@@ -181,8 +181,7 @@ class ParallelDrafter(mtp_head.ParallelDrafter, Drafter):
         parts = mx.split(self._run(rows, masks=size - 1), ends[:-1].tolist())
         note_drafted(state for state, _ in roots)
         return [
-            Block.after(*root, part[-size:], 0, depths)
-            for root, part in zip(roots, parts, strict=True)
+            Block(root, part[-size:][:depths]) for (_, root), part in zip(roots, parts, strict=True)
         ]
 
     def _run(self, rows: Sequence[NewRows], masks: int = 0) -> mx.array:

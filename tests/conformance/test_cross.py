@@ -48,7 +48,7 @@ def test_iterations_are_identical(tmp_path, family):
         assert_equal_iterations(backends, method, SAMPLINGS[sampling], VOCAB_SIZE)
 
 
-@pytest.mark.parametrize("dialect", each(DIALECTS, "deepspec", "lilicorr"))
+@pytest.mark.parametrize("dialect", each(DIALECTS, "deepspec", "specforge-domino"))
 def test_iterations_with_a_dialect_are_identical(tmp_path, dialect):
     target, drafter = tmp_path / "target", tmp_path / "drafter"
     write_target(target, "qwen3", seed=TARGET_SEED, vocab_size=VOCAB_SIZE)

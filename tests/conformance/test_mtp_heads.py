@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from published_drafters import (
     BACKENDS,
     FLOAT32,
-    ROOT,
     TOLERANCE,
     Plant,
     cases,
@@ -493,67 +492,6 @@ def test_the_size_of_weights_has_a_vocabulary_of_the_heads_own(
     pair.drafter_model.own.lm_head = None
     stored = read_tensors(head)["lm_head.weight"]
     assert size - pair.weights_bytes == 4 * stored.size > 0
-
-
-@needs_fixtures
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_xpress(backend: str) -> None:
-    """The first slot's previous token is the one before the root, as in training."""
-    pytest.importorskip(BACKENDS[backend])
-    name = "speculators-xpress"
-    pair = loader(backend)(ROOT / "block-target", ROOT / name, FLOAT32)
-    for case, arrays in cases(name):
-        depths = pair.drafter_config.depths
-        with SequenceSession(pair, drafts=True) as sequence:
-            sequence.extend(case["prompt"])
-            block = sequence.draft(case["root"])
-            chain = np.array([case["root"], *case["chain"]], np.int32)[:depths]
-            np.testing.assert_allclose(
-                pair.head.log_probs(block, chain), arrays["chain_log_probs"], atol=TOLERANCE
-            )
-            wrong = arrays["chain_log_probs_of_anchor_as_its_own_predecessor"]
-            assert np.abs(wrong - arrays["chain_log_probs"]).max() > 100 * TOLERANCE
-            for node, path in enumerate(paths(case)):
-                previous = np.resize(path, depths)
-                actual = pair.head.log_probs(block, previous)[len(path) - 1]
-                np.testing.assert_allclose(actual, arrays["tree_log_probs"][node], atol=TOLERANCE)
-            (table,) = pair.head.transitions([block], TableOptions(m=4, k=4))
-            assert build_chain(table, case["root"], 100).tokens[1:].tolist() == case["chain"]
-        config = DecodeConfig(method="treeflash", budget=16, max_tokens=len(case["greedy"]))
-        assert generate(pair, case["prompt"], config) == case["greedy"]
-
-
-@needs_fixtures
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_lilicorr(backend: str) -> None:
-    """Candidates are scored after each other, and share the mass that their marginal gives them."""
-    pytest.importorskip(BACKENDS[backend])
-    pair = loader(backend)(ROOT / "block-target", ROOT / "lilicorr", FLOAT32)
-    for case, arrays in cases("lilicorr"):
-        candidates, k = arrays["candidates"], case.get("candidate_topk", 4)
-        mass = np.log(np.exp(arrays["candidate_log_probs"]).sum(-1))
-        with SequenceSession(pair, drafts=True) as sequence:
-            sequence.extend(case["prompt"])
-            block = sequence.draft(case["root"])
-            marginals = pair.drafter.log_probs(block)
-            np.testing.assert_allclose(marginals, arrays["marginal_log_probs"], atol=TOLERANCE)
-            for rank in range(k):
-                previous = np.array([case["root"], *candidates[:-1, rank]], np.int32)
-                actual = pair.head.log_probs(block, previous)
-                for depth, tokens in enumerate(candidates):
-                    row = arrays["log_pair"][depth - 1, rank] if depth else arrays["log_start"]
-                    expected = row - np.log(np.exp(row).sum()) + mass[depth]
-                    np.testing.assert_allclose(actual[depth, tokens], expected, atol=TOLERANCE)
-                    assert np.isneginf(actual[depth]).sum() == actual.shape[1] - k
-            (table,) = pair.head.transitions([block], TableOptions(m=k, k=k))
-            assert build_chain(table, case["root"], 100).tokens[1:].tolist() == case["draft"]
-            assert case["draft"] != case["draft_argmax_of_marginals"]
-            (short,) = pair.head.transitions(
-                [sequence.draft(case["root"], 3)], TableOptions(m=k, k=k)
-            )
-            np.testing.assert_allclose(short.log_probs, table.log_probs[:3], atol=TOLERANCE)
-        config = DecodeConfig(method="treeflash", budget=16, max_tokens=len(case["greedy"]))
-        assert generate(pair, case["prompt"], config) == case["greedy"]
 
 
 def test_the_budget_auto_learns_the_price_of_a_depth(load_pair: LoadPair) -> None:

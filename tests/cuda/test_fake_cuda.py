@@ -235,13 +235,7 @@ def test_tables(backend, shortlist, rows, scale):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    "dialect",
-    [
-        *("dflash2", "specforge", "deepspec-rnn", "specforge-domino", "speculators-xpress"),
-        "lilicorr",
-    ],
-)
+@pytest.mark.parametrize("dialect", ["dflash2", "specforge", "deepspec-rnn", "specforge-domino"])
 def test_tables_of_other_heads(cuda, folders, tmp_path, dialect, dtype):
     target, _ = folders["qwen3"]
     with unset_fake_temporarily():
@@ -261,9 +255,8 @@ def test_tables_of_other_heads(cuda, folders, tmp_path, dialect, dtype):
         with cuda.transfers() as count:
             tables = backend.head.transitions(blocks, options)
         assert [table.tokens.shape for table in tables] == [(depths, 4, 4)] * 2
-        if dialect != "lilicorr":  # whose graph has all candidates, and whose host adds the noise
-            # The sizes of tables are an input of a graph.
-            assert count.uploads == 1 + (noise is not None)
+        # The sizes of tables are an input of a graph.
+        assert count.uploads == 1 + (noise is not None)
         assert count.reads == 1
     assert {name for name, *_ in backend.target.graphs.store} == {
         "the drafter",

@@ -54,7 +54,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "DSparkDraftModel",
         {"markov_rank": 8, "sample_from_anchor": False},
     ),
-    "xpress": ("XPressDraftModel", {"xpress_rank": 8, "sample_from_anchor": False}),
     "eagle3": ("Eagle3DraftModel", {"norm_before_residual": False, "ttt_steps": 3}),
     "eagle3, flags": (
         "Eagle3DraftModel",
@@ -234,11 +233,6 @@ def test_log_probs(
             bias = model.markov_head.block_bias(
                 prev_token_ids=before, hidden_states=hidden[None], prev_emb=embedded
             )
-            same(actual, log_softmax((logits + bias[0])[first:]))
-        if name == "XPressDraftModel":
-            before = torch.tensor([TOKENS[LENGTH - 1 : LENGTH + 5]])
-            cache = model.refiner_head.hidden_cache(hidden[None])
-            bias = model.refiner_head.block_bias(before, hcache=cache)
             same(actual, log_softmax((logits + bias[0])[first:]))
         if name == "DFlash2DraftModel":
             candidates = logits[None].topk(4, dim=-1).indices

@@ -139,8 +139,6 @@ class BaseState(ABC, Generic[K, R]):
         prompt_positions: (3, n) rotary positions of a prompt with images; None if they are columns.
         shift: rotary position minus column of tokens after the prompt. Every sequence runs a part
             of its prompt, at least the last token of it, which sets both.
-        anchor: (hidden_size,) features of the last position before the latest draft; None if the
-            drafter's head does not read them.
         merged: (n, hidden_size) embeddings of the tokens of the latest pass, with features of
             images in place of those that stand for them; None if none does.
     """
@@ -155,7 +153,6 @@ class BaseState(ABC, Generic[K, R]):
         self.first_row = 0
         self.pass_tokens: NDArray[np.int32] = np.zeros(0, np.int32)
         self.tokens: list[int] = []
-        self.anchor: Any = None
         self.merged: Any = None
         self.images: PromptImages | None = None
         self.encoded: dict[int, Any] = {}
@@ -235,7 +232,7 @@ class BaseState(ABC, Generic[K, R]):
     def fork(self, length: int, capacity: int) -> Self:
         new = self.copy(length, capacity, self._recurrent_at(length))
         new.snapshots = self.snapshots.copy(length)
-        new.tokens, new.anchor = self.tokens[:length], self.anchor
+        new.tokens = self.tokens[:length]
         return new
 
     def export(self, first: int, stop: int, *, end: bool) -> StateArrays:

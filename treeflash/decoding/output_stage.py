@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import inf
-from typing import Any, Self
+from typing import Any
 
 from treeflash.decoding.sampling import Noise
 from treeflash.drafters.heads.operations import Array, Operations
@@ -18,26 +18,6 @@ class Block:
 
     root: int  # token id of the first slot
     hidden: Array  # (D, hidden_size) outputs of the last layer at the slots of the wanted depths
-    slots: Array  # (S, hidden_size) outputs of the last layer at all slots
-    before: int  # token id before the root
-    anchor: Array | None  # see `BaseState.anchor`
-
-    @classmethod
-    def after(
-        cls, state: Any, root: int, slots: Array, first: int, depths: int | None, **parts: Array
-    ) -> Self:
-        """Return the block of a state and a root.
-
-        Depth 1 is at the slot `first`, and at most `depths` are wanted. A subclass has more parts.
-        """
-        wanted = slots[first:][:depths]
-        return cls(root, wanted, slots, state.tokens[-1], state.anchor, **parts)
-
-
-def note_anchor(state: Any) -> None:
-    """Note the features of the last position, which a head reads beside the block (LiLiCorr)."""
-    if state.context:
-        state.anchor = state.context[-1][-1]
 
 
 class OutputStage(ABC):

@@ -52,19 +52,17 @@ class RecurrentHead:
 
     def transitions(self, blocks: Sequence[Any], options: TableOptions) -> list[TransitionTable]:
         """Follow the paths of all sequences together; one read from the device gets all tables."""
-        slots = self.ops.stack([block.slots for block in blocks], 0)
-        before = self.ops.ids([block.before for block in blocks], slots)
-        roots = self.ops.ids([block.root for block in blocks], slots)
+        outputs = self.ops.stack([block.hidden for block in blocks], 0)
+        roots = self.ops.ids([block.root for block in blocks], outputs)
         (noise,) = self.output.noise_by_depth(options.noise, 1)  # of all depths, as the logits
         depths = len(blocks[0].hidden)
-        found = self.follow(options, slots, before, roots, depths, noise)
+        found = self.follow(options, outputs, roots, noise)
         return tables(self.ops.read(found), depths, depths)
 
     def log_probs(self, block: Any, previous: NDArray[np.int32]) -> NDArray[np.float32]:
         ops, slots = self.ops, Slots.read(self.output, block.hidden)
         logits = self.output.logits(slots.normed)
-        before = ops.ids([block.before], logits)
-        state = self.module.start(self.output, block.slots[None], before)
+        state = self._start(slots)
         rows = []
         for depth, token in enumerate(previous.tolist()):
             state, queries = self.module.step(slots, state, ops.ids([token], logits), depth)
@@ -77,10 +75,8 @@ class RecurrentHead:
     def follow(
         self,
         options: TableOptions,  # whose noise is not used
-        hidden: Array,  # (B, S, hidden_size) outputs of the drafter at all slots of B blocks
-        before: Array,  # (B,) tokens before the roots
+        outputs: Array,  # (B, D, hidden_size) outputs of the drafter at the slots of B blocks
         roots: Array,  # (B,) tokens
-        depths: int,  # D
         noise: Array | None,  # (B * D, Vd), added to the logits
         limits: Array | None = None,  # see `shortlist`
     ) -> list[Array]:
@@ -89,12 +85,11 @@ class RecurrentHead:
         Returns (B, size) arrays for each depth: the tokens and log probabilities of all children,
         the children that are the next rows and, of some heads, the confidences of the rows.
         """
-        ops, module, temperature, blocks = self.ops, self.module, options.temperature, len(roots)
+        ops, module, temperature = self.ops, self.module, options.temperature
+        blocks, depths, _ = outputs.shape
         width = options.m if options.rows is None else min(options.m, options.rows)
-        first = self.output.config.first_slot
-        outputs = hidden[:, first : first + depths].reshape(blocks * depths, -1)
-        slots = Slots.read(self.output, outputs, blocks)
-        state = module.start(self.output, hidden, before)
+        slots = Slots.read(self.output, outputs.reshape(blocks * depths, -1), blocks)
+        state = self._start(slots)
         logits = self.output.logits(slots.normed)
         if noise is not None:
             logits = logits + noise
@@ -139,6 +134,11 @@ class RecurrentHead:
             previous = ops.gather(tokens, kept).reshape(-1)
             state = ops.take(state, (kept // k + n * block).reshape(-1))
         return arrays
+
+    def _start(self, slots: Slots) -> Array:
+        """Return the (blocks, state_size) states before the roots."""
+        shape = slots.blocks, self.output.config.head_state_size
+        return self.ops.zeros(shape, slots.hidden)
 
     def shortlist(
         self, marginals: Array, size: int, limits: Array | None

@@ -19,18 +19,6 @@ LayerKind: TypeAlias = tuple[int | None, bool]
 
 
 @dataclass(frozen=True, kw_only=True)
-class CorrelationShape:
-    """The shape of the head `lilicorr`, a small transformer over the candidates of all slots."""
-
-    hidden_size: int
-    layers: int
-    heads: int  # the heads of its attention
-    inner_size: int  # the inner size of its feed-forward networks
-    logit_scale: float  # factor on the products of unit vectors
-    vector_eps: float  # least length that a vector is divided by
-
-
-@dataclass(frozen=True, kw_only=True)
 class DrafterShape:
     """What every drafter has: the shape of its layers, what they read, and its output."""
 
@@ -128,16 +116,12 @@ class DrafterConfig(DrafterShape):
     # taps of the convolutions along a block (DFlash2); 0 without convolutions
     conv_kernel_size: int = 0
     conv_group_size: int = 1  # channels that share a coefficient of these convolutions
-    head_rank: int = 0  # inner width of the heads of DFlash2, DSpark, Domino, X-PRESS and LiLiCorr
-    # width of the state of the heads `rnn`, `domino` and `xpress`, which depend on all tokens of a
-    # path; 0 for other heads
+    head_rank: int = 0  # inner width of the heads of DFlash2, DSpark and Domino
+    # width of the state of the heads `rnn` and `domino`, which depend on all tokens of a path; 0
+    # for other heads
     head_state_size: int = 0
-    # inner width of the feed-forward network of the head `xpress`, in ranks
-    head_mlp_ratio: int = 0
     head_from_depth: int = 1  # the first depth that the head `domino` corrects
-    selector_top_k: int = 0  # candidates of a slot that the heads `selector` and `lilicorr` score
-    # the shape of the head `lilicorr`; None for other heads
-    correlation: CorrelationShape | None = None
+    selector_top_k: int = 0  # candidates of a slot that the head `selector` scores
     # whether there is a head that predicts the acceptance of each token
     confidence_head: bool = False
     confidence_with_markov: bool = False  # whether the confidence head reads the previous token too

@@ -9,7 +9,6 @@
 | DeepSpec for Gemma 4 | deepseek-ai | `Gemma4DSparkModel` |
 | Muse Glimmer's assistant | Meta | `MuseGlimmerAssistantModel` |
 | SpecForge DSpark, SpecForge Domino | sgl-project | `projector_type` `dspark` or `domino` |
-| LiLiCorr (arXiv 2608.20530) | NVIDIA | `LiLiCorrDraftModel`, or `projector_type` `lilicorr` |
 | speculators | vllm-project, RedHatAI, poolside | `speculators_model_type` |
 
 All of them have the backbone of `treeflash.drafters.backbone`. A drafter's own settings are in the
@@ -27,14 +26,13 @@ from typing import Any
 
 from treeflash.drafters import backbone
 from treeflash.drafters.config import (
-    CorrelationShape,
     DrafterConfig,
     inverse_frequencies,
     rope_parameters,
 )
 from treeflash.drafters.folder import read_config
 from treeflash.drafters.format import Config, Format, Names, Shapes
-from treeflash.drafters.heads import domino, lilicorr, markov, selector, treeflash, xpress
+from treeflash.drafters.heads import domino, markov, selector, treeflash
 from treeflash.drafters.heads.head_format import HeadFormat
 from treeflash.drafters.heads.treeflash import PREFIX as TREEFLASH_PREFIX
 from treeflash.errors import CheckpointError
@@ -44,8 +42,6 @@ HEADS: dict[str, HeadFormat] = {
     **markov.HEADS,
     **selector.HEADS,
     **domino.HEADS,
-    **xpress.HEADS,
-    **lilicorr.HEADS,
 }
 """By `DrafterConfig.head`."""
 
@@ -69,6 +65,7 @@ SECTIONS = ("dflash_config", "treeflash_config")
 REFUSED = {
     "DFlashLagunaForCausalLM": "poolside's Laguna",
     "K3DSparkModel": "DSpark for Kimi K3",
+    "LiLiCorrDraftModel": "LiLiCorr",
     "PEagleDraftModel": "P-EAGLE of SpecForge",
 }
 """Layouts that are not supported, by the first entry of `architectures`."""
@@ -137,7 +134,7 @@ def _refuse_layouts(config: Config) -> None:
     if not deepspec and any(key.startswith("dspark_") for key in config):
         raise ValueError("the layout of DeepSeek-V4's DSpark is not supported")
     projector = find_setting(config, "projector_type")
-    if projector not in (None, "dflash", "dspark", "domino", "lilicorr"):
+    if projector not in (None, "dflash", "dspark", "domino"):
         raise ValueError(f"projector_type = {projector!r} is not supported")
 
 
@@ -484,44 +481,15 @@ def _parse_domino(config: Config) -> DrafterConfig:
     )
 
 
-def _parse_lilicorr(config: Config) -> DrafterConfig:
-    """DFlash, perhaps with DFlash2's convolutions, and a transformer over the candidates."""
-    values = {}
-    for key in HEADS["lilicorr"].settings:
-        if (value := find_setting(config, key)) is None:
-            raise KeyError(key)
-        values[key.removeprefix("lilicorr_")] = value
-    width = int(values["hidden_size"]) or int(config["hidden_size"])
-    taps, group = (find_setting(config, f"conv_{name}") for name in ("kernel_size", "group_size"))
-    if (taps is None) != (group is None):
-        raise ValueError("conv_kernel_size and conv_group_size must be given together")
-    return _parse_sections(
-        config,
-        head="lilicorr",
-        head_rank=int(values["factor_dim"]),
-        selector_top_k=int(values["candidate_topk"]),
-        conv_kernel_size=int(taps or 0),
-        conv_group_size=int(group or 1),
-        correlation=CorrelationShape(
-            hidden_size=width,
-            layers=int(values["num_layers"]),
-            heads=int(values["num_heads"]),
-            inner_size=int(width * float(values["mlp_ratio"])),
-            logit_scale=float(values["logit_scale"]),
-            vector_eps=float(values["vector_eps"]),
-        ),
-    )
-
-
 def _parse_speculators(config: Config) -> DrafterConfig:
-    """DFlash, DFlash2, DSpark and X-PRESS in a nested configuration.
+    """DFlash, DFlash2 and DSpark in a nested configuration.
 
     Its layer ids index the hidden states of transformers, of which the first are the embeddings. It
     may have a smaller vocabulary of its own.
     """
     kind = config["speculators_model_type"]
-    if kind not in ("dflash", "dflash2", "dspark", "xpress"):
-        known = "dflash, dflash2, dspark, xpress"
+    if kind not in ("dflash", "dflash2", "dspark"):
+        known = "dflash, dflash2, dspark"
         raise ValueError(f"speculators of type {kind!r} are not supported; supported are {known}")
     backbone.refuse(config)
     layers = backbone.speculators_layers(config)
@@ -538,16 +506,6 @@ def _parse_speculators(config: Config) -> DrafterConfig:
     if kind == "dspark":
         settings = {key: config[key] for key in MARKOV_KEYS if config.get(key) is not None}
         head = _markov_fields({"markov_rank": 256, "enable_confidence_head": True, **settings})
-    if kind == "xpress":
-        if config.get("sample_from_anchor"):
-            raise ValueError("xpress with sample_from_anchor is not supported")
-        rank = int(config.get("xpress_rank") or 256)
-        head = {
-            "head": "xpress",
-            "head_rank": rank,
-            "head_mlp_ratio": int(config.get("xpress_mlp_ratio") or 2),
-            "head_state_size": (1 + block_size) * rank,
-        }
     first_slot = 0 if _samples_from_anchor(config, kind, block_size) else 1
     if first_slot and head.get("head") == "rnn":
         # The training steps the recurrence over the root's slot first, which it does not predict.
@@ -710,27 +668,15 @@ DOMINO = _block(
     DFLASH_KEYS | {*HEADS["domino"].settings, "pure_draft_prefix_len", "shift_label"},
     _published_as("DominoDraftModel", projector="domino"),
 )
-LILICORR = _block(
-    "LiLiCorr",
-    _parse_lilicorr,
-    DFLASH_KEYS
-    | HEADS["lilicorr"].settings.keys()
-    | {"lilicorr_enabled", "conv_kernel_size", "conv_group_size"},
-    _published_as("LiLiCorrDraftModel", projector="lilicorr"),
-)
 SPECULATORS = _block(
     "speculators",
     _parse_speculators,
-    MARKOV_KEYS
-    | SELECTOR_DEFAULTS.keys()
-    | SPECULATORS_KEYS
-    | {*HEADS["xpress"].settings, "num_jacobi_passes"},
+    MARKOV_KEYS | SELECTOR_DEFAULTS.keys() | SPECULATORS_KEYS,
     lambda config: "speculators_model_type" in config,
 )
 BLOCK_FORMATS = (
     SPECULATORS,
     DOMINO,
-    LILICORR,
     SPECFORGE,
     DEEPSPEC,
     GEMMA4,

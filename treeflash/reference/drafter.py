@@ -35,9 +35,6 @@ Sublayer: TypeAlias = Callable[[Array], Array]
 class Block:
     root: int  # token id of the first slot
     hidden: Array  # (D, hidden_size) outputs of the last layer at the slots of the drafted depths
-    slots: Array  # (S, hidden_size) outputs of the last layer at all slots
-    before: int  # token id before the root
-    anchor: Array  # (hidden_size,) projected features of the last committed position
 
 
 class Drafter(OneByOneDrafter):
@@ -53,7 +50,7 @@ class Drafter(OneByOneDrafter):
         cache = state.drafter
         assert cache is not None
         if state.context:
-            state.anchor = self._read(cache, np.concatenate(state.context))
+            self._read(cache, np.concatenate(state.context))
             state.context = []
         config, start = self.model.config, cache.length
         tokens = np.full(config.block_size, config.mask_token_id)
@@ -68,8 +65,7 @@ class Drafter(OneByOneDrafter):
             mask = mask & ((keys < first) | (keys >= end))
             attend = partial(self._attend, cache, n, positions, mask)
             x = self._layer(f"layers.{n}.", x, attend)
-        assert state.anchor is not None
-        return Block(root, x[config.first_slot :][:depths], x, state.tokens[-1], state.anchor)
+        return Block(root, x[config.first_slot :][:depths])
 
     def _layer(self, layer: str, x: Array, attend: Sublayer) -> Array:
         """Map the outputs of the layer before to the outputs of a layer, with its convolutions."""
@@ -106,15 +102,14 @@ class Drafter(OneByOneDrafter):
     def log_probs(self, block: Block) -> Array:
         return self.model.over_target_vocabulary(log_softmax(self.model.logits(block.hidden)))
 
-    def _read(self, cache: Cache, features: Array) -> Array:
-        """Project positions to keys and values, once for all blocks; returns the last context."""
+    def _read(self, cache: Cache, features: Array) -> None:
+        """Project positions to keys and values, once for all blocks."""
         context = self.model.normed("hidden_norm", self.model.linear("fc", features))
         rows = np.arange(len(context), dtype=np.int32)
         for n in range(self.model.config.num_hidden_layers):
             k, v = self.model.keys_and_values(f"layers.{n}.", context, rows + cache.length)
             cache.attend(n, k, v)
         cache.commit(rows)
-        return np.asarray(context[-1])
 
     def _convolutions(self, name: str, y: Array) -> list[Sublayer]:
         """Return the convolutions before and after a sublayer, whose normed input is `y`."""

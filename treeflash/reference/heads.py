@@ -7,13 +7,12 @@ all previous tokens. All scores are logits before the temperature.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from treeflash.decoding.backend_base import OneByOneHead
-from treeflash.decoding.candidate_head import CandidateHead
 from treeflash.decoding.interfaces import TableOptions
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.drafters.formats import HEADS as FORMATS
@@ -31,7 +30,6 @@ from treeflash.reference.numerics import (
     top,
 )
 
-LAYER_NORM_EPS = 1e-5
 NORM_EPS = 1e-6
 
 
@@ -138,17 +136,12 @@ class Cell(Head, ABC):
 
     keys: Array
 
-    def start(self, block: Block) -> Array:
-        """Return the (1, state_size) state before the root."""
-        return np.zeros((1, self.model.config.head_state_size), np.float32)
-
     @abstractmethod
     def step(self, state: Array, normed: Array, previous: Ints, depth: int) -> tuple[Array, Array]:
         """Advance n paths by their last token: (n, state_size) states and (n, r) queries.
 
-        They come from (n, state_size) states, `start` before the root, the (hidden_size,)
-        normalised output at this depth, (n,) tokens of the target's vocabulary, and the children's
-        depth.
+        They come from (n, state_size) states, 0 before the root, the (hidden_size,) normalised
+        output at this depth, (n,) tokens of the target's vocabulary, and the children's depth.
         """
 
 
@@ -190,104 +183,7 @@ class Domino(Cell):
         return state, silu(self.linear("embed_proj.0", x))
 
 
-class XPress(Cell):
-    """X-PRESS: z(b) + <readout[b], x>, where x mixes the inputs of all slots of a path so far.
-
-    The state has the projection of the block's mean, and then the input of each slot. The first
-    slot's input comes from the token before the root.
-    """
-
-    def __init__(self, model: DrafterModel) -> None:
-        super().__init__(model)
-        self.keys = self.tensors["readout.weight"]
-
-    def start(self, block: Block) -> Array:
-        normed = self.model.normed("norm", block.slots)
-        state = super().start(block).reshape(1, -1, self.model.config.head_rank)
-        state[:, 0] = self.linear("down_g", normed.mean(0))
-        state[:, 1] = self._input(state, normed[0], np.array([block.before], np.int32))
-        return state.reshape(1, -1)
-
-    def step(self, state: Array, normed: Array, previous: Ints, depth: int) -> tuple[Array, Array]:
-        inputs = state.reshape(len(state), -1, self.model.config.head_rank).copy()
-        inputs[:, 1 + depth] = new = self._input(inputs, normed, previous)
-        mix = self.tensors["mix_l"][:, depth, : depth + 1]
-        x = new + np.einsum("njr,rj->nr", inputs[:, 1 : depth + 2], mix)
-        gate, up = self.linear("mlp_gate", x), self.linear("mlp_up", x)
-        x = x + self.linear("mlp_down", silu(gate) * up)
-        return inputs.reshape(len(state), -1), x
-
-    def _input(self, inputs: Array, normed: Array, previous: Ints) -> Array:
-        """Return the (n, r) inputs of a slot after (n,) previous tokens."""
-        embedded = self.tensors["token_embed.weight"][previous]
-        hidden = np.broadcast_to(self.linear("down_h", normed), embedded.shape)
-        x = np.concatenate([hidden, inputs[:, 0], embedded], -1)
-        return self.linear("in_proj", x)
-
-
-class Correlation(Head):
-    """LiLiCorr: products of vectors that a transformer over all candidates of a block computes."""
-
-    def scores(self, block: Block, tokens: Ints, log_probs: Array) -> Array:
-        """Return the (S - 1, k, k) scores of the candidates of a slot after the candidates before.
-
-        The first slot's are after the root, and equal in all rows. They come from (S - 1, k)
-        candidates, the best first, and their log probabilities.
-        """
-        own, (slots, k) = self.model.config.correlation, tokens.shape
-        assert own is not None
-        ranks = np.broadcast_to(np.arange(k, dtype=np.float32), tokens.shape)
-        parts = [log_probs, np.exp(log_probs), log_probs - log_probs[:, :1]]
-        features = np.stack([*parts, ranks / max(k - 1, 1), (ranks == 0) + 0.0], -1)
-        features = features - features.mean(-1, keepdims=True)
-        features /= np.sqrt((features**2).mean(-1, keepdims=True) + LAYER_NORM_EPS)
-        features = features * self.tensors["feature_mlp.0.weight"]
-        features = features + self.tensors["feature_mlp.0.bias"]
-        features = silu(self.linear("feature_mlp.1", features))
-        x = self.model.embed(tokens)
-        if "token_proj.weight" in self.tensors:
-            x = self.linear("token_proj", x)
-        normed = self.model.normed("norm", block.slots[self.model.config.first_slot :])
-        x = x + self.linear("pass_hidden_proj", normed)[:, None]
-        x = x + self.linear("feature_mlp.3", features)
-        x = x + self.tensors["slot_embedding"][0, 0] + self.tensors["rank_embedding"][0, 0]
-        x = x.reshape(slots * k, -1)
-        slot = np.repeat(np.arange(slots), k)
-        distance = slot[:, None] - slot
-        bias = self.tensors["relative_slot_bias"][:, distance + slots]
-        bias = bias + self.tensors["same_slot_bias"][:, None, None] * (distance == 0)
-        for n in range(own.layers):
-            layer = f"layers.{n}."
-            y = self._normed(layer + "attn_norm", x)
-            qkv = y @ self.tensors[layer + "attn.in_proj_weight"].T
-            qkv = qkv + self.tensors[layer + "attn.in_proj_bias"]
-            q, key, value = qkv.reshape(len(x), 3, own.heads, -1).transpose(1, 2, 0, 3)
-            weights = q @ key.swapaxes(-1, -2) / np.sqrt(np.float32(q.shape[-1])) + bias
-            y = (np.exp(log_softmax(weights)) @ value).swapaxes(0, 1).reshape(x.shape)
-            x = x + self.linear(layer + "attn.out_proj", y)
-            y = silu(self.linear(layer + "mlp.0", self._normed(layer + "mlp_norm", x)))
-            x = x + self.linear(layer + "mlp.2", y)
-        anchor = self._normed("anchor_norm", self.linear("context_proj", block.anchor))
-        x = self._normed("output_norm", x)
-        joint = np.concatenate([x, np.broadcast_to(anchor, x.shape), x * anchor], -1)
-        factors = silu(self.linear("factor_input_proj", joint))
-        outs, ins = (self._unit(name, factors).reshape(slots, k, -1) for name in ("out", "in"))
-        start = np.broadcast_to(self._unit("anchor_out", anchor), (1, k, outs.shape[-1]))
-        before = np.concatenate([start, outs[:-1]])
-        return np.asarray(np.float32(own.logit_scale) * before @ ins.swapaxes(-1, -2))
-
-    def _normed(self, name: str, x: Array) -> Array:
-        return rms_norm(x, self.tensors[name + ".weight"], self.model.config.rms_norm_eps)
-
-    def _unit(self, name: str, x: Array) -> Array:
-        vectors = self.linear(name + "_head", x)
-        own = self.model.config.correlation
-        assert own is not None
-        lengths = np.sqrt((vectors**2).sum(-1, keepdims=True))
-        return np.asarray(vectors / np.maximum(lengths, np.float32(own.vector_eps)))
-
-
-HEADS: dict[str, type[Scores | Cell | Correlation]] = {
+HEADS: dict[str, type[Scores | Cell]] = {
     "swiglu": Corrected,
     "linear": Corrected,
     "selector": Selector,
@@ -295,13 +191,11 @@ HEADS: dict[str, type[Scores | Cell | Correlation]] = {
     "gated": Markov,
     "rnn": MarkovRNN,
     "domino": Domino,
-    "xpress": XPress,
-    "lilicorr": Correlation,
 }
 """By `DrafterConfig.head`."""
 
 
-def make_head(model: DrafterModel) -> ARHead | RecurrentHead | CorrelationHead:
+def make_head(model: DrafterModel) -> ARHead | RecurrentHead:
     """Make the head of a drafter, with the class that computes the tables of its kind."""
     name = model.config.head
     assert name is not None
@@ -361,25 +255,6 @@ class ARHead(OneByOneHead):
         return np.sort(best, -1).astype(np.int32)
 
 
-class CorrelationHead(CandidateHead):
-    """`treeflash.decoding.interfaces.ARHead` in NumPy, for the head of LiLiCorr."""
-
-    def __init__(self, model: DrafterModel, scores: Correlation) -> None:
-        self.model, self.scores, self.vocab_size = model, scores, model.target.vocab_size
-
-    def candidates(self, blocks: Sequence[Block]) -> tuple[Ints, Array, Array]:
-        tokens, log_probs, scores = zip(*map(self._candidates, blocks), strict=True)
-        return np.stack(tokens), np.stack(log_probs), np.stack(scores)
-
-    def _candidates(self, block: Block) -> tuple[Ints, Array, Array]:
-        slots = block.slots[self.model.config.first_slot :]
-        marginal = log_softmax(self.model.logits(slots))
-        order = np.argsort(-marginal, axis=-1, kind="stable")
-        tokens = order[:, : self.model.config.selector_top_k].astype(np.int32)
-        log_probs = np.take_along_axis(marginal, tokens, -1)
-        return tokens, log_probs, self.scores.scores(block, tokens, log_probs)
-
-
 class RecurrentHead(OneByOneHead):
     """`treeflash.decoding.interfaces.ARHead` in NumPy, depth by depth over the paths it keeps."""
 
@@ -397,7 +272,7 @@ class RecurrentHead(OneByOneHead):
         if len(vocab) < logits.shape[1]:
             mass = np.log(np.exp(marginal[:, vocab]).sum(-1))
         width = options.m if options.rows is None else min(options.m, options.rows)
-        state, paths = self.cell.start(block), np.zeros(1)
+        state, paths = self._start(), np.zeros(1)
         previous = np.array([block.root], np.int32)
         tokens, log_probs, kept, confidences = [], [], [], []
         for depth, hidden in enumerate(block.hidden, 1):
@@ -415,12 +290,16 @@ class RecurrentHead(OneByOneHead):
         return TransitionTable.from_paths(tokens, log_probs, kept, confidences or None)
 
     def log_probs(self, block: Block, previous: Ints) -> Array:
-        logits, state = self.model.logits(block.hidden), self.cell.start(block)
+        logits, state = self.model.logits(block.hidden), self._start()
         rows = []
         for depth, (hidden, token) in enumerate(zip(block.hidden, previous, strict=True), 1):
             state, scores = self._step(state, hidden, np.array([token]), depth)
             rows.append(logits[depth - 1] + scores[0])
         return self.model.over_target_vocabulary(log_softmax(np.stack(rows)))
+
+    def _start(self) -> Array:
+        """Return the (1, state_size) state before the root."""
+        return np.zeros((1, self.model.config.head_state_size), np.float32)
 
     def _step(self, state: Array, hidden: Array, previous: Ints, depth: int) -> tuple[Array, Array]:
         """Compute n paths' states, and the (n, Vd) biases on the marginal logits after them."""
@@ -429,9 +308,8 @@ class RecurrentHead(OneByOneHead):
         return state, queries @ self.cell.keys.T
 
 
-TABLE_HEADS: dict[str, Callable[[DrafterModel, Any], ARHead | RecurrentHead | CorrelationHead]] = {
+TABLE_HEADS: dict[str, Callable[[DrafterModel, Any], ARHead | RecurrentHead]] = {
     "conditional": ARHead,
     "recurrent": RecurrentHead,
-    "correlation": CorrelationHead,
 }
 """What computes the tables of a head, by the kind that its format has."""

@@ -251,7 +251,7 @@ class ParallelDrafter(Drafter):
             x = model.layer((y, x), positions, keys, values, seen, layer)
         cache.commit(np.arange(cache.length - 1 - first, dtype=np.int32))
         hidden = x[-config.depths :]
-        return Block(root, hidden[:depths], hidden, state.tokens[-1], hidden[0])
+        return Block(root, hidden[:depths])
 
 
 class MtpDrafter(OneByOneDrafter):

@@ -488,15 +488,6 @@ def _domino(config: Config) -> None:
     }
 
 
-def _lilicorr(config: Config) -> None:
-    """Use NVIDIA's transformer over the candidates, narrower than the drafter."""
-    config["architectures"] = ["LiLiCorrDraftModel"]
-    sizes = {"candidate_topk": CANDIDATES, "factor_dim": RANK, "hidden_size": 16, "num_layers": 2}
-    factors = {"num_heads": 2, "mlp_ratio": 2.0, "vector_eps": 1e-4, "logit_scale": 4.0}
-    named = {f"lilicorr_{name}": value for name, value in (sizes | factors).items()}
-    config["dflash_config"] |= {"projector_type": "lilicorr", "lilicorr_enabled": True, **named}
-
-
 def _speculators(
     config: Config, *, kind: str, settings: Mapping[str, Any] = {}, reduced: bool = True
 ) -> None:
@@ -530,8 +521,6 @@ DIALECTS: dict[str, Callable[[Config], None]] = {
     "speculators-dflash": partial(_speculators, kind="dflash"),
     "speculators-dflash2": partial(_speculators, kind="dflash2", settings=SELECTOR, reduced=False),
     "speculators-dspark": partial(_speculators, kind="dspark", settings=_markov("gated")),
-    "speculators-xpress": partial(_speculators, kind="xpress", settings={"xpress_rank": RANK}),
-    "lilicorr": _lilicorr,
 }
 """By name, the changes that make the configuration of a plain DFlash drafter one of the dialect."""
 

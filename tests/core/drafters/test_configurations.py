@@ -264,7 +264,7 @@ class TestBadConfigs:
                         speculators_model_type=kind, transformer_layer_config={}
                     ),
                     f"speculators of type {kind!r} are not supported; supported are dflash, "
-                    "dflash2, dspark, xpress",
+                    "dflash2, dspark",
                 )
                 for kind in ("eagle3", "mtp")
             ),

@@ -6,22 +6,19 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from treeflash.config import DecodeConfig, LoadConfig, SamplingConfig
-from treeflash.decoding.interfaces import TableOptions
+from treeflash.config import LoadConfig
 from treeflash.decoding.session import SequenceSession
 from treeflash.drafters.config import DrafterConfig
 from treeflash.drafters.folder import read_config, read_file, read_tensors
 from treeflash.drafters.formats import (
     detect_format,
     drafter_config,
-    head_shapes,
     parse_drafter_config,
     replace_settings,
     unknown_keys,
@@ -29,7 +26,6 @@ from treeflash.drafters.formats import (
 from treeflash.drafters.loading import load_tensors, refuse_extensions
 from treeflash.errors import CheckpointError, UnsupportedModelError
 from treeflash.registry import loader
-from treeflash.testing.comparisons import generate
 from treeflash.testing.models import DIALECTS, edit_config, save, write_dialect, write_target
 
 Config = dict[str, Any]
@@ -53,8 +49,6 @@ MEANINGS = {
     "speculators-dflash": ("speculators", None, 1, (0, 2)),
     "speculators-dflash2": ("speculators", "selector", 1, (0, 2)),
     "speculators-dspark": ("speculators", "gated", 0, (0, 2)),
-    "speculators-xpress": ("speculators", "xpress", 1, (0, 2)),
-    "lilicorr": ("LiLiCorr", "lilicorr", 1, (0, 2)),
 }
 
 
@@ -91,7 +85,7 @@ def test_meaning(write: Callable[[str], Path], dialect: str) -> None:
     assert config.depths == 6 - first_slot
     assert config.target_layer_ids == layers
     assert config.confidence_head == (head in ("vanilla", "gated", "rnn"))
-    assert (config.head_state_size > 0) == (head in ("rnn", "domino", "xpress"))
+    assert (config.head_state_size > 0) == (head in ("rnn", "domino"))
     if name == "speculators":  # which has no such factors
         assert (config.input_scale, config.output_multiplier) == (1, 1)
     assert unknown_keys(read_config(folder)) == []
@@ -235,9 +229,15 @@ class TestSlotsOfSpeculators:
         ("specforge-domino", {"emb_dim": 0}, "emb_dim must be 1 or more, got 0"),
         (
             "speculators-dspark",
-            {"speculators_model_type": "xpress", "sample_from_anchor": True},
-            "xpress with sample_from_anchor is not supported",
+            {"speculators_model_type": "xpress"},
+            "speculators of type 'xpress' are not supported; supported are dflash, dflash2, dspark",
         ),
+        (
+            "dflash2",
+            {"architectures": ["LiLiCorrDraftModel"]},
+            r"the layout LiLiCorrDraftModel \(LiLiCorr\) is not supported",
+        ),
+        ("specforge", {"projector_type": "lilicorr"}, "projector_type = 'lilicorr' is not supp"),
     ],
 )
 def test_refusals(
@@ -648,69 +648,3 @@ def test_gated_queries_follow_the_published_formula(backend: str, tmp_path: Path
         sequence.extend([1, 2, 3, 4, 5])
         actual = pair.drafter.log_probs(sequence.draft(6))
     np.testing.assert_allclose(actual, expected, atol=1e-5)
-
-
-LILICORR = {
-    "candidate_topk": 5,
-    "hidden_size": 24,
-    "num_layers": 2,
-    "num_heads": 3,
-    "mlp_ratio": 1.5,
-    "factor_dim": 8,
-    "vector_eps": 1e-4,
-    "logit_scale": 8.0,
-}
-
-
-def write_lilicorr(folder: Path, **changes: Any) -> Path:
-    """Write a small target, and a random drafter with the head of LiLiCorr."""
-    write_target(folder / "target", "qwen3", seed=0)
-    write_dialect(folder / "dflash", folder / "target", "dflash", seed=1)
-    config, tensors = read_config(folder / "dflash"), read_tensors(folder / "dflash")
-    config["architectures"] = ["LiLiCorrDraftModel"]
-    own = {f"lilicorr_{key}": value for key, value in (LILICORR | changes).items()}
-    config["dflash_config"] |= {"projector_type": "lilicorr", **own}
-    shapes = head_shapes(parse_drafter_config(config), 0, None)
-    rng = np.random.default_rng(2)
-    tensors |= {name: rng.normal(size=x).astype(np.float32) / 2 for name, x in shapes.items()}
-    save(folder / "drafter", config, tensors)
-    return folder
-
-
-@pytest.mark.parametrize("width", [0, 24])
-def test_backends_agree_on_lilicorr(width: int, tmp_path: Path) -> None:
-    folder = write_lilicorr(tmp_path, hidden_size=width, num_heads=4 if width == 0 else 3)
-    found, texts = [], []
-    for backend, package in {"reference": "numpy", "cuda": "torch", "mlx": "mlx_lm"}.items():
-        if find_spec(package) is None:
-            continue
-        options = LoadConfig(device="cpu", dtype="float32")
-        pair = loader(backend)(folder / "target", folder / "drafter", options)
-        with SequenceSession(pair, drafts=True) as sequence:
-            sequence.extend([1, 2, 3, 4, 5])
-            for _ in range(2):  # also without new positions
-                block = sequence.draft(6)
-            found.append(pair.head.transitions([block], TableOptions(m=5, k=5))[0])
-        sampling = SamplingConfig(temperature=0.8, seed=3)
-        config = DecodeConfig(method="treeflash", budget=12, max_tokens=16, sampling=sampling)
-        plain, drafted = (
-            generate(pair, [1, 2, 3], x) for x in (replace(config, method="ar"), config)
-        )
-        assert plain == drafted
-        texts.append(drafted)
-    for table in found[1:]:
-        np.testing.assert_array_equal(table.tokens[0], found[0].tokens[0])
-        np.testing.assert_allclose(table.log_probs, found[0].log_probs, atol=1e-4)
-    assert all(text == texts[0] for text in texts)
-
-
-@pytest.mark.parametrize("key", [*LILICORR, "unknown", "conv_kernel_size"])
-def test_every_setting_of_lilicorr_is_needed(key: str, tmp_path: Path) -> None:
-    folder = write_lilicorr(tmp_path) / "drafter"
-    name = key if key.startswith("conv") else f"lilicorr_{key}"
-    if key not in LILICORR:
-        edit_config(folder, lambda c: c["dflash_config"].update({name: 1}))
-    else:
-        edit_config(folder, lambda c: c["dflash_config"].pop(name))
-    with pytest.raises(CheckpointError, match=name):
-        drafter_config(folder)

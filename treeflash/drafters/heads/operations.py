@@ -40,7 +40,6 @@ class Builders:
     rms_norm: Callable[[int, float], Module]  # (size, eps)
     float32_norm: Callable[[int, float], Module]  # an RMS norm whose weights stay float32
     float32_bias: Callable[[int], Module]  # adds a bias that stays float32 to a float32 array
-    layer_norm: Callable[[int], Module]  # (size)
     activation: Callable[[], Module]  # SiLU, which has a number in a list but no weights
     # (size, state_size): the GRU has no biases, and is called with inputs and states.
     gru: Callable[[int, int], Module]
@@ -65,12 +64,10 @@ class Operations(Builders):
     stack: Callable[[list[Array], int], Array]
     broadcast_to: Callable[[Array, tuple[int, ...]], Array]
     einsum: Callable[..., Array]
-    exp: Callable[[Array], Array]
     sigmoid: Callable[[Array], Array]
     silu: Callable[[Array], Array]
     softmax: Callable[[Array], Array]  # of the last axis
     tanh: Callable[[Array], Array]
-    copy: Callable[[Array], Array]
 
     float32: Callable[[Array], Array]
     split: Callable[[Array, int], Any]  # cuts the last axis into equal parts
@@ -95,11 +92,6 @@ class Operations(Builders):
     cast: Callable[[Array, Array], Array]  # (x, like): x in the same dtype
     shift: Callable[[Array, int], Array]  # (blocks, S, size), n rows later, behind n rows of zeros
     normed: Callable[[Array, float], Array]  # (x, eps): an RMS norm without weights
-    # (x, least): float32 vectors divided by their length, or by the least one.
-    unit: Callable[[Array, float], Array]
-    # (blocks, heads, n, d) attention from queries, keys, values and a (heads, n, n) bias on scaled
-    # scores.
-    attention: Callable[[Array, Array, Array, Array], Array]
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,7 +151,7 @@ class Head:
     """
 
     ops: Operations
-    kind: ClassVar[Literal["conditional", "recurrent", "correlation"]]
+    kind: ClassVar[Literal["conditional", "recurrent"]]
 
     def __init__(self, config: DrafterConfig, inner_size: int, vocab_size: int) -> None:
         super().__init__()
@@ -198,20 +190,12 @@ class RecurrentCell(Head):
         """The embedding table whose rows of r numbers give the bias, as products with a query."""
         raise NotImplementedError
 
-    def start(self, output: OutputStage, hidden: Array, before: Array) -> Array:
-        """Return the (blocks, state_size) states before the roots.
-
-        They may depend on the (blocks, S, hidden_size) outputs of the last layer at all slots, and
-        on the (blocks,) tokens before the roots.
-        """
-        return self.ops.zeros((len(hidden), output.config.head_state_size), hidden)
-
     def step(self, slots: Slots, state: Array, previous: Array, depth: int) -> tuple[Array, Array]:
         """Advance n paths by their (n,) last tokens, of the target's vocabulary.
 
         Each block has equally many paths, which follow one another. The (n, state_size) state of
-        the paths without that token is `start` before the root; the depth of the children counts
-        from 0. Returns (n, state_size) states, and (n, r) queries.
+        the paths without that token is 0 before the root; the depth of the children counts from 0.
+        Returns (n, state_size) states, and (n, r) queries.
         """
         raise NotImplementedError
 

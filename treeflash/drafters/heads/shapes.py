@@ -63,7 +63,6 @@ BUILDERS = Builders(
     rms_norm=lambda size, eps: Outline(weight=(size,)),
     float32_norm=lambda size, eps: Outline(weight=(size,)),
     float32_bias=lambda size: Outline(bias=(size,)),
-    layer_norm=lambda size: Outline(weight=(size,), bias=(size,)),
     activation=Outline,
     gru=lambda size, state_size: Outline(
         weight_ih_l0=(3 * state_size, size), weight_hh_l0=(3 * state_size, state_size)
