@@ -18,6 +18,7 @@
 - `mac_report`: whether a Mac does everything right, and how fast: one file to send.
 - `mlx_rows`: which operations of MLX give a row the same bits beside any others.
 - `metal_sources`: the sources of the MLX backend's Metal kernels, to compile them on a Mac.
+- `published`: accepted lengths of a drafter beside the ones of its paper.
 - `ablation` and `training_cost`: what each choice in training is worth, and what a step costs.
 - `families`: the table of model types in `docs/families.md`.
 - `smollm2`: how the bundled drafter was trained.

@@ -1,5 +1,8 @@
 """Compare a drafter with its published figures, which tells whether it was loaded faithfully.
 
+    python -m benchmarks.published gsm8k.jsonl math500.jsonl --target Qwen/Qwen3-4B \
+        --drafter deepseek-ai/dspark_qwen3_4b_block7 --limit 40 --parallel auto [--json FILE]
+
 Published accepted lengths are of another rule than ours. They sample at temperature 1 and accept a
 draft x with probability min(1, p(x) / q(x)), p being the target's probability and q the drafter's
 (speculative sampling, arXiv 2211.17192); if the draft is rejected, the token comes from what p
@@ -34,6 +37,7 @@ roots whose whole block and bonus token are in the text.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -41,15 +45,19 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
+from benchmarks.common import Parser, describe, show, write_json
+from treeflash.cli.console import guarded
+from treeflash.cli.options import add_model_options, add_parallel_option, load_model
 from treeflash.config import DecodeConfig
 from treeflash.decoding.interfaces import Backend
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
-from treeflash.errors import ConfigError
+from treeflash.errors import ConfigError, PromptError
 from treeflash.evaluation.records import Record, interval, ratios_of_sums, resamples
-from treeflash.evaluation.run import Case, decode_prompts
+from treeflash.evaluation.run import Case, check_max_tokens, decode_prompts, encode_rows
 from treeflash.hub.published import drafter_training
 from treeflash.language_model import LanguageModel
+from treeflash.text.prompt import read_rows
 from treeflash.text.stream import Parallel
 
 DEPTHS = 7
@@ -283,3 +291,59 @@ def list_differences(
 
 def _plain(name: str) -> str:
     return "".join(filter(str.isalnum, name.lower()))
+
+
+def parser() -> Parser:
+    """Build the parser of the command line."""
+    options = Parser(__doc__)
+    options.add_prompts(limit=40, max_tokens=MAX_TOKENS)
+    add_parallel_option(options, 1, "texts that are sampled at once, or auto (default: 1)")
+    options.add_decode_options("seed")
+    add_model_options(options)
+    return options
+
+
+def report(records: Sequence[Record], differences: Sequence[str]) -> None:
+    """Print the comparison, and what makes it impossible."""
+    show("tokens per round of speculative sampling at temperature 1", records)
+    for reason in differences:
+        print(f"not comparable, because {reason}")
+    if any(record["verdict"] == "too low" for record in records):
+        print("too low: `treeflash doctor` finds the settings that are likely wrong")
+
+
+@guarded
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print, write; what was measured is printed and written however the run ends."""
+    args = parser().parse_args(argv)
+    check_max_tokens(args.max_tokens)
+    rows = {path.stem: read_rows(path)[: args.limit] for path in args.prompts}
+    published = published_row(args.drafter, args.target)
+    model = load_model(args)
+    if model.backend.drafter is None:
+        raise ConfigError("no drafter was loaded, so there is nothing to compare; pass --drafter")
+    config = model.decode_config(
+        {"method": "ar", "temperature": 1.0, "max_tokens": args.max_tokens, "seed": args.seed}
+    )
+    differences = list(list_differences(model, published, config))
+    sets = {
+        name: encode_rows(model, prompts, {Case("ar", 1): config}) for name, prompts in rows.items()
+    }
+    lengths = Lengths()
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    try:
+        lengths.measure(model.backend, sets, config, console, args.parallel)
+    finally:
+        records = lengths.records(published, differences, config.sampling.seed)
+        if records:
+            report(records, differences)
+            settings = {"max_tokens": args.max_tokens, "seed": args.seed, **model.names}
+            found = {"differences": differences, "published": records}
+            write_json(args.json, "published", describe(model.backend) | settings | found)
+    if not records:
+        raise PromptError("every text was too short for a round of drafts")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

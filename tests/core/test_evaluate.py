@@ -29,9 +29,6 @@ DEPTH = ["set", "depth", "anchors"] + [
 ]
 
 
-DSPARK = ("--drafter", "deepseek-ai/dspark_qwen3_4b_block7")
-
-
 @pytest.fixture(scope="module")
 def model(tiny_pair):
     return treeflash.load(*tiny_pair, backend="reference")
@@ -268,13 +265,6 @@ def test_without_a_drafter_the_default_methods_have_nothing_to_measure(use, run,
     assert "no drafter was loaded, which all default methods need" in err
 
 
-def test_without_a_drafter_there_is_nothing_to_compare(use, run, scripted):
-    use(scripted("x", drafter=False))
-    code, out, err = run("--expect", "published", *DSPARK)
-    assert (code, out, err.count("\n")) == (2, "", 1)
-    assert "no drafter was loaded, so there is nothing to compare" in err
-
-
 def test_unless_methods_are_named_they_are_those_that_the_drafter_can(use, run, model, tmp_path):
     backend = copy(model.backend)
     backend.head = None
@@ -290,8 +280,6 @@ def test_texts_that_end_at_once(use, run, scripted, tmp_path):
     code, out, err = run("--methods", "ar", "--json", str(path))
     assert (code, out, path.exists()) == (2, "", False)
     assert "every text ended with its first token" in err
-    code, out, err = run("--expect", "published", *DSPARK)
-    assert (code, out, "every text was too short for a round" in err) == (2, "", True)
 
 
 def model_options(tiny_pair) -> list[str]:
@@ -335,48 +323,3 @@ def test_a_reader_that_goes_away_costs_no_figures(tiny_pair, files, tmp_path):
     assert process.wait(timeout=300) == 141
     assert b"Traceback" not in err
     assert json.loads(path.read_text(encoding="utf-8"))["rows"]
-
-
-def test_published_figures_beside_those_measured(use, run, model, tmp_path):
-    use(model)
-    path = tmp_path / "out.json"
-    found = []
-    for parallel in ("1", "3"):
-        options = ("--json", str(path), "--parallel", parallel, *DSPARK)
-        code, out, err = run("--expect", "published", *options)
-        found.append(json.loads(path.read_text(encoding="utf-8")))
-        assert (code, "4/4" in err) == (0, True)
-    assert found[0] == found[1]
-    assert (found[0]["temperature"], found[0]["max_tokens"]) == (1.0, 9)
-    assert [list(record) for record in found[0]["published"]] == [
-        ["set", "published", "measured", "low", "high", "prompts", "verdict"]
-    ] * 2
-    assert all(record["measured"] >= 1 for record in found[0]["published"])
-    assert "not comparable, because the dtype is float32, not bfloat16" in out
-
-
-def test_an_interrupted_comparison_keeps_what_was_measured(use, run, model):
-    use(model)
-    with failing(model.backend.drafter, "draft", KeyboardInterrupt, call=12):  # second prompt
-        code, out, err = run("--expect", "published", *DSPARK)
-    assert (code, err.strip().splitlines()[-1]) == (130, "interrupted")
-    assert "one" in out
-    assert "two" not in out
-
-
-@pytest.mark.parametrize(
-    ("args", "line"),
-    [
-        (["--budgets", "16"], "--expect published follows a protocol; leave out --budgets"),
-        (["--temperature", "0"], "leave out --temperature"),
-        (["--calibration", "off"], "leave out --calibration"),
-        (["--report", "out.png"], "leave out --report"),
-        (["--max-tokens", "1"], "max_tokens must be 2 or more"),
-        ([], "no published figures are known for the drafter smollm2-135m-treeflash;"),
-    ],
-)
-@pytest.mark.usefixtures("nothing_loads")
-def test_a_comparison_that_cannot_be_made_is_one_line(run, args, line):
-    code, out, err = run("--expect", "published", *args)
-    assert (code, out, err.count("\n")) == (2, "", 1)
-    assert line in err

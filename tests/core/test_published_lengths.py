@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
@@ -9,14 +10,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from byte_tokens import save_tokenizer
+from failures import failing
 from mtp_pairs import write_mtp_pair
 
 import treeflash
-from treeflash.decoding.session import SequenceSession
-from treeflash.decoding.tree import DraftTree
-from treeflash.errors import ConfigError
-from treeflash.evaluation import published
-from treeflash.evaluation.published import (
+from benchmarks import published
+from benchmarks.published import (
     ROWS,
     SETS,
     Lengths,
@@ -26,6 +25,9 @@ from treeflash.evaluation.published import (
     published_row,
     verdict,
 )
+from treeflash.decoding.session import SequenceSession
+from treeflash.decoding.tree import DraftTree
+from treeflash.errors import ConfigError
 
 VOCAB, DEPTHS, STOP = 6, 3, 0
 
@@ -241,3 +243,89 @@ def test_what_differs_from_the_protocol_is_named(tiny_pair):
         "kv bits is set",
         "the prompts are without the chat template, or thinking is on",
     ]
+
+
+DSPARK = ("--drafter", "deepseek-ai/dspark_qwen3_4b_block7")
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Two sets of prompts."""
+    paths = []
+    for name in ("one", "two"):
+        path = tmp_path / f"{name}.jsonl"
+        rows = [{"id": n, "turns": [f"{name} {n}", "never asked"]} for n in range(3)]
+        path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+        paths.append(str(path))
+    return paths
+
+
+@pytest.fixture
+def run(files, capsys):
+    """Run the command on both sets: exit code, standard output, standard error."""
+
+    def run(*args):
+        capsys.readouterr()
+        code = published.main([*files, "--limit", "2", "--max-tokens", "9", *args])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def use(monkeypatch):
+    """Let the command load a model that is at hand."""
+    return lambda model: monkeypatch.setattr(published, "load_model", lambda *_: model)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_pair):
+    return treeflash.load(*tiny_pair, backend="reference")
+
+
+def test_published_figures_beside_those_measured(use, run, model, tmp_path):
+    use(model)
+    path = tmp_path / "out.json"
+    found = []
+    for parallel in ("1", "3"):
+        options = ("--json", str(path), "--parallel", parallel, *DSPARK)
+        code, out, err = run(*options)
+        found.append(json.loads(path.read_text(encoding="utf-8")))
+        assert (code, "4/4" in err) == (0, True)
+    assert found[0] == found[1]
+    assert [list(record) for record in found[0]["published"]] == [
+        ["set", "published", "measured", "low", "high", "prompts", "verdict"]
+    ] * 2
+    assert all(record["measured"] >= 1 for record in found[0]["published"])
+    assert "not comparable, because the dtype is float32, not bfloat16" in out
+
+
+def test_an_interrupted_comparison_keeps_what_was_measured(use, run, model):
+    use(model)
+    with failing(model.backend.drafter, "draft", KeyboardInterrupt, call=12):  # second prompt
+        code, out, err = run(*DSPARK)
+    assert (code, err.strip().splitlines()[-1]) == (130, "interrupted")
+    assert "| one |" in out
+    assert "| two |" not in out
+
+
+def test_a_figure_that_is_too_low_names_the_doctor(capsys):
+    record = {"set": "gsm8k", "published": 6.11, "measured": 5.7, "verdict": "too low"}
+    published.report([record], [])
+    assert "too low: `treeflash doctor` finds the settings" in capsys.readouterr().out
+    published.report([record | {"verdict": "faithful"}], [])
+    assert "doctor" not in capsys.readouterr().out
+
+
+def test_what_cannot_be_compared_is_one_line(use, run, scripted):
+    def refused(*args):
+        code, out, err = run(*args)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        return err
+
+    use(scripted("x", drafter=False))
+    assert "no drafter was loaded, so there is nothing to compare" in refused(*DSPARK)
+    assert "no published figures are known for the drafter" in refused()
+    assert "max_tokens must be 2 or more" in refused(*DSPARK, "--max-tokens", "1")
+    use(scripted("", head=False))
+    assert "every text was too short for a round" in run(*DSPARK)[2]

@@ -15,14 +15,8 @@ from treeflash.cli import options as cli
 from treeflash.cli.console import Parser, guarded
 from treeflash.config import METHODS, DecodeConfig
 from treeflash.errors import ConfigError, PromptError
-from treeflash.evaluation.published import (
-    MAX_TOKENS,
-    Lengths,
-    list_differences,
-    published_row,
-)
 from treeflash.evaluation.records import MEAN, compute_records, prompt_records
-from treeflash.evaluation.report import check_files, publish, publish_comparison
+from treeflash.evaluation.report import check_files, publish
 from treeflash.evaluation.run import (
     Case,
     Evaluation,
@@ -39,8 +33,6 @@ DEFAULT_METHODS = "dflash,ddtree,treeflash,treeflash-chain"
 DEFAULT_BUDGETS = "16,64"
 DECODE_OPTIONS = ("head_vocab", "head_rows", "calibration", "suffix", "draft_depths", "max_tokens")
 OPTIONS = (*DECODE_OPTIONS, "temperature", "seed")
-FREE = ("max_tokens", "seed")
-"""The options that `--expect published` does not fix."""
 
 
 @guarded
@@ -51,9 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     the run ends.
     """
     args = make_parser().parse(argv)
-    check_max_tokens(getattr(args, "max_tokens", MAX_TOKENS))
-    if args.expect:
-        return _compare_with_published(args)
+    if "max_tokens" in args:
+        check_max_tokens(args.max_tokens)
     options = _case_options(args)
     rows = _rows(args)
     check_files(args.json, args.report, args.prompts)
@@ -84,42 +75,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             publish(records, settings, f"Drafts for {target}", args.json, args.report)
     if not evaluation.samples:
         raise PromptError("every text ended with its first token, so nothing was drafted")
-    return 0
-
-
-def _compare_with_published(args: argparse.Namespace) -> int:
-    """Run `--expect published`; see `treeflash.evaluation.published`."""
-    fixed = ("methods", "budgets", "report", *(name for name in OPTIONS if name not in FREE))
-    for name in fixed:
-        if getattr(args, name, None) is not None:
-            raise ConfigError(
-                f"--expect published follows a protocol; leave out --{name.replace('_', '-')}"
-            )
-    shared: Options = {"max_tokens": MAX_TOKENS, **cli.decode_options(args)}
-    rows = _rows(args)
-    check_files(args.json, None, args.prompts)
-    published = published_row(args.drafter, args.target)
-    model = cli.load_model(args)
-    if model.backend.drafter is None:
-        raise ConfigError(
-            "no drafter was loaded, so there is nothing to compare; name one (--drafter)"
-        )
-    config = model.decode_config({**shared, "method": "ar", "temperature": 1.0})
-    differences = list(list_differences(model, published, config))
-    sets = {
-        name: encode_rows(model, prompts, {Case("ar", 1): config}) for name, prompts in rows.items()
-    }
-    lengths = Lengths()
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    try:
-        lengths.measure(model.backend, sets, config, console, args.parallel)
-    finally:
-        records = lengths.records(published, differences, config.sampling.seed)
-        if records:
-            settings = _settings(args, model, config, ("max_tokens",))
-            publish_comparison(records, {**settings, "differences": differences}, args.json)
-    if not records:
-        raise PromptError("every text was too short for a round of drafts")
     return 0
 
 
@@ -156,12 +111,6 @@ def make_parser() -> Parser:
         "sequences to decode at once, which is faster and in float32 gives the same results; auto: "
         f"up to {AUTO_SEQUENCES}, fewer if their KV caches would take more than "
         f"{AUTO_BYTES >> 30} GiB (default: 1)",
-    )
-    parser.add_argument(
-        "--expect",
-        choices=("published",),
-        help="compare accepted lengths with the published figures of the drafter, by their "
-        "protocol: chains at temperature 1, accepted by speculative sampling",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
     parser.add_argument(
@@ -207,10 +156,7 @@ def _rows(args: argparse.Namespace) -> dict[str, list[Row]]:
 
 
 def _settings(
-    args: argparse.Namespace,
-    model: LanguageModel,
-    config: DecodeConfig,
-    options: Sequence[str] = DECODE_OPTIONS,
+    args: argparse.Namespace, model: LanguageModel, config: DecodeConfig
 ) -> dict[str, Any]:
     return {
         "date": datetime.date.today().isoformat(),
@@ -219,7 +165,7 @@ def _settings(
         "dtype": model.backend.dtype,
         "target": args.target or model.names["target"],
         "drafter": args.drafter or model.names["drafter"],
-        **{name: getattr(config, name) for name in options},
+        **{name: getattr(config, name) for name in DECODE_OPTIONS},
         "temperature": config.sampling.temperature,
         "seed": config.sampling.seed,
     }

@@ -73,25 +73,6 @@ def publish(
         print(_render(tables(records)), end="", flush=True)
 
 
-def publish_comparison(
-    records: Sequence[Record], settings: Mapping[str, Any], json_file: Path | None
-) -> None:
-    """Print the comparison with published figures, and write it; raises as `publish` does."""
-    with ExitStack() as outputs:
-        if json_file is not None:
-            outputs.callback(_write_json, json_file, {**settings, "published": records})
-        notes = [f"not comparable, because {reason}" for reason in settings["differences"]]
-        if any(record["verdict"] == "too low" for record in records):
-            notes.append("too low: `treeflash doctor` finds the settings that are likely wrong")
-        table = _table(
-            "Accepted lengths compared with the published ones",
-            "tokens per round of speculative sampling at temperature 1; low and high: 95 % "
-            "bootstrap interval over prompts",
-            records,
-        )
-        print("\n".join([_render([table]).rstrip("\n"), *notes]), flush=True)
-
-
 def _write_json(path: Path, results: Mapping[str, Any]) -> None:
     text = json.dumps(results, indent=2) + "\n"
     _write(path, lambda path: path.write_text(text, "utf-8"))

@@ -12,7 +12,7 @@ import pytest
 from treeflash.errors import ConfigError
 from treeflash.evaluation import report
 from treeflash.evaluation.records import compute_records
-from treeflash.evaluation.report import check_report, publish_comparison, tables, write_report
+from treeflash.evaluation.report import check_report, tables, write_report
 from treeflash.evaluation.run import METRICS, BestDraft, Case, CaseRun, DepthMetrics, Sample
 
 PNG = b"\x89PNG\r\n"
@@ -126,14 +126,6 @@ def test_a_narrow_terminal_loses_no_figure(monkeypatch, capsys):
     for table in tables(found()):
         for row in table.rows:
             assert [cell for cell in row if cell] in lines
-
-
-def test_a_figure_that_is_too_low_names_the_doctor(capsys):
-    record = {"set": "gsm8k", "published": 6.11, "measured": 5.7, "verdict": "too low"}
-    publish_comparison([record], {"differences": []}, None)
-    assert "too low: `treeflash doctor` finds the settings" in capsys.readouterr().out
-    publish_comparison([record | {"verdict": "faithful"}], {"differences": []}, None)
-    assert "doctor" not in capsys.readouterr().out
 
 
 def test_what_cannot_be_written_is_known_before(tmp_path, monkeypatch):
