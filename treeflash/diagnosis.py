@@ -163,7 +163,6 @@ MASK_CANDIDATES, ALL_MASK_CANDIDATES = 3, 8
 """Other mask tokens to try, and as many in a thorough diagnosis: each loads the pair once more."""
 MAX_CONTEXT, USEFUL_CONTEXT = 1 << 20, 4096
 """Tokens of the longest context that is asked about, and tokens that should fit."""
-IN_CONFIG = "set it in the drafter's config.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +184,6 @@ class Trial:
     check: str
     gains: Mapping[str, Gain | None]
     least: float
-    advice: str
 
     def best(self) -> tuple[str, Gain] | None:
         """Return the alternative with the largest gain; None if there is none."""
@@ -199,7 +197,7 @@ class Trial:
             return Finding(check=self.check, message="no alternative to try")
         name, gain = best
         if gain.is_clear(least):
-            message = f"{name}: the target's tokens are {gain} as probable; {self.advice}"
+            message = f"{name}: the target's tokens are {gain} as probable"
             return Finding(check=self.check, ok=False, message=message)
         noise = ", within noise" if gain.nats > 0 and not gain.is_clear(-math.inf) else ""
         message = f"no significant improvement (best alternative: {name}, {gain}{noise})"
@@ -217,8 +215,8 @@ def findings(trials: Sequence[Trial]) -> list[Finding]:
     return [trial.finding(max(trial.least, largest / 2)) for trial in trials]
 
 
-Alternatives: TypeAlias = tuple[str, Mapping[str, Mapping[str, object]], str]
-"""A check, other values for one setting by name, as `replace_settings` takes them, and advice."""
+Alternatives: TypeAlias = dict[str, Mapping[str, Mapping[str, object]]]
+"""By check, other values for one setting by name, as `replace_settings` takes them."""
 
 
 def list_alternatives(
@@ -226,7 +224,7 @@ def list_alternatives(
     drafter: Mapping[str, Any],
     target: Mapping[str, Any],
     masks: Mapping[int, str],
-) -> list[Alternatives]:
+) -> Alternatives:
     """List other values for the settings of a drafter that may be wrong.
 
     `masks` names tokens that may be the mask, by id. The `config.json` of the target is empty if
@@ -235,25 +233,16 @@ def list_alternatives(
     layers = [[i + step for i in config.target_layer_ids] for step in (-1, 1)]
     layer_ids = {f"target_layer_ids {ids}": {"target_layer_ids": ids} for ids in layers}
     tokens = {f"mask_token_id {i} ({name})": {"mask_token_id": i} for i, name in masks.items()}
-    found: list[Alternatives] = [
-        ("target layers", layer_ids, IN_CONFIG),
-        ("mask token", tokens, IN_CONFIG),
-    ]
+    found: Alternatives = {"target layers": layer_ids, "mask token": tokens}
     windows = zip(config.sliding_windows, config.causal, strict=True)
     if sliding := [causal for window, causal in windows if window is not None]:
         other = not sliding[0]
-        advice = (
-            f"whether sliding layers are causal inside a block; {IN_CONFIG} "
-            "(speculators: sliding_window_non_causal, the opposite)"
-        )
-        settings = {f"is_causal {other}": {"is_causal": other}}
-        found.append(("causal block", settings, advice))
+        found["causal block"] = {f"is_causal {other}": {"is_causal": other}}
     gemma = str(target.get("model_type")).startswith("gemma")
     if gemma and detect_format(drafter) is not SPECULATORS:
         scale = 1.0 if config.input_scale != 1 else config.hidden_size**0.5
-        scales = {f"input_embedding_scale {scale:g}": {"input_embedding_scale": scale}}
-        advice = f"drafters for scaled embeddings are published with and without it; {IN_CONFIG}"
-        found.append(("embedding scale", scales, advice))
+        scaled = {"input_embedding_scale": scale}
+        found["embedding scale"] = {f"input_embedding_scale {scale:g}": scaled}
     return found
 
 
@@ -333,15 +322,15 @@ def diagnose(
     limit = ALL_MASK_CANDIDATES if thorough else MASK_CANDIDATES
     masks = mask_candidates(tokenizer, config.mask_token_id, pair.vocab_size, limit)
     alternatives = list_alternatives(config, drafter, target, masks)
-    total = sum(len(values) for _, values, _ in alternatives)
+    total = sum(len(values) for values in alternatives.values())
     numbers = count(1)
 
-    def trial(check: str, values: Mapping[str, Mapping[str, object]], advice: str) -> Trial:
+    def trial(check: str, values: Mapping[str, Mapping[str, object]]) -> Trial:
         gains = {}
         for name, settings in values.items():
             report(next(numbers), total, check)
             gains[name] = change(settings)
-        return Trial(check=check, gains=gains, least=MIN_GAIN, advice=advice)
+        return Trial(check=check, gains=gains, least=MIN_GAIN)
 
     rows = {"i - 1": scores.earlier, "i + 1": scores.later}
     trials = [
@@ -352,16 +341,9 @@ def diagnose(
                 for depth, shifted in rows.items()
             },
             least=MIN_GAIN,
-            advice="row i must predict depth i, with the root in row 0 (speculators: "
-            "sample_from_anchor says whether the root's row predicts): fix training or export",
         ),
-        Trial(
-            check="prompting",
-            gains=pair.prompted,
-            least=MIN_PROMPTING_GAIN,
-            advice="prompt this way, or use a drafter trained for your way of prompting",
-        ),
-        *starmap(trial, alternatives),
+        Trial(check="prompting", gains=pair.prompted, least=MIN_PROMPTING_GAIN),
+        *starmap(trial, alternatives.items()),
     ]
     depths, *facts = measured.findings
     return replace(measured, findings=[depths, *findings(trials), *facts])

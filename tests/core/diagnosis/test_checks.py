@@ -116,7 +116,7 @@ def test_block_offset(problems, late, depth):
 
 
 @pytest.mark.parametrize(
-    ("asked", "made_for", "advice"),
+    ("asked", "made_for", "way"),
     [
         (
             Prompting(),
@@ -137,11 +137,11 @@ def test_block_offset(problems, late, depth):
         (Prompting(raw=True), Prompting(), "with the chat template, thinking off: the target's"),
     ],
 )
-def test_prompting(problems, byte_tokenizer, asked, made_for, advice):
+def test_prompting(problems, byte_tokenizer, asked, made_for, way):
     prompts = tuple(made_for.encode(byte_tokenizer, prompt) for prompt in PROMPTS)
     found = problems(asked, prompts=prompts)
     assert found.keys() == {"prompting"}
-    assert found["prompting"].startswith(advice)
+    assert found["prompting"].startswith(way)
 
 
 def test_a_template_without_a_system_message(problems, byte_tokenizer, monkeypatch):
@@ -233,7 +233,7 @@ def test_keys_that_are_ignored_are_listed(tmp_path):
 
 def trial(nats, least=0.1, error=0.0):
     gains = {"changed": None if nats is None else Gain(nats, error)}
-    return Trial(check="it", gains=gains, least=least, advice="change it")
+    return Trial(check="it", gains=gains, least=least)
 
 
 @pytest.mark.parametrize(
@@ -251,7 +251,7 @@ def test_judging(trials, ok):
 def test_messages_of_trials():
     trials = [trial(0.2), trial(0.05), trial(1.58, error=0.6), trial(-0.1, error=0.1), trial(None)]
     assert [findings([each])[0].message for each in trials] == [
-        "changed: the target's tokens are 1.22x as probable; change it",
+        "changed: the target's tokens are 1.22x as probable",
         "no significant improvement (best alternative: changed, 1.05x)",
         "no significant improvement (best alternative: changed, 4.85x, within noise)",
         "no significant improvement (best alternative: changed, 0.90x)",
