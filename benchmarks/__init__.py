@@ -12,10 +12,9 @@
 - `serving.load` and `serving.overhead`: the HTTP server under load, and what HTTP costs.
 - `serving.restart`: a conversation that goes on after a restart, with the disk tier and without.
 - `gpu`: the parts of an iteration on a GPU, with random weights in published shapes.
-- `gpu_report`: whether a GPU does everything right, and how fast: one file to send.
+- `device_report`: whether a GPU or a Mac does everything right, and how fast: one file to send.
 - `launches`: the operations and bytes of an iteration on a GPU, counted without one.
 - `kernels`: what the Triton kernels take of each GPU, compiled without one.
-- `mac_report`: whether a Mac does everything right, and how fast: one file to send.
 - `mlx_rows`: which operations of MLX give a row the same bits beside any others.
 - `metal_sources`: the sources of the MLX backend's Metal kernels, to compile them on a Mac.
 - `published`: accepted lengths of a drafter beside the ones of its paper.

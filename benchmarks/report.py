@@ -1,12 +1,12 @@
 """A report about a machine: parts that do not stop each other, in a file that is always complete.
 
-A person with an accelerator runs one command and sends one file. So whatever a part meets is a part
-of the report. A fault of a kernel can end a process, or make the device refuse all its later work.
-Therefore each part runs in its own process, which sends each finding at once. The file is written
-again after each part, so that a fault, an interruption or a restart of the machine loses nothing
-that was found before. A part that hangs is ended some time after the time for the report.
+A person with an accelerator runs `device_report` and sends one file. So whatever a part meets is a
+part of the report. A fault of a kernel can end a process, or make the device refuse all its later
+work. Therefore each part runs in its own process, which sends each finding at once. The file is
+written again after each part, so that a fault, an interruption or a restart of the machine loses
+nothing that was found before. A part that hangs is ended some time after the time for the report.
 
-A report on another kind of accelerator has other parts, and the same frame: `Report.run` for each.
+Another kind of accelerator has other parts (`cuda_parts`, `mlx_parts`), and the same frame.
 """
 
 from __future__ import annotations
@@ -26,6 +26,11 @@ from typing import Any, TypeAlias
 
 from benchmarks.common import Row, machine, show
 from treeflash.errors import first_line
+
+
+class LeftOutError(Exception):
+    """The reason why a part has nothing to measure."""
+
 
 PROBLEMS = 1
 """The exit status of a report with problems."""
@@ -72,7 +77,7 @@ class Part:
         self.problem(f"{self.name}: {error}")
 
 
-Find: TypeAlias = Callable[[Part], None]
+Find: TypeAlias = Callable[[Part], object]
 """Adds what it finds to a part."""
 
 
@@ -82,6 +87,8 @@ def find_here(part: Part, find: Find) -> None:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
             find(part)
+    except LeftOutError as error:
+        part.note(f"{part.name} was left out: {error}")
     except Exception as error:
         part.fail(f"{type(error).__name__}: {first_line(error)}", traceback.format_exc())
     for warning in caught:
@@ -108,7 +115,7 @@ def find_apart(part: Part, find: Find, end: float) -> None:
             part.fail(f"its process ended with {how}")
     finally:
         process.kill()
-        process.join()
+        process.join(GRACE)  # a call of a driver may never end
 
 
 class _SentPart:

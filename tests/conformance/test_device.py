@@ -134,7 +134,7 @@ def test_every_metal_kernel_is_right(module):
     from treeflash_mlx.backend import examine_device
 
     kernels = examine_device(LoadConfig()).kernels
-    assert list(module("mac_report").kernel_problems(kernels)) == []
+    assert list(module("mlx_parts").kernel_problems(kernels)) == []
 
 
 @pytest.mark.device
@@ -173,7 +173,7 @@ def test_no_kernel_falls_back(module, dtype, head_dim):
     shapes = examined_shapes(head_dim)
     operations = load_operations(shapes, choose_device(None), getattr(torch, dtype))
     where = f"{dtype} and heads of {head_dim}"
-    assert list(module("gpu_report").kernel_problems(operations.verdicts, where)) == []
+    assert list(module("cuda_parts").kernel_problems(operations.verdicts, where)) == []
     assert operations.verdicts.keys() == CHECKS.keys() - {"quantised_linear"}
 
 
@@ -212,7 +212,7 @@ class TestCudaHalfPrecision:
             )
             == 60
         )
-        report, graphs = module("gpu_report"), backend.target.graphs
+        report, graphs = module("cuda_parts"), backend.target.graphs
         problems = report.graph_problems(graphs.tried, graphs.replays, report.CAPTURED)
         assert list(problems) == []
 

@@ -20,7 +20,7 @@ def frame(module):
 
 @pytest.fixture
 def judge(module):
-    return module("gpu_report")
+    return module("cuda_parts")
 
 
 @pytest.fixture

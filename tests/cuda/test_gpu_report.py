@@ -2,31 +2,44 @@
 
 import json
 import time
-from argparse import Namespace
 from functools import partial
+from itertools import product
 
 import pytest
+from endless_pair import endless_pair
 from failures import failing
 
+from treeflash.config import METHODS
+from treeflash.decoding.tree import accept
 from treeflash.testing import require
 
 require("torch")
 
-import torch
 
-from treeflash.decoding.tree import accept
+@pytest.fixture
+def shared(module, monkeypatch):
+    monkeypatch.setattr(module("device_parts"), "TOKENS", 16)
+    return module("device_parts")
 
 
 @pytest.fixture
-def judge(module, monkeypatch):
-    monkeypatch.setattr(module("gpu_report"), "TOKENS", 16)
-    return module("gpu_report")
+def judge(module, shared, monkeypatch):
+    monkeypatch.setattr(module("cuda_parts"), "TOKENS", 16)
+    return module("cuda_parts")
 
 
 @pytest.fixture
-def gpu(judge, tmp_path):
-    args = Namespace(target=None, shape="tiny")
-    return judge.Gpu(torch.device("cpu"), tmp_path, args, end=time.time() + 600)
+def options(tmp_path):
+    """Options that choose a tiny pair on the CPU."""
+    pair = endless_pair(tmp_path / "pair")
+    return [*pair, "--device", "cpu", "--dtype", "float32", "--max-tokens", "4"]
+
+
+@pytest.fixture
+def gpu(module, judge, tmp_path, options):
+    args = module("device_report").parser().parse_args([*options, "--shape", "tiny"])
+    args.backend = "cuda"
+    return judge.Gpu(args, tmp_path, end=time.time() + 600)
 
 
 @pytest.fixture
@@ -41,35 +54,27 @@ def run(module, judge, gpu):
     return run_part
 
 
-def test_a_machine_without_a_gpu_is_told_why(judge, tmp_path, see_gpus, monkeypatch, capsys):
+def test_a_machine_without_a_gpu_is_told_why(module, tmp_path, see_gpus, capsys):
     see_gpus(0)
-    monkeypatch.setattr(judge, "has_metal", lambda: False)
     path = tmp_path / "report.json"
-    assert judge.main(["--json", str(path)]) == 2
+    assert module("device_report").main(["--backend", "cuda", "--json", str(path)]) == 2
     why = json.loads(path.read_text())["device"]["why"]
     assert "no CUDA device is available" in why
     assert why in capsys.readouterr().err
-
-
-def test_a_mac_is_sent_to_its_own_benchmark(judge, see_gpus, monkeypatch, capsys):
-    see_gpus(0)
-    monkeypatch.setattr(judge, "has_metal", lambda: True)
-    assert judge.main([]) == 0
-    assert "python -m benchmarks.mac" in capsys.readouterr().out
 
 
 def test_texts_that_agree_are_no_problem(run):
     part = run("texts")
     assert not part.error
     assert part.problems == []
-    assert {row["dtype"] for row in part.tables["texts"]} == {
+    assert {row["pair"] for row in part.tables["texts"]} == {
         *("float32", "float32, 8-bit KV cache", "float32, gated delta nets", "float32, Mamba-2"),
         *("exact bfloat16", "exact float16"),
     }
     assert all(row["equal_up_to"] == row["tokens"] == 16 for row in part.tables["texts"])
 
 
-def test_a_wrong_text_is_a_problem_by_method(run, judge, monkeypatch):
+def test_a_wrong_text_is_a_problem_by_method(run, judge, shared, monkeypatch):
     from treeflash.decoding import loop
 
     def accept_too_much(tree, sampled):
@@ -78,10 +83,10 @@ def test_a_wrong_text_is_a_problem_by_method(run, judge, monkeypatch):
 
     monkeypatch.setattr(loop, "accept", accept_too_much)
     monkeypatch.setattr(judge, "DTYPES", ())
-    monkeypatch.setattr(judge, "VARIANTS", {"float32": ("qwen3", {})})
-    monkeypatch.setattr(judge, "METHODS", ("treeflash",))
+    monkeypatch.setattr(judge, "VARIANTS", {"float32": ("qwen3", {"dtype": "float32"})})
+    monkeypatch.setattr(shared, "TINY_METHODS", ("treeflash",))
     part = run("texts")
-    assert any(line.startswith("treeflash, greedy, in float32 differs") for line in part.problems)
+    assert any(line.startswith("treeflash, greedy, with float32 differs") for line in part.problems)
 
 
 def test_without_graphs_every_function_is_a_problem(run):
@@ -91,13 +96,43 @@ def test_without_graphs_every_function_is_a_problem(run):
         assert f"{name} never ran from a CUDA graph (bfloat16)" in part.problems
 
 
-def test_speed_has_a_row_for_each_number_of_texts(run):
-    part = run("speed")
+def test_iterations_have_rows_for_each_number_of_texts_beside_plain_decoding(run):
+    part = run("iterations")
     assert not part.error
     assert part.problems == []
-    assert [row["texts"] for row in part.tables["iterations"]] == [1, 1, 8, 8, 32, 32]
-    assert all(row["iteration_ms"] > 0 for row in part.tables["iterations"])
+    rows = part.tables["iterations"]
+    kinds = [(row["texts"], row["sampling"], row["method"]) for row in rows]
+    assert kinds == list(product((1, 8, 32), ("greedy", "sampled"), ("ar", "treeflash")))
+    assert all(row["iteration_ms"] > 0 and row["break_even"] > 0 for row in rows)
     assert {row["nodes"] for row in part.tables["passes"]} == {1, 8, 16, 64}
+
+
+def test_a_real_pair_is_measured_beside_transformers(run):
+    (peer,) = run("peer").tables["methods"]
+    assert peer["system"] == "transformers"
+    part = run("speed")
+    assert not part.error
+    assert [row["method"] for row in part.tables["methods"]] == list(METHODS)
+    for row in [peer, *part.tables["methods"]]:
+        assert row["tokens_per_s"] > 0
+    assert all(row["equal_up_to"] == 4 for row in part.tables["methods"])  # in float32
+    part = run("exact")
+    assert not part.problems
+    assert part.tables["methods"] or part.notes
+
+
+def test_without_a_target_its_parts_are_left_out(run, gpu):
+    gpu.missing = "the hub cannot be reached"
+    for name in ("peer", "speed", "exact"):
+        part = run(name)
+        assert part.notes == [f"{name} was left out: there is no target: {gpu.missing}"]
+        assert not part.problems
+
+
+def test_speeds_come_before_what_compiles(judge):
+    names = list(judge.PARTS)
+    assert names[:4] == ["machine", "peer", "speed", "iterations"]
+    assert names[-2:] == ["kernels", "resources"]
 
 
 def test_every_text_is_decoded_in_every_measured_iteration(judge, gpu, monkeypatch):
@@ -117,23 +152,39 @@ def test_every_text_is_decoded_in_every_measured_iteration(judge, gpu, monkeypat
     assert counts == [10] * (judge.WARM_UP + judge.MEASURED)
 
 
-def test_every_part_is_in_the_report(judge, tmp_path, in_this_process, monkeypatch, capsys):
-    monkeypatch.setattr(judge, "PARTS", {"machine": judge.machine, "target": judge.target})
+def test_every_part_is_in_the_report(
+    module, judge, options, tmp_path, in_this_process, monkeypatch, capsys
+):
+    monkeypatch.setattr(judge, "PARTS", {"machine": judge.machine, "speed": judge.speed})
     monkeypatch.setenv("TRITON_CACHE_DIR", "cache")
     monkeypatch.setenv("NVIDIA_API_KEY", "secret")
     path = tmp_path / "report.json"
-    code = judge.main(["--device", "cpu", "--json", str(path)])
+    arguments = ["--backend", "cuda", *options, "--json", str(path)]
+    code = module("device_report").main(arguments)
     assert "secret" not in path.read_text()
     report = json.loads(path.read_text())
-    assert [part["name"] for part in report["parts"]] == ["machine", "target"]
-    assert [row["name"] for row in report["parts"][0]["tables"]["tools"]] == [
-        *("C compiler", "Python.h"),
-    ]
-    variables = report["parts"][0]["tables"]["environment"]
+    machine, speed = report["parts"]
+    assert [row["name"] for row in machine["tables"]["tools"]] == ["C compiler", "Python.h"]
+    variables = machine["tables"]["environment"]
     assert {"name": "TRITON_CACHE_DIR", "value": "cache"} in variables
-    assert report["parts"][1]["notes"] == ["target was left out: pass --target"]
+    assert len(speed["tables"]["methods"]) == len(METHODS)
     assert code == int(bool(report["problems"]))
-    assert f"{len(report['problems'])} problem(s)" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "part 2 of 2: speed" in printed
+    assert f"{len(report['problems'])} problem(s)" in printed
+
+
+def test_a_target_that_cannot_be_located_leaves_the_other_parts(
+    module, judge, tmp_path, in_this_process, monkeypatch
+):
+    monkeypatch.setattr(judge, "PARTS", {"machine": judge.machine, "speed": judge.speed})
+    path = tmp_path / "report.json"
+    missing = ["--target", str(tmp_path / "missing"), "--device", "cpu"]
+    module("device_report").main(["--backend", "cuda", *missing, "--json", str(path)])
+    machine, speed = json.loads(path.read_text())["parts"]
+    assert machine["tables"]["device"]
+    (note,) = speed["notes"]
+    assert note.startswith("speed was left out: there is no target: ")
 
 
 def test_decoding_goes_on_after_memory_ran_out(run):
@@ -143,9 +194,9 @@ def test_decoding_goes_on_after_memory_ran_out(run):
     assert part.tables["out of memory"]
 
 
-def test_a_device_that_fails_is_a_problem_of_each_part(run, judge):
-    with failing(judge.Gpu, "load", RuntimeError("this device is broken")):
-        for name in ("graphs", "texts", "memory", "speed"):
+def test_a_device_that_fails_is_a_problem_of_each_part(run, shared):
+    with failing(shared.Device, "load", RuntimeError("this device is broken")):
+        for name in ("graphs", "texts", "memory", "iterations"):
             assert run(name).problems == [f"{name}: RuntimeError: this device is broken"]
 
 

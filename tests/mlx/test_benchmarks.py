@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import time
 from collections import Counter
 from types import SimpleNamespace
 
@@ -27,22 +28,23 @@ def pair(tmp_path):
     return [*endless_pair(tmp_path), "--max-tokens", "4"]
 
 
-def test_the_target_is_measured(module, pair):
-    report = module("mac_report")
-    args = report.parser().parse_args(
-        [*pair, "--sizes", "1,3", "--contexts", "2,5", "--repeats", "1"]
-    )
-    part = module("report").Part("measurements")
-    for name in ("speed", "mlx-lm", "passes", "host"):
-        report.PARTS[name](args, part)
+@pytest.fixture
+def mac(module, pair, tmp_path):
+    options = ["--sizes", "1,3", "--contexts", "2,5,100000000", "--repeats", "1"]
+    args = module("device_report").parser().parse_args([*pair, *options])
+    args.backend = "mlx"
+    return module("mlx_parts").Mac(args, tmp_path, end=time.time() + 600)
+
+
+def test_the_target_is_measured(module, mac):
+    parts, part = module("mlx_parts"), module("report").Part("measurements")
+    for name in ("speed", "peer", "passes", "host"):
+        parts.PARTS[name](mac, part)
     assert [(row["context"], row["nodes"]) for row in part.tables["passes"]] == [
-        (2, 1),
-        (2, 3),
-        (5, 1),
-        (5, 3),
+        *((2, 1), (2, 3), (5, 1), (5, 3)),  # more positions than the target has are left out
     ]
     assert part.tables["host"][0]["host_ms"] > 0
-    assert [row["token_ms"] > 0 for row in report.plain(args)] == [True, True]
+    assert [row["token_ms"] > 0 for row in parts.plain(mac)] == [True, True]
     assert [(row["system"], row["method"]) for row in part.tables["methods"]] == [
         *(("treeflash", method) for method in METHODS),
         ("mlx-lm", "generate"),
@@ -53,42 +55,42 @@ def test_the_target_is_measured(module, pair):
 def test_a_report_goes_on_after_a_part_that_fails(
     module, pair, tmp_path, in_this_process, monkeypatch, capsys
 ):
-    file = tmp_path / "out.json"
+    file, parts, shared = tmp_path / "out.json", module("mlx_parts"), module("device_parts")
 
     def method_rows(*_):
         raise RuntimeError("the GPU is busy")
 
-    mac_report = module("mac_report")
-    monkeypatch.setattr(mac_report, "method_rows", method_rows)
-    monkeypatch.setattr(mac_report, "mlx_lm_row", lambda _: {"tokens_per_s": 9.0})
-    monkeypatch.setattr(module("gpu_report"), "TOKENS", 16)
+    monkeypatch.setattr(shared, "method_rows", method_rows)
+    monkeypatch.setattr(shared, "TOKENS", 16)
     environments = []
 
     def in_process(function, *arguments, environment):
         environments.append(environment)
         return function(*arguments)
 
-    monkeypatch.setattr(mac_report, "in_process", in_process)
+    monkeypatch.setattr(parts, "in_process", in_process)
     options = ["--sizes", "1,3", "--contexts", "2", "--repeats", "1", "--json", str(file)]
-    assert mac_report.main([*pair, *options]) == 1
+    assert module("device_report").main([*pair, "--backend", "mlx", *options]) == 1
     report = json.loads(file.read_text())
-    assert report["problems"] == ["speed: RuntimeError: the GPU is busy"]
-    parts = {part["name"]: part["tables"] for part in report["parts"]}
-    before, after = ["kernels", "texts", "mlx-lm"], ["passes", "host", "speed", "memory"]
-    assert list(parts) == [*before, "buffers", *after]
-    assert environments == [{}, {"MLX_MAX_OPS_PER_BUFFER": "200"}]
-    assert len(parts["buffers"]["plain"]) == 4
-    assert [row["nodes"] for row in parts["passes"]["passes"]] == [1, 3]
-    texts = parts["texts"]["texts"]
+    assert "speed: RuntimeError: the GPU is busy" in report["problems"]
+    assert {line.partition(":")[0] for line in report["problems"]} <= {"speed", "exact"}
+    found = {part["name"]: part["tables"] for part in report["parts"]}
+    assert list(found) == list(parts.PARTS)
+    assert environments == list(parts.BUFFERS.values())
+    assert len(found["buffers"]["plain"]) == 4
+    assert [row["nodes"] for row in found["passes"]["passes"]] == [1, 3]
+    texts = found["texts"]["texts"]
     assert all(row["equal_up_to"] == row["tokens"] > 0 for row in texts)
-    assert {row["dtype"] for row in texts} == {"float32", "bfloat16"}
-    assert parts["mlx-lm"]["methods"] == [{"tokens_per_s": 9.0}]
+    assert {row["pair"] for row in texts} >= {"float32", "float32, gated delta nets"}
+    assert [found[name]["methods"][0]["system"] for name in ("peer", "peer again")] == [
+        "mlx-lm"
+    ] * 2
     assert f"send {file}" in capsys.readouterr().out
 
 
 def test_a_separate_process_has_additional_variables(module, monkeypatch):
     monkeypatch.delenv("MLX_MAX_OPS_PER_BUFFER", raising=False)
-    found = module("mac_report").in_process(
+    found = module("mlx_parts").in_process(
         os.getenv, "MLX_MAX_OPS_PER_BUFFER", environment={"MLX_MAX_OPS_PER_BUFFER": "9"}
     )
     assert (found, os.getenv("MLX_MAX_OPS_PER_BUFFER")) == ("9", None)
@@ -100,7 +102,7 @@ def test_a_kernel_that_is_wrong_is_a_problem_and_one_that_loses_is_not(module):
         "7 rows": "not used, 0.90 times as fast as MLX's operation",
         "9 rows": "not used, its relative error is 1.0e+00",
     }
-    found = list(module("mac_report").kernel_problems({"products": verdicts}))
+    found = list(module("mlx_parts").kernel_problems({"products": verdicts}))
     assert found == ["products, 9 rows: not used, its relative error is 1.0e+00"]
 
 
@@ -113,7 +115,7 @@ def test_the_text_that_warms_up_is_in_no_figure(module):
 
     calls = []
     model = SimpleNamespace(generate=generate)
-    (row,) = module("mac_report").method_rows(model, ["treeflash"], [[3], [4]], 8)
+    (row,) = module("device_parts").method_rows(model, ["treeflash"], [[3], [4]], 8)
     assert row["block_efficiency"] == 4
     assert all(row[f"{phase}_ms"] == 500 for phase in PHASES[1:])
 

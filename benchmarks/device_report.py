@@ -1,0 +1,111 @@
+"""Whether treeflash runs on this GPU or Mac as it should, and how fast: one file to send.
+
+    python -m benchmarks.device_report --json report.json
+    python -m benchmarks.device_report --json report.json --target Qwen/Qwen3-8B
+    python -m benchmarks.device_report --json report.json --target mlx-community/Qwen3-4B-4bit
+
+It ends with the list of problems that it found. Its exit status is 0 if there are none, 1 if there
+are some, and 2 if there is no accelerator, with the reason. The models are downloaded before the
+time for the parts begins. They run in this order, each in its own process:
+
+- `machine`: the device, its driver, optional packages, what is needed to compile, its temperature.
+- `peer`: tokens per second of transformers or mlx-lm with the target's weights; on a Mac again
+  after `speed`, as a warm machine is slower.
+- `speed`: every method with the budget `auto`: tokens per second, tokens per forward pass, the mean
+  time of an iteration by phase, and how far its texts equal plain decoding's. Work that a phase
+  leaves running on the device counts towards the next phase that waits for it.
+- `exact`: the same in exact mode, or why that is refused.
+- on a GPU `iterations`: a forward pass by nodes and context, an iteration by phase for 1, 8 and 32
+  texts, and its longest kernels, with random weights in the shape of the largest Qwen3 model that
+  fits the GPU and the folder of temporary files (`TMPDIR`).
+- on a Mac `passes`, `host` and `buffers`: a forward pass by nodes and committed positions, the time
+  in which Python builds a pass, and plain decoding with other sizes of command buffers.
+- on a GPU `graphs`: which functions are captured as CUDA graphs, their replays, and failures.
+- `texts`: whether every method writes the text of plain decoding with tiny models of random
+  weights; on a GPU also whether graphs and masks compute the same logits.
+- `memory`: what is reserved and used, and on a GPU whether decoding goes on after memory ran out.
+- `kernels`: whether each kernel is used and right; on a GPU by dtype and width of heads.
+- on a GPU `resources`: what each kernel takes of the GPU.
+
+The tiny models come from the conformance suite: `pip install '.[cuda,testing]'`, and on a Mac
+`'.[mlx,testing]'`.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Sequence
+from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+from benchmarks.common import Parser, require_testing
+from benchmarks.random_pair import SHAPES
+from benchmarks.report import Report
+from treeflash.cli.console import guarded
+from treeflash.cli.options import add_model_options, locate_model
+from treeflash.errors import ConfigError, TreeflashError
+from treeflash.registry import loader
+
+
+def parser() -> Parser:
+    """Build the parser of the command line."""
+    options = Parser(__doc__)
+    options.add_number("--minutes", 15, "time for all parts")
+    options.add_number("--max-tokens", 128, "new tokens per prompt")
+    options.add_number("--repeats", 10, "calls per median")
+    sizes = [1, 2, 4, 5, 8, 10, 12, 16, 24, 32, 48, 64]
+    options.add_numbers("--sizes", sizes, "nodes of the trees of a Mac's `passes`")
+    options.add_numbers("--contexts", [64, 1024, 4096, 16_384], "committed positions of these")
+    options.add_argument("--shape", choices=SHAPES, help="of `iterations` (default: what fits)")
+    add_model_options(options)
+    options.set_defaults(backend=None)
+    return options
+
+
+def choose_backend(name: str | None) -> str:
+    """Return the backend of this machine's accelerator: MLX's on a Mac."""
+    if name in ("cuda", "mlx"):
+        return name
+    if name is not None:
+        raise ConfigError(f"this report is about the backends cuda and mlx, got --backend {name}")
+    if find_spec("mlx") is not None:
+        import mlx.core as mx
+
+        if mx.metal.is_available():
+            return "mlx"
+    return "cuda"
+
+
+@guarded
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run all parts, print, write."""
+    args = parser().parse_args(argv)
+    args.backend = choose_backend(args.backend)
+    loader(args.backend)  # its error is clearer than an import's
+    require_testing(args.backend)
+    parts = import_module(f"benchmarks.{args.backend}_parts")
+    try:
+        import_module(f"treeflash_{args.backend}.device").choose_device(args.device)
+    except TreeflashError as error:
+        Report("device_report", args.json, {"device": None, "why": str(error)}, 0)
+        raise
+    try:
+        locate_model(args)
+        missing = ""
+    except TreeflashError as error:
+        missing = str(error)
+    facts = {"backend": args.backend, "target": missing or args.target}
+    report = Report("device_report", args.json, facts, 60 * args.minutes)
+    with tempfile.TemporaryDirectory() as folder:
+        device = parts.DEVICE(args, Path(folder), report.end, missing)
+        for number, (name, find) in enumerate(parts.PARTS.items(), 1):
+            print(f"part {number} of {len(parts.PARTS)}: {name}", flush=True)
+            report.run(name, partial(find, device))
+    return report.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
