@@ -35,7 +35,6 @@ from benchmarks.device_parts import (
     tiny_text,
     tiny_texts,
 )
-from benchmarks.gpu import copy_bandwidth, read_bytes, synchronize
 from benchmarks.random_pair import SHAPES, write_drafter, write_target
 from benchmarks.report import Part
 from treeflash.config import GIB, DecodeConfig
@@ -288,6 +287,41 @@ def iterations(gpu: Gpu, part: Part) -> None:
         if gpu.is_late:
             part.note(f"passes were cut short after {context} positions")
             return
+
+
+def synchronize(device: Any) -> None:
+    """Wait until the device is idle."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def copy_bandwidth(device: Any) -> float:
+    """Measure the bytes per second of a large copy, read and written, the best of ten."""
+    import torch
+
+    size = 2**30 if device.type == "cuda" else 2**26
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    times = []
+    for _ in range(10):
+        synchronize(device)
+        started = time.perf_counter()
+        target.copy_(source)
+        synchronize(device)
+        times.append(time.perf_counter() - started)
+    return 2 * size / min(times)
+
+
+def read_bytes(backend: Any, shape: Row, context: int) -> int:
+    """Count what a forward pass must read: the weights, and the KV cache of the context."""
+    weights = sum(p.numel() * p.element_size() for p in backend.target.model.parameters())
+    embeddings = backend.target.embeddings
+    if not shape["tie_word_embeddings"]:  # the lookup reads one row per token
+        weights -= embeddings.numel() * embeddings.element_size()
+    width = shape["num_key_value_heads"] * shape["head_dim"] * embeddings.element_size()
+    return int(weights + 2 * shape["num_hidden_layers"] * width * context)
 
 
 def iteration_row(backend: Any, prompts: Sequence[Sequence[int]], config: DecodeConfig) -> Row:

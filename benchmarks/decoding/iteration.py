@@ -87,24 +87,16 @@ def make_cases(backend: Backend, budgets: Sequence[int]) -> list[tuple[Method, i
 
 
 def phase_rows(
-    backend: Backend,
-    prompts: Sequence[Sequence[int]],
-    configs: Sequence[DecodeConfig],
-    iterations: int | None = None,
+    backend: Backend, prompts: Sequence[Sequence[int]], configs: Sequence[DecodeConfig]
 ) -> list[Row]:
     """Measure the median time of each phase of an iteration.
 
-    Args:
-        backend: a loaded pair.
-        prompts: token ids; each prompt is decoded with every configuration before the next one.
-        configs: of the decoding; the budget is a number of nodes.
-        iterations: how many to measure of each sequence; None for all.
+    Each prompt is decoded with every configuration before the next one.
     """
-    end = None if iterations is None else WARM_UP + iterations
     steps: list[list[Step]] = [[] for _ in configs]
     for ids, (found, config) in product(prompts, zip(steps, configs, strict=True)):
         request = Request(prompt_ids=ids, config=config)
-        found += islice(decode(backend, request), WARM_UP, end)
+        found += islice(decode(backend, request), WARM_UP, None)
     return list(map(_phase_row, configs, steps))
 
 

@@ -15,10 +15,6 @@ require("torch")
 SHORT = ["--limit", "1", "--max-tokens", "4"]
 ABLATION = ["--steps", "2", "--answers", "12", "--seeds", "0", "--cells", "base"]
 SCRIPTS = {
-    "gpu": [
-        *["--shape", "tiny", "--device", "cpu", "--repeats", "1"],
-        *["--sizes", "1,3", "--contexts", "0,4"],
-    ],
     "training_cost": ["--shape", "tiny", "--length", "64", "--anchors", "32"],
 }
 PAIR_SCRIPTS = {
