@@ -25,7 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -80,13 +80,8 @@ class Prefix:
         self.key, self.tokens, self.digests = key, np.array(tokens, np.int32), digests
 
 
-@dataclass(frozen=True, eq=False)
-class Stored:
-    """A stored beginning of some tokens: its blocks by kind and key, and its end if it has one."""
-
-    length: int
-    blocks: Sequence[tuple[Kind, bytes]]
-    end: tuple[Part, StateArrays] | None
+Stored: TypeAlias = tuple[Sequence[tuple[Kind, bytes]], tuple[Part, StateArrays] | None]
+"""A stored beginning of some tokens: its blocks by kind and key, and its end if it has one."""
 
 
 class DiskCache:
@@ -292,10 +287,10 @@ class DiskCache:
             if first > len(blocks) or file_name("end", keys[stop]) not in self._index:
                 continue
             if (end := self.read("end", keys[stop])) is not None:
-                return Stored(stop, blocks[:first], end)
+                return blocks[:first], end
         if needs_end or len(blocks) * self.block <= longer_than:
             return None
-        return Stored(len(blocks) * self.block, blocks, None)
+        return blocks, None
 
     def read(self, kind: Kind, key: bytes) -> tuple[Part, StateArrays] | None:
         """Read a part; None if it cannot be used. A damaged file is removed."""
@@ -351,7 +346,8 @@ class Restoration:
             if stored is None:
                 self.close()
                 return True
-            self._blocks, self._end = deque(stored.blocks), stored.end
+            blocks, self._end = stored
+            self._blocks = deque(blocks)
         self._read_ahead()
         while self._reads:
             if not (self._reads[0].done() or wait):

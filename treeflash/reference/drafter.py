@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import TypeAlias
 
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 
 from treeflash.decoding.backend_base import OneByOneDrafter
 from treeflash.decoding.interfaces import TableOptions
+from treeflash.decoding.output_stage import Block
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.drafters.config import window_gap
 from treeflash.reference.drafter_model import DrafterModel
@@ -29,12 +29,6 @@ from treeflash.reference.target import Cache
 from treeflash.reference.verifier import State
 
 Sublayer: TypeAlias = Callable[[Array], Array]
-
-
-@dataclass(frozen=True, eq=False)
-class Block:
-    root: int  # token id of the first slot
-    hidden: Array  # (D, hidden_size) outputs of the last layer at the slots of the drafted depths
 
 
 class Drafter(OneByOneDrafter):

@@ -14,9 +14,9 @@ import numpy as np
 
 from treeflash.decoding.backend_base import OneByOneHead
 from treeflash.decoding.interfaces import TableOptions
+from treeflash.decoding.output_stage import Block
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.drafters.formats import HEADS as FORMATS
-from treeflash.reference.drafter import Block
 from treeflash.reference.drafter_model import DrafterModel
 from treeflash.reference.numerics import (
     Array,

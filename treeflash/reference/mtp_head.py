@@ -9,10 +9,11 @@ from numpy.typing import NDArray
 
 from treeflash.decoding.backend_base import OneByOneDrafter, OneByOneHead
 from treeflash.decoding.interfaces import StateArrays, TableOptions
+from treeflash.decoding.output_stage import Block
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.drafters.mtp_heads import MAX_PATHS, NO_MARGINALS, Experts, Latent, MtpConfig
 from treeflash.errors import ConfigError
-from treeflash.reference.drafter import Block, Drafter
+from treeflash.reference.drafter import Drafter
 from treeflash.reference.drafter_model import DrafterModel
 from treeflash.reference.numerics import (
     Array,
