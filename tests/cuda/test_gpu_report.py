@@ -2,6 +2,7 @@
 
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import product
 
@@ -127,6 +128,32 @@ def test_without_a_target_its_parts_are_left_out(run, gpu):
         part = run(name)
         assert part.notes == [f"{name} was left out: there is no target: {gpu.missing}"]
         assert not part.problems
+
+
+def test_kernels_are_checked_for_what_real_models_have(run, judge, gpu, monkeypatch):
+    def check(gpu, dtype, head_dim, quantised):
+        verdicts = {"rms_norm": "used (Triton)", "gated": "used (Triton)"}
+        if dtype == "float32":
+            verdicts["gated"] = "ptxas is missing"
+        return 1.0, verdicts, "it is too wide" if head_dim == 256 else None
+
+    monkeypatch.setattr(judge, "ProcessPoolExecutor", lambda n, _: ThreadPoolExecutor(n))
+    monkeypatch.setattr(judge, "check_kernels", check)
+    part = run("kernels")
+    assert not part.error
+    assert len(part.tables["compiling"]) == len(judge.KERNEL_CASES)
+    assert part.problems == [
+        "FlashAttention is not used with dtype bfloat16, head_dim 256, quantised_keys False: it is "
+        "too wide",
+        "gated runs in PyTorch with dtype float32, head_dim 128, quantised_keys False: ptxas is "
+        "missing",
+    ]
+    gpu.end = 0.0
+    part = run("kernels")
+    assert len(part.tables["compiling"]) == 1
+    assert part.notes == [
+        "kernels were cut short after dtype bfloat16, head_dim 64, quantised_keys False"
+    ]
 
 
 def test_speeds_come_before_what_compiles(judge):

@@ -127,7 +127,8 @@ def file_name(kind: Kind, key: bytes) -> str:
     return f"{hashlib.sha256(kind.encode() + key).hexdigest()}.{kind}.state"
 
 
-def _checksum(kind: Kind, key: bytes, arrays: bytes) -> bytes:
+def checksum(kind: Kind, key: bytes, arrays: bytes) -> bytes:
+    """Return what the file of a part with these encoded arrays begins with."""
     return hashlib.blake2b(
         arrays, digest_size=CHECKSUM_SIZE, key=key, person=kind.encode()
     ).digest()
@@ -138,13 +139,13 @@ def encode(part: Part, arrays: StateArrays) -> bytes:
     arrays = {name: np.ascontiguousarray(x) for name, x in arrays.items()}
     arrays[POSITIONS] = np.array([part.first, part.read, part.stop], np.int64)
     encoded = save(arrays)
-    return _checksum(part.kind, part.key, encoded) + encoded
+    return checksum(part.kind, part.key, encoded) + encoded
 
 
 def decode(kind: Kind, key: bytes, contents: bytes) -> tuple[Part, StateArrays]:
     """Read the part that ends where the key does; a BadFileError if it is another's."""
     encoded = contents[CHECKSUM_SIZE:]
-    if contents[:CHECKSUM_SIZE] != _checksum(kind, key, encoded):
+    if contents[:CHECKSUM_SIZE] != checksum(kind, key, encoded):
         raise BadFileError("its contents are not what was written under this name")
     try:
         arrays = load(encoded)

@@ -65,8 +65,8 @@ def arrays(make: Callable[[bytes], bytes], *, forged: bool = False):
         path = block(folder)
         old, size = path.read_bytes(), state_files.CHECKSUM_SIZE
         new, key = make(old[size:]), Process.keys(PROMPT)[Process.BLOCK]
-        checksum = state_files._checksum("block", key, new) if forged else old[:size]
-        path.write_bytes(checksum + new)
+        begin = state_files.checksum("block", key, new) if forged else old[:size]
+        path.write_bytes(begin + new)
 
     return damage
 
