@@ -78,6 +78,7 @@ LARGE = (("qwen3-8b", 60, 20), ("qwen3-4b", 20, 10))
 """Shapes of `iterations`, and the GiB that each takes of the GPU and of the temporary folder."""
 WARM_UP, MEASURED, PROFILED = 8, 16, 10
 """Iterations before the measured ones, these, and the ones of the profile."""
+PROMPT_TOKENS = 256
 LEFT_FREE = 200 << 20
 """Bytes that are left free when memory is to run out."""
 
@@ -267,9 +268,8 @@ def iterations(gpu: Gpu, part: Part) -> None:
             config = DecodeConfig(
                 method=method, budget=nodes, max_tokens=400, sampling=settings_of_text
             )
-            prompts = [random_prompt(backend.vocab_size, 256)] * count
             case = {"texts": count, "method": method, "nodes": nodes, "sampling": sampling}
-            row = iteration_row(backend, prompts, config)
+            row = iteration_row(backend, count, config)
             plain_ms = plain_ms or row["iteration_ms"]
             row["break_even"] = row["iteration_ms"] / plain_ms
             part.add("iterations", **case, **row)
@@ -324,17 +324,20 @@ def read_bytes(backend: Any, shape: Row, context: int) -> int:
     return int(weights + 2 * shape["num_hidden_layers"] * width * context)
 
 
-def iteration_row(backend: Any, prompts: Sequence[Sequence[int]], config: DecodeConfig) -> Row:
-    """Return the median milliseconds of an iteration and its phases, after some to warm up.
-
-    All texts are decoded in every one of them: their prompts run in the first iteration.
-    """
-    tokens = sum(map(len, prompts))
+def start_texts(backend: Any, texts: int, config: DecodeConfig) -> Scheduler:
+    """Submit texts whose prompts run in the first iteration, so that all others decode them all."""
+    prompt = random_prompt(backend.vocab_size, PROMPT_TOKENS)
     scheduler = Scheduler(
-        backend, SchedulerConfig(max_parallel=len(prompts), lone_prefill_chunk=tokens)
+        backend, SchedulerConfig(max_parallel=texts, lone_prefill_chunk=texts * PROMPT_TOKENS)
     )
-    for prompt in prompts:
+    for _ in range(texts):
         scheduler.submit(Request(prompt_ids=prompt, config=config))
+    return scheduler
+
+
+def iteration_row(backend: Any, texts: int, config: DecodeConfig) -> Row:
+    """Return the median milliseconds of an iteration and its phases, after some to warm up."""
+    scheduler = start_texts(backend, texts, config)
     times: list[float] = []
     phases: dict[str, list[float]] = {}
     for number in range(WARM_UP + MEASURED):
@@ -363,12 +366,7 @@ def _profile(part: Part, backend: Any, texts: int, sampling: str) -> None:
 
     budget = 64 if texts == 1 else 16
     config = DecodeConfig(budget=budget, max_tokens=400, sampling=SAMPLINGS[sampling])
-    prompt = random_prompt(backend.vocab_size, 256)
-    scheduler = Scheduler(
-        backend, SchedulerConfig(max_parallel=texts, lone_prefill_chunk=texts * len(prompt))
-    )
-    for _ in range(texts):
-        scheduler.submit(Request(prompt_ids=prompt, config=config))
+    scheduler = start_texts(backend, texts, config)
     for _ in range(WARM_UP):
         scheduler.step()
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:

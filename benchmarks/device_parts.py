@@ -133,7 +133,7 @@ def tiny_texts(
     for name, (family, settings) in variants.items():
         try:
             backend = device.load(device.write_tiny(family), **settings)
-        except UnsupportedModelError as error:
+        except (ConfigError, UnsupportedModelError) as error:
             refused(f"{name}: {error}")
             continue
         for sampling, config in SAMPLINGS.items():
