@@ -35,7 +35,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -43,7 +43,7 @@ from pathlib import Path
 
 from benchmarks.common import Parser, require_testing
 from benchmarks.random_pair import SHAPES
-from benchmarks.report import Report
+from benchmarks.report import Part, Report
 from treeflash.cli.console import guarded
 from treeflash.cli.options import add_model_options, locate_model
 from treeflash.errors import ConfigError, TreeflashError
@@ -79,6 +79,14 @@ def choose_backend(name: str | None) -> str:
     return "cuda"
 
 
+def summary(parts: Sequence[Part]) -> Iterator[str]:
+    """Yield a line for each speed of a real pair, so that they stand together."""
+    for part in parts:
+        for row in part.tables.get("methods", ()):
+            speed = f"{row['tokens_per_s']:.1f} tokens/s"
+            yield f"{part.name}: {row['system']}, {row['method']}: {speed}"
+
+
 @guarded
 def main(argv: Sequence[str] | None = None) -> int:
     """Run all parts, print, write."""
@@ -104,6 +112,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for number, (name, find) in enumerate(parts.PARTS.items(), 1):
             print(f"part {number} of {len(parts.PARTS)}: {name}", flush=True)
             report.run(name, partial(find, device))
+    for line in summary(report.parts):
+        print(line)
     return report.close()
 
 

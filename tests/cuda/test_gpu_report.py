@@ -1,6 +1,7 @@
 """The parts of the report about a GPU, run on a CPU, where graphs and kernels disappoint."""
 
 import json
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -198,6 +199,7 @@ def test_every_part_is_in_the_report(
     assert code == int(bool(report["problems"]))
     printed = capsys.readouterr().out
     assert "part 2 of 2: speed" in printed
+    assert re.search(r"^speed: treeflash, ar: [\d.]+ tokens/s$", printed, re.MULTILINE)
     assert f"{len(report['problems'])} problem(s)" in printed
 
 
