@@ -37,7 +37,7 @@ from benchmarks.device_parts import (
 )
 from benchmarks.random_pair import SHAPES, write_drafter, write_target
 from benchmarks.report import Part
-from treeflash.config import GIB, DecodeConfig
+from treeflash.config import GIB, DecodeConfig, Method
 from treeflash.decoding import Request, Scheduler, SchedulerConfig
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
@@ -241,7 +241,8 @@ def peer(gpu: Gpu, part: Part) -> None:
 
 def speed(gpu: Gpu, part: Part) -> None:
     """Measure every method of the real pair, and what of it runs without kernels and graphs."""
-    target: Any = device_parts.speed(gpu, part).backend.target
+    backend: Any = device_parts.speed(gpu, part).backend
+    target = backend.target
     if target.operations is not None:
         for line in kernel_problems(target.operations.verdicts, "the real target"):
             part.problem(line)
@@ -264,7 +265,8 @@ def iterations(gpu: Gpu, part: Part) -> None:
     for count, (sampling, settings_of_text) in product((1, 8, 32), SAMPLINGS.items()):
         plain_ms = 0.0
         budget = 64 if count == 1 else 16
-        for method, nodes in (("ar", 1), ("treeflash", budget)):
+        cases: tuple[tuple[Method, int], ...] = (("ar", 1), ("treeflash", budget))
+        for method, nodes in cases:
             config = DecodeConfig(
                 method=method, budget=nodes, max_tokens=400, sampling=settings_of_text
             )
