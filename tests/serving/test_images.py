@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import socket
@@ -107,6 +108,19 @@ def test_every_protocol_gives_the_answer_of_python(image_server, image_model, as
     for images in ([picture(1)], [picture(2), picture(1)]):
         answer = expected(image_model, *images)
         assert ask(image_server, *images) == (answer.text, answer.prompt_tokens)
+
+
+@pytest.mark.parametrize("ask", ASK)
+def test_base64_in_lines(image_server, image_model, monkeypatch, ask):
+    """The command base64 breaks its output into lines."""
+
+    def in_lines(data):
+        return base64.encodebytes(data).decode().replace("\n", "\r\n ")
+
+    monkeypatch.setitem(globals(), "base64_of", in_lines)
+    monkeypatch.setitem(globals(), "url_of", lambda x: f"data:image/png;base64,{in_lines(x)}")
+    answer = expected(image_model, picture(1))
+    assert ask(image_server, picture(1)) == (answer.text, answer.prompt_tokens)
 
 
 def test_ten_clients_with_different_images(image_server, image_model):

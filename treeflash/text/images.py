@@ -133,6 +133,7 @@ def _read_data_url(url: str) -> bytes:
     head, comma, payload = url.partition(",")
     if not comma or not head.endswith(";base64"):
         raise PromptError("a data: URL of an image must have the form data:image/png;base64,...")
+    payload = "".join(payload.split())  # some programs break base64 into lines
     if len(payload) // 4 * 3 > MAX_BYTES + 2:
         raise PromptError(f"the file has more than {MAX_BYTES >> 20} MiB")
     try:

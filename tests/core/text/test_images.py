@@ -62,6 +62,7 @@ class TestSources:
             ("data:image/png,%89PNG", "must have the form data:image/png;base64,"),
             ("data:image/png;base64", "must have the form"),
             ("data:image/png;base64,!!", "is not base64"),
+            ("data:image/png;base64,iVBO Rw0K x\n", "is not base64"),
             ("data:;base64," + "A" * (MAX_BYTES * 4 // 3 + 100), "more than 20 MiB"),
             (b"", "not a PNG, JPEG, WebP or GIF image"),
             (b"<svg/>", "not a PNG, JPEG, WebP or GIF image"),
