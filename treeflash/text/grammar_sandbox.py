@@ -62,6 +62,8 @@ class GrammarSandbox:
     def run(self, grammars: Sequence[Mapping[str, Any]]) -> str:
         """Compile grammars, which may have the key `ANY_FORM`; returns llguidance's form of them.
 
+        The objects of JSON schemas are closed, as `close_objects` says.
+
         A SandboxError is raised if a grammar is invalid, or compiling it takes too much, an OSError
         if no process can be started.
         """
@@ -85,7 +87,7 @@ class GrammarSandbox:
         verdict = json.loads(reply)
         if verdict["error"] is not None:
             raise SandboxError(verdict["error"])
-        return verdict["converted"] or text
+        return str(verdict["converted"])
 
     def _start(self) -> None:
         # The process has its own session: an interruption at the keyboard is for the server.
@@ -151,7 +153,7 @@ def _serve() -> None:
 def _verdict(vocabulary: llguidance.LLTokenizer, text: str) -> dict[str, str | None]:
     try:
         converted = _convert(text)
-        matcher = llguidance.LLMatcher(vocabulary, converted or text, log_level=0, limits=LIMITS)
+        matcher = llguidance.LLMatcher(vocabulary, converted, log_level=0, limits=LIMITS)
         matcher.compute_bitmask()  # some regular expressions are cheap until they are used
     except BaseException as error:  # a panic of llguidance is not an Exception
         return {"error": str(error) or type(error).__name__}
@@ -160,13 +162,16 @@ def _verdict(vocabulary: llguidance.LLTokenizer, text: str) -> dict[str, str | N
     return {"error": None, "converted": converted}
 
 
-def _convert(text: str) -> str | None:
-    """Convert the grammars with each `ANY_FORM` in the Lark format; None if there is none."""
+def _convert(text: str) -> str:
+    """Convert the grammars with each `ANY_FORM` in the Lark format, and with closed objects."""
+    from treeflash.text.json_schema import close_objects  # the process finds it since it began
+
     grammars = json.loads(text)["grammars"]
-    unknown = [grammar for grammar in grammars if ANY_FORM in grammar]
-    for grammar in unknown:
-        grammar["lark_grammar"] = any_to_lark(grammar.pop(ANY_FORM))
-    return json.dumps({"grammars": grammars}) if unknown else None
+    for grammar in grammars:
+        if ANY_FORM in grammar:
+            grammar["lark_grammar"] = any_to_lark(grammar.pop(ANY_FORM))
+        close_objects(grammar.get("json_schema"))
+    return json.dumps({"grammars": grammars})
 
 
 def _limit_memory() -> None:
@@ -184,5 +189,6 @@ def _limit_memory() -> None:
 
 
 if __name__ == "__main__":
+    sys.path.append(str(Path(__file__).parents[2]))  # the package may be in a folder of sources
     threading.stack_size(STACK)
     threading.Thread(target=_serve).start()

@@ -52,8 +52,10 @@ class TextConfig:
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     json_schema: Mapping[str, Any] | bool | None = option(
         None,
-        "write JSON that conforms to this JSON schema; @FILE reads the schema from a file",
-        doc="write JSON that conforms to this JSON schema",
+        "write JSON that conforms to this JSON schema, whose objects have no other keys than their "
+        "properties unless it has additionalProperties; @FILE reads the schema from a file",
+        doc="write JSON that conforms to this JSON schema, whose objects have no other keys than "
+        "their properties unless it has additionalProperties",
         annotation="Mapping[str, Any] | bool",
         rule="a JSON schema",
         metavar="JSON|@FILE",
