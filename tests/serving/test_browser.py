@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -259,6 +260,43 @@ def test_a_chat_survives_a_reload(server, open_page):
     page.get_by_role("button", name="New chat").click()
     page.reload()
     assert page.locator(".turn").count() == 0
+
+
+@pytest.mark.parametrize("markdown", [False, True])
+@pytest.mark.parametrize(("width", "height"), [(1280, 800), (390, 844)])
+def test_a_reload_shows_the_last_message(server, open_page, markdown, width, height):
+    page = open_page(server.url, width, height)
+    page.get_by_label("Show Markdown").set_checked(markdown)
+    for i in range(4):
+        fake(page, *(f"{i}, line {n}.\n\n" for n in range(30)))
+        ask(page, "Tell me more.")
+    page.reload()
+    page.locator(".assistant").last.wait_for()
+    left = page.locator("#log").evaluate("x => x.scrollHeight - x.scrollTop - x.clientHeight")
+    assert left <= 1
+    fake(page, "The", " end")
+    ask(page, "And then?")
+    left = page.locator("#log").evaluate("x => x.scrollHeight - x.scrollTop - x.clientHeight")
+    assert left <= 1
+
+
+def test_a_long_prompt_shows_its_progress(serve, open_page):
+    server = serve()
+    scheduler = server.engine._scheduler
+    scheduler.config = replace(scheduler.config, lone_prefill_chunk=64)
+    page = open_page(server.url)
+    with Gate(server.engine) as gate:
+        page.get_by_label("Message").fill("Once upon a time. " * 10)
+        page.keyboard.press("Enter")
+        wait_until(lambda: server.engine.unfinished)
+        gate.allow(1)
+        note = page.locator(".assistant .note")
+        sync_api.expect(note).to_contain_text("Reading the prompt: 64 of")
+        gate.allow(1)
+        sync_api.expect(note).to_contain_text("Reading the prompt: 128 of")
+        shot(page, "prompt")
+    page.get_by_role("button", name="Send").wait_for(timeout=60_000)
+    sync_api.expect(page.locator(".assistant .note")).to_have_text("")
 
 
 @pytest.mark.parametrize("crash", [False, True])

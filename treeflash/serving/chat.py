@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from fastapi import FastAPI, Response
 from fastapi import Request as HTTPRequest
@@ -138,6 +138,7 @@ class ChatFormatter(ChoicesFormatter):
     id_prefix = "chatcmpl"
     body_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
+    empty_choice: ClassVar = {"delta": {}}
 
     def __init__(
         self,

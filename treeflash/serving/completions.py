@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import accumulate
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi import FastAPI, Response
 from fastapi import Request as HTTPRequest
@@ -99,6 +99,7 @@ class CompletionFormatter(ChoicesFormatter):
 
     id_prefix = "cmpl"
     body_object = chunk_object = "text_completion"
+    empty_choice: ClassVar = {"text": "", "logprobs": None}
 
     def __init__(
         self, service: Service, request: CompletionRequest, completion: Completion

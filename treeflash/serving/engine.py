@@ -13,14 +13,15 @@ import threading
 import time
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
+from typing import TypeAlias
 
 from treeflash.config import GIB
-from treeflash.decoding import Request, Scheduler, SchedulerConfig, Step
+from treeflash.decoding import PromptProgress, Request, Scheduler, SchedulerConfig, Step
 from treeflash.decoding.interfaces import DeviceReport, device_report, warm_up
 from treeflash.decoding.loop import Event
 from treeflash.decoding.prefix_cache import PrefixCache
@@ -44,6 +45,18 @@ class AnswerUpdate:
     index: int
     iteration: int  # 0 for the prefill, then 1, 2, ...
     chunk: Chunk
+
+
+@dataclass(frozen=True, eq=False)
+class PromptUpdate:
+    """How much of the prompt of one answer of a completion has run."""
+
+    index: int
+    progress: PromptProgress
+
+
+Update: TypeAlias = AnswerUpdate | PromptUpdate | Exception
+"""What the engine delivers to a completion; an error ends one of its answers."""
 
 
 @dataclass
@@ -86,7 +99,8 @@ class Completion:
         self.answers = tuple(answers)
         self.submitted = time.perf_counter()
         self._deadline = asyncio.get_running_loop().time() + timeout
-        self._updates: Mailbox[AnswerUpdate | Exception] = Mailbox()
+        self._updates: Mailbox[Update] = Mailbox()
+        self._first: AnswerUpdate | None = None  # the update that `prompt_updates` ended with
         self._unfinished = len(self.answers)
         self._cancel = cancel
         firsts = self.answers[:: len(self.answers) // prompts]
@@ -124,18 +138,31 @@ class Completion:
         """Return the next update; raises the error that ended one of the answers."""
         if not self._unfinished:
             raise StopAsyncIteration
+        update: AnswerUpdate | PromptUpdate | None = self._first
+        self._first = None
+        while not isinstance(update, AnswerUpdate):
+            update = await self._next()
+        self._unfinished -= update.chunk.finish_reason is not None
+        return update
+
+    async def prompt_updates(self) -> AsyncIterator[PromptUpdate]:
+        """Yield how much of the prompts has run, until the first tokens of an answer arrive."""
+        while isinstance(update := await self._next(), PromptUpdate):
+            yield update
+        self._first = update
+
+    async def _next(self) -> AnswerUpdate | PromptUpdate:
         async with asyncio.timeout_at(self._deadline):
             update = await self._updates.get()
         if isinstance(update, Exception):
             raise update
-        self._unfinished -= update.chunk.finish_reason is not None
         return update
 
     async def wait(self) -> None:
         async for _ in self:
             pass
 
-    def deliver(self, updates: Sequence[AnswerUpdate | Exception]) -> None:
+    def deliver(self, updates: Sequence[Update]) -> None:
         """Add updates, from any thread; nothing happens if the event loop is closed."""
         self._updates.put(updates)
 
@@ -340,7 +367,7 @@ class Engine:
 
     def _add_events(self, events: list[Event]) -> None:
         """Deliver the steps of an iteration."""
-        updates: dict[Completion, list[AnswerUpdate | Exception]] = {}
+        updates: dict[Completion, list[Update]] = {}
         for request, step in events:
             if (answer := self._answers.get(request)) is None:
                 continue  # it was dropped with another answer of its completion, which failed
@@ -354,6 +381,10 @@ class Engine:
             if update.chunk.finish_reason is not None:
                 self._scheduler.cancel(request)  # a stop string may have ended it
                 self._finish(request)
+        for request, progress in self._scheduler.prompts.items():
+            if (answer := self._answers.get(request)) is not None:
+                told = PromptUpdate(answer.index, progress)
+                updates.setdefault(answer.completion, []).append(told)
         for completion, new in updates.items():
             completion.deliver(new)
         self.metrics.update_gauges(self._scheduler)

@@ -447,6 +447,7 @@ class DecodingSchema(OptionsSchema):
     n: int | None = Field(None, ge=1)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    return_progress: bool | None = None  # llama.cpp's: streams say how much of a prompt has run
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     user: str | None = None  # identifies the client's own user; it changes nothing here
@@ -456,10 +457,11 @@ class DecodingSchema(OptionsSchema):
     return_hidden_states: Literal[False] | None = None
 
     def options(self) -> Options:
-        """Return the decoding options; an APIError if `stream_options` is set without a stream."""
-        if self.stream_options is not None and not self.stream:
-            advice = "set stream to true or remove stream_options"
-            raise bad_request(f"stream_options applies to streams only; {advice}", "stream_options")
+        """Return the decoding options; an APIError if a field of streams is set without one."""
+        for name in ("stream_options", "return_progress"):
+            if getattr(self, name) and not self.stream:
+                advice = f"set stream to true or remove {name}"
+                raise bad_request(f"{name} applies to streams only; {advice}", name)
         options = given_options(self)
         if self.ignore_eos:
             options["stop_token_ids"] = ()

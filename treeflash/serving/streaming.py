@@ -17,6 +17,7 @@ from fastapi.responses import JSONResponse
 from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
 from starlette.types import Receive, Scope, Send
 
+from treeflash.decoding import PromptProgress
 from treeflash.serving.engine import AnswerUpdate, Completion, Usage
 from treeflash.serving.errors import OLLAMA, APIError, api_error
 from treeflash.serving.schemas import DecodingSchema, StreamOptions
@@ -183,10 +184,13 @@ class ChoicesFormatter(ABC):
     body_object: ClassVar[str]
     """The type of a whole response."""
     chunk_object: ClassVar[str]
+    empty_choice: ClassVar[dict[str, Any]]
+    """The fields of a choice of a chunk that adds nothing."""
 
     def __init__(self, service: Service, request: DecodingSchema, completion: Completion) -> None:
         self._tokenizer = service.tokenizer
         self._stream = request.stream_options or StreamOptions()
+        self._shows_progress = request.return_progress
         self._completion = completion
         self._head = {
             "id": f"{self.id_prefix}-{secrets.token_hex(12)}",
@@ -214,6 +218,10 @@ class ChoicesFormatter(ABC):
     async def frames(self) -> AsyncIterator[bytes]:
         with_usage = bool(self._stream.include_usage)
         always = with_usage and bool(self._stream.continuous_usage_stats)
+        if self._shows_progress:
+            async for told in self._completion.prompt_updates():
+                choice = {"index": told.index, **self.empty_choice, "finish_reason": None}
+                yield self._chunk([choice], prompt_progress=prompt_progress(told.progress))
         async for update in self._completion:
             for choice in self.chunk_choices(update):
                 yield self._chunk([choice], with_usage=always)
@@ -248,8 +256,10 @@ class ChoicesFormatter(ABC):
             tree["path"] = step.path.tolist()
         return {"draft_tree": tree}
 
-    def _chunk(self, choices: list[dict[str, Any]], *, with_usage: bool) -> bytes:
-        chunk = {**self._head, "object": self.chunk_object, "choices": choices}
+    def _chunk(
+        self, choices: list[dict[str, Any]], *, with_usage: bool = False, **fields: Any
+    ) -> bytes:
+        chunk = {**self._head, "object": self.chunk_object, "choices": choices, **fields}
         return frame(chunk | self._statistics() if with_usage else chunk)
 
     def _statistics(self) -> dict[str, Any]:
@@ -267,6 +277,16 @@ class ChoicesFormatter(ABC):
             "metrics": {"speculative_decoding": speculative_decoding(self._completion)},
             "timings": timings,
         }
+
+
+def prompt_progress(progress: PromptProgress) -> dict[str, Any]:
+    """Return how much of a prompt has run, as llama.cpp names it."""
+    return {
+        "total": progress.total,
+        "cache": progress.cached,
+        "processed": progress.done,
+        "time_ms": round(1000 * progress.seconds, 3),
+    }
 
 
 def speculative_decoding(completion: Completion) -> dict[str, Any] | None:

@@ -36,6 +36,12 @@ class Answer {
     this.spans = []; // of the tokens of each iteration
     this.tokens = 0;
     this.seconds = 0;
+    this.reading = element("p", "note"); // how much of the prompt has run, before the first token
+  }
+
+  showPrompt({ processed, total }) {
+    this.reading.textContent = `Reading the prompt: ${processed} of ${total} tokens`;
+    this.place?.after(this.reading);
   }
 
   add({ delta, draft_tree: tree }) {
@@ -43,6 +49,7 @@ class Answer {
     this.message.thoughts += thought ?? "";
     this.message.content += content ?? "";
     if (!tree) return;
+    this.reading.remove();
     if (tree.iteration > 0) {
       this.iterations.push(tree);
       this.tokens += tree.tokens.length;
@@ -244,6 +251,7 @@ function body(conversation, extra) {
     ],
     stream: true,
     stream_options: { include_draft_trees: true },
+    return_progress: true,
     temperature: Number(byId("temperature").value),
     max_tokens: Number(byId("length").value),
     ...extra,
@@ -253,6 +261,10 @@ function body(conversation, extra) {
 /** Read one answer, and keep what is shown up to date. */
 async function read(answer, name, sent, signal) {
   for await (const chunk of complete(sent, byId("key").value, signal)) {
+    if (chunk.prompt_progress) {
+      follow(() => answer.showPrompt(chunk.prompt_progress));
+      continue;
+    }
     for (const choice of chunk.choices) {
       follow(() => answer.add(choice));
       byId(`${name}-speed`).textContent = answer.speed.toFixed(1);
@@ -538,6 +550,7 @@ function showMarkdown() {
 
 restore();
 showMarkdown();
+log.scrollTop = log.scrollHeight;
 label();
 nameModel();
 prompt.focus();
