@@ -318,13 +318,35 @@ WRONG_TYPES = [
 """Types that a page of another origin may send without asking, and others that are not JSON."""
 
 
+BROWSERS = [
+    {"Origin": "https://evil.example"},
+    {"Origin": "null"},
+    {"Origin": ""},
+    {"Sec-Fetch-Site": "cross-site"},
+    {"sec-fetch-site": "same-origin"},
+]
+"""Headers of which a browser adds at least one to each body that a page sends."""
+
+
 @pytest.mark.parametrize("path", REQUESTS)
-def test_bodies_of_another_type_are_refused(application, path):
+@pytest.mark.parametrize("browser", BROWSERS, ids=lambda x: "-".join([*x, *x.values()]))
+def test_bodies_of_another_type_are_refused_from_browsers(application, path, browser):
+    """A page of any origin may send them without the browser's asking for permission."""
+    app = application(cors_origins=("*",))
     for kind in WRONG_TYPES:
-        headers = {} if kind is None else {"Content-Type": kind}
-        answer = ask(application(), "POST", path, headers, [content(path)])
+        headers = browser if kind is None else {"Content-Type": kind, **browser}
+        answer = ask(app, "POST", path, headers, [content(path)])
         assert answer.status == 415, kind
         assert "send Content-Type: application/json" in message_of(answer)
+
+
+@pytest.mark.parametrize("path", REQUESTS)
+@pytest.mark.parametrize("kind", WRONG_TYPES)
+def test_programs_may_send_bodies_of_any_type(application, path, kind):
+    """Curl calls every body a form, unless it is told otherwise."""
+    headers = {} if kind is None else {"Content-Type": kind}
+    answer = ask(application(), "POST", path, headers, [content(path)])
+    assert answer.status == 200, message_of(answer)
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,13 @@ def test_text_is_that_of_chat_completions(client, server):
     assert usage.input_tokens + usage.cache_read_input_tokens == chat["usage"]["prompt_tokens"]
 
 
+def test_what_is_told_about_the_model(client, server):
+    (listed,) = client.models.list()
+    shown = client.models.retrieve(NAME)
+    limit = server.engine.model.backend.max_positions
+    assert listed.max_input_tokens == shown.max_input_tokens == limit
+
+
 def test_events_build_the_message(client):
     fields = {"model": NAME, "max_tokens": 9, "messages": HELLO}
     with client.messages.stream(**fields) as stream:

@@ -171,8 +171,10 @@ RAW = [
     (b'"text"', "the body"),
     (b"\xff\xfe", "body"),
     (b'{"messages": [], }', "not JSON"),
-    (DEEP.encode(), "body"),
-    (b'{"seed": ' + b"9" * 5000 + b"}", "body"),
+    (DEEP.encode(), "the body is nested too deep"),
+    (b"[" * 20_000 + b"]" * 20_000, "the body is nested too deep"),
+    (b'{"seed": ' + b"9" * 5000 + b"}", "a number of the body has more than 4300 digits"),
+    (b'{"seed": 1, "prompt": "Hi"}' + b"\xff", "the body is not UTF-8 text"),
     (b'{"a": 1, "a": 2}', "messages"),
 ]
 
@@ -251,7 +253,7 @@ def test_bodies_that_are_no_requests(server, content, says):
 @pytest.mark.parametrize("kind", ["text/plain", "multipart/form-data; boundary=x", None])
 def test_content_type(server, kind):
     """Otherwise a web page of any origin could use the server."""
-    headers = {} if kind is None else {"Content-Type": kind}
+    headers = {"Origin": server.url} | ({} if kind is None else {"Content-Type": kind})
     response = server.client.post(CHAT, content=json.dumps({"messages": [USER]}), headers=headers)
     check_error(response, 415, "Content-Type: application/json")
 

@@ -108,10 +108,15 @@ def complete(url):
     os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
     litellm = pytest.importorskip("litellm")
     return lambda **fields: litellm.completion(
-        **{"model": "openai/tiny", "messages": MESSAGES, **OPTIONS, **fields},
-        api_base=url,
-        api_key="none",
-        num_retries=0,
+        **{
+            "model": "openai/tiny",
+            "messages": MESSAGES,
+            "api_base": url,
+            "api_key": "none",
+            "num_retries": 0,
+            **OPTIONS,
+            **fields,
+        }
     )
 
 

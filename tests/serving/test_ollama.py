@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from failures import failing
+from safetensors.numpy import load_file, save_file
 from servers import NAME, serving
 from tool_models import tool_model
 
-from treeflash.serving.ollama import ChatRequest, OllamaFormatter, OllamaOptions
+from treeflash.hub.sizes import parameter_count
+from treeflash.serving.ollama import ChatRequest, OllamaFormatter, OllamaOptions, human_number
 from treeflash.serving.schemas import allowed_tools
 
 ollama = pytest.importorskip("ollama")
@@ -229,6 +233,43 @@ def test_models_are_listed_and_shown(client):
     assert shown.modelinfo["llama.context_length"] > 0
     assert shown.modelinfo["general.basename"] == NAME
     assert set(shown.capabilities) == {"completion", "tools", "thinking"}
+
+
+def test_what_is_told_about_a_model(client, server):
+    target = server.engine.model.folder / "model.safetensors"
+    count = sum(weights.size for weights in load_file(target).values())
+    shown = client.show(NAME)
+    assert shown.modelinfo["general.parameter_count"] == count
+    (listed,) = client.list().models
+    assert listed.size == target.stat().st_size
+    assert listed.details.parameter_size == shown.details.parameter_size == human_number(count)
+    (loaded,) = client.ps().models
+    assert loaded.size == listed.size
+    assert loaded.context_length == server.engine.model.backend.max_positions
+    assert loaded.expires_at > datetime.now(UTC) + timedelta(days=9999), "it is never unloaded"
+    assert loaded.size_vram == 0, "it is on a CPU"
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(134_515_008, "134.52M"), (7_000_000_000, "7B"), (1_543_714_304, "1.5B"), (960, "960")],
+)
+def test_numbers_of_parameters(count, text):
+    assert human_number(count) == text
+
+
+def test_quantised_weights_have_no_count(tmp_path):
+    """Several weights are packed into one number of the file."""
+    save_file({"a": np.zeros((2, 3), np.uint32)}, tmp_path / "model.safetensors")
+    assert parameter_count(tmp_path) is None
+    save_file({"a": np.zeros((2, 3), np.float16)}, tmp_path / "model.safetensors")
+    assert parameter_count(tmp_path) == 6
+
+
+@pytest.mark.parametrize("name", [NAME.upper(), f"{NAME.title()}:latest", f"{NAME}:LATEST"])
+def test_names_ignore_case(client, name):
+    assert client.chat(name, HELLO, options=SHORT).eval_count == 12
+    assert client.show(name).modelinfo["general.architecture"] == "llama"
 
 
 def test_a_model_is_loaded_already(client):

@@ -31,6 +31,7 @@ from treeflash.errors import ConfigError, TreeflashError, is_device_lost, is_out
 Arguments = ParamSpec("Arguments")
 EXIT_DEVICE_LOST = 1
 EXIT_BAD_INPUT = 2
+EXIT_SIGNAL = 128  # shells add the number of the signal that ended a program
 EXIT_INTERRUPTED = 130  # the exit status that shells report for SIGINT
 EXIT_READER_GONE = 141  # the exit status that shells report for SIGPIPE
 DEVICE_LOST_ADVICE = (

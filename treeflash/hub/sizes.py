@@ -6,12 +6,15 @@ reached or has no such model, is left to the fetch itself.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from fnmatch import fnmatch
+from pathlib import Path
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined, unused-ignore]
+from safetensors import safe_open
 
 from treeflash.config import GIB
 from treeflash.errors import ConfigError
@@ -49,6 +52,19 @@ def weights_bytes(name: str | None) -> int:
         if file.rfilename.endswith(".safetensors")
         and not any(fnmatch(file.rfilename, pattern) for pattern in HUB_FILES_IGNORED)
     )
+
+
+def parameter_count(folder: Path) -> int | None:
+    """Count the weights of a model from the heads of its files; None if numbers pack several."""
+    count = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="numpy") as file:
+            for name in file.keys():  # noqa: SIM118
+                part = file.get_slice(name)
+                if not part.get_dtype().startswith(("F", "BF")):
+                    return None
+                count += math.prod(part.get_shape())
+    return count
 
 
 def refuse_pair(target: str | None, drafter: str | None, limit: int) -> None:

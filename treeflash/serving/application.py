@@ -24,7 +24,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import Field
 from starlette.exceptions import HTTPException
 
-from treeflash.cli.console import EXIT_DEVICE_LOST, EXIT_INTERRUPTED
+from treeflash.cli.console import EXIT_DEVICE_LOST, EXIT_INTERRUPTED, EXIT_SIGNAL
 from treeflash.errors import ConfigError, TreeflashError
 from treeflash.language_model import LanguageModel
 from treeflash.serving import anthropic, chat, completions, ollama, page, responses
@@ -94,6 +94,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
             "type": "model",
             "display_name": name,
             "created_at": datetime.fromtimestamp(service.created, UTC).isoformat(),
+            "max_input_tokens": service.engine.model.backend.max_positions,
             "max_model_len": service.engine.model.backend.max_positions,
             "input_modalities": ["text", "image"] if service.takes_images else ["text"],
         }
@@ -152,11 +153,11 @@ NOT_SERVED = {
     ),
     **dict.fromkeys(("/infill", "/v1/fim/completions"), FILL),
     **dict.fromkeys(
-        ("/api/pull", "/api/push", "/api/create", "/api/copy", "/api/delete"),
+        ("/api/pull", "/api/push", "/api/create", "/api/copy", "/api/delete", "/api/blobs"),
         "this server has the model that it was started with, and changes no models",
     ),
 }
-"""Paths of the APIs that this server does not have, and what it says there."""
+"""Paths of the APIs that this server does not have, and what it says there and below them."""
 INSTEAD = {
     **dict.fromkeys(
         ("guided_json", "guided_regex", "guided_choice", "guided_grammar"),
@@ -172,17 +173,33 @@ vLLM and OpenAI replaced most of these by others."""
 
 async def _error(http: Request, error: Exception) -> JSONResponse:
     path = http.url.path
-    if isinstance(error, HTTPException):  # no such path or method, or the body is no text
-        reason = NOT_SERVED.get(path) if error.status_code == HTTPStatus.NOT_FOUND else None
-        message = f"{http.method} {path}: {reason or error.detail}"
-        if isinstance(error.__cause__, UnicodeDecodeError):
-            message = "the body is not UTF-8 text; send JSON in UTF-8"
-            if http.headers.get("content-encoding", "identity") != "identity":
-                message = "the body is compressed, which is not supported; send plain JSON"
+    if isinstance(error, HTTPException):  # no such path or method, or the body cannot be read
+        reason = _not_served(path) if error.status_code == HTTPStatus.NOT_FOUND else None
+        message = _unreadable_body(http, error.__cause__)
+        message = message or f"{http.method} {path}: {reason or error.detail}"
         error = APIError(error.status_code, message, headers=error.headers)
     elif isinstance(error, RequestValidationError):
         error = _field_error(error.errors(), error.body)
     return api_error(error).response(path)
+
+
+def _not_served(path: str) -> str | None:
+    """Return why a path of another API is not here; None for other paths."""
+    reasons = (x for start, x in NOT_SERVED.items() if f"{path}/".startswith(f"{start}/"))
+    return next(reasons, None)
+
+
+def _unreadable_body(http: Request, cause: BaseException | None) -> str | None:
+    """Return why a body cannot be read, by the error of reading it; None if it could be read."""
+    if isinstance(cause, UnicodeDecodeError):
+        if http.headers.get("content-encoding", "identity") != "identity":
+            return "the body is compressed, which is not supported; send plain JSON"
+        return "the body is not UTF-8 text; send JSON in UTF-8"
+    if isinstance(cause, RecursionError):
+        return "the body is nested too deep"
+    if isinstance(cause, ValueError):
+        return f"a number of the body has more than {sys.get_int_max_str_digits()} digits"
+    return None
 
 
 WRONG_TYPE = ("_type", "_parsing", "literal_error", "union_tag_invalid", "union_tag_not_found")
@@ -248,10 +265,12 @@ class Server(uvicorn.Server):
         self._engine = engine
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Finish the running answers, then end; a second signal ends the server at once."""
+        """Finish the running answers, then end; a second signal ends the process at once."""
         if self._engine.draining:
-            self.should_exit = self.force_exit = True
-            return
+            # The engine's thread cannot be stopped within an iteration.
+            logger.warning("stopped before %d answers were finished", self._engine.unfinished)
+            logging.shutdown()
+            os._exit(EXIT_SIGNAL + sig)
         logger.info("%s: finishing %d answers", signal.Signals(sig).name, self._engine.unfinished)
         self._engine.draining = True
 

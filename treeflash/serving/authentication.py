@@ -22,6 +22,9 @@ from treeflash.serving.settings import Settings
 
 OPEN_PATHS = {*page.PATHS, "/health"}
 """Paths that need no API key."""
+JSON = "application/json"
+BROWSER_HEADERS = ("origin", "sec-fetch-site")
+"""Headers of which a browser adds at least one to each POST request of a page."""
 
 
 def _digest(key: str) -> str:
@@ -81,6 +84,21 @@ def host_of(origin: str) -> str:
     return ""
 
 
+def _as_json(headers: Headers, scope: Scope) -> Scope:
+    """Return the request with the content type of JSON, whatever type a program has given it.
+
+    An APIError is raised for the request of a browser: a page of another origin can send other
+    types without a preflight request.
+    """
+    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == JSON:
+        return scope
+    if any(name in headers for name in BROWSER_HEADERS):
+        raise APIError(415, f"the body must be JSON; send Content-Type: {JSON}")
+    others = [(name, value) for name, value in scope["headers"] if name != b"content-type"]
+    return {**scope, "headers": [*others, (b"content-type", JSON.encode())]}
+
+
 class AuthenticationMiddleware:
     """Checks the API key of every request, then reads its body within the limits.
 
@@ -109,7 +127,8 @@ class AuthenticationMiddleware:
             if scope["method"] == "POST":
                 if not self._digests:
                     self._check_origin(headers.get("origin", ""), scope)
-                receive = await self._read_body(headers, receive)
+                scope = _as_json(headers, scope)
+                receive = await self._read_body(receive)
         except APIError as error:
             await error.response(scope["path"])(scope, receive, send)
             return
@@ -131,12 +150,8 @@ class AuthenticationMiddleware:
                 f"--cors-origin {origin}",
             )
 
-    async def _read_body(self, headers: Headers, receive: Receive) -> Receive:
+    async def _read_body(self, receive: Receive) -> Receive:
         """Read the whole body; returns a callable that hands it to the application."""
-        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != "application/json":
-            # A web page of another origin can send other types without a preflight request.
-            raise APIError(415, "the body must be JSON; send Content-Type: application/json")
         limit, seconds = self._max_bytes, self._body_timeout
         body = bytearray()
         try:

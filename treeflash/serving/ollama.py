@@ -11,7 +11,7 @@ import hashlib
 import json
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Response
@@ -21,6 +21,7 @@ from pydantic import Field
 
 from treeflash import __version__
 from treeflash.drafters.folder import read_config
+from treeflash.hub.sizes import parameter_count, weights_bytes
 from treeflash.serving.engine import Completion
 from treeflash.serving.errors import bad_request
 from treeflash.serving.message_parser import MessageParser, ToolCall, calls_of, text_of
@@ -49,6 +50,8 @@ from treeflash.text.grammar import Grammar
 from treeflash.text.options import Options
 from treeflash.text.prompt import Content, content_of, text_part
 
+STAYS = timedelta(days=365 * 100)
+"""The time for which a model is loaded; Ollama says so of models that it does not unload."""
 TAG = ":latest"
 """The tag that Ollama's clients may add to a model's name."""
 NANOSECONDS = 1_000_000_000
@@ -82,6 +85,7 @@ class OllamaOptions(OllamaSchema):
     mirostat_eta: float | None = None
     mirostat_tau: float | None = None
     typical_p: Annotated[float, Field(ge=1, le=1)] | None = None
+    penalize_newline: Literal[True] | None = None
     # The model was loaded when the server started.
     num_ctx: int | None = None
     num_batch: int | None = None
@@ -89,6 +93,7 @@ class OllamaOptions(OllamaSchema):
     main_gpu: int | None = None
     num_keep: int | None = None
     num_thread: int | None = None
+    draft_num_predict: int | None = None
     use_mmap: bool | None = None
     use_mlock: bool | None = None
     low_vram: bool | None = None
@@ -245,8 +250,7 @@ def _templates(messages: Sequence[OllamaMessage]) -> list[dict[str, Any]]:
 def add_routes(app: FastAPI, service: Service) -> None:
 
     def check_model(name: str) -> None:
-        known = name.removesuffix(TAG) in service.names
-        service.check_model(name.removesuffix(TAG) if known else name)
+        service.check_model(_without_tag(name))
 
     @app.post("/api/chat")
     async def chat(request: ChatRequest, http: HTTPRequest) -> Response:
@@ -277,9 +281,24 @@ def add_routes(app: FastAPI, service: Service) -> None:
         return await respond(service, http, completion, answer, request.stream is not False)
 
     @app.get("/api/tags")
-    @app.get("/api/ps")  # every model of the server is loaded
     def models() -> dict[str, Any]:
         return {"models": [_description(service, name) for name in service.names]}
+
+    @app.get("/api/ps")  # every model of the server is loaded, and stays so
+    def loaded() -> dict[str, Any]:
+        backend = service.engine.model.backend
+        on_cpu = backend.device.startswith("cpu")
+        return {
+            "models": [
+                {
+                    **(found := _description(service, name)),
+                    "expires_at": _time(service.created + STAYS.total_seconds()),
+                    "size_vram": 0 if on_cpu else found["size"],
+                    "context_length": backend.max_positions,
+                }
+                for name in service.names
+            ]
+        }
 
     @app.post("/api/show")
     def show(request: ShowRequest) -> dict[str, Any]:
@@ -293,7 +312,8 @@ def add_routes(app: FastAPI, service: Service) -> None:
             "template": service.tokenizer.chat_template,
             "model_info": {
                 "general.architecture": architecture,
-                "general.basename": request.model.removesuffix(TAG),
+                "general.basename": _without_tag(request.model),
+                "general.parameter_count": _parameters(service),
                 f"{architecture}.context_length": model.backend.max_positions,
             },
             "capabilities": _capabilities(service),
@@ -302,6 +322,10 @@ def add_routes(app: FastAPI, service: Service) -> None:
     @app.get("/api/version")
     def version() -> dict[str, str]:
         return {"version": API_VERSION, "treeflash": __version__}
+
+
+def _without_tag(name: str) -> str:
+    return name[: -len(TAG)] if name.lower().endswith(TAG) else name
 
 
 def _loaded(model: str, empty: Mapping[str, Any]) -> Response:
@@ -328,27 +352,43 @@ def _digest(service: Service) -> str:
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
 
+def _parameters(service: Service) -> int | None:
+    folder = service.engine.model.folder
+    return None if folder is None else parameter_count(folder)
+
+
+def human_number(count: int) -> str:
+    """Write a number of parameters as Ollama does, which applications read again."""
+    for size, unit, decimals in ((10**9, "B", 1), (10**6, "M", 2), (10**3, "K", 0)):
+        if count >= size:
+            text = f"{count / size:.{decimals}f}"
+            return f"{count // size if count % size == 0 else text}{unit}"
+    return str(count)
+
+
 def _details(service: Service) -> dict[str, Any]:
     """Describe the target as Ollama describes a model's file."""
     folder = service.engine.model.folder
     family = "unknown" if folder is None else str(read_config(folder).get("model_type"))
     dtype = service.engine.model.backend.dtype
+    parameters = _parameters(service)
     return {
         "parent_model": "",
         "format": "safetensors",
         "family": family,
         "families": [family],
-        "parameter_size": "",
+        "parameter_size": "" if parameters is None else human_number(parameters),
         "quantization_level": dtype,
     }
 
 
 def _description(service: Service, name: str) -> dict[str, Any]:
+    folder = service.engine.model.folder
     return {
         "name": name,
         "model": name,
         "modified_at": _time(service.created),
-        "size": 0,
+        "size": 0 if folder is None else weights_bytes(str(folder)),
         "digest": _digest(service),
         "details": _details(service),
     }

@@ -78,7 +78,7 @@ class Service:
 
     def check_model(self, name: str | None) -> None:
         """Raise an APIError if a request names another model."""
-        if name is not None and name not in self.names:
+        if name is not None and name.casefold() not in map(str.casefold, self.names):
             message = f"the model {name!r} does not exist; this server has {', '.join(self.names)}"
             raise APIError(404, message, param="model", code="model_not_found")
 
