@@ -3,6 +3,11 @@
 One ingress passes each request to a replica, which answers it with the server's application. The
 ingress's `PrefixRouter` sends prompts with the same beginning to one replica, whose prefix cache
 then has it.
+
+Ray (2.60) has two parts of this, which do not fit. Its HTTP proxies stream ASGI applications, but
+choose a replica before the body is read, so that no router sees a prompt. Its
+`PrefixCacheAffinityRouter` chooses by the prompt in a call's argument, and cannot be imported
+without vLLM or SGLang.
 """
 
 from __future__ import annotations
