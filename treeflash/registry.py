@@ -115,11 +115,8 @@ def fall_back_to_cpu(run: Callable[[LoadConfig], T], config: LoadConfig, *, name
             reason = str(error).partition(";")[0]
             advice = "device_map needs GPUs; remove device_map"
             raise BackendError(f"{reason}, and {advice}") from error
-        logging.getLogger(__name__).warning(
-            "%s; running on the CPU in %s",
-            str(error).partition(";")[0],
-            config.dtype or "float32, slower than on a GPU",
-        )
+        reason = str(error).partition(";")[0]
+        logging.getLogger(__name__).warning("%s; running on the CPU", reason)
         return run(replace(config, device="cpu"))
 
 

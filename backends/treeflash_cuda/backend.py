@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, suppress
 from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -42,6 +43,7 @@ from treeflash.errors import (
     is_out_of_memory,
 )
 from treeflash_cuda.cache import KV_BITS, Arena
+from treeflash_cuda.default_dtype import InexactError, half_dtype
 from treeflash_cuda.device import choose_device, device_facts, device_name, join_free_memory
 from treeflash_cuda.drafter import Drafter, OutputStage
 from treeflash_cuda.drafter_model import DrafterModel, load_weights
@@ -328,6 +330,23 @@ def pass_nbytes(target: Target) -> int:
 
 def load(target: Path, drafter: Path | None, config: LoadConfig) -> CudaBackend:
     check_config(config)
+    on_cpu = choose_device(config.device).type == "cpu"
+    if config.dtype is not None or not on_cpu or process_count() > 1:
+        return load_pair(target, drafter, config)
+    try:
+        if (dtype := half_dtype(target, config)) is not None:
+            return load_pair(target, drafter, replace(config, dtype=dtype, exact=True))
+        reason = None
+    except InexactError as error:
+        reason = str(error)
+    # This is not inside `except`, where the error keeps the first target in memory.
+    if reason is not None:
+        warnings.warn(f"running in float32, because {reason}", stacklevel=2)
+    return load_pair(target, drafter, config)
+
+
+def load_pair(target: Path, drafter: Path | None, config: LoadConfig) -> CudaBackend:
+    """Load a pair in the dtype of a configuration; without one, in float32 on a CPU."""
     processes = process_count()
     split = processes > 1
     model = load_target(target, config, pack=not config.compile and not split, processes=processes)
@@ -453,7 +472,7 @@ def inexact_if_refused(target: Target, config: LoadConfig) -> Iterator[None]:
         yield
     except UnsupportedModelError as error:
         if config.exact:
-            raise
+            raise InexactError(str(error)) from error
         target.make_inexact(str(error))
 
 

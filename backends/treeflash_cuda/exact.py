@@ -513,7 +513,7 @@ def bound_products(model: nn.Module, dtype: torch.dtype, undo: ExitStack, least:
     computes products in another way.
     """
     most: dict[tuple[int, int], int] = {}
-    for owner, name, shape in _products(model):
+    for owner, name, shape in products_of(model):
         product = getattr(owner, name)
         if isinstance(product, _BoundedProduct):  # of fused layers, each of which is met
             continue
@@ -539,7 +539,7 @@ def use_kernel_for_products(model: nn.Module) -> None:
 
     linear = on_its_device(products.linear)
     random = torch.Generator().manual_seed(0)
-    for owner, name, _ in _products(model):
+    for owner, name, _ in products_of(model):
         product = getattr(owner, name)
         if isinstance(product, partial):
             weight, bias = product.keywords["weight"], product.keywords["bias"]
@@ -560,7 +560,7 @@ def use_kernel_for_products(model: nn.Module) -> None:
         setattr(owner, name, partial(linear, weight=weight, bias=bias))
 
 
-def _products(model: nn.Module) -> Iterator[tuple[Any, str, tuple[int, int]]]:
+def products_of(model: nn.Module) -> Iterator[tuple[Any, str, tuple[int, int]]]:
     """Yield the objects that compute a model's products, the names of their functions, and shapes.
 
     The shapes are (out, in). Raises an UnsupportedModelError if a module computes products in
@@ -659,7 +659,7 @@ def check_products(model: nn.Module, dtype: torch.dtype) -> None:
     Raises an UnsupportedModelError if a product's rows depend on the number of rows.
     """
     device = next(model.parameters()).device
-    products = {shape: getattr(owner, name) for owner, name, shape in _products(model)}
+    products = {shape: getattr(owner, name) for owner, name, shape in products_of(model)}
     for shape, product in products.items():
         _equal_rows(product, shape, dtype, device, CHECKED_ROWS, CHECKED_ROWS[-1])
 

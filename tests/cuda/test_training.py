@@ -25,7 +25,7 @@ import families
 import torch
 from treeflash_cuda.backend import load
 from treeflash_cuda.target import Target
-from treeflash_cuda.training import entry
+from treeflash_cuda.training import entry, loop
 from treeflash_cuda.training.entry import train
 from treeflash_cuda.training.initial import drafter_settings, initial_drafter
 
@@ -170,7 +170,8 @@ def test_given_validation_texts_take_their_prompts_out_of_training(target, respo
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"layers": 4}, "layers must be below the target's 4"),
+        ({"layers": 4}, "layers must be below the target's 4, got 4; pass a smaller --layers"),
+        ({"layers": None}, "below the target's 4, and its default is 5; pass a smaller --layers"),
         ({"target_layer_ids": (9,)}, "target-layer-ids must be from 0 to 3"),
         ({"target_layer_ids": ()}, "target-layer-ids must be at least one number, each 0 or more"),
         ({"mask_token_id": 40}, "mask-token-id must be from 0 to 39, got 40"),
@@ -179,9 +180,10 @@ def test_given_validation_texts_take_their_prompts_out_of_training(target, respo
         ({"validation_sequences": 99}, "leave nothing to train on .* --validation-sequences"),
     ],
 )
-def test_options_that_do_not_fit_the_target_are_named(
-    changes, message, target, responses, tmp_path
+def test_options_that_do_not_fit_the_target_are_named_before_it_is_loaded(
+    changes, message, target, responses, tmp_path, monkeypatch
 ):
+    monkeypatch.setattr(loop, "load_target", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(ConfigError, match=message):
         run(target, responses, tmp_path, replace(TINY, **changes))
 

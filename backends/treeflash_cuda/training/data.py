@@ -22,6 +22,7 @@ from treeflash_cuda.attention import AttentionContext
 from treeflash_cuda.numerics import top_log_probs
 from treeflash_cuda.target import Target
 from treeflash_cuda.training.batch import Batch, Drafts
+from treeflash_cuda.training.initial import TargetShape
 from treeflash_cuda.training.model import GROUP
 from treeflash_cuda.training.run import replacing
 
@@ -37,7 +38,7 @@ BATCHES_PER_SORT = 16
 
 
 def truncated_responses(
-    responses: Sequence[Response], config: TrainConfig, target: Target
+    responses: Sequence[Response], config: TrainConfig, target: TargetShape
 ) -> tuple[list[Response], dict[str, int]]:
     """Select the responses with a token to predict after truncation, and count the dropped ones.
 

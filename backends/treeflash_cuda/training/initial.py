@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from treeflash_cuda.backend import drafter_layout, load_drafter
 from treeflash_cuda.drafter_model import DrafterModel
 from treeflash_cuda.heads import HEADS as HEAD_CLASSES
 from treeflash_cuda.linear import is_subclass
-from treeflash_cuda.target import Target
+from treeflash_cuda.target import Target, max_positions, read_model_config
 
 RANK = 256
 """Rank of the heads `markov` and `selector`, as published."""
@@ -45,6 +46,39 @@ COPIED_LINEARS = (
 )
 FOLDED_NORMS = "input_layernorm", "post_attention_layernorm"
 """The parts of a target's layer that a drafter gets, under the names that most models give them."""
+
+
+@dataclass(frozen=True)
+class TargetShape:
+    """What the `config.json` of a target says about training a drafter for it."""
+
+    layers: int
+    vocab_size: int
+    max_positions: int
+
+    @classmethod
+    def read(cls, folder: Path) -> TargetShape:
+        config = read_model_config(folder).get_text_config()
+        return cls(config.num_hidden_layers, config.vocab_size, max_positions(config))
+
+
+def refuse_options(config: TrainConfig, target: TargetShape) -> None:
+    """Raise a ConfigError for the shape of a new drafter that does not fit a target."""
+    if config.init not in NEW_DRAFTERS:
+        return
+    if (count := config.layers or DEFAULT_LAYERS) >= target.layers:
+        given = f"and its default is {count}" if config.layers is None else f"got {count}"
+        raise ConfigError(
+            f"layers must be below the target's {target.layers}, {given}; pass a smaller --layers"
+        )
+    if max(config.target_layer_ids or (0,)) >= target.layers:
+        raise ConfigError(
+            f"target-layer-ids must be from 0 to {target.layers - 1}, got {config.target_layer_ids}"
+        )
+    if not 0 <= (config.mask_token_id or 0) < target.vocab_size:
+        raise ConfigError(
+            f"mask-token-id must be from 0 to {target.vocab_size - 1}, got {config.mask_token_id}"
+        )
 
 
 def drafter_settings(config: TrainConfig, target: Target) -> dict[str, Any]:
@@ -130,26 +164,18 @@ def with_head(settings: Mapping[str, Any], config: TrainConfig) -> dict[str, Any
 def _new_settings(config: TrainConfig, target: Target) -> dict[str, Any]:
     target_config, depth = target.config, len(target.layers)
     count = config.layers or DEFAULT_LAYERS
-    if count >= depth:
-        raise ConfigError(f"layers must be below the target's {depth}, got {count}")
     layer_ids = config.target_layer_ids
     if layer_ids is None:
         spread = default_target_layer_ids(depth, count) if depth > 4 else (0,)
         # The last one is the input of the first copied layer in the target.
         layer_ids = (*spread[:-1], depth - count - 1)
         layer_ids = tuple(sorted({i for i in layer_ids if i < depth - count}))
-    if max(layer_ids) >= depth:
-        raise ConfigError(f"target-layer-ids must be from 0 to {depth - 1}, got {layer_ids}")
     heads = int(target_config.num_attention_heads)
     head_dim = getattr(target_config, "head_dim", None) or target_config.hidden_size // heads
     attention = getattr(target.layers[0], "self_attn", None)
     bias = getattr(getattr(attention, "q_proj", None), "bias", None) is not None
     given = config.mask_token_id
     mask_token_id = _mask_token(target_config) if given is None else given
-    if not 0 <= mask_token_id < target.vocab_size:
-        raise ConfigError(
-            f"mask-token-id must be from 0 to {target.vocab_size - 1}, got {mask_token_id}"
-        )
     rope = getattr(target_config, "rope_parameters", None) or {"rope_theta": 10000.0}
     if any(isinstance(value, dict) for value in rope.values()):  # by kind of layer
         rope = rope.get("full_attention") or next(iter(rope.values()))

@@ -38,7 +38,12 @@ from treeflash_cuda.training.data import (
     truncated_responses,
     with_drafts,
 )
-from treeflash_cuda.training.initial import drafter_settings, initial_drafter
+from treeflash_cuda.training.initial import (
+    TargetShape,
+    drafter_settings,
+    initial_drafter,
+    refuse_options,
+)
 from treeflash_cuda.training.losses import Outcomes, forward_kl, objective
 from treeflash_cuda.training.model import Blocks
 from treeflash_cuda.training.run import TrainingRun, export, has_checkpoint, is_finished
@@ -67,6 +72,19 @@ def train(
     )
     if is_finished(output, request):
         return
+    # What does not fit is said before weights are read.
+    shape = TargetShape.read(target)
+    refuse_options(config, shape)
+    validation_data: list[Response] = []
+    dropped = Counter[str]()
+    if held_out:
+        validation_data, counts = truncated_responses(held_out, config, shape)
+        dropped.update(counts)
+    training_data, counts = truncated_responses(responses, config, shape)
+    dropped.update(counts)
+    if dropped.total():
+        yield dict(dropped)
+    validation_data, training_data = split(training_data, validation_data, config)
     device = load.device or str(processes.device)
     model = load_target(target, replace(load, device=device, images=False), pack=False)
     accelerator = Accelerator(
@@ -76,16 +94,6 @@ def train(
     model.find_scale()
     model.model.requires_grad_(False)
     settings = drafter_settings(config, model)
-    validation_data: list[Response] = []
-    dropped = Counter[str]()
-    if held_out:
-        validation_data, counts = truncated_responses(held_out, config, model)
-        dropped.update(counts)
-    training_data, counts = truncated_responses(responses, config, model)
-    dropped.update(counts)
-    if dropped.total():
-        yield dict(dropped)
-    validation_data, training_data = split(training_data, validation_data, config)
     measured = [response.token_ids for response in training_data[:MEASURED_SEQUENCES]]
     drafter, head = initial_drafter(config, settings, model, measured)
     depths, layer_ids = drafter.config.depths, drafter.config.target_layer_ids

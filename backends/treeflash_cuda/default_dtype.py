@@ -1,0 +1,79 @@
+"""The dtype of models on a CPU where the user names none: half precision where it is exact.
+
+A checkpoint in half precision takes half the memory there, and less time. Its texts must not depend
+on drafts, so exact mode decides. What is known about it before weights are read is asked first,
+because weights that exact mode refuses later are read once more, in float32.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from treeflash.config import LoadConfig
+from treeflash.decoding.probe import INEXACT
+from treeflash.drafters.folder import is_quantised
+from treeflash.errors import UnsupportedModelError
+from treeflash_cuda.exact import products_of
+from treeflash_cuda.linear import uses_fbgemm, uses_onednn
+from treeflash_cuda.target import RECURRENT_LAYERS, read_model_config, refuse_stateful
+
+HALF = torch.bfloat16, torch.float16
+
+
+class InexactError(UnsupportedModelError):
+    """Exact mode was asked for, and the target cannot have it."""
+
+
+def half_dtype(folder: Path, config: LoadConfig) -> str | None:
+    """Return the checkpoint's dtype if exact mode may hold in it on this CPU; None for float32.
+
+    Raises:
+        InexactError: exact mode is known to be impossible for this target.
+        CheckpointError, UnsupportedModelError: the target cannot be loaded in any dtype.
+    """
+    if config.exact is False or config.kv_bits or config.compile:
+        return None
+    model = read_model_config(folder)
+    refuse_stateful(model)
+    dtype = stored_dtype(model)
+    if dtype not in HALF or is_quantised(model.to_dict()):
+        return None
+    if not (uses_onednn(dtype) or uses_fbgemm(dtype)):
+        return None
+    try:
+        refuse_inexact(model)
+    except UnsupportedModelError as error:
+        raise InexactError(str(error)) from error
+    return str(dtype).removeprefix("torch.")
+
+
+def stored_dtype(config: PreTrainedConfig) -> torch.dtype | None:
+    """Return the dtype that a configuration names for the decoder's weights."""
+    return config.dtype or config.get_text_config().dtype
+
+
+def refuse_inexact(config: PreTrainedConfig) -> None:
+    """Raise an UnsupportedModelError for a decoder that is known to be inexact on a CPU."""
+    text = config.get_text_config()
+    if set(getattr(text, "layer_types", None) or ()) & RECURRENT_LAYERS:
+        raise UnsupportedModelError(f"{INEXACT}: it does not support recurrent layers")
+    if getattr(text, "attn_logit_softcapping", None) is not None:
+        raise UnsupportedModelError(f"{INEXACT}: it does not support soft-capped scores")
+    if (skeleton := _skeleton(text)) is not None:
+        list(products_of(skeleton))
+
+
+def _skeleton(config: PreTrainedConfig) -> Any:
+    """Make a decoder without memory for its weights; None if it cannot be made from these settings.
+
+    What is wrong with them is said when the model is loaded.
+    """
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except Exception:  # of the model's own code
+        return None
