@@ -353,7 +353,10 @@ class LoadConfig:
         rule="the name of a device, such as cpu or cuda:1",
     )
     dtype: str | None = option(
-        None, "data type of the models", shown="chosen by the backend", choices=DTYPES
+        None,
+        "data type of the models",
+        shown="the checkpoint's; on a CPU float32, unless cuda has exact mode in half precision",
+        choices=DTYPES,
     )
     device_map: Literal["auto"] | None = option(
         None,

@@ -11,9 +11,12 @@ from rich.filesize import decimal
 
 from treeflash.cli.console import Parser, guarded, print_columns
 from treeflash.errors import ConfigError
-from treeflash.hub.cached import CachedModel, cached_models, remove_model
+from treeflash.hub.cached import CachedModel, cached_models, removable
 from treeflash.hub.models import resolve_drafter, resolve_target
 from treeflash.hub.published import DEFAULT_TARGET, PUBLISHED_DRAFTERS, published_drafters
+
+DECLINED = 1
+"""The exit status if nothing was deleted, because the answer was no."""
 
 
 @guarded
@@ -23,9 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.action == "rm":
         if not args.names:
             raise ConfigError("rm needs the name of a model; `treeflash models` lists them")
-        for name in args.names:
-            print(f"removed {name}, {decimal(remove_model(name))}")
-        return 0
+        return _remove(args.names, ask=not args.yes)
     models = cached_models() if args.download is None else _download(args.download)
     rows = [_row(model) for model in models]
     if args.json:
@@ -49,11 +50,34 @@ def make_parser() -> Parser:
         "is the default target)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--yes", "-y", action="store_true", help="let rm delete without asking")
     parser.add_argument(
-        "action", nargs="?", choices=["rm"], help="rm deletes the named models from the caches"
+        "action",
+        nargs="?",
+        choices=["rm"],
+        help="rm deletes the named models from the caches, after a question",
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="name of a model, as listed")
     return parser
+
+
+def _remove(names: Sequence[str], *, ask: bool) -> int:
+    """Delete models, none of them if a name is unknown or the answer to the question is no."""
+    found = {name: removable(name) for name in names}
+    sizes = {name: sum(model.nbytes for model in own) for name, own in found.items()}
+    if ask:
+        if not sys.stdin.isatty():
+            raise ConfigError("rm asks before it deletes, which needs a terminal; add --yes")
+        listed = ", ".join(f"{name} ({decimal(nbytes)})" for name, nbytes in sizes.items())
+        if input(f"delete {listed}? [y/N] ").strip().lower() not in ("y", "yes"):
+            print("nothing was deleted")
+            return DECLINED
+    for name, own in found.items():
+        for model in own:
+            if model.remove is not None:
+                model.remove()
+        print(f"removed {name}, {decimal(sizes[name])}")
+    return 0
 
 
 def _download(name: str) -> list[CachedModel]:

@@ -71,22 +71,20 @@ def _remove_repository(cache: HFCacheInfo, repository: CachedRepoInfo) -> None:
     cache.delete_revisions(*hashes).execute()
 
 
-def remove_model(name: str) -> int:
-    """Delete a model from the caches of treeflash and of the hub; returns the freed bytes.
+def removable(name: str) -> list[CachedModel]:
+    """Find the models of a name that `remove` deletes, from the caches of treeflash and of the hub.
 
-    A CheckpointError is raised if it is not there, or belongs to a package or another program.
+    A CheckpointError is raised if there is none, or it belongs to a package or another program.
     """
     found = [model for model in cached_models() if model.name.lower() == name.lower()]
     if not found:
         raise CheckpointError(
             f"{name} is not in a cache of this machine; `treeflash models` lists what is"
         )
-    removable = [(model.remove, model.nbytes) for model in found if model.remove is not None]
-    if not removable:
+    own = [model for model in found if model.remove is not None]
+    if not own:
         raise CheckpointError(
             f"{name} in {found[0].folder} is not treeflash's to remove; use the program that "
             "installed it"
         )
-    for remove, _ in removable:
-        remove()
-    return sum(nbytes for _, nbytes in removable)
+    return own

