@@ -281,12 +281,12 @@ def diagnose(
     report: Callable[[int, int, str], None] = lambda number, total, check: None,
     begin: Callable[[Diagnosis], None] = lambda diagnosis: None,
 ) -> Diagnosis:
-    """Run all checks on a pair, which is loaded about six times, one after the other.
+    """Run all checks on a pair, whose drafter is loaded about six times, one after the other.
 
-    `load` loads the target with the drafter of a folder. The drafter is scored on the target's
-    greedy answers to `prompts`. A `thorough` diagnosis tries more tokens as the mask. `begin` gets
-    what the first load shows; then `report` gets the number of each check of a setting, how many
-    there are, and what is checked.
+    `load` gives the target the drafter of a folder, in place of the last one. The drafter is scored
+    on the target's greedy answers to `prompts`. A `thorough` diagnosis tries more tokens as the
+    mask. `begin` gets what the first load shows; then `report` gets the number of each check of a
+    setting, how many there are, and what is checked.
 
     Raises a PromptError if a prompt cannot be decoded or the answers are too short, and a
     NumericalError if a model produced values that are not finite.

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from treeflash.config import LoadConfig
-from treeflash.decoding.interfaces import DeviceReport, Loader
+from treeflash.decoding.interfaces import Backend, DeviceReport, Loader
 from treeflash.drafters.format import Config
 from treeflash.drafters.loading import check_drafter
 from treeflash.errors import BackendError, first_line
@@ -78,6 +78,16 @@ def refuse_drafter(load: Loader, folder: Path, target: Config) -> None:
     """
     if (config := check_drafter(folder, target)) is not None:
         _ask(load, "check_drafter", config)
+
+
+def drafter_replacer(load: Loader, pair: Backend) -> Callable[[Path], Backend] | None:
+    """Return a function that loads other drafters for a pair's loaded target.
+
+    Its results replace the pair, and nothing is checked again. None if the backend loads pairs only
+    as a whole. The function raises the errors of a `Loader`.
+    """
+    replacer: Callable[[Path], Backend] | None = _ask(load, "drafter_replacer", pair)
+    return replacer
 
 
 def memory_limit(load: Loader) -> int | None:

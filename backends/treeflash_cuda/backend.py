@@ -7,7 +7,7 @@ import functools
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, suppress
 from copy import copy
 from dataclasses import replace
@@ -417,6 +417,20 @@ def add_drafter(
             warnings.warn(f"{backend.images}; the target takes no images", stacklevel=2)
             target.tower = None
     return backend
+
+
+def drafter_replacer(pair: CudaBackend) -> Callable[[Path], CudaBackend] | None:
+    """Return a function that loads other drafters for a pair's target, each in place of the last.
+
+    None on a GPU, where memory is reserved for a single pair.
+    """
+    target = pair.target
+
+    def replace_drafter(folder: Path) -> CudaBackend:
+        target.hooks.close()  # of the other drafter
+        return CudaBackend(target, *load_packed_drafter(folder, target, LoadConfig()))
+
+    return replace_drafter if target.device.type == "cpu" else None
 
 
 def load_packed_drafter(

@@ -23,6 +23,7 @@ require("accelerate")
 
 from treeflash_cuda.backend import CudaBackend, drafter_layout, load_drafter, load_target
 from treeflash_cuda.backend import load as load_cuda
+from treeflash_cuda.target import Target
 from treeflash_cuda.training.entry import train
 
 CPU = LoadConfig(device="cpu", dtype="float32")
@@ -176,7 +177,12 @@ def test_depths_that_collapse(diagnosis):
     assert "at depth 4; if the drafter was trained with block_size 4" in found["depths"]
 
 
-def test_command_line(target, trained, tmp_path, capsys):
+def test_command_line(target, trained, tmp_path, capsys, monkeypatch):
+    """The target is loaded once, with other drafters later."""
+    loads, read = [], Target.load
+    monkeypatch.setattr(
+        Target, "load", lambda *args, **more: loads.append(args) or read(*args, **more)
+    )
     prompts = tmp_path / "prompts.jsonl"
     rows = [{"id": n, "messages": messages} for n, messages in enumerate(questions(4, seed=2))]
     prompts.write_text("\n".join(map(json.dumps, rows)))
@@ -184,6 +190,7 @@ def test_command_line(target, trained, tmp_path, capsys):
     code = main([*options, "--target", str(target), "--drafter", str(trained)])
     lines = capsys.readouterr().out.splitlines()
     assert code == 0
+    assert len(loads) == 1
     assert len(lines) == 11
     assert all(line.startswith("ok ") for line in lines[2:-1])
     assert lines[-1].startswith("can draft, best first: ")

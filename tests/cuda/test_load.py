@@ -173,12 +173,6 @@ def test_the_dtype_is_the_one_asked_for(dtype, tmp_path):
     assert load(tmp_path, None, LoadConfig(device="cpu", dtype=dtype)).dtype == dtype
 
 
-def test_the_processor_computes_in_float32_by_default(tmp_path):
-    write_target(tmp_path, "llama", seed=1)
-    AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).save_pretrained(tmp_path)
-    assert load(tmp_path, None, CPU).dtype == "float32"
-
-
 def test_compiled_layers_compute_the_same(tmp_path, monkeypatch):
     folders = write_pair(tmp_path, "qwen3", drafter={"target_layer_ids": (0, 1)}, layers=2)
     # Tracing, but no compiler of C++.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from rich.console import Console
 from treeflash.cli.console import Parser, guarded
 from treeflash.cli.options import add_model_options, locate_model, with_device
 from treeflash.config import DecodeConfig, cache_folder
+from treeflash.decoding.interfaces import Backend
 from treeflash.decoding.verify_costs import cost_file, model_key
 from treeflash.diagnosis import (
     Diagnosis,
@@ -27,7 +28,7 @@ from treeflash.drafters.folder import open_folder, read_config
 from treeflash.drafters.loading import find_head_format
 from treeflash.hub.models import draft_sources
 from treeflash.language_model import LanguageModel
-from treeflash.registry import default_backend, examine_device
+from treeflash.registry import default_backend, drafter_replacer, examine_device
 from treeflash.text.prompt import Message, Prompting, read_rows
 from treeflash.text.tokenizer import Tokenizer
 
@@ -67,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sources = [source.name for source in draft_sources(args.target)]
     args.target = str(pair.target)  # a hub id would be resolved at every load
     costs: list[str] = []
+    replacers: list[Callable[[Path], Backend] | None] = []
 
     def load(drafter: Path | None) -> LanguageModel:
         located = pair if drafter == pair.drafter else locate_model(args, drafter=str(drafter))
@@ -75,9 +77,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not costs:  # of the pair, which is loaded first
             key, kept = model_key(pair.target), cache_folder() / "costs"
             costs.append(cost_file(model.backend, key, model.loaded, kept).describe())
+            replacers.append(drafter_replacer(pair.loader, model.backend))
         if args.device_map is None:
             args.device = model.backend.device  # where others are loaded without a warning
         return model
+
+    def draft_with(drafter: Path) -> Backend:
+        """Load a drafter; its target is loaded once, if the backend can go on using it."""
+        replace_drafter = replacers[0] if replacers and not args.draft_window else None
+        return load(drafter).backend if replace_drafter is None else replace_drafter(drafter)
 
     console = Console(stderr=True, highlight=False)
     with console.status("loading the pair") as status:
@@ -97,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             diagnosis = diagnose_target(load(pair.drafter).backend, target_config, MTP_HEAD)
         else:
             diagnosis = diagnose(
-                lambda drafter: load(drafter).backend,
+                draft_with,
                 pair.drafter,
                 Tokenizer.from_folder(pair.target),
                 prompts,
