@@ -160,7 +160,7 @@ COLLAPSE = 2.0
 CHANCE = 0.1
 """Agreement that guesses of frequent tokens nearly reach."""
 MASK_CANDIDATES, ALL_MASK_CANDIDATES = 3, 8
-"""Other mask tokens to try, also in a thorough diagnosis: each loads the drafter once more."""
+"""Other mask tokens to try, and more of them in a thorough diagnosis: each loads the drafter."""
 MAX_CONTEXT, USEFUL_CONTEXT = 1 << 20, 4096
 """Tokens of the longest context that is asked about, and tokens that should fit."""
 
