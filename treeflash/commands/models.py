@@ -22,7 +22,7 @@ DECLINED = 1
 @guarded
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line, list, fetch or remove models, and return the exit status."""
-    args = make_parser().parse(argv)
+    args = make_parser().parse_intermixed_args(argv)
     if args.action == "rm":
         if not args.names:
             raise ConfigError("rm needs the name of a model; `treeflash models` lists them")

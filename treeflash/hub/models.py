@@ -386,7 +386,7 @@ def _make_once(folder: Path, make: Callable[[Path], Path], action: str, nbytes: 
     cache = folder.parent
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with FileLock(cache / ".lock"):
+        with FileLock(cache / ".models.lock"):
             if folder.is_dir():
                 return folder
             for leftover in cache.iterdir():  # of a killed process

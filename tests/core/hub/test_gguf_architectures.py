@@ -441,7 +441,7 @@ def test_a_file_that_cannot_be_read_leaves_no_folder_in_the_cache(
     write(tmp_path / "tiny.gguf", "qwen2")
     models.resolve_target(str(tmp_path / "tiny.gguf"))
     models_command.main(["rm", "tiny", "--yes"])
-    assert [path.name for path in (tmp_path / "cache" / "gguf").iterdir()] == [".lock"]
+    assert [path.name for path in (tmp_path / "cache" / "gguf").iterdir()] == [".models.lock"]
 
 
 def test_every_architecture_has_a_case() -> None:
