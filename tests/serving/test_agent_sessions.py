@@ -202,9 +202,9 @@ class Client:
         with serving(model, **settings) as self.server:
             engine, submit = self.server.engine, self.server.engine.submit
 
-            def record(requests, *args, **kwargs):
-                self.prompts.append(tuple(requests[0].prompt_ids))
-                return submit(requests, *args, **kwargs)
+            def record(answers, **kwargs):
+                self.prompts.append(answers[0].prompt_ids)
+                return submit(answers, **kwargs)
 
             engine.submit = record
             yield self

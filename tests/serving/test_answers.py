@@ -39,11 +39,10 @@ def tools(tmp_path_factory):
 
 
 class SubmittedError(APIError):
-    """The requests that would have been decoded."""
+    """The answers would have been decoded."""
 
-    def __init__(self, requests, stop):
+    def __init__(self):
         super().__init__(503, "not decoded")
-        self.requests, self.stop = requests, stop
 
 
 @pytest.fixture
@@ -56,9 +55,9 @@ def submitted(tools, monkeypatch):
     vocab_size = tools.engine.model.backend.vocab_size
     caught = []
 
-    def submit(requests, stop=(), **_):
-        caught.append(requests)
-        raise SubmittedError(requests, stop)
+    def submit(answers, **_):
+        caught.append(answers)
+        raise SubmittedError
 
     def capture(path, body):
         caught.clear()
@@ -66,22 +65,20 @@ def submitted(tools, monkeypatch):
             patch.setattr(tools.engine, "submit", submit)
             response = tools.post(path, body)
         assert response.status_code == 503, response.text
-        ((request,),) = caught
+        ((answer,),) = caught
 
         def accepts(text):
-            constraint = request.constraint
-            if constraint is None:
+            if answer.make_constraint is None:
                 return True
-            ids = [*tokenizer.verbatim.encode(text), min(tokenizer.stop_token_ids)]
-            for i, token in enumerate(ids):
+            constraint = answer.make_constraint()
+            ids = [*tokenizer.encode(text), min(tokenizer.stop_token_ids)]
+            for token in ids:
                 if not unpack(constraint.allowed()[None], vocab_size)[0][token]:
-                    constraint.rollback(i)
                     return False
                 constraint.advance(token)
-            constraint.rollback(len(ids))
             return True
 
-        return tokenizer.verbatim.decode(request.prompt_ids), accepts
+        return tokenizer.decode_verbatim(answer.prompt_ids), accepts
 
     return capture
 
@@ -420,9 +417,9 @@ def test_the_default_length_of_an_answer(server, serve):
     """2,048 tokens, or as many as the command's option allows; never beyond the context."""
     found = []
 
-    def submit(requests, stop=(), **_):
-        found.extend(requests)
-        raise SubmittedError(requests, stop)
+    def submit(answers, **_):
+        found.extend(answers)
+        raise SubmittedError
 
     for running in (server, serve(defaults={"max_tokens": 7})):
         real = running.engine.submit

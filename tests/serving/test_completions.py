@@ -188,7 +188,7 @@ def test_models(server):
 def test_detokenize(server, model):
     tokens = model.tokenizer.chat([{"role": "user", "content": "Hello."}])
     answer = server.post("/detokenize", {"tokens": tokens}).json()
-    assert answer == {"prompt": model.tokenizer.verbatim.decode(tokens)}
+    assert answer == {"prompt": model.tokenizer.decode_verbatim(tokens)}
     assert "Hello." in answer["prompt"]
     too_large = model.backend.vocab_size
     check_error(server.post("/detokenize", {"tokens": [too_large]}), 400, "outside the vocabulary")

@@ -17,13 +17,13 @@ import pytest
 from servers import PATIENCE, Gate, check_error, parse, serving, wait_until
 
 from treeflash.config import GIB, DecodeConfig
-from treeflash.decoding import Request
 from treeflash.decoding.interfaces import DeviceReport
 from treeflash.errors import CheckpointError, ConfigError, NumericalError
 from treeflash.serving import application
 from treeflash.serving.engine import Completion, Engine
 from treeflash.serving.settings import Settings
 from treeflash.serving.streaming import speculative_decoding
+from treeflash.text.stream import Assembler
 
 
 @pytest.fixture
@@ -316,7 +316,8 @@ def test_a_signal_may_come_while_a_request_is_added(model, monkeypatch):
 
     async def answer():
         config = DecodeConfig(method="ar", max_tokens=1)
-        await engine.submit([Request(prompt_ids=[5], config=config)], (), prompts=1).wait()
+        one = Assembler(model.backend, model.tokenizer, (5,), config)
+        await engine.submit([one], prompts=1).wait()
 
     monkeypatch.setattr(Completion, "__hash__", interrupted)
     loop = threading.Thread(target=lambda: asyncio.run(answer()), daemon=True)

@@ -9,12 +9,12 @@ import pytest
 from byte_tokens import END
 from tool_models import RESPONSE_TEMPLATE, tool_tokenizer
 
+from treeflash.config import DecodeConfig
 from treeflash.decoding.loop import Step
 from treeflash.language_model import LanguageModel
 from treeflash.serving.message_parser import MessageForm, MessageParser, ResponseTemplate
 from treeflash.serving.response_templates import TOOL_CALL_PARSERS
-from treeflash.text.stream import Chunk
-from treeflash.text.tokenizer import TextStream
+from treeflash.text.stream import Assembler
 
 TEMPLATE = ResponseTemplate(RESPONSE_TEMPLATE)
 PROMPT = "<|start|>user: <think>Hi<|end|><|start|>assistant: "
@@ -27,16 +27,19 @@ def tokenizer(tmp_path_factory):
     return tool_tokenizer(tmp_path_factory.mktemp("tools"))
 
 
+def chunks_of(tokenizer, ids, size, finish="length"):
+    """The chunks of `size` tokens of an answer."""
+    assembler = Assembler(None, tokenizer, (1,), DecodeConfig())
+    for start in range(0, len(ids), size):
+        reason = finish if start + size >= len(ids) else None
+        yield assembler.add(Step(tuple(ids[start : start + size]), finish_reason=reason))
+
+
 def read(tokenizer, text, size, *, prompt=PROMPT, form=True, finish="stop"):
     """Feed a text in chunks of `size` tokens; returns the parser and the added texts."""
     parser = MessageParser(MessageForm(TEMPLATE, prompt) if form else None, tokenizer)
     ids = tokenizer.encode(text) + [END] * (finish == "stop")
-    stream, changes = TextStream(tokenizer), []
-    for start in range(0, len(ids), size):
-        part = tuple(ids[start : start + size])
-        last = start + size >= len(ids)
-        text = stream.push(part) + (stream.finish() if last else "")
-        changes += parser.feed(Chunk(text, part, Step(part), finish if last else None))
+    changes = [change for x in chunks_of(tokenizer, ids, size, finish) for change in parser.feed(x)]
     assert "".join(x.text for x in changes if x.part.kind == "content") == parser.content
     assert "".join(x.text for x in changes if x.part.kind == "reasoning") == parser.reasoning
     opened = [x.part for x in changes if x.event == "open"]
@@ -168,10 +171,7 @@ def parse_with(name, tokenizer, text, size):
         {"function": {"name": "add", "parameters": {"properties": {"a": {"type": "integer"}}}}}
     ]
     parser = MessageParser(MessageForm(template, f"<|user|>Hi{prompt}", tools), tokenizer)
-    ids = tuple(tokenizer.encode(text))
-    parts = [ids[i : i + size] for i in range(0, len(ids), size)]
-    for i, part in enumerate(parts):
-        parser.read([Chunk("", part, Step(part), "stop" if i == len(parts) - 1 else None)])
+    parser.read(chunks_of(tokenizer, tokenizer.encode(text), size))
     return parser
 
 
@@ -219,8 +219,7 @@ def test_families_whose_tokenizers_have_no_template(tokenizer, family, tmp_path)
     schema = {"properties": {"a": {"type": "integer"}}}
     tools = [{"function": {"name": "add", "parameters": schema}}]
     parser = MessageParser(MessageForm(template, prompt, tools), tokenizer)
-    ids = tuple(tokenizer.encode(text))
-    parser.read([Chunk(text, ids, Step(ids), "stop")])
+    parser.read(chunks_of(tokenizer, tokenizer.encode(text), 1000))
     assert (parser.reasoning, parser.content) == ("Hm.", "Yes.")
     assert [(x.name, json.loads(x.arguments)) for x in parser.calls] == [("add", {"a": 1})]
 

@@ -46,7 +46,7 @@ def limited(model):
     def make(budget, opening, other=None):
         vocab_size = model.backend.vocab_size
         other = None if other is None else other()
-        return ThinkingBudget(budget, opening, CLOSE, model.tokenizer.verbatim, vocab_size, other)
+        return ThinkingBudget(budget, opening, CLOSE, model.tokenizer, vocab_size, other)
 
     return make
 
@@ -154,7 +154,7 @@ def test_a_limit_changes_no_token_of_any_method(model):
     texts = set()
     for method in ("ar", "ddtree", "treeflash"):
         config = DecodeConfig(method=method, budget=12, max_tokens=40)
-        limit = ThinkingBudget(7, "", CLOSE, model.tokenizer.verbatim, vocab_size)
+        limit = ThinkingBudget(7, "", CLOSE, model.tokenizer, vocab_size)
         request = Request(prompt_ids=prompt_ids, config=config, constraint=limit)
         steps = decode(model.backend, request)
         texts.add(tuple(token for step in steps for token in step.tokens))

@@ -105,7 +105,7 @@ def test_calls_and_results_reach_the_chat_template(server, tokenizer):
     ]
     body = {"messages": messages, "tools": TOOLS, "chat_template_kwargs": {"enable_thinking": True}}
     found = server.post("/tokenize", body).json()["tokens"]
-    text = tokenizer.verbatim.decode(found)
+    text = tokenizer.decode_verbatim(found)
     assert '<call>{"name": "paint", "arguments": {"colour": "red"}}</call>' in text
     assert "<|start|>tool: Done.<|end|>" in text
     assert '"name": "stop"' in text

@@ -376,18 +376,13 @@ class MessagesFormatter:
     def _stop(self) -> dict[str, str | None]:
         """Return the reason for the end of the message, and the stop sequence if one ended it."""
         (answer,) = self._completion.answers
-        stop = None
-        ids = [token for chunk in answer.chunks for token in chunk.token_ids]
         if answer.finish_reason == "length":
             reason = "max_tokens"
-        elif ids[-1] not in answer.config.stop_token_ids:
-            text, reason = self._tokenizer.decode(ids), "stop_sequence"
-            found = [stop for stop in answer.stop if stop in text]
-            # A special token is a stop sequence that the text does not have.
-            stop = min(found, key=text.find, default=self._tokenizer.token_text(ids[-1]))
+        elif answer.stop_string is not None:
+            reason = "stop_sequence"
         else:
             reason = "tool_use" if self._parser.calls else "end_turn"
-        return {"stop_reason": reason, "stop_sequence": stop}
+        return {"stop_reason": reason, "stop_sequence": answer.stop_string}
 
 
 def _block(part: MessagePart) -> dict[str, Any]:

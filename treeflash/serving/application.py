@@ -129,10 +129,10 @@ def add_routes(app: FastAPI, service: Service) -> None:
     @app.post("/detokenize")
     async def detokenize(request: DetokenizeRequest) -> dict[str, str]:
         service.check_model(request.model)
-        tokenizer = service.tokenizer.verbatim
         if max(request.tokens, default=0) >= service.engine.model.backend.vocab_size:
             raise bad_request("tokens has an id outside the vocabulary", "tokens")
-        return {"prompt": await asyncio.to_thread(tokenizer.decode, request.tokens)}
+        decode = service.tokenizer.decode_verbatim
+        return {"prompt": await asyncio.to_thread(decode, request.tokens)}
 
     @app.get("/health")
     def health() -> dict[str, str]:

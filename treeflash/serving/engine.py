@@ -20,7 +20,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TypeAlias
 
-from treeflash.config import GIB
+from treeflash.config import GIB, DecodeConfig
 from treeflash.decoding import PromptProgress, Request, Scheduler, SchedulerConfig, Step
 from treeflash.decoding.interfaces import DeviceReport, device_report, warm_up
 from treeflash.decoding.loop import Event
@@ -236,44 +236,38 @@ class Engine:
         self.draining = True
         self._thread.stop()
 
-    def submit(
-        self, requests: Sequence[Request], stop: Sequence[str], *, prompts: int
-    ) -> Completion:
-        """Generate an answer to each request; call it in an event loop.
+    def submit(self, answers: Sequence[Assembler], *, prompts: int) -> Completion:
+        """Generate answers; call it in an event loop.
 
-        The requests of one prompt follow each other, and the prompt is run once for all of them.
-        There are as many requests for each of the `prompts`. Answers end before a string of `stop`.
+        The answers to one prompt follow each other, and the prompt is run once for all of them.
+        There are as many answers to each of the `prompts`.
 
         Raises:
             PromptError, ConfigError: see `Scheduler.submit`.
             APIError: too many answers are waiting, or the server is about to end.
         """
-        model, scheduler = self.model, self._scheduler
         if not self.ready:
             raise APIError(503, "the server is shutting down", code="shutting_down")
+        requests = [answer.request() for answer in answers]
         for request in requests:
-            scheduler.check(request)
-        answers = [
-            Assembler(model.backend, model.tokenizer, tuple(x.prompt_ids), x.config, stop)
-            for x in requests
-        ]
+            self._scheduler.check(request)
         completion = Completion(answers, prompts, self._withdraw, self.settings.timeout)
         self._reserve(completion)
         self._thread.call(partial(self._admit, completion, requests))
         return completion
 
-    def shorten(self, request: Request) -> Request:
-        """Shorten the request to as many new tokens as the memory has room for, at least one."""
+    def shorten(self, prompt_ids: Sequence[int], config: DecodeConfig) -> DecodeConfig:
+        """Limit the new tokens to as many as the memory has room for, at least one."""
         scheduler = self._thread.made.result()
         limit = scheduler.config.max_bytes
         assert limit is not None
 
-        def with_tokens(count: int) -> Request:
-            return replace(request, config=replace(request.config, max_tokens=count))
+        def state_bytes(count: int) -> int:
+            shorter = replace(config, max_tokens=count)
+            return scheduler.state_bytes(Request(prompt_ids=prompt_ids, config=shorter))
 
-        counts = range(1, request.config.max_tokens + 1)
-        fitting = bisect_right(counts, limit, key=lambda x: scheduler.state_bytes(with_tokens(x)))
-        return with_tokens(max(fitting, 1))
+        fitting = bisect_right(range(1, config.max_tokens + 1), limit, key=state_bytes)
+        return replace(config, max_tokens=max(fitting, 1))
 
     @property
     def _places(self) -> int:

@@ -280,17 +280,13 @@ class MessageParser:
     A finished message has at least an empty content.
     """
 
-    def __init__(
-        self, form: MessageForm | None, tokenizer: Tokenizer, stop: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, form: MessageForm | None, tokenizer: Tokenizer) -> None:
         self.parts: list[MessagePart] = []
         self._open: MessagePart | None = None
         self._form = form
         self._calls_only = form is not None and form.calls_only
         self._parser: ResponseParser | None = None if form is None else form.parser()
         self._tokenizer = tokenizer
-        # The text of a chunk lacks the special tokens that templates refer to.
-        self._stream = TextStream(tokenizer.verbatim, stop)
         self._text = ""
         self._unfinished_call = ""
 
@@ -311,7 +307,7 @@ class MessageParser:
         close = None if self._form is None else self._form.template.reasoning_close
         if close is None or not self.reasoning:
             return 0
-        stream = TextStream(self._tokenizer.verbatim, (close,))
+        stream = TextStream(self._tokenizer, (close,))
         stream.push(token_ids)
         return stream.tokens_used
 
@@ -352,16 +348,14 @@ class MessageParser:
             self._open = None
 
     def _read(self, chunk: Chunk) -> list[Delta]:
-        if self._parser is None:  # there is no template, or a call was invalid
-            return [("content", chunk.text)]
-        finished = chunk.finish_reason is not None
-        # An end token is not needed, because the end of the text closes every part.
-        ids = chunk.token_ids
-        ids = ids[:-1] if ids and ids[-1] in self._tokenizer.stop_token_ids else ids
-        text = self._stream.push([token_id for token_id in ids if self._is_read(token_id)])
-        text += self._stream.finish() if finished else ""
-        deltas = self._parse(text)
-        if finished and self._parser is not None:
+        deltas, start = list[Delta](), 0
+        for position, token_id in chunk.special_tokens:
+            deltas += self._read_text(chunk.text[start:position])
+            deltas += self._read_special(self._tokenizer.token_text(token_id))
+            start = position
+        deltas += self._read_text(chunk.text[start:])
+        if chunk.finish_reason is not None and self._parser is not None:
+            # An end token is not needed, because the end of the text closes every part.
             try:
                 _, events = self._parser.finalize()
                 deltas += self._deltas(events)
@@ -369,18 +363,26 @@ class MessageParser:
                 deltas += self._give_up("")
         return deltas
 
-    def _is_read(self, token_id: int) -> bool:
-        """Return whether the parser gets a token: no special ones that the template lacks."""
-        assert self._form is not None
-        special = token_id in self._tokenizer.special_token_ids
-        return not special or self._form.template.names(self._tokenizer.token_text(token_id))
+    def _read_text(self, text: str) -> list[Delta]:
+        if self._parser is None:  # there is no template, or a call was invalid
+            return [("content", text)]
+        try:
+            return self._parse(text)
+        except INVALID_CALL:
+            return self._parse_again(text)
+
+    def _read_special(self, name: str) -> list[Delta]:
+        """Read a special token, which is no text, but may begin or end a part of the message."""
+        if self._parser is None or self._form is None or not self._form.template.names(name):
+            return []
+        try:
+            return self._parse(name)
+        except INVALID_CALL:
+            return self._give_up("")
 
     def _parse(self, text: str) -> list[Delta]:
         assert self._parser is not None
-        try:
-            deltas = self._deltas(self._parser.feed(text))
-        except INVALID_CALL:
-            return self._parse_again(text)
+        deltas = self._deltas(self._parser.feed(text))
         self._text += text
         return deltas
 

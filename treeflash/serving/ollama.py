@@ -273,7 +273,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
                 raise bad_request(message, "raw")
             encoded = await service.encode(request.prompt)
             completion = service.start(http, request.asked(), [encoded])
-            parser = MessageParser(None, service.tokenizer, completion.answers[0].stop)
+            parser = MessageParser(None, service.tokenizer)
         else:
             conversation = request.conversation(service)
             completion, (parser,) = await conversation.start(service, http, request.asked())

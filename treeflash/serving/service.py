@@ -13,7 +13,6 @@ from typing import Any
 
 from fastapi import Request as HTTPRequest
 
-from treeflash.decoding import Request
 from treeflash.decoding.sampling import Constraint
 from treeflash.serving.engine import Completion, Engine
 from treeflash.serving.errors import APIError, bad_request
@@ -25,10 +24,8 @@ from treeflash.text.grammar import Grammar, GrammarError
 from treeflash.text.images import MAX_IMAGES
 from treeflash.text.options import Options
 from treeflash.text.prompt import EncodedPrompt, encode_chat, images_of
+from treeflash.text.stream import Assembler
 from treeflash.text.tokenizer import Tokenizer, check_unicode
-
-MESSAGE_START_TOKENS = 1024
-"""Tokens at the end of a prompt that contain the beginning of the assistant's message."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,30 +113,36 @@ class Service:
     ) -> Completion:
         """Start to generate the answers to each of the prompts of a request, as its options ask.
 
-        `constraint` makes one for each answer; see `Request` for `scores_prompt`. Raises an
+        `constraint` makes one for each answer; see `Assembler` for `scores_prompt`. Raises an
         APIError for too many answers, and the errors of `Engine.submit`.
         """
         self.check_answers(len(prompts), answers)
         options: Options = {"max_tokens": MAX_TOKENS, **self.defaults, **asked}
-        text = self.engine.model.configure(options)
-        config = text.decode
-        seed = config.sampling.seed if "seed" in options else secrets.randbits(32)
-        requests = [
-            Request(
-                prompt_ids=prompt.token_ids,
-                images=prompt.images,
-                config=replace(config, sampling=replace(config.sampling, seed=(seed + i) % 2**64)),
-                constraint=None if constraint is None else constraint(),
-                # The prompt is scored once for all answers.
-                scores_prompt=scores_prompt and i == 0,
-                cache_salt=http.state.cache_salt,
-            )
-            for prompt in prompts
-            for i in range(answers)
-        ]
-        if "max_tokens" not in asked:
-            requests = list(map(self.engine.shorten, requests))
-        return self.engine.submit(requests, text.stop_strings, prompts=len(prompts))
+        model = self.engine.model
+        text = model.configure(options)
+        sampling = text.decode.sampling
+        seed = sampling.seed if "seed" in options else secrets.randbits(32)
+        started = []
+        for prompt in prompts:
+            config = text.decode
+            if "max_tokens" not in asked:
+                config = self.engine.shorten(prompt.token_ids, config)
+            started += [
+                Assembler(
+                    model.backend,
+                    model.tokenizer,
+                    tuple(prompt.token_ids),
+                    replace(config, sampling=replace(sampling, seed=(seed + i) % 2**64)),
+                    text.stop_strings,
+                    constraint,
+                    prompt.images,
+                    # The prompt is scored once for all answers.
+                    scores_prompt=scores_prompt and i == 0,
+                    cache_salt=http.state.cache_salt,
+                )
+                for i in range(answers)
+            ]
+        return self.engine.submit(started, prompts=len(prompts))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,17 +201,17 @@ class Conversation:
         encoded = await self.encode(service)
         form = None
         if service.response_template is not None:
-            end = encoded.token_ids[-MESSAGE_START_TOKENS:]
-            prompt = await asyncio.to_thread(service.tokenizer.verbatim.decode, end)
+            assert encoded.text is not None
             tools, calls_only = self.tools.functions, self.tools.must_call
-            form = MessageForm(service.response_template, prompt, tools, calls_only=calls_only)
+            form = MessageForm(
+                service.response_template, encoded.text, tools, calls_only=calls_only
+            )
         grammar = await asyncio.to_thread(self._enforced_grammar, service, form)
         constraint = None if grammar is None else await service.compile(*grammar)
         if self.thinking_budget is not None and form is not None:
             constraint = self._limit_thinking(self.thinking_budget, service, form, constraint)
         completion = service.start(http, asked, [encoded], constraint, answers=answers)
-        stop = completion.answers[0].stop
-        parsers = [MessageParser(form, service.tokenizer, stop) for _ in completion.answers]
+        parsers = [MessageParser(form, service.tokenizer) for _ in completion.answers]
         return completion, parsers
 
     def _limit_thinking(
@@ -221,7 +224,7 @@ class Conversation:
         """Return the constraint with a limit on the reasoning, where its ends are known."""
         if (ends := form.template.reasoning_ends(begun=form.in_reasoning)) is None:
             return constraint
-        tokenizer, vocab_size = service.tokenizer.verbatim, service.engine.model.backend.vocab_size
+        tokenizer, vocab_size = service.tokenizer, service.engine.model.backend.vocab_size
 
         def make() -> Constraint:
             other = None if constraint is None else constraint()

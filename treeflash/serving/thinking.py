@@ -33,8 +33,8 @@ class _State:
 class ThinkingBudget:
     """A `Constraint` that ends the reasoning after `budget` tokens, and obeys another one if given.
 
-    `opening` begins the reasoning, and is empty if the prompt has begun it; `close` ends it. The
-    tokenizer must be `verbatim`. `vocab_size` is the target's.
+    `opening` begins the reasoning, and is empty if the prompt has begun it; `close` ends it.
+    `vocab_size` is the target's.
     """
 
     def __init__(

@@ -30,10 +30,11 @@ TEXT_ONLY = "this command takes no images"
 
 
 class EncodedPrompt(NamedTuple):
-    """What a target gets of a prompt."""
+    """What a target gets of a prompt, and the text that a chat template made of it, if one did."""
 
     token_ids: list[int]
     images: PromptImages | None = None
+    text: str | None = None
 
 
 def encode(
@@ -115,7 +116,8 @@ def encode_chat(
     shown = [_for_template(message) for message in messages]
     sources = [image for message in messages for image in images_of(message)]
     if not sources:
-        return EncodedPrompt(tokenizer.chat(shown, template_args, continues=continues))
+        text = tokenizer.render(shown, template_args, continues=continues)
+        return EncodedPrompt(tokenizer.encode_continuation(text), text=text)
     if isinstance(processor, str):
         raise PromptError(processor)
     if len(sources) > max_images:
@@ -125,7 +127,7 @@ def encode_chat(
     text = tokenizer.render(
         shown, template_args, continues=continues, chat_template=processor.chat_template
     )
-    return EncodedPrompt(*processor.encode(text, read_images(sources)))
+    return EncodedPrompt(*processor.encode(text, read_images(sources)), text)
 
 
 def text_part(text: str) -> dict[str, Any]:

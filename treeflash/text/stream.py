@@ -22,7 +22,7 @@ from treeflash.decoding.tree import DraftTree
 from treeflash.errors import ConfigError
 from treeflash.option import is_whole
 from treeflash.text.generation import PHASES, Generation, TokenLogProb
-from treeflash.text.tokenizer import TextStream, Tokenizer
+from treeflash.text.tokenizer import SpecialToken, TextStream, Tokenizer
 
 Parallel: TypeAlias = int | Literal["auto"]
 """Number of sequences to decode at once."""
@@ -42,12 +42,15 @@ class Chunk:
         token_ids: new tokens, without the tokens after a stop string.
         step: the step of the decode loop, with all of its tokens and its tree, but not its table.
         finish_reason: `stop` or `length` in the last chunk, else None.
+        special_tokens: special tokens before the end of the text, with their places in it. A chunk
+            may have those of an earlier one whose text was held back. The end token is not there.
     """
 
     text: str
     token_ids: tuple[int, ...]
     step: Step
     finish_reason: str | None
+    special_tokens: tuple[SpecialToken, ...] = ()
 
     @property
     def log_probs(self) -> list[TokenLogProb]:
@@ -61,7 +64,8 @@ class Assembler:
     """Turns the steps of one sequence into chunks, and all chunks so far into a generation.
 
     A ConfigError is raised if a string to stop at is empty. `make_constraint` makes a constraint of
-    the new tokens; None leaves them free. `images` are the prompt's.
+    the new tokens; None leaves them free. `images` are the prompt's. See `Request` for
+    `scores_prompt` and `cache_salt`.
     """
 
     backend: Backend
@@ -71,10 +75,13 @@ class Assembler:
     stop: Sequence[str] = ()
     make_constraint: Callable[[], Constraint] | None = None
     images: PromptImages | None = None
+    scores_prompt: bool = False
+    cache_salt: str = ""
     chunks: list[Chunk] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
         self._text = TextStream(self.tokenizer, self.stop)
+        self._length = 0  # characters of the chunks
 
     def request(self) -> Request:
         """Return a request for this sequence, with its own constraint and this object as tag."""
@@ -84,6 +91,8 @@ class Assembler:
             config=self.config,
             constraint=constraint,
             images=self.images,
+            scores_prompt=self.scores_prompt,
+            cache_salt=self.cache_salt,
             tag=self,
         )
 
@@ -92,17 +101,29 @@ class Assembler:
         """`stop` or `length` once the text is complete, else None."""
         return self.chunks[-1].finish_reason if self.chunks else None
 
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that ended the text, if one did."""
+        return self._text.stopped_by
+
     def add(self, step: Step) -> Chunk:
         """Add the next step; no step follows a chunk with a finish reason."""
         # Chunks keep their steps, and tables would take most of the memory.
         step = replace(step, table=None)
-        before = self._text.tokens_used
-        text = self._text.push(step.tokens)
-        used = self._text.tokens_used - before
-        finish_reason = "stop" if self._text.stopped else step.finish_reason
+        stream, token_ids, finish_reason = self._text, step.tokens, step.finish_reason
+        before, first = stream.tokens_used, len(stream.special_tokens)
+        # The end token has no text, whether it is a special token or not.
+        text = stream.push(token_ids[:-1] if finish_reason == "stop" else token_ids)
+        if stream.stopped_by is not None:
+            token_ids, finish_reason = token_ids[: stream.tokens_used - before], "stop"
         if finish_reason is not None:
-            text += self._text.finish()
-        chunk = Chunk(text, step.tokens[:used], step, finish_reason)
+            text += stream.finish()
+        special_tokens = tuple(
+            token._replace(position=token.position - self._length)
+            for token in stream.special_tokens[first:]
+        )
+        self._length += len(text)
+        chunk = Chunk(text, token_ids, step, finish_reason, special_tokens)
         # `generation` reads nothing else that changes: an interruption leaves it consistent.
         self.chunks.append(chunk)
         return chunk
@@ -117,7 +138,7 @@ class Assembler:
         )
         text = "".join(chunk.text for chunk in self.chunks)
         if self.finish_reason is None:
-            text = self.tokenizer.decode(token_ids)  # with text that the chunks held back
+            text = self.tokenizer.decode(token_ids)  # with the text that the stream holds back
         return Generation(
             text=text,
             token_ids=token_ids,

@@ -6,10 +6,9 @@ import inspect
 import json
 import logging
 from collections.abc import Collection, Mapping, Sequence
-from copy import copy
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from treeflash.errors import CheckpointError, ConfigError, PromptError, first_line
 
@@ -260,12 +259,10 @@ class Tokenizer:
         )
         return str(text)
 
-    @cached_property
-    def verbatim(self) -> Tokenizer:
-        """This tokenizer with a `decode` that keeps special tokens."""
-        verbatim = copy(self)
-        verbatim.special_token_ids = frozenset()
-        return verbatim
+    def decode_verbatim(self, token_ids: Sequence[int]) -> str:
+        """Return the text of ids with special tokens by name, and with unchanged spaces."""
+        text = self.transformers.decode(list(token_ids), clean_up_tokenization_spaces=False)
+        return str(text)
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes of one token, which may be a part of a character."""
@@ -385,16 +382,25 @@ def _eos_token_ids(path: Path) -> set[int]:
     return set(token_ids)
 
 
+class SpecialToken(NamedTuple):
+    """A special token of a text, which has no characters there."""
+
+    position: int  # number of the text's characters before the token
+    token_id: int
+
+
 class TextStream:
     """The text of a growing sequence of ids, piece by piece.
 
-    The joined pieces are exactly the text of all ids or, if a string of `stop` occurs, the text
+    All text that Python, the commands and the server show of tokens comes from here. The joined
+    pieces are exactly `Tokenizer.decode` of all ids or, if a string of `stop` occurs, the text
     before the first one. A piece never ends inside a character, nor in characters that may begin a
     stop string. Special tokens have no text, but one whose name is a stop string ends the text.
     Only a short window of ids is decoded at a time. An empty stop string raises a ConfigError.
 
     Attributes:
-        stopped: whether a stop string occurred; later ids are ignored.
+        special_tokens: the special tokens before the end of the pieces so far, in order.
+        stopped_by: the stop string that ended the text, if one did; later ids are ignored.
         tokens_used: number of ids so far, up to the id that completed a stop string.
     """
 
@@ -402,36 +408,63 @@ class TextStream:
         if "" in stop:
             raise ConfigError("a stop string is empty; remove it")
         self._tokenizer = tokenizer
-        self._stop = tuple(stop)
+        self._stops = tuple(stop)
         self._window: list[int] = []
         self._consumed = 0  # characters of the window's text that moved to _held or were returned
         self._held = ""  # settled characters that may begin a stop string
         self._pieces: list[str] = []
-        self.stopped = False
+        self._length = 0  # characters of the pieces
+        self._waiting: list[SpecialToken] = []  # special tokens after the pieces
+        self.special_tokens: list[SpecialToken] = []
+        self.stopped_by: str | None = None
         self.tokens_used = 0
+
+    def _rest(self) -> str:
+        """Return the text after the pieces so far, if no ids follow."""
+        if self.stopped_by is not None:
+            return ""
+        return self._held + self._tokenizer.decode(self._window)[self._consumed :]
 
     def push(self, token_ids: Sequence[int]) -> str:
         """Append ids; returns the text that became final."""
         first_new = len(self._pieces)
         for token_id in token_ids:
-            if self.stopped:
+            if self.stopped_by is not None:
                 break
             self.tokens_used += 1
             if token_id not in self._tokenizer.special_token_ids:
                 self._push_one(token_id)
-            elif self._stop and self._tokenizer.token_text(token_id) in self._stop:
-                self.finish()
-                self.stopped = True
+            else:
+                self._push_special(token_id)
         return "".join(self._pieces[first_new:])
 
     def finish(self) -> str:
         """Return the rest of the text; no ids follow."""
-        if self.stopped:
-            return ""
-        rest = self._held + self._tokenizer.decode(self._window)[self._consumed :]
+        rest = self._rest()
         self._window, self._consumed, self._held = [], 0, ""
-        self._pieces.append(rest)
+        self._add(rest)
+        # A character of several tokens may have become shorter than it looked.
+        self.special_tokens += [x._replace(position=self._length) for x in self._waiting]
+        self._waiting = []
         return rest
+
+    def _add(self, piece: str) -> None:
+        """Add a piece, and the special tokens before its end."""
+        self._pieces.append(piece)
+        self._length += len(piece)
+        while self._waiting and self._waiting[0].position <= self._length:
+            self.special_tokens.append(self._waiting.pop(0))
+
+    def _push_special(self, token_id: int) -> None:
+        name = self._tokenizer.token_text(token_id)
+        if name in self._stops:
+            self.finish()
+            self.stopped_by = name
+            return
+        # The bytes of a character that is still incomplete belong to the text after the token.
+        position = self._length + len(self._rest().rstrip(REPLACEMENT))
+        self._waiting.append(SpecialToken(position, token_id))
+        self._add("")
 
     def _push_one(self, token_id: int) -> None:
         self._window.append(token_id)
@@ -440,18 +473,19 @@ class TextStream:
         candidate = self._held + window_text[self._consumed :]
         certain = self._held + window_text[self._consumed : settled]
         # A replacement character that is not certain may be part of a character still to come.
-        texts = {stop: certain if REPLACEMENT in stop else candidate for stop in self._stop}
-        cuts = [text.find(stop) for stop, text in texts.items() if stop in text]
-        if cuts:
-            self._pieces.append(candidate[: min(cuts)])
-            self.stopped = True
+        texts = {stop: certain if REPLACEMENT in stop else candidate for stop in self._stops}
+        found = [stop for stop, text in texts.items() if stop in text]
+        if found:
+            self.stopped_by = min(found, key=candidate.find)
+            self._add(candidate[: candidate.find(self.stopped_by)])
+            self._waiting = []  # they are behind the end
             return
         self._held += window_text[self._consumed : settled]
         self._consumed = settled
         sure = self._held[: len(self._held) - self._stop_overlap()].rstrip(REPLACEMENT)
         if sure:
-            self._pieces.append(sure)
             self._held = self._held[len(sure) :]
+            self._add(sure)
         if len(self._window) > 2 * WINDOW_TOKENS:
             self._shrink_window(window_text)
 
@@ -467,7 +501,7 @@ class TextStream:
     def _stop_overlap(self) -> int:
         """Return the length of the longest suffix of the held text that begins a stop string."""
         longest = len(self._held)
-        beginnings = (x[:n] for x in self._stop for n in range(1, min(len(x), longest + 1)))
+        beginnings = (x[:n] for x in self._stops for n in range(1, min(len(x), longest + 1)))
         return max((len(text) for text in beginnings if self._held.endswith(text)), default=0)
 
     def _shrink_window(self, window_text: str) -> None:

@@ -110,8 +110,8 @@ def test_serve(scripted: Any):
         model=model,
         settings=Settings(),
         check_count=lambda answers: None,
-        shorten=lambda request: request,
-        submit=lambda requests, *_, **__: requests,
+        shorten=lambda prompt_ids, config: config,
+        submit=lambda answers, **_: answers,
     )
     http: Any = SimpleNamespace(state=SimpleNamespace(cache_salt=None))
     offered = service.Service(engine, {}, ("model",))

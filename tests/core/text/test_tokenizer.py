@@ -294,7 +294,7 @@ def test_stream_equals_decode_of_all_ids(tokenizer: Tokenizer, data: st.DataObje
     token_ids = [token_id for chunk in chunks for token_id in chunk]
     assert "".join(pieces) == tokenizer.decode(token_ids)
     assert stream.tokens_used == len(token_ids)
-    assert not stream.stopped
+    assert stream.stopped_by is None
 
 
 @repeated
@@ -308,7 +308,7 @@ def test_stop_strings_equal_naive_search(tokenizer: Tokenizer, data: st.DataObje
     stop = data.draw(st.lists(st.one_of(parts, st.sampled_from(["\n", "the", "eee"])), max_size=3))
     stream = TextStream(tokenizer, stop)
     pieces = [stream.push(chunk) for chunk in chunks] + [stream.finish()]
-    assert ("".join(pieces), stream.stopped, stream.tokens_used) == naive(
+    assert ("".join(pieces), stream.stopped_by is not None, stream.tokens_used) == naive(
         tokenizer, token_ids, stop
     )
 
@@ -329,14 +329,14 @@ def test_possible_stop_string_is_held_back_and_released(plain: Tokenizer):
     assert stream.push(plain.encode("x")) == "ENx"
     assert stream.push(plain.encode(" E")) == " "
     assert stream.finish() == "E"
-    assert not stream.stopped
+    assert stream.stopped_by is None
 
 
 def test_stop_cuts_inside_a_chunk_and_ignores_what_follows(plain: Tokenizer):
     before, after = plain.encode("one\n\n"), plain.encode("two")
     stream = TextStream(plain, ["\n\n"])
     assert stream.push(before + after) == "one"
-    assert stream.stopped
+    assert stream.stopped_by
     assert stream.tokens_used == len(before)
     assert stream.push(after) == stream.finish() == ""
     assert stream.tokens_used == len(before)
@@ -346,7 +346,7 @@ def test_a_special_token_whose_name_is_a_stop_string_ends_the_text(plain: Tokeni
     before, special, after = map(plain.encode, ("one <", "<|start|>", "two"))
     stream = TextStream(plain, ["<|start|>"])
     assert stream.push([*before, *special, *after]) == "one <"
-    assert stream.stopped
+    assert stream.stopped_by
     assert stream.tokens_used == len(before) + 1
     assert stream.finish() == ""
 
@@ -374,11 +374,11 @@ def test_a_replacement_character_stops_only_where_no_character_is_still_to_come(
     stream = TextStream(plain, ["\ufffd"])
     shown = "".join(stream.push([token_id]) for token_id in plain.encode("a👋b"))
     assert shown + stream.finish() == "a👋b"
-    assert not stream.stopped
+    assert stream.stopped_by is None
     broken = plain.encode("👋")[:1]
     stream = TextStream(plain, ["\ufffd"])
     assert stream.push([*plain.encode("a"), *broken, *plain.encode("bc")]) == "a"
-    assert stream.stopped
+    assert stream.stopped_by
 
 
 class CapsLock:
