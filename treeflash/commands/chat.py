@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from threading import Event
@@ -59,7 +60,8 @@ STYLES = ("cyan", "green", "yellow", "magenta", "blue", "red")
 COMMANDS = {
     "/system": "/system TEXT sets the system message and begins a new conversation; without TEXT, "
     "removes it",
-    "/reset": "/reset begins a new conversation",
+    "/reset": "/reset or /new begins a new conversation",
+    "/file": "/file FILE puts the text of a file before the next message; may be repeated",
     "/image": "/image FILE shows the model an image with the next message; may be repeated",
     "/retry": "/retry answers the last message again",
     "/set": "/set NAME VALUE changes an option, as in `/set temperature 0.7`; without VALUE, "
@@ -100,6 +102,7 @@ class ChatSession:
     disk: DiskCache | None = None
     messages: list[Message] = field(default_factory=list)
     images: list[str] = field(default_factory=list)  # of the next message, as `data:` URLs
+    files: list[str] = field(default_factory=list)  # texts before the next message
     answer: Assembler | None = None
     interrupted: Event = field(default_factory=Event)  # by Ctrl-C, since the last input
 
@@ -119,8 +122,8 @@ class ChatSession:
                     if text.startswith("/"):
                         self.run_command(*text.split(maxsplit=1))
                     elif text.strip():
-                        self.reply(with_images(text, self.images))
-                        self.images = []
+                        self.reply(with_images("\n\n".join([*self.files, text]), self.images))
+                        self.images, self.files = [], []
             except Exception as error:
                 if not concerns_few(error):
                     raise
@@ -156,8 +159,11 @@ class ChatSession:
             case "/system":
                 self.options = self.options | {"system": argument or None}
                 self._begin_anew()
-            case "/reset":
+            case "/reset" | "/new":
                 self._begin_anew()
+            case "/file":
+                self.files.append(read_text(_path("/file", argument, "read")).removesuffix("\n"))
+                self._note(f"files before the next message: {len(self.files)}")
             case "/image":
                 self._show(argument)
             case "/retry":
@@ -183,8 +189,8 @@ class ChatSession:
                 self.console.print(HELP, markup=False)
             case _:
                 raise ConfigError(
-                    f"unknown command {command}; /help lists the commands, and a message that "
-                    "begins with / needs a space before it"
+                    f"unknown command {command}{_suggestion(command, argument)}; /help lists the "
+                    "commands, and a message that begins with / needs a space before it"
                 )
 
     def _note(self, text: str) -> None:
@@ -198,7 +204,7 @@ class ChatSession:
         self._note(f"images of the next message: {len(self.images)}")
 
     def _begin_anew(self) -> None:
-        self.messages, self.images = [], []
+        self.messages, self.images, self.files = [], [], []
         self._note("a new conversation begins")
 
     def _retry(self) -> None:
@@ -215,7 +221,7 @@ class ChatSession:
                 self.messages = before
 
     def _set(self, name: str = "", value: str | None = None) -> None:
-        flags = {cli.flag_of(cli.DECODE_OPTIONS[x]).removeprefix("--"): x for x in SETTABLE}
+        flags = _settable()
         if not name:
             self._list_options(flags)
             return
@@ -329,6 +335,18 @@ class ChatSession:
         self.options = cast(Options, options)
         self.messages = [{"role": x["role"], "content": x["content"]} for x in messages]
         self._note(f"{len(messages)} messages; the next one continues the conversation")
+
+
+def _settable() -> dict[str, str]:
+    """Return the options of `/set` by the names that it takes."""
+    return {cli.flag_of(cli.DECODE_OPTIONS[x]).removeprefix("--"): x for x in SETTABLE}
+
+
+def _suggestion(command: str, argument: str) -> str:
+    """Return the end of a sentence that names the command which an unknown one resembles."""
+    forms = {name: name for name in COMMANDS} | {f"/{x}": f"/set {x}" for x in _settable()}
+    found = get_close_matches(command.lower().replace("_", "-"), forms, 1)
+    return f", write {f'{forms[found[0]]} {argument}'.rstrip()}" if found else ""
 
 
 def _path(command: str, name: str, done: str) -> Path:

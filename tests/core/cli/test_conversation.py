@@ -156,7 +156,7 @@ def test_an_interruption_beside_an_answer_does_not_end_the_program(
     talked, shown = talk("hi", ENTER, "hello", ENTER, "/speed", ENTER, model=model)
     assert contents(talked)[-2:] == [("user", "hello"), ("assistant", TEXT)]
     assert ("the message is dropped" in shown) == (name == "assembler")
-    assert "accepted length: iterations" in shown
+    assert "tokens gained per forward pass, and how often" in shown
 
 
 def test_a_second_interruption_ends_the_program(talk, scripted):
@@ -341,7 +341,7 @@ def test_tree_draws_the_last_iterations(talk, scripted):
 
 def test_speed_shows_the_summary(talk):
     _, shown = talk("hi", ENTER, "/speed", ENTER)
-    assert "accepted length: iterations" in shown
+    assert "tokens gained per forward pass, and how often" in shown
 
 
 def test_iterations_have_colours(talk):
@@ -364,6 +364,11 @@ def test_iterations_have_colours(talk):
         ("/load ~no-such-user/x", "~no-such-user/x cannot be read: Could not determine home"),
         ("/load /no/such/file", "/no/such/file"),
         ("/nothing", "unknown command /nothing; /help lists the commands"),
+        ("/temperature 0.7", "unknown command /temperature, write /set temperature 0.7; /help"),
+        ("/Top_K 5", "unknown command /Top_K, write /set top-k 5; /help"),
+        ("/sistem Be brief.", "unknown command /sistem, write /system Be brief.; /help"),
+        ("/file", "/file needs the name of a file"),
+        ("/file /no/such/file", "/no/such/file cannot be read"),
         ("/save ~no-such-user/x", "~no-such-user/x cannot be written: Could not determine home"),
         ("x" * 500, "/reset begins a new conversation"),
     ],
@@ -372,6 +377,20 @@ def test_errors_are_one_line_and_not_the_end(talk, line, message):
     talked, shown = talk(line, ENTER, "hi", ENTER)
     assert message in " ".join(shown.split())
     assert contents(talked) == [("user", "hi"), ("assistant", TEXT)]
+
+
+def test_files_are_put_before_the_next_message(talk, tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).write_text(f"Text {name}.\n")
+    one, two = (f"/file {tmp_path / name}" for name in ("one", "two"))
+    talked, shown = talk(one, ENTER, two, ENTER, "Sum up.", ENTER, "Go on.", ENTER)
+    assert contents(talked)[::2] == [
+        ("user", "Text one.\n\nText two.\n\nSum up."),
+        ("user", "Go on."),
+    ]
+    assert "files before the next message: 2" in shown
+    talked, _ = talk(one, ENTER, "/new", ENTER, "hi", ENTER)
+    assert contents(talked)[0] == ("user", "hi")
 
 
 def test_a_text_that_runs_out_of_memory_is_not_the_end(talk, scripted):
