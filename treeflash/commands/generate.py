@@ -69,8 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     text = read_prompt(args.prompt, args.prompt_file, console, sample)
     prompt: Prompt = text
     if args.image:
-        read_images(args.image)  # a file that is not an image is refused before loading
-        prompt = [{"role": "user", "content": with_images(text, args.image)}]
+        images = read_images(args.image)  # a file that is not an image is refused before loading
+        prompt = [{"role": "user", "content": with_images(text, images)}]
     if options.get("temperature") and "seed" not in options:
         options["seed"] = secrets.randbits(32)
     model = load()
@@ -127,7 +127,7 @@ def make_parser() -> Parser:
         parser,
         None,
         "conversations of --prompts, or answers of --n, to decode at once; auto: up to "
-        f"{AUTO_SEQUENCES}, fewer if their KV caches would take more than {AUTO_BYTES >> 30} GiB "
+        f"{AUTO_SEQUENCES}, fewer if they would need more than {AUTO_BYTES >> 30} GiB of KV cache "
         "(default: auto)",
     )
     parser.add_argument(

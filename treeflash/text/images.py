@@ -26,8 +26,9 @@ from treeflash.errors import ConfigError, PromptError, first_line
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | Image"
-"""The path of a file, the bytes of one, a `data:` URL in base64, or an image of Pillow."""
+ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | Image | NDArray[np.uint8]"
+"""The path of a file, the bytes of one, a `data:` URL in base64, an image of Pillow, or an image
+that `read_images` has read."""
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 MAX_BYTES = 20 << 20
 """Most bytes of a file."""
@@ -70,6 +71,8 @@ def read_image(source: ImageSource) -> NDArray[np.uint8]:
         PromptError: the source is no image, or exceeds a limit.
         ConfigError: Pillow is not installed.
     """
+    if isinstance(source, np.ndarray):
+        return source
     if find_spec("PIL") is None:
         raise ConfigError("images need Pillow; pip install pillow")
     from PIL import Image, UnidentifiedImageError

@@ -9,6 +9,7 @@ from rich.console import Console
 
 pytest.importorskip("PIL")
 from batch_files import records
+from PIL import Image
 from stub_images import FEATURES, StubProcessor, picture, url_of
 
 from treeflash.commands.chat import ChatSession
@@ -55,6 +56,15 @@ class TestGenerate:
         assert text == "<|start|>user: <image><image>What is it?<|end|><|start|>assistant: "
         tokens = len(model.tokenizer.encode(text.replace("<image>", "")))
         assert f"after a prompt of {tokens + 2 * FEATURES}," in err
+
+    def test_an_image_is_decoded_once(self, use, run, model, files, monkeypatch):
+        opened, open_image = [], Image.open
+        monkeypatch.setattr(
+            Image, "open", lambda *args, **kwargs: opened.append(1) or open_image(*args, **kwargs)
+        )
+        use(model)
+        assert run("Hi", "--image", files[0], "--image", files[1])[0] == 0
+        assert len(opened) == 2
 
     def test_without_a_prompt_a_sample_asks_for_the_image(self, use, run, model, files, stdin):
         stdin(None)
