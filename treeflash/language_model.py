@@ -164,8 +164,8 @@ class LanguageModel:
         Args:
             prompts: each as for `generate`.
             n: number of answers to each prompt, with the seeds `seed`, `seed + 1`, ...
-            parallel: number of sequences to decode at once; `auto` is up to 16, fewer if their KV
-                caches would take more than 4 GiB.
+            parallel: number of sequences to decode at once; `auto` is up to 16, fewer if they would
+                need more than 4 GiB of KV cache.
             **options: the keywords of `treeflash.text.options.Options`, for all prompts.
 
         Returns:

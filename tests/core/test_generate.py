@@ -43,7 +43,7 @@ def test_the_text_goes_to_stdout_and_one_summary_to_stderr(use, run, scripted):
     assert re.search(r"\d+ tokens after a prompt of \d+, [\d.]+ tokens/s, block efficiency", err)
     assert "method treeflash, budget 5, backend scripted on cpu, float32, seed 0, " in err
     assert "rounding may differ, finish reason: stop" in err
-    assert "accepted length: iterations" in err
+    assert "tokens gained per forward pass, and how often" in err
     assert re.search(r"time: prefill .* s, draft .* s, tree .* s, verify .* s, commit .* s", err)
     assert err.count("block efficiency") == 1
 

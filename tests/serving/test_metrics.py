@@ -62,7 +62,7 @@ def test_counts_are_those_of_the_usage(serve):
     assert min(first, between) > 0
     assert found["e2e_request_latency_seconds_sum"] == pytest.approx(first + between)
     assert found["num_requests_running"] == found["num_requests_waiting"] == 0
-    assert found["exactnot exact mode: tokens can differ only at ties of float32 rounding"] == 0
+    assert found["exactequal to plain decoding, except at ties of float32 rounding"] == 0
     assert found["batches"] == 1
 
 

@@ -248,7 +248,7 @@ def _histogram(histogram: dict[int, int], width: int) -> list[str]:
         f"{length:>15}: {'█' * max(1, round(bar * count / longest))} {count}"
         for length, count in histogram.items()
     ]
-    return ["accepted length: iterations", *lines] if lines else []
+    return ["tokens gained per forward pass, and how often", *lines] if lines else []
 
 
 def _verdict(comparison: Comparison, dtype: str) -> str:

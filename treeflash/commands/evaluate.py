@@ -109,8 +109,8 @@ def make_parser() -> Parser:
         parser,
         1,
         "sequences to decode at once, which is faster and in float32 gives the same results; auto: "
-        f"up to {AUTO_SEQUENCES}, fewer if their KV caches would take more than "
-        f"{AUTO_BYTES >> 30} GiB (default: 1)",
+        f"up to {AUTO_SEQUENCES}, fewer if they would need more than {AUTO_BYTES >> 30} GiB of KV "
+        "cache (default: 1)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
     parser.add_argument(

@@ -485,7 +485,7 @@ class BaseBackend:
         self.head = head
         self.dtype = str(target.dtype).rpartition(".")[2]
         self.inexact: str | None = (
-            "not exact mode: tokens can differ only at ties of float32 rounding"
+            "equal to plain decoding, except at ties of float32 rounding"
             if self.dtype == "float32"
             else "not exact mode: tokens can differ at near-ties of half precision"
         )
