@@ -422,7 +422,7 @@ def _prompts(input_ids: Any, model_kwargs: dict[str, Any]) -> list[list[int]]:
         raise ConfigError("attention_mask must be ones, after zeros at the left of short prompts")
     expected = mask.cumsum(-1) - 1
     if positions is not None and positions.ndim == 3:
-        positions = positions[0]  # of text; positions of images differ by axis
+        positions = positions[0]  # those of text are equal on all axes
     if positions is not None and bool(((positions != expected) & (mask == 1)).any()):
         raise ConfigError("treeflash does not support position_ids that do not count from 0")
     return [ids[start:] for ids, start in zip(input_ids.tolist(), starts, strict=True)]

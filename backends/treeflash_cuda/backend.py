@@ -363,7 +363,7 @@ def load_pair(target: Path, drafter: Path | None, config: LoadConfig) -> CudaBac
             layer.compile()
     backend = add_drafter(model, drafter, config)
     if drafter is not None and model.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(model.device)  # of loading and checking
+        torch.cuda.reset_peak_memory_stats(model.device)  # loading and checking do not count
     return backend
 
 

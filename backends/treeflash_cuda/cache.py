@@ -204,7 +204,7 @@ class Arena:
         device: torch.device | None = None,
     ) -> None:
         self.layers = layers  # the layers of the model
-        self.column_nbytes = 0  # of a column in all layers; 0 as long as it is unknown
+        self.column_nbytes = 0  # bytes of a column in all layers; 0 as long as it is unknown
         # Keys and values are stored in this format; None stores them as they are.
         self.dtype = dtype
         self.device = device  # the device of the model's first layer; None of a drafter's
@@ -312,10 +312,7 @@ class Arena:
             )
 
     def give_back(self, region: Region) -> None:
-        """Take a region back; of the slabs that are free afterwards one is kept.
-
-        That is the smallest one.
-        """
+        """Take a region back; only the smallest of the slabs without a region is kept."""
         with self.lock:
             region.slab.give_back(region)
             free = sorted((slab for slab in self.slabs if slab.is_free), key=lambda x: x.columns)

@@ -46,7 +46,7 @@ def choose_device(name: str | None) -> torch.device:
             f"{reason}, so no CUDA device is available; use device cpu to run on the CPU, or "
             f"{remedy}"
         )
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))  # of a process that `torchrun` started
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))  # set for a process that `torchrun` started
     index = local_rank if device.index is None else device.index
     if index >= torch.cuda.device_count():
         raise BackendError(

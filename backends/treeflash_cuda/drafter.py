@@ -177,7 +177,7 @@ class SlabDrafts:
     positions: Tensor  # (t * S,) int32 of the blocks
     start: Tensor  # (t * S,) int32 position of each slot's root
     first: Tensor  # (t * S,) int32 column of position 0 of each slot's sequence
-    work: SharedWork  # of the blocks
+    work: SharedWork  # work that the blocks share
     _keys: dict[LayerKind, VisibleKeys] = field(default_factory=dict)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -332,8 +332,8 @@ class Drafter:
         self,
         tokens: Tensor,  # (t,) roots
         context: Tensor,  # (c, hidden_size) features of positions that the drafter has not read
-        rotation: Rotation | None,  # of the context and the blocks; None if `attend` rotates
-        attend: Callable[[int, Tensor, Tensor, Tensor], Tensor],  # of a layer
+        rotation: Rotation | None,  # for context and blocks; None if `attend` rotates
+        attend: Callable[[int, Tensor, Tensor, Tensor], Tensor],  # attention of a layer
     ) -> Tensor:
         """Return the (t * S, hidden_size) outputs of the blocks."""
         config, roots = self.model.config, tokens[:, None]

@@ -503,7 +503,7 @@ def row_multiple(dtype: torch.dtype) -> int:
 
 
 def bound_products(model: nn.Module, dtype: torch.dtype, undo: ExitStack, least: int) -> None:
-    """Let the linear layers of a loaded model run with rows that have the same bits in any number.
+    """Let the linear layers of a loaded model give a row equal bits, whatever rows are beside it.
 
     Until `undo` ends, products of fewer than `least` rows are padded, others to `row_multiple`, and
     products of more rows than have the same bits on this machine are split. Passes of one token
@@ -515,7 +515,7 @@ def bound_products(model: nn.Module, dtype: torch.dtype, undo: ExitStack, least:
     most: dict[tuple[int, int], int] = {}
     for owner, name, shape in products_of(model):
         product = getattr(owner, name)
-        if isinstance(product, _BoundedProduct):  # of fused layers, each of which is met
+        if isinstance(product, _BoundedProduct):  # fused layers share one, and each of them is met
             continue
         bounded = _BoundedProduct(product, least, row_multiple(dtype))
         if shape not in most:

@@ -68,7 +68,7 @@ class RoutedExperts:
             (rows, size) in the dtype of `hidden`.
         """
         module = self.module
-        if len(hidden) > MAX_ROWS:  # of a prompt, whose pass is not captured
+        if len(hidden) > MAX_ROWS:  # rows of a prompt, whose pass is not captured
             result: Tensor = self.plain(hidden, chosen, weights)
             return result
         return routed(hidden, chosen, weights, module.num_experts, self._network).to(hidden.dtype)

@@ -166,7 +166,7 @@ def _replace_agreeing(
     try:
         if layers:
             run()
-    except UnsupportedModelError:  # of a target that has no passes over trees
+    except UnsupportedModelError:  # the target has no passes over trees
         return
     finally:
         for module, layer in layers.items():
@@ -290,7 +290,7 @@ def _holds(compare: Callable[[], bool]) -> bool:
 def _rotate(
     original: Forward, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return the hook of `ROTARY`, to which most models give these arguments."""
+    """Run in place of `ROTARY`, to which most models give these arguments."""
     context = tree_context()
     assert context is not None
     return context.rotate(query, key, cos, sin)

@@ -29,8 +29,8 @@ MAX_GRAPHS = 64
 one. Graphs of other functions do not count: under `torchrun` rank 0 alone has some, but all ranks
 must keep the same graphs of the target."""
 MAX_FAILURES = 3
-"""Captures that may fail: of a function with equal settings and shapes, and of a function of which
-no capture has succeeded. They then run without graphs."""
+"""Failed captures, for equal settings and shapes or before the first success, after which a
+function runs without graphs."""
 MAX_TRIED = 1000
 """Captures that are remembered for reports."""
 WARM_UP = 3
@@ -80,7 +80,7 @@ class Graphs:
         self,
         name: str,  # the name of the function, for messages
         settings: Hashable,  # everything that the function depends on besides its inputs
-        function: Callable[..., Outputs],  # of the inputs alone, without any read from the device
+        function: Callable[..., Outputs],  # depends on the inputs alone; reads nothing back
         *inputs: Tensor,  # tensors on the device
         capture: bool = True,  # False calls the function
     ) -> Outputs:

@@ -144,7 +144,7 @@ class ARHead:
         # None uses everything.
         limits: Tensor | None = None,
     ) -> Outputs:
-        """Search the numbers of the tables, rows per depth, and children of a row.
+        """Compute the numbers of tables with `m` rows per depth and `k` children per row.
 
         The int32 numbers are (blocks * n, 2 + 2 k), for one read from the device: the rows' places
         among all D * m rows, ascending, previous tokens, children, and log probabilities; then
@@ -251,7 +251,7 @@ class RecurrentHead(recurrent_head.RecurrentHead):
 
     @torch.inference_mode()
     def transitions(self, blocks: Sequence[Block], options: TableOptions) -> list[TransitionTable]:
-        """Follow the paths of all sequences together, for CUDA graphs to a power of two of depths.
+        """Follow the paths of all sequences together, to a power of two of depths for CUDA graphs.
 
         A step costs its own reads and launches, so that not all depths are computed.
         """

@@ -465,7 +465,7 @@ class HybridTreeCache(RecurrentCache, SlabCache):
         """Compute `convolution_windows` of each tree on the device."""
         ancestors = self.nodes.ancestors
         back = torch.arange(kernel - 1, -1, -1, device=self.device)
-        depths = ancestors.sum(2, keepdim=True) - 1 - back  # of the inputs; negative in the tail
+        depths = ancestors.sum(2, keepdim=True) - 1 - back  # negative in the tail
         nodes = ancestor_paths(ancestors).long().gather(2, depths.clamp(min=0))
         return kernel - 1 + torch.where(depths < 0, depths, nodes)
 
@@ -499,7 +499,7 @@ def hook_recurrent_layers(model: nn.Module) -> dict[int, set[str]]:
 
 
 def _convolution(layer: int, original: Original, inputs: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Return the hook of `causal_conv1d_fn`."""
+    """Run in place of `causal_conv1d_fn`: on a tree, every node after its ancestors."""
     cache = _RUNNING.get()
     if cache is None:
         return original(inputs, *args, **kwargs)
@@ -518,7 +518,7 @@ def _gated_delta_rule(
     use_qk_l2norm_in_kernel: bool = False,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the hook of the gated delta rule, and of Kimi's delta attention (g by channel)."""
+    """Run in place of the gated delta rule, and of Kimi's delta attention (g by channel)."""
     kwargs["use_qk_l2norm_in_kernel"] = use_qk_l2norm_in_kernel
     cache = _RUNNING.get()
     if cache is None:
@@ -550,7 +550,7 @@ def _mamba_2(
     return_final_states: bool = False,
     **kwargs: Any,
 ) -> Any:
-    """Return the hook of `mamba2_chunk_scan`.
+    """Run in place of `mamba2_chunk_scan`.
 
     On a tree dt is not limited: the models' single step does not limit it, and a tree must equal
     plain decoding.

@@ -80,7 +80,7 @@ def _rows(parts: Any) -> Tensor:
 class ImageRows:
     """The rows of a chunk that has features."""
 
-    features: Features  # of the rows that stand for them, in order
+    features: Features  # features of the rows that stand for them, in order
     # (1, end) int32 token types up to the end of the chunk; None if images are not whole.
     types: Tensor | None
 

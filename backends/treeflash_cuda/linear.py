@@ -116,7 +116,7 @@ class PackedLinear(nn.Module):
 class QuantisedLinear(nn.Module):
     """A linear layer with an (out, in) weight of few bits, for inference."""
 
-    numbers: Tensor  # of the `QuantisedWeight`, as are the next two
+    numbers: Tensor  # numbers of the `QuantisedWeight`, as are the two fields below
     scales: Tensor
     least: Tensor
 
@@ -179,7 +179,7 @@ class FusedLinear:
         )
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Return the (..., in) to the (..., out) of each layer."""
+        """Multiply (..., in) by the weights of all layers; returns the (..., out) of each."""
         return self.product(x).split(self.sizes, -1)
 
 

@@ -400,7 +400,7 @@ class ParallelDrafter(mtp_head.ParallelDrafter, Drafter):
         self,
         slab: MtpSlab,
         rows: Sequence[NewRows],
-        states: Sequence[Tensor] = (),  # of new positions
+        states: Sequence[Tensor] = (),  # states of new positions
         written: NDArray[np.integer] = NO_COLUMNS,  # their columns in the slab
         masks: int = 0,  # rows with the mask token behind the rows of each sequence
     ) -> tuple[Tensor, Tensor]:

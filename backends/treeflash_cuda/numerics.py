@@ -135,7 +135,7 @@ def gumbel_on_device(keys: Tensor, vocab_size: int) -> Tensor:
 
 
 def _mix(x: Tensor) -> None:
-    """Return the hash's step in place; int32 products wrap."""
+    """Apply the last step of the hash in place; int32 products wrap."""
     for shift, multiplier in zip(definition.SHIFTS, (*definition.MULTIPLIERS, 1), strict=True):
         x ^= _shifted(x, shift)
         x *= multiplier - (multiplier >> 31 << 32)

@@ -122,7 +122,7 @@ def rotate_and_store(
     norms: tuple[Tensor, Tensor] | None = None,  # (head_dim,) RMSNorm weights of queries and keys
     eps: float = 0.0,  # the norms' epsilon
 ) -> Tensor:
-    """Rotate (n, heads, head_dim) rotated queries, contiguous; writes the rows' keys and values.
+    """Rotate queries and keys; returns (n, heads, head_dim) queries, and writes keys and values.
 
     Element i is paired with i + rotary_dim / 2; elements from rotary_dim on are not rotated.
     Several rows may have the same column if their keys and values are equal.

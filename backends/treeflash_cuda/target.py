@@ -186,7 +186,7 @@ def load_model(
             f"{folder} needs a package that is not installed ({first_line(error)}); install it, "
             "or use weights that are not quantised"
         ) from error
-    except Exception as error:  # of the model's own code, for sizes that it cannot have
+    except Exception as error:  # the model's own code, for sizes that it cannot have
         if is_out_of_memory(error) or is_device_lost(error):
             raise
         reason = first_line(error)
@@ -379,7 +379,7 @@ class Target:
         # models have entries.
         self.attention_slots: dict[int, int] = {}
         self.states_nbytes = 0  # size of a sequence's recurrent states, bytes
-        self.state_arena: StateArena | None = None  # of recurrent states; None without them
+        self.state_arena: StateArena | None = None  # arena of recurrent states; None without them
         self.config = model.config.get_text_config()  # transformers' configuration of the decoder
         self.device = device
         self.layers = decoder_layers(self.model)  # the layers of the decoder
@@ -432,8 +432,9 @@ class Target:
         self.cache_argument = next((x for x in CACHES if x in parameters), "past_key_values")
         self.type_arguments = [name for name in TOKEN_TYPES if name in parameters]
         self.tower: VisionTower | None = None  # None if the target takes no images
-        self.processor: Processor | str = "it is used as a text model"  # or why it takes no images
-        self.samples: Sequence[ImageSample] = ()  # for `check_images`, if it takes images
+        # The processor of images, or why the target takes none.
+        self.processor: Processor | str = "it is used as a text model"
+        self.samples: Sequence[ImageSample] = ()  # prompts for `check_images`, if it takes images
         self._replace_attention(pack, kv_bits)
 
     @classmethod
@@ -481,7 +482,7 @@ class Target:
         if isinstance(processor, Processor):
             try:
                 samples = run_samples(model, processor)
-            except Exception as error:  # of the model's own code, or its processor's
+            except Exception as error:  # the model's own code, or its processor's
                 if is_out_of_memory(error) or is_device_lost(error):
                     raise
                 processor = f"transformers cannot run an image ({first_line(error)})"
@@ -516,7 +517,7 @@ class Target:
         with torch.inference_mode():
             try:
                 expected = self.model(tokens[None], use_cache=False, logits_to_keep=1).logits[0]
-            except Exception as error:  # of the model's own code, for settings that do not fit
+            except Exception as error:  # the model's own code, for settings that do not fit
                 if is_out_of_memory(error) or is_device_lost(error):
                     raise
                 raise CheckpointError(
@@ -532,7 +533,7 @@ class Target:
             cache = self.new_cache([(state, range(CHECKED_TOKENS))], [None])
             try:
                 actual, _ = self.forward(tokens, context, cache, logits_to_keep=1)
-            except UnsupportedModelError as error:  # of a layer, which does not know the model
+            except UnsupportedModelError as error:  # a layer raises it, and names no family
                 raise UnsupportedModelError(refusal(family, str(error))) from error
             if state.recurrent is not None:
                 state.recurrent.resume(state.recurrent.states_after(tokens))
@@ -636,7 +637,7 @@ class Target:
         return difference if difference > TOLERANCE_FACTOR * tolerance else 0
 
     def capture(self, layer_ids: Sequence[int]) -> None:
-        """Return these layers' outputs from every forward pass, until `hooks` are closed.
+        """Keep the outputs of these layers in every forward pass, until `hooks` are closed.
 
         -1 stands for the embeddings, and the number of layers for the final norm.
         """

@@ -128,7 +128,7 @@ def _attend_by_kernel(
         return mx.concatenate(alone)
     siblings = np.arange(ROWS) % others == 1 if others else np.zeros(ROWS, np.bool_)
     tokens = np.flatnonzero(~siblings)
-    place = np.cumsum(~siblings) - 1  # of each node among the tokens, or of its parent
+    place = np.cumsum(~siblings) - 1  # place of each node among the tokens, or of its parent
     parents = np.append(-1, tokens[np.where(siblings, place, place - 1)[1:]]).astype(np.int32)
     tree = DraftTree.from_parents(np.zeros(ROWS, np.int32), parents)
     # A sibling has the query, key and value of the token before it.

@@ -55,10 +55,10 @@ class VisionTower:
 
     def __init__(
         self,
-        model: Any,  # of mlx-vlm, whose weights are not read yet
-        config: Mapping[str, Any],  # of the target
-        embed: Callable[[mx.array], mx.array],  # of the target
-        dtype: mx.Dtype,  # of the target
+        model: Any,  # model of mlx-vlm, whose weights are not read yet
+        config: Mapping[str, Any],  # configuration of the target
+        embed: Callable[[mx.array], mx.array],  # embedding of the target
+        dtype: mx.Dtype,  # dtype of the target
     ) -> None:
         decoder = model.language_model.model
         decoder.layers = []

@@ -353,7 +353,7 @@ class Target:
             return
         try:
             self.tower = load_tower(folder, config, self.embed, self.dtype)
-        except Exception as error:  # of mlx-vlm
+        except Exception as error:  # mlx-vlm raises any
             if is_out_of_memory(error):
                 raise
             self.processor = f"mlx-vlm cannot load its vision tower ({first_line(error)})"

@@ -101,7 +101,9 @@ class ChatSession:
     color: bool = False
     disk: DiskCache | None = None
     messages: list[Message] = field(default_factory=list)
-    images: list[str] = field(default_factory=list)  # of the next message, as `data:` URLs
+    images: list[str] = field(
+        default_factory=list
+    )  # images before the next message, as `data:` URLs
     files: list[str] = field(default_factory=list)  # texts before the next message
     answer: Assembler | None = None
     interrupted: Event = field(default_factory=Event)  # by Ctrl-C, since the last input

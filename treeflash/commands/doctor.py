@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         located = pair if drafter == pair.drafter else locate_model(args, drafter=str(drafter))
         # A drafter that was chosen and fails is an error, as one that was named.
         model = replace(located, automatic=drafter is None).load()
-        if not costs:  # of the pair, which is loaded first
+        if not costs:  # the pair has them, which is loaded first
             key, kept = model_key(pair.target), cache_folder() / "costs"
             costs.append(cost_file(model.backend, key, model.loaded, kept).describe())
             replacers.append(drafter_replacer(pair.loader, model.backend))

@@ -35,7 +35,7 @@ class Processor:
 
     def __init__(
         self,
-        processor: Any,  # of transformers, or something that is called like it
+        processor: Any,  # a processor of transformers, or something that is called like it
         family: ImageFamily,
         feature_id: int,  # the token id that stands for a feature
         merge: int,  # patches of a feature in height and in width, with three axes
@@ -102,7 +102,7 @@ class Processor:
                 return_tensors="np",
                 add_special_tokens=add_special_tokens,
             )
-        except ValueError as error:  # of a picture that is too narrow, for example
+        except ValueError as error:  # a picture is too narrow, for example
             raise PromptError(f"the target cannot take this image: {first_line(error)}") from error
         return made
 
@@ -134,7 +134,7 @@ def load_processor(
             f"its processor needs a package that is not installed ({first_line(error)}); "
             f"pip install '.[{backend}-images]' in a clone of treeflash"
         )
-    except Exception as error:  # of a folder without the files of a processor, among others
+    except Exception as error:  # the folder lacks files of the processor, among others
         return f"its folder has no usable processor ({first_line(error)})"
 
 

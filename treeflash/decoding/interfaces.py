@@ -66,7 +66,7 @@ class SequenceState(Protocol):
         """
 
     def fork(self, length: int, capacity: int) -> SequenceState:
-        """Fork a new state with a copy of the first `length` positions, and of their snapshots.
+        """Return a new state with a copy of the first `length` positions, and of their snapshots.
 
         `length` is one that `restorable` returned; the new state can hold `capacity` positions.
         """
@@ -109,7 +109,7 @@ class Prefill:
     token_ids: Sequence[int]  # at least one, at positions length, length + 1 and so on
     # `params` is None if no token is to be sampled after the last one.
     params: SamplingParams | None
-    # of the whole prompt, of which these tokens are a part; None if it has none
+    # images of the whole prompt, whose part these tokens are; None if it has none
     images: PromptImages | None = None
 
 

@@ -66,7 +66,7 @@ def head_table(
         share = np.log(np.exp(marginals).sum(-1, keepdims=True))
     best = _best(marginals[:-1], options.m)
     previous, m = tokens[best], best.shape[1]
-    rows = np.arange(previous.size)  # of the depths after the first
+    rows = np.arange(previous.size)  # rows of the depths after the first
     if options.rows is not None and options.rows < previous.size:
         weights = np.take_along_axis(marginals[:-1], best, -1).ravel()
         rows = np.sort(_best(weights, options.rows))

@@ -30,7 +30,7 @@ class MtpBlock:
     """The root's row after a draft."""
 
     output: Array  # (1, hidden_size) of the layer
-    cache: Any  # of the sequence's rows; for Gemma 4's assistant the target's KV cache
+    cache: Any  # keys of the sequence's rows; for Gemma 4's assistant the target's KV cache
     length: int  # rows of the sequence, the root's last
     position: int  # the rotary position of the root's row
     depths: int  # wanted

@@ -54,7 +54,9 @@ class RecurrentHead:
         """Follow the paths of all sequences together; one read from the device gets all tables."""
         outputs = self.ops.stack([block.hidden for block in blocks], 0)
         roots = self.ops.ids([block.root for block in blocks], outputs)
-        (noise,) = self.output.noise_by_depth(options.noise, 1)  # of all depths, as the logits
+        (noise,) = self.output.noise_by_depth(
+            options.noise, 1
+        )  # the noise of all depths, as the logits
         depths = len(blocks[0].hidden)
         found = self.follow(options, outputs, roots, noise)
         return tables(self.ops.read(found), depths, depths)
@@ -80,7 +82,7 @@ class RecurrentHead:
         noise: Array | None,  # (B * D, Vd), added to the logits
         limits: Array | None = None,  # see `shortlist`
     ) -> list[Array]:
-        """Follow the paths of B sequences, by arrays alone whose sizes the options fix.
+        """Follow the paths of B sequences, with arrays whose sizes follow from the options alone.
 
         Returns (B, size) arrays for each depth: the tokens and log probabilities of all children,
         the children that are the next rows and, of some heads, the confidences of the rows.

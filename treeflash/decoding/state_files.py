@@ -81,7 +81,7 @@ class PrefixKeys:
         root: bytes,
         tokens: Sequence[int],
         block: int,
-        digests: Mapping[int, bytes] = NO_IMAGES,  # of `PromptImages`
+        digests: Mapping[int, bytes] = NO_IMAGES,  # `PromptImages.digests`
     ) -> None:
         self.tokens = np.array(tokens, "<i4")
         self.block = block

@@ -37,9 +37,9 @@ taken back."""
 class ProcessorTimes(NamedTuple):
     """Seconds since some fixed moment."""
 
-    elapsed: float  # of the clock
-    busy: float  # in which processors computed, the sum over processors
-    own: float  # in which they computed for this process
+    elapsed: float  # wall-clock seconds
+    busy: float  # seconds that processors computed, summed over processors
+    own: float  # seconds that they computed for this process
 
 
 @dataclass
@@ -57,7 +57,7 @@ class ThreadPolicy:
     processors: int
     read: Callable[[], ProcessorTimes]
     clock: Callable[[], float]
-    threads: int = field(init=False)  # of the next pass
+    threads: int = field(init=False)  # threads of the next pass
     others: float = field(default=0.0, init=False)  # processors that other programs used lately
     _last: ProcessorTimes = field(init=False, repr=False)
 

@@ -145,7 +145,7 @@ class TransitionTable:
         return PathBatch(*children, [x[None] for x in kept], known).dense(0)
 
     def truncate(self, depths: int) -> TransitionTable:
-        """Truncate the table of the first depths, at least 1; the same table if it has no more."""
+        """Return the table of the first depths, at least 1; this table if it has no more."""
         if depths >= self.depths:
             return self
         next_row = self.next_row[:depths].copy()

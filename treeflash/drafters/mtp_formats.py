@@ -128,7 +128,7 @@ def _parse_qwen(
     prefix: str = "mtp.",
     offset: float = 1.0,
 ) -> MtpConfig:
-    """Set full attention, whatever the target's last layer is."""
+    """Return the configuration of a head with full attention, whatever the target has."""
     text = text_config(config)
     _refuse_keys(
         text,
@@ -301,10 +301,10 @@ EAGLE_KEYS = {
     "use_aux_norm",
 }
 EAGLE_INERT = {
-    "decoder_sparse_step",  # of the target's experts, as `router_aux_loss_coef`
+    "decoder_sparse_step",  # describes the target's experts, as `router_aux_loss_coef` does
     "image_token_id",
     "modal_type",
-    "parallel_draft_heads_num_layers",  # of heads that exist with a `parallel_draft_step` above 1
+    "parallel_draft_heads_num_layers",  # for a `parallel_draft_step` above 1
     "router_aux_loss_coef",
     "target_model_type",
     "video_token_id",
@@ -315,7 +315,7 @@ EAGLE_INERT = {
 """Keys of published files that mean nothing for an EAGLE-3 head."""
 PEAGLE_KEYS = {
     "mask_token_id",
-    "down_sample_ratio",  # of the training, as the next two
+    "down_sample_ratio",  # describes the training, as the two keys below do
     "down_sample_ratio_min",
     "num_depths",
 }
@@ -334,7 +334,7 @@ EAGLE_NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 """Keys that must have one of these values."""
 DEEPSPEC_EAGLE_KEYS = {
-    "step_loss_decay",  # of the training, as `ttt_length`
+    "step_loss_decay",  # describes the training, as `ttt_length` does
     "target_layer_ids",
     "target_model_name_or_path",
     "ttt_length",
@@ -343,8 +343,8 @@ GEMMA4_EAGLE_INERT = {
     "final_logit_softcapping",  # read beside the other settings
     "moe_intermediate_size",
     "target_text_model_type",
-    "use_bidirectional_attention",  # of pictures
-    "use_double_wide_mlp",  # of layers that share keys, which are refused
+    "use_bidirectional_attention",  # lets the tokens of a picture see each other
+    "use_double_wide_mlp",  # describes layers that share keys, which are refused
     "vocab_size_per_layer_input",
 }
 """Keys of a Gemma 4 target's settings that mean nothing for its EAGLE-3 head."""
@@ -500,14 +500,14 @@ ASSISTANT_KEYS = {
     "use_ordered_embeddings",
 }
 ASSISTANT_LAYER_KEYS = {
-    "attention_k_eq_v",  # of the target's keys, as the next two
+    "attention_k_eq_v",  # describes the target's keys, as the two keys below do
     "num_global_key_value_heads",
     "num_key_value_heads",
     "final_logit_softcapping",  # the published code bounds no logits
     "global_head_dim",
     "num_kv_shared_layers",
     "sliding_window",
-    "use_bidirectional_attention",  # of prompts; a draft sees committed positions alone
+    "use_bidirectional_attention",  # concerns prompts; a draft sees committed positions alone
 }
 ASSISTANT_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attention_bias": (None, False),
@@ -563,7 +563,7 @@ def _parse_assistant(config: Config, stored: Collection[str], target_layers: int
 
 def _assistant_names(config: Config, stored: Collection[str]) -> Names:
     names = {name: name.removeprefix("model.") for name in stored if name != "lm_head.weight"}
-    embeddings = "model.embed_tokens.weight"  # of the drafted tokens: the output head, tied
+    embeddings = "model.embed_tokens.weight"  # embeds the drafted tokens: the output head, tied
     return {**names, embeddings: "lm_head.weight"} if embeddings in names else names
 
 

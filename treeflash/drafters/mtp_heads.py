@@ -68,7 +68,7 @@ class Assistant:
     """The layers of Gemma 4's assistant, which attend to the target's keys."""
 
     settings: Config  # the settings of the layers, `text_config` in `config.json`
-    clusters: int = 0  # of tokens, of which the best get logits; 0 if all tokens get logits
+    clusters: int = 0  # clusters of tokens, the best of which get logits; 0 if all tokens do
     scored: int = 0  # number of clusters that get logits
 
 
@@ -93,7 +93,7 @@ class MtpConfig(DrafterShape):
     # P-EAGLE: all depths come from one pass, over the root's row and rows of this token; None for
     # heads that draft depth by depth
     mask_token_id: int | None = None
-    parallel_depths: int = 0  # of P-EAGLE
+    parallel_depths: int = 0  # depths that P-EAGLE drafts in one pass
     # the layers of Gemma 4's assistant, which has no layer with keys of its own
     # (`num_hidden_layers` is 0); None for other heads
     assistant: Assistant | None = None

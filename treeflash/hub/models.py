@@ -173,7 +173,7 @@ def resolve_drafter(drafter: str | None, target: str | None) -> Path:
 class ChosenDrafter:
     """The best draft source of a target that can be used; no drafter if copies are best."""
 
-    name: str | None = None  # of the drafter, as `resolve_drafter` takes it
+    name: str | None = None  # name of the drafter, as `resolve_drafter` takes it
     folder: Path | None = None
     passed_over: bool = False  # whether a better source was found that cannot be used
 
@@ -389,7 +389,7 @@ def _make_once(folder: Path, make: Callable[[Path], Path], action: str, nbytes: 
         with FileLock(cache / ".models.lock"):
             if folder.is_dir():
                 return folder
-            for leftover in cache.iterdir():  # of a killed process
+            for leftover in cache.iterdir():  # a killed process left it
                 if leftover.is_dir() and leftover.name.startswith(f".{folder.name}-"):
                     shutil.rmtree(leftover)
             # pip would call a full disk a broken connection.

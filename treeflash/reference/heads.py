@@ -69,7 +69,7 @@ class Corrected(Scores):
     """TreeFlash: h' = h + correction([embedding; u]), read by the output head."""
 
     def correction(self, x: Array) -> Array:
-        """D(silu(G(x)) * U(x)), or D(x), the ablation of the paper; of (..., 2 * hidden_size)."""
+        """Correct (..., 2 * hidden_size): D(silu(G(x)) * U(x)), or D(x), the paper's ablation."""
         if self.model.config.head == "swiglu":
             up, gate = np.split(self.linear("ug", x), 2, -1)
             x = up * silu(gate)

@@ -54,7 +54,7 @@ class RayConfig(BaseModel):
     options: dict[str, Any] = Field(default_factory=dict)
     # Each replica has these limits and this access; see `Settings`.
     settings: dict[str, Any] = Field(default_factory=dict)
-    names: tuple[str, ...] = ("SmolLM2-135M-Instruct",)  # of the model
+    names: tuple[str, ...] = ("SmolLM2-135M-Instruct",)  # names of the model
     replicas: int = Field(1, ge=1)  # the minimum number
     max_replicas: int | None = Field(None, ge=1)  # None is `replicas`
     # A replica is added while replicas have more unfinished requests than this.

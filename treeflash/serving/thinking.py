@@ -26,7 +26,7 @@ class _State:
 
     phase: Phase
     tail: bytes = b""  # the first bytes of the message, or the latest ones of its reasoning
-    tokens: int = 0  # of the reasoning so far
+    tokens: int = 0  # tokens of the reasoning so far
     end: tuple[int, ...] = ()  # ids of the end of the reasoning that must still follow
 
 

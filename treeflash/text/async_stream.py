@@ -28,7 +28,7 @@ class AsyncDecoder:
         self._backend, self._budgets = backend, budgets
         self._starting = threading.Lock()
         self._thread: SchedulerThread | None = None
-        self._mailboxes: dict[Request, Steps] = {}  # of the running thread, which alone uses it
+        self._mailboxes: dict[Request, Steps] = {}  # the running thread alone uses them
 
     def submit(self, request: Request) -> Steps:
         """Decode a sequence beside the others; call it in an event loop.

@@ -302,8 +302,8 @@ class TargetOutput(OutputStage):
     def __init__(
         self,
         model: DrafterModel,
-        embeddings: Tensor,  # of the target
-        lm_head: Any,  # of the target
+        embeddings: Tensor,  # input embeddings of the target
+        lm_head: Any,  # output layer of the target
         shortlist: Shortlist | None = None,
     ) -> None:
         self.norm, self.embeddings, self.shortlist = model.norm, embeddings, shortlist

@@ -59,7 +59,7 @@ def _convolve_paths(
             tl.store(inputs + i * channels, x, mask=is_channel)
     if bias_pointer is not None:
         total = total + tl.load(bias_pointer + dims, mask=is_channel, other=0).to(tl.float32)
-    if SILU:  # of a number that is rounded, as PyTorch's function gets it
+    if SILU:  # its input is rounded, as for PyTorch's function
         total = total.to(weight_pointer.dtype.element_ty).to(tl.float32)
         total = total / (1 + tl.exp(-total))
     out = total.to(out_pointer.dtype.element_ty)

@@ -80,7 +80,7 @@ def _rotate(
     ROTARY_DIM: tl.constexpr,
     NORM: tl.constexpr,
 ):
-    """Rotate (rows, DIMS) normalised and rotated heads, float32 with the values of the dtype."""
+    """Return (rows, DIMS) heads, normalised and rotated: float32 with values of the dtype."""
     dims, half = tl.arange(0, DIMS), ROTARY_DIM // 2
     dtype: tl.constexpr = x_pointer.dtype.element_ty
     partner = tl.where(dims < half, dims + half, tl.where(dims < ROTARY_DIM, dims - half, dims))

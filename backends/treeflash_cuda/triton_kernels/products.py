@@ -91,7 +91,7 @@ def _linear(
     PRODUCTS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
-    BITS: tl.constexpr,  # of a quantised weight; 16 for one that is not
+    BITS: tl.constexpr,  # bits of a quantised weight; 16 for one that is not
     BIAS: tl.constexpr,
     ONE_PART: tl.constexpr,
 ):

@@ -208,7 +208,7 @@ def source(*, quantised: bool) -> str:
 
 
 def multiply(module: Module, x: mx.array, geometry: Geometry) -> mx.array:
-    """Multiply: (..., outputs) of (..., inputs), without a bias."""
+    """Multiply (..., inputs) by the weight of a module: (..., outputs), without a bias."""
     weight, width = module.weight, x.shape[-1]
     rows, outputs = x.size // width, weight.shape[0]
     template: dict[str, Any] = {"T": x.dtype, "GROUP": UNQUANTISED_GROUP}

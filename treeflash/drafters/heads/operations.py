@@ -31,7 +31,7 @@ OutputStage: TypeAlias = Any
 
 @dataclass(frozen=True, kw_only=True)
 class Builders:
-    """What builds the children of a head or layer, whose weights are loaded afterwards."""
+    """Constructors of the layers of a head, whose weights are loaded afterwards."""
 
     linear: Callable[..., Module]  # (in, out, bias=True)
     # (size, out, bias): the layer is called with two vectors of a size, and the second's rows.
@@ -66,7 +66,7 @@ class Operations(Builders):
     einsum: Callable[..., Array]
     sigmoid: Callable[[Array], Array]
     silu: Callable[[Array], Array]
-    softmax: Callable[[Array], Array]  # of the last axis
+    softmax: Callable[[Array], Array]  # over the last axis
     tanh: Callable[[Array], Array]
 
     float32: Callable[[Array], Array]
@@ -79,7 +79,7 @@ class Operations(Builders):
     repeat: Callable[[Array, int], Array]  # repeats each row
     # (logits, k, temperature): the (n, k) int32 most probable tokens, and their float32 nats.
     top_log_probs: Callable[[Array, int, float], tuple[Array, Array]]
-    log_softmax: Callable[[Array], Array]  # of the last axis, in float32
+    log_softmax: Callable[[Array], Array]  # over the last axis, in float32
     logsumexp: Callable[[Array], Array]  # (n, 1), of the last axis
     as_linear: Callable[[Module, Array], Array]  # (embedding table, queries): all products
     # Reads (n, size) arrays of whole numbers and float32 numbers, with one copy to the host.
@@ -122,7 +122,7 @@ class ScoredTokens:
     output: OutputStage
     marginals: Array  # logits of these tokens by slot
     rows: Rows  # the slot of each query
-    tokens: Array | None  # of the drafter's vocabulary; None for all
+    tokens: Array | None  # ids of the drafter's vocabulary; None for all
 
     def logits(self) -> Array:
         """Return the (n, v) float32 logits of the marginals."""
