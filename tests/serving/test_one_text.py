@@ -144,7 +144,7 @@ TEXTS = {
     "a space before the first word": ([" the end"], []),
     "a special token without a meaning": (["the", NOTE, " end"], []),
     "special tokens first": ([OPEN, " the", CLOSE, " end"], []),
-    "special tokens in the middle": ([OPEN, "the", CLOSE, NOTE, " the", OPEN, " end"], []),
+    "special tokens in the middle": ([OPEN, "the", CLOSE, NOTE, " the", NOTE, " end"], []),
     "a character that a special token cuts": ([OPEN, b"\xe2\x82", CLOSE, b"\xac", "end"], []),
     "a character before a special token": ([OPEN, "the é", CLOSE, "é the"], []),
     "an incomplete character at the end": (["the ", b"\xe2\x82"], []),
