@@ -292,7 +292,7 @@ class DecodeConfig:
     max_tokens: int = option(256, "maximum number of new tokens", 1, requests=True)
     stop_token_ids: frozenset[int] = option(
         frozenset(),
-        "tokens that end the text; the token that ends it counts as a token, but has no text",
+        "tokens that end the text; the token that ends it is part of the text",
         annotation="Collection[int]",
         rule="a frozenset of token ids",
         shown="the end tokens of the target",

@@ -112,8 +112,9 @@ class Assembler:
         step = replace(step, table=None)
         stream, token_ids, finish_reason = self._text, step.tokens, step.finish_reason
         before, first = stream.tokens_used, len(stream.special_tokens)
-        # The end token has no text, whether it is a special token or not.
-        text = stream.push(token_ids[:-1] if finish_reason == "stop" else token_ids)
+        # An end token of the model has no text, whether it is a special token or not.
+        ended = finish_reason == "stop" and token_ids[-1] in self.tokenizer.stop_token_ids
+        text = stream.push(token_ids[:-1] if ended else token_ids)
         if stream.stopped_by is not None:
             token_ids, finish_reason = token_ids[: stream.tokens_used - before], "stop"
         if finish_reason is not None:

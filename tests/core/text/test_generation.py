@@ -16,6 +16,7 @@ from treeflash.text.stream import Assembler
 BACKEND = SimpleNamespace(name="none", device="cpu", dtype="float32", inexact=None)
 LETTERS = SimpleNamespace(
     special_token_ids=frozenset(),
+    stop_token_ids=frozenset(),
     byte_token_ids=frozenset(),
     decode=lambda token_ids: "".join(chr(ord("a") + token) for token in token_ids),
 )
