@@ -215,8 +215,9 @@ class Arena:
         # unknown.
         self.like: Tensor | None = None
         # The only slab has this many bytes and is kept for ever; None or 0 allocates slabs of at
-        # least `SLAB_BYTES` as they are needed.
+        # least `slab_nbytes` as they are needed.
         self.reserved_nbytes: int | None = None
+        self.slab_nbytes = SLAB_BYTES
         self.lock = Lock()
         self.slabs: list[Slab] = []
 
@@ -283,7 +284,7 @@ class Arena:
                 self._refuse(capacity, self.reserved_nbytes)
                 columns = self.reserved_nbytes // self.column_nbytes
             else:
-                columns = max(capacity, SLAB_BYTES // self.column_nbytes)
+                columns = max(capacity, self.slab_nbytes // self.column_nbytes)
             shape = 2, like.shape[1], columns, like.shape[3]
             spans = self.spans or [(like.device, self.layers)]
             with torch.inference_mode():

@@ -76,25 +76,25 @@ def test_iterations_that_capture_a_graph_are_not_measured(pair, monkeypatch):
 
 
 @pytest.mark.parametrize("sequences", [8, 32])
-def test_all_sequences_lie_in_one_allocation(cuda, pair, sequences, monkeypatch):
-    monkeypatch.setattr("treeflash_cuda.cache.SLAB_BYTES", 1 << 16)  # the pair is tiny
+def test_all_sequences_lie_in_one_allocation(cuda, pair, sequences):
     cuda.free_bytes = 80 << 30
     backend = loading.load(*pair, LoadConfig(dtype="bfloat16"))
+    arenas = backend.target.arena, backend.drafter_arena
+    for arena in arenas:
+        arena.slab_nbytes = 1 << 16  # the pair is tiny
     states = [backend.open(2000, drafts=True) for _ in range(sequences)]
     backend.verifier.run([Prefill(state, [3, 4, 5], None) for state in states])
     backend.drafter.draft([(state, 1) for state in states])
-    assert [len(x.slabs) for x in (backend.target.arena, backend.drafter_arena)] == [1, 1]
+    assert [len(arena.slabs) for arena in arenas] == [1, 1]
 
 
-def test_free_memory_is_shared_by_target_and_drafter(cuda, pair):
+def test_target_and_drafter_share_free_memory_and_leave_a_tenth(cuda, pair):
+    """A table for many sampled texts takes gigabytes beside a model of 8 billion weights."""
     backend = loading.load(*pair, LoadConfig(dtype="bfloat16"))
     arenas = backend.target.arena, backend.drafter_arena
     sizes = [arena.reserved_nbytes // arena.column_nbytes for arena in arenas]
     assert abs(sizes[0] - sizes[1]) <= 1
-    assert (
-        sum(arena.reserved_nbytes for arena in arenas)
-        <= cuda.free_bytes * loading.FREE_MEMORY_SHARE
-    )
+    assert 0.5 < backend.device_report().reserved_bytes / cuda.free_bytes < 0.9
 
 
 @pytest.mark.parametrize("sequences", [1, 8])

@@ -2,8 +2,10 @@
 
 import gc
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from itertools import product
+from threading import current_thread
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,29 +13,25 @@ import pytest
 from failures import failing
 from mtp_pairs import write_mtp_pair, write_peagle_pair
 from parts import load_with_parts
+from replayed_graphs import enable, replay_graphs
 
-from treeflash.config import DecodeConfig, LoadConfig, SamplingConfig
-from treeflash.decoding import Request, decode
+from treeflash.config import LoadConfig, SamplingConfig
 from treeflash.decoding.interfaces import Prefill, TableOptions, Verify
 from treeflash.decoding.sampling import Noise, SamplingParams
-from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.errors import UnsupportedModelError
 from treeflash.testing import require
-from treeflash.testing.comparisons import random_tokens, random_tree
 from treeflash.testing.models import write_dialect, write_drafter, write_target
 from treeflash.testing.trees import noise_of_depths
 
 require("torch")
 
 import torch
-from torch.fx.experimental.proxy_tensor import make_fx
-from treeflash_cuda import attention, mtp_head, operations, row_pass
+from treeflash_cuda import attention, row_pass
 from treeflash_cuda import backend as backend_module
-from treeflash_cuda import cache as arena_module
 from treeflash_cuda import drafter as drafter_module
 from treeflash_cuda.backend import load
-from treeflash_cuda.graphs import Graph, Graphs, garbage_collection_disabled
+from treeflash_cuda.graphs import WARM_UP, Graph, Graphs, garbage_collection_disabled
 from treeflash_cuda.verifier import Verifier
 
 VOCAB = 40
@@ -51,14 +49,6 @@ def folders(tmp_path_factory):
     return found
 
 
-@pytest.fixture(scope="module", params=[0, 1], ids=["", "windows"])
-def pair(request, folders):
-    """The same pair with static shapes, and without."""
-    with pytest.MonkeyPatch.context() as patch:
-        static = load_with_parts(patch, *folders[request.param])
-        return static, load_with_parts(patch, *folders[request.param], cuda_graphs=False)
-
-
 @pytest.fixture
 def backend(folders, monkeypatch):
     return load_with_parts(monkeypatch, *folders[0])
@@ -74,63 +64,6 @@ def started(backend, prompts, **settings):
         [Prefill(state, x, None) for state, x in zip(states, prompts, strict=True)]
     )
     return states
-
-
-def settings_of(monkeypatch):
-    """The names and settings of every function that is captured from now on."""
-    found, run = [], Graphs.run
-
-    def watch(graphs, name, settings, *rest, capture=True):
-        if capture:
-            found.append((name, settings[1:] if isinstance(settings, tuple) else settings))
-        return run(graphs, name, settings, *rest, capture=capture)
-
-    monkeypatch.setattr(Graphs, "run", watch)
-    return found
-
-
-@pytest.mark.parametrize("texts", [1, 3])
-def test_trees_and_drafts_are_those_without_static_shapes(pair, texts):
-    rng = np.random.default_rng(texts)
-    prompts = [random_tokens(rng, VOCAB, n) for n in (12, 1, 5)[:texts]]
-    trees = [random_tree(rng, 7, n, VOCAB) for n in (9, 1, 14)[:texts]]
-    paths = [np.arange(n, dtype=np.int32) for n in (1, 1, 2)[:texts]]
-    found = []
-    for backend in pair:
-        states, results = started(backend, prompts), []
-        backend.drafter.draft([(state, 1) for state in states])
-        for _ in range(2):
-            work = list(zip(states, trees, strict=True))
-            results += backend.verifier.logits(work)
-            backend.verifier.run([Verify(*x, SamplingParams()) for x in work])
-            backend.verifier.commit(list(zip(states, paths, strict=True)))
-            blocks = backend.drafter.draft([(state, 7) for state in states])
-            results += [backend.drafter.log_probs(block) for block in blocks]
-            results += [backend.head.log_probs(b, np.full(5, 3, np.int32)) for b in blocks]
-        results += [state.read_drafter_kv_cache() for state in states]
-        results += [state.read_kv_cache() for state in states]
-        found.append(results)
-    for static, plain in zip(*found, strict=True):
-        np.testing.assert_allclose(static, plain, atol=1e-4)
-
-
-@pytest.mark.parametrize("rows", [None, 3, 70])
-@pytest.mark.parametrize("shortlist", [None, 9, VOCAB - 1, VOCAB])
-def test_tables_that_share_a_graph_are_those_without_one(pair, monkeypatch, shortlist, rows):
-    """Their sizes are rounded up, and what is beyond the sizes that were asked for is not used."""
-    tables, options = [], TableOptions(m=4, k=6, shortlist=shortlist, rows=rows)
-    found = settings_of(monkeypatch)
-    for backend in pair:
-        states = started(backend, [[3, 4, 5], [6]])
-        blocks = backend.drafter.draft([(state, 7) for state in states])
-        tables.append(backend.head.transitions(blocks, options))
-    for static, plain in zip(*tables, strict=True):
-        np.testing.assert_array_equal(static.tokens, plain.tokens)
-        np.testing.assert_array_equal(static.next_row, plain.next_row)
-        np.testing.assert_allclose(static.log_probs, plain.log_probs, atol=1e-4)
-    sizes = [(x.shortlist, x.rows) for name, x in found if name == "the AR head"]
-    rounded = VOCAB - 1 if shortlist in (9, VOCAB - 1) else shortlist
-    assert sizes[0] == (rounded, {None: None, 3: 64, 70: 256}[rows])
 
 
 @pytest.mark.parametrize("dialect", ["deepspec-rnn", "specforge-domino"])
@@ -200,9 +133,9 @@ def test_drafts_of_all_depths_at_once_share_graphs(tmp_path, monkeypatch):
     pair = write_peagle_pair(tmp_path)
     static = load_with_parts(monkeypatch, *pair)
     plain = load(*pair, LoadConfig(device="cpu", dtype="float32"))
-    monkeypatch.setattr(mtp_head, "PARALLEL_CHUNK", 4)
     found = []
     for backend in (static, plain):
+        backend.drafter.chunk = 4
         states, results = started(backend, [[3, 4, 5] * 4, [6], [7, 8]]), []
         for texts, nodes in product((1, 2, 3), (1, 2, 3)):
             blocks = backend.drafter.draft([(state, 7) for state in states[:texts]], nodes)
@@ -279,31 +212,11 @@ def test_a_warm_up_begins_with_the_states_and_ends_where_memory_does(tmp_path, m
     assert backend.target.state_arena.slots == 1 + 4 * backend_module.STATES_EACH
 
 
-def test_trees_beside_a_prompt_are_captured(backend):
-    first, second, third = started(backend, [[3, 4], [5], [6, 7, 8]])
-    rows = []
-    backend.target.layers[0].register_forward_hook(
-        lambda _, args, __: rows.append(args[0].shape[1])
-    )
-    work = [
-        Verify(first, chain(6, 7), SamplingParams()),
-        Prefill(second, [8, 9], SamplingParams()),
-        Verify(third, chain(5), SamplingParams()),
-    ]
-    together = backend.verifier.run(work)
-    assert rows == [8]  # five rows and three copies of the first one, in one pass
-    second.truncate(1)
-    alone = [sampled for item in work for sampled in backend.verifier.run([item])]
-    for mine, other in zip(together, alone, strict=True):
-        assert mine.tokens.tolist() == other.tokens.tolist()
-
-
 @pytest.mark.parametrize(
     ("module", "name", "value"),
     [
         (row_pass, "MAX_ROWS", 4),
         (drafter_module, "MAX_CONTEXT", 0),
-        (arena_module, "SLAB_BYTES", 1),
         (attention, "is_window", lambda *_: False),
     ],
 )
@@ -323,6 +236,14 @@ def test_what_does_not_fit_runs_without_static_shapes(folders, monkeypatch, modu
         np.testing.assert_allclose(backend.verifier.logits([(state, tree)])[0], logits, atol=1e-4)
 
 
+def test_sequences_of_several_slabs_run_one_after_another(folders, monkeypatch):
+    backend = load_with_parts(monkeypatch, *folders[1])
+    backend.target.arena.slab_nbytes = 1
+    trees = [(state, chain(*range(6))) for state in started(backend, [[3, 4, 5], [6]])]
+    for tree, logits in zip(trees, backend.verifier.logits(trees), strict=True):
+        np.testing.assert_allclose(backend.verifier.logits([tree])[0], logits, atol=1e-4)
+
+
 def test_trees_beyond_the_capacity_of_a_sequence_are_not_written(backend):
     state = backend.open(5, drafts=False)
     backend.verifier.run([Prefill(state, [3, 4, 5], None)])
@@ -331,45 +252,14 @@ def test_trees_beyond_the_capacity_of_a_sequence_are_not_written(backend):
     assert state.length == 3
 
 
-def test_drafts_after_one_another_are_equal(backend):
-    states = started(backend, [[3, 4, 5], [6]])
-    (first,) = backend.drafter.draft([(states[0], 6)])
-    again, _ = backend.drafter.draft([(state, 6) for state in states])
-    torch.testing.assert_close(again.hidden, first.hidden)
-
-
-def tensors_of(outputs):
-    return [x for x in outputs if torch.is_tensor(x)]
-
-
-def recorded(function, inputs):
-    """A function with the shapes, addresses and numbers of one call, as a graph has them."""
-    with torch.inference_mode():
-        return make_fx(function)(*inputs)
-
-
-@pytest.mark.parametrize("name", ["the target", "the drafter"])
-def test_a_replay_is_a_function_of_its_inputs_alone(pair, monkeypatch, name):
-    """Recorded once and replayed for another text, as a graph is, it computes the same."""
-    static, plain = pair
-    graphs, run = {}, Graphs.run
-
-    def replay(self, given, settings, function, *inputs, capture=True):
-        if given != name or not capture:
-            return run(self, given, settings, function, *inputs, capture=capture)
-        key = settings, *(x.shape for x in inputs)
-        if key not in graphs:
-            graphs[key] = recorded(lambda *x: tensors_of(function(*x)), inputs)
-            outputs = function(*inputs)
-            graphs[key].outline = [None if torch.is_tensor(x) else x for x in outputs]
-            graphs[key].uses = 0
-        graphs[key].uses += 1
-        tensors = iter(graphs[key](*inputs))
-        return tuple(x if x is not None else next(tensors) for x in graphs[key].outline)
-
-    monkeypatch.setattr(Graphs, "run", replay)
-    monkeypatch.setattr(attention, "is_window", lambda *_: True)  # it reads its own tensors
-    monkeypatch.setattr(operations, "most_shared", lambda keys: 32)  # the kernel does not read it
+def test_a_replay_is_a_function_of_its_inputs_alone(folders, monkeypatch):
+    """Captured once and replayed for another text, it computes what it does for that text."""
+    static, plain = (
+        load_with_parts(monkeypatch, *folders[1], cuda_graphs=captured)
+        for captured in (True, False)
+    )
+    static.target.graphs = enable(Graphs(torch.device("cpu")))
+    names = replay_graphs(monkeypatch, with_addresses=True)
     found = []
     for backend in (static, plain):
         states = started(backend, [[3, 4, 5] * 3, [6]])
@@ -381,7 +271,8 @@ def test_a_replay_is_a_function_of_its_inputs_alone(pair, monkeypatch, name):
             backend.verifier.commit([(state, np.array([0, 1], np.int32))])
             (block,) = backend.drafter.draft([(state, 1)])
             found.append(block.hidden.numpy())
-    assert max(graph.uses for graph in graphs.values()) > 1
+    replays = static.target.graphs.replays
+    assert all(names.count(x) < replays[x] for x in ("the target", "the drafter"))
     half = len(found) // 2
     for one, other in zip(found[:half], found[half:], strict=True):
         np.testing.assert_allclose(one, other, atol=1e-4)
@@ -394,37 +285,6 @@ def test_what_earlier_texts_left_is_not_seen(backend):
     with torch.inference_mode():
         region.slab.storage[:, :, :, state.length :] = torch.nan
     np.testing.assert_array_equal(backend.verifier.logits([(state, tree)])[0], expected)
-
-
-def test_texts_side_by_side_keep_apart(backend):
-    config = DecodeConfig(budget=8, max_tokens=20)
-    prompts = [5, 6, 7], [9, 8]
-    alone = [
-        [step.tokens for step in decode(backend, Request(prompt_ids=prompt, config=config))]
-        for prompt in prompts
-    ]
-    running = [decode(backend, Request(prompt_ids=prompt, config=config)) for prompt in prompts]
-    found = [[], []]
-    while any(running):
-        for n, steps in enumerate(running):
-            step = next(steps, None) if steps else None
-            if step is None:
-                running[n] = None
-            else:
-                found[n].append(step.tokens)
-    assert found == alone
-
-
-@pytest.mark.parametrize("drafts", [False, True])
-def test_the_size_of_a_state_is_known_before_the_first_text(folders, monkeypatch, drafts):
-    target, drafter = folders[0]
-    backend = load_with_parts(monkeypatch, target, drafter if drafts else None)
-    expected = backend.state_nbytes(700, drafts=drafts)
-    with SequenceSession(backend, drafts=drafts, capacity=700) as text:
-        root = text.extend([3, 4, 5])
-        if drafts:
-            text.draft(root)
-        assert text.state.nbytes == expected
 
 
 class Recorder:
@@ -510,22 +370,45 @@ def test_replays_and_failures_are_counted_by_function(monkeypatch):
     assert recorder.graphs.verdicts["third"] == "never"
 
 
+class Stream:
+    """A queue of work on a device, which runs beside the others unless it waits for them.
+
+    Attributes:
+        queued: the number of functions that were called on it.
+        seen: how much of other streams' work, by stream, ends before what comes next.
+    """
+
+    def __init__(self, device=None):
+        self.queued = 0
+        self.seen = {}
+
+    def wait_stream(self, other):
+        self.seen[other] = other.queued
+
+    def has_waited_for(self, other):
+        return self is other or self.seen.get(other, 0) == other.queued
+
+
 class StandIns:
-    """Stands for the parts of `torch.cuda` that captures use: none of them succeeds.
+    """Stands for the parts of `torch.cuda` that captures use.
 
     Attributes:
         stream: the current stream.
-        pools: of captures that began.
+        pools: the pools of captures that began.
         refusing: whether waiting for the device is refused.
+        capturing: the thread of the capture that is under way, and its mode.
+        error: the message of the error with which all captures end; None if they succeed.
     """
 
-    def __init__(self, monkeypatch):
-        self.stream = SimpleNamespace(wait_stream=lambda _: None)
+    def __init__(self, monkeypatch, error="operation not permitted when capturing"):
+        self.stream = Stream()
         self.pools = []
         self.refusing = False
+        self.capturing = None
+        self.error = error
         stand_ins = {
-            "CUDAGraph": lambda: None,
-            "Stream": lambda _: SimpleNamespace(wait_stream=lambda _: None),
+            "CUDAGraph": lambda: SimpleNamespace(replay=lambda: None),
+            "Stream": Stream,
             "current_stream": lambda: self.stream,
             "device": lambda _: nullcontext(),
             "get_sync_debug_mode": lambda: "default",
@@ -541,12 +424,22 @@ class StandIns:
     def refuse(self, mode):
         self.refusing = mode == "error"
 
+    def allocate(self):
+        """Take memory from the driver, which spoils captures: in some modes of any thread."""
+        thread, mode = self.capturing or (None, "relaxed")
+        if mode == "global" or (mode == "thread_local" and thread is current_thread()):
+            self.error = "operation failed due to a previous error during capture"
+
     @contextmanager
-    def capture(self, *_, stream, pool, **__):
-        self.stream = stream
+    def capture(self, _, *, stream, pool, capture_error_mode="global"):
+        before, self.stream = self.stream, stream
         self.pools.append(pool)
+        self.capturing = current_thread(), capture_error_mode
         yield
-        raise RuntimeError("operation not permitted when capturing")
+        self.capturing = None
+        if self.error is not None:
+            raise RuntimeError(self.error)
+        self.stream = before
 
     @contextmanager
     def enter(self, new):
@@ -593,3 +486,40 @@ def test_what_waits_for_the_device_is_found_before_its_capture(monkeypatch):
     assert graphs.run("doubling", (), wait, torch.arange(3))[0].tolist() == [0, 2, 4]
     assert graphs.verdicts["doubling"] == "called a synchronizing CUDA operation"
     assert not stand_ins.pools
+
+
+def test_a_capture_runs_between_what_was_queued_and_what_follows(monkeypatch):
+    """Its warm-up reads what earlier work wrote, and writes keys that a replay reads."""
+    stand_ins, used = StandIns(monkeypatch, error=None), []
+    own, graphs = stand_ins.stream, Graphs(torch.device("cpu"))
+    own.queued = 5
+
+    def double(x):
+        if stand_ins.capturing is None:
+            assert stand_ins.stream.has_waited_for(own)
+            stand_ins.stream.queued += 1
+            used.append(stand_ins.stream)
+        return (2 * x,)
+
+    assert graphs.run("doubling", (), double, torch.arange(3))[0].tolist() == [0, 2, 4]
+    assert (graphs.captures, len(used)) == (1, WARM_UP)
+    assert stand_ins.stream is own
+    assert all(own.has_waited_for(stream) for stream in used)
+
+
+def test_other_threads_may_use_the_device_during_a_capture(monkeypatch):
+    """NCCL's watchdog does, and a thread that reads a model; the capture's own thread may not."""
+    stand_ins, graphs = StandIns(monkeypatch, error=None), Graphs(torch.device("cpu"))
+
+    def allocate_elsewhere(x):
+        with ThreadPoolExecutor(1) as threads:
+            threads.submit(stand_ins.allocate).result()
+        return (2 * x,)
+
+    def allocate(x):
+        stand_ins.allocate()
+        return (2 * x,)
+
+    for function, captures in ((allocate_elsewhere, 1), (allocate, 1)):
+        result = graphs.run(function.__name__, (), function, torch.arange(3))[0]
+        assert (result.tolist(), graphs.captures) == ([0, 2, 4], captures)

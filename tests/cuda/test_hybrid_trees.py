@@ -10,7 +10,7 @@ from treeflash.decoding.sampling import SamplingParams
 from treeflash.decoding.tree import DraftTree
 from treeflash.testing import HYBRID_FAMILIES, require
 from treeflash.testing.comparisons import path_to, random_tokens, random_tree
-from treeflash.testing.models import write_pair
+from treeflash.testing.models import write_pair, write_target
 
 require("torch")
 
@@ -22,9 +22,11 @@ from treeflash_cuda.backend import CudaBackend, load
 from treeflash_cuda.graphs import Graphs
 from treeflash_cuda.operations import Operations
 from treeflash_cuda.recurrence import TreeNodes, delta_rule
+from treeflash_cuda.state_arena import MIN_SLOTS
 from treeflash_cuda.target import Target
 
 VOCAB = 40
+CPU = LoadConfig(device="cpu", dtype="float32")
 TYPES = ("mamba2", "lfm2")  # without attention layers; without matrices
 OTHERS = (
     *("qwen3_next", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text", "olmo_hybrid", "lara_mini"),
@@ -44,7 +46,7 @@ def test_trees_are_those_of_one_sequence_after_another(folders, monkeypatch, seq
     static.target.graphs = enable(Graphs(static.target.device))
     names = replay_graphs(monkeypatch)
     found = []
-    for backend in (static, load(*folders, LoadConfig(device="cpu", dtype="float32"))):
+    for backend in (static, load(*folders, CPU)):
         rng, results = np.random.default_rng(sequences), []
         states = [backend.open(100, drafts=True) for _ in range(sequences)]
         prompts = [random_tokens(rng, VOCAB, n) for n in (12, 1, 5)[:sequences]]
@@ -82,6 +84,31 @@ def test_other_types_agree_with_plain_text(tmp_path, name):
     state = backend.open(8, drafts=False)
     backend.verifier.run([Verify(state, DraftTree.root_only(3), SamplingParams())])
     assert state.recurrent.tree is not None  # and not the pass of one sequence after another
+
+
+@pytest.mark.parametrize("family", HYBRID_FAMILIES)
+def test_no_graph_reads_states_that_moved(tmp_path, monkeypatch, family):
+    """More sequences need more room, and what was their memory may be anything then."""
+    write_target(tmp_path, family, seed=1, vocab_size=VOCAB, layers=2)
+    static = load_with_parts(monkeypatch, tmp_path)
+    static.target.graphs = enable(Graphs(static.target.device))
+    replay_graphs(monkeypatch, with_addresses=True)
+    plain, found, root = load(tmp_path, None, CPU), [], DraftTree.root_only(6)
+    for backend in (static, plain):
+        states, results = [backend.open(100, drafts=False) for _ in range(8)], []
+        for state in states:
+            arena = backend.target.state_arena
+            old = [] if arena is None else list(arena.tensors)
+            backend.verifier.run([Verify(state, root, SamplingParams())])
+            backend.verifier.commit([(state, np.zeros(1, np.int32))])
+            if old and old[0] is not arena.tensors[0]:
+                with torch.inference_mode():
+                    for tensor in old:
+                        tensor.fill_(torch.nan)
+            results += backend.verifier.logits([(state, root)])
+        found.append(results)
+    assert static.target.state_arena.slots > MIN_SLOTS
+    np.testing.assert_allclose(*found, atol=1e-4)
 
 
 def test_the_state_of_a_finished_sequence_keeps_no_other_alive(folders, monkeypatch):

@@ -336,6 +336,18 @@ def test_a_faulty_move_falls_back(right, wrong, tmp_path):
     assert found.move_columns is operations.move_columns
 
 
+def test_columns_beyond_four_gigabytes_are_moved():
+    """The check at load cannot tell: its cache is tiny. Only the moved columns are in memory."""
+    width, columns = 64, (1 << 25) - 1
+    spare = 2 * width  # 32 bits would have a plane's offset this much too small
+    memory = torch.from_numpy(np.zeros(spare + 3 * width * columns, np.int8))
+    storage = memory[spare:].view(3, 1, columns, width)
+    storage[2, 0, 5] = 7
+    indices = (torch.tensor([x], dtype=torch.int32) for x in (5, 2, 1))
+    moves.move_columns(storage, *indices)
+    assert storage[2, 0, 2].eq(7).all()
+
+
 EXPERT_FAULTS = {
     "rows of the expert before": ("expert - 1", "expert - 2"),
     "no bias": ("    if BIAS:", "    if False:"),

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+from treeflash_cuda import attention, operations
 from treeflash_cuda.graphs import Graph, Graphs
+
+MOST_SHARED = 32
+"""Committed positions of the longest sequence of a test whose graphs have addresses."""
 
 
 class Replay:
@@ -18,18 +23,39 @@ class Replay:
                 old.copy_(new)
 
 
-def replay_graphs(monkeypatch):
-    """Let graphs of CPU tensors be captured and replayed; returns the names of the captures."""
+def replay_graphs(monkeypatch, *, with_addresses=False):
+    """Let graphs of CPU tensors be captured and replayed; returns the names of the captures.
+
+    With addresses, a replay reads and writes the tensors of its capture besides its inputs, as a
+    graph does. It takes longer.
+    """
     names = []
 
     def capture(self, key, function, inputs):
         names.append(key[0])
         places = tuple(x.clone() for x in inputs)
         outputs = function(*places)
+        if with_addresses:
+            function = recorded(function, places, outputs)
         return Graph(Replay(function, places, outputs), places, outputs)
 
     monkeypatch.setattr(Graphs, "_capture", capture)
+    if with_addresses:  # kernels need no numbers from the device, as PyTorch's definitions do
+        monkeypatch.setattr(operations, "most_shared", lambda keys: MOST_SHARED)
+        monkeypatch.setattr(attention, "is_window", lambda *_: True)
     return names
+
+
+def recorded(function, inputs, outputs):
+    """A function with the shapes, addresses and numbers of a call, whose outputs are given."""
+    with torch.inference_mode():
+        graph = make_fx(lambda *x: [y for y in function(*x) if torch.is_tensor(y)])(*inputs)
+
+    def run(*inputs):
+        tensors = iter(graph(*inputs))
+        return tuple(next(tensors) if torch.is_tensor(x) else x for x in outputs)
+
+    return run
 
 
 def enable(graphs):
