@@ -284,6 +284,7 @@ class MtpDrafter(mtp_head.MtpDrafter):
         self.model = model
         self.target = target
         self.output = OutputStage(model, target)  # embeds tokens, and computes logits
+        self.chunk = CHUNK
 
     @torch.inference_mode()
     def draft(self, roots: Sequence[tuple[Any, int]], depths: int | None = None) -> list[MtpBlock]:
@@ -304,7 +305,7 @@ class MtpDrafter(mtp_head.MtpDrafter):
         """
         graphs, operations, device = self.target.graphs, self.model.operations, self.target.device
         write = functools.partial(self._write_rows, slab)
-        new, context, columns = lacking_rows(slab, roots, CHUNK, write)
+        new, context, columns = lacking_rows(slab, roots, self.chunk, write)
         tokens = row_tokens(new)
         positions = row_positions(new)[0]
         places = np.concatenate([columns_of(rows) for rows in new])
@@ -378,6 +379,7 @@ class ParallelDrafter(mtp_head.ParallelDrafter, Drafter):
     def __init__(self, model: Any, target: Target) -> None:
         super().__init__(model, target)
         self.rows: MtpModel = model
+        self.chunk = PARALLEL_CHUNK
 
     @torch.inference_mode()
     def draft(self, roots: Sequence[tuple[Any, int]], depths: int | None = None) -> list[Block]:
@@ -387,7 +389,7 @@ class ParallelDrafter(mtp_head.ParallelDrafter, Drafter):
         for slab, members in by_slab(roots).items():
             part = [roots[i] for i in members]
             run = functools.partial(self._run, slab)
-            rows, states, written = lacking_rows(slab, part, PARALLEL_CHUNK, run)
+            rows, states, written = lacking_rows(slab, part, self.chunk, run)
             outputs, tokens = run(rows, states, written, masks=size - 1)
             ends = np.cumsum([len(tokens) + size - 1 for *_, tokens in rows]).tolist()
             for i, end in zip(members, ends, strict=True):

@@ -48,6 +48,7 @@ class Verifier:
         self.target = target
         self.drafter = drafter  # projects outputs of target layers to features, unless None
         self.row_pass = RowPass(target)
+        self.first_chunk, self.next_chunk = FIRST_CHUNK, NEXT_CHUNK
         self._has_row_pass = True  # until it is found that a layer cannot run in it
 
     @torch.inference_mode()
@@ -95,7 +96,7 @@ class Verifier:
         """Return how many new tokens are run at once."""
         if self._is_in_row_pass(state, token_ids):
             return MAX_ROWS
-        return NEXT_CHUNK if state.length else FIRST_CHUNK
+        return self.next_chunk if state.length else self.first_chunk
 
     def _is_in_row_pass(self, state: State, tokens: DraftTree | Sequence[int]) -> bool:
         """Return whether a tree or new tokens run in the pass that CUDA graphs can have."""

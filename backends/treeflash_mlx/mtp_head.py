@@ -126,6 +126,7 @@ class MtpDrafter(mtp_head.MtpDrafter):
 
     def __init__(self, model: MtpModel, target: Target) -> None:
         self.model, self.output = model, OutputStage(model, target)
+        self.chunk = CHUNK
 
     def draft(self, roots: Sequence[tuple[Any, int]], depths: int | None = None) -> list[MtpBlock]:
         """Compute the rows of all sequences together; earlier parts of prompts chunk by chunk."""
@@ -135,7 +136,7 @@ class MtpDrafter(mtp_head.MtpDrafter):
             self._write([rows])
             mx.eval(share_storage([rows[0].drafter]).layers)
 
-        new = [new_rows(state, root, CHUNK, compute) for state, root in roots]
+        new = [new_rows(state, root, self.chunk, compute) for state, root in roots]
         (y, residual), positions = self._write(new)
         last = mx.array(np.cumsum([len(tokens) for _, _, tokens in new]) - 1)
         q, gate = self.model.layer.self_attn.queries(y[last], positions[:, last])
@@ -165,6 +166,7 @@ class ParallelDrafter(mtp_head.ParallelDrafter, Drafter):
     def __init__(self, model: Any, target: Target) -> None:
         super().__init__(model, target)
         self.rows: MtpModel = model
+        self.chunk = CHUNK
         mx.eval(self.mask)  # only the thread that makes a lazy array can evaluate it
 
     def draft(self, roots: Sequence[tuple[Any, int]], depths: int | None = None) -> list[Block]:
@@ -176,7 +178,7 @@ class ParallelDrafter(mtp_head.ParallelDrafter, Drafter):
             self._run([rows])
             mx.eval(share_storage([rows[0].drafter]).layers)
 
-        rows = [new_rows(state, root, CHUNK, compute) for state, root in roots]
+        rows = [new_rows(state, root, self.chunk, compute) for state, root in roots]
         ends = np.cumsum([len(tokens) + size - 1 for *_, tokens in rows])
         parts = mx.split(self._run(rows, masks=size - 1), ends[:-1].tolist())
         note_drafted(state for state, _ in roots)

@@ -44,6 +44,7 @@ class Verifier:
 
     def __init__(self, target: Target, drafter: DrafterModel | MtpModel | None) -> None:
         self.target, self.drafter = target, drafter
+        self.chunk, self.wide_head, self.wide_columns = PREFILL_CHUNK, WIDE_HEAD, WIDE_COLUMNS
         self._layer_ids = drafter.config.target_layer_ids if drafter is not None else ()
 
     def run(self, work: Sequence[Prefill | Verify]) -> list[SampledTokens | None]:
@@ -204,9 +205,9 @@ class Verifier:
         """Return the new tokens of a pass after this number of committed positions."""
         if self.target.exact:
             return EXACT_CHUNK
-        if self.target.head_dim < WIDE_HEAD:
-            return PREFILL_CHUNK
-        return PREFILL_CHUNK * WIDE_COLUMNS // max(committed + PREFILL_CHUNK, WIDE_COLUMNS)
+        if self.target.head_dim < self.wide_head:
+            return self.chunk
+        return self.chunk * self.wide_columns // max(committed + self.chunk, self.wide_columns)
 
     def _forward(
         self, sequences: Sequence[tuple[State, DraftTree]], *, prefill: bool = False

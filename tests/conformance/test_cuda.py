@@ -14,6 +14,7 @@ from treeflash_cuda.backend import load as load_cuda
 
 
 class TestConformance(BackendSuite):
+    families = (*BackendSuite.families, "qwen3_sliding")
     hybrids = HYBRID_FAMILIES
     exact_dtypes = ("bfloat16", "float16")
     dialects = tuple(DIALECTS)

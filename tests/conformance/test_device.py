@@ -51,6 +51,7 @@ def test_an_accelerator_can_be_used():
 
 @pytest.mark.device
 class TestCuda(BackendSuite):
+    families = (*BackendSuite.families, "qwen3_sliding")
     dialects = tuple(DIALECTS)
     hybrids = HYBRID_FAMILIES
     exact_dtypes = DTYPES

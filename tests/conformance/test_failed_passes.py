@@ -26,41 +26,38 @@ require("torch")
 require("mlx_lm")
 
 import mlx.core
-import treeflash_cuda.mtp_head
 import treeflash_cuda.verifier
-import treeflash_mlx.mtp_head
 import treeflash_mlx.verifier
 
+MODULES = {"cuda": treeflash_cuda.verifier, "mlx": treeflash_mlx.verifier}
 SUBMIT = {"cuda": (treeflash_cuda.verifier, "upload_all"), "mlx": (mlx.core, "async_eval")}
 """What brings the work of a commit to the device."""
 VOCAB = 40
 PARTS = ["forward", "sample", "project"]
-# Prompts of a few tokens run in several chunks, of which the first are committed.
-SMALL_CHUNKS = {
-    "cuda": (treeflash_cuda.verifier, {"FIRST_CHUNK": 4, "NEXT_CHUNK": 3}),
-    "mlx": (treeflash_mlx.verifier, {"PREFILL_CHUNK": 4}),
-}
 
 
-@pytest.fixture(scope="module", params=SMALL_CHUNKS)
+@pytest.fixture(scope="module", params=MODULES)
 def name(request):
     return request.param
 
 
 @pytest.fixture(scope="module", params=["qwen3", *HYBRID_FAMILIES])
 def backend(request, name, tmp_path_factory):
+    """A pair that runs prompts in chunks of a few tokens, the first of which are committed."""
     folder = tmp_path_factory.mktemp(request.param)
     folders = write_pair(folder, request.param, vocab_size=VOCAB)
-    return loader(name)(*folders, LoadConfig(device="cpu"))
+    backend = loader(name)(*folders, LoadConfig(device="cpu"))
+    if name == "cuda":
+        backend.verifier.first_chunk, backend.verifier.next_chunk = 4, 3
+    else:
+        backend.verifier.chunk = 4
+    return backend
 
 
-@pytest.fixture(autouse=True)
-def verifier(name, monkeypatch):
-    """The module of the backend's verifier, with small chunks."""
-    module, chunks = SMALL_CHUNKS[name]
-    for constant, size in chunks.items():
-        monkeypatch.setattr(module, constant, size)
-    return module
+@pytest.fixture
+def verifier(name):
+    """The module of the backend's verifier."""
+    return MODULES[name]
 
 
 def started(backend):
@@ -171,10 +168,9 @@ WRITERS = {
 @pytest.mark.parametrize("kind", WRITERS)
 def test_a_draft_that_fails_can_be_repeated(name, verifier, monkeypatch, tmp_path, kind):
     """Long prompts are read in several chunks, and the second may fail after the first."""
-    for module in (treeflash_cuda.mtp_head, treeflash_mlx.mtp_head):
-        monkeypatch.setattr(module, "CHUNK", 4)
-    monkeypatch.setattr(treeflash_cuda.mtp_head, "PARALLEL_CHUNK", 4)
     backend = loader(name)(*WRITERS[kind](tmp_path), LoadConfig(device="cpu", dtype="float32"))
+    if kind != "block":
+        backend.drafter.chunk = 4
     texts = [random_tokens(np.random.default_rng(8), backend.vocab_size, n) for n in (7, 11)]
 
     def prompted():

@@ -17,6 +17,7 @@ TREE = DraftTree.chain(np.arange(5, dtype=np.int32))
 
 
 class TestConformance(BackendSuite):
+    families = (*BackendSuite.families, "qwen3_sliding")
     hybrids = HYBRID_FAMILIES
     dialects = tuple(DIALECTS)
 

@@ -1,4 +1,4 @@
-"""Regions of an arena: allocated in the first gap, merged when given back, never moved."""
+"""Regions of an arena: they never overlap, move or leak, and reserved memory has a limit."""
 
 import numpy as np
 import pytest
@@ -11,8 +11,7 @@ from treeflash.testing import require
 require("torch")
 
 import torch
-from treeflash_cuda import cache as arena_module
-from treeflash_cuda.cache import Arena, KVCache
+from treeflash_cuda.cache import Arena
 from treeflash_cuda.state import State
 
 LIKE = torch.zeros(1, 2, 3, 4)  # keys of a layer
@@ -21,74 +20,21 @@ COLUMN = 2 * LAYERS * 2 * 4 * 4  # bytes of a column in float32
 
 
 @pytest.fixture(autouse=True)
-def _small_slabs(monkeypatch):
-    monkeypatch.setattr(arena_module, "SLAB_BYTES", 100 * COLUMN)
+def _inference_mode():
     with torch.inference_mode():
         yield
 
 
-def columns(region):
-    return range(region.first, region.first + region.storage.shape[3])
-
-
-def test_short_texts_share_an_allocation():
+def arena_of_slabs(columns):
     arena = Arena(LAYERS)
-    first, second = arena.take(30, LIKE), arena.take(70, LIKE)
-    assert first.slab is second.slab
-    assert (columns(first), columns(second)) == (range(30), range(30, 100))
-    assert first.storage.shape == (LAYERS, 2, 2, 30, 4)
-    assert first.storage.nbytes == 30 * arena.column_nbytes == 30 * COLUMN
-    assert arena.take(1, LIKE).slab is not first.slab
-
-
-def test_a_text_larger_than_a_slab_has_one_of_its_size():
-    arena = Arena(LAYERS)
-    region = arena.take(150, LIKE)
-    assert region.slab.columns == 150
-    assert region.slab.free == []
-
-
-def test_gaps_beside_each_other_merge():
-    arena = Arena(LAYERS)
-    regions = [arena.take(25, LIKE) for _ in range(4)]
-    slab = regions[0].slab
-    for number, free in [
-        (0, [(0, 25)]),
-        (2, [(0, 25), (50, 25)]),
-        (1, [(0, 75)]),
-        (3, [(0, 100)]),
-    ]:
-        arena.give_back(regions[number])
-        assert slab.free == free
-    assert slab.is_free
-
-
-def test_the_first_gap_that_is_large_enough_is_taken():
-    arena = Arena(LAYERS)
-    first, _, third, _ = (arena.take(size, LIKE) for size in (20, 10, 40, 10))
-    arena.give_back(first)
-    arena.give_back(third)
-    assert arena.take(30, LIKE).first == 30
-    assert arena.take(15, LIKE).first == 0
-    assert arena.take(10, LIKE).first == 60
-    assert first.slab.free == [(15, 5), (80, 20)]
-
-
-def test_slabs_are_given_back_but_for_the_smallest():
-    arena = Arena(LAYERS)
-    large, small = arena.take(300, LIKE), arena.take(40, LIKE)
-    arena.give_back(large)
-    assert len(arena.slabs) == 2  # none is left if the other text ends, so one is kept
-    arena.give_back(small)
-    assert [slab.columns for slab in arena.slabs] == [100]
-    assert arena.take(50, LIKE).slab is arena.slabs[0]
+    arena.slab_nbytes = columns * COLUMN
+    return arena
 
 
 @settings(max_examples=30, suppress_health_check=list(HealthCheck))
 @given(seed=st.integers(0, 10**6))
 def test_regions_never_overlap_move_or_leak(seed):
-    rng = np.random.default_rng(seed)
-    arena = Arena(LAYERS)
+    rng, arena = np.random.default_rng(seed), arena_of_slabs(100)
     held = []
     for number in range(60):
         if held and rng.random() < 0.5:
@@ -104,14 +50,19 @@ def test_regions_never_overlap_move_or_leak(seed):
         assert region.storage.data_ptr() == address
         assert (region.storage == value).all()
         arena.give_back(region)
-    assert [slab.is_free for slab in arena.slabs] == [True]
+    # Gaps beside each other are one, and one allocation is kept for what comes.
+    (slab,) = arena.slabs
+    assert slab.is_free
+    assert arena.take(slab.columns, LIKE).slab is slab
 
 
-def test_keys_in_half_precision_take_half():
-    arena = Arena(LAYERS)
-    region = arena.take(10, LIKE.bfloat16())
-    assert region.storage.dtype == torch.bfloat16
-    assert 10 * arena.column_nbytes == region.storage.nbytes == 5 * COLUMN
+def test_short_texts_share_an_allocation_and_a_long_one_has_its_own():
+    arena = arena_of_slabs(100)
+    first, second, long = (arena.take(size, LIKE) for size in (30, 70, 150))
+    assert first.slab is second.slab is not long.slab
+    assert (first.storage.nbytes, long.slab.columns) == (30 * COLUMN, 150)
+    arena.give_back(first)
+    assert arena.take(20, LIKE).slab is second.slab
 
 
 def reserved_arena(columns):
@@ -158,14 +109,3 @@ def test_a_sequence_takes_its_room_when_it_starts():
     state.close()
     assert target.slabs[0].is_free
     assert drafter.slabs[0].is_free
-
-
-def test_a_copy_uses_the_room_that_it_has():
-    arena = reserved_arena(100)
-    first, copy = KVCache(arena, 40), KVCache(arena, 60)
-    first.allocate().storage.fill_(3)
-    first.commit(30)
-    copy.allocate()
-    copy.copy_from(first, 20)
-    assert arena.slabs[0].free == []
-    assert (copy.taken.storage[:, :, :, :20] == 3).all()

@@ -1,17 +1,8 @@
-"""The kernels of a GPU: their check at load, and what models that use them compute."""
+"""Kernels for prompts on a GPU, and their check at load."""
 
-import json
-
-import numpy as np
 import pytest
-from parts import load_with_parts
 
-from treeflash.config import LoadConfig
-from treeflash.decoding.interfaces import Prefill
-from treeflash.decoding.session import SequenceSession
 from treeflash.testing import require
-from treeflash.testing.comparisons import random_tokens, random_tree
-from treeflash.testing.models import write_target
 
 require("torch")
 
@@ -23,13 +14,9 @@ from transformers.masking_utils import (
 )
 from treeflash_cuda import kernels as kernels_module
 from treeflash_cuda.attention import is_window
-from treeflash_cuda.backend import load
 from treeflash_cuda.cache import dequantise, quantise
 from treeflash_cuda.kernels import causal_attention, seen_floats
 from treeflash_cuda.operations import Shapes
-
-VOCAB = 40
-CPU = LoadConfig(device="cpu", dtype="float32")
 
 
 def test_windows_are_known():
@@ -41,38 +28,6 @@ def test_windows_are_known():
     assert not is_window(causal_mask_function, 4)
     chunked = chunked_causal_mask_function(4, torch.zeros(1, dtype=torch.long))
     assert not is_window(chunked, 4)
-
-
-@pytest.mark.parametrize("family", ["mixed", "mistral", "qwen3_moe"])
-def test_models_compute_what_they_do_with_masks(tmp_path, monkeypatch, family):
-    """Plain decoding, prompts in several chunks, trees; alone and in one forward pass."""
-    write_target(tmp_path, "qwen3" if family == "mixed" else family, seed=1, vocab_size=VOCAB)
-    if family == "mixed":
-        path = tmp_path / "config.json"
-        windows = {
-            "use_sliding_window": True,
-            "sliding_window": 4,
-            "layer_types": ["sliding_attention", "full_attention"] * 2,
-        }
-        path.write_text(json.dumps(json.loads(path.read_text()) | windows))
-    backends = load(tmp_path, None, CPU), load_with_parts(monkeypatch, tmp_path)
-    rng = np.random.default_rng(3)
-    prompts = [random_tokens(rng, VOCAB, n) for n in (12, 3)]
-    more = random_tokens(rng, VOCAB, 5)
-    trees = [random_tree(rng, 7, n, VOCAB) for n in (14, 1)]
-    found = []
-    for backend in backends:
-        texts = [SequenceSession(backend) for _ in prompts]
-        for text, prompt in zip(texts, prompts, strict=True):
-            text.extend(prompt)
-        states = [text.state for text in texts]
-        backend.verifier.run([Prefill(state, more, None) for state in states])
-        together = backend.verifier.logits(list(zip(states, trees, strict=True)))
-        alone = [text.logits(tree) for text, tree in zip(texts, trees, strict=True)]
-        for one, other in zip(together, alone, strict=True):
-            np.testing.assert_allclose(one, other, atol=1e-4)
-        found.append(np.concatenate(alone))
-    np.testing.assert_allclose(*found, atol=1e-4)
 
 
 def rounding(q, k, v, window, scale):

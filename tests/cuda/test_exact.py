@@ -82,32 +82,6 @@ def test_nodes_of_trees_have_the_logits_of_plain_decoding(tmp_path, dtype, famil
     assert_nodes_equal_single_tokens(backend, 100, tree_of(rng, 300, 2), rng, 50)
 
 
-def test_prompts_are_computed_in_blocks_of_rows(tmp_path, monkeypatch):
-    backend = load_exact(write(tmp_path))
-    tokens = np.random.default_rng(1).integers(0, VOCAB_SIZE, 200).tolist()
-    logits = []
-    for rows in (7, 128):
-        monkeypatch.setattr(exact, "PROMPT_ROWS", rows)
-        with SequenceSession(backend) as sequence:
-            sequence.extend(tokens)
-            logits.append(sequence.logits(DraftTree.root_only(3)))
-    np.testing.assert_array_equal(*logits)
-
-
-def test_exact_attention_is_attention():
-    random = torch.Generator().manual_seed(0)
-    q = torch.randn(1, 6, 3, 16, generator=random)
-    k, v = torch.randn(2, 1, 2, 203, 16, generator=random)
-    context = exact.ExactContext(200, torch.arange(200, 203), None)
-    mask = context.mask(lambda b, h, query, key: key <= query, torch.float32, None)
-    wide = (exact.widen(x) for x in (k, v))
-    inputs = exact.AttentionInputs(nn.Module(), q, *wide, mask, 0.3)
-    visible = torch.arange(203) <= torch.arange(200, 203)[:, None]
-    repeated = (x.repeat_interleave(3, 1) for x in (k, v))
-    expected = F.scaled_dot_product_attention(q, *repeated, attn_mask=visible, scale=0.3)
-    torch.testing.assert_close(context.attend(inputs), expected.transpose(1, 2))
-
-
 class Spoilt(nn.Linear):
     """A product that has other bits for some numbers of rows."""
 

@@ -18,6 +18,7 @@ from treeflash.decoding.tree import DraftTree
 from treeflash.drafters.folder import read_config, read_tensors
 from treeflash.testing import HYBRID_FAMILIES, require
 from treeflash.testing.models import save, write_dialect, write_drafter, write_target
+from treeflash.testing.pairs import combine
 from treeflash.testing.trees import noise_of_depths
 
 require("torch")
@@ -90,10 +91,9 @@ def test_prefill_verify_commit_and_draft(cuda, folders, family, dtype):
     text.close()
 
 
-@pytest.mark.parametrize("bits", [None, 8])
-@pytest.mark.parametrize("graphs", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "dtype", "graphs", "bits"), combine(FAMILIES, DTYPES, (False, True), (None, 8))
+)
 def test_several_texts_in_one_forward_pass(cuda, folders, family, dtype, graphs, bits):
     config = LoadConfig(dtype=dtype, cuda_graphs=graphs, kv_bits=bits)
     backend = load(*folders[family], config)
@@ -135,9 +135,7 @@ def test_several_texts_in_one_forward_pass(cuda, folders, family, dtype, graphs,
     assert [part.shape for part in logits] == [(6, 40)] * 4
 
 
-@pytest.mark.parametrize("bits", [None, 8])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "dtype", "bits"), combine(FAMILIES, DTYPES, (None, 8)))
 def test_layers_on_two_devices(cuda, folders, family, dtype, bits, monkeypatch):
     config = LoadConfig(dtype=dtype, device_map="auto", kv_bits=bits)
     backend = load(*folders[family], config)
@@ -217,9 +215,9 @@ def test_a_long_prompt_is_prefilled_in_chunks(backend):
     check_context(text, 4000)
 
 
-@pytest.mark.parametrize("shortlist", [None, 16])
-@pytest.mark.parametrize("rows", [None, 7])
-@pytest.mark.parametrize("scale", [None, 0.8])
+@pytest.mark.parametrize(
+    ("shortlist", "rows", "scale"), combine((None, 16), (None, 7), (None, 0.8))
+)
 def test_tables(backend, shortlist, rows, scale):
     states = [SequenceSession(backend, drafts=True).state for _ in range(2)]
     backend.verifier.run([Prefill(state, PROMPT, None) for state in states])
@@ -347,14 +345,14 @@ def test_choices_with_edits_masks_and_log_probs(backend, sampling):
             assert sampled.log_probs.values.dtype == np.float32
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("family", "bits"),
-    [*((x, None) for x in FAMILIES), ("mistral", 8), *((x, None) for x in HYBRID_FAMILIES)],
+    ("family", "dtype", "is_sampled"),
+    combine((*FAMILIES, *HYBRID_FAMILIES, "mistral in 8 bits"), DTYPES, (False, True)),
 )
-@pytest.mark.parametrize("sampling", SAMPLINGS[::3], ids=["greedy", "sampled"])
-def test_an_iteration_is_captured(cuda, folders, family, bits, dtype, sampling):
-    backend = load(*folders[family], LoadConfig(dtype=dtype, kv_bits=bits))
+def test_an_iteration_is_captured(cuda, folders, family, dtype, is_sampled):
+    family, _, bits = family.partition(" in ")
+    backend = load(*folders[family], LoadConfig(dtype=dtype, kv_bits=8 if bits else None))
+    sampling = SAMPLINGS[3 * is_sampled]
     states = started(backend, 3)
     backend.drafter.draft([(state, 1) for state in states])
     for _ in range(2):  # captured, then replayed

@@ -22,9 +22,9 @@ require("torch")
 import torch
 from transformers import CONFIG_MAPPING
 from treeflash_cuda import backend as loading
-from treeflash_cuda import verifier
 from treeflash_cuda.backend import load
 from treeflash_cuda.fused_layers import AddingLayer
+from treeflash_cuda.verifier import FIRST_CHUNK
 
 
 @pytest.fixture(scope="module")
@@ -179,8 +179,8 @@ def test_soft_capped_scores_and_sinks_are_those_of_transformers(
             text = model.generate(inputs, max_new_tokens=8, do_sample=False, **settings)
         expected.append(text[0, len(prompt) :].tolist())
     requests = [Request(prompt_ids=prompt, config=config) for prompt in prompts]
-    for chunk in (verifier.FIRST_CHUNK, 270):
-        monkeypatch.setattr(verifier, "FIRST_CHUNK", chunk)
+    for chunk in (FIRST_CHUNK, 270):
+        backend.verifier.first_chunk = chunk
         tokens: list[list[int]] = [[], []]
         for request, step in Scheduler(backend).decode(requests):
             tokens[requests.index(request)] += step.tokens

@@ -17,7 +17,7 @@ from treeflash.testing.models import write_pair
 require("torch")
 
 import torch
-from treeflash_cuda import cache, graphs
+from treeflash_cuda import graphs
 from treeflash_cuda.graphs import Graphs
 
 VOCAB = 40
@@ -114,14 +114,14 @@ def test_what_another_rank_cannot_capture_is_called(monkeypatch):
 @pytest.mark.parametrize("slabs", ["one", "several"])
 def test_replays_of_models_are_for_the_present_sequences(tmp_path, monkeypatch, captured, slabs):
     """With other sequences, other numbers of them, and other slabs of the KV cache."""
-    if slabs == "several":
-        monkeypatch.setattr(cache, "SLAB_BYTES", 1)
     folders = write_pair(tmp_path, "qwen3", vocab_size=VOCAB)
     replaying = load_with_parts(monkeypatch, *folders)
     plain = load_with_parts(monkeypatch, *folders, cuda_graphs=False)
     replaying.target.graphs = enable(Graphs(torch.device("cpu")))
     found = []
     for backend in (replaying, plain):
+        if slabs == "several":
+            backend.target.arena.slab_nbytes = 1
         rng = np.random.default_rng(3)
         states = [backend.open(100, drafts=True) for _ in range(4)]
         prompts = [random_tokens(rng, VOCAB, n) for n in (12, 3, 5, 7)]

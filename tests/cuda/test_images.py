@@ -22,7 +22,6 @@ from image_models import (
 from mtp_pairs import write_peagle_head
 from parts import load_with_parts
 from PIL import Image as Picture
-from treeflash_cuda import verifier
 from treeflash_cuda.backend import load
 
 from treeflash.config import DecodeConfig, LoadConfig, SamplingConfig
@@ -396,8 +395,8 @@ def test_exact_mode_is_exact_after_images(family, tmp_path, monkeypatch):
 
 def test_chunks_of_long_prompts_do_not_end_inside_images(pairs, monkeypatch):
     pair = pairs("gemma3")
-    for name in ("FIRST_CHUNK", "NEXT_CHUNK"):
-        monkeypatch.setattr(verifier, name, 5)
+    for name in ("first_chunk", "next_chunk"):
+        monkeypatch.setattr(pair.backend.verifier, name, 5)
     assert pair.decode(pair.prompts) == pair.expected
 
 

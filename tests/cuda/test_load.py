@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from contextlib import suppress
 from functools import partialmethod
 
 import numpy as np
@@ -20,7 +21,9 @@ from treeflash.testing.models import edit_config, save, write_pair, write_target
 
 require("torch")
 
+import families
 import torch
+from parts import load_with_parts
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -31,6 +34,7 @@ from transformers import (
     MambaConfig,
     MiniMaxConfig,
 )
+from transformers.models.starcoder2 import modeling_starcoder2
 from transformers.utils import logging as transformers_logging
 from treeflash_cuda import target
 from treeflash_cuda.backend import choose_device, load
@@ -271,6 +275,42 @@ def test_layers_that_attend_in_chunks_are_refused(tmp_path):
     edit_config(tmp_path, lambda config: config.update(layers))
     with pytest.raises(UnsupportedModelError, match=r"llama .* have chunked_attention"):
         load(tmp_path, None, CPU)
+
+
+def attend_without_a_mask(forward):
+    return lambda layer, *args, **options: forward(
+        layer, *args, **options | {"attention_mask": None}
+    )
+
+
+def change_the_mask(forward):
+    def call(layer, *args, attention_mask, **options):
+        mask = None if attention_mask is None else attention_mask.clone()
+        return forward(layer, *args, attention_mask=mask, **options)
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("change", "settings", "message"),
+    [
+        (attend_without_a_mask, {}, "attends without a mask"),
+        (change_the_mask, {"dtype": "bfloat16"}, "changes its mask"),
+    ],
+)
+def test_layers_that_attend_to_something_else_are_refused(
+    tmp_path, monkeypatch, change, settings, message
+):
+    families.write(tmp_path, "starcoder2")
+    layer = modeling_starcoder2.Starcoder2Attention
+    monkeypatch.setattr(layer, "forward", change(layer.forward))
+    config = LoadConfig(device="cpu", exact=bool(settings), **settings)
+    with pytest.raises(UnsupportedModelError, match=f"Starcoder2.* {message}"):
+        load(tmp_path, None, config)
+    session = SequenceSession(load_with_parts(monkeypatch, tmp_path))
+    reason = "without CUDA graphs: Starcoder2Attention changes its mask"
+    with pytest.warns(UserWarning, match=reason), suppress(UnsupportedModelError):
+        session.logits(DraftTree.root_only(3))
 
 
 def test_a_pair_is_probed_at_load(tmp_path, monkeypatch):

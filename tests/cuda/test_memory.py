@@ -12,7 +12,6 @@ from treeflash.testing.models import write_pair
 
 require("torch")
 
-from treeflash_cuda import cache as arena_module
 from treeflash_cuda.backend import load
 from treeflash_cuda.cache import KVCache
 from treeflash_cuda.state import State
@@ -29,12 +28,13 @@ def folders(tmp_path):
     ids=["", "static shapes"],
 )
 def test_no_state_stays_open_over_many_texts(monkeypatch, folders, static):
-    monkeypatch.setattr(arena_module, "SLAB_BYTES", 1 << 16)  # several of them
     if static:
         backend = load_with_parts(monkeypatch, *folders)
     else:
         backend = load(*folders, LoadConfig(device="cpu"))
     arenas = backend.target.arena, backend.drafter_arena
+    for arena in arenas:
+        arena.slab_nbytes = 1 << 16  # several of them
 
     def held():
         return sum(slab.storage.nbytes for arena in arenas for slab in arena.slabs)

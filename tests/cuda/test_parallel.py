@@ -24,7 +24,7 @@ from treeflash.testing.models import write_pair, write_target
 require("torch")
 
 import torch
-from treeflash_cuda import cache, parallel, verifier
+from treeflash_cuda import parallel, verifier
 from treeflash_cuda.backend import CudaBackend, check_config, load
 from treeflash_cuda.cache import KVCache
 from treeflash_cuda.graphs import Graphs
@@ -193,6 +193,7 @@ class Ranks:
         follower.arena = copy.copy(self.target.arena)
         follower.arena.slabs = []
         self.target.arena.reserved_nbytes = reserved
+        self.arenas = self.target.arena, follower.arena
         self.messages, self.replies = queue.Queue(), queue.Queue()
         self.leading, self.following = [], []  # states, in the order in which they were opened
         monkeypatch.setattr(parallel, "followers", parallel.Followers())
@@ -263,9 +264,10 @@ def ranks(monkeypatch, tmp_path, request):
 
 
 @pytest.mark.parametrize("ranks", [None, 0, 1 << 17], indirect=True)
-def test_sequences_lie_in_the_same_slabs_on_every_rank(ranks, monkeypatch):
+def test_sequences_lie_in_the_same_slabs_on_every_rank(ranks):
     """Each slab has its own forward pass, in which all ranks must take part."""
-    monkeypatch.setattr(cache, "SLAB_BYTES", 1)
+    for arena in ranks.arenas:
+        arena.slab_nbytes = 1
     states = [ranks.backend.open(n, drafts=False) for n in (20, 30, 25)]
     ranks.backend.verifier.run([Prefill(state, [5, 6, 7], None) for state in states])
     ranks.check()

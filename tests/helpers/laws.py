@@ -8,8 +8,10 @@ what the variant changes. `tests/conftest.py` leaves its other tests to the nigh
 from treeflash.testing import BackendSuite
 from treeflash.testing.pairs import EXAMPLES
 
-FAMILIES = BackendSuite.families if EXAMPLES else ("qwen3", "qwen3_moe", "mistral")
+FAMILIES = "qwen3", "qwen3_moe", "qwen3_sliding"
 """With experts and with windows; others differ in what variants leave as it is."""
+if EXAMPLES:
+    FAMILIES = *BackendSuite.families, "qwen3_sliding"
 LAWS = frozenset(
     {
         # Trees, paths, windows
@@ -32,6 +34,8 @@ LAWS = frozenset(
         "test_logits_of_a_batch_equal_those_alone",
         "test_states_equal_prefills_after_forks_and_truncations",
         "test_texts_of_a_schedule_equal_texts_alone",
+        "test_new_tokens_beside_trees_equal_each_alone",
+        "test_a_pass_that_fails_changes_no_sequence",
         "test_pieces_equal_one_prefill",
     }
 )
@@ -46,6 +50,7 @@ DRAFTING = frozenset(
         "test_choices_match_reference",
         "test_iterations_match_reference",
         "test_long_contexts_match_reference",
+        "test_a_window_of_the_context_matches_reference",
     }
 )
 """Laws of drafters, heads and samplers, for variants that replace them too."""

@@ -7,24 +7,20 @@ import pytest
 from mtp_pairs import write_mtp_pair
 
 from treeflash.config import METHODS, DecodeConfig, LoadConfig, SamplingConfig
-from treeflash.decoding.interfaces import TableOptions
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.drafters.folder import read_config
 from treeflash.drafters.mtp_heads import Experts
 from treeflash.drafters.mtp_layer import Router
 from treeflash.errors import ConfigError
-from treeflash.reference.backend import load as load_reference
 from treeflash.testing import models, require
-from treeflash.testing.comparisons import assert_equal_tables, generate
+from treeflash.testing.comparisons import generate
 from treeflash.testing.models import (
-    edit_config,
     write_dialect,
     write_drafter,
     write_pair,
     write_target,
 )
-from treeflash.testing.pairs import combine
 
 require("mlx.core")
 require("mlx_lm")
@@ -37,12 +33,6 @@ from treeflash_mlx.drafter_operations import as_module
 
 GREEDY = SamplingConfig()
 SEEDED = SamplingConfig(temperature=0.8, top_p=0.9, seed=5)
-YARN = {
-    "rope_type": "yarn",
-    "rope_theta": 1000.0,
-    "factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
 
 
 def drafted(backend, tokens, root):
@@ -54,63 +44,10 @@ def drafted(backend, tokens, root):
     return sequence, sequence.draft(root)
 
 
-@pytest.mark.parametrize(
-    ("block_size", "sliding_window", "causal", "yarn"),
-    combine((2, 6), (None, 5), (None, False, True), (False, True)),
-)
-def test_block_and_tables_match_reference(tmp_path, block_size, sliding_window, causal, yarn):
-    target, drafter = write_pair(
-        tmp_path, "qwen3", drafter={"block_size": block_size, "sliding_window": sliding_window}
-    )
-    extra = {} if causal is None else {"is_causal": causal}
-    extra |= {"rope_parameters": YARN} if yarn else {}
-    edit_config(drafter, lambda config: config.update(input_embedding_scale=1.5, **extra))
-    ours, theirs = (
-        load(target, drafter, LoadConfig()),
-        load_reference(target, drafter, LoadConfig()),
-    )
-    tokens = list(range(12))
-    (ours_sequence, a), (theirs_sequence, b) = drafted(ours, tokens, 3), drafted(theirs, tokens, 3)
-    np.testing.assert_allclose(ours.drafter.log_probs(a), theirs.drafter.log_probs(b), atol=1e-4)
-    np.testing.assert_allclose(
-        ours_sequence.state.read_drafter_kv_cache(),
-        theirs_sequence.state.read_drafter_kv_cache(),
-        atol=1e-4,
-    )
-    for k in (1, 5, 100):
-        options = TableOptions(k=k, temperature=0.7)
-        marginals = ours.drafter.marginals([a], options), theirs.drafter.marginals([b], options)
-        assert_equal_tables(*(table for (table,) in marginals))
-        for m in (1, 4, 100):
-            options = TableOptions(m=m, k=k, temperature=0.7)
-            tables = ours.head.transitions([a], options), theirs.head.transitions([b], options)
-            assert_equal_tables(*(table for (table,) in tables))
-
-
 @pytest.mark.parametrize(("window", "seen"), [(None, 4096), (100, 100)])
 def test_a_block_drafter_sees_the_last_positions_by_default(tmp_path, window, seen):
     target, drafter = write_pair(tmp_path, "qwen3")
     assert load(target, drafter, LoadConfig(draft_window=window)).drafter.window == seen
-
-
-@pytest.mark.parametrize("sliding_window", [None, 7])
-@pytest.mark.parametrize("window", [1, 3, 100])
-def test_a_window_of_the_context_matches_reference(tmp_path, window, sliding_window):
-    """The first few positions and the latest, within the windows of layers that have one.
-
-    Also in a second draft, and after a truncation that leaves others first.
-    """
-    target, drafter = write_pair(tmp_path, "qwen3", drafter={"sliding_window": sliding_window})
-    config, found = LoadConfig(draft_window=window), []
-    for load_backend in (load, load_reference):
-        backend = load_backend(target, drafter, config)
-        sequence, block = drafted(backend, list(range(15)), 3)
-        blocks = [block, sequence.draft(5)]
-        sequence.state.truncate(2)
-        sequence.extend(list(range(10, 24)))
-        blocks.append(sequence.draft(3))
-        found.append([backend.drafter.log_probs(block) for block in blocks])
-    np.testing.assert_allclose(*found, atol=1e-4)
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])

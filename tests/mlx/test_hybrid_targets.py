@@ -7,15 +7,12 @@ import shutil
 import mlx_lm.models.gated_delta
 import numpy as np
 import pytest
-from failures import failing
 
 from treeflash.config import METHODS, DecodeConfig, LoadConfig, SamplingConfig
-from treeflash.decoding.interfaces import Prefill, Verify
-from treeflash.decoding.sampling import SamplingParams
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.drafters.folder import read_config
-from treeflash.errors import NumericalError, UnsupportedModelError
+from treeflash.errors import UnsupportedModelError
 from treeflash.testing import require
 from treeflash.testing.comparisons import path_to, random_tokens, random_tree, steps_of, tokens_of
 from treeflash.training.distillation import Response
@@ -26,7 +23,6 @@ require("mlx_lm")
 import mlx.core as mx
 from mlx_lm.generate import generate_step
 from mlx_lm.utils import load_model
-from treeflash_mlx import verifier as verifier_module
 from treeflash_mlx.backend import MlxBackend, load
 from treeflash_mlx.target import Target, compatible_settings
 
@@ -162,27 +158,6 @@ def test_states_after_commits_equal_those_of_a_prefill(families, tmp_path, rng, 
         np.testing.assert_allclose(sequence.logits(probe), expected, atol=1e-3 * expected.std())
 
 
-def test_a_run_that_fails_leaves_the_states_as_they_were(backend_of):
-    """A chunk of the prompt was committed before it failed."""
-    backend = backend_of("qwen3_5")
-    sequences = [SequenceSession(backend) for _ in range(2)]
-    for sequence in sequences:
-        sequence.extend(PROMPT)
-    before = [sequence.state.read_recurrent_states() for sequence in sequences]
-
-    work = [
-        Verify(sequences[0].state, DraftTree.root_only(1), SamplingParams()),
-        Prefill(sequences[1].state, [1, 2, 3, 4], SamplingParams()),
-    ]
-    error = NumericalError("logits are not finite")
-    with failing(verifier_module, "sample", error), pytest.raises(NumericalError):
-        backend.verifier.run(work)
-    for sequence, states in zip(sequences, before, strict=True):
-        assert sequence.length == len(PROMPT)
-        for mine, theirs in zip(sequence.state.read_recurrent_states(), states, strict=True):
-            np.testing.assert_array_equal(mine, theirs)
-
-
 def test_nothing_of_mlx_lm_is_patched(backend_of, hybrid_pair_of):
     original = mlx_lm.models.gated_delta.gated_delta_update
     hooked = backend_of("qwen3_5").target.model
@@ -243,10 +218,3 @@ def test_a_recurrence_without_hooks_is_refused_with_the_reason(hybrid_pair_of, n
         load(*hybrid_pair_of(name), LoadConfig())
     backend = load(hybrid_pair_of(name)[0], None, LoadConfig())
     assert text_of(backend, 12, method="ar")[0] == mlx_lm_text(hybrid_pair_of(name)[0], 12)
-
-
-def test_the_keys_and_values_of_a_hybrid_can_be_quantised(hybrid_pair_of):
-    """Those of its attention layers; states stay as they are."""
-    backend = load(*hybrid_pair_of("qwen3_5", head_dim=32), LoadConfig(kv_bits=8))
-    plain = text_of(backend, 30, method="ar")[0]
-    assert text_of(backend, 30, method="treeflash", budget=16)[0] == plain

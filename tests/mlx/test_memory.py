@@ -1,10 +1,14 @@
 """Memory of the MLX backend over many sequences."""
 
+import numpy as np
 import pytest
 from memory import check_memory
 
 from treeflash.config import DecodeConfig, LoadConfig
 from treeflash.decoding import Request, Scheduler, SchedulerConfig
+from treeflash.decoding.interfaces import Verify
+from treeflash.decoding.sampling import SamplingParams
+from treeflash.decoding.tree import DraftTree
 from treeflash.testing import require
 from treeflash.testing.models import write_pair, write_target
 
@@ -64,3 +68,20 @@ def test_padding_is_admitted_too(tmp_path):
     assert (scheduler.running, scheduler.waiting) == (2, 1)
     assert scheduler.nbytes == 2 * alone[0]
     scheduler.close()
+
+
+def test_states_are_written_in_place(tmp_path):
+    """While the same sequences run together, a pass and a commit copy no keys and values."""
+    backend = load(*write_pair(tmp_path, "qwen3", max_positions=1 << 15), LoadConfig(device="cpu"))
+    for count in (1, 3):
+        states = [backend.open(20_000, drafts=False) for _ in range(count)]
+        tree, path = DraftTree.chain(np.arange(5, dtype=np.int32)), np.array([0, 1], np.int32)
+        peaks = []
+        for _ in range(3):
+            before = mx.get_active_memory()
+            mx.reset_peak_memory()
+            backend.verifier.run([Verify(state, tree, SamplingParams()) for state in states])
+            backend.verifier.commit([(state, path) for state in states])
+            mx.synchronize()
+            peaks.append(mx.get_peak_memory() - before)
+        assert peaks[0] > states[0].nbytes > 4 * peaks[2]

@@ -37,6 +37,13 @@ KERNELS = {
     "treeflash_gated_delta_nodes_by_head",
     "treeflash_gated_delta_replay_by_head",
 }
+SLOW = {
+    "test_states_equal_prefills_after_forks_and_truncations",
+    "test_new_tokens_beside_trees_equal_each_alone",
+    "test_a_pass_that_fails_changes_no_sequence",
+}
+"""Laws that are left to the nightly run: they are about arrays that the kernels only read, and the
+executor takes a second for a pass."""
 GROUP, BITS = 32, 8
 EXAMPLES = 1
 
@@ -91,10 +98,7 @@ def kernels(metal_kernels_folder):
 
 @pytest.mark.filterwarnings("ignore:MLX was imported before treeflash_mlx")  # of TF32, on GPUs
 class TestConformance(BackendSuite):
-    # Forks and truncations change arrays that the kernels only read.
-    laws = (LAWS - {"test_states_equal_prefills_after_forks_and_truncations"}) | {
-        "test_every_kernel_is_launched"
-    }
+    laws = (LAWS - SLOW) | {"test_every_kernel_is_launched"}
     families = ("qwen3", "mistral")
     hybrids = ("qwen3_5",)
     mask_nodes, rounds = 16, 3

@@ -40,6 +40,7 @@ from treeflash.testing.models import (
     write_target,
 )
 from treeflash.testing.pairs import Pair, PairMaker, Pairs, require
+from treeflash.testing.passes import PassTests, PlainDecodingTests
 from treeflash.testing.states import CacheTests, ContextTests, RecurrenceTests, StorageTests
 from treeflash.testing.trees import LogProbTests, MaskTests, TransitionTests, TreeTests
 
@@ -67,6 +68,8 @@ class BackendSuite(
     RecurrenceTests,
     ContextTests,
     StorageTests,
+    PassTests,
+    PlainDecodingTests,
     GenerationTests,
     ScheduleTests,
     BatchTests,

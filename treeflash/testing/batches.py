@@ -25,6 +25,7 @@ from treeflash.decoding import Request, Scheduler, SchedulerConfig, Step
 from treeflash.decoding.adaptive_budget import AdaptiveBudgets
 from treeflash.decoding.interfaces import Backend, Loader, SequenceState, TableOptions
 from treeflash.decoding.prefix_cache import PrefixCache
+from treeflash.decoding.probe import relative_difference
 from treeflash.decoding.sampling import Noise
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.suffix import SuffixCache
@@ -399,6 +400,14 @@ class ExactTests:
                 load(models.target, models.drafter, LoadConfig(dtype="float32", exact=True))
         for dtype in self.exact_dtypes:
             assert load_exact(load, models, dtype).inexact is None
+
+    def test_exact_logits_are_near_the_references(self, exact: Backend, models: Pair) -> None:
+        """Equal bits alone would not tell that they are right."""
+        rng = np.random.default_rng(34)
+        tokens = random_tokens(rng, exact.vocab_size, 140)
+        tree = random_tree(rng, 3, 30, exact.vocab_size)
+        sequences = prompted([exact, models.reference], tokens)
+        assert relative_difference(*(x.logits(tree) for x in sequences)) < 0.05
 
     @few
     @given(data=st.data())

@@ -36,8 +36,10 @@ from treeflash.testing import models as tiny_models
 from treeflash.testing.comparisons import (
     TOLERANCE,
     assert_close,
+    assert_equal_drafter_caches,
     assert_equal_tables,
     generate,
+    inspectable,
     paths,
     prompt_of,
     prompted,
@@ -62,6 +64,7 @@ from treeflash.testing.pairs import (
     TARGET_SEED,
     Pair,
     PairMaker,
+    combine,
     load_reference,
 )
 from treeflash.testing.trees import (
@@ -247,6 +250,8 @@ SETTINGS: dict[str, Any] = {
 
 
 class SettingTests:
+    families: ClassVar[tuple[str, ...]]
+
     @pytest.mark.parametrize("name", SETTINGS)
     def test_a_setting_is_refused_or_has_an_effect(
         self, load: Loader, models: Pair, name: str
@@ -261,6 +266,72 @@ class SettingTests:
             return
         results = [results_of(backend) for backend in (changed, models.tested)]
         assert any(not np.array_equal(*pair) for pair in zip(*results, strict=True))
+
+    @pytest.mark.parametrize("sliding_window", [None, 7])
+    @pytest.mark.parametrize("window", [1, 3, 100])
+    def test_a_window_of_the_context_matches_reference(
+        self, load: Loader, tmp_path: Path, window: int, sliding_window: int | None
+    ) -> None:
+        """The first few positions and the latest, within the windows of layers that have one."""
+        folders = write_pair(tmp_path, self.families[0], drafter={"sliding_window": sliding_window})
+        config, found = replace(LOAD, draft_window=window), []
+        for loader in (load, load_reference):
+            try:
+                backend = loader(*folders, config)
+            except ConfigError:
+                pytest.skip("the backend lacks the setting")
+            assert backend.drafter is not None
+            sequences = [SequenceSession(backend, drafts=True) for _ in range(3)]
+            roots = []
+            for n, sequence in enumerate(sequences):  # the last one is shorter than what is seen
+                sequence.draft(sequence.extend(WINDOW_PROMPT[: 7 - 3 * n]))
+                roots.append((sequence.state, sequence.extend(WINDOW_PROMPT[2 * n :])))
+            blocks = backend.drafter.draft(roots)
+            log_probs = [*map(backend.drafter.log_probs, blocks)]
+            inspectable(sequences[0].state).truncate(2)  # others are the first ones then
+            sequences[0].extend(WINDOW_PROMPT * 2)
+            found.append([*log_probs, backend.drafter.log_probs(sequences[0].draft(3))])
+        for actual, expected in zip(*found, strict=True):
+            assert_close(actual, expected)
+
+    @pytest.mark.parametrize(
+        ("block_size", "sliding_window", "causal", "yarn"),
+        combine((2, 6), (None, 5), (None, False, True), (False, True)),
+    )
+    def test_settings_of_a_drafter_match_reference(
+        self,
+        load: Loader,
+        tmp_path: Path,
+        block_size: int,
+        sliding_window: int | None,
+        causal: bool | None,
+        yarn: bool,
+    ) -> None:
+        shape = {"block_size": block_size, "sliding_window": sliding_window}
+        folders = write_pair(tmp_path, self.families[0], drafter=shape)
+        settings: dict[str, Any] = {"input_embedding_scale": 1.5}
+        if causal is not None:
+            settings["is_causal"] = causal
+        if yarn:
+            scaling = ROPE_SCALING["yarn"] | {"rope_theta": 1000.0, "factor": 4.0}
+            settings["rope_parameters"] = {"rope_type": "yarn", **scaling}
+        edit_config(folders[1], lambda config: config.update(settings))
+        pair = Pair.load(load, *folders)
+        sequences = [SequenceSession(backend, drafts=True) for backend in pair.both]
+        for sequence in sequences:
+            sequence.extend(WINDOW_PROMPT)
+            sequence.draft(7)
+            sequence.extend(WINDOW_PROMPT[2:])
+        check_transitions(pair, length=12)
+        log_probs = []
+        for sequence in sequences:
+            assert sequence.backend.drafter is not None
+            log_probs.append(sequence.backend.drafter.log_probs(sequence.draft(3)))
+        assert_close(*log_probs)
+        assert_equal_drafter_caches(*(sequence.state for sequence in sequences))
+
+
+WINDOW_PROMPT = [3, 4, 5, 6, 7, 8, 9]
 
 
 def results_of(backend: Backend) -> list[NDArray[np.float32]]:

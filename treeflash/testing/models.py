@@ -148,11 +148,13 @@ ARCHITECTURES = {
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "qwen3_sliding": "Qwen3ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "qwen3_5": "Qwen3_5ForConditionalGeneration",
     "granitemoehybrid": "GraniteMoeHybridForCausalLM",
 }
 FAMILIES = tuple(ARCHITECTURES)
+"""The model types, and `qwen3_sliding`: Qwen3, in which every other layer has a window."""
 HYBRID_FAMILIES = tuple(HYBRIDS)
 """The families with recurrent layers: gated delta nets and Mamba-2."""
 ROPE_THETA = 1000.0  # not the 10000 that a loader may fall back to unnoticed
@@ -175,12 +177,12 @@ def write_target(
     """Write a target of two key-value heads for four query heads.
 
     The vocabulary is small, so that even a random drafter is right at times. `hidden_size` is
-    divisible by 8, and `sliding_window` belongs to Mistral's layers. `key_dim` is the width of keys
-    in gated delta nets. If `tied`, the embedding serves as the output head.
+    divisible by 8. `sliding_window` belongs to `mistral` and to `qwen3_sliding`. `key_dim` is the
+    width of keys in gated delta nets. If `tied`, the embedding serves as the output head.
     """
     config: dict[str, Any] = {
         "architectures": [ARCHITECTURES[family]],
-        "model_type": family,
+        "model_type": family.removesuffix("_sliding"),
         "hidden_act": "silu",
         "tie_word_embeddings": tied,
         "bos_token_id": 0,
@@ -190,8 +192,11 @@ def write_target(
     }
     if family.startswith("qwen3"):
         config["head_dim"] = hidden_size // 2
-    if family == "mistral":
+    if family in ("mistral", "qwen3_sliding"):
         config["sliding_window"] = sliding_window
+    if family == "qwen3_sliding":
+        kinds = ["sliding_attention", "full_attention"] * layers
+        config |= {"use_sliding_window": True, "layer_types": kinds[:layers]}
     if family == "qwen3_moe":
         config |= {
             "num_experts": EXPERTS,
