@@ -2,20 +2,14 @@
 
 import importlib
 import inspect
-import sys
-import threading
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from recordings import recording
 
-from treeflash.config import DecodeConfig, LoadConfig, SamplingConfig
 from treeflash.decoding.tree import DraftTree
 from treeflash.testing import require
-from treeflash.testing.comparisons import generate
 
 require("mlx.core")
 require("mlx_lm")
@@ -24,10 +18,7 @@ import mlx.core as mx
 import mlx_lm.models
 from mlx import nn
 from mlx_lm.models.phixtral import RoPEAttention
-from treeflash_mlx.attention import TreeHooks, TreePass, attend, fold_group, is_rope
-from treeflash_mlx.backend import load
-
-BRANCHED = DraftTree.from_parents(np.arange(3, dtype=np.int32), np.array([-1, 0, 0], np.int32))
+from treeflash_mlx.attention import TreePass, attend, fold_group, is_rope
 
 
 def modules_of_mlx_lm():
@@ -52,48 +43,6 @@ def test_rotary_modules_are_found_by_what_they_take():
 def test_an_attention_layer_named_after_its_rope_is_not_one(families):
     assert not is_rope(RoPEAttention(64, 4, 16))
     assert families.attempt("phixtral")[0] == "verified"
-
-
-def test_a_thread_does_not_see_the_tree_of_another():
-    rope = nn.RoPE(8)
-    x = mx.random.normal((1, 2, 3, 8), key=mx.random.key(0))
-    plain = rope(x, offset=5)
-    mx.eval(x, plain)  # only this thread can
-    hooks = TreeHooks()
-    hooks.hook(rope)
-    with hooks.forward_pass(TreePass.build([BRANCHED], [5], 99)) as outputs:
-        branched = rope(x, offset=5)
-        other = run_in_thread(lambda: np.array(rope(x, offset=5)))
-        assert run_in_thread(lambda: hooks.tree) is None
-    assert not outputs
-    assert not mx.array_equal(branched, plain)
-    np.testing.assert_array_equal(other, np.array(plain))
-
-
-@pytest.mark.parametrize("method", ["ar", "treeflash"])
-def test_threads_that_share_a_model_decode_as_one_does(pair, method):
-    backend = load(*pair, LoadConfig())
-    prompts = [[1 + i, 2, 3 + i] for i in range(8)]
-    sampling = SamplingConfig(temperature=0.8, seed=5)
-    config = DecodeConfig(method=method, max_tokens=12, budget=12, sampling=sampling)
-    text = partial(generate, backend, config=config)
-    expected = [text(prompt) for prompt in prompts]
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)  # threads take turns in the middle of forward passes
-    try:
-        with ThreadPoolExecutor(4) as pool:
-            assert list(pool.map(text, prompts)) == expected
-    finally:
-        sys.setswitchinterval(interval)
-
-
-def run_in_thread(function):
-    """Call a function in a new thread; returns its result."""
-    results = []
-    thread = threading.Thread(target=lambda: results.append(function()))
-    thread.start()
-    thread.join()
-    return results[0]
 
 
 @pytest.mark.parametrize("batch", [1, 2])
