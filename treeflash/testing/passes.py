@@ -25,7 +25,7 @@ from treeflash.testing.comparisons import (
     random_tokens,
     random_tree,
 )
-from treeflash.testing.pairs import PairMaker, two_samplings
+from treeflash.testing.pairs import EXAMPLES, SAMPLINGS, PairMaker
 
 ROOT = np.zeros(1, np.int32)
 Work: TypeAlias = Prefill | Verify
@@ -259,13 +259,13 @@ EVENTS: tuple[Event, ...] = (
 
 class PlainDecodingTests:
     @pytest.mark.parametrize("event", EVENTS, ids=lambda event: event.__name__)
-    @two_samplings
+    @pytest.mark.parametrize("name", SAMPLINGS if EXAMPLES else ["all"])
     def test_plain_decoding_goes_on_after_anything(
-        self, pair: PairMaker, representative: str, sampling: SamplingConfig, event: Event
+        self, pair: PairMaker, representative: str, name: str, event: Event
     ) -> None:
         """A backend may run ahead of the tokens that it was asked for."""
         backend = pair(representative).tested
-        sequence = PlainSequence(backend, sampling)
+        sequence = PlainSequence(backend, SAMPLINGS[name])
         for _ in range(3):
             sequence.step()
         event(sequence)
