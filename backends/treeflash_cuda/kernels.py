@@ -69,7 +69,7 @@ def load_flash_attention(
     if not on_cuda or torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
         return None, ""
     try:
-        difference = _difference(flash_attention, device, dtype, shapes)
+        difference = attention_difference(flash_attention, device, dtype, shapes)
     except Exception as error:
         if is_out_of_memory(error):
             raise
@@ -89,7 +89,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale:
     return tree_attention(q, *columns, keys, scale=scale)
 
 
-def _difference(
+def attention_difference(
     attend: CausalAttention, device: torch.device, dtype: torch.dtype, shapes: Shapes
 ) -> float:
     """Return the root mean square error of attention to random numbers, in standard deviations.

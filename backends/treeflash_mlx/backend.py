@@ -399,13 +399,13 @@ def load_drafter(folder: Path, target: Target, bits: int | None) -> tuple[Model,
             if name.endswith("norm.weight"):
                 tensors.backbone[name] = weight.astype(mx.float32) + offset
     kept = quantised_layers(layout, bits or 0, lambda x: arrange_block(layout, x).backbone)
-    _fill(model, tensors.backbone, target.dtype, bits, kept)
+    fill(model, tensors.backbone, target.dtype, bits, kept)
     if config.head is None:
         return model, None
     head_class = as_module(HEADS[config.head].module)
     module: Any = head_class(config, tensors.head_size, target.vocab_size)
     kept = quantised_layers(layout, bits or 0, lambda x: arrange_block(layout, x).head)
-    _fill(module, split_pairs(module, tensors.head), target.dtype, bits, kept)
+    fill(module, split_pairs(module, tensors.head), target.dtype, bits, kept)
     return model, TABLE_HEADS[module.kind](module, OutputStage(model, target))
 
 
@@ -416,14 +416,14 @@ def load_mtp_head(layout: Layout, target: Target, bits: int | None) -> MtpModel 
     own = OwnVocabulary(vocabulary, target)
     if config.assistant is not None:
         assistant = AssistantModel(config, config.assistant, own, target)
-        _fill(assistant, tensors, target.dtype, bits)
+        fill(assistant, tensors, target.dtype, bits)
         return assistant
     model = MtpModel(config, own)
     weights = {
         f"{name}.weight" if name.startswith("layer.mlp.experts.") else name: weight
         for name, weight in tensors.items()
     }
-    _fill(model, weights, target.dtype, bits, quantised_layers(layout, bits or 0))
+    fill(model, weights, target.dtype, bits, quantised_layers(layout, bits or 0))
     exact = {}  # what stays float32, where adding the offset rounds nothing
     for name, module in model.named_modules():
         if isinstance(module, Float32Norm):
@@ -480,7 +480,7 @@ def dequantise(path: Path, weights: Mapping[str, StoredTensor]) -> dict[str, mx.
     return found
 
 
-def _fill(
+def fill(
     module: nn.Module,
     tensors: dict[str, mx.array],
     dtype: mx.Dtype,

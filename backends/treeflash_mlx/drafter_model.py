@@ -29,10 +29,10 @@ class OwnVocabulary(nn.Module):
         super().__init__()
         self.embed_tokens = self.lm_head = None
         embeddings, head = tensors.get("embed_tokens.weight"), tensors.get("lm_head.weight")
-        if embeddings is not None and _differs(embeddings, target.embedding):
+        if embeddings is not None and differs(embeddings, target.embedding):
             self.embed_tokens = nn.Embedding(*embeddings.shape)
             self.embed_tokens.weight = embeddings.astype(target.dtype)
-        if head is not None and _differs(head, target.output_module):
+        if head is not None and differs(head, target.output_module):
             self.lm_head = nn.Linear(*head.shape[::-1], bias=False)
             self.lm_head.weight = head.astype(target.dtype)
         offsets = tensors.get("d2t")
@@ -50,7 +50,7 @@ CHUNK = 4096
 """Rows of a quantised table that are compared at once."""
 
 
-def _differs(weight: mx.array, module: Any) -> bool:
+def differs(weight: mx.array, module: Any) -> bool:
     """Return whether a weight differs from a module's weight by more than rounding.
 
     That is rounding to the dtype of the module's weight, or to its bits if it is quantised.

@@ -72,7 +72,7 @@ def test_keys_in_8_bits_are_attended_to_as_floats_are(window, rows):
 def test_kernels_that_round_pass_and_wrong_ones_do_not(attend, shape, dtype):
     heads, kv_heads, head_dim = shape
     shapes = Shapes(heads=heads, kv_heads=kv_heads, head_dim=head_dim, hidden_size=32)
-    difference = kernels_module._difference(attend, torch.device("cpu"), dtype, shapes)
+    difference = kernels_module.attention_difference(attend, torch.device("cpu"), dtype, shapes)
     if attend is rounding:
         assert difference < kernels_module.TOLERANCE / 3
     else:
@@ -84,12 +84,12 @@ def test_kernels_that_round_pass_and_wrong_ones_do_not(attend, shape, dtype):
     [(rounding, ""), (no_window, "differ by"), (lambda *_: 1 / 0, "division by zero")],
 )
 def test_kernels_are_checked_before_they_are_used(monkeypatch, attend, reason):
-    difference = kernels_module._difference
+    difference = kernels_module.attention_difference
     monkeypatch.setattr(kernels_module, "flash_attention", attend)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(
         kernels_module,
-        "_difference",
+        "attention_difference",
         lambda attend, device, *shape: difference(attend, torch.device("cpu"), *shape),
     )
 

@@ -24,9 +24,10 @@ import mlx.core as mx
 from mlx import nn
 from mlx_lm.utils import load_model
 from treeflash_mlx import backend as backend_module
-from treeflash_mlx import device, drafter_model
+from treeflash_mlx import device
 from treeflash_mlx import target as target_module
 from treeflash_mlx.backend import load
+from treeflash_mlx.drafter_model import differs
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -50,12 +51,12 @@ def test_a_table_equals_the_table_that_was_quantised_from_it(bits, kind):
     module = kind(300, 128) if kind is nn.Embedding else kind(128, 300, bias=False)
     module.weight = weight
     quantised = module.to_quantized(64, bits)
-    assert not drafter_model._differs(weight, quantised)
-    assert not drafter_model._differs(weight.astype(mx.float32), quantised)
-    assert drafter_model._differs(mx.roll(weight, 1, 0), quantised)
-    assert drafter_model._differs(weight[:200], quantised)
-    assert drafter_model._differs(weight[:, :64], quantised)
-    assert drafter_model._differs(-weight, quantised)
+    assert not differs(weight, quantised)
+    assert not differs(weight.astype(mx.float32), quantised)
+    assert differs(mx.roll(weight, 1, 0), quantised)
+    assert differs(weight[:200], quantised)
+    assert differs(weight[:, :64], quantised)
+    assert differs(-weight, quantised)
 
 
 def test_impossible_kv_bits_are_refused(families, pair, tmp_path):

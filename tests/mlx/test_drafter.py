@@ -153,7 +153,7 @@ def test_a_quantised_router_of_a_side_file_is_dequantised():
     module, weight = nn.Module(), mx.random.normal((4, 32))
     module.gate = as_module(Router)(experts, 32)
     packed = dict(zip(("weight", "scales", "biases"), mx.quantize(weight, 32, 8), strict=True))
-    backend_module._fill(module, {"gate.weight": weight}, mx.float32, 8, {"gate": packed})
+    backend_module.fill(module, {"gate.weight": weight}, mx.float32, 8, {"gate": packed})
     np.testing.assert_array_equal(module.gate.weight, weight)
 
 
