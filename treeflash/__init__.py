@@ -2,19 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
-
-if sys.argv[:1] == ["-m"] and any(arg.startswith("treeflash.") for arg in sys.orig_argv):
-    # `python -m treeflash.<command>` is starting: it finds the command in `treeflash.commands`.
-    # Its imports take seconds, and an interruption during them needs no traceback.
-    __path__.append(f"{__path__[0]}/commands")
-    sys.excepthook = lambda kind, error, traceback: (
-        print("interrupted", file=sys.stderr)
-        if kind is KeyboardInterrupt
-        else sys.__excepthook__(kind, error, traceback)
-    )
 
 if TYPE_CHECKING:
     from treeflash.config import DecodeConfig, SamplingConfig

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from treeflash.__main__ import COMMANDS, main
+from treeflash.command import COMMANDS, main
 from treeflash.hub.published import BUNDLED_DRAFTER, DEFAULT_TARGET, PUBLISHED_DRAFTERS
 
 ROOT = Path(__file__).parents[2]

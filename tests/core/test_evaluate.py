@@ -16,7 +16,6 @@ from mtp_pairs import write_mtp_pair
 from processes import core_command, core_module
 
 import treeflash
-from treeflash.commands import evaluate
 from treeflash.commands.evaluate import main
 from treeflash.errors import NumericalError
 from treeflash.evaluation.run import METRICS
@@ -299,7 +298,7 @@ def test_the_module_runs_without_a_warning(tiny_pair, files, tmp_path):
     report = tmp_path / "out.html"
     options = [*model_options(tiny_pair), "--prompts", files[0], "--report", str(report)]
     done = subprocess.run(
-        core_module(evaluate.__name__, *options),
+        core_module("treeflash.evaluate", *options),
         capture_output=True,
         text=True,
     )

@@ -373,7 +373,7 @@ def command_line(tiny_pair, *args: str) -> list[str]:
 def test_the_module_runs_without_a_warning(tiny_pair):
     options = [*model_options(tiny_pair), "--json", "--compare", "--max-tokens", "12"]
     result = subprocess.run(
-        core_module(generate.__name__, *options, "hi"),
+        core_module("treeflash.generate", *options, "hi"),
         capture_output=True,
         text=True,
     )

@@ -16,10 +16,11 @@ import pytest
 from processes import FRAMEWORKS, WITHOUT_FRAMEWORKS
 
 import treeflash
+from treeflash.command import COMMANDS
 
 # The packages and modules of `treeflash`, lowest layer first: each imports only from lower layers.
 LAYERS = [
-    {"errors"},
+    {"errors", "interruption"},
     {"option"},
     {"config"},
     {"drafters"},
@@ -31,7 +32,9 @@ LAYERS = [
     {"cli"},
     {"evaluation", "diagnosis", "training", "serving", "transformers"},
     {"commands"},
+    {"command"},
     {"__main__"},
+    {*COMMANDS} - {"drafters"},  # modules that only run a command
 ]
 # What a backend may import besides its own modules: neither the loop nor the scheduler.
 FOR_BACKENDS = {

@@ -27,12 +27,12 @@ from rich.progress import (
 
 import treeflash
 from treeflash.errors import ConfigError, TreeflashError, is_device_lost, is_out_of_memory
+from treeflash.interruption import repeated_if_dropped, say_interrupted
 
 Arguments = ParamSpec("Arguments")
 EXIT_DEVICE_LOST = 1
 EXIT_BAD_INPUT = 2
 EXIT_SIGNAL = 128  # shells add the number of the signal that ended a program
-EXIT_INTERRUPTED = 130  # the exit status that shells report for SIGINT
 EXIT_READER_GONE = 141  # the exit status that shells report for SIGPIPE
 DEVICE_LOST_ADVICE = (
     "the GPU refuses further work of this process; start again, with smaller draft trees "
@@ -53,12 +53,11 @@ def guarded(main: Callable[Arguments, int]) -> Callable[Arguments, int]:
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character
         try:
-            with notes():
+            with notes(), repeated_if_dropped():
                 code = main(*args, **kwargs)
             sys.stdout.flush()
         except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            return EXIT_INTERRUPTED
+            return say_interrupted()
         except BrokenPipeError:
             # Python flushes standard output again at exit, which must not fail.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from treeflash.config import AUTO, LoadConfig
 from treeflash.hub.published import model_name
+from treeflash.interruption import never_swallowed
 from treeflash.language_model import LanguageModel, LocatedPair, locate
 from treeflash.option import Option, options_of
 from treeflash.registry import fall_back_to_cpu
@@ -185,7 +186,8 @@ def load_model(
     args: argparse.Namespace, methods: Collection[str | None] = (), **changes: Any
 ) -> LanguageModel:
     """Load the models of `locate_model`, while a spinner on a terminal says which."""
-    pair = locate_model(args, methods, **changes)
-    # The models are on this machine by now: a download would show its own progress bar.
-    with Console(stderr=True).status(f"loading {model_name(pair.target)}"):
-        return pair.load()
+    with never_swallowed():
+        pair = locate_model(args, methods, **changes)
+        # The models are on this machine by now: a download would show its own progress bar.
+        with Console(stderr=True).status(f"loading {model_name(pair.target)}"):
+            return pair.load()

@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from treeflash.cli.console import EXIT_BAD_INPUT, EXIT_INTERRUPTED, progress
+from treeflash.cli.console import EXIT_BAD_INPUT, progress
 from treeflash.config import AUTO
 from treeflash.decoding.suffix import SuffixCache
 from treeflash.errors import ConfigError, PromptError, TreeflashError, is_out_of_memory
 from treeflash.hub.published import DEFAULT_TARGET, model_name
+from treeflash.interruption import EXIT_INTERRUPTED
 from treeflash.language_model import LanguageModel
 from treeflash.text.generation import mean
 from treeflash.text.options import GRAMMAR_OPTIONS, Options, parse_options

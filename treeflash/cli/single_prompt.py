@@ -20,13 +20,13 @@ from rich.console import Console
 from rich.text import Text
 from rich.tree import Tree
 
-from treeflash.cli.console import EXIT_INTERRUPTED
 from treeflash.config import AUTO, SamplingConfig
 from treeflash.decoding import interfaces
 from treeflash.decoding.loop import Step
 from treeflash.decoding.sampling import noisy_logits, position_keys
 from treeflash.decoding.tree import DraftTree
 from treeflash.errors import PromptError
+from treeflash.interruption import EXIT_INTERRUPTED
 from treeflash.language_model import LanguageModel
 from treeflash.text.generation import Comparison, Generation, TokenLogProb, mean
 from treeflash.text.options import Options

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 from rich.console import Console
 from rich.filesize import decimal
 
-from treeflash.cli.console import EXIT_INTERRUPTED, Parser, guarded
+from treeflash.cli.console import Parser, guarded
 from treeflash.cli.options import add_device_options, add_options, load_model, with_device
 from treeflash.config import AUTO, LoadConfig, write_whole
 from treeflash.drafters.config import DrafterConfig
@@ -26,6 +25,7 @@ from treeflash.evaluation.records import block_efficiencies, resamples, with_int
 from treeflash.evaluation.run import Case, Evaluation, check_max_tokens, encode_rows
 from treeflash.hub.models import resolve_drafter, resolve_target
 from treeflash.hub.published import model_name
+from treeflash.interruption import EXIT_INTERRUPTED
 from treeflash.language_model import LanguageModel
 from treeflash.registry import available
 from treeflash.text.prompt import Row, read_rows
@@ -343,7 +343,3 @@ def _extend_card(
     )
     card = path.read_text(encoding="utf-8").partition(CARD.splitlines()[1])[0].rstrip()
     path.write_text(card + "\n" + heading + "\n".join(table) + "\n", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -474,7 +474,3 @@ def _history(forget: bool) -> History:
         warnings.warn(f"messages will not be remembered: {reason}", stacklevel=2)
         return InMemoryHistory()
     return FileHistory(file)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

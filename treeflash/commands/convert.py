@@ -40,7 +40,3 @@ def make_parser() -> Parser:
         "--target", help="name of the target, which the format speculators requires"
     )
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

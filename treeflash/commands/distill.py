@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
-from treeflash.cli.console import EXIT_INTERRUPTED, Parser, guarded
+from treeflash.cli.console import Parser, guarded
 from treeflash.cli.options import add_device_options, add_options, load_model
 from treeflash.errors import ConfigError
+from treeflash.interruption import EXIT_INTERRUPTED
 from treeflash.text.prompt import Row, read_rows
 from treeflash.training.config import given_options
 from treeflash.training.distillation import (
@@ -108,7 +108,3 @@ def make_parser() -> Parser:
     add_options(parser, DistillConfig)
     add_device_options(parser)
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

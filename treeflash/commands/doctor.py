@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -193,7 +192,3 @@ def _line(finding: Finding) -> str:
 
 def _percentages(shares: Sequence[float]) -> str:
     return " ".join(f"{share:.0%}" for share in shares)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

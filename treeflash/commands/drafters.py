@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -87,7 +86,3 @@ def _cells(row: Mapping[str, Any]) -> Sequence[str]:
         "thinking" if row["thinking"] else "",
         system,
     )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

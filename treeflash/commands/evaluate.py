@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -169,7 +168,3 @@ def _settings(
         "temperature": config.sampling.temperature,
         "seed": config.sampling.seed,
     }
-
-
-if __name__ == "__main__":
-    sys.exit(main())

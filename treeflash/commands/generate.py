@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import secrets
-import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -202,7 +201,3 @@ def _load(args: argparse.Namespace, options: Options, console: Console) -> Langu
             f"{trained.system!r}; it drafts better with this message as --system"
         )
     return model
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -232,7 +232,3 @@ def _without_proxy(url: str) -> dict[str, str]:
     host = url.removeprefix("http://").rpartition(":")[0]
     names = ("NO_PROXY", "no_proxy")
     return {name: ",".join(filter(None, (os.environ.get(name), host))) for name in names}
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -94,7 +94,3 @@ def _download(name: str) -> list[CachedModel]:
 
 def _row(model: CachedModel) -> dict[str, Any]:
     return {"name": model.name, "bytes": model.nbytes, "folder": str(model.folder)}
-
-
-if __name__ == "__main__":
-    sys.exit(main())

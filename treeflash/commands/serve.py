@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -69,7 +68,3 @@ def model_names(args: argparse.Namespace) -> tuple[str, ...]:
     if path.is_file():  # GGUF
         return (path.stem,)
     return (path.resolve().name,) if path.is_dir() else (args.target,)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
-from treeflash.cli.console import EXIT_INTERRUPTED, Parser, guarded
+from treeflash.cli.console import Parser, guarded
 from treeflash.cli.options import add_device_options, add_options, with_device
 from treeflash.hub.models import resolve_target
+from treeflash.interruption import EXIT_INTERRUPTED
 from treeflash.text.tokenizer import Tokenizer
 from treeflash.training.config import TrainConfig, given_options, make_train_config
 from treeflash.training.distillation import foreign_responses, read_responses
@@ -79,7 +79,3 @@ def make_parser() -> Parser:
     add_options(parser.add_argument_group("training"), TrainConfig)
     add_device_options(parser)
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

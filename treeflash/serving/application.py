@@ -24,8 +24,9 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import Field
 from starlette.exceptions import HTTPException
 
-from treeflash.cli.console import EXIT_DEVICE_LOST, EXIT_INTERRUPTED, EXIT_SIGNAL
+from treeflash.cli.console import EXIT_DEVICE_LOST, EXIT_SIGNAL
 from treeflash.errors import ConfigError, TreeflashError
+from treeflash.interruption import say_interrupted
 from treeflash.language_model import LanguageModel
 from treeflash.serving import anthropic, chat, completions, ollama, page, responses
 from treeflash.serving.authentication import add_guard
@@ -340,8 +341,7 @@ def _load(engine: Engine) -> None:
     try:
         engine.start()
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
-        os._exit(EXIT_INTERRUPTED)
+        os._exit(say_interrupted())
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -9,7 +9,7 @@ from importlib.metadata import version
 
 import pytest
 
-from treeflash.__main__ import COMMANDS, SHELLS, main
+from treeflash.command import COMMANDS, SHELLS, main
 
 LIGHT = 12
 """Modules of this package that `treeflash --help` may import."""

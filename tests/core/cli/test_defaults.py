@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from treeflash.__main__ import COMMANDS
+from treeflash.command import COMMANDS
 from treeflash.commands import adapt, evaluate
 from treeflash.config import DecodeConfig
 from treeflash.language_model import LanguageModel
