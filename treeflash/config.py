@@ -24,6 +24,7 @@ from treeflash.option import (
     parse_json_object,
     parse_switch,
 )
+from treeflash.processors import most_threads
 
 Method = Literal["ar", "dflash", "ddtree", "treeflash", "treeflash-chain", "suffix"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -434,3 +435,8 @@ class LoadConfig:
 
     def __post_init__(self) -> None:
         check(self)
+        if self.threads is not None and self.threads > (most := most_threads()):
+            raise ConfigError(
+                f"threads must be at most {most}, the processors that this process may use, got "
+                f"{self.threads}"
+            )

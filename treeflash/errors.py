@@ -15,6 +15,10 @@ class BackendError(TreeflashError):
     """A backend is unknown, not installed, or has no usable device."""
 
 
+class CPUBuildError(BackendError):
+    """The installed framework is built for CPUs alone, so a GPU was not expected."""
+
+
 class CheckpointError(TreeflashError):
     """A checkpoint is missing, damaged, or does not fit the target."""
 

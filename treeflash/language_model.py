@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypedDict, Unpack
 
@@ -43,6 +42,7 @@ from treeflash.registry import (
     refuse_drafter,
 )
 from treeflash.text.async_stream import AsyncDecoder, AsyncStream
+from treeflash.text.forms import form_of
 from treeflash.text.generation import Generation
 from treeflash.text.options import (
     OPTIONS,
@@ -284,23 +284,11 @@ class LanguageModel:
 
     def _constraint(self, config: TextConfig) -> Callable[[], Constraint] | None:
         """Return a function that makes constraints to the form that options set, or None."""
-        if not config.has_form:
+        if (form := form_of(config)) is None:
             return None
-        if find_spec("llguidance") is None:
-            raise ConfigError(
-                "json_schema, regex or grammar needs llguidance; pip install llguidance"
-            )
         if not self.tokenizer.stop_token_ids:
             raise ConfigError("json_schema, regex or grammar needs a target with an end token")
-        from treeflash.text.grammar import Grammar
-
-        if config.json_schema is not None:
-            grammar = Grammar.json(config.json_schema)
-        elif config.regex is not None:
-            grammar = Grammar.regex(config.regex)
-        else:
-            grammar = Grammar.lark_or_gbnf(str(config.grammar))
-        return self.grammars.compile(grammar)
+        return self.grammars.compile(form)
 
     @cached_property
     def grammars(self) -> GrammarCompiler:

@@ -17,7 +17,7 @@ from treeflash.config import LoadConfig
 from treeflash.decoding.interfaces import Backend, DeviceReport, Loader
 from treeflash.drafters.format import Config
 from treeflash.drafters.loading import check_drafter
-from treeflash.errors import BackendError, first_line
+from treeflash.errors import BackendError, CPUBuildError, first_line
 
 T = TypeVar("T")
 
@@ -125,8 +125,9 @@ def fall_back_to_cpu(run: Callable[[LoadConfig], T], config: LoadConfig, *, name
             reason = str(error).partition(";")[0]
             advice = "device_map needs GPUs; remove device_map"
             raise BackendError(f"{reason}, and {advice}") from error
-        reason = str(error).partition(";")[0]
-        logging.getLogger(__name__).warning("%s; running on the CPU", reason)
+        # Who installed a framework for CPUs knows; `treeflash doctor` says it.
+        reason = "" if isinstance(error, CPUBuildError) else f"{str(error).partition(';')[0]}; "
+        logging.getLogger(__name__).warning("%srunning on the CPU", reason)
         return run(replace(config, device="cpu"))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from treeflash.errors import BackendError, first_line, is_out_of_memory
+from treeflash.errors import BackendError, CPUBuildError, first_line, is_out_of_memory
 
 DRIVERS = {12: 525, 13: 580}
 """The oldest NVIDIA driver for each major version of CUDA (CUDA Toolkit release notes, "CUDA driver
@@ -42,7 +42,7 @@ def choose_device(name: str | None) -> torch.device:
         raise BackendError(f"the cuda backend runs on cuda or cpu, not on {name!r}")
     if not torch.cuda.is_available():
         reason, remedy = why_unusable()
-        raise BackendError(
+        raise (CPUBuildError if is_for_cpus() else BackendError)(
             f"{reason}, so no CUDA device is available; use device cpu to run on the CPU, or "
             f"{remedy}"
         )
@@ -55,9 +55,14 @@ def choose_device(name: str | None) -> torch.device:
     return torch.device("cuda", index)
 
 
+def is_for_cpus() -> bool:
+    """Return whether this PyTorch is built for CPUs alone."""
+    return torch.version.cuda is None and torch.version.hip is None
+
+
 def why_unusable() -> tuple[str, str]:
     """Return why PyTorch finds no CUDA device, and what a user can do about it."""
-    if torch.version.cuda is None and torch.version.hip is None:
+    if is_for_cpus():
         return (
             f"this PyTorch ({torch.__version__}) is built for CPUs alone",
             "install a PyTorch with CUDA (https://pytorch.org/get-started/locally)",
@@ -121,6 +126,8 @@ def device_facts(device: torch.device) -> dict[str, str]:
         facts["capability"] = f"{major}.{minor}"
         facts["memory"] = f"{torch.cuda.mem_get_info(device)[1] / 2**30:.1f} GiB"
         facts["CUDA"] = str(torch.version.cuda or torch.version.hip)
+    elif not torch.cuda.is_available():
+        facts["GPU"] = f"none; {why_unusable()[0]}"
     facts["torch"] = torch.__version__
     for package in ("triton", "transformers"):
         with suppress(PackageNotFoundError):

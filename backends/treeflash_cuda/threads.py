@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from pathlib import Path
 
 import psutil
 import torch
 
 from treeflash.decoding.threads import ProcessorTimes, ThreadPolicy
+from treeflash.processors import quota, usable_processors
 
 VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_THREAD_LIMIT")
 """Variables of the environment with which users choose the number of threads themselves."""
-QUOTA = Path("/sys/fs/cgroup/cpu.max")
-"""Microseconds of processor time that a container may take in a period, and the period's."""
 
 
 class Threads:
@@ -73,22 +70,6 @@ class Threads:
 def cpu_threads() -> Threads:
     """Return the threads of this process."""
     return Threads()
-
-
-def usable_processors() -> list[int]:
-    """Return the processors that this process may run on, by number."""
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
-
-
-def quota(processors: int) -> int:
-    """Return the whole processors that a container's limit leaves of some; all without a limit."""
-    try:
-        allowed, period = QUOTA.read_text(encoding="ascii").split()
-        return max(min(processors, math.ceil(int(allowed) / int(period))), 1)
-    except (OSError, ValueError):  # no control group, or no limit
-        return processors
 
 
 def read_times(processors: list[int]) -> ProcessorTimes:

@@ -61,7 +61,7 @@ def test_the_names_that_scripts_rely_on(use, run, model, tmp_path):
     use(model)
     path = tmp_path / "out.json"
     code, out, err = run(
-        "--methods", "ar, dflash,ddtree,treeflash", "--budgets", "16, 4", "--json", str(path)
+        "--methods", "ar, dflash,ddtree,treeflash", "--budgets", "16, 4", "--output", str(path)
     )
     found = json.loads(path.read_text(encoding="utf-8"))
     assert code == 0
@@ -112,7 +112,7 @@ def test_by_default_a_head_that_drafts_depth_by_depth_drafts_trees_and_chains(ru
     save_tokenizer(target)
     models = ["--backend", "reference", "--target", str(target), "--drafter", str(head)]
     path = tmp_path / "out.json"
-    code, _, err = run(*models, "--budgets", "4", "--json", str(path))
+    code, _, err = run(*models, "--budgets", "4", "--output", str(path))
     assert (code, err.count("error")) == (0, 0)
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
     assert {row["method"] for row in rows} == {"treeflash", "treeflash-chain"}
@@ -123,7 +123,7 @@ def test_the_figures_do_not_depend_on_how_many_texts_are_decoded_at_once(use, ru
     found = []
     for n, parallel in enumerate(("1", "3", "auto")):
         path = tmp_path / f"{n}.json"
-        assert run("--budgets", "4", "--parallel", parallel, "--json", str(path))[0] == 0
+        assert run("--budgets", "4", "--parallel", parallel, "--output", str(path))[0] == 0
         found.append(json.loads(path.read_text(encoding="utf-8")))
     assert found[0] == found[1] == found[2]
 
@@ -133,7 +133,7 @@ def test_temperature_and_seed_reach_the_target(use, run, model, tmp_path):
     path = tmp_path / "out.json"
 
     def rows(*args: str):
-        assert run("--methods", "treeflash", "--budgets", "4", "--json", str(path), *args)[0] == 0
+        assert run("--methods", "treeflash", "--budgets", "4", "--output", str(path), *args)[0] == 0
         return json.loads(path.read_text(encoding="utf-8"))["depths"]
 
     sampled = rows("--temperature", "1.5", "--seed", "1")
@@ -148,7 +148,7 @@ def test_what_the_head_scores_reaches_the_trees(use, run, model, tmp_path, optio
     lost = []
     for size in ("full", "1"):
         options = ("--methods", "treeflash", "--budgets", "16", "--max-tokens", "40")
-        assert run(*options, option, size, "--json", str(path))[0] == 0
+        assert run(*options, option, size, "--output", str(path))[0] == 0
         lost.append(json.loads(path.read_text(encoding="utf-8"))["lost"])
     assert lost[0] != lost[1]
 
@@ -167,7 +167,7 @@ def test_an_early_end_keeps_what_was_measured(use, run, model, tmp_path, error, 
     options = ["--methods", "dflash,treeflash", "--budgets", "8"]
     # Two methods and the depths: the eighth state is the third prompt's.
     with failing(model.backend, "open", error, call=8):
-        done, out, err = run(*options, "--json", str(path), "--report", str(report))
+        done, out, err = run(*options, "--output", str(path), "--report", str(report))
     found = json.loads(path.read_text(encoding="utf-8"))
     assert done == code
     assert err.strip().splitlines()[-1] == line
@@ -181,7 +181,7 @@ def test_an_end_before_the_first_prompt_overwrites_nothing(use, run, model, tmp_
     path = tmp_path / "out.json"
     path.write_text("before", encoding="utf-8")
     with failing(model.backend, "open", KeyboardInterrupt):
-        assert run("--json", str(path))[0] == 130
+        assert run("--output", str(path))[0] == 130
     assert path.read_text(encoding="utf-8") == "before"
 
 
@@ -191,7 +191,7 @@ def test_a_full_disk_loses_no_figures(use, run, model, tmp_path):
     pytest.importorskip("matplotlib")
     use(model)
     report = tmp_path / "out.png"
-    code, out, err = run("--methods", "dflash", "--json", "/dev/full", "--report", str(report))
+    code, out, err = run("--methods", "dflash", "--output", "/dev/full", "--report", str(report))
     assert code == 2
     assert "Block efficiency" in out
     assert err.splitlines()[-1] == "error: /dev/full cannot be written: No space left on device"
@@ -203,7 +203,7 @@ def test_figures_reach_a_file_though_standard_output_is_full(tiny_pair, files, t
     path = tmp_path / "out.json"
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
-            command_line(tiny_pair, "--prompts", files[0], "--json", str(path)),
+            command_line(tiny_pair, "--prompts", files[0], "--output", str(path)),
             stdout=full,
             stderr=subprocess.PIPE,
             text=True,
@@ -227,7 +227,7 @@ def test_figures_reach_a_file_though_standard_output_is_full(tiny_pair, files, t
         (["--max-tokens", "1"], "max_tokens must be 2 or more"),
         (["--temperature", "-1"], "temperature must be 0"),
         (["--seed", "-1"], "seed must be between"),
-        (["--json", "no/such/folder/out.json"], "out.json cannot be written"),
+        (["--output", "no/such/folder/out.json"], "out.json cannot be written"),
         (["--report", "out.pdf"], "--report writes FILE.html or FILE.png"),
         (["--prompts", "missing.jsonl"], "missing.jsonl cannot be read"),
         (["--nonsense"], "unrecognized arguments: --nonsense"),
@@ -247,7 +247,7 @@ def test_names_of_sets_differ_and_prompts_are_safe(run, files, tmp_path):
     mean = tmp_path / "mean.jsonl"
     mean.write_text('{"id": 1, "prompt": "hi"}', encoding="utf-8")
     assert "'mean' is taken" in run("--prompts", str(mean))[2]
-    code, _, err = run("--json", files[0])
+    code, _, err = run("--output", files[0])
     assert (code, "is a file of prompts" in err) == (2, True)
 
 
@@ -268,7 +268,7 @@ def test_unless_methods_are_named_they_are_those_that_the_drafter_can(use, run, 
     backend = copy(model.backend)
     backend.head = None
     use(replace(model, backend=backend))
-    assert run("--json", str(tmp_path / "out.json"))[0] == 0
+    assert run("--output", str(tmp_path / "out.json"))[0] == 0
     found = json.loads((tmp_path / "out.json").read_text())
     assert {row["method"] for row in found["rows"]} == {"dflash", "ddtree"}
 
@@ -276,7 +276,7 @@ def test_unless_methods_are_named_they_are_those_that_the_drafter_can(use, run, 
 def test_texts_that_end_at_once(use, run, scripted, tmp_path):
     use(scripted("", head=False))
     path = tmp_path / "out.json"
-    code, out, err = run("--methods", "ar", "--json", str(path))
+    code, out, err = run("--methods", "ar", "--output", str(path))
     assert (code, out, path.exists()) == (2, "", False)
     assert "every text ended with its first token" in err
 
@@ -313,7 +313,7 @@ def test_the_module_runs_without_a_warning(tiny_pair, files, tmp_path):
 def test_a_reader_that_goes_away_costs_no_figures(tiny_pair, files, tmp_path):
     path = tmp_path / "out.json"
     process = subprocess.Popen(
-        command_line(tiny_pair, "--prompts", files[0], "--json", str(path)),
+        command_line(tiny_pair, "--prompts", files[0], "--output", str(path)),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )

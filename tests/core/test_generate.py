@@ -182,6 +182,24 @@ def test_the_form_of_the_text(run, tiny_pair, tmp_path, option, value, pattern):
         assert re.fullmatch(pattern, out.strip())
 
 
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        (["--regex", "("], "invalid grammar"),
+        (["--grammar", "start: ("], "invalid grammar"),
+        (["--grammar", "root ::= ("], "invalid grammar"),
+        (["--json-schema", '{"type": "nothing"}'], "invalid grammar"),
+        # The model decides which special tokens there are.
+        (["--grammar", 'start: <|its_own|> "a"'], "no such folder"),
+    ],
+)
+def test_a_wrong_form_is_refused_before_the_model_is_loaded(run, form, message):
+    pytest.importorskip("llguidance")
+    code, out, err = run(*form, "--target", "./no such folder", "hi")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert message in err
+
+
 def test_a_dash_is_standard_input(use, run, scripted, stdin):
     model = use(scripted(TEXT))
     stdin("piped\n")

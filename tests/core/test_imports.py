@@ -20,7 +20,7 @@ from treeflash.command import COMMANDS
 
 # The packages and modules of `treeflash`, lowest layer first: each imports only from lower layers.
 LAYERS = [
-    {"errors", "interruption"},
+    {"errors", "interruption", "processors"},
     {"option"},
     {"config"},
     {"drafters"},
@@ -40,6 +40,7 @@ LAYERS = [
 FOR_BACKENDS = {
     "errors",
     "config",
+    "processors",
     "drafters",
     *(f"decoding.{name}" for name in ("interfaces", "backend_base", "tree", "transitions")),
     *(f"decoding.{name}" for name in ("sampling", "hybrid", "families", "session")),

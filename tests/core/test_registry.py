@@ -158,24 +158,34 @@ def test_best(
 
 FALLBACK = """
 from treeflash.config import LoadConfig
-from treeflash.errors import BackendError
+from treeflash.errors import BackendError, CPUBuildError
 from treeflash.registry import fall_back_to_cpu
 
 def run(config):
     if config.device is None:
-        raise BackendError("no CUDA device is available; pass --device cpu to run on the CPU")
+        raise {error}("no CUDA device is available; pass --device cpu to run on the CPU")
     return config.device
 
 print(fall_back_to_cpu(run, LoadConfig(), named=False))
 """
 
 
-def test_running_on_the_cpu_for_want_of_a_device_is_one_line() -> None:
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        ("BackendError", "no CUDA device is available; running on the CPU"),
+        ("CPUBuildError", "running on the CPU"),
+    ],
+)
+def test_running_on_the_cpu_for_want_of_a_device_is_one_line(error: str, line: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", FALLBACK], capture_output=True, text=True, check=True
+        [sys.executable, "-c", FALLBACK.format(error=error)],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert done.stdout == "cpu\n"
-    assert done.stderr == "no CUDA device is available; running on the CPU\n"
+    assert done.stderr == f"{line}\n"
 
 
 def test_a_device_that_the_user_named_is_not_replaced() -> None:

@@ -6,10 +6,12 @@ import sys
 import numpy as np
 import pytest
 
+from treeflash.__main__ import main
 from treeflash.config import DecodeConfig, LoadConfig
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.threads import ProcessorTimes, ThreadPolicy
 from treeflash.decoding.tree import DraftTree
+from treeflash.processors import quota, usable_processors
 from treeflash.testing import require
 from treeflash.testing.comparisons import generate
 from treeflash.testing.models import write_pair
@@ -98,7 +100,8 @@ def test_exact_logits_are_bitwise_equal_for_every_number_of_threads(folders):
     assert logits(1).tobytes() == logits(2).tobytes() == logits(3).tobytes()
 
 
-def test_a_chosen_number_stays(folders):
+def test_a_chosen_number_stays(folders, monkeypatch):
+    monkeypatch.setattr("treeflash.config.most_threads", lambda: 3)
     backend = load(*folders, LoadConfig(device="cpu", threads=3))
     with SequenceSession(backend) as sequence:
         sequence.extend(PROMPT)
@@ -115,16 +118,25 @@ def test_a_variable_of_the_environment_is_a_choice(monkeypatch, variable):
     assert threads.Threads().policy is None
 
 
+def test_more_threads_than_processors_are_refused_before_anything_is_loaded(monkeypatch, capsys):
+    monkeypatch.setattr("treeflash.config.most_threads", lambda: 3)
+    assert main(["generate", "--threads", "1000", "--target", "no such folder", "hi"]) == 2
+    assert capsys.readouterr().err == (
+        "error: threads must be at most 3, the processors that this process may use, got 1000\n"
+    )
+    assert LoadConfig(threads=3).threads == 3
+
+
 def test_the_limit_of_a_container_counts(tmp_path, monkeypatch):
-    monkeypatch.setattr(threads, "QUOTA", tmp_path / "cpu.max")
-    assert threads.quota(8) == 8
+    monkeypatch.setattr("treeflash.processors.QUOTA", tmp_path / "cpu.max")
+    assert quota(8) == 8
     for text, expected in [("max 100000", 8), ("150000 100000", 2), ("1000 100000", 1)]:
         (tmp_path / "cpu.max").write_text(text + "\n", encoding="ascii")
-        assert threads.quota(8) == expected
+        assert quota(8) == expected
 
 
 def test_a_busy_program_is_seen():
-    processors = [*threads.usable_processors(), 1 << 20]  # the last one is switched off
+    processors = [*usable_processors(), 1 << 20]  # the last one is switched off
     before = threads.read_times(processors)
     with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as program:
         try:

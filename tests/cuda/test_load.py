@@ -14,7 +14,13 @@ from treeflash.decoding.interfaces import TableOptions
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.drafters.folder import read_config, read_tensors
-from treeflash.errors import BackendError, CheckpointError, ConfigError, UnsupportedModelError
+from treeflash.errors import (
+    BackendError,
+    CheckpointError,
+    ConfigError,
+    CPUBuildError,
+    UnsupportedModelError,
+)
 from treeflash.testing import require
 from treeflash.testing.comparisons import generate
 from treeflash.testing.models import edit_config, save, write_pair, write_target
@@ -38,7 +44,7 @@ from transformers.models.starcoder2 import modeling_starcoder2
 from transformers.utils import logging as transformers_logging
 from treeflash_cuda import target
 from treeflash_cuda.backend import choose_device, load
-from treeflash_cuda.device import ALLOCATOR_SETTINGS, join_free_memory
+from treeflash_cuda.device import ALLOCATOR_SETTINGS, device_facts, join_free_memory
 from treeflash_cuda.target import add_adapter, load_model, read_model_config
 
 CPU = LoadConfig(device="cpu")
@@ -144,6 +150,9 @@ def test_the_line_says_why_there_is_no_cuda_device(
     with pytest.raises(BackendError, match=line) as raised:
         choose_device("cuda")
     assert "\n" not in str(raised.value)
+    assert isinstance(raised.value, CPUBuildError) is (wheel is None)
+    reason = str(raised.value).partition(", so no CUDA device")[0]
+    assert device_facts(torch.device("cpu"))["GPU"] == f"none; {reason}"
 
 
 @pytest.mark.parametrize("name", ["cuda:7", "mps", "tpu", "cpu:x"])

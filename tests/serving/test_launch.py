@@ -20,6 +20,7 @@ import pytest
 from failures import failing
 from processes import hide_frameworks
 from servers import MAX_POSITIONS, NAME, PATIENCE
+from tool_models import CHAT_TEMPLATE, tool_tokenizer
 
 from treeflash.commands import launch, serve
 from treeflash.serving.agents import AGENTS, KEY_VARIABLE, Endpoint
@@ -222,6 +223,16 @@ def test_limits(context):
     assert KEY_VARIABLE in AGENTS["codex"].environment(endpoint)
 
 
+@pytest.fixture(scope="session")
+def folders(folders, tmp_path_factory):
+    """The pair of the other tests, with a tokenizer whose templates know tools."""
+    folder = tmp_path_factory.mktemp("tools")
+    for part in folders:
+        shutil.copytree(part, folder / part.name)
+    tool_tokenizer(folder / folders[0].name)
+    return folder / folders[0].name, folder / folders[1].name
+
+
 def command(model, *args):
     """Start the command with its own server, in its own session."""
     pair = ["--target", model.folder, "--drafter", model.folder.parent / "drafter"]
@@ -264,6 +275,26 @@ def test_a_signal_ends_agent_and_server(model, number):
         process.stdout.read()
         assert process.wait(PATIENCE) == 128 + number
     check_gone(url)
+
+
+@pytest.mark.parametrize(
+    ("response", "chat", "reason"),
+    [
+        (None, "{{ messages }}", "target cannot call tools, which agents need; choose --target"),
+        (None, CHAT_TEMPLATE, "the form in which target calls tools, which agents need, is not"),
+    ],
+)
+def test_a_target_that_cannot_call_tools_is_refused_before_it_is_loaded(
+    run, folders, tmp_path, response, chat, reason
+):
+    target = tmp_path / "target"
+    shutil.copytree(folders[0], target)
+    (target / "model.safetensors").unlink()  # loading it would fail
+    tool_tokenizer(target, response, chat)
+    options = ["--target", target, "--backend", "reference", "--port", "0", "--method", "ar"]
+    code, told, err = run("claude", *options)
+    assert (code, told, err.count("\n")) == (2, None, 1)
+    assert reason in err
 
 
 def test_a_model_that_cannot_be_loaded(run, model, tmp_path):

@@ -11,7 +11,6 @@ from tool_models import RESPONSE_TEMPLATE, tool_tokenizer
 
 from treeflash.config import DecodeConfig
 from treeflash.decoding.loop import Step
-from treeflash.language_model import LanguageModel
 from treeflash.serving.message_parser import MessageForm, MessageParser, ResponseTemplate
 from treeflash.serving.response_templates import TOOL_CALL_PARSERS
 from treeflash.text.stream import Assembler
@@ -215,7 +214,7 @@ def test_families_whose_tokenizers_have_no_template(tokenizer, family, tmp_path)
     prompt, text = FAMILIES[family]
     (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
     plain = SimpleNamespace(transformers=SimpleNamespace(response_template=None))
-    template = ResponseTemplate.find(LanguageModel(None, plain, tmp_path))
+    template = ResponseTemplate.find(plain, tmp_path)
     schema = {"properties": {"a": {"type": "integer"}}}
     tools = [{"function": {"name": "add", "parameters": schema}}]
     parser = MessageParser(MessageForm(template, prompt, tools), tokenizer)

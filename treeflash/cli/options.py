@@ -15,6 +15,7 @@ from treeflash.interruption import never_swallowed
 from treeflash.language_model import LanguageModel, LocatedPair, locate
 from treeflash.option import Option, options_of
 from treeflash.registry import fall_back_to_cpu
+from treeflash.text.forms import check_form
 from treeflash.text.options import GRAMMAR_OPTIONS, OPTIONS, Options, parse_options
 from treeflash.text.stream import Parallel
 
@@ -156,7 +157,7 @@ def add_parallel_option(
 def decode_options(args: argparse.Namespace) -> Options:
     """Return the decoding options that were given; an invalid one raises a ConfigError."""
     options = cast(Options, {key: value for key, value in vars(args).items() if key in OPTIONS})
-    parse_options(options)
+    check_form(parse_options(options))
     return options
 
 

@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_max_tokens(args.max_tokens)
     options = _case_options(args)
     rows = _rows(args)
-    check_files(args.json, args.report, args.prompts)
+    check_files(args.output, args.report, args.prompts)
     model = cli.load_model(args, {case.method for case in options})
     configs = {case: model.decode_config(settings) for case, settings in options.items()}
     if args.methods is None:
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             records["prompts"] = prompt_records(evaluation.finished, rows)
             target = model.names["target"] or model.backend.name
             settings = _settings(args, model, config)
-            publish(records, settings, f"Drafts for {target}", args.json, args.report)
+            publish(records, settings, f"Drafts for {target}", args.output, args.report)
     if not evaluation.samples:
         raise PromptError("every text ended with its first token, so nothing was drafted")
     return 0

@@ -31,10 +31,12 @@ from rich.console import Console
 
 from treeflash.cli import options as cli
 from treeflash.cli.console import EXIT_BAD_INPUT, Parser, guarded
-from treeflash.commands.serve import add_options, model_names
+from treeflash.commands.serve import add_options, model_names, refuse_missing_packages
 from treeflash.errors import ConfigError
+from treeflash.hub.published import model_name
 from treeflash.serving.agents import AGENTS, Agent, Endpoint
 from treeflash.serving.settings import read_settings
+from treeflash.text.tokenizer import Tokenizer
 
 SECONDS = 10.0
 """How long a server at the address may take to name its models."""
@@ -114,7 +116,8 @@ def _server(args: argparse.Namespace, options: list[str]) -> Iterator[Endpoint]:
         yield Endpoint(url, key, name, models[name])
         return
     # Missing models are fetched here, where a download can show its progress.
-    cli.locate_model(args, [cli.decode_options(args).get("method")])
+    pair = cli.locate_model(args, [cli.decode_options(args).get("method")])
+    _refuse_without_tools(pair.target, args.tool_call_parser)
     with tempfile.TemporaryDirectory(prefix="treeflash-") as folder:
         log = Path(folder) / "server.log"
         with log.open("wb") as output:
@@ -135,6 +138,24 @@ def _server(args: argparse.Namespace, options: list[str]) -> Iterator[Endpoint]:
                 warnings.warn(f"before the agent ended, {_ending(process, log)}", stacklevel=2)
         finally:
             _end(process)
+
+
+def _refuse_without_tools(target: Path, parser: str | None) -> None:
+    """Raise a ConfigError if the server would refuse the tools of every request of an agent."""
+    refuse_missing_packages()
+    from treeflash.serving.message_parser import ResponseTemplate
+
+    tokenizer, name = Tokenizer.from_folder(target), model_name(target)
+    if not tokenizer.knows_tools:
+        raise ConfigError(
+            f"{name} cannot call tools, which agents need; choose --target with a model whose chat "
+            "template has tools, such as Qwen/Qwen3-8B"
+        )
+    if ResponseTemplate.find(tokenizer, target, parser) is None:
+        raise ConfigError(
+            f"the form in which {name} calls tools, which agents need, is not known; name it with "
+            "--tool-call-parser, or choose another --target"
+        )
 
 
 def _free_port(host: str) -> int:

@@ -25,10 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().parse(argv)
     settings = read_settings(args)
     options = cli.decode_options(args)
-    if missing := [name for name in REQUIRED_PACKAGES if find_spec(name) is None]:
-        raise ConfigError(
-            f"the server needs {missing[0]}; pip install '.[serve]' in a clone of treeflash"
-        )
+    refuse_missing_packages()
     from treeflash.serving.application import serve
 
     return serve(
@@ -41,6 +38,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         port=args.port,
         log_level=args.log_level,
     )
+
+
+def refuse_missing_packages() -> None:
+    """Raise a ConfigError if a package that the server needs is not installed."""
+    if missing := [name for name in REQUIRED_PACKAGES if find_spec(name) is None]:
+        raise ConfigError(
+            f"the server needs {missing[0]}; pip install '.[serve]' in a clone of treeflash"
+        )
 
 
 def make_parser() -> Parser:

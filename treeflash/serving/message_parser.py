@@ -14,11 +14,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from treeflash.decoding.families import family_of
 from treeflash.drafters.folder import read_config
-from treeflash.language_model import LanguageModel
 from treeflash.serving.errors import bad_request
 from treeflash.serving.response_templates import JSON_CALL, TOOL_CALL_PARSERS
 from treeflash.serving.schemas import AllowedTools
@@ -47,16 +47,18 @@ class ResponseTemplate:
     source: Mapping[str, Any]
 
     @classmethod
-    def find(cls, model: LanguageModel, parser: str | None = None) -> ResponseTemplate | None:
+    def find(
+        cls, tokenizer: Tokenizer, folder: Path | None, parser: str | None = None
+    ) -> ResponseTemplate | None:
         """Find the template of a tool call parser, of the tokenizer, or of the model's family.
 
-        `parser` is a name of `TOOL_CALL_PARSERS`, or None to detect it.
+        `folder` is the model's; `parser` is a name of `TOOL_CALL_PARSERS`, or None to detect it.
         """
         if parser is not None:
             return cls(TOOL_CALL_PARSERS[parser])
-        source = getattr(model.tokenizer.transformers, "response_template", None)
-        if source is None and model.folder is not None:
-            form = family_of(read_config(model.folder).get("model_type")).tool_calls
+        source = getattr(tokenizer.transformers, "response_template", None)
+        if source is None and folder is not None:
+            form = family_of(read_config(folder).get("model_type")).tool_calls
             source = None if form is None else TOOL_CALL_PARSERS[form]
         return None if source is None else cls(source)
 

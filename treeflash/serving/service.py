@@ -54,7 +54,8 @@ class Service:
     @cached_property
     def response_template(self) -> ResponseTemplate | None:
         """The form in which the model writes reasoning and tool calls, if it is known."""
-        return ResponseTemplate.find(self.engine.model, self.engine.settings.tool_call_parser)
+        parser = self.engine.settings.tool_call_parser
+        return ResponseTemplate.find(self.tokenizer, self.engine.model.folder, parser)
 
     async def compile(self, grammar: Grammar, param: str) -> Callable[[], Constraint]:
         """Compile a grammar that a field of the request asks for; see `GrammarCompiler.compile`.

@@ -1,0 +1,31 @@
+"""The processors that this process may use."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+QUOTA = Path("/sys/fs/cgroup/cpu.max")
+"""Microseconds of processor time that a container may take in a period, and the period's."""
+
+
+def usable_processors() -> list[int]:
+    """Return the processors that this process may run on, by number."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def quota(processors: int) -> int:
+    """Return the whole processors that a container's limit leaves of some; all without a limit."""
+    try:
+        allowed, period = QUOTA.read_text(encoding="ascii").split()
+        return max(min(processors, math.ceil(int(allowed) / int(period))), 1)
+    except (OSError, ValueError):  # no control group, or no limit
+        return processors
+
+
+def most_threads() -> int:
+    """Return the number of threads that can compute at once."""
+    return quota(len(usable_processors()))
