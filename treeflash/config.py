@@ -432,6 +432,7 @@ class LoadConfig:
         1,
         shown="one for each processor that other programs leave free",
     )
+    checks: Path | None = None  # the folder of checks that were passed before; None keeps none
 
     def __post_init__(self) -> None:
         check(self)

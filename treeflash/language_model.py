@@ -427,7 +427,9 @@ class LocatedPair:
 
     def _load_pair(self, drafter: Path | None) -> Backend:
         return fall_back_to_cpu(
-            lambda config: self.loader(self.target, drafter, config),
+            lambda config: self.loader(
+                self.target, drafter, replace(config, checks=cache_folder() / "checks")
+            ),
             self.config,
             named=self.named,
         )

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import math
 import os
+import platform
 from pathlib import Path
 
 QUOTA = Path("/sys/fs/cgroup/cpu.max")
 """Microseconds of processor time that a container may take in a period, and the period's."""
+
+CPUINFO = Path("/proc/cpuinfo")
+"""What Linux knows of each processor, with an empty line between two."""
+IDENTIFYING = ("vendor", "cpu family", "model", "stepping", "flags", "CPU", "Features")
+"""The beginnings of its lines that neither time nor load changes."""
 
 
 def usable_processors() -> list[int]:
@@ -29,3 +35,14 @@ def quota(processors: int) -> int:
 def most_threads() -> int:
     """Return the number of threads that can compute at once."""
     return quota(len(usable_processors()))
+
+
+def processor_facts() -> list[str]:
+    """Tell which processor this is and which instructions it has, as far as the system says."""
+    facts = [platform.machine(), platform.processor()]
+    try:
+        with CPUINFO.open(encoding="utf-8", errors="replace") as file:
+            first = file.read().partition("\n\n")[0].splitlines()
+    except OSError:  # not Linux
+        return facts
+    return facts + [line for line in first if line.startswith(IDENTIFYING)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import json
 import sys
 import warnings
 from collections import Counter
@@ -30,6 +31,7 @@ from treeflash.decoding.backend_base import (
 )
 from treeflash.decoding.image_processor import Processor
 from treeflash.decoding.interfaces import DeviceReport, Prefill
+from treeflash.decoding.passed_checks import passed_checks
 from treeflash.decoding.tree import DraftTree
 from treeflash.drafters.config import DrafterShape
 from treeflash.drafters.folder import StoredTensor, read_quantised
@@ -44,7 +46,13 @@ from treeflash.errors import (
 )
 from treeflash_cuda.cache import KV_BITS, Arena
 from treeflash_cuda.default_dtype import InexactError, half_dtype
-from treeflash_cuda.device import choose_device, device_facts, device_name, join_free_memory
+from treeflash_cuda.device import (
+    choose_device,
+    device_facts,
+    device_name,
+    driver_version,
+    join_free_memory,
+)
 from treeflash_cuda.drafter import Drafter, OutputStage
 from treeflash_cuda.drafter_model import DrafterModel, load_weights
 from treeflash_cuda.drafter_operations import Experts
@@ -147,6 +155,18 @@ class CudaBackend(BaseBackend):
         """The hardware and, on a CPU, the threads of a pass."""
         name = device_name(self.target.device)
         return name if self.target.threads is None else f"{name}, {torch.get_num_threads()} threads"
+
+    @property
+    def kernel_facts(self) -> list[str]:
+        """What chooses the kernels of this process besides the models and the versions."""
+        return [
+            json.dumps(device_facts(self.target.device)),
+            driver_version(),
+            torch.__config__.show(),  # also the instructions that are used
+            torch.get_float32_matmul_precision(),
+            str(torch.backends.mkldnn.enabled),
+            str(torch.are_deterministic_algorithms_enabled()),
+        ]
 
     @property
     def captures(self) -> int:
@@ -361,7 +381,7 @@ def load_pair(target: Path, drafter: Path | None, config: LoadConfig) -> CudaBac
     if config.compile:
         for layer in model.layers:
             layer.compile()
-    backend = add_drafter(model, drafter, config)
+    backend = add_drafter(model, drafter, config, folder=target)
     if drafter is not None and model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)  # loading and checking do not count
     return backend
@@ -394,13 +414,19 @@ def add_drafter(
     drafter: Path | None,
     config: LoadConfig,
     *,
+    folder: Path | None = None,
     memory_share: float = FREE_MEMORY_SHARE,
 ) -> CudaBackend:
-    """Return the pair of a target and the drafter of a folder; plain decoding for None."""
+    """Return the pair of a target and the drafter of a folder; plain decoding for None.
+
+    `folder` is the target's, if it was loaded from one.
+    """
     model, head = (None, None) if drafter is None else load_packed_drafter(drafter, target, config)
     backend = CudaBackend(
         *(target, model, head), draft_window=config.draft_window, memory_share=memory_share
     )
+    adapter = None if config.adapter is None else Path(config.adapter)
+    backend.passed = passed_checks(config.checks, (folder, drafter, adapter), config, backend)
     if target.is_exact:
         with inexact_if_refused(target, config):
             backend.check_exact()

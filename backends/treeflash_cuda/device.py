@@ -7,6 +7,7 @@ import platform
 import re
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ OLDEST_WHEELS = 12000
 
 ALLOCATOR_SETTINGS = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
 """Variables of the environment with a user's settings of PyTorch's allocator."""
+DRIVER = Path("/proc/driver/nvidia/version")
 PROBED_BYTES = 32 << 20
 """More than the allocator cuts from a block of small tensors."""
 
@@ -133,3 +135,11 @@ def device_facts(device: torch.device) -> dict[str, str]:
         with suppress(PackageNotFoundError):
             facts[package] = version(package)
     return facts
+
+
+def driver_version() -> str:
+    """Return what NVIDIA's driver tells of itself; empty without one."""
+    try:
+        return DRIVER.read_text(encoding="utf-8")
+    except OSError:
+        return ""

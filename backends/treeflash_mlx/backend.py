@@ -26,6 +26,7 @@ from treeflash.decoding.backend_base import (
 from treeflash.decoding.image_processor import Processor, image_samples
 from treeflash.decoding.interfaces import DeviceReport, Prefill, SequenceState, TableOptions
 from treeflash.decoding.mtp_head import MtpHead
+from treeflash.decoding.passed_checks import passed_checks
 from treeflash.decoding.probe import ATTEMPTS, LIMITS, relative_difference
 from treeflash.decoding.recurrent_head import RecurrentHead
 from treeflash.decoding.session import SequenceSession
@@ -114,6 +115,11 @@ class MlxBackend(BaseBackend):
             self.drafter = Drafter(drafter_model, target, draft_window)
         self.device = "cpu" if mx.default_device().type == mx.cpu else "gpu"
         self.device_name = str(mx.device_info()["device_name"])
+
+    @property
+    def kernel_facts(self) -> list[str]:
+        """What chooses the kernels of this process besides the models and the versions."""
+        return [str(sorted(mx.device_info().items()))]
 
     def open(self, capacity: int, *, drafts: bool) -> State:
         drafter = None
@@ -205,6 +211,7 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> MlxBackend:
     choose_products(model.model, drafter_model, module)
     window = config.draft_window or DRAFT_WINDOW
     backend = MlxBackend(model, drafter_model, head, draft_window=window)
+    backend.passed = passed_checks(config.checks, (target, drafter, adapter), config, backend)
     model.batches = runs_batches(backend)
     if not model.batches:
         logging.getLogger(__name__).warning(

@@ -44,8 +44,9 @@ FOR_BACKENDS = {
     "drafters",
     *(f"decoding.{name}" for name in ("interfaces", "backend_base", "tree", "transitions")),
     *(f"decoding.{name}" for name in ("sampling", "hybrid", "families", "session")),
-    *(f"decoding.{name}" for name in ("probe", "threads", "mtp_head", "recurrent_head")),
-    *(f"decoding.{name}" for name in ("logit_tables", "output_stage", "images", "image_processor")),
+    *(f"decoding.{name}" for name in ("probe", "passed_checks", "threads", "mtp_head")),
+    *(f"decoding.{name}" for name in ("logit_tables", "output_stage", "recurrent_head")),
+    *(f"decoding.{name}" for name in ("images", "image_processor")),
 }
 # What its modules for training may import.
 FOR_TRAINING = FOR_BACKENDS | {"training"}

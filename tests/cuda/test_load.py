@@ -7,9 +7,12 @@ from functools import partialmethod
 
 import numpy as np
 import pytest
+from byte_tokens import save_tokenizer
 from safetensors.numpy import save_file
 
+import treeflash
 from treeflash.config import DecodeConfig, LoadConfig
+from treeflash.decoding import backend_base, probe
 from treeflash.decoding.interfaces import TableOptions
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
@@ -436,3 +439,30 @@ def test_custom_attention_is_refused(tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModelError, match="doge models compute attention in a way"):
         load(tmp_path, None, CPU)
+
+
+def test_a_pair_that_passed_its_checks_is_not_checked_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("TREEFLASH_CACHE", str(tmp_path / "cache"))
+    checked = []
+
+    def check(backend):
+        checked.append(backend.dtype)
+        probe.check_trees(backend)
+
+    monkeypatch.setattr(backend_base, "check_trees", check)
+    target, drafter = write_pair(tmp_path, "qwen3")
+    save_tokenizer(target)
+
+    def load_pair(**settings):
+        treeflash.load(target, drafter, backend="cuda", device="cpu", **settings)
+
+    load_pair(dtype="float32")
+    load_pair(dtype="float32")
+    assert checked == ["float32"]
+    load_pair(dtype="bfloat16", exact=False)
+    assert checked == ["float32", "bfloat16"]
+    weights = target / "model.safetensors"
+    weights.write_bytes(weights.read_bytes())
+    load_pair(dtype="float32")
+    load(target, drafter, LoadConfig(device="cpu", dtype="float32"))
+    assert checked == ["float32", "bfloat16", "float32", "float32"]

@@ -111,7 +111,9 @@ def make_parser() -> Parser:
         f"up to {AUTO_SEQUENCES}, fewer if they would need more than {AUTO_BYTES >> 30} GiB of KV "
         "cache (default: 1)",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE.json", help="write the results to this file"
+    )
     parser.add_argument(
         "--report",
         type=Path,

@@ -28,6 +28,7 @@ from treeflash.decoding.interfaces import (
     TableOptions,
     Verify,
 )
+from treeflash.decoding.passed_checks import PassedChecks
 from treeflash.decoding.probe import ImageSample, check_exact, check_images, check_trees
 from treeflash.decoding.sampling import SampledTokens, sample
 from treeflash.decoding.transitions import TransitionTable
@@ -478,6 +479,8 @@ class BaseBackend:
     """
 
     stores_states = False
+    # Facts of the device and of settings of the framework that choose kernels, for `passed`.
+    kernel_facts: Sequence[str] = ()
 
     def __init__(self, target: Any, drafter_model: Any, head: ARHead | None) -> None:
         self.target = target
@@ -497,19 +500,24 @@ class BaseBackend:
         if isinstance(reason := getattr(target, "processor", None), str):
             self.images = reason
         self._trees: bool | UnsupportedModelError = False  # whether they were checked, or the error
+        self.passed = PassedChecks()  # the checks that need not run again
 
     def check_exact(self) -> None:
         """Say that the backend is exact, and that it runs draft trees.
 
         Raises an UnsupportedModelError if it is not exact.
         """
-        check_exact(cast(Backend, self))
+        if "exact" not in self.passed:
+            check_exact(cast(Backend, self))
+            self.passed.add("exact")
         self.inexact, self._trees = None, True
 
     def check_trees(self) -> None:
         if self._trees is False:
             try:
-                check_trees(cast(Backend, self))
+                if "trees" not in self.passed:
+                    check_trees(cast(Backend, self))
+                    self.passed.add("trees")
                 self._trees = True
             except UnsupportedModelError as error:
                 self._trees = error
@@ -519,7 +527,9 @@ class BaseBackend:
     def check_images(self, processor: ImageProcessor, samples: Sequence[ImageSample]) -> None:
         """Take images from now on, if the target passes the check of `probe`."""
         try:
-            check_images(cast(Backend, self), *samples)
+            if "images" not in self.passed:
+                check_images(cast(Backend, self), *samples)
+                self.passed.add("images")
             self.images = processor
         except UnsupportedModelError as error:
             self.images = str(error)

@@ -1,0 +1,162 @@
+"""Checks at load that passed are kept for as long as nothing that they depend on has changed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from treeflash import processors
+from treeflash.config import LoadConfig
+from treeflash.decoding import backend_base
+from treeflash.decoding import passed_checks as module
+from treeflash.decoding.passed_checks import PassedChecks, passed_checks
+from treeflash.errors import UnsupportedModelError
+
+
+class Backend:
+    """What is known of a loaded backend."""
+
+    name, device, dtype, kernel_facts = "some", "cpu", "float32", ("AVX2",)
+
+
+class Machine:
+    """A machine on which models may have passed a check; its parts can be replaced."""
+
+    def __init__(self, folder: Path, monkeypatch) -> None:
+        self.folder, self.patch = folder, monkeypatch
+        self.backend, self.config = Backend(), LoadConfig()
+        self.models = [folder / name for name in ("target", "drafter")]
+        for path in self.models:
+            path.mkdir()
+            (path / "config.json").write_text("{}")
+            (path / "model.safetensors").write_bytes(b"weights")
+        self.processor = folder / "cpuinfo"
+        self.processor.write_text("model name\t: A\nflags\t: avx2\ncpu MHz\t: 1000\n\nprocessor: 1")
+        monkeypatch.setattr(processors, "CPUINFO", self.processor)
+        self.sources = folder / "sources"
+        self.sources.mkdir()
+        (self.sources / "code.py").write_text("1")
+        monkeypatch.setattr(module, "_folder_of", lambda package: self.sources)
+        for variable in ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR", "LD_PRELOAD"):
+            monkeypatch.delenv(variable, raising=False)
+
+    def checks(self) -> PassedChecks:
+        return passed_checks(self.folder / "checks", self.models, self.config, self.backend)
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    return Machine(tmp_path, monkeypatch)
+
+
+def rewrite(path: Path) -> None:
+    """Give a file another content of the same size."""
+    content = path.read_bytes()
+    path.write_bytes(bytes(255 - byte for byte in content))
+
+
+CHANGES = {
+    "the target's weights": lambda m: rewrite(m.models[0] / "model.safetensors"),
+    "the target's configuration": lambda m: rewrite(m.models[0] / "config.json"),
+    "the drafter": lambda m: rewrite(m.models[1] / "model.safetensors"),
+    "no drafter": lambda m: m.models.pop(),
+    "a file more": lambda m: (m.models[0] / "model-2.safetensors").write_bytes(b""),
+    "the dtype of the settings": lambda m: setattr(m, "config", LoadConfig(dtype="bfloat16")),
+    "a setting": lambda m: setattr(m, "config", LoadConfig(kv_bits=8)),
+    "exact mode": lambda m: setattr(m, "config", LoadConfig(exact=True)),
+    "the backend": lambda m: setattr(m.backend, "name", "other"),
+    "the device": lambda m: setattr(m.backend, "device", "cuda:0"),
+    "the dtype": lambda m: setattr(m.backend, "dtype", "bfloat16"),
+    "the kernels": lambda m: setattr(m.backend, "kernel_facts", ("AVX512",)),
+    "the sources": lambda m: (m.sources / "code.py").write_text("2"),
+    "a version": lambda m: m.patch.setattr(module, "version", lambda package: "99"),
+    "the processor": lambda m: rewrite(m.processor),
+    "the system": lambda m: m.patch.setattr(module.platform, "platform", lambda: "other"),
+    **{
+        variable: lambda m, variable=variable: m.patch.setenv(variable, "default")
+        for variable in ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR", "LD_PRELOAD")
+    },
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_pass_is_forgotten_when_something_that_it_depends_on_changes(machine, change):
+    assert "trees" not in machine.checks()
+    machine.checks().add("trees")
+    assert "trees" in machine.checks()
+    assert "exact" not in machine.checks()
+    change(machine)
+    assert "trees" not in machine.checks()
+
+
+@pytest.mark.parametrize("variable", ["OMP_NUM_THREADS", "LANG", "TREEFLASH_CACHE"])
+def test_a_pass_does_not_depend_on_what_changes_no_kernel(machine, variable):
+    machine.checks().add("trees")
+    machine.patch.setenv(variable, "1")
+    machine.processor.write_text(machine.processor.read_text().replace("1000", "3000"))
+    machine.config = replace(machine.config, checks=Path("elsewhere"))
+    assert "trees" in machine.checks()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"passed": 1}', '{"passed": [["trees"]]}', "\0"])
+def test_a_damaged_file_is_ignored_and_replaced(tmp_path, text):
+    path = tmp_path / "checks.json"
+    path.write_text(text)
+    checks = PassedChecks(path)
+    assert "trees" not in checks
+    checks.add("trees")
+    assert json.loads(path.read_text()) == {"passed": ["trees"]}
+
+
+def test_processes_that_pass_checks_at_once_keep_both(tmp_path):
+    path = tmp_path / "folder" / "checks.json"
+    first, second = PassedChecks(path), PassedChecks(path)
+    first.add("trees")
+    second.add("exact")
+    assert {"trees", "exact"} <= PassedChecks(path)._names
+    assert [file.name for file in path.parent.iterdir()] == ["checks.json"]
+
+
+def test_a_cache_that_cannot_be_written_keeps_nothing(tmp_path):
+    (tmp_path / "file").write_text("")
+    checks = PassedChecks(tmp_path / "file" / "checks.json")
+    checks.add("trees")
+    assert "trees" in checks
+    assert "trees" not in PassedChecks(tmp_path / "file" / "checks.json")
+
+
+def test_without_a_folder_nothing_is_kept(machine):
+    checks = passed_checks(None, machine.models, machine.config, machine.backend)
+    checks.add("trees")
+    assert "trees" not in checks
+
+
+class Target:
+    """What `BaseBackend` reads of a target."""
+
+    dtype, vocab_size, max_positions = "float32", 8, 8
+
+
+def test_only_passes_are_kept(tmp_path, monkeypatch):
+    found: list[bool] = []
+
+    def check(backend) -> None:
+        found.append(len(found) > 0)
+        if not found[-1]:
+            raise UnsupportedModelError("it differs")
+
+    monkeypatch.setattr(backend_base, "check_trees", check)
+
+    def load() -> backend_base.BaseBackend:
+        backend = backend_base.BaseBackend(Target(), None, None)
+        backend.passed = PassedChecks(tmp_path / "checks.json")
+        return backend
+
+    with pytest.raises(UnsupportedModelError):
+        load().check_trees()
+    load().check_trees()
+    load().check_trees()
+    assert found == [False, True], "the third load knows that the check passed"
