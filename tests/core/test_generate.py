@@ -19,7 +19,6 @@ from failures import failing
 from processes import core_command, core_module
 
 from treeflash.cli.single_prompt import SAMPLE_PROMPT, summarise
-from treeflash.commands import generate
 from treeflash.commands.generate import main
 from treeflash.errors import NumericalError
 
@@ -453,7 +452,7 @@ def test_sigint_while_importing_has_no_traceback(tmp_path):
     (tmp_path / "huggingface_hub.py").write_text(code)
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     process = subprocess.run(
-        [sys.executable, "-m", generate.__name__, "hi"],
+        [sys.executable, "-m", "treeflash.generate", "hi"],
         capture_output=True,
         text=True,
         check=False,

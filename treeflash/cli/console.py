@@ -34,6 +34,8 @@ EXIT_DEVICE_LOST = 1
 EXIT_BAD_INPUT = 2
 EXIT_SIGNAL = 128  # shells add the number of the signal that ended a program
 EXIT_READER_GONE = 141  # the exit status that shells report for SIGPIPE
+LONG_PROMPT = 512
+"""Tokens of a prompt that take long enough to show how many of them have run."""
 DEVICE_LOST_ADVICE = (
     "the GPU refuses further work of this process; start again, with smaller draft trees "
     "(--budget) or without other programs on the GPU"
@@ -116,6 +118,11 @@ def progress(console: Console, *more: ProgressColumn) -> Progress:
     """Create a progress bar with a description, a count and the remaining time."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     return Progress(*columns, *more, TimeRemainingColumn(), console=console)
+
+
+def reading(done: int, total: int) -> str:
+    """Say how much of a prompt has run; worth it from `LONG_PROMPT` tokens on."""
+    return f"reading the prompt: {done:,} of {total:,} tokens"
 
 
 def print_columns(rows: Iterable[Sequence[str]]) -> None:

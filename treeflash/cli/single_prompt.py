@@ -8,7 +8,7 @@ import math
 import os
 import stat
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.text import Text
 from rich.tree import Tree
 
+from treeflash.cli.console import LONG_PROMPT, reading
 from treeflash.config import AUTO, SamplingConfig
 from treeflash.decoding import interfaces
 from treeflash.decoding.loop import Step
@@ -31,7 +32,7 @@ from treeflash.language_model import LanguageModel
 from treeflash.text.generation import Comparison, Generation, TokenLogProb, mean
 from treeflash.text.options import Options
 from treeflash.text.prompt import Prompt, read_text
-from treeflash.text.stream import Parallel, Stream
+from treeflash.text.stream import Chunk, Parallel, Stream
 from treeflash.text.tokenizer import Tokenizer
 
 WARM_UP_TOKENS = 8
@@ -285,7 +286,7 @@ def run_text(
         warm_up(stream)
     printed = 0
     try:
-        for chunk in stream:
+        for chunk in _chunks(stream, console):
             if not as_json:
                 print(chunk.text, end="", flush=True)
                 printed += len(chunk.text)
@@ -321,6 +322,17 @@ def run_text(
     if generation.compare is not None and not generation.compare.explained:
         code = NOT_EQUAL
     return code
+
+
+def _chunks(stream: Stream, console: Console) -> Iterator[Chunk]:
+    """Yield the chunks of a stream; a terminal shows how much of a long prompt has run."""
+    total = len(stream.assembler.prompt_ids)
+    if total > LONG_PROMPT:
+        with console.status(reading(0, total)) as status:
+            stream.on_progress = lambda progress: status.update(reading(progress.done, total))
+            first = next(stream)
+        yield first
+    yield from stream
 
 
 def list_log_probs(log_probs: Sequence[TokenLogProb], tokenizer: Tokenizer) -> str:

@@ -27,7 +27,7 @@ from rich.text import Text
 
 from treeflash.cli import options as cli
 from treeflash.cli.answer_view import AnswerView
-from treeflash.cli.console import Parser, guarded
+from treeflash.cli.console import LONG_PROMPT, Parser, guarded, reading
 from treeflash.cli.single_prompt import explain, summarise
 from treeflash.config import GIB, cache_folder, write_whole
 from treeflash.decoding import Scheduler, SchedulerConfig
@@ -51,8 +51,6 @@ except ImportError:  # Windows
 CACHE_BYTES = GIB
 """Device memory that may keep the conversation so far, so that only new messages are prefilled, on
 a device that does not report its memory; else half of what the models leave free."""
-LONG_PROMPT = 512
-"""Tokens of a prompt from which on its progress is shown."""
 SETTABLE = [name for name in cli.DECODE_OPTIONS if name not in ("raw", "log_probs", "system")]
 """The options of decoding that `/set` changes."""
 STYLES = ("cyan", "green", "yellow", "magenta", "blue", "red")
@@ -262,8 +260,8 @@ class ChatSession:
             try:
                 while assembler.finish_reason is None and not self.interrupted.is_set():
                     if not assembler.chunks and prompt_tokens > LONG_PROMPT:
-                        done = scheduler.committed_tokens
-                        view.report(f"reading the prompt: {done:,} of {prompt_tokens:,} tokens")
+                        progress = scheduler.prompts.get(request)
+                        view.report(reading(progress.done if progress else 0, prompt_tokens))
                     for _, step in scheduler.step():
                         if isinstance(step, Exception):
                             raise step

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
@@ -10,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treeflash.config import AUTO, DecodeConfig
-from treeflash.decoding import Request, Scheduler, SchedulerConfig, decode
+from treeflash.decoding import PromptProgress, Request, Scheduler, SchedulerConfig
 from treeflash.decoding.adaptive_budget import AdaptiveBudgets
 from treeflash.decoding.images import PromptImages
 from treeflash.decoding.interfaces import Backend
@@ -171,18 +172,30 @@ class Stream(Iterator[Chunk]):
     Decoding starts with the first chunk. An interruption loses no complete chunk: `generation`
     joins them, with the finish reason `interrupted`. `close`, or the end of a `with` block, ends
     the text early.
+
+    Attributes:
+        on_progress: called after each part of a prompt that runs in several; None is not called.
     """
+
+    on_progress: Callable[[PromptProgress], None] | None = None
 
     def __init__(self, assembler: Assembler, budgets: AdaptiveBudgets | None = None) -> None:
         self.assembler = assembler
         self._budgets = budgets
-        self._steps = decode(assembler.backend, assembler.request(), budgets)
+        scheduler = Scheduler(assembler.backend, budgets=budgets)
+        scheduler.submit(assembler.request())
+        self._events = _run(scheduler)
 
     def __next__(self) -> Chunk:
-        chunk = self.assembler.add(next(self._steps))
-        if chunk.finish_reason is not None:
-            self.close()  # a stop string may have ended the text before its sequence
-        return chunk
+        for event in self._events:
+            if isinstance(event, Step):
+                chunk = self.assembler.add(event)
+                if chunk.finish_reason is not None:
+                    self.close()  # a stop string may have ended the text before its sequence
+                return chunk
+            if self.on_progress is not None:
+                self.on_progress(event)
+        raise StopIteration
 
     def __enter__(self) -> Stream:
         return self
@@ -192,7 +205,7 @@ class Stream(Iterator[Chunk]):
 
     def close(self) -> None:
         """End the text here and free its KV cache; no chunk follows."""
-        self._steps.close()
+        self._events.close()
 
     @property
     def finish_reason(self) -> str | None:
@@ -231,6 +244,17 @@ class Stream(Iterator[Chunk]):
     def generation(self) -> Generation:
         """Return all chunks so far as one result; `interrupted` if the text is not complete."""
         return self.assembler.generation()
+
+
+def _run(scheduler: Scheduler) -> Generator[Step | PromptProgress, None, None]:
+    """Decode the only sequence of a scheduler; yields its steps and, before them, its progress."""
+    with closing(scheduler):
+        while scheduler.busy:
+            for _, event in scheduler.step():
+                if isinstance(event, Exception):
+                    raise event
+                yield event
+            yield from scheduler.prompts.values()
 
 
 def scheduler_config(parallel: Parallel) -> SchedulerConfig:

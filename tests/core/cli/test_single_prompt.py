@@ -1,14 +1,16 @@
-"""Drawings of draft trees."""
+"""Drawings of draft trees, and the progress of a prompt."""
 
 from __future__ import annotations
 
 import io
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from rich.console import Console
 
-from treeflash.cli.single_prompt import SHOWN_NODES, explain
+from treeflash.cli.single_prompt import SHOWN_NODES, explain, run_text
 from treeflash.decoding.loop import Step
 from treeflash.decoding.tree import DraftTree
 
@@ -74,3 +76,25 @@ def test_no_bonus_if_the_text_ended_on_the_path(draw):
 
 def test_square_brackets_are_not_markup(draw):
     assert "'['" in "".join(draw("r[", [-1, 0], [1, 0.5], [0]))
+
+
+class RecordedConsole(Console):
+    """A console that keeps what its status says."""
+
+    def __init__(self) -> None:
+        super().__init__(file=io.StringIO())
+        self.said: list[str] = []
+
+    @contextmanager
+    def status(self, text: str):
+        self.said.append(text)
+        yield SimpleNamespace(update=self.said.append)
+
+
+@pytest.mark.parametrize(("length", "said"), [(512, []), (2500, [0, 2048])])
+def test_a_status_says_how_much_of_a_long_prompt_has_run(scripted, capsys, length, said):
+    model, console = scripted("An answer."), RecordedConsole()
+    stream = model.stream([1] * length, max_tokens=100)
+    assert run_text(stream, {}, console, as_json=False, compared=False, explained=0) == 0
+    assert capsys.readouterr().out == "An answer.\n"
+    assert console.said == [f"reading the prompt: {done:,} of 2,500 tokens" for done in said]
