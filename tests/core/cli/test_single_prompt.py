@@ -94,6 +94,7 @@ class RecordedConsole(Console):
 @pytest.mark.parametrize(("length", "said"), [(512, []), (2500, [0, 2048])])
 def test_a_status_says_how_much_of_a_long_prompt_has_run(scripted, capsys, length, said):
     model, console = scripted("An answer."), RecordedConsole()
+    model.backend.max_positions = 4000
     stream = model.stream([1] * length, max_tokens=100)
     assert run_text(stream, {}, console, as_json=False, compared=False, explained=0) == 0
     assert capsys.readouterr().out == "An answer.\n"
