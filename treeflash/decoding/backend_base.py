@@ -479,8 +479,6 @@ class BaseBackend:
     """
 
     stores_states = False
-    # Facts of the device and of settings of the framework that choose kernels, for `passed`.
-    kernel_facts: Sequence[str] = ()
 
     def __init__(self, target: Any, drafter_model: Any, head: ARHead | None) -> None:
         self.target = target
@@ -501,6 +499,11 @@ class BaseBackend:
             self.images = reason
         self._trees: bool | UnsupportedModelError = False  # whether they were checked, or the error
         self.passed = PassedChecks()  # the checks that need not run again
+
+    @property
+    def kernel_facts(self) -> Sequence[str]:
+        """Facts of the device and settings of the framework that choose kernels."""
+        return ()
 
     def check_exact(self) -> None:
         """Say that the backend is exact, and that it runs draft trees.

@@ -423,6 +423,9 @@ class Loader(Protocol):
       with this `DrafterShape`; then another drafter is looked for.
     - `memory_limit()` returns the bytes that models may take, or None: larger ones are refused.
     - `examine_device(config)` returns a `DeviceReport` without any model, for `doctor`.
+
+    Its package may have a module `command_imports`, whose `prepare()` is called before the backend
+    is imported in a process that runs a command of treeflash and nothing else.
     """
 
     def __call__(self, target: Path, drafter: Path | None, config: LoadConfig) -> Backend:
