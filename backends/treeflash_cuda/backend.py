@@ -31,7 +31,7 @@ from treeflash.decoding.backend_base import (
 )
 from treeflash.decoding.image_processor import Processor
 from treeflash.decoding.interfaces import DeviceReport, Prefill
-from treeflash.decoding.passed_checks import passed_checks
+from treeflash.decoding.passed_checks import PassedChecks, passed_checks
 from treeflash.decoding.tree import DraftTree
 from treeflash.drafters.config import DrafterShape
 from treeflash.drafters.folder import StoredTensor, read_quantised
@@ -155,18 +155,6 @@ class CudaBackend(BaseBackend):
         """The hardware and, on a CPU, the threads of a pass."""
         name = device_name(self.target.device)
         return name if self.target.threads is None else f"{name}, {torch.get_num_threads()} threads"
-
-    @property
-    def kernel_facts(self) -> list[str]:
-        """What chooses the kernels of this process besides the models and the versions."""
-        return [
-            json.dumps(device_facts(self.target.device)),
-            driver_version(),
-            torch.__config__.show(),  # also the instructions that are used
-            torch.get_float32_matmul_precision(),
-            str(torch.backends.mkldnn.enabled),
-            str(torch.are_deterministic_algorithms_enabled()),
-        ]
 
     @property
     def captures(self) -> int:
@@ -369,7 +357,9 @@ def load_pair(target: Path, drafter: Path | None, config: LoadConfig) -> CudaBac
     """Load a pair in the dtype of a configuration; without one, in float32 on a CPU."""
     processes = process_count()
     split = processes > 1
-    model = load_target(target, config, pack=not config.compile and not split, processes=processes)
+    passed = kept_checks(target, drafter, config)
+    pack = not config.compile and not split
+    model = load_target(target, config, pack=pack, processes=processes, passed=passed)
     # A graph belongs to one device.
     model.graphs.enabled = config.cuda_graphs and config.device_map is None
     if split:
@@ -381,7 +371,7 @@ def load_pair(target: Path, drafter: Path | None, config: LoadConfig) -> CudaBac
     if config.compile:
         for layer in model.layers:
             layer.compile()
-    backend = add_drafter(model, drafter, config, folder=target)
+    backend = add_drafter(model, drafter, config, passed=passed)
     if drafter is not None and model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)  # loading and checking do not count
     return backend
@@ -414,19 +404,19 @@ def add_drafter(
     drafter: Path | None,
     config: LoadConfig,
     *,
-    folder: Path | None = None,
+    passed: PassedChecks | None = None,
     memory_share: float = FREE_MEMORY_SHARE,
 ) -> CudaBackend:
     """Return the pair of a target and the drafter of a folder; plain decoding for None.
 
-    `folder` is the target's, if it was loaded from one.
+    Checks that were `passed` do not run.
     """
     model, head = (None, None) if drafter is None else load_packed_drafter(drafter, target, config)
     backend = CudaBackend(
         *(target, model, head), draft_window=config.draft_window, memory_share=memory_share
     )
-    adapter = None if config.adapter is None else Path(config.adapter)
-    backend.passed = passed_checks(config.checks, (folder, drafter, adapter), config, backend)
+    if passed is not None:
+        backend.passed = passed
     if target.is_exact:
         with inexact_if_refused(target, config):
             backend.check_exact()
@@ -578,8 +568,35 @@ def runs_on_cpu(config: LoadConfig) -> bool:
         return True
 
 
-def load_target(folder: Path, config: LoadConfig, *, pack: bool, processes: int = 1) -> Target:
-    """Load a target that runs draft trees; see `Target`. Raises the errors of `Loader`."""
+def kept_checks(target: Path, drafter: Path | None, config: LoadConfig) -> PassedChecks:
+    """Find the checks that a pair has passed on this device with this PyTorch's settings."""
+    device = choose_device(config.device)
+    facts = (
+        device,
+        json.dumps(device_facts(device)),
+        driver_version(),
+        torch.__config__.show(),  # also the instructions that are used
+        torch.get_float32_matmul_precision(),
+        torch.backends.mkldnn.enabled,
+        torch.are_deterministic_algorithms_enabled(),
+    )
+    adapter = None if config.adapter is None else Path(config.adapter)
+    models = target, drafter, adapter
+    return passed_checks(config.checks, models, config, "treeflash_cuda", facts)
+
+
+def load_target(
+    folder: Path,
+    config: LoadConfig,
+    *,
+    pack: bool,
+    processes: int = 1,
+    passed: PassedChecks | None = None,
+) -> Target:
+    """Load a target that runs draft trees; see `Target`. Raises the errors of `Loader`.
+
+    Checks of exact mode that were `passed` do not run.
+    """
     device = choose_device(config.device)
     if config.threads is not None:
         cpu_threads().choose(config.threads)
@@ -600,7 +617,7 @@ def load_target(folder: Path, config: LoadConfig, *, pack: bool, processes: int 
     is_default = device.type == "cpu" and is_half and not any(others)
     if is_default if config.exact is None else config.exact:
         with inexact_if_refused(model, config):
-            model.make_exact()
+            model.make_exact(passed or PassedChecks())
     if pack and model.operations is not None:
         fuse_layers(model.model, model.operations, model.dtype)
         fuse_experts(model.model, model.operations, model.dtype)

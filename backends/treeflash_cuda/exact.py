@@ -63,6 +63,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.masking_utils import causal_mask_function
 
+from treeflash.decoding.passed_checks import PassedChecks
 from treeflash.decoding.probe import INEXACT
 from treeflash.errors import UnsupportedModelError
 from treeflash_cuda.attention import (
@@ -502,12 +503,15 @@ def row_multiple(dtype: torch.dtype) -> int:
     return FBGEMM_ROWS if HAS_AVX2_ALONE and uses_fbgemm(dtype) else 1
 
 
-def bound_products(model: nn.Module, dtype: torch.dtype, undo: ExitStack, least: int) -> None:
+def bound_products(
+    model: nn.Module, dtype: torch.dtype, undo: ExitStack, least: int, passed: PassedChecks
+) -> None:
     """Let the linear layers of a loaded model give a row equal bits, whatever rows are beside it.
 
     Until `undo` ends, products of fewer than `least` rows are padded, others to `row_multiple`, and
-    products of more rows than have the same bits on this machine are split. Passes of one token
-    have more rows anyway; the least is for the output head of a longer pass.
+    products of more rows than have the same bits on this machine are split: than `passed` tells
+    of shapes that were checked before. Passes of one token have more rows anyway; the least is for
+    the output head of a longer pass.
 
     Raises an UnsupportedModelError if fewer than `LEAST_ROWS` rows have the same bits, or a module
     computes products in another way.
@@ -523,7 +527,8 @@ def bound_products(model: nn.Module, dtype: torch.dtype, undo: ExitStack, least:
             counts = [n for n in MORE_CHECKED_ROWS if n <= affordable]
             counts = [*CHECKED_ROWS, *counts]
             device = next(model.parameters()).device
-            most[shape] = _equal_rows(bounded, shape, dtype, device, counts, LEAST_ROWS)
+            check = partial(_equal_rows, bounded, shape, dtype, device, counts, LEAST_ROWS)
+            most[shape] = passed.find(f"products of {shape} in {dtype}", check)
         bounded.most = most[shape]
         undo.callback(setattr, owner, name, product)
         setattr(owner, name, bounded)

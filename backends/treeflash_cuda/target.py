@@ -35,6 +35,7 @@ from treeflash.config import LoadConfig
 from treeflash.decoding.backend_base import arrays_nbytes
 from treeflash.decoding.families import ImageFamily, family_of, image_family, refusal
 from treeflash.decoding.image_processor import TOKEN_TYPES, Processor, load_processor
+from treeflash.decoding.passed_checks import PassedChecks
 from treeflash.decoding.probe import INEXACT, TOLERANCE_FACTOR, TOLERANCES, ImageSample
 from treeflash.decoding.tree import DraftTree
 from treeflash.drafters.adapter import merge_adapter
@@ -556,11 +557,11 @@ class Target:
                 f"support (relative error of the logits: {difference:.2f})"
             )
 
-    def make_exact(self) -> None:
+    def make_exact(self, passed: PassedChecks) -> None:
         """Compute each position in the same way whatever is computed with it; see `exact`.
 
-        Raises an UnsupportedModelError if a layer cannot be computed in this way, or has other bits
-        on this machine.
+        What checks of products found before, `passed` tells. Raises an UnsupportedModelError if a
+        layer cannot be computed in this way, or has other bits on this machine.
         """
         if self.is_hybrid:
             raise UnsupportedModelError(f"{INEXACT}: it does not support recurrent layers")
@@ -583,7 +584,7 @@ class Target:
                     raise UnsupportedModelError(f"{INEXACT}: it does not support attention sinks")
                 self.token_rows = token_rows(self.model, self.dtype)
                 least = min(self.token_rows, LINEAR_ROWS)
-                bound_products(self.model, self.dtype, self._exact_changes, least)
+                bound_products(self.model, self.dtype, self._exact_changes, least, passed)
                 pack_activations(self.model, self.dtype, self._exact_changes)
                 check_activations(self.model, self.dtype)
                 assert self.arena.like is not None

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from treeflash.config import LoadConfig
+from treeflash.decoding.passed_checks import PassedChecks
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.errors import ConfigError, UnsupportedModelError
@@ -94,7 +95,7 @@ class Spoilt(nn.Linear):
 
 
 def bind(model):
-    exact.bound_products(model, torch.bfloat16, ExitStack(), exact.LINEAR_ROWS)
+    exact.bound_products(model, torch.bfloat16, ExitStack(), exact.LINEAR_ROWS, PassedChecks())
 
 
 def test_a_product_with_one_row_is_padded_or_refused():

@@ -500,11 +500,6 @@ class BaseBackend:
         self._trees: bool | UnsupportedModelError = False  # whether they were checked, or the error
         self.passed = PassedChecks()  # the checks that need not run again
 
-    @property
-    def kernel_facts(self) -> Sequence[str]:
-        """Facts of the device and settings of the framework that choose kernels."""
-        return ()
-
     def check_exact(self) -> None:
         """Say that the backend is exact, and that it runs draft trees.
 

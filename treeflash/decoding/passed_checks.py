@@ -3,14 +3,15 @@
 A check takes seconds and finds the same until something changes that it depends on:
 
 - the files of the models and the adapter: their paths, inodes, sizes and times;
-- how they are loaded: all settings of `LoadConfig`, the backend, the device and the data type;
+- how they are loaded: all settings of `LoadConfig`, the backend and the device;
 - the sources of treeflash and of the backend, and the versions of the frameworks;
 - the processor, and what the backend tells of a GPU and its driver;
 - variables of the environment that choose kernels or limit a processor's instructions.
 
 A hash of all of them is the name of a file that lists the checks that passed. The number of threads
-is left out: it changes no bit in exact mode, and in other modes less than any check tolerates. What
-failed is never kept, so a target that is refused is checked again by every process.
+that treeflash chooses itself is left out: it changes no bit in exact mode, and in other modes less
+than any check tolerates. What failed is never kept, so a target that is refused is checked again by
+every process.
 """
 
 from __future__ import annotations
@@ -21,15 +22,13 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 from treeflash.config import LoadConfig, remember
-from treeflash.decoding.interfaces import device_report
 from treeflash.processors import processor_facts
 
 MODEL_FILES = ("*.json", "*.safetensors")
@@ -40,64 +39,74 @@ VARIABLES = (
     *("PYTORCH_", "TORCH", "TREEFLASH_", "TRITON_", "VECLIB_"),
 )
 """The beginnings of names of variables that may choose other kernels."""
-IRRELEVANT = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TREEFLASH_CACHE")
-"""Variables with such beginnings that choose none."""
+IRRELEVANT = "TREEFLASH_CACHE"
+"""The variable with such a beginning that chooses none."""
 
 
 class PassedChecks:
-    """The names of checks in a file; without a path nothing is kept."""
+    """What checks found, by name, in a file; without a path nothing is kept."""
 
     def __init__(self, path: Path | None = None) -> None:
         self._path = path
-        self._names = _read(path)
+        self._found = _read(path)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._names
+        return name in self._found
 
-    def add(self, name: str) -> None:
+    def add(self, name: str, found: int = 1) -> None:
         """Keep that a check passed; that the file cannot be written is not an error."""
         if self._path is not None:
             # Another process may have passed another check meanwhile.
-            self._names |= _read(self._path) | {name}
-            remember(self._path, json.dumps({"passed": sorted(self._names)}))
+            self._found |= _read(self._path) | {name: found}
+            remember(self._path, json.dumps({"passed": self._found}, sort_keys=True))
+
+    def find(self, name: str, check: Callable[[], int]) -> int:
+        """Return the number that a check found when it passed, or finds now."""
+        if name not in self._found:
+            found = check()
+            self.add(name, found)
+            return found
+        return self._found[name]
 
 
 def passed_checks(
-    folder: Path | None, models: Iterable[Path | None], config: LoadConfig, backend: Any
+    folder: Path | None,
+    models: Iterable[Path | None],
+    config: LoadConfig,
+    package: str,
+    facts: Sequence[object],
 ) -> PassedChecks:
-    """Find the checks that these models have passed on a loaded backend; `folder` keeps them."""
+    """Find the checks that models passed when a backend ran them as now; `folder` keeps them.
+
+    Args:
+        folder: the folder of the cache; None keeps nothing.
+        models: the folders of the target, the drafter and the adapter.
+        config: the settings of the load.
+        package: the backend's package.
+        facts: what tells the device, and settings of the framework that choose kernels.
+    """
     if folder is None:
         return PassedChecks()
-    modules = ("treeflash", type(backend).__module__.partition(".")[0])
-    facts = {
+    known = {
         "models": [_files(path, MODEL_FILES) for path in models if path is not None],
-        "settings": {
-            name: str(value) for name, value in asdict(config).items() if name != "checks"
-        },
-        "backend": [backend.name, str(backend.device), backend.dtype, *backend.kernel_facts],
-        # Kernels that are timed at load may win this time and lose the next.
-        "kernels": sorted(
-            (kernel, size)
-            for kernel, verdicts in device_report(backend).kernels.items()
-            for size, verdict in verdicts.items()
-            if verdict.startswith("used")
-        ),
-        "sources": [_files(_folder_of(name), ("**/*.py",)) for name in modules],
+        "settings": str(asdict(replace(config, checks=None))),
+        "backend": [package, *map(str, facts)],
+        "sources": [_files(_folder_of(name), ("**/*.py",)) for name in ("treeflash", package)],
         "versions": [_version(name) for name in PACKAGES],
         "machine": [platform.platform(), sys.version, *processor_facts()],
         "environment": _environment(),
     }
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
     return PassedChecks(folder / f"{digest[:32]}.json")
 
 
-def _read(path: Path | None) -> set[str]:
-    """Read the names in a file; none if it is missing or damaged."""
-    with suppress(OSError, ValueError, TypeError, KeyError):
+def _read(path: Path | None) -> dict[str, int]:
+    """Read what a file keeps; nothing if it is missing or damaged."""
+    with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
         if path is not None:
-            names = json.loads(path.read_text(encoding="utf-8"))["passed"]
-            return {name for name in names if isinstance(name, str)}
-    return set()
+            found = json.loads(path.read_text(encoding="utf-8"))["passed"]
+            return {str(name): int(number) for name, number in found.items()}
+    return {}
 
 
 def _files(folder: Path, patterns: Iterable[str]) -> list[tuple[str, int, int, int, int]]:
@@ -125,5 +134,5 @@ def _environment() -> dict[str, str]:
     return {
         name: value
         for name, value in os.environ.items()
-        if name.startswith(VARIABLES) and name not in IRRELEVANT
+        if name.startswith(VARIABLES) and name != IRRELEVANT
     }

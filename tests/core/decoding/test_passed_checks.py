@@ -15,11 +15,13 @@ from treeflash.decoding import passed_checks as module
 from treeflash.decoding.passed_checks import PassedChecks, passed_checks
 from treeflash.errors import UnsupportedModelError
 
-
-class Backend:
-    """What is known of a loaded backend."""
-
-    name, device, dtype, kernel_facts = "some", "cpu", "float32", ("AVX2",)
+VARIABLES = (
+    "ATEN_CPU_CAPABILITY",
+    "ONEDNN_MAX_CPU_ISA",
+    "MKL_CBWR",
+    "LD_PRELOAD",
+    "OMP_NUM_THREADS",
+)
 
 
 class Machine:
@@ -27,7 +29,7 @@ class Machine:
 
     def __init__(self, folder: Path, monkeypatch) -> None:
         self.folder, self.patch = folder, monkeypatch
-        self.backend, self.config = Backend(), LoadConfig()
+        self.package, self.facts, self.config = "some", ["cpu", "AVX2"], LoadConfig()
         self.models = [folder / name for name in ("target", "drafter")]
         for path in self.models:
             path.mkdir()
@@ -40,11 +42,12 @@ class Machine:
         self.sources.mkdir()
         (self.sources / "code.py").write_text("1")
         monkeypatch.setattr(module, "_folder_of", lambda package: self.sources)
-        for variable in ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR", "LD_PRELOAD"):
+        for variable in VARIABLES:
             monkeypatch.delenv(variable, raising=False)
 
     def checks(self) -> PassedChecks:
-        return passed_checks(self.folder / "checks", self.models, self.config, self.backend)
+        folder = self.folder / "checks"
+        return passed_checks(folder, self.models, self.config, self.package, self.facts)
 
 
 @pytest.fixture
@@ -67,17 +70,15 @@ CHANGES = {
     "the dtype of the settings": lambda m: setattr(m, "config", LoadConfig(dtype="bfloat16")),
     "a setting": lambda m: setattr(m, "config", LoadConfig(kv_bits=8)),
     "exact mode": lambda m: setattr(m, "config", LoadConfig(exact=True)),
-    "the backend": lambda m: setattr(m.backend, "name", "other"),
-    "the device": lambda m: setattr(m.backend, "device", "cuda:0"),
-    "the dtype": lambda m: setattr(m.backend, "dtype", "bfloat16"),
-    "the kernels": lambda m: setattr(m.backend, "kernel_facts", ("AVX512",)),
+    "the backend": lambda m: setattr(m, "package", "other"),
+    "the device and its kernels": lambda m: m.facts.append("AVX512"),
     "the sources": lambda m: (m.sources / "code.py").write_text("2"),
     "a version": lambda m: m.patch.setattr(module, "version", lambda package: "99"),
     "the processor": lambda m: rewrite(m.processor),
     "the system": lambda m: m.patch.setattr(module.platform, "platform", lambda: "other"),
     **{
-        variable: lambda m, variable=variable: m.patch.setenv(variable, "default")
-        for variable in ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR", "LD_PRELOAD")
+        variable: lambda m, variable=variable: m.patch.setenv(variable, "7")
+        for variable in VARIABLES
     },
 }
 
@@ -92,7 +93,7 @@ def test_a_pass_is_forgotten_when_something_that_it_depends_on_changes(machine, 
     assert "trees" not in machine.checks()
 
 
-@pytest.mark.parametrize("variable", ["OMP_NUM_THREADS", "LANG", "TREEFLASH_CACHE"])
+@pytest.mark.parametrize("variable", ["LANG", "TREEFLASH_CACHE"])
 def test_a_pass_does_not_depend_on_what_changes_no_kernel(machine, variable):
     machine.checks().add("trees")
     machine.patch.setenv(variable, "1")
@@ -108,7 +109,7 @@ def test_a_damaged_file_is_ignored_and_replaced(tmp_path, text):
     checks = PassedChecks(path)
     assert "trees" not in checks
     checks.add("trees")
-    assert json.loads(path.read_text()) == {"passed": ["trees"]}
+    assert json.loads(path.read_text()) == {"passed": {"trees": 1}}
 
 
 def test_processes_that_pass_checks_at_once_keep_both(tmp_path):
@@ -116,7 +117,9 @@ def test_processes_that_pass_checks_at_once_keep_both(tmp_path):
     first, second = PassedChecks(path), PassedChecks(path)
     first.add("trees")
     second.add("exact")
-    assert {"trees", "exact"} <= PassedChecks(path)._names
+    both = PassedChecks(path)
+    assert "trees" in both
+    assert "exact" in both
     assert [file.name for file in path.parent.iterdir()] == ["checks.json"]
 
 
@@ -129,9 +132,23 @@ def test_a_cache_that_cannot_be_written_keeps_nothing(tmp_path):
 
 
 def test_without_a_folder_nothing_is_kept(machine):
-    checks = passed_checks(None, machine.models, machine.config, machine.backend)
+    checks = passed_checks(None, machine.models, machine.config, "some", [])
     checks.add("trees")
     assert "trees" not in checks
+
+
+def test_the_number_that_a_check_found_is_kept(tmp_path):
+    path = tmp_path / "checks.json"
+    assert PassedChecks(path).find("rows", lambda: 512) == 512
+    assert PassedChecks(path).find("rows", lambda: pytest.fail("it was checked before")) == 512
+
+    def fail() -> int:
+        raise UnsupportedModelError("it differs")
+
+    with pytest.raises(UnsupportedModelError):
+        PassedChecks(path).find("more", fail)
+    assert "more" not in PassedChecks(path)
+    assert PassedChecks().find("rows", lambda: 64) == 64
 
 
 class Target:
