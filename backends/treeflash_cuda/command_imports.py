@@ -13,19 +13,23 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
 COMPILER = "torch._dynamo"
+DECORATORS = ("allow_in_graph", "assume_constant_result", "disable")
 LAUNCHED = ("WORLD_SIZE", "RANK", "LOCAL_RANK")
 """Variables of a process that was started beside others."""
 
 
 def prepare() -> None:
-    """Import what loading a model needs, unless transformers has its models already."""
+    """Import what loading a model needs, unless transformers has its models already.
+
+    A version of transformers that needs more of the compiler is imported as it is.
+    """
     if "transformers.modeling_utils" in sys.modules or any(x in os.environ for x in LAUNCHED):
         return
     import torch.distributed
@@ -38,14 +42,14 @@ def prepare() -> None:
         is_torch_distributed_available()  # transformers keeps the answer
     finally:
         distributed.is_available = is_available
-    with _decorators_alone():
+    with suppress(ImportError, AttributeError), _decorators_alone():
         import transformers.masking_utils
         import transformers.modeling_utils  # noqa: F401
 
 
-def _unchanged(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the function: in place of decorators that only the compiler reads."""
-    return function
+def _unchanged(function: Any = None, *_: Any, **__: Any) -> Any:
+    """Return the function: in place of decorators, with or without options, of the compiler."""
+    return _unchanged if function is None else function
 
 
 @contextmanager
@@ -60,7 +64,8 @@ def _decorators_alone() -> Iterator[None]:
     assert spec is not None
     package: Any = ModuleType(COMPILER)
     package.__path__ = spec.submodule_search_locations
-    package.allow_in_graph = package.assume_constant_result = _unchanged
+    for decorator in DECORATORS:
+        setattr(package, decorator, _unchanged)
     sys.modules[COMPILER] = package
     torch.__dict__["_dynamo"] = package
     try:
