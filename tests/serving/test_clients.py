@@ -135,6 +135,19 @@ class TestLiteLLM:
         with pytest.raises(litellm.BadRequestError, match="max_tokens"):
             complete(max_tokens=-1)
 
+    @pytest.mark.parametrize("provider", ["ollama", "ollama_chat"])
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_providers_of_ollama(self, complete, server, model, provider, stream):
+        """They send their bodies without a content type."""
+        prompt = MESSAGES if provider == "ollama_chat" else "### User:\nName a river.\n\n"
+        expected = model.generate(prompt, **OPTIONS).text
+        answer = complete(model=f"{provider}/tiny", api_base=server.url, stream=stream)
+        if stream:
+            text = "".join(chunk.choices[0].delta.content or "" for chunk in answer)
+        else:
+            text = answer.choices[0].message.content
+        assert text == expected
+
 
 @pytest.fixture(scope="module")
 def chat(url):

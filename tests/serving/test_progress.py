@@ -72,3 +72,12 @@ def test_only_streams_have_it(server, path):
     response = server.post(path, BODIES[path] | {"return_progress": True})
     check_error(response, 400, "return_progress applies to streams only")
     assert server.post(path, BODIES[path] | OPTIONS | {"return_progress": False}).is_success
+
+
+def test_the_package_of_openai_reads_it(chunked):
+    openai = pytest.importorskip("openai")
+    with openai.OpenAI(base_url=f"{chunked.url}/v1", api_key="-", max_retries=0) as client:
+        fields = {"model": "tiny", "stream": True, "extra_body": {"return_progress": True}}
+        chunks = list(client.chat.completions.create(**BODIES[CHAT], max_tokens=5, **fields))
+    assert chunks[0].prompt_progress["processed"] == 64
+    assert any(chunk.choices[0].delta.content for chunk in chunks)

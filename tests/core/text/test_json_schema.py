@@ -10,6 +10,9 @@ from treeflash.text.json_schema import close_objects
 
 llguidance = pytest.importorskip("llguidance")
 
+from treeflash.text.grammar import Grammar
+from treeflash.text.grammar_sandbox import GrammarSandbox
+
 NAME = {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}
 AGE = {"type": "object", "properties": {"age": {"type": "integer"}}, "required": ["age"]}
 NUMBER = {"type": "integer"}
@@ -190,3 +193,14 @@ def test_depth_is_not_limited_by_the_stack():
     chain = {f"d{i}": {"allOf": [{"$ref": f"#/$defs/d{i + 1}"}]} for i in range(3000)}
     closed = closed_copy({"$ref": "#/$defs/d0", "$defs": {**chain, "d3000": NAME}})
     assert closed["$defs"]["d3000"]["additionalProperties"] is False
+
+
+def test_grammars_are_compiled_with_closed_objects():
+    sandbox = GrammarSandbox({"tokenizer": "byte"})
+    for grammar in (
+        Grammar.json(NAME),
+        Grammar.json({"anyOf": [NAME, AGE]}).either(Grammar.json(NAME)),
+    ):
+        *_, entry = json.loads(sandbox.run(grammar.entries))["grammars"]
+        assert entry["json_schema"]["additionalProperties"] is False
+        assert "additionalProperties" not in NAME
