@@ -95,10 +95,12 @@ class BatchTests:
         sequences = [TrackedSequence(backend, rng) for _ in range(int(rng.integers(2, 5)))]
         trees = [sequence.tree() for sequence in sequences]
         states = [sequence.state for sequence in sequences]
-        together = backend.verifier.logits(list(zip(states, trees, strict=True)))
-        for state, tree, logits in zip(states, trees, together, strict=True):
-            (alone,) = backend.verifier.logits([(state, tree)])
+        work = list(zip(states, trees, strict=True))
+        together, reverse = backend.verifier.logits(work), backend.verifier.logits(work[::-1])
+        for each, logits, again in zip(work, together, reverse[::-1], strict=True):
+            (alone,) = backend.verifier.logits([each])
             assert_close(logits, alone)
+            assert_close(again, alone)
 
     @repeated
     @given(seed=st.integers(0, 10**6))
