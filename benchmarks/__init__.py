@@ -4,6 +4,7 @@
 - `decoding.methods`: block efficiency and speed by method, budget and prompt set.
 - `decoding.half_precision`: where drafting diverges from plain decoding in half precision.
 - `decoding.branches`: best drafts on the spine and after siblings, trees against chains.
+- `decoding.structured`: block efficiency and speed where schemas decide the form of the texts.
 - `decoding.iteration`: the time of an iteration by phase, and of a target forward pass by nodes.
 - `decoding.memory`: memory of the loaded pair, of a sequence, and of many sequences in a row.
 - `throughput`: many sequences at once, beside the batched generation of other packages.

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
 from treeflash.config import METHODS
+from treeflash.testing.models import edit_config
 
 PAGE = Path(__file__).parents[2] / "docs" / "performance.md"
 PROMPTS = ["The sea is", "Why", "A list of cities:", "One and one is"]
@@ -55,6 +57,18 @@ def test_a_benchmark_runs(name, module, sets, pair, tmp_path):
     assert {"date", "revision", "cpu", "versions"} <= results["machine"].keys()
     if name == "throughput":
         assert all(row["equal"] == 2 for row in results["rows"] if row["set"] != "mean")
+
+
+def test_structured_rows(module, tiny_pair, tmp_path):
+    """Every method is compared with plain decoding."""
+    file, target = tmp_path / "out.json", tmp_path / "target"
+    shutil.copytree(tiny_pair[0], target)
+    edit_config(target, lambda config: config.update(eos_token_id=0))
+    pair = ["--target", str(target), "--drafter", str(tiny_pair[1]), "--backend", "reference"]
+    options = ["--rows", "4", "--max-tokens", "5", "--methods", "suffix,treeflash"]
+    assert module("decoding.structured").main([*pair, *options, "--json", str(file)]) == 0
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["prompts"] for row in rows if row["method"] == "suffix"] == [2, 1, 1, 4]
 
 
 def test_a_call_that_leaves_work_waits_for_that_of_an_equal_call(module):

@@ -34,7 +34,7 @@ from treeflash.errors import NumericalError
 from treeflash.reference.backend import ReferenceBackend, load
 from treeflash.reference.drafter import Drafter
 from treeflash.reference.verifier import State, Verifier
-from treeflash.testing.batches import Alternating
+from treeflash.testing.batches import Forcing
 from treeflash.testing.models import edit_config, write_drafter, write_target
 
 FAMILIES = "llama", "qwen3_5"
@@ -80,7 +80,7 @@ def alone(
 ) -> tuple[int, ...]:
     """The tokens of a sequence, decoded plainly and alone to `MAX_TOKENS`."""
     backend = healthy(family)
-    constraint = Alternating(backend.vocab_size) if constrained else None
+    constraint = Forcing(backend.vocab_size) if constrained else None
     request = Request(prompt_ids=prompt, config=config, constraint=constraint)
     steps = Scheduler(backend).decode([request])
     return tuple(token for _, step in steps for token in step.tokens)
@@ -257,8 +257,8 @@ class FaultyBackend(ReferenceBackend):
             assert held <= self.max_bytes, f"{held} bytes of {self.max_bytes}"
 
 
-class FaultyConstraint(Alternating):
-    """Even and odd tokens take turns, until a call fails."""
+class FaultyConstraint(Forcing):
+    """Free, forced and chosen tokens take turns, until a call fails."""
 
     def __init__(self, backend: FaultyBackend) -> None:
         super().__init__(backend.vocab_size)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from byte_tokens import SPECIAL
+from hypothesis import given
+from hypothesis import strategies as st
 
 from treeflash.config import METHODS, DecodeConfig, SamplingConfig
 from treeflash.decoding import Request, Scheduler
 from treeflash.decoding.sampling import unpack
+from treeflash.testing.pairs import repeated
 from treeflash.text.grammar import Grammar, GrammarCompiler, GrammarConstraint, GrammarError
 
 SCHEMA = {
@@ -135,6 +139,67 @@ def check(name, text):
             "gbnf": "yes|no[!?]*",
         }
         assert re.fullmatch(patterns[name], text), text
+
+
+@repeated
+@given(seed=st.integers(0, 10**6))
+def test_schedules_of_grammars_equal_plain_decoding(compiler, model, seed):
+    """Sequences of random grammars, methods and budgets join and leave; all learn from all."""
+    rng = np.random.default_rng(seed)
+    scheduler, ends = Scheduler(model.backend), model.tokenizer.stop_token_ids
+    started, found, left = [], {}, set()
+    for _ in range(60):
+        if len(started) < 6 and rng.random() < 0.3:
+            make = compiler.compile(GRAMMARS[[*GRAMMARS][rng.integers(len(GRAMMARS))]])
+            config = DecodeConfig(
+                method=METHODS[rng.integers(len(METHODS))],
+                budget=(1, 3, 12, 40, "auto")[rng.integers(5)],
+                suffix=bool(rng.random() < 0.5),
+                max_tokens=int(rng.integers(1, 60)),
+                stop_token_ids=ends,
+                sampling=SamplingConfig(temperature=float(rng.integers(2)), seed=seed),
+            )
+            request = Request(prompt_ids=[5, 6, 7], config=config, constraint=make())
+            started.append((request, make))
+            found[scheduler.submit(request)] = []
+        elif started and rng.random() < 0.03:
+            request, _ = started[rng.integers(len(started))]
+            scheduler.cancel(request)
+            left.add(request)
+        for request, step in scheduler.step():
+            assert not isinstance(step, Exception), step
+            found[request] += step.tokens
+    for request, step in scheduler.run():
+        assert not isinstance(step, Exception), step
+        found[request] += step.tokens
+    for request, make in started:
+        plain = replace(request.config, method="ar")
+        again = Request(prompt_ids=[5, 6, 7], config=plain, constraint=make())
+        steps = Scheduler(model.backend).decode([again])
+        expected = [token for _, step in steps for token in step.tokens]
+        tokens = found[request]
+        assert tokens == (expected[: len(tokens)] if request in left else expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_a_grammar_forces_is_drafted(compiler, model, method):
+    """After its first token the text has no choice but its digits and its end."""
+    make = compiler.compile(
+        Grammar.regex(r"(forced|text) goes on for long: \d\d, and then it ends")
+    )
+    config = DecodeConfig(
+        method=method,
+        budget=16,
+        suffix=False,
+        max_tokens=60,
+        stop_token_ids=model.tokenizer.stop_token_ids,
+    )
+    request = Request(prompt_ids=[5, 6, 7], config=config, constraint=make())
+    steps = [step for _, step in Scheduler(model.backend).decode([request])]
+    tokens = [token for step in steps for token in step.tokens]
+    assert re.fullmatch(r"(forced|text) goes .*ends", model.tokenizer.decode(tokens))
+    assert len(tokens) > 40
+    assert len(steps) == len(tokens) if method == "ar" else len(steps) < 10
 
 
 def test_a_complete_text_ends_whatever_tokens_end_others(compiler, model):

@@ -247,18 +247,14 @@ class Iteration:
         drafting = []
         proposals: dict[RunningSequence, SuffixTree] = {}
 
-        def copy(sequence: RunningSequence) -> SuffixTree | None:
-            """Copy what followed earlier occurrences of the text, unless copying does not pay."""
-            config, work = sequence.config, sequence.expect(Draft)
-            if work.suffix is None:
-                return None
+        def free_nodes(config: DecodeConfig) -> int:
+            """Return the nodes of a tree that takes no draft; 0 if such trees do not pay."""
             if not config.is_adaptive:
-                return work.suffix.propose(int(config.budget), work.depths)
+                return int(config.budget)
             budget, count = self.budget(config.method), adaptive[config.method]
             if not pays[config.method] and not budget.copies_alone(count):
-                return None
-            nodes = budget.nodes_to_copy(count)
-            return work.suffix.propose(nodes, work.depths)
+                return 0
+            return budget.nodes_to_copy(count)
 
         def runs_drafter(sequence: RunningSequence, proposal: SuffixTree | None) -> bool:
             config = sequence.config
@@ -274,17 +270,20 @@ class Iteration:
 
         for sequence in waiting:
             started = time.perf_counter()
-            proposal = copy(sequence)
+            work, nodes = sequence.expect(Draft), free_nodes(sequence.config)
+            proposal = None
+            if nodes and work.suffix is not None:
+                proposal = work.suffix.propose(nodes, work.depths)
             runs = runs_drafter(sequence, proposal)
             if proposal is not None:
                 sequence.add_time("tree", started)
                 proposals[sequence] = proposal
             if runs:
                 drafting.append(sequence)
-            elif proposal is None:
-                sequence.resume(None)
+            elif nodes and (proposal is not None or work.constrained):
+                sequence.resume(Drafted(None, nodes, proposal), "tree")
             else:
-                sequence.resume(Drafted(None, len(proposal), proposal), "tree")
+                sequence.resume(None)
 
         def size_of(config: DecodeConfig) -> tuple[int, int, int | None]:
             """Return the nodes of the tree that will be verified, and of the tree to build.

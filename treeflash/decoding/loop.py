@@ -15,8 +15,9 @@ the work: `treeflash.decoding.scheduler` does so for the loops of many sequences
 The loop starts with `Prefill`, unless the prompt is scored: then chains of its tokens are verified
 and committed first, and `Prefill` has the last token alone. The loop ends after the step with a
 finish reason. It yields `Draft` if the method speculates and room is left for more than one token,
-and `Prune` if the budget is `auto` and a tree was drafted. Without a draft, `Verify` has the tree
-of the root alone: plain decoding. An error is raised by whoever carries out the work; the loop is
+and `Prune` if the budget is `auto` and a tree was drafted. A constraint drafts what it forces, so
+that a draft may have neither table nor copies. Without a draft, `Verify` has the tree of the root
+alone: plain decoding. An error is raised by whoever carries out the work; the loop is
 then closed.
 """
 
@@ -24,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence, Set
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -32,17 +34,16 @@ from numpy.typing import NDArray
 from treeflash.config import DecodeConfig
 from treeflash.decoding.batch_trees import Outcome
 from treeflash.decoding.interfaces import Prefill, SequenceState, Verify
+from treeflash.decoding.merged_trees import Choices, merge, merge_allowed
 from treeflash.decoding.request import Request
 from treeflash.decoding.sampling import (
     LogProbs,
     PenaltyState,
     SampledTokens,
     SamplingParams,
-    constrain,
     only,
-    prune,
 )
-from treeflash.decoding.suffix import SuffixDrafter, SuffixIndex, SuffixTree, merge, tree_of
+from treeflash.decoding.suffix import SuffixDrafter, SuffixIndex, SuffixTree, tree_of
 from treeflash.decoding.transitions import Calibration, TransitionTable
 from treeflash.decoding.tree import DraftTree, accept, build_chain, build_tree
 
@@ -90,18 +91,21 @@ class Draft:
 
     The outcome is `Drafted`, or None if drafting does not pay now. `suffix` proposes what followed
     earlier occurrences; None if it is not asked to. `calibration` is for the drafter's table; None
-    if the loop itself makes the tree.
+    if the loop itself makes the tree. `constrained` says whether a constraint may force tokens.
     """
 
     root: int
     depths: int
     suffix: SuffixDrafter | None
     calibration: Calibration | None = None
+    constrained: bool = False
 
 
 @dataclass(frozen=True, eq=False)
 class Drafted:
     """The outcome of a draft: the drafter's table or a proposal of copies, or both.
+
+    Under a constraint, which drafts too, there may be neither.
 
     `nodes` is the size of the tree to build. `grown` is the calibrated table with its tree, if they
     were made for all sequences at once.
@@ -146,6 +150,7 @@ def decode_loop(
     *,
     cached_tokens: int = 0,
     disk_tokens: int = 0,
+    choices: Choices,
     shared: Callable[[], Sequence[SuffixIndex]] = lambda: (),
 ) -> Loop:
     """Decode one sequence with `limit` new tokens at most; see the module's table.
@@ -158,6 +163,7 @@ def decode_loop(
         cached_tokens: tokens of the prompt that are committed already; fewer than all, and none if
             the prompt is scored.
         disk_tokens: how many of the cached tokens came from a disk.
+        choices: what targets chose under constraints; the loop reads it and adds to it.
         shared: gives indices over other texts, for a configuration that copies.
     """
     prompt_ids, config, constraint = request.prompt_ids, request.config, request.constraint
@@ -183,6 +189,14 @@ def decode_loop(
             config.sampling, positions, edits, allowed, config.log_probs
         )
 
+    seen_choices = partial(choices.seen, request.cache_salt)
+
+    def note_choices(masks: NDArray[np.uint32] | None, tokens: Sequence[int]) -> None:
+        """Note what the target chose at nodes with these masks."""
+        if masks is not None and config.speculates:
+            for mask, token in zip(masks, tokens, strict=True):
+                choices.observe(request.cache_salt, mask, token)
+
     scores: list[LogProbs] = []
     if request.scores_prompt:
         for start in range(0, len(prompt_ids) - 1, SCORED_TOKENS):
@@ -202,6 +216,7 @@ def decode_loop(
         state, prompt_ids[cached_tokens:], params(tree, emitted, allowed), request.images
     )
     tokens, finish_reason = _cut_at_stop((int(sampled.tokens[0]),), stops, limit)
+    note_choices(allowed, tokens)
     yield Step(
         tokens,
         finish_reason=finish_reason,
@@ -224,7 +239,9 @@ def decode_loop(
         deepest = limit - emitted - 1
         drafted: Drafted | None = None
         if config.speculates and deepest:
-            drafted = yield Draft(tokens[-1], deepest, suffix, calibration)
+            drafted = yield Draft(
+                tokens[-1], deepest, suffix, calibration, constrained=constraint is not None
+            )
         if drafted is not None and drafted.grown is not None:
             table, tree = drafted.grown
         elif drafted is not None:
@@ -232,11 +249,21 @@ def decode_loop(
                 table = drafted.table.truncate(min(deepest, config.draft_depths or deepest))
                 if calibration is not None:
                     table = calibration.correct(table)
-                if constraint is not None:
-                    table = prune(table, constraint.allowed(), vocab_size)
-            tree = _build(table, drafted, tokens[-1], config)
-        if constraint is not None:
-            tree, allowed = constrain(tree, constraint)
+            if constraint is None:
+                tree = _build(table, drafted, tokens[-1], config)
+            else:
+                tree, allowed = merge_allowed(
+                    table,
+                    drafted.proposal,
+                    tokens[-1],
+                    drafted.nodes,
+                    constraint,
+                    seen_choices,
+                    deepest=deepest,
+                    chain=config.drafts_chain,
+                )
+        if constraint is not None and allowed is None:
+            allowed = constraint.allowed()[None]
         if drafted is not None and config.is_adaptive:
             nodes: NDArray[np.int64] = yield Prune(tree)
             tree, allowed = tree.subset(nodes), None if allowed is None else allowed[nodes]
@@ -247,6 +274,7 @@ def decode_loop(
             seen = Outcome(calibration, drafted.table, accepted.tokens)
         if suffix is not None:
             suffix.observe(accepted.tokens)
+        note_choices(None if allowed is None else allowed[accepted.path], accepted.tokens)
         yield Commit(accepted.path, seen)
         tokens, finish_reason = _cut_at_stop(accepted.tokens, stops, limit - emitted)
         log_probs = sampled.log_probs

@@ -28,7 +28,8 @@ class Request:
         constraint: of the generated tokens; belongs to this request alone.
         scores_prompt: whether the first step has the log probabilities of the prompt. Then nothing
             of it comes from a prefix cache.
-        cache_salt: only sequences with the same salt share the states of a prefix cache.
+        cache_salt: only sequences with the same salt share the states of a prefix cache, and learn
+            from each other's texts what to draft.
         tag: anything of the caller's, who finds it again in the request of an event.
     """
 

@@ -19,7 +19,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treeflash.config import Penalties, SamplingConfig
-from treeflash.decoding.transitions import TransitionTable
 from treeflash.decoding.tree import DraftTree
 from treeflash.errors import NumericalError
 
@@ -357,41 +356,3 @@ class Constraint(Protocol):
 
     def rollback(self, tokens: int) -> None:
         """Take back the last `tokens` tokens."""
-
-
-def prune(table: TransitionTable, allowed: NDArray[np.uint32], vocab_size: int) -> TransitionTable:
-    """Drop first tokens that are not allowed, so that no budget is spent on them."""
-    log_probs = table.log_probs.copy()
-    permitted = unpack(allowed[None], vocab_size)[0][table.tokens[0, 0]]
-    log_probs[0, 0, ~permitted] = -np.inf
-    order = np.argsort(-log_probs[0, 0], kind="stable")
-    tokens, next_row = table.tokens.copy(), table.next_row.copy()
-    for array in (tokens, log_probs, next_row):
-        array[0, 0] = array[0, 0, order]
-    return replace(table, tokens=tokens, log_probs=log_probs, next_row=next_row)
-
-
-def constrain(tree: DraftTree, constraint: Constraint) -> tuple[DraftTree, NDArray[np.uint32]]:
-    """Drop forbidden nodes and their descendants; return the tree and each node's mask.
-
-    The masks are (n, ceil(vocab / 32)) bits. The constraint has advanced over the tree's root.
-    Nodes are visited depth first, so that it advances and rolls back one token at a time; its state
-    is the same afterwards.
-    """
-    children: dict[int, list[int]] = {}
-    for node, parent in enumerate(tree.parents.tolist()):
-        children.setdefault(parent, []).append(node)
-    masks: dict[int, NDArray[np.uint32]] = {}
-
-    def visit(node: int) -> None:
-        mask = masks[node] = constraint.allowed()
-        for child in children.get(node, ()):
-            token = int(tree.tokens[child])
-            if mask[token // 32] >> np.uint32(token % 32) & 1:
-                constraint.advance(token)
-                visit(child)
-                constraint.rollback(1)
-
-    visit(0)
-    kept = np.array(sorted(masks), np.int64)
-    return tree.subset(kept), np.stack([masks[node] for node in kept.tolist()])

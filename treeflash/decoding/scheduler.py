@@ -18,6 +18,7 @@ from treeflash.decoding.disk_cache import CacheKey, Prefix, Restoration
 from treeflash.decoding.interfaces import Backend, SequenceState, states_nbytes
 from treeflash.decoding.iteration import Iteration, RunningSequence, concerns_few
 from treeflash.decoding.loop import SCORED_TOKENS, Event, Step, decode_loop
+from treeflash.decoding.merged_trees import Choices
 from treeflash.decoding.prefix_cache import PrefixCache
 from treeflash.decoding.request import Request, check
 from treeflash.decoding.suffix import SuffixCache, SuffixIndex
@@ -95,6 +96,7 @@ class Scheduler:
         self.budgets = budgets or AdaptiveBudgets()
         self.prefix_cache = prefix_cache
         self.suffix_cache = suffix_cache
+        self._choices = Choices()
         self._waiting: list[_Waiting] = []
         self._running: list[RunningSequence] = []
         # The first waiting request gets its states from the disk.
@@ -363,6 +365,7 @@ class Scheduler:
             *(request, state, self._limit(request), self.backend.vocab_size),
             cached_tokens=cached,
             disk_tokens=0 if restored is None else cached,
+            choices=self._choices,
             shared=partial(self._finished_answers, request.cache_salt),
         )
         prompt = list(request.prompt_ids)

@@ -30,24 +30,22 @@ The rule. `SuffixIndex` finds places. It chains the places of n-grams of the len
 hash table has the latest place of a slot, and an array the place before each place; everything else
 is read from the text. A token costs a microsecond or two and about 30 bytes, and the time of a
 proposal does not grow with the text. `expand` grows a tree, `best_tree` compares lengths of the
-match, `SuffixDrafter` does both for one sequence and learns the rates, and `merge` joins the tree
-with a drafter's table.
+match, and `SuffixDrafter` does both for one sequence and learns the rates. How the tree is joined
+with a drafter's table is in `treeflash.decoding.merged_trees`.
 """
 
 from __future__ import annotations
 
 import heapq
-import math
 from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeAlias
 
 import numpy as np
 
-from treeflash.decoding.transitions import TransitionTable
 from treeflash.decoding.tree import DraftTree
 
 ORDERS = (2, 5)
@@ -399,98 +397,3 @@ def tree_of(proposal: SuffixTree, root: int, nodes: int) -> DraftTree:
         np.log(proposal.probs[:nodes]),
         matches=np.array(proposal.lengths[:nodes], np.int32),
     )
-
-
-@dataclass(frozen=True, slots=True)
-class _Child:
-    """A possible child of a node of the merged tree."""
-
-    token: int
-    log_prob: float  # after its parent
-    row: int = -1  # the row of the table, for its children; -1 if there is none
-    source: int = -1  # the node of the proposal; -1 if it has none
-    match: int = 0  # as in `DraftTree.matches`
-    confidence: float = 1.0  # as in `DraftTree.confidences`
-
-
-def merge(table: TransitionTable, proposal: SuffixTree, root: int, nodes: int) -> DraftTree:
-    """Join a drafter's calibrated table with a proposal: the best paths of both, best first.
-
-    Equal tokens after one parent are one node, which has the higher of the two probabilities and
-    the children of both. The nodes of the proposal may be deeper than the table. There are at most
-    `nodes`, including the root.
-    """
-    sources = proposal.children()
-    chosen = [_Child(root, 0.0, 0, 0)]
-    parents, depths, log_probs = [-1], [0], [0.0]
-    # Each entry is the best child of its parent that is not chosen yet: the heap has (-log
-    # probability, number of the entry, parent, child, the parent's other children).
-    heap: list[tuple[float, int, int, _Child, Iterator[_Child]]] = []
-    count = 0
-
-    def push(parent: int, children: Iterator[_Child]) -> None:
-        nonlocal count
-        if (child := next(children, None)) is not None:
-            count += 1
-            entry = (-log_probs[parent] - child.log_prob, count, parent, child, children)
-            heapq.heappush(heap, entry)
-
-    def expand_node(node: int) -> None:
-        known = chosen[node]
-        copies = sources[known.source] if known.source >= 0 else []
-        children = _table_children(table, depths[node], known.row)
-        if copies:
-            children = _with_copies(list(children), proposal, copies)
-        push(node, children)
-
-    expand_node(0)
-    while heap and len(chosen) < nodes:
-        negative, _, parent, child, children = heapq.heappop(heap)
-        push(parent, children)
-        chosen.append(child)
-        parents.append(parent)
-        depths.append(depths[parent] + 1)
-        log_probs.append(-negative)
-        expand_node(len(chosen) - 1)
-    confidences = None
-    if table.confidences is not None:
-        confidences = np.array([child.confidence for child in chosen], np.float32)
-    return DraftTree(
-        np.array([child.token for child in chosen], np.int32),
-        np.array(parents, np.int32),
-        np.array(depths, np.int32),
-        np.array(log_probs),
-        confidences,
-        np.array([child.match for child in chosen], np.int32),
-    )
-
-
-def _table_children(table: TransitionTable, depth: int, row: int) -> Iterator[_Child]:
-    """Iterate over the children of a row of a table, best first; row -1 has none."""
-    if row < 0:
-        return
-    confidence = 1.0 if table.confidences is None else float(table.confidences[depth, row])
-    for token, log_prob, next_row in zip(
-        table.tokens[depth, row].tolist(),
-        table.log_probs[depth, row].tolist(),
-        table.next_row[depth, row].tolist(),
-        strict=True,
-    ):
-        if log_prob == -math.inf:
-            return
-        yield _Child(token, log_prob, next_row, confidence=confidence)
-
-
-def _with_copies(
-    children: list[_Child], proposal: SuffixTree, copies: Sequence[int]
-) -> Iterator[_Child]:
-    """Join the children of a row with the children of a proposal's node, best first."""
-    by_token = {child.token: child for child in children}
-    for copy in copies:
-        token = proposal.tokens[copy]
-        log_prob = math.log(proposal.probs[copy] / proposal.probs[proposal.parents[copy]])
-        child = by_token.get(token, _Child(token, -math.inf))
-        if log_prob >= child.log_prob:
-            child = replace(child, log_prob=log_prob, match=proposal.lengths[copy])
-        by_token[token] = replace(child, source=copy)
-    return iter(sorted(by_token.values(), key=lambda child: -child.log_prob))

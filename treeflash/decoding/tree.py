@@ -25,7 +25,8 @@ class DraftTree:
         confidences: (n,) float32; of the row of the table that each node is a child of, 1 for the
             root; None if the drafter states none.
         matches: (n,) int32; for nodes that continue an earlier occurrence of the text, the tokens
-            before the node that agree with it; 0 for the drafter's. None if all are the drafter's.
+            before the node that agree with it; for nodes that a constraint suggests, how often it
+            was in this state. 0 for the drafter's; None if all are the drafter's.
     """
 
     tokens: NDArray[np.int32]

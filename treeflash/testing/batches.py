@@ -26,7 +26,7 @@ from treeflash.decoding.adaptive_budget import AdaptiveBudgets
 from treeflash.decoding.interfaces import Backend, Loader, SequenceState, TableOptions
 from treeflash.decoding.prefix_cache import PrefixCache
 from treeflash.decoding.probe import relative_difference
-from treeflash.decoding.sampling import Noise
+from treeflash.decoding.sampling import Noise, only
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.suffix import SuffixCache
 from treeflash.decoding.tree import DraftTree
@@ -217,16 +217,43 @@ class Alternating:
         self.count -= tokens
 
 
+class Forcing:
+    """A constraint: any token, three tokens that it forces, and one of three, take turns."""
+
+    end_tokens: frozenset[int] = frozenset()
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+        self.tokens: list[int] = []
+
+    def allowed(self) -> NDArray[np.uint32]:
+        turn = len(self.tokens) % 5
+        choices = np.arange(self.vocab_size)
+        if turn:
+            steps = np.array([0, 3, 5] if turn == 4 else [0])
+            choices = (self.tokens[-turn] + turn + steps) % self.vocab_size
+        masks = only(choices.astype(np.int32), self.vocab_size)
+        return np.asarray(np.bitwise_or.reduce(masks), np.uint32)
+
+    def advance(self, token: int) -> None:
+        assert self.allowed()[token // 32] >> np.uint32(token % 32) & 1
+        self.tokens.append(token)
+
+    def rollback(self, tokens: int) -> None:
+        assert tokens
+        del self.tokens[-tokens:]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ScheduledSequence:
     prompt_ids: list[int]
     config: DecodeConfig
-    constrained: bool  # whether `Alternating` holds
+    constraint: type[Alternating | Forcing] | None
     joins: int  # the iteration that it joins before
     cancelled: int | None  # the iteration that it is cancelled before; None if it runs to its end
 
     def request(self, backend: Backend) -> Request:
-        constraint = Alternating(backend.vocab_size) if self.constrained else None
+        constraint = None if self.constraint is None else self.constraint(backend.vocab_size)
         return Request(prompt_ids=self.prompt_ids, config=self.config, constraint=constraint)
 
 
@@ -258,7 +285,7 @@ def _random_sequence(rng: Generator, vocab_size: int, shared: list[int]) -> Sche
             penalties=PENALTIES if rng.random() < 0.3 else Penalties(),
             log_probs=2 if rng.random() < 0.3 else None,
         ),
-        constrained=bool(rng.random() < 0.5),
+        constraint=(None, None, Alternating, Forcing)[below(4)],
         joins=joins,
         cancelled=joins + 1 + below(19) if rng.random() < 0.25 else None,
     )
@@ -321,6 +348,25 @@ class ScheduleTests:
                 for answer in steps if repeats else []:
                     longest = max(len(step.path) for step in answer if step.path is not None)
                     assert longest > backend.drafter_config.depths + 2, method
+
+    @two_samplings
+    def test_forced_tokens_are_drafted(
+        self, pair: PairMaker, representative: str, sampling: SamplingConfig
+    ) -> None:
+        """Without copies too, whatever the drafter proposes."""
+        backend = pair(representative).tested
+        config = DecodeConfig(budget=8, max_tokens=31, sampling=sampling, suffix=False)
+        texts = []
+        for method in METHODS:
+            one = replace(config, method=method)
+            request = Request(
+                prompt_ids=[5, 6, 7], config=one, constraint=Forcing(backend.vocab_size)
+            )
+            steps = [step for _, step in scheduler_of(backend).decode([request])]
+            texts.append(tokens_of(steps))
+            # After the first token, three of five are forced, and one of three is often right.
+            assert len(steps) == 31 if method == "ar" else len(steps) <= 14, method
+        assert texts == [texts[0]] * len(METHODS)
 
     @few
     @given(data=st.data())
@@ -420,7 +466,7 @@ class ExactTests:
         backend = exact
         sequences = data.draw(schedules(backend.vocab_size))
         sequences = [
-            replace(x, config=replace(x.config, log_probs=3), constrained=False) for x in sequences
+            replace(x, config=replace(x.config, log_probs=3), constraint=None) for x in sequences
         ]
         cache = PrefixCache(1 << 30)
         scheduler = scheduler_of(backend, data.draw(scheduler_configs), cache)

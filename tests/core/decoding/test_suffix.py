@@ -19,6 +19,7 @@ from published_drafters import ROOT, needs_fixtures
 from treeflash.config import DecodeConfig
 from treeflash.decoding import Request, Scheduler
 from treeflash.decoding.adaptive_budget import AdaptiveBudget
+from treeflash.decoding.merged_trees import merge
 from treeflash.decoding.suffix import (
     MAX_MATCH,
     MAX_NODES,
@@ -31,7 +32,6 @@ from treeflash.decoding.suffix import (
     best_tree,
     expand,
     match_level,
-    merge,
     tree_of,
 )
 from treeflash.decoding.transitions import TransitionTable
