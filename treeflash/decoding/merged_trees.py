@@ -16,11 +16,11 @@ An example. The grammar is in a state that allows `":` and `" :`. The target met
 times and always chose `":`. Without a drafter each token has 1/2 beforehand, which counts as much
 as one choice: `":` gets (3 + 1/2) / (3 + 1) = 0.875, and `" :` gets (0 + 1/2) / 4.
 
-The rule. `grow` is the loop, `merge` joins a table with copies, and `merge_allowed` does so under a
-constraint, whose masks it returns: verification needs them anyway. The constraint moves between the
-paths of the tree by `advance` and `rollback`. `Choices` counts what the target chose. Forced tokens
-need no rule of their own: they are the states with one choice. A constraint that ends reasoning
-after some tokens gains in the same way.
+The rule. `GrowingTree` is the loop, `merge` joins a table with copies, and `merge_allowed` does so
+under a constraint, whose masks it returns: verification needs them anyway. The constraint moves
+between the paths of the tree by `advance` and `rollback`. `Choices` counts what the target chose.
+Forced tokens need no rule of their own: they are the states with one choice. A constraint that ends
+reasoning after some tokens gains in the same way.
 """
 
 from __future__ import annotations
@@ -234,11 +234,11 @@ class Allowed:
         The tokens that the row does not list share what its children leave of 1 equally.
         """
         kept = [child for child in children if self.has(child.token)]
-        if not kept:
-            return kept
         listed = sum(math.exp(child.log_prob) for child in kept)
         rest = max(1 - sum(math.exp(child.log_prob) for child in children), 0.0)
         share = (self.count - len(kept)) / (8 * len(self._bits) - len(children) + 1)
+        if not listed:  # or so small that it tells nothing
+            return []
         total = math.log(listed + rest * min(share, 1.0))
         return [replace(child, log_prob=min(child.log_prob - total, 0.0)) for child in kept]
 

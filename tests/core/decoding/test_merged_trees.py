@@ -120,6 +120,15 @@ def test_probabilities_of_allowed_drafts_are_normalised():
     np.testing.assert_allclose(np.exp(tree.log_probs[1:]), [0.3 / total, 0.1 / total], rtol=1e-6)
 
 
+def test_a_drafter_that_knows_nothing_of_what_is_allowed():
+    """Its probability of the allowed token is below the smallest number."""
+    log_probs = np.array([[[0, -1000]]], np.float32)
+    table = TransitionTable(np.array([[[3, 1]]], np.int32), log_probs, np.full((1, 1, 2), -1))
+    tree, _ = draft(lambda t: [1, 2] if len(t) == 1 else anything(t), table)
+    assert tree.tokens.tolist() == [9, 1, 2]
+    np.testing.assert_allclose(np.exp(tree.log_probs[1:]), [0.5, 0.5])
+
+
 def test_children_of_allowed_drafts_are_their_own():
     """Forbidden tokens leave, and each other token keeps what may follow it."""
     table = random_table("smooth", (3, 4, 6), 1)
