@@ -108,7 +108,7 @@ class Faults:
         lone: errors of calls for one sequence, each with its state; None before it has a state.
         tolerated: errors that end no sequence.
         raised: how often a call has failed.
-        bug: whether the next call raises a `BugError`.
+        bug: whether the next call of the backend raises a `BugError`.
     """
 
     pending: dict[str, tuple[int, Exception]] = field(default_factory=dict)
@@ -119,7 +119,7 @@ class Faults:
 
     def visit(self, place: str, states: Sequence[State], *, tolerated: bool = False) -> None:
         """Raise what is to be raised in a call for these states."""
-        if self.bug:
+        if self.bug and place != "constraint":  # whose errors, even this one, end one sequence
             self.bug = False
             raise BugError
         error: Exception | None = None
