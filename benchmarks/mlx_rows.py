@@ -17,7 +17,7 @@ from functools import partial
 import mlx.core as mx
 import mlx.nn as nn
 from treeflash_mlx.device import choose_device
-from treeflash_mlx.exact import ROWS, RowFunction, attend, attend_beside, differing
+from treeflash_mlx.exact import ALL_ROWS, RowFunction, attend, attend_beside, differing
 
 from benchmarks.common import Parser, Row, show, write_json
 from treeflash.cli.console import guarded
@@ -36,14 +36,14 @@ def operations(dtype: mx.Dtype) -> Iterator[tuple[str, RowFunction]]:
     def numbers(*shape: int) -> mx.array:
         return mx.random.normal(shape, key=next(keys)).astype(dtype)
 
-    x, wide = numbers(ROWS, HIDDEN), numbers(ROWS, WIDE)
+    x, wide = numbers(ALL_ROWS, HIDDEN), numbers(ALL_ROWS, WIDE)
     weight = numbers(HIDDEN)
     for size, out in ((HIDDEN, WIDE), (WIDE, HIDDEN), (HIDDEN, VOCABULARY)):
         matrix, rows = numbers(out, size), x if size == HIDDEN else wide
         yield f"product {size} x {out}", partial(multiply, rows, matrix)
     yield "RMSNorm", lambda n: mx.fast.rms_norm(x[:n], weight, 1e-5)
     yield "SiLU", lambda n: nn.silu(wide[:n])
-    q, (k, v) = numbers(1, HEADS, ROWS, HEAD_DIM), numbers(2, 1, KV_HEADS, KEYS, HEAD_DIM)
+    q, (k, v) = numbers(1, HEADS, ALL_ROWS, HEAD_DIM), numbers(2, 1, KV_HEADS, KEYS, HEAD_DIM)
     yield "rotary angles", lambda n: rotate(q[:, :, :n]).transpose(0, 2, 1, 3)[0]
     yield "attention, rows", lambda n: attend(q[:, :, :n], k, v)
     yield "attention, keys", lambda n: attend_beside(q[:, :, :n], k, v)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from treeflash_cuda.drafter_model import DrafterModel
-from treeflash_cuda.heads import HEADS
+from treeflash_cuda.heads import HEAD_CLASSES
 from treeflash_cuda.training.batch import Batch
 from treeflash_cuda.training.losses import objective
 from treeflash_cuda.training.model import Blocks
@@ -40,7 +40,7 @@ def make_blocks(shape: Row) -> Blocks:
     """Create a drafter of random weights in the published shape."""
     config = parse_drafter_config(drafter_config(shape))
     vocabulary = torch.zeros(shape["vocab_size"], shape["hidden_size"], dtype=torch.bfloat16)
-    head = HEADS["swiglu"](config, shape["intermediate_size"], shape["vocab_size"])
+    head = HEAD_CLASSES["swiglu"](config, shape["intermediate_size"], shape["vocab_size"])
     lm_head = SimpleNamespace(weight=vocabulary)
     blocks = Blocks(DrafterModel(config), head, vocabulary, lm_head)
     for parameter in blocks.parameters():

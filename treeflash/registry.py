@@ -23,11 +23,11 @@ from treeflash.errors import BackendError, CPUBuildError, first_line
 
 T = TypeVar("T")
 
-GROUP = "treeflash.backends"
+BACKEND_ENTRY_POINTS = "treeflash.backends"
 _FRAMEWORKS = {"cuda": ("torch", "transformers"), "mlx": ("mlx", "mlx_lm")}
 
 
-def available(group: str = GROUP) -> dict[str, EntryPoint]:
+def available(group: str = BACKEND_ENTRY_POINTS) -> dict[str, EntryPoint]:
     """Return the entry points of a group, installed or not; a BackendError if two have one name."""
     entries: dict[str, EntryPoint] = {}
     for entry in entry_points(group=group):

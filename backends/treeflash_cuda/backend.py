@@ -59,7 +59,7 @@ from treeflash_cuda.drafter_operations import Experts
 from treeflash_cuda.experts import fuse_experts, has_experts
 from treeflash_cuda.fused_layers import fuse_layers, fuse_residuals, fuse_rotation
 from treeflash_cuda.graphs import power_of_two
-from treeflash_cuda.heads import HEADS, TABLE_HEADS, TableHead
+from treeflash_cuda.heads import HEAD_CLASSES, TABLE_HEADS, TableHead
 from treeflash_cuda.images import GivenFeatures, NoPictures, has_tower
 from treeflash_cuda.kernels import load_flash_attention
 from treeflash_cuda.linear import (
@@ -89,7 +89,7 @@ from treeflash_cuda.parallel import (
     succeeded_everywhere,
 )
 from treeflash_cuda.quantised_weights import BITS
-from treeflash_cuda.row_pass import MAX_ROWS, NAME, ROWS, RowPass
+from treeflash_cuda.row_pass import GRAPH_ROWS, MAX_ROWS, PASS_NAME, RowPass
 from treeflash_cuda.state import State
 from treeflash_cuda.target import CHECKED_TOKENS, Target, own_attention
 from treeflash_cuda.threads import cpu_threads
@@ -252,7 +252,7 @@ class CudaBackend(BaseBackend):
     def _run_all_passes(self) -> None:
         """Run passes of all numbers of rows that have graphs."""
         with closing(self.open(MAX_ROWS, drafts=False)) as state, torch.inference_mode():
-            for rows in reversed(ROWS):
+            for rows in reversed(GRAPH_ROWS):
                 tree = DraftTree.chain(np.zeros(rows, np.int32))
                 self.verifier.forward([(state, tree)], [True])
 
@@ -363,7 +363,7 @@ def load_pair(target: Path, drafter: Path | None, config: LoadConfig) -> CudaBac
     # A graph belongs to one device.
     model.graphs.enabled = config.cuda_graphs and config.device_map is None
     if split:
-        model.graphs.agreements[NAME] = succeeded_everywhere
+        model.graphs.agreements[PASS_NAME] = succeeded_everywhere
         if dist.get_rank() > 0:
             follow(model)
             raise SystemExit(0)
@@ -747,7 +747,7 @@ def load_drafter(layout: Layout, target: Target) -> tuple[DrafterModel, TableHea
     if config.head is None:
         return model, None
     with torch.device("meta"):
-        module: Any = HEADS[config.head](config, tensors.head_size, target.vocab_size)
+        module: Any = HEAD_CLASSES[config.head](config, tensors.head_size, target.vocab_size)
     module.load_state_dict(tensors.head, assign=True)
     module = module.to(target.device, target.dtype).eval()
     return model, TABLE_HEADS[module.kind](module, OutputStage(model, target))

@@ -8,7 +8,7 @@ tokens are nearly equally probable, the other one then wins, and the text is ano
 The idea. Give each sum an order that depends on positions, never on what shares the pass. Terms
 that a token must not see stay in the sum as exact zeros, which change no bit wherever they stand.
 
-An example, with groups of 4 positions instead of `GROUP`. Five tokens are committed, at the
+An example, with groups of 4 positions instead of `SUM_SIZE`. Five tokens are committed, at the
 positions 0 to 4, and the root `a` has the children `b` and `c`, `b` the child `d`:
 
     column     0 1 2 3 | 4 5 6 7 | 8         `d` sees every column but c's. Its sum of values is
@@ -27,7 +27,7 @@ The rule, on a CPU:
   multiplies float16, has the same kernel for one row with AVX-512; with AVX2 alone it has the same
   kernels for multiples of three rows. Products of more rows than have the same bits are split: on
   Intel's processors with AMX those have at most 32 (`bound_products`).
-- Attention sums over groups of `GROUP` positions, which begin at multiples of `GROUP`, one group
+- Attention sums over groups of `SUM_SIZE` positions, which begin at multiples of it, one group
   after the other, in float32 (`ExactContext`). Within a group the kernel of a batched product adds
   one key after the other in the order of the columns, up to `MAX_KEYS` of them. With AVX2 alone,
   MKL does so on Intel's processors in its strict mode (`MKL_CBWR`).
@@ -85,13 +85,13 @@ if HAS_AVX2_ALONE and "Intel" in torch.cpu.get_capabilities()["cpu_name"]:
     # where threads divide it, unless MKL finds this variable at its first product. For AMD's they
     # do not, but in the strict mode they do.
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
-GROUP = 128
+SUM_SIZE = 128
 """Number of positions whose sum is computed by one product."""
 MAX_KEYS = 192
 """Most keys of a product: kernels split longer sums, in places that depend on columns."""
 MIN_COLUMNS = 16
 """Least keys of a product: fewer keys take other kernels."""
-ROWS = 8
+QUERY_ROWS = 8
 """Queries are padded to a multiple of it, as the edges of products are summed in another order."""
 WIDE = 192
 WIDE_ROWS = 16
@@ -125,7 +125,7 @@ class Rows:
 
     first: int  # the first token
     end: int  # the token after the last one
-    columns: slice  # begins at a multiple of `GROUP`, before which no token sees a key
+    columns: slice  # begins at a multiple of `SUM_SIZE`, before which no token sees a key
     visible: Tensor | None  # (tokens, columns) bool; None if every column is visible
     parts: list[Part]  # in the order of their groups
     # These are the parts' numbers of columns, if parts follow each other and have the weights of
@@ -326,7 +326,7 @@ class ExactContext(AttentionContext):
                 visible = visible.clone()
                 visible[:, self.committed :] &= self.ancestors
             # Groups that no token sees, of a sliding window, would add zeros.
-            start = int(visible.any(0).int().argmax()) // GROUP * GROUP
+            start = int(visible.any(0).int().argmax()) // SUM_SIZE * SUM_SIZE
             visible, columns = visible[:, start:], columns[start:]
             if is_tree:
                 yield self._tree_rows(slice(start, last), visible, columns)
@@ -335,16 +335,16 @@ class ExactContext(AttentionContext):
 
     def _tree_rows(self, place: slice, visible: Tensor, columns: Tensor) -> Rows:
         """Return the rows of a tree, whose (columns,) positions are not in the columns' order."""
-        shared = (self.committed - place.start) // GROUP * GROUP
-        groups = columns[shared:] // GROUP
+        shared = (self.committed - place.start) // SUM_SIZE * SUM_SIZE
+        groups = columns[shared:] // SUM_SIZE
         first, last = int(groups.min()), int(groups.max())
         counts = (groups - first).bincount()
         if bool((groups.diff() >= 0).all()) and int(counts.max()) <= MAX_KEYS:
-            sizes = [GROUP] * (shared // GROUP) + counts.tolist()
+            sizes = [SUM_SIZE] * (shared // SUM_SIZE) + counts.tolist()
             return _consecutive_parts(0, self.tokens, place, visible, sizes)
         parts = [
-            Part(0, self.tokens, slice(column, column + GROUP))
-            for column in range(0, shared, GROUP)
+            Part(0, self.tokens, slice(column, column + SUM_SIZE))
+            for column in range(0, shared, SUM_SIZE)
         ]
         for group in range(first, last + 1):
             places = shared + (groups == group).nonzero()[:, 0]
@@ -469,7 +469,7 @@ def _consecutive_parts(
     """Create rows whose parts follow each other; without `sizes` they are split at groups."""
     count = columns.stop - columns.start
     if sizes is None:
-        sizes = [min(GROUP, count - column) for column in range(0, count, GROUP)]
+        sizes = [min(SUM_SIZE, count - column) for column in range(0, count, SUM_SIZE)]
     return Rows(first, end, columns, visible, [], sizes)
 
 
@@ -486,8 +486,8 @@ def _bounded_parts(visible: Tensor, first: int, end: int, places: Tensor) -> Ite
 
 def _missing_rows(count: int, width: int) -> int:
     """Return how many rows products with `width` columns and any number of keys need more."""
-    least = max(-(-MIN_SIZE // width), WIDE_ROWS if width >= WIDE else ROWS)
-    return -max(count, least) // ROWS * -ROWS - count
+    least = max(-(-MIN_SIZE // width), WIDE_ROWS if width >= WIDE else QUERY_ROWS)
+    return -max(count, least) // QUERY_ROWS * -QUERY_ROWS - count
 
 
 def token_rows(model: nn.Module, dtype: torch.dtype) -> int:
@@ -707,7 +707,7 @@ def check_attention(heads: int, kv_heads: int, width: int) -> None:
     the rows or keys beside it.
     """
     random = torch.Generator().manual_seed(0)
-    committed, nodes = 2 * GROUP - 7, CHECKED_NODES
+    committed, nodes = 2 * SUM_SIZE - 7, CHECKED_NODES
     query = torch.randn(1, heads, committed + nodes, width, generator=random)
     keys, values = torch.randn(2, 1, kv_heads, committed + nodes, width, generator=random)
     ancestors, depths = torch.eye(nodes, dtype=torch.bool), torch.zeros(nodes, dtype=torch.long)

@@ -30,7 +30,7 @@ TOLERANCE = 0.01
 """Root mean square difference, relative to the module's outputs."""
 QUANTISED_TOLERANCE = 0.02
 """Of keys in 8 bits, of which some are rounded to another number."""
-ROWS = 4
+COMPARED_ROWS = 4
 """Rows of the input on which a module and the operation are compared."""
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -121,7 +121,7 @@ def _candidates(
     weight = getattr(module, "weight", None)
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if isinstance(weight, Tensor) and weight.ndim == 1 and eps is not None:
-        x = RandomInputs(weight.device, dtype).draw(1, ROWS, len(weight))
+        x = RandomInputs(weight.device, dtype).draw(1, COMPARED_ROWS, len(weight))
         yield FusedNorm(operations, weight, eps), x
         # Gemma's norms add 1 to their weight, in float32.
         yield FusedNorm(operations, weight.detach().float() + 1, eps), x
@@ -132,7 +132,7 @@ def _candidates(
         weight = getattr(gate, "weight", None)
         if isinstance(weight, Tensor) and weight.is_floating_point():
             # Weights of 8 bits are floating-point numbers too, but not what layers pass on.
-            x = RandomInputs(weight.device, dtype).draw(1, ROWS, weight.shape[1])
+            x = RandomInputs(weight.device, dtype).draw(1, COMPARED_ROWS, weight.shape[1])
             for name, function in ACTIVATIONS.items():
                 if agrees(activation, function, POINTS, tolerance=SAME_FUNCTION):
                     gated = partial(operations.gated, activation=name)

@@ -66,7 +66,7 @@ class ScoredTokens(operations.ScoredTokens):
         return (keys.float() @ queries.float()[:, :, None])[..., 0]
 
 
-HEADS: Mapping[str, Callable[[DrafterConfig, int, int], Any]] = {
+HEAD_CLASSES: Mapping[str, Callable[[DrafterConfig, int, int], Any]] = {
     name: as_module(x.module) for name, x in FORMATS.items()
 }
 """By `DrafterConfig.head`; made with the configuration, I and the target's vocabulary size."""

@@ -15,7 +15,7 @@ from treeflash.decoding import sampling as definition
 
 ALIGNMENT = 4
 """Numbers, 16 bytes: kernels are compiled again for arrays that begin elsewhere."""
-BLOCK = 64
+SEARCH_BLOCK = 64
 """Numbers whose maximum is found first, in a search for the largest ones."""
 
 
@@ -63,7 +63,7 @@ def topk(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     They are found block by block: the k largest elements lie in the k blocks with the largest
     maxima, and maxima are fast. At most `size` elements are returned.
     """
-    block = math.gcd(x.shape[1], BLOCK)
+    block = math.gcd(x.shape[1], SEARCH_BLOCK)
     blocks = x.unflatten(1, (-1, block))
     if k >= blocks.shape[1]:
         return x.topk(min(k, x.shape[1]))
@@ -93,7 +93,7 @@ def _largest(numbers: NDArray[np.float32], k: int) -> Tensor:
 
 def topk_lower_bound(x: NDArray[np.float32], k: int) -> np.float32:
     """Return a lower bound of the k largest of (size,) numbers, without searching for them."""
-    block = math.gcd(len(x), BLOCK)
+    block = math.gcd(len(x), SEARCH_BLOCK)
     while len(x) < k * block:
         block //= 2
     # NumPy vectorises maxima of a matrix's columns, not of its rows.

@@ -30,17 +30,17 @@ from treeflash_cuda.state_arena import TreeWrites
 from treeflash_cuda.target import Target
 from treeflash_cuda.visible_keys import RowPlan, VisibleKeys
 
-ROWS = (1, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+GRAPH_ROWS = (1, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 """The numbers of rows that have graphs. More rows are split between passes: from some hundred rows
 on a pass takes the time of its products, so that two passes take as long as one of twice the size,
 and half of its memory."""
-MAX_ROWS = ROWS[-1]
+MAX_ROWS = GRAPH_ROWS[-1]
 MAX_CHUNK = 256
 """The most next tokens of a sequence that are rows of this pass where there is a kernel that is
 faster for prompts."""
 MIN_DEPTHS = 64
 """Depths of trees for which paths have room; deeper trees, which are rare, have other graphs."""
-NAME = "the target"
+PASS_NAME = "the target"
 """The name of the pass as a function that is captured."""
 OUTGROWN = "the sequence has outgrown its capacity"
 
@@ -90,7 +90,7 @@ class RowPass:
         yield from groups.values()
 
     def _count(self, rows: Sequence[Rows]) -> int:
-        """Return the rows of a pass, before they are rounded up to one of `ROWS`."""
+        """Return the rows of a pass, before they are rounded up to one of `GRAPH_ROWS`."""
         sizes = [len(tokens) for _, tokens in rows]
         if self.target.state_arena is None:
             return sum(sizes)
@@ -136,7 +136,9 @@ class RowPass:
         shapes = tuple(array.shape for array in arrays)
         forward = functools.partial(self._forward, slab, shapes)
         uploaded = upload(pack(arrays), target.device)
-        results = graphs.run(NAME, (slab, shapes, addresses), forward, uploaded, capture=captured)
+        results = graphs.run(
+            PASS_NAME, (slab, shapes, addresses), forward, uploaded, capture=captured
+        )
         logits, best, layers, *outputs = results
         by_layer = dict(zip(layers, outputs[: len(layers)], strict=True))
         if arena is not None:
@@ -190,8 +192,8 @@ class RowPass:
 
 
 def round_up(rows: int) -> int:
-    """Return the least of `ROWS` that is large enough, for at most `MAX_ROWS` rows."""
-    return next(size for size in ROWS if size >= rows)
+    """Return the least of `GRAPH_ROWS` that is large enough, for at most `MAX_ROWS` rows."""
+    return next(size for size in GRAPH_ROWS if size >= rows)
 
 
 def has_features(state: State, tokens: DraftTree | Sequence[int]) -> bool:

@@ -29,13 +29,13 @@ from treeflash_cuda.numerics import (
     upload_all,
 )
 
-ROWS = 4
+ROWS_AT_ONCE = 4
 """Rows computed together on a CPU: few enough to stay in its caches and in the allocator's pool."""
-NOT_FINITE = -1
+NOT_FINITE_TOKEN = -1
 """In the place of a token whose logit is not finite."""
 LEAST = float(np.finfo(np.float32).tiny)
 """Probabilities below this are as good as 0: no noise makes such a token the sampled one."""
-BLOCK = 256
+ARGMAX_BLOCK = 256
 """Tokens reduced together in the first step of an argmax, on a GPU."""
 
 
@@ -55,8 +55,8 @@ def sample_tokens(
         return best.astype(np.int32)
     assert keys is not None
     check_finite(logits.amax(-1).isfinite().all())
-    starts = range(0, len(logits), ROWS)
-    parts = [(logits[i : i + ROWS], sampling, keys[i : i + ROWS]) for i in starts]
+    starts = range(0, len(logits), ROWS_AT_ONCE)
+    parts = [(logits[i : i + ROWS_AT_ONCE], sampling, keys[i : i + ROWS_AT_ONCE]) for i in starts]
     return np.concatenate([_sample_rows(*part) for part in parts]).astype(np.int32)
 
 
@@ -111,13 +111,13 @@ def finite_argmax(logits: Tensor) -> Tensor:
     It is -1 where the best logit is not finite.
     """
     n, vocab = logits.shape
-    block = math.gcd(vocab, BLOCK)
+    block = math.gcd(vocab, ARGMAX_BLOCK)
     blocks = logits.view(n, -1, block)
     # A maximum is several times as fast as an argmax: search only the block with the maximum.
     best, best_block = blocks.amax(-1).max(-1)
     candidates = blocks[torch.arange(n, device=logits.device), best_block]
     tokens = best_block * block + candidates.argmax(-1)
-    return torch.where(best.isfinite(), tokens, NOT_FINITE)
+    return torch.where(best.isfinite(), tokens, NOT_FINITE_TOKEN)
 
 
 @dataclass(eq=False)
@@ -214,7 +214,7 @@ def _sample_together(
 def _read(
     tokens: Tensor, parts: Sequence[Tensor], sequences: Iterable[int]
 ) -> dict[int, NDArray[np.int32]]:
-    """Read the (rows,) tokens of some sequences, one of which may be `NOT_FINITE`."""
+    """Read the (rows,) tokens of some sequences, one of which may be `NOT_FINITE_TOKEN`."""
     numbers = tokens.cpu().numpy().astype(np.int32)
     check_finite((numbers >= 0).all())
     return _split(numbers, parts, sequences)

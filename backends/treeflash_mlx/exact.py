@@ -34,20 +34,20 @@ from treeflash_mlx.attention import TreePass
 from treeflash_mlx.metal_kernels.attention import runs_shape, tree_attention
 from treeflash_mlx.target import Target
 
-ROWS = 320
+ALL_ROWS = 320
 COUNTS = (1, 2, 5, 8, 9, 16, 33, 130)
-"""Numbers of rows that are compared with `ROWS` rows, as chunks of prompts have; kernels change
+"""Numbers of rows that are compared with `ALL_ROWS` rows, as chunks of prompts have; kernels change
 between them."""
 FEW_COUNTS = (1, 9)
 MANY_OUTPUTS = 1 << 14
 """A product with more outputs, such as the output head's, is compared for few numbers of rows."""
 KEYS = (300, 2500)
 """Keys of the attention that is checked: sums over many keys may be split."""
-HEADS = 8
+DEFAULT_HEADS = 8
 """Heads that are checked of a target whose configuration has another name for their number."""
 
 RowFunction: TypeAlias = Callable[[int], mx.array]
-"""(n, ...) results of the first n of `ROWS` rows."""
+"""(n, ...) results of the first n of `ALL_ROWS` rows."""
 
 
 def check_operations(target: Target) -> None:
@@ -72,16 +72,16 @@ def operations(target: Target) -> Iterator[tuple[str, RowFunction, Sequence[int]
         quantised = isinstance(module, nn.QuantizedLinear)
         outputs, width = module.weight.shape
         width = module.scales.shape[1] * module.group_size if quantised else width
-        x = normal(ROWS, width, dtype=target.dtype)
+        x = normal(ALL_ROWS, width, dtype=target.dtype)
         counts = FEW_COUNTS if outputs > MANY_OUTPUTS else COUNTS
         yield f"products {width} x {outputs}", partial(_rows, module, x), counts
     for width, module in norms.items():
-        x = normal(ROWS, width, dtype=target.dtype)
+        x = normal(ALL_ROWS, width, dtype=target.dtype)
         yield f"norms of {width}", partial(_rows, module, x), COUNTS
     width = target.head_dim
     if not width:
         return  # there is no attention
-    heads = key_heads = HEADS
+    heads = key_heads = DEFAULT_HEADS
     if "num_attention_heads" in target.config:
         heads = target.config["num_attention_heads"]
         key_heads = target.config.get("num_key_value_heads") or heads
@@ -89,7 +89,7 @@ def operations(target: Target) -> Iterator[tuple[str, RowFunction, Sequence[int]
         yield from _kernel_operations(target, heads, key_heads)
         return
     for keys in KEYS:
-        q = normal(1, heads, ROWS, width, dtype=target.dtype)
+        q = normal(1, heads, ALL_ROWS, width, dtype=target.dtype)
         k, v = normal(2, 1, key_heads, keys, width, dtype=target.dtype)
         for name, function in (("", attend), (" with others between them", attend_beside)):
             rows = partial(_attention, function, q, k, v)
@@ -101,9 +101,9 @@ def _kernel_operations(
 ) -> Iterator[tuple[str, RowFunction, Sequence[int]]]:
     """Return the attention of layers by the kernel: tokens one by one, or many in one pass."""
     width = target.head_dim
-    q = normal(1, heads, ROWS, width, dtype=target.dtype)
+    q = normal(1, heads, ALL_ROWS, width, dtype=target.dtype)
     for keys in KEYS:
-        k, v = normal(2, 1, key_heads, keys + ROWS, width, dtype=target.dtype)
+        k, v = normal(2, 1, key_heads, keys + ALL_ROWS, width, dtype=target.dtype)
         for window in sorted({x or 0 for x in (None, *target.layout.windows)}):
             name = f"attention to {keys} keys" + f" in a window of {window}" * (window > 0)
             for beside, others in (("", 0), (" with others between them", 5)):
@@ -116,21 +116,21 @@ def _attend_by_kernel(
 ) -> mx.array:
     """Return (rows, heads, head_dim) attention of tokens that follow each other.
 
-    All `ROWS` are computed in one pass, and fewer one by one. Every `others`-th node of the pass,
-    if there are any, is a sibling of the token after it.
+    `ALL_ROWS` rows are computed in one pass, and fewer one by one. Every `others`-th node of the
+    pass, if there are any, is a sibling of the token after it.
     """
-    committed = k.shape[2] - ROWS
-    if rows < ROWS:
+    committed = k.shape[2] - ALL_ROWS
+    if rows < ALL_ROWS:
         alone = [
             _run_tree(q[:, :, i : i + 1], k, v, window, DraftTree.root_only(0), committed + i)
             for i in range(rows)
         ]
         return mx.concatenate(alone)
-    siblings = np.arange(ROWS) % others == 1 if others else np.zeros(ROWS, np.bool_)
+    siblings = np.arange(ALL_ROWS) % others == 1 if others else np.zeros(ALL_ROWS, np.bool_)
     tokens = np.flatnonzero(~siblings)
     place = np.cumsum(~siblings) - 1  # place of each node among the tokens, or of its parent
     parents = np.append(-1, tokens[np.where(siblings, place, place - 1)[1:]]).astype(np.int32)
-    tree = DraftTree.from_parents(np.zeros(ROWS, np.int32), parents)
+    tree = DraftTree.from_parents(np.zeros(ALL_ROWS, np.int32), parents)
     # A sibling has the query, key and value of the token before it.
     columns = mx.array(np.concatenate([np.arange(committed), committed + place]))
     k, v = (mx.take(x, columns, axis=2) for x in (k, v))
@@ -192,15 +192,15 @@ def attend(q: mx.array, k: mx.array, v: mx.array, visible: mx.array | None = Non
 
 
 def attend_beside(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-    """Attend to four of five keys; for fewer than `ROWS` rows the others are not there."""
+    """Attend to four of five keys; for fewer than `ALL_ROWS` rows the others are not there."""
     keys = k.shape[2]
-    if q.shape[2] == ROWS:
-        return attend(q, k, v, mx.broadcast_to(mx.arange(keys) % 5 < 4, (ROWS, keys)))
+    if q.shape[2] == ALL_ROWS:
+        return attend(q, k, v, mx.broadcast_to(mx.arange(keys) % 5 < 4, (ALL_ROWS, keys)))
     seen = mx.array([i for i in range(keys) if i % 5 < 4])
     return attend(q, mx.take(k, seen, axis=2), mx.take(v, seen, axis=2))
 
 
 def differing(function: RowFunction, counts: Sequence[int]) -> list[int]:
-    """List the numbers of rows whose results are not the first of `ROWS` rows, bit for bit."""
-    expected = function(ROWS)
+    """List the numbers of rows whose results are not the first of `ALL_ROWS` rows, bit for bit."""
+    expected = function(ALL_ROWS)
     return [n for n in counts if not mx.array_equal(function(n), expected[:n]).item()]

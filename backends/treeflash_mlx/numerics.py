@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from treeflash.decoding import sampling as definition
 
-BLOCK = 256
+SEARCH_BLOCK = 256
 
 
 def top_indices(logits: mx.array, k: int) -> mx.array:
@@ -64,11 +64,11 @@ def logsumexp(x: mx.array) -> mx.array:
     """
     if mx.default_device().type == mx.gpu:
         return mx.logsumexp(x, -1, keepdims=True)
-    count = x.shape[1] // BLOCK
+    count = x.shape[1] // SEARCH_BLOCK
     highest = x.max(-1, keepdims=True)
     shares = mx.exp(x - highest)
-    blocks = shares[:, : count * BLOCK].reshape(len(x), count, BLOCK).sum(-1).sum(-1)
-    rest = shares[:, count * BLOCK :].sum(-1)
+    blocks = shares[:, : count * SEARCH_BLOCK].reshape(len(x), count, SEARCH_BLOCK).sum(-1).sum(-1)
+    rest = shares[:, count * SEARCH_BLOCK :].sum(-1)
     return highest + mx.log(blocks + rest)[:, None]
 
 

@@ -9,7 +9,7 @@ require("torch")
 import torch
 from treeflash_cuda.training import model
 from treeflash_cuda.training.model import (
-    GROUP,
+    ROW_ANCHORS,
     block_attention,
     flex_block_attention,
     grouped_block_attention,
@@ -22,7 +22,7 @@ SIZE, LENGTH, HEAD_DIM = 4, 37, 16
 def test_both_kinds_compute_the_same_attention(window, causal, monkeypatch):
     monkeypatch.setattr(model, "_compiled_attention", lambda: model.flex_attention)  # for a CPU
     torch.manual_seed(0)
-    anchors = torch.randint(2, LENGTH, (2, 2 * GROUP)).sort().values
+    anchors = torch.randint(2, LENGTH, (2, 2 * ROW_ANCHORS)).sort().values
     slots = anchors.shape[1] * SIZE
     q = torch.randn(2, 6, slots, HEAD_DIM)
     k, v = torch.randn(2, 2, 2, LENGTH + slots, HEAD_DIM)
@@ -36,4 +36,4 @@ def test_both_kinds_compute_the_same_attention(window, causal, monkeypatch):
 
 def test_a_cpu_has_no_use_for_flex_attention(monkeypatch):
     monkeypatch.setattr(model, "flex_block_attention", lambda *_: 1 / 0)
-    assert block_attention(torch.zeros(1, GROUP, dtype=torch.long), SIZE, LENGTH, None, False)
+    assert block_attention(torch.zeros(1, ROW_ANCHORS, dtype=torch.long), SIZE, LENGTH, None, False)

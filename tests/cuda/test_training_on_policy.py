@@ -14,7 +14,7 @@ import torch
 from treeflash_cuda.attention import AttentionContext, attention_context
 from treeflash_cuda.backend import load_target
 from treeflash_cuda.training.data import FeatureStore, choose_anchors, make_batch, with_drafts
-from treeflash_cuda.training.model import GROUP
+from treeflash_cuda.training.model import ROW_ANCHORS
 
 VOCAB, DEPTHS, TOP = 40, 3, 5
 
@@ -39,7 +39,7 @@ def batch(target):
         for p, r in [(3, 20), (9, 7)]
     ]
     store = FeatureStore(target, (0,), texts, TOP, None, 0)
-    anchors = [choose_anchors(text, 2 * GROUP, random) for text in texts]
+    anchors = [choose_anchors(text, 2 * ROW_ANCHORS, random) for text in texts]
     return make_batch(texts, store.get(range(2)), anchors, DEPTHS)
 
 
@@ -65,7 +65,7 @@ def distribution(target, tokens):
 def test_every_token_of_a_draft_has_the_targets_distribution(target, batch):
     drafted = with_drafts(batch, Drafter(), target, 0.5, torch.Generator().manual_seed(1))
     drafts = drafted.drafts
-    assert len(drafts.columns) == GROUP
+    assert len(drafts.columns) == ROW_ANCHORS
     for row in range(len(batch.tokens)):
         for place, column in enumerate(drafts.columns.tolist()):
             anchor = int(batch.anchors[row, column])

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from treeflash_cuda.backend import dequantise, read_tensors
 from treeflash_cuda.drafter_model import DrafterModel
-from treeflash_cuda.heads import HEADS
+from treeflash_cuda.heads import HEAD_CLASSES
 from treeflash_cuda.training.data import SequenceFeatures, make_batch
 from treeflash_cuda.training.losses import objective
 from treeflash_cuda.training.model import Blocks
@@ -63,7 +63,7 @@ def fit_drafter(
     tensors = block_tensors(layout, read_tensors, dequantise)
     model = DrafterModel(tensors.config)
     model.load_state_dict(tensors.backbone)
-    head = HEADS[tensors.config.head](tensors.config, tensors.head_size, vocab_size)
+    head = HEAD_CLASSES[tensors.config.head](tensors.config, tensors.head_size, vocab_size)
     head.load_state_dict(tensors.head)
     output: Any = SimpleNamespace(weight=torch.tensor(lm_head))
     blocks = Blocks(model, head, torch.tensor(embeddings), output)

@@ -35,7 +35,7 @@ def small_checks(monkeypatch):
     """Contexts of a few splits, and few rows: the executor is slow."""
     monkeypatch.setattr(attention, "EXACT_SPAN", 32)
     monkeypatch.setattr(exact, "KEYS", (45,))
-    monkeypatch.setattr(exact, "ROWS", 40)
+    monkeypatch.setattr(exact, "ALL_ROWS", 40)
     monkeypatch.setattr(exact, "COUNTS", (1, 9, 33))
     monkeypatch.setattr(exact, "FEW_COUNTS", (1, 3))
     monkeypatch.setattr(probe, "EXACT_PREFIX", 27)
@@ -141,8 +141,8 @@ def test_a_fault_in_the_kernel_of_attention_is_noticed(metal, fault):
     right, wrong = FAULTS[fault]
     text = attention.source(quantised=False, shared=False, exact=True)
     assert right in text
-    q = exact.normal(1, 4, exact.ROWS, 32, dtype=mx.bfloat16)
-    k, v = exact.normal(2, 1, 2, 45 + exact.ROWS, 32, dtype=mx.bfloat16)
+    q = exact.normal(1, 4, exact.ALL_ROWS, 32, dtype=mx.bfloat16)
+    k, v = exact.normal(2, 1, 2, 45 + exact.ALL_ROWS, 32, dtype=mx.bfloat16)
     rows = partial(exact._attend_by_kernel, q, k, v, 23, 5)
     expected = rows(2)
     metal.faults.append(("treeflash_attention_parts", right, wrong))
@@ -156,7 +156,7 @@ def test_a_fault_in_the_kernel_of_attention_is_noticed(metal, fault):
 def test_a_geometry_that_depends_on_the_number_of_rows_is_noticed(metal, monkeypatch):
     layer = nn.QuantizedLinear.from_linear(nn.Linear(512, 40), 32, 4)
     products.use_everywhere(layer)
-    rows = partial(exact._rows, layer, exact.normal(exact.ROWS, 512, dtype=mx.float32))
+    rows = partial(exact._rows, layer, exact.normal(exact.ALL_ROWS, 512, dtype=mx.float32))
     assert exact.differing(rows, exact.COUNTS) == []
     multiply = products.multiply
 

@@ -44,7 +44,7 @@ from treeflash.training.distillation import (
     read_responses,
     response_file,
 )
-from treeflash.training.interfaces import GROUP, show_records, trainer
+from treeflash.training.interfaces import TRAINER_ENTRY_POINTS, show_records, trainer
 
 DEFAULTS: dict[str, Any] = {
     "minutes": 10.0,
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError(f"{args.output} has the drafter itself; give another --output")
     config = _train_config(args, base, distill)
     # A backend without training answers and measures, and PyTorch trains.
-    trains = args.backend is None or args.backend in available(GROUP)
+    trains = args.backend is None or args.backend in available(TRAINER_ENTRY_POINTS)
     train = trainer(args.backend if trains else None).train
     target = resolve_target(args.target)
     rows = mix([read_rows(path) for path in args.prompts], [1.0] * len(args.prompts), None, 0)

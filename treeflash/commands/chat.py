@@ -37,7 +37,7 @@ from treeflash.decoding.iteration import concerns_few
 from treeflash.decoding.prefix_cache import PrefixCache
 from treeflash.errors import ConfigError, PromptError, first_line
 from treeflash.language_model import LanguageModel
-from treeflash.serving.settings import DISK_OPTIONS, MAX_TOKENS
+from treeflash.serving.settings import ANSWER_TOKENS, DISK_OPTIONS
 from treeflash.text.images import data_url
 from treeflash.text.options import Options, parse_options
 from treeflash.text.prompt import Content, Message, check_messages, read_text, with_images
@@ -231,7 +231,7 @@ class ChatSession:
         options: dict[str, Any] = dict(self.options)
         if value is None:
             options.pop(flags[name], None)
-            options.setdefault("max_tokens", MAX_TOKENS)
+            options.setdefault("max_tokens", ANSWER_TOKENS)
         else:
             parser = Parser("chat", "")
             cli.add_decode_options(parser, [flags[name]])
@@ -421,7 +421,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().parse(argv)
     for one in DISK_OPTIONS:
         one.check(getattr(args, one.name), one.name)
-    options: Options = {"max_tokens": MAX_TOKENS, **cli.decode_options(args)}
+    options: Options = {"max_tokens": ANSWER_TOKENS, **cli.decode_options(args)}
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise ConfigError("chat needs a terminal; pipe prompts into `treeflash generate`")
     model = cli.load_model(args, [options.get("method")])
@@ -453,7 +453,7 @@ def make_parser() -> Parser:
     )
     for one in DISK_OPTIONS:
         cli.add_option(parser, one, default=one.default)
-    note = {"seed": "random", "max_tokens": str(MAX_TOKENS)}
+    note = {"seed": "random", "max_tokens": str(ANSWER_TOKENS)}
     cli.add_decode_options(parser, [*SETTABLE, "system"], note)
     cli.add_model_options(parser)
     return parser

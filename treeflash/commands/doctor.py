@@ -46,7 +46,7 @@ MTP_HEAD = (
     "an MTP or EAGLE-3 head or an assistant; treeflash evaluate measures it, because only the "
     "settings of block drafters can be checked here"
 )
-MAX_TOKENS = 64
+DIAGNOSIS_TOKENS = 64
 PROBLEM = 1
 
 
@@ -155,9 +155,9 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--max-tokens",
         type=int,
-        default=MAX_TOKENS,
+        default=DIAGNOSIS_TOKENS,
         metavar="N",
-        help=f"maximum number of new tokens per answer (default: {MAX_TOKENS})",
+        help=f"maximum number of new tokens per answer (default: {DIAGNOSIS_TOKENS})",
     )
     way = parser.add_mutually_exclusive_group()
     way.add_argument("--raw", action="store_true", help="use the prompts without the chat template")

@@ -10,7 +10,7 @@ from pathlib import Path
 from treeflash.cli import options as cli
 from treeflash.cli.console import Parser, guarded
 from treeflash.errors import ConfigError
-from treeflash.serving.settings import MAX_TOKENS, add_server_options, read_settings
+from treeflash.serving.settings import ANSWER_TOKENS, add_server_options, read_settings
 
 REQUIRED_PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "llguidance")
 
@@ -58,7 +58,7 @@ def add_options(parser: Parser) -> None:
     """Add all options of a server and its models."""
     parser.add_config_option()
     add_server_options(parser)
-    note = {"seed": "random", "max_tokens": str(MAX_TOKENS)}
+    note = {"seed": "random", "max_tokens": str(ANSWER_TOKENS)}
     cli.add_decode_options(parser, cli.SERVER_OPTIONS, note)
     cli.add_model_options(parser)
 

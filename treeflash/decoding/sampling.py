@@ -147,7 +147,7 @@ def shared_sampling(params: SamplingParams) -> SamplingConfig:
     return replace(params.sampling, seed=0)
 
 
-NOT_FINITE = (
+TARGET_NOT_FINITE = (
     "the target's output is not finite (NaN or infinity): its weights are damaged, or the dtype "
     "overflows; try dtype float32"
 )
@@ -156,7 +156,7 @@ NOT_FINITE = (
 def check_finite(finite: object) -> None:
     """Raise `NumericalError` unless `finite`: the largest logit of every row is finite."""
     if not finite:
-        raise NumericalError(NOT_FINITE)
+        raise NumericalError(TARGET_NOT_FINITE)
 
 
 def sample_tokens(

@@ -22,7 +22,7 @@ all: after one occurrence the share is 1, and the drafts may still all be wrong.
 counts, by the length of the match, how often the most frequent token was right, and compares it
 with the sum of its shares. If the matches of two tokens above were right once while their shares
 sum to 2, their rate is 1/2, and `d` gets 1/2 * 2/3. Before anything was seen, `PRIOR_RATES` stand
-in, with the weight `PRIOR_WEIGHT`. A deeper node continues a longer match (a node at depth 3 after
+in, with the weight `RATE_WEIGHT`. A deeper node continues a longer match (a node at depth 3 after
 a match of 2 has one of 4), so that the deep nodes of a long match stay probable. The counts do not
 know the noise of sampling, so drafts are chosen without it.
 
@@ -303,7 +303,7 @@ MATCH_LEVELS = (3, 5, 9, 17)
 PRIOR_RATES = (0.5, 0.6, 0.75, 0.85, 0.95)
 """Rates of right continuations by level before anything was seen, as parts of the shares.
 SmolLM2-135M repeats itself more: 0.6, 0.7, 0.8, 0.88 and 0.97 on 250 of its answers."""
-PRIOR_WEIGHT = 4.0
+RATE_WEIGHT = 4.0
 """Weight of the prior rates: the sum of shares that would count as much."""
 MIN_RATE = 0.1
 """Lowest rate: a text that did not repeat itself may begin to."""
@@ -332,8 +332,8 @@ class SuffixDrafter:
     ) -> None:
         self.index, self.shared = SuffixIndex(), shared
         self.index.extend(prompt_ids)
-        self._right = [rate * PRIOR_WEIGHT for rate in PRIOR_RATES]
-        self._expected = [PRIOR_WEIGHT] * len(PRIOR_RATES)
+        self._right = [rate * RATE_WEIGHT for rate in PRIOR_RATES]
+        self._expected = [RATE_WEIGHT] * len(PRIOR_RATES)
         self._proposal: SuffixTree | None = None
 
     def propose(self, nodes: int, deepest: int) -> SuffixTree | None:

@@ -15,7 +15,7 @@ from treeflash.errors import ConfigError, NumericalError
 
 ROUNDING = 0.01
 """Nats above 0 that a log probability may reach by rounding; more is an error."""
-NOT_FINITE = (
+DRAFTER_NOT_FINITE = (
     "the drafter's output is not finite (NaN or infinity): its weights are damaged, or the dtype "
     "overflows; try dtype float32, or method ar to decode without a drafter"
 )
@@ -185,7 +185,7 @@ def check_log_probs(log_probs: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return log probabilities, those above 0 by rounding set to 0; see `TransitionTable`."""
     highest = log_probs.max(initial=-np.inf)
     if not highest < np.inf:
-        raise NumericalError(NOT_FINITE)
+        raise NumericalError(DRAFTER_NOT_FINITE)
     if highest > ROUNDING:
         raise ValueError(f"log probabilities must be at most 0, got {highest}")
     return np.minimum(log_probs, np.float32(0)) if highest > 0 else log_probs

@@ -183,7 +183,7 @@ class Domino(Cell):
         return state, silu(self.linear("embed_proj.0", x))
 
 
-HEADS: dict[str, type[Scores | Cell]] = {
+HEAD_CLASSES: dict[str, type[Scores | Cell]] = {
     "swiglu": Corrected,
     "linear": Corrected,
     "selector": Selector,
@@ -199,7 +199,7 @@ def make_head(model: DrafterModel) -> ARHead | RecurrentHead:
     """Make the head of a drafter, with the class that computes the tables of its kind."""
     name = model.config.head
     assert name is not None
-    return TABLE_HEADS[FORMATS[name].module.kind](model, HEADS[name](model))
+    return TABLE_HEADS[FORMATS[name].module.kind](model, HEAD_CLASSES[name](model))
 
 
 class ARHead(OneByOneHead):

@@ -18,7 +18,7 @@ from treeflash.serving.engine import Completion, Engine
 from treeflash.serving.errors import APIError, bad_request
 from treeflash.serving.message_parser import MessageForm, MessageParser, ResponseTemplate
 from treeflash.serving.schemas import AllowedTools
-from treeflash.serving.settings import MAX_TOKENS
+from treeflash.serving.settings import ANSWER_TOKENS
 from treeflash.serving.thinking import ThinkingBudget
 from treeflash.text.grammar import Grammar, GrammarError
 from treeflash.text.images import MAX_IMAGES
@@ -118,7 +118,7 @@ class Service:
         APIError for too many answers, and the errors of `Engine.submit`.
         """
         self.check_answers(len(prompts), answers)
-        options: Options = {"max_tokens": MAX_TOKENS, **self.defaults, **asked}
+        options: Options = {"max_tokens": ANSWER_TOKENS, **self.defaults, **asked}
         model = self.engine.model
         text = model.configure(options)
         sampling = text.decode.sampling

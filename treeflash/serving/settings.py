@@ -16,7 +16,7 @@ from treeflash.text.prompt import read_text
 
 MAX_MEMORY_GB = 4
 MAX_BODY_MB, MAX_IMAGES_BODY_MB = 8, 32
-MAX_TOKENS = 2048
+ANSWER_TOKENS = 2048
 """New tokens of an answer if nobody sets a limit, also in `treeflash chat`."""
 
 

@@ -17,7 +17,7 @@ from treeflash.registry import available, installed, load_entry_point
 from treeflash.training.config import NEW_DRAFTERS, SHAPE, TrainConfig
 from treeflash.training.distillation import Response
 
-GROUP = "treeflash.trainers"
+TRAINER_ENTRY_POINTS = "treeflash.trainers"
 """The group of entry points."""
 
 
@@ -61,7 +61,7 @@ class Trainer(Protocol):
 
 def trainer(name: str | None) -> Trainer:
     """Return a backend's trainer, or the first installed one; a BackendError if it cannot train."""
-    entries = available(GROUP)
+    entries = available(TRAINER_ENTRY_POINTS)
     if name is None:
         name = next(filter(installed, sorted(entries)), "cuda")
     if name not in entries and name in available():

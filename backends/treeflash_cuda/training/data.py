@@ -23,7 +23,7 @@ from treeflash_cuda.numerics import top_log_probs
 from treeflash_cuda.target import Target
 from treeflash_cuda.training.batch import Batch, Drafts
 from treeflash_cuda.training.initial import TargetShape
-from treeflash_cuda.training.model import GROUP
+from treeflash_cuda.training.model import ROW_ANCHORS
 from treeflash_cuda.training.run import replacing
 
 MIN_RESPONSE_TOKENS = 2
@@ -308,7 +308,10 @@ def make_batch(
     device: torch.device | None = None,  # the device of the batch; None is the CPU
 ) -> Batch:
     """Pad the sequences to one length and the anchors to one number; padding predicts nothing."""
-    length, count = max(map(len, responses)), -(-max(map(len, anchors)) // GROUP) * GROUP
+    length, count = (
+        max(map(len, responses)),
+        -(-max(map(len, anchors)) // ROW_ANCHORS) * ROW_ANCHORS,
+    )
     rows, k = len(responses), features[0].top_tokens.shape[1]
     width = features[0].features.shape[1]
     tokens = torch.zeros(rows, length, dtype=torch.long)
@@ -342,11 +345,11 @@ def with_drafts(
 
     The drafted tokens follow the sequence for a while, then differ from it. The target scores the
     tokens after the first wrong one too: at inference the drafter's head sees such tokens, but
-    never in a sequence. The share of the anchors is rounded up to a multiple of `GROUP`; the
+    never in a sequence. The share of the anchors is rounded up to a multiple of `ROW_ANCHORS`; the
     generator is on the CPU, so that a run is the same on every device.
     """
     total = batch.anchors.shape[1]
-    count = min(-(-round(share * total) // GROUP) * GROUP, total)
+    count = min(-(-round(share * total) // ROW_ANCHORS) * ROW_ANCHORS, total)
     if not count:
         return batch
     chosen = torch.randperm(total, generator=generator)[:count].sort().values

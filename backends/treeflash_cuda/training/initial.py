@@ -32,7 +32,7 @@ from treeflash.training.config import DEFAULT_LAYERS, NEW_DRAFTERS, TrainConfig,
 from treeflash_cuda.attention import AttentionContext
 from treeflash_cuda.backend import drafter_layout, load_drafter
 from treeflash_cuda.drafter_model import DrafterModel
-from treeflash_cuda.heads import HEADS as HEAD_CLASSES
+from treeflash_cuda.heads import HEAD_CLASSES
 from treeflash_cuda.linear import is_subclass
 from treeflash_cuda.target import Target, max_positions, read_model_config
 

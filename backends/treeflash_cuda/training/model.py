@@ -87,7 +87,7 @@ def in_chunks(
     return tuple(torch.cat(columns) for columns in zip(*parts, strict=True))
 
 
-GROUP = 8
+ROW_ANCHORS = 8
 """Anchors whose blocks share a row of keys."""
 
 
@@ -110,21 +110,24 @@ def grouped_block_attention(
 ) -> Attend:
     """Return attention with a mask, by groups of blocks that share a row of keys; for any device.
 
-    No block sees another, so small groups waste little. A is a multiple of `GROUP`.
+    No block sees another, so small groups waste little. A is a multiple of `ROW_ANCHORS`.
     """
     device = anchors.device
     columns = torch.arange(length, device=device)
-    roots = anchors.reshape(-1, GROUP).repeat_interleave(size, 1)[:, :, None]
+    roots = anchors.reshape(-1, ROW_ANCHORS).repeat_interleave(size, 1)[:, :, None]
     positions = anchors[:, :, None] + torch.arange(size, device=device)
-    positions = positions.reshape(-1, GROUP * size)
-    blocks = torch.arange(GROUP * size, device=device) // size
+    positions = positions.reshape(-1, ROW_ANCHORS * size)
+    blocks = torch.arange(ROW_ANCHORS * size, device=device) // size
     same_block = (blocks[:, None] == blocks).expand(len(positions), -1, -1)
     visible = torch.cat([columns < roots, same_block], -1)
     if causal or window is not None:
         keys = torch.cat([columns.expand(len(positions), -1), positions], 1)
         distance = positions[:, :, None] - keys[:, None, :]
         visible = visible & _is_near(distance, window, causal)
-    groups, mask = anchors.shape[1] // GROUP, additive_mask(visible, torch.float32)[:, None]
+    groups, mask = (
+        anchors.shape[1] // ROW_ANCHORS,
+        additive_mask(visible, torch.float32)[:, None],
+    )
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         def grouped(blocks: Tensor) -> Tensor:
