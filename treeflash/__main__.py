@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import NoReturn
 
 from treeflash.interruption import EXIT_INTERRUPTED, never_swallowed, say_interrupted
@@ -22,11 +23,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(*command: str) -> NoReturn:
     """Run a command line that begins with these words, and end the process."""
-    try:
+    status = EXIT_INTERRUPTED  # if Ctrl-C is pressed again while the first one ends the command
+    with suppress(KeyboardInterrupt):
         status = main([*command, *sys.argv[1:]])
-    except KeyboardInterrupt:  # Ctrl-C again, while the first one was ending the command
-        status = EXIT_INTERRUPTED
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Python would show a traceback from now on
+    # Python would show a traceback of Ctrl-C from now on, and of one in the call itself.
+    ignored = False
+    while not ignored:
+        with suppress(KeyboardInterrupt):
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            ignored = True
     sys.exit(status)
 
 

@@ -10,6 +10,7 @@ from contextlib import suppress
 
 import pytest
 
+from treeflash import __main__ as process
 from treeflash.__main__ import main
 from treeflash.cli import options
 
@@ -107,6 +108,20 @@ def test_other_errors_of_a_del_are_shown_as_python_shows_them(monkeypatch, capsy
     monkeypatch.setattr(options, "locate", locate)
     assert main(["generate", "hi"]) == 130
     assert [str(error) for error in shown] == ["of the destructor"]
+
+
+def test_ctrl_c_while_the_process_ends_changes_nothing(monkeypatch):
+    presses = iter([True, True, False])
+
+    def ignore(number, handler):
+        if next(presses):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(process, "main", lambda argv: 130)
+    monkeypatch.setattr(process.signal, "signal", ignore)
+    with pytest.raises(SystemExit, match="130"):
+        process.run("generate")
+    assert next(presses, None) is None, "interruptions are ignored at last"
 
 
 @pytest.mark.parametrize("start", [["-m", "treeflash"], ["-m", "treeflash.generate"]])
