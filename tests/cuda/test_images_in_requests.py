@@ -8,14 +8,14 @@ import pytest
 import transformers
 from byte_tokens import save_tokenizer
 from servers import serving
-from stub_images import StubProcessor, picture
+from stub_images import StubProcessor, base64_of, picture
 
-pytest.importorskip("anthropic")
-pytest.importorskip("openai")
+for package in ("anthropic", "ollama", "openai"):
+    pytest.importorskip(package)
 
 import treeflash_cuda.images as cuda_images
-from image_clients import ASK, QUESTION, TOKENS
 from image_models import RandomProcessor, random_model
+from protocols import PROTOCOLS, Ask, having
 from treeflash_cuda.backend import load
 
 from treeflash.config import LoadConfig
@@ -24,6 +24,7 @@ from treeflash.text.prompt import image_part, text_part
 from treeflash.text.tokenizer import Tokenizer
 
 FAMILY = "gemma3"
+TOKENS, QUESTION = 12, "?"
 DEFAULTS = {"method": "suffix", "temperature": 0.0}
 
 
@@ -73,17 +74,23 @@ def expected(model):
     ]
 
 
-@pytest.mark.parametrize("ask", ASK)
-def test_every_client_gets_the_text_of_plain_decoding(server, expected, ask):
+def text_of(api, server, seed):
+    ask = Ask(QUESTION, images=[base64_of(picture(seed))], max_tokens=TOKENS)
+    return api.ask(server.url, ask).text
+
+
+@pytest.mark.parametrize("api", having("images"))
+def test_every_client_gets_the_text_of_plain_decoding(server, expected, api):
     assert len(set(expected)) >= 8  # of ten images
-    assert [ask(server.url, picture(seed)) for seed in (0, 1, 0)] == [
+    assert [text_of(api, server, seed) for seed in (0, 1, 0)] == [
         expected[seed] for seed in (0, 1, 0)
     ]
 
 
 def test_ten_clients_with_different_images(server, expected):
+    apis = [api for api in PROTOCOLS if "images" in api.can]
     with ThreadPoolExecutor(10) as pool:
-        answers = pool.map(lambda i: ASK[i % 3](server.url, picture(i)), range(10))
+        answers = pool.map(lambda i: text_of(apis[i % len(apis)], server, i), range(10))
     assert list(answers) == expected
 
 

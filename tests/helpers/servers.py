@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -11,12 +12,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import httpx
+import pytest
 
+from treeflash.decoding.sampling import unpack
 from treeflash.language_model import LanguageModel
 from treeflash.serving.application import Server, application, bind, configuration
 from treeflash.serving.engine import Engine
+from treeflash.serving.errors import APIError
 from treeflash.serving.service import Service
 from treeflash.serving.settings import Settings
+from treeflash.text.stream import Assembler
 
 NAME = "tiny"
 MAX_POSITIONS = 512
@@ -141,6 +146,71 @@ class Gate:
         """Allow all iterations from now on."""
         self._open = True
         self._permits.release()
+
+
+def slow_down(server: Running, seconds: float) -> None:
+    """Let every iteration of a server take some time."""
+    step = server.engine._scheduler.step
+
+    def slow():
+        time.sleep(seconds)
+        return step()
+
+    server.engine._scheduler.step = slow
+
+
+@contextmanager
+def request_without_a_reader(server: Running, path: str, body: object) -> Iterator[None]:
+    """Send a request for a whole answer that would take long; the end of the block disconnects."""
+    unfinished = server.engine.unfinished
+    url = httpx.URL(server.url)
+    content = json.dumps(body).encode()
+    with socket.create_connection((url.host, url.port)) as connection:
+        connection.sendall(
+            b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"Content-Length: %d\r\n\r\n%s" % (path.encode(), len(content), content)
+        )
+        wait_until(lambda: server.engine.unfinished == unfinished + 1)
+        yield
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """An answer that a server would decode."""
+
+    answer: Assembler
+    model: LanguageModel
+
+    @property
+    def prompt(self) -> str:
+        return self.model.tokenizer.decode_verbatim(self.answer.prompt_ids)
+
+    def accepts(self, text: str) -> bool:
+        """Return whether a text would be allowed as the whole answer."""
+        if self.answer.make_constraint is None:
+            return True
+        constraint, tokenizer = self.answer.make_constraint(), self.model.tokenizer
+        for token in [*tokenizer.encode(text), min(tokenizer.stop_token_ids)]:
+            if not unpack(constraint.allowed()[None], self.model.backend.vocab_size)[0][token]:
+                return False
+            constraint.advance(token)
+        return True
+
+
+def submitted(server: Running, path: str, body: object) -> Submitted:
+    """Return the one answer that a server would decode for a request, which it then refuses."""
+    caught: list[Assembler] = []
+
+    def submit(answers, **_):
+        caught.extend(answers)
+        raise APIError(503, "not decoded")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(server.engine, "submit", submit)
+        response = server.post(path, body)
+    assert response.status_code == 503, response.text
+    (answer,) = caught
+    return Submitted(answer, server.engine.model)
 
 
 @contextmanager

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from functools import partial
 from itertools import pairwise
 from time import perf_counter
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 from servers import NAME, serving, wait_until
 
@@ -100,38 +98,14 @@ def test_without_a_seed_answers_differ(server):
     assert len(texts) == 4
 
 
-def test_stop_string(server, model):
-    whole = expected(model, max_tokens=48, temperature=1, seed=3).text
-    stop = whole[10:13]
-    choice = server.post(
-        PATH,
-        {"messages": MESSAGES, "max_tokens": 48, "temperature": 1, "seed": 3, "stop": [stop, "no"]},
-    ).json()["choices"][0]
-    assert choice["message"]["content"] == whole[: whole.index(stop)]
-    assert choice["finish_reason"] == "stop"
-
-
-@pytest.mark.parametrize("top", [{}, {"top_logprobs": 2}], ids=["sampled", "two"])
-@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-def test_log_probs(server, model, stream, top):
-    result = expected(model, log_probs=top.get("top_logprobs", 0))
-    body = {"messages": MESSAGES, "max_tokens": 24, "logprobs": True, **top}
-    if stream:
-        choices = [frame["choices"][0] for frame in server.frames(PATH, **body)]
-        found = [x for c in choices if "logprobs" in c for x in c["logprobs"]["content"]]
-    else:
-        found = server.post(PATH, body).json()["choices"][0]["logprobs"]["content"]
-    name = partial(streaming.token_name, model.tokenizer)
-    assert [x["token"] for x in found] == [name(token) for token in result.token_ids]
-    np.testing.assert_allclose(
-        [x["logprob"] for x in found], [x.log_prob for x in result.log_probs], atol=1e-4
-    )
-    for one, other in zip(found, result.log_probs, strict=True):
-        assert [x["token"] for x in one["top_logprobs"]] == [name(token) for token, _ in other.top]
+def test_log_probs_have_the_bytes_of_tokens(server):
+    choice = server.chat(max_tokens=24, logprobs=True, temperature=1, seed=3).json()["choices"][0]
+    for one in choice["logprobs"]["content"]:
         part = bytes(one["bytes"])
         escaped = "bytes:" + "".join(f"\\x{byte:02x}" for byte in part)
         assert one["token"] in (part.decode(errors="replace"), escaped)
         assert "\ufffd" not in one["token"]
+        assert one["top_logprobs"] == []
 
 
 def test_created_is_the_time_of_the_answer(server, monkeypatch):
@@ -280,22 +254,6 @@ def test_reasoning_effort(server):
 def test_names_of_participants(server):
     message = {"role": "user", "name": "ann", "content": "Hello."}
     assert server.post(PATH, {"messages": [message], "max_tokens": 1}).status_code == 200
-
-
-def test_a_message_that_is_continued(server, model):
-    """The prompt ends with the assistant's text, and the answer is what follows."""
-    begun = {"role": "assistant", "content": "The capital is"}
-    body = {"messages": [*MESSAGES, begun], "max_tokens": 12}
-    both = {"continue_final_message": True, "add_generation_prompt": False}
-    found = server.post(PATH, {**body, **both}).json()["choices"][0]["message"]["content"]
-    start = model.tokenizer.transformers.apply_chat_template(
-        [*MESSAGES, begun], tokenize=False, continue_final_message=True
-    )
-    assert start.endswith("<|start|>assistant: The capital is")
-    assert found == model.generate(start, raw=True, max_tokens=12).text
-    anthropic = {"messages": [*MESSAGES[1:], begun], "system": MESSAGES[0]["content"]}
-    answer = server.post("/v1/messages", {**anthropic, "max_tokens": 12}).json()
-    assert answer["content"] == [{"type": "text", "text": found}]
 
 
 @pytest.mark.parametrize(

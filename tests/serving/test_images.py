@@ -1,8 +1,7 @@
-"""Images in requests: one answer for all protocols, nothing that is fetched, and limits."""
+"""Images in requests: nothing that is fetched, hostile and odd images, and limits."""
 
 from __future__ import annotations
 
-import base64
 import io
 import json
 import socket
@@ -14,6 +13,7 @@ from contextlib import contextmanager
 import pytest
 
 Pillow = pytest.importorskip("PIL.Image")
+from protocols import PROTOCOLS, Ask
 from scripted_model import reference_model
 from servers import NAME, check_error, parse, serving, wait_until
 from stub_images import FEATURES, StubProcessor, base64_of, chunk, claiming, picture, url_of
@@ -24,6 +24,8 @@ QUESTION = "?"
 OPTIONS = {"max_tokens": 16}
 DEFAULTS = {"temperature": 0.3, "seed": 3}  # Anthropic's API and Responses have no seed
 MESSAGES, CHAT, RESPONSES = "/v1/messages", "/v1/chat/completions", "/v1/responses"
+
+APIS = [api for api in PROTOCOLS if "images" in api.can]
 
 
 @pytest.fixture(scope="module")
@@ -54,48 +56,9 @@ def anthropic_messages(*images):
     return [{"role": "user", "content": [*map(anthropic_block, images), text]}]
 
 
-def responses_input(*images):
-    parts = [{"type": "input_image", "image_url": url_of(image)} for image in images]
-    return [{"role": "user", "content": [*parts, {"type": "input_text", "text": QUESTION}]}]
-
-
-def ollama_messages(*images):
-    return [{"role": "user", "content": QUESTION, "images": list(map(base64_of, images))}]
-
-
-def ask_openai(server, *images):
+def chat_text(server, *images):
     body = server.post(CHAT, {"messages": openai_messages(*images), **OPTIONS}).json()
-    return body["choices"][0]["message"]["content"], body["usage"]["prompt_tokens"]
-
-
-def ask_anthropic(server, *images):
-    body = server.post(MESSAGES, {"messages": anthropic_messages(*images), **OPTIONS}).json()
-    counts = body["usage"]
-    tokens = counts["input_tokens"] + counts["cache_read_input_tokens"]
-    return body["content"][0]["text"], tokens
-
-
-def ask_responses(server, *images):
-    fields = {"max_output_tokens": OPTIONS["max_tokens"]}
-    body = server.post(RESPONSES, {"input": responses_input(*images), **fields}).json()
-    return body["output"][0]["content"][0]["text"], body["usage"]["input_tokens"]
-
-
-def ask_ollama(server, *images):
-    options = {"num_predict": OPTIONS["max_tokens"]}
-    fields = {"model": NAME, "stream": False, "options": options}
-    body = server.post("/api/chat", {"messages": ollama_messages(*images), **fields}).json()
-    return body["message"]["content"], body["prompt_eval_count"]
-
-
-def ask_ollama_prompt(server, *images):
-    options = {"num_predict": OPTIONS["max_tokens"]}
-    fields = {"model": NAME, "stream": False, "options": options, "prompt": QUESTION}
-    body = server.post("/api/generate", {"images": list(map(base64_of, images)), **fields}).json()
-    return body["response"], body["prompt_eval_count"]
-
-
-ASK = [ask_openai, ask_anthropic, ask_responses, ask_ollama, ask_ollama_prompt]
+    return body["choices"][0]["message"]["content"]
 
 
 def expected(model, *images):
@@ -103,33 +66,14 @@ def expected(model, *images):
     return model.generate([{"role": "user", "content": parts}], method="ar", **OPTIONS, **DEFAULTS)
 
 
-@pytest.mark.parametrize("ask", ASK)
-def test_every_protocol_gives_the_answer_of_python(image_server, image_model, ask):
-    for images in ([picture(1)], [picture(2), picture(1)]):
-        answer = expected(image_model, *images)
-        assert ask(image_server, *images) == (answer.text, answer.prompt_tokens)
-
-
-@pytest.mark.parametrize("ask", ASK)
-def test_base64_in_lines(image_server, image_model, monkeypatch, ask):
-    """The command base64 breaks its output into lines."""
-
-    def in_lines(data):
-        return base64.encodebytes(data).decode().replace("\n", "\r\n ")
-
-    monkeypatch.setitem(globals(), "base64_of", in_lines)
-    monkeypatch.setitem(globals(), "url_of", lambda x: f"data:image/png;base64,{in_lines(x)}")
-    answer = expected(image_model, picture(1))
-    assert ask(image_server, picture(1)) == (answer.text, answer.prompt_tokens)
-
-
 def test_ten_clients_with_different_images(image_server, image_model):
     images = [picture(seed) for seed in range(10)]
     texts = [expected(image_model, image).text for image in images]
     assert len(set(texts)) > 5
     with ThreadPoolExecutor(10) as pool:
-        answers = pool.map(lambda i: ASK[i % 4](image_server, images[i]), range(10))
-    assert [text for text, _ in answers] == texts
+        asks = [Ask(QUESTION, images=[base64_of(image)], **OPTIONS) for image in images]
+        answers = pool.map(lambda i: APIS[i % len(APIS)].ask(image_server.url, asks[i]), range(10))
+    assert [answer.text for answer in answers] == texts
 
 
 def test_counted_tokens(image_server):
@@ -325,7 +269,7 @@ ODD = {
 def test_odd_images_get_the_right_answer(image_server, image_model, streaming_text, data, upright):
     """The answer equals Python's, and a turned picture gives the answer of the upright one."""
     with streaming_text():
-        answer, _ = ask_openai(image_server, data)
+        answer = chat_text(image_server, data)
     assert answer == expected(image_model, data).text
     if upright is not None:
         assert answer == expected(image_model, picture(upright)).text
@@ -333,7 +277,7 @@ def test_odd_images_get_the_right_answer(image_server, image_model, streaming_te
 
 def test_limits(image_model):
     with serving(image_model, {"max_images": 2}) as server:
-        assert ask_openai(server, picture(1), picture(2))[0]
+        assert chat_text(server, picture(1), picture(2))
         response = server.post(CHAT, {"messages": openai_messages(*[picture(1)] * 3)})
         check_error(response, 400, "the prompt has 3 images, and the limit is 2")
         response = server.post(CHAT, {"messages": openai_messages(), "max_images": 99})
@@ -347,21 +291,6 @@ def test_bodies_may_be_larger_where_images_are_taken(server, image_server):
     check_error(image_server.client.post(CHAT, content=body, headers=headers), 400, "pad")
     body = json.dumps({"pad": "x" * (33 << 20)})
     assert image_server.client.post(CHAT, content=body, headers=headers).status_code == 413
-
-
-@pytest.mark.parametrize("ask", [CHAT, MESSAGES, RESPONSES, "/api/chat"])
-def test_a_target_without_images_is_named(server, ask):
-    fields = {
-        CHAT: {"messages": openai_messages(picture(1))},
-        MESSAGES: {"messages": anthropic_messages(picture(1)), "max_tokens": 4},
-        RESPONSES: {"input": responses_input(picture(1))},
-        "/api/chat": {"model": NAME, "messages": ollama_messages(picture(1))},
-    }[ask]
-    response = server.post(ask, fields)
-    assert response.status_code == 400
-    error = response.json()["error"]
-    message = error if isinstance(error, str) else error["message"]
-    assert message == "target takes no images: the backend does not run images of its model type"
 
 
 def test_what_clients_are_told_about_the_model(server, image_server):
@@ -387,12 +316,12 @@ def test_answers_go_on_while_images_are_processed(folders):
     processor.encode = held
     with serving(model, DEFAULTS) as server, ThreadPoolExecutor(4) as pool:
         try:
-            asked = [pool.submit(ask_openai, server, picture(seed)) for seed in range(4)]
+            asked = [pool.submit(chat_text, server, picture(seed)) for seed in range(4)]
             wait_until(lambda: len(inside) == 2)
             assert server.chat(max_tokens=4).status_code == 200
             assert len(inside) == 2
         finally:
             release.set()
-        assert [x.result()[0] for x in asked] == [
+        assert [x.result() for x in asked] == [
             expected(model, picture(seed)).text for seed in range(4)
         ]

@@ -1,15 +1,20 @@
-"""Limits on the queue, sizes, times and memory; keep-alive frames; disconnects."""
+"""Limits on the queue, sizes, times and memory; keep-alive frames; a disconnect in the queue."""
 
 from __future__ import annotations
 
-import json
 import socket
 import threading
-from contextlib import contextmanager
 
 import httpx
 import pytest
-from servers import PATIENCE, Gate, check_error, parse, wait_until
+from servers import (
+    PATIENCE,
+    Gate,
+    check_error,
+    parse,
+    request_without_a_reader,
+    wait_until,
+)
 
 FOREVER = {"max_tokens": 400, "ignore_eos": True, "method": "ar"}
 
@@ -119,61 +124,14 @@ def test_keep_alive(serve):
             assert "data: [DONE]" in list(lines)
 
 
-def has_noticed_a_disconnect(caplog):
-    """The log of a request names answers that were dropped, after the engine was told."""
-    return "unfinished" in caplog.text
-
-
-def test_disconnect_of_a_stream_ends_it_within_one_iteration(serve, caplog):
-    server = serve()
-    with caplog.at_level("INFO", "treeflash.serving"), Gate(server.engine) as gate:
-        body = {"prompt": "A", "stream": True, **FOREVER}
-        with server.client.stream("POST", "/v1/completions", json=body) as response:
-            gate.allow(2)
-            next(response.iter_lines())
-            assert server.engine._scheduler.running == 1
-        wait_until(lambda: has_noticed_a_disconnect(caplog))
-        gate.open()
-        wait_until(lambda: server.engine.unfinished == 0)
-        assert gate.arrivals == 3
-        assert not server.engine._scheduler.busy
-
-
-@contextmanager
-def request_without_a_reader(server):
-    """Send a request for a whole answer that would take long; the end of the block disconnects."""
-    unfinished = server.engine.unfinished
-    url = httpx.URL(server.url)
-    body = json.dumps({"prompt": "A", **FOREVER}).encode()
-    with socket.create_connection((url.host, url.port)) as connection:
-        connection.sendall(
-            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-            b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
-        )
-        wait_until(lambda: server.engine.unfinished == unfinished + 1)
-        yield
-
-
-def test_disconnect_of_a_whole_answer_ends_it_within_one_iteration(serve, caplog):
-    server = serve()
-    with caplog.at_level("INFO", "treeflash.serving"), Gate(server.engine) as gate:
-        with request_without_a_reader(server):
-            gate.allow(1)
-        wait_until(lambda: has_noticed_a_disconnect(caplog))
-        gate.open()
-        wait_until(lambda: server.engine.unfinished == 0)
-        assert gate.arrivals == 2
-        assert not server.engine._scheduler.busy
-
-
 def test_disconnect_while_waiting(serve, in_background, caplog):
     server = serve(max_parallel=1)
     with caplog.at_level("INFO", "treeflash.serving"), Gate(server.engine):
         first = in_background(lambda: server.complete("A", max_tokens=3))
         wait_until(lambda: server.engine.unfinished == 1)
-        with request_without_a_reader(server):
+        with request_without_a_reader(server, "/v1/completions", {"prompt": "A", **FOREVER}):
             pass
-        wait_until(lambda: has_noticed_a_disconnect(caplog))
+        wait_until(lambda: "unfinished" in caplog.text)
     wait_until(lambda: first and server.engine.unfinished == 0)
     assert first[0].status_code == 200
     assert "0 new tokens" in caplog.text

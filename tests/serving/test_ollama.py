@@ -46,53 +46,12 @@ def client(server):
     return ollama.Client(host=server.url)
 
 
-def test_a_message_is_that_of_chat_completions(client, server):
-    found = client.chat(NAME, HELLO, options=SHORT, stream=False)
-    chat = server.chat(max_tokens=12).json()
-    message = chat["choices"][0]["message"]
-    assert found.message.content == message["content"]
-    assert found.message.thinking == message.get("reasoning_content")
-    assert (found.done, found.done_reason, found.eval_count) == (True, "length", 12)
-    assert found.prompt_eval_count == chat["usage"]["prompt_tokens"]
-    assert found.total_duration > found.eval_duration > 0
-    assert found.prompt_eval_duration > 0
-
-
-def test_a_stream_is_the_message(client):
-    whole = client.chat(NAME, HELLO, options=SHORT)
-    parts = list(client.chat(NAME, HELLO, options=SHORT, stream=True))
-    texts = [(part.message.thinking or "") + (part.message.content or "") for part in parts]
-    assert len(parts) > 2
-    assert "".join(texts) == (whole.message.thinking or "") + whole.message.content
-    assert [part.done for part in parts] == [False] * (len(parts) - 1) + [True]
-    assert parts[-1].eval_count == whole.eval_count == 12
-
-
 def test_lines_are_the_default_and_have_no_events(server):
     response = server.post("/api/chat", {"model": NAME, "messages": HELLO, "options": SHORT})
     assert response.headers["content-type"] == "application/x-ndjson"
     lines = [json.loads(line) for line in response.text.splitlines()]
     assert lines[-1]["done"]
     assert all(set(line) >= {"model", "created_at", "message", "done"} for line in lines)
-
-
-def test_thinking_is_turned_off_and_told_apart(client, server):
-    thought = client.chat(NAME, HELLO, options=SHORT, think=True)
-    assert thought.message.thinking
-    assert thought.message.content == ""
-    plain = client.chat(NAME, HELLO, options=SHORT, think=False)
-    assert plain.message.thinking is None
-    expected = server.chat(max_tokens=12, reasoning_effort="none").json()
-    assert plain.message.content == expected["choices"][0]["message"]["content"]
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_format_is_enforced(client, stream):
-    fields = {"format": COLOUR, "options": {"num_predict": 200}, "think": False}
-    found = client.chat(NAME, HELLO, stream=stream, **fields)
-    parts = list(found) if stream else [found]
-    text = "".join(part.message.content for part in parts)
-    assert json.loads(text)["colour"] in ("red", "blue")
 
 
 def test_json_is_an_object(client):
@@ -102,14 +61,6 @@ def test_json_is_an_object(client):
         assert isinstance(json.loads(found.response), dict)
     else:
         assert found.response.lstrip().startswith("{")
-
-
-def test_a_prompt_is_a_message(client):
-    prompt = client.generate(NAME, "Hello.", system="Be kind.", options=SHORT, think=False)
-    messages = [{"role": "system", "content": "Be kind."}, *HELLO]
-    chat = client.chat(NAME, messages, options=SHORT, think=False)
-    assert prompt.response == chat.message.content
-    assert prompt.prompt_eval_count == chat.prompt_eval_count
 
 
 def test_a_raw_prompt_has_no_template(client, server):
@@ -188,42 +139,17 @@ def test_what_clients_in_go_send(server):
     assert "suffix is not supported" in refused.json()["error"]
 
 
-def test_calls_and_their_results(server):
-    """The prompt equals the one of chat completions, whose calls have ids."""
-    call = {"function": {"name": "paint", "arguments": {"colour": "red"}}}
-    answer = {"role": "assistant", "content": ""}
-    result = {"role": "tool", "content": "It is red."}
-    messages = [*HELLO, answer | {"tool_calls": [call]}, result | {"tool_name": "paint"}]
-    fields = {"model": NAME, "tools": [PAINT], "think": False, "stream": False}
-    found = server.post("/api/chat", fields | {"messages": messages, "options": SHORT}).json()
-
-    text = {"name": "paint", "arguments": json.dumps({"colour": "red"})}
-    call = {"id": "call_1_0", "type": "function", "function": text}
-    result |= {"tool_call_id": "call_1_0", "name": "paint"}
-    messages = [*HELLO, answer | {"tool_calls": [call]}, result]
-    fields = {"tools": [PAINT], "max_tokens": 12, "reasoning_effort": "none"}
-    expected = server.post("/v1/chat/completions", {"messages": messages, **fields}).json()
-    assert found["prompt_eval_count"] == expected["usage"]["prompt_tokens"]
-    assert found["message"]["content"] == expected["choices"][0]["message"]["content"]
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_call_has_its_arguments_as_an_object(server, monkeypatch, stream):
-    """The call is enforced, since a model of random weights writes none."""
+def test_a_call_has_an_id(server, monkeypatch):
+    """The package drops it. The call is enforced: a model of random weights writes none."""
     monkeypatch.setattr(
         "treeflash.serving.ollama.allowed_tools",
         lambda functions, choice: allowed_tools(functions, "required", parallel=False),
     )
     fields = {"model": NAME, "messages": HELLO, "tools": [PAINT], "think": False}
-    response = server.post(
-        "/api/chat", fields | {"stream": stream, "options": {"num_predict": 400}}
-    )
+    response = server.post("/api/chat", fields | {"options": {"num_predict": 400}})
     parts = [json.loads(line) for line in response.text.splitlines()]
     (call,) = [call for part in parts for call in part["message"].get("tool_calls", [])]
-    assert call["function"]["name"] == "paint"
-    assert call["function"]["arguments"]["colour"] in ("red", "blue")
     assert call["id"], "its result may name it"
-    assert parts[-1]["done_reason"] == "stop"
 
 
 def test_models_are_listed_and_shown(client):
@@ -278,13 +204,11 @@ def test_a_model_is_loaded_already(client):
 
 
 @pytest.mark.parametrize(
-    ("path", "body", "status", "says"),
+    ("path", "body", "says"),
     [
-        pytest.param("/api/chat", {"model": "other"}, 404, "'other' does not exist", id="model"),
         pytest.param(
             "/api/chat",
             {"model": NAME, "messages": [{"role": "tool", "content": "4"}]},
-            400,
             "answers no call",
             id="a result without a call",
         ),
@@ -297,36 +221,26 @@ def test_a_model_is_loaded_already(client):
                     {"role": "assistant", "tool_calls": [{"function": {"name": "stop"}}]},
                 ],
             },
-            400,
             "add their results",
             id="a call without a result",
         ),
         pytest.param(
             "/api/generate",
             {"model": NAME, "prompt": "Hi", "options": {"mirostat": 1}},
-            400,
             "options.mirostat",
             id="another way of sampling",
         ),
         pytest.param(
             "/api/generate",
             {"model": NAME, "prompt": "Hi", "raw": True, "system": "Be kind."},
-            400,
             "raw has no template",
             id="raw with a system message",
         ),
-        pytest.param(
-            "/api/generate",
-            {"model": NAME, "prompt": "x" * 5000},
-            400,
-            "tokens",
-            id="a prompt that is too long",
-        ),
     ],
 )
-def test_errors_have_ollamas_form(server, path, body, status, says):
+def test_errors_have_ollamas_form(server, path, body, says):
     response = server.post(path, body)
-    assert response.status_code == status
+    assert response.status_code == 400
     assert set(response.json()) == {"error"}
     assert says in response.json()["error"]
 

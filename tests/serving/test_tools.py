@@ -192,15 +192,6 @@ def test_an_enforced_call_that_is_cut_off_is_not_content(server, tokens, stream)
     assert reason == "length"
 
 
-@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "stop"}}])
-def test_a_required_call_has_no_content_to_constrain(server, choice):
-    body = {"tools": TOOLS, "tool_choice": choice, "parallel_tool_calls": False}
-    args = {"chat_template_kwargs": {"enable_thinking": False}}
-    found, _ = message(server.chat(response_format=FORMAT, **body, **args))
-    (call,) = found["tool_calls"]
-    check(call)
-
-
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("start", ["{", "<"], ids=["content", "call"])
 def test_content_of_a_form_or_calls(server, tokenizer, start, strict):
@@ -278,14 +269,6 @@ def test_malformed_messages(server, bad):
     assert response.json()["error"]["param"] == "messages"
 
 
-def test_a_model_without_tools_refuses_them(tmp_path):
-    with serving(tool_model(tmp_path, response_template=None)) as running:
-        response = running.chat(tools=TOOLS)
-    assert response.status_code == 400
-    assert response.json()["error"]["param"] == "tools"
-    assert "not supported with this model" in response.json()["error"]["message"]
-
-
 CHOSEN = {
     "llama3_json": "<|start_header_id|>assistant<|end_header_id|>\n\n",
     "deepseek_v3": "<｜Assistant｜>",
@@ -332,15 +315,3 @@ def test_calls_that_cannot_be_enforced(tmp_path):
     assert response.status_code == 400
     assert "cannot be enforced" in with_form.json()["error"]["message"]
     assert "cannot be enforced" in response.json()["error"]["message"]
-
-
-@pytest.mark.parametrize("path", [PATH, "/v1/messages"])
-def test_a_message_with_a_broken_call_is_continued(server, path):
-    """An answer does not run on after an error."""
-    messages = [*HELLO, {"role": "assistant", "content": 'I paint. <call>{"name": </call>'}]
-    body = {"messages": messages, "max_tokens": 5, "temperature": 0}
-    if path == PATH:
-        body |= {"continue_final_message": True, "add_generation_prompt": False}
-    response = server.post(path, body)
-    assert response.status_code == 200, response.text
-    assert not server.engine._scheduler.busy
