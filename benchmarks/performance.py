@@ -66,6 +66,12 @@ def methods_command(args: Namespace) -> list[str]:
     return ["decoding.methods", *args.sets, *args.pair, *args.amount, "--budgets", budgets]
 
 
+def budgets_command(args: Namespace) -> list[str]:
+    """Return the command for the speed of `auto` relative to fixed sizes, by dtype."""
+    fixed = ",".join(str(size) for size in args.budgets if size != AUTO)
+    return ["decoding.budgets", *args.sets, *args.pair, *args.amount, "--budgets", fixed]
+
+
 def throughput_command(args: Namespace) -> list[str]:
     """Return the command for throughput by number of sequences."""
     return [
@@ -129,6 +135,11 @@ def methods_tables(results: Row) -> list[str]:
     return [markdown_table(table) for table in (*tables, auto) if table]
 
 
+def budgets_tables(results: Row) -> list[str]:
+    """Build the table of tokens per second by dtype and set."""
+    return [markdown_table(results["rows"])]
+
+
 def throughput_tables(results: Row) -> list[str]:
     """Build tables of tokens per second and time to the first token, by sequences."""
     speeds: dict[int, Row] = {}
@@ -175,6 +186,7 @@ class Section(NamedTuple):
 SECTIONS = {
     "systems": Section(systems_command, systems_tables),
     "methods": Section(methods_command, methods_tables),
+    "budgets": Section(budgets_command, budgets_tables),
     "throughput": Section(throughput_command, throughput_tables),
     "iteration": Section(iteration_command, iteration_tables),
     "memory": Section(memory_command, memory_tables),

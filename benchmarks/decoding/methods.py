@@ -161,6 +161,7 @@ def parser() -> Parser:
     """Build the parser of the command line."""
     options = Parser(__doc__)
     options.add_prompts(limit=8, max_tokens=128)
+    options.add_number("--rounds", 1, "times that a prompt is decoded; the median time counts")
     options.add_names("--methods", METHODS, "methods")
     options.add_budgets([16, 64, AUTO], "budgets of tree methods")
     options.add_list(
@@ -250,11 +251,16 @@ def measure(model: LanguageModel, args: Any, cases: Sequence[Case]) -> dict[str,
             plain = run(prompt.turns[0], cases[0])
             if not plain.accepted_lengths:
                 continue  # a sequence of one token has no iteration, hence no speed
-            runs[cases[0]].append(plain)
             forced.tokens = plain.token_ids
-            for case in cases[1:]:
-                runs[case].append(run(prompt.turns[0], case))
-                assert runs[case][-1].token_ids == plain.token_ids
+            rounds: Runs = {case: [] for case in cases}
+            rounds[cases[0]].append(plain)
+            for number in range(args.rounds):
+                for case in cases[number == 0 :]:
+                    rounds[case].append(run(prompt.turns[0], case))
+                    assert rounds[case][-1].token_ids == plain.token_ids
+            for case, group in rounds.items():
+                by_time = sorted(group, key=lambda generation: generation.decode_s)
+                runs[case].append(by_time[(len(group) - 1) // 2])
         for case in cases:
             every[case] += runs[case]
         rows += [set_row(path.stem, case, runs) for case in cases]

@@ -28,7 +28,7 @@ from scheduled_texts import assert_plain_texts
 
 from treeflash.config import DecodeConfig, LoadConfig, SamplingConfig
 from treeflash.decoding import Request, decode
-from treeflash.decoding.adaptive_budget import AdaptiveBudgets, DraftDepths
+from treeflash.decoding.adaptive_budget import AdaptiveBudgets
 from treeflash.decoding.interfaces import TableOptions
 from treeflash.decoding.sampling import Noise
 from treeflash.decoding.session import SequenceSession
@@ -502,9 +502,8 @@ def test_the_budget_auto_learns_the_price_of_a_depth(load_pair: LoadPair) -> Non
     for seconds, pays in ((10.0, True), (1e-6, False)):
         budgets = AdaptiveBudgets(VerifyCosts({1: seconds, 8: seconds, 16: seconds}))
         budget = budgets.get("treeflash", pair)
-        budget.draft_depths[1] = DraftDepths(seconds_per_depth=0.01)
-        budget.draft_depths[1].reached = dict.fromkeys(range(1, 9), 9.0)
-        budget.draft_depths[1].accepted = dict.fromkeys(range(1, 9), 9.0)
+        budget.pace(1).depth_s.append(0.01)
+        budget.acceptance.reached[:], budget.acceptance.passed[:] = 9.0, 9.0
         with recording(pair.drafter, "draft") as drafts:
             steps = list(decode(pair, Request(prompt_ids=PROMPTS[0], config=config), budgets))
         _, depths = drafts[0]

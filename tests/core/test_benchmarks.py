@@ -17,6 +17,7 @@ PROMPTS = ["The sea is", "Why", "A list of cities:", "One and one is"]
 SHORT = ["--limit", "2", "--max-tokens", "6"]
 SCRIPTS = {
     "decoding.methods": [*SHORT, "--budgets", "4,auto", "--heads", "full:full,64:auto"],
+    "decoding.budgets": [*(*SHORT, "--budgets", "4", "--rounds", "2", "--dtypes", "float32")],
     "decoding.acceptance_rules": SHORT,
     "decoding.branches": [*SHORT, "--parallel", "2"],
     "decoding.calibration": [*SHORT, "--budgets", "4", "--parallel", "2"],
@@ -134,9 +135,11 @@ def test_the_page_is_measured_and_written(module, sets, pair, tmp_path, monkeypa
     monkeypatch.setattr(performance, "RESULTS", tmp_path / "new" / "results.json")
     options = [*sets, *pair, "--dtype", "float32", "--few", "1", "--max-tokens", "8"]
     options += ["--budgets", "4", "--concurrency", "1,2", "--memory-tokens", "4"]
-    assert performance.main([*options, "--only", "methods,throughput,iteration,memory"]) == 0
+    assert (
+        performance.main([*options, "--only", "methods,budgets,throughput,iteration,memory"]) == 0
+    )
     text = page.read_text(encoding="utf-8")
-    assert text.count("python -m benchmarks.") >= 4
+    assert text.count("python -m benchmarks.") >= 5
     assert text.count("Not measured yet.") == 1  # `systems` needs a framework
     assert "| treeflash-chain | 4 |" in text
 

@@ -264,7 +264,7 @@ def test_kept_costs_serve_methods_that_are_not_the_default(tiny_pair, tmp_path, 
     """No costs are needed before a request asks for such a method."""
     monkeypatch.setenv("TREEFLASH_CACHE", str(tmp_path))
     measured, costs = [], VerifyCosts({1: 1.0, 8: 1.1})
-    monkeypatch.setattr(VerifyCosts, "measure", lambda backend: measured.append(1) or costs)
+    monkeypatch.setattr(VerifyCosts, "measure", lambda *args: measured.append(1) or costs)
     for _ in range(2):  # processes
         model = load(tiny_pair[0], False, backend="reference")
         scheduler = model.scheduler(SchedulerConfig(), None)

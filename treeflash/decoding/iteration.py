@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treeflash.config import AUTO, DecodeConfig, Method
-from treeflash.decoding.adaptive_budget import AdaptiveBudget, BackOff
+from treeflash.decoding.adaptive_budget import AdaptiveBudget, Pause
 from treeflash.decoding.batch_trees import draft_trees, observe
 from treeflash.decoding.interfaces import (
     Backend,
@@ -48,9 +48,6 @@ from treeflash.errors import TreeflashError, is_out_of_memory
 
 SNAPSHOT_INTERVAL = 2048
 """Prompt tokens between two snapshots of recurrent states."""
-FIRST_SEQUENCE_PAUSE, MAX_SEQUENCE_PAUSE = 2, 17
-"""Drafts of a batch until a sequence whose tree was cut to the root is drafted for again, at first
-and at most."""
 ROWS_PER_NODE, MIN_ROWS = 4, 16
 """Rows of the AR head for a tree: on average the block efficiency stays within 1.5 % of that with
 all rows for 8 nodes, and within 1 % for more (docs/history.md)."""
@@ -74,7 +71,7 @@ class RunningSequence:
     prefilled: int = 0  # tokens of the pending `Prefill` that are committed already
     has_drafted: bool = False  # whether a tree was drafted for it
     # It pauses drafts of a batch while the trees are cut to the root.
-    back_off: BackOff = field(default_factory=BackOff)
+    back_off: Pause = field(default_factory=lambda: Pause(first=2, longest=17))
     shared: bool = False  # whether sequences with the same beginning may fork it
     seconds: dict[Phase, float] = field(default_factory=dict)  # by phase, since the last step
     # steps, and the error that ended the sequence, not handed out yet
@@ -368,7 +365,7 @@ class Iteration:
                     if len(nodes) > 1:
                         sequence.back_off.reset()
                     else:
-                        sequence.back_off.extend(FIRST_SEQUENCE_PAUSE, MAX_SEQUENCE_PAUSE)
+                        sequence.back_off.extend()
                 sequence.resume(nodes, "tree")
 
     def _chunks(self) -> dict[RunningSequence, int]:

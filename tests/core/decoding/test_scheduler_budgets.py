@@ -7,10 +7,9 @@ from recordings import recording
 
 from treeflash.config import METHODS, LoadConfig
 from treeflash.decoding import Request, Scheduler, SchedulerConfig
-from treeflash.decoding.adaptive_budget import HIGHEST_BALANCE, AdaptiveBudget, AdaptiveBudgets
+from treeflash.decoding.adaptive_budget import AdaptiveBudget, AdaptiveBudgets
 from treeflash.decoding.suffix import SuffixDrafter
 from treeflash.decoding.transitions import Calibration
-from treeflash.decoding.tree import DraftTree
 from treeflash.decoding.verify_costs import SIZES, VerifyCosts
 from treeflash.reference.backend import load
 from treeflash.testing.comparisons import tokens_of
@@ -90,7 +89,7 @@ def test_the_drafter_does_nothing_while_drafting_rests():
     backend = scripted(SCRIPT)
     calls, scheduler = drafts(backend), adaptive(backend)
     budget = scheduler.budgets.get("ddtree", backend)
-    budget.throughput_with(1).drafting.pause = 20
+    budget.pace(1).drafting.left = 20
     submit(scheduler, budget="auto")
     for _ in range(8):
         scheduler.step()
@@ -122,8 +121,8 @@ def test_copies_alone_are_looked_for_where_they_pay():
         for _ in range(3):
             scheduler.step()
         assert sought == []
-        now = scheduler.budgets.by_method["ddtree"].throughput_with(3)
-        now.drafting.pause, now.copying.pause = 10, 2
+        now = scheduler.budgets.by_method["ddtree"].pace(3)
+        now.drafting.left, now.copying.left = 10, 2
         for calls in (0, 3, 6):
             scheduler.step()
             assert len(sought) == calls
@@ -273,24 +272,6 @@ def test_nothing_is_calibrated_under_a_constraint():
     for step, proposed in steps:
         depths = step.table.depths
         assert np.array_equal(step.table.log_probs, proposed.log_probs[:depths])
-
-
-def drafts_until_a_pause(paid):
-    """The iterations that draft without paying before the first pause, after some that paid."""
-    budget = AdaptiveBudget(VerifyCosts({1: 1.0, 4: 1.0}))
-    tree = DraftTree.chain(np.zeros(4, np.int32), -np.arange(4.0, dtype=np.float32))
-    for i in range(paid + 100):
-        if not budget.begin():
-            return i - paid
-        path = np.arange(4 if i < paid else 1, dtype=np.int32)
-        budget.observe([tree], [path], [9], {"draft": 0.5, "verify": 1.0})
-    return None
-
-
-def test_drafting_that_stops_paying_pauses_however_long_it_has_paid():
-    after_few, after_many = drafts_until_a_pause(20), drafts_until_a_pause(2000)
-    # Each drafted iteration loses about half a token, and the balance ends at -2.
-    assert after_few == after_many <= (HIGHEST_BALANCE + 2) / 0.4
 
 
 def test_the_budgets_of_a_pair_share_costs_that_are_measured_once():

@@ -18,7 +18,7 @@ from published_drafters import ROOT, needs_fixtures
 
 from treeflash.config import DecodeConfig
 from treeflash.decoding import Request, Scheduler
-from treeflash.decoding.adaptive_budget import AdaptiveBudget
+from treeflash.decoding.adaptive_budget import Acceptance, AdaptiveBudget
 from treeflash.decoding.merged_trees import merge
 from treeflash.decoding.suffix import (
     MAX_MATCH,
@@ -446,10 +446,8 @@ class TestBudget:
         )
         for _ in range(30):
             budget.observe([tree], [np.array([0, 1], np.int32)], [9], {"verify": 1.1})
-        short, long = (budget.accepted[key] / budget.expected[key] for key in MATCH_KEYS)
-        assert short > 1
-        assert long == 0
-        assert 1 not in budget.expected  # nothing is known of the drafter's nodes
-
-
-MATCH_KEYS = (("match", match_level(4)), ("match", match_level(5)))
+        before, after = Acceptance().gains(tree), budget.acceptance.gains(tree)
+        assert after[1] > before[1]
+        assert after[2] < before[2] / 2
+        drafted = DraftTree.chain(tree.tokens[:2], tree.log_probs[:2])
+        assert budget.acceptance.gains(drafted)[1] == before[1]  # nothing is known of these nodes
