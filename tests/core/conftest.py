@@ -19,9 +19,10 @@ from treeflash.decoding.interfaces import Verify
 from treeflash.decoding.iteration import RunningSequence
 from treeflash.decoding.sampling import SampledTokens
 from treeflash.decoding.transitions import TransitionTable
-from treeflash.decoding.verify_costs import SIZES, VerifyCosts
+from treeflash.decoding.verify_costs import SIZES
 from treeflash.errors import NumericalError
 from treeflash.language_model import LanguageModel
+from treeflash.testing.costs import SteadyCosts
 from treeflash.testing.models import edit_config, write_drafter, write_target
 from treeflash.text.tokenizer import Tokenizer
 
@@ -192,9 +193,8 @@ def scripted(byte_tokenizer: Tokenizer) -> Callable[..., LanguageModel]:
 
     def make(*texts: str, **settings) -> LanguageModel:
         scripts = [[*byte_tokenizer.encode(text), END] for text in texts]
-        # Measuring costs would use up scripts; here every size costs the same, so much that the
-        # seconds of passes are implausible on any machine, and change no cost.
-        adaptive_budgets = AdaptiveBudgets(VerifyCosts(dict.fromkeys(SIZES, 1000.0)))
+        # Measuring costs would use up scripts; here every size costs the same, and drafts nothing.
+        adaptive_budgets = AdaptiveBudgets(SteadyCosts(dict.fromkeys(SIZES, 1000.0)))
         return LanguageModel(
             ScriptedBackend(scripts, **settings), byte_tokenizer, adaptive_budgets=adaptive_budgets
         )

@@ -18,10 +18,11 @@ from tokenizers import Tokenizer as RawTokenizer
 
 from treeflash.config import LoadConfig
 from treeflash.decoding.adaptive_budget import AdaptiveBudgets
-from treeflash.decoding.verify_costs import SIZES, VerifyCosts
+from treeflash.decoding.verify_costs import SIZES
 from treeflash.drafters.folder import read_config, read_tensors
 from treeflash.language_model import LanguageModel
 from treeflash.reference import backend as reference
+from treeflash.testing.costs import SteadyCosts
 from treeflash.testing.models import save, write_drafter, write_target
 from treeflash.text.tokenizer import Tokenizer
 
@@ -71,7 +72,7 @@ def scripted_model(
 
 def reference_model(target: Path, drafter: Path) -> LanguageModel:
     """Load a pair in NumPy; trees of all sizes cost the same, whatever the machine."""
-    budgets = AdaptiveBudgets(VerifyCosts(dict.fromkeys(SIZES, 1000.0)))
+    budgets = AdaptiveBudgets(SteadyCosts(dict.fromkeys(SIZES, 1000.0)))
     pair = reference.load(target, drafter, LoadConfig())
     return LanguageModel(pair, Tokenizer.from_folder(target), target, adaptive_budgets=budgets)
 

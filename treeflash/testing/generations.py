@@ -20,7 +20,7 @@ from treeflash.decoding.loop import Step
 from treeflash.decoding.sampling import LogProbs
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
-from treeflash.decoding.verify_costs import SIZES, VerifyCosts
+from treeflash.decoding.verify_costs import SIZES
 from treeflash.drafters.config import DrafterConfig
 from treeflash.testing.comparisons import (
     assert_close,
@@ -32,6 +32,7 @@ from treeflash.testing.comparisons import (
     steps_of,
     tokens_of,
 )
+from treeflash.testing.costs import SteadyCosts
 from treeflash.testing.pairs import (
     EXAMPLES,
     SAMPLINGS,
@@ -100,7 +101,7 @@ class GenerationTests:
         for method, pauses in product(DRAFTING, (False, True)):
             costs = {size: 1e-6 * size**3 if pauses else 1000.0 for size in SIZES}
             request = Request(prompt_ids=prompt, config=replace(auto, method=method))
-            budgets = AdaptiveBudgets(VerifyCosts(costs))
+            budgets = AdaptiveBudgets(SteadyCosts(costs))
             steps = list(decode(models.tested, request, budgets))
             assert tokens_of(steps) == plain, method
             # The last iteration may have room for one token only.

@@ -13,9 +13,10 @@ from treeflash.decoding.transitions import Calibration
 from treeflash.decoding.verify_costs import SIZES, VerifyCosts
 from treeflash.reference.backend import load
 from treeflash.testing.comparisons import tokens_of
+from treeflash.testing.costs import SteadyCosts
 
 COSTS = {1: 1000.0, 4: 1010.0, 8: 1020.0}
-"""So large that the seconds of passes are implausible on any machine, and change no cost."""
+"""So large that drafts cost nothing."""
 
 
 def submit(scheduler, prompt=PROMPT, **settings):
@@ -45,7 +46,7 @@ class WatchedBudget(AdaptiveBudget):
     """
 
     def __init__(self):
-        super().__init__(VerifyCosts(dict(COSTS)))
+        super().__init__(SteadyCosts(dict(COSTS)))
         self.rows, self.learned, self.first = [], [], []
 
     def prune(self, trees, lengths, other_rows=0):
@@ -60,7 +61,7 @@ class WatchedBudget(AdaptiveBudget):
 
 def adaptive(backend, config=None, budget=None):
     """A scheduler whose sequences of all methods share the budget, if one is given."""
-    budgets = AdaptiveBudgets(VerifyCosts(dict(COSTS)))
+    budgets = AdaptiveBudgets(SteadyCosts(dict(COSTS)))
     if budget is not None:
         budgets.by_method = dict.fromkeys(METHODS, budget)
     return Scheduler(backend, config, budgets=budgets)
@@ -279,7 +280,7 @@ def test_the_budgets_of_a_pair_share_costs_that_are_measured_once():
 
     def measure(of):
         assert of is backend
-        measured.append(VerifyCosts(dict(COSTS)))
+        measured.append(SteadyCosts(dict(COSTS)))
         return measured[-1]
 
     budgets = AdaptiveBudgets(measure=measure)

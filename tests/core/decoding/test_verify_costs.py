@@ -66,7 +66,7 @@ class TestCorrections:
     @pytest.mark.parametrize("slow", [1e-9, 0.1, 3, 1e9])
     def test_a_disturbed_pass_changes_nothing(self, slow):
         costs = table()
-        passes(costs, 8, times=3)
+        passes(costs, 8, times=12)
         passes(costs, 8, slow)
         passes(costs, 8)
         passes(costs, 16, slow)
