@@ -35,7 +35,6 @@ import math
 import os
 import platform
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -68,6 +67,8 @@ SPREAD = 0.25
 """Weight of a pass with twice or half the rows, relative to a pass with the same number."""
 DISAGREEMENT = 1.5
 """A factor between costs that is no noise."""
+REMEMBERED = 64
+"""Passes that correct the table."""
 MIN_WEIGHT = 3.0
 """Sum of the weights of passes from which on a correction is believed for good."""
 CHECKED_EVERY = 16
@@ -146,9 +147,7 @@ class VerifyCosts:
     seconds: dict[int, float]
     position_s: dict[int, float] = field(default_factory=dict)
     file: CostFile | None = field(default=None, compare=False, repr=False)
-    passes: deque[Pass] = field(
-        default_factory=lambda: deque(maxlen=64), init=False, compare=False, repr=False
-    )
+    passes: tuple[Pass, ...] = field(default=(), init=False, compare=False, repr=False)
     # corrections by kind since the newest pass
     _known: dict[tuple[int, bool], NDArray[np.float64]] = field(
         default_factory=dict, init=False, compare=False, repr=False
@@ -244,8 +243,9 @@ class VerifyCosts:
         """Take in a forward pass of decoding."""
         table = self._table_seconds(np.array([rows]), np.array([reads]), sequences)
         ratio = max(seconds, 1e-9) / float(table[0])
-        self.passes.append(Pass(_kind(rows, sequences), math.log2(rows), ratio))
-        self._known.clear()
+        newest = Pass(_kind(rows, sequences), math.log2(rows), ratio)
+        # Threads may share the costs: each reads the passes and what is known of them as a whole.
+        self.passes, self._known = (*self.passes[1 - REMEMBERED :], newest), {}
         self._until_checked -= 1
         if not self._until_checked:
             self._until_checked = CHECKED_EVERY
@@ -273,34 +273,36 @@ class VerifyCosts:
 
     def _corrections(self, kind: tuple[int, bool]) -> NDArray[np.float64]:
         """Return the (n,) corrections of the table's sizes for a kind of passes."""
-        if not self.passes:
+        known, passes = self._known, self.passes
+        if not passes:
             return np.ones(len(self.seconds))
-        if kind not in self._known:
-            order, weights = self._weights(kind)
+        if (found := known.get(kind)) is None:
+            ratios, weights = self._weights(kind, passes)
             below = np.cumsum(weights, 1)
             # The lower one of two, because a disturbance only adds time.
-            middle = (below >= 0.499 * below[:, -1:]).argmax(1)
-            ratios = np.array([passed.ratio for passed in self.passes])
-            self._known[kind] = ratios[order][middle]
-        return self._known[kind]
+            known[kind] = found = ratios[(below >= 0.499 * below[:, -1:]).argmax(1)]
+        return found
 
-    def _weights(self, kind: tuple[int, bool]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """Return the (p,) order of passes by ratio, and their (n, p) weights for the sizes."""
-        kinds, octaves, ratios = zip(*self.passes, strict=True)
+    def _weights(
+        self, kind: tuple[int, bool], passes: Sequence[Pass]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return the (p,) ratios of passes, ascending, and their (n, p) weights for the sizes."""
+        kinds, octaves, ratios = zip(*passes, strict=True)
         order = np.argsort(ratios)
         recent = (1 - FORGETTING) ** np.arange(len(ratios) - 1, -1, -1)
         # Passes of another kind count for less than any of this one.
         recent *= [1.0 if other == kind else 1e-6 for other in kinds]
         distances = abs(np.log2(self.sizes)[:, None] - np.array(octaves)[order])
-        return order, recent[order] * SPREAD**distances
+        return np.array(ratios)[order], recent[order] * SPREAD**distances
 
     def _correct_table(self) -> None:
         """Take lasting corrections over into the table and its file; see the module's rule."""
         (roots, known_roots), (trees, known_trees) = (
-            (self._corrections(kind), self._weights(kind)[1].sum(1) >= MIN_WEIGHT)
+            (self._corrections(kind), self._weights(kind, self.passes)[1].sum(1) >= MIN_WEIGHT)
             for kind in (_kind(1, 1), _kind(2, 1))
         )
-        plain = [passed for passed in self.passes if passed.kind == _kind(1, 1)]
+        passes = self.passes
+        plain = [passed for passed in passes if passed.kind == _kind(1, 1)]
         if known_trees.any():
             ratios = np.interp(self.sizes, self.sizes[known_trees], trees[known_trees])
         elif known_roots[0]:
@@ -312,12 +314,14 @@ class VerifyCosts:
         ratios /= max(ratios.min(), 1.0)
         if max(ratios.max(), 1 / ratios.min()) <= DISAGREEMENT:
             return
-        done = np.interp([2**passed.octave for passed in self.passes], self.sizes, ratios)
-        for i, ratio in enumerate(done.tolist()):
-            self.passes[i] = self.passes[i]._replace(ratio=self.passes[i].ratio / ratio)
+        done = np.interp([2**passed.octave for passed in passes], self.sizes, ratios)
+        self.passes = tuple(
+            passed._replace(ratio=passed.ratio / ratio)
+            for passed, ratio in zip(passes, done.tolist(), strict=True)
+        )
         costs = zip(self.seconds.items(), ratios.tolist(), strict=True)
         self.seconds = {size: cost * ratio for (size, cost), ratio in costs}
-        self._known.clear()
+        self._known = {}
         if self.file is not None and self.file.is_valid():
             self.file.write(self)
 
