@@ -11,11 +11,12 @@ from types import SimpleNamespace
 import pytest
 from servers import NAME, serving, wait_until
 
-from treeflash.decoding.adaptive_budget import AdaptiveBudgets
-from treeflash.decoding.verify_costs import VerifyCosts
+from treeflash.config import METHODS
+from treeflash.decoding.adaptive_budget import AdaptiveBudget, AdaptiveBudgets
 from treeflash.serving import streaming
 from treeflash.serving.chat import _delta
 from treeflash.serving.message_parser import MessagePart, PartChange, ToolCall
+from treeflash.testing.costs import SteadyCosts
 
 MESSAGES = [
     {"role": "system", "content": "Be brief."},
@@ -154,8 +155,10 @@ def test_draft_trees(server):
 
 @pytest.mark.parametrize(("budget", "paused"), [("auto", True), (6, False)])
 def test_a_paused_draft_is_told(model, budget, paused):
-    """Only where the budget decides: a tree of two nodes costs 1,000,000,000 plain passes here."""
-    budgets = AdaptiveBudgets(VerifyCosts({1: 1e-3, 2: 1e6}))
+    """Only where the budget decides."""
+    pausing = AdaptiveBudget(SteadyCosts({1: 1.0, 8: 1.0}))
+    pausing.pace(1).drafting.left = pausing.pace(1).copying.left = 100
+    budgets = AdaptiveBudgets(by_method=dict.fromkeys(METHODS, pausing))
     options = {"include_draft_trees": True}
     with serving(replace(model, adaptive_budgets=budgets)) as server:
         fields = {"messages": MESSAGES, "max_tokens": 8, "budget": budget}
