@@ -110,6 +110,17 @@ def find_head_format(folder: ModelFolder) -> Format | None:
         return mtp_formats.detect(folder.config, folder.tensors)
 
 
+def parse_folder(folder: ModelFolder, target_layers: int) -> tuple[Format, DrafterShape]:
+    """Tell the format of a drafter and read its configuration, for a target of some layers.
+
+    Raises a CheckpointError or an UnsupportedModelError if either is not supported.
+    """
+    format = find_head_format(folder)
+    with formats.explained(folder.path, lambda: format or formats.DFLASH):
+        format = format or formats.detect_format(folder.config)
+        return format, format.parse(folder.config, folder.tensors, target_layers)
+
+
 def read_layout(
     folder: Path | ModelFolder, *, hidden_size: int, vocab_size: int, num_hidden_layers: int
 ) -> Layout:
@@ -119,10 +130,8 @@ def read_layout(
     setting or a tensor is missing, or does not fit.
     """
     opened = open_folder(folder) if isinstance(folder, Path) else folder
-    stored, format = opened.tensors, find_head_format(opened)
-    with formats.explained(opened.path, lambda: format or formats.DFLASH):
-        format = format or formats.detect_format(opened.config)
-        config = format.parse(opened.config, stored, num_hidden_layers)
+    stored = opened.tensors
+    format, config = parse_folder(opened, num_hidden_layers)
     names = format.names(opened.config, stored)
     check_pair(
         config,

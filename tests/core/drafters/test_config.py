@@ -273,3 +273,26 @@ def test_a_factor_of_0(kind: str) -> None:
     }
     with pytest.raises(CheckpointError, match=r"factor in config\.json must be a number above 0"):
         inverse_frequencies(settings, 8)
+
+
+def test_rope_parameters_count_before_rope_scaling() -> None:
+    """Transformers 5 writes both into a file that had one of them."""
+    new = {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}
+    old = {"type": "linear", "factor": 8.0, "rope_theta": 10.0}
+    for both in (
+        {"rope_parameters": new, "rope_scaling": old, "rope_theta": 7.0},
+        {"rope_scaling": old, "rope_theta": 7.0, "rope_parameters": {"full_attention": new}},
+        {"rope_scaling": old, "rope_theta": 7.0, "rope_parameters": {"sliding_attention": new}},
+    ):
+        found = rope_parameters(both)
+        assert {name: found[name] for name in new} == new
+    assert rope_parameters({"rope_scaling": old})["factor"] == 8.0
+    assert rope_parameters({"rope_theta": 7.0})["rope_theta"] == 7.0
+    assert rope_parameters({})["rope_theta"] == 10000.0
+    for config in (
+        {"partial_rotary_factor": 0.5},
+        {"rope_scaling": {"partial_rotary_factor": 0.5}},
+    ):
+        assert rope_parameters(config)["partial_rotary_factor"] == 0.5
+    unset: dict[str, Any] = {"partial_rotary_factor": None}
+    assert rope_parameters({**unset, "rope_parameters": unset})["partial_rotary_factor"] == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,32 +10,32 @@ from typing import Any
 
 import numpy as np
 import pytest
-from mtp_configurations import (
-    EAGLE,
-    GEMMA,
-    GLM,
-    QWEN,
-    QWEN_MOE,
-    SPECULATORS,
-    SPECULATORS_QWEN,
-    tensors,
-)
 
+from treeflash.config import LoadConfig
+from treeflash.drafters import mtp_heads
 from treeflash.drafters.folder import read_file, read_quantised
-from treeflash.drafters.format import Format
 from treeflash.drafters.loading import mtp_tensors, read_layout
-from treeflash.drafters.mtp_formats import (
-    ASSISTANT,
-    EAGLE3,
-    GLM_MTP,
-    QWEN_MTP,
-    QWEN_SIDECAR,
-    SPECULATORS_EAGLE3,
-    SPECULATORS_MTP,
-)
+from treeflash.drafters.mtp_formats import ASSISTANT, EAGLE3, GLM_MTP, QWEN_MTP, QWEN_SIDECAR
 from treeflash.drafters.mtp_tensors import mtp_shapes, split_fused, stack_experts
-from treeflash.errors import CheckpointError
+from treeflash.errors import CheckpointError, ConfigError, UnsupportedModelError
 from treeflash.testing.models import save
+
+FORMATS = Path(__file__).parent / "formats"
+
+
+def published(name: str) -> dict[str, Any]:
+    """Read the configuration of a dialect."""
+    config: dict[str, Any] = json.loads((FORMATS / name / "config.json").read_text("utf-8"))
+    return config
+
+
+EAGLE, QWEN = published("eagle3"), published("qwen-mtp")
+QWEN_MOE = QWEN | {
+    "num_experts": 3,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 5,
+    "shared_expert_intermediate_size": 6,
+}
 
 
 def test_stacked_experts_of_mlx() -> None:
@@ -51,96 +52,6 @@ def test_stacked_experts_of_mlx() -> None:
     zeros = {key: np.zeros(shape) for key, shape in stacked.items()}
     config = QWEN_SIDECAR.parse(QWEN_MOE, ("layers.0.mlp.gate.weight",), 12)
     assert stack_experts(dict(zeros), config, np.stack).keys() == zeros.keys()
-
-
-@pytest.mark.parametrize(
-    ("format", "config", "names"),
-    [
-        (
-            QWEN_MTP,
-            QWEN,
-            {
-                "mtp.fc.weight": "input_proj.weight",
-                "mtp.pre_fc_norm_embedding.weight": "embedding_norm.weight",
-                "mtp.pre_fc_norm_hidden.weight": "hidden_norm.weight",
-                "mtp.norm.weight": "norm.weight",
-                "mtp.layers.0.self_attn.q_proj.weight": "layer.self_attn.q_proj.weight",
-                "model.layers.0.self_attn.q_proj.weight": None,
-            },
-        ),
-        (
-            QWEN_SIDECAR,
-            QWEN,
-            {"fc.weight": "input_proj.weight", "layers.0.mlp.x": "layer.mlp.x"},
-        ),
-        (
-            GLM_MTP,
-            GLM,
-            {
-                "model.layers.12.enorm.weight": "embedding_norm.weight",
-                "model.layers.12.hnorm.weight": "hidden_norm.weight",
-                "model.layers.12.eh_proj.weight": "input_proj.weight",
-                "model.layers.12.shared_head.norm.weight": "norm.weight",
-                "model.layers.12.mlp.shared_experts.x": "layer.mlp.shared_expert.x",
-                "model.layers.12.mlp.gate.x": "layer.mlp.gate.x",
-                "model.layers.12.shared_head.head.weight": None,
-                "model.layers.12.embed_tokens.weight": None,
-                "model.layers.11.mlp.up_proj.weight": None,
-            },
-        ),
-        (
-            EAGLE3,
-            EAGLE,
-            {
-                "midlayer.hidden_norm.weight": "hidden_norm.weight",
-                "midlayer.input_layernorm.weight": "embedding_norm.weight",
-                "midlayer.self_attn.q_proj.bias": "layer.self_attn.q_proj.bias",
-                "model.norm.weight": "norm.weight",
-                "fc.weight": "fc.weight",
-                "t2d": None,
-                "d2t": None,
-                "verifier_norm.weight": None,
-            },
-        ),
-        (
-            SPECULATORS_EAGLE3,
-            {**SPECULATORS, "draft_vocab_size": 7},
-            {
-                "layers.0.hidden_norm.weight": "hidden_norm.weight",
-                "layers.0.mlp.up_proj.weight": "layer.mlp.up_proj.weight",
-                "d2t": "d2t",
-                "t2d": None,
-            },
-        ),
-        (
-            SPECULATORS_MTP,
-            SPECULATORS_QWEN,
-            {
-                "mtp_layers.0.token_layernorm.weight": "embedding_norm.weight",
-                "mtp_layers.0.hidden_layernorm.weight": "hidden_norm.weight",
-                "mtp_layers.0.input_proj.weight": "input_proj.weight",
-                "mtp_layers.0.final_layernorm.weight": "norm.weight",
-                "mtp_layers.0.input_layernorm.weight": "layer.input_layernorm.weight",
-                "mtp_layers.0.mlp.experts.down_proj": "layer.mlp.experts.down_proj",
-            },
-        ),
-        (
-            ASSISTANT,
-            GEMMA,
-            {
-                "model.layers.1.layer_scalar": "layers.1.layer_scalar",
-                "model.embed_tokens.weight": "lm_head.weight",
-                "lm_head.weight": None,
-                "pre_projection.weight": "pre_projection.weight",
-            },
-        ),
-    ],
-)  # fmt: skip
-def test_names_of_tensors(
-    format: Format, config: dict[str, Any], names: dict[str, str | None]
-) -> None:
-    expected = {stored: name for stored, name in names.items() if name is not None}
-    assert format.names(config, names) == expected
 
 
 def write_eagle(folder: Path, **changes: Any) -> dict[str, Any]:
@@ -181,7 +92,14 @@ def test_a_head_fits_its_target(tmp_path: Path) -> None:
     mtp = {"num_hidden_layers": 11}
     write_eagle(tmp_path / "embeddings", eagle_aux_hidden_state_layer_ids=[0, 5, 9])
     assert load(tmp_path / "embeddings").config.target_layer_ids == (-1, 4, 8)
-    save(tmp_path / "mtp", QWEN, tensors("mtp.fc.weight", "mtp.pre_fc_norm_hidden.weight"))
+    save(
+        tmp_path / "mtp",
+        QWEN,
+        {
+            name: np.zeros(1, np.float32)
+            for name in ("mtp.fc.weight", "mtp.pre_fc_norm_hidden.weight")
+        },
+    )
     with pytest.raises(CheckpointError, match="a target of 12 layers, this one has 11"):
         load(tmp_path / "mtp", **mtp)
 
@@ -203,7 +121,8 @@ def test_tensors_of_a_head_are_checked(tmp_path: Path) -> None:
     refused("an unexpected tensor for an MTP or EAGLE-3 head: extra", extra=zeros)
     refused("tensors of type I8", **{"fc.weight": np.zeros((8, 24), np.int8)})
     packed = {"quantization": {"group_size": 16, "bits": 4, "mode": "nvfp4"}}
-    words = {"fc.weight": np.zeros((8, 2), np.uint32)} | tensors("pre_fc_norm_hidden.weight")
+    words = {"fc.weight": np.zeros((8, 2), np.uint32)}
+    words |= {"pre_fc_norm_hidden.weight": np.zeros(1, np.float32)}
     save(folder, {**QWEN, **packed, "model_type": "qwen3_5_mtp"}, words)
     with pytest.raises(CheckpointError, match="mode 'nvfp4'; the mode 'affine' is supported"):
         load(folder)
@@ -246,3 +165,18 @@ def test_experts_are_stacked(tmp_path: Path, fused: bool) -> None:
     for name, expected in zip(parts, (gate, up, down), strict=True):
         np.testing.assert_array_equal(weights[f"layer.mlp.experts.{name}"], expected)
     assert not [name for name in weights if name.startswith("layer.mlp.experts.0")]
+
+
+def test_what_only_some_backends_and_drafters_have() -> None:
+    assistant = ASSISTANT.parse(published("gemma4-assistant"), (), 12)
+    latent = GLM_MTP.parse(published("glm-mtp-latent"), (), 12)
+    mtp_heads.refuse_window(LoadConfig())
+    with pytest.raises(ConfigError, match="draft_window is not supported"):
+        mtp_heads.refuse_window(LoadConfig(draft_window=8))
+    mtp_heads.refuse_missing_targets(QWEN_MTP.parse(QWEN, (), 12), "reference")
+    with pytest.raises(UnsupportedModelError, match="by the reference backend; use the mlx"):
+        mtp_heads.refuse_missing_targets(assistant, "reference")
+    with pytest.raises(
+        UnsupportedModelError, match="latent attention is not supported by the cuda"
+    ):
+        mtp_heads.refuse_missing_targets(latent, "cuda")
