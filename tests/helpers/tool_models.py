@@ -12,6 +12,13 @@ from treeflash.language_model import LanguageModel
 from treeflash.testing.models import write_drafter, write_target
 from treeflash.text.tokenizer import Tokenizer
 
+COLOUR = {
+    "type": "object",
+    "properties": {"colour": {"enum": ["red", "blue"]}},
+    "required": ["colour"],
+    "additionalProperties": False,
+}
+"""A JSON schema of an object with one field, for forms of answers and arguments of functions."""
 CHAT_TEMPLATE = (
     "{% if tools %}<|start|>tools: {{ tools | tojson }}<|end|>{% endif %}"
     "{% for m in messages %}<|start|>{{ m.role }}: {{ m.content }}"

@@ -9,6 +9,7 @@ import pytest
 from byte_tokens import SPECIAL, save_tokenizer
 from scripted_model import reference_model
 from servers import MAX_POSITIONS, serving
+from tool_models import tool_model
 
 from treeflash.language_model import LanguageModel
 from treeflash.testing.models import write_drafter, write_target
@@ -36,6 +37,19 @@ def model(folders) -> LanguageModel:
 def server(model):
     """A server with the default settings."""
     with serving(model) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def tool_pair(tmp_path_factory) -> LanguageModel:
+    """A pair of random weights that knows tools and reasoning; a token has one byte."""
+    return tool_model(tmp_path_factory.mktemp("tools"))
+
+
+@pytest.fixture(scope="session")
+def tool_server(tool_pair):
+    """A server of the pair that knows tools, which samples with the same seed always."""
+    with serving(tool_pair, {"temperature": 1.0, "seed": 3}) as running:
         yield running
 
 

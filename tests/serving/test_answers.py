@@ -7,38 +7,23 @@ import re
 import pytest
 from protocols import Ask, having
 from protocols.chat import Chat
-from servers import Gate, check_error, serving, slow_down, submitted, wait_until
-from tool_models import tool_model
+from servers import Gate, check_error, slow_down, submitted, wait_until
+from tool_models import COLOUR
 
 CHAT, TEXT, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 USER = [{"role": "user", "content": "Hi"}]
-COLOUR = {
-    "type": "object",
-    "properties": {"colour": {"enum": ["red", "blue"]}},
-    "required": ["colour"],
-    "additionalProperties": False,
-}
 RED = '{"colour": "red"}'
 
 
-@pytest.fixture(scope="module")
-def tools(tmp_path_factory):
-    """A server whose model calls tools."""
-    with serving(
-        tool_model(tmp_path_factory.mktemp("tools")), {"temperature": 1.0, "seed": 3}
-    ) as running:
-        yield running
-
-
-def test_white_space_between_json_tokens_is_bounded(tools):
+def test_white_space_between_json_tokens_is_bounded(tool_server):
     api = Chat()
-    accepts = submitted(tools, CHAT, api.body(Ask(schema=COLOUR))).accepts
+    accepts = submitted(tool_server, CHAT, api.body(Ask(schema=COLOUR))).accepts
     for space in ("", " ", "\n", "\n" + " " * 20):
         assert accepts(RED.replace(" ", space)), repr(space)
     for space in ("  ", "\n" + " " * 21, "\n\n", "\t\t"):
         assert not accepts(RED.replace(" ", space)), repr(space)
     own = {**COLOUR, "x-guidance": {"whitespace_pattern": " {0,5}"}}
-    accepts = submitted(tools, CHAT, api.body(Ask(schema=own))).accepts
+    accepts = submitted(tool_server, CHAT, api.body(Ask(schema=own))).accepts
     assert accepts(RED.replace(" ", " " * 5))
     assert not accepts(RED.replace(" ", "\n"))
 
@@ -60,11 +45,11 @@ ECHOED = {
 @pytest.mark.parametrize("field", ECHOED)
 @pytest.mark.parametrize("value", NOT_JSON)
 @pytest.mark.parametrize("stream", ["false", "true"])
-def test_what_a_response_could_not_repeat_is_refused(tools, caplog, field, value, stream):
+def test_what_a_response_could_not_repeat_is_refused(tool_server, caplog, field, value, stream):
     """NaN and lone surrogates are no JSON, so the response that repeats them would be none."""
     fields = f'"{field}": {ECHOED[field].format(value)}, "max_output_tokens": 1'
     body = f'{{"input": "Hi", "stream": {stream}, {fields}}}'
-    response = tools.client.post(
+    response = tool_server.client.post(
         RESPONSES, content=body.encode(), headers={"Content-Type": "application/json"}
     )
     check_error(response, 400, "")

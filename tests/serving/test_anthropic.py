@@ -4,30 +4,21 @@ from __future__ import annotations
 
 import pytest
 from pydantic import TypeAdapter, ValidationError
-from servers import NAME, serving
-from tool_models import tool_model
+from servers import NAME
+from tool_models import COLOUR
 
 from treeflash.serving.anthropic import MessagesRequest
 from treeflash.serving.errors import APIError
 
 anthropic = pytest.importorskip("anthropic")
 
-PAINT = {
-    "type": "object",
-    "properties": {"colour": {"enum": ["red", "blue"]}},
-    "required": ["colour"],
-    "additionalProperties": False,
-}
-TOOL = {"name": "paint", "description": "Paints.", "input_schema": PAINT}
+TOOL = {"name": "paint", "description": "Paints.", "input_schema": COLOUR}
 HELLO = [{"role": "user", "content": "Hello."}]
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    with serving(
-        tool_model(tmp_path_factory.mktemp("tools")), {"temperature": 1.0, "seed": 3}
-    ) as running:
-        yield running
+def server(tool_server):
+    return tool_server
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 from failures import failing
 from safetensors.numpy import load_file, save_file
 from servers import NAME, serving
-from tool_models import tool_model
+from tool_models import COLOUR, tool_model
 
 from treeflash.hub.sizes import parameter_count
 from treeflash.serving.ollama import ChatRequest, OllamaFormatter, OllamaOptions, human_number
@@ -21,12 +21,6 @@ ollama = pytest.importorskip("ollama")
 
 HELLO = [{"role": "user", "content": "Hello."}]
 SHORT = {"num_predict": 12}
-COLOUR = {
-    "type": "object",
-    "properties": {"colour": {"enum": ["red", "blue"]}},
-    "required": ["colour"],
-    "additionalProperties": False,
-}
 PAINT = {
     "type": "function",
     "function": {"name": "paint", "parameters": COLOUR},
@@ -34,11 +28,8 @@ PAINT = {
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    with serving(
-        tool_model(tmp_path_factory.mktemp("tools")), {"temperature": 1.0, "seed": 3}
-    ) as running:
-        yield running
+def server(tool_server):
+    return tool_server
 
 
 @pytest.fixture(scope="module")

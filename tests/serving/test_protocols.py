@@ -23,19 +23,13 @@ from servers import (
     wait_until,
 )
 from stub_images import StubProcessor, base64_of, picture
-from tool_models import RESPONSE_TEMPLATE, tool_model
+from tool_models import COLOUR, RESPONSE_TEMPLATE, tool_model
 
 from treeflash.serving.errors import SERVER_FAILED
 from treeflash.serving.streaming import token_name
 from treeflash.text.prompt import image_part, text_part
 
 SAMPLED = {"temperature": 1.0, "seed": 3}
-COLOUR = {
-    "type": "object",
-    "properties": {"colour": {"enum": ["red", "blue"]}},
-    "required": ["colour"],
-    "additionalProperties": False,
-}
 RED, GREEN = '{"colour": "red"}', '{"colour": "green"}'
 PAINT, WASH = ({"name": name, "parameters": COLOUR} for name in ("paint", "wash"))
 ANSWERS = {
@@ -68,15 +62,8 @@ def apis(*capabilities):
 
 
 @pytest.fixture(scope="module")
-def random_model(tmp_path_factory):
-    """A model of random weights that knows tools and reasoning; a token has one byte."""
-    return tool_model(tmp_path_factory.mktemp("random"))
-
-
-@pytest.fixture(scope="module")
-def server(random_model):
-    with serving(random_model, SAMPLED) as running:
-        yield running
+def server(tool_server):
+    return tool_server
 
 
 @pytest.fixture(scope="module")
@@ -121,9 +108,9 @@ def in_python(model, api, ask, **options):
 
 @streams
 @apis()
-def test_an_answer_is_that_of_the_python_api(server, random_model, api, stream):
+def test_an_answer_is_that_of_the_python_api(server, tool_pair, api, stream):
     ask = Ask(system="Be brief.") if "messages" in api.can else Ask()
-    expected = in_python(random_model, api, ask)
+    expected = in_python(tool_pair, api, ask)
     found = api.ask(server.url, ask, stream=stream)
     assert (found.text, found.reason) == (expected.text, "length")
     assert (found.prompt_tokens, found.new_tokens) == (expected.prompt_tokens, 12)
@@ -133,9 +120,9 @@ def test_an_answer_is_that_of_the_python_api(server, random_model, api, stream):
 
 @streams
 @apis("stop")
-def test_a_stop_string_ends_the_answer(server, random_model, api, stream):
+def test_a_stop_string_ends_the_answer(server, tool_pair, api, stream):
     ask = Ask(max_tokens=48)
-    text = in_python(random_model, api, ask).text
+    text = in_python(tool_pair, api, ask).text
     stop = text[10:13]
     found = api.ask(server.url, Ask(max_tokens=48, stop=["\0none", stop]), stream=stream)
     assert (found.text, found.reason) == (text[: text.index(stop)], "stop")
@@ -160,12 +147,12 @@ def test_an_answer_ends_by_itself(ending, api, stream):
 @streams
 @apis("log probabilities")
 @pytest.mark.parametrize("top", [0, 2])
-def test_log_probabilities(server, random_model, api, stream, top):
-    expected = in_python(random_model, api, Ask(), log_probs=top)
+def test_log_probabilities(server, tool_pair, api, stream, top):
+    expected = in_python(tool_pair, api, Ask(), log_probs=top)
     found = api.ask(server.url, Ask(log_probs=top), stream=stream).log_probs
 
     def name(token):
-        return token_name(random_model.tokenizer, token)
+        return token_name(tool_pair.tokenizer, token)
 
     assert [x.token for x in found] == [name(token) for token in expected.token_ids]
     for one, other in zip(found, expected.log_probs, strict=True):
@@ -234,8 +221,8 @@ def test_thoughts_are_told_apart(scripted, api, stream):
 
 @streams
 @apis("thinking")
-def test_a_thought_that_is_cut_off(server, random_model, api, stream):
-    expected = in_python(random_model, api, Ask(), template_args={"enable_thinking": True})
+def test_a_thought_that_is_cut_off(server, tool_pair, api, stream):
+    expected = in_python(tool_pair, api, Ask(), template_args={"enable_thinking": True})
     found = api.ask(server.url, Ask(thinks=True), stream=stream)
     assert (found.thinking, found.text, found.reason) == (expected.text, "", "length")
 
@@ -278,18 +265,18 @@ def test_a_target_without_images_is_named(server, api):
 
 
 @apis("continuation")
-def test_a_begun_answer_is_continued(server, random_model, api):
+def test_a_begun_answer_is_continued(server, tool_pair, api):
     """The prompt ends with the assistant's text, and the answer is what follows."""
     messages = [
         {"role": "user", "content": "Hello."},
         {"role": "assistant", "content": "The capital is"},
     ]
-    start = random_model.tokenizer.transformers.apply_chat_template(
+    start = tool_pair.tokenizer.transformers.apply_chat_template(
         messages, tokenize=False, continue_final_message=True
     )
     assert start.endswith("<|start|>assistant: The capital is")
     found = api.ask(server.url, Ask(begun="The capital is"))
-    expected = random_model.generate(start, raw=True, max_tokens=12, **SAMPLED)
+    expected = tool_pair.generate(start, raw=True, max_tokens=12, **SAMPLED)
     assert found.text == expected.text
 
 
@@ -358,6 +345,15 @@ def test_one_enforced_call_or_several(allowed, api, choice):
     answer = allowed(api, functions=[WASH], choice=choice, parallel=False)
     assert answer.accepts(one)
     assert not answer.accepts(two)
+
+
+@streams
+@apis("choice")
+@pytest.mark.parametrize("tokens", [3, 12, 20])
+def test_an_enforced_call_that_is_cut_off_is_not_content(server, api, stream, tokens):
+    asked = Ask(functions=[PAINT, WASH], choice="required", max_tokens=tokens)
+    found = api.ask(server.url, asked, stream=stream)
+    assert (found.text, found.calls, found.reason) == ("", [], "length")
 
 
 @streams

@@ -8,8 +8,8 @@ import httpx
 import pytest
 from failures import failing
 from pydantic import TypeAdapter, ValidationError
-from servers import NAME, serving
-from tool_models import tool_model
+from servers import NAME
+from tool_models import COLOUR
 
 from treeflash.serving.errors import SERVER_FAILED, APIError
 from treeflash.serving.responses import ResponsesRequest
@@ -17,22 +17,13 @@ from treeflash.serving.responses import ResponsesRequest
 openai = pytest.importorskip("openai")
 ResponseStreamEvent = openai.types.responses.ResponseStreamEvent
 
-PAINT = {
-    "type": "object",
-    "properties": {"colour": {"enum": ["red", "blue"]}},
-    "required": ["colour"],
-    "additionalProperties": False,
-}
-TOOL = {"type": "function", "name": "paint", "parameters": PAINT, "strict": True}
+TOOL = {"type": "function", "name": "paint", "parameters": COLOUR, "strict": True}
 ONE_CALL = {"tools": [TOOL], "tool_choice": "required", "parallel_tool_calls": False}
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    with serving(
-        tool_model(tmp_path_factory.mktemp("tools")), {"temperature": 1.0, "seed": 3}
-    ) as running:
-        yield running
+def server(tool_server):
+    return tool_server
 
 
 @pytest.fixture(scope="module")

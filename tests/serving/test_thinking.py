@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 from servers import NAME, serving
-from tool_models import CHAT_TEMPLATE, tool_model
+from tool_models import CHAT_TEMPLATE, COLOUR, tool_model
 
 from treeflash.config import DecodeConfig
 from treeflash.decoding import Request, decode
@@ -16,27 +16,18 @@ from treeflash.serving.thinking import ThinkingBudget
 
 OPEN, CLOSE = "<think>", "</think>"
 HELLO = [{"role": "user", "content": "Hello."}]
-FORMAT = {
-    "type": "json_schema",
-    "schema": {
-        "type": "object",
-        "properties": {"colour": {"enum": ["red", "blue"]}},
-        "required": ["colour"],
-        "additionalProperties": False,
-    },
-}
+FORMAT = {"type": "json_schema", "schema": COLOUR}
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
+def model(tool_pair):
     """A random model that would reason for ever; a token has one byte."""
-    return tool_model(tmp_path_factory.mktemp("tools"))
+    return tool_pair
 
 
 @pytest.fixture(scope="module")
-def server(model):
-    with serving(model, {"temperature": 1.0, "seed": 3}) as running:
-        yield running
+def server(tool_server):
+    return tool_server
 
 
 @pytest.fixture
@@ -179,7 +170,7 @@ def test_a_thought_that_the_model_may_begin_ends_after_its_budget(tmp_path):
         thought, text = found["content"]
         assert thought["thinking"] == "<" * 8  # the ninth begins the end
         assert json.loads(text["text"])["colour"] in ("red", "blue")
-        form = {"type": "json_schema", "json_schema": {"name": "paint", "schema": FORMAT["schema"]}}
+        form = {"type": "json_schema", "json_schema": {"name": "paint", "schema": COLOUR}}
         fields = {"response_format": form, "logit_bias": {str(brace): 30}}
         found = running.chat(max_tokens=120, reasoning_effort="high", **fields).json()
     answer = found["choices"][0]["message"]

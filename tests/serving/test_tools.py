@@ -168,30 +168,6 @@ def test_json_object(server):
         assert isinstance(json.loads(found["content"]), dict)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_a_named_function_is_called_once(server, seed):
-    choice = {"type": "function", "function": {"name": "stop"}}
-    found, reason = message(server.chat(tools=TOOLS, tool_choice=choice, seed=seed))
-    assert [call["function"]["name"] for call in found["tool_calls"]] == ["stop"]
-    assert reason == "tool_calls"
-
-
-@pytest.mark.parametrize("tokens", [3, 12, 20])
-@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-def test_an_enforced_call_that_is_cut_off_is_not_content(server, tokens, stream):
-    args = {"chat_template_kwargs": {"enable_thinking": False}}
-    body = {"tools": TOOLS, "tool_choice": "required", "max_tokens": tokens, **args}
-    if stream:
-        choices = [x["choices"][0] for x in server.frames(PATH, messages=HELLO, **body)]
-        assert not any(choice["delta"].get("content") for choice in choices)
-        reason = choices[-1]["finish_reason"]
-    else:
-        found, reason = message(server.chat(**body))
-        assert not found["content"]
-        assert "tool_calls" not in found
-    assert reason == "length"
-
-
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("start", ["{", "<"], ids=["content", "call"])
 def test_content_of_a_form_or_calls(server, tokenizer, start, strict):

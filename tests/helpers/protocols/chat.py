@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import openai
@@ -12,6 +14,8 @@ from protocols.protocol import MODES, Answer, Ask, Call, LogProb, Protocol, give
 
 PACKAGE_LACKS = ("continue_final_message", "add_generation_prompt", "response_format")
 """Fields of requests that are no arguments of the package's methods, or have another form there."""
+REASONS = {"tool_calls": "calls"}
+"""The reasons of ends that have another name in `Answer`."""
 
 
 class OpenAI(Protocol):
@@ -34,13 +38,38 @@ class OpenAI(Protocol):
         return error["error"]["message"]
 
 
-def count(answer: Answer, usage: Any) -> None:
-    """Copy the numbers of tokens, which have these names in two of the APIs."""
-    answer.prompt_tokens, answer.new_tokens = usage.prompt_tokens, usage.completion_tokens
-    assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
+class Choices(OpenAI):
+    """What OpenAI's two APIs with lists of choices share."""
+
+    @abstractmethod
+    def method(self, client: openai.OpenAI) -> Callable[..., Any]:
+        """Return the package's method."""
+
+    @abstractmethod
+    def add(self, answer: Answer, choice: Any) -> None:
+        """Add a choice of a chunk, or of a whole answer."""
+
+    def ask(self, url: str, ask: Ask, *, stream: bool = False) -> Answer:
+        answer, arguments = Answer(), self.arguments(ask)
+        with self.client(url) as client:
+            if stream:
+                counted = {"stream": True, "stream_options": {"include_usage": True}}
+                chunks = self.method(client)(**arguments, **counted)
+            else:
+                chunks = [self.method(client)(**arguments)]
+            for chunk in chunks:
+                for choice in chunk.choices:
+                    assert answer.reason is None, "a chunk follows the last one"
+                    self.add(answer, choice)
+                    answer.reason = REASONS.get(choice.finish_reason, choice.finish_reason)
+                if (usage := chunk.usage) is not None:
+                    answer.prompt_tokens = usage.prompt_tokens
+                    answer.new_tokens = usage.completion_tokens
+                    assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
+        return answer
 
 
-class Chat(OpenAI):
+class Chat(Choices):
     path = "/v1/chat/completions"
     can = frozenset({
         "messages", "stop", "calls", "call ids", "choice", "schema", "thinking", "images",
@@ -82,29 +111,13 @@ class Chat(OpenAI):
             fields |= {"logprobs": True, "top_logprobs": ask.log_probs}
         return {"model": NAME, "messages": messages, **fields}
 
-    def ask(self, url: str, ask: Ask, *, stream: bool = False) -> Answer:
-        answer = Answer()
-        with self.client(url) as client:
-            create = client.chat.completions.create
-            if stream:
-                counted = {"stream": True, "stream_options": {"include_usage": True}}
-                for chunk in create(**self.arguments(ask), **counted):
-                    for choice in chunk.choices:
-                        self._add(answer, choice, choice.delta)
-                    if chunk.usage is not None:
-                        count(answer, chunk.usage)
-            else:
-                whole = create(**self.arguments(ask))
-                (choice,) = whole.choices
-                answer.message = choice.message
-                self._add(answer, choice, choice.message)
-                count(answer, whole.usage)
-        return answer
+    def method(self, client: openai.OpenAI) -> Callable[..., Any]:
+        return client.chat.completions.create
 
-    def _add(self, answer: Answer, choice: Any, message: Any) -> None:
-        assert answer.reason is None, "a chunk follows the last one"
+    def add(self, answer: Answer, choice: Any) -> None:
+        message = getattr(choice, "delta", None) or choice.message
+        answer.message = message
         answer.add(message.content, getattr(message, "reasoning_content", None))
-        answer.reason = {"tool_calls": "calls"}.get(choice.finish_reason, choice.finish_reason)
         for call in message.tool_calls or ():
             assert getattr(call, "index", len(answer.calls)) == len(answer.calls)
             arguments = json.loads(call.function.arguments)

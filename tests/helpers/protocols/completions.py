@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import openai
 from servers import NAME
 
-from protocols.chat import OpenAI, count
+from protocols.chat import Choices
 from protocols.protocol import Answer, Ask, LogProb, given
 
 
-class Completions(OpenAI):
+class Completions(Choices):
     path = "/v1/completions"
     can = frozenset({"stop", "schema", "log probabilities", "own token among the best",
                      "free length"})  # fmt: skip
@@ -24,28 +26,11 @@ class Completions(OpenAI):
             fields["response_format"] = form
         return {"model": NAME, "prompt": ask.text, **fields}
 
-    def ask(self, url: str, ask: Ask, *, stream: bool = False) -> Answer:
-        answer = Answer()
-        with self.client(url) as client:
-            create = client.completions.create
-            if stream:
-                counted = {"stream": True, "stream_options": {"include_usage": True}}
-                for chunk in create(**self.arguments(ask), **counted):
-                    for choice in chunk.choices:
-                        self._add(answer, choice)
-                    if chunk.usage is not None:
-                        count(answer, chunk.usage)
-            else:
-                whole = create(**self.arguments(ask))
-                (choice,) = whole.choices
-                self._add(answer, choice)
-                count(answer, whole.usage)
-        return answer
+    def method(self, client: openai.OpenAI) -> Callable[..., Any]:
+        return client.completions.create
 
-    def _add(self, answer: Answer, choice: Any) -> None:
-        assert answer.reason is None, "a chunk follows the last one"
+    def add(self, answer: Answer, choice: Any) -> None:
         answer.add(choice.text, None)
-        answer.reason = choice.finish_reason
         if (found := choice.logprobs) is not None:
             columns = found.tokens, found.token_logprobs, found.top_logprobs
             answer.log_probs += [LogProb(*row) for row in zip(*columns, strict=True)]

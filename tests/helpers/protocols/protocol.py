@@ -113,12 +113,12 @@ class Protocol(ABC):
     Attributes:
         path: the path of its requests.
         can: what it has, of `CAPABILITIES`.
-        failure: the package's error for a failed request or stream.
+        failure: the package's errors for a failed request or stream.
     """
 
     path: ClassVar[str]
     can: ClassVar[frozenset[str]]
-    failure: ClassVar[type[Exception]]
+    failure: ClassVar[type[Exception] | tuple[type[Exception], ...]]
 
     @abstractmethod
     def body(self, ask: Ask) -> dict[str, Any]:
