@@ -28,7 +28,7 @@ def names(tiny_pair, use, tmp_path, monkeypatch):
     use(model)
     options = ["--prompts", "set.jsonl", "--methods", "ddtree,treeflash", "--budgets", "4"]
     for name, temperature in (("greedy", "0"), ("sampled", "1")):
-        files = ["--json", f"{name}.json", "--max-tokens", "9", "--temperature", temperature]
+        files = ["--output", f"{name}.json", "--max-tokens", "9", "--temperature", temperature]
         assert main([*options, *files]) == 0
     found: dict[str, object] = {}
     for snippet in SNIPPETS:
