@@ -223,11 +223,11 @@ def test_functions_of_a_namespace(caller, caplog):
 def test_the_model_reads_calls_and_tools_with_the_namespace(caller, monkeypatch):
     seen = []
     tokenizer = caller.engine.model.tokenizer
-    chat = type(tokenizer).chat
+    render = type(tokenizer).render
     monkeypatch.setattr(
         type(tokenizer),
-        "chat",
-        lambda self, *args, **named: seen.append(args) or chat(self, *args, **named),
+        "render",
+        lambda self, *args, **named: seen.append(args) or render(self, *args, **named),
     )
     call = {"type": "function_call", "call_id": "call_1", "arguments": "{}"}
     call |= {"name": "close_agent", "namespace": "multi_agent_v1"}
