@@ -41,7 +41,7 @@ IDS = ["kernel", "definition"]
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch):
-    monkeypatch.setattr(sampling, "ARGMAX_BLOCK", 128)  # several of them, and a part of one
+    monkeypatch.setattr(sampling, "BLOCK", 128)  # several of them, and a part of one
 
 
 def inputs(rows, dtype, seed, scale=3.0):
