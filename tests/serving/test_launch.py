@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 from failures import failing
 from processes import hide_frameworks
+from scripted_model import reference_model
 from servers import MAX_POSITIONS, NAME, PATIENCE
 from tool_models import CHAT_TEMPLATE, tool_tokenizer
 
@@ -231,6 +232,11 @@ def folders(folders, tmp_path_factory):
         shutil.copytree(part, folder / part.name)
     tool_tokenizer(folder / folders[0].name)
     return folder / folders[0].name, folder / folders[1].name
+
+
+@pytest.fixture(scope="session")
+def model(folders):
+    return reference_model(*folders)
 
 
 def command(model, *args):
