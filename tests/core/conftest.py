@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -261,3 +262,15 @@ def run(capsys):
         return main(list(args)), *capsys.readouterr()
 
     return run
+
+
+@pytest.fixture
+def prompt_sets(tmp_path):
+    """Two sets of prompts."""
+    paths = []
+    for name in ("one", "two"):
+        path = tmp_path / f"{name}.jsonl"
+        rows = [{"id": n, "turns": [f"{name} {n}", "never asked"]} for n in range(3)]
+        path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+        paths.append(str(path))
+    return paths

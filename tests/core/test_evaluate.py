@@ -34,24 +34,12 @@ def model(tiny_pair):
 
 
 @pytest.fixture
-def files(tmp_path):
-    """Two sets of prompts."""
-    paths = []
-    for name in ("one", "two"):
-        path = tmp_path / f"{name}.jsonl"
-        rows = [{"id": n, "turns": [f"{name} {n}", "never asked"]} for n in range(3)]
-        path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-        paths.append(str(path))
-    return paths
-
-
-@pytest.fixture
-def run(files, capsys):
+def run(prompt_sets, capsys):
     """Run the command line on both sets: exit code, standard output, standard error."""
 
     def run(*args: str) -> tuple[int, str, str]:
         capsys.readouterr()
-        code = main(["--prompts", *files, "--limit", "2", "--max-tokens", "9", *args])
+        code = main(["--prompts", *prompt_sets, "--limit", "2", "--max-tokens", "9", *args])
         return code, *capsys.readouterr()
 
     return run
@@ -199,11 +187,11 @@ def test_a_full_disk_loses_no_figures(use, run, model, tmp_path):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-def test_figures_reach_a_file_though_standard_output_is_full(tiny_pair, files, tmp_path):
+def test_figures_reach_a_file_though_standard_output_is_full(tiny_pair, prompt_sets, tmp_path):
     path = tmp_path / "out.json"
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
-            command_line(tiny_pair, "--prompts", files[0], "--output", str(path)),
+            command_line(tiny_pair, "--prompts", prompt_sets[0], "--output", str(path)),
             stdout=full,
             stderr=subprocess.PIPE,
             text=True,
@@ -242,12 +230,12 @@ def test_bad_input_is_one_line_before_anything_is_loaded(run, args, line):
     assert err.count("\n") == 1
 
 
-def test_names_of_sets_differ_and_prompts_are_safe(run, files, tmp_path):
-    assert "'one' is taken" in run("--prompts", files[0], files[0])[2]
+def test_names_of_sets_differ_and_prompts_are_safe(run, prompt_sets, tmp_path):
+    assert "'one' is taken" in run("--prompts", prompt_sets[0], prompt_sets[0])[2]
     mean = tmp_path / "mean.jsonl"
     mean.write_text('{"id": 1, "prompt": "hi"}', encoding="utf-8")
     assert "'mean' is taken" in run("--prompts", str(mean))[2]
-    code, _, err = run("--output", files[0])
+    code, _, err = run("--output", prompt_sets[0])
     assert (code, "is a file of prompts" in err) == (2, True)
 
 
@@ -293,10 +281,10 @@ def command_line(tiny_pair, *args: str) -> list[str]:
     return core_command("evaluate", *model_options(tiny_pair), *args)
 
 
-def test_the_module_runs_without_a_warning(tiny_pair, files, tmp_path):
+def test_the_module_runs_without_a_warning(tiny_pair, prompt_sets, tmp_path):
     pytest.importorskip("matplotlib")
     report = tmp_path / "out.html"
-    options = [*model_options(tiny_pair), "--prompts", files[0], "--report", str(report)]
+    options = [*model_options(tiny_pair), "--prompts", prompt_sets[0], "--report", str(report)]
     done = subprocess.run(
         core_module("treeflash.evaluate", *options),
         capture_output=True,
@@ -310,10 +298,10 @@ def test_the_module_runs_without_a_warning(tiny_pair, files, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="pipes differ on Windows")
-def test_a_reader_that_goes_away_costs_no_figures(tiny_pair, files, tmp_path):
+def test_a_reader_that_goes_away_costs_no_figures(tiny_pair, prompt_sets, tmp_path):
     path = tmp_path / "out.json"
     process = subprocess.Popen(
-        command_line(tiny_pair, "--prompts", files[0], "--output", str(path)),
+        command_line(tiny_pair, "--prompts", prompt_sets[0], "--output", str(path)),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )

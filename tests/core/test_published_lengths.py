@@ -249,24 +249,12 @@ DSPARK = ("--drafter", "deepseek-ai/dspark_qwen3_4b_block7")
 
 
 @pytest.fixture
-def files(tmp_path):
-    """Two sets of prompts."""
-    paths = []
-    for name in ("one", "two"):
-        path = tmp_path / f"{name}.jsonl"
-        rows = [{"id": n, "turns": [f"{name} {n}", "never asked"]} for n in range(3)]
-        path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-        paths.append(str(path))
-    return paths
-
-
-@pytest.fixture
-def run(files, capsys):
+def run(prompt_sets, capsys):
     """Run the command on both sets: exit code, standard output, standard error."""
 
     def run(*args):
         capsys.readouterr()
-        code = published.main([*files, "--limit", "2", "--max-tokens", "9", *args])
+        code = published.main([*prompt_sets, "--limit", "2", "--max-tokens", "9", *args])
         return code, *capsys.readouterr()
 
     return run

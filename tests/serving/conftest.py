@@ -9,6 +9,7 @@ import pytest
 from byte_tokens import SPECIAL, save_tokenizer
 from scripted_model import reference_model
 from servers import MAX_POSITIONS, serving
+from stub_images import StubProcessor
 from tool_models import tool_model
 
 from treeflash.language_model import LanguageModel
@@ -51,6 +52,14 @@ def tool_server(tool_pair):
     """A server of the pair that knows tools, which samples with the same seed always."""
     with serving(tool_pair, {"temperature": 1.0, "seed": 3}) as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def image_model(folders) -> LanguageModel:
+    """The tiny pair, with a processor whose tokens depend on the colours of an image."""
+    model = reference_model(*folders)
+    model.backend.images = StubProcessor(model.tokenizer)
+    return model
 
 
 @pytest.fixture

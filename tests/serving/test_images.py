@@ -29,13 +29,6 @@ APIS = [api for api in PROTOCOLS if "images" in api.can]
 
 
 @pytest.fixture(scope="module")
-def image_model(folders):
-    model = reference_model(*folders)
-    model.backend.images = StubProcessor(model.tokenizer)
-    return model
-
-
-@pytest.fixture(scope="module")
 def image_server(image_model):
     with serving(image_model, DEFAULTS) as running:
         yield running

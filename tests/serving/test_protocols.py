@@ -13,7 +13,7 @@ for package in ("anthropic", "ollama", "openai", "PIL.Image"):
 
 from failures import failing
 from protocols import PROTOCOLS, Ask, having
-from scripted_model import reference_model, scripted_model
+from scripted_model import scripted_model
 from servers import (
     Gate,
     request_without_a_reader,
@@ -22,7 +22,7 @@ from servers import (
     submitted,
     wait_until,
 )
-from stub_images import StubProcessor, base64_of, picture
+from stub_images import base64_of, picture
 from tool_models import COLOUR, RESPONSE_TEMPLATE, tool_model
 
 from treeflash.serving.errors import SERVER_FAILED
@@ -82,13 +82,6 @@ def showing(tmp_path_factory):
         tool_model(tmp_path_factory.mktemp("showing"), chat_template=SHOWS_ALL)
     ) as running:
         yield running
-
-
-@pytest.fixture(scope="module")
-def image_model(folders):
-    model = reference_model(*folders)
-    model.backend.images = StubProcessor(model.tokenizer)
-    return model
 
 
 @pytest.fixture(scope="module")
