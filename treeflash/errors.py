@@ -50,6 +50,15 @@ class NumericalError(TreeflashError, ArithmeticError):
     """A model produced values that are not finite."""
 
 
+class DeviceError(TreeflashError):
+    """A GPU failed in work that it had accepted, so what it wrote since then is unknown."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(
+            f"the GPU failed in work that was under way; try again ({first_line(error)})"
+        )
+
+
 OUT_OF_MEMORY = (
     "out of memory",
     "allocate memory",
@@ -64,6 +73,7 @@ OUT_OF_MEMORY = (
 DEVICE_LOST = (
     # Metal
     "gpu timeout",
+    "gpu hang",
     "submissionsignored",
     # CUDA, as PyTorch, NCCL and Triton report it: after an invalid access or a fault of the
     # hardware every call fails, until the process ends
@@ -73,6 +83,11 @@ DEVICE_LOST = (
     "restart torchrun",
 )
 """Parts of messages after which a device refuses all further work of the process."""
+FAILED_EARLIER = (
+    # MLX keeps the error of a command buffer, and the next call that needs the GPU raises it
+    "[metal] command buffer",
+)
+"""Parts of messages about work that a device accepted before the call that raises the error."""
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -83,6 +98,11 @@ def is_out_of_memory(error: Exception) -> bool:
 def is_device_lost(error: Exception) -> bool:
     """Return whether the device refuses all further work, so that only a new process can go on."""
     return _says(error, DEVICE_LOST) and not is_out_of_memory(error)
+
+
+def is_of_earlier_work(error: Exception) -> bool:
+    """Return whether work failed that a device accepted earlier, by whatever sequences."""
+    return _says(error, FAILED_EARLIER) and not is_device_lost(error)
 
 
 def first_line(error: Exception) -> str:

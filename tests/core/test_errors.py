@@ -2,7 +2,7 @@
 
 import pytest
 
-from treeflash.errors import first_line, is_device_lost, is_out_of_memory
+from treeflash.errors import first_line, is_device_lost, is_of_earlier_work, is_out_of_memory
 
 # As PyTorch 2.13 (c10/cuda, ATen/cuda, NCCL) and Triton 3.9 word them.
 LOST = (
@@ -36,6 +36,26 @@ def test_a_fault_of_a_gpu_loses_the_device(message):
 def test_a_failed_allocation_of_a_gpu_is_memory_alone(message):
     assert is_out_of_memory(RuntimeError(message))
     assert not is_device_lost(RuntimeError(message))
+
+
+# As macOS words them, and MLX 0.32 after "[METAL] Command buffer execution failed: ".
+METAL = {
+    "Insufficient Memory (00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory)": False,
+    "Caused GPU Timeout Error (00000002:kIOGPUCommandBufferCallbackErrorTimeout)": True,
+    "Caused GPU Hang Error (00000003:kIOGPUCommandBufferCallbackErrorHang)": True,
+    "Impacting Interactivity (0000000e:kIOGPUCommandBufferCallbackErrorImpactingInteractivity)": (
+        False
+    ),
+    "Discarded (victim of GPU error/recovery) (00000005:kIOGPU...ErrorInnocentVictim)": False,
+    "Ignored (for causing prior/excessive GPU errors) (00000004:kIOGPU...SubmissionsIgnored)": True,
+}
+
+
+@pytest.mark.parametrize("text", METAL)
+def test_an_error_of_a_command_buffer_loses_the_device_or_belongs_to_earlier_work(text):
+    error = RuntimeError(f"[METAL] Command buffer execution failed: {text}.")
+    assert is_device_lost(error) == METAL[text]
+    assert is_of_earlier_work(error) != METAL[text]
 
 
 @pytest.mark.parametrize("message", OTHER)

@@ -261,7 +261,7 @@ def test_a_gpu_that_refuses_further_work_ends_the_server(serve, failing, message
     """With a status other than 0, so that whoever started it starts it again."""
     server = serve()
     failing(server, RuntimeError(message), times=100)
-    check_error(server.complete("A"), 500, "its log has the reason")
+    check_error(server.complete("A"), 500, "the GPU refuses further work")
     wait_until(lambda: server.server.should_exit)
     assert server.engine.device_lost
     assert not server.engine.ready

@@ -26,7 +26,14 @@ from rich.progress import (
 )
 
 import treeflash
-from treeflash.errors import ConfigError, TreeflashError, is_device_lost, is_out_of_memory
+from treeflash.errors import (
+    ConfigError,
+    DeviceError,
+    TreeflashError,
+    is_device_lost,
+    is_of_earlier_work,
+    is_out_of_memory,
+)
 from treeflash.interruption import repeated_if_dropped, say_interrupted
 
 Arguments = ParamSpec("Arguments")
@@ -73,6 +80,8 @@ def guarded(main: Callable[Arguments, int]) -> Callable[Arguments, int]:
             if is_device_lost(error):
                 return _fail(f"{DEVICE_LOST_ADVICE} ({error})", EXIT_DEVICE_LOST)
             if not is_out_of_memory(error):
+                if is_of_earlier_work(error):
+                    return _fail(str(DeviceError(error)))
                 raise
             return _fail(
                 "out of memory; try shorter texts, smaller draft trees (--budget) or batches, "

@@ -41,7 +41,7 @@ from treeflash.decoding.state_files import (
     file_name,
     root_key,
 )
-from treeflash.errors import ConfigError, is_out_of_memory
+from treeflash.errors import ConfigError, is_of_earlier_work, is_out_of_memory
 
 BLOCK = 256
 """Positions of a block: few enough that little of a prompt that leaves a stored one is computed
@@ -215,7 +215,7 @@ class DiskCache:
         try:
             arrays = state.export(part.first, part.stop, end=part.kind == "end")
         except Exception as error:
-            if not is_out_of_memory(error):
+            if is_of_earlier_work(error) or not is_out_of_memory(error):
                 raise
             parts.clear()
             return

@@ -44,7 +44,7 @@ from treeflash.decoding.sampling import Noise, SampledTokens
 from treeflash.decoding.suffix import SuffixTree, tree_of
 from treeflash.decoding.transitions import Calibration, TransitionTable, check_tokens
 from treeflash.decoding.tree import DraftTree
-from treeflash.errors import TreeflashError, is_out_of_memory
+from treeflash.errors import TreeflashError, is_of_earlier_work, is_out_of_memory
 
 SNAPSHOT_INTERVAL = 2048
 """Prompt tokens between two snapshots of recurrent states."""
@@ -476,4 +476,6 @@ class Iteration:
 
 def concerns_few(error: Exception) -> bool:
     """Return whether an error of a call may end the sequences of the call, and no others."""
+    if is_of_earlier_work(error):
+        return False
     return isinstance(error, TreeflashError) or is_out_of_memory(error)

@@ -11,6 +11,7 @@ import numpy as np
 
 from treeflash.decoding.disk_cache import DiskCache, Prefix
 from treeflash.decoding.interfaces import SequenceState
+from treeflash.errors import is_of_earlier_work
 
 
 @dataclass(eq=False)
@@ -96,16 +97,27 @@ class PrefixCache:
         while self._entries and self.nbytes > nbytes:
             self._drop(self._entries[0], save=True)
 
+    def clear(self) -> None:
+        """Close all states, of which no more is stored."""
+        while self._entries:
+            self._drop(self._entries[0], save=False)
+
     def close(self) -> None:
         """Close all states, when they have been copied to the disk if there is one."""
-        if self.disk is not None:
-            self.disk.save_all()
-        self.shrink(-1)
+        try:
+            if self.disk is not None:
+                self.disk.save_all()
+        except Exception as error:
+            if not is_of_earlier_work(error):
+                raise
+        self.clear()
         if self.disk is not None:
             self.disk.close()
 
     def _drop(self, entry: _Entry, *, save: bool) -> None:
         self._entries.remove(entry)
-        if self.disk is not None:
-            self.disk.let_go(entry.state, save=save)
-        entry.state.close()
+        try:
+            if self.disk is not None:
+                self.disk.let_go(entry.state, save=save)
+        finally:
+            entry.state.close()

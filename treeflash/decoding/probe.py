@@ -17,7 +17,13 @@ from treeflash.decoding.images import PromptImages
 from treeflash.decoding.interfaces import Backend
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
-from treeflash.errors import TreeflashError, UnsupportedModelError, is_device_lost, is_out_of_memory
+from treeflash.errors import (
+    TreeflashError,
+    UnsupportedModelError,
+    is_device_lost,
+    is_of_earlier_work,
+    is_out_of_memory,
+)
 
 PARENTS = np.array([-1, 0, 1, 2, 0, 4, 1], np.int32)
 """A tree whose columns and depths have different orders, so that positions or masks that are taken
@@ -324,7 +330,8 @@ def _errors_of_model(backend: Backend, what: str) -> Iterator[None]:
     except TreeflashError:
         raise
     except Exception as error:
-        if is_out_of_memory(error) or is_device_lost(error) or not _raised_by_model(error, backend):
+        of_device = is_out_of_memory(error) or is_device_lost(error) or is_of_earlier_work(error)
+        if of_device or not _raised_by_model(error, backend):
             raise
         raise UnsupportedModelError(
             f"the {backend.name} backend cannot run this target on {what} ({error}); "

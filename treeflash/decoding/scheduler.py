@@ -7,8 +7,8 @@ outlives an iteration: the queue, the limits of memory, and the caches of states
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
-from contextlib import closing
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -22,7 +22,13 @@ from treeflash.decoding.merged_trees import Choices
 from treeflash.decoding.prefix_cache import PrefixCache
 from treeflash.decoding.request import Request, check
 from treeflash.decoding.suffix import SuffixCache, SuffixIndex
-from treeflash.errors import ConfigError, MemoryInUseError, PromptError
+from treeflash.errors import (
+    ConfigError,
+    DeviceError,
+    MemoryInUseError,
+    PromptError,
+    is_of_earlier_work,
+)
 
 MIB = 1 << 20
 
@@ -229,17 +235,19 @@ class Scheduler:
 
     def step(self) -> list[Event]:
         """Run one iteration; returns the steps that it made, and errors that ended sequences."""
-        events = self._admit()
+        events: list[Event] = []
         prefill_chunks = self.config.prefill_chunk, self.config.lone_prefill_chunk
-        Iteration(self.backend, self._running, self._budget, prefill_chunks).run()
-        for sequence in list(self._running):
-            events += ((sequence.request, event) for event in sequence.events)
-            finished = sequence.pending is None
-            failed = finished and isinstance(sequence.events[-1], Exception)
-            sequence.events.clear()
-            if finished:
-                self._end(sequence, keep=not failed)
-        self.store_states()
+        with self._trusted_states(events):
+            self._admit(events)
+            Iteration(self.backend, self._running, self._budget, prefill_chunks).run()
+            for sequence in list(self._running):
+                events += ((sequence.request, event) for event in sequence.events)
+                finished = sequence.pending is None
+                failed = finished and isinstance(sequence.events[-1], Exception)
+                sequence.events.clear()
+                if finished:
+                    self._end(sequence, keep=not failed)
+            self._store_states()
         return events
 
     @property
@@ -249,7 +257,11 @@ class Scheduler:
         return disk is not None and disk.has_unsaved
 
     def store_states(self) -> None:
-        """Copy a few parts of states to the disk tier of the prefix cache, if there are any."""
+        """Copy a few parts of states to the disk tier, if there are any, while nothing runs."""
+        with self._trusted_states([]):
+            self._store_states()
+
+    def _store_states(self) -> None:
         if self.prefix_cache is not None and self.prefix_cache.disk is not None:
             self.prefix_cache.disk.copy_next()
 
@@ -268,9 +280,28 @@ class Scheduler:
         for sequence in list(self._running):
             self._end(sequence)
 
-    def _admit(self) -> list[Event]:
-        """Start waiting requests, in order, while there is room; returns errors of the start."""
-        errors: list[Event] = []
+    @contextmanager
+    def _trusted_states(self, events: list[Event]) -> Iterator[None]:
+        """End all sequences and forget all states if a call raises an error of earlier work.
+
+        Any state may lack what the device should have written. Adds the events of the sequences.
+        """
+        try:
+            yield
+        except Exception as error:
+            if not is_of_earlier_work(error):
+                raise
+            for sequence in list(self._running):
+                if sequence.pending is not None:
+                    sequence.fail(DeviceError(error))
+                events += ((sequence.request, event) for event in sequence.events)
+                self._end(sequence)
+            self._drop_restoration()
+            if self.prefix_cache is not None:
+                self.prefix_cache.clear()
+
+    def _admit(self, events: list[Event]) -> None:
+        """Start waiting requests, in order, while there is room; adds errors of the start."""
         while self._waiting and len(self._running) < self.config.max_parallel:
             first = self._waiting[0]
             leader = self._leader(first)
@@ -295,13 +326,14 @@ class Scheduler:
                     self._waiting.insert(0, first)
                     break
                 else:
-                    errors.append((first.request, error))
+                    events.append((first.request, error))
             except Exception as error:
+                if is_of_earlier_work(error):
+                    self._waiting.insert(0, first)  # it has no state yet
                 if not concerns_few(error):
                     raise
                 self._drop_restoration()
-                errors.append((first.request, error))
-        return errors
+                events.append((first.request, error))
 
     def _restore(self, waiting: _Waiting) -> bool:
         """Restore the beginning of a prompt from the disk; whether that has ended.

@@ -30,7 +30,7 @@ from treeflash.decoding.suffix import SuffixCache
 from treeflash.errors import ConfigError, is_device_lost
 from treeflash.language_model import LanguageModel
 from treeflash.serving.acceptance import AcceptanceMonitor
-from treeflash.serving.errors import SERVER_FAILED, APIError, bad_request
+from treeflash.serving.errors import GPU_LOST, SERVER_FAILED, APIError, bad_request
 from treeflash.serving.metrics import Metrics
 from treeflash.serving.settings import Settings
 from treeflash.text.stream import Assembler, Chunk
@@ -357,7 +357,7 @@ class Engine:
         if is_device_lost(error):
             self.device_lost = self.draining = self._thread.stopping = True
         for completion in {answer.completion for answer in self._answers.values()}:
-            self._fail(completion, APIError(500, SERVER_FAILED))
+            self._fail(completion, APIError(500, GPU_LOST if self.device_lost else SERVER_FAILED))
 
     def _add_events(self, events: list[Event]) -> None:
         """Deliver the steps of an iteration."""

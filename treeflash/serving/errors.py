@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse
 from treeflash.errors import (
     ConfigError,
     ContextLengthError,
+    DeviceError,
     PromptError,
     TreeflashError,
     is_out_of_memory,
@@ -32,6 +33,7 @@ ERROR_TYPES = {
 ANTHROPIC_TYPES = {"server_error": "api_error", "service_unavailable_error": "overloaded_error"}
 """Anthropic's names of error types that differ from OpenAI's."""
 SERVER_FAILED = "the server failed; its log has the reason"
+GPU_LOST = "the GPU refuses further work, so the server ends; its log has the reason"
 
 logger = logging.getLogger("treeflash.serving")
 
@@ -99,6 +101,8 @@ def api_error(error: Exception) -> APIError:
         return APIError(504, "the answer took longer than this server allows", code="timeout")
     if is_out_of_memory(error):
         return APIError(503, "the device is out of memory; send the request again", code="memory")
+    if isinstance(error, DeviceError):
+        return APIError(503, str(error), code="gpu")
     if isinstance(error, TreeflashError):
         return APIError(500, str(error))
     logger.error("a request failed", exc_info=error)

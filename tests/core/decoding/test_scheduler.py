@@ -17,6 +17,7 @@ from treeflash.decoding.interfaces import Prefill, Verify
 from treeflash.decoding.prefix_cache import PrefixCache
 from treeflash.errors import (
     ConfigError,
+    DeviceError,
     MemoryInUseError,
     NumericalError,
     PromptError,
@@ -416,7 +417,6 @@ def test_finished_sequences_serve_prompts_with_the_same_beginning(backend):
 
 
 METAL_MESSAGES = (
-    "[METAL] Command buffer execution failed: Insufficient Memory (00000008:kIOGPU...OutOfMemory)",
     "[malloc] Unable to allocate 1073741824 bytes.",
     "[metal::malloc] Attempting to allocate 9 bytes which is greater than the maximum allowed "
     "buffer size of 8 bytes.",
@@ -456,6 +456,50 @@ def test_memory_that_runs_out_on_metal_ends_one_sequence(backend, message):
     (first,) = (event for request_id, event in events if request_id == good)
     found[good] = [*first.tokens, *finish(scheduler)[good]]
     assert found[good] == generate(backend, [5, 6], config_of())
+
+
+def test_an_error_of_earlier_work_ends_all_sequences_that_run(backend):
+    """It belongs to no call, so every state is forgotten. A request that waits starts later."""
+    message = "[METAL] Command buffer execution failed: Insufficient Memory"
+    cache = PrefixCache(10**9)
+    scheduler = Scheduler(backend, SchedulerConfig(max_parallel=2), prefix_cache=cache)
+    scheduler.submit(Request(prompt_ids=[5, 6], config=config_of()))
+    finish(scheduler)
+    assert len(cache) == 1
+    *started, waiting = (
+        scheduler.submit(Request(prompt_ids=prompt, config=config_of()))
+        for prompt in ([5, 6, 7], [9], [30])
+    )
+    scheduler.step()
+    with failing(backend.verifier, "run", RuntimeError(message)):
+        events = dict(scheduler.step())
+    assert list(events) == started
+    for error in events.values():
+        assert isinstance(error, DeviceError)
+        assert str(error) == f"the GPU failed in work that was under way; try again ({message})"
+    assert len(cache) == 0
+    assert finish(scheduler) == {waiting: generate(backend, [30], config_of())}
+
+
+def test_an_error_of_earlier_work_while_a_state_is_forked_ends_all_that_run(backend):
+    """Also where a finished sequence is copied: its text is complete. Nothing is lost."""
+    error = RuntimeError("[METAL] Command buffer execution failed: Insufficient Memory")
+    scheduler = Scheduler(backend, prefix_cache=PrefixCache(10**9))
+    short, long = (
+        scheduler.submit(Request(prompt_ids=prompt, config=config_of(max_tokens=n, method="ar")))
+        for prompt, n in (([5, 6], 2), ([9], 9))
+    )
+    with failing(State, "fork", error):
+        found = finish(scheduler)
+    assert found[short] == generate(backend, [5, 6], config_of(max_tokens=2))
+    assert isinstance(found[long], DeviceError)
+    finish(scheduler)
+    scheduler.submit(Request(prompt_ids=[5, 6, 7], config=config_of()))
+    finish(scheduler)
+    again = scheduler.submit(Request(prompt_ids=[5, 6, 7, 8], config=config_of()))
+    with failing(State, "fork", error, 1):
+        found = finish(scheduler)
+    assert found == {again: generate(backend, [5, 6, 7, 8], config_of())}
 
 
 def test_a_state_that_the_prefix_cache_cannot_hold_is_not_copied(backend):
