@@ -225,6 +225,8 @@ def default_problems(default_target, default_drafter, smollm2):
     )
 
 
+# The tiny pair passes the same checks.
+@pytest.mark.nightly
 def test_the_default_pair(default_problems):
     assert default_problems() == {}
 

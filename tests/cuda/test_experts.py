@@ -11,6 +11,7 @@ from treeflash.decoding.sampling import SamplingParams
 from treeflash.decoding.tree import DraftTree
 from treeflash.testing import require
 from treeflash.testing.models import write_target
+from treeflash.testing.pairs import each_value
 
 require("torch")
 
@@ -107,8 +108,10 @@ def test_dense_models_have_none(tmp_path):
     assert not has_experts(load(tmp_path, None, LoadConfig(device="cpu")).target.model)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (12, 0)])
+@pytest.mark.parametrize(
+    ("capability", "dtype"),
+    each_value([(8, 0), (8, 9), (9, 0), (12, 0)], ["bfloat16", "float16", "float32"]),
+)
 def test_experts_are_captured_on_every_device(cuda, tmp_path, capability, dtype):
     """PyTorch's own product copies to the host on most devices, which a graph cannot do."""
     cuda.capability = capability

@@ -18,7 +18,7 @@ from treeflash.decoding.tree import DraftTree
 from treeflash.drafters.folder import read_config, read_tensors
 from treeflash.testing import HYBRID_FAMILIES, require
 from treeflash.testing.models import save, write_dialect, write_drafter, write_target
-from treeflash.testing.pairs import combine
+from treeflash.testing.pairs import combine, each_value
 from treeflash.testing.trees import noise_of_depths
 
 require("torch")
@@ -37,6 +37,7 @@ pytestmark = pytest.mark.filterwarnings("error::UserWarning:treeflash_cuda")
 
 FAMILIES = ("qwen3", "llama", "mistral", "qwen2", "qwen3_moe")
 DTYPES = ("bfloat16", "float32")
+DIALECTS = ("dflash2", "specforge", "deepspec-rnn", "specforge-domino")
 SAMPLINGS = (
     SamplingConfig(),
     SamplingConfig(temperature=1.0),
@@ -58,7 +59,8 @@ def folders(tmp_path_factory):
     return {x.name: (x, folder / f"{x.name}-drafter") for x in folder.iterdir()}
 
 
-@pytest.fixture(params=DTYPES)
+# The tests by families run in both types.
+@pytest.fixture(params=["bfloat16", pytest.param("float32", marks=pytest.mark.nightly)])
 def backend(request, folders, cuda):
     return load(*folders["qwen3"], LoadConfig(dtype=request.param))
 
@@ -69,8 +71,7 @@ def tree():
     return DraftTree(np.arange(6, dtype=np.int32), parents, depths, np.zeros(6))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("family", FAMILIES + HYBRID_FAMILIES)
+@pytest.mark.parametrize(("family", "dtype"), each_value(FAMILIES + HYBRID_FAMILIES, DTYPES))
 def test_prefill_verify_commit_and_draft(cuda, folders, family, dtype):
     backend = load(*folders[family], LoadConfig(dtype=dtype))
     assert backend.device == "cuda:0"
@@ -92,7 +93,7 @@ def test_prefill_verify_commit_and_draft(cuda, folders, family, dtype):
 
 
 @pytest.mark.parametrize(
-    ("family", "dtype", "graphs", "bits"), combine(FAMILIES, DTYPES, (False, True), (None, 8))
+    ("family", "dtype", "graphs", "bits"), each_value(FAMILIES, DTYPES, (False, True), (None, 8))
 )
 def test_several_texts_in_one_forward_pass(cuda, folders, family, dtype, graphs, bits):
     config = LoadConfig(dtype=dtype, cuda_graphs=graphs, kv_bits=bits)
@@ -135,7 +136,7 @@ def test_several_texts_in_one_forward_pass(cuda, folders, family, dtype, graphs,
     assert [part.shape for part in logits] == [(6, 40)] * 4
 
 
-@pytest.mark.parametrize(("family", "dtype", "bits"), combine(FAMILIES, DTYPES, (None, 8)))
+@pytest.mark.parametrize(("family", "dtype", "bits"), each_value(FAMILIES, DTYPES, (None, 8)))
 def test_layers_on_two_devices(cuda, folders, family, dtype, bits, monkeypatch):
     config = LoadConfig(dtype=dtype, device_map="auto", kv_bits=bits)
     backend = load(*folders[family], config)
@@ -165,8 +166,7 @@ def test_layers_on_two_devices(cuda, folders, family, dtype, bits, monkeypatch):
     check_context(text, 3000)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("family", ["qwen3", "mistral"])
+@pytest.mark.parametrize(("family", "dtype"), each_value(["qwen3", "mistral"], DTYPES))
 def test_nothing_builds_a_plan_for_each_length(cuda, folders, monkeypatch, family, dtype):
     """As cuDNN does, which `scaled_dot_product_attention` prefers on some GPUs."""
     monkeypatch.setattr(kernels, "flash_attention", lambda *_: 1 / 0)  # prompts do without it
@@ -232,8 +232,7 @@ def test_tables(backend, shortlist, rows, scale):
     assert backend.head.log_probs(blocks[1], np.ones(5, np.int32)).shape == (5, 40)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("dialect", ["dflash2", "specforge", "deepspec-rnn", "specforge-domino"])
+@pytest.mark.parametrize(("dialect", "dtype"), each_value(DIALECTS, DTYPES))
 def test_tables_of_other_heads(cuda, folders, tmp_path, dialect, dtype):
     target, _ = folders["qwen3"]
     with unset_fake_temporarily():
@@ -265,7 +264,7 @@ def test_tables_of_other_heads(cuda, folders, tmp_path, dialect, dtype):
 
 
 @pytest.mark.parametrize(
-    ("kind", "dtype"), [*product(["eagle3", "eagle3-all", "mtp"], DTYPES), ("glm", "bfloat16")]
+    ("kind", "dtype"), [*each_value(("eagle3", "eagle3-all", "mtp"), DTYPES), ("glm", "bfloat16")]
 )
 def test_drafts_depth_by_depth_are_captured(cuda, tmp_path, kind, dtype):
     """Their operations do not depend on the number of sequences, and neither do the copies."""
@@ -347,7 +346,7 @@ def test_choices_with_edits_masks_and_log_probs(backend, sampling):
 
 @pytest.mark.parametrize(
     ("family", "dtype", "is_sampled"),
-    combine((*FAMILIES, *HYBRID_FAMILIES, "mistral in 8 bits"), DTYPES, (False, True)),
+    each_value((*FAMILIES, *HYBRID_FAMILIES, "mistral in 8 bits"), DTYPES, (False, True)),
 )
 def test_an_iteration_is_captured(cuda, folders, family, dtype, is_sampled):
     family, _, bits = family.partition(" in ")

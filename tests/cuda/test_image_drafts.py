@@ -58,6 +58,8 @@ def folder(smollm2, tmp_path_factory):
     return folder
 
 
+# The default target. Tiny pairs draft after images in `test_images.py`.
+@pytest.mark.nightly
 def test_the_bundled_drafter_beats_plain_decoding_after_an_image(folder, smollm2, monkeypatch):
     tokenizer = Tokenizer.from_folder(smollm2)
     monkeypatch.setattr(cuda_images, "read_processor", lambda _: TextProcessor(tokenizer))

@@ -29,12 +29,11 @@ KERNELS = {
     "convolve_paths",
     "move_columns",
 }
-PAIRS = [
-    (90, "qwen3-8b"),
-    (120, "gemma-2-9b"),
-]
+PAIRS = [(120, "gemma-2-9b")]
+"""The least shared memory, and the widest heads."""
+# The compiler takes a minute for each.
 OTHERS = [
-    *((capability, "qwen3-8b") for capability in (80, 89, 100, 120)),
+    *((capability, "qwen3-8b") for capability in (80, 89, 90, 100, 120)),
     (90, "llama-3.2-1b"),
     (120, "llama-3.2-1b"),
     *((capability, "qwen3-8b in float32") for capability in (80, 90)),

@@ -154,6 +154,8 @@ def test_a_follower_that_fails_ends_its_process(monkeypatch, capsys):
     assert capsys.readouterr().err == "error: rank 1 failed: out of paper\n"
 
 
+# Three processes import PyTorch. `Ranks` runs both ranks in this one.
+@pytest.mark.nightly
 def test_two_processes_give_the_tokens_of_one(tmp_path):
     """Their trees run in graphs; without graphs they run in `test_machines.py`."""
     target, drafter = write_pair(tmp_path, "qwen3")

@@ -104,7 +104,9 @@ fsdp_config:
 """
 
 
-@pytest.mark.parametrize("kind", ["ddp", pytest.param("fsdp", marks=pytest.mark.nightly)])
+# Three processes import PyTorch.
+@pytest.mark.nightly
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_two_processes_train_one_drafter(kind, target, responses, tmp_path, run_processes):
     """One process with twice the sequences gives the same result."""
     config = tmp_path / "train.toml"

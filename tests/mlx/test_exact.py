@@ -98,6 +98,8 @@ def test_targets_may_have_fused_products_states_and_shared_keys(families, tmp_pa
     assert backend.target.batches
 
 
+# The check at load of tiny targets calls the same function.
+@pytest.mark.nightly
 def test_every_operation_of_the_default_target_is_exact(smollm2):
     """The sizes are the target's, with up to as many rows as a chunk of a prompt has."""
     check_operations(Target(smollm2, mx.bfloat16, None))

@@ -93,6 +93,8 @@ def complete(url):
     )
 
 
+# Half a minute of imports. It sends what the other clients send.
+@pytest.mark.nightly
 class TestLiteLLM:
     def test_chat(self, complete, expected):
         answer = complete(n=2)
@@ -128,6 +130,8 @@ def chat(url):
     return package.ChatOpenAI(model="tiny", base_url=url, api_key="none", max_retries=0, **OPTIONS)
 
 
+# It wraps the client of OpenAI, and takes long to import.
+@pytest.mark.nightly
 class TestLangChain:
     def test_chat(self, chat, expected):
         answer = chat.invoke("Name a river.")

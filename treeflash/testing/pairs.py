@@ -75,6 +75,29 @@ def combine(*factors: Iterable[Hashable]) -> list[tuple[Any, ...]]:
     return list(product(*factors)) if EXAMPLES else pairwise(*factors)
 
 
+def each_value(*factors: Iterable[Hashable]) -> list[tuple[Any, ...]]:
+    """Return as many cases as the longest factor has values, or all where examples are random.
+
+    Every value occurs, in cases as different as possible.
+    """
+    cases = list(product(*factors))
+    if EXAMPLES:
+        return cases
+    values = set().union(*map(enumerate, cases))
+    pairs = set().union(*(combinations(enumerate(case), 2) for case in cases))
+    chosen = []
+    while values:
+
+        def new(case: tuple[Hashable, ...]) -> tuple[int, int]:
+            found = values.intersection(enumerate(case))
+            return len(found), len(pairs.intersection(combinations(enumerate(case), 2)))
+
+        chosen.append(max(cases, key=new))
+        values.difference_update(enumerate(chosen[-1]))
+        pairs.difference_update(combinations(enumerate(chosen[-1]), 2))
+    return chosen
+
+
 GREEDY = SamplingConfig()
 SAMPLINGS = {
     "greedy": GREEDY,
