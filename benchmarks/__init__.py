@@ -18,6 +18,7 @@
 - `metal_sources`: the sources of the MLX backend's Metal kernels, to compile them on a Mac.
 - `published`: accepted lengths of a drafter beside the ones of its paper.
 - `ablation` and `training_cost`: what each choice in training is worth, and what a step costs.
+- `pictures`: the pictures of README, from a recorded run.
 - `families`: the table of model types in `docs/families.md`.
 - `smollm2`: how the bundled drafter was trained.
 """

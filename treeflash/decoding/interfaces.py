@@ -297,9 +297,9 @@ class Backend(Protocol):
     """
 
     name: str
-    """The registered name: `cuda`, `mlx`, `reference`, ..."""
+    """The registered name, such as `cuda` or `mlx`."""
     device: str
-    """The framework's name of the device: `cuda:0`, `gpu`, ...; for a CPU always `cpu`."""
+    """The device as the framework names it, such as `gpu`; for a CPU always `cpu`."""
     device_name: str
     """The hardware, such as the GPU's model, by which measured costs are kept."""
     dtype: str
@@ -312,7 +312,7 @@ class Backend(Protocol):
     stores_states: bool
     """Whether states have `export` and `append`, so that they can be kept on a disk."""
     drafter_config: DrafterShape | None
-    """None when no drafter was loaded: then only plain decoding works."""
+    """None when no drafter was loaded, so that only plain decoding works."""
     images: ImageProcessor | str
     """Prepares prompts with images; or why the target takes none, as a clause."""
 

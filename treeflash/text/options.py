@@ -179,7 +179,13 @@ def describe(option: Option) -> str:
     """Describe an option in lines of a docstring: its name, type, meaning and default."""
     text = f"{option.name} ({option.type_name}): {option.doc or option.help}. "
     default = f"Default: {option.default_text}.".replace(" ", "\0")  # stays on one line
-    lines = textwrap.wrap(text + default, 96, initial_indent=" " * 4, subsequent_indent=" " * 8)
+    lines = textwrap.wrap(
+        text + default,
+        96,
+        initial_indent=" " * 4,
+        subsequent_indent=" " * 8,
+        break_long_words=False,
+    )
     return "\n".join(lines).replace("\0", " ")
 
 
