@@ -24,6 +24,7 @@ from xml.sax.saxutils import escape
 from benchmarks.common import ROOT, Parser, describe, write_json
 from treeflash.cli.console import guarded
 from treeflash.cli.options import add_model_options, load_model
+from treeflash.config import Method
 from treeflash.language_model import LanguageModel
 
 PICTURES = ROOT / "docs" / "pictures"
@@ -31,7 +32,7 @@ RESULTS = ROOT / "docs" / "performance" / "results.json"
 PROMPT = "Write a Python class for a bank account with the methods deposit, withdraw and balance."
 QUESTION = "Write a Python function that checks whether a number is even."
 CHROMIUM = "/usr/bin/chromium"
-TITLES = {"ar": "without drafts", "treeflash": "with drafts"}
+TITLES: dict[Method, str] = {"ar": "without drafts", "treeflash": "with drafts"}
 CHARACTER = 7.8
 """Width of a character of the pictures' font, in pixels."""
 
