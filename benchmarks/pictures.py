@@ -32,7 +32,8 @@ RESULTS = ROOT / "docs" / "performance" / "results.json"
 PROMPT = "Write a Python class for a bank account with the methods deposit, withdraw and balance."
 QUESTION = "Write a Python function that checks whether a number is even."
 CHROMIUM = "/usr/bin/chromium"
-TITLES: dict[Method, str] = {"ar": "without drafts", "treeflash": "with drafts"}
+RECORDED: tuple[Method, ...] = ("ar", "treeflash")
+TITLES = {"ar": "without drafts", "treeflash": "with drafts"}
 CHARACTER = 7.8
 """Width of a character of the pictures' font, in pixels."""
 
@@ -63,7 +64,7 @@ def record(model: LanguageModel, prompt: str, max_tokens: int) -> dict[str, Any]
     and `steps`, which have the strings of a tree's nodes, their parents and the accepted path.
     """
     texts = {}
-    for method in TITLES:
+    for method in RECORDED:
         model.generate(prompt, method=method, max_tokens=8)
         chunks, steps, tokens, start = [], [], 0, None
         for chunk in model.stream(prompt, method=method, max_tokens=max_tokens):
