@@ -4,7 +4,7 @@
 
 FOLDER has what `python -m build` wrote: a wheel and an sdist. The command fails if an installation
 does, if the answer with drafts is not the answer of plain decoding, or if anything but the default
-target is missing.
+target is missing. `PIP_EXTRA_INDEX_URL` may name an index with smaller builds of PyTorch.
 """
 
 from __future__ import annotations
@@ -51,10 +51,8 @@ def try_file(file: Path, extra: str) -> None:
         venv.create(environment, with_pip=True)
         programs = environment / "bin"
         start = time.monotonic()
-        # PyTorch's index has builds without CUDA, which are smaller.
-        index = ("--extra-index-url", "https://download.pytorch.org/whl/cpu")
         requirement = f"treeflash[{extra}] @ {file.resolve().as_uri()}"
-        subprocess.run([programs / "pip", "install", "-q", *index, requirement], check=True)
+        subprocess.run([programs / "pip", "install", "-q", requirement], check=True)
         print(f"{describe(file)}, installed in {time.monotonic() - start:.0f} s", flush=True)
         command = [programs / "treeflash", *first_command()]
         subprocess.run(command, check=True, cwd=folder)

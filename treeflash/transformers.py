@@ -218,7 +218,7 @@ class _Rows:
         pad = generation_config._pad_token_tensor
         self.pad = 0 if pad is None else int(pad)  # follows the end of a row
         self.streamer = streamer  # gets the new tokens, unless it is None
-        # The tokens of each row, of which `length` are in `ids`.
+        # The tokens of each row; `length` of them are in `ids`.
         self.answers: list[list[int]] = [[] for _ in range(batch)]
         self.complete: set[int] = set()  # rows whose answers do not grow any more
         self.ended: set[int] = set()  # rows that have ended
@@ -422,7 +422,7 @@ def _prompts(input_ids: Any, model_kwargs: dict[str, Any]) -> list[list[int]]:
         raise ConfigError("attention_mask must be ones, after zeros at the left of short prompts")
     expected = mask.cumsum(-1) - 1
     if positions is not None and positions.ndim == 3:
-        positions = positions[0]  # those of text are equal on all axes
+        positions = positions[0]  # positions of text are equal on all axes
     if positions is not None and bool(((positions != expected) & (mask == 1)).any()):
         raise ConfigError("treeflash does not support position_ids that do not count from 0")
     return [ids[start:] for ids, start in zip(input_ids.tolist(), starts, strict=True)]

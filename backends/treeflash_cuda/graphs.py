@@ -73,7 +73,7 @@ class Graphs:
         # The latest used one last.
         self.store: OrderedDict[Key, Graph] = OrderedDict()
         self._lock = Lock()
-        # Failed captures by key, and by the name of a function of which none has succeeded.
+        # Failed captures by key, and by the name of a function that was never captured.
         self._failures: Counter[Key | str] = Counter()
 
     def run(

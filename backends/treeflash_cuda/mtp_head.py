@@ -273,7 +273,7 @@ def lacking_rows(
 
 
 def padded(x: NDArray[Any], n: int) -> NDArray[Any]:
-    """Return n numbers, of which the last ones are copies."""
+    """Return n numbers; the last ones are copies."""
     return np.pad(x, (0, n - len(x)), "edge")
 
 

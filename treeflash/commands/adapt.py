@@ -193,7 +193,7 @@ def _train_config(args: argparse.Namespace, base: Path, distill: DistillConfig) 
 
 
 def divide_prompts(rows: Sequence[Row], measured: int) -> tuple[list[Row], list[Row]]:
-    """Divide the prompts into some that measure and the others, of which none is the same text.
+    """Divide the prompts into some that measure and others with other texts.
 
     Raises a PromptError if there are too few prompts.
     """

@@ -87,7 +87,7 @@ def make_parser() -> Parser:
         required=True,
         metavar="FILE.jsonl",
         help="sets of prompts, one file per set and one JSON object per line, with a prompt, "
-        "messages, or turns (of which only the first is answered), and perhaps an id",
+        "messages, or turns (only the first one is answered), and perhaps an id",
     )
     parser.add_argument(
         "--limit", type=int, metavar="N", help="use the first N prompts of each set (default: all)"

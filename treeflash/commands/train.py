@@ -58,8 +58,8 @@ def make_parser() -> Parser:
         nargs="+",
         required=True,
         metavar="FILE.jsonl",
-        help="files that treeflash distill wrote, or JSON lines with messages, of which the last "
-        "is the assistant's",
+        help="files that treeflash distill wrote, or JSON lines with messages that end with the "
+        "assistant's",
     )
     parser.add_argument(
         "--validation",

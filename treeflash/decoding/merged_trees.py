@@ -140,7 +140,7 @@ def merge_allowed(
     deepest: int,
     chain: bool = False,
 ) -> tuple[DraftTree, NDArray[np.uint32]]:
-    """Join a table and a proposal, either of which may be missing, with what a constraint allows.
+    """Join a table and a proposal with what a constraint allows; one of the two may be missing.
 
     Args:
         table: the drafter's.

@@ -98,7 +98,7 @@ class PrefixCache:
             self._drop(self._entries[0], save=True)
 
     def clear(self) -> None:
-        """Close all states, of which no more is stored."""
+        """Close all states; nothing of them is stored any more."""
         while self._entries:
             self._drop(self._entries[0], save=False)
 

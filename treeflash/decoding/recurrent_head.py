@@ -157,7 +157,7 @@ class RecurrentHead:
 def tables(numbers: Sequence[NDArray[Any]], depths: int, wanted: int) -> list[TransitionTable]:
     """Return the tables of B sequences, from the result of `RecurrentHead.follow` in NumPy.
 
-    The arrays are of `depths`, of which the first ones are `wanted`.
+    The arrays are of `depths`; the tables have the first `wanted`.
     """
     parts = len(numbers) // depths  # arrays of a depth
     return PathBatch(*(numbers[i : wanted * parts : parts] for i in range(parts))).tables()

@@ -298,7 +298,7 @@ class RowBatch(TableBatch):
         shape: tuple[int, int],
         confidences: NDArray[np.float32] | None = None,
     ) -> None:
-        """Join the rows of B sequences, for each of which the root's row and n others were scored.
+        """Join the rows of B sequences: for each one the root's row and n others were scored.
 
         Args:
             places: (B, n) int32 indices of the n rows among all D * M rows, numbered depth by

@@ -484,7 +484,7 @@ def _parse_domino(config: Config) -> DrafterConfig:
 def _parse_speculators(config: Config) -> DrafterConfig:
     """DFlash, DFlash2 and DSpark in a nested configuration.
 
-    Its layer ids index the hidden states of transformers, of which the first are the embeddings. It
+    Its layer ids index the hidden states of transformers, which begin with the embeddings. It
     may have a smaller vocabulary of its own.
     """
     kind = config["speculators_model_type"]

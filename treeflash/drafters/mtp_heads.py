@@ -36,7 +36,7 @@ NO_MARGINALS = (
 class Experts:
     """A mixture of experts in an MTP head's layer."""
 
-    count: int  # experts, of which `per_token` run for a token
+    count: int  # number of experts; `per_token` of them run for a token
     per_token: int
     width: int  # inner width of an expert
     shared_width: int  # inner width of the expert that runs for every token
@@ -68,7 +68,7 @@ class Assistant:
     """The layers of Gemma 4's assistant, which attend to the target's keys."""
 
     settings: Config  # the settings of the layers, `text_config` in `config.json`
-    clusters: int = 0  # clusters of tokens, the best of which get logits; 0 if all tokens do
+    clusters: int = 0  # number of clusters of tokens; only the best get logits. 0: all tokens do
     scored: int = 0  # number of clusters that get logits
 
 

@@ -106,9 +106,9 @@ def tables(records: Mapping[str, Sequence[Record]]) -> list[Table]:
         ),
         _table(
             "Ratios of block efficiencies",
-            "of the method to the baseline, on the same prompts and with the same budget, of which "
-            "a chain uses one node for each depth of the block; low and high: 95 % bootstrap "
-            "interval over prompts",
+            "of the method to the baseline, on the same prompts and with the same budget (a chain "
+            "uses one node for each depth of the block); low and high: 95 % bootstrap interval "
+            "over prompts",
             records["ratios"],
         ),
         _table(

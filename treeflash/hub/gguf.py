@@ -449,7 +449,7 @@ DRAFTER_NAMES = {
     "conf_proj.bias": "confidence_head.proj.bias",
     "d2t": "d2t",
 }
-"""The names of a drafter's tensors, of which the ones of a layer have its number before them."""
+"""The names of a drafter's tensors; in a layer its number stands before them."""
 FACTORS = {
     "output_multiplier": "logit_scale",
     "final_logit_softcapping": "final_logit_softcapping",

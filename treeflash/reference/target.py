@@ -248,7 +248,7 @@ class Target:
     def forward(
         self, token_ids: Ints, positions: Ints, mask: NDArray[np.bool_], cache: Cache
     ) -> tuple[Array, list[Array]]:
-        """Run n tokens at absolute positions after the committed ones, all of which they attend to.
+        """Run n tokens at absolute positions after the committed ones; they attend to all of these.
 
         The (n, n) mask says whether a token attends to another. The cache holds the tokens' keys
         and values afterwards, uncommitted. Returns (n, vocab) logits, and (n, hidden_size) outputs

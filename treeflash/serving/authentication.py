@@ -24,7 +24,7 @@ OPEN_PATHS = {*page.PATHS, "/health"}
 """Paths that need no API key."""
 JSON = "application/json"
 BROWSER_HEADERS = ("origin", "sec-fetch-site")
-"""Headers of which a browser adds at least one to each POST request of a page."""
+"""Headers; a browser adds at least one of them to each POST request of a page."""
 
 
 def _digest(key: str) -> str:
@@ -117,7 +117,7 @@ class AuthenticationMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        if scope["method"] == "HEAD":  # a GET of which the server sends the headers alone
+        if scope["method"] == "HEAD":  # a GET that is answered with the headers alone
             scope = {**scope, "method": "GET"}
         try:
             headers, path = Headers(scope=scope), scope["path"]

@@ -193,7 +193,7 @@ class MessageForm:
     tools: Sequence[Mapping[str, Any]] = ()
     """Functions in OpenAI's form, whose schemas give the arguments their types."""
     calls_only: bool = False
-    """Whether a grammar makes the message consist of calls, of which the last may be cut off."""
+    """Whether a grammar makes the message consist of calls; the last one may be cut off."""
 
     def parser(self) -> ResponseParser | None:
         """Return a parser that has read the prompt; None if the prompt has an invalid call."""

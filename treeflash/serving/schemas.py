@@ -347,7 +347,7 @@ def parsed_arguments(text: str) -> dict[str, Any]:
 
 
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
-"""OpenAI's degrees of reasoning, of which this server knows on and off."""
+"""OpenAI's degrees of reasoning; this server knows on and off."""
 Verbosity = Literal["low", "medium", "high"]
 """OpenAI's lengths of answers, which only its own models know."""
 

@@ -176,7 +176,7 @@ class PlainSequence(SequenceSession):
         self.next = int(sampled.tokens[0])
 
     def check(self) -> None:
-        """Compare the latest samples and the state with those of the committed tokens at once."""
+        """Compare the latest samples and the state with a fresh state's, from one pass."""
         (fresh,) = prompted([self.backend], self.tokens[:1], drafts=True)
         logits = fresh.logits(DraftTree.chain(np.array(self.tokens[1:], np.int32)))
         for length, (params, sampled) in self.after.items():

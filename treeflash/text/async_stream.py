@@ -135,7 +135,7 @@ class AsyncStream(AsyncIterator[Chunk]):
         return self.generation()
 
     def generation(self) -> Generation:
-        """Join all chunks so far, of which there must be one; see `Stream.generation`."""
+        """Join all chunks so far, at least one; see `Stream.generation`."""
         if self._assembler is None:
             raise RuntimeError("the stream has no chunk yet; iterate over it first")
         return self._assembler.generation()

@@ -70,7 +70,7 @@ class TokenLogProb:
 
     @classmethod
     def of_tokens(cls, token_ids: Sequence[int], values: LogProbs) -> list[TokenLogProb]:
-        """Return the log probabilities of tokens, of which there may be fewer than rows."""
+        """Return the log probabilities of tokens; there may be more rows than tokens."""
         return [
             cls(
                 token_id=token_id,

@@ -20,8 +20,7 @@ from treeflash.text.tokenizer import check_template_args
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 GRAMMAR_OPTIONS = ("grammar", "json_schema", "regex")
-"""The options that set the form of a text, of which at most one can be set; they need
-llguidance."""
+"""The options that set the form of a text. At most one can be set; they need llguidance."""
 
 
 def _parse_grammar(text: str) -> str:

@@ -44,7 +44,8 @@ class Chunk:
         step: the step of the decode loop, with all of its tokens and its tree, but not its table.
         finish_reason: `stop` or `length` in the last chunk, else None.
         special_tokens: special tokens before the end of the text, with their places in it. A chunk
-            may have those of an earlier one whose text was held back. The end token is not there.
+            may have special tokens of an earlier one whose text was held back, and never has the
+            end token.
     """
 
     text: str

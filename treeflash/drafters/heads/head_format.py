@@ -18,9 +18,9 @@ class HeadFormat:
     """A conditional head: what it computes, and how checkpoints hold it.
 
     Attributes:
-        module: the class with its mathematics, of which backends make their modules.
-        prefix: of the names of all tensors but those of a confidence head; `DrafterTensors.head`
-            leaves it out.
+        module: the class with its mathematics, which backends make a module of their framework.
+        prefix: the beginning of all names of tensors, except in a confidence head;
+            `DrafterTensors.head` leaves it out.
         settings: its keys in `config.json`, and the fields of `DrafterConfig` that they give.
         training_name: its name for `train --head`; None if it cannot be trained.
     """
