@@ -386,6 +386,13 @@ class LoadConfig:
         1,
         shown="all; mlx: 4096",
     )
+    memory_gb: float | None = option(
+        None,
+        "GiB of each GPU to set aside for keys and values, of all sequences together (cuda)",
+        shown="most of what the models leave free",
+        above=0,
+        metavar="GiB",
+    )
     kv_bits: int | None = option(None, "quantise the KV cache to N bits (mlx: 4 or 8; cuda: 8)", 1)
     images: bool = option(
         True,

@@ -341,6 +341,7 @@ class LoadOptions(TypedDict, total=False):
     adapter: str | Path | None
     draft_bits: int | None
     draft_window: int | None
+    memory_gb: float | None
     kv_bits: int | None
     images: bool
     exact: bool | None

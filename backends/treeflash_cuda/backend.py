@@ -22,7 +22,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from treeflash.config import LoadConfig
+from treeflash.config import GIB, LoadConfig
 from treeflash.decoding.backend_base import (
     OPTIONAL,
     UNQUANTISED_BITS,
@@ -51,7 +51,7 @@ from treeflash_cuda.device import (
     device_facts,
     device_name,
     driver_version,
-    join_free_memory,
+    prepare,
 )
 from treeflash_cuda.drafter import Drafter, OutputStage
 from treeflash_cuda.drafter_model import DrafterModel, load_weights
@@ -119,7 +119,7 @@ Head: TypeAlias = TableHead | MtpHead
 class CudaBackend(BaseBackend):
     """`treeflash.decoding.interfaces.Backend` in PyTorch; see `LoadConfig.draft_window`.
 
-    `memory_share` is for `reserve_memory`.
+    `memory_share` and `memory_gb` are for `reserve_memory`.
     """
 
     name = "cuda"
@@ -132,6 +132,7 @@ class CudaBackend(BaseBackend):
         *,
         draft_window: int | None = None,
         memory_share: float = FREE_MEMORY_SHARE,
+        memory_gb: float | None = None,
     ) -> None:
         super().__init__(target, drafter_model, head)
         self.stores_states = not target.split  # the other ranks would have to store theirs
@@ -143,7 +144,7 @@ class CudaBackend(BaseBackend):
         elif drafter_model is not None:
             self.drafter = Drafter(drafter_model, target, draft_window)
         if target.device.type == "cuda":
-            reserve_memory(target, self.drafter_arena, memory_share)
+            reserve_memory(target, self.drafter_arena, memory_share, memory_gb)
         if target.split:
             reserve_everywhere(target.arena)
         self.verifier = (LeaderVerifier if target.split else Verifier)(target, drafter_model)
@@ -292,7 +293,9 @@ def new_drafter_arena(model: Model, target: Target) -> Arena:
     return arena
 
 
-def reserve_memory(target: Target, drafter: Arena | None, share: float) -> None:
+def reserve_memory(
+    target: Target, drafter: Arena | None, share: float, memory_gb: float | None = None
+) -> None:
     """Let each arena reserve its part of the GPUs' memory: columns for equal positions.
 
     A GPU has the columns of its layers, and the target's GPU has the drafter's columns too. The
@@ -303,13 +306,23 @@ def reserve_memory(target: Target, drafter: Arena | None, share: float) -> None:
         target: its largest pass, and the graphs that are captured of it, keep their memory.
         drafter: the drafter's arena; None without a drafter.
         share: of the memory that is left, for keys and values.
+        memory_gb: GiB of each GPU that take the place of the share.
+
+    Raises a ConfigError if so much memory is not left.
     """
     home, whole, passes = target.device, target.arena, GRAPH_FACTOR * pass_nbytes(target)
     torch.cuda.empty_cache()
     layers = Counter({home: 0})
     for device, count in target.spans or [(home, whole.layers)]:
         layers[device] += count
-    room = {x: int(share * max(torch.cuda.mem_get_info(x)[0] - passes, 0)) for x in layers}
+    left = {x: max(torch.cuda.mem_get_info(x)[0] - passes, 0) for x in layers}
+    room = {x: int(share * nbytes) for x, nbytes in left.items()}
+    if memory_gb is not None:
+        room = dict.fromkeys(layers, int(memory_gb * GIB))
+        if (least := min(left.values())) < room[home]:
+            raise ConfigError(
+                f"memory_gb is {memory_gb:g}, but the models leave {least / GIB:.2f} GiB free"
+            )
     if target.state_arena is not None:
         states = min(STATES_EACH * STATE_SEQUENCES, room[home] // 2 // target.states_nbytes)
         target.state_arena.reserve(states)
@@ -357,6 +370,7 @@ def load_pair(target: Path, drafter: Path | None, config: LoadConfig) -> CudaBac
     """Load a pair in the dtype of a configuration; without one, in float32 on a CPU."""
     processes = process_count()
     split = processes > 1
+    prepare(choose_device(config.device))
     passed = kept_checks(target, drafter, config)
     pack = not config.compile and not split
     model = load_target(target, config, pack=pack, processes=processes, passed=passed)
@@ -385,6 +399,7 @@ def examine_device(config: LoadConfig) -> DeviceReport:
     device = choose_device(config.device)
     if device.type != "cuda":
         return DeviceReport(facts=device_facts(device))
+    prepare(device)
     dtype = config.dtype or "bfloat16"
     verdicts: dict[str, dict[str, str]] = {}
     for head_dim in EXAMINED_HEAD_DIMS:
@@ -413,7 +428,10 @@ def add_drafter(
     """
     model, head = (None, None) if drafter is None else load_packed_drafter(drafter, target, config)
     backend = CudaBackend(
-        *(target, model, head), draft_window=config.draft_window, memory_share=memory_share
+        *(target, model, head),
+        draft_window=config.draft_window,
+        memory_share=memory_share,
+        memory_gb=config.memory_gb,
     )
     if passed is not None:
         backend.passed = passed
@@ -553,6 +571,8 @@ def check_config(config: LoadConfig) -> None:
     )
     if config.draft_bits in BITS and runs_on_cpu(config):
         raise ConfigError("the cuda backend does not quantise drafters on a CPU; remove draft_bits")
+    if config.memory_gb is not None and runs_on_cpu(config):
+        raise ConfigError("the cuda backend sets no memory aside on a CPU; remove memory_gb")
     if config.device_map is not None and config.device is not None:
         raise ConfigError("device_map chooses the devices itself; remove device")
     for name, advice in NOT_UNDER_TORCHRUN.items():
@@ -595,18 +615,13 @@ def load_target(
 ) -> Target:
     """Load a target that runs draft trees; see `Target`. Raises the errors of `Loader`.
 
-    Checks of exact mode that were `passed` do not run.
+    The device is prepared. Checks of exact mode that were `passed` do not run.
     """
     device = choose_device(config.device)
     if config.threads is not None:
         cpu_threads().choose(config.threads)
     elif device.type == "cpu":
         cpu_threads()  # what other programs use is measured from now on, while weights are read
-    if device.type == "cuda":
-        join_free_memory(device)
-        # Products that are split would otherwise add their parts in half precision.
-        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     dtype = getattr(torch, config.dtype) if config.dtype else None
     if dtype is None and device.type == "cpu":
         dtype = torch.float32

@@ -5,26 +5,40 @@ from __future__ import annotations
 import os
 import platform
 import re
+import subprocess
+import warnings
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from treeflash.config import GIB
 from treeflash.errors import BackendError, CPUBuildError, first_line, is_out_of_memory
 
 DRIVERS = {12: 525, 13: 580}
 """The oldest NVIDIA driver for each major version of CUDA (CUDA Toolkit release notes, "CUDA driver
 and toolkit compatibility")."""
-OLDER_WHEELS = "pip install torch --index-url https://download.pytorch.org/whl/cu126"
+OLDER_WHEELS = (
+    "pip install --force-reinstall {packages} --index-url https://download.pytorch.org/whl/cu126"
+)
+"""The command for the last builds of PyTorch that drivers before CUDA 13 run."""
+OLDER_TORCH = "'torch==2.14.*'"
 OLDEST_WHEELS = 12000
 """The CUDA version of the oldest driver for `OLDER_WHEELS`, as the driver numbers it."""
+NEWEST_OF_OLDER = 9, 0
+"""The newest compute capability that `OLDER_WHEELS` have code for."""
 
 
 ALLOCATOR_SETTINGS = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
 """Variables of the environment with a user's settings of PyTorch's allocator."""
 DRIVER = Path("/proc/driver/nvidia/version")
+SMI_S = 10
+"""Seconds that nvidia-smi may take."""
+ROUNDED_SIZE = 128
+"""Rows and columns of a product that a GPU's tensor cores would compute."""
 PROBED_BYTES = 32 << 20
 """More than the allocator cuts from a block of small tensors."""
 
@@ -80,11 +94,17 @@ def why_unusable() -> tuple[str, str]:
     if found := re.search(r"driver .* too old \(found version (\d+)\)", message):
         supported = int(found[1])  # CUDA's version as a number: 12080 for 12.8
         needed = f" ({DRIVERS[major]} or newer)" if major in DRIVERS else ""
-        older = f", or install a build for older drivers: {OLDER_WHEELS}"
+        remedies = [f"update the driver{needed}"]
+        if supported >= OLDEST_WHEELS:
+            remedies.append(
+                f"on a GPU for data centres install NVIDIA's cuda-compat-{wheel.replace('.', '-')}"
+            )
+            if max(capabilities(), default=NEWEST_OF_OLDER) <= NEWEST_OF_OLDER:
+                remedies.append(f"install a build for older drivers: {older_wheels()}")
         return (
             f"this PyTorch is built for CUDA {wheel}, and the NVIDIA driver supports only CUDA "
             f"{supported // 1000}.{supported % 1000 // 10}",
-            f"update the driver{needed}" + (older if supported >= OLDEST_WHEELS else ""),
+            ", or ".join(remedies),
         )
     if "no NVIDIA driver" in message:
         return "this machine has no NVIDIA driver", "install a driver"
@@ -94,12 +114,89 @@ def why_unusable() -> tuple[str, str]:
     return f"CUDA does not start ({first_line(Exception(message))})", "see what nvidia-smi prints"
 
 
+def older_wheels() -> str:
+    """Return the command that replaces PyTorch, and torchvision if it is there."""
+    others = ["torchvision"] if find_spec("torchvision") else []
+    return OLDER_WHEELS.format(packages=" ".join([OLDER_TORCH, *others]))
+
+
+def capabilities() -> list[tuple[int, int]]:
+    """Return the compute capabilities of the GPUs that a driver knows; none if it does not say."""
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=SMI_S,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return [(int(x), int(y)) for x, y in re.findall(r"^(\d+)\.(\d+)$", done.stdout, re.MULTILINE)]
+
+
+def prepare(device: torch.device) -> None:
+    """Choose the settings of PyTorch for a GPU, before anything uses it; a CPU has none.
+
+    Raises a BackendError if PyTorch has no code for the GPU, or rounds float32 numbers.
+    """
+    if device.type != "cuda":
+        return
+    join_free_memory(device)
+    check_architecture(device)
+    warn_of_others(device)
+    # Products that are split would otherwise add their parts in half precision.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    keep_float32(device)
+
+
+def check_architecture(device: torch.device) -> None:
+    """Raise a BackendError if this PyTorch has no code for a GPU."""
+    capability = torch.cuda.get_device_capability(device)
+    compiled = torch.cuda.get_arch_list()
+    found = [re.fullmatch(r"(sm|compute)_(\d+)(\d)", name) for name in compiled]
+    known = [(x[1], (int(x[2]), int(x[3]))) for x in found if x is not None]
+    # Code of a compute capability runs on later ones of its major version; PTX on all later ones.
+    runs = any(
+        each <= capability and (kind == "compute" or each[0] == capability[0])
+        for kind, each in known
+    )
+    if known and not runs:
+        is_older = capability < min(each for _, each in known)
+        remedy = older_wheels() if is_older else "install a newer PyTorch"
+        raise BackendError(
+            f"this PyTorch has no code for {device_name(device)} (compute capability "
+            f"{capability[0]}.{capability[1]}), only for {', '.join(compiled)}; use device cpu to "
+            f"run on the CPU, or {remedy}"
+        )
+
+
+def keep_float32(device: torch.device) -> None:
+    """Let products of float32 numbers keep all bits, which TF32 does not.
+
+    NVIDIA's containers set a variable for TF32. Kernels are compared with such products, and plain
+    decoding with trees. Raises a BackendError if products are rounded nevertheless.
+    """
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    x = torch.full((ROUNDED_SIZE, ROUNDED_SIZE), 1 + 2.0**-12, device=device)
+    if float((x @ torch.eye(ROUNDED_SIZE, device=device) - x).abs().max()):
+        raise BackendError(
+            "products of float32 numbers are rounded to TF32 on this GPU; unset "
+            "NVIDIA_TF32_OVERRIDE, and whatever else turns TF32 on"
+        )
+
+
 def join_free_memory(device: torch.device) -> None:
     """Let the allocator of a GPU join free memory, also of blocks that it has got one by one.
 
     Joined weights would otherwise leave holes that nothing fits into. A user's own settings are
     kept, and so are the settings of a process that already uses CUDA.
     """
+    # NCCL would register the memory of captured calls as one piece each, and joined memory has
+    # several: Megatron-LM asserts this for the same reason.
+    os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
     if torch.cuda.is_initialized() or any(name in os.environ for name in ALLOCATOR_SETTINGS):
         return
     settings: Any = torch._C
@@ -111,6 +208,18 @@ def join_free_memory(device: torch.device) -> None:
             raise
         # Some virtual GPUs, and CUDA in WSL, cannot map memory.
         settings._accelerator_setAllocatorSettings("expandable_segments:False")
+
+
+def warn_of_others(device: torch.device) -> None:
+    """Warn if less than half of a GPU's memory is free before a model is loaded."""
+    torch.cuda.empty_cache()  # what this process no longer uses
+    free, total = torch.cuda.mem_get_info(device)
+    if free < total / 2:
+        warnings.warn(
+            f"only {free / GIB:.1f} of {total / GIB:.1f} GiB of {device} are free: other programs, "
+            "or models that this one has loaded, hold the rest; models hold less with memory_gb",
+            stacklevel=2,
+        )
 
 
 def device_name(device: torch.device) -> str:

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from accelerators import cuda_problem, metal_problem
+from accelerators import cuda_problem, load_cuda, metal_problem
 
 from treeflash.config import DecodeConfig, LoadConfig, SamplingConfig
 from treeflash.decoding import Request, decode
@@ -31,15 +31,6 @@ from treeflash.testing.models import write_pair
 
 DTYPES = "bfloat16", "float16"
 TREE = DraftTree.from_parents(np.arange(6, dtype=np.int32), np.array([-1, 0, 0, 1, 1, 2], np.int32))
-
-
-def load_cuda(target, drafter, config):
-    require("torch")
-    if problem := cuda_problem():
-        pytest.skip(problem)
-    from treeflash_cuda.backend import load
-
-    return load(target, drafter, config)
 
 
 @pytest.mark.device

@@ -43,6 +43,7 @@ RULES: list[tuple[type, str, str, tuple[Any, ...]]] = [
     (LoadConfig, "draft_bits", POSITIVE, (0,)),
     (LoadConfig, "draft_window", POSITIVE, (0,)),
     (LoadConfig, "kv_bits", POSITIVE, ("8",)),
+    (LoadConfig, "memory_gb", "must be above 0", (0, -1.0)),
 ]
 """By configuration and setting, the rule that a message states, and values that break it."""
 CASES = [

@@ -6,6 +6,8 @@
 """
 
 import math
+import weakref
+from collections import Counter
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
@@ -107,7 +109,8 @@ class FakeCuda(TorchDispatchMode):
         launches: the names of the operations that launched a kernel on a device, in order.
         nbytes: what these operations read and wrote, if each of them reads and writes once.
         converted: elements of 8 bits on a device from which operations made floating-point numbers.
-        free_bytes: memory that a device says is free.
+        free_bytes: memory of a device that other programs leave; tensors take of it.
+        allocated, peak: bytes that tensors take and took at most, by device.
         capability: the devices' compute capability.
     """
 
@@ -120,6 +123,8 @@ class FakeCuda(TorchDispatchMode):
         self.columns = 0  # those that the rows of the latest pass see
         self.converted = 0
         self.free_bytes = 1 << 32
+        self.allocated, self.peak = Counter(), Counter()
+        self._storages = set()
         self.capability = 9, 0
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._patch_loading(monkeypatch)
@@ -147,6 +152,9 @@ class FakeCuda(TorchDispatchMode):
             self._check_not_capturing(func)
             self.count.add("cpu")
         out = _computed(func, args, kwargs)
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor) and x.device.type == "cuda":
+                self._allocate(x.untyped_storage(), x.device)
         self.converted += _converted(args, out)
         if _launches(func, args, out):
             self._launch(str(func), _traffic(func, args, kwargs, out))
@@ -165,6 +173,28 @@ class FakeCuda(TorchDispatchMode):
     def _launch(self, name, nbytes):
         self.launches.append(name)
         self.nbytes += nbytes
+
+    def _allocate(self, storage, device):
+        """Count the memory of a tensor until it is freed; it may be known."""
+        key, nbytes = storage._cdata, storage.nbytes()
+        if key in self._storages:
+            return
+        if self.allocated[device] + nbytes > self.free_bytes:
+            raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {nbytes} bytes.")
+        self._storages.add(key)
+        self.allocated[device] += nbytes
+        self.peak[device] = max(self.peak[device], self.allocated[device])
+        weakref.finalize(storage, self._free, key, device, nbytes).atexit = False
+
+    def _free(self, key, device, nbytes):
+        self._storages.remove(key)
+        self.allocated[device] -= nbytes
+
+    def _memory(self, device):
+        return self.free_bytes - self.allocated[device], self.free_bytes
+
+    def _reset_peak(self, device):
+        self.peak[device] = self.allocated[device]
 
     def _check_not_capturing(self, func):
         if self.capturing or self.refusing:
@@ -346,10 +376,12 @@ class FakeCuda(TorchDispatchMode):
             "set_sync_debug_mode": refuse_waiting,
             "get_device_capability": lambda device: self.capability,
             "get_device_name": lambda device: "fake",
-            "mem_get_info": lambda device: (self.free_bytes, self.free_bytes),
+            "mem_get_info": self._memory,
+            "memory_allocated": self.allocated.__getitem__,
+            "max_memory_allocated": self.peak.__getitem__,
             "graph_pool_handle": lambda: None,
             "is_initialized": lambda: True,
-            "reset_peak_memory_stats": lambda device: None,
+            "reset_peak_memory_stats": self._reset_peak,
         }.items():
             monkeypatch.setattr(torch.cuda, name, stand_in)
         # It asks the driver, in versions of PyTorch that have it.

@@ -56,7 +56,7 @@ def test_a_gpu_reports_its_card_its_kernels_and_the_memory_set_aside(cuda, folde
     # The stand-in has no kernel for sampling. The drafter has heads of another width.
     verdicts = dict.fromkeys(("bfloat16", "bfloat16, drafter"), "used (Triton)")
     assert report.kernels == {name: verdicts for name in CHECKS if name != "sample_rows"}
-    assert report.free_bytes == pytest.approx(8.5 * GIB, rel=0.01)
+    assert report.free_bytes == pytest.approx(8.5 * GIB, rel=0.03)
 
 
 def test_a_drafter_of_other_shapes_has_its_own_operations(cuda, folders, monkeypatch):
@@ -170,4 +170,4 @@ def test_a_model_that_its_owner_goes_on_using_keeps_most_memory(cuda, folders):
     )
     cuda.free_bytes = 10 * GIB
     report = device_report(loading.wrap(model.to("cuda"), None))
-    assert report.free_bytes == pytest.approx(2 * GIB, rel=0.01)
+    assert report.free_bytes == pytest.approx(2 * GIB, rel=0.03)

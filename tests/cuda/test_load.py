@@ -18,10 +18,8 @@ from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.drafters.folder import read_config, read_tensors
 from treeflash.errors import (
-    BackendError,
     CheckpointError,
     ConfigError,
-    CPUBuildError,
     UnsupportedModelError,
 )
 from treeflash.testing import require
@@ -46,47 +44,10 @@ from transformers import (
 from transformers.models.starcoder2 import modeling_starcoder2
 from transformers.utils import logging as transformers_logging
 from treeflash_cuda import target
-from treeflash_cuda.backend import choose_device, load
-from treeflash_cuda.device import ALLOCATOR_SETTINGS, device_facts, join_free_memory
+from treeflash_cuda.backend import load
 from treeflash_cuda.target import add_adapter, load_model, read_model_config
 
 CPU = LoadConfig(device="cpu")
-
-
-def test_a_gpus_allocator_joins_free_memory_where_it_can(monkeypatch):
-    """Not where a user has other settings, or CUDA runs already."""
-    found, on, off = [], "expandable_segments:True", "expandable_segments:False"
-    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", found.append)
-    for name in ALLOCATOR_SETTINGS:
-        monkeypatch.delenv(name, raising=False)
-
-    def join(message=None, variable=None, initialized=False):
-        def empty(*_, **__):
-            if message is not None:
-                raise RuntimeError(message)
-
-        found.clear()
-        with monkeypatch.context() as patch:
-            patch.setattr(torch, "empty", empty)
-            patch.setattr(torch.cuda, "is_initialized", lambda: initialized)
-            if variable is not None:
-                patch.setenv(variable, "backend:native")
-            join_free_memory(torch.device("cuda"))
-        return found
-
-    assert join() == [on]
-    assert join("CUDA driver error: operation not supported") == [on, off]
-    for variable in ALLOCATOR_SETTINGS:
-        assert join(variable=variable) == []
-    assert join(initialized=True) == []
-    with pytest.raises(RuntimeError, match="out of memory"):
-        join("CUDA out of memory")
-
-
-def test_no_cuda_device_is_one_clear_line(see_gpus):
-    see_gpus(0)
-    with pytest.raises(BackendError, match="no CUDA device is available; use device cpu"):
-        choose_device(None)
 
 
 @pytest.mark.parametrize("bars", [True, False])
@@ -106,76 +67,6 @@ def test_tensors_of_an_mtp_head_print_no_table(tmp_path, monkeypatch, bars):
     finally:
         log.removeHandler(handler)
     assert not [x for x in records if "eh_proj" in x.getMessage()]
-
-
-TOO_OLD = (
-    "The NVIDIA driver on your system is too old (found version 12080). Please update your GPU "
-    "driver by downloading and installing a new version from the URL: ..."
-)
-
-
-@pytest.mark.parametrize(
-    ("wheel", "message", "visible", "line"),
-    [
-        (None, "", None, r"this PyTorch \(.*\) is built for CPUs alone, so .*pytorch.org"),
-        (
-            "13.0",
-            TOO_OLD,
-            None,
-            "built for CUDA 13.0, and the NVIDIA driver supports only CUDA 12.8, so no CUDA .* or "
-            r"update the driver \(580 or newer\), or install a build .*/whl/cu126",
-        ),
-        (
-            "13.0",
-            TOO_OLD.replace("12080", "11040"),
-            None,
-            r"supports only CUDA 11.4, so .* or update the driver \(580 or newer\)$",
-        ),
-        ("13.0", "Found no NVIDIA driver on your system.", None, "this machine has no NVIDIA dr"),
-        ("13.0", "No CUDA GPUs are available", "", "CUDA_VISIBLE_DEVICES='' hides every GPU, so"),
-        ("13.0", "CUDA unknown error\nSet it up", None, r"does not start \(CUDA unknown error\),"),
-        ("13.0", None, None, "counts no device"),
-    ],
-)
-def test_the_line_says_why_there_is_no_cuda_device(
-    see_gpus, monkeypatch, wheel, message, visible, line
-):
-    def init():
-        if message is not None:
-            raise RuntimeError(message)
-
-    see_gpus(0)
-    monkeypatch.setattr(torch.version, "cuda", wheel)
-    monkeypatch.setattr(torch.cuda, "init", init)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if visible is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    with pytest.raises(BackendError, match=line) as raised:
-        choose_device("cuda")
-    assert "\n" not in str(raised.value)
-    assert isinstance(raised.value, CPUBuildError) is (wheel is None)
-    reason = str(raised.value).partition(", so no CUDA device")[0]
-    assert device_facts(torch.device("cpu"))["GPU"] == f"none; {reason}"
-
-
-@pytest.mark.parametrize("name", ["cuda:7", "mps", "tpu", "cpu:x"])
-def test_devices_that_are_not_there_are_refused(name, see_gpus):
-    see_gpus(2)
-    with pytest.raises(BackendError, match=name):
-        choose_device(name)
-
-
-def test_a_device_is_chosen_by_number(see_gpus):
-    see_gpus(2)
-    assert choose_device("cuda:1") == torch.device("cuda", 1)
-    assert choose_device(None) == torch.device("cuda", 0)
-
-
-def test_more_processes_than_devices_are_one_clear_line(monkeypatch, see_gpus):
-    see_gpus(2)
-    monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(BackendError, match=r"there is no cuda:2: this machine has 2 CUDA device"):
-        choose_device(None)
 
 
 def test_quantised_drafters_are_refused(tmp_path):

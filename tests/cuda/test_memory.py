@@ -1,18 +1,22 @@
-"""Memory of the arenas over many texts."""
+"""Memory of the arenas over many texts, and what pairs on one GPU leave each other."""
 
+import accelerators
 import pytest
 from failures import failing
 from memory import check_memory
 from parts import load_with_parts
 
-from treeflash.config import LoadConfig
+from treeflash.config import GIB, LoadConfig
 from treeflash.decoding.session import SequenceSession
+from treeflash.errors import ConfigError
 from treeflash.testing import require
 from treeflash.testing.models import write_pair
 
 require("torch")
 
-from treeflash_cuda.backend import load
+import torch
+from fake_cuda import DEVICE
+from treeflash_cuda.backend import FREE_MEMORY_SHARE, load
 from treeflash_cuda.cache import KVCache
 from treeflash_cuda.state import State
 
@@ -54,3 +58,42 @@ def test_a_fork_that_fails_in_the_middle_gives_its_regions_back(folders):
     session.close()
     for arena in (backend.target.arena, backend.drafter_arena):
         assert [slab.is_free for slab in arena.slabs] == [True]
+
+
+def test_the_pairs_of_the_device_suite_fit_one_gpu(cuda, folders, monkeypatch):
+    """The suite keeps all pairs of a class, and pytest keeps a class until the end."""
+    monkeypatch.setattr(accelerators, "cuda_problem", lambda: None)
+    cuda.free_bytes, states = 15 * GIB, []
+    for _ in range(4):
+        pair = accelerators.load_cuda(*folders, LoadConfig(dtype="float32"))
+        states.append(pair.open(64, drafts=True))
+    assert cuda.allocated[DEVICE] / len(states) < cuda.free_bytes / 100
+
+
+def test_a_pair_that_finds_half_of_a_gpu_taken_says_so(cuda, folders):
+    cuda.free_bytes = 10 * GIB
+    held = torch.empty(6 * GIB, dtype=torch.uint8, device=DEVICE)
+    with pytest.warns(
+        UserWarning, match=r"^only 4\.0 of 10\.0 GiB of cuda:0 are free: .* memory_gb$"
+    ):
+        backend = load(*folders, LoadConfig(dtype="float32"))
+    reserved = backend.device_report().reserved_bytes
+    assert reserved == pytest.approx(4 * FREE_MEMORY_SHARE * GIB, rel=0.05)
+    del held
+    backend = load(*folders, LoadConfig(dtype="float32"))
+    assert backend.device_report().reserved_bytes > 8 * GIB
+
+
+def test_memory_is_set_aside_as_asked(cuda, folders):
+    cuda.free_bytes = 10 * GIB
+    backend = load(*folders, LoadConfig(dtype="float32", memory_gb=1.5))
+    assert backend.device_report().reserved_bytes == pytest.approx(1.5 * GIB, abs=2)
+    with pytest.raises(
+        ConfigError, match=r"^memory_gb is 10, but the models leave 9\.\d+ GiB free"
+    ):
+        load(*folders, LoadConfig(dtype="float32", memory_gb=10))
+
+
+def test_a_processor_sets_no_memory_aside(folders):
+    with pytest.raises(ConfigError, match="sets no memory aside on a CPU; remove memory_gb"):
+        load(*folders, LoadConfig(device="cpu", memory_gb=1))

@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
+
+import pytest
+
+from treeflash.config import LoadConfig
+from treeflash.testing import require
+
+PAIR_GB = 0.125
+"""GiB for keys and values of a tiny pair: tests keep dozens of them on one GPU."""
 
 
 def cuda_problem() -> str | None:
@@ -20,6 +30,16 @@ def cuda_problem() -> str | None:
     except BackendError as error:
         return str(error)
     return None
+
+
+def load_cuda(target: Path, drafter: Path | None, config: LoadConfig) -> Any:
+    """Load a tiny pair on a GPU that others use too; skip the test if there is no GPU."""
+    require("torch")
+    if problem := cuda_problem():
+        pytest.skip(problem)
+    from treeflash_cuda.backend import load
+
+    return load(target, drafter, replace(config, memory_gb=PAIR_GB))
 
 
 def metal_problem() -> str | None:

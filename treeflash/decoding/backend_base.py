@@ -424,7 +424,10 @@ def rows_by_pass(paths: Iterable[tuple[S, NDArray[np.int32]]]) -> list[PassRows[
 
 UNQUANTISED_BITS = 16
 """The number of `LoadConfig.draft_bits` that keeps a drafter as it is."""
-ONLY_BACKENDS = {"compile": "cuda", "device_map": "cuda", "threads": "cuda", "wired": "mlx"}
+ONLY_BACKENDS = {
+    **dict.fromkeys(("compile", "device_map", "memory_gb", "threads"), "cuda"),
+    "wired": "mlx",
+}
 """Settings of `LoadConfig` that a single backend has."""
 OPTIONAL = ("adapter", "draft_window", "exact")
 """Settings of `LoadConfig` that a backend may lack."""

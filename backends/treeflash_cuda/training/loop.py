@@ -25,7 +25,7 @@ from treeflash.errors import NumericalError
 from treeflash.training.config import TrainConfig
 from treeflash.training.distillation import Response
 from treeflash_cuda.backend import load_target
-from treeflash_cuda.device import choose_device
+from treeflash_cuda.device import choose_device, prepare
 from treeflash_cuda.target import Target
 from treeflash_cuda.training.batch import Batch
 from treeflash_cuda.training.data import (
@@ -86,6 +86,7 @@ def train(
         yield dict(dropped)
     validation_data, training_data = split(training_data, validation_data, config)
     device = load.device or str(processes.device)
+    prepare(torch.device(device))
     model = load_target(target, replace(load, device=device, images=False), pack=False)
     accelerator = Accelerator(
         mixed_precision=MIXED_PRECISION.get(model.dtype, "no"),

@@ -101,6 +101,7 @@ def test_plain_decoding_loads_no_drafter_by_default(parser, monkeypatch, args, m
         "device_map": None,
         "draft_bits": None,
         "draft_window": None,
+        "memory_gb": None,
         "kv_bits": 8,
         "adapter": None,
         "images": True,

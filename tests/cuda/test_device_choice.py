@@ -1,0 +1,223 @@
+"""The device that the PyTorch backend chooses, and what it sets up on a GPU before it is used."""
+
+import os
+from contextlib import nullcontext
+
+import pytest
+
+from treeflash.config import LoadConfig
+from treeflash.errors import BackendError, CPUBuildError
+from treeflash.testing import require
+from treeflash.testing.models import write_pair
+
+require("torch")
+
+import torch
+from treeflash_cuda import backend as loading
+from treeflash_cuda.backend import load
+from treeflash_cuda.device import (
+    ALLOCATOR_SETTINGS,
+    check_architecture,
+    choose_device,
+    device_facts,
+    join_free_memory,
+)
+
+
+@pytest.fixture
+def folders(tmp_path):
+    return write_pair(tmp_path, "qwen3", vocab_size=40)
+
+
+def test_a_gpus_allocator_joins_free_memory_where_it_can(monkeypatch):
+    """Not where a user has other settings, or CUDA runs already."""
+    found, on, off = [], "expandable_segments:True", "expandable_segments:False"
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", found.append)
+    for name in ALLOCATOR_SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+
+    def join(message=None, variable=None, initialized=False):
+        def empty(*_, **__):
+            if message is not None:
+                raise RuntimeError(message)
+
+        found.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "empty", empty)
+            patch.setattr(torch.cuda, "is_initialized", lambda: initialized)
+            if variable is not None:
+                patch.setenv(variable, "backend:native")
+            join_free_memory(torch.device("cuda"))
+        return found
+
+    assert join() == [on]
+    assert join("CUDA driver error: operation not supported") == [on, off]
+    for variable in ALLOCATOR_SETTINGS:
+        assert join(variable=variable) == []
+    assert join(initialized=True) == []
+    with pytest.raises(RuntimeError, match="out of memory"):
+        join("CUDA out of memory")
+
+
+def test_no_cuda_device_is_one_clear_line(see_gpus):
+    see_gpus(0)
+    with pytest.raises(BackendError, match="no CUDA device is available; use device cpu"):
+        choose_device(None)
+
+
+TOO_OLD = (
+    "The NVIDIA driver on your system is too old (found version 12080). Please update your GPU "
+    "driver by downloading and installing a new version from the URL: ..."
+)
+
+
+@pytest.mark.parametrize(
+    ("wheel", "message", "visible", "line"),
+    [
+        (None, "", None, r"this PyTorch \(.*\) is built for CPUs alone, so .*pytorch.org"),
+        (
+            "13.0",
+            TOO_OLD,
+            None,
+            "built for CUDA 13.0, and the NVIDIA driver supports only CUDA 12.8, so no CUDA .* or "
+            r"update the driver \(580 or newer\), or on a GPU for data centres install NVIDIA's "
+            r"cuda-compat-13-0, or install a build for older drivers: pip install "
+            r"--force-reinstall 'torch==2.14.\*'.* --index-url .*/whl/cu126$",
+        ),
+        (
+            "13.0",
+            TOO_OLD.replace("12080", "11040"),
+            None,
+            r"supports only CUDA 11.4, so .* or update the driver \(580 or newer\)$",
+        ),
+        ("13.0", "Found no NVIDIA driver on your system.", None, "this machine has no NVIDIA dr"),
+        ("13.0", "No CUDA GPUs are available", "", "CUDA_VISIBLE_DEVICES='' hides every GPU, so"),
+        ("13.0", "CUDA unknown error\nSet it up", None, r"does not start \(CUDA unknown error\),"),
+        ("13.0", None, None, "counts no device"),
+    ],
+)
+def test_the_line_says_why_there_is_no_cuda_device(
+    see_gpus, monkeypatch, wheel, message, visible, line
+):
+    def init():
+        if message is not None:
+            raise RuntimeError(message)
+
+    see_gpus(0)
+    monkeypatch.setattr(torch.version, "cuda", wheel)
+    monkeypatch.setattr(torch.cuda, "init", init)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with pytest.raises(BackendError, match=line) as raised:
+        choose_device("cuda")
+    assert "\n" not in str(raised.value)
+    assert isinstance(raised.value, CPUBuildError) is (wheel is None)
+    reason = str(raised.value).partition(", so no CUDA device")[0]
+    assert device_facts(torch.device("cpu"))["GPU"] == f"none; {reason}"
+
+
+@pytest.mark.parametrize(
+    ("printed", "older"), [("9.0\n", True), ("8.9\n12.0\n", False), ("10.0\n", False), ("", True)]
+)
+def test_a_gpu_that_older_builds_do_not_know_needs_a_driver(
+    see_gpus, monkeypatch, tmp_path, printed, older
+):
+    """PyTorch's last builds for older drivers have code up to Hopper."""
+
+    def init():
+        raise RuntimeError(TOO_OLD)
+
+    see_gpus(0)
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(f"#!/bin/sh\ncat <<END\n{printed}END\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "init", init)
+    with pytest.raises(BackendError, match=r"update the driver \(580 or newer\)") as raised:
+        choose_device("cuda")
+    assert ("--force-reinstall" in str(raised.value)) is older
+
+
+@pytest.mark.parametrize(
+    ("capability", "advice"),
+    [((7, 0), "--force-reinstall"), ((13, 0), "a newer PyTorch"), ((8, 9), ""), ((12, 1), "")],
+)
+def test_a_gpu_without_code_is_refused_before_anything_is_read(monkeypatch, capability, advice):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    compiled = ["sm_75", "sm_80", "sm_90", "sm_100", "sm_120"]
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: compiled)
+    device = torch.device("cuda")
+    if not advice:
+        check_architecture(device)
+        return
+    with pytest.raises(BackendError, match=rf"no code for a card .*{advice}"):
+        check_architecture(device)
+    compiled.append("compute_120")  # which drivers compile for later GPUs
+    with pytest.raises(BackendError) if capability < (12, 0) else nullcontext():
+        check_architecture(device)
+
+
+@pytest.mark.parametrize("rounds", [False, True])
+def test_products_of_float32_numbers_are_not_tf32(cuda, folders, monkeypatch, rounds):
+    """As in NVIDIA's containers, where a variable turns TF32 on."""
+    monkeypatch.setattr(torch.Tensor, "__float__", lambda x: 2.0**-12 if rounds else 0.0)
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
+    try:
+        with (
+            pytest.raises(BackendError, match=r"TF32 on this GPU; unset NVIDIA_TF32_OVERRIDE")
+            if rounds
+            else nullcontext()
+        ):
+            load(*folders, LoadConfig(dtype="float32"))
+        assert torch.get_float32_matmul_precision() == "highest"
+        assert not torch.backends.cudnn.allow_tf32
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def test_a_gpu_is_prepared_before_anything_uses_it(cuda, folders, monkeypatch):
+    """The allocator keeps its settings as soon as CUDA runs; NCCL reads its variable once."""
+    calls = []
+
+    def recorded(name, call):
+        def record(device):
+            calls.append(name)
+            return call(device)
+
+        monkeypatch.setattr(loading, name, record)
+
+    recorded("prepare", loading.prepare)
+    recorded("device_facts", loading.device_facts)
+    monkeypatch.delenv("NCCL_GRAPH_REGISTER", raising=False)
+    load(*folders, LoadConfig(dtype="float32"))
+    assert calls[:2] == ["prepare", "device_facts"]
+    assert os.environ["NCCL_GRAPH_REGISTER"] == "0"
+    monkeypatch.setenv("NCCL_GRAPH_REGISTER", "1")
+    load(*folders, LoadConfig(dtype="float32"))
+    assert os.environ["NCCL_GRAPH_REGISTER"] == "1"
+
+
+@pytest.mark.parametrize("name", ["cuda:7", "mps", "tpu", "cpu:x"])
+def test_devices_that_are_not_there_are_refused(name, see_gpus):
+    see_gpus(2)
+    with pytest.raises(BackendError, match=name):
+        choose_device(name)
+
+
+def test_a_device_is_chosen_by_number(see_gpus):
+    see_gpus(2)
+    assert choose_device("cuda:1") == torch.device("cuda", 1)
+    assert choose_device(None) == torch.device("cuda", 0)
+
+
+def test_more_processes_than_devices_are_one_clear_line(monkeypatch, see_gpus):
+    see_gpus(2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(BackendError, match=r"there is no cuda:2: this machine has 2 CUDA device"):
+        choose_device(None)
