@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from configparser import ConfigParser
 from contextlib import redirect_stdout, suppress
+from fnmatch import fnmatch
 from functools import cache
 from io import StringIO
 from pathlib import Path
@@ -225,3 +227,16 @@ def test_the_workflow_runs_what_exists():
     assert "\nINCLUDES = " in source
     assert re.search(r'print\(f"xcrun -sdk macosx metal -c -I ', source), "the same command"
     assert re.search(r"xcrun -sdk macosx metal (-std=.+ )?-c -I ", text)
+
+
+def test_the_device_environment_sees_the_gpu_that_was_chosen():
+    """On a shared machine, `CUDA_VISIBLE_DEVICES` alone says whose GPU is whose."""
+    tox = ConfigParser(interpolation=None)
+    tox.read(ROOT / "tox.ini", encoding="utf-8")
+    passed = tox["testenv:device"]["pass_env"].split()
+    assert "{[testenv]pass_env}" in passed
+    for name in (
+        *("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "NCCL_DEBUG"),
+        *("PYTORCH_ALLOC_CONF", "TRITON_CACHE_DIR", "HF_TOKEN"),
+    ):
+        assert any(fnmatch(name, pattern) for pattern in passed), name
