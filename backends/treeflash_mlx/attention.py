@@ -9,6 +9,7 @@ their outputs.
 from __future__ import annotations
 
 import inspect
+import math
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from mlx_lm.models.base import scaled_dot_product_attention
 from numpy.typing import NDArray
 
 from treeflash.decoding.tree import DraftTree
+from treeflash_mlx.group_attention import FEW_ROWS, attend_by_group, is_unfused
 from treeflash_mlx.hybrid import (
     FUNCTIONS,
     NodePaths,
@@ -32,7 +34,7 @@ from treeflash_mlx.hybrid import (
     is_short_convolution,
     rebind,
 )
-from treeflash_mlx.metal_kernels import uses_kernels
+from treeflash_mlx.metal_kernels import runs_matrix_kernels
 from treeflash_mlx.metal_kernels.attention import (
     MAX_NODES,
     Nodes,
@@ -79,21 +81,24 @@ class TreePass:
         is_seen: NDArray[np.bool_] | None = None,
         sliding: bool = False,
         exact: bool = False,
+        chains_from: float = math.inf,
     ) -> TreePass | None:
         """Return the pass over trees, one per sequence; None if all tokens continue one sequence.
 
-        In `exact` mode there is a pass then too, because all passes must use the same kernels.
+        In `exact` mode there is a pass then too, because all passes must use the same kernels, and
+        if there are several tokens and `chains_from` columns, from where on the Metal kernel wins.
         `starts` are the committed positions of each sequence. Rows without a node are written to
         the column `spare`. Recurrent layers `solve`; None without them, or for chains that are
         committed whole. `rotary` are the (n,) rotary positions of each tree, or (3, n) of a single
         chain, where they are not the positions; `is_seen` is (n, n), whether tokens of a single
         chain see others besides the earlier ones, in `sliding` layers alone or in all.
         """
-        is_plain = len(trees[0]) == 1 or (trees[0].is_chain and solve is None)
-        if len(trees) == 1 and is_plain and rotary is None and not exact:
-            return None
         batch, n = len(trees), max(map(len, trees))
         columns = max(start + len(tree) for tree, start in zip(trees, starts, strict=True))
+        is_plain = n == 1 or (trees[0].is_chain and solve is None)
+        wins = 1 < n <= MAX_NODES and columns >= chains_from
+        if batch == 1 and is_plain and rotary is None and not exact and not wins:
+            return None
         positions, index = np.zeros((2, batch, n), np.int32)
         ancestors = np.zeros((batch, n, n), np.bool_)
         for i, (tree, start) in enumerate(zip(trees, starts, strict=True)):
@@ -146,15 +151,20 @@ class TreePass:
         return {}
 
     @cached_property
+    def shapes(self) -> set[Shape]:
+        """The shapes of layers that the Metal kernel can run, in the model that ran the pass."""
+        return set()
+
+    @cached_property
     def nodes(self) -> Nodes | None:
         """The nodes as `tree_attention` takes them; None where there are no kernels."""
         if self.exact_nodes is not None:
             return self.exact_nodes
         is_one = self.in_windows is self.ancestors
-        if not is_one or self.ancestors.shape[2] > MAX_NODES or not uses_kernels():
+        if not is_one or self.ancestors.shape[2] > MAX_NODES or not runs_matrix_kernels():
             return None
         words = ancestor_words(self.ancestors)
-        return Nodes(words, self.positions, self.starts, self.columns)
+        return Nodes.of_pass(words, self.positions, self.starts, self.columns)
 
     def _mask(self, window: int | None, first: int) -> mx.array:
         batch, n = self.positions.shape
@@ -187,14 +197,9 @@ def _exact_nodes(
 ) -> Nodes:
     branches = not all(tree.is_chain for tree in trees)
     paths = path_nodes(trees, positions.shape[1]) if branches else np.zeros((1, 1, 1), np.int32)
-    return Nodes(
-        ancestors=mx.array(paths),
-        positions=positions,
-        starts=mx.array(np.array(starts, np.int32)),
-        length=columns,
-        depths=1 + max(int(tree.depths.max()) for tree in trees),
-        branches=branches,
-    )
+    depths = 1 + max(int(tree.depths.max()) for tree in trees)
+    placed = mx.array(paths), positions, mx.array(np.array(starts, np.int32))
+    return Nodes.of_pass(*placed, columns, depths, branches)
 
 
 class _ForwardPass(threading.local):
@@ -347,19 +352,17 @@ def attend(
     mask: mx.array | None,
     sinks: mx.array | None = None,
 ) -> Any:
-    """Attend by the Metal kernel, or as `fold_group` does; NotImplemented for mlx-lm's way."""
+    """Attend by the Metal kernel, or group by group; NotImplemented for mlx-lm's way."""
     k, v = ((x,) if isinstance(x, mx.array) else x for x in (keys, values))
     if (found := _attend_by_kernel(tree, queries, k, v, cache, scale, mask, sinks)) is not None:
         return found
     if sinks is not None or not (isinstance(keys, mx.array) and isinstance(values, mx.array)):
         return NotImplemented
-    _, heads, nodes, width = queries.shape
-    on_gpu = mx.default_device().type == mx.gpu
-    if not on_gpu or width <= MAX_FUSED_WIDTH or nodes <= FEW_ROWS or heads == keys.shape[1]:
+    if mx.default_device().type != mx.gpu or not is_unfused(queries, keys):
         return NotImplemented
     if not isinstance(mask, mx.array) or (mask.ndim > 2 and mask.shape[1] > 1):
         return NotImplemented
-    return fold_group(queries, keys, values, scale, mask)
+    return attend_by_group(queries, keys, values, scale, mask)
 
 
 def keep_queries(model: nn.Module) -> None:
@@ -373,26 +376,6 @@ def keep_queries(model: nn.Module) -> None:
 
     for module in model.modules():
         rebind(module, {"scaled_dot_product_attention": call}, lambda: True)
-
-
-MAX_FUSED_WIDTH, FEW_ROWS = 128, 8
-"""The widest heads of MLX's fused kernel for many rows, and the rows that another kernel takes."""
-
-
-def fold_group(
-    queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask: mx.array
-) -> mx.array:
-    """Return (batch, heads, n, width) attention in which the heads of a group are rows of one head.
-
-    MLX has no fused kernel for wide heads and many rows; its operations would read the keys of a
-    group once for each of its heads. The mask is (n, columns) or (batch, 1, n, columns).
-    """
-    batch, heads, nodes, width = queries.shape
-    groups = keys.shape[1]
-    rows = queries.reshape(batch, groups, heads // groups * nodes, width)
-    masks = mx.concatenate([mask] * (heads // groups), -2)
-    out = mx.fast.scaled_dot_product_attention(rows, keys, values, scale=scale, mask=masks)
-    return out.reshape(batch, heads, nodes, -1)
 
 
 def _attend_by_kernel(
@@ -416,14 +399,19 @@ def _attend_by_kernel(
     bits = getattr(cache, "bits", 0) if len(keys) > 1 else 0
     if [x.shape for x in keys] != [x.shape for x in values] or (bits and sinks is not None):
         return None
-    _, heads, _, width = queries.shape
+    _, heads, nodes, width = queries.shape
     key_heads, columns, _ = keys[0].shape[1:]
     dtypes = {x.dtype for x in (queries, *keys[bits > 0 :], *values[bits > 0 :])}
     if len(dtypes) > 1 or not runs_shape(width) or columns != tree.columns - bounds[1]:
         return None
     group_size = width // keys[1].shape[3] if bits else 0
     shape = Shape(heads, key_heads, width, queries.dtype, bits, group_size)
-    if columns < (winning_columns if tree.exact_nodes is None else exact_columns)(shape):
+    if tree.exact_nodes is not None:
+        least = exact_columns(shape)
+    else:
+        least = winning_columns(shape, few=nodes <= FEW_ROWS)
+        tree.shapes.add(shape)
+    if columns < least:
         return None
     window, first = bounds
     arrays = queries, keys, values

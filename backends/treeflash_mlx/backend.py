@@ -66,9 +66,8 @@ from treeflash_mlx.drafter_model import DrafterModel, OwnVocabulary
 from treeflash_mlx.drafter_operations import Float32Bias, Float32Norm, as_module, split_pairs
 from treeflash_mlx.exact import check_operations
 from treeflash_mlx.heads import TABLE_HEADS, ARHead, TableHead
-from treeflash_mlx.hybrid import delta_kernel_wins
-from treeflash_mlx.metal_kernels import attention
-from treeflash_mlx.metal_kernels.products import TIMED_ROWS, choose_products
+from treeflash_mlx.metal_kernels.examination import examine
+from treeflash_mlx.metal_kernels.products import choose_products
 from treeflash_mlx.mtp_head import MtpCache, MtpDrafter, MtpModel, ParallelDrafter
 from treeflash_mlx.state import State
 from treeflash_mlx.target import KV_BITS, Target
@@ -85,8 +84,10 @@ WARM_NODES = 24
 DRAFT_WINDOW = 4096
 """Latest positions that a block drafter sees by default: drafts of the default pair stay as good,
 and an iteration reads less memory after long texts."""
-MAX_SUBMISSIONS = 4
-"""Times that a forward pass submits work to the device, at most."""
+FIRST_GAP, LAST_GAPS = 2, 4
+"""Layers between the first two times that a forward pass submits work to the device, and how often
+it submits at least. The device would wait for Python after the first layer alone; each submission
+costs time, so gaps double."""
 
 
 class MlxBackend(BaseBackend):
@@ -147,6 +148,7 @@ class MlxBackend(BaseBackend):
     def check_trees(self) -> None:
         self.target.check_trees()
         super().check_trees()
+        self.target.trees_are_right = True
 
     @property
     def weights_bytes(self) -> int:
@@ -165,6 +167,7 @@ class MlxBackend(BaseBackend):
             weights_bytes=self.weights_bytes,
             batches=self.target.batches,
             kernels=metal_kernels.VERDICTS,
+            messages=metal_kernels.MESSAGES,
         )
 
     def memory_bytes(self) -> int:
@@ -200,7 +203,7 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> MlxBackend:
     if isinstance(drafter_model, MtpModel | AssistantModel):
         refuse_window(config)
     module = head.module if isinstance(head, ARHead | RecurrentHead) else None
-    if config.exact and metal_kernels.uses_kernels():
+    if config.exact and metal_kernels.runs_matrix_kernels():
         model.use_exact_kernels()
         model.processor = "exact mode on Metal takes no images"
     choose_products(model.model, drafter_model, module)
@@ -230,35 +233,32 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> MlxBackend:
     if config.wired:
         wire_memory(backend.weights_bytes)
     if not on_cpu:  # a CPU would compute while it should build the rest of the pass
-        model.hooks.submit_early(model.layers[:: -(-len(model.layers) // MAX_SUBMISSIONS)])
+        model.hooks.submit_early([model.layers[i] for i in submitted_layers(len(model.layers))])
         warm_up(backend)
         if summary := metal_kernels.summary():
             logging.getLogger(__name__).info("Metal kernels: %s", summary)
     return backend
 
 
-EXAMINED_WIDTH = 4096
-EXAMINED_HEADS = tuple(attention.Shape(32, 8, width, mx.bfloat16) for width in (64, 128, 256))
-EXAMINED_DELTA_NET = (16, 32, 128, 128, mx.bfloat16, False)
-"""Shapes of common models; see `delta_kernel_wins` for the last."""
+def submitted_layers(count: int) -> list[int]:
+    """List the layers of `count` after which a forward pass is submitted so far."""
+    chosen, gap = [0], FIRST_GAP
+    while chosen[-1] + gap < count:
+        chosen.append(chosen[-1] + gap)
+        gap = min(2 * gap, -(-count // LAST_GAPS))
+    return chosen
 
 
 def examine_device(config: LoadConfig) -> DeviceReport:
     """Describe the device, and check and time every kernel there anew, without a model."""
     choose_device(config.device)
     limit_cache()
-    if metal_kernels.uses_kernels():
-        metal_kernels.kept_verdicts().forget()
-        linear = nn.Linear(EXAMINED_WIDTH, EXAMINED_WIDTH, bias=False)
-        linear.set_dtype(mx.bfloat16)
-        for bits in TIMED_ROWS:
-            quantised = bits < UNQUANTISED_BITS
-            choose_products(linear.to_quantized(GROUP_SIZE, bits) if quantised else linear)
-        for shape in EXAMINED_HEADS:
-            attention.winning_columns(shape)
-        delta_kernel_wins(*EXAMINED_DELTA_NET)
+    examine()
     return DeviceReport(
-        facts=device_facts(), available_bytes=available_bytes(), kernels=metal_kernels.VERDICTS
+        facts=device_facts(),
+        available_bytes=available_bytes(),
+        kernels=metal_kernels.VERDICTS,
+        messages=metal_kernels.MESSAGES,
     )
 
 

@@ -16,7 +16,7 @@ from treeflash.config import GIB
 from treeflash.decoding.interfaces import SAFE_SHARE
 from treeflash.errors import BackendError, ConfigError
 from treeflash_mlx import TF32_MAY_BE_ON
-from treeflash_mlx.metal_kernels import uses_kernels
+from treeflash_mlx.metal_kernels import UNTRIED, runs_matrix_kernels
 
 CACHE_BYTES, CACHE_SHARE = GIB, 1 / 16
 """Freed memory that MLX keeps for other arrays, and its largest share of a GPU's memory. Without a
@@ -141,9 +141,12 @@ def device_facts() -> dict[str, str]:
         level = _output(["sysctl", "-n", "kern.memorystatus_vm_pressure_level"]).strip()
         if level in PRESSURES:
             facts["memory pressure"] = PRESSURES[level]
-        if not uses_kernels():
+        if not runs_matrix_kernels():
             name = info.get("architecture")
-            facts["kernels"] = f"MLX's alone, treeflash's are not tried on this GPU ({name})"
+            facts["kernels"] = (
+                f"treeflash's for products and attention are not tried on this GPU ({name}); "
+                f"{UNTRIED}=1 in the environment tries them"
+            )
     return facts
 
 

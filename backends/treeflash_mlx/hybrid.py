@@ -30,7 +30,14 @@ from numpy.typing import NDArray
 from treeflash.decoding.hybrid import convolution_tail, convolution_windows, depth_first
 from treeflash.decoding.tree import DraftTree
 from treeflash.errors import UnsupportedModelError
-from treeflash_mlx.metal_kernels import ROUNDING, choose, make_kernel, relative_error, uses_kernels
+from treeflash_mlx.metal_kernels import (
+    ROUNDING,
+    choose,
+    make_kernel,
+    padded,
+    relative_error,
+    runs_kernels,
+)
 from treeflash_mlx.metal_kernels.gated_delta import SLOTS, Steps, run_nodes, runs_shape
 
 Solver: TypeAlias = Callable[[mx.array, mx.array, int], mx.array]
@@ -79,14 +86,15 @@ class NodePaths:
 
         None where there are no kernels, or if the walk through a tree needs too many slots.
         """
-        if not uses_kernels():
+        if not runs_kernels():
             return None
         orders = np.full((self.batch_size, self.nodes, 3), -1, np.int32)
         for i, tree in enumerate(self._trees):
             orders[i, : len(tree)], slots = depth_first(tree.parents)
             if slots > SLOTS:
                 return None
-        return mx.array(orders), mx.array([len(tree) for tree in self._trees], mx.int32)
+        counts = mx.array([len(tree) for tree in self._trees], mx.int32)
+        return padded(mx.array(orders)), padded(counts)  # once for all layers
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,7 +232,7 @@ def solve_by_substitution(system: mx.array, targets: mx.array, depth: int) -> mx
     (solution,) = kernel(
         inputs=[system, targets],
         grid=(width, batch * heads, 1),
-        threadgroup=(min(width, 256), 1, 1),
+        threadgroup=(min(width, 128), 1, 1),
         output_shapes=[targets.shape],
         output_dtypes=[targets.dtype],
     )
@@ -240,12 +248,12 @@ def choose_solver() -> Solver:
 
     Raises an UnsupportedModelError if no solver is correct.
     """
-    if uses_kernels():
+    if runs_kernels():
         winner = choose(
             "recurrent layers",
             "substitution",
             "all sizes",
-            lambda: [solver_error(solve_by_substitution)],
+            lambda _: {"": solver_error(solve_by_substitution)},
             MAX_SOLVER_ERROR,
         )
         if winner is not None:
@@ -373,14 +381,14 @@ def delta_kernel_wins(
         outputs, writes = _delta_rule(paths, q, k, v, log_decays, beta, state)
         return outputs, writes.commit(state, nodes, kept)
 
-    def errors() -> list[float]:
+    def errors(_: str) -> dict[str, float]:
         outputs, after = by_kernel(state)
-        expected, found = state, []
+        expected, found = state, {}
         for node in TIMED_PATH:
             token = (x[:, node : node + 1] for x in (q, k, v, steps.g, beta))
             output, expected = gated_delta.gated_delta_kernel(*token, expected)
-            found.append(relative_error(outputs[:, node], output[:, 0]))
-        return [*found, relative_error(after, expected)]
+            found[f"node {node}"] = relative_error(outputs[:, node], output[:, 0])
+        return found | {"the state": relative_error(after, expected)}
 
     def candidate(run: Callable[[mx.array], tuple[mx.array, mx.array]]) -> Callable[..., mx.array]:
         def call(state: mx.array, _: int) -> mx.array:

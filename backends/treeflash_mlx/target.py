@@ -6,6 +6,7 @@ which caches the model takes. `Target` hooks the model and builds its forward pa
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -37,8 +38,10 @@ from treeflash.errors import (
 from treeflash_mlx import images as vision
 from treeflash_mlx.attention import TreeHooks, TreePass, keep_queries
 from treeflash_mlx.cache import KVCache, Quantisation, QuantisedTreeCache, TreeCache, share_storage
+from treeflash_mlx.group_attention import FEW_ROWS
 from treeflash_mlx.hybrid import RecurrentTreeCache, Solver, choose_solver, solve_by_rounds
 from treeflash_mlx.images import ImageRows, VisionTower, channel_axes, load_tower
+from treeflash_mlx.metal_kernels.attention import Shape, winning_columns
 from treeflash_mlx.metal_kernels.products import use_everywhere
 
 TEXT_CONFIGS = ("text_config", "language_config")
@@ -322,6 +325,8 @@ class Target:
         self.keys_first = "recurrent_gla" in self.hooks.hook(self.model)
         self.quantisation: Quantisation | None = None
         self.exact = False
+        self.trees_are_right = False  # until a check has passed
+        self._attended: set[Shape] = set()  # layers that the kernel of attention can run
         self.vocab_size, widths, self.column_nbytes, self.states_nbytes = self._measure()
         self.head_dim = max(widths, default=0)
         if kv_bits is not None:
@@ -344,6 +349,16 @@ class Target:
         """
         use_everywhere(self.model)
         self.exact = True
+
+    def chains_from(self, rows: int) -> float:
+        """Return from how many columns on a chain of some rows should run as a tree.
+
+        mlx-lm would read the keys for each row; the kernel of attention reads them once.
+        """
+        if not self.trees_are_right:
+            return math.inf
+        few = rows <= FEW_ROWS
+        return min((winning_columns(shape, few=few) for shape in self._attended), default=math.inf)
 
     def load_images(self, folder: Path) -> None:
         """Load the processor and the tower of a folder, if the target takes images."""
@@ -470,6 +485,8 @@ class Target:
             token_ids, given = images.token_ids, {"input_embeddings": images.embeddings}
         with self.hooks.forward_pass(tree, None if images is None else images.deep) as outputs:
             logits = self.model(token_ids, cache=caches, **given)
+        if tree is not None:
+            self._attended |= tree.shapes
         if not layer_ids:
             return logits, None
         return logits, mx.concatenate([outputs[i] for i in layer_ids], axis=-1)

@@ -244,6 +244,7 @@ class Verifier:
             is_seen=None if images is None else images.is_seen,
             sliding=images is not None and images.sliding,
             exact=self.target.exact,
+            chains_from=self.target.chains_from(n),
         )
         # A head that reads embeddings takes features from the first layer's input.
         reads = isinstance(self.drafter, MtpModel) and sequences[0][0].drafter is not None

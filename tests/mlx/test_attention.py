@@ -18,7 +18,8 @@ import mlx.core as mx
 import mlx_lm.models
 from mlx import nn
 from mlx_lm.models.phixtral import RoPEAttention
-from treeflash_mlx.attention import TreePass, attend, fold_group, is_rope
+from treeflash_mlx.attention import TreePass, attend, is_rope
+from treeflash_mlx.group_attention import attend_by_group
 
 
 def modules_of_mlx_lm():
@@ -54,7 +55,7 @@ def test_the_heads_of_a_group_are_rows_where_mlx_has_no_fused_kernel(rng, see_de
     q = mx.array(rng.normal(size=(batch, 6, 9, 160)), mx.float32)
     k, v = (mx.array(rng.normal(size=(batch, 2, 15, 160)), mx.float32) for _ in "kv")
     expected = mx.fast.scaled_dot_product_attention(q, k, v, scale=0.1, mask=mask)
-    assert mx.allclose(fold_group(q, k, v, 0.1, mask), expected, atol=1e-5)
+    assert mx.allclose(attend_by_group(q, k, v, 0.1, mask), expected, atol=1e-5)
     with recording(mx.fast, "scaled_dot_product_attention") as calls:
         assert attend(tree_pass, q, k, v, None, 0.1, mask) is NotImplemented  # on a CPU
         see_device(mx.gpu)
@@ -64,3 +65,19 @@ def test_the_heads_of_a_group_are_rows_where_mlx_has_no_fused_kernel(rng, see_de
         width = part.shape[-1]
         others = part, k[..., :width], v[..., :width], None, 0.1, mask[..., : part.shape[2], :]
         assert attend(tree_pass, *others) is NotImplemented
+
+
+@pytest.mark.parametrize(("rows", "heads"), [(5, 14), (8, 10), (4, 18)])
+def test_few_rows_of_large_groups_are_rows_of_one_head(rng, see_device, rows, heads):
+    """MLX's kernel for few rows takes 32 rows of a group."""
+    tree = DraftTree.from_parents(np.zeros(rows, np.int32), np.arange(rows, dtype=np.int32) - 1)
+    tree_pass = TreePass.build([tree] * 2, [6] * 2, 99)
+    mask = tree_pass.mask(None)
+    q = mx.array(rng.normal(size=(2, heads, rows, 64)), mx.float32)
+    k, v = (mx.array(rng.normal(size=(2, 2, 6 + rows, 64)), mx.float32) for _ in "kv")
+    expected = mx.fast.scaled_dot_product_attention(q, k, v, scale=0.1, mask=mask)
+    see_device(mx.gpu)
+    assert mx.allclose(attend(tree_pass, q, k, v, None, 0.1, mask), expected, atol=1e-5)
+    few = q[:, :, : 32 // (heads // 2)]
+    part = mask[..., : few.shape[2], :]
+    assert attend(tree_pass, few, k, v, None, 0.1, part) is NotImplemented

@@ -126,7 +126,7 @@ def test_a_kernel_that_is_wrong_or_fails_is_dropped_with_one_line(see_device, mo
         raise RuntimeError("cannot compile\nline 1: error")
 
     see_device(mx.gpu)
-    monkeypatch.setattr(hybrid, "uses_kernels", lambda: True)
+    monkeypatch.setattr(hybrid, "runs_kernels", lambda: True)
     monkeypatch.setattr(metal_kernels, "VERDICTS", {})
     for kernel, reason in ((one_round_less, "its relative error is"), (fail, "cannot compile$")):
         monkeypatch.setattr(hybrid, "solve_by_substitution", kernel)

@@ -261,8 +261,8 @@ def test_the_kernel_runs_from_the_context_on_where_it_wins(metal, monkeypatch):
     assert attention.winning_columns(Shape(4, 2, 32, mx.float32)) == 40
     assert timed == [(1, 4, attention.TIMED_NODES, 32)] * 2
     assert metal_kernels.VERDICTS["attention of draft trees, 4 heads of 32"] == {
-        "30 columns": "not used, 1.10 times as fast as MLX's operation",
-        "40 columns": "used, 1.20 times as fast as MLX's operation",
+        "12 nodes, 30 columns": "not used, 1.10 times as fast as MLX's operation",
+        "12 nodes, 40 columns": "used, 1.20 times as fast as MLX's operation",
     }
 
 
@@ -283,7 +283,7 @@ def layer_inputs(rng, tree, first=0, bits=0):
 @pytest.mark.parametrize("trees", [(TREES, (33, 16)), (TREES[:1], (33,))])
 def test_layers_that_the_kernel_runs(metal, monkeypatch, rng, trees):
     """With and without windows, sinks, and quantised keys."""
-    monkeypatch.setattr("treeflash_mlx.attention.winning_columns", lambda *_: 20)
+    monkeypatch.setattr("treeflash_mlx.attention.winning_columns", lambda *_, few: 20)
     tree = TreePass.build(*trees, 63)
     first, sinks = 16 - 6 + 1, mx.arange(4) / 2
     for mask, start in ((tree.mask(None), 0), (tree.mask(6, first), first)):
@@ -304,7 +304,7 @@ def test_layers_that_the_kernel_does_not_run_keep_their_function(
     metal, see_device, monkeypatch, rng
 ):
     """Short contexts, large trees, and masks and widths that a model has changed."""
-    monkeypatch.setattr("treeflash_mlx.attention.winning_columns", lambda *_: 20)
+    monkeypatch.setattr("treeflash_mlx.attention.winning_columns", lambda *_, few: 20)
     made = [
         TreePass.build(trees, starts, 63)
         for trees, starts in ((TREES, (33, 16)), (TREES, (4, 5)), ([random_tree(65)], [40]))
@@ -353,6 +353,90 @@ def test_models_run_trees_by_the_kernel(
     np.testing.assert_allclose(found, expected, atol=2e-4)
     kernel = "treeflash_attention_parts" + "_quantised" * (kv_bits is not None)
     assert executor.launches[kernel] == 4 + 3  # layers, and the check at load
+
+
+def test_chains_run_by_the_kernel_where_it_wins(metal, families, tmp_path, monkeypatch, rng):
+    """mlx-lm's function would read the keys once for each row. Trees must have passed a check."""
+    metal.schedules, metal.speedup = (DESCENDING,), lambda *_: 2
+    monkeypatch.setattr(families, "FIELDS", families.FIELDS | {"head_dim": 32})
+    families.write(tmp_path, "llama")
+    backend = MlxBackend(Target(tmp_path, mx.float32, None), None, None)
+    chain = DraftTree.chain(rng.integers(0, 96, 5).astype(np.int32))
+    prompts = [rng.integers(0, 96, n).tolist() for n in (30, 4)]
+
+    def logits():
+        found, launches = [], []
+        for prompt in prompts:
+            sequence = SequenceSession(backend)
+            sequence.extend(prompt)
+            metal.launches.clear()
+            found.append(sequence.logits(chain))
+            launches.append(metal.launches.get("treeflash_attention_parts", 0))
+            sequence.close()
+        return found, launches
+
+    expected, launches = logits()
+    assert launches == [0, 0]
+    backend.check_trees()
+    assert backend.target.chains_from(5) == attention.TIMED_COLUMNS[0]
+    found, launches = logits()
+    assert launches == [2, 0]  # layers without a window; the other context is too short
+    np.testing.assert_allclose(found, expected, atol=2e-4)
+
+
+def test_few_nodes_have_their_own_race(metal):
+    """Their rival is MLX's kernel for few rows; large groups run as rows of one head."""
+    rows = []
+
+    def speedup(kernel, plain, start):
+        assert mx.allclose(kernel(start, 0), plain(start, 0), atol=1e-5)
+        rows.append(start.shape[2])
+        return 1.2 if start.shape[2] > 8 else 1.0
+
+    metal.speedup = speedup
+    shape = Shape(12, 2, 32, mx.float32)  # 6 nodes of 6 heads are 36 rows
+    (columns,) = attention.TIMED_COLUMNS
+    assert attention.winning_columns(shape, few=True) == math.inf
+    assert attention.winning_columns(shape) == columns
+    assert rows == [attention.FEW_NODES, attention.TIMED_NODES]
+
+
+def test_a_tree_of_any_size_runs_the_kernel_of_the_warm_up(metal, monkeypatch, rng):
+    """MLX compiles another kernel for inputs with fewer than 8 elements, in mid-answer."""
+    metal.speedup = lambda *_: 2
+    monkeypatch.setattr("treeflash_mlx.attention.winning_columns", lambda *_, few: 0)
+
+    def compiled(nodes, batch=1):
+        trees = [random_tree(nodes)] * batch
+        tree = TreePass.build(trees, [20] * batch, 63, chains_from=0)
+        q, k, v = layer_inputs(rng, tree)
+        with recording(metal.compiler, "load") as loads:
+            attend_nodes(tree, q, k, v, None, 0.2, tree.mask(None))
+        return {source for (source,) in loads}
+
+    expected = compiled(12)
+    for nodes, batch in ((2, 1), (3, 1), (7, 1), (2, 3), (9, 9)):
+        assert compiled(nodes, batch) == expected
+
+
+def test_layers_of_one_shape_prepare_a_launch_once(metal, monkeypatch, rng):
+    metal.schedules = (DESCENDING,)
+    monkeypatch.setattr("treeflash_mlx.attention.winning_columns", lambda *_, few: 0)
+    tree = TreePass.build(TREES[:1], (33,), 63)
+    q, k, v = layer_inputs(rng, tree)
+    with recording(attention, "_launches") as made:
+        for _ in range(3):
+            attend_nodes(tree, q, k, v, None, 0.2, tree.mask(None))
+    assert len(made) == 1
+    assert metal.launches["treeflash_attention_parts"] == 3
+
+
+@pytest.mark.parametrize(("shape", "starts"), [SHAPES[1], SHAPES[5], SHAPES[7]])
+def test_kernels_run_where_threadgroups_have_few_threads(metal, rng, shape, starts):
+    """M1 and M2 give some kernels fewer than 256."""
+    metal.max_threads = 128
+    attend(rng, shape, starts)
+    assert len(metal.launches) == 2
 
 
 def random_tree(nodes):

@@ -158,12 +158,15 @@ def test_a_geometry_that_depends_on_the_number_of_rows_is_noticed(metal, monkeyp
     products.use_everywhere(layer)
     rows = partial(exact._rows, layer, exact.normal(exact.ALL_ROWS, 512, dtype=mx.float32))
     assert exact.differing(rows, exact.COUNTS) == []
-    multiply = products.multiply
+    prepare = products.prepare
 
     def by_rows(module, x, geometry):
-        return multiply(module, x, geometry if len(x) > 8 else Geometry(geometry.tiles, 4))
+        return prepare(module, x, geometry if len(x) > 8 else Geometry(geometry.tiles, 4))
 
-    monkeypatch.setattr(products, "multiply", by_rows)
+    monkeypatch.setattr(products, "prepare", by_rows)
+    layer = nn.QuantizedLinear.from_linear(nn.Linear(512, 40), 32, 4)
+    products.use_everywhere(layer)
+    rows = partial(exact._rows, layer, exact.normal(exact.ALL_ROWS, 512, dtype=mx.float32))
     assert exact.differing(rows, exact.COUNTS) == [1]
 
 

@@ -133,7 +133,7 @@ def test_a_full_binary_tree_needs_a_slot_for_each_depth(monkeypatch):
         np.zeros(255, np.int32), np.array([-1, *((i - 1) // 2 for i in range(1, 255))], np.int32)
     )
     assert depth_first(tree.parents)[1] == kernels.SLOTS + 1
-    monkeypatch.setattr(hybrid, "uses_kernels", lambda: True)
+    monkeypatch.setattr(hybrid, "runs_kernels", lambda: True)
     assert hybrid.NodePaths([tree], hybrid.solve_by_rounds).visits is None
 
 

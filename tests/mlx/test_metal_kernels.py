@@ -1,10 +1,13 @@
 """Metal kernels of the backend and of mlx-lm, executed without Metal."""
 
+import re
+
 import mlx_lm.models.gated_delta as gated_delta
 import numpy as np
 import pytest
 
 from treeflash.config import DecodeConfig, LoadConfig, SamplingConfig
+from treeflash.decoding.tree import DraftTree
 from treeflash.testing import require
 from treeflash.testing.comparisons import steps_of, tokens_of
 
@@ -17,7 +20,7 @@ from metal_executor import DESCENDING, MetalKernelError, install, require_compil
 from treeflash_mlx import backend as backend_module
 from treeflash_mlx import hybrid, metal_kernels
 from treeflash_mlx.backend import load
-from treeflash_mlx.metal_kernels import attention, products
+from treeflash_mlx.metal_kernels import attention, examination, products
 
 require_compiler()
 
@@ -81,10 +84,11 @@ def test_the_kernel_is_the_solver_where_metal_is(metal, recwarn):
     assert metal_kernels.VERDICTS == {"recurrent layers, substitution": {"all sizes": "used"}}
 
 
-def test_no_solver_is_a_kernel_on_later_gpus(metal, monkeypatch):
+def test_later_gpus_run_the_kernels_of_recurrent_layers(metal, monkeypatch):
+    """mlx-lm itself runs kernels of this kind there; see `MAX_FAMILY`."""
     monkeypatch.setattr(mx, "device_info", lambda *_: {"architecture": "applegpu_g17s"})
-    assert hybrid.choose_solver() is hybrid.solve_by_rounds
-    assert not metal.launches
+    assert hybrid.choose_solver() is hybrid.solve_by_substitution
+    assert hybrid.NodePaths([DraftTree.root_only(1)], hybrid.solve_by_rounds).visits is not None
 
 
 FAULTS = {
@@ -236,22 +240,44 @@ def test_every_kernel_is_checked_without_a_model(metal, monkeypatch):
     metal.schedules = (DESCENDING,)
     metal.speedup = lambda *_: 2
     monkeypatch.setattr(attention, "TIMED_COLUMNS", (attention.TIMED_NODES + 1,))
-    monkeypatch.setattr(backend_module, "EXAMINED_WIDTH", 64)
     monkeypatch.setattr(products, "MANY_OUTPUTS", 1)  # one geometry
+    monkeypatch.setattr(examination, "LAYERS", ((64, 64),))
+    monkeypatch.setattr(examination, "WEIGHTS", examination.WEIGHTS[:3])
     shapes = (attention.Shape(4, 2, 32, mx.bfloat16),)
-    monkeypatch.setattr(backend_module, "EXAMINED_HEADS", shapes)
-    monkeypatch.setattr(backend_module, "EXAMINED_DELTA_NET", (1, 2, 8, 32, mx.bfloat16, False))
+    monkeypatch.setattr(examination, "HEADS", shapes)
+    monkeypatch.setattr(examination, "DELTA_NET", (1, 2, 8, 32, mx.bfloat16, False))
     metal.faults.append(("treeflash_attention_merge", "factor =", "factor = 1.0f +"))
     with pytest.warns(UserWarning, match="attention of draft trees run without"):
         kernels = backend_module.examine_device(LoadConfig()).kernels
     used = {name: [x.startswith("used") for x in kernels[name].values()] for name in kernels}
+    layers = [f"64 x 64 in {bits} bits" for bits in (4, 8, 16)]
     assert used == {
-        "products of few rows, 64 x 64 in 4 bits": [True] * 5,
-        "products of few rows, 64 x 64 in 8 bits": [True] * 6,
-        "products of few rows, 64 x 64 in 16 bits": [True] * 5,
-        "attention of draft trees, 4 heads of 32": [False],
+        **dict(zip([f"products of few rows, {x}" for x in layers], NUMBERS, strict=True)),
+        **{f"products in exact mode, {x}": [True] for x in layers},
+        "attention of draft trees, 4 heads of 32": [False] * 2,
+        "attention in exact mode, 4 heads of 32": [False],
         "recurrent layers, substitution": [True],
         "gated delta nets on trees, 2 heads of 8 x 32": [True],
     }
-    (verdict,) = kernels["attention of draft trees, 4 heads of 32"].values()
-    assert verdict.startswith("not used, its relative error is ")
+    for verdict in kernels["attention of draft trees, 4 heads of 32"].values():
+        assert re.match(r"not used, its relative error is \S+ \(.* columns", verdict)
+
+
+NUMBERS = [True] * 5, [True] * 6, [True] * 5
+"""Numbers of rows that are timed with weights of 4, 8 and 16 bits."""
+
+
+def test_common_shapes_have_every_tile_count_and_kind_of_keys():
+    rows = max(map(max, products.TIMED_ROWS.values()))
+    tiles = {g.tiles for n, _ in examination.LAYERS for g in products.geometries(n, rows)}
+    assert tiles == {4, 2, 1}
+    assert {bits for bits, _ in examination.WEIGHTS} == set(products.TIMED_ROWS)
+    assert {group for _, group in examination.WEIGHTS} == set(products.GROUP_SIZES)
+    assert {shape.bits for shape in examination.HEADS} == {0, *attention.BITS}
+    assert all(attention.runs_shape(shape.head_dim) for shape in examination.HEADS)
+
+
+def test_a_pass_is_submitted_soon_and_then_in_longer_parts():
+    assert backend_module.submitted_layers(36) == [0, 2, 6, 14, 23, 32]
+    assert backend_module.submitted_layers(28) == [0, 2, 6, 13, 20, 27]
+    assert backend_module.submitted_layers(1) == [0]

@@ -1,6 +1,9 @@
 """Products of few rows: the Metal kernels, and how they are chosen."""
 
+import warnings
+
 import pytest
+from recordings import recording
 
 from treeflash.config import DecodeConfig, LoadConfig
 from treeflash.diagnosis import check_device
@@ -213,10 +216,23 @@ def test_the_fastest_geometry_is_used(metal):
 
 def test_a_kernel_that_fails_is_left_out_with_one_line(metal, monkeypatch):
     monkeypatch.setattr(mx.fast, "metal_kernel", lambda *_, **__: _fail)
-    with pytest.warns(UserWarning, match=r"few rows run without their Metal kernel: no such type$"):
+    with pytest.warns(UserWarning, match="few rows run without their Metal kernel: no such type"):
         assert products.fastest([layer(4, 64, mx.float32)], 5) is None
     (verdicts,) = metal_kernels.VERDICTS.values()
-    assert verdicts == {"5 rows": "not used, no such type"}
+    assert verdicts == {"5 rows": "not used, no such type with 32 outputs, 8 simdgroups"}
+
+
+@pytest.mark.parametrize("most", [256, 192, 128])
+def test_geometries_with_more_threads_than_the_device_gives_are_left_out(metal, most):
+    """M1 and M2 give some kernels fewer than others; all kernels run with 128."""
+    metal.max_threads, metal.speedup = most, lambda *_: 2
+    names = {str(each) for each in products.geometries(40, 25) if 32 * each.splits <= most}
+    left = {str(each) for each in products.geometries(40, 25)} - names
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = products.fastest([layer(4, 64, mx.float32)], 25)
+    assert str(found) in names
+    assert {name for name in left if any(name in str(x.message) for x in caught)} == left
 
 
 def test_threadgroups_are_as_small_as_m1_needs(metal):
@@ -240,6 +256,32 @@ def test_no_kernel_is_tried_on_m5_or_without_metal(metal, see_device, monkeypatc
     products.choose_products(layer(4, 64, mx.float32))
     assert not metal.launches
     assert not recwarn.list
+
+
+@pytest.mark.usefixtures("_one_geometry")
+def test_a_layer_prepares_a_launch_once_for_each_shape_of_inputs(metal, monkeypatch):
+    """The inputs of a pass may have a batch; their products have its shape."""
+    metal.schedules, metal.speedup = (DESCENDING,), lambda *_: 2
+    module = layer(4, 64, mx.float32)
+    x = inputs(6, mx.float32)
+    expected = module(x)
+    products.choose_products(module)
+    with recording(products, "prepare") as prepared:
+        for shape in ((6,), (6,), (2, 3), (1, 6), (6,)):
+            found = module(x.reshape(*shape, -1))
+            assert found.shape == (*shape, 40)
+            assert mx.allclose(found.reshape(6, -1), expected, atol=1e-5)
+    assert len(prepared) == 3
+
+
+def test_volunteers_try_kernels_on_m5(metal, monkeypatch):
+    monkeypatch.setattr(mx, "device_info", lambda *_: {"architecture": "applegpu_g17s"})
+    monkeypatch.setenv(metal_kernels.UNTRIED, "1")
+    metal.speedup = lambda *_: 2
+    products.choose_products(layer(4, 64, mx.float32))
+    assert metal.launches
+    monkeypatch.setenv(metal_kernels.UNTRIED, "0")
+    assert not metal_kernels.runs_matrix_kernels()
 
 
 def test_chains_of_calls_are_compared():

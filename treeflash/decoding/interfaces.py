@@ -363,6 +363,8 @@ class DeviceReport:
     # Whether each kernel of the backend is used, and why, by kernel and size. What is said of a
     # kernel in use begins with "used".
     kernels: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    # Whole messages, such as a compiler's, about kernels that do not run, by kernel and size.
+    messages: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def free_bytes(self) -> int | None:

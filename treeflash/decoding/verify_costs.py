@@ -351,8 +351,11 @@ def cost_file(backend: Backend, model: str, loaded: LoadConfig, folder: Path) ->
     ]
     # A preloaded BLAS may be many times as fast with several rows.
     variables = map(os.environ.get, ("OMP_NUM_THREADS", "LD_PRELOAD"))
-    machine = platform.node(), platform.processor(), os.cpu_count(), *variables
-    versions = [*(version(name) for name in PACKAGES if find_spec(name)), platform.mac_ver()[0]]
+    macos = platform.mac_ver()[0]
+    # A Mac gets its name from the network that it is in; its chip is the device's name.
+    node = "" if macos else platform.node()
+    machine = node, platform.processor(), os.cpu_count(), *variables
+    versions = [*(version(name) for name in PACKAGES if find_spec(name)), macos]
     # Kernels that are timed at load may win this time and lose the next.
     used = sorted(
         (kernel, size)

@@ -12,24 +12,29 @@ for which MLX writes the signature. `python -m benchmarks.metal_sources` prints 
 from __future__ import annotations
 
 import logging
+import math
+import os
 import re
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import mlx.core as mx
-import numpy as np
 
 from treeflash.config import cache_folder
+from treeflash.errors import first_line
 from treeflash_mlx.metal_kernels.verdicts import KeptVerdicts, Verdict, file_of
 
 MIN_SPEEDUP = 1.15
 MAX_FAMILY = 16
-"""The latest GPU family that kernels are used on, M4's. On M5 (17) none has been tried for minutes,
-and others report kernels that were the fastest there when timed and stalled in generations."""
+"""The latest GPU family on which kernels that multiply matrices are used, M4's. On M5 (17) none has
+been tried for minutes, and others report such kernels that were the fastest there when timed and
+stalled in generations. mlx-lm itself runs kernels like the ones of recurrent layers there."""
+UNTRIED = "TREEFLASH_UNTRIED_KERNELS"
+"""The variable of the environment that lets volunteers use them on later families, too."""
 CALLS = 20
 """Calls of a chain."""
 ROUNDS = 3
@@ -48,17 +53,43 @@ Candidate: TypeAlias = Callable[[mx.array, int], mx.array]
 """An implementation that is timed, as a call of a chain: it gets what the call before returned, and
 the number of the call."""
 
+Errors: TypeAlias = Callable[[str], Mapping[str, float]]
+"""Measures relative errors of a variant of a kernel, by what was computed."""
+
 NOT_TIMED: Mapping[str, Candidate] = {}
 VERDICTS: dict[str, dict[str, str]] = {}
 """What `choose` decided in this process and why, by kernel with its shape, and by size."""
+MESSAGES: dict[str, str] = {}
+"""Whole messages of MLX and of Apple's compiler about kernels that did not run, by kernel with its
+shape, size and variant."""
+MIN_ELEMENTS = 8
+"""MLX passes arrays with fewer elements in another address space, which makes another kernel."""
 
 
-def uses_kernels() -> bool:
-    """Return whether kernels may be used on the default device."""
-    if not mx.metal.is_available() or mx.default_device().type != mx.gpu:
+def runs_kernels() -> bool:
+    """Return whether the default device runs Metal kernels."""
+    return bool(mx.metal.is_available() and mx.default_device().type == mx.gpu)
+
+
+def runs_matrix_kernels() -> bool:
+    """Return whether kernels that multiply matrices may be used on the default device."""
+    if not runs_kernels():
         return False
     family = re.fullmatch(r"applegpu_g(\d+)\w*", str(mx.device_info().get("architecture")))
-    return family is not None and int(family[1]) <= MAX_FAMILY
+    tried = family is not None and int(family[1]) <= MAX_FAMILY
+    return tried or os.environ.get(UNTRIED, "") not in ("", "0")
+
+
+def padded(x: mx.array) -> mx.array:
+    """Return a small array with zeros after its elements, so that all sizes run one kernel.
+
+    Only its first axis grows: the elements keep their places.
+    """
+    if x.size >= MIN_ELEMENTS:
+        return x
+    row = x.size // x.shape[0]
+    missing = -(-MIN_ELEMENTS // row) - x.shape[0]
+    return mx.concatenate([x, mx.zeros((missing, *x.shape[1:]), x.dtype)])
 
 
 @cache
@@ -106,7 +137,7 @@ def choose(
     what: str,
     shape: str,
     size: str,
-    errors: Callable[[], Sequence[float]],
+    errors: Errors,
     limit: float,
     kernels: Mapping[str, Candidate] = NOT_TIMED,
     *timed: Any,
@@ -115,14 +146,15 @@ def choose(
 ) -> str | None:
     """Decide whether a kernel is right and the fastest on this device; note it in `VERDICTS`.
 
-    A kernel that is wrong or does not compile is left out with a warning of one line. A verdict
-    after timing is kept for later processes, which neither check nor time the kernel again.
+    A kernel that is wrong or does not compile is left out with a warning of one line, and so is a
+    variant of it while others go on. A verdict after timing is kept for later processes, which
+    check only the variant that won, and time none.
 
     Args:
         what: computes without the kernel, in the warning.
         shape: of the layers that would use it.
         size: the number of rows, nodes or columns of this decision.
-        errors: of the kernel's results, relative.
+        errors: of the results of a variant, whose name is empty if there is only one.
         limit: of the errors.
         kernels: a call of each variant of the kernel, by its name; a kernel without them is not
             timed.
@@ -135,34 +167,65 @@ def choose(
     """
     verdicts, kept = VERDICTS.setdefault(f"{what}, {shape}", {}), kept_verdicts()
     name = repr((what, key, size))
+    names: Iterable[str] = kernels or ("",)
     if (verdict := kept.find(name)) is not None:
+        names = () if verdict.winner is None else (verdict.winner,)
+    elif kernels and kept.path is not None:
+        announce_timing()
+    reasons: dict[str, str] = {}  # why variants are left out
+    gains: dict[str, float] = {}
+    worst = 0.0
+    for variant in names:
+        try:
+            case, error = largest(errors(variant))
+            if not error <= limit:
+                reasons[variant] = f"its relative error is {error:.1e}{case and f' ({case})'}"
+                continue
+            if kernels and verdict is None:
+                gains[variant] = speedup(kernels[variant], *timed)
+            worst = max(worst, error)
+        except (RuntimeError, ValueError) as failure:
+            reasons[variant] = reason_of(failure)
+            MESSAGES[", ".join(filter(None, (what, shape, size, variant)))] = str(failure)
+    if verdict is not None and not reasons:
         verdicts[size] = f"{verdict.text}, timed on {verdict.day}"
         return verdict.winner
-    if kernels and kept.path is not None:
-        announce_timing()
-    try:
-        found = float(np.max(errors()))  # `max` may pass over NaN
-        if found <= limit:
-            gains = {name: speedup(kernel, *timed) for name, kernel in kernels.items()}
-            fastest = max(gains, key=gains.__getitem__, default="")
-            used = gains.get(fastest, MIN_SPEEDUP) >= MIN_SPEEDUP
-            text = ("" if used else "not ") + "used"
-            if gains:
-                text += f", {gains[fastest]:.2f} times as fast as MLX's operation"
-            if len(gains) > 1:
-                text += f" with {fastest}"
-            if tells_bits:
-                text += f", {'other' if found else 'same'} bits"
-            verdicts[size], winner = text, fastest if used else None
-            if gains:
-                kept.keep(name, Verdict.found_now(winner, text))
-            return winner
-        reason = f"its relative error is {found:.1e}"
-    except (RuntimeError, ValueError) as failure:
-        reason = str(failure).partition("\n")[0]
-    verdicts[size] = f"not used, {reason}"
-    warnings.warn(f"{what} run without their Metal kernel: {reason}", stacklevel=3)
-    return None
+    if verdict is not None or len(reasons) == len(kernels or ("",)):
+        variant, reason = next(iter(reasons.items()))
+        reason += variant and f" with {variant}"
+        verdicts[size] = f"not used, {reason}"
+        warnings.warn(f"{what} run without their Metal kernel: {reason}", stacklevel=3)
+        return None
+    for variant, reason in reasons.items():
+        warnings.warn(f"{what} never run with {variant}: {reason}", stacklevel=3)
+    fastest = max(gains, key=gains.__getitem__, default="")
+    winner = fastest if gains.get(fastest, MIN_SPEEDUP) >= MIN_SPEEDUP else None
+    text = "not used" if winner is None else "used"
+    if gains:
+        text += f", {gains[fastest]:.2f} times as fast as MLX's operation"
+    if len(kernels) > 1:
+        text += f" with {fastest}"
+    if tells_bits:
+        text += f", {'other' if worst else 'same'} bits"
+    text += "".join(f"; not with {variant}, {reason}" for variant, reason in reasons.items())
+    verdicts[size] = text
+    if gains:
+        kept.keep(name, Verdict.found_now(winner, text))
+    return winner
+
+
+def largest(errors: Mapping[str, float]) -> tuple[str, float]:
+    """Return the largest error and what has it; NaN is larger than all numbers."""
+    return max(errors.items(), key=lambda item: (math.isnan(item[1]), item[1]))
+
+
+def reason_of(failure: Exception) -> str:
+    """Return the line of a message that says why a kernel does not run: a compiler's first error.
+
+    MLX puts a line of its own before the compiler's message.
+    """
+    lines = (line.strip() for line in str(failure).splitlines())
+    return next((line for line in lines if "error:" in line), first_line(failure))
 
 
 def summary() -> str:
@@ -193,9 +256,10 @@ def speedup(
     calls, rounds = (LONG_CALLS, LONG_ROUNDS) if nbytes >= LONG_BYTES else (CALLS, ROUNDS)
 
     def seconds(candidate: Candidate) -> float:
-        x, started = start, clock()
+        x = start
         for call in range(calls):
             x = candidate(x, call)
+        started = clock()  # in a pass Python builds later layers while the device computes
         mx.eval(x)
         return clock() - started
 

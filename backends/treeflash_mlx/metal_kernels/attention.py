@@ -25,9 +25,9 @@ numbers each, add their parts of the scores in threadgroup memory, and then know
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import mlx.core as mx
@@ -36,7 +36,8 @@ from mlx_lm.models.base import quantized_scaled_dot_product_attention
 from numpy.typing import NDArray
 
 from treeflash.decoding.tree import DraftTree
-from treeflash_mlx.metal_kernels import ROUNDING, choose, make_kernel, relative_error
+from treeflash_mlx.group_attention import attend_by_group, is_unfused
+from treeflash_mlx.metal_kernels import ROUNDING, choose, make_kernel, padded, relative_error
 
 SPANS: Mapping[int, int] = {0: 128, 4096: 512}
 """Positions of a split, by the positions from which on they are used: short contexts would make too
@@ -48,12 +49,13 @@ MAX_NODES = 64
 SHARES = (1, 2, 4)
 SHARE_WIDTH = 128
 """Simdgroups that may share the heads of a row, and the numbers that each has at most."""
-MAX_MERGE_THREADS = 256
+MAX_MERGE_THREADS = 128
 SIMDGROUPS = 4
 BITS, GROUP_SIZES = (4, 8), (32, 64)
 """Quantised keys and values that the kernel reads."""
 TIMED_COLUMNS = (1024, 4096, 16384)
-TIMED_NODES = 12
+TIMED_NODES, FEW_NODES = 12, 6
+"""Nodes of the trees that are timed: MLX has another kernel for few rows."""
 
 # A simdgroup has 8 rows, and computes transposed matrices: 8 keys by 8 rows of scores, and 8 values
 # by 8 rows of outputs. A lane reads 8 neighbours of a key and 4 of a value at once: element 4 i + j
@@ -314,18 +316,35 @@ NO_WINDOW = 1 << 30
 
 
 @dataclass(frozen=True)
+class Launches:
+    """The launches of both kernels for layers of one shape in one pass.
+
+    Attributes:
+        parts: takes the `inputs`, which end with `rows`.
+        rows: what all layers have.
+        merge: takes the `inputs`.
+    """
+
+    parts: Callable[..., Any]
+    rows: Sequence[mx.array]
+    merge: Callable[..., Any]
+
+
+@dataclass(frozen=True)
 class Nodes:
     """The nodes of a pass, as the kernel takes them.
 
     Attributes:
         ancestors: (batch, n) uint64 words, see `ancestor_words`; in exact mode (batch, n, depths)
             int32 nodes on the path to each node, see `path_nodes`, or anything for chains alone.
+            This and the next two arrays are `padded`.
         positions: (batch, n) int32 logical positions of the nodes.
         starts: (batch,) int32 committed positions.
         length: of the longest sequence, with the deepest node.
         depths: of the trees, at most, in exact mode; 0 otherwise.
         branches: whether a tree is not a chain, in exact mode.
         constants: arrays that equal layers share, by what they are made of.
+        launches: of the two kernels for layers of one shape, without the layer's own arrays.
     """
 
     ancestors: mx.array
@@ -335,6 +354,21 @@ class Nodes:
     depths: int = 0
     branches: bool = False
     constants: dict[tuple[float, ...], mx.array] = field(default_factory=dict, repr=False)
+    launches: dict[tuple[Any, ...], Launches] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of_pass(
+        cls,
+        ancestors: mx.array,
+        positions: mx.array,
+        starts: mx.array,
+        length: int,
+        depths: int = 0,
+        branches: bool = False,
+    ) -> Nodes:
+        """Make the nodes from arrays that may be small; `starts` may have another shape."""
+        arrays = padded(ancestors), padded(positions), padded(starts.reshape(-1))
+        return cls(*arrays, length, depths, branches)
 
     def constant(self, *numbers: float) -> mx.array:
         """Return an array of these numbers, int32 or float32, which is made once for a pass."""
@@ -413,47 +447,67 @@ def tree_attention(
         bits: of quantised keys and values.
         dtype: of the outputs; the queries' by default.
     """
-    batch, heads, n, width = q.shape
-    key_heads, shares, exact = k[0].shape[1], shares_of(width), nodes.depths > 0
+    heads, group_size = q.shape[1], k[1].shape[3] if bits else 0
+    key = q.shape, q.dtype, k[0].shape[1], group_size, scale, window, first, bits, dtype
+    if (launches := nodes.launches.get(key)) is None:
+        launches = nodes.launches[key] = _launches(nodes, *key)
+    parts, weights = launches.parts(inputs=[q, *k, *v, *launches.rows])
+    if sinks is None:
+        sinks = nodes.constant(*[-math.inf] * heads)
+    out: mx.array = launches.merge(inputs=[parts, weights, sinks])[0]
+    return out
+
+
+def _launches(
+    nodes: Nodes,
+    shape: Sequence[int],
+    q_dtype: mx.Dtype,
+    key_heads: int,
+    group_size: int,
+    scale: float,
+    window: int | None,
+    first: int,
+    bits: int,
+    dtype: mx.Dtype | None,
+) -> Launches:
+    """Return the launches of both kernels; the arguments are those of `tree_attention`."""
+    batch, heads, n, width = shape
+    shares, exact = shares_of(width), nodes.depths > 0
     span = EXACT_SPAN if exact else span_of(nodes.length - first)
     splits = -(-nodes.length // span) - first // span
     group = heads // key_heads
     step = 8 * -(-group // 8) if nodes.branches else group
     tiles = -(-(step * n) // (8 * SIMDGROUPS // shares))
-    template: dict[str, Any] = {"T": q.dtype, "D": width, "SPAN": span}
+    template: dict[str, Any] = {"T": q_dtype, "D": width, "SPAN": span}
     template |= {"SIMDGROUPS": SIMDGROUPS, "SHARES": shares}
     name, inputs = "attention_parts" + "_exact" * exact + "_shared" * (shares > 1), INPUTS
     if bits:
-        template |= {"BITS": bits, "GROUP": width // k[1].shape[3]}
+        template |= {"BITS": bits, "GROUP": width // group_size}
         name, inputs = f"{name}_quantised", QUANTISED_INPUTS
     inputs = (*inputs, "paths" if exact else "words", *ROWS)
-    # Keys and values are parts of a longer storage, and queries are often transposed.
     text = source(quantised=bits > 0, shared=shares > 1, exact=exact)
-    kernel = make_kernel(name, inputs, ("parts", "weights"), text, copies=False)
     bounds = [NO_WINDOW if window is None else window, first]
     if exact:
         bounds += [nodes.depths, int(nodes.branches)]
     constants = nodes.constant(float(scale)), nodes.constant(*bounds)
-    rows = [nodes.ancestors, nodes.positions, nodes.starts, *constants]
-    parts, weights = kernel(
-        inputs=[q, *k, *v, *rows],
+    parts = partial(
+        # Keys and values are parts of a longer storage, and queries are often transposed.
+        make_kernel(name, inputs, ("parts", "weights"), text, copies=False),
         template=list(template.items()),
         grid=(32 * SIMDGROUPS * tiles, splits, batch * key_heads),
         threadgroup=(32 * SIMDGROUPS, 1, 1),
         output_shapes=[(batch * heads, n, splits, x) for x in (width, 2)],
         output_dtypes=[mx.float32, mx.float32],
     )
-    if sinks is None:
-        sinks = nodes.constant(*[-math.inf] * heads)
-    (out,) = make_kernel("attention_merge", ("parts", "weights", "sinks"), ("out",), MERGE)(
-        inputs=[parts, weights, sinks],
-        template=[("T", dtype or q.dtype)],
+    merge = partial(
+        make_kernel("attention_merge", ("parts", "weights", "sinks"), ("out",), MERGE),
+        template=[("T", dtype or q_dtype)],
         grid=(width, batch * heads * n, 1),
         threadgroup=(min(width, MAX_MERGE_THREADS), 1, 1),
-        output_shapes=[q.shape],
-        output_dtypes=[dtype or q.dtype],
+        output_shapes=[(batch, heads, n, width)],
+        output_dtypes=[dtype or q_dtype],
     )
-    return out
+    return Launches(parts, [nodes.ancestors, nodes.positions, nodes.starts, *constants], merge)
 
 
 def runs_shape(head_dim: int) -> bool:
@@ -480,22 +534,26 @@ class Shape:
     group_size: int = 0
 
 
-@lru_cache(64)
-def winning_columns(shape: Shape) -> float:
+@lru_cache(128)
+def winning_columns(shape: Shape, *, few: bool = False) -> float:
     """Return from how many columns on the kernel wins on this device; infinite if it never does.
 
-    It is decided at load, when a pass over a tree is first built, and once in a process.
+    It is decided at load, when a pass over a tree is first built, and once in a process. For `few`
+    nodes, at most `group_attention.FEW_ROWS`, the kernel has another rival.
     """
+    nodes = FEW_NODES if few else TIMED_NODES
 
     @cache
-    def errors() -> list[float]:
-        found: list[float] = []
+    def errors(_: str) -> dict[str, float]:
+        found: dict[str, float] = {}
         for least, span in SPANS.items():
             # Two splits of committed positions after those that make splits so long, and a third
             # that begins between the depths of the tree.
-            checked = _Benchmark(shape, least + 2 * span - 2 + TIMED_NODES)
+            columns = least + 2 * span - 2 + nodes
+            checked = _Benchmark(shape, columns, nodes)
             # Windows that begin in the second split, and between the depths of the tree.
-            found += map(checked.error, (None, span // 2 + 3, 2))
+            for window in (None, span // 2 + 3, 2):
+                found[_case(columns, window)] = checked.error(window)
         return found
 
     what = "attention of draft trees"
@@ -503,9 +561,10 @@ def winning_columns(shape: Shape) -> float:
     if shape.bits:
         name += f", keys of {shape.bits} bits"
     for columns in TIMED_COLUMNS:
-        benchmark, limit = _Benchmark(shape, columns), 2 * ROUNDING[shape.dtype]
+        benchmark, limit = _Benchmark(shape, columns, nodes), 2 * ROUNDING[shape.dtype]
         timed = {"": benchmark.by_kernel}, benchmark.by_operation, benchmark.q
-        if choose(what, name, f"{columns} columns", errors, limit, *timed, key=shape) is not None:
+        size = f"{nodes} nodes, {columns} columns"
+        if choose(what, name, size, errors, limit, *timed, key=shape) is not None:
             return columns
     return math.inf
 
@@ -514,25 +573,31 @@ def winning_columns(shape: Shape) -> float:
 def exact_columns(shape: Shape) -> float:
     """Return from how many columns on exact mode uses the kernel: 0, or infinite if it is wrong."""
 
-    def errors() -> list[float]:
-        checked = _Benchmark(shape, 2 * EXACT_SPAN - 2 + TIMED_NODES, exact=True)
-        return [checked.error(window) for window in (None, EXACT_SPAN // 2 + 3, 2)]
+    def errors(_: str) -> dict[str, float]:
+        columns = 2 * EXACT_SPAN - 2 + TIMED_NODES
+        checked = _Benchmark(shape, columns, TIMED_NODES, exact=True)
+        windows = None, EXACT_SPAN // 2 + 3, 2
+        return {_case(columns, window): checked.error(window) for window in windows}
 
     name, limit = f"{shape.heads} heads of {shape.head_dim}", 2 * ROUNDING[shape.dtype]
     found = choose("attention in exact mode", name, "all columns", errors, limit)
     return math.inf if found is None else 0
 
 
+def _case(columns: int, window: int | None) -> str:
+    return f"{columns} columns" + ("" if window is None else f", a window of {window}")
+
+
 class _Benchmark:
     """A tree after committed positions, on which the kernel is compared with the operation."""
 
-    def __init__(self, shape: Shape, columns: int, *, exact: bool = False) -> None:
+    def __init__(self, shape: Shape, columns: int, n: int, *, exact: bool = False) -> None:
         self.tree = DraftTree.from_parents(
-            np.zeros(TIMED_NODES, np.int32), (np.arange(TIMED_NODES, dtype=np.int32) - 1) // 2
+            np.zeros(n, np.int32), (np.arange(n, dtype=np.int32) - 1) // 2
         )
-        self.shape, self.start = shape, columns - TIMED_NODES
+        self.shape, self.start = shape, columns - n
         *keys, key = mx.random.split(mx.random.key(0), 4)
-        sizes = [(shape.heads, TIMED_NODES), *[(shape.key_heads, columns)] * 2]
+        sizes = [(shape.heads, n), *[(shape.key_heads, columns)] * 2]
         self.q, *pair = (
             mx.random.normal((1, *size, shape.head_dim), key=random_key).astype(shape.dtype)
             for size, random_key in zip(sizes, keys, strict=True)
@@ -542,10 +607,10 @@ class _Benchmark:
         self.scale = shape.head_dim**-0.5
         self.sinks = mx.random.normal((shape.heads,), key=key).astype(shape.dtype)
         ancestors = mx.array(self.tree.ancestor_mask())
-        self.mask = mx.concatenate([mx.ones((TIMED_NODES, self.start), mx.bool_), ancestors], 1)
+        self.mask = mx.concatenate([mx.ones((n, self.start), mx.bool_), ancestors], 1)
         depths = int(self.tree.depths.max()) + 1
-        paths = mx.array(path_nodes([self.tree], TIMED_NODES))
-        self.nodes = Nodes(
+        paths = mx.array(path_nodes([self.tree], n))
+        self.nodes = Nodes.of_pass(
             paths if exact else ancestor_words(ancestors[None]),
             mx.array(self.tree.positions(self.start)[None]),
             mx.array([self.start], mx.int32),
@@ -571,8 +636,11 @@ class _Benchmark:
             options = self.scale, mask, self.shape.group_size, self.shape.bits
             copied = 1 * q  # the function changes its queries
             return quantized_scaled_dot_product_attention(copied, k, v, *options)
+        (keys,), (values,) = k, v
+        if sinks is None and is_unfused(q, keys):
+            return attend_by_group(q, keys, values, self.scale, mask)
         return mx.fast.scaled_dot_product_attention(
-            q, *k, *v, scale=self.scale, mask=mask, sinks=sinks
+            q, keys, values, scale=self.scale, mask=mask, sinks=sinks
         )
 
     def error(self, window: int | None) -> float:

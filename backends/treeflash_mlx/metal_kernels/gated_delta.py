@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from treeflash_mlx.metal_kernels import make_kernel
+from treeflash_mlx.metal_kernels import make_kernel, padded
 
 SLOTS = 6
 MAX_KEY_DIM = 256  # for which the slots fill 24 KiB of threadgroup memory
@@ -132,7 +132,8 @@ def run_nodes(
     # MLX keeps one source for each name.
     kind = "by_channel" if steps.g.ndim == 4 else "packed" if packed else "by_head"
     name, inputs = f"gated_delta_replay_{kind}", list(INPUTS)
-    arrays = [steps.k, steps.v, steps.g, steps.beta, state, order, counts]
+    walk = padded(order), padded(counts)
+    arrays = [steps.k, steps.v, steps.g, steps.beta, state, *walk]
     if q is not None:
         name, inputs, arrays = f"gated_delta_nodes_{kind}", [*INPUTS, "q"], [*arrays, q]
         template["InT"] = q.dtype

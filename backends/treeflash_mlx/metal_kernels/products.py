@@ -12,13 +12,19 @@ matrix on their own row and column. So with one geometry a row has the same bits
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple, TypeAlias
 
 import mlx.core as mx
 from mlx import nn
 
-from treeflash_mlx.metal_kernels import ROUNDING, choose, make_kernel, relative_error, uses_kernels
+from treeflash_mlx.metal_kernels import (
+    ROUNDING,
+    choose,
+    make_kernel,
+    relative_error,
+    runs_matrix_kernels,
+)
 
 TIMED_ROWS: Mapping[int, tuple[int, ...]] = {
     4: (5, 7, 9, 12, 17),
@@ -146,6 +152,8 @@ METHODS: Mapping[type[nn.Module], str] = {
     nn.QuantizedEmbedding: "as_linear",
 }
 """The product of each kind of module; a module with its own product keeps it."""
+Product: TypeAlias = Callable[[mx.array], mx.array]
+"""Multiplies inputs of one shape by the weight of one module."""
 Shape: TypeAlias = tuple[tuple[int, ...], int, int, mx.Dtype]
 """Shape of the weight, bits of a number, numbers of a group, dtype of the inputs."""
 
@@ -209,10 +217,18 @@ def source(*, quantised: bool) -> str:
 
 def multiply(module: Module, x: mx.array, geometry: Geometry) -> mx.array:
     """Multiply (..., inputs) by the weight of a module: (..., outputs), without a bias."""
+    return prepare(module, x, geometry)(x)
+
+
+def prepare(module: Module, x: mx.array, geometry: Geometry) -> Product:
+    """Return the product of a module's weight for inputs of the shape and dtype of `x`.
+
+    What a launch takes besides the inputs is made once: a pass has hundreds of products.
+    """
     weight, width = module.weight, x.shape[-1]
     rows, outputs = x.size // width, weight.shape[0]
     template: dict[str, Any] = {"T": x.dtype, "GROUP": UNQUANTISED_GROUP}
-    name, inputs, arrays = "products", INPUTS, [x.reshape(rows, width), weight]
+    name, inputs, arrays = "products", INPUTS, [weight]
     if isinstance(module, Quantised):
         name, inputs = "products_quantised", QUANTISED_INPUTS
         arrays += [module.scales, module.biases]
@@ -223,15 +239,21 @@ def multiply(module: Module, x: mx.array, geometry: Geometry) -> mx.array:
     template["STEP"] = 64 if two_words else 32
     threads = 32 * geometry.splits
     text = source(quantised=isinstance(module, Quantised))
-    (out,) = make_kernel(name, inputs, ("out",), text)(
-        inputs=arrays,
+    launch = partial(
+        make_kernel(name, inputs, ("out",), text),
         template=list(template.items()),
         grid=(threads * -(-outputs // (8 * geometry.tiles)), -(-rows // (8 * columns)), 1),
         threadgroup=(threads, 1, 1),
-        output_shapes=[(rows, outputs)],
+        output_shapes=[(*x.shape[:-1], outputs)],
         output_dtypes=[x.dtype],
     )
-    return out.reshape(*x.shape[:-1], outputs)
+    is_flat, flat = x.ndim == 2, (rows, width)
+
+    def call(x: mx.array) -> mx.array:
+        out: mx.array = launch(inputs=[x if is_flat else x.reshape(flat), *arrays])[0]
+        return out
+
+    return call
 
 
 def multiply_plainly(module: Module, x: mx.array) -> mx.array:
@@ -251,7 +273,7 @@ def multiply_plainly(module: Module, x: mx.array) -> mx.array:
 
 def choose_products(*models: nn.Module | None) -> None:
     """Let layers of models multiply by the kernel, for the numbers of rows where it wins."""
-    if not uses_kernels():
+    if not runs_matrix_kernels():
         return
     for (_, bits, _, dtype), modules in _by_shape(*models).items():
         timed = TIMED_ROWS[bits]
@@ -274,8 +296,9 @@ def use_everywhere(model: nn.Module) -> None:
         first = modules[0]
         x = _inputs(first, 8 * MAX_COLUMNS + 1)
 
-        def errors(first: Module = first, x: mx.array = x) -> list[float]:
-            return [relative_error(multiply(first, x, EXACT_GEOMETRY), multiply_plainly(first, x))]
+        def errors(_: str, first: Module = first, x: mx.array = x) -> dict[str, float]:
+            found = multiply(first, x, EXACT_GEOMETRY)
+            return {"": relative_error(found, multiply_plainly(first, x))}
 
         name = f"{outputs} x {x.shape[1]} in {bits} bits"
         if choose("products in exact mode", name, "all rows", errors, ROUNDING[dtype]) is None:
@@ -305,14 +328,12 @@ def _inputs(module: Module, rows: int) -> mx.array:
 
 
 def fastest(layers: Sequence[Module], rows: int) -> Geometry | None:
-    """Return the kernel's fastest geometry for layers of one shape; None if MLX's operation wins.
-
-    The kernel is right in all of them, or it is not used.
-    """
+    """Return the fastest geometry for layers of one shape; None if MLX's operation wins."""
     first, shape = layers[0], shape_of(layers[0])
     assert shape is not None
     (outputs, _), bits, _, _ = shape
-    x, candidates = _inputs(first, rows), geometries(outputs, rows)
+    x = _inputs(first, rows)
+    candidates = {str(each): each for each in geometries(outputs, rows)}
 
     def candidate(product: Callable[[Module, mx.array], mx.array]) -> Callable[..., mx.array]:
         # Each call waits for the one before, and its input stays finite.
@@ -321,9 +342,9 @@ def fastest(layers: Sequence[Module], rows: int) -> Geometry | None:
     def kernel(geometry: Geometry) -> Callable[[Module, mx.array], mx.array]:
         return lambda module, y: multiply(module, y, geometry)
 
-    def errors() -> list[float]:
-        expected = multiply_plainly(first, x)
-        return [relative_error(multiply(first, x, each), expected) for each in candidates]
+    def errors(name: str) -> dict[str, float]:
+        found = multiply(first, x, candidates[name])
+        return {"": relative_error(found, multiply_plainly(first, x))}
 
     winner = choose(
         "products of few rows",
@@ -331,13 +352,13 @@ def fastest(layers: Sequence[Module], rows: int) -> Geometry | None:
         f"{rows} rows",
         errors,
         ROUNDING[x.dtype],
-        {str(each): candidate(kernel(each)) for each in candidates},
+        {name: candidate(kernel(each)) for name, each in candidates.items()},
         candidate(multiply_plainly),
         x,
         first.weight.nbytes,
         key=shape,
     )
-    return next((each for each in candidates if str(each) == winner), None)
+    return None if winner is None else candidates[winner]
 
 
 def _use_kernel(
@@ -353,12 +374,18 @@ def _use_kernel(
     cls, name = type(module), method_of(module)
     assert name is not None
     plain = getattr(cls, name)
+    prepared: dict[tuple[int, ...], Product | None] = {}
 
     def call(self: Any, x: mx.array) -> mx.array:
-        geometry = geometry_of(x.size // x.shape[-1])
-        if geometry is None or x.dtype != dtype:
+        if x.dtype != dtype:
             return plain(self, x)
-        out = multiply(self, x, geometry)
+        shape = x.shape
+        if shape not in prepared:
+            geometry = geometry_of(x.size // shape[-1])
+            prepared[shape] = None if geometry is None else prepare(self, x, geometry)
+        if (product := prepared[shape]) is None:
+            return plain(self, x)
+        out = product(x)
         return out + self["bias"] if "bias" in self else out
 
     module.__class__ = type(cls.__name__, (cls,), {name: call})

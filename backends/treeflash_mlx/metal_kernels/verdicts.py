@@ -1,8 +1,8 @@
 """Which kernels were the fastest when timed, kept from one process to the next.
 
-Timing takes seconds on a small Mac, and finds the same until something changes: the machine, its
+Timing takes seconds on a small Mac, and finds the same until something changes: the chip, its
 macOS, MLX, or the kernels. A file has the verdicts of one such combination. A kernel that was wrong
-or did not compile is tried again by every process.
+or did not compile is tried again by every process, and one that won is checked again.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ class KeptVerdicts:
 def file_of(folder: Path, sources: Iterable[Path]) -> Path:
     """Return the file for this machine, its versions, and kernels in these source files."""
     info = mx.device_info()
-    parts = [platform.node(), platform.mac_ver()[0], *(str(info.get(fact)) for fact in FACTS)]
+    # Not the machine's name, which a Mac gets from the network that it is in.
+    parts = [platform.mac_ver()[0], *(str(info.get(fact)) for fact in FACTS)]
     parts += [version(name) for name in ("mlx", "mlx-lm")]
     digest = hashlib.sha256(json.dumps(parts).encode())
     for path in sources:

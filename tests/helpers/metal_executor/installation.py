@@ -52,6 +52,7 @@ def install(
     patch.setattr(mx.fast, "metal_kernel", executor.metal_kernel)
     patch.setattr(metal_kernels, "speedup", lambda *timed: executor.speedup(*timed))
     patch.setattr(metal_kernels, "VERDICTS", {})
+    patch.setattr(metal_kernels, "MESSAGES", {})
     patch.setattr(metal_kernels, "kept_verdicts", lambda: KeptVerdicts(None))
     executor.max_threads = MAX_THREADS
     hybrid.delta_kernel_wins.cache_clear()
