@@ -14,10 +14,13 @@ tokenizing do not count. Every case decodes the first prompt once before anythin
 
 `ratio_to_generate` is the median over prompts of the speed relative to the framework's usual
 `generate` on the same prompt: transformers for PyTorch, mlx-lm for MLX, and plain decoding for
-llama.cpp. `equal` counts the prompts with the same tokens as that baseline. On Linux MLX always
-runs in float32: its other types are slow there. llama.cpp runs the weights of a GGUF file
-(`--gguf`) as they are quantised there, whatever `--dtype` says, and so reads fewer bytes than the
-other systems.
+llama.cpp. `equal` counts the prompts with the same tokens as that baseline: for llama.cpp's own
+drafts, the texts that they leave unchanged. `ratio_to_llama_cpp` compares every system with plain
+decoding of llama.cpp, if it ran, and `tokens_per_processor_s` divides by the time of all threads.
+
+On Linux MLX always runs in float32: its other types are slow there. llama.cpp runs the weights of a
+GGUF file (`--gguf`) as they are quantised there, whatever `--dtype` says, and so may read fewer
+bytes than the other systems.
 """
 
 from __future__ import annotations

@@ -12,6 +12,11 @@ from treeflash.config import Budget
 
 TREE_METHODS = ("ddtree", "treeflash")
 COLUMNS = ("system", "method", "budget", "backend", "dtype")
+FIGURES = (
+    *("tokens_per_s", "tokens_per_processor_s", "block_efficiency"),
+    *("ratio_to_generate", "ratio_to_llama_cpp"),
+)
+"""Columns that have means over sets."""
 Key: TypeAlias = tuple[object, ...]
 """Some columns of a record."""
 
@@ -91,12 +96,12 @@ class Comparison:
     def rows(self) -> list[Row]:
         """Return one row for each case and set, and one for each case's mean over sets.
 
-        `ratio_to_generate` is the median over prompts; `equal` counts the prompts with the same
-        tokens as the baseline. A sequence that ends with its first token has no speed and is left
-        out.
+        Ratios are medians over prompts; `equal` counts the prompts with the same tokens as the
+        baseline. A sequence that ends with its first token has no speed and is left out.
         """
         groups: dict[tuple[Key, str], list[Row]] = {}
         baselines: dict[Key, Row] = {}
+        llama_cpp: dict[Key, Row] = {}
         for record in self.records:
             if not record["tokens"]:
                 continue
@@ -104,28 +109,39 @@ class Comparison:
             groups.setdefault((case, record["set"]), []).append(record)
             if (record["system"], record["method"]) == (BASELINES[record["backend"]], "generate"):
                 baselines[_prompt_key(record)] = record
-        rows = [_set_row(group, baselines) for group in groups.values()]
-        figures = ("tokens_per_s", "block_efficiency", "ratio_to_generate")
+                if record["backend"] == "gguf":
+                    llama_cpp[_prompt_key(record)[1:]] = record
+        rows = [_set_row(group, baselines, llama_cpp) for group in groups.values()]
         cases = dict.fromkeys(case for case, _ in groups)
         columns = [dict(zip(COLUMNS, case, strict=True)) for case in cases]
-        return rows + [mean_row(rows, case, figures) for case in columns]
+        return rows + [mean_row(rows, case, FIGURES) for case in columns]
 
 
 def _prompt_key(record: Row) -> Key:
     return record["backend"], record["set"], record["prompt"]
 
 
-def _set_row(records: Sequence[Row], baselines: dict[Key, Row]) -> Row:
+def _set_row(records: Sequence[Row], baselines: dict[Key, Row], llama_cpp: dict[Key, Row]) -> Row:
     pairs = [(r, baselines[_prompt_key(r)]) for r in records if _prompt_key(r) in baselines]
-    ratios = [_speed(record) / _speed(baseline) for record, baseline in pairs]
+    others = [
+        (r, llama_cpp[_prompt_key(r)[1:]]) for r in records if _prompt_key(r)[1:] in llama_cpp
+    ]
     tokens = sum(record["tokens"] for record in records)
+    spent = [record["processor_seconds"] for record in records]
     return {key: records[0][key] for key in ("set", *COLUMNS)} | {
         "tokens_per_s": tokens / sum(record["seconds"] for record in records),
+        "tokens_per_processor_s": None if None in spent else tokens / sum(spent),
         "block_efficiency": tokens / sum(record["forwards"] for record in records),
-        "ratio_to_generate": median(ratios) if ratios else None,
+        "ratio_to_generate": _median_ratio(pairs),
+        "ratio_to_llama_cpp": _median_ratio(others),
         "equal": sum(record["token_ids"] == base["token_ids"] for record, base in pairs),
         "prompts": len(records),
     }
+
+
+def _median_ratio(pairs: Sequence[tuple[Row, Row]]) -> float | None:
+    ratios = [_speed(record) / _speed(baseline) for record, baseline in pairs]
+    return median(ratios) if ratios else None
 
 
 def _speed(record: Row) -> float:

@@ -81,6 +81,7 @@ def test_llama_cpp_decodes_plainly_and_with_both_kinds_of_drafts(start):
             assert found["tokens"] == 3
             assert found["forwards"] == (3 if method == "generate" else 1)
             assert found["seconds"] > 0
+            assert found["processor_seconds"] > 0
     stopped = peer.ask({"prompt_ids": [5] * 8, "method": "generate", "max_tokens": 4})
     assert stopped["token_ids"] == [8, 9]
 
@@ -92,7 +93,7 @@ def test_its_own_plain_decoding_is_the_baseline(start):
     comparison.run("a", 0, [5, 5], 4)
     rows = [row for row in comparison.rows() if row["set"] == "a"]
     assert [row["method"] for row in rows] == ["generate", "input-lookup"]
-    assert rows[0]["ratio_to_generate"] == 1
+    assert rows[0]["ratio_to_generate"] == rows[0]["ratio_to_llama_cpp"] == 1
     assert all(row["equal"] == 1 for row in rows)
     assert [row["method"] for row in comparison.skipped] == ["assisted"]
 
@@ -124,3 +125,15 @@ def test_nothing_is_installed_unasked(tmp_path, monkeypatch):
     (tmp_path / "llama.cpp" / "installed.txt").write_text(lines)
     run = command(LLAMA, tmp_path, install=False)
     assert run == ["node", str(LLAMA.worker), str(tmp_path / "llama.cpp")]
+
+
+def test_systems_of_any_framework_are_compared_with_llama_cpp():
+    record = {"budget": None, "dtype": "x", "set": "a", "prompt": 0, "tokens": 6, "forwards": 3}
+    record |= {"token_ids": [1, 2], "processor_seconds": 2.0}
+    plain = record | {"system": "llama.cpp", "backend": "gguf", "method": "generate"}
+    ours = record | {"system": "treeflash", "backend": "cuda", "method": "treeflash"}
+    comparison = Comparison()
+    comparison.records = [plain | {"seconds": 2.0}, ours | {"seconds": 0.5}]
+    (row,) = (row for row in comparison.rows() if row["set"] == "a" and row["backend"] == "cuda")
+    assert (row["ratio_to_generate"], row["ratio_to_llama_cpp"]) == (None, 4)
+    assert row["tokens_per_processor_s"] == 3

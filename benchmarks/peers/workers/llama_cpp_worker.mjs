@@ -56,17 +56,25 @@ async function decode({ prompt_ids, method, max_tokens }) {
     sequence.tokenPredictor?.updateInputTokens?.(prompt_ids);
     const before = sequence.tokenPredictions.used;
     const tokenIds = [];
-    let prefilled, last;
+    let prefilled, last, usage;
     for await (const token of sequence.evaluate(prompt_ids, { temperature: 0 })) {
         last = performance.now();
         prefilled ??= last;
+        usage ??= process.cpuUsage();
         tokenIds.push(token);
         if (stopTokens.has(token) || tokenIds.length === max_tokens) break;
     }
     const tokens = tokenIds.length - 1;
     const accepted = sequence.tokenPredictions.used - before;
     const seconds = (last - prefilled) / 1000;
-    return { token_ids: tokenIds, tokens, forwards: tokens - accepted, seconds };
+    const { user, system } = process.cpuUsage(usage);
+    return {
+        token_ids: tokenIds,
+        tokens,
+        forwards: tokens - accepted,
+        seconds,
+        processor_seconds: (user + system) / 1e6,
+    };
 }
 
 for await (const line of createInterface({ input: process.stdin })) {

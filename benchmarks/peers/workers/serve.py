@@ -58,13 +58,26 @@ def describe(
     }
 
 
-def answer(token_ids: list[int], tokens: int, forwards: int, seconds: float) -> Answer:
+def answer(
+    token_ids: list[int],
+    tokens: int,
+    forwards: int,
+    seconds: float,
+    processor_seconds: float | None = None,
+) -> Answer:
     """Answer a prompt.
 
     Args:
         token_ids: all new tokens.
         tokens: number of new tokens, without the prefill's.
         forwards: target forward passes after the prefill.
-        seconds: from the end of the prefill to the last token.
+        seconds: wall time from the end of the prefill to the last token.
+        processor_seconds: time of all threads in between; None if it was not measured.
     """
-    return {"token_ids": token_ids, "tokens": tokens, "forwards": forwards, "seconds": seconds}
+    return {
+        "token_ids": token_ids,
+        "tokens": tokens,
+        "forwards": forwards,
+        "seconds": seconds,
+        "processor_seconds": processor_seconds,
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from serve import answer, describe, serve
@@ -27,9 +28,13 @@ def load(setup: dict[str, Any]) -> tuple[dict, Any]:
 
     def decode(prompt_ids: list[int], method: Any, budget: Any, max_tokens: int) -> dict:
         options = {} if budget is None else {"budget": budget}
-        result = model.generate(prompt_ids, method=method, max_tokens=max_tokens, **options)
+        stream = model.stream(prompt_ids, method=method, max_tokens=max_tokens, **options)
+        next(stream)  # the token of the prefill
+        start = time.process_time()
+        result = stream.run()
+        spent = time.process_time() - start
         lengths = result.accepted_lengths
-        return answer(result.token_ids, sum(lengths), len(lengths), result.decode_s)
+        return answer(result.token_ids, sum(lengths), len(lengths), result.decode_s, spent)
 
     device = "cpu" if backend.device == "cpu" else backend.device_name
     return describe(methods, device, backend.dtype, PACKAGES[name]), decode
