@@ -107,6 +107,8 @@ def assert_identical(pair, prompt, config):
     assert max(len(step.tokens) for step in steps) > 1
 
 
+# Their tokens are compared in every run.
+@pytest.mark.nightly
 def test_logits_of_the_same_folder_are_close(pair):
     cuda, mlx, tokenizer = pair
     prompt_ids = tokenizer.chat([{"role": "user", "content": PROMPTS[0]}])

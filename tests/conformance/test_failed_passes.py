@@ -21,6 +21,7 @@ from treeflash.testing.comparisons import (
     random_tree,
 )
 from treeflash.testing.models import write_pair
+from treeflash.testing.pairs import each_value
 
 require("torch")
 require("mlx_lm")
@@ -36,28 +37,19 @@ VOCAB = 40
 PARTS = ["forward", "sample", "project"]
 
 
-@pytest.fixture(scope="module", params=MODULES)
-def name(request):
-    return request.param
-
-
-@pytest.fixture(scope="module", params=["qwen3", *HYBRID_FAMILIES])
-def backend(request, name, tmp_path_factory):
+@pytest.fixture(
+    scope="module", params=each_value(MODULES, ["qwen3", *HYBRID_FAMILIES]), ids="-".join
+)
+def backend(request, tmp_path_factory):
     """A pair that runs prompts in chunks of a few tokens, the first of which are committed."""
-    folder = tmp_path_factory.mktemp(request.param)
-    folders = write_pair(folder, request.param, vocab_size=VOCAB)
+    name, family = request.param
+    folders = write_pair(tmp_path_factory.mktemp(family), family, vocab_size=VOCAB)
     backend = loader(name)(*folders, LoadConfig(device="cpu"))
     if name == "cuda":
         backend.verifier.first_chunk, backend.verifier.next_chunk = 4, 3
     else:
         backend.verifier.chunk = 4
     return backend
-
-
-@pytest.fixture
-def verifier(name):
-    """The module of the backend's verifier."""
-    return MODULES[name]
 
 
 def started(backend):
@@ -79,11 +71,11 @@ def started(backend):
     return sequences, work
 
 
-def fail_at(monkeypatch, backend, verifier, part, number):
+def fail_at(monkeypatch, backend, part, number):
     """Let the numbered call of a part fail; returns the calls so far."""
     holder, name = {
         "forward": (backend.target, "forward"),
-        "sample": (verifier, "sample"),
+        "sample": (MODULES[backend.name], "sample"),
         "project": (backend.drafter_model, "project"),
         "embed": (backend.drafter and backend.drafter.output, "embed"),
         "submit": SUBMIT[backend.name],
@@ -101,12 +93,12 @@ def fail_at(monkeypatch, backend, verifier, part, number):
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_a_call_that_fails_anywhere_can_be_repeated(backend, verifier, monkeypatch, part):
+def test_a_call_that_fails_anywhere_can_be_repeated(backend, monkeypatch, part):
     sequences, work = started(backend)
     backend.verifier.run(work)
     with monkeypatch.context() as patch:
         fresh, again = started(backend)
-        calls = fail_at(patch, backend, verifier, part, -1)
+        calls = fail_at(patch, backend, part, -1)
         expected = backend.verifier.run(again)
     total = len(calls)
     assert total >= (1 if part == "sample" else 3), "chunks are run one by one"
@@ -114,7 +106,7 @@ def test_a_call_that_fails_anywhere_can_be_repeated(backend, verifier, monkeypat
         sequences, work = started(backend)
         untouched, _ = started(backend)
         with monkeypatch.context() as patch:
-            fail_at(patch, backend, verifier, part, number)
+            fail_at(patch, backend, part, number)
             with pytest.raises(RuntimeError, match="planted"):
                 backend.verifier.run(work)
         for mine, before in zip(sequences, untouched, strict=True):
@@ -136,7 +128,7 @@ def test_a_call_that_fails_anywhere_can_be_repeated(backend, verifier, monkeypat
 
 
 @pytest.mark.parametrize("part", ["project", "submit"])
-def test_a_commit_that_fails_can_be_repeated(backend, verifier, monkeypatch, part):
+def test_a_commit_that_fails_can_be_repeated(backend, monkeypatch, part):
     def verified():
         sequences, _ = started(backend)
         tree = random_tree(np.random.default_rng(6), 7, 5, VOCAB)
@@ -147,7 +139,7 @@ def test_a_commit_that_fails_can_be_repeated(backend, verifier, monkeypatch, par
     paths, untouched, expected = verified(), verified(), verified()
     backend.verifier.commit(expected)
     with monkeypatch.context() as patch:
-        fail_at(patch, backend, verifier, part, 0)
+        fail_at(patch, backend, part, 0)
         with pytest.raises(RuntimeError, match="planted"):
             backend.verifier.commit(paths)
     for (mine, _), (before, _) in zip(paths, untouched, strict=True):
@@ -166,7 +158,8 @@ WRITERS = {
 
 
 @pytest.mark.parametrize("kind", WRITERS)
-def test_a_draft_that_fails_can_be_repeated(name, verifier, monkeypatch, tmp_path, kind):
+@pytest.mark.parametrize("name", MODULES)
+def test_a_draft_that_fails_can_be_repeated(monkeypatch, tmp_path, name, kind):
     """Long prompts are read in several chunks, and the second may fail after the first."""
     backend = loader(name)(*WRITERS[kind](tmp_path), LoadConfig(device="cpu", dtype="float32"))
     if kind != "block":
@@ -185,14 +178,14 @@ def test_a_draft_that_fails_can_be_repeated(name, verifier, monkeypatch, tmp_pat
         return backend.head.log_probs(block, np.array([3, 5, 2], np.int32))
 
     with monkeypatch.context() as patch:
-        calls = fail_at(patch, backend, verifier, "embed", -1)
+        calls = fail_at(patch, backend, "embed", -1)
         blocks = backend.drafter.draft(prompted())
     assert len(calls) >= (1 if kind == "block" else 3)
     expected = [log_probs(block) for block in blocks]
     for number in range(len(calls)):
         roots = prompted()
         with monkeypatch.context() as patch:
-            fail_at(patch, backend, verifier, "embed", number)
+            fail_at(patch, backend, "embed", number)
             with pytest.raises(RuntimeError, match="planted"):
                 backend.drafter.draft(roots)
         assert [state.read_length for state, _ in roots] == [0, 0]

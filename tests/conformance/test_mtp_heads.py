@@ -43,7 +43,7 @@ from treeflash.registry import loader
 from treeflash.testing import comparisons
 from treeflash.testing.comparisons import generate, steps_of, tokens_of
 from treeflash.testing.models import edit_config
-from treeflash.testing.pairs import pairwise
+from treeflash.testing.pairs import each_value, pairwise
 from treeflash.testing.states import check_storage
 
 NEWER = ("deepspec-eagle3", "eagle3-window", "qwen3_5-mtp-quantised", "speculators-mtp")
@@ -389,7 +389,7 @@ def test_stored_states_continue_bit_for_bit(
 
 
 @pytest.mark.parametrize(
-    ("backend", "kind", "temperature"), pairwise(BACKENDS, SETTINGS, (0.0, 1.0))
+    ("backend", "kind", "temperature"), each_value(BACKENDS, SETTINGS, (0.0, 1.0))
 )
 def test_texts_equal_plain_decoding(
     backend: str, kind: str, temperature: float, load_pair: LoadPair

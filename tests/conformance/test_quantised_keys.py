@@ -21,7 +21,7 @@ from treeflash.testing.comparisons import (
     random_tree,
 )
 from treeflash.testing.models import write_pair
-from treeflash.testing.pairs import two_samplings
+from treeflash.testing.pairs import each_value, two_samplings
 
 PACKAGES = {"cuda": "torch", "cuda on a GPU": "torch", "mlx": "mlx_lm"}
 """The package that each backend needs. On a GPU attention is in parts: see `load_with_parts`."""
@@ -30,17 +30,13 @@ FAMILIES = "qwen3", "mistral", "qwen3_5"
 VOCAB = 40
 
 
-@pytest.fixture(scope="module", params=PACKAGES)
-def name(request):
-    require(PACKAGES[request.param])
-    return request.param
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def backends(request, name, tmp_path_factory):
+@pytest.fixture(scope="module", params=each_value(PACKAGES, FAMILIES), ids="-".join)
+def backends(request, tmp_path_factory):
     """A pair with floats, and with 8 bits; MLX quantises heads whose width is a multiple of 32."""
+    name, family = request.param
+    require(PACKAGES[name])
     folder = tmp_path_factory.mktemp("pair")
-    folders = write_pair(folder, request.param, vocab_size=VOCAB, hidden_size=128)
+    folders = write_pair(folder, family, vocab_size=VOCAB, hidden_size=128)
 
     def load(bits):
         if name == "cuda on a GPU":

@@ -110,6 +110,8 @@ def problems(diagnosis):
     return {finding.check: finding.message for finding in diagnosis.findings if not finding.ok}
 
 
+# `test_command_line` examines the same pair.
+@pytest.mark.nightly
 def test_a_sound_pair(diagnosis):
     found = diagnosis(count=6)
     assert problems(found) == {}
@@ -124,6 +126,8 @@ def test_layers_off_by_one(diagnosis, drafter):
     assert found["target layers"].startswith("target_layer_ids [1, 3]: the target's tokens are")
 
 
+# Likewise.
+@pytest.mark.nightly
 def test_mask_token(diagnosis, drafter):
     edit_config(drafter, lambda config: config["dflash_config"].update(mask_token_id=0))
     found = problems(diagnosis())
@@ -131,6 +135,8 @@ def test_mask_token(diagnosis, drafter):
     assert found["mask token"].startswith("mask_token_id 2 (<|stop|>): the target's tokens are")
 
 
+# The checks themselves are tested in `tests/core/diagnosis`.
+@pytest.mark.nightly
 def test_chat_template(diagnosis):
     found = problems(diagnosis(Prompting(raw=True)))
     assert found["prompting"].startswith("with the chat template, thinking")
@@ -166,11 +172,15 @@ class Collapsing(Wrapped):
         return np.concatenate([rows[:3], np.roll(rows[3:], 7, axis=1)])
 
 
+# Likewise.
+@pytest.mark.nightly
 def test_block_offset(diagnosis):
     found = problems(diagnosis(wrap=Late))
     assert "row i of the block taken for depth i - 1" in found["block offset"]
 
 
+# Likewise.
+@pytest.mark.nightly
 def test_depths_that_collapse(diagnosis):
     found = problems(diagnosis(wrap=Collapsing))
     assert found.keys() == {"depths"}

@@ -304,7 +304,11 @@ def test_a_kernel_whose_prompts_have_other_bits_is_refused(monkeypatch):
             exact.use_kernel_for_products(nn.Sequential(nn.Linear(16, 8)))
 
 
-def test_kernels_are_exact(tmp_path, monkeypatch):
+# The kernels pass in the interpreter, which takes long; each kernel's own tests compare bits, too.
+@pytest.mark.parametrize(
+    "case", [pytest.param("kernels", marks=pytest.mark.nightly), "PyTorch", "a kernel is missing"]
+)
+def test_kernels_are_exact(tmp_path, monkeypatch, case):
     """What a GPU runs in exact mode passes the check at load, in Triton's interpreter."""
     require("triton")
     import triton_interpreter  # noqa: F401 - repairs it
@@ -323,19 +327,17 @@ def test_kernels_are_exact(tmp_path, monkeypatch):
     monkeypatch.setattr("treeflash.decoding.probe.EXACT_NODES", 8)
     monkeypatch.setattr(exact, "CHECKED_ROWS", (1, 2, 17))
     monkeypatch.setattr(exact, "CHECKED_REPEATS", 17)
-    for operations, dtype, message in (
-        (kernels, "bfloat16", None),
-        (Operations(), "float32", r"exact mode is not possible .* changes its logits"),
-        (fallback, "bfloat16", "tree_attention runs in PyTorch: ptxas is missing"),
-    ):
-        monkeypatch.setattr(
-            "treeflash_cuda.backend.load_target_operations", lambda _, x=operations: x
-        )
-        if message is None:
-            assert load_exact(tmp_path, dtype).inexact is None
-        else:
-            with pytest.raises(UnsupportedModelError, match=message):
-                load_exact(tmp_path, dtype)
+    operations, dtype, message = {
+        "kernels": (kernels, "bfloat16", None),
+        "PyTorch": (Operations(), "float32", r"exact mode is not possible .* changes its logits"),
+        "a kernel is missing": (fallback, "bfloat16", "in PyTorch: ptxas is missing"),
+    }[case]
+    monkeypatch.setattr("treeflash_cuda.backend.load_target_operations", lambda _: operations)
+    if message is None:
+        assert load_exact(tmp_path, dtype).inexact is None
+    else:
+        with pytest.raises(UnsupportedModelError, match=message):
+            load_exact(tmp_path, dtype)
 
 
 def test_a_rotation_of_prompts_that_differs_from_that_of_trees_is_found(tmp_path, monkeypatch):

@@ -53,7 +53,7 @@ def folders(tmp_path_factory):
     """Pairs by family of the target."""
     folder = tmp_path_factory.mktemp("pairs")
     for family in (*FAMILIES, *HYBRID_FAMILIES):
-        write_target(folder / family, family, seed=1, vocab_size=40)
+        write_target(folder / family, family, seed=1, vocab_size=40, layers=3)
         window = 4 if family == "mistral" else None
         write_drafter(folder / f"{family}-drafter", folder / family, seed=2, sliding_window=window)
     return {x.name: (x, folder / f"{x.name}-drafter") for x in folder.iterdir()}
@@ -141,14 +141,14 @@ def test_layers_on_two_devices(cuda, folders, family, dtype, bits, monkeypatch):
     config = LoadConfig(dtype=dtype, device_map="auto", kv_bits=bits)
     backend = load(*folders[family], config)
     target = backend.target
-    assert target.spans == [(DEVICE, 2), (SECOND, 2)]
+    assert target.spans == [(DEVICE, 2), (SECOND, 1)]
     assert backend.device == "cuda:0"
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", {DEVICE: 3, SECOND: 4}.get)
     assert backend.memory_bytes() == 7
     states = started(backend, 3)
     parts = states[0].kv_cache.region.parts
-    assert [(x.device, len(x)) for x in parts] == [(DEVICE, 2), (SECOND, 2)]
-    assert states[0].read_kv_cache().shape[:2] == (4, 2)
+    assert [(x.device, len(x)) for x in parts] == [(DEVICE, 2), (SECOND, 1)]
+    assert states[0].read_kv_cache().shape[:2] == (3, 2)
     for texts in (states, states[:1]):
         blocks = backend.drafter.draft([(state, 1) for state in texts])
         backend.head.transitions(blocks, OPTIONS)

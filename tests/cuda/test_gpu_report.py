@@ -65,6 +65,8 @@ def test_a_machine_without_a_gpu_is_told_why(module, tmp_path, see_gpus, capsys)
     assert why in capsys.readouterr().err
 
 
+# Texts of six pairs by every method. `test_a_wrong_text` compares those of one.
+@pytest.mark.nightly
 def test_texts_that_agree_are_no_problem(run):
     part = run("texts")
     assert not part.error
@@ -98,6 +100,8 @@ def test_without_graphs_every_function_is_a_problem(run):
         assert f"{name} never ran from a CUDA graph (bfloat16)" in part.problems
 
 
+# Six sizes of batches; `test_every_text_is_decoded_in_every_measured_iteration` has one.
+@pytest.mark.nightly
 def test_iterations_have_rows_for_each_number_of_texts_beside_plain_decoding(run):
     part = run("iterations")
     assert not part.error

@@ -34,6 +34,7 @@ from treeflash_cuda.triton_kernels import (
 
 from treeflash.decoding.tree import DraftTree
 from treeflash.testing.comparisons import path_to, random_tree
+from treeflash.testing.pairs import each_value
 
 CPU = torch.device("cpu")
 KERNELS = Operations(
@@ -73,8 +74,8 @@ def unwritten_memory_is_wrong():
     torch.use_deterministic_algorithms(False)
 
 
-def all_in_float32(cases, in_each):
-    """Cases in float32, one of them in each type; the others are nightly."""
+def all_in_float32(cases, in_each=None):
+    """Cases in float32, one of them in each type if one is named; the others are nightly."""
     return [
         pytest.param(
             case,
@@ -156,7 +157,7 @@ LOADED = {
 }
 
 
-@pytest.mark.parametrize(("shapes", "dtype"), all_in_float32(LOADED, "plain"))
+@pytest.mark.parametrize(("shapes", "dtype"), all_in_float32(LOADED))
 def test_all_kernels_pass_the_check_at_load(shapes, dtype, monkeypatch):
     monkeypatch.setattr(operations, "SAMPLES", 3)
     found = checked(KERNELS, shapes, CPU, dtype)
@@ -220,8 +221,7 @@ PARTS = 2 * products.MIN_STEPS * products.DEPTH, 100
 """Terms of a sum: in several parts, and in one whose last terms are fewer than the others."""
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size", PARTS)
+@pytest.mark.parametrize(("size", "dtype"), each_value(PARTS, DTYPES), ids=str)
 def test_products(size, dtype):
     """Rows do not depend on their number or place, and PyTorch computes the same numbers."""
     numbers = RandomInputs(CPU, dtype)

@@ -52,6 +52,8 @@ def test_the_target_is_measured(module, mac):
     assert all(row["tokens_per_s"] > 0 for row in part.tables["methods"])
 
 
+# Every part of the report, in which most is what the next tests measure.
+@pytest.mark.nightly
 def test_a_report_goes_on_after_a_part_that_fails(
     module, pair, tmp_path, in_this_process, monkeypatch, capsys
 ):
@@ -136,6 +138,8 @@ def test_a_report_measures_what_a_pair_without_a_block_drafter_can_do(module, tm
         assert len(model.generate([3, 4, 5], method=method, max_tokens=4).token_ids) > 0
 
 
+# All kernels are written and compiled in `test_metal_compilation.py`.
+@pytest.mark.nightly
 def test_metal_sources(module, tmp_path, monkeypatch, capsys):
     """One file for each instantiation, as MLX writes it."""
     sources = module("metal_sources")

@@ -50,7 +50,9 @@ def test_a_block_drafter_sees_the_last_positions_by_default(tmp_path, window, se
     assert load(target, drafter, LoadConfig(draft_window=window)).drafter.window == seen
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])
+@pytest.mark.parametrize(
+    "sampling", [GREEDY, pytest.param(SEEDED, marks=pytest.mark.nightly)], ids=["greedy", "seeded"]
+)
 def test_every_method_equals_plain_decoding(families, tmp_path, sampling):
     """On a target with sliding windows, in a text of many windows."""
     target, drafter = tmp_path / "target", tmp_path / "drafter"

@@ -90,7 +90,15 @@ def test_attention_is_checked_whatever_the_number_of_heads_is_called(
     assert any("attention" in name for name in names) == attends
 
 
-@pytest.mark.parametrize("family", ["afm7", "gear", "gemma3n", "iquestloopcoder"])
+# The last two have the most layers and operations.
+@pytest.mark.parametrize(
+    "family",
+    [
+        *(pytest.param(x, marks=pytest.mark.nightly) for x in ("afm7", "iquestloopcoder")),
+        "gear",
+        "gemma3n",
+    ],
+)
 def test_targets_may_have_fused_products_states_and_shared_keys(families, tmp_path, family):
     families.write(tmp_path, family)
     backend = load(tmp_path, None, LoadConfig(dtype="bfloat16", exact=True))

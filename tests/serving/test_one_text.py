@@ -19,6 +19,7 @@ from treeflash.decoding.adaptive_budget import AdaptiveBudgets
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.decoding.verify_costs import SIZES, VerifyCosts
 from treeflash.language_model import LanguageModel
+from treeflash.testing.pairs import each_value
 from treeflash.text.tokenizer import Tokenizer
 
 BEGIN, NOTE, OPEN, CLOSE = "<|begin|>", "<|note|>", "<think>", "</think>"
@@ -61,13 +62,19 @@ class Writer(FakeBackend):
         return TransitionTable.from_marginals(tokens[:, :k], log_probs[:, :k])
 
 
-@pytest.fixture(scope="module", params=BUILDERS)
-def model(request, tmp_path_factory) -> LanguageModel:
-    raw = BUILDERS[request.param]()
+@pytest.fixture(scope="module", params=each_value(BUILDERS, DECODING), ids="-".join)
+def case(request) -> tuple[str, str]:
+    """A kind of tokenizer, and a way of decoding."""
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model(case, tmp_path_factory) -> LanguageModel:
+    raw = BUILDERS[case[0]]()
     raw.add_special_tokens(SPECIAL)
     raw.add_tokens([AddedToken(END, normalized=False)])
     folder = save_folder(
-        tmp_path_factory.mktemp(request.param),
+        tmp_path_factory.mktemp(case[0]),
         raw,
         eos_token="<unk>",
         chat_template=TEMPLATE,
@@ -81,9 +88,9 @@ def model(request, tmp_path_factory) -> LanguageModel:
     return LanguageModel(writer, tokenizer, adaptive_budgets=budgets)
 
 
-@pytest.fixture(scope="module", params=DECODING)
-def decoding(request) -> dict[str, Any]:
-    return DECODING[request.param]
+@pytest.fixture(scope="module")
+def decoding(case) -> dict[str, Any]:
+    return DECODING[case[1]]
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import httpx
 import pytest
 from failures import failing
 from pydantic import TypeAdapter, ValidationError
-from servers import NAME
+from servers import NAME, serving
 from tool_models import COLOUR
 
 from treeflash.serving.errors import SERVER_FAILED, APIError
@@ -157,7 +157,7 @@ def test_details_of_the_usage(client):
     assert found.usage.input_tokens_details.cache_write_tokens == 0, "nobody pays for them"
 
 
-def test_what_codex_sends(server):
+def test_what_codex_sends(tool_pair):
     body = {
         "model": NAME,
         "instructions": "You are a coding agent.",
@@ -182,7 +182,10 @@ def test_what_codex_sends(server):
         "include": ["reasoning.encrypted_content"],
         "prompt_cache_key": "0199",
     }
-    with server.client.stream("POST", "/v1/responses", json=body) as response:
+    with (
+        serving(tool_pair, {"max_tokens": 12}) as server,
+        server.client.stream("POST", "/v1/responses", json=body) as response,
+    ):
         assert response.status_code == 200, response.read()
         lines = [line for line in response.iter_lines() if line.startswith("event: ")]
     assert lines[0] == "event: response.created"

@@ -112,10 +112,9 @@ def test_calls_and_results_reach_the_chat_template(server, tokenizer):
     assert text.endswith("<|start|>assistant: <think>")
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_json_after_reasoning(server, tokenizer, seed):
+def test_json_after_reasoning(server, tokenizer):
     """JSON begins after the thought, if that ends."""
-    body = {"messages": HELLO, "response_format": FORMAT, "seed": seed}
+    body = {"messages": HELLO, "response_format": FORMAT, "seed": 0}
     args = {"chat_template_kwargs": {"enable_thinking": True}}
     # It is pushed to the end of its thought.
     bias = {str(token): 14 for token in tokenizer.encode("</think>{")}
