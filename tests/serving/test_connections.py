@@ -72,3 +72,14 @@ def test_the_process_may_open_as_many_files_as_the_system_lets_it(monkeypatch, m
         assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == max(200, min(maximum, most))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_the_kernel_sends_at_once_what_is_written(server):
+    """Otherwise it waits, before the second packet of an answer, until the first is acknowledged.
+
+    asyncio asks for this only on sockets that say they are TCP's.
+    """
+    server.client.get("/health")
+    connection = next(iter(server.server.server_state.connections))
+    accepted = connection.transport.get_extra_info("socket")
+    assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)

@@ -347,9 +347,10 @@ def _load(engine: Engine) -> None:
 def bind(host: str, port: int) -> socket.socket:
     """Bind a socket with the address, so that a taken port is an error before models are loaded."""
     try:
-        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        # With its protocol: asyncio sends without delay on sockets that say they are TCP's.
+        *kind, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with ExitStack() as on_failure:
-            listening = on_failure.enter_context(socket.socket(family))
+            listening = on_failure.enter_context(socket.socket(*kind))
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listening.bind(address)
             on_failure.pop_all()
