@@ -420,7 +420,8 @@ def texts(gpu: Gpu, part: Part) -> None:
         ):
             backend = gpu.load(pair, dtype=dtype, cuda_graphs=with_graphs)
             if masks:
-                backend.verifier._has_row_pass, backend.target.prompt_attention = False, None
+                backend.target.passes.has_row_pass = False
+                backend.target.prompt_attention = None
             session = SequenceSession(backend)
             session.extend(TINY_PROMPT * 5)
             logits[name] = session.logits(TREE)

@@ -185,7 +185,7 @@ def load_without_weights(shape: dict[str, Any]) -> Any:
     """Create a pair in a published shape whose weights have no values."""
     import torch
     from transformers import AutoModelForCausalLM
-    from treeflash_cuda import backend, target
+    from treeflash_cuda import backend, model_target
 
     config = parse_drafter_config(drafter_config(shape))
     head = shape["intermediate_size"]
@@ -215,7 +215,7 @@ def load_without_weights(shape: dict[str, Any]) -> Any:
     with tempfile.TemporaryDirectory() as folder, mock.patch.multiple(backend, **stand_ins):
         settings = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], **shape}
         Path(folder, "config.json").write_text(json.dumps(settings), encoding="utf-8")
-        with mock.patch.object(target, "load_model", load_model):
+        with mock.patch.object(model_target, "load_model", load_model):
             return backend.load(Path(folder), Path(folder), LoadConfig(dtype="bfloat16"))
 
 

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, suppress
 from copy import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from treeflash.config import GIB, LoadConfig
 from treeflash.decoding.backend_base import (
@@ -45,6 +45,9 @@ from treeflash.errors import (
     is_out_of_memory,
 )
 from treeflash_cuda.cache import KV_BITS, Arena
+from treeflash_cuda.decoder_facts import DecoderFacts, decoder_facts
+from treeflash_cuda.decoder_target import DecoderTarget
+from treeflash_cuda.decoder_weights import Checkpoint
 from treeflash_cuda.default_dtype import InexactError, half_dtype
 from treeflash_cuda.device import (
     choose_device,
@@ -71,6 +74,7 @@ from treeflash_cuda.linear import (
     quantise_linears,
     weights_by_format,
 )
+from treeflash_cuda.model_target import CHECKED_TOKENS, ModelTarget, own_attention
 from treeflash_cuda.mtp_head import MtpArena, MtpDrafter, MtpHead, MtpModel, ParallelDrafter
 from treeflash_cuda.operations import (
     PYTORCH,
@@ -91,7 +95,7 @@ from treeflash_cuda.parallel import (
 from treeflash_cuda.quantised_weights import BITS
 from treeflash_cuda.row_pass import GRAPH_ROWS, MAX_ROWS, PASS_NAME, RowPass
 from treeflash_cuda.state import State
-from treeflash_cuda.target import CHECKED_TOKENS, Target, own_attention
+from treeflash_cuda.target import Target, read_model_config, refuse_stateful
 from treeflash_cuda.threads import cpu_threads
 from treeflash_cuda.verifier import Verifier
 
@@ -203,6 +207,7 @@ class CudaBackend(BaseBackend):
         for name, formats in self.weights_read.items():
             sizes = [f"{nbytes / 2**30:.2f} GiB of {x}" for x, nbytes in formats.most_common()]
             facts[name] = " and ".join(sizes)
+        facts["layers of the target"] = self.target.layers_from
         if self.target.threads is not None:
             facts["threads"] = self.target.threads.description
             return DeviceReport(facts=facts, weights_bytes=self.weights_bytes)
@@ -338,7 +343,9 @@ def reserve_memory(
 
 def pass_nbytes(target: Target) -> int:
     """Return the memory that a pass over the largest tree takes, bytes; 0 if it is not one pass."""
-    if target.operations is None or target.split or target.spans is not None:
+    if not isinstance(target, ModelTarget) or target.operations is None:
+        return 0
+    if target.split or target.spans is not None:
         return 0
     torch.cuda.reset_peak_memory_stats(target.device)
     before = torch.cuda.memory_allocated(target.device)
@@ -461,7 +468,6 @@ def drafter_replacer(pair: CudaBackend) -> Callable[[Path], CudaBackend] | None:
     target = pair.target
 
     def replace_drafter(folder: Path) -> CudaBackend:
-        target.hooks.close()  # of the other drafter
         return CudaBackend(target, *load_packed_drafter(folder, target, LoadConfig()))
 
     return replace_drafter if target.device.type == "cpu" else None
@@ -540,7 +546,7 @@ def wrap(model: PreTrainedModel, drafter: Path | None) -> CudaBackend:
     if {parameter.device for parameter in model.parameters()} != {device}:
         raise ConfigError("the model is on several devices; load it on one device")
     with own_attention(model), ExitStack() as hooks:
-        target = Target(model, device, pack=False)
+        target = ModelTarget(model, device, pack=False)
         hooks.enter_context(target.hooks)
         if has_tower(model):
             target.tower = GivenFeatures(model)
@@ -625,15 +631,14 @@ def load_target(
     dtype = getattr(torch, config.dtype) if config.dtype else None
     if dtype is None and device.type == "cpu":
         dtype = torch.float32
-    model = Target.load(folder, device, dtype, config, pack=pack, processes=processes)
-    add_kernels(model)
+    model = read_target(folder, config, device, dtype, pack=pack, processes=processes)
     others = config.kv_bits, config.compile, config.device_map, processes > 1  # refuse exact mode
     is_half = model.dtype in (torch.bfloat16, torch.float16)
     is_default = device.type == "cpu" and is_half and not any(others)
     if is_default if config.exact is None else config.exact:
         with inexact_if_refused(model, config):
             model.make_exact(passed or PassedChecks())
-    if pack and model.operations is not None:
+    if pack and isinstance(model, ModelTarget) and model.operations is not None:
         fuse_layers(model.model, model.operations, model.dtype)
         fuse_experts(model.model, model.operations, model.dtype)
         run = functools.partial(run_tree, model)
@@ -642,8 +647,69 @@ def load_target(
     return model
 
 
+def read_target(
+    folder: Path,
+    settings: LoadConfig,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    *,
+    pack: bool,
+    processes: int,
+) -> Target:
+    """Read a target's weights, with layers of our own or as a model of transformers."""
+    config = read_model_config(folder)
+    refuse_stateful(config)
+    own = own_layers(folder, config, settings, device, pack=pack, processes=processes)
+    if isinstance(own, OwnLayers):
+        assert dtype is not None
+        return DecoderTarget.load(own.checkpoint, config, own.facts, dtype, settings)
+    model = ModelTarget.load(
+        folder, config, device, dtype, settings, pack=pack, processes=processes
+    )
+    model.layers_from = f"transformers, because {own}"
+    add_kernels(model)
+    return model
+
+
+@dataclass(frozen=True, eq=False)
+class OwnLayers:
+    """What a target with layers of our own is made of."""
+
+    checkpoint: Checkpoint
+    facts: DecoderFacts
+
+
+def own_layers(
+    folder: Path,
+    config: PreTrainedConfig,
+    settings: LoadConfig,
+    device: torch.device,
+    *,
+    pack: bool,  # see `ModelTarget`
+    processes: int,
+) -> OwnLayers | str:
+    """Return what a target is made of that has layers of our own; or why it has none, as a clause.
+
+    This alone decides which targets are models of transformers.
+    """
+    reasons = {
+        "treeflash's layers run on a CPU alone": device.type != "cpu",
+        "several devices have its layers": settings.device_map is not None or processes > 1,
+        "its layers are compiled": settings.compile,
+        "an adapter is merged into it": settings.adapter is not None,
+        "training reads its layers": not pack,
+    }
+    if reason := next((reason for reason, applies in reasons.items() if applies), None):
+        return reason
+    facts = decoder_facts(config)
+    if isinstance(facts, str):
+        return facts
+    checkpoint = Checkpoint(folder)
+    return checkpoint.foreign or OwnLayers(checkpoint, facts)
+
+
 @torch.inference_mode()
-def run_tree(target: Target, nodes: int = CHECKED_TOKENS) -> None:
+def run_tree(target: ModelTarget, nodes: int = CHECKED_TOKENS) -> None:
     """Run a tree, without a graph, whose keys, values and states are dropped."""
     arena = copy(target.arena)
     arena.slabs = []  # the target's own memory is allocated later
@@ -656,7 +722,7 @@ def run_tree(target: Target, nodes: int = CHECKED_TOKENS) -> None:
         target.graphs.enabled = captures
 
 
-def add_kernels(target: Target) -> None:
+def add_kernels(target: ModelTarget) -> None:
     """Let a target use the kernels of its devices for prompts and trees."""
     target.operations = load_target_operations(target)
     if target.softcap is not None or target.has_sinks:
@@ -670,7 +736,7 @@ def add_kernels(target: Target) -> None:
         warnings.warn(f"prompts will be slow: {reason}", stacklevel=3)
 
 
-def load_target_operations(target: Target) -> Operations | None:
+def load_target_operations(target: ModelTarget) -> Operations | None:
     """Load the target's operations on a GPU; None on a CPU, which uses masks."""
     if target.device.type != "cuda":
         return None

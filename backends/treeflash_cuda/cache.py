@@ -6,7 +6,7 @@ moves bytes and does not depend on it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from threading import Lock
 from typing import Any, TypeAlias
@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import Cache
 
 from treeflash.config import GIB
 from treeflash.decoding.interfaces import StateArrays
@@ -92,9 +91,9 @@ def widen(x: Tensor) -> Tensor:
     return F.pad(x.float(), (0, missing), value=1.0)
 
 
-def check_quantisation(like: Region | None, family: str) -> None:
-    """Raise a ConfigError if keys and values like these cannot be stored in `KV_BITS` bits."""
-    if like is not None and (width := like.parts[0].shape[4]) % SCALE_BYTES:
+def check_quantisation(width: int, family: str) -> None:
+    """Raise a ConfigError if keys of this width cannot be stored in `KV_BITS` bits."""
+    if width % SCALE_BYTES:
         raise ConfigError(
             f"kv_bits needs attention heads whose width is a multiple of {SCALE_BYTES}, but "
             f"{family} has heads of width {width}; remove kv_bits"
@@ -447,116 +446,3 @@ class PackedRows:
             for storage, x in zip(slab.layer(layer), (k[0], v[0]), strict=True):
                 selected = x if rows is None else x.index_select(1, rows.to(x.device))
                 storage.index_copy_(1, columns.to(x.device), selected)
-
-
-LAYER = "treeflash_layer"
-"""The attribute of keys and values with the index of the layer that stored them: later layers may
-share them."""
-
-
-class TreeCache(Cache):
-    """The caches of the sequences of one forward pass, as transformers' models see them."""
-
-    def __init__(self, sequences: Sequence[KVCache], rows: Sequence[int]) -> None:
-        super().__init__(layers=[])
-        self.sequences = sequences  # in the order of their rows
-        self.rows = rows  # number of rows of each sequence
-        self.layer = 0  # the one that was updated last, or whose keys are attended to
-        self._packed: PackedRows | None = None
-        self._new: Columns = []
-        self._views: list[Columns] = []
-
-    @torch.compiler.disable
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Store the keys and values of all rows; layers call it.
-
-        Returns views of the stored columns of a single sequence. For several sequences it returns
-        its arguments: `PackedContext` reads the columns of each.
-        """
-        self.layer = layer_idx
-        keys, values = map(self.sequences[0].arena.encode, (key_states, value_states))
-        if len(self.sequences) > 1:
-            if self._packed is None:
-                parts = list(zip(self.sequences, self.rows, strict=True))
-                self._packed = PackedRows([(x, x.length, n) for x, n in parts], keys)
-                self._views = [x.columns(0, x.length + n) for x, n in parts]
-            self._packed.write(layer_idx, keys, values)
-            return self.marked(key_states, value_states)
-        if not self._views:
-            (sequence,), (n,) = self.sequences, self.rows
-            sequence.reserve(keys, values, sequence.length + n)
-            self._new = sequence.columns(sequence.length, sequence.length + n)
-            self._views = [sequence.columns(0, sequence.length + n)]
-        for storage, x in zip(self._new[layer_idx], (keys, values), strict=True):
-            if x.shape != storage.shape:
-                raise UnsupportedModelError(DIFFERENT_SHAPES)
-            storage.copy_(x)
-        return self.marked(*self.visible_columns()[0])
-
-    def marked(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Return keys and values of `layer` with its index."""
-        for x in (keys, values):
-            setattr(x, LAYER, self.layer)
-        return keys, values
-
-    def select(self, keys: Tensor) -> None:
-        """Go back to the layer that stored these keys.
-
-        Raises an UnsupportedModelError if no layer did.
-        """
-        if not hasattr(keys, LAYER):
-            raise UnsupportedModelError("a layer changes its keys after it has stored them")
-        self.layer = getattr(keys, LAYER)
-
-    def visible_columns(self) -> list[tuple[Tensor, Tensor]]:
-        """Return `layer`'s stored keys and values, (1, kv_heads, length + n, width)."""
-        return [views[self.layer] for views in self._views]
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Count the committed positions; models are given the positions of all rows."""
-        return max(sequence.length for sequence in self.sequences)
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        """Return the mask's number of columns for `query_length` rows, and the first column."""
-        return self.get_seq_length() + query_length, 0
-
-
-class SlabCache(TreeCache):
-    """The columns of a slab; a tensor says which of them are written, as CUDA graphs need it."""
-
-    def __init__(
-        self, slab: Slab | None, encode: Callable[[Tensor], Tensor], slots: Tensor
-    ) -> None:
-        TreeCache.__init__(self, [], [])
-        self.slab = slab  # the slab of all sequences; None for a model without attention layers
-        self.encode = encode  # see `Arena.encode`
-        self.slots = slots  # (rows,) int64 the column of each row
-        # The function stores the next keys and values in place of `update`; see
-        # `TreeContext.rotate`.
-        self.store: Callable[[Tensor, Tensor], None] | None = None
-
-    @torch.compiler.disable
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Store the keys and values of all rows, and return them."""
-        self.layer = layer_idx
-        if self.store is not None:
-            store, self.store = self.store, None
-            store(key_states, value_states)
-            return self.marked(key_states, value_states)
-        for storage, x in zip(self.stored_columns(), (key_states, value_states), strict=True):
-            storage.index_copy_(1, self.slots.to(x.device), self.encode(x)[0])
-        return self.marked(key_states, value_states)
-
-    def stored_columns(self) -> tuple[Tensor, Tensor]:
-        """Return the stored (kv_heads, columns, width) keys and values of the latest layer."""
-        assert self.slab is not None
-        keys, values = self.slab.layer(self.layer)
-        return keys, values
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Return 0: committed positions are tensors, and models are given all rows' positions."""
-        return 0

@@ -35,8 +35,9 @@ from torch import Tensor, nn
 from treeflash.decoding.hybrid import convolution_windows
 from treeflash.decoding.tree import DraftTree
 from treeflash.errors import UnsupportedModelError
-from treeflash_cuda.cache import KVCache, Slab, SlabCache, TreeCache
+from treeflash_cuda.cache import KVCache, Slab
 from treeflash_cuda.fused_layers import forward_with, names_in_forward
+from treeflash_cuda.model_caches import SlabCache, TreeCache
 from treeflash_cuda.numerics import concatenate, upload
 from treeflash_cuda.operations import Operations
 from treeflash_cuda.recurrence import TreeNodes, state_update, tree_recurrence, weigh_windows

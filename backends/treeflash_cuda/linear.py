@@ -110,7 +110,19 @@ class PackedLinear(nn.Module):
         if self.in_fbgemm:
             # It takes two or more dimensions.
             return FBGEMM.linear_dynamic_fp16(x[None].float(), self.packed)[0].half()
-        return ONEDNN._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        return ONEDNN._linear_pointwise.default(x, self.packed, self.bias, "none", [], "")
+
+
+class PlainLinear(nn.Module):
+    """A linear layer where this machine has no kernel for packed weights."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
 
 
 class QuantisedLinear(nn.Module):

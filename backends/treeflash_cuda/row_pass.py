@@ -11,24 +11,28 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import TypeAlias
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
 from treeflash.decoding.tree import DraftTree
-from treeflash_cuda.attention import TreeContext
-from treeflash_cuda.cache import Region, Slab, SlabCache
+from treeflash_cuda.attention_contexts import TreeContext
+from treeflash_cuda.cache import Region, Slab
 from treeflash_cuda.graphs import Outputs, power_of_two
 from treeflash_cuda.hybrid import HybridTreeCache
+from treeflash_cuda.model_caches import SlabCache
 from treeflash_cuda.numerics import pack, unpack, upload
 from treeflash_cuda.recurrence import TreeNodes, plan_nodes
 from treeflash_cuda.sampling import Logits, finite_argmax
 from treeflash_cuda.state import State
 from treeflash_cuda.state_arena import TreeWrites
-from treeflash_cuda.target import Target
+from treeflash_cuda.target import Rows
 from treeflash_cuda.visible_keys import RowPlan, VisibleKeys
+
+if TYPE_CHECKING:
+    from treeflash_cuda.model_target import ModelTarget
 
 GRAPH_ROWS = (1, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 """The numbers of rows that have graphs. More rows are split between passes: from some hundred rows
@@ -44,14 +48,11 @@ PASS_NAME = "the target"
 """The name of the pass as a function that is captured."""
 OUTGROWN = "the sequence has outgrown its capacity"
 
-Rows: TypeAlias = tuple[State, DraftTree | Sequence[int]]
-"""A sequence, and its tree or its next tokens."""
-
 
 class RowPass:
     """Runs a target over rows of sequences, as a function of tensors."""
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: ModelTarget) -> None:
         self.target = target
 
     def takes(self, state: State, tokens: DraftTree | Sequence[int]) -> bool:

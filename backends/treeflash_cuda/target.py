@@ -1,92 +1,36 @@
-"""The target: a Hugging Face causal language model, loaded unmodified, that runs draft trees.
+"""A target: the model whose tokens are generated, as the verifier, drafters and heads see it.
 
-The layers may be placed on several devices. Then each module takes its inputs to its own device.
-The model's inputs and outputs are on the device of its embeddings, where drafts are made and tokens
-are sampled.
+`decoder_target` has targets with layers of our own, and `model_target` has models of transformers.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
-from functools import partial
-from itertools import groupby
-from logging import LogRecord
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
-from transformers.utils import logging
+from transformers import AutoConfig, PreTrainedConfig
 
-from treeflash.config import LoadConfig
-from treeflash.decoding.backend_base import arrays_nbytes
-from treeflash.decoding.families import ImageFamily, family_of, image_family, refusal
-from treeflash.decoding.image_processor import TOKEN_TYPES, Processor, load_processor
+from treeflash.decoding.families import family_of, refusal
+from treeflash.decoding.image_processor import Processor
 from treeflash.decoding.passed_checks import PassedChecks
-from treeflash.decoding.probe import INEXACT, TOLERANCE_FACTOR, TOLERANCES, ImageSample
+from treeflash.decoding.probe import ImageSample
 from treeflash.decoding.tree import DraftTree
-from treeflash.drafters.adapter import merge_adapter
-from treeflash.drafters.folder import read_config, weight_files
-from treeflash.errors import (
-    CheckpointError,
-    ConfigError,
-    UnsupportedModelError,
-    first_line,
-    is_device_lost,
-    is_out_of_memory,
-)
-from treeflash_cuda import images as vision
-from treeflash_cuda.attention import (
-    IMPLEMENTATION,
-    MASK,
-    AttentionContext,
-    AttentionInputs,
-    Context,
-    PackedContext,
-    attention_context,
-    capture_output,
-    is_attending,
-)
-from treeflash_cuda.cache import LAYER, Arena, Span, TreeCache, check_quantisation
-from treeflash_cuda.exact import (
-    LINEAR_ROWS,
-    ExactCache,
-    ExactContext,
-    PackedExactContext,
-    bound_products,
-    check_activations,
-    check_attention,
-    check_products,
-    pack_activations,
-    token_rows,
-    use_kernel_for_products,
-)
+from treeflash.drafters.folder import read_config
+from treeflash.errors import CheckpointError, UnsupportedModelError, first_line
+from treeflash_cuda.cache import Arena, Span
 from treeflash_cuda.graphs import Graphs
-from treeflash_cuda.hybrid import (
-    MAMBA_2,
-    HybridCache,
-    RecurrentCache,
-    RecurrentStates,
-    SequenceRows,
-    hook_recurrent_layers,
-)
-from treeflash_cuda.images import ImageRows, VisionTower, has_tower, run_samples
+from treeflash_cuda.hybrid import RecurrentStates
+from treeflash_cuda.images import ImageRows, VisionTower
 from treeflash_cuda.kernels import CausalAttention
-from treeflash_cuda.linear import IN_TARGET, fuse_linears, is_subclass, pack_linears, token_products
+from treeflash_cuda.linear import token_products
 from treeflash_cuda.operations import Operations
+from treeflash_cuda.sampling import Logits
 from treeflash_cuda.state import State
 from treeflash_cuda.state_arena import StateArena
 from treeflash_cuda.threads import Threads, cpu_threads
@@ -99,14 +43,10 @@ RECURRENT_LAYERS = {"linear_attention", "conv", "hybrid", "hybrid_sliding"}
 STATELESS_LAYERS = {"mlp", "moe"}
 """Of models in which feed-forward networks are separate layers."""
 
-FIXED_ATTENTION = "their attention layers do not support other attention functions"
-
-CACHES = "cache", "past_key_values", "cache_params"
-"""Names of the argument by which models take a cache. transformers has only the first since 5.24,
-and warns about the others at every call; the last warning was about models without attention."""
-
-CHECKED_TOKENS = 16
-"""Length of the prompt on which the replaced attention is compared with the model's own."""
+Rows: TypeAlias = tuple[State, DraftTree | Sequence[int]]
+"""A sequence, and its tree or its next tokens."""
+Merge: TypeAlias = Callable[[State, ImageRows], None]
+"""Notes the features of images that stand in the place of a prompt's tokens."""
 
 
 def read_model_config(folder: Path) -> PreTrainedConfig:
@@ -133,88 +73,6 @@ def max_positions(config: Any) -> int:
     return int(getattr(config, "max_position_embeddings", None) or UNLIMITED)
 
 
-def load_model(
-    folder: Path,
-    config: PreTrainedConfig,
-    dtype: torch.dtype | None,
-    device: torch.device,
-    *,
-    processes: int = 1,
-    device_map: str | None = None,
-    images: bool = False,
-) -> PreTrainedModel:
-    """Load the model of a folder in the Hugging Face format, for inference; see `Target`.
-
-    With `images` it has its vision tower. Without, it may have one: transformers has some types as
-    a whole alone.
-
-    Raises a CheckpointError if the folder is damaged or incomplete, or its weights do not fit its
-    configuration, and an UnsupportedModelError if the weights are quantised, and a package for that
-    is not installed.
-    """
-    weight_files(folder)
-    placement: dict[str, Any] = {}
-    if processes > 1:
-        from transformers.distributed import DistributedConfig
-
-        placement = {"distributed_config": DistributedConfig(tp_size=processes, tp_plan="auto")}
-    elif device_map is not None or device.type != "cpu":
-        # A quantised model must not be moved; other models would be in memory twice.
-        placement = {"device_map": device_map or {"": device}}
-    is_known = isinstance(image_family(config.model_type, "cuda"), ImageFamily)
-    whole = images or (is_known and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING)
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    # The errors below say in one line what the report of transformers says in a table.
-    log = logging.get_logger("transformers.modeling_utils")
-    log.addFilter(_is_no_report)
-    try:
-        model, info = (
-            AutoModelForImageTextToText if whole else AutoModelForCausalLM
-        ).from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype or "auto",
-            attn_implementation={"": "eager", "vision_config": "sdpa"} if whole else "eager",
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # refused below, by name
-            **placement,
-        )
-    except ImportError as error:
-        raise UnsupportedModelError(
-            f"{folder} needs a package that is not installed ({first_line(error)}); install it, "
-            "or use weights that are not quantised"
-        ) from error
-    except Exception as error:  # the model's own code, for sizes that it cannot have
-        if is_out_of_memory(error) or is_device_lost(error):
-            raise
-        reason = first_line(error)
-        if "above report" in reason:
-            reason = "its weights do not have the form that its configuration asks for"
-        elif isinstance(error, KeyError):
-            reason = f"transformers does not know {reason}"
-        raise CheckpointError(f"{folder} cannot be loaded: {reason}") from error
-    finally:
-        log.removeFilter(_is_no_report)
-        if bars:
-            logging.enable_progress_bar()
-    if missing := sorted(info["missing_keys"]):
-        raise CheckpointError(f"{folder} lacks the tensor {missing[0]}")
-    if mismatched := sorted(info["mismatched_keys"]):
-        name, stored, expected = mismatched[0]
-        raise CheckpointError(
-            f"{folder} cannot be loaded: the tensor {name} has the shape {tuple(stored)}, and its "
-            f"config.json asks for {tuple(expected)}"
-        )
-    return model.eval()
-
-
-def _is_no_report(record: LogRecord) -> bool:
-    return "LOAD REPORT" not in record.getMessage()
-
-
 def refuse_stateful(config: PreTrainedConfig) -> None:
     """Raise for layers whose state is of an unsupported kind, or that attend in chunks."""
     text_config = config.get_text_config()
@@ -228,271 +86,58 @@ def refuse_stateful(config: PreTrainedConfig) -> None:
         )
 
 
-def refuse_unknown_layers(model: Any, hooked: Mapping[int, set[str]]) -> None:
-    """Raise for a model whose attention or recurrent layers cannot run a tree."""
-    if hooked:  # `Target` checks the attention of hybrid models when it replaces it
-        return
-    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
-    if getattr(model, "_is_stateful", False) or kinds & RECURRENT_LAYERS:
-        raise UnsupportedModelError(refusal(model.config.model_type))
-    if not getattr(model, "_supports_attention_backend", False):
-        raise UnsupportedModelError(refusal(model.config.model_type, FIXED_ATTENTION))
+class Target(ABC):
+    """The model, its keys and values, and the outputs of the layers that a drafter reads."""
 
-
-def decoder_layers(model: Any) -> Sequence[nn.Module]:
-    """Return the layers of a decoder-only model, first to last; raise for other models."""
-    layers: Sequence[nn.Module] | None = getattr(model.get_decoder(), "layers", None)
-    if not layers:
-        raise UnsupportedModelError(
-            refusal(model.config.model_type, "their decoder does not keep its layers as `layers`")
-        )
-    return layers
-
-
-def layer_spans(layers: Sequence[nn.Module]) -> list[Span]:
-    """List devices with their numbers of consecutive layers.
-
-    Raises a ConfigError if a layer is not on a GPU.
-    """
-    devices = [next(layer.parameters()).device for layer in layers]
-    if any(device.type in ("cpu", "meta") for device in devices):
-        raise ConfigError(
-            "the target does not fit into the GPUs, and device_map cannot place layers on the "
-            "CPU; choose a quantised target"
-        )
-    return [(device, len(list(group))) for device, group in groupby(devices)]
-
-
-def follow_devices(model: Any, layers: Sequence[nn.Module], home: torch.device) -> None:
-    """Let every module take its inputs to its device, and the last modules their outputs home.
-
-    They replace accelerate's hooks; `home` is the device of the embeddings.
-    """
-    from accelerate.hooks import remove_hook_from_module
-    from accelerate.utils import send_to_device
-
-    def take_inputs(device: torch.device, _: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        # Contexts know masks by their identity, and move them themselves.
-        kept = MASK if is_attending() else None
-        return send_to_device(args, device), send_to_device(kwargs, device, skip_keys=kept)
-
-    remove_hook_from_module(model, recurse=True)
-    decoder, head = model.get_decoder(), model.get_output_embeddings()
-    last = [x for x in decoder.children() if x not in (*layers, model.get_input_embeddings())]
-    last = [x for x in [*last, head] if next(x.parameters(), None) is not None]
-    for module in (*layers, *last):
-        device = next(module.parameters()).device
-        module.register_forward_pre_hook(partial(take_inputs, device), with_kwargs=True)
-    for module in last:
-        module.register_forward_hook(lambda _, __, output: output.to(home))
-
-
-def join_ranks(tensor: Tensor) -> Tensor:
-    """Gather a tensor that may be split between the processes of `torchrun`."""
-    gather = getattr(tensor, "full_tensor", None)
-    return tensor if gather is None else gather().detach()
-
-
-def whole_output_head(head: Any) -> nn.Module:
-    """Return a copy of the output head that one process can use alone, for its drafter."""
-    tensors = {name: join_ranks(x) for name, x in head.named_parameters()}
-    vocab_size, hidden_size = tensors["weight"].shape
-    with torch.device("meta"):
-        copy = nn.Linear(hidden_size, vocab_size, "bias" in tensors)
-    copy.load_state_dict(tensors, assign=True)
-    return copy.requires_grad_(False)
-
-
-@torch.no_grad()
-def add_adapter(model: PreTrainedModel, folder: Path) -> None:
-    """Merge a LoRA adapter into a model, computed in float32; see `merge_adapter` for errors."""
-    embeddings = model.get_input_embeddings().weight
-
-    def problem(module: Any) -> str | None:
-        if type(module) is not nn.Linear or not module.weight.is_floating_point():
-            return "it is quantised, or no linear layer; dequantise the target"
-        if module.weight is embeddings:
-            return "it shares its weight with the embeddings"
-        return None
-
-    def add(module: Any, update: NDArray[np.float32]) -> None:
-        weight = module.weight
-        merged = weight.float() + torch.from_numpy(update).to(weight.device)
-        module.weight = nn.Parameter(merged.to(weight.dtype), requires_grad=False)
-
-    merge_adapter(folder, dict(model.named_modules()), problem, add)
-
-
-@contextmanager
-def own_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Give a model its own attention back at the end, whatever replaced it inside."""
-    implementation = attention_implementation(model.config)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(implementation)
-
-
-def attention_implementation(config: Any) -> Any:
-    """Return the name of a model's attention; a dictionary of names if it has parts."""
-    parts = {name: getattr(config, name) for name in config.sub_configs}
-    own: str = config._attn_implementation
-    names = {name: attention_implementation(part) for name, part in parts.items() if part}
-    return {"": own, **names} if names else own
-
-
-def tree_attention(config: Any) -> Any:
-    """Return the names of attention that let the decoder of a model run trees, as above."""
-    is_known = isinstance(image_family(config.model_type, "cuda"), ImageFamily)
-    if not is_known or config.get_text_config() is config:
-        return IMPLEMENTATION
-    own, text = attention_implementation(config), config.get_text_config()
-    decoder = {name: IMPLEMENTATION for name in config.sub_configs if getattr(config, name) is text}
-    return {**own, "": IMPLEMENTATION, **decoder}
-
-
-class Target:
-    """The model, and the outputs of the layers that a drafter reads."""
+    model: nn.Module
+    dtype: torch.dtype
+    # (vocab, hidden_size) the input table, without any scaling by the model.
+    embeddings: Tensor
+    lm_head: nn.Module  # hidden_size to vocab
+    # (vocab, hidden_size) of the output head; None if quantised, or on another device.
+    lm_head_weight: Tensor | None
 
     def __init__(
         self,
-        model: PreTrainedModel,  # loaded, for inference
+        config: Any,  # transformers' configuration of the decoder
         device: torch.device,  # the device of its embeddings, and of its inputs and outputs
-        *,
-        pack: bool,  # pack the weights for the device; the model is then for inference only
-        kv_bits: int | None = None,  # bits of stored keys and values; None does not quantise them
-        split: bool = False,  # whether other processes have parts of its layers
-        placed: bool = False,  # whether its layers are on several devices
+        layers: Sequence[nn.Module],  # the layers of the decoder
+        spans: list[Span] | None = None,  # None for one device
     ) -> None:
-        """Replace the attention of a model.
-
-        Raises a ConfigError if the model cannot be placed or quantised in this way, and an
-        UnsupportedModelError if the model cannot run a draft tree.
-        """
-        refuse_stateful(model.config)
-        self.model = model  # with its attention replaced
-        hooked = hook_recurrent_layers(self.model)
-        refuse_unknown_layers(self.model, hooked)
-        self.is_hybrid = bool(hooked)  # whether the model has recurrent layers
-        # The recurrent layers whose states have values before keys.
-        self.transposed_layers = frozenset(n for n, names in hooked.items() if MAMBA_2 in names)
+        self.config, self.device, self.layers, self.spans = config, device, layers, spans
+        self.layers_from = "treeflash"  # whose layers they are, and why, for `doctor`
+        self.max_positions = max_positions(config)  # fewer if later ones change earlier ones
+        self.split = False  # whether other processes have parts of its layers
+        self.is_hybrid = False  # whether the model has recurrent layers
         # A layer's index among all layers gives an attention layer's index among these; only hybrid
         # models have entries.
         self.attention_slots: dict[int, int] = {}
         self.states_nbytes = 0  # size of a sequence's recurrent states, bytes
         self.state_arena: StateArena | None = None  # arena of recurrent states; None without them
-        self.config = model.config.get_text_config()  # transformers' configuration of the decoder
-        self.device = device
-        self.layers = decoder_layers(self.model)  # the layers of the decoder
-        self.spans: list[Span] | None = None  # None for one device
-        if split and self.is_hybrid:  # the other ranks would have to keep its states as well
-            raise ConfigError("torchrun is not supported for models with recurrent layers")
-        if placed:
-            if self.is_hybrid:
-                raise ConfigError("device_map is not supported for models with recurrent layers")
-            self.spans = layer_spans(self.layers)
-            follow_devices(self.model, self.layers, device)
-        # (vocab, hidden_size) the input table, without any scaling by the model.
-        self.embeddings: Tensor = join_ranks(self.model.get_input_embeddings().weight)
-        self.dtype: torch.dtype = self.embeddings.dtype
-        self.lm_head: nn.Module = self.model.get_output_embeddings()  # hidden_size to vocab
-        self.split = split
-        if split:
-            self.lm_head = whole_output_head(self.lm_head)
-        weight = getattr(self.lm_head, "weight", None)
-        if weight is not None and (
-            is_subclass(weight)  # torchao's quantised weights keep their dtype
-            or (weight.dtype, weight.device) != (self.dtype, device)
-        ):
-            weight = None
-        # (vocab, hidden_size) of the output head; None if quantised, or on another device.
-        self.lm_head_weight: Tensor | None = weight
-        self.vocab_size = len(self.embeddings)
-        self.max_positions = max_positions(self.config)  # fewer if later ones change earlier ones
         self.scale = 1.0  # factor of the model on its output head's logits; `find_scale` finds it
         self.softcap: float | None = None  # the scores' softcap, see `AttentionInputs`
         self.has_sinks = False  # whether layers have attention sinks
-        # Whether layers attend to keys and values as they store them. If not, each sequence has a
-        # pass of its own, which takes them from the layers.
-        self.reads_cache = True
         # For long prompts, which are rows like others without it.
         self.prompt_attention: CausalAttention | None = None
         self.operations: Operations | None = None  # for rows; None attends with masks
         self.is_exact = False  # see `make_exact`
         self.exact_refusal: str | None = None  # why the backend's default is not exact mode
         self.captured: tuple[int, ...] = ()  # the layers of `capture`
-        self.hooks = ExitStack()  # closing it removes the hooks of `capture`
         self._exact_changes = ExitStack()  # undoes what exact mode changes on a CPU
         self.token_rows = 1  # equal rows of a lone token in exact mode on a CPU
         # Threads are chosen for each pass on a CPU; a GPU has None.
         self.threads: Threads | None = cpu_threads() if device.type == "cpu" else None
         self.graphs = Graphs(device)  # replay forward passes, if they are enabled
         # The arena holds the keys and values of all sequences.
-        self.arena = Arena(len(self.layers), spans=self.spans, device=device)
-        parameters = inspect.signature(type(self.model).forward).parameters
-        self.cache_argument = next((x for x in CACHES if x in parameters), "past_key_values")
-        self.type_arguments = [name for name in TOKEN_TYPES if name in parameters]
+        self.arena = Arena(len(layers), spans=spans, device=device)
         self.tower: VisionTower | None = None  # None if the target takes no images
         # The processor of images, or why the target takes none.
         self.processor: Processor | str = "it is used as a text model"
         self.samples: Sequence[ImageSample] = ()  # prompts for `check_images`, if it takes images
-        self._replace_attention(pack, kv_bits)
 
-    @classmethod
-    def load(
-        cls,
-        folder: Path,  # the folder of the checkpoint
-        device: torch.device,  # for the weights
-        dtype: torch.dtype | None,  # None is the checkpoint's own
-        settings: LoadConfig,  # for what is loaded, and how it is stored and placed
-        *,
-        pack: bool,
-        processes: int = 1,  # processes of `torchrun`, each of which loads its part of every layer
-    ) -> Target:
-        """Load the model of a folder, and replace its attention.
-
-        Raises:
-            CheckpointError: the folder is damaged or incomplete.
-            ConfigError, UnsupportedModelError: as the constructor raises them.
-        """
-        config = read_model_config(folder)
-        refuse_stateful(config)
-        split, placed = processes > 1, settings.device_map is not None
-        refusals = {
-            "it was loaded without its vision tower": not settings.images,
-            "they do not work under torchrun": split,
-            "they do not work with device_map": placed,
-            "they do not work with an adapter": bool(settings.adapter),
-        }
-        reason = next((reason for reason, applies in refusals.items() if applies), None)
-        processor = reason or load_processor(
-            folder, config.to_dict(), "cuda", vision.read_processor
-        )
-        model = load_model(
-            folder,
-            config,
-            dtype,
-            device,
-            processes=processes,
-            device_map=settings.device_map,
-            images=not isinstance(processor, str),
-        )
-        if settings.adapter:
-            add_adapter(model, Path(settings.adapter))
-        samples: Sequence[ImageSample] = ()
-        if isinstance(processor, Processor):
-            try:
-                samples = run_samples(model, processor)
-            except Exception as error:  # the model's own code, or its processor's
-                if is_out_of_memory(error) or is_device_lost(error):
-                    raise
-                processor = f"transformers cannot run an image ({first_line(error)})"
-        tower = VisionTower(model) if has_tower(model) else None
-        kv_bits = settings.kv_bits
-        target = cls(model, device, pack=pack, kv_bits=kv_bits, split=split, placed=placed)
-        target.processor, target.samples = processor, samples
-        target.tower = tower if samples else None
-        return target
+    @property
+    def vocab_size(self) -> int:
+        return len(self.embeddings)
 
     @property
     def groups(self) -> int:
@@ -505,155 +150,30 @@ class Target:
         """Size of the keys and values of one position in all layers, bytes."""
         return self.arena.column_nbytes
 
-    def _replace_attention(self, pack: bool, kv_bits: int | None) -> None:
-        """Replace the model's attention, and check that its logits on a short prompt stay equal.
-
-        Raises a CheckpointError if the model itself cannot run, a ConfigError if the keys and
-        values cannot be quantised, and an UnsupportedModelError if the logits differ, so the model
-        computes attention in a way that the replacement does not.
-        """
-        family = self.model.config.model_type
-        tokens = torch.arange(CHECKED_TOKENS, device=self.device) % self.vocab_size
-        context = _CountingContext(0, torch.arange(len(tokens), device=self.device), None)
-        with torch.inference_mode():
-            try:
-                expected = self.model(tokens[None], use_cache=False, logits_to_keep=1).logits[0]
-            except Exception as error:  # the model's own code, for settings that do not fit
-                if is_out_of_memory(error) or is_device_lost(error):
-                    raise
-                raise CheckpointError(
-                    f"transformers cannot run {self.model.name_or_path} with the settings of its "
-                    f"config.json: {first_line(error)}"
-                ) from error
-            self.model.set_attn_implementation(tree_attention(self.model.config))
-            if pack:
-                fuse_linears(self.model, IN_TARGET)
-                pack_linears(self.model)
-                self.lm_head = self.model.get_output_embeddings()
-            state = State(self.arena, None, CHECKED_TOKENS, recurrent=self.new_recurrent_states())
-            cache = self.new_cache([(state, range(CHECKED_TOKENS))], [None])
-            try:
-                actual, _ = self.forward(tokens, context, cache, logits_to_keep=1)
-            except UnsupportedModelError as error:  # a layer raises it, and names no family
-                raise UnsupportedModelError(refusal(family, str(error))) from error
-            if state.recurrent is not None:
-                state.recurrent.resume(state.recurrent.states_after(tokens))
-                self.state_arena = StateArena(state.recurrent.committed, self.transposed_layers)
-                self.states_nbytes = arrays_nbytes(state.recurrent_arrays())
-            region = state.kv_cache.region
-            if kv_bits is not None:
-                check_quantisation(region, family)
-            # Recurrent layers need no room in it.
-            layers = len(self.attention_slots) if self.is_hybrid else self.arena.layers
-            self.arena = self.arena.resized(layers, region, self.dtype if kv_bits else None)
-            state.close()
-        self.softcap, self.has_sinks = context.softcap, context.has_sinks
-        self.reads_cache = context.reads_cache
-        if context.layers < len(self.attention_slots):
-            raise UnsupportedModelError(refusal(family, FIXED_ATTENTION))
-        if difference := self._significant_difference(actual, expected):
-            raise UnsupportedModelError(
-                f"{family} models compute attention in a way that the cuda backend does not "
-                f"support (relative error of the logits: {difference:.2f})"
-            )
-
+    @abstractmethod
     def make_exact(self, passed: PassedChecks) -> None:
         """Compute each position in the same way whatever is computed with it; see `exact`.
 
         What checks of products found before, `passed` tells. Raises an UnsupportedModelError if a
         layer cannot be computed in this way, or has other bits on this machine.
         """
-        if self.is_hybrid:
-            raise UnsupportedModelError(f"{INEXACT}: it does not support recurrent layers")
-        if not self.reads_cache:
-            raise UnsupportedModelError(f"{INEXACT}: layers change what they have stored")
-        if self.operations is not None:
-            if self.operations.fallbacks:
-                raise UnsupportedModelError(f"{INEXACT}: {self.operations.fallbacks[0]}")
-            self.prompt_attention = None
-        with torch.inference_mode():
-            if self.operations is not None:
-                use_kernel_for_products(self.model)
-                check_products(self.model, self.dtype)
-            else:
-                if self.softcap is not None:
-                    raise UnsupportedModelError(
-                        f"{INEXACT}: it does not support soft-capped scores"
-                    )
-                if self.has_sinks:
-                    raise UnsupportedModelError(f"{INEXACT}: it does not support attention sinks")
-                self.token_rows = token_rows(self.model, self.dtype)
-                least = min(self.token_rows, LINEAR_ROWS)
-                bound_products(self.model, self.dtype, self._exact_changes, least, passed)
-                pack_activations(self.model, self.dtype, self._exact_changes)
-                check_activations(self.model, self.dtype)
-                assert self.arena.like is not None
-                _, kv_heads, _, width = self.arena.like.shape
-                check_attention(self.config.num_attention_heads, kv_heads, width)
-                self._exact_changes.callback(setattr, self, "arena", self.arena)
-                self.arena = self.arena.widened()
-        self.is_exact = True
 
     def make_inexact(self, reason: str) -> None:
         """Undo what `make_exact` changed on a CPU, where it was tried by default but refused."""
         self._exact_changes.close()
         self.is_exact, self.exact_refusal = False, reason
 
-    @property
-    def sums_by_position(self) -> bool:
-        """Whether attention runs in an `ExactContext`: in exact mode without kernels."""
-        return self.is_exact and self.operations is None
+    def _widen_arena(self) -> None:
+        """Store keys and values in exact mode's format until `_exact_changes` ends."""
+        self._exact_changes.callback(setattr, self, "arena", self.arena)
+        self.arena = self.arena.widened()
 
-    @contextmanager
-    def attached(self) -> Iterator[None]:
-        """Replace the attention of a model that has its own attention otherwise; see `wrap`."""
-        borrowed = nullcontext() if self.threads is None else self.threads.borrowed()
-        with borrowed, own_attention(self.model), self.hooks:
-            self.model.set_attn_implementation(tree_attention(self.model.config))
-            self.capture(self.captured)
-            yield
-
-    def find_scale(self) -> None:
-        """Find `scale`, so that `logits` needs only the output head.
-
-        Raises an UnsupportedModelError if the model does more to its logits than multiply them.
-        """
-        tokens = torch.arange(CHECKED_TOKENS, device=self.device) % self.vocab_size
-        context = AttentionContext.whole_sequence(len(tokens), self.device)
-        with torch.inference_mode(), attention_context(context):
-            expected = self.model(tokens[None], use_cache=False).logits.float()
-            raw = self.lm_head(self.run_decoder(tokens[None], context)[0]).float()
-        self.scale = float((expected * raw).sum() / raw.square().sum())
-        if difference := self._significant_difference(self.scale * raw, expected):
-            raise UnsupportedModelError(
-                f"{self.model.config.model_type} models do more than multiply the logits of their "
-                f"output head by a factor (relative error {difference:.2f}), so drafters cannot be "
-                "trained for them"
-            )
-
-    def _significant_difference(self, actual: Tensor, expected: Tensor) -> float:
-        """Return the relative error of logits; 0 if other kernels could cause it."""
-        difference = float((actual - expected).float().std() / expected.float().std())
-        tolerance = TOLERANCES[str(self.dtype).removeprefix("torch.")]
-        return difference if difference > TOLERANCE_FACTOR * tolerance else 0
-
+    @abstractmethod
     def capture(self, layer_ids: Sequence[int]) -> None:
-        """Keep the outputs of these layers in every forward pass, until `hooks` are closed.
+        """Keep the outputs of these layers, and no others, in every forward pass.
 
         -1 stands for the embeddings, and the number of layers for the final norm.
         """
-        self.captured = tuple(layer_ids)
-        for layer_id in layer_ids:
-            # A model may add features of images between two layers.
-            if layer_id == -1 or (self.tower is not None and layer_id < len(self.layers) - 1):
-                handle = self.layers[layer_id + 1].register_forward_pre_hook(
-                    partial(_capture_input, layer_id), with_kwargs=True
-                )
-            else:
-                is_norm = layer_id == len(self.layers)
-                module = self.model.get_decoder() if is_norm else self.layers[layer_id]
-                handle = module.register_forward_hook(partial(_capture_output, layer_id))
-            self.hooks.enter_context(handle)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Compute the (..., hidden_size) rows of the input table."""
@@ -674,121 +194,19 @@ class Target:
             return logits.index_select(-1, tokens)
         return logits.gather(1, tokens.repeat_interleave(len(logits) // len(tokens), 0))
 
-    def run_decoder(
-        self, tokens: Tensor, context: AttentionContext
-    ) -> tuple[Tensor, dict[int, Tensor]]:
-        """Run (rows, n) tokens: (rows, n, hidden_size) of the decoder and of captured layers."""
-        positions = context.positions.expand(len(tokens), -1)
-        with attention_context(context) as outputs:
-            decoder = self.model.get_decoder()
-            output = decoder(input_ids=tokens, position_ids=positions, use_cache=False)
-        return output.last_hidden_state, outputs
-
-    def context(
-        self,
-        committed: int,
-        positions: Tensor,
-        ancestors: Tensor | None,
-        images: ImageRows | None = None,
-    ) -> AttentionContext:
-        """Return the context of a block of tokens of one sequence; see `AttentionContext`."""
-        if self.sums_by_position:
-            return ExactContext(committed, positions, ancestors)
-        # Tokens of an image that see each other need a mask.
-        needs_mask = images is not None and images.types is not None
-        attend = None if needs_mask else self.prompt_attention
-        return AttentionContext(committed, positions, ancestors, attend)
-
-    def packed_context(self, contexts: Sequence[Any], cache: TreeCache) -> Context:
-        """Return the context of several sequences, from the result of `context` for each."""
-        if isinstance(cache, ExactCache):
-            return PackedExactContext(contexts, cache)
-        return PackedContext(contexts, cache)
-
     def new_recurrent_states(self) -> RecurrentStates | None:
         """Create the recurrent states of an empty sequence; None if the model has none."""
-        return RecurrentStates(self.transposed_layers) if self.is_hybrid else None
+        return None
 
-    def new_cache(
-        self, rows: Sequence[tuple[State, Any]], ancestors: Sequence[Tensor | None]
-    ) -> TreeCache:
-        """Create the cache of a forward pass over trees, which have ancestors, and next tokens."""
-        kv_caches = [state.kv_cache for state, _ in rows]
-        if not self.is_hybrid:
-            cache = ExactCache if self.sums_by_position else TreeCache
-            return cache(kv_caches, [len(tokens) for _, tokens in rows])
-        parts, first = [], 0
-        for (state, tokens), mask in zip(rows, ancestors, strict=True):
-            assert state.recurrent is not None
-            tree = tokens if isinstance(tokens, DraftTree) else None
-            parts.append(SequenceRows(state.recurrent, first, len(tokens), tree, mask))
-            first += len(tokens)
-        return HybridCache(kv_caches, parts, self.attention_slots, self.device)
+    @abstractmethod
+    def run_rows(self, rows: Sequence[Rows], needs_logits: Sequence[bool], merge: Merge) -> Logits:
+        """Run trees and new tokens: logits of all nodes, and of last tokens where needed.
 
-    def forward(
-        self,
-        token_ids: Tensor,
-        context: Context,
-        cache: TreeCache,
-        *,
-        logits_to_keep: int | Tensor,
-        rotary: Tensor | None = None,
-        images: ImageRows | None = None,
-    ) -> tuple[Tensor, dict[int, Tensor]]:
-        """Run (n,) tokens after the committed positions; the cache then holds them, uncommitted.
-
-        The rotary positions are (n,), or (3, n) of three axes; None stands for the positions of the
-        context. `images` are of a single sequence, whose tokens stand for features.
-
-        Returns logits of the last `logits_to_keep` rows, of all for 0, or of those with these
-        indices; and (n, hidden_size) outputs of the captured layers, by index.
+        The states of the sequences then have the outputs of captured layers, and their KV caches
+        the keys and values of the rows, uncommitted. Only one sequence may have features of images,
+        which `merge` is told.
         """
-        rows = len(token_ids)
-        if isinstance(context, ExactContext):
-            assert isinstance(cache, ExactCache)
-            context.cache = cache
-            if rows == 1 < (times := self.token_rows):
-                context.repeat(times)
-                token_ids = token_ids.repeat(times)
-                rotary = None if rotary is None else rotary.repeat_interleave(times, -1)
-                images = None if images is None else images.repeat(times)
-        positions = context.positions if rotary is None else rotary
-        inputs: dict[str, Any] = {self.cache_argument: cache}
-        if images is not None:
-            inputs["mm_encoder_outputs"] = {"image": images.features.output()}
-            inputs |= dict.fromkeys(self.type_arguments, images.types)
-        running = cache.running() if isinstance(cache, RecurrentCache) else nullcontext()
-        with attention_context(context) as outputs, running:
-            output = self.model(
-                input_ids=token_ids[None],
-                position_ids=positions.unsqueeze(-2),
-                use_cache=True,
-                logits_to_keep=logits_to_keep,
-                **inputs,
-            )
-        return output.logits[0, :rows], {i: x[0].to(self.device) for i, x in outputs.items()}
 
-
-def _capture_output(layer_id: int, _: nn.Module, __: Any, output: Any) -> None:
-    capture_output(layer_id, output if isinstance(output, Tensor) else output[0])
-
-
-def _capture_input(layer_id: int, _: nn.Module, args: Any, kwargs: Any) -> None:
-    capture_output(layer_id, args[0] if args else kwargs["hidden_states"])
-
-
-class _CountingContext(AttentionContext):
-    """Counts the attention layers that it serves, and notes what they attend to and how."""
-
-    layers = 0
-    softcap: float | None = None
-    has_sinks = False
-    reads_cache = True
-
-    def attend(self, inputs: AttentionInputs) -> Tensor:
-        self.layers += 1
-        self.softcap = inputs.softcap if inputs.softcap is not None else self.softcap
-        self.has_sinks |= inputs.sinks is not None
-        stored_by = {getattr(x, LAYER, None) for x in (inputs.key, inputs.value)}
-        self.reads_cache &= None not in stored_by and len(stored_by) == 1
-        return super().attend(inputs)
+    def most_rows(self, state: State, tokens: Sequence[int]) -> int | None:
+        """Return how many new tokens of a sequence one pass may have; None without such a limit."""
+        return None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -17,8 +16,6 @@ from treeflash.decoding.backend_base import rows_by_pass, undone_on_failure
 from treeflash.decoding.interfaces import Prefill, Verify
 from treeflash.decoding.sampling import SampledTokens
 from treeflash.decoding.tree import DraftTree
-from treeflash.errors import UnsupportedModelError
-from treeflash_cuda.attention import AttentionContext
 from treeflash_cuda.cache import Slab
 from treeflash_cuda.drafter import OutputStage
 from treeflash_cuda.drafter_model import DrafterModel
@@ -26,19 +23,16 @@ from treeflash_cuda.hybrid import RecurrentStates
 from treeflash_cuda.images import ImageRows
 from treeflash_cuda.mtp_head import MtpModel
 from treeflash_cuda.numerics import upload_all
-from treeflash_cuda.row_pass import MAX_ROWS, RowPass, Rows, has_features
 from treeflash_cuda.sampling import Logits, sample
 from treeflash_cuda.state import State
 from treeflash_cuda.state_arena import CommittedStates, TreeWrites
-from treeflash_cuda.target import Target
+from treeflash_cuda.target import Rows, Target
 
 FIRST_CHUNK, NEXT_CHUNK = 2048, 1024
 """Prompt tokens per forward pass; chunks after the first need a mask, and so are smaller."""
 
 Path: TypeAlias = tuple[State, NDArray[np.int32]]
 """A sequence, and the nodes to commit."""
-Forward: TypeAlias = Callable[[Sequence[Rows], Sequence[bool]], Logits]
-"""A pass over rows, some of which need logits."""
 
 
 class Verifier:
@@ -47,9 +41,7 @@ class Verifier:
     def __init__(self, target: Target, drafter: DrafterModel | MtpModel | None) -> None:
         self.target = target
         self.drafter = drafter  # projects outputs of target layers to features, unless None
-        self.row_pass = RowPass(target)
         self.first_chunk, self.next_chunk = FIRST_CHUNK, NEXT_CHUNK
-        self._has_row_pass = True  # until it is found that a layer cannot run in it
 
     @torch.inference_mode()
     def run(self, work: Sequence[Prefill | Verify]) -> list[SampledTokens | None]:
@@ -94,13 +86,9 @@ class Verifier:
 
     def _chunk_size(self, state: State, token_ids: Sequence[int]) -> int:
         """Return how many new tokens are run at once."""
-        if self._is_in_row_pass(state, token_ids):
-            return MAX_ROWS
+        if (most := self.target.most_rows(state, token_ids)) is not None:
+            return most
         return self.next_chunk if state.length else self.first_chunk
-
-    def _is_in_row_pass(self, state: State, tokens: DraftTree | Sequence[int]) -> bool:
-        """Return whether a tree or new tokens run in the pass that CUDA graphs can have."""
-        return self._has_row_pass and self.row_pass.takes(state, tokens)
 
     def forward(self, rows: Sequence[Rows], needs_logits: Sequence[bool]) -> Logits:
         """Run trees and new tokens: logits of all nodes, and of last tokens where needed.
@@ -112,78 +100,7 @@ class Verifier:
         for state, tokens in rows:
             ids = tokens.tokens if isinstance(tokens, DraftTree) else tokens
             state.pass_tokens, state.merged = np.asarray(ids, np.int32), None
-        found: list[tuple[list[int], Logits]] = []
-
-        def run(forward: Forward, members: list[int]) -> None:
-            part = forward([rows[i] for i in members], [needs_logits[i] for i in members])
-            found.append((members, part))
-
-        in_row_pass = [i for i, row in enumerate(rows) if self._is_in_row_pass(*row)]
-        if in_row_pass:
-            try:
-                run(self.row_pass.run, in_row_pass)
-            except UnsupportedModelError as error:
-                if self.target.is_exact:
-                    raise
-                self._has_row_pass, in_row_pass = False, []
-                warnings.warn(f"draft trees run without CUDA graphs: {error}", stacklevel=2)
-        others = [i for i in range(len(rows)) if i not in in_row_pass]
-        alone = [i for i in others if has_features(*rows[i]) or not self.target.reads_cache]
-        for members in (*([i] for i in alone), [i for i in others if i not in alone]):
-            if members:
-                run(self._forward_with_masks, members)
-        return Logits.of_passes(found)
-
-    def _forward_with_masks(self, rows: Sequence[Rows], needs_logits: Sequence[bool]) -> Logits:
-        """Run `_forward` in one pass, in which every sequence has its mask."""
-        sizes = [len(tokens) for _, tokens in rows]
-        arrays: list[NDArray[Any]] = []
-        for state, tokens in rows:
-            if isinstance(tokens, DraftTree):
-                arrays += [tokens.tokens, tokens.positions(state.length), tokens.ancestor_mask()]
-            else:
-                arrays += [np.array(tokens), state.length + np.arange(len(tokens))]
-        counts = [
-            (size if isinstance(tokens, DraftTree) else 1) if needed else 0
-            for (_, tokens), size, needed in zip(rows, sizes, needs_logits, strict=True)
-        ]
-        ends = np.cumsum(sizes)
-        rows_to_keep = np.concatenate(
-            [np.arange(end - count, end) for end, count in zip(ends, counts, strict=True)]
-        )
-        if turned := any(state.shift or state.images for state, _ in rows):
-            each = [state.rotary_positions(tokens) for state, tokens in rows]
-            arrays.insert(0, np.concatenate(each, -1))
-        uploaded = iter(upload_all([*arrays, rows_to_keep], self.target.device))
-        rotary = next(uploaded).long() if turned else None
-        tower, images = self.target.tower, None
-        if tower is not None and has_features(*rows[0]):
-            images = tower.rows(rows[0][0], sizes[0])
-            self._merge(rows[0][0], images)
-        token_ids: list[Tensor] = []
-        contexts: list[AttentionContext] = []
-        for state, tokens in rows:
-            token_ids.append(next(uploaded).long())
-            positions = next(uploaded).long()
-            ancestors = next(uploaded).bool() if isinstance(tokens, DraftTree) else None
-            contexts.append(self.target.context(state.length, positions, ancestors, images))
-        cache = self.target.new_cache(rows, [context.ancestors for context in contexts])
-        logits_to_keep: int | Tensor = 1  # transformers needs at least 1; the row is discarded
-        if len(rows_to_keep) == ends[-1]:
-            logits_to_keep = 0  # all
-        elif len(rows_to_keep):
-            logits_to_keep = next(uploaded).long()
-        logits, outputs = self.target.forward(
-            torch.cat(token_ids),
-            self.target.packed_context(contexts, cache) if len(contexts) > 1 else contexts[0],
-            cache,
-            logits_to_keep=logits_to_keep,
-            rotary=rotary,
-            images=images,
-        )
-        for (state, _), end, size in zip(rows, ends, sizes, strict=True):
-            state.outputs, state.first_row = outputs, int(end) - size
-        return Logits.split(logits[: len(rows_to_keep)], counts)
+        return self.target.run_rows(rows, needs_logits, self._merge)
 
     def _commit(self, paths: Sequence[Path]) -> None:
         """Commit paths. Steps that may fail come first: a failed call must change no sequence."""

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from treeflash_cuda import backend, target, visible_keys
+from treeflash_cuda import backend, model_target, visible_keys
 from treeflash_cuda.drafter import OutputStage
 from treeflash_cuda.operations import Operations
 
@@ -201,7 +201,7 @@ class FakeCuda(TorchDispatchMode):
             raise AssertionError(f"{func} moves data between host and device during a capture")
 
     def _patch_loading(self, monkeypatch):
-        load_model, load_drafter = target.load_model, backend.load_drafter
+        load_model, load_drafter = model_target.load_model, backend.load_drafter
         load_mtp_head = backend.load_mtp_head
 
         def load_fake_model(folder, config, dtype, device, *, processes, device_map, images):
@@ -241,7 +241,7 @@ class FakeCuda(TorchDispatchMode):
 
         plain_plan = visible_keys.plan_work
         monkeypatch.setattr(visible_keys, "plan_work", plan_work)
-        monkeypatch.setattr(target, "load_model", load_fake_model)
+        monkeypatch.setattr(model_target, "load_model", load_fake_model)
         monkeypatch.setattr(backend, "load_drafter", load_fake_drafter)
         monkeypatch.setattr(backend, "load_mtp_head", load_fake_mtp_head)
         monkeypatch.setattr(backend, "choose_device", lambda name: DEVICE)

@@ -22,8 +22,7 @@ import numpy as np
 import torch
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 from transformers.utils import logging
-from treeflash_cuda.backend import CudaBackend
-from treeflash_cuda.target import Target
+from treeflash_cuda.backend import CudaBackend, load_target
 
 from treeflash.config import LoadConfig
 from treeflash.decoding.probe import state_difference, tree_difference
@@ -183,9 +182,7 @@ def attempt(name: str) -> tuple[str, str]:
         except Exception as error:
             return "not tried", f"{type(error).__name__}: {str(error).splitlines()[:1]}"[:100]
         try:
-            target = Target.load(
-                Path(folder), torch.device("cpu"), torch.float32, LoadConfig(), pack=True
-            )
+            target = load_target(Path(folder), LoadConfig(device="cpu", dtype="float32"), pack=True)
             backend = CudaBackend(target, None, None)
             rng = np.random.default_rng(0)
             errors = (

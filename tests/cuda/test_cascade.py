@@ -13,7 +13,7 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 from treeflash_cuda import kernels as kernels_module
-from treeflash_cuda.attention import is_window
+from treeflash_cuda.attention_contexts import is_window
 from treeflash_cuda.cache import dequantise, quantise
 from treeflash_cuda.kernels import causal_attention, seen_floats
 from treeflash_cuda.operations import Shapes

@@ -16,7 +16,6 @@ require("torch")
 from treeflash_cuda import backend as loading
 from treeflash_cuda import default_dtype, exact
 from treeflash_cuda.backend import load
-from treeflash_cuda.target import Target
 
 HALF = "bfloat16", "float16"
 
@@ -36,16 +35,16 @@ def load_on_cpu(folder, **settings):
 @pytest.fixture
 def loaded(monkeypatch):
     """References to all targets whose weights were read."""
-    found, read = [], Target.load.__func__
+    found, read = [], loading.read_target
 
-    def remember(cls, *args, **kwargs):
+    def remember(*args, **kwargs):
         gc.collect()
         assert not any(reference() for reference in found), "two targets are in memory"
-        target = read(cls, *args, **kwargs)
+        target = read(*args, **kwargs)
         found.append(weakref.ref(target))
         return target
 
-    monkeypatch.setattr(Target, "load", classmethod(remember))
+    monkeypatch.setattr(loading, "read_target", remember)
     return found
 
 
@@ -107,7 +106,7 @@ def test_a_machine_that_is_inexact_takes_float32_with_one_line(
     def refuse(*_):
         raise UnsupportedModelError("exact mode is not possible for this target: a test")
 
-    owner = "treeflash_cuda.target" if place == "check_attention" else loading.CudaBackend
+    owner = "treeflash_cuda.decoder_target" if place == "check_attention" else loading.CudaBackend
     if isinstance(owner, str):
         monkeypatch.setattr(f"{owner}.{place}", refuse)
     else:
@@ -118,15 +117,15 @@ def test_a_machine_that_is_inexact_takes_float32_with_one_line(
 
 
 def test_exact_mode_that_half_precision_refuses_is_tried_in_float32(tmp_path, monkeypatch):
-    check, tried = exact.check_activations, []
+    check, tried = exact.check_gates, []
 
-    def only_float32(model, dtype):
+    def only_float32(gated, size, dtype):
         tried.append(dtype.itemsize)
         if dtype.itemsize == 2:
             raise UnsupportedModelError("a test")
-        check(model, dtype)
+        check(gated, size, dtype)
 
-    monkeypatch.setattr("treeflash_cuda.target.check_activations", only_float32)
+    monkeypatch.setattr("treeflash_cuda.decoder_target.check_gates", only_float32)
     with pytest.warns(UserWarning, match="running in float32"):
         backend = load_on_cpu(write(tmp_path, "bfloat16"), exact=True)
     assert (backend.dtype, backend.inexact, tried) == ("float32", None, [2, 4])

@@ -15,7 +15,7 @@ from treeflash.testing.models import write_pair, write_target
 require("torch")
 
 import torch
-from treeflash_cuda import attention
+from treeflash_cuda import attention_contexts
 from treeflash_cuda import backend as loading
 from treeflash_cuda.cache import Arena
 from treeflash_cuda.operations import CHECKS, Operations
@@ -100,7 +100,7 @@ def test_a_gpu_is_examined_without_a_model(cuda):
 
 @pytest.mark.parametrize("runs", [True, False])
 def test_passes_over_trees_are_measured_if_the_target_has_them(cuda, tmp_path, monkeypatch, runs):
-    monkeypatch.setattr(attention, "is_window", lambda *_: runs)
+    monkeypatch.setattr(attention_contexts, "is_window", lambda *_: runs)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 5)
     write_target(tmp_path, "mistral", seed=1)

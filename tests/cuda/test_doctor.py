@@ -21,9 +21,9 @@ from treeflash.training.distillation import Response, respond
 require("torch")
 require("accelerate")
 
+from treeflash_cuda import backend as loading
 from treeflash_cuda.backend import CudaBackend, drafter_layout, load_drafter, load_target
 from treeflash_cuda.backend import load as load_cuda
-from treeflash_cuda.target import Target
 from treeflash_cuda.training.entry import train
 
 CPU = LoadConfig(device="cpu", dtype="float32")
@@ -189,9 +189,9 @@ def test_depths_that_collapse(diagnosis):
 
 def test_command_line(target, trained, tmp_path, capsys, monkeypatch):
     """The target is loaded once, with other drafters later."""
-    loads, read = [], Target.load
+    loads, read = [], loading.load_target
     monkeypatch.setattr(
-        Target, "load", lambda *args, **more: loads.append(args) or read(*args, **more)
+        loading, "load_target", lambda *args, **more: loads.append(args) or read(*args, **more)
     )
     prompts = tmp_path / "prompts.jsonl"
     rows = [{"id": n, "messages": messages} for n, messages in enumerate(questions(4, seed=2))]

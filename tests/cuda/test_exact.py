@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from parts import use_models
 
 from treeflash.config import LoadConfig
 from treeflash.decoding.passed_checks import PassedChecks
@@ -24,8 +25,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
-from transformers.models.llama import modeling_llama
-from treeflash_cuda import attention, exact, linear
+from treeflash_cuda import decoder_attention, exact, exact_attention, linear
 from treeflash_cuda.backend import load
 from treeflash_cuda.operations import Operations
 
@@ -201,7 +201,7 @@ def test_products_with_one_row_fail_the_check(tmp_path, monkeypatch):
     with pytest.raises(UnsupportedModelError, match=r"products of .* weights depend"):
         load_exact(write(tmp_path))
     monkeypatch.setattr(exact, "_equal_rows", lambda *_: 64)
-    monkeypatch.setattr("treeflash_cuda.target.token_rows", lambda *_: 1)
+    monkeypatch.setattr("treeflash_cuda.decoder_target.token_rows", lambda *_: 1)
     with pytest.raises(UnsupportedModelError, match="a prompt in other chunks changes its logits"):
         load_exact(tmp_path)
 
@@ -210,9 +210,9 @@ def test_attention_that_sums_by_column_fails_the_check(tmp_path, monkeypatch):
     def by_column(self, place, visible, columns):
         middle = len(columns) // 2
         sizes = [middle, len(columns) - middle]
-        return exact.Rows(0, self.tokens, place, visible, [], sizes)
+        return exact_attention.Rows(0, self.tokens, place, visible, [], sizes)
 
-    monkeypatch.setattr(exact.ExactContext, "_tree_rows", by_column)
+    monkeypatch.setattr(exact_attention.ExactBlock, "_tree_rows", by_column)
     with pytest.raises(UnsupportedModelError, match="attention over a draft tree or a prompt"):
         load_exact(write(tmp_path))
 
@@ -257,26 +257,26 @@ ROWS = {"bfloat16": 2, "float16": FBGEMM_ROWS if linear.uses_fbgemm(torch.float1
 def test_one_token_has_one_column_and_the_rows_that_its_products_need(tmp_path, dtype, count):
     backend = load_exact(write(tmp_path), dtype)
     rows = []
-    backend.target.layers[0].register_forward_hook(lambda _, args, __: rows.append(args[0].shape))
+    backend.target.layers[0].register_forward_hook(lambda _, args, __: rows.append(args[0]))
     with SequenceSession(backend) as sequence:
         sequence.extend([3, 4, 5])
         assert len(sequence.logits(DraftTree.root_only(3))) == 1
         sequence.commit(np.zeros(1, np.int32))
         assert sequence.state.kv_cache.length == sequence.state.length == 4
-    assert [tuple(shape[:2]) for shape in rows] == [(1, 3), (1, count)]
+    assert [len(x) for x in rows] == [3, count]
 
 
 def test_a_token_of_a_model_larger_than_caches_has_four_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(exact, "CACHE_NBYTES", 0)
     backend = load_exact(write(tmp_path))  # compares them with trees and prompts
     rows = []
-    backend.target.layers[0].register_forward_hook(lambda _, args, __: rows.append(args[0].shape))
+    backend.target.layers[0].register_forward_hook(lambda _, args, __: rows.append(args[0]))
     with SequenceSession(backend, capacity=4) as sequence:
         sequence.extend([3, 4, 5])
         assert len(sequence.logits(DraftTree.root_only(3))) == 1
         sequence.commit(np.zeros(1, np.int32))
         assert sequence.state.kv_cache.length == sequence.state.length == 4
-    assert [tuple(shape[:2]) for shape in rows] == [(1, 3), (1, 4)]
+    assert [len(x) for x in rows] == [3, 4]
 
 
 @torch.inference_mode()
@@ -332,6 +332,7 @@ def test_kernels_are_exact(tmp_path, monkeypatch, case):
         "PyTorch": (Operations(), "float32", r"exact mode is not possible .* changes its logits"),
         "a kernel is missing": (fallback, "bfloat16", "in PyTorch: ptxas is missing"),
     }[case]
+    use_models(monkeypatch)
     monkeypatch.setattr("treeflash_cuda.backend.load_target_operations", lambda _: operations)
     if message is None:
         assert load_exact(tmp_path, dtype).inexact is None
@@ -342,15 +343,13 @@ def test_kernels_are_exact(tmp_path, monkeypatch, case):
 
 def test_a_rotation_of_prompts_that_differs_from_that_of_trees_is_found(tmp_path, monkeypatch):
     """Equal in all prompts: a cache would give other bits than the tokens that it stands for."""
-    plain = modeling_llama.apply_rotary_pos_emb
+    plain = decoder_attention.RowStore.store
 
-    def rotate(*args, **kwargs):
-        q, k = plain(*args, **kwargs)
-        context, _ = attention._FORWARD_PASS.get((None, None))
-        is_prompt = getattr(context, "ancestors", 0) is None
-        return q, k * 1.01 if is_prompt else k
+    def store(self, layer, keys, values):
+        is_prompt = self.blocks[0].ancestors is None
+        plain(self, layer, keys * 1.01 if is_prompt else keys, values)
 
-    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", rotate)
+    monkeypatch.setattr(decoder_attention.RowStore, "store", store)
     with pytest.raises(UnsupportedModelError, match="a prompt in the place of sampled tokens"):
         load_exact(write(tmp_path))
 

@@ -27,12 +27,11 @@ from treeflash.testing.trees import noise_of_depths
 require("torch")
 
 import torch
-from treeflash_cuda import attention, row_pass
+from treeflash_cuda import attention_contexts, row_pass
 from treeflash_cuda import backend as backend_module
 from treeflash_cuda import drafter as drafter_module
 from treeflash_cuda.backend import load
 from treeflash_cuda.graphs import WARM_UP, Graph, Graphs, garbage_collection_disabled
-from treeflash_cuda.verifier import Verifier
 
 VOCAB = 40
 
@@ -217,7 +216,7 @@ def test_a_warm_up_begins_with_the_states_and_ends_where_memory_does(tmp_path, m
     [
         (row_pass, "MAX_ROWS", 4),
         (drafter_module, "MAX_CONTEXT", 0),
-        (attention, "is_window", lambda *_: False),
+        (attention_contexts, "is_window", lambda *_: False),
     ],
 )
 @pytest.mark.filterwarnings("ignore:draft trees run without CUDA graphs")
@@ -227,9 +226,9 @@ def test_what_does_not_fit_runs_without_static_shapes(folders, monkeypatch, modu
     states = started(backend, [[3, 4, 5], [6]])
     trees = [(state, chain(*range(6))) for state in states]
     if name == "is_window":  # a pass of another kind would give other bits
-        backend.target.is_exact = True
+        backend.target.is_exact = backend.target.passes.has_row_pass = True
         with pytest.raises(UnsupportedModelError, match="neither causal nor a sliding window"):
-            Verifier(backend.target, None).logits(trees)
+            backend.verifier.logits(trees)
         backend.target.is_exact = False
     together = backend.verifier.logits(trees)
     for (state, tree), logits in zip(trees, together, strict=True):

@@ -15,14 +15,14 @@ from treeflash.testing.pairs import DRAFTER_SEED, TARGET_SEED
 require("torch")
 
 import torch
-from treeflash_cuda import hybrid, recurrence, target
+from treeflash_cuda import hybrid, model_target, recurrence
 from treeflash_cuda.backend import load
 from treeflash_cuda.hybrid import MATRIX, HybridCache, RecurrentCache, Writes
-from treeflash_cuda.target import Target
+from treeflash_cuda.model_target import ModelTarget
 
 DELTA, MAMBA = HYBRID_FAMILIES
 commit = Writes.commit
-new_cache = Target.new_cache
+new_cache = ModelTarget.new_cache
 update_conv_state = RecurrentCache.update_conv_state
 decays = recurrence._decays
 delta_rule, linear_rule = recurrence.delta_rule, recurrence.linear_rule
@@ -109,7 +109,7 @@ PLACES = {
     commit_with_own_decay: (Writes, "commit"),
     state_of_the_whole_block: (Writes, "commit"),
     tail_of_the_last_columns: (hybrid, "_tail"),
-    chains_run_as_text: (Target, "new_cache"),
+    chains_run_as_text: (ModelTarget, "new_cache"),
     single_step_in_place: (HybridCache, "get_recurrent_state"),
 }
 EVERYWHERE = (
@@ -171,7 +171,7 @@ def kernel_of_unknown_size(cache, conv_states, layer_idx, **_):
         ),
         (hybrid, "HOOKS", without("torch_chunk_gated_delta_rule"), "the recurrence of layer 0"),
         (RecurrentCache, "update_conv_state", kernel_of_unknown_size, "the convolution's kernel"),
-        (target, "tree_attention", own_attention, "do not support other attention functions"),
+        (model_target, "tree_attention", own_attention, "do not support other attention functions"),
     ],
 )
 def test_layers_of_another_kind_are_refused_by_name(

@@ -18,12 +18,11 @@ import families
 import torch
 from parts import load_with_parts
 from replayed_graphs import enable, replay_graphs
-from treeflash_cuda.backend import CudaBackend, load
+from treeflash_cuda.backend import CudaBackend, load, load_target
 from treeflash_cuda.graphs import Graphs
 from treeflash_cuda.operations import Operations
 from treeflash_cuda.recurrence import TreeNodes, delta_rule
 from treeflash_cuda.state_arena import MIN_SLOTS
-from treeflash_cuda.target import Target
 
 VOCAB = 40
 CPU = LoadConfig(device="cpu", dtype="float32")
@@ -76,7 +75,7 @@ def test_trees_are_those_of_one_sequence_after_another(folders, monkeypatch, seq
 )
 def test_other_types_agree_with_plain_text(tmp_path, name):
     families.write(tmp_path, name)
-    target = Target.load(tmp_path, torch.device("cpu"), torch.float32, LoadConfig(), pack=True)
+    target = load_target(tmp_path, LoadConfig(device="cpu", dtype="float32"), pack=True)
     target.operations = Operations()
     backend, rng = CudaBackend(target, None, None), np.random.default_rng(0)
     assert tree_difference(backend, rng, families.PREFIX) < families.TOLERANCE

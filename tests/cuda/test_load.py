@@ -30,7 +30,7 @@ require("torch")
 
 import families
 import torch
-from parts import load_with_parts
+from parts import load_with_parts, use_models
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -43,9 +43,10 @@ from transformers import (
 )
 from transformers.models.starcoder2 import modeling_starcoder2
 from transformers.utils import logging as transformers_logging
-from treeflash_cuda import target
+from treeflash_cuda import model_target
 from treeflash_cuda.backend import load
-from treeflash_cuda.target import add_adapter, load_model, read_model_config
+from treeflash_cuda.model_target import add_adapter, load_model
+from treeflash_cuda.target import read_model_config
 
 CPU = LoadConfig(device="cpu")
 
@@ -106,6 +107,7 @@ class QuantisedHead(nn.Module):
 
 def test_the_output_head_may_be_quantised(tmp_path, monkeypatch):
     folders = write_pair(tmp_path, "qwen3")
+    use_models(monkeypatch)
 
     def load_quantised(*args, **settings):
         model = load_model(*args, **settings)
@@ -114,7 +116,7 @@ def test_the_output_head_may_be_quantised(tmp_path, monkeypatch):
 
     tables = []
     for loader in (load_model, load_quantised):
-        monkeypatch.setattr(target, "load_model", loader)
+        monkeypatch.setattr(model_target, "load_model", loader)
         backend = load(*folders, CPU)
         assert (backend.target.lm_head_weight is None) == (loader is load_quantised)
         text = SequenceSession(backend, drafts=True)
@@ -169,7 +171,7 @@ def test_models_of_another_structure_are_refused_by_name(kind, reason):
     model = AutoModelForCausalLM.from_config(kind(**TINY))
     message = f"^{kind.model_type} models cannot run a draft tree: {reason}$"
     with pytest.raises(UnsupportedModelError, match=message):
-        target.Target(model, torch.device("cpu"), pack=False)
+        model_target.ModelTarget(model, torch.device("cpu"), pack=False)
 
 
 def test_layers_that_attend_in_chunks_are_refused(tmp_path):

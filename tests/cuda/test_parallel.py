@@ -28,8 +28,9 @@ from treeflash_cuda import parallel, verifier
 from treeflash_cuda.backend import CudaBackend, check_config, load
 from treeflash_cuda.cache import KVCache
 from treeflash_cuda.graphs import Graphs
+from treeflash_cuda.model_target import ModelTarget, load_model
 from treeflash_cuda.state import State
-from treeflash_cuda.target import Target, load_model, read_model_config
+from treeflash_cuda.target import read_model_config
 from treeflash_cuda.verifier import Verifier
 
 PROMPT = [3, 4, 5, 6]
@@ -425,4 +426,4 @@ def test_hybrid_targets_on_several_devices_are_refused(tmp_path, option, reason)
     device = torch.device("cpu")
     model = load_model(tmp_path, read_model_config(tmp_path), torch.float32, device)
     with pytest.raises(ConfigError, match=f"^{reason} supported for models with recurrent layers$"):
-        Target(model, device, pack=False, **{option: True})
+        ModelTarget(model, device, pack=False, **{option: True})

@@ -5,6 +5,7 @@ The devices themselves are fake ones, in `test_fake_cuda.py`; here values are co
 
 import numpy as np
 import pytest
+from parts import use_models
 
 from treeflash.config import DecodeConfig, LoadConfig
 from treeflash.decoding import Request, Scheduler
@@ -21,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from treeflash_cuda import backend as backend_module
 from treeflash_cuda.backend import load
 from treeflash_cuda.cache import Arena
-from treeflash_cuda.target import follow_devices
+from treeflash_cuda.model_target import follow_devices
 
 CPU = torch.device("cpu")
 
@@ -48,7 +49,8 @@ def decoded(backend):
 
 
 @pytest.mark.parametrize("bits", [None, 8])
-def test_keys_and_values_in_parts_are_those_in_one(pair, bits):
+def test_keys_and_values_in_parts_are_those_in_one(pair, bits, monkeypatch):
+    use_models(monkeypatch)
     backend = load(*pair, LoadConfig(device="cpu", dtype="float32", kv_bits=bits))
     expected = decoded(backend)
     whole, target = backend.target.arena, backend.target

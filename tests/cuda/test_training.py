@@ -23,8 +23,7 @@ require("torch")
 
 import families
 import torch
-from treeflash_cuda.backend import load
-from treeflash_cuda.target import Target
+from treeflash_cuda.backend import load, load_target
 from treeflash_cuda.training import entry, loop
 from treeflash_cuda.training.entry import train
 from treeflash_cuda.training.initial import drafter_settings, initial_drafter
@@ -70,7 +69,7 @@ def run(target, responses, output, config, steps=None):
 def test_layers_of_another_form_are_not_copied(tmp_path, family):
     """One norm for attention and MLP, norms behind them, other names, no weights, and gates."""
     families.write(tmp_path, family)
-    target = Target.load(tmp_path, torch.device("cpu"), torch.float32, LoadConfig(), pack=False)
+    target = load_target(tmp_path, LoadConfig(device="cpu", dtype="float32"), pack=False)
     config = replace(TINY, layers=1)
     settings = drafter_settings(config, target)
     with pytest.raises(ConfigError, match=f"{family} cannot be copied .* use --init random"):
@@ -81,7 +80,7 @@ def test_layers_of_another_form_are_not_copied(tmp_path, family):
 def test_copied_layers_project_what_the_targets_do(tmp_path, family):
     """With biases, which norms do not scale, and with norms of queries and keys."""
     families.write(tmp_path, family)
-    target = Target.load(tmp_path, torch.device("cpu"), torch.float32, LoadConfig(), pack=False)
+    target = load_target(tmp_path, LoadConfig(device="cpu", dtype="float32"), pack=False)
     config = replace(TINY, layers=1)
     drafter, _ = initial_drafter(config, drafter_settings(config, target), target, [[3, 4, 5]])
     (layer,), source = drafter.layers, target.layers[-1]
@@ -107,7 +106,7 @@ def test_a_missing_package_is_named(target, responses, tmp_path, monkeypatch):
 
 def test_recurrent_layers_cannot_score_drafts_beside_each_other(tmp_path):
     write_target(tmp_path, "qwen3_5", seed=1)
-    target = Target.load(tmp_path, torch.device("cpu"), torch.float32, LoadConfig(), pack=False)
+    target = load_target(tmp_path, LoadConfig(device="cpu", dtype="float32"), pack=False)
     with pytest.raises(ConfigError, match="on-policy needs a target without recurrent layers"):
         drafter_settings(replace(TINY, on_policy=0.5), target)
 

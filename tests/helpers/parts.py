@@ -25,10 +25,16 @@ class UncapturedGraphs(Graphs):
         return None
 
 
+def use_models(monkeypatch):
+    """Let all targets be models of transformers."""
+    monkeypatch.setattr(loading, "own_layers", lambda *_, **__: "a test")
+
+
 def load_with_parts(monkeypatch, target, drafter=None, **settings):
     """Load models whose attention is computed by PyTorch's definition."""
     settings = {"device": "cpu", "dtype": "float32"} | settings
     with monkeypatch.context() as patch:
+        use_models(patch)
         patch.setattr(loading, "load_target_operations", lambda *_: Operations())
         backend = loading.load(target, drafter, LoadConfig(**settings))
     graphs = backend.target.graphs

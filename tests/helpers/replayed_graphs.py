@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
-from treeflash_cuda import attention, operations
+from treeflash_cuda import attention_contexts, operations
 from treeflash_cuda.graphs import Graph, Graphs
 
 MOST_SHARED = 32
@@ -42,7 +42,7 @@ def replay_graphs(monkeypatch, *, with_addresses=False):
     monkeypatch.setattr(Graphs, "_capture", capture)
     if with_addresses:  # kernels need no numbers from the device, as PyTorch's definitions do
         monkeypatch.setattr(operations, "most_shared", lambda keys: MOST_SHARED)
-        monkeypatch.setattr(attention, "is_window", lambda *_: True)
+        monkeypatch.setattr(attention_contexts, "is_window", lambda *_: True)
     return names
 
 

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from treeflash.errors import ConfigError
 from treeflash.training.config import TrainConfig
 from treeflash.training.distillation import Response
-from treeflash_cuda.attention import AttentionContext
+from treeflash_cuda.attention_contexts import AttentionContext
+from treeflash_cuda.model_target import ModelTarget
 from treeflash_cuda.numerics import top_log_probs
-from treeflash_cuda.target import Target
 from treeflash_cuda.training.batch import Batch, Drafts
 from treeflash_cuda.training.initial import TargetShape
 from treeflash_cuda.training.model import ROW_ANCHORS
@@ -115,7 +115,7 @@ class FeatureStore:
     limit are computed anew each time.
     """
 
-    target: Target  # captures the outputs of the layers in `layer_ids`
+    target: ModelTarget  # captures the outputs of the layers in `layer_ids`
     layer_ids: Sequence[int]  # target layers whose outputs are the features
     responses: Sequence[Response]  # prompts and responses
     top_tokens: int  # K
@@ -192,7 +192,7 @@ class FeatureStore:
         return results
 
 
-def target_top(target: Target, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def target_top(target: ModelTarget, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Return the target's (n, k) int32 top tokens and their log probabilities."""
     chunks = hidden.split(OUTPUT_ROWS)
     parts = [top_log_probs(target.logits(chunk), k, temperature=1) for chunk in chunks]
@@ -339,7 +339,7 @@ def make_batch(
 
 
 def with_drafts(
-    batch: Batch, blocks: nn.Module, target: Target, share: float, generator: torch.Generator
+    batch: Batch, blocks: nn.Module, target: ModelTarget, share: float, generator: torch.Generator
 ) -> Batch:
     """Let the drafter draft chains after some of the anchors, and the target score them.
 
@@ -367,7 +367,7 @@ def with_drafts(
 
 @torch.no_grad()
 def score_drafts(
-    target: Target, sequence: Tensor, anchors: Tensor, drafts: Tensor, top_tokens: int
+    target: ModelTarget, sequence: Tensor, anchors: Tensor, drafts: Tensor, top_tokens: int
 ) -> tuple[Tensor, Tensor]:
     """Compute the target's distributions at all tokens of many drafts in one (length,) sequence.
 

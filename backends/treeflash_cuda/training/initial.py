@@ -29,12 +29,13 @@ from treeflash.drafters.heads.treeflash import Linear, SwiGLU
 from treeflash.drafters.loading import VOCABULARY
 from treeflash.errors import ConfigError
 from treeflash.training.config import DEFAULT_LAYERS, NEW_DRAFTERS, TrainConfig, trained_head_name
-from treeflash_cuda.attention import AttentionContext
+from treeflash_cuda.attention_contexts import AttentionContext
 from treeflash_cuda.backend import drafter_layout, load_drafter
 from treeflash_cuda.drafter_model import DrafterModel
 from treeflash_cuda.heads import HEAD_CLASSES
 from treeflash_cuda.linear import is_subclass
-from treeflash_cuda.target import Target, max_positions, read_model_config
+from treeflash_cuda.model_target import ModelTarget
+from treeflash_cuda.target import max_positions, read_model_config
 
 RANK = 256
 """Rank of the heads `markov` and `selector`, as published."""
@@ -81,7 +82,7 @@ def refuse_options(config: TrainConfig, target: TargetShape) -> None:
         )
 
 
-def drafter_settings(config: TrainConfig, target: Target) -> dict[str, Any]:
+def drafter_settings(config: TrainConfig, target: ModelTarget) -> dict[str, Any]:
     """Build the `config.json` of the drafter to train, in the published TreeFlash format.
 
     Raises a ConfigError if the configuration does not fit the target, and a CheckpointError if
@@ -161,7 +162,7 @@ def with_head(settings: Mapping[str, Any], config: TrainConfig) -> dict[str, Any
     return drafter
 
 
-def _new_settings(config: TrainConfig, target: Target) -> dict[str, Any]:
+def _new_settings(config: TrainConfig, target: ModelTarget) -> dict[str, Any]:
     target_config, depth = target.config, len(target.layers)
     count = config.layers or DEFAULT_LAYERS
     layer_ids = config.target_layer_ids
@@ -212,7 +213,7 @@ def _mask_token(config: Any) -> int:
 def initial_drafter(
     config: TrainConfig,  # the configuration of the training
     settings: dict[str, Any],  # from `drafter_settings`
-    target: Target,  # the model to draft for
+    target: ModelTarget,  # the model to draft for
     # The scale of queries and keys is measured on these tokens of a few sequences.
     sequences: Sequence[Sequence[int]],
 ) -> tuple[DrafterModel, nn.Module | None]:
@@ -299,7 +300,9 @@ def _neutralise(module: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _copy_layers(model: DrafterModel, target: Target, sequences: Sequence[Sequence[int]]) -> None:
+def _copy_layers(
+    model: DrafterModel, target: ModelTarget, sequences: Sequence[Sequence[int]]
+) -> None:
     """Copy the target's last layers into the drafter.
 
     Context and block reach a layer through different norms, so the target's norm is folded into
@@ -365,7 +368,7 @@ def _norm_scale(norm: Any) -> Tensor:
 
 
 def _query_key_scales(
-    target: Target, layers: Sequence[Any], sequences: Sequence[Sequence[int]]
+    target: ModelTarget, layers: Sequence[Any], sequences: Sequence[Sequence[int]]
 ) -> list[tuple[Tensor, Tensor]]:
     """Return the weights of the drafter's query and key norms, layer by layer."""
     squares: dict[tuple[int, str], list[Tensor]] = defaultdict(list)

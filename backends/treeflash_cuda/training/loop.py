@@ -26,7 +26,7 @@ from treeflash.training.config import TrainConfig
 from treeflash.training.distillation import Response
 from treeflash_cuda.backend import load_target
 from treeflash_cuda.device import choose_device, prepare
-from treeflash_cuda.target import Target
+from treeflash_cuda.model_target import ModelTarget
 from treeflash_cuda.training.batch import Batch
 from treeflash_cuda.training.data import (
     Batches,
@@ -88,6 +88,7 @@ def train(
     device = load.device or str(processes.device)
     prepare(torch.device(device))
     model = load_target(target, replace(load, device=device, images=False), pack=False)
+    assert isinstance(model, ModelTarget), "see `own_layers`"
     accelerator = Accelerator(
         mixed_precision=MIXED_PRECISION.get(model.dtype, "no"),
         gradient_accumulation_steps=config.accumulation,
@@ -267,7 +268,7 @@ def take_step(
     blocks: nn.Module,
     optimizer: torch.optim.Optimizer,
     batches: Batches,
-    target: Target,
+    target: ModelTarget,
     config: TrainConfig,
     accelerator: Accelerator,
 ) -> dict[str, Any]:
@@ -321,7 +322,7 @@ class Validation:
 
     def __init__(
         self,
-        target: Target,
+        target: ModelTarget,
         layer_ids: Sequence[int],
         responses: Sequence[Response],
         depths: int,

@@ -1,0 +1,177 @@
+"""The attention of a decoder's pass on a CPU, over the KV caches of its sequences.
+
+`RowStore` writes the keys and values of a pass's rows. `MaskedAttention` attends with PyTorch's
+kernels; `ExactAttention` adds in the order of positions (see `exact`). Both are made for one pass,
+and prepare once what all layers with equal windows share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from treeflash_cuda.attention import (
+    MANY_QUERIES,
+    additive_mask,
+    group_mask,
+    grouped_attention,
+)
+from treeflash_cuda.cache import Columns, KVCache, PackedRows, decoded
+from treeflash_cuda.exact_attention import ExactBlock, Plan
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """The rows of one sequence: a draft tree, or next tokens."""
+
+    cache: KVCache
+    positions: Tensor  # (n,) absolute positions
+    ancestors: Tensor | None  # (n, n) bool; None for next tokens
+
+    @property
+    def committed(self) -> int:
+        return self.cache.length
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def visible(self, window: int | None) -> Tensor | None:
+        """Return the (n, committed + n) bool mask; None if a lone row sees every column."""
+        if len(self) == 1 and window is None:
+            return None
+        keys = torch.cat([torch.arange(self.committed), self.positions])
+        visible = sees(window, self.positions[:, None], keys)
+        if self.ancestors is not None:
+            visible[:, self.committed :] &= self.ancestors
+        return visible
+
+
+def sees(window: int | None, queries: Tensor, keys: Tensor) -> Tensor:
+    """Return whether queries see keys, by their positions, in layers with a window."""
+    visible = queries >= keys
+    return visible if window is None else visible & (queries < keys + window)
+
+
+class RowStore:
+    """Writes keys and values behind the committed columns of the sequences."""
+
+    def __init__(
+        self,
+        blocks: Sequence[Block],
+        rows: int,  # rows of the pass, which may repeat the row of a lone token
+        width: int | None = None,  # numbers of a column that are written; None for all
+    ) -> None:
+        self.blocks = blocks
+        # The (rows, kv_heads, width) columns of the only sequence, by layer.
+        self._columns: Columns = []
+        # Several sequences have an entry for each slab: the keys and values of all its columns, by
+        # layer, the indices of its rows (None for all of them), and their columns.
+        self._slabs: list[tuple[Columns, Tensor | None, Tensor]] = []
+        like = blocks[0].cache.arena.like
+        assert like is not None
+        segments = [(block.cache, block.committed, len(block)) for block in blocks]
+        if len(segments) > 1:
+            for slab, indices, columns in PackedRows(segments, like).slabs:
+                self._slabs.append((slab.views(slice(None), width), indices, columns))
+        else:
+            ((cache, first, n),) = segments
+            region = cache.reserve(like, like, first + n)
+            # Repeated rows go behind the last column, as far as there is room; no row reads them.
+            own = slice(first, min(first + rows, region.columns))
+            # By row, as layers give keys and values.
+            self._columns = [
+                (k[0].transpose(0, 1), v[0].transpose(0, 1)) for k, v in region.views(own, width)
+            ]
+
+    def store(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        pair = self._encoded(keys), self._encoded(values)
+        if self._columns:
+            for storage, x in zip(self._columns[layer], pair, strict=True):
+                storage.copy_(x if len(x) == len(storage) else x[: len(storage)])
+        for columns, rows, places in self._slabs:
+            for storage, x in zip(columns[layer], pair, strict=True):
+                own = x if rows is None else x.index_select(0, rows)
+                storage[0].index_copy_(1, places, own.transpose(0, 1).to(storage.dtype))
+
+    def _encoded(self, x: Tensor) -> Tensor:
+        """Convert (n, kv_heads, head_dim) keys or values to the format that is stored."""
+        return self.blocks[0].cache.arena.encode(x)
+
+
+class MaskedAttention(RowStore):
+    """`Attention` with a mask for each sequence."""
+
+    def __init__(self, blocks: Sequence[Block], kv_heads: int, rows: int) -> None:
+        super().__init__(blocks, rows)
+        self.kv_heads = kv_heads
+        self._seen = [block.cache.columns(0, block.committed + len(block)) for block in blocks]
+        self._masks: dict[int | None, list[Tensor | None]] = {}
+
+    def attend(self, layer: int, queries: Tensor, window: int | None) -> Tensor:
+        if window not in self._masks:
+            self._masks[window] = [self._mask(block, window, queries) for block in self.blocks]
+        parts = queries.split([len(block) for block in self.blocks])
+        outputs = [
+            self._attend(block, q, seen[layer], mask)
+            for block, q, seen, mask in zip(
+                self.blocks, parts, self._seen, self._masks[window], strict=True
+            )
+        ]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _is_whole(self, block: Block, window: int | None) -> bool:
+        """Return whether a block is a whole sequence, for which the kernel needs no mask."""
+        return block.ancestors is None and block.committed == 0 and window is None
+
+    def _mask(self, block: Block, window: int | None, queries: Tensor) -> Tensor | None:
+        """Return the additive mask of a block's rows, or of all heads' rows if they are few."""
+        visible = None if self._is_whole(block, window) else block.visible(window)
+        if visible is None:
+            return None
+        mask = additive_mask(visible, queries.dtype)[None, None]
+        many = len(block) >= MANY_QUERIES
+        return mask if many else group_mask(mask, queries.shape[1] // self.kv_heads)
+
+    def _attend(
+        self, block: Block, q: Tensor, seen: tuple[Tensor, Tensor], mask: Tensor | None
+    ) -> Tensor:
+        n, scale = len(block), q.shape[2] ** -0.5
+        keys, values = (decoded(x, q.dtype) for x in seen)
+        q = q.transpose(0, 1)[None]
+        if n > 1 and (mask is None or n >= MANY_QUERIES):
+            output = F.scaled_dot_product_attention(
+                q, keys, values, mask, is_causal=mask is None, scale=scale, enable_gqa=True
+            )
+            return output[0].transpose(0, 1).reshape(n, -1)
+        return grouped_attention(q, [(keys, values)], [mask], [n], scale)[0].flatten(1)
+
+
+class ExactAttention(RowStore):
+    """`Attention` in the order of positions, over float32 keys and values."""
+
+    def __init__(self, blocks: Sequence[Block], kv_heads: int, rows: int) -> None:
+        super().__init__(blocks, rows, blocks[0].cache.arena.head_dim)
+        self.kv_heads = kv_heads
+        self._plans: dict[int | None, Plan] = {}
+
+    def attend(self, layer: int, queries: Tensor, window: int | None) -> Tensor:
+        query = queries.transpose(0, 1)[None]
+        if window not in self._plans:
+            function = None if window is None else partial(sees, window)
+            members = [
+                (rows, block.cache.taken.parts)
+                for block in self.blocks
+                for rows in ExactBlock(block.committed, block.positions, block.ancestors).rows(
+                    function
+                )
+            ]
+            self._plans[window] = Plan(members, self.kv_heads, query)
+        return self._plans[window].attend(query, layer, queries.shape[2] ** -0.5)[0].flatten(1)
+
+    def _encoded(self, x: Tensor) -> Tensor:
+        return x  # stored as float32, which the copy makes of it

@@ -1,0 +1,118 @@
+"""The passes of a model of transformers: over rows, or with masks."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from treeflash.decoding.tree import DraftTree
+from treeflash.errors import UnsupportedModelError
+from treeflash_cuda.attention_contexts import AttentionContext
+from treeflash_cuda.numerics import upload_all
+from treeflash_cuda.row_pass import RowPass, has_features
+from treeflash_cuda.sampling import Logits
+from treeflash_cuda.state import State
+from treeflash_cuda.target import Merge, Rows
+
+if TYPE_CHECKING:
+    from treeflash_cuda.model_target import ModelTarget
+
+Forward: TypeAlias = Callable[[Sequence[Rows], Sequence[bool]], Logits]
+"""A pass over rows, some of which need logits."""
+
+
+class ModelPasses:
+    """Runs rows of sequences in as few passes as a model allows; see `Target.run_rows`."""
+
+    def __init__(self, target: ModelTarget) -> None:
+        self.target = target
+        self.row_pass = RowPass(target)
+        self.has_row_pass = True  # until it is found that a layer cannot run in it
+
+    def in_row_pass(self, state: State, tokens: DraftTree | Sequence[int]) -> bool:
+        """Return whether a tree or new tokens run in the pass that CUDA graphs can have."""
+        return self.has_row_pass and self.row_pass.takes(state, tokens)
+
+    def run(self, rows: Sequence[Rows], needs_logits: Sequence[bool], merge: Merge) -> Logits:
+        found: list[tuple[list[int], Logits]] = []
+
+        def run(forward: Forward, members: list[int]) -> None:
+            part = forward([rows[i] for i in members], [needs_logits[i] for i in members])
+            found.append((members, part))
+
+        in_row_pass = [i for i, row in enumerate(rows) if self.in_row_pass(*row)]
+        if in_row_pass:
+            try:
+                run(self.row_pass.run, in_row_pass)
+            except UnsupportedModelError as error:
+                if self.target.is_exact:
+                    raise
+                self.has_row_pass, in_row_pass = False, []
+                warnings.warn(f"draft trees run without CUDA graphs: {error}", stacklevel=2)
+        others = [i for i in range(len(rows)) if i not in in_row_pass]
+        alone = [i for i in others if has_features(*rows[i]) or not self.target.reads_cache]
+        with_masks = partial(self._run_with_masks, merge)
+        for members in (*([i] for i in alone), [i for i in others if i not in alone]):
+            if members:
+                run(with_masks, members)
+        return Logits.of_passes(found)
+
+    def _run_with_masks(
+        self, merge: Merge, rows: Sequence[Rows], needs_logits: Sequence[bool]
+    ) -> Logits:
+        """Run one pass, in which every sequence has its mask."""
+        sizes = [len(tokens) for _, tokens in rows]
+        arrays: list[NDArray[Any]] = []
+        for state, tokens in rows:
+            if isinstance(tokens, DraftTree):
+                arrays += [tokens.tokens, tokens.positions(state.length), tokens.ancestor_mask()]
+            else:
+                arrays += [np.array(tokens), state.length + np.arange(len(tokens))]
+        counts = [
+            (size if isinstance(tokens, DraftTree) else 1) if needed else 0
+            for (_, tokens), size, needed in zip(rows, sizes, needs_logits, strict=True)
+        ]
+        ends = np.cumsum(sizes)
+        rows_to_keep = np.concatenate(
+            [np.arange(end - count, end) for end, count in zip(ends, counts, strict=True)]
+        )
+        if turned := any(state.shift or state.images for state, _ in rows):
+            each = [state.rotary_positions(tokens) for state, tokens in rows]
+            arrays.insert(0, np.concatenate(each, -1))
+        uploaded = iter(upload_all([*arrays, rows_to_keep], self.target.device))
+        rotary = next(uploaded).long() if turned else None
+        tower, images = self.target.tower, None
+        if tower is not None and has_features(*rows[0]):
+            images = tower.rows(rows[0][0], sizes[0])
+            merge(rows[0][0], images)
+        token_ids: list[Tensor] = []
+        contexts: list[AttentionContext] = []
+        for state, tokens in rows:
+            token_ids.append(next(uploaded).long())
+            positions = next(uploaded).long()
+            ancestors = next(uploaded).bool() if isinstance(tokens, DraftTree) else None
+            contexts.append(self.target.context(state.length, positions, ancestors, images))
+        cache = self.target.new_cache(rows, [context.ancestors for context in contexts])
+        logits_to_keep: int | Tensor = 1  # transformers needs at least 1; the row is discarded
+        if len(rows_to_keep) == ends[-1]:
+            logits_to_keep = 0  # all
+        elif len(rows_to_keep):
+            logits_to_keep = next(uploaded).long()
+        logits, outputs = self.target.forward(
+            torch.cat(token_ids),
+            self.target.packed_context(contexts, cache) if len(contexts) > 1 else contexts[0],
+            cache,
+            logits_to_keep=logits_to_keep,
+            rotary=rotary,
+            images=images,
+        )
+        for (state, _), end, size in zip(rows, ends, sizes, strict=True):
+            state.outputs, state.first_row = outputs, int(end) - size
+        return Logits.split(logits[: len(rows_to_keep)], counts)

@@ -1,0 +1,349 @@
+"""Targets with layers of our own give what transformers' models give, and others keep theirs."""
+
+from contextlib import closing
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from treeflash.config import LoadConfig
+from treeflash.decoding.tree import DraftTree
+from treeflash.errors import CheckpointError
+from treeflash.testing import require
+from treeflash.testing.models import write_target
+
+require("torch")
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+from treeflash_cuda import decoder_operations
+from treeflash_cuda.backend import load, own_layers
+from treeflash_cuda.decoder_facts import decoder_facts
+from treeflash_cuda.decoder_target import DecoderTarget
+from treeflash_cuda.decoder_weights import Checkpoint
+from treeflash_cuda.model_target import ModelTarget
+from treeflash_cuda.target import read_model_config
+
+VOCAB = 40
+SMALL = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rope_theta": 1000.0,
+    "max_position_embeddings": 256,
+}
+BY_TURNS = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 6}
+LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+CASES = {
+    "llama": {"head_dim": 16},
+    "llama, biases, tied": {
+        "attention_bias": True,
+        "mlp_bias": True,
+        "tie_word_embeddings": True,
+        "num_key_value_heads": 4,
+    },
+    "llama, llama3": {
+        "rope_parameters": LLAMA3 | {"rope_theta": 500.0, "original_max_position_embeddings": 16}
+    },
+    "llama, linear": {
+        "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 99.0}
+    },
+    "mistral": {"sliding_window": 6, "head_dim": 16},
+    "mistral, no window": {"sliding_window": None},
+    "qwen2": {},
+    "qwen2, windows": {"use_sliding_window": True, **BY_TURNS},
+    "qwen3": {"head_dim": 16},
+    "qwen3, windows, biases": {
+        "head_dim": 24,
+        "use_sliding_window": True,
+        "attention_bias": True,
+        **BY_TURNS,
+    },
+    "qwen3, yarn": {
+        "head_dim": 16,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "rope_theta": 1000.0,
+            "original_max_position_embeddings": 64,
+        },
+    },
+    "smollm3": {"tie_word_embeddings": False},
+    "smollm3, windows": {
+        "use_sliding_window": True,
+        "no_rope_layers": [1, 0, 1, 0],
+        "mlp_bias": True,
+        **BY_TURNS,
+    },
+}
+PROMPT, OTHER = [3, 9, 1, 22, 17, 30, 4, 8, 8, 2, 35], [5, 11, 7]
+PARENTS = [-1, 0, 0, 1, 3, 2, 3]
+NODES = [6, 13, 21, 2, 39, 13, 0]
+TOLERANCE = 1e-5
+
+
+def write(folder, name, **settings):
+    """Save a random model, whose attention is sharp and whose norms and biases matter."""
+    family = name.partition(",")[0]
+    settings = SMALL | {"pad_token_id": None} | CASES.get(name, {}) | settings
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() < 2:
+                parameter.add_(torch.randn_like(parameter), alpha=0.2)
+            else:
+                parameter.normal_(0, 1.5 * parameter.shape[-1] ** -0.5)
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def load_pair(folder, **settings):
+    settings = {"dtype": "float32"} | settings
+    return load(folder, None, LoadConfig(device="cpu", **settings))
+
+
+def text_of(tree, node):
+    """The tokens of a node's path."""
+    return tree.tokens[np.flatnonzero(tree.ancestor_mask()[node])].tolist()
+
+
+@torch.inference_mode()
+def expected_outputs(model, token_ids):
+    """The last token's logits, and its outputs of all layers, by transformers alone."""
+    layers = []
+    hooks = [
+        layer.register_forward_hook(lambda _, __, y: layers.append(y[0, -1]))
+        for layer in model.model.layers
+    ]
+    output = model(torch.tensor([token_ids]), output_hidden_states=True)
+    for hook in hooks:
+        hook.remove()
+    embeddings, *_, normed = (x[0, -1] for x in output.hidden_states)
+    hidden = dict(enumerate([embeddings, *layers, normed], -1))
+    return output.logits[0, -1].numpy(), {n: x.numpy() for n, x in hidden.items()}
+
+
+def relative(actual, expected):
+    return np.abs(actual - expected).max() / np.abs(expected).max()
+
+
+def differences(backend, model):
+    """Largest differences of logits and of layers' outputs: of prompts, trees and a batch."""
+    tree = DraftTree.from_parents(np.array(NODES, np.int32), np.array(PARENTS, np.int32))
+    target, verifier = backend.target, backend.verifier
+    target.capture(range(-1, len(target.layers) + 1))
+    found = {"prompt": 0.0, "tree": 0.0, "batch": 0.0, "layers": 0.0}
+
+    def compare(name, state, logits, row, token_ids):
+        expected, layers = expected_outputs(model, token_ids)
+        found[name] = max(found[name], relative(logits, expected))
+        for n, x in layers.items():
+            own = state.outputs[n][state.first_row + row].numpy()
+            found["layers"] = max(found["layers"], relative(own, x))
+
+    with (
+        closing(backend.open(64, drafts=False)) as state,
+        closing(backend.open(64, drafts=False)) as other,
+        torch.inference_mode(),
+    ):
+        # A prompt in two chunks, and another sequence in the pass of the second one.
+        verifier.forward([(state, PROMPT[:7])], [False])
+        verifier._commit([(state, np.arange(7, dtype=np.int32))])
+        rows = [(state, PROMPT[7:]), (other, OTHER)]
+        logits = verifier.forward(rows, [True, True]).parts
+        compare("prompt", state, logits[0][0].numpy(), len(PROMPT) - 8, PROMPT)
+        compare("batch", other, logits[1][0].numpy(), len(OTHER) - 1, OTHER)
+        paths = [(x, np.arange(len(tokens), dtype=np.int32)) for x, tokens in rows]
+        verifier._commit(paths)
+        for batch in ([(state, tree)], [(other, tree), (state, tree)]):
+            logits = verifier.forward(batch, [True] * len(batch)).parts
+            for (x, _), part in zip(batch, logits, strict=True):
+                before, name = PROMPT if x is state else OTHER, "batch" if batch[1:] else "tree"
+                for node in range(len(tree)):
+                    compare(name, x, part[node].numpy(), node, before + text_of(tree, node))
+    return found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_and_layers_are_those_of_transformers(tmp_path, name):
+    model = write(tmp_path, name)
+    backend = load_pair(tmp_path)
+    assert isinstance(backend.target, DecoderTarget)
+    found = differences(backend, model)
+    assert max(found.values()) <= TOLERANCE, found
+
+
+def without_facts(**facts):
+    def change(model):
+        model.facts = replace(model.facts, **facts)
+
+    return change
+
+
+def in_layers(**attributes):
+    def change(model):
+        for layer in model.layers:
+            for name, value in attributes.items():
+                setattr(layer, name, value)
+
+    return change
+
+
+def without_biases(model):
+    for layer in model.layers:
+        layer.qkv.bias = None
+
+
+def turned_the_other_way(model):
+    rotation = model.rotation
+    model.rotation = lambda positions: (rotation(positions)[0], -rotation(positions)[1])
+
+
+def without_weights_of_norms(model):
+    for layer in model.layers:
+        layer.network_norm.fill_(1)
+
+
+def with_sums_that_are_not_normed(model):
+    plain = decoder_operations.rms_norm
+
+    def rms_norm(x, weight, eps, residual=None):
+        return plain(x, weight, eps)[0], plain(x, weight, eps, residual)[1]
+
+    in_layers(operations=replace(decoder_operations.PYTORCH, rms_norm=rms_norm))(model)
+
+
+FAULTS = {
+    "swapped halves": ("llama", turned_the_other_way),
+    "a norm without weights": ("llama", without_weights_of_norms),
+    "sums that are not normed": ("llama", with_sums_that_are_not_normed),
+    "no frequencies of llama3": ("llama, llama3", without_facts(frequencies=torch.ones(4))),
+    "no scale of YaRN": ("qwen3, yarn", without_facts(rope_scale=1.0)),
+    "no biases": ("qwen2", without_biases),
+    "no norms of heads": ("qwen3", in_layers(head_norms=None)),
+    "no window": ("mistral", in_layers(window=None)),
+    "a window in every layer": ("qwen2, windows", in_layers(window=6)),
+    "a rotation in every layer": ("smollm3", in_layers(is_rotated=True)),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@torch.inference_mode()
+def test_faults_are_noticed(tmp_path, fault):
+    name, plant = FAULTS[fault]
+    model = write(tmp_path, name)
+    backend = load_pair(tmp_path)
+    plant(backend.target.model)
+    assert differences(backend, model)["prompt"] > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["llama, biases, tied", "mistral", "qwen2", "qwen3", "smollm3"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_exact_mode_is_granted(tmp_path, name, dtype):
+    """The check at load compares trees, prompts in chunks and a batch with single tokens."""
+    write(tmp_path, name)
+    backend = load_pair(tmp_path, dtype=dtype, exact=True)
+    assert isinstance(backend.target, DecoderTarget)
+    assert backend.target.is_exact
+    assert backend.inexact is None
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "reason"),
+    [
+        ("gemma2", {}, "no layers of its own for gemma2 models"),
+        ("llama", {"hidden_act": "gelu"}, "its activation is gelu"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "a text's length"),
+        ("llama", {"num_key_value_heads": 3}, "cannot share its keys evenly"),
+        (
+            "llama",
+            {
+                "rope_parameters": {
+                    "rope_type": "linear",
+                    "factor": 2.0,
+                    "rope_theta": 99.0,
+                    "partial_rotary_factor": 0.5,
+                }
+            },
+            "rotated in part",
+        ),
+        ("qwen2", {"layer_types": BY_TURNS["layer_types"]}, "its windows have no size"),
+        ("qwen3", {"quantization_config": {"quant_method": "fp8"}}, "its weights are quantised"),
+    ],
+)
+def test_other_facts_are_refused(family, settings, reason):
+    found = decoder_facts(AutoConfig.for_model(family, **SMALL | settings))
+    assert isinstance(found, str)
+    assert reason in found
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "reason"),
+    [
+        ({}, {"pack": False}, "training reads its layers"),
+        ({"compile": True}, {}, "its layers are compiled"),
+        ({"adapter": "adapter"}, {}, "an adapter is merged into it"),
+        ({"device_map": "auto"}, {}, "several devices have its layers"),
+        ({}, {"processes": 2}, "several devices have its layers"),
+        ({}, {"device": torch.device("cuda")}, "treeflash's layers run on a CPU alone"),
+    ],
+)
+def test_other_settings_keep_the_model_of_transformers(tmp_path, settings, options, reason):
+    write_target(tmp_path, "llama", seed=1)
+    options = {"pack": True, "processes": 1, "device": torch.device("cpu")} | options
+    found = own_layers(tmp_path, read_model_config(tmp_path), LoadConfig(**settings), **options)
+    assert found == reason
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+def test_weights_that_are_no_plain_numbers_keep_the_model_of_transformers(tmp_path, dtype):
+    write_target(tmp_path, "llama", seed=1)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"] = torch.zeros(64, 32).to(dtype)
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert Checkpoint(tmp_path).foreign == "its weights are not plain numbers"
+
+
+def test_tensors_with_other_names_keep_the_model_of_transformers(tmp_path):
+    write_target(tmp_path, "llama", seed=1)
+    tensors = load_file(tmp_path / "model.safetensors")
+    without = {name.removeprefix("model."): x for name, x in tensors.items()}
+    save_file(without, tmp_path / "model.safetensors", {"format": "pt"})
+    backend = load_pair(tmp_path)
+    assert isinstance(backend.target, ModelTarget)
+    facts = backend.device_report().facts
+    assert facts["layers of the target"] == "transformers, because its tensors have other names"
+
+
+def test_a_file_that_changes_later_changes_no_weight(tmp_path):
+    write_target(tmp_path, "llama", seed=1, tied=True)
+    backend = load_pair(tmp_path)
+    assert backend.device_report().facts["layers of the target"] == "treeflash"
+    before = backend.target.embeddings.clone()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(bytes(path.stat().st_size))
+    assert torch.equal(backend.target.embeddings, before)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x.pop("model.norm.weight"), "lacks the tensor model.norm.weight"),
+        (
+            lambda x: x.update({"model.norm.weight": torch.ones(31)}),
+            r"model.norm.weight has the shape \(31,\), and its config.json asks for \(32,\)",
+        ),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(tmp_path, change, message):
+    write_target(tmp_path, "llama", seed=1)
+    tensors = load_file(tmp_path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=message):
+        load_pair(tmp_path)
