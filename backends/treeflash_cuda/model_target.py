@@ -80,6 +80,8 @@ from treeflash_cuda.hybrid import (
 )
 from treeflash_cuda.images import ImageRows, VisionTower, has_tower, run_samples
 from treeflash_cuda.linear import IN_TARGET, fuse_linears, is_subclass, pack_linears
+from treeflash_cuda.low_bit_linear import LowBitEmbedding, LowBitLinear
+from treeflash_cuda.low_bit_loading import UNPACKED_BITS, is_packed, round_linears
 from treeflash_cuda.model_caches import LAYER, TreeCache
 from treeflash_cuda.model_pass import ModelPasses
 from treeflash_cuda.row_pass import MAX_ROWS
@@ -346,13 +348,17 @@ class ModelTarget(Target):
         self.is_hybrid, self.split = bool(hooked), split
         # The recurrent layers whose states have values before keys.
         self.transposed_layers = frozenset(n for n, names in hooked.items() if MAMBA_2 in names)
-        self.embeddings = join_ranks(model.get_input_embeddings().weight)
+        table = model.get_input_embeddings()
+        is_packed_table = isinstance(table, LowBitEmbedding)
+        self.embeddings = table if is_packed_table else join_ranks(table.weight)
         self.dtype = self.embeddings.dtype
         self.lm_head = model.get_output_embeddings()
         if split:
             self.lm_head = whole_output_head(self.lm_head)
         weight = getattr(self.lm_head, "weight", None)
-        if weight is not None and (
+        if isinstance(self.lm_head, LowBitLinear):
+            weight = self.lm_head
+        elif weight is not None and (
             is_subclass(weight)  # torchao's quantised weights keep their dtype
             or (weight.dtype, weight.device) != (self.dtype, device)
         ):
@@ -386,6 +392,8 @@ class ModelTarget(Target):
             CheckpointError: the folder is damaged or incomplete.
             ConfigError, UnsupportedModelError: as the constructor raises them.
         """
+        if is_packed(config):
+            config.quantization_config["dequantise"] = settings.bits == UNPACKED_BITS
         split, placed = processes > 1, settings.device_map is not None
         refusals = {
             "it was loaded without its vision tower": not settings.images,
@@ -408,6 +416,8 @@ class ModelTarget(Target):
         )
         if settings.adapter:
             add_adapter(model, Path(settings.adapter))
+        if settings.bits not in (None, UNPACKED_BITS):
+            round_linears(model, settings.bits)
         samples: Sequence[ImageSample] = ()
         if isinstance(processor, Processor):
             try:
@@ -496,7 +506,7 @@ class ModelTarget(Target):
                 if self.has_sinks:
                     raise UnsupportedModelError(f"{INEXACT}: it does not support attention sinks")
                 self.token_rows = token_rows(self.model, self.dtype)
-                least = min(self.token_rows, LINEAR_ROWS)
+                least = LINEAR_ROWS if self.token_rows == 1 else min(self.token_rows, LINEAR_ROWS)
                 bound_products(self.model, self.dtype, self._exact_changes, least, passed)
                 pack_activations(self.model, self.dtype, self._exact_changes)
                 check_activations(self.model, self.dtype)

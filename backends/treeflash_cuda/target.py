@@ -29,6 +29,7 @@ from treeflash_cuda.hybrid import RecurrentStates
 from treeflash_cuda.images import ImageRows, VisionTower
 from treeflash_cuda.kernels import CausalAttention
 from treeflash_cuda.linear import token_products
+from treeflash_cuda.low_bit_linear import LowBitEmbedding, LowBitLinear
 from treeflash_cuda.operations import Operations
 from treeflash_cuda.sampling import Logits
 from treeflash_cuda.state import State
@@ -92,10 +93,10 @@ class Target(ABC):
     model: nn.Module
     dtype: torch.dtype
     # (vocab, hidden_size) the input table, without any scaling by the model.
-    embeddings: Tensor
+    embeddings: Tensor | LowBitEmbedding
     lm_head: nn.Module  # hidden_size to vocab
     # (vocab, hidden_size) of the output head; None if quantised, or on another device.
-    lm_head_weight: Tensor | None
+    lm_head_weight: Tensor | LowBitLinear | None
 
     def __init__(
         self,
@@ -137,7 +138,7 @@ class Target(ABC):
 
     @property
     def vocab_size(self) -> int:
-        return len(self.embeddings)
+        return int(self.embeddings.shape[0])
 
     @property
     def groups(self) -> int:
@@ -177,7 +178,8 @@ class Target(ABC):
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Compute the (..., hidden_size) rows of the input table."""
-        return F.embedding(tokens, self.embeddings)
+        table = self.embeddings
+        return table(tokens) if isinstance(table, LowBitEmbedding) else F.embedding(tokens, table)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Compute the model's (..., vocab) logits from its decoder's (..., hidden_size)."""
