@@ -739,7 +739,7 @@ def own_layers(
     facts = decoder_facts(config)
     if isinstance(facts, str):
         return facts
-    checkpoint = Checkpoint(folder)
+    checkpoint = Checkpoint(folder, getattr(config, "quantization_config", None))
     return checkpoint.foreign or OwnLayers(checkpoint, facts)
 
 

@@ -14,50 +14,64 @@ adds them. What differs between families is in `DecoderFacts`, and what computes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from typing import TypeAlias
+from collections.abc import Collection
+from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from treeflash_cuda.decoder_facts import DecoderFacts
 from treeflash_cuda.decoder_operations import Attention, DecoderOperations, Rotation
+from treeflash_cuda.low_bit_linear import LowBitLinear
 
-Read: TypeAlias = Callable[[str, tuple[int, ...]], Tensor]
-"""Reads the tensor with a name, which must have this shape."""
+
+class Weights(Protocol):
+    """The weights of a decoder, by the names of transformers' modules."""
+
+    def read(self, name: str, *shape: int) -> Tensor:
+        """Return the tensor with a name, which must have this shape."""
+
+    def table(self, name: str, *shape: int) -> nn.Module:
+        """Return the input table: (..., hidden_size) rows of (...) tokens."""
+
+    def head(
+        self, name: str, table: nn.Module | None, *shape: int
+    ) -> tuple[nn.Module, Tensor | LowBitLinear]:
+        """Return the output head, and the weight that tokens have rows of.
+
+        `table` is the input table if its weight is the head's.
+        """
+
+    def linear(self, place: str, size: int, **outputs: int) -> nn.Module:
+        """Return the layers with these names and numbers of outputs as one.
+
+        They are beside each other at a place, and read the same `size` numbers.
+        """
 
 
 class DecoderLayer(nn.Module):
-    """One layer; `read` finds its tensors by the names of transformers' layers."""
+    """One layer."""
 
     def __init__(
-        self, facts: DecoderFacts, index: int, operations: DecoderOperations, read: Read
+        self, facts: DecoderFacts, index: int, operations: DecoderOperations, weights: Weights
     ) -> None:
         super().__init__()
         self.facts, self.operations, self.index = facts, operations, index
         self.window, self.is_rotated = facts.windows[index], facts.rotated[index]
         size, inner, d = facts.hidden_size, facts.intermediate_size, facts.head_dim
         q, kv = facts.heads * d, facts.kv_heads * d
-
-        def linear(place: str, width: int, **outputs: int) -> nn.Module:
-            """Join the layers with these names and numbers of outputs."""
-            weights = [read(f"{place}.{x}.weight", (n, width)) for x, n in outputs.items()]
-            biases = [
-                read(f"{place}.{x}.bias", (n,)) if x in facts.biases else None
-                for x, n in outputs.items()
-            ]
-            return operations.linear(weights, biases)
-
-        self.qkv = linear("self_attn", size, q_proj=q, k_proj=kv, v_proj=kv)
-        self.o_proj = linear("self_attn", q, o_proj=size)
-        self.gate_up = linear("mlp", size, gate_proj=inner, up_proj=inner)
-        self.down_proj = linear("mlp", inner, down_proj=size)
-        self.input_norm = constant(read("input_layernorm.weight", (size,)))
-        self.network_norm = constant(read("post_attention_layernorm.weight", (size,)))
+        place = f"model.layers.{index}"
+        attention, network = f"{place}.self_attn", f"{place}.mlp"
+        self.qkv = weights.linear(attention, size, q_proj=q, k_proj=kv, v_proj=kv)
+        self.o_proj = weights.linear(attention, q, o_proj=size)
+        self.gate_up = weights.linear(network, size, gate_proj=inner, up_proj=inner)
+        self.down_proj = weights.linear(network, inner, down_proj=size)
+        self.input_norm = constant(weights.read(f"{place}.input_layernorm.weight", size))
+        norm = f"{place}.post_attention_layernorm.weight"
+        self.network_norm = constant(weights.read(norm, size))
         self.head_norms: Tensor | None = None  # of queries, then of keys, a row for each head
         if facts.norms_heads:
-            q_norm, k_norm = (read(f"self_attn.{x}_norm.weight", (d,)) for x in ("q", "k"))
+            q_norm, k_norm = (weights.read(f"{attention}.{x}_norm.weight", d) for x in ("q", "k"))
             parts = q_norm.expand(facts.heads, d), k_norm.expand(facts.kv_heads, d)
             self.head_norms = torch.cat(parts)
 
@@ -72,14 +86,8 @@ class DecoderLayer(nn.Module):
         facts, ops = self.facts, self.operations
         y, x = ops.rms_norm(y, self.input_norm, facts.eps, residual)
         heads = self.qkv(y).view(len(x), -1, facts.head_dim)
-        queries = ops.rotate_and_store(
-            heads,
-            facts.kv_heads,
-            rotation if self.is_rotated else None,
-            self.head_norms,
-            facts.eps,
-            lambda keys, values: attention.store(self.index, keys, values),
-        )
+        turns = rotation if self.is_rotated else None
+        queries = attention.turn(self.index, heads, turns, self.head_norms, facts.eps)
         y = self.o_proj(attention.attend(self.index, queries, self.window))
         y, attended = ops.rms_norm(y, self.network_norm, facts.eps, x)
         return x, self.down_proj(ops.gated(self.gate_up(y))), attended
@@ -88,27 +96,19 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """The layers between embeddings and the output head, and both of them."""
 
-    def __init__(self, facts: DecoderFacts, operations: DecoderOperations, read: Read) -> None:
+    def __init__(
+        self, facts: DecoderFacts, operations: DecoderOperations, weights: Weights
+    ) -> None:
         super().__init__()
         self.facts, self.operations = facts, operations
         table = facts.vocab_size, facts.hidden_size
-        self.embeddings = nn.Embedding(
-            *table, _weight=read("model.embed_tokens.weight", table), _freeze=True
+        self.embeddings = weights.table("model.embed_tokens", *table)
+        self.layers = nn.ModuleList(
+            DecoderLayer(facts, n, operations, weights) for n in range(facts.layers)
         )
-
-        def layer(n: int) -> DecoderLayer:
-            of_layer = f"model.layers.{n}"
-            return DecoderLayer(
-                facts, n, operations, lambda name, shape: read(f"{of_layer}.{name}", shape)
-            )
-
-        self.layers = nn.ModuleList(map(layer, range(facts.layers)))
-        self.norm = constant(read("model.norm.weight", (facts.hidden_size,)))
-        # (vocab, hidden_size) of the output head, from which rows of some tokens are taken.
-        self.head_weight = self.embeddings.weight.data
-        if not facts.ties_head:
-            self.head_weight = read("lm_head.weight", table)
-        self.lm_head = operations.linear([self.head_weight], [None])
+        self.norm = constant(weights.read("model.norm.weight", facts.hidden_size))
+        tied = self.embeddings if facts.ties_head else None
+        self.lm_head, self.head_weight = weights.head("lm_head", tied, *table)
 
     def rotation(self, positions: Tensor) -> Rotation:
         """Compute the rotation of (n,) positions."""
@@ -126,7 +126,7 @@ class Decoder(nn.Module):
         layers for the final norm.
         """
         rotation, outputs = self.rotation(positions), dict[int, Tensor]()
-        y, residual = F.embedding(tokens, self.embeddings.weight), None
+        y, residual = self.embeddings(tokens), None
         for n, layer in enumerate(self.layers):
             x, y, residual = layer(y, residual, rotation, attention)
             if n - 1 in captured:

@@ -22,6 +22,7 @@ from treeflash_cuda.attention import (
     grouped_attention,
 )
 from treeflash_cuda.cache import Columns, KVCache, PackedRows, decoded
+from treeflash_cuda.decoder_operations import Rotation, rotate
 from treeflash_cuda.exact_attention import ExactBlock, Plan
 
 
@@ -63,10 +64,11 @@ class RowStore:
     def __init__(
         self,
         blocks: Sequence[Block],
+        kv_heads: int,
         rows: int,  # rows of the pass, which may repeat the row of a lone token
         width: int | None = None,  # numbers of a column that are written; None for all
     ) -> None:
-        self.blocks = blocks
+        self.blocks, self.kv_heads = blocks, kv_heads
         # The (rows, kv_heads, width) columns of the only sequence, by layer.
         self._columns: Columns = []
         # Several sequences have an entry for each slab: the keys and values of all its columns, by
@@ -88,7 +90,23 @@ class RowStore:
                 (k[0].transpose(0, 1), v[0].transpose(0, 1)) for k, v in region.views(own, width)
             ]
 
+    def turn(
+        self,
+        layer: int,
+        heads: Tensor,
+        rotation: Rotation | None,
+        norms: Tensor | None,
+        eps: float,
+    ) -> Tensor:
+        kv_heads = self.kv_heads
+        turned, values = heads.tensor_split([heads.shape[1] - kv_heads], 1)
+        turned = rotate(turned, rotation, norms, eps)
+        queries, keys = turned.tensor_split([turned.shape[1] - kv_heads], 1)
+        self.store(layer, keys, values)
+        return queries
+
     def store(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Write (n, kv_heads, head_dim) keys and values to the KV caches of the rows' sequences."""
         pair = self._encoded(keys), self._encoded(values)
         if self._columns:
             for storage, x in zip(self._columns[layer], pair, strict=True):
@@ -107,8 +125,7 @@ class MaskedAttention(RowStore):
     """`Attention` with a mask for each sequence."""
 
     def __init__(self, blocks: Sequence[Block], kv_heads: int, rows: int) -> None:
-        super().__init__(blocks, rows)
-        self.kv_heads = kv_heads
+        super().__init__(blocks, kv_heads, rows)
         self._seen = [block.cache.columns(0, block.committed + len(block)) for block in blocks]
         self._masks: dict[int | None, list[Tensor | None]] = {}
 
@@ -155,8 +172,7 @@ class ExactAttention(RowStore):
     """`Attention` in the order of positions, over float32 keys and values."""
 
     def __init__(self, blocks: Sequence[Block], kv_heads: int, rows: int) -> None:
-        super().__init__(blocks, rows, blocks[0].cache.arena.head_dim)
-        self.kv_heads = kv_heads
+        super().__init__(blocks, kv_heads, rows, blocks[0].cache.arena.head_dim)
         self._plans: dict[int | None, Plan] = {}
 
     def attend(self, layer: int, queries: Tensor, window: int | None) -> Tensor:

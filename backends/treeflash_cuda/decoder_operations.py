@@ -14,15 +14,23 @@ from treeflash_cuda.numerics import concatenate
 
 Rotation: TypeAlias = tuple[Tensor, Tensor]
 """(n, 1, head_dim) cosines and sines of n rows; the first half of the sines is negative."""
-Store: TypeAlias = Callable[[Tensor, Tensor], None]
-"""Writes the (n, kv_heads, head_dim) keys and values of n rows to a layer's KV cache."""
 
 
 class Attention(Protocol):
     """The attention of a pass, in all layers."""
 
-    def store(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        """Write (n, kv_heads, head_dim) keys and values to the KV caches of the rows' sequences."""
+    def turn(
+        self,
+        layer: int,
+        heads: Tensor,  # (n, heads + 2 * kv_heads, head_dim) queries, keys and values; may change
+        rotation: Rotation | None,  # None leaves queries and keys as they are
+        norms: Tensor | None,  # (heads + kv_heads, head_dim) weights of queries' and keys' RMSNorm
+        eps: float,  # the norms' epsilon
+    ) -> Tensor:
+        """Norm and rotate queries and keys, and write keys and values to the rows' KV caches.
+
+        Returns the (n, heads, head_dim) queries.
+        """
 
     def attend(self, layer: int, queries: Tensor, window: int | None) -> Tensor:
         """Attend to a layer's stored keys: (n, heads * head_dim) from (n, heads, head_dim)."""
@@ -49,25 +57,20 @@ def rms_norm(
     return F.rms_norm(x, weight.shape, weight, eps), x
 
 
-def rotate_and_store(
-    heads: Tensor,  # (n, heads + 2 * kv_heads, head_dim) queries, keys and values
-    kv_heads: int,
-    rotation: Rotation | None,  # None leaves queries and keys as they are
-    norms: Tensor | None,  # (heads + kv_heads, head_dim) weights of queries' and keys' RMSNorm
+def rotate(
+    turned: Tensor,  # (n, heads, head_dim) queries and keys
+    rotation: Rotation | None,  # None leaves them as they are
+    norms: Tensor | None,  # (heads, head_dim) weights of their RMSNorm
     eps: float,  # the norms' epsilon
-    store: Store,
 ) -> Tensor:
-    """Norm and rotate queries and keys, and store keys and values: (n, heads, head_dim) queries."""
-    turned, values = heads.tensor_split([heads.shape[1] - kv_heads], 1)
+    """Norm and rotate queries and keys: (n, heads, head_dim)."""
     if norms is not None:
         turned = F.rms_norm(turned, turned.shape[-1:], None, eps) * norms
     if rotation is not None:
         cos, sin = rotation
         # The halves of a head change places, and the sines' signs do the rest.
         turned = (turned * cos).add_(turned.roll(turned.shape[-1] // 2, -1).mul_(sin))
-    queries, keys = turned.tensor_split([turned.shape[1] - kv_heads], 1)
-    store(keys, values)
-    return queries
+    return turned
 
 
 def gated(gate_and_up: Tensor) -> Tensor:
@@ -82,7 +85,6 @@ class DecoderOperations:
 
     linear: Callable[[Sequence[Tensor], Sequence[Tensor | None]], nn.Module] = linear
     rms_norm: Callable[..., tuple[Tensor, Tensor]] = rms_norm
-    rotate_and_store: Callable[..., Tensor] = rotate_and_store
     gated: Callable[[Tensor], Tensor] = gated
 
 

@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from functools import partial
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from treeflash.config import LoadConfig
 from treeflash.decoding.passed_checks import PassedChecks
 from treeflash.decoding.tree import DraftTree
+from treeflash.low_bits import GROUP
 from treeflash_cuda.cache import check_quantisation
 from treeflash_cuda.decoder import Decoder
 from treeflash_cuda.decoder_attention import Block, ExactAttention, MaskedAttention
 from treeflash_cuda.decoder_facts import DecoderFacts
-from treeflash_cuda.decoder_operations import PYTORCH, DecoderOperations
-from treeflash_cuda.decoder_weights import Checkpoint
+from treeflash_cuda.decoder_operations import PYTORCH, Attention, DecoderOperations, linear
+from treeflash_cuda.decoder_weights import Checkpoint, DecoderWeights
 from treeflash_cuda.exact import LINEAR_ROWS, bound_products, check_gates, token_rows
 from treeflash_cuda.exact_attention import check_attention
+from treeflash_cuda.low_bit_linear import LowBitEmbedding
+from treeflash_cuda.low_bit_loading import UNPACKED_BITS, round_linear
 from treeflash_cuda.numerics import concatenate
 from treeflash_cuda.sampling import Logits
 from treeflash_cuda.target import Merge, Rows, Target
+
+if TYPE_CHECKING:
+    from treeflash_cuda.layer_kernels import LayerKernels
 
 CPU = torch.device("cpu")
 
@@ -34,19 +43,28 @@ class DecoderTarget(Target):
     model: Decoder
 
     def __init__(
-        self, config: Any, facts: DecoderFacts, decoder: Decoder, *, kv_bits: int | None = None
+        self,
+        config: Any,
+        facts: DecoderFacts,
+        decoder: Decoder,
+        dtype: torch.dtype,
+        kernels: LayerKernels | None = None,  # None attends with PyTorch's operations
+        *,
+        kv_bits: int | None = None,
     ) -> None:
         """Take a decoder made of these facts, which transformers' configuration has.
 
         Raises a ConfigError if its keys and values cannot be stored in `kv_bits` bits.
         """
         super().__init__(config, CPU, list(decoder.layers))
-        self.model, self.facts = decoder, facts
+        self.model, self.facts, self.kernels, self.dtype = decoder, facts, kernels, dtype
         self.processor = "it has no vision tower"
-        self.embeddings = decoder.embeddings.weight.data
+        table = decoder.embeddings
+        self.embeddings = table if isinstance(table, LowBitEmbedding) else table.weight.data
         self.lm_head, self.lm_head_weight = decoder.lm_head, decoder.head_weight
-        self.dtype = self.embeddings.dtype
-        like = torch.empty(1, facts.kv_heads, 0, facts.head_dim, dtype=self.dtype)
+        # Compiled functions read float32, whose numbers are broadcast in one instruction.
+        stored = dtype if kernels is None else torch.float32
+        like = torch.empty(1, facts.kv_heads, 0, facts.head_dim, dtype=stored)
         if kv_bits is not None:
             check_quantisation(facts.head_dim, config.model_type)
             self.arena.dtype = self.dtype
@@ -63,22 +81,26 @@ class DecoderTarget(Target):
         operations: DecoderOperations = PYTORCH,
     ) -> DecoderTarget:
         """Read the weights of a checkpoint; raises a CheckpointError if they do not fit."""
-
-        def read(name: str, shape: tuple[int, ...]) -> Tensor:
-            return checkpoint.read(name, shape, dtype)
-
-        decoder = Decoder(facts, operations, read).eval()
-        return cls(config, facts, decoder, kv_bits=settings.kv_bits)
+        kernels = None if settings.kv_bits else find_kernels(facts, dtype)
+        if kernels is not None:
+            operations = replace(operations, rms_norm=kernels.rms_norm, gated=kernels.gated)
+        if settings.bits not in (None, UNPACKED_BITS):
+            operations = replace(operations, linear=partial(rounded, settings.bits))
+        unpack = settings.bits == UNPACKED_BITS
+        weights = DecoderWeights(checkpoint, operations, dtype, facts.biases, unpack=unpack)
+        decoder = Decoder(facts, operations, weights).eval()
+        return cls(config, facts, decoder, dtype, kernels, kv_bits=settings.kv_bits)
 
     def make_exact(self, passed: PassedChecks) -> None:
         facts = self.facts
         with torch.inference_mode():
             self.token_rows = token_rows(self.model, self.dtype)
-            least = min(self.token_rows, LINEAR_ROWS)
+            least = LINEAR_ROWS if self.token_rows == 1 else min(self.token_rows, LINEAR_ROWS)
             bound_products(self.model, self.dtype, self._exact_changes, least, passed)
-            check_gates(self.model.operations.gated, facts.intermediate_size, self.dtype)
-            check_attention(facts.heads, facts.kv_heads, facts.head_dim)
-            self._widen_arena()
+            if self.kernels is None:
+                check_gates(self.model.operations.gated, facts.intermediate_size, self.dtype)
+                check_attention(facts.heads, facts.kv_heads, facts.head_dim)
+                self._widen_arena()
         self.is_exact = True
 
     def capture(self, layer_ids: Sequence[int]) -> None:
@@ -103,8 +125,7 @@ class DecoderTarget(Target):
         places = concatenate([block.positions for block in blocks])
         if count == 1 < self.token_rows:
             token_ids, places = (x.repeat(self.token_rows) for x in (token_ids, places))
-        kind = ExactAttention if self.is_exact else MaskedAttention
-        attention = kind(blocks, self.facts.kv_heads, len(token_ids))
+        attention = self._attention(blocks, len(token_ids))
         hidden, outputs = self.model(token_ids, places, attention, self.captured)
         for state, _ in rows:
             state.outputs = outputs
@@ -115,3 +136,33 @@ class DecoderTarget(Target):
         else:
             logits = self.lm_head(hidden[torch.tensor(kept)])
         return Logits.split(logits, counts)
+
+    def _attention(self, blocks: Sequence[Block], rows: int) -> Attention:
+        """Prepare the attention of a pass with so many rows."""
+        facts = self.facts
+        if self.kernels is not None:
+            from treeflash_cuda.kernel_attention import KernelAttention
+
+            return KernelAttention(self.kernels, blocks, facts.heads, facts.kv_heads)
+        kind = ExactAttention if self.is_exact else MaskedAttention
+        return kind(blocks, facts.kv_heads, rows)
+
+
+def find_kernels(facts: DecoderFacts, dtype: torch.dtype) -> LayerKernels | None:
+    """Return the compiled functions for a decoder; None where PyTorch's operations run."""
+    if find_spec("llvmlite") is None:
+        return None
+    from treeflash_cuda.layer_kernels import layer_kernels
+
+    sizes = facts.hidden_size, facts.intermediate_size
+    return layer_kernels(dtype, torch.float32, facts.head_dim, sizes)
+
+
+def rounded(bits: int, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> nn.Module:
+    """Make one linear layer of the weights of some, rounded to 4 or 8 bits where they can be."""
+    layer = linear(weights, biases)
+    weight = concatenate(weights)
+    if weight.shape[1] % GROUP:
+        return layer
+    bias: Tensor | None = layer.bias
+    return round_linear(weight, bias, bits)

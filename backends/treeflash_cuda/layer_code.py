@@ -1,0 +1,577 @@
+"""The small operations of a decoder's layer on a CPU, as LLVM's intermediate representation.
+
+Between the products of a layer PyTorch needs about 25 operations, each of which takes longer to
+start than to compute a few rows. Here they are four functions, written like `low_bit_code`:
+
+- `norm` adds a sublayer's output to the residual, and norms the sum
+- `turn` norms and rotates queries and keys in place, and writes keys and values to the caches
+- `attend` is the attention of rows over the keys of their sequences, nodes of trees among them
+- `gated` is SiLU(gate) * up
+
+A row's result depends on nothing but the row and the keys that it sees. All sums have one order,
+whatever the processor: of 16 partial sums over the numbers of a row, and in attention of head
+dimensions, then of keys by their columns. A key that a row does not see adds 0 to sums, which
+changes no bit. So a token has equal bits alone, in a tree and in a prompt.
+
+Attention computes 16 lanes at once, each of them a query: the heads of a group that share keys, of
+one row after the other. A key's numbers are broadcast to the lanes:
+
+    scores[key][lane] += key[d] * query[d][lane]               for each d, for 8 keys at once
+    weights[key][lane] = exp(scores[key][lane] - largest[lane]),  or 0 where it is not seen
+    output[d][lane] += value[key][d] * weights[key][lane]      for each key, for 16 d at once
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from llvmlite import ir
+
+from treeflash_cuda.low_bit_code import (
+    FLOAT,
+    FORK,
+    I8,
+    I16,
+    I32,
+    I64,
+    POINTER,
+    QUIET_NAN,
+    TO_EVEN,
+    VOID,
+    Builder,
+    Value,
+    constant,
+    vector,
+)
+
+LANES = 16
+SEQUENCE = ("keys", "values", "head_stride", "committed", "rows", "row_end", "unit_end", "mask")
+"""Columns of the table of a pass's sequences in one layer, in int64:
+
+- keys, values: addresses of (kv_heads, columns, head_dim) stored numbers
+- head_stride: between the heads there, in numbers
+- committed, rows: columns before the pass, and rows of the pass, which follow them
+- row_end: rows of the pass up to and with this sequence
+- unit_end: the same in units of `attend`
+- mask: address of (rows, rows) bytes, 1 where a row sees a new column; 0: all up to its own
+"""
+KEYS = 8
+"""Keys whose scores are computed at once."""
+FLOATS, INTEGERS = vector(FLOAT, LANES), vector(I32, LANES)
+LEAST_EXPONENT = -87.0
+"""Below it, exp(x) counts as 0: it is not a normal float32."""
+EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 0.5)
+"""Coefficients of exp's polynomial (Cephes), for arguments between -ln 2 / 2 and ln 2 / 2."""
+LOG2_E, LN2_HIGH, LN2_LOW = 1.44269504088896341, 0.693359375, -2.12194440e-4
+
+
+@dataclass(frozen=True)
+class Element:
+    """How the numbers of tensors are stored."""
+
+    is_wide: bool  # float32, else bfloat16
+
+    @property
+    def kind(self) -> ir.Type:
+        return FLOAT if self.is_wide else I16
+
+    def read(self, b: Builder, base: Value, index: Value) -> Value:
+        """Read 16 numbers as float32."""
+        at = b.at(base, index, self.kind)
+        if self.is_wide:
+            return b.read(at, FLOATS, 4)
+        wide = b.zext(b.read(at, vector(I16, LANES), 2), INTEGERS)
+        return b.bitcast(b.shl(wide, constant(INTEGERS, 16)), FLOATS)
+
+    def read_one(self, b: Builder, base: Value, index: Value) -> Value:
+        """Read one number as float32."""
+        at = b.at(base, index, self.kind)
+        if self.is_wide:
+            return b.read(at, FLOAT, 4)
+        return b.bitcast(b.shl(b.zext(b.read(at, I16, 2), I32), constant(I32, 16)), FLOAT)
+
+    def write(self, b: Builder, base: Value, index: Value, values: Value) -> None:
+        """Write 16 numbers, rounded to even."""
+        at = b.at(base, index, self.kind)
+        if self.is_wide:
+            b.store(values, at, align=4)
+        else:
+            b.store(b.trunc(self._rounded(b, values), vector(I16, LANES)), at, align=2)
+
+    def write_one(self, b: Builder, base: Value, index: Value, value: Value) -> None:
+        """Write one number, rounded to even."""
+        at = b.at(base, index, self.kind)
+        if self.is_wide:
+            b.store(value, at, align=4)
+        else:
+            b.store(b.trunc(self._rounded(b, value), I16), at, align=2)
+
+    def round(self, b: Builder, values: Value) -> Value:
+        """Round float32 numbers to what is stored."""
+        if self.is_wide:
+            return values
+        return b.bitcast(b.shl(self._rounded(b, values), constant(INTEGERS, 16)), FLOATS)
+
+    @staticmethod
+    def _rounded(b: Builder, values: Value) -> Value:
+        """Return the bits of bfloat16 numbers in the lower halves of integers."""
+        kind = INTEGERS if isinstance(values.type, ir.VectorType) else I32
+        bits, sixteen = b.bitcast(values, kind), constant(kind, 16)
+        odd = b.and_(b.lshr(bits, sixteen), constant(kind, 1))
+        rounded = b.add(b.add(bits, odd), constant(kind, 0x7FFF))
+        # Rounding would turn some NaN into a number.
+        is_nan = b.fcmp_unordered("uno", values, values)
+        return b.lshr(b.select(is_nan, constant(kind, QUIET_NAN), rounded), sixteen)
+
+
+def build(element: Element, cached: Element, head_dim: int, threads: bool) -> str:
+    """Write the IR of all functions.
+
+    Args:
+        element: of the layers' inputs and outputs.
+        cached: of stored keys and values.
+        head_dim: a multiple of 32.
+        threads: whether functions may run in several threads of PyTorch.
+    """
+    module = ir.Module("layer")
+    fork = None
+    if threads:
+        kind = ir.FunctionType(VOID, [POINTER, POINTER, I32, I32])
+        fork = ir.Function(module, kind, FORK)
+    writer = Writer(module, fork)
+    rows = dict.fromkeys(("y", "weight", "normed"), POINTER)
+    sizes: dict[str, ir.Type] = {"size": I64, "eps": FLOAT}
+    sums = dict.fromkeys(("residual", "total"), POINTER)
+    writer.add("norm", rows | sizes, lambda b, f, unit: _norm(b, f, unit, element, False))
+    writer.add("norm_sum", rows | sums | sizes, lambda b, f, unit: _norm(b, f, unit, element, True))
+    sequences = {"table": POINTER, "sequences": I64, "kv_heads": I64, "column_stride": I64}
+    turned = dict.fromkeys(("heads", "cos", "sin", "norms"), POINTER)
+    flags: dict[str, ir.Type] = {"eps": FLOAT, "is_rotated": I32, "is_normed": I32}
+    writer.add(
+        "turn",
+        turned | {"heads_of_row": I64} | flags | sequences,
+        lambda b, f, unit: _turn(b, f, unit, element, cached, head_dim),
+    )
+    writer.add(
+        "attend",
+        dict.fromkeys(("queries", "output", "firsts"), POINTER)
+        | {"stride": I64, "group": I64, "scale": FLOAT}
+        | sequences
+        | {"scratch": POINTER, "scratch_size": I64},
+        lambda b, f, unit: _attend(b, f, unit, element, cached, head_dim),
+    )
+    writer.add(
+        "gated",
+        {"gate_up": POINTER, "output": POINTER, "size": I64},
+        lambda b, f, unit: _gated(b, f, unit, element),
+    )
+    return str(module)
+
+
+class Writer:
+    """Adds functions to a module that run a task for each of many units, in threads if asked to."""
+
+    def __init__(self, module: ir.Module, fork: ir.Function | None) -> None:
+        self.module, self.fork = module, fork
+
+    def add(
+        self,
+        name: str,
+        fields: Mapping[str, ir.Type],
+        unit: Callable[[Builder, dict[str, Value], Value], None],
+    ) -> None:
+        """Add a function of the fields, the number of units (I64) and of threads (I32).
+
+        `unit` writes what is done for a unit. The field `scratch` becomes the part of a thread.
+        """
+        names = [*fields, "units", "next", "slot"]
+        job_type = ir.LiteralStructType([*fields.values(), I64, I64, I64])
+        task = ir.Function(self.module, ir.FunctionType(VOID, [POINTER]), f"{name}_task")
+        task.linkage = "internal"
+        task.attributes.add("nounwind")
+
+        def field(b: Builder, job: Value, name: str) -> Value:
+            indices = [constant(I32, 0), constant(I32, names.index(name))]
+            return b.gep(job, indices, source_etype=job_type)
+
+        b, job = Builder(task.append_basic_block()), task.args[0]
+        read = {x: b.load(field(b, job, x), typ=kind) for x, kind in fields.items()}
+        units = b.load(field(b, job, "units"), typ=I64)
+        one = constant(I64, 1)
+        if "scratch" in read:
+            slot = b.atomic_rmw("add", field(b, job, "slot"), one, "monotonic")
+            read["scratch"] = b.at(read["scratch"], b.mul(slot, read["scratch_size"]), FLOAT)
+        top, turn, end = (b.append_basic_block(x) for x in ("take", "turn", "done"))
+        b.branch(top)
+        b.position_at_end(top)
+        number = b.atomic_rmw("add", field(b, job, "next"), one, "monotonic")
+        b.cbranch(b.icmp_unsigned("<", number, units), turn, end)
+        b.position_at_end(turn)
+        unit(b, read, number)
+        b.branch(top)
+        b.position_at_end(end)
+        b.ret_void()
+
+        kinds = [*fields.values(), I64, I32]
+        entry = ir.Function(self.module, ir.FunctionType(VOID, kinds), name)
+        b = Builder(entry.append_basic_block())
+        job = b.alloca(job_type)
+        job.type = POINTER  # without the type of its target, which LLVM no longer knows
+        *given, threads = entry.args
+        zero = constant(I64, 0)
+        for x, value in zip(names, [*given, zero, zero], strict=True):
+            b.store(value, field(b, job, x))
+        if self.fork is None:
+            b.call(task, [job])
+        else:
+            with b.if_else(b.icmp_signed(">", threads, constant(I32, 1))) as (then, otherwise):
+                with then:
+                    b.call(self.fork, [task, job, threads, constant(I32, 0)])
+                with otherwise:
+                    b.call(task, [job])
+        b.ret_void()
+
+
+def _norm(b: Builder, f: dict[str, Value], row: Value, element: Element, adds: bool) -> None:
+    """Write RMSNorm of a row, or of its sum with the residual, which is written, too."""
+    first = b.mul(row, f["size"])
+    steps = b.udiv(f["size"], constant(I64, LANES))
+    source = f["total"] if adds else f["y"]
+
+    def add(turn: Value, squares: list[Value]) -> list[Value]:
+        at = b.plus(first, b.times(turn, LANES))
+        x = element.read(b, f["y"], at)
+        if adds:
+            x = element.round(b, b.fadd(x, element.read(b, f["residual"], at)))
+            element.write(b, f["total"], at, x)
+        return [b.fused(x, x, squares[0])]
+
+    squares = b.repeat(steps, [constant(FLOATS, 0.0)], add)[0]
+    inverse = b.splat(_inverse_root(b, squares, f["size"], f["eps"]), LANES)
+
+    def scale(turn: Value, _: list[Value]) -> list[Value]:
+        column = b.times(turn, LANES)
+        at = b.plus(first, column)
+        normed = element.round(b, b.fmul(element.read(b, source, at), inverse))
+        element.write(b, f["normed"], at, b.fmul(normed, element.read(b, f["weight"], column)))
+        return []
+
+    b.repeat(steps, [], scale)
+
+
+def _inverse_root(b: Builder, squares: Value, size: Value, eps: Value) -> Value:
+    """Return 1 / sqrt(mean of squares + eps), from 16 partial sums."""
+    mean = b.fdiv(_total(b, squares), b.uitofp(size, FLOAT))
+    root = b.intrinsic("llvm.sqrt.f32", FLOAT, b.fadd(mean, eps))
+    return b.fdiv(constant(FLOAT, 1.0), root)
+
+
+def _total(b: Builder, x: Value) -> Value:
+    """Add the lanes of a vector, each to the one half a vector away."""
+    lanes = LANES
+    while lanes > 1:
+        lanes //= 2
+        low, high = (
+            b.shuffle_vector(x, x, ir.Constant(vector(I32, lanes), [*range(start, start + lanes)]))
+            for start in (0, lanes)
+        )
+        x = b.fadd(low, high)
+    return b.extract_element(x, constant(I32, 0))
+
+
+def _sequence(b: Builder, f: dict[str, Value], end: str, number: Value) -> dict[str, Value]:
+    """Read the line of the table with the first `end` above a number."""
+    line = constant(I64, len(SEQUENCE))
+
+    def count(turn: Value, passed: list[Value]) -> list[Value]:
+        at = b.plus(b.mul(turn, line), SEQUENCE.index(end))
+        other = b.read(b.at(f["table"], at, I64), I64, 8)
+        return [b.add(passed[0], b.zext(b.icmp_unsigned("<=", other, number), I64))]
+
+    first = b.mul(b.repeat(f["sequences"], [constant(I64, 0)], count)[0], line)
+    return {
+        name: b.read(b.at(f["table"], b.plus(first, n), I64), I64, 8)
+        for n, name in enumerate(SEQUENCE)
+    }
+
+
+def _turn(
+    b: Builder, f: dict[str, Value], row: Value, element: Element, cached: Element, head_dim: int
+) -> None:
+    """Write the norm and rotation of a row's queries and keys in place; store keys and values."""
+    vectors, kv_heads = range(head_dim // LANES), f["kv_heads"]
+    is_rotated, is_normed = (
+        b.icmp_signed("!=", f[name], constant(I32, 0)) for name in ("is_rotated", "is_normed")
+    )
+    first = b.times(b.mul(row, f["heads_of_row"]), head_dim)
+    table = b.times(row, head_dim)
+
+    def head(turn: Value, _: list[Value]) -> list[Value]:
+        at = b.plus(first, b.times(turn, head_dim))
+        places = [b.plus(at, LANES * n) for n in vectors]
+        before = b.block
+        x = [element.read(b, f["heads"], place) for place in places]
+        with b.if_then(is_normed):
+            squares = constant(FLOATS, 0.0)
+            for part in x:
+                squares = b.fused(part, part, squares)
+            size = constant(I64, head_dim)
+            inverse = b.splat(_inverse_root(b, squares, size, f["eps"]), LANES)
+            weights = b.times(turn, head_dim)
+            normed = []
+            for n, part in zip(vectors, x, strict=True):
+                weight = element.read(b, f["norms"], b.plus(weights, LANES * n))
+                scaled = element.round(b, b.fmul(part, inverse))
+                normed.append(element.round(b, b.fmul(scaled, weight)))
+            after = b.block
+        either = []
+        for old, new in zip(x, normed, strict=True):
+            either.append(b.phi(FLOATS))
+            either[-1].add_incoming(old, before)
+            either[-1].add_incoming(new, after)
+        with b.if_else(is_rotated) as (then, otherwise):
+            with then:
+                for n, place in zip(vectors, places, strict=True):
+                    cos, sin = (
+                        element.read(b, f[name], b.plus(table, LANES * n))
+                        for name in ("cos", "sin")
+                    )
+                    # The halves of a head change places, and the sines' signs do the rest.
+                    other = either[(n + len(vectors) // 2) % len(vectors)]
+                    element.write(b, f["heads"], place, b.fused(other, sin, b.fmul(either[n], cos)))
+            with otherwise:
+                for part, place in zip(either, places, strict=True):
+                    element.write(b, f["heads"], place, part)
+        return []
+
+    turned = b.sub(f["heads_of_row"], kv_heads)
+    b.repeat(turned, [], head)
+    # Repeated rows of a lone token belong to no sequence.
+    last = b.plus(b.times(f["sequences"], len(SEQUENCE)), SEQUENCE.index("row_end") - len(SEQUENCE))
+    with b.if_then(b.icmp_unsigned("<", row, b.read(b.at(f["table"], last, I64), I64, 8))):
+        own = _sequence(b, f, "row_end", row)
+        column = b.sub(b.add(b.add(own["committed"], row), own["rows"]), own["row_end"])
+        for name, start in (("keys", b.sub(turned, kv_heads)), ("values", turned)):
+            source = b.plus(first, b.times(start, head_dim))
+            storage = b.inttoptr(own[name], POINTER)
+
+            def store(
+                turn: Value, _: list[Value], source: Value = source, storage: Value = storage
+            ) -> list[Value]:
+                target = b.add(b.mul(turn, own["head_stride"]), b.mul(column, f["column_stride"]))
+                for n in vectors:
+                    at = b.plus(source, b.times(turn, head_dim))
+                    x = element.read(b, f["heads"], b.plus(at, LANES * n))
+                    cached.write(b, storage, b.plus(target, LANES * n), x)
+                return []
+
+            b.repeat(kv_heads, [], store)
+
+
+def _gated(b: Builder, f: dict[str, Value], row: Value, element: Element) -> None:
+    """Write SiLU(gate) * up of a row, which has the gates and then the factors."""
+    size = f["size"]
+    first, output = b.mul(row, b.times(size, 2)), b.mul(row, size)
+
+    def step(turn: Value, _: list[Value]) -> list[Value]:
+        column = b.times(turn, LANES)
+        at = b.plus(first, column)
+        gate = element.read(b, f["gate_up"], at)
+        one = constant(FLOATS, 1.0)
+        largest = constant(FLOATS, -LEAST_EXPONENT)
+        negative = b.fsub(constant(FLOATS, -0.0), gate)
+        bounded = b.select(b.fcmp_ordered(">", negative, largest), largest, negative)
+        silu = element.round(b, b.fdiv(gate, b.fadd(one, _exp(b, bounded))))
+        up = element.read(b, f["gate_up"], b.add(at, size))
+        element.write(b, f["output"], b.plus(output, column), b.fmul(silu, up))
+        return []
+
+    b.repeat(b.udiv(size, constant(I64, LANES)), [], step)
+
+
+def _exp(b: Builder, x: Value) -> Value:
+    """Return exp(x) for numbers of at most 87; 0 for those below `LEAST_EXPONENT`."""
+    even = constant(FLOATS, TO_EVEN)
+    shifted = b.fadd(b.fmul(x, constant(FLOATS, LOG2_E)), even)
+    whole = b.fsub(shifted, even)
+    r = b.fused(whole, constant(FLOATS, -LN2_HIGH), x)
+    r = b.fused(whole, constant(FLOATS, -LN2_LOW), r)
+    value = constant(FLOATS, EXP[0])
+    for coefficient in EXP[1:]:
+        value = b.fused(value, r, constant(FLOATS, coefficient))
+    one = constant(FLOATS, 1.0)
+    value = b.fadd(b.fused(b.fmul(value, r), r, r), one)
+    # The integer stands in the low bits of `shifted`, and is added to the exponent.
+    exponent = b.shl(b.bitcast(shifted, INTEGERS), constant(INTEGERS, 23))
+    scaled = b.bitcast(b.add(b.bitcast(value, INTEGERS), exponent), FLOATS)
+    small = b.fcmp_ordered("<", x, constant(FLOATS, LEAST_EXPONENT))
+    return b.select(small, constant(FLOATS, 0.0), scaled)
+
+
+def _attend(
+    b: Builder, f: dict[str, Value], unit: Value, element: Element, cached: Element, head_dim: int
+) -> None:
+    """Write the attention of 16 queries of a group: units are vectors of lanes, then groups."""
+    own = _sequence(b, f, "unit_end", unit)
+    kv_heads, group, committed = f["kv_heads"], f["group"], own["committed"]
+    count = b.mul(own["rows"], group)
+    blocks = b.udiv(b.plus(count, LANES - 1), constant(I64, LANES))
+    unit = b.sub(b.add(unit, b.mul(blocks, kv_heads)), own["unit_end"])
+    kv_head, block = b.udiv(unit, blocks), b.urem(unit, blocks)
+    first_row = b.sub(own["row_end"], own["rows"])
+    queries = f["scratch"]
+    top = b.at(queries, constant(I64, head_dim * LANES), FLOAT)  # the largest score of each lane
+    scores = b.at(top, constant(I64, LANES), FLOAT)
+    first_head = b.mul(kv_head, group)
+    zero, one = constant(I64, 0), constant(I64, 1)
+    rows, outputs, owned = [], [], []
+    firsts = lasts = constant(INTEGERS, 0)
+    for lane in range(LANES):
+        index = b.plus(b.times(block, LANES), lane)
+        owned.append(b.icmp_unsigned("<", index, count))
+        # Lanes after the last query repeat it, and are not written.
+        index = b.lesser(index, b.sub(count, one))
+        row = b.udiv(index, group)
+        head = b.add(first_head, b.urem(index, group))
+        rows.append(row)
+        global_row = b.add(first_row, row)
+        source = b.add(b.mul(global_row, f["stride"]), b.times(head, head_dim))
+        width = b.times(b.mul(kv_heads, group), head_dim)
+        outputs.append(b.add(b.mul(global_row, width), b.times(head, head_dim)))
+
+        def gather(
+            d: Value, _: list[Value], source: Value = source, lane: int = lane
+        ) -> list[Value]:
+            x = b.fmul(element.read_one(b, f["queries"], b.add(source, d)), f["scale"])
+            b.store(x, b.at(queries, b.plus(b.times(d, LANES), lane), FLOAT), align=4)
+            return []
+
+        b.repeat(constant(I64, head_dim), [], gather)
+        place = constant(I32, lane)
+        firsts = b.insert_element(firsts, b.read(b.at(f["firsts"], global_row, I32), I32, 4), place)
+        lasts = b.insert_element(lasts, b.trunc(b.add(committed, row), I32), place)
+    begin = b.zext(b.intrinsic("llvm.vector.reduce.smin.v16i32", I32, firsts), I64)
+    end = b.plus(b.zext(b.intrinsic("llvm.vector.reduce.smax.v16i32", I32, lasts), I64), 1)
+    keys, values = (
+        b.at(b.inttoptr(own[name], POINTER), b.mul(kv_head, own["head_stride"]), cached.kind)
+        for name in ("keys", "values")
+    )
+    hidden = constant(FLOATS, float("-inf"))
+    has_mask = b.icmp_unsigned("!=", own["mask"], zero)
+
+    def score(first: Value, size: int, largest: Value) -> Value:
+        """Compute the scores of some keys; returns the largest of each lane."""
+        bases = [b.mul(b.plus(first, n), f["column_stride"]) for n in range(size)]
+
+        def step(d: Value, sums: list[Value]) -> list[Value]:
+            query = b.read(b.at(queries, b.times(d, LANES), FLOAT), FLOATS, 4)
+            return [
+                b.fused(b.splat(cached.read_one(b, keys, b.add(base, d)), LANES), query, total)
+                for base, total in zip(bases, sums, strict=True)
+            ]
+
+        sums = b.repeat(constant(I64, head_dim), [constant(FLOATS, 0.0)] * size, step)
+        for n, total in enumerate(sums):
+            column = b.splat(b.trunc(b.plus(first, n), I32), LANES)
+            is_seen = b.and_(
+                b.icmp_signed(">=", column, firsts), b.icmp_signed("<=", column, lasts)
+            )
+            seen = b.select(is_seen, total, hidden)
+            b.store(seen, b.at(scores, b.times(b.plus(first, n), LANES), FLOAT), align=4)
+            largest = b.select(b.fcmp_ordered(">", seen, largest), seen, largest)
+        return largest
+
+    # Keys in groups of 8, then one after the other.
+    length = b.sub(end, begin)
+    many = b.udiv(length, constant(I64, KEYS))
+    b.store(hidden, top, align=4)
+    for number, size, start in (
+        (many, KEYS, begin),
+        (b.urem(length, constant(I64, KEYS)), 1, b.add(begin, b.times(many, KEYS))),
+    ):
+        with b.if_then(b.icmp_unsigned(">", number, zero)):
+
+            def turns(
+                turn: Value, carried: list[Value], size: int = size, start: Value = start
+            ) -> list[Value]:
+                return [score(b.add(start, b.times(turn, size)), size, carried[0])]
+
+            held = b.load(top, typ=FLOATS, align=4)
+            b.store(b.repeat(number, [held], turns)[0], top, align=4)
+    with b.if_then(has_mask):
+        _hide(b, own, rows, scores, top, begin, end)
+    largest = b.load(top, typ=FLOATS, align=4)
+
+    def weigh(turn: Value, totals: list[Value]) -> list[Value]:
+        at = b.at(scores, b.times(b.add(begin, turn), LANES), FLOAT)
+        weight = _exp(b, b.fsub(b.read(at, FLOATS, 4), largest))
+        b.store(weight, at, align=4)
+        return [b.fadd(totals[0], weight)]
+
+    total = b.repeat(length, [constant(FLOATS, 0.0)], weigh)[0]
+
+    def outputs_of(turn: Value, _: list[Value]) -> list[Value]:
+        first = b.times(turn, LANES)
+
+        def add(key: Value, sums: list[Value]) -> list[Value]:
+            column = b.add(begin, key)
+            weight = b.read(b.at(scores, b.times(column, LANES), FLOAT), FLOATS, 4)
+            base = b.add(b.mul(column, f["column_stride"]), first)
+            return [
+                b.fused(b.splat(cached.read_one(b, values, b.plus(base, n)), LANES), weight, x)
+                for n, x in enumerate(sums)
+            ]
+
+        sums = b.repeat(length, [constant(FLOATS, 0.0)] * LANES, add)
+        # The queries are no longer needed.
+        for n, x in enumerate(sums):
+            at = b.at(queries, b.times(b.plus(first, n), LANES), FLOAT)
+            b.store(b.fdiv(x, total), at, align=4)
+        return []
+
+    b.repeat(constant(I64, head_dim // LANES), [], outputs_of)
+    for lane in range(LANES):
+        with b.if_then(owned[lane]):
+
+            def scatter(
+                d: Value, _: list[Value], lane: int = lane, output: Value = outputs[lane]
+            ) -> list[Value]:
+                x = b.read(b.at(queries, b.plus(b.times(d, LANES), lane), FLOAT), FLOAT, 4)
+                element.write_one(b, f["output"], b.add(output, d), x)
+                return []
+
+            b.repeat(constant(I64, head_dim), [], scatter)
+
+
+def _hide(
+    b: Builder,
+    own: dict[str, Value],
+    rows: list[Value],
+    scores: Value,
+    top: Value,
+    begin: Value,
+    end: Value,
+) -> None:
+    """Write what hides the new keys that are no ancestors, and finds the largest scores again."""
+    committed, hidden = own["committed"], constant(FLOATS, float("-inf"))
+    mask = b.inttoptr(own["mask"], POINTER)
+    places = [b.mul(row, own["rows"]) for row in rows]
+
+    def hide(turn: Value, _: list[Value]) -> list[Value]:
+        seen = constant(vector(I8, LANES), 0)
+        for lane, place in enumerate(places):
+            byte = b.read(b.at(mask, b.add(place, turn)), I8)
+            seen = b.insert_element(seen, byte, constant(I32, lane))
+        at = b.at(scores, b.times(b.add(committed, turn), LANES), FLOAT)
+        is_seen = b.icmp_unsigned("!=", seen, constant(vector(I8, LANES), 0))
+        b.store(b.select(is_seen, b.read(at, FLOATS, 4), hidden), at, align=4)
+        return []
+
+    b.repeat(b.sub(end, committed), [], hide)
+
+    def compare(turn: Value, carried: list[Value]) -> list[Value]:
+        x = b.read(b.at(scores, b.times(b.add(begin, turn), LANES), FLOAT), FLOATS, 4)
+        return [b.select(b.fcmp_ordered(">", x, carried[0]), x, carried[0])]
+
+    b.store(b.repeat(b.sub(end, begin), [hidden], compare)[0], top, align=4)

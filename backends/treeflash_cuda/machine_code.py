@@ -1,0 +1,98 @@
+"""Compile LLVM's intermediate representation for this processor, to run in PyTorch's threads.
+
+Compiling takes about a second, so the object code is kept in the user's cache. The name of a file
+there is a hash of what the code depends on: the sources that write it, the version of LLVM, the
+instructions and the facts that the writer takes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import llvmlite
+import llvmlite.binding as llvm
+
+from treeflash.config import cache_folder
+from treeflash_cuda.low_bit_code import FORK, ISAS, Isa
+
+
+@functools.cache
+def best_isa() -> Isa | None:
+    """Return the best instructions that this processor has; None if it has none of them."""
+    found = {name for name, has in llvm.get_host_cpu_features().items() if has}
+    return next((isa for isa in ISAS if found.issuperset(isa.needed)), None)
+
+
+def compiled(
+    isa: Isa, sources: Sequence[ModuleType], facts: Sequence[object], build: Callable[[], str]
+) -> Any:
+    """Load the code that `build` writes; its `get_function_address` finds a function.
+
+    Args:
+        isa: the instructions that the code may use.
+        sources: the modules that write it.
+        facts: what they take.
+        build: writes the code, if it is not in the cache.
+    """
+    with suppress(RuntimeError):  # newer versions do it themselves, and say so
+        llvm.initialize()
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    features = ",".join([*(f"+{name}" for name in isa.needed), *filter(None, [isa.features])])
+    target = llvm.Target.from_default_triple()
+    machine = target.create_target_machine(features=features, opt=3, jit=True)
+    texts = [
+        Path(str(module.__file__)).read_bytes() for module in (*sources, sys.modules[__name__])
+    ]
+    known = repr((isa, facts, llvmlite.__version__, llvm.llvm_version_info, machine.triple))
+    digest = hashlib.sha256(b"".join([*texts, known.encode()])).hexdigest()
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
+    code = _object_code(cache_folder() / "kernels" / f"{digest[:32]}.o", machine, build)
+    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+    engine.finalize_object()
+    return engine
+
+
+def _object_code(path: Path, machine: Any, build: Callable[[], str]) -> bytes:
+    """Read code from the cache, or compile it."""
+    with suppress(OSError):
+        return path.read_bytes()
+    module = llvm.parse_assembly(build())
+    module.verify()
+    options = llvm.create_pipeline_tuning_options(speed_level=3)
+    builder = llvm.create_pass_builder(machine, options)
+    builder.getModulePassManager().run(module, builder)
+    code: bytes = machine.emit_object(module)
+    with suppress(OSError):  # the next process then compiles it again
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_name(f".{path.name}.{os.getpid()}")
+        scratch.write_bytes(code)
+        scratch.replace(path)
+    return code
+
+
+@functools.cache
+def has_threads() -> bool:
+    """Let code find `FORK` in the OpenMP that PyTorch has loaded; return whether it is there.
+
+    The threads of a function are then the ones of PyTorch's operations. On systems where PyTorch
+    has another OpenMP, functions have one thread.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
+    for path in sorted({line.split()[-1] for line in maps.splitlines() if "gomp" in line}):
+        with suppress(OSError, AttributeError):
+            function = getattr(ctypes.CDLL(path), FORK)
+            llvm.add_symbol(FORK, ctypes.cast(function, ctypes.c_void_p).value)
+            return True
+    return False
