@@ -80,6 +80,13 @@ CASES = {
         **BY_TURNS,
     },
 }
+COMPILED = {
+    "llama, compiled": {"head_dim": 32},
+    "qwen3, compiled": {"head_dim": 64, "use_sliding_window": True, **BY_TURNS},
+    "smollm3, compiled": {"head_dim": 32, "no_rope_layers": [1, 0, 1, 0]},
+}
+"""Models whose sizes fit the compiled functions of layers."""
+CASES |= COMPILED
 PROMPT, OTHER = [3, 9, 1, 22, 17, 30, 4, 8, 8, 2, 35], [5, 11, 7]
 PARENTS = [-1, 0, 0, 1, 3, 2, 3]
 NODES = [6, 13, 21, 2, 39, 13, 0]
@@ -174,6 +181,7 @@ def test_logits_and_layers_are_those_of_transformers(tmp_path, name):
     model = write(tmp_path, name)
     backend = load_pair(tmp_path)
     assert isinstance(backend.target, DecoderTarget)
+    assert (backend.target.kernels is not None) == (name in COMPILED)
     found = differences(backend, model)
     assert max(found.values()) <= TOLERANCE, found
 

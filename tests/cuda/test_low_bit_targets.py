@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
+from contextlib import closing
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
 from gguf_files import write_gguf
 
 from treeflash.config import LoadConfig
+from treeflash.decoding.tree import DraftTree
 from treeflash.errors import ConfigError, UnsupportedModelError
 from treeflash.hub.models import resolve_target
 from treeflash.testing import require
@@ -22,7 +25,6 @@ require("llvmlite")
 
 import torch
 from treeflash_cuda import low_bit_loading
-from treeflash_cuda.attention import AttentionContext
 from treeflash_cuda.backend import bits_refusal, load
 from treeflash_cuda.linear import PackedLinear
 from treeflash_cuda.low_bit_linear import LowBitEmbedding, LowBitLinear
@@ -59,14 +61,15 @@ def model(file, cache):
 
 
 def logits_of(folder: Path, **settings) -> torch.Tensor:
-    return run(load(folder, None, LoadConfig(device="cpu", **settings)).target)
+    return run(load(folder, None, LoadConfig(device="cpu", **settings)))
 
 
 @torch.inference_mode()
-def run(target) -> torch.Tensor:
+def run(pair) -> torch.Tensor:
     """Return the logits of 40 tokens."""
-    context = AttentionContext.whole_sequence(40, torch.device("cpu"))
-    return target.logits(target.run_decoder(torch.arange(40)[None] % 256, context)[0])[0].float()
+    tokens = DraftTree.chain(np.arange(40, dtype=np.int32))
+    with closing(pair.open(40, drafts=False)) as state:
+        return pair.verifier.forward([(state, tokens)], [True]).parts[0].float()
 
 
 def test_a_file_is_exact_in_its_own_bits(model):
@@ -113,8 +116,7 @@ def test_dequantised_weights_are_the_ones_of_the_file(file, packed, dtype):
         settings = {"dtype": dtype, "bits": 16}
         target = load(packed, None, LoadConfig(device="cpu", **settings)).target
         stored = load(packed, None, LoadConfig(device="cpu", dtype=dtype, exact=True)).target
-        table = stored.model.get_input_embeddings()
-        assert torch.equal(target.embed(torch.arange(9)), table(torch.arange(9)))
+        assert torch.equal(target.embed(torch.arange(9)), stored.embed(torch.arange(9)))
         return
     plain = resolve_target(str(file))
     assert "quantization_config" not in json.loads((plain / "config.json").read_text())
@@ -133,8 +135,10 @@ def test_logits_are_near_those_of_dequantised_weights(packed):
 def test_numbers_that_are_not_finite_reach_the_check_of_logits(packed):
     """A layer that overflows must not become a text of likely tokens."""
     pair = load(packed, None, LoadConfig(device="cpu"))
-    pair.target.layers[0].register_forward_hook(lambda _, __, output: output * torch.inf)
-    assert run(pair.target).isnan().all()
+    pair.target.layers[0].register_forward_hook(
+        lambda _, __, outputs: tuple(output * torch.inf for output in outputs)
+    )
+    assert run(pair).isnan().all()
 
 
 EXCLUDED = {
@@ -159,7 +163,7 @@ def test_a_target_that_cannot_be_exact_is_dequantised_with_a_line(packed, monkey
     def refuse(*_):
         raise UnsupportedModelError("exact mode: it is a test")
 
-    monkeypatch.setattr("treeflash_cuda.target.bound_products", refuse)
+    monkeypatch.setattr("treeflash_cuda.decoder_target.bound_products", refuse)
     line = "weights of few bits are dequantised, because exact mode: it is a test"
     with pytest.warns(UserWarning, match=line):
         pair = load(packed, None, LoadConfig(device="cpu"))
