@@ -141,8 +141,8 @@ def together_row(
     texts = [*prompts, prompts[0]]
     alone = [model.generate(prompt, method=method, max_tokens=max_tokens) for prompt in texts]
     started = time.perf_counter()
-    options = {"method": method, "max_tokens": max_tokens}
-    found = dict(model.generate_many(texts, parallel=len(texts), **options))
+    together = model.generate_many(texts, parallel=len(texts), method=method, max_tokens=max_tokens)
+    found = dict(together)
     seconds = time.perf_counter() - started
     pairs = [(x.token_ids, found[i].token_ids) for i, x in enumerate(alone)]
     return {
@@ -185,7 +185,8 @@ def host_row(backend: Any, nodes: int, repeats: int) -> Row:
     capacity = HOST_CONTEXT + (repeats + 1) * len(path) + nodes
     with SequenceSession(backend, capacity=capacity) as session:
         session.extend(random_prompt(backend.vocab_size, HOST_CONTEXT))
-        cache = session.state.kv_cache
+        state: Any = session.state
+        cache = state.kv_cache
         for _ in range(repeats + 1):
             storage, length = cache.storage, session.length
             started = time.perf_counter()
