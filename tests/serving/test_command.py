@@ -26,8 +26,7 @@ from treeflash.commands import serve as command
 from treeflash.errors import ConfigError
 from treeflash.option import options_of
 from treeflash.serving import application as serving_run
-from treeflash.serving.engine import Engine
-from treeflash.serving.service import Service
+from treeflash.serving.models import ModelPool, ModelSpec
 from treeflash.serving.settings import Settings
 
 LIMITS = tuple(field for field in fields(Settings) if field.metadata)
@@ -49,8 +48,10 @@ def told(monkeypatch):
     """What the command would serve."""
     found = {}
 
-    def serve(load, settings, defaults, names, **where):
-        found.update(where, load=load, settings=settings, defaults=defaults, names=names)
+    def serve(specs, settings, **where):
+        first = specs[0]
+        found.update(where, specs=specs, settings=settings)
+        found.update(load=first.load, defaults=first.defaults, names=first.names)
         return 0
 
     monkeypatch.setattr(serving_run, "serve", serve)
@@ -217,14 +218,15 @@ def test_port_taken(run):
 
 LOADING = """
 import atexit, os, sys, time
-from treeflash.serving.application import Settings, serve
+from treeflash.serving.application import ModelSpec, Settings, serve
 
 def load():
     atexit.register(os.abort)  # as a framework does whose threads are running
     print("loading", flush=True)
     time.sleep(600)
 
-serve(load, Settings(), {}, ("tiny",), host="127.0.0.1", port=0, log_level="info")
+spec = ModelSpec(names=("tiny",), load=load, settings=Settings(), defaults={})
+serve([spec], Settings(), host="127.0.0.1", port=0, log_level="info")
 """
 
 
@@ -377,17 +379,19 @@ def test_a_model_is_called_as_its_file_or_folder(tmp_path):
         ("Qwen/Qwen3-4B", "Qwen/Qwen3-4B"),
     ):
         args = command.make_parser().parse(["--target", str(target)])
-        assert command.model_names(args) == (name,)
+        (one,) = command.model_arguments(args, [])
+        assert command.model_names(one) == (name,)
 
 
 def test_the_model_has_all_of_its_names(model):
     """Requests may use any of them; responses have the first."""
-    engine = Engine(lambda: model, Settings())
-    service = Service(engine, {}, ("first", "second"))
-    for name in ("first", "second", None):
-        service.check_model(name)
+    names = ("first", "second")
+    spec = ModelSpec(names=names, load=lambda: model, settings=Settings(), defaults={})
+    pool = ModelPool([spec], Settings())
+    for name in ("first", "SECOND", None):
+        assert pool.find(name) is pool.models[0]
     with pytest.raises(Exception, match="this server has first, second"):
-        service.check_model("third")
+        pool.find("third")
 
 
 @pytest.mark.parametrize(
@@ -402,7 +406,9 @@ def test_the_model_has_all_of_its_names(model):
 )
 def test_when_the_server_ends(draining, unfinished, lost, ends):
     """After the running answers, or when the device is lost, whatever is unfinished."""
-    engine = SimpleNamespace(draining=draining, unfinished=unfinished, device_lost=lost)
-    server = serving_run.Server(uvicorn.Config("nothing:app", log_config=None), engine)
+    pool = SimpleNamespace(
+        draining=draining, unfinished=unfinished, device_lost=lost, end_waiting=lambda: None
+    )
+    server = serving_run.Server(uvicorn.Config("nothing:app", log_config=None), pool)
     assert asyncio.run(server.on_tick(1)) == ends
     assert server.force_exit == lost

@@ -31,7 +31,12 @@ from rich.console import Console
 
 from treeflash.cli import options as cli
 from treeflash.cli.console import EXIT_BAD_INPUT, Parser, guarded
-from treeflash.commands.serve import add_options, model_names, refuse_missing_packages
+from treeflash.commands.serve import (
+    add_options,
+    model_arguments,
+    model_names,
+    refuse_missing_packages,
+)
 from treeflash.errors import ConfigError
 from treeflash.hub.published import model_name
 from treeflash.serving.agents import AGENTS, Agent, Endpoint
@@ -104,9 +109,10 @@ def _server(args: argparse.Namespace, options: list[str]) -> Iterator[Endpoint]:
         options = [*options, "--port", str(args.port)]
     url = f"http://{f'[{host}]' if ':' in host else host}:{args.port}"
     models = _models(url, key)
+    model, *_ = model_arguments(args, options)
     if models is not None:
-        named = args.target is not None or args.model_name
-        name = model_names(args)[0] if named else next(iter(models))
+        named = model.target is not None or model.model_name
+        name = model_names(model)[0] if named else next(iter(models))
         if name not in models:
             raise ConfigError(
                 f"the server at {url} has {', '.join(models)} and not {name}; end it, or choose "
@@ -116,7 +122,7 @@ def _server(args: argparse.Namespace, options: list[str]) -> Iterator[Endpoint]:
         yield Endpoint(url, key, name, models[name])
         return
     # Missing models are fetched here, where a download can show its progress.
-    pair = cli.locate_model(args, [cli.decode_options(args).get("method")])
+    pair = cli.locate_model(model, [cli.decode_options(model).get("method")])
     _refuse_without_tools(pair.target, args.tool_call_parser)
     with tempfile.TemporaryDirectory(prefix="treeflash-") as folder:
         log = Path(folder) / "server.log"
@@ -129,7 +135,7 @@ def _server(args: argparse.Namespace, options: list[str]) -> Iterator[Endpoint]:
                 start_new_session=True,
             )
         try:
-            with Console(stderr=True).status(f"loading {model_names(args)[0]}"):
+            with Console(stderr=True).status(f"loading {model_names(model)[0]}"):
                 models = _wait_for_models(process, log, url, key)
             name = next(iter(models))
             print(f"serving {name} at {url}, log in {log}", file=sys.stderr)

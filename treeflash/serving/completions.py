@@ -15,6 +15,7 @@ from pydantic_core import PydanticCustomError
 
 from treeflash.serving.engine import AnswerUpdate, Completion, Usage
 from treeflash.serving.errors import bad_request
+from treeflash.serving.models import ModelPool
 from treeflash.serving.schemas import MAX_ITEMS, MAX_LOG_PROBS, DecodingSchema, LongList, TokenId
 from treeflash.serving.service import Service
 from treeflash.serving.streaming import ChoicesFormatter, respond, token_name
@@ -68,11 +69,16 @@ class CompletionRequest(DecodingSchema):
         return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
 
 
-def add_routes(app: FastAPI, service: Service) -> None:
+def add_routes(app: FastAPI, pool: ModelPool) -> None:
 
     @app.post("/v1/completions")
     async def completions(request: CompletionRequest, http: HTTPRequest) -> Response:
-        service.check_model(request.model)
+        async with pool.use(request.model, http) as service:
+            completion = await start(request, http, service)
+            answer = CompletionFormatter(service, request, completion)
+            return await respond(service, http, completion, answer, request.stream)
+
+    async def start(request: CompletionRequest, http: HTTPRequest, service: Service) -> Completion:
         given, answers = request.prompts(), request.n or 1
         service.check_answers(len(given), answers)  # before each is encoded
         prompts = [
@@ -81,17 +87,14 @@ def add_routes(app: FastAPI, service: Service) -> None:
         ]
         grammar = request.grammar()
         constraint = None if grammar is None else await service.compile(*grammar)
-        scores_prompt = bool(request.echo) and request.logprobs is not None
-        completion = service.start(
+        return service.start(
             http,
             request.options(),
             prompts,
             constraint,
             answers=answers,
-            scores_prompt=scores_prompt,
+            scores_prompt=bool(request.echo) and request.logprobs is not None,
         )
-        answer = CompletionFormatter(service, request, completion)
-        return await respond(service, http, completion, answer, request.stream)
 
 
 class CompletionFormatter(ChoicesFormatter):

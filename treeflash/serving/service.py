@@ -6,7 +6,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
@@ -40,6 +40,8 @@ class Service:
     defaults: Options
     names: tuple[str, ...]
     created: int = field(default_factory=lambda: int(time.time()))  # seconds since 1970
+    # A server of several models keeps the pair in memory during the `with` block of its result.
+    hold: Callable[[], AbstractContextManager[None]] = nullcontext
     # Requests decode and process their images in these places, each in a thread, while answers go
     # on.
     image_places: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2))
@@ -73,12 +75,6 @@ class Service:
     def template_args(self, args: Mapping[str, Any]) -> dict[str, Any]:
         """Return the variables of the chat template: the server's defaults, then the request's."""
         return {**(self.defaults.get("template_args") or {}), **args}
-
-    def check_model(self, name: str | None) -> None:
-        """Raise an APIError if a request names another model."""
-        if name is not None and name.casefold() not in map(str.casefold, self.names):
-            message = f"the model {name!r} does not exist; this server has {', '.join(self.names)}"
-            raise APIError(404, message, param="model", code="model_not_found")
 
     def check_defaults(self) -> None:
         """Raise a PromptError if the chat template rejects the server's default variables."""

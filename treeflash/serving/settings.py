@@ -87,6 +87,19 @@ class Settings:
         metavar="S",
     )
     max_choices: int = option(16, "maximum number of answers to one request (n)", 1)
+    max_models: int | None = option(
+        None,
+        "models in memory at once; the least recently used one is put away for another",
+        1,
+        shown="as many as the memory of the device holds",
+    )
+    unload_after: float | None = option(
+        None,
+        "seconds without a request after which a model is put out of memory",
+        above=0,
+        shown="never",
+        metavar="S",
+    )
     api_keys: tuple[str, ...] = ()  # every request must have one; if empty, none is needed
     cors_origins: tuple[str, ...] = ()  # whose pages may read answers; `*` is every origin
     # This is a name of `TOOL_CALL_PARSERS`; None is the model's own form of calls.
