@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -249,6 +250,47 @@ def test_an_interruption_while_it_loads():
     assert (process.returncode, err) == (130, "interrupted\n")
 
 
+LOADING_ANOTHER = """
+import atexit, os, time
+from pathlib import Path
+from treeflash.serving.application import ModelSpec, Settings, serve
+
+def load():
+    atexit.register(os.abort)  # as a framework does whose threads are running
+    print("loading", flush=True)
+    time.sleep(600)
+
+specs = [
+    ModelSpec(names=(name,), load=load, settings=Settings(), defaults={}, folder=Path(FOLDER))
+    for name in ("one", "two")
+]
+raise SystemExit(serve(specs, Settings(), host="127.0.0.1", port=0, log_level="info"))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_a_signal_while_a_request_waits_for_its_model(model):
+    """The request is answered, and the process ends although nothing can stop the load."""
+    code = LOADING_ANOTHER.replace("FOLDER", repr(str(model.folder)))
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            line = next(x for x in process.stderr if " on http://" in x)
+            url = f"{line.split(' on ')[1].strip()}/v1/completions"
+            with ThreadPoolExecutor(1) as clients:
+                body = {"model": "two", "prompt": "A"}
+                asked = clients.submit(httpx.post, url, json=body, timeout=PATIENCE)
+                assert process.stdout.readline() == "loading\n"
+                process.send_signal(signal.SIGTERM)
+                assert asked.result().json()["error"]["code"] == "shutting_down"
+            _, err = process.communicate(timeout=PATIENCE)
+        finally:
+            process.kill()
+    assert process.returncode == 0, err
+    assert "Traceback" not in err
+
+
 @contextmanager
 def streaming(model, folder, answers=1):
     """Start a server in a process, and a stream; yields the process, the stream and the log."""
@@ -324,6 +366,8 @@ COMPUTED = {
     "--prefix-cache-gb": "half of --max-memory-gb",
     "--prefix-cache-dir": "in memory only",
     "--max-body-mb": "8, or 32 if the target takes images",
+    "--max-models": "as many as the memory of the device holds",
+    "--unload-after": "never",
 }
 """Defaults in words: they depend on the machine, the target or another option, or are off."""
 
@@ -369,6 +413,104 @@ def test_keys_and_origins_are_lists_without_empty_texts(name):
         with pytest.raises(ConfigError, match=f"{name} must be a list"):
             Settings(**{name: wrong})
     assert Settings(**{name: ["one", "two"]})
+
+
+MODELS = """
+[[model]]
+name = "small"
+target = "a"
+max_parallel = 2
+unload_after = 60
+temperature = 0.5
+
+[[model]]
+name = ["large", "big"]
+target = "b"
+drafter = "c"
+[model.chat_template_args]
+enable_thinking = true
+"""
+
+
+@pytest.fixture
+def located(monkeypatch):
+    """The models that are looked for on this machine; nothing is fetched."""
+    found = []
+
+    def locate(args, methods):
+        found.append((args.target, args.drafter, methods))
+        config = SimpleNamespace(images=True)
+        return SimpleNamespace(target=Path(args.target), config=config, load=lambda: args.target)
+
+    monkeypatch.setattr(command.cli, "locate_model", locate)
+    return found
+
+
+def test_models_of_a_file(run, told, located, tmp_path):
+    """Each has the options of its table, and those of the command line that it leaves out."""
+    file = write(tmp_path / "models.toml", MODELS)
+    args = ("--max-parallel", 4, "--max-models", 1, "--port", 0, "--method", "ar")
+    assert run("--models", file, *args) == (0, "")
+    assert located == [("a", None, ["ar"]), ("b", "c", ["ar"])]
+    small, large = told["specs"]
+    assert (small.names, large.names) == (("small",), ("large", "big"))
+    assert [x.settings.max_parallel for x in told["specs"]] == [2, 4]
+    assert [x.settings.unload_after for x in told["specs"]] == [60, None]
+    assert small.defaults == {"method": "ar", "temperature": 0.5}
+    assert large.defaults == {"method": "ar", "template_args": {"enable_thinking": True}}
+    assert (small.load(), large.load()) == ("a", "b")
+    assert (small.folder, large.folder) == (Path("a"), Path("b"))
+    assert (told["settings"].max_models, told["port"]) == (1, 0)
+
+
+def test_several_targets(run, told, located):
+    assert run("--target", "a/b", "--target", "c", "--temperature", 0.5) == (0, "")
+    assert [(x.names, x.defaults) for x in told["specs"]] == [
+        (("a/b",), {"temperature": 0.5}),
+        (("c",), {"temperature": 0.5}),
+    ]
+    assert [target for target, *_ in located] == ["a/b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "must have a table [[model]] for each model, and no more"),
+        ("model = 1", "must have a table [[model]]"),
+        ("model = []", "must have a table [[model]]"),
+        ("model = [1]", "must have a table [[model]]"),
+        ("[[model]]\n[other]", "must have a table [[model]]"),
+        ("[[model]]\ncolour = 1", "unknown option 'colour'"),
+        ("[[model]]\nport = 1", "cannot set port; remove it from the file"),
+        ("[[model]]\nmax_models = 1", "cannot set max_models"),
+        ("[[model]]\nmodels = 'x'", "cannot set models"),
+        ("[[model]]\nmax_parallel = 'x'", "max_parallel cannot be"),
+        ("[[model]]\ntarget = ['a', 'b']", "a model has one target, not 2"),
+        ("[[model]]\nmax_parallel = 0", "max_parallel must be 1 or more"),
+        ("[[model", "is not a valid TOML file"),
+    ],
+)
+def test_bad_files_of_models(run, told, located, tmp_path, text, says):
+    code, err = run("--models", write(tmp_path / "models.toml", text))
+    assert (code, err.count("\n")) == (2, 1)
+    assert says in err
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--models", "x.toml", "--target", "a"], "--target is set by the file of --models"),
+        (["--models", "x.toml", "--drafter", "a"], "--drafter is set by the file of --models"),
+        (["--target", "a", "--target", "b", "--drafter", "c"], "--drafter would be for all of"),
+        (["--target", "a", "--target", "b", "--model-name", "c"], "--model-name would be for all"),
+        (["--models", "/no/such/file"], "/no/such/file"),
+        (["--target", "a/x", "--target", "A/X", "--port", "0"], "two models have the name A/X"),
+    ],
+)
+def test_bad_choices_of_models(run, located, args, says):
+    code, err = run(*args)
+    assert (code, err.count("\n")) == (2, 1)
+    assert says in err
 
 
 def test_a_model_is_called_as_its_file_or_folder(tmp_path):

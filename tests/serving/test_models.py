@@ -7,122 +7,32 @@ import gc
 import json
 import random
 import threading
-import weakref
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
-from dataclasses import dataclass, field
-from pathlib import Path
 
 import httpx
 import pytest
 from asgi import ask_async
-from byte_tokens import SPECIAL, save_tokenizer
 from protocols import PROTOCOLS, Ask
 from scripted_model import reference_model
-from servers import MAX_POSITIONS, PATIENCE, Gate, Running, serving_pool, wait_until
+from servers import MAX_POSITIONS, PATIENCE, Gate, serving_pool, wait_until
+from several_models import BUNDLED, NAMES, Loads, load_alone, make_pool
 
+from treeflash.decoding.disk_cache import BLOCK
 from treeflash.errors import CheckpointError, ConfigError
 from treeflash.language_model import LanguageModel
 from treeflash.serving.application import application
 from treeflash.serving.models import ModelPool, ModelSpec
 from treeflash.serving.settings import Settings
-from treeflash.testing.models import write_drafter, write_target
 
-NAMES = ("One", "two", "org/three")
 CHAT = "/v1/chat/completions"
 TOKENS = 12
-
-
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory) -> dict[str, tuple[Path, Path]]:
-    """The folders of three random pairs of different weights, by name."""
-    found = {}
-    for i, name in enumerate(NAMES):
-        folder = tmp_path_factory.mktemp("pair")
-        target, drafter = folder / "target", folder / "drafter"
-        vocabulary = len(SPECIAL) + 256
-        write_target(
-            target, "llama", seed=20 + i, vocab_size=vocabulary, max_positions=MAX_POSITIONS - i
-        )
-        save_tokenizer(target)
-        write_drafter(drafter, target, seed=30 + i)
-        found[name] = target, drafter
-    return found
 
 
 @pytest.fixture(scope="module")
 def alone(pairs) -> dict[str, LanguageModel]:
     """The same models, loaded by the Python API."""
     return {name: reference_model(*folders) for name, folders in pairs.items()}
-
-
-@dataclass
-class Loads:
-    """Loads the models of a server as its tests want it.
-
-    Attributes:
-        capacity: how many models the memory holds; a further load fails for want of memory.
-        counts: how often each model was loaded.
-        errors: what the next loads of a model raise.
-        gates: what the loads of a model wait for.
-    """
-
-    pairs: dict[str, tuple[Path, Path]]
-    capacity: int | None = None
-    counts: Counter[str] = field(default_factory=Counter)
-    errors: dict[str, list[BaseException]] = field(default_factory=dict)
-    gates: dict[str, threading.Event] = field(default_factory=dict)
-    begun: Counter[str] = field(default_factory=Counter)
-    alive: list[weakref.ref] = field(default_factory=list)
-
-    def load(self, name: str) -> LanguageModel:
-        self.begun[name] += 1
-        if name in self.gates:
-            assert self.gates[name].wait(PATIENCE)
-        if self.errors.get(name):
-            raise self.errors[name].pop(0)
-        if self.capacity is not None and self.living() >= self.capacity:
-            raise MemoryError("out of memory")
-        model = reference_model(*self.pairs[name])
-        self.alive.append(weakref.ref(model.backend))
-        self.counts[name] += 1
-        return model
-
-    def living(self) -> int:
-        return sum(backend() is not None for backend in self.alive)
-
-
-@pytest.fixture
-def loads(pairs):
-    return Loads(pairs)
-
-
-@pytest.fixture
-def serve_models(pairs, loads):
-    """Start a server of the three models, with some settings."""
-    with ExitStack() as servers:
-
-        def start(**settings) -> Running:
-            pool = make_pool(pairs, loads, **settings)
-            return servers.enter_context(serving_pool(pool))
-
-        yield start
-
-
-def make_pool(pairs, loads, **settings) -> ModelPool:
-    limits = Settings(**settings)
-    specs = [
-        ModelSpec(
-            names=(name,),
-            load=lambda name=name: loads.load(name),
-            settings=limits,
-            defaults={},
-            folder=target,
-        )
-        for name, (target, _) in pairs.items()
-    ]
-    return ModelPool(specs, limits)
 
 
 def question(model, content="Hello.", **fields):
@@ -179,9 +89,25 @@ def test_random_requests_while_memory_holds_two_models(serve_models, loads, alon
     """Over all APIs, some of them cancelled: every text is the Python API's, and none is lost."""
     server = serve_models(**({"max_models": 2} if limit == "models" else {}))
     loads.capacity = 2 if limit == "memory" else None
+    ask_at_random(server, loads, alone)
+    gc.collect()
+    assert loads.living() <= 2
+
+
+@pytest.mark.nightly
+def test_random_requests_with_the_default_pair(pairs, smollm2, alone):
+    pytest.importorskip("treeflash_cuda")
+    every = {**pairs, BUNDLED: (smollm2, smollm2)}
+    loads = Loads(every)
+    with serving_pool(make_pool(every, loads, max_models=2)) as server:
+        ask_at_random(server, loads, {**alone, BUNDLED: load_alone(BUNDLED, every)})
+
+
+def ask_at_random(server, loads, alone):
+    """Send 200 requests from 8 clients, and compare their answers with the models' own."""
     texts = {
-        (name, messages): generate(alone[name], messages=messages)
-        for name in NAMES
+        (name, messages): generate(model, messages=messages)
+        for name, model in alone.items()
         for messages in (True, False)
     }
     answered: Counter[str] = Counter()
@@ -189,7 +115,7 @@ def test_random_requests_while_memory_holds_two_models(serve_models, loads, alon
     def client(seed):
         rng = random.Random(seed)
         for _ in range(25):
-            name, api = rng.choice(NAMES), rng.choice(PROTOCOLS)
+            name, api = rng.choice([*alone]), rng.choice(PROTOCOLS)
             asked = Ask(model=name, max_tokens=TOKENS, thinks=None)
             if rng.random() < 0.2:
                 leave(server.url, api, asked, rng)
@@ -207,8 +133,6 @@ def test_random_requests_while_memory_holds_two_models(serve_models, loads, alon
     put_away = counted(server, "model_unloads_total")
     assert put_away.total() == loads.counts.total() - len(in_memory(server)) > 3
     assert len(in_memory(server)) <= 2
-    gc.collect()
-    assert loads.living() <= 2
     assert sum(counted(server, "num_requests_running").values()) == 0
 
 
@@ -383,6 +307,30 @@ def test_a_client_that_leaves_while_its_model_is_loaded(pairs, loads):
     pool.close()
     assert [x.status for x in answers] == [499, 499]
     assert loads.begun == {"One": 1}
+
+
+def test_conversations_go_on_after_the_next_load(serve_models, loads, alone, own_cache, tmp_path):
+    """The models share the folder of states, in which each finds its own."""
+    states = tmp_path / "states"
+    server = serve_models(max_models=1, prefix_cache_dir=str(states))
+    prompt = "A long story. " * 25
+    cached = []
+    for name in ("One", "two", "One"):
+        body = {"model": name, "prompt": prompt, "max_tokens": TOKENS}
+        answer = server.post("/v1/completions", body).json()
+        expected = alone[name].generate(prompt, raw=True, max_tokens=TOKENS)
+        assert answer["choices"][0]["text"] == expected.text
+        cached.append(answer["usage"]["prompt_tokens_details"].get("disk_cached_tokens", 0))
+        metric = f'treeflash:prefix_cache_disk_written_bytes{{model="{name}"}}'
+        wait_until(lambda metric=metric: value_of(server, metric) > 0)
+    assert cached[:2] == [0, 0]
+    assert cached[2] >= BLOCK
+
+
+def value_of(server, sample) -> float:
+    text = server.client.get("/metrics").text
+    (line,) = [x for x in text.splitlines() if x.startswith(f"{sample} ")]
+    return float(line.rpartition(" ")[2])
 
 
 def test_a_server_that_ends_while_a_model_is_loaded(serve_models, loads):

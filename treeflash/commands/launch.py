@@ -8,7 +8,6 @@ in the terminal is for the agent: it would end the server while the agent still 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import signal
@@ -17,20 +16,17 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from http.client import HTTPException
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from rich.console import Console
 
 from treeflash.cli import options as cli
 from treeflash.cli.console import EXIT_BAD_INPUT, Parser, guarded
+from treeflash.cli.running_server import served_models
 from treeflash.commands.serve import (
     add_options,
     model_arguments,
@@ -43,8 +39,6 @@ from treeflash.serving.agents import AGENTS, Agent, Endpoint
 from treeflash.serving.settings import read_settings
 from treeflash.text.tokenizer import Tokenizer
 
-SECONDS = 10.0
-"""How long a server at the address may take to name its models."""
 REACHED_BY = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 """Addresses that reach a server that listens on all interfaces."""
 
@@ -177,30 +171,9 @@ def _free_port(host: str) -> int:
 
 
 def _models(url: str, key: str) -> dict[str, int] | None:
-    """Return the context lengths of a server's models by name; None if nothing listens there.
-
-    A ConfigError is raised if the server needs another key, or is not treeflash's.
-    """
-    request = urllib.request.Request(f"{url}/v1/models", headers={"Authorization": f"Bearer {key}"})
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    taken = f"{url} is taken by another program; choose another --port"
-    try:
-        with opener.open(request, timeout=SECONDS) as response:
-            data: list[dict[str, Any]] = json.load(response)["data"]
-            if not data or any(model["owned_by"] != "treeflash" for model in data):
-                raise ConfigError(taken)
-            return {model["id"]: model["max_model_len"] for model in data}
-    except urllib.error.HTTPError as error:
-        if error.code == 401:
-            problem = f"the server at {url} needs an API key"
-            raise ConfigError(f"{problem}; give its file with --api-key-file") from None
-        raise ConfigError(taken) from None
-    except urllib.error.URLError as error:
-        if isinstance(error.reason, ConnectionRefusedError):
-            return None
-        raise ConfigError(f"{url}: {error.reason}; choose another --host or --port") from None
-    except (OSError, HTTPException, ValueError, KeyError, TypeError):
-        raise ConfigError(taken) from None
+    """Return the context lengths of a server's models by name; see `served_models`."""
+    models = served_models(url, key, "choose another --port")
+    return None if models is None else {x["id"]: x["max_model_len"] for x in models}
 
 
 def _wait_for_models(

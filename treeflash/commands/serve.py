@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
@@ -45,10 +45,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     specs = []
     for model, own, options in checked:
-        names, methods = model_names(model), [options.get("method")]
-        # The log tells what happens.
-        load: Callable[[], LanguageModel] = partial(_load, model, methods)
-        spec = ModelSpec(names=names, load=load, settings=own, defaults=options)
+        methods = [options.get("method")]
+        spec = ModelSpec(
+            names=model_names(model),
+            load=partial(_load, model, methods),  # the log tells what happens
+            settings=own,
+            defaults=options,
+        )
         if len(models) > 1:
             pair = cli.locate_model(model, methods)
             spec = replace(spec, load=pair.load, folder=pair.target, images=pair.config.images)
@@ -79,7 +82,8 @@ def model_arguments(args: argparse.Namespace, argv: Sequence[str]) -> list[argpa
         raise ConfigError(f"{OF_ONE[given[0]]} is set by the file of --models; remove one of them")
     tables = read_toml(args.models)
     models = tables.pop("model", None)
-    if tables or not isinstance(models, list) or not models:
+    is_list = isinstance(models, list) and all(isinstance(table, dict) for table in models)
+    if tables or not is_list or not models:
         raise ConfigError(f"{args.models} must have a table [[model]] for each model, and no more")
     found = []
     for table in models:

@@ -110,6 +110,8 @@ def add_routes(app: FastAPI, pool: ModelPool) -> None:
             "max_input_tokens": facts.context,
             "max_model_len": facts.context,
             "input_modalities": ["text", "image"] if facts.takes_images else ["text"],
+            # llama.cpp's router has this name.
+            "status": {"value": "unloaded" if model.service is None else "loaded"},
         }
 
     @app.get("/v1/models")
@@ -149,16 +151,18 @@ def add_routes(app: FastAPI, pool: ModelPool) -> None:
         return Response(text, media_type=CONTENT_TYPE_LATEST)
 
 
-FILL = "to fill a gap, write the model's own tokens for it into the prompt of /v1/completions"
 NOT_SERVED = {
     **dict.fromkeys(
         ("/v1/embeddings", "/api/embed", "/api/embeddings", "/v1/rerank", "/v1/score"),
         "this server generates text; embeddings and scores need a server of such a model",
     ),
-    **dict.fromkeys(("/infill", "/v1/fim/completions"), FILL),
+    **dict.fromkeys(
+        ("/infill", "/v1/fim/completions"),
+        "to fill a gap, send the text after it as suffix to /v1/completions",
+    ),
     **dict.fromkeys(
         ("/api/pull", "/api/push", "/api/create", "/api/copy", "/api/delete", "/api/blobs"),
-        "this server has the model that it was started with, and changes no models",
+        "this server has the models that it was started with, and changes none",
     ),
 }
 """Paths of the APIs that this server does not have, and what it says there and below them."""
@@ -169,7 +173,6 @@ INSTEAD = {
     ),
     "functions": "use tools",
     "function_call": "use tool_choice",
-    "suffix": FILL,
 }
 """What to do instead of using a field that this server does not have; without an entry, remove it.
 vLLM and OpenAI replaced most of these by others."""

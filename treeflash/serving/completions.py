@@ -31,7 +31,8 @@ class CompletionRequest(DecodingSchema):
     """The body of a request; with several prompts, each has `n` choices, in order.
 
     `echo` puts the prompt before each answer, with its log probabilities if `logprobs` is set. Only
-    with `echo` may `max_tokens` be 0.
+    with `echo` may `max_tokens` be 0. With a `suffix`, the answer is what fits between a prompt and
+    the suffix.
     """
 
     prompt: (
@@ -43,6 +44,7 @@ class CompletionRequest(DecodingSchema):
     max_tokens: int | None = Field(None, ge=0)
     logprobs: int | None = Field(None, ge=0, le=MAX_LOG_PROBS)
     echo: bool | None = None
+    suffix: str | None = None
     best_of: Literal[1] | None = None
 
     @field_validator("prompt", mode="before")
@@ -64,6 +66,14 @@ class CompletionRequest(DecodingSchema):
             options["max_tokens"] = 1  # it is generated, and left out of the answer
         return options
 
+    def before(self, prompt: str | list[int]) -> str:
+        """Return the text before the gap that the answer fills; an APIError if there is none."""
+        if not isinstance(prompt, str):
+            raise bad_request("suffix needs a prompt that is a text, not token ids", "suffix")
+        if self.echo:
+            raise bad_request("suffix and echo exclude each other; remove one of them", "suffix")
+        return prompt
+
     def prompts(self) -> list[str] | list[list[int]]:
         prompt: Any = self.prompt
         return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
@@ -81,15 +91,21 @@ def add_routes(app: FastAPI, pool: ModelPool) -> None:
     async def start(request: CompletionRequest, http: HTTPRequest, service: Service) -> Completion:
         given, answers = request.prompts(), request.n or 1
         service.check_answers(len(given), answers)  # before each is encoded
-        prompts = [
-            await service.encode(prompt) if isinstance(prompt, str) else EncodedPrompt(prompt)
-            for prompt in given
-        ]
+        options = request.options()
+        prompts = []
+        for prompt in given:
+            if request.suffix:
+                prompts.append(await service.encode_gap(request.before(prompt), request.suffix))
+                options.setdefault("stop_token_ids", service.infill.stop_token_ids)
+            elif isinstance(prompt, str):
+                prompts.append(await service.encode(prompt))
+            else:
+                prompts.append(EncodedPrompt(prompt))
         grammar = request.grammar()
         constraint = None if grammar is None else await service.compile(*grammar)
         return service.start(
             http,
-            request.options(),
+            options,
             prompts,
             constraint,
             answers=answers,

@@ -238,6 +238,11 @@ class Engine:
         return self._thread.is_alive() and self._thread.made.done() and not self.draining
 
     @property
+    def loaded(self) -> bool:
+        """Whether the models are loaded, or cannot be."""
+        return self._thread.made.done()
+
+    @property
     def unfinished(self) -> int:
         """The number of answers that are running or waiting."""
         with self._lock:
@@ -464,8 +469,8 @@ class Engine:
         self.metrics.update_gauges(self._scheduler)
 
     def _fail(self, completion: Completion, error: Exception) -> None:
-        if is_out_of_memory(error):
-            self.ran_out_of_memory()
         self._drop(completion)
         self.metrics.count_failures(len(completion.answers))
         completion.deliver([error])
+        if is_out_of_memory(error):
+            self.ran_out_of_memory()

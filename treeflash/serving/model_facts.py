@@ -13,6 +13,7 @@ from treeflash.errors import TreeflashError
 from treeflash.hub.sizes import parameter_count, weights_bytes
 from treeflash.serving.message_parser import ResponseTemplate
 from treeflash.serving.service import Service
+from treeflash.text.infill import Infill
 from treeflash.text.tokenizer import Tokenizer
 
 CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
@@ -82,6 +83,7 @@ class ModelFacts:
             "tools": template is not None and tokenizer.knows_tools,
             "thinking": tokenizer.knows_thinking,
             "vision": self.takes_images,
+            "insert": Infill.find(tokenizer) is not None,
         }
         return [name for name, known in capabilities.items() if known]
 

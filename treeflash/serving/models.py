@@ -22,7 +22,7 @@ import logging
 import math
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -175,7 +175,7 @@ class ModelPool:
     @property
     def loading(self) -> bool:
         """Whether a thread is loading a model, which nothing can stop."""
-        return self._loading is not None
+        return self._loading is not None and not self._loading.loaded
 
     @cached_property
     def unloads(self) -> bool:
@@ -209,8 +209,11 @@ class ModelPool:
     def close(self) -> None:
         """Drop all answers and put all models away, after the end of the event loop."""
         self.drain()
-        for service in self._services:
-            service.engine.stop()
+        engines = [service.engine for service in self._services]
+        if self._loading is not None and self._loading.loaded:
+            engines.append(self._loading)
+        for engine in engines:
+            engine.stop()
 
     def find(self, name: str | None) -> ServedModel:
         """Return the model of a name, by default the first; an APIError if there is none."""
@@ -327,8 +330,7 @@ class ModelPool:
                 model.stay = None
                 if not loaded.done():
                     loaded.set_exception(_load_error(model.name, error))
-            finally:
-                self._loading = None
+            self._loading = None  # unless the end of the event loop cancels this task
         if not loaded.done() and stay.service is not None:
             loaded.set_result(None)
         if loaded.done() and not loaded.cancelled():
@@ -344,6 +346,8 @@ class ModelPool:
         logger.info("loading %s", stay.model.name)
         started = time.perf_counter()
         while True:
+            if self.draining:
+                raise shutting_down()
             self._loading = engine = self._engine(stay)
             try:
                 await engine.start_aside()
@@ -364,10 +368,13 @@ class ModelPool:
         engine = Engine(spec.load, spec.settings, metrics, self._turns)
         if len(self.models) > 1:
             loop = asyncio.get_running_loop()
-            engine.ran_out_of_memory = lambda: loop.call_soon_threadsafe(
-                lambda: self._spawn(self._relieve(stay))
-            )
+            engine.ran_out_of_memory = partial(self._call_relieve, loop, stay)
         return engine
+
+    def _call_relieve(self, loop: asyncio.AbstractEventLoop, stay: Stay) -> None:
+        """Begin `_relieve`, from the engine's thread."""
+        with suppress(RuntimeError):  # the event loop is closed
+            loop.call_soon_threadsafe(lambda: self._spawn(self._relieve(stay)))
 
     async def _relieve(self, needing: Stay) -> None:
         """Put an idle model away, because another one ran out of memory while it decoded."""

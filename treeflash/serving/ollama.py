@@ -215,6 +215,7 @@ class GenerateRequest(OllamaRequest):
     system: str | None = None
     raw: bool | None = None
     images: LongList[str] | None = None  # in base64
+    suffix: str = ""  # the answer is what fits between the prompt and this text
 
     def conversation(self, service: Service) -> Conversation:
         """Build a conversation of a system message, if there is one, and the prompt."""
@@ -227,15 +228,21 @@ class GenerateRequest(OllamaRequest):
 
     async def start(self, service: Service, http: HTTPRequest) -> tuple[Completion, MessageParser]:
         """Start to generate the answer, and return the parser of its parts."""
-        if not self.raw:
+        if not self.raw and not self.suffix:
             asked = self.conversation(service)
             completion, (parser,) = await asked.start(service, http, self.asked())
             return completion, parser
         if self.system or self.format or self.think or self.images:
-            message = "raw has no template: remove system, format, think and images, or raw"
-            raise bad_request(message, "raw")
-        encoded = await service.encode(self.prompt)
-        completion = service.start(http, self.asked(), [encoded])
+            field = "suffix" if self.suffix else "raw"
+            message = f"remove system, format, think and images, or {field}"
+            raise bad_request(f"{field} has no template: {message}", field)
+        options = self.asked()
+        if self.suffix:
+            encoded = await service.encode_gap(self.prompt, self.suffix)
+            options["stop_token_ids"] = service.infill.stop_token_ids
+        else:
+            encoded = await service.encode(self.prompt)
+        completion = service.start(http, options, [encoded])
         return completion, MessageParser(None, service.tokenizer)
 
 
@@ -325,7 +332,7 @@ def add_routes(app: FastAPI, pool: ModelPool) -> None:
 
     @app.post("/api/generate")
     async def generate(request: GenerateRequest, http: HTTPRequest) -> Response:
-        if not request.prompt:
+        if not request.prompt and not request.suffix:
             return await only_load(request, http, {"response": ""})
         async with use(request, http) as service:
             completion, parser = await request.start(service, http)

@@ -22,6 +22,7 @@ from treeflash.serving.settings import ANSWER_TOKENS
 from treeflash.serving.thinking import ThinkingBudget
 from treeflash.text.grammar import Grammar, GrammarError
 from treeflash.text.images import MAX_IMAGES
+from treeflash.text.infill import Infill, infill_of
 from treeflash.text.options import Options
 from treeflash.text.prompt import EncodedPrompt, encode_chat, images_of
 from treeflash.text.stream import Assembler
@@ -90,6 +91,15 @@ class Service:
         """Encode plain text; raises a PromptError if it is not valid Unicode."""
         check_unicode(text)
         return EncodedPrompt(await asyncio.to_thread(self.tokenizer.encode, text))
+
+    @cached_property
+    def infill(self) -> Infill:
+        """Makes prompts that fill a gap; a PromptError if the tokenizer has no tokens for it."""
+        return infill_of(self.tokenizer)
+
+    async def encode_gap(self, before: str, after: str) -> EncodedPrompt:
+        """Encode the texts around a gap; raises what `infill` and `Infill.encode` do."""
+        return EncodedPrompt(await asyncio.to_thread(self.infill.encode, before, after))
 
     def check_answers(self, prompts: int, answers: int) -> None:
         """Raise an APIError for too many answers to each prompt, or to all of them."""

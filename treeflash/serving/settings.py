@@ -9,7 +9,7 @@ from typing import Any
 
 from treeflash.cli.options import add_option
 from treeflash.config import GIB
-from treeflash.errors import ConfigError
+from treeflash.errors import ConfigError, MemoryShortError
 from treeflash.option import check, option, options_of
 from treeflash.serving.response_templates import TOOL_CALL_PARSERS
 from treeflash.text.prompt import read_text
@@ -125,13 +125,13 @@ class Settings:
                 allocates what is needed.
 
         Raises:
-            ConfigError: the models leave nothing, and no limit was given.
+            MemoryShortError: the models leave nothing, and no limit was given.
         """
         limit = MAX_MEMORY_GB * GIB if free is None else free
         if self.max_memory_gb is not None:
             limit = int(self.max_memory_gb * GIB)
         elif limit == 0:
-            raise ConfigError(
+            raise MemoryShortError(
                 "the models leave the device no memory for KV caches; use a smaller target or one "
                 "in fewer bits, or set a limit with --max-memory-gb"
             )
