@@ -14,15 +14,17 @@ SECONDS = 10.0
 """How long a server may take to name its models."""
 
 
-def served_models(url: str, key: str, advice: str) -> list[dict[str, Any]] | None:
+def served_models(
+    url: str, key: str, *, if_taken: str, if_unreachable: str
+) -> list[dict[str, Any]] | None:
     """Return the list of a server's models; None if nothing listens there.
 
-    A ConfigError is raised if the server needs another key, or, with the `advice`, if the address
-    is another program's or cannot be reached.
+    A ConfigError is raised if the server needs another key, if the address is another program's, or
+    if it cannot be reached; the last two say what to do then.
     """
     request = urllib.request.Request(f"{url}/v1/models", headers={"Authorization": f"Bearer {key}"})
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    taken = f"{url} is taken by another program; {advice}"
+    taken = f"{url} is taken by another program; {if_taken}"
     try:
         with opener.open(request, timeout=SECONDS) as response:
             data: list[dict[str, Any]] = json.load(response)["data"]
@@ -37,6 +39,6 @@ def served_models(url: str, key: str, advice: str) -> list[dict[str, Any]] | Non
     except urllib.error.URLError as error:
         if isinstance(error.reason, ConnectionRefusedError):
             return None
-        raise ConfigError(f"{url}: {error.reason}; {advice}") from None
+        raise ConfigError(f"{url}: {error.reason}; {if_unreachable}") from None
     except (OSError, HTTPException, ValueError, KeyError, TypeError):
         raise ConfigError(taken) from None

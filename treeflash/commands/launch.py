@@ -172,7 +172,12 @@ def _free_port(host: str) -> int:
 
 def _models(url: str, key: str) -> dict[str, int] | None:
     """Return the context lengths of a server's models by name; see `served_models`."""
-    models = served_models(url, key, "choose another --port")
+    models = served_models(
+        url,
+        key,
+        if_taken="choose another --port",
+        if_unreachable="choose another --host or --port",
+    )
     return None if models is None else {x["id"]: x["max_model_len"] for x in models}
 
 

@@ -82,7 +82,8 @@ def _list_served(url: str, key_file: Path | None, *, as_json: bool) -> int:
     """Print the models of a running server."""
     keys = [] if key_file is None else read_text(key_file).split()
     advice = "give the address of a server of treeflash"
-    found = served_models(url.rstrip("/"), (keys or ["-"])[0], advice)
+    key = (keys or ["-"])[0]
+    found = served_models(url.rstrip("/"), key, if_taken=advice, if_unreachable=advice)
     if found is None:
         raise ConfigError(f"no server listens at {url}; start one with `treeflash serve`")
     rows = [

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 from treeflash.drafters.folder import read_config
 from treeflash.drafters.mtp_formats import text_config
@@ -25,24 +27,27 @@ class ModelFacts:
     """Facts about a target; some are exact only once the model has been loaded."""
 
     folder: Path | None  # the target's folder; None if it was not loaded from one
+    family: str  # the type of the model, as its configuration names it
     context: int  # the most tokens of a prompt and its answer together
     takes_images: bool
     dtype: str  # empty if it is not known
     parser: str | None  # the name of the form of tool calls; None for the model's own form
+    read_tokenizer: Callable[[], Tokenizer]
 
     @classmethod
     def of_service(cls, service: Service) -> ModelFacts:
         """Return the facts of a loaded model."""
         model = service.engine.model
-        facts = cls(
+        tokenizer = model.tokenizer  # the model itself must not stay in memory for its facts
+        return cls(
             folder=model.folder,
+            family="unknown" if model.folder is None else _family(read_config(model.folder)),
             context=model.backend.max_positions,
             takes_images=service.takes_images,
             dtype=model.backend.dtype,
             parser=service.engine.settings.tool_call_parser,
+            read_tokenizer=lambda: tokenizer,
         )
-        vars(facts)["tokenizer"] = model.tokenizer
-        return facts
 
     @classmethod
     def of_folder(cls, folder: Path, parser: str | None, *, images: bool) -> ModelFacts:
@@ -53,17 +58,19 @@ class ModelFacts:
         config = text_config(read_config(folder))
         return cls(
             folder=folder,
+            family=_family(read_config(folder)),
             context=int(next((config[key] for key in CONTEXT if config.get(key)), sys.maxsize)),
             takes_images=images and "vision_config" in config,
             dtype=str(config.get("dtype") or config.get("torch_dtype") or ""),
             parser=parser,
+            read_tokenizer=partial(Tokenizer.from_folder, folder),
         )
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
         """The target's tokenizer; None if it cannot be read."""
         try:
-            return None if self.folder is None else Tokenizer.from_folder(self.folder)
+            return self.read_tokenizer()
         except TreeflashError:
             return None
 
@@ -87,13 +94,6 @@ class ModelFacts:
         }
         return [name for name, known in capabilities.items() if known]
 
-    @property
-    def family(self) -> str:
-        """The type of the model, as its configuration names it."""
-        if self.folder is None:
-            return "unknown"
-        return str(read_config(self.folder).get("model_type"))
-
     @cached_property
     def parameters(self) -> int | None:
         """The number of weights; None if it is not known."""
@@ -103,3 +103,7 @@ class ModelFacts:
     def nbytes(self) -> int:
         """Bytes of the weights; 0 if they are not known."""
         return 0 if self.folder is None else weights_bytes(str(self.folder))
+
+
+def _family(config: Mapping[str, Any]) -> str:
+    return str(config.get("model_type"))

@@ -98,6 +98,7 @@ class ServedModel:
     created: int = field(default_factory=lambda: int(time.time()))  # seconds since 1970
     metrics: Metrics = field(default_factory=Metrics)
     stay: Stay | None = None
+    known: ModelFacts | None = None  # its facts, once they were asked for or it was loaded
 
     @property
     def name(self) -> str:
@@ -111,19 +112,12 @@ class ServedModel:
     @property
     def facts(self) -> ModelFacts:
         """What lists tell of the model."""
-        if self._known is None:
+        if self.known is None:
             assert self.spec.folder is not None
-            self._known = ModelFacts.of_folder(
+            self.known = ModelFacts.of_folder(
                 self.spec.folder, self.spec.settings.tool_call_parser, images=self.spec.images
             )
-        return self._known
-
-    def learn(self, service: Service) -> None:
-        """Remember what is only known of a loaded model."""
-        self._known = ModelFacts.of_service(service)
-
-    def __post_init__(self) -> None:
-        self._known: ModelFacts | None = None
+        return self.known
 
 
 class ModelPool:
@@ -394,7 +388,7 @@ class ModelPool:
             raise
         stay.service = service
         self._in_memory.append(stay)
-        model.learn(service)
+        model.known = ModelFacts.of_service(service)
         model.metrics.count_load(seconds)
         if self.draining:
             engine.draining = True

@@ -10,7 +10,6 @@ tokenizer declares them, so it tells the family:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from treeflash.errors import PromptError
 from treeflash.text.tokenizer import Tokenizer, check_unicode
@@ -66,11 +65,11 @@ class Infill:
         """Return what a tokenizer has for it; None if it declares no such tokens."""
         ids: dict[str, int] = tokenizer.transformers.get_added_vocab()
         for family in FAMILIES:
-            tokens: list[Any] = [family.before, family.after, family.middle]
-            if all(token is None or token in ids for token in tokens):
-                before, after, middle = map(ids.get, tokens)
-                ends = {ids[token] for token in family.ends if token in ids}
-                stops = tokenizer.stop_token_ids | ends | {before, after, middle} - {None}
+            tokens = [x for x in (family.before, family.after, family.middle) if x is not None]
+            if ids.keys() >= set(tokens):
+                middle = None if family.middle is None else ids[family.middle]
+                ends = {ids[token] for token in (*tokens, *family.ends) if token in ids}
+                stops = tokenizer.stop_token_ids | ends
                 return cls(tokenizer, ids[family.before], ids[family.after], middle, stops)
         return None
 
