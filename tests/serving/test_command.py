@@ -344,6 +344,34 @@ def test_a_second_signal_ends_it_at_once(model, tmp_path, number, status):
     assert "stopped before 16 answers were finished" in log.read_text().splitlines()[-1]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_the_command_serves_the_models_of_a_file(model, tmp_path):
+    tables = [f'[[model]]\nname = "{x}"\ntarget = "{model.folder}"\n' for x in ("first", "second")]
+    file = write(tmp_path / "models.toml", "".join(tables))
+    args = ("--models", file, "--backend", "reference", "--method", "ar", "--port", 0)
+    with subprocess.Popen(
+        core_command("serve", *map(str, args)),
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TREEFLASH_CACHE": str(tmp_path)},
+    ) as process:
+        try:
+            line = next(x for x in process.stderr if " on http://" in x)
+            assert " serving first, second on http://" in line
+            body = {"model": "second", "prompt": "A", "max_tokens": 8}
+            url = f"{line.split(' on ')[1].strip()}/v1/completions"
+            found = httpx.post(url, json=body, timeout=PATIENCE).json()
+            expected = model.generate("A", raw=True, max_tokens=8)
+            assert (found["model"], found["choices"][0]["text"]) == ("second", expected.text)
+            process.send_signal(signal.SIGTERM)
+            _, log = process.communicate(timeout=PATIENCE)
+        finally:
+            process.kill()
+    assert process.returncode == 0
+    assert "second loaded in" in log
+    assert "first loaded in" not in log
+
+
 PAGE = Path(__file__).parents[2] / "docs" / "serving.md"
 
 

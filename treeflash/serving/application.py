@@ -315,8 +315,8 @@ def serve(
     listening = bind(host, port)
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s: %(message)s")
     allow_many_files()
-    pool = ModelPool(specs, settings)
     with listening:
+        pool = ModelPool(specs, settings)
         if len(specs) == 1:
             _load(pool)
         try:
