@@ -66,7 +66,8 @@ class ModelSpec:
     load: Callable[[], LanguageModel]
     settings: Settings
     defaults: Options
-    folder: Path | None = None  # the target's; None if it is only known once the model is loaded
+    # the target's folder; None if it is only known once the model is loaded
+    folder: Path | None = None
     images: bool = True  # whether the target's vision tower is loaded
 
 
@@ -75,18 +76,20 @@ class Stay:
     """One stay of a model in memory, from the first request that waits for it."""
 
     model: ServedModel
-    keep_alive: float  # seconds without a request until it ends
-    loaded: asyncio.Future[None] | None = None  # None for a model that was loaded at the start
-    service: Service | None = None  # None until it is loaded
-    uses: int = 0  # requests that wait for it or are answered
-    last_used: float = 0.0  # when the last of them began or ended, in seconds since 1970
-    ends: asyncio.TimerHandle | None = None  # ends the stay if nobody uses it until then
+    keep_alive: float  # seconds without a request after which the stay ends
+    # the end of loading; None for a model that was loaded when the server started
+    loaded: asyncio.Future[None] | None = None
+    service: Service | None = None  # the loaded model; None until it is loaded
+    uses: int = 0  # number of requests that wait for the model or are answered by it
+    # the time at which the last of these requests began or ended, seconds since 1970
+    last_used: float = field(default_factory=time.time)
+    ends: asyncio.TimerHandle | None = None  # the end of the stay if nobody uses the model before
     # New requests wait for this while it is decided whether the model leaves the memory.
     undecided: asyncio.Event | None = None
 
     @property
     def ends_at(self) -> float:
-        """When it ends if no request comes, in seconds since 1970; infinity if it does not end."""
+        """When the stay ends if no request comes, in seconds since 1970; infinity for never."""
         return (time.time() if self.uses else self.last_used) + self.keep_alive
 
 
