@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from statistics import median
 from typing import Any, TypeVar
@@ -13,10 +13,19 @@ from unittest.mock import patch
 
 import numpy as np
 
-from benchmarks.common import Row, describe, random_prompt
+from benchmarks.common import (
+    Row,
+    describe,
+    first_difference,
+    random_prompt,
+    random_tree,
+    supported_methods,
+)
 from benchmarks.decoding.iteration import verify_rows
 from benchmarks.device_parts import (
     PROMPTS,
+    TINY_METHODS,
+    TINY_PROMPT,
     Device,
     Find,
     exact,
@@ -24,13 +33,19 @@ from benchmarks.device_parts import (
     prompt_ids,
     run_command,
     speed,
+    text_problem,
+    tiny_text,
     tiny_texts,
 )
 from benchmarks.report import Part
-from treeflash.config import GIB, LoadConfig
+from treeflash.config import GIB, DecodeConfig, LoadConfig, Method
+from treeflash.decoding import Request, Scheduler
+from treeflash.decoding.interfaces import DeviceReport, device_report
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
+from treeflash.language_model import LanguageModel
 from treeflash.registry import examine_device
+from treeflash.text.generation import mean
 from treeflash.text.tokenizer import Tokenizer
 
 PLAIN_CONTEXTS, PLAIN_TOKENS = (64, 8192), 32
@@ -45,9 +60,14 @@ operations by the chip, or after 40 to 50 million elements."""
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "float32": ("qwen3", {"dtype": "float32"}),
     "float32, gated delta nets": ("qwen3_5", {"dtype": "float32"}),
+    "float32, keys of 8 bits": ("qwen3", {"dtype": "float32", "kv_bits": 8}),
     "exact bfloat16": ("qwen3", {"dtype": "bfloat16", "exact": True}),
 }
 """Families of tiny targets, and settings."""
+HOST_NODES, HOST_CONTEXT = (1, 8, 16), 64
+"""Nodes and committed positions of the passes whose building is timed."""
+TOGETHER = 4
+"""Texts of a tiny pair that are decoded at once."""
 T = TypeVar("T")
 
 
@@ -88,10 +108,56 @@ def peer(mac: Mac, part: Part) -> None:
     part.add("methods", **peer_row("mlx-lm", generate, prompt_ids(own)))
 
 
+def speed_and_kernels(mac: Mac, part: Part) -> None:
+    """Measure every method, four texts at once, what `auto` chose, and the layers' own kernels."""
+    model = speed(mac, part)
+    add_kernels(part, device_report(model.backend))
+    prompts, methods = prompt_ids(model.tokenizer), supported_methods(model.backend)
+    for method in methods[1:]:
+        part.add("budgets", **budget_row(model, method, prompts[0], mac.args.max_tokens))
+    budget = model.adaptive_budgets.get(methods[-1], model.backend)
+    for nodes, seconds in budget.costs.seconds.items():
+        part.add("costs", nodes=nodes, pass_ms=1000 * seconds)
+    for method in (methods[0], methods[min(3, len(methods) - 1)]):
+        part.add("together", **together_row(model, method, prompts, mac.args.max_tokens))
+
+
+def budget_row(model: LanguageModel, method: Method, prompt: list[int], max_tokens: int) -> Row:
+    """Return the nodes and the depth of trees with the budget `auto`, on average."""
+    steps = [chunk.step for chunk in model.stream(prompt, method=method, max_tokens=max_tokens)]
+    trees = [step.tree for step in steps if step.tree is not None]
+    return {
+        "method": method,
+        "nodes": mean([len(tree) for tree in trees]),
+        "depth": mean([int(tree.depths.max()) for tree in trees]),
+        "without_draft": sum(len(tree) == 1 for tree in trees),
+    }
+
+
+def together_row(
+    model: LanguageModel, method: Method, prompts: Sequence[list[int]], max_tokens: int
+) -> Row:
+    """Measure texts that are decoded at once, and compare them with each alone."""
+    texts = [*prompts, prompts[0]]
+    alone = [model.generate(prompt, method=method, max_tokens=max_tokens) for prompt in texts]
+    started = time.perf_counter()
+    together = model.generate_many(texts, parallel=len(texts), method=method, max_tokens=max_tokens)
+    found = dict(together)
+    seconds = time.perf_counter() - started
+    pairs = [(x.token_ids, found[i].token_ids) for i, x in enumerate(alone)]
+    return {
+        "method": method,
+        "texts": len(texts),
+        "tokens_per_s": sum(len(x.token_ids) for x in found.values()) / seconds,
+        "equal_up_to": min(first_difference(*pair) for pair in pairs),
+    }
+
+
 def passes(mac: Mac, part: Part) -> None:
     """Measure the target's pass by nodes and committed positions."""
     backend = mac.load_model().backend
     part.add("pair", **describe(backend))
+    add_kernels(part, device_report(backend))
     room = backend.max_positions - max(mac.args.sizes)
     for context in [x for x in mac.args.contexts if x <= room]:
         for row in verify_rows(backend, [context], mac.args.sizes, mac.args.repeats):
@@ -102,24 +168,39 @@ def passes(mac: Mac, part: Part) -> None:
 
 
 def host(mac: Mac, part: Part) -> None:
-    """Measure how long a pass takes to build."""
-    part.add("host", **host_row(mac.load_model().backend, mac.args.repeats))
+    """Measure how long Python builds a pass over a token and over trees, and a commit."""
+    backend = mac.load_model().backend
+    for nodes in HOST_NODES:
+        part.add("host", **host_row(backend, nodes, mac.args.repeats))
 
 
-def host_row(backend: Any, repeats: int) -> Row:
-    """Measure how long a pass over a single token takes to build, without its evaluation."""
+def host_row(backend: Any, nodes: int, repeats: int) -> Row:
+    """Measure how long a pass takes to build without its evaluation, and a commit after one."""
     import mlx.core as mx
+    from treeflash_mlx.attention import TreePass
 
-    target = backend.target
-    cache = target.new_kv_cache(repeats + 64)
-    token = mx.array([[1]], mx.int32)
-    times = []
-    for _ in range(repeats + 1):
-        started = time.perf_counter()
-        output = target.forward(token, [cache], ())
-        times.append(1000 * (time.perf_counter() - started))
-        mx.eval(output)
-    return {"layers": len(target.layers), "host_ms": median(times[1:])}
+    target, tree = backend.target, random_tree(backend.vocab_size, nodes)
+    path = np.flatnonzero(tree.ancestor_mask()[-1]).astype(np.int32)
+    builds, commits = [], []
+    capacity = HOST_CONTEXT + (repeats + 1) * len(path) + nodes
+    with SequenceSession(backend, capacity=capacity) as session:
+        session.extend(random_prompt(backend.vocab_size, HOST_CONTEXT))
+        state: Any = session.state
+        cache = state.kv_cache
+        for _ in range(repeats + 1):
+            storage, length = cache.storage, session.length
+            started = time.perf_counter()
+            made = TreePass.build([tree], [length], storage.columns - 1, solve=target.solve)
+            output = target.forward(mx.array(tree.tokens)[None], [cache], (), made)
+            builds.append(1000 * (time.perf_counter() - started))
+            mx.eval(output)
+            session.verify(tree)
+            started = time.perf_counter()
+            session.commit(path)
+            commits.append(1000 * (time.perf_counter() - started))
+            mx.synchronize()
+    times = {"build_ms": median(builds[1:]), "commit_ms": median(commits[1:])}
+    return {"layers": len(target.layers), "nodes": nodes, **times}
 
 
 def buffers(mac: Mac, part: Part) -> None:
@@ -159,8 +240,33 @@ def in_process(function: Callable[..., T], *arguments: Any, environment: Mapping
 
 
 def texts(mac: Mac, part: Part) -> None:
-    """Compare the texts of all methods with plain decoding's."""
+    """Compare the texts of all methods with plain decoding's, and of four texts at once."""
     tiny_texts(mac, part, VARIANTS, refused=part.note)
+    backend = mac.load(mac.write_tiny(), dtype="float32")
+    plain = tiny_text(backend, method="ar")
+    for method in TINY_METHODS:
+        config = DecodeConfig(method=method, budget=12, max_tokens=len(plain))
+        requests = [Request(prompt_ids=TINY_PROMPT, config=config, tag=i) for i in range(TOGETHER)]
+        found: list[list[int]] = [[] for _ in requests]
+        for request, step in Scheduler(backend).decode(requests):
+            found[request.tag] += step.tokens
+        for tokens in found:
+            if line := text_problem(f"{method}, {TOGETHER} texts at once", plain, tokens):
+                part.problem(line)
+        same = min(first_difference(plain, tokens) for tokens in found)
+        case = {"pair": f"float32, {TOGETHER} at once", "method": method, "sampling": "greedy"}
+        part.add("texts", **case, tokens=len(plain), equal_up_to=same)
+
+
+def add_kernels(part: Part, report: DeviceReport) -> None:
+    """Add the verdicts on kernels, what compilers say, and which kernels are wrong."""
+    for kernel, verdicts in report.kernels.items():
+        for size, verdict in verdicts.items():
+            part.add("verdicts", kernel=kernel, size=size, verdict=verdict)
+    for kernel, message in report.messages.items():
+        part.add("messages", kernel=kernel, message=message)
+    for line in kernel_problems(report.kernels):
+        part.problem(line)
 
 
 def kernel_problems(kernels: Mapping[str, Mapping[str, str]]) -> Iterator[str]:
@@ -171,20 +277,17 @@ def kernel_problems(kernels: Mapping[str, Mapping[str, str]]) -> Iterator[str]:
     """
     for kernel, verdicts in kernels.items():
         for size, verdict in verdicts.items():
-            if verdict.startswith("not used") and "times as fast" not in verdict:
+            left_out = "; not with " in verdict
+            if left_out or (verdict.startswith("not used") and "times as fast" not in verdict):
                 yield f"{kernel}, {size}: {verdict}"
 
 
 def kernels(mac: Mac, part: Part) -> None:
     """Check every kernel on shapes of common models."""
-    found = examine_device("mlx", LoadConfig(device=mac.args.device)).kernels
-    for kernel, verdicts in found.items():
-        for size, verdict in verdicts.items():
-            part.add("verdicts", kernel=kernel, size=size, verdict=verdict)
-    if not found:
+    report = examine_device("mlx", LoadConfig(device=mac.args.device))
+    add_kernels(part, report)
+    if not report.kernels:
         part.note("treeflash's kernels are not tried on this device")
-    for line in kernel_problems(found):
-        part.problem(line)
 
 
 def memory(mac: Mac, part: Part) -> None:
@@ -199,7 +302,7 @@ def memory(mac: Mac, part: Part) -> None:
 PARTS: dict[str, Find] = {
     "machine": machine,
     "peer": peer,
-    "speed": speed,
+    "speed": speed_and_kernels,
     "peer again": peer,
     "exact": exact,
     "passes": passes,

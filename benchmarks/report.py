@@ -92,8 +92,16 @@ def find_here(part: Part, find: Find) -> None:
     except Exception as error:
         part.fail(f"{type(error).__name__}: {first_line(error)}", traceback.format_exc())
     for warning in caught:
-        if Path(warning.filename).parent.name.startswith("treeflash"):
+        if is_of_treeflash(Path(warning.filename)):
             part.problem(f"{part.name}: {warning.message}")
+
+
+def is_of_treeflash(file: Path) -> bool:
+    """Return whether a file lies in a package of treeflash, at most three folders deep."""
+    folders = file.parent.parts[-3:]
+    if "site-packages" in folders:
+        folders = folders[folders.index("site-packages") + 1 :]
+    return any(folder.startswith("treeflash") for folder in folders)
 
 
 def find_apart(part: Part, find: Find, end: float) -> None:

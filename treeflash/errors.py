@@ -46,6 +46,10 @@ class MemoryInUseError(TreeflashError, MemoryError):
     """The memory that is set aside for sequences has no room until another sequence ends."""
 
 
+class MemoryShortError(ConfigError, MemoryError):
+    """A device has too little free memory for a model and its texts; other models may have it."""
+
+
 class NumericalError(TreeflashError, ArithmeticError):
     """A model produced values that are not finite."""
 

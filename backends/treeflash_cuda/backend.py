@@ -41,6 +41,7 @@ from treeflash.errors import (
     BackendError,
     ConfigError,
     MemoryInUseError,
+    MemoryShortError,
     UnsupportedModelError,
     is_out_of_memory,
 )
@@ -316,7 +317,7 @@ def reserve_memory(
         share: of the memory that is left, for keys and values.
         memory_gb: GiB of each GPU that take the place of the share.
 
-    Raises a ConfigError if so much memory is not left.
+    Raises a MemoryShortError if so much memory is not left.
     """
     home, whole, passes = target.device, target.arena, GRAPH_FACTOR * pass_nbytes(target)
     torch.cuda.empty_cache()
@@ -328,7 +329,7 @@ def reserve_memory(
     if memory_gb is not None:
         room = dict.fromkeys(layers, int(memory_gb * GIB))
         if (least := min(left.values())) < room[home]:
-            raise ConfigError(
+            raise MemoryShortError(
                 f"memory_gb is {memory_gb:g}, but the models leave {least / GIB:.2f} GiB free"
             )
     if target.state_arena is not None:

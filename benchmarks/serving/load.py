@@ -148,7 +148,7 @@ async def load(server: Server, clients: int, seconds: float, pool: Sequence[Job]
                 raise outcome
         await asyncio.sleep(2)  # for the iterations in which the server drops the last sequences
         metrics = (await http.get("/metrics")).text
-    running = [line for line in metrics.splitlines() if "num_requests_running " in line]
+    running = [line for line in metrics.splitlines() if "num_requests_running{" in line]
     observed.counts["left over"] = int(float(running[-1].split()[1]))
     return observed
 

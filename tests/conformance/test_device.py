@@ -7,10 +7,11 @@ kernels that fall back to PyTorch, and by functions that do not run from CUDA gr
 import json
 import warnings
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
-from accelerators import cuda_problem, load_cuda, metal_problem
+from accelerators import MetalKernels, cuda_problem, load_cuda, metal_problem
 
 from treeflash.config import DecodeConfig, LoadConfig, SamplingConfig
 from treeflash.decoding import Request, decode
@@ -104,8 +105,12 @@ def test_graphs_in_bfloat16_compute_what_no_graph_does(tmp_path, sampling):
 
 @pytest.mark.device
 class TestMetal(BackendSuite):
+    """Targets have shapes that the kernels run, so exact mode must be granted."""
+
     dialects = tuple(DIALECTS)
     hybrids = HYBRID_FAMILIES
+    exact_dtypes = DTYPES
+    write_target = staticmethod(partial(write_target, hidden_size=64, key_dim=32))
 
     @pytest.fixture
     def load(self):
@@ -129,13 +134,34 @@ def test_every_metal_kernel_is_right(module):
     assert list(module("mlx_parts").kernel_problems(kernels)) == []
 
 
-@pytest.mark.device
-@pytest.mark.parametrize("bits", [4, 8, None])
-def test_metal_writes_the_text_of_plain_decoding_after_a_long_prompt(tmp_path, bits):
-    """With the kernels of quantised layers, and beyond 1,024 positions the one of attention."""
+@pytest.fixture
+def kernels(monkeypatch):
+    """The launches of kernels, which are used even where MLX is faster, as for small layers."""
     require("mlx.core")
     if problem := metal_problem():
         pytest.skip(problem)
+    import mlx.core as mx
+    from treeflash_mlx import hybrid, metal_kernels
+    from treeflash_mlx.metal_kernels import attention
+
+    kernels = MetalKernels()
+    monkeypatch.setattr(mx.fast, "metal_kernel", kernels.metal_kernel)
+    monkeypatch.setattr(metal_kernels, "speedup", lambda *_: 2.0)
+    monkeypatch.setattr(metal_kernels, "kept_verdicts", lambda: metal_kernels.KeptVerdicts(None))
+    decisions = attention.winning_columns, hybrid.delta_kernel_wins
+    for decided in decisions:
+        decided.cache_clear()
+    yield kernels
+    for decided in decisions:
+        decided.cache_clear()
+
+
+@pytest.mark.device
+@pytest.mark.parametrize("bits", [4, 8, None])
+def test_metal_kernels_write_the_text_of_plain_decoding_after_a_long_prompt(
+    kernels, tmp_path, bits
+):
+    """Beyond 1,024 positions also the one of attention, for trees and for chains."""
     from mlx_lm.utils import load_model, quantize_model, save_model
     from treeflash_mlx.backend import load
 
@@ -145,11 +171,33 @@ def test_metal_writes_the_text_of_plain_decoding_after_a_long_prompt(tmp_path, b
         save_model(target, model)
         (target / "config.json").write_text(json.dumps(config))
     backend = load(target, drafter, LoadConfig(dtype="float32"))
-    texts = []
-    for method in ("ar", "treeflash"):
+    texts, launches = [], []
+    for method in ("ar", "treeflash", "dflash"):
+        kernels.launches.clear()
         config = DecodeConfig(method=method, budget=12, max_tokens=80)
         texts.append(generate(backend, [3, 4, 5, 6] * 275, config))
+        launches.append(set(kernels.launches))
+    assert texts[0] == texts[1] == texts[2]
+    expected = {"treeflash_attention_parts", "treeflash_attention_merge"}
+    if bits is not None:  # weights in float32 have no kernel
+        expected |= {"treeflash_products_quantised"}
+    for found in launches[1:]:
+        assert found >= expected
+
+
+@pytest.mark.device
+def test_metal_kernels_of_recurrent_layers_write_the_text_of_plain_decoding(kernels, tmp_path):
+    from treeflash_mlx.backend import load
+
+    backend = load(*write_pair(tmp_path, "qwen3_5", key_dim=32), LoadConfig(dtype="float32"))
+    texts = []
+    for method in ("ar", "treeflash"):
+        kernels.launches.clear()
+        config = DecodeConfig(method=method, budget=12, max_tokens=80)
+        texts.append(generate(backend, [3, 4, 5, 6] * 20, config))
     assert texts[0] == texts[1]
+    names = {name.rpartition("_by_")[0] for name in kernels.launches}
+    assert names >= {"treeflash_gated_delta_nodes", "treeflash_gated_delta_replay"}
 
 
 @pytest.mark.device

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -15,16 +16,16 @@ TEMPLATE = (
 )
 
 
-def save_tokenizer(folder: Path) -> Path:
-    """Write a tokenizer of single bytes and a template that knows thinking.
+def save_tokenizer(folder: Path, more: Sequence[str] = ()) -> Path:
+    """Write a tokenizer of single bytes, with more special tokens, and a template with thinking.
 
     No token ends a text, unless the folder has a `generation_config.json` that says so.
     """
-    vocabulary = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    vocabulary = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), *more]
     raw = Tokenizer(models.BPE({token: i for i, token in enumerate(vocabulary)}, []))
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
-    raw.add_special_tokens(SPECIAL)
+    raw.add_special_tokens([*SPECIAL, *more])
     raw.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": TEMPLATE}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))

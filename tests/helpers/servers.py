@@ -19,7 +19,7 @@ from treeflash.language_model import LanguageModel
 from treeflash.serving.application import Server, application, bind, configuration
 from treeflash.serving.engine import Engine
 from treeflash.serving.errors import APIError
-from treeflash.serving.service import Service
+from treeflash.serving.models import ModelPool, ModelSpec
 from treeflash.serving.settings import Settings
 from treeflash.text.stream import Assembler
 
@@ -33,15 +33,20 @@ class Running:
 
     Attributes:
         url: the URL of the server's root.
-        engine: decodes the server's requests.
+        pool: the server's models.
         client: sends requests to the server.
         server: uvicorn's server.
     """
 
     url: str
-    engine: Engine
+    pool: ModelPool
     client: httpx.Client
     server: Server
+
+    @property
+    def engine(self) -> Engine:
+        """What decodes the requests for the first model, which must be in memory."""
+        return self.pool.models[0].service.engine
 
     def post(self, path: str, body: object, **headers: str) -> httpx.Response:
         return self.client.post(path, json=body, headers=headers)
@@ -213,24 +218,39 @@ def submitted(server: Running, path: str, body: object) -> Submitted:
     return Submitted(answer, server.engine.model)
 
 
+def pool_of(
+    model: LanguageModel, defaults: dict | None = None, names: tuple[str, ...] = (NAME,), **settings
+) -> ModelPool:
+    """Return the pool of a server of one model, which is loaded already."""
+    limits = Settings(**settings)
+    spec = ModelSpec(names=names, load=lambda: model, settings=limits, defaults=defaults or {})
+    pool = ModelPool([spec], limits)
+    pool.start()
+    return pool
+
+
 @contextmanager
 def serving(
     model: LanguageModel, defaults: dict | None = None, **settings: object
 ) -> Iterator[Running]:
     """Serve a model on a free port."""
-    engine = Engine(lambda: model, Settings(**settings))
-    engine.start()
-    service = Service(engine, defaults or {}, (NAME,))
+    with serving_pool(pool_of(model, defaults, **settings)) as running:
+        yield running
+
+
+@contextmanager
+def serving_pool(pool: ModelPool) -> Iterator[Running]:
+    """Serve models on a free port."""
     listening = bind("127.0.0.1", 0)
     url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-    server = Server(configuration(application(service)), engine)
+    server = Server(configuration(application(pool)), pool)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([listening])))
     thread.start()
     try:
         wait_until(lambda: server.started)
         with httpx.Client(base_url=url, timeout=PATIENCE) as client:
-            yield Running(url, engine, client, server)
+            yield Running(url, pool, client, server)
     finally:
         server.should_exit = server.force_exit = True
         thread.join()
-        engine.stop()
+        pool.close()

@@ -5,6 +5,7 @@ import os
 import re
 import time
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ from mtp_pairs import write_mtp_pair
 
 import treeflash
 from treeflash.config import METHODS
+from treeflash.decoding.interfaces import DeviceReport
 from treeflash.testing import require
 from treeflash.testing.models import write_target
 from treeflash.text.generation import PHASES
@@ -43,7 +45,14 @@ def test_the_target_is_measured(module, mac):
     assert [(row["context"], row["nodes"]) for row in part.tables["passes"]] == [
         *((2, 1), (2, 3), (5, 1), (5, 3)),  # more positions than the target has are left out
     ]
-    assert part.tables["host"][0]["host_ms"] > 0
+    assert [row["nodes"] for row in part.tables["host"]] == [1, 8, 16]
+    assert all(row["build_ms"] > 0 and row["commit_ms"] > 0 for row in part.tables["host"])
+    chosen = {row["method"]: row["nodes"] for row in part.tables["budgets"]}
+    assert list(chosen) == [x for x in METHODS if x != "ar"]
+    assert all(nodes >= 1 for nodes in chosen.values())
+    assert part.tables["costs"][0]["nodes"] == 1
+    assert [row["texts"] for row in part.tables["together"]] == [4, 4]
+    assert part.tables["together"][0]["equal_up_to"] == 4  # tokens, in float32
     assert [row["token_ms"] > 0 for row in parts.plain(mac)] == [True, True]
     assert [(row["system"], row["method"]) for row in part.tables["methods"]] == [
         *(("treeflash", method) for method in METHODS),
@@ -83,7 +92,10 @@ def test_a_report_goes_on_after_a_part_that_fails(
     assert [row["nodes"] for row in found["passes"]["passes"]] == [1, 3]
     texts = found["texts"]["texts"]
     assert all(row["equal_up_to"] == row["tokens"] > 0 for row in texts)
-    assert {row["pair"] for row in texts} >= {"float32", "float32, gated delta nets"}
+    assert {row["pair"] for row in texts} >= {
+        *("float32", "float32, gated delta nets", "float32, keys of 8 bits"),
+        "float32, 4 at once",
+    }
     assert [found[name]["methods"][0]["system"] for name in ("peer", "peer again")] == [
         "mlx-lm"
     ] * 2
@@ -106,6 +118,34 @@ def test_a_kernel_that_is_wrong_is_a_problem_and_one_that_loses_is_not(module):
     }
     found = list(module("mlx_parts").kernel_problems({"products": verdicts}))
     assert found == ["products, 9 rows: not used, its relative error is 1.0e+00"]
+
+
+def test_the_verdicts_of_a_model_are_in_the_report(module):
+    """With the whole message of a compiler; one geometry that fails is a problem, too."""
+    parts, part = module("mlx_parts"), module("report").Part("speed")
+    verdicts = {
+        "5 rows": "used, 1.30 times as fast as MLX's operation with a; not with b, no such type",
+        "7 rows": "not used, program_source:57:9: error: no matching function",
+    }
+    message = "Unable to build\nprogram_source:57:9: error: no matching function\nnote: more"
+    messages = {"products, 7 rows": message}
+    parts.add_kernels(part, DeviceReport(kernels={"products": verdicts}, messages=messages))
+    assert [row["verdict"] for row in part.tables["verdicts"]] == list(verdicts.values())
+    assert part.tables["messages"] == [{"kernel": "products, 7 rows", "message": message}]
+    assert part.problems == [f"products, {size}: {text}" for size, text in verdicts.items()]
+
+
+def test_warnings_of_all_packages_of_treeflash_are_problems(module):
+    is_ours = module("report").is_of_treeflash
+    site = "/x/treeflash/.venv/lib/python3.12/site-packages"
+    for file in (
+        "/x/clone/backends/treeflash_mlx/metal_kernels/products.py",
+        "/x/clone/treeflash/drafters/heads/markov.py",
+        f"{site}/treeflash_mlx/backend.py",
+    ):
+        assert is_ours(Path(file)), file
+    for file in (f"{site}/mlx_lm/utils.py", f"{site}/torch/nn/modules/x.py", "/lib/warnings.py"):
+        assert not is_ours(Path(file)), file
 
 
 def test_the_text_that_warms_up_is_in_no_figure(module):

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from byte_tokens import SPECIAL, save_tokenizer
 from scripted_model import reference_model
-from servers import MAX_POSITIONS, serving
+from servers import MAX_POSITIONS, serving, serving_pool
+from several_models import Loads, make_pool, write_pairs
 from stub_images import StubProcessor
 from tool_models import tool_model
 
@@ -67,6 +68,45 @@ def serve(model):
     """Start a server with other settings."""
     with ExitStack() as servers:
         yield lambda **settings: servers.enter_context(serving(model, **settings))
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory) -> dict[str, tuple[Path, Path]]:
+    """The folders of three random pairs, by name."""
+    return write_pairs(tmp_path_factory.mktemp("pairs"))
+
+
+@pytest.fixture
+def loads(pairs) -> Loads:
+    return Loads(pairs)
+
+
+@pytest.fixture
+def serve_models(pairs, loads):
+    """Start a server of the three models, with some settings."""
+    with ExitStack() as servers:
+        yield lambda **settings: servers.enter_context(
+            serving_pool(make_pool(pairs, loads, **settings))
+        )
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """Make the next forward pass of a server's first model raise an error."""
+
+    def fail(server, error, times=1):
+        verifier = server.engine.model.backend.verifier
+        run, left = verifier.run, [times]
+
+        def once(work):
+            if left[0]:
+                left[0] -= 1
+                raise error
+            return run(work)
+
+        monkeypatch.setattr(verifier, "run", once)
+
+    return fail
 
 
 @pytest.fixture

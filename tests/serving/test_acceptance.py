@@ -159,14 +159,16 @@ def test_a_server_says_it_in_its_log_and_its_metrics(evaluated, lines, monkeypat
     """A random drafter guesses nothing."""
     monkeypatch.setattr("treeflash.serving.acceptance.EVERY", 1)
     with serving(evaluated(0.9)) as server:
-        assert "treeflash:low_acceptance 0.0" in server.client.get("/metrics").text
+        assert 'treeflash:low_acceptance{model="tiny"} 0.0' in server.client.get("/metrics").text
         prompts = ["An owl.", "Yes?", "1 + 1", "the end", "Q: why"]
         options = {"ignore_eos": True, "budget": 4, "max_tokens": 400}
         drafts = server.complete(prompts, **options).json()["usage"]["draft_tokens_details"]
         assert drafts["iterations"] > DRAFTS
         metrics = server.client.get("/metrics").text
-    assert "treeflash:low_acceptance 1.0" in metrics
-    shares = dict(re.findall(r'treeflash:first_draft_acceptance\{of="(\w+)"\} (\S+)', metrics))
+    assert 'treeflash:low_acceptance{model="tiny"} 1.0' in metrics
+    shares = dict(
+        re.findall(r'treeflash:first_draft_acceptance\{model="tiny",of="(\w+)"\} (\S+)', metrics)
+    )
     assert float(shares["latest"]) < 0.45
     assert float(shares["evaluation"]) == 0.9
     assert len(lines()) == 1

@@ -10,7 +10,7 @@ import httpx
 import pytest
 from asgi import LostReplicaError, Pieces, ask, ask_async, ingress
 from failures import failing
-from servers import PATIENCE, serving
+from servers import PATIENCE, pool_of, serving
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse
 from starlette.routing import Route
@@ -21,7 +21,6 @@ from treeflash.serving.application import application as app_of
 from treeflash.serving.authentication import AuthenticationMiddleware
 from treeflash.serving.errors import APIError
 from treeflash.serving.relay import relay_application
-from treeflash.serving.service import Service
 from treeflash.serving.settings import Settings
 
 KEYS = ("first-key", "second-key", "third-key", "Fourth key", "fünfter")
@@ -663,8 +662,8 @@ def test_refusals_have_the_form_of_their_api(guarded):
 @pytest.mark.parametrize("path", STREAMS)
 @pytest.mark.parametrize("stream", [False, True])
 def test_requests_have_any_name_of_the_model_and_responses_the_first(started, path, stream):
-    engine = started().engine
-    app = app_of(Service(engine, {}, ("first", "second")))
+    model = started().engine.model
+    app = app_of(pool_of(model, names=("first", "second")))
     for name in ("first", "second"):
         answer = ask(app, "POST", path, JSON, [content(path, model=name, stream=stream)])
         assert answer.status == 200, answer.body

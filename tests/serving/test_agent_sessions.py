@@ -322,7 +322,8 @@ def test_a_session_goes_on_after_a_restart(agent_model, api, tmp_path):
             cached, disk = client.send(session, lost=1 if recurrent else BLOCK)
             assert cached == disk > SHORT_INTERVAL
             metrics = client.server.client.get("/metrics").text
-            assert f"treeflash:external_prefix_cache_hits_total {float(disk)}" in metrics
+            counted = 'treeflash:external_prefix_cache_hits_total{model="tiny"}'
+            assert f"{counted} {float(disk)}" in metrics
             session.go_on()
             assert client.send(session)[1] == 0
 

@@ -107,7 +107,9 @@ WRONG = [
     (chat(stream_reasoning=False), "stream_reasoning"),
     (chat(include_reasoning=False), "include_reasoning"),
     (text(include_reasoning=True), "include_reasoning is not supported"),
-    (text(suffix="x"), "suffix is not supported by this server; to fill a gap, write the model's"),
+    (text(suffix="x"), "suffix needs a model whose tokenizer has tokens to fill a gap, such as"),
+    (text(prompt=[1, 2], suffix="x"), "suffix needs a prompt that is a text, not token ids"),
+    (text(echo=True, suffix="x"), "suffix and echo exclude each other; remove one of them"),
     (text(echo="yes"), "echo"),
     (text(best_of=2), "best_of"),
     # Tools
@@ -277,7 +279,7 @@ def test_paths(server, method, path, status):
     [
         ("/v1/embeddings", "this server generates text; embeddings"),
         ("/v1/rerank", "this server generates text; embeddings"),
-        ("/infill", "to fill a gap, write the model's own tokens"),
+        ("/infill", "to fill a gap, send the text after it as suffix"),
     ],
 )
 def test_paths_of_other_servers_say_what_is_missing(server, path, says):

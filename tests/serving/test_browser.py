@@ -109,6 +109,23 @@ def answer_with(page, trees, thoughts=0):
     )
 
 
+def test_a_choice_of_models(serve_models, loads, open_page):
+    """It is kept for the next page, and the server loads what is chosen."""
+    server = serve_models()
+    page = open_page(server.url)
+    choice = page.get_by_label("Model", exact=True)
+    sync_api.expect(choice).to_have_value("One")
+    assert choice.locator("option").all_inner_texts() == ["One", "two", "org/three"]
+    choice.select_option("two")
+    page.locator("#length").evaluate("x => { x.value = 32; }")
+    ask(page, "Name a river.")
+    sync_api.expect(page.locator(".assistant")).to_have_count(1)
+    assert loads.counts == {"two": 1}
+    shot(page, "models")
+    page.reload()
+    sync_api.expect(choice).to_have_value("two")
+
+
 def test_a_chat(server, open_page):
     page = open_page(server.url)
     sync_api.expect(page.locator("#model")).to_have_text("tiny")

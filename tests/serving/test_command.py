@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -26,8 +27,7 @@ from treeflash.commands import serve as command
 from treeflash.errors import ConfigError
 from treeflash.option import options_of
 from treeflash.serving import application as serving_run
-from treeflash.serving.engine import Engine
-from treeflash.serving.service import Service
+from treeflash.serving.models import ModelPool, ModelSpec
 from treeflash.serving.settings import Settings
 
 LIMITS = tuple(field for field in fields(Settings) if field.metadata)
@@ -49,8 +49,10 @@ def told(monkeypatch):
     """What the command would serve."""
     found = {}
 
-    def serve(load, settings, defaults, names, **where):
-        found.update(where, load=load, settings=settings, defaults=defaults, names=names)
+    def serve(specs, settings, **where):
+        first = specs[0]
+        found.update(where, specs=specs, settings=settings)
+        found.update(load=first.load, defaults=first.defaults, names=first.names)
         return 0
 
     monkeypatch.setattr(serving_run, "serve", serve)
@@ -217,14 +219,15 @@ def test_port_taken(run):
 
 LOADING = """
 import atexit, os, sys, time
-from treeflash.serving.application import Settings, serve
+from treeflash.serving.application import ModelSpec, Settings, serve
 
 def load():
     atexit.register(os.abort)  # as a framework does whose threads are running
     print("loading", flush=True)
     time.sleep(600)
 
-serve(load, Settings(), {}, ("tiny",), host="127.0.0.1", port=0, log_level="info")
+spec = ModelSpec(names=("tiny",), load=load, settings=Settings(), defaults={})
+serve([spec], Settings(), host="127.0.0.1", port=0, log_level="info")
 """
 
 
@@ -245,6 +248,47 @@ def test_an_interruption_while_it_loads():
         finally:
             process.kill()
     assert (process.returncode, err) == (130, "interrupted\n")
+
+
+LOADING_ANOTHER = """
+import atexit, os, time
+from pathlib import Path
+from treeflash.serving.application import ModelSpec, Settings, serve
+
+def load():
+    atexit.register(os.abort)  # as a framework does whose threads are running
+    print("loading", flush=True)
+    time.sleep(600)
+
+specs = [
+    ModelSpec(names=(name,), load=load, settings=Settings(), defaults={}, folder=Path(FOLDER))
+    for name in ("one", "two")
+]
+raise SystemExit(serve(specs, Settings(), host="127.0.0.1", port=0, log_level="info"))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_a_signal_while_a_request_waits_for_its_model(model):
+    """The request is answered, and the process ends although nothing can stop the load."""
+    code = LOADING_ANOTHER.replace("FOLDER", repr(str(model.folder)))
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            line = next(x for x in process.stderr if " on http://" in x)
+            url = f"{line.split(' on ')[1].strip()}/v1/completions"
+            with ThreadPoolExecutor(1) as clients:
+                body = {"model": "two", "prompt": "A"}
+                asked = clients.submit(httpx.post, url, json=body, timeout=PATIENCE)
+                assert process.stdout.readline() == "loading\n"
+                process.send_signal(signal.SIGTERM)
+                assert asked.result().json()["error"]["code"] == "shutting_down"
+            _, err = process.communicate(timeout=PATIENCE)
+        finally:
+            process.kill()
+    assert process.returncode == 0, err
+    assert "Traceback" not in err
 
 
 @contextmanager
@@ -300,6 +344,34 @@ def test_a_second_signal_ends_it_at_once(model, tmp_path, number, status):
     assert "stopped before 16 answers were finished" in log.read_text().splitlines()[-1]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_the_command_serves_the_models_of_a_file(model, tmp_path):
+    tables = [f'[[model]]\nname = "{x}"\ntarget = "{model.folder}"\n' for x in ("first", "second")]
+    file = write(tmp_path / "models.toml", "".join(tables))
+    args = ("--models", file, "--backend", "reference", "--method", "ar", "--port", 0)
+    with subprocess.Popen(
+        core_command("serve", *map(str, args)),
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TREEFLASH_CACHE": str(tmp_path)},
+    ) as process:
+        try:
+            line = next(x for x in process.stderr if " on http://" in x)
+            assert " serving first, second on http://" in line
+            body = {"model": "second", "prompt": "A", "max_tokens": 8}
+            url = f"{line.split(' on ')[1].strip()}/v1/completions"
+            found = httpx.post(url, json=body, timeout=PATIENCE).json()
+            expected = model.generate("A", raw=True, max_tokens=8)
+            assert (found["model"], found["choices"][0]["text"]) == ("second", expected.text)
+            process.send_signal(signal.SIGTERM)
+            _, log = process.communicate(timeout=PATIENCE)
+        finally:
+            process.kill()
+    assert process.returncode == 0
+    assert "second loaded in" in log
+    assert "first loaded in" not in log
+
+
 PAGE = Path(__file__).parents[2] / "docs" / "serving.md"
 
 
@@ -322,6 +394,8 @@ COMPUTED = {
     "--prefix-cache-gb": "half of --max-memory-gb",
     "--prefix-cache-dir": "in memory only",
     "--max-body-mb": "8, or 32 if the target takes images",
+    "--max-models": "as many as the memory of the device holds",
+    "--unload-after": "never",
 }
 """Defaults in words: they depend on the machine, the target or another option, or are off."""
 
@@ -369,6 +443,104 @@ def test_keys_and_origins_are_lists_without_empty_texts(name):
     assert Settings(**{name: ["one", "two"]})
 
 
+MODELS = """
+[[model]]
+name = "small"
+target = "a"
+max_parallel = 2
+unload_after = 60
+temperature = 0.5
+
+[[model]]
+name = ["large", "big"]
+target = "b"
+drafter = "c"
+[model.chat_template_args]
+enable_thinking = true
+"""
+
+
+@pytest.fixture
+def located(monkeypatch):
+    """The models that are looked for on this machine; nothing is fetched."""
+    found = []
+
+    def locate(args, methods):
+        found.append((args.target, args.drafter, methods))
+        config = SimpleNamespace(images=True)
+        return SimpleNamespace(target=Path(args.target), config=config, load=lambda: args.target)
+
+    monkeypatch.setattr(command.cli, "locate_model", locate)
+    return found
+
+
+def test_models_of_a_file(run, told, located, tmp_path):
+    """Each has the options of its table, and those of the command line that it leaves out."""
+    file = write(tmp_path / "models.toml", MODELS)
+    args = ("--max-parallel", 4, "--max-models", 1, "--port", 0, "--method", "ar")
+    assert run("--models", file, *args) == (0, "")
+    assert located == [("a", None, ["ar"]), ("b", "c", ["ar"])]
+    small, large = told["specs"]
+    assert (small.names, large.names) == (("small",), ("large", "big"))
+    assert [x.settings.max_parallel for x in told["specs"]] == [2, 4]
+    assert [x.settings.unload_after for x in told["specs"]] == [60, None]
+    assert small.defaults == {"method": "ar", "temperature": 0.5}
+    assert large.defaults == {"method": "ar", "template_args": {"enable_thinking": True}}
+    assert (small.load(), large.load()) == ("a", "b")
+    assert (small.folder, large.folder) == (Path("a"), Path("b"))
+    assert (told["settings"].max_models, told["port"]) == (1, 0)
+
+
+def test_several_targets(run, told, located):
+    assert run("--target", "a/b", "--target", "c", "--temperature", 0.5) == (0, "")
+    assert [(x.names, x.defaults) for x in told["specs"]] == [
+        (("a/b",), {"temperature": 0.5}),
+        (("c",), {"temperature": 0.5}),
+    ]
+    assert [target for target, *_ in located] == ["a/b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "must have a table [[model]] for each model, and no more"),
+        ("model = 1", "must have a table [[model]]"),
+        ("model = []", "must have a table [[model]]"),
+        ("model = [1]", "must have a table [[model]]"),
+        ("[[model]]\n[other]", "must have a table [[model]]"),
+        ("[[model]]\ncolour = 1", "unknown option 'colour'"),
+        ("[[model]]\nport = 1", "cannot set port; remove it from the file"),
+        ("[[model]]\nmax_models = 1", "cannot set max_models"),
+        ("[[model]]\nmodels = 'x'", "cannot set models"),
+        ("[[model]]\nmax_parallel = 'x'", "max_parallel cannot be"),
+        ("[[model]]\ntarget = ['a', 'b']", "a model has one target, not 2"),
+        ("[[model]]\nmax_parallel = 0", "max_parallel must be 1 or more"),
+        ("[[model", "is not a valid TOML file"),
+    ],
+)
+def test_bad_files_of_models(run, told, located, tmp_path, text, says):
+    code, err = run("--models", write(tmp_path / "models.toml", text))
+    assert (code, err.count("\n")) == (2, 1)
+    assert says in err
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--models", "x.toml", "--target", "a"], "--target is set by the file of --models"),
+        (["--models", "x.toml", "--drafter", "a"], "--drafter is set by the file of --models"),
+        (["--target", "a", "--target", "b", "--drafter", "c"], "--drafter would be for all of"),
+        (["--target", "a", "--target", "b", "--model-name", "c"], "--model-name would be for all"),
+        (["--models", "/no/such/file"], "/no/such/file"),
+        (["--target", "a/x", "--target", "A/X", "--port", "0"], "two models have the name A/X"),
+    ],
+)
+def test_bad_choices_of_models(run, located, args, says):
+    code, err = run(*args)
+    assert (code, err.count("\n")) == (2, 1)
+    assert says in err
+
+
 def test_a_model_is_called_as_its_file_or_folder(tmp_path):
     (tmp_path / "Qwen3-4B-Q4_K_M.gguf").touch()
     for target, name in (
@@ -377,17 +549,19 @@ def test_a_model_is_called_as_its_file_or_folder(tmp_path):
         ("Qwen/Qwen3-4B", "Qwen/Qwen3-4B"),
     ):
         args = command.make_parser().parse(["--target", str(target)])
-        assert command.model_names(args) == (name,)
+        (one,) = command.model_arguments(args, [])
+        assert command.model_names(one) == (name,)
 
 
 def test_the_model_has_all_of_its_names(model):
     """Requests may use any of them; responses have the first."""
-    engine = Engine(lambda: model, Settings())
-    service = Service(engine, {}, ("first", "second"))
-    for name in ("first", "second", None):
-        service.check_model(name)
+    names = ("first", "second")
+    spec = ModelSpec(names=names, load=lambda: model, settings=Settings(), defaults={})
+    pool = ModelPool([spec], Settings())
+    for name in ("first", "SECOND", None):
+        assert pool.find(name) is pool.models[0]
     with pytest.raises(Exception, match="this server has first, second"):
-        service.check_model("third")
+        pool.find("third")
 
 
 @pytest.mark.parametrize(
@@ -402,7 +576,9 @@ def test_the_model_has_all_of_its_names(model):
 )
 def test_when_the_server_ends(draining, unfinished, lost, ends):
     """After the running answers, or when the device is lost, whatever is unfinished."""
-    engine = SimpleNamespace(draining=draining, unfinished=unfinished, device_lost=lost)
-    server = serving_run.Server(uvicorn.Config("nothing:app", log_config=None), engine)
+    pool = SimpleNamespace(
+        draining=draining, unfinished=unfinished, device_lost=lost, end_waiting=lambda: None
+    )
+    server = serving_run.Server(uvicorn.Config("nothing:app", log_config=None), pool)
     assert asyncio.run(server.on_tick(1)) == ends
     assert server.force_exit == lost

@@ -21,28 +21,10 @@ from treeflash.decoding.interfaces import DeviceReport
 from treeflash.errors import CheckpointError, ConfigError, NumericalError
 from treeflash.serving import application
 from treeflash.serving.engine import Completion, Engine
+from treeflash.serving.models import ModelSpec
 from treeflash.serving.settings import Settings
 from treeflash.serving.streaming import speculative_decoding
 from treeflash.text.stream import Assembler
-
-
-@pytest.fixture
-def failing(monkeypatch):
-    """Make the next forward pass of a server raise an error."""
-
-    def fail(server, error, times=1):
-        verifier = server.engine.model.backend.verifier
-        run, left = type(verifier).run, [times]
-
-        def once(self, work):
-            if left[0]:
-                left[0] -= 1
-                raise error
-            return run(self, work)
-
-        monkeypatch.setattr(type(verifier), "run", once)
-
-    return fail
 
 
 def test_loading_fails():
@@ -91,7 +73,7 @@ def test_a_failure_ends_its_texts_alone(serve, failing, caplog, error, status, s
         check_error(server.complete("A"), status, says)
     assert server.engine.unfinished == 0
     metrics = server.client.get("/metrics").text
-    assert "treeflash:request_failure_total 1.0" in metrics
+    assert 'treeflash:request_failure_total{model="tiny"} 1.0' in metrics
     assert "request_success_total{" not in metrics
     assert server.complete("A", max_tokens=3, ignore_eos=True).status_code == 200
     tracebacks = [record for record in caplog.records if record.exc_info]
@@ -113,7 +95,7 @@ def test_a_failure_ends_all_answers_to_its_request(serve, caplog):
     check_error(server.complete("A", n=3, max_tokens=400, ignore_eos=True), 500, "not finite")
     assert server.engine.unfinished == 0
     assert not scheduler.busy
-    assert "treeflash:request_failure_total 3.0" in server.client.get("/metrics").text
+    assert 'treeflash:request_failure_total{model="tiny"} 3.0' in server.client.get("/metrics").text
     assert not [record for record in caplog.records if record.exc_info]
     assert server.complete("A", max_tokens=3).status_code == 200
 
@@ -187,12 +169,19 @@ def started(monkeypatch):
     return first
 
 
+def engine_of(server):
+    """The engine of the only model of a server."""
+    return server._pool.models[0].service.engine
+
+
 def serve_until_it_ends(model, client):
     """Run a server of its own, and the client in a thread; returns the exit status."""
     thread = threading.Thread(target=client)
     thread.start()
     where = {"host": "127.0.0.1", "port": 0, "log_level": "info"}
-    status = application.serve(lambda: model, Settings(), {}, ("tiny",), **where)
+    settings = Settings()
+    spec = ModelSpec(names=("tiny",), load=lambda: model, settings=settings, defaults={})
+    status = application.serve([spec], settings, **where)
     thread.join()
     return status
 
@@ -203,7 +192,7 @@ def test_the_status_tells_whether_the_device_was_lost(model, failing, started, l
 
     def post():
         server, port = started()
-        engines.append(server._engine)
+        engines.append(engine_of(server))
         if not lost:
             server.handle_exit(signal.SIGTERM, None)
             return
@@ -240,9 +229,10 @@ def test_a_client_that_does_not_read_its_answer_cannot_hold_the_server(model, st
                 b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
                 b"Content-Length: %d\r\n\r\n%s" % (len(content), content)
             )
-            wait_until(lambda: server._engine.unfinished == 1)
+            engine = engine_of(server)
+            wait_until(lambda: engine.unfinished == 1)
             server.handle_exit(signal.SIGTERM, None)
-            wait_until(lambda: not server._engine._thread.is_alive())
+            wait_until(lambda: not engine._thread.is_alive())
             ended.append(True)
 
     ended = []
@@ -295,13 +285,13 @@ def test_memory_is_sized_from_the_device(model, monkeypatch, caplog):
         assert scheduler.config.max_bytes == 6 * GIB
         assert scheduler.prefix_cache.max_bytes == 3 * GIB
         told = server.client.get("/metrics").text
-        assert "treeflash:batches 0.0" in told
-        assert "treeflash:captures 7.0" in told
+        assert 'treeflash:batches{model="tiny"} 0.0' in told
+        assert 'treeflash:captures{model="tiny"} 7.0' in told
         assert [x for x in caplog.messages if "products" in x] == [
             "products, 9 rows: not used, slower"
         ]
         for size, reason, value in (("5 rows", "", 1.0), ("9 rows", "not used, slower", 0.0)):
-            labels = f'kernel="products",reason="{reason}",size="{size}"'
+            labels = f'kernel="products",model="tiny",reason="{reason}",size="{size}"'
             assert f"treeflash:kernel{{{labels}}} {value}" in told
 
 

@@ -13,14 +13,15 @@ from treeflash.decoding.adaptive_budget import AdaptiveBudgets
 from treeflash.decoding.loop import Step
 from treeflash.decoding.tree import DraftTree
 from treeflash.decoding.verify_costs import VerifyCosts
-from treeflash.serving.metrics import Metrics
+from treeflash.serving.metrics import Metrics, metrics_text
 from treeflash.text.stream import Chunk
 
 
 def samples(text):
-    """Each sample by its name, with its labels if it has any."""
+    """Each sample by its name, with its labels if it has any besides the model's name."""
     return {
-        sample.name.removeprefix("treeflash:") + "".join(sample.labels.values()): sample.value
+        sample.name.removeprefix("treeflash:")
+        + "".join(value for label, value in sample.labels.items() if label != "model"): sample.value
         for family in text_string_to_metric_families(text)
         for sample in family.samples
     }
@@ -148,7 +149,7 @@ def test_tokens_and_seconds():
         "e2e_request_latency_seconds_sum": 5.0,
         "request_failure_total": 3,
     }
-    found = samples(metrics.text().decode())
+    found = samples(metrics_text({"tiny": metrics}).decode())
     assert {name: found[name] for name in expected} == pytest.approx(expected)
 
 
@@ -162,7 +163,7 @@ def test_nothing_is_drafted_without_a_drafter():
     metrics = Metrics()
     for states in ((0, 0, 1), (1, 0, 0)):
         metrics.update_gauges(scheduler)
-        found = samples(metrics.text().decode())
+        found = samples(metrics_text({"tiny": metrics}).decode())
         names = ("on", "paused", "no_drafter")
         assert tuple(found[f"drafting{name}"] for name in names) == states
         budgets.get("suffix", backend)

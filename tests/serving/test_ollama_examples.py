@@ -99,7 +99,7 @@ ANSWERED = [
     (TALK, {"model": NAME, "messages": [], "keep_alive": 0}),
     ("/api/show", {"model": NAME}),
 ]
-FILL, FIXED, NO_EMBEDDINGS = "suffix is not supported", "changes no models", "embeddings"
+FILL, FIXED, NO_EMBEDDINGS = "suffix needs a model", "changes none", "embeddings"
 DIGEST = "sha256:29fdb92e57cf0827ded04ae6461b5931d01fa595843f55d36f5b275a52087dd2"
 REFUSED = [
     ("POST", GENERATE, {**SKY, **WHOLE, "suffix": "    return result"}, 400, FILL),

@@ -10,7 +10,7 @@ import os
 import sys
 import tomllib
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, ParamSpec
@@ -195,18 +195,21 @@ class Parser(argparse.ArgumentParser):
         path: Path | None = finder.parse_known_args(argv)[0].config
         if path is None:
             return []
-        from treeflash.text.prompt import read_text  # its imports would slow down `--help`
+        return self.arguments_of(read_toml(path), path, ("config", "help", "version"))
 
-        try:
-            options = tomllib.loads(read_text(path))
-        except tomllib.TOMLDecodeError as error:
-            raise ConfigError(f"{path} is not a valid TOML file: {error}") from None
+    def arguments_of(
+        self, options: Mapping[str, object], path: Path, refused: Collection[str]
+    ) -> list[str]:
+        """Return the options of a file, or of a part of it, in the form of the command line.
+
+        Raises a ConfigError that names the file for options that are unknown, invalid or `refused`.
+        """
         arguments: list[str] = []
         for key, value in options.items():
             action = self._option_string_actions.get(flag := f"--{key.replace('_', '-')}")
             if action is None:
                 raise ConfigError(f"{path}: unknown option {key!r}; see --help for the options")
-            if flag in ("--config", "--help", "--version"):
+            if flag.removeprefix("--").replace("-", "_") in refused:
                 raise ConfigError(f"{path} cannot set {key}; remove it from the file")
             checker = Parser(None, "", add_help=False)
             checker._add_action(action)
@@ -220,6 +223,16 @@ class Parser(argparse.ArgumentParser):
                 raise ConfigError(f"{path}: {key} cannot be {shown}: {error}") from None
             arguments += option
         return arguments
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file; a ConfigError if it is none, a PromptError if it cannot be read."""
+    from treeflash.text.prompt import read_text  # its imports would slow down `--help`
+
+    try:
+        return tomllib.loads(read_text(path))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not a valid TOML file: {error}") from None
 
 
 def _as_arguments(flag: str, action: argparse.Action, value: object) -> list[str] | str:

@@ -92,8 +92,8 @@ def add_options(
             add_option(group, one, shown=defaults.get(name))
 
 
-def add_device_options(parser: argparse.ArgumentParser) -> Any:
-    """Add the options that choose a target and a device; return their group."""
+def add_device_options(parser: argparse.ArgumentParser, *, several: bool = False) -> Any:
+    """Add the options that choose a target, or `several`, and a device; return their group."""
     group = parser.add_argument_group("models")
     group.add_argument(
         "--backend",
@@ -105,14 +105,16 @@ def add_device_options(parser: argparse.ArgumentParser) -> Any:
     group.add_argument(
         "--target",
         metavar="FOLDER_OR_ID",
-        help="the model to run: a folder, a hub id or a GGUF file (default: SmolLM2-135M-Instruct)",
+        action="append" if several else "store",
+        help="the model to run: a folder, a hub id or a GGUF file"
+        f"{'; may be repeated' * several} (default: SmolLM2-135M-Instruct)",
     )
     return group
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that choose a target, a drafter and a device."""
-    group = add_device_options(parser)
+def add_model_options(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
+    """Add the options that choose a target, or `several`, a drafter and a device."""
+    group = add_device_options(parser, several=several)
     group.add_argument(
         "--drafter",
         metavar="FOLDER_OR_ID",

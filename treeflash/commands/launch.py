@@ -8,7 +8,6 @@ in the terminal is for the agent: it would end the server while the agent still 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import signal
@@ -17,29 +16,29 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from http.client import HTTPException
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from rich.console import Console
 
 from treeflash.cli import options as cli
 from treeflash.cli.console import EXIT_BAD_INPUT, Parser, guarded
-from treeflash.commands.serve import add_options, model_names, refuse_missing_packages
+from treeflash.cli.running_server import served_models
+from treeflash.commands.serve import (
+    add_options,
+    model_arguments,
+    model_names,
+    refuse_missing_packages,
+)
 from treeflash.errors import ConfigError
 from treeflash.hub.published import model_name
 from treeflash.serving.agents import AGENTS, Agent, Endpoint
 from treeflash.serving.settings import read_settings
 from treeflash.text.tokenizer import Tokenizer
 
-SECONDS = 10.0
-"""How long a server at the address may take to name its models."""
 REACHED_BY = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 """Addresses that reach a server that listens on all interfaces."""
 
@@ -104,9 +103,10 @@ def _server(args: argparse.Namespace, options: list[str]) -> Iterator[Endpoint]:
         options = [*options, "--port", str(args.port)]
     url = f"http://{f'[{host}]' if ':' in host else host}:{args.port}"
     models = _models(url, key)
+    model, *_ = model_arguments(args, options)
     if models is not None:
-        named = args.target is not None or args.model_name
-        name = model_names(args)[0] if named else next(iter(models))
+        named = model.target is not None or model.model_name
+        name = model_names(model)[0] if named else next(iter(models))
         if name not in models:
             raise ConfigError(
                 f"the server at {url} has {', '.join(models)} and not {name}; end it, or choose "
@@ -116,7 +116,7 @@ def _server(args: argparse.Namespace, options: list[str]) -> Iterator[Endpoint]:
         yield Endpoint(url, key, name, models[name])
         return
     # Missing models are fetched here, where a download can show its progress.
-    pair = cli.locate_model(args, [cli.decode_options(args).get("method")])
+    pair = cli.locate_model(model, [cli.decode_options(model).get("method")])
     _refuse_without_tools(pair.target, args.tool_call_parser)
     with tempfile.TemporaryDirectory(prefix="treeflash-") as folder:
         log = Path(folder) / "server.log"
@@ -129,7 +129,7 @@ def _server(args: argparse.Namespace, options: list[str]) -> Iterator[Endpoint]:
                 start_new_session=True,
             )
         try:
-            with Console(stderr=True).status(f"loading {model_names(args)[0]}"):
+            with Console(stderr=True).status(f"loading {model_names(model)[0]}"):
                 models = _wait_for_models(process, log, url, key)
             name = next(iter(models))
             print(f"serving {name} at {url}, log in {log}", file=sys.stderr)
@@ -171,30 +171,14 @@ def _free_port(host: str) -> int:
 
 
 def _models(url: str, key: str) -> dict[str, int] | None:
-    """Return the context lengths of a server's models by name; None if nothing listens there.
-
-    A ConfigError is raised if the server needs another key, or is not treeflash's.
-    """
-    request = urllib.request.Request(f"{url}/v1/models", headers={"Authorization": f"Bearer {key}"})
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    taken = f"{url} is taken by another program; choose another --port"
-    try:
-        with opener.open(request, timeout=SECONDS) as response:
-            data: list[dict[str, Any]] = json.load(response)["data"]
-            if not data or any(model["owned_by"] != "treeflash" for model in data):
-                raise ConfigError(taken)
-            return {model["id"]: model["max_model_len"] for model in data}
-    except urllib.error.HTTPError as error:
-        if error.code == 401:
-            problem = f"the server at {url} needs an API key"
-            raise ConfigError(f"{problem}; give its file with --api-key-file") from None
-        raise ConfigError(taken) from None
-    except urllib.error.URLError as error:
-        if isinstance(error.reason, ConnectionRefusedError):
-            return None
-        raise ConfigError(f"{url}: {error.reason}; choose another --host or --port") from None
-    except (OSError, HTTPException, ValueError, KeyError, TypeError):
-        raise ConfigError(taken) from None
+    """Return the context lengths of a server's models by name; see `served_models`."""
+    models = served_models(
+        url,
+        key,
+        if_taken="choose another --port",
+        if_unreachable="choose another --host or --port",
+    )
+    return None if models is None else {x["id"]: x["max_model_len"] for x in models}
 
 
 def _wait_for_models(

@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.filesize import decimal
 
 from treeflash.cli.console import Parser, guarded, print_columns
+from treeflash.cli.running_server import served_models
 from treeflash.errors import ConfigError
 from treeflash.hub.cached import CachedModel, cached_models, removable
 from treeflash.hub.models import resolve_drafter, resolve_target
 from treeflash.hub.published import DEFAULT_TARGET, PUBLISHED_DRAFTERS, published_drafters
+from treeflash.text.prompt import read_text
 
+DEFAULT_SERVER = "http://127.0.0.1:8000"
 DECLINED = 1
 """The exit status if nothing was deleted, because the answer was no."""
 
@@ -27,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not args.names:
             raise ConfigError("rm needs the name of a model; `treeflash models` lists them")
         return _remove(args.names, ask=not args.yes)
+    if args.server is not None:
+        return _list_served(args.server, args.api_key_file, as_json=args.json)
     models = cached_models() if args.download is None else _download(args.download)
     rows = [_row(model) for model in models]
     if args.json:
@@ -49,6 +55,17 @@ def make_parser() -> Parser:
         help=f"download this drafter, or this target and its published drafter ({DEFAULT_TARGET} "
         "is the default target)",
     )
+    parser.add_argument(
+        "--server",
+        nargs="?",
+        const=DEFAULT_SERVER,
+        metavar="URL",
+        help="list the models of a running server, with their lengths and which are in memory "
+        f"(without a URL: {DEFAULT_SERVER})",
+    )
+    parser.add_argument(
+        "--api-key-file", type=Path, metavar="FILE", help="file with the API key of --server"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--yes", "-y", action="store_true", help="let rm delete without asking")
     parser.add_argument(
@@ -59,6 +76,32 @@ def make_parser() -> Parser:
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="name of a model, as listed")
     return parser
+
+
+def _list_served(url: str, key_file: Path | None, *, as_json: bool) -> int:
+    """Print the models of a running server."""
+    keys = [] if key_file is None else read_text(key_file).split()
+    advice = "give the address of a server of treeflash"
+    key = (keys or ["-"])[0]
+    found = served_models(url.rstrip("/"), key, if_taken=advice, if_unreachable=advice)
+    if found is None:
+        raise ConfigError(f"no server listens at {url}; start one with `treeflash serve`")
+    rows = [
+        {
+            "name": model["id"],
+            "context": model["max_model_len"],
+            "in_memory": model["status"]["value"] == "loaded",
+        }
+        for model in found
+    ]
+    if as_json:
+        print(json.dumps({"served": rows}))
+    else:
+        print_columns(
+            (row["name"], f"{row['context']:,} tokens", "in memory" * row["in_memory"])
+            for row in rows
+        )
+    return 0
 
 
 def _remove(names: Sequence[str], *, ask: bool) -> int:

@@ -22,7 +22,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Generic, TypeVar
 
 from treeflash.decoding.loop import Event
@@ -71,6 +71,7 @@ class SchedulerThread(threading.Thread):
         fail: takes the error of an iteration, or of `receive`, that ended all sequences, in the
             thread.
         stays: whether the thread waits for commands while it has no sequence, until `stop`.
+        turn: entered for each iteration, where several threads compute.
 
     Attributes:
         made: the scheduler once it is made, or the error of `make`.
@@ -84,12 +85,14 @@ class SchedulerThread(threading.Thread):
         fail: Callable[[Exception], None],
         *,
         stays: bool,
+        turn: AbstractContextManager[object] | None = None,
     ) -> None:
         # A server may end at any time; a text of the Python API is completed or cancelled.
         super().__init__(name="treeflash-scheduler", daemon=stays)
         self.made: Future[Scheduler] = Future()
         self.stopping = False
         self._make, self._receive, self._fail, self._stays = make, receive, fail, stays
+        self._turn = nullcontext() if turn is None else turn
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._ending = threading.Lock()  # held to add a command, and to end without one
         self._ended = False
@@ -141,7 +144,9 @@ class SchedulerThread(threading.Thread):
 
     def _iterate(self, scheduler: Scheduler) -> None:
         try:
-            self._receive(scheduler.step())
+            with self._turn:
+                events = scheduler.step()
+            self._receive(events)
         except Exception as error:
             self._fail(error)
             scheduler.close()

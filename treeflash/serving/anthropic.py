@@ -14,6 +14,7 @@ from pydantic import Field
 from treeflash.serving.engine import Completion
 from treeflash.serving.errors import bad_request
 from treeflash.serving.message_parser import MessageParser, MessagePart, PartChange
+from treeflash.serving.models import ModelPool
 from treeflash.serving.schemas import (
     MAX_TOOLS,
     CallMode,
@@ -314,22 +315,24 @@ def _join(text: str | Items[TextBlock]) -> str:
     return text if isinstance(text, str) else "\n\n".join(block.text for block in text)
 
 
-def add_routes(app: FastAPI, service: Service) -> None:
+def add_routes(app: FastAPI, pool: ModelPool) -> None:
 
-    def conversation(request: CountTokensRequest) -> Conversation:
-        service.check_model(request.model)
+    def conversation(request: CountTokensRequest, service: Service) -> Conversation:
         return request.conversation(supports_reasoning=service.tokenizer.knows_thinking)
 
     @app.post("/v1/messages")
     async def messages(request: MessagesRequest, http: HTTPRequest) -> Response:
-        completion, (parser,) = await conversation(request).start(service, http, request.options())
-        answer = MessagesFormatter(service, completion, parser)
-        return await respond(service, http, completion, answer, request.stream)
+        async with pool.use(request.model, http) as service:
+            asked = conversation(request, service)
+            completion, (parser,) = await asked.start(service, http, request.options())
+            answer = MessagesFormatter(service, completion, parser)
+            return await respond(service, http, completion, answer, request.stream)
 
     @app.post("/v1/messages/count_tokens")
-    async def count_tokens(request: CountTokensRequest) -> dict[str, int]:
-        encoded = await conversation(request).encode(service)
-        return {"input_tokens": len(encoded.token_ids)}
+    async def count_tokens(request: CountTokensRequest, http: HTTPRequest) -> dict[str, int]:
+        async with pool.use(request.model, http) as service:
+            encoded = await conversation(request, service).encode(service)
+            return {"input_tokens": len(encoded.token_ids)}
 
 
 class MessagesFormatter:

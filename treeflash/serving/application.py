@@ -9,12 +9,12 @@ import reprlib
 import signal
 import socket
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from http import HTTPStatus
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import uvicorn
 from fastapi import FastAPI, Request, Response
@@ -27,12 +27,12 @@ from starlette.exceptions import HTTPException
 from treeflash.cli.console import EXIT_DEVICE_LOST, EXIT_SIGNAL
 from treeflash.errors import ConfigError, TreeflashError
 from treeflash.interruption import say_interrupted
-from treeflash.language_model import LanguageModel
 from treeflash.serving import anthropic, chat, completions, ollama, page, responses
 from treeflash.serving.authentication import add_guard
 from treeflash.serving.connections import Protocol, allow_many_files
-from treeflash.serving.engine import Engine
-from treeflash.serving.errors import APIError, api_error, bad_request
+from treeflash.serving.errors import APIError, api_error, bad_request, shutting_down
+from treeflash.serving.metrics import metrics_text
+from treeflash.serving.models import ModelPool, ModelSpec, ServedModel
 from treeflash.serving.schemas import (
     MAX_TOOLS,
     Items,
@@ -45,7 +45,6 @@ from treeflash.serving.schemas import (
 )
 from treeflash.serving.service import Conversation, Service
 from treeflash.serving.settings import Settings
-from treeflash.text.options import Options
 
 READING_SECONDS = 10
 """Seconds in which clients can read the last answers of a server that ends."""
@@ -53,14 +52,14 @@ READING_SECONDS = 10
 logger = logging.getLogger("treeflash.serving")
 
 
-def application(service: Service) -> FastAPI:
-    """Return the server's application; the engine of the service must have been started."""
+def application(pool: ModelPool) -> FastAPI:
+    """Return the server's application; the pool of a single model must have been started."""
     app = FastAPI(title="treeflash", redoc_url=None)
     for endpoint in (chat, completions, responses, anthropic, ollama):
-        endpoint.add_routes(app, service)
-    add_routes(app, service)
+        endpoint.add_routes(app, pool)
+    add_routes(app, pool)
     page.add_routes(app)
-    add_guard(app, service.engine.settings, takes_images=service.takes_images)
+    add_guard(app, pool.settings, takes_images=any(x.facts.takes_images for x in pool.models))
     for kind in (HTTPException, RequestValidationError, APIError, TreeflashError, Exception):
         app.add_exception_handler(kind, _error)
     return app
@@ -75,6 +74,18 @@ class TokenizeRequest(Schema):
     tools: Items[Tool] | None = Field(None, max_length=MAX_TOOLS)
     chat_template_kwargs: dict[str, Any] | None = None
 
+    async def encode(self, service: Service) -> list[int]:
+        """Return the token ids; raises an APIError or a PromptError for what cannot be encoded."""
+        if (self.prompt is None) == (self.messages is None):
+            raise bad_request("send either prompt or messages", "prompt")
+        if self.messages is None:
+            return list((await service.encode(self.prompt or "")).token_ids)
+        messages = [message.template() for message in self.messages]
+        tools = allowed_tools([tool.function for tool in self.tools or ()], None)
+        args = self.chat_template_kwargs or {}
+        conversation = Conversation(messages=messages, template_args=args, tools=tools)
+        return list((await conversation.encode(service)).token_ids)
+
 
 class DetokenizeRequest(Schema):
     """The body of a request to `/detokenize`: token ids."""
@@ -83,79 +94,75 @@ class DetokenizeRequest(Schema):
     tokens: LongList[TokenId]
 
 
-def add_routes(app: FastAPI, service: Service) -> None:
+def add_routes(app: FastAPI, pool: ModelPool) -> None:
 
-    def description(name: str) -> dict[str, Any]:
+    def description(model: ServedModel, name: str) -> dict[str, Any]:
+        facts = model.facts
         return {
             "id": name,
             "object": "model",
-            "created": service.created,
+            "created": model.created,
             "owned_by": "treeflash",
             # Anthropic's API has these names.
             "type": "model",
             "display_name": name,
-            "created_at": datetime.fromtimestamp(service.created, UTC).isoformat(),
-            "max_input_tokens": service.engine.model.backend.max_positions,
-            "max_model_len": service.engine.model.backend.max_positions,
-            "input_modalities": ["text", "image"] if service.takes_images else ["text"],
+            "created_at": datetime.fromtimestamp(model.created, UTC).isoformat(),
+            "max_input_tokens": facts.context,
+            "max_model_len": facts.context,
+            "input_modalities": ["text", "image"] if facts.takes_images else ["text"],
+            # llama.cpp's router has this name.
+            "status": {"value": "unloaded" if model.service is None else "loaded"},
         }
 
     @app.get("/v1/models")
     def models() -> dict[str, Any]:
-        found = [description(name) for name in service.names]
+        found = [description(model, name) for model in pool.models for name in model.spec.names]
         ends = {"has_more": False, "first_id": found[0]["id"], "last_id": found[-1]["id"]}
         return {"object": "list", "data": found, **ends}
 
     @app.get("/v1/models/{name:path}")
     def model(name: str) -> dict[str, Any]:
-        service.check_model(name)
-        return description(name)
+        return description(pool.find(name), name)
 
     @app.post("/tokenize")
-    async def tokenize(request: TokenizeRequest) -> dict[str, Any]:
-        service.check_model(request.model)
-        if (request.prompt is None) == (request.messages is None):
-            raise bad_request("send either prompt or messages", "prompt")
-        if request.messages is not None:
-            messages = [message.template() for message in request.messages]
-            tools = allowed_tools([tool.function for tool in request.tools or ()], None)
-            args = request.chat_template_kwargs or {}
-            conversation = Conversation(messages=messages, template_args=args, tools=tools)
-            tokens = (await conversation.encode(service)).token_ids
-        else:
-            tokens = (await service.encode(request.prompt or "")).token_ids
-        limit = service.engine.model.backend.max_positions
-        return {"tokens": tokens, "count": len(tokens), "max_model_len": limit}
+    async def tokenize(request: TokenizeRequest, http: Request) -> dict[str, Any]:
+        async with pool.use(request.model, http) as service:
+            tokens = await request.encode(service)
+            limit = service.engine.model.backend.max_positions
+            return {"tokens": tokens, "count": len(tokens), "max_model_len": limit}
 
     @app.post("/detokenize")
-    async def detokenize(request: DetokenizeRequest) -> dict[str, str]:
-        service.check_model(request.model)
-        if max(request.tokens, default=0) >= service.engine.model.backend.vocab_size:
-            raise bad_request("tokens has an id outside the vocabulary", "tokens")
-        decode = service.tokenizer.decode_verbatim
-        return {"prompt": await asyncio.to_thread(decode, request.tokens)}
+    async def detokenize(request: DetokenizeRequest, http: Request) -> dict[str, str]:
+        async with pool.use(request.model, http) as service:
+            if max(request.tokens, default=0) >= service.engine.model.backend.vocab_size:
+                raise bad_request("tokens has an id outside the vocabulary", "tokens")
+            decode = service.tokenizer.decode_verbatim
+            return {"prompt": await asyncio.to_thread(decode, request.tokens)}
 
     @app.get("/health")
     def health() -> dict[str, str]:
-        if not service.engine.ready:
-            raise APIError(503, "the server is shutting down", code="shutting_down")
+        if not pool.ready:
+            raise shutting_down()
         return {"status": "ok"}
 
     @app.get("/metrics")
     def metrics() -> Response:
-        return Response(service.engine.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+        text = metrics_text({model.name: model.metrics for model in pool.models})
+        return Response(text, media_type=CONTENT_TYPE_LATEST)
 
 
-FILL = "to fill a gap, write the model's own tokens for it into the prompt of /v1/completions"
 NOT_SERVED = {
     **dict.fromkeys(
         ("/v1/embeddings", "/api/embed", "/api/embeddings", "/v1/rerank", "/v1/score"),
         "this server generates text; embeddings and scores need a server of such a model",
     ),
-    **dict.fromkeys(("/infill", "/v1/fim/completions"), FILL),
+    **dict.fromkeys(
+        ("/infill", "/v1/fim/completions"),
+        "to fill a gap, send the text after it as suffix to /v1/completions",
+    ),
     **dict.fromkeys(
         ("/api/pull", "/api/push", "/api/create", "/api/copy", "/api/delete", "/api/blobs"),
-        "this server has the model that it was started with, and changes no models",
+        "this server has the models that it was started with, and changes none",
     ),
 }
 """Paths of the APIs that this server does not have, and what it says there and below them."""
@@ -166,7 +173,6 @@ INSTEAD = {
     ),
     "functions": "use tools",
     "function_call": "use tool_choice",
-    "suffix": FILL,
 }
 """What to do instead of using a field that this server does not have; without an entry, remove it.
 vLLM and OpenAI replaced most of these by others."""
@@ -261,25 +267,27 @@ def _path_within(value: Any, location: Sequence[str | int]) -> list[str]:
 class Server(uvicorn.Server):
     """Ends after the running answers; until then, new requests get status 503."""
 
-    def __init__(self, config: uvicorn.Config, engine: Engine) -> None:
+    def __init__(self, config: uvicorn.Config, pool: ModelPool) -> None:
         super().__init__(config)
-        self._engine = engine
+        self._pool = pool
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Finish the running answers, then end; a second signal ends the process at once."""
-        if self._engine.draining:
-            # The engine's thread cannot be stopped within an iteration.
-            logger.warning("stopped before %d answers were finished", self._engine.unfinished)
+        if self._pool.draining:
+            # An engine's thread cannot be stopped within an iteration.
+            logger.warning("stopped before %d answers were finished", self._pool.unfinished)
             logging.shutdown()
             os._exit(EXIT_SIGNAL + sig)
-        logger.info("%s: finishing %d answers", signal.Signals(sig).name, self._engine.unfinished)
-        self._engine.draining = True
+        logger.info("%s: finishing %d answers", signal.Signals(sig).name, self._pool.unfinished)
+        self._pool.drain()
 
     async def on_tick(self, counter: int) -> bool:
         """Return whether to end; called ten times a second."""
-        if self._engine.draining and not self._engine.unfinished:
-            self.should_exit = True
-        if self._engine.device_lost:
+        if self._pool.draining:
+            self._pool.end_waiting()
+            if not self._pool.unfinished:
+                self.should_exit = True
+        if self._pool.device_lost:
             self.should_exit = self.force_exit = True
         return await super().on_tick(counter)
 
@@ -297,51 +305,52 @@ def configuration(app: FastAPI, *, log_level: str | None = None) -> uvicorn.Conf
 
 
 def serve(
-    load: Callable[[], LanguageModel],
-    settings: Settings,
-    defaults: Options,
-    names: tuple[str, ...],
-    *,
-    host: str,
-    port: int,
-    log_level: str,
+    specs: Sequence[ModelSpec], settings: Settings, *, host: str, port: int, log_level: str
 ) -> int:
-    """Load the models and serve them; returns the exit status.
+    """Serve models and return the exit status; a single one is loaded first.
 
-    `defaults` are decoding options of requests that leave them out; port 0 chooses a free one. A
-    TreeflashError or OSError is raised if the models cannot be loaded, the chat template rejects
-    the defaults, or the port is taken.
+    Port 0 chooses a free one. A TreeflashError or OSError is raised if the single model cannot be
+    loaded, its chat template rejects the defaults, or the port is taken.
     """
     listening = bind(host, port)
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s: %(message)s")
     allow_many_files()
-    engine = Engine(load, settings)
     with listening:
-        _load(engine)
+        pool = ModelPool(specs, settings)
+        if len(specs) == 1:
+            _load(pool)
         try:
-            service = Service(engine, defaults, names)
-            service.check_defaults()
-            app = application(service)
+            app = application(pool)
             host, port = listening.getsockname()[:2]
             shown = f"[{host}]" if ":" in host else host
             config = configuration(app, log_level=log_level)
-            logger.info("serving %s on http://%s:%d", names[0], shown, port)
-            asyncio.run(Server(config, engine).serve([listening]))
+            names = ", ".join(model.name for model in pool.models)
+            logger.info("serving %s on http://%s:%d", names, shown, port)
+            asyncio.run(Server(config, pool).serve([listening]))
         finally:
-            engine.stop()
-    return EXIT_DEVICE_LOST if engine.device_lost else 0
+            pool.close()
+    status = EXIT_DEVICE_LOST if pool.device_lost else 0
+    if pool.loading:
+        _end_while_loading(status)
+    return status
 
 
-def _load(engine: Engine) -> None:
-    """Start the engine; an interruption ends the process.
-
-    The engine's thread cannot be stopped while it loads, and the interpreter would abort if it shut
-    down beside threads of a framework.
-    """
+def _load(pool: ModelPool) -> None:
+    """Load the only model of a server; an interruption ends the process."""
     try:
-        engine.start()
+        pool.start()
     except KeyboardInterrupt:
-        os._exit(say_interrupted())
+        _end_while_loading(say_interrupted())
+
+
+def _end_while_loading(status: int) -> NoReturn:
+    """End the process beside a thread that loads a model.
+
+    Nothing can stop such a thread, and the interpreter would abort if it shut down beside threads
+    of a framework.
+    """
+    logging.shutdown()
+    os._exit(status)
 
 
 def bind(host: str, port: int) -> socket.socket:

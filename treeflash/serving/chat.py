@@ -12,6 +12,7 @@ from pydantic import Field
 from treeflash.serving.engine import AnswerUpdate, Completion
 from treeflash.serving.errors import bad_request
 from treeflash.serving.message_parser import MessageParser, PartChange, calls_of, text_of
+from treeflash.serving.models import ModelPool
 from treeflash.serving.schemas import (
     MAX_LOG_PROBS,
     MAX_TOOLS,
@@ -119,17 +120,17 @@ class ChatRequest(DecodingSchema):
         return options
 
 
-def add_routes(app: FastAPI, service: Service) -> None:
+def add_routes(app: FastAPI, pool: ModelPool) -> None:
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: ChatRequest, http: HTTPRequest) -> Response:
-        service.check_model(request.model)
-        conversation = request.conversation(supports_reasoning=service.tokenizer.knows_thinking)
-        completion, parsers = await conversation.start(
-            service, http, request.options(), answers=request.n or 1
-        )
-        answer = ChatFormatter(service, request, completion, parsers)
-        return await respond(service, http, completion, answer, request.stream)
+        async with pool.use(request.model, http) as service:
+            conversation = request.conversation(supports_reasoning=service.tokenizer.knows_thinking)
+            completion, parsers = await conversation.start(
+                service, http, request.options(), answers=request.n or 1
+            )
+            answer = ChatFormatter(service, request, completion, parsers)
+            return await respond(service, http, completion, answer, request.stream)
 
 
 class ChatFormatter(ChoicesFormatter):

@@ -15,6 +15,7 @@ from pydantic_core import PydanticCustomError
 
 from treeflash.serving.engine import AnswerUpdate, Completion, Usage
 from treeflash.serving.errors import bad_request
+from treeflash.serving.models import ModelPool
 from treeflash.serving.schemas import MAX_ITEMS, MAX_LOG_PROBS, DecodingSchema, LongList, TokenId
 from treeflash.serving.service import Service
 from treeflash.serving.streaming import ChoicesFormatter, respond, token_name
@@ -30,7 +31,8 @@ class CompletionRequest(DecodingSchema):
     """The body of a request; with several prompts, each has `n` choices, in order.
 
     `echo` puts the prompt before each answer, with its log probabilities if `logprobs` is set. Only
-    with `echo` may `max_tokens` be 0.
+    with `echo` may `max_tokens` be 0. With a `suffix`, the answer is what fits between a prompt and
+    the suffix.
     """
 
     prompt: (
@@ -42,6 +44,7 @@ class CompletionRequest(DecodingSchema):
     max_tokens: int | None = Field(None, ge=0)
     logprobs: int | None = Field(None, ge=0, le=MAX_LOG_PROBS)
     echo: bool | None = None
+    suffix: str | None = None
     best_of: Literal[1] | None = None
 
     @field_validator("prompt", mode="before")
@@ -63,35 +66,51 @@ class CompletionRequest(DecodingSchema):
             options["max_tokens"] = 1  # it is generated, and left out of the answer
         return options
 
+    def before(self, prompt: str | list[int]) -> str:
+        """Return the text before the gap that the answer fills; an APIError if there is none."""
+        if not isinstance(prompt, str):
+            raise bad_request("suffix needs a prompt that is a text, not token ids", "suffix")
+        if self.echo:
+            raise bad_request("suffix and echo exclude each other; remove one of them", "suffix")
+        return prompt
+
     def prompts(self) -> list[str] | list[list[int]]:
         prompt: Any = self.prompt
         return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
 
 
-def add_routes(app: FastAPI, service: Service) -> None:
+def add_routes(app: FastAPI, pool: ModelPool) -> None:
 
     @app.post("/v1/completions")
     async def completions(request: CompletionRequest, http: HTTPRequest) -> Response:
-        service.check_model(request.model)
+        async with pool.use(request.model, http) as service:
+            completion = await start(request, http, service)
+            answer = CompletionFormatter(service, request, completion)
+            return await respond(service, http, completion, answer, request.stream)
+
+    async def start(request: CompletionRequest, http: HTTPRequest, service: Service) -> Completion:
         given, answers = request.prompts(), request.n or 1
         service.check_answers(len(given), answers)  # before each is encoded
-        prompts = [
-            await service.encode(prompt) if isinstance(prompt, str) else EncodedPrompt(prompt)
-            for prompt in given
-        ]
+        options = request.options()
+        prompts = []
+        for prompt in given:
+            if request.suffix:
+                prompts.append(await service.encode_gap(request.before(prompt), request.suffix))
+                options.setdefault("stop_token_ids", service.infill.stop_token_ids)
+            elif isinstance(prompt, str):
+                prompts.append(await service.encode(prompt))
+            else:
+                prompts.append(EncodedPrompt(prompt))
         grammar = request.grammar()
         constraint = None if grammar is None else await service.compile(*grammar)
-        scores_prompt = bool(request.echo) and request.logprobs is not None
-        completion = service.start(
+        return service.start(
             http,
-            request.options(),
+            options,
             prompts,
             constraint,
             answers=answers,
-            scores_prompt=scores_prompt,
+            scores_prompt=bool(request.echo) and request.logprobs is not None,
         )
-        answer = CompletionFormatter(service, request, completion)
-        return await respond(service, http, completion, answer, request.stream)
 
 
 class CompletionFormatter(ChoicesFormatter):

@@ -27,10 +27,17 @@ from treeflash.decoding.loop import Event
 from treeflash.decoding.prefix_cache import PrefixCache
 from treeflash.decoding.scheduler_thread import Mailbox, SchedulerThread
 from treeflash.decoding.suffix import SuffixCache
-from treeflash.errors import ConfigError, is_device_lost
+from treeflash.decoding.turns import Turns
+from treeflash.errors import ConfigError, is_device_lost, is_out_of_memory
 from treeflash.language_model import LanguageModel
 from treeflash.serving.acceptance import AcceptanceMonitor
-from treeflash.serving.errors import GPU_LOST, SERVER_FAILED, APIError, bad_request
+from treeflash.serving.errors import (
+    GPU_LOST,
+    SERVER_FAILED,
+    APIError,
+    bad_request,
+    shutting_down,
+)
 from treeflash.serving.metrics import Metrics
 from treeflash.serving.settings import Settings
 from treeflash.text.stream import Assembler, Chunk
@@ -189,18 +196,28 @@ class Engine:
     """Decodes requests in a `SchedulerThread`, which `start` starts.
 
     The models are loaded in this thread too, because frameworks bind streams and thread pools to
-    threads. Other threads submit and cancel; both take effect between two iterations.
+    threads. Other threads submit and cancel; both take effect between two iterations. Engines with
+    the same `turns` never compute at once.
 
     Attributes:
         draining: whether new requests are refused, because the server is about to end.
         device_lost: whether the server must end, because its GPU refuses further work.
+        ran_out_of_memory: called, in the engine's thread, when an answer ends for want of memory.
     """
 
-    def __init__(self, load: Callable[[], LanguageModel], settings: Settings) -> None:
+    def __init__(
+        self,
+        load: Callable[[], LanguageModel],
+        settings: Settings,
+        metrics: Metrics | None = None,
+        turns: Turns | None = None,
+    ) -> None:
         self.settings = settings
-        self.metrics = Metrics()
+        self.metrics = Metrics() if metrics is None else metrics
         self.draining = self.device_lost = False
+        self.ran_out_of_memory: Callable[[], object] = lambda: None
         self._load = load
+        self._turns = Turns() if turns is None else turns
         # All threads use the unfinished answers of each completion, and the mean time of an answer.
         self._backlog: dict[Completion, int] = {}
         self._mean_seconds = 1.0
@@ -208,7 +225,7 @@ class Engine:
         self._lock = threading.RLock()
         self._answers: dict[Request, _RunningAnswer] = {}
         self._thread = SchedulerThread(
-            self._make_scheduler, self._add_events, self._fail_all, stays=True
+            self._make_scheduler, self._add_events, self._fail_all, stays=True, turn=self._turns
         )
 
     @property
@@ -221,6 +238,11 @@ class Engine:
         return self._thread.is_alive() and self._thread.made.done() and not self.draining
 
     @property
+    def loaded(self) -> bool:
+        """Whether the models are loaded, or cannot be."""
+        return self._thread.made.done()
+
+    @property
     def unfinished(self) -> int:
         """The number of answers that are running or waiting."""
         with self._lock:
@@ -230,6 +252,22 @@ class Engine:
         """Load the models and begin to decode; raises what loading raises."""
         self._thread.start()
         self._thread.made.result()
+
+    async def start_aside(self) -> None:
+        """Do what `start` does, while the event loop goes on.
+
+        What ends a program, such as a KeyboardInterrupt, is raised as a RuntimeError: it ended the
+        loading alone.
+        """
+        loop, made = asyncio.get_running_loop(), asyncio.Event()
+        self._thread.start()
+        self._thread.made.add_done_callback(lambda _: loop.call_soon_threadsafe(made.set))
+        await made.wait()
+        error = self._thread.made.exception()
+        if isinstance(error, Exception):
+            raise error
+        if error is not None:
+            raise RuntimeError(f"interrupted by {type(error).__name__}") from error
 
     def stop(self) -> None:
         """Drop all answers and end the thread."""
@@ -247,7 +285,7 @@ class Engine:
             APIError: too many answers are waiting, or the server is about to end.
         """
         if not self.ready:
-            raise APIError(503, "the server is shutting down", code="shutting_down")
+            raise shutting_down()
         requests = [answer.request() for answer in answers]
         for request in requests:
             self._scheduler.check(request)
@@ -316,10 +354,11 @@ class Engine:
             cache_bytes / GIB,
         )
         config = SchedulerConfig(max_parallel=settings.max_parallel, max_bytes=max_bytes)
-        started = time.perf_counter()
-        if prepared := warm_up(self._model.backend, config.max_parallel):
-            seconds = time.perf_counter() - started
-            logger.info("%d passes prepared in %.1f s", prepared, seconds)
+        with self._turns:  # a graph is not captured, nor anything measured, while others compute
+            started = time.perf_counter()
+            if prepared := warm_up(self._model.backend, config.max_parallel):
+                seconds = time.perf_counter() - started
+                logger.info("%d passes prepared in %.1f s", prepared, seconds)
         disk = None
         if settings.prefix_cache_dir is not None:
             if not cache_bytes:
@@ -329,7 +368,8 @@ class Engine:
         cache = PrefixCache(cache_bytes, disk) if cache_bytes else None
         copied_bytes = int(settings.suffix_cache_gb * GIB)
         copied = SuffixCache(copied_bytes) if copied_bytes else None
-        self._scheduler = self._model.scheduler(config, cache, copied)
+        with self._turns:
+            self._scheduler = self._model.scheduler(config, cache, copied)
         self._acceptance = AcceptanceMonitor(self._model)
         self._report_device(device_report(self._model.backend))
         self.metrics.update_gauges(self._scheduler)
@@ -432,3 +472,5 @@ class Engine:
         self._drop(completion)
         self.metrics.count_failures(len(completion.answers))
         completion.deliver([error])
+        if is_out_of_memory(error):
+            self.ran_out_of_memory()

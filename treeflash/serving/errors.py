@@ -42,7 +42,8 @@ class APIError(Exception):
     """A request that cannot be answered: its HTTP status, and what to do about it.
 
     `param` is the field of the request that is wrong, `code` a name of the error for programs.
-    `anthropic` is the message in Anthropic's form of the error, where clients look for its words.
+    `anthropic` and `ollama` are the messages in the forms of these APIs, where clients look for
+    their words.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class APIError(Exception):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
         anthropic: str | None = None,
+        ollama: str | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -61,12 +63,13 @@ class APIError(Exception):
         self.param = None if param is None else _escape_surrogates(param)
         self.code = code
         self._anthropic = anthropic
+        self._ollama = None if ollama is None else _escape_surrogates(ollama)
         self.headers = dict(headers or {})
 
     def body(self, path: str) -> dict[str, Any]:
         """Return the error in the form of the API that a path belongs to."""
         if path.startswith(OLLAMA):
-            return {"error": self.message}
+            return {"error": self._ollama or self.message}
         kind = ERROR_TYPES.get(self.status, INVALID_REQUEST)
         if path.startswith(ANTHROPIC):
             kind, message = ANTHROPIC_TYPES.get(kind, kind), self._anthropic or self.message
@@ -81,6 +84,10 @@ class APIError(Exception):
 
 def bad_request(message: str, param: str | None, code: str | None = None) -> APIError:
     return APIError(400, message, param=param, code=code)
+
+
+def shutting_down() -> APIError:
+    return APIError(503, "the server is shutting down", code="shutting_down")
 
 
 def api_error(error: Exception) -> APIError:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
 
 from treeflash.decoding import Scheduler
 from treeflash.decoding.interfaces import DeviceReport, count_captures
@@ -15,7 +17,7 @@ SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5,
 
 
 class Metrics:
-    """Counters, gauges and histograms of one server."""
+    """Counters, gauges and histograms of one model, however often it is loaded."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
@@ -87,6 +89,16 @@ class Metrics:
         self._first = histogram("time_to_first_token_seconds", "Time to the first token.")
         self._between = histogram("inter_token_latency_seconds", "Time between two tokens.")
         self._latency = histogram("e2e_request_latency_seconds", "Time to the last token.")
+        self._loaded = gauge("model_loaded", "1 while the model is in memory.")
+        self._loads = counter("model_loads", "How often the model was loaded.")
+        self._failed_loads = counter("model_load_failures", "How often it could not be loaded.")
+        self._load_time = counter("model_load_seconds", "Seconds that loading it took in all.")
+        self._unloads = counter(
+            "model_unloads",
+            "How often it was put out of memory: to make room, because its time was over, or on "
+            "request.",
+            ["reason"],
+        )
 
     def set_device(self, report: DeviceReport) -> None:
         """Set the gauges of the device, which does not change once the models are loaded."""
@@ -125,6 +137,20 @@ class Metrics:
     def count_failures(self, sequences: int) -> None:
         self._failed.inc(sequences)
 
+    def count_load(self, seconds: float) -> None:
+        self._loads.inc()
+        self._load_time.inc(seconds)
+        self._loaded.set(1)
+
+    def count_failed_load(self) -> None:
+        self._failed_loads.inc()
+
+    def count_unload(self, reason: str) -> None:
+        self._unloads.labels(reason).inc()
+        self._loaded.set(0)
+        for gauge in (self._running, self._waiting, self._state_bytes, self._prefix_bytes):
+            gauge.set(0)
+
     def update_gauges(self, scheduler: Scheduler) -> None:
         """Set the gauges from the scheduler's present state."""
         self._running.set(scheduler.running)
@@ -148,8 +174,8 @@ class Metrics:
             if share is not None:
                 self._first_share.labels(of).set(share)
 
-    def text(self) -> bytes:
-        return generate_latest(self._registry)
+    def collect(self) -> Iterable[Metric]:
+        return self._registry.collect()
 
 
 def _drafting_state(scheduler: Scheduler) -> str:
@@ -158,3 +184,27 @@ def _drafting_state(scheduler: Scheduler) -> str:
     # The method `suffix` needs no drafter.
     drafts = scheduler.backend.drafter is not None or scheduler.budgets.by_method
     return "on" if drafts else "no_drafter"
+
+
+class _LabelledMetrics(Collector):
+    """The metrics of all models of a server, each with the model's name in the label `model`."""
+
+    def __init__(self, models: Mapping[str, Metrics]) -> None:
+        self._models = models
+
+    def collect(self) -> Iterator[Metric]:
+        families: dict[str, Metric] = {}
+        for name, metrics in self._models.items():
+            for family in metrics.collect():
+                samples = families.setdefault(
+                    family.name, Metric(family.name, family.documentation, family.type)
+                ).samples
+                samples += (x._replace(labels={"model": name, **x.labels}) for x in family.samples)
+        yield from families.values()
+
+
+def metrics_text(models: Mapping[str, Metrics]) -> bytes:
+    """Return the metrics of models by their names, as Prometheus reads them."""
+    registry = CollectorRegistry()
+    registry.register(_LabelledMetrics(models))
+    return generate_latest(registry)

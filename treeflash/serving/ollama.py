@@ -1,16 +1,19 @@
 """`/api/chat`, `/api/generate` and their neighbours: Ollama's API.
 
-A stream has a JSON object in each line, and is the default. Durations are nanoseconds. Models are
-neither fetched nor unloaded here, so `keep_alive` changes nothing, and a request without a prompt,
-which lets Ollama load a model, is answered at once.
+A stream has a JSON object in each line, and is the default. Durations are nanoseconds. A request
+without a prompt loads a model, or puts it away if `keep_alive` is 0. The only model of a server
+stays in memory, whatever `keep_alive` says.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
+import re
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Literal
 
@@ -20,11 +23,11 @@ from fastapi.responses import JSONResponse
 from pydantic import Field
 
 from treeflash import __version__
-from treeflash.drafters.folder import read_config
-from treeflash.hub.sizes import parameter_count, weights_bytes
 from treeflash.serving.engine import Completion
 from treeflash.serving.errors import bad_request
 from treeflash.serving.message_parser import MessageParser, ToolCall, calls_of, text_of
+from treeflash.serving.model_facts import ModelFacts
+from treeflash.serving.models import ModelPool, ServedModel
 from treeflash.serving.schemas import (
     ANY_OBJECT,
     MAX_TOOLS,
@@ -55,6 +58,9 @@ STAYS = timedelta(days=365 * 100)
 TAG = ":latest"
 """The tag that Ollama's clients may add to a model's name."""
 NANOSECONDS = 1_000_000_000
+UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1, "m": 60, "h": 3600}
+"""Seconds of each unit of a duration."""
+NUMBER = r"\d+(?:\.\d*)?"
 API_VERSION = "0.14.2"
 """The version of Ollama whose API this is. Applications refuse versions that lack what they use: VS
 Code refuses all before 0.6.4."""
@@ -133,6 +139,19 @@ class OllamaRequest(OllamaSchema):
             return None
         return Grammar.json(ANY_OBJECT if self.format == "json" else self.format), "format"
 
+    def seconds_to_stay(self) -> float | None:
+        """Return how long the model stays in memory after the answer; None leaves it as it is.
+
+        Raises an APIError if `keep_alive` is not a duration.
+        """
+        if self.keep_alive is None:
+            return None
+        seconds = duration(self.keep_alive)
+        if seconds is None:
+            message = f"keep_alive must be seconds or a text such as 5m, got {self.keep_alive!r}"
+            raise bad_request(message, "keep_alive")
+        return math.inf if seconds < 0 else seconds
+
     def thinking(self, service: Service) -> dict[str, bool]:
         """Return the template's variables; an APIError if the model cannot think and should."""
         return reasoning_args(
@@ -196,6 +215,7 @@ class GenerateRequest(OllamaRequest):
     system: str | None = None
     raw: bool | None = None
     images: LongList[str] | None = None  # in base64
+    suffix: str = ""  # the answer is what fits between the prompt and this text
 
     def conversation(self, service: Service) -> Conversation:
         """Build a conversation of a system message, if there is one, and the prompt."""
@@ -206,10 +226,44 @@ class GenerateRequest(OllamaRequest):
             messages=messages, template_args=self.thinking(service), grammar=self.grammar()
         )
 
+    async def start(self, service: Service, http: HTTPRequest) -> tuple[Completion, MessageParser]:
+        """Start to generate the answer, and return the parser of its parts."""
+        if not self.raw and not self.suffix:
+            asked = self.conversation(service)
+            completion, (parser,) = await asked.start(service, http, self.asked())
+            return completion, parser
+        if self.system or self.format or self.think or self.images:
+            field = "suffix" if self.suffix else "raw"
+            message = f"remove system, format, think and images, or {field}"
+            raise bad_request(f"{field} has no template: {message}", field)
+        options = self.asked()
+        if self.suffix:
+            encoded = await service.encode_gap(self.prompt, self.suffix)
+            options["stop_token_ids"] = service.infill.stop_token_ids
+        else:
+            encoded = await service.encode(self.prompt)
+        completion = service.start(http, options, [encoded])
+        return completion, MessageParser(None, service.tokenizer)
+
 
 class ShowRequest(OllamaSchema):
     model: str
     verbose: bool | None = None
+
+
+def duration(value: float | str) -> float | None:
+    """Return the seconds of a number, or of a text in Go's form such as `1h30m`; None for others.
+
+    A number without a unit in a text is seconds too.
+    """
+    if not isinstance(value, str):
+        return value
+    sign = -1 if value.startswith("-") else 1
+    number = value.removeprefix("-").removeprefix("+")
+    parts = re.findall(rf"({NUMBER})({'|'.join(UNITS)})", number)
+    if parts and "".join(map("".join, parts)) == number:
+        return sign * sum(float(count) * UNITS[unit] for count, unit in parts)
+    return sign * float(number) if re.fullmatch(NUMBER, number) else None
 
 
 def _content(text: str, images: Sequence[str] | None) -> Content:
@@ -247,76 +301,67 @@ def _templates(messages: Sequence[OllamaMessage]) -> list[dict[str, Any]]:
     return templates
 
 
-def add_routes(app: FastAPI, service: Service) -> None:
+def add_routes(app: FastAPI, pool: ModelPool) -> None:
 
-    def check_model(name: str) -> None:
-        service.check_model(_without_tag(name))
+    def use(request: OllamaRequest, http: HTTPRequest) -> AbstractAsyncContextManager[Service]:
+        return pool.use(_without_tag(request.model), http, request.seconds_to_stay())
+
+    async def only_load(
+        request: OllamaRequest, http: HTTPRequest, empty: Mapping[str, Any]
+    ) -> Response:
+        """Answer a request without a prompt, which loads the model or puts it away."""
+        reason = "load"
+        if pool.unloads and request.seconds_to_stay() == 0:
+            pool.put_away(_without_tag(request.model))
+            reason = "unload"
+        else:
+            async with use(request, http):
+                pass
+        head = {"model": request.model, "created_at": _time()}
+        return JSONResponse({**head, **empty, "done": True, "done_reason": reason})
 
     @app.post("/api/chat")
     async def chat(request: ChatRequest, http: HTTPRequest) -> Response:
-        check_model(request.model)
         if not request.messages:
-            return _loaded(request.model, {"message": {"role": "assistant", "content": ""}})
-        conversation = request.conversation(service)
-        completion, (parser,) = await conversation.start(service, http, request.asked())
-        answer = OllamaFormatter(request.model, completion, parser, is_chat=True)
-        return await respond(service, http, completion, answer, request.stream is not False)
+            return await only_load(request, http, {"message": {"role": "assistant", "content": ""}})
+        async with use(request, http) as service:
+            conversation = request.conversation(service)
+            completion, (parser,) = await conversation.start(service, http, request.asked())
+            answer = OllamaFormatter(request.model, completion, parser, is_chat=True)
+            return await respond(service, http, completion, answer, request.stream is not False)
 
     @app.post("/api/generate")
     async def generate(request: GenerateRequest, http: HTTPRequest) -> Response:
-        check_model(request.model)
-        if not request.prompt:
-            return _loaded(request.model, {"response": ""})
-        if request.raw:
-            if request.system or request.format or request.think or request.images:
-                message = "raw has no template: remove system, format, think and images, or raw"
-                raise bad_request(message, "raw")
-            encoded = await service.encode(request.prompt)
-            completion = service.start(http, request.asked(), [encoded])
-            parser = MessageParser(None, service.tokenizer)
-        else:
-            conversation = request.conversation(service)
-            completion, (parser,) = await conversation.start(service, http, request.asked())
-        answer = OllamaFormatter(request.model, completion, parser, is_chat=False)
-        return await respond(service, http, completion, answer, request.stream is not False)
+        if not request.prompt and not request.suffix:
+            return await only_load(request, http, {"response": ""})
+        async with use(request, http) as service:
+            completion, parser = await request.start(service, http)
+            answer = OllamaFormatter(request.model, completion, parser, is_chat=False)
+            return await respond(service, http, completion, answer, request.stream is not False)
 
     @app.get("/api/tags")
     def models() -> dict[str, Any]:
-        return {"models": [_description(service, name) for name in service.names]}
+        return {"models": [_description(x, name) for x in pool.models for name in x.spec.names]}
 
-    @app.get("/api/ps")  # every model of the server is loaded, and stays so
+    @app.get("/api/ps")
     def loaded() -> dict[str, Any]:
-        backend = service.engine.model.backend
-        on_cpu = backend.device.startswith("cpu")
-        return {
-            "models": [
-                {
-                    **(found := _description(service, name)),
-                    "expires_at": _time(service.created + STAYS.total_seconds()),
-                    "size_vram": 0 if on_cpu else found["size"],
-                    "context_length": backend.max_positions,
-                }
-                for name in service.names
-            ]
-        }
+        return {"models": [found for model in pool.models for found in _in_memory(model)]}
 
     @app.post("/api/show")
     def show(request: ShowRequest) -> dict[str, Any]:
-        check_model(request.model)
-        model = service.engine.model
-        details = _details(service)
-        architecture = details["family"]
+        model = pool.find(_without_tag(request.model))
+        facts = model.facts
         return {
-            "details": details,
-            "modified_at": _time(service.created),
-            "template": service.tokenizer.chat_template,
+            "details": _details(facts),
+            "modified_at": _time(model.created),
+            "template": facts.chat_template,
             "model_info": {
-                "general.architecture": architecture,
+                "general.architecture": facts.family,
                 "general.basename": _without_tag(request.model),
-                "general.parameter_count": _parameters(service),
-                f"{architecture}.context_length": model.backend.max_positions,
+                "general.parameter_count": facts.parameters,
+                f"{facts.family}.context_length": facts.context,
             },
-            "capabilities": _capabilities(service),
+            "capabilities": facts.capabilities,
         }
 
     @app.get("/api/version")
@@ -328,35 +373,6 @@ def _without_tag(name: str) -> str:
     return name[: -len(TAG)] if name.lower().endswith(TAG) else name
 
 
-def _loaded(model: str, empty: Mapping[str, Any]) -> Response:
-    """Answer a request that only asks for the model to be loaded."""
-    body = {"model": model, "created_at": _time(), **empty, "done": True, "done_reason": "load"}
-    return JSONResponse(body)
-
-
-def _capabilities(service: Service) -> list[str]:
-    """List what the model can do, by Ollama's names."""
-    calls = service.response_template is not None and service.tokenizer.knows_tools
-    capabilities = {
-        "completion": True,
-        "tools": calls,
-        "thinking": service.tokenizer.knows_thinking,
-        "vision": service.takes_images,
-    }
-    return [name for name, known in capabilities.items() if known]
-
-
-def _digest(service: Service) -> str:
-    """Return a hash of what applications remember of a model by its digest."""
-    described = service.names[0], _details(service), _capabilities(service)
-    return hashlib.sha256(json.dumps(described).encode()).hexdigest()
-
-
-def _parameters(service: Service) -> int | None:
-    folder = service.engine.model.folder
-    return None if folder is None else parameter_count(folder)
-
-
 def human_number(count: int) -> str:
     """Write a number of parameters as Ollama does, which applications read again."""
     for size, unit, decimals in ((10**9, "B", 1), (10**6, "M", 2), (10**3, "K", 0)):
@@ -366,32 +382,46 @@ def human_number(count: int) -> str:
     return str(count)
 
 
-def _details(service: Service) -> dict[str, Any]:
+def _details(facts: ModelFacts) -> dict[str, Any]:
     """Describe the target as Ollama describes a model's file."""
-    folder = service.engine.model.folder
-    family = "unknown" if folder is None else str(read_config(folder).get("model_type"))
-    dtype = service.engine.model.backend.dtype
-    parameters = _parameters(service)
     return {
         "parent_model": "",
         "format": "safetensors",
-        "family": family,
-        "families": [family],
-        "parameter_size": "" if parameters is None else human_number(parameters),
-        "quantization_level": dtype,
+        "family": facts.family,
+        "families": [facts.family],
+        "parameter_size": "" if facts.parameters is None else human_number(facts.parameters),
+        "quantization_level": facts.dtype,
     }
 
 
-def _description(service: Service, name: str) -> dict[str, Any]:
-    folder = service.engine.model.folder
+def _description(model: ServedModel, name: str) -> dict[str, Any]:
+    facts = model.facts
+    # The digest is a hash of what applications remember of a model by its digest.
+    described = model.name, facts.family, facts.parameters, facts.capabilities
     return {
         "name": name,
         "model": name,
-        "modified_at": _time(service.created),
-        "size": 0 if folder is None else weights_bytes(str(folder)),
-        "digest": _digest(service),
-        "details": _details(service),
+        "modified_at": _time(model.created),
+        "size": facts.nbytes,
+        "digest": hashlib.sha256(json.dumps(described).encode()).hexdigest(),
+        "details": _details(facts),
     }
+
+
+def _in_memory(model: ServedModel) -> Iterator[dict[str, Any]]:
+    """Describe a model under each of its names if it is in memory."""
+    stay, service = model.stay, model.service
+    if stay is None or service is None:
+        return
+    on_cpu = service.engine.model.backend.device.startswith("cpu")
+    for name in model.spec.names:
+        found = _description(model, name)
+        yield {
+            **found,
+            "expires_at": _time(min(stay.ends_at, model.created + STAYS.total_seconds())),
+            "size_vram": 0 if on_cpu else found["size"],
+            "context_length": model.facts.context,
+        }
 
 
 def _time(seconds: float | None = None) -> str:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import random
 from collections.abc import AsyncIterator
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
@@ -32,7 +32,7 @@ from starlette.types import ASGIApp
 
 from treeflash.language_model import load
 from treeflash.serving.application import application
-from treeflash.serving.engine import Engine
+from treeflash.serving.models import ModelPool, ModelSpec
 from treeflash.serving.relay import (
     Head,
     PrefixIndex,
@@ -40,8 +40,8 @@ from treeflash.serving.relay import (
     relay_application,
     response_pieces,
 )
-from treeflash.serving.service import Service
 from treeflash.serving.settings import Settings
+from treeflash.text.options import Options
 
 
 class RayConfig(BaseModel):
@@ -97,10 +97,16 @@ class Replica:
     """A loaded pair that answers requests."""
 
     def __init__(self, config: RayConfig) -> None:
-        self._engine = Engine(partial(load, **config.model), Settings(**config.settings))
-        self._engine.start()
-        options: Any = config.options
-        self._app = application(Service(self._engine, options, config.names))
+        settings, options = Settings(**config.settings), config.options
+        spec = ModelSpec(
+            names=config.names,
+            load=partial(load, **config.model),
+            settings=settings,
+            defaults=cast(Options, options),
+        )
+        self._pool = ModelPool([spec], settings)
+        self._pool.start()
+        self._app = application(self._pool)
 
     async def answer(self, request: RelayedRequest) -> AsyncIterator[Head | bytes]:
         """Yield the status and the headers, then the body piece by piece."""
@@ -109,7 +115,7 @@ class Replica:
 
     def check_health(self) -> None:
         """Raise a RuntimeError if the engine has ended; Ray then replaces the replica."""
-        if not self._engine.ready:
+        if not self._pool.ready:
             raise RuntimeError("the engine has ended")
 
 

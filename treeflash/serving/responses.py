@@ -17,6 +17,7 @@ from pydantic import Field
 from treeflash.serving.engine import Completion
 from treeflash.serving.errors import api_error, bad_request
 from treeflash.serving.message_parser import MessageParser, MessagePart, PartChange, ToolCall
+from treeflash.serving.models import ModelPool
 from treeflash.serving.schemas import (
     MAX_TOOLS,
     CallMode,
@@ -316,16 +317,16 @@ def _join(content: str | Sequence[ContentPart | InputImage]) -> str:
     return "".join(part.text for part in content if isinstance(part, ContentPart))
 
 
-def add_routes(app: FastAPI, service: Service) -> None:
+def add_routes(app: FastAPI, pool: ModelPool) -> None:
 
     @app.post("/v1/responses")
     async def responses(request: ResponsesRequest, http: HTTPRequest) -> Response:
-        service.check_model(request.model)
-        request.check_echo()
-        conversation = request.conversation(supports_reasoning=service.tokenizer.knows_thinking)
-        completion, (parser,) = await conversation.start(service, http, request.options())
-        answer = ResponsesFormatter(service, request, completion, parser)
-        return await respond(service, http, completion, answer, request.stream)
+        async with pool.use(request.model, http) as service:
+            request.check_echo()
+            conversation = request.conversation(supports_reasoning=service.tokenizer.knows_thinking)
+            completion, (parser,) = await conversation.start(service, http, request.options())
+            answer = ResponsesFormatter(service, request, completion, parser)
+            return await respond(service, http, completion, answer, request.stream)
 
 
 class ResponsesFormatter:

@@ -6,7 +6,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
@@ -22,6 +22,7 @@ from treeflash.serving.settings import ANSWER_TOKENS
 from treeflash.serving.thinking import ThinkingBudget
 from treeflash.text.grammar import Grammar, GrammarError
 from treeflash.text.images import MAX_IMAGES
+from treeflash.text.infill import Infill, infill_of
 from treeflash.text.options import Options
 from treeflash.text.prompt import EncodedPrompt, encode_chat, images_of
 from treeflash.text.stream import Assembler
@@ -40,6 +41,8 @@ class Service:
     defaults: Options
     names: tuple[str, ...]
     created: int = field(default_factory=lambda: int(time.time()))  # seconds since 1970
+    # A server of several models keeps the pair in memory during the `with` block of its result.
+    hold: Callable[[], AbstractContextManager[None]] = nullcontext
     # Requests decode and process their images in these places, each in a thread, while answers go
     # on.
     image_places: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2))
@@ -74,12 +77,6 @@ class Service:
         """Return the variables of the chat template: the server's defaults, then the request's."""
         return {**(self.defaults.get("template_args") or {}), **args}
 
-    def check_model(self, name: str | None) -> None:
-        """Raise an APIError if a request names another model."""
-        if name is not None and name.casefold() not in map(str.casefold, self.names):
-            message = f"the model {name!r} does not exist; this server has {', '.join(self.names)}"
-            raise APIError(404, message, param="model", code="model_not_found")
-
     def check_defaults(self) -> None:
         """Raise a PromptError if the chat template rejects the server's default variables."""
         args = self.defaults.get("template_args")
@@ -94,6 +91,15 @@ class Service:
         """Encode plain text; raises a PromptError if it is not valid Unicode."""
         check_unicode(text)
         return EncodedPrompt(await asyncio.to_thread(self.tokenizer.encode, text))
+
+    @cached_property
+    def infill(self) -> Infill:
+        """Makes prompts that fill a gap; a PromptError if the tokenizer has no tokens for it."""
+        return infill_of(self.tokenizer)
+
+    async def encode_gap(self, before: str, after: str) -> EncodedPrompt:
+        """Encode the texts around a gap; raises what `infill` and `Infill.encode` do."""
+        return EncodedPrompt(await asyncio.to_thread(self.infill.encode, before, after))
 
     def check_answers(self, prompts: int, answers: int) -> None:
         """Raise an APIError for too many answers to each prompt, or to all of them."""

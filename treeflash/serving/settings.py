@@ -9,7 +9,7 @@ from typing import Any
 
 from treeflash.cli.options import add_option
 from treeflash.config import GIB
-from treeflash.errors import ConfigError
+from treeflash.errors import ConfigError, MemoryShortError
 from treeflash.option import check, option, options_of
 from treeflash.serving.response_templates import TOOL_CALL_PARSERS
 from treeflash.text.prompt import read_text
@@ -87,6 +87,19 @@ class Settings:
         metavar="S",
     )
     max_choices: int = option(16, "maximum number of answers to one request (n)", 1)
+    max_models: int | None = option(
+        None,
+        "models in memory at once; the least recently used one is put away for another",
+        1,
+        shown="as many as the memory of the device holds",
+    )
+    unload_after: float | None = option(
+        None,
+        "seconds without a request after which a model is put out of memory",
+        above=0,
+        shown="never",
+        metavar="S",
+    )
     api_keys: tuple[str, ...] = ()  # every request must have one; if empty, none is needed
     cors_origins: tuple[str, ...] = ()  # whose pages may read answers; `*` is every origin
     # This is a name of `TOOL_CALL_PARSERS`; None is the model's own form of calls.
@@ -112,13 +125,13 @@ class Settings:
                 allocates what is needed.
 
         Raises:
-            ConfigError: the models leave nothing, and no limit was given.
+            MemoryShortError: the models leave nothing, and no limit was given.
         """
         limit = MAX_MEMORY_GB * GIB if free is None else free
         if self.max_memory_gb is not None:
             limit = int(self.max_memory_gb * GIB)
         elif limit == 0:
-            raise ConfigError(
+            raise MemoryShortError(
                 "the models leave the device no memory for KV caches; use a smaller target or one "
                 "in fewer bits, or set a limit with --max-memory-gb"
             )

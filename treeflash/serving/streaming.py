@@ -9,7 +9,7 @@ import secrets
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from fastapi import Request, Response
@@ -65,7 +65,7 @@ async def respond(
     if stream:
         frames = with_errors(answer.frames(), Exception, api_error, path)
         kind = LineStream if path.startswith(OLLAMA) else CompletionStream
-        return kind(completion, frames, service.engine.settings.keep_alive)
+        return kind(service, completion, frames)
     with _running(completion, path):
         try:
             await until_disconnect(completion.wait(), http.receive)
@@ -101,11 +101,15 @@ class CompletionStream(EventSourceResponse):
     """Streams frames; a disconnect drops the answers."""
 
     def __init__(
-        self, completion: Completion, frames: AsyncIterator[bytes], keep_alive: float
+        self, service: Service, completion: Completion, frames: AsyncIterator[bytes]
     ) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(self.keep_alive(frames, keep_alive), headers=headers)
+        seconds = service.engine.settings.keep_alive
+        super().__init__(self.keep_alive(frames, seconds), headers=headers)
         self._completion = completion
+        # The model must stay until the stream ends, and the endpoint returns before it begins.
+        self._held = ExitStack()
+        self._held.enter_context(service.hold())
 
     @staticmethod
     async def keep_alive(frames: AsyncIterator[bytes], seconds: float) -> AsyncIterator[bytes]:
@@ -125,7 +129,7 @@ class CompletionStream(EventSourceResponse):
             upcoming.cancel()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with _running(self._completion, scope["path"]):
+        with self._held, _running(self._completion, scope["path"]):
             await super().__call__(scope, receive, send)
 
 

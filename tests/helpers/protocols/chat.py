@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import openai
-from servers import NAME
 
 from protocols.protocol import MODES, Answer, Ask, Call, LogProb, Protocol, given
 
@@ -109,7 +108,7 @@ class Chat(Choices):
             fields["reasoning_effort"] = "high" if ask.thinks else "none"
         if ask.log_probs is not None:
             fields |= {"logprobs": True, "top_logprobs": ask.log_probs}
-        return {"model": NAME, "messages": messages, **fields}
+        return {"model": ask.model, "messages": messages, **fields}
 
     def method(self, client: openai.OpenAI) -> Callable[..., Any]:
         return client.chat.completions.create

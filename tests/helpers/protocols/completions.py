@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import openai
-from servers import NAME
 
 from protocols.chat import Choices
 from protocols.protocol import Answer, Ask, LogProb, given
@@ -24,7 +23,7 @@ class Completions(Choices):
         if ask.schema is not None:
             form = {"type": "json_schema", "json_schema": {"name": "n", "schema": ask.schema}}
             fields["response_format"] = form
-        return {"model": NAME, "prompt": ask.text, **fields}
+        return {"model": ask.model, "prompt": ask.text, **fields}
 
     def method(self, client: openai.OpenAI) -> Callable[..., Any]:
         return client.completions.create

@@ -6,7 +6,6 @@ from typing import Any
 
 import anthropic
 from pydantic import TypeAdapter
-from servers import NAME
 
 from protocols.protocol import MODES, Answer, Ask, Call, Protocol
 
@@ -58,7 +57,12 @@ class Messages(Protocol):
             fields["output_config"] = {"format": form}
         if ask.thinks is not None:
             fields["thinking"] = {"type": "enabled" if ask.thinks else "disabled"}
-        return {"model": NAME, "messages": messages, "max_tokens": ask.max_tokens or 2048, **fields}
+        return {
+            "model": ask.model,
+            "messages": messages,
+            "max_tokens": ask.max_tokens or 2048,
+            **fields,
+        }
 
     def ask(self, url: str, ask: Ask, *, stream: bool = False) -> Answer:
         with anthropic.Anthropic(base_url=url, api_key="-", max_retries=0) as client:

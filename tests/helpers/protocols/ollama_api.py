@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import ollama
-from servers import NAME
 
 from protocols.protocol import Answer, Ask, Call, Protocol, given
 
@@ -75,7 +74,7 @@ class OllamaChat(Ollama):
             messages.append({"role": "assistant", "content": ask.begun})
         tools = [{"type": "function", "function": f} for f in ask.functions]
         fields = self.options(ask) | ({"tools": tools} if tools else {})
-        return {"model": NAME, "messages": messages, **fields}
+        return {"model": ask.model, "messages": messages, **fields}
 
 
 class OllamaPrompt(Ollama):
@@ -86,7 +85,7 @@ class OllamaPrompt(Ollama):
     def body(self, ask: Ask) -> dict[str, Any]:
         images = {"images": list(ask.images)} if ask.images else {}
         fields = given(system=ask.system) | self.options(ask) | images
-        return {"model": NAME, "prompt": ask.text, **fields}
+        return {"model": ask.model, "prompt": ask.text, **fields}
 
     def text(self, message: Any) -> str:
         return message.response

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from servers import NAME
+
 
 @dataclass(frozen=True)
 class LogProb:
@@ -68,6 +70,7 @@ class Ask:
 
     Attributes:
         text: what the user says.
+        model: the name of the model.
         system: the system message.
         images: images in base64, before the text.
         answered: the assistant's answer to it, which has calls, and `results` of the calls.
@@ -84,6 +87,7 @@ class Ask:
     """
 
     text: str = "Hello."
+    model: str = NAME
     system: str | None = None
     images: Sequence[str] = ()
     answered: Answer | None = None

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from servers import NAME
-
 from protocols.chat import OpenAI
 from protocols.protocol import MODES, Answer, Ask, Call, given
 
@@ -44,7 +42,7 @@ class Responses(OpenAI):
             fields["text"] = {"format": {"type": "json_schema", "name": "n", "schema": ask.schema}}
         if ask.thinks is not None:
             fields["reasoning"] = {"effort": "high" if ask.thinks else "none"}
-        return {"model": NAME, "input": items, **fields}
+        return {"model": ask.model, "input": items, **fields}
 
     def ask(self, url: str, ask: Ask, *, stream: bool = False) -> Answer:
         with self.client(url) as client:

@@ -9,12 +9,15 @@ const BUDGETS = ["auto", 1, 4, 8, 16, 32, 64, 128, 256];
 const SHADES = 6;
 const byId = (id) => document.getElementById(id);
 const [log, form, prompt, send, stop] = ["log", "form", "prompt", "send", "stop"].map(byId);
-const SETTINGS = ["budget", "temperature", "length", "seed", "system", "compare", "markdown"];
+const SETTINGS = [
+  "models", "budget", "temperature", "length", "seed", "system", "compare", "markdown",
+];
 const STORED = "treeflash";
 const STORE_AFTER_MS = 1000; // how much of an answer a crash may cost
 const messages = []; // each with a turn of the log
 const nextImages = new NextImages(byId("images"), tell);
-let takesImages = false; // whether the model does
+let models = []; // what the server tells of each
+let takesImages = false; // whether the chosen model does
 let shown = null; // the answer whose iterations can be chosen
 let request = null;
 let comparison = null; // the request of the plain answer
@@ -245,6 +248,7 @@ function restore() {
 function body(conversation, extra) {
   const system = byId("system").value.trim();
   return {
+    model: byId("models").value,
     messages: [
       ...(system ? [{ role: "system", content: system }] : []),
       ...conversation.map(({ role, content }) => ({ role, content })),
@@ -518,6 +522,7 @@ for (const id of ["budget", "temperature", "length"]) byId(id).addEventListener(
 for (const id of SETTINGS) byId(id).addEventListener("change", store);
 addEventListener("pagehide", () => storing && store());
 byId("markdown").addEventListener("change", showMarkdown);
+byId("models").addEventListener("change", chooseModel);
 byId("key-form").addEventListener("submit", async (event) => {
   event.preventDefault();
   if (!(await nameModel())) return;
@@ -526,14 +531,18 @@ byId("key-form").addEventListener("submit", async (event) => {
   prompt.focus();
 });
 
-/** Show the name of the model, or why there is none; returns whether the server accepts the key. */
+/** Show the models, or why there are none; returns whether the server accepts the key. */
 async function nameModel() {
   const key = byId("key").value;
   try {
-    const [model] = (await (await fetchPath("v1/models", key)).json()).data;
-    byId("model").textContent = model.id;
-    takesImages = model.input_modalities.includes("image");
-    byId("add-image").hidden = !takesImages;
+    models = (await (await fetchPath("v1/models", key)).json()).data;
+    const [choice, names] = [byId("models"), models.map(({ id }) => id)];
+    const last = kept().settings?.models;
+    choice.replaceChildren(...names.map((name) => new Option(name)));
+    if (names.includes(last)) choice.value = last;
+    choice.hidden = names.length === 1;
+    byId("model").textContent = names.length === 1 ? names[0] : "";
+    chooseModel();
     return true;
   } catch (error) {
     const refused = error.status === 401;
@@ -542,6 +551,13 @@ async function nameModel() {
     byId("model").textContent = refused ? reason : error.message;
     return false;
   }
+}
+
+/** Obey the choice of a model, which the next message is for. */
+function chooseModel() {
+  const model = models.find(({ id }) => id === byId("models").value);
+  takesImages = model.input_modalities.includes("image");
+  byId("add-image").hidden = !takesImages;
 }
 
 function showMarkdown() {

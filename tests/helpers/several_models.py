@@ -1,0 +1,91 @@
+"""Three tiny models behind one address, whose loads a test can count, hold and let fail."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from byte_tokens import SPECIAL, save_tokenizer
+from scripted_model import reference_model
+from servers import MAX_POSITIONS, PATIENCE
+
+from treeflash.language_model import LanguageModel, load
+from treeflash.serving.models import ModelPool, ModelSpec
+from treeflash.serving.settings import Settings
+from treeflash.testing.models import write_drafter, write_target
+
+NAMES = ("One", "two", "org/three")
+BUNDLED = "SmolLM2"
+"""The name of the default pair, in servers that have it too."""
+
+
+def write_pairs(folder: Path) -> dict[str, tuple[Path, Path]]:
+    """Write random pairs of different weights and lengths; returns their folders by name."""
+    found = {}
+    for i, name in enumerate(NAMES):
+        target, drafter = folder / str(i) / "target", folder / str(i) / "drafter"
+        length, vocabulary = MAX_POSITIONS - i, len(SPECIAL) + 256
+        write_target(target, "llama", seed=20 + i, vocab_size=vocabulary, max_positions=length)
+        save_tokenizer(target)
+        write_drafter(drafter, target, seed=30 + i)
+        found[name] = target, drafter
+    return found
+
+
+def load_alone(name: str, pairs: dict[str, tuple[Path, Path]]) -> LanguageModel:
+    """Load one of the models, or the default pair."""
+    return load(backend="cuda", threads=1) if name == BUNDLED else reference_model(*pairs[name])
+
+
+@dataclass
+class Loads:
+    """Loads the models of a server as its tests want it.
+
+    Attributes:
+        capacity: how many models the memory holds; a further load fails for want of memory.
+        counts: how often each model was loaded.
+        errors: what the next loads of a model raise.
+        gates: what the loads of a model wait for.
+    """
+
+    pairs: dict[str, tuple[Path, Path]]
+    capacity: int | None = None
+    counts: Counter[str] = field(default_factory=Counter)
+    errors: dict[str, list[BaseException]] = field(default_factory=dict)
+    gates: dict[str, threading.Event] = field(default_factory=dict)
+    begun: Counter[str] = field(default_factory=Counter)
+    alive: list[weakref.ref] = field(default_factory=list)
+
+    def load(self, name: str) -> LanguageModel:
+        self.begun[name] += 1
+        if name in self.gates:
+            assert self.gates[name].wait(PATIENCE)
+        if self.errors.get(name):
+            raise self.errors[name].pop(0)
+        if self.capacity is not None and self.living() >= self.capacity:
+            raise MemoryError("out of memory")
+        model = load_alone(name, self.pairs)
+        self.alive.append(weakref.ref(model.backend))
+        self.counts[name] += 1
+        return model
+
+    def living(self) -> int:
+        return sum(backend() is not None for backend in self.alive)
+
+
+def make_pool(pairs, loads, **settings) -> ModelPool:
+    limits = Settings(**settings)
+    specs = [
+        ModelSpec(
+            names=(name,),
+            load=lambda name=name: loads.load(name),
+            settings=limits,
+            defaults={},
+            folder=target,
+        )
+        for name, (target, _) in pairs.items()
+    ]
+    return ModelPool(specs, limits)
