@@ -15,14 +15,16 @@ adds them. What differs between families is in `DecoderFacts`, and what computes
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from treeflash_cuda.decoder_facts import DecoderFacts
 from treeflash_cuda.decoder_operations import Attention, DecoderOperations, Rotation
-from treeflash_cuda.low_bit_linear import LowBitLinear
+from treeflash_cuda.low_bit_linear import LowBitEmbedding, LowBitLinear
+
+Table: TypeAlias = nn.Embedding | LowBitEmbedding
 
 
 class Weights(Protocol):
@@ -31,11 +33,11 @@ class Weights(Protocol):
     def read(self, name: str, *shape: int) -> Tensor:
         """Return the tensor with a name, which must have this shape."""
 
-    def table(self, name: str, *shape: int) -> nn.Module:
-        """Return the input table: (..., hidden_size) rows of (...) tokens."""
+    def table(self, name: str, rows: int, size: int) -> Table:
+        """Return the input table: (..., size) rows of (...) tokens."""
 
     def head(
-        self, name: str, table: nn.Module | None, *shape: int
+        self, name: str, table: Table | None, rows: int, size: int
     ) -> tuple[nn.Module, Tensor | LowBitLinear]:
         """Return the output head, and the weight that tokens have rows of.
 

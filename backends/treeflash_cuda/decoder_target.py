@@ -164,5 +164,4 @@ def rounded(bits: int, weights: Sequence[Tensor], biases: Sequence[Tensor | None
     weight = concatenate(weights)
     if weight.shape[1] % GROUP:
         return layer
-    bias: Tensor | None = layer.bias
-    return round_linear(weight, bias, bits)
+    return round_linear(weight, getattr(layer, "bias", None), bits)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from treeflash.drafters.folder import FLOATS, StoredTensor, stored_tensors
 from treeflash.errors import CheckpointError
 from treeflash.low_bits import StoredWeight
+from treeflash_cuda.decoder import Table
 from treeflash_cuda.decoder_operations import DecoderOperations
 from treeflash_cuda.low_bit_linear import LowBitEmbedding, LowBitLinear
 
 EMBEDDINGS = "model.embed_tokens"
+Packed = TypeVar("Packed", bound=LowBitLinear)
 
 
 class Checkpoint:
@@ -69,7 +71,7 @@ class Checkpoint:
             raise CheckpointError(f"{stored.path} is damaged: {error}") from error
         return tensor
 
-    def module(self, name: str, kind: type[LowBitLinear], dtype: torch.dtype) -> LowBitLinear:
+    def module(self, name: str, kind: type[Packed], dtype: torch.dtype) -> Packed:
         """Map the module with a name, whose weights are packed."""
         stored = self.packed[name]
         with torch.device("meta"):
@@ -106,21 +108,26 @@ class DecoderWeights:
             return self.checkpoint.read(name, shape).to(self.dtype, copy=True)
         stored = self.checkpoint.packed[whole]
         first, part = 0, module.rpartition(".")[2]
-        for other, rows in stored.parts.items():
+        for other, count in stored.parts.items():
             if other == part:
                 break
-            first += rows
+            first += count
         rows = torch.arange(first, first + shape[0])
         layer = self.checkpoint.module(whole, LowBitLinear, self.dtype)
-        return layer.rows(rows) if own == "weight" else layer.bias[rows]
+        if own == "weight":
+            return layer.rows(rows)
+        assert layer.bias is not None
+        return layer.bias[rows]
 
-    def table(self, name: str, *shape: int) -> nn.Module:
-        """Return the input table: (..., hidden_size) rows of (...) tokens."""
+    def table(self, name: str, rows: int, size: int) -> Table:
+        """Return the input table: (..., size) rows of (...) tokens."""
         if self._is_packed(name):
             return self.checkpoint.module(name, LowBitEmbedding, self.dtype)
-        return nn.Embedding(*shape, _weight=self.read(f"{name}.weight", *shape), _freeze=True)
+        return nn.Embedding.from_pretrained(self.read(f"{name}.weight", rows, size))
 
-    def head(self, name: str, table: nn.Module | None, *shape: int) -> tuple[nn.Module, Any]:
+    def head(
+        self, name: str, table: Table | None, rows: int, size: int
+    ) -> tuple[nn.Module, Tensor | LowBitLinear]:
         """Return the output head, and the weight that tokens have rows of.
 
         `table` is the input table if its weight is the head's.
@@ -131,7 +138,7 @@ class DecoderWeights:
         if table is None and self._is_packed(name):
             packed = self.checkpoint.module(name, LowBitLinear, self.dtype)
             return packed, packed
-        weight = self.read(f"{name}.weight", *shape) if table is None else table.weight.data
+        weight = self.read(f"{name}.weight", rows, size) if table is None else table.weight.data
         return self.operations.linear([weight], [None]), weight
 
     def linear(self, place: str, size: int, **outputs: int) -> nn.Module:
