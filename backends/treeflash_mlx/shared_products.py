@@ -30,7 +30,6 @@ from treeflash_mlx.metal_kernels.products import (
     Shape,
     by_shape,
     multiply_plainly,
-    random_inputs,
 )
 
 LEAST_ROWS = 512
@@ -62,7 +61,7 @@ def multiply_shared(module: Module, x: mx.array, share: float) -> mx.array:
         options = module.group_size, module.bits
         weight = mx.dequantize(weight, module.scales, module.biases, *options)
     cut = gpu_rows(len(rows), share)
-    parts = rows[:cut] @ weight.T, mx.matmul(rows[cut:], weight.T, stream=mx.cpu)
+    parts = [rows[:cut] @ weight.T, mx.matmul(rows[cut:], weight.T, stream=mx.cpu)]
     return mx.concatenate(parts).reshape(*x.shape[:-1], -1)
 
 
@@ -75,16 +74,18 @@ def choose_shares(layers: Layers) -> None:
     """Let the CPU multiply some rows of long prompts in layers where that is faster."""
     if not runs_kernels():
         return
-    for modules in layers.values():
-        if (share := fastest(modules[:TIMED_LAYERS])) is not None:
+    for shape, modules in layers.items():
+        if (share := fastest(modules[:TIMED_LAYERS], shape)) is not None:
             for module in modules:
                 _use_share(module, share)
 
 
-def fastest(layers: Sequence[Module]) -> float | None:
+def fastest(layers: Sequence[Module], shape: Shape) -> float | None:
     """Return the fastest share for layers of one shape; None if the GPU alone is faster."""
-    first = layers[0]
-    x = random_inputs(first, TIMED_ROWS)
+    first, ((outputs, width), bits, group, dtype) = layers[0], shape
+    if isinstance(first, Quantised):
+        width = first.scales.shape[1] * group
+    x = mx.random.normal((TIMED_ROWS, width), key=mx.random.key(0)).astype(dtype)
     names = {f"{share:.0%} of the rows on the CPU": share for share in SHARES}
 
     def candidate(product: Callable[[Module, mx.array], mx.array]) -> Callable[..., mx.array]:
@@ -97,8 +98,6 @@ def fastest(layers: Sequence[Module]) -> float | None:
         found = multiply_shared(first, x, names[name])
         return {"": relative_error(found, multiply_plainly(first, x))}
 
-    bits = first.bits if isinstance(first, Quantised) else 16
-    outputs, width = first.weight.shape[0], x.shape[1]
     winner = choose(
         "products of long prompts",
         f"{outputs} x {width} in {bits} bits",
@@ -109,7 +108,7 @@ def fastest(layers: Sequence[Module]) -> float | None:
         candidate(multiply_plainly),
         x,
         LONG_BYTES,  # few calls: each takes milliseconds
-        key=(outputs, width, bits, str(x.dtype)),
+        key=shape,
     )
     return None if winner is None else names[winner]
 

@@ -294,7 +294,7 @@ def use_everywhere(model: nn.Module) -> None:
     for shape, modules in by_shape(model).items():
         (outputs, _), bits, _, dtype = shape
         first = modules[0]
-        x = random_inputs(first, 8 * MAX_COLUMNS + 1)
+        x = _inputs(first, 8 * MAX_COLUMNS + 1)
 
         def errors(_: str, first: Module = first, x: mx.array = x) -> dict[str, float]:
             found = multiply(first, x, EXACT_GEOMETRY)
@@ -317,7 +317,7 @@ def by_shape(*models: nn.Module | None) -> dict[Shape, list[Module]]:
     return {shape: list(modules.values()) for shape, modules in found.items()}
 
 
-def random_inputs(module: Module, rows: int) -> mx.array:
+def _inputs(module: Module, rows: int) -> mx.array:
     """Return random inputs of a module that the kernel can multiply by."""
     shape = shape_of(module)
     assert shape is not None
@@ -332,7 +332,7 @@ def fastest(layers: Sequence[Module], rows: int) -> Geometry | None:
     first, shape = layers[0], shape_of(layers[0])
     assert shape is not None
     (outputs, _), bits, _, _ = shape
-    x = random_inputs(first, rows)
+    x = _inputs(first, rows)
     candidates = {str(each): each for each in geometries(outputs, rows)}
 
     def candidate(product: Callable[[Module, mx.array], mx.array]) -> Callable[..., mx.array]:
