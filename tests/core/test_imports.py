@@ -22,7 +22,7 @@ from treeflash.command import COMMANDS
 LAYERS = [
     {"errors", "interruption", "processors"},
     {"option"},
-    {"config"},
+    {"config", "low_bits"},
     {"drafters"},
     {"decoding"},
     {"hub"},
@@ -41,6 +41,7 @@ FOR_BACKENDS = {
     "errors",
     "config",
     "processors",
+    "low_bits",
     "drafters",
     *(f"decoding.{name}" for name in ("interfaces", "backend_base", "tree", "transitions")),
     *(f"decoding.{name}" for name in ("sampling", "hybrid", "families", "session")),

@@ -1,0 +1,99 @@
+"""Weights of few bits: GGUF's types as integers and scales, and the order of packed weights."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from gguf import GGML_QUANT_SIZES
+from gguf.quants import dequantize
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from treeflash.low_bits import GROUP, TYPES, LowBitWeight, join, low_bits, round_weight
+
+ROWS = 3
+
+
+def finite(data: np.ndarray, kind) -> np.ndarray:
+    """Whether the scales of each row are finite."""
+    with np.errstate(invalid="ignore"):
+        return np.isfinite(dequantize(data, kind)).all(1)
+
+
+def stored_blocks(kind, blocks: int) -> st.SearchStrategy[np.ndarray]:
+    """Any bytes of rows of a type, except scales that are not finite."""
+    _, nbytes = GGML_QUANT_SIZES[kind]
+    rows = arrays(np.uint8, (ROWS, blocks * nbytes))
+    return rows.filter(lambda data: bool(finite(data, kind).all()))
+
+
+@pytest.mark.parametrize("kind", TYPES, ids=lambda kind: kind.name)
+@given(data=st.data())
+def test_numbers_have_the_values_that_gguf_dequantises(kind, data):
+    stored = data.draw(stored_blocks(kind, blocks=2))
+    expected = dequantize(stored, kind)
+    weight = low_bits(stored, kind, expected.shape)
+    assert weight.numbers.max() < 1 << weight.bits
+    np.testing.assert_array_equal(weight.dequantised().view(np.uint32), expected.view(np.uint32))
+
+
+@pytest.mark.parametrize("kind", TYPES, ids=lambda kind: kind.name)
+def test_random_weights_of_every_type(kind):
+    """Random bytes reach every bit of a number, which few examples of a strategy do."""
+    _, nbytes = GGML_QUANT_SIZES[kind]
+    stored = np.random.default_rng(0).integers(0, 256, (64, 2 * nbytes), np.uint8)
+    stored = stored[finite(stored, kind)]
+    assert len(stored) > 16
+    expected = dequantize(stored, kind)
+    actual = low_bits(stored, kind, expected.shape).dequantised()
+    np.testing.assert_array_equal(actual.view("u4"), expected.view("u4"))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("rows", [16, 21])
+def test_packed_numbers_lie_by_block_group_and_line(bits, rows):
+    rng, size = np.random.default_rng(rows), 3 * GROUP
+    numbers = rng.integers(0, 1 << bits, (rows, size), np.uint8)
+    scales, least = rng.standard_normal((2, rows, 3)).astype(np.float16)
+    packed = LowBitWeight(numbers, scales, least, bits).pack()
+    assert packed.numbers.shape == (-(-rows // 16), 3, bits, 64)
+    for row in range(rows):
+        block, column = divmod(row, 16)
+        for place in range(size):
+            group, rest = divmod(place, GROUP)
+            line, byte = divmod(rest, 4)
+            if bits == 4:
+                half, line = line % 2, line // 2
+                stored = packed.numbers[block, group, line, 4 * column + byte] >> 4 * half & 15
+            else:
+                stored = packed.numbers[block, group, line, 4 * column + byte]
+            assert stored == numbers[row, place]
+        np.testing.assert_array_equal(packed.scales[block, :, column], scales[row])
+        np.testing.assert_array_equal(packed.least[block, :, column], least[row])
+    assert not packed.scales[-1, :, (rows - 1) % 16 + 1 :].any()
+
+
+def test_weights_of_one_format_are_joined():
+    rng = np.random.default_rng(0)
+    first, second = (
+        round_weight(rng.standard_normal((n, 64), dtype=np.float32), 4) for n in (4, 2)
+    )
+    other = round_weight(rng.standard_normal((4, 64), dtype=np.float32), 8)
+    both = join([first, second])
+    assert both is not None
+    np.testing.assert_array_equal(
+        both.dequantised(), np.concatenate([first.dequantised(), second.dequantised()])
+    )
+    order = np.array([3, 1, 0, 2])
+    np.testing.assert_array_equal(first.take(order).dequantised(), first.dequantised()[order])
+    assert join([first, other]) is None
+
+
+@pytest.mark.parametrize(("bits", "steps"), [(4, 15), (8, 254)])
+def test_rounding_errs_by_half_a_step_at_most(bits, steps):
+    weight = np.random.default_rng(0).standard_normal((8, 64), dtype=np.float32)
+    error = np.abs(round_weight(weight, bits).dequantised() - weight).reshape(8, -1, GROUP)
+    groups = weight.reshape(8, -1, GROUP)
+    span = np.ptp(groups, axis=2) if bits == 4 else 2 * np.abs(groups).max(2)
+    assert (error.max(2) <= span / steps * 0.55).all()

@@ -1,0 +1,254 @@
+"""Weights as integers of 4 or 8 bits in groups: what GGUF's types store, and how a CPU reads it.
+
+A weight of a linear layer has a row for each output. 32 consecutive numbers of a row are a group
+with a scale, or two, of 16 numbers each, and perhaps with a least number:
+
+    weight = number * scale + least      without a sign, 0 to 15 or 0 to 255
+    weight = (number - half) * scale     with a sign: half is 8 or 128
+
+No weight changes: a `LowBitWeight` has bit for bit the values that the package gguf dequantises.
+Numbers of 5 and 6 bits, and the entries of IQ4's table, are stored in 8 bits.
+
+`pack` puts what is multiplied at once together in memory. 16 rows are a block. A block has the
+lines of one group after the other: 64 bytes with 4 consecutive numbers of each row. A byte of 4
+bits has the numbers of two lines: the lower bits are of the first one. The last block is filled up
+with zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import quantize
+from numpy.typing import NDArray
+
+GROUP = 32
+"""Numbers of a group; a row has a multiple of them."""
+BLOCK = 16
+"""Rows of a block."""
+LINE = 4
+"""Numbers of a row in a line."""
+BYTES = 256
+"""Numbers of a block of llama.cpp's K types."""
+IQ4_TABLE = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+
+Numbers: TypeAlias = NDArray[np.uint8]
+Scales: TypeAlias = NDArray[np.floating[Any]]
+Parts: TypeAlias = tuple[Numbers, Scales, Scales | None]
+"""Numbers, scales and least numbers of the blocks of a type, each in the order of the weights."""
+
+
+class LowBitFormat(NamedTuple):
+    """What a kernel has to know of a weight besides its size."""
+
+    bits: int  # bits of a stored number: 4 or 8
+    scales: int  # scales of a group: 1 or 2
+    has_least: bool  # whether a group has a least number; otherwise numbers have a sign
+    wide: bool  # whether scales and least numbers are float32, not float16
+
+    @property
+    def half(self) -> int:
+        """What is subtracted from a stored number."""
+        return 0 if self.has_least else 1 << (self.bits - 1)
+
+    @property
+    def lines(self) -> int:
+        """Number of lines of a group."""
+        return self.bits
+
+    @property
+    def scale_dtype(self) -> str:
+        """The data type of scales and least numbers."""
+        return "float32" if self.wide else "float16"
+
+
+class PackedWeight(NamedTuple):
+    """A weight in the order that kernels read it."""
+
+    numbers: Numbers  # (blocks, groups, lines, 16 * 4)
+    scales: Scales  # (blocks, groups * scales of a group, 16)
+    least: Scales | None  # (blocks, groups, 16)
+
+
+class LowBitWeight(NamedTuple):
+    """The (rows, size) weight of a linear layer."""
+
+    numbers: Numbers  # (rows, size) as they are stored
+    scales: Scales  # (rows, groups * scales of a group) float16 or float32
+    least: Scales | None  # (rows, groups); None if numbers have a sign
+    bits: int
+
+    @property
+    def format(self) -> LowBitFormat:
+        """What a kernel has to know of it."""
+        scales = self.scales.shape[1] * GROUP // self.numbers.shape[1]
+        wide = self.scales.dtype == np.float32
+        return LowBitFormat(self.bits, scales, self.least is not None, wide)
+
+    def dequantised(self) -> NDArray[np.float32]:
+        """Return the weight in float32."""
+        rows, size = self.numbers.shape
+        scales = self.scales.astype(np.float32)[..., None]
+        numbers = self.numbers.astype(np.float32).reshape(*self.scales.shape, -1)
+        values: NDArray[np.float32] = (numbers - np.float32(self.format.half)) * scales
+        if self.least is not None:
+            values += self.least.astype(np.float32)[..., None]
+        return values.reshape(rows, size)
+
+    def take(self, rows: NDArray[np.integer[Any]]) -> LowBitWeight:
+        """Return the weight with its rows in another order."""
+        least = None if self.least is None else self.least[rows]
+        return LowBitWeight(self.numbers[rows], self.scales[rows], least, self.bits)
+
+    def pack(self) -> PackedWeight:
+        """Return the weight in the order of blocks, groups and lines."""
+        rows, size = self.numbers.shape
+        missing, groups = -rows % BLOCK, size // GROUP
+        numbers = np.pad(self.numbers, ((0, missing), (0, 0)))
+        lines = numbers.reshape(-1, BLOCK, groups, GROUP // LINE, LINE).transpose(0, 2, 3, 1, 4)
+        if self.bits == 4:
+            lines = lines[:, :, 0::2] | lines[:, :, 1::2] << 4
+        packed = np.ascontiguousarray(lines).reshape(*lines.shape[:3], BLOCK * LINE)
+        least = None if self.least is None else _by_block(self.least, missing)
+        return PackedWeight(packed, _by_block(self.scales, missing), least)
+
+
+def join(weights: list[LowBitWeight]) -> LowBitWeight | None:
+    """Return one weight with the rows of all, None if their formats differ."""
+    if len({weight.format for weight in weights}) > 1:
+        return None
+    numbers, scales, least, bits = zip(*weights, strict=True)
+    lows = None if least[0] is None else np.concatenate(least)
+    return LowBitWeight(np.concatenate(numbers), np.concatenate(scales), lows, bits[0])
+
+
+def low_bits(data: NDArray[np.uint8], kind: GGMLQuantizationType, shape: tuple[int, int]) -> Any:
+    """Return the `LowBitWeight` of a GGUF tensor; None for types and sizes that are not packed."""
+    rows, size = shape
+    if kind not in TYPES or size % GROUP:
+        return None
+    bits, read = TYPES[kind]
+    _, nbytes = GGML_QUANT_SIZES[kind]
+    numbers, scales, least = read(np.asarray(data).reshape(-1, nbytes))
+    return LowBitWeight(
+        numbers.reshape(shape),
+        scales.reshape(rows, -1),
+        None if least is None else least.reshape(rows, -1),
+        bits,
+    )
+
+
+def round_weight(weight: NDArray[np.float32], bits: int) -> LowBitWeight:
+    """Round a weight as GGUF's Q4_1 or Q8_0 does."""
+    kind = {4: GGMLQuantizationType.Q4_1, 8: GGMLQuantizationType.Q8_0}[bits]
+    rounded: LowBitWeight = low_bits(quantize(weight, kind), kind, weight.shape)  # type: ignore[arg-type]
+    return rounded
+
+
+def _by_block(scales: Scales, missing: int) -> Scales:
+    """Return (blocks, scales of a row, 16) from (rows, scales of a row)."""
+    filled = np.pad(scales, ((0, missing), (0, 0)))
+    return np.ascontiguousarray(filled.reshape(-1, BLOCK, scales.shape[1]).transpose(0, 2, 1))
+
+
+# Each function below reads the (n, bytes) blocks of types; see `Parts`.
+
+
+def _float16(blocks: Numbers, first: int) -> NDArray[np.float16]:
+    """Return the (n, 1) float16 at a byte of each block."""
+    return np.ascontiguousarray(blocks[:, first : first + 2]).view(np.float16)
+
+
+def _halves(codes: Numbers) -> Numbers:
+    """Return the lower halves of bytes, and then the upper ones."""
+    return np.concatenate([codes & 15, codes >> 4], -1)
+
+
+def _q4(blocks: Numbers, has_least: bool) -> Parts:
+    first = 4 if has_least else 2
+    least = _float16(blocks, 2) if has_least else None
+    return _halves(blocks[:, first:]), _float16(blocks, 0), least
+
+
+def _q5(blocks: Numbers, has_least: bool) -> Parts:
+    first = 4 if has_least else 2
+    high = np.unpackbits(blocks[:, first : first + 4], axis=1, bitorder="little")
+    numbers = _halves(blocks[:, first + 4 :]) | high << 4
+    if has_least:
+        return numbers, _float16(blocks, 0), _float16(blocks, 2)
+    return numbers + np.uint8(128 - 16), _float16(blocks, 0), None
+
+
+def _q8(blocks: Numbers) -> Parts:
+    return blocks[:, 2:] ^ np.uint8(128), _float16(blocks, 0), None
+
+
+def _k_scales(blocks: Numbers) -> tuple[Scales, Scales]:
+    """Return the (n, 8) scales and least numbers of Q4_K and Q5_K, which have 6 bits each."""
+    low, middle, high = (blocks[:, first : first + 4] for first in (4, 8, 12))
+    scales = np.concatenate([low & 63, (high & 15) | (low >> 2 & 48)], 1)
+    least = np.concatenate([middle & 63, (high >> 4) | (middle >> 2 & 48)], 1)
+    whole, lowest = (_float16(blocks, first).astype(np.float32) for first in (0, 2))
+    return whole * scales, -(lowest * least)
+
+
+def _k_numbers(blocks: Numbers) -> Numbers:
+    """Return the (n, 8, 32) lower 4 bits of Q4_K and Q5_K, at the end of a block."""
+    codes = blocks[:, -BYTES // 2 :].reshape(-1, 4, GROUP)
+    return np.stack([codes & 15, codes >> 4], 2).reshape(-1, 8, GROUP)
+
+
+def _q4_k(blocks: Numbers) -> Parts:
+    return _k_numbers(blocks), *_k_scales(blocks)
+
+
+def _q5_k(blocks: Numbers) -> Parts:
+    high = np.stack([blocks[:, 16:48] >> bit & 1 for bit in range(8)], 1)
+    return _k_numbers(blocks) | high << 4, *_k_scales(blocks)
+
+
+def _q6_k(blocks: Numbers) -> Parts:
+    low, high = blocks[:, :128].reshape(-1, 2, 2, 32), blocks[:, 128:192].reshape(-1, 2, 32)
+    quarters = [
+        (low[:, :, part % 2] >> 4 * (part // 2) & 15) | (high >> 2 * part & 3) << 4
+        for part in range(4)
+    ]
+    factors = np.ascontiguousarray(blocks[:, 192:208]).view(np.int8)
+    scales = _float16(blocks, 208).astype(np.float32) * factors
+    return np.stack(quarters, 2) + np.uint8(128 - 32), scales, None
+
+
+def _from_table(codes: Numbers) -> Numbers:
+    """Return the numbers of IQ4's table for 4 bits each."""
+    return (np.array(IQ4_TABLE) + 128).astype(np.uint8)[codes]
+
+
+def _iq4_nl(blocks: Numbers) -> Parts:
+    return _from_table(_halves(blocks[:, 2:])), _float16(blocks, 0), None
+
+
+def _iq4_xs(blocks: Numbers) -> Parts:
+    high = np.ascontiguousarray(blocks[:, 2:4]).view("<u2") >> np.arange(0, 16, 2)
+    low = np.stack([blocks[:, 4:8] & 15, blocks[:, 4:8] >> 4], 2).reshape(-1, 8)
+    factors = (low | (high & 3) << 4).astype(np.int8) - np.int8(32)
+    scales = _float16(blocks, 0).astype(np.float32) * factors
+    return _from_table(_halves(blocks[:, 8:].reshape(-1, 8, 16))), scales, None
+
+
+_Type = GGMLQuantizationType
+TYPES: Mapping[GGMLQuantizationType, tuple[int, Callable[[Numbers], Parts]]] = {
+    _Type.Q4_0: (4, lambda blocks: _q4(blocks, has_least=False)),
+    _Type.Q4_1: (4, lambda blocks: _q4(blocks, has_least=True)),
+    _Type.Q5_0: (8, lambda blocks: _q5(blocks, has_least=False)),
+    _Type.Q5_1: (8, lambda blocks: _q5(blocks, has_least=True)),
+    _Type.Q8_0: (8, _q8),
+    _Type.Q4_K: (4, _q4_k),
+    _Type.Q5_K: (8, _q5_k),
+    _Type.Q6_K: (8, _q6_k),
+    _Type.IQ4_NL: (8, _iq4_nl),
+    _Type.IQ4_XS: (8, _iq4_xs),
+}
+"""Bits of a stored number, and the function that reads blocks, by GGUF's type."""
