@@ -374,6 +374,16 @@ class LoadConfig:
         rule="the folder of a LoRA adapter",
         metavar="FOLDER",
     )
+    bits: int | None = option(
+        None,
+        "4 and 8 round the target's weights to N bits, which makes it another model; 16 "
+        "dequantises a GGUF file's weights to bfloat16 (cuda on a CPU)",
+        shown="the bits of a GGUF file on a CPU, else those of the checkpoint",
+        metavar="auto|4|8|16",
+        parse=number_or({AUTO: None}, "bits"),
+        accepts=lambda bits: bits in (None, 4, 8, 16),
+        rule="auto (None), 4, 8 or 16",
+    )
     draft_bits: int | None = option(
         None,
         "quantise the drafter to N bits; 16 leaves it unquantised (mlx; cuda on a GPU: 4 or 8)",

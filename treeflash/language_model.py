@@ -29,11 +29,18 @@ from treeflash.errors import (
     first_line,
 )
 from treeflash.hub.identity import pair_identity
-from treeflash.hub.models import choose_drafter, other_base, resolve_drafter, resolve_target
+from treeflash.hub.models import (
+    choose_drafter,
+    is_converted,
+    other_base,
+    resolve_drafter,
+    resolve_target,
+)
 from treeflash.hub.published import drafter_training, model_name, published_drafter
 from treeflash.hub.sizes import refuse_pair
 from treeflash.option import is_whole, options_of
 from treeflash.registry import (
+    bits_refusal,
     check_config,
     default_backend,
     fall_back_to_cpu,
@@ -455,7 +462,12 @@ def locate(
     if not config.force and (limit := memory_limit(load_pair)) is not None:
         known = published_drafter(name) if drafter in (None, AUTO) else drafter
         refuse_pair(name, str(known) if known else None, limit)
-    target_folder = resolve_target(name)
+    refusal = bits_refusal(load_pair, config)
+    target_folder = resolve_target(name, packed=refusal is None and config.bits is None)
+    if refusal and is_converted(target_folder):
+        logging.getLogger(__name__).warning(
+            "the weights of %s take 16 bits, because %s", model_name(target_folder), refusal
+        )
     target_config = read_config(target_folder)
     if DRAFTER_SETTINGS & target_config.keys():
         raise CheckpointError(

@@ -18,6 +18,7 @@ with zeros.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -33,6 +34,8 @@ LINE = 4
 """Numbers of a row in a line."""
 BYTES = 256
 """Numbers of a block of llama.cpp's K types."""
+METHOD = "treeflash"
+"""The `quant_method` of folders with packed weights."""
 IQ4_TABLE = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
 Numbers: TypeAlias = NDArray[np.uint8]
@@ -116,6 +119,52 @@ class LowBitWeight(NamedTuple):
         return PackedWeight(packed, _by_block(self.scales, missing), least)
 
 
+@dataclass(frozen=True, kw_only=True)
+class StoredWeight:
+    """What the configuration of a folder says of a module with packed weights.
+
+    Several layers with the same input may be one module, with their rows one after the other.
+    """
+
+    name: str  # the format's name in messages
+    format: LowBitFormat
+    shape: tuple[int, int]  # (rows, size)
+    bias: bool = False
+    # Numbers of rows by the names of the layers that are one module; empty for one layer.
+    parts: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Data types and shapes of the tensors of a `PackedWeight`, by name."""
+        (rows, size), kind = self.shape, self.format
+        blocks, groups = -(-rows // BLOCK), size // GROUP
+        numbers = blocks, groups, kind.lines, BLOCK * LINE
+        found = {
+            "numbers": ("uint8", numbers),
+            "scales": (kind.scale_dtype, (blocks, groups * kind.scales, BLOCK)),
+        }
+        if kind.has_least:
+            found["least"] = kind.scale_dtype, (blocks, groups, BLOCK)
+        return found
+
+    def document(self) -> dict[str, Any]:
+        """Return the form that `of` reads."""
+        return asdict(self) | {"format": self.format._asdict(), "shape": list(self.shape)}
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> dict[str, StoredWeight]:
+        """Read the modules of a folder's `quantization_config`; none if another method made it."""
+        if settings.get("quant_method") != METHOD:
+            return {}
+        return {
+            module: cls(
+                **stored
+                | {"format": LowBitFormat(**stored["format"]), "shape": tuple(stored["shape"])}
+            )
+            for module, stored in settings["modules"].items()
+        }
+
+
 def join(weights: list[LowBitWeight]) -> LowBitWeight | None:
     """Return one weight with the rows of all, None if their formats differ."""
     if len({weight.format for weight in weights}) > 1:
@@ -125,7 +174,9 @@ def join(weights: list[LowBitWeight]) -> LowBitWeight | None:
     return LowBitWeight(np.concatenate(numbers), np.concatenate(scales), lows, bits[0])
 
 
-def low_bits(data: NDArray[np.uint8], kind: GGMLQuantizationType, shape: tuple[int, int]) -> Any:
+def low_bits(
+    data: NDArray[Any], kind: GGMLQuantizationType, shape: tuple[int, ...]
+) -> LowBitWeight | None:
     """Return the `LowBitWeight` of a GGUF tensor; None for types and sizes that are not packed."""
     rows, size = shape
     if kind not in TYPES or size % GROUP:
@@ -144,7 +195,8 @@ def low_bits(data: NDArray[np.uint8], kind: GGMLQuantizationType, shape: tuple[i
 def round_weight(weight: NDArray[np.float32], bits: int) -> LowBitWeight:
     """Round a weight as GGUF's Q4_1 or Q8_0 does."""
     kind = {4: GGMLQuantizationType.Q4_1, 8: GGMLQuantizationType.Q8_0}[bits]
-    rounded: LowBitWeight = low_bits(quantize(weight, kind), kind, weight.shape)  # type: ignore[arg-type]
+    rounded = low_bits(quantize(weight, kind), kind, weight.shape)
+    assert rounded is not None
     return rounded
 
 

@@ -83,6 +83,17 @@ def check_config(load: Loader, config: LoadConfig) -> None:
     _ask(load, "check_config", config)
 
 
+def bits_refusal(load: Loader, config: LoadConfig) -> str | None:
+    """Return why a backend does not keep the bits of a GGUF file's weights; None if it does.
+
+    It is empty where that is no lack: with other settings, or in backends without such weights.
+    """
+    if getattr(inspect.getmodule(load), "bits_refusal", None) is None:
+        return ""
+    refusal: str | None = _ask(load, "bits_refusal", config)
+    return refusal
+
+
 def refuse_drafter(load: Loader, folder: Path, target: Config) -> None:
     """Refuse the drafter of a folder that cannot draft for a target, before it is loaded.
 

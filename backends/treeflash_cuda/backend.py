@@ -45,6 +45,7 @@ from treeflash.errors import (
     UnsupportedModelError,
     is_out_of_memory,
 )
+from treeflash_cuda import low_bit_loading
 from treeflash_cuda.cache import KV_BITS, Arena
 from treeflash_cuda.default_dtype import InexactError, half_dtype
 from treeflash_cuda.device import (
@@ -70,8 +71,10 @@ from treeflash_cuda.linear import (
     has_groups,
     pack_linears,
     quantise_linears,
+    uses_onednn,
     weights_by_format,
 )
+from treeflash_cuda.low_bit_loading import UNPACKED_BITS, is_packed
 from treeflash_cuda.mtp_head import MtpArena, MtpDrafter, MtpHead, MtpModel, ParallelDrafter
 from treeflash_cuda.operations import (
     PYTORCH,
@@ -92,7 +95,7 @@ from treeflash_cuda.parallel import (
 from treeflash_cuda.quantised_weights import BITS
 from treeflash_cuda.row_pass import GRAPH_ROWS, MAX_ROWS, PASS_NAME, RowPass
 from treeflash_cuda.state import State
-from treeflash_cuda.target import CHECKED_TOKENS, Target, own_attention
+from treeflash_cuda.target import CHECKED_TOKENS, Target, own_attention, read_model_config
 from treeflash_cuda.threads import cpu_threads
 from treeflash_cuda.verifier import Verifier
 
@@ -353,6 +356,8 @@ def pass_nbytes(target: Target) -> int:
 def load(target: Path, drafter: Path | None, config: LoadConfig) -> CudaBackend:
     check_config(config)
     on_cpu = choose_device(config.device).type == "cpu"
+    if config.bits in BITS or (config.bits is None and is_packed(read_model_config(target))):
+        return load_low_bits(target, drafter, config)
     if config.dtype is not None or not on_cpu or process_count() > 1:
         return load_pair(target, drafter, config)
     try:
@@ -365,6 +370,25 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> CudaBackend:
     if reason is not None:
         warnings.warn(f"running in float32, because {reason}", stacklevel=2)
     return load_pair(target, drafter, config)
+
+
+def load_low_bits(target: Path, drafter: Path | None, config: LoadConfig) -> CudaBackend:
+    """Load a pair whose target has weights of few bits, or dequantise a folder's.
+
+    Raises an UnsupportedModelError if weights shall be rounded, and exact mode is impossible.
+    """
+    if (reason := bits_refusal(config)) is None:
+        dtype = config.dtype or ("bfloat16" if uses_onednn(torch.bfloat16) else "float32")
+        try:
+            return load_pair(target, drafter, replace(config, dtype=dtype, exact=True))
+        except InexactError as error:
+            if config.exact or config.bits is not None:
+                raise
+            reason = str(error)
+    # This is not inside `except`, where the error keeps the first target in memory.
+    if reason:
+        warnings.warn(f"weights of few bits are dequantised, because {reason}", stacklevel=3)
+    return load(target, drafter, replace(config, bits=UNPACKED_BITS))
 
 
 def load_pair(target: Path, drafter: Path | None, config: LoadConfig) -> CudaBackend:
@@ -505,7 +529,7 @@ def pack_drafter(model: Model, head: Head | None, target: Target, bits: int | No
         weight, bias = model.own.lm_head, None
         if weight is None:
             weight, bias = target.lm_head_weight, getattr(target.lm_head, "bias", None)
-        if weight is not None and has_groups(weight):
+        if isinstance(weight, Tensor) and has_groups(weight):
             model.own.quantised_lm_head = QuantisedLinear(product, bits, weight, bias)
     if model.operations is not None:
         fuse_layers(model, model.operations, target.dtype)
@@ -574,11 +598,21 @@ def check_config(config: LoadConfig) -> None:
         raise ConfigError("the cuda backend does not quantise drafters on a CPU; remove draft_bits")
     if config.memory_gb is not None and runs_on_cpu(config):
         raise ConfigError("the cuda backend sets no memory aside on a CPU; remove memory_gb")
+    if config.bits in BITS and (reason := bits_refusal(config)) is not None:
+        reason = reason or "they need exact mode on a CPU, without an adapter"
+        raise ConfigError(f"weights cannot be rounded to {config.bits} bits: {reason}")
     if config.device_map is not None and config.device is not None:
         raise ConfigError("device_map chooses the devices itself; remove device")
     for name, advice in NOT_UNDER_TORCHRUN.items():
         if getattr(config, name) and process_count() > 1:
             raise ConfigError(f"{name} does not work under torchrun; {advice}")
+
+
+def bits_refusal(config: LoadConfig) -> str | None:
+    """Return why a target's weights cannot keep few bits; see `low_bit_loading.bits_refusal`."""
+    return low_bit_loading.bits_refusal(
+        config, on_cpu=runs_on_cpu(config), processes=process_count()
+    )
 
 
 def runs_on_cpu(config: LoadConfig) -> bool:

@@ -19,6 +19,7 @@ from treeflash.drafters.folder import is_quantised
 from treeflash.errors import UnsupportedModelError
 from treeflash_cuda.exact import products_of
 from treeflash_cuda.linear import uses_fbgemm, uses_onednn
+from treeflash_cuda.low_bit_loading import is_packed
 from treeflash_cuda.target import RECURRENT_LAYERS, read_model_config, refuse_stateful
 
 HALF = torch.bfloat16, torch.float16
@@ -40,7 +41,7 @@ def half_dtype(folder: Path, config: LoadConfig) -> str | None:
     model = read_model_config(folder)
     refuse_stateful(model)
     dtype = stored_dtype(model)
-    if dtype not in HALF or is_quantised(model.to_dict()):
+    if dtype not in HALF or (is_quantised(model.to_dict()) and not is_packed(model)):
         return None
     if not (uses_onednn(dtype) or uses_fbgemm(dtype)):
         return None

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from treeflash.drafters.block_model import BlockModel
 from treeflash.drafters.config import DrafterConfig, DrafterShape
 from treeflash_cuda.drafter_operations import OPERATIONS, Float32Module, Rotation
+from treeflash_cuda.low_bit_linear import LowBitLinear
 from treeflash_cuda.operations import Operations
 from treeflash_cuda.target import Target
 
@@ -57,11 +58,11 @@ class OwnVocabulary(nn.Module):
     def from_tensors(cls, tensors: Mapping[str, Tensor], target: Target) -> OwnVocabulary:
         """Take `embed_tokens.weight`, `lm_head.weight` and `d2t` that are not the target's."""
 
-        def weight(name: str, shared: Tensor | None) -> Tensor | None:
+        def weight(name: str, shared: Tensor | LowBitLinear | None) -> Tensor | None:
             if name not in tensors:
                 return None
             tensor = tensors[name].to(target.device, target.dtype)
-            return None if shared is not None and torch.equal(tensor, shared) else tensor
+            return None if isinstance(shared, Tensor) and torch.equal(tensor, shared) else tensor
 
         token_ids = None
         if (offsets := tensors.get("d2t")) is not None:

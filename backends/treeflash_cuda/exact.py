@@ -75,7 +75,14 @@ from treeflash_cuda.attention import (
     evaluate,
 )
 from treeflash_cuda.cache import Columns, KVCache, PackedRows, TreeCache, widen
-from treeflash_cuda.linear import FusedPart, PackedLinear, is_subclass, uses_fbgemm
+from treeflash_cuda.linear import (
+    FusedLinear,
+    FusedPart,
+    PackedLinear,
+    is_subclass,
+    uses_fbgemm,
+)
+from treeflash_cuda.low_bit_linear import LowBitEmbedding, LowBitLinear
 from treeflash_cuda.operations import TOLERANCES, on_its_device
 
 HAS_AVX2_ALONE = torch.backends.cpu.get_cpu_capability() == "AVX2"
@@ -491,7 +498,12 @@ def _missing_rows(count: int, width: int) -> int:
 
 
 def token_rows(model: nn.Module, dtype: torch.dtype) -> int:
-    """Return how many equal rows give a lone token the bits of more rows in the least time."""
+    """Return how many equal rows give a lone token the bits of more rows in the least time.
+
+    Weights of few bits need one; products with other weights are then padded.
+    """
+    if any(isinstance(x, LowBitLinear) for x in model.modules()):
+        return 1
     if uses_fbgemm(dtype):
         return row_multiple(dtype)
     weights = sum(x.numel() * x.itemsize for x in model.parameters())
@@ -516,20 +528,23 @@ def bound_products(
     Raises an UnsupportedModelError if fewer than `LEAST_ROWS` rows have the same bits, or a module
     computes products in another way.
     """
-    most: dict[tuple[int, int], int] = {}
+    most: dict[tuple[tuple[int, int], str], int] = {}  # by shape, and dtype or format
     for owner, name, shape in products_of(model):
         product = getattr(owner, name)
         if isinstance(product, _BoundedProduct):  # fused layers share one, and each of them is met
             continue
-        bounded = _BoundedProduct(product, least, row_multiple(dtype))
-        if shape not in most:
+        # Rows are independent there by construction, and are compared all the same.
+        is_low = isinstance(owner, LowBitLinear)
+        sizes = (1, 1) if is_low else (least, row_multiple(dtype))
+        bounded, kind = _BoundedProduct(product, *sizes), owner.name if is_low else str(dtype)
+        if (shape, kind) not in most:
             affordable = CHECKED_MULTIPLICATIONS // math.prod(shape)
             counts = [n for n in MORE_CHECKED_ROWS if n <= affordable]
             counts = [*CHECKED_ROWS, *counts]
             device = next(model.parameters()).device
             check = partial(_equal_rows, bounded, shape, dtype, device, counts, LEAST_ROWS)
-            most[shape] = passed.find(f"products of {shape} in {dtype}", check)
-        bounded.most = most[shape]
+            most[shape, kind] = passed.find(f"products of {shape} in {kind}", check)
+        bounded.most = most[shape, kind]
         undo.callback(setattr, owner, name, product)
         setattr(owner, name, bounded)
 
@@ -572,7 +587,13 @@ def products_of(model: nn.Module) -> Iterator[tuple[Any, str, tuple[int, int]]]:
     another way.
     """
     for name, module in model.named_modules():
-        if isinstance(module, FusedPart):
+        if isinstance(module, LowBitLinear):
+            if not isinstance(module, LowBitEmbedding):
+                yield module, "forward", module.shape
+        elif isinstance(module, FusedPart):
+            if not isinstance(module.fused, FusedLinear):  # its layer is met, too
+                continue
+            assert module.weight is not None
             yield module.fused, "product", (sum(module.fused.sizes), module.weight.shape[1])
         elif isinstance(module, nn.Linear | PackedLinear) and not is_subclass(module.weight):
             out, width = module.weight.shape

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from treeflash_cuda.low_bit_linear import LowBitEmbedding, LowBitLinear
 from treeflash_cuda.quantised_weights import GROUP, QuantisedWeight, quantise_weight
 
 ONEDNN: Any = torch.ops.mkldnn  # the kernels that torch.compile uses for frozen weights
@@ -42,6 +43,9 @@ IN_ONEDNN: dict[torch.dtype, Callable[[], bool]] = {
 PLAIN = torch.float32, torch.bfloat16, torch.float16
 """Dtypes of weights that nothing quantises."""
 
+TABLES = nn.Embedding, LowBitEmbedding
+"""Modules of which a pass reads a few rows."""
+
 RowIndex: TypeAlias = Tensor | None
 """(n,) indices of the rows of a tensor that belong to n others; None pairs them in order."""
 
@@ -52,21 +56,26 @@ def take(x: Tensor, rows: RowIndex) -> Tensor:
 
 
 def token_products(
-    x: Tensor, table: Tensor, tokens: Tensor | None, bias: Tensor | None = None
+    x: Tensor,
+    table: Tensor | LowBitLinear,
+    tokens: Tensor | None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Multiply (n, size) rows with some tokens' rows of a (vocab, size) table: (n, v).
 
-    The tokens are (v,), or (b, v) for each of b equal parts of x; None for all. The (vocab,) bias
-    is added.
+    The table may be a layer with weights of few bits. The tokens are (v,), or (b, v) for each of b
+    equal parts of x; None for all. The (vocab,) bias is added.
     """
     if tokens is None:
-        return F.linear(x, table, bias)
+        return table(x) if isinstance(table, LowBitLinear) else F.linear(x, table, bias)
     if tokens.ndim == 1:
-        return F.linear(x, take(table, tokens), None if bias is None else bias[tokens])
+        rows = table.rows(tokens) if isinstance(table, LowBitLinear) else take(table, tokens)
+        return F.linear(x, rows, None if bias is None else bias[tokens])
     parts = x.unflatten(0, (len(tokens), -1))
     if x.device.type == "cpu":  # each selection stays in the caches
         pairs = zip(parts, tokens, strict=True)
         return torch.cat([token_products(part, table, own, bias) for part, own in pairs])
+    assert isinstance(table, Tensor)  # weights of few bits are on a CPU
     weights = take(table, tokens.flatten()).unflatten(0, tokens.shape).transpose(1, 2)
     products = (
         parts @ weights if bias is None else torch.baddbmm(bias[tokens][:, None], parts, weights)
@@ -184,18 +193,23 @@ class FusedLinear:
 
 
 class FusedPart(nn.Module):
-    """One of several fused layers, in its place in a model that calls them one by one.
+    """One of several layers that are one product, in its place in a model that calls each.
 
     The first part that is called computes the outputs of all layers and leaves them with the input.
     They belong to that call and are freed with it; the module itself holds nothing, so threads can
     share it.
     """
 
-    def __init__(self, fused: FusedLinear, part: int, linear: nn.Linear) -> None:
+    def __init__(
+        self,
+        fused: Callable[[Tensor], Sequence[Tensor]],  # a `FusedLinear` or `LowBitLayers`
+        part: int,
+        linear: nn.Linear | None = None,  # the layer; None without a weight of its own
+    ) -> None:
         super().__init__()
         self.fused = fused
         self.part = part
-        self.weight = placeholder(linear.weight)
+        self.weight = None if linear is None else placeholder(linear.weight)
 
     def forward(self, x: Any) -> Tensor:
         """Map (..., in) to (..., out)."""
@@ -277,11 +291,12 @@ def weights_by_format(
     found, counted = Counter[str](), {x for x in skipped if x is not None}
     for module in itertools.chain.from_iterable(x.modules() for x in modules):
         weights = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-        if isinstance(module, nn.Embedding) or counted.issuperset(weights):
+        if isinstance(module, TABLES) or counted.issuperset(weights):
             continue
         is_plain = all(x.dtype in PLAIN and not is_subclass(x) for x in weights if x.ndim > 1)
         for weight in set(weights) - counted:
             name = str(weight.dtype).removeprefix("torch.") if is_plain else type(module).__name__
+            name = module.name if isinstance(module, LowBitLinear) else name
             found[name] += stored_nbytes(weight)
         counted.update(weights)
     return found

@@ -86,6 +86,8 @@ from treeflash_cuda.hybrid import (
 from treeflash_cuda.images import ImageRows, VisionTower, has_tower, run_samples
 from treeflash_cuda.kernels import CausalAttention
 from treeflash_cuda.linear import IN_TARGET, fuse_linears, is_subclass, pack_linears, token_products
+from treeflash_cuda.low_bit_linear import LowBitEmbedding, LowBitLinear
+from treeflash_cuda.low_bit_loading import UNPACKED_BITS, is_packed, round_linears
 from treeflash_cuda.operations import Operations
 from treeflash_cuda.state import State
 from treeflash_cuda.state_arena import StateArena
@@ -393,21 +395,27 @@ class Target:
             self.spans = layer_spans(self.layers)
             follow_devices(self.model, self.layers, device)
         # (vocab, hidden_size) the input table, without any scaling by the model.
-        self.embeddings: Tensor = join_ranks(self.model.get_input_embeddings().weight)
+        table = self.model.get_input_embeddings()
+        is_packed_table = isinstance(table, LowBitEmbedding)
+        self.embeddings: Tensor | LowBitEmbedding = (
+            table if is_packed_table else join_ranks(table.weight)
+        )
         self.dtype: torch.dtype = self.embeddings.dtype
         self.lm_head: nn.Module = self.model.get_output_embeddings()  # hidden_size to vocab
         self.split = split
         if split:
             self.lm_head = whole_output_head(self.lm_head)
         weight = getattr(self.lm_head, "weight", None)
-        if weight is not None and (
+        if isinstance(self.lm_head, LowBitLinear):
+            weight = self.lm_head
+        elif weight is not None and (
             is_subclass(weight)  # torchao's quantised weights keep their dtype
             or (weight.dtype, weight.device) != (self.dtype, device)
         ):
             weight = None
         # (vocab, hidden_size) of the output head; None if quantised, or on another device.
-        self.lm_head_weight: Tensor | None = weight
-        self.vocab_size = len(self.embeddings)
+        self.lm_head_weight: Tensor | LowBitLinear | None = weight
+        self.vocab_size: int = self.embeddings.shape[0]
         self.max_positions = max_positions(self.config)  # fewer if later ones change earlier ones
         self.scale = 1.0  # factor of the model on its output head's logits; `find_scale` finds it
         self.softcap: float | None = None  # the scores' softcap, see `AttentionInputs`
@@ -457,6 +465,8 @@ class Target:
         """
         config = read_model_config(folder)
         refuse_stateful(config)
+        if is_packed(config):
+            config.quantization_config["dequantise"] = settings.bits == UNPACKED_BITS
         split, placed = processes > 1, settings.device_map is not None
         refusals = {
             "it was loaded without its vision tower": not settings.images,
@@ -479,6 +489,8 @@ class Target:
         )
         if settings.adapter:
             add_adapter(model, Path(settings.adapter))
+        if settings.bits not in (None, UNPACKED_BITS):
+            round_linears(model, settings.bits)
         samples: Sequence[ImageSample] = ()
         if isinstance(processor, Processor):
             try:
@@ -583,7 +595,7 @@ class Target:
                 if self.has_sinks:
                     raise UnsupportedModelError(f"{INEXACT}: it does not support attention sinks")
                 self.token_rows = token_rows(self.model, self.dtype)
-                least = min(self.token_rows, LINEAR_ROWS)
+                least = LINEAR_ROWS if self.token_rows == 1 else min(self.token_rows, LINEAR_ROWS)
                 bound_products(self.model, self.dtype, self._exact_changes, least, passed)
                 pack_activations(self.model, self.dtype, self._exact_changes)
                 check_activations(self.model, self.dtype)
@@ -657,7 +669,8 @@ class Target:
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Compute the (..., hidden_size) rows of the input table."""
-        return F.embedding(tokens, self.embeddings)
+        table = self.embeddings
+        return table(tokens) if isinstance(table, LowBitEmbedding) else F.embedding(tokens, table)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Compute the model's (..., vocab) logits from its decoder's (..., hidden_size)."""

@@ -429,7 +429,7 @@ ONLY_BACKENDS = {
     "wired": "mlx",
 }
 """Settings of `LoadConfig` that a single backend has."""
-OPTIONAL = ("adapter", "draft_window", "exact")
+OPTIONAL = ("adapter", "bits", "draft_window", "exact")
 """Settings of `LoadConfig` that a backend may lack."""
 
 

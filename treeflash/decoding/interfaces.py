@@ -423,6 +423,8 @@ class Loader(Protocol):
     - `choose_device(name)` raises a BackendError if the device does not exist.
     - `check_drafter(config)` raises an UnsupportedModelError if the backend cannot run a drafter
       with this `DrafterShape`; then another drafter is looked for.
+    - `bits_refusal(config)` returns None if the backend keeps the bits of a GGUF file's weights,
+      and else why not, in words; empty if the settings exclude it.
     - `memory_limit()` returns the bytes that models may take, or None: larger ones are refused.
     - `examine_device(config)` returns a `DeviceReport` without any model, for `doctor`.
 

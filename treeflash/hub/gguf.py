@@ -13,15 +13,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFReader, ReaderTensor
-from gguf.quants import dequantize, quantize
-from numpy.typing import NDArray
+from gguf import GGUFReader
 from tokenizers import (
     AddedToken,
     Regex,
@@ -33,17 +30,18 @@ from tokenizers import (
     processors,
 )
 
-from treeflash.drafters.folder import write_stored
 from treeflash.errors import CheckpointError
 from treeflash.hub.gguf_names import part_files
 from treeflash.hub.gguf_size import refuse_short
-
-Progress = Callable[[int, int], None]
-"""Called with two numbers of bytes: the weights written so far, and all weights."""
-Fields: TypeAlias = Mapping[str, Any]
-"""A file's settings; the ones of its architecture without the architecture's name before them."""
-Tensors: TypeAlias = Mapping[str, ReaderTensor]
-"""A file's tensors by name."""
+from treeflash.hub.gguf_weights import (
+    Architecture,
+    Fields,
+    Model,
+    Progress,
+    Tensors,
+    pack_model,
+    write_weights,
+)
 
 TOP_LEVEL_NAMES = {
     "token_embd": "model.embed_tokens",
@@ -122,27 +120,19 @@ WHOLE_WORDS = {
 """Tokenizers that look words up before they merge, and by default put the first token first."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Architecture:
-    """How the files of a kind of model differ from others."""
+def convert_gguf(
+    path: Path,
+    folder: Path,
+    progress: Progress = lambda done, total: None,
+    *,
+    packed: bool = False,
+) -> None:
+    """Write configuration, weights and tokenizer of a GGUF model into a folder.
 
-    model_type: str  # the name of the kind in `config.json`
-    name: str  # the class of transformers
-    # This makes the settings of `config.json` that other kinds lack.
-    settings: Callable[[Fields, Tensors], dict[str, Any]] = lambda fields, tensors: {}
-    # Tensors have these names instead of the ones in `LAYER_NAMES` and `TOP_LEVEL_NAMES`.
-    names: Mapping[str, str] = field(default_factory=dict)
-    biases: bool = False  # whether matrices may have biases
-    pairs_rows: bool = False  # whether neighbouring rows of queries and keys are rotary pairs
-    norm_offset: float = 0.0  # what is added to the norms' weights in the file
-
-
-def convert_gguf(path: Path, folder: Path, progress: Progress = lambda done, total: None) -> None:
-    """Write configuration, bfloat16 weights and tokenizer of a GGUF model into a folder.
-
-    The folder exists. A model in parts is read from all of them, and `path` is any. Raises a
-    CheckpointError if the file is damaged, or holds another kind of model or tokenizer, and an
-    OSError if the folder cannot be written.
+    The folder exists. Weights become bfloat16; `packed` keeps the bits of a target's matrices,
+    where `treeflash.low_bits` knows their types. A model in parts is read from all of them, and
+    `path` is any. Raises a CheckpointError if the file is damaged, or holds another kind of model
+    or tokenizer, and an OSError if the folder cannot be written.
     """
     files = part_files(path)
     try:
@@ -182,25 +172,16 @@ def convert_gguf(path: Path, folder: Path, progress: Progress = lambda done, tot
         model = convert(str(kind), fields, stored)
     except (LookupError, TypeError, ValueError, ArithmeticError) as error:
         raise CheckpointError(f"{path.name}: missing or unsupported GGUF entry: {error}") from error
+    if packed and kind != DRAFTER:
+        model = pack_model(model)
     for name, document in model.documents.items():
         (folder / name).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     if model.tokenizer is not None:
         model.tokenizer.save(str(folder / "tokenizer.json"))
-    entries = {name: _entry(name, tensor) for name, tensor in model.tensors.items()}
     try:
-        write_stored(folder / "model.safetensors", entries, _weights(model, progress))
+        write_weights(model, folder / "model.safetensors", progress)
     except (NotImplementedError, ValueError, ArithmeticError) as error:  # types, sizes
         raise CheckpointError(f"{path.name} cannot be converted: {error}") from error
-
-
-@dataclass(frozen=True, kw_only=True)
-class Model:
-    """What a file holds, under the names of Hugging Face folders."""
-
-    architecture: Architecture  # what llama.cpp's converter does to the weights
-    documents: Mapping[str, Mapping[str, Any]]  # in JSON, by the names of their files
-    tensors: Tensors  # by name in the folder
-    tokenizer: Tokenizer | None  # None for a drafter, which has its target's
 
 
 def _target(kind: str, fields: Fields, stored: Tensors) -> Model:
@@ -223,12 +204,6 @@ def _target(kind: str, fields: Fields, stored: Tensors) -> Model:
         },
         tokenizer=_tokenizer(kind, fields),
     )
-
-
-def bfloat16_bits(values: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """Round float32 to the bits of bfloat16, to nearest and ties to even; NaN stays NaN."""
-    bits: NDArray[np.uint16] = quantize(values, GGMLQuantizationType.BF16).view(np.uint16)
-    return bits
 
 
 def _config(architecture: Architecture, fields: Fields, tensors: Tensors) -> dict[str, Any]:
@@ -404,6 +379,7 @@ ARCHITECTURES = {
             "post_ffw_norm": "post_feedforward_layernorm",
         },
         norm_offset=1.0,
+        scales_embeddings=True,
     ),
     "lfm2": Architecture(
         model_type="lfm2",
@@ -537,49 +513,6 @@ def _hugging_face_name(architecture: Architecture, name: str) -> str:
     if kind not in kinds or (module := known.get(layer[2] if layer else part)) is None:
         raise KeyError(name)
     return f"model.layers.{layer[1]}.{module}.{kind}" if layer else f"{module}.{kind}"
-
-
-def _entry(name: str, tensor: ReaderTensor) -> tuple[str, list[int], int]:
-    """Return a tensor's type, shape and number of bytes in the folder.
-
-    A short convolution has a group per channel there.
-    """
-    shape = [int(size) for size in tensor.shape[::-1]]
-    if name.endswith(".conv.conv.weight"):
-        shape = [shape[0], 1, shape[1]]
-    dtype, width = ("I64", 8) if name == "d2t" else ("BF16", 2)
-    return dtype, shape, width * int(tensor.n_elements)
-
-
-def _weights(model: Model, progress: Progress) -> Iterator[bytes]:
-    """Yield the tensors of a folder, one at a time: all but `d2t` in bfloat16."""
-    architecture, config = model.architecture, model.documents["config.json"]
-    done, total = 0, 2 * sum(int(tensor.n_elements) for tensor in model.tensors.values())
-    for name, tensor in model.tensors.items():
-        if name == "d2t":  # in the folder they are differences
-            ids = np.asarray(tensor.data, np.int64).ravel()
-            yield (ids - np.arange(len(ids))).astype("<i8").tobytes()
-        else:
-            weight = dequantize(tensor.data, tensor.tensor_type)
-            module = name.split(".")[-2]
-            if architecture.pairs_rows and module in ("q_proj", "k_proj"):
-                heads = "num_attention_heads" if module == "q_proj" else "num_key_value_heads"
-                weight = _half_rotation_order(weight, config[heads])
-            if module.endswith("norm"):
-                weight = weight - np.float32(architecture.norm_offset)
-            yield bfloat16_bits(weight).astype("<u2").tobytes()
-        done += 2 * int(tensor.n_elements)
-        progress(done, total)
-
-
-def _half_rotation_order(weight: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
-    """Reorder the rows of a query or key matrix, (heads * head_dim, hidden_size), or its bias.
-
-    In the file the rows (2i, 2i + 1) of a head are rotated as a pair, in transformers row i of the
-    first half and row i of the second half.
-    """
-    pairs = weight.reshape(heads, len(weight) // heads // 2, 2, *weight.shape[1:])
-    return pairs.swapaxes(1, 2).reshape(weight.shape)
 
 
 def _end_tokens(fields: Fields) -> list[int]:

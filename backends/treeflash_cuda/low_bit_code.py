@@ -1,0 +1,525 @@
+"""The code of products with weights of few bits, as LLVM's intermediate representation (IR).
+
+The rule, for every set of instructions, number of rows and number of threads:
+
+    A group is 32 consecutive numbers x of a row. Its largest |x| is `top`.
+    d = top / 127,  q = x * (127 / top) rounded to an integer, ties to even; groups of zeros have 0
+    s = the sum of q * number over the group, less `half` * sum of q              in integers
+    y = fma(float(s), scale * d, y)              in float32, group after group, in ascending order
+    y = fma(least, d * float(sum of q), y)       next, for weights with least numbers
+
+Integer sums are exact in any order. The float operations are in one order, each rounded once. So a
+row's result depends on nothing but the row and the weights. A group with NaN or an infinity has NaN
+as d: then the row's results are NaN, which the check of logits reports. Numbers below `LEAST_TOP`
+count as zeros, because 127 / top would overflow.
+
+It is IR, not Python for Numba, because a product consists of one instruction that multiplies bytes
+and adds their products to integers (`vpdpbusd`, `pmaddubsw`, `sdot`). Numba has no name for it, and
+from the loop that means it LLVM makes ten instructions. The rest would be as long in Numba, which
+takes ten times as long to import and compile. llvmlite alone has wheels for Linux, macOS and
+Windows, and needs no compiler on the user's machine.
+
+Each function below adds instructions at a builder and returns their result, so that a function of
+the kernel is read from its top to its bottom like a program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple, TypeAlias
+
+from llvmlite import ir
+
+from treeflash.low_bits import BLOCK, GROUP, LINE, LowBitFormat
+
+Value: TypeAlias = ir.Value
+I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
+HALF, FLOAT, POINTER, VOID = ir.HalfType(), ir.FloatType(), ir.PointerType(), ir.VoidType()
+
+ENTRY = "low_bit_linear"
+"""The name of the function that `build` makes; see `_entry`."""
+FORK = "GOMP_parallel"
+"""The function of GCC's OpenMP, as PyTorch has it on Linux, that runs a function in threads."""
+ROWS = (8, 6, 4, 3, 2, 1)
+"""Numbers of rows that a pass over a block multiplies at once."""
+AHEAD = 2048
+"""Bytes of weights between the ones that are multiplied and the ones that are fetched."""
+LEAST_TOP = 2.0**-100
+TO_EVEN = 1.5 * 2**23
+"""Added to a float32 of a small size and subtracted again, it rounds to integers, ties to even."""
+QUIET_NAN = 0x7FC00000
+INFINITY_BITS = 0x7F800000
+SHARED_ROWS, SHARED_WEIGHTS = 1 << 15, 1 << 16
+"""Least numbers of rows and of a weight for which threads share work."""
+CHUNKS = 8
+"""Parts of a product for each thread: the fastest one takes more of them."""
+
+
+class Isa(NamedTuple):
+    """A set of instructions, with the product of bytes that it has."""
+
+    name: str
+    lanes: int  # float32 numbers of a vector
+    signed: bool  # whether numbers of 8 bits are multiplied with a sign
+    needed: tuple[str, ...]  # the processor's features, under LLVM's names
+    features: str  # what LLVM may use besides
+
+
+AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni", "fma", "f16c")
+ISAS = (
+    Isa("AVX-512 VNNI", 16, False, AVX512, "-prefer-256-bit"),
+    Isa("AVX2", 8, True, ("avx2", "fma", "f16c"), ""),
+    Isa("NEON", 4, True, ("neon", "dotprod"), ""),
+)
+"""The best one first."""
+GENERIC = Isa("plain vectors", 4, False, (), "")
+"""Instructions that every processor has: for tests."""
+
+FIELDS = {
+    **dict.fromkeys(("x", "numbers", "scales", "least", "y", "q", "d", "sums"), POINTER),
+    **dict.fromkeys(("rows", "width", "groups", "blocks", "chunk", "next"), I64),
+    "wide": I1,
+}
+"""Fields of a job, which the threads of a product share:
+
+- x, y: (rows, 32 * groups) and (rows, width) numbers, in float32 if `wide`, else in bfloat16
+- numbers, scales, least: a `PackedWeight` of `blocks` blocks
+- q, d, sums: the rows' integers (int8), their scales by group, and sums of 16 integers each
+- next: the row or block that the next thread takes, `chunk` blocks at once
+"""
+JOB = ir.LiteralStructType(list(FIELDS.values()))
+
+
+def vector(kind: ir.Type, lanes: int) -> ir.Type:
+    return ir.VectorType(kind, lanes)
+
+
+def constant(kind: ir.Type, value: float) -> Value:
+    """Return a number, or a vector of equal numbers."""
+    if isinstance(kind, ir.VectorType):
+        return ir.Constant(kind, [ir.Constant(kind.element, value)] * kind.count)
+    return ir.Constant(kind, value)
+
+
+class Builder(ir.IRBuilder):
+    """Adds instructions to a function; the methods are what kernels do often."""
+
+    def at(self, base: Value, index: Value, kind: ir.Type = I8) -> Value:
+        """Return the address of a number of some kind after a base."""
+        return self.gep(base, [index], source_etype=kind)
+
+    def read(self, address: Value, kind: ir.Type, align: int = 1) -> Value:
+        return self.load(address, align=align, typ=kind)
+
+    def field(self, job: Value, name: str) -> Value:
+        """Return the address of a job's field."""
+        indices = [constant(I32, 0), constant(I32, list(FIELDS).index(name))]
+        return self.gep(job, indices, source_etype=JOB)
+
+    def fields(self, job: Value, *names: str) -> list[Value]:
+        """Read fields of a job."""
+        return [self.load(self.field(job, name), typ=FIELDS[name]) for name in names]
+
+    def times(self, x: Value, factor: Value | int) -> Value:
+        return self.mul(x, constant(x.type, factor) if isinstance(factor, int) else factor)
+
+    def plus(self, x: Value, term: Value | int) -> Value:
+        return self.add(x, constant(x.type, term) if isinstance(term, int) else term)
+
+    def splat(self, x: Value, lanes: int) -> Value:
+        """Return a vector of equal numbers."""
+        kind = vector(x.type, lanes)
+        first = self.insert_element(ir.Constant(kind, ir.Undefined), x, constant(I32, 0))
+        mask = ir.Constant(vector(I32, lanes), [0] * lanes)
+        return self.shuffle_vector(first, ir.Constant(kind, ir.Undefined), mask)
+
+    def intrinsic(self, name: str, result: ir.Type, *arguments: Value) -> Value:
+        """Call a function of LLVM, which is declared at its first call."""
+        found = self.module.globals.get(name)
+        if found is None:
+            kinds = [x.type for x in arguments]
+            found = ir.Function(self.module, ir.FunctionType(result, kinds), name)
+        return self.call(found, arguments)
+
+    def fused(self, x: Value, factor: Value, term: Value) -> Value:
+        """Return x * factor + term, rounded once."""
+        return self.intrinsic(f"llvm.fma.v{x.type.count}f32", x.type, x, factor, term)
+
+    def repeat(
+        self,
+        count: Value,
+        carried: Sequence[Value],
+        body: Callable[[Value, list[Value]], Sequence[Value]],
+    ) -> list[Value]:
+        """Run a loop of one turn or more; `body` takes the turn and returns what is carried on."""
+        before, top = self.block, self.append_basic_block("loop")
+        self.branch(top)
+        self.position_at_end(top)
+        turn = self.phi(I64)
+        values = [self.phi(x.type) for x in carried]
+        after = list(body(turn, values))
+        following = self.plus(turn, 1)
+        for value, first, last in zip(
+            [turn, *values], [constant(I64, 0), *carried], [following, *after], strict=True
+        ):
+            value.add_incoming(first, before)
+            value.add_incoming(last, self.block)
+        end = self.append_basic_block("end")
+        self.cbranch(self.icmp_unsigned("<", following, count), top, end)
+        self.position_at_end(end)
+        return after
+
+    @contextmanager
+    def taking(self, job: Value, step: Value, count: Value) -> Iterator[Value]:
+        """Run a loop over what this thread takes: each turn has the first of `step` of `count`."""
+        top, turn, end = (self.append_basic_block(x) for x in ("take", "turn", "done"))
+        self.branch(top)
+        self.position_at_end(top)
+        first = self.atomic_rmw("add", self.field(job, "next"), step, "monotonic")
+        self.cbranch(self.icmp_unsigned("<", first, count), turn, end)
+        self.position_at_end(turn)
+        yield first
+        self.branch(top)
+        self.position_at_end(end)
+
+    def lesser(self, x: Value, y: Value) -> Value:
+        return self.select(self.icmp_unsigned("<", x, y), x, y)
+
+
+def build(isa: Isa, kind: LowBitFormat, threads: bool) -> str:
+    """Write the IR of the product for weights of a format, for one thread or several."""
+    module = ir.Module("low_bits")
+    task = ir.FunctionType(VOID, [POINTER])
+    quantise = _function(module, "quantise", task)
+    _quantise(Builder(quantise.append_basic_block()), *quantise.args)
+    passes = {rows: _pass(module, isa, kind, rows) for rows in ROWS}
+    multiply = _function(module, "multiply", task)
+    _multiply(Builder(multiply.append_basic_block()), *multiply.args, passes)
+    _entry(module, quantise, multiply, threads)
+    return str(module)
+
+
+def _function(module: ir.Module, name: str, kind: ir.FunctionType) -> ir.Function:
+    function = ir.Function(module, kind, name)
+    function.linkage = "internal"
+    function.attributes.add("nounwind")
+    return function
+
+
+def _entry(module: ir.Module, quantise: Value, multiply: Value, threads: bool) -> None:
+    """Write the function that computes a product; see `low_bit_kernels.Kernel` for its arguments.
+
+    `GOMP_parallel` runs a task in all threads of PyTorch.
+    """
+    given = ("x", "numbers", "scales", "least", "y", "q", "d", "sums")
+    sizes = ("rows", "width", "groups", "blocks")
+    kinds = [POINTER] * len(given) + [I64] * len(sizes) + [I32, I32]
+    entry = ir.Function(module, ir.FunctionType(VOID, kinds), ENTRY)
+    fork_type = ir.FunctionType(VOID, [POINTER, POINTER, I32, I32])
+    fork = ir.Function(module, fork_type, FORK) if threads else None
+    b = Builder(entry.append_basic_block())
+    arguments = dict(zip((*given, *sizes), entry.args, strict=False))
+    wide, count = entry.args[-2:]
+    job = b.alloca(JOB)
+    job.type = POINTER  # without the type of its target, which LLVM no longer knows
+    zero, one = constant(I64, 0), constant(I64, 1)
+    is_wide = b.icmp_signed("!=", wide, constant(I32, 0))
+    for name, value in (arguments | {"next": zero, "wide": is_wide}).items():
+        b.store(value, b.field(job, name))
+    rows, width, groups, blocks = (arguments[name] for name in sizes)
+    size = b.times(groups, GROUP)
+    several = b.icmp_signed(">", count, constant(I32, 1))
+
+    def run(task: Value, numbers: Value, least: int, alone: Value, shared: Value) -> None:
+        """Run a task here, or in all threads if it is large; each takes so many blocks at once."""
+        if fork is None:
+            b.store(alone, b.field(job, "chunk"))
+            b.call(task, [job])
+            return
+        is_shared = b.and_(several, b.icmp_unsigned(">=", numbers, constant(I64, least)))
+        b.store(b.select(is_shared, shared, alone), b.field(job, "chunk"))
+        with b.if_else(is_shared) as (then, otherwise):
+            with then:
+                b.call(fork, [task, job, count, constant(I32, 0)])
+            with otherwise:
+                b.call(task, [job])
+
+    run(quantise, b.mul(rows, size), SHARED_ROWS, one, one)
+    b.store(zero, b.field(job, "next"))
+    parts = b.times(b.zext(count, I64), CHUNKS)
+    run(multiply, b.mul(width, size), SHARED_WEIGHTS, blocks, b.plus(b.udiv(blocks, parts), 1))
+    b.ret_void()
+
+
+def _quantise(b: Builder, job: Value) -> None:
+    """Write the task that rounds rows to integers."""
+    x, q, d, sums, rows, groups, wide = b.fields(
+        job, "x", "q", "d", "sums", "rows", "groups", "wide"
+    )
+    floats, integers = vector(FLOAT, GROUP), vector(I32, GROUP)
+    with b.taking(job, constant(I64, 1), rows) as row:
+        before = b.mul(row, groups)
+
+        def group(turn: Value, _: list[Value]) -> list[Value]:
+            number = b.plus(before, turn)
+            first = b.times(number, GROUP)
+            values = _read_numbers(b, x, first, wide, GROUP)
+            # The bits of floats without signs are in the order of their sizes; NaN is above all.
+            sizes = b.and_(b.bitcast(values, integers), constant(integers, 0x7FFFFFFF))
+            bits = b.intrinsic(f"llvm.vector.reduce.umax.v{GROUP}i32", I32, sizes)
+            top = b.bitcast(bits, FLOAT)
+            finite = b.icmp_unsigned("<", bits, constant(I32, INFINITY_BITS))
+            used = b.and_(finite, b.fcmp_ordered(">=", top, constant(FLOAT, LEAST_TOP)))
+            inverse = b.fdiv(constant(FLOAT, 127.0), b.select(used, top, constant(FLOAT, 1.0)))
+            values = b.select(b.splat(used, GROUP), values, constant(floats, 0.0))
+            scaled = b.fmul(values, b.splat(inverse, GROUP))
+            even = constant(floats, TO_EVEN)
+            whole = b.fptosi(b.fsub(b.fadd(scaled, even), even), integers)
+            b.store(b.trunc(whole, vector(I8, GROUP)), b.at(q, first), align=1)
+            scale = b.fdiv(top, constant(FLOAT, 127.0))
+            nan = b.bitcast(constant(I32, QUIET_NAN), FLOAT)
+            b.store(b.select(finite, scale, nan), b.at(d, number, FLOAT))
+            for half in range(2):
+                mask = [ir.Constant(I32, 16 * half + lane) for lane in range(16)]
+                part = b.shuffle_vector(whole, whole, ir.Constant(vector(I32, 16), mask))
+                total = b.intrinsic("llvm.vector.reduce.add.v16i32", I32, part)
+                b.store(total, b.at(sums, b.plus(b.times(number, 2), half), I32))
+            return []
+
+        b.repeat(groups, [], group)
+    b.ret_void()
+
+
+def _read_numbers(b: Builder, x: Value, first: Value, wide: Value, count: int) -> Value:
+    """Read float32 or bfloat16 numbers as float32."""
+    with b.if_else(wide) as (then, otherwise):
+        with then:
+            floats = b.read(b.at(x, first, FLOAT), vector(FLOAT, count), align=4)
+            from_wide = b.block
+        with otherwise:
+            upper = b.zext(
+                b.read(b.at(x, first, I16), vector(I16, count), align=2), vector(I32, count)
+            )
+            shifted = b.shl(upper, constant(upper.type, 16))
+            widened = b.bitcast(shifted, floats.type)
+            from_half = b.block
+    result = b.phi(floats.type)
+    result.add_incoming(floats, from_wide)
+    result.add_incoming(widened, from_half)
+    return result
+
+
+def _multiply(b: Builder, job: Value, passes: dict[int, Value]) -> None:
+    """Write the task that multiplies all rows with blocks."""
+    rows, blocks, chunk = b.fields(job, "rows", "blocks", "chunk")
+    with b.taking(job, chunk, blocks) as first:
+        count = b.lesser(chunk, b.sub(blocks, first))
+
+        def block(turn: Value, _: list[Value]) -> list[Value]:
+            number = b.plus(first, turn)
+            row: Value = constant(I64, 0)
+            for size, function in passes.items():
+                # As many passes of this size as there are rows for; after the first size at most
+                # one or two.
+                left = b.sub(rows, row)
+                times = b.udiv(left, constant(I64, size))
+                with b.if_then(b.icmp_unsigned(">", times, constant(I64, 0))):
+
+                    def run(
+                        turn: Value,
+                        _: list[Value],
+                        row: Value = row,
+                        size: int = size,
+                        function: Value = function,
+                    ) -> list[Value]:
+                        b.call(function, [job, b.plus(row, b.times(turn, size)), number])
+                        return []
+
+                    b.repeat(times, [], run)
+                row = b.plus(row, b.times(times, size))
+            return []
+
+        b.repeat(count, [], block)
+    b.ret_void()
+
+
+def _pass(module: ir.Module, isa: Isa, kind: LowBitFormat, rows: int) -> ir.Function:
+    """Write the function that multiplies some rows with a block."""
+    function = _function(module, f"pass_{rows}", ir.FunctionType(VOID, [POINTER, I64, I64]))
+    job, row, block = function.args
+    b, parts = Builder(function.append_basic_block()), range(BLOCK // isa.lanes)
+    floats = vector(FLOAT, isa.lanes)
+    q, d, sums, numbers, scales, least, groups, width, y, wide = b.fields(
+        job, *("q", "d", "sums", "numbers", "scales", "least", "groups", "width", "y", "wide")
+    )
+    group_nbytes = kind.lines * BLOCK * LINE
+    numbers = b.at(numbers, b.times(b.mul(block, groups), group_nbytes))
+    zero = constant(floats, 0.0)
+    own_rows = [b.plus(row, r) for r in range(rows)]
+    first_groups = [b.mul(r, groups) for r in own_rows]
+
+    def group(turn: Value, totals: list[Value]) -> list[Value]:
+        weights = b.at(numbers, b.times(turn, group_nbytes))
+        ahead = b.at(weights, constant(I64, AHEAD))
+        for line in range(0, group_nbytes, 256):
+            at = b.at(ahead, constant(I64, line))
+            b.intrinsic("llvm.prefetch.p0", VOID, at, *(constant(I32, x) for x in (0, 3, 1)))
+        places = [b.plus(first, turn) for first in first_groups]
+        activations = [b.at(q, b.times(place, GROUP)) for place in places]
+        factors = [b.read(b.at(d, place, FLOAT), FLOAT, 4) for place in places]
+        halves = [
+            [b.read(b.at(sums, b.plus(b.times(place, 2), x), I32), I32, 4) for x in range(2)]
+            for place in places
+        ]
+        group_number = b.plus(b.mul(block, groups), turn)
+        for scale in range(kind.scales):
+            # The sums of q that belong to this scale.
+            own = [x[scale] if kind.scales > 1 else b.add(*x) for x in halves]
+            lines = range(
+                kind.lines * scale // kind.scales, kind.lines * (scale + 1) // kind.scales
+            )
+            products = _products(b, isa, kind, weights, activations, own, lines)
+            at = b.plus(b.times(group_number, kind.scales), scale)
+            steps = [_read_scales(b, isa, kind, scales, at, part) for part in parts]
+            for r in range(rows):
+                factor = b.splat(factors[r], isa.lanes)
+                for part in parts:
+                    number = r * len(parts) + part
+                    product = b.sitofp(products[number], floats)
+                    step = b.fmul(steps[part], factor)
+                    totals[number] = b.fused(product, step, totals[number])
+        if kind.has_least:
+            lows = [_read_scales(b, isa, kind, least, group_number, part) for part in parts]
+            for r in range(rows):
+                total = b.sitofp(b.add(*halves[r]), FLOAT)
+                factor = b.splat(b.fmul(factors[r], total), isa.lanes)
+                for part in parts:
+                    number = r * len(parts) + part
+                    totals[number] = b.fused(lows[part], factor, totals[number])
+        return totals
+
+    totals = b.repeat(groups, [zero] * (rows * len(parts)), lambda turn, x: group(turn, list(x)))
+    for r, own_row in enumerate(own_rows):
+        for part in parts:
+            column = b.plus(b.times(block, BLOCK), isa.lanes * part)
+            at = b.plus(b.mul(own_row, width), column)
+            _write_numbers(b, y, at, wide, totals[r * len(parts) + part])
+    b.ret_void()
+    return function
+
+
+def _products(
+    b: Builder,
+    isa: Isa,
+    kind: LowBitFormat,
+    weights: Value,  # address of a group
+    activations: list[Value],  # addresses of the rows' integers of the group
+    sums: list[Value],  # sums of these integers
+    lines: range,
+) -> list[Value]:
+    """Return the integer products of each row with a group's columns, in parts of a vector."""
+    integers, bytes_ = vector(I32, isa.lanes), vector(I8, LINE * isa.lanes)
+    parts = range(BLOCK // isa.lanes)
+    signed = isa.signed and kind.bits == 8  # then 128 is taken off numbers before products
+    start = (128 if signed else 0) - kind.half
+    totals = []
+    for total in sums:
+        first = b.splat(b.times(total, start), isa.lanes) if start else constant(integers, 0)
+        totals += [first] * len(parts)
+    for line in lines:
+        stored = [
+            b.read(b.at(weights, constant(I64, (line * BLOCK + part * isa.lanes) * LINE)), bytes_)
+            for part in parts
+        ]
+        if kind.bits == 4:
+            four = constant(bytes_, 4)
+            halves = [
+                [b.and_(x, constant(bytes_, 15)) for x in stored],
+                [b.lshr(x, four) for x in stored],
+            ]
+        elif signed:
+            halves = [[b.xor(x, constant(bytes_, 128)) for x in stored]]
+        else:
+            halves = [stored]
+        for half, columns in enumerate(halves):
+            place = constant(I64, (line * len(halves) + half) * LINE)
+            for r, row in enumerate(activations):
+                four_numbers = b.splat(b.read(b.at(row, place), I32), isa.lanes)
+                for part in parts:
+                    number = r * len(parts) + part
+                    totals[number] = _add_products(
+                        b, isa, signed, totals[number], columns[part], four_numbers
+                    )
+    return totals
+
+
+def _add_products(
+    b: Builder, isa: Isa, signed: bool, total: Value, columns: Value, row: Value
+) -> Value:
+    """Add to each int32 the products of four bytes of its column and four bytes of a row.
+
+    The row's bytes have a sign, the columns' if `signed`; without one they have up to 4 bits with
+    AVX2, whose sums of two products would otherwise not fit.
+    """
+    kind, bytes_ = total.type, columns.type
+    if isa.name == "AVX-512 VNNI":
+        name = "llvm.x86.avx512.vpdpbusd.512"
+        return b.intrinsic(name, kind, total, b.bitcast(columns, kind), row)
+    row_bytes = b.bitcast(row, bytes_)
+    if isa.name == "NEON":
+        name = "llvm.aarch64.neon.sdot.v4i32.v16i8"
+        return b.intrinsic(name, kind, total, columns, row_bytes)
+    if isa.name == "AVX2":
+        if signed:  # one factor has to have no sign, so the other one takes it
+            row_bytes = b.intrinsic("llvm.x86.avx2.psign.b", bytes_, row_bytes, columns)
+            columns = b.intrinsic("llvm.abs.v32i8", bytes_, columns, constant(I1, 0))
+        pairs = vector(I16, 16)
+        products = b.intrinsic("llvm.x86.avx2.pmadd.ub.sw", pairs, columns, row_bytes)
+        ones = constant(pairs, 1)
+        return b.add(total, b.intrinsic("llvm.x86.avx2.pmadd.wd", kind, products, ones))
+    column = b.bitcast(columns, kind)
+    for byte in range(LINE):
+        left, right = constant(kind, 24 - 8 * byte), constant(kind, 24)
+        own = b.and_(b.lshr(column, constant(kind, 8 * byte)), constant(kind, 255))
+        total = b.add(total, b.mul(own, b.ashr(b.shl(row, left), right)))
+    return total
+
+
+def _read_scales(
+    b: Builder, isa: Isa, kind: LowBitFormat, base: Value, number: Value, part: int
+) -> Value:
+    """Read a vector of the 16 scales, or least numbers, with this number as float32."""
+    floats = vector(FLOAT, isa.lanes)
+    at = b.plus(b.times(number, BLOCK), part * isa.lanes)
+    if kind.wide:
+        return b.read(b.at(base, at, FLOAT), floats, 4)
+    if isa is not GENERIC:
+        return b.fpext(b.read(b.at(base, at, HALF), vector(HALF, isa.lanes), 2), floats)
+    # Without an instruction for float16: its exponent and fraction, moved to float32's place, are
+    # a number that is 2**112 times smaller.
+    integers = vector(I32, isa.lanes)
+    bits = b.zext(b.read(b.at(base, at, I16), vector(I16, isa.lanes), 2), integers)
+    size = b.shl(b.and_(bits, constant(integers, 0x7FFF)), constant(integers, 13))
+    value = b.fmul(b.bitcast(size, floats), constant(floats, 2.0**112))
+    sign = b.shl(b.and_(bits, constant(integers, 0x8000)), constant(integers, 16))
+    return b.bitcast(b.or_(b.bitcast(value, integers), sign), floats)
+
+
+def _write_numbers(b: Builder, y: Value, at: Value, wide: Value, values: Value) -> None:
+    """Write float32 numbers, or round them to bfloat16, ties to even."""
+    lanes = values.type.count
+    with b.if_else(wide) as (then, otherwise):
+        with then:
+            b.store(values, b.at(y, at, FLOAT), align=4)
+        with otherwise:
+            integers = vector(I32, lanes)
+            bits = b.bitcast(values, integers)
+            sixteen = constant(integers, 16)
+            odd = b.and_(b.lshr(bits, sixteen), constant(integers, 1))
+            rounded = b.add(b.add(bits, odd), constant(integers, 0x7FFF))
+            # Rounding would turn some NaN into a number.
+            is_nan = b.fcmp_unordered("uno", values, values)
+            rounded = b.select(is_nan, constant(integers, QUIET_NAN), rounded)
+            halves = b.trunc(b.lshr(rounded, sixteen), vector(I16, lanes))
+            b.store(halves, b.at(y, at, I16), align=2)

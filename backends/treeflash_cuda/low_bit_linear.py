@@ -1,0 +1,125 @@
+"""Linear layers and input tables with weights of few bits on a CPU; see `treeflash.low_bits`.
+
+A layer's rows are independent of each other by construction; `low_bit_code` has the rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from treeflash.low_bits import BLOCK, GROUP, LINE, PackedWeight, StoredWeight
+
+if TYPE_CHECKING:
+    from treeflash_cuda.low_bit_kernels import Kernel
+
+
+class LowBitLinear(nn.Module):
+    """A linear layer for inference, with the tensors of a `PackedWeight` as parameters.
+
+    They may be mapped from a file, and are empty when the layer is made.
+    """
+
+    numbers: Tensor
+    scales: Tensor
+    least: Tensor | None
+    bias: Tensor | None
+
+    def __init__(self, stored: StoredWeight, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.stored, self.dtype = stored, dtype
+        self.shape = stored.shape  # (out, in)
+        for name, (kind, shape) in stored.tensors.items():
+            self._keep(name, torch.empty(shape, dtype=getattr(torch, kind)))
+        if not stored.format.has_least:
+            self.least = None
+        self._keep("bias", torch.empty(self.shape[0], dtype=dtype) if stored.bias else None)
+        # The kernel and the addresses of the weight, when the first product asks for them.
+        self._product: tuple[Kernel, tuple[int, int, int | None]] | None = None
+
+    def _keep(self, name: str, tensor: Tensor | None) -> None:
+        parameter = None if tensor is None else nn.Parameter(tensor, requires_grad=False)
+        self.register_parameter(name, parameter)
+
+    @classmethod
+    def from_packed(
+        cls, stored: StoredWeight, weight: PackedWeight, bias: Tensor | None, dtype: torch.dtype
+    ) -> LowBitLinear:
+        """Make a layer of arrays, whose memory it shares."""
+        with torch.device("meta"):
+            layer = cls(stored, dtype)
+        for name, array in weight._asdict().items():
+            if array is not None:
+                layer._keep(name, torch.from_numpy(array))
+        layer._keep("bias", None if bias is None else bias.detach().to(dtype))
+        return layer
+
+    @property
+    def name(self) -> str:
+        """The format's name, for reports."""
+        return self.stored.name
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., in) to (..., out)."""
+        if self._product is None:
+            # Weights can be dequantised where llvmlite is missing.
+            from treeflash_cuda.low_bit_kernels import kernel
+
+            least = None if self.least is None else self.least.data_ptr()
+            addresses = self.numbers.data_ptr(), self.scales.data_ptr(), least
+            self._product = kernel(self.stored.format), addresses
+        product, addresses = self._product
+        blocks = len(self.numbers)
+        is_known = x.dtype in (torch.float32, torch.bfloat16)
+        y = product(x if is_known else x.float(), addresses, blocks, blocks * BLOCK)
+        if blocks * BLOCK != self.shape[0]:
+            y = y[..., : self.shape[0]]
+        if not is_known:
+            y = y.to(x.dtype)
+        return y if self.bias is None else y + self.bias
+
+    @torch.no_grad()
+    def rows(self, ids: Tensor) -> Tensor:
+        """Dequantise the (..., in) rows of the weight with these indices."""
+        kind, flat = self.stored.format, ids.flatten()
+        block, row = flat // BLOCK, flat % BLOCK
+        lines = self.numbers.view(torch.int32)  # the numbers of a row in a line are one of them
+        numbers = lines[block, :, :, row].view(torch.uint8).unflatten(-1, (-1, LINE))
+        if kind.bits == 4:
+            numbers = torch.stack([numbers & 15, numbers >> 4], 3)
+        scales = self.scales[block, :, row].float()
+        values = numbers.reshape(*scales.shape, GROUP // kind.scales).float()
+        values = (values - kind.half if kind.half else values).mul_(scales[..., None])
+        if self.least is not None:
+            values += self.least[block, :, row].float()[..., None]
+        return values.view(*ids.shape, self.shape[1]).to(self.dtype)
+
+
+class LowBitEmbedding(LowBitLinear):
+    """An input table, whose rows are dequantised where they are read."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the (..., hidden_size) rows of (...) tokens."""
+        return self.rows(x)
+
+    def output_head(self) -> LowBitLinear:
+        """Return a linear layer with this table as its weight."""
+        with torch.device("meta"):
+            head = LowBitLinear(self.stored, self.dtype)
+        for name in self.stored.tensors:
+            head.register_parameter(name, getattr(self, name))
+        return head
+
+
+class LowBitLayers:
+    """Layers that read the same input as one `LowBitLinear`; see `linear.FusedLinear`."""
+
+    def __init__(self, layer: LowBitLinear) -> None:
+        self.layer, self.sizes = layer, list(layer.stored.parts.values())
+
+    def __call__(self, x: Tensor) -> Sequence[Tensor]:
+        """Multiply (..., in) by the weights of all layers; returns the (..., out) of each."""
+        return self.layer.forward(x).split(self.sizes, -1)

@@ -1,0 +1,161 @@
+"""Load targets whose folders have packed weights, as `treeflash.hub.gguf_weights` writes them.
+
+transformers builds the model without memory, a quantiser puts layers for packed weights in place of
+its own, and transformers then maps their tensors from the file. Nothing is copied: processes that
+load the same folder share the memory, and weights are read when a pass first needs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from treeflash.config import LoadConfig
+from treeflash.low_bits import GROUP, METHOD, StoredWeight, round_weight
+from treeflash_cuda.linear import FusedPart, is_plain
+from treeflash_cuda.low_bit_linear import LowBitEmbedding, LowBitLayers, LowBitLinear
+
+UNPACKED_BITS = 16
+"""The number of `LoadConfig.bits` with which weights of few bits are dequantised."""
+ROUNDED = {4: "Q4_1", 8: "Q8_0"}
+"""Names of the formats that weights are rounded to."""
+
+
+def is_packed(config: PreTrainedConfig) -> bool:
+    """Return whether a folder with this configuration has packed weights."""
+    settings = getattr(config, "quantization_config", None)
+    return isinstance(settings, Mapping) and settings.get("quant_method") == METHOD
+
+
+def bits_refusal(config: LoadConfig, *, on_cpu: bool, processes: int = 1) -> str | None:
+    """Return why a target's weights cannot keep few bits with these settings; None if they can.
+
+    It is empty if the settings ask for what excludes them. Activations of 8 bits turn differences
+    of rounding into larger ones, so that only exact mode keeps the texts of plain decoding.
+    """
+    excluded = config.kv_bits, config.compile, config.device_map, config.adapter, processes > 1
+    is_wide = config.dtype == "float32" and not config.exact
+    if not on_cpu or config.bits == UNPACKED_BITS or config.exact is False or is_wide:
+        return ""
+    if any(excluded):
+        return ""
+    if find_spec("llvmlite") is None:
+        return "llvmlite is not installed (pip install 'treeflash[cpu]')"
+    from treeflash_cuda.low_bit_kernels import best_isa
+
+    return None if best_isa() else "this processor has no instructions for products of bytes"
+
+
+def round_linears(model: PreTrainedModel, bits: int) -> None:
+    """Round the linear layers of a model, and its output head, to numbers of 4 or 8 bits."""
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if is_plain(layer) and layer.weight.shape[1] % GROUP == 0:
+                setattr(parent, name, round_linear(layer.weight, layer.bias, bits))
+
+
+@register_quantization_config(METHOD)
+class LowBitConfig(QuantizationConfigMixin):  # type: ignore[misc, unused-ignore]
+    """The `quantization_config` of a folder with packed weights.
+
+    With `dequantise`, a setting of a load, layers get weights in the dtype of the load.
+    """
+
+    def __init__(self, modules: Mapping[str, Any], dequantise: bool = False, **_: Any) -> None:
+        self.quant_method = METHOD
+        self.modules, self.dequantise = modules, dequantise
+
+
+@register_quantizer(METHOD)
+class LowBitQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
+    """Gives a model the layers of a `LowBitConfig`."""
+
+    quantization_config: LowBitConfig
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        dtype = model.dtype  # of its first tensor, which will be scales
+        for name, stored in StoredWeight.of(vars(self.quantization_config)).items():
+            parent, own = _place(model, name)
+            if getattr(parent, own, None) is model.get_input_embeddings():
+                model.set_input_embeddings(LowBitEmbedding(stored, dtype))
+                if model.config.get_text_config().tie_word_embeddings:
+                    # It has no tensors in the file, and gets the table's when they are loaded.
+                    model.set_output_embeddings(nn.Identity())
+                    model.all_tied_weights_keys = {}
+                continue
+            layer = LowBitLinear(stored, dtype)
+            setattr(parent, own, layer)
+            layers = LowBitLayers(layer)
+            for number, part in enumerate(stored.parts):
+                setattr(parent, part, FusedPart(layers, number))
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        table = model.get_input_embeddings()
+        if isinstance(model.get_output_embeddings(), nn.Identity):
+            model.set_output_embeddings(table.output_head())
+        if self.quantization_config.dequantise:
+            dequantise(model)
+
+    def is_serializable(self, *_: Any, **__: Any) -> bool:
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+@torch.no_grad()
+def round_linear(weight: Tensor, bias: Tensor | None, bits: int) -> LowBitLinear:
+    """Return a layer with an (out, in) weight that is rounded to numbers of 4 or 8 bits."""
+    rounded = round_weight(weight.detach().float().numpy(), bits)
+    shape = int(weight.shape[0]), int(weight.shape[1])
+    stored = StoredWeight(
+        name=ROUNDED[bits], format=rounded.format, shape=shape, bias=bias is not None
+    )
+    return LowBitLinear.from_packed(stored, rounded.pack(), bias, weight.dtype)
+
+
+@torch.no_grad()
+def dequantise(model: PreTrainedModel) -> None:
+    """Give a model's layers with weights of few bits their weights in its dtype."""
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    for name, layer in list(model.named_modules()):
+        if not isinstance(layer, LowBitLinear):
+            continue
+        parent, own = _place(model, name)
+        every = torch.arange(layer.shape[0], device=layer.numbers.device)
+        weight, bias = layer.rows(every), layer.bias
+        if layer is table:
+            setattr(parent, own, nn.Embedding.from_pretrained(weight))
+        elif layer is head and layer.numbers is getattr(table, "numbers", None):
+            head = _linear(model.get_input_embeddings().weight, bias)
+            model.set_output_embeddings(head)
+        elif not layer.stored.parts:
+            setattr(parent, own, _linear(weight, bias))
+        else:
+            delattr(parent, own)
+            sizes = list(layer.stored.parts.values())
+            biases = [None] * len(sizes) if bias is None else bias.split(sizes)
+            for part, *tensors in zip(layer.stored.parts, weight.split(sizes), biases, strict=True):
+                setattr(parent, part, _linear(*tensors))
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """Return a layer with these tensors, for inference."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    tensors = {"weight": weight} | ({} if bias is None else {"bias": bias})
+    layer.load_state_dict(tensors, assign=True)
+    return layer.requires_grad_(False)
+
+
+def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """Return the parent of a module with a name, and its name there."""
+    parent, _, own = name.rpartition(".")
+    return model.get_submodule(parent), own

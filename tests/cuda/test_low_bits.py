@@ -1,0 +1,208 @@
+"""Products with weights of 4 and 8 bits on a CPU: their bits, on every set of instructions."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from treeflash.low_bits import GROUP, LowBitWeight, StoredWeight
+from treeflash.testing import require
+
+require("torch")
+require("llvmlite")
+
+import llvmlite.binding as llvm
+import torch
+from torch import Tensor
+from treeflash_cuda import low_bit_kernels
+from treeflash_cuda.low_bit_code import GENERIC, ISAS, Isa
+from treeflash_cuda.low_bit_kernels import Kernel
+from treeflash_cuda.low_bit_linear import LowBitEmbedding, LowBitLinear
+
+FORMATS = {
+    "Q4_0": (4, 1, False, np.float16),
+    "Q4_1": (4, 1, True, np.float16),
+    "Q4_K": (4, 1, True, np.float32),
+    "Q8_0": (8, 1, False, np.float16),
+    "Q5_1": (8, 1, True, np.float16),
+    "Q5_K": (8, 1, True, np.float32),
+    "Q6_K": (8, 2, False, np.float32),
+    "IQ4_XS": (8, 1, False, np.float32),
+}
+"""Bits, scales of a group, whether it has a least number, and the scales' dtype."""
+
+
+def isas() -> list[Isa]:
+    has = llvm.get_host_cpu_features()
+    return [GENERIC, *(isa for isa in ISAS if all(has.get(x) for x in isa.needed))]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled(tmp_path_factory):
+    """Compile for these tests alone, and each kernel once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TREEFLASH_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def random_weight(name: str, rows: int, size: int) -> LowBitWeight:
+    bits, scales, has_least, dtype = FORMATS[name]
+    rng, groups = np.random.default_rng(rows + size), size // GROUP
+    return LowBitWeight(
+        rng.integers(0, 1 << bits, (rows, size), np.uint8),
+        rng.standard_normal((rows, groups * scales)).astype(dtype),
+        rng.standard_normal((rows, groups)).astype(dtype) if has_least else None,
+        bits,
+    )
+
+
+def layer_of(weight: LowBitWeight, dtype=torch.float32, isa: Isa | None = None) -> LowBitLinear:
+    stored = StoredWeight(name="", format=weight.format, shape=weight.numbers.shape)
+    layer = LowBitLinear.from_packed(stored, weight.pack(), None, dtype)
+    if isa is not None:
+        least = None if layer.least is None else layer.least.data_ptr()
+        addresses = layer.numbers.data_ptr(), layer.scales.data_ptr(), least
+        layer._product = Kernel(isa, weight.format), addresses
+    return layer
+
+
+def reference(x: Tensor, weight: LowBitWeight) -> Tensor:
+    """The rule of `low_bit_code` in PyTorch; float64 rounds once where it says fma."""
+    kind, (n, size) = weight.format, weight.numbers.shape
+    groups = x.float().view(len(x), -1, GROUP)
+    top = groups.abs().amax(-1)
+    factor = torch.where(top >= 2.0**-100, torch.full_like(top, 127) / top, 0)
+    q = (groups * factor[..., None]).round()
+    d = top / 127
+    numbers = torch.from_numpy(weight.numbers.astype(np.float64) - kind.half)
+    numbers = numbers.view(n, -1, kind.scales, GROUP // kind.scales)
+    q_parts = q.double().view(len(x), -1, kind.scales, GROUP // kind.scales)
+    scales = torch.from_numpy(weight.scales.astype(np.float32)).view(n, -1, kind.scales)
+    y = torch.zeros(len(x), n)
+    for group, part in itertools.product(range(size // GROUP), range(kind.scales)):
+        sums = q_parts[:, group, part] @ numbers[:, group, part].T
+        steps = scales[None, :, group, part] * d[:, group, None]
+        y = (sums * steps.double() + y.double()).float()
+        if weight.least is not None:
+            least = torch.from_numpy(weight.least.astype(np.float32))[None, :, group]
+            total = d[:, group, None] * q[:, group].sum(-1, keepdim=True)
+            y = (least.double() * total.double() + y.double()).float()
+    return y.to(x.dtype)
+
+
+@pytest.mark.parametrize(
+    ("name", "isa"),
+    [
+        pytest.param(name, isa, id=f"{name}, {isa.name}")
+        for name in FORMATS
+        for isa in isas()
+        # Compiling takes a second each; these have every part of the code.
+        if isa in isas()[1:2] or name in ("Q4_1", "Q5_K", "Q6_K", "Q8_0")
+    ],
+)
+def test_bits_are_those_of_the_rule(name, isa):
+    """For every number of rows that a pass has, odd widths, and a last block with missing rows."""
+    torch.manual_seed(0)
+    for rows, size in ((48, 96), (21, 32)):
+        weight = random_weight(name, rows, size)
+        layer = layer_of(weight, isa=isa)
+        x = torch.randn(70, size) * torch.logspace(-3, 3, 70)[:, None]
+        x[3] = 0
+        x[5, :GROUP] = 0
+        x[7] *= 1e-36  # below the least number that counts
+        for dtype in (torch.float32, torch.bfloat16):
+            given = x.to(dtype)
+            expected = reference(given, weight)
+            assert torch.equal(layer(given), expected)
+            for m in (*range(1, 18), 33):
+                assert torch.equal(layer(given[:m]), expected[:m])
+                assert torch.equal(layer(given[-m:][None])[0], expected[-m:])
+
+
+@pytest.mark.parametrize("isa", isas(), ids=lambda isa: isa.name)
+def test_ties_round_to_even(isa):
+    weight = random_weight("Q8_0", 16, GROUP)
+    x = torch.zeros(1, GROUP)
+    x[0, :8] = torch.tensor([127, 0.5, 1.5, 2.5, -0.5, -1.5, 126.5, -127])
+    rounded = torch.zeros(1, GROUP)
+    rounded[0, :8] = torch.tensor([127.0, 0, 2, 2, 0, -2, 126, -127])
+    layer = layer_of(weight, isa=isa)
+    assert torch.equal(layer(x), layer(rounded))
+
+
+@pytest.mark.parametrize("isa", isas(), ids=lambda isa: isa.name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("value", [torch.nan, -torch.nan, torch.inf, -torch.inf])
+def test_numbers_that_are_not_finite_reach_every_output_of_their_row_alone(value, dtype, isa):
+    weight = random_weight("Q4_1", 32, 2 * GROUP)
+    layer, x = layer_of(weight, isa=isa), torch.randn(9, 2 * GROUP).to(dtype)
+    expected = layer(x)
+    x[4, 40] = value
+    actual = layer(x)
+    assert actual[4].isnan().all()
+    kept = torch.arange(9) != 4
+    assert torch.equal(actual[kept], expected[kept])
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 4])
+def test_threads_and_strides_change_no_bit(threads):
+    """The weight and the rows are large enough to be shared by threads."""
+    before = torch.get_num_threads()
+    weight = random_weight("Q4_1", 16 * 40, 512)
+    layer, x = layer_of(weight), torch.randn(70, 1024)
+    expected = reference(x[:, ::2].contiguous(), weight)
+    torch.set_num_threads(threads)
+    try:
+        assert torch.equal(layer(x[:, ::2]), expected)
+        assert torch.equal(layer(x[:1, ::2]), expected[:1])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_no_rows_and_float16():
+    weight = random_weight("Q6_K", 32, 64)
+    layer, x = layer_of(weight, torch.float16), torch.randn(3, 64).half()
+    assert layer(x[:0]).shape == (0, 32)
+    assert torch.equal(layer(x), reference(x.float(), weight).half())
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_rows_and_dequantised_layers_have_the_weights(name):
+    weight = random_weight(name, 21, 96)
+    stored = StoredWeight(name=name, format=weight.format, shape=(21, 96))
+    table = LowBitEmbedding.from_packed(stored, weight.pack(), None, torch.float32)
+    expected = torch.from_numpy(weight.dequantised())
+    ids = torch.tensor([[0, 20, 16], [15, 3, 3]])
+    assert torch.equal(table(ids), expected[ids])
+    assert torch.equal(table.dequantised().weight, expected)
+    x = torch.randn(2, 96)
+    assert torch.equal(table.output_head()(x), reference(x, weight))
+
+
+def test_a_bias_is_added():
+    weight, bias = random_weight("Q4_0", 16, 32), torch.randn(16)
+    stored = StoredWeight(name="", format=weight.format, shape=(16, 32), bias=True)
+    x = torch.randn(2, 32)
+    layer = LowBitLinear.from_packed(stored, weight.pack(), bias, torch.float32)
+    assert torch.equal(layer(x), reference(x, weight) + bias)
+    assert torch.equal(layer.dequantised().bias, bias)
+
+
+def test_code_is_compiled_once_and_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("TREEFLASH_CACHE", str(tmp_path))
+    kind = random_weight("Q8_0", 16, 32).format
+    Kernel(ISAS[0] if ISAS[0] in isas() else GENERIC, kind)
+    (file,) = (tmp_path / "kernels").iterdir()
+    monkeypatch.setattr(low_bit_kernels, "build", lambda *_: pytest.fail("compiled again"))
+    Kernel(ISAS[0] if ISAS[0] in isas() else GENERIC, kind)
+    assert file.suffix == ".o"
+    with pytest.raises(pytest.fail.Exception, match="compiled again"):
+        Kernel(GENERIC, kind._replace(wide=True))
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TREEFLASH_CACHE", str(tmp_path / "file"))
+    Kernel(GENERIC, random_weight("Q8_0", 16, 32).format)
