@@ -346,6 +346,7 @@ class LoadOptions(TypedDict, total=False):
     dtype: str | None
     device_map: Literal["auto"] | None
     adapter: str | Path | None
+    bits: int | None
     draft_bits: int | None
     draft_window: int | None
     memory_gb: float | None

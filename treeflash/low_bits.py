@@ -113,7 +113,7 @@ class LowBitWeight(NamedTuple):
         numbers = np.pad(self.numbers, ((0, missing), (0, 0)))
         lines = numbers.reshape(-1, BLOCK, groups, GROUP // LINE, LINE).transpose(0, 2, 3, 1, 4)
         if self.bits == 4:
-            lines = lines[:, :, 0::2] | lines[:, :, 1::2] << 4
+            lines = lines[:, :, 0::2] | lines[:, :, 1::2] << np.uint8(4)
         packed = np.ascontiguousarray(lines).reshape(*lines.shape[:3], BLOCK * LINE)
         least = None if self.least is None else _by_block(self.least, missing)
         return PackedWeight(packed, _by_block(self.scales, missing), least)
@@ -228,7 +228,7 @@ def _q4(blocks: Numbers, has_least: bool) -> Parts:
 def _q5(blocks: Numbers, has_least: bool) -> Parts:
     first = 4 if has_least else 2
     high = np.unpackbits(blocks[:, first : first + 4], axis=1, bitorder="little")
-    numbers = _halves(blocks[:, first + 4 :]) | high << 4
+    numbers = _halves(blocks[:, first + 4 :]) | high << np.uint8(4)
     if has_least:
         return numbers, _float16(blocks, 0), _float16(blocks, 2)
     return numbers + np.uint8(128 - 16), _float16(blocks, 0), None
@@ -259,7 +259,7 @@ def _q4_k(blocks: Numbers) -> Parts:
 
 def _q5_k(blocks: Numbers) -> Parts:
     high = np.stack([blocks[:, 16:48] >> bit & 1 for bit in range(8)], 1)
-    return _k_numbers(blocks) | high << 4, *_k_scales(blocks)
+    return _k_numbers(blocks) | high << np.uint8(4), *_k_scales(blocks)
 
 
 def _q6_k(blocks: Numbers) -> Parts:

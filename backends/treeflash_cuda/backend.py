@@ -526,7 +526,8 @@ def pack_drafter(model: Model, head: Head | None, target: Target, bits: int | No
         product = (model.operations or PYTORCH).quantised_linear
         for module in modules:
             quantise_linears(module, bits, product)
-        weight, bias = model.own.lm_head, None
+        weight: Any = model.own.lm_head
+        bias = None
         if weight is None:
             weight, bias = target.lm_head_weight, getattr(target.lm_head, "bias", None)
         if isinstance(weight, Tensor) and has_groups(weight):

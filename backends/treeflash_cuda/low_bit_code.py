@@ -192,10 +192,10 @@ def build(isa: Isa, kind: LowBitFormat, threads: bool) -> str:
     module = ir.Module("low_bits")
     task = ir.FunctionType(VOID, [POINTER])
     quantise = _function(module, "quantise", task)
-    _quantise(Builder(quantise.append_basic_block()), *quantise.args)
+    _quantise(Builder(quantise.append_basic_block()), quantise.args[0])
     passes = {rows: _pass(module, isa, kind, rows) for rows in ROWS}
     multiply = _function(module, "multiply", task)
-    _multiply(Builder(multiply.append_basic_block()), *multiply.args, passes)
+    _multiply(Builder(multiply.append_basic_block()), multiply.args[0], passes)
     _entry(module, quantise, multiply, threads)
     return str(module)
 

@@ -82,7 +82,7 @@ def pack_model(model: Model) -> Model:
         layer = name.removesuffix(".weight")
         is_scaled = layer == INPUT_TABLE and model.architecture.scales_embeddings
         if layer != name and len(tensor.shape) == 2 and not is_scaled:
-            shape = _shape(tensor)
+            shape = int(tensor.shape[1]), int(tensor.shape[0])
             sample = tensor.data[:1], tensor.tensor_type, (1, shape[1])
             if (weight := low_bits(*sample)) is not None:
                 found[layer] = StoredWeight(
@@ -103,8 +103,9 @@ def pack_model(model: Model) -> Model:
     if not modules:
         return model
     settings = {"quant_method": METHOD, "modules": {x: y.document() for x, y in modules.items()}}
-    config = model.documents["config.json"] | {"quantization_config": settings}
-    return replace(model, modules=modules, documents=model.documents | {"config.json": config})
+    config = {**model.documents["config.json"], "quantization_config": settings}
+    documents = {**model.documents, "config.json": config}
+    return replace(model, modules=modules, documents=documents)
 
 
 def _joined(layer: str, found: Mapping[str, StoredWeight]) -> tuple[str, list[str]]:

@@ -110,6 +110,7 @@ def train(
     if config.freeze_backbone or config.freeze_layers:
         drafter.requires_grad_(False)
         drafter.fc.requires_grad_(config.freeze_layers)
+    assert isinstance(model.embeddings, Tensor)  # weights of few bits are not trained with
     blocks: nn.Module = Blocks(drafter, head, model.embeddings, model.lm_head)
     blocks, optimizer = accelerator.prepare(blocks, make_optimizer(blocks, config))
     model.capture(layer_ids)
