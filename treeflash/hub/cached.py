@@ -13,7 +13,13 @@ from huggingface_hub.errors import CacheNotFound
 
 from treeflash.config import cache_folder
 from treeflash.errors import CheckpointError
-from treeflash.hub.models import CONVERTED, has_weights, resolve_drafter, studio_models
+from treeflash.hub.models import (
+    CONVERTED,
+    PACKED,
+    has_weights,
+    resolve_drafter,
+    studio_models,
+)
 from treeflash.hub.published import BUNDLED_DRAFTER, DEFAULT_TARGET
 
 
@@ -45,10 +51,11 @@ def cached_models() -> list[CachedModel]:
     Models without weights in safetensors files are left out.
     """
     found = [CachedModel.from_folder(BUNDLED_DRAFTER, resolve_drafter(None, None))]
-    default = cache_folder() / DEFAULT_TARGET.rpartition("/")[2]
-    if (default / "config.json").is_file():
-        remove = partial(shutil.rmtree, default)
-        found.append(CachedModel.from_folder(DEFAULT_TARGET, default, remove))
+    for parent in (cache_folder(), cache_folder() / PACKED):
+        default = parent / DEFAULT_TARGET.rpartition("/")[2]
+        if (default / "config.json").is_file():
+            remove = partial(shutil.rmtree, default)
+            found.append(CachedModel.from_folder(DEFAULT_TARGET, default, remove))
     for folder in sorted(filter(has_weights, (cache_folder() / CONVERTED).glob("*/*"))):
         remove = partial(shutil.rmtree, folder.parent)
         found.append(CachedModel.from_folder(folder.name, folder, remove))
