@@ -371,7 +371,7 @@ def test_reference_pair_gives_the_same_tokens_for_every_method(tiny_pair):
 @pytest.fixture
 def nothing_fetched(monkeypatch):
     """Fail where a target is looked for."""
-    monkeypatch.setattr(language_model, "resolve_target", lambda name: pytest.fail("fetched"))
+    monkeypatch.setattr(language_model, "resolve_target", lambda *_, **__: pytest.fail("fetched"))
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,10 @@ from treeflash.config import LoadConfig, remember
 from treeflash.processors import processor_facts
 
 MODEL_FILES = ("*.json", "*.safetensors")
-PACKAGES = ("treeflash", "numpy", "torch", "transformers", "triton", "mlx", "mlx-lm", "mlx-vlm")
+PACKAGES = (
+    *("treeflash", "numpy", "torch", "transformers", "triton", "llvmlite"),
+    *("mlx", "mlx-lm", "mlx-vlm"),
+)
 VARIABLES = (
     *("ATEN_", "BLIS_", "CUBLAS", "CUDA_", "CUDNN_", "DNNL_", "DYLD_", "GOMP_", "KMP_"),
     *("LD_PRELOAD", "METAL_", "MKL", "MLX_", "MTL_", "NVIDIA_", "OMP_", "ONEDNN_", "OPENBLAS_"),
