@@ -18,8 +18,9 @@ time for the parts begins. They run in this order, each in its own process:
 - on a GPU `iterations`: a forward pass by nodes and context, an iteration by phase for 1, 8 and 32
   texts, and its longest kernels, with random weights in the shape of the largest Qwen3 model that
   fits the GPU and the folder of temporary files (`TMPDIR`).
-- on a Mac `passes`, `host` and `buffers`: a forward pass by nodes and committed positions, the time
-  in which Python builds a pass, and plain decoding with other sizes of command buffers.
+- on a Mac `prompts`, `passes`, `host` and `buffers`: a prompt with and without the CPU's share, a
+  forward pass by nodes and committed positions, the time in which Python builds a pass and a
+  commit, and plain decoding with other sizes of command buffers.
 - on a GPU `graphs`: which functions are captured as CUDA graphs, their replays, and failures.
 - `texts`: whether every method writes the text of plain decoding with tiny models of random
   weights; on a GPU also whether graphs and masks compute the same logits.

@@ -66,6 +66,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 """Families of tiny targets, and settings."""
 HOST_NODES, HOST_CONTEXT = (1, 8, 16), 64
 """Nodes and committed positions of the passes whose building is timed."""
+PROMPT_LENGTHS, PROMPT_ROUNDS = (2048, 8192), 2
 TOGETHER = 4
 """Texts of a tiny pair that are decoded at once."""
 T = TypeVar("T")
@@ -165,6 +166,36 @@ def passes(mac: Mac, part: Part) -> None:
         if mac.is_late:
             part.note(f"passes were cut short after {context} positions")
             return
+
+
+def prompts(mac: Mac, part: Part) -> None:
+    """Measure a prompt with and without the CPU's share of its products; they take turns."""
+    backend = mac.load_model().backend
+    for length in [x for x in PROMPT_LENGTHS if x < backend.max_positions]:
+        for row in prompt_rows(backend, length):
+            part.add("prompts", **row)
+
+
+def prompt_rows(backend: Any, length: int) -> list[Row]:
+    """Measure how long it takes until the first token is known; the first call warms up."""
+    from treeflash_mlx import shared_products
+
+    ids = random_prompt(backend.vocab_size, length)
+    seconds: dict[str, list[float]] = {"shared where it wins": [], "GPU alone": []}
+    for _ in range(PROMPT_ROUNDS + 1):
+        for name, times in seconds.items():
+            least = 1 << 30 if name == "GPU alone" else shared_products.LEAST_ROWS
+            with (
+                patch.object(shared_products, "LEAST_ROWS", least),
+                SequenceSession(backend, capacity=length + 1) as sequence,
+            ):
+                started = time.perf_counter()
+                sequence.extend(ids)
+                times.append(time.perf_counter() - started)
+    return [
+        {"tokens": length, "products": name, "tokens_per_s": length / min(times[1:])}
+        for name, times in seconds.items()
+    ]
 
 
 def host(mac: Mac, part: Part) -> None:
@@ -305,6 +336,7 @@ PARTS: dict[str, Find] = {
     "speed": speed_and_kernels,
     "peer again": peer,
     "exact": exact,
+    "prompts": prompts,
     "passes": passes,
     "host": host,
     "buffers": buffers,

@@ -47,7 +47,7 @@ def bits_refusal(config: LoadConfig, *, on_cpu: bool, processes: int = 1) -> str
     if any(excluded):
         return ""
     if find_spec("llvmlite") is None:
-        return "llvmlite is not installed (pip install 'treeflash[cpu]')"
+        return "llvmlite is not installed (pip install llvmlite)"
     from treeflash_cuda.machine_code import best_isa
 
     return None if best_isa() else "this processor has no instructions for products of bytes"

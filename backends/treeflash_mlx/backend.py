@@ -69,6 +69,7 @@ from treeflash_mlx.heads import TABLE_HEADS, ARHead, TableHead
 from treeflash_mlx.metal_kernels.examination import examine
 from treeflash_mlx.metal_kernels.products import choose_products
 from treeflash_mlx.mtp_head import MtpCache, MtpDrafter, MtpModel, ParallelDrafter
+from treeflash_mlx.shared_products import choose_shares, prompt_layers
 from treeflash_mlx.state import State
 from treeflash_mlx.target import KV_BITS, Target
 from treeflash_mlx.verifier import Verifier
@@ -206,7 +207,9 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> MlxBackend:
     if config.exact and metal_kernels.runs_matrix_kernels():
         model.use_exact_kernels()
         model.processor = "exact mode on Metal takes no images"
+    prompts = {} if config.exact else prompt_layers(model.model)
     choose_products(model.model, drafter_model, module)
+    choose_shares(prompts)
     window = config.draft_window or DRAFT_WINDOW
     backend = MlxBackend(model, drafter_model, head, draft_window=window)
     # Kernels that are timed at load may win this time and lose the next.

@@ -38,13 +38,16 @@ def mac(module, pair, tmp_path):
     return module("mlx_parts").Mac(args, tmp_path, end=time.time() + 600)
 
 
-def test_the_target_is_measured(module, mac):
+def test_the_target_is_measured(module, mac, monkeypatch):
     parts, part = module("mlx_parts"), module("report").Part("measurements")
-    for name in ("speed", "peer", "passes", "host"):
+    monkeypatch.setattr(parts, "PROMPT_LENGTHS", (40, 100_000_000))
+    for name in ("speed", "peer", "prompts", "passes", "host"):
         parts.PARTS[name](mac, part)
     assert [(row["context"], row["nodes"]) for row in part.tables["passes"]] == [
         *((2, 1), (2, 3), (5, 1), (5, 3)),  # more positions than the target has are left out
     ]
+    names = [(row["tokens"], row["products"]) for row in part.tables["prompts"]]
+    assert names == [(40, "shared where it wins"), (40, "GPU alone")]
     assert [row["nodes"] for row in part.tables["host"]] == [1, 8, 16]
     assert all(row["build_ms"] > 0 and row["commit_ms"] > 0 for row in part.tables["host"])
     chosen = {row["method"]: row["nodes"] for row in part.tables["budgets"]}

@@ -275,7 +275,7 @@ def choose_products(*models: nn.Module | None) -> None:
     """Let layers of models multiply by the kernel, for the numbers of rows where it wins."""
     if not runs_matrix_kernels():
         return
-    for (_, bits, _, dtype), modules in _by_shape(*models).items():
+    for (_, bits, _, dtype), modules in by_shape(*models).items():
         timed = TIMED_ROWS[bits]
         stops = [*timed[1:], 8 * -(-timed[-1] // 8) + 1]
         won: dict[int, Geometry] = {}
@@ -291,7 +291,7 @@ def use_everywhere(model: nn.Module) -> None:
 
     Layers for which the kernel is wrong on this device keep MLX's operation.
     """
-    for shape, modules in _by_shape(model).items():
+    for shape, modules in by_shape(model).items():
         (outputs, _), bits, _, dtype = shape
         first = modules[0]
         x = _inputs(first, 8 * MAX_COLUMNS + 1)
@@ -307,14 +307,14 @@ def use_everywhere(model: nn.Module) -> None:
             _use_kernel(module, lambda _: EXACT_GEOMETRY, dtype)
 
 
-def _by_shape(*models: nn.Module | None) -> dict[Shape, list[Module]]:
+def by_shape(*models: nn.Module | None) -> dict[Shape, list[Module]]:
     """Group the modules of models that the kernel can multiply by, each once."""
-    by_shape: dict[Shape, dict[int, Module]] = {}
+    found: dict[Shape, dict[int, Module]] = {}
     for model in models:
         for module in [] if model is None else model.modules():
             if (shape := shape_of(module)) is not None:
-                by_shape.setdefault(shape, {})[id(module)] = module
-    return {shape: list(modules.values()) for shape, modules in by_shape.items()}
+                found.setdefault(shape, {})[id(module)] = module
+    return {shape: list(modules.values()) for shape, modules in found.items()}
 
 
 def _inputs(module: Module, rows: int) -> mx.array:

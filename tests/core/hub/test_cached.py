@@ -269,7 +269,7 @@ def test_json(machine, drafters):
     ],
 )
 def test_a_download_has_the_drafter_of_a_target(machine, run, monkeypatch, name, fetched):
-    monkeypatch.setattr(models, "_resolve", lambda name: machine / "some")
+    monkeypatch.setattr(models, "_resolve", lambda name, **_: machine / "some")
     make_snapshot(machine / "some", "config.json", "model.safetensors")
     code, out = run("--download", name)
     assert code == 0

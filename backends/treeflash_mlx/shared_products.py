@@ -1,0 +1,127 @@
+"""Products of long prompts, of whose rows the CPU takes a share.
+
+A prompt's products keep the arithmetic of a GPU busy, not its memory. A Mac's CPU has matrix units
+of its own, and reads the same memory. So a quantised weight is dequantised once in a call, the GPU
+multiplies most rows by it, and the CPU the others at the same time. `choose_shares` times some
+shares at load, as kernels are timed, and leaves layers alone where none wins.
+
+A row has other bits on a CPU than on a GPU, so float32 and exact mode keep everything on the GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import mlx.core as mx
+from mlx import nn
+
+from treeflash_mlx.metal_kernels import (
+    LONG_BYTES,
+    ROUNDING,
+    choose,
+    relative_error,
+    runs_kernels,
+)
+from treeflash_mlx.metal_kernels.products import (
+    TIMED_LAYERS,
+    Module,
+    Quantised,
+    Shape,
+    by_shape,
+    multiply_plainly,
+)
+
+LEAST_ROWS = 512
+"""Rows of a product of which the CPU takes some: with fewer, dequantising takes too long."""
+TIMED_ROWS = 1024
+SHARES = (0.15, 0.25, 0.35)
+"""Shares of the rows for the CPU that are timed."""
+WHOLE_ROWS = 32
+"""The GPU gets a multiple of this number of rows, as many as a tile of its kernels has."""
+
+Layers: TypeAlias = Mapping[Shape, Sequence[Module]]
+
+
+def prompt_layers(model: nn.Module) -> Layers:
+    """Return the layers that multiply all rows of a prompt, by shape."""
+    found = {}
+    for shape, modules in by_shape(model).items():
+        layers = [x for x in modules if isinstance(x, nn.Linear | nn.QuantizedLinear)]
+        if layers and shape[3] != mx.float32:
+            found[shape] = layers
+    return found
+
+
+def multiply_shared(module: Module, x: mx.array, share: float) -> mx.array:
+    """Multiply (..., inputs) by the weight of a module, with a share of the rows on the CPU."""
+    rows = x.reshape(-1, x.shape[-1])
+    weight = module.weight
+    if isinstance(module, Quantised):
+        options = module.group_size, module.bits
+        weight = mx.dequantize(weight, module.scales, module.biases, *options)
+    cut = gpu_rows(len(rows), share)
+    parts = [rows[:cut] @ weight.T, mx.matmul(rows[cut:], weight.T, stream=mx.cpu)]
+    return mx.concatenate(parts).reshape(*x.shape[:-1], -1)
+
+
+def gpu_rows(rows: int, share: float) -> int:
+    """Return how many of some rows the GPU multiplies if the CPU has this share."""
+    return min(-(-int(rows * (1 - share)) // WHOLE_ROWS) * WHOLE_ROWS, rows)
+
+
+def choose_shares(layers: Layers) -> None:
+    """Let the CPU multiply some rows of long prompts in layers where that is faster."""
+    if not runs_kernels():
+        return
+    for shape, modules in layers.items():
+        if (share := fastest(modules[:TIMED_LAYERS], shape)) is not None:
+            for module in modules:
+                _use_share(module, share)
+
+
+def fastest(layers: Sequence[Module], shape: Shape) -> float | None:
+    """Return the fastest share for layers of one shape; None if the GPU alone is faster."""
+    first, ((outputs, width), bits, group, dtype) = layers[0], shape
+    if isinstance(first, Quantised):
+        width = first.scales.shape[1] * group
+    x = mx.random.normal((TIMED_ROWS, width), key=mx.random.key(0)).astype(dtype)
+    names = {f"{share:.0%} of the rows on the CPU": share for share in SHARES}
+
+    def candidate(product: Callable[[Module, mx.array], mx.array]) -> Callable[..., mx.array]:
+        return lambda y, call: x + 0 * product(layers[call % len(layers)], y)[:, :1]
+
+    def shared(share: float) -> Callable[[Module, mx.array], mx.array]:
+        return lambda module, y: multiply_shared(module, y, share)
+
+    def errors(name: str) -> dict[str, float]:
+        found = multiply_shared(first, x, names[name])
+        return {"": relative_error(found, multiply_plainly(first, x))}
+
+    winner = choose(
+        "products of long prompts",
+        f"{outputs} x {width} in {bits} bits",
+        f"{TIMED_ROWS} rows",
+        errors,
+        ROUNDING[x.dtype],
+        {name: candidate(shared(share)) for name, share in names.items()},
+        candidate(multiply_plainly),
+        x,
+        LONG_BYTES,  # few calls: each takes milliseconds
+        key=shape,
+    )
+    return None if winner is None else names[winner]
+
+
+def _use_share(module: Module, share: float) -> None:
+    """Give one module, and no other, a class whose products of many rows are shared."""
+    cls = type(module)
+    plain: Callable[..., Any] = cls.__call__
+
+    def call(self: Any, x: mx.array) -> Any:
+        if x.size // x.shape[-1] < LEAST_ROWS:
+            return plain(self, x)
+        out = multiply_shared(self, x, share)
+        return out + self["bias"] if "bias" in self else out
+
+    module.__class__ = type(cls.__name__, (cls,), {"__call__": call})
