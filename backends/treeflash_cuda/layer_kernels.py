@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,28 +31,25 @@ SHARED = 1 << 15
 ELEMENTS = {torch.float32: Element(is_wide=True), torch.bfloat16: Element(is_wide=False)}
 
 
-class SequencesTable(NamedTuple):
+class SequencesTable:
     """The sequences of a pass, for one layer after the other."""
 
-    lines: NDArray[np.int64]  # (layers, sequences, len(SEQUENCE)); see `layer_code.SEQUENCE`
-    kv_heads: int
-    column_stride: int  # between columns of the caches, in numbers
-    columns: int  # columns of the longest sequence after the pass
+    def __init__(
+        self,
+        lines: NDArray[np.int64],  # (layers, sequences, len(SEQUENCE)); see `layer_code.SEQUENCE`
+        kv_heads: int,
+        column_stride: int,  # between columns of the caches, in numbers
+        columns: int,  # columns of the longest sequence after the pass
+    ) -> None:
+        self.kv_heads, self.columns, self._lines = kv_heads, columns, lines
+        last = dict(zip(SEQUENCE, lines[0, -1].tolist(), strict=True))
+        self.rows, self.units = last["row_end"], last["unit_end"]
+        self._first, self._step = lines.ctypes.data, lines.strides[0]
+        self._counts = lines.shape[1], kv_heads, column_stride
 
-    def of_layer(self, layer: int) -> tuple[int, int, int, int]:
+    def of_layer(self, layer: int) -> tuple[int, ...]:
         """Return the arguments that functions take."""
-        at = self.lines.ctypes.data + layer * self.lines.strides[0]
-        return at, self.lines.shape[1], self.kv_heads, self.column_stride
-
-    @property
-    def rows(self) -> int:
-        """Number of rows of the sequences."""
-        return int(self.lines[0, -1, SEQUENCE.index("row_end")])
-
-    @property
-    def units(self) -> int:
-        """Number of units of `attend`."""
-        return int(self.lines[0, -1, SEQUENCE.index("unit_end")])
+        return self._first + layer * self._step, *self._counts
 
 
 class LayerKernels:
@@ -112,7 +108,7 @@ class LayerKernels:
             *(heads.data_ptr(), cos, sin, None if norms is None else norms.data_ptr()),
             *(heads.shape[1], eps, rotation is not None, norms is not None),
             *table.of_layer(layer),
-            *(len(heads), self._shared(heads.numel())),
+            *(heads.shape[0], self._shared(heads.numel())),
         )
 
     def attend(

@@ -43,7 +43,7 @@ class Kernel:
         """
         size = x.shape[-1]
         flat = x.reshape(-1, size).contiguous()
-        rows, groups = len(flat), size // GROUP
+        rows, groups = flat.shape[0], size // GROUP
         y = x.new_empty(*x.shape[:-1], width)
         if rows:
             # For each group: a scale (float32), two sums (int32), 32 integers (int8).

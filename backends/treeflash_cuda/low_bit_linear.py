@@ -5,16 +5,13 @@ A layer's rows are independent of each other by construction; `low_bit_code` has
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from treeflash.low_bits import BLOCK, GROUP, LINE, PackedWeight, StoredWeight
-
-if TYPE_CHECKING:
-    from treeflash_cuda.low_bit_kernels import Kernel
 
 
 class LowBitLinear(nn.Module):
@@ -37,8 +34,8 @@ class LowBitLinear(nn.Module):
         if not stored.format.has_least:
             self.least = None
         self._keep("bias", torch.empty(self.shape[0], dtype=dtype) if stored.bias else None)
-        # The kernel and the addresses of the weight, when the first product asks for them.
-        self._product: tuple[Kernel, tuple[int, int, int | None]] | None = None
+        # Multiplies float32 and bfloat16 rows, when the first product has asked for it.
+        self._product: Callable[[Tensor], Tensor] | None = None
 
     def _keep(self, name: str, tensor: Tensor | None) -> None:
         parameter = None if tensor is None else nn.Parameter(tensor, requires_grad=False)
@@ -68,18 +65,25 @@ class LowBitLinear(nn.Module):
             # Weights can be dequantised where llvmlite is missing.
             from treeflash_cuda.low_bit_kernels import kernel
 
-            least = None if self.least is None else self.least.data_ptr()
-            addresses = self.numbers.data_ptr(), self.scales.data_ptr(), least
-            self._product = kernel(self.stored.format), addresses
-        product, addresses = self._product
-        blocks = len(self.numbers)
-        is_known = x.dtype in (torch.float32, torch.bfloat16)
-        y = product(x if is_known else x.float(), addresses, blocks, blocks * BLOCK)
-        if blocks * BLOCK != self.shape[0]:
-            y = y[..., : self.shape[0]]
-        if not is_known:
-            y = y.to(x.dtype)
-        return y if self.bias is None else y + self.bias
+            self._product = self.product(kernel(self.stored.format))
+        if x.dtype in (torch.float32, torch.bfloat16):
+            return self._product(x)
+        return self._product(x.float()).to(x.dtype)
+
+    def product(self, kernel: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
+        """Return the function of a kernel that maps float32 or bfloat16 rows."""
+        least = None if self.least is None else self.least.data_ptr()
+        addresses = self.numbers.data_ptr(), self.scales.data_ptr(), least
+        (rows, _), blocks, bias = self.shape, self.numbers.shape[0], self.bias
+        product = partial(kernel, weight=addresses, blocks=blocks, width=blocks * BLOCK)
+        if bias is None and rows == blocks * BLOCK:
+            return product
+
+        def with_bias(x: Tensor) -> Tensor:
+            y = product(x)[..., :rows]
+            return y if bias is None else y + bias.to(y.dtype)
+
+        return with_bias
 
     @torch.no_grad()
     def rows(self, ids: Tensor) -> Tensor:

@@ -62,9 +62,7 @@ def layer_of(weight: LowBitWeight, dtype=torch.float32, isa: Isa | None = None) 
     stored = StoredWeight(name="", format=weight.format, shape=weight.numbers.shape)
     layer = LowBitLinear.from_packed(stored, weight.pack(), None, dtype)
     if isa is not None:
-        least = None if layer.least is None else layer.least.data_ptr()
-        addresses = layer.numbers.data_ptr(), layer.scales.data_ptr(), least
-        layer._product = Kernel(isa, weight.format), addresses
+        layer._product = layer.product(Kernel(isa, weight.format))
     return layer
 
 
