@@ -37,7 +37,11 @@ def write_pairs(folder: Path) -> dict[str, tuple[Path, Path]]:
 
 def load_alone(name: str, pairs: dict[str, tuple[Path, Path]]) -> LanguageModel:
     """Load one of the models, or the default pair."""
-    return load(backend="cuda", threads=1) if name == BUNDLED else reference_model(*pairs[name])
+    return (
+        load(backend="cuda", device="cpu", threads=1)
+        if name == BUNDLED
+        else reference_model(*pairs[name])
+    )
 
 
 @dataclass
