@@ -94,6 +94,7 @@ class DecoderTarget(Target):
     def make_exact(self, passed: PassedChecks) -> None:
         facts = self.facts
         with torch.inference_mode():
+            self._exact_changes.callback(setattr, self, "token_rows", self.token_rows)
             self.token_rows = token_rows(self.model, self.dtype)
             least = LINEAR_ROWS if self.token_rows == 1 else min(self.token_rows, LINEAR_ROWS)
             bound_products(self.model, self.dtype, self._exact_changes, least, passed)

@@ -399,6 +399,7 @@ def test_exact_mode_is_the_default_in_half_precision(tmp_path, settings, is_exac
         ("qwen3_moe", None, "it does not support the products of Qwen3Moe"),
         ("llama", "treeflash_cuda.exact._equal_rows", "products of 3 x 4 weights"),
         ("llama", "treeflash_cuda.backend.CudaBackend.check_exact", "a fork changes its logits"),
+        ("qwen3", "treeflash_cuda.backend.CudaBackend.check_exact", "a fork changes its logits"),
     ],
 )
 def test_a_target_that_is_not_exact_is_loaded_as_without_the_default(
