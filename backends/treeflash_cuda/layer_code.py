@@ -1,7 +1,7 @@
 """The small operations of a decoder's layer on a CPU, as LLVM's intermediate representation.
 
 Between the products of a layer PyTorch needs about 25 operations, each of which takes longer to
-start than to compute a few rows. Here they are four functions, written like `low_bit_code`:
+start than to compute a few rows. Here they are four functions, written with `ir_builder`:
 
 - `norm` adds a sublayer's output to the residual, and norms the sum
 - `turn` norms and rotates queries and keys in place, and writes keys and values to the caches
@@ -28,7 +28,7 @@ from dataclasses import dataclass
 
 from llvmlite import ir
 
-from treeflash_cuda.low_bit_code import (
+from treeflash_cuda.ir_builder import (
     FLOAT,
     FORK,
     I8,

@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from treeflash_cuda import layer_code, low_bit_code
+from treeflash_cuda import layer_code
+from treeflash_cuda.ir_builder import Isa
 from treeflash_cuda.layer_code import LANES, SEQUENCE, Element, build
-from treeflash_cuda.low_bit_code import Isa
 from treeflash_cuda.machine_code import best_isa, compiled, has_threads
 
 ADDRESS, SIZE, FLAG, NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
@@ -61,7 +61,7 @@ class LayerKernels:
         self._threads = has_threads()
         self._engine = compiled(  # holds the code
             isa,
-            (low_bit_code, layer_code),
+            (layer_code,),
             (*elements, head_dim, self._threads),
             lambda: build(*elements, head_dim, self._threads),
         )

@@ -18,63 +18,50 @@ and adds their products to integers (`vpdpbusd`, `pmaddubsw`, `sdot`). Numba has
 from the loop that means it LLVM makes ten instructions. The rest would be as long in Numba, which
 takes ten times as long to import and compile. llvmlite alone has wheels for Linux, macOS and
 Windows, and needs no compiler on the user's machine.
-
-Each function below adds instructions at a builder and returns their result, so that a function of
-the kernel is read from its top to its bottom like a program.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple, TypeAlias
 
 from llvmlite import ir
 
 from treeflash.low_bits import BLOCK, GROUP, LINE, LowBitFormat
-
-Value: TypeAlias = ir.Value
-I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
-HALF, FLOAT, POINTER, VOID = ir.HalfType(), ir.FloatType(), ir.PointerType(), ir.VoidType()
+from treeflash_cuda.ir_builder import (
+    FLOAT,
+    FORK,
+    GENERIC,
+    HALF,
+    I1,
+    I8,
+    I16,
+    I32,
+    I64,
+    POINTER,
+    QUIET_NAN,
+    TO_EVEN,
+    VOID,
+    Builder,
+    Isa,
+    Value,
+    constant,
+    vector,
+)
 
 ENTRY = "low_bit_linear"
 """The name of the function that `build` makes; see `_entry`."""
-FORK = "GOMP_parallel"
-"""The function of GCC's OpenMP, as PyTorch has it on Linux, that runs a function in threads."""
 ROWS = (8, 6, 4, 3, 2, 1)
 """Numbers of rows that a pass over a block multiplies at once."""
 AHEAD = 2048
 """Bytes of weights between the ones that are multiplied and the ones that are fetched."""
 LEAST_TOP = 2.0**-100
-TO_EVEN = 1.5 * 2**23
-"""Added to a float32 of a small size and subtracted again, it rounds to integers, ties to even."""
-QUIET_NAN = 0x7FC00000
 INFINITY_BITS = 0x7F800000
 SHARED_ROWS, SHARED_WEIGHTS = 1 << 15, 1 << 16
 """Least numbers of rows and of a weight for which threads share work."""
 CHUNKS = 8
 """Parts of a product for each thread: the fastest one takes more of them."""
 
-
-class Isa(NamedTuple):
-    """A set of instructions, with the product of bytes that it has."""
-
-    name: str
-    lanes: int  # float32 numbers of a vector
-    signed: bool  # whether numbers of 8 bits are multiplied with a sign
-    needed: tuple[str, ...]  # the processor's features, under LLVM's names
-    features: str  # what LLVM may use besides
-
-
-AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni", "fma", "f16c")
-ISAS = (
-    Isa("AVX-512 VNNI", 16, False, AVX512, "-prefer-256-bit"),
-    Isa("AVX2", 8, True, ("avx2", "fma", "f16c"), ""),
-    Isa("NEON", 4, True, ("neon", "dotprod"), ""),
-)
-"""The best one first."""
-GENERIC = Isa("plain vectors", 4, False, (), "")
-"""Instructions that every processor has: for tests."""
 
 FIELDS = {
     **dict.fromkeys(("x", "numbers", "scales", "least", "y", "q", "d", "sums"), POINTER),
@@ -91,26 +78,8 @@ FIELDS = {
 JOB = ir.LiteralStructType(list(FIELDS.values()))
 
 
-def vector(kind: ir.Type, lanes: int) -> ir.Type:
-    return ir.VectorType(kind, lanes)
-
-
-def constant(kind: ir.Type, value: float) -> Value:
-    """Return a number, or a vector of equal numbers."""
-    if isinstance(kind, ir.VectorType):
-        return ir.Constant(kind, [ir.Constant(kind.element, value)] * kind.count)
-    return ir.Constant(kind, value)
-
-
-class Builder(ir.IRBuilder):
-    """Adds instructions to a function; the methods are what kernels do often."""
-
-    def at(self, base: Value, index: Value, kind: ir.Type = I8) -> Value:
-        """Return the address of a number of some kind after a base."""
-        return self.gep(base, [index], source_etype=kind)
-
-    def read(self, address: Value, kind: ir.Type, align: int = 1) -> Value:
-        return self.load(address, align=align, typ=kind)
+class JobBuilder(Builder):
+    """Adds instructions that read a job."""
 
     def field(self, job: Value, name: str) -> Value:
         """Return the address of a job's field."""
@@ -120,55 +89,6 @@ class Builder(ir.IRBuilder):
     def fields(self, job: Value, *names: str) -> list[Value]:
         """Read fields of a job."""
         return [self.load(self.field(job, name), typ=FIELDS[name]) for name in names]
-
-    def times(self, x: Value, factor: Value | int) -> Value:
-        return self.mul(x, constant(x.type, factor) if isinstance(factor, int) else factor)
-
-    def plus(self, x: Value, term: Value | int) -> Value:
-        return self.add(x, constant(x.type, term) if isinstance(term, int) else term)
-
-    def splat(self, x: Value, lanes: int) -> Value:
-        """Return a vector of equal numbers."""
-        kind = vector(x.type, lanes)
-        first = self.insert_element(ir.Constant(kind, ir.Undefined), x, constant(I32, 0))
-        mask = ir.Constant(vector(I32, lanes), [0] * lanes)
-        return self.shuffle_vector(first, ir.Constant(kind, ir.Undefined), mask)
-
-    def intrinsic(self, name: str, result: ir.Type, *arguments: Value) -> Value:
-        """Call a function of LLVM, which is declared at its first call."""
-        found = self.module.globals.get(name)
-        if found is None:
-            kinds = [x.type for x in arguments]
-            found = ir.Function(self.module, ir.FunctionType(result, kinds), name)
-        return self.call(found, arguments)
-
-    def fused(self, x: Value, factor: Value, term: Value) -> Value:
-        """Return x * factor + term, rounded once."""
-        return self.intrinsic(f"llvm.fma.v{x.type.count}f32", x.type, x, factor, term)
-
-    def repeat(
-        self,
-        count: Value,
-        carried: Sequence[Value],
-        body: Callable[[Value, list[Value]], Sequence[Value]],
-    ) -> list[Value]:
-        """Run a loop of one turn or more; `body` takes the turn and returns what is carried on."""
-        before, top = self.block, self.append_basic_block("loop")
-        self.branch(top)
-        self.position_at_end(top)
-        turn = self.phi(I64)
-        values = [self.phi(x.type) for x in carried]
-        after = list(body(turn, values))
-        following = self.plus(turn, 1)
-        for value, first, last in zip(
-            [turn, *values], [constant(I64, 0), *carried], [following, *after], strict=True
-        ):
-            value.add_incoming(first, before)
-            value.add_incoming(last, self.block)
-        end = self.append_basic_block("end")
-        self.cbranch(self.icmp_unsigned("<", following, count), top, end)
-        self.position_at_end(end)
-        return after
 
     @contextmanager
     def taking(self, job: Value, step: Value, count: Value) -> Iterator[Value]:
@@ -183,19 +103,16 @@ class Builder(ir.IRBuilder):
         self.branch(top)
         self.position_at_end(end)
 
-    def lesser(self, x: Value, y: Value) -> Value:
-        return self.select(self.icmp_unsigned("<", x, y), x, y)
-
 
 def build(isa: Isa, kind: LowBitFormat, threads: bool) -> str:
     """Write the IR of the product for weights of a format, for one thread or several."""
     module = ir.Module("low_bits")
     task = ir.FunctionType(VOID, [POINTER])
     quantise = _function(module, "quantise", task)
-    _quantise(Builder(quantise.append_basic_block()), quantise.args[0])
+    _quantise(JobBuilder(quantise.append_basic_block()), quantise.args[0])
     passes = {rows: _pass(module, isa, kind, rows) for rows in ROWS}
     multiply = _function(module, "multiply", task)
-    _multiply(Builder(multiply.append_basic_block()), multiply.args[0], passes)
+    _multiply(JobBuilder(multiply.append_basic_block()), multiply.args[0], passes)
     _entry(module, quantise, multiply, threads)
     return str(module)
 
@@ -218,7 +135,7 @@ def _entry(module: ir.Module, quantise: Value, multiply: Value, threads: bool) -
     entry = ir.Function(module, ir.FunctionType(VOID, kinds), ENTRY)
     fork_type = ir.FunctionType(VOID, [POINTER, POINTER, I32, I32])
     fork = ir.Function(module, fork_type, FORK) if threads else None
-    b = Builder(entry.append_basic_block())
+    b = JobBuilder(entry.append_basic_block())
     arguments = dict(zip((*given, *sizes), entry.args, strict=False))
     wide, count = entry.args[-2:]
     job = b.alloca(JOB)
@@ -252,7 +169,7 @@ def _entry(module: ir.Module, quantise: Value, multiply: Value, threads: bool) -
     b.ret_void()
 
 
-def _quantise(b: Builder, job: Value) -> None:
+def _quantise(b: JobBuilder, job: Value) -> None:
     """Write the task that rounds rows to integers."""
     x, q, d, sums, rows, groups, wide = b.fields(
         job, "x", "q", "d", "sums", "rows", "groups", "wide"
@@ -291,7 +208,7 @@ def _quantise(b: Builder, job: Value) -> None:
     b.ret_void()
 
 
-def _read_numbers(b: Builder, x: Value, first: Value, wide: Value, count: int) -> Value:
+def _read_numbers(b: JobBuilder, x: Value, first: Value, wide: Value, count: int) -> Value:
     """Read float32 or bfloat16 numbers as float32."""
     with b.if_else(wide) as (then, otherwise):
         with then:
@@ -310,7 +227,7 @@ def _read_numbers(b: Builder, x: Value, first: Value, wide: Value, count: int) -
     return result
 
 
-def _multiply(b: Builder, job: Value, passes: dict[int, Value]) -> None:
+def _multiply(b: JobBuilder, job: Value, passes: dict[int, Value]) -> None:
     """Write the task that multiplies all rows with blocks."""
     rows, blocks, chunk = b.fields(job, "rows", "blocks", "chunk")
     with b.taking(job, chunk, blocks) as first:
@@ -348,7 +265,7 @@ def _pass(module: ir.Module, isa: Isa, kind: LowBitFormat, rows: int) -> ir.Func
     """Write the function that multiplies some rows with a block."""
     function = _function(module, f"pass_{rows}", ir.FunctionType(VOID, [POINTER, I64, I64]))
     job, row, block = function.args
-    b, parts = Builder(function.append_basic_block()), range(BLOCK // isa.lanes)
+    b, parts = JobBuilder(function.append_basic_block()), range(BLOCK // isa.lanes)
     floats = vector(FLOAT, isa.lanes)
     q, d, sums, numbers, scales, least, groups, width, y, wide = b.fields(
         job, *("q", "d", "sums", "numbers", "scales", "least", "groups", "width", "y", "wide")
@@ -410,7 +327,7 @@ def _pass(module: ir.Module, isa: Isa, kind: LowBitFormat, rows: int) -> ir.Func
 
 
 def _products(
-    b: Builder,
+    b: JobBuilder,
     isa: Isa,
     kind: LowBitFormat,
     weights: Value,  # address of a group
@@ -455,7 +372,7 @@ def _products(
 
 
 def _add_products(
-    b: Builder, isa: Isa, signed: bool, total: Value, columns: Value, row: Value
+    b: JobBuilder, isa: Isa, signed: bool, total: Value, columns: Value, row: Value
 ) -> Value:
     """Add to each int32 the products of four bytes of its column and four bytes of a row.
 
@@ -487,7 +404,7 @@ def _add_products(
 
 
 def _read_scales(
-    b: Builder, isa: Isa, kind: LowBitFormat, base: Value, number: Value, part: int
+    b: JobBuilder, isa: Isa, kind: LowBitFormat, base: Value, number: Value, part: int
 ) -> Value:
     """Read a vector of the 16 scales, or least numbers, with this number as float32."""
     floats = vector(FLOAT, isa.lanes)
@@ -506,7 +423,7 @@ def _read_scales(
     return b.bitcast(b.or_(b.bitcast(value, integers), sign), floats)
 
 
-def _write_numbers(b: Builder, y: Value, at: Value, wide: Value, values: Value) -> None:
+def _write_numbers(b: JobBuilder, y: Value, at: Value, wide: Value, values: Value) -> None:
     """Write float32 numbers, or round them to bfloat16, ties to even."""
     lanes = values.type.count
     with b.if_else(wide) as (then, otherwise):

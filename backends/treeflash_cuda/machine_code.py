@@ -22,7 +22,8 @@ import llvmlite
 import llvmlite.binding as llvm
 
 from treeflash.config import cache_folder
-from treeflash_cuda.low_bit_code import FORK, ISAS, Isa
+from treeflash_cuda import ir_builder
+from treeflash_cuda.ir_builder import FORK, ISAS, Isa
 
 
 @functools.cache
@@ -50,9 +51,8 @@ def compiled(
     features = ",".join([*(f"+{name}" for name in isa.needed), *filter(None, [isa.features])])
     target = llvm.Target.from_default_triple()
     machine = target.create_target_machine(features=features, opt=3, jit=True)
-    texts = [
-        Path(str(module.__file__)).read_bytes() for module in (*sources, sys.modules[__name__])
-    ]
+    modules = *sources, ir_builder, sys.modules[__name__]
+    texts = [Path(str(module.__file__)).read_bytes() for module in modules]
     known = repr((isa, facts, llvmlite.__version__, llvm.llvm_version_info, machine.triple))
     digest = hashlib.sha256(b"".join([*texts, known.encode()])).hexdigest()
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)

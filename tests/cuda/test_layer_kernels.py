@@ -12,8 +12,8 @@ pytest.importorskip("llvmlite")
 
 import torch
 import torch.nn.functional as F
+from treeflash_cuda.ir_builder import GENERIC, ISAS
 from treeflash_cuda.layer_kernels import LayerKernels, SequencesTable, layer_kernels
-from treeflash_cuda.low_bit_code import GENERIC, ISAS
 from treeflash_cuda.machine_code import best_isa
 
 HEADS, KV_HEADS, D = 6, 2, 32

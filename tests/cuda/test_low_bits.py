@@ -17,7 +17,7 @@ import llvmlite.binding as llvm
 import torch
 from torch import Tensor
 from treeflash_cuda import low_bit_kernels
-from treeflash_cuda.low_bit_code import GENERIC, ISAS, Isa
+from treeflash_cuda.ir_builder import GENERIC, ISAS, Isa
 from treeflash_cuda.low_bit_kernels import Kernel
 from treeflash_cuda.low_bit_linear import LowBitEmbedding, LowBitLinear
 

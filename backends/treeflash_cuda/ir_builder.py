@@ -1,0 +1,117 @@
+"""What functions for CPUs are written with: LLVM's intermediate representation (IR), by llvmlite.
+
+Functions of the kernels' modules add instructions at a builder and return their result, so that a
+kernel is read from its top to its bottom like a program. `machine_code` compiles it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeAlias
+
+from llvmlite import ir
+
+Value: TypeAlias = ir.Value
+I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
+HALF, FLOAT, POINTER, VOID = ir.HalfType(), ir.FloatType(), ir.PointerType(), ir.VoidType()
+
+FORK = "GOMP_parallel"
+"""The function of GCC's OpenMP, as PyTorch has it on Linux, that runs a function in threads."""
+TO_EVEN = 1.5 * 2**23
+"""Added to a float32 of a small size and subtracted again, it rounds to integers, ties to even."""
+QUIET_NAN = 0x7FC00000
+
+
+class Isa(NamedTuple):
+    """A set of instructions, with the product of bytes that it has."""
+
+    name: str
+    lanes: int  # float32 numbers of a vector
+    signed: bool  # whether numbers of 8 bits are multiplied with a sign
+    needed: tuple[str, ...]  # the processor's features, under LLVM's names
+    features: str  # what LLVM may use besides
+
+
+AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni", "fma", "f16c")
+ISAS = (
+    Isa("AVX-512 VNNI", 16, False, AVX512, "-prefer-256-bit"),
+    Isa("AVX2", 8, True, ("avx2", "fma", "f16c"), ""),
+    Isa("NEON", 4, True, ("neon", "dotprod"), ""),
+)
+"""The best one first."""
+GENERIC = Isa("plain vectors", 4, False, (), "")
+"""Instructions that every processor has: for tests."""
+
+
+def vector(kind: ir.Type, lanes: int) -> ir.Type:
+    return ir.VectorType(kind, lanes)
+
+
+def constant(kind: ir.Type, value: float) -> Value:
+    """Return a number, or a vector of equal numbers."""
+    if isinstance(kind, ir.VectorType):
+        return ir.Constant(kind, [ir.Constant(kind.element, value)] * kind.count)
+    return ir.Constant(kind, value)
+
+
+class Builder(ir.IRBuilder):
+    """Adds instructions to a function; the methods are what kernels do often."""
+
+    def at(self, base: Value, index: Value, kind: ir.Type = I8) -> Value:
+        """Return the address of a number of some kind after a base."""
+        return self.gep(base, [index], source_etype=kind)
+
+    def read(self, address: Value, kind: ir.Type, align: int = 1) -> Value:
+        return self.load(address, align=align, typ=kind)
+
+    def times(self, x: Value, factor: Value | int) -> Value:
+        return self.mul(x, constant(x.type, factor) if isinstance(factor, int) else factor)
+
+    def plus(self, x: Value, term: Value | int) -> Value:
+        return self.add(x, constant(x.type, term) if isinstance(term, int) else term)
+
+    def splat(self, x: Value, lanes: int) -> Value:
+        """Return a vector of equal numbers."""
+        kind = vector(x.type, lanes)
+        first = self.insert_element(ir.Constant(kind, ir.Undefined), x, constant(I32, 0))
+        mask = ir.Constant(vector(I32, lanes), [0] * lanes)
+        return self.shuffle_vector(first, ir.Constant(kind, ir.Undefined), mask)
+
+    def intrinsic(self, name: str, result: ir.Type, *arguments: Value) -> Value:
+        """Call a function of LLVM, which is declared at its first call."""
+        found = self.module.globals.get(name)
+        if found is None:
+            kinds = [x.type for x in arguments]
+            found = ir.Function(self.module, ir.FunctionType(result, kinds), name)
+        return self.call(found, arguments)
+
+    def fused(self, x: Value, factor: Value, term: Value) -> Value:
+        """Return x * factor + term, rounded once."""
+        return self.intrinsic(f"llvm.fma.v{x.type.count}f32", x.type, x, factor, term)
+
+    def repeat(
+        self,
+        count: Value,
+        carried: Sequence[Value],
+        body: Callable[[Value, list[Value]], Sequence[Value]],
+    ) -> list[Value]:
+        """Run a loop of one turn or more; `body` takes the turn and returns what is carried on."""
+        before, top = self.block, self.append_basic_block("loop")
+        self.branch(top)
+        self.position_at_end(top)
+        turn = self.phi(I64)
+        values = [self.phi(x.type) for x in carried]
+        after = list(body(turn, values))
+        following = self.plus(turn, 1)
+        for value, first, last in zip(
+            [turn, *values], [constant(I64, 0), *carried], [following, *after], strict=True
+        ):
+            value.add_incoming(first, before)
+            value.add_incoming(last, self.block)
+        end = self.append_basic_block("end")
+        self.cbranch(self.icmp_unsigned("<", following, count), top, end)
+        self.position_at_end(end)
+        return after
+
+    def lesser(self, x: Value, y: Value) -> Value:
+        return self.select(self.icmp_unsigned("<", x, y), x, y)
