@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from laws import DRAFTING, LAWS
 
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
@@ -17,6 +18,9 @@ TREE = DraftTree.chain(np.arange(5, dtype=np.int32))
 
 
 class TestConformance(BackendSuite):
+    """The laws: it is itself what the other tests of the suite compare with."""
+
+    laws = LAWS | DRAFTING | {"test_tokens_have_the_targets_distribution"}
     families = (*BackendSuite.families, "qwen3_sliding")
     hybrids = HYBRID_FAMILIES
     dialects = tuple(DIALECTS)

@@ -54,7 +54,7 @@ def test_tiny_models_generate_what_transformers_generates(family, tmp_path):
         assert generate(backend, prompt, config) == expected, (method, budget)
 
 
-OTHER_FILTERS = {}, {"top_k": 20}, {"min_p": 0.05}
+FILTERS = {"top_p": 0.9}, {}, {"top_k": 20}, {"min_p": 0.05}
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +62,9 @@ def default_pair(smollm2):
     return load(smollm2, resolve_drafter(None, None), CPU)
 
 
-@pytest.mark.parametrize(
-    "question", [QUESTIONS[0], *(pytest.param(x, marks=pytest.mark.nightly) for x in QUESTIONS[1:])]
-)
+# The default target takes long. In every run it is in `tests/conformance/test_default_pair.py`.
+@pytest.mark.nightly
+@pytest.mark.parametrize("question", QUESTIONS)
 def test_smollm2_generates_what_transformers_generates(question, smollm2, default_pair):
     prompt = Tokenizer.from_folder(smollm2).chat([{"role": "user", "content": question}])
     expected = plain(smollm2, prompt, 12)
@@ -73,11 +73,8 @@ def test_smollm2_generates_what_transformers_generates(question, smollm2, defaul
         assert generate(default_pair, prompt, config) == expected, method
 
 
-@pytest.mark.parametrize(
-    "filters",
-    [{"top_p": 0.9}, *(pytest.param(x, marks=pytest.mark.nightly) for x in OTHER_FILTERS)],
-    ids=str,
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("filters", FILTERS, ids=str)
 def test_smollm2_samples_the_same_by_every_method(filters, smollm2, default_pair):
     prompt = Tokenizer.from_folder(smollm2).chat([{"role": "user", "content": QUESTIONS[2]}])
     sampling = SamplingConfig(temperature=0.8, seed=7, **filters)
@@ -88,6 +85,7 @@ def test_smollm2_samples_the_same_by_every_method(filters, smollm2, default_pair
         assert generate(default_pair, prompt, config) == expected, method
 
 
+@pytest.mark.nightly
 def test_smollm2_accepts_more_than_one_token_an_iteration(smollm2, default_pair):
     prompt = Tokenizer.from_folder(smollm2).chat([{"role": "user", "content": QUESTIONS[0]}])
     steps = steps_of(default_pair, prompt, DecodeConfig(budget=16, max_tokens=32))

@@ -92,7 +92,12 @@ def test_tables_of_recurrent_heads_share_graphs(folders, tmp_path, monkeypatch, 
     assert len(keys) == 3 * 2 * 2  # sequences, depths and noise
 
 
-@pytest.mark.parametrize("kind", ["eagle3", "eagle3-flags", "eagle3-all", "mtp"])
+# The other two differ in what the graphs leave as it is.
+@pytest.mark.parametrize(
+    "kind",
+    ["eagle3", "mtp"]
+    + [pytest.param(x, marks=pytest.mark.nightly) for x in ("eagle3-flags", "eagle3-all")],
+)
 def test_drafts_depth_by_depth_share_graphs(tmp_path, monkeypatch, kind):
     """Drafts and rows of caches equal the ones of caches that attend one by one with masks."""
     # With this seed no two paths are so equally probable that rounding decides their order.

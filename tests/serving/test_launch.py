@@ -270,7 +270,9 @@ def test_a_server_lives_as_long_as_the_agent(model):
     check_gone(url)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.nightly)]
+)
 def test_a_signal_ends_agent_and_server(model, number):
     """Ctrl-C reaches all processes of a terminal, SIGTERM only the command."""
     with command(model, "--wait") as process:

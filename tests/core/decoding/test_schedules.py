@@ -96,11 +96,10 @@ def end_all(
             sequence.fail(error)
 
 
-def admit_the_last_first(self: Scheduler, plain: Any = Scheduler._admit) -> Any:
+def admit_the_last_first(self: Scheduler, events: Any, plain: Any = Scheduler._admit) -> None:
     self._waiting.reverse()
-    events = plain(self)
+    plain(self, events)
     self._waiting.reverse()
-    return events
 
 
 FAULTS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
