@@ -29,6 +29,7 @@ from treeflash_cuda.triton_kernels import (
     experts,
     layers,
     moves,
+    noise,
     products,
     recurrence,
     sampling,
@@ -136,6 +137,11 @@ def launch_all(heads: int, kv_heads: int, head_dim: int, hidden: int, dtype: tor
         )
         for rows in (x, x[:32], x[:1]):
             products.quantised_linear(rows, quantised)
+    sums = numbers(64, 3, of=int32)
+    for added, ids in ((sums[:0], None), (sums, None), (sums, numbers(hidden, of=torch.int64))):
+        noise.noisy_log_probs(x, added, 1.0, ids)
+    for tokens in (hidden, numbers(4, 1024, of=torch.int64)):
+        noise.draft_noise(sums, tokens)
     sampling.sample_rows(x, numbers(64, 2, of=int32), numbers(64, 4, of=torch.float32))
     for groups in (4, 2):  # few rows for each expert, and many
         ends, bias = numbers(groups, of=int32), numbers(groups, 64)

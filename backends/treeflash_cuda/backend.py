@@ -22,7 +22,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from treeflash.config import GIB, LoadConfig
+from treeflash.config import GIB, DecodeConfig, LoadConfig, SamplingConfig
 from treeflash.decoding.backend_base import (
     OPTIONAL,
     UNQUANTISED_BITS,
@@ -31,7 +31,10 @@ from treeflash.decoding.backend_base import (
 )
 from treeflash.decoding.image_processor import Processor
 from treeflash.decoding.interfaces import DeviceReport, Prefill
+from treeflash.decoding.iteration import table_options
+from treeflash.decoding.mtp_head import MtpBlock
 from treeflash.decoding.passed_checks import PassedChecks, passed_checks
+from treeflash.decoding.sampling import Noise
 from treeflash.decoding.tree import DraftTree
 from treeflash.drafters.config import DrafterShape
 from treeflash.drafters.folder import StoredTensor, read_quantised
@@ -58,7 +61,7 @@ from treeflash_cuda.device import (
     driver_version,
     prepare,
 )
-from treeflash_cuda.drafter import Drafter, OutputStage
+from treeflash_cuda.drafter import Block, Drafter, OutputStage
 from treeflash_cuda.drafter_model import DrafterModel, load_weights
 from treeflash_cuda.drafter_operations import Experts
 from treeflash_cuda.experts import fuse_experts, has_experts
@@ -111,6 +114,11 @@ WRAPPED_MEMORY_SHARE = 0.2
 GRAPH_FACTOR = 2
 """A pass, and a CUDA graph of it, which keeps its memory."""
 
+MEASURED_TEXTS = 16
+"""Texts whose tables are measured: as many as a server decodes at once by default."""
+TABLE = table_options(DecodeConfig(), 64)
+"""The options of most tables, which are rounded up to these for graphs."""
+
 STATES_EACH = 2
 """Recurrent states of a sequence at once: a commit writes to another slot."""
 STATE_SEQUENCES = 32
@@ -152,7 +160,8 @@ class CudaBackend(BaseBackend):
         elif drafter_model is not None:
             self.drafter = Drafter(drafter_model, target, draft_window)
         if target.device.type == "cuda":
-            reserve_memory(target, self.drafter_arena, memory_share, memory_gb)
+            passes = GRAPH_FACTOR * max(pass_nbytes(target), table_nbytes(head, target))
+            reserve_memory(target, self.drafter_arena, passes, memory_share, memory_gb)
         if target.split:
             reserve_everywhere(target.arena)
         self.verifier = (LeaderVerifier if target.split else Verifier)(target, drafter_model)
@@ -237,10 +246,10 @@ class CudaBackend(BaseBackend):
         return {size: operations for size, operations in found.items() if operations is not None}
 
     def warm_up(self, max_parallel: int) -> int:
-        """Capture the graphs of passes and drafts, the largest ones first; return how many.
+        """Capture the graphs of passes, drafts and tables, the largest first; return how many.
 
-        They share memory, of which later ones then need no more. Tables of heads have graphs for
-        each number of children, which requests decide.
+        They share memory, of which later ones then need no more. Tables with other options than the
+        default ones, which requests decide, have graphs of their own.
         """
         if not self.target.graphs.is_capturing:
             return 0
@@ -279,7 +288,14 @@ class CudaBackend(BaseBackend):
                 ]
                 for tokens in NEW_TOKENS:
                     self.verifier.run([Prefill(state, [0] * tokens, None) for state in states])
-                    self.drafter.draft([(state, 0) for state in states])
+                    blocks = self.drafter.draft([(state, 0) for state in states])
+                if self.head is not None:
+                    first: Any = blocks[0]
+                    depths = first.depths if isinstance(first, MtpBlock) else len(first.hidden)
+                    after = np.arange(1, depths + 1, dtype=np.int32)
+                    sampled = [(SamplingConfig(temperature=1.0), after)] * count
+                    for noise in (None, Noise.from_positions(sampled)):
+                        self.head.transitions(blocks, replace(TABLE, noise=noise))
             count //= 2
 
     def memory_bytes(self) -> int:
@@ -303,7 +319,11 @@ def new_drafter_arena(model: Model, target: Target) -> Arena:
 
 
 def reserve_memory(
-    target: Target, drafter: Arena | None, share: float, memory_gb: float | None = None
+    target: Target,
+    drafter: Arena | None,
+    passes: int,
+    share: float,
+    memory_gb: float | None = None,
 ) -> None:
     """Let each arena reserve its part of the GPUs' memory: columns for equal positions.
 
@@ -312,14 +332,15 @@ def reserve_memory(
     first, but have at most half.
 
     Args:
-        target: its largest pass, and the graphs that are captured of it, keep their memory.
+        target: what the memory is for.
         drafter: the drafter's arena; None without a drafter.
+        passes: bytes of the target's GPU for passes, drafts, and their graphs.
         share: of the memory that is left, for keys and values.
         memory_gb: GiB of each GPU that take the place of the share.
 
     Raises a MemoryShortError if so much memory is not left.
     """
-    home, whole, passes = target.device, target.arena, GRAPH_FACTOR * pass_nbytes(target)
+    home, whole = target.device, target.arena
     torch.cuda.empty_cache()
     layers = Counter({home: 0})
     for device, count in target.spans or [(home, whole.layers)]:
@@ -357,6 +378,28 @@ def pass_nbytes(target: Target) -> int:
         run_tree(target, MAX_ROWS)
     except UnsupportedModelError:  # trees then run with masks; see `Verifier.forward`
         return 0
+    return torch.cuda.max_memory_allocated(target.device) - before
+
+
+@torch.inference_mode()
+def table_nbytes(head: Head | None, target: Target) -> int:
+    """Return the memory that a head's tables of many sampled texts take, bytes; 0 without one.
+
+    A head that drafts depth by depth computes no more than a pass of the target.
+    """
+    if head is None or isinstance(head, MtpHead):
+        return 0
+    config = head.output.config
+    outputs = torch.zeros(
+        config.depths, config.hidden_size, dtype=target.dtype, device=target.device
+    )
+    block = Block(0, outputs, outputs, torch.zeros(1, dtype=torch.int32, device=target.device))
+    rows = MEASURED_TEXTS * config.depths
+    noise = Noise(np.zeros((rows, 2), np.uint32), np.ones(rows, np.float32))
+    torch.cuda.reset_peak_memory_stats(target.device)
+    before = torch.cuda.memory_allocated(target.device)
+    with target.graphs.paused():
+        head.transitions([block] * MEASURED_TEXTS, replace(TABLE, noise=noise))
     return torch.cuda.max_memory_allocated(target.device) - before
 
 
@@ -751,11 +794,8 @@ def run_tree(target: ModelTarget, nodes: int = CHECKED_TOKENS) -> None:
     arena.slabs = []  # the target's own memory is allocated later
     state = State(arena, None, nodes, recurrent=target.new_recurrent_states())
     tokens = np.arange(nodes, dtype=np.int32) % target.vocab_size
-    captures, target.graphs.enabled = target.graphs.enabled, False
-    try:
+    with target.graphs.paused():
         RowPass(target).run([(state, DraftTree.chain(tokens, np.zeros(nodes)))], [True])
-    finally:
-        target.graphs.enabled = captures
 
 
 def add_kernels(target: ModelTarget) -> None:

@@ -27,8 +27,8 @@ from treeflash_cuda.drafter_model import DrafterModel
 from treeflash_cuda.drafter_operations import OPERATIONS, Rotation
 from treeflash_cuda.graphs import Graphs, Outputs, power_of_four, power_of_two
 from treeflash_cuda.linear import token_products
-from treeflash_cuda.numerics import concatenate, gumbel, pack, top_log_probs, unpack, upload
-from treeflash_cuda.operations import Operations
+from treeflash_cuda.numerics import concatenate, pack, topk, unpack, upload
+from treeflash_cuda.operations import PYTORCH, Operations
 from treeflash_cuda.state import State
 from treeflash_cuda.target import Target
 from treeflash_cuda.visible_keys import SharedWork, VisibleKeys, equal_work
@@ -63,13 +63,33 @@ class OutputStage(output_stage.OutputStage):
         numbers = np.column_stack([noise.keys.view(np.int32), noise.scales.view(np.int32)])
         return upload(numbers, self.target.device)
 
-    def noise(self, uploaded: Tensor) -> Tensor | None:
-        """Return (n, Vd) noise to add to logits, from the result of `upload`, or None."""
+    @property
+    def operations(self) -> Operations:
+        """The operations of the device."""
+        return self.target.operations or PYTORCH
+
+    def noise(self, uploaded: Tensor, tokens: Tensor | None = None) -> Tensor | None:
+        """Return noise to add to logits, from the result of `upload`, or None.
+
+        It is (n, Vd), or (n, v) for (groups, v) of the drafter's tokens; see `draft_noise`.
+        """
         if not len(uploaded):
             return None
-        keys, scales = uploaded[:, :2], uploaded[:, 2:].view(torch.float32)
-        noise, ids = gumbel(keys, self.target.vocab_size) * scales, self.own.token_ids
-        return noise if ids is None else noise[:, ids]
+        ids, draw = self.own.token_ids, self.operations.draft_noise
+        if ids is None:
+            return draw(uploaded, self.vocab_size if tokens is None else tokens)
+        if tokens is not None:
+            return draw(uploaded, ids[tokens])
+        if self.target.operations is None:  # a CPU keeps whole rows
+            return draw(uploaded, self.target.vocab_size)[:, ids]
+        return draw(uploaded, ids[None])
+
+    def noisy_log_probs(self, logits: Tensor, uploaded: Tensor, temperature: float) -> Tensor:
+        """Return (n, Vd) log probabilities of logits with noise, the result of `upload`."""
+        if self.target.operations is None and (noise := self.noise(uploaded)) is not None:
+            logits, uploaded = logits + noise, uploaded[:0]
+        ids = self.own.token_ids
+        return self.operations.noisy_log_probs(logits, uploaded, temperature, ids)
 
     def noise_by_depth(self, noise: Noise | None, depths: int) -> Iterator[Tensor | None]:
         uploaded = self.upload(noise)
@@ -357,10 +377,9 @@ class Drafter:
 
         def search(hidden: Tensor, uploaded: Tensor) -> tuple[Tensor]:
             logits = self.output.logits(self.output.norm(hidden))
-            if (added := self.output.noise(uploaded)) is not None:
-                logits = logits + added
-            tokens, log_probs = top_log_probs(logits, options.k, options.temperature)
-            tokens = self.output.to_target(tokens)
+            marginals = self.output.noisy_log_probs(logits, uploaded, options.temperature)
+            log_probs, tokens = topk(marginals, options.k)
+            tokens = self.output.to_target(tokens.int())
             # One read from the device brings both.
             return (torch.cat([tokens, log_probs.view(torch.int32)], 1),)
 

@@ -22,7 +22,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from treeflash.errors import first_line, is_out_of_memory
+from treeflash.errors import first_line, is_device_lost, is_out_of_memory
 
 MAX_GRAPHS = 64
 """Graphs of a function that are kept; the graph that was not used for longest is dropped for a new
@@ -139,6 +139,15 @@ class Graphs:
         """The memory of all graphs, which never run side by side."""
         return torch.cuda.graph_pool_handle()
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Call functions, and capture none."""
+        enabled, self.enabled = self.enabled, False
+        try:
+            yield
+        finally:
+            self.enabled = enabled
+
     def clear(self) -> None:
         """Drop all graphs: NCCL waits for graphs that use a communicator before it ends."""
         self.store.clear()
@@ -158,7 +167,9 @@ class Graphs:
         try:
             places = tuple(x.clone() for x in inputs)
             graph = self._record(function, places, is_first=not self.captured[name])
-        except RuntimeError as error:
+        except Exception as error:  # Triton's are no RuntimeErrors
+            if is_device_lost(error):
+                raise
             reason = first_line(error)
             fits = not is_out_of_memory(error) or name in self.agreements
         if not fits:
@@ -209,7 +220,7 @@ class Graphs:
                     ),
                 ):
                     outputs = function(*places)
-            except RuntimeError:
+            except Exception:
                 self.pool = torch.cuda.graph_pool_handle()
                 raise
         return Graph(graph, places, outputs)
@@ -225,7 +236,9 @@ def synchronising_refused() -> Iterator[None]:
     one call of a function.
     """
     mode = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
+        torch.cuda.set_sync_debug_mode("error")
     try:
         yield
     finally:

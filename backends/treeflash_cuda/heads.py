@@ -33,7 +33,6 @@ from treeflash_cuda.drafter_operations import as_module, join, split
 from treeflash_cuda.graphs import Outputs, power_of_four, power_of_two
 from treeflash_cuda.linear import take, token_products
 from treeflash_cuda.numerics import (
-    divide_by_temperature,
     largest,
     top_log_probs,
     topk,
@@ -104,7 +103,7 @@ class ARHead:
             limits.append(upload(np.array(sizes, np.int32), graphs.device))
 
         def search(hidden: Tensor, roots: Tensor, noise: Tensor, *limits: Tensor) -> Outputs:
-            return self._search(hidden, roots, self.output.noise(noise), computed, *limits)
+            return self._search(hidden, roots, noise, computed, *limits)
 
         inputs = hidden, roots, noise, *limits
         results, m, k = graphs.run("the AR head", computed, search, *inputs)
@@ -138,7 +137,7 @@ class ARHead:
         self,
         hidden: Tensor,  # (blocks * D, hidden_size) outputs
         roots: Tensor,  # (blocks,)
-        noise: Tensor | None,  # (blocks * D, Vd), added to the logits
+        noise: Tensor,  # (blocks * D, 3) or (0, 3) of `OutputStage.upload`, added to the logits
         options: TableOptions,  # whose noise is not used
         # (3,) numbers of depths, rows and tokens of the shortlist, beyond which nothing is used;
         # None uses everything.
@@ -153,11 +152,10 @@ class ARHead:
         blocks, device = len(roots), hidden.device
         slots = Slots.read(self.output, hidden)
         logits = self.output.logits(slots.normed)
-        noisy = logits if noise is None else logits + noise
         # Tokens are chosen by their marginals, so the whole output head is read, once for the slots
         # of all blocks, and all tokens are normalised: 10 MB for 16 slots of 151,936 tokens, 0.3 GB
         # for 32 blocks, where weights are 20 GB.
-        marginals = divide_by_temperature(noisy, options.temperature).log_softmax(-1)
+        marginals = self.output.noisy_log_probs(logits, noise, options.temperature)
         by_block = marginals.unflatten(0, (blocks, -1))
         depths, size = by_block.shape[1:]
         # (v,) tokens for one block, (blocks, v) for more, or (slots, v) for a head with candidates.
@@ -203,8 +201,8 @@ class ARHead:
             tokens = vocab[0]
         scored = ScoredTokens(self.output, _columns(logits, tokens), rows, tokens)
         scores = self.module.score(queries, scored)
-        if noise is not None:
-            scores = scores + take(_columns(noise, tokens), rows)
+        if (added := self.output.noise(noise, vocab)) is not None:
+            scores = scores + take(added, rows)
         if used is not None:
             by_row = used.repeat_interleave(places.shape[1], 0, output_size=len(rows))
             scores = scores.masked_fill(~by_row, -torch.inf)

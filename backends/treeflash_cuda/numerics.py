@@ -116,17 +116,21 @@ def top_log_probs(logits: Tensor, k: int, temperature: float) -> tuple[Tensor, T
     return tokens.int(), best - scaled.logsumexp(-1, keepdim=True)
 
 
-def gumbel(keys: Tensor, vocab_size: int) -> Tensor:
-    """Return the (n, vocab) float32 noise of (n, 2) int32 keys."""
-    if keys.device.type == "cpu":
-        noise = definition.vocabulary_noise(keys.numpy().view(np.uint32), vocab_size)
-        return torch.from_numpy(noise)
-    return gumbel_on_device(keys, vocab_size)
+def gumbel(keys: Tensor, tokens: Tensor | int) -> Tensor:
+    """Return the (n, v) float32 noise of (n, 2) int32 keys and (n, v) tokens, or the first v."""
+    if keys.device.type != "cpu":
+        return gumbel_on_device(keys, tokens)
+    numbers = keys.numpy().view(np.uint32)
+    if isinstance(tokens, int):
+        return torch.from_numpy(definition.vocabulary_noise(numbers, tokens))
+    return torch.from_numpy(definition.gumbel(numbers, tokens.numpy().astype(np.int32)))
 
 
-def gumbel_on_device(keys: Tensor, vocab_size: int) -> Tensor:
+def gumbel_on_device(keys: Tensor, tokens: Tensor | int) -> Tensor:
     """Compute `gumbel` on the device of the keys."""
-    x = torch.arange(vocab_size, device=keys.device, dtype=torch.int32) ^ keys[:, :1]
+    if isinstance(tokens, int):
+        tokens = torch.arange(tokens, device=keys.device, dtype=torch.int32)
+    x = tokens.int() ^ keys[:, :1]
     _mix(x)
     x ^= keys[:, 1:]
     _mix(x)
@@ -136,9 +140,11 @@ def gumbel_on_device(keys: Tensor, vocab_size: int) -> Tensor:
 
 def _mix(x: Tensor) -> None:
     """Apply the last step of the hash in place; int32 products wrap."""
-    for shift, multiplier in zip(definition.SHIFTS, (*definition.MULTIPLIERS, 1), strict=True):
+    *shifts, last = definition.SHIFTS
+    for shift, multiplier in zip(shifts, definition.MULTIPLIERS, strict=True):
         x ^= _shifted(x, shift)
         x *= multiplier - (multiplier >> 31 << 32)
+    x ^= _shifted(x, last)
 
 
 def _shifted(x: Tensor, shift: int) -> Tensor:

@@ -23,7 +23,7 @@ from treeflash.decoding.hybrid import convolution_windows
 from treeflash.decoding.tree import DraftTree
 from treeflash.errors import first_line, is_out_of_memory
 from treeflash_cuda.cache import decoded, quantise
-from treeflash_cuda.numerics import gumbel
+from treeflash_cuda.numerics import divide_by_temperature, gumbel
 from treeflash_cuda.quantised_weights import GROUP, QuantisedWeight, quantise_weight
 from treeflash_cuda.recurrence import (
     TreeNodes,
@@ -205,6 +205,29 @@ def _sampled(logits: Tensor, keys: Tensor, settings: Tensor) -> Tensor:
     return torch.where(best[:, 0].isfinite(), tokens, -1).int()
 
 
+def draft_noise(
+    noise: Tensor,  # (n, 3) int32: two keys, and the bits of a float32 scale
+    tokens: Tensor | int,  # (groups, v) tokens of equal parts of the rows; or v, for the first v
+) -> Tensor:
+    """Return the (n, v) float32 noise of tokens, times the scale of each row."""
+    if isinstance(tokens, Tensor):
+        tokens = tokens.repeat_interleave(len(noise) // len(tokens), 0)
+    return gumbel(noise[:, :2], tokens) * noise[:, 2:].view(torch.float32)
+
+
+def noisy_log_probs(
+    logits: Tensor,  # (n, v)
+    noise: Tensor,  # (n, 3), as of `draft_noise`, which is added to the logits; or (0, 3) for none
+    temperature: float,
+    ids: Tensor | None = None,  # (v,) tokens of the logits; None for the first v
+) -> Tensor:
+    """Return the (n, v) float32 log probabilities of noisy logits at a temperature."""
+    if len(noise):
+        tokens = logits.shape[1] if ids is None else ids[None]
+        logits = logits + draft_noise(noise, tokens)
+    return divide_by_temperature(logits, temperature).log_softmax(-1)
+
+
 def move_columns(
     storage: Tensor,  # (layers, 2, kv_heads, columns, width) keys and values, changed in place
     sources: Tensor,  # (n,) int32 columns
@@ -230,6 +253,8 @@ class Operations:
     convolve_paths: Callable[..., tuple[Tensor, Tensor]] = convolve_paths
     move_columns: Callable[..., None] = move_columns
     quantised_linear: Callable[..., Tensor] = quantised_linear
+    draft_noise: Callable[..., Tensor] = draft_noise
+    noisy_log_probs: Callable[..., Tensor] = noisy_log_probs
     # An operation that has a kernel and runs in PyTorch has the reason here, by its name.
     reasons: Mapping[str, str] = field(default_factory=dict)
 
@@ -326,13 +351,14 @@ def load_operations(shapes: Shapes, device: torch.device, dtype: torch.dtype) ->
             experts,
             layers,
             moves,
+            noise,
             products,
             recurrence,
             sampling,
         )
     except ImportError as error:  # PyTorch has no Triton on Windows
         return Operations(reasons=dict.fromkeys(used_operations(shapes), str(error)))
-    modules = attention, convolution, experts, layers, moves, products, recurrence, sampling
+    modules = attention, convolution, experts, layers, moves, noise, products, recurrence, sampling
     kernels: dict[str, Any] = {
         name: on_its_device(getattr(module, name))
         for module in modules
@@ -605,6 +631,29 @@ def _check_moves(operations: Operations, numbers: RandomInputs, shapes: Shapes) 
     yield decoded(stored, columns.dtype).flatten(0, 3)
 
 
+def _drafted_noise(numbers: RandomInputs) -> Tensor:
+    """Return the noise of four rows, the third of which has none."""
+    scales = numbers.integers(np.array([1, 0.5, 0, 2], np.float32).view(np.int32))
+    keys = numbers.integers([[977 * i, 61 - 7 * i] for i in range(4)])
+    return torch.cat([keys, scales[:, None]], 1)
+
+
+def _check_noise(operations: Operations, numbers: RandomInputs, shapes: Shapes) -> Iterator[Tensor]:
+    """Check the noise of all tokens, and of the tokens of two groups."""
+    for tokens in (700, numbers.integers([[5, 699, 31], [8, 5, 12]]).long()):
+        yield operations.draft_noise(_drafted_noise(numbers), tokens)
+
+
+def _check_log_probs(
+    operations: Operations, numbers: RandomInputs, shapes: Shapes
+) -> Iterator[Tensor]:
+    """Check logits with and without noise, and tokens with other ids."""
+    logits, noise = numbers.draw(4, 1500), _drafted_noise(numbers)
+    ids = numbers.integers(np.arange(1500)[::-1] * 3)
+    for settings in ((noise[:0], 1.0), (noise, 0.7), (noise, 1.0, ids)):
+        yield operations.noisy_log_probs(logits, *settings)
+
+
 CHECKS: dict[str, Callable[[Operations, RandomInputs, Shapes], Iterator[Tensor]]] = {
     "tree_attention": _check_attention,
     "rms_norm": _check_norm,
@@ -617,5 +666,7 @@ CHECKS: dict[str, Callable[[Operations, RandomInputs, Shapes], Iterator[Tensor]]
     "convolve_paths": _check_convolution,
     "move_columns": _check_moves,
     "quantised_linear": _check_quantised,
+    "draft_noise": _check_noise,
+    "noisy_log_probs": _check_log_probs,
 }
 """Results of each operation on random numbers, with rows first."""

@@ -193,8 +193,27 @@ def _sample_together(
     edited: dict[int, Tensor],  # logits that take the place of others
     sample_rows: Callable[[Tensor, Tensor, Tensor], Tensor],
 ) -> dict[int, NDArray[np.int32]]:
-    """Sample each sequence's tokens by an operation in which every row has its settings."""
-    rows = logits.joined(sampled, edited)
+    """Sample each sequence's tokens by an operation in which every row has its settings.
+
+    Edited logits are float32, and have a call of their own: other rows would be twice as wide
+    beside them.
+    """
+    groups: dict[torch.dtype, dict[int, SamplingParams]] = {}
+    for i, params in sampled.items():
+        groups.setdefault(edited.get(i, logits.parts[i]).dtype, {})[i] = params
+    found = [_sample_group(logits, group, edited, sample_rows) for group in groups.values()]
+    order = [i for group in groups.values() for i in group]
+    return _read(concatenate(found), logits.parts, order)
+
+
+def _sample_group(
+    logits: Logits,
+    sampled: dict[int, SamplingParams],
+    edited: dict[int, Tensor],
+    sample_rows: Callable[[Tensor, Tensor, Tensor], Tensor],
+) -> Tensor:
+    """Sample the (rows,) tokens of sequences whose logits have one dtype."""
+    rows = logits.joined(sampled, {i: x for i, x in edited.items() if i in sampled})
     keys = np.zeros((len(rows), 2), np.int32)
     settings = np.zeros((len(rows), 4), np.float32)
     start = 0
@@ -207,8 +226,7 @@ def _sample_together(
         if params.keys is not None:
             keys[part] = params.keys.view(np.int32)
     uploaded = upload_all([keys, settings.view(np.int32)], rows.device)
-    found = sample_rows(rows, uploaded[0], uploaded[1].view(torch.float32))
-    return _read(found, logits.parts, sampled)
+    return sample_rows(rows, uploaded[0], uploaded[1].view(torch.float32))
 
 
 def _read(

@@ -303,6 +303,21 @@ class FakeCuda(TorchDispatchMode):
             self._launch("convolve_paths", sum(map(_nbytes, (rows, out, inputs, weight))))
             return out, inputs
 
+        def draft_noise(noise, tokens):
+            assert noise.device.type == "cuda"
+            width = tokens if isinstance(tokens, int) else tokens.shape[1]
+            result = torch.empty(len(noise), width, device=noise.device)
+            read = 0 if isinstance(tokens, int) else _nbytes(tokens)
+            self._launch("draft_noise", _nbytes(noise) + read + _nbytes(result))
+            return result
+
+        def noisy_log_probs(logits, noise, temperature, ids=None):
+            assert {x.device for x in (logits, noise)} == {logits.device}
+            result = torch.empty(logits.shape, device=logits.device)
+            self._launch("log_prob_sums", _nbytes(logits))
+            self._launch("noisy_log_probs", _nbytes(logits) + _nbytes(result))
+            return result
+
         def move_columns(storage, sources, targets, ends):
             assert {x.device for x in (sources, targets, ends)} == {storage.device}
             self._launch("move_columns", 2 * len(sources) * _nbytes(storage[:, :, :, 0]))
@@ -314,6 +329,8 @@ class FakeCuda(TorchDispatchMode):
             convolve_paths=convolve_paths,
             move_columns=move_columns,
             quantised_linear=quantised_linear,
+            draft_noise=draft_noise,
+            noisy_log_probs=noisy_log_probs,
         )
 
     def _patch_tensors(self, monkeypatch):

@@ -121,12 +121,10 @@ def test_a_kernel_that_fell_back_is_reported_with_its_reason():
 def test_memory_is_set_aside_beside_the_largest_pass(
     folders, monkeypatch, share, pass_nbytes, reserved
 ):
-    """Twice: a graph of it keeps its memory."""
     backend = loading.load(*folders, LoadConfig(device="cpu", dtype="float32"))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (8 * GIB, 24 * GIB))
-    monkeypatch.setattr(loading, "pass_nbytes", lambda target: pass_nbytes)
     arenas = backend.target.arena, backend.drafter_arena
-    loading.reserve_memory(backend.target, backend.drafter_arena, share)
+    loading.reserve_memory(backend.target, backend.drafter_arena, 2 * pass_nbytes, share)
     assert sum(x.reserved_nbytes for x in arenas) == pytest.approx(reserved * GIB, abs=2)
     columns = [x.reserved_nbytes // x.column_nbytes for x in arenas]
     assert abs(columns[0] - columns[1]) <= 1
@@ -143,8 +141,7 @@ def test_the_gpu_with_the_least_room_decides(folders, monkeypatch, free, positio
     target.device, target.spans = gpus[0], [(gpu, layers) for gpu in gpus]
     free = dict(zip(gpus, free, strict=True))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: (free[gpu] * half, 0))
-    monkeypatch.setattr(loading, "pass_nbytes", lambda target: 0)
-    loading.reserve_memory(target, drafter, 1.0)
+    loading.reserve_memory(target, drafter, 0, 1.0)
     found = [x.reserved_nbytes // x.column_nbytes for x in (target.arena, drafter)]
     assert found == [positions, positions]
 
@@ -156,7 +153,7 @@ def test_recurrent_states_have_memory_beside_keys_and_values(tmp_path, monkeypat
     wanted = loading.STATES_EACH * loading.STATE_SEQUENCES
     free = (8 * wanted if fits else wanted) * target.states_nbytes
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
-    loading.reserve_memory(target, None, 0.5)
+    loading.reserve_memory(target, None, 0, 0.5)
     states = wanted if fits else wanted // 4
     assert target.state_arena.slots == states + 1
     assert target.arena.reserved_nbytes == free // 2 - states * target.states_nbytes

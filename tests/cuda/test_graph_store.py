@@ -111,6 +111,22 @@ def test_what_another_rank_cannot_capture_is_called(monkeypatch):
     assert (own.captures, len(own.store)) == (1, 1)
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_failure_of_a_kernels_compiler_counts_too(monkeypatch):
+    """Triton's errors are no RuntimeErrors."""
+    own, x = enable(Graphs(torch.device("cpu"))), torch.ones(1)
+
+    def record(self, function, places, **_):
+        raise TypeError("out of resource: shared memory")
+
+    monkeypatch.setattr(Graphs, "_record", record)
+    for i in range(graphs.MAX_FAILURES + 1):
+        last = i == graphs.MAX_FAILURES - 1
+        reason = "^own runs without CUDA graphs: out of resource: shared memory$"
+        with pytest.warns(UserWarning, match=reason) if last else nullcontext():
+            assert own.run("own", None, times(i), x)[0].tolist() == [i]
+
+
 @pytest.mark.parametrize("slabs", ["one", "several"])
 def test_replays_of_models_are_for_the_present_sequences(tmp_path, monkeypatch, captured, slabs):
     """With other sequences, other numbers of them, and other slabs of the KV cache."""

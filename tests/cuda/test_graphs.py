@@ -21,7 +21,7 @@ from treeflash.decoding.sampling import Noise, SamplingParams
 from treeflash.decoding.tree import DraftTree
 from treeflash.errors import UnsupportedModelError
 from treeflash.testing import require
-from treeflash.testing.models import write_dialect, write_drafter, write_target
+from treeflash.testing.models import write_dialect, write_drafter, write_pair, write_target
 from treeflash.testing.trees import noise_of_depths
 
 require("torch")
@@ -186,6 +186,19 @@ def test_what_is_warm_captures_nothing_later(backend):
     backend.drafter.draft([(states[0], 1)])
     assert {x for x in graphs.keys if x[0] == "the target"} <= warm
     assert len(graphs.keys - warm) <= 1  # a draft after long prompts
+
+
+@pytest.mark.parametrize("kind", ["treeflash", "eagle3"])
+def test_default_tables_are_captured_before_the_first_request(tmp_path, monkeypatch, kind):
+    """Of 1, 2 and 4 sequences, with noise and without."""
+    if kind == "treeflash":
+        pair = write_pair(tmp_path, "qwen3")
+    else:
+        pair = write_mtp_pair(tmp_path, kind, seed=1)
+    backend = load_with_parts(monkeypatch, *pair)
+    backend.warm_up(4)
+    names = [name for name, *_ in backend.target.graphs.keys]
+    assert names.count("the AR head") == 3 * 2
 
 
 def test_a_warm_up_of_more_sequences_than_memory_has_room_for_goes_on(backend):

@@ -1,12 +1,17 @@
 """Memory of the arenas over many texts, and what pairs on one GPU leave each other."""
 
+from dataclasses import replace
+
 import accelerators
+import numpy as np
 import pytest
 from failures import failing
 from memory import check_memory
 from parts import load_with_parts
 
-from treeflash.config import GIB, LoadConfig
+from treeflash.config import GIB, LoadConfig, SamplingConfig
+from treeflash.decoding.interfaces import Prefill
+from treeflash.decoding.sampling import Noise
 from treeflash.decoding.session import SequenceSession
 from treeflash.errors import ConfigError
 from treeflash.testing import require
@@ -16,7 +21,8 @@ require("torch")
 
 import torch
 from fake_cuda import DEVICE
-from treeflash_cuda.backend import FREE_MEMORY_SHARE, load
+from treeflash_cuda import backend as backend_module
+from treeflash_cuda.backend import FREE_MEMORY_SHARE, MEASURED_TEXTS, TABLE, load
 from treeflash_cuda.cache import KVCache
 from treeflash_cuda.state import State
 
@@ -97,3 +103,20 @@ def test_memory_is_set_aside_as_asked(cuda, folders):
 def test_a_processor_sets_no_memory_aside(folders):
     with pytest.raises(ConfigError, match="sets no memory aside on a CPU; remove memory_gb"):
         load(*folders, LoadConfig(device="cpu", memory_gb=1))
+
+
+def test_tables_of_many_sampled_texts_have_memory_beside_what_is_set_aside(
+    cuda, tmp_path, monkeypatch
+):
+    """As on a GPU of 24 GB, where they need more than a pass of the target."""
+    monkeypatch.setattr(backend_module, "MAX_ROWS", 8)
+    folders = write_pair(tmp_path, "qwen3", vocab_size=30_000)
+    cuda.free_bytes = 150 << 20
+    backend = load(*folders, LoadConfig(dtype="float32"))
+    states = [backend.open(40, drafts=True) for _ in range(MEASURED_TEXTS)]
+    backend.verifier.run([Prefill(state, [3, 4], None) for state in states])
+    blocks = backend.drafter.draft([(state, 5) for state in states])
+    after = np.arange(1, len(blocks[0].hidden) + 1, dtype=np.int32)
+    noise = Noise.from_positions([(SamplingConfig(temperature=1.0), after)] * len(states))
+    backend.head.transitions(blocks, replace(TABLE, noise=noise))
+    assert backend.target.graphs.captured["the AR head"] == 1

@@ -143,7 +143,7 @@ def test_operations_without_triton_have_one_line(monkeypatch):
     assert operations == Operations(reasons=operations.reasons)
     (line,) = operations.fallbacks
     assert line.startswith(
-        "tree_attention, rms_norm, rotate_and_store, gated, sample_rows, move_columns run in "
-        "PyTorch: import of treeflash_cuda.triton_kernels"
+        "tree_attention, rms_norm, rotate_and_store, gated, sample_rows, move_columns, "
+        "draft_noise, noisy_log_probs run in PyTorch: import of treeflash_cuda.triton_kernels"
     )
     assert not operations.runs_trees

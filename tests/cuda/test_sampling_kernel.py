@@ -105,8 +105,8 @@ def test_rows_without_a_finite_best_logit_are_reported(sample_rows):
     assert found[4] >= 0
 
 
-def test_sequences_with_different_settings_take_one_launch():
-    """Greedy ones, edited ones, and those whose tokens are masked among them."""
+def test_sequences_with_different_settings_take_one_launch_for_each_dtype():
+    """Greedy ones, and those whose tokens are masked among them; float32 is for edited ones."""
     launches = []
 
     def counted(*args):
@@ -126,8 +126,7 @@ def test_sequences_with_different_settings_take_one_launch():
         SamplingParams(SETTINGS[1], keys[8:], edits=edits),
     ]
     found = sample(Logits(parts, [None] * 4), params, sample_rows=counted)
-    assert len(launches) == 1
-    assert len(launches[0][0]) == 3 + 1 + 2
+    assert [(len(x), x.dtype) for x, *_ in launches] == [(4, torch.bfloat16), (2, torch.float32)]
     for i, one in enumerate(params):
         if one is None:
             assert found[i] is None
@@ -164,6 +163,7 @@ def test_logits_that_are_not_finite_are_an_error():
 FAULTS = {
     "no temperature": ("score = (x - best) / divisor", "score = x - best"),
     "top-k keeps one more": (".to(tl.float32) >= top_k", ".to(tl.float32) > top_k"),
+    "a digit too low": ("enough.to(tl.int32), 0) - 1", "enough.to(tl.int32), 0) - 2"),
     "no top-p": ("edge = tl.maximum(edge, nucleus)", "edge = edge"),
     "no min-p": ("tl.exp(score) >= least", "tl.exp(score) >= 0"),
     "no second hash": ("^ second_key)", "^ first_key)"),

@@ -75,6 +75,7 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor, bias: Tensor | None 
         COLUMNS=COLUMNS,
         DEPTH=DEPTH // 2 if wide else DEPTH,
         BIAS=bias is not None,
+        enable_fp_fusion=False,
         num_warps=8 if wide else 4,  # float32 products have no tensor cores
         maxnreg=MAX_REGISTERS,
     )

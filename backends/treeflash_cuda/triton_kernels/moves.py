@@ -45,4 +45,5 @@ def move_columns(storage: Tensor, sources: Tensor, targets: Tensor, ends: Tensor
         *(planes, sources, targets, ends, width, planes.stride(0), planes.stride(1)),
         WIDTH=triton.next_power_of_2(width),
         num_warps=1,
+        enable_fp_fusion=False,
     )

@@ -1,9 +1,9 @@
 """Temperature, filters, noise and argmax of rows of logits, each row with its own settings.
 
 The idea: a filter keeps the tokens from some logit on, so it is enough to find that logit. It is
-found bit by bit, from the sign on, as an integer in the order of the logits: a bit is set if what
-is above it is still enough, k tokens for top-k and a share of the mass for top-p.
-Every step reads the row, which stays in the caches.
+found digit by digit, from the highest on, as an integer in the order of the logits: a digit is the
+largest one above which there is still enough, k tokens for top-k and a share of the mass for top-p.
+Every step reads the row, which stays in the caches, and tries all 16 digits at once.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ FIRST_SHIFT, SECOND_SHIFT, THIRD_SHIFT = map(tl.constexpr, SHIFTS)
 # The multipliers are int32 numbers, whose products wrap.
 FIRST, SECOND = (tl.constexpr(x - (x >> 31 << 32)) for x in MULTIPLIERS)
 LARGEST_SHARE = tl.constexpr(MAX_SHARE)
-SIGN, HIGHEST_BIT, OTHERS = map(tl.constexpr, (-(2**31), 2**30, 2**31 - 1))
+SIGN, OTHERS = map(tl.constexpr, (-(2**31), 2**31 - 1))
+DIGIT_BITS = 4
+DIGITS = tl.constexpr(1 << DIGIT_BITS)
+"""Thresholds of a step: with more, a program would need more registers than there are."""
 
 
 @triton.jit
@@ -65,6 +68,12 @@ def _noise(tokens, first_key, second_key):
 
 
 @triton.jit
+def _largest_digit(enough):
+    """Return the largest digit above which there is enough, as above every smaller one; or 0."""
+    return tl.maximum(tl.sum(enough.to(tl.int32), 0) - 1, 0)
+
+
+@triton.jit
 def _sample(
     logits_pointer,  # (n, vocab)
     keys_pointer,  # (n, 2)
@@ -73,7 +82,8 @@ def _sample(
     vocab,
     stride,
     BLOCK: tl.constexpr,
-    BITS: tl.constexpr,  # in which float32 numbers from logits differ
+    STEPS: tl.constexpr,  # digits in which float32 numbers from logits differ
+    DIGIT_BITS: tl.constexpr,
 ):
     index = tl.program_id(0).to(tl.int64)
     row, blocks = logits_pointer + index * stride, tl.cdiv(vocab, BLOCK)
@@ -94,17 +104,19 @@ def _sample(
     is_finite = (tl.max(invalid, 0) == 0) & (tl.abs(best) < float("inf"))
     best = tl.where(is_finite, best, 0.0)
 
+    digits = tl.arange(0, DIGITS)
     edge = tl.full((), SIGN, tl.int32)
     if (top_k > 0) & (top_k < vocab) & (temperature > 0):
-        bit = tl.full((), SIGN, tl.int32)
-        for _ in range(BITS):
-            above = edge ^ bit
-            count = tl.zeros((BLOCK,), tl.int32)
+        for step in range(STEPS):
+            shift = 32 - DIGIT_BITS * (step + 1)
+            above = edge ^ (digits << shift)
+            count = tl.zeros((DIGITS, BLOCK), tl.int32)
             for block in range(blocks):
                 x, tokens = _load(row, block, vocab, BLOCK)
-                count += ((_ordered(x) >= above) & (tokens < vocab)).to(tl.int32)
-            edge = tl.where(tl.sum(count, 0).to(tl.float32) >= top_k, above, edge)
-            bit = tl.where(bit < 0, HIGHEST_BIT, bit >> 1)
+                order = tl.where(tokens < vocab, _ordered(x), SIGN)
+                count += (order[None, :] >= above[:, None]).to(tl.int32)
+            enough = tl.sum(count, 1).to(tl.float32) >= top_k
+            edge ^= _largest_digit(enough) << shift
     if (top_p < 1) & (temperature > 0):
         floor = edge
         mass = tl.zeros((BLOCK,), tl.float32)
@@ -113,16 +125,17 @@ def _sample(
             share = tl.exp((x - best) / divisor)
             mass += tl.where(_ordered(x) >= floor, share, 0.0)
         needed = top_p * tl.sum(mass, 0)
-        nucleus, bit = tl.full((), SIGN, tl.int32), tl.full((), SIGN, tl.int32)
-        for _ in range(BITS):
-            above = nucleus ^ bit
-            mass = tl.zeros((BLOCK,), tl.float32)
+        nucleus = tl.full((), SIGN, tl.int32)
+        for step in range(STEPS):
+            shift = 32 - DIGIT_BITS * (step + 1)
+            above = nucleus ^ (digits << shift)
+            masses = tl.zeros((DIGITS, BLOCK), tl.float32)
             for block in range(blocks):
                 x, tokens = _load(row, block, vocab, BLOCK)
-                order, share = _ordered(x), tl.exp((x - best) / divisor)
-                mass += tl.where((order >= floor) & (order >= above), share, 0.0)
-            nucleus = tl.where(tl.sum(mass, 0) >= needed, above, nucleus)
-            bit = tl.where(bit < 0, HIGHEST_BIT, bit >> 1)
+                order = _ordered(x)
+                share = tl.where(order >= floor, tl.exp((x - best) / divisor), 0.0)
+                masses += tl.where(order[None, :] >= above[:, None], share[None, :], 0.0)
+            nucleus ^= _largest_digit(tl.sum(masses, 1) >= needed) << shift
         edge = tl.maximum(edge, nucleus)
     # The best token stays, even if the mass to keep rounds to 0.
     edge = tl.minimum(edge, _ordered(best))
@@ -153,7 +166,9 @@ def sample_rows(logits: Tensor, keys: Tensor, settings: Tensor) -> Tensor:
     _sample[n,](
         *(logits, keys, settings, tokens, vocab, logits.stride(0)),
         BLOCK=block,
-        BITS=16 if logits.dtype == torch.bfloat16 else 32,
+        STEPS=(16 if logits.dtype == torch.bfloat16 else 32) // DIGIT_BITS,
+        DIGIT_BITS=DIGIT_BITS,
+        enable_fp_fusion=False,
         num_warps=16,  # with fewer, compilers spill a register on some GPUs
     )
     return tokens
