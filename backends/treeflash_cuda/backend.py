@@ -53,7 +53,7 @@ from treeflash_cuda.cache import KV_BITS, Arena
 from treeflash_cuda.decoder_facts import DecoderFacts, decoder_facts
 from treeflash_cuda.decoder_target import DecoderTarget
 from treeflash_cuda.decoder_weights import Checkpoint
-from treeflash_cuda.default_dtype import InexactError, half_dtype
+from treeflash_cuda.default_dtype import InexactError, gpu_dtype, half_dtype
 from treeflash_cuda.device import (
     choose_device,
     device_facts,
@@ -442,10 +442,16 @@ def load_low_bits(target: Path, drafter: Path | None, config: LoadConfig) -> Cud
 
 
 def load_pair(target: Path, drafter: Path | None, config: LoadConfig) -> CudaBackend:
-    """Load a pair in the dtype of a configuration; without one, in float32 on a CPU."""
+    """Load a pair in the dtype of a configuration; without one, in float32 on a CPU.
+
+    On a GPU the default is the checkpoint's dtype, or float16 in place of bfloat16.
+    """
     processes = process_count()
     split = processes > 1
-    prepare(choose_device(config.device))
+    device = choose_device(config.device)
+    prepare(device)
+    if config.dtype is None and device.type == "cuda":
+        config = replace(config, dtype=gpu_dtype(target, device))
     passed = kept_checks(target, drafter, config)
     pack = not config.compile and not split
     model = load_target(target, config, pack=pack, processes=processes, passed=passed)

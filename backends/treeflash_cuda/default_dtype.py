@@ -1,12 +1,14 @@
-"""The dtype of models on a CPU where the user names none: half precision where it is exact.
+"""The dtype of models where the user names none: on a CPU half precision where it is exact.
 
-A checkpoint in half precision takes half the memory there, and less time. Its texts must not depend
-on drafts, so exact mode decides. What is known about it before weights are read is asked first,
-because weights that exact mode refuses later are read once more, in float32.
+A GPU has the checkpoint's, unless it has no bfloat16. A checkpoint in half precision takes half the
+memory on a CPU, and less time. Its texts must not depend on drafts, so exact mode decides. What is
+known about it before weights are read is asked first, because weights that exact mode refuses later
+are read once more, in float32.
 """
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ from treeflash_cuda.low_bit_loading import is_packed
 from treeflash_cuda.target import RECURRENT_LAYERS, read_model_config, refuse_stateful
 
 HALF = torch.bfloat16, torch.float16
+BFLOAT16 = 8, 0
+"""The first compute capability whose tensor cores have bfloat16."""
 
 
 class InexactError(UnsupportedModelError):
@@ -50,6 +54,23 @@ def half_dtype(folder: Path, config: LoadConfig) -> str | None:
     except UnsupportedModelError as error:
         raise InexactError(str(error)) from error
     return str(dtype).removeprefix("torch.")
+
+
+def gpu_dtype(folder: Path, device: torch.device) -> str | None:
+    """Return the dtype of a target on a GPU without bfloat16, with a warning; None for its own.
+
+    GPUs before compute capability 8.0, such as the T4, compute float16 in its place.
+    """
+    if torch.cuda.get_device_capability(device) >= BFLOAT16:
+        return None
+    if stored_dtype(read_model_config(folder)) != torch.bfloat16:
+        return None
+    warnings.warn(
+        f"{torch.cuda.get_device_name(device)} has no bfloat16, so the models run in float16; "
+        "prompts run without FlashAttention",
+        stacklevel=2,
+    )
+    return "float16"
 
 
 def stored_dtype(config: PreTrainedConfig) -> torch.dtype | None:

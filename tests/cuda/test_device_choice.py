@@ -8,7 +8,7 @@ import pytest
 from treeflash.config import LoadConfig
 from treeflash.errors import BackendError, CPUBuildError
 from treeflash.testing import require
-from treeflash.testing.models import write_pair
+from treeflash.testing.models import edit_config, write_pair
 
 require("torch")
 
@@ -158,6 +158,19 @@ def test_a_gpu_without_code_is_refused_before_anything_is_read(monkeypatch, capa
     compiled.append("compute_120")  # which drivers compile for later GPUs
     with pytest.raises(BackendError) if capability < (12, 0) else nullcontext():
         check_architecture(device)
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0)])
+def test_a_gpu_without_bfloat16_runs_float16(cuda, tmp_path, capability):
+    """Such as the T4, which hosted notebooks have; a dtype that is named stays."""
+    folders = write_pair(tmp_path, "qwen3", vocab_size=40)
+    edit_config(folders[0], lambda config: config.update(dtype="bfloat16"))
+    cuda.capability = capability
+    said = pytest.warns(UserWarning, match="^fake has no bfloat16, so the models run in float16; ")
+    with said if capability < (8, 0) else nullcontext():
+        backend = load(*folders, LoadConfig())
+    assert backend.dtype == ("float16" if capability < (8, 0) else "bfloat16")
+    assert load(*folders, LoadConfig(dtype="float32")).dtype == "float32"
 
 
 @pytest.mark.parametrize("rounds", [False, True])
