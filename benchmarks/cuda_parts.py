@@ -9,8 +9,9 @@ import sysconfig
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -36,18 +37,21 @@ from benchmarks.device_parts import (
     tiny_texts,
 )
 from benchmarks.random_pair import SHAPES, write_drafter, write_target
-from benchmarks.report import Part
-from treeflash.config import GIB, DecodeConfig, Method
+from benchmarks.report import LeftOutError, Part
+from treeflash.config import GIB, DecodeConfig, LoadConfig, Method
 from treeflash.decoding import Request, Scheduler, SchedulerConfig
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.errors import is_out_of_memory
 from treeflash.text.tokenizer import Tokenizer
+from treeflash.training.config import TrainConfig
+from treeflash.training.distillation import Response
 
 DTYPES = ("bfloat16", "float16")
 KERNEL_CASES = (
     *(("bfloat16", head_dim, False) for head_dim in (64, 128, 256)),
-    *(("float16", 128, False), ("float32", 128, False), ("bfloat16", 128, True)),
+    *(("float16", 64, False), ("float16", 128, False)),
+    *(("float32", 128, False), ("bfloat16", 128, True)),
 )
 """Number format, width of heads, and whether keys are stored in 8 bits: what real models have."""
 COMPILERS = 4
@@ -74,6 +78,8 @@ TOLERANCE = 0.05
 """Logits of two ways to compute half precision: root mean square difference in standard deviations.
 Rounding gives 0.01; a key too many or too few more than 0.1."""
 TREE = DraftTree.from_parents(np.arange(6, dtype=np.int32), np.array([-1, 0, 0, 1, 1, 2], np.int32))
+LOSS_TOLERANCE = 0.05
+"""Relative difference of a step's loss in half precision; a wrong mask or position gives more."""
 LARGE = (("qwen3-8b", 60, 20), ("qwen3-4b", 20, 10))
 """Shapes of `iterations`, and the GiB that each takes of the GPU and of the temporary folder."""
 WARM_UP, MEASURED, PROFILED = 8, 16, 10
@@ -484,30 +490,39 @@ def kernels(gpu: Gpu, part: Part) -> None:
     with ProcessPoolExecutor(COMPILERS, context) as pool:
         cases = [(case, pool.submit(check_kernels, gpu, *case)) for case in KERNEL_CASES]
         for (dtype, head_dim, quantised), found in cases:
-            seconds, verdicts, flash = found.result()
+            checked = found.result()
             case = {"dtype": dtype, "head_dim": head_dim, "quantised_keys": quantised}
             where = ", ".join(f"{name} {value}" for name, value in case.items())
-            part.add("compiling", **case, seconds=seconds)
-            for name, verdict in verdicts.items():
-                part.add("verdicts", **case, kernel=name, verdict=verdict)
-            for line in kernel_problems(verdicts, where):
+            part.add("compiling", **case, seconds=checked.seconds)
+            for name, verdict in checked.verdicts.items():
+                # The rows' largest difference, of which the tolerance is what the check allows.
+                difference = checked.differences.get(name)
+                part.add("verdicts", **case, kernel=name, verdict=verdict, difference=difference)
+            for name, error in checked.errors.items():
+                part.add("errors", **case, kernel=name, error=error)
+            for line in kernel_problems(checked.verdicts, where):
                 part.problem(line)
-            if flash is not None:
-                part.problem(f"FlashAttention is not used with {where}: {flash}")
+            if checked.flash is not None:
+                part.problem(f"FlashAttention is not used with {where}: {checked.flash}")
             if gpu.is_late:
                 pool.shutdown(cancel_futures=True)
                 part.note(f"kernels were cut short after {where}")
                 return
 
 
-def check_kernels(
-    gpu: Gpu, dtype: str, head_dim: int, quantised: bool
-) -> tuple[float, dict[str, str], str | None]:
-    """Check all kernels in one case.
+@dataclass(frozen=True)
+class CheckedKernels:
+    """What a check of all kernels found; see `Operations`."""
 
-    Returns the seconds that it took, the verdicts by kernel, and why FlashAttention is not used;
-    None if it is, or has no part in the case.
-    """
+    seconds: float
+    verdicts: dict[str, str]
+    differences: dict[str, float]
+    errors: dict[str, str]
+    flash: str | None  # why FlashAttention is not used; None if it is, or has no part
+
+
+def check_kernels(gpu: Gpu, dtype: str, head_dim: int, quantised: bool) -> CheckedKernels:
+    """Check all kernels in one case."""
     import torch
     from treeflash_cuda.kernels import load_flash_attention
     from treeflash_cuda.operations import examined_shapes, load_operations
@@ -521,7 +536,47 @@ def check_kernels(
     if dtype != "float32" and not quantised:
         found, reason = load_flash_attention(gpu.device, getattr(torch, dtype), shapes)
         flash = reason if found is None else None
-    return seconds, dict(operations.verdicts), flash
+    details = operations.verdicts, dict(operations.differences), dict(operations.errors)
+    return CheckedKernels(seconds, *details, flash)
+
+
+def training(gpu: Gpu, part: Part) -> None:
+    """Take one step of training on the device, and compare its loss with a processor's."""
+    if find_spec("accelerate") is None:
+        raise LeftOutError("the package accelerate is not installed")
+    target, losses = gpu.write_tiny()[0], {}
+    dtype = "bfloat16" if gpu.device.type == "cuda" else "float32"
+    context = multiprocessing.get_context("spawn")  # accelerate has one device in a process
+    for name, load in (
+        ("a processor", LoadConfig(device="cpu", dtype="float32")),
+        ("the device", LoadConfig(device=gpu.args.device, dtype=dtype)),
+    ):
+        with ProcessPoolExecutor(1, context) as pool:
+            output = gpu.folder / f"training of {name}"
+            losses[name] = pool.submit(first_loss, target, output, load).result()
+        part.add("first step", where=name, loss=losses[name])
+    processor, device = losses.values()
+    if not abs(device - processor) <= LOSS_TOLERANCE * processor:
+        part.problem(f"the loss of a first step is {device:.4f}, on a processor {processor:.4f}")
+
+
+def first_loss(target: Path, output: Path, load: LoadConfig) -> float:
+    """Return the loss of the first step on random texts."""
+    from treeflash_cuda.training.entry import train
+
+    ids = np.random.default_rng(2).integers(3, 500, (4, 40)).tolist()
+    texts = [Response(prompt_ids=tuple(x[:10]), response_ids=tuple(x[10:])) for x in ids]
+    config = TrainConfig(
+        layers=1,
+        block_size=5,
+        top_tokens=8,
+        sequences=2,
+        anchors=8,
+        steps=1,
+        validation_sequences=0,
+    )
+    records = train(target, texts, output, config, load)
+    return next(float(record["loss"]) for record in records if "step" in record)
 
 
 def resources(gpu: Gpu, part: Part) -> None:
@@ -566,6 +621,7 @@ PARTS: dict[str, Find] = {
     "graphs": graphs,
     "texts": texts,
     "memory": memory,
+    "training": training,
     "kernels": kernels,
     "resources": resources,
 }

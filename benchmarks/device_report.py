@@ -25,6 +25,7 @@ time for the parts begins. They run in this order, each in its own process:
 - `texts`: whether every method writes the text of plain decoding with tiny models of random
   weights; on a GPU also whether graphs and masks compute the same logits.
 - `memory`: what is reserved and used, and on a GPU whether decoding goes on after memory ran out.
+- on a GPU `training`: the loss of one step of training, beside a processor's.
 - `kernels`: whether each kernel is used and right; on a GPU by dtype and width of heads.
 - on a GPU `resources`: what each kernel takes of the GPU.
 
@@ -36,6 +37,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from importlib import import_module
@@ -54,7 +56,7 @@ from treeflash.registry import loader
 def parser() -> Parser:
     """Build the parser of the command line."""
     options = Parser(__doc__)
-    options.add_number("--minutes", 15, "time for all parts")
+    options.add_number("--minutes", 10, "time for all parts")
     options.add_number("--max-tokens", 128, "new tokens per prompt")
     options.add_number("--repeats", 10, "calls per median")
     sizes = [1, 2, 4, 5, 8, 10, 12, 16, 24, 32, 48, 64]
@@ -81,11 +83,16 @@ def choose_backend(name: str | None) -> str:
 
 
 def summary(parts: Sequence[Part]) -> Iterator[str]:
-    """Yield a line for each speed of a real pair, so that they stand together."""
-    for part in parts:
-        for row in part.tables.get("methods", ()):
-            speed = f"{row['tokens_per_s']:.1f} tokens/s"
-            yield f"{part.name}: {row['system']}, {row['method']}: {speed}"
+    """Yield a line for each speed of a real pair, so that they stand together, with ratios."""
+    rows = [(part.name, row) for part in parts for row in part.tables.get("methods", ())]
+    peers = [row for _, row in rows if row["system"] != "treeflash"]
+    for name, row in rows:
+        speed = row["tokens_per_s"]
+        ratios = [f"{row['ratio_to_ar']:.2f}x plain decoding"] if "ratio_to_ar" in row else []
+        if ratios:
+            ratios += [f"{speed / x['tokens_per_s']:.2f}x {x['system']}" for x in peers[:1]]
+        parts_of_line = [f"{speed:.1f} tokens/s", *ratios]
+        yield f"{name}: {row['system']}, {row['method']}: {', '.join(parts_of_line)}"
 
 
 @guarded
@@ -110,8 +117,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     report = Report("device_report", args.json, facts, 60 * args.minutes)
     with tempfile.TemporaryDirectory() as folder:
         device = parts.DEVICE(args, Path(folder), report.end, missing)
+        print(f"no part starts after {args.minutes} minutes", flush=True)
+        started = time.monotonic()
         for number, (name, find) in enumerate(parts.PARTS.items(), 1):
-            print(f"part {number} of {len(parts.PARTS)}: {name}", flush=True)
+            minutes = (time.monotonic() - started) / 60
+            print(f"part {number} of {len(parts.PARTS)}: {name}, at {minutes:.1f} min", flush=True)
             report.run(name, partial(find, device))
     for line in summary(report.parts):
         print(line)

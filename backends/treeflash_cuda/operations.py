@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -257,6 +258,10 @@ class Operations:
     noisy_log_probs: Callable[..., Tensor] = noisy_log_probs
     # An operation that has a kernel and runs in PyTorch has the reason here, by its name.
     reasons: Mapping[str, str] = field(default_factory=dict)
+    # What reports add to that: the largest difference of each kernel that ran, as `_worst_row`
+    # measures it, and the whole error of each that did not.
+    differences: Mapping[str, float] = field(default_factory=dict, compare=False)
+    errors: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     @property
     def fallbacks(self) -> tuple[str, ...]:
@@ -388,7 +393,7 @@ def checked(
 ) -> Operations:
     """Return the kernels that agree with PyTorch, and PyTorch for the other operations."""
     chosen: dict[str, Any] = {}
-    reasons = {}
+    reasons, worst, errors = {}, {}, {}
     for name in filter(kernels.has_kernel, used_operations(shapes)):
         compute = CHECKS[name]
         try:
@@ -396,19 +401,21 @@ def checked(
                 compute(operations, RandomInputs(device, dtype), shapes)
                 for operations in (kernels, Operations())
             )
-            differences = (_worst_row(*pair) for pair in zip(*results, strict=True))
+            differences = [_worst_row(*pair) for pair in zip(*results, strict=True)]
             excess = next((x for x in differences if not x <= TOLERANCES[dtype]), None)
         except Exception as error:
             if is_out_of_memory(error):
                 raise
             LOGGER.info("%s has no kernel", name, exc_info=error)
             reasons[name] = first_line(error)
+            errors[name] = "".join(traceback.format_exception(error))
         else:
+            worst[name] = max(differences) if excess is None else excess
             if excess is None:
                 chosen[name] = getattr(kernels, name)
             else:  # NaN is an excess, too
                 reasons[name] = f"the kernel's results differ by {excess:.2%}"
-    return Operations(**chosen, reasons=reasons)
+    return Operations(**chosen, reasons=reasons, differences=worst, errors=errors)
 
 
 def _worst_row(actual: Tensor, expected: Tensor) -> float:

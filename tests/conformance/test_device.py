@@ -217,6 +217,72 @@ def test_no_kernel_falls_back(module, dtype, head_dim):
     assert operations.verdicts.keys() == CHECKS.keys() - {"quantised_linear"}
 
 
+@pytest.fixture
+def device():
+    """The GPU."""
+    if problem := cuda_problem():
+        pytest.skip(problem)
+    from treeflash_cuda.device import choose_device
+
+    return choose_device(None)
+
+
+@pytest.mark.device
+def test_uploads_of_one_size_keep_their_numbers(device):
+    """They are copied while the GPU is busy, after the host has gone on."""
+    import torch
+    from treeflash_cuda.numerics import upload
+
+    x = torch.ones(4096, 4096, device=device)
+    for _ in range(30):
+        x = x @ x / 4096
+    found = [upload(np.full(4096, n, np.int32), device) for n in range(200)]
+    assert [set(part.tolist()) for part in found] == [{n} for n in range(200)]
+
+
+@pytest.mark.device
+def test_keys_are_moved_beyond_two_billion_elements(device):
+    """As in the cache of a GPU with 80 GB; it takes 3.3 GB, in 8 bits."""
+    import torch
+    from treeflash_cuda.triton_kernels.moves import move_columns
+
+    columns = (1 << 22) + 8
+    storage = torch.zeros(3, 2, 1, columns, 132, dtype=torch.int8, device=device)
+    assert storage.numel() > 1 << 31
+    storage[:, :, :, columns - 1] = 7
+    moves = torch.tensor([[columns - 1], [columns - 3], [1]], dtype=torch.int32, device=device)
+    move_columns(storage, *moves)
+    assert (storage[:, :, :, columns - 3] == 7).all()
+    assert int((storage != 0).sum()) == 2 * 3 * 2 * 132
+
+
+@pytest.mark.device
+@pytest.mark.parametrize("family", HYBRID_FAMILIES)
+def test_graphs_follow_the_states_when_their_arena_grows(tmp_path, family):
+    """A replayed graph that read the old tensors would read freed memory."""
+    write_target(tmp_path, family, seed=1)
+    backend = load_cuda(tmp_path, None, LoadConfig(dtype="bfloat16"))
+    text = SequenceSession(backend)
+    text.extend([3, 4, 5] * 20)
+    before, slots = text.logits(TREE), backend.target.state_arena.slots
+    others = []
+    while backend.target.state_arena.slots == slots:
+        others.append(SequenceSession(backend))
+        others[-1].extend([6, 7])
+    np.testing.assert_allclose(text.logits(TREE), before, atol=0.05 * float(before.std()))
+
+
+@pytest.mark.device
+def test_a_step_of_training_has_the_loss_of_a_processor(module, tmp_path):
+    if problem := cuda_problem():
+        pytest.skip(problem)
+    parts = module("cuda_parts")
+    args = module("device_report").parser().parse_args([])
+    report = module("report").Part("training")
+    parts.training(parts.Gpu(args, tmp_path, end=0.0), report)
+    assert report.problems == []
+
+
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
     """Writes the pair of a family or a format of drafters, once."""

@@ -140,13 +140,18 @@ def test_kernels_are_checked_for_what_real_models_have(run, judge, gpu, monkeypa
         verdicts = {"rms_norm": "used (Triton)", "gated": "used (Triton)"}
         if dtype == "float32":
             verdicts["gated"] = "ptxas is missing"
-        return 1.0, verdicts, "it is too wide" if head_dim == 256 else None
+        errors = {"gated": "a whole error"} if dtype == "float32" else {}
+        flash = "it is too wide" if head_dim == 256 else None
+        return judge.CheckedKernels(1.0, verdicts, {"rms_norm": 0.003}, errors, flash)
 
     monkeypatch.setattr(judge, "ProcessPoolExecutor", lambda n, _: ThreadPoolExecutor(n))
     monkeypatch.setattr(judge, "check_kernels", check)
     part = run("kernels")
     assert not part.error
     assert len(part.tables["compiling"]) == len(judge.KERNEL_CASES)
+    found = [row["difference"] for row in part.tables["verdicts"] if row["kernel"] == "rms_norm"]
+    assert found == [0.003] * len(judge.KERNEL_CASES)
+    assert [row["error"] for row in part.tables["errors"]] == ["a whole error"]
     assert part.problems == [
         "FlashAttention is not used with dtype bfloat16, head_dim 256, quantised_keys False: it is "
         "too wide",
@@ -159,6 +164,18 @@ def test_kernels_are_checked_for_what_real_models_have(run, judge, gpu, monkeypa
     assert part.notes == [
         "kernels were cut short after dtype bfloat16, head_dim 64, quantised_keys False"
     ]
+
+
+def test_a_step_of_training_has_the_loss_of_a_processor(run, judge, monkeypatch):
+    monkeypatch.setattr(judge, "ProcessPoolExecutor", lambda n, _: ThreadPoolExecutor(n))
+    part = run("training")
+    assert not part.error
+    assert part.problems == []
+    one, other = (row["loss"] for row in part.tables["first step"])
+    assert one == other > 0
+    losses = iter((2.0, 2.2))
+    monkeypatch.setattr(judge, "first_loss", lambda *_: next(losses))
+    assert run("training").problems == ["the loss of a first step is 2.2000, on a processor 2.0000"]
 
 
 def test_speeds_come_before_what_compiles(judge):
@@ -203,7 +220,8 @@ def test_every_part_is_in_the_report(
     assert code == int(bool(report["problems"]))
     printed = capsys.readouterr().out
     assert "part 2 of 2: speed" in printed
-    assert re.search(r"^speed: treeflash, ar: [\d.]+ tokens/s$", printed, re.MULTILINE)
+    line = r"^speed: treeflash, ar: [\d.]+ tokens/s, 1\.00x plain decoding$"
+    assert re.search(line, printed, re.MULTILINE)
     assert f"{len(report['problems'])} problem(s)" in printed
 
 
