@@ -94,7 +94,7 @@ def test_an_interruption_leaves_a_report(report):
 
 def warn(part):
     for package in ("treeflash_cuda", "torch"):
-        name = str(Path("treeflash", package, "module.py"))
+        name = str(Path("treeflash", "site-packages", package, "module.py"))
         warnings.warn_explicit(f"{package} is slow", UserWarning, name, 1)
 
 
