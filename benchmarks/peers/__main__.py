@@ -165,6 +165,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_dflash(drafter, Path(folder))
         setup = {
             "target": str(target),
+            # Treeflash finds the weights by this name, which may keep few bits on a CPU.
+            "name": args.target,
             "drafter": str(drafter),
             "dflash_drafter": folder,
             "assistant": args.assistant and str(resolve_target(args.assistant)),

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
 from gguf_files import write_gguf
+from parts import use_models
 
 from treeflash.config import LoadConfig
 from treeflash.decoding.tree import DraftTree
@@ -28,6 +29,7 @@ from treeflash_cuda import low_bit_loading
 from treeflash_cuda.backend import bits_refusal, load
 from treeflash_cuda.linear import PackedLinear
 from treeflash_cuda.low_bit_linear import LowBitEmbedding, LowBitLinear
+from treeflash_cuda.model_target import ModelTarget
 
 import treeflash
 
@@ -157,6 +159,18 @@ def test_weights_are_dequantised_without_exact_mode(packed, settings, recwarn):
     target = load(packed, None, config).target
     assert not any(isinstance(x, LowBitLinear) for x in target.model.modules())
     assert not [x for x in recwarn if "few bits" in str(x.message)]
+
+
+@pytest.mark.parametrize("bits", [None, 16])
+def test_rounded_inputs_are_no_wrong_attention(packed, monkeypatch, bits):
+    """A model of transformers is compared with its own attention, whose input is rounded too."""
+    use_models(monkeypatch)
+    config = LoadConfig(device="cpu", dtype="float32", exact=True, bits=bits)
+    target = load(packed, None, config).target
+    assert isinstance(target, ModelTarget)
+    logits = torch.randn(4, 50)
+    others = logits + 0.01 * torch.randn(4, 50)
+    assert bool(target._significant_difference(logits, others)) == (bits == 16)
 
 
 def test_a_target_that_cannot_be_exact_is_dequantised_with_a_line(packed, monkeypatch):

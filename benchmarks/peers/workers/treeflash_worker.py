@@ -20,8 +20,9 @@ def load(setup: dict[str, Any]) -> tuple[dict, Any]:
         from torch_target import choose_device
 
         device = str(choose_device(setup["device"]))
+    target = setup["name"] if name == "cuda" else setup["target"]
     model = treeflash.load(
-        setup["target"], setup["drafter"], backend=name, device=device, dtype=setup["dtype"]
+        target, setup["drafter"], backend=name, device=device, dtype=setup["dtype"]
     )
     backend = model.backend
     methods = [m for m in METHODS if backend.head is not None or not m.startswith("treeflash")]
