@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.common import ROOT, Parser, Row, markdown_table
-from benchmarks.peers.system import BASELINES
+from benchmarks.peers.system import BASELINES, SAME_WEIGHTS
 from treeflash.cli.console import guarded
 from treeflash.config import AUTO, DTYPES
 from treeflash.errors import ConfigError
@@ -43,6 +43,7 @@ def parser() -> Parser:
     options.add_argument("--backend", default="cuda", help="(default: cuda)")
     options.add_argument("--device", help="(default: the backend's fastest)")
     options.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="(default: bfloat16)")
+    options.add_argument("--gguf", type=Path, metavar="FILE", help="the target for llama.cpp")
     options.add_argument("--target", metavar="FOLDER_OR_ID", help="(default: the bundled pair)")
     options.add_argument("--drafter", metavar="FOLDER_OR_ID", help="(default: the published one)")
     options.add_names("--only", SECTIONS, "sections to measure")
@@ -53,9 +54,16 @@ def systems_command(args: Namespace) -> list[str]:
     """Return the command for the speed of `generate`, plain decoding and drafting, by set."""
     if args.backend not in BASELINES:
         raise ConfigError(f"no other system has the backend {args.backend!r}; see --only")
+    backends, systems = args.backend, f"{BASELINES[args.backend]},treeflash"
+    if args.backend == "cuda":
+        systems += f",treeflash{SAME_WEIGHTS}"
+    file: list[str] = []
+    if args.gguf is not None:
+        backends, systems = f"{backends},gguf", f"{systems},llama.cpp"
+        file = ["--gguf", str(args.gguf)]
     return [
-        *["peers", *args.sets, "--backends", args.backend, "--methods", "generate,ar,treeflash"],
-        *["--systems", f"{BASELINES[args.backend]},treeflash", *args.model],
+        *["peers", *args.sets, "--backends", backends, "--methods", "generate,ar,treeflash"],
+        *["--systems", systems, *args.model, *file],
         *["--limit", str(args.limit), "--max-tokens", str(args.max_tokens)],
     ]
 

@@ -25,6 +25,7 @@ from benchmarks.common import ROOT, Parser, describe, write_json
 from treeflash.cli.console import guarded
 from treeflash.cli.options import add_model_options, load_model
 from treeflash.config import Method
+from treeflash.evaluation.records import MEAN
 from treeflash.language_model import LanguageModel
 
 PICTURES = ROOT / "docs" / "pictures"
@@ -32,6 +33,14 @@ RESULTS = ROOT / "docs" / "performance" / "results.json"
 PROMPT = "Write a Python class for a bank account with the methods deposit, withdraw and balance."
 QUESTION = "Write a Python function that checks whether a number is even."
 CHROMIUM = "/usr/bin/chromium"
+SPEEDS = {
+    ("transformers", "generate"): "transformers",
+    ("transformers", "treeflash"): "transformers, with treeflash's drafts",
+    ("llama.cpp", "generate"): "llama.cpp",
+    ("treeflash", "ar"): "treeflash, without drafts",
+    ("treeflash", "treeflash"): "treeflash",
+}
+"""Systems and methods whose speeds are drawn."""
 RECORDED: tuple[Method, ...] = ("ar", "treeflash")
 TITLES = {"ar": "without drafts", "treeflash": "with drafts"}
 CHARACTER = 7.8
@@ -173,14 +182,10 @@ def draw_speeds(results: dict[str, Any], theme: Theme) -> str:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    rows = [row for row in results["systems"]["rows"] if row["set"] == "mean"]
-    names = {
-        ("transformers", "generate"): "transformers",
-        ("transformers", "treeflash"): "transformers, with treeflash's drafts",
-        ("treeflash", "ar"): "treeflash, without drafts",
-        ("treeflash", "treeflash"): "treeflash",
-    }
-    labels = [names.get((row["system"], row["method"]), row["system"]) for row in rows]
+    means = [row for row in results["systems"]["rows"] if row["set"] == MEAN]
+    by_case = {(row["system"], row["method"]): row for row in means}
+    rows = [by_case[case] for case in SPEEDS if case in by_case]
+    labels = [SPEEDS[row["system"], row["method"]] for row in rows]
     speeds = [row["tokens_per_s"] for row in rows]
     drafts = [row["method"] not in ("generate", "ar") for row in rows]
     # Text stays text, and names of parts do not depend on the process.

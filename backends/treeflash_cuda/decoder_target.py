@@ -58,6 +58,8 @@ class DecoderTarget(Target):
         """
         super().__init__(config, CPU, list(decoder.layers))
         self.model, self.facts, self.kernels, self.dtype = decoder, facts, kernels, dtype
+        if kernels is not None:
+            self.layers_from = f"treeflash, compiled for {kernels.isa.name}"
         self.processor = "it has no vision tower"
         table = decoder.embeddings
         self.embeddings = table if isinstance(table, LowBitEmbedding) else table.weight.data

@@ -56,7 +56,7 @@ class LayerKernels:
     """The functions for rows of one dtype, and caches of another or the same one."""
 
     def __init__(self, isa: Isa, dtype: torch.dtype, cached: torch.dtype, head_dim: int) -> None:
-        self.head_dim = head_dim
+        self.isa, self.head_dim = isa, head_dim
         elements = ELEMENTS[dtype], ELEMENTS[cached]
         self._threads = has_threads()
         self._engine = compiled(  # holds the code

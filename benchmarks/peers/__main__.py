@@ -124,6 +124,7 @@ def start(system: System, args: Namespace, setup: dict[str, Any]) -> Peer:
     dtype = "float32" if system.backend == "mlx" and sys.platform == "linux" else args.dtype
     log = args.environments / f"{system.name}-{system.backend}.log"
     setup = setup | {"backend": system.backend, "dtype": dtype, "threads": args.threads}
+    setup["bits"] = system.bits
     return Peer(system, run, setup, args.threads, log)
 
 

@@ -66,7 +66,7 @@ class Comparison:
                 self.skip(peer.system, reason, method)
         for method in peer.description["methods"]:
             if methods is None or method in methods:
-                has_budget = peer.system.name == "treeflash" and method in TREE_METHODS
+                has_budget = peer.system.name.startswith("treeflash") and method in TREE_METHODS
                 sizes = budgets if has_budget else (None,)
                 self.cases += [Case(peer, method, budget) for budget in sizes]
 

@@ -20,6 +20,8 @@ WORKERS = Path(__file__).parent / "workers"
 MLX_ON_LINUX = "mlx[cpu]>=0.30; sys_platform == 'linux'"
 BASELINES = {"cuda": "transformers", "mlx": "mlx-lm", "gguf": "llama.cpp"}
 """By backend, the system of the same framework whose `generate` is the baseline."""
+SAME_WEIGHTS = "-16-bits"
+"""Suffix of a system with the weights that transformers has, where it would keep fewer bits."""
 NODE_BUILDS = {("Linux", "x86_64"): "linux-x64", ("Linux", "aarch64"): "linux-arm64"}
 """Builds of llama.cpp for CPUs, by system and machine."""
 
@@ -40,17 +42,19 @@ class System:
             environment.
         node: the version of llama.cpp's build for Node.js; the worker is in JavaScript, and the
             requirements are packages of npm. Empty for a worker in Python.
+        bits: the bits of a target's weights on a CPU, as in `treeflash.load`.
     """
 
     name: str
     backend: str
     requirements: tuple[str, ...] = ()
     node: str = ""
+    bits: int | None = None
 
     @property
     def worker(self) -> Path:
         """Its script."""
-        name = self.name.replace("-", "_").replace(".", "_")
+        name = self.name.removesuffix(SAME_WEIGHTS).replace("-", "_").replace(".", "_")
         return WORKERS / f"{name}_worker.{'mjs' if self.node else 'py'}"
 
 
@@ -59,6 +63,7 @@ SYSTEMS = (
     System(name="dflash", backend="cuda", requirements=("dflash[local]==0.1.0",)),
     System(name="flashspec", backend="cuda", requirements=("flashspec==0.3.1",)),
     System(name="treeflash", backend="cuda"),
+    System(name=f"treeflash{SAME_WEIGHTS}", backend="cuda", bits=16),
     System(name="mlx-lm", backend="mlx"),
     System(name="dflash-mlx", backend="mlx", requirements=("dflash-mlx==0.1.8", MLX_ON_LINUX)),
     System(name="treeflash", backend="mlx"),

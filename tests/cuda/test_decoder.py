@@ -182,6 +182,8 @@ def test_logits_and_layers_are_those_of_transformers(tmp_path, name):
     backend = load_pair(tmp_path)
     assert isinstance(backend.target, DecoderTarget)
     assert (backend.target.kernels is not None) == (name in COMPILED)
+    layers = backend.device_report().facts["layers of the target"]
+    assert layers.startswith("treeflash, compiled for" if name in COMPILED else "treeflash")
     found = differences(backend, model)
     assert max(found.values()) <= TOLERANCE, found
 

@@ -21,9 +21,10 @@ def load(setup: dict[str, Any]) -> tuple[dict, Any]:
 
         device = str(choose_device(setup["device"]))
     target = setup["name"] if name == "cuda" else setup["target"]
-    model = treeflash.load(
-        target, setup["drafter"], backend=name, device=device, dtype=setup["dtype"]
-    )
+    settings = {"backend": name, "device": device, "dtype": setup["dtype"]}
+    if setup["bits"] is not None:
+        settings["bits"] = setup["bits"]
+    model = treeflash.load(target, setup["drafter"], **settings)
     backend = model.backend
     methods = [m for m in METHODS if backend.head is not None or not m.startswith("treeflash")]
 
