@@ -31,7 +31,7 @@ from treeflash.decoding.backend_base import (
 )
 from treeflash.decoding.image_processor import Processor
 from treeflash.decoding.interfaces import DeviceReport, Prefill
-from treeflash.decoding.iteration import table_options
+from treeflash.decoding.logit_tables import table_options
 from treeflash.decoding.mtp_head import MtpBlock
 from treeflash.decoding.passed_checks import PassedChecks, passed_checks
 from treeflash.decoding.sampling import Noise

@@ -384,7 +384,7 @@ def test_a_fork_that_fails_leaves_no_state_on_any_rank(ranks, monkeypatch):
 
 def test_a_forward_pass_that_fails_on_rank_0_alone_is_the_last(ranks, monkeypatch):
     state = ranks.backend.open(20, drafts=False)
-    ranks.fail(monkeypatch, type(ranks.target), "forward", 1)
+    ranks.fail(monkeypatch, type(ranks.target), "run_rows", 1)
     config = DecodeConfig(method="ar", max_tokens=3)
     requests = [Request(prompt_ids=prompt, config=config) for prompt in ([5], [6, 7])]
     with pytest.raises(RuntimeError, match="restart torchrun"):
@@ -398,7 +398,7 @@ def test_a_forward_pass_that_fails_on_rank_0_alone_is_the_last(ranks, monkeypatc
 
 def test_a_forward_pass_that_is_interrupted_on_rank_0_is_the_last(ranks, monkeypatch):
     state = ranks.backend.open(20, drafts=False)
-    ranks.fail(monkeypatch, type(ranks.target), "forward", 1, KeyboardInterrupt)
+    ranks.fail(monkeypatch, type(ranks.target), "run_rows", 1, KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
         ranks.backend.verifier.run([Prefill(state, [5], None)])
     with pytest.raises(RuntimeError, match="restart torchrun"):

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from parts import use_models
 
 from treeflash.config import LoadConfig
 from treeflash.decoding.session import SequenceSession
@@ -53,6 +54,14 @@ def save_drafter(target, folder, head):
 
 def near(found, expected):
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def models():
+    """Targets are models of transformers, as in training."""
+    with pytest.MonkeyPatch.context() as patch:
+        use_models(patch)
+        yield
 
 
 @pytest.fixture(

@@ -27,6 +27,7 @@ from treeflash_cuda.triton_kernels import (
     experts,
     layers,
     moves,
+    noise,
     products,
     recurrence,
     sampling,
@@ -109,7 +110,10 @@ def test_kernels_are_launched_on_the_device_of_their_inputs(monkeypatch):
     def launcher(name):
         return lambda x: launches.append((name, [y is x for y in current]))
 
-    modules = attention, convolution, experts, layers, moves, products, recurrence, sampling
+    modules = (
+        *(attention, convolution, experts, layers, moves),
+        *(noise, products, recurrence, sampling),
+    )
     for module, name in itertools.product(modules, operations.CHECKS):
         if hasattr(module, name):
             monkeypatch.setattr(module, name, launcher(name))

@@ -279,7 +279,8 @@ def test_the_report_names_the_machine_and_its_memory(mac, monkeypatch):
         "memory": "16 GiB",
         "for the GPU": "10.0 GiB",
         "wired limit": "set by macOS",
-        "kernels": "MLX's alone, treeflash's are not tried on this GPU (applegpu_g17p)",
+        "kernels": "treeflash's for products and attention are not tried on this GPU "
+        "(applegpu_g17p); TREEFLASH_UNTRIED_KERNELS=1 in the environment tries them",
     }
     mac.outputs["iogpu.wired_limit_mb"] = "20000\n"
     mac.info["architecture"] = "applegpu_g16p"

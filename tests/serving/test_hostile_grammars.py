@@ -18,6 +18,7 @@ from servers import PATIENCE, check_error, serving, wait_until
 from tool_models import tool_model
 
 from treeflash.serving.errors import APIError
+from treeflash.serving.models import ModelPool
 from treeflash.serving.service import Service
 from treeflash.text import grammar_sandbox
 from treeflash.text.grammar import Grammar, GrammarCompiler, GrammarError
@@ -391,17 +392,17 @@ def test_requests(hardened, request_, param):
 
 
 def test_grammars_that_wait_leave_threads_for_prompts(hardened, monkeypatch):
-    release, asked, check_model = threading.Event(), [], Service.check_model
+    release, asked, find = threading.Event(), [], ModelPool.find
 
-    def check(self, name):
+    def find_and_count(self, name):
         asked.append(name)
-        check_model(self, name)
+        return find(self, name)
 
     def compile(self, grammar):
         release.wait(2 * PATIENCE)
         raise GrammarError("it takes too much")
 
-    monkeypatch.setattr(Service, "check_model", check)
+    monkeypatch.setattr(ModelPool, "find", find_and_count)
     monkeypatch.setattr(GrammarCompiler, "compile", compile)
     path, body = text(structured_outputs={"regex": "a"})
     many = 40  # more than `asyncio.to_thread` has threads

@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from treeflash.config import AUTO, DecodeConfig, Method
+from treeflash.config import DecodeConfig, Method
 from treeflash.decoding.adaptive_budget import AdaptiveBudget, Pause
 from treeflash.decoding.batch_trees import draft_trees, observe
 from treeflash.decoding.interfaces import (
@@ -38,6 +38,7 @@ from treeflash.decoding.interfaces import (
     Verify,
     count_captures,
 )
+from treeflash.decoding.logit_tables import table_options
 from treeflash.decoding.loop import Commit, Draft, Drafted, Loop, Phase, Prune, Step, Work
 from treeflash.decoding.request import Request
 from treeflash.decoding.sampling import Noise, SampledTokens
@@ -48,12 +49,6 @@ from treeflash.errors import TreeflashError, is_of_earlier_work, is_out_of_memor
 
 SNAPSHOT_INTERVAL = 2048
 """Prompt tokens between two snapshots of recurrent states."""
-ROWS_PER_NODE, MIN_ROWS = 4, 16
-"""Rows of the AR head for a tree: on average the block efficiency stays within 1.5 % of that with
-all rows for 8 nodes, and within 1 % for more (docs/history.md)."""
-TOKENS_PER_NODE, MIN_TOKENS = 32, 256
-"""Tokens that the AR head scores for a tree, if no fewer are asked for; 256 change the block
-efficiency of 8 nodes by 0.1 %."""
 W = TypeVar("W", bound=Work)
 
 
@@ -149,22 +144,6 @@ class RunningSequence:
         """End the loop and give the state's memory back."""
         self.loop.close()
         self.state.close()
-
-
-def table_options(config: DecodeConfig, nodes: int) -> TableOptions:
-    """Return the options of the table for a tree or chain of `nodes` nodes, without noise."""
-    k, temperature = config.top_k_children, config.draft_temperature
-    if not config.uses_head:
-        return TableOptions(k=1 if config.drafts_chain else k, temperature=temperature)
-    rows, shortlist = config.head_rows, config.head_vocab
-    if rows == AUTO:
-        # The token that a chain continues from may be improbable by its marginal.
-        rows = None if config.drafts_chain else max(ROWS_PER_NODE * nodes, MIN_ROWS)
-    if shortlist is not None:
-        shortlist = min(shortlist, max(TOKENS_PER_NODE * nodes, MIN_TOKENS))
-    return TableOptions(
-        k=k, m=config.top_m, temperature=temperature, shortlist=shortlist, rows=rows
-    )
 
 
 def propose(

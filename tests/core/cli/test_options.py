@@ -99,6 +99,7 @@ def test_plain_decoding_loads_no_drafter_by_default(parser, monkeypatch, args, m
         "device": "gpu",
         "dtype": None,
         "device_map": None,
+        "bits": None,
         "draft_bits": None,
         "draft_window": None,
         "memory_gb": None,
