@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.common import ROOT, Parser, Row, markdown_table
-from benchmarks.peers.system import BASELINES, SAME_WEIGHTS
+from benchmarks.peers.system import BASELINES
 from treeflash.cli.console import guarded
 from treeflash.config import AUTO, DTYPES
 from treeflash.errors import ConfigError
@@ -55,8 +55,6 @@ def systems_command(args: Namespace) -> list[str]:
     if args.backend not in BASELINES:
         raise ConfigError(f"no other system has the backend {args.backend!r}; see --only")
     backends, systems = args.backend, f"{BASELINES[args.backend]},treeflash"
-    if args.backend == "cuda":
-        systems += f",treeflash{SAME_WEIGHTS}"
     file: list[str] = []
     if args.gguf is not None:
         backends, systems = f"{backends},gguf", f"{systems},llama.cpp"

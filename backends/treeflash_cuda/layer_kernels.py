@@ -26,7 +26,7 @@ ARGUMENTS = {
     "gated": (ADDRESS, ADDRESS, SIZE),
 }
 """Kinds of the functions' arguments, before the numbers of units and of threads."""
-SHARED = 1 << 15
+SHARED = 1 << 17
 """Least numbers that a function reads for which threads share its work."""
 ELEMENTS = {torch.float32: Element(is_wide=True), torch.bfloat16: Element(is_wide=False)}
 

@@ -57,8 +57,9 @@ AHEAD = 2048
 """Bytes of weights between the ones that are multiplied and the ones that are fetched."""
 LEAST_TOP = 2.0**-100
 INFINITY_BITS = 0x7F800000
-SHARED_ROWS, SHARED_WEIGHTS = 1 << 15, 1 << 16
-"""Least numbers of rows and of a weight for which threads share work."""
+SHARED_NUMBERS, SHARED_PRODUCTS = 1 << 18, 1 << 25
+"""Least numbers to round, and least multiplications, for which threads share work: on two cores of
+an AMD EPYC sharing takes longer below, since threads have to wake and to wait for each other."""
 CHUNKS = 8
 """Parts of a product for each thread: the fastest one takes more of them."""
 
@@ -162,10 +163,11 @@ def _entry(module: ir.Module, quantise: Value, multiply: Value, threads: bool) -
             with otherwise:
                 b.call(task, [job])
 
-    run(quantise, b.mul(rows, size), SHARED_ROWS, one, one)
+    run(quantise, b.mul(rows, size), SHARED_NUMBERS, one, one)
     b.store(zero, b.field(job, "next"))
     parts = b.times(b.zext(count, I64), CHUNKS)
-    run(multiply, b.mul(width, size), SHARED_WEIGHTS, blocks, b.plus(b.udiv(blocks, parts), 1))
+    products = b.mul(rows, b.mul(width, size))
+    run(multiply, products, SHARED_PRODUCTS, blocks, b.plus(b.udiv(blocks, parts), 1))
     b.ret_void()
 
 
