@@ -280,9 +280,10 @@ def photograph(url: str, folder: Path) -> None:
                 color_scheme="dark" if theme.name == "dark" else "light",
             )
             page.goto(url)
-            page.get_by_role("textbox").last.fill(QUESTION)
+            page.get_by_placeholder("Message").fill(QUESTION)
             page.keyboard.press("Enter")
-            page.wait_for_function("document.body.innerText.includes('tokens/s')", timeout=120_000)
+            page.get_by_text("is_even").first.wait_for(timeout=120_000)
+            page.get_by_role("button", name="Send").wait_for()  # the answer is complete
             page.screenshot(path=folder / f"page-{theme.name}.png")
         browser.close()
 

@@ -41,7 +41,8 @@ def _read_page(_app: Sphinx, name: str, source: list[str]) -> None:
     text = source[0]
     if name in ROOT_PAGES:
         text = (ROOT / ROOT_PAGES[name]).read_text() + text
-    text = re.sub(r"(?<=\]\()(\.\./)?docs/", "", text).replace('"docs/pictures/', '"_static/')
+    text = re.sub(r"(?<=\]\()(\.\./)?docs/", "", text)
+    text = re.sub(r'"(docs/)?pictures/', '"_static/', text)
     for page, path in ROOT_PAGES.items():
         text = re.sub(rf"\]\((\.\./)?{path}", f"]({page}.md", text)
     # Other files of the repository are not on the site: their names remain.
