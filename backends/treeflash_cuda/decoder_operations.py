@@ -36,12 +36,20 @@ class Attention(Protocol):
         """Attend to a layer's stored keys: (n, heads * head_dim) from (n, heads, head_dim)."""
 
 
-def linear(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> nn.Module:
-    """Make one linear layer of the weights of some that read the same input, packed if possible."""
-    weight, bias = concatenate(weights), None
+def join(
+    weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> tuple[Tensor, Tensor | None]:
+    """Return the weight and the bias of one layer in place of some that read the same input."""
+    bias = None
     if any(x is not None for x in biases):
         pairs = zip(weights, biases, strict=True)
         bias = concatenate([w.new_zeros(len(w)) if b is None else b for w, b in pairs])
+    return concatenate(weights), bias
+
+
+def linear(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> nn.Module:
+    """Make one linear layer of the weights of some that read the same input, packed if possible."""
+    weight, bias = join(weights, biases)
     return (PackedLinear if can_pack(weight) else PlainLinear)(weight, bias)
 
 

@@ -21,7 +21,7 @@ from treeflash_cuda.cache import check_quantisation
 from treeflash_cuda.decoder import Decoder
 from treeflash_cuda.decoder_attention import Block, ExactAttention, MaskedAttention
 from treeflash_cuda.decoder_facts import DecoderFacts
-from treeflash_cuda.decoder_operations import PYTORCH, Attention, DecoderOperations, linear
+from treeflash_cuda.decoder_operations import PYTORCH, Attention, DecoderOperations, join, linear
 from treeflash_cuda.decoder_weights import Checkpoint, DecoderWeights
 from treeflash_cuda.exact import LINEAR_ROWS, bound_products, check_gates, token_rows
 from treeflash_cuda.exact_attention import check_attention
@@ -163,8 +163,6 @@ def find_kernels(facts: DecoderFacts, dtype: torch.dtype) -> LayerKernels | None
 
 def rounded(bits: int, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> nn.Module:
     """Make one linear layer of the weights of some, rounded to 4 or 8 bits where they can be."""
-    layer = linear(weights, biases)
-    weight = concatenate(weights)
-    if weight.shape[1] % GROUP:
-        return layer
-    return round_linear(weight, getattr(layer, "bias", None), bits)
+    if weights[0].shape[1] % GROUP:
+        return linear(weights, biases)
+    return round_linear(*join(weights, biases), bits)

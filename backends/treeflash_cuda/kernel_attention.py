@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from treeflash_cuda.decoder_attention import Block
+from treeflash_cuda.decoder_attention import Block, sees
 from treeflash_cuda.decoder_operations import Rotation
 from treeflash_cuda.layer_code import LANES
 from treeflash_cuda.layer_kernels import LayerKernels, SequencesTable
@@ -82,8 +82,5 @@ class KernelAttention:
         """Return the (n, n) bytes that say which new columns rows see; None up to their own."""
         if block.ancestors is None:
             return None
-        visible = block.ancestors
-        if window is not None:
-            places = block.positions
-            visible = visible & (places[:, None] < places + window)
+        visible = block.ancestors & sees(window, block.positions[:, None], block.positions)
         return visible.to(torch.uint8).contiguous()
