@@ -16,20 +16,14 @@ from typing import Any, TypeAlias
 import mlx.core as mx
 from mlx import nn
 
-from treeflash_mlx.metal_kernels import (
-    LONG_BYTES,
-    ROUNDING,
-    choose,
-    relative_error,
-    runs_kernels,
-)
+from treeflash_mlx.metal_kernels import LONG_BYTES, runs_kernels
 from treeflash_mlx.metal_kernels.products import (
     TIMED_LAYERS,
     Module,
     Quantised,
     Shape,
     by_shape,
-    multiply_plainly,
+    race,
 )
 
 LEAST_ROWS = 512
@@ -82,35 +76,15 @@ def choose_shares(layers: Layers) -> None:
 
 def fastest(layers: Sequence[Module], shape: Shape) -> float | None:
     """Return the fastest share for layers of one shape; None if the GPU alone is faster."""
-    first, ((outputs, width), bits, group, dtype) = layers[0], shape
-    if isinstance(first, Quantised):
-        width = first.scales.shape[1] * group
-    x = mx.random.normal((TIMED_ROWS, width), key=mx.random.key(0)).astype(dtype)
-    names = {f"{share:.0%} of the rows on the CPU": share for share in SHARES}
-
-    def candidate(product: Callable[[Module, mx.array], mx.array]) -> Callable[..., mx.array]:
-        return lambda y, call: x + 0 * product(layers[call % len(layers)], y)[:, :1]
-
-    def shared(share: float) -> Callable[[Module, mx.array], mx.array]:
-        return lambda module, y: multiply_shared(module, y, share)
-
-    def errors(name: str) -> dict[str, float]:
-        found = multiply_shared(first, x, names[name])
-        return {"": relative_error(found, multiply_plainly(first, x))}
-
-    winner = choose(
+    return race(
         "products of long prompts",
-        f"{outputs} x {width} in {bits} bits",
-        f"{TIMED_ROWS} rows",
-        errors,
-        ROUNDING[x.dtype],
-        {name: candidate(shared(share)) for name, share in names.items()},
-        candidate(multiply_plainly),
-        x,
+        layers,
+        shape,
+        TIMED_ROWS,
+        {f"{share:.0%} of the rows on the CPU": share for share in SHARES},
+        lambda module, y, share: multiply_shared(module, y, share),
         LONG_BYTES,  # few calls: each takes milliseconds
-        key=shape,
     )
-    return None if winner is None else names[winner]
 
 
 def _use_share(module: Module, share: float) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import mlx.core as mx
 from mlx import nn
@@ -154,6 +154,7 @@ METHODS: Mapping[type[nn.Module], str] = {
 """The product of each kind of module; a module with its own product keeps it."""
 Product: TypeAlias = Callable[[mx.array], mx.array]
 """Multiplies inputs of one shape by the weight of one module."""
+T = TypeVar("T")
 Shape: TypeAlias = tuple[tuple[int, ...], int, int, mx.Dtype]
 """Shape of the weight, bits of a number, numbers of a group, dtype of the inputs."""
 
@@ -294,7 +295,7 @@ def use_everywhere(model: nn.Module) -> None:
     for shape, modules in by_shape(model).items():
         (outputs, _), bits, _, dtype = shape
         first = modules[0]
-        x = _inputs(first, 8 * MAX_COLUMNS + 1)
+        x = _inputs(first, shape, 8 * MAX_COLUMNS + 1)
 
         def errors(_: str, first: Module = first, x: mx.array = x) -> dict[str, float]:
             found = multiply(first, x, EXACT_GEOMETRY)
@@ -317,48 +318,77 @@ def by_shape(*models: nn.Module | None) -> dict[Shape, list[Module]]:
     return {shape: list(modules.values()) for shape, modules in found.items()}
 
 
-def _inputs(module: Module, rows: int) -> mx.array:
+def _inputs(module: Module, shape: Shape, rows: int) -> mx.array:
     """Return random inputs of a module that the kernel can multiply by."""
-    shape = shape_of(module)
-    assert shape is not None
     (_, width), _, group, dtype = shape
     if isinstance(module, Quantised):
         width = module.scales.shape[1] * group
     return mx.random.normal((rows, width), key=mx.random.key(0)).astype(dtype)
 
 
-def fastest(layers: Sequence[Module], rows: int) -> Geometry | None:
-    """Return the fastest geometry for layers of one shape; None if MLX's operation wins."""
-    first, shape = layers[0], shape_of(layers[0])
-    assert shape is not None
-    (outputs, _), bits, _, _ = shape
-    x = _inputs(first, rows)
-    candidates = {str(each): each for each in geometries(outputs, rows)}
+def race(
+    kind: str,
+    layers: Sequence[Module],
+    shape: Shape,
+    rows: int,
+    others: Mapping[str, T],
+    product: Callable[[Module, mx.array, T], mx.array],
+    nbytes: int,
+) -> T | None:
+    """Return the fastest way to multiply rows by layers; None if MLX's operation wins.
+
+    Args:
+        kind: of the products, in the verdict.
+        layers: of this shape, perhaps with a class that `_use_kernel` made.
+        shape: of the layers.
+        rows: number of rows.
+        others: the other ways, by their names in the verdict.
+        product: multiplies by a layer in one of these ways.
+        nbytes: see `choose`.
+    """
+    first, ((outputs, _), bits, _, _) = layers[0], shape
+    x = _inputs(first, shape, rows)
 
     def candidate(product: Callable[[Module, mx.array], mx.array]) -> Callable[..., mx.array]:
         # Each call waits for the one before, and its input stays finite.
         return lambda y, call: x + 0 * product(layers[call % len(layers)], y)[:, :1]
 
-    def kernel(geometry: Geometry) -> Callable[[Module, mx.array], mx.array]:
-        return lambda module, y: multiply(module, y, geometry)
+    def by(way: T) -> Callable[[Module, mx.array], mx.array]:
+        return lambda module, y: product(module, y, way)
 
     def errors(name: str) -> dict[str, float]:
-        found = multiply(first, x, candidates[name])
+        found = product(first, x, others[name])
         return {"": relative_error(found, multiply_plainly(first, x))}
 
     winner = choose(
-        "products of few rows",
+        kind,
         f"{outputs} x {x.shape[1]} in {bits} bits",
         f"{rows} rows",
         errors,
         ROUNDING[x.dtype],
-        {name: candidate(kernel(each)) for name, each in candidates.items()},
+        {name: candidate(by(way)) for name, way in others.items()},
         candidate(multiply_plainly),
         x,
-        first.weight.nbytes,
+        nbytes,
         key=shape,
     )
-    return None if winner is None else candidates[winner]
+    return None if winner is None else others[winner]
+
+
+def fastest(layers: Sequence[Module], rows: int) -> Geometry | None:
+    """Return the fastest geometry for layers of one shape; None if MLX's operation wins."""
+    first, shape = layers[0], shape_of(layers[0])
+    assert shape is not None
+    candidates = {str(each): each for each in geometries(shape[0][0], rows)}
+    return race(
+        "products of few rows",
+        layers,
+        shape,
+        rows,
+        candidates,
+        lambda module, y, geometry: multiply(module, y, geometry),
+        first.weight.nbytes,
+    )
 
 
 def _use_kernel(
