@@ -6,7 +6,8 @@ kernel is read from its top to its bottom like a program. `machine_code` compile
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple, TypeAlias
 
 from llvmlite import ir
@@ -47,11 +48,29 @@ def vector(kind: ir.Type, lanes: int) -> ir.Type:
     return ir.VectorType(kind, lanes)
 
 
+def like(x: Value, kind: ir.Type) -> ir.Type:
+    """Return the type of as many numbers of a kind as a value has."""
+    return vector(kind, x.type.count) if isinstance(x.type, ir.VectorType) else kind
+
+
 def constant(kind: ir.Type, value: float) -> Value:
     """Return a number, or a vector of equal numbers."""
     if isinstance(kind, ir.VectorType):
         return ir.Constant(kind, [ir.Constant(kind.element, value)] * kind.count)
     return ir.Constant(kind, value)
+
+
+def task(module: ir.Module, name: str, *kinds: ir.Type) -> ir.Function:
+    """Add a function without a result that only the module's functions call."""
+    function = ir.Function(module, ir.FunctionType(VOID, kinds), name)
+    function.linkage = "internal"
+    function.attributes.add("nounwind")
+    return function
+
+
+def declare_fork(module: ir.Module) -> ir.Function:
+    """Declare `FORK`: a function, its argument, the number of threads, and flags."""
+    return ir.Function(module, ir.FunctionType(VOID, [POINTER, POINTER, I32, I32]), FORK)
 
 
 class Builder(ir.IRBuilder):
@@ -112,6 +131,52 @@ class Builder(ir.IRBuilder):
         self.cbranch(self.icmp_unsigned("<", following, count), top, end)
         self.position_at_end(end)
         return after
+
+    def allocate(self, kind: ir.Type) -> Value:
+        """Return the address of a variable on the stack."""
+        variable = self.alloca(kind)
+        variable.type = POINTER  # without the type of its target, which LLVM no longer knows
+        return variable
+
+    @contextmanager
+    def taking(self, taken: Value, step: Value, count: Value) -> Iterator[Value]:
+        """Run a loop over what this thread takes: each turn has the first of `step` of `count`.
+
+        `taken` is the address of how many the threads have taken.
+        """
+        top, turn, end = (self.append_basic_block(x) for x in ("take", "turn", "done"))
+        self.branch(top)
+        self.position_at_end(top)
+        first = self.atomic_rmw("add", taken, step, "monotonic")
+        self.cbranch(self.icmp_unsigned("<", first, count), turn, end)
+        self.position_at_end(turn)
+        yield first
+        self.branch(top)
+        self.position_at_end(end)
+
+    def run(self, function: Value, job: Value, fork: Value, threads: Value, shared: Value) -> None:
+        """Call a function of a job: in all threads if `shared`, else in this one."""
+        with self.if_else(shared) as (then, otherwise):
+            with then:
+                self.call(fork, [function, job, threads, constant(I32, 0)])
+            with otherwise:
+                self.call(function, [job])
+
+    def widen(self, bits: Value) -> Value:
+        """Return bfloat16 numbers, or one, as float32."""
+        floats, integers = like(bits, FLOAT), like(bits, I32)
+        return self.bitcast(self.shl(self.zext(bits, integers), constant(integers, 16)), floats)
+
+    def narrow(self, values: Value) -> Value:
+        """Return the bits of bfloat16 numbers, or one: float32 rounded, ties to even."""
+        kind = like(values, I32)
+        bits, sixteen = self.bitcast(values, kind), constant(kind, 16)
+        odd = self.and_(self.lshr(bits, sixteen), constant(kind, 1))
+        rounded = self.add(self.add(bits, odd), constant(kind, 0x7FFF))
+        # Rounding would turn some NaN into a number.
+        is_nan = self.fcmp_unordered("uno", values, values)
+        rounded = self.select(is_nan, constant(kind, QUIET_NAN), rounded)
+        return self.trunc(self.lshr(rounded, sixteen), like(values, I16))
 
     def lesser(self, x: Value, y: Value) -> Value:
         return self.select(self.icmp_unsigned("<", x, y), x, y)

@@ -30,18 +30,18 @@ from llvmlite import ir
 
 from treeflash_cuda.ir_builder import (
     FLOAT,
-    FORK,
     I8,
     I16,
     I32,
     I64,
     POINTER,
-    QUIET_NAN,
     TO_EVEN,
     VOID,
     Builder,
     Value,
     constant,
+    declare_fork,
+    task,
     vector,
 )
 
@@ -81,48 +81,26 @@ class Element:
         at = b.at(base, index, self.kind)
         if self.is_wide:
             return b.read(at, FLOATS, 4)
-        wide = b.zext(b.read(at, vector(I16, LANES), 2), INTEGERS)
-        return b.bitcast(b.shl(wide, constant(INTEGERS, 16)), FLOATS)
+        return b.widen(b.read(at, vector(I16, LANES), 2))
 
     def read_one(self, b: Builder, base: Value, index: Value) -> Value:
         """Read one number as float32."""
         at = b.at(base, index, self.kind)
         if self.is_wide:
             return b.read(at, FLOAT, 4)
-        return b.bitcast(b.shl(b.zext(b.read(at, I16, 2), I32), constant(I32, 16)), FLOAT)
+        return b.widen(b.read(at, I16, 2))
 
     def write(self, b: Builder, base: Value, index: Value, values: Value) -> None:
-        """Write 16 numbers, rounded to even."""
+        """Write 16 numbers, or one, rounded to even."""
         at = b.at(base, index, self.kind)
         if self.is_wide:
             b.store(values, at, align=4)
         else:
-            b.store(b.trunc(self._rounded(b, values), vector(I16, LANES)), at, align=2)
-
-    def write_one(self, b: Builder, base: Value, index: Value, value: Value) -> None:
-        """Write one number, rounded to even."""
-        at = b.at(base, index, self.kind)
-        if self.is_wide:
-            b.store(value, at, align=4)
-        else:
-            b.store(b.trunc(self._rounded(b, value), I16), at, align=2)
+            b.store(b.narrow(values), at, align=2)
 
     def round(self, b: Builder, values: Value) -> Value:
         """Round float32 numbers to what is stored."""
-        if self.is_wide:
-            return values
-        return b.bitcast(b.shl(self._rounded(b, values), constant(INTEGERS, 16)), FLOATS)
-
-    @staticmethod
-    def _rounded(b: Builder, values: Value) -> Value:
-        """Return the bits of bfloat16 numbers in the lower halves of integers."""
-        kind = INTEGERS if isinstance(values.type, ir.VectorType) else I32
-        bits, sixteen = b.bitcast(values, kind), constant(kind, 16)
-        odd = b.and_(b.lshr(bits, sixteen), constant(kind, 1))
-        rounded = b.add(b.add(bits, odd), constant(kind, 0x7FFF))
-        # Rounding would turn some NaN into a number.
-        is_nan = b.fcmp_unordered("uno", values, values)
-        return b.lshr(b.select(is_nan, constant(kind, QUIET_NAN), rounded), sixteen)
+        return values if self.is_wide else b.widen(b.narrow(values))
 
 
 def build(element: Element, cached: Element, head_dim: int, threads: bool) -> str:
@@ -135,11 +113,7 @@ def build(element: Element, cached: Element, head_dim: int, threads: bool) -> st
         threads: whether functions may run in several threads of PyTorch.
     """
     module = ir.Module("layer")
-    fork = None
-    if threads:
-        kind = ir.FunctionType(VOID, [POINTER, POINTER, I32, I32])
-        fork = ir.Function(module, kind, FORK)
-    writer = Writer(module, fork)
+    writer = Writer(module, declare_fork(module) if threads else None)
     rows = dict.fromkeys(("y", "weight", "normed"), POINTER)
     sizes: dict[str, ir.Type] = {"size": I64, "eps": FLOAT}
     sums = dict.fromkeys(("residual", "total"), POINTER)
@@ -187,49 +161,35 @@ class Writer:
         """
         names = [*fields, "units", "next", "slot"]
         job_type = ir.LiteralStructType([*fields.values(), I64, I64, I64])
-        task = ir.Function(self.module, ir.FunctionType(VOID, [POINTER]), f"{name}_task")
-        task.linkage = "internal"
-        task.attributes.add("nounwind")
+        part = task(self.module, f"{name}_task", POINTER)
 
         def field(b: Builder, job: Value, name: str) -> Value:
             indices = [constant(I32, 0), constant(I32, names.index(name))]
             return b.gep(job, indices, source_etype=job_type)
 
-        b, job = Builder(task.append_basic_block()), task.args[0]
+        b, job = Builder(part.append_basic_block()), part.args[0]
         read = {x: b.load(field(b, job, x), typ=kind) for x, kind in fields.items()}
         units = b.load(field(b, job, "units"), typ=I64)
         one = constant(I64, 1)
         if "scratch" in read:
             slot = b.atomic_rmw("add", field(b, job, "slot"), one, "monotonic")
             read["scratch"] = b.at(read["scratch"], b.mul(slot, read["scratch_size"]), FLOAT)
-        top, turn, end = (b.append_basic_block(x) for x in ("take", "turn", "done"))
-        b.branch(top)
-        b.position_at_end(top)
-        number = b.atomic_rmw("add", field(b, job, "next"), one, "monotonic")
-        b.cbranch(b.icmp_unsigned("<", number, units), turn, end)
-        b.position_at_end(turn)
-        unit(b, read, number)
-        b.branch(top)
-        b.position_at_end(end)
+        with b.taking(field(b, job, "next"), one, units) as number:
+            unit(b, read, number)
         b.ret_void()
 
         kinds = [*fields.values(), I64, I32]
         entry = ir.Function(self.module, ir.FunctionType(VOID, kinds), name)
         b = Builder(entry.append_basic_block())
-        job = b.alloca(job_type)
-        job.type = POINTER  # without the type of its target, which LLVM no longer knows
+        job = b.allocate(job_type)
         *given, threads = entry.args
         zero = constant(I64, 0)
         for x, value in zip(names, [*given, zero, zero], strict=True):
             b.store(value, field(b, job, x))
         if self.fork is None:
-            b.call(task, [job])
+            b.call(part, [job])
         else:
-            with b.if_else(b.icmp_signed(">", threads, constant(I32, 1))) as (then, otherwise):
-                with then:
-                    b.call(self.fork, [task, job, threads, constant(I32, 0)])
-                with otherwise:
-                    b.call(task, [job])
+            b.run(part, job, self.fork, threads, b.icmp_signed(">", threads, constant(I32, 1)))
         b.ret_void()
 
 
@@ -538,7 +498,7 @@ def _attend(
                 d: Value, _: list[Value], lane: int = lane, output: Value = outputs[lane]
             ) -> list[Value]:
                 x = b.read(b.at(queries, b.plus(b.times(d, LANES), lane), FLOAT), FLOAT, 4)
-                element.write_one(b, f["output"], b.add(output, d), x)
+                element.write(b, f["output"], b.add(output, d), x)
                 return []
 
             b.repeat(constant(I64, head_dim), [], scatter)

@@ -22,15 +22,11 @@ Windows, and needs no compiler on the user's machine.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 from llvmlite import ir
 
 from treeflash.low_bits import BLOCK, GROUP, LINE, LowBitFormat
 from treeflash_cuda.ir_builder import (
     FLOAT,
-    FORK,
     GENERIC,
     HALF,
     I1,
@@ -46,6 +42,8 @@ from treeflash_cuda.ir_builder import (
     Isa,
     Value,
     constant,
+    declare_fork,
+    task,
     vector,
 )
 
@@ -91,38 +89,17 @@ class JobBuilder(Builder):
         """Read fields of a job."""
         return [self.load(self.field(job, name), typ=FIELDS[name]) for name in names]
 
-    @contextmanager
-    def taking(self, job: Value, step: Value, count: Value) -> Iterator[Value]:
-        """Run a loop over what this thread takes: each turn has the first of `step` of `count`."""
-        top, turn, end = (self.append_basic_block(x) for x in ("take", "turn", "done"))
-        self.branch(top)
-        self.position_at_end(top)
-        first = self.atomic_rmw("add", self.field(job, "next"), step, "monotonic")
-        self.cbranch(self.icmp_unsigned("<", first, count), turn, end)
-        self.position_at_end(turn)
-        yield first
-        self.branch(top)
-        self.position_at_end(end)
-
 
 def build(isa: Isa, kind: LowBitFormat, threads: bool) -> str:
     """Write the IR of the product for weights of a format, for one thread or several."""
     module = ir.Module("low_bits")
-    task = ir.FunctionType(VOID, [POINTER])
-    quantise = _function(module, "quantise", task)
+    quantise = task(module, "quantise", POINTER)
     _quantise(JobBuilder(quantise.append_basic_block()), quantise.args[0])
     passes = {rows: _pass(module, isa, kind, rows) for rows in ROWS}
-    multiply = _function(module, "multiply", task)
+    multiply = task(module, "multiply", POINTER)
     _multiply(JobBuilder(multiply.append_basic_block()), multiply.args[0], passes)
     _entry(module, quantise, multiply, threads)
     return str(module)
-
-
-def _function(module: ir.Module, name: str, kind: ir.FunctionType) -> ir.Function:
-    function = ir.Function(module, kind, name)
-    function.linkage = "internal"
-    function.attributes.add("nounwind")
-    return function
 
 
 def _entry(module: ir.Module, quantise: Value, multiply: Value, threads: bool) -> None:
@@ -134,13 +111,11 @@ def _entry(module: ir.Module, quantise: Value, multiply: Value, threads: bool) -
     sizes = ("rows", "width", "groups", "blocks")
     kinds = [POINTER] * len(given) + [I64] * len(sizes) + [I32, I32]
     entry = ir.Function(module, ir.FunctionType(VOID, kinds), ENTRY)
-    fork_type = ir.FunctionType(VOID, [POINTER, POINTER, I32, I32])
-    fork = ir.Function(module, fork_type, FORK) if threads else None
+    fork = declare_fork(module) if threads else None
     b = JobBuilder(entry.append_basic_block())
     arguments = dict(zip((*given, *sizes), entry.args, strict=False))
     wide, count = entry.args[-2:]
-    job = b.alloca(JOB)
-    job.type = POINTER  # without the type of its target, which LLVM no longer knows
+    job = b.allocate(JOB)
     zero, one = constant(I64, 0), constant(I64, 1)
     is_wide = b.icmp_signed("!=", wide, constant(I32, 0))
     for name, value in (arguments | {"next": zero, "wide": is_wide}).items():
@@ -149,19 +124,15 @@ def _entry(module: ir.Module, quantise: Value, multiply: Value, threads: bool) -
     size = b.times(groups, GROUP)
     several = b.icmp_signed(">", count, constant(I32, 1))
 
-    def run(task: Value, numbers: Value, least: int, alone: Value, shared: Value) -> None:
-        """Run a task here, or in all threads if it is large; each takes so many blocks at once."""
+    def run(part: Value, numbers: Value, least: int, alone: Value, shared: Value) -> None:
+        """Run a part here, or in all threads if it is large; each takes so many blocks at once."""
         if fork is None:
             b.store(alone, b.field(job, "chunk"))
-            b.call(task, [job])
+            b.call(part, [job])
             return
         is_shared = b.and_(several, b.icmp_unsigned(">=", numbers, constant(I64, least)))
         b.store(b.select(is_shared, shared, alone), b.field(job, "chunk"))
-        with b.if_else(is_shared) as (then, otherwise):
-            with then:
-                b.call(fork, [task, job, count, constant(I32, 0)])
-            with otherwise:
-                b.call(task, [job])
+        b.run(part, job, fork, count, is_shared)
 
     run(quantise, b.mul(rows, size), SHARED_NUMBERS, one, one)
     b.store(zero, b.field(job, "next"))
@@ -177,7 +148,7 @@ def _quantise(b: JobBuilder, job: Value) -> None:
         job, "x", "q", "d", "sums", "rows", "groups", "wide"
     )
     floats, integers = vector(FLOAT, GROUP), vector(I32, GROUP)
-    with b.taking(job, constant(I64, 1), rows) as row:
+    with b.taking(b.field(job, "next"), constant(I64, 1), rows) as row:
         before = b.mul(row, groups)
 
         def group(turn: Value, _: list[Value]) -> list[Value]:
@@ -217,11 +188,7 @@ def _read_numbers(b: JobBuilder, x: Value, first: Value, wide: Value, count: int
             floats = b.read(b.at(x, first, FLOAT), vector(FLOAT, count), align=4)
             from_wide = b.block
         with otherwise:
-            upper = b.zext(
-                b.read(b.at(x, first, I16), vector(I16, count), align=2), vector(I32, count)
-            )
-            shifted = b.shl(upper, constant(upper.type, 16))
-            widened = b.bitcast(shifted, floats.type)
+            widened = b.widen(b.read(b.at(x, first, I16), vector(I16, count), align=2))
             from_half = b.block
     result = b.phi(floats.type)
     result.add_incoming(floats, from_wide)
@@ -232,7 +199,7 @@ def _read_numbers(b: JobBuilder, x: Value, first: Value, wide: Value, count: int
 def _multiply(b: JobBuilder, job: Value, passes: dict[int, Value]) -> None:
     """Write the task that multiplies all rows with blocks."""
     rows, blocks, chunk = b.fields(job, "rows", "blocks", "chunk")
-    with b.taking(job, chunk, blocks) as first:
+    with b.taking(b.field(job, "next"), chunk, blocks) as first:
         count = b.lesser(chunk, b.sub(blocks, first))
 
         def block(turn: Value, _: list[Value]) -> list[Value]:
@@ -265,7 +232,7 @@ def _multiply(b: JobBuilder, job: Value, passes: dict[int, Value]) -> None:
 
 def _pass(module: ir.Module, isa: Isa, kind: LowBitFormat, rows: int) -> ir.Function:
     """Write the function that multiplies some rows with a block."""
-    function = _function(module, f"pass_{rows}", ir.FunctionType(VOID, [POINTER, I64, I64]))
+    function = task(module, f"pass_{rows}", POINTER, I64, I64)
     job, row, block = function.args
     b, parts = JobBuilder(function.append_basic_block()), range(BLOCK // isa.lanes)
     floats = vector(FLOAT, isa.lanes)
@@ -427,18 +394,8 @@ def _read_scales(
 
 def _write_numbers(b: JobBuilder, y: Value, at: Value, wide: Value, values: Value) -> None:
     """Write float32 numbers, or round them to bfloat16, ties to even."""
-    lanes = values.type.count
     with b.if_else(wide) as (then, otherwise):
         with then:
             b.store(values, b.at(y, at, FLOAT), align=4)
         with otherwise:
-            integers = vector(I32, lanes)
-            bits = b.bitcast(values, integers)
-            sixteen = constant(integers, 16)
-            odd = b.and_(b.lshr(bits, sixteen), constant(integers, 1))
-            rounded = b.add(b.add(bits, odd), constant(integers, 0x7FFF))
-            # Rounding would turn some NaN into a number.
-            is_nan = b.fcmp_unordered("uno", values, values)
-            rounded = b.select(is_nan, constant(integers, QUIET_NAN), rounded)
-            halves = b.trunc(b.lshr(rounded, sixteen), vector(I16, lanes))
-            b.store(halves, b.at(y, at, I16), align=2)
+            b.store(b.narrow(values), b.at(y, at, I16), align=2)
