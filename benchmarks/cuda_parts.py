@@ -110,7 +110,7 @@ def graph_problems(
     """Yield a line for each function that could not be captured, or was not replayed.
 
     Args:
-        tried: the captures; see `treeflash_cuda.graphs.Capture`.
+        tried: the captures; see `treeflash_cuda.gpu.graphs.Capture`.
         replays: their numbers, by function.
         expected: functions that should have been replayed.
     """
@@ -524,7 +524,7 @@ class CheckedKernels:
 def check_kernels(gpu: Gpu, dtype: str, head_dim: int, quantised: bool) -> CheckedKernels:
     """Check all kernels in one case."""
     import torch
-    from treeflash_cuda.kernels import load_flash_attention
+    from treeflash_cuda.gpu.kernels import load_flash_attention
     from treeflash_cuda.operations import examined_shapes, load_operations
     from treeflash_cuda.quantised_weights import BITS
 

@@ -21,9 +21,7 @@ import torch
 import triton
 from rich.progress import track
 from treeflash_cuda.cache import quantise
-from treeflash_cuda.quantised_weights import BITS, GROUP, QuantisedWeight
-from treeflash_cuda.recurrence import PATH_COLUMNS, TreeNodes
-from treeflash_cuda.triton_kernels import (
+from treeflash_cuda.gpu.triton_kernels import (
     attention,
     convolution,
     experts,
@@ -34,6 +32,8 @@ from treeflash_cuda.triton_kernels import (
     recurrence,
     sampling,
 )
+from treeflash_cuda.quantised_weights import BITS, GROUP, QuantisedWeight
+from treeflash_cuda.recurrence import PATH_COLUMNS, TreeNodes
 from treeflash_cuda.visible_keys import SharedWork, VisibleKeys
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase

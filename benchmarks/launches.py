@@ -185,7 +185,8 @@ def load_without_weights(shape: dict[str, Any]) -> Any:
     """Create a pair in a published shape whose weights have no values."""
     import torch
     from transformers import AutoModelForCausalLM
-    from treeflash_cuda import backend, model_target
+    from treeflash_cuda import backend
+    from treeflash_cuda.hf import model_target
 
     config = parse_drafter_config(drafter_config(shape))
     head = shape["intermediate_size"]

@@ -48,12 +48,14 @@ from treeflash.errors import (
     UnsupportedModelError,
     is_out_of_memory,
 )
-from treeflash_cuda import low_bit_loading
 from treeflash_cuda.cache import KV_BITS, Arena
-from treeflash_cuda.decoder_facts import DecoderFacts, decoder_facts
-from treeflash_cuda.decoder_target import DecoderTarget
-from treeflash_cuda.decoder_weights import Checkpoint
-from treeflash_cuda.default_dtype import InexactError, gpu_dtype, half_dtype
+from treeflash_cuda.cpu import low_bit_loading
+from treeflash_cuda.cpu.decoder_facts import DecoderFacts, decoder_facts
+from treeflash_cuda.cpu.decoder_target import DecoderTarget
+from treeflash_cuda.cpu.decoder_weights import Checkpoint
+from treeflash_cuda.cpu.default_dtype import InexactError, gpu_dtype, half_dtype
+from treeflash_cuda.cpu.low_bit_loading import UNPACKED_BITS, is_packed
+from treeflash_cuda.cpu.threads import cpu_threads
 from treeflash_cuda.device import (
     choose_device,
     device_facts,
@@ -64,12 +66,23 @@ from treeflash_cuda.device import (
 from treeflash_cuda.drafter import Block, Drafter, OutputStage
 from treeflash_cuda.drafter_model import DrafterModel, load_weights
 from treeflash_cuda.drafter_operations import Experts
-from treeflash_cuda.experts import fuse_experts, has_experts
-from treeflash_cuda.fused_layers import fuse_layers, fuse_residuals, fuse_rotation
-from treeflash_cuda.graphs import power_of_two
+from treeflash_cuda.gpu.graphs import GRAPH_ROWS, MAX_ROWS, power_of_two
+from treeflash_cuda.gpu.kernels import load_flash_attention
+from treeflash_cuda.gpu.parallel import (
+    LeaderState,
+    LeaderVerifier,
+    end,
+    follow,
+    process_count,
+    reserve_everywhere,
+    succeeded_everywhere,
+)
 from treeflash_cuda.heads import HEAD_CLASSES, TABLE_HEADS, TableHead
+from treeflash_cuda.hf.experts import fuse_experts, has_experts
+from treeflash_cuda.hf.fused_layers import fuse_layers, fuse_residuals, fuse_rotation
+from treeflash_cuda.hf.model_target import CHECKED_TOKENS, ModelTarget, own_attention
+from treeflash_cuda.hf.row_pass import PASS_NAME, RowPass
 from treeflash_cuda.images import GivenFeatures, NoPictures, has_tower
-from treeflash_cuda.kernels import load_flash_attention
 from treeflash_cuda.linear import (
     IN_DRAFTER,
     QuantisedLinear,
@@ -80,8 +93,6 @@ from treeflash_cuda.linear import (
     uses_onednn,
     weights_by_format,
 )
-from treeflash_cuda.low_bit_loading import UNPACKED_BITS, is_packed
-from treeflash_cuda.model_target import CHECKED_TOKENS, ModelTarget, own_attention
 from treeflash_cuda.mtp_head import MtpArena, MtpDrafter, MtpHead, MtpModel, ParallelDrafter
 from treeflash_cuda.operations import (
     PYTORCH,
@@ -90,20 +101,9 @@ from treeflash_cuda.operations import (
     examined_shapes,
     load_operations,
 )
-from treeflash_cuda.parallel import (
-    LeaderState,
-    LeaderVerifier,
-    end,
-    follow,
-    process_count,
-    reserve_everywhere,
-    succeeded_everywhere,
-)
 from treeflash_cuda.quantised_weights import BITS
-from treeflash_cuda.row_pass import GRAPH_ROWS, MAX_ROWS, PASS_NAME, RowPass
 from treeflash_cuda.state import State
 from treeflash_cuda.target import Target, read_model_config, refuse_stateful
-from treeflash_cuda.threads import cpu_threads
 from treeflash_cuda.verifier import Verifier
 
 FREE_MEMORY_SHARE = 0.85

@@ -58,6 +58,7 @@ from torch import Tensor, nn
 from treeflash.decoding.passed_checks import PassedChecks
 from treeflash.decoding.probe import INEXACT
 from treeflash.errors import UnsupportedModelError
+from treeflash_cuda.cpu.low_bit_linear import LowBitEmbedding, LowBitLinear
 from treeflash_cuda.linear import (
     FusedLinear,
     FusedPart,
@@ -66,7 +67,6 @@ from treeflash_cuda.linear import (
     is_subclass,
     uses_fbgemm,
 )
-from treeflash_cuda.low_bit_linear import LowBitEmbedding, LowBitLinear
 from treeflash_cuda.operations import TOLERANCES, on_its_device
 
 HAS_AVX2_ALONE = torch.backends.cpu.get_cpu_capability() == "AVX2"
@@ -145,7 +145,7 @@ def use_kernel_for_products(model: nn.Module) -> None:
     Raises an UnsupportedModelError if a module computes products in another way, or the kernel's
     results differ from PyTorch's, or a row's results in a prompt from its results in a tree.
     """
-    from treeflash_cuda.triton_kernels import products
+    from treeflash_cuda.gpu.triton_kernels import products
 
     linear = on_its_device(products.linear)
     random = torch.Generator().manual_seed(0)

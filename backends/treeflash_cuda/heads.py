@@ -30,7 +30,7 @@ from treeflash.drafters.heads import operations
 from treeflash.drafters.heads.operations import ConditionalHead, Slots
 from treeflash_cuda.drafter import Block, OutputStage, join_blocks
 from treeflash_cuda.drafter_operations import as_module, join, split
-from treeflash_cuda.graphs import Outputs, power_of_four, power_of_two
+from treeflash_cuda.gpu.graphs import Outputs, power_of_four, power_of_two
 from treeflash_cuda.linear import take, token_products
 from treeflash_cuda.numerics import (
     largest,

@@ -41,10 +41,16 @@ from treeflash_cuda.cache import Arena, KVCache, PackedRows, Slab, from_host, to
 from treeflash_cuda.drafter import MAX_CONTEXT, Block, Drafter, OutputStage
 from treeflash_cuda.drafter_model import OwnVocabulary, Rotary
 from treeflash_cuda.drafter_operations import OPERATIONS, Rotation, join, split
-from treeflash_cuda.graphs import Outputs, power_of_four, power_of_two
+from treeflash_cuda.gpu.graphs import (
+    MAX_ROWS,
+    Outputs,
+    padded_order,
+    power_of_four,
+    power_of_two,
+    round_up,
+)
 from treeflash_cuda.numerics import pack, unpack, upload
 from treeflash_cuda.operations import Operations
-from treeflash_cuda.row_pass import MAX_ROWS, padded_order, round_up
 from treeflash_cuda.target import Target
 from treeflash_cuda.visible_keys import RowPlan, SharedWork, VisibleKeys, equal_work
 

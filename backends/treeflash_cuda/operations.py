@@ -350,7 +350,7 @@ def used_operations(shapes: Shapes) -> list[str]:
 def load_operations(shapes: Shapes, device: torch.device, dtype: torch.dtype) -> Operations:
     """Load a model's operations on a GPU: Triton kernels that pass their check, else PyTorch."""
     try:
-        from treeflash_cuda.triton_kernels import (
+        from treeflash_cuda.gpu.triton_kernels import (
             attention,
             convolution,
             experts,

@@ -13,8 +13,8 @@ from torch import Tensor
 from treeflash.decoding.backend_base import BaseState
 from treeflash.decoding.interfaces import StateArrays
 from treeflash_cuda.cache import Arena, KVCache, from_host, to_host
-from treeflash_cuda.hybrid import RecurrentStates
-from treeflash_cuda.state_arena import CommittedStates, Key
+from treeflash_cuda.gpu.state_arena import CommittedStates, Key
+from treeflash_cuda.hf.hybrid import RecurrentStates
 
 
 class State(BaseState[KVCache, CommittedStates]):

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from treeflash.decoding.tree import DraftTree
-from treeflash_cuda.graphs import power_of_two
+from treeflash_cuda.gpu.graphs import power_of_two
 
 CHUNK = 512
 """Positions of an item of shared work."""

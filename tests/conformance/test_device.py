@@ -244,7 +244,7 @@ def test_uploads_of_one_size_keep_their_numbers(device):
 def test_keys_are_moved_beyond_two_billion_elements(device):
     """As in the cache of a GPU with 80 GB; it takes 3.3 GB, in 8 bits."""
     import torch
-    from treeflash_cuda.triton_kernels.moves import move_columns
+    from treeflash_cuda.gpu.triton_kernels.moves import move_columns
 
     columns = (1 << 22) + 8
     storage = torch.zeros(3, 2, 1, columns, 132, dtype=torch.int8, device=device)

@@ -237,6 +237,20 @@ def test_backends_import_data_types_and_interfaces_alone(package: str) -> None:
     check_backend(package, backend_modules(package))
 
 
+@pytest.mark.parametrize(
+    ("folder", "others"), [("cpu", ("gpu", "hf")), ("gpu", ("cpu", "hf"))], ids=["cpu", "gpu"]
+)
+def test_parts_for_one_device_import_none_for_another(folder: str, others: tuple[str, ...]) -> None:
+    modules = backend_modules("treeflash_cuda")
+    own = {name: path for name, path in modules.items() if inside(name, f"treeflash_cuda.{folder}")}
+    assert len(own) > 1
+    for name, path in own.items():
+        for found in imports_of(path):
+            assert not any(inside(found, f"treeflash_cuda.{other}") for other in others), (
+                f"{name} imports {found}"
+            )
+
+
 def test_the_example_of_a_third_party_imports_what_backends_may() -> None:
     """The module of its entry point, and all that this module imports."""
     project = tomllib.loads((THIRD_PARTY / "pyproject.toml").read_text())["project"]

@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from treeflash_cuda import backend, model_target, visible_keys
+from treeflash_cuda import backend, visible_keys
 from treeflash_cuda.drafter import OutputStage
+from treeflash_cuda.hf import model_target
 from treeflash_cuda.operations import Operations
 
 from treeflash.decoding import backend_base

@@ -12,10 +12,10 @@ from transformers.masking_utils import (
     chunked_causal_mask_function,
     sliding_window_causal_mask_function,
 )
-from treeflash_cuda import kernels as kernels_module
-from treeflash_cuda.attention_contexts import is_window
 from treeflash_cuda.cache import dequantise, quantise
-from treeflash_cuda.kernels import causal_attention, seen_floats
+from treeflash_cuda.gpu import kernels as kernels_module
+from treeflash_cuda.gpu.kernels import causal_attention, seen_floats
+from treeflash_cuda.hf.attention_contexts import is_window
 from treeflash_cuda.operations import Shapes
 
 

@@ -19,8 +19,8 @@ from treeflash.testing.models import write_pair
 require("torch")
 
 import torch
-from treeflash_cuda import threads
 from treeflash_cuda.backend import load
+from treeflash_cuda.cpu import threads
 
 PROMPT = list(range(1, 40))
 

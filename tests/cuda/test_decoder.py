@@ -17,12 +17,12 @@ require("torch")
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
-from treeflash_cuda import decoder_operations
 from treeflash_cuda.backend import load, own_layers
-from treeflash_cuda.decoder_facts import decoder_facts
-from treeflash_cuda.decoder_target import DecoderTarget
-from treeflash_cuda.decoder_weights import Checkpoint
-from treeflash_cuda.model_target import ModelTarget
+from treeflash_cuda.cpu import decoder_operations
+from treeflash_cuda.cpu.decoder_facts import decoder_facts
+from treeflash_cuda.cpu.decoder_target import DecoderTarget
+from treeflash_cuda.cpu.decoder_weights import Checkpoint
+from treeflash_cuda.hf.model_target import ModelTarget
 from treeflash_cuda.target import read_model_config
 
 VOCAB = 40

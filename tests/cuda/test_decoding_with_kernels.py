@@ -17,8 +17,8 @@ require("torch")
 require("triton")
 
 import triton_interpreter  # noqa: F401 - repairs it
+from treeflash_cuda.gpu.triton_kernels import attention, convolution, layers, moves, recurrence
 from treeflash_cuda.operations import Operations, sample_rows
-from treeflash_cuda.triton_kernels import attention, convolution, layers, moves, recurrence
 
 VOCAB = 24
 EACH_RUN = [

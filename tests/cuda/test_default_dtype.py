@@ -14,8 +14,9 @@ from treeflash.testing.models import write_target
 require("torch")
 
 from treeflash_cuda import backend as loading
-from treeflash_cuda import default_dtype, exact
+from treeflash_cuda import exact
 from treeflash_cuda.backend import load
+from treeflash_cuda.cpu import default_dtype
 
 HALF = "bfloat16", "float16"
 
@@ -106,7 +107,9 @@ def test_a_machine_that_is_inexact_takes_float32_with_one_line(
     def refuse(*_):
         raise UnsupportedModelError("exact mode is not possible for this target: a test")
 
-    owner = "treeflash_cuda.decoder_target" if place == "check_attention" else loading.CudaBackend
+    owner = (
+        "treeflash_cuda.cpu.decoder_target" if place == "check_attention" else loading.CudaBackend
+    )
     if isinstance(owner, str):
         monkeypatch.setattr(f"{owner}.{place}", refuse)
     else:
@@ -125,7 +128,7 @@ def test_exact_mode_that_half_precision_refuses_is_tried_in_float32(tmp_path, mo
             raise UnsupportedModelError("a test")
         check(gated, size, dtype)
 
-    monkeypatch.setattr("treeflash_cuda.decoder_target.check_gates", only_float32)
+    monkeypatch.setattr("treeflash_cuda.cpu.decoder_target.check_gates", only_float32)
     with pytest.warns(UserWarning, match="running in float32"):
         backend = load_on_cpu(write(tmp_path, "bfloat16"), exact=True)
     assert (backend.dtype, backend.inexact, tried) == ("float32", None, [2, 4])

@@ -19,7 +19,7 @@ require("torch")
 
 from treeflash_cuda import backend as loading
 from treeflash_cuda.cache import SCALE_BYTES
-from treeflash_cuda.row_pass import MAX_CHUNK
+from treeflash_cuda.hf.row_pass import MAX_CHUNK
 
 VOCAB = 1000
 TREE = DraftTree.from_parents(np.arange(6, dtype=np.int32), np.array([-1, 0, 0, 1, 1, 2]))

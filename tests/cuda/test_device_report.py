@@ -15,9 +15,9 @@ from treeflash.testing.models import write_pair, write_target
 require("torch")
 
 import torch
-from treeflash_cuda import attention_contexts
 from treeflash_cuda import backend as loading
 from treeflash_cuda.cache import Arena
+from treeflash_cuda.hf import attention_contexts
 from treeflash_cuda.operations import CHECKS, Operations
 
 GIB = 1 << 30

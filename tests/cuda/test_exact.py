@@ -25,8 +25,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
-from treeflash_cuda import decoder_attention, exact, exact_attention, linear
+from treeflash_cuda import exact, exact_attention, linear
 from treeflash_cuda.backend import load
+from treeflash_cuda.cpu import decoder_attention
 from treeflash_cuda.operations import Operations
 
 VOCAB_SIZE = 24
@@ -201,7 +202,7 @@ def test_products_with_one_row_fail_the_check(tmp_path, monkeypatch):
     with pytest.raises(UnsupportedModelError, match=r"products of .* weights depend"):
         load_exact(write(tmp_path))
     monkeypatch.setattr(exact, "_equal_rows", lambda *_: 64)
-    monkeypatch.setattr("treeflash_cuda.decoder_target.token_rows", lambda *_: 1)
+    monkeypatch.setattr("treeflash_cuda.cpu.decoder_target.token_rows", lambda *_: 1)
     with pytest.raises(UnsupportedModelError, match="a prompt in other chunks changes its logits"):
         load_exact(tmp_path)
 
@@ -282,7 +283,7 @@ def test_a_token_of_a_model_larger_than_caches_has_four_rows(tmp_path, monkeypat
 @torch.inference_mode()
 def test_a_kernel_whose_prompts_have_other_bits_is_refused(monkeypatch):
     require("triton")
-    from treeflash_cuda.triton_kernels import products
+    from treeflash_cuda.gpu.triton_kernels import products
 
     def row_by_row(x, weight, bias):
         return torch.stack([F.linear(row, weight, bias) for row in x])
@@ -312,8 +313,8 @@ def test_kernels_are_exact(tmp_path, monkeypatch, case):
     """What a GPU runs in exact mode passes the check at load, in Triton's interpreter."""
     require("triton")
     import triton_interpreter  # noqa: F401 - repairs it
-    from treeflash_cuda.triton_kernels import attention as kernels_of_attention
-    from treeflash_cuda.triton_kernels import layers
+    from treeflash_cuda.gpu.triton_kernels import attention as kernels_of_attention
+    from treeflash_cuda.gpu.triton_kernels import layers
 
     kernels = Operations(
         kernels_of_attention.tree_attention, layers.rms_norm, layers.rotate_and_store, layers.gated

@@ -20,10 +20,10 @@ import torch
 from families import OVERRIDES, SMALL
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
-from treeflash_cuda import experts as experts_module
 from treeflash_cuda.backend import load, pack_drafter
 from treeflash_cuda.drafter_operations import Experts
-from treeflash_cuda.experts import fuse_experts, has_experts
+from treeflash_cuda.hf import experts as experts_module
+from treeflash_cuda.hf.experts import fuse_experts, has_experts
 from treeflash_cuda.operations import Operations, grouped_linear
 
 FAMILIES = ("qwen3_moe", "gpt_oss", "nemotron_h", "mixtral", "deepseek_v3")

@@ -28,10 +28,10 @@ import torch.nn.attention.varlen as varlen
 import torch.nn.functional as F
 from fake_cuda import DEVICE, SECOND
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-from treeflash_cuda import kernels
 from treeflash_cuda.attention import grouped_attention
 from treeflash_cuda.backend import load
-from treeflash_cuda.graphs import MAX_GRAPHS, WARM_UP, Graphs
+from treeflash_cuda.gpu import kernels
+from treeflash_cuda.gpu.graphs import MAX_GRAPHS, WARM_UP, Graphs
 
 pytestmark = pytest.mark.filterwarnings("error::UserWarning:treeflash_cuda")
 

@@ -23,7 +23,7 @@ import torch
 from transformers import CONFIG_MAPPING
 from treeflash_cuda import backend as loading
 from treeflash_cuda.backend import load
-from treeflash_cuda.fused_layers import AddingLayer
+from treeflash_cuda.hf.fused_layers import AddingLayer
 from treeflash_cuda.verifier import FIRST_CHUNK
 
 

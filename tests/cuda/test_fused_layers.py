@@ -8,7 +8,7 @@ require("torch")
 
 import torch
 from torch import nn
-from treeflash_cuda.fused_layers import fuse_layers
+from treeflash_cuda.hf.fused_layers import fuse_layers
 from treeflash_cuda.operations import Operations
 
 

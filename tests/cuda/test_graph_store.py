@@ -17,8 +17,8 @@ from treeflash.testing.models import write_pair
 require("torch")
 
 import torch
-from treeflash_cuda import graphs
-from treeflash_cuda.graphs import Graphs
+from treeflash_cuda.gpu import graphs
+from treeflash_cuda.gpu.graphs import Graphs
 
 VOCAB = 40
 

@@ -27,11 +27,11 @@ from treeflash.testing.trees import noise_of_depths
 require("torch")
 
 import torch
-from treeflash_cuda import attention_contexts, row_pass
 from treeflash_cuda import backend as backend_module
 from treeflash_cuda import drafter as drafter_module
 from treeflash_cuda.backend import load
-from treeflash_cuda.graphs import WARM_UP, Graph, Graphs, garbage_collection_disabled
+from treeflash_cuda.gpu.graphs import MAX_ROWS, WARM_UP, Graph, Graphs, garbage_collection_disabled
+from treeflash_cuda.hf import attention_contexts, row_pass
 
 VOCAB = 40
 
@@ -204,7 +204,7 @@ def test_default_tables_are_captured_before_the_first_request(tmp_path, monkeypa
 def test_a_warm_up_of_more_sequences_than_memory_has_room_for_goes_on(backend):
     """It gives the memory back, and prepares drafts for fewer sequences."""
     arena, drafter_arena = backend.target.arena, backend.drafter_arena
-    positions = row_pass.MAX_ROWS + 30
+    positions = MAX_ROWS + 30
     for part in (arena, drafter_arena):
         part.reserved_nbytes = positions * part.column_nbytes
     backend.warm_up(64)

@@ -15,10 +15,11 @@ from treeflash.testing.pairs import DRAFTER_SEED, TARGET_SEED
 require("torch")
 
 import torch
-from treeflash_cuda import hybrid, model_target, recurrence
+from treeflash_cuda import recurrence
 from treeflash_cuda.backend import load
-from treeflash_cuda.hybrid import MATRIX, HybridCache, RecurrentCache, Writes
-from treeflash_cuda.model_target import ModelTarget
+from treeflash_cuda.hf import hybrid, model_target
+from treeflash_cuda.hf.hybrid import MATRIX, HybridCache, RecurrentCache, Writes
+from treeflash_cuda.hf.model_target import ModelTarget
 
 DELTA, MAMBA = HYBRID_FAMILIES
 commit = Writes.commit

@@ -19,10 +19,10 @@ import torch
 from parts import load_with_parts
 from replayed_graphs import enable, replay_graphs
 from treeflash_cuda.backend import CudaBackend, load, load_target
-from treeflash_cuda.graphs import Graphs
+from treeflash_cuda.gpu.graphs import Graphs
+from treeflash_cuda.gpu.state_arena import MIN_SLOTS
 from treeflash_cuda.operations import Operations
 from treeflash_cuda.recurrence import TreeNodes, delta_rule
-from treeflash_cuda.state_arena import MIN_SLOTS
 
 VOCAB = 40
 CPU = LoadConfig(device="cpu", dtype="float32")

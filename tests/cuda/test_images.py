@@ -462,7 +462,7 @@ def test_types_that_are_not_known_to_be_exact_are_refused_by_name(tmp_path):
 
 @pytest.mark.usefixtures("_random_processors")
 def test_a_model_that_fails_on_images_remains_a_text_model(tmp_path):
-    import treeflash_cuda.model_target as target
+    import treeflash_cuda.hf.model_target as target
 
     random_model("qwen3_vl").save_pretrained(tmp_path)
     with failing(target, "run_samples", RuntimeError("no kernel for this tower")):

@@ -43,9 +43,9 @@ from transformers import (
 )
 from transformers.models.starcoder2 import modeling_starcoder2
 from transformers.utils import logging as transformers_logging
-from treeflash_cuda import model_target
 from treeflash_cuda.backend import load
-from treeflash_cuda.model_target import add_adapter, load_model
+from treeflash_cuda.hf import model_target
+from treeflash_cuda.hf.model_target import add_adapter, load_model
 from treeflash_cuda.target import read_model_config
 
 CPU = LoadConfig(device="cpu")

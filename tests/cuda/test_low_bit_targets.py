@@ -25,11 +25,11 @@ require("torch")
 require("llvmlite")
 
 import torch
-from treeflash_cuda import low_bit_loading
 from treeflash_cuda.backend import bits_refusal, load
+from treeflash_cuda.cpu import low_bit_loading
+from treeflash_cuda.cpu.low_bit_linear import LowBitEmbedding, LowBitLinear
+from treeflash_cuda.hf.model_target import ModelTarget
 from treeflash_cuda.linear import PackedLinear
-from treeflash_cuda.low_bit_linear import LowBitEmbedding, LowBitLinear
-from treeflash_cuda.model_target import ModelTarget
 
 import treeflash
 
@@ -177,7 +177,7 @@ def test_a_target_that_cannot_be_exact_is_dequantised_with_a_line(packed, monkey
     def refuse(*_):
         raise UnsupportedModelError("exact mode: it is a test")
 
-    monkeypatch.setattr("treeflash_cuda.decoder_target.bound_products", refuse)
+    monkeypatch.setattr("treeflash_cuda.cpu.decoder_target.bound_products", refuse)
     line = "weights of few bits are dequantised, because exact mode: it is a test"
     with pytest.warns(UserWarning, match=line):
         pair = load(packed, None, LoadConfig(device="cpu"))

@@ -16,10 +16,10 @@ require("llvmlite")
 import llvmlite.binding as llvm
 import torch
 from torch import Tensor
-from treeflash_cuda import low_bit_kernels
-from treeflash_cuda.ir_builder import GENERIC, ISAS, Isa
-from treeflash_cuda.low_bit_kernels import Kernel
-from treeflash_cuda.low_bit_linear import LowBitEmbedding, LowBitLinear
+from treeflash_cuda.cpu import low_bit_kernels
+from treeflash_cuda.cpu.ir_builder import GENERIC, ISAS, Isa
+from treeflash_cuda.cpu.low_bit_kernels import Kernel
+from treeflash_cuda.cpu.low_bit_linear import LowBitEmbedding, LowBitLinear
 
 FORMATS = {
     "Q4_0": (4, 1, False, np.float16),

@@ -22,8 +22,8 @@ require("triton")
 import torch
 import triton_interpreter  # noqa: F401 - repairs it
 from treeflash_cuda import operations
+from treeflash_cuda.gpu.triton_kernels import noise as kernels
 from treeflash_cuda.operations import Operations, Shapes, checked
-from treeflash_cuda.triton_kernels import noise as kernels
 
 VOCAB = 300
 SAMPLED = SamplingConfig(temperature=0.8, seed=3)

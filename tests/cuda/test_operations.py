@@ -13,7 +13,7 @@ import torch
 from attention_cases import Case, attention_case, expected_attention
 from torch import nn
 from treeflash_cuda.cache import dequantise, quantise
-from treeflash_cuda.hybrid import ancestor_paths
+from treeflash_cuda.hf.hybrid import ancestor_paths
 from treeflash_cuda.operations import (
     Operations,
     Shapes,
@@ -137,13 +137,13 @@ def test_sums_over_chunks_have_separate_places(block):
 
 def test_operations_without_triton_have_one_line(monkeypatch):
     """PyTorch for Windows has none; only what the model uses is named."""
-    monkeypatch.setitem(sys.modules, "treeflash_cuda.triton_kernels", None)
+    monkeypatch.setitem(sys.modules, "treeflash_cuda.gpu.triton_kernels", None)
     shapes = Shapes(heads=4, kv_heads=2, head_dim=8, hidden_size=32)
     operations = load_operations(shapes, torch.device("cpu"), torch.float32)
     assert operations == Operations(reasons=operations.reasons)
     (line,) = operations.fallbacks
     assert line.startswith(
         "tree_attention, rms_norm, rotate_and_store, gated, sample_rows, move_columns, "
-        "draft_noise, noisy_log_probs run in PyTorch: import of treeflash_cuda.triton_kernels"
+        "draft_noise, noisy_log_probs run in PyTorch: import of treeflash_cuda.gpu.triton_kernels"
     )
     assert not operations.runs_trees

@@ -24,11 +24,12 @@ from treeflash.testing.models import write_pair, write_target
 require("torch")
 
 import torch
-from treeflash_cuda import parallel, verifier
+from treeflash_cuda import verifier
 from treeflash_cuda.backend import CudaBackend, check_config, load
 from treeflash_cuda.cache import KVCache
-from treeflash_cuda.graphs import Graphs
-from treeflash_cuda.model_target import ModelTarget, load_model
+from treeflash_cuda.gpu import parallel
+from treeflash_cuda.gpu.graphs import Graphs
+from treeflash_cuda.hf.model_target import ModelTarget, load_model
 from treeflash_cuda.state import State
 from treeflash_cuda.target import read_model_config
 from treeflash_cuda.verifier import Verifier
@@ -87,8 +88,9 @@ if os.environ["RANK"] == "1":
 
 GRAPHS = """
 import atexit, os
-from treeflash_cuda import backend as loading, graphs
-from treeflash_cuda.graphs import Graph, Graphs
+from treeflash_cuda import backend as loading
+from treeflash_cuda.gpu import graphs
+from treeflash_cuda.gpu.graphs import Graph, Graphs
 from treeflash_cuda.operations import Operations
 from replayed_graphs import Replay
 

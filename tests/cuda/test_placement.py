@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from treeflash_cuda import backend as backend_module
 from treeflash_cuda.backend import load
 from treeflash_cuda.cache import Arena
-from treeflash_cuda.model_target import follow_devices
+from treeflash_cuda.hf.model_target import follow_devices
 
 CPU = torch.device("cpu")
 

@@ -18,9 +18,9 @@ require("triton")
 import torch
 import triton_interpreter  # noqa: F401 - repairs it
 from treeflash_cuda import operations
+from treeflash_cuda.gpu.triton_kernels import sampling
 from treeflash_cuda.operations import Operations, Shapes, checked
 from treeflash_cuda.sampling import Logits, sample
-from treeflash_cuda.triton_kernels import sampling
 
 VOCAB = 300
 SETTINGS = (

@@ -18,10 +18,7 @@ import torch.nn.functional as F
 import triton_interpreter  # noqa: F401 - repairs it
 from attention_cases import Case, alone, attention_case, expected_attention
 from treeflash_cuda import operations
-from treeflash_cuda.operations import TOLERANCES, Operations, RandomInputs, Shapes, checked
-from treeflash_cuda.quantised_weights import BITS, GROUP, quantise_weight
-from treeflash_cuda.recurrence import TreeNodes, plan_nodes
-from treeflash_cuda.triton_kernels import (
+from treeflash_cuda.gpu.triton_kernels import (
     attention,
     convolution,
     experts,
@@ -32,6 +29,9 @@ from treeflash_cuda.triton_kernels import (
     recurrence,
     sampling,
 )
+from treeflash_cuda.operations import TOLERANCES, Operations, RandomInputs, Shapes, checked
+from treeflash_cuda.quantised_weights import BITS, GROUP, quantise_weight
+from treeflash_cuda.recurrence import TreeNodes, plan_nodes
 
 from treeflash.decoding.tree import DraftTree
 from treeflash.testing.comparisons import path_to, random_tree

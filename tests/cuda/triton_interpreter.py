@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 import triton.language as tl
-from treeflash_cuda.triton_kernels import attention
+from treeflash_cuda.gpu.triton_kernels import attention
 from triton.runtime import interpreter
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
 

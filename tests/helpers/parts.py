@@ -1,7 +1,7 @@
 """A PyTorch backend that computes on a CPU what it does on a GPU."""
 
 from treeflash_cuda import backend as loading
-from treeflash_cuda.graphs import Graphs
+from treeflash_cuda.gpu.graphs import Graphs
 from treeflash_cuda.operations import Operations
 
 from treeflash.config import LoadConfig

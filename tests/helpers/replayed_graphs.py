@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
-from treeflash_cuda import attention_contexts, operations
-from treeflash_cuda.graphs import Graph, Graphs
+from treeflash_cuda import operations
+from treeflash_cuda.gpu.graphs import Graph, Graphs
+from treeflash_cuda.hf import attention_contexts
 
 MOST_SHARED = 32
 """Committed positions of the longest sequence of a test whose graphs have addresses."""

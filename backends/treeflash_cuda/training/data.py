@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from treeflash.errors import ConfigError
 from treeflash.training.config import TrainConfig
 from treeflash.training.distillation import Response
-from treeflash_cuda.attention_contexts import AttentionContext
-from treeflash_cuda.model_target import ModelTarget
+from treeflash_cuda.hf.attention_contexts import AttentionContext
+from treeflash_cuda.hf.model_target import ModelTarget
 from treeflash_cuda.numerics import top_log_probs
 from treeflash_cuda.training.batch import Batch, Drafts
 from treeflash_cuda.training.initial import TargetShape

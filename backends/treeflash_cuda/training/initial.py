@@ -29,12 +29,12 @@ from treeflash.drafters.heads.treeflash import Linear, SwiGLU
 from treeflash.drafters.loading import VOCABULARY
 from treeflash.errors import ConfigError
 from treeflash.training.config import DEFAULT_LAYERS, NEW_DRAFTERS, TrainConfig, trained_head_name
-from treeflash_cuda.attention_contexts import AttentionContext
 from treeflash_cuda.backend import drafter_layout, load_drafter
 from treeflash_cuda.drafter_model import DrafterModel
 from treeflash_cuda.heads import HEAD_CLASSES
+from treeflash_cuda.hf.attention_contexts import AttentionContext
+from treeflash_cuda.hf.model_target import ModelTarget
 from treeflash_cuda.linear import is_subclass
-from treeflash_cuda.model_target import ModelTarget
 from treeflash_cuda.target import max_positions, read_model_config
 
 RANK = 256

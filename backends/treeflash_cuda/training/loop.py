@@ -26,7 +26,7 @@ from treeflash.training.config import TrainConfig
 from treeflash.training.distillation import Response
 from treeflash_cuda.backend import load_target
 from treeflash_cuda.device import choose_device, prepare
-from treeflash_cuda.model_target import ModelTarget
+from treeflash_cuda.hf.model_target import ModelTarget
 from treeflash_cuda.training.batch import Batch
 from treeflash_cuda.training.data import (
     Batches,

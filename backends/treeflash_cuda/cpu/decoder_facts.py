@@ -1,6 +1,6 @@
 """The facts by which families of dense decoders differ, read from a target's configuration.
 
-All families of `FAMILIES` have the layers of `treeflash_cuda.decoder`: norms before attention and
+All families of `FAMILIES` have the layers of `decoder`: norms before attention and
 before a gated network, rotary embeddings of whole heads, and keys that groups of heads share. What
 else a configuration of transformers may say is no fact here, and `decoder_facts` says so: such a
 target runs as a model of transformers.

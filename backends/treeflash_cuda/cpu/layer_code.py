@@ -28,7 +28,7 @@ from dataclasses import dataclass
 
 from llvmlite import ir
 
-from treeflash_cuda.ir_builder import (
+from treeflash_cuda.cpu.ir_builder import (
     FLOAT,
     I8,
     I16,

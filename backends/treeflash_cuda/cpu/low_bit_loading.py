@@ -19,8 +19,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from treeflash.config import LoadConfig
 from treeflash.low_bits import GROUP, METHOD, StoredWeight, round_weight
+from treeflash_cuda.cpu.low_bit_linear import LowBitEmbedding, LowBitLayers, LowBitLinear
 from treeflash_cuda.linear import FusedPart, is_plain
-from treeflash_cuda.low_bit_linear import LowBitEmbedding, LowBitLayers, LowBitLinear
 
 UNPACKED_BITS = 16
 """The number of `LoadConfig.bits` with which weights of few bits are dequantised."""
@@ -48,7 +48,7 @@ def bits_refusal(config: LoadConfig, *, on_cpu: bool, processes: int = 1) -> str
         return ""
     if find_spec("llvmlite") is None:
         return "llvmlite is not installed (pip install llvmlite)"
-    from treeflash_cuda.machine_code import best_isa
+    from treeflash_cuda.cpu.machine_code import best_isa
 
     return None if best_isa() else "this processor has no instructions for products of bytes"
 

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from treeflash.errors import UnsupportedModelError, is_device_lost, is_out_of_memory
-from treeflash_cuda.attention_contexts import TreeContext, tree_context
 from treeflash_cuda.cache import dequantise
+from treeflash_cuda.hf.attention_contexts import TreeContext, tree_context
 from treeflash_cuda.operations import TOLERANCES, Activation, Operations, RandomInputs
 from treeflash_cuda.visible_keys import VisibleKeys
 

@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from treeflash_cuda.gpu.triton_kernels import MAX_REGISTERS
 from treeflash_cuda.quantised_weights import GROUP, QuantisedWeight
-from treeflash_cuda.triton_kernels import MAX_REGISTERS
 
 ROWS = 16
 """Rows of a product."""

@@ -36,12 +36,7 @@ from treeflash.decoding.hybrid import convolution_windows
 from treeflash.decoding.tree import DraftTree
 from treeflash.errors import UnsupportedModelError
 from treeflash_cuda.cache import KVCache, Slab
-from treeflash_cuda.fused_layers import forward_with, names_in_forward
-from treeflash_cuda.model_caches import SlabCache, TreeCache
-from treeflash_cuda.numerics import concatenate, upload
-from treeflash_cuda.operations import Operations
-from treeflash_cuda.recurrence import TreeNodes, state_update, tree_recurrence, weigh_windows
-from treeflash_cuda.state_arena import (
+from treeflash_cuda.gpu.state_arena import (
     MATRIX,
     TAIL,
     CommittedStates,
@@ -50,6 +45,11 @@ from treeflash_cuda.state_arena import (
     StateArena,
     TreeWrites,
 )
+from treeflash_cuda.hf.fused_layers import forward_with, names_in_forward
+from treeflash_cuda.hf.model_caches import SlabCache, TreeCache
+from treeflash_cuda.numerics import concatenate, upload
+from treeflash_cuda.operations import Operations
+from treeflash_cuda.recurrence import TreeNodes, state_update, tree_recurrence, weigh_windows
 
 MAMBA_2 = "mamba2_chunk_scan"
 

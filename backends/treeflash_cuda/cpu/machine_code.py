@@ -22,8 +22,8 @@ import llvmlite
 import llvmlite.binding as llvm
 
 from treeflash.config import cache_folder
-from treeflash_cuda import ir_builder
-from treeflash_cuda.ir_builder import FORK, ISAS, Isa
+from treeflash_cuda.cpu import ir_builder
+from treeflash_cuda.cpu.ir_builder import FORK, ISAS, Isa
 
 
 @functools.cache

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from treeflash_cuda.decoder_attention import Block, sees
-from treeflash_cuda.decoder_operations import Rotation
-from treeflash_cuda.layer_code import LANES
-from treeflash_cuda.layer_kernels import LayerKernels, SequencesTable
+from treeflash_cuda.cpu.decoder_attention import Block, sees
+from treeflash_cuda.cpu.decoder_operations import Rotation
+from treeflash_cuda.cpu.layer_code import LANES
+from treeflash_cuda.cpu.layer_kernels import LayerKernels, SequencesTable
 
 
 class KernelAttention:

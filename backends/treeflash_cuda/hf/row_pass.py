@@ -18,27 +18,28 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from treeflash.decoding.tree import DraftTree
-from treeflash_cuda.attention_contexts import TreeContext
 from treeflash_cuda.cache import Region, Slab
-from treeflash_cuda.graphs import Outputs, power_of_two
-from treeflash_cuda.hybrid import HybridTreeCache
-from treeflash_cuda.model_caches import SlabCache
+from treeflash_cuda.gpu.graphs import (
+    MAX_ROWS,
+    Outputs,
+    padded_order,
+    power_of_two,
+    round_up,
+)
+from treeflash_cuda.gpu.state_arena import TreeWrites
+from treeflash_cuda.hf.attention_contexts import TreeContext
+from treeflash_cuda.hf.hybrid import HybridTreeCache
+from treeflash_cuda.hf.model_caches import SlabCache
 from treeflash_cuda.numerics import pack, unpack, upload
 from treeflash_cuda.recurrence import TreeNodes, plan_nodes
 from treeflash_cuda.sampling import Logits, finite_argmax
 from treeflash_cuda.state import State
-from treeflash_cuda.state_arena import TreeWrites
 from treeflash_cuda.target import Rows
 from treeflash_cuda.visible_keys import RowPlan, VisibleKeys
 
 if TYPE_CHECKING:
-    from treeflash_cuda.model_target import ModelTarget
+    from treeflash_cuda.hf.model_target import ModelTarget
 
-GRAPH_ROWS = (1, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-"""The numbers of rows that have graphs. More rows are split between passes: from some hundred rows
-on a pass takes the time of its products, so that two passes take as long as one of twice the size,
-and half of its memory."""
-MAX_ROWS = GRAPH_ROWS[-1]
 MAX_CHUNK = 256
 """The most next tokens of a sequence that are rows of this pass where there is a kernel that is
 faster for prompts."""
@@ -192,11 +193,6 @@ class RowPass:
         return logits, finite_argmax(logits), tuple(outputs), *outputs.values(), *writes
 
 
-def round_up(rows: int) -> int:
-    """Return the least of `GRAPH_ROWS` that is large enough, for at most `MAX_ROWS` rows."""
-    return next(size for size in GRAPH_ROWS if size >= rows)
-
-
 def has_features(state: State, tokens: DraftTree | Sequence[int]) -> bool:
     """Return whether new tokens of a sequence stand for features of an image."""
     if state.images is None or isinstance(tokens, DraftTree):
@@ -214,13 +210,6 @@ def slab_of(state: State) -> Slab | None:
     """Return the allocation that has the columns of a sequence."""
     region = region_of(state)
     return None if region is None else region.slab
-
-
-def padded_order(count: int, rows: int) -> NDArray[np.int64]:
-    """Return all rows, and copies of the first one, which write the same keys to the same slot."""
-    order = np.zeros(rows, np.int64)
-    order[:count] = np.arange(count)
-    return order
 
 
 def _rectangle(sizes: NDArray[np.int64], trees: int, nodes: int) -> NDArray[np.int64]:

@@ -18,21 +18,27 @@ from treeflash.decoding.passed_checks import PassedChecks
 from treeflash.decoding.tree import DraftTree
 from treeflash.low_bits import GROUP
 from treeflash_cuda.cache import check_quantisation
-from treeflash_cuda.decoder import Decoder
-from treeflash_cuda.decoder_attention import Block, ExactAttention, MaskedAttention
-from treeflash_cuda.decoder_facts import DecoderFacts
-from treeflash_cuda.decoder_operations import PYTORCH, Attention, DecoderOperations, join, linear
-from treeflash_cuda.decoder_weights import Checkpoint, DecoderWeights
+from treeflash_cuda.cpu.decoder import Decoder
+from treeflash_cuda.cpu.decoder_attention import Block, ExactAttention, MaskedAttention
+from treeflash_cuda.cpu.decoder_facts import DecoderFacts
+from treeflash_cuda.cpu.decoder_operations import (
+    PYTORCH,
+    Attention,
+    DecoderOperations,
+    join,
+    linear,
+)
+from treeflash_cuda.cpu.decoder_weights import Checkpoint, DecoderWeights
+from treeflash_cuda.cpu.low_bit_linear import LowBitEmbedding
+from treeflash_cuda.cpu.low_bit_loading import UNPACKED_BITS, round_linear
 from treeflash_cuda.exact import LINEAR_ROWS, bound_products, check_gates, token_rows
 from treeflash_cuda.exact_attention import check_attention
-from treeflash_cuda.low_bit_linear import LowBitEmbedding
-from treeflash_cuda.low_bit_loading import UNPACKED_BITS, round_linear
 from treeflash_cuda.numerics import concatenate
 from treeflash_cuda.sampling import Logits
 from treeflash_cuda.target import Merge, Rows, Target
 
 if TYPE_CHECKING:
-    from treeflash_cuda.layer_kernels import LayerKernels
+    from treeflash_cuda.cpu.layer_kernels import LayerKernels
 
 CPU = torch.device("cpu")
 
@@ -144,7 +150,7 @@ class DecoderTarget(Target):
         """Prepare the attention of a pass with so many rows."""
         facts = self.facts
         if self.kernels is not None:
-            from treeflash_cuda.kernel_attention import KernelAttention
+            from treeflash_cuda.cpu.kernel_attention import KernelAttention
 
             return KernelAttention(self.kernels, blocks, facts.heads, facts.kv_heads)
         kind = ExactAttention if self.is_exact else MaskedAttention
@@ -155,7 +161,7 @@ def find_kernels(facts: DecoderFacts, dtype: torch.dtype) -> LayerKernels | None
     """Return the compiled functions for a decoder; None where PyTorch's operations run."""
     if find_spec("llvmlite") is None:
         return None
-    from treeflash_cuda.layer_kernels import layer_kernels
+    from treeflash_cuda.cpu.layer_kernels import layer_kernels
 
     sizes = facts.hidden_size, facts.intermediate_size
     return layer_kernels(dtype, torch.float32, facts.head_dim, sizes)

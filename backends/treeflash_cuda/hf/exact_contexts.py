@@ -11,16 +11,16 @@ from torch import Tensor
 from transformers.masking_utils import causal_mask_function
 
 from treeflash.errors import UnsupportedModelError
-from treeflash_cuda.attention_contexts import (
+from treeflash_cuda.cache import Columns, KVCache, PackedRows, widen
+from treeflash_cuda.exact_attention import ExactBlock, Plan, Rows
+from treeflash_cuda.hf.attention_contexts import (
     AttentionContext,
     AttentionInputs,
     MaskFunction,
     PackedContext,
     evaluate,
 )
-from treeflash_cuda.cache import Columns, KVCache, PackedRows, widen
-from treeflash_cuda.exact_attention import ExactBlock, Plan, Rows
-from treeflash_cuda.model_caches import TreeCache
+from treeflash_cuda.hf.model_caches import TreeCache
 
 
 class ExactContext(AttentionContext):

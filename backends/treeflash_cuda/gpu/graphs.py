@@ -19,11 +19,18 @@ from functools import cached_property
 from threading import Lock
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from treeflash.errors import first_line, is_device_lost, is_out_of_memory
 
+GRAPH_ROWS = (1, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+"""The numbers of rows that have graphs. More rows are split between passes: from some hundred rows
+on a pass takes the time of its products, so that two passes take as long as one of twice the size,
+and half of its memory."""
+MAX_ROWS = GRAPH_ROWS[-1]
 MAX_GRAPHS = 64
 """Graphs of a function that are kept; the graph that was not used for longest is dropped for a new
 one. Graphs of other functions do not count: under `torchrun` rank 0 alone has some, but all ranks
@@ -255,6 +262,18 @@ def garbage_collection_disabled() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+def round_up(rows: int) -> int:
+    """Return the least of `GRAPH_ROWS` that is large enough, for at most `MAX_ROWS` rows."""
+    return next(size for size in GRAPH_ROWS if size >= rows)
+
+
+def padded_order(count: int, rows: int) -> NDArray[np.int64]:
+    """Return all rows, and copies of the first one, which write the same keys to the same slot."""
+    order = np.zeros(rows, np.int64)
+    order[:count] = np.arange(count)
+    return order
 
 
 def power_of_two(n: int) -> int:

@@ -63,7 +63,7 @@ class LowBitLinear(nn.Module):
         """Map (..., in) to (..., out)."""
         if self._product is None:
             # Weights can be dequantised where llvmlite is missing.
-            from treeflash_cuda.low_bit_kernels import kernel
+            from treeflash_cuda.cpu.low_bit_kernels import kernel
 
             self._product = self.product(kernel(self.stored.format))
         if x.dtype in (torch.float32, torch.bfloat16):

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from treeflash_cuda.triton_kernels.sampling import _noise
+from treeflash_cuda.gpu.triton_kernels.sampling import _noise
 
 BLOCK = 1024
 """Tokens that a program reads at once."""

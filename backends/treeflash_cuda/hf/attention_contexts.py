@@ -58,8 +58,8 @@ from treeflash_cuda.attention import (
     grouped_attention,
 )
 from treeflash_cuda.cache import decoded
-from treeflash_cuda.kernels import CausalAttention
-from treeflash_cuda.model_caches import SlabCache, TreeCache
+from treeflash_cuda.gpu.kernels import CausalAttention
+from treeflash_cuda.hf.model_caches import SlabCache, TreeCache
 from treeflash_cuda.operations import Operations
 from treeflash_cuda.visible_keys import VisibleKeys
 

@@ -11,10 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from treeflash_cuda import layer_code
-from treeflash_cuda.ir_builder import Isa
-from treeflash_cuda.layer_code import LANES, SEQUENCE, Element, build
-from treeflash_cuda.machine_code import best_isa, compiled, has_threads
+from treeflash_cuda.cpu import layer_code
+from treeflash_cuda.cpu.ir_builder import Isa
+from treeflash_cuda.cpu.layer_code import LANES, SEQUENCE, Element, build
+from treeflash_cuda.cpu.machine_code import best_isa, compiled, has_threads
 
 ADDRESS, SIZE, FLAG, NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 SEQUENCES = (ADDRESS, SIZE, SIZE, SIZE)

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from treeflash_cuda.triton_kernels import MAX_REGISTERS
+from treeflash_cuda.gpu.triton_kernels import MAX_REGISTERS
 from treeflash_cuda.visible_keys import CHUNK, PLACES_EACH, VisibleKeys, block_rows
 
 STAGES = tl.constexpr(4)

@@ -47,18 +47,9 @@ from treeflash.errors import (
     is_out_of_memory,
 )
 from treeflash_cuda import images as vision
-from treeflash_cuda.attention_contexts import (
-    IMPLEMENTATION,
-    MASK,
-    AttentionContext,
-    AttentionInputs,
-    Context,
-    PackedContext,
-    attention_context,
-    capture_output,
-    is_attending,
-)
 from treeflash_cuda.cache import Span, check_quantisation
+from treeflash_cuda.cpu.low_bit_linear import LowBitEmbedding, LowBitLinear
+from treeflash_cuda.cpu.low_bit_loading import UNPACKED_BITS, is_packed, round_linears
 from treeflash_cuda.exact import (
     LINEAR_ROWS,
     bound_products,
@@ -69,8 +60,21 @@ from treeflash_cuda.exact import (
     use_kernel_for_products,
 )
 from treeflash_cuda.exact_attention import check_attention
-from treeflash_cuda.exact_contexts import ExactCache, ExactContext, PackedExactContext
-from treeflash_cuda.hybrid import (
+from treeflash_cuda.gpu.graphs import MAX_ROWS
+from treeflash_cuda.gpu.state_arena import StateArena
+from treeflash_cuda.hf.attention_contexts import (
+    IMPLEMENTATION,
+    MASK,
+    AttentionContext,
+    AttentionInputs,
+    Context,
+    PackedContext,
+    attention_context,
+    capture_output,
+    is_attending,
+)
+from treeflash_cuda.hf.exact_contexts import ExactCache, ExactContext, PackedExactContext
+from treeflash_cuda.hf.hybrid import (
     MAMBA_2,
     HybridCache,
     RecurrentCache,
@@ -78,16 +82,12 @@ from treeflash_cuda.hybrid import (
     SequenceRows,
     hook_recurrent_layers,
 )
+from treeflash_cuda.hf.model_caches import LAYER, TreeCache
+from treeflash_cuda.hf.model_pass import ModelPasses
 from treeflash_cuda.images import ImageRows, VisionTower, has_tower, run_samples
 from treeflash_cuda.linear import IN_TARGET, fuse_linears, is_subclass, pack_linears
-from treeflash_cuda.low_bit_linear import LowBitEmbedding, LowBitLinear
-from treeflash_cuda.low_bit_loading import UNPACKED_BITS, is_packed, round_linears
-from treeflash_cuda.model_caches import LAYER, TreeCache
-from treeflash_cuda.model_pass import ModelPasses
-from treeflash_cuda.row_pass import MAX_ROWS
 from treeflash_cuda.sampling import Logits
 from treeflash_cuda.state import State
-from treeflash_cuda.state_arena import StateArena
 from treeflash_cuda.target import (
     RECURRENT_LAYERS,
     Merge,

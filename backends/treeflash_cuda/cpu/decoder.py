@@ -20,9 +20,9 @@ from typing import Protocol, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from treeflash_cuda.decoder_facts import DecoderFacts
-from treeflash_cuda.decoder_operations import Attention, DecoderOperations, Rotation
-from treeflash_cuda.low_bit_linear import LowBitEmbedding, LowBitLinear
+from treeflash_cuda.cpu.decoder_facts import DecoderFacts
+from treeflash_cuda.cpu.decoder_operations import Attention, DecoderOperations, Rotation
+from treeflash_cuda.cpu.low_bit_linear import LowBitEmbedding, LowBitLinear
 
 Table: TypeAlias = nn.Embedding | LowBitEmbedding
 

@@ -25,7 +25,7 @@ from __future__ import annotations
 from llvmlite import ir
 
 from treeflash.low_bits import BLOCK, GROUP, LINE, LowBitFormat
-from treeflash_cuda.ir_builder import (
+from treeflash_cuda.cpu.ir_builder import (
     FLOAT,
     GENERIC,
     HALF,

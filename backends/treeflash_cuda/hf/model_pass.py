@@ -14,15 +14,15 @@ from torch import Tensor
 
 from treeflash.decoding.tree import DraftTree
 from treeflash.errors import UnsupportedModelError
-from treeflash_cuda.attention_contexts import AttentionContext
+from treeflash_cuda.hf.attention_contexts import AttentionContext
+from treeflash_cuda.hf.row_pass import RowPass, has_features
 from treeflash_cuda.numerics import upload_all
-from treeflash_cuda.row_pass import RowPass, has_features
 from treeflash_cuda.sampling import Logits
 from treeflash_cuda.state import State
 from treeflash_cuda.target import Merge, Rows
 
 if TYPE_CHECKING:
-    from treeflash_cuda.model_target import ModelTarget
+    from treeflash_cuda.hf.model_target import ModelTarget
 
 Forward: TypeAlias = Callable[[Sequence[Rows], Sequence[bool]], Logits]
 """A pass over rows, some of which need logits."""

@@ -25,10 +25,10 @@ import torch.distributed as dist
 
 from treeflash.errors import first_line
 from treeflash_cuda.cache import Arena
-from treeflash_cuda.graphs import Graphs
+from treeflash_cuda.gpu.graphs import Graphs
+from treeflash_cuda.gpu.state_arena import CommittedStates
 from treeflash_cuda.sampling import Logits
 from treeflash_cuda.state import State
-from treeflash_cuda.state_arena import CommittedStates
 from treeflash_cuda.target import Rows, Target
 from treeflash_cuda.verifier import Path, Verifier
 

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from treeflash_cuda.triton_kernels import MAX_REGISTERS
+from treeflash_cuda.gpu.triton_kernels import MAX_REGISTERS
 
 FEW_ROWS, MANY_ROWS = 16, 64
 """Rows of an expert that a program multiplies at once: the fewest that GPUs multiply, or more, so

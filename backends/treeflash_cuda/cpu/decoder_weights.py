@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from treeflash.drafters.folder import FLOATS, StoredTensor, stored_tensors
 from treeflash.errors import CheckpointError
 from treeflash.low_bits import StoredWeight
-from treeflash_cuda.decoder import Table
-from treeflash_cuda.decoder_operations import DecoderOperations
-from treeflash_cuda.low_bit_linear import LowBitEmbedding, LowBitLinear
+from treeflash_cuda.cpu.decoder import Table
+from treeflash_cuda.cpu.decoder_operations import DecoderOperations
+from treeflash_cuda.cpu.low_bit_linear import LowBitEmbedding, LowBitLinear
 
 EMBEDDINGS = "model.embed_tokens"
 Packed = TypeVar("Packed", bound=LowBitLinear)

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from treeflash.errors import UnsupportedModelError
 from treeflash.low_bits import GROUP, LowBitFormat
-from treeflash_cuda import low_bit_code
-from treeflash_cuda.ir_builder import Isa
-from treeflash_cuda.low_bit_code import ENTRY, build
-from treeflash_cuda.machine_code import best_isa, compiled, has_threads
+from treeflash_cuda.cpu import low_bit_code
+from treeflash_cuda.cpu.ir_builder import Isa
+from treeflash_cuda.cpu.low_bit_code import ENTRY, build
+from treeflash_cuda.cpu.machine_code import best_isa, compiled, has_threads
 
 ARGUMENTS = (*[ctypes.c_void_p] * 8, *[ctypes.c_int64] * 4, *[ctypes.c_int] * 2)
 """Of the compiled function: addresses, sizes, whether rows are float32, and threads."""

@@ -1,0 +1,1 @@
+"""Targets that are models of transformers, loaded unmodified: their passes, masks and caches."""
