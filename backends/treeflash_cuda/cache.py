@@ -20,6 +20,7 @@ from torch import Tensor
 from treeflash.config import GIB
 from treeflash.decoding.interfaces import StateArrays
 from treeflash.errors import ConfigError, MemoryInUseError, UnsupportedModelError
+from treeflash_cuda.gpu.host_copies import host_copies
 
 KV_BITS = 8
 MAX_INT8 = 127
@@ -46,9 +47,11 @@ Columns: TypeAlias = list[tuple[Tensor, Tensor]]
 
 
 def to_host(x: Tensor) -> NDArray[Any]:
-    """Return the bits of a tensor; see `StateArrays`."""
+    """Copy the bits of a tensor; see `StateArrays`. From a GPU it is a copy of `host_copies`."""
     x = x.view(torch.uint16) if x.dtype == torch.bfloat16 else x
-    return x.contiguous().cpu().numpy()
+    if x.device.type == "cuda":
+        return host_copies().begin(x).numpy()
+    return x.clone(memory_format=torch.contiguous_format).numpy()
 
 
 def from_host(x: NDArray[Any]) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch import Tensor
 from treeflash.decoding.backend_base import BaseState
 from treeflash.decoding.interfaces import StateArrays
 from treeflash_cuda.cache import Arena, KVCache, from_host, to_host
+from treeflash_cuda.gpu.host_copies import host_copies
 from treeflash_cuda.gpu.state_arena import CommittedStates, Key
 from treeflash_cuda.hf.hybrid import RecurrentStates
 
@@ -72,12 +73,14 @@ class State(BaseState[KVCache, CommittedStates]):
     def to_host(self, x: Tensor) -> NDArray[Any]:
         return to_host(x)
 
+    def copies_end(self) -> Callable[[], None]:
+        return host_copies().end()
+
     def from_host(self, x: NDArray[Any]) -> Tensor:
         return from_host(x).to(self.kv_cache.arena.device)
 
     def export_recurrent(self, states: CommittedStates) -> StateArrays:
-        # A slot of the arena is written again later.
-        return {".".join(map(str, key)): to_host(x).copy() for key, x in states.items()}
+        return {".".join(map(str, key)): to_host(x) for key, x in states.items()}
 
     def load_recurrent(self, arrays: StateArrays) -> CommittedStates:
         states: dict[Key, Tensor] = {}

@@ -206,7 +206,7 @@ def test_forks_and_stored_states_draft_the_same(pair):
                 if is_read:
                     session.draft(9)
                 stored = backend.open(64, drafts=True)
-                stored.append(ids[:length], session.state.export(0, length, end=True))
+                stored.append(ids[:length], session.state.export(0, length, end=True).arrays())
                 for state in (session.state.fork(length, 64), stored):
                     continued = SequenceSession(backend, drafts=True)
                     continued.state.close()

@@ -11,6 +11,7 @@ from collections import Counter
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from treeflash_cuda import backend, visible_keys
 from treeflash_cuda.drafter import OutputStage
+from treeflash_cuda.gpu.host_copies import host_copies
 from treeflash_cuda.hf import model_target
 from treeflash_cuda.operations import Operations
 
@@ -113,10 +115,12 @@ class FakeCuda(TorchDispatchMode):
         free_bytes: memory of a device that other programs leave; tensors take of it.
         allocated, peak: bytes that tensors take and took at most, by device.
         capability: the devices' compute capability.
+        waited: the devices whose events the host has waited for, in order.
     """
 
     def __init__(self, monkeypatch):
         super().__init__()
+        self.waited = []
         self.capturing = self.refusing = False
         self.count = Transfers()
         self.launches = []
@@ -138,6 +142,7 @@ class FakeCuda(TorchDispatchMode):
 
     def __exit__(self, *error):
         super().__exit__(*error)
+        host_copies.cache_clear()  # it has streams of this device
         self.fake.__exit__(*error)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -365,6 +370,7 @@ class FakeCuda(TorchDispatchMode):
         monkeypatch.setattr(torch.Tensor, "numpy", to_numpy)
         monkeypatch.setattr(torch, "from_numpy", from_numpy)
         monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+        monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
         monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
 
     def _patch_graphs(self, monkeypatch):
@@ -385,8 +391,9 @@ class FakeCuda(TorchDispatchMode):
 
         for name, stand_in in {
             "CUDAGraph": _Graph,
-            "Stream": _Stream,
-            "current_stream": _Stream,
+            "Stream": partial(_Stream, self.waited),
+            "Event": lambda blocking: None,
+            "current_stream": partial(_Stream, self.waited),
             "graph": capture,
             "stream": nothing,
             "device": nothing,
@@ -415,11 +422,17 @@ class _Graph:
 
 
 class _Stream:
-    def __init__(self, device=None):
-        pass
+    def __init__(self, waited, device=None):
+        self.waited, self.device = waited, device
 
     def wait_stream(self, stream):
         pass
+
+    def record_event(self, event):
+        return self
+
+    def synchronize(self):
+        self.waited.append(self.device)
 
 
 def _computed(func, args, kwargs):

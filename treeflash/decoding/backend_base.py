@@ -21,6 +21,7 @@ from treeflash.decoding.interfaces import (
     ARHead,
     Backend,
     Block,
+    Export,
     ImageProcessor,
     Prefill,
     SequenceState,
@@ -183,6 +184,10 @@ class BaseState(ABC, Generic[K, R]):
         """Return the bits of an array of the device; see `StateArrays`."""
         raise NotImplementedError
 
+    def copies_end(self) -> Callable[[], object]:
+        """Return a function that waits for the copies that `to_host` has begun."""
+        return lambda: None
+
     def from_host(self, x: NDArray[Any]) -> Any:
         """Return the array of the device that `to_host` read."""
         raise NotImplementedError
@@ -236,7 +241,7 @@ class BaseState(ABC, Generic[K, R]):
         new.tokens = self.tokens[:length]
         return new
 
-    def export(self, first: int, stop: int, *, end: bool) -> StateArrays:
+    def export(self, first: int, stop: int, *, end: bool) -> Export:
         parts = {"target": self.kv_cache.export(first, stop)}
         if self.drafter is not None:
             read = max(first, min(stop, self.drafter.length))
@@ -246,7 +251,8 @@ class BaseState(ABC, Generic[K, R]):
             states = self._recurrent_at(stop)
             assert states is not None
             parts["recurrent"] = self.export_recurrent(states)
-        return {f"{part}.{name}": x for part, arrays in parts.items() for name, x in arrays.items()}
+        copies = {f"{part}.{name}": x for part, found in parts.items() for name, x in found.items()}
+        return Export(copies, self.copies_end())
 
     def append(self, token_ids: Sequence[int], arrays: StateArrays) -> None:
         parts: dict[str, StateArrays] = {"target": {}, "drafter": {}, "features": {}}

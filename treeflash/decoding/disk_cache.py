@@ -31,7 +31,7 @@ import numpy as np
 
 from treeflash.decoding import state_files
 from treeflash.decoding.images import NO_IMAGES
-from treeflash.decoding.interfaces import SequenceState, StateArrays
+from treeflash.decoding.interfaces import Export, SequenceState, StateArrays
 from treeflash.decoding.state_files import (
     BadFileError,
     FolderIndex,
@@ -41,7 +41,7 @@ from treeflash.decoding.state_files import (
     file_name,
     root_key,
 )
-from treeflash.errors import ConfigError, is_of_earlier_work, is_out_of_memory
+from treeflash.errors import ConfigError, first_line, is_of_earlier_work, is_out_of_memory
 
 BLOCK = 256
 """Positions of a block: few enough that little of a prompt that leaves a stored one is computed
@@ -117,7 +117,7 @@ class DiskCache:
         self._index = FolderIndex(folder, scan_s)
         # By state in memory, the parts of it that may not be on the disk.
         self._unsaved: dict[SequenceState, deque[Part]] = {}
-        self._queue: queue.SimpleQueue[tuple[Part, StateArrays | None] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[Part, Export | None] | None] = queue.SimpleQueue()
         self._queued_bytes = 0
         self._room = threading.Condition()
         # Parts that this process has written or checked; no others are trusted after a bad one.
@@ -213,35 +213,36 @@ class DiskCache:
             self._queue.put((part, None))
             return
         try:
-            arrays = state.export(part.first, part.stop, end=part.kind == "end")
+            export = state.export(part.first, part.stop, end=part.kind == "end")
         except Exception as error:
             if is_of_earlier_work(error) or not is_out_of_memory(error):
                 raise
             parts.clear()
             return
         with self._room:
-            self._queued_bytes += _nbytes(arrays)
-        self._queue.put((part, arrays))
+            self._queued_bytes += export.nbytes
+        self._queue.put((part, export))
 
     # The methods below run in the writer's thread.
 
     def _write_queued(self) -> None:
         while (item := self._queue.get()) is not None:
-            part, arrays = item
-            if arrays is None:
+            part, export = item
+            if export is None:
                 self._index.note_use(part)
                 continue
             try:
-                self._write(part, arrays)
+                self._write(part, export.arrays())
                 self._failure = None
-            except (OSError, MemoryError) as error:
-                reason = getattr(error, "strerror", None) or str(error) or "memory ran out"
+            except (OSError, MemoryError, RuntimeError) as error:  # a copy's error comes late
+                said = first_line(error) if str(error) else "memory ran out"
+                reason = getattr(error, "strerror", None) or said
                 if reason != self._failure:  # once, not for every part
                     logger.warning("%s: states cannot be written: %s", self.folder, reason)
                 self._failure = reason
             finally:
                 with self._room:
-                    self._queued_bytes -= _nbytes(arrays)
+                    self._queued_bytes -= export.nbytes
                     self._room.notify_all()
 
     def _write(self, part: Part, arrays: StateArrays) -> None:
@@ -390,7 +391,3 @@ class Restoration:
             self.close()
         self._reads.clear()
         return False
-
-
-def _nbytes(arrays: StateArrays) -> int:
-    return sum(x.nbytes for x in arrays.values())

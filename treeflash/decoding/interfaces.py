@@ -10,7 +10,7 @@ raises has changed no sequence: it can be repeated with fewer sequences.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -27,6 +27,23 @@ from treeflash.drafters.config import DrafterShape
 
 StateArrays: TypeAlias = dict[str, NDArray[Any]]
 """A part of a state by name, bit for bit; uint16 has the bits of bfloat16, which NumPy lacks."""
+
+
+@dataclass(frozen=True, eq=False)
+class Export:
+    """A part of a state that a device copies to the host, perhaps beside its other work."""
+
+    begun: StateArrays  # the arrays, in which values may be missing
+    wait: Callable[[], object]  # returns when no value is missing; any thread may call it
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for x in self.begun.values())
+
+    def arrays(self) -> StateArrays:
+        """Return the arrays when they are complete."""
+        self.wait()
+        return self.begun
 
 
 class SequenceState(Protocol):
@@ -75,8 +92,8 @@ class SequenceState(Protocol):
     def read_length(self) -> int:
         """Committed positions that the drafter has read; all of them if none was to draft."""
 
-    def export(self, first: int, stop: int, *, end: bool) -> StateArrays:
-        """Copy the positions first .. stop - 1 to the host.
+    def export(self, first: int, stop: int, *, end: bool) -> Export:
+        """Begin to copy the positions first .. stop - 1 to the host; the state may change at once.
 
         Features of those that the drafter has not read are among the arrays. The `end` of a state
         also has the states of recurrent layers after `stop`, at which the state can be forked.
@@ -348,7 +365,10 @@ class Backend(Protocol):
         """
 
     def memory_bytes(self) -> int:
-        """Return the most memory that the device has held for this process, bytes; 0 if unknown."""
+        """Return the most memory that the device has held for this process, bytes; 0 if unknown.
+
+        What is set aside for keys and values counts whole.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)

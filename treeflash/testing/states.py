@@ -140,9 +140,10 @@ def check_storage(backend: Backend, *, read: int) -> None:
     assert state.read_length == read
     ends = [*range(BLOCK, len(tokens), BLOCK), len(tokens)]
     stored = backend.open(40, drafts=True)
-    for first, stop in zip([0, *ends[:-1]], ends, strict=True):
-        arrays = state.export(first, stop, end=stop == len(tokens))
-        stored.append(tokens[first:stop], load(save(arrays)))
+    parts = list(zip([0, *ends[:-1]], ends, strict=True))
+    exports = [state.export(*part, end=part[1] == len(tokens)) for part in parts]
+    for (first, stop), export in zip(parts, exports, strict=True):
+        stored.append(tokens[first:stop], load(save(export.arrays())))
     assert (stored.length, stored.read_length) == (len(tokens), read)
     states = [inspectable(x) for x in (state.fork(len(tokens), 40), stored)]
     for values in (

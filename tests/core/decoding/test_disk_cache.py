@@ -328,6 +328,42 @@ def test_a_state_for_whose_copy_the_host_has_no_memory_is_not_stored(pair, tmp_p
     assert names(tmp_path) == set()
 
 
+def test_the_thread_that_decodes_waits_for_no_copy(pair, tmp_path, monkeypatch):
+    """A device may still copy when the next iterations run; the writer waits."""
+    prompt, decoded, waited = prompt_of(40), threading.Event(), []
+
+    def wait():
+        waited.append(threading.current_thread().name)
+        assert decoded.wait(PATIENCE)
+
+    monkeypatch.setattr(State, "copies_end", lambda state: wait)
+    with Process(pair, tmp_path) as process:
+        text, _ = process.answer(prompt)
+        process.disk.copy_next()
+        assert names(tmp_path) == set()
+        decoded.set()
+    assert set(waited) == {"treeflash-cache-writer"}
+    with Process(pair, tmp_path) as process:
+        again, (_, restored) = process.answer(prompt)
+    assert again == text
+    assert restored >= 32
+
+
+def test_a_copy_that_fails_late_is_not_stored(pair, tmp_path, monkeypatch, caplog):
+    def wait():
+        raise RuntimeError("CUDA error: an illegal memory access\nCompile with ...")
+
+    monkeypatch.setattr(State, "copies_end", lambda state: wait)
+    prompt = prompt_of(40)
+    with Process(pair, tmp_path) as process:
+        text, _ = process.answer(prompt)
+    assert text == plain(pair, prompt)
+    assert names(tmp_path) == set()
+    assert [x.message for x in caplog.records] == [
+        f"{tmp_path}: states cannot be written: CUDA error: an illegal memory access"
+    ]
+
+
 def test_short_states_are_not_stored(pair, tmp_path):
     with Process(pair, tmp_path) as process:
         process.answer([1, 2, 3], tokens=3)
