@@ -5,10 +5,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import shutil
-import sysconfig
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.util import find_spec
@@ -16,6 +16,7 @@ from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -29,6 +30,7 @@ from benchmarks.device_parts import (
     Device,
     Find,
     exact,
+    method_rows,
     peer_row,
     prompt_ids,
     run_command,
@@ -42,7 +44,7 @@ from treeflash.config import GIB, DecodeConfig, LoadConfig, Method
 from treeflash.decoding import Request, Scheduler, SchedulerConfig
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
-from treeflash.errors import is_out_of_memory
+from treeflash.errors import ConfigError, UnsupportedModelError, is_out_of_memory
 from treeflash.text.tokenizer import Tokenizer
 from treeflash.training.config import TrainConfig
 from treeflash.training.distillation import Response
@@ -85,6 +87,13 @@ LARGE = (("qwen3-8b", 60, 20), ("qwen3-4b", 20, 10))
 WARM_UP, MEASURED, PROFILED = 8, 16, 10
 """Iterations before the measured ones, these, and the ones of the profile."""
 PROMPT_TOKENS = 256
+TIMED_CALLS = {
+    "draft": ("drafter", "draft"),
+    "tables": ("head", "transitions"),
+    "verify": ("verifier", "run"),
+    "commit": ("verifier", "commit"),
+}
+"""The calls of an iteration that the device's clock measures: a backend's role, and a method."""
 LEFT_FREE = 200 << 20
 """Bytes that are left free when memory is to run out."""
 
@@ -159,14 +168,6 @@ def kernel_rows(averages: Iterable[Any], iterations: int) -> list[Row]:
     return sorted(rows, key=lambda row: -row["ms"])
 
 
-def toolchain_problems(compiler: str | None, header: Path) -> Iterator[str]:
-    """Yield a line for each thing that Triton needs to compile and does not find."""
-    if compiler is None:
-        yield "Triton finds no C compiler, so no kernel can be used: install gcc"
-    if not header.is_file():
-        yield f"Triton finds no {header}, so no kernel can be used: install python3-dev"
-
-
 def usage_problems(usages: Iterable[Row], most_shared: int) -> Iterator[str]:
     """Yield a line for each kernel that spills registers in 16 bits, or does not fit."""
     for usage in usages:
@@ -198,12 +199,11 @@ class Gpu(Device):
 def machine(gpu: Gpu, part: Part) -> None:
     """Find the device, the driver, the clocks, what Triton needs, and what changes the software."""
     from treeflash_cuda.device import device_facts
+    from treeflash_cuda.gpu.compilation import c_compiler, python_header, toolchain_problems
 
     for name, fact in device_facts(gpu.device).items():
         part.add("device", name=name, fact=fact)
-    header = Path(sysconfig.get_path("include"), "Python.h")
-    # Triton looks for it in these places.
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    compiler, header = c_compiler(), python_header()
     part.add("tools", name="C compiler", found=compiler)
     part.add("tools", name="Python.h", found=header.is_file())
     for line in toolchain_problems(compiler, header):
@@ -254,6 +254,24 @@ def speed(gpu: Gpu, part: Part) -> None:
             part.problem(line)
     for line in graph_problems(target.graphs.tried, target.graphs.replays, CAPTURED[:1]):
         part.problem(line)
+
+
+def draft_bits(gpu: Gpu, part: Part) -> None:
+    """Measure the real pair with drafters of fewer bits, whose texts must be good all the same."""
+    from treeflash_cuda.quantised_weights import BITS
+
+    for bits in BITS:
+        try:
+            model = gpu.load_model(draft_bits=bits)
+        except (ConfigError, UnsupportedModelError) as error:
+            part.note(f"a drafter in {bits} bits is refused: {error}")
+            continue
+        prompts = prompt_ids(model.tokenizer)[:1]
+        _, row = method_rows(model, ("ar", "treeflash"), prompts, gpu.args.max_tokens)
+        part.add("methods", **row | {"method": f"treeflash, drafter in {bits} bits"})
+        if gpu.is_late:
+            part.note(f"drafters were cut short after {bits} bits")
+            return
 
 
 def iterations(gpu: Gpu, part: Part) -> None:
@@ -343,26 +361,71 @@ def start_texts(backend: Any, texts: int, config: DecodeConfig) -> Scheduler:
     return scheduler
 
 
+class DeviceClock:
+    """Times of a GPU's own clock between the beginnings and ends of the calls of an iteration.
+
+    A host's clock gives the time of work that nobody has waited for to the call that waits.
+    """
+
+    def __init__(self) -> None:
+        self._calls: list[tuple[str, Any, Any]] = []  # name, event before, event after
+
+    @contextmanager
+    def watch(self, backend: Any) -> Iterator[None]:
+        """Put events around the calls of a backend."""
+        with ExitStack() as patches:
+            for name, (role, method) in TIMED_CALLS.items():
+                if (owner := getattr(backend, role)) is not None:
+                    timed = self._timed(name, getattr(owner, method))
+                    patches.enter_context(mock.patch.object(owner, method, timed))
+            yield
+
+    def _timed(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        import torch
+
+        def timed(*args: Any) -> Any:
+            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            first.record()
+            result = call(*args)
+            last.record()
+            self._calls.append((name, first, last))
+            return result
+
+        return timed
+
+    def read(self) -> dict[str, float]:
+        """Return the milliseconds of each call since the last time; the device is idle."""
+        found: dict[str, float] = {}
+        for name, first, last in self._calls:
+            name = f"{name}_device_ms"
+            found[name] = found.get(name, 0.0) + first.elapsed_time(last)
+        self._calls.clear()
+        return found
+
+
 def iteration_row(backend: Any, texts: int, config: DecodeConfig) -> Row:
     """Return the median milliseconds of an iteration and its phases, after some to warm up."""
-    scheduler = start_texts(backend, texts, config)
+    scheduler, clock = start_texts(backend, texts, config), DeviceClock()
     times: list[float] = []
     phases: dict[str, list[float]] = {}
-    for number in range(WARM_UP + MEASURED):
-        started = time.perf_counter()
-        events = scheduler.step()
-        synchronize(backend.target.device)
-        ended = time.perf_counter()
-        steps = []
-        for _, step in events:
-            if isinstance(step, Exception):
-                raise step
-            steps.append(step)
-        if number < WARM_UP or not steps:
-            continue
-        times.append(1000 * (ended - started))
-        for phase, seconds in steps[0].seconds.items():
-            phases.setdefault(f"{phase}_ms", []).append(1000 * seconds)
+    is_timed = backend.target.device.type == "cuda"
+    with clock.watch(backend) if is_timed else nullcontext():
+        for number in range(WARM_UP + MEASURED):
+            started = time.perf_counter()
+            events = scheduler.step()
+            synchronize(backend.target.device)
+            ended = time.perf_counter()
+            on_device, steps = clock.read(), []
+            for _, step in events:
+                if isinstance(step, Exception):
+                    raise step
+                steps.append(step)
+            if number < WARM_UP or not steps:
+                continue
+            times.append(1000 * (ended - started))
+            on_host = {f"{x}_ms": 1000 * seconds for x, seconds in steps[0].seconds.items()}
+            for phase, ms in (on_host | on_device).items():
+                phases.setdefault(phase, []).append(ms)
     scheduler.close()
     row: Row = {"iteration_ms": median(times)}
     return row | {name: median(values) for name, values in phases.items()}
@@ -618,6 +681,7 @@ PARTS: dict[str, Find] = {
     "speed": speed,
     "iterations": iterations,
     "exact": exact,
+    "draft_bits": draft_bits,
     "graphs": graphs,
     "texts": texts,
     "memory": memory,

@@ -2,6 +2,7 @@
 
     python -m benchmarks.device_report --json report.json
     python -m benchmarks.device_report --json report.json --target Qwen/Qwen3-8B
+    python -m benchmarks.device_report --json report.json --target Qwen/Qwen3-8B-FP8
     python -m benchmarks.device_report --json report.json --target mlx-community/Qwen3-4B-4bit
 
 It ends with the list of problems that it found. Its exit status is 0 if there are none, 1 if there
@@ -15,9 +16,11 @@ time for the parts begins. They run in this order, each in its own process:
   time of an iteration by phase, and how far its texts equal plain decoding's. Work that a phase
   leaves running on the device counts towards the next phase that waits for it.
 - `exact`: the same in exact mode, or why that is refused.
+- on a GPU `draft_bits`: the same with drafters in 4 and 8 bits.
 - on a GPU `iterations`: a forward pass by nodes and context, an iteration by phase for 1, 8 and 32
-  texts, and its longest kernels, with random weights in the shape of the largest Qwen3 model that
-  fits the GPU and the folder of temporary files (`TMPDIR`).
+  texts, by the host's clock and by the device's, and its longest kernels, with random weights in
+  the shape of the largest Qwen3 model that fits the GPU and the folder of temporary files
+  (`TMPDIR`).
 - on a Mac `prompts`, `passes`, `host` and `buffers`: a prompt with and without the CPU's share, a
   forward pass by nodes and committed positions, the time in which Python builds a pass and a
   commit, and plain decoding with other sizes of command buffers.

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from treeflash.decoding.hybrid import convolution_windows
 from treeflash.decoding.tree import DraftTree
-from treeflash.errors import first_line, is_out_of_memory
+from treeflash.errors import is_out_of_memory
 from treeflash_cuda.cache import decoded, quantise
+from treeflash_cuda.gpu.compilation import compiling_announced, reason_of
 from treeflash_cuda.numerics import divide_by_temperature, gumbel
 from treeflash_cuda.quantised_weights import GROUP, QuantisedWeight, quantise_weight
 from treeflash_cuda.recurrence import (
@@ -370,7 +371,8 @@ def load_operations(shapes: Shapes, device: torch.device, dtype: torch.dtype) ->
         for name in CHECKS
         if hasattr(module, name)
     }
-    return checked(Operations(**kernels), shapes, device, dtype)
+    with compiling_announced():
+        return checked(Operations(**kernels), shapes, device, dtype)
 
 
 def on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
@@ -407,7 +409,7 @@ def checked(
             if is_out_of_memory(error):
                 raise
             LOGGER.info("%s has no kernel", name, exc_info=error)
-            reasons[name] = first_line(error)
+            reasons[name] = reason_of(error)
             errors[name] = "".join(traceback.format_exception(error))
         else:
             worst[name] = max(differences) if excess is None else excess

@@ -145,12 +145,6 @@ def test_logits_beyond_rounding_are_a_line(judge):
     assert judge.logits_problem("masks", float("nan")) is not None
 
 
-def test_a_missing_compiler_and_header_are_lines(judge, tmp_path):
-    assert len(list(judge.toolchain_problems(None, tmp_path / "Python.h"))) == 2
-    (tmp_path / "Python.h").touch()
-    assert list(judge.toolchain_problems("/usr/bin/cc", tmp_path / "Python.h")) == []
-
-
 def test_the_largest_shape_that_fits_the_gpu_and_the_disk_is_measured(judge):
     gib = 1 << 30
     assert judge.choose_shape(79 * gib, 64 * gib) == "qwen3-8b"

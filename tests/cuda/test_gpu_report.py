@@ -201,6 +201,66 @@ def test_every_text_is_decoded_in_every_measured_iteration(judge, gpu, monkeypat
     assert counts == [10] * (judge.WARM_UP + judge.MEASURED)
 
 
+def test_calls_of_an_iteration_have_times_of_the_devices_clock(judge, gpu, monkeypatch):
+    """Work that a call leaves to the device counts where it was asked for."""
+    backend = gpu.load(gpu.write_tiny(), dtype="float32")
+    now, took = [0.0], {"draft": 3.0, "transitions": 5.0, "run": 7.0, "commit": 2.0}
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = now[0]
+
+        def elapsed_time(self, later):
+            return later.at - self.at
+
+    def taking(ms, call):
+        def call_later(*args):
+            now[0] += ms
+            return call(*args)
+
+        return call_later
+
+    for role in (backend.drafter, backend.head, backend.verifier):
+        for name in took.keys() & set(dir(role)):
+            monkeypatch.setattr(role, name, taking(took[name], getattr(role, name)))
+    monkeypatch.setattr("torch.cuda.Event", Event)
+    clock = judge.DeviceClock()
+    scheduler = judge.start_texts(backend, 2, judge.DecodeConfig(budget=8, max_tokens=20))
+    with clock.watch(backend):
+        scheduler.step()
+        clock.read()
+        scheduler.step()
+        found = clock.read()
+    assert found == {
+        **{"draft_device_ms": 3.0, "tables_device_ms": 5.0},
+        **{"verify_device_ms": 7.0, "commit_device_ms": 2.0},
+    }
+    scheduler.step()
+    assert clock.read() == {}
+    scheduler.close()
+
+
+def test_drafters_of_fewer_bits_are_measured_or_have_a_reason(run, gpu, monkeypatch):
+    part = run("draft_bits")
+    assert [note.partition(":")[0] for note in part.notes] == [
+        "a drafter in 4 bits is refused",
+        "a drafter in 8 bits is refused",
+    ]
+    load = gpu.load_model
+    monkeypatch.setattr(gpu, "load_model", lambda draft_bits: load())
+    part = run("draft_bits")
+    assert not part.error
+    rows = part.tables["methods"]
+    assert [row["method"] for row in rows] == [
+        "treeflash, drafter in 4 bits",
+        "treeflash, drafter in 8 bits",
+    ]
+    assert all(row["ratio_to_ar"] > 0 and row["equal_up_to"] == 4 for row in rows)
+
+
 def test_every_part_is_in_the_report(
     module, judge, options, tmp_path, in_this_process, monkeypatch, capsys
 ):
