@@ -61,7 +61,7 @@ def product_calls(dtype: mx.Dtype) -> Iterator[Call]:
         if (shape := products.shape_of(layer)) is None:
             continue  # weights in float32
         for rows in sorted({8 * -(-n // 8) for n in products.TIMED_ROWS[shape[1]]}):
-            for geometry in products.geometries(64, rows):
+            for geometry in products.variants(shape, rows):
                 yield (
                     lambda x, y=layer, z=geometry: products.multiply(y, x, z),
                     [mx.zeros((rows, 512), dtype)],

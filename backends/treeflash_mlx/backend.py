@@ -84,7 +84,8 @@ GROUP_SIZE = 64
 WARM_NODES = 24
 DRAFT_WINDOW = 4096
 """Latest positions that a block drafter sees by default: drafts of the default pair stay as good,
-and an iteration reads less memory after long texts."""
+and an iteration reads less memory after long texts. The cache keeps earlier positions all the same:
+a prompt that shares only a beginning with a text goes on from there, and sees what came before."""
 FIRST_GAP, LAST_GAPS = 2, 4
 """Layers between the first two times that a forward pass submits work to the device, and how often
 it submits at least. The device would wait for Python after the first layer alone; each submission

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from treeflash.decoding.output_stage import Block
 from treeflash.decoding.sampling import Noise
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.drafters.block_model import visible_positions
-from treeflash.drafters.config import LayerKind, window_gap
+from treeflash.drafters.config import DrafterConfig, LayerKind, window_gap
 from treeflash_mlx.cache import BatchStorage, share_storage, storages_of
 from treeflash_mlx.drafter_model import DrafterModel
 from treeflash_mlx.drafter_operations import OPERATIONS, read
@@ -79,7 +79,7 @@ class Drafter:
 
     def draft(self, roots: Sequence[tuple[Any, int]], depths: int | None = None) -> list[Block]:
         """Draft blocks after the roots; the rows of all sequences follow one another."""
-        config = self.model.config
+        config = replace(self.model.config, block_size=self._rows(depths))
         size = config.block_size
         kinds = config.layer_kinds
         masks = [config.mask_token_id] * (size - 1)
@@ -93,7 +93,7 @@ class Drafter:
             gap, end = window_gap(start, self.window)
             first_seen = end if gap < end else 0
             storage = share_storage([state.drafter])
-            block_masks = {kind: self._block_mask(start, kind, first_seen) for kind in set(kinds)}
+            block_masks = {kind: block_mask(config, start, kind, first_seen) for kind in set(kinds)}
             first = state.drafter.length
             sequences.append(_DraftedSequence(storage, first, start, first_seen, block_masks))
             # There may be no new context, as after a fork where the drafter has read everything.
@@ -110,7 +110,7 @@ class Drafter:
 
         on_gpu = mx.default_device().type == mx.gpu
         for n, (layer, kind) in enumerate(zip(self.model.layers, kinds, strict=True)):
-            attend = partial(self._attend, sequences, n, kind)
+            attend = partial(self._attend, sequences, size, n, kind)
             x = layer(x, with_context, (block_positions, row_positions), attend)
             # The device begins while Python builds what follows, and moves the rows of the commit
             # behind the drafts, which do not read them.
@@ -140,15 +140,20 @@ class Drafter:
         log_probs = log_softmax(self.output.logits(self.output.norm(block.hidden)))
         return np.array(self.output.over_target_vocabulary(log_probs))
 
-    def _block_mask(self, start: int, kind: LayerKind, first_seen: int) -> mx.array | None:
-        mask = visible_positions(OPERATIONS, self.model.config, start, kind, None)
-        if mask is None or not first_seen:
-            return mask
-        return mx.concatenate([mask[:, first_seen:], mask[:, :SINK]], 1)
+    def _rows(self, depths: int | None) -> int:
+        """Return the rows of a block: up to the last depth that is used, if none sees later ones.
+
+        Where slots see one another, fewer rows would be other drafts, of fewer accepted tokens.
+        """
+        config = self.model.config
+        if depths is None or not all(config.causal):
+            return config.block_size
+        return min(config.first_slot + depths, config.block_size)
 
     def _attend(
         self,
         sequences: Sequence[_DraftedSequence],
+        size: int,
         layer: int,
         kind: LayerKind,
         queries: mx.array,
@@ -162,7 +167,6 @@ class Drafter:
         heads, head_dim). After a gap, copies of the first positions come behind the block: the
         columns that it sees are neighbours, and none of them is copied.
         """
-        size = self.model.config.block_size
         sinks = self.model.layers[layer].self_attn.attention_sink_bias
         out, row = [], 0
         for i, sequence in enumerate(sequences):
@@ -183,3 +187,13 @@ class Drafter:
             )
             out.append(y[0].swapaxes(0, 1))
         return mx.concatenate(out)
+
+
+def block_mask(
+    config: DrafterConfig, start: int, kind: LayerKind, first_seen: int
+) -> mx.array | None:
+    """Return the mask of a block without the columns of a gap; see `visible_positions`."""
+    mask = visible_positions(OPERATIONS, config, start, kind, None)
+    if mask is None or not first_seen:
+        return mask
+    return mx.concatenate([mask[:, first_seen:], mask[:, :SINK]], 1)

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from mtp_pairs import write_mtp_pair
+from recordings import recording
 
 from treeflash.config import METHODS, DecodeConfig, LoadConfig, SamplingConfig
 from treeflash.decoding.session import SequenceSession
@@ -35,19 +36,40 @@ GREEDY = SamplingConfig()
 SEEDED = SamplingConfig(temperature=0.8, top_p=0.9, seed=5)
 
 
-def drafted(backend, tokens, root):
+def drafted(backend, tokens, root, depths=None):
     """A sequence whose drafter was given its tokens in two parts, and the block after them."""
     sequence = SequenceSession(backend, drafts=True)
     sequence.extend(tokens[:7])
     sequence.draft(tokens[7])
     sequence.extend(tokens[7:])
-    return sequence, sequence.draft(root)
+    (block,) = backend.drafter.draft([(sequence.state, root)], depths)
+    return sequence, block
 
 
 @pytest.mark.parametrize(("window", "seen"), [(None, 4096), (100, 100)])
 def test_a_block_drafter_sees_the_last_positions_by_default(tmp_path, window, seen):
     target, drafter = write_pair(tmp_path, "qwen3")
     assert load(target, drafter, LoadConfig(draft_window=window)).drafter.window == seen
+
+
+@pytest.mark.parametrize(("dialect", "causal"), [("deepspec-sinks", True), ("dflash", False)])
+def test_slots_that_nothing_sees_are_not_computed(tmp_path, dialect, causal):
+    """Only if none sees later ones: then outputs of fewer depths are the first of all."""
+    target, _ = write_pair(tmp_path, "qwen3")
+    write_dialect(tmp_path / "dialect", target, dialect, seed=2)
+    backend = load(target, tmp_path / "dialect", LoadConfig())
+    config = backend.drafter_config
+    assert all(config.causal) == causal
+    blocks, rows = [], []
+    for depths in (None, 2, config.depths + 1):
+        with recording(backend.drafter.output, "embed") as embedded:
+            blocks.append(drafted(backend, [*range(1, 12)], 5, depths)[1])
+        rows.append(embedded[-1][0].size)
+    least = config.first_slot + 2 if causal else config.block_size
+    assert rows == [config.block_size, least, config.block_size]
+    whole, few, _ = (np.array(block.hidden) for block in blocks)
+    assert len(few) == 2
+    np.testing.assert_allclose(few, whole[:2], atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -24,12 +24,14 @@ from treeflash_mlx.metal_kernels import speedup as time_chains
 from treeflash_mlx.metal_kernels.products import Geometry
 
 KERNEL, UNQUANTISED = "treeflash_products_quantised", "treeflash_products"
+SUMS = KERNEL + "_sums"
 
 
 @pytest.fixture
 def _one_geometry(monkeypatch):
     """Let a single geometry be timed for every layer."""
     monkeypatch.setattr(products, "MANY_OUTPUTS", 1)
+    monkeypatch.setattr(products, "SCALED_SUMS_ROWS", 0)
 
 
 def layer(bits, group, dtype, outputs=40, width=128, bias=False):
@@ -84,10 +86,34 @@ def test_a_product_is_exact_up_to_rounding(runner, bits, group, rows, dtype):
     assert runner.launches == {UNQUANTISED if bits == 16 else KERNEL: len(candidates)}
 
 
+@pytest.mark.parametrize(
+    ("group", "rows", "dtype"),
+    [(32, 16, mx.bfloat16), (64, 5, mx.float32), (64, 9, mx.bfloat16), (128, 8, mx.bfloat16)],
+)
+def test_sums_of_groups_are_scaled_up_to_rounding(runner, group, rows, dtype):
+    """Inputs of each row have another mean, by which biases count."""
+    module = layer(4, group, dtype)
+    means = mx.arange(rows)[:, None] / 4
+    x = (inputs(rows, mx.float32) + means).astype(dtype)
+    (variant,) = [x for x in products.variants(products.shape_of(module), rows) if x.scaled_sums]
+    assert variant == products.geometries(40, rows)[0]._replace(scaled_sums=True)
+    error = metal_kernels.relative_error(products.multiply(module, x, variant), exact(module, x))
+    assert error < max({mx.float32: 2e-6, mx.bfloat16: 4e-3}[dtype], runner.rounding[dtype])
+    assert runner.launches == {SUMS: 1}
+
+
+@pytest.mark.parametrize(
+    ("bits", "dtype", "rows"), [(4, mx.float16, 8), (8, mx.bfloat16, 8), (4, mx.bfloat16, 17)]
+)
+def test_sums_are_not_scaled_where_that_loses_bits_or_gains_nothing(bits, dtype, rows):
+    found = products.variants(products.shape_of(layer(bits, 64, dtype)), rows)
+    assert found == products.geometries(40, rows)
+
+
 @pytest.mark.parametrize("rows", [8, 16, 24, 32])
 def test_sums_leave_threadgroup_memory_for_another_threadgroup(rows):
     for outputs in (1024, products.MANY_OUTPUTS):
-        for tiles, splits in products.geometries(outputs, rows):
+        for tiles, splits, _ in products.geometries(outputs, rows):
             assert 4 * splits * rows * 8 * tiles <= 16 << 10
             assert 32 * splits <= MAX_THREADS
 
@@ -124,6 +150,20 @@ UNQUANTISED_FAULTS = {
     ),
     "the sums of another column": ("right[c], total[t][c]", "right[0], total[t][c]"),
 }
+SUMS_FAULTS = {
+    "inputs that are not summed": ("inputs[c][i] +=", "inputs[c][i] ="),
+    "inputs of fewer lanes": ("n < 4", "n < 3"),
+    "inputs of other lanes": ("n == 3 ? 16", "n == 3 ? 8"),
+    "sums of the group before": ("inputs[c][0] = inputs[c][1] = 0.0f;", ""),
+    "the product of the group before": (
+        "part[t][c] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);",
+        "if (g == split) part[t][c] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);",
+    ),
+    "no scale of a sum": ("scale[t] * part", "part"),
+    "no bias of a sum": ("bias[t] * inputs", "inputs"),
+    "inputs for the first place": (" / (1u << (BITS * j)))", ")"),
+    "a group in place of the sum": ("[i] +=\n                        scale", "[i] = scale"),
+}
 CASES = [
     *((*fault, 4, 5, mx.float32) for fault in FAULTS.values()),
     *((*fault, 16, 27, mx.bfloat16) for fault in UNQUANTISED_FAULTS.values()),
@@ -144,6 +184,23 @@ def test_a_fault_in_the_kernel_is_noticed(metal, recwarn, right, wrong, bits, ro
     except MetalKernelError:
         return
     assert "few rows run without their Metal kernel: its rel" in str(recwarn.pop().message)
+
+
+@pytest.mark.parametrize(("right", "wrong"), SUMS_FAULTS.values(), ids=SUMS_FAULTS)
+def test_a_fault_in_scaled_sums_is_noticed(metal, recwarn, right, wrong):
+    """The variant is left out, and others are used. Some simdgroups have two groups."""
+    assert right in products.source(quantised=True, scaled_sums=True)
+    metal.faults.append((SUMS, right, wrong))
+    metal.speedup = lambda *_: 2
+    try:
+        found = products.fastest([layer(4, 64, mx.float32, width=640)], 9)
+    except MetalKernelError:
+        return
+    assert found is not None
+    assert not found.scaled_sums
+    assert "never run with 32 outputs, 8 simdgroups, scaled sums: its rel" in str(
+        recwarn.pop().message
+    )
 
 
 @pytest.mark.usefixtures("_one_geometry")
@@ -200,6 +257,15 @@ def test_layers_in_half_precision_use_the_kernel(metal):
         for mine, theirs in zip(found, plain[n - 1], strict=True):
             assert metal_kernels.relative_error(mine, theirs) < 4e-3
         assert metal.launches.get(UNQUANTISED, 0) == (2 if 9 <= n <= 32 else 0)
+
+
+def test_sums_are_scaled_where_that_is_the_fastest(metal):
+    gains = iter([1.3, 1.4, 1.2, 1.7])
+    metal.speedup = lambda *_: next(gains)
+    assert products.fastest([layer(4, 64, mx.bfloat16)], 5) == Geometry(4, 8, scaled_sums=True)
+    (verdicts,) = metal_kernels.VERDICTS.values()
+    expected = "1.70 times as fast as MLX's operation with 32 outputs, 8 simdgroups, scaled sums"
+    assert verdicts == {"5 rows": f"used, {expected}"}
 
 
 def test_the_fastest_geometry_is_used(metal):

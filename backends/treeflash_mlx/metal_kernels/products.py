@@ -11,6 +11,7 @@ matrix on their own row and column. So with one geometry a row has the same bits
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from typing import Any, NamedTuple, TypeAlias, TypeVar
@@ -75,20 +76,22 @@ SOURCE = """
                         uint m = min(8 * c + column + i, rows - 1);
                         values[c][i] = *(const device vec<T, 4>*)(
                             x + (first_row + m) * width + k + start + 8 * w);
+                        ADD_INPUTS
                     }
                 UNROLL for (uint j = 0; j < 4; ++j) {
                     simdgroup_matrix<T, 8, 8> right[COLUMNS];
                     UNROLL for (uint c = 0; c < COLUMNS; ++c)
                         UNROLL for (uint i = 0; i < 2; ++i)
-                            right[c].thread_elements()[i] = values[c][i][j];
+                            right[c].thread_elements()[i] = INPUT;
                     UNROLL for (uint t = 0; t < TILES; ++t) {
                         SET_LEFT
                         UNROLL for (uint c = 0; c < COLUMNS; ++c)
-                            simdgroup_multiply_accumulate(total[t][c], left, right[c], total[t][c]);
+                            simdgroup_multiply_accumulate(SUM[t][c], left, right[c], SUM[t][c]);
                     }
                 }
             }
         }
+        END_GROUP
     }
     threadgroup float parts[SPLITS][8 * COLUMNS][8 * TILES];
     UNROLL for (uint t = 0; t < TILES; ++t)
@@ -106,6 +109,7 @@ SOURCE = """
         }
     }
 """
+ONE_SUM = {"ADD_INPUTS": "", "INPUT": "values[c][i][j]", "SUM": "total", "END_GROUP": ""}
 # A weight is dequantised where it is used: the whole number stays at its place in the word, and the
 # factor of the place has the group's scale. A lane reads two words at once, unless 16 weights of 4
 # bits are more than its quarter of a group.
@@ -128,6 +132,7 @@ QUANTISED = {
                         float factor = scale[t] / (1u << (BITS * j));
                         left.thread_elements()[0] = float(low & mask) * factor + bias[t];
                         left.thread_elements()[1] = float(high & mask) * factor + bias[t];""",
+    **ONE_SUM,
 }
 UNQUANTISED = {
     "BEGIN_GROUP": "",
@@ -139,7 +144,44 @@ UNQUANTISED = {
     "SET_LEFT": """simdgroup_matrix<T, 8, 8> left;
                         UNROLL for (uint i = 0; i < 2; ++i)
                             left.thread_elements()[i] = weights[t][i][j];""",
+    **ONE_SUM,
 }
+# Or weights stay numbers at their places in the word until the products of a group are summed. Its
+# inputs are multiplied by the factors of the places instead, once for all outputs, and summed for
+# the bias: of each row's inputs, eight lanes have some.
+SCALED_SUMS = QUANTISED | {
+    "BEGIN_GROUP": QUANTISED["BEGIN_GROUP"]
+    + """
+        float inputs[COLUMNS][2];
+        simdgroup_float8x8 part[TILES][COLUMNS];
+        UNROLL for (uint c = 0; c < COLUMNS; ++c) {
+            inputs[c][0] = inputs[c][1] = 0.0f;
+            UNROLL for (uint t = 0; t < TILES; ++t)
+                part[t][c] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+        }""",
+    "ADD_INPUTS": """UNROLL for (uint j = 0; j < 4; ++j)
+                            inputs[c][i] += float(values[c][i][j]);""",
+    "INPUT": "static_cast<T>(float(values[c][i][j]) / (1u << (BITS * j)))",
+    "SET_LEFT": """simdgroup_float8x8 left;
+                        uint mask = ((1u << BITS) - 1) << (BITS * j);
+                        uint low = weights[t][BITS == 4 ? w : 0];
+                        uint high = BITS == 4 ? low >> 16 : weights[t][1];
+                        left.thread_elements()[0] = float(low & mask);
+                        left.thread_elements()[1] = float(high & mask);""",
+    "SUM": "part",
+    "END_GROUP": """UNROLL for (uint c = 0; c < COLUMNS; ++c)
+            UNROLL for (uint i = 0; i < 2; ++i) {
+                UNROLL for (uint n = 1; n < 4; ++n)
+                    inputs[c][i] += simd_shuffle_xor(inputs[c][i], n == 3 ? 16 : 2 * n);
+                UNROLL for (uint t = 0; t < TILES; ++t)
+                    total[t][c].thread_elements()[i] +=
+                        scale[t] * part[t][c].thread_elements()[i] + bias[t] * inputs[c][i];
+            }""",
+}
+SCALED_SUMS_BITS, SCALED_SUMS_ROWS = 4, 16
+"""Only with so few bits computing takes longer than reading, and only for so few rows a thread has
+registers for two sums."""
+
 INPUTS: tuple[str, ...] = ("x", "weight")
 QUANTISED_INPUTS = (*INPUTS, "scales", "biases")
 
@@ -160,13 +202,18 @@ Shape: TypeAlias = tuple[tuple[int, ...], int, int, mx.Dtype]
 
 
 class Geometry(NamedTuple):
-    """How a product is divided: matrices of 8 outputs of a simdgroup, and simdgroups."""
+    """How a product is divided: matrices of 8 outputs of a simdgroup, and simdgroups.
+
+    With `scaled_sums` scales and biases are for the sums of groups, and not for weights.
+    """
 
     tiles: int
     splits: int
+    scaled_sums: bool = False
 
     def __str__(self) -> str:
-        return f"{8 * self.tiles} outputs, {self.splits} simdgroups"
+        text = f"{8 * self.tiles} outputs, {self.splits} simdgroups"
+        return text + ", scaled sums" * self.scaled_sums
 
 
 EXACT_GEOMETRY = Geometry(2, 8)
@@ -183,6 +230,18 @@ def geometries(outputs: int, rows: int) -> list[Geometry]:
     columns = -(-rows // 8)
     numbers = (4,) if outputs >= MANY_OUTPUTS else (4, 2, 1)
     return [Geometry(tiles, 8 if tiles * columns <= 8 else 4) for tiles in numbers]
+
+
+def variants(shape: Shape, rows: int) -> list[Geometry]:
+    """List what is timed for layers of a shape.
+
+    The factors of sums' inputs are too small for float16.
+    """
+    (outputs, _), bits, _, dtype = shape
+    found = geometries(outputs, rows)
+    if bits == SCALED_SUMS_BITS and rows <= SCALED_SUMS_ROWS and dtype != mx.float16:
+        found.append(found[0]._replace(scaled_sums=True))
+    return found
 
 
 def shape_of(module: nn.Module) -> Shape | None:
@@ -208,11 +267,11 @@ def method_of(module: nn.Module) -> str | None:
 
 
 @cache
-def source(*, quantised: bool) -> str:
+def source(*, quantised: bool, scaled_sums: bool = False) -> str:
     """Write the source for weights of 4 or 8 bits, or of 16."""
-    text = SOURCE
-    for name, part in (QUANTISED if quantised else UNQUANTISED).items():
-        text = text.replace(name, part)
+    text, parts = SOURCE, QUANTISED if quantised else UNQUANTISED
+    for name, part in (SCALED_SUMS if scaled_sums else parts).items():
+        text = re.sub(rf"\b{name}\b", part, text)
     return text
 
 
@@ -231,7 +290,7 @@ def prepare(module: Module, x: mx.array, geometry: Geometry) -> Product:
     template: dict[str, Any] = {"T": x.dtype, "GROUP": UNQUANTISED_GROUP}
     name, inputs, arrays = "products", INPUTS, [weight]
     if isinstance(module, Quantised):
-        name, inputs = "products_quantised", QUANTISED_INPUTS
+        name, inputs = "products_quantised" + "_sums" * geometry.scaled_sums, QUANTISED_INPUTS
         arrays += [module.scales, module.biases]
         template |= {"GROUP": module.group_size, "BITS": module.bits}
     columns = min(-(-rows // 8), MAX_COLUMNS)
@@ -239,7 +298,8 @@ def prepare(module: Module, x: mx.array, geometry: Geometry) -> Product:
     two_words = isinstance(module, Quantised) and module.bits == 4 and module.group_size >= 64
     template["STEP"] = 64 if two_words else 32
     threads = 32 * geometry.splits
-    text = source(quantised=isinstance(module, Quantised))
+    is_quantised, sums = isinstance(module, Quantised), geometry.scaled_sums
+    text = source(quantised=is_quantised, scaled_sums=sums)
     launch = partial(
         make_kernel(name, inputs, ("out",), text),
         template=list(template.items()),
@@ -379,7 +439,7 @@ def fastest(layers: Sequence[Module], rows: int) -> Geometry | None:
     """Return the fastest geometry for layers of one shape; None if MLX's operation wins."""
     first, shape = layers[0], shape_of(layers[0])
     assert shape is not None
-    candidates = {str(each): each for each in geometries(shape[0][0], rows)}
+    candidates = {str(each): each for each in variants(shape, rows)}
     return race(
         "products of few rows",
         layers,
