@@ -175,7 +175,7 @@ def test_a_conversation_with_calls_goes_on(scripted, showing, api):
     ask = Ask("Go.", functions=functions, max_tokens=60)
     answered = api.ask(scripted.url, ask)
     ask = Ask("Go.", functions=functions, answered=answered, results=["It is red.", "It is clean."])
-    tools, _, *lines = submitted(showing, api.path, api.body(ask)).prompt.splitlines()
+    tools, _, *lines = submitted(showing, *api.request(ask)).prompt.splitlines()
     assert '"paint"' in tools
     assert '"wash"' in tools
     pattern = r'assistant : I paint\. (\S+)=(\{.*"paint".*\}) (\S+)=(\{.*"wash".*\})'
@@ -191,14 +191,14 @@ def test_a_conversation_with_calls_goes_on(scripted, showing, api):
 
 @apis("messages")
 def test_the_system_message_reaches_the_model(showing, api):
-    prompt = submitted(showing, api.path, api.body(Ask(system="Be kind."))).prompt
+    prompt = submitted(showing, *api.request(Ask(system="Be kind."))).prompt
     assert prompt.splitlines()[2:] == ["system : Be kind.", "user : Hello.", "assistant: "]
 
 
 @apis("thinking")
 @pytest.mark.parametrize("thinks", [None, False, True])
 def test_thinking_is_turned_on_and_off(showing, api, thinks):
-    prompt = submitted(showing, api.path, api.body(Ask(thinks=thinks))).prompt
+    prompt = submitted(showing, *api.request(Ask(thinks=thinks))).prompt
     assert ("It thinks." in prompt) == (thinks is True)
 
 
@@ -224,8 +224,8 @@ def test_a_thought_that_is_cut_off(server, tool_pair, api, stream):
 def test_a_model_that_does_not_reason(tmp_path, api):
     model = tool_model(tmp_path, chat_template="{{ messages[0].content }}")
     with serving(model) as running:
-        assert submitted(running, api.path, api.body(Ask(thinks=False))).prompt == "Hello."
-        response = running.post(api.path, api.body(Ask(thinks=True)))
+        assert submitted(running, *api.request(Ask(thinks=False))).prompt == "Hello."
+        response = running.post(*api.request(Ask(thinks=True)))
     assert response.status_code == 400
     assert "does not support reasoning" in api.message(response.json())
 
@@ -251,7 +251,7 @@ def test_images(image_server, image_model, api, form):
 
 @apis("images")
 def test_a_target_without_images_is_named(server, api):
-    response = server.post(api.path, api.body(Ask(images=[base64_of(picture(1))])))
+    response = server.post(*api.request(Ask(images=[base64_of(picture(1))])))
     assert response.status_code == 400
     says = "target takes no images: the backend does not run images of its model type"
     assert api.message(response.json()) == says
@@ -285,7 +285,7 @@ def test_the_default_length_of_an_answer(server, serve, api):
     """2,048 tokens, or as many as the command's option allows; never beyond the context."""
     ask = Ask("A", max_tokens=None if "free length" in api.can else 150)
     for running, default in ((serve(), 2048), (serve(defaults={"max_tokens": 7}), 7)):
-        config = submitted(running, api.path, api.body(ask)).answer.config
+        config = submitted(running, *api.request(ask)).answer.config
         assert config.max_tokens == (default if "free length" in api.can else 150)
         assert config.sampling.temperature == 0.0, "answers are greedy"
 
@@ -297,7 +297,7 @@ def call(name, arguments):
 @pytest.fixture
 def allowed(server):
     """Make the answer to a question that a server would decode."""
-    return lambda api, **fields: submitted(server, api.path, api.body(Ask(**fields)))
+    return lambda api, **fields: submitted(server, *api.request(Ask(**fields)))
 
 
 @apis("choice")
@@ -425,7 +425,7 @@ def test_a_required_call_has_no_content_to_constrain(allowed, api, choice):
 @streams
 @apis()
 def test_another_model(server, api, stream):
-    response = server.post(api.path, {**api.body(Ask()), "model": "gpt-5", "stream": stream})
+    response = server.post(*api.request(Ask(model="gpt-5"), stream=stream))
     assert response.status_code == 404
     message = api.message(response.json())
     assert "model 'gpt-5' " in message
@@ -435,7 +435,8 @@ def test_another_model(server, api, stream):
 @streams
 @apis()
 def test_an_unknown_field(server, api, stream):
-    response = server.post(api.path, {**api.body(Ask()), "frobnicate": 1, "stream": stream})
+    path, body = api.request(Ask(), stream=stream)
+    response = server.post(path, body | {"frobnicate": 1})
     assert response.status_code == 400
     assert "frobnicate is not supported" in api.message(response.json())
 
@@ -446,14 +447,14 @@ def test_a_prompt_that_is_too_long(server, api, stream):
     """An error before a stream has a status, which the package raises."""
     with pytest.raises(api.failure, match=r"\d+ tokens"):
         api.ask(server.url, Ask("x" * 5000), stream=stream)
-    response = server.post(api.path, api.body(Ask("x" * 5000)) | {"stream": stream})
+    response = server.post(*api.request(Ask("x" * 5000), stream=stream))
     assert response.status_code == 400
     assert api.message(response.json())
 
 
 @apis("calls")
 def test_two_functions_of_a_name(server, api):
-    response = server.post(api.path, api.body(Ask(functions=[PAINT, PAINT])))
+    response = server.post(*api.request(Ask(functions=[PAINT, PAINT])))
     assert response.status_code == 400
     assert "paint" in api.message(response.json())
 
@@ -463,7 +464,7 @@ def test_two_functions_of_a_name(server, api):
     ("functions", "choice"), [([], "required"), ([PAINT], "missing")], ids=["none", "another"]
 )
 def test_a_choice_of_no_function(server, api, functions, choice):
-    response = server.post(api.path, api.body(Ask(functions=functions, choice=choice)))
+    response = server.post(*api.request(Ask(functions=functions, choice=choice)))
     assert response.status_code == 400
     assert "tool_choice" in api.message(response.json())
 
@@ -477,7 +478,7 @@ def without_tools(tmp_path_factory):
 
 @apis("calls")
 def test_a_model_without_tools_refuses_them(without_tools, api):
-    response = without_tools.post(api.path, api.body(Ask(functions=[PAINT])))
+    response = without_tools.post(*api.request(Ask(functions=[PAINT])))
     assert response.status_code == 400
     assert "not supported with this model" in api.message(response.json())
 
@@ -489,7 +490,7 @@ def test_a_failure_is_told(server, api, stream):
     with failing(server.engine._scheduler, "step", ZeroDivisionError):
         with pytest.raises(api.failure):
             api.ask(server.url, Ask(), stream=stream)
-        response = server.post(api.path, api.body(Ask()) | {"stream": stream})
+        response = server.post(*api.request(Ask(), stream=stream))
     assert response.status_code == (200 if stream else 500)
     text = response.text
     assert (api.stream_message(text) if stream else api.message(json.loads(text))) == SERVER_FAILED
@@ -503,7 +504,7 @@ def test_the_time_limit_is_for_the_whole_answer(model, api, stream):
     defaults = {"method": "ar", "stop_token_ids": ()}
     with serving(model, defaults, timeout=0.4, keep_alive=0.05) as server:
         slow_down(server, 0.02)
-        response = server.post(api.path, api.body(Ask("A", max_tokens=150)) | {"stream": stream})
+        response = server.post(*api.request(Ask("A", max_tokens=150), stream=stream))
         assert response.status_code == (200 if stream else 504)
         text = response.text
         told = api.stream_message(text) if stream else api.message(json.loads(text))
@@ -516,11 +517,11 @@ def test_the_time_limit_is_for_the_whole_answer(model, api, stream):
 @apis()
 def test_a_disconnect_ends_the_answer_within_one_iteration(serve, caplog, api, stream):
     server = serve(defaults={"method": "ar", "stop_token_ids": ()})
-    body = api.body(Ask("A", max_tokens=400)) | {"stream": stream}
+    path, body = api.request(Ask("A", max_tokens=400), stream=stream)
     if stream:
-        asked = server.client.stream("POST", api.path, json=body)
+        asked = server.client.stream("POST", path, json=body)
     else:
-        asked = request_without_a_reader(server, api.path, body)
+        asked = request_without_a_reader(server, path, body)
     with caplog.at_level("INFO", "treeflash.serving"), Gate(server.engine) as gate:
         with asked:
             gate.allow(2)

@@ -20,7 +20,7 @@ class Ollama(Protocol):
 
     def options(self, ask: Ask) -> dict[str, Any]:
         options = given(num_predict=ask.max_tokens) | ({"stop": ask.stop} if ask.stop else {})
-        return given(format=ask.schema, think=ask.thinks) | {"options": options, "stream": False}
+        return given(format=ask.schema, think=ask.thinks) | {"options": options}
 
     def ask(self, url: str, ask: Ask, *, stream: bool = False) -> Answer:
         with ollama.Client(host=url) as client:

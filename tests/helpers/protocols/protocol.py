@@ -128,6 +128,10 @@ class Protocol(ABC):
     def body(self, ask: Ask) -> dict[str, Any]:
         """Return the body of a request for a whole answer."""
 
+    def request(self, ask: Ask, *, stream: bool = False) -> tuple[str, dict[str, Any]]:
+        """Return the path and the body of a request for a whole answer or a stream."""
+        return self.path, self.body(ask) | {"stream": stream}
+
     @abstractmethod
     def ask(self, url: str, ask: Ask, *, stream: bool = False) -> Answer:
         """Ask a server through the API's package, for a whole answer or a stream."""
