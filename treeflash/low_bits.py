@@ -74,6 +74,7 @@ class PackedWeight(NamedTuple):
     numbers: Numbers  # (blocks, groups, lines, 16 * 4)
     scales: Scales  # (blocks, groups * scales of a group, 16)
     least: Scales | None  # (blocks, groups, 16)
+    order: NDArray[np.int64] | None = None  # see `LowBitWeight`
 
 
 class LowBitWeight(NamedTuple):
@@ -83,6 +84,8 @@ class LowBitWeight(NamedTuple):
     scales: Scales  # (rows, groups * scales of a group) float16 or float32
     least: Scales | None  # (rows, groups); None if numbers have a sign
     bits: int
+    # (size,) the input that each number of a row multiplies; None if they are in order.
+    order: NDArray[np.int64] | None = None
 
     @property
     def format(self) -> LowBitFormat:
@@ -99,12 +102,13 @@ class LowBitWeight(NamedTuple):
         values: NDArray[np.float32] = (numbers - np.float32(self.format.half)) * scales
         if self.least is not None:
             values += self.least.astype(np.float32)[..., None]
-        return values.reshape(rows, size)
+        values = values.reshape(rows, size)
+        return values if self.order is None else values[:, np.argsort(self.order)]
 
     def take(self, rows: NDArray[np.integer[Any]]) -> LowBitWeight:
         """Return the weight with its rows in another order."""
         least = None if self.least is None else self.least[rows]
-        return LowBitWeight(self.numbers[rows], self.scales[rows], least, self.bits)
+        return LowBitWeight(self.numbers[rows], self.scales[rows], least, self.bits, self.order)
 
     def pack(self) -> PackedWeight:
         """Return the weight in the order of blocks, groups and lines."""
@@ -116,7 +120,7 @@ class LowBitWeight(NamedTuple):
             lines = lines[:, :, 0::2] | lines[:, :, 1::2] << np.uint8(4)
         packed = np.ascontiguousarray(lines).reshape(*lines.shape[:3], BLOCK * LINE)
         least = None if self.least is None else _by_block(self.least, missing)
-        return PackedWeight(packed, _by_block(self.scales, missing), least)
+        return PackedWeight(packed, _by_block(self.scales, missing), least, self.order)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,12 +170,13 @@ class StoredWeight:
 
 
 def join(weights: list[LowBitWeight]) -> LowBitWeight | None:
-    """Return one weight with the rows of all, None if their formats differ."""
-    if len({weight.format for weight in weights}) > 1:
+    """Return one weight with the rows of all, None if their formats or inputs' orders differ."""
+    kinds = {(x.format, None if x.order is None else x.order.tobytes()) for x in weights}
+    if len(kinds) > 1:
         return None
-    numbers, scales, least, bits = zip(*weights, strict=True)
+    numbers, scales, least, bits, orders = zip(*weights, strict=True)
     lows = None if least[0] is None else np.concatenate(least)
-    return LowBitWeight(np.concatenate(numbers), np.concatenate(scales), lows, bits[0])
+    return LowBitWeight(np.concatenate(numbers), np.concatenate(scales), lows, bits[0], orders[0])
 
 
 def low_bits(

@@ -54,7 +54,7 @@ from treeflash_cuda.cpu.decoder_facts import DecoderFacts, decoder_facts
 from treeflash_cuda.cpu.decoder_target import DecoderTarget
 from treeflash_cuda.cpu.decoder_weights import Checkpoint
 from treeflash_cuda.cpu.default_dtype import InexactError, gpu_dtype, half_dtype
-from treeflash_cuda.cpu.low_bit_loading import UNPACKED_BITS, is_packed
+from treeflash_cuda.cpu.low_bit_loading import UNPACKED_BITS, keeps_bits
 from treeflash_cuda.cpu.threads import cpu_threads
 from treeflash_cuda.device import (
     choose_device,
@@ -406,7 +406,7 @@ def table_nbytes(head: Head | None, target: Target) -> int:
 def load(target: Path, drafter: Path | None, config: LoadConfig) -> CudaBackend:
     check_config(config)
     on_cpu = choose_device(config.device).type == "cpu"
-    if config.bits in BITS or (config.bits is None and is_packed(read_model_config(target))):
+    if config.bits in BITS or (config.bits is None and keeps_bits(target, on_cpu)):
         return load_low_bits(target, drafter, config)
     if config.dtype is not None or not on_cpu or process_count() > 1:
         return load_pair(target, drafter, config)
@@ -789,7 +789,7 @@ def own_layers(
     facts = decoder_facts(config)
     if isinstance(facts, str):
         return facts
-    checkpoint = Checkpoint(folder, getattr(config, "quantization_config", None))
+    checkpoint = Checkpoint(folder, config.to_dict())
     return checkpoint.foreign or OwnLayers(checkpoint, facts)
 
 

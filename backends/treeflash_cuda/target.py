@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from treeflash.decoding.families import family_of, refusal
 from treeflash.decoding.image_processor import Processor
@@ -62,6 +62,18 @@ def read_model_config(folder: Path) -> PreTrainedConfig:
         raise CheckpointError(
             f"{folder / 'config.json'} is not usable: {first_line(error)}"
         ) from error
+
+
+def skeleton(config: PreTrainedConfig) -> Any:
+    """Make a decoder without memory for its weights; None if it cannot be made from these settings.
+
+    What is wrong with them is said when the model is loaded.
+    """
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except Exception:  # of the model's own code
+        return None
 
 
 def max_positions(config: Any) -> int:

@@ -316,7 +316,7 @@ def test_weights_that_are_no_plain_numbers_keep_the_model_of_transformers(tmp_pa
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["model.layers.0.mlp.up_proj.weight"] = torch.zeros(64, 32).to(dtype)
     save_file(tensors, tmp_path / "model.safetensors")
-    assert Checkpoint(tmp_path).foreign == "its weights are not plain numbers"
+    assert Checkpoint(tmp_path, {}).foreign == "its weights are not plain numbers"
 
 
 def test_tensors_with_other_names_keep_the_model_of_transformers(tmp_path):

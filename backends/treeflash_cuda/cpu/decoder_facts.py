@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from treeflash.low_bits import METHOD
+from treeflash.low_bit_formats import find_format
 
 ATTENTION = "q_proj", "k_proj", "v_proj", "o_proj"
 NETWORK = "gate_proj", "up_proj", "down_proj"
@@ -89,7 +89,7 @@ def decoder_facts(config: Any) -> DecoderFacts | str:
     layers = config.num_hidden_layers
     rope = getattr(config, "rope_parameters", None) or {}
     windows = _windows(config, family.windows)
-    quantised = getattr(config, "quantization_config", None) or {}
+    stored = find_format(config.to_dict())
     rotated = [True] * layers if family.rotated is None else getattr(config, family.rotated)
     reasons = {
         f"its activation is {config.hidden_act}": config.hidden_act != "silu",
@@ -98,7 +98,7 @@ def decoder_facts(config: Any) -> DecoderFacts | str:
         "its heads are rotated in part": rope.get("partial_rotary_factor", 1) != 1,
         "its windows have no size": windows is None,
         "a list has no entry for each of its layers": len(rotated) < layers,
-        "its weights are quantised": quantised.get("quant_method", METHOD) != METHOD,
+        str(stored): isinstance(stored, str),
     }
     if reason := next((reason for reason, applies in reasons.items() if applies), None):
         return reason

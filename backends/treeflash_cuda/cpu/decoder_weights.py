@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from treeflash.drafters.folder import FLOATS, StoredTensor, stored_tensors
 from treeflash.errors import CheckpointError
-from treeflash.low_bits import StoredWeight
+from treeflash.low_bit_formats import LowBitTensors
+from treeflash.low_bits import LowBitWeight, StoredWeight
+from treeflash.low_bits import join as join_weights
 from treeflash_cuda.cpu.decoder import Table
 from treeflash_cuda.cpu.decoder_operations import DecoderOperations
 from treeflash_cuda.cpu.low_bit_linear import LowBitEmbedding, LowBitLinear
@@ -22,30 +25,46 @@ Packed = TypeVar("Packed", bound=LowBitLinear)
 
 
 class Checkpoint:
-    """The tensors of a folder, of which each is read when it is asked for."""
+    """The tensors of a folder, of which each is read when it is asked for.
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any] | None = None) -> None:
-        """Read the headers of the files; raises a CheckpointError if one is damaged.
+    Weights of few bits are packed in the folder already, and mapped; or they are `low_bits`, which
+    are packed when they are read.
+    """
 
-        `settings` are the folder's `quantization_config`.
-        """
+    low_bits: LowBitTensors | None = None  # layers in the format of another library
+
+    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
+        """Read the headers of the files; raises a CheckpointError if one is damaged."""
         self.folder = folder
         self.tensors: dict[str, StoredTensor] = stored_tensors(folder)
         # Modules with packed weights, and the modules that have layers as their parts.
-        self.packed = StoredWeight.of(settings or {})
+        self.packed = StoredWeight.of(config.get("quantization_config") or {})
         self.wholes = {
             f"{name.rpartition('.')[0]}.{part}": name
             for name, stored in self.packed.items()
             for part in stored.parts or (name.rpartition(".")[2],)
         }
+        self.refusal: str | None = None  # why weights of few bits are not read, as a clause
+        if not self.packed:
+            shapes = {name: stored.shape for name, stored in self.tensors.items()}
+            found = LowBitTensors.find(config, shapes)
+            if isinstance(found, str):
+                self.refusal = found
+            else:
+                self.low_bits = found
 
     @property
     def foreign(self) -> str | None:
-        """Why the tensors are not plain or packed ones of transformers' names; or None."""
+        """Why the tensors are not ones that are read here, of transformers' names; or None."""
+        if self.refusal is not None:
+            return self.refusal
         if f"{EMBEDDINGS}.weight" not in self.tensors and EMBEDDINGS not in self.packed:
             return "its tensors have other names"
         plain = (
-            x for name, x in self.tensors.items() if name.rpartition(".")[0] not in self.packed
+            x
+            for name, x in self.tensors.items()
+            if name.rpartition(".")[0] not in self.packed
+            and not (self.low_bits is not None and self.low_bits.owns(name))
         )
         if any(tensor.dtype not in FLOATS for tensor in plain):
             return "its weights are not plain numbers"
@@ -71,8 +90,38 @@ class Checkpoint:
             raise CheckpointError(f"{stored.path} is damaged: {error}") from error
         return tensor
 
+    def has_few_bits(self, layer: str) -> bool:
+        """Return whether the weight of a layer has few bits."""
+        is_low = self.low_bits is not None and layer in self.low_bits.layers
+        return is_low or layer in self.wholes
+
+    def modules(self, layers: Mapping[str, bool], dtype: torch.dtype) -> list[LowBitLinear]:
+        """Return layers with weights of few bits and the same input, as few modules as can be.
+
+        `layers` says which of them have a bias.
+        """
+        if self.low_bits is None:
+            wholes = dict.fromkeys(self.wholes[layer] for layer in layers)
+            return [self.module(whole, LowBitLinear, dtype) for whole in wholes]
+        weights = [self.low_bit_weight(layer) for layer in layers]
+        biases = [
+            self.read(f"{layer}.bias", (len(weight.numbers),)).to(dtype, copy=True) if has else None
+            for (layer, has), weight in zip(layers.items(), weights, strict=True)
+        ]
+        label = self.low_bits.label(next(iter(layers)))
+        known = [bias for bias in biases if bias is not None]
+        if len(known) in (0, len(layers)) and (whole := join_weights(weights)) is not None:
+            return [LowBitLinear.of(whole, label, torch.cat(known) if known else None, dtype)]
+        return [
+            LowBitLinear.of(weight, label, own, dtype)
+            for weight, own in zip(weights, biases, strict=True)
+        ]
+
     def module(self, name: str, kind: type[Packed], dtype: torch.dtype) -> Packed:
-        """Map the module with a name, whose weights are packed."""
+        """Return the module with a name, without a bias unless that is packed with its weight."""
+        if self.low_bits is not None:
+            label = self.low_bits.label(name)
+            return kind.of(self.low_bit_weight(name), label, None, dtype)
         stored = self.packed[name]
         with torch.device("meta"):
             module = kind(stored, dtype)
@@ -83,6 +132,17 @@ class Checkpoint:
             bias = self.read(f"{name}.bias", (stored.shape[0],)).to(dtype, copy=True)
             module.bias = nn.Parameter(bias, requires_grad=False)
         return module
+
+    def low_bit_weight(self, layer: str) -> LowBitWeight:
+        """Read a layer's weight in the format of another library."""
+        assert self.low_bits is not None
+        return self.low_bits.read(layer, self.tensors, self._array)
+
+    def _array(self, name: str) -> NDArray[Any]:
+        """Read a tensor as NumPy's, which has no bfloat16."""
+        tensor = self.read(name, self.tensors[name].shape)
+        array: NDArray[Any] = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+        return array
 
 
 class DecoderWeights:
@@ -104,6 +164,10 @@ class DecoderWeights:
         """Return a copy of the tensor with a name, so that the file may change later."""
         module, _, own = name.rpartition(".")
         whole = self.checkpoint.wholes.get(module)
+        if whole is None and own == "weight" and self.checkpoint.has_few_bits(module):
+            values = self.checkpoint.low_bit_weight(module).dequantised()
+            self._check([(len(values), values.shape[1])], shape[1], shape[0])
+            return torch.from_numpy(values).to(self.dtype)
         if whole is None:
             return self.checkpoint.read(name, shape).to(self.dtype, copy=True)
         stored = self.checkpoint.packed[whole]
@@ -144,26 +208,26 @@ class DecoderWeights:
     def linear(self, place: str, size: int, **outputs: int) -> nn.Module:
         """Return the layers at a place with these names and numbers of outputs as one."""
         names = {f"{place}.{x}": n for x, n in outputs.items()}
-        wholes = list(dict.fromkeys(self.checkpoint.wholes.get(name) for name in names))
-        if all(whole is not None and not self.unpack for whole in wholes):
-            parts = [self.checkpoint.module(str(x), LowBitLinear, self.dtype) for x in wholes]
-            self._check(parts, size, sum(outputs.values()))
-            return parts[0] if len(parts) == 1 else Joined(parts)
-        if len(wholes) > 1 and not self.unpack:  # formats that are packed, and others
+        has_bias = {f"{place}.{x}": x in self.biases for x in outputs}
+        few = [self._is_packed(name) for name in names]
+        if any(few) and not all(few):
             return Joined([self.linear(place, size, **{x: n}) for x, n in outputs.items()])
+        if all(few):
+            parts = self.checkpoint.modules(has_bias, self.dtype)
+            self._check([part.shape for part in parts], size, sum(outputs.values()))
+            return parts[0] if len(parts) == 1 else Joined(parts)
         weights = [self.read(f"{name}.weight", n, size) for name, n in names.items()]
         biases = [
-            self.read(f"{name}.bias", n) if x in self.biases else None
-            for x, (name, n) in zip(outputs, names.items(), strict=True)
+            self.read(f"{name}.bias", n) if has_bias[name] else None for name, n in names.items()
         ]
         return self.operations.linear(weights, biases)
 
     def _is_packed(self, name: str) -> bool:
-        return not self.unpack and name in self.checkpoint.packed
+        """Return whether a weight keeps its few bits."""
+        return not self.unpack and self.checkpoint.has_few_bits(name)
 
-    def _check(self, parts: list[LowBitLinear], size: int, rows: int) -> None:
-        """Raise a CheckpointError if packed layers have other sizes than the configuration."""
-        found = [part.shape for part in parts]
+    def _check(self, found: list[tuple[int, int]], size: int, rows: int) -> None:
+        """Raise a CheckpointError if packed layers have other shapes than the configuration."""
         if sum(out for out, _ in found) != rows or any(width != size for _, width in found):
             raise CheckpointError(
                 f"{self.checkpoint.folder} cannot be loaded: layers have the shapes {found}, and "

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from treeflash.config import LoadConfig
 from treeflash.decoding.probe import INEXACT
@@ -22,7 +21,7 @@ from treeflash.errors import UnsupportedModelError
 from treeflash_cuda.cpu.low_bit_loading import is_packed
 from treeflash_cuda.exact import products_of
 from treeflash_cuda.linear import uses_fbgemm, uses_onednn
-from treeflash_cuda.target import RECURRENT_LAYERS, read_model_config, refuse_stateful
+from treeflash_cuda.target import RECURRENT_LAYERS, read_model_config, refuse_stateful, skeleton
 
 HALF = torch.bfloat16, torch.float16
 BFLOAT16 = 8, 0
@@ -85,17 +84,5 @@ def refuse_inexact(config: PreTrainedConfig) -> None:
         raise UnsupportedModelError(f"{INEXACT}: it does not support recurrent layers")
     if getattr(text, "attn_logit_softcapping", None) is not None:
         raise UnsupportedModelError(f"{INEXACT}: it does not support soft-capped scores")
-    if (skeleton := _skeleton(text)) is not None:
-        list(products_of(skeleton))
-
-
-def _skeleton(config: PreTrainedConfig) -> Any:
-    """Make a decoder without memory for its weights; None if it cannot be made from these settings.
-
-    What is wrong with them is said when the model is loaded.
-    """
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
-    except Exception:  # of the model's own code
-        return None
+    if (model := skeleton(text)) is not None:
+        list(products_of(model))

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
-from treeflash.low_bits import BLOCK, GROUP, LINE, PackedWeight, StoredWeight
+from treeflash.low_bits import BLOCK, GROUP, LINE, LowBitWeight, PackedWeight, StoredWeight
 
 
 class LowBitLinear(nn.Module):
@@ -23,6 +24,7 @@ class LowBitLinear(nn.Module):
     numbers: Tensor
     scales: Tensor
     least: Tensor | None
+    order: Tensor | None  # see `LowBitWeight`
     bias: Tensor | None
 
     def __init__(self, stored: StoredWeight, dtype: torch.dtype) -> None:
@@ -33,6 +35,7 @@ class LowBitLinear(nn.Module):
             self._keep(name, torch.empty(shape, dtype=getattr(torch, kind)))
         if not stored.format.has_least:
             self.least = None
+        self._keep("order", None)
         self._keep("bias", torch.empty(self.shape[0], dtype=dtype) if stored.bias else None)
         # Multiplies float32 and bfloat16 rows, when the first product has asked for it.
         self._product: Callable[[Tensor], Tensor] | None = None
@@ -44,7 +47,7 @@ class LowBitLinear(nn.Module):
     @classmethod
     def from_packed(
         cls, stored: StoredWeight, weight: PackedWeight, bias: Tensor | None, dtype: torch.dtype
-    ) -> LowBitLinear:
+    ) -> Self:
         """Make a layer of arrays, whose memory it shares."""
         with torch.device("meta"):
             layer = cls(stored, dtype)
@@ -53,6 +56,15 @@ class LowBitLinear(nn.Module):
                 layer._keep(name, torch.from_numpy(array))
         layer._keep("bias", None if bias is None else bias.detach().to(dtype))
         return layer
+
+    @classmethod
+    def of(cls, weight: LowBitWeight, name: str, bias: Tensor | None, dtype: torch.dtype) -> Self:
+        """Make a layer of a weight in a format with this name."""
+        rows, size = weight.numbers.shape
+        stored = StoredWeight(
+            name=name, format=weight.format, shape=(rows, size), bias=bias is not None
+        )
+        return cls.from_packed(stored, weight.pack(), bias, dtype)
 
     @property
     def name(self) -> str:
@@ -76,14 +88,15 @@ class LowBitLinear(nn.Module):
         addresses = self.numbers.data_ptr(), self.scales.data_ptr(), least
         (rows, _), blocks, bias = self.shape, self.numbers.shape[0], self.bias
         product = partial(kernel, weight=addresses, blocks=blocks, width=blocks * BLOCK)
-        if bias is None and rows == blocks * BLOCK:
+        order = self.order
+        if bias is None and order is None and rows == blocks * BLOCK:
             return product
 
-        def with_bias(x: Tensor) -> Tensor:
-            y = product(x)[..., :rows]
+        def whole(x: Tensor) -> Tensor:
+            y = product(x if order is None else x.index_select(-1, order))[..., :rows]
             return y if bias is None else y + bias.to(y.dtype)
 
-        return with_bias
+        return whole
 
     @torch.no_grad()
     def rows(self, ids: Tensor) -> Tensor:
@@ -99,6 +112,9 @@ class LowBitLinear(nn.Module):
         values = (values - kind.half if kind.half else values).mul_(scales[..., None])
         if self.least is not None:
             values += self.least[block, :, row].float()[..., None]
+        values = values.view(len(flat), self.shape[1])
+        if self.order is not None:
+            values = values[:, self.order.argsort()]
         return values.view(*ids.shape, self.shape[1]).to(self.dtype)
 
 

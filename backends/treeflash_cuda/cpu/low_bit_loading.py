@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,9 +19,13 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from treeflash.config import LoadConfig
+from treeflash.low_bit_formats import MLX, find_format
 from treeflash.low_bits import GROUP, METHOD, StoredWeight, round_weight
+from treeflash_cuda.cpu.decoder_facts import decoder_facts
+from treeflash_cuda.cpu.decoder_weights import Checkpoint
 from treeflash_cuda.cpu.low_bit_linear import LowBitEmbedding, LowBitLayers, LowBitLinear
 from treeflash_cuda.linear import FusedPart, is_plain
+from treeflash_cuda.target import read_model_config, skeleton
 
 UNPACKED_BITS = 16
 """The number of `LoadConfig.bits` with which weights of few bits are dequantised."""
@@ -32,6 +37,29 @@ def is_packed(config: PreTrainedConfig) -> bool:
     """Return whether a folder with this configuration has packed weights."""
     settings = getattr(config, "quantization_config", None)
     return isinstance(settings, Mapping) and settings.get("quant_method") == METHOD
+
+
+def keeps_bits(folder: Path, on_cpu: bool) -> bool:
+    """Return whether weights of a folder may keep the few bits that they have.
+
+    Folders with packed weights are also loaded elsewhere, where they are dequantised. Others keep
+    their bits in layers of our own, and in models of transformers whose layers have their names;
+    MLX changes names and weights of some models.
+    """
+    config = read_model_config(folder)
+    if is_packed(config) or not on_cpu or not isinstance(find_format(config.to_dict()), tuple):
+        return is_packed(config)
+    checkpoint = Checkpoint(folder, config.to_dict())
+    stored = checkpoint.low_bits
+    if stored is None or not stored.layers or checkpoint.foreign is not None:
+        return False
+    if not isinstance(decoder_facts(config), str):
+        return True
+    if stored.format.name == MLX or config.get_text_config() is not config:
+        return False
+    model = skeleton(config)
+    modules = {} if model is None else dict(model.named_modules())
+    return all(isinstance(modules.get(name), nn.Linear) for name in stored.layers)
 
 
 def bits_refusal(config: LoadConfig, *, on_cpu: bool, processes: int = 1) -> str | None:
@@ -65,12 +93,40 @@ def round_linears(model: PreTrainedModel, bits: int) -> None:
 class LowBitConfig(QuantizationConfigMixin):  # type: ignore[misc, unused-ignore]
     """The `quantization_config` of a folder with packed weights.
 
-    With `dequantise`, a setting of a load, layers get weights in the dtype of the load.
+    With `dequantise`, a setting of a load, layers get weights in the dtype of the load. With a
+    `folder`, the layers of another library's format are read from it.
     """
 
-    def __init__(self, modules: Mapping[str, Any], dequantise: bool = False, **_: Any) -> None:
+    def __init__(
+        self,
+        modules: Mapping[str, Any],
+        dequantise: bool = False,
+        folder: str | None = None,
+        stored: Mapping[str, Any] | None = None,  # what the folder's configuration says
+        **_: Any,
+    ) -> None:
         self.quant_method = METHOD
         self.modules, self.dequantise = modules, dequantise
+        self.folder, self.stored = folder, stored
+
+    @classmethod
+    def of_folder(cls, folder: Path, config: PreTrainedConfig) -> dict[str, Any]:
+        """Return the settings with which layers of a folder keep the bits that they have."""
+        settings = {"folder": str(folder), "stored": config.to_dict()}
+        return {"quant_method": METHOD, "modules": {}} | settings
+
+    @property
+    def checkpoint(self) -> Checkpoint | None:
+        """The folder of another library's format."""
+        return None if self.folder is None else Checkpoint(Path(self.folder), self.stored or {})
+
+
+class _Awaited(nn.Module):
+    """Stands in the place of a layer that is read when transformers has read all others."""
+
+    def __init__(self, has_bias: bool) -> None:
+        super().__init__()
+        self.has_bias = has_bias
 
 
 @register_quantizer(METHOD)
@@ -81,6 +137,11 @@ class LowBitQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         dtype = model.dtype  # of its first tensor, which will be scales
+        if (checkpoint := self.quantization_config.checkpoint) is not None:
+            assert checkpoint.low_bits is not None
+            for name in checkpoint.low_bits.layers:  # transformers knows none of their tensors
+                parent, own = _place(model, name)
+                setattr(parent, own, _Awaited(getattr(parent, own).bias is not None))
         for name, stored in StoredWeight.of(vars(self.quantization_config)).items():
             parent, own = _place(model, name)
             if getattr(parent, own, None) is model.get_input_embeddings():
@@ -102,6 +163,12 @@ class LowBitQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
             model.set_output_embeddings(table.output_head())
         if self.quantization_config.dequantise:
             dequantise(model)
+        if (checkpoint := self.quantization_config.checkpoint) is not None:
+            awaited = {x: y for x, y in model.named_modules() if isinstance(y, _Awaited)}
+            for name, module in awaited.items():
+                parent, own = _place(model, name)
+                (layer,) = checkpoint.modules({name: module.has_bias}, model.dtype)
+                setattr(parent, own, layer)
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
         return False
@@ -115,11 +182,7 @@ class LowBitQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
 def round_linear(weight: Tensor, bias: Tensor | None, bits: int) -> LowBitLinear:
     """Return a layer with an (out, in) weight that is rounded to numbers of 4 or 8 bits."""
     rounded = round_weight(weight.detach().float().numpy(), bits)
-    shape = int(weight.shape[0]), int(weight.shape[1])
-    stored = StoredWeight(
-        name=ROUNDED[bits], format=rounded.format, shape=shape, bias=bias is not None
-    )
-    return LowBitLinear.from_packed(stored, rounded.pack(), bias, weight.dtype)
+    return LowBitLinear.of(rounded, ROUNDED[bits], bias, weight.dtype)
 
 
 @torch.no_grad()

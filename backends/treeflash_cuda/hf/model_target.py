@@ -49,7 +49,13 @@ from treeflash.errors import (
 from treeflash_cuda import images as vision
 from treeflash_cuda.cache import Span, check_quantisation
 from treeflash_cuda.cpu.low_bit_linear import LowBitEmbedding, LowBitLinear
-from treeflash_cuda.cpu.low_bit_loading import UNPACKED_BITS, is_packed, round_linears
+from treeflash_cuda.cpu.low_bit_loading import (
+    UNPACKED_BITS,
+    LowBitConfig,
+    is_packed,
+    keeps_bits,
+    round_linears,
+)
 from treeflash_cuda.exact import (
     LINEAR_ROWS,
     bound_products,
@@ -392,8 +398,11 @@ class ModelTarget(Target):
             CheckpointError: the folder is damaged or incomplete.
             ConfigError, UnsupportedModelError: as the constructor raises them.
         """
+        on_cpu = device.type == "cpu"
         if is_packed(config):
             config.quantization_config["dequantise"] = settings.bits == UNPACKED_BITS
+        elif not settings.bits and settings.exact and pack and keeps_bits(folder, on_cpu):
+            config.quantization_config = LowBitConfig.of_folder(folder, config)
         split, placed = processes > 1, settings.device_map is not None
         refusals = {
             "it was loaded without its vision tower": not settings.images,
