@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+from sampled_cases import choose
 
 from treeflash.testing.pairs import EXAMPLES
 
@@ -36,11 +37,24 @@ if os.environ.get("TREEFLASH_TEST_DEVICE") == "cpu" and find_spec("mlx") is not 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Leave what is not among the `laws` of a conformance suite with such to the nightly run."""
+    """Leave to the nightly run what is not among the `laws` of a suite, or not in a `sample`."""
+    sampled = {}
     for item in items:
         laws = getattr(getattr(item, "cls", None), "laws", None)
         if laws is not None and item.originalname not in laws:
             item.add_marker(pytest.mark.nightly)
+        has_cases = hasattr(item, "callspec") and item.get_closest_marker("sample")
+        if has_cases and not {"nightly", "device"}.intersection(
+            x.name for x in item.iter_markers()
+        ):
+            sampled.setdefault((item.parent, item.originalname), []).append(item)
+    for (_, name), cases in sampled.items():
+        mark = cases[0].get_closest_marker("sample")
+        count = mark.kwargs.get(name, mark.args[0])
+        chosen = choose([item.callspec.id.split("-") for item in cases], count, name)
+        for i, item in enumerate(cases):
+            if i not in chosen:
+                item.add_marker(pytest.mark.nightly)
 
 
 def pytest_collection_finish():

@@ -53,6 +53,7 @@ def backends(request, tmp_path_factory):
 EACH_RUN = [("treeflash", "all"), ("suffix", "greedy")]
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("method", "sampling"),
     [

@@ -8,11 +8,12 @@ from treeflash.testing import DIALECTS, HYBRID_FAMILIES, BackendSuite, require
 
 require("torch")
 
-from laws import DRAFTING, FAMILIES, LAWS
+from laws import BACKEND_SAMPLE, DRAFTING, FAMILIES, LAWS, VARIANT_SAMPLE
 from parts import load_with_parts
 from treeflash_cuda.backend import load as load_cuda
 
 
+@BACKEND_SAMPLE
 class TestConformance(BackendSuite):
     families = (*BackendSuite.families, "qwen3_sliding")
     hybrids = HYBRID_FAMILIES
@@ -26,6 +27,7 @@ class TestConformance(BackendSuite):
         )
 
 
+@VARIANT_SAMPLE
 class TestStaticShapes(BackendSuite):
     """What a GPU computes, by plain products: attention in parts, and what graphs capture."""
 

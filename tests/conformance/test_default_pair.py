@@ -120,6 +120,8 @@ def test_logits_of_the_same_folder_are_close(pair):
     np.testing.assert_allclose(logits[1], logits[0], atol=1e-3)
 
 
+# Likewise for tiny pairs in `test_cross.py`, and for the target in `test_published_trees.py`.
+@pytest.mark.nightly
 @pytest.mark.parametrize("prompt", PROMPTS[:1])
 def test_a_few_tokens_are_identical(pair, prompt):
     assert_identical(pair, prompt, DecodeConfig(budget=8, max_tokens=12))

@@ -92,6 +92,7 @@ def fail_at(monkeypatch, backend, part, number):
     return calls
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("part", PARTS)
 def test_a_call_that_fails_anywhere_can_be_repeated(backend, monkeypatch, part):
     sequences, work = started(backend)

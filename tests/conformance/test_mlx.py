@@ -7,9 +7,11 @@ from treeflash.testing import DIALECTS, HYBRID_FAMILIES, BackendSuite, require
 require("mlx_lm")
 
 import mlx.core as mx
+from laws import BACKEND_SAMPLE
 from treeflash_mlx.backend import load as load_mlx
 
 
+@BACKEND_SAMPLE
 class TestConformance(BackendSuite):
     dialects = tuple(DIALECTS)
     hybrids = HYBRID_FAMILIES

@@ -77,6 +77,7 @@ def test_stored_states_continue_bit_for_bit(backend: str, read: int, tmp_path: P
     check_storage(load_pair(backend, tmp_path), read=read)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_texts_equal_plain_decoding(backend: str, temperature: float, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from laws import DRAFTING, LAWS
+from laws import DRAFTING, LAWS, VARIANT_SAMPLE
 
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
@@ -17,6 +17,7 @@ from treeflash.testing.pairs import LOAD
 TREE = DraftTree.chain(np.arange(5, dtype=np.int32))
 
 
+@VARIANT_SAMPLE
 class TestConformance(BackendSuite):
     """The laws: it is itself what the other tests of the suite compare with."""
 

@@ -13,6 +13,8 @@ from treeflash.testing import require
 from treeflash.testing.comparisons import generate, random_tokens
 from treeflash.testing.models import write_pair
 
+pytestmark = pytest.mark.sample(2)
+
 THREADS, TEXTS, VOCAB = 4, 12, 40
 METHODS = "ar", "treeflash", "ddtree"
 

@@ -129,6 +129,7 @@ def test_temperature_and_seed_reach_the_target(use, run, model, tmp_path):
     assert sampled != rows("--temperature", "1.5", "--seed", "2")
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("option", ["--head-vocab", "--head-rows"])
 def test_what_the_head_scores_reaches_the_trees(use, run, model, tmp_path, option):
     use(model)

@@ -55,6 +55,8 @@ def test_a_comparison_runs(name, module, pair, tmp_path):
     assert results["device"] == "cpu"
 
 
+# Seconds, for a figure that nothing else uses.
+@pytest.mark.nightly
 def test_the_speed_of_exact_mode_is_measured(module, pair, tmp_path):
     """In one run with the comparison of its texts."""
     file = tmp_path / "out.json"

@@ -11,10 +11,11 @@ require("torch")
 import torch
 import torch.nn.functional as F
 from fake_cuda import use_cuda_strides
-from laws import DRAFTING, FAMILIES, LAWS
+from laws import DRAFTING, FAMILIES, LAWS, VARIANT_SAMPLE
 from treeflash_cuda.backend import load as load_cuda
 
 
+@VARIANT_SAMPLE
 class TestConformance(BackendSuite):
     laws, families = LAWS | DRAFTING, FAMILIES
     dialects = ("dflash", "deepspec-gemma4", "specforge-domino")  # the others attend like these

@@ -20,6 +20,8 @@ import triton_interpreter  # noqa: F401 - repairs it
 from treeflash_cuda.gpu.triton_kernels import attention, convolution, layers, moves, recurrence
 from treeflash_cuda.operations import Operations, sample_rows
 
+pytestmark = pytest.mark.sample(2)
+
 VOCAB = 24
 EACH_RUN = [
     ("qwen3", "ar", "all"),

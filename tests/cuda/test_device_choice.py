@@ -23,6 +23,8 @@ from treeflash_cuda.device import (
     join_free_memory,
 )
 
+pytestmark = pytest.mark.sample(1)
+
 
 @pytest.fixture
 def folders(tmp_path):

@@ -21,6 +21,8 @@ from treeflash_cuda import backend as loading
 from treeflash_cuda.cache import SCALE_BYTES
 from treeflash_cuda.hf.row_pass import MAX_CHUNK
 
+pytestmark = pytest.mark.sample(1)
+
 VOCAB = 1000
 TREE = DraftTree.from_parents(np.arange(6, dtype=np.int32), np.array([-1, 0, 0, 1, 1, 2]))
 OPTIONS = TableOptions(m=4, k=8, shortlist=256, rows=16)
@@ -44,6 +46,8 @@ def pair(tmp_path_factory):
     return write_pair(folder, "qwen3", vocab_size=VOCAB)
 
 
+# Sixty-four budgets; `test_graphs.py` shows which sizes share graphs.
+@pytest.mark.nightly
 def test_adaptive_budgets_need_few_graphs(tmp_path, monkeypatch):
     """Trees of all sizes, with tables of all sizes, share graphs."""
     target, drafter = write_pair(
@@ -110,6 +114,8 @@ def test_operations_of_an_iteration(cuda, launches, pair, sequences):
     }
 
 
+# The other tests count with the same functions.
+@pytest.mark.nightly
 def test_the_command_counts_operations_and_bytes(cuda, launches):
     """The bytes of a pass are at least the weights' bytes, and grow with the context."""
     backend, found = launches.load_without_weights(launches.SHAPES["tiny"]), []

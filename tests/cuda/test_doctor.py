@@ -119,6 +119,8 @@ def test_a_sound_pair(diagnosis):
     assert all(c > m for c, m in zip(found.corrected, found.marginal, strict=True))
 
 
+# Likewise; and the drafter takes ten seconds to train.
+@pytest.mark.nightly
 def test_layers_off_by_one(diagnosis, drafter):
     edit_config(drafter, lambda config: config["dflash_config"].update(target_layer_ids=[2, 4]))
     found = problems(diagnosis())
@@ -187,6 +189,8 @@ def test_depths_that_collapse(diagnosis):
     assert "at depth 4; if the drafter was trained with block_size 4" in found["depths"]
 
 
+# `test_hybrid_commands.py` runs the command, and `tests/core/test_doctor.py` looks at its lines.
+@pytest.mark.nightly
 def test_command_line(target, trained, tmp_path, capsys, monkeypatch):
     """The target is loaded once, with other drafters later."""
     loads, read = [], loading.load_target

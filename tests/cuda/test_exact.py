@@ -151,10 +151,9 @@ LIMITS = {
 """Variables of the libraries that leave instructions of the processor out."""
 
 
-# Another process each, which takes twenty seconds. AVX2 alone has other kernels of every library.
-@pytest.mark.parametrize(
-    "limit", ["AVX2", pytest.param("AVX-512 alone", marks=pytest.mark.nightly)]
-)
+# Another process each, for ten seconds. AVX2 alone has other kernels of every library.
+@pytest.mark.nightly
+@pytest.mark.parametrize("limit", LIMITS)
 def test_exact_mode_is_granted_and_exact_with_fewer_instructions(limit):
     """The libraries choose their kernels once, so another process runs the tests."""
     names = "nodes_of_trees or every_number_of_threads or gelu_is_exact"

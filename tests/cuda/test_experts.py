@@ -108,6 +108,7 @@ def test_dense_models_have_none(tmp_path):
     assert not has_experts(load(tmp_path, None, LoadConfig(device="cpu")).target.model)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("capability", "dtype"),
     each_value([(8, 0), (8, 9), (9, 0), (12, 0)], ["bfloat16", "float16", "float32"]),

@@ -33,7 +33,10 @@ from treeflash_cuda.backend import load
 from treeflash_cuda.gpu import kernels
 from treeflash_cuda.gpu.graphs import MAX_GRAPHS, WARM_UP, Graphs
 
-pytestmark = pytest.mark.filterwarnings("error::UserWarning:treeflash_cuda")
+pytestmark = [
+    pytest.mark.filterwarnings("error::UserWarning:treeflash_cuda"),
+    pytest.mark.sample(1),
+]
 
 FAMILIES = ("qwen3", "mistral", "qwen3_moe")
 """Whole attention, windows, and experts."""
@@ -72,6 +75,7 @@ def tree():
     return DraftTree(np.arange(6, dtype=np.int32), parents, depths, np.zeros(6))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("family", "dtype"), each_value(FAMILIES + HYBRID_FAMILIES, DTYPES))
 def test_prefill_verify_commit_and_draft(cuda, folders, family, dtype):
     backend = load(*folders[family], LoadConfig(dtype=dtype))
@@ -345,6 +349,7 @@ def test_choices_with_edits_masks_and_log_probs(backend, sampling):
             assert sampled.log_probs.values.dtype == np.float32
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("family", "dtype", "is_sampled"),
     each_value((*FAMILIES, *HYBRID_FAMILIES, "mistral in 8 bits"), DTYPES, (False, True)),

@@ -154,6 +154,7 @@ def test_variants_of_attention_have_no_exact_mode_on_a_cpu(capped, name, variant
         load(target, drafter, LoadConfig(device="cpu", dtype="bfloat16", exact=True))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("operations", [False, True], ids=["masks", "operations"])
 @pytest.mark.parametrize("name", ["gemma2", "gpt_oss"])
 def test_soft_capped_scores_and_sinks_are_those_of_transformers(

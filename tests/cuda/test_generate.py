@@ -17,6 +17,8 @@ import torch
 from transformers import AutoModelForCausalLM
 from treeflash_cuda.backend import load
 
+pytestmark = pytest.mark.sample(2)
+
 CPU = LoadConfig(device="cpu", dtype="float32")
 BUDGETS = (1, 2, 16, 64, 256)
 FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", "mistral")

@@ -33,6 +33,8 @@ from treeflash_cuda.backend import load
 from treeflash_cuda.gpu.graphs import MAX_ROWS, WARM_UP, Graph, Graphs, garbage_collection_disabled
 from treeflash_cuda.hf import attention_contexts, row_pass
 
+pytestmark = pytest.mark.sample(1)
+
 VOCAB = 40
 
 
@@ -229,6 +231,7 @@ def test_a_warm_up_begins_with_the_states_and_ends_where_memory_does(tmp_path, m
     assert backend.target.state_arena.slots == 1 + 4 * backend_module.STATES_EACH
 
 
+@pytest.mark.sample(None)
 @pytest.mark.parametrize(
     ("module", "name", "value"),
     [

@@ -24,6 +24,8 @@ from treeflash_cuda.gpu.state_arena import MIN_SLOTS
 from treeflash_cuda.operations import Operations
 from treeflash_cuda.recurrence import TreeNodes, delta_rule
 
+pytestmark = pytest.mark.sample(1)
+
 VOCAB = 40
 CPU = LoadConfig(device="cpu", dtype="float32")
 TYPES = ("mamba2", "lfm2")  # without attention layers; without matrices
@@ -38,6 +40,7 @@ def folders(request, tmp_path):
     return write_pair(tmp_path, request.param, vocab_size=VOCAB)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("sequences", [1, 3])
 def test_trees_are_those_of_one_sequence_after_another(folders, monkeypatch, sequences):
     """Logits, states, keys and features, in graphs with the addresses and sizes of a capture."""

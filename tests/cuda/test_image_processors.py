@@ -51,6 +51,7 @@ def test_ids_and_inputs_are_those_of_one_call(folder):
         processor.encode(f"ab{processor.placeholder}", PICTURES)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("folder", ["qwen3_5", "gemma3", "lfm2_vl"], indirect=True)
 def test_text_is_that_of_generate_with_the_processors_inputs(folder):
     family = hf.AutoConfig.from_pretrained(folder).model_type

@@ -42,6 +42,8 @@ from treeflash.errors import PromptError
 from treeflash.testing.comparisons import tokens_of
 from treeflash.testing.models import edit_config, write_dialect
 
+pytestmark = pytest.mark.sample(2)
+
 CPU = LoadConfig(device="cpu", dtype="float32")
 TOKENS, FAULT_TOKENS = 10, 16  # some faults show late
 TYPES = [name for name in CONFIGS if not name.startswith("gemma4")]  # which takes texts alone
@@ -329,6 +331,7 @@ def sound_prompts(pairs):
     return get
 
 
+@pytest.mark.sample(None)
 @pytest.mark.parametrize(
     ("family", "fault", "at_load"),
     [

@@ -23,6 +23,8 @@ from treeflash.language_model import LanguageModel
 from treeflash.text.prompt import image_part, text_part
 from treeflash.text.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.sample(2)
+
 FAMILY = "gemma3"
 TOKENS, QUESTION = 12, "?"
 DEFAULTS = {"method": "suffix", "temperature": 0.0}

@@ -81,6 +81,8 @@ def test_the_dtype_is_the_one_asked_for(dtype, tmp_path):
     assert load(tmp_path, None, LoadConfig(device="cpu", dtype=dtype)).dtype == dtype
 
 
+# A C++ compiler takes seconds. `test_decoder.py` compares compiled layers with transformers.
+@pytest.mark.nightly
 def test_compiled_layers_compute_the_same(tmp_path, monkeypatch):
     folders = write_pair(tmp_path, "qwen3", drafter={"target_layer_ids": (0,)}, layers=1)
     # Tracing, but no compiler of C++.

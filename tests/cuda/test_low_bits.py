@@ -90,10 +90,11 @@ def reference(x: Tensor, weight: LowBitWeight) -> Tensor:
     return y.to(x.dtype)
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize(
     ("name", "isa"),
     [
-        pytest.param(name, isa, id=f"{name}, {isa.name}")
+        pytest.param(name, isa, id=f"{name}-{isa.name}")
         for name in FORMATS
         for isa in isas()
         # Compiling takes a second each; these have every part of the code.
@@ -200,6 +201,8 @@ def test_code_is_compiled_once_and_kept(tmp_path, monkeypatch):
         Kernel(GENERIC, kind._replace(wide=True))
 
 
+# A kernel for no processor in particular takes seconds to compile.
+@pytest.mark.nightly
 def test_a_cache_that_cannot_be_written_is_no_error(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("TREEFLASH_CACHE", str(tmp_path / "file"))

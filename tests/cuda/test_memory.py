@@ -66,6 +66,8 @@ def test_a_fork_that_fails_in_the_middle_gives_its_regions_back(folders):
         assert [slab.is_free for slab in arena.slabs] == [True]
 
 
+# Only new pairs of the device suite can change it.
+@pytest.mark.nightly
 def test_the_pairs_of_the_device_suite_fit_one_gpu(cuda, folders, monkeypatch):
     """The suite keeps all pairs of a class, and pytest keeps a class until the end."""
     monkeypatch.setattr(accelerators, "cuda_problem", lambda: None)

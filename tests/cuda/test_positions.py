@@ -15,6 +15,8 @@ import torch
 import transformers
 from treeflash_cuda.backend import load
 
+pytestmark = pytest.mark.sample(1)
+
 CPU = LoadConfig(device="cpu", dtype="float32")
 POSITIONS = 32
 SHAPE = {

@@ -139,6 +139,7 @@ def test_logits_that_are_not_finite_raise(choose, bad, sampling):
         choose(logits, sampling, keys(2))
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("sampler", [sample_tokens, sample_on_gpu], ids=["cpu", "gpu"])
 @pytest.mark.parametrize("top_k", [0, 11])
 @pytest.mark.parametrize("min_p", [0.0, 0.6])

@@ -28,6 +28,8 @@ from treeflash_cuda.training import entry, loop
 from treeflash_cuda.training.entry import train
 from treeflash_cuda.training.initial import drafter_settings, initial_drafter
 
+pytestmark = pytest.mark.sample(2)
+
 TINY = replace(
     TINY_RUN,
     head_size=48,

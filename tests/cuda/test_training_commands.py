@@ -61,7 +61,9 @@ def efficiency(target, drafter, prompts, **settings):
     return float(np.mean(lengths))
 
 
-@pytest.mark.parametrize("steps", [60, pytest.param(600, marks=pytest.mark.nightly)])
+# `test_hybrid_commands.py` goes the same way with another target.
+@pytest.mark.nightly
+@pytest.mark.parametrize("steps", [60, 600])
 def test_from_prompts_to_a_drafter(steps, target, responses, tmp_path, capsys):
     records = [json.loads(line) for line in responses.read_text().splitlines()]
     kept, held_out = tmp_path / "kept.jsonl", tmp_path / "held_out.jsonl"

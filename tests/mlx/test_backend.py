@@ -219,6 +219,7 @@ def test_nothing_is_wired_without_a_gpu(see_device, monkeypatch):
     device.wire_memory(2 << 30)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(("options", "wired"), [({}, False), ({"wired": True}, True)])
 def test_models_are_wired_as_the_configuration_says(pair, monkeypatch, options, wired):
     asked = []
@@ -349,6 +350,7 @@ def test_the_difference_of_a_batch_is_small_beside_that_of_a_context(pair, rng, 
     assert math.isnan(backend_module.batch_difference(backend, rng))
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("drafter", [None, "dflash", "treeflash"])
 def test_a_gpu_is_warmed_up_at_load(pair, tmp_path, monkeypatch, drafter):
     """Everything that an answer needs runs once, so that the first answer compiles nothing."""

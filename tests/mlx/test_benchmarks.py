@@ -23,6 +23,8 @@ from treeflash.text.generation import PHASES
 require("mlx.core")
 require("mlx_lm")
 
+pytestmark = pytest.mark.sample(1)
+
 
 @pytest.fixture
 def pair(tmp_path):
@@ -38,6 +40,8 @@ def mac(module, pair, tmp_path):
     return module("mlx_parts").Mac(args, tmp_path, end=time.time() + 600)
 
 
+# Likewise, with a target alone: `test_throughput` goes the same way.
+@pytest.mark.nightly
 def test_the_target_is_measured(module, mac, monkeypatch):
     parts, part = module("mlx_parts"), module("report").Part("measurements")
     monkeypatch.setattr(parts, "PROMPT_LENGTHS", (40, 100_000_000))

@@ -32,6 +32,8 @@ from treeflash_mlx import backend as backend_module
 from treeflash_mlx.backend import choose_bits, load
 from treeflash_mlx.drafter_operations import as_module
 
+pytestmark = pytest.mark.sample(1)
+
 GREEDY = SamplingConfig()
 SEEDED = SamplingConfig(temperature=0.8, top_p=0.9, seed=5)
 

@@ -31,6 +31,7 @@ def backend(tmp_path_factory):
 SAMPLINGS = SamplingConfig(), SamplingConfig(temperature=0.9, seed=3)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_texts_of_bfloat16_are_those_of_plain_decoding(backend, sampling, rng):
     """Alone and four at once, after prompts of different lengths."""

@@ -76,6 +76,7 @@ def mlx_lm_text(folder, length):
     return [int(token) for token, _ in itertools.islice(steps, length)]
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", KINDS)
 def test_text_equals_that_of_mlx_lm(backend_of, hybrid_pair_of, name):
     text, steps = text_of(backend_of(name), 40, method="treeflash", budget=64)
@@ -119,6 +120,7 @@ def test_every_method_equals_mlx_lm_and_plain_decoding(hybrid_pair_of, tmp_path,
             assert (len(text) - 1) / (steps - 1) > 1.3, (method, budget)
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("name", TYPES)
 def test_states_after_commits_equal_those_of_a_prefill(families, tmp_path, rng, name):
     """Passes that nobody commits leave nothing behind; sequences join and leave a batch."""
@@ -212,6 +214,7 @@ def test_files_of_transformers_load(families, tmp_path):
         assert mx.array_equal(mine, theirs)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", ["mamba", "jamba", "recurrent_gemma", "rwkv7", "baichuan_m1"])
 def test_a_recurrence_without_hooks_is_refused_with_the_reason(hybrid_pair_of, name):
     with pytest.raises(UnsupportedModelError, match=f"^{name} models cannot run a draft tree: "):

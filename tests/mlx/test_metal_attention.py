@@ -95,6 +95,7 @@ SHAPES = [
 ]
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("window", [None, 3, 20])
 @pytest.mark.parametrize(("shape", "starts"), SHAPES)
 def test_attention_is_exact_up_to_rounding(runner, rng, shape, starts, window):
@@ -431,6 +432,7 @@ def test_layers_of_one_shape_prepare_a_launch_once(metal, monkeypatch, rng):
     assert metal.launches["treeflash_attention_parts"] == 3
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(("shape", "starts"), [SHAPES[1], SHAPES[5], SHAPES[7]])
 def test_kernels_run_where_threadgroups_have_few_threads(metal, rng, shape, starts):
     """M1 and M2 give some kernels fewer than 256."""

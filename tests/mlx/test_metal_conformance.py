@@ -20,7 +20,7 @@ from treeflash.testing.pairs import repeated
 
 require("mlx_lm")
 
-from laws import LAWS
+from laws import LAWS, VARIANT_SAMPLE
 from metal_executor import DESCENDING, MetalExecutor, install, require_compiler
 from treeflash_mlx.backend import load as load_mlx
 from treeflash_mlx.metal_kernels import attention
@@ -99,6 +99,7 @@ def kernels(metal_kernels_folder):
 
 
 @pytest.mark.filterwarnings("ignore:MLX was imported before treeflash_mlx")  # of TF32, on GPUs
+@VARIANT_SAMPLE
 class TestConformance(BackendSuite):
     laws = (LAWS - SLOW) | {"test_every_kernel_is_launched"}
     families = ("qwen3", "mistral")

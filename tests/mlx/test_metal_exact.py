@@ -47,6 +47,7 @@ def metal(metal):
     return metal
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
 @pytest.mark.parametrize(("bits", "group"), [(16, 64), (8, 32), (4, 64)])
 def test_a_row_of_a_product_has_the_same_bits_beside_any_others(runner, bits, group, dtype):
@@ -72,6 +73,7 @@ LAYERS = [
 ]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(("heads", "key_heads", "width", "dtype", "window", "nodes"), LAYERS)
 def test_a_node_attends_with_the_bits_of_plain_decoding(
     runner, rng, heads, key_heads, width, dtype, window, nodes

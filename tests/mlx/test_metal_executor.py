@@ -234,6 +234,7 @@ OPERATIONS = {
 }
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_operations(executor, rng, operation):
     x = rng.integers(0, 40, 32).astype(np.int32)

@@ -134,6 +134,7 @@ def delta_inputs(rng, dtype, key_dim, by_channel):
     )
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("by_channel", [False, True])
 @pytest.mark.parametrize(

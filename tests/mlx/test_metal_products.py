@@ -53,6 +53,7 @@ def exact(module, x):
     return x.astype(mx.float32) @ weight.T
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(
     ("bits", "group", "rows", "dtype"),
     [

@@ -259,6 +259,7 @@ def test_no_route_shares_cached_states_between_keys(application, path, request):
     assert min(cached(key) for key in keys) > 0
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("path", STREAMS)
 def test_no_route_copies_answers_to_another_key(application, started, path, request, monkeypatch):
     """A copied answer takes fewer iterations, and so less time."""
@@ -339,6 +340,7 @@ def test_bodies_of_another_type_are_refused_from_browsers(application, path, bro
         assert "send Content-Type: application/json" in message_of(answer)
 
 
+@pytest.mark.sample(60)
 @pytest.mark.parametrize("path", REQUESTS)
 @pytest.mark.parametrize("kind", WRONG_TYPES)
 def test_programs_may_send_bodies_of_any_type(application, path, kind):
@@ -395,6 +397,7 @@ def test_reading_stops_at_the_limit(application, declared):
     assert answer.pieces_read <= LIMIT // 1000 + 1
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("path", REQUESTS)
 def test_all_pieces_of_a_body_must_arrive_in_time(application, path):
     """A client cannot hold a connection by sending a bit of its body at times."""

@@ -25,6 +25,8 @@ from treeflash.decoding.disk_cache import BLOCK
 from treeflash.testing import require
 from treeflash.testing.models import write_drafter, write_target
 
+pytestmark = pytest.mark.sample(1)
+
 # Reasoning is kept after the last message of the user only, as in Qwen3's template.
 CHAT_TEMPLATE = (
     "{% set ns = namespace(last=0) %}{% for m in messages %}"

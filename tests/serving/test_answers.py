@@ -60,6 +60,7 @@ def is_first(text, i, length):
     return text.index(text[i : i + length]) == i
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("api", having("named stop"))
 def test_the_stop_string_that_ended_an_answer_is_named(model, serve, api, stream):
@@ -80,6 +81,7 @@ def test_the_stop_string_that_ended_an_answer_is_named(model, serve, api, stream
 FOREVER = {"max_tokens": 400, "ignore_eos": True, "temperature": 0}
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("method", ["ar", "treeflash"])
 @pytest.mark.parametrize("answers", [1, 3])
 def test_an_answer_that_stopped_holds_no_slot(serve, method, answers):

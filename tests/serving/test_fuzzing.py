@@ -77,6 +77,7 @@ def test_every_operation_is_listed(document):
     assert found == set(OPERATIONS)
 
 
+@pytest.mark.sample(14)
 @pytest.mark.parametrize(
     ("path", "method", "mode"),
     [(*operation, mode) for operation in OPERATIONS for mode in MODES if allows(operation, mode)],

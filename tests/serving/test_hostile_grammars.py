@@ -185,6 +185,7 @@ SLOW = {
 """Their compilation is stopped after half a second, as with others of their kind."""
 
 
+@pytest.mark.sample(12)
 @pytest.mark.parametrize(
     "name",
     [pytest.param(name, marks=pytest.mark.nightly if name in SLOW else ()) for name in REFUSED],
@@ -378,6 +379,7 @@ def _no_traceback(caplog):
     assert not [record for record in caplog.records if record.exc_info]
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize(("request_", "param"), REQUESTS, ids=range(len(REQUESTS)))
 def test_requests(hardened, request_, param):
     path, body = request_

@@ -20,6 +20,8 @@ from stub_images import FEATURES, StubProcessor, base64_of, chunk, claiming, pic
 
 from treeflash.text.prompt import image_part, text_part
 
+pytestmark = pytest.mark.sample(2)
+
 QUESTION = "?"
 OPTIONS = {"max_tokens": 16}
 DEFAULTS = {"temperature": 0.3, "seed": 3}  # Anthropic's API and Responses have no seed

@@ -115,6 +115,7 @@ def test_an_agent_learns_of_a_running_server(run, server, name):
     assert server.client.get("/health").status_code == 200, "it was there before"
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", AGENTS)
 def test_an_agent_gets_the_key(run, serve, tmp_path, name):
     server = serve(api_keys=("first", "second"))
@@ -195,6 +196,7 @@ def answering(status, body):
             thread.join()
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("status", "body"),
     [

@@ -111,6 +111,7 @@ def test_an_answer_is_that_of_the_python_api(server, tool_pair, api, stream):
     assert (len(found.pieces) > 2) == stream, "a stream comes as it is decoded"
 
 
+@pytest.mark.sample(5)
 @streams
 @apis("stop")
 def test_a_stop_string_ends_the_answer(server, tool_pair, api, stream):
@@ -230,6 +231,7 @@ def test_a_model_that_does_not_reason(tmp_path, api):
     assert "does not support reasoning" in api.message(response.json())
 
 
+@pytest.mark.sample(5)
 @apis("images")
 @pytest.mark.parametrize("form", ["one line", "lines"])
 def test_images(image_server, image_model, api, form):
@@ -280,6 +282,7 @@ def test_a_begun_answer_may_have_a_broken_call(server, api):
     assert not server.engine._scheduler.busy
 
 
+@pytest.mark.sample(2)
 @apis()
 def test_the_default_length_of_an_answer(server, serve, api):
     """2,048 tokens, or as many as the command's option allows; never beyond the context."""
@@ -497,6 +500,7 @@ def test_a_failure_is_told(server, api, stream):
     assert server.engine.unfinished == 0
 
 
+@pytest.mark.sample(2)
 @streams
 @apis()
 def test_the_time_limit_is_for_the_whole_answer(model, api, stream):
@@ -513,6 +517,7 @@ def test_the_time_limit_is_for_the_whole_answer(model, api, stream):
         assert not server.engine._scheduler.busy
 
 
+@pytest.mark.sample(4)
 @streams
 @apis()
 def test_a_disconnect_ends_the_answer_within_one_iteration(serve, caplog, api, stream):

@@ -128,6 +128,7 @@ def test_json_after_reasoning(server, tokenizer):
     assert reason == "stop"
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize(
     "fields",
     [
@@ -252,6 +253,7 @@ CHOSEN = {
 }
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", CHOSEN)
 def test_a_chosen_tool_call_parser(tmp_path, name):
     """Calls are enforced in the form that the parser reads."""

@@ -100,6 +100,7 @@ class TestSampling:
         }
         assert len(sequences) == 20
 
+    @pytest.mark.sample(1)
     @pytest.mark.parametrize("method", ["dflash", "ddtree", "treeflash"])
     def test_tree_decoding_has_the_targets_distribution(self, method: Method) -> None:
         """What follows each token in texts of several seeds, against the exact probabilities."""

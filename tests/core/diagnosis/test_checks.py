@@ -115,6 +115,7 @@ def test_block_offset(problems, late, depth):
     assert found.keys() == {"block offset", "depths"}  # nothing is right at depth 1
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("asked", "made_for", "way"),
     [

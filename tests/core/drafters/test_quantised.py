@@ -18,6 +18,8 @@ from treeflash.testing import models
 from treeflash.testing.comparisons import generate
 from treeflash.testing.models import edit_config, save, write_dialect, write_target
 
+pytestmark = pytest.mark.sample(4)
+
 PACKAGES = {"reference": "numpy", "cuda": "torch", "mlx": "mlx_lm"}
 GROUP = 32
 SETTINGS = {"group_size": GROUP, "bits": 4, "mode": "affine"}
