@@ -9,8 +9,8 @@ from itertools import combinations
 from zlib import crc32
 
 
-def choose(cases: Sequence[Sequence[str]], count: int, name: str) -> set[int]:
-    """Choose cases that differ as much as possible; a case is a list of values.
+def choose(cases: Sequence[Sequence[str]], count: int | None, name: str) -> set[int]:
+    """Choose cases that differ as much as possible; a case is a list of values. None is all.
 
     The first case is one of them, and the next always has the most values that no chosen one has
     in its place, then the most pairs of values. Among equals, the name of the test decides: so
@@ -21,7 +21,7 @@ def choose(cases: Sequence[Sequence[str]], count: int, name: str) -> set[int]:
     start = crc32(name.encode()) % len(cases)
     order = [*range(start, len(cases)), *range(start)]
     chosen = [0]
-    while len(chosen) < min(count, len(cases)):
+    while len(chosen) < min(count or len(cases), len(cases)):
         seen = set().union(*(parts[i] for i in chosen))
         seen_pairs = set().union(*(pairs[i] for i in chosen))
         chosen.append(
