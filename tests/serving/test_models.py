@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 from asgi import ask_async
+from failures import failing as failing_call
 from protocols import PROTOCOLS, Ask
 from scripted_model import reference_model
 from servers import MAX_POSITIONS, PATIENCE, Gate, serving_pool, wait_until
@@ -29,6 +30,8 @@ pytestmark = pytest.mark.sample(1)
 
 CHAT = "/v1/chat/completions"
 TOKENS = 12
+apis = pytest.mark.parametrize("api", PROTOCOLS, ids=lambda api: type(api).__name__)
+streams = pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +229,7 @@ def failure_of(response, path):
     return response.status_code, body["error"]["message"]
 
 
-@pytest.mark.parametrize("api", PROTOCOLS, ids=lambda api: type(api).__name__)
+@apis
 def test_a_load_that_fails_is_an_error_of_its_requests(serve_models, loads, alone, api):
     server = serve_models()
     server.post(CHAT, question("One"))
@@ -282,6 +285,28 @@ def test_memory_that_runs_out_amid_an_answer(serve_models, failing, alone):
     assert text_of(server.post(CHAT, question("One"))) == answer_of(alone["One"])
 
 
+@streams
+@apis
+def test_what_clients_see_when_memory_runs_out_amid_an_answer(serve_models, api, stream):
+    """A stream says it last. The idle model leaves, and then there is an answer."""
+    server, asked = serve_models(), Ask(model="One", max_tokens=TOKENS)
+    server.post(CHAT, question("One"))
+    verifier, short = server.engine.model.backend.verifier, MemoryError("out of memory")
+    server.post(CHAT, question("two"))
+    with failing_call(verifier, "run", short, call=3), pytest.raises(api.failure):
+        api.ask(server.url, asked, stream=stream)
+    wait_until(lambda: in_memory(server) == {"One"})
+    server.post(CHAT, question("two"))
+    with failing_call(verifier, "run", short, call=3):
+        answer = server.post(api.path, api.body(asked) | {"stream": stream})
+    wait_until(lambda: in_memory(server) == {"One"})
+    assert answer.status_code == (200 if stream else 503)
+    told = api.stream_message(answer.text) if stream else api.message(answer.json())
+    assert told == "the device is out of memory; send the request again"
+    assert api.ask(server.url, asked, stream=stream).reason == "length"
+    assert counted(server, "model_unloads_total")["two"] == 2
+
+
 def test_a_client_that_leaves_while_its_model_is_loaded(pairs, loads):
     """It gets no answer; a load that nobody waits for does not begin."""
     app = application(pool := make_pool(pairs, loads))
@@ -330,20 +355,22 @@ def test_conversations_go_on_after_the_next_load(serve_models, loads, alone, own
     assert cached[2] >= BLOCK
 
 
-def test_a_server_that_ends_while_a_model_is_loaded(serve_models, loads):
+@streams
+@apis
+def test_a_server_that_ends_while_a_model_is_loaded(serve_models, loads, api, stream):
     server = serve_models()
     loads.gates["two"] = threading.Event()
+    body = api.body(Ask(model="two")) | {"stream": stream}
     with ThreadPoolExecutor(1) as clients:
-        waiting = clients.submit(server.post, CHAT, question("two"))
+        waiting = clients.submit(server.post, api.path, body)
         wait_until(lambda: loads.begun["two"])
         server.server.handle_exit(15, None)
         response = waiting.result()
         loads.gates["two"].set()
-    assert response.status_code == 503
-    assert response.json()["error"]["code"] == "shutting_down"
+    assert failure_of(response, api.path) == (503, "the server is shutting down")
 
 
-@pytest.mark.parametrize("api", PROTOCOLS, ids=lambda api: type(api).__name__)
+@apis
 def test_unknown_names_are_answered_as_each_api_documents(serve_models, api):
     server = serve_models()
     response = server.post(api.path, api.body(Ask(model="four")))
