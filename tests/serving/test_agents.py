@@ -8,13 +8,17 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
+import httpx
 import pytest
-from scripted_model import scripted_model
-from servers import serving
+from scripted_model import reference_model, scripted_model
+from servers import serving, serving_pool
 
+from treeflash.serving.models import ModelPool, ModelSpec
 from treeflash.serving.response_templates import QWEN
+from treeflash.serving.settings import Settings
 
 DOCS = Path(__file__).parents[2] / "docs" / "serving.md"
 LAUNCH_DOCS = DOCS.with_name("agents.md")
@@ -121,12 +125,13 @@ def test_agents(packages, tmp_path, agent, task):
 @pytest.mark.parametrize("agent", PACKAGES)
 def test_launched_agents(packages, tmp_path, agent):
     """The documented command makes the file, and does not touch the user's configuration."""
-    start = f"treeflash launch {agent} "
+    start = f"treeflash launch {agent} --target Qwen/Qwen3-8B"
     lines = LAUNCH_DOCS.read_text().split("\n")
-    (command,) = [line for line in lines if line.startswith(f"{start}-- ")]
+    (command,) = [line for line in lines if line.startswith(f"{start} -- ")]
     agent_model(tmp_path / "model", *CALLS[agent])
     pair = f"--target {tmp_path}/model/target --drafter {tmp_path}/model/drafter"
-    command = command.replace(start, f"{start}{pair} --backend reference --port 0 ")
+    options = f"{pair} --backend reference --port 0"
+    command = command.replace(start, f"treeflash launch {agent} {options}")
     command = f"{sys.executable} -m {command}"
     if agent == "codex":  # its sandbox needs what a container may lack
         bypass = "--dangerously-bypass-approvals-and-sandbox"
@@ -136,6 +141,33 @@ def test_launched_agents(packages, tmp_path, agent):
     assert output.strip().endswith("It is done.")
     assert (work / "made.txt").read_text() == "made\n"
     assert (tmp_path / "home" / ".codex" / "config.toml").read_text() == config
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("choice", ["codex exec -m NAME", "launch"])
+def test_codex_chooses_between_models(packages, tmp_path, choice):
+    """Each of two models calls the tool in its own way, and only the chosen one is loaded."""
+    limits, specs = Settings(), []
+    for name in ("first", "second"):
+        agent_model(tmp_path / name, "exec_command", {"cmd": f"echo {name} > made.txt"})
+        target, drafter = tmp_path / name / "target", tmp_path / name / "drafter"
+        load = partial(reference_model, target, drafter)
+        specs.append(
+            ModelSpec(names=(name,), load=load, settings=limits, defaults={}, folder=target)
+        )
+    options = "--skip-git-repo-check --dangerously-bypass-approvals-and-sandbox 'Make a file.'"
+    pool = ModelPool(specs, limits)
+    with serving_pool(pool) as server:
+        config = documented("# Codex: ~/.codex/config.toml").replace("NAME", "first")
+        config = config.replace("http://127.0.0.1:8000", server.url)
+        command = f"{choice.replace('NAME', 'second')} {options}"
+        if choice == "launch":
+            named = f"--model-name second --port {httpx.URL(server.url).port}"
+            command = f"{sys.executable} -m treeflash launch codex {named} -- exec {options}"
+        output, work = run_agent(packages, tmp_path, command, config)
+        assert [model.service is not None for model in pool.models] == [False, True]
+    assert output.strip().endswith("It is done.")
+    assert (work / "made.txt").read_text() == "second\n"
 
 
 def function(name, **properties):

@@ -167,6 +167,12 @@ def test_bad_options(run, args, says):
     assert says in err
 
 
+def test_a_name_is_found_without_regard_to_case(run, server):
+    code, told, err = run("claude", "--port", port_of(server), "--model-name", NAME.upper())
+    assert code == 7, err
+    assert learned("claude", told)[2] == NAME
+
+
 def test_another_model_than_the_server_has(run, server):
     code, told, err = run("claude", "--port", port_of(server), "--model-name", "large")
     assert (code, told, err.count("\n")) == (2, None, 1)

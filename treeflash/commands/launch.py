@@ -106,10 +106,12 @@ def _server(args: argparse.Namespace, options: list[str]) -> Iterator[Endpoint]:
     model, *_ = model_arguments(args, options)
     if models is not None:
         named = model.target is not None or model.model_name
-        name = model_names(model)[0] if named else next(iter(models))
-        if name not in models:
+        wanted = model_names(model)[0] if named else next(iter(models))
+        # The case of a name does not matter to the server either.
+        name = next((name for name in models if name.casefold() == wanted.casefold()), None)
+        if name is None:
             raise ConfigError(
-                f"the server at {url} has {', '.join(models)} and not {name}; end it, or choose "
+                f"the server at {url} has {', '.join(models)} and not {wanted}; end it, or choose "
                 "another --port"
             )
         print(f"using the server at {url} with {name}, and its options", file=sys.stderr)
