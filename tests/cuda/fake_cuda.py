@@ -387,7 +387,7 @@ class FakeCuda(TorchDispatchMode):
             yield
 
         def refuse_waiting(mode):
-            self.refusing = mode == "error"
+            self.refusing = mode == "warn"
 
         for name, stand_in in {
             "CUDAGraph": _Graph,

@@ -1,11 +1,12 @@
 """Trees and drafts as functions of tensors alone, and when they run without static shapes."""
 
 import gc
+import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from itertools import product
-from threading import current_thread
+from threading import Barrier, current_thread
 from types import SimpleNamespace
 
 import numpy as np
@@ -30,7 +31,14 @@ import torch
 from treeflash_cuda import backend as backend_module
 from treeflash_cuda import drafter as drafter_module
 from treeflash_cuda.backend import load
-from treeflash_cuda.gpu.graphs import MAX_ROWS, WARM_UP, Graph, Graphs, garbage_collection_disabled
+from treeflash_cuda.gpu.graphs import (
+    MAX_ROWS,
+    WARM_UP,
+    Graph,
+    Graphs,
+    garbage_collection_disabled,
+    synchronising_refused,
+)
 from treeflash_cuda.hf import attention_contexts, row_pass
 
 pytestmark = pytest.mark.sample(1)
@@ -415,7 +423,7 @@ class StandIns:
     Attributes:
         stream: the current stream.
         pools: the pools of captures that began.
-        refusing: whether waiting for the device is refused.
+        mode: what PyTorch does when a thread waits for the device.
         capturing: the thread of the capture that is under way, and its mode.
         error: the message of the error with which all captures end; None if they succeed.
     """
@@ -423,7 +431,7 @@ class StandIns:
     def __init__(self, monkeypatch, error="operation not permitted when capturing"):
         self.stream = Stream()
         self.pools = []
-        self.refusing = False
+        self.mode = "default"
         self.capturing = None
         self.error = error
         stand_ins = {
@@ -431,18 +439,25 @@ class StandIns:
             "Stream": Stream,
             "current_stream": lambda: self.stream,
             "device": lambda _: nullcontext(),
-            "get_sync_debug_mode": lambda: "default",
+            "get_sync_debug_mode": lambda: self.mode,
             "graph": self.capture,
             "graph_pool_handle": object,
-            "set_sync_debug_mode": self.refuse,
+            "set_sync_debug_mode": self.set_mode,
             "stream": self.enter,
         }
         for name, stand_in in stand_ins.items():
             monkeypatch.setattr(torch.cuda, name, stand_in)
         monkeypatch.setattr(Graphs, "is_capturing", True)
 
-    def refuse(self, mode):
-        self.refusing = mode == "error"
+    def set_mode(self, mode):
+        self.mode = mode
+
+    def wait(self):
+        """Wait for the device, from any thread."""
+        if self.mode == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+        if self.mode == "warn":
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=2)
 
     def allocate(self):
         """Take memory from the driver, which spoils captures: in some modes of any thread."""
@@ -499,13 +514,49 @@ def test_what_waits_for_the_device_is_found_before_its_capture(monkeypatch):
     graphs = Graphs(torch.device("cpu"))
 
     def wait(x):
-        if stand_ins.refusing:
-            raise RuntimeError("called a synchronizing CUDA operation")
+        stand_ins.wait()
         return (2 * x,)
 
     assert graphs.run("doubling", (), wait, torch.arange(3))[0].tolist() == [0, 2, 4]
     assert graphs.verdicts["doubling"] == "called a synchronizing CUDA operation"
     assert not stand_ins.pools
+    assert stand_ins.mode == "default"
+
+
+def test_other_threads_may_wait_for_the_device_while_a_function_is_checked(monkeypatch):
+    """A server answers with one model, and reads its tokens, while it loads another one."""
+    stand_ins = StandIns(monkeypatch, error=None)
+    graphs, checked = [Graphs(torch.device("cpu")) for _ in range(2)], []
+
+    def double(x):
+        if stand_ins.mode != "default":
+            checked.append(stand_ins.mode)
+            with ThreadPoolExecutor(1) as other:
+                other.submit(stand_ins.wait).result()
+        return (2 * x,)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for each in graphs:
+            assert each.run("doubling", (), double, torch.arange(3))[0].tolist() == [0, 2, 4]
+            assert each.verdicts == {"doubling": "used (1 graphs)"}
+    assert checked
+    assert stand_ins.mode == "default"
+
+
+def test_two_models_are_checked_one_after_the_other(monkeypatch):
+    """Else the second would take the first one's mode for the user's, and leave it for ever."""
+    stand_ins, checking = StandIns(monkeypatch), Barrier(2)
+
+    def check():
+        checking.wait()
+        with synchronising_refused():
+            time.sleep(0.01)
+
+    with ThreadPoolExecutor(2) as threads:
+        for done in [threads.submit(check) for _ in range(2)]:
+            done.result()
+    assert stand_ins.mode == "default"
 
 
 def test_a_capture_runs_between_what_was_queued_and_what_follows(monkeypatch):

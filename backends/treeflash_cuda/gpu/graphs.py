@@ -16,7 +16,7 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from threading import Lock
+from threading import Lock, get_ident
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -42,6 +42,9 @@ MAX_TRIED = 1000
 """Captures that are remembered for reports."""
 WARM_UP = 3
 """Calls before a capture, in which libraries allocate workspaces, and NCCL opens connections."""
+WAITS = "called a synchronizing CUDA operation"
+"""PyTorch's words for a host that waits for the device."""
+_checking = Lock()  # the mode in which PyTorch says so, and filters of warnings, are the process's
 
 Key: TypeAlias = tuple[str, Hashable, Hashable]
 """The name of a function, its settings, and the shapes and dtypes of its inputs."""
@@ -235,21 +238,34 @@ class Graphs:
 
 @contextmanager
 def synchronising_refused() -> Iterator[None]:
-    """Raise a RuntimeError where the host waits for the device, which no capture can have.
+    """Raise a RuntimeError at the end if this thread waited for the device in the `with` block.
 
-    So a function that cannot be captured is found before a capture, whose failure would leave parts
-    of PyTorch's allocator in disorder; code that waits only where nothing is captured is refused
-    too. PyTorch refuses it to all threads of the process, some of which may be a user's: it is for
-    one call of a function.
+    No capture can wait. So a function that cannot be captured is found before a capture, whose
+    failure would leave parts of PyTorch's allocator in disorder; code that waits only where nothing
+    is captured is found too. PyTorch tells of all threads of the process: others may wait, such as
+    the thread of a model that answers while this one is loaded.
     """
-    mode = torch.cuda.get_sync_debug_mode()
-    with warnings.catch_warnings():
+    own = get_ident()
+    waits: list[str] = []
+
+    def note(message: Warning | str, *details: Any, **more: Any) -> None:
+        if WAITS not in str(message):
+            show(message, *details, **more)
+        elif get_ident() == own:
+            waits.append(str(message))
+
+    with _checking, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(mode)
+        warnings.filterwarnings("always", WAITS)
+        show, warnings.showwarning = warnings.showwarning, note
+        mode = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+    if waits:
+        raise RuntimeError(waits[0])
 
 
 @contextmanager
