@@ -516,7 +516,7 @@ def test_proxies_are_asked_not_to_hold_streams_back(application, path):
     assert answer.headers["Cache-Control"] == "no-cache"
 
 
-DURATIONS = ("total_duration", "prompt_eval_duration", "eval_duration")
+DURATIONS = ("total_duration", "load_duration", "prompt_eval_duration", "eval_duration")
 """Fields of Ollama's answers that differ each time."""
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 
 import anthropic
@@ -98,6 +101,17 @@ def test_ollama_loads_and_puts_away(server, client, loads):
     assert loads.counts == {"two": 2}
     metrics = server.client.get("/metrics").text
     assert 'treeflash:model_unloads_total{model="two",reason="request"} 2.0' in metrics
+
+
+def test_ollama_tells_how_long_a_load_took(client, loads):
+    loads.gates["two"] = threading.Event()
+    with ThreadPoolExecutor(1) as clients:
+        waiting = clients.submit(client.chat, "two", USER, options=SHORT)
+        wait_until(lambda: loads.begun["two"])
+        time.sleep(0.02)
+        loads.gates["two"].set()
+    answer = waiting.result()
+    assert answer.total_duration > answer.load_duration > 20_000_000  # nanoseconds
 
 
 def test_ollama_keeps_models_for_a_time(client):

@@ -14,6 +14,8 @@ from servers import NAME, serving
 from tool_models import COLOUR, tool_model
 
 from treeflash.hub.sizes import parameter_count
+from treeflash.low_bits import METHOD, LowBitFormat, StoredWeight
+from treeflash.serving.model_facts import ModelFacts
 from treeflash.serving.ollama import ChatRequest, OllamaFormatter, OllamaOptions, human_number
 from treeflash.serving.schemas import allowed_tools
 
@@ -21,6 +23,15 @@ ollama = pytest.importorskip("ollama")
 
 HELLO = [{"role": "user", "content": "Hello."}]
 SHORT = {"num_predict": 12}
+FOUR_BITS = LowBitFormat(bits=4, scales=1, has_least=True, wide=False)
+PACKED = {
+    name: StoredWeight(name=kind, format=FOUR_BITS, shape=shape).document()
+    for name, kind, shape in [
+        ("down", "Q4_1", (64, 64)),
+        ("out", "Q6_K", (96, 64)),
+        ("up", "Q4_1", (64, 64)),
+    ]
+}
 PAINT = {
     "type": "function",
     "function": {"name": "paint", "parameters": COLOUR},
@@ -122,12 +133,28 @@ def test_what_clients_in_go_send(server):
     asked = {"model": NAME, "system": "", "template": ""}
     shown = server.post("/api/show", {**asked, "verbose": False, "options": None, "name": ""})
     assert shown.json()["details"]["family"] == "llama"
+    for model in ({}, {"model": ""}):  # older clients name the model so
+        assert server.post("/api/show", {**model, "name": NAME}).json() == shown.json()
     asked |= {"prompt": "Hello.", "suffix": "", "context": [], "stream": False, "think": False}
     options = {**SHORT, "low_vram": False, "use_mlock": True, "mirostat": 0, "mirostat_tau": 5.0}
     found = server.post("/api/generate", {**asked, "options": options})
     assert found.json()["eval_count"] == 12
     refused = server.post("/api/generate", {**asked, "suffix": "."})
     assert "suffix needs a model whose tokenizer has tokens" in refused.json()["error"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, "bfloat16"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
+        ({"quantization_config": {"quant_method": METHOD, "modules": PACKED}}, "Q4_1"),
+    ],
+)
+def test_the_precision_of_most_weights(tmp_path, settings, expected):
+    config = {"model_type": "llama", "dtype": "bfloat16", "max_position_embeddings": 64}
+    (tmp_path / "config.json").write_text(json.dumps(config | settings))
+    assert ModelFacts.of_folder(tmp_path, None, images=False).precision == expected
 
 
 def test_a_call_has_an_id(server, monkeypatch):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -13,6 +15,7 @@ from treeflash.drafters.folder import read_config
 from treeflash.drafters.mtp_formats import text_config
 from treeflash.errors import TreeflashError
 from treeflash.hub.sizes import parameter_count, weights_bytes
+from treeflash.low_bits import StoredWeight
 from treeflash.serving.message_parser import ResponseTemplate
 from treeflash.serving.service import Service
 from treeflash.text.infill import Infill
@@ -30,7 +33,7 @@ class ModelFacts:
     family: str  # the type of the model, as its configuration names it
     context: int  # the most tokens of a prompt and its answer together
     takes_images: bool
-    dtype: str  # empty if it is not known
+    precision: str  # the format of most weights, or their data type; empty if it is not known
     parser: str | None  # the name of the form of tool calls; None for the model's own form
     read_tokenizer: Callable[[], Tokenizer]
 
@@ -39,12 +42,13 @@ class ModelFacts:
         """Return the facts of a loaded model."""
         model = service.engine.model
         tokenizer = model.tokenizer  # the model itself must not stay in memory for its facts
+        config = {} if model.folder is None else read_config(model.folder)
         return cls(
             folder=model.folder,
-            family="unknown" if model.folder is None else _family(read_config(model.folder)),
+            family=_family(config),
             context=model.backend.max_positions,
             takes_images=service.takes_images,
-            dtype=model.backend.dtype,
+            precision=_format(config) or model.backend.dtype,
             parser=service.engine.settings.tool_call_parser,
             read_tokenizer=lambda: tokenizer,
         )
@@ -55,13 +59,14 @@ class ModelFacts:
 
         Raises a CheckpointError if the folder has no configuration.
         """
-        config = text_config(read_config(folder))
+        whole = read_config(folder)
+        config = text_config(whole)
         return cls(
             folder=folder,
-            family=_family(read_config(folder)),
+            family=_family(whole),
             context=int(next((config[key] for key in CONTEXT if config.get(key)), sys.maxsize)),
             takes_images=images and "vision_config" in config,
-            dtype=str(config.get("dtype") or config.get("torch_dtype") or ""),
+            precision=_format(whole) or str(config.get("dtype") or config.get("torch_dtype") or ""),
             parser=parser,
             read_tokenizer=partial(Tokenizer.from_folder, folder),
         )
@@ -106,4 +111,13 @@ class ModelFacts:
 
 
 def _family(config: Mapping[str, Any]) -> str:
-    return str(config.get("model_type"))
+    return str(config.get("model_type", "unknown"))
+
+
+def _format(config: Mapping[str, Any]) -> str:
+    """Return the format of most weights, such as Q4_1, or the method that quantised them."""
+    settings = config.get("quantization_config") or {}
+    sizes: Counter[str] = Counter()
+    for module in StoredWeight.of(settings).values():
+        sizes[module.name] += math.prod(module.shape)
+    return max(sizes, key=sizes.__getitem__, default=str(settings.get("quant_method") or ""))

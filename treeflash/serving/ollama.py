@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 from fastapi import FastAPI, Response
 from fastapi import Request as HTTPRequest
 from fastapi.responses import JSONResponse
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from treeflash import __version__
 from treeflash.serving.engine import Completion
@@ -250,6 +250,14 @@ class ShowRequest(OllamaSchema):
     model: str
     verbose: bool | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _read_old_name(cls, fields: Any) -> Any:
+        """Read the name where older clients write it."""
+        if isinstance(fields, dict) and fields.get("name") and not fields.get("model"):
+            return {"model" if key == "name" else key: x for key, x in fields.items()}
+        return fields
+
 
 def duration(value: float | str) -> float | None:
     """Return the seconds of a number, or of a text in Go's form such as `1h30m`; None for others.
@@ -324,19 +332,23 @@ def add_routes(app: FastAPI, pool: ModelPool) -> None:
     async def chat(request: ChatRequest, http: HTTPRequest) -> Response:
         if not request.messages:
             return await only_load(request, http, {"message": {"role": "assistant", "content": ""}})
+        started = time.perf_counter()
         async with use(request, http) as service:
+            load_seconds = time.perf_counter() - started
             conversation = request.conversation(service)
             completion, (parser,) = await conversation.start(service, http, request.asked())
-            answer = OllamaFormatter(request.model, completion, parser, is_chat=True)
+            answer = OllamaFormatter(request.model, completion, parser, load_seconds, is_chat=True)
             return await respond(service, http, completion, answer, request.stream is not False)
 
     @app.post("/api/generate")
     async def generate(request: GenerateRequest, http: HTTPRequest) -> Response:
         if not request.prompt and not request.suffix:
             return await only_load(request, http, {"response": ""})
+        started = time.perf_counter()
         async with use(request, http) as service:
+            load_seconds = time.perf_counter() - started
             completion, parser = await request.start(service, http)
-            answer = OllamaFormatter(request.model, completion, parser, is_chat=False)
+            answer = OllamaFormatter(request.model, completion, parser, load_seconds, is_chat=False)
             return await respond(service, http, completion, answer, request.stream is not False)
 
     @app.get("/api/tags")
@@ -390,7 +402,7 @@ def _details(facts: ModelFacts) -> dict[str, Any]:
         "family": facts.family,
         "families": [facts.family],
         "parameter_size": "" if facts.parameters is None else human_number(facts.parameters),
-        "quantization_level": facts.dtype,
+        "quantization_level": facts.precision,
     }
 
 
@@ -431,13 +443,22 @@ def _time(seconds: float | None = None) -> str:
 
 
 class OllamaFormatter:
-    """Writes a completion of one answer in the form of `/api/chat` or of `/api/generate`."""
+    """Writes a completion of one answer in the form of `/api/chat` or of `/api/generate`.
+
+    `load_seconds` is how long the request waited for its model.
+    """
 
     def __init__(
-        self, model: str, completion: Completion, parser: MessageParser, *, is_chat: bool
+        self,
+        model: str,
+        completion: Completion,
+        parser: MessageParser,
+        load_seconds: float,
+        *,
+        is_chat: bool,
     ) -> None:
         self._model, self._completion, self._parser = model, completion, parser
-        self._is_chat = is_chat
+        self._load_seconds, self._is_chat = load_seconds, is_chat
 
     def body(self) -> dict[str, Any]:
         parser = self._parser
@@ -471,10 +492,11 @@ class OllamaFormatter:
         """Return the reason for the end, the counts and the durations."""
         (answer,), counts = self._completion.answers, self._completion.usage
         first, *others = (sum(chunk.step.seconds.values()) for chunk in answer.chunks)
+        seconds = time.perf_counter() - self._completion.submitted
         return {
             "done_reason": answer.finish_reason,
-            "total_duration": _nanoseconds(time.perf_counter() - self._completion.submitted),
-            "load_duration": 0,
+            "total_duration": _nanoseconds(self._load_seconds + seconds),
+            "load_duration": _nanoseconds(self._load_seconds),
             "prompt_eval_count": counts.prompt_tokens,
             "prompt_eval_duration": _nanoseconds(first),
             "eval_count": counts.completion_tokens,
