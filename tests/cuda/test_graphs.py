@@ -1,12 +1,11 @@
 """Trees and drafts as functions of tensors alone, and when they run without static shapes."""
 
 import gc
-import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from itertools import product
-from threading import Barrier, current_thread
+from threading import Event, current_thread
 from types import SimpleNamespace
 
 import numpy as np
@@ -546,16 +545,24 @@ def test_other_threads_may_wait_for_the_device_while_a_function_is_checked(monke
 
 def test_two_models_are_checked_one_after_the_other(monkeypatch):
     """Else the second would take the first one's mode for the user's, and leave it for ever."""
-    stand_ins, checking = StandIns(monkeypatch), Barrier(2)
+    stand_ins = StandIns(monkeypatch)
+    begun, ended = [Event(), Event()], [Event(), Event()]
 
-    def check():
-        checking.wait()
+    def check(n):
         with synchronising_refused():
-            time.sleep(0.01)
+            begun[n].set()
+            assert ended[n].wait(60)
 
     with ThreadPoolExecutor(2) as threads:
-        for done in [threads.submit(check) for _ in range(2)]:
-            done.result()
+        first = threads.submit(check, 0)
+        assert begun[0].wait(60)
+        second = threads.submit(check, 1)
+        overlap = begun[1].wait(0.05)
+        ended[0].set()
+        first.result()
+        ended[1].set()
+        second.result()
+    assert not overlap
     assert stand_ins.mode == "default"
 
 
