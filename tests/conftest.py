@@ -28,11 +28,14 @@ settings.load_profile("all")
 # The benchmarks lie beside the tests and are not installed. The package that is comes first.
 sys.path.append(str(Path(__file__).parents[1]))
 
-if os.environ.get("TREEFLASH_TEST_DEVICE") == "cpu" and find_spec("mlx") is not None:
-    import treeflash_mlx  # noqa: F401 - before MLX reads its environment
-    import mlx.core as mx  # isort: skip
+if find_spec("mlx") is not None:
+    # Before tests import MLX, which reads its environment once: a GPU would round float32.
+    import treeflash_mlx  # noqa: F401
 
-    mx.set_default_device(mx.cpu)
+    if os.environ.get("TREEFLASH_TEST_DEVICE") == "cpu":
+        import mlx.core as mx
+
+        mx.set_default_device(mx.cpu)
 
 
 @pytest.hookimpl(tryfirst=True)

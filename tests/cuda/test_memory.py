@@ -69,13 +69,17 @@ def test_a_fork_that_fails_in_the_middle_gives_its_regions_back(folders):
 # Only new pairs of the device suite can change it.
 @pytest.mark.nightly
 def test_the_pairs_of_the_device_suite_fit_one_gpu(cuda, folders, monkeypatch):
-    """The suite keeps all pairs of a class, and pytest keeps a class until the end."""
+    """The suite keeps all pairs of a class, and pytest keeps a class until the end.
+
+    Others may have most of the card, of which a load would warn.
+    """
     monkeypatch.setattr(accelerators, "cuda_problem", lambda: None)
     cuda.free_bytes, states = 15 * GIB, []
+    held = torch.empty(10 * GIB, dtype=torch.uint8, device=DEVICE)
     for _ in range(4):
         pair = accelerators.load_cuda(*folders, LoadConfig(dtype="float32"))
         states.append(pair.open(64, drafts=True))
-    assert cuda.allocated[DEVICE] / len(states) < cuda.free_bytes / 100
+    assert (cuda.allocated[DEVICE] - held.nbytes) / len(states) < cuda.free_bytes / 100
 
 
 def test_a_pair_that_finds_half_of_a_gpu_taken_says_so(cuda, folders):

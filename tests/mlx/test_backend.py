@@ -148,6 +148,11 @@ def test_tf32_may_be_on_if_mlx_was_imported_first(before, set_by_user, late):
     assert run.stdout.strip() == str(late)
 
 
+def test_tests_compute_without_tf32():
+    """Most of them import MLX before the backend: on a GPU each load in float32 would warn."""
+    assert not device.TF32_MAY_BE_ON
+
+
 class Mac:
     """A Mac with a GPU, of which MLX may use 10 GiB.
 

@@ -98,7 +98,6 @@ def kernels(metal_kernels_folder):
         yield executor
 
 
-@pytest.mark.filterwarnings("ignore:MLX was imported before treeflash_mlx")  # of TF32, on GPUs
 @VARIANT_SAMPLE
 class TestConformance(BackendSuite):
     laws = (LAWS - SLOW) | {"test_every_kernel_is_launched"}

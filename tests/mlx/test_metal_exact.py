@@ -206,7 +206,6 @@ SAMPLINGS = [SamplingConfig(), SamplingConfig(temperature=0.9, top_p=0.9, seed=3
 
 # Its rows of products and of attention have the bits of single tokens in the tests above.
 @pytest.mark.nightly
-@pytest.mark.filterwarnings("ignore:MLX was imported before treeflash_mlx")
 def test_texts_of_trees_are_those_of_plain_decoding(metal, monkeypatch, tmp_path, rng):
     """In bfloat16, alone and together; and the chunks of a prompt change no bit."""
     monkeypatch.setattr(attention, "EXACT_SPAN", 16)

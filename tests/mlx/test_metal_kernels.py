@@ -204,7 +204,6 @@ TREE_KERNELS = {  # of trees in hybrid targets, by whether their kernels win
 
 # The kernels that win run in `test_metal_conformance.py`, too.
 @pytest.mark.parametrize("speedup", [1, pytest.param(2, marks=pytest.mark.nightly)])
-@pytest.mark.filterwarnings("ignore:MLX was imported before treeflash_mlx")  # of TF32, on GPUs
 def test_plain_decoding_by_kernel_equals_drafting_on_trees(
     executor, hybrid_pair, monkeypatch, speedup
 ):

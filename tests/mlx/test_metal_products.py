@@ -383,7 +383,6 @@ def test_few_calls_are_timed_for_an_output_head(metal, monkeypatch):
 # `test_metal_conformance.py` decodes with this kernel, too.
 @pytest.mark.nightly
 @pytest.mark.usefixtures("_one_geometry")
-@pytest.mark.filterwarnings("ignore:MLX was imported before treeflash_mlx")  # of TF32, on GPUs
 def test_decoding_with_the_kernel_equals_decoding_without(executor, quantised_pair, monkeypatch):
     """In the target, its output head and the drafter."""
     settings, executor.schedules = LoadConfig(draft_bits=4), (DESCENDING,)

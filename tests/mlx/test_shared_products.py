@@ -94,7 +94,6 @@ def test_nothing_is_shared_without_metal():
     assert type(module) is nn.QuantizedLinear
 
 
-@pytest.mark.filterwarnings("ignore:MLX was imported before treeflash_mlx")
 @pytest.mark.usefixtures("_few_rows")
 def test_texts_after_a_shared_prompt_are_those_of_plain_decoding(executor, tmp_path, monkeypatch):
     """Prompts alone are shared, in half precision."""
