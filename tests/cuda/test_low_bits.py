@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -16,7 +19,7 @@ require("llvmlite")
 import llvmlite.binding as llvm
 import torch
 from torch import Tensor
-from treeflash_cuda.cpu import low_bit_kernels
+from treeflash_cuda.cpu import low_bit_code, low_bit_kernels
 from treeflash_cuda.cpu.ir_builder import GENERIC, ISAS, Isa
 from treeflash_cuda.cpu.low_bit_kernels import Kernel
 from treeflash_cuda.cpu.low_bit_linear import LowBitEmbedding, LowBitLinear
@@ -35,8 +38,13 @@ FORMATS = {
 
 
 def isas() -> list[Isa]:
+    """The instructions of this machine; AVX-512 has the ones of AVX-VNNI, too, in longer words."""
     has = llvm.get_host_cpu_features()
-    return [GENERIC, *(isa for isa in ISAS if all(has.get(x) for x in isa.needed))]
+    known = {isa.name: isa for isa in ISAS}
+    wide, narrow = known["AVX-512 VNNI"], known["AVX-VNNI"]
+    if not has.get("avxvnni"):
+        known["AVX-VNNI"] = narrow._replace(needed=wide.needed)
+    return [GENERIC, *(isa for isa in known.values() if all(has.get(x) for x in isa.needed))]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -207,3 +215,78 @@ def test_a_cache_that_cannot_be_written_is_no_error(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("TREEFLASH_CACHE", str(tmp_path / "file"))
     Kernel(GENERIC, random_weight("Q8_0", 16, 32).format)
+
+
+PROGRAM = """
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+void low_bit_linear(void *, void *, void *, void *, void *, void *, void *, void *,
+                    int64_t, int64_t, int64_t, int64_t, int, int);
+static void *part(void) {
+  int64_t size;
+  fread(&size, 8, 1, stdin);
+  void *data = malloc(size + 1);
+  fread(data, 1, size, stdin);
+  return data;
+}
+int main(void) {
+  int64_t *s = part(), blocks = s[3], numbers = s[0] * s[2] * 32;
+  void *x = part(), *weight = part(), *scales = part(), *least = part();
+  void *y = malloc(s[0] * s[1] * 4);
+  low_bit_linear(x, weight, scales, least, y, malloc(numbers), malloc(numbers), malloc(numbers),
+                 s[0], s[1], s[2], blocks, s[4], 1);
+  fwrite(y, s[4] ? 4 : 2, s[0] * s[1], stdout);
+}
+"""
+"""Multiplies what it reads from standard input, each part after its number of bytes."""
+EMULATED = {
+    "NEON": ("aarch64", ["qemu-aarch64", "-cpu", "cortex-a76"]),
+    "AVX2": ("x86_64", ["qemu-x86_64", "-cpu", "Haswell"]),
+}
+"""Processors without the instructions of newer ones, by name of a set."""
+
+
+# Another compiler and QEMU are needed; the code is the one that the tests above run.
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("isa", EMULATED)
+def test_bits_on_processors_that_this_machine_is_not(tmp_path, isa, name):
+    pytest.importorskip("ziglang")
+    processor, command = EMULATED[isa]
+    if shutil.which(command[0]) is None:
+        pytest.skip(f"{command[0]} is not installed")
+    torch.manual_seed(0)
+    weight = random_weight(name, 48, 96)
+    found = next(x for x in ISAS if x.name == isa)
+    (tmp_path / "kernel.o").write_bytes(object_code(found, weight, f"{processor}-linux-gnu"))
+    (tmp_path / "main.c").write_text(PROGRAM)
+    compiler = [sys.executable, "-m", "ziglang", "cc", "-target", f"{processor}-linux-musl"]
+    subprocess.run(
+        [*compiler, "-O1", "-o", "program", "main.c", "kernel.o"], cwd=tmp_path, check=True
+    )
+    packed = weight.pack()
+    least = b"" if packed.least is None else packed.least.tobytes()
+    for rows, dtype in itertools.product((1, 2, 3, 8, 13), (torch.float32, torch.bfloat16)):
+        x = (torch.randn(rows, 96) * torch.logspace(-3, 3, rows)[:, None]).to(dtype)
+        x[0, :GROUP] = 0
+        sizes = np.array([rows, 48, 3, 3, dtype == torch.float32])
+        stored = x.view(torch.uint8).numpy(), packed.numbers, packed.scales
+        parts = [sizes.tobytes(), *(part.tobytes() for part in stored), least]
+        given = b"".join(len(part).to_bytes(8, "little") + part for part in parts)
+        run = subprocess.run(
+            [*command, "program"], cwd=tmp_path, input=given, stdout=subprocess.PIPE, check=True
+        )
+        y = torch.frombuffer(bytearray(run.stdout), dtype=dtype).view(rows, 48)
+        assert torch.equal(y, reference(x, weight))
+
+
+def object_code(isa: Isa, weight: LowBitWeight, triple: str) -> bytes:
+    """Compile a kernel for one thread of another processor."""
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    features = ",".join([*(f"+{x}" for x in isa.needed), *filter(None, [isa.features])])
+    target = llvm.Target.from_triple(triple)
+    machine = target.create_target_machine(features=features, opt=3, reloc="pic")
+    module = llvm.parse_assembly(low_bit_code.build(isa, weight.format, threads=False))
+    return machine.emit_object(module)

@@ -349,8 +349,8 @@ def _add_products(
     AVX2, whose sums of two products would otherwise not fit.
     """
     kind, bytes_ = total.type, columns.type
-    if isa.name == "AVX-512 VNNI":
-        name = "llvm.x86.avx512.vpdpbusd.512"
+    if isa.name.endswith("VNNI"):
+        name = f"llvm.x86.avx512.vpdpbusd.{32 * isa.lanes}"
         return b.intrinsic(name, kind, total, b.bitcast(columns, kind), row)
     row_bytes = b.bitcast(row, bytes_)
     if isa.name == "NEON":
