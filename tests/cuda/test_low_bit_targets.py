@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
-from gguf_files import write_gguf
+from gguf.quants import quantize
+from gguf_files import HIDDEN, write_gguf
 from parts import use_models
 
 from treeflash.config import LoadConfig
@@ -84,6 +85,18 @@ def test_a_file_is_exact_in_its_own_bits(model):
     assert found.count(LowBitEmbedding) == 1
     assert PackedLinear not in found
     assert set(model.backend.weights_read["a pass reads"]) >= {"Q4_1", "Q5_0", "Q8_0"}
+
+
+def test_an_output_head_of_its_own_keeps_its_bits(tmp_path):
+    def add_head(writer):
+        weight = np.random.default_rng(1).standard_normal((265, HIDDEN), dtype=np.float32)
+        writer.add_tensor("output.weight", quantize(weight, Kind.Q8_0), raw_dtype=Kind.Q8_0)
+
+    write_gguf(tmp_path / "tiny.gguf", add=add_head)
+    folder = resolve_target(str(tmp_path / "tiny.gguf"), packed=True)
+    target = load(folder, None, LoadConfig(device="cpu")).target
+    assert type(target.lm_head) is LowBitLinear
+    assert not torch.equal(target.lm_head.rows(torch.arange(9)), target.embed(torch.arange(9)))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

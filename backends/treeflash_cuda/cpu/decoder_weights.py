@@ -40,9 +40,10 @@ class Checkpoint:
         # Modules with packed weights, and the modules that have layers as their parts.
         self.packed = StoredWeight.of(config.get("quantization_config") or {})
         self.wholes = {
-            f"{name.rpartition('.')[0]}.{part}": name
+            f"{name.removesuffix(own)}{part}": name
             for name, stored in self.packed.items()
-            for part in stored.parts or (name.rpartition(".")[2],)
+            for own in (name.rpartition(".")[2],)
+            for part in stored.parts or (own,)
         }
         self.refusal: str | None = None  # why weights of few bits are not read, as a clause
         if not self.packed:
