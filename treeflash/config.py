@@ -386,9 +386,10 @@ class LoadConfig:
     )
     draft_bits: int | None = option(
         None,
-        "quantise the drafter to N bits; 16 leaves it unquantised (mlx; cuda on a GPU: 4 or 8)",
+        "quantise the drafter to N bits; 16 leaves it unquantised (mlx; cuda: 4 or 8)",
         1,
-        shown="on a Mac's GPU the bits of a quantised target, at least 4",
+        shown="on a Mac's GPU the bits of a quantised target, at least 4; 8 if a target keeps a "
+        "GGUF file's bits on a CPU",
     )
     draft_window: int | None = option(
         None,

@@ -54,7 +54,13 @@ from treeflash_cuda.cpu.decoder_facts import DecoderFacts, decoder_facts
 from treeflash_cuda.cpu.decoder_target import DecoderTarget
 from treeflash_cuda.cpu.decoder_weights import Checkpoint
 from treeflash_cuda.cpu.default_dtype import InexactError, gpu_dtype, half_dtype
-from treeflash_cuda.cpu.low_bit_loading import UNPACKED_BITS, keeps_bits
+from treeflash_cuda.cpu.low_bit_linear import LowBitLinear
+from treeflash_cuda.cpu.low_bit_loading import (
+    UNPACKED_BITS,
+    keeps_bits,
+    products_refusal,
+    rounding,
+)
 from treeflash_cuda.cpu.threads import cpu_threads
 from treeflash_cuda.device import (
     choose_device,
@@ -85,11 +91,12 @@ from treeflash_cuda.hf.row_pass import PASS_NAME, RowPass
 from treeflash_cuda.images import GivenFeatures, NoPictures, has_tower
 from treeflash_cuda.linear import (
     IN_DRAFTER,
+    NATIVE,
+    Packing,
     QuantisedLinear,
     fuse_linears,
     has_groups,
     pack_linears,
-    quantise_linears,
     uses_onednn,
     weights_by_format,
 )
@@ -118,6 +125,9 @@ MEASURED_TEXTS = 16
 """Texts whose tables are measured: as many as a server decodes at once by default."""
 TABLE = table_options(DecodeConfig(), 64)
 """The options of most tables, which are rounded up to these for graphs."""
+
+CPU_DRAFT_BITS = 8
+"""Bits of a drafter's weights beside a target with weights of few bits on a CPU."""
 
 STATES_EACH = 2
 """Recurrent states of a sequence at once: a commit writes to another slot."""
@@ -553,7 +563,7 @@ def load_packed_drafter(
     """Load a drafter, packed for the device; the target keeps the outputs that it reads."""
     layout = drafter_layout(folder, target)
     target.capture(layout.config.target_layer_ids)
-    bits = None if config.draft_bits == UNQUANTISED_BITS else config.draft_bits
+    bits = choose_draft_bits(config.draft_bits, target)
     model: Model
     head: Head | None
     if layout.format.kind == "rows":
@@ -567,26 +577,41 @@ def load_packed_drafter(
     return model, head
 
 
-def pack_drafter(model: Model, head: Head | None, target: Target, bits: int | None) -> None:
-    """Quantise a drafter, with a copy of its output head; or pack it, without bits.
+def choose_draft_bits(asked: int | None, target: Target) -> int | None:
+    """Return the bits that a drafter's weights are rounded to; None keeps them as they are.
 
-    Logits of some tokens alone, as of a shortlist, are computed from the original output head.
+    By default they are rounded where a target's weights have few bits on a CPU: reading the
+    drafter's weights would take as long as reading the target's.
+    """
+    if asked is not None:
+        return None if asked == UNQUANTISED_BITS else asked
+    keeps_bits = any(isinstance(layer, LowBitLinear) for layer in target.model.modules())
+    return CPU_DRAFT_BITS if keeps_bits else None
+
+
+def pack_drafter(model: Model, head: Head | None, target: Target, bits: int | None) -> None:
+    """Pack a drafter, with weights rounded to numbers of `bits` bits if given.
+
+    Then a copy of its output head is rounded, too, unless it is a target's with few bits. Logits of
+    some tokens alone, as of a shortlist, are computed from the original output head.
     """
     modules: set[Any] = {model, getattr(head, "module", model)}
-    if bits is None:
-        fuse_linears(model, IN_DRAFTER)
-        for module in modules:
-            pack_linears(module)
-    else:
+    packing, on_cpu = NATIVE, target.device.type == "cpu"
+    if bits is not None:
         product = (model.operations or PYTORCH).quantised_linear
-        for module in modules:
-            quantise_linears(module, bits, product)
+        on_gpu = Packing(functools.partial(QuantisedLinear, product, bits), has_groups)
+        packing = rounding(bits) if on_cpu else on_gpu
         weight: Any = model.own.lm_head
         bias = None
         if weight is None:
             weight, bias = target.lm_head_weight, getattr(target.lm_head, "bias", None)
-        if isinstance(weight, Tensor) and has_groups(weight):
-            model.own.quantised_lm_head = QuantisedLinear(product, bits, weight, bias)
+        if isinstance(weight, Tensor) and packing.fits(weight):
+            model.own.quantised_lm_head = packing.pack(weight, bias)
+    if on_cpu or bits is None:
+        fuse_linears(model, IN_DRAFTER, packing)
+    for module in modules:
+        pack_linears(module, packing)
+        pack_linears(module)  # layers that cannot be rounded
     if model.operations is not None:
         fuse_layers(model, model.operations, target.dtype)
         for part in model.modules():
@@ -650,8 +675,8 @@ def check_config(config: LoadConfig) -> None:
         kv_bits=(KV_BITS,),
         inexact=("kv_bits", "compile", "device_map"),
     )
-    if config.draft_bits in BITS and runs_on_cpu(config):
-        raise ConfigError("the cuda backend does not quantise drafters on a CPU; remove draft_bits")
+    if config.draft_bits in BITS and runs_on_cpu(config) and (reason := products_refusal()):
+        raise ConfigError(f"the drafter cannot be rounded to {config.draft_bits} bits: {reason}")
     if config.memory_gb is not None and runs_on_cpu(config):
         raise ConfigError("the cuda backend sets no memory aside on a CPU; remove memory_gb")
     if config.bits in BITS and (reason := bits_refusal(config)) is not None:

@@ -60,8 +60,6 @@ from treeflash.decoding.probe import INEXACT
 from treeflash.errors import UnsupportedModelError
 from treeflash_cuda.cpu.low_bit_linear import LowBitEmbedding, LowBitLinear
 from treeflash_cuda.linear import (
-    FusedLinear,
-    FusedPart,
     PackedLinear,
     PlainLinear,
     is_subclass,
@@ -121,8 +119,6 @@ def bound_products(
     most: dict[tuple[tuple[int, int], str], int] = {}  # by shape, and dtype or format
     for owner, name, shape in products_of(model):
         product = getattr(owner, name)
-        if isinstance(product, _BoundedProduct):  # fused layers share one, and each of them is met
-            continue
         # Rows are independent there by construction, and are compared all the same.
         is_low = isinstance(owner, LowBitLinear)
         sizes = (1, 1) if is_low else (least, row_multiple(dtype))
@@ -150,11 +146,7 @@ def use_kernel_for_products(model: nn.Module) -> None:
     linear = on_its_device(products.linear)
     random = torch.Generator().manual_seed(0)
     for owner, name, _ in products_of(model):
-        product = getattr(owner, name)
-        if isinstance(product, partial):
-            weight, bias = product.keywords["weight"], product.keywords["bias"]
-        else:
-            weight, bias = owner.weight, owner.bias
+        weight, bias = owner.weight, owner.bias
         x = torch.randn(CHECKED_TOKENS, weight.shape[1], generator=random).to(weight)
         actual, expected = linear(x, weight, bias), F.linear(x, weight, bias).float()
         difference = float((actual.float() - expected).square().mean().sqrt() / expected.std())
@@ -180,11 +172,6 @@ def products_of(model: nn.Module) -> Iterator[tuple[Any, str, tuple[int, int]]]:
         if isinstance(module, LowBitLinear):
             if not isinstance(module, LowBitEmbedding):
                 yield module, "forward", module.shape
-        elif isinstance(module, FusedPart):
-            if not isinstance(module.fused, FusedLinear):  # its layer is met, too
-                continue
-            assert module.weight is not None
-            yield module.fused, "product", (sum(module.fused.sizes), module.weight.shape[1])
         elif isinstance(module, LINEARS) and not is_subclass(module.weight):
             out, width = module.weight.shape
             yield module, "forward", (out, width)

@@ -13,16 +13,15 @@ read the packed weights once for the rows of a tree, as a kernel of ours would. 
 half precision first: bitsandbytes writes them out in each pass with more rows than its kernel is
 good for on a GPU, by thresholds that it measured, and compressed-tensors once, in the first pass.
 
-A drafter has no such library: `QuantisedLinear` is for it.
+A drafter has no such library: `QuantisedLinear` is for it on a GPU, and `LowBitLinear` on a CPU.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeAlias, TypeGuard
+from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +29,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from treeflash_cuda.cpu.low_bit_linear import LowBitEmbedding, LowBitLinear
+from treeflash_cuda.numerics import concatenate
 from treeflash_cuda.quantised_weights import GROUP, QuantisedWeight, quantise_weight
 
 ONEDNN: Any = torch.ops.mkldnn  # the kernels that torch.compile uses for frozen weights
@@ -69,8 +69,9 @@ def token_products(
     if tokens is None:
         return table(x) if isinstance(table, LowBitLinear) else F.linear(x, table, bias)
     if tokens.ndim == 1:
-        rows = table.rows(tokens) if isinstance(table, LowBitLinear) else take(table, tokens)
-        return F.linear(x, rows, None if bias is None else bias[tokens])
+        if isinstance(table, LowBitLinear):
+            return table.select(tokens).forward(x)
+        return F.linear(x, take(table, tokens), None if bias is None else bias[tokens])
     parts = x.unflatten(0, (len(tokens), -1))
     if x.device.type == "cpu":  # each selection stays in the caches
         pairs = zip(parts, tokens, strict=True)
@@ -81,6 +82,23 @@ def token_products(
         parts @ weights if bias is None else torch.baddbmm(bias[tokens][:, None], parts, weights)
     )
     return products.flatten(0, 1)
+
+
+def can_pack(weight: Tensor) -> bool:
+    """Return whether this machine has a kernel for packed weights of this dtype and device."""
+    is_plain_tensor = weight.device.type == "cpu" and not is_subclass(weight)
+    return is_plain_tensor and (uses_onednn(weight.dtype) or uses_fbgemm(weight.dtype))
+
+
+def uses_onednn(dtype: torch.dtype) -> bool:
+    """Return whether oneDNN multiplies packed weights of a dtype on this machine."""
+    return torch.backends.mkldnn.is_available() and IN_ONEDNN.get(dtype, bool)()
+
+
+def uses_fbgemm(dtype: torch.dtype) -> bool:
+    """Return whether FBGEMM multiplies packed weights of a dtype here, as oneDNN does not."""
+    has_fbgemm = torch.backends.quantized.engine in ("fbgemm", "x86")
+    return dtype == torch.float16 and has_fbgemm and not uses_onednn(dtype)
 
 
 class PairLinear(nn.Linear):
@@ -161,47 +179,42 @@ class QuantisedLinear(nn.Module):
         return self.product(x, weight, self.bias)
 
 
-Pack: TypeAlias = Callable[[Tensor, Tensor | None], nn.Module]
-"""Makes a linear layer of an (out, in) weight and a bias."""
+class Packing(NamedTuple):
+    """A way to store the weights of linear layers for inference."""
+
+    pack: Callable[[Tensor, Tensor | None], nn.Module]  # makes a layer of an (out, in) weight, bias
+    fits: Callable[[Tensor], bool]  # tells whether it can store a weight
+
+
+NATIVE = Packing(PackedLinear, can_pack)
+"""Weights keep their dtype, in the order of this machine's kernels."""
 
 
 class PackedPairLinear(nn.Module):
     """`PairLinear` as two packed layers."""
 
-    def __init__(self, pair: PairLinear, pack: Pack) -> None:
+    def __init__(self, pair: PairLinear, packing: Packing) -> None:
         super().__init__()
         first, second = pair.weight.chunk(2, 1)
-        self.first, self.second = pack(first, None), pack(second, pair.bias)
+        self.first, self.second = packing.pack(first, None), packing.pack(second, pair.bias)
 
     def forward(self, first: Tensor, second: Tensor, rows: RowIndex) -> Tensor:
         return self.first(first) + take(self.second(second), rows)
 
 
 class FusedLinear:
-    """Layers that read the same input, computed as one product; packed where that is possible.
+    """Layers that read the same input, computed as one.
 
     It is no module: PyTorch looks the children of modules up slowly.
     """
 
-    def __init__(self, linears: Sequence[nn.Linear]) -> None:
-        weight = torch.cat([x.weight.detach() for x in linears])
-        self.sizes = [len(x.weight) for x in linears]
-        bias = None
-        if any(x.bias is not None for x in linears):
-            biases = [
-                weight.new_zeros(size) if x.bias is None else x.bias.detach()
-                for x, size in zip(linears, self.sizes, strict=True)
-            ]
-            bias = torch.cat(biases)
-        self.product: Callable[[Tensor], Tensor] = (
-            PackedLinear(weight, bias).forward
-            if can_pack(weight)
-            else functools.partial(F.linear, weight=weight, bias=bias)
-        )
+    def __init__(self, layer: nn.Module, sizes: Sequence[int]) -> None:
+        self.layer, self.sizes = layer, list(sizes)
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+    def __call__(self, x: Tensor) -> Sequence[Tensor]:
         """Multiply (..., in) by the weights of all layers; returns the (..., out) of each."""
-        return self.product(x).split(self.sizes, -1)
+        outputs: Sequence[Tensor] = self.layer.forward(x).split(self.sizes, -1)
+        return outputs
 
 
 class FusedPart(nn.Module):
@@ -214,14 +227,15 @@ class FusedPart(nn.Module):
 
     def __init__(
         self,
-        fused: Callable[[Tensor], Sequence[Tensor]],  # a `FusedLinear` or `LowBitLayers`
+        fused: FusedLinear,
         part: int,
         linear: nn.Linear | None = None,  # the layer; None without a weight of its own
     ) -> None:
         super().__init__()
         self.fused = fused
         self.part = part
-        self.weight = None if linear is None else placeholder(linear.weight)
+        # It is no parameter: the layer of all parts has it.
+        self.weight = None if linear is None else placeholder(linear.weight).data
 
     def forward(self, x: Any) -> Tensor:
         """Map (..., in) to (..., out)."""
@@ -238,30 +252,35 @@ IN_DRAFTER = ("k_proj", "v_proj"), ("gate_proj", "up_proj")
 """Layers of a drafter that read the same input: its queries come from the block alone."""
 
 
-def pack_linears(module: nn.Module) -> None:
-    """Pack the linear layers inside a module, which is then for inference only."""
-    _replace_linears(module, PackedLinear, can_pack)
+def join(
+    weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> tuple[Tensor, Tensor | None]:
+    """Return the weight and the bias of one layer in place of some that read the same input."""
+    bias = None
+    if any(x is not None for x in biases):
+        pairs = zip(weights, biases, strict=True)
+        bias = concatenate([w.new_zeros(len(w)) if b is None else b for w, b in pairs])
+    return concatenate(weights), bias
 
 
-def quantise_linears(module: nn.Module, bits: int, product: Callable[..., Tensor]) -> None:
-    """Quantise the linear layers inside a module whose rows are whole groups; see `Pack`.
-
-    `product` is `operations.quantised_linear`, or its kernel.
-    """
-    _replace_linears(module, functools.partial(QuantisedLinear, product, bits), has_groups)
-
-
-def _replace_linears(module: nn.Module, pack: Pack, fits: Callable[[Tensor], bool]) -> None:
+def pack_linears(module: nn.Module, packing: Packing = NATIVE) -> None:
+    """Pack the linear layers inside a module that fit, which is then for inference only."""
+    pack, fits = packing
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear and fits(child.weight):
                 setattr(parent, name, pack(child.weight, child.bias))
             elif type(child) is PairLinear and fits(child.weight.chunk(2, 1)[0]):
-                setattr(parent, name, PackedPairLinear(child, pack))
+                setattr(parent, name, PackedPairLinear(child, packing))
 
 
-def fuse_linears(module: nn.Module, sets: Sequence[Sequence[str]]) -> None:
-    """Fuse the layers of every module inside that has children with all the names of a set."""
+def fuse_linears(
+    module: nn.Module, sets: Sequence[Sequence[str]], packing: Packing = NATIVE
+) -> None:
+    """Fuse the layers of every module inside that has children with all the names of a set.
+
+    The module has their joined layer, too, packed as by `pack_linears`; on a GPU it need not fit.
+    """
     for parent in list(module.modules()):
         for names in sets:
             layers = [getattr(parent, name, None) for name in names]
@@ -269,8 +288,11 @@ def fuse_linears(module: nn.Module, sets: Sequence[Sequence[str]]) -> None:
             if len(linears) < len(names):
                 continue
             on_cuda = all(x.weight.device.type == "cuda" for x in linears)
-            if on_cuda or all(can_pack(x.weight) for x in linears):
-                fused = FusedLinear(linears)
+            if on_cuda or all(packing.fits(x.weight) for x in linears):
+                weight, bias = join([x.weight for x in linears], [x.bias for x in linears])
+                make = packing.pack if packing.fits(weight) else PlainLinear
+                fused = FusedLinear(make(weight, bias), [len(x.weight) for x in linears])
+                setattr(parent, "_and_".join(names), fused.layer)
                 for part, name in enumerate(names):
                     setattr(parent, name, FusedPart(fused, part, linears[part]))
 
@@ -328,20 +350,3 @@ def placeholder(weight: Tensor) -> nn.Parameter:
     Models read these properties of layers whose weights are packed.
     """
     return nn.Parameter(weight.new_full((), torch.nan).expand(weight.shape), requires_grad=False)
-
-
-def can_pack(weight: Tensor) -> bool:
-    """Return whether this machine has a kernel for packed weights of this dtype and device."""
-    is_plain_tensor = weight.device.type == "cpu" and not is_subclass(weight)
-    return is_plain_tensor and (uses_onednn(weight.dtype) or uses_fbgemm(weight.dtype))
-
-
-def uses_onednn(dtype: torch.dtype) -> bool:
-    """Return whether oneDNN multiplies packed weights of a dtype on this machine."""
-    return torch.backends.mkldnn.is_available() and IN_ONEDNN.get(dtype, bool)()
-
-
-def uses_fbgemm(dtype: torch.dtype) -> bool:
-    """Return whether FBGEMM multiplies packed weights of a dtype here, as oneDNN does not."""
-    has_fbgemm = torch.backends.quantized.engine in ("fbgemm", "x86")
-    return dtype == torch.float16 and has_fbgemm and not uses_onednn(dtype)

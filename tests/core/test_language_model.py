@@ -378,7 +378,7 @@ def nothing_fetched(monkeypatch):
     ("backend", "settings", "message"),
     [
         ("cuda", {"kv_bits": 3}, "kv_bits must be 8 on the cuda backend, got 3"),
-        ("cuda", {"draft_bits": 4}, "does not quantise drafters"),
+        ("cuda", {"draft_bits": 5}, "draft_bits must be one of"),
         ("cuda", {"wired": True}, "wired is supported only by the mlx backend"),
         ("mlx", {"kv_bits": 3}, r"kv_bits must be one of \(4, 8\) on the mlx backend, got 3"),
         ("mlx", {"draft_bits": 7}, "draft_bits must be one of"),

@@ -143,6 +143,8 @@ def test_experts_of_heads_compute_what_a_loop_over_experts_does():
     expected = experts(x, chosen, weights)
     layer = nn.ModuleList([experts])
     layer.operations = Operations()  # as a drafter has them on a GPU
-    pack_drafter(layer, None, SimpleNamespace(dtype=torch.float32), None)
+    pack_drafter(
+        layer, None, SimpleNamespace(dtype=torch.float32, device=experts.gate_proj.device), None
+    )
     assert experts.operations is layer.operations
     torch.testing.assert_close(experts(x, chosen, weights), expected)

@@ -14,17 +14,19 @@ require("torch")
 
 import torch
 from torch import nn
-from treeflash_cuda import linear as module
 from treeflash_cuda.backend import load
 from treeflash_cuda.linear import (
     IN_TARGET,
     FusedLinear,
     FusedPart,
     PackedLinear,
+    Packing,
     PairLinear,
+    PlainLinear,
     can_pack,
     fuse_linears,
     is_subclass,
+    join,
     pack_linears,
     weights_by_format,
 )
@@ -159,16 +161,24 @@ def test_threads_share_fused_layers(attention):
                 close(output, layer(x))
 
 
-@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("make", [PackedLinear, PlainLinear])
 @torch.inference_mode()
-def test_fused_outputs_equal_separate_ones(attention, monkeypatch, packed):
-    """Without packing they are computed as on a GPU."""
-    if not packed:
-        monkeypatch.setattr(module, "can_pack", lambda weight: False)
+def test_fused_outputs_equal_separate_ones(attention, make):
+    """A plain layer is what a GPU has."""
     linears = [attention.q_proj, attention.k_proj, attention.v_proj]
+    layer = make(*join([x.weight for x in linears], [x.bias for x in linears]))
     x = torch.randn(3, 24)
-    for fused, linear in zip(FusedLinear(linears)(x), linears, strict=True):
+    outputs = FusedLinear(layer, [40, 8, 16])(x)
+    for fused, linear in zip(outputs, linears, strict=True):
         close(fused, linear(x))
+
+
+@torch.inference_mode()
+def test_fused_layers_are_counted_once(attention):
+    nbytes = sum(parameter.nbytes for parameter in attention.parameters())
+    fuse_linears(attention, IN_TARGET)
+    biases = (40 + 8) * 4  # of the fused layers, which are no parameters any more
+    assert weights_by_format([attention]) == {"float32": nbytes - biases}
 
 
 def test_layers_that_something_else_runs_are_not_fused(attention):
@@ -218,12 +228,11 @@ class Wrapped(torch.Tensor):
         raise AssertionError(f"{func} of a weight that is no plain tensor")
 
 
-def test_weights_of_other_tensors_are_neither_fused_nor_packed(attention, monkeypatch):
+def test_weights_of_other_tensors_are_neither_fused_nor_packed(attention):
     nbytes = sum(parameter.nbytes for parameter in attention.parameters())
     for layer in (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj):
         layer.weight = nn.Parameter(Wrapped(layer.weight.data), requires_grad=False)
     pack_linears(attention)
-    monkeypatch.setattr(module, "can_pack", lambda _: True)  # plain layers are fused, as on GPUs
-    fuse_linears(attention, IN_TARGET)
+    fuse_linears(attention, IN_TARGET, Packing(PackedLinear, lambda _: True))
     assert {type(child) for child in attention.children()} == {nn.Linear}
     assert weights_by_format([attention]) == {"Linear": nbytes}

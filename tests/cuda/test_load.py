@@ -44,6 +44,7 @@ from transformers import (
 from transformers.models.starcoder2 import modeling_starcoder2
 from transformers.utils import logging as transformers_logging
 from treeflash_cuda.backend import load
+from treeflash_cuda.cpu import low_bit_loading
 from treeflash_cuda.hf import model_target
 from treeflash_cuda.hf.model_target import add_adapter, load_model
 from treeflash_cuda.target import read_model_config
@@ -70,8 +71,9 @@ def test_tensors_of_an_mtp_head_print_no_table(tmp_path, monkeypatch, bars):
     assert not [x for x in records if "eh_proj" in x.getMessage()]
 
 
-def test_quantised_drafters_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match="does not quantise drafters"):
+def test_rounded_drafters_are_refused_where_a_cpu_has_no_products(tmp_path, monkeypatch):
+    monkeypatch.setattr(low_bit_loading, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="cannot be rounded to 4 bits: llvmlite is not installed"):
         load(tmp_path, None, LoadConfig(device="cpu", draft_bits=4))
 
 

@@ -185,7 +185,9 @@ def test_rows_and_dequantised_layers_have_the_weights(name):
     assert torch.equal(table(ids), expected[ids])
     assert torch.equal(table.rows(torch.arange(21)), expected)
     x = torch.randn(2, 96)
-    assert torch.equal(table.output_head()(x), reference(x, weight))
+    products = reference(x, weight)
+    assert torch.equal(table.output_head()(x), products)
+    assert torch.equal(table.select(ids.flatten())(x), products[:, ids.flatten()])
 
 
 def test_a_bias_is_added():

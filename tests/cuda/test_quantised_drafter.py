@@ -13,12 +13,14 @@ from treeflash.testing.models import write_pair
 from treeflash.text.tokenizer import Tokenizer
 
 require("torch")
+require("llvmlite")
 
 import torch
 from torch import nn
 from treeflash_cuda import backend as loading
 from treeflash_cuda.backend import load
-from treeflash_cuda.linear import QuantisedLinear
+from treeflash_cuda.cpu import low_bit_loading
+from treeflash_cuda.cpu.low_bit_linear import LowBitLinear
 from treeflash_cuda.quantised_weights import BITS, GROUP, quantise_weight
 
 
@@ -28,11 +30,7 @@ def pair(tmp_path_factory):
     return write_pair(folder, "qwen3", vocab_size=40, hidden_size=2 * GROUP)
 
 
-@pytest.fixture
-def on_cpu(monkeypatch):
-    """Quantise drafters on a CPU too, with PyTorch's definition of the product."""
-    monkeypatch.setattr(loading, "runs_on_cpu", lambda config: False)
-    return {"device": "cpu", "dtype": "float32"}
+ON_CPU = {"device": "cpu", "dtype": "float32"}
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -54,11 +52,12 @@ def test_weights_are_rounded_by_half_a_step(dtype, bits):
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_the_text_is_that_of_plain_decoding(pair, on_cpu, bits):
-    backend = load(*pair, LoadConfig(draft_bits=bits, **on_cpu))
-    assert isinstance(backend.drafter_model.layers[0].mlp.up_proj, QuantisedLinear)
-    assert isinstance(backend.head.module.ug.first, QuantisedLinear)
-    assert isinstance(backend.drafter_model.own.quantised_lm_head, QuantisedLinear)
+def test_the_text_is_that_of_plain_decoding(pair, bits):
+    backend = load(*pair, LoadConfig(draft_bits=bits, **ON_CPU))
+    model = backend.drafter_model
+    layers = model.fc, model.layers[0].mlp.down_proj, backend.head.module.ug.first
+    assert {type(x) for x in (*layers, model.own.quantised_lm_head)} == {LowBitLinear}
+    assert type(model.layers[0].self_attn.k_proj.fused.layer) is LowBitLinear
     texts = []
     for method in ("ar", "treeflash"):
         config = DecodeConfig(method=method, max_tokens=30, budget=16)
@@ -66,8 +65,9 @@ def test_the_text_is_that_of_plain_decoding(pair, on_cpu, bits):
     assert texts[0] == texts[1]
 
 
-def test_an_output_head_of_its_own_that_is_too_narrow_stays_as_it_is(tmp_path, on_cpu):
-    backend = load(*write_mtp_pair(tmp_path, "eagle3"), LoadConfig(draft_bits=4, **on_cpu))
+def test_an_output_head_of_its_own_that_has_no_whole_groups_stays_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(low_bit_loading, "GROUP", 2 * low_bit_loading.GROUP)
+    backend = load(*write_mtp_pair(tmp_path, "eagle3"), LoadConfig(draft_bits=4, **ON_CPU))
     model = backend.drafter_model
     assert model.own.quantised_lm_head is None
     assert model.own.lm_head is not None
@@ -76,14 +76,14 @@ def test_an_output_head_of_its_own_that_is_too_narrow_stays_as_it_is(tmp_path, o
 
 
 @pytest.mark.nightly
-def test_the_bundled_drafter_accepts_nearly_as_many_tokens(smollm2, on_cpu):
+def test_the_bundled_drafter_accepts_nearly_as_many_tokens(smollm2):
     prompt = Tokenizer.from_folder(smollm2).chat(
         [{"role": "user", "content": "Explain how rainbows form."}]
     )
     config = DecodeConfig(budget=16, max_tokens=100)
     texts, iterations = [], {}
     for bits in (16, *BITS):
-        backend = load(smollm2, resolve_drafter(None, None), LoadConfig(draft_bits=bits, **on_cpu))
+        backend = load(smollm2, resolve_drafter(None, None), LoadConfig(draft_bits=bits, **ON_CPU))
         steps = steps_of(backend, prompt, config)
         texts.append(tokens_of(steps))
         iterations[bits] = len(steps)

@@ -9,8 +9,7 @@ from typing import Protocol, TypeAlias
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from treeflash_cuda.linear import PackedLinear, PlainLinear, can_pack
-from treeflash_cuda.numerics import concatenate
+from treeflash_cuda.linear import PackedLinear, PlainLinear, can_pack, join
 
 Rotation: TypeAlias = tuple[Tensor, Tensor]
 """(n, 1, head_dim) cosines and sines of n rows; the first half of the sines is negative."""
@@ -34,17 +33,6 @@ class Attention(Protocol):
 
     def attend(self, layer: int, queries: Tensor, window: int | None) -> Tensor:
         """Attend to a layer's stored keys: (n, heads * head_dim) from (n, heads, head_dim)."""
-
-
-def join(
-    weights: Sequence[Tensor], biases: Sequence[Tensor | None]
-) -> tuple[Tensor, Tensor | None]:
-    """Return the weight and the bias of one layer in place of some that read the same input."""
-    bias = None
-    if any(x is not None for x in biases):
-        pairs = zip(weights, biases, strict=True)
-        bias = concatenate([w.new_zeros(len(w)) if b is None else b for w, b in pairs])
-    return concatenate(weights), bias
 
 
 def linear(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> nn.Module:

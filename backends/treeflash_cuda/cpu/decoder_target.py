@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from treeflash.config import LoadConfig
 from treeflash.decoding.passed_checks import PassedChecks
 from treeflash.decoding.tree import DraftTree
-from treeflash.low_bits import GROUP
 from treeflash_cuda.cache import check_quantisation
 from treeflash_cuda.cpu.decoder import Decoder
 from treeflash_cuda.cpu.decoder_attention import Block, ExactAttention, MaskedAttention
@@ -25,14 +24,14 @@ from treeflash_cuda.cpu.decoder_operations import (
     PYTORCH,
     Attention,
     DecoderOperations,
-    join,
     linear,
 )
 from treeflash_cuda.cpu.decoder_weights import Checkpoint, DecoderWeights
 from treeflash_cuda.cpu.low_bit_linear import LowBitEmbedding
-from treeflash_cuda.cpu.low_bit_loading import UNPACKED_BITS, round_linear
+from treeflash_cuda.cpu.low_bit_loading import UNPACKED_BITS, can_round, round_linear
 from treeflash_cuda.exact import LINEAR_ROWS, bound_products, check_gates, token_rows
 from treeflash_cuda.exact_attention import check_attention
+from treeflash_cuda.linear import join
 from treeflash_cuda.numerics import concatenate
 from treeflash_cuda.sampling import Logits
 from treeflash_cuda.target import Merge, Rows, Target
@@ -169,6 +168,6 @@ def find_kernels(facts: DecoderFacts, dtype: torch.dtype) -> LayerKernels | None
 
 def rounded(bits: int, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> nn.Module:
     """Make one linear layer of the weights of some, rounded to 4 or 8 bits where they can be."""
-    if weights[0].shape[1] % GROUP:
+    if not can_round(weights[0]):
         return linear(weights, biases)
     return round_linear(*join(weights, biases), bits)

@@ -63,7 +63,7 @@ CHUNKS = 8
 
 
 FIELDS = {
-    **dict.fromkeys(("x", "numbers", "scales", "least", "y", "q", "d", "sums"), POINTER),
+    **dict.fromkeys(("x", "numbers", "scales", "least", "y", "q", "d", "starts", "lows"), POINTER),
     **dict.fromkeys(("rows", "width", "groups", "blocks", "chunk", "next"), I64),
     "wide": I1,
 }
@@ -71,7 +71,9 @@ FIELDS = {
 
 - x, y: (rows, 32 * groups) and (rows, width) numbers, in float32 if `wide`, else in bfloat16
 - numbers, scales, least: a `PackedWeight` of `blocks` blocks
-- q, d, sums: the rows' integers (int8), their scales by group, and sums of 16 integers each
+- q, d: the rows' integers (int8), and their scales by group
+- starts, lows: what does not depend on the weights: the rows' sums of q by scale as the integers
+  that sums of products begin with (see `_start`), and d * float(sum of q) by group
 - next: the row or block that the next thread takes, `chunk` blocks at once
 """
 JOB = ir.LiteralStructType(list(FIELDS.values()))
@@ -94,7 +96,7 @@ def build(isa: Isa, kind: LowBitFormat, threads: bool) -> str:
     """Write the IR of the product for weights of a format, for one thread or several."""
     module = ir.Module("low_bits")
     quantise = task(module, "quantise", POINTER)
-    _quantise(JobBuilder(quantise.append_basic_block()), quantise.args[0])
+    _quantise(JobBuilder(quantise.append_basic_block()), quantise.args[0], isa, kind)
     passes = {rows: _pass(module, isa, kind, rows) for rows in ROWS}
     multiply = task(module, "multiply", POINTER)
     _multiply(JobBuilder(multiply.append_basic_block()), multiply.args[0], passes)
@@ -107,7 +109,7 @@ def _entry(module: ir.Module, quantise: Value, multiply: Value, threads: bool) -
 
     `GOMP_parallel` runs a task in all threads of PyTorch.
     """
-    given = ("x", "numbers", "scales", "least", "y", "q", "d", "sums")
+    given = ("x", "numbers", "scales", "least", "y", "q", "d", "starts", "lows")
     sizes = ("rows", "width", "groups", "blocks")
     kinds = [POINTER] * len(given) + [I64] * len(sizes) + [I32, I32]
     entry = ir.Function(module, ir.FunctionType(VOID, kinds), ENTRY)
@@ -142,11 +144,19 @@ def _entry(module: ir.Module, quantise: Value, multiply: Value, threads: bool) -
     b.ret_void()
 
 
-def _quantise(b: JobBuilder, job: Value) -> None:
+def _start(isa: Isa, kind: LowBitFormat) -> int:
+    """Return what a sum of products begins with, as a factor of the sum of q."""
+    # Where bytes of columns have signs, 128 is taken off numbers of 8 bits before products.
+    signed = isa.signed and kind.bits == 8
+    return (128 if signed else 0) - kind.half
+
+
+def _quantise(b: JobBuilder, job: Value, isa: Isa, kind: LowBitFormat) -> None:
     """Write the task that rounds rows to integers."""
-    x, q, d, sums, rows, groups, wide = b.fields(
-        job, "x", "q", "d", "sums", "rows", "groups", "wide"
+    x, q, d, starts, lows, rows, groups, wide = b.fields(
+        job, "x", "q", "d", "starts", "lows", "rows", "groups", "wide"
     )
+    start = _start(isa, kind)
     floats, integers = vector(FLOAT, GROUP), vector(I32, GROUP)
     with b.taking(b.field(job, "next"), constant(I64, 1), rows) as row:
         before = b.mul(row, groups)
@@ -169,12 +179,20 @@ def _quantise(b: JobBuilder, job: Value) -> None:
             b.store(b.trunc(whole, vector(I8, GROUP)), b.at(q, first), align=1)
             scale = b.fdiv(top, constant(FLOAT, 127.0))
             nan = b.bitcast(constant(I32, QUIET_NAN), FLOAT)
-            b.store(b.select(finite, scale, nan), b.at(d, number, FLOAT))
-            for half in range(2):
-                mask = [ir.Constant(I32, 16 * half + lane) for lane in range(16)]
-                part = b.shuffle_vector(whole, whole, ir.Constant(vector(I32, 16), mask))
-                total = b.intrinsic("llvm.vector.reduce.add.v16i32", I32, part)
-                b.store(total, b.at(sums, b.plus(b.times(number, 2), half), I32))
+            scale = b.select(finite, scale, nan)
+            b.store(scale, b.at(d, number, FLOAT))
+            size = GROUP // kind.scales
+            sums = []
+            for part in range(kind.scales):
+                mask = [ir.Constant(I32, size * part + lane) for lane in range(size)]
+                own = b.shuffle_vector(whole, whole, ir.Constant(vector(I32, size), mask))
+                sums.append(b.intrinsic(f"llvm.vector.reduce.add.v{size}i32", I32, own))
+                if start:
+                    at = b.plus(b.times(number, kind.scales), part)
+                    b.store(b.times(sums[part], start), b.at(starts, at, I32))
+            if kind.has_least:
+                total = sums[0] if len(sums) == 1 else b.add(*sums)
+                b.store(b.fmul(scale, b.sitofp(total, FLOAT)), b.at(lows, number, FLOAT))
             return []
 
         b.repeat(groups, [], group)
@@ -236,8 +254,9 @@ def _pass(module: ir.Module, isa: Isa, kind: LowBitFormat, rows: int) -> ir.Func
     job, row, block = function.args
     b, parts = JobBuilder(function.append_basic_block()), range(BLOCK // isa.lanes)
     floats = vector(FLOAT, isa.lanes)
-    q, d, sums, numbers, scales, least, groups, width, y, wide = b.fields(
-        job, *("q", "d", "sums", "numbers", "scales", "least", "groups", "width", "y", "wide")
+    q, d, starts, lows, numbers, scales, least, groups, width, y, wide = b.fields(
+        job,
+        *("q", "d", "starts", "lows", "numbers", "scales", "least", "groups", "width", "y", "wide"),
     )
     group_nbytes = kind.lines * BLOCK * LINE
     numbers = b.at(numbers, b.times(b.mul(block, groups), group_nbytes))
@@ -253,36 +272,33 @@ def _pass(module: ir.Module, isa: Isa, kind: LowBitFormat, rows: int) -> ir.Func
             b.intrinsic("llvm.prefetch.p0", VOID, at, *(constant(I32, x) for x in (0, 3, 1)))
         places = [b.plus(first, turn) for first in first_groups]
         activations = [b.at(q, b.times(place, GROUP)) for place in places]
-        factors = [b.read(b.at(d, place, FLOAT), FLOAT, 4) for place in places]
-        halves = [
-            [b.read(b.at(sums, b.plus(b.times(place, 2), x), I32), I32, 4) for x in range(2)]
-            for place in places
-        ]
+        factors = [b.splat(b.read(b.at(d, place, FLOAT), FLOAT, 4), isa.lanes) for place in places]
         group_number = b.plus(b.mul(block, groups), turn)
         for scale in range(kind.scales):
-            # The sums of q that belong to this scale.
-            own = [x[scale] if kind.scales > 1 else b.add(*x) for x in halves]
+            first: list[Value] = [constant(vector(I32, isa.lanes), 0)] * rows
+            if _start(isa, kind):
+                numbers_of = [b.plus(b.times(place, kind.scales), scale) for place in places]
+                addresses = [b.at(starts, number, I32) for number in numbers_of]
+                first = [b.splat(b.read(at, I32, 4), isa.lanes) for at in addresses]
             lines = range(
                 kind.lines * scale // kind.scales, kind.lines * (scale + 1) // kind.scales
             )
-            products = _products(b, isa, kind, weights, activations, own, lines)
+            products = _products(b, isa, kind, weights, activations, first, lines)
             at = b.plus(b.times(group_number, kind.scales), scale)
             steps = [_read_scales(b, isa, kind, scales, at, part) for part in parts]
-            for r in range(rows):
-                factor = b.splat(factors[r], isa.lanes)
+            for r, factor in enumerate(factors):
                 for part in parts:
                     number = r * len(parts) + part
                     product = b.sitofp(products[number], floats)
                     step = b.fmul(steps[part], factor)
                     totals[number] = b.fused(product, step, totals[number])
         if kind.has_least:
-            lows = [_read_scales(b, isa, kind, least, group_number, part) for part in parts]
-            for r in range(rows):
-                total = b.sitofp(b.add(*halves[r]), FLOAT)
-                factor = b.splat(b.fmul(factors[r], total), isa.lanes)
+            bounds = [_read_scales(b, isa, kind, least, group_number, part) for part in parts]
+            for r, place in enumerate(places):
+                factor = b.splat(b.read(b.at(lows, place, FLOAT), FLOAT, 4), isa.lanes)
                 for part in parts:
                     number = r * len(parts) + part
-                    totals[number] = b.fused(lows[part], factor, totals[number])
+                    totals[number] = b.fused(bounds[part], factor, totals[number])
         return totals
 
     totals = b.repeat(groups, [zero] * (rows * len(parts)), lambda turn, x: group(turn, list(x)))
@@ -301,18 +317,14 @@ def _products(
     kind: LowBitFormat,
     weights: Value,  # address of a group
     activations: list[Value],  # addresses of the rows' integers of the group
-    sums: list[Value],  # sums of these integers
+    first: list[Value],  # vectors that the rows' sums begin with
     lines: range,
 ) -> list[Value]:
     """Return the integer products of each row with a group's columns, in parts of a vector."""
-    integers, bytes_ = vector(I32, isa.lanes), vector(I8, LINE * isa.lanes)
+    bytes_ = vector(I8, LINE * isa.lanes)
     parts = range(BLOCK // isa.lanes)
-    signed = isa.signed and kind.bits == 8  # then 128 is taken off numbers before products
-    start = (128 if signed else 0) - kind.half
-    totals = []
-    for total in sums:
-        first = b.splat(b.times(total, start), isa.lanes) if start else constant(integers, 0)
-        totals += [first] * len(parts)
+    signed = isa.signed and kind.bits == 8  # see `_start`
+    totals = [total for total in first for _ in parts]
     for line in lines:
         stored = [
             b.read(b.at(weights, constant(I64, (line * BLOCK + part * isa.lanes) * LINE)), bytes_)

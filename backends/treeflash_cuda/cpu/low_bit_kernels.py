@@ -16,7 +16,7 @@ from treeflash_cuda.cpu.ir_builder import Isa
 from treeflash_cuda.cpu.low_bit_code import ENTRY, build
 from treeflash_cuda.cpu.machine_code import best_isa, compiled, has_threads
 
-ARGUMENTS = (*[ctypes.c_void_p] * 8, *[ctypes.c_int64] * 4, *[ctypes.c_int] * 2)
+ARGUMENTS = (*[ctypes.c_void_p] * 9, *[ctypes.c_int64] * 4, *[ctypes.c_int] * 2)
 """Of the compiled function: addresses, sizes, whether rows are float32, and threads."""
 
 
@@ -47,18 +47,17 @@ class Kernel:
         rows, groups = flat.shape[0], size // GROUP
         y = x.new_empty(*x.shape[:-1], width)
         if rows:
-            # For each group: a scale (float32), two sums (int32), 32 integers (int8).
-            d = torch.empty(rows * groups * (4 + 8 + GROUP), dtype=torch.uint8)
-            first = d.data_ptr()
-            sums = first + rows * groups * 4
+            # For each group: a scale and a low (float32), two starts (int32), 32 integers (int8).
+            count = rows * groups
+            scratch = torch.empty(count * (4 + 4 + 8 + GROUP), dtype=torch.uint8)
+            d = scratch.data_ptr()
+            lows, starts, q = d + 4 * count, d + 8 * count, d + 16 * count
             threads = torch.get_num_threads() if self._has_threads else 1
             self._run(
                 flat.data_ptr(),
                 *weight,
                 y.data_ptr(),
-                sums + rows * groups * 8,
-                first,
-                sums,
+                *(q, d, starts, lows),
                 *(rows, width, groups, blocks),
                 *(x.dtype == torch.float32, threads),
             )

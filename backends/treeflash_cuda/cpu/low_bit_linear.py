@@ -5,11 +5,13 @@ A layer's rows are independent of each other by construction; `low_bit_code` has
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from treeflash.low_bits import BLOCK, GROUP, LINE, LowBitWeight, PackedWeight, StoredWeight
@@ -117,6 +119,23 @@ class LowBitLinear(nn.Module):
             values = values[:, self.order.argsort()]
         return values.view(*ids.shape, self.shape[1]).to(self.dtype)
 
+    @torch.no_grad()
+    def select(self, ids: Tensor) -> LowBitLinear:
+        """Return a layer with the rows of the weight with these (n,) indices."""
+        flat = F.pad(ids, (0, -len(ids) % BLOCK))  # the last block is filled up with any row
+        block, row = flat // BLOCK, flat % BLOCK
+        stored = replace(self.stored, shape=(len(ids), self.shape[1]), parts={})
+        with torch.device("meta"):
+            layer = LowBitLinear(stored, self.dtype)
+        for name in stored.tensors:
+            tensor: Tensor = getattr(self, name)
+            # A row's numbers in a line are one of 32 bits.
+            units = tensor.view(torch.int32) if name == "numbers" else tensor
+            chosen = units[block, ..., row].unflatten(0, (-1, BLOCK)).movedim(1, -1).contiguous()
+            layer._keep(name, chosen.view(tensor.dtype))
+        layer._keep("bias", None if self.bias is None else self.bias[ids])
+        return layer
+
 
 class LowBitEmbedding(LowBitLinear):
     """An input table, whose rows are dequantised where they are read."""
@@ -132,14 +151,3 @@ class LowBitEmbedding(LowBitLinear):
         for name in self.stored.tensors:
             head.register_parameter(name, getattr(self, name))
         return head
-
-
-class LowBitLayers:
-    """Layers that read the same input as one `LowBitLinear`; see `linear.FusedLinear`."""
-
-    def __init__(self, layer: LowBitLinear) -> None:
-        self.layer, self.sizes = layer, list(layer.stored.parts.values())
-
-    def __call__(self, x: Tensor) -> Sequence[Tensor]:
-        """Multiply (..., in) by the weights of all layers; returns the (..., out) of each."""
-        return self.layer.forward(x).split(self.sizes, -1)

@@ -8,6 +8,7 @@ load the same folder share the memory, and weights are read when a pass first ne
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,8 @@ from treeflash.low_bit_formats import MLX, find_format
 from treeflash.low_bits import GROUP, METHOD, StoredWeight, round_weight
 from treeflash_cuda.cpu.decoder_facts import decoder_facts
 from treeflash_cuda.cpu.decoder_weights import Checkpoint
-from treeflash_cuda.cpu.low_bit_linear import LowBitEmbedding, LowBitLayers, LowBitLinear
-from treeflash_cuda.linear import FusedPart, is_plain
+from treeflash_cuda.cpu.low_bit_linear import LowBitEmbedding, LowBitLinear
+from treeflash_cuda.linear import FusedLinear, FusedPart, Packing, is_subclass
 from treeflash_cuda.target import read_model_config, skeleton
 
 UNPACKED_BITS = 16
@@ -72,8 +73,11 @@ def bits_refusal(config: LoadConfig, *, on_cpu: bool, processes: int = 1) -> str
     is_wide = config.dtype == "float32" and not config.exact
     if not on_cpu or config.bits == UNPACKED_BITS or config.exact is False or is_wide:
         return ""
-    if any(excluded):
-        return ""
+    return "" if any(excluded) else products_refusal()
+
+
+def products_refusal() -> str | None:
+    """Return why this machine cannot multiply weights of few bits; None if it can."""
     if find_spec("llvmlite") is None:
         return "llvmlite is not installed (pip install llvmlite)"
     from treeflash_cuda.cpu.machine_code import best_isa
@@ -81,12 +85,14 @@ def bits_refusal(config: LoadConfig, *, on_cpu: bool, processes: int = 1) -> str
     return None if best_isa() else "this processor has no instructions for products of bytes"
 
 
-def round_linears(model: PreTrainedModel, bits: int) -> None:
-    """Round the linear layers of a model, and its output head, to numbers of 4 or 8 bits."""
-    for parent in list(model.modules()):
-        for name, layer in list(parent.named_children()):
-            if is_plain(layer) and layer.weight.shape[1] % GROUP == 0:
-                setattr(parent, name, round_linear(layer.weight, layer.bias, bits))
+def rounding(bits: int) -> Packing:
+    """Return the packing that rounds weights to numbers of 4 or 8 bits."""
+    return Packing(partial(round_linear, bits=bits), can_round)
+
+
+def can_round(weight: Tensor) -> bool:
+    """Return whether a weight can be rounded: its rows are whole groups."""
+    return not is_subclass(weight) and weight.shape[1] % GROUP == 0
 
 
 @register_quantization_config(METHOD)
@@ -153,9 +159,9 @@ class LowBitQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
                 continue
             layer = LowBitLinear(stored, dtype)
             setattr(parent, own, layer)
-            layers = LowBitLayers(layer)
+            fused = FusedLinear(layer, list(stored.parts.values()))
             for number, part in enumerate(stored.parts):
-                setattr(parent, part, FusedPart(layers, number))
+                setattr(parent, part, FusedPart(fused, number))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         table = model.get_input_embeddings()

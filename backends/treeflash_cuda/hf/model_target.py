@@ -54,7 +54,7 @@ from treeflash_cuda.cpu.low_bit_loading import (
     LowBitConfig,
     is_packed,
     keeps_bits,
-    round_linears,
+    rounding,
 )
 from treeflash_cuda.exact import (
     LINEAR_ROWS,
@@ -426,7 +426,7 @@ class ModelTarget(Target):
         if settings.adapter:
             add_adapter(model, Path(settings.adapter))
         if settings.bits not in (None, UNPACKED_BITS):
-            round_linears(model, settings.bits)
+            pack_linears(model, rounding(settings.bits))
         samples: Sequence[ImageSample] = ()
         if isinstance(processor, Processor):
             try:
