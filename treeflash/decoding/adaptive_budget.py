@@ -23,8 +23,8 @@ seconds and bring `gain(n)` tokens, the sum of their probabilities. Verified is 
 highest `gain(n) - rate * costs(n)`, where `rate` is the tokens per second of decoding lately, or of
 plain decoding if that is faster. Using the rate that results from these sizes as the next rate
 finds the sizes with the highest rate (Dinkelbach 1967). A single tree has one of the sizes that
-were measured, because hardware has steps, and `SMALLEST` nodes at least: else a wrong cost of trees
-would never be seen.
+were measured, because hardware has steps. It has `SMALLEST` nodes at least, and now and then the
+next size of `LARGER` times the best: else a wrong cost of larger trees would never be seen.
 
 Rule for pausing. A `Pause` keeps a balance: the tokens that an optional step brought beyond what
 decoding without it would have emitted in the same time. At `LOWEST_BALANCE` the step is skipped for
@@ -67,6 +67,9 @@ KINDS = 2 * LEVELS * (MAX_DEPTH + 1) + len(MATCH_LEVELS) + 1
 """Number of kinds of nodes; see `_kinds`."""
 SMALLEST = 5
 """Nodes that are verified at least of a single drafted tree."""
+LARGER, MORE_TOKENS = 1.5, 1.15
+"""A tree that is verified to see its cost has at least so many times the nodes, and the expected
+tokens, of the best one."""
 LOWEST_BALANCE, HIGHEST_BALANCE = -2.0, 8.0
 """Bounds of the balance, tokens: a step pauses at the lower one."""
 MIN_ADVANTAGE = 1.1
@@ -324,9 +327,14 @@ class AdaptiveBudget:
         if not self.pace(len(trees)).seconds:
             # Nothing was drafted yet: take the rate that this pass alone could reach.
             rate = max(rate, float((expected[sizes - 1] / costs).max()))
-        worth = expected[sizes - 1] - rate * costs
+        size = int(sizes[int(np.argmax(expected[sizes - 1] - rate * costs))])
+        if len(trees) == 1 and not other_rows and _drafted_depth(trees[0]):
+            larger = int(np.append(sizes[sizes >= LARGER * size], size)[0])
+            pays = expected[larger - 1] >= MORE_TOKENS * expected[size - 1]
+            if pays and self.costs.is_known(size) and not self.costs.is_known(larger):
+                size = larger
         kept = np.zeros(len(order), np.bool_)
-        kept[order[: sizes[int(np.argmax(worth))]]] = True
+        kept[order[:size]] = True
         parts = np.split(kept, np.cumsum(sizes_of_trees)[:-1])
         return [np.flatnonzero(part) for part in parts]
 

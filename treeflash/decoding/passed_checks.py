@@ -92,15 +92,23 @@ def passed_checks(
         return PassedChecks()
     known = {
         "models": [_files(path, MODEL_FILES) for path in models if path is not None],
+        "backend": [str(fact) for fact in facts],
+        **run_facts(config, package),
+    }
+    digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+    return PassedChecks(folder / f"{digest[:32]}.json")
+
+
+def run_facts(config: LoadConfig, package: str) -> dict[str, object]:
+    """Return what a package that runs a model depends on besides the model and the device."""
+    return {
         "settings": str(asdict(replace(config, checks=None))),
-        "backend": [package, *map(str, facts)],
+        "package": package,
         "sources": [_files(_folder_of(name), ("**/*.py",)) for name in ("treeflash", package)],
         "versions": [_version(name) for name in PACKAGES],
         "machine": [platform.platform(), sys.version, *processor_facts()],
         "environment": _environment(),
     }
-    digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
-    return PassedChecks(folder / f"{digest[:32]}.json")
 
 
 def _read(path: Path | None) -> dict[str, int]:

@@ -6,24 +6,29 @@ then, or may be slower now, and single passes are disturbed all the time.
 
 Idea. The table gives the shape of the costs, and the latest passes correct it: each of them took so
 many times what the table says of its number of rows. The correction of a number of rows is the
-median of these ratios, in which a pass weighs more the newer it is and the closer its number of
-rows. So the first pass already corrects a table that is ten times wrong everywhere, a disturbed
-pass changes nothing, and what no pass has shown is as wrong as the passes nearest to it.
+median of these ratios over the passes that are nearest to it. So the first pass already corrects a
+table that is ten times wrong everywhere, a disturbed pass changes nothing, and what no pass has
+shown is as wrong as the passes nearest to it.
 
 Example. The table says 250 ms for 1 row, 500 ms for 16 and 800 ms for 32, because the machine was
 busy. The first pass has 16 rows and takes 50 ms, a ratio of 0.1: the costs are now 25, 50 and
 80 ms. The next passes of 16 rows take 49, 200 and 51 ms. The median of the ratios stays at 0.1. A
 pass of 1 row takes 30 ms: its correction becomes 0.12, and the one of trees stays.
 
-Rule. A pass has a weight of `(1 - FORGETTING) ** passes_since * SPREAD ** octaves`, with the
-distance between the numbers of rows in octaves. Passes over one and over several sequences, and
-over roots alone and over trees are of different kinds, because a batch computes attention sequence
-by sequence, and needs masks for its first tree. Another kind counts only as long as none of the own
-kind is known.
+Rule. Distances are octaves between numbers of rows, and `AGE` passes since count as an octave. The
+`NEAREST` passes by distance count. Passes over one and over several sequences, and over roots alone
+and over trees are of different kinds, because a batch computes attention sequence by sequence, and
+needs masks for its first tree. Another kind counts only as long as none of the own kind is known.
+`is_known` tells whether enough passes were near a number of rows to correct it: else the budget
+tries it, because a table may be wrong about trees that are never verified.
 
 Every `CHECKED_EVERY` passes the table and its file take over corrections that differ by
 `DISAGREEMENT` between numbers of rows, or say that the machine is faster by that factor than it
 was. A machine that is slower by one factor for all numbers of rows is busy, and the table stays.
+
+A table is for one machine, model and way to run it; `cost_file` has what the name of its file
+depends on. It has all `SIZES`: large ones that are too slow to be timed are on the line through a
+plain pass and the largest pass that was timed.
 """
 
 from __future__ import annotations
@@ -32,14 +37,11 @@ import hashlib
 import json
 import logging
 import math
-import os
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from importlib.metadata import version
-from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -49,6 +51,7 @@ from numpy.typing import NDArray
 
 from treeflash.config import LoadConfig, remember
 from treeflash.decoding.interfaces import Backend, device_report
+from treeflash.decoding.passed_checks import run_facts
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
 
@@ -56,21 +59,21 @@ SIZES = (1, 2, 3, 4, 5, 8, 10, 12, 15, 16, 24, 32, 33, 48, 64, 96, 128, 192, 256
 """Tree sizes that are timed and chosen from. Hardware has steps; some are known to end at 5, 8, 10,
 15, 16 and 32."""
 MAX_RELATIVE_COST = 6.0
-"""A size whose pass costs more plain passes than this is left out, and so are all larger ones."""
+"""Sizes above one whose pass costs more plain passes than this are not timed."""
 PROMPT_TOKENS = 16
 """Length of the text after which sizes are timed."""
-PACKAGES = ("treeflash", "mlx", "torch")
-"""Their versions decide how long forward passes take."""
 FORGETTING = 0.07
 """The share of its weight that an iteration loses to each newer one, in all that is learned."""
-SPREAD = 0.25
-"""Weight of a pass with twice or half the rows, relative to a pass with the same number."""
+NEAREST = 5
+"""Passes whose median ratio is the correction of a number of rows."""
+AGE = 128
+"""Passes since then that are as far as an octave between numbers of rows."""
+KNOWN = 0.5
+"""Distance, in octaves, within which passes tell the cost of a number of rows."""
 DISAGREEMENT = 1.5
 """A factor between costs that is no noise."""
 REMEMBERED = 64
 """Passes that correct the table."""
-MIN_WEIGHT = 3.0
-"""Sum of the weights of passes from which on a correction is believed for good."""
 CHECKED_EVERY = 16
 """Passes between two comparisons of the table with them."""
 
@@ -186,7 +189,12 @@ class VerifyCosts:
             position_s: dict[int, float] = {}
             if longest >= 256:
                 position_s = _position_seconds(sequence, prompt[PROMPT_TOKENS:], short_s, clock)
-        return cls({**costs, 1: min(costs[1], token_s)}, position_s)
+        largest = max(best)
+        slope = (best[largest] - best[1]) / max(largest - 1, 1)
+        beyond = {
+            size: best[largest] + slope * (size - largest) for size in SIZES if size > largest
+        }
+        return cls({**best, **beyond, 1: min(best[1], token_s)}, position_s)
 
     @classmethod
     def kept(
@@ -271,34 +279,43 @@ class VerifyCosts:
             found += np.interp(known, numbers, position_s) / known * reads
         return found
 
+    def is_known(self, rows: int) -> bool:
+        """Return whether most of the passes that tell the cost of a tree are near its size."""
+        return bool(np.interp(rows, self.sizes, self._near(_kind(2, 1))) > NEAREST / 2)
+
     def _corrections(self, kind: tuple[int, bool]) -> NDArray[np.float64]:
         """Return the (n,) corrections of the table's sizes for a kind of passes."""
-        known, passes = self._known, self.passes
-        if not passes:
+        if not self.passes:
             return np.ones(len(self.seconds))
-        if (found := known.get(kind)) is None:
-            ratios, weights = self._weights(kind, passes)
-            below = np.cumsum(weights, 1)
+        if (found := self._known.get(kind)) is None:
+            ratios, _ = self._nearest(kind)
             # The lower one of two, because a disturbance only adds time.
-            known[kind] = found = ratios[(below >= 0.499 * below[:, -1:]).argmax(1)]
+            self._known[kind] = found = np.sort(ratios, 1)[:, (ratios.shape[1] - 1) // 2]
         return found
 
-    def _weights(
-        self, kind: tuple[int, bool], passes: Sequence[Pass]
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Return the (p,) ratios of passes, ascending, and their (n, p) weights for the sizes."""
-        kinds, octaves, ratios = zip(*passes, strict=True)
-        order = np.argsort(ratios)
-        recent = (1 - FORGETTING) ** np.arange(len(ratios) - 1, -1, -1)
-        # Passes of another kind count for less than any of this one.
-        recent *= [1.0 if other == kind else 1e-6 for other in kinds]
-        distances = abs(np.log2(self.sizes)[:, None] - np.array(octaves)[order])
-        return np.array(ratios)[order], recent[order] * SPREAD**distances
+    def _nearest(self, kind: tuple[int, bool]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return the ratios of the passes that are nearest to each size, and their distances.
+
+        They are (n, p) with at most `NEAREST` passes p, the nearest first.
+        """
+        kinds, octaves, ratios = zip(*self.passes, strict=True)
+        own = np.array([other == kind for other in kinds])
+        used = np.flatnonzero(own) if own.any() else np.arange(len(own))
+        ages = len(own) - 1 - used
+        distances = abs(np.log2(self.sizes)[:, None] - np.array(octaves)[used]) + ages / AGE
+        order = np.argsort(distances, 1, kind="stable")[:, :NEAREST]
+        return np.array(ratios)[used][order], np.take_along_axis(distances, order, 1)
+
+    def _near(self, kind: tuple[int, bool]) -> NDArray[np.int64]:
+        """Return how many of the nearest passes of a kind are near each of the (n,) sizes."""
+        if not any(passed.kind == kind for passed in self.passes):
+            return np.zeros(len(self.seconds), np.int64)
+        return np.asarray((self._nearest(kind)[1] <= KNOWN).sum(1), np.int64)
 
     def _correct_table(self) -> None:
         """Take lasting corrections over into the table and its file; see the module's rule."""
         (roots, known_roots), (trees, known_trees) = (
-            (self._corrections(kind), self._weights(kind, self.passes)[1].sum(1) >= MIN_WEIGHT)
+            (self._corrections(kind), self._near(kind) == NEAREST)
             for kind in (_kind(1, 1), _kind(2, 1))
         )
         passes = self.passes
@@ -320,6 +337,10 @@ class VerifyCosts:
             for passed, ratio in zip(passes, done.tolist(), strict=True)
         )
         costs = zip(self.seconds.items(), ratios.tolist(), strict=True)
+        self.position_s = {
+            rows: cost * float(np.interp(rows, self.sizes, ratios))
+            for rows, cost in self.position_s.items()
+        }
         self.seconds = {size: cost * ratio for (size, cost), ratio in costs}
         self._known = {}
         if self.file is not None and self.file.is_valid():
@@ -338,24 +359,15 @@ def model_key(target: Path) -> str:
 
 
 def cost_file(backend: Backend, model: str, loaded: LoadConfig, folder: Path) -> CostFile:
-    """Return the file with the costs of a model on this machine, loaded in this way."""
+    """Return the file with the costs of a model on this machine, loaded in this way.
+
+    Its name is a hash of what costs depend on: the model, the device with its threads, the machine,
+    the kernels that are used, and `run_facts`: all settings, sources of treeflash and the backend,
+    versions of packages, and variables that choose kernels, such as those of a preloaded BLAS.
+    """
     name = backend.device_name
-    key = [
-        backend.name,
-        name,
-        backend.dtype,
-        loaded.kv_bits,
-        backend.inexact is None,
-        loaded.cuda_graphs,
-        loaded.compile,
-    ]
-    # A preloaded BLAS may be many times as fast with several rows.
-    variables = map(os.environ.get, ("OMP_NUM_THREADS", "LD_PRELOAD"))
-    macos = platform.mac_ver()[0]
     # A Mac gets its name from the network that it is in; its chip is the device's name.
-    node = "" if macos else platform.node()
-    machine = node, platform.processor(), os.cpu_count(), *variables
-    versions = [*(version(name) for name in PACKAGES if find_spec(name)), macos]
+    node = "" if platform.mac_ver()[0] else platform.node()
     # Kernels that are timed at load may win this time and lose the next.
     used = sorted(
         (kernel, size)
@@ -363,8 +375,14 @@ def cost_file(backend: Backend, model: str, loaded: LoadConfig, folder: Path) ->
         for size, verdict in verdicts.items()
         if verdict.startswith("used")
     )
-    text = json.dumps([*key, *machine, versions, used, model, SIZES])
-    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    known = {
+        "model": model,
+        "device": [backend.name, name, backend.dtype, backend.inexact is None, node],
+        "kernels": used,
+        "sizes": SIZES,
+        **run_facts(replace(loaded, device=None), type(backend).__module__.partition(".")[0]),
+    }
+    digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
     return CostFile(folder / f"{digest}.json", lambda: backend.device_name == name)
 
 
