@@ -612,6 +612,10 @@ def pack_drafter(model: Model, head: Head | None, target: Target, bits: int | No
     for module in modules:
         pack_linears(module, packing)
         pack_linears(module)  # layers that cannot be rounded
+        if isinstance(target, DecoderTarget) and target.kernels is not None:
+            from treeflash_cuda.cpu.drafter_norms import use_kernels  # needs llvmlite
+
+            use_kernels(module, target.kernels, target.dtype)
     if model.operations is not None:
         fuse_layers(model, model.operations, target.dtype)
         for part in model.modules():

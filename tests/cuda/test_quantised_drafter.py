@@ -16,6 +16,7 @@ require("torch")
 require("llvmlite")
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from treeflash_cuda import backend as loading
 from treeflash_cuda.backend import load
@@ -63,6 +64,19 @@ def test_the_text_is_that_of_plain_decoding(pair, bits):
         config = DecodeConfig(method=method, max_tokens=30, budget=16)
         texts.append(generate(backend, [1, 2, 3], config))
     assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@torch.inference_mode()
+def test_norms_are_compiled_beside_layers_that_are(pair, dtype):
+    backend = load(*pair, LoadConfig(device="cpu", dtype=dtype))
+    assert backend.target.kernels is not None
+    layer = backend.drafter_model.layers[0]
+    for norm in (layer.input_layernorm, layer.self_attn.q_norm, backend.head.module.norm):
+        assert "forward" in vars(norm)
+        x = torch.randn(2, 6, len(norm.weight)).to(backend.target.dtype)[:, ::2]
+        expected = F.rms_norm(x.float(), norm.weight.shape, norm.weight.float(), norm.eps)
+        torch.testing.assert_close(norm(x).float(), expected, rtol=0.01, atol=1e-5)
 
 
 def test_an_output_head_of_its_own_that_has_no_whole_groups_stays_as_it_is(tmp_path, monkeypatch):
