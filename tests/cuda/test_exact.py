@@ -320,7 +320,7 @@ def test_kernels_are_exact(tmp_path, monkeypatch, case):
     )
     fallback = Operations(reasons={"tree_attention": "ptxas is missing"})
     write_target(tmp_path, "llama", seed=1, vocab_size=VOCAB_SIZE, layers=1)
-    monkeypatch.setattr(linear, "can_pack", lambda _: False)
+    monkeypatch.setattr(linear, "uses_onednn", lambda _: False)
     # The interpreter is slow: trees cross the end of a smaller tile, after a shorter prompt.
     monkeypatch.setattr(kernels_of_attention, "MAX_TILE", 16)
     monkeypatch.setattr("treeflash.decoding.probe.EXACT_PREFIX", 12)

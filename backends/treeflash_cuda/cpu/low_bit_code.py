@@ -51,8 +51,9 @@ ENTRY = "low_bit_linear"
 """The name of the function that `build` makes; see `_entry`."""
 ROWS = (8, 6, 4, 3, 2, 1)
 """Numbers of rows that a pass over a block multiplies at once."""
-AHEAD = 2048
-"""Bytes of weights between the ones that are multiplied and the ones that are fetched."""
+AHEAD = 8192
+"""Bytes of weights between the ones that are multiplied and the ones that are fetched, into the
+second cache: the first one has the rows."""
 LEAST_TOP = 2.0**-100
 INFINITY_BITS = 0x7F800000
 SHARED_NUMBERS, SHARED_PRODUCTS = 1 << 18, 1 << 25
@@ -269,7 +270,7 @@ def _pass(module: ir.Module, isa: Isa, kind: LowBitFormat, rows: int) -> ir.Func
         ahead = b.at(weights, constant(I64, AHEAD))
         for line in range(0, group_nbytes, 256):
             at = b.at(ahead, constant(I64, line))
-            b.intrinsic("llvm.prefetch.p0", VOID, at, *(constant(I32, x) for x in (0, 3, 1)))
+            b.intrinsic("llvm.prefetch.p0", VOID, at, *(constant(I32, x) for x in (0, 2, 1)))
         places = [b.plus(first, turn) for first in first_groups]
         activations = [b.at(q, b.times(place, GROUP)) for place in places]
         factors = [b.splat(b.read(b.at(d, place, FLOAT), FLOAT, 4), isa.lanes) for place in places]
