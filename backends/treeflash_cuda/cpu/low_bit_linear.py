@@ -133,6 +133,7 @@ class LowBitLinear(nn.Module):
             units = tensor.view(torch.int32) if name == "numbers" else tensor
             chosen = units[block, ..., row].unflatten(0, (-1, BLOCK)).movedim(1, -1).contiguous()
             layer._keep(name, chosen.view(tensor.dtype))
+        layer._keep("order", self.order)
         layer._keep("bias", None if self.bias is None else self.bias[ids])
         return layer
 
