@@ -7,9 +7,7 @@ import logging
 import platform
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
-from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from pathlib import Path
@@ -58,16 +56,6 @@ def default_backend() -> str:
 def loader(name: str) -> Loader:
     """Import the `Loader` of a backend; raises what `load_entry_point` does."""
     return cast(Loader, load_entry_point(name, available()))
-
-
-def prepare_process(name: str) -> None:
-    """Let a backend import its framework in a process that is treeflash's own; see `Loader`."""
-    entry = available().get(name)
-    if entry is None or not installed(name):
-        return  # refused when the backend is loaded
-    package = entry.module.partition(".")[0]
-    with suppress(ImportError):
-        import_module(f"{package}.command_imports").prepare()
 
 
 def _ask(load: Loader, name: str, *arguments: Any) -> Any:

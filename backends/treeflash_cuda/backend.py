@@ -13,14 +13,13 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
 
 from treeflash.config import GIB, DecodeConfig, LoadConfig, SamplingConfig
 from treeflash.decoding.backend_base import (
@@ -61,6 +60,7 @@ from treeflash_cuda.cpu.low_bit_loading import (
     products_refusal,
     rounding,
 )
+from treeflash_cuda.cpu.plain_config import PlainConfig, target_config
 from treeflash_cuda.cpu.threads import cpu_threads
 from treeflash_cuda.device import (
     choose_device,
@@ -84,10 +84,6 @@ from treeflash_cuda.gpu.parallel import (
     succeeded_everywhere,
 )
 from treeflash_cuda.heads import HEAD_CLASSES, TABLE_HEADS, TableHead
-from treeflash_cuda.hf.experts import fuse_experts, has_experts
-from treeflash_cuda.hf.fused_layers import fuse_layers, fuse_residuals, fuse_rotation
-from treeflash_cuda.hf.model_target import CHECKED_TOKENS, ModelTarget, own_attention
-from treeflash_cuda.hf.row_pass import PASS_NAME, RowPass
 from treeflash_cuda.images import GivenFeatures, NoPictures, has_tower
 from treeflash_cuda.linear import (
     IN_DRAFTER,
@@ -110,8 +106,15 @@ from treeflash_cuda.operations import (
 )
 from treeflash_cuda.quantised_weights import BITS
 from treeflash_cuda.state import State
-from treeflash_cuda.target import Target, read_model_config, refuse_stateful
+from treeflash_cuda.target import PASS_NAME, Target, read_model_config, refuse_stateful
 from treeflash_cuda.verifier import Verifier
+
+if TYPE_CHECKING:
+    # Modules of `hf` import transformers' models, which takes seconds: only functions that run such
+    # a model import them.
+    from transformers import PreTrainedModel
+
+    from treeflash_cuda.hf.model_target import ModelTarget
 
 FREE_MEMORY_SHARE = 0.85
 """Share of the memory that models and passes leave free on a GPU, for keys and values. The rest is
@@ -378,9 +381,7 @@ def reserve_memory(
 
 def pass_nbytes(target: Target) -> int:
     """Return the memory that a pass over the largest tree takes, bytes; 0 if it is not one pass."""
-    if not isinstance(target, ModelTarget) or target.operations is None:
-        return 0
-    if target.split or target.spans is not None:
+    if target.operations is None or target.split or target.spans is not None:
         return 0
     torch.cuda.reset_peak_memory_stats(target.device)
     before = torch.cuda.memory_allocated(target.device)
@@ -617,6 +618,8 @@ def pack_drafter(model: Model, head: Head | None, target: Target, bits: int | No
 
             use_kernels(module, target.kernels, target.dtype)
     if model.operations is not None:
+        from treeflash_cuda.hf.fused_layers import fuse_layers
+
         fuse_layers(model, model.operations, target.dtype)
         for part in model.modules():
             if isinstance(part, Experts):
@@ -646,6 +649,8 @@ def wrap(model: PreTrainedModel, drafter: Path | None) -> CudaBackend:
         ConfigError: the model's layers are on several devices.
         CheckpointError, UnsupportedModelError: as `load` raises them.
     """
+    from treeflash_cuda.hf.model_target import ModelTarget, own_attention
+
     device = model.get_input_embeddings().weight.device
     if {parameter.device for parameter in model.parameters()} != {device}:
         raise ConfigError("the model is on several devices; load it on one device")
@@ -752,12 +757,8 @@ def load_target(
     if is_default if config.exact is None else config.exact:
         with inexact_if_refused(model, config):
             model.make_exact(passed or PassedChecks())
-    if pack and isinstance(model, ModelTarget) and model.operations is not None:
-        fuse_layers(model.model, model.operations, model.dtype)
-        fuse_experts(model.model, model.operations, model.dtype)
-        run = functools.partial(run_tree, model)
-        fuse_rotation(model.model, run)
-        fuse_residuals(model.layers, getattr(model.model.get_decoder(), "norm", None), run)
+    if pack and model.operations is not None:
+        fuse_parts(model)
     return model
 
 
@@ -771,12 +772,16 @@ def read_target(
     processes: int,
 ) -> Target:
     """Read a target's weights, with layers of our own or as a model of transformers."""
-    config = read_model_config(folder)
+    config = target_config(folder)
     refuse_stateful(config)
     own = own_layers(folder, config, settings, device, pack=pack, processes=processes)
     if isinstance(own, OwnLayers):
         assert dtype is not None
         return DecoderTarget.load(own.checkpoint, config, own.facts, dtype, settings)
+    from treeflash_cuda.hf.model_target import ModelTarget
+
+    if isinstance(config, PlainConfig):
+        config = read_model_config(folder)
     model = ModelTarget.load(
         folder, config, device, dtype, settings, pack=pack, processes=processes
     )
@@ -795,7 +800,7 @@ class OwnLayers:
 
 def own_layers(
     folder: Path,
-    config: PreTrainedConfig,
+    config: Any,  # see `target_config`
     settings: LoadConfig,
     device: torch.device,
     *,
@@ -822,9 +827,24 @@ def own_layers(
     return checkpoint.foreign or OwnLayers(checkpoint, facts)
 
 
+def fuse_parts(target: Any) -> None:
+    """Let parts of the layers of a `ModelTarget` call its operations."""
+    from treeflash_cuda.hf.experts import fuse_experts
+    from treeflash_cuda.hf.fused_layers import fuse_layers, fuse_residuals, fuse_rotation
+    from treeflash_cuda.hf.model_target import CHECKED_TOKENS
+
+    model, run = target.model, functools.partial(run_tree, target, CHECKED_TOKENS)
+    fuse_layers(model, target.operations, target.dtype)
+    fuse_experts(model, target.operations, target.dtype)
+    fuse_rotation(model, run)
+    fuse_residuals(target.layers, getattr(model.get_decoder(), "norm", None), run)
+
+
 @torch.inference_mode()
-def run_tree(target: ModelTarget, nodes: int = CHECKED_TOKENS) -> None:
-    """Run a tree, without a graph, whose keys, values and states are dropped."""
+def run_tree(target: Any, nodes: int) -> None:
+    """Run a tree through a `ModelTarget`, without a graph; keys, values and states are dropped."""
+    from treeflash_cuda.hf.row_pass import RowPass
+
     arena = copy(target.arena)
     arena.slabs = []  # the target's own memory is allocated later
     state = State(arena, None, nodes, recurrent=target.new_recurrent_states())
@@ -882,6 +902,8 @@ def load_kernels(shapes: Shapes, target: Target, place: str = "") -> Operations:
 
 def target_shapes(target: Target) -> Shapes:
     """Return the sizes of a target that kernels depend on."""
+    from treeflash_cuda.hf.experts import has_experts
+
     config = target.config
     heads, hidden_size = config.num_attention_heads, config.hidden_size
     arena = target.state_arena

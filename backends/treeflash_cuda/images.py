@@ -17,13 +17,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from treeflash.decoding.families import ImageFamily, image_family
 from treeflash.decoding.image_processor import TOKEN_TYPES, Processor, image_samples
@@ -31,6 +30,9 @@ from treeflash.decoding.images import Image, PromptImages
 from treeflash.decoding.probe import ImageSample
 from treeflash.errors import ConfigError, PromptError
 from treeflash_cuda.state import State
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers.activations import ACT2FN
 
 from treeflash.decoding.hybrid import depth_first
 from treeflash.decoding.tree import DraftTree
@@ -94,7 +93,11 @@ def weigh_windows(
     if bias is not None:
         out = out + bias.float()
     out = out.to(weight.dtype)
-    return (out if activation is None else ACT2FN[activation](out)).to(windows.dtype)
+    if activation is not None:
+        from transformers.activations import ACT2FN  # takes time, and few targets are recurrent
+
+        out = ACT2FN[activation](out)
+    return out.to(windows.dtype)
 
 
 def tree_recurrence(

@@ -9,12 +9,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from treeflash.decoding.families import family_of, refusal
 from treeflash.decoding.image_processor import Processor
@@ -29,13 +28,18 @@ from treeflash_cuda.cpu.threads import Threads, cpu_threads
 from treeflash_cuda.gpu.graphs import Graphs
 from treeflash_cuda.gpu.kernels import CausalAttention
 from treeflash_cuda.gpu.state_arena import StateArena
-from treeflash_cuda.hf.hybrid import RecurrentStates
 from treeflash_cuda.images import ImageRows, VisionTower
 from treeflash_cuda.linear import token_products
 from treeflash_cuda.operations import Operations
+from treeflash_cuda.recurrent_states import RecurrentStates
 from treeflash_cuda.sampling import Logits
 from treeflash_cuda.state import State
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+PASS_NAME = "the target"
+"""The name of the pass over rows as a function that is captured."""
 UNLIMITED = 1 << 20
 """Positions of models that have no limit."""
 
@@ -55,6 +59,8 @@ def read_model_config(folder: Path) -> PreTrainedConfig:
 
     Raises a CheckpointError if the configuration is damaged, or of a type that transformers lacks.
     """
+    from transformers import AutoConfig
+
     read_config(folder)  # has the clearer message about a damaged file
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -69,6 +75,8 @@ def skeleton(config: PreTrainedConfig) -> Any:
 
     What is wrong with them is said when the model is loaded.
     """
+    from transformers import AutoModelForCausalLM  # takes seconds
+
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)

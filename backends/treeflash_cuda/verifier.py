@@ -20,10 +20,10 @@ from treeflash_cuda.cache import Slab
 from treeflash_cuda.drafter import OutputStage
 from treeflash_cuda.drafter_model import DrafterModel
 from treeflash_cuda.gpu.state_arena import CommittedStates, TreeWrites
-from treeflash_cuda.hf.hybrid import RecurrentStates
 from treeflash_cuda.images import ImageRows
 from treeflash_cuda.mtp_head import MtpModel
 from treeflash_cuda.numerics import upload_all
+from treeflash_cuda.recurrent_states import RecurrentStates
 from treeflash_cuda.sampling import Logits, sample
 from treeflash_cuda.state import State
 from treeflash_cuda.target import Rows, Target

@@ -21,8 +21,8 @@ require("torch")
 
 import torch
 from transformers import CONFIG_MAPPING
-from treeflash_cuda import backend as loading
 from treeflash_cuda.backend import load
+from treeflash_cuda.hf import fused_layers
 from treeflash_cuda.hf.fused_layers import AddingLayer
 from treeflash_cuda.verifier import FIRST_CHUNK
 
@@ -97,8 +97,8 @@ def test_layers_add_and_norm_by_one_operation(
     assert [isinstance(x, AddingLayer) for x in forwards] == [adds] * len(layers)
     rotating = [vars(layer.self_attn).get("forward") for layer in layers]
     assert {getattr(x, "has_halves", None) for x in rotating} == {halves}
-    monkeypatch.setattr(loading, "fuse_layers", lambda *_: None)
-    monkeypatch.setattr(loading, "fuse_rotation", lambda *_: None)
+    monkeypatch.setattr(fused_layers, "fuse_layers", lambda *_: None)
+    monkeypatch.setattr(fused_layers, "fuse_rotation", lambda *_: None)
     plain, found = load_with_parts(monkeypatch, tmp_path), []
     for backend in (adding, plain):
         state = backend.open(40, drafts=False)

@@ -15,11 +15,12 @@ from treeflash.testing.pairs import DRAFTER_SEED, TARGET_SEED
 require("torch")
 
 import torch
-from treeflash_cuda import recurrence
+from treeflash_cuda import recurrence, recurrent_states
 from treeflash_cuda.backend import load
 from treeflash_cuda.hf import hybrid, model_target
-from treeflash_cuda.hf.hybrid import MATRIX, HybridCache, RecurrentCache, Writes
+from treeflash_cuda.hf.hybrid import MATRIX, HybridCache, RecurrentCache
 from treeflash_cuda.hf.model_target import ModelTarget
+from treeflash_cuda.recurrent_states import Writes
 
 DELTA, MAMBA = HYBRID_FAMILIES
 commit = Writes.commit
@@ -109,7 +110,7 @@ PLACES = {
     commit_without_decay: (Writes, "commit"),
     commit_with_own_decay: (Writes, "commit"),
     state_of_the_whole_block: (Writes, "commit"),
-    tail_of_the_last_columns: (hybrid, "_tail"),
+    tail_of_the_last_columns: (recurrent_states, "_tail"),
     chains_run_as_text: (ModelTarget, "new_cache"),
     single_step_in_place: (HybridCache, "get_recurrent_state"),
 }

@@ -14,7 +14,7 @@ from treeflash.hub.published import model_name
 from treeflash.interruption import never_swallowed
 from treeflash.language_model import LanguageModel, LocatedPair, locate
 from treeflash.option import Option, options_of
-from treeflash.registry import default_backend, fall_back_to_cpu, prepare_process
+from treeflash.registry import fall_back_to_cpu
 from treeflash.text.forms import check_form
 from treeflash.text.options import GRAMMAR_OPTIONS, OPTIONS, Options, parse_options
 from treeflash.text.stream import Parallel
@@ -182,7 +182,6 @@ def locate_model(
     if drafter is None and methods and set(methods) <= {"ar", "suffix"}:
         drafter = False
     settings: Any = {name: value for name, value in chosen.items() if name in LOAD_OPTIONS}
-    prepare_process(chosen["backend"] or default_backend())
     return locate(chosen["target"], drafter, backend=chosen["backend"], **settings)
 
 

@@ -447,9 +447,6 @@ class Loader(Protocol):
       and else why not, in words; empty if the settings exclude it.
     - `memory_limit()` returns the bytes that models may take, or None: larger ones are refused.
     - `examine_device(config)` returns a `DeviceReport` without any model, for `doctor`.
-
-    Its package may have a module `command_imports`, whose `prepare()` is called before the backend
-    is imported in a process that runs a command of treeflash and nothing else.
     """
 
     def __call__(self, target: Path, drafter: Path | None, config: LoadConfig) -> Backend:

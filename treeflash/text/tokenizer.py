@@ -15,8 +15,13 @@ from treeflash.errors import CheckpointError, ConfigError, PromptError, first_li
 REPLACEMENT = "\ufffd"
 PRIVATE = "\ue000"  # a private-use character, which no template contains
 WINDOW_TOKENS = 8
+FAST_CLASS = "PreTrainedTokenizerFast"
+"""The class of transformers for a tokenizer that `tokenizer.json` describes in full."""
+TRUSTED_TYPES = "llama", "mistral", "qwen3", "smollm3"
+"""Types of models for which `AutoTokenizer` takes `FAST_CLASS` where a folder names it."""
 VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
 """Names of files that hold a tokenizer's vocabulary."""
+SETTINGS = "tokenizer_config.json"
 NO_VOCABULARY = (
     "{folder} has no usable tokenizer (its vocabulary is missing); "
     "it needs a valid tokenizer.json or tokenizer.model"
@@ -63,10 +68,8 @@ class Tokenizer:
         stop_token_ids = frozenset[int]().union(*map(_eos_token_ids, files))
         for name in ("transformers", "transformers.configuration_utils"):
             logging.getLogger(name).addFilter(_is_helpful)
-        from transformers import AutoTokenizer
-
         try:
-            tokenizer = AutoTokenizer.from_pretrained(
+            tokenizer = _class_of(folder).from_pretrained(
                 str(folder), trust_remote_code=False, local_files_only=True
             )
         except Exception as error:  # tokenizers raises a bare Exception for a damaged file
@@ -300,6 +303,37 @@ def _byte_alphabet() -> dict[str, int]:
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     return {character: byte for byte, character in bytes_to_unicode().items()}
+
+
+def _class_of(folder: Path) -> Any:
+    """Return the class of transformers that reads a folder's tokenizer.
+
+    To choose it, `AutoTokenizer` reads the configuration of the model, for which it imports seconds
+    of code. Where the choice is known, it is left out.
+    """
+    model, settings = (_json_object(folder / name) for name in ("config.json", SETTINGS))
+    if (
+        settings.get("tokenizer_class") == FAST_CLASS
+        and model.get("model_type") in TRUSTED_TYPES
+        and not (model.keys() | settings.keys()) & {"auto_map"}
+        and (folder / "tokenizer.json").is_file()
+        and not (folder / "tekken.json").is_file()
+    ):
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    """Return the object of a file; an empty one if there is none, which transformers reports."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _as_parts(message: Mapping[str, Any]) -> dict[str, Any]:

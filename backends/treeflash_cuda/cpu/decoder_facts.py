@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from treeflash.low_bit_formats import find_format
 
@@ -141,5 +140,7 @@ def _frequencies(config: Any, rope: Mapping[str, Any], head_dim: int) -> tuple[T
     if rope["rope_type"] == "default":
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float) / head_dim
         return 1.0 / rope["rope_theta"] ** exponents, 1.0
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # takes a second
+
     frequencies, scale = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config)
     return frequencies, scale

@@ -37,6 +37,7 @@ class Checkpoint:
         """Read the headers of the files; raises a CheckpointError if one is damaged."""
         self.folder = folder
         self.tensors: dict[str, StoredTensor] = stored_tensors(folder)
+        self._files: dict[Path, Any] = {}  # open files: each is mapped once
         # Modules with packed weights, and the modules that have layers as their parts.
         self.packed = StoredWeight.of(config.get("quantization_config") or {})
         self.wholes = {
@@ -85,8 +86,9 @@ class Checkpoint:
                 f"and its config.json asks for {shape}"
             )
         try:
-            with safe_open(stored.path, framework="pt") as file:
-                tensor: Tensor = file.get_tensor(name)
+            if stored.path not in self._files:
+                self._files[stored.path] = safe_open(stored.path, framework="pt")
+            tensor: Tensor = self._files[stored.path].get_tensor(name)
         except SafetensorError as error:
             raise CheckpointError(f"{stored.path} is damaged: {error}") from error
         return tensor

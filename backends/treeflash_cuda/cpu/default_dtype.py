@@ -10,18 +10,23 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedConfig
 
 from treeflash.config import LoadConfig
 from treeflash.decoding.probe import INEXACT
 from treeflash.drafters.folder import is_quantised
 from treeflash.errors import UnsupportedModelError
+from treeflash_cuda.cpu.decoder_facts import DecoderFacts, decoder_facts
 from treeflash_cuda.cpu.low_bit_loading import is_packed
+from treeflash_cuda.cpu.plain_config import target_config
 from treeflash_cuda.exact import products_of
 from treeflash_cuda.linear import uses_fbgemm, uses_onednn
 from treeflash_cuda.target import RECURRENT_LAYERS, read_model_config, refuse_stateful, skeleton
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 HALF = torch.bfloat16, torch.float16
 BFLOAT16 = 8, 0
@@ -41,7 +46,7 @@ def half_dtype(folder: Path, config: LoadConfig) -> str | None:
     """
     if config.exact is False or config.kv_bits or config.compile:
         return None
-    model = read_model_config(folder)
+    model = target_config(folder)
     refuse_stateful(model)
     dtype = stored_dtype(model)
     if dtype not in HALF or (is_quantised(model.to_dict()) and not is_packed(model)):
@@ -84,5 +89,7 @@ def refuse_inexact(config: PreTrainedConfig) -> None:
         raise UnsupportedModelError(f"{INEXACT}: it does not support recurrent layers")
     if getattr(text, "attn_logit_softcapping", None) is not None:
         raise UnsupportedModelError(f"{INEXACT}: it does not support soft-capped scores")
+    if isinstance(decoder_facts(config), DecoderFacts):
+        return  # its products are known
     if (model := skeleton(text)) is not None:
         list(products_of(model))

@@ -19,13 +19,7 @@ from torch import Tensor
 
 from treeflash.decoding.tree import DraftTree
 from treeflash_cuda.cache import Region, Slab
-from treeflash_cuda.gpu.graphs import (
-    MAX_ROWS,
-    Outputs,
-    padded_order,
-    power_of_two,
-    round_up,
-)
+from treeflash_cuda.gpu.graphs import MAX_ROWS, Outputs, padded_order, power_of_two, round_up
 from treeflash_cuda.gpu.state_arena import TreeWrites
 from treeflash_cuda.hf.attention_contexts import TreeContext
 from treeflash_cuda.hf.hybrid import HybridTreeCache
@@ -34,7 +28,7 @@ from treeflash_cuda.numerics import pack, unpack, upload
 from treeflash_cuda.recurrence import TreeNodes, plan_nodes
 from treeflash_cuda.sampling import Logits, finite_argmax
 from treeflash_cuda.state import State
-from treeflash_cuda.target import Rows
+from treeflash_cuda.target import PASS_NAME, Rows
 from treeflash_cuda.visible_keys import RowPlan, VisibleKeys
 
 if TYPE_CHECKING:
@@ -45,8 +39,6 @@ MAX_CHUNK = 256
 faster for prompts."""
 MIN_DEPTHS = 64
 """Depths of trees for which paths have room; deeper trees, which are rare, have other graphs."""
-PASS_NAME = "the target"
-"""The name of the pass as a function that is captured."""
 OUTGROWN = "the sequence has outgrown its capacity"
 
 

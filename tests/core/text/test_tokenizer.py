@@ -23,7 +23,7 @@ from transformers import AutoTokenizer
 
 from treeflash.errors import CheckpointError, ConfigError, PromptError
 from treeflash.testing.pairs import EXAMPLES
-from treeflash.text.tokenizer import TextStream, Tokenizer, check_vocabulary
+from treeflash.text.tokenizer import TRUSTED_TYPES, TextStream, Tokenizer, check_vocabulary
 
 
 def test_special_tokens_are_left_out_but_can_be_shown(plain: Tokenizer):
@@ -409,3 +409,16 @@ def test_the_window_forgets_only_ids_that_no_longer_change_the_text(token_ids):
     stream = TextStream(tokenizer)
     shown = "".join(stream.push([token_id]) for token_id in token_ids)
     assert shown + stream.finish() == tokenizer.decode(token_ids)
+
+
+@pytest.mark.parametrize("model_type", [*TRUSTED_TYPES, "qwen2"])
+def test_a_tokenizer_is_of_the_class_that_transformers_chooses(tmp_path: Path, model_type: str):
+    """Where the choice is known, it is not asked for."""
+    save_folder(tmp_path, byte_level(), chat_template=CHAT_TEMPLATE)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    found = Tokenizer.from_folder(tmp_path).transformers
+    expected = AutoTokenizer.from_pretrained(str(tmp_path))
+    assert type(found) is type(expected)
+    assert found.backend_tokenizer.to_str() == expected.backend_tokenizer.to_str()
+    assert found.special_tokens_map == expected.special_tokens_map
+    assert found.chat_template == expected.chat_template

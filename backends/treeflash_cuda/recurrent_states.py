@@ -1,0 +1,91 @@
+"""The recurrent states of one sequence, and what commits after a pass need; see `hf.hybrid`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from treeflash_cuda.gpu.state_arena import (
+    TAIL,
+    CommittedStates,
+    Key,
+    SlotStates,
+    StateArena,
+    TreeWrites,
+)
+from treeflash_cuda.recurrence import state_update
+
+
+@dataclass(frozen=True, eq=False)
+class Writes:
+    """The updates of a layer's state by the nodes of a tree."""
+
+    state: Tensor  # (1, heads, key_dim, value_dim) before the tree
+    u: Tensor  # (1, heads, n, value_dim)
+    k: Tensor  # (1, heads, n, key_dim)
+    log_g: Tensor  # (1, heads, n, 1) log decays, or (1, heads, n, key_dim) of channels
+    transposed: bool = False  # whether states are kept as (1, heads, value_dim, key_dim)
+
+    def commit(self, path: Tensor) -> Tensor:
+        """Compute the state after a path of (a,) nodes."""
+        u, k, log_g = (x.index_select(2, path) for x in (self.u, self.k, self.log_g))
+        update, decay = state_update(u, k, log_g)
+        after = torch.addcmul(update, decay, self.state)
+        return after.mT.contiguous() if self.transposed else after
+
+
+class RecurrentStates:
+    def __init__(self, transposed: frozenset[int]) -> None:
+        self.transposed = transposed  # layers whose matrices have values before keys
+        self.committed: CommittedStates = {}  # after the last committed position
+        self.drop_pending()
+
+    def drop_pending(self) -> None:
+        """Drop the results of the last forward pass."""
+        # Inputs of convolutions, and kernel - 1. The inputs are the tail and the n rows, (1,
+        # channels, kernel - 1 + n), or only their end if all rows will be committed.
+        self.inputs: dict[Key, tuple[Tensor, int]] = {}
+        self.pending: dict[Key, Tensor | Writes] = {}  # matrices, or the writes of nodes
+        # A pass with a `HybridTreeCache` leaves its writes and the index of the sequence here.
+        self.tree: tuple[TreeWrites, int] | None = None
+
+    def move_to(self, arena: StateArena) -> SlotStates | None:
+        """Put the committed states in a slot, and return them; None of an empty sequence."""
+        if not self.committed:
+            return None
+        self.committed = states = arena.adopt(self.committed)
+        return states
+
+    def states_after(self, path: Tensor) -> CommittedStates:
+        """Compute the states after a path of (a,) nodes of the last pass with a `HybridCache`."""
+        tails = {key: _tail(x, path, width) for key, (x, width) in self.inputs.items()}
+        return tails | {
+            key: value.commit(path) if isinstance(value, Writes) else value
+            for key, value in self.pending.items()
+        }
+
+    def resume(self, committed: CommittedStates) -> None:
+        """Replace the committed states, and forget the last block."""
+        self.committed = committed
+        self.drop_pending()
+
+    def read(self) -> list[NDArray[np.float32]]:
+        states = []
+        for kind, layer, n in sorted(self.committed, key=lambda key: (key[1], key[0], key[2])):
+            state = self.committed[kind, layer, n][0]
+            if kind == TAIL or layer in self.transposed:
+                state = state.mT
+            states.append(state.float().cpu().numpy().copy())  # a slot is written again later
+        return states
+
+
+def _tail(inputs: Tensor, path: Tensor, width: int) -> Tensor:
+    """Return (1, channels, width) last inputs after (a,) nodes; see `convolution_tail`."""
+    if inputs.shape[2] == width:
+        return inputs
+    rows = torch.cat([torch.arange(width, device=path.device), path + width])
+    return inputs.index_select(2, rows[len(path) :])

@@ -1,0 +1,67 @@
+"""A command imports what its target needs: of transformers no models, where layers are our own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from byte_tokens import SPECIAL, save_tokenizer
+
+from treeflash.testing import require, write_drafter, write_target
+
+require("torch")
+
+MODELS = {
+    *("accelerate", "sympy", "torch._dynamo", "torch.distributed.tensor", "torchvision"),
+    *("transformers.masking_utils", "transformers.modeling_utils"),
+}
+"""What transformers imports with its first model, which takes most of the time of a short run."""
+RUN = """
+import sys
+from treeflash.__main__ import main
+
+sys.argv = ["treeflash", *sys.argv[1:]]
+try:
+    assert main() == 0
+except SystemExit as end:  # of `--help`
+    assert not end.code
+print("imported:", *sys.modules)
+"""
+
+
+def modules_of(*command: str) -> set[str]:
+    """Run a command in a process of its own, and return the modules that it has imported."""
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, *command], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.rpartition("imported:")[2].split())
+
+
+def generate(family: str, folder: Path, *options: str) -> set[str]:
+    """Return the modules that `generate` imports for a tiny pair."""
+    target, drafter = folder / "target", folder / "drafter"
+    write_target(target, family, seed=3, vocab_size=len(SPECIAL) + 256)
+    write_drafter(drafter, target, seed=4)
+    save_tokenizer(target)
+    given = "--target", str(target), "--drafter", str(drafter), "--max-tokens", "4"
+    return modules_of("generate", "Hi", *given, "--device", "cpu", "--backend", "cuda", *options)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_layers_of_our_own_import_no_model_of_transformers(tmp_path, dtype):
+    found = generate("llama", tmp_path, "--dtype", dtype)
+    assert "treeflash_cuda.cpu.decoder" in found
+    assert not found & MODELS
+
+
+def test_another_target_imports_the_models_of_transformers(tmp_path):
+    """The names above are still names of what transformers imports."""
+    found = generate("olmo2", tmp_path)
+    assert MODELS - {"accelerate", "torchvision"} <= found  # these two may not be installed
+
+
+def test_the_help_of_a_command_imports_no_framework():
+    assert not modules_of("generate", "--help") & {"torch", "transformers"}

@@ -1,0 +1,97 @@
+"""Configurations that are read without transformers say what transformers reads in them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+
+import pytest
+
+from treeflash.testing import require
+
+require("torch")
+
+import torch
+from transformers import AutoConfig
+from treeflash_cuda.cpu.decoder_facts import DecoderFacts, decoder_facts
+from treeflash_cuda.cpu.plain_config import (
+    SETTINGS,
+    SIZES,
+    PlainConfig,
+    plain_config,
+    target_config,
+)
+from treeflash_cuda.target import max_positions, read_model_config
+
+SMALL = {
+    "vocab_size": 40,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "dtype": "bfloat16",
+}
+CASES = [
+    ("llama", {}),
+    ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+    ("llama", {"head_dim": 12, "rope_parameters": {"rope_type": "default", "rope_theta": 99.0}}),
+    ("mistral", {}),
+    ("mistral", {"sliding_window": None, "max_position_embeddings": 100}),
+    ("qwen2", {"sliding_window": 8}),
+    ("qwen3", {"head_dim": 16, "attention_bias": True}),
+    ("smollm3", {"no_rope_layers": [1, 0, 1, 1], "mlp_bias": True}),
+    ("smollm3", {}),
+]
+
+
+def write(folder, family, settings):
+    """Save a configuration as transformers does, and return the file's settings."""
+    AutoConfig.for_model(family, **SMALL | settings).save_pretrained(folder)
+    return json.loads((folder / "config.json").read_text())
+
+
+def facts_of(config):
+    """What layers of our own read of a configuration."""
+    facts = decoder_facts(config)
+    assert isinstance(facts, DecoderFacts)
+    found = {field.name: getattr(facts, field.name) for field in fields(facts)}
+    found["frequencies"] = found["frequencies"].tolist()
+    names = "model_type", "num_attention_heads", "num_key_value_heads", "dtype"
+    return found, max_positions(config), [getattr(config, name) for name in names]
+
+
+@pytest.mark.parametrize(("family", "settings"), CASES)
+def test_a_plain_file_gives_the_facts_that_transformers_gives(tmp_path, family, settings):
+    write(tmp_path, family, settings)
+    config = target_config(tmp_path)
+    assert isinstance(config, PlainConfig)
+    assert config.dtype == torch.bfloat16
+    assert facts_of(config) == facts_of(read_model_config(tmp_path))
+
+
+@pytest.mark.parametrize("family", SETTINGS)
+def test_what_a_file_leaves_out_is_left_to_transformers(tmp_path, family):
+    saved = write(tmp_path, family, {})
+    assert plain_config(saved) is not None
+    named = [*SIZES, "rms_norm_eps", "hidden_act", "tie_word_embeddings", *SETTINGS[family]]
+    for name in (*named, "rope_parameters"):
+        less = {key: value for key, value in saved.items() if key != name}
+        assert plain_config(less) is None, name
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 9.0, "factor": 2.0}}),
+        ("llama", {"hidden_act": "gelu"}),
+        ("llama", {"quantization_config": {"quant_method": "fp8"}}),
+        ("llama", {"partial_rotary_factor": 0.5}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 8}),
+        ("qwen3", {"layer_types": ["sliding_attention", *["full_attention"] * 3]}),
+        ("granite", {}),
+    ],
+)
+def test_other_forms_are_left_to_transformers(tmp_path, family, settings):
+    write(tmp_path, family, settings)
+    assert not isinstance(target_config(tmp_path), PlainConfig)
