@@ -15,6 +15,7 @@ import torch
 from transformers import AutoConfig
 from treeflash_cuda.cpu.decoder_facts import DecoderFacts, decoder_facts
 from treeflash_cuda.cpu.plain_config import (
+    NO_BIASES,
     SETTINGS,
     SIZES,
     PlainConfig,
@@ -67,6 +68,15 @@ def test_a_plain_file_gives_the_facts_that_transformers_gives(tmp_path, family, 
     config = target_config(tmp_path)
     assert isinstance(config, PlainConfig)
     assert config.dtype == torch.bfloat16
+    assert facts_of(config) == facts_of(read_model_config(tmp_path))
+
+
+def test_a_file_that_names_no_biases_has_none(tmp_path):
+    saved = write(tmp_path, "llama", {})
+    less = {key: value for key, value in saved.items() if key not in NO_BIASES}
+    (tmp_path / "config.json").write_text(json.dumps(less))
+    config = target_config(tmp_path)
+    assert isinstance(config, PlainConfig)
     assert facts_of(config) == facts_of(read_model_config(tmp_path))
 
 

@@ -26,13 +26,15 @@ SIZES = (
 )
 FLAGS = "tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"
 SETTINGS: dict[str, tuple[str, ...]] = {
-    "llama": ("attention_bias", "mlp_bias"),
+    "llama": (),
     "mistral": ("sliding_window",),
     "qwen2": ("use_sliding_window",),
-    "qwen3": ("attention_bias", "head_dim", "use_sliding_window"),
-    "smollm3": ("attention_bias", "mlp_bias", "no_rope_layers", "use_sliding_window"),
+    "qwen3": ("head_dim", "use_sliding_window"),
+    "smollm3": ("no_rope_layers", "use_sliding_window"),
 }
 """The settings that a model type has besides `SIZES` and what all types have."""
+NO_BIASES = {"attention_bias": False, "mlp_bias": False}
+"""What files mean that do not name these settings."""
 OTHER_FORMS = "auto_map", "rope_scaling", "partial_rotary_factor"
 """Settings whose meaning is left to transformers."""
 DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32")}
@@ -94,7 +96,7 @@ def plain_config(settings: Mapping[str, Any]) -> PlainConfig | None:
     changed["dtype"] = None if dtype is None else DTYPES[dtype]
     if "use_sliding_window" in settings:
         changed["sliding_window"] = None
-    return PlainConfig(**{**settings, **changed})
+    return PlainConfig(**{**NO_BIASES, **settings, **changed})
 
 
 def _is_size(value: Any) -> bool:

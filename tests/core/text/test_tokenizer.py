@@ -212,7 +212,7 @@ def test_missing_or_damaged_tokenizer(tmp_path: Path, damage: str | None):
     [
         ("{", r"config\.json is not JSON"),
         ("[]", r"config\.json is not a JSON object"),
-        ('{"model_type": "llama", "hidden_size": "x"}', r"config\.json is not usable.*hidden_size"),
+        ('{"model_type": "qwen2", "hidden_size": "x"}', r"config\.json is not usable.*hidden_size"),
         ('{"eos_token_id": "x"}', r"config\.json: eos_token_id must be a token id"),
         ('{"eos_token_id": [[1]]}', r"config\.json: eos_token_id must be a token id"),
     ],
