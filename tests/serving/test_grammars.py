@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from shutil import copy
 
 import numpy as np
 import pytest
 from byte_tokens import SPECIAL
 from hypothesis import given
 from hypothesis import strategies as st
+from scripted_model import reference_model
 
 from treeflash.config import METHODS, DecodeConfig, SamplingConfig
 from treeflash.decoding import Request, Scheduler
 from treeflash.decoding.sampling import unpack
+from treeflash.testing.models import write_drafter, write_target
 from treeflash.testing.pairs import repeated
 from treeflash.text.grammar import Grammar, GrammarCompiler, GrammarConstraint, GrammarError
+from treeflash.text.tokenizer import Tokenizer
 
 SCHEMA = {
     "type": "object",
@@ -45,6 +49,18 @@ GRAMMARS = {
 @pytest.fixture(scope="module")
 def compiler(model):
     return GrammarCompiler(model.tokenizer, model.backend.vocab_size)
+
+
+@pytest.fixture(scope="module")
+def word_model(smollm2, tmp_path_factory):
+    """A pair of random weights with a real vocabulary, whose tokens cross a grammar's parts."""
+    target, drafter = (tmp_path_factory.mktemp(name) for name in ("target", "drafter"))
+    tokenizer = Tokenizer.from_folder(smollm2)
+    write_target(target, "llama", seed=3, vocab_size=tokenizer.size)
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        copy(smollm2 / name, target)
+    write_drafter(drafter, target, seed=4)
+    return reference_model(target, drafter)
 
 
 @pytest.mark.parametrize("name", GRAMMARS)
@@ -142,16 +158,39 @@ def check(name, text):
         assert re.fullmatch(patterns[name], text), text
 
 
+names = st.text('ab Ä"\\', min_size=1, max_size=5)
+leaves = st.one_of(
+    st.sampled_from(["boolean", "integer", "null", "number", "string"]).map(lambda x: {"type": x}),
+    st.lists(names, min_size=1, max_size=3).map(lambda texts: {"enum": texts}),
+    st.just({"type": "string", "format": "date"}),
+)
+
+
+def objects(values):
+    """Strategies for schemas of lists, and of objects in which some keys may be left out."""
+    lists = values.map(lambda items: {"type": "array", "items": items, "maxItems": 2})
+    properties = st.dictionaries(names, values, max_size=3)
+    return lists | properties.map(
+        lambda found: {"type": "object", "properties": found, "required": sorted(found)[:2]}
+    )
+
+
+schemas = st.recursive(leaves, objects, max_leaves=6)
+
+
 @repeated
-@given(seed=st.integers(0, 10**6))
-def test_schedules_of_grammars_equal_plain_decoding(compiler, model, seed):
+@given(seed=st.integers(0, 10**6), schemas=st.lists(schemas, min_size=2, max_size=4))
+@pytest.mark.parametrize("alphabet", ["bytes", "words"])
+def test_schedules_of_grammars_equal_plain_decoding(request, alphabet, seed, schemas):
     """Sequences of random grammars, methods and budgets join and leave; all learn from all."""
+    model = request.getfixturevalue("model" if alphabet == "bytes" else "word_model")
     rng = np.random.default_rng(seed)
+    grammars = [*GRAMMARS.values(), *map(Grammar.json, schemas)]
     scheduler, ends = Scheduler(model.backend), model.tokenizer.stop_token_ids
     started, found, left = [], {}, set()
     for _ in range(60):
         if len(started) < 6 and rng.random() < 0.3:
-            make = compiler.compile(GRAMMARS[[*GRAMMARS][rng.integers(len(GRAMMARS))]])
+            make = model.grammars.compile(grammars[rng.integers(len(grammars))])
             config = DecodeConfig(
                 method=METHODS[rng.integers(len(METHODS))],
                 budget=(1, 3, 12, 40, "auto")[rng.integers(5)],
@@ -160,26 +199,26 @@ def test_schedules_of_grammars_equal_plain_decoding(compiler, model, seed):
                 stop_token_ids=ends,
                 sampling=SamplingConfig(temperature=float(rng.integers(2)), seed=seed),
             )
-            request = Request(prompt_ids=[5, 6, 7], config=config, constraint=make())
-            started.append((request, make))
-            found[scheduler.submit(request)] = []
+            new = Request(prompt_ids=[5, 6, 7], config=config, constraint=make())
+            started.append((new, make))
+            found[scheduler.submit(new)] = []
         elif started and rng.random() < 0.03:
-            request, _ = started[rng.integers(len(started))]
-            scheduler.cancel(request)
-            left.add(request)
-        for request, step in scheduler.step():
+            cancelled, _ = started[rng.integers(len(started))]
+            scheduler.cancel(cancelled)
+            left.add(cancelled)
+        for decoded, step in scheduler.step():
             assert not isinstance(step, Exception), step
-            found[request] += step.tokens
-    for request, step in scheduler.run():
+            found[decoded] += step.tokens
+    for decoded, step in scheduler.run():
         assert not isinstance(step, Exception), step
-        found[request] += step.tokens
-    for request, make in started:
-        plain = replace(request.config, method="ar")
+        found[decoded] += step.tokens
+    for decoded, make in started:
+        plain = replace(decoded.config, method="ar")
         again = Request(prompt_ids=[5, 6, 7], config=plain, constraint=make())
         steps = Scheduler(model.backend).decode([again])
         expected = [token for _, step in steps for token in step.tokens]
-        tokens = found[request]
-        assert tokens == (expected[: len(tokens)] if request in left else expected)
+        tokens = found[decoded]
+        assert tokens == (expected[: len(tokens)] if decoded in left else expected)
 
 
 @pytest.mark.parametrize("method", METHODS)
