@@ -262,6 +262,7 @@ def mlx_lm(model: LanguageModel) -> dict[str, Run]:
 
 
 PEERS: dict[str, tuple[str, Callable[[LanguageModel], dict[str, Run]]]] = {
+    "cpu": ("transformers", transformers),
     "cuda": ("transformers", transformers),
     "mlx": ("mlx-lm", mlx_lm),
 }

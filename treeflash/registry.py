@@ -22,7 +22,11 @@ from treeflash.errors import BackendError, CPUBuildError, first_line
 T = TypeVar("T")
 
 BACKEND_ENTRY_POINTS = "treeflash.backends"
-_FRAMEWORKS = {"cuda": ("torch", "transformers"), "mlx": ("mlx", "mlx_lm")}
+_FRAMEWORKS = {
+    "cpu": ("torch", "transformers"),
+    "cuda": ("torch", "transformers"),
+    "mlx": ("mlx", "mlx_lm"),
+}
 
 
 def available(group: str = BACKEND_ENTRY_POINTS) -> dict[str, EntryPoint]:
@@ -47,7 +51,10 @@ def _missing_packages(name: str) -> list[str]:
 
 
 def default_backend() -> str:
-    """Choose the best installed backend: mlx on Apple silicon, else cuda, mlx or reference."""
+    """Choose the best installed backend: mlx on Apple silicon, else cuda, mlx or reference.
+
+    `cuda` becomes `cpu` where it finds no GPU; see `fall_back_to_cpu`.
+    """
     apple = sys.platform == "darwin" and platform.machine() == "arm64"
     order = ("mlx", "cuda") if apple else ("cuda", "mlx")
     return next((name for name in order if installed(name)), "reference")

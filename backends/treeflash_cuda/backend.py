@@ -63,6 +63,7 @@ from treeflash_cuda.cpu.low_bit_loading import (
 from treeflash_cuda.cpu.plain_config import PlainConfig, target_config
 from treeflash_cuda.cpu.threads import cpu_threads
 from treeflash_cuda.device import (
+    backend_name,
     choose_device,
     device_facts,
     device_name,
@@ -148,10 +149,9 @@ Head: TypeAlias = TableHead | MtpHead
 class CudaBackend(BaseBackend):
     """`treeflash.decoding.interfaces.Backend` in PyTorch; see `LoadConfig.draft_window`.
 
-    `memory_share` and `memory_gb` are for `reserve_memory`.
+    `memory_share` and `memory_gb` are for `reserve_memory`. Its name is `cpu` on a CPU, however it
+    was chosen, so that what is kept by the name serves every choice.
     """
-
-    name = "cuda"
 
     def __init__(
         self,
@@ -180,6 +180,7 @@ class CudaBackend(BaseBackend):
         self.verifier = (LeaderVerifier if target.split else Verifier)(target, drafter_model)
         self.state_class = LeaderState if target.split else State
         self.device = str(target.device)
+        self.name = backend_name(target.device)
 
     @property
     def device_name(self) -> str:
@@ -674,11 +675,11 @@ NOT_UNDER_TORCHRUN = {
 """Settings of one process, and what a user can do instead."""
 
 
-def check_config(config: LoadConfig) -> None:
-    """Raise a ConfigError for settings that this backend lacks."""
+def check_config(config: LoadConfig, name: str = "cuda") -> None:
+    """Raise a ConfigError for settings that this backend lacks, with the name that it has."""
     check_settings(
         config,
-        "cuda",
+        name,
         supported=OPTIONAL,
         draft_bits=BITS,
         kv_bits=(KV_BITS,),

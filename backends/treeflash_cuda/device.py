@@ -8,6 +8,7 @@ import re
 import subprocess
 import warnings
 from contextlib import suppress
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,8 +16,11 @@ from typing import Any
 
 import torch
 
-from treeflash.config import GIB
+from treeflash.config import GIB, LoadConfig
 from treeflash.errors import BackendError, CPUBuildError, first_line, is_out_of_memory
+
+CPU = "cpu"
+"""The name of the device that has a backend's name of its own."""
 
 DRIVERS = {12: 525, 13: 580}
 """The oldest NVIDIA driver for each major version of CUDA (CUDA Toolkit release notes, "CUDA driver
@@ -69,6 +73,22 @@ def choose_device(name: str | None) -> torch.device:
             f"there is no cuda:{index}: this machine has {torch.cuda.device_count()} CUDA device(s)"
         )
     return torch.device("cuda", index)
+
+
+def choose_cpu(name: str | None) -> torch.device:
+    """Return the CPU; raises a BackendError for the name of another device."""
+    if name not in (None, CPU):
+        raise BackendError(
+            f"the cpu backend runs on the CPU alone, not on {name!r}; remove the device, or use "
+            "the cuda backend"
+        )
+    return torch.device(CPU)
+
+
+def on_cpu(config: LoadConfig) -> LoadConfig:
+    """Return a configuration with the CPU; raises a BackendError if it has another device."""
+    choose_cpu(config.device)
+    return replace(config, device=CPU)
 
 
 def is_for_cpus() -> bool:
@@ -229,9 +249,14 @@ def device_name(device: torch.device) -> str:
     return platform.processor() or platform.machine()
 
 
+def backend_name(device: torch.device) -> str:
+    """Return the name of the backend that a device has, however it was chosen."""
+    return CPU if device.type == CPU else "cuda"
+
+
 def device_facts(device: torch.device) -> dict[str, str]:
     """Return what matters about a device and the software that drives it, by name."""
-    facts = {"device": device_name(device)}
+    facts = {"backend": backend_name(device), "device": device_name(device)}
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         facts["capability"] = f"{major}.{minor}"

@@ -73,12 +73,13 @@ def started(backend):
 
 def fail_at(monkeypatch, backend, part, number):
     """Let the numbered call of a part fail; returns the calls so far."""
+    framework = "mlx" if backend.name == "mlx" else "cuda"
     holder, name = {
-        "forward": (backend.target, "run_rows" if backend.name == "cuda" else "forward"),
-        "sample": (MODULES[backend.name], "sample"),
+        "forward": (backend.target, "run_rows" if framework == "cuda" else "forward"),
+        "sample": (MODULES[framework], "sample"),
         "project": (backend.drafter_model, "project"),
         "embed": (backend.drafter and backend.drafter.output, "embed"),
-        "submit": SUBMIT[backend.name],
+        "submit": SUBMIT[framework],
     }[part]
     function, calls = getattr(holder, name), []
 

@@ -233,7 +233,8 @@ def test_later_drafts_are_at_shifted_positions(pair):
 
 
 def forget_features(backend):
-    module = import_module(f"treeflash_{backend.name}.mtp_head")
+    package = type(backend).__module__.partition(".")[0]
+    module = import_module(f"{package}.mtp_head")
     return module, "merge_features", lambda embedded, rows: embedded
 
 

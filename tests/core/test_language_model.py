@@ -379,14 +379,17 @@ def nothing_fetched(monkeypatch):
     [
         ("cuda", {"kv_bits": 3}, "kv_bits must be 8 on the cuda backend, got 3"),
         ("cuda", {"draft_bits": 5}, "draft_bits must be one of"),
+        ("cpu", {"kv_bits": 3}, "kv_bits must be 8 on the cpu backend, got 3"),
+        ("cpu", {"memory_gb": 1.0}, "memory_gb is supported only by the cuda backend"),
+        ("cpu", {"device_map": "auto"}, "device_map is supported only by the cuda backend"),
         ("cuda", {"wired": True}, "wired is supported only by the mlx backend"),
         ("mlx", {"kv_bits": 3}, r"kv_bits must be one of \(4, 8\) on the mlx backend, got 3"),
         ("mlx", {"draft_bits": 7}, "draft_bits must be one of"),
-        ("mlx", {"compile": True}, "compile is supported only by the cuda backend"),
+        ("mlx", {"compile": True}, "compile is supported only by the cpu and cuda backends"),
         ("reference", {"kv_bits": 8}, "kv_bits is not supported by the reference backend"),
         ("reference", {"draft_bits": 4}, "draft_bits is not supported by the reference backend"),
         ("reference", {"exact": True}, "exact is not supported by the reference backend"),
-        ("reference", {"compile": True}, "compile is supported only by the cuda backend"),
+        ("reference", {"compile": True}, "compile is supported only by the cpu and cuda backends"),
     ],
 )
 @pytest.mark.usefixtures("nothing_fetched")
@@ -397,7 +400,7 @@ def test_settings_are_refused_before_anything_is_fetched(backend, settings, mess
         load(backend=backend, **settings)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cuda", "mlx"])
+@pytest.mark.parametrize("backend", ["reference", "cpu", "cuda", "mlx"])
 @pytest.mark.usefixtures("nothing_fetched")
 def test_an_unknown_device_is_refused_before_anything_is_fetched(backend):
     if not installed(backend):

@@ -107,6 +107,7 @@ def test_one_entry_seen_twice_is_not_a_duplicate(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("name", "there", "missing"),
     [
+        ("cpu", [], "torch"),
         ("cuda", [], "torch"),
         ("cuda", ["torch"], "transformers"),
         ("mlx", [], "mlx"),

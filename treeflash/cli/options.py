@@ -98,7 +98,8 @@ def add_device_options(parser: argparse.ArgumentParser, *, several: bool = False
     group.add_argument(
         "--backend",
         metavar="NAME",
-        help="cuda, mlx, reference or another installed backend (default: the best one installed)",
+        help="cuda, cpu, mlx, reference or another installed backend (default: the best one "
+        "installed, and cpu where cuda finds no GPU)",
     )
     for name in DEVICE_OPTIONS:
         add_option(group, LOAD_OPTIONS[name], default=LOAD_OPTIONS[name].default)

@@ -431,10 +431,11 @@ def rows_by_pass(paths: Iterable[tuple[S, NDArray[np.int32]]]) -> list[PassRows[
 UNQUANTISED_BITS = 16
 """The number of `LoadConfig.draft_bits` that keeps a drafter as it is."""
 ONLY_BACKENDS = {
-    **dict.fromkeys(("compile", "device_map", "memory_gb", "threads"), "cuda"),
-    "wired": "mlx",
+    **dict.fromkeys(("compile", "threads"), ("cpu", "cuda")),
+    **dict.fromkeys(("device_map", "memory_gb"), ("cuda",)),
+    "wired": ("mlx",),
 }
-"""Settings of `LoadConfig` that a single backend has."""
+"""Settings of `LoadConfig` that only some backends have, with the names of these backends."""
 OPTIONAL = ("adapter", "bits", "draft_window", "exact")
 """Settings of `LoadConfig` that a backend may lack."""
 
@@ -455,8 +456,9 @@ def check_settings(
     else a `LoadConfig` has is a device, a data type, or a hint that a backend may ignore.
     """
     for name, only in ONLY_BACKENDS.items():
-        if getattr(config, name) and backend != only:
-            raise ConfigError(f"{name} is supported only by the {only} backend")
+        if getattr(config, name) and backend not in only:
+            noun = "backends" if len(only) > 1 else "backend"
+            raise ConfigError(f"{name} is supported only by the {' and '.join(only)} {noun}")
     for name in OPTIONAL:
         if getattr(config, name) and name not in supported:
             raise ConfigError(f"{name} is not supported by the {backend} backend")

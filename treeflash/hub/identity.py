@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -34,7 +34,8 @@ def pair_identity(
         if folder is not None
     ]
     run = backend.name, backend.device, backend.device_name, backend.dtype, backend.inexact is None
-    described = json.dumps([weights, run, asdict(loaded), _versions()])
+    settings = asdict(replace(loaded, device=None))  # the pair names its device, however chosen
+    described = json.dumps([weights, run, settings, _versions()])
     return hashlib.sha256(described.encode()).digest()
 
 

@@ -63,9 +63,12 @@ def trainer(name: str | None) -> Trainer:
     """Return a backend's trainer, or the first installed one; a BackendError if it cannot train."""
     entries = available(TRAINER_ENTRY_POINTS)
     if name is None:
-        name = next(filter(installed, sorted(entries)), "cuda")
+        # `cpu` is `cuda` without its GPU.
+        name = next(filter(installed, sorted(entries.keys() - {"cpu"})), "cuda")
     if name not in entries and name in available():
-        raise BackendError(f"backend {name!r} cannot train; use --backend {', '.join(entries)}")
+        raise BackendError(
+            f"backend {name!r} cannot train; use --backend {' or '.join(sorted(entries))}"
+        )
     return cast(Trainer, load_entry_point(name, entries))
 
 

@@ -90,4 +90,4 @@ def test_an_interrupted_run_says_whether_it_can_resume(run, tmp_path):
 def test_a_backend_that_cannot_train_is_named(tmp_path, capsys):
     paths = ["--responses", str(tmp_path), "--output", str(tmp_path)]
     assert train.main([*paths, "--backend", "reference"]) == 2
-    assert "backend 'reference' cannot train; use --backend cuda" in capsys.readouterr().err
+    assert "backend 'reference' cannot train; use --backend cpu or cuda" in capsys.readouterr().err
