@@ -23,7 +23,7 @@ require("llvmlite")
 import torch
 from torch import Tensor, nn
 from treeflash_cuda.backend import load
-from treeflash_cuda.cpu import low_bit_loading
+from treeflash_cuda.cpu import low_bit_loading, plain_config
 from treeflash_cuda.cpu.decoder_target import DecoderTarget
 from treeflash_cuda.cpu.low_bit_linear import LowBitEmbedding, LowBitLinear
 from treeflash_cuda.cpu.low_bit_loading import keeps_bits
@@ -39,6 +39,12 @@ def cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TREEFLASH_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+def lack_layers(monkeypatch):
+    """Let no target have layers of our own."""
+    for module in (low_bit_loading, plain_config):
+        monkeypatch.setattr(module, "decoder_facts", lambda _: "it is a test")
 
 
 def write(root: Path, kind: Kind) -> tuple[Path, Path]:
@@ -121,7 +127,7 @@ def test_models_of_transformers_keep_their_bits(tmp_path, monkeypatch, name):
     stored, plain = write(tmp_path, KINDS[name])
     expected = run(load(plain, None, UNPACKED)).log_softmax(-1)
     use_models(monkeypatch)
-    monkeypatch.setattr(low_bit_loading, "decoder_facts", lambda _: "it is a test")
+    lack_layers(monkeypatch)
     pair = load(stored, None, FLOAT32)
     assert isinstance(pair.target, ModelTarget)
     assert pair.inexact is None
@@ -136,7 +142,7 @@ def test_models_of_transformers_lack_some_layers(tmp_path, monkeypatch):
     other, _ = write(tmp_path / "gptq", KINDS["GPTQ"])
     assert keeps_bits(stored, on_cpu=True)
     assert not keeps_bits(stored, on_cpu=False)
-    monkeypatch.setattr(low_bit_loading, "decoder_facts", lambda _: "it is a test")
+    lack_layers(monkeypatch)
     assert not keeps_bits(stored, on_cpu=True)
     assert keeps_bits(other, on_cpu=True)
     edit_config(other, lambda c: c.update(num_hidden_layers=1))
