@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import itertools
 import json
 import sys
 import warnings
@@ -73,6 +74,7 @@ from treeflash_cuda.device import (
 from treeflash_cuda.drafter import Block, Drafter, OutputStage
 from treeflash_cuda.drafter_model import DrafterModel, load_weights
 from treeflash_cuda.drafter_operations import Experts
+from treeflash_cuda.exact import LINEARS
 from treeflash_cuda.gpu.graphs import GRAPH_ROWS, MAX_ROWS, power_of_two
 from treeflash_cuda.gpu.kernels import load_flash_attention
 from treeflash_cuda.gpu.parallel import (
@@ -165,6 +167,7 @@ class CudaBackend(BaseBackend):
     ) -> None:
         super().__init__(target, drafter_model, head)
         self.stores_states = not target.split  # the other ranks would have to store theirs
+        target.is_compiled = products_are_compiled(target, drafter_model, head)
         self.drafter_arena = new_drafter_arena(drafter_model, target) if drafter_model else None
         self.drafter: Drafter | MtpDrafter | None = None
         if isinstance(drafter_model, MtpModel):
@@ -186,7 +189,8 @@ class CudaBackend(BaseBackend):
     def device_name(self) -> str:
         """The hardware and, on a CPU, the threads of a pass."""
         name = device_name(self.target.device)
-        return name if self.target.threads is None else f"{name}, {torch.get_num_threads()} threads"
+        threads = self.target.threads
+        return name if threads is None else f"{name}, {threads.number} threads"
 
     @property
     def captures(self) -> int:
@@ -320,6 +324,15 @@ class CudaBackend(BaseBackend):
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
+
+
+def products_are_compiled(target: Target, model: Model | None, head: Head | None) -> bool:
+    """Return whether functions of our own compute all products of a pair."""
+    if not isinstance(target, DecoderTarget) or target.kernels is None:
+        return False
+    modules = target.model, model, getattr(head, "module", None)
+    layers = itertools.chain.from_iterable(x.modules() for x in modules if x is not None)
+    return not any(isinstance(layer, LINEARS) for layer in layers)
 
 
 def new_drafter_arena(model: Model, target: Target) -> Arena:

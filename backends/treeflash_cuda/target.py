@@ -148,6 +148,8 @@ class Target(ABC):
         self.token_rows = 1  # equal rows of a lone token in exact mode on a CPU
         # Threads are chosen for each pass on a CPU; a GPU has None.
         self.threads: Threads | None = cpu_threads() if device.type == "cpu" else None
+        # Whether functions of our own compute all products, also its drafter's; see `Threads`.
+        self.is_compiled = False
         self.graphs = Graphs(device)  # replay forward passes, if they are enabled
         # The arena holds the keys and values of all sequences.
         self.arena = Arena(len(layers), spans=spans, device=device)

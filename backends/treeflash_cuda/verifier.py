@@ -96,7 +96,7 @@ class Verifier:
         Only one sequence of a pass may have features of images.
         """
         if self.target.threads is not None:
-            self.target.threads.update()
+            self.target.threads.update(self.target.is_compiled)
         for state, tokens in rows:
             ids = tokens.tokens if isinstance(tokens, DraftTree) else tokens
             state.pass_tokens, state.merged = np.asarray(ids, np.int32), None

@@ -111,6 +111,23 @@ def test_a_chosen_number_stays(folders, monkeypatch):
     assert backend.device_name.endswith("3 threads")
 
 
+@pytest.mark.parametrize(("draft_bits", "expected"), [(None, 1), (16, 3)])
+def test_compiled_functions_alone_share_work_if_they_compute_all_products(
+    folders, monkeypatch, draft_bits, expected
+):
+    require("llvmlite")
+    monkeypatch.setattr("treeflash.config.most_threads", lambda: 3)
+    config = LoadConfig(device="cpu", threads=3, bits=8, draft_bits=draft_bits)
+    backend = load(*folders, config)
+    generate(backend, PROMPT, DecodeConfig(method="treeflash", budget=8, max_tokens=4))
+    assert torch.get_num_threads() == expected
+    assert threads.cpu_threads().of_compiled == 3
+    assert backend.device_name.endswith("3 threads")
+    other = load(folders[0], None, LoadConfig(device="cpu", dtype="float32"))
+    generate(other, PROMPT, DecodeConfig(method="ar", max_tokens=1))
+    assert torch.get_num_threads() == 3
+
+
 @pytest.mark.parametrize("variable", threads.VARIABLES)
 def test_a_variable_of_the_environment_is_a_choice(monkeypatch, variable):
     assert threads.Threads().policy is not None

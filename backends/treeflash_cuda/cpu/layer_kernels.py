@@ -15,6 +15,7 @@ from treeflash_cuda.cpu import layer_code
 from treeflash_cuda.cpu.ir_builder import Isa
 from treeflash_cuda.cpu.layer_code import LANES, SEQUENCE, Element, build
 from treeflash_cuda.cpu.machine_code import best_isa, compiled, has_threads
+from treeflash_cuda.cpu.threads import cpu_threads
 
 ADDRESS, SIZE, FLAG, NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 SEQUENCES = (ADDRESS, SIZE, SIZE, SIZE)
@@ -74,7 +75,7 @@ class LayerKernels:
 
     def _shared(self, numbers: int) -> int:
         """Return how many threads share the work on so many numbers."""
-        return torch.get_num_threads() if self._threads and numbers >= SHARED else 1
+        return cpu_threads().of_compiled if self._threads and numbers >= SHARED else 1
 
     def rms_norm(
         self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None

@@ -15,6 +15,7 @@ from treeflash_cuda.cpu import low_bit_code
 from treeflash_cuda.cpu.ir_builder import Isa
 from treeflash_cuda.cpu.low_bit_code import ENTRY, build
 from treeflash_cuda.cpu.machine_code import best_isa, compiled, has_threads
+from treeflash_cuda.cpu.threads import cpu_threads
 
 ARGUMENTS = (*[ctypes.c_void_p] * 9, *[ctypes.c_int64] * 4, *[ctypes.c_int] * 2)
 """Of the compiled function: addresses, sizes, whether rows are float32, and threads."""
@@ -52,7 +53,7 @@ class Kernel:
             scratch = torch.empty(count * (4 + 4 + 8 + GROUP), dtype=torch.uint8)
             d = scratch.data_ptr()
             lows, starts, q = d + 4 * count, d + 8 * count, d + 16 * count
-            threads = torch.get_num_threads() if self._has_threads else 1
+            threads = cpu_threads().of_compiled if self._has_threads else 1
             self._run(
                 flat.data_ptr(),
                 *weight,

@@ -22,10 +22,19 @@ class Threads:
     """The number of threads of one process; see `treeflash.decoding.threads`.
 
     A number that the user chose, with `choose` or a variable of the environment, stays.
+
+    Where functions of our own compute all products, they alone share work: between them threads
+    fall asleep, and PyTorch's small operations take less time than waking a thread, which takes
+    milliseconds in a virtual machine.
+
+    Attributes:
+        number: threads of a pass.
     """
 
     def __init__(self) -> None:
         self.policy: ThreadPolicy | None = None
+        self.number = torch.get_num_threads()
+        self._is_compiled = False  # whether all products of the latest pass are
         if not any(map(os.environ.get, VARIABLES)):
             processors = usable_processors()
             most = min(torch.get_num_threads(), quota(len(processors)))
@@ -35,17 +44,28 @@ class Threads:
 
     def choose(self, number: int) -> None:
         """Use this number of threads from now on."""
-        self.policy = None
+        self.policy, self.number = None, number
         torch.set_num_threads(number)
 
-    def update(self) -> None:
-        """Set the number of threads of the next operations of this thread of the program."""
-        if self.policy is None:
+    def update(self, is_compiled: bool) -> None:
+        """Set the number of threads of the next operations of this thread of the program.
+
+        Compiled functions alone share work if they compute all products.
+        """
+        if self.policy is not None:
+            self.number = self.policy.update()
+        elif not (is_compiled or self._is_compiled):
             return
-        number = self.policy.update()
+        self._is_compiled = is_compiled
+        number = 1 if is_compiled else self.number
         # OpenMP keeps the number by thread of the program: another one may have set its own.
         if torch.get_num_threads() != number:
             torch.set_num_threads(number)
+
+    @property
+    def of_compiled(self) -> int:
+        """The number of threads of compiled functions."""
+        return max(self.number, torch.get_num_threads())
 
     @contextmanager
     def borrowed(self) -> Iterator[None]:
@@ -59,7 +79,7 @@ class Threads:
     @property
     def description(self) -> str:
         """The present number, and why it is that."""
-        number = torch.get_num_threads()
+        number = self.number
         if self.policy is None:
             return f"{number}, as chosen (--threads or {VARIABLES[0]})"
         text = f"{number} of {self.policy.most}"
