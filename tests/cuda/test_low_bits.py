@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from treeflash_cuda.cpu import low_bit_code, low_bit_kernels
 from treeflash_cuda.cpu.ir_builder import GENERIC, ISAS, Isa
+from treeflash_cuda.cpu.low_bit_code import SHARED_NUMBERS, SHARED_PRODUCTS
 from treeflash_cuda.cpu.low_bit_kernels import Kernel
 from treeflash_cuda.cpu.low_bit_linear import LowBitEmbedding, LowBitLinear
 
@@ -157,8 +158,10 @@ def test_numbers_that_are_not_finite_reach_every_output_of_their_row_alone(value
 def test_threads_and_strides_change_no_bit(threads):
     """The weight and the rows are large enough to be shared by threads."""
     before = torch.get_num_threads()
-    weight = random_weight("Q4_1", 16 * 40, 512)
-    layer, x = layer_of(weight), torch.randn(70, 1024)
+    weight = random_weight("Q4_1", 16 * 40, 1024)
+    layer, x = layer_of(weight), torch.randn(270, 2048)
+    assert x.numel() // 2 >= SHARED_NUMBERS
+    assert len(x) * weight.numbers.size >= SHARED_PRODUCTS
     expected = reference(x[:, ::2].contiguous(), weight)
     torch.set_num_threads(threads)
     try:

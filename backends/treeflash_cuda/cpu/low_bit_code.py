@@ -56,9 +56,11 @@ AHEAD = 8192
 second cache: the first one has the rows."""
 LEAST_TOP = 2.0**-100
 INFINITY_BITS = 0x7F800000
-SHARED_NUMBERS, SHARED_PRODUCTS = 1 << 18, 1 << 25
+SHARED_NUMBERS, SHARED_PRODUCTS = 1 << 18, 1 << 27
 """Least numbers to round, and least multiplications, for which threads share work: on two cores of
 an AMD EPYC sharing takes longer below, since threads have to wake and to wait for each other."""
+READ_ROWS = 4
+"""Rows whose multiplications take as long as reading the weight."""
 CHUNKS = 8
 """Parts of a product for each thread: the fastest one takes more of them."""
 
@@ -140,7 +142,9 @@ def _entry(module: ir.Module, quantise: Value, multiply: Value, threads: bool) -
     run(quantise, b.mul(rows, size), SHARED_NUMBERS, one, one)
     b.store(zero, b.field(job, "next"))
     parts = b.times(b.zext(count, I64), CHUNKS)
-    products = b.mul(rows, b.mul(width, size))
+    few = constant(I64, READ_ROWS)
+    counted = b.select(b.icmp_unsigned("<", rows, few), few, rows)
+    products = b.mul(counted, b.mul(width, size))
     run(multiply, products, SHARED_PRODUCTS, blocks, b.plus(b.udiv(blocks, parts), 1))
     b.ret_void()
 
