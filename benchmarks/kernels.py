@@ -43,8 +43,13 @@ from benchmarks.common import Parser, Row, integer, show, write_json
 from treeflash.cli.console import guarded
 from treeflash.errors import ConfigError
 
-SHARED_MEMORY = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+SHARED_MEMORY = {
+    **{75: 64 << 10, 80: 163 << 10, 86: 99 << 10, 89: 99 << 10},
+    **{90: 227 << 10, 100: 227 << 10, 120: 99 << 10},
+}
 """Bytes that a program may have, by compute capability (NVIDIA's CUDA programming guide)."""
+FIRST_BFLOAT16 = 80
+"""The compute capability from which on GPUs have bfloat16; others run such models in float16."""
 SHAPES = {
     "qwen3-8b": (32, 8, 128, 4096, torch.bfloat16),
     "llama-3.2-1b": (32, 8, 64, 2048, torch.float16),
@@ -194,7 +199,10 @@ def measure(capability: int, model: str) -> Iterator[Row]:
     """Yield what each kernel takes for a model on an architecture."""
     compiler = CompileOnly(capability)
     driver.set_active(compiler)
-    launch_all(*SHAPES[model])
+    heads, kv_heads, head_dim, hidden, dtype = SHAPES[model]
+    if dtype == torch.bfloat16 and capability < FIRST_BFLOAT16:
+        dtype = torch.float16
+    launch_all(heads, kv_heads, head_dim, hidden, dtype)
     for name, cubin, shared in compiler.cubins:
         registers, stack = resources(cubin)
         yield {

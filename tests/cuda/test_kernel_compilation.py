@@ -34,7 +34,8 @@ KERNELS = {
 }
 PAIRS = [
     (120, "gemma-2-9b"),  # the least shared memory, and the widest heads
-    *((capability, "qwen3-8b") for capability in (80, 89, 90, 100, 120)),
+    *((capability, "qwen3-8b") for capability in (75, 80, 86, 89, 90, 100, 120)),
+    (75, "llama-3.2-1b"),
     (90, "llama-3.2-1b"),
     (120, "llama-3.2-1b"),
     *((capability, "qwen3-8b in float32") for capability in (80, 90)),

@@ -4,6 +4,7 @@ import importlib.util
 import itertools
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,9 +16,11 @@ require("triton")
 
 import torch
 import torch.nn.functional as F
+import triton
 import triton_interpreter  # noqa: F401 - repairs it
 from attention_cases import Case, alone, attention_case, expected_attention
 from treeflash_cuda import operations
+from treeflash_cuda.gpu import triton_kernels
 from treeflash_cuda.gpu.triton_kernels import (
     attention,
     convolution,
@@ -133,6 +136,40 @@ def test_attention(case, dtype):
     found = attention.tree_attention(**inputs)
     assert found.dtype == dtype
     assert worst_row(found, expected_attention(case, inputs)) < TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize(
+    ("capability", "interpreted", "dtype", "needed"),
+    [
+        *((75, False, torch.float16, True), (80, False, torch.float16, False)),
+        *((90, False, torch.float32, True), (75, True, torch.float16, False)),
+    ],
+)
+def test_products_need_registers_where_triton_uses_no_tensor_cores(
+    monkeypatch, capability, interpreted, dtype, needed
+):
+    """Those of a T4 are older than the ones that it knows."""
+    target = SimpleNamespace(backend="cuda", arch=capability)
+    active = SimpleNamespace(
+        get_current_device=lambda: -capability, get_current_target=lambda: target
+    )
+    monkeypatch.setattr(triton_kernels, "driver", SimpleNamespace(active=active))
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", interpreted)
+    assert triton_kernels.needs_registers(dtype) is needed
+
+
+def test_kernels_without_tensor_cores_are_right_in_half_precision(monkeypatch):
+    for module in (attention, experts, products):
+        monkeypatch.setattr(module, "needs_registers", lambda dtype: True)
+    kernels = Operations(
+        tree_attention=attention.tree_attention,
+        grouped_linear=experts.grouped_linear,
+        quantised_linear=products.quantised_linear,
+    )
+    shapes = replace(SMALL, experts=True, draft_bits=BITS)
+    found = checked(kernels, shapes, CPU, torch.float16)
+    assert set(found.verdicts.values()) == {operations.KERNEL}
+    assert len(found.verdicts) == 3
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

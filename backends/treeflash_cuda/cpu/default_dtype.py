@@ -71,7 +71,7 @@ def gpu_dtype(folder: Path, device: torch.device) -> str | None:
         return None
     warnings.warn(
         f"{torch.cuda.get_device_name(device)} has no bfloat16, so the models run in float16; "
-        "prompts run without FlashAttention",
+        "prompts run without FlashAttention, and kernels without tensor cores",
         stacklevel=2,
     )
     return "float16"

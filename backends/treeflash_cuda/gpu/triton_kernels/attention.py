@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from treeflash_cuda.gpu.triton_kernels import MAX_REGISTERS
+from treeflash_cuda.gpu.triton_kernels import MAX_REGISTERS, needs_registers
 from treeflash_cuda.visible_keys import CHUNK, PLACES_EACH, VisibleKeys, block_rows
 
 STAGES = tl.constexpr(4)
@@ -28,8 +28,9 @@ PROGRAMS = 1024
 ROWS = 16
 """Rows of a product, the fewest that GPUs multiply at once. All products of both kernels have as
 many, because products of other shapes may add in another order."""
-TILE_BYTES = 16384
-"""Size of the keys of a tile, of which each pipeline stage holds one in shared memory."""
+TILE_NUMBERS, WIDE_TILE_NUMBERS = 8192, 2048
+"""Numbers of the keys of a tile, of which each pipeline stage holds one in shared memory; and
+without tensor cores, whose products need registers."""
 MIN_TILE, MAX_TILE = 16, 64
 """Positions of a tile."""
 MAX_SMALL, MAX_NARROW = 64, 128
@@ -447,10 +448,10 @@ def _own_positions(
     tl.store(result_pointer + places[:, None] + dims[None, :], result, mask=is_element)
 
 
-def tile_size(head_dim: int, itemsize: int, quantised: bool) -> int:
-    """Return a tile's positions, by the model alone, as the order of sums depends on it."""
-    size = TILE_BYTES // 2 if itemsize == 4 else TILE_BYTES  # without tensor cores: registers
-    columns = size // (triton.next_power_of_2(head_dim) * itemsize)
+def tile_size(head_dim: int, *, wide: bool, quantised: bool) -> int:
+    """Return a tile's positions, by model and GPU alone, as the order of sums depends on it."""
+    numbers = WIDE_TILE_NUMBERS if wide else TILE_NUMBERS
+    columns = numbers // triton.next_power_of_2(head_dim)
     return min(max(columns // 2 if quantised else columns, MIN_TILE), MAX_TILE)
 
 
@@ -469,13 +470,14 @@ def tree_attention(
     assert q.stride(2) == k.stride(2) == v.stride(2) == 1
     assert k.stride() == v.stride()
     groups, places = heads // kv_heads, len(work.items) * PLACES_EACH
+    wide = needs_registers(q.dtype)
     quantised = k.dtype == torch.int8  # its numbers become floats in registers, before products
     shapes: dict[str, Any] = {
         "GROUPS": groups,
         "HEAD_DIM": head_dim,
         "DIMS": max(triton.next_power_of_2(head_dim), MIN_DIMS),
         "ROWS": ROWS,
-        "TILE": tile_size(head_dim, q.element_size(), quantised),
+        "TILE": tile_size(head_dim, wide=wide, quantised=quantised),
         "CHUNK": CHUNK,
         "SOFTCAP": softcap is not None,
         "SINK": keys.sink is not None,
@@ -488,8 +490,7 @@ def tree_attention(
     inputs = q, k, v, keys.first, keys.shared, keys.start, keys.end, keys.sink, work.places
     sums = q.new_empty((places, heads, 2), dtype=torch.float32)
     outputs = q.new_empty((places, heads, head_dim), dtype=torch.float32)
-    # Float32 products have no tensor cores, and need the registers of the second rows themselves.
-    wide = q.dtype == torch.float32
+    # Products without tensor cores need the registers of the second rows themselves.
     narrow = MAX_SMALL if quantised or softcap is not None else MAX_NARROW
     size = ROWS if wide else 2 * ROWS
     block = block_rows(groups)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from treeflash_cuda.gpu.triton_kernels import MAX_REGISTERS
+from treeflash_cuda.gpu.triton_kernels import MAX_REGISTERS, needs_registers
 
 FEW_ROWS, MANY_ROWS = 16, 64
 """Rows of an expert that a program multiplies at once: the fewest that GPUs multiply, or more, so
@@ -67,7 +67,7 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor, bias: Tensor | None 
     assert x.stride(1) == 1
     assert bias is None or bias.stride(1) == 1
     result = x.new_zeros(len(x), width)
-    many, wide = len(x) >= experts * MANY_ROWS // 2, x.dtype.itemsize == 4
+    many, wide = len(x) >= experts * MANY_ROWS // 2, needs_registers(x.dtype)
     _grouped_linear[triton.cdiv(width, COLUMNS), experts](
         *(x, weight, ends, bias, result, size, width, x.stride(0), weight.stride()),
         0 if bias is None else bias.stride(0),
@@ -76,7 +76,7 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor, bias: Tensor | None 
         DEPTH=DEPTH // 2 if wide else DEPTH,
         BIAS=bias is not None,
         enable_fp_fusion=False,
-        num_warps=8 if wide else 4,  # float32 products have no tensor cores
+        num_warps=8 if wide else 4,
         maxnreg=MAX_REGISTERS,
     )
     return result

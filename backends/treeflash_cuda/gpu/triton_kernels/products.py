@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from treeflash_cuda.gpu.triton_kernels import MAX_REGISTERS
+from treeflash_cuda.gpu.triton_kernels import MAX_REGISTERS, needs_registers
 from treeflash_cuda.quantised_weights import GROUP, QuantisedWeight
 
 ROWS = 16
@@ -170,7 +170,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         (..., width) in the dtype of x.
     """
     assert weight.is_contiguous()
-    depth = DEPTH // 2 if x.dtype.itemsize == 4 else DEPTH
+    depth = DEPTH // 2 if needs_registers(x.dtype) else DEPTH
     return _product(x, (weight, None, None), bias, len(weight), depth, 16)
 
 
@@ -191,8 +191,7 @@ def _product(
     rows = x.reshape(-1, size)
     n, columns = len(rows), triton.cdiv(width, COLUMNS)
     parts, part_size = split(width, size, depth)
-    # Float32 products have no tensor cores, and need more registers.
-    wide = x.dtype.itemsize == 4
+    wide = needs_registers(x.dtype)
     most = MAX_PRODUCTS // 2 if wide else MAX_PRODUCTS
     products = min(triton.next_power_of_2(triton.cdiv(max(n, 1), ROWS)), most)
     blocks = triton.cdiv(n, ROWS * products)
