@@ -35,6 +35,7 @@ def each(values, *each_run):
     return [pytest.param(x, marks=marks[x]) for x in values]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("family", each(FAMILIES, "mistral", "gemma3"))
 def test_iterations_are_identical(tmp_path, family):
     target, drafter = tmp_path / "target", tmp_path / "drafter"
@@ -48,6 +49,7 @@ def test_iterations_are_identical(tmp_path, family):
         assert_equal_iterations(backends, method, SAMPLINGS[sampling], VOCAB_SIZE)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("dialect", each(DIALECTS, "deepspec", "specforge-domino"))
 def test_iterations_with_a_dialect_are_identical(tmp_path, dialect):
     target, drafter = tmp_path / "target", tmp_path / "drafter"

@@ -93,7 +93,7 @@ def fail_at(monkeypatch, backend, part, number):
     return calls
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("part", PARTS)
 def test_a_call_that_fails_anywhere_can_be_repeated(backend, monkeypatch, part):
     sequences, work = started(backend)
@@ -159,6 +159,7 @@ WRITERS = {
 }
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("kind", WRITERS)
 @pytest.mark.parametrize("name", MODULES)
 def test_a_draft_that_fails_can_be_repeated(monkeypatch, tmp_path, name, kind):

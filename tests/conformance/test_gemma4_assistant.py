@@ -250,7 +250,7 @@ def test_rows_of_a_table_are_the_log_probs_of_their_paths(pair: Any) -> None:
         assert len(table.tokens) == 3
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(("temperature", "bits"), [(0.0, None), (1.0, 8)])
 def test_texts_equal_plain_decoding(pair: Any, temperature: float, bits: int | None) -> None:
     folder, target, _ = pair

@@ -286,7 +286,7 @@ def table_of(pair: Any, sequence: SequenceSession, root: int, noisy: bool = Fals
     return block, table
 
 
-@pytest.mark.sample(8)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_siblings_are_invisible_and_rows_of_drafts_are_forgotten(
     backend: str, kind: str, load_pair: LoadPair
@@ -321,7 +321,7 @@ def test_visible_siblings_fail(load_pair: LoadPair, monkeypatch: pytest.MonkeyPa
         test_siblings_are_invisible_and_rows_of_drafts_are_forgotten("reference", "mtp", load_pair)
 
 
-@pytest.mark.sample(8)
+@pytest.mark.sample(6)
 @pytest.mark.parametrize(
     ("backend", "kind", "noisy"), pairwise(("cuda", "mlx"), SETTINGS | VARIANTS, (False, True))
 )
@@ -353,7 +353,7 @@ def test_tables_of_several_sequences_equal_the_reference(
         np.testing.assert_allclose(actual.log_probs, expected.log_probs, atol=TOLERANCE)
 
 
-@pytest.mark.sample(8)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_rows_after_forks_and_truncations(backend: str, kind: str, load_pair: LoadPair) -> None:
     """A shorter state with other tokens drafts as a fresh one."""
@@ -384,7 +384,7 @@ def test_rows_after_forks_and_truncations(backend: str, kind: str, load_pair: Lo
                     np.testing.assert_allclose(rows[name], x, atol=TOLERANCE)
 
 
-@pytest.mark.sample(8)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(("backend", "kind", "read"), pairwise(BACKENDS, SETTINGS, (11, 0)))
 def test_stored_states_continue_bit_for_bit(
     backend: str, kind: str, read: int, load_pair: LoadPair
@@ -392,7 +392,7 @@ def test_stored_states_continue_bit_for_bit(
     check_storage(load_pair(backend, kind), read=read)
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("backend", "kind", "temperature"), each_value(BACKENDS, SETTINGS, (0.0, 1.0))
 )

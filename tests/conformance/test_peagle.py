@@ -71,13 +71,14 @@ def test_rows_do_not_depend_on_earlier_drafts(backend: str, tmp_path: Path) -> N
                 np.testing.assert_allclose(actual, expected, atol=TOLERANCE)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("read", [11, 0])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_stored_states_continue_bit_for_bit(backend: str, read: int, tmp_path: Path) -> None:
     check_storage(load_pair(backend, tmp_path), read=read)
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_texts_equal_plain_decoding(backend: str, temperature: float, tmp_path: Path) -> None:

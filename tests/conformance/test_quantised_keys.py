@@ -57,6 +57,7 @@ def rng():
     return np.random.default_rng(0)
 
 
+@pytest.mark.sample(2)
 def test_logits_and_keys_are_near_those_of_floats(backends, rng):
     tokens, tree = random_tokens(rng, VOCAB, 40), random_tree(rng, 3, 9, VOCAB)
     caches, logits = [], []
@@ -71,7 +72,7 @@ def test_logits_and_keys_are_near_those_of_floats(backends, rng):
     assert 0 < difference < 0.03
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @two_samplings
 def test_trees_give_the_tokens_of_plain_decoding(backend, rng, sampling):
     """Alone, and several sequences together."""
@@ -88,6 +89,7 @@ def test_trees_give_the_tokens_of_plain_decoding(backend, rng, sampling):
     assert found == expected
 
 
+@pytest.mark.sample(2)
 def test_logits_of_a_batch_equal_those_alone(backend, rng):
     sequences = [prompted([backend], random_tokens(rng, VOCAB, n))[0] for n in (3, 41, 1, 260)]
     trees = [random_tree(rng, 3, nodes, VOCAB) for nodes in (30, 1, 7, 40)]

@@ -12,7 +12,7 @@ from treeflash.registry import loader
 from treeflash.testing.models import write_pair
 from treeflash.testing.states import check_storage
 
-pytestmark = pytest.mark.sample(6)
+pytestmark = pytest.mark.sample(3)
 
 PACKAGES = {"cuda": "torch", "mlx": "mlx_lm"}
 FORMATS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -13,7 +13,7 @@ from treeflash.testing import require
 from treeflash.testing.comparisons import generate, random_tokens
 from treeflash.testing.models import write_pair
 
-pytestmark = pytest.mark.sample(2)
+pytestmark = pytest.mark.sample(1)
 
 THREADS, TEXTS, VOCAB = 4, 12, 40
 METHODS = "ar", "treeflash", "ddtree"

@@ -153,6 +153,7 @@ def test_the_seed_is_random_and_can_be_repeated(run, tiny_pair):
     assert json.loads(run(*greedy)[1])["seed"] == 0
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("option", "value", "pattern"),
     [
@@ -430,6 +431,7 @@ def test_a_closed_pipe_is_not_an_error(tiny_pair):
     assert b"Exception ignored" not in err
 
 
+@pytest.mark.sample(1)
 @pytest.mark.skipif(sys.platform == "win32", reason="descriptors differ on Windows")
 @pytest.mark.parametrize("closed", [1, 2])
 def test_a_closed_standard_stream_is_not_an_error(tiny_pair, closed):

@@ -88,6 +88,7 @@ def ratio_of_sums(pairs: list[tuple[float, float]]) -> float:
     return tokens / rounds
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("stops", [False, True], ids=["cut at the limit", "stopped"])
 def test_the_expected_length_is_that_of_speculative_sampling(stops):
     chances = Chances()

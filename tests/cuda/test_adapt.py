@@ -146,6 +146,8 @@ def test_what_cannot_be_adapted_is_one_line(run, target, tmp_path):
     assert f"for {sum(tensor.size for tensor in kept):,} trained parameters" in error
 
 
+# Likewise in `test_training.py`, without the command.
+@pytest.mark.nightly
 def test_a_new_head_is_trained_alone(run, tmp_path):
     code, _, error = run("--steps", "2", "--head", "swiglu", format="dflash")
     assert code == 0, error

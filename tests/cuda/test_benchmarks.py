@@ -38,6 +38,8 @@ def test_a_benchmark_runs(name, module, tmp_path):
     assert "machine" in json.loads(file.read_text())
 
 
+# Seconds, for scripts of benchmarks that change seldom.
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "name", ["throughput", pytest.param("peers.__main__", marks=pytest.mark.nightly)]
 )
@@ -76,6 +78,8 @@ def test_the_speed_of_exact_mode_is_measured(module, pair, tmp_path):
     assert all(row["ratio"] > 0 for row in rows)
 
 
+# Seconds, for scripts of benchmarks that change seldom.
+@pytest.mark.nightly
 def test_the_ablation_resumes(module, tmp_path, capsys, monkeypatch):
     require("accelerate")
     ablation = module("ablation")

@@ -70,6 +70,7 @@ def test_every_pass_takes_the_threads_that_others_leave_free(folders):
     assert backend.device_report().facts["threads"] == description
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("exact", [False, True])
 def test_a_change_of_threads_in_a_text_changes_no_token(folders, exact):
     dtype = "bfloat16" if exact else "float32"

@@ -20,7 +20,7 @@ import triton_interpreter  # noqa: F401 - repairs it
 from treeflash_cuda.gpu.triton_kernels import attention, convolution, layers, moves, recurrence
 from treeflash_cuda.operations import Operations, sample_rows
 
-pytestmark = pytest.mark.sample(2)
+pytestmark = pytest.mark.sample(1)
 
 VOCAB = 24
 EACH_RUN = [

@@ -135,6 +135,8 @@ def test_the_command_counts_operations_and_bytes(cuda, launches):
     assert 4 <= launches.count_graphs(backend, 40) <= 20
 
 
+# Three seconds; `test_hybrid_trees.py` shows that sequences run together.
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("family", "sequences"),
     [

@@ -37,7 +37,7 @@ SMALL = {
 }
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("family", "slots", "prefix"),
     pairwise(["llama", "qwen3", "qwen3_moe", "mistral"], [1, 3, 20], [(), (7, 30, 5, 11)]),

@@ -214,12 +214,16 @@ def test_flash_attention_is_asked_for_by_an_argument_that_cudnn_lacks(cuda, fold
     assert None not in found
 
 
+# A second; `test_layers_on_two_devices` has a long prompt, too.
+@pytest.mark.nightly
 def test_a_long_prompt_is_prefilled_in_chunks(backend):
     text = SequenceSession(backend, drafts=True, capacity=4001)
     text.extend([3] * 4000)
     check_context(text, 4000)
 
 
+# `test_tables_of_other_heads` has tables of both kinds.
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("shortlist", "rows", "scale"), combine((None, 16), (None, 7), (None, 0.8))
 )
@@ -268,6 +272,8 @@ def test_tables_of_other_heads(cuda, folders, tmp_path, dialect, dtype):
     assert backend.head.log_probs(blocks[1], np.ones(depths, np.int32)).shape == (depths, 40)
 
 
+# Five seconds for each; `test_graphs.py` captures the same drafts, with values.
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("kind", "dtype"), [*each_value(("eagle3", "mtp"), DTYPES), ("glm", "bfloat16")]
 )
@@ -326,6 +332,8 @@ def test_drafts_of_all_depths_at_once_are_captured(cuda, tmp_path, dtype):
     assert names == {"the target", "the drafter", "marginals"}
 
 
+# `test_choices_with_edits_masks_and_log_probs` has the same samplings, with more.
+@pytest.mark.nightly
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=lambda s: repr(s)[15:-1])
 def test_choices(backend, sampling):
     text = SequenceSession(backend)
@@ -430,6 +438,7 @@ def test_an_iteration_waits_for_the_device_twice(cuda, backend):
     assert iteration.reads == 2
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("texts", [1, 3])
 def test_transfers_of_an_iteration(cuda, backend, texts):
     """Uploads and reads wait for the device, so an iteration has few, whatever its texts."""

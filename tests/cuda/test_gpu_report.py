@@ -93,6 +93,8 @@ def test_a_wrong_text_is_a_problem_by_method(run, judge, shared, monkeypatch):
     assert any(line.startswith("treeflash, greedy, with float32 differs") for line in part.problems)
 
 
+# Two seconds for a report of a device; `test_graphs.py` has what it reports.
+@pytest.mark.nightly
 def test_without_graphs_every_function_is_a_problem(run):
     part = run("graphs")
     assert not part.error
@@ -298,6 +300,8 @@ def test_a_target_that_cannot_be_located_leaves_the_other_parts(
     assert note.startswith("speed was left out: there is no target: ")
 
 
+# Likewise; `test_memory.py` has what it reports.
+@pytest.mark.nightly
 def test_decoding_goes_on_after_memory_ran_out(run):
     part = run("memory")
     assert not part.error

@@ -21,6 +21,8 @@ from fitted_drafters import fit_drafter
 from treeflash_cuda.backend import load
 from treeflash_cuda.training.data import FeatureStore
 
+pytestmark = pytest.mark.sample(1)
+
 COMMON = ("qwen3_5", "falcon_h1", "lfm2")
 OTHERS = (
     *("qwen3_next", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text", "olmo_hybrid", "lara_mini"),

@@ -31,6 +31,7 @@ def folder(request, tmp_path):
     return tmp_path
 
 
+@pytest.mark.sample(4)
 def test_ids_and_inputs_are_those_of_one_call(folder):
     processor = load_processor(folder, read_config(folder), "cuda", read_processor)
     assert isinstance(processor, Processor), processor

@@ -42,7 +42,7 @@ from treeflash.errors import PromptError
 from treeflash.testing.comparisons import tokens_of
 from treeflash.testing.models import edit_config, write_dialect
 
-pytestmark = pytest.mark.sample(2)
+pytestmark = pytest.mark.sample(1)
 
 CPU = LoadConfig(device="cpu", dtype="float32")
 TOKENS, FAULT_TOKENS = 10, 16  # some faults show late

@@ -23,7 +23,7 @@ from treeflash.language_model import LanguageModel
 from treeflash.text.prompt import image_part, text_part
 from treeflash.text.tokenizer import Tokenizer
 
-pytestmark = pytest.mark.sample(2)
+pytestmark = pytest.mark.sample(1)
 
 FAMILY = "gemma3"
 TOKENS, QUESTION = 12, "?"

@@ -308,6 +308,7 @@ def test_graphs_are_dropped_before_the_communicator_ends(monkeypatch, rank):
 PLACES = {"sampling": (verifier, "sample"), "commit": (Verifier, "_commit")}
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("at", [1, 2, 3, 5])
 @pytest.mark.parametrize("place", PLACES)
 def test_ranks_stay_equal_when_rank_0_alone_fails(ranks, monkeypatch, place, at):

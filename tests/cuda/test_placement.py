@@ -48,6 +48,7 @@ def decoded(backend):
     return list(found.values()), text.state.fork(7, 20).read_kv_cache()
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("bits", [None, 8])
 def test_keys_and_values_in_parts_are_those_in_one(pair, bits, monkeypatch):
     use_models(monkeypatch)

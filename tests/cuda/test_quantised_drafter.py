@@ -52,6 +52,7 @@ def test_weights_are_rounded_by_half_a_step(dtype, bits):
     assert (found[0, :GROUP] == 0).all()
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("bits", BITS)
 def test_the_text_is_that_of_plain_decoding(pair, bits):
     backend = load(*pair, LoadConfig(draft_bits=bits, **ON_CPU))

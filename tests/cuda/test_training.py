@@ -28,7 +28,7 @@ from treeflash_cuda.training import entry, loop
 from treeflash_cuda.training.entry import train
 from treeflash_cuda.training.initial import drafter_settings, initial_drafter
 
-pytestmark = pytest.mark.sample(2)
+pytestmark = pytest.mark.sample(1)
 
 TINY = replace(
     TINY_RUN,
@@ -168,6 +168,7 @@ def test_given_validation_texts_take_their_prompts_out_of_training(target, respo
         list(train(target, responses, tmp_path / "none", config, CPU, responses))
 
 
+@pytest.mark.sample(None)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

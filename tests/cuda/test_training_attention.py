@@ -15,6 +15,8 @@ from treeflash_cuda.training.model import (
     grouped_block_attention,
 )
 
+pytestmark = pytest.mark.sample(1)
+
 SIZE, LENGTH, HEAD_DIM = 4, 37, 16
 
 

@@ -15,6 +15,8 @@ from treeflash_cuda.training.batch import TargetRows
 from treeflash_cuda.training.losses import Outcomes, forward_kl
 from treeflash_cuda.training.model import TargetOutput, in_chunks, make_shortlist
 
+pytestmark = pytest.mark.sample(1)
+
 VOCAB, HIDDEN, ROWS = 60, 8, 5
 
 

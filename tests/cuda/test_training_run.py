@@ -218,6 +218,7 @@ def test_a_run_does_not_resume_with_another_target(folder, target, tmp_path):
         train_in(folder, tmp_path / "other")
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("content", [None, b"", b"garbage", b"{}"])
 @pytest.mark.parametrize("name", ["run.json", "pytorch_model.bin", "optimizer.bin"])
 @pytest.mark.usefixtures("stopped")
@@ -247,7 +248,7 @@ def test_a_half_written_state_is_named(run, folder):
         run()
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("cache_gb", [0.0, 1.0])
 @pytest.mark.parametrize("size", [10, 500, 40_000, 120_000, 200_000])
 def test_a_full_disk_is_one_clear_error(size, cache_gb, run, folder, monkeypatch):

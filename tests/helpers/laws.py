@@ -58,29 +58,30 @@ DRAFTING = frozenset(
 """Laws of drafters, heads and samplers, for variants that replace them too."""
 
 BACKEND_SAMPLE = pytest.mark.sample(
-    2,
+    1,
     # Families, states and heads are code of a backend's own: all of them.
     test_logits_match_reference=None,
     test_nodes_see_what_plain_decoding_sees=None,
-    test_kv_caches_match_reference=None,
     test_states_match_reference=None,
     test_tables_of_a_dialect_match_reference=None,
     test_a_setting_is_refused_or_has_an_effect=None,
+    # Commits, forks and schedules: a family of each kind
+    test_verifier_cache_equals_prefill=3,
+    test_drafter_cache_equals_prefill=3,
+    test_states_equal_prefills_after_forks_and_truncations=2,
+    test_texts_of_a_schedule_equal_texts_alone=2,
     # Whole generations: each family, each budget and sampling, each method
     test_iterations_of_each_family_match_reference=8,
     test_iterations_match_reference=6,
     test_generations_with_a_dialect_match_reference=4,
-    test_every_token_has_the_log_probs_of_the_model=4,
+    test_every_token_has_the_log_probs_of_the_model=3,
     test_plain_decoding_goes_on_after_anything=9,
-    # A second of schedules each
-    test_a_group_shares_one_prefill=1,
 )
 """The cases of a backend that run every time."""
 VARIANT_SAMPLE = pytest.mark.sample(
     1,
     test_logits_match_reference=None,
     test_verifier_cache_equals_prefill=2,
-    test_iterations_of_each_family_match_reference=2,
     test_iterations_match_reference=3,
     test_tables_of_a_dialect_match_reference=4,
 )

@@ -127,7 +127,7 @@ class Gate:
         self._open = False
 
     def __enter__(self) -> Gate:
-        step = self.engine._scheduler.step
+        step = self.engine.scheduler.step
 
         def gated():
             self.arrivals += 1
@@ -135,7 +135,7 @@ class Gate:
                 self._permits.acquire()
             return step()
 
-        self.engine._scheduler.step = gated
+        self.engine.scheduler.step = gated
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -155,13 +155,13 @@ class Gate:
 
 def slow_down(server: Running, seconds: float) -> None:
     """Let every iteration of a server take some time."""
-    step = server.engine._scheduler.step
+    step = server.engine.scheduler.step
 
     def slow():
         time.sleep(seconds)
         return step()
 
-    server.engine._scheduler.step = slow
+    server.engine.scheduler.step = slow
 
 
 @contextmanager

@@ -30,6 +30,7 @@ from treeflash_mlx.backend import load
 from treeflash_mlx.drafter_model import differs
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantised_target(pair, tmp_path, bits):
     """A folder as `mlx_lm.convert -q` writes it."""
@@ -67,6 +68,7 @@ def test_impossible_kv_bits_are_refused(families, pair, tmp_path):
         load(tmp_path / "narrow", None, LoadConfig(kv_bits=8))
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_dtype_is_the_one_asked_for(pair, dtype):
     backend = load(*pair, LoadConfig(dtype=dtype))

@@ -7,6 +7,8 @@ from treeflash.testing import require
 
 require("mlx")
 
+pytestmark = pytest.mark.sample(1)
+
 
 @pytest.mark.parametrize("parallel", [1, 3])
 def test_responses_are_those_of_plain_decoding(parallel, tmp_path):

@@ -92,6 +92,7 @@ def test_attention_is_checked_whatever_the_number_of_heads_is_called(
 
 
 # The last two have the most layers and operations.
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "family",
     [

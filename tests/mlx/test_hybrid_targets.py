@@ -76,7 +76,7 @@ def mlx_lm_text(folder, length):
     return [int(token) for token, _ in itertools.islice(steps, length)]
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", KINDS)
 def test_text_equals_that_of_mlx_lm(backend_of, hybrid_pair_of, name):
     text, steps = text_of(backend_of(name), 40, method="treeflash", budget=64)
@@ -120,7 +120,7 @@ def test_every_method_equals_mlx_lm_and_plain_decoding(hybrid_pair_of, tmp_path,
             assert (len(text) - 1) / (steps - 1) > 1.3, (method, budget)
 
 
-@pytest.mark.sample(8)
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("name", TYPES)
 def test_states_after_commits_equal_those_of_a_prefill(families, tmp_path, rng, name):
     """Passes that nobody commits leave nothing behind; sequences join and leave a batch."""

@@ -176,7 +176,7 @@ def check(backend, plain, seed):
     return buffer.raised
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("place", PLACES)
 def test_a_late_error_leaves_no_wrong_text(backend, plain, place):
     seeds = [PLACES.index(place) + len(PLACES) * n for n in range(3)]

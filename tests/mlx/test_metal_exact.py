@@ -47,7 +47,7 @@ def metal(metal):
     return metal
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
 @pytest.mark.parametrize(("bits", "group"), [(16, 64), (8, 32), (4, 64)])
 def test_a_row_of_a_product_has_the_same_bits_beside_any_others(runner, bits, group, dtype):

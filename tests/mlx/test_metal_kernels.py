@@ -203,6 +203,8 @@ TREE_KERNELS = {  # of trees in hybrid targets, by whether their kernels win
 
 
 # The kernels that win run in `test_metal_conformance.py`, too.
+# Likewise in `test_metal_conformance.py`, for more families.
+@pytest.mark.nightly
 @pytest.mark.parametrize("speedup", [1, pytest.param(2, marks=pytest.mark.nightly)])
 def test_plain_decoding_by_kernel_equals_drafting_on_trees(
     executor, hybrid_pair, monkeypatch, speedup
@@ -236,6 +238,8 @@ def test_plain_decoding_by_kernel_equals_drafting_on_trees(
 # ---------------------------------------------------------------------------- the device alone
 
 
+# Every kernel is compiled for it; `test_metal_compilation.py` compiles them, too.
+@pytest.mark.nightly
 def test_every_kernel_is_checked_without_a_model(metal, monkeypatch):
     """A wrong kernel is named, with its error."""
     metal.schedules = (DESCENDING,)

@@ -94,6 +94,9 @@ def test_nothing_is_shared_without_metal():
     assert type(module) is nn.QuantizedLinear
 
 
+# Ten seconds in the executor; the products above have both halves, and `test_metal_conformance.py`
+# has texts.
+@pytest.mark.nightly
 @pytest.mark.usefixtures("_few_rows")
 def test_texts_after_a_shared_prompt_are_those_of_plain_decoding(executor, tmp_path, monkeypatch):
     """Prompts alone are shared, in half precision."""
@@ -113,8 +116,8 @@ def test_texts_after_a_shared_prompt_are_those_of_plain_decoding(executor, tmp_p
         assert drafted == generate(backend, prompt, DecodeConfig(method="ar", max_tokens=6))
 
 
-def test_exact_mode_shares_nothing(metal, tmp_path, monkeypatch):
-    metal.schedules, metal.speedup = (DESCENDING,), lambda *_: 2
+def test_exact_mode_shares_nothing(see_device, tmp_path, monkeypatch):
+    see_device(mx.gpu)
     monkeypatch.setattr(Target, "use_exact_kernels", lambda _: None)
     monkeypatch.setattr(MlxBackend, "check_exact", lambda _: None)
     pair = write_pair(tmp_path, "qwen3", hidden_size=128, vocab_size=64, layers=1)

@@ -52,7 +52,7 @@ def features_of(sequence: SequenceSession) -> np.ndarray:
     return np.array(mx.concatenate(sequence.state.context))
 
 
-@pytest.mark.sample(6)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("family", VERIFIED)
 def test_family_branches_and_commits(families, tmp_path, rng, family):
     """Trees after every sliding window; commits of any path equal a fresh prefill."""

@@ -17,6 +17,8 @@ import mlx.core as mx
 from treeflash_mlx.backend import MlxBackend, load, runs_batches
 from treeflash_mlx.target import Target
 
+pytestmark = pytest.mark.sample(2)
+
 
 @pytest.mark.parametrize("wide", [False, True])
 def test_chunks_of_wide_heads_keep_their_scores_small(pair, rng, wide):

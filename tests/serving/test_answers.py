@@ -92,8 +92,8 @@ def test_an_answer_that_stopped_holds_no_slot(serve, method, answers):
     whole = server.complete("A", **FOREVER, method=method, stop=stop, n=answers)
     assert {x["finish_reason"] for x in whole.json()["choices"]} == {"stop"}
     wait_until(lambda: server.engine.unfinished == 0)
-    assert server.engine._scheduler.running == server.engine._scheduler.waiting == 0
-    assert not server.engine._scheduler.busy
+    assert server.engine.scheduler.running == server.engine.scheduler.waiting == 0
+    assert not server.engine.scheduler.busy
 
 
 def test_time_in_the_queue_counts(serve):
@@ -161,13 +161,13 @@ def test_the_prefix_cache_is_a_part_of_the_memory(serve):
         assert (
             server.complete(f"{i} is a number", max_tokens=40, ignore_eos=True).status_code == 200
         )
-        assert server.engine._scheduler.prefix_cache.nbytes <= 2e-4 * 2**30
-    assert len(server.engine._scheduler.prefix_cache) > 0
+        assert server.engine.scheduler.prefix_cache.nbytes <= 2e-4 * 2**30
+    assert len(server.engine.scheduler.prefix_cache) > 0
     off = serve(prefix_cache_gb=0)
     for _ in range(2):
         usage = off.complete("A long prompt", max_tokens=2).json()["usage"]
         assert usage["prompt_tokens_details"]["cached_tokens"] == 0
-    assert off.engine._scheduler.prefix_cache is None
+    assert off.engine.scheduler.prefix_cache is None
 
 
 def test_a_request_that_needs_too_much_memory_is_refused_with_both_numbers(serve):
@@ -180,7 +180,7 @@ def test_a_request_that_needs_too_much_memory_is_refused_with_both_numbers(serve
 
 def test_no_more_answers_are_decoded_at_once_than_allowed(serve):
     server = serve(max_parallel=2)
-    scheduler = server.engine._scheduler
+    scheduler = server.engine.scheduler
     most, step = [], scheduler.step
 
     def watched():

@@ -301,7 +301,7 @@ def test_a_reload_shows_the_last_message(server, open_page, markdown, width, hei
 
 def test_a_long_prompt_shows_its_progress(serve, open_page):
     server = serve()
-    scheduler = server.engine._scheduler
+    scheduler = server.engine.scheduler
     scheduler.config = replace(scheduler.config, lone_prefill_chunk=64)
     page = open_page(server.url)
     with Gate(server.engine) as gate:

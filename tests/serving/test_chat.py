@@ -41,6 +41,7 @@ def expected(model, **options):
     return model.generate(MESSAGES, **options)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("options", [{}, SAMPLED, PENALISED], ids=["greedy", "sampled", "edited"])
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 def test_text_is_that_of_the_python_api(server, model, options, stream):

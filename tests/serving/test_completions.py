@@ -36,6 +36,7 @@ def test_a_prompt_of_tokens_and_the_offsets_of_its_answer(server, model, stream)
 TEXTS = ["The sea is", "A", "The river flows north, " * 8]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("form", "stream", "n"), combine(["texts", "tokens"], [False, True], [1, 2])
 )
@@ -74,6 +75,7 @@ def test_too_many_prompts(serve):
     assert server.complete(["A"] * 3, max_tokens=1).status_code == 200
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 @pytest.mark.parametrize("text", TEXTS, ids=["short", "one", "long"])
 @pytest.mark.parametrize("new", [0, 5])

@@ -51,6 +51,7 @@ def test_the_models_are_loaded_in_the_thread_that_runs_them(model):
     assert not engine.ready
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("error", "status", "says"),
     [
@@ -82,7 +83,7 @@ def test_a_failure_ends_its_texts_alone(serve, failing, caplog, error, status, s
 
 def test_a_failure_ends_all_answers_to_its_request(serve, caplog):
     server = serve()
-    scheduler = server.engine._scheduler
+    scheduler = server.engine.scheduler
     step = scheduler.step
 
     def fail_first():
@@ -100,12 +101,13 @@ def test_a_failure_ends_all_answers_to_its_request(serve, caplog):
     assert server.complete("A", max_tokens=3).status_code == 200
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("part", ["decoding", "text"])
 def test_a_failure_leaves_other_requests_their_tokens(serve, part):
     server = serve()
     options = {"max_tokens": 60, "ignore_eos": True}
     alone = server.complete("B", **options).json()["choices"]
-    scheduler, failed = server.engine._scheduler, []
+    scheduler, failed = server.engine.scheduler, []
     step = scheduler.step
 
     def fail_first():
@@ -135,7 +137,7 @@ def test_a_failure_leaves_other_requests_their_tokens(serve, part):
 def test_an_answer_that_cannot_be_added_fails_alone(serve):
     """No part of it is decoded."""
     server = serve()
-    scheduler = server.engine._scheduler
+    scheduler = server.engine.scheduler
     submit = scheduler.submit_group
     first = list(server.engine.model.tokenizer.encode("A"))
 
@@ -281,7 +283,7 @@ def test_memory_is_sized_from_the_device(model, monkeypatch, caplog):
     monkeypatch.setattr(model.backend, "device_report", lambda: report, raising=False)
     monkeypatch.setattr(model.backend, "captures", 7, raising=False)
     with caplog.at_level("INFO"), serving(model) as server:
-        scheduler = server.engine._scheduler
+        scheduler = server.engine.scheduler
         assert scheduler.config.max_bytes == 6 * GIB
         assert scheduler.prefix_cache.max_bytes == 3 * GIB
         told = server.client.get("/metrics").text

@@ -185,7 +185,7 @@ SLOW = {
 """Their compilation is stopped after half a second, as with others of their kind."""
 
 
-@pytest.mark.sample(12)
+@pytest.mark.sample(6)
 @pytest.mark.parametrize(
     "name",
     [pytest.param(name, marks=pytest.mark.nightly if name in SLOW else ()) for name in REFUSED],

@@ -20,7 +20,7 @@ from stub_images import FEATURES, StubProcessor, base64_of, chunk, claiming, pic
 
 from treeflash.text.prompt import image_part, text_part
 
-pytestmark = pytest.mark.sample(2)
+pytestmark = pytest.mark.sample(1)
 
 QUESTION = "?"
 OPTIONS = {"max_tokens": 16}

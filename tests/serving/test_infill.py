@@ -85,6 +85,7 @@ def test_a_tokenizer_without_such_tokens(folders):
         infill_of(tokenizer)
 
 
+@pytest.mark.sample(1)
 def test_a_gap_is_filled_with_and_without_drafts(editor, coder, family):
     """Through both APIs, the text is plain decoding's."""
     plain = coder.generate(

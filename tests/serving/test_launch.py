@@ -278,6 +278,8 @@ def test_a_server_lives_as_long_as_the_agent(model):
     check_gone(url)
 
 
+# Another server in a process; `test_a_server_lives_as_long_as_the_agent` has its end.
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.nightly)]
 )

@@ -80,6 +80,7 @@ def test_body_that_does_not_arrive(serve):
         assert connection.recv(100).startswith(b"HTTP/1.1 408 ")
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("stream", [False, True])
 def test_time_limit(serve, stream):
     server = serve(timeout=0.3)
@@ -93,7 +94,7 @@ def test_time_limit(serve, stream):
         else:
             check_error(server.complete("A"), 504, "longer than this server allows")
     wait_until(lambda: server.engine.unfinished == 0)
-    assert not server.engine._scheduler.busy
+    assert not server.engine.scheduler.busy
 
 
 def test_text_that_needs_too_much_memory(serve):

@@ -22,6 +22,8 @@ from treeflash.language_model import LanguageModel
 from treeflash.testing.pairs import each_value
 from treeflash.text.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.sample(8)
+
 BEGIN, NOTE, OPEN, CLOSE = "<|begin|>", "<|note|>", "<think>", "</think>"
 SPECIAL = [BEGIN, NOTE, OPEN, CLOSE]
 """The response template names all but the note."""

@@ -20,7 +20,7 @@ OPTIONS = {"max_tokens": 5, "ignore_eos": True}
 def chunked(model):
     """A server that runs 64 tokens of a prompt at a time."""
     with serving(model) as server:
-        scheduler = server.engine._scheduler
+        scheduler = server.engine.scheduler
         scheduler.config = replace(scheduler.config, lone_prefill_chunk=64)
         yield server
 

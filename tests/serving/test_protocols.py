@@ -29,6 +29,8 @@ from treeflash.serving.errors import SERVER_FAILED
 from treeflash.serving.streaming import token_name
 from treeflash.text.prompt import image_part, text_part
 
+pytestmark = pytest.mark.sample(6)
+
 SAMPLED = {"temperature": 1.0, "seed": 3}
 RED, GREEN = '{"colour": "red"}', '{"colour": "green"}'
 PAINT, WASH = ({"name": name, "parameters": COLOUR} for name in ("paint", "wash"))
@@ -221,6 +223,7 @@ def test_a_thought_that_is_cut_off(server, tool_pair, api, stream):
     assert (found.thinking, found.text, found.reason) == (expected.text, "", "length")
 
 
+@pytest.mark.sample(2)
 @apis("thinking")
 def test_a_model_that_does_not_reason(tmp_path, api):
     model = tool_model(tmp_path, chat_template="{{ messages[0].content }}")
@@ -279,10 +282,10 @@ def test_a_begun_answer_is_continued(server, tool_pair, api):
 def test_a_begun_answer_may_have_a_broken_call(server, api):
     """An answer does not run on after an error."""
     api.ask(server.url, Ask(begun='I paint. <call>{"name": </call>', max_tokens=5))
-    assert not server.engine._scheduler.busy
+    assert not server.engine.scheduler.busy
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @apis()
 def test_the_default_length_of_an_answer(server, serve, api):
     """2,048 tokens, or as many as the command's option allows; never beyond the context."""
@@ -490,7 +493,7 @@ def test_a_model_without_tools_refuses_them(without_tools, api):
 @apis()
 def test_a_failure_is_told(server, api, stream):
     """It is the last that a stream says."""
-    with failing(server.engine._scheduler, "step", ZeroDivisionError):
+    with failing(server.engine.scheduler, "step", ZeroDivisionError):
         with pytest.raises(api.failure):
             api.ask(server.url, Ask(), stream=stream)
         response = server.post(*api.request(Ask(), stream=stream))
@@ -514,7 +517,7 @@ def test_the_time_limit_is_for_the_whole_answer(model, api, stream):
         told = api.stream_message(text) if stream else api.message(json.loads(text))
         assert told == "the answer took longer than this server allows"
         wait_until(lambda: server.engine.unfinished == 0)
-        assert not server.engine._scheduler.busy
+        assert not server.engine.scheduler.busy
 
 
 @pytest.mark.sample(4)
@@ -530,13 +533,13 @@ def test_a_disconnect_ends_the_answer_within_one_iteration(serve, caplog, api, s
     with caplog.at_level("INFO", "treeflash.serving"), Gate(server.engine) as gate:
         with asked:
             gate.allow(2)
-            assert server.engine._scheduler.running == 1
+            assert server.engine.scheduler.running == 1
         # The log of a request names answers that were dropped, after the engine was told.
         wait_until(lambda: "unfinished" in caplog.text)
         gate.open()
         wait_until(lambda: server.engine.unfinished == 0)
         assert gate.arrivals == 3
-        assert not server.engine._scheduler.busy
+        assert not server.engine.scheduler.busy
 
 
 def test_each_api_has_an_adapter(server):

@@ -237,7 +237,7 @@ def test_values_that_are_not_supported(fields):
 
 def test_a_failure_ends_the_stream_with_events(server):
     body = {"input": "Hi", "stream": True}
-    with failing(server.engine._scheduler, "step", ZeroDivisionError):
+    with failing(server.engine.scheduler, "step", ZeroDivisionError):
         response = httpx.post(f"{server.url}/v1/responses", json=body)
     lines = [line for line in response.text.splitlines() if line.startswith("event: ")]
     assert lines[-2:] == ["event: error", "event: response.failed"]

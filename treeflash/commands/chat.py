@@ -252,7 +252,7 @@ class ChatSession:
 
     def _decode(self, assembler: Assembler) -> None:
         """Show the text of a sequence while it is decoded, until Ctrl-C is pressed."""
-        scheduler, prompt_tokens = self._scheduler, len(assembler.prompt_ids)
+        scheduler, prompt_tokens = self.scheduler, len(assembler.prompt_ids)
         shown = 0
         view = AnswerView(self.console, markdown=self.markdown and not self.color)
         with view, _without_echo():
@@ -274,7 +274,7 @@ class ChatSession:
             view.add(assembler.generation().text[shown:])
 
     @cached_property
-    def _scheduler(self) -> Scheduler:
+    def scheduler(self) -> Scheduler:
         config = SchedulerConfig(max_parallel=1)
         free = device_report(self.model.backend).free_bytes
         nbytes = CACHE_BYTES if free is None else free // 2
@@ -283,7 +283,7 @@ class ChatSession:
     def close(self) -> None:
         """Store what is not stored yet, if there is a disk cache."""
         if self.disk is not None:
-            cache = self._scheduler.prefix_cache
+            cache = self.scheduler.prefix_cache
             assert cache is not None
             cache.close()
 

@@ -234,6 +234,11 @@ class Engine:
         return self._model
 
     @property
+    def scheduler(self) -> Scheduler:
+        """The scheduler of the running and waiting answers; its thread alone may change it."""
+        return self._thread.made.result()
+
+    @property
     def ready(self) -> bool:
         return self._thread.is_alive() and self._thread.made.done() and not self.draining
 
@@ -288,7 +293,7 @@ class Engine:
             raise shutting_down()
         requests = [answer.request() for answer in answers]
         for request in requests:
-            self._scheduler.check(request)
+            self.scheduler.check(request)
         completion = Completion(answers, prompts, self._withdraw, self.settings.timeout)
         self._reserve(completion)
         self._thread.call(partial(self._admit, completion, requests))
@@ -296,13 +301,12 @@ class Engine:
 
     def shorten(self, prompt_ids: Sequence[int], config: DecodeConfig) -> DecodeConfig:
         """Limit the new tokens to as many as the memory has room for, at least one."""
-        scheduler = self._thread.made.result()
-        limit = scheduler.config.max_bytes
+        limit = self.scheduler.config.max_bytes
         assert limit is not None
 
         def state_bytes(count: int) -> int:
             shorter = replace(config, max_tokens=count)
-            return scheduler.state_bytes(Request(prompt_ids=prompt_ids, config=shorter))
+            return self.scheduler.state_bytes(Request(prompt_ids=prompt_ids, config=shorter))
 
         fitting = bisect_right(range(1, config.max_tokens + 1), limit, key=state_bytes)
         return replace(config, max_tokens=max(fitting, 1))
@@ -369,11 +373,11 @@ class Engine:
         copied_bytes = int(settings.suffix_cache_gb * GIB)
         copied = SuffixCache(copied_bytes) if copied_bytes else None
         with self._turns:
-            self._scheduler = self._model.scheduler(config, cache, copied)
+            scheduler = self._model.scheduler(config, cache, copied)
         self._acceptance = AcceptanceMonitor(self._model)
         self._report_device(device_report(self._model.backend))
-        self.metrics.update_gauges(self._scheduler)
-        return self._scheduler
+        self.metrics.update_gauges(scheduler)
+        return scheduler
 
     def _report_device(self, report: DeviceReport) -> None:
         """Report in the metrics and the log which kernels are not used."""
@@ -387,7 +391,7 @@ class Engine:
         answers = enumerate(completion.answers)
         try:
             for _, group in groupby(requests, key=lambda x: (list(x.prompt_ids), x.digests)):
-                for request in self._scheduler.submit_group(list(group)):
+                for request in self.scheduler.submit_group(list(group)):
                     self._answers[request] = _RunningAnswer(completion, *next(answers))
         except Exception as error:
             self._fail(completion, error)
@@ -413,15 +417,15 @@ class Engine:
                 continue
             updates.setdefault(answer.completion, []).append(update)
             if update.chunk.finish_reason is not None:
-                self._scheduler.cancel(request)  # a stop string may have ended it
+                self.scheduler.cancel(request)  # a stop string may have ended it
                 self._finish(request)
-        for request, progress in self._scheduler.prompts.items():
+        for request, progress in self.scheduler.prompts.items():
             if (answer := self._answers.get(request)) is not None:
                 told = PromptUpdate(answer.index, progress)
                 updates.setdefault(answer.completion, []).append(told)
         for completion, new in updates.items():
             completion.deliver(new)
-        self.metrics.update_gauges(self._scheduler)
+        self.metrics.update_gauges(self.scheduler)
         self.metrics.update_acceptance(self._acceptance)
 
     def _add_step(self, answer: _RunningAnswer, step: Step | Exception) -> AnswerUpdate:
@@ -462,11 +466,11 @@ class Engine:
         """Cancel and forget all answers of a completion."""
         for request, answer in list(self._answers.items()):
             if answer.completion is completion:
-                self._scheduler.cancel(request)
+                self.scheduler.cancel(request)
                 del self._answers[request]
         with self._lock:
             self._backlog.pop(completion, None)
-        self.metrics.update_gauges(self._scheduler)
+        self.metrics.update_gauges(self.scheduler)
 
     def _fail(self, completion: Completion, error: Exception) -> None:
         self._drop(completion)

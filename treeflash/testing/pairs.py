@@ -44,7 +44,7 @@ tokens by chance: then the seed that Hypothesis prints has failed, not the backe
 """
 
 repeated = settings(
-    max_examples=EXAMPLES or 8,
+    max_examples=EXAMPLES or 5,
     deadline=None,
     derandomize=not EXAMPLES,
     phases=[Phase.generate],  # smaller seeds would not make a simpler test

@@ -49,7 +49,7 @@ def talk(scripted):
         talked = ChatSession(model, options, console, markdown=not color, color=color)
         if model.backend.name == "scripted":  # its states cannot be kept
             config = SchedulerConfig(max_parallel=1, lone_prefill_chunk=talk.prefill_chunk)
-            talked._scheduler = model.scheduler(config, None)
+            talked.scheduler = model.scheduler(config, None)
         with (
             create_pipe_input() as pipe,
             create_app_session(input=pipe, output=DummyOutput()),
@@ -477,4 +477,4 @@ def test_a_conversation_is_kept_in_half_of_the_memory_that_is_free(scripted, ava
     report = DeviceReport(available_bytes=available)
     model.backend.device_report = lambda: report
     talked = ChatSession(model, {}, Console(file=io.StringIO()))
-    assert talked._scheduler.prefix_cache.max_bytes == kept
+    assert talked.scheduler.prefix_cache.max_bytes == kept

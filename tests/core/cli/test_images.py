@@ -167,7 +167,7 @@ class TestChat:
     def talk(self, model, capsys):
         talked = ChatSession(model, {"max_tokens": 100}, Console(width=200))
         # A scripted target keeps no states.
-        talked._scheduler = model.scheduler(SchedulerConfig(max_parallel=1), None)
+        talked.scheduler = model.scheduler(SchedulerConfig(max_parallel=1), None)
 
         class Session:
             def __init__(self, lines):

@@ -74,6 +74,7 @@ def test_conversations_are_decoded_together(run, files, scripted):
         assert max(len(work) for (work,) in passes) == most
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("interrupt_at", range(1, 15, 2))
 @pytest.mark.parametrize("parallel", ["2", "auto"])
 def test_an_interrupted_run_of_several_conversations_resumes(

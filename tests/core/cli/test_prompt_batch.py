@@ -45,6 +45,7 @@ def test_finished_turns_are_not_decoded_again(run, files, scripted):
     assert files[1].read_bytes() == before
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("interrupt_at", range(1, 15, 2))
 def test_an_interrupted_run_resumes(run, files, scripted, interrupt_at):
     whole = scripted(*ANSWERS)

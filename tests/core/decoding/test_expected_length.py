@@ -43,6 +43,7 @@ def accepted_lengths(tree: DraftTree, logits: np.ndarray, temperature: float) ->
     return np.array([len(accept(tree, tokens).path) - 1 for tokens in texts])
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("temperature", [0.6, 1.0])
 @pytest.mark.parametrize("budget", [2, 8, 32])
 def test_the_mean_accepted_length_is_the_sum_of_probabilities(budget, temperature):

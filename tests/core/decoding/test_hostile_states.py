@@ -211,6 +211,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.sample(16)
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 def test_a_damaged_folder_costs_one_line_for_each_file(pair, stored, tmp_path, caplog, damage):
     folder, outside = tmp_path / "states", tmp_path / "outside"

@@ -28,6 +28,7 @@ def backend(tmp_path_factory):
 SIZES = list(product((1, 4, 100), (1, 5, 100), (None, 1, 8, 100), (None, 1, 7, 100)))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("noisy", [False, True])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_tables_of_all_sizes(backend, temperature, noisy):

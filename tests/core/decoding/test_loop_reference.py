@@ -39,6 +39,7 @@ def pair_in(folder: Path, **target: Any) -> Backend:
     return load_reference(folder / "target", folder / "drafter", LoadConfig())
 
 
+@pytest.mark.sample(10)
 @pytest.mark.parametrize(("method", "budget", "sampling"), combine(DRAFTING, BUDGETS, SAMPLINGS))
 def test_every_budget_equals_plain_decoding(
     reference: Backend, method: Method, budget: int, sampling: str

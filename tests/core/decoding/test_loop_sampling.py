@@ -46,6 +46,7 @@ def bigram_backend() -> FakeBackend:
 
 
 class TestSampling:
+    @pytest.mark.sample(10)
     @pytest.mark.parametrize(
         ("method", "budget", "sampling"), combine(DRAFTING, BUDGETS, SAMPLINGS)
     )

@@ -123,6 +123,7 @@ class TestFilters:
 
 
 class TestChoose:
+    @pytest.mark.sample(5)
     @pytest.mark.parametrize("draws", [5000, pytest.param(20_000, marks=pytest.mark.nightly)])
     @pytest.mark.parametrize("sampling", FILTERS, ids=str)
     def test_distribution(self, sampling: SamplingConfig, draws: int) -> None:

@@ -48,6 +48,7 @@ def backend(tiny_pair):
     return load(*tiny_pair, LoadConfig())
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("budget", [1, 12, 64])
 @pytest.mark.parametrize(
     "sampling", [SamplingConfig(), SamplingConfig(temperature=0.9, seed=5)], ids=["greedy", "seed"]

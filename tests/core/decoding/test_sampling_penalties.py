@@ -80,6 +80,7 @@ def backend(tiny_pair):
     return load(*tiny_pair, LoadConfig())
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("penalties", PENALTIES.values(), ids=PENALTIES)
 @pytest.mark.parametrize(
     "sampling", [SamplingConfig(), SamplingConfig(temperature=0.9, seed=5)], ids=["greedy", "seed"]

@@ -16,7 +16,7 @@ from treeflash.decoding.prefix_cache import PrefixCache
 from treeflash.decoding.scheduler import Scheduler
 
 short = settings(
-    max_examples=25,
+    max_examples=12,
     stateful_step_count=30,
     derandomize=True,
     phases=[Phase.generate],  # a shorter schedule takes long to find

@@ -18,7 +18,7 @@ from treeflash.testing import models
 from treeflash.testing.comparisons import generate
 from treeflash.testing.models import edit_config, save, write_dialect, write_target
 
-pytestmark = pytest.mark.sample(4)
+pytestmark = pytest.mark.sample(3)
 
 PACKAGES = {"reference": "numpy", "cuda": "torch", "mlx": "mlx_lm"}
 GROUP = 32

@@ -49,6 +49,7 @@ def test_tables_without_rows_are_left_out():
     assert {row[2] for row in depths.rows} == {"marginal"}
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("head", [True, False])
 @pytest.mark.parametrize("depths", [True, False])
 def test_a_page_needs_no_other_file(tmp_path, recwarn, head, depths):

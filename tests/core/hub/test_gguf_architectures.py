@@ -351,6 +351,7 @@ def test_the_space_before_the_first_word_may_be_left_out(tmp_path: Path) -> None
     assert tokenizer.decode(ids) == "th th"
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("backend", ["cuda", "mlx"])
 def test_a_file_is_a_target(backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip({"cuda": "torch", "mlx": "mlx_lm"}[backend])

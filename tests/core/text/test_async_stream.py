@@ -179,6 +179,7 @@ async def cancel(stream):
         await task
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("end", [leave_block, close, close_later, cancel])
 def test_whoever_waits_can_end_a_text(model, gate, closed, end):
     """The pass that is being computed is the last one."""
