@@ -60,12 +60,18 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.nightly)
 
 
+def pytest_configure():
+    """Collect no garbage while tests are collected: hardly anything of it is."""
+    gc.disable()
+
+
 def pytest_collection_finish():
     """Spare the garbage collector the frameworks and the tests, which stay until the end.
 
     The doctor and other tests collect garbage often, and each time would go through all of them.
     """
     gc.freeze()
+    gc.enable()
 
 
 def pytest_unconfigure():
