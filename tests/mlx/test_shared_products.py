@@ -116,8 +116,10 @@ def test_texts_after_a_shared_prompt_are_those_of_plain_decoding(executor, tmp_p
         assert drafted == generate(backend, prompt, DecodeConfig(method="ar", max_tokens=6))
 
 
-def test_exact_mode_shares_nothing(see_device, tmp_path, monkeypatch):
-    see_device(mx.gpu)
+# Ten seconds in the executor, which runs every check of kernels at load.
+@pytest.mark.nightly
+def test_exact_mode_shares_nothing(metal, tmp_path, monkeypatch):
+    metal.schedules, metal.speedup = (DESCENDING,), lambda *_: 2
     monkeypatch.setattr(Target, "use_exact_kernels", lambda _: None)
     monkeypatch.setattr(MlxBackend, "check_exact", lambda _: None)
     pair = write_pair(tmp_path, "qwen3", hidden_size=128, vocab_size=64, layers=1)
