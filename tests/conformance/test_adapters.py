@@ -71,7 +71,7 @@ def target(tmp_path: Path) -> Path:
     return tmp_path / "target"
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("kind", "config", "scale"), [("peft", PEFT, 2.0), ("mlx", MLX, 2.5)])
 def test_merged_models_compute_with_w_plus_scale_b_a(

@@ -53,7 +53,7 @@ def backends(request, tmp_path_factory):
 EACH_RUN = [("treeflash", "all"), ("suffix", "greedy")]
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("method", "sampling"),
     [

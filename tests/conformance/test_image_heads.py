@@ -185,7 +185,7 @@ def error(backend, session, expected):
 TOLERANCE, MISTAKE = 2e-3, 0.05
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("size", [1000, 5, 1])
 def test_drafts_are_those_of_the_published_head(pair, size):
     _, backend, prompt, expected = pair
@@ -264,7 +264,7 @@ def test_planted_faults_change_the_drafts(pair):
             assert error(backend, session, expected) > MISTAKE, fault
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 def test_text_is_that_of_plain_decoding_in_a_batch(pair):
     _, backend, prompt, _ = pair
     prompts = [

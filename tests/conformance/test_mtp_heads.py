@@ -321,7 +321,7 @@ def test_visible_siblings_fail(load_pair: LoadPair, monkeypatch: pytest.MonkeyPa
         test_siblings_are_invisible_and_rows_of_drafts_are_forgotten("reference", "mtp", load_pair)
 
 
-@pytest.mark.sample(6)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(
     ("backend", "kind", "noisy"), pairwise(("cuda", "mlx"), SETTINGS | VARIANTS, (False, True))
 )

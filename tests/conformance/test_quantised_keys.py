@@ -72,7 +72,7 @@ def test_logits_and_keys_are_near_those_of_floats(backends, rng):
     assert 0 < difference < 0.03
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @two_samplings
 def test_trees_give_the_tokens_of_plain_decoding(backend, rng, sampling):
     """Alone, and several sequences together."""

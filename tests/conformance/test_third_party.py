@@ -8,7 +8,6 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from laws import DRAFTING, LAWS
 
 PACKAGE = Path(__file__).parent / "third_party"
 PUBLIC = {"config", "drafters", "errors"} | {
@@ -29,12 +28,11 @@ def test_example_uses_public_names_only():
         assert any(f"{module}.".startswith(f"treeflash.{name}.") for name in PUBLIC), module
 
 
-@pytest.mark.parametrize(
-    "tests", [LAWS | DRAFTING, pytest.param(set(), marks=pytest.mark.nightly)], ids=["laws", "all"]
-)
-def test_example_passes_the_suite(tmp_path, tests):
+# Another process, for half a minute; `test_reference.py` runs the laws every time.
+@pytest.mark.nightly
+def test_example_passes_the_suite(tmp_path):
     install(tmp_path)
-    options = ["-q", "-p", "no:cacheprovider", "-k", " or ".join(sorted(tests))]
+    options = ["-q", "-p", "no:cacheprovider"]
     path = os.pathsep.join([str(tmp_path), str(PACKAGE), *filter(None, map(str, sys.path))])
     result = subprocess.run(
         [sys.executable, "-m", "pytest", *options, "check_example.py"],

@@ -49,7 +49,7 @@ def pair(tiny_pair):
     return ["--target", target, "--drafter", drafter, "--backend", "reference"]
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_benchmark_runs(name, module, sets, pair, tmp_path):
     file = tmp_path / "out.json"

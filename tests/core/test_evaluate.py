@@ -142,6 +142,7 @@ def test_what_the_head_scores_reaches_the_trees(use, run, model, tmp_path, optio
     assert lost[0] != lost[1]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [
@@ -298,6 +299,8 @@ def test_the_module_runs_without_a_warning(tiny_pair, prompt_sets, tmp_path):
     assert f"target {tiny_pair[0]}, drafter {tiny_pair[1]}" in page
 
 
+# A process of its own; `test_a_full_disk_loses_no_figures` ends in the same way.
+@pytest.mark.nightly
 @pytest.mark.skipif(sys.platform == "win32", reason="pipes differ on Windows")
 def test_a_reader_that_goes_away_costs_no_figures(tiny_pair, prompt_sets, tmp_path):
     path = tmp_path / "out.json"

@@ -28,6 +28,7 @@ def stored_blocks(kind, blocks: int) -> st.SearchStrategy[np.ndarray]:
     return rows.filter(lambda data: bool(finite(data, kind).all()))
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("kind", TYPES, ids=lambda kind: kind.name)
 @given(data=st.data())
 def test_numbers_have_the_values_that_gguf_dequantises(kind, data):

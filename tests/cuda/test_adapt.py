@@ -56,6 +56,8 @@ def run(target, tmp_path, capsys):
     return run
 
 
+# A command in a process of its own, for a line.
+@pytest.mark.nightly
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 def test_the_missing_gpu_is_told_once(run, caplog):
     assert run("--steps", "2", device=["--dtype", "float32"])[0] == 0

@@ -162,6 +162,8 @@ def test_a_gpu_without_code_is_refused_before_anything_is_read(monkeypatch, capa
         check_architecture(device)
 
 
+# Three seconds, for GPUs that are rare.
+@pytest.mark.nightly
 @pytest.mark.parametrize("capability", [(7, 5), (8, 0)])
 def test_a_gpu_without_bfloat16_runs_float16(cuda, tmp_path, capability):
     """Such as the T4, which hosted notebooks have; a dtype that is named stays."""

@@ -66,6 +66,8 @@ def test_adaptive_budgets_need_few_graphs(tmp_path, monkeypatch):
     assert len(backend.target.graphs.keys) <= 20
 
 
+# Two seconds; `test_graphs.py` shows what is captured.
+@pytest.mark.nightly
 def test_iterations_that_capture_a_graph_are_not_measured(pair, monkeypatch):
     seen, captures = [], itertools.count()
     monkeypatch.setattr(AdaptiveBudget, "observe", lambda *_, **__: seen.append(1))
@@ -154,6 +156,8 @@ def test_operations_of_a_hybrid_target(cuda, launches, tmp_path, family, sequenc
         assert 0 < found[part].operations <= limit, found
 
 
+# Three seconds, for speed alone.
+@pytest.mark.nightly
 @pytest.mark.parametrize("window", [None, 100])
 def test_keys_in_8_bits_are_converted_for_long_prompts_alone(cuda, tmp_path, window):
     """Short prompts, trees, drafts and commits read and write the 8 bits as they are."""

@@ -98,6 +98,7 @@ def test_a_gpu_is_examined_without_a_model(cuda):
     assert report.available_bytes == cuda.free_bytes
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("runs", [True, False])
 def test_passes_over_trees_are_measured_if_the_target_has_them(cuda, tmp_path, monkeypatch, runs):
     monkeypatch.setattr(attention_contexts, "is_window", lambda *_: runs)

@@ -75,7 +75,7 @@ def tree():
     return DraftTree(np.arange(6, dtype=np.int32), parents, depths, np.zeros(6))
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(("family", "dtype"), each_value(FAMILIES + HYBRID_FAMILIES, DTYPES))
 def test_prefill_verify_commit_and_draft(cuda, folders, family, dtype):
     backend = load(*folders[family], LoadConfig(dtype=dtype))
@@ -171,6 +171,8 @@ def test_layers_on_two_devices(cuda, folders, family, dtype, bits, monkeypatch):
     check_context(text, 3000)
 
 
+# Three seconds, for speed alone.
+@pytest.mark.nightly
 @pytest.mark.parametrize(("family", "dtype"), each_value(["qwen3", "mistral"], DTYPES))
 def test_nothing_builds_a_plan_for_each_length(cuda, folders, monkeypatch, family, dtype):
     """As cuDNN does, which `scaled_dot_product_attention` prefers on some GPUs."""
@@ -308,6 +310,8 @@ def test_drafts_depth_by_depth_are_captured(cuda, tmp_path, kind, dtype):
     assert found[1] <= found[0] + 10
 
 
+# Likewise in `test_graphs.py`, with values.
+@pytest.mark.nightly
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_drafts_of_all_depths_at_once_are_captured(cuda, tmp_path, dtype):
     """Whatever the number of sequences, with one upload; the rows of prompts too."""
@@ -332,7 +336,7 @@ def test_drafts_of_all_depths_at_once_are_captured(cuda, tmp_path, dtype):
     assert names == {"the target", "the drafter", "marginals"}
 
 
-# `test_choices_with_edits_masks_and_log_probs` has the same samplings, with more.
+# `test_transfers_of_choices_with_edits_masks_and_log_probs` chooses with more.
 @pytest.mark.nightly
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=lambda s: repr(s)[15:-1])
 def test_choices(backend, sampling):
@@ -342,6 +346,8 @@ def test_choices(backend, sampling):
     assert sampled.dtype == np.int32
 
 
+# `test_transfers_of_choices_with_edits_masks_and_log_probs` has one of them every time.
+@pytest.mark.nightly
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=lambda s: repr(s)[15:-1])
 def test_choices_with_edits_masks_and_log_probs(backend, sampling):
     states = started(backend, 4)
@@ -357,7 +363,7 @@ def test_choices_with_edits_masks_and_log_probs(backend, sampling):
             assert sampled.log_probs.values.dtype == np.float32
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("family", "dtype", "is_sampled"),
     each_value((*FAMILIES, *HYBRID_FAMILIES, "mistral in 8 bits"), DTYPES, (False, True)),

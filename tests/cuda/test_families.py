@@ -26,7 +26,7 @@ from treeflash_cuda.hf import fused_layers
 from treeflash_cuda.hf.fused_layers import AddingLayer
 from treeflash_cuda.verifier import FIRST_CHUNK
 
-pytestmark = pytest.mark.sample(2)
+pytestmark = pytest.mark.sample(1)
 
 
 @pytest.fixture(scope="module")

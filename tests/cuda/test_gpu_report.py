@@ -115,6 +115,8 @@ def test_iterations_have_rows_for_each_number_of_texts_beside_plain_decoding(run
     assert {row["nodes"] for row in part.tables["passes"]} == {1, 8, 16, 64}
 
 
+# Two seconds for a report; the other tests look at what it says.
+@pytest.mark.nightly
 def test_a_real_pair_is_measured_beside_transformers(run):
     (peer,) = run("peer").tables["methods"]
     assert peer["system"] == "transformers"

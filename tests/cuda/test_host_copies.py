@@ -87,6 +87,7 @@ def cuda(monkeypatch):
         yield fake
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_5"])
 def test_nothing_waits_for_a_state_that_is_exported(cuda, family, tmp_path):
     backend = load(*write_pair(tmp_path, family), LoadConfig(dtype="bfloat16"))

@@ -40,7 +40,7 @@ def folders(request, tmp_path):
     return write_pair(tmp_path, request.param, vocab_size=VOCAB)
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("sequences", [1, 3])
 def test_trees_are_those_of_one_sequence_after_another(folders, monkeypatch, sequences):
     """Logits, states, keys and features, in graphs with the addresses and sizes of a capture."""

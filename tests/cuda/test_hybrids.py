@@ -131,7 +131,7 @@ def test_a_model_may_use_its_cache_as_in_earlier_versions(tmp_path, model, monke
     assert load(tmp_path / "target", None, FLOAT32).target.states_nbytes > 0
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", COMMON)
 def test_drafted_text_equals_generate(tmp_path, model):
     check(tmp_path, model, 40, ("treeflash", "dflash"), (16,))

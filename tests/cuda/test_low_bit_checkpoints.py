@@ -68,6 +68,7 @@ def rows_of(layer: nn.Module) -> Tensor:
     return torch.cat([x.rows(torch.arange(x.shape[0])) for x in parts])
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_a_checkpoint_keeps_its_bits(tmp_path, kind):
     stored, plain = write(tmp_path, kind)
@@ -93,6 +94,7 @@ def test_a_checkpoint_keeps_its_bits(tmp_path, kind):
     assert (expected.exp() * (expected - actual)).sum(-1).mean() < 0.01
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_bits_of_16_are_the_weights_in_float32(tmp_path, kind):
     stored, plain = write(tmp_path, kind)
@@ -101,6 +103,7 @@ def test_bits_of_16_are_the_weights_in_float32(tmp_path, kind):
     assert torch.equal(run(pair), run(load(plain, None, UNPACKED)))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", ["GPTQ", "GPTQ, act-order", "AWQ", "W8A8", "MLX, 4 bits"])
 def test_texts_are_those_of_plain_decoding(tmp_path, name):
     stored, _ = write(tmp_path, KINDS[name])
@@ -122,6 +125,7 @@ def test_layers_with_the_same_input_are_one_module_where_their_formats_agree(tmp
         assert sum(isinstance(x, LowBitLinear) for x in layer.qkv.modules()) == parts
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", ["GPTQ, act-order", "AWQ", "W4A16", "W8A8"])
 def test_models_of_transformers_keep_their_bits(tmp_path, monkeypatch, name):
     stored, plain = write(tmp_path, KINDS[name])

@@ -82,6 +82,8 @@ def test_the_pairs_of_the_device_suite_fit_one_gpu(cuda, folders, monkeypatch):
     assert (cuda.allocated[DEVICE] - held.nbytes) / len(states) < cuda.free_bytes / 100
 
 
+# The other tests set memory aside by the same function.
+@pytest.mark.nightly
 def test_a_pair_that_finds_half_of_a_gpu_taken_says_so(cuda, folders):
     cuda.free_bytes = 10 * GIB
     held = torch.empty(6 * GIB, dtype=torch.uint8, device=DEVICE)

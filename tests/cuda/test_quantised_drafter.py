@@ -111,6 +111,8 @@ def reads(backend):
     return {name: dict(formats) for name, formats in backend.weights_read.items()}
 
 
+# Three seconds in Triton's interpreter; `test_triton_kernels.py` runs these products, too.
+@pytest.mark.nightly
 def test_a_draft_on_a_gpu_reads_the_numbers(cuda, pair):
     plain, quantised = (load(*pair, LoadConfig(dtype="bfloat16", draft_bits=x)) for x in (16, 4))
     before, after = reads(plain), reads(quantised)

@@ -25,7 +25,7 @@ from treeflash_cuda.training.data import FeatureStore, choose_anchors, make_batc
 from treeflash_cuda.training.initial import drafter_settings, initial_drafter
 from treeflash_cuda.training.model import Blocks, make_shortlist
 
-pytestmark = pytest.mark.sample(3)
+pytestmark = pytest.mark.sample(2)
 
 CPU = LoadConfig(device="cpu", dtype="float32")
 TOP = 5

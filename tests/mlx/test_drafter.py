@@ -74,6 +74,8 @@ def test_slots_that_nothing_sees_are_not_computed(tmp_path, dialect, causal):
     np.testing.assert_allclose(few, whole[:2], atol=1e-5)
 
 
+# The conformance suite has the law for every method, with a shorter text.
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "sampling", [GREEDY, pytest.param(SEEDED, marks=pytest.mark.nightly)], ids=["greedy", "seeded"]
 )

@@ -37,6 +37,8 @@ def one(sources, name):
     return next(text for key, text in sources.items() if key.startswith(f"treeflash_{name}"))
 
 
+# All of them, for seconds; the tests of kernels compile what they run.
+@pytest.mark.nightly
 def test_every_kernel_compiles(sources):
     found = {name: errors(text) for name, text in sources.items()}
     assert {name: x for name, x in found.items() if x} == {}

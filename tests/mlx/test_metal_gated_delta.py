@@ -38,6 +38,7 @@ def random_arrays(rng, dtype, key_dim, by_channel, batch=2, n=8, heads=2, value_
     return q, steps, normal(batch, heads, value_dim, key_dim)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("dtype", "key_dim", "by_channel"),
     [(mx.float32, 32, False), (mx.bfloat16, 128, False), (mx.float16, 64, True)],

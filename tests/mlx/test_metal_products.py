@@ -234,6 +234,8 @@ def test_layers_use_the_kernel_for_the_rows_where_it_wins(metal):
     assert not metal.launches
 
 
+# Seconds, to compile kernels of other dtypes; the products above have them.
+@pytest.mark.nightly
 def test_layers_in_half_precision_use_the_kernel(metal):
     """Where MLX's kernel for one row ends, and not for few rows or in float32."""
     metal.speedup = lambda *_: 2

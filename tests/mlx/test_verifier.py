@@ -17,7 +17,7 @@ import mlx.core as mx
 from treeflash_mlx.backend import MlxBackend, load, runs_batches
 from treeflash_mlx.target import Target
 
-pytestmark = pytest.mark.sample(2)
+pytestmark = pytest.mark.sample(1)
 
 
 @pytest.mark.parametrize("wide", [False, True])

@@ -81,7 +81,7 @@ def test_the_stop_string_that_ended_an_answer_is_named(model, serve, api, stream
 FOREVER = {"max_tokens": 400, "ignore_eos": True, "temperature": 0}
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("method", ["ar", "treeflash"])
 @pytest.mark.parametrize("answers", [1, 3])
 def test_an_answer_that_stopped_holds_no_slot(serve, method, answers):
@@ -126,6 +126,8 @@ def test_a_full_queue_says_when_to_come_back(serve):
         assert told[2] > told[0]
 
 
+# Two seconds of waiting; the test above has the same formula.
+@pytest.mark.nightly
 def test_slow_answers_make_clients_wait_longer(serve):
     server = serve(max_parallel=1, max_queue=1)
     slow_down(server, 0.15)

@@ -332,7 +332,8 @@ def test_a_signal_ends_it_after_the_running_answers(model, tmp_path):
         assert process.wait(PATIENCE) == 0
 
 
-@pytest.mark.sample(1)
+# A server in a process of its own for each; the first signal is sent every time.
+@pytest.mark.nightly
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_second_signal_ends_it_at_once(model, tmp_path, number, status):

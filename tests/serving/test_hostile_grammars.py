@@ -273,6 +273,8 @@ def test_no_process_can_be_started(model, monkeypatch):
     assert caught.value.status == 503
 
 
+# Hundreds of grammars; `test_refused` and `test_accepted` have chains of every kind.
+@pytest.mark.nightly
 def test_random_chains(compiler):
     """Chains of random links, lengths and order, with sides that meet again."""
     rng = np.random.default_rng(0)

@@ -48,6 +48,8 @@ def answers(path) -> dict[tuple, tuple]:
     }
 
 
+# The conformance suite and the schedules have the law, without the command.
+@pytest.mark.nightly
 def test_the_texts_are_the_same_however_many_are_decoded_at_once(files, many, capsys):
     found = []
     for parallel in ("1", "2", "3", "auto"):

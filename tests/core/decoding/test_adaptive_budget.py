@@ -484,7 +484,7 @@ class Text:
 RIGHT = Text(lambda rows: 1)
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("text", "first", "later"),
     [

@@ -54,6 +54,7 @@ def problems(folder, byte_tokenizer):
     return problems
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("head", [None, Head()])
 def test_a_sound_pair(problems, head):
     assert problems(head=head) == {}
@@ -108,6 +109,7 @@ def test_mask_token(problems):
     assert found["mask token"].startswith("mask_token_id 1 (<|end|>): the target's tokens are 3.")
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(("late", "depth"), [(-1, "i + 1"), (1, "i - 1")])
 def test_block_offset(problems, late, depth):
     found = problems(late=late)
@@ -115,7 +117,7 @@ def test_block_offset(problems, late, depth):
     assert found.keys() == {"block offset", "depths"}  # nothing is right at depth 1
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("asked", "made_for", "way"),
     [
@@ -182,6 +184,8 @@ def test_mask_candidates(byte_tokenizer):
     assert list(mask_candidates(byte_tokenizer, 1, VOCAB + 1, 2)) == [VOCAB, 0]
 
 
+# Two diagnoses, of which one is long; `test_mask_token` has the check.
+@pytest.mark.nightly
 def test_a_thorough_diagnosis_tries_more_mask_tokens(folder, byte_tokenizer, monkeypatch):
     monkeypatch.setattr(diagnosis, "MASK_CANDIDATES", 1)
 
