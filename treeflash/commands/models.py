@@ -12,10 +12,12 @@ from rich.filesize import decimal
 
 from treeflash.cli.console import Parser, guarded, print_columns
 from treeflash.cli.running_server import served_models
+from treeflash.config import LoadConfig
 from treeflash.errors import ConfigError
 from treeflash.hub.cached import CachedModel, cached_models, removable
 from treeflash.hub.models import resolve_drafter, resolve_target
 from treeflash.hub.published import DEFAULT_TARGET, PUBLISHED_DRAFTERS, published_drafters
+from treeflash.registry import bits_refusal, default_backend, loader
 from treeflash.text.prompt import read_text
 
 DEFAULT_SERVER = "http://127.0.0.1:8000"
@@ -129,7 +131,9 @@ def _download(name: str) -> list[CachedModel]:
     if name.lower() in known:
         folders = {name: resolve_drafter(name, None)}
     else:
-        folders = {name: resolve_target(name)}
+        # As `generate` takes it with its default settings.
+        packed = bits_refusal(loader(default_backend()), LoadConfig()) is None
+        folders = {name: resolve_target(name, packed=packed)}
         if drafters := published_drafters(name):
             folders[drafters[0].name] = resolve_drafter(None, name)
     return [CachedModel.from_folder(name, folder) for name, folder in folders.items()]

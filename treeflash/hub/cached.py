@@ -15,6 +15,7 @@ from treeflash.config import cache_folder
 from treeflash.errors import CheckpointError
 from treeflash.hub.models import (
     CONVERTED,
+    DEFAULT_TARGET_FILES,
     PACKED,
     has_weights,
     resolve_drafter,
@@ -51,9 +52,9 @@ def cached_models() -> list[CachedModel]:
     Models without weights in safetensors files are left out.
     """
     found = [CachedModel.from_folder(BUNDLED_DRAFTER, resolve_drafter(None, None))]
-    for parent in (cache_folder(), cache_folder() / PACKED):
-        default = parent / DEFAULT_TARGET.rpartition("/")[2]
-        if (default / "config.json").is_file():
+    own, name = cache_folder(), DEFAULT_TARGET.rpartition("/")[2]
+    for default in (own / name, own / PACKED / name, own / DEFAULT_TARGET_FILES):
+        if default.is_dir():
             remove = partial(shutil.rmtree, default)
             found.append(CachedModel.from_folder(DEFAULT_TARGET, default, remove))
     for folder in sorted(filter(has_weights, (cache_folder() / CONVERTED).glob("*/*"))):

