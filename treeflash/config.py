@@ -377,8 +377,8 @@ class LoadConfig:
     bits: int | None = option(
         None,
         "4 and 8 round the target's weights to N bits, which makes it another model; 16 "
-        "dequantises a GGUF file's weights to bfloat16 (cuda on a CPU)",
-        shown="the bits of a GGUF file on a CPU, else those of the checkpoint",
+        "dequantises weights of few bits (cuda on a CPU)",
+        shown="the bits of the checkpoint on a CPU, else 16",
         metavar="auto|4|8|16",
         parse=number_or({AUTO: None}, "bits"),
         accepts=lambda bits: bits in (None, 4, 8, 16),
