@@ -190,7 +190,7 @@ def _in_groups(numbers: Numbers, groups: NDArray[Any] | None, sizes: Sizes) -> _
             "the weights have groups of different sizes, which treeflash does not read; pass "
             "another checkpoint"
         )
-    return _Ordered(np.ascontiguousarray(numbers[:, order]), order)
+    return _Ordered(numbers.take(order, 1), order)
 
 
 # GPTQ: eight or four numbers of a column in a word; zeros are one less than stored in version 1.

@@ -105,11 +105,6 @@ class LowBitWeight(NamedTuple):
         values = values.reshape(rows, size)
         return values if self.order is None else values[:, np.argsort(self.order)]
 
-    def take(self, rows: NDArray[np.integer[Any]]) -> LowBitWeight:
-        """Return the weight with its rows in another order."""
-        least = None if self.least is None else self.least[rows]
-        return LowBitWeight(self.numbers[rows], self.scales[rows], least, self.bits, self.order)
-
     def pack(self) -> PackedWeight:
         """Return the weight in the order of blocks, groups and lines."""
         rows, size = self.numbers.shape

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from treeflash.drafters.folder import write_stored
-from treeflash.low_bits import METHOD, LowBitWeight, StoredWeight, join, low_bits
+from treeflash.low_bits import BLOCK, METHOD, LowBitWeight, StoredWeight, join, low_bits
 
 Progress = Callable[[int, int], None]
 """Called with two numbers of bytes: the weights written so far, and all weights."""
@@ -35,6 +35,8 @@ JOINED = {
     "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
 }
 """Modules of a layer that several layers with the same input become."""
+SLICE_NUMBERS = 1 << 24
+"""Numbers of a weight that are converted at once: conversion takes seven bytes for each."""
 INPUT_TABLE = "model.embed_tokens"
 SAFETENSORS = {"uint8": ("U8", 1), "float16": ("F16", 2), "float32": ("F32", 4)}
 """Types, and bytes of a number, by NumPy's names."""
@@ -167,24 +169,43 @@ def _packed_entries(name: str, module: StoredWeight) -> dict[str, Entry]:
 
 
 def _packed(model: Model, name: str, module: StoredWeight) -> Iterator[bytes]:
-    """Yield the tensors of a module in the order of its entries."""
+    """Yield the tensors of a module in the order of its entries, numbers part by part."""
     layers = _layers(name, module)
-    weight = join([_low_bits(model, f"{layer}.weight") for layer in layers])
-    assert weight is not None
-    for part in weight.pack():
-        if part is not None:
-            yield part.tobytes()
+    others: list[tuple[bytes, ...]] = []
+    for weight in _slices(model, layers, module.shape):
+        packed = weight.pack()
+        yield packed.numbers.tobytes()
+        others.append(tuple(x.tobytes() for x in packed[1:] if x is not None))
+    yield from (b"".join(parts) for parts in zip(*others, strict=True))
     if module.bias:
         yield b"".join(_plain(model, f"{layer}.bias") for layer in layers)
 
 
-def _low_bits(model: Model, name: str) -> LowBitWeight:
+def _slices(model: Model, layers: list[str], shape: tuple[int, int]) -> Iterator[LowBitWeight]:
+    """Yield the weight of a module, a few rows after the other, which are whole blocks."""
+    rows, size = shape
+    step = max(1, SLICE_NUMBERS // (size * BLOCK)) * BLOCK
+    for first in range(0, rows, step):
+        parts, start = [], 0
+        for layer in layers:
+            count = _shape(model.tensors[f"{layer}.weight"])[0]
+            own = slice(max(0, first - start), max(0, first + step - start))
+            if own.start < count and own.stop:
+                parts.append(_low_bits(model, f"{layer}.weight", own))
+            start += count
+        weight = join(parts)
+        assert weight is not None
+        yield weight
+
+
+def _low_bits(model: Model, name: str, rows: slice) -> LowBitWeight:
+    """Read some rows of a tensor, in the order of transformers."""
     tensor = model.tensors[name]
-    weight = low_bits(tensor.data, tensor.tensor_type, _shape(tensor))
+    count, size = _shape(tensor)
+    places = _model_order(model, name, np.arange(count))[rows]
+    weight = low_bits(tensor.data[places], tensor.tensor_type, (len(places), size))
     assert weight is not None
-    rows = np.arange(len(weight.numbers))
-    order = _model_order(model, name, rows)
-    return weight if order is rows else weight.take(order)
+    return weight
 
 
 def _model_order(model: Model, name: str, rows: NDArray[Any]) -> NDArray[Any]:

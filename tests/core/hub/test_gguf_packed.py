@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
-from gguf_files import HEADS, KV_HEADS, write_gguf
+from gguf_files import HEADS, HIDDEN, KV_HEADS, write_gguf
 
+from treeflash.hub import gguf_weights
 from treeflash.hub.gguf import convert_gguf
 from treeflash.hub.gguf_weights import _half_rotation_order
 from treeflash.low_bits import BLOCK, GROUP, LowBitWeight, StoredWeight
@@ -72,6 +73,17 @@ def test_every_weight_is_the_one_of_the_file(kind: Kind, tmp_path: Path):
         np.testing.assert_array_equal(found[f"{new}.mlp.gate_up_proj"], joined)
         for a, b in (("attn_output", "self_attn.o_proj"), ("ffn_down", "mlp.down_proj")):
             np.testing.assert_array_equal(found[f"{new}.{b}"], weights[f"{old}.{a}"])
+
+
+@pytest.mark.parametrize("numbers", [1, 48 * HIDDEN])
+def test_parts_of_weights_are_the_same_file(tmp_path: Path, monkeypatch, numbers: int):
+    """A part may begin in one layer of a module and end in the next."""
+    write_gguf(tmp_path / "tiny.gguf", kind=lambda name: Kind.Q4_1)
+    convert(tmp_path / "tiny.gguf", tmp_path / "whole", packed=True)
+    monkeypatch.setattr(gguf_weights, "SLICE_NUMBERS", numbers)
+    convert(tmp_path / "tiny.gguf", tmp_path / "parts", packed=True)
+    for file in (tmp_path / "whole").iterdir():
+        assert file.read_bytes() == (tmp_path / "parts" / file.name).read_bytes()
 
 
 def test_layers_of_other_types_are_not_joined(tmp_path: Path):
