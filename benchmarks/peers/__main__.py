@@ -48,7 +48,7 @@ from treeflash.drafters.config import rope_parameters
 from treeflash.drafters.folder import read_config, read_tensors
 from treeflash.drafters.formats import canonical_name
 from treeflash.errors import ConfigError
-from treeflash.hub.models import resolve_drafter, resolve_target
+from treeflash.hub.models import choose_drafter, resolve_drafter, resolve_target
 from treeflash.text.tokenizer import Tokenizer
 
 
@@ -69,7 +69,9 @@ def parser() -> Parser:
     options.add_argument(
         "--target", metavar="FOLDER_OR_ID", help="(default: SmolLM2-135M-Instruct)"
     )
-    options.add_argument("--drafter", metavar="FOLDER_OR_ID", help="(default: the published one)")
+    options.add_argument(
+        "--drafter", metavar="FOLDER_OR_ID", help="(default: the published one, if any)"
+    )
     options.add_argument(
         "--assistant",
         metavar="FOLDER_OR_ID",
@@ -120,6 +122,8 @@ def start(system: System, args: Namespace, setup: dict[str, Any]) -> Peer:
     Raises:
         PeerError: the system cannot run here.
     """
+    if setup["drafter"] is None and system.name.startswith("dflash"):
+        raise PeerError("needs a drafter: --drafter FOLDER_OR_ID")
     run = command(system, args.environments, install=not args.no_install)
     dtype = "float32" if system.backend == "mlx" and sys.platform == "linux" else args.dtype
     log = args.environments / f"{system.name}-{system.backend}.log"
@@ -156,19 +160,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, write."""
     args = parser().parse_args(argv)
     target = resolve_target(args.target)
-    drafter = resolve_drafter(args.drafter, args.target)
+    if args.drafter is None:
+        drafter = choose_drafter(args.target).folder
+    else:
+        drafter = resolve_drafter(args.drafter, args.target)
     tokenizer = Tokenizer.from_folder(target)
     sets = {path.stem: read_prompts(tokenizer, path, args.limit) for path in args.prompts}
     args.environments.mkdir(parents=True, exist_ok=True)
     comparison = Comparison()
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
-        write_dflash(drafter, Path(folder))
+        if drafter is not None:
+            write_dflash(drafter, Path(folder))
         setup = {
             "target": str(target),
             # Treeflash finds the weights by this name, which may keep few bits on a CPU.
             "name": args.target,
-            "drafter": str(drafter),
+            "drafter": drafter and str(drafter),
             "dflash_drafter": folder,
             "assistant": args.assistant and str(resolve_target(args.assistant)),
             "gguf": args.gguf and str(args.gguf.absolute()),

@@ -34,7 +34,7 @@ class Isa(NamedTuple):
 
 
 AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni", "fma", "f16c")
-ISAS = (
+ISAS: tuple[Isa, ...] = (
     Isa("AVX-512 VNNI", 16, False, AVX512, "-prefer-256-bit"),
     Isa("AVX-VNNI", 8, False, ("avxvnni", "avx2", "fma", "f16c"), ""),
     Isa("AVX2", 8, True, ("avx2", "fma", "f16c"), ""),

@@ -67,18 +67,22 @@ def load(setup: dict[str, Any]) -> tuple[dict, Any]:
     """Load the target and the assistant, if given."""
     model = load_model(setup["target"], setup)
     clock = Clock(model)
-    dflash = load_dflash(Path(setup["dflash_drafter"]), model.dtype).to(model.device)
-    loop = partial(generate, streamer=clock)
     options: dict[str, dict[str, Any]] = {
         "generate": {},
         "prompt-lookup": {"prompt_lookup_num_tokens": LOOKUP_TOKENS},
-        "dflash": {"assistant_model": dflash, "speculation_type": "dflash"},
-        "treeflash": {"custom_generate": loop, "drafter": setup["drafter"]},
     }
-    skipped = {"assisted": NO_ASSISTANT}
+    skipped = {}
+    if setup["drafter"]:
+        dflash = load_dflash(Path(setup["dflash_drafter"]), model.dtype).to(model.device)
+        loop = partial(generate, streamer=clock)
+        options["dflash"] = {"assistant_model": dflash, "speculation_type": "dflash"}
+        options["treeflash"] = {"custom_generate": loop, "drafter": setup["drafter"]}
+    else:
+        skipped = dict.fromkeys(("dflash", "treeflash"), "needs a drafter: --drafter FOLDER_OR_ID")
     if setup["assistant"]:
         options["assisted"] = {"assistant_model": load_model(setup["assistant"], setup)}
-        skipped = {}
+    else:
+        skipped["assisted"] = NO_ASSISTANT
 
     def decode(prompt_ids: list[int], method: str, budget: object, max_tokens: int) -> dict:
         prompt = torch.tensor([prompt_ids], device=model.device)

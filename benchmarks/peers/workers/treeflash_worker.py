@@ -24,9 +24,11 @@ def load(setup: dict[str, Any]) -> tuple[dict, Any]:
     settings = {"backend": name, "device": device, "dtype": setup["dtype"]}
     if setup["bits"] is not None:
         settings["bits"] = setup["bits"]
-    model = treeflash.load(target, setup["drafter"], **settings)
+    model = treeflash.load(target, setup["drafter"] or False, **settings)
     backend = model.backend
     methods = [m for m in METHODS if backend.head is not None or not m.startswith("treeflash")]
+    if backend.drafter is None:
+        methods = ["ar", "suffix"]
 
     def decode(prompt_ids: list[int], method: Any, budget: Any, max_tokens: int) -> dict:
         options = {} if budget is None else {"budget": budget}
