@@ -25,8 +25,9 @@ class KernelAttention:
         self, kernels: LayerKernels, blocks: Sequence[Block], heads: int, kv_heads: int
     ) -> None:
         self.kernels, self.blocks, self.heads, self.kv_heads = kernels, blocks, heads, kv_heads
-        # By window: the first column that each row sees, and the table of the sequences.
-        self._layouts: dict[int | None, tuple[Tensor, SequencesTable, list[Tensor]]] = {}
+        self._places = self._make_places()
+        # By window: the first column that each row sees, and the table with what it masks.
+        self._layouts: dict[int | None, tuple[Tensor, SequencesTable, list[Tensor | None]]] = {}
 
     def turn(
         self,
@@ -36,21 +37,18 @@ class KernelAttention:
         norms: Tensor | None,
         eps: float,
     ) -> Tensor:
-        _, table, _ = self._layout(None)  # where rows are stored does not depend on a window
-        self.kernels.turn(heads, rotation, norms, eps, table, layer)
+        self.kernels.turn(heads, rotation, norms, eps, self._places, layer)
         return heads[:, : self.heads]
 
     def attend(self, layer: int, queries: Tensor, window: int | None) -> Tensor:
-        firsts, table, _ = self._layout(window)
-        return self.kernels.attend(queries, firsts, table, layer)
-
-    def _layout(self, window: int | None) -> tuple[Tensor, SequencesTable, list[Tensor]]:
         if window not in self._layouts:
             self._layouts[window] = self._make_layout(window)
-        return self._layouts[window]
+        firsts, table, _ = self._layouts[window]
+        return self.kernels.attend(queries, firsts, table, layer)
 
-    def _make_layout(self, window: int | None) -> tuple[Tensor, SequencesTable, list[Tensor]]:
-        lines, masks, firsts = [], [], []
+    def _make_places(self) -> SequencesTable:
+        """Make the table of where the sequences' columns and rows are, without masks."""
+        lines = []
         rows = units = columns = stride = 0
         for block in self.blocks:
             n, committed = len(block), block.committed
@@ -60,23 +58,30 @@ class KernelAttention:
             (part,) = block.cache.reserve(like, like, committed + n).parts
             layer, kind, head, stride = part.stride()[:4]
             first = part.data_ptr() + np.arange(len(part)) * layer * part.itemsize
-            masks.append(self._mask(block, window))
-            mask = masks[-1]
             rows, columns = rows + n, max(columns, committed + n)
             units += self.kv_heads * -(-n * (self.heads // self.kv_heads) // LANES)
-            facts = head, committed, n, rows, units, 0 if mask is None else mask.data_ptr()
+            facts = head, committed, n, rows, units, 0
             lines.append(
                 np.column_stack(
                     [first, first + kind * part.itemsize, *(np.full(len(part), x) for x in facts)]
                 )
             )
-            if window is None:
-                firsts.append(torch.zeros(n, dtype=torch.int32))
-            else:
-                firsts.append((block.positions - window + 1).clamp(min=0).int())
         table = np.ascontiguousarray(np.stack(lines, 1), np.int64)
-        held = [mask for mask in masks if mask is not None]
-        return torch.cat(firsts), SequencesTable(table, self.kv_heads, stride, columns), held
+        return SequencesTable(table, self.kv_heads, stride, columns)
+
+    def _make_layout(
+        self, window: int | None
+    ) -> tuple[Tensor, SequencesTable, list[Tensor | None]]:
+        masks = [self._mask(block, window) for block in self.blocks]
+        addresses = [0 if mask is None else mask.data_ptr() for mask in masks]
+        table = self._places.with_masks(addresses) if any(addresses) else self._places
+        firsts = [
+            torch.zeros(len(block), dtype=torch.int32)
+            if window is None
+            else (block.positions - window + 1).clamp(min=0).int()
+            for block in self.blocks
+        ]
+        return torch.cat(firsts), table, masks
 
     def _mask(self, block: Block, window: int | None) -> Tensor | None:
         """Return the (n, n) bytes that say which new columns rows see; None up to their own."""

@@ -48,6 +48,12 @@ class SequencesTable:
         self._first, self._step = lines.ctypes.data, lines.strides[0]
         self._counts = lines.shape[1], kv_heads, column_stride
 
+    def with_masks(self, addresses: Sequence[int]) -> SequencesTable:
+        """Return a copy with the address of each sequence's mask; 0 for a sequence without one."""
+        lines = self._lines.copy()
+        lines[..., SEQUENCE.index("mask")] = addresses
+        return SequencesTable(lines, self.kv_heads, self._counts[2], self.columns)
+
     def of_layer(self, layer: int) -> tuple[int, ...]:
         """Return the arguments that functions take."""
         return self._first + layer * self._step, *self._counts
