@@ -674,6 +674,7 @@ def wrap(model: PreTrainedModel, drafter: Path | None) -> CudaBackend:
         if has_tower(model):
             target.tower = GivenFeatures(model)
         add_kernels(target)
+        choose_passes(target)
         backend = add_drafter(target, drafter, LoadConfig(), memory_share=WRAPPED_MEMORY_SHARE)
         if target.tower is not None:
             backend.images = NoPictures()
@@ -771,6 +772,7 @@ def load_target(
     if is_default if config.exact is None else config.exact:
         with inexact_if_refused(model, config):
             model.make_exact(passed or PassedChecks())
+    choose_passes(model)
     if pack and model.operations is not None:
         fuse_parts(model)
     return model
@@ -865,6 +867,26 @@ def run_tree(target: Any, nodes: int) -> None:
     tokens = np.arange(nodes, dtype=np.int32) % target.vocab_size
     with target.graphs.paused():
         RowPass(target).run([(state, DraftTree.chain(tokens, np.zeros(nodes)))], [True])
+
+
+def choose_passes(target: Any) -> None:
+    """Let trees of a `ModelTarget` run with masks if a layer cannot run in the pass over rows.
+
+    A tree finds it out. Raises an UnsupportedModelError in exact mode, because the other passes
+    have other bits. Without operations all passes have masks.
+    """
+    operations = target.operations
+    if operations is None or not operations.runs_trees or not target.reads_cache:
+        return
+    from treeflash_cuda.hf.model_target import CHECKED_TOKENS
+
+    try:
+        run_tree(target, CHECKED_TOKENS)
+    except UnsupportedModelError as error:
+        if target.is_exact:
+            raise
+        target.passes.has_row_pass = False
+        warnings.warn(f"draft trees run without CUDA graphs: {error}", stacklevel=2)
 
 
 def add_kernels(target: ModelTarget) -> None:

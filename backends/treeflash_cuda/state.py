@@ -21,8 +21,7 @@ from treeflash_cuda.recurrent_states import RecurrentStates
 class State(BaseState[KVCache, CommittedStates]):
     """`treeflash.decoding.interfaces.SequenceState` in PyTorch.
 
-    The context are (n, hidden_size) projected features. The outputs come from captured layers,
-    by layer.
+    The context are (n, hidden_size) projected features. The outputs of a pass are by layer.
     """
 
     def __init__(

@@ -6,15 +6,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from treeflash.decoding.backend_base import Pass, PassRows
 from treeflash.decoding.families import family_of, refusal
 from treeflash.decoding.image_processor import Processor
 from treeflash.decoding.passed_checks import PassedChecks
@@ -50,8 +54,56 @@ STATELESS_LAYERS = {"mlp", "moe"}
 
 Rows: TypeAlias = tuple[State, DraftTree | Sequence[int]]
 """A sequence, and its tree or its next tokens."""
-Merge: TypeAlias = Callable[[State, ImageRows], None]
-"""Notes the features of images that stand in the place of a prompt's tokens."""
+
+
+@dataclass(frozen=True, eq=False)
+class RowsResult:
+    """The result of passes over rows of sequences, in the order of the sequences."""
+
+    logits: Logits
+    rows: list[PassRows]
+    # features of images that stand in the place of a prompt's tokens, by index of the sequence
+    images: Mapping[int, ImageRows] = field(default_factory=dict)
+
+    @classmethod
+    def of_pass(
+        cls,
+        logits: Logits,
+        rows: Sequence[Rows],
+        outputs: dict[int, Tensor],
+        firsts: Iterable[int],
+        images: ImageRows | None = None,
+    ) -> RowsResult:
+        """Return the result of one pass.
+
+        Args:
+            logits: of all sequences.
+            rows: the sequences, with their trees or next tokens.
+            outputs: outputs of captured layers, by layer.
+            firsts: index of each sequence's first row in the outputs.
+            images: features of images in the only sequence of the pass.
+        """
+        whole = Pass(outputs)
+        parts = [
+            PassRows(whole, first, token_ids(tokens))
+            for (_, tokens), first in zip(rows, firsts, strict=True)
+        ]
+        return cls(logits, parts, {} if images is None else {0: images})
+
+    @classmethod
+    def joined(cls, passes: Sequence[tuple[Sequence[int], RowsResult]]) -> RowsResult:
+        """Join the results of passes over sequences with these indices, which cover all."""
+        if len(passes) == 1:
+            return passes[0][1]
+        logits = Logits.of_passes([(members, found.logits) for members, found in passes])
+        rows = {i: part for x, found in passes for i, part in zip(x, found.rows, strict=True)}
+        images = {x[i]: part for x, found in passes for i, part in found.images.items()}
+        return cls(logits, [rows[i] for i in sorted(rows)], images)
+
+
+def token_ids(tokens: DraftTree | Sequence[int]) -> NDArray[np.int32]:
+    """Return the (n,) tokens of a tree, or next tokens."""
+    return tokens.tokens if isinstance(tokens, DraftTree) else np.asarray(tokens, np.int32)
 
 
 def read_model_config(folder: Path) -> PreTrainedConfig:
@@ -223,12 +275,10 @@ class Target(ABC):
         return None
 
     @abstractmethod
-    def run_rows(self, rows: Sequence[Rows], needs_logits: Sequence[bool], merge: Merge) -> Logits:
+    def run_rows(self, rows: Sequence[Rows], needs_logits: Sequence[bool]) -> RowsResult:
         """Run trees and new tokens: logits of all nodes, and of last tokens where needed.
 
-        The states of the sequences then have the outputs of captured layers, and their KV caches
-        the keys and values of the rows, uncommitted. Only one sequence may have features of images,
-        which `merge` is told.
+        The KV caches then have the keys and values of the rows, uncommitted.
         """
 
     def most_rows(self, state: State, tokens: Sequence[int]) -> int | None:

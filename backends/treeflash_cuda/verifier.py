@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -97,10 +98,13 @@ class Verifier:
         """
         if self.target.threads is not None:
             self.target.threads.update(self.target.is_compiled)
-        for state, tokens in rows:
-            ids = tokens.tokens if isinstance(tokens, DraftTree) else tokens
-            state.pass_tokens, state.merged = np.asarray(ids, np.int32), None
-        return self.target.run_rows(rows, needs_logits, self._merge)
+        found = self.target.run_rows(rows, needs_logits)
+        parts = list(found.rows)
+        for i, images in found.images.items():
+            parts[i] = replace(parts[i], merged=self._merged(rows[i][0], parts[i].tokens, images))
+        for (state, _), part in zip(rows, parts, strict=True):
+            state.latest = part
+        return found.logits
 
     def _commit(self, paths: Sequence[Path]) -> None:
         """Commit paths. Steps that may fail come first: a failed call must change no sequence."""
@@ -137,10 +141,9 @@ class Verifier:
         for group in passes:
             features = self._project(group.outputs, next(uploaded))
             for state, part in zip(group.states, features.split(group.sizes), strict=True):
-                has_merged = state.merged is not None
-                context.append(
-                    (state, torch.stack([part, state.merged], 1) if has_merged else part)
-                )
+                if (merged := state.latest.merged) is not None:
+                    part = torch.stack([part, merged], 1)
+                context.append((state, part))
         committed += [(states, states.states_after(next(uploaded))) for states, _ in hybrid]
         for writes in by_tree:
             writes.commit(next(uploaded))
@@ -167,16 +170,18 @@ class Verifier:
             return functools.partial(operations.move_columns, slab.storage, sources, targets, ends)
         return functools.partial(slab.write, targets.long(), slab.gather(sources))
 
-    def _merge(self, state: State, images: ImageRows) -> None:
-        """Note what a head that reads embeddings has at the tokens of a pass over a prompt."""
+    def _merged(
+        self, state: State, token_ids: NDArray[np.int32], images: ImageRows
+    ) -> Tensor | None:
+        """Return `PassRows.merged` of a pass over a prompt, for a head that reads embeddings."""
         if state.drafter is None or not isinstance(self.drafter, MtpModel):
-            return
+            return None
         assert state.images is not None
-        n = len(state.pass_tokens)
-        is_feature = state.images.is_feature[state.length : state.length + n]
-        tokens, places = upload_all([state.pass_tokens, is_feature], self.target.device)
-        state.merged = OutputStage(self.drafter, self.target).embed(tokens.long())
-        state.merged[places.bool()] = images.features.rows.to(state.merged.dtype)
+        is_feature = state.images.is_feature[state.length : state.length + len(token_ids)]
+        tokens, places = upload_all([token_ids, is_feature], self.target.device)
+        merged = OutputStage(self.drafter, self.target).embed(tokens.long())
+        merged[places.bool()] = images.features.rows.to(merged.dtype)
+        return merged
 
     def _project(self, outputs: dict[int, Tensor], rows: Tensor) -> Tensor:
         """Project the (n, hidden_size) features of n rows of a forward pass."""

@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from treeflash.decoding.backend_base import rows_by_pass, undone_on_failure
+from treeflash.decoding.backend_base import Pass, PassRows, rows_by_pass, undone_on_failure
 from treeflash.decoding.interfaces import Prefill, Verify
 from treeflash.decoding.sampling import SampledTokens
 from treeflash.decoding.tree import DraftTree
@@ -102,13 +102,12 @@ class Verifier:
         state: Any = item.state
         if state.shift:  # its rotary positions make a pass that is not plain
             return None
-        state.pass_tokens = item.tree.tokens
         params, ahead, start = item.params, state.ahead, state.length
         follows, state.ahead, state.single_until = state.single_until == start, None, start + 1
         if not follows:
             return None
         if ahead is not None and (ahead.start, ahead.token) == (start, int(item.tree.tokens[0])):
-            logits, state.outputs, state.first_row = ahead.logits, ahead.outputs, 0
+            logits, state.latest = ahead.logits, PassRows(Pass(ahead.outputs), 0, item.tree.tokens)
             state.kv_cache.storage.states.latest = ahead.recurrent
         else:
             (logits,) = self._forward([(state, item.tree)])
@@ -255,26 +254,32 @@ class Verifier:
         )
         if outputs is not None:
             outputs = outputs.reshape(-1, outputs.shape[-1])
-        for row, (state, _) in enumerate(by_row):
-            state.outputs, state.first_row, state.ahead = outputs, row * n, None
-            state.merged = None
-        for state, tree in sequences:
-            state.pass_tokens = tree.tokens
+        merged = None
         if merges:
             ((state, tree),) = sequences
-            self._merge(state, tree.tokens)
+            assert outputs is not None
+            outputs, merged = self._merge(state, tree.tokens, outputs)
+        whole = Pass(outputs)
+        for row, (state, tree) in enumerate(by_row):
+            state.latest, state.ahead = PassRows(whole, row * n, tree.tokens, merged), None
         return [rows[state.kv_cache.row, : len(tree)] for state, tree in sequences]
 
-    def _merge(self, state: State, tokens: NDArray[np.int32]) -> None:
-        """Note what a head that reads embeddings has at the tokens of a pass over a prompt."""
+    def _merge(
+        self, state: State, tokens: NDArray[np.int32], outputs: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        """Split the outputs of a pass over a prompt, for a head that reads embeddings.
+
+        The last of them are the layers' inputs. Returns the others, and `PassRows.merged`.
+        """
         assert isinstance(self.drafter, MtpModel)
         assert state.images is not None
-        state.merged = OutputStage(self.drafter, self.target).embed(mx.array(tokens))
-        width = state.merged.shape[-1]
-        state.outputs, embedded = state.outputs[:, :-width], state.outputs[:, -width:]
+        merged = OutputStage(self.drafter, self.target).embed(mx.array(tokens))
+        width = merged.shape[-1]
+        outputs, embedded = outputs[:, :-width], outputs[:, -width:]
         is_feature = state.images.is_feature[state.length : state.length + len(tokens)]
         places = mx.array(np.flatnonzero(is_feature))
-        state.merged[places] = embedded[places]
+        merged[places] = embedded[places]
+        return outputs, merged
 
     def _groups(
         self, sequences: Sequence[tuple[State, DraftTree]]
@@ -297,11 +302,11 @@ class Verifier:
             outputs = rows.outputs[mx.array(rows.rows)]
             ends = np.cumsum(rows.sizes)[:-1].tolist()
             (first, *_) = rows.states
-            if first.merged is not None:
+            if first.latest.merged is not None:
                 features = self.drafter.project(outputs)
-                context.append((first, mx.stack([features, first.merged], 1)))
+                context.append((first, mx.stack([features, first.latest.merged], 1)))
                 continue
-            if all(len(state.pass_tokens) == 1 for state in rows.states):  # the drafter may pause
+            if all(len(state.latest.tokens) == 1 for state in rows.states):  # the drafter may pause
                 parts = map(Unprojected, mx.split(outputs, ends))
                 context += zip(rows.states, parts, strict=True)
                 continue

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from treeflash_cuda.backend import load, own_layers
+from treeflash_cuda.cache import KVCache
 from treeflash_cuda.cpu import decoder_operations
 from treeflash_cuda.cpu.decoder_facts import decoder_facts
 from treeflash_cuda.cpu.decoder_target import DecoderTarget
@@ -84,6 +85,7 @@ COMPILED = {
     "llama, compiled": {"head_dim": 32},
     "qwen3, compiled": {"head_dim": 64, "use_sliding_window": True, **BY_TURNS},
     "smollm3, compiled": {"head_dim": 32, "no_rope_layers": [1, 0, 1, 0]},
+    "mistral, compiled": {"head_dim": 32, "sliding_window": 6},
 }
 """Models whose sizes fit the compiled functions of layers."""
 CASES |= COMPILED
@@ -150,7 +152,7 @@ def differences(backend, model):
         expected, layers = expected_outputs(model, token_ids)
         found[name] = max(found[name], relative(logits, expected))
         for n, x in layers.items():
-            own = state.outputs[n][state.first_row + row].numpy()
+            own = state.latest.whole.outputs[n][state.latest.first + row].numpy()
             found["layers"] = max(found["layers"], relative(own, x))
 
     with (
@@ -186,6 +188,20 @@ def test_logits_and_layers_are_those_of_transformers(tmp_path, name):
     assert layers.startswith("treeflash, compiled for" if name in COMPILED else "treeflash")
     found = differences(backend, model)
     assert max(found.values()) <= TOLERANCE, found
+
+
+@pytest.mark.parametrize("name", ["mistral, compiled", "qwen3, compiled"])
+def test_a_pass_finds_its_sequences_once(tmp_path, monkeypatch, name):
+    """Also where all layers, or some, have a window."""
+    write(tmp_path, name)
+    backend = load_pair(tmp_path)
+    found, reserve = [], KVCache.reserve
+    monkeypatch.setattr(KVCache, "reserve", lambda *given: found.append(given) or reserve(*given))
+    tree = DraftTree.from_parents(np.array(NODES, np.int32), np.array(PARENTS, np.int32))
+    with closing(backend.open(64, drafts=False)) as state, torch.inference_mode():
+        for tokens in (PROMPT, tree):
+            backend.verifier.forward([(state, tokens)], [True])
+    assert len(found) == 2
 
 
 def without_facts(**facts):

@@ -253,11 +253,12 @@ def test_what_does_not_fit_runs_without_static_shapes(folders, monkeypatch, modu
     backend = load_with_parts(monkeypatch, *folders[1])
     states = started(backend, [[3, 4, 5], [6]])
     trees = [(state, chain(*range(6))) for state in states]
+    assert backend.target.passes.has_row_pass == (name != "is_window")  # found out at load
     if name == "is_window":  # a pass of another kind would give other bits
         backend.target.is_exact = backend.target.passes.has_row_pass = True
         with pytest.raises(UnsupportedModelError, match="neither causal nor a sliding window"):
             backend.verifier.logits(trees)
-        backend.target.is_exact = False
+        backend.target.is_exact = backend.target.passes.has_row_pass = False
     together = backend.verifier.logits(trees)
     for (state, tree), logits in zip(trees, together, strict=True):
         np.testing.assert_allclose(backend.verifier.logits([(state, tree)])[0], logits, atol=1e-4)

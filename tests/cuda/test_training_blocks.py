@@ -208,7 +208,9 @@ def test_features_and_top_tokens_are_those_of_the_target(backend, tmp_path):
         decoded = SequenceSession(backend, drafts=True)
         decoded.extend(text.token_ids)
         (projected,) = decoded.state.context
-        outputs = [decoded.state.outputs[i] for i in backend.drafter_config.target_layer_ids]
+        outputs = [
+            decoded.state.latest.whole.outputs[i] for i in backend.drafter_config.target_layer_ids
+        ]
         near(computed.features, torch.cat(outputs, -1))
         near(backend.drafter_model.project(computed.features), projected)
         assert torch.equal(kept.features, computed.features)

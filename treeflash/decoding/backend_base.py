@@ -115,6 +115,29 @@ class KVCache(Protocol):
 K = TypeVar("K", bound=KVCache)
 
 
+@dataclass(frozen=True, eq=False)
+class Pass:
+    """A forward pass of the target over rows of one or more sequences."""
+
+    outputs: Any  # outputs of the layers that the drafter reads, at all rows
+
+
+@dataclass(frozen=True, eq=False)
+class PassRows:
+    """The rows of one sequence in a forward pass, of which a path can be committed."""
+
+    whole: Pass
+    first: int  # index of the first row
+    tokens: NDArray[np.int32]  # (n,)
+    # (n, hidden_size) embeddings of the tokens, with features of images in place of the tokens that
+    # stand for them; None if none does
+    merged: Any = None
+
+
+NO_ROWS = PassRows(Pass(None), 0, np.zeros(0, np.int32))
+"""The rows of a sequence before its first pass."""
+
+
 class BaseState(ABC, Generic[K, R]):
     """A `SequenceState` from KV caches, unread features and the states of recurrent layers.
 
@@ -132,17 +155,13 @@ class BaseState(ABC, Generic[K, R]):
         context: arrays of (n, ...) features, in order, of the committed positions that the drafter
             has not read yet.
         snapshots: states of recurrent layers at earlier lengths.
-        outputs: of the layers that the drafter reads, from the latest forward pass.
-        first_row: the row of that pass at which the sequence begins.
-        pass_tokens: (n,) int32 of the sequence in that pass.
+        latest: rows of the sequence in its latest forward pass.
         tokens: of the committed positions.
         images: of the prompt that is being run; None if it has none.
         encoded: features of images that chunks have ended inside of, by the images' first tokens.
         prompt_positions: (3, n) rotary positions of a prompt with images; None if they are columns.
         shift: rotary position minus column of tokens after the prompt. Every sequence runs a part
             of its prompt, at least the last token of it, which sets both.
-        merged: (n, hidden_size) embeddings of the tokens of the latest pass, with features of
-            images in place of those that stand for them; None if none does.
     """
 
     def __init__(self, kv_cache: K, drafter: K | None, initial: R | None = None) -> None:
@@ -151,11 +170,8 @@ class BaseState(ABC, Generic[K, R]):
         self.initial = initial
         self.context: list[Any] = []
         self.snapshots: Snapshots[R] = Snapshots()
-        self.outputs: Any = None
-        self.first_row = 0
-        self.pass_tokens: NDArray[np.int32] = np.zeros(0, np.int32)
+        self.latest = NO_ROWS
         self.tokens: list[int] = []
-        self.merged: Any = None
         self.images: PromptImages | None = None
         self.encoded: dict[int, Any] = {}
         self.prompt_positions: NDArray[np.int32] | None = None
@@ -331,7 +347,7 @@ class BaseState(ABC, Generic[K, R]):
 
     def keep_tokens(self, path: NDArray[np.int32]) -> None:
         """Note the tokens of a path of the latest forward pass, which is being committed."""
-        self.tokens += self.pass_tokens[path].tolist()
+        self.tokens += self.latest.tokens[path].tolist()
 
     def context_before(self, length: int, first: int = 0) -> list[Any]:
         """Return the context of the positions below `length`, without those below `first`."""
@@ -350,7 +366,7 @@ class BaseState(ABC, Generic[K, R]):
             self.drafter.close()
         if self.initial is not None:
             self.restore_recurrent(self.initial)
-        self.context, self.snapshots, self.outputs, self.tokens = [], Snapshots(), None, []
+        self.context, self.snapshots, self.latest, self.tokens = [], Snapshots(), NO_ROWS, []
 
     def read_kv_cache(self) -> NDArray[np.float32]:
         """Read the committed keys and values of the target, for tests."""
@@ -402,7 +418,7 @@ def note_drafted(states: Iterable[Any]) -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class PassRows(Generic[S]):
+class CommittedRows(Generic[S]):
     """Committed rows of one forward pass, whose features the drafter will read."""
 
     outputs: Any  # the outputs of the pass
@@ -411,20 +427,20 @@ class PassRows(Generic[S]):
     sizes: list[int]  # rows of each sequence
 
 
-def rows_by_pass(paths: Iterable[tuple[S, NDArray[np.int32]]]) -> list[PassRows[S]]:
+def rows_by_pass(paths: Iterable[tuple[S, NDArray[np.int32]]]) -> list[CommittedRows[S]]:
     """Group committed paths by forward pass, so that their features are projected together."""
-    passes: dict[int, list[tuple[S, NDArray[np.int32]]]] = {}
+    passes: dict[Pass, list[tuple[S, NDArray[np.int32]]]] = {}
     for state, path in paths:
         if state.drafter is not None:
-            passes.setdefault(id(state.outputs), []).append((state, path))
+            passes.setdefault(state.latest.whole, []).append((state, path))
     return [
-        PassRows(
-            group[0][0].outputs,
+        CommittedRows(
+            whole.outputs,
             [state for state, _ in group],
-            np.concatenate([state.first_row + path for state, path in group]),
+            np.concatenate([state.latest.first + path for state, path in group]),
             [len(path) for _, path in group],
         )
-        for group in passes.values()
+        for whole, group in passes.items()
     ]
 
 
@@ -593,7 +609,7 @@ class OneByOneVerifier(ABC):
         return [self._forward(state, tree) for state, tree in trees]
 
     def _forward(self, state: Any, tree: DraftTree) -> NDArray[np.float32]:
-        state.pass_tokens = tree.tokens
+        state.latest = PassRows(Pass(None), 0, tree.tokens)
         return self.forward(state, tree)
 
     def _run(self, item: Prefill | Verify) -> SampledTokens | None:

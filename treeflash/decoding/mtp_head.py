@@ -118,7 +118,7 @@ NewRows: TypeAlias = tuple[Any, int, list[int]]
 def unread_states(state: Any) -> list[Array]:
     """Return the (n, hidden_size) states of the positions that the drafter has not read.
 
-    A part of the context is (n, 2, hidden_size) with `BaseState.merged`.
+    A part of the context is (n, 2, hidden_size) with `PassRows.merged`.
     """
     return [part if part.ndim == 2 else part[:, 0] for part in state.context]
 
@@ -167,7 +167,7 @@ def row_positions(rows: Sequence[NewRows]) -> NDArray[np.int32]:
 def merge_features(embedded: Array, rows: Sequence[NewRows]) -> Array:
     """Put features of images in place of the (n, hidden_size) embeddings of rows' tokens.
 
-    They are in the context, whose parts with features have `BaseState.merged`.
+    They are in the context, whose parts with features have `PassRows.merged`.
     """
     start = 0
     for state, first, tokens in rows:

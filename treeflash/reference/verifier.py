@@ -26,6 +26,7 @@ class State(BaseState[Cache, States]):
         cache = target.new_cache()
         super().__init__(cache, drafter.new_cache() if drafter else None, cache.start or None)
         self.target, self.drafter_model, self.capacity = target, drafter, capacity
+        self.outputs: list[Array] = []
 
     def copy(self, length: int, capacity: int, recurrent: States | None) -> State:
         new = type(self)(self.target, self.drafter_model, capacity)

@@ -34,7 +34,7 @@ from treeflash_cuda.exact_attention import check_attention
 from treeflash_cuda.linear import join
 from treeflash_cuda.numerics import concatenate
 from treeflash_cuda.sampling import Logits
-from treeflash_cuda.target import Merge, Rows, Target
+from treeflash_cuda.target import Rows, RowsResult, Target
 
 if TYPE_CHECKING:
     from treeflash_cuda.cpu.layer_kernels import LayerKernels
@@ -114,11 +114,12 @@ class DecoderTarget(Target):
     def capture(self, layer_ids: Sequence[int]) -> None:
         self.captured = tuple(layer_ids)
 
-    def run_rows(self, rows: Sequence[Rows], needs_logits: Sequence[bool], merge: Merge) -> Logits:
+    def run_rows(self, rows: Sequence[Rows], needs_logits: Sequence[bool]) -> RowsResult:
         blocks: list[Block] = []
         ids: list[NDArray[np.int64]] = []
         kept: list[int] = []  # rows that need logits
         counts: list[int] = []  # their numbers, by sequence
+        firsts: list[int] = []  # first row of each sequence
         count = 0
         for (state, tokens), is_needed in zip(rows, needs_logits, strict=True):
             tree = tokens if isinstance(tokens, DraftTree) else None
@@ -126,7 +127,8 @@ class DecoderTarget(Target):
             positions = torch.from_numpy(state.rotary_positions(tokens).copy())
             blocks.append(Block(state.kv_cache, positions, ancestors))
             ids.append(np.asarray(tokens if tree is None else tree.tokens, np.int64))
-            state.first_row, count = count, count + len(positions)
+            firsts.append(count)
+            count += len(positions)
             counts.append((1 if tree is None else len(tree)) * is_needed)
             kept += range(count - counts[-1], count)
         token_ids = torch.from_numpy(np.concatenate(ids))
@@ -135,15 +137,13 @@ class DecoderTarget(Target):
             token_ids, places = (x.repeat(self.token_rows) for x in (token_ids, places))
         attention = self._attention(blocks, len(token_ids))
         hidden, outputs = self.model(token_ids, places, attention, self.captured)
-        for state, _ in rows:
-            state.outputs = outputs
         if not kept:
             logits = hidden.new_empty(0, self.vocab_size)
         elif len(kept) == count:
             logits = self.lm_head(hidden)[:count]
         else:
             logits = self.lm_head(hidden[torch.tensor(kept)])
-        return Logits.split(logits, counts)
+        return RowsResult.of_pass(Logits.split(logits, counts), rows, outputs, firsts)
 
     def _attention(self, blocks: Sequence[Block], rows: int) -> Attention:
         """Prepare the attention of a pass with so many rows."""

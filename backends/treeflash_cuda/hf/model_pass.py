@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -13,18 +11,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from treeflash.decoding.tree import DraftTree
-from treeflash.errors import UnsupportedModelError
 from treeflash_cuda.hf.attention_contexts import AttentionContext
 from treeflash_cuda.hf.row_pass import RowPass, has_features
 from treeflash_cuda.numerics import upload_all
 from treeflash_cuda.sampling import Logits
 from treeflash_cuda.state import State
-from treeflash_cuda.target import Merge, Rows
+from treeflash_cuda.target import Rows, RowsResult
 
 if TYPE_CHECKING:
     from treeflash_cuda.hf.model_target import ModelTarget
 
-Forward: TypeAlias = Callable[[Sequence[Rows], Sequence[bool]], Logits]
+Forward: TypeAlias = Callable[[Sequence[Rows], Sequence[bool]], RowsResult]
 """A pass over rows, some of which need logits."""
 
 
@@ -34,14 +31,14 @@ class ModelPasses:
     def __init__(self, target: ModelTarget) -> None:
         self.target = target
         self.row_pass = RowPass(target)
-        self.has_row_pass = True  # until it is found that a layer cannot run in it
+        self.has_row_pass = True  # whether all layers can run in it, which loading finds out
 
     def in_row_pass(self, state: State, tokens: DraftTree | Sequence[int]) -> bool:
         """Return whether a tree or new tokens run in the pass that CUDA graphs can have."""
         return self.has_row_pass and self.row_pass.takes(state, tokens)
 
-    def run(self, rows: Sequence[Rows], needs_logits: Sequence[bool], merge: Merge) -> Logits:
-        found: list[tuple[list[int], Logits]] = []
+    def run(self, rows: Sequence[Rows], needs_logits: Sequence[bool]) -> RowsResult:
+        found: list[tuple[list[int], RowsResult]] = []
 
         def run(forward: Forward, members: list[int]) -> None:
             part = forward([rows[i] for i in members], [needs_logits[i] for i in members])
@@ -49,24 +46,15 @@ class ModelPasses:
 
         in_row_pass = [i for i, row in enumerate(rows) if self.in_row_pass(*row)]
         if in_row_pass:
-            try:
-                run(self.row_pass.run, in_row_pass)
-            except UnsupportedModelError as error:
-                if self.target.is_exact:
-                    raise
-                self.has_row_pass, in_row_pass = False, []
-                warnings.warn(f"draft trees run without CUDA graphs: {error}", stacklevel=2)
+            run(self.row_pass.run, in_row_pass)
         others = [i for i in range(len(rows)) if i not in in_row_pass]
         alone = [i for i in others if has_features(*rows[i]) or not self.target.reads_cache]
-        with_masks = partial(self._run_with_masks, merge)
         for members in (*([i] for i in alone), [i for i in others if i not in alone]):
             if members:
-                run(with_masks, members)
-        return Logits.of_passes(found)
+                run(self._run_with_masks, members)
+        return RowsResult.joined(found)
 
-    def _run_with_masks(
-        self, merge: Merge, rows: Sequence[Rows], needs_logits: Sequence[bool]
-    ) -> Logits:
+    def _run_with_masks(self, rows: Sequence[Rows], needs_logits: Sequence[bool]) -> RowsResult:
         """Run one pass, in which every sequence has its mask."""
         sizes = [len(tokens) for _, tokens in rows]
         arrays: list[NDArray[Any]] = []
@@ -91,7 +79,6 @@ class ModelPasses:
         tower, images = self.target.tower, None
         if tower is not None and has_features(*rows[0]):
             images = tower.rows(rows[0][0], sizes[0])
-            merge(rows[0][0], images)
         token_ids: list[Tensor] = []
         contexts: list[AttentionContext] = []
         for state, tokens in rows:
@@ -113,6 +100,5 @@ class ModelPasses:
             rotary=rotary,
             images=images,
         )
-        for (state, _), end, size in zip(rows, ends, sizes, strict=True):
-            state.outputs, state.first_row = outputs, int(end) - size
-        return Logits.split(logits[: len(rows_to_keep)], counts)
+        found = Logits.split(logits[: len(rows_to_keep)], counts)
+        return RowsResult.of_pass(found, rows, outputs, (ends - sizes).tolist(), images)

@@ -87,12 +87,11 @@ from treeflash_cuda.hf.model_pass import ModelPasses
 from treeflash_cuda.images import ImageRows, VisionTower, has_tower, run_samples
 from treeflash_cuda.linear import IN_TARGET, fuse_linears, is_subclass, pack_linears
 from treeflash_cuda.recurrent_states import RecurrentStates
-from treeflash_cuda.sampling import Logits
 from treeflash_cuda.state import State
 from treeflash_cuda.target import (
     RECURRENT_LAYERS,
-    Merge,
     Rows,
+    RowsResult,
     Target,
     refuse_stateful,
 )
@@ -609,8 +608,8 @@ class ModelTarget(Target):
     def new_recurrent_states(self) -> RecurrentStates | None:
         return RecurrentStates(self.transposed_layers) if self.is_hybrid else None
 
-    def run_rows(self, rows: Sequence[Rows], needs_logits: Sequence[bool], merge: Merge) -> Logits:
-        return self.passes.run(rows, needs_logits, merge)
+    def run_rows(self, rows: Sequence[Rows], needs_logits: Sequence[bool]) -> RowsResult:
+        return self.passes.run(rows, needs_logits)
 
     def most_rows(self, state: State, tokens: Sequence[int]) -> int | None:
         return MAX_ROWS if self.passes.in_row_pass(state, tokens) else None

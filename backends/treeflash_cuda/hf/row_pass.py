@@ -28,7 +28,7 @@ from treeflash_cuda.numerics import pack, unpack, upload
 from treeflash_cuda.recurrence import TreeNodes, plan_nodes
 from treeflash_cuda.sampling import Logits, finite_argmax
 from treeflash_cuda.state import State
-from treeflash_cuda.target import PASS_NAME, Rows
+from treeflash_cuda.target import PASS_NAME, Rows, RowsResult
 from treeflash_cuda.visible_keys import RowPlan, VisibleKeys
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class RowPass:
             return False
         return self.target.prompt_attention is None or len(tokens) <= MAX_CHUNK
 
-    def run(self, rows: Sequence[Rows], needs_logits: Sequence[bool]) -> Logits:
+    def run(self, rows: Sequence[Rows], needs_logits: Sequence[bool]) -> RowsResult:
         """Return the logits of all nodes of trees, and of last tokens where they are needed.
 
         Raises:
@@ -69,7 +69,7 @@ class RowPass:
             (group, self._run([rows[i] for i in group], [needs_logits[i] for i in group]))
             for group in self._groups(rows)
         ]
-        return Logits.of_passes(passes)
+        return RowsResult.joined(passes)
 
     def _groups(self, rows: Sequence[Rows]) -> Iterator[list[int]]:
         """Yield the indices of sequences that share a pass: all are in one slab."""
@@ -90,7 +90,7 @@ class RowPass:
             return sum(sizes)
         return power_of_two(len(sizes)) * power_of_two(max(sizes))
 
-    def _run(self, rows: Sequence[Rows], needs_logits: Sequence[bool]) -> Logits:
+    def _run(self, rows: Sequence[Rows], needs_logits: Sequence[bool]) -> RowsResult:
         target, arena = self.target, self.target.state_arena
         graphs, count = target.graphs, self._count(rows)
         captured = graphs.is_capturing and count <= MAX_ROWS
@@ -141,18 +141,17 @@ class RowPass:
             for i, states in enumerate(recurrent):
                 states.drop_pending()
                 states.tree = writes, i
-        parts = []
-        for (state, x), start, is_needed in zip(
-            rows, plan.starts.tolist(), needs_logits, strict=True
-        ):
-            state.outputs, state.first_row, end = by_layer, start, start + len(x)
+        parts, firsts = [], plan.starts.tolist()
+        for (_, x), start, is_needed in zip(rows, firsts, needs_logits, strict=True):
+            end = start + len(x)
             if not isinstance(x, DraftTree):
                 start = end - is_needed
             parts.append(slice(start, end))
         whole = None
         if arena is None and sum(part.stop - part.start for part in parts) == count:
             whole = logits[:count]
-        return Logits([logits[part] for part in parts], [best[part] for part in parts], whole)
+        found = Logits([logits[part] for part in parts], [best[part] for part in parts], whole)
+        return RowsResult.of_pass(found, rows, by_layer, firsts)
 
     def _forward(
         self,

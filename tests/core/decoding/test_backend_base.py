@@ -9,6 +9,8 @@ from treeflash.config import LoadConfig
 from treeflash.decoding.backend_base import (
     MAX_SNAPSHOTS,
     NEWEST_SNAPSHOTS,
+    Pass,
+    PassRows,
     Snapshots,
     arrays_nbytes,
     rows_by_pass,
@@ -49,9 +51,10 @@ def test_arrays_are_counted_once():
 
 def test_commits_are_grouped_by_forward_pass():
     outputs = object(), object()
+    passes = list(map(Pass, outputs))
 
-    def state(number, first_row, drafter="cache"):
-        return SimpleNamespace(outputs=outputs[number], first_row=first_row, drafter=drafter)
+    def state(number, first, drafter="cache"):
+        return SimpleNamespace(latest=PassRows(passes[number], first, None), drafter=drafter)
 
     states = [state(0, 0), state(1, 0), state(0, 5), state(0, 9, drafter=None)]
     paths = [np.array(path, np.int32) for path in ([0, 2], [0], [0, 1, 3], [0, 1])]
