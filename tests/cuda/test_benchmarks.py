@@ -40,9 +40,7 @@ def test_a_benchmark_runs(name, module, tmp_path):
 
 # Seconds, for scripts of benchmarks that change seldom.
 @pytest.mark.nightly
-@pytest.mark.parametrize(
-    "name", ["throughput", pytest.param("peers.__main__", marks=pytest.mark.nightly)]
-)
+@pytest.mark.parametrize("name", ["throughput", "peers.__main__"])
 def test_a_comparison_runs(name, module, pair, tmp_path):
     """All systems run, and in float32 they give the same tokens."""
     file = tmp_path / "out.json"

@@ -336,16 +336,6 @@ def test_drafts_of_all_depths_at_once_are_captured(cuda, tmp_path, dtype):
     assert names == {"the target", "the drafter", "marginals"}
 
 
-# `test_transfers_of_choices_with_edits_masks_and_log_probs` chooses with more.
-@pytest.mark.nightly
-@pytest.mark.parametrize("sampling", SAMPLINGS, ids=lambda s: repr(s)[15:-1])
-def test_choices(backend, sampling):
-    text = SequenceSession(backend)
-    text.extend(PROMPT, sampling)
-    sampled = text.verify(tree(), sampling)
-    assert sampled.dtype == np.int32
-
-
 # `test_transfers_of_choices_with_edits_masks_and_log_probs` has one of them every time.
 @pytest.mark.nightly
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=lambda s: repr(s)[15:-1])

@@ -202,10 +202,9 @@ TREE_KERNELS = {  # of trees in hybrid targets, by whether their kernels win
 }
 
 
-# The kernels that win run in `test_metal_conformance.py`, too.
-# Likewise in `test_metal_conformance.py`, for more families.
+# Texts follow from logits and states, which `test_metal_conformance.py` compares.
 @pytest.mark.nightly
-@pytest.mark.parametrize("speedup", [1, pytest.param(2, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("speedup", [1, 2])
 def test_plain_decoding_by_kernel_equals_drafting_on_trees(
     executor, hybrid_pair, monkeypatch, speedup
 ):

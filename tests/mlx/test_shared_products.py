@@ -94,8 +94,7 @@ def test_nothing_is_shared_without_metal():
     assert type(module) is nn.QuantizedLinear
 
 
-# Ten seconds in the executor; the products above have both halves, and `test_metal_conformance.py`
-# has texts.
+# Ten seconds in the executor; the tests above compare the products with whole ones.
 @pytest.mark.nightly
 @pytest.mark.usefixtures("_few_rows")
 def test_texts_after_a_shared_prompt_are_those_of_plain_decoding(executor, tmp_path, monkeypatch):

@@ -280,9 +280,7 @@ def test_a_server_lives_as_long_as_the_agent(model):
 
 # Another server in a process; `test_a_server_lives_as_long_as_the_agent` has its end.
 @pytest.mark.nightly
-@pytest.mark.parametrize(
-    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.nightly)]
-)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_agent_and_server(model, number):
     """Ctrl-C reaches all processes of a terminal, SIGTERM only the command."""
     with command(model, "--wait") as process:
