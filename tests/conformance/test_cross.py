@@ -17,7 +17,7 @@ require("mlx_lm")
 
 from both_backends import assert_equal_iterations, load_both
 
-FAMILIES = ("llama", "qwen3", "qwen3_moe", "mistral", "gemma3")
+FAMILIES = ("gemma3", "mistral", "llama", "qwen3", "qwen3_moe")
 METHODS = ("ar", "dflash", "ddtree", "treeflash", "treeflash-chain")
 EACH_RUN = [("treeflash", "all"), ("treeflash-chain", "greedy")]
 CASES = [(family, *case) for family in FAMILIES for case in EACH_RUN]
@@ -26,17 +26,9 @@ if EXAMPLES:
 VOCAB_SIZE = 24
 
 
-def each(values, *each_run):
-    """Leave the other values to the nightly run.
-
-    Both backends equal the reference with them, iteration by iteration, in their own suites.
-    """
-    marks = {x: [] if x in each_run else [pytest.mark.nightly] for x in values}
-    return [pytest.param(x, marks=marks[x]) for x in values]
-
-
+# With most of these, both backends equal the reference in their own suites.
 @pytest.mark.sample(1)
-@pytest.mark.parametrize("family", each(FAMILIES, "mistral", "gemma3"))
+@pytest.mark.parametrize("family", FAMILIES)
 def test_iterations_are_identical(tmp_path, family):
     target, drafter = tmp_path / "target", tmp_path / "drafter"
     if family == "gemma3":
@@ -50,7 +42,7 @@ def test_iterations_are_identical(tmp_path, family):
 
 
 @pytest.mark.sample(1)
-@pytest.mark.parametrize("dialect", each(DIALECTS, "deepspec", "specforge-domino"))
+@pytest.mark.parametrize("dialect", sorted(DIALECTS))
 def test_iterations_with_a_dialect_are_identical(tmp_path, dialect):
     target, drafter = tmp_path / "target", tmp_path / "drafter"
     write_target(target, "qwen3", seed=TARGET_SEED, vocab_size=VOCAB_SIZE)

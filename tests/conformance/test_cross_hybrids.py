@@ -4,8 +4,6 @@ Lightning attention is not among them: transformers has it in MiniMax-01 alone, 
 backend refuses, and mlx-lm lacks that type.
 """
 
-import itertools
-
 import pytest
 
 from treeflash.config import METHODS
@@ -19,21 +17,13 @@ import families
 from both_backends import assert_equal_iterations, load_both
 
 VOCAB_SIZE = 24
-TYPES = "qwen3_next", "mamba2", "falcon_h1", "lfm2"
-"""Gated delta nets, Mamba-2 alone and beside attention in a layer, and short convolutions."""
+TYPES = "falcon_h1", "qwen3_next", "mamba2", "lfm2"
+"""Mamba-2 beside attention in a layer and alone, gated delta nets, and short convolutions."""
 # mlx-lm normalises several groups together, which is another model.
 ONE_GROUP = {"mamba2": {"n_groups": 1}, "falcon_h1": {"mamba_n_groups": 1}}
 
 
-# Both backends equal the reference on the first ones in their own suites. The others have kinds of
-# layers that other types have too.
-OTHERS = [
-    pytest.param(name, marks=pytest.mark.nightly)
-    for name in (*HYBRID_FAMILIES, "olmo_hybrid", "lfm2_moe")
-]
-
-
-@pytest.fixture(scope="module", params=[*OTHERS, *TYPES])
+@pytest.fixture(scope="module", params=[*TYPES, *HYBRID_FAMILIES, "olmo_hybrid", "lfm2_moe"])
 def backends(request, tmp_path_factory):
     name = request.param
     folder = tmp_path_factory.mktemp(name)
@@ -50,16 +40,8 @@ def backends(request, tmp_path_factory):
     return load_both(target, drafter)
 
 
-EACH_RUN = [("treeflash", "all"), ("suffix", "greedy")]
-
-
 @pytest.mark.sample(1)
-@pytest.mark.parametrize(
-    ("method", "sampling"),
-    [
-        pytest.param(*case, marks=[] if case in EACH_RUN else [pytest.mark.nightly])
-        for case in itertools.product(METHODS, ("greedy", "all"))
-    ],
-)
+@pytest.mark.parametrize("sampling", ["all", "greedy"])
+@pytest.mark.parametrize("method", ["treeflash", *(x for x in METHODS if x != "treeflash")])
 def test_iterations_are_identical(backends, method, sampling):
     assert_equal_iterations(backends, method, SAMPLINGS[sampling], VOCAB_SIZE)

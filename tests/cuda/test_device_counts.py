@@ -81,7 +81,7 @@ def test_iterations_that_capture_a_graph_are_not_measured(pair, monkeypatch):
     assert not seen
 
 
-@pytest.mark.parametrize("sequences", [8, pytest.param(32, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("sequences", [8, 32])
 def test_all_sequences_lie_in_one_allocation(cuda, pair, sequences):
     cuda.free_bytes = 80 << 30
     backend = loading.load(*pair, LoadConfig(dtype="bfloat16"))

@@ -63,8 +63,7 @@ def folders(tmp_path_factory):
     return {x.name: (x, folder / f"{x.name}-drafter") for x in folder.iterdir()}
 
 
-# The tests by families run in both types.
-@pytest.fixture(params=["bfloat16", pytest.param("float32", marks=pytest.mark.nightly)])
+@pytest.fixture(params=DTYPES)
 def backend(request, folders, cuda):
     return load(*folders["qwen3"], LoadConfig(dtype=request.param))
 

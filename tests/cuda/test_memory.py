@@ -32,11 +32,8 @@ def folders(tmp_path):
     return write_pair(tmp_path, "qwen3", vocab_size=40)
 
 
-@pytest.mark.parametrize(
-    "static",
-    [False, pytest.param(True, marks=pytest.mark.nightly)],
-    ids=["", "static shapes"],
-)
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("static", [False, True], ids=["", "static shapes"])
 def test_no_state_stays_open_over_many_texts(monkeypatch, folders, static):
     if static:
         backend = load_with_parts(monkeypatch, *folders)

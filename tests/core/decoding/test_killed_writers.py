@@ -59,7 +59,8 @@ def write_for_ever(pair_folder: Path, states: Path) -> None:
             print("a file was damaged", flush=True)
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.nightly)])
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("kills", [3, 50])
 def test_no_request_fails_and_no_text_differs_after_kills(tmp_path, kills, caplog):
     folder, states = tmp_path / "pair", tmp_path / "states"
     pair = stored_pair(folder, "qwen3_5")

@@ -8,6 +8,7 @@ from treeflash.reference.backend import load
 from treeflash.reference.verifier import State
 
 
-@pytest.mark.parametrize("texts", [100, pytest.param(500, marks=pytest.mark.nightly)])
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("texts", [100, 500])
 def test_no_state_stays_open_over_many_texts(monkeypatch, tiny_pair, texts):
     check_memory(monkeypatch, load(*tiny_pair, LoadConfig()), State, lambda: 0, texts)
