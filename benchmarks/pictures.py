@@ -6,6 +6,8 @@
 The first command draws `docs/pictures` for light and dark themes: the tree and the recording from
 run.json, which `--record` measures before, the speeds from `docs/performance/results.json`. The
 second opens the page of a running server in Chromium, asks it a question, and keeps what it shows.
+Another run changes nothing but seconds and tokens per second: trees have a fixed budget, because
+`auto` would depend on how fast the machine is.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from math import ceil
 from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
@@ -30,8 +33,13 @@ from treeflash.language_model import LanguageModel
 
 PICTURES = ROOT / "docs" / "pictures"
 RESULTS = ROOT / "docs" / "performance" / "results.json"
-PROMPT = "Write a Python class for a bank account with the methods deposit, withdraw and balance."
 QUESTION = "Write a Python function that checks whether a number is even."
+PROMPTS = (
+    "Write a Python class for a bank account with the methods deposit, withdraw and balance.",
+    "Write a Python function that checks whether a word is a palindrome.",
+    QUESTION,
+)
+"""Questions that are recorded; together their answers take about ten seconds to write."""
 CHROMIUM = "/usr/bin/chromium"
 SPEEDS = {
     ("transformers", "generate"): "transformers",
@@ -45,6 +53,14 @@ RECORDED: tuple[Method, ...] = ("ar", "treeflash")
 TITLES = {"ar": "without drafts", "treeflash": "with drafts"}
 CHARACTER = 7.8
 """Width of a character of the pictures' font, in pixels."""
+LINE = 18
+"""Height of a line of a recording, in pixels."""
+FRAMES = 20
+"""Moments of a second at which a recording shows something new."""
+PAUSE = 2.0
+"""Seconds for which a recording shows the whole texts before it begins again."""
+TREE_BUDGET = 16
+"""Nodes of drawn trees, and of trees for the photographed answer."""
 
 
 @dataclass(frozen=True)
@@ -66,44 +82,48 @@ THEMES = (
 )
 
 
-def record(model: LanguageModel, prompt: str, max_tokens: int) -> dict[str, Any]:
-    """Decode a prompt without and with drafts: the texts by time, and the trees of the drafts.
+def record(model: LanguageModel, prompts: Sequence[str], max_tokens: int) -> dict[str, Any]:
+    """Answer prompts one after the other without and with drafts; keep texts and draft trees.
 
-    Each text has `chunks`, pairs of seconds since the first token and text, `tokens`, their number,
-    and `steps`, which have the strings of a tree's nodes, their parents and the accepted path.
+    Each text has `chunks`, pairs of seconds since the start and text, and `tokens`, the number of
+    tokens of its answers. Each of the `steps` has the strings of a tree's nodes, their parents and
+    the accepted path.
     """
     texts = {}
     for method in RECORDED:
-        model.generate(prompt, method=method, max_tokens=8)
-        chunks, steps, tokens, start = [], [], 0, None
-        for chunk in model.stream(prompt, method=method, max_tokens=max_tokens):
-            now = time.perf_counter()
-            start = start or now
-            chunks.append((round(now - start, 3), chunk.text))
-            tokens += len(chunk.token_ids)
-            tree, path = chunk.step.tree, chunk.step.path
-            if tree is not None and path is not None and len(tree.tokens) > 1:
-                nodes = [model.tokenizer.decode([token]) for token in tree.tokens.tolist()]
-                steps.append(
-                    {"nodes": nodes, "parents": tree.parents.tolist(), "path": path.tolist()}
-                )
-        texts[method] = {"chunks": chunks, "tokens": tokens, "steps": steps}
-    return {"prompt": prompt, "texts": texts}
+        model.generate(prompts[0], method=method, max_tokens=8)
+        chunks: list[tuple[float, str]] = []
+        tokens, start = 0, time.perf_counter()
+        for prompt in prompts:
+            gap = "\n\n" if chunks else ""
+            chunks.append((round(time.perf_counter() - start, 3), f"{gap}> {prompt}\n\n"))
+            for chunk in model.stream(prompt, method=method, max_tokens=max_tokens):
+                chunks.append((round(time.perf_counter() - start, 3), chunk.text))
+                tokens += len(chunk.token_ids)
+        texts[method] = {"chunks": chunks, "tokens": tokens}
+    steps = []
+    for chunk in model.stream(prompts[0], method="treeflash", budget=TREE_BUDGET, max_tokens=150):
+        tree, path = chunk.step.tree, chunk.step.path
+        if tree is not None and path is not None and len(tree.tokens) > 1:
+            nodes = [model.tokenizer.decode([token]) for token in tree.tokens.tolist()]
+            steps.append({"nodes": nodes, "parents": tree.parents.tolist(), "path": path.tolist()})
+    return {"prompts": list(prompts), "texts": texts, "steps": steps}
 
 
 def best_step(steps: Sequence[dict[str, Any]], depths: int = 8) -> dict[str, Any]:
-    """Return the step whose tree shows most: an accepted path that turns, and many branches.
+    """Return the step whose tree shows most: an accepted path that turns, words, and branches.
 
     A tree deeper than `depths` is too wide for a page, and comes last.
     """
 
-    def shows(step: dict[str, Any]) -> tuple[bool, int, int, int]:
+    def shows(step: dict[str, Any]) -> tuple[bool, bool, int, int, int]:
         parents, path = step["parents"], step["path"]
         # The most probable child of a node is its first one.
         first = {parent: child for child, parent in reversed([*enumerate(parents)])}
         turns = sum(first[parents[node]] != node for node in path[1:])
+        words = sum(any(map(str.isalpha, step["nodes"][node])) for node in path)
         branches = sum(parents.count(parent) > 1 for parent in set(parents))
-        return max(depths_of(parents)) <= depths, min(turns, 2), branches, len(path)
+        return max(depths_of(parents)) <= depths, turns > 0, words, branches, len(path)
 
     return max(steps, key=shows)
 
@@ -135,7 +155,9 @@ def places(parents: Sequence[int]) -> list[float]:
 
 def shown(token: str) -> str:
     """Return what stands in the box of a token."""
-    return {"": "end", "\n": "↵"}.get(token, token.strip() or "␣")
+    if not token:
+        return "end"
+    return token.strip() or ("↵" if "\n" in token else "␣")
 
 
 def svg(width: float, height: float, theme: Theme, body: str, style: str = "") -> str:
@@ -221,18 +243,19 @@ def lines_of(chunks: Sequence[tuple[float, str]], width: int) -> Iterator[list[t
         start = end + (text[end : end + 1] in (" ", "\n"))
 
 
-def draw_recording(texts: dict[str, Any], theme: Theme, width: int = 60, rows: int = 24) -> str:
+def draw_recording(texts: dict[str, Any], theme: Theme, width: int = 44, rows: int = 18) -> str:
     """Draw the texts as they appear, side by side, in a loop that the picture's CSS plays.
 
-    Only the first `rows` lines of a text have room.
+    A text of more than `rows` lines moves up as it grows.
     """
-    columns = {
-        method: list(lines_of(text["chunks"], width))[:rows] for method, text in texts.items()
-    }
-    height = max(map(len, columns.values())) * 18 + 40
     ends = {method: text["chunks"][-1][0] for method, text in texts.items()}
-    duration = max(ends.values()) + 2
-    body, moments = "", set(ends.values())
+    duration = max(ends.values()) + PAUSE
+    columns = {
+        method: list(lines_of([(frame_of(s), part) for s, part in text["chunks"]], width))
+        for method, text in texts.items()
+    }
+    height = min(max(map(len, columns.values())), rows) * LINE + 40
+    body, moments, style = "", set(map(frame_of, ends.values())), ""
     for n, (method, lines) in enumerate(columns.items()):
         x, wide, end = 9 + n * (width * CHARACTER + 32), width * CHARACTER, ends[method]
         title, colour = TITLES[method], theme.plain if method == "ar" else theme.accent
@@ -241,8 +264,10 @@ def draw_recording(texts: dict[str, Any], theme: Theme, width: int = 60, rows: i
             f'<rect x="{x - 8:.0f}" y="1" width="{wide + 16:.0f}" height="{height}" rx="8" '
             f'fill="{theme.surface}" stroke="{theme.line}"/>'
             f'<text x="{x:.0f}" y="22" font-weight="bold" fill="{colour}">{title}</text>'
-            f'<text x="{x + wide:.0f}" y="22" text-anchor="end" class="{class_of(end)}" '
+            f'<text x="{x + wide:.0f}" y="22" text-anchor="end" class="{class_of(frame_of(end))}" '
             f'fill="{theme.faint}">{speed}</text>'
+            f'<svg x="{x:.0f}" y="32" width="{wide + 8:.0f}" height="{height - 32}">'
+            f'<g class="column{n}">'
         )
         for row, line in enumerate(lines):
             parts = "".join(
@@ -250,8 +275,9 @@ def draw_recording(texts: dict[str, Any], theme: Theme, width: int = 60, rows: i
                 for seconds, part in line
             )
             moments |= {seconds for seconds, _ in line}
-            body += f'<text x="{x:.0f}" y="{row * 18 + 46}" xml:space="preserve">{parts}</text>'
-    style = ""
+            body += f'<text y="{row * LINE + 14}" xml:space="preserve">{parts}</text>'
+        body += "</g></svg>"
+        style += motion(f"column{n}", lines, rows, duration)
     for seconds in sorted(moments):
         # A part is invisible up to its moment, and visible from then to the end of the loop.
         name, share = class_of(seconds), seconds / duration * 100
@@ -261,6 +287,26 @@ def draw_recording(texts: dict[str, Any], theme: Theme, width: int = 60, rows: i
             f".{name}{{animation:{name} {duration:.2f}s linear infinite}}"
         )
     return svg(2 * width * CHARACTER + 50, height + 2, theme, body, style)
+
+
+def motion(name: str, lines: Sequence[list[tuple[float, str]]], rows: int, duration: float) -> str:
+    """Return the CSS that moves a text up by a line when one begins below the last of the rows."""
+    left, newest = {"0.00": 0}, 0.0  # how many lines have left, by share of the loop
+    for row, line in enumerate(lines):
+        newest = line[0][0] if line else newest
+        if row >= rows:
+            left[f"{newest / duration * 100:.2f}"] = row - rows + 1
+    steps = "".join(f"{share}%{{transform:translateY({-n * LINE}px)}}" for share, n in left.items())
+    last = f"transform:translateY({-max(left.values()) * LINE}px)"
+    return (
+        f"@keyframes {name}{{{steps}100%{{{last}}}}}"
+        f".{name}{{{last};animation:{name} {duration:.2f}s step-end infinite}}"
+    )
+
+
+def frame_of(seconds: float) -> float:
+    """Return the moment at which a recording shows what appeared after so many seconds."""
+    return ceil(seconds * FRAMES) / FRAMES
 
 
 def class_of(seconds: float) -> str:
@@ -280,6 +326,8 @@ def photograph(url: str, folder: Path) -> None:
                 color_scheme="dark" if theme.name == "dark" else "light",
             )
             page.goto(url)
+            while page.locator("#budget-value").inner_text() != str(TREE_BUDGET):
+                page.locator("#budget").press("ArrowRight")
             page.get_by_placeholder("Message").fill(QUESTION)
             page.keyboard.press("Enter")
             page.get_by_text("is_even").first.wait_for(timeout=120_000)
@@ -294,9 +342,12 @@ def parser() -> Parser:
     options.add_argument("run", type=Path, metavar="RUN.json", help="the record of a run")
     options.add_argument("--record", action="store_true", help="record the run first")
     options.add_argument(
-        "--prompt", default=PROMPT, help="the prompt to record (default: %(default)s)"
+        "--prompt",
+        action="append",
+        dest="prompts",
+        help="a prompt to record; may be repeated (default: some questions)",
     )
-    options.add_number("--max-tokens", 150, "new tokens to record")
+    options.add_number("--max-tokens", 300, "new tokens of an answer")
     options.add_argument("--page", metavar="URL", help="only photograph this page of a server")
     options.add_argument(
         "--output", type=Path, default=PICTURES, metavar="FOLDER", help="where pictures go"
@@ -315,12 +366,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if args.record:
         model = load_model(args)
-        run = record(model, args.prompt, args.max_tokens)
+        run = record(model, args.prompts or PROMPTS, args.max_tokens)
         write_json(args.run, "pictures", describe(model.backend) | run)
     run, results = json.loads(args.run.read_text()), json.loads(RESULTS.read_text())
     for theme in THEMES:
         drawings = {
-            "tree": draw_tree(best_step(run["texts"]["treeflash"]["steps"]), theme),
+            "tree": draw_tree(best_step(run["steps"]), theme),
             "recording": draw_recording(run["texts"], theme),
             "speed": draw_speeds(results, theme),
         }

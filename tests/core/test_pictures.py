@@ -55,9 +55,25 @@ def test_a_recording_shows_each_part_at_its_time():
     shown = [text for _, text in texts(picture)]
     assert shown.count("One two three") == shown.count("four") == 2
     assert shown.count("0.5 s, 10 tokens/s") == 2
+    assert "translateY(-" not in picture, "there is room for all lines"
     # The loop lasts two seconds longer than the text.
     assert ".t250{animation:t250 2.50s linear infinite}" in picture
     assert "@keyframes t250{0%,10.00%{opacity:0}10.01%,100%{opacity:1}}" in picture
+
+
+def test_a_long_text_moves_up_as_its_lines_begin():
+    """The last of two visible lines is the one that began last; several may begin at once."""
+    lines = [*lines_of([(0.0, "a\n"), (1.0, "b\n"), (2.0, "c\n\nd\n"), (3.0, "e")], 8)]
+    moves = pictures.motion("column0", lines, rows=2, duration=4.0)
+    steps = "0.00%{transform:translateY(0px)}50.00%{transform:translateY(-54px)}"
+    end = "75.00%{transform:translateY(-72px)}100%{transform:translateY(-72px)}"
+    assert moves.startswith(f"@keyframes column0{{{steps}{end}}}")
+    short = pictures.motion("column0", lines[:2], rows=2, duration=4.0)
+    assert "0.00%{transform:translateY(0px)}100%{transform:translateY(0px)}" in short
+
+
+def test_a_recording_shows_nothing_too_early():
+    assert [pictures.frame_of(x) for x in (0.0, 0.01, 0.05, 0.06)] == [0.0, 0.05, 0.05, 0.1]
 
 
 def test_a_run_is_recorded_and_drawn(tiny_pair, tmp_path):
@@ -67,12 +83,13 @@ def test_a_run_is_recorded_and_drawn(tiny_pair, tmp_path):
     pair = ["--target", target, "--drafter", drafter, "--backend", "reference"]
     options = ["--output", str(folder), "--max-tokens", "12"]
     assert pictures.main([str(run), "--record", *pair, *options]) == 0
-    recorded = json.loads(run.read_text())["texts"]
+    run_record = json.loads(run.read_text())
+    recorded = run_record["texts"]
     plain, drafted = (
         "".join(text for _, text in recorded[method]["chunks"]) for method in ("ar", "treeflash")
     )
     assert plain == drafted
-    assert recorded["treeflash"]["steps"]
+    assert run_record["steps"]
     drawn = {file.name: file.read_text() for file in folder.iterdir()}
     assert drawn.keys() == {file.name for file in PICTURES.glob("*.svg")}
     assert pictures.main([str(run), *options]) == 0
