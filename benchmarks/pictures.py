@@ -1,6 +1,6 @@
 """The pictures of README: a draft tree, tokens per second by method, a recording, the chat page.
 
-    python -m benchmarks.pictures run.json --backend cuda --device cpu [--record]
+    python -m benchmarks.pictures run.json --backend cuda --device cpu --bits 16 [--record]
     python -m benchmarks.pictures run.json --page http://127.0.0.1:8000
 
 The first command draws `docs/pictures` for light and dark themes: the tree and the recording from
@@ -36,7 +36,6 @@ RESULTS = ROOT / "docs" / "performance" / "results.json"
 QUESTION = "Write a Python function that checks whether a number is even."
 PROMPTS = (
     "Write a Python class for a bank account with the methods deposit, withdraw and balance.",
-    "Write a Python function that checks whether a word is a palindrome.",
     QUESTION,
 )
 """Questions that are recorded; together their answers take about ten seconds to write."""
@@ -57,7 +56,7 @@ LINE = 18
 """Height of a line of a recording, in pixels."""
 FRAMES = 20
 """Moments of a second at which a recording shows something new."""
-PAUSE = 2.0
+PAUSE = 3.0
 """Seconds for which a recording shows the whole texts before it begins again."""
 TREE_BUDGET = 16
 """Nodes of drawn trees, and of trees for the photographed answer."""

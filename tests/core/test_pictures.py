@@ -56,9 +56,9 @@ def test_a_recording_shows_each_part_at_its_time():
     assert shown.count("One two three") == shown.count("four") == 2
     assert shown.count("0.5 s, 10 tokens/s") == 2
     assert "translateY(-" not in picture, "there is room for all lines"
-    # The loop lasts two seconds longer than the text.
-    assert ".t250{animation:t250 2.50s linear infinite}" in picture
-    assert "@keyframes t250{0%,10.00%{opacity:0}10.01%,100%{opacity:1}}" in picture
+    # The loop lasts three seconds longer than the text.
+    assert ".t250{animation:t250 3.50s linear infinite}" in picture
+    assert "@keyframes t250{0%,7.14%{opacity:0}7.15%,100%{opacity:1}}" in picture
 
 
 def test_a_long_text_moves_up_as_its_lines_begin():
