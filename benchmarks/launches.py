@@ -185,7 +185,7 @@ def load_without_weights(shape: dict[str, Any]) -> Any:
     """Create a pair in a published shape whose weights have no values."""
     import torch
     from transformers import AutoModelForCausalLM
-    from treeflash_cuda import backend
+    from treeflash_cuda import backend, drafter_loading
     from treeflash_cuda.hf import model_target
 
     config = parse_drafter_config(drafter_config(shape))
@@ -213,7 +213,7 @@ def load_without_weights(shape: dict[str, Any]) -> Any:
         "drafter_layout": lambda *_: SimpleNamespace(format=DFLASH, config=config),
         "block_tensors": block_tensors,
     }
-    with tempfile.TemporaryDirectory() as folder, mock.patch.multiple(backend, **stand_ins):
+    with tempfile.TemporaryDirectory() as folder, mock.patch.multiple(drafter_loading, **stand_ins):
         settings = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], **shape}
         Path(folder, "config.json").write_text(json.dumps(settings), encoding="utf-8")
         with mock.patch.object(model_target, "load_model", load_model):

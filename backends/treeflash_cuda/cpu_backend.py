@@ -6,7 +6,7 @@ from pathlib import Path
 
 from treeflash.config import LoadConfig
 from treeflash.decoding.interfaces import DeviceReport
-from treeflash_cuda import backend
+from treeflash_cuda import backend, target_loading
 from treeflash_cuda.backend import CudaBackend, check_drafter, drafter_replacer
 from treeflash_cuda.device import CPU, choose_cpu, on_cpu
 
@@ -29,7 +29,7 @@ def check_config(config: LoadConfig) -> None:
 
 
 def bits_refusal(config: LoadConfig) -> str | None:
-    return backend.bits_refusal(on_cpu(config))
+    return target_loading.bits_refusal(on_cpu(config))
 
 
 def examine_device(config: LoadConfig) -> DeviceReport:

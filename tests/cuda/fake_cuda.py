@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from treeflash_cuda import backend, visible_keys
+from treeflash_cuda import backend, drafter_loading, target_loading, visible_keys
 from treeflash_cuda.drafter import OutputStage
 from treeflash_cuda.gpu.host_copies import host_copies
 from treeflash_cuda.hf import model_target
@@ -207,8 +207,8 @@ class FakeCuda(TorchDispatchMode):
             raise AssertionError(f"{func} moves data between host and device during a capture")
 
     def _patch_loading(self, monkeypatch):
-        load_model, load_drafter = model_target.load_model, backend.load_drafter
-        load_mtp_head = backend.load_mtp_head
+        load_model, load_drafter = model_target.load_model, drafter_loading.load_drafter
+        load_mtp_head = drafter_loading.load_mtp_head
 
         def load_fake_model(folder, config, dtype, device, *, processes, device_map, images):
             with unset_fake_temporarily():
@@ -248,10 +248,10 @@ class FakeCuda(TorchDispatchMode):
         plain_plan = visible_keys.plan_work
         monkeypatch.setattr(visible_keys, "plan_work", plan_work)
         monkeypatch.setattr(model_target, "load_model", load_fake_model)
-        monkeypatch.setattr(backend, "load_drafter", load_fake_drafter)
-        monkeypatch.setattr(backend, "load_mtp_head", load_fake_mtp_head)
+        monkeypatch.setattr(drafter_loading, "load_drafter", load_fake_drafter)
+        monkeypatch.setattr(drafter_loading, "load_mtp_head", load_fake_mtp_head)
         monkeypatch.setattr(backend, "choose_device", lambda name: DEVICE)
-        monkeypatch.setattr(backend, "load_operations", lambda *_: self._operations())
+        monkeypatch.setattr(target_loading, "load_operations", lambda *_: self._operations())
         monkeypatch.setattr(backend_base, "check_trees", lambda backend: None)  # it compares values
 
     def _operations(self):

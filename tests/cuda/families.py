@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 from transformers.utils import logging
-from treeflash_cuda.backend import CudaBackend, load_target
+from treeflash_cuda.backend import CudaBackend
+from treeflash_cuda.target_loading import load_target
 
 from treeflash.config import LoadConfig
 from treeflash.decoding.probe import state_difference, tree_difference

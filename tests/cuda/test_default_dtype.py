@@ -14,7 +14,7 @@ from treeflash.testing.models import write_target
 require("torch")
 
 from treeflash_cuda import backend as loading
-from treeflash_cuda import exact
+from treeflash_cuda import exact, target_loading
 from treeflash_cuda.backend import load
 from treeflash_cuda.cpu import default_dtype
 
@@ -36,7 +36,7 @@ def load_on_cpu(folder, **settings):
 @pytest.fixture
 def loaded(monkeypatch):
     """References to all targets whose weights were read."""
-    found, read = [], loading.read_target
+    found, read = [], target_loading.read_target
 
     def remember(*args, **kwargs):
         gc.collect()
@@ -45,7 +45,7 @@ def loaded(monkeypatch):
         found.append(weakref.ref(target))
         return target
 
-    monkeypatch.setattr(loading, "read_target", remember)
+    monkeypatch.setattr(target_loading, "read_target", remember)
     return found
 
 

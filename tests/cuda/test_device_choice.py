@@ -14,6 +14,7 @@ require("torch")
 
 import torch
 from treeflash_cuda import backend as loading
+from treeflash_cuda import target_loading
 from treeflash_cuda.backend import load
 from treeflash_cuda.device import (
     ALLOCATOR_SETTINGS,
@@ -202,15 +203,17 @@ def test_a_gpu_is_prepared_before_anything_uses_it(cuda, folders, monkeypatch):
     """The allocator keeps its settings as soon as CUDA runs; NCCL reads its variable once."""
     calls = []
 
-    def recorded(name, call):
+    def recorded(module, name):
+        call = getattr(module, name)
+
         def record(device):
             calls.append(name)
             return call(device)
 
-        monkeypatch.setattr(loading, name, record)
+        monkeypatch.setattr(module, name, record)
 
-    recorded("prepare", loading.prepare)
-    recorded("device_facts", loading.device_facts)
+    recorded(loading, "prepare")
+    recorded(target_loading, "device_facts")
     monkeypatch.delenv("NCCL_GRAPH_REGISTER", raising=False)
     load(*folders, LoadConfig(dtype="float32"))
     assert calls[:2] == ["prepare", "device_facts"]

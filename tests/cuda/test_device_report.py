@@ -16,7 +16,9 @@ require("torch")
 
 import torch
 from treeflash_cuda import backend as loading
+from treeflash_cuda import memory, target_loading
 from treeflash_cuda.cache import Arena
+from treeflash_cuda.drafter_loading import load_drafter_operations
 from treeflash_cuda.hf import attention_contexts
 from treeflash_cuda.operations import CHECKS, Operations
 
@@ -68,17 +70,17 @@ def test_a_drafter_of_other_shapes_has_its_own_operations(cuda, folders, monkeyp
         found.append(shapes)
         return Operations(reasons={"gated": "ptxas is missing"})
 
-    monkeypatch.setattr(loading, "load_operations", load_operations)
+    monkeypatch.setattr(target_loading, "load_operations", load_operations)
     sizes = ("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size")
     sizes = {name: getattr(backend.target.config, name) for name in sizes}
     config = replace(backend.drafter_config, **sizes)
-    operations = loading.load_drafter_operations(config, backend.target, None)
+    operations = load_drafter_operations(config, backend.target, None)
     assert operations is backend.target.operations
     backend.drafter_model.operations = operations
     assert device_report(backend).kernels["gated"] == {"bfloat16": "used (Triton)"}
     config = replace(config, head_dim=64, attention_sinks=True)
     with pytest.warns(UserWarning, match="^in the drafter gated runs in PyTorch: ptxas is missing"):
-        own = loading.load_drafter_operations(config, backend.target, None)
+        own = load_drafter_operations(config, backend.target, None)
     backend.drafter_model.operations = own
     (shapes,) = found
     assert (shapes.heads, shapes.head_dim, shapes.sinks) == (4, 64, True)
@@ -106,7 +108,7 @@ def test_passes_over_trees_are_measured_if_the_target_has_them(cuda, tmp_path, m
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 5)
     write_target(tmp_path, "mistral", seed=1)
     backend = loading.load(tmp_path, None, LoadConfig(dtype="bfloat16"))
-    assert loading.pass_nbytes(backend.target) == (3 if runs else 0)
+    assert memory.pass_nbytes(backend.target) == (3 if runs else 0)
     assert backend.memory_bytes() == 5
 
 
@@ -125,7 +127,7 @@ def test_memory_is_set_aside_beside_the_largest_pass(
     backend = loading.load(*folders, LoadConfig(device="cpu", dtype="float32"))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (8 * GIB, 24 * GIB))
     arenas = backend.target.arena, backend.drafter_arena
-    loading.reserve_memory(backend.target, backend.drafter_arena, 2 * pass_nbytes, share)
+    memory.reserve_memory(backend.target, backend.drafter_arena, 2 * pass_nbytes, share)
     assert sum(x.reserved_nbytes for x in arenas) == pytest.approx(reserved * GIB, abs=2)
     columns = [x.reserved_nbytes // x.column_nbytes for x in arenas]
     assert abs(columns[0] - columns[1]) <= 1
@@ -142,7 +144,7 @@ def test_the_gpu_with_the_least_room_decides(folders, monkeypatch, free, positio
     target.device, target.spans = gpus[0], [(gpu, layers) for gpu in gpus]
     free = dict(zip(gpus, free, strict=True))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: (free[gpu] * half, 0))
-    loading.reserve_memory(target, drafter, 0, 1.0)
+    memory.reserve_memory(target, drafter, 0, 1.0)
     found = [x.reserved_nbytes // x.column_nbytes for x in (target.arena, drafter)]
     assert found == [positions, positions]
 
@@ -151,10 +153,10 @@ def test_the_gpu_with_the_least_room_decides(folders, monkeypatch, free, positio
 def test_recurrent_states_have_memory_beside_keys_and_values(tmp_path, monkeypatch, fits):
     write_target(tmp_path, "qwen3_5", seed=1)
     target = loading.load(tmp_path, None, LoadConfig(device="cpu", dtype="float32")).target
-    wanted = loading.STATES_EACH * loading.STATE_SEQUENCES
+    wanted = memory.STATES_EACH * memory.STATE_SEQUENCES
     free = (8 * wanted if fits else wanted) * target.states_nbytes
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
-    loading.reserve_memory(target, None, 0, 0.5)
+    memory.reserve_memory(target, None, 0, 0.5)
     states = wanted if fits else wanted // 4
     assert target.state_arena.slots == states + 1
     assert target.arena.reserved_nbytes == free // 2 - states * target.states_nbytes

@@ -22,8 +22,10 @@ require("torch")
 require("accelerate")
 
 from treeflash_cuda import backend as loading
-from treeflash_cuda.backend import CudaBackend, drafter_layout, load_drafter, load_target
+from treeflash_cuda.backend import CudaBackend
 from treeflash_cuda.backend import load as load_cuda
+from treeflash_cuda.drafter_loading import drafter_layout, load_drafter
+from treeflash_cuda.target_loading import load_target
 from treeflash_cuda.training.entry import train
 
 CPU = LoadConfig(device="cpu", dtype="float32")

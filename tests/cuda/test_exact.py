@@ -333,7 +333,9 @@ def test_kernels_are_exact(tmp_path, monkeypatch, case):
         "a kernel is missing": (fallback, "bfloat16", "in PyTorch: ptxas is missing"),
     }[case]
     use_models(monkeypatch)
-    monkeypatch.setattr("treeflash_cuda.backend.load_target_operations", lambda _: operations)
+    monkeypatch.setattr(
+        "treeflash_cuda.target_loading.load_target_operations", lambda _: operations
+    )
     if message is None:
         assert load_exact(tmp_path, dtype).inexact is None
     else:

@@ -20,7 +20,8 @@ import torch
 from families import OVERRIDES, SMALL
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
-from treeflash_cuda.backend import load, pack_drafter
+from treeflash_cuda.backend import load
+from treeflash_cuda.drafter_loading import pack_drafter
 from treeflash_cuda.drafter_operations import Experts
 from treeflash_cuda.hf import experts as experts_module
 from treeflash_cuda.hf.experts import fuse_experts, has_experts

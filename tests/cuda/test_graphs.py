@@ -39,6 +39,7 @@ from treeflash_cuda.gpu.graphs import (
     synchronising_refused,
 )
 from treeflash_cuda.hf import attention_contexts, row_pass
+from treeflash_cuda.memory import STATES_EACH
 
 pytestmark = pytest.mark.sample(1)
 
@@ -235,7 +236,7 @@ def test_a_warm_up_begins_with_the_states_and_ends_where_memory_does(tmp_path, m
             backend.warm_up(4)
     monkeypatch.setattr(backend.verifier, "forward", lambda *_: None)
     assert backend.warm_up(4) == 0
-    assert backend.target.state_arena.slots == 1 + 4 * backend_module.STATES_EACH
+    assert backend.target.state_arena.slots == 1 + 4 * STATES_EACH
 
 
 @pytest.mark.sample(None)

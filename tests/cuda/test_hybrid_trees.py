@@ -18,11 +18,12 @@ import families
 import torch
 from parts import load_with_parts
 from replayed_graphs import enable, replay_graphs
-from treeflash_cuda.backend import CudaBackend, load, load_target
+from treeflash_cuda.backend import CudaBackend, load
 from treeflash_cuda.gpu.graphs import Graphs
 from treeflash_cuda.gpu.state_arena import MIN_SLOTS
 from treeflash_cuda.operations import Operations
 from treeflash_cuda.recurrence import TreeNodes, delta_rule
+from treeflash_cuda.target_loading import load_target
 
 pytestmark = pytest.mark.sample(1)
 

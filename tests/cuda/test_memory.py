@@ -21,9 +21,10 @@ require("torch")
 
 import torch
 from fake_cuda import DEVICE
-from treeflash_cuda import backend as backend_module
-from treeflash_cuda.backend import FREE_MEMORY_SHARE, MEASURED_TEXTS, TABLE, load
+from treeflash_cuda import memory
+from treeflash_cuda.backend import load
 from treeflash_cuda.cache import KVCache
+from treeflash_cuda.memory import FREE_MEMORY_SHARE, MEASURED_TEXTS, TABLE
 from treeflash_cuda.state import State
 
 
@@ -114,7 +115,7 @@ def test_tables_of_many_sampled_texts_have_memory_beside_what_is_set_aside(
     cuda, tmp_path, monkeypatch
 ):
     """As on a GPU of 24 GB, where they need more than a pass of the target."""
-    monkeypatch.setattr(backend_module, "MAX_ROWS", 8)
+    monkeypatch.setattr(memory, "MAX_ROWS", 8)
     folders = write_pair(tmp_path, "qwen3", vocab_size=30_000)
     cuda.free_bytes = 150 << 20
     backend = load(*folders, LoadConfig(dtype="float32"))

@@ -88,14 +88,14 @@ if os.environ["RANK"] == "1":
 
 GRAPHS = """
 import atexit, os
-from treeflash_cuda import backend as loading
+from treeflash_cuda import target, target_loading
 from treeflash_cuda.gpu import graphs
 from treeflash_cuda.gpu.graphs import Graph, Graphs
 from treeflash_cuda.operations import Operations
 from replayed_graphs import Replay
 
 # As on a GPU, trees run by the operation for trees in graphs. A replay computes anew.
-loading.load_target_operations = lambda target: Operations()
+target_loading.load_target_operations = lambda target: Operations()
 Graphs.is_capturing = property(lambda self: self.enabled)
 graphs.MAX_GRAPHS = 2  # many are captured again
 capture, captured = Graphs._capture, []
@@ -108,7 +108,7 @@ def record(self, function, places, **_):
 
 def watch(self, key, function, inputs):
     graph = capture(self, key, function, inputs)
-    if key[0] == loading.PASS_NAME:
+    if key[0] == target.PASS_NAME:
         captured.append([[list(x.shape) for x in inputs], graph is not None])
     return graph
 

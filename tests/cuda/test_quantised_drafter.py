@@ -18,10 +18,10 @@ require("llvmlite")
 import torch
 import torch.nn.functional as F
 from torch import nn
-from treeflash_cuda import backend as loading
 from treeflash_cuda.backend import load
 from treeflash_cuda.cpu import low_bit_loading
 from treeflash_cuda.cpu.low_bit_linear import LowBitLinear
+from treeflash_cuda.linear import weights_by_format
 from treeflash_cuda.quantised_weights import BITS, GROUP, quantise_weight
 
 
@@ -143,5 +143,5 @@ def test_formats_of_layers_that_libraries_quantise_are_counted_by_their_class():
     lm_head = nn.Linear(16, 4, bias=False)
     model = nn.ModuleList([nn.Embedding(4, 16), Packed(), lm_head, nn.Linear(16, 8), lm_head])
     model[0].weight = lm_head.weight
-    found = loading.weights_by_format([model])
+    found = weights_by_format([model])
     assert found == {"Packed": 8 * 16 * 4 + 2 * 16 * 2, "float32": (4 + 8) * 16 * 4 + 8 * 4}

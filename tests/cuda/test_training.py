@@ -23,7 +23,8 @@ require("torch")
 
 import families
 import torch
-from treeflash_cuda.backend import load, load_target
+from treeflash_cuda.backend import load
+from treeflash_cuda.target_loading import load_target
 from treeflash_cuda.training import entry, loop
 from treeflash_cuda.training.entry import train
 from treeflash_cuda.training.initial import drafter_settings, initial_drafter

@@ -19,7 +19,8 @@ require("torch")
 
 import torch
 from safetensors.torch import save_file
-from treeflash_cuda.backend import load, load_target
+from treeflash_cuda.backend import load
+from treeflash_cuda.target_loading import load_target
 from treeflash_cuda.training.batch import Drafts
 from treeflash_cuda.training.data import FeatureStore, choose_anchors, make_batch
 from treeflash_cuda.training.initial import drafter_settings, initial_drafter

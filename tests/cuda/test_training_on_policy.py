@@ -11,8 +11,8 @@ from treeflash.training.distillation import Response
 require("torch")
 
 import torch
-from treeflash_cuda.backend import load_target
 from treeflash_cuda.hf.attention_contexts import AttentionContext, attention_context
+from treeflash_cuda.target_loading import load_target
 from treeflash_cuda.training.data import FeatureStore, choose_anchors, make_batch, with_drafts
 from treeflash_cuda.training.model import ROW_ANCHORS
 

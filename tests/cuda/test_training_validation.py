@@ -14,7 +14,7 @@ require("torch")
 
 import torch
 from torch import nn
-from treeflash_cuda.backend import load_target
+from treeflash_cuda.target_loading import load_target
 from treeflash_cuda.training.loop import Validation
 from treeflash_cuda.training.losses import Outcomes, forward_kl
 from treeflash_cuda.training.model import Prediction

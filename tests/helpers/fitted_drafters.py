@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from treeflash_cuda.backend import dequantise, read_tensors
+from treeflash_cuda.drafter_loading import dequantise, read_tensors
 from treeflash_cuda.drafter_model import DrafterModel
 from treeflash_cuda.heads import HEAD_CLASSES
 from treeflash_cuda.training.data import SequenceFeatures, make_batch

@@ -1,6 +1,7 @@
 """A PyTorch backend that computes on a CPU what it does on a GPU."""
 
-from treeflash_cuda import backend as loading
+from treeflash_cuda import target_loading
+from treeflash_cuda.backend import load
 from treeflash_cuda.gpu.graphs import Graphs
 from treeflash_cuda.operations import Operations
 
@@ -27,7 +28,7 @@ class UncapturedGraphs(Graphs):
 
 def use_models(monkeypatch):
     """Let all targets be models of transformers."""
-    monkeypatch.setattr(loading, "own_layers", lambda *_, **__: "a test")
+    monkeypatch.setattr(target_loading, "own_layers", lambda *_, **__: "a test")
 
 
 def load_with_parts(monkeypatch, target, drafter=None, **settings):
@@ -35,8 +36,8 @@ def load_with_parts(monkeypatch, target, drafter=None, **settings):
     settings = {"device": "cpu", "dtype": "float32"} | settings
     with monkeypatch.context() as patch:
         use_models(patch)
-        patch.setattr(loading, "load_target_operations", lambda *_: Operations())
-        backend = loading.load(target, drafter, LoadConfig(**settings))
+        patch.setattr(target_loading, "load_target_operations", lambda *_: Operations())
+        backend = load(target, drafter, LoadConfig(**settings))
     graphs = backend.target.graphs
     if graphs.enabled:
         backend.target.graphs = UncapturedGraphs(graphs.device)

@@ -29,7 +29,7 @@ from treeflash.drafters.heads.treeflash import Linear, SwiGLU
 from treeflash.drafters.loading import VOCABULARY
 from treeflash.errors import ConfigError
 from treeflash.training.config import DEFAULT_LAYERS, NEW_DRAFTERS, TrainConfig, trained_head_name
-from treeflash_cuda.backend import drafter_layout, load_drafter
+from treeflash_cuda.drafter_loading import drafter_layout, load_drafter
 from treeflash_cuda.drafter_model import DrafterModel
 from treeflash_cuda.heads import HEAD_CLASSES
 from treeflash_cuda.hf.attention_contexts import AttentionContext

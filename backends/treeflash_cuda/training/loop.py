@@ -24,9 +24,9 @@ from treeflash.config import LoadConfig
 from treeflash.errors import NumericalError
 from treeflash.training.config import TrainConfig
 from treeflash.training.distillation import Response
-from treeflash_cuda.backend import load_target
 from treeflash_cuda.device import choose_device, prepare
 from treeflash_cuda.hf.model_target import ModelTarget
+from treeflash_cuda.target_loading import load_target
 from treeflash_cuda.training.batch import Batch
 from treeflash_cuda.training.data import (
     Batches,

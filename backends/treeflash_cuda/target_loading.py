@@ -1,0 +1,277 @@
+"""Loading a target: its layers, own or of transformers, and its operations."""
+
+from __future__ import annotations
+
+import functools
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from treeflash.config import LoadConfig
+from treeflash.decoding.passed_checks import PassedChecks, passed_checks
+from treeflash.decoding.tree import DraftTree
+from treeflash.errors import BackendError, UnsupportedModelError
+from treeflash_cuda.cpu import low_bit_loading
+from treeflash_cuda.cpu.decoder_facts import DecoderFacts, decoder_facts
+from treeflash_cuda.cpu.decoder_target import DecoderTarget
+from treeflash_cuda.cpu.decoder_weights import Checkpoint
+from treeflash_cuda.cpu.default_dtype import InexactError
+from treeflash_cuda.cpu.plain_config import PlainConfig, target_config
+from treeflash_cuda.cpu.threads import cpu_threads
+from treeflash_cuda.device import choose_device, device_facts, driver_version
+from treeflash_cuda.gpu.kernels import load_flash_attention
+from treeflash_cuda.gpu.parallel import process_count
+from treeflash_cuda.operations import Operations, Shapes, load_operations
+from treeflash_cuda.state import State
+from treeflash_cuda.target import Target, read_model_config, refuse_stateful
+
+if TYPE_CHECKING:
+    # Modules of `hf` import transformers' models, which takes seconds: only functions that run such
+    # a model import them.
+
+    from treeflash_cuda.hf.model_target import ModelTarget
+
+
+def load_target(
+    folder: Path,
+    config: LoadConfig,
+    *,
+    pack: bool,
+    processes: int = 1,
+    passed: PassedChecks | None = None,
+) -> Target:
+    """Load a target that runs draft trees; see `Target`. Raises the errors of `Loader`.
+
+    The device is prepared. Checks of exact mode that were `passed` do not run.
+    """
+    device = choose_device(config.device)
+    if config.threads is not None:
+        cpu_threads().choose(config.threads)
+    elif device.type == "cpu":
+        cpu_threads()  # what other programs use is measured from now on, while weights are read
+    dtype = getattr(torch, config.dtype) if config.dtype else None
+    if dtype is None and device.type == "cpu":
+        dtype = torch.float32
+    model = read_target(folder, config, device, dtype, pack=pack, processes=processes)
+    others = config.kv_bits, config.compile, config.device_map, processes > 1  # refuse exact mode
+    is_half = model.dtype in (torch.bfloat16, torch.float16)
+    is_default = device.type == "cpu" and is_half and not any(others)
+    if is_default if config.exact is None else config.exact:
+        with inexact_if_refused(model, config):
+            model.make_exact(passed or PassedChecks())
+    choose_passes(model)
+    if pack and model.operations is not None:
+        fuse_parts(model)
+    return model
+
+
+def read_target(
+    folder: Path,
+    settings: LoadConfig,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    *,
+    pack: bool,
+    processes: int,
+) -> Target:
+    """Read a target's weights, with layers of our own or as a model of transformers."""
+    config = target_config(folder)
+    refuse_stateful(config)
+    own = own_layers(folder, config, settings, device, pack=pack, processes=processes)
+    if isinstance(own, OwnLayers):
+        assert dtype is not None
+        return DecoderTarget.load(own.checkpoint, config, own.facts, dtype, settings)
+    from treeflash_cuda.hf.model_target import ModelTarget
+
+    if isinstance(config, PlainConfig):
+        config = read_model_config(folder)
+    model = ModelTarget.load(
+        folder, config, device, dtype, settings, pack=pack, processes=processes
+    )
+    model.layers_from = f"transformers, because {own}"
+    add_kernels(model)
+    return model
+
+
+@dataclass(frozen=True, eq=False)
+class OwnLayers:
+    """What a target with layers of our own is made of."""
+
+    checkpoint: Checkpoint
+    facts: DecoderFacts
+
+
+def own_layers(
+    folder: Path,
+    config: Any,  # see `target_config`
+    settings: LoadConfig,
+    device: torch.device,
+    *,
+    pack: bool,  # see `ModelTarget`
+    processes: int,
+) -> OwnLayers | str:
+    """Return what a target is made of that has layers of our own; or why it has none, as a clause.
+
+    This alone decides which targets are models of transformers.
+    """
+    reasons = {
+        "treeflash's layers run on a CPU alone": device.type != "cpu",
+        "several devices have its layers": settings.device_map is not None or processes > 1,
+        "its layers are compiled": settings.compile,
+        "an adapter is merged into it": settings.adapter is not None,
+        "training reads its layers": not pack,
+    }
+    if reason := next((reason for reason, applies in reasons.items() if applies), None):
+        return reason
+    facts = decoder_facts(config)
+    if isinstance(facts, str):
+        return facts
+    checkpoint = Checkpoint(folder, config.to_dict())
+    return checkpoint.foreign or OwnLayers(checkpoint, facts)
+
+
+def fuse_parts(target: Any) -> None:
+    """Let parts of the layers of a `ModelTarget` call its operations."""
+    from treeflash_cuda.hf.experts import fuse_experts
+    from treeflash_cuda.hf.fused_layers import fuse_layers, fuse_residuals, fuse_rotation
+    from treeflash_cuda.hf.model_target import CHECKED_TOKENS
+
+    model, run = target.model, functools.partial(run_tree, target, CHECKED_TOKENS)
+    fuse_layers(model, target.operations, target.dtype)
+    fuse_experts(model, target.operations, target.dtype)
+    fuse_rotation(model, run)
+    fuse_residuals(target.layers, getattr(model.get_decoder(), "norm", None), run)
+
+
+@torch.inference_mode()
+def run_tree(target: Any, nodes: int) -> None:
+    """Run a tree through a `ModelTarget`, without a graph; keys, values and states are dropped."""
+    from treeflash_cuda.hf.row_pass import RowPass
+
+    arena = copy(target.arena)
+    arena.slabs = []  # the target's own memory is allocated later
+    state = State(arena, None, nodes, recurrent=target.new_recurrent_states())
+    tokens = np.arange(nodes, dtype=np.int32) % target.vocab_size
+    with target.graphs.paused():
+        RowPass(target).run([(state, DraftTree.chain(tokens, np.zeros(nodes)))], [True])
+
+
+def choose_passes(target: Any) -> None:
+    """Let trees of a `ModelTarget` run with masks if a layer cannot run in the pass over rows.
+
+    A tree finds it out. Raises an UnsupportedModelError in exact mode, because the other passes
+    have other bits. Without operations all passes have masks.
+    """
+    operations = target.operations
+    if operations is None or not operations.runs_trees or not target.reads_cache:
+        return
+    from treeflash_cuda.hf.model_target import CHECKED_TOKENS
+
+    try:
+        run_tree(target, CHECKED_TOKENS)
+    except UnsupportedModelError as error:
+        if target.is_exact:
+            raise
+        target.passes.has_row_pass = False
+        warnings.warn(f"draft trees run without CUDA graphs: {error}", stacklevel=2)
+
+
+def add_kernels(target: ModelTarget) -> None:
+    """Let a target use the kernels of its devices for prompts and trees."""
+    target.operations = load_target_operations(target)
+    if target.softcap is not None or target.has_sinks:
+        return
+    for part, _ in target.spans or [(target.device, len(target.layers))]:
+        attend, reason = load_flash_attention(part, target.dtype, target_shapes(target))
+        target.prompt_attention = attend
+        if attend is None:
+            break
+    if reason:
+        warnings.warn(f"prompts will be slow: {reason}", stacklevel=3)
+
+
+def load_target_operations(target: ModelTarget) -> Operations | None:
+    """Load the target's operations on a GPU; None on a CPU, which uses masks."""
+    if target.device.type != "cuda":
+        return None
+    return load_kernels(target_shapes(target), target)
+
+
+def load_kernels(shapes: Shapes, target: Target, place: str = "") -> Operations:
+    """Load operations on a target's GPU, with a warning of those that have no kernel."""
+    operations = load_operations(shapes, target.device, target.dtype)
+    for line in operations.fallbacks:
+        warnings.warn(place + line, stacklevel=2)
+    return operations
+
+
+def target_shapes(target: Target) -> Shapes:
+    """Return the sizes of a target that kernels depend on."""
+    from treeflash_cuda.hf.experts import has_experts
+
+    config = target.config
+    heads, hidden_size = config.num_attention_heads, config.hidden_size
+    arena = target.state_arena
+    return Shapes(
+        heads=heads,
+        kv_heads=heads // target.groups,
+        head_dim=getattr(config, "head_dim", None) or hidden_size // heads,
+        hidden_size=hidden_size,
+        softcap=target.softcap,
+        sinks=target.has_sinks,
+        quantised=target.arena.dtype is not None,
+        experts=has_experts(target.model),
+        recurrent=() if arena is None else arena.matrix_shapes,
+        convolutions=() if arena is None else arena.tail_shapes,
+    )
+
+
+@contextmanager
+def inexact_if_refused(target: Target, config: LoadConfig) -> Iterator[None]:
+    """Go on without exact mode where it is refused, unless the configuration asks for it."""
+    try:
+        yield
+    except UnsupportedModelError as error:
+        if config.exact:
+            raise InexactError(str(error)) from error
+        target.make_inexact(str(error))
+
+
+def bits_refusal(config: LoadConfig) -> str | None:
+    """Return why a target's weights cannot keep few bits; see `low_bit_loading.bits_refusal`."""
+    return low_bit_loading.bits_refusal(
+        config, on_cpu=runs_on_cpu(config), processes=process_count()
+    )
+
+
+def runs_on_cpu(config: LoadConfig) -> bool:
+    """Return whether a target runs on the CPU, as it does where no GPU can be used."""
+    try:
+        return choose_device(config.device).type == "cpu"
+    except BackendError:
+        return True
+
+
+def kept_checks(target: Path, drafter: Path | None, config: LoadConfig) -> PassedChecks:
+    """Find the checks that a pair has passed on this device with this PyTorch's settings."""
+    device = choose_device(config.device)
+    facts = (
+        device,
+        json.dumps(device_facts(device)),
+        driver_version(),
+        torch.__config__.show(),  # also the instructions that are used
+        torch.get_float32_matmul_precision(),
+        torch.backends.mkldnn.enabled,
+        torch.are_deterministic_algorithms_enabled(),
+    )
+    adapter = None if config.adapter is None else Path(config.adapter)
+    models = target, drafter, adapter
+    return passed_checks(config.checks, models, config, "treeflash_cuda", facts)
