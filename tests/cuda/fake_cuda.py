@@ -250,8 +250,9 @@ class FakeCuda(TorchDispatchMode):
         monkeypatch.setattr(model_target, "load_model", load_fake_model)
         monkeypatch.setattr(drafter_loading, "load_drafter", load_fake_drafter)
         monkeypatch.setattr(drafter_loading, "load_mtp_head", load_fake_mtp_head)
-        monkeypatch.setattr(backend, "choose_device", lambda name: DEVICE)
-        monkeypatch.setattr(target_loading, "load_operations", lambda *_: self._operations())
+        for module in (backend, target_loading):
+            monkeypatch.setattr(module, "choose_device", lambda name: DEVICE)
+            monkeypatch.setattr(module, "load_operations", lambda *_: self._operations())
         monkeypatch.setattr(backend_base, "check_trees", lambda backend: None)  # it compares values
 
     def _operations(self):

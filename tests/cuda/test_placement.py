@@ -20,6 +20,7 @@ require("torch")
 import torch
 from transformers import AutoModelForCausalLM
 from treeflash_cuda import backend as backend_module
+from treeflash_cuda import target_loading
 from treeflash_cuda.backend import load
 from treeflash_cuda.cache import Arena
 from treeflash_cuda.hf.model_target import follow_devices
@@ -66,7 +67,7 @@ def test_keys_and_values_in_parts_are_those_in_one(pair, bits, monkeypatch):
 
 @pytest.fixture
 def _placed_on_the_cpu(monkeypatch):
-    monkeypatch.setattr(backend_module, "choose_device", lambda name: CPU)
+    monkeypatch.setattr(target_loading, "choose_device", lambda name: CPU)
 
 
 @pytest.mark.usefixtures("_placed_on_the_cpu")
