@@ -67,7 +67,8 @@ def test_keys_and_values_in_parts_are_those_in_one(pair, bits, monkeypatch):
 
 @pytest.fixture
 def _placed_on_the_cpu(monkeypatch):
-    monkeypatch.setattr(target_loading, "choose_device", lambda name: CPU)
+    for module in (backend_module, target_loading):
+        monkeypatch.setattr(module, "choose_device", lambda name: CPU)
 
 
 @pytest.mark.usefixtures("_placed_on_the_cpu")
