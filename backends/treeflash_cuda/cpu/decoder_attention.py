@@ -33,6 +33,7 @@ class Block:
     cache: KVCache
     positions: Tensor  # (n,) absolute positions
     ancestors: Tensor | None  # (n, n) bool; None for next tokens
+    repeats: int = 1  # how often the pass has each row; see `Target.token_rows`
 
     @property
     def committed(self) -> int:
@@ -65,7 +66,6 @@ class RowStore:
         self,
         blocks: Sequence[Block],
         kv_heads: int,
-        rows: int,  # rows of the pass, which may repeat the row of a lone token
         width: int | None = None,  # numbers of a column that are written; None for all
     ) -> None:
         self.blocks, self.kv_heads = blocks, kv_heads
@@ -82,6 +82,7 @@ class RowStore:
                 self._slabs.append((slab.views(slice(None), width), indices, columns))
         else:
             ((cache, first, n),) = segments
+            rows = n * blocks[0].repeats
             region = cache.reserve(like, like, first + n)
             # Repeated rows go behind the last column, as far as there is room; no row reads them.
             own = slice(first, min(first + rows, region.columns))
@@ -124,8 +125,8 @@ class RowStore:
 class MaskedAttention(RowStore):
     """`Attention` with a mask for each sequence."""
 
-    def __init__(self, blocks: Sequence[Block], kv_heads: int, rows: int) -> None:
-        super().__init__(blocks, kv_heads, rows)
+    def __init__(self, blocks: Sequence[Block], kv_heads: int) -> None:
+        super().__init__(blocks, kv_heads)
         self._seen = [block.cache.columns(0, block.committed + len(block)) for block in blocks]
         self._masks: dict[int | None, list[Tensor | None]] = {}
 
@@ -171,8 +172,8 @@ class MaskedAttention(RowStore):
 class ExactAttention(RowStore):
     """`Attention` in the order of positions, over float32 keys and values."""
 
-    def __init__(self, blocks: Sequence[Block], kv_heads: int, rows: int) -> None:
-        super().__init__(blocks, kv_heads, rows, blocks[0].cache.arena.head_dim)
+    def __init__(self, blocks: Sequence[Block], kv_heads: int) -> None:
+        super().__init__(blocks, kv_heads, blocks[0].cache.arena.head_dim)
         self._plans: dict[int | None, Plan] = {}
 
     def attend(self, layer: int, queries: Tensor, window: int | None) -> Tensor:

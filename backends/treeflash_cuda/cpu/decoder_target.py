@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
@@ -63,8 +63,13 @@ class DecoderTarget(Target):
         """
         super().__init__(config, CPU, list(decoder.layers))
         self.model, self.facts, self.kernels, self.dtype = decoder, facts, kernels, dtype
+        # The attention of a pass over blocks, with this number of key heads.
+        self.attention: Callable[[Sequence[Block], int], Attention] = MaskedAttention
         if kernels is not None:
+            from treeflash_cuda.cpu.kernel_attention import KernelAttention
+
             self.layers_from = f"treeflash, compiled for {kernels.isa.name}"
+            self.attention = partial(KernelAttention, heads=facts.heads, kernels=kernels)
         self.processor = "it has no vision tower"
         table = decoder.embeddings
         self.embeddings = table if isinstance(table, LowBitEmbedding) else table.weight.data
@@ -109,6 +114,8 @@ class DecoderTarget(Target):
                 check_gates(self.model.operations.gated, facts.intermediate_size, self.dtype)
                 check_attention(facts.heads, facts.kv_heads, facts.head_dim)
                 self._widen_arena()
+                self._exact_changes.callback(setattr, self, "attention", self.attention)
+                self.attention = ExactAttention
         self.is_exact = True
 
     def capture(self, layer_ids: Sequence[int]) -> None:
@@ -121,11 +128,13 @@ class DecoderTarget(Target):
         counts: list[int] = []  # their numbers, by sequence
         firsts: list[int] = []  # first row of each sequence
         count = 0
+        is_lone = len(rows) == 1 and len(rows[0][1]) == 1
+        repeats = self.token_rows if is_lone else 1
         for (state, tokens), is_needed in zip(rows, needs_logits, strict=True):
             tree = tokens if isinstance(tokens, DraftTree) else None
             ancestors = None if tree is None else torch.from_numpy(tree.ancestor_mask())
             positions = torch.from_numpy(state.rotary_positions(tokens).copy())
-            blocks.append(Block(state.kv_cache, positions, ancestors))
+            blocks.append(Block(state.kv_cache, positions, ancestors, repeats))
             ids.append(np.asarray(tokens if tree is None else tree.tokens, np.int64))
             firsts.append(count)
             count += len(positions)
@@ -133,9 +142,9 @@ class DecoderTarget(Target):
             kept += range(count - counts[-1], count)
         token_ids = torch.from_numpy(np.concatenate(ids))
         places = concatenate([block.positions for block in blocks])
-        if count == 1 < self.token_rows:
-            token_ids, places = (x.repeat(self.token_rows) for x in (token_ids, places))
-        attention = self._attention(blocks, len(token_ids))
+        if repeats > 1:
+            token_ids, places = (x.repeat(repeats) for x in (token_ids, places))
+        attention = self.attention(blocks, self.facts.kv_heads)
         hidden, outputs = self.model(token_ids, places, attention, self.captured)
         if not kept:
             logits = hidden.new_empty(0, self.vocab_size)
@@ -144,16 +153,6 @@ class DecoderTarget(Target):
         else:
             logits = self.lm_head(hidden[torch.tensor(kept)])
         return RowsResult.of_pass(Logits.split(logits, counts), rows, outputs, firsts)
-
-    def _attention(self, blocks: Sequence[Block], rows: int) -> Attention:
-        """Prepare the attention of a pass with so many rows."""
-        facts = self.facts
-        if self.kernels is not None:
-            from treeflash_cuda.cpu.kernel_attention import KernelAttention
-
-            return KernelAttention(self.kernels, blocks, facts.heads, facts.kv_heads)
-        kind = ExactAttention if self.is_exact else MaskedAttention
-        return kind(blocks, facts.kv_heads, rows)
 
 
 def find_kernels(facts: DecoderFacts, dtype: torch.dtype) -> LayerKernels | None:

@@ -22,7 +22,7 @@ class KernelAttention:
     """`Attention` over the columns of the sequences' regions."""
 
     def __init__(
-        self, kernels: LayerKernels, blocks: Sequence[Block], heads: int, kv_heads: int
+        self, blocks: Sequence[Block], kv_heads: int, *, heads: int, kernels: LayerKernels
     ) -> None:
         self.kernels, self.blocks, self.heads, self.kv_heads = kernels, blocks, heads, kv_heads
         self._places = self._make_places()
