@@ -476,7 +476,7 @@ def graphs(gpu: Gpu, part: Part) -> None:
 
 def texts(gpu: Gpu, part: Part) -> None:
     """Compare texts and logits of different ways to compute them."""
-    is_gpu = gpu.device.type == "cuda"  # a processor does not quantise drafters
+    is_gpu = gpu.device.type == "cuda"  # on a processor, kernels for few bits may be missing
     variants = {x: y for x, y in VARIANTS.items() if is_gpu or "draft_bits" not in y[1]}
     tiny_texts(gpu, part, variants, refused=part.problem)
     pair = gpu.write_tiny()
