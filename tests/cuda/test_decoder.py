@@ -5,12 +5,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scheduled_texts import assert_plain_texts
 
 from treeflash.config import LoadConfig
 from treeflash.decoding.tree import DraftTree
 from treeflash.errors import CheckpointError
 from treeflash.testing import require
-from treeflash.testing.models import write_target
+from treeflash.testing.models import write_drafter, write_target
 
 require("torch")
 
@@ -82,11 +83,84 @@ CASES = {
         **BY_TURNS,
     },
 }
+GEMMA = {
+    "head_dim": 16,
+    "query_pre_attn_scalar": 9,
+    "final_logit_softcapping": 3.0,
+    **BY_TURNS,
+}
+LOCAL_AND_GLOBAL = {
+    "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 99.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1000.0},
+    }
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1000.0,
+    "short_factor": [1.0, 1.5, 2.5],
+    "long_factor": [2.0, 3.0, 9.0],
+    "original_max_position_embeddings": 128,
+}
+STRETCHED = {
+    "rope_parameters": {
+        "full_attention": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "rope_theta": 1000.0,
+            "original_max_position_embeddings": 64,
+        },
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1000.0},
+    }
+}
+GRANITE = {
+    "embedding_multiplier": 3.0,
+    "attention_multiplier": 0.2,
+    "residual_multiplier": 0.7,
+    "logits_scaling": 5.0,
+    "attention_bias": True,
+    "mlp_bias": True,
+}
+EXPERTS = {"num_experts": 6, "num_local_experts": 6, "num_experts_per_tok": 3}
+QWEN_MOE = EXPERTS | {
+    "head_dim": 16,
+    "moe_intermediate_size": 32,
+    "norm_topk_prob": True,
+    "mlp_only_layers": [1],
+}
+CASES |= {
+    "gemma2": GEMMA | {"attn_logit_softcapping": 2.0},
+    "gemma2, no caps, biases": GEMMA
+    | {
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+        "attention_bias": True,
+        "tie_word_embeddings": False,
+    },
+    "gemma3_text": GEMMA | LOCAL_AND_GLOBAL,
+    "glm": {"head_dim": 16, "attention_bias": True},
+    "glm4": {"head_dim": 16, "attention_bias": True, "tie_word_embeddings": True},
+    "granite": GRANITE,
+    "mixtral": {**EXPERTS, "sliding_window": 6, "head_dim": 16},
+    "olmo2": {"attention_bias": True},
+    "olmo3": STRETCHED | BY_TURNS,
+    "olmoe": {**EXPERTS, "num_attention_heads": 2},
+    "phi3": {"sliding_window": 6, "rope_parameters": LONGROPE | {"partial_rotary_factor": 0.75}},
+    "phi3, plain": {"num_key_value_heads": 4},
+    "qwen3_moe": QWEN_MOE | {"use_sliding_window": True, "sliding_window": 6},
+}
 COMPILED = {
     "llama, compiled": {"head_dim": 32},
     "qwen3, compiled": {"head_dim": 64, "use_sliding_window": True, **BY_TURNS},
     "smollm3, compiled": {"head_dim": 32, "no_rope_layers": [1, 0, 1, 0]},
     "mistral, compiled": {"head_dim": 32, "sliding_window": 6},
+    "gemma2, compiled": GEMMA | {"head_dim": 64, "attn_logit_softcapping": 2.0, "vocab_size": 48},
+    "gemma3_text, compiled": GEMMA | LOCAL_AND_GLOBAL | {"head_dim": 32, "vocab_size": 48},
+    "glm4, compiled": {"head_dim": 64, "attention_bias": True},
+    "granite, compiled": GRANITE | {"head_dim": 32},
+    "olmo3, compiled": STRETCHED | BY_TURNS | {"head_dim": 32},
+    "phi3, compiled": {"head_dim": 32},
+    "qwen3_moe, compiled": QWEN_MOE | {"head_dim": 32},
 }
 """Models whose sizes fit the compiled functions of layers."""
 CASES |= COMPILED
@@ -206,8 +280,47 @@ def test_a_pass_finds_its_sequences_once(tmp_path, monkeypatch, name):
 
 
 def without_facts(**facts):
+    return lambda model: give_facts(model, replace(model.facts, **facts))
+
+
+def with_factors(**factors):
     def change(model):
-        model.facts = replace(model.facts, **facts)
+        give_facts(model, replace(model.facts, factors=replace(model.facts.factors, **factors)))
+
+    return change
+
+
+def give_facts(model, facts):
+    for part in (model, *model.layers):
+        part.facts = facts
+
+
+def with_activation(name):
+    def change(model):
+        for layer in model.layers:
+            layer.network.activation = name
+
+    return change
+
+
+def with_experts(**values):
+    def change(model):
+        for layer in model.layers:
+            if hasattr(layer.network, "experts"):
+                layer.network.facts = replace(layer.network.facts, **values)
+
+    return change
+
+
+def with_smaller_norms(model):
+    for layer in model.layers:
+        layer.input_norm.sub_(1)
+
+
+def with_rope(**values):
+    def change(model):
+        (rope,) = model.facts.ropes
+        give_facts(model, replace(model.facts, ropes=(replace(rope, **values),)))
 
     return change
 
@@ -228,7 +341,12 @@ def without_biases(model):
 
 def turned_the_other_way(model):
     rotation = model.rotation
-    model.rotation = lambda positions: (rotation(positions)[0], -rotation(positions)[1])
+
+    def turned(*given):
+        cos, sin = rotation(*given)
+        return cos, -sin
+
+    model.rotation = turned
 
 
 def without_weights_of_norms(model):
@@ -249,13 +367,27 @@ FAULTS = {
     "swapped halves": ("llama", turned_the_other_way),
     "a norm without weights": ("llama", without_weights_of_norms),
     "sums that are not normed": ("llama", with_sums_that_are_not_normed),
-    "no frequencies of llama3": ("llama, llama3", without_facts(frequencies=torch.ones(4))),
-    "no scale of YaRN": ("qwen3, yarn", without_facts(rope_scale=1.0)),
+    "no frequencies of llama3": ("llama, llama3", with_rope(frequencies=torch.ones(4))),
+    "no scale of YaRN": ("qwen3, yarn", with_rope(scale=1.0)),
     "no biases": ("qwen2", without_biases),
     "no norms of heads": ("qwen3", in_layers(head_norms=None)),
     "no window": ("mistral", in_layers(window=None)),
     "a window in every layer": ("qwen2, windows", in_layers(window=6)),
-    "a rotation in every layer": ("smollm3", in_layers(is_rotated=True)),
+    "a rotation in every layer": ("smollm3", without_facts(rotated=(0,) * 4)),
+    "one rotation in every layer": ("gemma3_text", without_facts(rotated=(0,) * 4)),
+    "no offset of norms": ("gemma3_text", with_smaller_norms),
+    "no norms of what sublayers add": ("gemma2", in_layers(attention_norm=None)),
+    "no scaled embeddings": ("gemma2", with_factors(embeddings=1)),
+    "scores of other heads": ("gemma3_text", with_factors(scores=None)),
+    "no bound of scores": ("gemma2", with_factors(score_cap=None)),
+    "no bound of logits": ("gemma3_text", with_factors(logit_cap=None)),
+    "no factor on sublayers": ("granite", with_factors(sublayers=1)),
+    "no divisor of logits": ("granite", with_factors(logits=1)),
+    "heads that are normed alone": ("olmo2", without_facts(norms_heads="each")),
+    "a rotated rest of heads": ("phi3", with_rope(frequencies=torch.ones(4))),
+    "weights of experts that sum to less": ("qwen3_moe", with_experts(sums_to_one=False)),
+    "other experts": ("mixtral", with_experts(per_token=2)),
+    "another activation": ("gemma3_text", with_activation("silu")),
 }
 
 
@@ -266,25 +398,46 @@ def test_faults_are_noticed(tmp_path, fault):
     model = write(tmp_path, name)
     backend = load_pair(tmp_path)
     plant(backend.target.model)
+    backend.target.facts = backend.target.model.facts
     assert differences(backend, model)["prompt"] > 100 * TOLERANCE
 
 
-@pytest.mark.sample(1)
-@pytest.mark.parametrize("name", ["llama, biases, tied", "mistral", "qwen2", "qwen3", "smollm3"])
+EXACT = (
+    *("llama, biases, tied", "mistral", "qwen2", "qwen3", "smollm3", "gemma2, no caps, biases"),
+    *("gemma2, compiled", "gemma3_text, compiled", "glm4", "granite", "mixtral", "olmo3", "olmoe"),
+    *("phi3", "qwen3_moe", "olmo3, compiled", "phi3, compiled", "qwen3_moe, compiled"),
+)
+"""Scores and logits are bounded by compiled functions alone in exact mode."""
+
+
+@pytest.mark.sample(3)
+@pytest.mark.parametrize("name", EXACT)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_exact_mode_is_granted(tmp_path, name, dtype):
+def test_exact_mode_is_granted_and_drafts_change_no_text(tmp_path, name, dtype):
     """The check at load compares trees, prompts in chunks and a batch with single tokens."""
-    write(tmp_path, name)
-    backend = load_pair(tmp_path, dtype=dtype, exact=True)
+    write(tmp_path / "target", name)
+    write_drafter(tmp_path / "drafter", tmp_path / "target", seed=2)
+    settings = LoadConfig(device="cpu", dtype=dtype, exact=True)
+    backend = load(tmp_path / "target", tmp_path / "drafter", settings)
     assert isinstance(backend.target, DecoderTarget)
     assert backend.target.is_exact
     assert backend.inexact is None
+    for temperature in (0.0, 1.0):
+        options = {"temperature": temperature, "max_tokens": 12}
+        assert_plain_texts(backend, [PROMPT, OTHER], ("treeflash", 8), **options)
 
 
 @pytest.mark.parametrize(
     ("family", "settings", "reason"),
     [
-        ("gemma2", {}, "no layers of its own for gemma2 models"),
+        ("gemma", {}, "no layers of its own for gemma models"),
+        ("olmoe", {"clip_qkv": 5.0}, "its queries and keys are clipped"),
+        (
+            "phi3",
+            {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.4}},
+            "rotated in part",
+        ),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "its tokens see later ones"),
         ("llama", {"hidden_act": "gelu"}, "its activation is gelu"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "a text's length"),
         ("llama", {"num_key_value_heads": 3}, "cannot share its keys evenly"),

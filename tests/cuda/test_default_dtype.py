@@ -83,9 +83,13 @@ def test_a_processor_without_products_in_half_precision_takes_float32(
 @pytest.mark.parametrize(
     ("family", "settings", "reason"),
     [
-        ("qwen3_moe", {}, "does not support the products of"),
+        ("qwen3_moe", {"hidden_act": "gelu"}, "does not support the products of"),
         ("qwen3_5", {}, "does not support recurrent layers"),
-        ("llama", {"attn_logit_softcapping": 30.0}, "does not support soft-capped scores"),
+        (
+            "llama",
+            {"attn_logit_softcapping": 30.0, "hidden_act": "gelu"},
+            "does not support soft-capped scores",
+        ),
     ],
 )
 def test_a_target_that_is_known_to_be_inexact_is_read_once(

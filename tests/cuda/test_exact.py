@@ -377,7 +377,7 @@ def test_settings_without_an_exact_mode_are_refused(tmp_path, settings, message)
 )
 def test_layers_without_an_exact_mode_are_refused_by_name(tmp_path, family, message):
     with pytest.raises(UnsupportedModelError, match=message):
-        load_exact(write(tmp_path, family))
+        load_exact(write(tmp_path, family, hidden_act="gelu"))
 
 
 @pytest.mark.parametrize(
@@ -410,7 +410,7 @@ def test_a_target_that_is_not_exact_is_loaded_as_without_the_default(
     def fail(*_):
         raise UnsupportedModelError(reason)
 
-    write(tmp_path, family, **({"hidden_act": "gelu"} if family == "llama" else {}))
+    write(tmp_path, family, **({} if family == "qwen3" else {"hidden_act": "gelu"}))
     plain = load(tmp_path, None, LoadConfig(device="cpu", dtype="bfloat16", exact=False))
     if fault:
         monkeypatch.setattr(fault, fail)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from parts import load_with_parts
+from parts import load_with_parts, use_models
 
 from treeflash.config import DecodeConfig, LoadConfig
 from treeflash.decoding import Request, Scheduler
@@ -148,7 +148,8 @@ def test_layers_attend_to_keys_that_they_share_or_change(
 @pytest.mark.parametrize(
     ("name", "variant"), [("gemma2", "soft-capped scores"), ("gpt_oss", "attention sinks")]
 )
-def test_variants_of_attention_have_no_exact_mode_on_a_cpu(capped, name, variant):
+def test_variants_of_attention_have_no_exact_mode_on_a_cpu(capped, name, variant, monkeypatch):
+    use_models(monkeypatch)
     _, target, drafter = capped[name]
     reason = f"it does not support {variant}"
     assert reason in load(target, drafter, LoadConfig(device="cpu", dtype="bfloat16")).inexact
@@ -167,6 +168,7 @@ def test_soft_capped_scores_and_sinks_are_those_of_transformers(
     if operations:
         backend = load_with_parts(monkeypatch, target, drafter)
     else:
+        use_models(monkeypatch)
         backend = load(target, drafter, LoadConfig(device="cpu", dtype="float32"))
     assert (backend.target.softcap is None, backend.target.has_sinks) == (
         (False, False) if name == "gemma2" else (True, True)

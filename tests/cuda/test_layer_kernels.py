@@ -12,7 +12,9 @@ pytest.importorskip("llvmlite")
 
 import torch
 import torch.nn.functional as F
+from treeflash_cuda.cpu.decoder_operations import capped, gated
 from treeflash_cuda.cpu.ir_builder import GENERIC, ISAS
+from treeflash_cuda.cpu.layer_code import LayerKind
 from treeflash_cuda.cpu.layer_kernels import LayerKernels, SequencesTable, layer_kernels
 from treeflash_cuda.cpu.machine_code import best_isa
 
@@ -22,15 +24,26 @@ TOLERANCES = {FLOAT: 2e-6, HALF: 2e-2}
 DTYPES = pytest.mark.parametrize("dtype", [FLOAT, HALF], ids=["float32", "bfloat16"])
 PARENTS = [-1, 0, 0, 1, 1, 2, 3]
 EPS = 1e-5
+SCALE, CAP = 0.3, 1.5
 
 
 @pytest.fixture(scope="module")
 def kernels():
     """Compiled functions, by instructions and dtype."""
+    return compiled(LayerKind(D))
+
+
+@pytest.fixture(scope="module")
+def capping():
+    """Compiled functions whose attention bounds its scores."""
+    return compiled(LayerKind(D, caps_scores=True))
+
+
+def compiled(kind):
     avx2 = next(isa for isa in ISAS if isa.name == "AVX2")
     isas = [isa for isa in (best_isa(), avx2, GENERIC) if isa is not None]
     return {
-        (isa.name, dtype): LayerKernels(isa, dtype, FLOAT, D)
+        (isa.name, dtype): LayerKernels(isa, dtype, FLOAT, kind)
         for isa in dict.fromkeys(isas)
         for dtype in (FLOAT, HALF)
     }
@@ -57,10 +70,10 @@ def same(results):
 @DTYPES
 def test_norms(kernels, dtype):
     x, residual = random(5, 96, dtype=dtype), random(5, 96, dtype=dtype, seed=1)
-    weight = random(96, dtype=dtype, seed=2)
+    weight = random(96, seed=2)
     results = [found.rms_norm(x, weight, EPS, residual) for found in of_dtype(kernels, dtype)]
     total = x + residual
-    expected = F.rms_norm(total.float(), (96,), weight.float(), EPS)
+    expected = F.rms_norm(total.float(), (96,), weight, EPS)
     for normed, summed in results:
         assert torch.equal(summed, total)
         assert close(normed, expected, dtype)
@@ -71,12 +84,24 @@ def test_norms(kernels, dtype):
 
 
 @DTYPES
-def test_gates(kernels, dtype):
+@pytest.mark.parametrize("activation", ["silu", "gelu_pytorch_tanh"])
+def test_gates(kernels, dtype, activation):
     x = random(3, 128, dtype=dtype).mul_(30)
     x[0, 0], x[1, 0] = float("nan"), 200
-    results = [found.gated(x) for found in of_dtype(kernels, dtype)]
-    gate, up = x.float().chunk(2, -1)
-    expected = F.silu(gate).mul_(up)
+    results = [found.gated(x, activation) for found in of_dtype(kernels, dtype)]
+    expected = gated(x.double(), activation).float()
+    for result in results:
+        assert result[0, 0].isnan()
+        assert close(result.nan_to_num(0), expected.nan_to_num(0), dtype)
+    assert same([result.nan_to_num(0) for result in results])
+
+
+@DTYPES
+def test_bounds_of_logits(kernels, dtype):
+    x = random(3, 64, dtype=dtype).mul_(20)
+    x[0, :3] = torch.tensor([float("nan"), 1e9, -1e9])
+    results = [found.capped(x.clone(), 30.0) for found in of_dtype(kernels, dtype)]
+    expected = capped(x.float(), 30.0)
     for result in results:
         assert result[0, 0].isnan()
         assert close(result.nan_to_num(0), expected.nan_to_num(0), dtype)
@@ -112,7 +137,7 @@ class Sequences:
         firsts = [0 if window is None else max(0, place - window + 1) for place in places]
         self.firsts = torch.tensor(firsts, dtype=torch.int32)
 
-    def expected(self, queries):
+    def expected(self, queries, cap=None):
         outputs, first = [], 0
         for n, (committed, parents, _) in enumerate(self.members):
             count = len(parents)
@@ -122,7 +147,11 @@ class Sequences:
             )
             seen &= torch.arange(committed + count) >= self.firsts[first : first + count, None]
             keys, values = (x[n][None, :, : committed + count] for x in (self.keys, self.values))
-            output = F.scaled_dot_product_attention(own, keys, values, seen, enable_gqa=True)
+            keys, values = (x.repeat_interleave(HEADS // KV_HEADS, 1) for x in (keys, values))
+            scores = own @ keys.transpose(2, 3) * SCALE
+            if cap is not None:
+                scores = capped(scores, cap)
+            output = scores.masked_fill(~seen, float("-inf")).softmax(-1) @ values
             outputs.append(output[0].transpose(0, 1).reshape(count, -1))
             first += count
         return torch.cat(outputs)
@@ -142,8 +171,9 @@ def chain(n):
 
 
 @DTYPES
+@pytest.mark.parametrize("cap", [None, CAP])
 @pytest.mark.parametrize("window", [None, 7])
-def test_attention(kernels, dtype, window):
+def test_attention(kernels, capping, dtype, window, cap):
     # A window sees the new columns by the mask, so all sequences have one.
     members = (21, PARENTS, True), (0, chain(40), True), (5, chain(1), True)
     pass_ = Sequences(*members, window=window)
@@ -154,11 +184,12 @@ def test_attention(kernels, dtype, window):
             mask &= (torch.arange(committed, committed + len(parents)) >= own).to(torch.uint8)
             first += len(parents)
     queries = random(pass_.rows, HEADS, D, dtype=dtype, seed=3)
+    functions = of_dtype(kernels if cap is None else capping, dtype)
     results = [
-        found.attend(queries, pass_.firsts, pass_.table, 0) for found in of_dtype(kernels, dtype)
+        found.attend(queries, pass_.firsts, pass_.table, 0, SCALE, cap) for found in functions
     ]
     assert same(results)
-    assert close(results[0], pass_.expected(queries), dtype)
+    assert close(results[0], pass_.expected(queries, cap), dtype)
 
 
 @DTYPES
@@ -166,7 +197,7 @@ def test_a_row_has_equal_bits_in_a_tree_in_a_chain_and_alone(kernels, dtype):
     found = of_dtype(kernels, dtype)[0]
     tree = Sequences((30, PARENTS, True))
     queries = random(7, HEADS, D, dtype=dtype, seed=3)
-    in_tree = found.attend(queries, tree.firsts, tree.table, 0)
+    in_tree = found.attend(queries, tree.firsts, tree.table, 0, SCALE)
     path = [0, 1, 3, 6]
     columns = [*range(30), *(30 + node for node in path)]
     alone = Sequences((33, chain(1), False))
@@ -174,9 +205,11 @@ def test_a_row_has_equal_bits_in_a_tree_in_a_chain_and_alone(kernels, dtype):
     for other in (alone, committed):
         for mine, theirs in ((other.keys, tree.keys), (other.values, tree.values)):
             mine[0][:, : len(columns)] = theirs[0][:, columns]
-    in_chain = found.attend(queries[path].contiguous(), committed.firsts, committed.table, 0)
+    in_chain = found.attend(queries[path].contiguous(), committed.firsts, committed.table, 0, SCALE)
     assert torch.equal(in_chain, in_tree[path])
-    assert torch.equal(found.attend(queries[[6]], alone.firsts, alone.table, 0)[0], in_tree[6])
+    assert torch.equal(
+        found.attend(queries[[6]], alone.firsts, alone.table, 0, SCALE)[0], in_tree[6]
+    )
 
 
 @DTYPES
@@ -186,12 +219,12 @@ def test_queries_and_keys_turn_and_are_stored(kernels, dtype, is_rotated, is_nor
     angles = random(9, D // 2, seed=4).mul_(3)
     rotation = torch.cat([angles.cos()] * 2, -1), torch.cat([-angles.sin(), angles.sin()], -1)
     rotation = tuple(x.to(dtype) for x in rotation)
-    norms = random(HEADS + KV_HEADS, D, dtype=dtype, seed=5)
+    norms = random(HEADS + KV_HEADS, D, seed=5)
     heads = random(9, HEADS + 2 * KV_HEADS, D, dtype=dtype, seed=6)
     turned, values = heads.split([HEADS + KV_HEADS, KV_HEADS], 1)
     expected = turned.float()
     if is_normed:
-        expected = F.rms_norm(expected, (D,), None, EPS) * norms.float()
+        expected = F.rms_norm(expected, (D,), None, EPS) * norms
     if is_rotated:
         cos, sin = (x.float()[:, None] for x in rotation)
         expected = expected * cos + expected.roll(D // 2, -1) * sin
@@ -223,7 +256,7 @@ def test_threads_change_no_bit(kernels):
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            results.append(found.attend(queries, pass_.firsts, pass_.table, 0))
+            results.append(found.attend(queries, pass_.firsts, pass_.table, 0, SCALE))
     finally:
         torch.set_num_threads(before)
     assert same(results)
@@ -233,4 +266,4 @@ def test_threads_change_no_bit(kernels):
     ("dtype", "head_dim", "size"), [(torch.float16, D, 96), (HALF, 48, 96), (HALF, D, 100)]
 )
 def test_what_does_not_fit_is_left_to_pytorch(dtype, head_dim, size):
-    assert layer_kernels(dtype, FLOAT, head_dim, (size,)) is None
+    assert layer_kernels(dtype, FLOAT, LayerKind(head_dim), (size,)) is None

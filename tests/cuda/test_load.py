@@ -245,6 +245,7 @@ def test_weights_that_do_not_fit_the_configuration_are_one_line(tmp_path, capfd)
 
 def test_weights_that_cannot_be_joined_are_one_line(tmp_path):
     write_target(tmp_path, "qwen3_moe", seed=1)
+    edit_config(tmp_path, lambda config: config.update(hidden_act="gelu"))
     tensors = read_tensors(tmp_path)
     del tensors["model.layers.1.mlp.experts.1.up_proj.weight"]
     save(tmp_path, read_config(tmp_path), tensors)

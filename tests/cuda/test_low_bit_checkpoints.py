@@ -81,8 +81,8 @@ def test_a_checkpoint_keeps_its_bits(tmp_path, kind):
         found = {
             ("self_attn", "q_proj", "k_proj", "v_proj"): layer.qkv,
             ("self_attn", "o_proj"): layer.o_proj,
-            ("mlp", "gate_proj", "up_proj"): layer.gate_up,
-            ("mlp", "down_proj"): layer.down_proj,
+            ("mlp", "gate_proj", "up_proj"): layer.network.gate_up,
+            ("mlp", "down_proj"): layer.network.down,
         }
         for (part, *names), own in found.items():
             expected = [weights[f"{place}.{part}.{name}.weight"] for name in names]

@@ -57,7 +57,7 @@ def facts_of(config):
     facts = decoder_facts(config)
     assert isinstance(facts, DecoderFacts)
     found = {field.name: getattr(facts, field.name) for field in fields(facts)}
-    found["frequencies"] = found["frequencies"].tolist()
+    found["ropes"] = [(rope.frequencies.tolist(), rope.scale) for rope in facts.ropes]
     names = "model_type", "num_attention_heads", "num_key_value_heads", "dtype"
     return found, max_positions(config), [getattr(config, name) for name in names]
 

@@ -18,7 +18,7 @@ from treeflash.config import LoadConfig, remember
 from treeflash.decoding.interfaces import Backend
 
 FILES = ("config.json", "adapter_config.json", "*.safetensors")
-PACKAGES = ("treeflash", "numpy", "torch", "transformers", "triton", "mlx", "mlx-lm")
+PACKAGES = ("treeflash", "numpy", "torch", "transformers", "llvmlite", "triton", "mlx", "mlx-lm")
 
 
 def pair_identity(

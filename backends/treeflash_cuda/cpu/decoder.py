@@ -8,47 +8,20 @@ is the same for a lone token, a draft tree, a prompt and a batch of them:
                norm -> gate and up -> activate -> down ] for each layer -> norm -> head
 
 The norms also add a sublayer's output to what it read: so a layer hands on both, and the next norm
-adds them. What differs between families is in `DecoderFacts`, and what computes it in
-`DecoderOperations`.
+adds them. Some families also norm what a sublayer adds. What differs between families is in
+`DecoderFacts`, and what computes it in `DecoderOperations`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from treeflash_cuda.cpu.decoder_facts import DecoderFacts
-from treeflash_cuda.cpu.decoder_operations import Attention, DecoderOperations, Rotation
-from treeflash_cuda.cpu.low_bit_linear import LowBitEmbedding, LowBitLinear
-
-Table: TypeAlias = nn.Embedding | LowBitEmbedding
-
-
-class Weights(Protocol):
-    """The weights of a decoder, by the names of transformers' modules."""
-
-    def read(self, name: str, *shape: int) -> Tensor:
-        """Return the tensor with a name, which must have this shape."""
-
-    def table(self, name: str, rows: int, size: int) -> Table:
-        """Return the input table: (..., size) rows of (...) tokens."""
-
-    def head(
-        self, name: str, table: Table | None, rows: int, size: int
-    ) -> tuple[nn.Module, Tensor | LowBitLinear]:
-        """Return the output head, and the weight that tokens have rows of.
-
-        `table` is the input table if its weight is the head's.
-        """
-
-    def linear(self, place: str, size: int, **outputs: int) -> nn.Module:
-        """Return the layers with these names and numbers of outputs as one.
-
-        They are beside each other at a place, and read the same `size` numbers.
-        """
+from treeflash_cuda.cpu.decoder_facts import DecoderFacts, Rope
+from treeflash_cuda.cpu.decoder_network import ExpertNetwork, Network
+from treeflash_cuda.cpu.decoder_operations import Attention, DecoderOperations, Rotation, Weights
 
 
 class DecoderLayer(nn.Module):
@@ -59,40 +32,67 @@ class DecoderLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.facts, self.operations, self.index = facts, operations, index
-        self.window, self.is_rotated = facts.windows[index], facts.rotated[index]
-        size, inner, d = facts.hidden_size, facts.intermediate_size, facts.head_dim
+        self.window = facts.windows[index]
+        size, d = facts.hidden_size, facts.head_dim
         q, kv = facts.heads * d, facts.kv_heads * d
         place = f"model.layers.{index}"
-        attention, network = f"{place}.self_attn", f"{place}.mlp"
+        attention = f"{place}.self_attn"
         self.qkv = weights.linear(attention, size, q_proj=q, k_proj=kv, v_proj=kv)
         self.o_proj = weights.linear(attention, q, o_proj=size)
-        self.gate_up = weights.linear(network, size, gate_proj=inner, up_proj=inner)
-        self.down_proj = weights.linear(network, inner, down_proj=size)
-        self.input_norm = constant(weights.read(f"{place}.input_layernorm.weight", size))
-        norm = f"{place}.post_attention_layernorm.weight"
-        self.network_norm = constant(weights.read(norm, size))
+        self.network: nn.Module
+        if facts.experts is not None and index in facts.experts.layers:
+            self.network = ExpertNetwork(facts, operations, weights, place)
+        else:
+            inner = facts.intermediate_size
+            self.network = Network(facts, operations, weights, f"{place}.mlp", inner)
+
+        def norm(name: str | None) -> nn.Parameter | None:
+            return None if name is None else constant(weights.norm(f"{place}.{name}", size))
+
+        self.input_norm = norm(facts.norms.attention_input)
+        self.attention_norm = norm(facts.norms.attention_output)
+        self.network_norm = norm(facts.norms.network_input)
+        self.output_norm = norm(facts.norms.network_output)
         self.head_norms: Tensor | None = None  # of queries, then of keys, a row for each head
-        if facts.norms_heads:
-            q_norm, k_norm = (weights.read(f"{attention}.{x}_norm.weight", d) for x in ("q", "k"))
-            parts = q_norm.expand(facts.heads, d), k_norm.expand(facts.kv_heads, d)
+        if facts.norms_heads is not None:
+            parts = []
+            for name, heads in (("q_norm", facts.heads), ("k_norm", facts.kv_heads)):
+                rows = 1 if facts.norms_heads == "each" else heads
+                weight = weights.norm(f"{attention}.{name}", rows * d)
+                parts.append(weight.view(rows, d).expand(heads, d))
             self.head_norms = torch.cat(parts)
 
     def forward(
-        self, y: Tensor, residual: Tensor | None, rotation: Rotation, attention: Attention
+        self, y: Tensor, residual: Tensor | None, rotation: Rotation | None, attention: Attention
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Run (n, hidden_size) rows: `y` + `residual` is what the layer reads.
 
         Returns what it read, and the two parts of what it gives: its network's output, and the
         residual.
         """
-        facts, ops = self.facts, self.operations
-        y, x = ops.rms_norm(y, self.input_norm, facts.eps, residual)
+        facts = self.facts
+        y, x = self._read(y, residual, self.input_norm)
         heads = self.qkv(y).view(len(x), -1, facts.head_dim)
-        turns = rotation if self.is_rotated else None
-        queries = attention.turn(self.index, heads, turns, self.head_norms, facts.eps)
+        queries = attention.turn(self.index, heads, rotation, self.head_norms, facts.eps)
         y = self.o_proj(attention.attend(self.index, queries, self.window))
-        y, attended = ops.rms_norm(y, self.network_norm, facts.eps, x)
-        return x, self.down_proj(ops.gated(self.gate_up(y))), attended
+        y, attended = self._read(self._give(y, self.attention_norm), x, self.network_norm)
+        return x, self._give(self.network(y), self.output_norm), attended
+
+    def _read(
+        self, y: Tensor, residual: Tensor | None, norm: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return what a sublayer reads, and the sum that it is the norm of."""
+        if norm is not None:
+            return self.operations.rms_norm(y, norm, self.facts.eps, residual)
+        x = y if residual is None else y + residual
+        return x, x
+
+    def _give(self, y: Tensor, norm: Tensor | None) -> Tensor:
+        """Return what a sublayer adds to the residual, from its output."""
+        if norm is not None:
+            y, _ = self.operations.rms_norm(y, norm, self.facts.eps)
+        factor = self.facts.factors.sublayers
+        return y if factor == 1 else y * factor
 
 
 class Decoder(nn.Module):
@@ -108,16 +108,18 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(
             DecoderLayer(facts, n, operations, weights) for n in range(facts.layers)
         )
-        self.norm = constant(weights.read("model.norm.weight", facts.hidden_size))
+        self.norm = constant(weights.norm("model.norm", facts.hidden_size))
+        # transformers rounds this factor to the model's dtype, too.
+        self.scale = torch.tensor(facts.factors.embeddings, dtype=weights.dtype)
         tied = self.embeddings if facts.ties_head else None
         self.lm_head, self.head_weight = weights.head("lm_head", tied, *table)
 
-    def rotation(self, positions: Tensor) -> Rotation:
+    def rotation(self, rope: Rope, positions: Tensor) -> Rotation:
         """Compute the rotation of (n,) positions."""
-        angles = positions.float()[:, None, None] * self.facts.frequencies
-        cos, sin = angles.cos() * self.facts.rope_scale, angles.sin() * self.facts.rope_scale
+        angles = positions.float()[:, None, None] * rope.frequencies
+        cos, sin = angles.cos() * rope.scale, angles.sin() * rope.scale
         parts = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
-        return parts[0].to(self.norm.dtype), parts[1].to(self.norm.dtype)
+        return parts[0].to(self.scale.dtype), parts[1].to(self.scale.dtype)
 
     def forward(
         self, tokens: Tensor, positions: Tensor, attention: Attention, captured: Collection[int]
@@ -127,9 +129,13 @@ class Decoder(nn.Module):
         `captured` are the indices of these layers: -1 stands for the embeddings, and the number of
         layers for the final norm.
         """
-        rotation, outputs = self.rotation(positions), dict[int, Tensor]()
+        rotations = [self.rotation(rope, positions) for rope in self.facts.ropes]
+        outputs = dict[int, Tensor]()
         y, residual = self.embeddings(tokens), None
-        for n, layer in enumerate(self.layers):
+        if self.facts.factors.embeddings != 1:
+            y = y * self.scale
+        for n, (layer, rope) in enumerate(zip(self.layers, self.facts.rotated, strict=True)):
+            rotation = None if rope is None else rotations[rope]
             x, y, residual = layer(y, residual, rotation, attention)
             if n - 1 in captured:
                 outputs[n - 1] = x
@@ -137,6 +143,13 @@ class Decoder(nn.Module):
         last = len(self.layers)
         outputs |= {n: found for n, found in ((last - 1, x), (last, normed)) if n in captured}
         return normed, outputs
+
+    def logits(self, hidden: Tensor, count: int | None = None) -> Tensor:
+        """Compute the (count, vocab_size) logits of the first rows that the head reads."""
+        logits: Tensor = self.lm_head(hidden)[:count]
+        divisor, cap = self.facts.factors.logits, self.facts.factors.logit_cap
+        logits = logits if divisor == 1 else logits / divisor
+        return logits if cap is None else self.operations.capped(logits, cap)
 
 
 def constant(tensor: Tensor) -> nn.Parameter:

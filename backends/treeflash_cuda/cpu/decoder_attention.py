@@ -22,6 +22,7 @@ from treeflash_cuda.attention import (
     grouped_attention,
 )
 from treeflash_cuda.cache import Columns, KVCache, PackedRows, decoded
+from treeflash_cuda.cpu.decoder_facts import DecoderFacts
 from treeflash_cuda.cpu.decoder_operations import Rotation, rotate
 from treeflash_cuda.exact_attention import ExactBlock, Plan
 
@@ -64,11 +65,11 @@ class RowStore:
 
     def __init__(
         self,
+        facts: DecoderFacts,
         blocks: Sequence[Block],
-        kv_heads: int,
         width: int | None = None,  # numbers of a column that are written; None for all
     ) -> None:
-        self.blocks, self.kv_heads = blocks, kv_heads
+        self.facts, self.blocks, self.kv_heads = facts, blocks, facts.kv_heads
         # The (rows, kv_heads, width) columns of the only sequence, by layer.
         self._columns: Columns = []
         # Several sequences have an entry for each slab: the keys and values of all its columns, by
@@ -101,7 +102,8 @@ class RowStore:
     ) -> Tensor:
         kv_heads = self.kv_heads
         turned, values = heads.tensor_split([heads.shape[1] - kv_heads], 1)
-        turned = rotate(turned, rotation, norms, eps)
+        wholes = [self.facts.heads, kv_heads] if self.facts.norms_heads == "all" else None
+        turned = rotate(turned, rotation, norms, eps, wholes)
         queries, keys = turned.tensor_split([turned.shape[1] - kv_heads], 1)
         self.store(layer, keys, values)
         return queries
@@ -125,8 +127,8 @@ class RowStore:
 class MaskedAttention(RowStore):
     """`Attention` with a mask for each sequence."""
 
-    def __init__(self, blocks: Sequence[Block], kv_heads: int) -> None:
-        super().__init__(blocks, kv_heads)
+    def __init__(self, facts: DecoderFacts, blocks: Sequence[Block]) -> None:
+        super().__init__(facts, blocks)
         self._seen = [block.cache.columns(0, block.committed + len(block)) for block in blocks]
         self._masks: dict[int | None, list[Tensor | None]] = {}
 
@@ -144,7 +146,8 @@ class MaskedAttention(RowStore):
 
     def _is_whole(self, block: Block, window: int | None) -> bool:
         """Return whether a block is a whole sequence, for which the kernel needs no mask."""
-        return block.ancestors is None and block.committed == 0 and window is None
+        is_causal = block.ancestors is None and block.committed == 0 and window is None
+        return is_causal and self.facts.factors.score_cap is None
 
     def _mask(self, block: Block, window: int | None, queries: Tensor) -> Tensor | None:
         """Return the additive mask of a block's rows, or of all heads' rows if they are few."""
@@ -152,28 +155,28 @@ class MaskedAttention(RowStore):
         if visible is None:
             return None
         mask = additive_mask(visible, queries.dtype)[None, None]
-        many = len(block) >= MANY_QUERIES
+        many = len(block) >= MANY_QUERIES and self.facts.factors.score_cap is None
         return mask if many else group_mask(mask, queries.shape[1] // self.kv_heads)
 
     def _attend(
         self, block: Block, q: Tensor, seen: tuple[Tensor, Tensor], mask: Tensor | None
     ) -> Tensor:
-        n, scale = len(block), q.shape[2] ** -0.5
+        n, scale, cap = len(block), self.facts.score_scale, self.facts.factors.score_cap
         keys, values = (decoded(x, q.dtype) for x in seen)
         q = q.transpose(0, 1)[None]
-        if n > 1 and (mask is None or n >= MANY_QUERIES):
+        if cap is None and n > 1 and (mask is None or n >= MANY_QUERIES):
             output = F.scaled_dot_product_attention(
                 q, keys, values, mask, is_causal=mask is None, scale=scale, enable_gqa=True
             )
             return output[0].transpose(0, 1).reshape(n, -1)
-        return grouped_attention(q, [(keys, values)], [mask], [n], scale)[0].flatten(1)
+        return grouped_attention(q, [(keys, values)], [mask], [n], scale, cap)[0].flatten(1)
 
 
 class ExactAttention(RowStore):
     """`Attention` in the order of positions, over float32 keys and values."""
 
-    def __init__(self, blocks: Sequence[Block], kv_heads: int) -> None:
-        super().__init__(blocks, kv_heads, blocks[0].cache.arena.head_dim)
+    def __init__(self, facts: DecoderFacts, blocks: Sequence[Block]) -> None:
+        super().__init__(facts, blocks, blocks[0].cache.arena.head_dim)
         self._plans: dict[int | None, Plan] = {}
 
     def attend(self, layer: int, queries: Tensor, window: int | None) -> Tensor:
@@ -188,7 +191,7 @@ class ExactAttention(RowStore):
                 )
             ]
             self._plans[window] = Plan(members, self.kv_heads, query)
-        return self._plans[window].attend(query, layer, queries.shape[2] ** -0.5)[0].flatten(1)
+        return self._plans[window].attend(query, layer, self.facts.score_scale)[0].flatten(1)
 
     def _encoded(self, x: Tensor) -> Tensor:
         return x  # stored as float32, which the copy makes of it

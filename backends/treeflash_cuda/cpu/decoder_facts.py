@@ -1,55 +1,32 @@
-"""The facts by which families of dense decoders differ, read from a target's configuration.
+"""The facts by which decoders differ, read from a target's configuration.
 
-All families of `FAMILIES` have the layers of `decoder`: norms before attention and
-before a gated network, rotary embeddings of whole heads, and keys that groups of heads share. What
-else a configuration of transformers may say is no fact here, and `decoder_facts` says so: such a
-target runs as a model of transformers.
+All families of `FAMILIES` have the layers of `decoder`: attention and a gated network with norms
+around them, rotary embeddings, and keys that groups of heads share. What else a configuration of
+transformers may say is no fact here, and `decoder_facts` says so: such a target runs as a model of
+transformers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from treeflash.low_bit_formats import find_format
-
-ATTENTION = "q_proj", "k_proj", "v_proj", "o_proj"
-NETWORK = "gate_proj", "up_proj", "down_proj"
-"""The linear layers of a decoder's layer, by the names of their tensors."""
-ROPE_TYPES = "default", "linear", "llama3", "yarn"
-"""Rotary embeddings whose frequencies do not depend on the length of a text."""
+from treeflash_cuda.cpu.decoder_families import FAMILIES, Experts, Factors, Norms
+from treeflash_cuda.cpu.decoder_operations import GATES
 
 
-@dataclass(frozen=True, kw_only=True)
-class DecoderFamily:
-    """What a model type has, and which of its settings decide about it."""
+@dataclass(frozen=True, eq=False)
+class Rope:
+    """A kind of rotary embeddings."""
 
-    biases: tuple[str, ...] = ()  # linear layers that have a bias
-    # Linear layers that have a bias if a setting of this name asks for it.
-    optional_biases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    norms_heads: bool = False  # whether queries and keys are normed by head, before the rotation
-    # The layers with a window: none, "all" if there is a window, or by "layer_types".
-    windows: str | None = None
-    rotated: str | None = None  # the setting that lists which layers rotate; None if all do
-
-
-_LLAMA_BIASES = {"attention_bias": ATTENTION, "mlp_bias": NETWORK}
-FAMILIES = {
-    "llama": DecoderFamily(optional_biases=_LLAMA_BIASES),
-    "mistral": DecoderFamily(windows="all"),
-    "qwen2": DecoderFamily(biases=ATTENTION[:3], windows="layer_types"),
-    "qwen3": DecoderFamily(
-        optional_biases={"attention_bias": ATTENTION}, norms_heads=True, windows="layer_types"
-    ),
-    "smollm3": DecoderFamily(
-        optional_biases=_LLAMA_BIASES, windows="layer_types", rotated="no_rope_layers"
-    ),
-}
-"""By model type."""
+    # (head_dim / 2,) float32 angles between neighbouring positions, 0 for what is not rotated.
+    frequencies: Tensor
+    scale: Tensor | float  # (head_dim / 2,) factors on cosines and sines, or one
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -62,18 +39,44 @@ class DecoderFacts:
     heads: int
     kv_heads: int
     head_dim: int
+    activation: str  # the name of the gate's activation, see `GATES`
     eps: float  # the norms' epsilon
     ties_head: bool  # whether the output head's weight is the table of embeddings
     biases: frozenset[str]  # the linear layers of a layer that have a bias
-    norms_heads: bool  # see `DecoderFamily`
+    norms: Norms
+    norm_offset: float  # see `DecoderFamily`
+    norms_heads: str | None  # see `DecoderFamily`
+    factors: Factors
     windows: tuple[int | None, ...]  # positions that a layer sees, by layer; None for all
-    rotated: tuple[bool, ...]  # whether a layer rotates queries and keys, by layer
-    frequencies: Tensor  # (head_dim / 2,) float32 angles between neighbouring positions
-    rope_scale: float  # factor on cosines and sines
+    ropes: tuple[Rope, ...]
+    rotated: tuple[int | None, ...]  # the index of a layer's rope, by layer; None without one
+    # (head_dim,) places of a query's and a key's numbers in the checkpoint: layers rotate numbers
+    # half a head away from each other. None if they have the checkpoint's order.
+    head_order: Tensor | None
+    experts: Experts | None
 
     @property
     def layers(self) -> int:
         return len(self.windows)
+
+    @property
+    def inner_sizes(self) -> tuple[int, ...]:
+        """The numbers between the products of the layers' networks."""
+        experts = self.experts
+        if experts is None:
+            return (self.intermediate_size,)
+        dense = (self.intermediate_size,) if len(experts.layers) < self.layers else ()
+        return (experts.size, *dense)
+
+    @property
+    def score_scale(self) -> float:
+        """Factor on the products of queries and keys."""
+        scale = self.factors.scores
+        return self.head_dim**-0.5 if scale is None else scale
+
+    @property
+    def is_capped(self) -> bool:
+        return self.factors.score_cap is not None or self.factors.logit_cap is not None
 
 
 def decoder_facts(config: Any) -> DecoderFacts | str:
@@ -86,24 +89,39 @@ def decoder_facts(config: Any) -> DecoderFacts | str:
         return "it has no heads"
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     layers = config.num_hidden_layers
-    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = _rope_kinds(config)
     windows = _windows(config, family.windows)
-    stored = find_format(config.to_dict())
-    rotated = [True] * layers if family.rotated is None else getattr(config, family.rotated)
+    parts = {rope.get("partial_rotary_factor", 1) for rope in kinds.values()}
+    turned = int(head_dim * max(parts)) if family.rotates_parts else head_dim
+    has_order = turned != head_dim or family.rotates_pairs
+    names_of_gates = (getattr(config, x, None) for x in ("hidden_activation", "hidden_act"))
+    activation = str(next(filter(None, names_of_gates), None))
+    experts, stored = family.experts(config), find_format(config.to_dict())
+    rotates = [True] * layers if family.rotated is None else getattr(config, family.rotated)
+    names: Sequence[str] = ["every"] * layers if "every" in kinds else config.layer_types
     reasons = {
-        f"its activation is {config.hidden_act}": config.hidden_act != "silu",
+        f"its activation is {activation}": activation not in GATES,
         "heads cannot share its keys evenly": heads % kv_heads or head_dim % 2,
-        "its rotary embeddings depend on a text's length": rope.get("rope_type") not in ROPE_TYPES,
-        "its heads are rotated in part": rope.get("partial_rotary_factor", 1) != 1,
+        "its rotary embeddings depend on a text's length": any(
+            rope.get("rope_type") not in family.rope_types for rope in kinds.values()
+        ),
+        "its heads are rotated in part": (parts != {1} and not family.rotates_parts)
+        or not 0 < turned <= head_dim
+        or turned % 2,
+        "its queries and keys are clipped": getattr(config, "clip_qkv", None),
         "its windows have no size": windows is None,
-        "a list has no entry for each of its layers": len(rotated) < layers,
+        "a list has no entry for each of its layers": min(len(rotates), len(names)) < layers
+        or not kinds.keys() >= set(names[:layers]),
+        "its tokens see later ones": getattr(config, "use_bidirectional_attention", None),
         str(stored): isinstance(stored, str),
+        "few bits of joined layers and of experts are not read": stored is not None
+        and (family.rotates_parts or experts is not None),
     }
     if reason := next((reason for reason, applies in reasons.items() if applies), None):
         return reason
     assert windows is not None
     optional = (names for name, names in family.optional_biases.items() if getattr(config, name))
-    frequencies, rope_scale = _frequencies(config, rope, head_dim)
+    names_of_ropes = list(kinds)
     return DecoderFacts(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
@@ -111,14 +129,22 @@ def decoder_facts(config: Any) -> DecoderFacts | str:
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
+        activation=activation,
         eps=config.rms_norm_eps,
         ties_head=bool(config.tie_word_embeddings),
         biases=frozenset(family.biases).union(*optional),
+        norms=family.norms,
+        norm_offset=family.norm_offset,
         norms_heads=family.norms_heads,
+        factors=family.factors(config),
         windows=windows,
-        rotated=tuple(bool(x) for x in rotated[:layers]),
-        frequencies=frequencies,
-        rope_scale=rope_scale,
+        ropes=tuple(_rope(config, name, rope, head_dim, turned) for name, rope in kinds.items()),
+        rotated=tuple(
+            names_of_ropes.index(name) if rotate else None
+            for name, rotate in zip(names[:layers], rotates, strict=False)
+        ),
+        head_order=_head_order(head_dim, turned, family.rotates_pairs) if has_order else None,
+        experts=experts,
     )
 
 
@@ -135,12 +161,33 @@ def _windows(config: Any, rule: str | None) -> tuple[int | None, ...] | None:
     return tuple(window if x else None for x in slides)
 
 
-def _frequencies(config: Any, rope: Mapping[str, Any], head_dim: int) -> tuple[Tensor, float]:
+def _rope_kinds(config: Any) -> dict[str, Mapping[str, Any]]:
+    """Return the settings of rotary embeddings, by the type of layers that have them."""
+    rope: Mapping[str, Any] = getattr(config, "rope_parameters", None) or {}
+    if rope and all(isinstance(part, Mapping) for part in rope.values()):
+        return {name: part for name, part in rope.items() if name in config.layer_types}
+    return {"every": rope}
+
+
+def _rope(config: Any, kind: str, rope: Mapping[str, Any], head_dim: int, turned: int) -> Rope:
     """Compute the frequencies and the scale as transformers does, to the last bit."""
     if rope["rope_type"] == "default":
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.float) / head_dim
-        return 1.0 / rope["rope_theta"] ** exponents, 1.0
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # takes a second
+        exponents = torch.arange(0, turned, 2, dtype=torch.float) / turned
+        frequencies, scale = 1.0 / rope["rope_theta"] ** exponents, 1.0
+    else:
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # takes a second
 
-    frequencies, scale = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config)
-    return frequencies, scale
+        layer_type = None if kind == "every" else kind
+        frequencies, scale = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, layer_type=layer_type)
+    if turned == head_dim:
+        return Rope(frequencies, scale)
+    rest = torch.zeros((head_dim - turned) // 2)
+    scales = torch.cat([torch.full((turned // 2,), scale), rest + 1])
+    return Rope(torch.cat([frequencies, rest]), scales)
+
+
+def _head_order(head_dim: int, turned: int, pairs: bool) -> Tensor:
+    """Return `DecoderFacts.head_order` for heads whose first numbers are rotated."""
+    own, rest = torch.arange(head_dim).split([turned, head_dim - turned])
+    halves = (own[::2], own[1::2]) if pairs else own.tensor_split(2)
+    return torch.cat([x for two in zip(halves, rest.tensor_split(2), strict=True) for x in two])

@@ -1,18 +1,53 @@
-"""The operations that a decoder's layers consist of, which an engine may replace by its own."""
+"""What a decoder's layers are made of: weights, attention, and operations that may be replaced."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, TypeAlias
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from treeflash_cuda.cpu.low_bit_linear import LowBitEmbedding, LowBitLinear
 from treeflash_cuda.linear import PackedLinear, PlainLinear, can_pack, join
 
 Rotation: TypeAlias = tuple[Tensor, Tensor]
 """(n, 1, head_dim) cosines and sines of n rows; the first half of the sines is negative."""
+
+
+Table: TypeAlias = nn.Embedding | LowBitEmbedding
+
+
+class Weights(Protocol):
+    """The weights of a decoder, by the names of transformers' modules."""
+
+    dtype: torch.dtype
+
+    def norm(self, name: str, size: int) -> Tensor:
+        """Return the (size,) float32 weight of the norm with a name."""
+
+    def read(self, name: str, *shape: int) -> Tensor:
+        """Return the tensor with a name, which must have this shape."""
+
+    def table(self, name: str, rows: int, size: int) -> Table:
+        """Return the input table: (..., size) rows of (...) tokens."""
+
+    def head(
+        self, name: str, table: Table | None, rows: int, size: int
+    ) -> tuple[nn.Module, Tensor | LowBitLinear]:
+        """Return the output head, and the weight that tokens have rows of.
+
+        `table` is the input table if its weight is the head's.
+        """
+
+    def linear(self, place: str, size: int, **outputs: int) -> nn.Module:
+        """Return the layers with these names and numbers of outputs as one.
+
+        They are beside each other at a place, and read the same `size` numbers.
+        """
 
 
 class Attention(Protocol):
@@ -23,7 +58,8 @@ class Attention(Protocol):
         layer: int,
         heads: Tensor,  # (n, heads + 2 * kv_heads, head_dim) queries, keys and values; may change
         rotation: Rotation | None,  # None leaves queries and keys as they are
-        norms: Tensor | None,  # (heads + kv_heads, head_dim) weights of queries' and keys' RMSNorm
+        # (heads + kv_heads, head_dim) float32 weights of queries' and keys' RMSNorm.
+        norms: Tensor | None,
         eps: float,  # the norms' epsilon
     ) -> Tensor:
         """Norm and rotate queries and keys, and write keys and values to the rows' KV caches.
@@ -43,25 +79,33 @@ def linear(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> nn.Mod
 
 def rms_norm(
     x: Tensor,  # (n, size)
-    weight: Tensor,  # (size,)
+    weight: Tensor,  # (size,) float32
     eps: float,
     residual: Tensor | None = None,  # (n, size), added first
 ) -> tuple[Tensor, Tensor]:
     """Return the (n, size) normed sum, and the sum itself."""
     if residual is not None:
         x = x + residual
-    return F.rms_norm(x, weight.shape, weight, eps), x
+    return F.rms_norm(x.float(), weight.shape, weight, eps).to(x.dtype), x
 
 
 def rotate(
     turned: Tensor,  # (n, heads, head_dim) queries and keys
     rotation: Rotation | None,  # None leaves them as they are
-    norms: Tensor | None,  # (heads, head_dim) weights of their RMSNorm
+    norms: Tensor | None,  # (heads, head_dim) float32 weights of their RMSNorm
     eps: float,  # the norms' epsilon
+    # Numbers of heads that are normed as one; None norms each head by itself.
+    wholes: list[int] | None = None,
 ) -> Tensor:
     """Norm and rotate queries and keys: (n, heads, head_dim)."""
     if norms is not None:
-        turned = F.rms_norm(turned, turned.shape[-1:], None, eps) * norms
+        x = turned.float()
+        if wholes is None:
+            normed = F.rms_norm(x, x.shape[-1:], None, eps).mul_(norms)
+        else:
+            pairs = zip(x.split(wholes, 1), norms.split(wholes), strict=True)
+            normed = torch.cat([F.rms_norm(part, w.shape, w, eps) for part, w in pairs], 1)
+        turned = normed.to(turned.dtype)
     if rotation is not None:
         cos, sin = rotation
         # The halves of a head change places, and the sines' signs do the rest.
@@ -69,10 +113,22 @@ def rotate(
     return turned
 
 
-def gated(gate_and_up: Tensor) -> Tensor:
-    """Return (n, size) SiLU(gate) * up, from (n, 2 * size) gates and then factors."""
+GATES: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+}
+"""Activations of gates, by transformers' names."""
+
+
+def gated(gate_and_up: Tensor, activation: str) -> Tensor:
+    """Return (n, size) activation(gate) * up, from (n, 2 * size) gates and then factors."""
     gate, up = gate_and_up.chunk(2, -1)
-    return F.silu(gate).mul_(up)
+    return GATES[activation](gate).mul_(up)
+
+
+def capped(x: Tensor, cap: float) -> Tensor:
+    """Return cap * tanh(x / cap); x may change."""
+    return x.div_(cap).tanh_().mul_(cap)
 
 
 @dataclass(frozen=True)
@@ -81,7 +137,8 @@ class DecoderOperations:
 
     linear: Callable[[Sequence[Tensor], Sequence[Tensor | None]], nn.Module] = linear
     rms_norm: Callable[..., tuple[Tensor, Tensor]] = rms_norm
-    gated: Callable[[Tensor], Tensor] = gated
+    gated: Callable[[Tensor, str], Tensor] = gated
+    capped: Callable[[Tensor, float], Tensor] = capped
 
 
 PYTORCH = DecoderOperations()

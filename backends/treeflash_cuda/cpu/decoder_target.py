@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from treeflash.config import LoadConfig
 from treeflash.decoding.passed_checks import PassedChecks
+from treeflash.decoding.probe import INEXACT
 from treeflash.decoding.tree import DraftTree
+from treeflash.errors import UnsupportedModelError
 from treeflash_cuda.cache import check_quantisation
 from treeflash_cuda.cpu.decoder import Decoder
 from treeflash_cuda.cpu.decoder_attention import Block, ExactAttention, MaskedAttention
@@ -63,13 +65,13 @@ class DecoderTarget(Target):
         """
         super().__init__(config, CPU, list(decoder.layers))
         self.model, self.facts, self.kernels, self.dtype = decoder, facts, kernels, dtype
-        # The attention of a pass over blocks, with this number of key heads.
-        self.attention: Callable[[Sequence[Block], int], Attention] = MaskedAttention
+        # The attention of a pass over blocks.
+        self.attention: Callable[[DecoderFacts, Sequence[Block]], Attention] = MaskedAttention
         if kernels is not None:
             from treeflash_cuda.cpu.kernel_attention import KernelAttention
 
             self.layers_from = f"treeflash, compiled for {kernels.isa.name}"
-            self.attention = partial(KernelAttention, heads=facts.heads, kernels=kernels)
+            self.attention = partial(KernelAttention, kernels=kernels)
         self.processor = "it has no vision tower"
         table = decoder.embeddings
         self.embeddings = table if isinstance(table, LowBitEmbedding) else table.weight.data
@@ -95,23 +97,29 @@ class DecoderTarget(Target):
         """Read the weights of a checkpoint; raises a CheckpointError if they do not fit."""
         kernels = None if settings.kv_bits else find_kernels(facts, dtype)
         if kernels is not None:
-            operations = replace(operations, rms_norm=kernels.rms_norm, gated=kernels.gated)
+            operations = replace(
+                operations, rms_norm=kernels.rms_norm, gated=kernels.gated, capped=kernels.capped
+            )
         if settings.bits not in (None, UNPACKED_BITS):
             operations = replace(operations, linear=partial(rounded, settings.bits))
         unpack = settings.bits == UNPACKED_BITS
-        weights = DecoderWeights(checkpoint, operations, dtype, facts.biases, unpack=unpack)
+        weights = DecoderWeights(checkpoint, operations, dtype, facts, unpack=unpack)
         decoder = Decoder(facts, operations, weights).eval()
         return cls(config, facts, decoder, dtype, kernels, kv_bits=settings.kv_bits)
 
     def make_exact(self, passed: PassedChecks) -> None:
         facts = self.facts
+        if self.kernels is None and facts.is_capped:
+            raise UnsupportedModelError(f"{INEXACT}: it does not support soft-capped scores")
         with torch.inference_mode():
             self._exact_changes.callback(setattr, self, "token_rows", self.token_rows)
             self.token_rows = token_rows(self.model, self.dtype)
             least = LINEAR_ROWS if self.token_rows == 1 else min(self.token_rows, LINEAR_ROWS)
             bound_products(self.model, self.dtype, self._exact_changes, least, passed)
             if self.kernels is None:
-                check_gates(self.model.operations.gated, facts.intermediate_size, self.dtype)
+                gated = self.model.operations.gated
+                for size in facts.inner_sizes:
+                    check_gates(lambda x: gated(x, facts.activation), size, self.dtype)
                 check_attention(facts.heads, facts.kv_heads, facts.head_dim)
                 self._widen_arena()
                 self._exact_changes.callback(setattr, self, "attention", self.attention)
@@ -144,14 +152,14 @@ class DecoderTarget(Target):
         places = concatenate([block.positions for block in blocks])
         if repeats > 1:
             token_ids, places = (x.repeat(repeats) for x in (token_ids, places))
-        attention = self.attention(blocks, self.facts.kv_heads)
+        attention = self.attention(self.facts, blocks)
         hidden, outputs = self.model(token_ids, places, attention, self.captured)
         if not kept:
             logits = hidden.new_empty(0, self.vocab_size)
         elif len(kept) == count:
-            logits = self.lm_head(hidden)[:count]
+            logits = self.model.logits(hidden, count)
         else:
-            logits = self.lm_head(hidden[torch.tensor(kept)])
+            logits = self.model.logits(hidden[torch.tensor(kept)])
         return RowsResult.of_pass(Logits.split(logits, counts), rows, outputs, firsts)
 
 
@@ -159,10 +167,18 @@ def find_kernels(facts: DecoderFacts, dtype: torch.dtype) -> LayerKernels | None
     """Return the compiled functions for a decoder; None where PyTorch's operations run."""
     if find_spec("llvmlite") is None:
         return None
+    from treeflash_cuda.cpu.layer_code import LayerKind
     from treeflash_cuda.cpu.layer_kernels import layer_kernels
 
-    sizes = facts.hidden_size, facts.intermediate_size
-    return layer_kernels(dtype, torch.float32, facts.head_dim, sizes)
+    sizes = [facts.hidden_size, *facts.inner_sizes]
+    if facts.factors.logit_cap is not None:
+        sizes.append(facts.vocab_size)
+    kind = LayerKind(
+        facts.head_dim,
+        caps_scores=facts.factors.score_cap is not None,
+        norms_wholes=facts.norms_heads == "all",
+    )
+    return layer_kernels(dtype, torch.float32, kind, tuple(sizes))
 
 
 def rounded(bits: int, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> nn.Module:

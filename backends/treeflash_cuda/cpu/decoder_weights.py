@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,11 +16,14 @@ from treeflash.errors import CheckpointError
 from treeflash.low_bit_formats import LowBitTensors
 from treeflash.low_bits import LowBitWeight, StoredWeight
 from treeflash.low_bits import join as join_weights
-from treeflash_cuda.cpu.decoder import Table
-from treeflash_cuda.cpu.decoder_operations import DecoderOperations
+from treeflash_cuda.cpu.decoder_facts import DecoderFacts
+from treeflash_cuda.cpu.decoder_families import NETWORK, QKV
+from treeflash_cuda.cpu.decoder_operations import DecoderOperations, Table
 from treeflash_cuda.cpu.low_bit_linear import LowBitEmbedding, LowBitLinear
 
 EMBEDDINGS = "model.embed_tokens"
+JOINED = {QKV: "qkv_proj", NETWORK[:2]: "gate_up_proj"}
+"""Tensors that some checkpoints have in place of some layers', whose rows follow each other."""
 Packed = TypeVar("Packed", bound=LowBitLinear)
 
 
@@ -156,12 +159,17 @@ class DecoderWeights:
         checkpoint: Checkpoint,
         operations: DecoderOperations,
         dtype: torch.dtype,
-        biases: frozenset[str],  # the linear layers of a layer that have a bias
+        facts: DecoderFacts,
         *,
         unpack: bool,  # whether packed weights are dequantised
     ) -> None:
         self.checkpoint, self.operations, self.dtype = checkpoint, operations, dtype
-        self.biases, self.unpack = biases, unpack
+        self.facts, self.unpack = facts, unpack
+
+    def norm(self, name: str, size: int) -> Tensor:
+        """Return the (size,) float32 weight of the norm with a name."""
+        weight = self.checkpoint.read(f"{name}.weight", (size,))
+        return weight.to(torch.float32, copy=True) + self.facts.norm_offset
 
     def read(self, name: str, *shape: int) -> Tensor:
         """Return a copy of the tensor with a name, so that the file may change later."""
@@ -211,7 +219,7 @@ class DecoderWeights:
     def linear(self, place: str, size: int, **outputs: int) -> nn.Module:
         """Return the layers at a place with these names and numbers of outputs as one."""
         names = {f"{place}.{x}": n for x, n in outputs.items()}
-        has_bias = {f"{place}.{x}": x in self.biases for x in outputs}
+        has_bias = {f"{place}.{x}": x in self.facts.biases for x in outputs}
         few = [self._is_packed(name) for name in names]
         if any(few) and not all(few):
             return Joined([self.linear(place, size, **{x: n}) for x, n in outputs.items()])
@@ -219,11 +227,29 @@ class DecoderWeights:
             parts = self.checkpoint.modules(has_bias, self.dtype)
             self._check([part.shape for part in parts], size, sum(outputs.values()))
             return parts[0] if len(parts) == 1 else Joined(parts)
-        weights = [self.read(f"{name}.weight", n, size) for name, n in names.items()]
+        weights = [
+            self._ordered(x, weight)
+            for x, weight in zip(outputs, self._matrices(place, size, outputs), strict=True)
+        ]
         biases = [
-            self.read(f"{name}.bias", n) if has_bias[name] else None for name, n in names.items()
+            self._ordered(x, self.read(f"{name}.bias", n)) if has_bias[name] else None
+            for x, (name, n) in zip(outputs, names.items(), strict=True)
         ]
         return self.operations.linear(weights, biases)
+
+    def _matrices(self, place: str, size: int, outputs: Mapping[str, int]) -> Sequence[Tensor]:
+        """Read the weights of layers, which may be parts of one tensor."""
+        joined = f"{place}.{JOINED.get(tuple(outputs))}.weight"
+        if joined in self.checkpoint.tensors:
+            return self.read(joined, sum(outputs.values()), size).split(list(outputs.values()))
+        return [self.read(f"{place}.{x}.weight", n, size) for x, n in outputs.items()]
+
+    def _ordered(self, layer: str, rows: Tensor) -> Tensor:
+        """Return the rows of a layer's weight or bias in the order in which heads are rotated."""
+        order = self.facts.head_order
+        if order is None or layer not in QKV[:2]:
+            return rows
+        return rows.unflatten(0, (-1, len(order))).index_select(1, order).flatten(0, 1)
 
     def _is_packed(self, name: str) -> bool:
         """Return whether a weight keeps its few bits."""

@@ -20,7 +20,7 @@ def use_kernels(module: nn.Module, kernels: LayerKernels, dtype: torch.dtype) ->
         if isinstance(norm, nn.RMSNorm) and norm.eps is not None:
             weight = norm.weight.detach()
             if weight.dtype == dtype and len(weight) % LANES == 0:
-                norm.forward = partial(_rms_norm, kernels, weight, norm.eps)  # type: ignore[method-assign]
+                norm.forward = partial(_rms_norm, kernels, weight.float(), norm.eps)  # type: ignore[method-assign]
 
 
 def _rms_norm(kernels: LayerKernels, weight: Tensor, eps: float, x: Tensor) -> Tensor:

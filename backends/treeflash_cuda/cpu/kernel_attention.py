@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from treeflash_cuda.cpu.decoder_attention import Block, sees
+from treeflash_cuda.cpu.decoder_facts import DecoderFacts
 from treeflash_cuda.cpu.decoder_operations import Rotation
 from treeflash_cuda.cpu.layer_code import LANES
 from treeflash_cuda.cpu.layer_kernels import LayerKernels, SequencesTable
@@ -22,9 +23,10 @@ class KernelAttention:
     """`Attention` over the columns of the sequences' regions."""
 
     def __init__(
-        self, blocks: Sequence[Block], kv_heads: int, *, heads: int, kernels: LayerKernels
+        self, facts: DecoderFacts, blocks: Sequence[Block], *, kernels: LayerKernels
     ) -> None:
-        self.kernels, self.blocks, self.heads, self.kv_heads = kernels, blocks, heads, kv_heads
+        self.kernels, self.facts, self.blocks = kernels, facts, blocks
+        self.heads, self.kv_heads = facts.heads, facts.kv_heads
         self._places = self._make_places()
         # By window: the first column that each row sees, and the table with what it masks.
         self._layouts: dict[int | None, tuple[Tensor, SequencesTable, list[Tensor | None]]] = {}
@@ -44,7 +46,8 @@ class KernelAttention:
         if window not in self._layouts:
             self._layouts[window] = self._make_layout(window)
         firsts, table, _ = self._layouts[window]
-        return self.kernels.attend(queries, firsts, table, layer)
+        factors = self.facts.score_scale, self.facts.factors.score_cap
+        return self.kernels.attend(queries, firsts, table, layer, *factors)
 
     def _make_places(self) -> SequencesTable:
         """Make the table of where the sequences' columns and rows are, without masks."""

@@ -1,12 +1,13 @@
 """The small operations of a decoder's layer on a CPU, as LLVM's intermediate representation.
 
 Between the products of a layer PyTorch needs about 25 operations, each of which takes longer to
-start than to compute a few rows. Here they are four functions, written with `ir_builder`:
+start than to compute a few rows. Here they are a few functions, written with `ir_builder`:
 
 - `norm` adds a sublayer's output to the residual, and norms the sum
 - `turn` norms and rotates queries and keys in place, and writes keys and values to the caches
 - `attend` is the attention of rows over the keys of their sequences, nodes of trees among them
-- `gated` is SiLU(gate) * up
+- `silu` and `gelu_pytorch_tanh` are activation(gate) * up
+- `cap` bounds logits by cap * tanh(logit / cap)
 
 A row's result depends on nothing but the row and the keys that it sees. All sums have one order,
 whatever the processor: of 16 partial sums over the numbers of a row, and in attention of head
@@ -23,8 +24,10 @@ one row after the other. A key's numbers are broadcast to the lanes:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from llvmlite import ir
 
@@ -103,13 +106,26 @@ class Element:
         return values if self.is_wide else b.widen(b.narrow(values))
 
 
-def build(element: Element, cached: Element, head_dim: int, threads: bool) -> str:
+WIDE = Element(is_wide=True)
+"""How the weights of norms are stored."""
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """What the code of a decoder's layers depends on."""
+
+    head_dim: int  # a multiple of 32
+    caps_scores: bool = False  # whether scores are bounded by `cap`
+    norms_wholes: bool = False  # whether all queries are normed as one, and all keys
+
+
+def build(element: Element, cached: Element, kind: LayerKind, threads: bool) -> str:
     """Write the IR of all functions.
 
     Args:
         element: of the layers' inputs and outputs.
         cached: of stored keys and values.
-        head_dim: a multiple of 32.
+        kind: of the layers.
         threads: whether functions may run in several threads of PyTorch.
     """
     module = ir.Module("layer")
@@ -125,20 +141,26 @@ def build(element: Element, cached: Element, head_dim: int, threads: bool) -> st
     writer.add(
         "turn",
         turned | {"heads_of_row": I64} | flags | sequences,
-        lambda b, f, unit: _turn(b, f, unit, element, cached, head_dim),
+        lambda b, f, unit: _turn(b, f, unit, element, cached, kind),
     )
     writer.add(
         "attend",
         dict.fromkeys(("queries", "output", "firsts"), POINTER)
-        | {"stride": I64, "group": I64, "scale": FLOAT}
+        | {"stride": I64, "group": I64, "scale": FLOAT, "cap": FLOAT}
         | sequences
         | {"scratch": POINTER, "scratch_size": I64},
-        lambda b, f, unit: _attend(b, f, unit, element, cached, head_dim),
+        lambda b, f, unit: _attend(b, f, unit, element, cached, kind),
     )
+    for name, sharpen in ACTIVATIONS.items():
+        writer.add(
+            name,
+            {"gate_up": POINTER, "output": POINTER, "size": I64},
+            partial(_gated, element=element, sharpen=sharpen),
+        )
     writer.add(
-        "gated",
-        {"gate_up": POINTER, "output": POINTER, "size": I64},
-        lambda b, f, unit: _gated(b, f, unit, element),
+        "cap",
+        {"x": POINTER, "size": I64, "cap": FLOAT},
+        lambda b, f, unit: _cap_row(b, f, unit, element),
     )
     return str(module)
 
@@ -214,10 +236,21 @@ def _norm(b: Builder, f: dict[str, Value], row: Value, element: Element, adds: b
         column = b.times(turn, LANES)
         at = b.plus(first, column)
         normed = element.round(b, b.fmul(element.read(b, source, at), inverse))
-        element.write(b, f["normed"], at, b.fmul(normed, element.read(b, f["weight"], column)))
+        element.write(b, f["normed"], at, b.fmul(normed, WIDE.read(b, f["weight"], column)))
         return []
 
     b.repeat(steps, [], scale)
+
+
+def _squares(b: Builder, element: Element, base: Value, first: Value, size: Value) -> Value:
+    """Return 16 partial sums of the squares of `size` numbers."""
+
+    def add(turn: Value, sums: list[Value]) -> list[Value]:
+        x = element.read(b, base, b.plus(first, b.times(turn, LANES)))
+        return [b.fused(x, x, sums[0])]
+
+    steps = b.udiv(size, constant(I64, LANES))
+    return b.repeat(steps, [constant(FLOATS, 0.0)], add)[0]
 
 
 def _inverse_root(b: Builder, squares: Value, size: Value, eps: Value) -> Value:
@@ -257,15 +290,25 @@ def _sequence(b: Builder, f: dict[str, Value], end: str, number: Value) -> dict[
 
 
 def _turn(
-    b: Builder, f: dict[str, Value], row: Value, element: Element, cached: Element, head_dim: int
+    b: Builder, f: dict[str, Value], row: Value, element: Element, cached: Element, kind: LayerKind
 ) -> None:
     """Write the norm and rotation of a row's queries and keys in place; store keys and values."""
-    vectors, kv_heads = range(head_dim // LANES), f["kv_heads"]
+    head_dim, kv_heads = kind.head_dim, f["kv_heads"]
+    vectors = range(head_dim // LANES)
     is_rotated, is_normed = (
         b.icmp_signed("!=", f[name], constant(I32, 0)) for name in ("is_rotated", "is_normed")
     )
     first = b.times(b.mul(row, f["heads_of_row"]), head_dim)
     table = b.times(row, head_dim)
+    turned = b.sub(f["heads_of_row"], kv_heads)
+    queries = b.sub(turned, kv_heads)
+    wholes: list[Value] = []
+    if kind.norms_wholes:
+        for start, heads in ((constant(I64, 0), queries), (queries, kv_heads)):
+            at = b.plus(first, b.times(start, head_dim))
+            size = b.times(heads, head_dim)
+            squares = _squares(b, element, f["heads"], at, size)
+            wholes.append(b.splat(_inverse_root(b, squares, size, f["eps"]), LANES))
 
     def head(turn: Value, _: list[Value]) -> list[Value]:
         at = b.plus(first, b.times(turn, head_dim))
@@ -273,15 +316,18 @@ def _turn(
         before = b.block
         x = [element.read(b, f["heads"], place) for place in places]
         with b.if_then(is_normed):
-            squares = constant(FLOATS, 0.0)
-            for part in x:
-                squares = b.fused(part, part, squares)
-            size = constant(I64, head_dim)
-            inverse = b.splat(_inverse_root(b, squares, size, f["eps"]), LANES)
+            if wholes:
+                inverse = b.select(b.icmp_unsigned("<", turn, queries), *wholes)
+            else:
+                squares = constant(FLOATS, 0.0)
+                for part in x:
+                    squares = b.fused(part, part, squares)
+                size = constant(I64, head_dim)
+                inverse = b.splat(_inverse_root(b, squares, size, f["eps"]), LANES)
             weights = b.times(turn, head_dim)
             normed = []
             for n, part in zip(vectors, x, strict=True):
-                weight = element.read(b, f["norms"], b.plus(weights, LANES * n))
+                weight = WIDE.read(b, f["norms"], b.plus(weights, LANES * n))
                 scaled = element.round(b, b.fmul(part, inverse))
                 normed.append(element.round(b, b.fmul(scaled, weight)))
             after = b.block
@@ -305,14 +351,13 @@ def _turn(
                     element.write(b, f["heads"], place, part)
         return []
 
-    turned = b.sub(f["heads_of_row"], kv_heads)
     b.repeat(turned, [], head)
     # Repeated rows of a lone token belong to no sequence.
     last = b.plus(b.times(f["sequences"], len(SEQUENCE)), SEQUENCE.index("row_end") - len(SEQUENCE))
     with b.if_then(b.icmp_unsigned("<", row, b.read(b.at(f["table"], last, I64), I64, 8))):
         own = _sequence(b, f, "row_end", row)
         column = b.sub(b.add(b.add(own["committed"], row), own["rows"]), own["row_end"])
-        for name, start in (("keys", b.sub(turned, kv_heads)), ("values", turned)):
+        for name, start in (("keys", queries), ("values", turned)):
             source = b.plus(first, b.times(start, head_dim))
             storage = b.inttoptr(own[name], POINTER)
 
@@ -329,8 +374,14 @@ def _turn(
             b.repeat(kv_heads, [], store)
 
 
-def _gated(b: Builder, f: dict[str, Value], row: Value, element: Element) -> None:
-    """Write SiLU(gate) * up of a row, which has the gates and then the factors."""
+def _gated(
+    b: Builder,
+    f: dict[str, Value],
+    row: Value,
+    element: Element,
+    sharpen: Callable[[Builder, Value], Value],
+) -> None:
+    """Write activation(gate) * up of a row, which has the gates and then the factors."""
     size = f["size"]
     first, output = b.mul(row, b.times(size, 2)), b.mul(row, size)
 
@@ -338,16 +389,54 @@ def _gated(b: Builder, f: dict[str, Value], row: Value, element: Element) -> Non
         column = b.times(turn, LANES)
         at = b.plus(first, column)
         gate = element.read(b, f["gate_up"], at)
-        one = constant(FLOATS, 1.0)
-        largest = constant(FLOATS, -LEAST_EXPONENT)
-        negative = b.fsub(constant(FLOATS, -0.0), gate)
-        bounded = b.select(b.fcmp_ordered(">", negative, largest), largest, negative)
-        silu = element.round(b, b.fdiv(gate, b.fadd(one, _exp(b, bounded))))
+        negative = b.fsub(constant(FLOATS, -0.0), sharpen(b, gate))
+        bounded = _bounded(b, negative)
+        active = element.round(b, b.fdiv(gate, b.fadd(constant(FLOATS, 1.0), _exp(b, bounded))))
         up = element.read(b, f["gate_up"], b.add(at, size))
-        element.write(b, f["output"], b.plus(output, column), b.fmul(silu, up))
+        element.write(b, f["output"], b.plus(output, column), b.fmul(active, up))
         return []
 
     b.repeat(b.udiv(size, constant(I64, LANES)), [], step)
+
+
+def _for_gelu(b: Builder, x: Value) -> Value:
+    """Return 2 sqrt(2 / pi) (x + 0.044715 x^3): (1 + tanh(t / 2)) / 2 is 1 / (1 + exp(-t))."""
+    cube = b.fmul(b.fmul(x, x), x)
+    inner = b.fused(cube, constant(FLOATS, 0.044715), x)
+    return b.fmul(inner, constant(FLOATS, 2 * math.sqrt(2 / math.pi)))
+
+
+ACTIVATIONS: dict[str, Callable[[Builder, Value], Value]] = {
+    "silu": lambda b, x: x,
+    "gelu_pytorch_tanh": _for_gelu,
+}
+"""Activations x / (1 + exp(-t)), with the function that gives t."""
+
+
+def _cap_row(b: Builder, f: dict[str, Value], row: Value, element: Element) -> None:
+    """Write cap * tanh(x / cap) of a row in place."""
+    first = b.mul(row, f["size"])
+
+    def step(turn: Value, _: list[Value]) -> list[Value]:
+        at = b.plus(first, b.times(turn, LANES))
+        element.write(b, f["x"], at, _cap(b, element.read(b, f["x"], at), f["cap"]))
+        return []
+
+    b.repeat(b.udiv(f["size"], constant(I64, LANES)), [], step)
+
+
+def _cap(b: Builder, x: Value, cap: Value) -> Value:
+    """Return cap * tanh(x / cap), which is cap - 2 cap / (1 + exp(2 x / cap)), of 16 numbers."""
+    two = constant(FLOATS, 2.0)
+    cap = b.splat(cap, LANES)
+    power = _exp(b, _bounded(b, b.fmul(b.fdiv(x, cap), two)))
+    return b.fsub(cap, b.fdiv(b.fmul(cap, two), b.fadd(power, constant(FLOATS, 1.0))))
+
+
+def _bounded(b: Builder, x: Value) -> Value:
+    """Return 16 numbers, at most the largest with a finite exp."""
+    largest = constant(FLOATS, -LEAST_EXPONENT)
+    return b.select(b.fcmp_ordered(">", x, largest), largest, x)
 
 
 def _exp(b: Builder, x: Value) -> Value:
@@ -370,9 +459,10 @@ def _exp(b: Builder, x: Value) -> Value:
 
 
 def _attend(
-    b: Builder, f: dict[str, Value], unit: Value, element: Element, cached: Element, head_dim: int
+    b: Builder, f: dict[str, Value], unit: Value, element: Element, cached: Element, kind: LayerKind
 ) -> None:
     """Write the attention of 16 queries of a group: units are vectors of lanes, then groups."""
+    head_dim = kind.head_dim
     own = _sequence(b, f, "unit_end", unit)
     kv_heads, group, committed = f["kv_heads"], f["group"], own["committed"]
     count = b.mul(own["rows"], group)
@@ -437,6 +527,7 @@ def _attend(
             is_seen = b.and_(
                 b.icmp_signed(">=", column, firsts), b.icmp_signed("<=", column, lasts)
             )
+            total = _cap(b, total, f["cap"]) if kind.caps_scores else total
             seen = b.select(is_seen, total, hidden)
             b.store(seen, b.at(scores, b.times(b.plus(first, n), LANES), FLOAT), align=4)
             largest = b.select(b.fcmp_ordered(">", seen, largest), seen, largest)

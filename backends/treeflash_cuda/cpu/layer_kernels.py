@@ -13,7 +13,7 @@ from torch import Tensor
 
 from treeflash_cuda.cpu import layer_code
 from treeflash_cuda.cpu.ir_builder import Isa
-from treeflash_cuda.cpu.layer_code import LANES, SEQUENCE, Element, build
+from treeflash_cuda.cpu.layer_code import ACTIVATIONS, LANES, SEQUENCE, Element, LayerKind, build
 from treeflash_cuda.cpu.machine_code import best_isa, compiled, has_threads
 from treeflash_cuda.cpu.threads import cpu_threads
 
@@ -23,8 +23,9 @@ ARGUMENTS = {
     "norm": (*[ADDRESS] * 3, SIZE, NUMBER),
     "norm_sum": (*[ADDRESS] * 5, SIZE, NUMBER),
     "turn": (*[ADDRESS] * 4, SIZE, NUMBER, FLAG, FLAG, *SEQUENCES),
-    "attend": (*[ADDRESS] * 3, SIZE, SIZE, NUMBER, *SEQUENCES, ADDRESS, SIZE),
-    "gated": (ADDRESS, ADDRESS, SIZE),
+    "attend": (*[ADDRESS] * 3, SIZE, SIZE, NUMBER, NUMBER, *SEQUENCES, ADDRESS, SIZE),
+    **dict.fromkeys(ACTIVATIONS, (ADDRESS, ADDRESS, SIZE)),
+    "cap": (ADDRESS, SIZE, NUMBER),
 }
 """Kinds of the functions' arguments, before the numbers of units and of threads."""
 SHARED = 1 << 17
@@ -62,15 +63,15 @@ class SequencesTable:
 class LayerKernels:
     """The functions for rows of one dtype, and caches of another or the same one."""
 
-    def __init__(self, isa: Isa, dtype: torch.dtype, cached: torch.dtype, head_dim: int) -> None:
-        self.isa, self.head_dim = isa, head_dim
+    def __init__(self, isa: Isa, dtype: torch.dtype, cached: torch.dtype, kind: LayerKind) -> None:
+        self.isa = isa
         elements = ELEMENTS[dtype], ELEMENTS[cached]
         self._threads = has_threads()
         self._engine = compiled(  # holds the code
             isa,
             (layer_code,),
-            (*elements, head_dim, self._threads),
-            lambda: build(*elements, head_dim, self._threads),
+            (*elements, kind, self._threads),
+            lambda: build(*elements, kind, self._threads),
         )
         self._run = {
             name: ctypes.CFUNCTYPE(None, *kinds, SIZE, FLAG)(
@@ -124,6 +125,8 @@ class LayerKernels:
         firsts: Tensor,  # (n,) int32: the first column that each row sees
         table: SequencesTable,
         layer: int,
+        scale: float,  # factor on the products of queries and keys
+        cap: float | None = None,  # bound of the scores, of layers that have one
     ) -> Tensor:
         """Return the attention of rows to their sequences: (n, heads * head_dim)."""
         n, heads, d = queries.shape
@@ -136,28 +139,34 @@ class LayerKernels:
         scratch = torch.empty(threads * size)
         self._run["attend"](
             *(queries.data_ptr(), output.data_ptr(), firsts.data_ptr()),
-            *(queries.stride(0), heads // table.kv_heads, d**-0.5),
+            *(queries.stride(0), heads // table.kv_heads, scale, cap or 0.0),
             *table.of_layer(layer),
             *(scratch.data_ptr(), size, units, threads),
         )
         return output
 
-    def gated(self, gate_and_up: Tensor) -> Tensor:
-        """Return (n, size) SiLU(gate) * up, from (n, 2 * size) gates and then factors."""
+    def gated(self, gate_and_up: Tensor, activation: str) -> Tensor:
+        """Return (n, size) activation(gate) * up, from (n, 2 * size) gates and then factors."""
         n, size = gate_and_up.shape[0], gate_and_up.shape[1] // 2
         output = gate_and_up.new_empty(n, size)
         pointers = gate_and_up.data_ptr(), output.data_ptr()
-        self._run["gated"](*pointers, size, n, self._shared(gate_and_up.numel()))
+        self._run[activation](*pointers, size, n, self._shared(gate_and_up.numel()))
         return output
+
+    def capped(self, x: Tensor, cap: float) -> Tensor:
+        """Change (n, size) numbers to cap * tanh(x / cap), and return them."""
+        n, size = x.shape
+        self._run["cap"](x.data_ptr(), size, cap, n, self._shared(x.numel()))
+        return x
 
 
 @functools.cache
 def layer_kernels(
-    dtype: torch.dtype, cached: torch.dtype, head_dim: int, sizes: Sequence[int]
+    dtype: torch.dtype, cached: torch.dtype, kind: LayerKind, sizes: Sequence[int]
 ) -> LayerKernels | None:
     """Return the functions for a decoder with rows of these sizes; None where there are none."""
     isa = best_isa()
-    fits = head_dim % 32 == 0 and all(size % LANES == 0 for size in sizes)
+    fits = kind.head_dim % 32 == 0 and all(size % LANES == 0 for size in sizes)
     if isa is None or not fits or not {dtype, cached} <= ELEMENTS.keys():
         return None
-    return LayerKernels(isa, dtype, cached, head_dim)
+    return LayerKernels(isa, dtype, cached, kind)
