@@ -24,9 +24,10 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
-from treeflash_cuda import backend as loading
-from treeflash_cuda.backend import CudaBackend, load_target
+from treeflash_cuda import target_loading
+from treeflash_cuda.backend import CudaBackend
 from treeflash_cuda.cpu.decoder_families import FAMILIES
+from treeflash_cuda.target_loading import load_target
 
 from benchmarks.common import Parser, Row, show, write_json
 from treeflash.cli.console import guarded
@@ -71,7 +72,7 @@ def target_of(folder: Path, dtype: str, *, own: bool) -> CudaBackend:
     config = LoadConfig(device="cpu", dtype=dtype, threads=1)
     if own:
         return CudaBackend(load_target(folder, config, pack=True), None, None)
-    with mock.patch.object(loading, "own_layers", return_value="a benchmark"):
+    with mock.patch.object(target_loading, "own_layers", return_value="a benchmark"):
         return CudaBackend(load_target(folder, config, pack=True), None, None)
 
 
