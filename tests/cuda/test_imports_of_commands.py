@@ -59,7 +59,7 @@ def test_layers_of_our_own_import_no_model_of_transformers(tmp_path, dtype):
 
 def test_another_target_imports_the_models_of_transformers(tmp_path):
     """The names above are still names of what transformers imports."""
-    found = generate("qwen3_moe", tmp_path)
+    found = generate("qwen3_5", tmp_path)
     assert MODELS - {"accelerate", "torchvision"} <= found  # these two may not be installed
 
 
