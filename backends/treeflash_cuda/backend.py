@@ -48,7 +48,7 @@ from treeflash_cuda.gpu.parallel import (
     succeeded_everywhere,
 )
 from treeflash_cuda.images import GivenFeatures, NoPictures, has_tower
-from treeflash_cuda.linear import uses_onednn, weights_by_format
+from treeflash_cuda.linear import weights_by_format
 from treeflash_cuda.memory import (
     FREE_MEMORY_SHARE,
     GRAPH_FACTOR,
@@ -299,7 +299,8 @@ def load_low_bits(target: Path, drafter: Path | None, config: LoadConfig) -> Cud
     Raises an UnsupportedModelError if weights shall be rounded, and exact mode is impossible.
     """
     if (reason := bits_refusal(config)) is None:
-        dtype = config.dtype or ("bfloat16" if uses_onednn(torch.bfloat16) else "float32")
+        # What products read is rounded anyway. Rounding sums to bfloat16 too takes longer.
+        dtype = config.dtype or "float32"
         try:
             return load_pair(target, drafter, replace(config, dtype=dtype, exact=True))
         except InexactError as error:
