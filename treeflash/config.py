@@ -356,8 +356,8 @@ class LoadConfig:
     dtype: str | None = option(
         None,
         "data type of the models",
-        shown="the checkpoint's; on a CPU float32 beside weights of few bits, and where cuda has no "
-        "exact mode in half precision",
+        shown="the checkpoint's; on a CPU float32 beside weights of few bits, and where cuda "
+        "has no exact mode in half precision",
         choices=DTYPES,
     )
     device_map: Literal["auto"] | None = option(
