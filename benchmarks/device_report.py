@@ -16,7 +16,7 @@ time for the parts begins. They run in this order, each in its own process:
   time of an iteration by phase, and how far its texts equal plain decoding's. Work that a phase
   leaves running on the device counts towards the next phase that waits for it.
 - `exact`: the same in exact mode, or why that is refused.
-- on a GPU `draft_bits`: the same with drafters in 4 and 8 bits.
+- on a GPU `draft_bits`: the real pair with drafters in 4 and 8 bits.
 - on a GPU `iterations`: a forward pass by nodes and context, an iteration by phase for 1, 8 and 32
   texts, by the host's clock and by the device's, and its longest kernels, with random weights in
   the shape of the largest Qwen3 model that fits the GPU and the folder of temporary files

@@ -76,7 +76,7 @@ class Mac(Device):
     """A Mac's GPU; for tests also a processor."""
 
     backend = "mlx"
-    hidden_size = 64  # of which quantised keys have groups
+    hidden_size = 64  # a whole group of quantised keys
 
 
 def machine(mac: Mac, part: Part) -> None:

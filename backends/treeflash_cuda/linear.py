@@ -44,7 +44,7 @@ PLAIN = torch.float32, torch.bfloat16, torch.float16
 """Dtypes of weights that nothing quantises."""
 
 TABLES = nn.Embedding, LowBitEmbedding
-"""Modules of which a pass reads a few rows."""
+"""Modules whose weights a pass reads only a few rows of."""
 
 RowIndex: TypeAlias = Tensor | None
 """(n,) indices of the rows of a tensor that belong to n others; None pairs them in order."""

@@ -39,7 +39,7 @@ from treeflash_mlx.target import Target
 
 
 class Clusters(nn.Module):
-    """Tokens in clusters of one size, of which only the best get logits."""
+    """Tokens in clusters of one size; only the best clusters get logits."""
 
     def __init__(self, shape: Assistant, width: int, vocab_size: int) -> None:
         super().__init__()

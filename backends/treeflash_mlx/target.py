@@ -456,7 +456,7 @@ class Target:
     ) -> tuple[mx.array, mx.array | None]:
         """Build a forward pass of (batch, n) tokens, and write their keys and values.
 
-        `images` are the embeddings of the tokens of a single sequence, of which some are features.
+        `images` are the embeddings of the tokens of a single sequence; some are features.
         The sequences are all of one storage, by row. `tree` is None if the tokens continue one.
         Returns (batch, n, vocab) logits; and (batch, n, len(layer_ids) * hidden_size) outputs of
         captured layers, None without layers.

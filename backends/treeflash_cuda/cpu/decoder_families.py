@@ -42,7 +42,7 @@ class Factors:
 
 @dataclass(frozen=True, kw_only=True)
 class Experts:
-    """The networks of which a router chooses some for a token."""
+    """The networks among which a router chooses for each token."""
 
     count: int
     per_token: int  # networks that are chosen

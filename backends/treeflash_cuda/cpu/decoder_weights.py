@@ -28,7 +28,7 @@ Packed = TypeVar("Packed", bound=LowBitLinear)
 
 
 class Checkpoint:
-    """The tensors of a folder, of which each is read when it is asked for.
+    """The tensors of a folder; each is read when it is asked for.
 
     Weights of few bits are packed in the folder already, and mapped; or they are `low_bits`, which
     are packed when they are read.

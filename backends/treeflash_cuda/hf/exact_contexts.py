@@ -35,7 +35,7 @@ class ExactContext(AttentionContext):
         self._layouts: dict[int, tuple[Tensor, list[Rows]]] = {}
 
     def repeat(self, times: int) -> None:
-        """Let a block of one token have several equal rows, of which the first one attends."""
+        """Let a block of one token have several equal rows; the first one attends."""
         assert self.block.tokens == 1
         self.positions = self.positions.repeat(times)
 

@@ -184,7 +184,7 @@ def test_mask_candidates(byte_tokenizer):
     assert list(mask_candidates(byte_tokenizer, 1, VOCAB + 1, 2)) == [VOCAB, 0]
 
 
-# Two diagnoses, of which one is long; `test_mask_token` has the check.
+# Two diagnoses, one of them long; `test_mask_token` has the check.
 @pytest.mark.nightly
 def test_a_thorough_diagnosis_tries_more_mask_tokens(folder, byte_tokenizer, monkeypatch):
     monkeypatch.setattr(diagnosis, "MASK_CANDIDATES", 1)
