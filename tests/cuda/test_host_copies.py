@@ -4,7 +4,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
-from fake_cuda import DEVICE, FakeCuda
+from fake_cuda import DEVICE
 
 from treeflash.config import LoadConfig
 from treeflash.decoding.interfaces import Prefill
@@ -79,12 +79,6 @@ def test_a_copy_has_what_the_tensor_showed_when_it_began(monkeypatch):
     np.testing.assert_array_equal(copied.numpy(), -np.ones((4, 3)))
     wait()
     np.testing.assert_array_equal(copied.numpy(), expected)
-
-
-@pytest.fixture
-def cuda(monkeypatch):
-    with FakeCuda(monkeypatch) as fake:
-        yield fake
 
 
 @pytest.mark.sample(1)
