@@ -104,7 +104,7 @@ def run_facts(config: LoadConfig, package: str) -> dict[str, object]:
     return {
         "settings": str(asdict(replace(config, checks=None))),
         "package": package,
-        "sources": [_files(_folder_of(name), ("**/*.py",)) for name in ("treeflash", package)],
+        "sources": [_sources(name) for name in ("treeflash", package)],
         "versions": [_version(name) for name in PACKAGES],
         "machine": [platform.platform(), sys.version, *processor_facts()],
         "environment": _environment(),
@@ -130,8 +130,13 @@ def _files(folder: Path, patterns: Iterable[str]) -> list[tuple[str, int, int, i
     return found
 
 
-def _folder_of(package: str) -> Path:
-    return Path(str(importlib.import_module(package).__file__)).parent
+def _sources(package: str) -> list[tuple[str, int, int, int, int]]:
+    """List the source files of a package, or the file of a module: its neighbours are others'."""
+    module = importlib.import_module(package)
+    if (folders := getattr(module, "__path__", None)) is not None:
+        return [found for folder in folders for found in _files(Path(folder), ("**/*.py",))]
+    file = getattr(module, "__file__", None)  # interactive sessions have none
+    return [] if file is None else _files(Path(file).parent, (Path(file).name,))
 
 
 def _version(package: str) -> str | None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -12,7 +14,7 @@ from treeflash import processors
 from treeflash.config import LoadConfig
 from treeflash.decoding import backend_base
 from treeflash.decoding import passed_checks as module
-from treeflash.decoding.passed_checks import PassedChecks, passed_checks
+from treeflash.decoding.passed_checks import PassedChecks, passed_checks, run_facts
 from treeflash.errors import UnsupportedModelError
 
 VARIABLES = (
@@ -41,7 +43,10 @@ class Machine:
         self.sources = folder / "sources"
         self.sources.mkdir()
         (self.sources / "code.py").write_text("1")
-        monkeypatch.setattr(module, "_folder_of", lambda package: self.sources)
+        for name in ("some", "other"):
+            package = ModuleType(name)
+            package.__path__ = [str(self.sources)]
+            monkeypatch.setitem(sys.modules, name, package)
         for variable in VARIABLES:
             monkeypatch.delenv(variable, raising=False)
 
@@ -91,6 +96,21 @@ def test_a_pass_is_forgotten_when_something_that_it_depends_on_changes(machine, 
     assert "exact" not in machine.checks()
     change(machine)
     assert "trees" not in machine.checks()
+
+
+def test_a_backend_in_a_lone_module_does_not_depend_on_its_neighbours(tmp_path, monkeypatch):
+    """They may be all packages of an environment, or a user's home."""
+    for name in ("lone.py", "neighbour.py"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "spread").mkdir()  # a namespace package, which has no file of its own
+    (tmp_path / "spread" / "code.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    for package, file in (("lone", "lone.py"), ("spread", "spread/code.py")):
+        _, sources = run_facts(LoadConfig(), package)["sources"]
+        assert [path for path, *_ in sources] == [str(tmp_path / file)]
+        monkeypatch.delitem(sys.modules, package)
+    monkeypatch.setitem(sys.modules, "interactive", ModuleType("interactive"))
+    assert run_facts(LoadConfig(), "interactive")["sources"][1] == []
 
 
 @pytest.mark.parametrize("variable", ["LANG", "TREEFLASH_CACHE"])
