@@ -57,6 +57,8 @@ def test_layers_of_our_own_import_no_model_of_transformers(tmp_path, dtype):
     assert not found & MODELS
 
 
+# Six seconds; a target that ran without them would fail in every other test.
+@pytest.mark.nightly
 def test_another_target_imports_the_models_of_transformers(tmp_path):
     """The names above are still names of what transformers imports."""
     found = generate("qwen3_5", tmp_path)

@@ -180,6 +180,7 @@ schemas = st.recursive(leaves, objects, max_leaves=6)
 
 @repeated
 @given(seed=st.integers(0, 10**6), schemas=st.lists(schemas, min_size=2, max_size=4))
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("alphabet", ["bytes", "words"])
 def test_schedules_of_grammars_equal_plain_decoding(request, alphabet, seed, schemas):
     """Sequences of random grammars, methods and budgets join and leave; all learn from all."""
