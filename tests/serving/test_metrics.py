@@ -37,6 +37,8 @@ def test_counts_are_those_of_the_usage(serve):
         server.complete(prompt, max_tokens=12, ignore_eos=True, budget=6, n=n).json()["usage"]
         for prompt, n in (("Hello, world", 1), ("Hello, moon", 2))
     ]
+    # An answer is sent before the iteration ends that made its last token.
+    wait_until(lambda: values(server)["num_requests_running"] == 0)
     found = values(server)
     assert found["generation_tokens_total"] == sum(u["completion_tokens"] for u in usages) == 36
     drafts = [usage["draft_tokens_details"] for usage in usages]
