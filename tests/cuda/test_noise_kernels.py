@@ -1,8 +1,6 @@
 """The kernels of the drafts' noise and log probabilities, run by Triton's interpreter."""
 
-import importlib.util
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +19,7 @@ require("triton")
 
 import torch
 import triton_interpreter  # noqa: F401 - repairs it
+from faulty_kernels import faulty
 from treeflash_cuda import operations
 from treeflash_cuda.gpu.triton_kernels import noise as kernels
 from treeflash_cuda.operations import Operations, Shapes, checked
@@ -124,13 +123,7 @@ FAULTS = {
 
 @pytest.mark.parametrize(("right", "wrong"), FAULTS.values(), ids=FAULTS)
 def test_a_faulty_kernel_fails_the_check_at_load(right, wrong, tmp_path):
-    source = Path(kernels.__file__).read_text()
-    assert right in source
-    path = tmp_path / "faulty.py"
-    path.write_text(source.replace(right, wrong))
-    spec = importlib.util.spec_from_file_location("faulty", path)
-    broken = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(broken)
+    broken = faulty(kernels, tmp_path, right, wrong)
     loaded = Operations(draft_noise=broken.draft_noise, noisy_log_probs=broken.noisy_log_probs)
     shapes = Shapes(heads=2, kv_heads=1, head_dim=16, hidden_size=24)
     found = checked(loaded, shapes, torch.device("cpu"), torch.float32)

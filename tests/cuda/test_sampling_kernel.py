@@ -1,8 +1,5 @@
 """The sampling kernel, run by Triton's interpreter, and its definition, against the core's."""
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -17,6 +14,7 @@ require("triton")
 
 import torch
 import triton_interpreter  # noqa: F401 - repairs it
+from faulty_kernels import faulty
 from treeflash_cuda import operations
 from treeflash_cuda.gpu.triton_kernels import sampling
 from treeflash_cuda.operations import Operations, Shapes, checked
@@ -173,13 +171,7 @@ FAULTS = {
 
 @pytest.mark.parametrize(("right", "wrong"), FAULTS.values(), ids=FAULTS)
 def test_a_faulty_kernel_fails_the_check_at_load(right, wrong, tmp_path, monkeypatch):
-    source = Path(sampling.__file__).read_text()
-    assert right in source
-    path = tmp_path / "faulty.py"
-    path.write_text(source.replace(right, wrong))
-    spec = importlib.util.spec_from_file_location("faulty", path)
-    broken = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(broken)
+    broken = faulty(sampling, tmp_path, right, wrong)
     monkeypatch.setattr(operations, "SAMPLES", 3)
     kernels = Operations(sample_rows=broken.sample_rows)
     shapes = Shapes(heads=2, kv_heads=1, head_dim=16, hidden_size=24)

@@ -1,9 +1,7 @@
 """The Triton kernels, run by Triton's interpreter on a CPU, against their definitions."""
 
-import importlib.util
 import itertools
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,6 +17,7 @@ import torch.nn.functional as F
 import triton
 import triton_interpreter  # noqa: F401 - repairs it
 from attention_cases import Case, alone, attention_case, expected_attention
+from faulty_kernels import faulty
 from treeflash_cuda import operations
 from treeflash_cuda.gpu import triton_kernels
 from treeflash_cuda.gpu.triton_kernels import (
@@ -300,20 +299,6 @@ def test_rows_have_the_same_bits_where_a_program_has_one_part_and_where_it_has_a
     monkeypatch.setattr(products, "split", lambda *_: split)
     for found, expected in zip(results(x[3:5]), in_parts, strict=True):
         assert torch.equal(found, expected[3:5])
-
-
-def faulty(module, tmp_path, right, wrong):
-    """A copy of a module of kernels with another expression in it."""
-    source = Path(module.__file__).read_text(encoding="utf-8")
-    assert right in source
-    path = tmp_path / "faulty.py"
-    path.write_text(source.replace(right, wrong), encoding="utf-8")
-    spec = importlib.util.spec_from_file_location("faulty", path)
-    found = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(found)
-    if module is attention:
-        found.PROGRAMS = attention.PROGRAMS  # few of them: see `triton_interpreter`
-    return found
 
 
 FAULTS = {
