@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 from treeflash_cuda import target_loading
 from treeflash_cuda.backend import CudaBackend
-from treeflash_cuda.cpu.decoder_families import FAMILIES
+from treeflash_cuda.decoder.families import FAMILIES
 from treeflash_cuda.target_loading import load_target
 
 from benchmarks.common import Parser, Row, show, write_json

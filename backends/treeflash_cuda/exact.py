@@ -233,7 +233,7 @@ def check_activations(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def check_gates(gated: Callable[[Tensor], Tensor], size: int, dtype: torch.dtype) -> None:
-    """Compare the gates of rows alone and beside others bit for bit; see `decoder_operations`.
+    """Compare the gates of rows alone and beside others bit for bit; see `decoder.operations`.
 
     Raises an UnsupportedModelError if a row depends on the number of rows.
     """

@@ -20,12 +20,12 @@ from treeflash.decoding.passed_checks import PassedChecks, passed_checks
 from treeflash.decoding.tree import DraftTree
 from treeflash.errors import BackendError, UnsupportedModelError
 from treeflash_cuda.cpu import low_bit_loading
-from treeflash_cuda.cpu.decoder_facts import DecoderFacts, decoder_facts
 from treeflash_cuda.cpu.decoder_target import DecoderTarget
-from treeflash_cuda.cpu.decoder_weights import Checkpoint
 from treeflash_cuda.cpu.default_dtype import InexactError
-from treeflash_cuda.cpu.plain_config import PlainConfig, target_config
 from treeflash_cuda.cpu.threads import cpu_threads
+from treeflash_cuda.decoder.facts import DecoderFacts, decoder_facts
+from treeflash_cuda.decoder.plain_config import PlainConfig, target_config
+from treeflash_cuda.decoder.weights import Checkpoint
 from treeflash_cuda.device import choose_device, device_facts, driver_version
 from treeflash_cuda.gpu.kernels import load_flash_attention
 from treeflash_cuda.gpu.parallel import process_count

@@ -20,10 +20,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from treeflash_cuda.backend import load
 from treeflash_cuda.cache import KVCache
-from treeflash_cuda.cpu import decoder_operations
-from treeflash_cuda.cpu.decoder_facts import decoder_facts
 from treeflash_cuda.cpu.decoder_target import DecoderTarget
-from treeflash_cuda.cpu.decoder_weights import Checkpoint
+from treeflash_cuda.decoder import operations as decoder_operations
+from treeflash_cuda.decoder.facts import decoder_facts
+from treeflash_cuda.decoder.weights import Checkpoint
 from treeflash_cuda.hf.model_target import ModelTarget
 from treeflash_cuda.target import read_model_config
 from treeflash_cuda.target_loading import own_layers

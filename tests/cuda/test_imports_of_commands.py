@@ -53,7 +53,7 @@ def generate(family: str, folder: Path, *options: str) -> set[str]:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_layers_of_our_own_import_no_model_of_transformers(tmp_path, dtype):
     found = generate("llama", tmp_path, "--dtype", dtype)
-    assert "treeflash_cuda.cpu.decoder" in found
+    assert "treeflash_cuda.decoder.model" in found
     assert not found & MODELS
 
 

@@ -12,11 +12,11 @@ pytest.importorskip("llvmlite")
 
 import torch
 import torch.nn.functional as F
-from treeflash_cuda.cpu.decoder_operations import capped, gated
 from treeflash_cuda.cpu.ir_builder import GENERIC, ISAS
 from treeflash_cuda.cpu.layer_code import LayerKind
 from treeflash_cuda.cpu.layer_kernels import LayerKernels, SequencesTable, layer_kernels
 from treeflash_cuda.cpu.machine_code import best_isa
+from treeflash_cuda.decoder.operations import capped, gated
 
 HEADS, KV_HEADS, D = 6, 2, 32
 FLOAT, HALF = torch.float32, torch.bfloat16

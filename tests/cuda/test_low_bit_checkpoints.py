@@ -23,10 +23,11 @@ require("llvmlite")
 import torch
 from torch import Tensor, nn
 from treeflash_cuda.backend import load
-from treeflash_cuda.cpu import low_bit_loading, plain_config
+from treeflash_cuda.cpu import low_bit_loading
 from treeflash_cuda.cpu.decoder_target import DecoderTarget
 from treeflash_cuda.cpu.low_bit_linear import LowBitEmbedding, LowBitLinear
 from treeflash_cuda.cpu.low_bit_loading import keeps_bits
+from treeflash_cuda.decoder import plain_config
 from treeflash_cuda.hf.model_target import ModelTarget
 
 CPU = LoadConfig(device="cpu")

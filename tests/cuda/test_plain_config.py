@@ -13,8 +13,8 @@ require("torch")
 
 import torch
 from transformers import AutoConfig
-from treeflash_cuda.cpu.decoder_facts import DecoderFacts, decoder_facts
-from treeflash_cuda.cpu.plain_config import (
+from treeflash_cuda.decoder.facts import DecoderFacts, decoder_facts
+from treeflash_cuda.decoder.plain_config import (
     NO_BIASES,
     SETTINGS,
     SIZES,

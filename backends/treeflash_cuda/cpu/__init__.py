@@ -1,1 +1,1 @@
-"""What only a CPU runs: layers of our own, kernels compiled at load, threads."""
+"""What only a CPU runs: kernels compiled at load, threads, attention with masks."""

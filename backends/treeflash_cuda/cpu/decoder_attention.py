@@ -22,8 +22,8 @@ from treeflash_cuda.attention import (
     grouped_attention,
 )
 from treeflash_cuda.cache import Columns, KVCache, PackedRows, decoded
-from treeflash_cuda.cpu.decoder_facts import DecoderFacts
-from treeflash_cuda.cpu.decoder_operations import Rotation, rotate
+from treeflash_cuda.decoder.facts import DecoderFacts
+from treeflash_cuda.decoder.operations import Rotation, rotate
 from treeflash_cuda.exact_attention import ExactBlock, Plan
 
 

@@ -1,4 +1,4 @@
-"""A target whose layers are our own; see `decoder`."""
+"""A target on a CPU whose layers are our own; see `decoder.model`."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from treeflash.decoding.probe import INEXACT
 from treeflash.decoding.tree import DraftTree
 from treeflash.errors import UnsupportedModelError
 from treeflash_cuda.cache import check_quantisation
-from treeflash_cuda.cpu.decoder import Decoder
 from treeflash_cuda.cpu.decoder_attention import Block, ExactAttention, MaskedAttention
-from treeflash_cuda.cpu.decoder_facts import DecoderFacts
-from treeflash_cuda.cpu.decoder_operations import (
+from treeflash_cuda.cpu.low_bit_linear import LowBitEmbedding
+from treeflash_cuda.cpu.low_bit_loading import UNPACKED_BITS, can_round, round_linear
+from treeflash_cuda.decoder.facts import DecoderFacts
+from treeflash_cuda.decoder.model import Decoder
+from treeflash_cuda.decoder.operations import (
     PYTORCH,
     Attention,
     DecoderOperations,
     linear,
 )
-from treeflash_cuda.cpu.decoder_weights import Checkpoint, DecoderWeights
-from treeflash_cuda.cpu.low_bit_linear import LowBitEmbedding
-from treeflash_cuda.cpu.low_bit_loading import UNPACKED_BITS, can_round, round_linear
+from treeflash_cuda.decoder.weights import Checkpoint, DecoderWeights
 from treeflash_cuda.exact import LINEAR_ROWS, bound_products, check_gates, token_rows
 from treeflash_cuda.exact_attention import check_attention
 from treeflash_cuda.linear import join

@@ -18,9 +18,9 @@ from treeflash.config import LoadConfig
 from treeflash.decoding.probe import INEXACT
 from treeflash.drafters.folder import is_quantised
 from treeflash.errors import UnsupportedModelError
-from treeflash_cuda.cpu.decoder_facts import DecoderFacts, decoder_facts
 from treeflash_cuda.cpu.low_bit_loading import is_packed
-from treeflash_cuda.cpu.plain_config import target_config
+from treeflash_cuda.decoder.facts import DecoderFacts, decoder_facts
+from treeflash_cuda.decoder.plain_config import target_config
 from treeflash_cuda.exact import products_of
 from treeflash_cuda.linear import uses_fbgemm, uses_onednn
 from treeflash_cuda.target import RECURRENT_LAYERS, read_model_config, refuse_stateful, skeleton

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from treeflash_cuda.cpu.decoder_attention import Block, sees
-from treeflash_cuda.cpu.decoder_facts import DecoderFacts
-from treeflash_cuda.cpu.decoder_operations import Rotation
 from treeflash_cuda.cpu.layer_code import LANES
 from treeflash_cuda.cpu.layer_kernels import LayerKernels, SequencesTable
+from treeflash_cuda.decoder.facts import DecoderFacts
+from treeflash_cuda.decoder.operations import Rotation
 
 
 class KernelAttention:

@@ -1,6 +1,6 @@
 """Which weights of few bits a CPU keeps, and which it rounds to few bits itself.
 
-Folders with packed weights are written by `treeflash.hub.gguf_weights`. `decoder_weights` reads
+Folders with packed weights are written by `treeflash.hub.gguf_weights`. `decoder.weights` reads
 them for layers of our own, and `hf.low_bit_models` for models of transformers. Nothing is copied:
 processes that load the same folder share the memory, and weights are read when a pass first needs
 them.
@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from treeflash.config import LoadConfig
 from treeflash.low_bit_formats import MLX, find_format
 from treeflash.low_bits import GROUP, METHOD, round_weight
-from treeflash_cuda.cpu.decoder_facts import decoder_facts
-from treeflash_cuda.cpu.decoder_weights import Checkpoint
 from treeflash_cuda.cpu.low_bit_linear import LowBitLinear
-from treeflash_cuda.cpu.plain_config import target_config
+from treeflash_cuda.decoder.facts import decoder_facts
+from treeflash_cuda.decoder.plain_config import target_config
+from treeflash_cuda.decoder.weights import Checkpoint
 from treeflash_cuda.linear import Packing, is_subclass
 from treeflash_cuda.target import skeleton
 

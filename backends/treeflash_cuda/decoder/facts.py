@@ -1,6 +1,6 @@
 """The facts by which decoders differ, read from a target's configuration.
 
-All families of `FAMILIES` have the layers of `decoder`: attention and a gated network with norms
+All families of `FAMILIES` have the layers of `model`: attention and a gated network with norms
 around them, rotary embeddings, and keys that groups of heads share. What else a configuration of
 transformers may say is no fact here, and `decoder_facts` says so: such a target runs as a model of
 transformers.
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from treeflash.low_bit_formats import find_format
-from treeflash_cuda.cpu.decoder_families import FAMILIES, Experts, Factors, Norms
-from treeflash_cuda.cpu.decoder_operations import GATES
+from treeflash_cuda.decoder.families import FAMILIES, Experts, Factors, Norms
+from treeflash_cuda.decoder.operations import GATES
 
 
 @dataclass(frozen=True, eq=False)

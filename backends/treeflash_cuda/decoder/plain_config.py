@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from treeflash.drafters.folder import read_config
-from treeflash_cuda.cpu.decoder_facts import DecoderFacts, decoder_facts
+from treeflash_cuda.decoder.facts import DecoderFacts, decoder_facts
 from treeflash_cuda.target import read_model_config
 
 SIZES = (

@@ -1,4 +1,4 @@
-"""The records of the families of decoders that have layers of our own; see `decoder`.
+"""The records of the families of decoders that have layers of our own; see `model`.
 
 A family is what `decoder_facts` reads from transformers' configuration of a model type, and what no
 configuration says: where norms stand, which settings ask for biases, windows, factors and experts.

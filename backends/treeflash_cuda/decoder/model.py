@@ -19,9 +19,9 @@ from collections.abc import Collection
 import torch
 from torch import Tensor, nn
 
-from treeflash_cuda.cpu.decoder_facts import DecoderFacts, Rope
-from treeflash_cuda.cpu.decoder_network import ExpertNetwork, Network
-from treeflash_cuda.cpu.decoder_operations import Attention, DecoderOperations, Rotation, Weights
+from treeflash_cuda.decoder.facts import DecoderFacts, Rope
+from treeflash_cuda.decoder.network import ExpertNetwork, Network
+from treeflash_cuda.decoder.operations import Attention, DecoderOperations, Rotation, Weights
 
 
 class DecoderLayer(nn.Module):

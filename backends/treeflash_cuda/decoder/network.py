@@ -7,9 +7,9 @@ from functools import reduce
 import torch
 from torch import Tensor, nn
 
-from treeflash_cuda.cpu.decoder_facts import DecoderFacts
-from treeflash_cuda.cpu.decoder_families import NETWORK
-from treeflash_cuda.cpu.decoder_operations import DecoderOperations, Weights
+from treeflash_cuda.decoder.facts import DecoderFacts
+from treeflash_cuda.decoder.families import NETWORK
+from treeflash_cuda.decoder.operations import DecoderOperations, Weights
 
 
 class Network(nn.Module):
