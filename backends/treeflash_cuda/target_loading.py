@@ -153,15 +153,16 @@ def fuse_parts(target: Any) -> None:
 
 @torch.inference_mode()
 def run_tree(target: Any, nodes: int) -> None:
-    """Run a tree through a `ModelTarget`, without a graph; keys, values and states are dropped."""
-    from treeflash_cuda.hf.row_pass import RowPass
+    """Run a tree through a target that has a `RowPass`, without a graph; its state is dropped.
 
+    Raises an UnsupportedModelError if a layer of a `ModelTarget` cannot run in such a pass.
+    """
     arena = copy(target.arena)
     arena.slabs = []  # the target's own memory is allocated later
     state = State(arena, None, nodes, recurrent=target.new_recurrent_states())
     tokens = np.arange(nodes, dtype=np.int32) % target.vocab_size
     with target.graphs.paused():
-        RowPass(target).run([(state, DraftTree.chain(tokens, np.zeros(nodes)))], [True])
+        target.row_pass.run([(state, DraftTree.chain(tokens, np.zeros(nodes)))], [True])
 
 
 def choose_passes(target: Any) -> None:

@@ -19,7 +19,7 @@ require("torch")
 
 from treeflash_cuda import backend as loading
 from treeflash_cuda.cache import SCALE_BYTES
-from treeflash_cuda.hf.row_pass import MAX_CHUNK
+from treeflash_cuda.gpu.row_pass import MAX_CHUNK
 
 pytestmark = pytest.mark.sample(1)
 

@@ -30,6 +30,7 @@ import torch
 from treeflash_cuda import backend as backend_module
 from treeflash_cuda import drafter as drafter_module
 from treeflash_cuda.backend import load
+from treeflash_cuda.gpu import row_pass
 from treeflash_cuda.gpu.graphs import (
     MAX_ROWS,
     WARM_UP,
@@ -38,7 +39,7 @@ from treeflash_cuda.gpu.graphs import (
     garbage_collection_disabled,
     synchronising_refused,
 )
-from treeflash_cuda.hf import attention_contexts, row_pass
+from treeflash_cuda.hf import attention_contexts
 from treeflash_cuda.memory import STATES_EACH
 
 pytestmark = pytest.mark.sample(1)

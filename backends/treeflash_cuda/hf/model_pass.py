@@ -11,8 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from treeflash.decoding.tree import DraftTree
-from treeflash_cuda.hf.attention_contexts import AttentionContext
-from treeflash_cuda.hf.row_pass import RowPass, has_features
+from treeflash_cuda.gpu.row_pass import RowInputs, RowPass, has_features
+from treeflash_cuda.hf.attention_contexts import AttentionContext, TreeContext
+from treeflash_cuda.hf.hybrid import HybridTreeCache
+from treeflash_cuda.hf.model_caches import SlabCache
 from treeflash_cuda.numerics import upload_all
 from treeflash_cuda.sampling import Logits
 from treeflash_cuda.state import State
@@ -30,12 +32,13 @@ class ModelPasses:
 
     def __init__(self, target: ModelTarget) -> None:
         self.target = target
-        self.row_pass = RowPass(target)
+        self.row_pass = RowPass(target, self._run_rows)
         self.has_row_pass = True  # whether all layers can run in it, which loading finds out
 
     def in_row_pass(self, state: State, tokens: DraftTree | Sequence[int]) -> bool:
         """Return whether a tree or new tokens run in the pass that CUDA graphs can have."""
-        return self.has_row_pass and self.row_pass.takes(state, tokens)
+        can_run = self.has_row_pass and self.target.reads_cache
+        return can_run and self.row_pass.takes(state, tokens)
 
     def run(self, rows: Sequence[Rows], needs_logits: Sequence[bool]) -> RowsResult:
         found: list[tuple[list[int], RowsResult]] = []
@@ -53,6 +56,23 @@ class ModelPasses:
             if members:
                 run(self._run_with_masks, members)
         return RowsResult.joined(found)
+
+    def _run_rows(self, rows: RowInputs) -> tuple[Tensor, dict[int, Tensor], list[Tensor]]:
+        """Compute a pass of `RowPass`."""
+        target = self.target
+        assert target.operations is not None
+        storage = rows.slab, target.arena.encode, rows.slots.long()
+        cache = SlabCache(*storage)
+        if rows.recurrent is not None:
+            assert target.state_arena is not None
+            nodes, states = rows.recurrent
+            layers = target.attention_slots, target.operations, target.state_arena
+            cache = HybridTreeCache(*storage, *layers, states, nodes)
+        context = TreeContext(target.operations, cache, rows.keys, rows.positions.long())
+        logits, outputs = target.forward(
+            rows.ids.long(), context, cache, logits_to_keep=0, rotary=rows.rotary.long()
+        )
+        return logits, outputs, cache.outputs() if isinstance(cache, HybridTreeCache) else []
 
     def _run_with_masks(self, rows: Sequence[Rows], needs_logits: Sequence[bool]) -> RowsResult:
         """Run one pass, in which every sequence has its mask."""

@@ -372,6 +372,7 @@ class ModelTarget(Target):
         self.cache_argument = next((x for x in CACHES if x in parameters), "past_key_values")
         self.type_arguments = [name for name in TOKEN_TYPES if name in parameters]
         self.passes = ModelPasses(self)
+        self.row_pass = self.passes.row_pass
         self._replace_attention(pack, kv_bits)
 
     @classmethod

@@ -10,8 +10,9 @@ every tree is filled up to the size of the largest one, and next tokens run else
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,18 +22,12 @@ from treeflash.decoding.tree import DraftTree
 from treeflash_cuda.cache import Region, Slab
 from treeflash_cuda.gpu.graphs import MAX_ROWS, Outputs, padded_order, power_of_two, round_up
 from treeflash_cuda.gpu.state_arena import TreeWrites
-from treeflash_cuda.hf.attention_contexts import TreeContext
-from treeflash_cuda.hf.hybrid import HybridTreeCache
-from treeflash_cuda.hf.model_caches import SlabCache
 from treeflash_cuda.numerics import pack, unpack, upload
 from treeflash_cuda.recurrence import TreeNodes, plan_nodes
 from treeflash_cuda.sampling import Logits, finite_argmax
 from treeflash_cuda.state import State
-from treeflash_cuda.target import PASS_NAME, Rows, RowsResult
+from treeflash_cuda.target import PASS_NAME, Rows, RowsResult, Target
 from treeflash_cuda.visible_keys import RowPlan, VisibleKeys
-
-if TYPE_CHECKING:
-    from treeflash_cuda.hf.model_target import ModelTarget
 
 MAX_CHUNK = 256
 """The most next tokens of a sequence that are rows of this pass where there is a kernel that is
@@ -42,16 +37,38 @@ MIN_DEPTHS = 64
 OUTGROWN = "the sequence has outgrown its capacity"
 
 
+@dataclass(frozen=True, eq=False)
+class RowInputs:
+    """The rows of a pass, as tensors on the device."""
+
+    slab: Slab | None  # the slab of all sequences; None for a target without attention layers
+    ids: Tensor  # (n,) int32 tokens
+    rotary: Tensor  # (n,) int32 rotary positions
+    positions: Tensor  # (n,) int32 positions
+    slots: Tensor  # (n,) int32 column of each row's own key
+    keys: VisibleKeys  # the keys that rows see in layers without a window
+    # The nodes of trees, and the (trees,) int32 slots of the states before them; None for a target
+    # without recurrent layers.
+    recurrent: tuple[TreeNodes, Tensor] | None = None
+
+
+RowsFunction: TypeAlias = Callable[[RowInputs], tuple[Tensor, dict[int, Tensor], Sequence[Tensor]]]
+"""Computes a pass: logits of all rows, outputs of captured layers by index, `TreeWrites.outputs`.
+
+It depends on the inputs alone, and reads nothing back, so that a CUDA graph can replay it.
+"""
+
+
 class RowPass:
     """Runs a target over rows of sequences, as a function of tensors."""
 
-    def __init__(self, target: ModelTarget) -> None:
-        self.target = target
+    def __init__(self, target: Target, compute: RowsFunction) -> None:
+        self.target, self.compute = target, compute
 
     def takes(self, state: State, tokens: DraftTree | Sequence[int]) -> bool:
         """Return whether a tree or next tokens of a sequence are rows of this pass."""
         operations = self.target.operations
-        if operations is None or not operations.runs_trees or not self.target.reads_cache:
+        if operations is None or not operations.runs_trees:
             return False
         if isinstance(tokens, DraftTree):
             return True
@@ -60,11 +77,7 @@ class RowPass:
         return self.target.prompt_attention is None or len(tokens) <= MAX_CHUNK
 
     def run(self, rows: Sequence[Rows], needs_logits: Sequence[bool]) -> RowsResult:
-        """Return the logits of all nodes of trees, and of last tokens where they are needed.
-
-        Raises:
-            UnsupportedModelError: a layer's attention is neither causal nor a window.
-        """
+        """Return the logits of all nodes of trees, and of last tokens where they are needed."""
         passes = [
             (group, self._run([rows[i] for i in group], [needs_logits[i] for i in group]))
             for group in self._groups(rows)
@@ -165,22 +178,14 @@ class RowPass:
 
         With recurrent layers `TreeWrites.outputs` follow.
         """
-        target, arena = self.target, self.target.state_arena
-        assert target.operations is not None
         ids, rotary, slots, *plan = unpack(inputs, shapes)
-        storage = slab, target.arena.encode, slots.long()
-        cache = SlabCache(*storage)
-        if arena is not None:
+        recurrent = None
+        if self.target.state_arena is not None:
             *plan, ancestors, visits, counts, states = plan
-            nodes = TreeNodes.of(ancestors, visits, counts)
-            attention = target.attention_slots
-            cache = HybridTreeCache(*storage, attention, target.operations, arena, states, nodes)
+            recurrent = TreeNodes.of(ancestors, visits, counts), states
         keys = VisibleKeys.of_rows(*plan)
-        context = TreeContext(target.operations, cache, keys, plan[0].long())
-        logits, outputs = target.forward(
-            ids.long(), context, cache, logits_to_keep=0, rotary=rotary.long()
-        )
-        writes = cache.outputs() if isinstance(cache, HybridTreeCache) else []
+        rows = RowInputs(slab, ids, rotary, plan[0], slots, keys, recurrent)
+        logits, outputs, writes = self.compute(rows)
         return logits, finite_argmax(logits), tuple(outputs), *outputs.values(), *writes
 
 
