@@ -104,7 +104,7 @@ def compare(family: str, dtype: str, rounds: int) -> Row:
                 found = []
                 for taken, backend, state in zip(times, backends, states, strict=True):
                     start = time.thread_time()
-                    (logits,) = backend.verifier.forward([(state, tree)], [True]).parts
+                    (logits,) = backend.verifier.forward([(state, tree)], [True]).logits.parts
                     if turn > 1:
                         taken.append(time.thread_time() - start)
                     found.append(logits.float())

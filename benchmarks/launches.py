@@ -113,10 +113,10 @@ def count_operations(
     parents = np.array([-1, *((i - 1) // 2 for i in range(1, nodes))])
     tree = DraftTree.from_parents(np.arange(nodes, dtype=np.int32), parents)
     work = [Verify(state, tree, SamplingParams()) for state in states]
-    count("verify", lambda: backend.verifier.run(work))
+    verified = count("verify", lambda: backend.verifier.run(work))
     found["layer"] = difference(*marks[:2])
     path = np.array([0, 2], np.int32)
-    count("commit", lambda: backend.verifier.commit([(state, path) for state in states]))
+    count("commit", lambda: backend.verifier.commit(verified, [(state, path) for state in states]))
     blocks = count("draft", lambda: backend.drafter.draft([(state, 1) for state in states]))
     options = options or TableOptions(m=4, k=8, shortlist=256, rows=16)
     count("head", lambda: backend.head.transitions(blocks, options))

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from treeflash.decoding.backend_base import Pass, PassRows
+from treeflash.decoding.backend_base import Outputs, PassRows
 from treeflash.decoding.families import family_of, refusal
 from treeflash.decoding.image_processor import Processor
 from treeflash.decoding.passed_checks import PassedChecks
@@ -61,7 +61,7 @@ class RowsResult:
     """The result of passes over rows of sequences, in the order of the sequences."""
 
     logits: Logits
-    rows: list[PassRows]
+    rows: list[PassRows[State]]
     # features of images that stand in the place of a prompt's tokens, by index of the sequence
     images: Mapping[int, ImageRows] = field(default_factory=dict)
 
@@ -83,10 +83,10 @@ class RowsResult:
             firsts: index of each sequence's first row in the outputs.
             images: features of images in the only sequence of the pass.
         """
-        whole = Pass(outputs)
+        shared = Outputs(outputs)
         parts = [
-            PassRows(whole, first, token_ids(tokens))
-            for (_, tokens), first in zip(rows, firsts, strict=True)
+            PassRows(state, shared, first, token_ids(tokens))
+            for (state, tokens), first in zip(rows, firsts, strict=True)
         ]
         return cls(logits, parts, {} if images is None else {0: images})
 

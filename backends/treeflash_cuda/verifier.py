@@ -13,9 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from treeflash.decoding.backend_base import rows_by_pass, undone_on_failure
-from treeflash.decoding.interfaces import Prefill, Verify
-from treeflash.decoding.sampling import SampledTokens
+from treeflash.decoding.backend_base import CommittedPath, PassRows, by_outputs, undone_on_failure
+from treeflash.decoding.interfaces import Pass, Prefill, Verify
 from treeflash.decoding.tree import DraftTree
 from treeflash_cuda.cache import Slab
 from treeflash_cuda.drafter import OutputStage
@@ -25,15 +24,15 @@ from treeflash_cuda.images import ImageRows
 from treeflash_cuda.mtp_head import MtpModel
 from treeflash_cuda.numerics import upload_all
 from treeflash_cuda.recurrent_states import RecurrentStates
-from treeflash_cuda.sampling import Logits, sample
+from treeflash_cuda.sampling import sample
 from treeflash_cuda.state import State
-from treeflash_cuda.target import Rows, Target
+from treeflash_cuda.target import Rows, RowsResult, Target
 
 FIRST_CHUNK, NEXT_CHUNK = 2048, 1024
 """Prompt tokens per forward pass; chunks after the first need a mask, and so are smaller."""
 
-Path: TypeAlias = tuple[State, NDArray[np.int32]]
-"""A sequence, and the nodes to commit."""
+Path: TypeAlias = CommittedPath[State]
+"""The nodes of a sequence to commit."""
 
 
 class Verifier:
@@ -45,7 +44,7 @@ class Verifier:
         self.first_chunk, self.next_chunk = FIRST_CHUNK, NEXT_CHUNK
 
     @torch.inference_mode()
-    def run(self, work: Sequence[Prefill | Verify]) -> list[SampledTokens | None]:
+    def run(self, work: Sequence[Prefill | Verify]) -> Pass:
         states: list[Any] = [item.state for item in work]  # the backend's own
         with undone_on_failure(states):
             for state, item in zip(states, work, strict=True):
@@ -56,22 +55,29 @@ class Verifier:
                 else (state, self._last_chunk(state, item.token_ids))
                 for state, item in zip(states, work, strict=True)
             ]
-            logits = self.forward(rows, [item.params is not None for item in work])
+            found = self.forward(rows, [item.params is not None for item in work])
             operations = self.target.operations
             sample_rows = None if operations is None else operations.sample_rows
-            sampled = sample(logits, [item.params for item in work], sample_rows)
-            new = [row for row in rows if not isinstance(row[1], DraftTree)]
-            self._commit([(state, _all_nodes(tokens)) for state, tokens in new])
-        return sampled
+            sampled = sample(found.logits, [item.params for item in work], sample_rows)
+            trees: dict[State, PassRows[State]] = {}
+            prompts: list[Path] = []
+            for item, part in zip(work, found.rows, strict=True):
+                if isinstance(item, Verify):
+                    trees[part.state] = part
+                else:
+                    prompts.append(CommittedPath.whole(part))
+            self.commit_paths(prompts)
+        return Pass(sampled, rows=trees)
 
     @torch.inference_mode()
-    def commit(self, paths: Sequence[tuple[Any, NDArray[np.int32]]]) -> None:
-        self._commit(paths)
+    def commit(self, verified: Pass, paths: Sequence[tuple[Any, NDArray[np.int32]]]) -> None:
+        self.commit_paths(CommittedPath.of_pass(verified, paths))
 
     @torch.inference_mode()
-    def logits(self, trees: Sequence[tuple[Any, DraftTree]]) -> list[NDArray[np.float32]]:
-        logits = self.forward(trees, [True] * len(trees))
-        return [part.float().cpu().numpy() for part in logits.parts]
+    def logits(self, trees: Sequence[tuple[Any, DraftTree]]) -> Pass:
+        found = self.forward(trees, [True] * len(trees))
+        logits = [part.float().cpu().numpy() for part in found.logits.parts]
+        return Pass(logits=logits, rows={part.state: part for part in found.rows})
 
     def _last_chunk(self, state: State, token_ids: Sequence[int]) -> Sequence[int]:
         """Commit all chunks of new tokens but the last chunk, which is returned."""
@@ -81,8 +87,8 @@ class Verifier:
             chunk, token_ids = token_ids[:size], token_ids[size:]
             if not token_ids:
                 return chunk
-            self.forward([(state, chunk)], [False])
-            self._commit([(state, _all_nodes(chunk))])
+            (rows,) = self.forward([(state, chunk)], [False]).rows
+            self.commit_paths([CommittedPath.whole(rows)])
         return token_ids
 
     def _chunk_size(self, state: State, token_ids: Sequence[int]) -> int:
@@ -91,7 +97,7 @@ class Verifier:
             return most
         return self.next_chunk if state.length else self.first_chunk
 
-    def forward(self, rows: Sequence[Rows], needs_logits: Sequence[bool]) -> Logits:
+    def forward(self, rows: Sequence[Rows], needs_logits: Sequence[bool]) -> RowsResult:
         """Run trees and new tokens: logits of all nodes, and of last tokens where needed.
 
         Only one sequence of a pass may have features of images.
@@ -102,34 +108,33 @@ class Verifier:
         parts = list(found.rows)
         for i, images in found.images.items():
             parts[i] = replace(parts[i], merged=self._merged(rows[i][0], parts[i].tokens, images))
-        for (state, _), part in zip(rows, parts, strict=True):
-            state.latest = part
-        return found.logits
+        return replace(found, rows=parts)
 
-    def _commit(self, paths: Sequence[Path]) -> None:
+    def commit_paths(self, paths: Sequence[Path]) -> None:
         """Commit paths. Steps that may fail come first: a failed call must change no sequence."""
         moves: dict[Slab, list[tuple[NDArray[Any], NDArray[Any]]]] = {}
-        for state, path in paths:
-            region, places = state.kv_cache.region, _all_nodes(path)
-            if region is not None and (moved := path != places).any():
-                start = region.first + state.length
-                pair = start + path[moved], start + places[moved]
+        for path in paths:
+            region, nodes = path.state.kv_cache.region, path.nodes
+            places = np.arange(len(nodes), dtype=np.int32)
+            if region is not None and (moved := nodes != places).any():
+                start = region.first + path.state.length
+                pair = start + nodes[moved], start + places[moved]
                 moves.setdefault(region.slab, []).append(pair)
-        passes = rows_by_pass(paths)
+        groups = by_outputs(paths)
         hybrid: list[tuple[RecurrentStates, NDArray[np.int32]]] = []
         by_tree: dict[TreeWrites, dict[int, tuple[RecurrentStates, NDArray[np.int32]]]] = {}
-        for state, path in paths:
-            if (states := state.recurrent) is not None and states.tree is not None:
+        for path in paths:
+            if (states := path.state.recurrent) is not None and states.tree is not None:
                 writes, i = states.tree
-                by_tree.setdefault(writes, {})[i] = states, path
+                by_tree.setdefault(writes, {})[i] = states, path.nodes
             elif states is not None:
-                hybrid.append((states, path))
+                hybrid.append((states, path.nodes))
         arrays: list[NDArray[Any]] = []
         for pairs in moves.values():
             arrays += [np.concatenate(columns) for columns in zip(*pairs, strict=True)]
             arrays.append(np.cumsum([len(sources) for sources, _ in pairs]))
-        arrays += [group.rows for group in passes]
-        arrays += [path for _, path in hybrid]
+        arrays += [np.concatenate([x.rows.first + x.nodes for x in group]) for group in groups]
+        arrays += [nodes for _, nodes in hybrid]
         committed: list[tuple[RecurrentStates, CommittedStates]] = []
         for writes, members in by_tree.items():
             after = writes.arena.take(len(members))
@@ -138,20 +143,21 @@ class Verifier:
         uploaded = iter(upload_all(arrays, self.target.device))
         moved = [self._prepare_move(slab, *itertools.islice(uploaded, 3)) for slab in moves]
         context: list[tuple[State, Tensor]] = []
-        for group in passes:
-            features = self._project(group.outputs, next(uploaded))
-            for state, part in zip(group.states, features.split(group.sizes), strict=True):
-                if (merged := state.latest.merged) is not None:
+        for group in groups:
+            features = self._project(group[0].rows.outputs.layers, next(uploaded))
+            parts = features.split([len(path.nodes) for path in group])
+            for path, part in zip(group, parts, strict=True):
+                if (merged := path.rows.merged) is not None:
                     part = torch.stack([part, merged], 1)
-                context.append((state, part))
+                context.append((path.state, part))
         committed += [(states, states.states_after(next(uploaded))) for states, _ in hybrid]
         for writes in by_tree:
             writes.commit(next(uploaded))
         for move in moved:
             move()
-        for state, path in paths:
-            state.kv_cache.commit(len(path))
-            state.keep_tokens(path)
+        for path in paths:
+            path.state.kv_cache.commit(len(path.nodes))
+            path.state.tokens += path.tokens
         for states, new in committed:
             states.resume(new)
         for state, part in context:
@@ -189,7 +195,3 @@ class Verifier:
         layers = [outputs[i].index_select(0, rows) for i in self.drafter.config.target_layer_ids]
         # The outputs are projected at once, because five layers have five times as many.
         return self.drafter.project(torch.cat(layers, -1))
-
-
-def _all_nodes(tokens: DraftTree | Sequence[int] | NDArray[np.int32]) -> NDArray[np.int32]:
-    return np.arange(len(tokens), dtype=np.int32)

@@ -366,8 +366,8 @@ def random_sequences(
 def batch_difference(backend: MlxBackend, rng: np.random.Generator) -> float:
     """Compare the difference that a pass of two sequences makes with what another context makes."""
     with random_sequences(backend, rng, 2, 12) as sequences:
-        alone = [backend.verifier.logits([x])[0][0] for x in sequences]
-        together = [x[0] for x in backend.verifier.logits(sequences)]
+        alone = [backend.verifier.logits([x]).logits[0][0] for x in sequences]
+        together = [x[0] for x in backend.verifier.logits(sequences).logits]
     with np.errstate(invalid="ignore", divide="ignore"):  # NaN is not an error yet
         differences = [relative_difference(*pair) for pair in zip(together, alone, strict=True)]
         return float(np.max(differences)) / relative_difference(*alone)  # `max` may pass over NaN
@@ -379,7 +379,7 @@ def neighbour_difference(backend: MlxBackend, rng: np.random.Generator) -> float
     The neighbours have different lengths, and the passes the same shapes, so that they round alike.
     """
     with random_sequences(backend, rng, 2, 7, 12) as (*neighbours, last):
-        logits = [np.stack(backend.verifier.logits([x, last]))[:, 0] for x in neighbours]
+        logits = [np.stack(backend.verifier.logits([x, last]).logits)[:, 0] for x in neighbours]
     (_, before), (context, after) = logits
     return relative_difference(before, after) / relative_difference(context, after)
 

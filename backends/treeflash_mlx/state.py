@@ -63,7 +63,6 @@ class State(BaseState[KVCache, RecurrentStates]):
     Attributes:
         kv_cache: the target's, with the states of its recurrent layers.
         context: a `ContextPart` of n positions each, (n, hidden_size) if it is projected.
-        latest: with outputs that are (rows, layers * hidden_size) of the captured layers.
         single_until: positions until the end of the last pass over a single node.
         ahead: the pass after it, if it has been submitted.
     """

@@ -10,9 +10,14 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from treeflash.decoding.backend_base import Pass, PassRows, rows_by_pass, undone_on_failure
-from treeflash.decoding.interfaces import Prefill, Verify
-from treeflash.decoding.sampling import SampledTokens
+from treeflash.decoding.backend_base import (
+    CommittedPath,
+    Outputs,
+    PassRows,
+    by_outputs,
+    undone_on_failure,
+)
+from treeflash.decoding.interfaces import Pass, Prefill, Verify
 from treeflash.decoding.tree import DraftTree
 from treeflash_mlx.attention import TreePass
 from treeflash_mlx.cache import BatchStorage, share_storage, size_class, storages_of
@@ -32,8 +37,10 @@ WIDE_HEAD, WIDE_COLUMNS = 192, 8192
 """MLX keeps the scores of heads of at least this width in memory. Beyond this number of columns
 chunks become smaller, so that the scores do not take more."""
 
-PathOfState: TypeAlias = tuple[State, NDArray[np.int32]]
-"""A sequence, and the nodes of its latest pass to commit."""
+Path: TypeAlias = CommittedPath[State]
+"""The nodes of a sequence to commit."""
+Found: TypeAlias = tuple[mx.array, PassRows[State]]
+"""The (n, vocab) logits at the nodes of a sequence, and what commits of them need."""
 
 
 class Verifier:
@@ -47,7 +54,7 @@ class Verifier:
         self.chunk, self.wide_head, self.wide_columns = PREFILL_CHUNK, WIDE_HEAD, WIDE_COLUMNS
         self._layer_ids = drafter.config.target_layer_ids if drafter is not None else ()
 
-    def run(self, work: Sequence[Prefill | Verify]) -> list[SampledTokens | None]:
+    def run(self, work: Sequence[Prefill | Verify]) -> Pass:
         """Run the target over trees and new tokens.
 
         Trees run in one pass, together with new tokens that are not more than the largest tree has
@@ -57,16 +64,20 @@ class Verifier:
             state: Any = item.state
             state.begin(item)
         if (single := self._run_single(work)) is not None:
-            return [single]
+            return single
         states: list[Any] = [item.state for item in work if isinstance(item, Prefill)]
         with undone_on_failure(states):  # chunks may have been committed
-            logits, prefilled = self._run(work)
+            logits, trees, prefilled = self._run(work)
             sampled = sample(logits, [item.params for item in work])
-            self.commit(prefilled)
-        return sampled
+            self._submit_commit(prefilled)
+        return Pass(sampled, rows=trees)
 
-    def commit(self, paths: Sequence[tuple[Any, NDArray[np.int32]]]) -> None:
-        storages = storages_of(state.kv_cache for state, _ in paths)
+    def commit(self, verified: Pass, paths: Sequence[tuple[Any, NDArray[np.int32]]]) -> None:
+        self._submit_commit(CommittedPath.of_pass(verified, paths))
+
+    def _submit_commit(self, paths: Sequence[Path]) -> None:
+        """Commit paths, and let the device begin."""
+        storages = storages_of(path.state.kv_cache for path in paths)
         before = [(storage.states, storage.states.layers) for storage in storages]
         context = self._commit(paths)
         submitted = [rows_of(part) for part in context]
@@ -80,17 +91,18 @@ class Verifier:
         except Exception:  # memory may run out; a failed call must change no sequence
             for states, layers in before:
                 states.layers = layers
-            for state, path in paths:
-                state.rollback(state.length - len(path), None)
+            for path in paths:
+                path.state.rollback(path.state.length - len(path.nodes), None)
             raise
 
-    def logits(self, trees: Sequence[tuple[Any, DraftTree]]) -> list[NDArray[np.float32]]:
-        """Return the (n, vocab) logits at the nodes of each tree, for tests."""
+    def logits(self, trees: Sequence[tuple[Any, DraftTree]]) -> Pass:
         for state, _ in trees:
             state.images = None
-        return [np.array(part.astype(mx.float32)) for part in self._forward(trees)]
+        found = self._forward(trees)
+        logits = [np.array(part.astype(mx.float32)) for part, _ in found]
+        return Pass(logits=logits, rows={rows.state: rows for _, rows in found})
 
-    def _run_single(self, work: Sequence[Prefill | Verify]) -> SampledTokens | None:
+    def _run_single(self, work: Sequence[Prefill | Verify]) -> Pass | None:
         """Decode plainly: submit the next pass before this token is read.
 
         So the device does not wait for Python. Returns None for other work, and for the first pass
@@ -107,17 +119,18 @@ class Verifier:
         if not follows:
             return None
         if ahead is not None and (ahead.start, ahead.token) == (start, int(item.tree.tokens[0])):
-            logits, state.latest = ahead.logits, PassRows(Pass(ahead.outputs), 0, item.tree.tokens)
+            logits, outputs = ahead.logits, Outputs(ahead.outputs)
+            rows: PassRows[State] = PassRows(state, outputs, 0, item.tree.tokens)
             state.kv_cache.storage.states.latest = ahead.recurrent
         else:
-            (logits,) = self._forward([(state, item.tree)])
+            ((logits, rows),) = self._forward([(state, item.tree)])
         edited = edit(logits, params)
         drawn = draw(edited, params.sampling, params.keys)
         ahead = self._submit_next(state, drawn[:1])
         read = np.array(drawn)
         tokens = read_tokens(read, edited, params.sampling, params.keys)
         state.ahead = replace(ahead, token=int(read[0]))
-        return with_log_probs(tokens, logits, params)
+        return Pass([with_log_probs(tokens, logits, params)], rows={state: rows})
 
     def _submit_next(self, state: State, token: mx.array) -> Ahead:
         """Start the pass over the token after the next position.
@@ -145,15 +158,16 @@ class Verifier:
 
     def _run(
         self, work: Sequence[Prefill | Verify]
-    ) -> tuple[list[mx.array | None], list[PathOfState]]:
+    ) -> tuple[list[mx.array | None], dict[State, PassRows[State]], list[Path]]:
         """Run trees and new tokens: logits at nodes, and at last tokens if they are needed.
 
-        Also returns the new tokens that are not committed yet.
+        Also returns the rows of trees by state, and the new tokens that are not committed yet.
         """
         largest = max((len(x.tree) for x in work if isinstance(x, Verify)), default=0)
         logits: list[mx.array | None] = [None] * len(work)
         batch: list[tuple[int, State, DraftTree]] = []
-        prefilled: list[PathOfState] = []
+        trees: dict[State, PassRows[State]] = {}
+        prefilled: list[Path] = []
         for i, item in enumerate(work):
             state: Any = item.state
             if isinstance(item, Verify):
@@ -172,19 +186,21 @@ class Verifier:
                 token_ids = token_ids[end:]
             if token_ids:
                 chain = DraftTree.chain(np.array(token_ids, np.int32))
-                prefilled.append((state, np.arange(len(chain), dtype=np.int32)))
                 if together:
                     batch.append((i, state, chain))
                 else:
-                    (logits[i],) = self._forward([(state, chain)], prefill=True)
-        parts = self._forward([(state, tree) for _, state, tree in batch]) if batch else []
-        for (i, _, _), part in zip(batch, parts, strict=True):
+                    ((logits[i], rows),) = self._forward([(state, chain)], prefill=True)
+                    prefilled.append(CommittedPath.whole(rows))
+        found = self._forward([(state, tree) for _, state, tree in batch]) if batch else []
+        for (i, state, _), (part, rows) in zip(batch, found, strict=True):
             item = work[i]
             if isinstance(item, Verify):
-                logits[i] = part
-            elif item.params is not None:
+                logits[i], trees[state] = part, rows
+                continue
+            prefilled.append(CommittedPath.whole(rows))
+            if item.params is not None:
                 logits[i] = part[-1:]
-        return logits, prefilled
+        return logits, trees, prefilled
 
     def _prefill(self, state: State, token_ids: Sequence[int]) -> None:
         """Run and commit new tokens chunk by chunk."""
@@ -194,9 +210,9 @@ class Verifier:
                 size = state.images.chunk_end(state.length, size) - state.length
             chunk = DraftTree.chain(np.array(token_ids[:size], np.int32))
             token_ids = token_ids[size:]
-            self._forward([(state, chunk)], prefill=True)
+            ((_, rows),) = self._forward([(state, chunk)], prefill=True)
             # The outputs are projected at once, because five layers have five times as many.
-            self._commit([(state, np.arange(len(chunk), dtype=np.int32))])
+            self._commit([CommittedPath.whole(rows)])
             (storage,) = storages_of([state.kv_cache])
             mx.eval(storage.arrays, storage.states.arrays, state.context_arrays())
 
@@ -210,17 +226,17 @@ class Verifier:
 
     def _forward(
         self, sequences: Sequence[tuple[State, DraftTree]], *, prefill: bool = False
-    ) -> list[mx.array]:
-        """Compute each tree's (n, vocab) logits, one forward pass for each group.
+    ) -> list[Found]:
+        """Run trees, one forward pass for each group.
 
         In a `prefill` the trees are chains of new tokens, all of which will be committed.
         """
         if len(groups := self._groups(sequences)) > 1:
-            logits: dict[State, mx.array] = {}
+            found: dict[State, Found] = {}
             for group in groups:
                 parts = self._forward(group, prefill=prefill)
-                logits |= zip((state for state, _ in group), parts, strict=True)
-            return [logits[state] for state, _ in sequences]
+                found |= zip((state for state, _ in group), parts, strict=True)
+            return [found[state] for state, _ in sequences]
         storage = share_storage([state.kv_cache for state, _ in sequences])
         by_row = sorted(sequences, key=lambda sequence: sequence[0].kv_cache.row)
         trees = [tree for _, tree in by_row]
@@ -259,10 +275,13 @@ class Verifier:
             ((state, tree),) = sequences
             assert outputs is not None
             outputs, merged = self._merge(state, tree.tokens, outputs)
-        whole = Pass(outputs)
+        shared = Outputs(outputs)
+        made: dict[State, Found] = {}
         for row, (state, tree) in enumerate(by_row):
-            state.latest, state.ahead = PassRows(whole, row * n, tree.tokens, merged), None
-        return [rows[state.kv_cache.row, : len(tree)] for state, tree in sequences]
+            state.ahead = None
+            part = PassRows(state, shared, row * n, tree.tokens, merged)
+            made[state] = rows[state.kv_cache.row, : len(tree)], part
+        return [made[state] for state, _ in sequences]
 
     def _merge(
         self, state: State, tokens: NDArray[np.int32], outputs: mx.array
@@ -291,38 +310,38 @@ class Verifier:
             groups.setdefault(key, []).append((state, tree))
         return list(groups.values())
 
-    def _commit(self, paths: Sequence[PathOfState]) -> list[ContextPart]:
-        """Commit paths of the latest passes, and project their features, which it returns.
+    def _commit(self, paths: Sequence[Path]) -> list[ContextPart]:
+        """Commit paths, and project their features, which it returns.
 
         The projection may fail, so it comes first: a failed call must change no sequence.
         """
         context: list[tuple[State, ContextPart]] = []
-        for rows in rows_by_pass(paths):
+        for group in by_outputs(paths):
             assert self.drafter is not None
-            outputs = rows.outputs[mx.array(rows.rows)]
-            ends = np.cumsum(rows.sizes)[:-1].tolist()
-            (first, *_) = rows.states
-            if first.latest.merged is not None:
+            first, states = group[0].rows, [path.state for path in group]
+            kept = np.concatenate([path.rows.first + path.nodes for path in group])
+            outputs = first.outputs.layers[mx.array(kept)]
+            ends = np.cumsum([len(path.nodes) for path in group])[:-1].tolist()
+            if first.merged is not None:
                 features = self.drafter.project(outputs)
-                context.append((first, mx.stack([features, first.latest.merged], 1)))
+                context.append((first.state, mx.stack([features, first.merged], 1)))
                 continue
-            if all(len(state.latest.tokens) == 1 for state in rows.states):  # the drafter may pause
-                parts = map(Unprojected, mx.split(outputs, ends))
-                context += zip(rows.states, parts, strict=True)
+            if all(len(path.rows.tokens) == 1 for path in group):  # the drafter may pause
+                context += zip(states, map(Unprojected, mx.split(outputs, ends)), strict=True)
                 continue
             features = self.drafter.project(outputs)
-            context += zip(rows.states, mx.split(features, ends), strict=True)
+            context += zip(states, mx.split(features, ends), strict=True)
         # Sequences that ran together share a storage and the outputs of a forward pass.
         by_storage: dict[BatchStorage, dict[int, tuple[int, NDArray[np.int32]]]] = {}
-        for state, path in paths:
-            cache = state.kv_cache
+        for path in paths:
+            cache = path.state.kv_cache
             assert cache.storage is not None
-            by_storage.setdefault(cache.storage, {})[cache.row] = cache.length, path
+            by_storage.setdefault(cache.storage, {})[cache.row] = cache.length, path.nodes
         for storage, paths_by_row in by_storage.items():
             storage.commit(paths_by_row)
-        for state, path in paths:
-            state.kv_cache.length += len(path)
-            state.keep_tokens(path)
+        for path in paths:
+            path.state.kv_cache.length += len(path.nodes)
+            path.state.tokens += path.tokens
         for state, part in context:
             state.context.append(part)
         return [part for _, part in context]

@@ -157,8 +157,8 @@ def break_even_rows(backend: Backend, args: argparse.Namespace) -> list[Row]:
             SamplingParams.from_positions(SamplingConfig(), tree.positions(state.length + 1))
             for state, tree in zip(states, trees, strict=True)
         ]
-        backend.verifier.run(list(map(Verify, states, trees, params)))
-        backend.verifier.commit([(state, root) for state in states])
+        verified = backend.verifier.run(list(map(Verify, states, trees, params)))
+        backend.verifier.commit(verified, [(state, root) for state in states])
 
     rows = []
     sizes = [1, *args.budgets]

@@ -40,6 +40,7 @@ from treeflash.config import AUTO, METHODS, Budget, DecodeConfig, HeadRows, Meth
 from treeflash.decoding.adaptive_budget import AdaptiveBudgets
 from treeflash.decoding.interfaces import (
     Backend,
+    Pass,
     Prefill,
     SequenceState,
     TreeVerifier,
@@ -88,11 +89,9 @@ class _ForcedVerifier:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.verifier, name)
 
-    def run(self, work: Sequence[Prefill | Verify]) -> list[SampledTokens | None]:
-        return [
-            self._force(item, sampled)
-            for item, sampled in zip(work, self.verifier.run(work), strict=True)
-        ]
+    def run(self, work: Sequence[Prefill | Verify]) -> Pass:
+        found = self.verifier.run(work)
+        return replace(found, sampled=list(map(self._force, work, found.sampled)))
 
     def _force(self, item: Prefill | Verify, sampled: SampledTokens | None) -> SampledTokens | None:
         if isinstance(item, Prefill):

@@ -48,12 +48,12 @@ class PositionIsColumn(TwistedVerifier):
 class StaleRow(Verifier):
     """The cache keeps the tree's first rows instead of the accepted ones."""
 
-    def commit_one(self, state, path):
-        self._commit(state, rows_cached=np.arange(len(path)), rows_read=path)
+    def commit_one(self, state, outputs, path):
+        self.commit_rows(state, outputs, rows_cached=np.arange(len(path)), rows_read=path)
 
-    def _commit(self, state, rows_cached, rows_read):
+    def commit_rows(self, state, outputs, rows_cached, rows_read):
         committed = state.kv_cache.committed
-        super().commit_one(state, rows_read)
+        super().commit_one(state, outputs, rows_read)
         state.kv_cache.committed = committed
         state.kv_cache.commit(rows_cached)
 
@@ -61,8 +61,8 @@ class StaleRow(Verifier):
 class StaleFeatures(StaleRow):
     """The drafter gets the tree's first rows instead of the accepted ones."""
 
-    def commit_one(self, state, path):
-        self._commit(state, rows_cached=path, rows_read=np.arange(len(path)))
+    def commit_one(self, state, outputs, path):
+        self.commit_rows(state, outputs, rows_cached=path, rows_read=np.arange(len(path)))
 
 
 class WrongBonus(Verifier):
@@ -70,7 +70,7 @@ class WrongBonus(Verifier):
 
     def run(self, work):
         found = super().run(work)
-        for item, sampled in zip(work, found, strict=True):
+        for item, sampled in zip(work, found.sampled, strict=True):
             if isinstance(item, Verify):
                 tree = item.tree
                 leaves = np.setdiff1d(np.arange(1, len(tree)), tree.parents)

@@ -23,10 +23,11 @@ class SwappedTexts(Verifier):
         trees = [i for i, item in enumerate(work) if isinstance(item, Verify)]
         for i, j in pairwise(trees):
             if len(work[i].tree) == len(work[j].tree):
-                mine, theirs = found[i].tokens, found[j].tokens
-                found[i], found[j] = (
-                    replace(found[i], tokens=theirs),
-                    replace(found[j], tokens=mine),
+                sampled = found.sampled
+                mine, theirs = sampled[i].tokens, sampled[j].tokens
+                sampled[i], sampled[j] = (
+                    replace(sampled[i], tokens=theirs),
+                    replace(sampled[j], tokens=mine),
                 )
         return found
 
@@ -53,9 +54,9 @@ class StaleRow(Verifier):
 
     left = ()
 
-    def commit_one(self, state, path):
+    def commit_one(self, state, outputs, path):
         is_first = state.length == 0
-        super().commit_one(state, path)
+        super().commit_one(state, outputs, path)
         if is_first:
             for own, left in zip(state.kv_cache.committed, self.left, strict=False):
                 for array, row in zip(own, left, strict=True):
@@ -79,10 +80,7 @@ class OffsetOfTheTextThatLeft(Verifier):
 
     def forward(self, state, tree):
         positions = tree.positions(self.starts.get(state, state.length))
-        logits, state.outputs = self.target.forward(
-            tree.tokens, positions, tree.ancestor_mask(), state.kv_cache
-        )
-        return logits
+        return self.target.forward(tree.tokens, positions, tree.ancestor_mask(), state.kv_cache)
 
 
 class ChangedChoices(Verifier):

@@ -101,7 +101,7 @@ def test_a_call_that_fails_anywhere_can_be_repeated(backend, monkeypatch, part):
     with monkeypatch.context() as patch:
         fresh, again = started(backend)
         calls = fail_at(patch, backend, part, -1)
-        expected = backend.verifier.run(again)
+        expected = backend.verifier.run(again).sampled
     total = len(calls)
     assert total >= (1 if part == "sample" else 3), "chunks are run one by one"
     for number in range(total):
@@ -119,7 +119,7 @@ def test_a_call_that_fails_anywhere_can_be_repeated(backend, monkeypatch, part):
             assert [mine.state.restorable(n) for n in lengths] == [
                 before.state.restorable(n) for n in lengths
             ]
-        found = backend.verifier.run(work)
+        found = backend.verifier.run(work).sampled
         for one, other in zip(found, expected, strict=True):
             assert one.tokens.tolist() == other.tokens.tolist()
         for mine, theirs in zip(sequences, fresh, strict=True):
@@ -135,19 +135,19 @@ def test_a_commit_that_fails_can_be_repeated(backend, monkeypatch, part):
         sequences, _ = started(backend)
         tree = random_tree(np.random.default_rng(6), 7, 5, VOCAB)
         path = path_to(tree, len(tree) - 1)
-        backend.verifier.run([Verify(x.state, tree, SamplingParams()) for x in sequences[:2]])
-        return [(x.state, path) for x in sequences[:2]]
+        work = [Verify(x.state, tree, SamplingParams()) for x in sequences[:2]]
+        return backend.verifier.run(work), [(x.state, path) for x in sequences[:2]]
 
-    paths, untouched, expected = verified(), verified(), verified()
-    backend.verifier.commit(expected)
+    (again, paths), (_, untouched), (once, expected) = verified(), verified(), verified()
+    backend.verifier.commit(once, expected)
     with monkeypatch.context() as patch:
         fail_at(patch, backend, part, 0)
         with pytest.raises(RuntimeError, match="planted"):
-            backend.verifier.commit(paths)
+            backend.verifier.commit(again, paths)
     for (mine, _), (before, _) in zip(paths, untouched, strict=True):
         assert_equal_states(mine, before)
     for path in paths:  # a call that fails is repeated for each sequence alone
-        backend.verifier.commit([path])
+        backend.verifier.commit(again, [path])
     for (mine, _), (theirs, _) in zip(paths, expected, strict=True):
         assert_equal_states(mine, theirs)
 

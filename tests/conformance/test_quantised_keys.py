@@ -94,8 +94,8 @@ def test_logits_of_a_batch_equal_those_alone(backend, rng):
     sequences = [prompted([backend], random_tokens(rng, VOCAB, n))[0] for n in (3, 41, 1, 260)]
     trees = [random_tree(rng, 3, nodes, VOCAB) for nodes in (30, 1, 7, 40)]
     work = [(x.state, tree) for x, tree in zip(sequences, trees, strict=True)]
-    for each, logits in zip(work, backend.verifier.logits(work), strict=True):
-        np.testing.assert_allclose(*backend.verifier.logits([each]), logits, atol=2e-4)
+    for each, logits in zip(work, backend.verifier.logits(work).logits, strict=True):
+        np.testing.assert_allclose(*backend.verifier.logits([each]).logits, logits, atol=2e-4)
 
 
 def test_states_equal_prefills_after_commits_forks_and_truncations(backend, rng):
@@ -106,8 +106,8 @@ def test_states_equal_prefills_after_commits_forks_and_truncations(backend, rng)
         paths = [path_to(tree, int(rng.integers(len(tree)))) for tree in trees]
         states = [x.state for x in sequences]
         work = zip(states, trees, strict=True)
-        backend.verifier.run([Verify(*each, SamplingParams()) for each in work])
-        backend.verifier.commit(list(zip(states, paths, strict=True)))
+        verified = backend.verifier.run([Verify(*each, SamplingParams()) for each in work])
+        backend.verifier.commit(verified, list(zip(states, paths, strict=True)))
         for text, tree, path in zip(texts, trees, paths, strict=True):
             text += tree.tokens[path].tolist()
         if len(sequences) == 3:

@@ -16,7 +16,7 @@ from byte_tokens import END, SPECIAL, save_tokenizer
 from treeflash.cli import options
 from treeflash.commands.generate import main
 from treeflash.decoding.adaptive_budget import AdaptiveBudgets
-from treeflash.decoding.interfaces import Verify
+from treeflash.decoding.interfaces import Pass, Verify
 from treeflash.decoding.iteration import RunningSequence
 from treeflash.decoding.sampling import SampledTokens
 from treeflash.decoding.transitions import TransitionTable
@@ -116,7 +116,7 @@ class ScriptedBackend:
         return 0
 
     def run(self, work):
-        return [self.run_one(item) for item in work]
+        return Pass([self.run_one(item) for item in work])
 
     def run_one(self, item):
         if isinstance(item, Verify):
@@ -145,7 +145,7 @@ class ScriptedBackend:
         return SampledTokens(np.array(chosen, np.int32))
 
     def logits(self, trees):
-        return [self.logits_of(text, tree) for text, tree in trees]
+        return Pass(logits=[self.logits_of(text, tree) for text, tree in trees])
 
     def logits_of(self, text, tree):
         # Of a text that was run anew, whose own prompt is the prompt and what follows it.
@@ -157,7 +157,7 @@ class ScriptedBackend:
             logits[row, text.script[index] if index < len(text.script) else END] = 4
         return logits
 
-    def commit(self, paths):
+    def commit(self, verified, paths):
         for text, path in paths:
             text.length += len(path)
 

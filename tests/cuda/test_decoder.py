@@ -8,6 +8,7 @@ import pytest
 from scheduled_texts import assert_plain_texts
 
 from treeflash.config import LoadConfig
+from treeflash.decoding.backend_base import CommittedPath
 from treeflash.decoding.tree import DraftTree
 from treeflash.errors import CheckpointError
 from treeflash.testing import require
@@ -223,11 +224,11 @@ def differences(backend, model):
     target.capture(range(-1, len(target.layers) + 1))
     found = {"prompt": 0.0, "tree": 0.0, "batch": 0.0, "layers": 0.0}
 
-    def compare(name, state, logits, row, token_ids):
+    def compare(name, rows, logits, row, token_ids):
         expected, layers = expected_outputs(model, token_ids)
         found[name] = max(found[name], relative(logits, expected))
         for n, x in layers.items():
-            own = state.latest.whole.outputs[n][state.latest.first + row].numpy()
+            own = rows.outputs.layers[n][rows.first + row].numpy()
             found["layers"] = max(found["layers"], relative(own, x))
 
     with (
@@ -236,20 +237,20 @@ def differences(backend, model):
         torch.inference_mode(),
     ):
         # A prompt in two chunks, and another sequence in the pass of the second one.
-        verifier.forward([(state, PROMPT[:7])], [False])
-        verifier._commit([(state, np.arange(7, dtype=np.int32))])
-        rows = [(state, PROMPT[7:]), (other, OTHER)]
-        logits = verifier.forward(rows, [True, True]).parts
-        compare("prompt", state, logits[0][0].numpy(), len(PROMPT) - 8, PROMPT)
-        compare("batch", other, logits[1][0].numpy(), len(OTHER) - 1, OTHER)
-        paths = [(x, np.arange(len(tokens), dtype=np.int32)) for x, tokens in rows]
-        verifier._commit(paths)
+        done = verifier.forward([(state, PROMPT[:7])], [False])
+        verifier.commit_paths(list(map(CommittedPath.whole, done.rows)))
+        done = verifier.forward([(state, PROMPT[7:]), (other, OTHER)], [True, True])
+        logits = done.logits.parts
+        compare("prompt", done.rows[0], logits[0][0].numpy(), len(PROMPT) - 8, PROMPT)
+        compare("batch", done.rows[1], logits[1][0].numpy(), len(OTHER) - 1, OTHER)
+        verifier.commit_paths(list(map(CommittedPath.whole, done.rows)))
         for batch in ([(state, tree)], [(other, tree), (state, tree)]):
-            logits = verifier.forward(batch, [True] * len(batch)).parts
-            for (x, _), part in zip(batch, logits, strict=True):
-                before, name = PROMPT if x is state else OTHER, "batch" if batch[1:] else "tree"
+            done = verifier.forward(batch, [True] * len(batch))
+            for rows, part in zip(done.rows, done.logits.parts, strict=True):
+                before = PROMPT if rows.state is state else OTHER
+                name = "batch" if batch[1:] else "tree"
                 for node in range(len(tree)):
-                    compare(name, x, part[node].numpy(), node, before + text_of(tree, node))
+                    compare(name, rows, part[node].numpy(), node, before + text_of(tree, node))
     return found
 
 

@@ -171,6 +171,6 @@ def test_keys_in_8_bits_are_converted_for_long_prompts_alone(cuda, tmp_path, win
         assert cuda.converted - before == (seen * column if tokens > MAX_CHUNK else 0)
     before = cuda.converted
     backend.drafter.draft([(state, 1)])
-    backend.verifier.run([Verify(state, TREE, SamplingParams())])
-    backend.verifier.commit([(state, np.array([0, 2], np.int32))])
+    verified = backend.verifier.run([Verify(state, TREE, SamplingParams())])
+    backend.verifier.commit(verified, [(state, np.array([0, 2], np.int32))])
     assert cuda.converted == before

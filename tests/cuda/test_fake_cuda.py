@@ -104,7 +104,9 @@ def test_several_texts_in_one_forward_pass(cuda, folders, family, dtype, graphs,
     backend = load(*folders[family], config)
     states = [backend.open(200, drafts=True) for _ in range(3)]
     extensions = [Prefill(x, PROMPT[: n + 2], SamplingParams()) for n, x in enumerate(states)]
-    assert [sampled.tokens.shape for sampled in backend.verifier.run(extensions)] == [(1,)] * 3
+    assert [sampled.tokens.shape for sampled in backend.verifier.run(extensions).sampled] == [
+        (1,)
+    ] * 3
     assert [state.length for state in states] == [2, 3, 4]
     blocks = backend.drafter.draft([(state, 1) for state in states])
     assert {(block.hidden.device, block.hidden.dtype) for block in blocks} == {
@@ -118,16 +120,12 @@ def test_several_texts_in_one_forward_pass(cuda, folders, family, dtype, graphs,
         Prefill(joined, PROMPT, None),
         *(Verify(state, tree(), SamplingParams()) for state in states[1:]),
     ]
-    found = backend.verifier.run(work)
-    assert [None if sampled is None else len(sampled.tokens) for sampled in found] == [
-        6,
-        None,
-        6,
-        6,
-    ]
+    verified = backend.verifier.run(work)
+    counts = [None if sampled is None else len(sampled.tokens) for sampled in verified.sampled]
+    assert counts == [6, None, 6, 6]
     paths = [[0, 1, 3], [0], [0, 2]]
     backend.verifier.commit(
-        [(state, np.array(x, np.int32)) for state, x in zip(states, paths, strict=True)]
+        verified, [(state, np.array(x, np.int32)) for state, x in zip(states, paths, strict=True)]
     )
     assert [state.length for state in [*states, joined]] == [5, 4, 6, len(PROMPT)]
     fork = states[0].fork(4, 100)
@@ -136,7 +134,7 @@ def test_several_texts_in_one_forward_pass(cuda, folders, family, dtype, graphs,
     states[2].close()
     texts = [joined, fork, states[0], states[1]]
     backend.drafter.draft([(state, 1) for state in texts])
-    logits = backend.verifier.logits([(state, tree()) for state in texts])
+    logits = backend.verifier.logits([(state, tree()) for state in texts]).logits
     assert [part.shape for part in logits] == [(6, 40)] * 4
 
 
@@ -159,11 +157,14 @@ def test_layers_on_two_devices(cuda, folders, family, dtype, bits, monkeypatch):
         backend.drafter.marginals(blocks, OPTIONS)
         for sampling in (SAMPLINGS[0], SAMPLINGS[2]):
             work = [Verify(state, tree(), params(sampling)) for state in texts]
-            assert [len(x.tokens) for x in backend.verifier.run(work)] == [6] * len(texts)
-        backend.verifier.commit([(state, np.array([0, 2], np.int32)) for state in texts])
+            verified = backend.verifier.run(work)
+            assert [len(x.tokens) for x in verified.sampled] == [6] * len(texts)
+        backend.verifier.commit(verified, [(state, np.array([0, 2], np.int32)) for state in texts])
         assert {x.device for state in texts for x in state.context} == {DEVICE}
         single = DraftTree.root_only(3)
-        assert len(backend.verifier.logits([(state, single) for state in texts])) == len(texts)
+        assert len(backend.verifier.logits([(state, single) for state in texts]).logits) == len(
+            texts
+        )
         assert states[0].fork(3, 50).read_kv_cache().shape[3] == 3
     text = SequenceSession(backend, drafts=True, capacity=3001)
     text.extend([3] * 3000)
@@ -296,8 +297,10 @@ def test_drafts_depth_by_depth_are_captured(cuda, tmp_path, kind, dtype):
                 assert [table.tokens.shape[0] for table in tables] == [depths] * texts
                 assert (count.uploads, count.reads) == (1 + (noise is not None), 1)
             work = [Verify(state, tree(), SamplingParams()) for state in states]
-            backend.verifier.run(work)
-            backend.verifier.commit([(state, np.array([0, 2], np.int32)) for state in states])
+            verified = backend.verifier.run(work)
+            backend.verifier.commit(
+                verified, [(state, np.array([0, 2], np.int32)) for state in states]
+            )
         assert backend.head.log_probs(blocks[0], np.ones(3, np.int32)).shape == (3, 24)
         backend.target.graphs.enabled, before = False, len(cuda.launches)
         backend.head.transitions(backend.drafter.draft([(x, 1) for x in states], 4), OPTIONS)
@@ -326,8 +329,10 @@ def test_drafts_of_all_depths_at_once_are_captured(cuda, tmp_path, dtype):
             assert [block.hidden.shape[0] for block in blocks] == [3] * texts
             assert len(backend.drafter.marginals(blocks, OPTIONS)) == texts
             work = [Verify(state, tree(), SamplingParams()) for state in states]
-            backend.verifier.run(work)
-            backend.verifier.commit([(state, np.array([0, 2], np.int32)) for state in states])
+            verified = backend.verifier.run(work)
+            backend.verifier.commit(
+                verified, [(state, np.array([0, 2], np.int32)) for state in states]
+            )
         before = backend.target.graphs.replays["the drafter"]
         backend.drafter.draft([(state, 1) for state in states])
         assert backend.target.graphs.replays["the drafter"] == before + 1
@@ -343,7 +348,7 @@ def test_choices_with_edits_masks_and_log_probs(backend, sampling):
     everything = params(sampling, edits=edits(), allowed=allowed(), log_probs=3)
     all_params = [everything, params(sampling, log_probs=0), params(sampling), everything]
     work = [Verify(state, tree(), x) for state, x in zip(states, all_params, strict=True)]
-    for sampled, x in zip(backend.verifier.run(work), all_params, strict=True):
+    for sampled, x in zip(backend.verifier.run(work).sampled, all_params, strict=True):
         assert sampled.tokens.dtype == np.int32
         assert (sampled.log_probs is None) == (x.log_probs is None)
         if x.log_probs is not None:
@@ -365,8 +370,8 @@ def test_an_iteration_is_captured(cuda, folders, family, dtype, is_sampled):
     backend.drafter.draft([(state, 1) for state in states])
     for _ in range(2):  # captured, then replayed
         work = [Verify(state, tree(), params(sampling)) for state in states]
-        backend.verifier.run(work)
-        backend.verifier.commit([(state, np.array([0, 2], np.int32)) for state in states])
+        verified = backend.verifier.run(work)
+        backend.verifier.commit(verified, [(state, np.array([0, 2], np.int32)) for state in states])
         blocks = backend.drafter.draft([(state, 1) for state in states])
         backend.head.transitions(blocks, OPTIONS)
         backend.drafter.marginals(blocks, OPTIONS)
@@ -448,10 +453,12 @@ def test_transfers_of_an_iteration(cuda, backend, texts):
         backend.drafter.marginals(blocks, OPTIONS)
     assert (tables.uploads, tables.reads) == (0, 1)
     with cuda.transfers() as verify:
-        backend.verifier.run([Verify(state, tree(), SamplingParams()) for state in states])
+        verified = backend.verifier.run(
+            [Verify(state, tree(), SamplingParams()) for state in states]
+        )
     assert (verify.uploads, verify.reads) == (1, 1)  # the trees; the tokens
     with cuda.transfers() as commit:
-        backend.verifier.commit([(state, np.array([0, 2], np.int32)) for state in states])
+        backend.verifier.commit(verified, [(state, np.array([0, 2], np.int32)) for state in states])
     assert (commit.uploads, commit.reads) == (1, 0)  # which rows to keep
     with cuda.transfers() as extend:
         backend.verifier.run([Prefill(state, PROMPT, None) for state in states])

@@ -105,7 +105,7 @@ def test_layers_add_and_norm_by_one_operation(
     for backend in (adding, plain):
         state = backend.open(40, drafts=False)
         backend.verifier.run([Prefill(state, [3, 4, 5], None)])
-        found.append(backend.verifier.logits([(state, DraftTree.root_only(6))])[0])
+        found.append(backend.verifier.logits([(state, DraftTree.root_only(6))]).logits[0])
     np.testing.assert_allclose(*found, rtol=1e-4, atol=1e-4)
 
 
@@ -133,11 +133,11 @@ def test_layers_attend_to_keys_that_they_share_or_change(
     tree = DraftTree.from_parents(np.array([5, 6, 7, 8]), np.array([-1, 0, 0, 1], np.int32))
     states = [backend.open(60, drafts=False) for _ in prompts]
     backend.verifier.run([Prefill(*x, None) for x in zip(states, prompts, strict=True)])
-    together = backend.verifier.logits([(state, tree) for state in states])
+    together = backend.verifier.logits([(state, tree) for state in states]).logits
     for state, prompt, found in zip(states, prompts, together, strict=True):
         with torch.inference_mode():
             expected = model(torch.tensor([[*prompt, 5, 6, 8]])).logits[0, -1].numpy()
-        (alone,) = backend.verifier.logits([(state, tree)])
+        (alone,) = backend.verifier.logits([(state, tree)]).logits
         np.testing.assert_allclose(found[3], expected, atol=1e-4 * expected.std())
         np.testing.assert_allclose(alone[3], expected, atol=1e-4 * expected.std())
     half = load(tmp_path, None, LoadConfig(device="cpu", dtype="bfloat16"))

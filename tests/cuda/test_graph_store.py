@@ -148,9 +148,10 @@ def test_replays_of_models_are_for_the_present_sequences(tmp_path, monkeypatch, 
         groups = [group for group in groups if slabs == "one" or len(group) == 1]
         for group in groups:
             trees = [(states[i], random_tree(rng, 7, 5, VOCAB)) for i in group]
-            results += backend.verifier.logits(trees)
+            verified = backend.verifier.logits(trees)
+            results += verified.logits
             path = np.arange(1, dtype=np.int32)
-            backend.verifier.commit([(states[i], path) for i in group])
+            backend.verifier.commit(verified, [(states[i], path) for i in group])
             blocks = backend.drafter.draft([(states[i], 3) for i in group])
             results += [backend.drafter.log_probs(block) for block in blocks]
         found.append(results)

@@ -127,8 +127,12 @@ def test_drafts_depth_by_depth_share_graphs(tmp_path, monkeypatch, kind):
             for added in (None, noise):
                 options = TableOptions(m=m, k=k, noise=added)
                 results += backend.head.transitions(blocks, options)
-            backend.verifier.run([Verify(x, chain(7, 8), SamplingParams()) for x in members])
-            backend.verifier.commit([(state, np.arange(1, dtype=np.int32)) for state in members])
+            verified = backend.verifier.run(
+                [Verify(x, chain(7, 8), SamplingParams()) for x in members]
+            )
+            backend.verifier.commit(
+                verified, [(state, np.arange(1, dtype=np.int32)) for state in members]
+            )
         found.append((results, [state.read_drafter_kv_cache() for state in states]))
         rows = states[0].drafter
         assert rows.nbytes == rows.capacity * backend.drafter_arena.column_nbytes
@@ -156,9 +160,9 @@ def test_drafts_of_all_depths_at_once_share_graphs(tmp_path, monkeypatch):
             blocks = backend.drafter.draft([(state, 7) for state in states[:texts]], nodes)
             results += [block.hidden.numpy() for block in blocks]
             work = [Verify(x, chain(7, 8, 9), SamplingParams()) for x in states[:texts]]
-            backend.verifier.run(work)
+            verified = backend.verifier.run(work)
             path = np.arange(nodes, dtype=np.int32)
-            backend.verifier.commit([(state, path) for state in states[:texts]])
+            backend.verifier.commit(verified, [(state, path) for state in states[:texts]])
         found.append(results + [state.read_drafter_kv_cache() for state in states])
     for drafts, expected in zip(*found, strict=True):
         np.testing.assert_allclose(drafts, expected, atol=1e-4)
@@ -190,10 +194,12 @@ def test_what_is_warm_captures_nothing_later(backend):
     for sizes in ((1, 1, 1), (5, 1, 20), (30, 64, 64)):
         backend.drafter.draft([(state, 1) for state in states])
         trees = [chain(*[3] * n) for n in sizes]
-        backend.verifier.run(
+        verified = backend.verifier.run(
             [Verify(x, tree, SamplingParams()) for x, tree in zip(states, trees, strict=True)]
         )
-        backend.verifier.commit([(state, np.arange(1, dtype=np.int32)) for state in states])
+        backend.verifier.commit(
+            verified, [(state, np.arange(1, dtype=np.int32)) for state in states]
+        )
     backend.drafter.draft([(states[0], 1)])
     assert {x for x in graphs.keys if x[0] == "the target"} <= warm
     assert len(graphs.keys - warm) <= 1  # a draft after long prompts
@@ -261,17 +267,19 @@ def test_what_does_not_fit_runs_without_static_shapes(folders, monkeypatch, modu
         with pytest.raises(UnsupportedModelError, match="neither causal nor a sliding window"):
             backend.verifier.logits(trees)
         backend.target.is_exact = backend.target.passes.has_row_pass = False
-    together = backend.verifier.logits(trees)
+    together = backend.verifier.logits(trees).logits
     for (state, tree), logits in zip(trees, together, strict=True):
-        np.testing.assert_allclose(backend.verifier.logits([(state, tree)])[0], logits, atol=1e-4)
+        np.testing.assert_allclose(
+            backend.verifier.logits([(state, tree)]).logits[0], logits, atol=1e-4
+        )
 
 
 def test_sequences_of_several_slabs_run_one_after_another(folders, monkeypatch):
     backend = load_with_parts(monkeypatch, *folders[1])
     backend.target.arena.slab_nbytes = 1
     trees = [(state, chain(*range(6))) for state in started(backend, [[3, 4, 5], [6]])]
-    for tree, logits in zip(trees, backend.verifier.logits(trees), strict=True):
-        np.testing.assert_allclose(backend.verifier.logits([tree])[0], logits, atol=1e-4)
+    for tree, logits in zip(trees, backend.verifier.logits(trees).logits, strict=True):
+        np.testing.assert_allclose(backend.verifier.logits([tree]).logits[0], logits, atol=1e-4)
 
 
 def test_trees_beyond_the_capacity_of_a_sequence_are_not_written(backend):
@@ -296,9 +304,9 @@ def test_a_replay_is_a_function_of_its_inputs_alone(folders, monkeypatch):
         for state in states:  # the second one replays
             tree = chain(6, 7, 8)
             backend.drafter.draft([(state, 1)])
-            found.append(backend.verifier.logits([(state, tree)])[0])
-            backend.verifier.run([Verify(state, tree, SamplingParams())])
-            backend.verifier.commit([(state, np.array([0, 1], np.int32))])
+            found.append(backend.verifier.logits([(state, tree)]).logits[0])
+            verified = backend.verifier.run([Verify(state, tree, SamplingParams())])
+            backend.verifier.commit(verified, [(state, np.array([0, 1], np.int32))])
             (block,) = backend.drafter.draft([(state, 1)])
             found.append(block.hidden.numpy())
     replays = static.target.graphs.replays
@@ -310,11 +318,11 @@ def test_a_replay_is_a_function_of_its_inputs_alone(folders, monkeypatch):
 
 def test_what_earlier_texts_left_is_not_seen(backend):
     (state,), tree = started(backend, [[3, 4, 5]]), chain(6, 7, 8)
-    (expected,) = backend.verifier.logits([(state, tree)])
+    (expected,) = backend.verifier.logits([(state, tree)]).logits
     region = state.kv_cache.region
     with torch.inference_mode():
         region.slab.storage[:, :, :, state.length :] = torch.nan
-    np.testing.assert_array_equal(backend.verifier.logits([(state, tree)])[0], expected)
+    np.testing.assert_array_equal(backend.verifier.logits([(state, tree)]).logits[0], expected)
 
 
 class Recorder:

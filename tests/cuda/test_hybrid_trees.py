@@ -59,11 +59,11 @@ def test_trees_are_those_of_one_sequence_after_another(folders, monkeypatch, seq
             trees = [random_tree(rng, 7, n, VOCAB) for n in sizes[:sequences]]
             pairs = list(zip(states, trees, strict=True))
             backend.verifier.logits([(state, DraftTree.root_only(3)) for state in states])
-            results += backend.verifier.logits(pairs)
-            backend.verifier.run([Verify(*x, SamplingParams()) for x in pairs])
+            results += backend.verifier.logits(pairs).logits
+            verified = backend.verifier.run([Verify(*x, SamplingParams()) for x in pairs])
             paths = [path_to(tree, int(rng.integers(len(tree)))) for tree in trees]
             # One of them drops its tree.
-            backend.verifier.commit(list(zip(states, paths, strict=True))[-2:])
+            backend.verifier.commit(verified, list(zip(states, paths, strict=True))[-2:])
             results += [x for state in states for x in state.read_recurrent_states()]
             results += [torch.cat(state.context).numpy() for state in states]
         results += [state.read_kv_cache() for state in states]
@@ -102,13 +102,13 @@ def test_no_graph_reads_states_that_moved(tmp_path, monkeypatch, family):
         for state in states:
             arena = backend.target.state_arena
             old = [] if arena is None else list(arena.tensors)
-            backend.verifier.run([Verify(state, root, SamplingParams())])
-            backend.verifier.commit([(state, np.zeros(1, np.int32))])
+            verified = backend.verifier.run([Verify(state, root, SamplingParams())])
+            backend.verifier.commit(verified, [(state, np.zeros(1, np.int32))])
             if old and old[0] is not arena.tensors[0]:
                 with torch.inference_mode():
                     for tensor in old:
                         tensor.fill_(torch.nan)
-            results += backend.verifier.logits([(state, root)])
+            results += backend.verifier.logits([(state, root)]).logits
         found.append(results)
     assert static.target.state_arena.slots > MIN_SLOTS
     np.testing.assert_allclose(*found, atol=1e-4)
@@ -118,8 +118,8 @@ def test_the_state_of_a_finished_sequence_keeps_no_other_alive(folders, monkeypa
     backend = load_with_parts(monkeypatch, folders[0])
     states = [backend.open(20, drafts=False) for _ in range(4)]
     tree = DraftTree.root_only(3)
-    backend.verifier.run([Verify(state, tree, SamplingParams()) for state in states])
-    backend.verifier.commit([(state, np.zeros(1, np.int32)) for state in states])
+    verified = backend.verifier.run([Verify(state, tree, SamplingParams()) for state in states])
+    backend.verifier.commit(verified, [(state, np.zeros(1, np.int32)) for state in states])
     arena = backend.target.state_arena
     assert arena.slots - 1 - len(arena.free) == len(states)
     fork = states[1].fork(1, 20)

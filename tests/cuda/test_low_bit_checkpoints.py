@@ -60,7 +60,7 @@ def run(pair) -> Tensor:
     """Return the logits of 20 tokens."""
     tokens = DraftTree.chain(np.arange(20, dtype=np.int32))
     with closing(pair.open(20, drafts=False)) as state:
-        return pair.verifier.forward([(state, tokens)], [True]).parts[0].float()
+        return pair.verifier.forward([(state, tokens)], [True]).logits.parts[0].float()
 
 
 def rows_of(layer: nn.Module) -> Tensor:

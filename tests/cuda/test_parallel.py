@@ -305,7 +305,7 @@ def test_graphs_are_dropped_before_the_communicator_ends(monkeypatch, rank):
     assert left == [0]
 
 
-PLACES = {"sampling": (verifier, "sample"), "commit": (Verifier, "_commit")}
+PLACES = {"sampling": (verifier, "sample"), "commit": (Verifier, "commit_paths")}
 
 
 @pytest.mark.sample(3)

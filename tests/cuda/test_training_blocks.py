@@ -207,11 +207,11 @@ def test_features_and_top_tokens_are_those_of_the_target(backend, tmp_path):
     assert [path.name for path in folder.iterdir()] == ["00000.safetensors"]
     for text, computed, kept in zip(store.responses, fresh, store.get(range(3)), strict=True):
         decoded = SequenceSession(backend, drafts=True)
+        with torch.inference_mode():
+            found = backend.verifier.forward([(decoded.state, text.token_ids)], [False])
         decoded.extend(text.token_ids)
         (projected,) = decoded.state.context
-        outputs = [
-            decoded.state.latest.whole.outputs[i] for i in backend.drafter_config.target_layer_ids
-        ]
+        outputs = [found.rows[0].outputs.layers[i] for i in backend.drafter_config.target_layer_ids]
         near(computed.features, torch.cat(outputs, -1))
         near(backend.drafter_model.project(computed.features), projected)
         assert torch.equal(kept.features, computed.features)

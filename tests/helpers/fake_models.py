@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from treeflash.config import METHODS, DecodeConfig, SamplingConfig
-from treeflash.decoding.interfaces import Backend, Prefill, TableOptions, Verify
+from treeflash.decoding.interfaces import Backend, Pass, Prefill, TableOptions, Verify
 from treeflash.decoding.loop import Step
 from treeflash.decoding.sampling import Noise, SampledTokens, SamplingParams, sample
 from treeflash.decoding.transitions import TransitionTable
@@ -36,14 +36,13 @@ DraftNoise = list[tuple[int, Noise | None]]
 DEPTHS = 5
 
 
-@dataclass
+@dataclass(eq=False)
 class FakeState:
     """The state of a sequence: its tokens."""
 
     logits_of: Logits
     drafts: bool
     tokens: list[int] = field(default_factory=list)
-    tree: DraftTree | None = None
     closed: bool = False
     nbytes = 0
     needs_snapshots = False
@@ -65,13 +64,14 @@ class FakeVerifier:
 
     keys: list[tuple[int, list[int]]] = field(default_factory=list)
 
-    def run(self, work: Sequence[Prefill | Verify]) -> list[SampledTokens | None]:
-        return [
+    def run(self, work: Sequence[Prefill | Verify]) -> Pass:
+        sampled = [
             self._verify(item.state, item.tree, item.params)
             if isinstance(item, Verify)
             else self._extend(item.state, item.token_ids, item.params)
             for item in work
         ]
+        return Pass(sampled, rows={x.state: x.tree for x in work if isinstance(x, Verify)})
 
     def _extend(
         self, state: FakeState, token_ids: Sequence[int], params: SamplingParams | None
@@ -82,7 +82,6 @@ class FakeVerifier:
         if params is not None:
             sampled = self._verify(state, DraftTree.root_only(last), params)
         state.tokens.append(last)
-        state.tree = None
         return sampled
 
     def _verify(self, state: FakeState, tree: DraftTree, params: SamplingParams) -> SampledTokens:
@@ -91,16 +90,14 @@ class FakeVerifier:
             assert params.keys.shape == (len(tree), 2)
             following = (tree.positions(state.length) + 1).tolist()
             self.keys += zip(following, params.keys.tolist(), strict=True)
-        state.tree = tree
         return sample(self.logits(state, tree), params)
 
-    def commit(self, paths: Sequence[tuple[FakeState, np.ndarray]]) -> None:
+    def commit(self, verified: Pass, paths: Sequence[tuple[FakeState, np.ndarray]]) -> None:
         for state, path in paths:
-            assert state.tree is not None, "commit without verify"
+            tree = verified.rows.pop(state)  # a tree is committed once
             assert path[0] == 0
-            assert (state.tree.parents[path[1:]] == path[:-1]).all()
-            state.tokens += state.tree.tokens[path].tolist()
-            state.tree = None
+            assert (tree.parents[path[1:]] == path[:-1]).all()
+            state.tokens += tree.tokens[path].tolist()
 
     def logits(self, state: FakeState, tree: DraftTree) -> np.ndarray:
         sequences: list[list[int]] = []

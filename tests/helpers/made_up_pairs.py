@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from treeflash.decoding.interfaces import Prefill
+from treeflash.decoding.interfaces import Pass, Prefill
 from treeflash.decoding.sampling import SampledTokens
 from treeflash.drafters.formats import drafter_config
 from treeflash.errors import CheckpointError
@@ -84,7 +84,7 @@ class MadeUp:
         return 0
 
     def run(self, work):
-        return [self.extend(x) if isinstance(x, Prefill) else self.verify(x) for x in work]
+        return Pass([self.extend(x) if isinstance(x, Prefill) else self.verify(x) for x in work])
 
     def extend(self, work):
         state = work.state
@@ -95,7 +95,7 @@ class MadeUp:
     def verify(self, work):
         return SampledTokens(np.array([token_at(work.state.length + 1)], np.int32))
 
-    def commit(self, paths):
+    def commit(self, verified, paths):
         for state, path in paths:
             state.length += len(path)
 

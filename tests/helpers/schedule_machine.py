@@ -95,7 +95,7 @@ def logits_after(family: str, tokens: tuple[int, ...]) -> np.ndarray:
 
 
 def root_logits(family: str, state: State) -> np.ndarray:
-    return healthy(family).verifier.forward(state, DraftTree.root_only(7))
+    return healthy(family).verifier.forward(state, DraftTree.root_only(7))[0]
 
 
 @dataclass(eq=False)
@@ -180,20 +180,20 @@ class FaultyVerifier(Verifier):
         self.backend.passes.append(list(work))
         self.running = [item.state for item in work]
         try:
-            sampled = super().run(work)
+            found = super().run(work)
         finally:
             self.running = []
         self.backend.check_memory()
-        return sampled
+        return found
 
-    def commit(self, paths: Any) -> None:
-        self.committing = self.running or [state for state, _ in paths]
+    def _commit(self, paths: Any) -> None:
+        self.committing = self.running or [path.state for path in paths]
         self.backend.faults.visit("commit", self.committing)
-        super().commit(paths)
+        super()._commit(paths)
         self.backend.check_memory()
 
-    def commit_one(self, state: Any, path: Any) -> None:
-        super().commit_one(state, path)
+    def commit_one(self, state: Any, outputs: Any, path: Any) -> None:
+        super().commit_one(state, outputs, path)
         self.backend.faults.visit("one commit", self.committing)
 
 

@@ -141,10 +141,10 @@ def test_states_after_commits_equal_those_of_a_prefill(families, tmp_path, rng, 
         states = [sequences[i].state for i in members]
         sequences[members[0]].logits(random_tree(rng, 2, 5, target.vocab_size))
         sequences[members[0]].logits(DraftTree.root_only(3))
-        backend.verifier.logits(list(zip(states, trees, strict=True)))
+        verified = backend.verifier.logits(list(zip(states, trees, strict=True)))
         for i, tree in zip(members, trees, strict=True):  # one by one, from the same pass
             path = path_to(tree, int(rng.integers(len(tree))))
-            backend.verifier.commit([(sequences[i].state, path)])
+            backend.verifier.commit(verified, [(sequences[i].state, path)])
             tokens[i] += tree.tokens[path].tolist()
     for sequence, prompt in zip(sequences, tokens, strict=True):
         fresh = SequenceSession(backend)

@@ -70,9 +70,7 @@ class FailingBuffer:
             return new
 
         patch.setattr(verifier, "run", run_at_place)
-        patch.setattr(
-            verifier, "commit", lambda paths: watch(["commit"], partial(commit, paths), [])
-        )
+        patch.setattr(verifier, "commit", lambda *a: watch(["commit"], partial(commit, *a), []))
         patch.setattr(drafter, "draft", lambda *a: watch(["draft"], partial(draft, *a), []))
         patch.setattr(State, "fork", fork_at_place)
 

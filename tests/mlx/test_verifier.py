@@ -58,7 +58,7 @@ def test_sequences_run_one_by_one_if_the_family_needs_it(families, tmp_path, rng
     nodes = (1, 1, 1) if family == "gpt2" else (5, 30, 1)
     trees = [random_tree(rng, 1, n, 96) for n in nodes]
     states = [sequence.state for sequence in sequences]
-    together = backend.verifier.logits(list(zip(states, trees, strict=True)))
+    together = backend.verifier.logits(list(zip(states, trees, strict=True))).logits
     for sequence, tree, logits in zip(sequences, trees, together, strict=True):
         np.testing.assert_allclose(logits, sequence.logits(tree), atol=2e-4)
 

@@ -23,6 +23,7 @@ from treeflash.decoding.interfaces import (
     Block,
     Export,
     ImageProcessor,
+    Pass,
     Prefill,
     SequenceState,
     StateArrays,
@@ -115,29 +116,6 @@ class KVCache(Protocol):
 K = TypeVar("K", bound=KVCache)
 
 
-@dataclass(frozen=True, eq=False)
-class Pass:
-    """A forward pass of the target over rows of one or more sequences."""
-
-    outputs: Any  # outputs of the layers that the drafter reads, at all rows
-
-
-@dataclass(frozen=True, eq=False)
-class PassRows:
-    """The rows of one sequence in a forward pass, of which a path can be committed."""
-
-    whole: Pass
-    first: int  # index of the first row
-    tokens: NDArray[np.int32]  # (n,)
-    # (n, hidden_size) embeddings of the tokens, with features of images in place of the tokens that
-    # stand for them; None if none does
-    merged: Any = None
-
-
-NO_ROWS = PassRows(Pass(None), 0, np.zeros(0, np.int32))
-"""The rows of a sequence before its first pass."""
-
-
 class BaseState(ABC, Generic[K, R]):
     """A `SequenceState` from KV caches, unread features and the states of recurrent layers.
 
@@ -155,7 +133,6 @@ class BaseState(ABC, Generic[K, R]):
         context: arrays of (n, ...) features, in order, of the committed positions that the drafter
             has not read yet.
         snapshots: states of recurrent layers at earlier lengths.
-        latest: rows of the sequence in its latest forward pass.
         tokens: of the committed positions.
         images: of the prompt that is being run; None if it has none.
         encoded: features of images that chunks have ended inside of, by the images' first tokens.
@@ -170,7 +147,6 @@ class BaseState(ABC, Generic[K, R]):
         self.initial = initial
         self.context: list[Any] = []
         self.snapshots: Snapshots[R] = Snapshots()
-        self.latest = NO_ROWS
         self.tokens: list[int] = []
         self.images: PromptImages | None = None
         self.encoded: dict[int, Any] = {}
@@ -345,10 +321,6 @@ class BaseState(ABC, Generic[K, R]):
         prompt = self.prompt_positions[:, first:end]
         return np.concatenate([prompt, positions[:, prompt.shape[1] :]], 1)
 
-    def keep_tokens(self, path: NDArray[np.int32]) -> None:
-        """Note the tokens of a path of the latest forward pass, which is being committed."""
-        self.tokens += self.latest.tokens[path].tolist()
-
     def context_before(self, length: int, first: int = 0) -> list[Any]:
         """Return the context of the positions below `length`, without those below `first`."""
         assert self.drafter is not None
@@ -366,7 +338,7 @@ class BaseState(ABC, Generic[K, R]):
             self.drafter.close()
         if self.initial is not None:
             self.restore_recurrent(self.initial)
-        self.context, self.snapshots, self.latest, self.tokens = [], Snapshots(), NO_ROWS, []
+        self.context, self.snapshots, self.tokens = [], Snapshots(), []
 
     def read_kv_cache(self) -> NDArray[np.float32]:
         """Read the committed keys and values of the target, for tests."""
@@ -418,30 +390,67 @@ def note_drafted(states: Iterable[Any]) -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class CommittedRows(Generic[S]):
-    """Committed rows of one forward pass, whose features the drafter will read."""
+class Outputs:
+    """The outputs of the layers that the drafter reads, at all rows of a pass over the layers.
 
-    outputs: Any  # the outputs of the pass
-    states: list[S]  # the states of the sequences
-    rows: NDArray[np.int64]  # (n,) int64 indices into the outputs, sequence by sequence
-    sizes: list[int]  # rows of each sequence
+    A `Pass` has several of these where its sequences could not run together.
+    """
+
+    layers: Any
 
 
-def rows_by_pass(paths: Iterable[tuple[S, NDArray[np.int32]]]) -> list[CommittedRows[S]]:
-    """Group committed paths by forward pass, so that their features are projected together."""
-    passes: dict[Pass, list[tuple[S, NDArray[np.int32]]]] = {}
-    for state, path in paths:
-        if state.drafter is not None:
-            passes.setdefault(state.latest.whole, []).append((state, path))
-    return [
-        CommittedRows(
-            whole.outputs,
-            [state for state, _ in group],
-            np.concatenate([state.latest.first + path for state, path in group]),
-            [len(path) for _, path in group],
-        )
-        for whole, group in passes.items()
-    ]
+@dataclass(frozen=True, eq=False)
+class PassRows(Generic[S]):
+    """The rows of one sequence in a pass: its tree or new tokens, from which a path is committed.
+
+    `Pass.rows` has them by state.
+    """
+
+    state: S
+    outputs: Outputs
+    first: int  # index of the first row in the outputs
+    tokens: NDArray[np.int32]  # (n,)
+    # (n, hidden_size) embeddings of the tokens, with features of images in place of the tokens that
+    # stand for them; None if none does
+    merged: Any = None
+
+
+@dataclass(frozen=True, eq=False)
+class CommittedPath(Generic[S]):
+    """Rows of which a path is committed: (a,) int32 nodes, the root first."""
+
+    rows: PassRows[S]
+    nodes: NDArray[np.int32]
+
+    @classmethod
+    def whole(cls, rows: PassRows[S]) -> CommittedPath[S]:
+        """Return the path of new tokens, all of which are committed."""
+        return cls(rows, np.arange(len(rows.tokens), dtype=np.int32))
+
+    @classmethod
+    def of_pass(
+        cls, verified: Pass, paths: Iterable[tuple[S, NDArray[np.int32]]]
+    ) -> list[CommittedPath[S]]:
+        """Return the arguments of a `commit` as paths, if `Pass.rows` has rows by state."""
+        return [cls(verified.rows[state], nodes) for state, nodes in paths]
+
+    @property
+    def state(self) -> S:
+        return self.rows.state
+
+    @property
+    def tokens(self) -> list[int]:
+        tokens: list[int] = self.rows.tokens[self.nodes].tolist()
+        return tokens
+
+
+def by_outputs(paths: Iterable[CommittedPath[S]]) -> list[list[CommittedPath[S]]]:
+    """Group paths whose features are projected together, without sequences that draft nothing."""
+    groups: dict[Outputs, list[CommittedPath[S]]] = {}
+    for path in paths:
+        if path.state.drafter is not None:
+            groups.setdefault(path.rows.outputs, []).append(path)
+    return list(groups.values())
 
 
 UNQUANTISED_BITS = 16
@@ -580,43 +589,54 @@ class OneByOneVerifier(ABC):
     """
 
     @abstractmethod
-    def forward(self, state: Any, tree: DraftTree) -> NDArray[np.float32]:
-        """Return the (n, vocab) logits at the nodes of a tree under the committed positions.
+    def forward(self, state: Any, tree: DraftTree) -> tuple[NDArray[np.float32], Any]:
+        """Run a tree under the committed positions; commit nothing.
 
-        New tokens of a prompt come as a chain. Nothing is committed.
+        New tokens of a prompt come as a chain. Returns the (n, vocab) logits at the nodes, and what
+        `commit_one` needs to commit some of them.
         """
 
     @abstractmethod
-    def commit_one(self, state: Any, path: NDArray[np.int32]) -> None:
-        """Keep the keys and values of a path of the tree that `forward` saw last.
+    def commit_one(self, state: Any, outputs: Any, path: NDArray[np.int32]) -> None:
+        """Keep the keys and values of a path; `outputs` is what `forward` returned for its tree.
 
         If `state.drafter` is not None, the features of the path are also added to `state.context`.
         """
 
-    def run(self, work: Sequence[Prefill | Verify]) -> list[SampledTokens | None]:
-        sampled = [self._run(item) for item in work]
-        prompts = [item for item in work if isinstance(item, Prefill)]
-        self.commit([(x.state, np.arange(len(x.token_ids), dtype=np.int32)) for x in prompts])
-        return sampled
+    def run(self, work: Sequence[Prefill | Verify]) -> Pass:
+        sampled: list[SampledTokens | None] = []
+        rows: dict[SequenceState, PassRows[BaseState[Any, Any]]] = {}
+        prompts: list[CommittedPath[BaseState[Any, Any]]] = []
+        for item in work:
+            if isinstance(item, Verify):
+                logits, rows[item.state] = self._forward(item.state, item.tree)
+            else:
+                chain = DraftTree.chain(np.array(item.token_ids, np.int32))
+                logits, found = self._forward(item.state, chain)
+                prompts.append(CommittedPath.whole(found))
+                logits = logits[-1:]
+            sampled.append(None if item.params is None else sample(logits, item.params))
+        self._commit(prompts)
+        return Pass(sampled, rows=rows)
 
-    def commit(self, paths: Sequence[tuple[Any, NDArray[np.int32]]]) -> None:
-        with undone_on_failure(state for state, _ in paths):
-            for state, path in paths:
-                self.commit_one(state, path)
-                state.keep_tokens(path)
+    def commit(self, verified: Pass, paths: Sequence[tuple[Any, NDArray[np.int32]]]) -> None:
+        self._commit(CommittedPath.of_pass(verified, paths))
 
-    def logits(self, trees: Sequence[tuple[SequenceState, DraftTree]]) -> list[NDArray[np.float32]]:
-        return [self._forward(state, tree) for state, tree in trees]
+    def logits(self, trees: Sequence[tuple[SequenceState, DraftTree]]) -> Pass:
+        found = [self._forward(state, tree) for state, tree in trees]
+        return Pass(logits=[x for x, _ in found], rows={rows.state: rows for _, rows in found})
 
-    def _forward(self, state: Any, tree: DraftTree) -> NDArray[np.float32]:
-        state.latest = PassRows(Pass(None), 0, tree.tokens)
-        return self.forward(state, tree)
+    def _forward(
+        self, state: Any, tree: DraftTree
+    ) -> tuple[NDArray[np.float32], PassRows[BaseState[Any, Any]]]:
+        logits, outputs = self.forward(state, tree)
+        return logits, PassRows(state, Outputs(outputs), 0, tree.tokens)
 
-    def _run(self, item: Prefill | Verify) -> SampledTokens | None:
-        if isinstance(item, Verify):
-            return sample(self._forward(item.state, item.tree), item.params)
-        logits = self._forward(item.state, DraftTree.chain(np.array(item.token_ids, np.int32)))
-        return None if item.params is None else sample(logits[-1:], item.params)
+    def _commit(self, paths: Sequence[CommittedPath[BaseState[Any, Any]]]) -> None:
+        with undone_on_failure(path.state for path in paths):
+            for path in paths:
+                self.commit_one(path.state, path.rows.outputs.layers, path.nodes)
+                path.state.tokens += path.tokens
 
 
 class OneByOneDrafter(ABC):

@@ -135,12 +135,32 @@ class Verify:
     """Run the target over a draft tree and sample a token at every node.
 
     Node i stands at position length + depths[i] and sees the committed positions, its ancestors and
-    itself. Nothing is committed; a second verification replaces the first.
+    itself. Nothing is committed.
     """
 
     state: SequenceState
     tree: DraftTree
     params: SamplingParams
+
+
+@dataclass(frozen=True, eq=False)
+class Pass:
+    """The result of a forward pass of the target, from which paths of its trees can be committed.
+
+    It is complete: a state keeps nothing of a pass but keys and values of the nodes, behind the
+    committed positions. Another pass over a sequence overwrites them, and so replaces this one.
+
+    Attributes:
+        sampled: per sequence, the result of `treeflash.decoding.sampling.sample` for the target's
+            logits after the last token of a prefill or at every node of a tree; None if the prefill
+            has no `params`. `TreeVerifier.logits` samples nothing.
+        logits: each tree's (n, vocab) logits, if `TreeVerifier.logits` made the pass.
+        rows: what the backend needs to commit paths; a handle that the core never looks into.
+    """
+
+    sampled: Sequence[SampledTokens | None] = ()
+    logits: Sequence[NDArray[np.float32]] = ()
+    rows: Any = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,25 +207,23 @@ class TableOptions:
 class TreeVerifier(Protocol):
     """The target."""
 
-    def run(self, work: Sequence[Prefill | Verify]) -> list[SampledTokens | None]:
+    def run(self, work: Sequence[Prefill | Verify]) -> Pass:
         """Run one forward pass over the tokens and trees of several sequences, each once.
-
-        Returns:
-            Per sequence, the result of `treeflash.decoding.sampling.sample` for the target's logits
-            after the last token of a prefill or at every node of a tree; None if the prefill has no
-            `params`.
 
         Raises:
             NumericalError: the logits are not finite.
         """
 
-    def commit(self, paths: Sequence[tuple[SequenceState, NDArray[np.int32]]]) -> None:
-        """Keep a path of the tree that each sequence verified last, and drop the other nodes.
+    def commit(
+        self, verified: Pass, paths: Sequence[tuple[SequenceState, NDArray[np.int32]]]
+    ) -> None:
+        """Keep a path of the tree that a pass verified for each sequence; drop the other nodes.
 
-        A path is (a,) int32 node indices, 0 first, each the parent of the next.
+        The pass is the last one of these sequences, which may be some of its sequences. A path is
+        (a,) int32 node indices, 0 first, each the parent of the next.
         """
 
-    def logits(self, trees: Sequence[tuple[SequenceState, DraftTree]]) -> list[NDArray[np.float32]]:
+    def logits(self, trees: Sequence[tuple[SequenceState, DraftTree]]) -> Pass:
         """Compute each tree's (n, vocab) logits, for probes and analysis; commit nothing."""
 
 

@@ -32,6 +32,7 @@ from treeflash.decoding.batch_trees import draft_trees, observe
 from treeflash.decoding.interfaces import (
     Backend,
     Block,
+    Pass,
     Prefill,
     SequenceState,
     TableOptions,
@@ -63,6 +64,7 @@ class RunningSequence:
     cached: int  # tokens of the prompt that were committed at the start
     # the work that the loop waits for; None when the sequence is finished
     pending: Work | None = None
+    verified: Pass | None = None  # the pass over its tree, until a path is committed
     prefilled: int = 0  # tokens of the pending `Prefill` that are committed already
     has_drafted: bool = False  # whether a tree was drafted for it
     # It pauses drafts of a batch while the trees are cut to the root.
@@ -373,13 +375,16 @@ class Iteration:
                 params=whole.params if end == len(whole.token_ids) else None,
             )
 
-        def run(sequences: list[RunningSequence]) -> list[SampledTokens | None]:
-            return self.backend.verifier.run([work_of(sequence) for sequence in sequences])
+        def run(sequences: list[RunningSequence]) -> list[tuple[Pass, SampledTokens | None]]:
+            found = self.backend.verifier.run([work_of(sequence) for sequence in sequences])
+            return [(found, sampled) for sampled in found.sampled]
 
         prefilling = [sequence for sequence in self.sequences if sequence in chunks]
         prefilled = []
-        for sequence, sampled in self._batch([*self._pending(Verify), *prefilling], "verify", run):
+        waiting = [*self._pending(Verify), *prefilling]
+        for sequence, (found, sampled) in self._batch(waiting, "verify", run):
             if sequence not in chunks:
+                sequence.verified = found
                 sequence.resume(sampled)
                 continue
             sequence.prefilled += chunks[sequence]
@@ -395,10 +400,20 @@ class Iteration:
         """Commit the accepted paths; returns the sequences that had one."""
 
         def commit(sequences: list[RunningSequence]) -> list[None]:
-            self.backend.verifier.commit([(x.state, x.expect(Commit).path) for x in sequences])
+            verified = sequences[0].verified
+            assert verified is not None
+            paths = [(x.state, x.expect(Commit).path) for x in sequences]
+            self.backend.verifier.commit(verified, paths)
+            for sequence in sequences:
+                sequence.verified = None
             return [None] * len(sequences)
 
-        committed = [x for x, _ in self._batch(self._pending(Commit), "commit", commit)]
+        # There is one pass, unless it failed and ran for each sequence alone.
+        by_pass: dict[Pass | None, list[RunningSequence]] = {}
+        for sequence in self._pending(Commit):
+            by_pass.setdefault(sequence.verified, []).append(sequence)
+        batches = [self._batch(sequences, "commit", commit) for sequences in by_pass.values()]
+        committed = [sequence for batch in batches for sequence, _ in batch]
         seen = [sequence.expect(Commit).seen for sequence in committed]
         observe([outcome for outcome in seen if outcome is not None])
         return committed

@@ -125,13 +125,14 @@ def _changing_operation(backend: Backend, prefix: list[int], tree: DraftTree) ->
         short.extend(prefix[:2])
         on_short = short.logits(tree)
         batch = backend.verifier.logits([(short.state, tree), (branched.state, tree)])
-        if not all(map(np.array_equal, batch, (on_short, on_tree))):
+        if not all(map(np.array_equal, batch.logits, (on_short, on_tree))):
             return "another sequence in the batch"
         for node in path:
             root = DraftTree.root_only(int(tree.tokens[node]))
             if not np.array_equal(plain.logits(root)[0], on_tree[node]):
                 return "a draft tree"
             plain.commit(np.zeros(1, np.int32))
+        branched.verified = batch
         branched.commit(path)
         if not np.array_equal(branched.logits(tree), plain.logits(tree)):
             return "committing a path"
@@ -242,7 +243,8 @@ def commit_differences(backend: Backend, rng: np.random.Generator) -> tuple[floa
         other.extend(prefix[:1])
         # Another sequence in the same pass must make no difference.
         sequences = [(other.state, following), (branched.state, tree)]
-        on_tree = backend.verifier.logits(sequences)[1][-1]
+        branched.verified = backend.verifier.logits(sequences)
+        on_tree = branched.verified.logits[1][-1]
         branched.commit(path)
         after_tree = branched.logits(following)
     with SequenceSession(backend) as plain:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from treeflash.config import SamplingConfig
 from treeflash.decoding.images import PromptImages
-from treeflash.decoding.interfaces import Backend, Block, Prefill, Verify
+from treeflash.decoding.interfaces import Backend, Block, Pass, Prefill, Verify
 from treeflash.decoding.sampling import SamplingParams
 from treeflash.decoding.tree import DraftTree
 
@@ -23,11 +23,15 @@ class SequenceSession:
 
     `drafts` says whether `draft` will be called; `capacity` counts positions, the nodes of the
     largest tree included.
+
+    Attributes:
+        verified: the pass over the tree that was verified last, of which a path can be committed.
     """
 
     def __init__(self, backend: Backend, *, drafts: bool = False, capacity: int = 1024) -> None:
         self.backend = backend
         self.state = backend.open(capacity, drafts=drafts)
+        self.verified = Pass()
 
     @property
     def length(self) -> int:
@@ -44,26 +48,27 @@ class SequenceSession:
         after = np.array([self.length + len(token_ids)], np.int32)
         params = SamplingParams.from_positions(sampling, after)
         work = Prefill(self.state, token_ids, params, images)
-        (sampled,) = self.backend.verifier.run([work])
+        (sampled,) = self.backend.verifier.run([work]).sampled
         assert sampled is not None
         return int(sampled.tokens[-1])
 
     def verify(self, tree: DraftTree, sampling: SamplingConfig = GREEDY) -> NDArray[np.int32]:
         """Return the (n,) int32 the target's tokens at the nodes of a tree."""
         params = SamplingParams.from_positions(sampling, tree.positions(self.length + 1))
-        work = Verify(self.state, tree, params)
-        (sampled,) = self.backend.verifier.run([work])
+        self.verified = self.backend.verifier.run([Verify(self.state, tree, params)])
+        (sampled,) = self.verified.sampled
         assert sampled is not None
         return sampled.tokens
 
     def logits(self, tree: DraftTree) -> NDArray[np.float32]:
         """Return the (n, vocab) target's logits at the nodes of a tree."""
-        (logits,) = self.backend.verifier.logits([(self.state, tree)])
+        self.verified = self.backend.verifier.logits([(self.state, tree)])
+        (logits,) = self.verified.logits
         return logits
 
     def commit(self, path: NDArray[np.int32]) -> None:
         """Keep a path of the tree that was verified last."""
-        self.backend.verifier.commit([(self.state, path)])
+        self.backend.verifier.commit(self.verified, [(self.state, path)])
 
     def draft(self, root: int, depths: int | None = None) -> Block:
         """Draft a block after `root`, the token at the next position; see `Drafter.draft`."""

@@ -16,17 +16,12 @@ from treeflash.reference.target import Cache, States, Target
 
 
 class State(BaseState[Cache, States]):
-    """`treeflash.decoding.interfaces.SequenceState` in NumPy.
-
-    `outputs` are (n, hidden_size) of the embeddings and of each layer, for the rows that were run
-    last.
-    """
+    """`treeflash.decoding.interfaces.SequenceState` in NumPy."""
 
     def __init__(self, target: Target, drafter: DrafterModel | None, capacity: int) -> None:
         cache = target.new_cache()
         super().__init__(cache, drafter.new_cache() if drafter else None, cache.start or None)
         self.target, self.drafter_model, self.capacity = target, drafter, capacity
-        self.outputs: list[Array] = []
 
     def copy(self, length: int, capacity: int, recurrent: States | None) -> State:
         new = type(self)(self.target, self.drafter_model, capacity)
@@ -72,16 +67,15 @@ class Verifier(OneByOneVerifier):
     def __init__(self, target: Target) -> None:
         self.target = target
 
-    def forward(self, state: State, tree: DraftTree) -> Array:
+    def forward(self, state: State, tree: DraftTree) -> tuple[Array, list[Array]]:
         assert state.length + len(tree) <= state.capacity, "the state is too small"
-        logits, state.outputs = self.target.forward(
+        return self.target.forward(
             tree.tokens, tree.positions(state.length), tree.ancestor_mask(), state.kv_cache
         )
-        return logits
 
-    def commit_one(self, state: State, path: Ints) -> None:
+    def commit_one(self, state: State, outputs: list[Array], path: Ints) -> None:
         state.kv_cache.commit(path)
         if state.drafter_model is not None:
             layers = state.drafter_model.config.target_layer_ids
-            features = np.concatenate([state.outputs[i + 1][path] for i in layers], -1)
+            features = np.concatenate([outputs[i + 1][path] for i in layers], -1)
             state.context.append(features)

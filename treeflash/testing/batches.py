@@ -96,9 +96,10 @@ class BatchTests:
         trees = [sequence.tree() for sequence in sequences]
         states = [sequence.state for sequence in sequences]
         work = list(zip(states, trees, strict=True))
-        together, reverse = backend.verifier.logits(work), backend.verifier.logits(work[::-1])
-        for each, logits, again in zip(work, together, reverse[::-1], strict=True):
-            (alone,) = backend.verifier.logits([each])
+        together, reverse = map(backend.verifier.logits, (work, work[::-1]))
+        reversed_logits = reverse.logits[::-1]
+        for each, logits, again in zip(work, together.logits, reversed_logits, strict=True):
+            (alone,) = backend.verifier.logits([each]).logits
             assert_close(logits, alone)
             assert_close(again, alone)
 
@@ -184,8 +185,8 @@ def advance(backend: Backend, rng: Generator, sequences: Sequence[TrackedSequenc
     trees = [sequence.tree() for sequence in sequences]
     paths = [path_to(tree, int(rng.integers(len(tree)))) for tree in trees]
     states = [sequence.state for sequence in sequences]
-    backend.verifier.logits(list(zip(states, trees, strict=True)))
-    backend.verifier.commit(list(zip(states, paths, strict=True)))
+    verified = backend.verifier.logits(list(zip(states, trees, strict=True)))
+    backend.verifier.commit(verified, list(zip(states, paths, strict=True)))
     for sequence, tree, path in zip(sequences, trees, paths, strict=True):
         sequence.tokens += tree.tokens[path].tolist()
     if rng.random() < 0.5:
@@ -494,7 +495,7 @@ class ExactTests:
             chunked.extend(tokens[end:])
             plain.extend(tokens)
             fork = chunked.state.fork(end, 500)
-            logits = backend.verifier.logits([(chunked.state, tree), (fork, tree)])
+            logits = backend.verifier.logits([(chunked.state, tree), (fork, tree)]).logits
             for node in path_to(tree, int(rng.integers(len(tree)))):
                 root = DraftTree.root_only(int(tree.tokens[node]))
                 np.testing.assert_array_equal(plain.logits(root)[0], logits[0][node])

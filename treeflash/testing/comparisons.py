@@ -41,7 +41,7 @@ def text_difference(
         text.extend(list(token_ids[:-1]))
         last = DraftTree.root_only(token_ids[-1])
         (alone,) = text.logits(last)
-        (beside, _) = backend.verifier.logits([(text.state, last), (other.state, last)])
+        (beside, _) = backend.verifier.logits([(text.state, last), (other.state, last)]).logits
     return float(np.max([relative_difference(x, expected) for x in (alone, beside[0])]))
 
 

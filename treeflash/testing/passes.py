@@ -37,9 +37,9 @@ class PassTests:
         backend = pair(family).tested
         assert backend.drafter is not None
         together, alone = mixed_work(backend), mixed_work(backend)
-        found = backend.verifier.run(together)
+        found = backend.verifier.run(together).sampled
         for one, other, mine in zip(together, alone, found, strict=True):
-            (theirs,) = backend.verifier.run([other])
+            (theirs,) = backend.verifier.run([other]).sampled
             assert_equal_samples(mine, theirs)
             assert_equal_lengths(one, other)
             assert_equal_states(one.state, other.state)
@@ -64,7 +64,7 @@ class PassTests:
             if one.state.length:
                 assert_equal_states(one.state, other.state)
         found, expected = backend.verifier.run(work), backend.verifier.run(untouched)
-        for mine, theirs in zip(found, expected, strict=True):
+        for mine, theirs in zip(found.sampled, expected.sampled, strict=True):
             assert_equal_samples(mine, theirs)
 
     def test_a_sequence_fills_its_capacity(self, pair: PairMaker, representative: str) -> None:
@@ -168,7 +168,8 @@ class PlainSequence(SequenceSession):
         params = SamplingParams.from_positions(
             self.sampling, position, allowed=allowed, log_probs=self.backend.vocab_size
         )
-        (sampled,) = self.backend.verifier.run([Verify(self.state, root, params)])
+        self.verified = self.backend.verifier.run([Verify(self.state, root, params)])
+        (sampled,) = self.verified.sampled
         assert sampled is not None
         self.commit(ROOT)
         self.tokens.append(self.next)

@@ -23,13 +23,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from treeflash.decoding.backend_base import PassRows
 from treeflash.errors import first_line
 from treeflash_cuda.cache import Arena
 from treeflash_cuda.gpu.graphs import Graphs
 from treeflash_cuda.gpu.state_arena import CommittedStates
-from treeflash_cuda.sampling import Logits
 from treeflash_cuda.state import State
-from treeflash_cuda.target import Rows, Target
+from treeflash_cuda.target import Rows, RowsResult, Target
 from treeflash_cuda.verifier import Path, Verifier
 
 RELEASE_S = 0.5
@@ -128,7 +128,7 @@ class LeaderVerifier(Verifier):
     succeeded. So whatever fails on rank 0 alone, such as sampling, leaves all ranks equal.
     """
 
-    def forward(self, rows: Sequence[Rows], needs_logits: Sequence[bool]) -> Logits:
+    def forward(self, rows: Sequence[Rows], needs_logits: Sequence[bool]) -> RowsResult:
         numbered = [(_number(state), tokens) for state, tokens in rows]
         followers.tell("forward", numbered, list(needs_logits))
         try:
@@ -138,9 +138,9 @@ class LeaderVerifier(Verifier):
             followers.lost = True
             raise
 
-    def _commit(self, paths: Sequence[Path]) -> None:
-        super()._commit(paths)
-        followers.tell("commit", [(_number(state), path) for state, path in paths])
+    def commit_paths(self, paths: Sequence[Path]) -> None:
+        super().commit_paths(paths)
+        followers.tell("commit", [(_number(path.state), path.nodes) for path in paths])
 
 
 def _number(state: State) -> int:
@@ -166,6 +166,7 @@ def follow(target: Target) -> None:
 def _follow(target: Target) -> None:
     verifier = Verifier(target, None)
     states: dict[int, State] = {}
+    latest: dict[int, PassRows[State]] = {}  # the rows of each sequence in its latest pass
     for call in itertools.chain.from_iterable(iter(broadcast, None)):
         match call:
             case ("end",):
@@ -181,12 +182,14 @@ def _follow(target: Target) -> None:
             case "rollback", number, length:
                 states[number].rollback(length, None)
             case "close", number:
+                latest.pop(number, None)
                 if (state := states.pop(number, None)) is not None:
                     state.close()
             case "forward", rows, needs_logits:
-                verifier.forward([(states[number], x) for number, x in rows], needs_logits)
+                found = verifier.forward([(states[number], x) for number, x in rows], needs_logits)
+                latest |= {number: x for (number, _), x in zip(rows, found.rows, strict=True)}
             case "commit", paths:
-                verifier.commit([(states[number], path) for number, path in paths])
+                verifier.commit_paths([Path(latest[number], nodes) for number, nodes in paths])
 
 
 def end(graphs: Graphs) -> None:

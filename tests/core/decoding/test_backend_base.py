@@ -9,13 +9,15 @@ from treeflash.config import LoadConfig
 from treeflash.decoding.backend_base import (
     MAX_SNAPSHOTS,
     NEWEST_SNAPSHOTS,
-    Pass,
+    CommittedPath,
+    Outputs,
     PassRows,
     Snapshots,
     arrays_nbytes,
-    rows_by_pass,
+    by_outputs,
 )
-from treeflash.decoding.interfaces import Prefill
+from treeflash.decoding.interfaces import Prefill, Verify
+from treeflash.decoding.sampling import SamplingParams
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.reference.backend import load
@@ -50,21 +52,14 @@ def test_arrays_are_counted_once():
 
 
 def test_commits_are_grouped_by_forward_pass():
-    outputs = object(), object()
-    passes = list(map(Pass, outputs))
+    outputs = [Outputs(None), Outputs(None)]
 
-    def state(number, first, drafter="cache"):
-        return SimpleNamespace(latest=PassRows(passes[number], first, None), drafter=drafter)
+    def path(number, first, nodes, drafter="cache"):
+        rows = PassRows(SimpleNamespace(drafter=drafter), outputs[number], first, None)
+        return CommittedPath(rows, np.array(nodes, np.int32))
 
-    states = [state(0, 0), state(1, 0), state(0, 5), state(0, 9, drafter=None)]
-    paths = [np.array(path, np.int32) for path in ([0, 2], [0], [0, 1, 3], [0, 1])]
-    first, second = rows_by_pass(zip(states, paths, strict=True))
-    assert first.outputs is outputs[0]
-    assert first.states == [states[0], states[2]]
-    assert first.rows.tolist() == [0, 2, 5, 6, 8]
-    assert first.sizes == [2, 3]
-    assert second.outputs is outputs[1]
-    assert (second.states, second.rows.tolist(), second.sizes) == ([states[1]], [0], [1])
+    paths = [path(0, 0, [0, 2]), path(1, 0, [0]), path(0, 5, [0, 1]), path(0, 9, [0], drafter=None)]
+    assert by_outputs(paths) == [[paths[0], paths[2]], [paths[1]]]
 
 
 @pytest.mark.parametrize("call", ["run", "commit"])
@@ -76,23 +71,23 @@ def test_a_call_that_fails_in_its_second_commit_has_changed_no_sequence(
     tree, path = DraftTree.chain(np.array([7, 8, 9], np.int32)), np.array([0, 1], np.int32)
     for session in sessions:
         session.extend([5, 6])
-        session.verify(tree)
+    found = backend.verifier.run([Verify(x.state, tree, SamplingParams()) for x in sessions])
     before = [session.state.read_kv_cache() for session in sessions]
 
-    def commit_one(verifier, state, path, plain=Verifier.commit_one):
-        plain(verifier, state, path)
+    def commit_one(verifier, state, outputs, path, plain=Verifier.commit_one):
+        plain(verifier, state, outputs, path)
         if state is sessions[1].state:
             raise MemoryError("out of memory")
 
     states = [session.state for session in sessions]
     arguments = {
-        "run": [Prefill(state, [4], None) for state in states],
-        "commit": [(state, path) for state in states],
+        "run": ([Prefill(state, [4], None) for state in states],),
+        "commit": (found, [(state, path) for state in states]),
     }
     with monkeypatch.context() as full:
         full.setattr(Verifier, "commit_one", commit_one)
         with pytest.raises(MemoryError):
-            getattr(backend.verifier, call)(arguments[call])
+            getattr(backend.verifier, call)(*arguments[call])
     for session, kv_cache in zip(sessions, before, strict=True):
         assert np.array_equal(session.state.read_kv_cache(), kv_cache)
         session.verify(tree)

@@ -1,6 +1,7 @@
 """The checks at load: targets that pass, and each way of failing them."""
 
 import types
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -24,19 +25,15 @@ def backend(tmp_path):
 class SiblingLeak(Verifier):
     def forward(self, state, tree):
         causal = np.tri(len(tree), dtype=np.bool_)
-        logits, state.outputs = self.target.forward(
+        return self.target.forward(
             tree.tokens, tree.positions(state.length), causal, state.kv_cache
         )
-        return logits
 
 
 class PositionIsColumn(Verifier):
     def forward(self, state, tree):
         positions = state.length + np.arange(len(tree), dtype=np.int32)
-        logits, state.outputs = self.target.forward(
-            tree.tokens, positions, tree.ancestor_mask(), state.kv_cache
-        )
-        return logits
+        return self.target.forward(tree.tokens, positions, tree.ancestor_mask(), state.kv_cache)
 
 
 class LeakInLargeTrees(Verifier):
@@ -56,20 +53,20 @@ class ColumnsInLargeTrees(Verifier):
 class CommitsFirstRows(Verifier):
     """The cache keeps the tree's first rows instead of the accepted ones."""
 
-    def commit_one(self, state, path):
-        super().commit_one(state, np.arange(len(path), dtype=np.int32))
+    def commit_one(self, state, outputs, path):
+        super().commit_one(state, outputs, np.arange(len(path), dtype=np.int32))
 
 
 class CommitsWholeTree(Verifier):
-    def commit_one(self, state, path):
+    def commit_one(self, state, outputs, path):
         rows = len(state.kv_cache.pending[0][0][0])
-        super().commit_one(state, np.arange(rows, dtype=np.int32))
+        super().commit_one(state, outputs, np.arange(rows, dtype=np.int32))
 
 
 class ForgetsLastRow(Verifier):
-    def commit_one(self, state, path):
+    def commit_one(self, state, outputs, path):
         whole = path[-1] == len(path) - 1  # a prompt
-        super().commit_one(state, path if whole else path[:-1])
+        super().commit_one(state, outputs, path if whole else path[:-1])
 
 
 class PositionCountsRejected(Verifier):
@@ -77,15 +74,12 @@ class PositionCountsRejected(Verifier):
 
     def forward(self, state, tree):
         positions = tree.positions(state.length + getattr(state, "rejected", 0))
-        logits, state.outputs = self.target.forward(
-            tree.tokens, positions, tree.ancestor_mask(), state.kv_cache
-        )
-        return logits
+        return self.target.forward(tree.tokens, positions, tree.ancestor_mask(), state.kv_cache)
 
-    def commit_one(self, state, path):
+    def commit_one(self, state, outputs, path):
         rejected = len(state.kv_cache.pending[0][0][0]) - len(path)
         state.rejected = getattr(state, "rejected", 0) + rejected
-        super().commit_one(state, path)
+        super().commit_one(state, outputs, path)
 
 
 class Crash(Verifier):
@@ -148,10 +142,7 @@ def test_a_target_of_few_positions_passes(tmp_path):
 class WrongMask(Verifier):
     def forward(self, state, tree):
         mask = tree.ancestor_mask()[:, :-1] if len(tree) > 1 else tree.ancestor_mask()
-        logits, state.outputs = self.target.forward(
-            tree.tokens, tree.positions(state.length), mask, state.kv_cache
-        )
-        return logits
+        return self.target.forward(tree.tokens, tree.positions(state.length), mask, state.kv_cache)
 
 
 def test_an_error_of_the_backend_is_not_one_of_the_model(backend):
@@ -187,10 +178,11 @@ class Exact(Verifier):
     """Logits that depend on the text up to a node alone, bit for bit."""
 
     def forward(self, state, tree):
-        super().forward(state, tree)
+        _, outputs = super().forward(state, tree)
         texts = ([*state.tokens, *tree.tokens[row].tolist()] for row in tree.ancestor_mask())
         logits = [np.random.default_rng(x).normal(size=self.target.vocab_size) for x in texts]
-        return np.array(logits, np.float32) * np.float32(1 + self.error(state, tree))
+        logits = np.array(logits, np.float32) * np.float32(1 + self.error(state, tree))
+        return logits, outputs
 
     def error(self, state, tree):
         """The relative error of logits."""
@@ -214,12 +206,10 @@ class InexactBatches(Exact):
     """As if shorter sequences were padded to the longest one, which changes the order of sums."""
 
     def logits(self, trees):
+        found = super().logits(trees)
         longest = max(state.length for state, _ in trees)
-        return [
-            super(InexactBatches, self).logits([(state, tree)])[0]
-            * np.float32(1 + (state.length < longest) / 512)
-            for state, tree in trees
-        ]
+        errors = [np.float32(1 + (state.length < longest) / 512) for state, _ in trees]
+        return replace(found, logits=list(map(np.multiply, found.logits, errors)))
 
 
 class InexactTrees(Exact):
@@ -232,8 +222,8 @@ class InexactTrees(Exact):
 class InexactPaths(Exact):
     """As if keys were rounded when they move to the place of rejected ones."""
 
-    def commit_one(self, state, path):
-        super().commit_one(state, path)
+    def commit_one(self, state, outputs, path):
+        super().commit_one(state, outputs, path)
         state.moved = getattr(state, "moved", 0) + int(path[-1] >= len(path))
 
     def error(self, state, tree):

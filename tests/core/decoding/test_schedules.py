@@ -45,10 +45,12 @@ def cancel_running_alone(self: Scheduler, request: Request) -> None:
         self._end(sequence)
 
 
-def commit_twice(self: FaultyVerifier, paths: Any, plain: Any = FaultyVerifier.commit) -> None:
-    plain(self, paths)
+def commit_twice(
+    self: FaultyVerifier, verified: Any, paths: Any, plain: Any = FaultyVerifier.commit
+) -> None:
+    plain(self, verified, paths)
     if len(paths) > 1:
-        plain(self, paths)
+        plain(self, verified, paths)
 
 
 def keep_failed(

@@ -11,7 +11,7 @@ import pytest
 from failures import failing
 
 from treeflash.config import LoadConfig
-from treeflash.decoding.interfaces import DeviceReport, Prefill
+from treeflash.decoding.interfaces import DeviceReport, Pass, Prefill
 from treeflash.decoding.sampling import SampledTokens
 from treeflash.decoding.verify_costs import (
     CHECKED_EVERY,
@@ -177,9 +177,9 @@ class Timed:
             first = rows not in self.verified
             self.verified.append(rows)
             self.now += self.seconds(rows) * (self.first if first else 1)
-        return [SampledTokens(np.zeros(1, np.int32))]
+        return Pass([SampledTokens(np.zeros(1, np.int32))])
 
-    def commit(self, items):
+    def commit(self, verified, paths):
         pass
 
 
@@ -200,7 +200,7 @@ class TimedAhead(Timed):
             self.now = before + (self.now - before) / 2
         return result
 
-    def commit(self, items):
+    def commit(self, verified, paths):
         self.decoded += 1
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import treeflash
+from treeflash.decoding.interfaces import Pass
 from treeflash.decoding.sampling import SampledTokens
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
@@ -95,12 +96,12 @@ class Oracle:
         return SimpleNamespace(length=0, close=lambda: None)
 
     def run(self, work):
-        return [SampledTokens(np.zeros(1, np.int32))]
+        return Pass([SampledTokens(np.zeros(1, np.int32))])
 
     def logits(self, trees):
-        return [self.table[tree.tokens] for _, tree in trees]
+        return Pass(logits=[self.table[tree.tokens] for _, tree in trees])
 
-    def commit(self, paths):
+    def commit(self, verified, paths):
         pass
 
     def draft(self, roots, depths=None):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from byte_tokens import END
 
-from treeflash.decoding.interfaces import Prefill
+from treeflash.decoding.interfaces import Pass, Prefill
 from treeflash.decoding.sampling import SampledTokens
 from treeflash.language_model import LanguageModel
 from treeflash.text.tokenizer import Tokenizer
@@ -61,8 +61,8 @@ class EchoBackend:
     def state_nbytes(self, capacity: int, *, drafts: bool) -> int:
         return 0
 
-    def run(self, work) -> list[SampledTokens | None]:
-        return [self.sampled(item) for item in work]
+    def run(self, work) -> Pass:
+        return Pass([self.sampled(item) for item in work])
 
     def sampled(self, item) -> SampledTokens | None:
         state, prompt = item.state, item.state.tokens
@@ -82,7 +82,7 @@ class EchoBackend:
             )
         return SampledTokens(np.array([state.script.pop(0)], np.int32))
 
-    def commit(self, paths) -> None:
+    def commit(self, verified, paths) -> None:
         for state, path in paths:
             state.tokens += [0] * len(path)
 

@@ -60,15 +60,16 @@ class Verifier(OneByOneVerifier):
         x, positions = self.target.embeddings[tree.tokens], tree.positions(state.length)
         mask = np.ones((len(tree), state.length), np.bool_)
         mask = np.concatenate([mask, tree.ancestor_mask()], 1)
-        state.pending, state.outputs = [], []
+        new, outputs = [], []
         for layer, cached in zip(self.target.layers, state.kv_cache.layers, strict=True):
             x, kv_cache = layer(x, positions, cached, mask)
-            state.pending.append(kv_cache)
-            state.outputs.append(x)
-        return self.target.logits(x)
+            new.append(kv_cache)
+            outputs.append(x)
+        return self.target.logits(x), (new, outputs)
 
-    def commit_one(self, state, path):
-        state.kv_cache.append(state.pending, path)
+    def commit_one(self, state, found, path):
+        new, outputs = found
+        state.kv_cache.append(new, path)
         if state.drafter:
-            outputs = [state.outputs[n][path] for n in self.layer_ids]
-            state.context.append(np.concatenate(outputs, -1))
+            features = [outputs[n][path] for n in self.layer_ids]
+            state.context.append(np.concatenate(features, -1))
