@@ -48,7 +48,7 @@ from rich.console import Console
 from benchmarks.common import Parser, describe, show, write_json
 from treeflash.cli.console import guarded
 from treeflash.cli.options import add_model_options, add_parallel_option, load_model
-from treeflash.config import DecodeConfig
+from treeflash.config import DecodeConfig, Parallel
 from treeflash.decoding.interfaces import Backend
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
@@ -58,7 +58,6 @@ from treeflash.evaluation.run import Case, check_max_tokens, decode_prompts, enc
 from treeflash.hub.published import drafter_training
 from treeflash.language_model import LanguageModel
 from treeflash.text.prompt import read_rows
-from treeflash.text.stream import Parallel
 
 DEPTHS = 7
 """Drafts of a round in the published table: chains of the whole block."""

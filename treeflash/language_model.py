@@ -10,7 +10,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypedDict, Unpack
 
-from treeflash.config import AUTO, DecodeConfig, LoadConfig, Method, cache_folder
+from treeflash.config import AUTO, DecodeConfig, LoadConfig, Method, Parallel, cache_folder
 from treeflash.decoding import Scheduler, SchedulerConfig, best_method
 from treeflash.decoding.adaptive_budget import AdaptiveBudgets
 from treeflash.decoding.disk_cache import DiskCache
@@ -61,7 +61,7 @@ from treeflash.text.options import (
     parse_options,
 )
 from treeflash.text.prompt import Prompt, encode
-from treeflash.text.stream import Assembler, BatchStream, Parallel, Stream
+from treeflash.text.stream import Assembler, BatchStream, Stream
 from treeflash.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:

@@ -505,7 +505,7 @@ def test_a_model_says_why_it_cannot_be_pickled(scripted, take):
 
 def test_importing_the_package_imports_no_framework():
     code = (
-        "import sys, treeflash, treeflash.commands.generate;"
+        "import sys, treeflash, treeflash.cli.generation;"
         "print([m for m in ('torch', 'mlx', 'transformers') if m in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -35,6 +35,7 @@ from treeflash.errors import (
     is_out_of_memory,
 )
 from treeflash.interruption import repeated_if_dropped, say_interrupted
+from treeflash.text.input_file import read_text
 
 Arguments = ParamSpec("Arguments")
 EXIT_DEVICE_LOST = 1
@@ -227,8 +228,6 @@ class Parser(argparse.ArgumentParser):
 
 def read_toml(path: Path) -> dict[str, Any]:
     """Read a TOML file; a ConfigError if it is none, a PromptError if it cannot be read."""
-    from treeflash.text.prompt import read_text  # its imports would slow down `--help`
-
     try:
         return tomllib.loads(read_text(path))
     except tomllib.TOMLDecodeError as error:

@@ -5,19 +5,19 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Literal, TypeVar, cast, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, get_args, get_origin
 
 from rich.console import Console
 
-from treeflash.config import AUTO, LoadConfig
+from treeflash.config import AUTO, LoadConfig, Parallel
 from treeflash.hub.published import model_name
 from treeflash.interruption import never_swallowed
-from treeflash.language_model import LanguageModel, LocatedPair, locate
 from treeflash.option import Option, options_of
-from treeflash.registry import fall_back_to_cpu
 from treeflash.text.forms import check_form
 from treeflash.text.options import GRAMMAR_OPTIONS, OPTIONS, Options, parse_options
-from treeflash.text.stream import Parallel
+
+if TYPE_CHECKING:
+    from treeflash.language_model import LanguageModel, LocatedPair
 
 T = TypeVar("T")
 DECODE_OPTIONS = {name: one for name, one in OPTIONS.items() if one.flag != ""}
@@ -166,6 +166,8 @@ def decode_options(args: argparse.Namespace) -> Options:
 
 def with_device(args: argparse.Namespace, run: Callable[[LoadConfig], T]) -> T:
     """Call `run` with the chosen device, or with the CPU as `fall_back_to_cpu` does."""
+    from treeflash.registry import fall_back_to_cpu  # its imports take longer than `--help`
+
     named = args.backend is not None or args.device is not None
     config = LoadConfig(**{name: getattr(args, name) for name in DEVICE_OPTIONS})
     return fall_back_to_cpu(run, config, named=named)
@@ -178,6 +180,8 @@ def locate_model(
 
     `changes` are options that replace the command line's.
     """
+    from treeflash.language_model import locate  # its imports take longer than `--help`
+
     chosen = {**vars(args), **changes}
     drafter: str | Literal[False] | None = chosen["drafter"]
     if drafter is None and methods and set(methods) <= {"ar", "suffix"}:

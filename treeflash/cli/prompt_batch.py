@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from treeflash.cli.console import EXIT_BAD_INPUT, progress
-from treeflash.config import AUTO
+from treeflash.config import AUTO, Parallel
 from treeflash.decoding.suffix import SuffixCache
 from treeflash.errors import ConfigError, PromptError, TreeflashError, is_out_of_memory
 from treeflash.hub.published import DEFAULT_TARGET, model_name
@@ -32,7 +32,7 @@ from treeflash.text.prompt import (
     images_of,
     read_rows,
 )
-from treeflash.text.stream import Assembler, BatchStream, Parallel
+from treeflash.text.stream import Assembler, BatchStream
 
 
 def run_batch(

@@ -21,7 +21,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from treeflash.cli.console import LONG_PROMPT, reading
-from treeflash.config import AUTO, SamplingConfig
+from treeflash.config import AUTO, Parallel, SamplingConfig
 from treeflash.decoding import interfaces
 from treeflash.decoding.loop import Step
 from treeflash.decoding.sampling import noisy_logits, position_keys
@@ -30,9 +30,10 @@ from treeflash.errors import PromptError
 from treeflash.interruption import EXIT_INTERRUPTED
 from treeflash.language_model import LanguageModel
 from treeflash.text.generation import Comparison, Generation, TokenLogProb, mean
+from treeflash.text.input_file import read_text
 from treeflash.text.options import Options
-from treeflash.text.prompt import Prompt, read_text
-from treeflash.text.stream import Chunk, Parallel, Stream
+from treeflash.text.prompt import Prompt
+from treeflash.text.stream import Chunk, Stream
 from treeflash.text.tokenizer import Tokenizer
 
 WARM_UP_TOKENS = 8

@@ -39,8 +39,9 @@ from treeflash.errors import ConfigError, PromptError, first_line
 from treeflash.language_model import LanguageModel
 from treeflash.serving.settings import ANSWER_TOKENS, DISK_OPTIONS
 from treeflash.text.images import data_url
+from treeflash.text.input_file import read_text
 from treeflash.text.options import Options, parse_options
-from treeflash.text.prompt import Content, Message, check_messages, read_text, with_images
+from treeflash.text.prompt import Content, Message, check_messages, with_images
 from treeflash.text.stream import Assembler
 
 try:

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from treeflash.cli import options as cli
 from treeflash.cli.console import Parser, guarded
-from treeflash.config import METHODS, DecodeConfig
+from treeflash.config import AUTO_BYTES, AUTO_SEQUENCES, METHODS, DecodeConfig
 from treeflash.errors import ConfigError, PromptError
 from treeflash.evaluation.records import MEAN, compute_records, prompt_records
 from treeflash.evaluation.report import check_files, publish
@@ -26,7 +26,6 @@ from treeflash.evaluation.run import (
 from treeflash.language_model import LanguageModel
 from treeflash.text.options import Options, parse_options
 from treeflash.text.prompt import Row, read_rows
-from treeflash.text.stream import AUTO_BYTES, AUTO_SEQUENCES
 
 DEFAULT_METHODS = "dflash,ddtree,treeflash,treeflash-chain"
 DEFAULT_BUDGETS = "16,64"

@@ -18,7 +18,7 @@ from treeflash.hub.cached import CachedModel, cached_models, removable
 from treeflash.hub.models import resolve_drafter, resolve_target
 from treeflash.hub.published import DEFAULT_TARGET, PUBLISHED_DRAFTERS, published_drafters
 from treeflash.registry import bits_refusal, default_backend, loader
-from treeflash.text.prompt import read_text
+from treeflash.text.input_file import read_text
 
 DEFAULT_SERVER = "http://127.0.0.1:8000"
 DECLINED = 1

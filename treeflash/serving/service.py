@@ -21,9 +21,8 @@ from treeflash.serving.schemas import AllowedTools
 from treeflash.serving.settings import ANSWER_TOKENS
 from treeflash.serving.thinking import ThinkingBudget
 from treeflash.text.grammar import Grammar, GrammarError
-from treeflash.text.images import MAX_IMAGES
 from treeflash.text.infill import Infill, infill_of
-from treeflash.text.options import Options
+from treeflash.text.options import MAX_IMAGES, Options
 from treeflash.text.prompt import EncodedPrompt, encode_chat, images_of
 from treeflash.text.stream import Assembler
 from treeflash.text.tokenizer import Tokenizer, check_unicode

@@ -12,7 +12,7 @@ from treeflash.config import GIB
 from treeflash.errors import ConfigError, MemoryShortError
 from treeflash.option import check, option, options_of
 from treeflash.serving.response_templates import TOOL_CALL_PARSERS
-from treeflash.text.prompt import read_text
+from treeflash.text.input_file import read_text
 
 MAX_MEMORY_GB = 4
 MAX_BODY_MB, MAX_IMAGES_BODY_MB = 8, 32

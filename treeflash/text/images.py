@@ -34,8 +34,6 @@ MAX_BYTES = 20 << 20
 """Most bytes of a file."""
 MAX_MEGAPIXELS = 32
 """Most millions of pixels, by the header."""
-MAX_IMAGES = 16
-"""Most images of a prompt, unless the user sets another limit."""
 MAX_SCANS = 200
 """Most scans of a JPEG. Encoders write about ten, and each decodes the whole image again: repeated
 scans of 51 bytes each took 31 ms of 31 megapixels, hours in a file of `MAX_BYTES`."""

@@ -14,11 +14,12 @@ from typing import Any, TypedDict, TypeVar
 from treeflash.config import Budget, DecodeConfig, HeadRows, Method, Penalties, SamplingConfig
 from treeflash.errors import ConfigError, PromptError
 from treeflash.option import Option, check, option, options_of, parse_json_object
-from treeflash.text.images import MAX_IMAGES
-from treeflash.text.prompt import read_text
+from treeflash.text.input_file import read_text
 from treeflash.text.tokenizer import check_template_args
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+MAX_IMAGES = 16
+"""Most images of a prompt, unless the user sets another limit."""
 GRAMMAR_OPTIONS = ("grammar", "json_schema", "regex")
 """The options that set the form of a text. At most one can be set; they need llguidance."""
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias
 
 from treeflash.decoding.images import PromptImages
 from treeflash.decoding.interfaces import ImageProcessor
 from treeflash.errors import ConfigError, PromptError
 from treeflash.hub.published import DEEPSPEC_SYSTEM
-from treeflash.text.images import MAX_IMAGES, ImageSource, is_path, read_images
+from treeflash.text.images import ImageSource, is_path, read_images
+from treeflash.text.input_file import read_json_lines
+from treeflash.text.options import MAX_IMAGES
 from treeflash.text.tokenizer import Tokenizer, check_unicode
 
 Content: TypeAlias = str | list[Mapping[str, Any]]
@@ -226,7 +227,6 @@ def _check_part(part: Any) -> None:
         )
 
 
-T = TypeVar("T")
 Key: TypeAlias = tuple[str | int, int]
 """The id of a row and the index of a turn."""
 
@@ -266,39 +266,6 @@ def read_rows(path: Path, *, images: bool = False) -> list[Row]:
             )
         lines[row.id] = number
     return [row for _, row in rows]
-
-
-def read_json_lines(path: Path, what: str, parse: Callable[[Any, int], T]) -> list[tuple[int, T]]:
-    """Parse each line of a file as JSON; `parse` gets a value and the line's number.
-
-    It may reject a value with a ValueError. Returns pairs of a line number and a result. Raises a
-    PromptError if the file cannot be read or is empty, or a line is not JSON or is rejected.
-    """
-    parsed = []
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise PromptError(f"{path}:{number}: the line is not JSON: {error}") from None
-        try:
-            parsed.append((number, parse(value, number)))
-        except ValueError as error:
-            raise PromptError(f"{path}:{number}: {error}") from None
-    if not parsed:
-        raise PromptError(f"{path} has no {what}; it must have one JSON object per line")
-    return parsed
-
-
-def read_text(path: Path) -> str:
-    """Read a UTF-8 file without a byte order mark; a PromptError if it cannot be read."""
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise PromptError(f"{path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise PromptError(f"{path} is not UTF-8 text: {error.reason}") from error
 
 
 def _row(value: Any, number: int, *, images: bool) -> Row:

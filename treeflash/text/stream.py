@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from treeflash.config import AUTO, DecodeConfig
+from treeflash.config import AUTO, AUTO_BYTES, AUTO_SEQUENCES, DecodeConfig, Parallel
 from treeflash.decoding import PromptProgress, Request, Scheduler, SchedulerConfig
 from treeflash.decoding.adaptive_budget import AdaptiveBudgets
 from treeflash.decoding.images import PromptImages
@@ -24,14 +23,6 @@ from treeflash.errors import ConfigError
 from treeflash.option import is_whole
 from treeflash.text.generation import PHASES, Generation, TokenLogProb
 from treeflash.text.tokenizer import SpecialToken, TextStream, Tokenizer
-
-Parallel: TypeAlias = int | Literal["auto"]
-"""Number of sequences to decode at once."""
-AUTO_SEQUENCES = 16
-"""Sequences that `auto` decodes at once. 8 and 32 gave fewer tokens per second of processor time
-with SmolLM2-135M in bfloat16 on a CPU (62 and 65, against 74; 32 prompts)."""
-AUTO_BYTES = 4 << 30
-"""Device memory for the KV caches of these sequences; `auto` decodes fewer if they need more."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,8 +23,9 @@ from treeflash.errors import ConfigError, PromptError
 from treeflash.hub.published import family_name, model_name
 from treeflash.language_model import LanguageModel
 from treeflash.option import check, option
+from treeflash.text.input_file import read_json_lines
 from treeflash.text.output_file import OutputFile, Record, has_fields
-from treeflash.text.prompt import Row, check_messages, encode_chat, read_json_lines
+from treeflash.text.prompt import Row, check_messages, encode_chat
 from treeflash.text.tokenizer import Tokenizer
 from treeflash.training.config import spelled
 

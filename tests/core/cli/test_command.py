@@ -13,10 +13,11 @@ from treeflash.command import COMMANDS, SHELLS, main
 
 LIGHT = 12
 """Modules of this package that `treeflash --help` may import."""
+HEAVY = {"numpy", "transformers", "tokenizers", "huggingface_hub", "jinja2", "prompt_toolkit"}
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], []])
-def test_the_command_itself_imports_nothing_heavy(arguments):
+def imported_by(arguments):
+    """The modules that a fresh interpreter has imported after a command line."""
     code = f"""
 import json, sys
 from treeflash.__main__ import main
@@ -28,10 +29,18 @@ print()
 print(json.dumps(sorted(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    modules = json.loads(done.stdout.splitlines()[-1])
-    heavy = {"numpy", "transformers", "tokenizers", "huggingface_hub", "jinja2", "prompt_toolkit"}
-    assert not heavy & set(modules)
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], []])
+def test_the_command_itself_imports_nothing_heavy(arguments):
+    modules = imported_by(arguments)
+    assert not HEAVY & modules
     assert sum(name.split(".")[0] == "treeflash" for name in modules) <= LIGHT
+
+
+def test_the_help_of_generate_imports_nothing_heavy():
+    assert not HEAVY & imported_by(["generate", "--help"])
 
 
 def test_the_module_is_the_command():

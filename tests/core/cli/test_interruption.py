@@ -11,8 +11,8 @@ from contextlib import suppress
 import pytest
 
 from treeflash import __main__ as process
+from treeflash import language_model
 from treeflash.__main__ import main
-from treeflash.cli import options
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals differ on Windows")
 LONG_S = 60
@@ -89,7 +89,7 @@ def test_ctrl_c_ends_a_load_with_one_line(press, monkeypatch, capsys):
         press()
         return LoadedPair
 
-    monkeypatch.setattr(options, "locate", locate)
+    monkeypatch.setattr(language_model, "locate", locate)
     assert main(["generate", "hi"]) == 130
     assert capsys.readouterr() == ("", "interrupted\n")
 
@@ -105,7 +105,7 @@ def test_other_errors_of_a_del_are_shown_as_python_shows_them(monkeypatch, capsy
 
     shown = []
     monkeypatch.setattr(sys, "unraisablehook", lambda found: shown.append(found.exc_value))
-    monkeypatch.setattr(options, "locate", locate)
+    monkeypatch.setattr(language_model, "locate", locate)
     assert main(["generate", "hi"]) == 130
     assert [str(error) for error in shown] == ["of the destructor"]
 

