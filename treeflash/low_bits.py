@@ -1,18 +1,19 @@
-"""Weights as integers of 4 or 8 bits in groups: what GGUF's types store, and how a CPU reads it.
+"""Weights as integers of 4 to 8 bits in groups: what GGUF's types store, and how a CPU reads it.
 
 A weight of a linear layer has a row for each output. 32 consecutive numbers of a row are a group
 with a scale, or two, of 16 numbers each, and perhaps with a least number:
 
-    weight = number * scale + least      without a sign, 0 to 15 or 0 to 255
-    weight = (number - half) * scale     with a sign: half is 8 or 128
+    weight = number * scale + least      without a sign: 0 to 15, 31, 63 or 255
+    weight = (number - half) * scale     with a sign: half is 8, 16, 32 or 128
 
 No weight changes: a `LowBitWeight` has bit for bit the values that the package gguf dequantises.
-Numbers of 5 and 6 bits, and the entries of IQ4's table, are stored in 8 bits.
+The entries of IQ4's table are stored in 8 bits.
 
 `pack` puts what is multiplied at once together in memory. 16 rows are a block. A block has the
-lines of one group after the other: 64 bytes with 4 consecutive numbers of each row. A byte of 4
-bits has the numbers of two lines: the lower bits are of the first one. The last block is filled up
-with zeros.
+lines of one group after the other: 64 bytes with 4 consecutive numbers of each row. Of numbers with
+4 to 6 bits a byte has the lower 4 bits of two lines, which are those bits of the first one, and
+then of the second one. Behind them, a byte has the fifth bits of eight lines, or the upper two bits
+of four lines, the first one's lowest. The last block is filled up with zeros.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ Parts: TypeAlias = tuple[Numbers, Scales, Scales | None]
 class LowBitFormat(NamedTuple):
     """What a kernel has to know of a weight besides its size."""
 
-    bits: int  # bits of a stored number: 4 or 8
+    bits: int  # bits of a stored number: 4, 5, 6 or 8
     scales: int  # scales of a group: 1 or 2
     has_least: bool  # whether a group has a least number; otherwise numbers have a sign
     wide: bool  # whether scales and least numbers are float32, not float16
@@ -111,8 +112,14 @@ class LowBitWeight(NamedTuple):
         missing, groups = -rows % BLOCK, size // GROUP
         numbers = np.pad(self.numbers, ((0, missing), (0, 0)))
         lines = numbers.reshape(-1, BLOCK, groups, GROUP // LINE, LINE).transpose(0, 2, 3, 1, 4)
-        if self.bits == 4:
-            lines = lines[:, :, 0::2] | lines[:, :, 1::2] << np.uint8(4)
+        if self.bits < 8:
+            parts = [lines[:, :, 0::2] & 15 | lines[:, :, 1::2] << np.uint8(4)]
+            if self.bits > 4:
+                shared = lines_of_byte(self.bits)
+                places = np.arange(shared, dtype=np.uint8) * np.uint8(8 // shared)
+                upper = (lines >> 4).reshape(len(lines), groups, -1, shared, BLOCK, LINE)
+                parts.append(np.bitwise_or.reduce(upper << places[:, None, None], 3))
+            lines = np.concatenate(parts, 2)
         packed = np.ascontiguousarray(lines).reshape(*lines.shape[:3], BLOCK * LINE)
         least = None if self.least is None else _by_block(self.least, missing)
         return PackedWeight(packed, _by_block(self.scales, missing), least, self.order)
@@ -162,6 +169,11 @@ class StoredWeight:
             )
             for module, stored in settings["modules"].items()
         }
+
+
+def lines_of_byte(bits: int) -> int:
+    """Return how many lines have their bits above the lower 4 in one byte."""
+    return 8 // (bits - 4)
 
 
 def join(weights: list[LowBitWeight]) -> LowBitWeight | None:
@@ -231,7 +243,7 @@ def _q5(blocks: Numbers, has_least: bool) -> Parts:
     numbers = _halves(blocks[:, first + 4 :]) | high << np.uint8(4)
     if has_least:
         return numbers, _float16(blocks, 0), _float16(blocks, 2)
-    return numbers + np.uint8(128 - 16), _float16(blocks, 0), None
+    return numbers, _float16(blocks, 0), None
 
 
 def _q8(blocks: Numbers) -> Parts:
@@ -270,7 +282,7 @@ def _q6_k(blocks: Numbers) -> Parts:
     ]
     factors = np.ascontiguousarray(blocks[:, 192:208]).view(np.int8)
     scales = _float16(blocks, 208).astype(np.float32) * factors
-    return np.stack(quarters, 2) + np.uint8(128 - 32), scales, None
+    return np.stack(quarters, 2), scales, None
 
 
 def _from_table(codes: Numbers) -> Numbers:
@@ -294,12 +306,12 @@ _Type = GGMLQuantizationType
 TYPES: Mapping[GGMLQuantizationType, tuple[int, Callable[[Numbers], Parts]]] = {
     _Type.Q4_0: (4, lambda blocks: _q4(blocks, has_least=False)),
     _Type.Q4_1: (4, lambda blocks: _q4(blocks, has_least=True)),
-    _Type.Q5_0: (8, lambda blocks: _q5(blocks, has_least=False)),
-    _Type.Q5_1: (8, lambda blocks: _q5(blocks, has_least=True)),
+    _Type.Q5_0: (5, lambda blocks: _q5(blocks, has_least=False)),
+    _Type.Q5_1: (5, lambda blocks: _q5(blocks, has_least=True)),
     _Type.Q8_0: (8, _q8),
     _Type.Q4_K: (4, _q4_k),
-    _Type.Q5_K: (8, _q5_k),
-    _Type.Q6_K: (8, _q6_k),
+    _Type.Q5_K: (5, _q5_k),
+    _Type.Q6_K: (6, _q6_k),
     _Type.IQ4_NL: (8, _iq4_nl),
     _Type.IQ4_XS: (8, _iq4_xs),
 }

@@ -51,7 +51,7 @@ def test_random_weights_of_every_type(kind):
     np.testing.assert_array_equal(actual.view("u4"), expected.view("u4"))
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, 5, 6, 8])
 @pytest.mark.parametrize("rows", [16, 21])
 def test_packed_numbers_lie_by_block_group_and_line(bits, rows):
     rng, size = np.random.default_rng(rows), 3 * GROUP
@@ -64,11 +64,12 @@ def test_packed_numbers_lie_by_block_group_and_line(bits, rows):
         for place in range(size):
             group, rest = divmod(place, GROUP)
             line, byte = divmod(rest, 4)
-            if bits == 4:
-                half, line = line % 2, line // 2
-                stored = packed.numbers[block, group, line, 4 * column + byte] >> 4 * half & 15
-            else:
-                stored = packed.numbers[block, group, line, 4 * column + byte]
+            lines = packed.numbers[block, group, :, 4 * column + byte]
+            stored = lines[line] if bits == 8 else lines[line // 2] >> line % 2 * 4 & 15
+            if bits == 5:
+                stored |= (lines[4] >> line & 1) << 4
+            if bits == 6:
+                stored |= (lines[4 + line // 4] >> line % 4 * 2 & 3) << 4
             assert stored == numbers[row, place]
         np.testing.assert_array_equal(packed.scales[block, :, column], scales[row])
         np.testing.assert_array_equal(packed.least[block, :, column], least[row])

@@ -30,9 +30,10 @@ FORMATS = {
     "Q4_1": (4, 1, True, np.float16),
     "Q4_K": (4, 1, True, np.float32),
     "Q8_0": (8, 1, False, np.float16),
-    "Q5_1": (8, 1, True, np.float16),
-    "Q5_K": (8, 1, True, np.float32),
-    "Q6_K": (8, 2, False, np.float32),
+    "Q5_0": (5, 1, False, np.float16),
+    "Q5_K": (5, 1, True, np.float32),
+    "Q6_K": (6, 2, False, np.float32),
+    "MLX": (8, 1, True, np.float16),
     "IQ4_XS": (8, 1, False, np.float32),
 }
 """Bits, scales of a group, whether it has a least number, and the scales' dtype."""
@@ -107,7 +108,7 @@ def reference(x: Tensor, weight: LowBitWeight) -> Tensor:
         for name in FORMATS
         for isa in isas()
         # Compiling takes a second each; these have every part of the code.
-        if isa in isas()[:1] or name in ("Q4_1", "Q5_K", "Q6_K", "Q8_0")
+        if isa in isas()[:1] or name in ("Q4_1", "Q5_K", "Q6_K", "Q8_0", "MLX")
     ],
 )
 def test_bits_are_those_of_the_rule(name, isa):

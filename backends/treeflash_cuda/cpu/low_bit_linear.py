@@ -14,7 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from treeflash.low_bits import BLOCK, GROUP, LINE, LowBitWeight, PackedWeight, StoredWeight
+from treeflash.low_bits import (
+    BLOCK,
+    GROUP,
+    LINE,
+    LowBitWeight,
+    PackedWeight,
+    StoredWeight,
+    lines_of_byte,
+)
 
 
 class LowBitLinear(nn.Module):
@@ -107,8 +115,15 @@ class LowBitLinear(nn.Module):
         block, row = flat // BLOCK, flat % BLOCK
         lines = self.numbers.view(torch.int32)  # the numbers of a row in a line are one of them
         numbers = lines[block, :, :, row].view(torch.uint8).unflatten(-1, (-1, LINE))
-        if kind.bits == 4:
-            numbers = torch.stack([numbers & 15, numbers >> 4], 3)
+        if kind.bits < 8:
+            lower = numbers[:, :, : GROUP // LINE // 2]
+            upper = numbers[:, :, GROUP // LINE // 2 :]
+            numbers = torch.stack([lower & 15, lower >> 4], 3).flatten(2, 3)
+            if kind.bits > 4:
+                shared = lines_of_byte(kind.bits)
+                places = torch.arange(0, 8, 8 // shared, dtype=torch.uint8)[:, None]
+                fields = upper[:, :, :, None] >> places & (1 << (8 // shared)) - 1
+                numbers = numbers | fields.flatten(2, 3) << 4
         scales = self.scales[block, :, row].float()
         values = numbers.reshape(*scales.shape, GROUP // kind.scales).float()
         values = (values - kind.half if kind.half else values).mul_(scales[..., None])

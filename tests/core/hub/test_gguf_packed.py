@@ -41,8 +41,14 @@ def unpack(module: str, stored: StoredWeight, tensors: dict[str, np.ndarray]) ->
     """Return the weight of a module in float32, from the layout that `low_bits` describes."""
     (rows, size), kind = stored.shape, stored.format
     lines = tensors[f"{module}.numbers"].reshape(-1, size // GROUP, kind.lines, BLOCK, 4)
-    halves = [lines & 15, lines >> 4] if kind.bits == 4 else [lines]
-    lines = np.stack(halves, 3)
+    if kind.bits < 8:
+        lower, upper = lines[:, :, :4], lines[:, :, 4:]
+        lines = np.stack([lower & 15, lower >> 4], 3)
+        if kind.bits == 5:
+            fifths = upper >> np.arange(8, dtype=np.uint8)[:, None, None] & 1
+            lines |= fifths.reshape(lines.shape) << 4
+    else:
+        lines = lines[:, :, :, None]
     numbers = lines.transpose(0, 4, 1, 2, 3, 5).reshape(-1, size)[:rows]
     scales, least = (
         None if x is None else x.transpose(0, 2, 1).reshape(-1, x.shape[1])[:rows]
