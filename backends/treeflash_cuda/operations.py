@@ -403,8 +403,12 @@ def checked(
                 compute(operations, RandomInputs(device, dtype), shapes)
                 for operations in (kernels, Operations())
             )
-            differences = [_worst_row(*pair) for pair in zip(*results, strict=True)]
-            excess = next((x for x in differences if not x <= TOLERANCES[dtype]), None)
+            differences, excess = [], None
+            for pair in zip(*results, strict=True):
+                differences.append(_worst_row(*pair))
+                if not differences[-1] <= TOLERANCES[dtype]:  # NaN is an excess, too
+                    excess = differences[-1]
+                    break
         except Exception as error:
             if is_out_of_memory(error):
                 raise
@@ -415,7 +419,7 @@ def checked(
             worst[name] = max(differences) if excess is None else excess
             if excess is None:
                 chosen[name] = getattr(kernels, name)
-            else:  # NaN is an excess, too
+            else:
                 reasons[name] = f"the kernel's results differ by {excess:.2%}"
     return Operations(**chosen, reasons=reasons, differences=worst, errors=errors)
 

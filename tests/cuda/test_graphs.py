@@ -53,7 +53,7 @@ def folders(tmp_path_factory):
     found = []
     for family, window in (("qwen3", None), ("mistral", 4)):
         folder = tmp_path_factory.mktemp(family)
-        write_target(folder / "target", family, seed=1, vocab_size=VOCAB)
+        write_target(folder / "target", family, seed=1, vocab_size=VOCAB, layers=3)
         write_drafter(folder / "drafter", folder / "target", seed=2, sliding_window=window)
         found.append((folder / "target", folder / "drafter"))
     return found

@@ -104,7 +104,12 @@ def reference(x: Tensor, weight: LowBitWeight) -> Tensor:
 @pytest.mark.parametrize(
     ("name", "isa"),
     [
-        pytest.param(name, isa, id=f"{name}-{isa.name}")
+        pytest.param(
+            *(name, isa),
+            id=f"{name}-{isa.name}",
+            # Its code is longer, and takes five seconds to compile.
+            marks=pytest.mark.nightly if isa is GENERIC and name != "Q4_1" else (),
+        )
         for name in FORMATS
         for isa in isas()
         # Compiling takes a second each; these have every part of the code.

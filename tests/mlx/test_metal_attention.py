@@ -14,7 +14,7 @@ require("mlx.core")
 require("mlx_lm")
 
 import mlx.core as mx
-from metal_executor import DESCENDING, MetalKernelError, install
+from metal_executor import ASCENDING, DESCENDING, MetalKernelError, install
 from mlx_lm.models.base import scaled_dot_product_attention
 from treeflash_mlx import metal_kernels
 from treeflash_mlx.attention import TreePass
@@ -201,6 +201,7 @@ FAULT_NAMES = [*SHARED_FAULTS, *FAULTS, *QUANTISED_FAULTS, *WORD_FAULTS]
 @pytest.mark.parametrize(("right", "wrong", "shape"), CASES, ids=FAULT_NAMES)
 def test_a_fault_in_the_kernel_is_noticed(metal, recwarn, right, wrong, shape):
     """By the executor, or by the check at load."""
+    metal.schedules = (ASCENDING,)  # the others are slow
     text = attention.source(quantised=shape.bits > 0, shared=shape.head_dim > 128)
     assert right in text
     metal.faults.append(("treeflash_attention_parts", right, wrong))
@@ -220,6 +221,7 @@ MERGE_FAULTS = {
 
 @pytest.mark.parametrize("fault", MERGE_FAULTS)
 def test_a_fault_in_the_merge_is_noticed(metal, fault):
+    metal.schedules = (ASCENDING,)  # the others are slow
     right, wrong = MERGE_FAULTS[fault]
     assert right in attention.MERGE
     metal.faults.append(("treeflash_attention_merge", right, wrong))

@@ -17,7 +17,7 @@ from treeflash.testing.models import write_pair, write_target
 
 require("mlx_lm")
 
-from metal_executor import DESCENDING, MetalKernelError
+from metal_executor import ASCENDING, DESCENDING, MetalKernelError
 from mlx import nn
 from scheduled_texts import decode_together
 from treeflash_mlx import exact, metal_kernels
@@ -140,6 +140,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_in_the_kernel_of_attention_is_noticed(metal, fault):
+    metal.schedules = (ASCENDING,)  # the others are slow
     right, wrong = FAULTS[fault]
     text = attention.source(quantised=False, shared=False, exact=True)
     assert right in text

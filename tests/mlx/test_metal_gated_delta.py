@@ -14,7 +14,7 @@ require("mlx.core")
 require("mlx_lm")
 
 import mlx.core as mx
-from metal_executor import MetalKernelError
+from metal_executor import ASCENDING, MetalKernelError
 from mlx_lm.models import gated_delta
 from treeflash_mlx import hybrid, metal_kernels
 from treeflash_mlx.metal_kernels import gated_delta as kernels
@@ -154,6 +154,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_in_the_kernel_is_noticed(metal, monkeypatch, recwarn, fault):
     """By the executor, or by the check at load."""
+    metal.schedules = (ASCENDING,)  # the others are slow
     right, wrong = FAULTS[fault]
     assert right in kernels.WALK
     monkeypatch.setattr(kernels, "WALK", kernels.WALK.replace(right, wrong))

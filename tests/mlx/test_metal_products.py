@@ -14,7 +14,7 @@ require("mlx.core")
 require("mlx_lm")
 
 import mlx.core as mx
-from metal_executor import DESCENDING, MetalKernelError, install
+from metal_executor import ASCENDING, DESCENDING, MetalKernelError, install
 from metal_executor.installation import MAX_THREADS
 from mlx import nn
 from treeflash_mlx import metal_kernels
@@ -177,6 +177,7 @@ CASES = [
 )
 def test_a_fault_in_the_kernel_is_noticed(metal, recwarn, right, wrong, bits, rows, dtype):
     """By the executor, or by the check at load."""
+    metal.schedules = (ASCENDING,)  # the others are slow
     text = products.source(quantised=bits < 16)
     assert right in text
     metal.faults.append(("treeflash_products", right, wrong))
@@ -190,6 +191,7 @@ def test_a_fault_in_the_kernel_is_noticed(metal, recwarn, right, wrong, bits, ro
 @pytest.mark.parametrize(("right", "wrong"), SUMS_FAULTS.values(), ids=SUMS_FAULTS)
 def test_a_fault_in_scaled_sums_is_noticed(metal, recwarn, right, wrong):
     """The variant is left out, and others are used. Some simdgroups have two groups."""
+    metal.schedules = (ASCENDING,)  # the others are slow
     assert right in products.source(quantised=True, scaled_sums=True)
     metal.faults.append((SUMS, right, wrong))
     metal.speedup = lambda *_: 2

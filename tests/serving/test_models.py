@@ -94,7 +94,7 @@ def test_random_requests_while_memory_holds_two_models(serve_models, loads, alon
     """Over all APIs, some of them cancelled: every text is the Python API's, and none is lost."""
     server = serve_models(**({"max_models": 2} if limit == "models" else {}))
     loads.capacity = 2 if limit == "memory" else None
-    ask_at_random(server, loads, alone, count=6)
+    ask_at_random(server, loads, alone, count=4)
     gc.collect()
     assert loads.living() <= 2
 

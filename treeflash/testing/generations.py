@@ -330,7 +330,7 @@ class DistributionTests:
             sampling = SamplingConfig(temperature=TEMPERATURE, seed=seed)
             config = DecodeConfig(budget=12, max_tokens=3, sampling=sampling)
             requests.append(Request(prompt_ids=PROMPT, config=config, tag=[]))
-        scheduler = Scheduler(models.tested, SchedulerConfig(max_parallel=40))
+        scheduler = Scheduler(models.tested, SchedulerConfig(max_parallel=100))
         for request, step in scheduler.decode(requests):
             request.tag.extend(step.tokens)
         sequences = [request.tag for request in requests]

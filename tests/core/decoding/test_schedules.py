@@ -121,12 +121,16 @@ FAULTS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
 }
 
 
-RAREST = "a snapshot kept too long"
-"""Others take a few schedules each, it takes 150: more than half of the time of all."""
+RARE = {
+    "a snapshot kept too long": "test_backend_base.py",
+    "a prefix cache without a limit": "test_prefix_cache.py",
+}
+"""Faults that take so many schedules, more than half of the time of all, that they wait for the
+night, and the tests that notice them every time. Others take a few schedules each."""
 
 
 @pytest.mark.parametrize(
-    "fault", [pytest.param(x, marks=pytest.mark.nightly if x == RAREST else ()) for x in FAULTS]
+    "fault", [pytest.param(x, marks=pytest.mark.nightly if x in RARE else ()) for x in FAULTS]
 )
 def test_a_planted_fault_is_found(monkeypatch, fault):
     monkeypatch.setattr(*FAULTS[fault])

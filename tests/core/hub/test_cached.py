@@ -269,7 +269,8 @@ def test_json(machine, drafters):
     ],
 )
 def test_a_download_has_the_drafter_of_a_target(machine, run, monkeypatch, name, fetched):
-    monkeypatch.setattr(models, "_resolve", lambda name, **_: machine / "some")
+    for step in ("_resolve", "_default_target"):
+        monkeypatch.setattr(models, step, lambda *_, **__: machine / "some")
     make_snapshot(machine / "some", "config.json", "model.safetensors")
     code, out = run("--download", name)
     assert code == 0
