@@ -134,9 +134,9 @@ class VisionTower:
         """Return the features of the next `size` tokens of a prompt, which has some there."""
         images, end = state.images, state.length + size
         assert images is not None
-        parts, types = state.chunk_features(size, self.encode), None
-        if images.whole:
-            types = torch.from_numpy(images.is_feature[:end].astype(np.int32))[None]
+        parts, types = images.chunk_features(state.length, size, self.encode), None
+        if images.prompt.whole:
+            types = torch.from_numpy(images.prompt.is_feature[:end].astype(np.int32))[None]
             types = types.to(parts[0].rows.device)
         return ImageRows(Features.joined(parts), types)
 

@@ -230,7 +230,7 @@ def columns_of(rows: NewRows) -> NDArray[np.integer]:
 def is_plain(rows: NewRows) -> bool:
     """Return whether rows have tokens alone, and one rotary position; so has the root's row."""
     state, first, tokens = rows
-    positions = state.row_positions(first, first + len(tokens))
+    positions = state.positions.rows(first, first + len(tokens))
     has_features = any(part.ndim == 3 for part in state.context)
     return not has_features and bool((positions == positions[0]).all())
 

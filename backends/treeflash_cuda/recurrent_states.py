@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -15,7 +15,6 @@ from treeflash_cuda.gpu.state_arena import (
     Key,
     SlotStates,
     StateArena,
-    TreeWrites,
 )
 from treeflash_cuda.recurrence import state_update
 
@@ -38,20 +37,29 @@ class Writes:
         return after.mT.contiguous() if self.transposed else after
 
 
+@dataclass(frozen=True, eq=False)
+class SequenceWrites:
+    """What recurrent layers wrote for the rows of one sequence in a pass with a `HybridCache`."""
+
+    # Inputs of convolutions, and kernel - 1. The inputs are the tail and the n rows, (1, channels,
+    # kernel - 1 + n), or only their end if all rows will be committed.
+    inputs: dict[Key, tuple[Tensor, int]] = field(default_factory=dict)
+    # matrices after all rows, or the writes of nodes
+    matrices: dict[Key, Tensor | Writes] = field(default_factory=dict)
+
+    def states_after(self, path: Tensor) -> CommittedStates:
+        """Compute the states after a path of (a,) nodes."""
+        tails = {key: _tail(x, path, width) for key, (x, width) in self.inputs.items()}
+        return tails | {
+            key: value.commit(path) if isinstance(value, Writes) else value
+            for key, value in self.matrices.items()
+        }
+
+
 class RecurrentStates:
     def __init__(self, transposed: frozenset[int]) -> None:
         self.transposed = transposed  # layers whose matrices have values before keys
         self.committed: CommittedStates = {}  # after the last committed position
-        self.drop_pending()
-
-    def drop_pending(self) -> None:
-        """Drop the results of the last forward pass."""
-        # Inputs of convolutions, and kernel - 1. The inputs are the tail and the n rows, (1,
-        # channels, kernel - 1 + n), or only their end if all rows will be committed.
-        self.inputs: dict[Key, tuple[Tensor, int]] = {}
-        self.pending: dict[Key, Tensor | Writes] = {}  # matrices, or the writes of nodes
-        # A pass with a `HybridTreeCache` leaves its writes and the index of the sequence here.
-        self.tree: tuple[TreeWrites, int] | None = None
 
     def move_to(self, arena: StateArena) -> SlotStates | None:
         """Put the committed states in a slot, and return them; None of an empty sequence."""
@@ -59,19 +67,6 @@ class RecurrentStates:
             return None
         self.committed = states = arena.adopt(self.committed)
         return states
-
-    def states_after(self, path: Tensor) -> CommittedStates:
-        """Compute the states after a path of (a,) nodes of the last pass with a `HybridCache`."""
-        tails = {key: _tail(x, path, width) for key, (x, width) in self.inputs.items()}
-        return tails | {
-            key: value.commit(path) if isinstance(value, Writes) else value
-            for key, value in self.pending.items()
-        }
-
-    def resume(self, committed: CommittedStates) -> None:
-        """Replace the committed states, and forget the last block."""
-        self.committed = committed
-        self.drop_pending()
 
     def read(self) -> list[NDArray[np.float32]]:
         states = []

@@ -93,7 +93,7 @@ class State(BaseState[KVCache, CommittedStates]):
 
     def restore_recurrent(self, states: CommittedStates) -> None:
         assert self.recurrent is not None
-        self.recurrent.resume(states)
+        self.recurrent.committed = states
 
     def recurrent_arrays(self) -> list[Tensor]:
         if self.recurrent is None:

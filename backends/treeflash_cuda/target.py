@@ -73,6 +73,7 @@ class RowsResult:
         outputs: dict[int, Tensor],
         firsts: Iterable[int],
         images: ImageRows | None = None,
+        written: Sequence[Any] = (),
     ) -> RowsResult:
         """Return the result of one pass.
 
@@ -82,11 +83,14 @@ class RowsResult:
             outputs: outputs of captured layers, by layer.
             firsts: index of each sequence's first row in the outputs.
             images: features of images in the only sequence of the pass.
+            written: what recurrent layers wrote for each sequence; empty without such layers.
         """
         shared = Outputs(outputs)
         parts = [
-            PassRows(state, shared, first, token_ids(tokens))
-            for (state, tokens), first in zip(rows, firsts, strict=True)
+            PassRows(state, shared, first, token_ids(tokens), written=part)
+            for (state, tokens), first, part in zip(
+                rows, firsts, written or [None] * len(rows), strict=True
+            )
         ]
         return cls(logits, parts, {} if images is None else {0: images})
 

@@ -19,11 +19,11 @@ from treeflash.decoding.tree import DraftTree
 from treeflash_cuda.cache import Slab
 from treeflash_cuda.drafter import OutputStage
 from treeflash_cuda.drafter_model import DrafterModel
-from treeflash_cuda.gpu.state_arena import CommittedStates, TreeWrites
+from treeflash_cuda.gpu.state_arena import CommittedStates, TreeWrites, WrittenTree
 from treeflash_cuda.images import ImageRows
 from treeflash_cuda.mtp_head import MtpModel
 from treeflash_cuda.numerics import upload_all
-from treeflash_cuda.recurrent_states import RecurrentStates
+from treeflash_cuda.recurrent_states import SequenceWrites
 from treeflash_cuda.sampling import sample
 from treeflash_cuda.state import State
 from treeflash_cuda.target import Rows, RowsResult, Target
@@ -82,8 +82,7 @@ class Verifier:
     def _last_chunk(self, state: State, token_ids: Sequence[int]) -> Sequence[int]:
         """Commit all chunks of new tokens but the last chunk, which is returned."""
         while len(token_ids) > (size := self._chunk_size(state, token_ids)):
-            if state.images is not None:
-                size = state.images.chunk_end(state.length, size) - state.length
+            size = state.chunk_size(size)
             chunk, token_ids = token_ids[:size], token_ids[size:]
             if not token_ids:
                 return chunk
@@ -121,25 +120,23 @@ class Verifier:
                 pair = start + nodes[moved], start + places[moved]
                 moves.setdefault(region.slab, []).append(pair)
         groups = by_outputs(paths)
-        hybrid: list[tuple[RecurrentStates, NDArray[np.int32]]] = []
-        by_tree: dict[TreeWrites, dict[int, tuple[RecurrentStates, NDArray[np.int32]]]] = {}
+        hybrid = [x for x in paths if isinstance(x.rows.written, SequenceWrites)]
+        by_tree: dict[TreeWrites, dict[int, Path]] = {}
         for path in paths:
-            if (states := path.state.recurrent) is not None and states.tree is not None:
-                writes, i = states.tree
-                by_tree.setdefault(writes, {})[i] = states, path.nodes
-            elif states is not None:
-                hybrid.append((states, path.nodes))
+            if isinstance(path.rows.written, WrittenTree):
+                writes, tree = path.rows.written
+                by_tree.setdefault(writes, {})[tree] = path
         arrays: list[NDArray[Any]] = []
         for pairs in moves.values():
             arrays += [np.concatenate(columns) for columns in zip(*pairs, strict=True)]
             arrays.append(np.cumsum([len(sources) for sources, _ in pairs]))
         arrays += [np.concatenate([x.rows.first + x.nodes for x in group]) for group in groups]
-        arrays += [nodes for _, nodes in hybrid]
-        committed: list[tuple[RecurrentStates, CommittedStates]] = []
+        arrays += [path.nodes for path in hybrid]
+        committed: list[tuple[State, CommittedStates]] = []
         for writes, members in by_tree.items():
             after = writes.arena.take(len(members))
-            committed += zip((states for states, _ in members.values()), after, strict=True)
-            arrays.append(writes.rows({i: path for i, (_, path) in members.items()}, after))
+            committed += zip((path.state for path in members.values()), after, strict=True)
+            arrays.append(writes.rows({i: path.nodes for i, path in members.items()}, after))
         uploaded = iter(upload_all(arrays, self.target.device))
         moved = [self._prepare_move(slab, *itertools.islice(uploaded, 3)) for slab in moves]
         context: list[tuple[State, Tensor]] = []
@@ -150,7 +147,8 @@ class Verifier:
                 if (merged := path.rows.merged) is not None:
                     part = torch.stack([part, merged], 1)
                 context.append((path.state, part))
-        committed += [(states, states.states_after(next(uploaded))) for states, _ in hybrid]
+        for path in hybrid:
+            committed.append((path.state, path.rows.written.states_after(next(uploaded))))
         for writes in by_tree:
             writes.commit(next(uploaded))
         for move in moved:
@@ -158,8 +156,8 @@ class Verifier:
         for path in paths:
             path.state.kv_cache.commit(len(path.nodes))
             path.state.tokens += path.tokens
-        for states, new in committed:
-            states.resume(new)
+        for state, states in committed:
+            state.restore_recurrent(states)
         for state, part in context:
             state.context.append(part)
 
@@ -183,7 +181,7 @@ class Verifier:
         if state.drafter is None or not isinstance(self.drafter, MtpModel):
             return None
         assert state.images is not None
-        is_feature = state.images.is_feature[state.length : state.length + len(token_ids)]
+        is_feature = state.images.prompt.is_feature[state.length : state.length + len(token_ids)]
         tokens, places = upload_all([token_ids, is_feature], self.target.device)
         merged = OutputStage(self.drafter, self.target).embed(tokens.long())
         merged[places.bool()] = images.features.rows.to(merged.dtype)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import mlx.core as mx
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from treeflash.config import SINK
 from treeflash.decoding.interfaces import StateArrays
 from treeflash_mlx.attention import TreePass
-from treeflash_mlx.hybrid import BatchStates, RecurrentStates, state_arrays
+from treeflash_mlx.hybrid import BatchStates, RecurrentStates, RecurrentTreeCache, state_arrays
 
 STEP = 256
 SMALL_COLUMNS = 1024
@@ -53,7 +53,6 @@ class BatchStorage:
     Attributes:
         layers: per layer, arrays of shape (batch, heads, columns, width): the keys and the values,
             or the three parts of both if they are quantised; empty before the first pass.
-        latest: per layer, (batch, heads, n, width) as the latest pass wrote them.
         copies: by layer, (batch, heads, SINK, width) of the first columns; see `first_copies`.
         states: of the recurrent layers.
     """
@@ -62,7 +61,6 @@ class BatchStorage:
         """Create a storage without keys and values, for sequences with these recurrent states."""
         self.batch_size, self.free_rows, self.columns = len(states), 0, columns
         self.layers: list[list[mx.array]] = [[] for _ in range(num_layers)]
-        self.latest: list[Sequence[mx.array]] = [()] * num_layers
         self.copies: dict[int, list[mx.array]] = {}
         self.states = BatchStates(states)
 
@@ -131,12 +129,18 @@ class BatchStorage:
         """Return a layer's columns before `stop`, of one sequence."""
         return [array[row : row + 1, :, :stop] for array in self.layers[layer]]
 
-    def commit(self, paths: Mapping[int, tuple[int, NDArray[np.int32]]]) -> None:
-        """Keep paths of the latest pass: by row, the first column to write, and the nodes."""
-        self._move_columns(paths)
-        self.states.commit({row: path for row, (_, path) in paths.items()})
+    def commit(
+        self, written: PassWrites, paths: Mapping[int, tuple[int, NDArray[np.int32]]]
+    ) -> None:
+        """Keep paths of a pass: by row, the first column to write, and the nodes."""
+        self._move_columns(written.columns, paths)
+        self.states.commit(written.recurrent, {row: path for row, (_, path) in paths.items()})
 
-    def _move_columns(self, paths: Mapping[int, tuple[int, NDArray[np.int32]]]) -> None:
+    def _move_columns(
+        self,
+        written: Sequence[Sequence[mx.array]],
+        paths: Mapping[int, tuple[int, NDArray[np.int32]]],
+    ) -> None:
         """Move the keys and values of paths to where their sequences continue."""
         if all(path[-1] == len(path) - 1 for _, path in paths.values()):
             return  # they are there already
@@ -145,7 +149,7 @@ class BatchStorage:
         if self.batch_size == 1:
             [(first, path)] = paths.values()
             nodes = mx.array(path)
-            for layer, rows in enumerate(self.latest):
+            for layer, rows in enumerate(written):
                 self.write(layer, [mx.take(x, nodes, 2) for x in rows], first)
             return
         longest = max(len(path) for _, path in paths.values())
@@ -155,7 +159,7 @@ class BatchStorage:
             sources[row, 0, : len(path), 0] = path
             targets[row, 0, : len(path), 0] = start + np.arange(len(path))
         source, index = mx.array(sources), mx.array(targets)
-        for layer, rows in enumerate(self.latest):
+        for layer, rows in enumerate(written):
             moved = [
                 mx.take_along_axis(
                     x, mx.broadcast_to(source, (*x.shape[:2], longest, x.shape[3])), 2
@@ -163,6 +167,25 @@ class BatchStorage:
                 for x in rows
             ]
             self.write(layer, moved, 0, index)
+
+
+@dataclass(frozen=True, eq=False)
+class PassWrites:
+    """What the layers write in a pass over the sequences of a storage; a commit reads it.
+
+    Attributes:
+        columns: per layer, (batch, heads, n, width) keys and values, or the three parts of both;
+            empty in a pass without trees.
+        recurrent: the caches of the recurrent layers.
+    """
+
+    columns: list[Sequence[mx.array]]
+    recurrent: list[RecurrentTreeCache] = field(default_factory=list)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every state of the recurrent layers was written."""
+        return all(cache.is_complete for cache in self.recurrent)
 
 
 @dataclass(frozen=True)
@@ -367,6 +390,7 @@ class TreeCache:
     """
 
     storage: BatchStorage
+    written: PassWrites
     layer: int
     window: int | None  # the layer's, in positions; None if it attends to everything
     offset: int  # columns that are filled, for one sequence
@@ -398,7 +422,7 @@ class TreeCache:
         new = self._stored(keys, values)
         index = None if self.tree is None else self.tree.index
         self.storage.write(self.layer, new, self.offset, index)
-        self.storage.latest[self.layer] = new if self.tree is not None else ()
+        self.written.columns[self.layer] = new if self.tree is not None else ()
         self.offset += keys.shape[2]
         return self.keys_and_values()
 

@@ -558,14 +558,13 @@ class BatchStates:
     """The recurrent states of the sequences that run together; only a commit changes them.
 
     The `layers` have, per state, an array (batch, ...) after the committed positions; None before
-    the first pass. `latest` has the cache of each recurrent layer in the latest forward pass.
+    the first pass.
     """
 
     def __init__(self, sequences: Sequence[RecurrentStates]) -> None:
         self.batch_size = len(sequences)
         layers = zip(*sequences, strict=True)
         self.layers = [[_stack(parts) for parts in zip(*layer, strict=True)] for layer in layers]
-        self.latest: list[RecurrentTreeCache | None] = [None] * len(self.layers)
         mx.eval(self.arrays)  # now: rows of another batch would keep the whole batch in memory
 
     @property
@@ -576,11 +575,6 @@ class BatchStates:
     def nbytes(self) -> int:
         """Size of the states of all sequences, bytes."""
         return sum(x.nbytes for x in self.arrays)
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether the latest pass can be committed."""
-        return all(cache is not None and cache.is_complete for cache in self.latest)
 
     def sequence_states(self, row: int) -> RecurrentStates:
         if self.batch_size == 1:
@@ -602,28 +596,30 @@ class BatchStates:
 
         self.layers = [list(map(merge, *pair)) for pair in zip(self.layers, states, strict=True)]
 
-    def commit(self, paths: Mapping[int, NDArray[np.int32]]) -> None:
-        """Change to the states after paths of the latest pass, by row, the root first.
+    def commit(
+        self, written: Sequence[RecurrentTreeCache], paths: Mapping[int, NDArray[np.int32]]
+    ) -> None:
+        """Change to the states after paths of a pass, by row, the root first.
 
         Other sequences keep their states.
+
+        Args:
+            written: the caches of the recurrent layers in the pass.
+            paths: (a,) int32 nodes by row.
         """
         if self.layers:
             commit = _Commit(paths, self.batch_size)
-            self.layers = list(map(commit.layer_states, self.layers, self.latest))
+            self.layers = list(map(commit.layer_states, self.layers, written))
 
     @contextmanager
-    def committed_early(self) -> Iterator[list[RecurrentTreeCache | None]]:
-        """Let a pass read the states after the only token of the latest pass of one sequence.
-
-        It yields what its layers write, in place of `latest`, which stays as it is.
-        """
-        layers, latest = self.layers, self.latest
-        self.commit({0: np.zeros(1, np.int32)})
-        self.latest = [None] * len(layers)
+    def committed_early(self, written: Sequence[RecurrentTreeCache]) -> Iterator[None]:
+        """Let a pass read the states after the only token of the pass before, of one sequence."""
+        layers = self.layers
+        self.commit(written, {0: np.zeros(1, np.int32)})
         try:
-            yield self.latest
+            yield
         finally:
-            self.layers, self.latest = layers, latest
+            self.layers = layers
 
 
 class RecurrentTreeCache(ArraysCache):
@@ -650,7 +646,6 @@ class RecurrentTreeCache(ArraysCache):
         self._batch, self._layer, self._on_read, self.paths = batch, layer, on_read, paths
         self.written: dict[int, mx.array | Writes | Steps] = {}
         self.inputs: list[mx.array] = []
-        batch.latest[layer] = self
 
     @property
     def states(self) -> list[mx.array | None]:
@@ -692,17 +687,16 @@ class _Commit:
         self._tails: dict[int, mx.array] = {}
 
     def layer_states(
-        self, states: Sequence[mx.array | None], latest: RecurrentTreeCache | None
+        self, states: Sequence[mx.array | None], layer: RecurrentTreeCache
     ) -> list[mx.array | None]:
-        assert latest is not None, "no forward pass was run that could be committed"
-        inputs = iter(latest.inputs)
+        inputs = iter(layer.inputs)
         new = list(states)
-        for i, value in sorted(latest.written.items()):
+        for i, value in sorted(layer.written.items()):
             old = states[i]
             if not isinstance(value, mx.array):
                 new[i] = value.commit(old, self.nodes, self.kept)
                 continue
-            if latest.paths is not None:
+            if layer.paths is not None:
                 shape = (self.batch_size, *value.shape[1:])
                 tail = mx.broadcast_to(self._tail(value.shape[1] + 1), shape)
                 value = mx.take_along_axis(next(inputs), tail, 1)

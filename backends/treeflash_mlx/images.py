@@ -93,11 +93,12 @@ class VisionTower:
 
     def rows(self, state: State, token_ids: Sequence[int]) -> ImageRows | None:
         """Return the embeddings of the next tokens of a prompt; None if no token is a feature."""
-        images, first = state.images, state.length
-        end = first + len(token_ids)
-        if images is None or not (found := images.features_in(first, end)):
+        first, size = state.length, len(token_ids)
+        if state.images is None or not state.has_features(size):
             return None
-        parts = state.chunk_features(len(token_ids), partial(self.encode, images))
+        images, end = state.images.prompt, first + size
+        found, encode = images.features_in(first, end), partial(self.encode, images)
+        parts = state.images.chunk_features(first, size, encode)
         is_feature = images.is_feature[first:end]
         places = mx.array(np.flatnonzero(is_feature).astype(np.int32))
         text = mx.array(np.where(is_feature, self.padding, token_ids).astype(np.int32))

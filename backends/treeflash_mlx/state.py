@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from treeflash.decoding.backend_base import BaseState
 from treeflash.decoding.interfaces import StateArrays
-from treeflash_mlx.cache import KVCache, by_numbers, to_host
-from treeflash_mlx.hybrid import RecurrentStates, RecurrentTreeCache, state_arrays
+from treeflash_mlx.cache import KVCache, PassWrites, by_numbers, to_host
+from treeflash_mlx.hybrid import RecurrentStates, state_arrays
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +24,7 @@ class Ahead:
     token: int
     logits: mx.array  # (1, vocab)
     outputs: mx.array | None  # (1, layers * hidden_size) of the captured layers
-    recurrent: list[RecurrentTreeCache | None]  # what the recurrent layers wrote
+    written: PassWrites
 
 
 @dataclass(frozen=True, eq=False)

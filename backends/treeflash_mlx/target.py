@@ -37,7 +37,14 @@ from treeflash.errors import (
 )
 from treeflash_mlx import images as vision
 from treeflash_mlx.attention import TreeHooks, TreePass, keep_queries
-from treeflash_mlx.cache import KVCache, Quantisation, QuantisedTreeCache, TreeCache, share_storage
+from treeflash_mlx.cache import (
+    KVCache,
+    PassWrites,
+    Quantisation,
+    QuantisedTreeCache,
+    TreeCache,
+    share_storage,
+)
 from treeflash_mlx.group_attention import FEW_ROWS
 from treeflash_mlx.hybrid import RecurrentTreeCache, Solver, choose_solver, solve_by_rounds
 from treeflash_mlx.images import ImageRows, VisionTower, channel_axes, load_tower
@@ -453,13 +460,13 @@ class Target:
         layer_ids: tuple[int, ...],
         tree: TreePass | None = None,
         images: ImageRows | None = None,
-    ) -> tuple[mx.array, mx.array | None]:
+    ) -> tuple[mx.array, mx.array | None, PassWrites]:
         """Build a forward pass of (batch, n) tokens, and write their keys and values.
 
         `images` are the embeddings of the tokens of a single sequence; some are features.
         The sequences are all of one storage, by row. `tree` is None if the tokens continue one.
-        Returns (batch, n, vocab) logits; and (batch, n, len(layer_ids) * hidden_size) outputs of
-        captured layers, None without layers.
+        Returns (batch, n, vocab) logits; (batch, n, len(layer_ids) * hidden_size) outputs of
+        captured layers, None without layers; and what a commit needs.
         """
         storage = share_storage(sequences)
         start, windows = sequences[0].length, self.layout.windows
@@ -468,15 +475,19 @@ class Target:
             chain = DraftTree.chain(np.zeros(token_ids.shape[1], np.int32))
             tree = TreePass.build([chain], [start], storage.columns - 1, exact=True)
 
+        written = PassWrites([()] * len(windows))
+
         def attention_cache(i: int) -> TreeCache:
-            args = storage, i, windows[i], start, tree, window_starts
+            args = storage, written, i, windows[i], start, tree, window_starts
             if (q := self.quantisation) is None:
                 return TreeCache(*args)
             return QuantisedTreeCache(*args, q.bits, q.group_size)
 
         def recurrent_cache(i: int) -> RecurrentTreeCache:
             paths = None if tree is None else tree.paths
-            return RecurrentTreeCache(storage.states, i, paths, self.hooks.enter_recurrent_layer)
+            hook = self.hooks.enter_recurrent_layer
+            written.recurrent.append(RecurrentTreeCache(storage.states, i, paths, hook))
+            return written.recurrent[-1]
 
         caches = self.layout.make(attention_cache, recurrent_cache)
         given = {}
@@ -487,9 +498,8 @@ class Target:
             logits = self.model(token_ids, cache=caches, **given)
         if tree is not None:
             self._attended |= tree.shapes
-        if not layer_ids:
-            return logits, None
-        return logits, mx.concatenate([outputs[i] for i in layer_ids], axis=-1)
+        layers = mx.concatenate([outputs[i] for i in layer_ids], axis=-1) if layer_ids else None
+        return logits, layers, written
 
     def _decoder(self) -> nn.Module:
         """Find the module that runs the layers and the final norm."""
@@ -513,9 +523,8 @@ class Target:
             return True
         sequence = self.new_kv_cache(len(SIBLINGS))
         tree = TreePass.build([SIBLINGS], [0], 0, solve=self.solve)
-        self.forward(mx.zeros((1, len(SIBLINGS)), mx.int32), [sequence], (), tree)
-        assert sequence.storage is not None
-        return sequence.storage.states.is_complete
+        *_, written = self.forward(mx.zeros((1, len(SIBLINGS)), mx.int32), [sequence], (), tree)
+        return written.is_complete
 
     def _measure(self) -> tuple[int, set[int], int, int]:
         """Read `vocab_size`, the widths of keys and values, `column_nbytes` and `states_nbytes`.
@@ -524,7 +533,7 @@ class Target:
         """
         sequence = self.new_kv_cache(1)
         try:
-            logits, _ = self.forward(mx.array([[0]]), [sequence], ())
+            logits, _, written = self.forward(mx.array([[0]]), [sequence], ())
         except (AttributeError, IndexError, TypeError, ValueError) as error:
             if self.quantisation is not None:
                 raise ConfigError(
@@ -537,9 +546,9 @@ class Target:
             ) from error
         storage = sequence.storage
         assert storage is not None
-        if not storage.states.is_complete:
+        if not written.is_complete:
             raise UnsupportedModelError(refusal(self.family))
-        storage.commit({0: (0, np.zeros(1, np.int32))})
+        storage.commit(written, {0: (0, np.zeros(1, np.int32))})
         widths = {x.shape[-1] for arrays in storage.layers for x in arrays}
         column_nbytes = storage.columns_nbytes // storage.columns
         return logits.shape[-1], widths, column_nbytes, storage.states.nbytes

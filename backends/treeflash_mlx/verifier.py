@@ -20,7 +20,7 @@ from treeflash.decoding.backend_base import (
 from treeflash.decoding.interfaces import Pass, Prefill, Verify
 from treeflash.decoding.tree import DraftTree
 from treeflash_mlx.attention import TreePass
-from treeflash_mlx.cache import BatchStorage, share_storage, size_class, storages_of
+from treeflash_mlx.cache import BatchStorage, PassWrites, share_storage, size_class, storages_of
 from treeflash_mlx.drafter import OutputStage
 from treeflash_mlx.drafter_model import DrafterModel
 from treeflash_mlx.mtp_head import MtpModel
@@ -39,6 +39,8 @@ chunks become smaller, so that the scores do not take more."""
 
 Path: TypeAlias = CommittedPath[State]
 """The nodes of a sequence to commit."""
+Places: TypeAlias = dict[int, tuple[int, NDArray[np.int32]]]
+"""By row, the first column that a path is written to, and its nodes."""
 Found: TypeAlias = tuple[mx.array, PassRows[State]]
 """The (n, vocab) logits at the nodes of a sequence, and what commits of them need."""
 
@@ -112,30 +114,30 @@ class Verifier:
         if others or not isinstance(item, Verify) or len(item.tree) > 1:
             return None
         state: Any = item.state
-        if state.shift:  # its rotary positions make a pass that is not plain
+        if state.positions.shift:  # its rotary positions make a pass that is not plain
             return None
         params, ahead, start = item.params, state.ahead, state.length
         follows, state.ahead, state.single_until = state.single_until == start, None, start + 1
         if not follows:
             return None
         if ahead is not None and (ahead.start, ahead.token) == (start, int(item.tree.tokens[0])):
-            logits, outputs = ahead.logits, Outputs(ahead.outputs)
-            rows: PassRows[State] = PassRows(state, outputs, 0, item.tree.tokens)
-            state.kv_cache.storage.states.latest = ahead.recurrent
+            outputs, tokens = Outputs(ahead.outputs), item.tree.tokens
+            logits, rows = ahead.logits, PassRows(state, outputs, 0, tokens, written=ahead.written)
         else:
             ((logits, rows),) = self._forward([(state, item.tree)])
         edited = edit(logits, params)
         drawn = draw(edited, params.sampling, params.keys)
-        ahead = self._submit_next(state, drawn[:1])
+        ahead = self._submit_next(state, rows.written, drawn[:1])
         read = np.array(drawn)
-        tokens = read_tokens(read, edited, params.sampling, params.keys)
+        chosen = read_tokens(read, edited, params.sampling, params.keys)
         state.ahead = replace(ahead, token=int(read[0]))
-        return Pass([with_log_probs(tokens, logits, params)], rows={state: rows})
+        return Pass([with_log_probs(chosen, logits, params)], rows={state: rows})
 
-    def _submit_next(self, state: State, token: mx.array) -> Ahead:
+    def _submit_next(self, state: State, present: PassWrites, token: mx.array) -> Ahead:
         """Start the pass over the token after the next position.
 
         Its recurrent layers read the states after the present token, which is yet to be committed.
+        `present` is what the pass over it wrote.
         There is a column for it even after the last position: see `allocated_columns`.
         """
         sequence = state.kv_cache
@@ -143,8 +145,10 @@ class Verifier:
         assert storage is not None
         sequence.length = length + 1
         try:
-            with storage.states.committed_early() as recurrent:
-                logits, outputs = self.target.forward(token[None], [sequence], self._layer_ids)
+            with storage.states.committed_early(present.recurrent):
+                logits, outputs, written = self.target.forward(
+                    token[None], [sequence], self._layer_ids
+                )
         finally:
             sequence.length = length
         mx.async_eval(logits, outputs)
@@ -153,7 +157,7 @@ class Verifier:
             token=-1,  # not read yet
             logits=logits[0],
             outputs=None if outputs is None else outputs[0],
-            recurrent=recurrent,
+            written=written,
         )
 
     def _run(
@@ -174,13 +178,12 @@ class Verifier:
                 batch.append((i, state, item.tree))
                 continue
             token_ids = item.token_ids
-            stop, images = state.length + len(token_ids), state.images
-            has_features = images is not None and bool(images.features_in(state.length, stop))
-            together = len(token_ids) <= largest and not has_features
+            stop = state.length + len(token_ids)
+            together = len(token_ids) <= largest and not state.has_features(len(token_ids))
             if not together:
                 # The last token has its own pass: no other token needs logits.
                 end = len(token_ids) - (item.params is not None)
-                if images is not None and (last := images.chunk_end(state.length, end)) > stop - 1:
+                if (last := state.length + state.chunk_size(end)) > stop - 1:
                     end = 0 if item.params is not None else last - state.length
                 self._prefill(state, token_ids[:end])
                 token_ids = token_ids[end:]
@@ -206,8 +209,7 @@ class Verifier:
         """Run and commit new tokens chunk by chunk."""
         while token_ids:
             size = self._chunk_size(state.length)
-            if state.images is not None:
-                size = state.images.chunk_end(state.length, size) - state.length
+            size = state.chunk_size(size)
             chunk = DraftTree.chain(np.array(token_ids[:size], np.int32))
             token_ids = token_ids[size:]
             ((_, rows),) = self._forward([(state, chunk)], prefill=True)
@@ -265,7 +267,7 @@ class Verifier:
         reads = isinstance(self.drafter, MtpModel) and sequences[0][0].drafter is not None
         merges = reads and images is not None
         layer_ids = (*self._layer_ids, -1) if merges else self._layer_ids
-        rows, outputs = self.target.forward(
+        rows, outputs, written = self.target.forward(
             mx.array(np.array(token_ids), mx.int32), caches, layer_ids, tree_pass, images
         )
         if outputs is not None:
@@ -279,7 +281,7 @@ class Verifier:
         made: dict[State, Found] = {}
         for row, (state, tree) in enumerate(by_row):
             state.ahead = None
-            part = PassRows(state, shared, row * n, tree.tokens, merged)
+            part = PassRows(state, shared, row * n, tree.tokens, merged, written)
             made[state] = rows[state.kv_cache.row, : len(tree)], part
         return [made[state] for state, _ in sequences]
 
@@ -295,7 +297,7 @@ class Verifier:
         merged = OutputStage(self.drafter, self.target).embed(mx.array(tokens))
         width = merged.shape[-1]
         outputs, embedded = outputs[:, :-width], outputs[:, -width:]
-        is_feature = state.images.is_feature[state.length : state.length + len(tokens)]
+        is_feature = state.images.prompt.is_feature[state.length : state.length + len(tokens)]
         places = mx.array(np.flatnonzero(is_feature))
         merged[places] = embedded[places]
         return outputs, merged
@@ -332,13 +334,14 @@ class Verifier:
             features = self.drafter.project(outputs)
             context += zip(states, mx.split(features, ends), strict=True)
         # Sequences that ran together share a storage and the outputs of a forward pass.
-        by_storage: dict[BatchStorage, dict[int, tuple[int, NDArray[np.int32]]]] = {}
+        by_storage: dict[tuple[BatchStorage, PassWrites], Places] = {}
         for path in paths:
             cache = path.state.kv_cache
             assert cache.storage is not None
-            by_storage.setdefault(cache.storage, {})[cache.row] = cache.length, path.nodes
-        for storage, paths_by_row in by_storage.items():
-            storage.commit(paths_by_row)
+            places = by_storage.setdefault((cache.storage, path.rows.written), {})
+            places[cache.row] = cache.length, path.nodes
+        for (storage, written), places in by_storage.items():
+            storage.commit(written, places)
         for path in paths:
             path.state.kv_cache.length += len(path.nodes)
             path.state.tokens += path.tokens
@@ -351,7 +354,7 @@ def _rotary_positions(
     sequences: Sequence[tuple[State, DraftTree]],
 ) -> list[NDArray[np.int32]] | None:
     """Return the rotary positions of each sequence; None if they are the positions of all."""
-    if not any(state.shift or state.images for state, _ in sequences):
+    if not any(state.positions.shift or state.images for state, _ in sequences):
         return None
     return [
         state.rotary_positions(tree if state.images is None else tree.tokens.tolist())

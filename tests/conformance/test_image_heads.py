@@ -29,7 +29,7 @@ from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5DecoderLayer
 
 from treeflash.config import DecodeConfig, LoadConfig
 from treeflash.decoding import Request, Scheduler, SchedulerConfig
-from treeflash.decoding.backend_base import BaseState
+from treeflash.decoding.images import PromptPositions
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.registry import loader
@@ -239,16 +239,12 @@ def forget_features(backend):
 
 
 def take_columns(_):
-    return (
-        BaseState,
-        "row_positions",
-        lambda _, first, end: np.tile(np.arange(first, end), (3, 1)),
-    )
+    return PromptPositions, "rows", lambda _, first, end: np.tile(np.arange(first, end), (3, 1))
 
 
 def take_one_axis(_):
-    positions = BaseState.row_positions
-    return BaseState, "row_positions", lambda *args: positions(*args)[[0, 0, 0]]
+    positions = PromptPositions.rows
+    return PromptPositions, "rows", lambda *args: positions(*args)[[0, 0, 0]]
 
 
 def test_planted_faults_change_the_drafts(pair):

@@ -20,7 +20,7 @@ from parts import load_with_parts
 from replayed_graphs import enable, replay_graphs
 from treeflash_cuda.backend import CudaBackend, load
 from treeflash_cuda.gpu.graphs import Graphs
-from treeflash_cuda.gpu.state_arena import MIN_SLOTS
+from treeflash_cuda.gpu.state_arena import MIN_SLOTS, WrittenTree
 from treeflash_cuda.operations import Operations
 from treeflash_cuda.recurrence import TreeNodes, delta_rule
 from treeflash_cuda.target_loading import load_target
@@ -85,8 +85,9 @@ def test_other_types_agree_with_plain_text(tmp_path, name):
     assert tree_difference(backend, rng, families.PREFIX) < families.TOLERANCE
     assert state_difference(backend, rng, families.PREFIX) < families.TOLERANCE
     state = backend.open(8, drafts=False)
-    backend.verifier.run([Verify(state, DraftTree.root_only(3), SamplingParams())])
-    assert state.recurrent.tree is not None  # and not the pass of one sequence after another
+    verified = backend.verifier.run([Verify(state, DraftTree.root_only(3), SamplingParams())])
+    written = verified.rows[state].written
+    assert isinstance(written, WrittenTree)  # and not the pass of one sequence after another
 
 
 @pytest.mark.parametrize("family", HYBRID_FAMILIES)

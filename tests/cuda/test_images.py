@@ -2,6 +2,7 @@
 
 import inspect
 from copy import copy
+from dataclasses import replace
 from functools import cache, cached_property, partial
 
 import numpy as np
@@ -303,8 +304,8 @@ def take_the_last_prompts_shift():
 
     def begin_and_note(state, work):
         begin(state, work)
-        last[:] = [state.shift, *last] if state.images is not None else last
-        state.shift = last[0] if last else 0
+        last[:] = [state.positions.shift, *last] if state.images is not None else last
+        state.positions = replace(state.positions, shift=last[0] if last else 0)
 
     return BaseState, "begin", begin_and_note
 

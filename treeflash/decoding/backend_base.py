@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treeflash.config import LoadConfig
-from treeflash.decoding.images import Image, PromptImages
+from treeflash.decoding.images import PrefillImages, PromptPositions
 from treeflash.decoding.interfaces import (
     ARHead,
     Backend,
@@ -135,10 +135,8 @@ class BaseState(ABC, Generic[K, R]):
         snapshots: states of recurrent layers at earlier lengths.
         tokens: of the committed positions.
         images: of the prompt that is being run; None if it has none.
-        encoded: features of images that chunks have ended inside of, by the images' first tokens.
-        prompt_positions: (3, n) rotary positions of a prompt with images; None if they are columns.
-        shift: rotary position minus column of tokens after the prompt. Every sequence runs a part
-            of its prompt, at least the last token of it, which sets both.
+        positions: the rotary positions. Every sequence runs a part of its prompt, at least the last
+            token, which sets them.
     """
 
     def __init__(self, kv_cache: K, drafter: K | None, initial: R | None = None) -> None:
@@ -148,10 +146,8 @@ class BaseState(ABC, Generic[K, R]):
         self.context: list[Any] = []
         self.snapshots: Snapshots[R] = Snapshots()
         self.tokens: list[int] = []
-        self.images: PromptImages | None = None
-        self.encoded: dict[int, Any] = {}
-        self.prompt_positions: NDArray[np.int32] | None = None
-        self.shift = 0
+        self.images: PrefillImages | None = None
+        self.positions = PromptPositions()
 
     @abstractmethod
     def copy(self, length: int, capacity: int, recurrent: R | None) -> Self:
@@ -283,43 +279,32 @@ class BaseState(ABC, Generic[K, R]):
 
     def begin(self, work: Prefill | Verify) -> None:
         """Note the images of the prompt that is to be run, if it has any."""
-        self.images = work.images if isinstance(work, Prefill) else None
-        if self.images is not None:
-            self.shift, self.prompt_positions = self.images.shift, self.images.positions
-
-    def chunk_features(self, size: int, encode: Callable[[Image], Any]) -> list[Any]:
-        """Return the features among the next `size` tokens of a prompt, image by image.
-
-        The features that `encode` gives for an image are kept while a chunk ends inside it.
-        """
-        assert self.images is not None
-        parts, kept, end = [], {}, self.length + size
-        for image, which in self.images.features_in(self.length, end):
-            if (features := self.encoded.get(image.first)) is None:
-                features = encode(image)
-            parts.append(features[which])
-            if image.end > end:
-                kept[image.first] = features
-        self.encoded = kept
-        return parts
+        images = work.images if isinstance(work, Prefill) else None
+        if images is None:
+            self.images = None
+        elif self.images is None or self.images.prompt is not images:
+            self.images = PrefillImages(images)
+            self.positions = PromptPositions(images.positions, images.shift)
 
     def rotary_positions(self, tokens: DraftTree | Sequence[int]) -> NDArray[np.int32]:
         """Return the rotary positions of new nodes or tokens: (n,), or (3, n) of different axes."""
         if isinstance(tokens, DraftTree):
-            return tokens.positions(self.length) + np.int32(self.shift)
-        columns = slice(self.length, self.length + len(tokens))
-        positions = self.row_positions(columns.start, columns.stop)
-        has_features = self.images is not None and self.images.is_feature[columns].any()
-        return positions if has_features and self.prompt_positions is not None else positions[0]
+            return tokens.positions(self.length) + np.int32(self.positions.shift)
+        positions = self.positions.rows(self.length, self.length + len(tokens))
+        has_axes = self.positions.axes is not None and self.has_features(len(tokens))
+        return positions if has_axes else positions[0]
 
-    def row_positions(self, first: int, end: int) -> NDArray[np.int32]:
-        """Return the (3, end - first) rotary positions of columns: time, height and width."""
-        columns = np.arange(first + self.shift, end + self.shift, dtype=np.int32)
-        positions = np.broadcast_to(columns, (3, end - first))
-        if self.prompt_positions is None or first >= self.prompt_positions.shape[1]:
-            return positions
-        prompt = self.prompt_positions[:, first:end]
-        return np.concatenate([prompt, positions[:, prompt.shape[1] :]], 1)
+    def has_features(self, size: int) -> bool:
+        """Return whether some of the next `size` tokens of a prompt stand for features."""
+        if self.images is None:
+            return False
+        return bool(self.images.prompt.is_feature[self.length : self.length + size].any())
+
+    def chunk_size(self, size: int) -> int:
+        """Return how many tokens to run next, about `size`; see `PromptImages.chunk_end`."""
+        if self.images is None:
+            return size
+        return self.images.prompt.chunk_end(self.length, size) - self.length
 
     def context_before(self, length: int, first: int = 0) -> list[Any]:
         """Return the context of the positions below `length`, without those below `first`."""
@@ -413,6 +398,7 @@ class PassRows(Generic[S]):
     # (n, hidden_size) embeddings of the tokens, with features of images in place of the tokens that
     # stand for them; None if none does
     merged: Any = None
+    written: Any = None  # what else a commit needs, such as what recurrent layers wrote
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,8 @@ the tokens of an image see each other, also later ones.
 
 The idea. Images are in prompts alone; everything after a prompt is text, whose rotary positions
 differ from its columns by one number, the shift. So a prompt carries a `PromptImages`, and a
-sequence remembers its shift. Columns count everything else: masks, windows and the KV cache.
+sequence remembers its `PromptPositions`. Columns count everything else: masks, windows and the KV
+cache.
 
 An example. Tokens 3 to 8 of a prompt stand for an image of 2 x 3 features, `v` and `w` are text:
 
@@ -24,8 +25,8 @@ Text goes on after the largest position of the image, at 6, and has it on all ax
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -114,6 +115,50 @@ class PromptImages:
         """Return the prompt's ids with a separator for each feature, which no draft may copy."""
         pairs = zip(token_ids, self.is_feature, strict=True)
         return [SEPARATOR if is_feature else token_id for token_id, is_feature in pairs]
+
+
+@dataclass(frozen=True, eq=False)
+class PromptPositions:
+    """Rotary positions of a sequence, of which a prompt of n tokens has been run.
+
+    Attributes:
+        axes: (3, n) int32 rotary positions of the prompt; None if they are the columns.
+        shift: rotary position minus column of the tokens after it.
+    """
+
+    axes: NDArray[np.int32] | None = None
+    shift: int = 0
+
+    def rows(self, first: int, end: int) -> NDArray[np.int32]:
+        """Return the (3, end - first) positions of columns: time, height and width."""
+        columns = np.arange(first + self.shift, end + self.shift, dtype=np.int32)
+        text = np.broadcast_to(columns, (3, end - first))
+        if self.axes is None or first >= self.axes.shape[1]:
+            return text
+        prompt = self.axes[:, first:end]
+        return np.concatenate([prompt, text[:, prompt.shape[1] :]], 1)
+
+
+@dataclass(frozen=True, eq=False)
+class PrefillImages:
+    """The images of a prompt while it is run, chunk by chunk."""
+
+    prompt: PromptImages
+    # features of images that the chunks so far have ended inside of, by the images' first tokens
+    features: dict[int, Any] = field(default_factory=dict)
+
+    def chunk_features(self, first: int, size: int, encode: Callable[[Image], Any]) -> list[Any]:
+        """Return the features among `size` tokens, image by image; `encode` makes an image's."""
+        parts, kept, end = [], {}, first + size
+        for image, which in self.prompt.features_in(first, end):
+            if (features := self.features.get(image.first)) is None:
+                features = encode(image)
+            parts.append(features[which])
+            if image.end > end:
+                kept[image.first] = features
+        self.features.clear()
+        self.features.update(kept)
+        return parts
 
 
 def locate(

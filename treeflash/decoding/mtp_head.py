@@ -104,7 +104,7 @@ def root_blocks(
     return [
         MtpBlock(
             *(output, state.drafter, state.length),
-            position=state.length - 1 + state.shift,
+            position=state.length - 1 + state.positions.shift,
             depths=min(depths or most, most),
         )
         for output, (state, _) in zip(outputs, roots, strict=True)
@@ -160,7 +160,7 @@ def row_tokens(rows: Sequence[NewRows]) -> NDArray[np.int32]:
 
 def row_positions(rows: Sequence[NewRows]) -> NDArray[np.int32]:
     """Return the (3, n) rotary positions of rows."""
-    parts = [state.row_positions(first, first + len(tokens)) for state, first, tokens in rows]
+    parts = [state.positions.rows(first, first + len(tokens)) for state, first, tokens in rows]
     return np.concatenate(parts, 1)
 
 

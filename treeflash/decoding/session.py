@@ -69,6 +69,7 @@ class SequenceSession:
     def commit(self, path: NDArray[np.int32]) -> None:
         """Keep a path of the tree that was verified last."""
         self.backend.verifier.commit(self.verified, [(self.state, path)])
+        self.verified = Pass()
 
     def draft(self, root: int, depths: int | None = None) -> Block:
         """Draft a block after `root`, the token at the next position; see `Drafter.draft`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,13 @@ from treeflash.reference.numerics import (
 States = Mapping[int, LayerState]
 
 
+class NodeOutputs(NamedTuple):
+    """The outputs of a pass over n nodes."""
+
+    layers: list[Array]  # (n, hidden_size) of the embeddings, of each layer and of the final norm
+    states: dict[int, list[LayerState]]  # states of recurrent layers after each node, by layer
+
+
 class Cache:
     """Per layer, the keys and values or the states of the committed positions and of a block.
 
@@ -38,7 +45,6 @@ class Cache:
         pending: keys and values of the block.
         slots: the attention layers' places in `committed` and `pending`, by layer.
         states: of each recurrent layer after the committed positions, by layer.
-        node_states: of each recurrent layer after each row of the block, by layer.
     """
 
     def __init__(
@@ -51,7 +57,6 @@ class Cache:
         self.committed: list[tuple[Array, Array]] = [(empty, empty) for _ in attending]
         self.pending = list(self.committed)
         self.states = self.start
-        self.node_states: dict[int, list[LayerState]] = {}
 
     @property
     def length(self) -> int:
@@ -75,7 +80,6 @@ class Cache:
             (np.concatenate([keys, k[:, rows]], 1), np.concatenate([values, v[:, rows]], 1))
             for (keys, values), (k, v) in zip(self.committed, self.pending, strict=True)
         ]
-        self.states = {n: states[rows[-1]] for n, states in self.node_states.items()}
 
     def truncate(self, length: int) -> None:
         self.copy_from(self, length)
@@ -247,24 +251,23 @@ class Target:
 
     def forward(
         self, token_ids: Ints, positions: Ints, mask: NDArray[np.bool_], cache: Cache
-    ) -> tuple[Array, list[Array]]:
+    ) -> tuple[Array, NodeOutputs]:
         """Run n tokens at absolute positions after the committed ones; they attend to all of these.
 
         The (n, n) mask says whether a token attends to another. The cache holds the tokens' keys
-        and values afterwards, uncommitted. Returns (n, vocab) logits, and (n, hidden_size) outputs
-        of the embeddings, of each layer and of the final norm.
+        and values afterwards, uncommitted. Returns (n, vocab) logits, and the outputs.
         """
         keys = np.concatenate([np.arange(cache.length), positions])
         parents = nearest_ancestors(mask)
         seen = np.concatenate([np.ones((len(mask), cache.length), np.bool_), mask], 1)
         x = self.embeddings[token_ids]
-        outputs = [x]
+        outputs, states = [x], {}
         for n, window in enumerate(self.windows):
             inside = seen if window is None else seen & (positions[:, None] - keys < window)
             layer = f"model.layers.{n}."
             y = rms_norm(x, self.weights[layer + "input_layernorm.weight"], self.eps)
             if n in self.recurrent:
-                mixed, cache.node_states[n] = run(self.recurrent[n], y, parents, cache.states[n])
+                mixed, states[n] = run(self.recurrent[n], y, parents, cache.states[n])
                 x = x + mixed
             else:
                 x = x + self._attend(n, y, positions, inside, cache)
@@ -272,7 +275,7 @@ class Target:
             x = x + self._feed_forward(layer + "mlp.", y)
             outputs.append(x)
         hidden = rms_norm(x, self.weights["model.norm.weight"], self.eps)
-        return hidden @ self.lm_head.T, [*outputs, hidden]
+        return hidden @ self.lm_head.T, NodeOutputs([*outputs, hidden], states)
 
     def _attend(
         self, n: int, x: Array, positions: Ints, mask: NDArray[np.bool_], cache: Cache

@@ -12,7 +12,7 @@ from treeflash.decoding.tree import DraftTree
 from treeflash.reference.drafter_model import DrafterModel
 from treeflash.reference.hybrid import LayerState
 from treeflash.reference.numerics import Array, Ints
-from treeflash.reference.target import Cache, States, Target
+from treeflash.reference.target import Cache, NodeOutputs, States, Target
 
 
 class State(BaseState[Cache, States]):
@@ -67,15 +67,16 @@ class Verifier(OneByOneVerifier):
     def __init__(self, target: Target) -> None:
         self.target = target
 
-    def forward(self, state: State, tree: DraftTree) -> tuple[Array, list[Array]]:
+    def forward(self, state: State, tree: DraftTree) -> tuple[Array, NodeOutputs]:
         assert state.length + len(tree) <= state.capacity, "the state is too small"
         return self.target.forward(
             tree.tokens, tree.positions(state.length), tree.ancestor_mask(), state.kv_cache
         )
 
-    def commit_one(self, state: State, outputs: list[Array], path: Ints) -> None:
+    def commit_one(self, state: State, outputs: NodeOutputs, path: Ints) -> None:
         state.kv_cache.commit(path)
+        state.restore_recurrent({n: states[path[-1]] for n, states in outputs.states.items()})
         if state.drafter_model is not None:
             layers = state.drafter_model.config.target_layer_ids
-            features = np.concatenate([outputs[i + 1][path] for i in layers], -1)
+            features = np.concatenate([outputs.layers[i + 1][path] for i in layers], -1)
             state.context.append(features)

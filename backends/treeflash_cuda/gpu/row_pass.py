@@ -21,7 +21,7 @@ from torch import Tensor
 from treeflash.decoding.tree import DraftTree
 from treeflash_cuda.cache import Region, Slab
 from treeflash_cuda.gpu.graphs import MAX_ROWS, Outputs, padded_order, power_of_two, round_up
-from treeflash_cuda.gpu.state_arena import TreeWrites
+from treeflash_cuda.gpu.state_arena import TreeWrites, WrittenTree
 from treeflash_cuda.numerics import pack, unpack, upload
 from treeflash_cuda.recurrence import TreeNodes, plan_nodes
 from treeflash_cuda.sampling import Logits, finite_argmax
@@ -148,12 +148,10 @@ class RowPass:
         )
         logits, best, layers, *outputs = results
         by_layer = dict(zip(layers, outputs[: len(layers)], strict=True))
+        written: list[WrittenTree] = []
         if arena is not None:
-            written = outputs[len(layers) :]
-            writes = TreeWrites(arena, operations, trees[1], before, written)
-            for i, states in enumerate(recurrent):
-                states.drop_pending()
-                states.tree = writes, i
+            writes = TreeWrites(arena, operations, trees[1], before, outputs[len(layers) :])
+            written = [WrittenTree(writes, i) for i in range(len(rows))]
         parts, firsts = [], plan.starts.tolist()
         for (_, x), start, is_needed in zip(rows, firsts, needs_logits, strict=True):
             end = start + len(x)
@@ -164,7 +162,7 @@ class RowPass:
         if arena is None and sum(part.stop - part.start for part in parts) == count:
             whole = logits[:count]
         found = Logits([logits[part] for part in parts], [best[part] for part in parts], whole)
-        return RowsResult.of_pass(found, rows, by_layer, firsts)
+        return RowsResult.of_pass(found, rows, by_layer, firsts, written=written)
 
     def _forward(
         self,
@@ -191,9 +189,7 @@ class RowPass:
 
 def has_features(state: State, tokens: DraftTree | Sequence[int]) -> bool:
     """Return whether new tokens of a sequence stand for features of an image."""
-    if state.images is None or isinstance(tokens, DraftTree):
-        return False
-    return bool(state.images.is_feature[state.length : state.length + len(tokens)].any())
+    return not isinstance(tokens, DraftTree) and state.has_features(len(tokens))
 
 
 def region_of(state: State) -> Region | None:

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from threading import Lock
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -143,6 +143,13 @@ class SlotStates(Mapping[Key, Tensor]):
 
     def __del__(self) -> None:
         self.arena.free.append(self.slot)
+
+
+class WrittenTree(NamedTuple):
+    """What one of the trees of a pass wrote."""
+
+    writes: TreeWrites
+    tree: int  # its index among the trees
 
 
 @dataclass(frozen=True, eq=False)

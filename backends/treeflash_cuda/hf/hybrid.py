@@ -2,8 +2,8 @@
 
 `treeflash.decoding.hybrid` has the formulas, and `recurrence` computes them.
 
-A forward pass changes no state: it leaves what commits need, which is used or dropped later. There
-are two kinds of passes:
+A forward pass changes no state: what commits need is a part of its result (`PassRows.written`).
+There are two kinds of passes:
 
 - `HybridCache`: the rows of several sequences follow one another, and recurrent layers run sequence
   by sequence.
@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -41,7 +41,7 @@ from treeflash_cuda.hf.model_caches import SlabCache, TreeCache
 from treeflash_cuda.numerics import concatenate, upload
 from treeflash_cuda.operations import Operations
 from treeflash_cuda.recurrence import TreeNodes, tree_recurrence, weigh_windows
-from treeflash_cuda.recurrent_states import RecurrentStates, Writes
+from treeflash_cuda.recurrent_states import RecurrentStates, SequenceWrites, Writes
 
 MAMBA_2 = "mamba2_chunk_scan"
 
@@ -71,6 +71,7 @@ class SequenceRows:
     # which will be committed.
     tree: DraftTree | None
     ancestors: Tensor | None  # (count, count) bool of the tree
+    writes: SequenceWrites = field(default_factory=SequenceWrites)  # what the layers write for them
 
     @property
     def nodes(self) -> TreeNodes:
@@ -219,15 +220,13 @@ class HybridCache(RecurrentCache):
         self.begin(attention_slots, device)
         self.parts = parts  # the rows of each sequence
         self.is_step = sum(self.rows) == 1  # models have special functions for a single row
-        for part in parts:
-            part.states.drop_pending()
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
         """Copy the state for a pass of one row, which may change it in place; else return None."""
-        states, key = self.parts[0].states, (MATRIX, layer_idx, state_idx)
-        if not self.is_step or (state := states.committed.get(key)) is None:
+        (part, *_), key = self.parts, (MATRIX, layer_idx, state_idx)
+        if not self.is_step or (state := part.states.committed.get(key)) is None:
             return None
-        states.pending[key] = state = state.clone()
+        part.writes.matrices[key] = state = state.clone()
         return state
 
     def update_recurrent_state(
@@ -236,7 +235,7 @@ class HybridCache(RecurrentCache):
         """Take the state after a single row; after more rows `recur` has taken it."""
         key = MATRIX, layer_idx, state_idx
         if self.is_step and key not in self._pending:
-            self.parts[0].states.pending[key] = recurrent_states
+            self.parts[0].writes.matrices[key] = recurrent_states
             return recurrent_states
         return super().update_recurrent_state(recurrent_states, layer_idx, state_idx, **kwargs)
 
@@ -260,7 +259,7 @@ class HybridCache(RecurrentCache):
             inputs = [part.select(x) for x in rows]
             if part.tree is None:
                 state = part.states.committed.get(key)
-                output, part.states.pending[key] = next_tokens(*inputs, state)
+                output, part.writes.matrices[key] = next_tokens(*inputs, state)
             else:
                 output = tree(partial(self._run_tree, part, key), *inputs)
             outputs.append(output)
@@ -287,7 +286,7 @@ class HybridCache(RecurrentCache):
         slots = torch.zeros(1, dtype=torch.long, device=v.device)
         out, u, keys = tree_recurrence(*(q, k, v, log_g, beta, state, slots, part.nodes), **options)
         gates = log_g.transpose(1, 2).float()
-        part.states.pending[key] = Writes(state.float(), u, keys, gates, transposed)
+        part.writes.matrices[key] = Writes(state.float(), u, keys, gates, transposed)
         return out
 
     def _join_inputs(self, rows: Tensor, key: Key, width: int) -> Tensor:
@@ -301,7 +300,7 @@ class HybridCache(RecurrentCache):
             if part.tree is None:
                 # Only the end is kept, as a copy, so that the other inputs can be freed.
                 inputs = inputs[:, :, inputs.shape[2] - width :].clone()
-            part.states.inputs[key] = inputs, width
+            part.writes.inputs[key] = inputs, width
         return concatenate(joined, 2)
 
     def _plan_windows(self, kernel: int) -> Tensor:

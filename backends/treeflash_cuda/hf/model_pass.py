@@ -13,7 +13,7 @@ from torch import Tensor
 from treeflash.decoding.tree import DraftTree
 from treeflash_cuda.gpu.row_pass import RowInputs, RowPass, has_features
 from treeflash_cuda.hf.attention_contexts import AttentionContext, TreeContext
-from treeflash_cuda.hf.hybrid import HybridTreeCache
+from treeflash_cuda.hf.hybrid import HybridCache, HybridTreeCache
 from treeflash_cuda.hf.model_caches import SlabCache
 from treeflash_cuda.numerics import upload_all
 from treeflash_cuda.sampling import Logits
@@ -91,7 +91,7 @@ class ModelPasses:
         rows_to_keep = np.concatenate(
             [np.arange(end - count, end) for end, count in zip(ends, counts, strict=True)]
         )
-        if turned := any(state.shift or state.images for state, _ in rows):
+        if turned := any(state.positions.shift or state.images for state, _ in rows):
             each = [state.rotary_positions(tokens) for state, tokens in rows]
             arrays.insert(0, np.concatenate(each, -1))
         uploaded = iter(upload_all([*arrays, rows_to_keep], self.target.device))
@@ -121,4 +121,6 @@ class ModelPasses:
             images=images,
         )
         found = Logits.split(logits[: len(rows_to_keep)], counts)
-        return RowsResult.of_pass(found, rows, outputs, (ends - sizes).tolist(), images)
+        written = [x.writes for x in cache.parts] if isinstance(cache, HybridCache) else []
+        firsts = (ends - sizes).tolist()
+        return RowsResult.of_pass(found, rows, outputs, firsts, images, written)

@@ -468,9 +468,11 @@ class ModelTarget(Target):
                 actual, _ = self.forward(tokens, context, cache, logits_to_keep=1)
             except UnsupportedModelError as error:  # a layer raises it, and names no family
                 raise UnsupportedModelError(refusal(family, str(error))) from error
-            if state.recurrent is not None:
-                state.recurrent.resume(state.recurrent.states_after(tokens))
-                self.state_arena = StateArena(state.recurrent.committed, self.transposed_layers)
+            if isinstance(cache, HybridCache):
+                state.restore_recurrent(cache.parts[0].writes.states_after(tokens))
+                committed = state.recurrent_states()
+                assert committed is not None
+                self.state_arena = StateArena(committed, self.transposed_layers)
                 self.states_nbytes = arrays_nbytes(state.recurrent_arrays())
             region = state.kv_cache.region
             if kv_bits is not None and region is not None:
