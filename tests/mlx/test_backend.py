@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import chain, repeat
 
 import pytest
@@ -344,7 +345,7 @@ def test_the_difference_of_a_batch_is_small_beside_that_of_a_context(pair, rng, 
 
     def first_twice(verifier, trees):
         found = logits(verifier, trees)
-        return found[:1] * len(found)
+        return replace(found, logits=found.logits[:1] * len(found.logits))
 
     monkeypatch.setattr(type(backend.verifier), "logits", first_twice)
     assert backend_module.batch_difference(backend, rng) == pytest.approx(1)
