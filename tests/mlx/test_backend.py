@@ -351,8 +351,9 @@ def test_the_difference_of_a_batch_is_small_beside_that_of_a_context(pair, rng, 
     assert backend_module.batch_difference(backend, rng) == pytest.approx(1)
 
     def second_is_nan(verifier, trees):
-        first, *others = logits(verifier, trees)
-        return [first, *(float("nan") * x for x in others)]
+        found = logits(verifier, trees)
+        first, *others = found.logits
+        return replace(found, logits=[first, *(float("nan") * x for x in others)])
 
     monkeypatch.setattr(type(backend.verifier), "logits", second_is_nan)
     assert math.isnan(backend_module.batch_difference(backend, rng))
