@@ -1,0 +1,91 @@
+"""No code of a model folder runs when a part of it is loaded, and no pickle is read."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from byte_tokens import save_tokenizer
+from hostile_folders import plant_code
+
+from treeflash.config import LoadConfig
+from treeflash.errors import CheckpointError, TreeflashError
+from treeflash.registry import loader
+from treeflash.testing import require
+from treeflash.testing.models import write_target
+from treeflash.text.tokenizer import Tokenizer
+
+require("torch")
+require("mlx_lm")
+
+import torch
+from mlx_lm import utils
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+LOADERS = {
+    "tokenizer": Tokenizer.from_folder,
+    "cuda": lambda folder: loader("cuda")(folder, None, LoadConfig(device="cpu")),
+    "mlx": lambda folder: loader("mlx")(folder, None, LoadConfig()),
+}
+TRUSTING = {
+    "mlx-lm": lambda folder: utils.load_model(folder, trust_remote_code=True),
+    **{
+        kind.__name__: lambda folder, kind=kind: kind.from_pretrained(
+            str(folder), trust_remote_code=True, local_files_only=True
+        )
+        for kind in (AutoConfig, AutoModelForCausalLM, AutoTokenizer)
+    },
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A model folder; code that runs would be copied next to it."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", tmp_path / "modules")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    write_target(folder, "llama", seed=1)
+    return save_tokenizer(folder)
+
+
+@pytest.mark.parametrize("new_type", [False, True])
+@pytest.mark.parametrize("damaged", [False, True])
+@pytest.mark.parametrize("part", LOADERS)
+def test_code_of_a_folder_is_not_run(folder, part, damaged, new_type):
+    """It is not run either when the configuration is read for the cause of another error."""
+    ran = plant_code(folder, new_type=new_type)
+    if damaged:
+        (folder / "tokenizer.json").write_text("{}")
+    with suppress(TreeflashError):
+        LOADERS[part](folder)
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize("load", TRUSTING.values(), ids=TRUSTING)
+def test_the_code_would_run_if_it_were_trusted(folder, load):
+    ran = plant_code(folder, new_type=load is not TRUSTING["mlx-lm"])
+    with suppress(Exception):
+        load(folder)
+    assert ran.exists()
+
+
+class Evil:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("name", ["cuda", "mlx"])
+def test_weights_in_pickles_are_not_read(folder, name):
+    """Reading a pickle runs what it names."""
+    weights, *others = folder.glob("*.safetensors")
+    assert not others
+    weights.unlink()
+    ran = folder / "ran"
+    torch.save({"model.norm.weight": Evil(ran)}, folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError):
+        LOADERS[name](folder)
+    assert not ran.exists()
