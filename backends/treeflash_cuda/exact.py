@@ -105,7 +105,7 @@ def row_multiple(dtype: torch.dtype) -> int:
 
 def bound_products(
     model: nn.Module, dtype: torch.dtype, undo: ExitStack, least: int, passed: PassedChecks
-) -> None:
+) -> int:
     """Let the linear layers of a loaded model give a row equal bits, whatever rows are beside it.
 
     Until `undo` ends, products of fewer than `least` rows are padded, others to `row_multiple`, and
@@ -113,8 +113,8 @@ def bound_products(
     of shapes that were checked before. Passes of one token have more rows anyway; the least is for
     the output head of a longer pass.
 
-    Raises an UnsupportedModelError if fewer than `LEAST_ROWS` rows have the same bits, or a module
-    computes products in another way.
+    Returns the most rows that no product splits. Raises an UnsupportedModelError if fewer than
+    `LEAST_ROWS` rows have the same bits, or a module computes products in another way.
     """
     most: dict[tuple[tuple[int, int], str], int] = {}  # by shape, and dtype or format
     for owner, name, shape in products_of(model):
@@ -133,6 +133,7 @@ def bound_products(
         bounded.most = most[shape, kind]
         undo.callback(setattr, owner, name, product)
         setattr(owner, name, bounded)
+    return min(most.values())
 
 
 def use_kernel_for_products(model: nn.Module) -> None:

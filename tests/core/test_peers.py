@@ -129,11 +129,14 @@ def test_nothing_is_installed_unasked(tmp_path, monkeypatch):
 
 def test_systems_of_any_framework_are_compared_with_llama_cpp():
     record = {"budget": None, "dtype": "x", "set": "a", "prompt": 0, "tokens": 6, "forwards": 3}
-    record |= {"token_ids": [1, 2], "processor_seconds": 2.0}
+    record |= {"token_ids": [1, 2], "processor_seconds": 2.0, "threads": 2}
     plain = record | {"system": "llama.cpp", "backend": "gguf", "method": "generate"}
     ours = record | {"system": "treeflash", "backend": "cuda", "method": "treeflash"}
     comparison = Comparison()
     comparison.records = [plain | {"seconds": 2.0}, ours | {"seconds": 0.5}]
-    (row,) = (row for row in comparison.rows() if row["set"] == "a" and row["backend"] == "cuda")
-    assert (row["ratio_to_generate"], row["ratio_to_llama_cpp"]) == (None, 4)
-    assert row["tokens_per_processor_s"] == 3
+    # Cases with other numbers of threads are compared among themselves.
+    comparison.records += [x | {"threads": 1, "seconds": 3.0} for x in (plain, ours)]
+    rows = [x for x in comparison.rows() if x["set"] == "a" and x["backend"] == "cuda"]
+    assert [(x["threads"], x["ratio_to_llama_cpp"]) for x in rows] == [(2, 4), (1, 1)]
+    assert all(x["ratio_to_generate"] is None for x in rows)
+    assert all(x["tokens_per_processor_s"] == 3 for x in rows)

@@ -529,3 +529,69 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path, change, message):
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=message):
         load_pair(tmp_path)
+
+
+ROUNDED = {
+    "llama, compiled": {},
+    "qwen2": {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1},
+    "qwen3, compiled": {},
+    "smollm3, compiled": {},
+    "gemma2, compiled": {},
+    "granite, compiled": {},
+}
+"""Targets for weights of few bits; layers of the last two have other norms, or a factor."""
+
+
+@torch.inference_mode()
+def outputs_of(backend):
+    """Logits and outputs of layers: of prompts, a lone token, trees and batches."""
+    tree = DraftTree.from_parents(np.array(NODES, np.int32), np.array(PARENTS, np.int32))
+    target, verifier = backend.target, backend.verifier
+    target.capture(range(-1, len(target.layers) + 1))
+    found = []
+    with (
+        closing(backend.open(64, drafts=False)) as state,
+        closing(backend.open(64, drafts=False)) as other,
+    ):
+        for batch in (
+            [(state, PROMPT[:-1])],
+            [(state, PROMPT[-1:]), (other, OTHER)],
+            [(other, OTHER[:1])],
+            [(state, tree)],
+            [(other, tree), (state, tree)],
+        ):
+            done = verifier.forward(batch, [True] * len(batch))
+            found += [*done.logits.parts, *done.rows[0].outputs.layers.values()]
+            if not isinstance(batch[0][1], DraftTree):
+                verifier.commit_paths(list(map(CommittedPath.whole, done.rows)))
+    return found
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ROUNDED)
+def test_layers_in_one_call_have_the_bits_of_their_modules(tmp_path, name, dtype):
+    pytest.importorskip("llvmlite")
+    write(tmp_path, name, intermediate_size=64, **ROUNDED[name])
+    backend = load_pair(tmp_path, dtype=dtype, bits=4, exact=True)
+    target = backend.target
+    assert (target.calls is None) == (name in list(ROUNDED)[-2:])
+    if target.calls is not None:
+        actual = outputs_of(backend)
+        target.calls = None
+        expected = outputs_of(backend)
+        assert len(actual) == len(expected)
+        assert all(map(torch.equal, actual, expected))
+
+
+def test_modules_run_where_their_products_are_split(tmp_path, monkeypatch):
+    pytest.importorskip("llvmlite")
+    write(tmp_path, "llama, compiled", intermediate_size=64)
+    backend = load_pair(tmp_path, bits=4, exact=True)
+    target = backend.target
+    runs, run = [], target.calls.run
+    monkeypatch.setattr(target.calls, "run", lambda x, *rest: runs.append(len(x)) or run(x, *rest))
+    target.unsplit_rows = 3
+    for count in (3, 4, 1):
+        with closing(backend.open(8, drafts=False)) as state, torch.inference_mode():
+            backend.verifier.forward([(state, PROMPT[:count])], [True])
+    assert runs == [3, 1]

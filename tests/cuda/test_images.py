@@ -397,6 +397,20 @@ def test_exact_mode_is_exact_after_images(family, tmp_path, monkeypatch):
     assert (seen[0] == seen[2]).all()
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_text_after_images_with_weights_of_few_bits(bits, tmp_path, monkeypatch):
+    """The only few bits of a target with images are those that its weights are rounded to."""
+    pytest.importorskip("llvmlite")
+    config = LoadConfig(device="cpu", bits=bits)
+    pair = Pair("llava", tmp_path, monkeypatch, config=config)
+    layers = pair.backend.target.model.modules()
+    assert sum(type(layer).__name__ == "LowBitLinear" for layer in layers) > 4
+    for sampling in ({}, {"temperature": 1.0, "seed": 3}):
+        plain = [pair.decode([prompt], method="ar", **sampling)[0] for prompt in pair.prompts]
+        assert pair.decode(pair.prompts, **sampling) == plain
+        assert [pair.decode([prompt], **sampling)[0] for prompt in pair.prompts] == plain
+
+
 def test_chunks_of_long_prompts_do_not_end_inside_images(pairs, monkeypatch):
     pair = pairs("gemma3")
     for name in ("first_chunk", "next_chunk"):

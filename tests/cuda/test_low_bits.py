@@ -233,7 +233,7 @@ PROGRAM = """
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
-void low_bit_linear(void *, void *, void *, void *, void *, void *, void *, void *, void *,
+void low_bit_linear(void *, void *, void *, void *, void *, void *, void *, void *, void *, void *,
                     int64_t, int64_t, int64_t, int64_t, int, int);
 static void *part(void) {
   int64_t size;
@@ -247,7 +247,7 @@ int main(void) {
   void *x = part(), *weight = part(), *scales = part(), *least = part();
   void *y = malloc(s[0] * s[1] * 4);
   void *q = malloc(numbers), *d = malloc(numbers);
-  low_bit_linear(x, weight, scales, least, y, q, d, malloc(numbers), malloc(numbers),
+  low_bit_linear(x, weight, scales, least, 0, y, q, d, malloc(numbers), malloc(numbers),
                  s[0], s[1], s[2], blocks, s[4], 1);
   fwrite(y, s[4] ? 4 : 2, s[0] * s[1], stdout);
 }

@@ -39,6 +39,7 @@ from treeflash_cuda.sampling import Logits
 from treeflash_cuda.target import Rows, RowsResult, Target
 
 if TYPE_CHECKING:
+    from treeflash_cuda.cpu.layer_calls import LayerCalls
     from treeflash_cuda.cpu.layer_kernels import LayerKernels
 
 CPU = torch.device("cpu")
@@ -67,11 +68,17 @@ class DecoderTarget(Target):
         self.model, self.facts, self.kernels, self.dtype = decoder, facts, kernels, dtype
         # The attention of a pass over blocks.
         self.attention: Callable[[DecoderFacts, Sequence[Block]], Attention] = MaskedAttention
+        # The layers as calls of compiled functions, and the most rows of a pass that they run.
+        self.calls: LayerCalls | None = None
+        self.unsplit_rows = LINEAR_ROWS
         if kernels is not None:
             from treeflash_cuda.cpu.kernel_attention import KernelAttention
+            from treeflash_cuda.cpu.layer_calls import LayerCalls, can_run
 
             self.layers_from = f"treeflash, compiled for {kernels.isa.name}"
             self.attention = partial(KernelAttention, kernels=kernels)
+            if can_run(decoder):
+                self.calls = LayerCalls(decoder, kernels)
         self.processor = "it has no vision tower"
         table = decoder.embeddings
         self.embeddings = table if isinstance(table, LowBitEmbedding) else table.weight.data
@@ -115,7 +122,10 @@ class DecoderTarget(Target):
             self._exact_changes.callback(setattr, self, "token_rows", self.token_rows)
             self.token_rows = token_rows(self.model, self.dtype)
             least = LINEAR_ROWS if self.token_rows == 1 else min(self.token_rows, LINEAR_ROWS)
-            bound_products(self.model, self.dtype, self._exact_changes, least, passed)
+            self._exact_changes.callback(setattr, self, "unsplit_rows", self.unsplit_rows)
+            self.unsplit_rows = bound_products(
+                self.model, self.dtype, self._exact_changes, least, passed
+            )
             if self.kernels is None:
                 gated = self.model.operations.gated
                 for size in facts.inner_sizes:
@@ -153,7 +163,8 @@ class DecoderTarget(Target):
         if repeats > 1:
             token_ids, places = (x.repeat(repeats) for x in (token_ids, places))
         attention = self.attention(self.facts, blocks)
-        hidden, outputs = self.model(token_ids, places, attention, self.captured)
+        run = self.calls.run if self.calls and len(token_ids) <= self.unsplit_rows else None
+        hidden, outputs = self.model(token_ids, places, attention, self.captured, run)
         if not kept:
             logits = hidden.new_empty(0, self.vocab_size)
         elif len(kept) == count:

@@ -6,10 +6,12 @@ kernel is read from its top to its bottom like a program. `machine_code` compile
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import ctypes
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
 from llvmlite import ir
 
 Value: TypeAlias = ir.Value
@@ -21,6 +23,15 @@ FORK = "GOMP_parallel"
 TO_EVEN = 1.5 * 2**23
 """Added to a float32 of a small size and subtracted again, it rounds to integers, ties to even."""
 QUIET_NAN = 0x7FC00000
+OF_RECORD = "_of_record"
+"""Suffix of the functions that read the arguments of another one from memory."""
+STORED: Mapping[str, tuple[type[ctypes._SimpleCData[Any]], str]] = {
+    "ptr": (ctypes.c_void_p, "i8"),
+    "i64": (ctypes.c_int64, "i8"),
+    "i32": (ctypes.c_int, "i4"),
+    "float": (ctypes.c_float, "f4"),
+}
+"""Types of arguments for ctypes, and in NumPy's records, by LLVM's names."""
 
 
 class Isa(NamedTuple):
@@ -67,6 +78,29 @@ def task(module: ir.Module, name: str, *kinds: ir.Type) -> ir.Function:
     function.linkage = "internal"
     function.attributes.add("nounwind")
     return function
+
+
+def add_record_function(function: ir.Function) -> None:
+    """Add a function that reads the arguments of another one from a record; see `record_type`."""
+    kinds = function.function_type.args
+    record = ir.LiteralStructType(kinds, packed=True)
+    name = f"{function.name}{OF_RECORD}"
+    caller = ir.Function(function.module, ir.FunctionType(VOID, [POINTER]), name)
+    b = Builder(caller.append_basic_block())
+    places = ([constant(I32, 0), constant(I32, n)] for n in range(len(kinds)))
+    addresses = [b.gep(caller.args[0], place, source_etype=record) for place in places]
+    b.call(function, [b.read(x, kind) for x, kind in zip(addresses, kinds, strict=True)])
+    b.ret_void()
+
+
+def record_type(fields: Mapping[str, ir.Type]) -> np.dtype[np.void]:
+    """Return the type of a record with a function's arguments."""
+    return np.dtype([(name, STORED[str(kind)][1]) for name, kind in fields.items()])
+
+
+def argument_types(fields: Mapping[str, ir.Type]) -> list[type[ctypes._SimpleCData[Any]]]:
+    """Return the types of a function's arguments."""
+    return [STORED[str(kind)][0] for kind in fields.values()]
 
 
 def declare_fork(module: ir.Module) -> ir.Function:

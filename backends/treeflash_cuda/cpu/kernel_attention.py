@@ -27,7 +27,7 @@ class KernelAttention:
     ) -> None:
         self.kernels, self.facts, self.blocks = kernels, facts, blocks
         self.heads, self.kv_heads = facts.heads, facts.kv_heads
-        self._places = self._make_places()
+        self.places = self._make_places()
         # By window: the first column that each row sees, and the table with what it masks.
         self._layouts: dict[int | None, tuple[Tensor, SequencesTable, list[Tensor | None]]] = {}
 
@@ -39,15 +39,19 @@ class KernelAttention:
         norms: Tensor | None,
         eps: float,
     ) -> Tensor:
-        self.kernels.turn(heads, rotation, norms, eps, self._places, layer)
+        self.kernels.turn(heads, rotation, norms, eps, self.places, layer)
         return heads[:, : self.heads]
 
     def attend(self, layer: int, queries: Tensor, window: int | None) -> Tensor:
-        if window not in self._layouts:
-            self._layouts[window] = self._make_layout(window)
-        firsts, table, _ = self._layouts[window]
+        firsts, table = self.layout(window)
         factors = self.facts.score_scale, self.facts.factors.score_cap
         return self.kernels.attend(queries, firsts, table, layer, *factors)
+
+    def layout(self, window: int | None) -> tuple[Tensor, SequencesTable]:
+        """Return the first column that each row sees in a window, and the table with masks."""
+        if window not in self._layouts:
+            self._layouts[window] = self._make_layout(window)
+        return self._layouts[window][:2]
 
     def _make_places(self) -> SequencesTable:
         """Make the table of where the sequences' columns and rows are, without masks."""
@@ -77,7 +81,7 @@ class KernelAttention:
     ) -> tuple[Tensor, SequencesTable, list[Tensor | None]]:
         masks = [self._mask(block, window) for block in self.blocks]
         addresses = [0 if mask is None else mask.data_ptr() for mask in masks]
-        table = self._places.with_masks(addresses) if any(addresses) else self._places
+        table = self.places.with_masks(addresses) if any(addresses) else self.places
         firsts = [
             torch.zeros(len(block), dtype=torch.int32)
             if window is None

@@ -28,6 +28,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeAlias
 
 from llvmlite import ir
 
@@ -42,11 +43,14 @@ from treeflash_cuda.cpu.ir_builder import (
     VOID,
     Builder,
     Value,
+    add_record_function,
     constant,
     declare_fork,
     task,
     vector,
 )
+
+Fields: TypeAlias = dict[str, ir.Type]
 
 LANES = 16
 SEQUENCE = ("keys", "values", "head_stride", "committed", "rows", "row_end", "unit_end", "mask")
@@ -59,6 +63,32 @@ SEQUENCE = ("keys", "values", "head_stride", "committed", "rows", "row_end", "un
 - unit_end: the same in units of `attend`
 - mask: address of (rows, rows) bytes, 1 where a row sees a new column; 0: all up to its own
 """
+_ROWS: Fields = dict.fromkeys(("y", "weight", "normed"), POINTER)
+_SUMS: Fields = dict.fromkeys(("residual", "total"), POINTER)
+_SIZES: Fields = {"size": I64, "eps": FLOAT}
+_SEQUENCES: Fields = {"table": POINTER, "sequences": I64, "kv_heads": I64, "column_stride": I64}
+_GATED: Fields = {"gate_up": POINTER, "output": POINTER, "size": I64}
+FIELDS: Mapping[str, Fields] = {
+    "norm": _ROWS | _SIZES,
+    "norm_sum": _ROWS | _SUMS | _SIZES,
+    "turn": {
+        **dict.fromkeys(("heads", "cos", "sin", "norms"), POINTER),
+        **{"heads_of_row": I64, "eps": FLOAT, "is_rotated": I32, "is_normed": I32},
+        **_SEQUENCES,
+    },
+    "attend": {
+        **dict.fromkeys(("queries", "output", "firsts"), POINTER),
+        **{"stride": I64, "group": I64, "scale": FLOAT, "cap": FLOAT},
+        **_SEQUENCES,
+        **{"scratch": POINTER, "scratch_size": I64},
+    },
+    "silu": _GATED,
+    "gelu_pytorch_tanh": _GATED,
+    "cap": {"x": POINTER, "size": I64, "cap": FLOAT},
+}
+"""Arguments of the functions, before the numbers of `UNITS`."""
+UNITS: Fields = {"units": I64, "threads": I32}
+RUN_CALLS = "run_calls"
 KEYS = 8
 """Keys whose scores are computed at once."""
 FLOATS, INTEGERS = vector(FLOAT, LANES), vector(I32, LANES)
@@ -130,39 +160,38 @@ def build(element: Element, cached: Element, kind: LayerKind, threads: bool) -> 
     """
     module = ir.Module("layer")
     writer = Writer(module, declare_fork(module) if threads else None)
-    rows = dict.fromkeys(("y", "weight", "normed"), POINTER)
-    sizes: dict[str, ir.Type] = {"size": I64, "eps": FLOAT}
-    sums = dict.fromkeys(("residual", "total"), POINTER)
-    writer.add("norm", rows | sizes, lambda b, f, unit: _norm(b, f, unit, element, False))
-    writer.add("norm_sum", rows | sums | sizes, lambda b, f, unit: _norm(b, f, unit, element, True))
-    sequences = {"table": POINTER, "sequences": I64, "kv_heads": I64, "column_stride": I64}
-    turned = dict.fromkeys(("heads", "cos", "sin", "norms"), POINTER)
-    flags: dict[str, ir.Type] = {"eps": FLOAT, "is_rotated": I32, "is_normed": I32}
-    writer.add(
-        "turn",
-        turned | {"heads_of_row": I64} | flags | sequences,
-        lambda b, f, unit: _turn(b, f, unit, element, cached, kind),
-    )
-    writer.add(
-        "attend",
-        dict.fromkeys(("queries", "output", "firsts"), POINTER)
-        | {"stride": I64, "group": I64, "scale": FLOAT, "cap": FLOAT}
-        | sequences
-        | {"scratch": POINTER, "scratch_size": I64},
-        lambda b, f, unit: _attend(b, f, unit, element, cached, kind),
-    )
+    writer.add("norm", lambda b, f, unit: _norm(b, f, unit, element, False))
+    writer.add("norm_sum", lambda b, f, unit: _norm(b, f, unit, element, True))
+    writer.add("turn", lambda b, f, unit: _turn(b, f, unit, element, cached, kind))
+    writer.add("attend", lambda b, f, unit: _attend(b, f, unit, element, cached, kind))
     for name, sharpen in ACTIVATIONS.items():
-        writer.add(
-            name,
-            {"gate_up": POINTER, "output": POINTER, "size": I64},
-            partial(_gated, element=element, sharpen=sharpen),
-        )
-    writer.add(
-        "cap",
-        {"x": POINTER, "size": I64, "cap": FLOAT},
-        lambda b, f, unit: _cap_row(b, f, unit, element),
-    )
+        writer.add(name, partial(_gated, element=element, sharpen=sharpen))
+    writer.add("cap", lambda b, f, unit: _cap_row(b, f, unit, element))
+    _run_calls(module)
     return str(module)
+
+
+def _run_calls(module: ir.Module) -> None:
+    """Write `RUN_CALLS`: it calls functions with records, of which it has `count` addresses each.
+
+    The addresses of a function and of its record follow each other.
+    """
+    entry = ir.Function(module, ir.FunctionType(VOID, [POINTER, I64]), RUN_CALLS)
+    calls, count = entry.args
+    b = Builder(entry.append_basic_block())
+    function_type = ir.FunctionType(VOID, [POINTER]).as_pointer()
+
+    def call(turn: Value, _: list[Value]) -> list[Value]:
+        first = b.times(turn, 2)
+        function, record = (
+            b.inttoptr(b.read(b.at(calls, b.plus(first, n), I64), I64, 8), kind)
+            for n, kind in enumerate((function_type, POINTER))
+        )
+        b.call(function, [record])
+        return []
+
+    b.repeat(count, [], call)
+    b.ret_void()
 
 
 class Writer:
@@ -174,13 +203,13 @@ class Writer:
     def add(
         self,
         name: str,
-        fields: Mapping[str, ir.Type],
         unit: Callable[[Builder, dict[str, Value], Value], None],
     ) -> None:
-        """Add a function of the fields, the number of units (I64) and of threads (I32).
+        """Add a function with these `FIELDS`, and `UNITS`, and another one with a record of them.
 
         `unit` writes what is done for a unit. The field `scratch` becomes the part of a thread.
         """
+        fields = FIELDS[name]
         names = [*fields, "units", "next", "slot"]
         job_type = ir.LiteralStructType([*fields.values(), I64, I64, I64])
         part = task(self.module, f"{name}_task", POINTER)
@@ -200,7 +229,7 @@ class Writer:
             unit(b, read, number)
         b.ret_void()
 
-        kinds = [*fields.values(), I64, I32]
+        kinds = [*fields.values(), *UNITS.values()]
         entry = ir.Function(self.module, ir.FunctionType(VOID, kinds), name)
         b = Builder(entry.append_basic_block())
         job = b.allocate(job_type)
@@ -213,6 +242,7 @@ class Writer:
         else:
             b.run(part, job, self.fork, threads, b.icmp_signed(">", threads, constant(I32, 1)))
         b.ret_void()
+        add_record_function(entry)
 
 
 def _norm(b: Builder, f: dict[str, Value], row: Value, element: Element, adds: bool) -> None:

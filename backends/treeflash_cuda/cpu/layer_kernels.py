@@ -12,22 +12,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from treeflash_cuda.cpu import layer_code
-from treeflash_cuda.cpu.ir_builder import Isa
-from treeflash_cuda.cpu.layer_code import ACTIVATIONS, LANES, SEQUENCE, Element, LayerKind, build
+from treeflash_cuda.cpu.ir_builder import OF_RECORD, Isa, argument_types
+from treeflash_cuda.cpu.layer_code import (
+    FIELDS,
+    LANES,
+    RUN_CALLS,
+    SEQUENCE,
+    UNITS,
+    Element,
+    LayerKind,
+    build,
+)
 from treeflash_cuda.cpu.machine_code import best_isa, compiled, has_threads
 from treeflash_cuda.cpu.threads import cpu_threads
 
-ADDRESS, SIZE, FLAG, NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
-SEQUENCES = (ADDRESS, SIZE, SIZE, SIZE)
-ARGUMENTS = {
-    "norm": (*[ADDRESS] * 3, SIZE, NUMBER),
-    "norm_sum": (*[ADDRESS] * 5, SIZE, NUMBER),
-    "turn": (*[ADDRESS] * 4, SIZE, NUMBER, FLAG, FLAG, *SEQUENCES),
-    "attend": (*[ADDRESS] * 3, SIZE, SIZE, NUMBER, NUMBER, *SEQUENCES, ADDRESS, SIZE),
-    **dict.fromkeys(ACTIVATIONS, (ADDRESS, ADDRESS, SIZE)),
-    "cap": (ADDRESS, SIZE, NUMBER),
-}
-"""Kinds of the functions' arguments, before the numbers of units and of threads."""
 SHARED = 1 << 17
 """Least numbers that a function reads for which threads share its work."""
 ELEMENTS = {torch.float32: Element(is_wide=True), torch.bfloat16: Element(is_wide=False)}
@@ -59,6 +57,11 @@ class SequencesTable:
         """Return the arguments that functions take."""
         return self._first + layer * self._step, *self._counts
 
+    def fill(self, records: NDArray[np.void], layers: NDArray[np.int64]) -> None:
+        """Write the arguments to the records of functions in layers."""
+        records["table"][layers] = self._first + layers * self._step
+        records["sequences"], records["kv_heads"], records["column_stride"] = self._counts
+
 
 class LayerKernels:
     """The functions for rows of one dtype, and caches of another or the same one."""
@@ -66,23 +69,39 @@ class LayerKernels:
     def __init__(self, isa: Isa, dtype: torch.dtype, cached: torch.dtype, kind: LayerKind) -> None:
         self.isa = isa
         elements = ELEMENTS[dtype], ELEMENTS[cached]
-        self._threads = has_threads()
+        self._has_threads = has_threads()
         self._engine = compiled(  # holds the code
             isa,
             (layer_code,),
-            (*elements, kind, self._threads),
-            lambda: build(*elements, kind, self._threads),
+            (*elements, kind, self._has_threads),
+            lambda: build(*elements, kind, self._has_threads),
         )
         self._run = {
-            name: ctypes.CFUNCTYPE(None, *kinds, SIZE, FLAG)(
+            name: ctypes.CFUNCTYPE(None, *argument_types({**fields, **UNITS}))(
                 self._engine.get_function_address(name)
             )
-            for name, kinds in ARGUMENTS.items()
+            for name, fields in FIELDS.items()
         }
+        signature = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)
+        self._run_calls = signature(self._engine.get_function_address(RUN_CALLS))
 
-    def _shared(self, numbers: int) -> int:
+    def of_record(self, name: str) -> int:
+        """Return the address of the function that reads another one's arguments from a record."""
+        address: int = self._engine.get_function_address(f"{name}{OF_RECORD}")
+        return address
+
+    def run_calls(self, calls: NDArray[np.int64]) -> None:
+        """Call the (n, 2) functions and records with these addresses, one after the other."""
+        self._run_calls(calls.ctypes.data, len(calls))
+
+    @property
+    def threads(self) -> int:
+        """The number of threads that may share work."""
+        return cpu_threads().of_compiled if self._has_threads else 1
+
+    def shared(self, numbers: int) -> int:
         """Return how many threads share the work on so many numbers."""
-        return cpu_threads().of_compiled if self._threads and numbers >= SHARED else 1
+        return self.threads if numbers >= SHARED else 1
 
     def rms_norm(
         self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
@@ -90,7 +109,7 @@ class LayerKernels:
         """Return the (n, size) normed sum, and the sum itself."""
         n, size = x.shape
         normed = torch.empty_like(x)
-        threads = self._shared(n * size)
+        threads = self.shared(n * size)
         if residual is None:
             pointers = x.data_ptr(), weight.data_ptr(), normed.data_ptr()
             self._run["norm"](*pointers, size, eps, n, threads)
@@ -116,7 +135,7 @@ class LayerKernels:
             *(heads.data_ptr(), cos, sin, None if norms is None else norms.data_ptr()),
             *(heads.shape[1], eps, rotation is not None, norms is not None),
             *table.of_layer(layer),
-            *(heads.shape[0], self._shared(heads.numel())),
+            *(heads.shape[0], self.shared(heads.numel())),
         )
 
     def attend(
@@ -133,30 +152,33 @@ class LayerKernels:
         # Repeated rows of a lone token belong to no sequence.
         shape = n, heads * d
         output = queries.new_empty(shape) if n == table.rows else queries.new_zeros(shape)
-        units = table.units
-        threads = min(self._shared(units * table.columns * d), units)
-        size = (d + 1 + table.columns) * LANES
+        threads, size = self.attending(table, d)
         scratch = torch.empty(threads * size)
         self._run["attend"](
             *(queries.data_ptr(), output.data_ptr(), firsts.data_ptr()),
             *(queries.stride(0), heads // table.kv_heads, scale, cap or 0.0),
             *table.of_layer(layer),
-            *(scratch.data_ptr(), size, units, threads),
+            *(scratch.data_ptr(), size, table.units, threads),
         )
         return output
+
+    def attending(self, table: SequencesTable, head_dim: int) -> tuple[int, int]:
+        """Return how many threads attend, and how many float32 numbers each of them writes."""
+        threads = min(self.shared(table.units * table.columns * head_dim), table.units)
+        return threads, (head_dim + 1 + table.columns) * LANES
 
     def gated(self, gate_and_up: Tensor, activation: str) -> Tensor:
         """Return (n, size) activation(gate) * up, from (n, 2 * size) gates and then factors."""
         n, size = gate_and_up.shape[0], gate_and_up.shape[1] // 2
         output = gate_and_up.new_empty(n, size)
         pointers = gate_and_up.data_ptr(), output.data_ptr()
-        self._run[activation](*pointers, size, n, self._shared(gate_and_up.numel()))
+        self._run[activation](*pointers, size, n, self.shared(gate_and_up.numel()))
         return output
 
     def capped(self, x: Tensor, cap: float) -> Tensor:
         """Change (n, size) numbers to cap * tanh(x / cap), and return them."""
         n, size = x.shape
-        self._run["cap"](x.data_ptr(), size, cap, n, self._shared(x.numel()))
+        self._run["cap"](x.data_ptr(), size, cap, n, self.shared(x.numel()))
         return x
 
 

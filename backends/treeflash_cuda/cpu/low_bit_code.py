@@ -43,6 +43,7 @@ from treeflash_cuda.cpu.ir_builder import (
     Builder,
     Isa,
     Value,
+    add_record_function,
     constant,
     declare_fork,
     task,
@@ -79,15 +80,19 @@ class Fetching(NamedTuple):
         return cls(8192, 256 if rows == 1 else 64, 2)
 
 
-FIELDS = {
-    **dict.fromkeys(("x", "numbers", "scales", "least", "y", "q", "d", "starts", "lows"), POINTER),
-    **dict.fromkeys(("rows", "width", "groups", "blocks", "chunk", "next"), I64),
-    "wide": I1,
+OPERANDS = {
+    **dict.fromkeys(("x", "numbers", "scales", "least", "bias", "y"), POINTER),
+    **dict.fromkeys(("q", "d", "starts", "lows"), POINTER),
+    **dict.fromkeys(("rows", "width", "groups", "blocks"), I64),
 }
+ARGUMENTS = OPERANDS | {"wide": I32, "threads": I32}
+FIELDS = OPERANDS | {"chunk": I64, "next": I64, "wide": I1}
 """Fields of a job, which the threads of a product share:
 
-- x, y: (rows, 32 * groups) and (rows, width) numbers, in float32 if `wide`, else in bfloat16
+- x, y: (rows, 32 * groups) numbers, and `blocks` blocks of 16 in rows of `width` numbers, in
+  float32 if `wide`, else in bfloat16
 - numbers, scales, least: a `PackedWeight` of `blocks` blocks
+- bias: float32 numbers to add to the results of a row, after these are rounded; or null
 - q, d: the rows' integers (int8), and their scales by group
 - starts, lows: what does not depend on the weights: the rows' sums of q by scale as the integers
   that sums of products begin with (see `_start`), and d * float(sum of q) by group
@@ -122,25 +127,22 @@ def build(isa: Isa, kind: LowBitFormat, threads: bool) -> str:
 
 
 def _entry(module: ir.Module, quantise: Value, multiply: Value, threads: bool) -> None:
-    """Write the function that computes a product; see `low_bit_kernels.Kernel` for its arguments.
+    """Write the function that computes a product, from a job's fields and a number of threads.
 
     `GOMP_parallel` runs a task in all threads of PyTorch.
     """
-    given = ("x", "numbers", "scales", "least", "y", "q", "d", "starts", "lows")
-    sizes = ("rows", "width", "groups", "blocks")
-    kinds = [POINTER] * len(given) + [I64] * len(sizes) + [I32, I32]
-    entry = ir.Function(module, ir.FunctionType(VOID, kinds), ENTRY)
+    entry = ir.Function(module, ir.FunctionType(VOID, list(ARGUMENTS.values())), ENTRY)
     fork = declare_fork(module) if threads else None
     b = JobBuilder(entry.append_basic_block())
-    arguments = dict(zip((*given, *sizes), entry.args, strict=False))
+    arguments = dict(zip(OPERANDS, entry.args, strict=False))
     wide, count = entry.args[-2:]
     job = b.allocate(JOB)
     zero, one = constant(I64, 0), constant(I64, 1)
     is_wide = b.icmp_signed("!=", wide, constant(I32, 0))
     for name, value in (arguments | {"next": zero, "wide": is_wide}).items():
         b.store(value, b.field(job, name))
-    rows, width, groups, blocks = (arguments[name] for name in sizes)
-    size = b.times(groups, GROUP)
+    rows, groups, blocks = (arguments[name] for name in ("rows", "groups", "blocks"))
+    size, width = b.times(groups, GROUP), b.times(blocks, BLOCK)
     several = b.icmp_signed(">", count, constant(I32, 1))
 
     def run(part: Value, numbers: Value, least: int, alone: Value, shared: Value) -> None:
@@ -161,6 +163,7 @@ def _entry(module: ir.Module, quantise: Value, multiply: Value, threads: bool) -
     products = b.mul(counted, b.mul(width, size))
     run(multiply, products, SHARED_PRODUCTS, blocks, b.plus(b.udiv(blocks, parts), 1))
     b.ret_void()
+    add_record_function(entry)
 
 
 def _start(isa: Isa, kind: LowBitFormat) -> int:
@@ -273,10 +276,10 @@ def _pass(module: ir.Module, isa: Isa, kind: LowBitFormat, rows: int) -> ir.Func
     job, row, block = function.args
     b, parts = JobBuilder(function.append_basic_block()), range(BLOCK // isa.lanes)
     floats = vector(FLOAT, isa.lanes)
-    q, d, starts, lows, numbers, scales, least, groups, width, y, wide = b.fields(
-        job,
-        *("q", "d", "starts", "lows", "numbers", "scales", "least", "groups", "width", "y", "wide"),
+    q, d, starts, lows, numbers, scales, least = b.fields(
+        job, "q", "d", "starts", "lows", "numbers", "scales", "least"
     )
+    groups, width, bias, y, wide = b.fields(job, "groups", "width", "bias", "y", "wide")
     group_nbytes, fetching = kind.lines * BLOCK * LINE, Fetching.of(kind, rows)
     numbers = b.at(numbers, b.times(b.mul(block, groups), group_nbytes))
     zero = constant(floats, 0.0)
@@ -324,7 +327,8 @@ def _pass(module: ir.Module, isa: Isa, kind: LowBitFormat, rows: int) -> ir.Func
         for part in parts:
             column = b.plus(b.times(block, BLOCK), isa.lanes * part)
             at = b.plus(b.mul(own_row, width), column)
-            _write_numbers(b, y, at, wide, totals[r * len(parts) + part])
+            total = _add_bias(b, bias, column, wide, totals[r * len(parts) + part])
+            _write_numbers(b, y, at, wide, total)
     b.ret_void()
     return function
 
@@ -429,6 +433,19 @@ def _read_scales(
     value = b.fmul(b.bitcast(size, floats), constant(floats, 2.0**112))
     sign = b.shl(b.and_(bits, constant(integers, 0x8000)), constant(integers, 16))
     return b.bitcast(b.or_(b.bitcast(value, integers), sign), floats)
+
+
+def _add_bias(b: JobBuilder, bias: Value, column: Value, wide: Value, total: Value) -> Value:
+    """Add the bias of columns to results of a row, which are rounded to bfloat16 if not wide."""
+    before = b.block
+    with b.if_then(b.icmp_unsigned("!=", b.ptrtoint(bias, I64), constant(I64, 0))):
+        rounded = b.select(wide, total, b.widen(b.narrow(total)))
+        added = b.fadd(rounded, b.read(b.at(bias, column, FLOAT), total.type, 4))
+        after = b.block
+    result = b.phi(total.type)
+    result.add_incoming(total, before)
+    result.add_incoming(added, after)
+    return result
 
 
 def _write_numbers(b: JobBuilder, y: Value, at: Value, wide: Value, values: Value) -> None:

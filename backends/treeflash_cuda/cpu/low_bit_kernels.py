@@ -5,24 +5,42 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from treeflash.errors import UnsupportedModelError
-from treeflash.low_bits import GROUP, LowBitFormat
+from treeflash.low_bits import BLOCK, GROUP, LowBitFormat
 from treeflash_cuda.cpu import low_bit_code
-from treeflash_cuda.cpu.ir_builder import Isa
-from treeflash_cuda.cpu.low_bit_code import ENTRY, build
+from treeflash_cuda.cpu.ir_builder import OF_RECORD, Isa, argument_types
+from treeflash_cuda.cpu.low_bit_code import ARGUMENTS, ENTRY, build
 from treeflash_cuda.cpu.machine_code import best_isa, compiled, has_threads
 from treeflash_cuda.cpu.threads import cpu_threads
 
-ARGUMENTS = (*[ctypes.c_void_p] * 9, *[ctypes.c_int64] * 4, *[ctypes.c_int] * 2)
-"""Of the compiled function: addresses, sizes, whether rows are float32, and threads."""
+SCRATCH = {"d": 0, "lows": 4, "starts": 8, "q": 16}
+"""Where each part begins that a product writes first, in bytes times the groups of all rows: a
+scale and a low (float32), two starts (int32), and 32 integers (int8)."""
+SCRATCH_NBYTES = 16 + GROUP
+"""Bytes of these parts for a group of a row."""
+
+
+class Operands(NamedTuple):
+    """What a product reads of a layer: addresses, and the number of blocks."""
+
+    numbers: int
+    scales: int
+    least: int | None
+    bias: int | None
+    blocks: int
 
 
 class Kernel:
-    """The product with weights of a format."""
+    """The product with weights of a format.
+
+    Attributes:
+        of_record: the address of the function that reads its arguments from a record.
+    """
 
     def __init__(self, isa: Isa, kind: LowBitFormat) -> None:
         self.isa, self.format = isa, kind
@@ -34,33 +52,31 @@ class Kernel:
             lambda: build(isa, kind, self._has_threads),
         )
         address = self._engine.get_function_address(ENTRY)
-        self._run: Callable[..., None] = ctypes.CFUNCTYPE(None, *ARGUMENTS)(address)
+        signature = ctypes.CFUNCTYPE(None, *argument_types(ARGUMENTS))
+        self._run: Callable[..., None] = signature(address)
+        self.of_record = self._engine.get_function_address(f"{ENTRY}{OF_RECORD}")
 
-    def __call__(
-        self, x: Tensor, weight: tuple[int, int, int | None], blocks: int, width: int
-    ) -> Tensor:
-        """Multiply (..., size) numbers, in float32 or bfloat16, by a weight: (..., width).
+    @property
+    def threads(self) -> int:
+        """The number of threads that may share a product."""
+        return cpu_threads().of_compiled if self._has_threads else 1
 
-        The weight has the addresses of a `PackedWeight`, whose blocks have `width` rows.
-        """
+    def __call__(self, x: Tensor, operands: Operands) -> Tensor:
+        """Multiply (..., size) numbers, in float32 or bfloat16: (..., 16 * blocks)."""
         size = x.shape[-1]
         flat = x.reshape(-1, size).contiguous()
         rows, groups = flat.shape[0], size // GROUP
-        y = x.new_empty(*x.shape[:-1], width)
+        *weight, blocks = operands
+        y = x.new_empty(*x.shape[:-1], blocks * BLOCK)
         if rows:
-            # For each group: a scale and a low (float32), two starts (int32), 32 integers (int8).
             count = rows * groups
-            scratch = torch.empty(count * (4 + 4 + 8 + GROUP), dtype=torch.uint8)
-            d = scratch.data_ptr()
-            lows, starts, q = d + 4 * count, d + 8 * count, d + 16 * count
-            threads = cpu_threads().of_compiled if self._has_threads else 1
+            scratch = torch.empty(count * SCRATCH_NBYTES, dtype=torch.uint8)
+            first = scratch.data_ptr()
             self._run(
-                flat.data_ptr(),
-                *weight,
-                y.data_ptr(),
-                *(q, d, starts, lows),
-                *(rows, width, groups, blocks),
-                *(x.dtype == torch.float32, threads),
+                *(flat.data_ptr(), *weight, y.data_ptr()),
+                *(first + count * SCRATCH[part] for part in ("q", "d", "starts", "lows")),
+                *(rows, blocks * BLOCK, groups, blocks),
+                *(x.dtype == torch.float32, self.threads),
             )
         return y
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
-from typing import Self
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Self
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,9 @@ from treeflash.low_bits import (
     StoredWeight,
     lines_of_byte,
 )
+
+if TYPE_CHECKING:
+    from treeflash_cuda.cpu.low_bit_kernels import Operands
 
 
 class LowBitLinear(nn.Module):
@@ -94,19 +97,26 @@ class LowBitLinear(nn.Module):
 
     def product(self, kernel: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
         """Return the function of a kernel that maps float32 or bfloat16 rows."""
-        least = None if self.least is None else self.least.data_ptr()
-        addresses = self.numbers.data_ptr(), self.scales.data_ptr(), least
-        (rows, _), blocks, bias = self.shape, self.numbers.shape[0], self.bias
-        product = partial(kernel, weight=addresses, blocks=blocks, width=blocks * BLOCK)
-        order = self.order
-        if bias is None and order is None and rows == blocks * BLOCK:
+        product = partial(kernel, operands=self.operands)
+        order, rows = self.order, self.shape[0]
+        if order is None and rows % BLOCK == 0:
             return product
+        return lambda x: product(x if order is None else x.index_select(-1, order))[..., :rows]
 
-        def whole(x: Tensor) -> Tensor:
-            y = product(x if order is None else x.index_select(-1, order))[..., :rows]
-            return y if bias is None else y + bias.to(y.dtype)
+    @property
+    def operands(self) -> Operands:
+        """What a kernel reads."""
+        from treeflash_cuda.cpu.low_bit_kernels import Operands
 
-        return whole
+        least, bias = (None if x is None else x.data_ptr() for x in (self.least, self._filled_bias))
+        numbers, scales = self.numbers.data_ptr(), self.scales.data_ptr()
+        return Operands(numbers, scales, least, bias, self.numbers.shape[0])
+
+    @cached_property
+    def _filled_bias(self) -> Tensor | None:
+        """The bias of whole blocks, in float32."""
+        missing = -self.shape[0] % BLOCK
+        return None if self.bias is None else F.pad(self.bias.detach().float(), (0, missing))
 
     @torch.no_grad()
     def rows(self, ids: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ adds them. Some families also norm what a sublayer adds. What differs between fa
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,12 @@ from torch import Tensor, nn
 from treeflash_cuda.decoder.facts import DecoderFacts, Rope
 from treeflash_cuda.decoder.network import ExpertNetwork, Network
 from treeflash_cuda.decoder.operations import Attention, DecoderOperations, Rotation, Weights
+
+RunLayers: TypeAlias = Callable[
+    [Tensor, Sequence[Rotation], Attention, Collection[int]],
+    tuple[Tensor, Tensor | None, dict[int, Tensor]],
+]
+"""The type of `Decoder.run_layers`."""
 
 
 class DecoderLayer(nn.Module):
@@ -122,7 +129,12 @@ class Decoder(nn.Module):
         return parts[0].to(self.scale.dtype), parts[1].to(self.scale.dtype)
 
     def forward(
-        self, tokens: Tensor, positions: Tensor, attention: Attention, captured: Collection[int]
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        attention: Attention,
+        captured: Collection[int],
+        run_layers: RunLayers | None = None,  # runs the layers instead of their modules
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Run (n,) tokens: the (n, hidden_size) that the head reads, and outputs of layers.
 
@@ -130,19 +142,33 @@ class Decoder(nn.Module):
         layers for the final norm.
         """
         rotations = [self.rotation(rope, positions) for rope in self.facts.ropes]
-        outputs = dict[int, Tensor]()
-        y, residual = self.embeddings(tokens), None
+        x = self.embeddings(tokens)
         if self.facts.factors.embeddings != 1:
-            y = y * self.scale
+            x = x * self.scale
+        run = self.run_layers if run_layers is None else run_layers
+        y, residual, outputs = run(x, rotations, attention, captured)
+        normed, x = self.operations.rms_norm(y, self.norm, self.facts.eps, residual)
+        last = len(self.layers)
+        outputs |= {n: found for n, found in ((last - 1, x), (last, normed)) if n in captured}
+        return normed, outputs
+
+    def run_layers(
+        self,
+        x: Tensor,
+        rotations: Sequence[Rotation],
+        attention: Attention,
+        captured: Collection[int],
+    ) -> tuple[Tensor, Tensor | None, dict[int, Tensor]]:
+        """Run the layers' modules: what the final norm adds, and outputs of all but the last."""
+        outputs = dict[int, Tensor]()
+        y: Tensor = x
+        residual: Tensor | None = None
         for n, (layer, rope) in enumerate(zip(self.layers, self.facts.rotated, strict=True)):
             rotation = None if rope is None else rotations[rope]
             x, y, residual = layer(y, residual, rotation, attention)
             if n - 1 in captured:
                 outputs[n - 1] = x
-        normed, x = self.operations.rms_norm(y, self.norm, self.facts.eps, residual)
-        last = len(self.layers)
-        outputs |= {n: found for n, found in ((last - 1, x), (last, normed)) if n in captured}
-        return normed, outputs
+        return y, residual, outputs
 
     def logits(self, hidden: Tensor, count: int | None = None) -> Tensor:
         """Compute the (count, vocab_size) logits of the first rows that the head reads."""

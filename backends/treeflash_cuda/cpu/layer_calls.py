@@ -1,0 +1,290 @@
+"""The layers of a decoder as a list of calls of compiled functions, which run as one call.
+
+Python takes longer to start a function of a small model than the function to compute a few rows. So
+the arguments of all calls are made at load, as records in memory. A pass copies them and fills in
+what it has of its own: the addresses of its rows, and its sequences. The results have the bits that
+the layers' modules give, because the functions are the same.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from treeflash.low_bits import BLOCK, GROUP
+from treeflash_cuda.cpu.ir_builder import record_type
+from treeflash_cuda.cpu.kernel_attention import KernelAttention
+from treeflash_cuda.cpu.layer_code import FIELDS, UNITS
+from treeflash_cuda.cpu.layer_kernels import LayerKernels
+from treeflash_cuda.cpu.low_bit_code import ARGUMENTS
+from treeflash_cuda.cpu.low_bit_kernels import SCRATCH, SCRATCH_NBYTES, Operands, kernel
+from treeflash_cuda.cpu.low_bit_linear import LowBitLinear
+from treeflash_cuda.decoder.model import Decoder, DecoderLayer
+from treeflash_cuda.decoder.network import Network
+from treeflash_cuda.decoder.operations import Rotation
+from treeflash_cuda.decoder.weights import Joined
+
+PRODUCT = "product"
+ALIGNMENT = 64
+"""Bytes that parts of the memory of a pass begin at a multiple of."""
+
+
+class Product(NamedTuple):
+    """A product of a layer: it writes columns of a part of a pass's memory, from another part."""
+
+    layer: LowBitLinear
+    source: str
+    target: str
+    column: int  # the first one
+
+
+@dataclass
+class Records:
+    """The calls of functions with the same arguments.
+
+    Attributes:
+        values: their arguments; addresses in the memory of a pass begin with a column's bytes.
+        places: where their parts of that memory begin, in bytes for each row, by argument.
+        functions: the addresses of the functions of records.
+        numbers: their places in the list of all calls.
+    """
+
+    values: NDArray[np.void]
+    places: dict[str, NDArray[np.int64]]
+    functions: NDArray[np.int64]
+    numbers: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+
+    def of_pass(self, memory: int, rows: int) -> NDArray[np.void]:
+        """Return the arguments of a pass over some rows, whose memory has this address."""
+        values = self.values.copy()
+        for name, start in self.places.items():
+            values[name] += memory + rows * start
+        return values
+
+
+class LayerCalls:
+    """The calls of a decoder's layers with weights of few bits; see `can_run`."""
+
+    def __init__(self, decoder: Decoder, kernels: LayerKernels) -> None:
+        self.facts, self.kernels, self.dtype = decoder.facts, kernels, decoder.scale.dtype
+        facts = self.facts
+        layers = [x for x in decoder.layers if isinstance(x, DecoderLayer)]
+        products = [list(_products(layer)) for layer in layers]
+        groups = max(x.layer.shape[1] for x in chain(*products)) // GROUP
+        self.widths = {
+            **dict.fromkeys(("x", "attended", "y", "normed"), facts.hidden_size),
+            "heads": (facts.heads + 2 * facts.kv_heads) * facts.head_dim,
+            "mixed": facts.heads * facts.head_dim,
+            "gate_up": 2 * facts.intermediate_size,
+            "active": facts.intermediate_size,
+        }
+        nbytes = {name: width * self.dtype.itemsize for name, width in self.widths.items()}
+        self.starts, self.row_nbytes = dict[str, int](), 0
+        for name, count in (nbytes | {"scratch": groups * SCRATCH_NBYTES}).items():
+            self.starts[name] = self.row_nbytes
+            self.row_nbytes += -(-count // ALIGNMENT) * ALIGNMENT
+        self.records: dict[str, Records] = {}
+        self._add_norms(layers)
+        self._add_attention(layers)
+        self._add_products(list(chain(*products)))
+        order = chain(*(_order(n, products, facts.activation) for n in range(facts.layers)))
+        numbers: dict[str, list[int]] = {name: [] for name in self.records}
+        for number, name in enumerate(order):
+            numbers[name].append(number)
+        self.calls = np.zeros((sum(map(len, numbers.values())), 2), np.int64)
+        for name, found in self.records.items():
+            found.numbers = np.array(numbers[name])
+            self.calls[found.numbers, 0] = found.functions
+        # The layers with each window, and with each rope.
+        self.windows, self.ropes = _places(facts.windows), _places(facts.rotated)
+
+    def _add(self, name: str, count: int, parts: Mapping[str, Sequence[str]]) -> NDArray[np.void]:
+        """Add records, with the parts of a pass's memory that they read and write, by argument."""
+        fields = ARGUMENTS if name == PRODUCT else {**FIELDS[name], **UNITS}
+        function = 0 if name == PRODUCT else self.kernels.of_record(name)
+        values = np.zeros(count, record_type(fields))
+        places = {
+            argument: np.array([self.starts[part] for part in found])
+            for argument, found in parts.items()
+        }
+        self.records[name] = Records(values, places, np.full(count, function))
+        return values
+
+    def _add_norms(self, layers: Sequence[DecoderLayer]) -> None:
+        """Add the norms: of the first input, and then of each network's and the next input."""
+        weights = [x for layer in layers for x in (layer.input_norm, layer.network_norm)]
+        addresses = [weight.data_ptr() for weight in weights if weight is not None]
+        count = len(addresses) - 1
+        first = self._add("norm", 1, {"y": ["x"], "normed": ["normed"]})
+        parts = {
+            **{"y": ["y"] * count, "normed": ["normed"] * count},
+            "residual": ["x", "attended"] * len(layers),
+            "total": ["attended", "x"] * len(layers),
+        }
+        sums = self._add("norm_sum", count, {name: x[:count] for name, x in parts.items()})
+        for values, found in ((first, addresses[:1]), (sums, addresses[1:])):
+            values["weight"] = found
+            values["size"], values["eps"] = self.facts.hidden_size, self.facts.eps
+
+    def _add_attention(self, layers: Sequence[DecoderLayer]) -> None:
+        """Add what norms and rotates heads, what attends, and the activations."""
+        facts, count = self.facts, len(layers)
+        turns = self._add("turn", count, {"heads": ["heads"] * count})
+        norms = [0 if x.head_norms is None else x.head_norms.data_ptr() for x in layers]
+        turns["norms"], turns["is_normed"], turns["eps"] = norms, np.sign(norms), facts.eps
+        turns["heads_of_row"] = facts.heads + 2 * facts.kv_heads
+        turns["is_rotated"] = [rope is not None for rope in facts.rotated]
+        places = {"queries": ["heads"] * count, "output": ["mixed"] * count}
+        attends = self._add("attend", count, places)
+        attends["stride"], attends["group"] = self.widths["heads"], facts.heads // facts.kv_heads
+        attends["scale"], attends["cap"] = facts.score_scale, facts.factors.score_cap or 0.0
+        places = {"gate_up": ["gate_up"] * count, "output": ["active"] * count}
+        self._add(facts.activation, count, places)["size"] = facts.intermediate_size
+
+    def _add_products(self, products: Sequence[Product]) -> None:
+        count, groups = len(products), np.array([x.layer.shape[1] // GROUP for x in products])
+        parts = {"x": [x.source for x in products], "y": [x.target for x in products]}
+        values = self._add(PRODUCT, count, parts | dict.fromkeys(SCRATCH, ["scratch"] * count))
+        found = self.records[PRODUCT]
+        for part, nbytes in SCRATCH.items():
+            found.places[part] = found.places[part] + nbytes * groups
+        kernels = [kernel(x.layer.stored.format) for x in products]
+        found.functions = np.array([x.of_record for x in kernels])
+        values["groups"], values["wide"] = groups, self.dtype == torch.float32
+        values["width"] = [self.widths[x.target] for x in products]
+        values["y"] = [x.column * self.dtype.itemsize for x in products]
+        for name, *addresses in zip(
+            Operands._fields, *(x.layer.operands for x in products), strict=True
+        ):
+            values[name] = [address or 0 for address in addresses]
+
+    def run(
+        self,
+        x: Tensor,
+        rotations: Sequence[Rotation],
+        attention: KernelAttention,
+        captured: Collection[int],
+    ) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
+        """Run (n, hidden_size) rows: the last layer's two parts, and what `captured` asks for."""
+        rows = len(x)
+        memory = torch.empty(rows * self.row_nbytes, dtype=torch.uint8)
+        self._part(memory, rows, "x").copy_(x)
+        values = {
+            name: found.of_pass(memory.data_ptr(), rows) for name, found in self.records.items()
+        }
+        outputs = {-1: x} if -1 in captured else {}
+        sums = values["norm_sum"]
+        for layer in captured:
+            if 0 <= layer < self.facts.layers - 1:
+                # The sum that the next layer reads, which its second norm reads too.
+                output = outputs[layer] = torch.empty_like(x)
+                number = 2 * layer + 1
+                sums["total"][number] = sums["residual"][number + 1] = output.data_ptr()
+        held = self._fill(values, rotations, attention, rows)
+        calls = self.calls.copy()
+        for name, found in self.records.items():
+            own = values[name]
+            calls[found.numbers, 1] = own.ctypes.data + np.arange(len(own)) * own.itemsize
+        self.kernels.run_calls(calls)
+        del held
+        return self._part(memory, rows, "y"), self._part(memory, rows, "attended"), outputs
+
+    def _fill(
+        self,
+        values: Mapping[str, NDArray[np.void]],
+        rotations: Sequence[Rotation],
+        attention: KernelAttention,
+        rows: int,
+    ) -> Tensor:
+        """Write to the records what a pass has of its own; returns the memory that they need."""
+        facts, shared = self.facts, self.kernels.shared
+        numbers = {"norm": "y", "norm_sum": "y", "turn": "heads", facts.activation: "gate_up"}
+        for name, part in numbers.items():
+            values[name]["units"] = rows
+            values[name]["threads"] = shared(rows * self.widths[part])
+        turns, attends, products = (values[name] for name in ("turn", "attend", "product"))
+        for rope, layers in self.ropes.items():
+            if rope is not None:
+                turns["cos"][layers], turns["sin"][layers] = (x.data_ptr() for x in rotations[rope])
+        attention.places.fill(turns, np.arange(facts.layers))
+        for window, layers in self.windows.items():
+            firsts, table = attention.layout(window)
+            attends["firsts"][layers] = firsts.data_ptr()
+            table.fill(attends, layers)
+        threads, size = self.kernels.attending(table, facts.head_dim)
+        scratch = torch.empty(threads * size)
+        attends["scratch"], attends["scratch_size"] = scratch.data_ptr(), size
+        attends["units"], attends["threads"] = table.units, threads
+        products["rows"], products["threads"] = rows, self.kernels.threads
+        return scratch
+
+    def _part(self, memory: Tensor, rows: int, name: str) -> Tensor:
+        """Return the rows of a part of the memory of a pass."""
+        width = self.widths[name]
+        first, nbytes = rows * self.starts[name], rows * width * self.dtype.itemsize
+        return memory[first : first + nbytes].view(self.dtype).view(rows, width)
+
+
+def can_run(decoder: Decoder) -> bool:
+    """Return whether all layers have a norm before each sublayer alone, and weights of few bits."""
+    facts = decoder.facts
+    names = facts.norms
+    if facts.experts is not None or facts.factors.sublayers != 1:
+        return False
+    if not (names.attention_input and names.network_input):
+        return False
+    if names.attention_output or names.network_output:
+        return False
+    layers = [x for x in decoder.layers if isinstance(x, DecoderLayer)]
+    products = chain(*map(_modules, layers))
+    return all(
+        isinstance(x, LowBitLinear) and x.order is None and x.shape[0] % BLOCK == 0
+        for found, _, _ in products
+        for x in _parts(found)
+    )
+
+
+def _modules(layer: DecoderLayer) -> Iterator[tuple[nn.Module, str, str]]:
+    """Yield the products of a layer in order, with the parts that they read and write."""
+    assert isinstance(layer.network, Network)
+    yield layer.qkv, "normed", "heads"
+    yield layer.o_proj, "mixed", "y"
+    yield layer.network.gate_up, "normed", "gate_up"
+    yield layer.network.down, "active", "y"
+
+
+def _parts(module: nn.Module) -> list[nn.Module]:
+    return list(module.parts) if isinstance(module, Joined) else [module]
+
+
+def _products(layer: DecoderLayer) -> Iterator[Product]:
+    """Yield the products of a layer in order."""
+    for module, source, target in _modules(layer):
+        column = 0
+        for part in _parts(module):
+            assert isinstance(part, LowBitLinear)
+            yield Product(part, source, target, column)
+            column += part.shape[0]
+
+
+def _order(number: int, products: Sequence[Sequence[Product]], activation: str) -> Iterator[str]:
+    """Yield the names of a layer's functions in the order of their calls."""
+    counts = Counter(x.target for x in products[number] if x.target != "y")
+    yield "norm_sum" if number else "norm"
+    yield from [PRODUCT] * counts["heads"]
+    yield from ("turn", "attend", PRODUCT, "norm_sum")
+    yield from [PRODUCT] * counts["gate_up"]
+    yield from (activation, PRODUCT)
+
+
+def _places(found: Sequence[int | None]) -> dict[int | None, NDArray[np.int64]]:
+    """Return where each of some numbers stands among them."""
+    return {x: np.flatnonzero([x == y for y in found]) for x in dict.fromkeys(found)}
