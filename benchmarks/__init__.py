@@ -4,6 +4,7 @@
 - `decoding.methods`: block efficiency and speed by method, budget and prompt set.
 - `decoding.half_precision`: where drafting diverges from plain decoding in half precision.
 - `decoding.equal_texts`: texts of every way to decode that differ from plain decoding, of many.
+- `decoding.quality`: divergence and perplexity of weights of few bits.
 - `decoding.branches`: best drafts on the spine and after siblings, trees against chains.
 - `decoding.structured`: block efficiency and speed where schemas decide the form of the texts.
 - `decoding.iteration`: the time of an iteration by phase, and of a target forward pass by nodes.

@@ -44,9 +44,11 @@ def parser() -> Parser:
     options.add_argument("--device", help="(default: the backend's fastest)")
     options.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="(default: bfloat16)")
     options.add_argument("--gguf", type=Path, metavar="FILE", help="the target for llama.cpp")
+    options.add_numbers("--threads", [2, 1], "threads beside llama.cpp")
     options.add_argument("--target", metavar="FOLDER_OR_ID", help="(default: the bundled pair)")
     options.add_argument("--drafter", metavar="FOLDER_OR_ID", help="(default: the published one)")
-    options.add_names("--only", SECTIONS, "sections to measure")
+    usual = [name for name in SECTIONS if name not in OF_FILES]
+    options.add_names("--only", SECTIONS, "sections to measure", usual)
     return options
 
 
@@ -63,6 +65,19 @@ def systems_command(args: Namespace) -> list[str]:
         *["peers", *args.sets, "--backends", backends, "--methods", "generate,ar,treeflash"],
         *["--systems", systems, *args.model, *file],
         *["--limit", str(args.limit), "--max-tokens", str(args.max_tokens)],
+    ]
+
+
+def gguf_command(args: Namespace) -> list[str]:
+    """Return the command for the speed of a GGUF file beside llama.cpp, by number of threads."""
+    if args.gguf is None:
+        raise ConfigError("a comparison with llama.cpp needs a file: --gguf FILE")
+    return [
+        *["peers", *args.sets, "--backends", f"{args.backend},gguf"],
+        *["--methods", "generate,input-lookup,ar,treeflash,suffix"],
+        *["--systems", "treeflash,llama.cpp", "--threads", ",".join(map(str, args.threads))],
+        *["--device", "cpu", "--dtype", AUTO, "--target", str(args.gguf), "--gguf", str(args.gguf)],
+        *["--limit", str(args.few), "--max-tokens", str(args.max_tokens)],
     ]
 
 
@@ -118,6 +133,18 @@ def systems_tables(results: Row) -> list[str]:
     means = [row for row in results["rows"] if row["set"] == MEAN]
     for line, row in zip(lines, means, strict=True):
         line["ratio to generate"] = row["ratio_to_generate"]
+    return [markdown_table(lines)]
+
+
+def gguf_tables(results: Row) -> list[str]:
+    """Build the table of tokens per second by set, and of what they have to llama.cpp's."""
+    lines = by_set(results["rows"], ("threads", "system", "method"), "tokens_per_s")
+    means = [row for row in results["rows"] if row["set"] == MEAN]
+    for line, row in zip(lines, means, strict=True):
+        line["of a processor's second"] = row["tokens_per_processor_s"]
+        line["block efficiency"] = row["block_efficiency"]
+        line["ratio to llama.cpp"] = row["ratio_to_llama_cpp"]
+    lines.sort(key=lambda line: -line["threads"])
     return [markdown_table(lines)]
 
 
@@ -191,6 +218,8 @@ class Section(NamedTuple):
 
 SECTIONS = {
     "systems": Section(systems_command, systems_tables),
+    "gguf": Section(gguf_command, gguf_tables),
+    "gguf-copies": Section(gguf_command, gguf_tables),
     "methods": Section(methods_command, methods_tables),
     "budgets": Section(budgets_command, budgets_tables),
     "throughput": Section(throughput_command, throughput_tables),
@@ -198,6 +227,10 @@ SECTIONS = {
     "memory": Section(memory_command, memory_tables),
 }
 """The measured sections, by the name of their block on the page."""
+
+
+OF_FILES = ("gguf", "gguf-copies")
+"""The sections that are measured where `--only` names them, each with a file of its own."""
 
 
 def prepare(args: Namespace) -> None:
@@ -213,7 +246,8 @@ def prepare(args: Namespace) -> None:
 
 def measure(command: Sequence[str]) -> Row:
     """Return the results of a benchmark, with its command."""
-    shown = " ".join(Path(word).name if word.endswith(".jsonl") else word for word in command)
+    files = ".jsonl", ".gguf"
+    shown = " ".join(Path(word).name if word.endswith(files) else word for word in command)
     shown = f"python -m benchmarks.{shown}"
     print(f"== {shown}", flush=True)
     with tempfile.TemporaryDirectory() as folder:

@@ -32,6 +32,7 @@ import tempfile
 from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import ExitStack
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -87,11 +88,18 @@ def parser() -> Parser:
     options.add_argument(
         "--assistant-gguf", type=Path, metavar="FILE", help="a small model for llama.cpp's drafts"
     )
-    options.add_argument("--dtype", choices=DTYPES, default="float32", help="(default: float32)")
+    options.add_argument(
+        "--dtype",
+        choices=(*DTYPES, AUTO),
+        default="float32",
+        help="auto is what each system chooses itself (default: float32)",
+    )
     options.add_argument(
         "--device", help="device of the PyTorch systems (default: cuda if available)"
     )
-    options.add_number("--threads", os.cpu_count() or 1, "threads per system")
+    options.add_numbers(
+        "--threads", [os.cpu_count() or 1], "threads per system; several are compared in one run"
+    )
     options.add_argument(
         "--environments",
         type=Path,
@@ -116,7 +124,7 @@ def write_dflash(drafter: Path, folder: Path) -> None:
     save_file(backbone, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def start(system: System, args: Namespace, setup: dict[str, Any]) -> Peer:
+def start(system: System, args: Namespace, setup: dict[str, Any], threads: int) -> Peer:
     """Start the process of a system.
 
     Raises:
@@ -126,10 +134,10 @@ def start(system: System, args: Namespace, setup: dict[str, Any]) -> Peer:
         raise PeerError("needs a drafter: --drafter FOLDER_OR_ID")
     run = command(system, args.environments, install=not args.no_install)
     dtype = "float32" if system.backend == "mlx" and sys.platform == "linux" else args.dtype
-    log = args.environments / f"{system.name}-{system.backend}.log"
-    setup = setup | {"backend": system.backend, "dtype": dtype, "threads": args.threads}
+    log = args.environments / f"{system.name}-{system.backend}-{threads}.log"
+    setup = setup | {"backend": system.backend, "dtype": dtype, "threads": threads}
     setup["bits"] = system.bits
-    return Peer(system, run, setup, args.threads, log)
+    return Peer(system, run, setup, threads, log)
 
 
 def report(comparison: Comparison, args: Namespace) -> None:
@@ -143,7 +151,7 @@ def report(comparison: Comparison, args: Namespace) -> None:
     rows = comparison.rows()
     if not rows:
         raise ConfigError("nothing was measured; see the reasons above, or --systems and --methods")
-    show(f"peers, threads: {args.threads}, {args.max_tokens} tokens per prompt", rows)
+    show(f"peers, {args.max_tokens} tokens per prompt", rows)
     systems = [
         {"system": peer.system.name, "backend": peer.system.backend}
         | {key: peer.description[key] for key in ("device", "dtype", "versions")}
@@ -184,11 +192,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             "device": args.device,
             "stop_token_ids": sorted(tokenizer.stop_token_ids),
         }
-        for system in SYSTEMS:
+        for system, threads in product(SYSTEMS, args.threads):
             if system.name not in args.systems or system.backend not in args.backends:
                 continue
             try:
-                peer = start(system, args, setup)
+                peer = start(system, args, setup, threads)
             except PeerError as error:
                 comparison.skip(system, error)
             else:

@@ -11,7 +11,7 @@ from benchmarks.peers.system import BASELINES, Peer, PeerError, System
 from treeflash.config import Budget
 
 TREE_METHODS = ("ddtree", "treeflash")
-COLUMNS = ("system", "method", "budget", "backend", "dtype")
+COLUMNS = ("system", "method", "budget", "backend", "dtype", "threads")
 FIGURES = (
     *("tokens_per_s", "tokens_per_processor_s", "block_efficiency"),
     *("ratio_to_generate", "ratio_to_llama_cpp"),
@@ -38,6 +38,7 @@ class Case(NamedTuple):
             self.budget,
             system.backend,
             self.peer.description["dtype"],
+            self.peer.threads,
         )
         return dict(zip(COLUMNS, values, strict=True))
 
@@ -118,7 +119,7 @@ class Comparison:
 
 
 def _prompt_key(record: Row) -> Key:
-    return record["backend"], record["set"], record["prompt"]
+    return record["backend"], record["set"], record["prompt"], record["threads"]
 
 
 def _set_row(records: Sequence[Row], baselines: dict[Key, Row], llama_cpp: dict[Key, Row]) -> Row:

@@ -133,6 +133,7 @@ class Peer:
 
     Attributes:
         system: the system that it runs.
+        threads: threads of its arithmetic.
         description: of what the worker loaded: methods, device, dtype, versions.
     """
 
@@ -156,7 +157,7 @@ class Peer:
         Raises:
             PeerError: loading failed.
         """
-        self.system = system
+        self.system, self.threads = system, threads
         self.log = log
         variables = {
             "OMP_NUM_THREADS": str(threads),

@@ -8,7 +8,7 @@ from typing import Any
 from serve import answer, describe, serve
 
 import treeflash
-from treeflash.config import METHODS
+from treeflash.config import AUTO, METHODS
 
 PACKAGES = {"cuda": ("treeflash", "torch", "transformers"), "mlx": ("treeflash", "mlx", "mlx-lm")}
 
@@ -21,7 +21,9 @@ def load(setup: dict[str, Any]) -> tuple[dict, Any]:
 
         device = str(choose_device(setup["device"]))
     target = setup["name"] if name == "cuda" else setup["target"]
-    settings = {"backend": name, "device": device, "dtype": setup["dtype"]}
+    settings = {"backend": name, "device": device}
+    if setup["dtype"] != AUTO:
+        settings["dtype"] = setup["dtype"]
     if setup["bits"] is not None:
         settings["bits"] = setup["bits"]
     model = treeflash.load(target, setup["drafter"] or False, **settings)
