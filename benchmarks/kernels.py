@@ -118,7 +118,7 @@ def launch_all(heads: int, kv_heads: int, head_dim: int, hidden: int, dtype: tor
     caches = numbers(2, kv_heads, 256, head_dim), quantise(numbers(2, kv_heads, 256, head_dim))
     row = numbers(64, of=int32)
     work = SharedWork(numbers(512, 3, of=int32), numbers(1, of=int32), row)
-    keys = VisibleKeys(row, row, row, row, numbers(64, 64, of=int32), work)
+    keys = VisibleKeys(row, row, row, row, row, numbers(64, 64, of=int32), work)
     for (k, v), softcap, sinks in (
         *((cache, None, None) for cache in caches),
         (caches[0], 50.0, numbers(heads)),

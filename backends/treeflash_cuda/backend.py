@@ -143,6 +143,10 @@ class CudaBackend(BaseBackend):
         recurrent = self.target.new_recurrent_states()
         return self.state_class(self.target.arena, arena, capacity, block, recurrent)
 
+    def columns(self, capacity: int) -> int:
+        arena = self.target.arena
+        return arena.page * arena.pages_of(capacity)
+
     @property
     def weights_bytes(self) -> int:
         """Size of the weights of the target and the drafter, bytes."""

@@ -1,4 +1,24 @@
-"""The KV caches of sequences: regions of an arena, committed in place.
+"""The KV caches of sequences: pages of an arena, committed in place.
+
+The problem. Sequences begin alike: several answers to one prompt, conversations with one system
+prompt, a text and its continuation. Memory is set aside once, and sequences of all lengths come and
+go in it.
+
+The idea. Memory consists of pages. A sequence has a table of pages, so it needs no pages that
+follow one another, and a fork has the pages of what it shares, which are counted. Committed
+positions never change, so only the last page is copied, when one of its owners writes behind them.
+
+An example. Pages have 4 columns. A sequence of 6 positions has room for 12, and so has its fork:
+
+    sequence     0 1 2
+    fork at 6    0 1 4     the pages 0 and 1 have two owners, and page 3 is the spare of page 1
+    it writes    0 3 4     page 3 has what page 1 has, which is the sequence's alone again
+
+The rule: a sequence takes all its pages when it starts, and a fork also the spare of the page that
+it shares in part. So no pass runs out of memory.
+
+On a CPU, whose kernels read keys in one piece, a page is one column. Then the pages of a sequence
+follow one another, and a fork copies them.
 
 Keys and values may be stored in 8 bits. Everything that moves columns (commits, forks, batches)
 moves bytes and does not depend on it.
@@ -7,7 +27,7 @@ moves bytes and does not depend on it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any, TypeAlias
 
@@ -21,6 +41,8 @@ from treeflash.config import GIB
 from treeflash.decoding.interfaces import StateArrays
 from treeflash.errors import ConfigError, MemoryInUseError, UnsupportedModelError
 from treeflash_cuda.gpu.host_copies import host_copies
+from treeflash_cuda.numerics import upload
+from treeflash_cuda.visible_keys import PAGE
 
 KV_BITS = 8
 MAX_INT8 = 127
@@ -44,6 +66,12 @@ Span: TypeAlias = tuple[torch.device, int]
 
 Columns: TypeAlias = list[tuple[Tensor, Tensor]]
 """Views of some columns of every layer, (1, kv_heads, n, width) keys and values each."""
+
+Pages: TypeAlias = NDArray[np.int64]
+"""Numbers of pages of a slab: page n has the columns from n times the size of a page on."""
+
+Index: TypeAlias = slice | Tensor
+"""Columns of a slab: a slice if they follow one another, else (n,) int64 on a device."""
 
 
 def to_host(x: Tensor) -> NDArray[Any]:
@@ -103,21 +131,25 @@ def check_quantisation(width: int, family: str) -> None:
         )
 
 
-class KVStorage:
-    """Keys and values of all layers."""
+class Slab:
+    """One allocation on each device: keys and values of all layers, in pages."""
 
-    # (layers, 2, kv_heads, columns, head_dim) each, or `quantise`'s width; one for each device that
-    # has layers, in the order of the layers.
-    parts: Sequence[Tensor]
+    def __init__(self, parts: Sequence[Tensor], page: int = 1) -> None:
+        # (layers, 2, kv_heads, columns, head_dim) each, or `quantise`'s width; one for each device
+        # that has layers, in the order of the layers.
+        self.parts = parts
+        self.page = page  # columns of a page; see `Arena.page`
+        self.owners = np.zeros(self.columns // page, np.int32)  # sequences that have each page
+        # Free pages, owned by none but taken, by the shared page of which they will be copies.
+        self.spares: dict[int, list[int]] = {}
 
-    def gather(self, columns: Tensor) -> list[Tensor]:
-        """Copy n columns of every part, (layers, 2, kv_heads, n, head_dim) each."""
-        return [x.index_select(3, columns.to(x.device)) for x in self.parts]
+    @property
+    def columns(self) -> int:
+        return self.parts[0].shape[3]
 
-    def write(self, columns: Tensor, copies: Sequence[Tensor]) -> None:
-        """Write what `gather` copied to n columns."""
-        for part, copy in zip(self.parts, copies, strict=True):
-            part.index_copy_(3, columns.to(part.device), copy)
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
 
     @property
     def storage(self) -> Tensor:
@@ -133,6 +165,15 @@ class KVStorage:
             part += 1
         return self.parts[part][n]
 
+    def gather(self, columns: Tensor) -> list[Tensor]:
+        """Copy n columns of every part, (layers, 2, kv_heads, n, head_dim) each."""
+        return [x.index_select(3, columns.to(x.device)) for x in self.parts]
+
+    def write(self, columns: Tensor, copies: Sequence[Tensor]) -> None:
+        """Write what `gather` copied to n columns."""
+        for part, copy in zip(self.parts, copies, strict=True):
+            part.index_copy_(3, columns.to(part.device), copy)
+
     def write_layer(self, columns: Tensor, k: Tensor, v: Tensor, layer: int = 0) -> None:
         """Write (1, kv_heads, n, width) stored keys and values to n columns of a layer."""
         for storage, new in zip(self.layer(layer), (k, v), strict=True):
@@ -147,56 +188,79 @@ class KVStorage:
         views = [view for part in parts for view in part]
         return list(zip(views[::2], views[1::2], strict=True))
 
-    @property
-    def columns(self) -> int:
-        return self.parts[0].shape[3]
+    def read(self, columns: Index) -> list[Tensor]:
+        """Return n columns of every part: views for a slice."""
+        return [x[:, :, :, on_device(columns, x)] for x in self.parts]
 
-    @property
-    def nbytes(self) -> int:
-        return sum(part.nbytes for part in self.parts)
-
-
-@dataclass(eq=False)
-class Region(KVStorage):
-    """The columns of one sequence."""
-
-    parts: Sequence[Tensor]
-    slab: Slab  # the allocation that contains the columns
-    first: int  # the first of the columns in the slab
-
-
-class Slab(KVStorage):
-    """One allocation on each device."""
-
-    def __init__(self, parts: Sequence[Tensor]) -> None:
-        self.parts = parts
-        self.free = [(0, self.columns)]  # first column and size of every gap, ascending
+    def copy(self, target: Index, other: Slab, source: Index) -> None:
+        """Copy columns of a slab, perhaps this one."""
+        for storage, part in zip(self.parts, other.read(source), strict=True):
+            storage[:, :, :, on_device(target, storage)] = part
 
     @property
     def is_free(self) -> bool:
-        return self.free == [(0, self.columns)]
+        return not self.owners.any()
 
-    def take(self, capacity: int) -> Region | None:
-        """Take a region in the first gap that is large enough."""
-        for i, (first, size) in enumerate(self.free):
-            if size >= capacity:
-                rest = [(first + capacity, size - capacity)] if size > capacity else []
-                self.free[i : i + 1] = rest
-                return Region([x.narrow(3, first, capacity) for x in self.parts], self, first)
-        return None
+    def take(self, count: int) -> Pages | None:
+        """Take free pages, which follow one another if they can; None if too few are free.
 
-    def give_back(self, region: Region) -> None:
-        gaps: list[tuple[int, int]] = []
-        for first, size in sorted([*self.free, (region.first, region.columns)]):
-            if gaps and sum(gaps[-1]) == first:
-                gaps[-1] = gaps[-1][0], gaps[-1][1] + size
-            else:
-                gaps.append((first, size))
-        self.free = gaps
+        Pages of one column always follow one another.
+        """
+        free = np.flatnonzero(self.owners == 0)
+        if len(free) < count:
+            return None
+        first = 0
+        if count > 1:
+            runs = np.flatnonzero(free[count - 1 :] - free[: 1 - count] == count - 1)
+            if not len(runs) and self.page == 1:
+                return None
+            first = int(runs[0]) if len(runs) else 0
+        pages = free[first : first + count]
+        self.owners[pages] = 1
+        return pages
+
+    def give_back(self, pages: Pages) -> None:
+        """Take pages back from one of their owners; a single owner needs no spares."""
+        self.owners[pages] -= 1
+        for page in self._spared(pages):
+            spares = self.spares[page]
+            while spares and len(spares) >= self.owners[page]:
+                self.owners[spares.pop()] = 0
+            if not spares:
+                del self.spares[page]
+
+    def _spared(self, pages: Pages) -> list[int]:
+        """Return those among some pages that have spares."""
+        return [page for page in self.spares if (pages == page).any()]
+
+    def own(self, page: int) -> int | None:
+        """Return a copy of a page for one of its owners; None if no page is free for it."""
+        if spares := self.spares.get(page):
+            new = spares.pop()
+        elif (taken := self.take(1)) is not None:
+            new = int(taken[0])
+        else:
+            return None
+        source, target = (slice(x * self.page, (x + 1) * self.page) for x in (page, new))
+        self.copy(target, self, source)
+        self.give_back(np.array([page]))
+        return new
+
+    def held_nbytes(self, pages: Pages) -> int:
+        """Return the bytes of pages; a page and its spares count for its owners in equal parts."""
+        held = float((1 / self.owners[pages]).sum())
+        for page in self._spared(pages):
+            held += len(self.spares[page]) / self.owners[page]
+        return round(held * self.page * (self.nbytes // self.columns))
+
+
+def on_device(columns: Index, x: Tensor) -> Index:
+    """Return columns on the device of a tensor."""
+    return columns if isinstance(columns, slice) else columns.to(x.device)
 
 
 class Arena:
-    """Hands out regions. The first keys that are stored fix their shape."""
+    """Hands out pages. The first keys that are stored fix their shape."""
 
     def __init__(
         self,
@@ -216,6 +280,8 @@ class Arena:
         # Stored keys have this form, (1, kv_heads, any, width); it is None as long as it is
         # unknown.
         self.like: Tensor | None = None
+        # Columns of a page: 1, or `PAGE` where passes over rows look them up in tables.
+        self.page = 1
         # The only slab has this many bytes and is kept for ever; None or 0 allocates slabs of at
         # least `slab_nbytes` as they are needed.
         self.reserved_nbytes: int | None = None
@@ -225,16 +291,15 @@ class Arena:
 
     @property
     def is_reserved(self) -> bool:
-        """Whether all regions lie in one slab, whose size and shape are known."""
+        """Whether all pages lie in one slab, whose size and shape are known."""
         return bool(self.reserved_nbytes) and self.like is not None
 
-    def resized(self, layers: int, like: Region | None, dtype: torch.dtype | None) -> Arena:
-        """Create an empty arena for `layers` layers of keys like `like`; see `Arena.dtype`."""
-        if like is None:
+    def resized(self, layers: int, dtype: torch.dtype | None) -> Arena:
+        """Create an empty arena for the same keys in `layers` layers; see `Arena.dtype`."""
+        if self.like is None:
             return Arena(layers, device=self.device)
-        keys = like.parts[0][0, :1]
         arena = Arena(layers, dtype=dtype, spans=self.spans, device=self.device)
-        arena.set_shape(arena.encode(keys[:, :, :1]))
+        arena.set_shape(arena.encode(self.like))
         return arena
 
     def widened(self) -> Arena:
@@ -255,7 +320,7 @@ class Arena:
         return KVCache(self, capacity)
 
     def new_slab(self, parts: Sequence[Tensor]) -> Slab:
-        return Slab(parts)
+        return Slab(parts, self.page)
 
     def encode(self, x: Tensor) -> Tensor:
         """Convert keys or values to the format in which they are stored, except in exact mode."""
@@ -267,27 +332,32 @@ class Arena:
             return x[..., : self.head_dim].to(self.dtype)
         return x if self.dtype is None else dequantise(x, self.dtype)
 
-    def take(self, capacity: int, like: Tensor) -> Region:
-        """Take a region of `capacity` columns for stored keys like these.
+    def pages_of(self, columns: int) -> int:
+        """Return the number of pages that have so many columns."""
+        return -(-columns // self.page)
+
+    def take(self, capacity: int, like: Tensor) -> tuple[Slab, Pages]:
+        """Take pages with at least `capacity` columns of one slab, for stored keys like these.
 
         Args:
             capacity: the number of columns.
             like: (1, kv_heads, n, width) stored keys.
 
-        Raises a MemoryInUseError if the reserved memory has no gap of that size, and a MemoryError
-        if it would not have one without other regions.
+        Raises a MemoryInUseError if the reserved memory has too few free pages, and a MemoryError
+        if it would not have enough without other sequences.
         """
+        count = self.pages_of(capacity)
         with self.lock:
             self.set_shape(like)
             for slab in self.slabs:
-                if region := slab.take(capacity):
-                    return region
+                if (pages := slab.take(count)) is not None:
+                    return slab, pages
             if self.reserved_nbytes:
-                self._refuse(capacity, self.reserved_nbytes)
+                self._refuse(count, self.reserved_nbytes, capacity)
                 columns = self.reserved_nbytes // self.column_nbytes
             else:
-                columns = max(capacity, self.slab_nbytes // self.column_nbytes)
-            shape = 2, like.shape[1], columns, like.shape[3]
+                columns = max(self.page * count, self.slab_nbytes // self.column_nbytes)
+            shape = 2, like.shape[1], columns // self.page * self.page, like.shape[3]
             spans = self.spans or [(like.device, self.layers)]
             with torch.inference_mode():
                 parts = [torch.empty((n, *shape), dtype=like.dtype, device=x) for x, n in spans]
@@ -295,13 +365,46 @@ class Arena:
                     for part in parts:  # exact mode writes only what comes before them
                         part[..., self.head_dim :] = 1
                 self.slabs.append(self.new_slab(parts))
-            region = self.slabs[-1].take(capacity)
-            assert region is not None
-            return region
+            taken = self.slabs[-1].take(count)
+            assert taken is not None
+            return self.slabs[-1], taken
 
-    def _refuse(self, capacity: int, reserved: int) -> None:
-        """Raise for a region that finds no gap, or is larger than the reserved memory."""
-        needed = capacity * self.column_nbytes
+    def share(self, other: KVCache, length: int, capacity: int) -> tuple[Slab, Pages] | None:
+        """Take the pages of a sequence's first positions, and others up to `capacity` columns.
+
+        A page that either sequence will write to gets a spare. None if pages are not shared here,
+        or the slab has too few free ones and others can be allocated. Raises as `take`.
+        """
+        slab = other.slab
+        if self.page == 1 or slab is None or not length:
+            return None
+        shared, kept = other.pages[: self.pages_of(length)], (length - other.rewritten) // self.page
+        count = self.pages_of(capacity) - kept
+        with self.lock:
+            if (own := slab.take(count)) is None:
+                if self.reserved_nbytes:
+                    self._refuse(count, self.reserved_nbytes, capacity)
+                return None
+            slab.owners[shared] += 1
+            for page, spare in zip(shared[kept:].tolist(), own.tolist(), strict=False):
+                slab.spares.setdefault(page, []).append(spare)
+        return slab, np.concatenate([shared, own[len(shared) - kept :]])
+
+    def own(self, slab: Slab, page: int) -> int:
+        """Return a copy of a shared page for one of its owners.
+
+        Raises a MemoryInUseError if no page is free: only a sequence that writes before the
+        positions at which it was forked can meet it.
+        """
+        with self.lock:
+            new = slab.own(page)
+        if new is None:
+            raise MemoryInUseError("memory has no page left for a copy of a shared one")
+        return new
+
+    def _refuse(self, count: int, reserved: int, capacity: int) -> None:
+        """Raise for pages that are not free, or are more than the reserved memory has."""
+        needed = count * self.page * self.column_nbytes
         if needed > reserved:
             raise MemoryError(
                 f"out of memory: a sequence of {capacity} positions needs {needed / GIB:.2f} GiB "
@@ -314,81 +417,149 @@ class Arena:
                 "once"
             )
 
-    def give_back(self, region: Region) -> None:
-        """Take a region back; only the smallest of the slabs without a region is kept."""
+    def give_back(self, slab: Slab, pages: Pages) -> None:
+        """Take pages back; only the smallest of the slabs that nothing owns is kept."""
         with self.lock:
-            region.slab.give_back(region)
+            slab.give_back(pages)
             free = sorted((slab for slab in self.slabs if slab.is_free), key=lambda x: x.columns)
             for slab in free[1:]:
                 self.slabs.remove(slab)
 
 
+NO_PAGES: Pages = np.empty(0, np.int64)
+
+
 @dataclass(eq=False)
 class KVCache:
-    """Keys and values of all layers of one sequence: committed positions, then one block."""
+    """Keys and values of all layers of one sequence: committed positions, then one block.
 
-    arena: Arena  # gives the region
-    capacity: int  # columns
-    region: Region | None = None  # None before the first block, and after the sequence is closed
+    A position has its number as the offset, and the rows of a block have the offsets behind.
+    """
+
+    arena: Arena  # gives the pages
+    capacity: int  # offsets
+    slab: Slab | None = None  # None before the first block, and after the sequence is closed
+    pages: Pages = field(default_factory=NO_PAGES.copy)  # of the slab, by offset
     length: int = 0  # committed positions
 
-    @property
-    def taken(self) -> Region:
-        assert self.region is not None
-        return self.region
+    rewritten = 0
+    """Committed positions at the end whose columns are written again."""
 
     @property
     def nbytes(self) -> int:
-        return 0 if self.region is None else self.region.nbytes
+        return 0 if self.slab is None else self.slab.held_nbytes(self.pages)
 
-    def allocate(self) -> Region:
-        """Return the region, in an arena whose shape is known."""
-        if self.region is None:
+    @property
+    def shared_nbytes(self) -> int:
+        """Bytes of the pages that count for other owners."""
+        return len(self.pages) * self.arena.page * self.arena.column_nbytes - self.nbytes
+
+    def shareable_nbytes(self, length: int) -> int:
+        """Return the bytes of the pages that a fork at this length does not take."""
+        page, kept = self.arena.page, max(min(length, self.length) - self.rewritten, 0)
+        return 0 if page == 1 else kept // page * page * self.arena.column_nbytes
+
+    def allocate(self) -> Slab:
+        """Take the pages, in an arena whose shape is known, and return their slab."""
+        if self.slab is None:
             assert self.arena.like is not None
-            self.region = self.arena.take(self.capacity, self.arena.like)
-        return self.region
+            self.slab, self.pages = self.arena.take(self.capacity, self.arena.like)
+        return self.slab
 
-    def reserve(self, k: Tensor, v: Tensor, end: int) -> Region:
-        """Return the region; it holds stored keys and values like `k` and `v` before column `end`.
+    def reserve(self, k: Tensor, v: Tensor, first: int, end: int) -> Slab:
+        """Let the sequence alone have the columns of offsets first .. end - 1; return their slab.
 
-        Raises an UnsupportedModelError if the layers' keys and values differ in shape.
+        They are for stored keys and values like `k` and `v`. Raises an UnsupportedModelError if the
+        layers' keys and values differ in shape.
         """
-        if self.region is None:
-            self.region = self.arena.take(self.capacity, k)
-        region = self.region
-        if k.shape != v.shape or k.shape[1::2] != region.parts[0].shape[2::2]:
+        if self.slab is None:
+            self.slab, self.pages = self.arena.take(self.capacity, k)
+        slab = self.slab
+        if k.shape != v.shape or k.shape[1::2] != slab.parts[0].shape[2::2]:
             raise UnsupportedModelError(DIFFERENT_SHAPES)
-        assert end <= region.columns, "the sequence has outgrown its capacity"
-        return region
+        assert end <= self.capacity, "the sequence has outgrown its capacity"
+        if slab.page > 1:
+            written = slice(first // slab.page, self.arena.pages_of(end))
+            for n in written.start + np.flatnonzero(slab.owners[self.pages[written]] > 1):
+                self.pages[n] = self.arena.own(slab, int(self.pages[n]))
+        return slab
+
+    def reserve_rows(self, first: int, end: int) -> Slab:
+        """Reserve columns in an arena whose shape is known; see `reserve`."""
+        assert self.arena.like is not None
+        return self.reserve(self.arena.like, self.arena.like, first, end)
+
+    def columns_at(self, offsets: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
+        """Return the columns of the slab at some offsets."""
+        page = self.arena.page
+        return self.pages[offsets // page] * page + offsets % page
+
+    def table(self, end: int) -> Pages:
+        """Return the pages of the offsets before `end`, for the look-up of `VisibleKeys`."""
+        return self.pages[: self.arena.pages_of(end)] if self.arena.page == PAGE else NO_PAGES
+
+    def index(self, first: int, end: int) -> Index:
+        """Return the columns of the offsets first .. end - 1, on the slab's first device."""
+        page = self.arena.page
+        pages = self.pages[first // page : self.arena.pages_of(end)]
+        if page == 1 or bool((np.diff(pages) == 1).all()):
+            start = int(pages[0]) * page + first % page if len(pages) else 0
+            return slice(start, start + end - first)
+        assert self.slab is not None
+        return upload(self.columns_at(np.arange(first, end)), self.slab.parts[0].device)
+
+    def index_tensor(self, first: int, end: int, device: torch.device) -> Tensor:
+        """Return the columns of the offsets first .. end - 1 as a tensor."""
+        index = self.index(first, end)
+        if isinstance(index, slice):
+            return torch.arange(index.start, index.stop, device=device)
+        return index.to(device)
+
+    def views(self, first: int, end: int, width: int | None = None) -> Columns:
+        """View the stored columns from offset `first` to `end`, where they follow one another."""
+        index = self.index(first, end)
+        assert isinstance(index, slice)
+        return self.allocate().views(index, width)
+
+    @property
+    def parts(self) -> Sequence[Tensor]:
+        """`Slab.parts` with the columns of this sequence alone, where they follow one another."""
+        index = self.index(0, self.capacity)
+        assert isinstance(index, slice)
+        return self.allocate().read(index)
 
     def first_columns(self, layer: int, end: int) -> tuple[Tensor, Tensor]:
         """Return the columns of a layer before `end`, (1, kv_heads, end, head_dim) keys and values.
 
-        They are views unless they are stored in 8 bits.
+        They are views unless they are stored in 8 bits, or in scattered pages.
         """
-        k, v = self.taken.layer(layer)[:, None, :, :end]
+        k, v = SeenColumns(self, end).layer(layer)
         return self.arena.decode(k), self.arena.decode(v)
-
-    def columns(self, first: int, end: int) -> Columns:
-        """View the stored columns from `first` to `end`, for all layers at once."""
-        return self.taken.views(slice(first, end))
 
     def commit(self, count: int) -> None:
         """Commit the first `count` rows of the block."""
         self.length += count
 
     def copy_from(self, other: KVCache, length: int) -> None:
-        """Copy the committed positions of another sequence, at most `length`."""
+        """Take the committed positions of another sequence, at most `length`.
+
+        Pages are shared; columns that are no pages are copied. The sequence then has all its pages,
+        if memory for them is reserved.
+        """
         length = min(length, other.length)
-        if length:
-            for storage, part in zip(self.allocate().parts, other.taken.parts, strict=True):
-                storage[:, :, :, :length] = part[:, :, :, :length]
+        if (taken := self.arena.share(other, length, self.capacity)) is not None:
+            self.slab, self.pages = taken
+        elif length:
+            assert other.slab is not None
+            self.allocate().copy(self.index(0, length), other.slab, other.index(0, length))
+        elif self.arena.is_reserved:
+            self.allocate()
         self.length = length
 
     def export(self, first: int, stop: int) -> StateArrays:
-        if self.region is None:
+        if self.slab is None:
             return {}
-        parts = [x[:, :, :, first:stop] for x in self.region.parts]
+        parts = self.slab.read(self.index(first, stop))
         if self.arena.head_dim is not None:  # half the bytes, and `widen` gives the same bits
             parts = [self.arena.decode(x) for x in parts]
         return {str(n): to_host(part) for n, part in enumerate(parts)}
@@ -398,30 +569,54 @@ class KVCache:
         self.length = length
 
     def write_stored(self, arrays: StateArrays, first: int) -> None:
-        """Write what `export` copied to the columns from `first` on."""
+        """Write what `export` copied to the columns of offsets from `first` on."""
         parts = [from_host(arrays[str(n)]) for n in range(len(arrays))]
         if self.arena.head_dim is not None:
             parts = list(map(widen, parts))
-        if parts:  # a model without attention layers has none
-            for storage, part in zip(self.allocate().parts, parts, strict=True):
-                storage[:, :, :, first : first + part.shape[3]] = part
+        if not parts:  # a model without attention layers has none
+            return
+        end = first + parts[0].shape[3]
+        slab, index = self.reserve_rows(first, end), self.index(first, end)
+        for storage, part in zip(slab.parts, parts, strict=True):
+            storage[:, :, :, on_device(index, storage)] = part.to(storage.device)
 
     def truncate(self, length: int) -> None:
         self.length = min(self.length, length)
 
     def read(self) -> NDArray[np.float32]:
         """Read the (layers, 2, kv_heads, length, head_dim) of the committed positions."""
-        parts = [self.arena.decode(x[:, :, :, : self.length]) for x in self.taken.parts]
+        assert self.slab is not None
+        parts = map(self.arena.decode, self.slab.read(self.index(0, self.length)))
         return np.concatenate([part.float().cpu().numpy() for part in parts])
 
     def close(self) -> None:
-        if self.region is not None:
-            self.arena.give_back(self.region)
-        self.region, self.length = None, 0
+        if self.slab is not None:
+            self.arena.give_back(self.slab, self.pages)
+        self.slab, self.pages, self.length = None, NO_PAGES, 0
+
+
+class SeenColumns:
+    """The stored columns of a sequence before an offset, layer by layer.
+
+    They are views, made for all layers at once, where pages follow one another, else copies.
+    """
+
+    def __init__(self, sequence: KVCache, end: int) -> None:
+        assert sequence.slab is not None
+        self.slab, self.index = sequence.slab, sequence.index(0, end)
+        self._views = self.slab.views(self.index) if isinstance(self.index, slice) else None
+
+    def layer(self, n: int) -> tuple[Tensor, Tensor]:
+        """Return (1, kv_heads, end, width) keys and values of a layer."""
+        if self._views is not None:
+            return self._views[n]
+        storage = self.slab.layer(n)
+        k, v = storage[:, None, :, on_device(self.index, storage)]
+        return k, v
 
 
 Segment: TypeAlias = tuple[KVCache, int, int]
-"""Consecutive rows of a sequence: its cache, the first column, and the number of rows."""
+"""Consecutive rows of a sequence: its cache, the first offset, and the number of rows."""
 
 
 class PackedRows:
@@ -432,10 +627,10 @@ class PackedRows:
         parts: dict[Slab, list[tuple[Tensor, Tensor]]] = {}
         row = 0
         for sequence, first, n in segments:
-            region = sequence.reserve(keys, keys, first + n)
-            starts = row, region.first + first
-            rows, columns = (torch.arange(i, i + n, device=keys.device) for i in starts)
-            parts.setdefault(region.slab, []).append((rows, columns))
+            slab = sequence.reserve(keys, keys, first, first + n)
+            rows = torch.arange(row, row + n, device=keys.device)
+            columns = sequence.index_tensor(first, first + n, keys.device)
+            parts.setdefault(slab, []).append((rows, columns))
             row += n
         # Each slab stands with the indices of its rows (None for all of them) and their columns.
         self.slabs: list[tuple[Slab, Tensor | None, Tensor]] = []

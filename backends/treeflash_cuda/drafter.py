@@ -22,7 +22,7 @@ from treeflash.decoding.transitions import TransitionTable
 from treeflash.drafters.block_model import Rotations, visible_positions
 from treeflash.drafters.config import LayerKind, window_gap
 from treeflash_cuda.attention import additive_mask, group_mask, grouped_attention
-from treeflash_cuda.cache import PackedRows, Slab
+from treeflash_cuda.cache import NO_PAGES, PackedRows, Pages, Slab
 from treeflash_cuda.drafter_model import DrafterModel
 from treeflash_cuda.drafter_operations import OPERATIONS, Rotation
 from treeflash_cuda.gpu.graphs import Graphs, Outputs, power_of_four, power_of_two
@@ -31,7 +31,7 @@ from treeflash_cuda.numerics import concatenate, pack, topk, unpack, upload
 from treeflash_cuda.operations import PYTORCH, Operations
 from treeflash_cuda.state import State
 from treeflash_cuda.target import Target
-from treeflash_cuda.visible_keys import SharedWork, VisibleKeys, equal_work
+from treeflash_cuda.visible_keys import SharedWork, VisibleKeys, equal_work, page_tables
 
 MAX_CONTEXT = 64
 """More new positions for each sequence, as after prompts, run without a graph."""
@@ -196,7 +196,8 @@ class SlabDrafts:
     columns: Tensor  # (c + t * S,) of the new context, and then of the blocks
     positions: Tensor  # (t * S,) int32 of the blocks
     start: Tensor  # (t * S,) int32 position of each slot's root
-    first: Tensor  # (t * S,) int32 column of position 0 of each slot's sequence
+    pages: Tensor  # see `VisibleKeys`
+    table: Tensor  # (t * S,) int32 of each slot's sequence; see `VisibleKeys`
     work: SharedWork  # work that the blocks share
     _keys: dict[LayerKind, VisibleKeys] = field(default_factory=dict)
 
@@ -247,7 +248,7 @@ class SlabDrafts:
             sink = self.start.clamp(max=SINK)
             low = torch.maximum(low, self.start - self.window)
         paths = end.new_empty(len(end), 0)
-        return VisibleKeys(self.first, shared, low, end, paths, self.work, sink)
+        return VisibleKeys(self.pages, self.table, shared, low, end, paths, self.work, sink)
 
 
 class Drafter:
@@ -271,7 +272,7 @@ class Drafter:
         """Draft for all sequences of a slab in one pass: their rows follow one another."""
         passes: dict[Slab | None, list[int]] = {}
         for i, (state, _) in enumerate(roots):
-            slab = state.drafter.allocate().slab if self._has_slab_pass else None
+            slab = state.drafter.allocate() if self._has_slab_pass else None
             passes.setdefault(slab, []).append(i)
         first, blocks = self.model.config.first_slot, {}
         for slab, members in passes.items():
@@ -293,11 +294,22 @@ class Drafter:
         graphs, size = self.target.graphs, self.model.config.block_size
         states, order = [state for state, _ in roots], [*range(len(roots))]
         caches = [state.drafter for state in states if state.drafter is not None]
-        pairs = zip(caches, states, strict=True)
+        pairs = list(zip(caches, states, strict=True))
         new = [np.arange(cache.length, state.length) for cache, state in pairs]
-        firsts = [0 if slab is None else cache.allocate().first for cache in caches]
         parts = [part for state in states for part in state.context]
-        positions, first = np.concatenate(new), np.repeat(firsts, [len(x) for x in new])
+        positions = columns = np.concatenate(new)
+        block_columns = np.zeros((len(roots), size), np.int64)
+        tables: list[Pages] = [NO_PAGES] * len(roots)
+        if slab is not None:
+            for cache, state in pairs:
+                cache.reserve_rows(cache.length, state.length + size)
+            columns = np.concatenate(
+                [cache.columns_at(x) for cache, x in zip(caches, new, strict=True)]
+            )
+            block_columns = np.stack(
+                [cache.columns_at(state.length + np.arange(size)) for cache, state in pairs]
+            )
+            tables = [cache.table(state.length + size) for cache, state in pairs]
         captured = slab is not None and graphs.is_capturing
         captured = captured and len(positions) <= MAX_CONTEXT * len(roots)
         if captured:
@@ -306,16 +318,14 @@ class Drafter:
             order += [0] * (power_of_two(len(roots)) - len(roots))
             if extra := power_of_four(len(positions)) - len(positions) if parts else 0:
                 parts.append(parts[-1][-1:].expand(extra, -1))
-                positions, first = (np.pad(x, (0, extra), "edge") for x in (positions, first))
-        tokens, starts, columns = np.array(
-            [(roots[i][1], states[i].length, firsts[i]) for i in order]
-        ).T
-        row_starts, row_firsts = np.repeat(starts, size), np.repeat(columns, size)
+                positions, columns = (np.pad(x, (0, extra), "edge") for x in (positions, columns))
+        tokens, starts = np.array([(roots[i][1], states[i].length) for i in order]).T
+        row_starts, (pages, firsts) = np.repeat(starts, size), page_tables(tables)
         positions = np.concatenate([positions, row_starts + np.tile(np.arange(size), len(order))])
         config = self.model.config
         arrays = [
-            *(tokens, positions, np.concatenate([first, row_firsts]) + positions),
-            *(row_starts, row_firsts),
+            *(tokens, positions, np.concatenate([columns, block_columns[order].ravel()])),
+            *(row_starts, np.repeat(firsts[order], size), pages),
             *equal_work(starts[: len(roots)] + size, size, order, config.groups),
         ]
         uploaded, shapes = upload(pack(arrays), self.target.device), [x.shape for x in arrays]
@@ -324,7 +334,7 @@ class Drafter:
             parts = [self.output.embed(given[:0])]
 
         def draft(uploaded: Tensor, context: Tensor) -> Outputs:
-            tokens, positions, columns, *rows, items, count, places = unpack(uploaded, shapes)
+            tokens, positions, columns, start, table, pages, *work = unpack(uploaded, shapes)
             rotation = self.model.rotary(positions, context.dtype)
             if slab is None:
                 masked = MaskedDrafts(self.model, states, self.window)
@@ -338,9 +348,10 @@ class Drafter:
                 slab=slab,
                 columns=columns.long(),
                 positions=positions[len(context) :],
-                start=rows[0],
-                first=rows[1],
-                work=SharedWork(items, count, places),
+                start=start,
+                pages=pages,
+                table=table,
+                work=SharedWork(*work),
             )
             return (self._blocks(tokens, context, None, attention.attend),)
 

@@ -84,7 +84,7 @@ class Sums:
     def __init__(
         self,
         rows: Rows,
-        stored: Sequence[Tensor],  # `KVStorage.parts` of the sequence, as `widen` makes them
+        stored: Sequence[Tensor],  # `KVCache.parts` of the sequence, as `widen` makes them
         queries: Tensor,  # (kv_heads, padded rows, width) float32, scaled, written for each layer
         sums: Tensor,  # (kv_heads, padded rows, columns of values) float32, the result
         groups: int,  # query heads of each key head
@@ -145,7 +145,7 @@ class Sums:
 
 
 Members: TypeAlias = Sequence[tuple[Rows, Sequence[Tensor]]]
-"""Rows, each with the `KVStorage.parts` of its sequence."""
+"""Rows, each with the `KVCache.parts` of its sequence."""
 
 
 class Run:

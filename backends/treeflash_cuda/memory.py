@@ -44,6 +44,7 @@ def new_drafter_arena(model: Model, target: Target) -> Arena:
         arena = MtpArena(layers, config.hidden_size)
     shape = 1, config.num_key_value_heads, 0, config.head_dim
     arena.set_shape(torch.empty(shape, dtype=target.dtype, device=target.device))
+    arena.page = target.arena.page
     return arena
 
 

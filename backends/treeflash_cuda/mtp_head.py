@@ -37,7 +37,7 @@ from treeflash.decoding.transitions import TransitionTable
 from treeflash.drafters.mtp_heads import MtpConfig, first_visible
 from treeflash.drafters.mtp_layer import MtpLayer
 from treeflash_cuda.attention import additive_mask, group_mask, grouped_attention
-from treeflash_cuda.cache import Arena, KVCache, PackedRows, Slab, from_host, to_host
+from treeflash_cuda.cache import Arena, Index, KVCache, PackedRows, Slab, from_host, to_host
 from treeflash_cuda.drafter import MAX_CONTEXT, Block, Drafter, OutputStage
 from treeflash_cuda.drafter_model import OwnVocabulary, Rotary
 from treeflash_cuda.drafter_operations import OPERATIONS, Rotation, join, split
@@ -52,7 +52,7 @@ from treeflash_cuda.gpu.graphs import (
 from treeflash_cuda.numerics import pack, unpack, upload
 from treeflash_cuda.operations import Operations
 from treeflash_cuda.target import Target
-from treeflash_cuda.visible_keys import RowPlan, SharedWork, VisibleKeys, equal_work
+from treeflash_cuda.visible_keys import RowPlan, SharedWork, VisibleKeys, equal_work, page_tables
 
 PARALLEL_CHUNK = 512
 """Committed rows of P-EAGLE, which attend, that are computed at once."""
@@ -116,40 +116,32 @@ class MtpCache(KVCache):
     again for every draft.
     """
 
-    @property
-    def slab(self) -> MtpSlab:
-        slab = self.allocate().slab
+    rewritten = 1
+
+    def allocate(self) -> MtpSlab:
+        slab = super().allocate()
         assert isinstance(slab, MtpSlab)
         return slab
 
-    @property
-    def hidden(self) -> Tensor:
-        """(columns, hidden_size), a view of the slab's."""
-        region = self.allocate()
-        return self.slab.hidden[region.first : region.first + region.columns]
-
-    @property
-    def nbytes(self) -> int:
-        return 0 if self.region is None else self.region.nbytes + self.hidden.nbytes
-
-    def copy_from(self, other: KVCache, length: int) -> None:
-        super().copy_from(other, length)
-        assert isinstance(other, MtpCache)
-        if self.length:
-            self.hidden[: self.length] = other.hidden[: self.length]
+    def reserve_draft(self) -> MtpSlab:
+        """Reserve the columns that a draft and its table write, and return their slab."""
+        self.reserve_rows(max(self.length - self.rewritten, 0), self.capacity)
+        return self.allocate()
 
     def export(self, first: int, stop: int) -> StateArrays:
         """Export all rows but the last position's: it depends on the token after it."""
         if not self.length:
             return {}
         rows = super().export(max(first - 1, 0), max(stop - 1, 0))
-        return rows | {"hidden": to_host(self.hidden[first:stop])}
+        return rows | {"hidden": to_host(self.allocate().hidden[self.index(first, stop)])}
 
     def load(self, arrays: StateArrays, length: int) -> None:
         rows = dict(arrays)
         if (hidden := rows.pop("hidden", None)) is not None:
             self.write_stored(rows, max(self.length - 1, 0))
-            self.hidden[self.length : length] = from_host(hidden)
+            self.reserve_rows(self.length, length)
+            index, storage = self.index(self.length, length), self.allocate().hidden
+            storage[index] = from_host(hidden).to(storage.device)
             self.length = length
 
     def read(self) -> NDArray[np.float32]:
@@ -159,9 +151,18 @@ class MtpCache(KVCache):
 class MtpSlab(Slab):
     """One allocation of rows: (columns, hidden_size) states beside their keys and values."""
 
-    def __init__(self, parts: Sequence[Tensor], hidden_size: int) -> None:
-        super().__init__(parts)
+    def __init__(self, parts: Sequence[Tensor], page: int, hidden_size: int) -> None:
+        super().__init__(parts, page)
         self.hidden = parts[0].new_empty(self.columns, hidden_size)
+
+    @property
+    def nbytes(self) -> int:
+        return super().nbytes + self.hidden.nbytes
+
+    def copy(self, target: Index, other: Slab, source: Index) -> None:
+        super().copy(target, other, source)
+        assert isinstance(other, MtpSlab)
+        self.hidden[target] = other.hidden[source]
 
 
 class MtpArena(Arena):
@@ -179,7 +180,7 @@ class MtpArena(Arena):
         return MtpCache(self, capacity)
 
     def new_slab(self, parts: Sequence[Tensor]) -> MtpSlab:
-        return MtpSlab(parts, self.hidden_size)
+        return MtpSlab(parts, self.page, self.hidden_size)
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,7 +190,9 @@ class SlabColumns:
     model: MtpModel
     operations: Operations
     slab: MtpSlab
-    first: Tensor  # (t,) int32 column of position 0 of each sequence
+    pages: Tensor  # see `VisibleKeys`
+    table: Tensor  # (t,) int32 of each sequence; see `VisibleKeys`
+    columns: Tensor  # (t, n) int32 of the rows of the drafts of one table
     length: Tensor  # (t,) int32 committed rows, the root's last
     position: Tensor  # (t,) int32 rotary position of the root's row
     work: Mapping[int, SharedWork]  # by the rows of a sequence
@@ -201,16 +204,15 @@ class SlabColumns:
     def attend(self, depth: int, rows: MtpRows, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         assert rows.paths is not None
         n = rows.paths.shape[1]
-        places = torch.arange(rows.drafted - n, rows.drafted, device=q.device)
-        columns = ((self.first + self.length)[:, None] + places).flatten()
-        self.slab.write_layer(columns, k, v)
+        columns = self.columns[:, rows.drafted - n : rows.drafted].flatten()
+        self.slab.write_layer(columns.long(), k, v)
         return self.read(depth, n, q, rows.paths.flatten(0, 1))
 
     def read(self, depth: int, n: int, q: Tensor, paths: Tensor) -> Tensor:
         """Attend from n rows of each sequence, with (t * n, depth) `MtpRows.paths`."""
-        first, shared = (x.repeat_interleave(n) for x in (self.first, self.length))
+        table, shared = (x.repeat_interleave(n) for x in (self.table, self.length))
         end = shared + depth
-        parts = first, shared, torch.zeros_like(end), end, paths.int(), self.work[n]
+        parts = self.pages, table, shared, torch.zeros_like(end), end, paths.int(), self.work[n]
         seen, (window,) = VisibleKeys(*parts), self.model.config.sliding_windows
         keys, values = self.slab.layer(0)
         return self.operations.tree_attention(
@@ -223,7 +225,7 @@ class SlabColumns:
 def columns_of(rows: NewRows) -> NDArray[np.integer]:
     """Return the columns of rows in the slab."""
     state, first, tokens = rows
-    columns: NDArray[np.integer] = state.drafter.taken.first + first + np.arange(len(tokens))
+    columns: NDArray[np.integer] = state.drafter.columns_at(first + np.arange(len(tokens)))
     return columns
 
 
@@ -236,10 +238,10 @@ def is_plain(rows: NewRows) -> bool:
 
 
 def by_slab(roots: Sequence[tuple[Any, int]]) -> dict[MtpSlab, list[int]]:
-    """Return the indices of the sequences of each slab."""
+    """Return the indices of the sequences of each slab, where their drafts have columns."""
     passes: dict[MtpSlab, list[int]] = {}
     for i, (state, _) in enumerate(roots):
-        passes.setdefault(state.drafter.slab, []).append(i)
+        passes.setdefault(state.drafter.reserve_draft(), []).append(i)
     return passes
 
 
@@ -261,7 +263,7 @@ def lacking_rows(
     for state, root in roots:
         cache, known = state.drafter, state.drafter.length
         states += unread_states(state)
-        columns.append(cache.taken.first + np.arange(known, state.length))
+        columns.append(cache.columns_at(np.arange(known, state.length)))
         first = max(known - 1, 0)
         rows.append((state, first, [*state.tokens[first + 1 :], root]))
     written, limits = np.concatenate(columns), [most if is_plain(x) else 1 for x in rows]
@@ -328,14 +330,15 @@ class MtpDrafter(mtp_head.MtpDrafter):
                 extra = rows - len(columns)
                 context.append(context[-1][-1:].expand(extra, -1))
                 columns = padded(columns, rows)
-        pairs = [(state.drafter.taken.first, state.length) for state, _ in roots]
-        firsts, lengths = np.array(pairs).T
-        arrays = [tokens, positions, places, columns, last[order], firsts[order], lengths[order]]
+        lengths = np.array([state.length for state, _ in roots])
+        pages, firsts = page_tables([state.drafter.table(state.length) for state, _ in roots])
+        arrays = [tokens, positions, places, columns, last[order], pages]
+        arrays += [firsts[order], lengths[order]]
         arrays += equal_work(lengths, 1, order, self.model.config.groups)
         shapes = tuple(x.shape for x in arrays)
 
         def draft(uploaded: Tensor, context: Tensor) -> Outputs:
-            tokens, positions, places, columns, last, first, length, items, n, at = unpack(
+            tokens, positions, places, columns, last, pages, table, length, *work = unpack(
                 uploaded, shapes
             )
             slab.hidden.index_copy_(0, columns.long(), context)
@@ -347,8 +350,9 @@ class MtpDrafter(mtp_head.MtpDrafter):
             if has_kernel:
                 assert operations is not None
                 columns_of_roots = SlabColumns(
-                    *(self.model, operations, slab, first, length, length),
-                    work={1: SharedWork(items, n, at)},
+                    *(self.model, operations, slab, pages, table),
+                    *(table.new_empty(len(table), 0), length, length),
+                    work={1: SharedWork(*work)},
                 )
                 attended = columns_of_roots.read(0, 1, q, last.new_empty(len(last), 0))
             else:
@@ -423,8 +427,12 @@ class ParallelDrafter(mtp_head.ParallelDrafter, Drafter):
         has_kernel, count = operations is not None and operations.runs_trees, sum(counts)
         captured = has_kernel and graphs.is_capturing and plain and count <= MAX_ROWS
         order = padded_order(count, round_up(count) if captured else count)
-        columns = np.array([cache.taken.first for cache in caches])
-        plan = RowPlan.of(columns, np.array(firsts), counts, self.rows.config.groups)
+        pairs = list(zip(caches, firsts, counts, strict=True))
+        tables = [cache.table(first + n) for cache, first, n in pairs]
+        slots = np.concatenate(
+            [cache.columns_at(first + np.arange(n)) for cache, first, n in pairs]
+        )
+        plan = RowPlan.of(tables, np.array(firsts), counts, self.rows.config.groups)
         plan = plan.arranged(order, 0)
         context = list(states)
         if captured and context:
@@ -432,7 +440,7 @@ class ParallelDrafter(mtp_head.ParallelDrafter, Drafter):
             written = padded(written, len(order))
         is_mask = np.concatenate([np.arange(n) >= n - masks for n in counts])
         arrays = [row_tokens(rows)[order], row_positions(rows)[0][order], is_mask[order]]
-        arrays += [plan.slots, written, *plan.arrays()]
+        arrays += [slots[order], written, *plan.arrays()]
         shapes, mask = tuple(x.shape for x in arrays), self.mask
 
         def draft(uploaded: Tensor, context: Tensor) -> Outputs:
@@ -497,7 +505,8 @@ class MtpHead(mtp_head.MtpHead):
 
         For CUDA graphs the number of sequences is rounded up to a power of two.
         """
-        operations, (slab, *others) = self.model.operations, {x.cache.slab: None for x in blocks}
+        operations = self.model.operations
+        slab, *others = {x.cache.reserve_draft(): None for x in blocks}
         if operations is None or not operations.runs_trees or others:
             return super().transitions(blocks, options)
         target, count, depths = self.output.target, len(blocks), blocks[0].depths
@@ -508,23 +517,26 @@ class MtpHead(mtp_head.MtpHead):
         if noise is not None:  # copies of a sequence must write equal rows
             rows = np.arange(count * depths).reshape(count, depths)[order].ravel()
             noise = Noise(noise.keys[rows], noise.scales[rows])
-        numbers = [(x.cache.taken.first, x.length, x.position) for x in blocks]
-        firsts, lengths, positions = np.array(numbers).T
+        lengths, positions = np.array([(x.length, x.position) for x in blocks]).T
         k = min(options.k, self.output.vocab_size)
-        sizes = sorted(set(mtp_head.rows_by_depth(k, width, depths)))
-        arrays = [firsts[order], lengths[order], positions[order]]
+        by_depth = mtp_head.rows_by_depth(k, width, depths)
+        sizes, drafted = sorted(set(by_depth)), np.arange(sum(by_depth))
+        pages, firsts = page_tables([x.cache.table(x.length + len(drafted)) for x in blocks])
+        columns = np.stack([x.cache.columns_at(x.length + drafted) for x in blocks])
+        arrays = [pages, firsts[order], columns[order], lengths[order], positions[order]]
         for n in sizes:
             arrays += equal_work(lengths, n, order, self.model.config.groups)
         shapes = tuple(x.shape for x in arrays)
 
         def search(uploaded: Tensor, outputs: Tensor, noise: Tensor) -> Outputs:
-            first, length, position, *work = unpack(uploaded, shapes)
+            pages, table, columns, length, position, *work = unpack(uploaded, shapes)
             parts = zip(sizes, work[::3], work[1::3], work[2::3], strict=True)
             works = {n: SharedWork(items, m, at) for n, items, m, at in parts}
-            rows = first, length, position
-            columns = SlabColumns(self.model, operations, slab, *rows, works)
+            rows = SlabColumns(
+                *(self.model, operations, slab, pages, table, columns, length, position), works
+            )
             noises = [self.output.noise(noise[depth::depths]) for depth in range(depths)]
-            return join(self.search(columns, outputs, width, options, noises))
+            return join(self.search(rows, outputs, width, options, noises))
 
         settings = slab, shapes, width, depths, k, options.temperature
         outputs = torch.cat([blocks[i].output for i in order])

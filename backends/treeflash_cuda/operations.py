@@ -34,7 +34,7 @@ from treeflash_cuda.recurrence import (
     plan_nodes,
     tree_recurrence,
 )
-from treeflash_cuda.visible_keys import RowPlan, VisibleKeys
+from treeflash_cuda.visible_keys import PAGE, RowPlan, VisibleKeys
 
 LOGGER = logging.getLogger(__name__)
 
@@ -63,10 +63,11 @@ def tree_attention(
     sinks: Tensor | None = None,  # (heads,) scores of a key per head whose value is zero
 ) -> Tensor:
     """Return (rows, heads, head_dim) attention of all rows, contiguous. Every row sees a key."""
-    first, shared = keys.first[:, None], keys.shared[:, None]
+    shared = keys.shared[:, None]
     positions = torch.arange(most_shared(keys), device=q.device)
     later = torch.arange(keys.paths.shape[1], device=q.device) + shared
-    all_columns = torch.cat([first + positions, first + shared + keys.paths], 1)
+    offsets = torch.cat([positions.expand(len(shared), -1), shared + keys.paths], 1)
+    all_columns = keys.columns(offsets)
     all_visible = torch.cat([keys.sees(positions) & (positions < shared), keys.sees(later)], 1)
     if sinks is not None:
         sinks = sinks.float().view(len(k), 1, -1, 1)
@@ -453,11 +454,14 @@ def _check_attention(
 ) -> Iterator[Tensor]:
     """Check trees with and without a window, a prompt's tokens, and plain decoding's rows.
 
-    Rows cross tiles and chunks.
+    Rows cross tiles, pages and chunks.
     """
-    lengths, firsts = np.array([2, 61, 510]), np.array([7, 20, 100])
-    columns = 100 + int(lengths.max()) + CHECKED_CHUNK
-    cache = numbers.draw(2, shapes.kv_heads, columns, shapes.head_dim)
+    lengths, tables, first = np.array([2, 61, 510]), [], 1
+    for length in lengths:  # pages in the reverse order
+        end = first - (-(length + CHECKED_CHUNK) // PAGE)
+        tables.append(np.arange(end - 1, first - 1, -1))
+        first = end
+    cache = numbers.draw(2, shapes.kv_heads, first * PAGE, shapes.head_dim)
     k, v = quantise(cache) if shapes.quantised else cache
     groups = shapes.heads // shapes.kv_heads
     tree = DraftTree.from_parents(np.zeros(6, np.int32), np.array([-1, 0, 0, 1, 1, 2], np.int32))
@@ -465,7 +469,7 @@ def _check_attention(
     several: Sequence[Sequence[DraftTree | int]]
     several = [tree, 1, tree], [1, tree, CHECKED_CHUNK], [1, 1, 1]
     for rows in several:
-        plan = RowPlan.of(firsts, lengths, rows, groups)
+        plan = RowPlan.of(tables, lengths, rows, groups)
         keys = VisibleKeys.of_rows(*map(numbers.integers, plan.arrays()))
         kinds += [keys, keys.within(2)]
     sink = torch.full_like(kinds[0].end, 3)

@@ -31,6 +31,7 @@ class State(BaseState[KVCache, CommittedStates]):
         capacity: int,  # positions
         block: int = 0,  # rows that a draft writes after the committed positions
         recurrent: RecurrentStates | None = None,  # empty; None if the target has none
+        takes_room: bool = True,  # whether it has its memory at once, where memory is reserved
     ) -> None:
         super().__init__(
             KVCache(target, capacity),
@@ -42,8 +43,8 @@ class State(BaseState[KVCache, CommittedStates]):
         self.recurrent = recurrent
         try:
             # Where memory is reserved, a sequence without room must not start.
-            for cache in (self.kv_cache, self.drafter):
-                if cache is not None and cache.arena.is_reserved:
+            for cache in self._caches if takes_room else ():
+                if cache.arena.is_reserved:
                     cache.allocate()
         except BaseException:
             super().close()
@@ -52,7 +53,7 @@ class State(BaseState[KVCache, CommittedStates]):
     @torch.inference_mode()
     def copy(self, length: int, capacity: int, recurrent: CommittedStates | None) -> State:
         states = None if self.recurrent is None else RecurrentStates(self.recurrent.transposed)
-        new = type(self)(*self.arenas, capacity, self.block, states)
+        new = type(self)(*self.arenas, capacity, self.block, states, False)
         try:
             if recurrent is not None:
                 new.restore_recurrent(recurrent)
@@ -61,13 +62,24 @@ class State(BaseState[KVCache, CommittedStates]):
                 new.drafter.copy_from(self.drafter, length)
                 new.context = [part.clone() for part in self.context_before(length)]
         except BaseException:
-            new.close()  # regions of the arena are not given back by themselves
+            new.close()  # pages of the arena are not given back by themselves
             raise
         return new
 
     @torch.inference_mode()
     def append(self, token_ids: Sequence[int], arrays: StateArrays) -> None:
         super().append(token_ids, arrays)
+
+    @property
+    def _caches(self) -> list[KVCache]:
+        return [self.kv_cache, *([] if self.drafter is None else [self.drafter])]
+
+    @property
+    def shared_nbytes(self) -> int:
+        return sum(cache.shared_nbytes for cache in self._caches)
+
+    def shareable_nbytes(self, length: int) -> int:
+        return sum(cache.shareable_nbytes(length) for cache in self._caches)
 
     def to_host(self, x: Tensor) -> NDArray[Any]:
         return to_host(x)

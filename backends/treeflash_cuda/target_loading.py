@@ -32,6 +32,7 @@ from treeflash_cuda.gpu.parallel import process_count
 from treeflash_cuda.operations import Operations, Shapes, load_operations
 from treeflash_cuda.state import State
 from treeflash_cuda.target import Target, read_model_config, refuse_stateful
+from treeflash_cuda.visible_keys import PAGE
 
 if TYPE_CHECKING:
     # Modules of `hf` import transformers' models, which takes seconds: only functions that run such
@@ -188,6 +189,8 @@ def choose_passes(target: Any) -> None:
 def add_kernels(target: ModelTarget) -> None:
     """Let a target use the kernels of its devices for prompts and trees."""
     target.operations = load_target_operations(target)
+    if target.operations is not None:
+        target.arena.page = PAGE
     if target.softcap is not None or target.has_sinks:
         return
     for part, _ in target.spans or [(target.device, len(target.layers))]:

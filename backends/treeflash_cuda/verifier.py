@@ -113,12 +113,12 @@ class Verifier:
         """Commit paths. Steps that may fail come first: a failed call must change no sequence."""
         moves: dict[Slab, list[tuple[NDArray[Any], NDArray[Any]]]] = {}
         for path in paths:
-            region, nodes = path.state.kv_cache.region, path.nodes
+            cache, nodes = path.state.kv_cache, path.nodes
             places = np.arange(len(nodes), dtype=np.int32)
-            if region is not None and (moved := nodes != places).any():
-                start = region.first + path.state.length
-                pair = start + nodes[moved], start + places[moved]
-                moves.setdefault(region.slab, []).append(pair)
+            if cache.slab is not None and (moved := nodes != places).any():
+                offsets = (cache.length + x[moved] for x in (nodes, places))
+                source, target = map(cache.columns_at, offsets)
+                moves.setdefault(cache.slab, []).append((source, target))
         groups = by_outputs(paths)
         hybrid = [x for x in paths if isinstance(x.rows.written, SequenceWrites)]
         by_tree: dict[TreeWrites, dict[int, Path]] = {}

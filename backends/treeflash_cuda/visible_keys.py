@@ -18,12 +18,16 @@ Blocks have 2 rows, and chunks 512 positions:
     place     0    2    4    6      of a row's sum over chunk 0
 
 The rule: a row has a place for each chunk, so its sum over chunk c is at its place + c.
+
+Keys lie in pages of `PAGE` columns. The pages of a sequence need not follow one another: a table
+has their numbers, by which offsets in the sequence become columns. The key of a committed position
+has its number as the offset, and the keys of a pass's rows have the offsets behind.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -36,6 +40,12 @@ from treeflash_cuda.gpu.graphs import power_of_two
 
 CHUNK = 512
 """Positions of an item of shared work."""
+PAGE = 64
+"""Columns of a page: a multiple of every tile of keys, which so needs one look-up. Sequences that
+begin alike share whole pages, and in larger ones they would share less: eight short answers to a
+prompt of 8,000 tokens would hold 1.2 times the keys of one in pages of 256."""
+MIN_PAGES = 2048
+"""Pages that every graph has room for in the tables of its sequences: 131,072 positions."""
 MIN_PLACES = 4096
 """Places that every graph has for sums: enough for 64 rows over 32,768 positions."""
 PLACES_EACH = 4
@@ -45,7 +55,7 @@ BLOCK_QUERIES = 32
 program loads. With 64, compilers spilled registers for heads of 64 and 128, with 4 warps and
 with 8."""
 
-BY_ROW = "slots", "positions", "first", "shared", "places"
+BY_ROW = "positions", "table", "shared", "places"
 """The arrays of a `RowPlan` that have a number for each row."""
 
 Integers: TypeAlias = NDArray[np.integer[Any]]
@@ -69,17 +79,18 @@ class VisibleKeys:
     """The keys that the rows of a pass see; rows of a sequence follow one another.
 
     A row sees the positions from `start` to `end`, and those before `sink`. Positions before
-    `shared` are in consecutive columns of the cache and common to all rows of a sequence. A later
-    position has another key for each branch of a draft tree: `paths` names its column. All
-    positions are common to rows without branches.
+    `shared` are offsets, and common to all rows of a sequence. A later position has another key for
+    each branch of a draft tree: `paths` names its offset. All positions are common to rows without
+    branches.
     """
 
-    first: Tensor  # (rows,) int32 column of position 0 of the row's sequence
+    pages: Tensor  # (n,) int32 tables of all sequences, one after another: numbers of pages
+    table: Tensor  # (rows,) int32 index in `pages` of the first page of the row's sequence
     shared: Tensor  # (rows,) int32 positions that are common to all rows of the sequence
     start: Tensor  # (rows,) int32 first visible position
     end: Tensor  # (rows,) int32 position after the last visible one
-    # (rows, depths) int32 columns of the keys at positions `shared`, `shared` + 1, ..., counted
-    # from column `first` + `shared`. There are at least `end` - `shared` of them.
+    # (rows, depths) int32 offsets of the keys at positions `shared`, `shared` + 1, ..., less
+    # `shared`. There are at least `end` - `shared` of them.
     paths: Tensor
     work: SharedWork
     sink: Tensor | None = None  # (rows,) int32 positions that are always visible, if any are
@@ -87,9 +98,10 @@ class VisibleKeys:
     @classmethod
     def of_rows(cls, *arrays: Tensor) -> VisibleKeys:
         """Let rows see all positions up to their own, from `RowPlan.arrays` as int32 tensors."""
-        positions, first, shared, places, paths, count, items = arrays
+        positions, table, shared, places, paths, count, items, pages = arrays
         work = SharedWork(items, count, places)
-        return cls(first, shared, torch.zeros_like(positions), positions + 1, paths, work)
+        start = torch.zeros_like(positions)
+        return cls(pages, table, shared, start, positions + 1, paths, work)
 
     def within(self, window: int) -> VisibleKeys:
         """Return what rows see that see the last `window` positions, their own included."""
@@ -104,9 +116,14 @@ class VisibleKeys:
 
     def to(self, device: torch.device) -> VisibleKeys:
         """Copy all tensors to a device."""
-        parts = self.first, self.shared, self.start, self.end, self.paths, self.work, self.sink
+        parts = (getattr(self, part.name) for part in fields(self))
         moved: list[Any] = [x if x is None else x.to(device) for x in parts]
         return VisibleKeys(*moved)
+
+    def columns(self, offsets: Tensor) -> Tensor:
+        """Return the (rows, m) int64 columns at (rows, m) offsets, and any behind the tables."""
+        index = (self.table[:, None] + offsets // PAGE).clamp(max=len(self.pages) - 1)
+        return self.pages[index].long() * PAGE + offsets % PAGE
 
 
 def block_rows(groups: int) -> int:
@@ -159,14 +176,26 @@ def padded_items(items: NDArray[np.int32]) -> tuple[NDArray[np.int32], NDArray[n
     return padded, np.array([len(items)], np.int32)
 
 
+def page_tables(tables: Sequence[Integers]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """Return tables of pages, one after another in a size that a graph has, and their (t,) starts.
+
+    A table has the numbers of a sequence's pages.
+    """
+    sizes = np.array([len(table) for table in tables])
+    starts = sizes.cumsum() - sizes
+    pages = np.zeros(power_of_two(max(int(sizes.sum()), MIN_PAGES)), np.int32)
+    pages[: sizes.sum()] = np.concatenate(tables)
+    return pages, starts
+
+
 @dataclass(frozen=True, eq=False)
 class RowPlan:
     """Rows of several sequences, in NumPy: all of one sequence, then all of the next one."""
 
     starts: Integers  # (t,) first row of each sequence in the pass
-    slots: Integers  # (n,) column of each row's own key
     positions: Integers  # (n,)
-    first: Integers  # (n,) as in `VisibleKeys`
+    pages: NDArray[np.int32]  # as in `VisibleKeys`
+    table: Integers  # (n,) as in `VisibleKeys`
     shared: Integers  # (n,) as in `VisibleKeys`
     paths: NDArray[np.int32]  # (n, depths) as in `VisibleKeys`
     places: NDArray[np.int32]  # see `plan_work`
@@ -176,7 +205,7 @@ class RowPlan:
     @classmethod
     def of(
         cls,
-        firsts: Integers,  # (t,) column of position 0 of each sequence
+        tables: Sequence[Integers],  # numbers of the pages of each sequence
         lengths: Integers,  # (t,) committed positions
         trees: Sequence[DraftTree | int],  # their rows: a tree, or a number of next tokens
         groups: int,  # see `block_rows`
@@ -198,11 +227,12 @@ class RowPlan:
         shared = lengths + np.where(branched, 0, sizes)
         items, places = plan_work(starts, sizes, shared, block_rows(groups))
         items, count = padded_items(items)
+        pages, firsts = page_tables(tables)
         return cls(
             starts=starts,
-            slots=(firsts + lengths)[owner] + nodes,
             positions=lengths[owner] + depths,
-            first=firsts[owner],
+            pages=pages,
+            table=firsts[owner],
             shared=shared[owner],
             paths=_paths(nodes, depths, parents, in_tree),
             places=places,
@@ -218,8 +248,8 @@ class RowPlan:
 
     def arrays(self) -> list[Integers]:
         """Return the numbers that `VisibleKeys.of_rows` takes as tensors."""
-        rows = self.positions, self.first, self.shared, self.places
-        return [*rows, self.paths, self.count, self.items]
+        rows = self.positions, self.table, self.shared, self.places
+        return [*rows, self.paths, self.count, self.items, self.pages]
 
 
 def _paths(

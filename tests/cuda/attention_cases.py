@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import Tensor
-from treeflash_cuda.visible_keys import RowPlan, VisibleKeys
+from treeflash_cuda.visible_keys import PAGE, RowPlan, VisibleKeys
 
 from treeflash.decoding.tree import DraftTree
 from treeflash.testing.comparisons import random_tree
@@ -15,7 +15,7 @@ from treeflash.testing.comparisons import random_tree
 
 @dataclass(frozen=True)
 class Case:
-    """Rows of several sequences over a cache with NaN wherever no key is."""
+    """Rows of several sequences over a cache with NaN wherever no key is, in scattered pages."""
 
     lengths: tuple[int, ...] = (5,)  # committed positions of each sequence
     nodes: int | tuple[int, ...] = 4  # rows of all sequences, or of each
@@ -29,7 +29,7 @@ class Case:
     sink: int = 0  # positions that are visible besides a window
     softcap: float | None = None
     sinks: bool = False
-    spare: int = 3  # unused columns around each sequence
+    spare: int = 3  # unused pages
     seed: int = 0
 
     @property
@@ -38,6 +38,12 @@ class Case:
         if isinstance(self.nodes, tuple):
             return self.nodes
         return (self.nodes,) * len(self.lengths)
+
+
+def columns_of(table, count: int) -> Tensor:
+    """The columns at the first offsets of a sequence."""
+    offsets = np.arange(count)
+    return torch.from_numpy(table[offsets // PAGE] * PAGE + offsets % PAGE)
 
 
 def keys_of(plan: RowPlan) -> VisibleKeys:
@@ -53,21 +59,20 @@ def attention_case(case: Case) -> dict:
     def numbers(*shape: int) -> Tensor:
         return torch.randn(shape, generator=random).to(case.dtype)
 
-    first, columns = [], case.spare
-    for length, n in zip(case.lengths, case.sizes, strict=True):
-        first.append(columns)
-        columns += length + n + case.spare
-    cache = torch.full((2, case.kv_heads, columns, case.head_dim), torch.nan, dtype=case.dtype)
-    for start, length, n in zip(first, case.lengths, case.sizes, strict=True):
-        cache[:, :, start : start + length + n] = numbers(
-            2, case.kv_heads, length + n, case.head_dim
-        )
+    used = [length + n for length, n in zip(case.lengths, case.sizes, strict=True)]
+    counts = [-(-n // PAGE) for n in used]
+    pages = np.random.default_rng(case.seed).permutation(sum(counts) + case.spare)
+    tables = np.split(pages[: sum(counts)], np.cumsum(counts)[:-1])
+    shape = 2, case.kv_heads, len(pages) * PAGE, case.head_dim
+    cache = torch.full(shape, torch.nan, dtype=case.dtype)
+    for table, n in zip(tables, used, strict=True):
+        cache[:, :, columns_of(table, n)] = numbers(2, case.kv_heads, n, case.head_dim)
     rows: list[DraftTree | int] = list(case.sizes)
     if not (case.chunk or case.block):
         for i, n in enumerate(case.sizes):
             rows[i] = random_tree(np.random.default_rng(case.seed + i), 0, n, 1000)
     groups = case.heads // case.kv_heads
-    keys = keys_of(RowPlan.of(np.array(first), np.array(case.lengths), rows, groups))
+    keys = keys_of(RowPlan.of(tables, np.array(case.lengths), rows, groups))
     if case.block:
         keys = replace(keys, end=keys.shared)
     if case.window is not None:
@@ -87,15 +92,16 @@ def attention_case(case: Case) -> dict:
 
 def row_columns(keys: VisibleKeys, row: int) -> list[int]:
     """The columns of the keys that a row sees, by position."""
-    first, shared = int(keys.first[row]), int(keys.shared[row])
+    table, shared = keys.pages[int(keys.table[row]) :].numpy(), int(keys.shared[row])
     sink = 0 if keys.sink is None else int(keys.sink[row])
     start, end = int(keys.start[row]), int(keys.end[row])
     path = keys.paths[row].tolist()
-    return [
-        first + position if position < shared else first + shared + path[position - shared]
+    offsets = [
+        position if position < shared else shared + path[position - shared]
         for position in range(end)
         if position >= start or position < sink
     ]
+    return [int(table[offset // PAGE]) * PAGE + offset % PAGE for offset in offsets]
 
 
 def expected_attention(case: Case, inputs: dict) -> Tensor:
@@ -120,11 +126,13 @@ def alone(case: Case, inputs: dict, row: int) -> dict:
     """The arguments for one row as plain decoding has them: all its keys are committed."""
     keys = inputs["keys"]
     columns = row_columns(replace(keys, start=torch.zeros_like(keys.end)), row)
-    n, first, groups = len(columns), 5, case.heads // case.kv_heads
-    cache = torch.full((2, case.kv_heads, first + n + 9, case.head_dim), torch.nan).to(case.dtype)
+    n, groups = len(columns), case.heads // case.kv_heads
+    table = 1 + np.arange(-(-n // PAGE))
+    shape = 2, case.kv_heads, (len(table) + 2) * PAGE, case.head_dim
+    cache = torch.full(shape, torch.nan).to(case.dtype)
     for part, name in enumerate("kv"):
-        cache[part, :, first : first + n] = inputs[name][:, columns]
-    one = keys_of(RowPlan.of(np.array([first]), np.array([n - 1]), [1], groups))
+        cache[part, :, columns_of(table, n)] = inputs[name][:, columns]
+    one = keys_of(RowPlan.of([table], np.array([n - 1]), [1], groups))
     return inputs | {
         "q": inputs["q"][row][None],
         "k": cache[0],

@@ -259,7 +259,7 @@ class FakeCuda(TorchDispatchMode):
         """The operations of one kernel each that models use."""
 
         def tree_attention(q, k, v, keys, **_):
-            assert {x.device for x in (k, v, keys.first, keys.paths)} == {q.device}
+            assert {x.device for x in (k, v, keys.pages, keys.table, keys.paths)} == {q.device}
             used = 2 * k.shape[0] * self.columns * k.shape[2] * k.element_size()
             self._launch("tree_attention", used + 2 * _nbytes(q) + _nbytes(keys.paths))
             return torch.empty(q.shape, dtype=q.dtype, device=q.device)

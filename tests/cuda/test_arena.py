@@ -1,4 +1,7 @@
-"""Regions of an arena: they never overlap, move or leak, and reserved memory has a limit."""
+"""Pages of an arena: they never overlap, move or leak, forks share them, and memory has a limit."""
+
+import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,8 +14,10 @@ from treeflash.testing import require
 require("torch")
 
 import torch
-from treeflash_cuda.cache import Arena
+from treeflash_cuda.cache import Arena, Slab
+from treeflash_cuda.mtp_head import MtpArena
 from treeflash_cuda.state import State
+from treeflash_cuda.visible_keys import PAGE
 
 LIKE = torch.zeros(1, 2, 3, 4)  # keys of a layer
 LAYERS = 3
@@ -25,87 +30,279 @@ def _inference_mode():
         yield
 
 
-def arena_of_slabs(columns):
-    arena = Arena(LAYERS)
-    arena.slab_nbytes = columns * COLUMN
+def arena_of(columns, page=1, *, reserved=False, kind=Arena):
+    """An arena with slabs of so many columns, or one that is set aside."""
+    arena = kind(LAYERS) if kind is Arena else kind(LAYERS, 5)
+    arena.set_shape(LIKE)
+    arena.page = page
+    arena.slab_nbytes = columns * arena.column_nbytes
+    if reserved:
+        arena.reserved_nbytes = arena.slab_nbytes
     return arena
+
+
+def opened(arena, capacity):
+    cache = arena.new_cache(capacity)
+    cache.allocate()
+    return cache
 
 
 @settings(max_examples=30, suppress_health_check=list(HealthCheck))
 @given(seed=st.integers(0, 10**6))
-def test_regions_never_overlap_move_or_leak(seed):
-    rng, arena = np.random.default_rng(seed), arena_of_slabs(100)
+def test_columns_in_one_piece_never_overlap_move_or_leak(seed):
+    rng, arena = np.random.default_rng(seed), arena_of(100)
     held = []
     for number in range(60):
         if held and rng.random() < 0.5:
-            region, address, value = held.pop(int(rng.integers(len(held))))
-            assert region.storage.data_ptr() == address
-            assert (region.storage == value).all()
-            arena.give_back(region)
+            cache, address, value = held.pop(int(rng.integers(len(held))))
+            assert cache.parts[0].data_ptr() == address
+            assert (cache.parts[0] == value).all()
+            cache.close()
         else:
-            region = arena.take(int(rng.integers(1, 130)), LIKE)
-            region.storage.fill_(number)
-            held.append((region, region.storage.data_ptr(), number))
-    for region, address, value in held:
-        assert region.storage.data_ptr() == address
-        assert (region.storage == value).all()
-        arena.give_back(region)
-    # Gaps beside each other are one, and one allocation is kept for what comes.
+            cache = opened(arena, int(rng.integers(1, 130)))
+            cache.parts[0].fill_(number)
+            held.append((cache, cache.parts[0].data_ptr(), number))
+    for cache, address, value in held:
+        assert cache.parts[0].data_ptr() == address
+        assert (cache.parts[0] == value).all()
+        cache.close()
+    # One allocation is kept for what comes.
     (slab,) = arena.slabs
     assert slab.is_free
-    assert arena.take(slab.columns, LIKE).slab is slab
+    assert opened(arena, slab.columns).slab is slab
 
 
 def test_short_texts_share_an_allocation_and_a_long_one_has_its_own():
-    arena = arena_of_slabs(100)
-    first, second, long = (arena.take(size, LIKE) for size in (30, 70, 150))
+    arena = arena_of(100)
+    first, second, long = (opened(arena, size) for size in (30, 70, 150))
     assert first.slab is second.slab is not long.slab
-    assert (first.storage.nbytes, long.slab.columns) == (30 * COLUMN, 150)
-    arena.give_back(first)
-    assert arena.take(20, LIKE).slab is second.slab
-
-
-def reserved_arena(columns):
-    arena = Arena(LAYERS)
-    arena.set_shape(LIKE)
-    arena.reserved_nbytes = columns * COLUMN
-    return arena
+    assert (first.nbytes, long.slab.columns) == (30 * COLUMN, 150)
+    first.close()
+    assert opened(arena, 20).slab is second.slab
 
 
 def test_reserved_memory_is_one_allocation_for_all():
-    arena = reserved_arena(300)
-    regions = [arena.take(120, LIKE) for _ in range(2)]
+    arena = arena_of(300, reserved=True)
+    caches = [opened(arena, 120) for _ in range(2)]
     with pytest.raises(MemoryInUseError, match=r"no room for another .* until a sequence ends"):
-        arena.take(120, LIKE)
-    assert arena.take(60, LIKE).slab is regions[0].slab
-    arena.give_back(regions[0])
-    assert arena.take(120, LIKE).first == 0
+        opened(arena, 120)
+    assert opened(arena, 60).slab is caches[0].slab
+    caches[0].close()
+    assert opened(arena, 120).pages[0] == 0
     (slab,) = arena.slabs
     assert slab.columns == 300
 
 
 def test_a_sequence_that_reserved_memory_can_never_hold_does_not_wait():
     for taken in (0, 10):
-        arena = reserved_arena(300)
+        arena = arena_of(300, reserved=True)
         if taken:
-            arena.take(taken, LIKE)
+            opened(arena, taken)
         with pytest.raises(MemoryError, match=r"301 positions needs .* are set aside") as raised:
-            arena.take(301, LIKE)
+            opened(arena, 301)
         assert not isinstance(raised.value, MemoryInUseError)
 
 
-def test_a_sequence_takes_its_room_when_it_starts():
+@pytest.mark.parametrize("page", [1, PAGE])
+def test_a_sequence_takes_its_room_when_it_starts(page):
     """It gives the room back if its drafter has none."""
-    target, drafter = reserved_arena(100), reserved_arena(50)
-    state = State(target, drafter, 40, 10)
-    assert target.slabs[0].free == [(40, 60)]
-    assert drafter.slabs[0].is_free is False
+    target, drafter = (arena_of(n * page, page, reserved=True) for n in (100, 50))
+    state = State(target, drafter, 40 * page, 10 * page)
+    assert target.slabs[0].owners.tolist() == [1] * 40 + [0] * 60
+    assert drafter.slabs[0].owners.all()
     with pytest.raises(MemoryInUseError):
-        State(target, drafter, 40, 10)
-    assert target.slabs[0].free == [(40, 60)]
+        State(target, drafter, 40 * page, 10 * page)
     with pytest.raises(MemoryInUseError):
-        state.fork(0, 40)
-    assert target.slabs[0].free == [(40, 60)]
+        state.fork(0, 40 * page)
+    assert target.slabs[0].owners.sum() == 40
     state.close()
     assert target.slabs[0].is_free
     assert drafter.slabs[0].is_free
+
+
+def test_pages_need_not_follow_one_another():
+    arena = arena_of(6 * PAGE, PAGE, reserved=True)
+    caches = [opened(arena, PAGE) for _ in range(6)]
+    for cache in caches[::2]:
+        cache.close()
+    assert opened(arena, 3 * PAGE).pages.tolist() == [0, 2, 4]
+
+
+@pytest.mark.parametrize("kind", [Arena, MtpArena])
+def test_what_is_stored_does_not_depend_on_pages(kind):
+    """States that were stored before there were pages are read, bit for bit."""
+    caches = []
+    for page in (1, PAGE):
+        arena = arena_of(12 * PAGE, page, reserved=True, kind=kind)
+        others = [opened(arena, PAGE) for _ in range(12)]
+        for other in others[::2] if page > 1 else others:
+            other.close()
+        cache = opened(arena, 3 * PAGE)
+        columns = cache.columns_at(np.arange(3 * PAGE))
+        numbers = torch.randn(3 * PAGE, generator=torch.Generator().manual_seed(0))
+        cache.slab.storage[:, :, :, columns] = numbers[:, None]
+        if kind is MtpArena:
+            cache.slab.hidden[columns] = numbers[:, None]
+        cache.commit(3 * PAGE - 5)
+        caches.append((cache, opened(arena, 3 * PAGE)))
+    assert np.diff(caches[1][0].pages).tolist() == [2, 2]
+    ends = (0, 70, 100, 3 * PAGE - 5)
+    for first, stop in itertools.pairwise(ends):
+        plain, paged = (cache.export(first, stop) for cache, _ in caches)
+        assert plain.keys() == paged.keys()
+        for name, x in plain.items():
+            np.testing.assert_array_equal(paged[name], x)
+        for _, restored in caches:
+            restored.load(plain, stop)
+    for cache, restored in caches:
+        np.testing.assert_array_equal(restored.read(), cache.read())
+
+
+class Texts:
+    """Sequences whose every position holds a number of its own, beside what they should hold."""
+
+    def __init__(self, arena, rng):
+        self.arena, self.rng, self.held, self.number = arena, rng, [], 0
+        self.copied = 0  # pages
+
+    def add(self, cache, expected):
+        self.held.append(SimpleNamespace(cache=cache, expected=expected))
+        return self.held[-1]
+
+    def write(self, text, count):
+        """Commit new positions behind the ones of a text, after rows that are not committed."""
+        cache = text.cache
+        first, end = cache.length, min(cache.length + count, cache.capacity)
+        rewritten = max(first - cache.rewritten, 0)
+        slab = cache.reserve_rows(rewritten, cache.capacity)
+        self.number += 1
+        values = self.number * 1000.0 + torch.arange(rewritten, end)
+        columns = cache.columns_at(np.arange(rewritten, end))
+        slab.storage[:, :, :, columns] = values[:, None]
+        text.expected = torch.cat([text.expected[:rewritten], values])
+        cache.commit(end - first)
+
+    def check(self):
+        for text in self.held:
+            cache = text.cache
+            found = cache.read()[0, 0, 0, :, 0]
+            np.testing.assert_array_equal(found, text.expected[: len(found)])
+            assert len(found) == max(cache.length - cache.rewritten, 0)
+        owned = [page for text in self.held for page in text.cache.pages.tolist()]
+        for slab in self.arena.slabs:
+            spares = [page for pages in slab.spares.values() for page in pages]
+            counts = np.bincount(owned + spares, minlength=len(slab.owners))
+            np.testing.assert_array_equal(slab.owners, counts)
+            assert not set(spares) & set(owned)
+            assert sum(text.cache.nbytes for text in self.held) == pytest.approx(
+                len(set(owned + spares)) * PAGE * self.arena.column_nbytes, abs=len(self.held)
+            )
+
+    def needed(self, capacity, length=0):
+        """Pages that no other sequence has."""
+        kept = (length - self.arena.new_cache(1).rewritten) // PAGE if length else 0
+        return -(-capacity // PAGE) - kept
+
+    @property
+    def free(self):
+        (slab,) = self.arena.slabs
+        return int((slab.owners == 0).sum())
+
+
+@settings(max_examples=8, suppress_health_check=list(HealthCheck))
+@given(seed=st.integers(0, 10**6), kind=st.sampled_from([Arena, MtpArena]))
+def test_memory_is_exhausted_only_when_all_pages_are_owned(seed, kind):
+    """At random: sequences start, fork, write, are cut off, write there, and end."""
+    rng = np.random.default_rng(seed)
+    texts = Texts(arena_of(24 * PAGE, PAGE, reserved=True, kind=kind), rng)
+    opened(texts.arena, 1).close()
+    refused = 0
+    for _ in range(120):
+        action, capacity = rng.random(), int(rng.integers(1, 6 * PAGE))
+        text = texts.held[int(rng.integers(len(texts.held)))] if texts.held else None
+        if text is None or action < 0.25:
+            fits = texts.needed(capacity) <= texts.free
+            try:
+                text = texts.add(opened(texts.arena, capacity), torch.empty(0))
+                assert fits
+                texts.write(text, int(rng.integers(1, capacity + 1)))
+            except MemoryInUseError:
+                assert not fits
+                refused += 1
+        elif action < 0.5:
+            length = int(rng.integers(0, text.cache.length + 1))
+            capacity += length
+            fits, fork = (
+                texts.needed(capacity, length) <= texts.free,
+                texts.arena.new_cache(capacity),
+            )
+            try:
+                fork.copy_from(text.cache, length)
+                assert fits
+                texts.add(fork, text.expected[:length].clone())
+            except MemoryInUseError:
+                assert not fits
+                refused += 1
+        elif action < 0.8:
+            texts.write(text, int(rng.integers(1, PAGE)))  # needs no page that it has not
+        else:
+            text.cache.close()
+            texts.held.remove(text)
+        texts.check()
+    assert refused
+    for text in texts.held:
+        text.cache.close()
+    assert texts.arena.slabs[0].is_free
+
+
+def test_what_is_written_before_the_position_of_a_fork_is_copied_first():
+    """If memory has a page for it."""
+    texts = Texts(arena_of(5 * PAGE, PAGE, reserved=True), None)
+    first = texts.add(opened(texts.arena, 2 * PAGE), torch.empty(0))
+    texts.write(first, 2 * PAGE)
+    fork = texts.add(texts.arena.new_cache(2 * PAGE), first.expected.clone())
+    fork.cache.copy_from(first.cache, 2 * PAGE)
+    assert fork.cache.pages.tolist() == first.cache.pages.tolist() == [0, 1]
+    fork.cache.truncate(PAGE // 2)
+    texts.write(fork, 2 * PAGE)
+    texts.check()
+    assert not set(fork.cache.pages) & set(first.cache.pages)
+    again = texts.arena.new_cache(2 * PAGE)
+    again.copy_from(first.cache, 2 * PAGE)
+    opened(texts.arena, PAGE)
+    again.truncate(3)
+    with pytest.raises(MemoryInUseError, match="no page left for a copy"):
+        again.reserve_rows(3, 9)
+
+
+def test_a_fork_copies_nothing_until_both_sequences_write_to_one_page(monkeypatch):
+    """Eight answers to a prompt of 8,000 tokens hold little more than one."""
+    copied, plain = [], Slab.copy
+    monkeypatch.setattr(
+        Slab, "copy", lambda slab, *given: copied.append(given[0]) or plain(slab, *given)
+    )
+    texts = Texts(arena_of(10_000, PAGE, reserved=True), None)
+    texts.add(opened(texts.arena, 8_000 + PAGE), torch.empty(0))
+    texts.write(texts.held[0], 8_000)
+    one = texts.held[0].cache.nbytes
+    for _ in range(7):
+        fork = texts.arena.new_cache(8_000 + PAGE)
+        fork.copy_from(texts.held[0].cache, 8_000)
+        texts.add(fork, texts.held[0].expected)
+    assert not copied
+    for text in texts.held:
+        texts.write(text, PAGE)
+    assert not copied  # 8,000 positions are 125 pages
+    held = sum(text.cache.nbytes for text in texts.held)
+    assert held <= 1.1 * one
+    texts.check()
+    copied.clear()
+    for length in (7_999, 7_999):
+        fork = texts.arena.new_cache(8_000)
+        fork.copy_from(texts.held[0].cache, length)
+        texts.add(fork, texts.held[0].expected[:length])
+    assert not copied
+    for text in texts.held[-2:]:
+        texts.write(text, 1)
+    assert len(copied) == 2  # of one page each
+    texts.check()

@@ -148,7 +148,7 @@ def test_layers_on_two_devices(cuda, folders, family, dtype, bits, monkeypatch):
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", {DEVICE: 3, SECOND: 4}.get)
     assert backend.memory_bytes() == 7
     states = started(backend, 3)
-    parts = states[0].kv_cache.region.parts
+    parts = states[0].kv_cache.slab.parts
     assert [(x.device, len(x)) for x in parts] == [(DEVICE, 2), (SECOND, 1)]
     assert states[0].read_kv_cache().shape[:2] == (3, 2)
     for texts in (states, states[:1]):

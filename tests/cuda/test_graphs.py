@@ -135,7 +135,7 @@ def test_drafts_depth_by_depth_share_graphs(tmp_path, monkeypatch, kind):
             )
         found.append((results, [state.read_drafter_kv_cache() for state in states]))
         rows = states[0].drafter
-        assert rows.nbytes == rows.capacity * backend.drafter_arena.column_nbytes
+        assert rows.nbytes == backend.columns(rows.capacity) * backend.drafter_arena.column_nbytes
     for static_table, table in zip(found[0][0], found[1][0], strict=True):
         np.testing.assert_array_equal(static_table.tokens, table.tokens)
         np.testing.assert_array_equal(static_table.next_row, table.next_row)
@@ -319,9 +319,9 @@ def test_a_replay_is_a_function_of_its_inputs_alone(folders, monkeypatch):
 def test_what_earlier_texts_left_is_not_seen(backend):
     (state,), tree = started(backend, [[3, 4, 5]]), chain(6, 7, 8)
     (expected,) = backend.verifier.logits([(state, tree)]).logits
-    region = state.kv_cache.region
+    cache = state.kv_cache
     with torch.inference_mode():
-        region.slab.storage[:, :, :, state.length :] = torch.nan
+        cache.slab.storage[:, :, :, cache.columns_at(np.arange(state.length, 100))] = torch.nan
     np.testing.assert_array_equal(backend.verifier.logits([(state, tree)]).logits[0], expected)
 
 

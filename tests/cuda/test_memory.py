@@ -9,7 +9,8 @@ from failures import failing
 from memory import check_memory
 from parts import load_with_parts
 
-from treeflash.config import GIB, LoadConfig, SamplingConfig
+from treeflash.config import GIB, DecodeConfig, LoadConfig, SamplingConfig
+from treeflash.decoding import Request, Scheduler, SchedulerConfig
 from treeflash.decoding.interfaces import Prefill
 from treeflash.decoding.sampling import Noise
 from treeflash.decoding.session import SequenceSession
@@ -26,6 +27,7 @@ from treeflash_cuda.backend import load
 from treeflash_cuda.cache import KVCache
 from treeflash_cuda.memory import FREE_MEMORY_SHARE, MEASURED_TEXTS, TABLE
 from treeflash_cuda.state import State
+from treeflash_cuda.visible_keys import PAGE
 
 
 @pytest.fixture
@@ -50,6 +52,40 @@ def test_no_state_stays_open_over_many_texts(monkeypatch, folders, static):
     check_memory(monkeypatch, backend, State, held)
     for arena in arenas:
         assert [slab.is_free for slab in arena.slabs] == [True]
+
+
+def test_a_fork_on_a_gpu_copies_nothing(cuda, folders):
+    """Nor does a state that the prefix cache keeps."""
+    backend = load(*folders, LoadConfig(dtype="float32"))
+    state = backend.open(300, drafts=True)
+    backend.verifier.run([Prefill(state, [3] * 200, None)])
+    backend.drafter.draft([(state, 1)])
+    before = len(cuda.launches), cuda.nbytes, cuda.allocated[DEVICE]
+    forks = [state.fork(199, 250) for _ in range(3)] + [state.fork(200, 200)]
+    assert (len(cuda.launches), cuda.nbytes, cuda.allocated[DEVICE]) == before
+    assert [fork.length for fork in forks] == [199] * 3 + [200]
+    assert len({tuple(fork.kv_cache.pages[:4]) for fork in (state, *forks)}) == 1
+
+
+def test_answers_to_one_prompt_run_at_once_where_two_prompts_would_fit(monkeypatch, folders):
+    """On a GPU they share the pages of their prompt."""
+    backend = load_with_parts(monkeypatch, *folders)
+    prompt = [3 + n % 30 for n in range(3 * PAGE + 1)]
+    requests = [
+        Request(prompt_ids=prompt, config=DecodeConfig(method="ar", max_tokens=3)) for _ in range(5)
+    ]
+    alone = backend.state_nbytes(len(prompt) + 3, drafts=False)
+    config = SchedulerConfig(max_bytes=5 * alone // 2)
+    scheduler, running, tokens = Scheduler(backend, config), [], {}
+    scheduler.submit_group(requests)
+    while scheduler.busy:
+        for request, step in scheduler.step():
+            tokens.setdefault(request, []).extend(step.tokens)
+        running.append(scheduler.running)
+        assert scheduler.nbytes <= config.max_bytes
+    assert max(running) == len(requests)
+    assert list(tokens.values()) == [tokens[requests[0]]] * len(requests)
+    assert backend.target.arena.slabs[0].is_free
 
 
 def test_a_fork_that_fails_in_the_middle_gives_its_regions_back(folders):

@@ -253,10 +253,10 @@ class Ranks:
 
 
 def places(states):
-    """The slab and the first column of each state; None for one that is closed."""
-    regions = [state.kv_cache.region for state in states]
-    slabs = states[0].kv_cache.arena.slabs if states else []
-    return [None if x is None else (slabs.index(x.slab), x.first) for x in regions]
+    """The slab and the pages of each state; None for one that is closed."""
+    caches = [state.kv_cache for state in states]
+    slabs = caches[0].arena.slabs if states else []
+    return [None if x.slab is None else (slabs.index(x.slab), x.pages.tolist()) for x in caches]
 
 
 @pytest.fixture
@@ -382,7 +382,7 @@ def test_a_fork_that_fails_leaves_no_state_on_any_rank(ranks, monkeypatch):
     assert len(cache) == 0
     state.close()
     ranks.check()
-    assert not any(state.kv_cache.region for state in ranks.following)
+    assert not any(state.kv_cache.slab for state in ranks.following)
 
 
 def test_a_forward_pass_that_fails_on_rank_0_alone_is_the_last(ranks, monkeypatch):

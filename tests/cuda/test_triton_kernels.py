@@ -310,7 +310,9 @@ FAULTS = {
     "no mask": ("tl.where(visible, scores * LOG2_E", "tl.where(visible | True, scores * LOG2_E"),
     "old sums that keep their scale": ("out * share[:, None] + tl", "out + tl"),
     "chunks that keep their scale": ("total = total * share + part_total", "total += part_total"),
-    "another sequence's columns": ("tl.load(first_pointer + row)", "tl.load(first_pointer)"),
+    "another sequence's pages": ("tl.load(table_pointer + row)", "tl.load(table_pointer)"),
+    "the first page alone": ("table + tile // PAGE", "table"),
+    "the page of another node": ("table + offsets // PAGE", "table + positions // PAGE"),
     "another key head": ("k_head = k_pointer + kv_head", "k_head = k_pointer + 0 * kv_head"),
     "the queries of another product": ("more_q, more_bounds, k", "q, more_bounds, k"),
     "a chunk that is left out": (

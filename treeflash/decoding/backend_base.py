@@ -119,7 +119,8 @@ K = TypeVar("K", bound=KVCache)
 class BaseState(ABC, Generic[K, R]):
     """A `SequenceState` from KV caches, unread features and the states of recurrent layers.
 
-    A backend defines `copy`. If it runs targets with recurrent layers, it also defines
+    A backend defines `copy`. If states share memory, it also defines `shared_nbytes` and
+    `shareable_nbytes`. If it runs targets with recurrent layers, it also defines
     `recurrent_states`, `restore_recurrent` and `recurrent_arrays`. If it stores states, it defines
     `to_host` and `from_host`, and with recurrent layers `export_recurrent` and `load_recurrent`.
 
@@ -209,6 +210,13 @@ class BaseState(ABC, Generic[K, R]):
         drafter = self.drafter.nbytes if self.drafter is not None else 0
         arrays = (*self.context, *self.recurrent_arrays())
         return self.kv_cache.nbytes + drafter + arrays_nbytes(arrays)
+
+    @property
+    def shared_nbytes(self) -> int:
+        return 0
+
+    def shareable_nbytes(self, length: int) -> int:
+        return 0
 
     @property
     def needs_snapshots(self) -> bool:

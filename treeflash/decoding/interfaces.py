@@ -62,7 +62,17 @@ class SequenceState(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """Device memory that the state holds, bytes, its snapshots included."""
+        """Device memory that the state holds, bytes, its snapshots included.
+
+        Memory that states share counts for them in equal parts.
+        """
+
+    @property
+    def shared_nbytes(self) -> int:
+        """Bytes among `Backend.state_nbytes` that count for other states, which share them."""
+
+    def shareable_nbytes(self, length: int) -> int:
+        """Return the bytes that a fork at this length shares, and so needs no memory for."""
 
     @property
     def needs_snapshots(self) -> bool:

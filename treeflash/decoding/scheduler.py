@@ -307,7 +307,7 @@ class Scheduler:
             leader = self._leader(first)
             if leader is not None and leader.state.length < len(first.request.prompt_ids) - 1:
                 break  # it is still running the prompt
-            if not self._make_room(first.request):
+            if not self._make_room(first.request, leader=leader):
                 break
             del self._waiting[0]
             try:
@@ -380,10 +380,7 @@ class Scheduler:
 
     def _start(self, waiting: _Waiting, leader: RunningSequence | None) -> None:
         request = waiting.request
-        if leader is None:
-            source, cached = self._find(request)
-        else:
-            source, cached = leader.state, leader.state.restorable(len(request.prompt_ids) - 1)
+        source, cached = self._source(request, leader)
         capacity = self._capacity(request)
         restored = None if self._restoration is None else self._restoration[1].state
         self._restoration = None
@@ -407,10 +404,24 @@ class Scheduler:
         self._running.append(sequence)
         sequence.resume(None)
 
-    def _make_room(self, request: Request | None = None, copied: int = 0) -> bool:
+    def _source(
+        self, request: Request, leader: RunningSequence | None
+    ) -> tuple[SequenceState | None, int]:
+        """Return the state that a sequence forks, and at which length; see `_find`."""
+        if leader is None:
+            return self._find(request)
+        return leader.state, leader.state.restorable(len(request.prompt_ids) - 1)
+
+    def _make_room(
+        self,
+        request: Request | None = None,
+        copied: int = 0,
+        leader: RunningSequence | None = None,
+    ) -> bool:
         """Shrink the prefix cache until the running sequences' states fit; whether they do.
 
-        Room is made for a `request` that is to start, and for `copied` bytes of a state.
+        Room is made for a `request` that is to start, perhaps as a fork of a `leader`, and for
+        `copied` bytes of a state. What states share counts once.
         """
         if self.config.max_bytes is None:
             return True
@@ -421,9 +432,15 @@ class Scheduler:
         requests += [] if request is None else [request]
         states = [(self._capacity(x), x.config.drafts) for x in requests]
         free = self.config.max_bytes - states_nbytes(self.backend, states) - copied
+        free += sum(sequence.state.shared_nbytes for sequence in self._running)
+        cached = 0 if self.prefix_cache is None else self.prefix_cache.nbytes
+        if request is not None and cached > free:
+            # The state that it continues is then the last to leave.
+            source, length = self._source(request, leader)
+            saved = 0 if source is None else source.shareable_nbytes(length)
+            if source is not None and (leader is not None or source.nbytes <= free + saved):
+                free += saved
         if free >= 0 and self.prefix_cache is not None:
-            if request is not None and self.prefix_cache.nbytes > free:
-                self._find(request)  # the state that it continues is then the last to leave
             self.prefix_cache.shrink(free)
         return free >= 0
 
@@ -439,6 +456,8 @@ class Scheduler:
         finally:
             self._running.remove(sequence)
             sequence.close()
+            if self.prefix_cache is not None:  # what the sequence shared with its states is theirs
+                self.prefix_cache.shrink(self.prefix_cache.max_bytes)
 
     def _cache(self, sequence: RunningSequence, cache: PrefixCache) -> None:
         """Copy the state of a finished sequence into the prefix cache, if there is memory."""
@@ -449,7 +468,7 @@ class Scheduler:
             return
         prefix = self._prefix(sequence.request, sequence.tokens[:length])
         cache.retire(prefix, sequence.state)
-        if not self._make_room(copied=nbytes):
+        if not self._make_room(copied=nbytes - sequence.state.shareable_nbytes(length)):
             return
         try:
             # A fork does not have room for more tokens.

@@ -84,13 +84,11 @@ class RowStore:
         else:
             ((cache, first, n),) = segments
             rows = n * blocks[0].repeats
-            region = cache.reserve(like, like, first + n)
+            cache.reserve(like, like, first, first + n)
             # Repeated rows go behind the last column, as far as there is room; no row reads them.
-            own = slice(first, min(first + rows, region.columns))
+            own = cache.views(first, min(first + rows, cache.capacity), width)
             # By row, as layers give keys and values.
-            self._columns = [
-                (k[0].transpose(0, 1), v[0].transpose(0, 1)) for k, v in region.views(own, width)
-            ]
+            self._columns = [(k[0].transpose(0, 1), v[0].transpose(0, 1)) for k, v in own]
 
     def turn(
         self,
@@ -129,7 +127,7 @@ class MaskedAttention(RowStore):
 
     def __init__(self, facts: DecoderFacts, blocks: Sequence[Block]) -> None:
         super().__init__(facts, blocks)
-        self._seen = [block.cache.columns(0, block.committed + len(block)) for block in blocks]
+        self._seen = [block.cache.views(0, block.committed + len(block)) for block in blocks]
         self._masks: dict[int | None, list[Tensor | None]] = {}
 
     def attend(self, layer: int, queries: Tensor, window: int | None) -> Tensor:
@@ -184,7 +182,7 @@ class ExactAttention(RowStore):
         if window not in self._plans:
             function = None if window is None else partial(sees, window)
             members = [
-                (rows, block.cache.taken.parts)
+                (rows, block.cache.parts)
                 for block in self.blocks
                 for rows in ExactBlock(block.committed, block.positions, block.ancestors).rows(
                     function

@@ -20,7 +20,7 @@ from treeflash_cuda.decoder.operations import Rotation
 
 
 class KernelAttention:
-    """`Attention` over the columns of the sequences' regions."""
+    """`Attention` over the columns of the sequences."""
 
     def __init__(
         self, facts: DecoderFacts, blocks: Sequence[Block], *, kernels: LayerKernels
@@ -59,10 +59,8 @@ class KernelAttention:
         rows = units = columns = stride = 0
         for block in self.blocks:
             n, committed = len(block), block.committed
-            block.cache.allocate()
-            like = block.cache.arena.like
-            assert like is not None
-            (part,) = block.cache.reserve(like, like, committed + n).parts
+            block.cache.reserve_rows(committed, committed + n)
+            (part,) = block.cache.parts
             layer, kind, head, stride = part.stride()[:4]
             first = part.data_ptr() + np.arange(len(part)) * layer * part.itemsize
             rows, columns = rows + n, max(columns, committed + n)

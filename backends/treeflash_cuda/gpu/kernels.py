@@ -17,7 +17,7 @@ from torch import Tensor
 from treeflash.errors import first_line, is_out_of_memory
 from treeflash_cuda.cache import decoded
 from treeflash_cuda.operations import RandomInputs, Shapes, tree_attention
-from treeflash_cuda.visible_keys import RowPlan, VisibleKeys
+from treeflash_cuda.visible_keys import PAGE, RowPlan, VisibleKeys
 
 TOLERANCE = 0.01
 """Root mean square error of a kernel's outputs in standard deviations. Fused kernels round the
@@ -81,7 +81,8 @@ def load_flash_attention(
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float) -> Tensor:
     """Compute a `CausalAttention` by PyTorch's definition of the operation for trees."""
-    plan = RowPlan.of(np.array([0]), np.array([len(k) - len(q)]), [len(q)], 1)
+    table = np.arange(-(-len(k) // PAGE))
+    plan = RowPlan.of([table], np.array([len(k) - len(q)]), [len(q)], 1)
     arrays = (torch.from_numpy(np.asarray(x, np.int32)).to(q.device) for x in plan.arrays())
     keys = VisibleKeys.of_rows(*arrays)
     keys = keys if window is None else keys.within(window)

@@ -28,6 +28,7 @@ from treeflash.errors import first_line
 from treeflash_cuda.cache import Arena
 from treeflash_cuda.gpu.graphs import Graphs
 from treeflash_cuda.gpu.state_arena import CommittedStates
+from treeflash_cuda.recurrent_states import RecurrentStates
 from treeflash_cuda.state import State
 from treeflash_cuda.target import Rows, RowsResult, Target
 from treeflash_cuda.verifier import Path, Verifier
@@ -99,10 +100,18 @@ _numbers = itertools.count()
 class LeaderState(State):
     """The state of a sequence on rank 0; the other ranks have states with the same number."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        target: Arena,
+        drafter: Arena | None,
+        capacity: int,
+        block: int = 0,
+        recurrent: RecurrentStates | None = None,
+        takes_room: bool = True,
+    ) -> None:
+        super().__init__(target, drafter, capacity, block, recurrent, takes_room)
         self.number = next(_numbers)
-        followers.tell("open", self.number, self.kv_cache.capacity)
+        followers.tell("open", self.number, capacity, takes_room)
 
     def copy(self, length: int, capacity: int, recurrent: CommittedStates | None) -> LeaderState:
         new = super().copy(length, capacity, recurrent)
@@ -175,8 +184,8 @@ def _follow(target: Target) -> None:
                 return
             case "reserve", nbytes:
                 target.arena.reserved_nbytes = nbytes
-            case "open", number, capacity:
-                states[number] = State(target.arena, None, capacity)
+            case "open", number, capacity, takes_room:
+                states[number] = State(target.arena, None, capacity, 0, None, takes_room)
             case "copy", old, new, length:
                 states[new].kv_cache.copy_from(states[old].kv_cache, length)
             case "rollback", number, length:

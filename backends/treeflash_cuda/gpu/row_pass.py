@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from treeflash.decoding.tree import DraftTree
-from treeflash_cuda.cache import Region, Slab
+from treeflash_cuda.cache import NO_PAGES, Pages, Slab
 from treeflash_cuda.gpu.graphs import MAX_ROWS, Outputs, padded_order, power_of_two, round_up
 from treeflash_cuda.gpu.state_arena import TreeWrites, WrittenTree
 from treeflash_cuda.numerics import pack, unpack, upload
@@ -27,14 +27,13 @@ from treeflash_cuda.recurrence import TreeNodes, plan_nodes
 from treeflash_cuda.sampling import Logits, finite_argmax
 from treeflash_cuda.state import State
 from treeflash_cuda.target import PASS_NAME, Rows, RowsResult, Target
-from treeflash_cuda.visible_keys import RowPlan, VisibleKeys
+from treeflash_cuda.visible_keys import PAGE, RowPlan, VisibleKeys
 
 MAX_CHUNK = 256
 """The most next tokens of a sequence that are rows of this pass where there is a kernel that is
 faster for prompts."""
 MIN_DEPTHS = 64
 """Depths of trees for which paths have room; deeper trees, which are rare, have other graphs."""
-OUTGROWN = "the sequence has outgrown its capacity"
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,9 +107,7 @@ class RowPass:
         graphs, count = target.graphs, self._count(rows)
         captured = graphs.is_capturing and count <= MAX_ROWS
         sizes = np.array([len(tokens) for _, tokens in rows])
-        regions = [region_of(state) for state, _ in rows]
-        for (state, tokens), region in zip(rows, regions, strict=True):
-            assert region is None or state.length + len(tokens) <= region.columns, OUTGROWN
+        tables, slots = zip(*(rows_of(state, len(tokens)) for state, tokens in rows), strict=True)
         stride, trees = None, (len(rows), int(sizes.max()))
         if arena is None:
             order = padded_order(count, round_up(count) if captured else count)
@@ -120,7 +117,7 @@ class RowPass:
         operations = target.operations
         assert operations is not None
         plan = RowPlan.of(
-            np.array([0 if region is None else region.first for region in regions]),
+            tables,
             np.array([state.length for state, _ in rows]),
             [tokens if isinstance(tokens, DraftTree) else len(tokens) for _, tokens in rows],
             target.groups,
@@ -130,7 +127,8 @@ class RowPass:
         ids = [x.tokens if isinstance(x, DraftTree) else x for _, x in rows]
         placed = plan.arranged(order, depths)
         rotary = np.concatenate([state.rotary_positions(x) for state, x in rows])
-        arrays = [np.concatenate(ids)[order], rotary[order], placed.slots, *placed.arrays()]
+        arrays = [np.concatenate(ids)[order], rotary[order]]
+        arrays += [np.concatenate(slots)[order], *placed.arrays()]
         slab, addresses = slab_of(rows[0][0]), 0
         if arena is not None:
             recurrent = [state.recurrent for state, _ in rows if state.recurrent is not None]
@@ -192,16 +190,20 @@ def has_features(state: State, tokens: DraftTree | Sequence[int]) -> bool:
     return not isinstance(tokens, DraftTree) and state.has_features(len(tokens))
 
 
-def region_of(state: State) -> Region | None:
-    """Return the columns of a sequence; None if no layer of the target has keys and values."""
+def slab_of(state: State) -> Slab | None:
+    """Return the slab of a sequence; None if no layer of the target has keys and values."""
     cache = state.kv_cache
     return None if cache.arena.like is None else cache.allocate()
 
 
-def slab_of(state: State) -> Slab | None:
-    """Return the allocation that has the columns of a sequence."""
-    region = region_of(state)
-    return None if region is None else region.slab
+def rows_of(state: State, count: int) -> tuple[Pages, NDArray[np.int64]]:
+    """Return the table of a sequence and the (count,) columns of its next rows."""
+    cache, offsets = state.kv_cache, state.length + np.arange(count)
+    if cache.arena.like is None:
+        return NO_PAGES, np.zeros_like(offsets)
+    assert cache.arena.page == PAGE
+    cache.reserve_rows(state.length, state.length + count)
+    return cache.table(state.length + count), cache.columns_at(offsets)
 
 
 def _rectangle(sizes: NDArray[np.int64], trees: int, nodes: int) -> NDArray[np.int64]:

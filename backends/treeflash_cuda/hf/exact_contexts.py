@@ -128,8 +128,8 @@ class ExactCache(TreeCache):
                 self._slabs.append((slab.views(slice(None), width), rows, columns))
         else:
             ((sequence, first, n),) = segments
-            region = sequence.reserve(like, like, first + n)
-            self._new = region.views(slice(first, min(first + tokens, region.columns)), width)
+            sequence.reserve(like, like, first, first + n)
+            self._new = sequence.views(first, min(first + tokens, sequence.capacity), width)
 
     def attend(
         self,
@@ -150,7 +150,7 @@ class ExactCache(TreeCache):
         key = id(inputs.mask), inputs.query.shape[1]
         if key not in self._plans:
             members = [
-                (rows, cache.taken.parts)
+                (rows, cache.parts)
                 for context, mask, cache in zip(sequences, masks, self.sequences, strict=True)
                 for rows in context.layout(inputs, mask)
             ]

@@ -10,7 +10,14 @@ from torch import Tensor
 from transformers import Cache
 
 from treeflash.errors import UnsupportedModelError
-from treeflash_cuda.cache import DIFFERENT_SHAPES, Columns, KVCache, PackedRows, Slab
+from treeflash_cuda.cache import (
+    DIFFERENT_SHAPES,
+    Columns,
+    KVCache,
+    PackedRows,
+    SeenColumns,
+    Slab,
+)
 
 LAYER = "treeflash_layer"
 """The attribute of keys and values with the index of the layer that stored them: later layers may
@@ -25,9 +32,11 @@ class TreeCache(Cache):
         self.sequences = sequences  # in the order of their rows
         self.rows = rows  # number of rows of each sequence
         self.layer = 0  # the one that was updated last, or whose keys are attended to
+        # Rows are written by either: views of a single sequence's columns, if they follow one
+        # another, make fewer operations.
         self._packed: PackedRows | None = None
         self._new: Columns = []
-        self._views: list[Columns] = []
+        self._seen: list[SeenColumns] = []  # the columns of each sequence, its rows included
 
     @torch.compiler.disable
     def update(
@@ -40,23 +49,30 @@ class TreeCache(Cache):
         """
         self.layer = layer_idx
         keys, values = map(self.sequences[0].arena.encode, (key_states, value_states))
-        if len(self.sequences) > 1:
-            if self._packed is None:
-                parts = list(zip(self.sequences, self.rows, strict=True))
-                self._packed = PackedRows([(x, x.length, n) for x, n in parts], keys)
-                self._views = [x.columns(0, x.length + n) for x, n in parts]
+        if not self._seen:
+            self._reserve_rows(keys, values)
+        if self._packed is not None:
             self._packed.write(layer_idx, keys, values)
+        else:
+            for storage, x in zip(self._new[layer_idx], (keys, values), strict=True):
+                if x.shape != storage.shape:
+                    raise UnsupportedModelError(DIFFERENT_SHAPES)
+                storage.copy_(x)
+        if len(self.sequences) > 1:
             return self.marked(key_states, value_states)
-        if not self._views:
-            (sequence,), (n,) = self.sequences, self.rows
-            sequence.reserve(keys, values, sequence.length + n)
-            self._new = sequence.columns(sequence.length, sequence.length + n)
-            self._views = [sequence.columns(0, sequence.length + n)]
-        for storage, x in zip(self._new[layer_idx], (keys, values), strict=True):
-            if x.shape != storage.shape:
-                raise UnsupportedModelError(DIFFERENT_SHAPES)
-            storage.copy_(x)
         return self.marked(*self.visible_columns()[0])
+
+    def _reserve_rows(self, keys: Tensor, values: Tensor) -> None:
+        """Reserve the columns of all rows, for keys and values of a layer like these."""
+        segments = [(x, x.length, n) for x, n in zip(self.sequences, self.rows, strict=True)]
+        if len(segments) == 1:
+            ((sequence, first, n),) = segments
+            slab, end = sequence.reserve(keys, values, first, first + n), first + n
+            if isinstance(index := sequence.index(first, end), slice):
+                self._new = slab.views(index)
+        if not self._new:
+            self._packed = PackedRows(segments, keys)
+        self._seen = [SeenColumns(x, first + n) for x, first, n in segments]
 
     def marked(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys and values of `layer` with its index."""
@@ -75,7 +91,7 @@ class TreeCache(Cache):
 
     def visible_columns(self) -> list[tuple[Tensor, Tensor]]:
         """Return `layer`'s stored keys and values, (1, kv_heads, length + n, width)."""
-        return [views[self.layer] for views in self._views]
+        return [seen.layer(self.layer) for seen in self._seen]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Count the committed positions; models are given the positions of all rows."""

@@ -474,12 +474,11 @@ class ModelTarget(Target):
                 assert committed is not None
                 self.state_arena = StateArena(committed, self.transposed_layers)
                 self.states_nbytes = arrays_nbytes(state.recurrent_arrays())
-            region = state.kv_cache.region
-            if kv_bits is not None and region is not None:
-                check_quantisation(region.parts[0].shape[4], family)
+            if kv_bits is not None and self.arena.like is not None:
+                check_quantisation(self.arena.like.shape[3], family)
             # Recurrent layers need no room in it.
             layers = len(self.attention_slots) if self.is_hybrid else self.arena.layers
-            self.arena = self.arena.resized(layers, region, self.dtype if kv_bits else None)
+            self.arena = self.arena.resized(layers, self.dtype if kv_bits else None)
             state.close()
         self.softcap, self.has_sinks = context.softcap, context.has_sinks
         self.reads_cache = context.reads_cache

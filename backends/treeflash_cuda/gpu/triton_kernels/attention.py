@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from treeflash_cuda.gpu.triton_kernels import MAX_REGISTERS, needs_registers
-from treeflash_cuda.visible_keys import CHUNK, PLACES_EACH, VisibleKeys, block_rows
+from treeflash_cuda.visible_keys import CHUNK, PAGE, PLACES_EACH, VisibleKeys, block_rows
 
 STAGES = tl.constexpr(4)
 """Chunks whose sums are loaded at once, as a program would wait for memory in each of them."""
@@ -44,7 +44,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 @triton.jit
 def _load_columns(
     cache,  # the cache of one key head
-    columns,  # (tile,) int64
+    columns,  # (tile,) int32
     used,  # (tile,) bool; other columns may hold NaN
     stride,
     HEAD_DIM: tl.constexpr,
@@ -53,7 +53,7 @@ def _load_columns(
     QUANTISED: tl.constexpr,
 ):
     """Load the (tile, DIMS) keys or values of columns, 0 where they are not used."""
-    dims = tl.arange(0, DIMS)
+    dims, columns = tl.arange(0, DIMS), columns.to(tl.int64)
     mask = used[:, None] & (dims < HEAD_DIM)[None, :]
     x = tl.load(cache + columns[:, None] * stride + dims[None, :], mask=mask, other=0)
     if QUANTISED:  # a float32 scale follows the numbers of a column
@@ -168,6 +168,7 @@ def _attend_to_chunk(
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
     CHUNK: tl.constexpr,
+    PAGE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     SINK: tl.constexpr,
     QUANTISED: tl.constexpr,
@@ -176,7 +177,7 @@ def _attend_to_chunk(
     """Attend from 1 or 2 times `ROWS` queries to the tiles of a chunk that all rows share."""
     row, first_query, end_query, chunk, kv_head, heads = block
     q_pointer, k_pointer, v_pointer = inputs
-    first_pointer, shared_pointer, start_pointer, end_pointer, sink_pointer = ranges
+    pages_pointer, table_pointer, shared_pointer, start_pointer, end_pointer, sink_pointer = ranges
     q_row_stride, q_head_stride, kv_head_stride, kv_column_stride, scale, softcap = factors
     queries = first_query + tl.arange(0, ROWS)
     bounds = _load_range(queries, end_query, start_pointer, end_pointer, GROUPS)
@@ -205,11 +206,13 @@ def _attend_to_chunk(
             )
         k_head = k_pointer + kv_head.to(tl.int64) * kv_head_stride
         v_head = v_pointer + kv_head.to(tl.int64) * kv_head_stride
-        first = tl.load(first_pointer + row).to(tl.int64)
+        table = pages_pointer + tl.load(table_pointer + row)
         dtype: tl.constexpr = q_pointer.dtype.element_ty
         for tile in range(low, high, TILE):
             positions = tile + tl.arange(0, TILE)
-            columns, used = first + positions, positions < common
+            # A page has whole tiles.
+            first = tl.load(table + tile // PAGE) * PAGE + tile % PAGE
+            columns, used = first + tl.arange(0, TILE), positions < common
             k = _load_columns(
                 k_head, columns, used, kv_column_stride, HEAD_DIM, DIMS, dtype, QUANTISED
             )
@@ -243,7 +246,8 @@ def _shared_positions(
     q_pointer,
     k_pointer,
     v_pointer,
-    first_pointer,
+    pages_pointer,
+    table_pointer,
     shared_pointer,
     start_pointer,
     end_pointer,
@@ -265,6 +269,7 @@ def _shared_positions(
     PAIR: tl.constexpr,  # whether there are two products for each tile where a block has the rows
     TILE: tl.constexpr,
     CHUNK: tl.constexpr,
+    PAGE: tl.constexpr,
     BLOCK: tl.constexpr,
     SOFTCAP: tl.constexpr,
     SINK: tl.constexpr,
@@ -275,7 +280,7 @@ def _shared_positions(
     parts: tl.constexpr = (BLOCK * GROUPS + size - 1) // size
     kv_head, part = tl.program_id(1) // parts, tl.program_id(1) % parts
     inputs = q_pointer, k_pointer, v_pointer
-    ranges = first_pointer, shared_pointer, start_pointer, end_pointer, sink_pointer
+    ranges = pages_pointer, table_pointer, shared_pointer, start_pointer, end_pointer, sink_pointer
     results = places_pointer, sums_pointer, outputs_pointer
     factors = q_row_stride, q_head_stride, kv_head_stride, kv_column_stride, scale, softcap
     for item in range(tl.program_id(0), tl.load(count_pointer), tl.num_programs(0)):
@@ -291,13 +296,13 @@ def _shared_positions(
                 _attend_to_chunk(
                     *(block, inputs, ranges, results, factors),
                     *(GROUPS, HEAD_DIM, DIMS),
-                    *(ROWS, TILE, CHUNK, SOFTCAP, SINK, QUANTISED, True),
+                    *(ROWS, TILE, CHUNK, PAGE, SOFTCAP, SINK, QUANTISED, True),
                 )
         if (last_alone <= first_query) & (first_query < end_query):
             _attend_to_chunk(
                 *(block, inputs, ranges, results, factors),
                 *(GROUPS, HEAD_DIM, DIMS),
-                *(ROWS, TILE, CHUNK, SOFTCAP, SINK, QUANTISED, False),
+                *(ROWS, TILE, CHUNK, PAGE, SOFTCAP, SINK, QUANTISED, False),
             )
 
 
@@ -351,7 +356,8 @@ def _own_positions(
     q_pointer,
     k_pointer,
     v_pointer,
-    first_pointer,
+    pages_pointer,
+    table_pointer,
     shared_pointer,
     start_pointer,
     end_pointer,
@@ -376,6 +382,7 @@ def _own_positions(
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
     CHUNK: tl.constexpr,
+    PAGE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     SINK: tl.constexpr,
     SINKS: tl.constexpr,
@@ -388,7 +395,7 @@ def _own_positions(
     start, end = tl.load(start_pointer + row), tl.load(end_pointer + row)
     shared, first_place = tl.load(shared_pointer + row), tl.load(places_pointer + row)
     common = shared // TILE * TILE
-    first = tl.load(first_pointer + row).to(tl.int64)
+    table = pages_pointer + tl.load(table_pointer + row)
     path_row = paths_pointer + row.to(tl.int64) * depths
     begin, sink = start, 0
     if SINK:
@@ -426,7 +433,9 @@ def _own_positions(
             visible = visible & (positions < end)
             depth = positions - shared
             path = tl.load(path_row + depth, mask=visible & (depth >= 0), other=0)
-            columns = first + tl.where(depth < 0, positions, shared + path)
+            offsets = tl.where(depth < 0, positions, shared + path)
+            page = tl.load(table + offsets // PAGE, mask=visible, other=0)
+            columns = page * PAGE + offsets % PAGE
             k = _load_columns(
                 k_head, columns, visible, kv_column_stride, HEAD_DIM, DIMS, q.dtype, QUANTISED
             )
@@ -479,6 +488,7 @@ def tree_attention(
         "ROWS": ROWS,
         "TILE": tile_size(head_dim, wide=wide, quantised=quantised),
         "CHUNK": CHUNK,
+        "PAGE": PAGE,
         "SOFTCAP": softcap is not None,
         "SINK": keys.sink is not None,
         "QUANTISED": quantised,
@@ -487,7 +497,8 @@ def tree_attention(
     }
     strides = q.stride(0), q.stride(1), k.stride(0), k.stride(1)
     factors = scale, 0.0 if softcap is None else softcap
-    inputs = q, k, v, keys.first, keys.shared, keys.start, keys.end, keys.sink, work.places
+    ranges = keys.pages, keys.table, keys.shared, keys.start, keys.end, keys.sink
+    inputs = q, k, v, *ranges, work.places
     sums = q.new_empty((places, heads, 2), dtype=torch.float32)
     outputs = q.new_empty((places, heads, head_dim), dtype=torch.float32)
     # Products without tensor cores need the registers of the second rows themselves.
