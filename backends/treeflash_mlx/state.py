@@ -18,13 +18,13 @@ from treeflash_mlx.hybrid import RecurrentStates, state_arrays
 
 @dataclass(frozen=True, eq=False)
 class Ahead:
-    """A forward pass that was submitted before its turn."""
+    """The pass that may follow a pass over a single node, and may be submitted before its turn."""
 
     start: int  # committed positions before it
-    token: int
-    logits: mx.array  # (1, vocab)
-    outputs: mx.array | None  # (1, layers * hidden_size) of the captured layers
-    written: PassWrites
+    token: int = -1  # its token; -1 if it is not submitted
+    logits: mx.array | None = None  # (1, vocab)
+    outputs: mx.array | None = None  # (1, layers * hidden_size) of the captured layers
+    written: PassWrites | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,14 +63,12 @@ class State(BaseState[KVCache, RecurrentStates]):
     Attributes:
         kv_cache: the target's, with the states of its recurrent layers.
         context: a `ContextPart` of n positions each, (n, hidden_size) if it is projected.
-        single_until: positions until the end of the last pass over a single node.
-        ahead: the pass after it, if it has been submitted.
+        ahead: the pass that may follow the latest one, if that had a single node.
     """
 
     def __init__(self, kv_cache: KVCache, drafter: KVCache | None) -> None:
         initial = kv_cache.initial_states() if kv_cache.state_counts else None
         super().__init__(kv_cache, drafter, initial)
-        self.single_until = -1
         self.ahead: Ahead | None = None
 
     def copy(self, length: int, capacity: int, recurrent: RecurrentStates | None) -> State:
@@ -134,7 +132,7 @@ class State(BaseState[KVCache, RecurrentStates]):
 
     def rollback(self, length: int, recurrent: RecurrentStates | None) -> None:
         super().rollback(length, recurrent)
-        self.single_until, self.ahead = -1, None
+        self.ahead = None
 
     def close(self) -> None:
         super().close()

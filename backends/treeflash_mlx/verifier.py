@@ -116,12 +116,12 @@ class Verifier:
         state: Any = item.state
         if state.positions.shift:  # its rotary positions make a pass that is not plain
             return None
-        params, ahead, start = item.params, state.ahead, state.length
-        follows, state.ahead, state.single_until = state.single_until == start, None, start + 1
-        if not follows:
+        params, ahead, tokens = item.params, state.ahead, item.tree.tokens
+        state.ahead = None
+        if ahead is None or ahead.start != state.length:
             return None
-        if ahead is not None and (ahead.start, ahead.token) == (start, int(item.tree.tokens[0])):
-            outputs, tokens = Outputs(ahead.outputs), item.tree.tokens
+        if ahead.token == tokens[0]:
+            outputs = Outputs(ahead.outputs)
             logits, rows = ahead.logits, PassRows(state, outputs, 0, tokens, written=ahead.written)
         else:
             ((logits, rows),) = self._forward([(state, item.tree)])
@@ -154,7 +154,6 @@ class Verifier:
         mx.async_eval(logits, outputs)
         return Ahead(
             start=length + 1,
-            token=-1,  # not read yet
             logits=logits[0],
             outputs=None if outputs is None else outputs[0],
             written=written,
@@ -279,8 +278,9 @@ class Verifier:
             outputs, merged = self._merge(state, tree.tokens, outputs)
         shared = Outputs(outputs)
         made: dict[State, Found] = {}
+        follows = not prefill and len(sequences) == n == 1
         for row, (state, tree) in enumerate(by_row):
-            state.ahead = None
+            state.ahead = Ahead(state.length + 1) if follows else None
             part = PassRows(state, shared, row * n, tree.tokens, merged, written)
             made[state] = rows[state.kv_cache.row, : len(tree)], part
         return [made[state] for state, _ in sequences]
