@@ -14,7 +14,7 @@ from torch import Tensor
 from treeflash.config import LoadConfig
 from treeflash.decoding.backend_base import UNQUANTISED_BITS
 from treeflash.drafters.config import DrafterShape
-from treeflash.drafters.folder import StoredTensor, read_quantised
+from treeflash.drafters.folder import StoredTensor, open_folder, read_quantised
 from treeflash.drafters.loading import Layout, block_tensors, mtp_tensors, read_layout
 from treeflash.drafters.mtp_heads import refuse_missing_targets, refuse_window
 from treeflash_cuda.cpu.decoder_target import DecoderTarget
@@ -51,6 +51,7 @@ def load_packed_drafter(
     layout = drafter_layout(folder, target)
     target.capture(layout.config.target_layer_ids)
     bits = choose_draft_bits(config.draft_bits, target)
+    operations = load_drafter_operations(layout.config, target, bits)
     model: Model
     head: Head | None
     if layout.format.kind == "rows":
@@ -59,7 +60,7 @@ def load_packed_drafter(
         head = None if model.config.has_marginals else MtpHead(model, OutputStage(model, target))
     else:
         model, head = load_drafter(layout, target)
-    model.operations = load_drafter_operations(layout.config, target, bits)
+    model.operations = operations
     pack_drafter(model, head, target, bits)
     return model, head
 
@@ -134,7 +135,7 @@ def drafter_layout(folder: Path, target: Target) -> Layout:
     """Check that the drafter of a folder belongs to the target, before its weights are read."""
     vocab_size, hidden_size = target.embeddings.shape
     return read_layout(
-        folder,
+        open_folder(folder),
         hidden_size=hidden_size,
         vocab_size=vocab_size,
         num_hidden_layers=len(target.layers),

@@ -11,7 +11,7 @@ from small_training import CPU, ON_CPU, TINY_RUN, VOCAB, random_texts, write_pre
 
 from treeflash.commands import adapt
 from treeflash.drafters.folder import read_tensors
-from treeflash.drafters.formats import drafter_config
+from treeflash.drafters.loading import drafter_config
 from treeflash.errors import PromptError
 from treeflash.testing import require
 from treeflash.testing.models import write_drafter

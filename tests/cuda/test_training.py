@@ -11,7 +11,7 @@ from treeflash.config import DecodeConfig, LoadConfig
 from treeflash.decoding import Request, decode
 from treeflash.drafters.evaluation import DrafterEvaluation, read_evaluation
 from treeflash.drafters.folder import read_config, read_tensors
-from treeflash.drafters.formats import drafter_config
+from treeflash.drafters.loading import drafter_config
 from treeflash.errors import BackendError, CheckpointError, ConfigError
 from treeflash.reference.backend import load as load_reference
 from treeflash.testing import require

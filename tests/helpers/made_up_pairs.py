@@ -9,7 +9,7 @@ import numpy as np
 
 from treeflash.decoding.interfaces import Pass, Prefill
 from treeflash.decoding.sampling import SampledTokens
-from treeflash.drafters.formats import drafter_config
+from treeflash.drafters.loading import drafter_config
 from treeflash.errors import CheckpointError
 
 VOCAB = 259  # of the byte tokenizer

@@ -13,7 +13,7 @@ from treeflash.config import DecodeConfig, LoadConfig
 from treeflash.decoding import Request, decode
 from treeflash.decoding.session import SequenceSession
 from treeflash.drafters.conversion import convert
-from treeflash.drafters.formats import drafter_config
+from treeflash.drafters.loading import drafter_config
 from treeflash.hub.models import resolve_drafter
 from treeflash.reference.backend import load as load_reference
 from treeflash.testing.models import edit_config, write_dialect, write_drafter, write_target

@@ -19,7 +19,8 @@ from treeflash.cli.options import add_device_options, add_options, load_model, w
 from treeflash.config import AUTO, LoadConfig, write_whole
 from treeflash.drafters.config import DrafterConfig
 from treeflash.drafters.folder import read_config, stored_tensors
-from treeflash.drafters.formats import HEADS, drafter_config
+from treeflash.drafters.formats import HEADS
+from treeflash.drafters.loading import drafter_config
 from treeflash.errors import ConfigError, PromptError
 from treeflash.evaluation.records import block_efficiencies, resamples, with_interval
 from treeflash.evaluation.run import Case, Evaluation, check_max_tokens, encode_rows

@@ -132,9 +132,9 @@ def backbone_config(
         raise ValueError(f"block_size must be at most {MAX_BLOCK_SIZE}, got {block_size}")
     if mask_token_id is None:
         raise KeyError("mask_token_id")
-    inv_freq, rope_scale = inverse_frequencies(rope_parameters(config), sizes["head_dim"])
     sliding = sliding_layers(config, layers)
     window = window_size(config["sliding_window"]) if any(sliding) else None
+    inv_freq, rope_scale = inverse_frequencies(rope_parameters(config), sizes["head_dim"])
     vocab_size = config.get("vocab_size")
     return DrafterConfig(
         **sizes,

@@ -19,7 +19,7 @@ from treeflash.drafters.folder import read_config, read_stored, weight_files, wr
 from treeflash.drafters.format import Format
 from treeflash.drafters.formats import HEADS, TRAINING_TENSORS
 from treeflash.drafters.heads.treeflash import PREFIX as TREEFLASH_PREFIX
-from treeflash.drafters.loading import check_shapes
+from treeflash.drafters.loading import check_shapes, drafter_config
 from treeflash.errors import ConfigError
 
 Config = dict[str, Any]
@@ -68,7 +68,7 @@ def convert(folder: Path, output: Path, to: str, *, target: str | None = None) -
     """
     if to not in CONVERSIONS:
         raise ConfigError(f"unknown format {to!r}; choose one of {', '.join(CONVERSIONS)}")
-    parsed, config = formats.drafter_config(folder), read_config(folder)
+    parsed, config = drafter_config(folder), read_config(folder)
     source = formats.detect_format(config)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"{output} exists and is not an empty folder")

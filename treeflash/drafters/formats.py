@@ -18,10 +18,8 @@ of speculators are at the top level, and the layers' settings in `transformer_la
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from treeflash.drafters import backbone
@@ -30,12 +28,10 @@ from treeflash.drafters.config import (
     inverse_frequencies,
     rope_parameters,
 )
-from treeflash.drafters.folder import read_config
 from treeflash.drafters.format import Config, Format, Names, Shapes
 from treeflash.drafters.heads import domino, markov, selector, treeflash
 from treeflash.drafters.heads.head_format import HeadFormat
 from treeflash.drafters.heads.treeflash import PREFIX as TREEFLASH_PREFIX
-from treeflash.errors import CheckpointError
 
 HEADS: dict[str, HeadFormat] = {
     **treeflash.HEADS,
@@ -83,32 +79,6 @@ ATTENTION_KEYS = ("add_swa_attention_sink_bias", "attention_sink_bias", "use_swa
 """Settings of attention sinks and windows, which all formats but speculators may have."""
 TRAINING_TENSORS = frozenset({"t2d", "verifier_lm_head.weight", "verifier_norm.weight"})
 """Tensors that only training needs, in folders of speculators."""
-
-
-def drafter_config(folder: Path) -> DrafterConfig:
-    """Read the block drafter of a folder; a CheckpointError if it is invalid or not supported."""
-    config = read_config(folder)
-    with explained(folder, lambda: detect_format(config)):
-        return parse_drafter_config(config)
-
-
-@contextmanager
-def explained(folder: Path, find: Callable[[], Format]) -> Iterator[None]:
-    """Make errors of a configuration errors for users; `find` finds the folder's format."""
-    path = folder / "config.json"
-    if (folder / "mask_embedding.pt").exists():
-        raise CheckpointError(f"{folder} has a mask_embedding.pt, which is not supported")
-    try:
-        yield
-    except KeyError as error:
-        # A configuration of no other format passes for one of DFlash.
-        name = find().name
-        hint = f"{name} drafters need it; set it to the value used in training"
-        if name in (DFLASH.name, TREEFLASH.name):
-            hint = "is it a DFlash or TreeFlash drafter?"
-        raise CheckpointError(f"{path} lacks {error}; {hint}") from error
-    except (AttributeError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{path} is not valid: {error}") from error
 
 
 def parse_drafter_config(config: Config) -> DrafterConfig:
@@ -202,7 +172,8 @@ def drafter_shapes(
     `head_size` is I, the inner width of a TreeFlash head; `vocab_size` is the target's, if the
     configuration does not give it.
     """
-    shapes = backbone.backbone_shapes(config) | head_shapes(config, head_size, vocab_size)
+    head = head_shapes(config, head_size, vocab_size)
+    shapes = backbone.backbone_shapes(config) | head
     if config.draft_vocab_size:
         shapes |= {
             "lm_head.weight": (config.draft_vocab_size, config.hidden_size),
@@ -610,8 +581,8 @@ def block_shapes(
 
     `vocab_size` is the target's, if the configuration does not give it.
     """
-    required = drafter_shapes(config, head_inner_size(stored), vocab_size=vocab_size)
-    return required, optional_shapes(config, vocab_size)
+    optional = optional_shapes(config, vocab_size)
+    return drafter_shapes(config, head_inner_size(stored), vocab_size=vocab_size), optional
 
 
 DFLASH = _block("DFlash", _parse_dflash, DFLASH_KEYS, lambda config: True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeAlias, TypeVar
@@ -18,6 +19,7 @@ from treeflash.drafters.folder import (
     check_dtype,
     mlx_quantisation,
     open_folder,
+    read_config,
     read_quantised,
 )
 from treeflash.drafters.format import Config, Format, Names, Shapes
@@ -99,6 +101,32 @@ def refuse_extensions(
             raise UnsupportedModelError(f"{refusal} {property}")
 
 
+def drafter_config(folder: Path) -> DrafterConfig:
+    """Read the block drafter of a folder; a CheckpointError if it is invalid or not supported."""
+    config = read_config(folder)
+    with explained(folder, lambda: formats.detect_format(config)):
+        return formats.parse_drafter_config(config)
+
+
+@contextmanager
+def explained(folder: Path, find: Callable[[], Format]) -> Iterator[None]:
+    """Make errors of a configuration errors for users; `find` finds the folder's format."""
+    path = folder / "config.json"
+    if (folder / "mask_embedding.pt").exists():
+        raise CheckpointError(f"{folder} has a mask_embedding.pt, which is not supported")
+    try:
+        yield
+    except KeyError as error:
+        # A configuration of no other format passes for one of DFlash.
+        name = find().name
+        hint = f"{name} drafters need it; set it to the value used in training"
+        if name in (formats.DFLASH.name, formats.TREEFLASH.name):
+            hint = "is it a DFlash or TreeFlash drafter?"
+        raise CheckpointError(f"{path} lacks {error}; {hint}") from error
+    except (AttributeError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{path} is not valid: {error}") from error
+
+
 def find_head_format(folder: ModelFolder) -> Format | None:
     """Tell the format of the MTP or EAGLE head in a folder; None if the folder holds none.
 
@@ -106,19 +134,21 @@ def find_head_format(folder: ModelFolder) -> Format | None:
     CheckpointError if the configuration is invalid.
     """
     # Only speculators have a setting elsewhere that tells the family, and may lack it.
-    with formats.explained(folder.path, lambda: formats.SPECULATORS):
+    with explained(folder.path, lambda: formats.SPECULATORS):
         return mtp_formats.detect(folder.config, folder.tensors)
 
 
-def parse_folder(folder: ModelFolder, target_layers: int) -> tuple[Format, DrafterShape]:
-    """Tell the format of a drafter and read its configuration, for a target of some layers.
+def parse_folder(folder: ModelFolder, target_layers: int) -> tuple[Format, Names, DrafterShape]:
+    """Tell the format of a drafter for a target of some layers; read its configuration.
 
-    Raises a CheckpointError or an UnsupportedModelError if either is not supported.
+    Returns the format, the names of its tensors, and the configuration. Raises a CheckpointError or
+    an UnsupportedModelError if one of them is not supported.
     """
     format = find_head_format(folder)
-    with formats.explained(folder.path, lambda: format or formats.DFLASH):
+    with explained(folder.path, lambda: format or formats.DFLASH):
         format = format or formats.detect_format(folder.config)
-        return format, format.parse(folder.config, folder.tensors, target_layers)
+        names = format.names(folder.config, folder.tensors)
+        return format, names, format.parse(folder.config, folder.tensors, target_layers)
 
 
 def read_layout(
@@ -131,8 +161,7 @@ def read_layout(
     """
     opened = open_folder(folder) if isinstance(folder, Path) else folder
     stored = opened.tensors
-    format, config = parse_folder(opened, num_hidden_layers)
-    names = format.names(opened.config, stored)
+    format, names, config = parse_folder(opened, num_hidden_layers)
     check_pair(
         config,
         hidden_size=hidden_size,
@@ -148,7 +177,9 @@ def read_layout(
             )
         if not tensor.bits:
             check_dtype(tensor.path, name, tensor.dtype)
-    shapes = split_fused({names[x]: stored[x].shape for x in names})
+    shapes = {names[x]: stored[x].shape for x in names}
+    if format.kind == "rows":
+        shapes = split_fused(shapes)
     required, optional = format.shapes(config, vocab_size, shapes)
     owner = "its configuration" if format.kind == "block" else "an MTP or EAGLE-3 head"
     compare_shapes(opened.path, required | optional, shapes, optional.keys(), owner)

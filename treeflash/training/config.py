@@ -10,7 +10,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from treeflash.drafters.formats import HEADS, drafter_config
+from treeflash.drafters.formats import HEADS
+from treeflash.drafters.loading import drafter_config
 from treeflash.errors import ConfigError
 from treeflash.option import check, option
 

@@ -20,13 +20,12 @@ from treeflash.drafters.folder import read_config, stored_shapes
 from treeflash.drafters.formats import (
     SELECTOR_DEFAULTS,
     TREEFLASH_HEADS,
-    drafter_config,
     parse_drafter_config,
 )
 from treeflash.drafters.heads.markov import Markov
 from treeflash.drafters.heads.selector import Selector
 from treeflash.drafters.heads.treeflash import Linear, SwiGLU
-from treeflash.drafters.loading import VOCABULARY
+from treeflash.drafters.loading import VOCABULARY, drafter_config
 from treeflash.errors import ConfigError
 from treeflash.training.config import DEFAULT_LAYERS, NEW_DRAFTERS, TrainConfig, trained_head_name
 from treeflash_cuda.drafter_loading import drafter_layout, load_drafter

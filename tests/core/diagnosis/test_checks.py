@@ -25,7 +25,7 @@ from treeflash.diagnosis import (
     write_changed,
 )
 from treeflash.drafters.folder import read_config, read_tensors
-from treeflash.drafters.formats import drafter_config
+from treeflash.drafters.loading import drafter_config
 from treeflash.hub.published import DEEPSPEC_SYSTEM
 from treeflash.testing.models import edit_config, write_dialect, write_drafter, write_target
 from treeflash.text.prompt import Prompting

@@ -15,8 +15,7 @@ from treeflash.config import LoadConfig
 from treeflash.decoding.session import SequenceSession
 from treeflash.drafters.backbone import default_target_layer_ids
 from treeflash.drafters.folder import read_config, read_file, read_tensors
-from treeflash.drafters.formats import drafter_config
-from treeflash.drafters.loading import load_tensors, refuse_extensions
+from treeflash.drafters.loading import drafter_config, load_tensors, refuse_extensions
 from treeflash.errors import CheckpointError, UnsupportedModelError
 from treeflash.registry import loader
 from treeflash.testing.models import DIALECTS, edit_config, save, write_dialect, write_target

@@ -18,8 +18,9 @@ from treeflash.decoding.interfaces import TableOptions
 from treeflash.drafters import conversion
 from treeflash.drafters.conversion import convert
 from treeflash.drafters.folder import read_config, read_stored, read_tensors, write_stored
-from treeflash.drafters.formats import detect_format, drafter_config, unknown_keys
+from treeflash.drafters.formats import detect_format, unknown_keys
 from treeflash.drafters.heads.treeflash import PREFIX
+from treeflash.drafters.loading import drafter_config
 from treeflash.errors import ConfigError
 from treeflash.testing.comparisons import assert_equal_tables
 from treeflash.testing.models import edit_config, save, write_dialect

@@ -128,7 +128,8 @@ def parse(
 ) -> tuple[Format, DrafterShape]:
     tensors = {name: np.zeros(1, np.float32) for name in (*stored, "unrelated")}
     save(folder, config, tensors)
-    return parse_folder(open_folder(folder), TARGET_LAYERS)
+    format_, _, config = parse_folder(open_folder(folder), TARGET_LAYERS)
+    return format_, config
 
 
 def refusal(folder: Path, config: dict[str, Any], stored: Iterable[str]) -> str:

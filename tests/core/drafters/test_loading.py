@@ -14,7 +14,6 @@ from mtp_pairs import write_mtp_pair
 from treeflash.drafters.folder import read_config, read_file, read_tensors
 from treeflash.drafters.formats import (
     canonical_name,
-    drafter_config,
     drafter_shapes,
     head_inner_size,
 )
@@ -22,6 +21,7 @@ from treeflash.drafters.loading import (
     check_drafter,
     check_pair,
     check_shapes,
+    drafter_config,
     load_tensors,
     read_layout,
     refuse_extensions,
