@@ -74,10 +74,10 @@ def operations(target: Target) -> Iterator[tuple[str, RowFunction, Sequence[int]
         width = module.scales.shape[1] * module.group_size if quantised else width
         x = normal(ALL_ROWS, width, dtype=target.dtype)
         counts = FEW_COUNTS if outputs > MANY_OUTPUTS else COUNTS
-        yield f"products {width} x {outputs}", partial(_rows, module, x), counts
+        yield f"products {width} x {outputs}", partial(computed_rows, module, x), counts
     for width, module in norms.items():
         x = normal(ALL_ROWS, width, dtype=target.dtype)
-        yield f"norms of {width}", partial(_rows, module, x), COUNTS
+        yield f"norms of {width}", partial(computed_rows, module, x), COUNTS
     width = target.head_dim
     if not width:
         return  # there is no attention
@@ -107,11 +107,11 @@ def _kernel_operations(
         for window in sorted({x or 0 for x in (None, *target.layout.windows)}):
             name = f"attention to {keys} keys" + f" in a window of {window}" * (window > 0)
             for beside, others in (("", 0), (" with others between them", 5)):
-                rows = partial(_attend_by_kernel, q, k, v, window, others)
+                rows = partial(attend_by_kernel, q, k, v, window, others)
                 yield name + beside, rows, FEW_COUNTS
 
 
-def _attend_by_kernel(
+def attend_by_kernel(
     q: mx.array, k: mx.array, v: mx.array, window: int, others: int, rows: int
 ) -> mx.array:
     """Return (rows, heads, head_dim) attention of tokens that follow each other.
@@ -163,7 +163,7 @@ def _run_tree(
     return out.transpose(0, 2, 1, 3)[0]
 
 
-def _rows(module: nn.Module, x: mx.array, rows: int) -> mx.array:
+def computed_rows(module: nn.Module, x: mx.array, rows: int) -> mx.array:
     out: mx.array | list[mx.array] = module(x[:rows])  # a list of a layer with several outputs
     return out if isinstance(out, mx.array) else mx.concatenate(out, -1)
 

@@ -324,6 +324,8 @@ def test_appended_layers_change_nothing_at_first(
         run(target, responses, tmp_path / "third", replace(config, layers=4))
 
 
+# Two runs of 40 steps; the test of a checkpoint above goes the same way.
+@pytest.mark.nightly
 @pytest.mark.parametrize("head", ["markov", "selector"])
 def test_training_continues_from_a_drafter_with_another_head(head, target, responses, tmp_path):
     run(target, responses, tmp_path / "first", replace(TINY, head=head, steps=40))

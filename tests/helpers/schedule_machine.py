@@ -500,7 +500,7 @@ class ScheduleMachine(RuleBasedStateMachine):
                 assert held == len(submitted.all_tokens) - 1
             else:
                 assert held < len(submitted.request.prompt_ids)
-        cached = [] if self.cache is None else [entry.state for entry in self.cache._entries]
+        cached = [] if self.cache is None else [entry.state for entry in self.cache.entries]
         held = {id(state) for state in [*cached, *(x.state for x in self.running())]}
         assert {id(state) for state in self.backend.opened} == held, "a state was not closed"
         self.backend.check_memory()
@@ -509,7 +509,7 @@ class ScheduleMachine(RuleBasedStateMachine):
 
     def check_cache(self) -> None:
         """New states of the prefix cache equal a fresh prefill's, wherever they are forked."""
-        entries = [] if self.cache is None else self.cache._entries
+        entries = [] if self.cache is None else self.cache.entries
         for entry in entries:
             if entry.state in self.checked:
                 continue

@@ -13,6 +13,10 @@ require("ziglang")
 
 from metal_clang import errors, registers
 
+# A compiler takes seconds for all kernels, and an optimiser finds what is slow, not what is wrong;
+# the tests of kernels compile what they run.
+pytestmark = pytest.mark.nightly
+
 PRAGMA = '_Pragma("clang loop unroll(full)")'
 
 
@@ -37,15 +41,11 @@ def one(sources, name):
     return next(text for key, text in sources.items() if key.startswith(f"treeflash_{name}"))
 
 
-# All of them, for seconds; the tests of kernels compile what they run.
-@pytest.mark.nightly
 def test_every_kernel_compiles(sources):
     found = {name: errors(text) for name, text in sources.items()}
     assert {name: x for name, x in found.items() if x} == {}
 
 
-# An optimiser takes seconds for all kernels, and finds what is slow, not what is wrong.
-@pytest.mark.nightly
 def test_no_kernel_keeps_an_array_in_memory(sources, left):
     """One dtype, and one size of groups of weights: the loops are the same for all."""
     other = re.compile(r"products_quantised__bfloat16_t_(?!64_)")

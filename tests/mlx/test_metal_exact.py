@@ -146,7 +146,7 @@ def test_a_fault_in_the_kernel_of_attention_is_noticed(metal, fault):
     assert right in text
     q = exact.normal(1, 4, exact.ALL_ROWS, 32, dtype=mx.bfloat16)
     k, v = exact.normal(2, 1, 2, 45 + exact.ALL_ROWS, 32, dtype=mx.bfloat16)
-    rows = partial(exact._attend_by_kernel, q, k, v, 23, 5)
+    rows = partial(exact.attend_by_kernel, q, k, v, 23, 5)
     expected = rows(2)
     metal.faults.append(("treeflash_attention_parts", right, wrong))
     try:
@@ -159,7 +159,7 @@ def test_a_fault_in_the_kernel_of_attention_is_noticed(metal, fault):
 def test_a_geometry_that_depends_on_the_number_of_rows_is_noticed(metal, monkeypatch):
     layer = nn.QuantizedLinear.from_linear(nn.Linear(512, 40), 32, 4)
     products.use_everywhere(layer)
-    rows = partial(exact._rows, layer, exact.normal(exact.ALL_ROWS, 512, dtype=mx.float32))
+    rows = partial(exact.computed_rows, layer, exact.normal(exact.ALL_ROWS, 512, dtype=mx.float32))
     assert exact.differing(rows, exact.COUNTS) == []
     prepare = products.prepare
 
@@ -169,7 +169,7 @@ def test_a_geometry_that_depends_on_the_number_of_rows_is_noticed(metal, monkeyp
     monkeypatch.setattr(products, "prepare", by_rows)
     layer = nn.QuantizedLinear.from_linear(nn.Linear(512, 40), 32, 4)
     products.use_everywhere(layer)
-    rows = partial(exact._rows, layer, exact.normal(exact.ALL_ROWS, 512, dtype=mx.float32))
+    rows = partial(exact.computed_rows, layer, exact.normal(exact.ALL_ROWS, 512, dtype=mx.float32))
     assert exact.differing(rows, exact.COUNTS) == [1]
 
 

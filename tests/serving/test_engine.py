@@ -47,7 +47,7 @@ def test_the_models_are_loaded_in_the_thread_that_runs_them(model):
     engine = Engine(load, Settings())
     engine.start()
     engine.stop()
-    assert threads == [engine._thread]
+    assert threads == [engine.thread]
     assert not engine.ready
 
 
@@ -117,7 +117,7 @@ def test_a_failure_leaves_other_requests_their_tokens(serve, part):
             if part == "decoding":
                 events[0] = events[0][0], NumericalError("logits are not finite")
             else:
-                server.engine._answers[events[0][0]].assembler.add = fail
+                server.engine.running_answers[events[0][0]].assembler.add = fail
         return events
 
     def fail(step):
@@ -173,7 +173,7 @@ def started(monkeypatch):
 
 def engine_of(server):
     """The engine of the only model of a server."""
-    return server._pool.models[0].service.engine
+    return server.pool.models[0].service.engine
 
 
 def serve_until_it_ends(model, client):
@@ -206,7 +206,7 @@ def test_the_status_tells_whether_the_device_was_lost(model, failing, started, l
         loaded = SimpleNamespace(engine=SimpleNamespace(model=model))
         failing(loaded, RuntimeError("[METAL] ... Caused GPU Timeout Error"), times=100)
     assert bool(serve_until_it_ends(model, post)) == lost
-    assert not engines[0]._thread.is_alive()
+    assert not engines[0].thread.is_alive()
 
 
 def test_a_client_that_does_not_read_its_answer_cannot_hold_the_server(model, started, monkeypatch):
@@ -234,7 +234,7 @@ def test_a_client_that_does_not_read_its_answer_cannot_hold_the_server(model, st
             engine = engine_of(server)
             wait_until(lambda: engine.unfinished == 1)
             server.handle_exit(signal.SIGTERM, None)
-            wait_until(lambda: not engine._thread.is_alive())
+            wait_until(lambda: not engine.thread.is_alive())
             ended.append(True)
 
     ended = []

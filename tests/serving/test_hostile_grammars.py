@@ -238,8 +238,8 @@ def test_memory_is_bounded():
 
 def test_a_process_that_was_killed_is_replaced(compiler):
     compiler.compile(ACCEPTED["tree"])
-    compiler._parts[1]._process.kill()
-    compiler._parts[1]._process.wait()
+    compiler.parts[1].process.kill()
+    compiler.parts[1].process.wait()
     compiler.compile(ACCEPTED["tree"])
 
 
@@ -258,7 +258,7 @@ def test_a_process_that_cannot_begin():
 def test_the_process_ends_with_its_compiler(model):
     compiler = GrammarCompiler(model.tokenizer, model.backend.vocab_size)
     compiler.compile(ACCEPTED["tree"])
-    process = compiler._parts[1]._process
+    process = compiler.parts[1].process
     del compiler
     gc.collect()
     assert process.wait(PATIENCE) != 0

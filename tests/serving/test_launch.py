@@ -342,7 +342,7 @@ def test_an_interruption_ends_a_server_that_still_answers():
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         process.stdout.readline()
         with failing(process, "wait", KeyboardInterrupt, call=1):
-            launch._end(process)
+            launch.end_server(process)
     assert process.returncode == -signal.SIGKILL
 
 

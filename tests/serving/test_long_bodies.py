@@ -46,13 +46,13 @@ FAULTY = {
 @pytest.mark.parametrize("name", FAULTY)
 def test_few_faults_are_described(server, monkeypatch, name):
     path, body = FAULTY[name]
-    counts, describe = [], application._field_error
+    counts, describe = [], application.field_error
 
     def counted(errors, body):
         counts.append(len(errors))
         return describe(errors, body)
 
-    monkeypatch.setattr(application, "_field_error", counted)
+    monkeypatch.setattr(application, "field_error", counted)
     assert server.post(path, body).status_code == 400
     assert counts[0] <= MAX_FAULTS
 
@@ -124,6 +124,6 @@ def test_names_of_tools_are_not_compared_each_with_each(counting):
 
 def test_the_name_of_a_type_is_not_looked_for_among_the_items(counting):
     error = {"type": "missing", "loc": ("body", "input", counting("list"), 0, "role")}
-    path = application._field_path(error, {"input": [{}] * 1000})
+    path = application.field_path(error, {"input": [{}] * 1000})
     assert path == ["input", "0", "role"]
     assert counting.compared < 10

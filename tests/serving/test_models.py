@@ -182,7 +182,7 @@ def test_a_model_is_not_put_away_while_it_answers(serve_models, loads, alone):
         running = clients.submit(server.post, CHAT, question("One", stream=True))
         gate.allow(2)
         other = clients.submit(server.post, CHAT, question("two"))
-        (stay,) = server.pool._in_memory
+        (stay,) = server.pool.in_memory
         wait_until(lambda: stay.undecided is not None)
         later = clients.submit(server.post, CHAT, question("One"))
         assert loads.counts == {"One": 1}
@@ -213,7 +213,7 @@ def test_a_model_leaves_after_its_time(serve_models, loads, alone):
     with Gate(server.engine) as gate, ThreadPoolExecutor(1) as clients:
         running = clients.submit(server.post, CHAT, question("One"))
         gate.allow(1)
-        (stay,) = server.pool._in_memory
+        (stay,) = server.pool.in_memory
         assert stay.ends is None, "its time runs while it answers"
         gate.open()
         text_of(running.result())
@@ -326,7 +326,7 @@ def test_a_client_that_leaves_while_its_model_is_loaded(pairs, loads):
         gone.set()
         answers = await asyncio.gather(*asked)
         loads.gates["One"].set()
-        while pool.models[0].service is None or pool._changing.locked():
+        while pool.models[0].service is None or pool.changing.locked():
             await asyncio.sleep(0.001)
         return answers
 

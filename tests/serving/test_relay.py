@@ -256,7 +256,7 @@ def test_the_ingress_and_its_replica(ray_app, model, monkeypatch):
         assert asyncio.run(head())[0] == 401
         replica.check_health()
     finally:
-        replica._pool.models[0].service.engine.stop()
+        replica.pool.models[0].service.engine.stop()
     with pytest.raises(RuntimeError, match="the engine has ended"):
         replica.check_health()
 

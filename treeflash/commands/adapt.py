@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     base = resolve_drafter(args.drafter, args.target)
     if args.output.resolve() == base.resolve():
         raise ConfigError(f"{args.output} has the drafter itself; give another --output")
-    config = _train_config(args, base, distill)
+    config = train_config(args, base, distill)
     # A backend without training answers and measures, and PyTorch trains.
     trains = args.backend is None or args.backend in available(TRAINER_ENTRY_POINTS)
     train = trainer(args.backend if trains else None).train
@@ -183,7 +183,7 @@ def make_parser() -> Parser:
     return parser
 
 
-def _train_config(args: argparse.Namespace, base: Path, distill: DistillConfig) -> TrainConfig:
+def train_config(args: argparse.Namespace, base: Path, distill: DistillConfig) -> TrainConfig:
     given = {k: v for k, v in given_options(args, TrainConfig).items() if k not in LEFT_OUT}
     options = {**DEFAULTS, **given, "init": str(base), "seed": distill.seed}
     options.setdefault("head", trained_head_name(drafter_config(base).head))

@@ -434,7 +434,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     conversation = ChatSession(model, options, console, not args.no_markdown, args.color, disk)
     console.print("Ask something; /help lists the commands, and Ctrl-D ends.", style="dim")
     with closing(conversation):
-        conversation.run(make_session(_history(args.no_history)))
+        conversation.run(make_session(message_history(args.no_history)))
     return 0
 
 
@@ -460,7 +460,7 @@ def make_parser() -> Parser:
     return parser
 
 
-def _history(forget: bool) -> History:
+def message_history(forget: bool) -> History:
     """Open the messages that the arrow keys recall, a file that only its owner can read."""
     if forget:
         return InMemoryHistory()

@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().parse(argv)
     if "max_tokens" in args:
         check_max_tokens(args.max_tokens)
-    options = _case_options(args)
+    options = case_options(args)
     rows = _rows(args)
     check_files(args.output, args.report, args.prompts)
     model = cli.load_model(args, {case.method for case in options})
@@ -124,7 +124,7 @@ def make_parser() -> Parser:
     return parser
 
 
-def _case_options(args: argparse.Namespace) -> dict[Case, Options]:
+def case_options(args: argparse.Namespace) -> dict[Case, Options]:
     budgets = DEFAULT_BUDGETS if args.budgets is None else args.budgets
     sizes = [size.strip() for size in budgets.split(",")]
     if not all(size.isdecimal() and int(size) for size in sizes):

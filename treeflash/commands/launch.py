@@ -139,7 +139,7 @@ def _server(args: argparse.Namespace, options: list[str]) -> Iterator[Endpoint]:
             if process.poll() is not None:
                 warnings.warn(f"before the agent ended, {_ending(process, log)}", stacklevel=2)
         finally:
-            _end(process)
+            end_server(process)
 
 
 def _refuse_without_tools(target: Path, parser: str | None) -> None:
@@ -204,7 +204,7 @@ def _ending(process: subprocess.Popen[bytes], log: Path) -> str:
     return f"the server ended with status {process.returncode}: {last}"
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def end_server(process: subprocess.Popen[bytes]) -> None:
     """End a server after its running answers; a Ctrl-C ends it at once."""
     process.terminate()
     try:

@@ -48,27 +48,27 @@ class PrefixCache:
     def __init__(self, max_bytes: int, disk: DiskCache | None = None) -> None:
         self.max_bytes = max_bytes
         self.disk = disk
-        self._entries: list[_Entry] = []  # the most recently used last
+        self.entries: list[_Entry] = []  # the most recently used last
 
     @property
     def nbytes(self) -> int:
         """Device memory that the cache holds, bytes."""
-        return sum(entry.state.nbytes for entry in self._entries)
+        return sum(entry.state.nbytes for entry in self.entries)
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self.entries)
 
     def find(self, prompt: Prefix) -> tuple[SequenceState, int] | None:
         """Find the state to fork at a prompt's longest common prefix, and that length, or None."""
         best: _Entry | None = None
         longest = 0
-        for entry in self._entries:
+        for entry in self.entries:
             if entry.prefix.key == prompt.key and (length := entry.shared_length(prompt)) > longest:
                 best, longest = entry, length
         if best is None:
             return None
-        self._entries.remove(best)
-        self._entries.append(best)
+        self.entries.remove(best)
+        self.entries.append(best)
         return best.state, longest
 
     def put(self, prefix: Prefix, state: SequenceState) -> None:
@@ -80,9 +80,9 @@ class PrefixCache:
             state.close()
             return
         new = _Entry(prefix, state)
-        for entry in [entry for entry in self._entries if new.replaces(entry)]:
+        for entry in [entry for entry in self.entries if new.replaces(entry)]:
             self._drop(entry, save=False)
-        self._entries.append(new)
+        self.entries.append(new)
         if self.disk is not None:
             self.disk.add(prefix, state)
         self.shrink(self.max_bytes)
@@ -90,17 +90,17 @@ class PrefixCache:
     def retire(self, prefix: Prefix, state: SequenceState) -> None:
         """Let the states that a fork of this one will replace be the first to leave."""
         new = _Entry(prefix, state)
-        self._entries.sort(key=lambda entry: not new.replaces(entry))
+        self.entries.sort(key=lambda entry: not new.replaces(entry))
 
     def shrink(self, nbytes: int) -> None:
         """Close the least recently used states until the others hold at most `nbytes` bytes."""
-        while self._entries and self.nbytes > nbytes:
-            self._drop(self._entries[0], save=True)
+        while self.entries and self.nbytes > nbytes:
+            self._drop(self.entries[0], save=True)
 
     def clear(self) -> None:
         """Close all states; nothing of them is stored any more."""
-        while self._entries:
-            self._drop(self._entries[0], save=False)
+        while self.entries:
+            self._drop(self.entries[0], save=False)
 
     def close(self) -> None:
         """Close all states, when they have been copied to the disk if there is one."""
@@ -115,7 +115,7 @@ class PrefixCache:
             self.disk.close()
 
     def _drop(self, entry: _Entry, *, save: bool) -> None:
-        self._entries.remove(entry)
+        self.entries.remove(entry)
         try:
             if self.disk is not None:
                 self.disk.let_go(entry.state, save=save)

@@ -22,7 +22,7 @@ class Turns:
     def __init__(self) -> None:
         self._guard = threading.Lock()
         self._taken = False
-        self._waiting: deque[threading.Lock] = deque()  # each is released when its turn comes
+        self.waiting: deque[threading.Lock] = deque()  # each is released when its turn comes
 
     def __enter__(self) -> None:
         with self._guard:
@@ -31,12 +31,12 @@ class Turns:
                 return
             turn = threading.Lock()
             turn.acquire()
-            self._waiting.append(turn)
+            self.waiting.append(turn)
         turn.acquire()
 
     def __exit__(self, *_: object) -> None:
         with self._guard:
-            if self._waiting:
-                self._waiting.popleft().release()
+            if self.waiting:
+                self.waiting.popleft().release()
             else:
                 self._taken = False

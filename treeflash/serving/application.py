@@ -186,7 +186,7 @@ async def _error(http: Request, error: Exception) -> JSONResponse:
         message = message or f"{http.method} {path}: {reason or error.detail}"
         error = APIError(error.status_code, message, headers=error.headers)
     elif isinstance(error, RequestValidationError):
-        error = _field_error(error.errors(), error.body)
+        error = field_error(error.errors(), error.body)
     return api_error(error).response(path)
 
 
@@ -213,13 +213,13 @@ WRONG_TYPE = ("_type", "_parsing", "literal_error", "union_tag_invalid", "union_
 """Ends of the names of pydantic's errors for a value of another type."""
 
 
-def _field_error(errors: Sequence[dict[str, Any]], body: Any) -> APIError:
+def field_error(errors: Sequence[dict[str, Any]], body: Any) -> APIError:
     """Name the field of the body that is wrong.
 
     A field that allows several types has an error for each of them. The type is meant that fits
     the value deepest; if the value has none of the types, the message names all of them.
     """
-    paths = [_field_path(error, body) for error in errors]
+    paths = [field_path(error, body) for error in errors]
     path = max(paths, key=len)
     same = [error for error, other in zip(errors, paths, strict=True) if other == path]
     fitting = [error for error in same if not error["type"].endswith(WRONG_TYPE)]
@@ -241,7 +241,7 @@ def _field_error(errors: Sequence[dict[str, Any]], body: Any) -> APIError:
     return bad_request(f"{param}: {' or '.join(dict.fromkeys(reasons))}{got}", param)
 
 
-def _field_path(error: Mapping[str, Any], body: Any) -> list[str]:
+def field_path(error: Mapping[str, Any], body: Any) -> list[str]:
     """Return the names and indices of a field, without the types that pydantic adds to them."""
     _, *location = error["loc"]
     missing = [str(location.pop())] if error["type"] == "missing" and location else []
@@ -269,25 +269,25 @@ class Server(uvicorn.Server):
 
     def __init__(self, config: uvicorn.Config, pool: ModelPool) -> None:
         super().__init__(config)
-        self._pool = pool
+        self.pool = pool
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Finish the running answers, then end; a second signal ends the process at once."""
-        if self._pool.draining:
+        if self.pool.draining:
             # An engine's thread cannot be stopped within an iteration.
-            logger.warning("stopped before %d answers were finished", self._pool.unfinished)
+            logger.warning("stopped before %d answers were finished", self.pool.unfinished)
             logging.shutdown()
             os._exit(EXIT_SIGNAL + sig)
-        logger.info("%s: finishing %d answers", signal.Signals(sig).name, self._pool.unfinished)
-        self._pool.drain()
+        logger.info("%s: finishing %d answers", signal.Signals(sig).name, self.pool.unfinished)
+        self.pool.drain()
 
     async def on_tick(self, counter: int) -> bool:
         """Return whether to end; called ten times a second."""
-        if self._pool.draining:
-            self._pool.end_waiting()
-            if not self._pool.unfinished:
+        if self.pool.draining:
+            self.pool.end_waiting()
+            if not self.pool.unfinished:
                 self.should_exit = True
-        if self._pool.device_lost:
+        if self.pool.device_lost:
             self.should_exit = self.force_exit = True
         return await super().on_tick(counter)
 

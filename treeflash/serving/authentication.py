@@ -27,7 +27,7 @@ BROWSER_HEADERS = ("origin", "sec-fetch-site")
 """Headers; a browser adds at least one of them to each POST request of a page."""
 
 
-def _digest(key: str) -> str:
+def digest_of(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()
 
 
@@ -38,7 +38,7 @@ def authenticate(headers: Headers, digests: Collection[str]) -> str:
     """
     scheme, _, bearer = headers.get("authorization", "").partition(" ")
     key = bearer.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
-    digest = _digest(key)
+    digest = digest_of(key)
     # All keys are compared, each in constant time, so that the time reveals nothing about them.
     if not sum(hmac.compare_digest(digest, valid) for valid in digests):
         raise APIError(
@@ -110,7 +110,7 @@ class AuthenticationMiddleware:
         self._app = app
         self._max_bytes = settings.body_bytes(takes_images=takes_images)
         self._body_timeout = settings.body_timeout
-        self._digests = [_digest(key) for key in settings.api_keys]
+        self._digests = [digest_of(key) for key in settings.api_keys]
         self._origins = settings.cors_origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

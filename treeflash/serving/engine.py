@@ -223,29 +223,29 @@ class Engine:
         self._mean_seconds = 1.0
         # A signal's handler counts the unfinished answers, while its own thread may hold the lock.
         self._lock = threading.RLock()
-        self._answers: dict[Request, _RunningAnswer] = {}
-        self._thread = SchedulerThread(
+        self.running_answers: dict[Request, _RunningAnswer] = {}
+        self.thread = SchedulerThread(
             self._make_scheduler, self._add_events, self._fail_all, stays=True, turn=self._turns
         )
 
     @property
     def model(self) -> LanguageModel:
-        self._thread.made.result()
+        self.thread.made.result()
         return self._model
 
     @property
     def scheduler(self) -> Scheduler:
         """The scheduler of the running and waiting answers; its thread alone may change it."""
-        return self._thread.made.result()
+        return self.thread.made.result()
 
     @property
     def ready(self) -> bool:
-        return self._thread.is_alive() and self._thread.made.done() and not self.draining
+        return self.thread.is_alive() and self.thread.made.done() and not self.draining
 
     @property
     def loaded(self) -> bool:
         """Whether the models are loaded, or cannot be."""
-        return self._thread.made.done()
+        return self.thread.made.done()
 
     @property
     def unfinished(self) -> int:
@@ -255,8 +255,8 @@ class Engine:
 
     def start(self) -> None:
         """Load the models and begin to decode; raises what loading raises."""
-        self._thread.start()
-        self._thread.made.result()
+        self.thread.start()
+        self.thread.made.result()
 
     async def start_aside(self) -> None:
         """Do what `start` does, while the event loop goes on.
@@ -265,10 +265,10 @@ class Engine:
         loading alone.
         """
         loop, made = asyncio.get_running_loop(), asyncio.Event()
-        self._thread.start()
-        self._thread.made.add_done_callback(lambda _: loop.call_soon_threadsafe(made.set))
+        self.thread.start()
+        self.thread.made.add_done_callback(lambda _: loop.call_soon_threadsafe(made.set))
         await made.wait()
-        error = self._thread.made.exception()
+        error = self.thread.made.exception()
         if isinstance(error, Exception):
             raise error
         if error is not None:
@@ -277,7 +277,7 @@ class Engine:
     def stop(self) -> None:
         """Drop all answers and end the thread."""
         self.draining = True
-        self._thread.stop()
+        self.thread.stop()
 
     def submit(self, answers: Sequence[Assembler], *, prompts: int) -> Completion:
         """Generate answers; call it in an event loop.
@@ -296,7 +296,7 @@ class Engine:
             self.scheduler.check(request)
         completion = Completion(answers, prompts, self._withdraw, self.settings.timeout)
         self._reserve(completion)
-        self._thread.call(partial(self._admit, completion, requests))
+        self.thread.call(partial(self._admit, completion, requests))
         return completion
 
     def shorten(self, prompt_ids: Sequence[int], config: DecodeConfig) -> DecodeConfig:
@@ -343,7 +343,7 @@ class Engine:
 
     def _withdraw(self, completion: Completion) -> None:
         """Cancel the unfinished answers of a completion."""
-        self._thread.call(partial(self._drop, completion))
+        self.thread.call(partial(self._drop, completion))
 
     # The methods below run in the engine's thread.
 
@@ -392,22 +392,22 @@ class Engine:
         try:
             for _, group in groupby(requests, key=lambda x: (list(x.prompt_ids), x.digests)):
                 for request in self.scheduler.submit_group(list(group)):
-                    self._answers[request] = _RunningAnswer(completion, *next(answers))
+                    self.running_answers[request] = _RunningAnswer(completion, *next(answers))
         except Exception as error:
             self._fail(completion, error)
 
     def _fail_all(self, error: Exception) -> None:
         logger.error("an iteration failed; its requests are dropped", exc_info=error)
         if is_device_lost(error):
-            self.device_lost = self.draining = self._thread.stopping = True
-        for completion in {answer.completion for answer in self._answers.values()}:
+            self.device_lost = self.draining = self.thread.stopping = True
+        for completion in {answer.completion for answer in self.running_answers.values()}:
             self._fail(completion, APIError(500, GPU_LOST if self.device_lost else SERVER_FAILED))
 
     def _add_events(self, events: list[Event]) -> None:
         """Deliver the steps of an iteration."""
         updates: dict[Completion, list[Update]] = {}
         for request, step in events:
-            if (answer := self._answers.get(request)) is None:
+            if (answer := self.running_answers.get(request)) is None:
                 continue  # it was dropped with another answer of its completion, which failed
             try:
                 update = self._add_step(answer, step)
@@ -420,7 +420,7 @@ class Engine:
                 self.scheduler.cancel(request)  # a stop string may have ended it
                 self._finish(request)
         for request, progress in self.scheduler.prompts.items():
-            if (answer := self._answers.get(request)) is not None:
+            if (answer := self.running_answers.get(request)) is not None:
                 told = PromptUpdate(answer.index, progress)
                 updates.setdefault(answer.completion, []).append(told)
         for completion, new in updates.items():
@@ -454,7 +454,7 @@ class Engine:
 
     def _finish(self, request: Request) -> None:
         """Forget a finished answer."""
-        completion = self._answers.pop(request).completion
+        completion = self.running_answers.pop(request).completion
         seconds = time.perf_counter() - completion.submitted
         with self._lock:
             self._mean_seconds += 0.1 * (seconds - self._mean_seconds)
@@ -464,10 +464,10 @@ class Engine:
 
     def _drop(self, completion: Completion) -> None:
         """Cancel and forget all answers of a completion."""
-        for request, answer in list(self._answers.items()):
+        for request, answer in list(self.running_answers.items()):
             if answer.completion is completion:
                 self.scheduler.cancel(request)
-                del self._answers[request]
+                del self.running_answers[request]
         with self._lock:
             self._backlog.pop(completion, None)
         self.metrics.update_gauges(self.scheduler)

@@ -143,9 +143,9 @@ class ModelPool:
                     raise ConfigError(
                         f"two models have the name {name}; give one of them another name"
                     )
-        self._in_memory: list[Stay] = []
+        self.in_memory: list[Stay] = []
         self._turns = Turns()
-        self._changing = asyncio.Lock()  # held while a model is loaded or put away
+        self.changing = asyncio.Lock()  # held while a model is loaded or put away
         self._freed = asyncio.Event()  # set when nobody uses one of the models any more
         self._tasks: set[asyncio.Task[None]] = set()  # an event loop keeps weak references alone
         self._loading: Engine | None = None
@@ -181,7 +181,7 @@ class ModelPool:
 
     @property
     def _services(self) -> list[Service]:
-        return [stay.service for stay in self._in_memory if stay.service is not None]
+        return [stay.service for stay in self.in_memory if stay.service is not None]
 
     def start(self) -> None:
         """Load a server's only model; raises what loading raises."""
@@ -302,21 +302,21 @@ class ModelPool:
         """Let the stay of an idle model end after its time."""
         if stay.ends is not None:
             stay.ends.cancel()
-        if stay in self._in_memory and stay.keep_alive < math.inf:
+        if stay in self.in_memory and stay.keep_alive < math.inf:
             loop = asyncio.get_running_loop()
             stay.ends = loop.call_later(
                 stay.keep_alive, lambda: self._spawn(self._end_if_idle(stay))
             )
 
     async def _end_if_idle(self, stay: Stay) -> None:
-        async with self._changing:
-            if not stay.uses and stay in self._in_memory:
+        async with self.changing:
+            if not stay.uses and stay in self.in_memory:
                 await self._put_away(stay, "idle" if stay.keep_alive else "request")
 
     async def _load(self, stay: Stay, loaded: asyncio.Future[None]) -> None:
         """Load a model for the requests that wait for it, and tell them."""
         model = stay.model
-        async with self._changing:
+        async with self.changing:
             if not stay.uses or self.draining:  # all have left, or are told so
                 model.stay = None
                 return
@@ -338,7 +338,7 @@ class ModelPool:
     async def _load_into_room(self, stay: Stay) -> None:
         """Load a model, and put others away as far as it needs their memory."""
         limit = self.settings.max_models
-        while limit is not None and len(self._in_memory) >= limit:
+        while limit is not None and len(self.in_memory) >= limit:
             await self._make_room()
         logger.info("loading %s", stay.model.name)
         started = time.perf_counter()
@@ -350,7 +350,7 @@ class ModelPool:
                 await engine.start_aside()
                 break
             except Exception as error:
-                if not self._in_memory or not is_out_of_memory(error):
+                if not self.in_memory or not is_out_of_memory(error):
                     raise
             logger.info("%s needs more memory than is free", stay.model.name)
             del engine  # outside of `except`, where the error keeps what was loaded in memory
@@ -375,7 +375,7 @@ class ModelPool:
 
     async def _relieve(self, needing: Stay) -> None:
         """Put an idle model away, because another one ran out of memory while it decoded."""
-        async with self._changing:
+        async with self.changing:
             if (idle := self._idle(needing)) is not None:
                 await self._put_away(idle, "memory")
 
@@ -390,7 +390,7 @@ class ModelPool:
             engine.stop()
             raise
         stay.service = service
-        self._in_memory.append(stay)
+        self.in_memory.append(stay)
         model.known = ModelFacts.of_service(service)
         model.metrics.count_load(seconds)
         if self.draining:
@@ -398,7 +398,7 @@ class ModelPool:
 
     def _idle(self, but: Stay | None = None) -> Stay | None:
         """Return the least recently used of the models that nobody uses, leaving one out."""
-        idle = [stay for stay in self._in_memory if not stay.uses and stay is not but]
+        idle = [stay for stay in self.in_memory if not stay.uses and stay is not but]
         return min(idle, key=lambda stay: stay.last_used, default=None)
 
     async def _make_room(self) -> None:
@@ -406,7 +406,7 @@ class ModelPool:
 
         While it waits, the least recently used one takes no new requests, so that one will be idle.
         """
-        oldest = min(self._in_memory, key=lambda stay: stay.last_used)
+        oldest = min(self.in_memory, key=lambda stay: stay.last_used)
         oldest.undecided = asyncio.Event()
         try:
             while (idle := self._idle()) is None:
@@ -422,7 +422,7 @@ class ModelPool:
         model, service = stay.model, stay.service
         assert service is not None
         stay.service = model.stay = None
-        self._in_memory.remove(stay)
+        self.in_memory.remove(stay)
         if stay.ends is not None:
             stay.ends.cancel()
         await asyncio.to_thread(service.engine.stop)

@@ -104,9 +104,9 @@ class Replica:
             settings=settings,
             defaults=cast(Options, options),
         )
-        self._pool = ModelPool([spec], settings)
-        self._pool.start()
-        self._app = application(self._pool)
+        self.pool = ModelPool([spec], settings)
+        self.pool.start()
+        self._app = application(self.pool)
 
     async def answer(self, request: RelayedRequest) -> AsyncIterator[Head | bytes]:
         """Yield the status and the headers, then the body piece by piece."""
@@ -115,7 +115,7 @@ class Replica:
 
     def check_health(self) -> None:
         """Raise a RuntimeError if the engine has ended; Ray then replaces the replica."""
-        if not self._pool.ready:
+        if not self.pool.ready:
             raise RuntimeError("the engine has ended")
 
 

@@ -151,7 +151,7 @@ class GrammarCompiler:
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
-        self._parts: tuple[llguidance.LLTokenizer, GrammarSandbox] | None = None
+        self.parts: tuple[llguidance.LLTokenizer, GrammarSandbox] | None = None
         self._lock = threading.Lock()
 
     def compile(self, grammar: Grammar) -> Callable[[], GrammarConstraint]:
@@ -172,7 +172,7 @@ class GrammarCompiler:
 
     def _loaded(self) -> tuple[llguidance.LLTokenizer, GrammarSandbox]:
         with self._lock:
-            if self._parts is None:
+            if self.parts is None:
                 # The arguments follow `llguidance.hf`, whose vocabulary cannot be handed to another
                 # process.
                 backend = copy(self._tokenizer.transformers.backend_tokenizer)
@@ -184,8 +184,8 @@ class GrammarCompiler:
                     "eos_token": sorted(self._tokenizer.stop_token_ids),
                 }
                 sandbox = GrammarSandbox(arguments)  # loads the vocabulary meanwhile
-                self._parts = llguidance.LLTokenizer(**arguments), sandbox
-            return self._parts
+                self.parts = llguidance.LLTokenizer(**arguments), sandbox
+            return self.parts
 
 
 _STACK_SIZE = threading.Lock()

@@ -72,11 +72,11 @@ class GrammarSandbox:
         except RecursionError as error:
             raise SandboxError("it is nested too deep") from error
         with self._lock:
-            if self._process.poll() is not None:
+            if self.process.poll() is not None:
                 self._end()
                 self._start()
             if not self._ready and not self._read():
-                raise OSError(f"the process for grammars ended with {self._process.wait()}")
+                raise OSError(f"the process for grammars ended with {self.process.wait()}")
             self._ready = True
             self._write(text)
             reply = self._read()
@@ -91,7 +91,7 @@ class GrammarSandbox:
 
     def _start(self) -> None:
         # The process has its own session: an interruption at the keyboard is for the server.
-        self._process = subprocess.Popen(
+        self.process = subprocess.Popen(
             [sys.executable, "-P", __file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -100,28 +100,28 @@ class GrammarSandbox:
             encoding="utf-8",
             start_new_session=True,
         )
-        self._end = weakref.finalize(self, _end, self._process)
+        self._end = weakref.finalize(self, _end, self.process)
         self._ready = False
         self._write(self._vocabulary)
 
     def _write(self, line: str) -> None:
-        assert self._process.stdin is not None
+        assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # then there will be nothing to read either
-            self._process.stdin.write(line + "\n")
-            self._process.stdin.flush()
+            self.process.stdin.write(line + "\n")
+            self.process.stdin.flush()
 
     def _read(self) -> str:
         """Read a line, or nothing if the process dies or does not answer within `PATIENCE`."""
-        assert self._process.stdout is not None
-        timer = threading.Timer(PATIENCE, self._process.kill)
+        assert self.process.stdout is not None
+        timer = threading.Timer(PATIENCE, self.process.kill)
         timer.start()
         try:
-            return self._process.stdout.readline()
+            return self.process.stdout.readline()
         finally:
             timer.cancel()
 
     def _cause_of_death(self) -> str:
-        status = self._process.wait()
+        status = self.process.wait()
         self._end()
         names = {-number: number.name for number in signal.Signals}  # Windows has few
         if names.get(status) in ("SIGSEGV", "SIGBUS"):

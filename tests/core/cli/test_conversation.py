@@ -460,15 +460,15 @@ def test_the_command_needs_a_terminal(capsys, stdin):
 
 def test_the_file_of_messages_is_private(tmp_path, monkeypatch):
     monkeypatch.setenv("TREEFLASH_CACHE", str(tmp_path / "cache"))
-    history = chat._history(False)
+    history = chat.message_history(False)
     history.append_string("a secret")
     file = tmp_path / "cache" / "chat_history"
     assert "a secret" in file.read_text()
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
-    assert isinstance(chat._history(True), InMemoryHistory)
+    assert isinstance(chat.message_history(True), InMemoryHistory)
     monkeypatch.setenv("TREEFLASH_CACHE", str(file))  # no folder can be there
     with pytest.warns(UserWarning, match=f"messages will not be remembered: {file} cannot be"):
-        assert isinstance(chat._history(False), InMemoryHistory)
+        assert isinstance(chat.message_history(False), InMemoryHistory)
 
 
 @pytest.mark.parametrize(("available", "kept"), [(None, 1 << 30), (20 << 30, 9 << 30)])

@@ -82,7 +82,7 @@ def test_generate():
 
 def test_evaluate():
     args = evaluate.make_parser().parse(REQUIRED["evaluate"])
-    for options in evaluate._case_options(args).values():
+    for options in evaluate.case_options(args).values():
         check("evaluate", decoding(parse_options(options).decode))
 
 
@@ -150,7 +150,7 @@ def test_adapt(tmp_path: Path):
     write_target(tmp_path / "target", "llama", seed=1)
     write_drafter(tmp_path / "drafter", tmp_path / "target", seed=2)
     args = adapt.make_parser().parse(REQUIRED["adapt"])
-    config = adapt._train_config(args, tmp_path / "drafter", DistillConfig())
+    config = adapt.train_config(args, tmp_path / "drafter", DistillConfig())
     assert (config.head, config.freeze_backbone) == ("swiglu", False)  # as in this drafter
     used = vars(config) | {"head": None, "freeze_backbone": None}
     check("adapt", used | vars(DistillConfig()) | {"measured": adapt.MEASURED})

@@ -72,7 +72,7 @@ def put_without_a_limit(self: PrefixCache, *args: Any, plain: Any = PrefixCache.
 
 
 def drop_without_closing(self: PrefixCache, entry: Any, *, save: bool) -> None:
-    self._entries.remove(entry)
+    self.entries.remove(entry)
 
 
 def share_with_all(self: Scheduler, request: Any) -> Any:

@@ -25,7 +25,7 @@ def test_one_thread_at_a_time_in_order():
     with turns:
         for number, thread in enumerate(threads):
             thread.start()
-            while len(turns._waiting) <= number:
+            while len(turns.waiting) <= number:
                 pass
         assert order == []
     for thread in threads:
@@ -45,7 +45,7 @@ def test_two_busy_threads_alternate():
     with ThreadPoolExecutor(2) as threads:
         with turns:
             done = [threads.submit(work, name) for name in "ab"]
-            while len(turns._waiting) < 2:
+            while len(turns.waiting) < 2:
                 pass
         for one in done:
             one.result()
