@@ -81,6 +81,9 @@ STREAMED_ROWS = 4
 than for 1 or 2. Weights in a cache are read as fast for 2 rows, and 2 rows are less work."""
 FBGEMM_ROWS = 3
 """With AVX2 alone FBGEMM computes three rows or more at once; one or two have other bits."""
+CHECKED_MULTIPLICATIONS = 1 << 33
+"""Most multiplications of a checked product of more rows than `CHECKED_ROWS`: checks of large
+weights would take seconds."""
 CACHE_NBYTES = 64 << 20
 """Weights of more bytes than this are read from memory, not from a cache."""
 
@@ -104,7 +107,12 @@ def row_multiple(dtype: torch.dtype) -> int:
 
 
 def bound_products(
-    model: nn.Module, dtype: torch.dtype, undo: ExitStack, least: int, passed: PassedChecks
+    model: nn.Module,
+    dtype: torch.dtype,
+    undo: ExitStack,
+    least: int,
+    passed: PassedChecks,
+    multiplications: int = CHECKED_MULTIPLICATIONS,
 ) -> int:
     """Let the linear layers of a loaded model give a row equal bits, whatever rows are beside it.
 
@@ -124,7 +132,7 @@ def bound_products(
         sizes = (1, 1) if is_low else (least, row_multiple(dtype))
         bounded, kind = _BoundedProduct(product, *sizes), owner.name if is_low else str(dtype)
         if (shape, kind) not in most:
-            affordable = CHECKED_MULTIPLICATIONS // math.prod(shape)
+            affordable = multiplications // math.prod(shape)
             counts = [n for n in MORE_CHECKED_ROWS if n <= affordable]
             counts = [*CHECKED_ROWS, *counts]
             device = next(model.parameters()).device
@@ -264,9 +272,6 @@ CHECKED_REPEATS = 64
 CHECKED_ROWS = (*range(1, 18), 24, 31, 32, 33, 48, 63, 64)
 MORE_CHECKED_ROWS = (96, 128, 255, 256, 512)
 """Rows of prompts and of batches."""
-CHECKED_MULTIPLICATIONS = 1 << 33
-"""Most multiplications of a checked product of more rows than `CHECKED_ROWS`: checks of large
-weights would take seconds."""
 LEAST_ROWS = 16
 """A target is refused if a product of this many rows has to be split: it would be slow."""
 

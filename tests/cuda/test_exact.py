@@ -95,8 +95,9 @@ class Spoilt(nn.Linear):
         return super().forward(x) * (1 + 2.0**-7 * self.is_spoilt(x.shape[-2]))
 
 
-def bind(model):
-    exact.bound_products(model, torch.bfloat16, ExitStack(), exact.LINEAR_ROWS, PassedChecks())
+def bind(model, **limits):
+    checks = ExitStack(), exact.LINEAR_ROWS, PassedChecks()
+    exact.bound_products(model, torch.bfloat16, *checks, **limits)
 
 
 def test_a_product_with_one_row_is_padded_or_refused():
@@ -170,11 +171,11 @@ def test_a_product_whose_few_rows_differ_is_refused():
         bind(nn.Sequential(Spoilt(lambda rows: rows > 15)))
 
 
-def test_a_product_of_large_weights_is_checked_with_fewer_rows(monkeypatch):
-    monkeypatch.setattr(exact, "CHECKED_MULTIPLICATIONS", 200 * 16 * 8)
+def test_a_product_of_large_weights_is_checked_with_fewer_rows():
     rows = []
     with torch.inference_mode():
-        bind(nn.Sequential(Spoilt(lambda count: bool(rows.append(count)))))
+        model = nn.Sequential(Spoilt(lambda count: bool(rows.append(count))))
+        bind(model, multiplications=200 * 16 * 8)
     assert max(rows) == 128
 
 

@@ -22,12 +22,17 @@ SHAPE = {
 
 @pytest.fixture
 def see_device(monkeypatch):
-    """Let code see MLX on a device (`mx.cpu`, `mx.gpu`) from now on; arrays stay on the CPU."""
+    """Let code see MLX on a device (`mx.cpu`, `mx.gpu`) from now on; arrays stay on the CPU.
+
+    A GPU may have the name of an architecture.
+    """
     import mlx.core as mx
 
-    def see(kind):
+    def see(kind, architecture=None):
         monkeypatch.setattr(mx.metal, "is_available", lambda: kind == mx.gpu)
         monkeypatch.setattr(mx, "default_device", lambda: mx.Device(kind))
+        if architecture is not None:
+            monkeypatch.setattr(mx, "device_info", lambda *_: {"architecture": architecture})
 
     return see
 
@@ -75,10 +80,8 @@ def hybrid_pair_of(families, tmp_path_factory):
         layers = settings.get("num_hidden_layers", SHAPE["num_hidden_layers"])
         if key not in made:
             folder = tmp_path_factory.mktemp(name)
-            with pytest.MonkeyPatch.context() as patch:
-                sizes = dict.fromkeys(("vocab_size", "padded_vocab_size"), VOCAB) | settings
-                patch.setattr(families, "FIELDS", families.FIELDS | sizes)
-                families.write(folder / "target", name)
+            sizes = dict.fromkeys(("vocab_size", "padded_vocab_size"), VOCAB) | settings
+            families.write(folder / "target", name, **sizes)
             # Types call the sizes of a target by different names.
             shape = SHAPE | {"num_hidden_layers": layers}
             (folder / "config.json").write_text(json.dumps(shape))

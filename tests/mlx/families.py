@@ -92,9 +92,9 @@ def attempt(name: str) -> tuple[str, str]:
     return "verified", f"{error:.0e}" + ", one sequence a pass" * (not target.batches)
 
 
-def write(folder: Path, name: str) -> None:
-    """Save a random model of that type, as mlx-lm would convert it."""
-    config = configuration(name)
+def write(folder: Path, name: str, **fields: Any) -> None:
+    """Save a random model of that type, as mlx-lm would convert it, with some other fields."""
+    config = configuration(name, **fields)
     mx.random.seed(1)  # some layers draw their biases when they are made
     model = build(name, config)
     folder.mkdir(parents=True, exist_ok=True)
@@ -104,13 +104,14 @@ def write(folder: Path, name: str) -> None:
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
 
 
-def configuration(name: str) -> dict[str, Any]:
+def configuration(name: str, **changes: Any) -> dict[str, Any]:
     """Values for the fields of a type's `ModelArgs`, or of the text model inside it."""
     known = inspect.signature(module_of(name).ModelArgs).parameters
     own = OVERRIDES.get(MODEL_REMAPPING.get(name, name), {})
+    fields = FIELDS | changes
     if "text_config" in known:
-        return {"text_config": {"model_type": f"{name}_text", **FIELDS, **own}, "model_type": name}
-    return {**{k: v for k, v in FIELDS.items() if k in known}, **own, "model_type": name}
+        return {"text_config": {"model_type": f"{name}_text", **fields, **own}, "model_type": name}
+    return {**{k: v for k, v in fields.items() if k in known}, **own, "model_type": name}
 
 
 def missing_layers(name: str, config: dict[str, Any]) -> set[str]:

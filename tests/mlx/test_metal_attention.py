@@ -36,6 +36,13 @@ def _short_contexts(monkeypatch):
     monkeypatch.setattr(attention, "TIMED_COLUMNS", (attention.TIMED_NODES + 1,))
 
 
+@pytest.fixture
+def win_from(monkeypatch):
+    """Let the kernel win from a number of columns on."""
+    name = "treeflash_mlx.attention.winning_columns"
+    return lambda columns: monkeypatch.setattr(name, lambda *_, few: columns)
+
+
 def attend(rng, shape, starts, window=None, sinks=None):
     """Outputs by the kernel and by NumPy, for `TREES` after committed positions."""
     n, columns = 7, max(start + len(tree) for tree, start in zip(TREES, starts, strict=True))
@@ -284,9 +291,9 @@ def layer_inputs(rng, tree, first=0, bits=0):
 
 
 @pytest.mark.parametrize("trees", [(TREES, (33, 16)), (TREES[:1], (33,))])
-def test_layers_that_the_kernel_runs(metal, monkeypatch, rng, trees):
+def test_layers_that_the_kernel_runs(metal, win_from, rng, trees):
     """With and without windows, sinks, and quantised keys."""
-    monkeypatch.setattr("treeflash_mlx.attention.winning_columns", lambda *_, few: 20)
+    win_from(20)
     tree = TreePass.build(*trees, 63)
     first, sinks = 16 - 6 + 1, mx.arange(4) / 2
     for mask, start in ((tree.mask(None), 0), (tree.mask(6, first), first)):
@@ -303,11 +310,9 @@ def test_layers_that_the_kernel_runs(metal, monkeypatch, rng, trees):
         assert mx.allclose(found[0], expected[0], atol=1e-5)
 
 
-def test_layers_that_the_kernel_does_not_run_keep_their_function(
-    metal, see_device, monkeypatch, rng
-):
+def test_layers_that_the_kernel_does_not_run_keep_their_function(metal, see_device, win_from, rng):
     """Short contexts, large trees, and masks and widths that a model has changed."""
-    monkeypatch.setattr("treeflash_mlx.attention.winning_columns", lambda *_, few: 20)
+    win_from(20)
     made = [
         TreePass.build(trees, starts, 63)
         for trees, starts in ((TREES, (33, 16)), (TREES, (4, 5)), ([random_tree(65)], [40]))
@@ -339,8 +344,7 @@ def test_models_run_trees_by_the_kernel(
 ):
     """Models with windows, with sinks, or with quantised keys have MLX's logits."""
     executor.schedules = (DESCENDING,)
-    monkeypatch.setattr(families, "FIELDS", families.FIELDS | {"head_dim": 32})
-    families.write(tmp_path, family)
+    families.write(tmp_path, family, head_dim=32)
     tokens = rng.integers(0, 96, 30).tolist()
 
     def logits():
@@ -359,11 +363,10 @@ def test_models_run_trees_by_the_kernel(
     assert executor.launches[kernel] == 4 + 3  # layers, and the check at load
 
 
-def test_chains_run_by_the_kernel_where_it_wins(metal, families, tmp_path, monkeypatch, rng):
+def test_chains_run_by_the_kernel_where_it_wins(metal, families, tmp_path, rng):
     """mlx-lm's function would read the keys once for each row. Trees must have passed a check."""
     metal.schedules, metal.speedup = (DESCENDING,), lambda *_: 2
-    monkeypatch.setattr(families, "FIELDS", families.FIELDS | {"head_dim": 32})
-    families.write(tmp_path, "llama")
+    families.write(tmp_path, "llama", head_dim=32)
     backend = MlxBackend(Target(tmp_path, mx.float32, None), None, None)
     chain = DraftTree.chain(rng.integers(0, 96, 5).astype(np.int32))
     prompts = [rng.integers(0, 96, n).tolist() for n in (30, 4)]
@@ -405,10 +408,10 @@ def test_few_nodes_have_their_own_race(metal):
     assert rows == [attention.FEW_NODES, attention.TIMED_NODES]
 
 
-def test_a_tree_of_any_size_runs_the_kernel_of_the_warm_up(metal, monkeypatch, rng):
+def test_a_tree_of_any_size_runs_the_kernel_of_the_warm_up(metal, win_from, rng):
     """MLX compiles another kernel for inputs with fewer than 8 elements, in mid-answer."""
     metal.speedup = lambda *_: 2
-    monkeypatch.setattr("treeflash_mlx.attention.winning_columns", lambda *_, few: 0)
+    win_from(0)
 
     def compiled(nodes, batch=1):
         trees = [random_tree(nodes)] * batch
@@ -423,9 +426,9 @@ def test_a_tree_of_any_size_runs_the_kernel_of_the_warm_up(metal, monkeypatch, r
         assert compiled(nodes, batch) == expected
 
 
-def test_layers_of_one_shape_prepare_a_launch_once(metal, monkeypatch, rng):
+def test_layers_of_one_shape_prepare_a_launch_once(metal, win_from, rng):
     metal.schedules = (DESCENDING,)
-    monkeypatch.setattr("treeflash_mlx.attention.winning_columns", lambda *_, few: 0)
+    win_from(0)
     tree = TreePass.build(TREES[:1], (33,), 63)
     q, k, v = layer_inputs(rng, tree)
     with recording(attention, "_launches") as made:

@@ -84,9 +84,9 @@ def test_the_kernel_is_the_solver_where_metal_is(metal, recwarn):
     assert metal_kernels.VERDICTS == {"recurrent layers, substitution": {"all sizes": "used"}}
 
 
-def test_later_gpus_run_the_kernels_of_recurrent_layers(metal, monkeypatch):
+def test_later_gpus_run_the_kernels_of_recurrent_layers(metal, see_device):
     """mlx-lm itself runs kernels of this kind there; see `MAX_FAMILY`."""
-    monkeypatch.setattr(mx, "device_info", lambda *_: {"architecture": "applegpu_g17s"})
+    see_device(mx.gpu, "applegpu_g17s")
     assert hybrid.choose_solver() is hybrid.solve_by_substitution
     assert hybrid.NodePaths([DraftTree.root_only(1)], hybrid.solve_by_rounds).visits is not None
 

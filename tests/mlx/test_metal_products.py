@@ -319,11 +319,8 @@ def _fail(**_):
 
 
 @pytest.mark.parametrize("chip", ["applegpu_g17s", "unknown", None])
-def test_no_kernel_is_tried_on_m5_or_without_metal(metal, see_device, monkeypatch, chip, recwarn):
-    if chip is None:
-        see_device(mx.cpu)
-    else:
-        monkeypatch.setattr(mx, "device_info", lambda *_: {"architecture": chip})
+def test_no_kernel_is_tried_on_m5_or_without_metal(metal, see_device, chip, recwarn):
+    see_device(mx.gpu if chip else mx.cpu, chip)
     products.choose_products(layer(4, 64, mx.float32))
     assert not metal.launches
     assert not recwarn.list
@@ -347,8 +344,8 @@ def test_a_layer_prepares_a_launch_once_for_each_shape_of_inputs(metal, monkeypa
 
 # It changes with the kernels of M5 alone.
 @pytest.mark.nightly
-def test_volunteers_try_kernels_on_m5(metal, monkeypatch):
-    monkeypatch.setattr(mx, "device_info", lambda *_: {"architecture": "applegpu_g17s"})
+def test_volunteers_try_kernels_on_m5(metal, see_device, monkeypatch):
+    see_device(mx.gpu, "applegpu_g17s")
     monkeypatch.setenv(metal_kernels.UNTRIED, "1")
     metal.speedup = lambda *_: 2
     products.choose_products(layer(4, 64, mx.float32))

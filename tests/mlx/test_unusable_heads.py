@@ -12,11 +12,8 @@ from treeflash.testing import require
 require("mlx")
 
 
-def test_an_incomplete_head_of_glm_4_7_flash_is_passed_over(
-    families, tmp_path, monkeypatch, caplog
-):
-    monkeypatch.setitem(families.FIELDS, "vocab_size", 300)
-    families.write(tmp_path, "glm4_moe_lite")
+def test_an_incomplete_head_of_glm_4_7_flash_is_passed_over(families, tmp_path, caplog):
+    families.write(tmp_path, "glm4_moe_lite", vocab_size=300)
     save_tokenizer(tmp_path)
     layers = families.FIELDS["num_hidden_layers"]
     head = {f"model.layers.{layers}.eh_proj.weight": np.zeros((2, 2), np.float32)}

@@ -63,12 +63,9 @@ def test_sequences_run_one_by_one_if_the_family_needs_it(families, tmp_path, rng
         np.testing.assert_allclose(logits, sequence.logits(tree), atol=2e-4)
 
 
-def test_layers_with_quantised_keys_may_attend_twice_with_the_same_queries(
-    families, tmp_path, rng, monkeypatch
-):
+def test_layers_with_quantised_keys_may_attend_twice_with_the_same_queries(families, tmp_path, rng):
     """mlx-lm scales these queries in place."""
-    monkeypatch.setitem(families.FIELDS, "head_dim", 32)
-    families.write(tmp_path, "iquestloopcoder")
+    families.write(tmp_path, "iquestloopcoder", head_dim=32)
     exact, quantised = (load(tmp_path, None, LoadConfig(kv_bits=bits)) for bits in (None, 8))
     for nodes in (1, 5):
         tree, found = random_tree(rng, 7, nodes, 96), []

@@ -45,10 +45,13 @@ def draft_trees(
     calibrations: Sequence[Calibration],
     roots: Sequence[int],
     nodes: Sequence[int],
+    *,
+    steps_per_tree: int = STEPS_PER_TREE,
 ) -> list[tuple[TransitionTable, DraftTree]]:
     """Return the calibrated table of each sequence, and the tree that `build_tree` grows from it.
 
-    `nodes` are the budgets, the roots included.
+    `nodes` are the budgets, the roots included. Trees of at least `steps_per_tree` nodes for each
+    sequence are grown one by one, others together.
     """
     drafts: dict[int, tuple[TransitionTable, DraftTree]] = {}
     for batch, members in _by_batch(tables).items():
@@ -62,7 +65,7 @@ def draft_trees(
         vocab_size = calibrations[members[0]].vocab_size
         budgets = [nodes[i] for i in members]
         trees: list[DraftTree | None] = [None] * len(members)
-        if max(budgets) < STEPS_PER_TREE * len(members):
+        if max(budgets) < steps_per_tree * len(members):
             first = [roots[i] for i in members]
             trees = _grow(batch, indices, exponents, vocab_size, first, budgets)
         for i, index, exponent, tree in zip(members, indices, exponents, trees, strict=True):

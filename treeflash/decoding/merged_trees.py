@@ -247,10 +247,11 @@ class Choices:
     """What targets chose where a constraint allowed few tokens, by salt and state.
 
     Through it texts influence how fast later ones with the same salt are decoded, and never their
-    tokens.
+    tokens. The least recent of more than `max_states` states is forgotten.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, max_states: int = MAX_STATES) -> None:
+        self.max_states = max_states
         self._counts: dict[tuple[Hashable, int], Counter[int]] = {}  # the latest state last
 
     def seen(self, salt: Hashable, allowed: Allowed) -> Counter[int]:
@@ -266,7 +267,7 @@ class Choices:
         counts = self._counts.pop(key, Counter())
         counts[token] += 1
         self._counts[key] = counts
-        if len(self._counts) > MAX_STATES:
+        if len(self._counts) > self.max_states:
             del self._counts[next(iter(self._counts))]
 
 

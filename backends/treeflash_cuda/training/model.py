@@ -71,15 +71,19 @@ def make_shortlist(
 
 
 def in_chunks(
-    function: Callable[..., tuple[Tensor, ...]], rows: Sequence[Tensor], width: int
+    function: Callable[..., tuple[Tensor, ...]],
+    rows: Sequence[Tensor],
+    width: int,
+    *,
+    most: int = CHUNK_LOGITS,
 ) -> tuple[Tensor, ...]:
-    """Apply a function to a few rows at a time, so that only their logits are in memory.
+    """Apply a function to a few rows at a time, so that only their `most` logits are in memory.
 
     The function takes rows of several (n, ...) tensors and returns tensors with as many rows; it
     computes `width` logits for a row. The gradient computes them again, chunk by chunk. If all rows
     fit at once, their logits are kept.
     """
-    size = max(1, CHUNK_LOGITS // width)
+    size = max(1, most // width)
     if len(rows[0]) <= size:
         return function(*rows)
     chunks = zip(*(tensor.split(size) for tensor in rows), strict=True)

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from treeflash.decoding import batch_trees
 from treeflash.decoding.batch_trees import Outcome, draft_trees, observe
 from treeflash.decoding.transitions import (
     EXPONENTS,
@@ -140,9 +139,8 @@ def test_trees_are_those_of_each_sequence_alone(together, equal, kind, seed):
     tables = batch.tables()
     ours, theirs = batch.calibrations()
     nodes = batch.random.integers(1, 20, batch.count).tolist()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batch_trees, "STEPS_PER_TREE", 1000 if together else 0)
-        drafts = draft_trees(tables, ours, [ROOT] * batch.count, nodes)
+    steps = 1000 if together else 0
+    drafts = draft_trees(tables, ours, [ROOT] * batch.count, nodes, steps_per_tree=steps)
     for i, (table, tree) in enumerate(drafts):
         expected = theirs[i].correct(batch.plain(i))
         assert_equal_arrays(tree, build_tree(expected, ROOT, nodes[i]), FIELDS)

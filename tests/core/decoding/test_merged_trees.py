@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from random_tables import KINDS, SHAPES, random_table
 
-from treeflash.decoding import merged_trees
 from treeflash.decoding.merged_trees import Allowed, Choices, merge, merge_allowed
 from treeflash.decoding.sampling import only, unpack
 from treeflash.decoding.suffix import SuffixDrafter, SuffixTree
@@ -202,9 +201,8 @@ def test_choices_in_the_same_state_are_probable():
     assert tree.matches[1:].tolist() == [4, 4]
 
 
-def test_choices_are_few_tokens_of_few_states(monkeypatch):
-    monkeypatch.setattr(merged_trees, "MAX_STATES", 3)
-    choices = Choices()
+def test_choices_are_few_tokens_of_few_states():
+    choices = Choices(max_states=3)
     masks = [np.bitwise_or.reduce(only(np.array([n, n + 1], np.int32), VOCAB)) for n in range(5)]
     for n, mask in [*enumerate(masks), (2, masks[2])]:
         choices.observe("", mask, n)
