@@ -23,16 +23,17 @@ seconds and bring `gain(n)` tokens, the sum of their probabilities. Verified is 
 highest `gain(n) - rate * costs(n)`, where `rate` is the tokens per second of decoding lately, or of
 plain decoding if that is faster. Using the rate that results from these sizes as the next rate
 finds the sizes with the highest rate (Dinkelbach 1967). A single tree has one of the sizes that
-were measured, because hardware has steps. It has `SMALLEST` nodes at least, and now and then the
-next size of `LARGER` times the best: else a wrong cost of larger trees would never be seen.
+were measured, because hardware has steps. It has `SMALLEST` nodes at least. A size that is
+`DIFFERENT` from the best one and promises enough is verified once in a while, although it seems too
+expensive: else a wrong cost of it would never be seen.
 
 Rule for pausing. A `Pause` keeps a balance: the tokens that an optional step brought beyond what
-decoding without it would have emitted in the same time. At `LOWEST_BALANCE` the step is skipped for
-some iterations; each later pause is twice as long until the step pays again. Optional are drafts,
-copies of the text, and the drafts of one sequence of a batch. Several sequences must draft faster
-than plain decoding by `MIN_ADVANTAGE`. Copies cost no draft, so they are verified in pauses of the
-drafter too; and where they promise more tokens per second than drafted iterations brought lately,
-the drafter is not called.
+decoding without it would have emitted in the same time. At the lowest balance the step is skipped
+for some iterations; each later pause is twice as long until the step pays again. Optional are
+drafts, copies of the text, and the drafts of one sequence of a batch. Several sequences must draft
+faster than plain decoding by `MIN_ADVANTAGE`. Copies cost no draft, so they are verified in pauses
+of the drafter too; and where they promise more tokens per second than drafted iterations brought
+lately, the drafter is not called. A pause goes on in the next text, often one of the same kind.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ from treeflash.config import Method
 from treeflash.decoding.interfaces import Backend
 from treeflash.decoding.suffix import MATCH_LEVELS
 from treeflash.decoding.tree import DraftTree
-from treeflash.decoding.verify_costs import FORGETTING, SIZES, VerifyCosts, power_of_two
+from treeflash.decoding.verify_costs import DIFFERENT, FORGETTING, SIZES, VerifyCosts, power_of_two
 
 PRIOR_WEIGHT = 4.0
 """Weight of the drafter's own probabilities, as a number of nodes seen."""
@@ -62,25 +63,15 @@ CONFIDENCES = (0.2, 0.4, 0.6, 0.8, 0.9, 0.95)
 """Upper ends of the levels of confidence; closer near 1, because drafters overstate theirs."""
 MAX_DEPTH = 31
 """Deeper nodes are counted like nodes of this depth."""
-LEVELS = len(CONFIDENCES) + 1
-KINDS = 2 * LEVELS * (MAX_DEPTH + 1) + len(MATCH_LEVELS) + 1
-"""Number of kinds of nodes; see `_kinds`."""
 SMALLEST = 5
 """Nodes that are verified at least of a single drafted tree."""
-LARGER, MORE_TOKENS = 1.5, 1.15
-"""A tree that is verified to see its cost has at least so many times the nodes, and the expected
-tokens, of the best one."""
-LOWEST_BALANCE, HIGHEST_BALANCE = -2.0, 8.0
-"""Bounds of the balance, tokens: a step pauses at the lower one."""
 MIN_ADVANTAGE = 1.1
-"""In a batch, draft or copy only if it is at least this much faster than plain decoding. Drafting
-also makes the drafter read every prompt, and lets sequences end at different times, which leaves
-smaller batches."""
+"""A factor that is worth a change. In a batch, drafts and copies must be faster than plain decoding
+by it: drafting also makes the drafter read every prompt, and lets sequences end at different times,
+which leaves smaller batches."""
 MIN_PLAIN = 2
 """Iterations without a draft that several sequences run before they draft, to know their time; and
 iterations of a pause, if no plain pass is among the latest ones: its cost may be wrong."""
-SPARE = 16
-"""A tree is built with this many nodes more than twice the nodes that it is expected to keep."""
 
 
 @dataclass
@@ -90,12 +81,16 @@ class Pause:
     Attributes:
         first: iterations of the first pause after the step paid.
         longest: iterations of any pause.
+        lowest: the balance at which the step pauses.
+        highest: the balance beyond which gains do not count.
         left: iterations until the step is tried again.
         balance: tokens beyond what decoding without the step would have emitted in the same time.
     """
 
     first: int = 16
     longest: int = 256
+    lowest: float = -2.0
+    highest: float = 8.0
     left: int = 0
     balance: float = 0.0
     _next: int = 0  # iterations of the next pause; 0 for the first one
@@ -116,10 +111,10 @@ class Pause:
 
     def add(self, gained: float) -> None:
         """Add what an iteration with the step gained."""
-        self.balance = min(self.balance + gained, HIGHEST_BALANCE)
-        if self.balance <= LOWEST_BALANCE:
+        self.balance = min(self.balance + gained, self.highest)
+        if self.balance <= self.lowest:
             self.extend()
-            self.balance = LOWEST_BALANCE / 2
+            self.balance = self.lowest / 2
         elif self.balance > 0:
             self.reset()
 
@@ -134,9 +129,9 @@ class Acceptance:
     kind that is not seen any more counts as the drafter says.
     """
 
-    # (kinds,) sums of the probabilities of children of accepted nodes, and how many were accepted
-    expected: NDArray[np.float64] = field(default_factory=lambda: np.zeros(KINDS))
-    accepted: NDArray[np.float64] = field(default_factory=lambda: np.zeros(KINDS))
+    # by kind, sums of the probabilities of children of accepted nodes, and how many were accepted
+    expected: NDArray[np.float64] = field(default_factory=lambda: _counts())
+    accepted: NDArray[np.float64] = field(default_factory=lambda: _counts())
     # (MAX_DEPTH + 1,) shares of trees with an accepted node whose children have this depth, and
     # with an accepted one among these
     reached: NDArray[np.float64] = field(default_factory=lambda: np.zeros(MAX_DEPTH + 1))
@@ -146,7 +141,7 @@ class Acceptance:
         """Return (n,) probabilities that the nodes' tokens are emitted; 1 for the root."""
         kinds = _kinds(tree)
         shares = (self.accepted + PRIOR_WEIGHT) / (self.expected + PRIOR_WEIGHT)
-        own = np.log(shares)[kinds]
+        own = np.log(shares)[tuple(kinds)]
         own[0] = 0.0
         if tree.is_chain:  # copies are often long ones
             factors = np.cumsum(own)
@@ -174,25 +169,35 @@ class Acceptance:
             kinds = _kinds(tree)
             inner = np.isin(tree.parents, path)
             probs = np.exp(tree.log_probs[inner] - tree.log_probs[tree.parents[inner]])
-            np.add.at(self.expected, kinds[inner], probs)
-            np.add.at(self.accepted, kinds[path[1:]], 1.0)
+            np.add.at(self.expected, tuple(kinds[:, inner]), probs)
+            np.add.at(self.accepted, tuple(kinds[:, path[1:]]), 1.0)
             depths = np.minimum(np.unique(tree.depths[inner]), MAX_DEPTH)
             self.reached[depths] += 1 / len(trees)
             self.passed[depths[depths < len(path)]] += 1 / len(trees)
 
 
+def _counts() -> NDArray[np.float64]:
+    """Return a count of 0 for each kind of nodes."""
+    return np.zeros((MAX_DEPTH + 2, 2, len(CONFIDENCES) + 1))
+
+
 def _kinds(tree: DraftTree) -> NDArray[np.int64]:
-    """Return the (n,) kinds of a tree's nodes; the root's has no meaning."""
-    later = np.ones(len(tree), np.int64)
-    later[np.unique(tree.parents, return_index=True)[1]] = 0  # siblings stand best first
-    kinds = 2 * LEVELS * np.minimum(tree.depths, MAX_DEPTH) + LEVELS * later
+    """Return (3, n) indices of the counts of a tree's nodes; the root's have no meaning.
+
+    They are the depth, whether siblings are better, and the level of confidence. Copies have a
+    depth of their own, and the level of their match.
+    """
+    kinds = np.zeros((3, len(tree)), np.int64)
+    kinds[0] = np.minimum(tree.depths, MAX_DEPTH)
+    kinds[1] = 1
+    kinds[1, np.unique(tree.parents, return_index=True)[1]] = 0  # siblings stand best first
     if tree.confidences is not None:
-        kinds += np.searchsorted(CONFIDENCES, tree.confidences, "right")
+        kinds[2] = np.searchsorted(CONFIDENCES, tree.confidences, "right")
     if tree.matches is not None:
-        copies = tree.matches > 0
-        levels = np.searchsorted(MATCH_LEVELS, tree.matches[copies], "right")
-        kinds[copies] = KINDS - 1 - levels
-    return np.asarray(kinds, np.int64)
+        copies = np.flatnonzero(tree.matches > 0)
+        kinds[:2, copies] = [[MAX_DEPTH + 1], [0]]
+        kinds[2, copies] = np.searchsorted(MATCH_LEVELS, tree.matches[copies], "right")
+    return kinds
 
 
 @dataclass
@@ -260,7 +265,9 @@ class AdaptiveBudget:
         largest = self.nodes_to_copy(sequences)
         # A larger tree would be pruned. If it pays after all, the next iteration builds more nodes.
         expected = self.pace(sequences).nodes
-        return largest if expected is None else min(largest, 2 * math.ceil(expected) + SPARE)
+        if expected is None:
+            return largest
+        return min(largest, 2 * max(math.ceil(expected), SMALLEST))
 
     def expected_nodes(self, sequences: int) -> int:
         """Return how many nodes a pruned tree is expected to have."""
@@ -329,14 +336,32 @@ class AdaptiveBudget:
             rate = max(rate, float((expected[sizes - 1] / costs).max()))
         size = int(sizes[int(np.argmax(expected[sizes - 1] - rate * costs))])
         if len(trees) == 1 and not other_rows and _drafted_depth(trees[0]):
-            larger = int(np.append(sizes[sizes >= LARGER * size], size)[0])
-            pays = expected[larger - 1] >= MORE_TOKENS * expected[size - 1]
-            if pays and self.costs.is_known(size) and not self.costs.is_known(larger):
-                size = larger
+            size = self._size_to_try(size, sizes, expected)
         kept = np.zeros(len(order), np.bool_)
         kept[order[:size]] = True
         parts = np.split(kept, np.cumsum(sizes_of_trees)[:-1])
         return [np.flatnonzero(part) for part in parts]
+
+    def _size_to_try(
+        self, best: int, sizes: NDArray[np.int64], expected: NDArray[np.float64]
+    ) -> int:
+        """Return a promising size whose cost is not known, or else the best size.
+
+        `expected` has the tokens of 1, 2, ... nodes. A smaller size promises almost as many tokens
+        as the best one, a larger size more.
+        """
+        smaller, larger = (
+            sizes[sizes * DIFFERENT <= best][-1:],
+            sizes[sizes >= best * DIFFERENT][:1],
+        )
+        tokens = expected[best - 1]
+        promising = [
+            *smaller[expected[smaller - 1] * MIN_ADVANTAGE >= tokens],
+            *larger[expected[larger - 1] >= tokens * MIN_ADVANTAGE],
+        ]
+        if not self.costs.is_known(best):
+            return best
+        return next((int(size) for size in promising if not self.costs.is_known(int(size))), best)
 
     def observe(
         self,
@@ -395,7 +420,7 @@ class AdaptiveBudget:
         # The noise of several sequences is the square root of their number.
         step.add((tokens - all_s * rate) / math.sqrt(sequences))
         if step is now.drafting and step.left and not self.costs.has_seen_plain(sequences):
-            step.left = MIN_PLAIN + 1
+            step.left, step.balance = MIN_PLAIN + 1, 0.0
             step.reset()
 
     def _sizes(self, most: int) -> NDArray[np.int64]:

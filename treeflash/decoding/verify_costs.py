@@ -6,25 +6,25 @@ then, or may be slower now, and single passes are disturbed all the time.
 
 Idea. The table gives the shape of the costs, and the latest passes correct it: each of them took so
 many times what the table says of its number of rows. The correction of a number of rows is the
-median of these ratios over the passes that are nearest to it. So the first pass already corrects a
-table that is ten times wrong everywhere, a disturbed pass changes nothing, and what no pass has
-shown is as wrong as the passes nearest to it.
+lowest of these ratios over the passes that are nearest to it, because a disturbance only adds time.
+So the first pass already corrects a table that is ten times wrong everywhere, a disturbed pass
+changes nothing, and what no pass has shown is as wrong as the passes nearest to it.
 
 Example. The table says 250 ms for 1 row, 500 ms for 16 and 800 ms for 32, because the machine was
 busy. The first pass has 16 rows and takes 50 ms, a ratio of 0.1: the costs are now 25, 50 and
-80 ms. The next passes of 16 rows take 49, 200 and 51 ms. The median of the ratios stays at 0.1. A
+80 ms. The next passes of 16 rows take 52, 200 and 51 ms: the lowest of the latest three says 51. A
 pass of 1 row takes 30 ms: its correction becomes 0.12, and the one of trees stays.
 
-Rule. Distances are octaves between numbers of rows, and `AGE` passes since count as an octave. The
-`NEAREST` passes by distance count. Passes over one and over several sequences, and over roots alone
-and over trees are of different kinds, because a batch computes attention sequence by sequence, and
-needs masks for its first tree. Another kind counts only as long as none of the own kind is known.
-`is_known` tells whether enough passes were near a number of rows to correct it: else the budget
-tries it, because a table may be wrong about trees that are never verified.
+Rule. Distances are octaves between numbers of rows, and `REMEMBERED` passes since count as an
+octave. The `NEAREST` passes by distance count. Passes over one and over several sequences, and over
+roots alone and over trees are of different kinds, because a batch computes attention sequence by
+sequence, and needs masks for its first tree. Another kind counts only as long as none of the own
+kind is known. `is_known` tells whether a pass had about a number of rows: else the budget tries it
+if it promises much, because a table may be wrong about trees that are never verified.
 
-Every `CHECKED_EVERY` passes the table and its file take over corrections that differ by
-`DISAGREEMENT` between numbers of rows, or say that the machine is faster by that factor than it
-was. A machine that is slower by one factor for all numbers of rows is busy, and the table stays.
+Every `CHECKED_EVERY` passes the table and its file take over corrections that are `DIFFERENT`
+between numbers of rows, or say that the machine is faster by that factor than it was. A machine
+that is slower by one factor for all numbers of rows is busy, and the table stays.
 
 A table is for one machine, model and way to run it; `cost_file` has what the name of its file
 depends on. It has all `SIZES`: large ones that are too slow to be timed are on the line through a
@@ -64,14 +64,10 @@ PROMPT_TOKENS = 16
 """Length of the text after which sizes are timed."""
 FORGETTING = 0.07
 """The share of its weight that an iteration loses to each newer one, in all that is learned."""
-NEAREST = 5
-"""Passes whose median ratio is the correction of a number of rows."""
-AGE = 128
-"""Passes since then that are as far as an octave between numbers of rows."""
-KNOWN = 0.5
-"""Distance, in octaves, within which passes tell the cost of a number of rows."""
-DISAGREEMENT = 1.5
-"""A factor between costs that is no noise."""
+NEAREST = 3
+"""Passes whose lowest ratio is the correction of a number of rows."""
+DIFFERENT = 1.5
+"""A factor between costs that is no noise; numbers of rows within it are about equal."""
 REMEMBERED = 64
 """Passes that correct the table."""
 CHECKED_EVERY = 16
@@ -221,7 +217,7 @@ class VerifyCosts:
     @property
     def is_sound(self) -> bool:
         """Whether no size is clearly faster than the one before: else one of them was disturbed."""
-        return all(b * DISAGREEMENT >= a for a, b in pairwise(self.seconds.values()))
+        return all(b * DIFFERENT >= a for a, b in pairwise(self.seconds.values()))
 
     @property
     def sizes(self) -> NDArray[np.int64]:
@@ -280,61 +276,46 @@ class VerifyCosts:
         return found
 
     def is_known(self, rows: int) -> bool:
-        """Return whether most of the passes that tell the cost of a tree are near its size."""
-        return bool(np.interp(rows, self.sizes, self._near(_kind(2, 1))) > NEAREST / 2)
+        """Return whether one of the latest passes had a tree of about this size."""
+        return bool(self._near(_kind(2, 1), np.array([rows]))[0])
 
     def _corrections(self, kind: tuple[int, bool]) -> NDArray[np.float64]:
         """Return the (n,) corrections of the table's sizes for a kind of passes."""
         if not self.passes:
             return np.ones(len(self.seconds))
         if (found := self._known.get(kind)) is None:
-            ratios, _ = self._nearest(kind)
-            # The lower one of two, because a disturbance only adds time.
-            self._known[kind] = found = np.sort(ratios, 1)[:, (ratios.shape[1] - 1) // 2]
+            kinds, octaves, ratios = zip(*self.passes, strict=True)
+            own = np.array([other == kind for other in kinds])
+            used = np.flatnonzero(own) if own.any() else np.arange(len(own))
+            distances = abs(np.log2(self.sizes)[:, None] - np.array(octaves)[used])
+            distances += (len(own) - 1 - used) / REMEMBERED
+            nearest = np.argsort(distances, 1, kind="stable")[:, :NEAREST]
+            self._known[kind] = found = np.array(ratios)[used][nearest].min(1)
         return found
 
-    def _nearest(self, kind: tuple[int, bool]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Return the ratios of the passes that are nearest to each size, and their distances.
-
-        They are (n, p) with at most `NEAREST` passes p, the nearest first.
-        """
-        kinds, octaves, ratios = zip(*self.passes, strict=True)
-        own = np.array([other == kind for other in kinds])
-        used = np.flatnonzero(own) if own.any() else np.arange(len(own))
-        ages = len(own) - 1 - used
-        distances = abs(np.log2(self.sizes)[:, None] - np.array(octaves)[used]) + ages / AGE
-        order = np.argsort(distances, 1, kind="stable")[:, :NEAREST]
-        return np.array(ratios)[used][order], np.take_along_axis(distances, order, 1)
-
-    def _near(self, kind: tuple[int, bool]) -> NDArray[np.int64]:
-        """Return how many of the nearest passes of a kind are near each of the (n,) sizes."""
-        if not any(passed.kind == kind for passed in self.passes):
-            return np.zeros(len(self.seconds), np.int64)
-        return np.asarray((self._nearest(kind)[1] <= KNOWN).sum(1), np.int64)
+    def _near(self, kind: tuple[int, bool], sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return how many passes of a kind had about as many rows as each of the (n,) sizes."""
+        octaves = np.array([passed.octave for passed in self.passes if passed.kind == kind])
+        near = abs(np.log2(sizes)[:, None] - octaves) < math.log2(DIFFERENT)
+        return np.asarray(near.sum(1), np.int64)
 
     def _correct_table(self) -> None:
         """Take lasting corrections over into the table and its file; see the module's rule."""
-        (roots, known_roots), (trees, known_trees) = (
-            (self._corrections(kind), self._near(kind) == NEAREST)
-            for kind in (_kind(1, 1), _kind(2, 1))
-        )
-        passes = self.passes
-        plain = [passed for passed in passes if passed.kind == _kind(1, 1)]
-        if known_trees.any():
-            ratios = np.interp(self.sizes, self.sizes[known_trees], trees[known_trees])
-        elif known_roots[0]:
-            ratios = np.full(len(roots), roots[0])
-        else:
+        trees, root = _kind(2, 1), _kind(1, 1)
+        near, found = self._near(trees, self.sizes), self._corrections(trees).copy()
+        near[0], found[0] = self._near(root, self.sizes[:1])[0], self._corrections(root)[0]
+        known = near >= NEAREST
+        known[0] = near[0] > 1  # plain passes are rare
+        if not known.any():
             return
-        if len(plain) > 1:
-            ratios[0] = roots[0]
+        ratios = np.interp(self.sizes, self.sizes[known], found[known])
         ratios /= max(ratios.min(), 1.0)
-        if max(ratios.max(), 1 / ratios.min()) <= DISAGREEMENT:
+        if max(ratios.max(), 1 / ratios.min()) <= DIFFERENT:
             return
-        done = np.interp([2**passed.octave for passed in passes], self.sizes, ratios)
+        done = np.interp([2**passed.octave for passed in self.passes], self.sizes, ratios)
         self.passes = tuple(
             passed._replace(ratio=passed.ratio / ratio)
-            for passed, ratio in zip(passes, done.tolist(), strict=True)
+            for passed, ratio in zip(self.passes, done.tolist(), strict=True)
         )
         costs = zip(self.seconds.items(), ratios.tolist(), strict=True)
         self.position_s = {

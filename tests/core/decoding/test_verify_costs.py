@@ -15,6 +15,7 @@ from treeflash.decoding.interfaces import DeviceReport, Pass, Prefill
 from treeflash.decoding.sampling import SampledTokens
 from treeflash.decoding.verify_costs import (
     CHECKED_EVERY,
+    NEAREST,
     PROMPT_TOKENS,
     SIZES,
     CostFile,
@@ -62,7 +63,7 @@ class TestCorrections:
         passes(costs, rows)
         assert [error(costs, n) for n in (1, 8, 10, 32, 64)] == pytest.approx([1] * 5)
 
-    @pytest.mark.parametrize("slow", [1e-9, 0.1, 3, 1e9])
+    @pytest.mark.parametrize("slow", [1.2, 3, 1e9])
     def test_a_disturbed_pass_changes_nothing(self, slow):
         costs = table()
         passes(costs, 8, times=12)
@@ -70,6 +71,14 @@ class TestCorrections:
         passes(costs, 8)
         passes(costs, 16, slow)
         assert [error(costs, n) for n in (8, 16)] == pytest.approx([1, 1])
+
+    @pytest.mark.parametrize("slow", [1e-9, 0.1])
+    def test_a_pass_that_seems_too_fast_counts_until_others_are_nearer(self, slow):
+        costs = table()
+        passes(costs, 8, times=CHECKED_EVERY - 1)
+        passes(costs, 8, slow)
+        passes(costs, 8, times=2 * CHECKED_EVERY)
+        assert [error(costs, n) for n in (5, 8, 16)] == pytest.approx([1] * 3)
 
     def test_costs_follow_a_machine_that_changes(self):
         costs = table()
@@ -87,7 +96,7 @@ class TestCorrections:
 
     def test_passes_of_long_ago_do_not_count(self):
         costs = table()
-        passes(costs, 32, 4, times=3)
+        passes(costs, 32, 4, times=NEAREST - 1)  # too few to change the table
         passes(costs, 1, times=100)
         assert error(costs, 32) == pytest.approx(1)
 
