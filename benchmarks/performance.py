@@ -16,6 +16,7 @@ import sys
 import tempfile
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +30,8 @@ from treeflash.text.prompt import read_rows
 
 PAGE = ROOT / "docs" / "performance.md"
 RESULTS = ROOT / "docs" / "performance" / "results.json"
+PARTS = Path(tempfile.gettempdir(), "treeflash-performance")
+"""Folder of the files of benchmarks that have not ended."""
 NOT_MEASURED = "Not measured yet."
 
 
@@ -87,10 +90,17 @@ def methods_command(args: Namespace) -> list[str]:
     return ["decoding.methods", *args.sets, *args.pair, *args.amount, "--budgets", budgets]
 
 
-def budgets_command(args: Namespace) -> list[str]:
-    """Return the command for the speed of `auto` relative to fixed sizes, by dtype."""
+def budgets_command(dtype: str | None, args: Namespace) -> list[str]:
+    """Return the command for the speed of `auto` relative to fixed sizes.
+
+    The weights are dequantised to the dtype; None leaves the bundled target in its own bits.
+    """
     fixed = ",".join(str(size) for size in args.budgets if size != AUTO)
-    return ["decoding.budgets", *args.sets, *args.pair, *args.amount, "--budgets", fixed]
+    loaded = [] if dtype is None else ["--dtype", dtype]
+    if dtype is not None and args.target is None:
+        loaded += ["--bits", "16"]
+    model = ["--backend", args.backend, *args.files, *loaded]
+    return ["decoding.budgets", *args.sets, *model, *args.amount, "--budgets", fixed]
 
 
 def throughput_command(args: Namespace) -> list[str]:
@@ -169,7 +179,7 @@ def methods_tables(results: Row) -> list[str]:
 
 
 def budgets_tables(results: Row) -> list[str]:
-    """Build the table of tokens per second by dtype and set."""
+    """Build the table of tokens per second by set."""
     return [markdown_table(results["rows"])]
 
 
@@ -221,7 +231,9 @@ SECTIONS = {
     "gguf": Section(gguf_command, gguf_tables),
     "gguf-copies": Section(gguf_command, gguf_tables),
     "methods": Section(methods_command, methods_tables),
-    "budgets": Section(budgets_command, budgets_tables),
+    "budgets-float32": Section(partial(budgets_command, "float32"), budgets_tables),
+    "budgets-bfloat16": Section(partial(budgets_command, "bfloat16"), budgets_tables),
+    "budgets-own": Section(partial(budgets_command, None), budgets_tables),
     "throughput": Section(throughput_command, throughput_tables),
     "iteration": Section(iteration_command, iteration_tables),
     "memory": Section(memory_command, memory_tables),
@@ -236,28 +248,31 @@ OF_FILES = ("gguf", "gguf-copies")
 def prepare(args: Namespace) -> None:
     """Add the options that several benchmarks share."""
     args.sets = [str(path.resolve()) for path in args.prompts]
-    args.model = ["--dtype", args.dtype]
+    args.files = []
     for option in ("device", "target", "drafter"):
         if value := getattr(args, option):
-            args.model += [f"--{option}", value]
+            args.files += [f"--{option}", value]
+    args.model = ["--dtype", args.dtype, *args.files]
     args.pair = ["--backend", args.backend, *args.model]
     args.amount = ["--limit", str(args.few), "--max-tokens", str(args.max_tokens)]
 
 
-def measure(command: Sequence[str]) -> Row:
-    """Return the results of a benchmark, with its command."""
+def measure(name: str, command: Sequence[str]) -> Row:
+    """Return the results of a section's benchmark, with its command."""
     files = ".jsonl", ".gguf"
     shown = " ".join(Path(word).name if word.endswith(files) else word for word in command)
     shown = f"python -m benchmarks.{shown}"
     print(f"== {shown}", flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "results.json")
-        module, *options = command
-        run = [sys.executable, "-m", f"benchmarks.{module}", *options, "--json", str(file)]
-        code = subprocess.run(run, cwd=ROOT, check=False).returncode
-        if code:
-            raise ConfigError(f"`{shown}` failed with exit status {code}")
-        return {"command": shown, **json.loads(file.read_text(encoding="utf-8"))}
+    PARTS.mkdir(exist_ok=True)
+    file = PARTS / f"{name}.json"
+    module, *options = command
+    run = [sys.executable, "-m", f"benchmarks.{module}", *options, "--json", str(file)]
+    code = subprocess.run(run, cwd=ROOT, check=False).returncode
+    if code:
+        raise ConfigError(f"`{shown}` failed with exit status {code}")
+    results = json.loads(file.read_text(encoding="utf-8"))
+    file.unlink()
+    return {"command": shown, **results}
 
 
 def block(section: Section, results: Row | None) -> str:
@@ -314,7 +329,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     prepare(args)
     results = read_results()
     for name in args.only if args.prompts else ():
-        results[name] = measure(SECTIONS[name].command(args))
+        results[name] = measure(name, SECTIONS[name].command(args))
         write_results(results)
     page = PAGE.read_text(encoding="utf-8")
     PAGE.write_text(render(page, results), encoding="utf-8")
