@@ -38,16 +38,16 @@ class GroupedMasks:
     """The masks of one forward pass as `grouped_attention` takes them, made once for all layers."""
 
     def __init__(self) -> None:
-        self._grouped: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor]] = {}
+        self._grouped: dict[tuple[Tensor, int, torch.device], Tensor] = {}
 
     def get(self, mask: Tensor | None, groups: int, device: torch.device) -> Tensor | None:
         """Return the result of `group_mask` on the device of a layer."""
         if mask is None:
             return None
-        key = id(mask), groups, device
-        if key not in self._grouped:  # holding the mask itself keeps its id from being reused
-            self._grouped[key] = mask, group_mask(mask.to(device), groups)
-        return self._grouped[key][1]
+        key = mask, groups, device
+        if key not in self._grouped:
+            self._grouped[key] = group_mask(mask.to(device), groups)
+        return self._grouped[key]
 
 
 def grouped_attention(

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from treeflash.decoding.backend_base import BaseState
+from treeflash.decoding.backend_base import BaseState, distinct
 from treeflash.decoding.interfaces import StateArrays
 from treeflash_cuda.cache import Arena, KVCache, from_host, to_host
 from treeflash_cuda.gpu.host_copies import host_copies
@@ -110,8 +110,8 @@ class State(BaseState[KVCache, CommittedStates]):
     def recurrent_arrays(self) -> list[Tensor]:
         if self.recurrent is None:
             return []
-        held = {id(states): states for states in (self.recurrent.committed, *self.snapshots)}
-        return [x for states in held.values() for x in states.values()]
+        held = distinct((self.recurrent.committed, *self.snapshots))
+        return [x for states in held for x in states.values()]
 
     def read_recurrent_states(self) -> list[NDArray[np.float32]]:
         return [] if self.recurrent is None else self.recurrent.read()

@@ -23,6 +23,7 @@ from mlx import nn
 from mlx_lm.models.base import scaled_dot_product_attention
 from numpy.typing import NDArray
 
+from treeflash.decoding.backend_base import distinct
 from treeflash.decoding.tree import DraftTree
 from treeflash_mlx.group_attention import FEW_ROWS, attend_by_group, is_unfused
 from treeflash_mlx.hybrid import (
@@ -263,7 +264,7 @@ class TreeHooks:
         and attention runs by the Metal kernel where it wins.
         """
         names: set[str] = set()
-        for module in {id(m): m for _, m in model.named_modules()}.values():
+        for module in distinct(module for _, module in model.named_modules()):
             if is_rope(module):
                 _subclass(module, self._rotate)
             elif is_short_convolution(module):

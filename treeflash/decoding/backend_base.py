@@ -39,6 +39,7 @@ from treeflash.drafters.config import DrafterShape
 from treeflash.errors import ConfigError, UnsupportedModelError
 
 R = TypeVar("R")
+T = TypeVar("T")
 
 MAX_SNAPSHOTS, NEWEST_SNAPSHOTS = 4, 2
 """Snapshots that a sequence keeps, and the newest among them: the end of its latest prompt and the
@@ -355,7 +356,12 @@ class BaseState(ABC, Generic[K, R]):
 
 def arrays_nbytes(arrays: Iterable[Any]) -> int:
     """Return the memory of arrays, each counted once however often it occurs, bytes."""
-    return sum({id(array): array.nbytes for array in arrays}.values())
+    return sum(array.nbytes for array in distinct(arrays))
+
+
+def distinct(items: Iterable[T]) -> list[T]:
+    """Return objects without repetitions; objects that are equal are not the same."""
+    return list({id(item): item for item in items}.values())
 
 
 S = TypeVar("S", bound=BaseState[Any, Any])

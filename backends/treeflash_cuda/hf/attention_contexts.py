@@ -25,7 +25,8 @@ a node, if the node is its ancestor or the token itself.
 
 Each forward pass has a `Context`, which makes the masks and computes the attention. A model passes
 a mask from where it is made to its layers, so a context that needs no mask makes a placeholder and
-finds by it what the layers' mask function was.
+finds by it what the layers' mask function was. (As keys of dictionaries, tensors are equal only to
+themselves.)
 
 - `AttentionContext`: one sequence, with a mask over all its keys. A GPU's kernel for prompts needs
   no mask.
@@ -216,7 +217,7 @@ class AttentionContext:
         # It attends for consecutive tokens; None attends with a mask.
         self.prompt_attention = prompt_attention
         self.masks = GroupedMasks()  # the masks of the layers
-        self._windows: dict[int, tuple[Tensor, int | None]] = {}
+        self._windows: dict[Tensor | None, int | None] = {}
 
     @classmethod
     def whole_sequence(cls, length: int, device: torch.device) -> AttentionContext:
@@ -247,7 +248,7 @@ class AttentionContext:
         is_causal = function is causal_mask_function
         if self.has_kernel and (is_causal or is_window(function, window)):
             placeholder = self.positions.new_empty(1, 1, 1, 1)
-            self._windows[id(placeholder)] = placeholder, None if is_causal else window
+            self._windows[placeholder] = None if is_causal else window
             return placeholder
         n, device = len(self.positions), self.positions.device
         if is_causal and (n == 1 or (self.is_whole_sequence and device.type == "cpu")):
@@ -267,9 +268,9 @@ class AttentionContext:
         """
         query, key, value, mask = inputs.query, inputs.key, inputs.value, inputs.mask
         n, scale = query.shape[2], inputs.scale
-        if self.prompt_attention is not None and id(mask) in self._windows:
+        if self.prompt_attention is not None and mask in self._windows:
             q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-            window = self._windows[id(mask)][1]
+            window = self._windows[mask]
             return self.prompt_attention(q, k, v, window, inputs.scale)[None]
         key, value = (decoded(x, query.dtype) for x in (key, value))
         causal = mask is None and n > 1
@@ -310,25 +311,25 @@ class PackedContext:
             sequence.attends_alone for sequence in sequences
         )
         self.masks = GroupedMasks()  # the masks of the layers
-        self._sequence_masks: dict[int, tuple[Tensor, list[Tensor | None]]] = {}
+        self._sequence_masks: dict[Tensor | None, list[Tensor | None]] = {}
 
     def mask(self, function: MaskFunction, dtype: torch.dtype, window: int | None) -> Tensor:
         """Return a tensor that stands for the masks of all sequences."""
         placeholder = self.positions.new_zeros(1, 1, 1, 1)
         masks = [sequence.mask(function, dtype, window) for sequence in self.sequences]
-        self._sequence_masks[id(placeholder)] = placeholder, masks
+        self._sequence_masks[placeholder] = masks
         return placeholder
 
     def attend(self, inputs: AttentionInputs) -> Tensor:
         """Attend sequence by sequence; key and value cover the new rows alone."""
-        if id(inputs.mask) not in self._sequence_masks:
+        if inputs.mask not in self._sequence_masks:
             raise UnsupportedModelError(
                 f"{type(inputs.module).__name__} changes its mask, so it cannot run several "
                 "sequences at once"
             )
         self.cache.select(inputs.key)
         query, keys_and_values = inputs.query, self.cache.visible_columns()
-        masks = self._sequence_masks[id(inputs.mask)][1]
+        masks = self._sequence_masks[inputs.mask]
         if not self.one_by_one:
             groups = query.shape[1] // inputs.key.shape[1]
             grouped = [self.masks.get(mask, groups, query.device) for mask in masks]
@@ -362,11 +363,11 @@ class TreeContext:
         # The layer that calls `rotate` has these `FusedNorm`s of queries and keys, if any.
         self.norms: Sequence[Any] = ()
         self.has_halves = False  # whether it gives the first half of cosines and sines alone
-        # Cosines and sines of both halves, by the identity of the given ones, which layers share.
-        self._whole: dict[int, tuple[Tensor, Tensor]] = {}
+        # Cosines and sines of both halves, by the given ones, which layers share.
+        self._whole: dict[Tensor, Tensor] = {}
         self._keys: dict[tuple[int | None, torch.device], VisibleKeys] = {}
         self._keys[None, positions.device] = keys
-        self._windows: dict[int, tuple[Tensor, int | None]] = {}
+        self._windows: dict[Tensor | None, int | None] = {}
         # Queries of the layer as it gave them, and rotated, until it attends.
         self._rotated: tuple[Tensor, Tensor] | None = None
 
@@ -402,9 +403,9 @@ class TreeContext:
 
     def _whole_angles(self, x: Tensor) -> Tensor:
         """Return the (n, rotary_dim) cosines or sines from the (1, n, rotary_dim / 2) of a half."""
-        if id(x) not in self._whole:
-            self._whole[id(x)] = x, torch.cat([x[0], x[0]], -1)
-        return self._whole[id(x)][1]
+        if x not in self._whole:
+            self._whole[x] = torch.cat([x[0], x[0]], -1)
+        return self._whole[x]
 
     def drop_rotation(self) -> None:
         """Forget what `rotate` was given by a layer that failed."""
@@ -420,14 +421,14 @@ class TreeContext:
         if not is_causal and not is_window(function, window):
             raise UnsupportedModelError("a layer's mask is neither causal nor a sliding window")
         placeholder = self.positions.new_empty(1, 1, 1, 1)
-        self._windows[id(placeholder)] = placeholder, None if is_causal else window
+        self._windows[placeholder] = None if is_causal else window
         return placeholder
 
     def attend(self, inputs: AttentionInputs) -> Tensor:
         """Attend to the columns of the cache, which has the nodes' keys and values."""
-        if id(inputs.mask) not in self._windows:
+        if inputs.mask not in self._windows:
             raise UnsupportedModelError(f"{type(inputs.module).__name__} changes its mask")
-        window = self._windows[id(inputs.mask)][1]
+        window = self._windows[inputs.mask]
         given, query = self._rotated or (inputs.query, inputs.query[0].transpose(0, 1))
         self._rotated = None
         if given is not inputs.query or self.cache.store is not None:

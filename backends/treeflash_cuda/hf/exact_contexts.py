@@ -32,7 +32,7 @@ class ExactContext(AttentionContext):
         self.block = ExactBlock(committed, positions, ancestors)
         # The cache has the keys and values of the layers; None if `attend` is given them.
         self.cache: ExactCache | None = None
-        self._layouts: dict[int, tuple[Tensor, list[Rows]]] = {}
+        self._layouts: dict[Tensor | None, list[Rows]] = {}
 
     def repeat(self, times: int) -> None:
         """Let a block of one token have several equal rows; the first one attends."""
@@ -43,7 +43,7 @@ class ExactContext(AttentionContext):
         """Return a tensor that stands for the layers' mask function."""
         placeholder = self.positions.new_empty(1, 1, 1, 1)
         sees = None if function is causal_mask_function else partial(evaluate, function)
-        self._layouts[id(placeholder)] = placeholder, list(self.block.rows(sees))
+        self._layouts[placeholder] = list(self.block.rows(sees))
         return placeholder
 
     def layout(self, inputs: AttentionInputs, mask: Tensor | None) -> list[Rows]:
@@ -51,12 +51,12 @@ class ExactContext(AttentionContext):
 
         Raises an UnsupportedModelError if the layer changes its mask.
         """
-        if id(mask) not in self._layouts:
+        if mask not in self._layouts:
             raise UnsupportedModelError(
                 f"{type(inputs.module).__name__} changes its mask, which exact mode does not "
                 "support"
             )
-        return self._layouts[id(mask)][1]
+        return self._layouts[mask]
 
     def attend(self, inputs: AttentionInputs) -> Tensor:
         """Attend to the columns of the cache.
@@ -80,8 +80,8 @@ class PackedExactContext(PackedContext):
 
     def attend(self, inputs: AttentionInputs) -> Tensor:
         """Attend to the columns of the cache. Raises what `ExactContext.attend` raises."""
-        unknown = None, [None] * len(self.sequences)
-        _, masks = self._sequence_masks.get(id(inputs.mask), unknown)
+        unknown: list[Tensor | None] = [None] * len(self.sequences)
+        masks = self._sequence_masks.get(inputs.mask, unknown)
         return self.cache.attend(inputs, self.sequences, masks)
 
 
@@ -94,7 +94,7 @@ class ExactCache(TreeCache):
         # Several sequences have an entry for each slab: the keys and values of all its columns, by
         # layer, the indices of its rows (None for all of them), and their columns.
         self._slabs: list[tuple[Columns, Tensor | None, Tensor]] = []
-        self._plans: dict[tuple[int, int], Plan] = {}
+        self._plans: dict[tuple[Tensor | None, int], Plan] = {}
 
     @torch.compiler.disable
     def update(
@@ -147,7 +147,7 @@ class ExactCache(TreeCache):
                 f"{type(inputs.module).__name__} does not attend to the keys that it stores, which "
                 "exact mode does not support"
             )
-        key = id(inputs.mask), inputs.query.shape[1]
+        key = inputs.mask, inputs.query.shape[1]
         if key not in self._plans:
             members = [
                 (rows, cache.parts)

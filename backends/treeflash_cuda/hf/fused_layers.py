@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
 from types import FunctionType, MethodType
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from treeflash.errors import UnsupportedModelError, is_device_lost, is_out_of_memory
 from treeflash_cuda.cache import dequantise
@@ -42,9 +43,6 @@ POINTS, SAME_FUNCTION = torch.linspace(-4, 4, 33), 1e-5
 more."""
 ROTARY = "apply_rotary_pos_emb"
 """The function that rotates queries and keys, by the name that attention layers call it."""
-
-NORMED = "treeflash_normed"
-"""The attribute of a sum with the norm that reads it next, and with the normed sum."""
 
 Forward: TypeAlias = Callable[..., Any]
 
@@ -96,21 +94,22 @@ class FusedNorm:
     operations: Operations
     weight: Tensor  # (size,)
     eps: float
+    # The normed sums by the sums of `of_sum`, until the norm is called with them.
+    normed: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Map (..., size) to (..., size); unchanged if the rotation will norm it."""
-        norm, normed = getattr(x, NORMED, (None, x))
-        if norm is self:
-            return normed
+        if (normed := self.normed.pop(x, None)) is not None:
+            return cast(Tensor, normed)
         context = tree_context()
         if context is not None and self in context.norms:
             return x
         return self.operations.rms_norm(x, self.weight, self.eps)[0]
 
     def of_sum(self, x: Tensor, residual: Tensor) -> Tensor:
-        """Return the sum of two tensors, and leave the normed sum with it for the next call."""
+        """Return the sum of two tensors, and keep the normed sum for the next call."""
         normed, total = self.operations.rms_norm(x, self.weight, self.eps, residual)
-        setattr(total, NORMED, (self, normed))
+        self.normed[total] = normed
         return total
 
 

@@ -93,7 +93,7 @@ class RecurrentCache(TreeCache):
         self.attention_slots = attention_slots
         self.device = device
         self._windows: dict[int, Tensor] = {}
-        self._not_convolved: dict[int, tuple[Tensor, Key]] = {}  # by the id of the tensor
+        self._not_convolved: dict[Tensor, Key] = {}
         self._pending: set[Key] = set()
 
     @contextmanager
@@ -138,7 +138,7 @@ class RecurrentCache(TreeCache):
             raise UnsupportedModelError("cannot determine the convolution's kernel size")
         key = TAIL, layer_idx, state_idx
         result = self._join_inputs(conv_states, key, conv_kernel_size - 1)
-        self._not_convolved[id(result)] = result, key
+        self._not_convolved[result] = key
         return result
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
@@ -165,9 +165,9 @@ class RecurrentCache(TreeCache):
         **kwargs: Any,  # other arguments of the model's function
     ) -> Tensor:
         """Return the (1, channels, rows) of a depthwise convolution."""
-        if id(inputs) not in self._not_convolved:
+        if inputs not in self._not_convolved:
             raise UnsupportedModelError("their convolution is computed by an unsupported function")
-        _, key = self._not_convolved.pop(id(inputs))
+        key = self._not_convolved.pop(inputs)
         own = partial(original, inputs, weight, bias, activation=activation, **kwargs)
         return self._convolve(key, inputs, (weight, bias, activation), own)
 

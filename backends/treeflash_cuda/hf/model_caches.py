@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import Cache
 
 from treeflash.errors import UnsupportedModelError
@@ -19,10 +20,6 @@ from treeflash_cuda.cache import (
     Slab,
 )
 
-LAYER = "treeflash_layer"
-"""The attribute of keys and values with the index of the layer that stored them: later layers may
-share them."""
-
 
 class TreeCache(Cache):
     """The caches of the sequences of one forward pass, as transformers' models see them."""
@@ -32,6 +29,8 @@ class TreeCache(Cache):
         self.sequences = sequences  # in the order of their rows
         self.rows = rows  # number of rows of each sequence
         self.layer = 0  # the one that was updated last, or whose keys are attended to
+        # The layers by the keys and values that they stored, which later layers may share.
+        self._stored_by = WeakTensorKeyDictionary()
         # Rows are written by either: views of a single sequence's columns, if they follow one
         # another, make fewer operations.
         self._packed: PackedRows | None = None
@@ -59,8 +58,8 @@ class TreeCache(Cache):
                     raise UnsupportedModelError(DIFFERENT_SHAPES)
                 storage.copy_(x)
         if len(self.sequences) > 1:
-            return self.marked(key_states, value_states)
-        return self.marked(*self.visible_columns()[0])
+            return self.noted(key_states, value_states)
+        return self.noted(*self.visible_columns()[0])
 
     def _reserve_rows(self, keys: Tensor, values: Tensor) -> None:
         """Reserve the columns of all rows, for keys and values of a layer like these."""
@@ -74,20 +73,25 @@ class TreeCache(Cache):
             self._packed = PackedRows(segments, keys)
         self._seen = [SeenColumns(x, first + n) for x, first, n in segments]
 
-    def marked(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Return keys and values of `layer` with its index."""
-        for x in (keys, values):
-            setattr(x, LAYER, self.layer)
+    def noted(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Note that `layer` stored these keys and values, and return them."""
+        self._stored_by[keys] = self._stored_by[values] = self.layer
         return keys, values
+
+    def stored_by(self, x: Tensor) -> int | None:
+        """Return the layer that stored these keys or values; None if none did."""
+        layer: int | None = self._stored_by.get(x)
+        return layer
 
     def select(self, keys: Tensor) -> None:
         """Go back to the layer that stored these keys.
 
         Raises an UnsupportedModelError if no layer did.
         """
-        if not hasattr(keys, LAYER):
+        layer = self.stored_by(keys)
+        if layer is None:
             raise UnsupportedModelError("a layer changes its keys after it has stored them")
-        self.layer = getattr(keys, LAYER)
+        self.layer = layer
 
     def visible_columns(self) -> list[tuple[Tensor, Tensor]]:
         """Return `layer`'s stored keys and values, (1, kv_heads, length + n, width)."""
@@ -125,10 +129,10 @@ class SlabCache(TreeCache):
         if self.store is not None:
             store, self.store = self.store, None
             store(key_states, value_states)
-            return self.marked(key_states, value_states)
+            return self.noted(key_states, value_states)
         for storage, x in zip(self.stored_columns(), (key_states, value_states), strict=True):
             storage.index_copy_(1, self.slots.to(x.device), self.encode(x)[0])
-        return self.marked(key_states, value_states)
+        return self.noted(key_states, value_states)
 
     def stored_columns(self) -> tuple[Tensor, Tensor]:
         """Return the stored (kv_heads, columns, width) keys and values of the latest layer."""

@@ -82,7 +82,7 @@ from treeflash_cuda.hf.hybrid import (
     hook_recurrent_layers,
 )
 from treeflash_cuda.hf.low_bit_models import LowBitConfig
-from treeflash_cuda.hf.model_caches import LAYER, TreeCache
+from treeflash_cuda.hf.model_caches import TreeCache
 from treeflash_cuda.hf.model_pass import ModelPasses
 from treeflash_cuda.images import ImageRows, VisionTower, has_tower, run_samples
 from treeflash_cuda.linear import IN_TARGET, fuse_linears, is_subclass, pack_linears
@@ -446,7 +446,6 @@ class ModelTarget(Target):
         """
         family = self.model.config.model_type
         tokens = torch.arange(CHECKED_TOKENS, device=self.device) % self.vocab_size
-        context = _CountingContext(0, torch.arange(len(tokens), device=self.device), None)
         with torch.inference_mode():
             try:
                 expected = self.model(tokens[None], use_cache=False, logits_to_keep=1).logits[0]
@@ -464,6 +463,7 @@ class ModelTarget(Target):
                 self.lm_head = self.model.get_output_embeddings()
             state = State(self.arena, None, CHECKED_TOKENS, recurrent=self.new_recurrent_states())
             cache = self.new_cache([(state, range(CHECKED_TOKENS))], [None])
+            context = _CountingContext(cache, torch.arange(len(tokens), device=self.device))
             try:
                 actual, _ = self.forward(tokens, context, cache, logits_to_keep=1)
             except UnsupportedModelError as error:  # a layer raises it, and names no family
@@ -692,10 +692,14 @@ class _CountingContext(AttentionContext):
     has_sinks = False
     reads_cache = True
 
+    def __init__(self, cache: TreeCache, positions: Tensor) -> None:
+        super().__init__(0, positions, None)
+        self.cache = cache
+
     def attend(self, inputs: AttentionInputs) -> Tensor:
         self.layers += 1
         self.softcap = inputs.softcap if inputs.softcap is not None else self.softcap
         self.has_sinks |= inputs.sinks is not None
-        stored_by = {getattr(x, LAYER, None) for x in (inputs.key, inputs.value)}
+        stored_by = {self.cache.stored_by(x) for x in (inputs.key, inputs.value)}
         self.reads_cache &= None not in stored_by and len(stored_by) == 1
         return super().attend(inputs)

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 import mlx.core as mx
 from mlx import nn
 
+from treeflash.decoding.backend_base import distinct
 from treeflash_mlx.metal_kernels import (
     ROUNDING,
     choose,
@@ -370,12 +371,11 @@ def use_everywhere(model: nn.Module) -> None:
 
 def by_shape(*models: nn.Module | None) -> dict[Shape, list[Module]]:
     """Group the modules of models that the kernel can multiply by, each once."""
-    found: dict[Shape, dict[int, Module]] = {}
-    for model in models:
-        for module in [] if model is None else model.modules():
-            if (shape := shape_of(module)) is not None:
-                found.setdefault(shape, {})[id(module)] = module
-    return {shape: list(modules.values()) for shape, modules in found.items()}
+    found: dict[Shape, list[Module]] = {}
+    for module in distinct(x for model in models if model is not None for x in model.modules()):
+        if (shape := shape_of(module)) is not None:
+            found.setdefault(shape, []).append(module)
+    return found
 
 
 def _inputs(module: Module, shape: Shape, rows: int) -> mx.array:
