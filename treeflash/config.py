@@ -38,6 +38,8 @@ with SmolLM2-135M in bfloat16 on a CPU (62 and 65, against 74; 32 prompts)."""
 AUTO_BYTES = 4 << 30
 """Device memory for the KV caches of these sequences; `auto` decodes fewer if they need more."""
 AUTO: Literal["auto"] = "auto"
+SEEDS = 1 << 64
+"""Number of seeds; answers after the last seed's have the first ones."""
 GIB = 1 << 30
 """Bytes of a gibibyte."""
 DTYPES = ("float32", "bfloat16", "float16")
@@ -136,7 +138,7 @@ class SamplingConfig:
         0,
         "random seed for sampling",
         0,
-        maximum=2**64 - 1,
+        maximum=SEEDS - 1,
         rule="between 0 and 2**64 - 1",
         requests=True,
     )

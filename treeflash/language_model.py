@@ -188,16 +188,11 @@ class LanguageModel:
         if isinstance(prompts, str):
             raise PromptError("prompts must be a list of prompts, got a single string")
         text = self.configure(options)
-        config = text.decode
-        batch = self.batch_stream(parallel, config)
+        batch = self.batch_stream(parallel, text.decode)
         numbers: dict[Assembler, int] = {}
         for number, prompt in enumerate(prompts):
             try:
-                first = self.assembler(prompt, text)
-                answers = [first]
-                for seed in range(config.sampling.seed + 1, config.sampling.seed + n):
-                    sampling = replace(config.sampling, seed=seed)
-                    answers.append(replace(first, config=replace(config, sampling=sampling)))
+                answers = self.assembler(prompt, text).answers(n)
                 batch.submit(answers)
             except PromptError as error:
                 raise PromptError(f"prompt {number}: {error}") from None

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from treeflash.config import (
     AUTO,
+    SEEDS,
     Budget,
     DecodeConfig,
     LoadConfig,
@@ -124,7 +125,7 @@ def generate(
                 budget=budget,
                 max_tokens=rows.max_tokens,
                 stop_token_ids=rows.stop_token_ids,
-                sampling=SamplingConfig(**sampling, seed=(seed + number) % 2**64),
+                sampling=SamplingConfig(**sampling, seed=(seed + number) % SEEDS),
                 penalties=penalties,
             ),
             tag=number,

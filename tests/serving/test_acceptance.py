@@ -14,7 +14,7 @@ from servers import serving
 
 from treeflash.config import LoadConfig, SamplingConfig
 from treeflash.decoding.loop import Step
-from treeflash.decoding.transitions import TransitionTable
+from treeflash.decoding.transitions import DeferredTable, TransitionTable
 from treeflash.drafters.evaluation import EVALUATION
 from treeflash.drafters.folder import read_config
 from treeflash.serving.acceptance import DRAFTS, EVERY, AcceptanceMonitor
@@ -32,7 +32,7 @@ def drafted(token: int, made: list[int] | None = None) -> Step:
             made.append(token)
         return TransitionTable(array, np.zeros((1, 1, 1), np.float32), array - 8)
 
-    return Step((token, 8), table=TransitionTable.deferred(make, depths=1))
+    return Step((token, 8), table=DeferredTable(make, depths=1))
 
 
 def add(acceptance, right, *, sampling=GREEDY, length=100):

@@ -27,12 +27,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treeflash.decoding.transitions import (
+    BatchTable,
     Calibration,
     TableBatch,
     TransitionTable,
     calibrate,
     powers,
-    source_of,
 )
 from treeflash.decoding.tree import DraftTree, FlatTable, build_tree, grow_tree
 
@@ -60,15 +60,15 @@ def draft_trees(
                 corrected = calibrations[i].correct(tables[i])
                 drafts[i] = corrected, build_tree(corrected, roots[i], nodes[i])
             continue
-        indices = [source_of(tables[i])[1] for i in members]
         exponents = np.array([calibrations[i].exponent for i in members])
-        vocab_size = calibrations[members[0]].vocab_size
+        vocab_size = calibrations[next(iter(members))].vocab_size
         budgets = [nodes[i] for i in members]
         trees: list[DraftTree | None] = [None] * len(members)
         if max(budgets) < steps_per_tree * len(members):
             first = [roots[i] for i in members]
+            indices = list(members.values())
             trees = _grow(batch, indices, exponents, vocab_size, first, budgets)
-        for i, index, exponent, tree in zip(members, indices, exponents, trees, strict=True):
+        for (i, index), exponent, tree in zip(members.items(), exponents, trees, strict=True):
             if tree is None:
                 flat = _flat(batch, index, float(exponent), vocab_size)
                 tree = grow_tree(flat, roots[i], nodes[i])
@@ -92,14 +92,14 @@ def observe(outcomes: Sequence[Outcome]) -> None:
             for i in members:
                 outcomes[i].calibration.observe(outcomes[i].table, outcomes[i].tokens)
         else:
-            _observe(batch, [outcomes[i] for i in members])
+            _observe(batch, [*members.values()], [outcomes[i] for i in members])
 
 
-def _observe(batch: TableBatch, outcomes: Sequence[Outcome]) -> None:
+def _observe(batch: TableBatch, indices: Sequence[int], outcomes: Sequence[Outcome]) -> None:
     passed = [
         (lane, row, rank)
-        for lane, outcome in enumerate(outcomes)
-        for row, rank in batch.path(source_of(outcome.table)[1], outcome.tokens)
+        for lane, (index, outcome) in enumerate(zip(indices, outcomes, strict=True))
+        for row, rank in batch.path(index, outcome.tokens)
     ]
     lanes, rows, ranks = zip(*passed, strict=True)
     vocab_size = outcomes[0].calibration.vocab_size
@@ -109,12 +109,15 @@ def _observe(batch: TableBatch, outcomes: Sequence[Outcome]) -> None:
         outcomes[lane].calibration.add(score, total)
 
 
-def _by_batch(tables: Sequence[TransitionTable]) -> dict[TableBatch | None, list[int]]:
-    """Return the numbers of the tables of each batch; None is for tables of none."""
-    members: dict[TableBatch | None, list[int]] = {}
+def _by_batch(tables: Sequence[TransitionTable]) -> dict[TableBatch | None, dict[int, int]]:
+    """Return the tables of each batch by number, each with its index in the batch.
+
+    None is for tables of no batch.
+    """
+    members: dict[TableBatch | None, dict[int, int]] = {}
     for i, table in enumerate(tables):
-        source = source_of(table)
-        members.setdefault(None if source is None else source[0], []).append(i)
+        batch, index = (table.batch, table.index) if isinstance(table, BatchTable) else (None, i)
+        members.setdefault(batch, {})[i] = index
     return members
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
-from functools import partial
-from typing import Any
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,38 +46,13 @@ class TransitionTable:
     tokens: NDArray[np.int32]
     log_probs: NDArray[np.float32]
     next_row: NDArray[np.int32]
-    # A factory leaves no attribute of the class, which `__getattr__` would never be asked for.
-    confidences: NDArray[np.float32] | None = field(default_factory=lambda: None)
+    confidences: NDArray[np.float32] | None = None
 
     def __post_init__(self) -> None:
         shapes = [x.shape for x in (self.tokens, self.log_probs, self.next_row)]
         if len(set(shapes)) > 1:
             raise ValueError(f"tokens, log_probs and next_row must have one shape, got {shapes}")
         object.__setattr__(self, "log_probs", check_log_probs(self.log_probs))
-
-    @classmethod
-    def deferred(
-        cls, make: Callable[[], TransitionTable], depths: int, source: Any = None
-    ) -> TransitionTable:
-        """Return a table whose arrays are made when they are first read.
-
-        Args:
-            make: gives a table with the arrays.
-            depths: of that table.
-            source: what the table is made from, for `source_of`.
-        """
-        table = cls.__new__(cls)
-        vars(table).update(_make=make, _depths=depths, _source=source)
-        return table
-
-    def __getattr__(self, name: str) -> Any:
-        make, names = vars(self).get("_make"), [x.name for x in fields(TransitionTable)]
-        if make is None or name not in names:
-            raise AttributeError(f"a {type(self).__name__} has no attribute {name!r}")
-        made = make()  # twice if two threads read at once, which does no harm
-        vars(self).update({x: getattr(made, x) for x in names})
-        vars(self).pop("_make", None)
-        return vars(self)[name]
 
     def __repr__(self) -> str:
         depths, rows, children = self.tokens.shape
@@ -153,32 +127,63 @@ class TransitionTable:
         confidences = None if self.confidences is None else self.confidences[:depths]
         return TransitionTable(self.tokens[:depths], self.log_probs[:depths], next_row, confidences)
 
+    def with_log_probs(self, log_probs: NDArray[np.float32]) -> TransitionTable:
+        """Return the table with other log probabilities of the same children."""
+        return TransitionTable(self.tokens, log_probs, self.next_row, self.confidences)
+
     @property
     def depths(self) -> int:
         """Depths that the table covers: the drafter's, or fewer."""
-        known: int | None = vars(self).get("_depths")
-        return len(self.tokens) if known is None else known
+        return len(self.tokens)
+
+
+class DeferredTable(TransitionTable):
+    """A table that is made when one of its arrays is first read, because most never are."""
+
+    _make: Callable[[], TransitionTable]
+    _depths: int
+
+    def __init__(self, make: Callable[[], TransitionTable], depths: int) -> None:
+        vars(self).update(_make=make, _depths=depths)  # attributes of a table are frozen
+
+    @cached_property
+    def _made(self) -> TransitionTable:
+        return self._make()
+
+    @property
+    def depths(self) -> int:
+        return self._depths
+
+    @property
+    def tokens(self) -> NDArray[np.int32]:
+        return self._made.tokens
+
+    @property
+    def log_probs(self) -> NDArray[np.float32]:
+        return self._made.log_probs
+
+    @property
+    def next_row(self) -> NDArray[np.int32]:
+        return self._made.next_row
+
+    @property
+    def confidences(self) -> NDArray[np.float32] | None:
+        return self._made.confidences
 
 
 def check_tokens(tables: Sequence[TransitionTable], vocab_size: int) -> None:
     """Raise a ConfigError if a table drafts a token that the target does not have.
 
-    The tables of backends have a source, and their tokens come from the vocabulary; a head of a
-    user's own may draft any.
+    The tokens of a batch come from the vocabulary; a head of a user's own may draft any.
     """
     for table in tables:
-        if source_of(table) is None:
+        if not isinstance(table, BatchTable):
             drafted = table.tokens[table.log_probs > -np.inf]
             if len(unknown := drafted[(drafted < 0) | (drafted >= vocab_size)]):
                 raise ConfigError(
                     f"the head drafted the token {unknown[0]}, and the target's vocabulary has "
                     f"{vocab_size} tokens; correct the head's table"
                 )
-
-
-def source_of(table: TransitionTable) -> Any:
-    """Return what a deferred table is made from; None for other tables."""
-    return vars(table).get("_source")
 
 
 def check_log_probs(log_probs: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -256,10 +261,7 @@ class TableBatch(ABC):
 
     def tables(self) -> list[TransitionTable]:
         """Return the table of each sequence, from which `draft_trees` finds the batch again."""
-        return [
-            TransitionTable.deferred(partial(self.dense, i), self.depths, source=(self, i))
-            for i in range(len(self.first_row))
-        ]
+        return [BatchTable(self, i) for i in range(len(self.first_row))]
 
     def path(self, i: int, tokens: Sequence[int]) -> Iterator[tuple[int, int]]:
         """Yield the rows of a sequence that its tokens lead through, and each token's rank.
@@ -275,6 +277,17 @@ class TableBatch(ABC):
             yield row, rank
             if rank < 0 or (row := self.row_after(row, rank)) == none:
                 return
+
+
+class BatchTable(DeferredTable):
+    """The table of a sequence of a batch."""
+
+    batch: TableBatch
+    index: int
+
+    def __init__(self, batch: TableBatch, index: int) -> None:
+        super().__init__(partial(batch.dense, index), batch.depths)
+        vars(self).update(batch=batch, index=index)
 
 
 class RowBatch(TableBatch):
@@ -455,11 +468,11 @@ class Calibration:
         """
         exponent = self.exponent if exponent is None else exponent
         log_probs = calibrate(table.log_probs, exponent, self.vocab_size)
-        return replace(table, log_probs=log_probs)
+        return table.with_log_probs(log_probs)
 
     def deferred(self, table: TransitionTable, exponent: float) -> TransitionTable:
         """Return what `correct` returns at an exponent; its arrays are made when they are read."""
-        return TransitionTable.deferred(partial(self.correct, table, exponent), table.depths)
+        return DeferredTable(partial(self.correct, table, exponent), table.depths)
 
     def observe(self, table: TransitionTable, tokens: Sequence[int]) -> None:
         """Learn from a table as it was drafted, and the target's tokens after the root."""

@@ -7,7 +7,7 @@ import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
@@ -123,31 +123,31 @@ class Service:
         APIError for too many answers, and the errors of `Engine.submit`.
         """
         self.check_answers(len(prompts), answers)
-        options: Options = {"max_tokens": ANSWER_TOKENS, **self.defaults, **asked}
+        options: Options = {
+            "max_tokens": ANSWER_TOKENS,
+            "seed": secrets.randbits(32),
+            **self.defaults,
+            **asked,
+        }
         model = self.engine.model
         text = model.configure(options)
-        sampling = text.decode.sampling
-        seed = sampling.seed if "seed" in options else secrets.randbits(32)
         started = []
         for prompt in prompts:
             config = text.decode
             if "max_tokens" not in asked:
                 config = self.engine.shorten(prompt.token_ids, config)
-            started += [
-                Assembler(
-                    model.backend,
-                    model.tokenizer,
-                    tuple(prompt.token_ids),
-                    replace(config, sampling=replace(sampling, seed=(seed + i) % 2**64)),
-                    text.stop_strings,
-                    constraint,
-                    prompt.images,
-                    # The prompt is scored once for all answers.
-                    scores_prompt=scores_prompt and i == 0,
-                    cache_salt=http.state.cache_salt,
-                )
-                for i in range(answers)
-            ]
+            first = Assembler(
+                model.backend,
+                model.tokenizer,
+                tuple(prompt.token_ids),
+                config,
+                text.stop_strings,
+                constraint,
+                prompt.images,
+                scores_prompt=scores_prompt,
+                cache_salt=http.state.cache_salt,
+            )
+            started += first.answers(answers)
         return self.engine.submit(started, prompts=len(prompts))
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from treeflash.config import AUTO, AUTO_BYTES, AUTO_SEQUENCES, DecodeConfig, Parallel
+from treeflash.config import AUTO, AUTO_BYTES, AUTO_SEQUENCES, SEEDS, DecodeConfig, Parallel
 from treeflash.decoding import PromptProgress, Request, Scheduler, SchedulerConfig
 from treeflash.decoding.adaptive_budget import AdaptiveBudgets
 from treeflash.decoding.images import PromptImages
@@ -75,6 +75,16 @@ class Assembler:
     def __post_init__(self) -> None:
         self._text = TextStream(self.tokenizer, self.stop)
         self._length = 0  # characters of the chunks
+
+    def answers(self, count: int) -> list[Assembler]:
+        """Return this sequence and others of its prompt, whose seeds are the ones after its own.
+
+        The prompt is scored once for all of them.
+        """
+        config, sampling = self.config, self.config.sampling
+        seeds = [(sampling.seed + i) % SEEDS for i in range(1, count)]
+        configs = [replace(config, sampling=replace(sampling, seed=seed)) for seed in seeds]
+        return [self, *(replace(self, config=each, scores_prompt=False) for each in configs)]
 
     def request(self) -> Request:
         """Return a request for this sequence, with its own constraint and this object as tag."""

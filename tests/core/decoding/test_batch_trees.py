@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -183,7 +181,7 @@ def test_a_table_of_a_batch_is_like_any_other():
     table = RowBatch(*batch.arguments()).tables()[0]
     assert table.depths == batch.shape[0]
     expected = batch.plain(0)
-    changed = replace(table, log_probs=expected.log_probs - np.float32(1))
+    changed = table.with_log_probs(expected.log_probs - np.float32(1))
     np.testing.assert_array_equal(changed.tokens, expected.tokens)
     np.testing.assert_array_equal(table.truncate(1).tokens, expected.tokens[:1])
     assert repr(table) == repr(expected)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from treeflash.config import DecodeConfig
+from treeflash.config import SEEDS, DecodeConfig, SamplingConfig
 from treeflash.decoding.loop import Step
 from treeflash.decoding.tree import DraftTree
 from treeflash.text.generation import PHASES, Generation, mean
@@ -109,3 +109,13 @@ def test_mean() -> None:
     assert mean([1, 2, 6]) == 3
     assert mean(iter([0.5])) == 0.5
     assert mean([]) == 0
+
+
+def test_answers_to_a_prompt_differ_in_their_seeds():
+    config = DecodeConfig(sampling=SamplingConfig(seed=SEEDS - 1))
+    first = Assembler(BACKEND, LETTERS, (1, 2), config, ("a",), scores_prompt=True)
+    answers = first.answers(3)
+    assert [x.config.sampling.seed for x in answers] == [SEEDS - 1, 0, 1]
+    assert [x.scores_prompt for x in answers] == [True, False, False]
+    assert {(x.prompt_ids, x.stop) for x in answers} == {((1, 2), ("a",))}
+    assert len({id(x.chunks) for x in answers}) == 3
