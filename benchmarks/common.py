@@ -45,7 +45,7 @@ Row: TypeAlias = dict[str, Any]
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("treeflash", "numpy", "torch", "transformers", "mlx", "mlx-lm")
 DECODE_OPTIONS = options_of(DecodeConfig)
-TREE_DEPTHS, TREE_CHILDREN = 15, 32  # of the tables that random trees are built from
+TREE_DEPTHS, TREE_CHILDREN = 15, 32  # sizes of the tables that random trees are built from
 
 
 class Parser(argparse.ArgumentParser):

@@ -525,7 +525,7 @@ def memory(gpu: Gpu, part: Part) -> None:
         part.problem(line)
     if (size := gpu.free_bytes() - LEFT_FREE) > 0:
         filler = torch.empty(size, dtype=torch.uint8, device=gpu.device)
-        run_texts(backend, [TINY_PROMPT] * 20, config)  # which needs graphs of other sizes
+        run_texts(backend, [TINY_PROMPT] * 20, config)  # needs graphs of other sizes
         failed = [x.name for x in backend.target.graphs.tried if x.reason]
         part.add("texts", texts=20, failed_captures=len(failed), **_memory_row(gpu))
         del filler

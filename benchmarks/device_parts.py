@@ -62,7 +62,7 @@ class Device:
     missing: str = ""
 
     backend: ClassVar[str]
-    hidden_size: ClassVar[int] = 32  # of tiny pairs
+    hidden_size: ClassVar[int] = 32  # hidden size of tiny pairs
 
     @property
     def is_late(self) -> bool:

@@ -134,7 +134,7 @@ def launch_all(heads: int, kv_heads: int, head_dim: int, hidden: int, dtype: tor
     layers.gated(gate, gate)
     moves.move_columns(numbers(2, 2, 2, 8, head_dim), *(numbers(4, of=int32) for _ in range(3)))
     products.linear(x, numbers(4 * hidden, hidden), gate[0])
-    groups, width = hidden // GROUP, 64  # with sums in several parts
+    groups, width = hidden // GROUP, 64  # sums in several parts
     for bits in BITS:
         quantised = QuantisedWeight(
             numbers(groups, width, GROUP * bits // 8, of=torch.uint8),
@@ -182,7 +182,7 @@ def launch_recurrence(
     visits, counts = numbers(1, nodes, 3, of=int32), numbers(1, of=int32)
     tree = TreeNodes(numbers(1, nodes, nodes, of=torch.bool), visits=visits, counts=counts)
     states = numbers(4, 2, heads, key_dim, value_dim, of=float32)
-    if not delta:  # as such layers store them
+    if not delta:  # other layers store them so
         states = numbers(4, 2, heads, value_dim, key_dim, of=float32).mT
     q, log_g = numbers(1, nodes, key_heads, key_dim), numbers(1, nodes, heads, 1, of=float32)
     _, written, keys = recurrence.tree_recurrence(

@@ -148,7 +148,7 @@ def serve(backend: Any, requests: int) -> list[Row]:
     """Decode random requests as a server does, and count the graphs of each function."""
     import torch
 
-    def sample_rows(logits: Any, *_: Any) -> Any:  # as the kernel does, without a graph
+    def sample_rows(logits: Any, *_: Any) -> Any:  # stands for the kernel, without a graph
         return torch.empty(len(logits), dtype=torch.int32, device=logits.device)
 
     target = backend.target

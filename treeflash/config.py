@@ -145,7 +145,7 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         check(self)
-        if self.top_k == -1:  # as in vLLM
+        if self.top_k == -1:  # vLLM's value for no limit
             object.__setattr__(self, "top_k", 0)
 
     @property

@@ -40,7 +40,7 @@ def repeated_if_dropped() -> Iterator[None]:
             try:
                 _thread.start_new_thread(_interrupt_soon, ())
                 return
-            except KeyboardInterrupt:  # by another Ctrl-C; it must not be dropped either
+            except KeyboardInterrupt:  # another Ctrl-C must not be dropped either
                 pass
 
     sys.unraisablehook = repeat

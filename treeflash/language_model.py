@@ -413,7 +413,7 @@ class LocatedPair:
             if not self.automatic or drafter is None:
                 raise
             reason = first_line(error)
-        if reason:  # not inside `except`, where the error keeps the first target in memory
+        if reason:  # inside `except` the error would keep the first target in memory
             pair = self._load_pair(None)  # raises if the target was the reason
             logging.getLogger(__name__).warning("the drafter in %s is skipped: %s", drafter, reason)
             passed_over, drafter = True, None

@@ -70,7 +70,7 @@ class LowBitTensors:
 
     format: Format
     settings: Settings
-    layers: Mapping[str, Sizes]  # by name
+    layers: Mapping[str, Sizes]  # sizes of layers by name
 
     @classmethod
     def find(cls, config: Mapping[str, Any], shapes: Shapes) -> LowBitTensors | str | None:
@@ -162,7 +162,7 @@ def _weight(
     """
     scales = scales.astype(np.float32)
     if zeros is not None and (zeros != 1 << (bits - 1)).any():
-        least = -(scales * zeros.astype(np.float32))  # has fewer bits than float32 can hold
+        least = -(scales * zeros.astype(np.float32))  # exact: both have few bits
     repeats = numbers.shape[1] // scales.shape[1] // GROUP
     parts = [scales] if least is None else [scales, least.astype(np.float32)]
     with np.errstate(over="ignore"):

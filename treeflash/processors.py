@@ -43,6 +43,6 @@ def processor_facts() -> list[str]:
     try:
         with CPUINFO.open(encoding="utf-8", errors="replace") as file:
             first = file.read().partition("\n\n")[0].splitlines()
-    except OSError:  # not Linux
+    except OSError:  # only Linux has this file
         return facts
     return facts + [line for line in first if line.startswith(IDENTIFYING)]

@@ -439,7 +439,7 @@ def _processing(processors: Sequence[Any], do_sample: bool) -> tuple[dict[str, A
             settings[WARPERS[name]] = getattr(processor, WARPERS[name])
         elif name == REPETITION and not processor.prompt_ignore_length:
             penalties = Penalties(repetition=processor.penalty)
-        elif name != "LogitNormalization":  # which changes no choice
+        elif name != "LogitNormalization":  # normalisation changes no choice
             raise ConfigError(
                 f"treeflash does not support the logits processor {name}; remove the option that "
                 "adds it"

@@ -124,7 +124,7 @@ def bound_products(
     Returns the most rows that no product splits. Raises an UnsupportedModelError if fewer than
     `LEAST_ROWS` rows have the same bits, or a module computes products in another way.
     """
-    most: dict[tuple[tuple[int, int], str], int] = {}  # by shape, and dtype or format
+    most: dict[tuple[tuple[int, int], str], int] = {}  # most rows by shape, and dtype or format
     for owner, name, shape in products_of(model):
         product = getattr(owner, name)
         # Rows are independent there by construction, and are compared all the same.

@@ -97,9 +97,9 @@ class Sums:
         self.weights = scratch[: math.prod(shape)].view(shape)
         sizes = rows.sizes or [count]
         self.parts = self.weights[..., :count].split(sizes, 2)
-        self.scores = self.weights[:, : rows.tokens * groups]  # without padded rows
-        self.keys: list[Tensor] = []  # by layer
-        self.values: list[tuple[Tensor, ...]] = []  # by layer, then by part
+        self.scores = self.weights[:, : rows.tokens * groups]  # scores without padded rows
+        self.keys: list[Tensor] = []  # each layer's keys
+        self.values: list[tuple[Tensor, ...]] = []  # each layer's values, in parts
         for x in stored:
             keys, values = x[:, 0, :, rows.columns, :width], x[:, 1, :, rows.columns]
             self.keys += keys.transpose(2, 3).unbind(0)

@@ -150,7 +150,7 @@ class GivenFeatures(VisionTower):
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model, self.modules = model, {}
-        self._like: Features | None = None  # as the latest call has them, without rows
+        self._like: Features | None = None  # features like the latest call's, without rows
 
     def prompt_images(
         self,

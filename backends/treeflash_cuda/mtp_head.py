@@ -195,7 +195,7 @@ class SlabColumns:
     columns: Tensor  # (t, n) int32 of the rows of the drafts of one table
     length: Tensor  # (t,) int32 committed rows, the root's last
     position: Tensor  # (t,) int32 rotary position of the root's row
-    work: Mapping[int, SharedWork]  # by the rows of a sequence
+    work: Mapping[int, SharedWork]  # work by the rows of a sequence
 
     def rotation(self, depth: int, n: int, like: Tensor) -> Rotation:
         positions = (self.position + depth).repeat_interleave(n)

@@ -649,7 +649,7 @@ def _check_moves(operations: Operations, numbers: RandomInputs, shapes: Shapes) 
 
 
 def _drafted_noise(numbers: RandomInputs) -> Tensor:
-    """Return the noise of four rows, the third of which has none."""
+    """Return the noise of four rows; the third has none."""
     scales = numbers.integers(np.array([1, 0.5, 0, 2], np.float32).view(np.int32))
     keys = numbers.integers([[977 * i, 61 - 7 * i] for i in range(4)])
     return torch.cat([keys, scales[:, None]], 1)

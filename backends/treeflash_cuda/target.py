@@ -117,10 +117,10 @@ def read_model_config(folder: Path) -> PreTrainedConfig:
     """
     from transformers import AutoConfig
 
-    read_config(folder)  # has the clearer message about a damaged file
+    read_config(folder)  # its message about a damaged file is clearer
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # also a validation error of another library
+    except Exception as error:  # a validation error of another library has any type
         raise CheckpointError(
             f"{folder / 'config.json'} is not usable: {first_line(error)}"
         ) from error
@@ -136,7 +136,7 @@ def skeleton(config: PreTrainedConfig) -> Any:
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
-    except Exception:  # of the model's own code
+    except Exception:  # the model's own code may raise anything
         return None
 
 

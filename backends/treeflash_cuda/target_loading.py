@@ -271,7 +271,7 @@ def kept_checks(target: Path, drafter: Path | None, config: LoadConfig) -> Passe
         device,
         json.dumps(device_facts(device)),
         driver_version(),
-        torch.__config__.show(),  # also the instructions that are used
+        torch.__config__.show(),  # it names the instructions in use, too
         torch.get_float32_matmul_precision(),
         torch.backends.mkldnn.enabled,
         torch.are_deterministic_algorithms_enabled(),

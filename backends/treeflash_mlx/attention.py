@@ -66,7 +66,7 @@ class TreePass:
     rotary: Sequence[mx.array]  # (batch * n,) rotary positions of the nodes, on one or three axes
     ancestors: mx.array  # (batch, n, n) bool; whether a node attends to a node
     in_windows: mx.array  # the same for layers with a window
-    exact_nodes: Nodes | None  # as `tree_attention` takes them in exact mode
+    exact_nodes: Nodes | None  # nodes for `tree_attention` in exact mode
     index: mx.array | None  # (batch, 1, n, 1) int32 columns that the nodes are written to
     paths: NodePaths | None  # for recurrent layers
 

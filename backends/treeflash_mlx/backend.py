@@ -156,7 +156,7 @@ class MlxBackend(BaseBackend):
     def weights_bytes(self) -> int:
         """Size of the weights of the target and the drafter, bytes."""
         modules = [self.target.model, self.drafter_model, getattr(self.head, "module", None)]
-        own = getattr(self.drafter_model, "own", None)  # not among the drafter's parameters
+        own = getattr(self.drafter_model, "own", None)  # tensors beside its parameters
         arrays = [x for m in (*modules, own) if m for _, x in tree_flatten(m.parameters())]
         if self.target.tower is not None:
             arrays += self.target.tower.arrays
@@ -485,7 +485,7 @@ def dequantise(path: Path, weights: Mapping[str, StoredTensor]) -> dict[str, mx.
         names = [name.removesuffix("weight") + part for part in PARTS]
         words, scales, biases = read_tensors(path, names).values()
         group, wide = weight.shape[-1] // scales.shape[-1], mx.float32
-        scales, biases = scales.astype(wide), biases.astype(wide)  # also the type of the numbers
+        scales, biases = scales.astype(wide), biases.astype(wide)  # gives the numbers this type
         found[name] = mx.dequantize(words, scales, biases, group, weight.bits)
     return found
 
@@ -523,4 +523,4 @@ def fill(
                 modules[name][part] = array if part == "weight" else array.astype(dtype)
     mx.eval(
         [child.parameters() for child in module.modules()]
-    )  # also the parameters of `DrafterModel.own`
+    )  # `DrafterModel.own` has parameters too

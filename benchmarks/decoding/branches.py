@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     drafter = model.backend.drafter_config
     if drafter is None or model.backend.head is None:
         raise ConfigError("the benchmark compares drafts with and without an AR head; pass both")
-    rows_per_pass = drafter.depths + 1  # as for the longest chain
+    rows_per_pass = drafter.depths + 1  # rows of the longest chain
     records = compute_records(evaluate(model, args, list_cases(METHODS, [rows_per_pass])), 0)
     results: dict[str, list[Row]] = {
         "best drafts": records["branches"],

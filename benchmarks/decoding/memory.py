@@ -27,7 +27,7 @@ def parser() -> Parser:
     """Build the parser of the command line."""
     options = Parser(__doc__)
     options.add_argument(
-        "prompts", type=Path, metavar="FILE.jsonl", help="a prompt set, of which the first is used"
+        "prompts", type=Path, metavar="FILE.jsonl", help="a prompt set; its first prompt is used"
     )
     options.add_number("--sequences", 4, "sequences to decode")
     options.add_number("--max-tokens", 500, "new tokens of each")

@@ -105,7 +105,7 @@ class ChatSession:
     )  # images before the next message, as `data:` URLs
     files: list[str] = field(default_factory=list)  # texts before the next message
     answer: Assembler | None = None
-    interrupted: Event = field(default_factory=Event)  # by Ctrl-C, since the last input
+    interrupted: Event = field(default_factory=Event)  # set by Ctrl-C since the last input
 
     def run(self, session: PromptSession[str]) -> None:
         """Read messages and commands until the user ends the input or enters `/exit`."""

@@ -226,7 +226,7 @@ def _run(command: str, agent: Agent, endpoint: Endpoint, arguments: Sequence[str
         )
         try:
             status = process.wait()
-        finally:  # also after SIGTERM; an agent that has ended is left alone
+        finally:  # SIGTERM ends here too; an agent that has ended is left alone
             process.terminate()
             process.wait()
     finally:

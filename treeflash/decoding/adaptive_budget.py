@@ -229,7 +229,7 @@ class Pace:
 class AdaptiveBudget:
     """The adaptive budget of one pair and method; it outlives sequences."""
 
-    costs: VerifyCosts  # of the target's forward pass
+    costs: VerifyCosts  # costs of the target's forward pass
     has_drafter: bool = True  # whether a drafter drafts; else trees only have copies of the text
     acceptance: Acceptance = field(default_factory=Acceptance)
     # by number of sequences, rounded up to a power of two

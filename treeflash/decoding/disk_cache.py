@@ -334,7 +334,7 @@ class Restoration:
     state: SequenceState | None
     longer_than: int
     search: Future[Stored | None]
-    _blocks: deque[tuple[Kind, bytes]] | None = None  # not read yet; None during the search
+    _blocks: deque[tuple[Kind, bytes]] | None = None  # blocks not read yet; None during the search
     _reads: deque[Future[tuple[Part, StateArrays] | None]] = field(default_factory=deque)
     _end: tuple[Part, StateArrays] | None = None
 

@@ -56,7 +56,7 @@ def depth_first(parents: Sequence[int] | NDArray[np.int32]) -> tuple[NDArray[np.
     children: list[list[int]] = [[] for _ in range(n)]
     for node in range(1, n):
         children[parents[node]].append(node)
-    slots = [0] * n  # that the subtree of a node takes
+    slots = [0] * n  # slots that the subtree of each node takes
     for node in reversed(range(n)):
         children[node].sort(key=lambda child: slots[child])
         needs = [slots[child] for child in children[node]]

@@ -130,7 +130,7 @@ class RunningSequence:
                     return
                 item = next(self.loop)
             self.pending = item
-        except Exception as error:  # from its constraint, for example: other sequences continue
+        except Exception as error:  # its constraint may raise anything: other sequences continue
             self.events.append(error)
         if phase is not None:
             self.add_time(phase, started)

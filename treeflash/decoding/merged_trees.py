@@ -54,8 +54,8 @@ class Child:
     log_prob: float  # after its parent
     row: int = -1  # the row of the table, for its children; -1 if there is none
     source: int = -1  # the node of the proposal; -1 if it has none
-    match: int = 0  # as in `DraftTree.matches`
-    confidence: float = 1.0  # as in `DraftTree.confidences`
+    match: int = 0  # tokens matched, see `DraftTree.matches`
+    confidence: float = 1.0  # confidence, see `DraftTree.confidences`
 
 
 @dataclass(eq=False)
@@ -65,7 +65,7 @@ class GrowingTree:
     nodes: list[Child]
     parents: list[int] = field(default_factory=lambda: [-1])
     depths: list[int] = field(default_factory=lambda: [0])
-    log_probs: list[float] = field(default_factory=lambda: [0.0])  # of the paths
+    log_probs: list[float] = field(default_factory=lambda: [0.0])  # log probability of each path
 
     def grow(self, size: int, children: Callable[[int], Iterator[Child]]) -> None:
         """Add the best paths, best first, up to `size` nodes.

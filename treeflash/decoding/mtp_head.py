@@ -208,7 +208,7 @@ class MtpHead:
         outputs: Array,  # (B, hidden_size) of the roots' rows
         width: int,  # see `width_of`
         options: TableOptions,  # whose other sizes and noise are not used
-        noises: Iterable[Array | None],  # by depth, (B, Vd), added to the logits
+        noises: Iterable[Array | None],  # (B, Vd) noise of each depth, added to the logits
     ) -> list[Array]:
         """Search the paths of B sequences, by arrays alone whose sizes the options fix.
 

@@ -155,7 +155,7 @@ class SuffixIndex:
 
 
 def _slot(tokens: Iterable[int], slots: int) -> int:
-    """Hash an n-gram to one of `slots` slots, a power of two; `_rebuild` computes the same."""
+    """Hash an n-gram to one of `slots` slots, a power of two; `_rebuild` does so for many."""
     key = 0
     for token in tokens:
         key = (key * MULTIPLIER + token) & (2**64 - 1)

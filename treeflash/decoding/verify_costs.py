@@ -202,7 +202,7 @@ class VerifyCosts:
         """
         costs = file.read()
         if costs is None:
-            if backend.device != "cpu":  # which reads a long text too
+            if backend.device != "cpu":  # it reads a long text too
                 logging.getLogger(__name__).warning(
                     "timing forward passes on %s for the budget auto, once for this model",
                     backend.device_name,

@@ -91,7 +91,7 @@ class ModelFolder:
 
     path: Path
     config: dict[str, Any]
-    tensors: dict[str, StoredTensor]  # by stored name
+    tensors: dict[str, StoredTensor]  # tensors by stored name
 
     @property
     def files(self) -> list[Path]:

@@ -83,7 +83,7 @@ TRAINING_TENSORS = frozenset({"t2d", "verifier_lm_head.weight", "verifier_norm.w
 
 def parse_drafter_config(config: Config) -> DrafterConfig:
     """Parse the configuration of a block drafter; raises what its `Format.parse` does."""
-    parsed = detect_format(config).parse(config, (), 0)  # which do not matter to a block drafter
+    parsed = detect_format(config).parse(config, (), 0)  # a block drafter ignores both
     assert isinstance(parsed, DrafterConfig)
     return parsed
 

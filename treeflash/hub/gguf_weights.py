@@ -65,7 +65,7 @@ class Model:
 
     architecture: Architecture  # what llama.cpp's converter does to the weights
     documents: Mapping[str, Mapping[str, Any]]  # in JSON, by the names of their files
-    tensors: Tensors  # by name in the folder
+    tensors: Tensors  # tensors by name in the folder
     tokenizer: Tokenizer | None  # None for a drafter, which has its target's
     # The modules that keep the bits of their weights, by name in the folder.
     modules: Mapping[str, StoredWeight] = field(default_factory=dict)

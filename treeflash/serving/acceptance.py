@@ -4,7 +4,7 @@ A drafter that does not fit what a server runs changes no answer: it only makes 
 that nobody notices. What is compared is how often the drafter's first choice for the next token is
 the target's. Accepted lengths depend on budgets and methods as well, and this does not:
 
-    128 drafts in answers of the server, 28 of which have the right first token: 22 %
+    128 drafts in answers of the server, and 28 have the right first token: 22 %
     evaluation.json in the drafter's folder, depth 1: 73 %
     22 % is less than half of 73 %: one line in the log, with what may be the reason
 """

@@ -79,7 +79,7 @@ class OllamaOptions(OllamaSchema):
     top_k: TopK | None = None
     top_p: TopP | None = None
     min_p: Annotated[float, limits("min_p")] | None = None
-    seed: int | None = None  # of any sign, as clients send -1 for a random one
+    seed: int | None = None  # seed of any sign: clients send -1 for a random one
     stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = None
     num_predict: int | None = None  # -1 and -2: as many as fit
     repeat_penalty: Annotated[float, limits("repetition_penalty")] | None = None

@@ -184,7 +184,7 @@ CallMode = Literal["none", "auto", "required"]
 class AllowedTools:
     """The calls that a message may have."""
 
-    functions: Sequence[Mapping[str, Any]] = ()  # that may be called, as chat templates read them
+    functions: Sequence[Mapping[str, Any]] = ()  # functions in the form of chat templates
     must_call: bool = False  # whether the message must consist of calls
     parallel: bool = True  # whether the message may have several enforced calls
 

@@ -157,7 +157,7 @@ FAMILIES = tuple(ARCHITECTURES)
 """The model types, and `qwen3_sliding`: Qwen3, in which every other layer has a window."""
 HYBRID_FAMILIES = tuple(HYBRIDS)
 """The families with recurrent layers: gated delta nets and Mamba-2."""
-ROPE_THETA = 1000.0  # not the 10000 that a loader may fall back to unnoticed
+ROPE_THETA = 1000.0  # differs from 10000, a loader's unnoticed default
 EXPERTS = 4
 
 

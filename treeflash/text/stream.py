@@ -142,7 +142,7 @@ class Assembler:
         )
         text = "".join(chunk.text for chunk in self.chunks)
         if self.finish_reason is None:
-            text = self.tokenizer.decode(token_ids)  # with the text that the stream holds back
+            text = self.tokenizer.decode(token_ids)  # includes the text that the stream holds back
         return Generation(
             text=text,
             token_ids=token_ids,

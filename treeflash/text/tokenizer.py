@@ -51,7 +51,7 @@ class Tokenizer:
         vocabulary: dict[str, int] = tokenizer.get_vocab()
         names = (f"<0x{byte:02X}>" for byte in range(256))
         self.byte_token_ids = frozenset(vocabulary[name] for name in names if name in vocabulary)
-        self._needs_parts: dict[str | None, bool] = {}  # by chat template
+        self._needs_parts: dict[str | None, bool] = {}  # answers by chat template
 
     @classmethod
     def from_folder(cls, path: str | Path, *, thinking: bool = False) -> Tokenizer:

@@ -170,7 +170,7 @@ class Builder(ir.IRBuilder):
     def allocate(self, kind: ir.Type) -> Value:
         """Return the address of a variable on the stack."""
         variable = self.alloca(kind)
-        variable.type = POINTER  # without the type of its target, which LLVM no longer knows
+        variable.type = POINTER  # LLVM no longer knows the type of a pointer's target
         return variable
 
     @contextmanager

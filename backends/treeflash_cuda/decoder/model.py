@@ -60,7 +60,7 @@ class DecoderLayer(nn.Module):
         self.attention_norm = norm(facts.norms.attention_output)
         self.network_norm = norm(facts.norms.network_input)
         self.output_norm = norm(facts.norms.network_output)
-        self.head_norms: Tensor | None = None  # of queries, then of keys, a row for each head
+        self.head_norms: Tensor | None = None  # norms of queries, then of keys, a row for each head
         if facts.norms_heads is not None:
             parts = []
             for name, heads in (("q_norm", facts.heads), ("k_norm", facts.kv_heads)):

@@ -79,7 +79,7 @@ class Graphs:
         self.agreements: dict[str, Callable[[bool], bool]] = {}
         self.captured: Counter[str] = Counter()  # graphs so far, by the name of the function
         self.tried: deque[Capture] = deque(maxlen=MAX_TRIED)  # the latest captures
-        self.replays: Counter[str] = Counter()  # by the name of the function
+        self.replays: Counter[str] = Counter()  # replays by the name of the function
         # The latest used one last.
         self.store: OrderedDict[Key, Graph] = OrderedDict()
         self._lock = Lock()

@@ -58,7 +58,7 @@ class Followers:
 
     def __init__(self) -> None:
         self.lost = False
-        self._calls: list[tuple[Any, ...]] = []  # that they have to make, in order
+        self._calls: list[tuple[Any, ...]] = []  # calls that they have to make, in order
 
     def tell(self, *call: Any) -> None:
         """Note a call for the next broadcast; raises a RuntimeError if the followers are lost."""
@@ -143,7 +143,7 @@ class LeaderVerifier(Verifier):
         try:
             followers.send()
             return super().forward(rows, needs_logits)
-        except BaseException:  # also an interrupt by the user
+        except BaseException:  # an interrupt by the user ends the other ranks too
             followers.lost = True
             raise
 
@@ -171,7 +171,7 @@ def follow(target: Target) -> None:
         os._exit(1)
 
 
-@torch.inference_mode()  # as on rank 0, whose tensors are changed in place later
+@torch.inference_mode()  # rank 0 does so too: its tensors are changed in place later
 def _follow(target: Target) -> None:
     verifier = Verifier(target, None)
     states: dict[int, State] = {}

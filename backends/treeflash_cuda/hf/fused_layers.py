@@ -30,7 +30,7 @@ from treeflash_cuda.visible_keys import VisibleKeys
 TOLERANCE = 0.01
 """Root mean square difference, relative to the module's outputs."""
 QUANTISED_TOLERANCE = 0.02
-"""Tolerance for keys in 8 bits, some of which are rounded to another number."""
+"""Tolerance for keys in 8 bits: some are rounded to another number."""
 COMPARED_ROWS = 4
 """Rows of the input on which a module and the operation are compared."""
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {

@@ -494,7 +494,7 @@ def _mamba_2(
         return (out + kwargs["D"][:, None] * x).contiguous()
 
     out = cache.recur(layer, (x, dt, b, c), next_tokens, tree)
-    return (out, out.new_empty(0)) if return_final_states else out  # as above
+    return (out, out.new_empty(0)) if return_final_states else out  # callers expect a pair here too
 
 
 HOOKS: dict[str, Callable[..., Any]] = {

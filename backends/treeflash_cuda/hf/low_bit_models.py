@@ -69,7 +69,7 @@ class LowBitQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
     quantization_config: LowBitConfig
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
-        dtype = model.dtype  # of its first tensor, which will be scales
+        dtype = model.dtype  # dtype of its first tensor, which will be scales
         if (checkpoint := self.quantization_config.checkpoint) is not None:
             assert checkpoint.low_bits is not None
             for name in checkpoint.low_bits.layers:  # transformers knows none of their tensors

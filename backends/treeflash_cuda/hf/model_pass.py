@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from treeflash_cuda.hf.model_target import ModelTarget
 
 Forward: TypeAlias = Callable[[Sequence[Rows], Sequence[bool]], RowsResult]
-"""A pass over rows, some of which need logits."""
+"""A pass over rows; some need logits."""
 
 
 class ModelPasses:

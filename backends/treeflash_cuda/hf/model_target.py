@@ -343,7 +343,7 @@ class ModelTarget(Target):
             spans = layer_spans(layers)
             follow_devices(model, layers, device)
         super().__init__(model.config.get_text_config(), device, layers, spans)
-        self.model = model  # with its attention replaced
+        self.model = model  # model whose attention was replaced
         self.layers_from = "transformers"
         self.is_hybrid, self.split = bool(hooked), split
         # The recurrent layers whose states have values before keys.
@@ -379,7 +379,7 @@ class ModelTarget(Target):
     def load(
         cls,
         folder: Path,  # the folder of the checkpoint
-        config: PreTrainedConfig,  # of the folder
+        config: PreTrainedConfig,  # configuration in the folder
         device: torch.device,  # for the weights
         dtype: torch.dtype | None,  # None is the checkpoint's own
         settings: LoadConfig,  # for what is loaded, and how it is stored and placed

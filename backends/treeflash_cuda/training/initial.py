@@ -177,7 +177,7 @@ def _new_settings(config: TrainConfig, target: ModelTarget) -> dict[str, Any]:
     given = config.mask_token_id
     mask_token_id = _mask_token(target_config) if given is None else given
     rope = getattr(target_config, "rope_parameters", None) or {"rope_theta": 10000.0}
-    if any(isinstance(value, dict) for value in rope.values()):  # by kind of layer
+    if any(isinstance(value, dict) for value in rope.values()):  # a table for each kind of layer
         rope = rope.get("full_attention") or next(iter(rope.values()))
     return {
         "model_type": "qwen3",
@@ -211,7 +211,7 @@ def _mask_token(config: Any) -> int:
 
 def initial_drafter(
     config: TrainConfig,  # the configuration of the training
-    settings: dict[str, Any],  # from `drafter_settings`
+    settings: dict[str, Any],  # result of `drafter_settings`
     target: ModelTarget,  # the model to draft for
     # The scale of queries and keys is measured on these tokens of a few sequences.
     sequences: Sequence[Sequence[int]],

@@ -39,7 +39,7 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror or error}") from error
-    except (SafetensorError, RuntimeError) as error:  # from safetensors and torch.save
+    except (SafetensorError, RuntimeError) as error:  # safetensors and torch.save raise them
         if is_out_of_memory(error):
             raise
         reason = first_line(error)

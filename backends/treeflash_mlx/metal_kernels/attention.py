@@ -337,7 +337,7 @@ class Nodes:
     Attributes:
         ancestors: (batch, n) uint64 words, see `ancestor_words`; in exact mode (batch, n, depths)
             int32 nodes on the path to each node, see `path_nodes`, or anything for chains alone.
-            This and the next two arrays are `padded`.
+            These three arrays are `padded`.
         positions: (batch, n) int32 logical positions of the nodes.
         starts: (batch,) int32 committed positions.
         length: of the longest sequence, with the deepest node.

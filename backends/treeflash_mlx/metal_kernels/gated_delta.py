@@ -22,7 +22,7 @@ from treeflash_mlx.metal_kernels import make_kernel, padded
 
 SLOTS = 6
 MAX_KEY_DIM = 256  # for which the slots fill 24 KiB of threadgroup memory
-LANES, ROWS = 32, 4  # of a simdgroup, and simdgroups of a threadgroup
+LANES, ROWS = 32, 4  # lanes of a simdgroup, and simdgroups of a threadgroup
 
 WALK = """
     constexpr int SHARE = Dk / 32;  // of a row, for each lane

@@ -18,7 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from treeflash.transformers import generate
 
-LOOKUP_TOKENS = 10  # as in the documentation of transformers
+LOOKUP_TOKENS = 10  # number in the documentation of transformers
 
 
 class Clock(BaseStreamer):

@@ -241,7 +241,7 @@ def test_the_folder_is_not_listed_for_every_prompt(pair, tmp_path, monkeypatch):
             again, (_, restored) = process.answer(prompt)
             assert again == text
             assert restored >= 32
-        process.answer(prompt_of(40, seed=3))  # is written
+        process.answer(prompt_of(40, seed=3))  # the state is written
     assert listed == [tmp_path]
 
 

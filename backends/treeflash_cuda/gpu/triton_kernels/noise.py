@@ -147,7 +147,7 @@ def _draft_noise(
     keys_pointer,  # (n, 3)
     result_pointer,  # (n, width)
     width,
-    rows,  # of a group
+    rows,  # number of rows of a group
     BLOCK: tl.constexpr,
     HAS_IDS: tl.constexpr,
 ):

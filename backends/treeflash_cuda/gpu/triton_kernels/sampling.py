@@ -169,6 +169,6 @@ def sample_rows(logits: Tensor, keys: Tensor, settings: Tensor) -> Tensor:
         STEPS=(16 if logits.dtype == torch.bfloat16 else 32) // DIGIT_BITS,
         DIGIT_BITS=DIGIT_BITS,
         enable_fp_fusion=False,
-        num_warps=16,  # with fewer, compilers spill a register on some GPUs
+        num_warps=16,  # fewer warps spill a register on some GPUs
     )
     return tokens
