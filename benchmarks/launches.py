@@ -2,6 +2,7 @@
 
     python -m benchmarks.launches
     python -m benchmarks.launches --shape qwen3-4b --sequences 1,4 --nodes 16 --json FILE
+    python -m benchmarks.launches --layers transformers
 
 Weights and activations are tensors without values on a CUDA device that need not be there, so that
 models of any size fit. It needs a build of PyTorch with CUDA, and the extra `testing`.
@@ -55,6 +56,8 @@ from treeflash.drafters.formats import (
 from treeflash.drafters.loading import DrafterTensors
 from treeflash.errors import ConfigError
 
+LAYERS = "treeflash", "transformers"
+"""Whose layers the target has."""
 HARNESS = Path(__file__).parents[1] / "tests" / "cuda"
 CAPACITY, TEXT = 2000, 200
 PARALLEL, ARRIVALS = 16, 0.3
@@ -181,12 +184,27 @@ def serve(backend: Any, requests: int) -> list[Row]:
     return [*rows, {"function": f"all, in {iterations} iterations", "graphs": found.total()}]
 
 
-def load_without_weights(shape: dict[str, Any]) -> Any:
-    """Create a pair in a published shape whose weights have no values."""
+def load_without_weights(shape: dict[str, Any], layers: str) -> Any:
+    """Create a pair in a published shape whose weights have no values; see `LAYERS`."""
     import torch
     from transformers import AutoModelForCausalLM
-    from treeflash_cuda import backend, drafter_loading
+    from treeflash_cuda import backend, drafter_loading, target_loading
+    from treeflash_cuda.decoder.weights import Checkpoint
     from treeflash_cuda.hf import model_target
+
+    class WithoutWeights(Checkpoint):
+        """Tensors of any names."""
+
+        foreign = None
+
+        def __init__(self, *_: Any) -> None:
+            self.wholes, self.packed, self.tensors = {}, {}, {}
+
+        def read(self, _: str, shape: tuple[int, ...]) -> torch.Tensor:
+            return torch.empty(shape, dtype=torch.bfloat16)
+
+    def own_layers(*_: Any, **__: Any) -> str:
+        return "the benchmark asks for them"
 
     config = parse_drafter_config(drafter_config(shape))
     head = shape["intermediate_size"]
@@ -216,7 +234,13 @@ def load_without_weights(shape: dict[str, Any]) -> Any:
     with tempfile.TemporaryDirectory() as folder, mock.patch.multiple(drafter_loading, **stand_ins):
         settings = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], **shape}
         Path(folder, "config.json").write_text(json.dumps(settings), encoding="utf-8")
-        with mock.patch.object(model_target, "load_model", load_model):
+        changes: dict[str, Any] = {"Checkpoint": WithoutWeights}
+        if layers != "treeflash":
+            changes["own_layers"] = own_layers
+        with (
+            mock.patch.object(model_target, "load_model", load_model),
+            mock.patch.multiple(target_loading, **changes),
+        ):
             return backend.load(Path(folder), Path(folder), LoadConfig(dtype="bfloat16"))
 
 
@@ -243,6 +267,7 @@ def parser() -> Parser:
     """Build the parser of the command line."""
     options = Parser(__doc__)
     options.add_argument("--shape", choices=SHAPES, default="qwen3-8b", help="(default: qwen3-8b)")
+    options.add_argument("--layers", choices=LAYERS, default=LAYERS[0], help="layers of the target")
     options.add_numbers("--sequences", [1, 8, 32], "numbers of sequences")
     options.add_number("--nodes", 64, "nodes of each tree")
     options.add_number("--context", 1024, "committed positions of each sequence")
@@ -266,14 +291,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     with pytest.MonkeyPatch.context() as patch, FakeCuda(patch) as cuda:
         cuda.free_bytes = MEMORY
-        backend = load_without_weights(SHAPES[args.shape])
+        backend = load_without_weights(SHAPES[args.shape], args.layers)
         found = rows(cuda, backend, args)
         graphs: Row = {
             "iterations": args.iterations,
             "graphs": count_graphs(backend, args.iterations),
         }
         server = serve(backend, args.requests)
-    about = {"shape": args.shape, "nodes": args.nodes, "context": args.context}
+    about = {
+        "shape": args.shape,
+        "layers": args.layers,
+        "nodes": args.nodes,
+        "context": args.context,
+    }
     show("an iteration", found)
     show("graphs of --budget auto", [graphs])
     show("graphs of a server", server)

@@ -30,7 +30,7 @@ from treeflash.drafters.config import DrafterShape
 from treeflash.drafters.mtp_heads import refuse_missing_targets
 from treeflash.errors import ConfigError, MemoryInUseError, is_out_of_memory
 from treeflash_cuda.cache import KV_BITS
-from treeflash_cuda.cpu.decoder_target import DecoderTarget
+from treeflash_cuda.cpu.decoder_target import CpuTarget
 from treeflash_cuda.cpu.default_dtype import InexactError, gpu_dtype, half_dtype
 from treeflash_cuda.cpu.low_bit_loading import UNPACKED_BITS, keeps_bits, products_refusal
 from treeflash_cuda.device import backend_name, choose_device, device_facts, device_name, prepare
@@ -271,7 +271,7 @@ class CudaBackend(BaseBackend):
 
 def products_are_compiled(target: Target, model: Model | None, head: Head | None) -> bool:
     """Return whether functions of our own compute all products of a pair."""
-    if not isinstance(target, DecoderTarget) or target.kernels is None:
+    if not isinstance(target, CpuTarget) or target.kernels is None:
         return False
     modules = target.model, model, getattr(head, "module", None)
     layers = itertools.chain.from_iterable(x.modules() for x in modules if x is not None)

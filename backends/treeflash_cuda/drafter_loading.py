@@ -17,7 +17,7 @@ from treeflash.drafters.config import DrafterShape
 from treeflash.drafters.folder import StoredTensor, open_folder, read_quantised
 from treeflash.drafters.loading import Layout, block_tensors, mtp_tensors, read_layout
 from treeflash.drafters.mtp_heads import refuse_missing_targets, refuse_window
-from treeflash_cuda.cpu.decoder_target import DecoderTarget
+from treeflash_cuda.cpu.decoder_target import CpuTarget
 from treeflash_cuda.cpu.low_bit_linear import LowBitLinear
 from treeflash_cuda.cpu.low_bit_loading import rounding
 from treeflash_cuda.drafter import OutputStage
@@ -100,7 +100,7 @@ def pack_drafter(model: Model, head: Head | None, target: Target, bits: int | No
     for module in modules:
         pack_linears(module, packing)
         pack_linears(module)  # layers that cannot be rounded
-        if isinstance(target, DecoderTarget) and target.kernels is not None:
+        if isinstance(target, CpuTarget) and target.kernels is not None:
             from treeflash_cuda.cpu.drafter_norms import use_kernels  # needs llvmlite
 
             use_kernels(module, target.kernels, target.dtype)
@@ -128,7 +128,7 @@ def load_drafter_operations(
     )
     if target.device.type != "cuda" or shapes == target_shapes(target):
         return target.operations
-    return load_kernels(shapes, target, "in the drafter ")
+    return load_kernels(shapes, target.device, target.dtype, "in the drafter ")
 
 
 def drafter_layout(folder: Path, target: Target) -> Layout:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
@@ -20,14 +20,16 @@ from treeflash.decoding.passed_checks import PassedChecks, passed_checks
 from treeflash.decoding.tree import DraftTree
 from treeflash.errors import BackendError, UnsupportedModelError
 from treeflash_cuda.cpu import low_bit_loading
-from treeflash_cuda.cpu.decoder_target import DecoderTarget
+from treeflash_cuda.cpu.decoder_target import CpuTarget
 from treeflash_cuda.cpu.default_dtype import InexactError
 from treeflash_cuda.cpu.threads import cpu_threads
 from treeflash_cuda.decoder.facts import DecoderFacts, decoder_facts
 from treeflash_cuda.decoder.plain_config import PlainConfig, target_config
+from treeflash_cuda.decoder.target import DecoderTarget
 from treeflash_cuda.decoder.weights import Checkpoint
 from treeflash_cuda.device import choose_device, device_facts, driver_version
-from treeflash_cuda.gpu.kernels import load_flash_attention
+from treeflash_cuda.gpu.decoder_target import GpuTarget, decoder_shapes
+from treeflash_cuda.gpu.kernels import CausalAttention, load_flash_attention
 from treeflash_cuda.gpu.parallel import process_count
 from treeflash_cuda.operations import Operations, Shapes, load_operations
 from treeflash_cuda.state import State
@@ -68,9 +70,10 @@ def load_target(
     if is_default if config.exact is None else config.exact:
         with inexact_if_refused(model, config):
             model.make_exact(passed or PassedChecks())
-    choose_passes(model)
-    if pack and model.operations is not None:
-        fuse_parts(model)
+    if not isinstance(model, DecoderTarget):
+        choose_passes(model)
+        if pack and model.operations is not None:
+            fuse_parts(model)
     return model
 
 
@@ -86,10 +89,14 @@ def read_target(
     """Read a target's weights, with layers of our own or as a model of transformers."""
     config = target_config(folder)
     refuse_stateful(config)
-    own = own_layers(folder, config, settings, device, pack=pack, processes=processes)
+    own = own_layers(folder, config, settings, device, dtype, pack=pack, processes=processes)
     if isinstance(own, OwnLayers):
-        assert dtype is not None
-        return DecoderTarget.load(own.checkpoint, config, own.facts, dtype, settings)
+        made = own.checkpoint, config, own.facts, own.dtype, settings
+        if own.operations is None:
+            return CpuTarget.load(*made)
+        shapes = decoder_shapes(own.facts, quantised=settings.kv_bits is not None)
+        prompt_attention = load_prompt_attention([device], own.dtype, shapes)
+        return GpuTarget.load(*made, device, own.operations, prompt_attention)
     from treeflash_cuda.hf.model_target import ModelTarget
 
     if isinstance(config, PlainConfig):
@@ -108,6 +115,8 @@ class OwnLayers:
 
     checkpoint: Checkpoint
     facts: DecoderFacts
+    dtype: torch.dtype
+    operations: Operations | None  # the operations of a GPU; None on a CPU
 
 
 def own_layers(
@@ -115,6 +124,7 @@ def own_layers(
     config: Any,  # see `target_config`
     settings: LoadConfig,
     device: torch.device,
+    dtype: torch.dtype | None,  # None for the checkpoint's
     *,
     pack: bool,  # see `ModelTarget`
     processes: int,
@@ -124,7 +134,6 @@ def own_layers(
     This alone decides which targets are models of transformers.
     """
     reasons = {
-        "treeflash's layers run on a CPU alone": device.type != "cpu",
         "several devices have its layers": settings.device_map is not None or processes > 1,
         "its layers are compiled": settings.compile,
         "an adapter is merged into it": settings.adapter is not None,
@@ -136,7 +145,20 @@ def own_layers(
     if isinstance(facts, str):
         return facts
     checkpoint = Checkpoint(folder, config.to_dict())
-    return checkpoint.foreign or OwnLayers(checkpoint, facts)
+    if checkpoint.foreign is not None:
+        return checkpoint.foreign
+    dtype = dtype or config.dtype or checkpoint.dtype
+    shapes = decoder_shapes(facts, quantised=settings.kv_bits is not None)
+    operations = load_target_operations(shapes, device, dtype)
+    if operations is not None:
+        reasons = {
+            "kernels of other libraries multiply its few bits": checkpoint.low_bits is not None,
+            "experts of treeflash's layers run on a CPU alone": facts.experts is not None,
+            "attention has no kernel here": not operations.runs_trees,
+        }
+        if reason := next((reason for reason, applies in reasons.items() if applies), None):
+            return reason
+    return OwnLayers(checkpoint, facts, dtype, operations)
 
 
 def fuse_parts(target: Any) -> None:
@@ -188,37 +210,52 @@ def choose_passes(target: Any) -> None:
 
 def add_kernels(target: ModelTarget) -> None:
     """Let a target use the kernels of its devices for prompts and trees."""
-    target.operations = load_target_operations(target)
+    shapes = target_shapes(target)
+    target.operations = load_target_operations(shapes, target.device, target.dtype)
     if target.operations is not None:
         target.arena.page = PAGE
-    if target.softcap is not None or target.has_sinks:
-        return
-    for part, _ in target.spans or [(target.device, len(target.layers))]:
-        attend, reason = load_flash_attention(part, target.dtype, target_shapes(target))
-        target.prompt_attention = attend
-        if attend is None:
-            break
-    if reason:
-        warnings.warn(f"prompts will be slow: {reason}", stacklevel=3)
+    devices = [device for device, _ in target.spans or [(target.device, len(target.layers))]]
+    target.prompt_attention = load_prompt_attention(devices, target.dtype, shapes)
 
 
-def load_target_operations(target: ModelTarget) -> Operations | None:
-    """Load the target's operations on a GPU; None on a CPU, which uses masks."""
-    if target.device.type != "cuda":
-        return None
-    return load_kernels(target_shapes(target), target)
+def load_target_operations(
+    shapes: Shapes, device: torch.device, dtype: torch.dtype
+) -> Operations | None:
+    """Load the target's operations on a GPU; None on a CPU."""
+    return load_kernels(shapes, device, dtype) if device.type == "cuda" else None
 
 
-def load_kernels(shapes: Shapes, target: Target, place: str = "") -> Operations:
-    """Load operations on a target's GPU, with a warning of those that have no kernel."""
-    operations = load_operations(shapes, target.device, target.dtype)
+def load_kernels(
+    shapes: Shapes, device: torch.device, dtype: torch.dtype, place: str = ""
+) -> Operations:
+    """Load operations on a GPU, with a warning of those that have no kernel."""
+    operations = load_operations(shapes, device, dtype)
     for line in operations.fallbacks:
         warnings.warn(place + line, stacklevel=2)
     return operations
 
 
+def load_prompt_attention(
+    devices: Sequence[torch.device], dtype: torch.dtype, shapes: Shapes
+) -> CausalAttention | None:
+    """Load the attention of long prompts, with a warning if it fails; None if a device has none."""
+    attend: CausalAttention | None = None
+    if shapes.softcap is not None or shapes.sinks:
+        return None
+    for device in devices:
+        attend, reason = load_flash_attention(device, dtype, shapes)
+        if reason:
+            warnings.warn(f"prompts will be slow: {reason}", stacklevel=2)
+        if attend is None:
+            break
+    return attend
+
+
 def target_shapes(target: Target) -> Shapes:
     """Return the sizes of a target that kernels depend on."""
+    quantised = target.arena.dtype is not None
+    if isinstance(target, DecoderTarget):
+        return decoder_shapes(target.facts, quantised=quantised)
     from treeflash_cuda.hf.experts import has_experts
 
     config = target.config
@@ -231,7 +268,7 @@ def target_shapes(target: Target) -> Shapes:
         hidden_size=hidden_size,
         softcap=target.softcap,
         sinks=target.has_sinks,
-        quantised=target.arena.dtype is not None,
+        quantised=quantised,
         experts=has_experts(target.model),
         recurrent=() if arena is None else arena.matrix_shapes,
         convolutions=() if arena is None else arena.tail_shapes,

@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from treeflash_cuda import backend, drafter_loading, target_loading, visible_keys
+from treeflash_cuda.decoder.weights import Checkpoint
 from treeflash_cuda.drafter import OutputStage
 from treeflash_cuda.gpu.host_copies import host_copies
 from treeflash_cuda.hf import model_target
@@ -241,11 +242,16 @@ class FakeCuda(TorchDispatchMode):
                 model = load_mtp_head(layout, real)
             return model.to(owner.device)
 
+        def read_real(checkpoint, name, shape):
+            with unset_fake_temporarily():
+                return read(checkpoint, name, shape)
+
         def plan_work(starts, sizes, shared, block):
             self.columns = int((shared + sizes).sum())
             return plain_plan(starts, sizes, shared, block)
 
-        plain_plan = visible_keys.plan_work
+        read, plain_plan = Checkpoint.read, visible_keys.plan_work
+        monkeypatch.setattr(Checkpoint, "read", read_real)
         monkeypatch.setattr(visible_keys, "plan_work", plan_work)
         monkeypatch.setattr(model_target, "load_model", load_fake_model)
         monkeypatch.setattr(drafter_loading, "load_drafter", load_fake_drafter)

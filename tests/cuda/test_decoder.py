@@ -2,9 +2,11 @@
 
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
+from parts import load_with_parts
 from scheduled_texts import assert_plain_texts
 
 from treeflash.config import LoadConfig
@@ -19,13 +21,18 @@ require("torch")
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
+from treeflash_cuda import target_loading
 from treeflash_cuda.backend import load
 from treeflash_cuda.cache import KVCache
-from treeflash_cuda.cpu.decoder_target import DecoderTarget
+from treeflash_cuda.cpu.decoder_target import CpuTarget
 from treeflash_cuda.decoder import operations as decoder_operations
 from treeflash_cuda.decoder.facts import decoder_facts
 from treeflash_cuda.decoder.weights import Checkpoint
+from treeflash_cuda.gpu import row_pass
+from treeflash_cuda.gpu.decoder_target import GpuTarget
+from treeflash_cuda.gpu.kernels import causal_attention
 from treeflash_cuda.hf.model_target import ModelTarget
+from treeflash_cuda.operations import Operations
 from treeflash_cuda.target import read_model_config
 from treeflash_cuda.target_loading import own_layers
 
@@ -258,10 +265,31 @@ def differences(backend, model):
 def test_logits_and_layers_are_those_of_transformers(tmp_path, name):
     model = write(tmp_path, name)
     backend = load_pair(tmp_path)
-    assert isinstance(backend.target, DecoderTarget)
+    assert isinstance(backend.target, CpuTarget)
     assert (backend.target.kernels is not None) == (name in COMPILED)
     layers = backend.device_report().facts["layers of the target"]
     assert layers.startswith("treeflash, compiled for" if name in COMPILED else "treeflash")
+    found = differences(backend, model)
+    assert max(found.values()) <= TOLERANCE, found
+
+
+EXPERTS_OF = "mixtral", "olmoe", "qwen3_moe"
+ON_GPUS = [x for x in CASES if x not in COMPILED and x.partition(",")[0] not in EXPERTS_OF]
+"""Models whose layers a GPU runs: its operations have no limits of their sizes."""
+
+
+@pytest.mark.sample(5)
+@pytest.mark.parametrize("prompts", ["rows", "kernel"])
+@pytest.mark.parametrize("name", ON_GPUS)
+def test_operations_of_a_gpu_give_the_logits_of_transformers(tmp_path, monkeypatch, name, prompts):
+    """Prompts are rows of the pass that graphs have, or attend by a kernel of their own."""
+    model = write(tmp_path, name)
+    backend = load_with_parts(monkeypatch, tmp_path)
+    assert isinstance(backend.target, GpuTarget)
+    assert backend.device_report().facts["layers of the target"] == "treeflash"
+    if prompts == "kernel" and backend.target.softcap is None:
+        monkeypatch.setattr(row_pass, "MAX_CHUNK", 2)
+        backend.target.prompt_attention = causal_attention
     found = differences(backend, model)
     assert max(found.values()) <= TOLERANCE, found
 
@@ -392,14 +420,30 @@ FAULTS = {
 }
 
 
+FAULTS_OF_A_GPU = (
+    *("swapped halves", "no scale of YaRN", "no norms of heads", "no window"),
+    *("a rotation in every layer", "no bound of scores", "heads that are normed alone"),
+)
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 @torch.inference_mode()
 def test_faults_are_noticed(tmp_path, fault):
+    check_fault(tmp_path, fault, load_pair)
+
+
+@pytest.mark.parametrize("fault", FAULTS_OF_A_GPU)
+@torch.inference_mode()
+def test_faults_are_noticed_on_a_gpu(tmp_path, monkeypatch, fault):
+    """Of what its attention does, not the layers."""
+    check_fault(tmp_path, fault, partial(load_with_parts, monkeypatch))
+
+
+def check_fault(folder, fault, load_pair):
     name, plant = FAULTS[fault]
-    model = write(tmp_path, name)
-    backend = load_pair(tmp_path)
+    model = write(folder, name)
+    backend = load_pair(folder)
     plant(backend.target.model)
-    backend.target.facts = backend.target.model.facts
     assert differences(backend, model)["prompt"] > 100 * TOLERANCE
 
 
@@ -420,7 +464,7 @@ def test_exact_mode_is_granted_and_drafts_change_no_text(tmp_path, name, dtype):
     write_drafter(tmp_path / "drafter", tmp_path / "target", seed=2)
     settings = LoadConfig(device="cpu", dtype=dtype, exact=True)
     backend = load(tmp_path / "target", tmp_path / "drafter", settings)
-    assert isinstance(backend.target, DecoderTarget)
+    assert isinstance(backend.target, CpuTarget)
     assert backend.target.is_exact
     assert backend.inexact is None
     for temperature in (0.0, 1.0):
@@ -472,14 +516,22 @@ def test_other_facts_are_refused(family, settings, reason):
         ({"adapter": "adapter"}, {}, "an adapter is merged into it"),
         ({"device_map": "auto"}, {}, "several devices have its layers"),
         ({}, {"processes": 2}, "several devices have its layers"),
-        ({}, {"device": torch.device("cuda")}, "treeflash's layers run on a CPU alone"),
     ],
 )
 def test_other_settings_keep_the_model_of_transformers(tmp_path, settings, options, reason):
     write_target(tmp_path, "llama", seed=1)
-    options = {"pack": True, "processes": 1, "device": torch.device("cpu")} | options
+    options = {"pack": True, "processes": 1, "device": torch.device("cpu"), "dtype": None} | options
     found = own_layers(tmp_path, read_model_config(tmp_path), LoadConfig(**settings), **options)
     assert found == reason
+
+
+def test_a_gpu_without_the_kernel_for_trees_keeps_the_model_of_transformers(tmp_path, monkeypatch):
+    write_target(tmp_path, "llama", seed=1)
+    without = Operations(reasons={"tree_attention": "ptxas is missing"})
+    monkeypatch.setattr(target_loading, "load_target_operations", lambda *_: without)
+    config, on_gpu = read_model_config(tmp_path), torch.device("cuda")
+    found = own_layers(tmp_path, config, LoadConfig(), on_gpu, None, pack=True, processes=1)
+    assert found == "attention has no kernel here"
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])

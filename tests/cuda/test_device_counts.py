@@ -120,7 +120,7 @@ def test_operations_of_an_iteration(cuda, launches, pair, sequences):
 @pytest.mark.nightly
 def test_the_command_counts_operations_and_bytes(cuda, launches):
     """The bytes of a pass are at least the weights' bytes, and grow with the context."""
-    backend, found = launches.load_without_weights(launches.SHAPES["tiny"]), []
+    backend, found = launches.load_without_weights(launches.SHAPES["tiny"], "treeflash"), []
     for settings in ("--sequences 1,8 --context 16", "--sequences 8 --context 64"):
         args = launches.parser().parse_args(["--nodes", "8", *settings.split()])
         rows = launches.rows(cuda, backend, args)

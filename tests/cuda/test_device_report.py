@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+from parts import use_models
 
 from treeflash.commands import doctor
 from treeflash.config import LoadConfig
@@ -103,6 +104,7 @@ def test_a_gpu_is_examined_without_a_model(cuda):
 @pytest.mark.sample(1)
 @pytest.mark.parametrize("runs", [True, False])
 def test_passes_over_trees_are_measured_if_the_target_has_them(cuda, tmp_path, monkeypatch, runs):
+    use_models(monkeypatch)
     monkeypatch.setattr(attention_contexts, "is_window", lambda *_: runs)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 5)

@@ -93,7 +93,7 @@ def test_layers_add_and_norm_by_one_operation(
     """Layers that first add, and then norm, give these logits."""
     families.write(tmp_path, name)
     edit_config(tmp_path, lambda config: config.update(settings))
-    adding = load_with_parts(monkeypatch, tmp_path)
+    adding = load_with_parts(monkeypatch, tmp_path, models=True)
     layers = adding.target.layers
     forwards = [vars(layer).get("forward") for layer in layers]
     assert [isinstance(x, AddingLayer) for x in forwards] == [adds] * len(layers)
@@ -101,7 +101,7 @@ def test_layers_add_and_norm_by_one_operation(
     assert {getattr(x, "has_halves", None) for x in rotating} == {halves}
     monkeypatch.setattr(fused_layers, "fuse_layers", lambda *_: None)
     monkeypatch.setattr(fused_layers, "fuse_rotation", lambda *_: None)
-    plain, found = load_with_parts(monkeypatch, tmp_path), []
+    plain, found = load_with_parts(monkeypatch, tmp_path, models=True), []
     for backend in (adding, plain):
         state = backend.open(40, drafts=False)
         backend.verifier.run([Prefill(state, [3, 4, 5], None)])

@@ -175,9 +175,7 @@ def test_the_rows_of_a_pass_alone_fix_its_shapes(backend):
     states = started(backend, [[3, 4], [5], [6] * 50])
     backend.target.graphs.keys.clear()
     rows = []
-    backend.target.layers[0].register_forward_hook(
-        lambda _, args, __: rows.append(args[0].shape[1])
-    )
+    backend.target.layers[0].register_forward_hook(lambda _, args, __: rows.append(len(args[0])))
     for sizes in ((1,), (3,), (9,), (5, 5, 5), (1, 14, 1), (7, 2), (40, 4, 3), (46,)):
         trees = [(state, chain(*[3] * n)) for state, n in zip(states, sizes, strict=False)]
         backend.verifier.logits(trees)
@@ -258,7 +256,7 @@ def test_a_warm_up_begins_with_the_states_and_ends_where_memory_does(tmp_path, m
 @pytest.mark.filterwarnings("ignore:draft trees run without CUDA graphs")
 def test_what_does_not_fit_runs_without_static_shapes(folders, monkeypatch, module, name, value):
     monkeypatch.setattr(module, name, value)
-    backend = load_with_parts(monkeypatch, *folders[1])
+    backend = load_with_parts(monkeypatch, *folders[1], models=True)
     states = started(backend, [[3, 4, 5], [6]])
     trees = [(state, chain(*range(6))) for state in states]
     assert backend.target.passes.has_row_pass == (name != "is_window")  # found out at load

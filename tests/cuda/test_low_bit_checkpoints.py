@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from treeflash_cuda.backend import load
 from treeflash_cuda.cpu import low_bit_loading
-from treeflash_cuda.cpu.decoder_target import DecoderTarget
+from treeflash_cuda.cpu.decoder_target import CpuTarget
 from treeflash_cuda.cpu.low_bit_linear import LowBitEmbedding, LowBitLinear
 from treeflash_cuda.cpu.low_bit_loading import keeps_bits
 from treeflash_cuda.decoder import plain_config
@@ -76,7 +76,7 @@ def test_a_checkpoint_keeps_its_bits(tmp_path, kind):
     weights = {x: torch.from_numpy(y) for x, y in read_tensors(plain).items()}
     pair = load(stored, None, FLOAT32)
     assert pair.inexact is None
-    assert isinstance(pair.target, DecoderTarget)
+    assert isinstance(pair.target, CpuTarget)
     for number, layer in enumerate(pair.target.model.layers):
         place = f"model.layers.{number}"
         found = {

@@ -95,7 +95,7 @@ from treeflash_cuda.operations import Operations
 from replayed_graphs import Replay
 
 # As on a GPU, trees run by the operation for trees in graphs. A replay computes anew.
-target_loading.load_target_operations = lambda target: Operations()
+target_loading.load_target_operations = lambda *_: Operations()
 Graphs.is_capturing = property(lambda self: self.enabled)
 graphs.MAX_GRAPHS = 2  # many are captured again
 capture, captured = Graphs._capture, []

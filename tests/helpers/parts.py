@@ -31,11 +31,15 @@ def use_models(monkeypatch):
     monkeypatch.setattr(target_loading, "own_layers", lambda *_, **__: "a test")
 
 
-def load_with_parts(monkeypatch, target, drafter=None, **settings):
-    """Load models whose attention is computed by PyTorch's definition."""
+def load_with_parts(monkeypatch, target, drafter=None, *, models=False, **settings):
+    """Load a pair whose operations are PyTorch's definitions.
+
+    With `models` its target is a model of transformers, whatever it would be on a GPU.
+    """
     settings = {"device": "cpu", "dtype": "float32"} | settings
     with monkeypatch.context() as patch:
-        use_models(patch)
+        if models:
+            use_models(patch)
         patch.setattr(target_loading, "load_target_operations", lambda *_: Operations())
         backend = load(target, drafter, LoadConfig(**settings))
     graphs = backend.target.graphs

@@ -1,4 +1,4 @@
-"""A target on a CPU whose layers are our own; see `decoder.model`."""
+"""The passes of a target on a CPU whose layers are our own; see `decoder.model`."""
 
 from __future__ import annotations
 
@@ -18,9 +18,7 @@ from treeflash.decoding.passed_checks import PassedChecks
 from treeflash.decoding.probe import INEXACT
 from treeflash.decoding.tree import DraftTree
 from treeflash.errors import UnsupportedModelError
-from treeflash_cuda.cache import check_quantisation
 from treeflash_cuda.cpu.decoder_attention import Block, ExactAttention, MaskedAttention
-from treeflash_cuda.cpu.low_bit_linear import LowBitEmbedding
 from treeflash_cuda.cpu.low_bit_loading import UNPACKED_BITS, can_round, round_linear
 from treeflash_cuda.decoder.facts import DecoderFacts
 from treeflash_cuda.decoder.model import Decoder
@@ -30,13 +28,14 @@ from treeflash_cuda.decoder.operations import (
     DecoderOperations,
     linear,
 )
+from treeflash_cuda.decoder.target import DecoderTarget
 from treeflash_cuda.decoder.weights import Checkpoint, DecoderWeights
 from treeflash_cuda.exact import LINEAR_ROWS, bound_products, check_gates, token_rows
 from treeflash_cuda.exact_attention import check_attention
 from treeflash_cuda.linear import join
 from treeflash_cuda.numerics import concatenate
 from treeflash_cuda.sampling import Logits
-from treeflash_cuda.target import Rows, RowsResult, Target
+from treeflash_cuda.target import Rows, RowsResult
 
 if TYPE_CHECKING:
     from treeflash_cuda.cpu.layer_calls import LayerCalls
@@ -45,27 +44,23 @@ if TYPE_CHECKING:
 CPU = torch.device("cpu")
 
 
-class DecoderTarget(Target):
+class CpuTarget(DecoderTarget):
     """A decoder on a CPU, and the pass over rows of sequences."""
-
-    model: Decoder
 
     def __init__(
         self,
         config: Any,
-        facts: DecoderFacts,
         decoder: Decoder,
         dtype: torch.dtype,
         kernels: LayerKernels | None = None,  # None attends with PyTorch's operations
         *,
         kv_bits: int | None = None,
     ) -> None:
-        """Take a decoder made of these facts, which transformers' configuration has.
-
-        Raises a ConfigError if its keys and values cannot be stored in `kv_bits` bits.
-        """
-        super().__init__(config, CPU, list(decoder.layers))
-        self.model, self.facts, self.kernels, self.dtype = decoder, facts, kernels, dtype
+        """Take a decoder; raises the errors of `DecoderTarget`."""
+        # Compiled functions read float32, whose numbers are broadcast in one instruction.
+        stored = dtype if kernels is None else torch.float32
+        super().__init__(config, decoder, dtype, CPU, stored=stored, kv_bits=kv_bits)
+        self.kernels = kernels
         # The attention of a pass over blocks.
         self.attention: Callable[[DecoderFacts, Sequence[Block]], Attention] = MaskedAttention
         # The layers as calls of compiled functions, and the most rows of a pass that they run.
@@ -79,17 +74,6 @@ class DecoderTarget(Target):
             self.attention = partial(KernelAttention, kernels=kernels)
             if can_run(decoder):
                 self.calls = LayerCalls(decoder, kernels)
-        self.processor = "it has no vision tower"
-        table = decoder.embeddings
-        self.embeddings = table if isinstance(table, LowBitEmbedding) else table.weight.data
-        self.lm_head, self.lm_head_weight = decoder.lm_head, decoder.head_weight
-        # Compiled functions read float32, whose numbers are broadcast in one instruction.
-        stored = dtype if kernels is None else torch.float32
-        like = torch.empty(1, facts.kv_heads, 0, facts.head_dim, dtype=stored)
-        if kv_bits is not None:
-            check_quantisation(facts.head_dim, config.model_type)
-            self.arena.dtype = self.dtype
-        self.arena.set_shape(self.arena.encode(like))
 
     @classmethod
     def load(
@@ -100,7 +84,7 @@ class DecoderTarget(Target):
         dtype: torch.dtype,
         settings: LoadConfig,
         operations: DecoderOperations = PYTORCH,
-    ) -> DecoderTarget:
+    ) -> CpuTarget:
         """Read the weights of a checkpoint; raises a CheckpointError if they do not fit."""
         kernels = None if settings.kv_bits else find_kernels(facts, dtype)
         if kernels is not None:
@@ -112,7 +96,7 @@ class DecoderTarget(Target):
         unpack = settings.bits == UNPACKED_BITS
         weights = DecoderWeights(checkpoint, operations, dtype, facts, unpack=unpack)
         decoder = Decoder(facts, operations, weights).eval()
-        return cls(config, facts, decoder, dtype, kernels, kv_bits=settings.kv_bits)
+        return cls(config, decoder, dtype, kernels, kv_bits=settings.kv_bits)
 
     def make_exact(self, passed: PassedChecks) -> None:
         facts = self.facts
@@ -135,9 +119,6 @@ class DecoderTarget(Target):
                 self._exact_changes.callback(setattr, self, "attention", self.attention)
                 self.attention = ExactAttention
         self.is_exact = True
-
-    def capture(self, layer_ids: Sequence[int]) -> None:
-        self.captured = tuple(layer_ids)
 
     def run_rows(self, rows: Sequence[Rows], needs_logits: Sequence[bool]) -> RowsResult:
         blocks: list[Block] = []

@@ -9,7 +9,7 @@ transformers.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,10 @@ class Rope:
     # (head_dim / 2,) float32 angles between neighbouring positions, 0 for what is not rotated.
     frequencies: Tensor
     scale: Tensor | float  # (head_dim / 2,) factors on cosines and sines, or one
+
+    def to(self, device: torch.device) -> Rope:
+        scale = self.scale.to(device) if isinstance(self.scale, Tensor) else self.scale
+        return Rope(self.frequencies.to(device), scale)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -54,6 +58,15 @@ class DecoderFacts:
     # half a head away from each other. None if they have the checkpoint's order.
     head_order: Tensor | None
     experts: Experts | None
+
+    def to(self, device: torch.device) -> DecoderFacts:
+        """Return the facts with their tensors on a device."""
+        order = self.head_order
+        return replace(
+            self,
+            ropes=tuple(rope.to(device) for rope in self.ropes),
+            head_order=None if order is None else order.to(device),
+        )
 
     @property
     def layers(self) -> int:

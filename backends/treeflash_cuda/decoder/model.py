@@ -123,10 +123,8 @@ class Decoder(nn.Module):
 
     def rotation(self, rope: Rope, positions: Tensor) -> Rotation:
         """Compute the rotation of (n,) positions."""
-        angles = positions.float()[:, None, None] * rope.frequencies
-        cos, sin = angles.cos() * rope.scale, angles.sin() * rope.scale
-        parts = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
-        return parts[0].to(self.scale.dtype), parts[1].to(self.scale.dtype)
+        angles = positions, rope.frequencies, rope.scale
+        return self.operations.rotation(*angles, self.scale.dtype)
 
     def forward(
         self,

@@ -15,7 +15,7 @@ from treeflash_cuda.cpu.low_bit_linear import LowBitEmbedding, LowBitLinear
 from treeflash_cuda.linear import PackedLinear, PlainLinear, can_pack, join
 
 Rotation: TypeAlias = tuple[Tensor, Tensor]
-"""(n, 1, head_dim) cosines and sines of n rows; the first half of the sines is negative."""
+"""The cosines and sines of n rows, in the form that the device's attention reads."""
 
 
 Table: TypeAlias = nn.Embedding | LowBitEmbedding
@@ -89,9 +89,21 @@ def rms_norm(
     return F.rms_norm(x.float(), weight.shape, weight, eps).to(x.dtype), x
 
 
+def rotation(
+    positions: Tensor,  # (n,) rotary positions
+    frequencies: Tensor,  # (head_dim / 2,) float32, see `Rope`
+    scale: Tensor | float,  # see `Rope`
+    dtype: torch.dtype,  # the dtype of the result
+) -> Rotation:
+    """Compute (n, 1, head_dim) cosines and sines; the first half of the sines is negative."""
+    angles = positions.float()[:, None, None] * frequencies
+    cos, sin = angles.cos() * scale, angles.sin() * scale
+    return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
+
+
 def rotate(
     turned: Tensor,  # (n, heads, head_dim) queries and keys
-    rotation: Rotation | None,  # None leaves them as they are
+    angles: Rotation | None,  # the result of `rotation`; None leaves them as they are
     norms: Tensor | None,  # (heads, head_dim) float32 weights of their RMSNorm
     eps: float,  # the norms' epsilon
     # Numbers of heads that are normed as one; None norms each head by itself.
@@ -106,8 +118,8 @@ def rotate(
             pairs = zip(x.split(wholes, 1), norms.split(wholes), strict=True)
             normed = torch.cat([F.rms_norm(part, w.shape, w, eps) for part, w in pairs], 1)
         turned = normed.to(turned.dtype)
-    if rotation is not None:
-        cos, sin = rotation
+    if angles is not None:
+        cos, sin = angles
         # The halves of a head change places, and the sines' signs do the rest.
         turned = (turned * cos).add_(turned.roll(turned.shape[-1] // 2, -1).mul_(sin))
     return turned
@@ -137,6 +149,7 @@ class DecoderOperations:
 
     linear: Callable[[Sequence[Tensor], Sequence[Tensor | None]], nn.Module] = linear
     rms_norm: Callable[..., tuple[Tensor, Tensor]] = rms_norm
+    rotation: Callable[[Tensor, Tensor, Tensor | float, torch.dtype], Rotation] = rotation
     gated: Callable[[Tensor, str], Tensor] = gated
     capped: Callable[[Tensor, float], Tensor] = capped
 

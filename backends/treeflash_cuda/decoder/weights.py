@@ -24,6 +24,11 @@ from treeflash_cuda.decoder.operations import DecoderOperations, Table
 EMBEDDINGS = "model.embed_tokens"
 JOINED = {QKV: "qkv_proj", NETWORK[:2]: "gate_up_proj"}
 """Tensors that some checkpoints have in place of some layers', whose rows follow each other."""
+DTYPES = dict(
+    zip(FLOATS, (torch.bfloat16, torch.float16, torch.float32, torch.float64), strict=True)
+)
+"""By their names in files."""
+CPU = torch.device("cpu")
 Packed = TypeVar("Packed", bound=LowBitLinear)
 
 
@@ -57,6 +62,12 @@ class Checkpoint:
                 self.refusal = found
             else:
                 self.low_bits = found
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the stored embeddings; float32 for numbers of few bits."""
+        stored = self.tensors.get(f"{EMBEDDINGS}.weight")
+        return torch.float32 if stored is None else DTYPES[stored.dtype]
 
     @property
     def foreign(self) -> str | None:
@@ -162,17 +173,22 @@ class DecoderWeights:
         facts: DecoderFacts,
         *,
         unpack: bool,  # whether packed weights are dequantised
+        device: torch.device = CPU,  # weights that stay packed are on the CPU
     ) -> None:
         self.checkpoint, self.operations, self.dtype = checkpoint, operations, dtype
-        self.facts, self.unpack = facts, unpack
+        self.facts, self.unpack, self.device = facts, unpack, device
 
     def norm(self, name: str, size: int) -> Tensor:
         """Return the (size,) float32 weight of the norm with a name."""
         weight = self.checkpoint.read(f"{name}.weight", (size,))
-        return weight.to(torch.float32, copy=True) + self.facts.norm_offset
+        return weight.to(self.device, torch.float32, copy=True) + self.facts.norm_offset
 
     def read(self, name: str, *shape: int) -> Tensor:
         """Return a copy of the tensor with a name, so that the file may change later."""
+        return self._read(name, shape).to(self.device)
+
+    def _read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Read a tensor on the device, or on the CPU if it had few bits."""
         module, _, own = name.rpartition(".")
         whole = self.checkpoint.wholes.get(module)
         if whole is None and own == "weight" and self.checkpoint.has_few_bits(module):
@@ -180,7 +196,7 @@ class DecoderWeights:
             self._check([(len(values), values.shape[1])], shape[1], shape[0])
             return torch.from_numpy(values).to(self.dtype)
         if whole is None:
-            return self.checkpoint.read(name, shape).to(self.dtype, copy=True)
+            return self.checkpoint.read(name, shape).to(self.device, self.dtype, copy=True)
         stored = self.checkpoint.packed[whole]
         first, part = 0, module.rpartition(".")[2]
         for other, count in stored.parts.items():

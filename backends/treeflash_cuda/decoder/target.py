@@ -1,0 +1,58 @@
+"""A target whose layers are our own; see `model`.
+
+`cpu.decoder_target` and `gpu.decoder_target` run it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from treeflash_cuda.cache import check_quantisation
+from treeflash_cuda.cpu.low_bit_linear import LowBitEmbedding
+from treeflash_cuda.decoder.facts import DecoderFacts
+from treeflash_cuda.decoder.model import Decoder
+from treeflash_cuda.target import Target
+
+
+class DecoderTarget(Target):
+    """A decoder, and what others read of it; a device's own class has its passes."""
+
+    model: Decoder
+
+    def __init__(
+        self,
+        config: Any,  # transformers' configuration, or a `PlainConfig`
+        decoder: Decoder,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        stored: torch.dtype,  # the dtype of keys and values, where `kv_bits` is None
+        kv_bits: int | None,  # bits of stored keys and values; None does not quantise them
+    ) -> None:
+        """Take a decoder with weights on the device.
+
+        Raises a ConfigError if its keys and values cannot be stored in `kv_bits` bits.
+        """
+        super().__init__(config, device, list(decoder.layers))
+        facts = decoder.facts
+        self.model, self.dtype = decoder, dtype
+        self.softcap = facts.factors.score_cap
+        self.processor = "it has no vision tower"
+        table = decoder.embeddings
+        self.embeddings = table if isinstance(table, LowBitEmbedding) else table.weight.data
+        self.lm_head, self.lm_head_weight = decoder.lm_head, decoder.head_weight
+        shape = 1, facts.kv_heads, 0, facts.head_dim
+        if kv_bits is not None:
+            check_quantisation(facts.head_dim, config.model_type)
+            self.arena.dtype = dtype
+        self.arena.set_shape(self.arena.encode(torch.empty(shape, dtype=stored, device=device)))
+
+    @property
+    def facts(self) -> DecoderFacts:
+        return self.model.facts
+
+    def capture(self, layer_ids: Sequence[int]) -> None:
+        self.captured = tuple(layer_ids)

@@ -1,0 +1,149 @@
+"""The passes of a target on a GPU whose layers are our own; see `decoder.model`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from treeflash.config import LoadConfig
+from treeflash.decoding.passed_checks import PassedChecks
+from treeflash.decoding.probe import INEXACT
+from treeflash.errors import UnsupportedModelError
+from treeflash_cuda.cache import Slab
+from treeflash_cuda.decoder.facts import DecoderFacts
+from treeflash_cuda.decoder.model import Decoder
+from treeflash_cuda.decoder.target import DecoderTarget
+from treeflash_cuda.decoder.weights import Checkpoint, DecoderWeights
+from treeflash_cuda.exact import check_products, use_kernel_for_products
+from treeflash_cuda.gpu.decoder_attention import PromptAttention, TreeAttention
+from treeflash_cuda.gpu.decoder_operations import decoder_operations
+from treeflash_cuda.gpu.graphs import MAX_ROWS
+from treeflash_cuda.gpu.kernels import CausalAttention
+from treeflash_cuda.gpu.row_pass import RowInputs, RowPass, slab_of
+from treeflash_cuda.numerics import upload_all
+from treeflash_cuda.operations import Operations, Shapes
+from treeflash_cuda.sampling import Logits
+from treeflash_cuda.state import State
+from treeflash_cuda.target import Rows, RowsResult
+
+
+def decoder_shapes(facts: DecoderFacts, *, quantised: bool) -> Shapes:
+    """Return the sizes of a decoder that kernels depend on; see `Shapes.quantised`."""
+    return Shapes(
+        heads=facts.heads,
+        kv_heads=facts.kv_heads,
+        head_dim=facts.head_dim,
+        hidden_size=facts.hidden_size,
+        softcap=facts.factors.score_cap,
+        quantised=quantised,
+    )
+
+
+class GpuTarget(DecoderTarget):
+    """A decoder on a GPU: a pass over rows, and one over long parts of prompts."""
+
+    operations: Operations
+
+    def __init__(
+        self,
+        config: Any,
+        decoder: Decoder,
+        dtype: torch.dtype,
+        device: torch.device,
+        operations: Operations,
+        prompt_attention: CausalAttention | None,  # None if prompts are rows like others
+        *,
+        kv_bits: int | None = None,
+    ) -> None:
+        """Take a decoder; raises the errors of `DecoderTarget`."""
+        super().__init__(config, decoder, dtype, device, stored=dtype, kv_bits=kv_bits)
+        self.operations, self.prompt_attention = operations, prompt_attention
+        angles = torch.zeros(1, self.facts.head_dim, dtype=dtype, device=device)
+        self.unrotated = angles.cos(), angles.sin()
+        self.row_pass = RowPass(self, self._run)
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: Checkpoint,
+        config: Any,
+        facts: DecoderFacts,
+        dtype: torch.dtype,
+        settings: LoadConfig,
+        device: torch.device,
+        operations: Operations,
+        prompt_attention: CausalAttention | None,
+    ) -> GpuTarget:
+        """Read the weights of a checkpoint; raises a CheckpointError if they do not fit."""
+        facts, layers = facts.to(device), decoder_operations(operations)
+        weights = DecoderWeights(checkpoint, layers, dtype, facts, unpack=True, device=device)
+        decoder = Decoder(facts, layers, weights).eval()
+        made = config, decoder, dtype, device, operations, prompt_attention
+        return cls(*made, kv_bits=settings.kv_bits)
+
+    def make_exact(self, passed: PassedChecks) -> None:
+        if self.operations.fallbacks:
+            raise UnsupportedModelError(f"{INEXACT}: {self.operations.fallbacks[0]}")
+        self.prompt_attention = None
+        with torch.inference_mode():
+            use_kernel_for_products(self.model)
+            check_products(self.model, self.dtype)
+        self.is_exact = True
+
+    def most_rows(self, state: State, tokens: Sequence[int]) -> int | None:
+        return MAX_ROWS if self.row_pass.takes(state, tokens) else None
+
+    def run_rows(self, rows: Sequence[Rows], needs_logits: Sequence[bool]) -> RowsResult:
+        by_slab: dict[Slab | None, list[int]] = {}  # long parts of prompts
+        others: list[int] = []
+        for i, (state, tokens) in enumerate(rows):
+            is_row = self.row_pass.takes(state, tokens)
+            (others if is_row else by_slab.setdefault(slab_of(state), [])).append(i)
+        found = []
+        for members in (others, *by_slab.values()):
+            run = self.row_pass.run if members is others else self._run_prompts
+            if members:
+                part = run([rows[i] for i in members], [needs_logits[i] for i in members])
+                found.append((members, part))
+        return RowsResult.joined(found)
+
+    def _run(self, rows: RowInputs) -> tuple[Tensor, dict[int, Tensor], Sequence[Tensor]]:
+        """Compute a pass of `RowPass`."""
+        assert rows.slab is not None
+        shared = self.facts, self.operations, self.unrotated
+        attention = TreeAttention(*shared, rows.slab, rows.slots, rows.keys)
+        hidden, outputs = self.model(rows.ids, rows.rotary, attention, self.captured)
+        return self.model.logits(hidden), outputs, ()
+
+    def _run_prompts(self, rows: Sequence[Rows], needs_logits: Sequence[bool]) -> RowsResult:
+        """Run next tokens of sequences in one slab, which attend by the kernel for prompts."""
+        assert self.prompt_attention is not None
+        sizes = [len(tokens) for _, tokens in rows]
+        ends, slab = np.cumsum(sizes), slab_of(rows[0][0])
+        assert slab is not None
+        slots = [
+            state.kv_cache.allocate().first + state.length + np.arange(n)
+            for (state, _), n in zip(rows, sizes, strict=True)
+        ]
+        arrays = [
+            np.concatenate([np.asarray(tokens) for _, tokens in rows]),
+            np.concatenate([state.rotary_positions(tokens) for state, tokens in rows]),
+            np.concatenate(slots),
+            (ends - 1)[np.array(needs_logits)],
+        ]
+        ids, rotary, places, kept = upload_all(arrays, self.device)
+        seen = [
+            state.kv_cache.columns(0, state.length + n)
+            for (state, _), n in zip(rows, sizes, strict=True)
+        ]
+        shared = self.facts, self.operations, self.unrotated
+        attention = PromptAttention(*shared, slab, places, sizes, seen, self.prompt_attention)
+        hidden, outputs = self.model(ids, rotary, attention, self.captured)
+        logits = self.model.logits(hidden.index_select(0, kept))
+        counts = [int(is_needed) for is_needed in needs_logits]
+        firsts = (ends - sizes).tolist()
+        return RowsResult.of_pass(Logits.split(logits, counts), rows, outputs, firsts)
