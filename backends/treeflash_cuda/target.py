@@ -1,6 +1,6 @@
 """A target: the model whose tokens are generated, as the verifier, drafters and heads see it.
 
-`decoder_target` has targets with layers of our own, and `model_target` has models of transformers.
+`decoder.target` has targets with layers of our own, and `hf.model_target` models of transformers.
 """
 
 from __future__ import annotations
