@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from ctypes.util import find_library
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -20,6 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal, NoReturn, TypeAlias, TypeVar
+from unittest import mock
 
 import numpy as np
 from rich.console import Console
@@ -169,6 +170,13 @@ def require_testing(extra: str) -> None:
     if missing := [name for name in ("hypothesis", "pytest") if find_spec(name) is None]:
         command = f"pip install '.[{extra},testing]' in a clone of treeflash"
         raise ConfigError(f"this benchmark needs {missing[0]}; {command}")
+
+
+def layers_of_transformers() -> AbstractContextManager[Any]:
+    """Load targets inside as models of transformers, whatever layers of our own they could have."""
+    from treeflash_cuda import target_loading
+
+    return mock.patch.object(target_loading, "own_layers", return_value="a benchmark asks for them")
 
 
 def alternate_ms(

@@ -21,7 +21,7 @@ from unittest import mock
 import numpy as np
 
 from benchmarks import device_parts
-from benchmarks.common import Row, package_versions, random_prompt
+from benchmarks.common import Row, layers_of_transformers, package_versions, random_prompt
 from benchmarks.decoding.iteration import verify_rows
 from benchmarks.device_parts import (
     SAMPLINGS,
@@ -487,7 +487,8 @@ def texts(gpu: Gpu, part: Part) -> None:
             ("no graphs", False, False),
             ("masks", False, True),
         ):
-            backend = gpu.load(pair, dtype=dtype, cuda_graphs=with_graphs)
+            with layers_of_transformers() if masks else nullcontext():
+                backend = gpu.load(pair, dtype=dtype, cuda_graphs=with_graphs)
             if masks:
                 backend.target.passes.has_row_pass = False
                 backend.target.prompt_attention = None

@@ -18,18 +18,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
-from treeflash_cuda import target_loading
 from treeflash_cuda.backend import CudaBackend
 from treeflash_cuda.decoder.families import FAMILIES
 from treeflash_cuda.target_loading import load_target
 
-from benchmarks.common import Parser, Row, show, write_json
+from benchmarks.common import Parser, Row, layers_of_transformers, show, write_json
 from treeflash.cli.console import guarded
 from treeflash.config import LoadConfig
 from treeflash.decoding.interfaces import Prefill
@@ -72,7 +70,7 @@ def target_of(folder: Path, dtype: str, *, own: bool) -> CudaBackend:
     config = LoadConfig(device="cpu", dtype=dtype, threads=1)
     if own:
         return CudaBackend(load_target(folder, config, pack=True), None, None)
-    with mock.patch.object(target_loading, "own_layers", return_value="a benchmark"):
+    with layers_of_transformers():
         return CudaBackend(load_target(folder, config, pack=True), None, None)
 
 

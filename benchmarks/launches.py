@@ -30,6 +30,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,7 +39,14 @@ from unittest import mock
 
 import numpy as np
 
-from benchmarks.common import Parser, Row, require_testing, show, write_json
+from benchmarks.common import (
+    Parser,
+    Row,
+    layers_of_transformers,
+    require_testing,
+    show,
+    write_json,
+)
 from benchmarks.random_pair import SHAPES, drafter_config
 from treeflash.cli.console import guarded
 from treeflash.config import DecodeConfig, LoadConfig, SamplingConfig
@@ -203,9 +211,6 @@ def load_without_weights(shape: dict[str, Any], layers: str) -> Any:
         def read(self, _: str, shape: tuple[int, ...]) -> torch.Tensor:
             return torch.empty(shape, dtype=torch.bfloat16)
 
-    def own_layers(*_: Any, **__: Any) -> str:
-        return "the benchmark asks for them"
-
     config = parse_drafter_config(drafter_config(shape))
     head = shape["intermediate_size"]
 
@@ -234,12 +239,10 @@ def load_without_weights(shape: dict[str, Any], layers: str) -> Any:
     with tempfile.TemporaryDirectory() as folder, mock.patch.multiple(drafter_loading, **stand_ins):
         settings = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], **shape}
         Path(folder, "config.json").write_text(json.dumps(settings), encoding="utf-8")
-        changes: dict[str, Any] = {"Checkpoint": WithoutWeights}
-        if layers != "treeflash":
-            changes["own_layers"] = own_layers
         with (
             mock.patch.object(model_target, "load_model", load_model),
-            mock.patch.multiple(target_loading, **changes),
+            mock.patch.object(target_loading, "Checkpoint", WithoutWeights),
+            layers_of_transformers() if layers == "transformers" else nullcontext(),
         ):
             return backend.load(Path(folder), Path(folder), LoadConfig(dtype="bfloat16"))
 

@@ -71,9 +71,13 @@ class TestCudaGraphs(BackendSuite):
 @pytest.mark.device
 @pytest.mark.parametrize("family", ["qwen3", "mistral"])  # the latter has a sliding window
 def test_the_operation_computes_what_a_mask_does(tmp_path, family, monkeypatch):
+    from parts import use_models  # a Mac need not have PyTorch
+
     write_target(tmp_path, family, seed=1)
     found = []
     for with_operations in (True, False):
+        if not with_operations:
+            use_models(monkeypatch)
         backend = load_cuda(tmp_path, None, LoadConfig(dtype="bfloat16"))
         assert backend.target.operations is not None
         if not with_operations:
