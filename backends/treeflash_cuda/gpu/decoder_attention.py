@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from treeflash_cuda.cache import Columns, Slab
+from treeflash_cuda.cache import SeenColumns, Slab
 from treeflash_cuda.decoder.facts import DecoderFacts
 from treeflash_cuda.decoder.operations import Rotation
 from treeflash_cuda.gpu.kernels import CausalAttention
@@ -82,12 +82,12 @@ class PromptAttention(SlabAttention):
     """`Attention` of the last tokens of some sequences, which attend one after the other."""
 
     sizes: Sequence[int]  # rows of each sequence
-    seen: Sequence[Columns]  # the columns of each sequence, up to its last row's
+    seen: Sequence[SeenColumns]  # the columns of each sequence, up to its last row's
     kernel: CausalAttention
 
     def attend(self, layer: int, queries: Tensor, window: int | None) -> Tensor:
         scale, outputs = self.facts.score_scale, []
         for q, columns in zip(queries.split(self.sizes), self.seen, strict=True):
-            keys, values = (x[0].transpose(0, 1) for x in columns[layer])
+            keys, values = (x[0].transpose(0, 1) for x in columns.layer(layer))
             outputs.append(self.kernel(q, keys, values, window, scale))
         return concatenate(outputs).flatten(1)

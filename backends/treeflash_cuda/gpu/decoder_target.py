@@ -13,7 +13,7 @@ from treeflash.config import LoadConfig
 from treeflash.decoding.passed_checks import PassedChecks
 from treeflash.decoding.probe import INEXACT
 from treeflash.errors import UnsupportedModelError
-from treeflash_cuda.cache import Slab
+from treeflash_cuda.cache import SeenColumns, Slab
 from treeflash_cuda.decoder.facts import DecoderFacts
 from treeflash_cuda.decoder.model import Decoder
 from treeflash_cuda.decoder.target import DecoderTarget
@@ -23,12 +23,13 @@ from treeflash_cuda.gpu.decoder_attention import PromptAttention, TreeAttention
 from treeflash_cuda.gpu.decoder_operations import decoder_operations
 from treeflash_cuda.gpu.graphs import MAX_ROWS
 from treeflash_cuda.gpu.kernels import CausalAttention
-from treeflash_cuda.gpu.row_pass import RowInputs, RowPass, slab_of
+from treeflash_cuda.gpu.row_pass import RowInputs, RowPass, rows_of, slab_of
 from treeflash_cuda.numerics import upload_all
 from treeflash_cuda.operations import Operations, Shapes
 from treeflash_cuda.sampling import Logits
 from treeflash_cuda.state import State
 from treeflash_cuda.target import Rows, RowsResult
+from treeflash_cuda.visible_keys import PAGE
 
 
 def decoder_shapes(facts: DecoderFacts, *, quantised: bool) -> Shapes:
@@ -62,6 +63,7 @@ class GpuTarget(DecoderTarget):
         """Take a decoder; raises the errors of `DecoderTarget`."""
         super().__init__(config, decoder, dtype, device, stored=dtype, kv_bits=kv_bits)
         self.operations, self.prompt_attention = operations, prompt_attention
+        self.arena.page = PAGE
         angles = torch.zeros(1, self.facts.head_dim, dtype=dtype, device=device)
         self.unrotated = angles.cos(), angles.sin()
         self.row_pass = RowPass(self, self._run)
@@ -125,10 +127,7 @@ class GpuTarget(DecoderTarget):
         sizes = [len(tokens) for _, tokens in rows]
         ends, slab = np.cumsum(sizes), slab_of(rows[0][0])
         assert slab is not None
-        slots = [
-            state.kv_cache.allocate().first + state.length + np.arange(n)
-            for (state, _), n in zip(rows, sizes, strict=True)
-        ]
+        slots = [rows_of(state, n)[1] for (state, _), n in zip(rows, sizes, strict=True)]
         arrays = [
             np.concatenate([np.asarray(tokens) for _, tokens in rows]),
             np.concatenate([state.rotary_positions(tokens) for state, tokens in rows]),
@@ -137,7 +136,7 @@ class GpuTarget(DecoderTarget):
         ]
         ids, rotary, places, kept = upload_all(arrays, self.device)
         seen = [
-            state.kv_cache.columns(0, state.length + n)
+            SeenColumns(state.kv_cache, state.length + n)
             for (state, _), n in zip(rows, sizes, strict=True)
         ]
         shared = self.facts, self.operations, self.unrotated
