@@ -71,13 +71,16 @@ def systems_command(args: Namespace) -> list[str]:
     ]
 
 
-def gguf_command(args: Namespace) -> list[str]:
-    """Return the command for the speed of a GGUF file beside llama.cpp, by number of threads."""
+def gguf_command(args: Namespace, method: str) -> list[str]:
+    """Return the command for the speed of a GGUF file beside llama.cpp, by number of threads.
+
+    `method` is how treeflash drafts for it.
+    """
     if args.gguf is None:
         raise ConfigError("a comparison with llama.cpp needs a file: --gguf FILE")
     return [
         *["peers", *args.sets, "--backends", f"{args.backend},gguf"],
-        *["--methods", "generate,input-lookup,ar,treeflash,suffix"],
+        *["--methods", f"generate,input-lookup,ar,{method}"],
         *["--systems", "treeflash,llama.cpp", "--threads", ",".join(map(str, args.threads))],
         *["--device", "cpu", "--dtype", AUTO, "--target", str(args.gguf), "--gguf", str(args.gguf)],
         *["--limit", str(args.few), "--max-tokens", str(args.max_tokens)],
@@ -228,8 +231,8 @@ class Section(NamedTuple):
 
 SECTIONS = {
     "systems": Section(systems_command, systems_tables),
-    "gguf": Section(gguf_command, gguf_tables),
-    "gguf-copies": Section(gguf_command, gguf_tables),
+    "gguf": Section(partial(gguf_command, method="treeflash"), gguf_tables),
+    "gguf-copies": Section(partial(gguf_command, method="suffix"), gguf_tables),
     "methods": Section(methods_command, methods_tables),
     "budgets-float32": Section(partial(budgets_command, "float32"), budgets_tables),
     "budgets-bfloat16": Section(partial(budgets_command, "bfloat16"), budgets_tables),
