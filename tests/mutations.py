@@ -3,7 +3,7 @@
     python -m tests.mutations treeflash/decoding/scheduler.py --sample 40
 
 The changes are cosmic-ray's operators, and statements that are left out. They are made in
-a copy of the package, which the tests import instead of the source tree. A change survives if the
+a copy of the packages, which the tests import instead of the source tree. A change survives if the
 tests of its area pass: either the change has no effect, or a behaviour has no test.
 """
 
@@ -128,9 +128,11 @@ def without_statements(code: str) -> Iterator[str]:
 
 def tests_of(file: Path) -> list[str]:
     """The tests of a file's area: its own first, then by how much of what it defines they name."""
-    parts = file.parts[1:]
+    package, *parts = file.parts
     area = Path("tests", "serving") if parts[0] == "serving" else Path("tests", "core")
-    if len(parts) > 1 and (ROOT / area / parts[0]).is_dir():
+    if package == "backends":
+        area = Path("tests", parts[0].removeprefix("treeflash_"))
+    elif len(parts) > 1 and (ROOT / area / parts[0]).is_dir():
         area /= parts[0]
     code = ast.parse((ROOT / file).read_text(encoding="utf-8"))
     defined = {x.name for x in ast.walk(code) if isinstance(x, ast.ClassDef | ast.FunctionDef)}
@@ -145,12 +147,13 @@ def tests_of(file: Path) -> list[str]:
 
 
 class Copy:
-    """A copy of the package in a temporary folder, which the tests import."""
+    """A copy of the packages in a temporary folder, which the tests import."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        shutil.copytree(ROOT / "treeflash", folder / "treeflash")
-        paths = [str(folder), str(ROOT / "backends"), os.environ.get("PYTHONPATH", "")]
+        for package in ("treeflash", "backends"):
+            shutil.copytree(ROOT / package, folder / package)
+        paths = [str(folder), str(folder / "backends"), os.environ.get("PYTHONPATH", "")]
         # To compile everything anew takes longer than most tests that notice a change.
         self.environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(paths),
