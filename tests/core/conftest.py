@@ -34,7 +34,7 @@ OTHER = 5
 class ScriptedText:
     """The state of a scripted text: its script, its prompt, and how much of it is committed."""
 
-    nbytes = 0
+    nbytes = shared_nbytes = 0
     needs_snapshots = False
     length = 0
 
