@@ -15,7 +15,7 @@ require("torch")
 
 import torch
 from treeflash_cuda.cache import Arena, Slab
-from treeflash_cuda.mtp_head import MtpArena
+from treeflash_cuda.mtp_head import MtpArena, MtpCache
 from treeflash_cuda.state import State
 from treeflash_cuda.visible_keys import PAGE
 
@@ -179,6 +179,8 @@ class Texts:
         values = self.number * 1000.0 + torch.arange(rewritten, end)
         columns = cache.columns_at(np.arange(rewritten, end))
         slab.storage[:, :, :, columns] = values[:, None]
+        if isinstance(cache, MtpCache):
+            slab.hidden[columns] = values[:, None]
         text.expected = torch.cat([text.expected[:rewritten], values])
         cache.commit(end - first)
 
@@ -188,6 +190,9 @@ class Texts:
             found = cache.read()[0, 0, 0, :, 0]
             np.testing.assert_array_equal(found, text.expected[: len(found)])
             assert len(found) == max(cache.length - cache.rewritten, 0)
+            if isinstance(cache, MtpCache):
+                states = cache.slab.hidden[cache.columns_at(np.arange(cache.length)), 0]
+                np.testing.assert_array_equal(states, text.expected[: cache.length])
         owned = [page for text in self.held for page in text.cache.pages.tolist()]
         for slab in self.arena.slabs:
             spares = [page for pages in slab.spares.values() for page in pages]

@@ -23,6 +23,9 @@ from treeflash_cuda.visible_keys import CHUNK, PAGE, PLACES_EACH, VisibleKeys, b
 
 STAGES = tl.constexpr(4)
 """Chunks whose sums are loaded at once, as a program would wait for memory in each of them."""
+PIPELINE_STAGES = 5
+"""Stages of the first kernel's loop over tiles. Triton divides them between the loads of pages and
+the loads of tiles, which need the pages: so two tiles are loaded ahead, as by 3 without pages."""
 PROGRAMS = 1024
 """Programs of the first kernel: some more than the largest GPUs run at once."""
 ROWS = 16
@@ -511,6 +514,7 @@ def tree_attention(
         BLOCK=block,
         PAIR=not wide,
         num_warps=8 if wide or head_dim > narrow else 4,
+        num_stages=PIPELINE_STAGES,
         **shapes,
     )
     result = q.new_empty((rows, heads, head_dim))
