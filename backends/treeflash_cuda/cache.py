@@ -333,7 +333,7 @@ class Arena:
         return x if self.dtype is None else dequantise(x, self.dtype)
 
     def pages_of(self, columns: int) -> int:
-        """Return the number of pages that have so many columns."""
+        """Return the number of pages that a number of columns takes."""
         return -(-columns // self.page)
 
     def take(self, capacity: int, like: Tensor) -> tuple[Slab, Pages]:

@@ -1,10 +1,10 @@
-"""How far the logits of a target with few bits are from those of its dequantised weights.
+"""Logits of a target with few bits, compared with the logits of its dequantised weights.
 
     python -m benchmarks.decoding.quality gsm8k.jsonl humaneval.jsonl --target FILE.gguf
 
 The texts are the prompts with answers of plain decoding, with the weights dequantised to float32.
 `divergence` is the mean KL divergence in nats from this target at the tokens of the answers,
-`same top` the share of them with the same most likely token, and `perplexity` that of the answers.
+`same top` the share of tokens with the same most likely token; `perplexity` measures the answers.
 """
 
 from __future__ import annotations

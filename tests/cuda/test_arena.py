@@ -31,7 +31,7 @@ def _inference_mode():
 
 
 def arena_of(columns, page=1, *, reserved=False, kind=Arena):
-    """An arena with slabs of so many columns, or one that is set aside."""
+    """An arena with slabs of `columns` columns, or one that is set aside."""
     arena = kind(LAYERS) if kind is Arena else kind(LAYERS, 5)
     arena.set_shape(LIKE)
     arena.page = page

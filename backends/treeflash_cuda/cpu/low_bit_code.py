@@ -74,7 +74,7 @@ class Fetching(NamedTuple):
 
     @classmethod
     def of(cls, kind: LowBitFormat, rows: int) -> Fetching:
-        """Return what was fastest, on two cores of an AMD EPYC, for a pass over so many rows."""
+        """Return what was fastest, on two cores of an AMD EPYC, for a pass over `rows` rows."""
         if kind.bits < 8:
             return cls(4096, 64, 3)
         return cls(8192, 256 if rows == 1 else 64, 2)

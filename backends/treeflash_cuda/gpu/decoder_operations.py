@@ -13,7 +13,7 @@ ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu
 
 
 def decoder_operations(operations: Operations) -> DecoderOperations:
-    """Return the operations of layers over those of a GPU."""
+    """Return the operations of a decoder's layers, made of a GPU's operations."""
 
     def gated(gate_and_up: Tensor, activation: str) -> Tensor:
         return operations.gated(*gate_and_up.chunk(2, -1), ACTIVATIONS[activation])
