@@ -18,11 +18,10 @@ from treeflash.drafters.folder import StoredTensor, open_folder, read_quantised
 from treeflash.drafters.loading import Layout, block_tensors, mtp_tensors, read_layout
 from treeflash.drafters.mtp_heads import refuse_missing_targets, refuse_window
 from treeflash_cuda.cpu.decoder_target import CpuTarget
-from treeflash_cuda.cpu.low_bit_linear import LowBitLinear
 from treeflash_cuda.cpu.low_bit_loading import rounding
 from treeflash_cuda.drafter import OutputStage
 from treeflash_cuda.drafter_model import DrafterModel, load_weights
-from treeflash_cuda.drafter_operations import Experts
+from treeflash_cuda.drafter_operations import OnDevice
 from treeflash_cuda.heads import HEAD_CLASSES, TABLE_HEADS, TableHead
 from treeflash_cuda.linear import (
     IN_DRAFTER,
@@ -33,6 +32,7 @@ from treeflash_cuda.linear import (
     has_groups,
     pack_linears,
 )
+from treeflash_cuda.low_bit_linear import LowBitLinear
 from treeflash_cuda.mtp_head import MtpHead, MtpModel
 from treeflash_cuda.operations import PYTORCH, Operations, Shapes
 from treeflash_cuda.target import Target
@@ -104,13 +104,9 @@ def pack_drafter(model: Model, head: Head | None, target: Target, bits: int | No
             from treeflash_cuda.cpu.drafter_norms import use_kernels  # needs llvmlite
 
             use_kernels(module, target.kernels, target.dtype)
-    if model.operations is not None:
-        from treeflash_cuda.hf.fused_layers import fuse_layers
-
-        fuse_layers(model, model.operations, target.dtype)
-        for part in model.modules():
-            if isinstance(part, Experts):
-                part.operations = model.operations
+    for part in model.modules():
+        if isinstance(part, OnDevice):
+            part.operations = model.operations
 
 
 def load_drafter_operations(

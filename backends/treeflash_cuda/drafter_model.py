@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from treeflash.drafters.block_model import BlockModel
 from treeflash.drafters.config import DrafterConfig, DrafterShape
-from treeflash_cuda.cpu.low_bit_linear import LowBitLinear
 from treeflash_cuda.drafter_operations import OPERATIONS, Float32Module, Rotation
+from treeflash_cuda.low_bit_linear import LowBitLinear
 from treeflash_cuda.operations import Operations
 from treeflash_cuda.target import Target
 

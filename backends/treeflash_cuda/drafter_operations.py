@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -18,23 +17,35 @@ from treeflash.drafters.layers import by_head
 from treeflash_cuda.experts import routed
 from treeflash_cuda.linear import PairLinear, take
 from treeflash_cuda.numerics import largest, top_log_probs
+from treeflash_cuda.operations import PYTORCH, Activation
 from treeflash_cuda.operations import Operations as TargetOperations
 
 Rotation: TypeAlias = tuple[Tensor, Tensor]
 """Cosines and sines, (..., n, head_dim) each, or of the channels that are rotated."""
 
 
-class RMSNorm(nn.RMSNorm):
+class OnDevice(nn.Module):
+    """A part of a drafter's model that a GPU's operations compute, for inference."""
+
+    operations: TargetOperations | None = None  # None computes in PyTorch
+
+
+class RMSNorm(OnDevice, nn.RMSNorm):
     """RMSNorm in the dtype of its weight, which stays float32 in mixed-precision training."""
 
+    eps: float
+
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.to(self.weight.dtype))
+        x = x.to(self.weight.dtype)
+        if self.operations is not None:
+            return self.operations.rms_norm(x, self.weight, self.eps)[0]
+        return super().forward(x)
 
 
-class MLP(nn.Module):
+class MLP(OnDevice):
     """SwiGLU."""
 
-    act_fn = staticmethod(F.silu)
+    activation: Activation = "silu"
 
     def __init__(self, config: DrafterShape) -> None:
         super().__init__()
@@ -44,13 +55,14 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., hidden_size) to (..., hidden_size)."""
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        gated = (self.operations or PYTORCH).gated
+        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x), self.activation))
 
 
 class Gemma4MLP(MLP):
     """A gated network with GELU, by its approximation with a hyperbolic tangent."""
 
-    act_fn = staticmethod(functools.partial(F.gelu, approximate="tanh"))
+    activation = "gelu_tanh"
 
 
 class GRU(nn.Module):
@@ -75,7 +87,7 @@ class Float32Module(nn.Module):
         return self
 
 
-class Float32Norm(Float32Module):
+class Float32Norm(Float32Module, OnDevice):
     """RMS norm in float32, with weights that stay float32."""
 
     weight: Tensor
@@ -86,6 +98,8 @@ class Float32Norm(Float32Module):
         self.register_buffer("weight", torch.empty(size))
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.operations is not None:
+            return self.operations.rms_norm(x, self.weight, self.eps)[0]
         return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(x.dtype)
 
 
@@ -102,11 +116,11 @@ class Float32Bias(Float32Module):
         return x + self.bias
 
 
-class Experts(nn.Module):
-    """The feed-forward networks of all experts, (experts, out, in) each."""
+class Experts(OnDevice):
+    """The feed-forward networks of all experts, (experts, out, in) each.
 
-    # A GPU has operations, as its grouped product needs no read of the experts' numbers of rows.
-    operations: TargetOperations | None = None
+    A GPU's grouped product needs no read of the experts' numbers of rows.
+    """
 
     def __init__(self, size: int, width: int, count: int) -> None:
         super().__init__()

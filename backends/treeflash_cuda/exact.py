@@ -58,13 +58,13 @@ from torch import Tensor, nn
 from treeflash.decoding.passed_checks import PassedChecks
 from treeflash.decoding.probe import INEXACT
 from treeflash.errors import UnsupportedModelError
-from treeflash_cuda.cpu.low_bit_linear import LowBitEmbedding, LowBitLinear
 from treeflash_cuda.linear import (
     PackedLinear,
     PlainLinear,
     is_subclass,
     uses_fbgemm,
 )
+from treeflash_cuda.low_bit_linear import LowBitEmbedding, LowBitLinear
 from treeflash_cuda.operations import TOLERANCES, on_its_device
 
 HAS_AVX2_ALONE = torch.backends.cpu.get_cpu_capability() == "AVX2"

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from treeflash_cuda.cpu.low_bit_linear import LowBitEmbedding, LowBitLinear
+from treeflash_cuda.low_bit_linear import LowBitEmbedding, LowBitLinear
 from treeflash_cuda.numerics import concatenate
 from treeflash_cuda.quantised_weights import GROUP, QuantisedWeight, quantise_weight
 

@@ -27,13 +27,13 @@ from treeflash.decoding.tree import DraftTree
 from treeflash.drafters.folder import read_config
 from treeflash.errors import CheckpointError, UnsupportedModelError, first_line
 from treeflash_cuda.cache import Arena, Span
-from treeflash_cuda.cpu.low_bit_linear import LowBitEmbedding, LowBitLinear
 from treeflash_cuda.cpu.threads import Threads, cpu_threads
 from treeflash_cuda.gpu.graphs import Graphs
 from treeflash_cuda.gpu.kernels import CausalAttention
 from treeflash_cuda.gpu.state_arena import StateArena
 from treeflash_cuda.images import ImageRows, VisionTower
 from treeflash_cuda.linear import token_products
+from treeflash_cuda.low_bit_linear import LowBitEmbedding, LowBitLinear
 from treeflash_cuda.operations import Operations
 from treeflash_cuda.recurrent_states import RecurrentStates
 from treeflash_cuda.sampling import Logits

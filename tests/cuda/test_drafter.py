@@ -1,5 +1,8 @@
 """Numbers of the drafter, and the memory that its features take."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -11,10 +14,15 @@ from treeflash.testing.models import write_pair
 require("torch")
 
 import torch
+from torch import nn
+from treeflash_cuda import drafter_operations as parts
 from treeflash_cuda.backend import load
+from treeflash_cuda.drafter_loading import pack_drafter
+from treeflash_cuda.operations import PYTORCH
 
 CPU = LoadConfig(device="cpu", dtype="float32")
 PROMPT = [3, 4, 5, 6, 7, 8, 9]
+SIZES = SimpleNamespace(hidden_size=16, intermediate_size=32)
 
 
 @pytest.fixture
@@ -52,3 +60,38 @@ def test_waiting_features_are_projected(folders):
     text = SequenceSession(backend, drafts=True)
     text.extend(PROMPT)
     assert [features.shape for features in text.state.context] == [(len(PROMPT), 32)]
+
+
+class Counted:
+    """An operation that counts its calls."""
+
+    def __init__(self, function):
+        self.function, self.calls = function, 0
+
+    def __call__(self, *args):
+        self.calls += 1
+        return self.function(*args)
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda: parts.RMSNorm(16, 1e-5), "rms_norm"),
+        (lambda: parts.Float32Norm(16, 1e-5), "rms_norm"),
+        (lambda: parts.MLP(SIZES), "gated"),
+        (lambda: parts.Gemma4MLP(SIZES), "gated"),
+    ],
+)
+@torch.inference_mode()
+def test_operations_of_a_gpu_compute_parts_of_a_drafter(make, name):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(make()), torch.randn(2, 3, 16)
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.normal_()
+    expected = model(x)
+    operation = Counted(getattr(PYTORCH, name))
+    model.operations = replace(PYTORCH, **{name: operation})
+    target = SimpleNamespace(dtype=torch.float32, device=torch.device("cpu"))
+    pack_drafter(model, None, target, None)
+    torch.testing.assert_close(model(x), expected)
+    assert operation.calls == 1

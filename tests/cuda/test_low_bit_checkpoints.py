@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from treeflash_cuda.backend import load
 from treeflash_cuda.cpu import low_bit_loading
 from treeflash_cuda.cpu.decoder_target import CpuTarget
-from treeflash_cuda.cpu.low_bit_linear import LowBitEmbedding, LowBitLinear
 from treeflash_cuda.cpu.low_bit_loading import keeps_bits
 from treeflash_cuda.decoder import plain_config
 from treeflash_cuda.hf.model_target import ModelTarget
+from treeflash_cuda.low_bit_linear import LowBitEmbedding, LowBitLinear
 
 CPU = LoadConfig(device="cpu")
 FLOAT32 = LoadConfig(device="cpu", dtype="float32", exact=True)

@@ -29,9 +29,9 @@ require("llvmlite")
 import torch
 from treeflash_cuda.backend import load
 from treeflash_cuda.cpu import low_bit_loading
-from treeflash_cuda.cpu.low_bit_linear import LowBitEmbedding, LowBitLinear
 from treeflash_cuda.hf.model_target import ModelTarget
 from treeflash_cuda.linear import PackedLinear
+from treeflash_cuda.low_bit_linear import LowBitEmbedding, LowBitLinear
 from treeflash_cuda.target_loading import bits_refusal
 
 import treeflash

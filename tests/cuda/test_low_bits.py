@@ -23,7 +23,7 @@ from treeflash_cuda.cpu import low_bit_code, low_bit_kernels
 from treeflash_cuda.cpu.ir_builder import GENERIC, ISAS, Isa
 from treeflash_cuda.cpu.low_bit_code import SHARED_NUMBERS, SHARED_PRODUCTS
 from treeflash_cuda.cpu.low_bit_kernels import Kernel
-from treeflash_cuda.cpu.low_bit_linear import LowBitEmbedding, LowBitLinear
+from treeflash_cuda.low_bit_linear import LowBitEmbedding, LowBitLinear
 
 FORMATS = {
     "Q4_0": (4, 1, False, np.float16),

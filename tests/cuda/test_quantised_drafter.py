@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import nn
 from treeflash_cuda.backend import load
 from treeflash_cuda.cpu import low_bit_loading
-from treeflash_cuda.cpu.low_bit_linear import LowBitLinear
 from treeflash_cuda.linear import weights_by_format
+from treeflash_cuda.low_bit_linear import LowBitLinear
 from treeflash_cuda.quantised_weights import BITS, GROUP, quantise_weight
 
 

@@ -26,11 +26,11 @@ from treeflash_cuda.cpu.layer_code import FIELDS, UNITS
 from treeflash_cuda.cpu.layer_kernels import LayerKernels
 from treeflash_cuda.cpu.low_bit_code import ARGUMENTS
 from treeflash_cuda.cpu.low_bit_kernels import SCRATCH, SCRATCH_NBYTES, Operands, kernel
-from treeflash_cuda.cpu.low_bit_linear import LowBitLinear
 from treeflash_cuda.decoder.model import Decoder, DecoderLayer
 from treeflash_cuda.decoder.network import Network
 from treeflash_cuda.decoder.operations import Rotation
 from treeflash_cuda.decoder.weights import Joined
+from treeflash_cuda.low_bit_linear import LowBitLinear
 
 PRODUCT = "product"
 ALIGNMENT = 64

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from treeflash.config import LoadConfig
 from treeflash.low_bit_formats import MLX, find_format
 from treeflash.low_bits import GROUP, METHOD, round_weight
-from treeflash_cuda.cpu.low_bit_linear import LowBitLinear
 from treeflash_cuda.decoder.facts import decoder_facts
 from treeflash_cuda.decoder.plain_config import target_config
 from treeflash_cuda.decoder.weights import Checkpoint
 from treeflash_cuda.linear import Packing, is_subclass
+from treeflash_cuda.low_bit_linear import LowBitLinear
 from treeflash_cuda.target import skeleton
 
 UNPACKED_BITS = 16

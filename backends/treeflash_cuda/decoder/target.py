@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from treeflash_cuda.cache import check_quantisation
-from treeflash_cuda.cpu.low_bit_linear import LowBitEmbedding
 from treeflash_cuda.decoder.facts import DecoderFacts
 from treeflash_cuda.decoder.model import Decoder
+from treeflash_cuda.low_bit_linear import LowBitEmbedding
 from treeflash_cuda.target import Target
 
 

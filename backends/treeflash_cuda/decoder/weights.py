@@ -16,10 +16,10 @@ from treeflash.errors import CheckpointError
 from treeflash.low_bit_formats import LowBitTensors
 from treeflash.low_bits import LowBitWeight, StoredWeight
 from treeflash.low_bits import join as join_weights
-from treeflash_cuda.cpu.low_bit_linear import LowBitEmbedding, LowBitLinear
 from treeflash_cuda.decoder.facts import DecoderFacts
 from treeflash_cuda.decoder.families import NETWORK, QKV
 from treeflash_cuda.decoder.operations import DecoderOperations, Table
+from treeflash_cuda.low_bit_linear import LowBitEmbedding, LowBitLinear
 
 EMBEDDINGS = "model.embed_tokens"
 JOINED = {QKV: "qkv_proj", NETWORK[:2]: "gate_up_proj"}
