@@ -136,7 +136,6 @@ def own_layers(
     reasons = {
         "several devices have its layers": settings.device_map is not None or processes > 1,
         "its layers are compiled": settings.compile,
-        "an adapter is merged into it": settings.adapter is not None,
         "training reads its layers": not pack,
     }
     if reason := next((reason for reason, applies in reasons.items() if applies), None):
@@ -147,6 +146,8 @@ def own_layers(
     checkpoint = Checkpoint(folder, config.to_dict())
     if checkpoint.foreign is not None:
         return checkpoint.foreign
+    if settings.adapter is not None and checkpoint.low_bits is not None:
+        return "adapters are not merged into weights of few bits"
     dtype = dtype or config.dtype or checkpoint.dtype
     shapes = decoder_shapes(facts, quantised=settings.kv_bits is not None)
     operations = load_target_operations(shapes, device, dtype)

@@ -1,5 +1,6 @@
 """Targets with layers of our own give what transformers' models give, and others keep theirs."""
 
+import json
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -12,7 +13,7 @@ from scheduled_texts import assert_plain_texts
 from treeflash.config import LoadConfig
 from treeflash.decoding.backend_base import CommittedPath
 from treeflash.decoding.tree import DraftTree
-from treeflash.errors import CheckpointError
+from treeflash.errors import CheckpointError, UnsupportedModelError
 from treeflash.testing import require
 from treeflash.testing.models import write_drafter, write_target
 
@@ -513,7 +514,6 @@ def test_other_facts_are_refused(family, settings, reason):
     [
         ({}, {"pack": False}, "training reads its layers"),
         ({"compile": True}, {}, "its layers are compiled"),
-        ({"adapter": "adapter"}, {}, "an adapter is merged into it"),
         ({"device_map": "auto"}, {}, "several devices have its layers"),
         ({}, {"processes": 2}, "several devices have its layers"),
     ],
@@ -523,6 +523,59 @@ def test_other_settings_keep_the_model_of_transformers(tmp_path, settings, optio
     options = {"pack": True, "processes": 1, "device": torch.device("cpu"), "dtype": None} | options
     found = own_layers(tmp_path, read_model_config(tmp_path), LoadConfig(**settings), **options)
     assert found == reason
+
+
+def write_adapter(folder, updates):
+    """An adapter with (out, in) updates of layers, by the layers' names."""
+    folder.mkdir()
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 2}
+    (folder / "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    tensors = {}
+    for name, (a, b) in updates.items():
+        place = f"base_model.model.{name}"
+        tensors |= {f"{place}.lora_A.weight": a, f"{place}.lora_B.weight": b}
+    save_file(tensors, folder / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("name", ["glm4", "phi3, plain", "llama, biases, tied"])
+@torch.inference_mode()
+def test_adapters_are_merged_into_what_layers_read(tmp_path, monkeypatch, name):
+    """Weights are then joined, and the rows of heads change places."""
+    model, updates = write(tmp_path / "target", name), {}
+    for layer, module in model.named_modules():
+        if type(module) is torch.nn.Linear and module.weight is not model.lm_head.weight:
+            out, width = module.weight.shape
+            updates[layer] = a, b = torch.randn(2, width), torch.randn(out, 2) / width**0.5
+            module.weight += b @ a
+    write_adapter(tmp_path / "adapter", updates)
+    settings = {"adapter": str(tmp_path / "adapter")}
+    for load_target in (load_pair, partial(load_with_parts, monkeypatch)):
+        backend = load_target(tmp_path / "target", **settings)
+        assert isinstance(backend.target, CpuTarget | GpuTarget)
+        found = differences(backend, model)
+        assert max(found.values()) <= TOLERANCE, found
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "reason"),
+    [
+        (
+            "model.layers.9.mlp.up_proj",
+            (48, 32),
+            r"no linear layer of this name and shape \(48, 32",
+        ),
+        ("model.layers.0.mlp.up_proj", (8, 32), r"no linear layer of this name and shape \(8, 32"),
+        ("model.embed_tokens", (VOCAB, 32), "no linear layer of this name and shape"),
+        ("lm_head", (VOCAB, 32), "it shares its weight with the embeddings"),
+    ],
+)
+def test_an_adapter_of_other_layers_is_refused(tmp_path, name, shape, reason):
+    write(tmp_path / "target", "llama, biases, tied")
+    out, width = shape
+    write_adapter(tmp_path / "adapter", {name: (torch.ones(2, width), torch.ones(out, 2))})
+    message = f"the adapter cannot be merged into {name}: .*{reason}"
+    with pytest.raises(UnsupportedModelError, match=message):
+        load_pair(tmp_path / "target", adapter=str(tmp_path / "adapter"))
 
 
 def test_a_gpu_without_the_kernel_for_trees_keeps_the_model_of_transformers(tmp_path, monkeypatch):

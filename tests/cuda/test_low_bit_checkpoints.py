@@ -29,6 +29,8 @@ from treeflash_cuda.cpu.low_bit_loading import keeps_bits
 from treeflash_cuda.decoder import plain_config
 from treeflash_cuda.hf.model_target import ModelTarget
 from treeflash_cuda.low_bit_linear import LowBitEmbedding, LowBitLinear
+from treeflash_cuda.target import read_model_config
+from treeflash_cuda.target_loading import own_layers
 
 CPU = LoadConfig(device="cpu")
 FLOAT32 = LoadConfig(device="cpu", dtype="float32", exact=True)
@@ -117,6 +119,15 @@ def test_texts_are_those_of_plain_decoding(tmp_path, name):
         for budget in (4, 16):
             config = DecodeConfig(method="suffix", budget=budget, **settings)
             assert generate(pair, [3, 7, 3], config) == expected
+
+
+def test_adapters_are_left_to_transformers(tmp_path):
+    """It has no layers for them, either, and says so."""
+    stored, _ = write(tmp_path, KINDS["GPTQ"])
+    settings, given = LoadConfig(adapter="adapter"), (torch.device("cpu"), torch.float32)
+    config = read_model_config(stored)
+    reason = own_layers(stored, config, settings, *given, pack=True, processes=1)
+    assert reason == "adapters are not merged into weights of few bits"
 
 
 def test_layers_with_the_same_input_are_one_module_where_their_formats_agree(tmp_path):

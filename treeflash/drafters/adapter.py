@@ -35,6 +35,8 @@ REFUSED = ("use_dora", "lora_bias", "target_parameters", "modules_to_save", "fan
 """Settings of PEFT that change more than the weights of linear layers."""
 CHANGED_BASE = ("pissa", "olora", "corda", "loftq")
 """Initialisations that also change the base model's weights."""
+SHARED_WEIGHT = "it shares its weight with the embeddings"
+"""Why an output head is not adapted: the update would change the embeddings, too."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,6 +93,11 @@ def refuse_module(name: str, reason: str) -> UnsupportedModelError:
     return UnsupportedModelError(f"the adapter cannot be merged into {name}: {reason}")
 
 
+def missing_layer(update: LowRankUpdate) -> str:
+    """Return why an update is refused that fits no layer of the target."""
+    return f"the target has no linear layer of this name and shape {update.shape}"
+
+
 def merge_adapter(
     folder: Path,
     modules: Mapping[str, Any],
@@ -113,7 +120,7 @@ def merge_adapter(
         weight = getattr(module, "weight", None)
         reason = None if weight is None else problem(module)
         if reason is None and (weight is None or weight.shape != update.shape):
-            reason = f"the target has no linear layer of this name and shape {update.shape}"
+            reason = missing_layer(update)
         if reason is not None:
             raise refuse_module(update.name, reason)
         add(module, update.delta())

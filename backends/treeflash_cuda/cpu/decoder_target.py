@@ -28,8 +28,8 @@ from treeflash_cuda.decoder.operations import (
     DecoderOperations,
     linear,
 )
-from treeflash_cuda.decoder.target import DecoderTarget
-from treeflash_cuda.decoder.weights import Checkpoint, DecoderWeights
+from treeflash_cuda.decoder.target import DecoderTarget, read_decoder
+from treeflash_cuda.decoder.weights import Checkpoint
 from treeflash_cuda.exact import LINEAR_ROWS, bound_products, check_gates, token_rows
 from treeflash_cuda.exact_attention import check_attention
 from treeflash_cuda.linear import join
@@ -85,7 +85,7 @@ class CpuTarget(DecoderTarget):
         settings: LoadConfig,
         operations: DecoderOperations = PYTORCH,
     ) -> CpuTarget:
-        """Read the weights of a checkpoint; raises a CheckpointError if they do not fit."""
+        """Read the weights of a checkpoint; raises the errors of `read_decoder`."""
         kernels = None if settings.kv_bits else find_kernels(facts, dtype)
         if kernels is not None:
             operations = replace(
@@ -94,8 +94,7 @@ class CpuTarget(DecoderTarget):
         if settings.bits not in (None, UNPACKED_BITS):
             operations = replace(operations, linear=partial(rounded, settings.bits))
         unpack = settings.bits == UNPACKED_BITS
-        weights = DecoderWeights(checkpoint, operations, dtype, facts, unpack=unpack)
-        decoder = Decoder(facts, operations, weights).eval()
+        decoder = read_decoder(checkpoint, facts, operations, dtype, settings, CPU, unpack=unpack)
         return cls(config, decoder, dtype, kernels, kv_bits=settings.kv_bits)
 
     def make_exact(self, passed: PassedChecks) -> None:

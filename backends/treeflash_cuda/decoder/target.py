@@ -10,11 +10,40 @@ from typing import Any
 
 import torch
 
+from treeflash.config import LoadConfig
 from treeflash_cuda.cache import check_quantisation
 from treeflash_cuda.decoder.facts import DecoderFacts
 from treeflash_cuda.decoder.model import Decoder
+from treeflash_cuda.decoder.operations import DecoderOperations
+from treeflash_cuda.decoder.weights import Checkpoint, DecoderWeights
 from treeflash_cuda.low_bit_linear import LowBitEmbedding
 from treeflash_cuda.target import Target
+
+
+def read_decoder(
+    checkpoint: Checkpoint,
+    facts: DecoderFacts,
+    operations: DecoderOperations,
+    dtype: torch.dtype,
+    settings: LoadConfig,
+    device: torch.device,
+    *,
+    unpack: bool,  # see `DecoderWeights`
+) -> Decoder:
+    """Read a decoder's weights, and merge the settings' adapter into them.
+
+    Raises a CheckpointError if files are damaged or do not fit, and an UnsupportedModelError if the
+    adapter has more than updates of the decoder's linear layers.
+    """
+    weights = DecoderWeights(
+        *(checkpoint, operations, dtype, facts),
+        unpack=unpack,
+        device=device,
+        adapter=settings.adapter,
+    )
+    decoder = Decoder(facts, operations, weights).eval()
+    weights.refuse_other_updates()
+    return decoder
 
 
 class DecoderTarget(Target):

@@ -11,6 +11,12 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from treeflash.drafters.adapter import (
+    SHARED_WEIGHT,
+    missing_layer,
+    read_adapter,
+    refuse_module,
+)
 from treeflash.drafters.folder import FLOATS, StoredTensor, stored_tensors
 from treeflash.errors import CheckpointError
 from treeflash.low_bit_formats import LowBitTensors
@@ -21,7 +27,7 @@ from treeflash_cuda.decoder.families import NETWORK, QKV
 from treeflash_cuda.decoder.operations import DecoderOperations, Table
 from treeflash_cuda.low_bit_linear import LowBitEmbedding, LowBitLinear
 
-EMBEDDINGS = "model.embed_tokens"
+EMBEDDINGS, OUTPUT_HEAD = "model.embed_tokens", "lm_head"
 JOINED = {QKV: "qkv_proj", NETWORK[:2]: "gate_up_proj"}
 """Tensors that some checkpoints have in place of some layers', whose rows follow each other."""
 DTYPES = dict(
@@ -174,9 +180,13 @@ class DecoderWeights:
         *,
         unpack: bool,  # whether packed weights are dequantised
         device: torch.device = CPU,  # weights that stay packed are on the CPU
+        adapter: str | None = None,  # the folder of a LoRA adapter, merged into weights
     ) -> None:
+        """Take a checkpoint; raises the errors of `read_adapter`."""
         self.checkpoint, self.operations, self.dtype = checkpoint, operations, dtype
         self.facts, self.unpack, self.device = facts, unpack, device
+        # The adapter's updates, by layer, that no weight has been read for.
+        self.updates = {} if adapter is None else {x.name: x for x in read_adapter(Path(adapter))}
 
     def norm(self, name: str, size: int) -> Tensor:
         """Return the (size,) float32 weight of the norm with a name."""
@@ -229,7 +239,7 @@ class DecoderWeights:
         if table is None and self._is_packed(name):
             packed = self.checkpoint.module(name, LowBitLinear, self.dtype)
             return packed, packed
-        weight = self.read(f"{name}.weight", rows, size) if table is None else table.weight.data
+        weight = self._matrix(name, rows, size) if table is None else table.weight.data
         return self.operations.linear([weight], [None]), weight
 
     def linear(self, place: str, size: int, **outputs: int) -> nn.Module:
@@ -255,10 +265,25 @@ class DecoderWeights:
 
     def _matrices(self, place: str, size: int, outputs: Mapping[str, int]) -> Sequence[Tensor]:
         """Read the weights of layers, which may be parts of one tensor."""
-        joined = f"{place}.{JOINED.get(tuple(outputs))}.weight"
-        if joined in self.checkpoint.tensors:
-            return self.read(joined, sum(outputs.values()), size).split(list(outputs.values()))
-        return [self.read(f"{place}.{x}.weight", n, size) for x, n in outputs.items()]
+        joined = f"{place}.{JOINED.get(tuple(outputs))}"
+        if f"{joined}.weight" in self.checkpoint.tensors:
+            return self._matrix(joined, sum(outputs.values()), size).split(list(outputs.values()))
+        return [self._matrix(f"{place}.{x}", n, size) for x, n in outputs.items()]
+
+    def _matrix(self, layer: str, rows: int, size: int) -> Tensor:
+        """Read the weight of a linear layer, and add its update in float32."""
+        weight, update = self.read(f"{layer}.weight", rows, size), self.updates.pop(layer, None)
+        if update is None:
+            return weight
+        if update.shape != (rows, size):
+            raise refuse_module(layer, missing_layer(update))
+        return (weight.float() + torch.from_numpy(update.delta()).to(self.device)).to(self.dtype)
+
+    def refuse_other_updates(self) -> None:
+        """Raise an UnsupportedModelError if the adapter has updates of what is no linear layer."""
+        for name, update in self.updates.items():
+            is_tied = name == OUTPUT_HEAD and self.facts.ties_head
+            raise refuse_module(name, SHARED_WEIGHT if is_tied else missing_layer(update))
 
     def _ordered(self, layer: str, rows: Tensor) -> Tensor:
         """Return the rows of a layer's weight or bias in the order in which heads are rotated."""

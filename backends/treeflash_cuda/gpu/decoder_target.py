@@ -16,8 +16,8 @@ from treeflash.errors import UnsupportedModelError
 from treeflash_cuda.cache import SeenColumns, Slab
 from treeflash_cuda.decoder.facts import DecoderFacts
 from treeflash_cuda.decoder.model import Decoder
-from treeflash_cuda.decoder.target import DecoderTarget
-from treeflash_cuda.decoder.weights import Checkpoint, DecoderWeights
+from treeflash_cuda.decoder.target import DecoderTarget, read_decoder
+from treeflash_cuda.decoder.weights import Checkpoint
 from treeflash_cuda.exact import check_products, use_kernel_for_products
 from treeflash_cuda.gpu.decoder_attention import PromptAttention, TreeAttention
 from treeflash_cuda.gpu.decoder_operations import decoder_operations
@@ -80,10 +80,10 @@ class GpuTarget(DecoderTarget):
         operations: Operations,
         prompt_attention: CausalAttention | None,
     ) -> GpuTarget:
-        """Read the weights of a checkpoint; raises a CheckpointError if they do not fit."""
-        facts, layers = facts.to(device), decoder_operations(operations)
-        weights = DecoderWeights(checkpoint, layers, dtype, facts, unpack=True, device=device)
-        decoder = Decoder(facts, layers, weights).eval()
+        """Read the weights of a checkpoint; raises the errors of `read_decoder`."""
+        layers = decoder_operations(operations)
+        shared = facts.to(device), layers, dtype, settings, device
+        decoder = read_decoder(checkpoint, *shared, unpack=True)
         made = config, decoder, dtype, device, operations, prompt_attention
         return cls(*made, kv_bits=settings.kv_bits)
 

@@ -36,7 +36,7 @@ from treeflash.decoding.image_processor import TOKEN_TYPES, Processor, load_proc
 from treeflash.decoding.passed_checks import PassedChecks
 from treeflash.decoding.probe import INEXACT, TOLERANCE_FACTOR, TOLERANCES, ImageSample
 from treeflash.decoding.tree import DraftTree
-from treeflash.drafters.adapter import merge_adapter
+from treeflash.drafters.adapter import SHARED_WEIGHT, merge_adapter
 from treeflash.drafters.folder import weight_files
 from treeflash.errors import (
     CheckpointError,
@@ -272,7 +272,7 @@ def add_adapter(model: PreTrainedModel, folder: Path) -> None:
         if type(module) is not nn.Linear or not module.weight.is_floating_point():
             return "it is quantised, or no linear layer; dequantise the target"
         if module.weight is embeddings:
-            return "it shares its weight with the embeddings"
+            return SHARED_WEIGHT
         return None
 
     def add(module: Any, update: NDArray[np.float32]) -> None:
