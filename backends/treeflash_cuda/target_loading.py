@@ -154,8 +154,8 @@ def own_layers(
     if operations is not None:
         reasons = {
             "kernels of other libraries multiply its few bits": checkpoint.low_bits is not None,
-            "experts of treeflash's layers run on a CPU alone": facts.experts is not None,
             "attention has no kernel here": not operations.runs_trees,
+            "experts have no kernel here": "grouped_linear" in operations.reasons,
         }
         if reason := next((reason for reason, applies in reasons.items() if applies), None):
             return reason

@@ -29,6 +29,7 @@ from treeflash_cuda.cpu.decoder_target import CpuTarget
 from treeflash_cuda.decoder import operations as decoder_operations
 from treeflash_cuda.decoder.facts import decoder_facts
 from treeflash_cuda.decoder.weights import Checkpoint
+from treeflash_cuda.gpu import decoder_operations as operations_of_a_gpu
 from treeflash_cuda.gpu import row_pass
 from treeflash_cuda.gpu.decoder_target import GpuTarget
 from treeflash_cuda.gpu.kernels import causal_attention
@@ -274,9 +275,8 @@ def test_logits_and_layers_are_those_of_transformers(tmp_path, name):
     assert max(found.values()) <= TOLERANCE, found
 
 
-EXPERTS_OF = "mixtral", "olmoe", "qwen3_moe"
-ON_GPUS = [x for x in CASES if x not in COMPILED and x.partition(",")[0] not in EXPERTS_OF]
-"""Models whose layers a GPU runs: its operations have no limits of their sizes."""
+ON_GPUS = [x for x in CASES if x not in COMPILED]
+"""Models that a GPU runs as others: its operations have no limits of their sizes."""
 
 
 @pytest.mark.sample(5)
@@ -290,6 +290,7 @@ def test_operations_of_a_gpu_give_the_logits_of_transformers(tmp_path, monkeypat
     assert backend.device_report().facts["layers of the target"] == "treeflash"
     if prompts == "kernel" and backend.target.softcap is None:
         monkeypatch.setattr(row_pass, "MAX_CHUNK", 2)
+        monkeypatch.setattr(operations_of_a_gpu, "MAX_ROWS", 2)
         backend.target.prompt_attention = causal_attention
     found = differences(backend, model)
     assert max(found.values()) <= TOLERANCE, found
@@ -424,6 +425,7 @@ FAULTS = {
 FAULTS_OF_A_GPU = (
     *("swapped halves", "no scale of YaRN", "no norms of heads", "no window"),
     *("a rotation in every layer", "no bound of scores", "heads that are normed alone"),
+    *("weights of experts that sum to less", "other experts"),
 )
 
 
@@ -436,7 +438,7 @@ def test_faults_are_noticed(tmp_path, fault):
 @pytest.mark.parametrize("fault", FAULTS_OF_A_GPU)
 @torch.inference_mode()
 def test_faults_are_noticed_on_a_gpu(tmp_path, monkeypatch, fault):
-    """Of what its attention does, not the layers."""
+    """Of what its attention and its experts do, not the layers."""
     check_fault(tmp_path, fault, partial(load_with_parts, monkeypatch))
 
 
@@ -578,13 +580,23 @@ def test_an_adapter_of_other_layers_is_refused(tmp_path, name, shape, reason):
         load_pair(tmp_path / "target", adapter=str(tmp_path / "adapter"))
 
 
-def test_a_gpu_without_the_kernel_for_trees_keeps_the_model_of_transformers(tmp_path, monkeypatch):
-    write_target(tmp_path, "llama", seed=1)
-    without = Operations(reasons={"tree_attention": "ptxas is missing"})
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("tree_attention", "attention has no kernel here"),
+        ("grouped_linear", "experts have no kernel here"),
+    ],
+)
+def test_a_gpu_without_a_kernel_keeps_the_model_of_transformers(
+    tmp_path, monkeypatch, name, reason
+):
+    """PyTorch's definitions are for comparisons alone."""
+    write_target(tmp_path, "qwen3_moe", seed=1)
+    without = Operations(reasons={name: "ptxas is missing"})
     monkeypatch.setattr(target_loading, "load_target_operations", lambda *_: without)
     config, on_gpu = read_model_config(tmp_path), torch.device("cuda")
     found = own_layers(tmp_path, config, LoadConfig(), on_gpu, None, pack=True, processes=1)
-    assert found == "attention has no kernel here"
+    assert found == reason
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])

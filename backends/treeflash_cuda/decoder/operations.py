@@ -49,6 +49,9 @@ class Weights(Protocol):
         They are beside each other at a place, and read the same `size` numbers.
         """
 
+    def stacked(self, places: Sequence[str], size: int, **outputs: int) -> Tensor:
+        """Return the (places, outputs, size) weights of such layers at several places."""
+
 
 class Attention(Protocol):
     """The attention of a pass, in all layers."""
@@ -143,6 +146,10 @@ def capped(x: Tensor, cap: float) -> Tensor:
     return x.div_(cap).tanh_().mul_(cap)
 
 
+GroupedLinear: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""The type of `operations.grouped_linear`, without biases."""
+
+
 @dataclass(frozen=True)
 class DecoderOperations:
     """One implementation of each operation, with the arguments of the function above."""
@@ -152,6 +159,8 @@ class DecoderOperations:
     rotation: Callable[[Tensor, Tensor, Tensor | float, torch.dtype], Rotation] = rotation
     gated: Callable[[Tensor, str], Tensor] = gated
     capped: Callable[[Tensor, float], Tensor] = capped
+    # From the rows of a pass to the product of their experts; None runs experts one by one.
+    grouped_linear: Callable[[int], GroupedLinear] | None = None
 
 
 PYTORCH = DecoderOperations()

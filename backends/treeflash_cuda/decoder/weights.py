@@ -263,6 +263,17 @@ class DecoderWeights:
         ]
         return self.operations.linear(weights, biases)
 
+    def stacked(self, places: Sequence[str], size: int, **outputs: int) -> Tensor:
+        """Return the (places, outputs, size) weights of such layers at several places."""
+        parts, device = list(outputs.values()), self.device
+        whole = torch.empty(len(places), sum(parts), size, dtype=self.dtype, device=device)
+        for place, rows in zip(places, whole, strict=True):
+            for own, weight in zip(
+                rows.split(parts), self._matrices(place, size, outputs), strict=True
+            ):
+                own.copy_(weight)
+        return whole
+
     def _matrices(self, place: str, size: int, outputs: Mapping[str, int]) -> Sequence[Tensor]:
         """Read the weights of layers, which may be parts of one tensor."""
         joined = f"{place}.{JOINED.get(tuple(outputs))}"

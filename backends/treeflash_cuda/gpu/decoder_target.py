@@ -41,6 +41,7 @@ def decoder_shapes(facts: DecoderFacts, *, quantised: bool) -> Shapes:
         hidden_size=facts.hidden_size,
         softcap=facts.factors.score_cap,
         quantised=quantised,
+        experts=facts.experts is not None,
     )
 
 
@@ -81,7 +82,7 @@ class GpuTarget(DecoderTarget):
         prompt_attention: CausalAttention | None,
     ) -> GpuTarget:
         """Read the weights of a checkpoint; raises the errors of `read_decoder`."""
-        layers = decoder_operations(operations)
+        layers = decoder_operations(operations, device)
         shared = facts.to(device), layers, dtype, settings, device
         decoder = read_decoder(checkpoint, *shared, unpack=True)
         made = config, decoder, dtype, device, operations, prompt_attention
