@@ -7,13 +7,18 @@ Here a row is summed in order, so that tests can ask for equal bits.
 
 The interpreter replaces the language of Triton in each call of a function, and lists NumPy's types
 for each value. Here it does the one once for each function that a kernel calls, and the other once
-for each type, which takes a third less time. It also copies the memory of all arguments back to the
+for each type, which takes a third less time. Sums and products of integers are not compared with
+the largest one, as on a GPU; and a block's shape is an object that all blocks of the shape share,
+which takes a quarter less time again. It also copies the memory of all arguments back to the
 device. On a CPU it was never copied, and a test may have a huge cache, of which it uses little.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -60,6 +65,17 @@ def dtype_once(dtype: Any) -> Any:
     return dtypes[name]
 
 
+@cache
+def shape_of(sizes: tuple[int, ...]) -> tuple[Any, Any]:
+    """Return a shape in Triton's language, and the number of its elements."""
+    return tl.tuple([tl.constexpr(size) for size in sizes]), tl.constexpr(math.prod(sizes))
+
+
+def init_tensor(self: Any, handle: Any, kind: Any) -> None:
+    self.handle, self.type, self.dtype = handle, kind, kind.scalar
+    self.shape, self.numel = shape_of(tuple(kind.shape) if kind.is_block() else ())
+
+
 def patch_once(function: Callable[..., Any]) -> Any:
     """Replace the language that a function sees, unless this kernel has called it before."""
     if function in patched:
@@ -74,6 +90,9 @@ def run_anew(self: Any, *args: Any, **kwargs: Any) -> None:
     run(self, *args, **kwargs)
 
 
+builder = interpreter.interpreter_builder
+builder.options = replace(builder.options, sanitize_overflow=False)
+tl.tensor.__init__ = init_tensor
 InterpreterBuilder.cast_impl = rounding_cast
 InterpreterBuilder.create_dot = dot_in_order
 interpreter._get_np_dtype, interpreter._patch_lang = dtype_once, patch_once
