@@ -38,7 +38,8 @@ def run_suite(folder, loader, *names):
     module = folder / "test_generated.py"
     module.write_text(MODULE)
     settings = folder / "pytest.ini"
-    settings.write_text("[pytest]\naddopts = -q -p no:cacheprovider --import-mode=importlib\n")
+    options = "-q -p no:cacheprovider --disable-plugin-autoload --import-mode=importlib"
+    settings.write_text(f"[pytest]\naddopts = {options}\n")
     run = Run(loader)
     options = ["-c", str(settings), f"--rootdir={folder}", f"--basetemp={folder / 'tmp'}"]
     tests = [f"{module}::TestConformance::{name}" for name in names]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations, product
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
@@ -116,6 +116,8 @@ LOAD = LoadConfig(dtype="float32")
 TARGET_SEED, DRAFTER_SEED = 18, 147  # sequences that vary, and drafts that are accepted at times
 load_reference = cast(Loader, reference.load)
 
+Found = TypeVar("Found")
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -126,6 +128,7 @@ class Pair:
     tested: Backend
     reference: Backend
     _plain: dict[tuple[tuple[int, ...], DecodeConfig], list[int]] = field(default_factory=dict)
+    _found: dict[Callable[[Backend], object], object] = field(default_factory=dict)
 
     @classmethod
     def load(cls, loader: Loader, target: Path, drafter: Path) -> Pair:
@@ -142,6 +145,12 @@ class Pair:
         if key not in self._plain:
             self._plain[key] = generate(self.tested, *key)
         return self._plain[key]
+
+    def once(self, find: Callable[[Backend], Found]) -> Found:
+        """Return what a function finds with the tested backend, where it searches once."""
+        if find not in self._found:
+            self._found[find] = find(self.tested)
+        return cast(Found, self._found[find])
 
 
 PairMaker: TypeAlias = Callable[..., Pair]

@@ -285,12 +285,13 @@ class ContextTests:
         assert_close(*(inspectable(sequence.state).read_kv_cache() for sequence in sequences))
 
     def test_long_texts_equal_plain_decoding(self, backend: Backend) -> None:
-        prompt = random_tokens(np.random.default_rng(14), backend.vocab_size, 200)
+        """Past multiples of 256, at which storage may grow."""
+        prompt = random_tokens(np.random.default_rng(14), backend.vocab_size, 480)
         sequences = [
-            generate(backend, prompt, DecodeConfig(method=method, max_tokens=340))
+            generate(backend, prompt, DecodeConfig(method=method, max_tokens=60))
             for method in ("ar", "treeflash")
         ]
-        assert len(sequences[0]) == 340
+        assert len(sequences[0]) == 60
         assert sequences[1] == sequences[0]
 
 
