@@ -6,13 +6,19 @@ import re
 from importlib import resources
 
 import pytest
+from servers import serving
 
 from treeflash.serving import page
 
 
+@pytest.fixture(scope="module")
+def server(model):
+    with serving(model, api_keys=("secret",)) as running:
+        yield running
+
+
 @pytest.mark.parametrize("path", sorted(page.PATHS))
-def test_files_need_no_key_and_have_a_policy(serve, path):
-    server = serve(api_keys=("secret",))
+def test_files_need_no_key_and_have_a_policy(server, path):
     response = server.client.get(path)
     assert response.status_code == 200
     assert server.client.head(path).status_code == 200  # Claude Code sends it first
