@@ -86,6 +86,13 @@ def smollm2():
     return resolve_target(None)
 
 
+@pytest.fixture(scope="session")
+def kept_folder(request, tmp_path_factory) -> Callable[[str], Path]:
+    """Name a folder for compiled code, which all workers share and the next run finds."""
+    cache = getattr(request.config, "cache", None)
+    return cache.mkdir if cache else tmp_path_factory.mktemp
+
+
 @pytest.fixture
 def run_processes() -> Callable[[Sequence[str], float], subprocess.CompletedProcess[str]]:
     """Run a command that starts others; at a timeout all of them are killed, in any session."""

@@ -20,6 +20,14 @@ def target(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def own_cache(kept_folder):
+    """Keep code that tests compile, and the models that they convert, out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TREEFLASH_CACHE", str(kept_folder("treeflash")))
+        yield
+
+
 @pytest.fixture
 def see_gpus(monkeypatch):
     """Let PyTorch count this number of GPUs from now on, whatever the machine has."""

@@ -32,16 +32,11 @@ from treeflash_cuda.low_bit_linear import LowBitEmbedding, LowBitLinear
 from treeflash_cuda.target import read_model_config
 from treeflash_cuda.target_loading import own_layers
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 CPU = LoadConfig(device="cpu")
 FLOAT32 = LoadConfig(device="cpu", dtype="float32", exact=True)
 UNPACKED = LoadConfig(device="cpu", dtype="float32", bits=16)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TREEFLASH_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 def lack_layers(monkeypatch):

@@ -36,6 +36,8 @@ from treeflash_cuda.target_loading import bits_refusal
 
 import treeflash
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 PROMPT = "the 12 the 12 the"
 
 
@@ -48,20 +50,13 @@ def file(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TREEFLASH_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 @pytest.fixture(scope="module")
-def packed(file, cache) -> Path:
+def packed(file, own_cache) -> Path:
     return resolve_target(str(file), packed=True)
 
 
 @pytest.fixture(scope="module")
-def model(file, cache):
+def model(file, own_cache):
     return treeflash.load(str(file), False, backend="cuda", device="cpu")
 
 

@@ -6,6 +6,7 @@ import itertools
 import shutil
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +25,8 @@ from treeflash_cuda.cpu.ir_builder import GENERIC, ISAS, Isa
 from treeflash_cuda.cpu.low_bit_code import SHARED_NUMBERS, SHARED_PRODUCTS
 from treeflash_cuda.cpu.low_bit_kernels import Kernel
 from treeflash_cuda.low_bit_linear import LowBitEmbedding, LowBitLinear
+
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 FORMATS = {
     "Q4_0": (4, 1, False, np.float16),
@@ -49,12 +52,10 @@ def isas() -> list[Isa]:
     return [*(isa for isa in known.values() if all(has.get(x) for x in isa.needed)), GENERIC]
 
 
-@pytest.fixture(scope="session", autouse=True)
-def compiled(tmp_path_factory):
-    """Compile for these tests alone, and each kernel once."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TREEFLASH_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
+def quickly_compiled() -> list[Any]:
+    """Return the instructions; `GENERIC`, which takes six seconds to compile, is nightly."""
+    marks = pytest.mark.nightly if len(isas()) > 1 else ()
+    return [pytest.param(x, id=x.name, marks=marks if x is GENERIC else ()) for x in isas()]
 
 
 def random_weight(name: str, rows: int, size: int) -> LowBitWeight:
@@ -147,7 +148,7 @@ def test_ties_round_to_even(isa):
     assert torch.equal(layer(x), layer(rounded))
 
 
-@pytest.mark.parametrize("isa", isas(), ids=lambda isa: isa.name)
+@pytest.mark.parametrize("isa", quickly_compiled())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("value", [torch.nan, -torch.nan, torch.inf, -torch.inf])
 def test_numbers_that_are_not_finite_reach_every_output_of_their_row_alone(value, dtype, isa):

@@ -99,20 +99,13 @@ def rng():
     return np.random.default_rng(0)
 
 
-@pytest.fixture(scope="session")
-def metal_kernels_folder(request, tmp_path_factory):
-    """Where compiled kernels stay from one run of the tests to the next."""
-    cache = getattr(request.config, "cache", None)
-    return cache.mkdir("metal_kernels") if cache else tmp_path_factory.mktemp("metal_kernels")
-
-
 @pytest.fixture
-def executor(metal_kernels_folder):
+def executor(kept_folder):
     """Runs Metal kernels on the CPU; MLX itself stays as it is."""
     from metal_executor import MetalExecutor, require_compiler
 
     require_compiler()
-    return MetalExecutor(metal_kernels_folder)
+    return MetalExecutor(kept_folder("metal_kernels"))
 
 
 @pytest.fixture

@@ -91,8 +91,9 @@ def load_quantised(target, drafter, config):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def kernels(metal_kernels_folder):
-    executor = MetalExecutor(metal_kernels_folder, schedules=(DESCENDING,), speedup=lambda *_: 2)
+def kernels(kept_folder):
+    folder = kept_folder("metal_kernels")
+    executor = MetalExecutor(folder, schedules=(DESCENDING,), speedup=lambda *_: 2)
     with pytest.MonkeyPatch.context() as patch:
         install(executor, patch)
         patch.setattr(attention, "SPANS", {0: 16})
