@@ -63,7 +63,7 @@ def test_the_server_under_load_answers_as_plain_decoding(folders):
 
     def client(seed):
         rng = random.Random(seed)
-        for _ in range(4):
+        for _ in range(2):
             number = rng.randrange(len(jobs))
             question, options = jobs[number]
             body = {"messages": [{"role": "user", "content": question}], **options}

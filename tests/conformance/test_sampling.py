@@ -59,7 +59,7 @@ class Engine:
     """A sampler of several (n, vocab) logits, with rows and tokens that it computes quickly."""
 
     sample: Callable[..., list]
-    rows: int = 64
+    rows: int = 24
     vocab: int = 4000
 
     def tokens(self, logits, sampling, keys, dtype="float32"):

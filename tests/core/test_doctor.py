@@ -93,17 +93,18 @@ def test_the_costs_of_passes_are_shown(examined):
     assert "costs: measured by the first text with --budget auto" in examined[2]
 
 
-def test_the_evaluation_of_the_drafter_stands_beside_what_is_found(
-    tiny_pair, prompts, tmp_path, capsys
-):
+@pytest.fixture
+def evaluated(tiny_pair, tmp_path):
+    """The options of the pair, whose drafter has an evaluation."""
     target, drafter = tiny_pair
-    evaluated = shutil.copytree(drafter, tmp_path / "evaluated")
-    (evaluated / EVALUATION).write_text('{"max_length": 64, "top1_marginal": [0.75, 0.5]}')
-    models = options_of((target, evaluated))
-    main([*models, "--prompts", prompts, "--max-tokens", "12"])
+    folder = shutil.copytree(drafter, tmp_path / "evaluated")
+    (folder / EVALUATION).write_text('{"max_length": 64, "top1_marginal": [0.75, 0.5]}')
+    return options_of((target, folder))
+
+
+def test_the_evaluation_of_the_drafter_stands_beside_what_is_found(evaluated, prompts, capsys):
+    main([*evaluated, "--prompts", prompts, "--max-tokens", "12"])
     assert capsys.readouterr().out.splitlines()[2] == "in its evaluation:  75% 50%"
-    main([*models, "--prompts", prompts, "--max-tokens", "12", "--json"])
-    assert json.loads(capsys.readouterr().out)["evaluation"] == [0.75, 0.5]
 
 
 def test_every_check_is_announced_and_warnings_come_once(run, prompts, monkeypatch):
@@ -137,14 +138,16 @@ def test_only_the_first_load_may_choose_the_device(examined):
     assert set(devices[1:]) == {"cpu"}
 
 
-def test_json(run, prompts, monkeypatch):
+def test_json(evaluated, prompts, monkeypatch, capsys):
     monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal, where one line says what is checked
-    code, out, err = run("--json", "--prompts", prompts, "--max-tokens", "12", "--thinking")
+    code = main([*evaluated, "--json", "--prompts", prompts, "--max-tokens", "12", "--thinking"])
+    out, err = capsys.readouterr()
     assert "\ncheck" not in err
     found = json.loads(out)
     assert code == 1
     assert not found["ok"]
     assert len(found["marginal"]) == len(found["corrected"]) == 5
+    assert found["evaluation"] == [0.75, 0.5]
     assert found["findings"][0].keys() == {"check", "ok", "message"}
 
 

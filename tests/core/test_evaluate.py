@@ -188,6 +188,8 @@ def test_a_full_disk_loses_no_figures(use, run, model, tmp_path):
     assert report.stat().st_size > 0
 
 
+# A process of its own; `test_a_full_disk_loses_no_figures` ends in the same way.
+@pytest.mark.nightly
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_figures_reach_a_file_though_standard_output_is_full(tiny_pair, prompt_sets, tmp_path):
     path = tmp_path / "out.json"
@@ -283,6 +285,8 @@ def command_line(tiny_pair, *args: str) -> list[str]:
     return core_command("evaluate", *model_options(tiny_pair), *args)
 
 
+# A process that draws; `test_generate.py` has a module that runs so, `test_report.py` the page.
+@pytest.mark.nightly
 def test_the_module_runs_without_a_warning(tiny_pair, prompt_sets, tmp_path):
     pytest.importorskip("matplotlib")
     report = tmp_path / "out.html"
@@ -299,7 +303,7 @@ def test_the_module_runs_without_a_warning(tiny_pair, prompt_sets, tmp_path):
     assert f"target {tiny_pair[0]}, drafter {tiny_pair[1]}" in page
 
 
-# A process of its own; `test_a_full_disk_loses_no_figures` ends in the same way.
+# Likewise.
 @pytest.mark.nightly
 @pytest.mark.skipif(sys.platform == "win32", reason="pipes differ on Windows")
 def test_a_reader_that_goes_away_costs_no_figures(tiny_pair, prompt_sets, tmp_path):

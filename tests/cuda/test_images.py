@@ -311,9 +311,10 @@ def take_the_last_prompts_shift():
 
 
 def texts_of(pair, prompts):
-    """The tokens after prompts, decoded together and, in the other order, each alone."""
+    """Yield the tokens after prompts, decoded together, and in the other order each alone."""
     decode = partial(pair.decode, size=5, cache=PrefixCache(1 << 30), tokens=FAULT_TOKENS)
-    return decode(prompts), [decode([prompt])[0] for prompt in prompts[::-1]][::-1]
+    yield decode(prompts)
+    yield [decode([prompt])[0] for prompt in prompts[::-1]][::-1]
 
 
 @pytest.fixture(scope="module")
@@ -326,7 +327,7 @@ def sound_prompts(pairs):
         pictures = [picture(seed, 8, 48) for seed in (8, 9)]
         prompts = [pair.prompts[1], *(pair.encode("ab<image>cdefgh", [x]) for x in pictures)]
         expected = [pair.reference(prompt, FAULT_TOKENS) for prompt in prompts]
-        assert texts_of(pair, prompts) == (expected, expected)
+        assert [*texts_of(pair, prompts)] == [expected, expected]
         return prompts, expected
 
     return get
@@ -352,7 +353,8 @@ def test_planted_faults_change_the_text_or_are_refused_at_load(
     again = [
         (ids, PromptImages(x.images, x.is_feature, x.positions, x.whole)) for ids, x in prompts
     ]
-    assert texts_of(pair, again) != (expected, expected)
+    found = texts_of(pair, again)
+    assert next(found) != expected or next(found) != expected
     if at_load:
         target = pair.backend.target
         old = pair.backend.images

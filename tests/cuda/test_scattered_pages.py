@@ -15,14 +15,15 @@ require("torch")
 from treeflash_cuda.backend import load
 from treeflash_cuda.cache import Slab
 
-PROMPT = [3 + n * n % 20 for n in range(150)]
+PROMPT = [3 + n * n % 20 for n in range(80)]
+"""More than a page of 64 columns."""
 
 
 def decoded(backend, method):
     """The tokens of prompts that share beginnings, of which some come from the prefix cache."""
     scheduler, found = Scheduler(backend, prefix_cache=PrefixCache(1 << 24)), []
-    config = DecodeConfig(method=method, max_tokens=12)
-    for prompts in ([PROMPT], [[*PROMPT[:140], 5, 6], [*PROMPT, 7]], [PROMPT, PROMPT]):
+    config = DecodeConfig(method=method, max_tokens=8)
+    for prompts in ([PROMPT], [[*PROMPT[:70], 5, 6], [*PROMPT, 7]], [PROMPT, PROMPT]):
         requests = [Request(prompt_ids=prompt, config=config) for prompt in prompts]
         texts = {request: [] for request in requests}
         for request, step in scheduler.decode(requests):

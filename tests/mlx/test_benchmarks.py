@@ -169,6 +169,8 @@ def test_the_text_that_warms_up_is_in_no_figure(module):
     assert all(row[f"{phase}_ms"] == 500 for phase in PHASES[1:])
 
 
+# Likewise.
+@pytest.mark.nightly
 @pytest.mark.parametrize("kind", ["mtp", "eagle3", "none"])
 def test_a_report_measures_what_a_pair_without_a_block_drafter_can_do(module, tmp_path, kind):
     if kind == "none":
@@ -210,6 +212,8 @@ def test_metal_sources(module, tmp_path, monkeypatch, capsys):
     assert Counter(names) == counts | dict.fromkeys(kinds, 1)
 
 
+# Two seconds; `tests/core/test_benchmarks.py` has a benchmark of each kind.
+@pytest.mark.nightly
 def test_throughput(module, pair, tmp_path):
     prompts, file = tmp_path / "a.jsonl", tmp_path / "out.json"
     prompts.write_text("\n".join(json.dumps({"id": n, "turns": [f"Why {n}"]}) for n in range(2)))

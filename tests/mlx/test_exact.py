@@ -39,7 +39,7 @@ def test_texts_of_bfloat16_are_those_of_plain_decoding(backend, sampling, rng):
     prompts = [rng.integers(0, 96, n).tolist() for n in (3, 20, 70, 150)]
 
     def texts(method, parallel):
-        config = DecodeConfig(method=method, budget=12, max_tokens=20, sampling=sampling)
+        config = DecodeConfig(method=method, budget=12, max_tokens=10, sampling=sampling)
         return decode_together(backend, prompts, [config] * len(prompts), parallel=parallel)
 
     plain = texts("ar", 1)

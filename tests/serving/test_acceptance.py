@@ -161,7 +161,7 @@ def test_a_server_says_it_in_its_log_and_its_metrics(evaluated, lines, monkeypat
     with serving(evaluated(0.9)) as server:
         assert 'treeflash:low_acceptance{model="tiny"} 0.0' in server.client.get("/metrics").text
         prompts = ["An owl.", "Yes?", "1 + 1", "the end", "Q: why"]
-        options = {"ignore_eos": True, "budget": 4, "max_tokens": 400}
+        options = {"ignore_eos": True, "budget": 4, "max_tokens": 80}
         drafts = server.complete(prompts, **options).json()["usage"]["draft_tokens_details"]
         assert drafts["iterations"] > DRAFTS
         metrics = server.client.get("/metrics").text

@@ -231,6 +231,8 @@ serve([spec], Settings(), host="127.0.0.1", port=0, log_level="info")
 """
 
 
+# Two processes; `test_models.py` has a server that ends while a model is loaded.
+@pytest.mark.nightly
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_an_interruption_while_it_loads():
     with subprocess.Popen(
@@ -268,6 +270,8 @@ raise SystemExit(serve(specs, Settings(), host="127.0.0.1", port=0, log_level="i
 """
 
 
+# Likewise.
+@pytest.mark.nightly
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_a_signal_while_a_request_waits_for_its_model(model):
     """The request is answered, and the process ends although nothing can stop the load."""
@@ -311,7 +315,7 @@ def streaming(model, folder, answers=1):
             url = log.read_text().split(" on ")[1].split()[0]
             with httpx.Client(base_url=url, timeout=PATIENCE) as client:
                 wait_until_ready(client)
-                body = {"prompt": "A", "stream": True, "max_tokens": 400, "ignore_eos": True}
+                body = {"prompt": "A", "stream": True, "max_tokens": 150, "ignore_eos": True}
                 body["n"] = answers
                 with client.stream("POST", "/v1/completions", json=body) as response:
                     frames = parse(response)

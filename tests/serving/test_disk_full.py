@@ -29,6 +29,8 @@ def test_while_models_are_fetched(capsys):
     assert err == "error: model.safetensors: No space left on device\n"
 
 
+# A server in a process. What it writes there is Python's `logging`, which survives any error.
+@pytest.mark.nightly
 @pytest.mark.skipif(not FULL.exists(), reason="needs a device that is always full")
 def test_the_server_answers_though_its_log_cannot_be_written(model, tmp_path):
     args = ["--backend", "reference", "--target", model.folder, "--method", "ar", "--port", 0]

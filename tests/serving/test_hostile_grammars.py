@@ -226,14 +226,15 @@ def test_a_schema_that_python_cannot_write(compiler):
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system does not bound memory")
 def test_memory_is_bounded():
     code = (
+        "from mmap import mmap\n"  # which writes nothing, and so is quick
         "from treeflash.text.grammar_sandbox import MEMORY, _limit_memory\n"
         "_limit_memory()\n"
-        "bytearray(MEMORY // 2)\n"
-        "bytearray(2 * MEMORY)\n"
+        "mmap(-1, MEMORY // 2)\n"
+        "mmap(-1, 2 * MEMORY)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert "line 4" in done.stderr
-    assert "MemoryError" in done.stderr
+    assert "line 5" in done.stderr
+    assert "Cannot allocate memory" in done.stderr
 
 
 def test_a_process_that_was_killed_is_replaced(compiler):
@@ -430,7 +431,7 @@ def test_grammars_that_wait_leave_threads_for_prompts(hardened, monkeypatch):
 
 
 def test_others_go_on(hardened):
-    body = {"prompt": "Hi", "max_tokens": 250, "ignore_eos": True}
+    body = {"prompt": "Hi", "max_tokens": 120, "ignore_eos": True}
     alone = hardened.frames(TEXT, **body)
     results = []
     threads = [
@@ -440,7 +441,7 @@ def test_others_go_on(hardened):
     for thread in threads:
         thread.start()
     wait_until(lambda: hardened.engine.unfinished == 2)
-    statuses = {hardened.post(*request).status_code for request, _ in REQUESTS[:8]}
+    statuses = {hardened.post(*request).status_code for request, _ in REQUESTS[:4]}
     for thread in threads:
         thread.join()
     assert statuses == {400}

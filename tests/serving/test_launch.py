@@ -313,6 +313,8 @@ def test_a_target_that_cannot_call_tools_is_refused_before_it_is_loaded(
     assert reason in err
 
 
+# A server in a process; the next test has one that ends before it is ready.
+@pytest.mark.nightly
 def test_a_model_that_cannot_be_loaded(run, model, tmp_path):
     """The server's own line is shown, and the agent is not started."""
     (tmp_path / "target").mkdir()

@@ -138,6 +138,8 @@ sys.exit(main())
 """
 
 
+# A process; `test_prompt_batch.py` has interrupted runs that resume, in this one.
+@pytest.mark.nightly
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT to a process on Windows")
 def test_sigint_loses_no_finished_text_and_resumes(files, many):
     code = WITHOUT_FRAMEWORKS + INTERRUPT_AFTER_THE_FIRST_TEXT.format(str(files[1]))

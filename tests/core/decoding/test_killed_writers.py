@@ -59,14 +59,14 @@ def write_for_ever(pair_folder: Path, states: Path) -> None:
             print("a file was damaged", flush=True)
 
 
-@pytest.mark.sample(1)
-@pytest.mark.parametrize("kills", [3, 50])
-def test_no_request_fails_and_no_text_differs_after_kills(tmp_path, kills, caplog):
+# Processes are killed at random moments; `test_hostile_states.py` has the files that they leave.
+@pytest.mark.nightly
+def test_no_request_fails_and_no_text_differs_after_kills(tmp_path, caplog):
     folder, states = tmp_path / "pair", tmp_path / "states"
     pair = stored_pair(folder, "qwen3_5")
     prompts = [turn(n, TURNS - 1) for n in range(CONVERSATIONS)]
     texts = [plain(pair, prompt) for prompt in prompts]
-    rng = random.Random(kills)
+    rng, kills = random.Random(50), 50
     command = [sys.executable, __file__, str(folder), str(states)]
     restored, left = 0, set[str]()
     for _ in range(kills):
@@ -86,7 +86,7 @@ def test_no_request_fails_and_no_text_differs_after_kills(tmp_path, kills, caplo
         assert process.disk.skipped == 0
     assert not caplog.records
     assert restored > 0
-    assert kills < 50 or left, "no signal found a file that was being written"
+    assert left, "no signal found a file that was being written"
     print(f"{kills} kills, {len(left)} unfinished files, {restored} tokens restored")
 
 
