@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
@@ -21,7 +21,14 @@ from unittest import mock
 import numpy as np
 
 from benchmarks import device_parts
-from benchmarks.common import Row, layers_of_transformers, package_versions, random_prompt
+from benchmarks.common import (
+    Row,
+    alternate_ms,
+    layers_of_transformers,
+    package_versions,
+    random_prompt,
+    random_tree,
+)
 from benchmarks.decoding.iteration import verify_rows
 from benchmarks.device_parts import (
     SAMPLINGS,
@@ -40,11 +47,14 @@ from benchmarks.device_parts import (
 )
 from benchmarks.random_pair import SHAPES, write_drafter, write_target
 from benchmarks.report import LeftOutError, Part
-from treeflash.config import GIB, DecodeConfig, LoadConfig, Method
+from treeflash.config import GIB, DecodeConfig, LoadConfig, Method, SamplingConfig
 from treeflash.decoding import Request, Scheduler, SchedulerConfig
+from treeflash.decoding.interfaces import Verify
+from treeflash.decoding.sampling import SamplingParams
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
-from treeflash.errors import ConfigError, UnsupportedModelError, is_out_of_memory
+from treeflash.drafters.folder import is_quantised, read_config
+from treeflash.errors import ConfigError, UnsupportedModelError, first_line, is_out_of_memory
 from treeflash.text.tokenizer import Tokenizer
 from treeflash.training.config import TrainConfig
 from treeflash.training.distillation import Response
@@ -87,6 +97,13 @@ LARGE = (("qwen3-8b", 60, 20), ("qwen3-4b", 20, 10))
 WARM_UP, MEASURED, PROFILED = 8, 16, 10
 """Iterations before the measured ones, these, and the ones of the profile."""
 PROMPT_TOKENS = 256
+WIDE_TREES, WIDE_NODES, WIDE_CONTEXT = 3, 256, 64
+"""Trees that no graph holds together today, their nodes, and committed positions before each."""
+FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
+    "FP8": ("FineGrainedFP8Config", {}),
+    "4 bits of bitsandbytes": ("BitsAndBytesConfig", {"load_in_4bit": True}),
+}
+"""Formats that transformers can give a target here: its class, and settings."""
 TIMED_CALLS = {
     "draft": ("drafter", "draft"),
     "tables": ("head", "transitions"),
@@ -261,17 +278,64 @@ def draft_bits(gpu: Gpu, part: Part) -> None:
     from treeflash_cuda.quantised_weights import BITS
 
     for bits in BITS:
-        try:
-            model = gpu.load_model(draft_bits=bits)
-        except (ConfigError, UnsupportedModelError) as error:
-            part.note(f"a drafter in {bits} bits is refused: {error}")
-            continue
-        prompts = prompt_ids(model.tokenizer)[:1]
-        _, row = method_rows(model, ("ar", "treeflash"), prompts, gpu.args.max_tokens)
-        part.add("methods", **row | {"method": f"treeflash, drafter in {bits} bits"})
+        for row in changed_rows(gpu, part, f"drafter in {bits} bits", draft_bits=bits)[1:]:
+            part.add("methods", **row)
         if gpu.is_late:
             part.note(f"drafters were cut short after {bits} bits")
             return
+
+
+def formats(gpu: Gpu, part: Part) -> None:
+    """Measure the real pair with its target in formats of fewer bits that can be had here."""
+    pair = gpu.locate()
+    if is_quantised(read_config(pair.target)):
+        raise LeftOutError("the target's weights are quantised already")
+    for name, (kind, settings) in FORMATS.items():
+        folder = gpu.folder / name
+        try:
+            write_quantised(pair.target, folder, kind, settings)
+        except Exception as error:  # of packages that need not be there, or of the GPU
+            part.note(f"{name} cannot be had here: {first_line(error)}")
+            continue
+        models = {"target": str(folder), "drafter": pair.drafter and str(pair.drafter)}
+        for row in changed_rows(gpu, part, name, **models):
+            part.add("methods", **row)
+        shutil.rmtree(folder)
+        if gpu.is_late:
+            part.note(f"formats were cut short after {name}")
+            return
+
+
+def write_quantised(target: Path, folder: Path, kind: str, settings: Mapping[str, Any]) -> None:
+    """Write a target as transformers quantises it; raises what the quantiser's package raises."""
+    import transformers
+
+    quantisation = getattr(transformers, kind)(**settings)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        target, quantization_config=quantisation, dtype="auto"
+    )
+    shutil.copytree(target, folder, ignore=shutil.ignore_patterns("*.safetensors*", "*.bin"))
+    model.save_pretrained(folder)
+
+
+def changed_rows(gpu: Gpu, part: Part, name: str, **changes: Any) -> list[Row]:
+    """Measure plain decoding and trees of the real pair after changes; notes why they are refused.
+
+    Args:
+        gpu: loads the pair.
+        part: gets the note.
+        name: of the changes.
+        changes: options that replace the command line's.
+    """
+    try:
+        model = gpu.load_model(**changes)
+    except (ConfigError, UnsupportedModelError) as error:
+        part.note(f"{name} is refused: {error}")
+        return []
+    prompts = prompt_ids(model.tokenizer)[:1]
+    methods: tuple[Method, ...] = ("ar", "suffix" if model.backend.drafter is None else "treeflash")
+    rows = method_rows(model, methods, prompts, gpu.args.max_tokens)
+    return [row | {"method": f"{row['method']}, {name}"} for row in rows]
 
 
 def iterations(gpu: Gpu, part: Part) -> None:
@@ -313,6 +377,39 @@ def iterations(gpu: Gpu, part: Part) -> None:
         if gpu.is_late:
             part.note(f"passes were cut short after {context} positions")
             return
+    for row in wide_rows(backend, 5):
+        part.add("wide passes", **row)
+
+
+def wide_rows(backend: Any, repeats: int) -> list[Row]:
+    """Measure more rows than a graph has: in two passes, as they run, and in one larger graph.
+
+    A prompt's chunk beside a full pass of trees is such a case, at each of its chunks.
+    """
+    from treeflash_cuda.gpu import graphs, row_pass
+
+    rows = WIDE_TREES * WIDE_NODES
+    tree = random_tree(backend.vocab_size, WIDE_NODES)
+    params = SamplingParams.from_positions(SamplingConfig(), tree.positions(WIDE_CONTEXT + 1))
+    with ExitStack() as stack:
+        sessions = [
+            stack.enter_context(SequenceSession(backend, capacity=WIDE_CONTEXT + WIDE_NODES))
+            for _ in range(WIDE_TREES)
+        ]
+        for session in sessions:
+            session.extend(random_prompt(backend.vocab_size, WIDE_CONTEXT))
+        work = [Verify(session.state, tree, params) for session in sessions]
+
+        def at_once() -> None:
+            with (
+                mock.patch.object(graphs, "GRAPH_ROWS", (*graphs.GRAPH_ROWS, rows)),
+                mock.patch.object(row_pass, "MAX_ROWS", rows),
+            ):
+                backend.verifier.run(work)
+
+        ms = alternate_ms([partial(backend.verifier.run, work), at_once], repeats)
+    names = "today's passes", "one pass"
+    return [{"rows": rows, "in": x, "verify_ms": y} for x, y in zip(names, ms, strict=True)]
 
 
 def synchronize(device: Any) -> None:
@@ -683,6 +780,7 @@ PARTS: dict[str, Find] = {
     "iterations": iterations,
     "exact": exact,
     "draft_bits": draft_bits,
+    "formats": formats,
     "graphs": graphs,
     "texts": texts,
     "memory": memory,

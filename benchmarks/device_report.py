@@ -17,6 +17,8 @@ time for the parts begins. They run in this order, each in its own process:
   leaves running on the device counts towards the next phase that waits for it.
 - `exact`: the same in exact mode, or why that is refused.
 - on a GPU `draft_bits`: the real pair with drafters in 4 and 8 bits.
+- on a GPU `formats`: the real pair with its target in FP8 and in 4 bits, which transformers writes
+  here; or a line with what is missing, such as a package or the GPU's generation.
 - on a GPU `iterations`: a forward pass by nodes and context, an iteration by phase for 1, 8 and 32
   texts, by the host's clock and by the device's, and its longest kernels, with random weights in
   the shape of the largest Qwen3 model that fits the GPU and the folder of temporary files

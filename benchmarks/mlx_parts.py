@@ -158,9 +158,15 @@ def passes(mac: Mac, part: Part) -> None:
     """Measure the target's pass by nodes and committed positions."""
     backend = mac.load_model().backend
     part.add("pair", **describe(backend))
-    add_kernels(part, device_report(backend))
+    report = device_report(backend)
+    add_kernels(part, report)
     room = backend.max_positions - max(mac.args.sizes)
     for context in [x for x in mac.args.contexts if x <= room]:
+        needed = backend.state_nbytes(context + max(mac.args.sizes), drafts=False)
+        if report.free_bytes is not None and needed > report.free_bytes:
+            gib = f"{needed / GIB:.1f} GiB, and the models leave {report.free_bytes / GIB:.1f}"
+            part.note(f"passes after {context} positions were left out: their keys take {gib}")
+            continue
         for row in verify_rows(backend, [context], mac.args.sizes, mac.args.repeats):
             part.add("passes", **row)
         if mac.is_late:

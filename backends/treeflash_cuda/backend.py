@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import itertools
-import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -33,7 +32,14 @@ from treeflash_cuda.cache import KV_BITS
 from treeflash_cuda.cpu.decoder_target import CpuTarget
 from treeflash_cuda.cpu.default_dtype import InexactError, gpu_dtype, half_dtype
 from treeflash_cuda.cpu.low_bit_loading import UNPACKED_BITS, keeps_bits, products_refusal
-from treeflash_cuda.device import backend_name, choose_device, device_facts, device_name, prepare
+from treeflash_cuda.device import (
+    backend_name,
+    choose_device,
+    device_facts,
+    device_name,
+    one_of_each_kind,
+    prepare,
+)
 from treeflash_cuda.drafter import Drafter
 from treeflash_cuda.drafter_loading import Head, Model, load_packed_drafter
 from treeflash_cuda.exact import LINEARS
@@ -185,6 +191,9 @@ class CudaBackend(BaseBackend):
         if self.target.threads is not None:
             facts["threads"] = self.target.threads.description
             return DeviceReport(facts=facts, weights_bytes=self.weights_bytes)
+        if self.target.spans is not None:
+            checked = one_of_each_kind(self.target.devices)
+            facts["kernels are checked on"] = ", ".join(map(str, checked))
         arenas = [self.target.arena, *([self.drafter_arena] if self.drafter_arena else [])]
         kernels: dict[str, dict[str, str]] = {}
         for size, operations in self._operations().items():
@@ -258,15 +267,6 @@ class CudaBackend(BaseBackend):
                     for noise in (None, Noise.from_positions(sampled)):
                         self.head.transitions(blocks, replace(TABLE, noise=noise))
             count //= 2
-
-    def memory_bytes(self) -> int:
-        if self.target.device.type == "cuda":
-            parts = {part for part, _ in self.target.spans or [(self.target.device, 0)]}
-            return sum(torch.cuda.max_memory_allocated(part) for part in parts)
-        import resource  # POSIX only, and only needed here
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
 
 
 def products_are_compiled(target: Target, model: Model | None, head: Head | None) -> bool:
@@ -342,10 +342,7 @@ def load_pair(target: Path, drafter: Path | None, config: LoadConfig) -> CudaBac
     if config.compile:
         for layer in model.layers:
             layer.compile()
-    backend = add_drafter(model, drafter, config, passed=passed)
-    if drafter is not None and model.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(model.device)  # loading and checking do not count
-    return backend
+    return add_drafter(model, drafter, config, passed=passed)
 
 
 EXAMINED_HEAD_DIMS = (64, 128, 256)

@@ -7,6 +7,7 @@ import platform
 import re
 import subprocess
 import warnings
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
@@ -247,6 +248,14 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return platform.processor() or platform.machine()
+
+
+def one_of_each_kind(devices: Sequence[torch.device]) -> list[torch.device]:
+    """Return the first device of each kind, by name: kernels run alike on all of a kind."""
+    kinds: dict[str, torch.device] = {}
+    for device in devices:
+        kinds.setdefault(device_name(device), device)
+    return list(kinds.values())
 
 
 def backend_name(device: torch.device) -> str:

@@ -97,7 +97,10 @@ def reserve_memory(
 
 
 def pass_nbytes(target: Target) -> int:
-    """Return the memory that a pass over the largest tree takes, bytes; 0 if it is not one pass."""
+    """Return the memory that a pass over the largest tree takes, bytes; 0 if it is not one pass.
+
+    The peak that PyTorch counts for the process begins anew.
+    """
     if target.operations is None or target.split or target.spans is not None:
         return 0
     torch.cuda.reset_peak_memory_stats(target.device)
@@ -113,7 +116,8 @@ def pass_nbytes(target: Target) -> int:
 def table_nbytes(head: Head | None, target: Target) -> int:
     """Return the memory that a head's tables of many sampled texts take, bytes; 0 without one.
 
-    A head that drafts depth by depth computes no more than a pass of the target.
+    A head that drafts depth by depth computes no more than a pass of the target. The peak that
+    PyTorch counts for the process begins anew.
     """
     if head is None or isinstance(head, MtpHead):
         return 0

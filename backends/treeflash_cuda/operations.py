@@ -286,6 +286,12 @@ class Operations:
         """Whether attention has its kernel; PyTorch's definition is for comparisons alone."""
         return "tree_attention" not in self.reasons
 
+    def without(self, reasons: Mapping[str, str]) -> Operations:
+        """Return operations that also run in PyTorch where there are other reasons, by name."""
+        added = {name: reason for name, reason in reasons.items() if name not in self.reasons}
+        functions: dict[str, Any] = {name: getattr(PYTORCH, name) for name in added}
+        return replace(self, **functions, reasons={**self.reasons, **added})
+
     def has_kernel(self, name: str) -> bool:
         """Return whether an operation is not PyTorch's."""
         return getattr(self, name) is not getattr(PYTORCH, name)

@@ -219,6 +219,11 @@ class Target(ABC):
         return int(self.embeddings.shape[0])
 
     @property
+    def devices(self) -> list[torch.device]:
+        """The devices of its layers, in their order."""
+        return [self.device] if self.spans is None else [device for device, _ in self.spans]
+
+    @property
     def groups(self) -> int:
         """Heads that share a key head."""
         heads: int = self.config.num_attention_heads

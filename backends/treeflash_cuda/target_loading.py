@@ -27,10 +27,20 @@ from treeflash_cuda.decoder.facts import DecoderFacts, decoder_facts
 from treeflash_cuda.decoder.plain_config import PlainConfig, target_config
 from treeflash_cuda.decoder.target import DecoderTarget
 from treeflash_cuda.decoder.weights import Checkpoint
-from treeflash_cuda.device import choose_device, device_facts, driver_version
+from treeflash_cuda.device import (
+    choose_device,
+    device_facts,
+    device_name,
+    driver_version,
+    one_of_each_kind,
+)
 from treeflash_cuda.gpu.decoder_target import GpuTarget, decoder_shapes
 from treeflash_cuda.gpu.kernels import CausalAttention, load_flash_attention
-from treeflash_cuda.gpu.parallel import process_count
+from treeflash_cuda.gpu.parallel import (
+    process_count,
+    reasons_everywhere,
+    succeeded_everywhere,
+)
 from treeflash_cuda.operations import Operations, Shapes, load_operations
 from treeflash_cuda.state import State
 from treeflash_cuda.target import Target, read_model_config, refuse_stateful
@@ -150,7 +160,7 @@ def own_layers(
         return "adapters are not merged into weights of few bits"
     dtype = dtype or config.dtype or checkpoint.dtype
     shapes = decoder_shapes(facts, quantised=settings.kv_bits is not None)
-    operations = load_target_operations(shapes, device, dtype)
+    operations = load_target_operations(shapes, [device], dtype)
     if operations is not None:
         reasons = {
             "kernels of other libraries multiply its few bits": checkpoint.low_bits is not None,
@@ -210,20 +220,38 @@ def choose_passes(target: Any) -> None:
 
 
 def add_kernels(target: ModelTarget) -> None:
-    """Let a target use the kernels of its devices for prompts and trees."""
+    """Let a target use the kernels that all its devices run, and under `torchrun` all ranks.
+
+    A rank with another kernel would run other passes than the rest, which wait for each other.
+    """
     shapes = target_shapes(target)
-    target.operations = load_target_operations(shapes, target.device, target.dtype)
-    if target.operations is not None:
+    operations = load_target_operations(shapes, target.devices, target.dtype)
+    attend = load_prompt_attention(target.devices, target.dtype, shapes)
+    if operations is not None:
         target.arena.page = PAGE
-    devices = [device for device, _ in target.spans or [(target.device, len(target.layers))]]
-    target.prompt_attention = load_prompt_attention(devices, target.dtype, shapes)
+        if target.split:
+            operations = operations.without(reasons_everywhere(operations.reasons))
+            if not succeeded_everywhere(attend is not None):
+                attend = None
+    target.operations, target.prompt_attention = operations, attend
 
 
 def load_target_operations(
-    shapes: Shapes, device: torch.device, dtype: torch.dtype
+    shapes: Shapes, devices: Sequence[torch.device], dtype: torch.dtype
 ) -> Operations | None:
-    """Load the target's operations on a GPU; None on a CPU."""
-    return load_kernels(shapes, device, dtype) if device.type == "cuda" else None
+    """Load the target's operations on GPUs; None on a CPU.
+
+    A kernel runs where it passes its check on a GPU of each kind.
+    """
+    if devices[0].type != "cuda":
+        return None
+    first, *others = one_of_each_kind(devices)
+    operations = load_kernels(shapes, first, dtype)
+    for device in others:
+        place = f"on {device}, {device_name(device)}, "
+        reasons = load_kernels(shapes, device, dtype, place).reasons
+        operations = operations.without({name: place + x for name, x in reasons.items()})
+    return operations
 
 
 def load_kernels(

@@ -172,9 +172,6 @@ class MlxBackend(BaseBackend):
             messages=metal_kernels.MESSAGES,
         )
 
-    def memory_bytes(self) -> int:
-        return mx.get_peak_memory()
-
 
 def load(target: Path, drafter: Path | None, config: LoadConfig) -> MlxBackend:
     """Load a pair as `Loader` describes.

@@ -6,7 +6,8 @@
 - `peak`: the most memory that was held until then, in MiB: after loading, and after each sequence.
   The first prompt is continued for `--max-tokens` tokens, ignoring stop tokens, again and again.
   Every sequence needs as much memory as the first, so the peak should stay where the first left it.
-  On a GPU this is the memory of tensors, on a CPU the memory of the process.
+  On a GPU this is the memory of tensors, with all that is set aside for keys and values; on a CPU
+  it is the memory of the process.
 """
 
 from __future__ import annotations
@@ -36,6 +37,22 @@ def parser() -> Parser:
     return options
 
 
+def peak_bytes(backend: Any) -> int:
+    """Return the most memory that this process has held on the devices of a pair."""
+    if backend.name == "mlx":
+        import mlx.core as mx
+
+        return int(mx.get_peak_memory())
+    if backend.name == "cuda":
+        import torch
+
+        return sum(torch.cuda.max_memory_allocated(x) for x in set(backend.target.devices))
+    import resource  # POSIX only, and only needed here
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
 @guarded
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, write."""
@@ -47,11 +64,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         {"tokens": length, "mib": backend.state_nbytes(length, drafts=drafts) / MIB}
         for length in args.lengths
     ]
-    peak: list[Row] = [{"after": "loading", "mib": backend.memory_bytes() / MIB}]
+    peak: list[Row] = [{"after": "loading", "mib": peak_bytes(backend) / MIB}]
     (ids,) = read_prompts(model.tokenizer, args.prompts, 1)
     for number in range(1, args.sequences + 1):
         model.generate(ids, max_tokens=args.max_tokens, stop_token_ids=())
-        peak.append({"after": f"sequence {number}", "mib": backend.memory_bytes() / MIB})
+        peak.append({"after": f"sequence {number}", "mib": peak_bytes(backend) / MIB})
     pair = describe(backend)
     show(f"memory of a sequence, {', '.join(pair.values())}", sequence)
     show("peak memory", peak)

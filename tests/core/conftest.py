@@ -112,9 +112,6 @@ class ScriptedBackend:
     def check_trees(self) -> None:
         pass
 
-    def memory_bytes(self) -> int:
-        return 0
-
     def run(self, work):
         return Pass([self.run_one(item) for item in work])
 

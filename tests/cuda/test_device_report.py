@@ -111,7 +111,6 @@ def test_passes_over_trees_are_measured_if_the_target_has_them(cuda, tmp_path, m
     write_target(tmp_path, "mistral", seed=1)
     backend = loading.load(tmp_path, None, LoadConfig(dtype="bfloat16"))
     assert memory.pass_nbytes(backend.target) == (3 if runs else 0)
-    assert backend.memory_bytes() == 5
 
 
 def test_a_kernel_that_fell_back_is_reported_with_its_reason():

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -15,8 +16,11 @@ from treeflash.config import METHODS
 from treeflash.decoding.tree import accept
 from treeflash.errors import ConfigError
 from treeflash.testing import require
+from treeflash.testing.models import write_target
 
 require("torch")
+
+from parts import load_with_parts
 
 
 @pytest.fixture
@@ -114,6 +118,7 @@ def test_iterations_have_rows_for_each_number_of_texts_beside_plain_decoding(run
     assert kinds == list(product((1, 8, 32), ("greedy", "sampled"), ("ar", "treeflash")))
     assert all(row["iteration_ms"] > 0 and row["break_even"] > 0 for row in rows)
     assert {row["nodes"] for row in part.tables["passes"]} == {1, 8, 16, 64}
+    assert [row["rows"] for row in part.tables["wide passes"]] == [768, 768]
 
 
 # Two seconds for a report; the other tests look at what it says.
@@ -264,8 +269,39 @@ def test_drafters_of_fewer_bits_are_measured_or_have_a_reason(run, gpu, monkeypa
 
     monkeypatch.setattr(gpu, "load_model", refuse)
     assert run("draft_bits").notes == [
-        f"a drafter in {bits} bits is refused: {bits} bits are too few" for bits in (4, 8)
+        f"drafter in {bits} bits is refused: {bits} bits are too few" for bits in (4, 8)
     ]
+
+
+def test_formats_of_the_target_are_measured_or_have_a_reason(run, gpu, judge, monkeypatch):
+    def write(target, folder, kind, settings):
+        if settings:
+            raise ImportError(f"{kind} needs bitsandbytes\nand more")
+        shutil.copytree(target, folder)
+
+    monkeypatch.setattr(judge, "write_quantised", write)
+    part = run("formats")
+    assert not part.problems
+    assert [row["method"] for row in part.tables["methods"]] == ["ar, FP8", "treeflash, FP8"]
+    assert part.notes == [
+        "4 bits of bitsandbytes cannot be had here: BitsAndBytesConfig needs bitsandbytes"
+    ]
+    monkeypatch.setattr(judge, "is_quantised", lambda _: True)
+    assert run("formats").notes == [
+        "formats was left out: the target's weights are quantised already"
+    ]
+
+
+def test_rows_beyond_the_largest_graph_are_measured_in_one_graph_too(judge, tmp_path, monkeypatch):
+    monkeypatch.setattr("treeflash_cuda.gpu.graphs.GRAPH_ROWS", (1, 4, 8))
+    monkeypatch.setattr("treeflash_cuda.gpu.row_pass.MAX_ROWS", 8)
+    monkeypatch.setattr(judge, "WIDE_NODES", 4)
+    write_target(tmp_path, "qwen3", seed=1)
+    backend = load_with_parts(monkeypatch, tmp_path)
+    rows = judge.wide_rows(backend, 1)
+    assert [(row["rows"], row["in"]) for row in rows] == [(12, "today's passes"), (12, "one pass")]
+    assert all(row["verify_ms"] > 0 for row in rows)
+    assert {shapes[0][0] for _, (_, shapes, _), _ in backend.target.graphs.keys} >= {4, 8, 12}
 
 
 def test_every_part_is_in_the_report(

@@ -24,12 +24,13 @@ from treeflash.testing.models import write_pair, write_target
 require("torch")
 
 import torch
-from treeflash_cuda import verifier
+from treeflash_cuda import target_loading, verifier
 from treeflash_cuda.backend import CudaBackend, check_config, load
 from treeflash_cuda.cache import KVCache
 from treeflash_cuda.gpu import parallel
 from treeflash_cuda.gpu.graphs import Graphs
 from treeflash_cuda.hf.model_target import ModelTarget, load_model
+from treeflash_cuda.operations import Operations
 from treeflash_cuda.state import State
 from treeflash_cuda.target import read_model_config
 from treeflash_cuda.verifier import Verifier
@@ -303,6 +304,28 @@ def test_graphs_are_dropped_before_the_communicator_ends(monkeypatch, rank):
     else:
         parallel.follow(Split())
     assert left == [0]
+
+
+@pytest.mark.parametrize("attends", [True, False])
+def test_kernels_that_a_rank_refuses_run_on_no_rank(monkeypatch, tmp_path, attends):
+    """Ranks that run other kernels would wait for each other."""
+
+    def gather(found, mine):
+        found[:] = [mine, {"gated": "ptxas is missing"} if isinstance(mine, dict) else attends]
+
+    monkeypatch.setattr(parallel.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(parallel.dist, "all_gather_object", gather)
+    write_target(tmp_path, "llama", seed=3)
+    target = load(tmp_path, None, LoadConfig(device="cpu", dtype="float32")).target
+    kernels = Operations(rms_norm=print, gated=print)
+    monkeypatch.setattr(target_loading, "load_target_operations", lambda *_: kernels)
+    monkeypatch.setattr(target_loading, "load_prompt_attention", lambda *_: print)
+    target.split = True
+    target_loading.add_kernels(target)
+    assert target.operations.has_kernel("rms_norm")
+    assert not target.operations.has_kernel("gated")
+    assert target.operations.reasons == {"gated": "on rank 1, ptxas is missing"}
+    assert (target.prompt_attention is not None) == attends
 
 
 PLACES = {"sampling": (verifier, "sample"), "commit": (Verifier, "commit_paths")}

@@ -24,6 +24,7 @@ from treeflash_cuda import target_loading
 from treeflash_cuda.backend import load
 from treeflash_cuda.cache import Arena
 from treeflash_cuda.hf.model_target import follow_devices
+from treeflash_cuda.operations import Operations
 
 CPU = torch.device("cpu")
 
@@ -63,6 +64,28 @@ def test_keys_and_values_in_parts_are_those_in_one(pair, bits, monkeypatch):
     assert [len(part) for part in target.arena.slabs[0].parts] == [1, 2, 1]
     assert tokens == expected[0]
     np.testing.assert_array_equal(kv_cache, expected[1])
+
+
+def test_a_kernel_runs_where_a_gpu_of_each_kind_passes_its_check(monkeypatch):
+    gpus, checked = [torch.device("cuda", n) for n in range(4)], []
+    names = dict(zip(gpus, ["A100", "L4", "A100", "L4"], strict=True))
+    monkeypatch.setattr(torch.cuda, "get_device_name", names.get)
+
+    def load(shapes, device, dtype):
+        checked.append(device)
+        reasons = {} if names[device] == "A100" else {"gated": "ptxas is missing"}
+        return Operations(rms_norm=triton, gated=triton).without(reasons)
+
+    def triton(*_):
+        raise NotImplementedError
+
+    monkeypatch.setattr(target_loading, "load_operations", load)
+    with pytest.warns(UserWarning, match="on cuda:1, L4, gated runs in PyTorch: ptxas is missing"):
+        found = target_loading.load_target_operations(None, gpus, torch.bfloat16)
+    assert checked == gpus[:2]
+    assert found.rms_norm is triton
+    assert found.gated is Operations().gated
+    assert found.reasons == {"gated": "on cuda:1, L4, ptxas is missing"}
 
 
 @pytest.fixture

@@ -174,9 +174,6 @@ class FakeBackend:
     def check_trees(self) -> None:
         pass
 
-    def memory_bytes(self) -> int:
-        return 0
-
 
 def scripted(script: Sequence[int], *, right: int = 5, max_positions: int = 1000) -> FakeBackend:
     """A target that continues every sequence with the script, and a drafter that knows it.

@@ -68,6 +68,19 @@ def test_the_target_is_measured(module, mac, monkeypatch):
     assert all(row["tokens_per_s"] > 0 for row in part.tables["methods"])
 
 
+def test_passes_whose_keys_have_no_room_are_left_out(module, mac, monkeypatch):
+    parts, part = module("mlx_parts"), module("report").Part("passes")
+    backend = mac.load_model().backend
+    free = backend.state_nbytes(200, drafts=False)
+    monkeypatch.setattr(parts, "device_report", lambda _: DeviceReport(reserved_bytes=free))
+    monkeypatch.setattr(parts, "verify_rows", lambda _, contexts, *__: [{"context": contexts[0]}])
+    mac.args.contexts = [100, 400]
+    parts.passes(mac, part)
+    assert part.tables["passes"] == [{"context": 100}]
+    (note,) = part.notes
+    assert note.startswith("passes after 400 positions were left out: their keys take 0.0 GiB, and")
+
+
 # Every part of the report, in which most is what the next tests measure.
 @pytest.mark.nightly
 def test_a_report_goes_on_after_a_part_that_fails(

@@ -221,11 +221,6 @@ def test_dflash_drafter_has_no_head(tmp_path):
     assert load(tmp_path / "t", tmp_path / "d", LoadConfig()).head is None
 
 
-def test_peak_memory_is_reported(pair):
-    backend = load(*pair, LoadConfig())
-    assert backend.memory_bytes() >= mx.get_active_memory() > 0
-
-
 @pytest.mark.parametrize("on_gpu", [True, False])
 def test_a_gpu_begins_a_draft_before_its_table_is_built(pair, see_device, monkeypatch, on_gpu):
     """A CPU would compute while it should build the rest."""

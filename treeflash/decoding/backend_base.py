@@ -504,8 +504,8 @@ def check_settings(
 class BaseBackend:
     """The members of a `Backend` that follow from its target and its drafter.
 
-    A backend adds `name`, `device`, `device_name`, `verifier`, `drafter`, `open` and
-    `memory_bytes`. If its KV caches have more columns than positions, it also defines `columns`.
+    A backend adds `name`, `device`, `device_name`, `verifier`, `drafter` and `open`. If its KV
+    caches have more columns than positions, it also defines `columns`.
 
     Attributes:
         target: has `dtype`, `vocab_size`, `max_positions`, `column_nbytes` (keys and values of one

@@ -392,12 +392,6 @@ class Backend(Protocol):
         UnsupportedModelError if the target does not run them; plain decoding still works.
         """
 
-    def memory_bytes(self) -> int:
-        """Return the most memory that the device has held for this process, bytes; 0 if unknown.
-
-        What is set aside for keys and values counts whole.
-        """
-
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceReport:

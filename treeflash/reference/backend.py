@@ -50,9 +50,6 @@ class ReferenceBackend(BaseBackend):
     def open(self, capacity: int, *, drafts: bool) -> State:
         return State(self.target, self.drafter_model if drafts else None, capacity)
 
-    def memory_bytes(self) -> int:
-        return 0
-
 
 def load(target: Path, drafter: Path | None, config: LoadConfig) -> ReferenceBackend:
     check_config(config)

@@ -6,7 +6,8 @@ They keep the same committed positions, but sample nothing. They need to know wh
 positions no earlier than the next pass, whose message tells it: an iteration has one broadcast.
 
 A forward pass has collective calls, and a call of one rank without the others ends in a deadlock.
-So all ranks have equal slabs, each of which has its own passes, and the same CUDA graphs: they
+So all ranks have equal slabs, each of which has its own passes, the same kernels, which a rank that
+refuses one takes from all, and the same CUDA graphs: they
 capture the same calls in the same order, keep equally many graphs, and drop a graph that one of
 them cannot capture. The kernels of NCCL are parts of these graphs.
 """
@@ -17,7 +18,7 @@ import itertools
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -92,6 +93,20 @@ def succeeded_everywhere(succeeded: bool) -> bool:
     found = [False] * dist.get_world_size()
     dist.all_gather_object(found, succeeded)
     return all(found)
+
+
+def reasons_everywhere(reasons: Mapping[str, str]) -> dict[str, str]:
+    """Return the reasons of all ranks, by name, the first rank's where several have one.
+
+    All ranks call it.
+    """
+    found: list[Mapping[str, str]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(found, reasons)
+    joined: dict[str, str] = {}
+    for rank, those in enumerate(found):
+        for name, reason in those.items():
+            joined.setdefault(name, f"on rank {rank}, {reason}")
+    return joined
 
 
 _numbers = itertools.count()

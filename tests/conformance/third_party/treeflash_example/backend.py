@@ -32,9 +32,6 @@ class ExampleBackend:
     def check_trees(self):
         check_trees(self)
 
-    def memory_bytes(self):
-        return 0
-
 
 def check_config(config):
     check_settings(config, "example")
