@@ -35,7 +35,8 @@ class TestSources:
         path = tmp_path / "a.png"
         path.write_bytes(PNG)
         url = f"data:image/png;base64,{base64.b64encode(PNG).decode()}"
-        for source in (path, str(path), PNG, url, Image.open(path), data_url(path)):
+        in_lines = f"data:image/png;base64,{base64.encodebytes(PNG).decode()}"
+        for source in (path, str(path), PNG, url, in_lines, Image.open(path), data_url(path)):
             assert np.array_equal(read_image(source), PIXELS)
 
     @pytest.mark.parametrize("format", ["WEBP", "GIF", "JPEG"])
