@@ -171,7 +171,7 @@ def _weight(
     if all(np.array_equal(x.astype(np.float32), y) for x, y in zip(halves, parts, strict=True)):
         stored = [*halves]
     scales, *lows = (part.repeat(repeats, 1) for part in stored)
-    return LowBitWeight(numbers, scales, lows[0] if lows else None, bits, order)
+    return LowBitWeight(numbers, scales, lows[0] if lows else None, bits, order=order)
 
 
 class _Ordered(NamedTuple):

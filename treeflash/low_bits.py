@@ -6,6 +6,9 @@ with a scale, or two, of 16 numbers each, and perhaps with a least number:
     weight = number * scale + least      without a sign: 0 to 15, 31, 63 or 255
     weight = (number - half) * scale     with a sign: half is 8, 16, 32 or 128
 
+Some types have scales and least numbers of 8 bits: 256 numbers of a row share a float16 factor of
+their scales, and one of their least numbers. The products are exact in float32.
+
 No weight changes: a `LowBitWeight` has bit for bit the values that the package gguf dequantises.
 The entries of IQ4's table are stored in 8 bits.
 
@@ -18,7 +21,7 @@ of four lines, the first one's lowest. The last block is filled up with zeros.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
@@ -33,16 +36,24 @@ BLOCK = 16
 """Rows of a block."""
 LINE = 4
 """Numbers of a row in a line."""
-BYTES = 256
-"""Numbers of a block of llama.cpp's K types."""
+SHARING = 256
+"""Numbers of a row that share factors: a block of llama.cpp's K types."""
 METHOD = "treeflash"
 """The `quant_method` of folders with packed weights."""
 IQ4_TABLE = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
 Numbers: TypeAlias = NDArray[np.uint8]
-Scales: TypeAlias = NDArray[np.floating[Any]]
-Parts: TypeAlias = tuple[Numbers, Scales, Scales | None]
-"""Numbers, scales and least numbers of the blocks of a type, each in the order of the weights."""
+Scales: TypeAlias = NDArray[np.floating[Any]] | NDArray[np.int8]
+Factors: TypeAlias = NDArray[np.float16]
+
+
+class Parts(NamedTuple):
+    """What the (n, bytes) blocks of a type hold, each in the order of the weights."""
+
+    numbers: Numbers
+    scales: Scales
+    least: Scales | None = None
+    factors: Factors | None = None  # (n, 1 or 2): the factor of scales, and of least numbers
 
 
 class LowBitFormat(NamedTuple):
@@ -51,7 +62,7 @@ class LowBitFormat(NamedTuple):
     bits: int  # bits of a stored number: 4, 5, 6 or 8
     scales: int  # scales of a group: 1 or 2
     has_least: bool  # whether a group has a least number; otherwise numbers have a sign
-    wide: bool  # whether scales and least numbers are float32, not float16
+    scale_dtype: str  # type of scales and least numbers: float16, float32 or int8
 
     @property
     def half(self) -> int:
@@ -64,9 +75,9 @@ class LowBitFormat(NamedTuple):
         return self.bits
 
     @property
-    def scale_dtype(self) -> str:
-        """The data type of scales and least numbers."""
-        return "float32" if self.wide else "float16"
+    def factors(self) -> int:
+        """How many factors `SHARING` numbers share."""
+        return 1 + self.has_least if self.scale_dtype == "int8" else 0
 
 
 class PackedWeight(NamedTuple):
@@ -75,16 +86,19 @@ class PackedWeight(NamedTuple):
     numbers: Numbers  # (blocks, groups, lines, 16 * 4)
     scales: Scales  # (blocks, groups * scales of a group, 16)
     least: Scales | None  # (blocks, groups, 16)
-    order: NDArray[np.int64] | None = None  # see `LowBitWeight`
+    factors: Factors | None  # (blocks, size / 256 * factors of 256 numbers, 16)
+    order: NDArray[np.int64] | None  # see `LowBitWeight`
 
 
 class LowBitWeight(NamedTuple):
     """The (rows, size) weight of a linear layer."""
 
     numbers: Numbers  # (rows, size) as they are stored
-    scales: Scales  # (rows, groups * scales of a group) float16 or float32
+    scales: Scales  # (rows, groups * scales of a group)
     least: Scales | None  # (rows, groups); None if numbers have a sign
     bits: int
+    # (rows, size / 256 * factors of 256 numbers); None unless scales are int8.
+    factors: Factors | None = None
     # (size,) the input that each number of a row multiplies; None if they are in order.
     order: NDArray[np.int64] | None = None
 
@@ -92,19 +106,26 @@ class LowBitWeight(NamedTuple):
     def format(self) -> LowBitFormat:
         """What a kernel has to know of it."""
         scales = self.scales.shape[1] * GROUP // self.numbers.shape[1]
-        wide = self.scales.dtype == np.float32
-        return LowBitFormat(self.bits, scales, self.least is not None, wide)
+        return LowBitFormat(self.bits, scales, self.least is not None, self.scales.dtype.name)
 
     def dequantised(self) -> NDArray[np.float32]:
         """Return the weight in float32."""
         rows, size = self.numbers.shape
-        scales = self.scales.astype(np.float32)[..., None]
         numbers = self.numbers.astype(np.float32).reshape(*self.scales.shape, -1)
+        scales = self._widened(self.scales, 0)[..., None]
         values: NDArray[np.float32] = (numbers - np.float32(self.format.half)) * scales
         if self.least is not None:
-            values += self.least.astype(np.float32)[..., None]
+            values += self._widened(self.least, 1)[..., None]
         values = values.reshape(rows, size)
         return values if self.order is None else values[:, np.argsort(self.order)]
+
+    def _widened(self, stored: Scales, factor: int) -> NDArray[np.float32]:
+        """Return scales, or least numbers, times one of the factors that they share."""
+        values = stored.astype(np.float32)
+        if self.factors is None:
+            return values
+        shared = self.factors[:, factor :: self.format.factors].astype(np.float32)
+        return values * shared.repeat(values.shape[1] // shared.shape[1], 1)
 
     def pack(self) -> PackedWeight:
         """Return the weight in the order of blocks, groups and lines."""
@@ -121,8 +142,11 @@ class LowBitWeight(NamedTuple):
                 parts.append(np.bitwise_or.reduce(upper << places[:, None, None], 3))
             lines = np.concatenate(parts, 2)
         packed = np.ascontiguousarray(lines).reshape(*lines.shape[:3], BLOCK * LINE)
-        least = None if self.least is None else _by_block(self.least, missing)
-        return PackedWeight(packed, _by_block(self.scales, missing), least, self.order)
+        others: list[Any] = [
+            None if x is None else _by_block(x, missing)
+            for x in (self.scales, self.least, self.factors)
+        ]
+        return PackedWeight._make([packed, *others, self.order])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +175,8 @@ class StoredWeight:
         }
         if kind.has_least:
             found["least"] = kind.scale_dtype, (blocks, groups, BLOCK)
+        if kind.factors:
+            found["factors"] = "float16", (blocks, size // SHARING * kind.factors, BLOCK)
         return found
 
     def document(self) -> dict[str, Any]:
@@ -181,9 +207,13 @@ def join(weights: list[LowBitWeight]) -> LowBitWeight | None:
     kinds = {(x.format, None if x.order is None else x.order.tobytes()) for x in weights}
     if len(kinds) > 1:
         return None
-    numbers, scales, least, bits, orders = zip(*weights, strict=True)
-    lows = None if least[0] is None else np.concatenate(least)
-    return LowBitWeight(np.concatenate(numbers), np.concatenate(scales), lows, bits[0], orders[0])
+    numbers, scales, least, bits, factors, orders = zip(*weights, strict=True)
+
+    def whole(parts: Sequence[Any]) -> Any:
+        return None if parts[0] is None else np.concatenate(parts)
+
+    joined = whole(numbers), whole(scales), whole(least)
+    return LowBitWeight(*joined, bits[0], whole(factors), orders[0])
 
 
 def low_bits(
@@ -195,13 +225,10 @@ def low_bits(
         return None
     bits, read = TYPES[kind]
     _, nbytes = GGML_QUANT_SIZES[kind]
-    numbers, scales, least = read(np.asarray(data).reshape(-1, nbytes))
-    return LowBitWeight(
-        numbers.reshape(shape),
-        scales.reshape(rows, -1),
-        None if least is None else least.reshape(rows, -1),
-        bits,
-    )
+    found = read(np.asarray(data).reshape(-1, nbytes))
+    parts: list[Any] = [None if x is None else x.reshape(rows, -1) for x in found]
+    numbers, scales, least, factors = parts
+    return LowBitWeight(numbers, scales, least, bits, factors)
 
 
 def round_weight(weight: NDArray[np.float32], bits: int) -> LowBitWeight:
@@ -212,7 +239,7 @@ def round_weight(weight: NDArray[np.float32], bits: int) -> LowBitWeight:
     return rounded
 
 
-def _by_block(scales: Scales, missing: int) -> Scales:
+def _by_block(scales: NDArray[Any], missing: int) -> NDArray[Any]:
     """Return (blocks, scales of a row, 16) from (rows, scales of a row)."""
     filled = np.pad(scales, ((0, missing), (0, 0)))
     return np.ascontiguousarray(filled.reshape(-1, BLOCK, scales.shape[1]).transpose(0, 2, 1))
@@ -234,44 +261,36 @@ def _halves(codes: Numbers) -> Numbers:
 def _q4(blocks: Numbers, has_least: bool) -> Parts:
     first = 4 if has_least else 2
     least = _float16(blocks, 2) if has_least else None
-    return _halves(blocks[:, first:]), _float16(blocks, 0), least
+    return Parts(_halves(blocks[:, first:]), _float16(blocks, 0), least)
 
 
 def _q5(blocks: Numbers, has_least: bool) -> Parts:
     first = 4 if has_least else 2
     high = np.unpackbits(blocks[:, first : first + 4], axis=1, bitorder="little")
     numbers = _halves(blocks[:, first + 4 :]) | high << np.uint8(4)
-    if has_least:
-        return numbers, _float16(blocks, 0), _float16(blocks, 2)
-    return numbers, _float16(blocks, 0), None
+    least = _float16(blocks, 2) if has_least else None
+    return Parts(numbers, _float16(blocks, 0), least)
 
 
 def _q8(blocks: Numbers) -> Parts:
-    return blocks[:, 2:] ^ np.uint8(128), _float16(blocks, 0), None
-
-
-def _k_scales(blocks: Numbers) -> tuple[Scales, Scales]:
-    """Return the (n, 8) scales and least numbers of Q4_K and Q5_K, which have 6 bits each."""
-    low, middle, high = (blocks[:, first : first + 4] for first in (4, 8, 12))
-    scales = np.concatenate([low & 63, (high & 15) | (low >> 2 & 48)], 1)
-    least = np.concatenate([middle & 63, (high >> 4) | (middle >> 2 & 48)], 1)
-    whole, lowest = (_float16(blocks, first).astype(np.float32) for first in (0, 2))
-    return whole * scales, -(lowest * least)
-
-
-def _k_numbers(blocks: Numbers) -> Numbers:
-    """Return the (n, 8, 32) lower 4 bits of Q4_K and Q5_K, at the end of a block."""
-    codes = blocks[:, -BYTES // 2 :].reshape(-1, 4, GROUP)
-    return np.stack([codes & 15, codes >> 4], 2).reshape(-1, 8, GROUP)
+    return Parts(blocks[:, 2:] ^ np.uint8(128), _float16(blocks, 0))
 
 
 def _q4_k(blocks: Numbers) -> Parts:
-    return _k_numbers(blocks), *_k_scales(blocks)
+    """Read what Q5_K has, too: 6 bits of scales and least numbers, and the lower 4 of numbers."""
+    low, middle, high = (blocks[:, first : first + 4] for first in (4, 8, 12))
+    scales = np.concatenate([low & 63, (high & 15) | (low >> 2 & 48)], 1)
+    least = np.concatenate([middle & 63, (high >> 4) | (middle >> 2 & 48)], 1)
+    factors = np.concatenate([_float16(blocks, 0), -_float16(blocks, 2)], 1)
+    codes = blocks[:, -SHARING // 2 :].reshape(-1, 4, GROUP)
+    numbers = np.stack([codes & 15, codes >> 4], 2).reshape(-1, 8, GROUP)
+    return Parts(numbers, scales.view(np.int8), least.view(np.int8), factors)
 
 
 def _q5_k(blocks: Numbers) -> Parts:
     high = np.stack([blocks[:, 16:48] >> bit & 1 for bit in range(8)], 1)
-    return _k_numbers(blocks) | high << np.uint8(4), *_k_scales(blocks)
+    lower = _q4_k(blocks)
+    return lower._replace(numbers=lower.numbers | high << np.uint8(4))
 
 
 def _q6_k(blocks: Numbers) -> Parts:
@@ -280,9 +299,8 @@ def _q6_k(blocks: Numbers) -> Parts:
         (low[:, :, part % 2] >> 4 * (part // 2) & 15) | (high >> 2 * part & 3) << 4
         for part in range(4)
     ]
-    factors = np.ascontiguousarray(blocks[:, 192:208]).view(np.int8)
-    scales = _float16(blocks, 208).astype(np.float32) * factors
-    return np.stack(quarters, 2), scales, None
+    scales = blocks[:, 192:208].view(np.int8)
+    return Parts(np.stack(quarters, 2), scales, factors=_float16(blocks, 208))
 
 
 def _from_table(codes: Numbers) -> Numbers:
@@ -291,15 +309,15 @@ def _from_table(codes: Numbers) -> Numbers:
 
 
 def _iq4_nl(blocks: Numbers) -> Parts:
-    return _from_table(_halves(blocks[:, 2:])), _float16(blocks, 0), None
+    return Parts(_from_table(_halves(blocks[:, 2:])), _float16(blocks, 0))
 
 
 def _iq4_xs(blocks: Numbers) -> Parts:
     high = np.ascontiguousarray(blocks[:, 2:4]).view("<u2") >> np.arange(0, 16, 2)
     low = np.stack([blocks[:, 4:8] & 15, blocks[:, 4:8] >> 4], 2).reshape(-1, 8)
-    factors = (low | (high & 3) << 4).astype(np.int8) - np.int8(32)
-    scales = _float16(blocks, 0).astype(np.float32) * factors
-    return _from_table(_halves(blocks[:, 8:].reshape(-1, 8, 16))), scales, None
+    scales = (low | (high & 3) << 4).astype(np.int8) - np.int8(32)
+    numbers = _from_table(_halves(blocks[:, 8:].reshape(-1, 8, 16)))
+    return Parts(numbers, scales, factors=_float16(blocks, 0))
 
 
 _Type = GGMLQuantizationType

@@ -37,6 +37,7 @@ class LowBitLinear(nn.Module):
     numbers: Tensor
     scales: Tensor
     least: Tensor | None
+    factors: Tensor | None
     order: Tensor | None  # see `LowBitWeight`
     bias: Tensor | None
 
@@ -44,11 +45,12 @@ class LowBitLinear(nn.Module):
         super().__init__()
         self.stored, self.dtype = stored, dtype
         self.shape = stored.shape  # (out, in)
-        for name, (kind, shape) in stored.tensors.items():
-            self._keep(name, torch.empty(shape, dtype=getattr(torch, kind)))
-        if not stored.format.has_least:
-            self.least = None
-        self._keep("order", None)
+        tensors = {
+            name: torch.empty(shape, dtype=getattr(torch, kind))
+            for name, (kind, shape) in stored.tensors.items()
+        }
+        for name in PackedWeight._fields:
+            self._keep(name, tensors.get(name))
         self._keep("bias", torch.empty(self.shape[0], dtype=dtype) if stored.bias else None)
         # Multiplies float32 and bfloat16 rows, when the first product has asked for it.
         self._product: Callable[[Tensor], Tensor] | None = None
@@ -108,9 +110,9 @@ class LowBitLinear(nn.Module):
         """What a kernel reads."""
         from treeflash_cuda.cpu.low_bit_kernels import Operands
 
-        least, bias = (None if x is None else x.data_ptr() for x in (self.least, self._filled_bias))
-        numbers, scales = self.numbers.data_ptr(), self.scales.data_ptr()
-        return Operands(numbers, scales, least, bias, self.numbers.shape[0])
+        read = self.numbers, self.scales, self.least, self.factors, self._filled_bias
+        addresses = (0 if x is None else x.data_ptr() for x in read)
+        return Operands._make([*addresses, self.numbers.shape[0]])
 
     @cached_property
     def _filled_bias(self) -> Tensor | None:
@@ -134,15 +136,23 @@ class LowBitLinear(nn.Module):
                 places = torch.arange(0, 8, 8 // shared, dtype=torch.uint8)[:, None]
                 fields = upper[:, :, :, None] >> places & (1 << (8 // shared)) - 1
                 numbers = numbers | fields.flatten(2, 3) << 4
-        scales = self.scales[block, :, row].float()
+        scales = self._scales_of(self.scales, 0, block, row)
         values = numbers.reshape(*scales.shape, GROUP // kind.scales).float()
         values = (values - kind.half if kind.half else values).mul_(scales[..., None])
         if self.least is not None:
-            values += self.least[block, :, row].float()[..., None]
+            values += self._scales_of(self.least, 1, block, row)[..., None]
         values = values.view(len(flat), self.shape[1])
         if self.order is not None:
             values = values[:, self.order.argsort()]
         return values.view(*ids.shape, self.shape[1]).to(self.dtype)
+
+    def _scales_of(self, stored: Tensor, factor: int, block: Tensor, row: Tensor) -> Tensor:
+        """Return the scales, or least numbers, of rows of blocks, times one of their factors."""
+        values = stored[block, :, row].float()
+        if self.factors is None:
+            return values
+        shared = self.factors[block, factor :: self.stored.format.factors, row].float()
+        return values * shared.repeat_interleave(values.shape[1] // shared.shape[1], 1)
 
     @torch.no_grad()
     def select(self, ids: Tensor) -> LowBitLinear:

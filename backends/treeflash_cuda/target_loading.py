@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import warnings
 from collections.abc import Iterator, Sequence
@@ -81,6 +82,8 @@ def load_target(
             model.make_exact(passed or PassedChecks())
     if not isinstance(model, DecoderTarget):
         choose_passes(model)
+        if pack and model.operations is not None:
+            fuse_parts(model)
     return model
 
 
@@ -167,6 +170,19 @@ def own_layers(
         if reason := next((reason for reason, applies in reasons.items() if applies), None):
             return reason
     return OwnLayers(checkpoint, facts, dtype, operations)
+
+
+def fuse_parts(target: Any) -> None:
+    """Let parts of the layers of a `ModelTarget` call its operations."""
+    from treeflash_cuda.hf.experts import fuse_experts
+    from treeflash_cuda.hf.fused_layers import fuse_layers, fuse_residuals, fuse_rotation
+    from treeflash_cuda.hf.model_target import CHECKED_TOKENS
+
+    model, run = target.model, functools.partial(run_tree, target, CHECKED_TOKENS)
+    fuse_layers(model, target.operations, target.dtype)
+    fuse_experts(model, target.operations, target.dtype)
+    fuse_rotation(model, run)
+    fuse_residuals(target.layers, getattr(model.get_decoder(), "norm", None), run)
 
 
 @torch.inference_mode()
@@ -269,6 +285,8 @@ def target_shapes(target: Target) -> Shapes:
     quantised = target.arena.dtype is not None
     if isinstance(target, DecoderTarget):
         return decoder_shapes(target.facts, quantised=quantised)
+    from treeflash_cuda.hf.experts import has_experts
+
     config = target.config
     heads, hidden_size = config.num_attention_heads, config.hidden_size
     arena = target.state_arena
@@ -280,7 +298,7 @@ def target_shapes(target: Target) -> Shapes:
         softcap=target.softcap,
         sinks=target.has_sinks,
         quantised=quantised,
-        has_own_layers=False,
+        experts=has_experts(target.model),
         recurrent=() if arena is None else arena.matrix_shapes,
         convolutions=() if arena is None else arena.tail_shapes,
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import io
 import json
 import sys
@@ -199,13 +198,6 @@ def scripted(byte_tokenizer: Tokenizer) -> Callable[..., LanguageModel]:
         )
 
     return make
-
-
-@pytest.fixture(scope="module")
-def quick_collections() -> None:
-    """Spare the garbage collector what earlier tests left: a diagnosis calls it for each check."""
-    gc.collect()
-    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -36,15 +36,15 @@ def test_weights_are_bit_for_bit_the_ones_of_the_format(kind):
 
 
 def test_scales_take_two_bytes_where_that_changes_none():
-    def wide(name: str) -> bool:
+    def is_wide(name: str) -> bool:
         kind = KINDS[name]
         layer = kind.store(np.random.default_rng(1), ROWS, SIZE)
-        return read(configuration(kind), layer.tensors).format.wide
+        return read(configuration(kind), layer.tensors).format.scale_dtype == "float32"
 
-    assert not wide("GPTQ")
-    assert wide("GPTQ, zeros")  # scale times zero
-    assert not wide("MLX, 4 bits")
-    assert wide("W4A16")  # a row of tiny scales
+    assert not is_wide("GPTQ")
+    assert is_wide("GPTQ, zeros")  # scale times zero
+    assert not is_wide("MLX, 4 bits")
+    assert is_wide("W4A16")  # a row of tiny scales
 
 
 def test_layers_with_other_orders_of_inputs_are_not_joined():

@@ -5,12 +5,21 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from gguf import GGML_QUANT_SIZES
+from gguf import GGMLQuantizationType as Kind
 from gguf.quants import dequantize
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from treeflash.low_bits import GROUP, TYPES, LowBitWeight, join, low_bits, round_weight
+from treeflash.low_bits import (
+    GROUP,
+    TYPES,
+    LowBitWeight,
+    StoredWeight,
+    join,
+    low_bits,
+    round_weight,
+)
 
 ROWS = 3
 
@@ -74,6 +83,27 @@ def test_packed_numbers_lie_by_block_group_and_line(bits, rows):
         np.testing.assert_array_equal(packed.scales[block, :, column], scales[row])
         np.testing.assert_array_equal(packed.least[block, :, column], least[row])
     assert not packed.scales[-1, :, (rows - 1) % 16 + 1 :].any()
+
+
+BITS = {
+    **{Kind.Q4_0: 4.5, Kind.Q4_1: 5, Kind.Q4_K: 4.625, Kind.Q5_0: 5.5, Kind.Q5_1: 6},
+    **{Kind.Q5_K: 5.625, Kind.Q6_K: 6.5625, Kind.Q8_0: 8.5, Kind.IQ4_NL: 8.5},
+    **{Kind.IQ4_XS: 8.3125},
+}
+"""Bits of a weight in memory."""
+
+
+@pytest.mark.parametrize("kind", TYPES, ids=lambda kind: kind.name)
+def test_packed_weights_take_few_bits(kind):
+    """Of whole blocks and the factors that they share; `StoredWeight` says so without a weight."""
+    data = np.zeros((32, 2 * GGML_QUANT_SIZES[kind][1]), np.uint8)
+    shape = len(data), 2 * GGML_QUANT_SIZES[kind][0]
+    weight = low_bits(data, kind, shape)
+    packed = weight.pack()
+    found = {x: y for x, y in packed._asdict().items() if y is not None}
+    assert sum(x.nbytes for x in found.values()) * 8 == BITS[kind] * shape[0] * shape[1]
+    stored = StoredWeight(name="", format=weight.format, shape=shape)
+    assert stored.tensors == {name: (x.dtype.name, x.shape) for name, x in found.items()}
 
 
 def test_weights_of_one_format_are_joined():

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from treeflash.low_bits import GROUP, LowBitWeight, StoredWeight
+from treeflash.low_bits import GROUP, SHARING, LowBitWeight, StoredWeight
 from treeflash.testing import require
 
 require("torch")
@@ -31,15 +31,17 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 FORMATS = {
     "Q4_0": (4, 1, False, np.float16),
     "Q4_1": (4, 1, True, np.float16),
-    "Q4_K": (4, 1, True, np.float32),
+    "Q4_K": (4, 1, True, np.int8),
     "Q8_0": (8, 1, False, np.float16),
     "Q5_0": (5, 1, False, np.float16),
-    "Q5_K": (5, 1, True, np.float32),
-    "Q6_K": (6, 2, False, np.float32),
-    "MLX": (8, 1, True, np.float16),
-    "IQ4_XS": (8, 1, False, np.float32),
+    "Q5_K": (5, 1, True, np.int8),
+    "Q6_K": (6, 2, False, np.int8),
+    "MLX": (8, 1, True, np.float32),
+    "IQ4_XS": (8, 1, False, np.int8),
 }
 """Bits, scales of a group, whether it has a least number, and the scales' dtype."""
+SIZES = {name: SHARING if kind[-1] is np.int8 else GROUP for name, kind in FORMATS.items()}
+"""Least numbers of a row."""
 
 
 def isas() -> list[Isa]:
@@ -61,12 +63,21 @@ def quickly_compiled() -> list[Any]:
 def random_weight(name: str, rows: int, size: int) -> LowBitWeight:
     bits, scales, has_least, dtype = FORMATS[name]
     rng, groups = np.random.default_rng(rows + size), size // GROUP
-    return LowBitWeight(
+
+    def random(count: int) -> np.ndarray:
+        if dtype is np.int8:
+            return rng.integers(-128, 128, (rows, count), np.int8)
+        return rng.standard_normal((rows, count)).astype(dtype)
+
+    weight = LowBitWeight(
         rng.integers(0, 1 << bits, (rows, size), np.uint8),
-        rng.standard_normal((rows, groups * scales)).astype(dtype),
-        rng.standard_normal((rows, groups)).astype(dtype) if has_least else None,
+        random(groups * scales),
+        random(groups) if has_least else None,
         bits,
     )
+    count = size // SHARING * weight.format.factors
+    factors = rng.standard_normal((rows, count)).astype(np.float16)
+    return weight._replace(factors=factors) if count else weight
 
 
 def layer_of(weight: LowBitWeight, dtype=torch.float32, isa: Isa | None = None) -> LowBitLinear:
@@ -88,14 +99,22 @@ def reference(x: Tensor, weight: LowBitWeight) -> Tensor:
     numbers = torch.from_numpy(weight.numbers.astype(np.float64) - kind.half)
     numbers = numbers.view(n, -1, kind.scales, GROUP // kind.scales)
     q_parts = q.double().view(len(x), -1, kind.scales, GROUP // kind.scales)
-    scales = torch.from_numpy(weight.scales.astype(np.float32)).view(n, -1, kind.scales)
+
+    def float32(stored: np.ndarray, factor: int) -> Tensor:
+        values = torch.from_numpy(stored.astype(np.float32))
+        if weight.factors is None:
+            return values
+        factors = torch.from_numpy(weight.factors.astype(np.float32))[:, factor :: kind.factors]
+        return (values.view(n, factors.shape[1], -1) * factors[..., None]).view(n, -1)
+
+    scales = float32(weight.scales, 0).view(n, -1, kind.scales)
     y = torch.zeros(len(x), n)
     for group, part in itertools.product(range(size // GROUP), range(kind.scales)):
         sums = q_parts[:, group, part] @ numbers[:, group, part].T
         steps = scales[None, :, group, part] * d[:, group, None]
         y = (sums * steps.double() + y.double()).float()
         if weight.least is not None:
-            least = torch.from_numpy(weight.least.astype(np.float32))[None, :, group]
+            least = float32(weight.least, 1)[None, :, group]
             total = d[:, group, None] * q[:, group].sum(-1, keepdim=True)
             y = (least.double() * total.double() + y.double()).float()
     return y.to(x.dtype)
@@ -120,7 +139,7 @@ def reference(x: Tensor, weight: LowBitWeight) -> Tensor:
 def test_bits_are_those_of_the_rule(name, isa):
     """For every number of rows that a pass has, odd widths, and a last block with missing rows."""
     torch.manual_seed(0)
-    for rows, size in ((48, 96), (21, 32)):
+    for rows, size in ((48, 3 * SIZES[name]), (21, SIZES[name])):
         weight = random_weight(name, rows, size)
         layer = layer_of(weight, isa=isa)
         x = torch.randn(70, size) * torch.logspace(-3, 3, 70)[:, None]
@@ -180,22 +199,23 @@ def test_threads_and_strides_change_no_bit(threads):
 
 
 def test_no_rows_and_float16():
-    weight = random_weight("Q6_K", 32, 64)
-    layer, x = layer_of(weight, torch.float16), torch.randn(3, 64).half()
+    weight = random_weight("Q6_K", 32, SHARING)
+    layer, x = layer_of(weight, torch.float16), torch.randn(3, SHARING).half()
     assert layer(x[:0]).shape == (0, 32)
     assert torch.equal(layer(x), reference(x.float(), weight).half())
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_rows_and_dequantised_layers_have_the_weights(name):
-    weight = random_weight(name, 21, 96)
-    stored = StoredWeight(name=name, format=weight.format, shape=(21, 96))
+    size = 3 * SIZES[name]
+    weight = random_weight(name, 21, size)
+    stored = StoredWeight(name=name, format=weight.format, shape=(21, size))
     table = LowBitEmbedding.from_packed(stored, weight.pack(), None, torch.float32)
     expected = torch.from_numpy(weight.dequantised())
     ids = torch.tensor([[0, 20, 16], [15, 3, 3]])
     assert torch.equal(table(ids), expected[ids])
     assert torch.equal(table.rows(torch.arange(21)), expected)
-    x = torch.randn(2, 96)
+    x = torch.randn(2, size)
     products = reference(x, weight)
     assert torch.equal(table.output_head()(x), products)
     assert torch.equal(table.select(ids.flatten())(x), products[:, ids.flatten()])
@@ -219,7 +239,7 @@ def test_code_is_compiled_once_and_kept(tmp_path, monkeypatch):
     Kernel(ISAS[0] if ISAS[0] in isas() else GENERIC, kind)
     assert file.suffix == ".o"
     with pytest.raises(pytest.fail.Exception, match="compiled again"):
-        Kernel(GENERIC, kind._replace(wide=True))
+        Kernel(GENERIC, kind._replace(scale_dtype="float32"))
 
 
 # A kernel for no processor in particular takes seconds to compile.
@@ -235,7 +255,7 @@ PROGRAM = """
 #include <stdio.h>
 #include <stdlib.h>
 void low_bit_linear(void *, void *, void *, void *, void *, void *, void *, void *, void *, void *,
-                    int64_t, int64_t, int64_t, int64_t, int, int);
+                    void *, int64_t, int64_t, int64_t, int64_t, int, int);
 static void *part(void) {
   int64_t size;
   fread(&size, 8, 1, stdin);
@@ -246,9 +266,10 @@ static void *part(void) {
 int main(void) {
   int64_t *s = part(), blocks = s[3], numbers = s[0] * s[2] * 32;
   void *x = part(), *weight = part(), *scales = part(), *least = part();
+  void *factors = part();
   void *y = malloc(s[0] * s[1] * 4);
   void *q = malloc(numbers), *d = malloc(numbers);
-  low_bit_linear(x, weight, scales, least, 0, y, q, d, malloc(numbers), malloc(numbers),
+  low_bit_linear(x, weight, scales, least, factors, 0, y, q, d, malloc(numbers), malloc(numbers),
                  s[0], s[1], s[2], blocks, s[4], 1);
   fwrite(y, s[4] ? 4 : 2, s[0] * s[1], stdout);
 }
@@ -271,7 +292,8 @@ def test_bits_on_processors_that_this_machine_is_not(tmp_path, isa, name):
     if shutil.which(command[0]) is None:
         pytest.skip(f"{command[0]} is not installed")
     torch.manual_seed(0)
-    weight = random_weight(name, 48, 96)
+    size = 3 * SIZES[name]
+    weight = random_weight(name, 48, size)
     found = next(x for x in ISAS if x.name == isa)
     (tmp_path / "kernel.o").write_bytes(object_code(found, weight, f"{processor}-linux-gnu"))
     (tmp_path / "main.c").write_text(PROGRAM)
@@ -280,13 +302,13 @@ def test_bits_on_processors_that_this_machine_is_not(tmp_path, isa, name):
         [*compiler, "-O1", "-o", "program", "main.c", "kernel.o"], cwd=tmp_path, check=True
     )
     packed = weight.pack()
-    least = b"" if packed.least is None else packed.least.tobytes()
+    others = [b"" if x is None else x.tobytes() for x in (packed.least, packed.factors)]
     for rows, dtype in itertools.product((1, 2, 3, 8, 13), (torch.float32, torch.bfloat16)):
-        x = (torch.randn(rows, 96) * torch.logspace(-3, 3, rows)[:, None]).to(dtype)
+        x = (torch.randn(rows, size) * torch.logspace(-3, 3, rows)[:, None]).to(dtype)
         x[0, :GROUP] = 0
-        sizes = np.array([rows, 48, 3, 3, dtype == torch.float32])
+        sizes = np.array([rows, 48, size // GROUP, 3, dtype == torch.float32])
         stored = x.view(torch.uint8).numpy(), packed.numbers, packed.scales
-        parts = [sizes.tobytes(), *(part.tobytes() for part in stored), least]
+        parts = [sizes.tobytes(), *(part.tobytes() for part in stored), *others]
         given = b"".join(len(part).to_bytes(8, "little") + part for part in parts)
         run = subprocess.run(
             [*command, "program"], cwd=tmp_path, input=given, stdout=subprocess.PIPE, check=True

@@ -23,7 +23,7 @@ ollama = pytest.importorskip("ollama")
 
 HELLO = [{"role": "user", "content": "Hello."}]
 SHORT = {"num_predict": 12}
-FOUR_BITS = LowBitFormat(bits=4, scales=1, has_least=True, wide=False)
+FOUR_BITS = LowBitFormat(bits=4, scales=1, has_least=True, scale_dtype="float16")
 PACKED = {
     name: StoredWeight(name=kind, format=FOUR_BITS, shape=shape).document()
     for name, kind, shape in [

@@ -38,7 +38,7 @@ JOINED = {
 SLICE_NUMBERS = 1 << 24
 """Numbers of a weight that are converted at once: conversion takes seven bytes for each."""
 INPUT_TABLE = "model.embed_tokens"
-SAFETENSORS = {"uint8": ("U8", 1), "float16": ("F16", 2), "float32": ("F32", 4)}
+SAFETENSORS = {"uint8": ("U8", 1), "int8": ("I8", 1), "float16": ("F16", 2), "float32": ("F32", 4)}
 """Types, and bytes of a number, by NumPy's names."""
 
 

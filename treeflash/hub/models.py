@@ -58,7 +58,7 @@ HUB_ID = re.compile(r"(?:hf\.co/|huggingface\.co/)?(\w[\w.-]*(?:/\w[\w.-]*)?)(?:
 """A repository and perhaps a quantisation, as llama.cpp and Ollama write them."""
 CONVERTED = "gguf"
 """The folder of our cache with the folders that GGUF files were converted to."""
-CONVERSION = 3
+CONVERSION = 4
 """Counts changes of what files are converted to; older folders are not used."""
 PACKED = "packed"
 """Marks folders with weights that keep their bits, beside folders with bfloat16 weights."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import chain
 from typing import NamedTuple
 
@@ -25,7 +24,7 @@ from treeflash_cuda.cpu.kernel_attention import KernelAttention
 from treeflash_cuda.cpu.layer_code import FIELDS, UNITS
 from treeflash_cuda.cpu.layer_kernels import LayerKernels
 from treeflash_cuda.cpu.low_bit_code import ARGUMENTS
-from treeflash_cuda.cpu.low_bit_kernels import SCRATCH, SCRATCH_NBYTES, Operands, kernel
+from treeflash_cuda.cpu.low_bit_kernels import SCRATCH, Operands, kernel
 from treeflash_cuda.decoder.model import Decoder, DecoderLayer
 from treeflash_cuda.decoder.network import Network
 from treeflash_cuda.decoder.operations import Rotation
@@ -46,21 +45,13 @@ class Product(NamedTuple):
     column: int  # the first one
 
 
-@dataclass
-class Records:
-    """The calls of functions with the same arguments.
+class Records(NamedTuple):
+    """The calls of functions with the same arguments."""
 
-    Attributes:
-        values: their arguments; addresses in the memory of a pass begin with a column's bytes.
-        places: where their parts of that memory begin, in bytes for each row, by argument.
-        functions: the addresses of the functions of records.
-        numbers: their places in the list of all calls.
-    """
-
-    values: NDArray[np.void]
-    places: dict[str, NDArray[np.int64]]
-    functions: NDArray[np.int64]
-    numbers: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    values: NDArray[np.void]  # arguments; addresses in a pass's memory begin with a column's bytes
+    # Bytes of a row before the part of a pass's memory that an argument is in, by argument.
+    places: Mapping[str, NDArray[np.int64]]
+    numbers: NDArray[np.int64]  # places of the calls among all calls
 
     def of_pass(self, memory: int, rows: int) -> NDArray[np.void]:
         """Return the arguments of a pass over some rows, whose memory has this address."""
@@ -86,85 +77,79 @@ class LayerCalls:
             "gate_up": 2 * facts.intermediate_size,
             "active": facts.intermediate_size,
         }
-        nbytes = {name: width * self.dtype.itemsize for name, width in self.widths.items()}
+        parts = {name: width * self.dtype.itemsize for name, width in self.widths.items()}
+        parts |= {name: groups * nbytes for name, nbytes in SCRATCH.items()}
         self.starts, self.row_nbytes = dict[str, int](), 0
-        for name, count in (nbytes | {"scratch": groups * SCRATCH_NBYTES}).items():
+        for name, nbytes in parts.items():
             self.starts[name] = self.row_nbytes
-            self.row_nbytes += -(-count // ALIGNMENT) * ALIGNMENT
+            self.row_nbytes += -(-nbytes // ALIGNMENT) * ALIGNMENT
+        order = chain(*(_order(n, products, facts.activation) for n in range(facts.layers)))
+        self.order = np.array(list(order))  # the names of the functions that are called
+        self.calls = np.zeros((len(self.order), 2), np.int64)  # addresses: functions and records
         self.records: dict[str, Records] = {}
         self._add_norms(layers)
         self._add_attention(layers)
         self._add_products(list(chain(*products)))
-        order = chain(*(_order(n, products, facts.activation) for n in range(facts.layers)))
-        numbers: dict[str, list[int]] = {name: [] for name in self.records}
-        for number, name in enumerate(order):
-            numbers[name].append(number)
-        self.calls = np.zeros((sum(map(len, numbers.values())), 2), np.int64)
-        for name, found in self.records.items():
-            found.numbers = np.array(numbers[name])
-            self.calls[found.numbers, 0] = found.functions
         # The layers with each window, and with each rope.
         self.windows, self.ropes = _places(facts.windows), _places(facts.rotated)
 
-    def _add(self, name: str, count: int, parts: Mapping[str, Sequence[str]]) -> NDArray[np.void]:
-        """Add records, with the parts of a pass's memory that they read and write, by argument."""
-        fields = ARGUMENTS if name == PRODUCT else {**FIELDS[name], **UNITS}
-        function = 0 if name == PRODUCT else self.kernels.of_record(name)
-        values = np.zeros(count, record_type(fields))
+    def _add(
+        self,
+        name: str,
+        parts: Mapping[str, Sequence[str]],  # what a pass reads and writes, by argument
+        functions: Sequence[int] | None = None,  # addresses; None for the function of this name
+    ) -> NDArray[np.void]:
+        """Add the records of all calls with a name, and return them to be filled in."""
+        numbers = np.flatnonzero(self.order == name)
+        self.calls[numbers, 0] = functions or self.kernels.of_record(name)
+        fields = ARGUMENTS if functions else {**FIELDS[name], **UNITS}
+        values = np.zeros(len(numbers), record_type(fields))
         places = {
             argument: np.array([self.starts[part] for part in found])
             for argument, found in parts.items()
         }
-        self.records[name] = Records(values, places, np.full(count, function))
+        self.records[name] = Records(values, places, numbers)
         return values
 
     def _add_norms(self, layers: Sequence[DecoderLayer]) -> None:
         """Add the norms: of the first input, and then of each network's and the next input."""
-        weights = [x for layer in layers for x in (layer.input_norm, layer.network_norm)]
-        addresses = [weight.data_ptr() for weight in weights if weight is not None]
-        count = len(addresses) - 1
-        first = self._add("norm", 1, {"y": ["x"], "normed": ["normed"]})
-        parts = {
-            **{"y": ["y"] * count, "normed": ["normed"] * count},
-            "residual": ["x", "attended"] * len(layers),
-            "total": ["attended", "x"] * len(layers),
-        }
-        sums = self._add("norm_sum", count, {name: x[:count] for name, x in parts.items()})
+        norms = [x for layer in layers for x in (layer.input_norm, layer.network_norm)]
+        addresses = [norm.data_ptr() for norm in norms if norm is not None]
+        first = self._add("norm", {"y": ["x"], "normed": ["normed"]})
+        residuals, totals = ["x", "attended"] * len(layers), ["attended", "x"] * len(layers)
+        parts = {"y": ["y"], "normed": ["normed"], "residual": residuals[:-1], "total": totals[:-1]}
+        sums = self._add("norm_sum", parts)
         for values, found in ((first, addresses[:1]), (sums, addresses[1:])):
             values["weight"] = found
             values["size"], values["eps"] = self.facts.hidden_size, self.facts.eps
 
     def _add_attention(self, layers: Sequence[DecoderLayer]) -> None:
         """Add what norms and rotates heads, what attends, and the activations."""
-        facts, count = self.facts, len(layers)
-        turns = self._add("turn", count, {"heads": ["heads"] * count})
+        facts = self.facts
+        turns = self._add("turn", {"heads": ["heads"]})
         norms = [0 if x.head_norms is None else x.head_norms.data_ptr() for x in layers]
         turns["norms"], turns["is_normed"], turns["eps"] = norms, np.sign(norms), facts.eps
         turns["heads_of_row"] = facts.heads + 2 * facts.kv_heads
         turns["is_rotated"] = [rope is not None for rope in facts.rotated]
-        places = {"queries": ["heads"] * count, "output": ["mixed"] * count}
-        attends = self._add("attend", count, places)
+        attends = self._add("attend", {"queries": ["heads"], "output": ["mixed"]})
         attends["stride"], attends["group"] = self.widths["heads"], facts.heads // facts.kv_heads
         attends["scale"], attends["cap"] = facts.score_scale, facts.factors.score_cap or 0.0
-        places = {"gate_up": ["gate_up"] * count, "output": ["active"] * count}
-        self._add(facts.activation, count, places)["size"] = facts.intermediate_size
+        gates = self._add(facts.activation, {"gate_up": ["gate_up"], "output": ["active"]})
+        gates["size"] = facts.intermediate_size
 
     def _add_products(self, products: Sequence[Product]) -> None:
-        count, groups = len(products), np.array([x.layer.shape[1] // GROUP for x in products])
         parts = {"x": [x.source for x in products], "y": [x.target for x in products]}
-        values = self._add(PRODUCT, count, parts | dict.fromkeys(SCRATCH, ["scratch"] * count))
-        found = self.records[PRODUCT]
-        for part, nbytes in SCRATCH.items():
-            found.places[part] = found.places[part] + nbytes * groups
-        kernels = [kernel(x.layer.stored.format) for x in products]
-        found.functions = np.array([x.of_record for x in kernels])
-        values["groups"], values["wide"] = groups, self.dtype == torch.float32
+        scratch = {name: [name] for name in SCRATCH}
+        functions = [kernel(x.layer.stored.format).of_record for x in products]
+        values = self._add(PRODUCT, parts | scratch, functions)
+        values["groups"] = [x.layer.shape[1] // GROUP for x in products]
         values["width"] = [self.widths[x.target] for x in products]
         values["y"] = [x.column * self.dtype.itemsize for x in products]
-        for name, *addresses in zip(
+        values["wide"] = self.dtype == torch.float32
+        for name, *read in zip(
             Operands._fields, *(x.layer.operands for x in products), strict=True
         ):
-            values[name] = [address or 0 for address in addresses]
+            values[name] = read
 
     def run(
         self,

@@ -8,6 +8,8 @@ The rule, for every set of instructions, number of rows and number of threads:
     y = fma(float(s), scale * d, y)              in float32, group after group, in ascending order
     y = fma(least, d * float(sum of q), y)       next, for weights with least numbers
 
+Scales and least numbers of 8 bits are first multiplied by their factors, which rounds nothing.
+
 Integer sums are exact in any order. The float operations are in one order, each rounded once. So a
 row's result depends on nothing but the row and the weights. A group with NaN or an infinity has NaN
 as d: then the row's results are NaN, which the check of logits reports. Numbers below `LEAST_TOP`
@@ -26,7 +28,7 @@ from typing import NamedTuple
 
 from llvmlite import ir
 
-from treeflash.low_bits import BLOCK, GROUP, LINE, LowBitFormat, lines_of_byte
+from treeflash.low_bits import BLOCK, GROUP, LINE, SHARING, LowBitFormat, lines_of_byte
 from treeflash_cuda.cpu.ir_builder import (
     FLOAT,
     GENERIC,
@@ -46,6 +48,7 @@ from treeflash_cuda.cpu.ir_builder import (
     add_record_function,
     constant,
     declare_fork,
+    like,
     task,
     vector,
 )
@@ -81,7 +84,7 @@ class Fetching(NamedTuple):
 
 
 OPERANDS = {
-    **dict.fromkeys(("x", "numbers", "scales", "least", "bias", "y"), POINTER),
+    **dict.fromkeys(("x", "numbers", "scales", "least", "factors", "bias", "y"), POINTER),
     **dict.fromkeys(("q", "d", "starts", "lows"), POINTER),
     **dict.fromkeys(("rows", "width", "groups", "blocks"), I64),
 }
@@ -91,7 +94,7 @@ FIELDS = OPERANDS | {"chunk": I64, "next": I64, "wide": I1}
 
 - x, y: (rows, 32 * groups) numbers, and `blocks` blocks of 16 in rows of `width` numbers, in
   float32 if `wide`, else in bfloat16
-- numbers, scales, least: a `PackedWeight` of `blocks` blocks
+- numbers, scales, least, factors: a `PackedWeight` of `blocks` blocks
 - bias: float32 numbers to add to the results of a row, after these are rounded; or null
 - q, d: the rows' integers (int8), and their scales by group
 - starts, lows: what does not depend on the weights: the rows' sums of q by scale as the integers
@@ -166,11 +169,14 @@ def _entry(module: ir.Module, quantise: Value, multiply: Value, threads: bool) -
     add_record_function(entry)
 
 
+def _has_signs(isa: Isa, kind: LowBitFormat) -> bool:
+    """Return whether 128 is taken off stored numbers before products, whose bytes have signs."""
+    return isa.signed and kind.bits == 8
+
+
 def _start(isa: Isa, kind: LowBitFormat) -> int:
     """Return what a sum of products begins with, as a factor of the sum of q."""
-    # Where bytes of columns have signs, 128 is taken off numbers of 8 bits before products.
-    signed = isa.signed and kind.bits == 8
-    return (128 if signed else 0) - kind.half
+    return (128 if _has_signs(isa, kind) else 0) - kind.half
 
 
 def _quantise(b: JobBuilder, job: Value, isa: Isa, kind: LowBitFormat) -> None:
@@ -276,8 +282,8 @@ def _pass(module: ir.Module, isa: Isa, kind: LowBitFormat, rows: int) -> ir.Func
     job, row, block = function.args
     b, parts = JobBuilder(function.append_basic_block()), range(BLOCK // isa.lanes)
     floats = vector(FLOAT, isa.lanes)
-    q, d, starts, lows, numbers, scales, least = b.fields(
-        job, "q", "d", "starts", "lows", "numbers", "scales", "least"
+    q, d, starts, lows, numbers, scales, least, factors = b.fields(
+        job, "q", "d", "starts", "lows", "numbers", "scales", "least", "factors"
     )
     groups, width, bias, y, wide = b.fields(job, "groups", "width", "bias", "y", "wide")
     group_nbytes, fetching = kind.lines * BLOCK * LINE, Fetching.of(kind, rows)
@@ -294,8 +300,21 @@ def _pass(module: ir.Module, isa: Isa, kind: LowBitFormat, rows: int) -> ir.Func
             b.intrinsic("llvm.prefetch.p0", VOID, at, *options)
         places = [b.plus(first, turn) for first in first_groups]
         activations = [b.at(q, b.times(place, GROUP)) for place in places]
-        factors = [b.splat(b.read(b.at(d, place, FLOAT), FLOAT, 4), isa.lanes) for place in places]
+        row_scales = [
+            b.splat(b.read(b.at(d, place, FLOAT), FLOAT, 4), isa.lanes) for place in places
+        ]
         group_number = b.plus(b.mul(block, groups), turn)
+
+        def columns(base: Value, number: Value, factor: int) -> list[Value]:
+            """Read scales, or least numbers, times one of the factors that they share."""
+            found = _read_columns(b, isa, kind.scale_dtype, base, number)
+            if not kind.factors:
+                return found
+            sharing = b.udiv(group_number, constant(I64, SHARING // GROUP))
+            at = b.plus(b.times(sharing, kind.factors), factor)
+            shared = _read_columns(b, isa, "float16", factors, at)
+            return [b.fmul(x, y) for x, y in zip(found, shared, strict=True)]
+
         for scale in range(kind.scales):
             first: list[Value] = [constant(vector(I32, isa.lanes), 0)] * rows
             if _start(isa, kind):
@@ -306,20 +325,20 @@ def _pass(module: ir.Module, isa: Isa, kind: LowBitFormat, rows: int) -> ir.Func
             lines = range(size * scale, size * (scale + 1))
             products = _products(b, isa, kind, weights, activations, first, lines)
             at = b.plus(b.times(group_number, kind.scales), scale)
-            steps = [_read_scales(b, isa, kind, scales, at, part) for part in parts]
-            for r, factor in enumerate(factors):
+            steps = columns(scales, at, 0)
+            for r, row_scale in enumerate(row_scales):
                 for part in parts:
                     number = r * len(parts) + part
                     product = b.sitofp(products[number], floats)
-                    step = b.fmul(steps[part], factor)
+                    step = b.fmul(steps[part], row_scale)
                     totals[number] = b.fused(product, step, totals[number])
         if kind.has_least:
-            bounds = [_read_scales(b, isa, kind, least, group_number, part) for part in parts]
+            bounds = columns(least, group_number, 1)
             for r, place in enumerate(places):
-                factor = b.splat(b.read(b.at(lows, place, FLOAT), FLOAT, 4), isa.lanes)
+                low = b.splat(b.read(b.at(lows, place, FLOAT), FLOAT, 4), isa.lanes)
                 for part in parts:
                     number = r * len(parts) + part
-                    totals[number] = b.fused(bounds[part], factor, totals[number])
+                    totals[number] = b.fused(bounds[part], low, totals[number])
         return totals
 
     totals = b.repeat(groups, [zero] * (rows * len(parts)), lambda turn, x: group(turn, list(x)))
@@ -344,7 +363,6 @@ def _products(
 ) -> list[Value]:
     """Return the integer products of each row with a group's columns, in parts of a vector."""
     parts = range(BLOCK // isa.lanes)
-    signed = isa.signed and kind.bits == 8  # see `_start`
     totals = [total for total in first for _ in parts]
     for line in lines:
         columns = [_columns(b, isa, kind, weights, line, part) for part in parts]
@@ -354,7 +372,7 @@ def _products(
             for part in parts:
                 number = r * len(parts) + part
                 totals[number] = _add_products(
-                    b, isa, signed, totals[number], columns[part], four_numbers
+                    b, isa, _has_signs(isa, kind), totals[number], columns[part], four_numbers
                 )
     return totals
 
@@ -370,8 +388,8 @@ def _columns(
         return b.read(b.at(weights, at), bytes_)
 
     if kind.bits == 8:
-        signed = isa.signed  # see `_start`
-        return b.xor(stored(line), constant(bytes_, 128)) if signed else stored(line)
+        has_signs = _has_signs(isa, kind)
+        return b.xor(stored(line), constant(bytes_, 128)) if has_signs else stored(line)
     lower = stored(line // 2)
     lower = b.lshr(lower, constant(bytes_, 4)) if line % 2 else b.and_(lower, constant(bytes_, 15))
     if kind.bits == 4:
@@ -415,20 +433,32 @@ def _add_products(
     return total
 
 
-def _read_scales(
-    b: JobBuilder, isa: Isa, kind: LowBitFormat, base: Value, number: Value, part: int
-) -> Value:
-    """Read a vector of the 16 scales, or least numbers, with this number as float32."""
-    floats = vector(FLOAT, isa.lanes)
-    at = b.plus(b.times(number, BLOCK), part * isa.lanes)
-    if kind.wide:
-        return b.read(b.at(base, at, FLOAT), floats, 4)
-    if isa is not GENERIC:
-        return b.fpext(b.read(b.at(base, at, HALF), vector(HALF, isa.lanes), 2), floats)
-    # Without an instruction for float16: its exponent and fraction, moved to float32's place, are
-    # a number that is 2**112 times smaller.
-    integers = vector(I32, isa.lanes)
-    bits = b.zext(b.read(b.at(base, at, I16), vector(I16, isa.lanes), 2), integers)
+def _read_columns(b: JobBuilder, isa: Isa, dtype: str, base: Value, number: Value) -> list[Value]:
+    """Read what 16 columns have at a number as float32, in parts of a vector.
+
+    The data type is float32, float16 or int8.
+    """
+    floats, found = vector(FLOAT, isa.lanes), []
+    for part in range(BLOCK // isa.lanes):
+        at = b.plus(b.times(number, BLOCK), part * isa.lanes)
+        if dtype == "float32":
+            found.append(b.read(b.at(base, at, FLOAT), floats, 4))
+        elif dtype == "int8":
+            found.append(b.sitofp(b.read(b.at(base, at), vector(I8, isa.lanes)), floats))
+        elif isa is not GENERIC:
+            found.append(b.fpext(b.read(b.at(base, at, HALF), vector(HALF, isa.lanes), 2), floats))
+        else:
+            found.append(_widen_halves(b, b.read(b.at(base, at, I16), vector(I16, isa.lanes), 2)))
+    return found
+
+
+def _widen_halves(b: JobBuilder, halves: Value) -> Value:
+    """Return float16 numbers as float32, without an instruction for it.
+
+    Exponent and fraction, moved to float32's place, are a number that is 2**112 times smaller.
+    """
+    floats, integers = like(halves, FLOAT), like(halves, I32)
+    bits = b.zext(halves, integers)
     size = b.shl(b.and_(bits, constant(integers, 0x7FFF)), constant(integers, 13))
     value = b.fmul(b.bitcast(size, floats), constant(floats, 2.0**112))
     sign = b.shl(b.and_(bits, constant(integers, 0x8000)), constant(integers, 16))

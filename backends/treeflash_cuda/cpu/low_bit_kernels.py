@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -18,20 +19,19 @@ from treeflash_cuda.cpu.low_bit_code import ARGUMENTS, ENTRY, build
 from treeflash_cuda.cpu.machine_code import best_isa, compiled, has_threads
 from treeflash_cuda.cpu.threads import cpu_threads
 
-SCRATCH = {"d": 0, "lows": 4, "starts": 8, "q": 16}
-"""Where each part begins that a product writes first, in bytes times the groups of all rows: a
-scale and a low (float32), two starts (int32), and 32 integers (int8)."""
-SCRATCH_NBYTES = 16 + GROUP
-"""Bytes of these parts for a group of a row."""
+SCRATCH = {"q": GROUP, "d": 4, "starts": 8, "lows": 4}
+"""What a product writes first, in bytes for a group of a row: 32 integers (int8), a scale
+(float32), two starts (int32), and a low (float32)."""
 
 
 class Operands(NamedTuple):
-    """What a product reads of a layer: addresses, and the number of blocks."""
+    """What a product reads of a layer: addresses, 0 for what it lacks, and the number of blocks."""
 
     numbers: int
     scales: int
-    least: int | None
-    bias: int | None
+    least: int
+    factors: int
+    bias: int
     blocks: int
 
 
@@ -69,12 +69,11 @@ class Kernel:
         *weight, blocks = operands
         y = x.new_empty(*x.shape[:-1], blocks * BLOCK)
         if rows:
-            count = rows * groups
-            scratch = torch.empty(count * SCRATCH_NBYTES, dtype=torch.uint8)
-            first = scratch.data_ptr()
+            *starts, nbytes = accumulate(SCRATCH.values(), initial=0)
+            scratch = torch.empty(rows * groups * nbytes, dtype=torch.uint8)
             self._run(
                 *(flat.data_ptr(), *weight, y.data_ptr()),
-                *(first + count * SCRATCH[part] for part in ("q", "d", "starts", "lows")),
+                *(scratch.data_ptr() + rows * groups * start for start in starts),
                 *(rows, blocks * BLOCK, groups, blocks),
                 *(x.dtype == torch.float32, self.threads),
             )

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from gguf import GGML_QUANT_SIZES, ReaderTensor
 from gguf import GGMLQuantizationType as Kind
+from gguf.quants import dequantize
 from gguf_files import HEADS, HIDDEN, KV_HEADS, write_gguf
 
 from treeflash.hub import gguf_weights
@@ -44,17 +46,18 @@ def unpack(module: str, stored: StoredWeight, tensors: dict[str, np.ndarray]) ->
     if kind.bits < 8:
         lower, upper = lines[:, :, :4], lines[:, :, 4:]
         lines = np.stack([lower & 15, lower >> 4], 3)
-        if kind.bits == 5:
-            fifths = upper >> np.arange(8, dtype=np.uint8)[:, None, None] & 1
-            lines |= fifths.reshape(lines.shape) << 4
+        if width := kind.bits - 4:
+            places = np.arange(0, 8, width, dtype=np.uint8)[:, None, None]
+            fields = upper[:, :, :, None] >> places & (1 << width) - 1
+            lines |= fields.reshape(lines.shape) << 4
     else:
         lines = lines[:, :, :, None]
     numbers = lines.transpose(0, 4, 1, 2, 3, 5).reshape(-1, size)[:rows]
-    scales, least = (
+    scales, least, factors = (
         None if x is None else x.transpose(0, 2, 1).reshape(-1, x.shape[1])[:rows]
-        for x in (tensors[f"{module}.scales"], tensors.get(f"{module}.least"))
+        for x in (tensors.get(f"{module}.{part}") for part in ("scales", "least", "factors"))
     )
-    return LowBitWeight(numbers, scales, least, kind.bits).dequantised()
+    return LowBitWeight(numbers, scales, least, kind.bits, factors).dequantised()
 
 
 @pytest.mark.parametrize("kind", [Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q8_0])
@@ -79,6 +82,35 @@ def test_every_weight_is_the_one_of_the_file(kind: Kind, tmp_path: Path):
         np.testing.assert_array_equal(found[f"{new}.mlp.gate_up_proj"], joined)
         for a, b in (("attn_output", "self_attn.o_proj"), ("ffn_down", "mlp.down_proj")):
             np.testing.assert_array_equal(found[f"{new}.{b}"], weights[f"{old}.{a}"])
+
+
+@pytest.mark.parametrize(
+    "kind", [Kind.Q4_K, Kind.Q5_K, Kind.Q6_K, Kind.IQ4_XS], ids=lambda x: x.name
+)
+def test_every_weight_of_large_blocks_is_the_one_of_the_file(kind: Kind, tmp_path: Path):
+    """Their rows are longer than the ones of the tiny model."""
+    rng, names = np.random.default_rng(0), ("gate_proj", "up_proj")
+    shape, nbytes = (24, 2 * GGML_QUANT_SIZES[kind][0]), 2 * GGML_QUANT_SIZES[kind][1]
+    tensors, expected = {}, []
+    for name in names:
+        data = rng.integers(0, 256, (64, nbytes), np.uint8)
+        with np.errstate(invalid="ignore"):
+            values = dequantize(data, kind)
+        finite = np.isfinite(values).all(1).nonzero()[0][: shape[0]]
+        expected.append(values[finite])
+        field = np.array(shape[::-1])
+        tensors[f"layers.0.mlp.{name}.weight"] = ReaderTensor(
+            name, kind, field, int(field.prod()), data[finite].size, 0, data[finite], None
+        )
+    architecture = gguf_weights.Architecture(model_type="", name="")
+    model = gguf_weights.Model(
+        architecture=architecture, documents={"config.json": {}}, tensors=tensors, tokenizer=None
+    )
+    packed = gguf_weights.pack_model(model)
+    gguf_weights.write_weights(packed, tmp_path / "file", lambda *_: None)
+    ((module, stored),) = packed.modules.items()
+    found = unpack(module, stored, read_packed(tmp_path / "file"))
+    np.testing.assert_array_equal(found, np.concatenate(expected))
 
 
 @pytest.mark.parametrize("numbers", [1, 48 * HIDDEN])
