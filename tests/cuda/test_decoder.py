@@ -7,6 +7,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+from faulty_kernels import faulty
 from parts import load_with_parts
 from scheduled_texts import assert_plain_texts
 
@@ -28,7 +29,7 @@ from treeflash_cuda.cache import KVCache
 from treeflash_cuda.cpu.decoder_target import CpuTarget
 from treeflash_cuda.decoder import operations as decoder_operations
 from treeflash_cuda.decoder.facts import decoder_facts
-from treeflash_cuda.decoder.weights import Checkpoint
+from treeflash_cuda.decoder.weights import Checkpoint, Joined
 from treeflash_cuda.gpu import decoder_operations as operations_of_a_gpu
 from treeflash_cuda.gpu import row_pass
 from treeflash_cuda.gpu.decoder_target import GpuTarget
@@ -698,6 +699,68 @@ def test_layers_in_one_call_have_the_bits_of_their_modules(tmp_path, name, dtype
         expected = outputs_of(backend)
         assert len(actual) == len(expected)
         assert all(map(torch.equal, actual, expected))
+
+
+@pytest.fixture(scope="module")
+def with_parts(tmp_path_factory):
+    """A pair whose layers have joined products, as files with several types, and its outputs."""
+    pytest.importorskip("llvmlite")
+    folder = tmp_path_factory.mktemp("parts")
+    write(folder, "qwen3, compiled", intermediate_size=64)
+    backend = load_pair(folder, bits=4, exact=True)
+    facts = backend.target.facts
+    of_heads = [count * facts.head_dim for count in (facts.heads, facts.kv_heads, facts.kv_heads)]
+    for layer in backend.target.layers:
+        layer.qkv = split(layer.qkv, of_heads)
+        layer.network.gate_up = split(layer.network.gate_up, [facts.intermediate_size] * 2)
+    backend.target.calls = None
+    return backend, outputs_of(backend)
+
+
+def split(layer, counts):
+    rows = torch.arange(sum(counts)).split(counts)
+    return Joined([layer.select(own) for own in rows])
+
+
+CALL_FAULTS = {
+    "none": ("calls", "calls"),
+    "all parts in the first one's columns": ("column += part.shape[0]", "column += 0"),
+    "columns counted in bytes": ("x.column * self.dtype.itemsize", "x.column"),
+    "parts of a pass's memory that overlap": (
+        "self.starts[name] = self.row_nbytes",
+        "self.starts[name] = self.row_nbytes // 2",
+    ),
+    "the memory of a pass of one row": ("memory + rows * start", "memory + start"),
+    "attention before keys are written": ('from ("turn", "attend"', 'from ("attend", "turn"'),
+    "norms of layers in another order": (
+        "(layer.input_norm, layer.network_norm)",
+        "(layer.network_norm, layer.input_norm)",
+    ),
+    "products of layers in another order": ("(list(chain(*products", "(list(chain(*products[::-1]"),
+    "the other residual": ('"residual": residuals[:-1]', '"residual": residuals[1:]'),
+    "an output before the network": ("number = 2 * layer + 1", "number = 2 * layer"),
+    "no head norms": ("norms, np.sign(norms), facts.eps", "norms, 0, facts.eps"),
+    "windows of the other layers": ("_places(facts.windows)", "_places(facts.windows[::-1])"),
+    "scores without their scale": ("facts.score_scale, ", "1.0, "),
+    "the places of the first pass": (
+        "attention.places.fill(turns",
+        'self.__dict__.setdefault("kept", attention).places.fill(turns',
+    ),
+    "no masks of trees": ("table.fill(attends", "attention.places.fill(attends"),
+}
+
+
+@pytest.mark.parametrize("fault", CALL_FAULTS)
+def test_faults_of_layers_in_one_call_are_noticed(tmp_path, with_parts, monkeypatch, fault):
+    """None of them reads or writes memory that the right code leaves alone."""
+    from treeflash_cuda.cpu import layer_calls
+
+    backend, expected = with_parts
+    target = backend.target
+    broken = faulty(layer_calls, tmp_path, *CALL_FAULTS[fault])
+    monkeypatch.setattr(target, "calls", broken.LayerCalls(target.model, target.kernels))
+    equal = all(map(torch.equal, outputs_of(backend), expected))
+    assert equal == (fault == "none")
 
 
 def test_modules_run_where_their_products_are_split(tmp_path, monkeypatch):
