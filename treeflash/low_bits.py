@@ -1,10 +1,13 @@
 """Weights as integers of 4 to 8 bits in groups: what GGUF's types store, and how a CPU reads it.
 
-A weight of a linear layer has a row for each output. 32 consecutive numbers of a row are a group
-with a scale, or two, of 16 numbers each, and perhaps with a least number:
+A product of few rows takes as long as reading its weight, so a weight stays in the bits that its
+file has. A weight of a linear layer has a row for each output. 32 consecutive numbers of a row are
+a group with a scale, or two, of 16 numbers each, and perhaps with a least number:
 
     weight = number * scale + least      without a sign: 0 to 15, 31, 63 or 255
     weight = (number - half) * scale     with a sign: half is 8, 16, 32 or 128
+
+With the scale 0.5 and the least number -3, the numbers 0, 6 and 15 are the weights -3, 0 and 4.5.
 
 Some types have scales and least numbers of 8 bits: 256 numbers of a row share a float16 factor of
 their scales, and one of their least numbers. The products are exact in float32.

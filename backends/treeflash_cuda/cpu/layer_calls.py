@@ -4,6 +4,9 @@ Python takes longer to start a function of a small model than the function to co
 the arguments of all calls are made at load, as records in memory. A pass copies them and fills in
 what it has of its own: the addresses of its rows, and its sequences. The results have the bits that
 the layers' modules give, because the functions are the same.
+
+What layers read and write are parts of one memory of the pass. A part that begins at byte 128 of a
+pass with one row begins at byte 128 * n of a pass with n rows, where its rows follow each other.
 """
 
 from __future__ import annotations

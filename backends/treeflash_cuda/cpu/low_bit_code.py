@@ -1,6 +1,8 @@
 """The code of products with weights of few bits, as LLVM's intermediate representation (IR).
 
-The rule, for every set of instructions, number of rows and number of threads:
+A product of few rows waits for its weight, so the stored numbers are multiplied as they are, with
+activations that are rounded to integers: sums of integers are exact in any order. The rule, for
+every set of instructions, number of rows and number of threads:
 
     A group is 32 consecutive numbers x of a row. Its largest |x| is `top`.
     d = top / 127,  q = x * (127 / top) rounded to an integer, ties to even; groups of zeros have 0
@@ -10,10 +12,14 @@ The rule, for every set of instructions, number of rows and number of threads:
 
 Scales and least numbers of 8 bits are first multiplied by their factors, which rounds nothing.
 
-Integer sums are exact in any order. The float operations are in one order, each rounded once. So a
-row's result depends on nothing but the row and the weights. A group with NaN or an infinity has NaN
-as d: then the row's results are NaN, which the check of logits reports. Numbers below `LEAST_TOP`
-count as zeros, because 127 / top would overflow.
+A group x of 1, -0.5 and zeros has d = 1 / 127 and q = 127, -64 and zeros. With the stored numbers
+9, 7 and 8s, whose half is 8, s is 127 + 64 = 191, and the group adds 191 / 127 * scale to y, which
+is 1.504 * scale for the exact 1.5 * scale.
+
+The float operations are in one order, each rounded once. So a row's result depends on nothing but
+the row and the weights. A group with NaN or an infinity has NaN as d: then the row's results are
+NaN, which the check of logits reports. Numbers below `LEAST_TOP` count as zeros, because 127 / top
+would overflow.
 
 It is IR, not Python for Numba, because a product consists of one instruction that multiplies bytes
 and adds their products to integers (`vpdpbusd`, `pmaddubsw`, `sdot`). Numba has no name for it, and
