@@ -206,7 +206,7 @@ def load_without_weights(shape: dict[str, Any], layers: str) -> Any:
         foreign = None
 
         def __init__(self, *_: Any) -> None:
-            self.wholes, self.packed, self.tensors = {}, {}, {}
+            self.wholes, self.packed, self.tensors, self.place = {}, {}, {}, "model"
 
         def read(self, _: str, shape: tuple[int, ...]) -> torch.Tensor:
             return torch.empty(shape, dtype=torch.bfloat16)

@@ -280,6 +280,8 @@ class Arena:
         # Stored keys have this form, (1, kv_heads, any, width); it is None as long as it is
         # unknown.
         self.like: Tensor | None = None
+        # (head_dim,) places of a key's numbers in the checkpoint's order; None where they have it.
+        self.key_order: NDArray[np.int64] | None = None
         # Columns of a page: 1, or `PAGE` where passes over rows look them up in tables.
         self.page = 1
         # The only slab has this many bytes and is kept for ever; None or 0 allocates slabs of at
@@ -306,7 +308,7 @@ class Arena:
         """Create an empty arena for the same keys and values in the format of exact mode."""
         assert self.like is not None
         arena = Arena(self.layers, dtype=self.like.dtype, spans=self.spans, device=self.device)
-        arena.head_dim = self.like.shape[-1]
+        arena.head_dim, arena.key_order = self.like.shape[-1], self.key_order
         arena.set_shape(widen(self.like))
         return arena
 
@@ -587,7 +589,10 @@ class KVCache:
         """Read the (layers, 2, kv_heads, length, head_dim) of the committed positions."""
         assert self.slab is not None
         parts = map(self.arena.decode, self.slab.read(self.index(0, self.length)))
-        return np.concatenate([part.float().cpu().numpy() for part in parts])
+        found = np.concatenate([part.float().cpu().numpy() for part in parts])
+        if (order := self.arena.key_order) is not None:
+            found[:, 0] = found[:, 0][..., order.argsort()]
+        return found
 
     def close(self) -> None:
         if self.slab is not None:

@@ -24,8 +24,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from treeflash.config import LoadConfig
 from treeflash.decoding.families import ImageFamily, image_family
-from treeflash.decoding.image_processor import TOKEN_TYPES, Processor, image_samples
+from treeflash.decoding.image_processor import (
+    TOKEN_TYPES,
+    Processor,
+    image_samples,
+    load_processor,
+)
 from treeflash.decoding.images import Image, PromptImages
 from treeflash.decoding.probe import ImageSample
 from treeflash.errors import ConfigError, PromptError
@@ -237,3 +243,24 @@ def read_processor(folder: Path) -> Any:
     from transformers import AutoProcessor  # its import takes time, which texts do not need
 
     return AutoProcessor.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+
+
+def find_processor(
+    folder: Path, config: Any, settings: LoadConfig, *, split: bool
+) -> Processor | str:
+    """Read the processor of images of a target; or return why it takes none, as a clause.
+
+    Args:
+        folder: the target's.
+        config: the target's configuration.
+        settings: what is loaded, and how.
+        split: whether other processes have parts of its layers.
+    """
+    refusals = {
+        "it was loaded without its vision tower": not settings.images,
+        "they do not work under torchrun": split,
+        "they do not work with device_map": settings.device_map is not None,
+        "they do not work with an adapter": bool(settings.adapter),
+    }
+    reason = next((reason for reason, applies in refusals.items() if applies), None)
+    return reason or load_processor(folder, config.to_dict(), "cuda", read_processor)

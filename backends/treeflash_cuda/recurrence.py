@@ -21,6 +21,8 @@ MANY_NODES = 8
 """From this many nodes on, gates of single channels are applied depth by depth: the decays of all
 pairs of nodes would take n * n * key_dim exponentials a head."""
 L2_EPS = 1e-6
+CHUNK = 64
+"""Consecutive tokens whose corrections of each other are solved at once."""
 PATH_COLUMNS = 4
 """Columns of a path before its nodes: the tree, the slots of the states before and after it, and
 the number of its nodes."""
@@ -82,6 +84,23 @@ def convolve_paths(
     return weigh_windows(read, weight, bias, activation), inputs
 
 
+def convolve_rows(
+    inputs: Tensor,  # (rows, channels): last inputs of sequences, and the inputs of their rows
+    windows: Tensor | None,  # (n, kernel) int64 inputs of each row; None for all in order
+    filters: Tensor,  # (channels, kernel)
+) -> Tensor:
+    """Convolve each channel: (n, channels) in the dtype of the inputs; sums are in float32."""
+    weights = filters.float().mT.contiguous()
+    kernel = len(weights)
+    if windows is not None:
+        return (inputs[windows].float() * weights).sum(1).to(inputs.dtype)
+    n, wide = len(inputs) - kernel + 1, inputs.float()
+    out = wide[:n] * weights[0]
+    for i in range(1, kernel):
+        out.addcmul_(wide[i : i + n], weights[i])
+    return out.to(inputs.dtype)
+
+
 def weigh_windows(
     windows: Tensor,  # (..., kernel)
     weight: Tensor,  # of a shape like windows, as is the bias without the last axis
@@ -119,11 +138,7 @@ def tree_recurrence(
         (trees, n, heads, value_dim) outputs in the dtype of v; in float32 the (trees, heads, n,
         value_dim) values that the nodes write, and their (trees, heads, n, key_dim) keys.
     """
-    repeats = v.shape[2] // k.shape[2]
-    q, k = (x.float().repeat_interleave(repeats, 2) for x in (q, k))
-    if normalise:
-        q, k = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + L2_EPS) for x in (q, k))
-    q, k, written, gates = (x.transpose(1, 2) for x in (q * scale, k, v.float(), log_g.float()))
+    q, k, written, gates = by_heads(q, k, v, log_g, normalise=normalise, scale=scale)
     state = states.index_select(0, slots).float()
     if beta is None:
         out = linear_rule(q, k, written, gates, state, nodes)
@@ -131,6 +146,18 @@ def tree_recurrence(
         factors = beta.transpose(1, 2).float()[..., None]
         out, written = delta_rule(q, k, written, gates, factors, state, nodes)
     return out.transpose(1, 2).to(v.dtype), written, k
+
+
+def by_heads(
+    q: Tensor, k: Tensor, v: Tensor, log_g: Tensor, *, normalise: bool = False, scale: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return arguments of `tree_recurrence` in float32, by head: (trees, heads, n, ...) each."""
+    repeats = v.shape[2] // k.shape[2]
+    q, k = (x.float().repeat_interleave(repeats, 2) for x in (q, k))
+    if normalise:
+        q, k = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + L2_EPS) for x in (q, k))
+    q, k, v, log_g = (x.transpose(1, 2) for x in (q * scale, k, v.float(), log_g.float()))
+    return q, k, v, log_g
 
 
 def commit_recurrence(
@@ -167,9 +194,17 @@ def state_update(u: Tensor, k: Tensor, log_g: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         (..., key_dim, value_dim) and (..., 1 or key_dim, 1).
     """
-    # The decays after each row are summed directly: a difference of two sums would lose digits.
-    later = F.pad(log_g[..., 1:, :].flip(-2).cumsum(-2).flip(-2), (0, 0, 0, 1))
-    return (k * later.exp()).transpose(-1, -2) @ u, log_g.sum(-2).exp()[..., None]
+    return (k * decays_after(log_g)).transpose(-1, -2) @ u, log_g.sum(-2).exp()[..., None]
+
+
+def decays_after(log_g: Tensor) -> Tensor:
+    """Return the (..., n, 1 or key_dim) decays of what rows write until after the last row.
+
+    They are summed directly: a difference of two sums would lose digits.
+    """
+    if log_g.shape[-2] == 1:
+        return torch.ones_like(log_g)
+    return F.pad(log_g[..., 1:, :].flip(-2).cumsum(-2).flip(-2), (0, 0, 0, 1)).exp()
 
 
 def delta_rule(
@@ -182,6 +217,10 @@ def delta_rule(
     nodes: TreeNodes,
 ) -> tuple[Tensor, Tensor]:
     """Compute the gated delta rule on trees: (trees, heads, n, value_dim), written values."""
+    if q.shape[2] == 1:  # it corrects nothing that another node writes
+        decay = log_g.exp()
+        u = beta * (v - (decay * k) @ state)
+        return (decay * q) @ state + (q * k).sum(-1, keepdim=True) * u, u
     if log_g.shape[-1] > 1 and nodes.parents is not None and len(nodes.parents) >= MANY_NODES:
         return _by_depth(q, k, v, log_g, beta, state, nodes.parents)
     pairs, total = _decays(log_g, nodes.ancestors)
@@ -191,6 +230,38 @@ def delta_rule(
     system = beta * _products(k, k, pairs)
     u = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
     return (decay * q) @ state + _products(q, k, pairs) @ u, u
+
+
+def delta_rule_of_tokens(
+    q: Tensor, k: Tensor, v: Tensor, log_g: Tensor, beta: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Compute the gated delta rule on the next tokens of one sequence.
+
+    Takes the arguments of `delta_rule` with one decay for a head; returns the outputs, and the
+    state after the tokens. All chunks of tokens are prepared at once, then run one by one.
+    """
+    n = q.shape[2]
+    size = min(n, CHUNK)
+    # The tokens that fill the last chunk change nothing.
+    q, k, v, log_g, beta = (
+        F.pad(x[0], (0, 0, 0, -n % size)).unflatten(1, (-1, size)).transpose(0, 1)
+        for x in (q, k, v, log_g, beta)
+    )
+    pairs, total = _decays(log_g, q.new_ones(1, size, size, dtype=torch.bool).tril())
+    decay = total.exp()
+    right = beta * torch.cat([v, decay * k], -1)
+    solved = torch.linalg.solve_triangular(
+        beta * _products(k, k, pairs), right, upper=False, unitriangular=True
+    )
+    values, known = solved.split([v.shape[-1], k.shape[-1]], -1)
+    scores, reads, outputs = _products(q, k, pairs), decay * q, []
+    keys, kept = (k * decays_after(log_g)).mT, decay[:, :, -1:]
+    state = state[0]
+    for chunk in range(len(q)):
+        u = values[chunk] - known[chunk] @ state
+        outputs.append(reads[chunk] @ state + scores[chunk] @ u)
+        state = torch.addcmul(keys[chunk] @ u, kept[chunk], state)
+    return torch.cat(outputs, 1)[None, :, :n], state[None]
 
 
 def linear_rule(

@@ -1,7 +1,8 @@
-"""The recurrent states of one sequence, and what commits after a pass need; see `hf.hybrid`."""
+"""The recurrent states of sequences, their rows in a pass, and what commits after it need."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -9,6 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from treeflash.decoding.hybrid import convolution_windows
+from treeflash.decoding.tree import DraftTree
 from treeflash_cuda.gpu.state_arena import (
     TAIL,
     CommittedStates,
@@ -16,7 +19,8 @@ from treeflash_cuda.gpu.state_arena import (
     SlotStates,
     StateArena,
 )
-from treeflash_cuda.recurrence import state_update
+from treeflash_cuda.numerics import upload
+from treeflash_cuda.recurrence import TreeNodes, state_update
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +43,7 @@ class Writes:
 
 @dataclass(frozen=True, eq=False)
 class SequenceWrites:
-    """What recurrent layers wrote for the rows of one sequence in a pass with a `HybridCache`."""
+    """What recurrent layers wrote for the rows of one sequence, where sequences run in turn."""
 
     # Inputs of convolutions, and kernel - 1. The inputs are the tail and the n rows, (1, channels,
     # kernel - 1 + n), or only their end if all rows will be committed.
@@ -84,3 +88,40 @@ def _tail(inputs: Tensor, path: Tensor, width: int) -> Tensor:
         return inputs
     rows = torch.cat([torch.arange(width, device=path.device), path + width])
     return inputs.index_select(2, rows[len(path) :])
+
+
+@dataclass(frozen=True, eq=False)
+class SequenceRows:
+    """The rows of one sequence in a forward pass."""
+
+    states: RecurrentStates  # the states of the sequence
+    first: int  # the first row
+    count: int  # number of rows
+    # The rows are the nodes of this tree; None if they are the next tokens of the sequence, all of
+    # which will be committed.
+    tree: DraftTree | None
+    ancestors: Tensor | None  # (count, count) bool of the tree
+    writes: SequenceWrites = field(default_factory=SequenceWrites)  # what the layers write for them
+
+    @property
+    def nodes(self) -> TreeNodes:
+        assert self.tree is not None
+        assert self.ancestors is not None
+        return TreeNodes(self.ancestors[None], self.tree.parents)
+
+    def select(self, x: Tensor, axis: int = 1) -> Tensor:
+        """Select the rows of this sequence in a tensor of all rows."""
+        return x.narrow(axis, self.first, self.count)
+
+
+def plan_windows(parts: Sequence[SequenceRows], kernel: int, device: torch.device) -> Tensor:
+    """Return the (n, kernel) inputs that each row's convolution reads.
+
+    The inputs are the last ones of a sequence and those of its rows, sequence by sequence.
+    """
+    windows, first = [], 0
+    for part in parts:
+        tree = part.tree or DraftTree.chain(np.zeros(part.count, np.int32))
+        windows.append(first + convolution_windows(tree.parents, kernel))
+        first += kernel - 1 + part.count
+    return upload(np.concatenate(windows), device).long()

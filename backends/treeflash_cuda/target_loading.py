@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ from treeflash_cuda.cpu.threads import cpu_threads
 from treeflash_cuda.decoder.facts import DecoderFacts, decoder_facts
 from treeflash_cuda.decoder.plain_config import PlainConfig, target_config
 from treeflash_cuda.decoder.target import DecoderTarget
-from treeflash_cuda.decoder.weights import Checkpoint
+from treeflash_cuda.decoder.weights import PLACES, Checkpoint
 from treeflash_cuda.device import (
     choose_device,
     device_facts,
@@ -41,6 +42,7 @@ from treeflash_cuda.gpu.parallel import (
     reasons_everywhere,
     succeeded_everywhere,
 )
+from treeflash_cuda.images import find_processor
 from treeflash_cuda.operations import Operations, Shapes, load_operations
 from treeflash_cuda.state import State
 from treeflash_cuda.target import Target, read_model_config, refuse_stateful
@@ -99,20 +101,34 @@ def read_target(
     """Read a target's weights, with layers of our own or as a model of transformers."""
     config = target_config(folder)
     refuse_stateful(config)
-    own = own_layers(folder, config, settings, device, dtype, pack=pack, processes=processes)
+    processor = find_processor(folder, config, settings, split=processes > 1)
+    own = own_layers(
+        folder,
+        config,
+        settings,
+        device,
+        dtype,
+        pack=pack,
+        processes=processes,
+        images=not isinstance(processor, str),
+    )
     if isinstance(own, OwnLayers):
         made = own.checkpoint, config, own.facts, own.dtype, settings
+        target: DecoderTarget
         if own.operations is None:
-            return CpuTarget.load(*made)
-        shapes = decoder_shapes(own.facts, quantised=settings.kv_bits is not None)
-        prompt_attention = load_prompt_attention([device], own.dtype, shapes)
-        return GpuTarget.load(*made, device, own.operations, prompt_attention)
+            target = CpuTarget.load(*made)
+        else:
+            shapes = decoder_shapes(own.facts, quantised=settings.kv_bits is not None)
+            prompt_attention = load_prompt_attention([device], own.dtype, shapes)
+            target = GpuTarget.load(*made, device, own.operations, prompt_attention)
+        target.processor = processor
+        return target
     from treeflash_cuda.hf.model_target import ModelTarget
 
     if isinstance(config, PlainConfig):
         config = read_model_config(folder)
     model = ModelTarget.load(
-        folder, config, device, dtype, settings, pack=pack, processes=processes
+        folder, config, device, dtype, settings, processor, pack=pack, processes=processes
     )
     model.layers_from = f"transformers, because {own}"
     add_kernels(model)
@@ -138,6 +154,7 @@ def own_layers(
     *,
     pack: bool,  # see `ModelTarget`
     processes: int,
+    images: bool = False,  # whether prompts may have images
 ) -> OwnLayers | str:
     """Return what a target is made of that has layers of our own; or why it has none, as a clause.
 
@@ -147,6 +164,7 @@ def own_layers(
         "several devices have its layers": settings.device_map is not None or processes > 1,
         "its layers are compiled": settings.compile,
         "training reads its layers": not pack,
+        "it reads images": images,
     }
     if reason := next((reason for reason, applies in reasons.items() if applies), None):
         return reason
@@ -158,12 +176,16 @@ def own_layers(
         return checkpoint.foreign
     if settings.adapter is not None and checkpoint.low_bits is not None:
         return "adapters are not merged into weights of few bits"
+    if settings.adapter is not None and checkpoint.place != PLACES[0]:
+        return "its tensors have other names than the layers of its adapter"
     dtype = dtype or config.dtype or checkpoint.dtype
     shapes = decoder_shapes(facts, quantised=settings.kv_bits is not None)
     operations = load_target_operations(shapes, [device], dtype)
     if operations is not None:
         reasons = {
             "kernels of other libraries multiply its few bits": checkpoint.low_bits is not None,
+            "flash-linear-attention computes its prompts": facts.delta_nets is not None
+            and find_spec("fla") is not None,
             "attention has no kernel here": not operations.runs_trees,
             "experts have no kernel here": "grouped_linear" in operations.reasons,
         }

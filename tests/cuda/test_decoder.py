@@ -139,6 +139,19 @@ QWEN_MOE = EXPERTS | {
     "norm_topk_prob": True,
     "mlp_only_layers": [1],
 }
+DELTA_NET = {
+    "head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 1000.0,
+        "partial_rotary_factor": 0.5,
+    },
+}
 CASES |= {
     "gemma2": GEMMA | {"attn_logit_softcapping": 2.0},
     "gemma2, no caps, biases": GEMMA
@@ -158,6 +171,7 @@ CASES |= {
     "olmoe": {**EXPERTS, "num_attention_heads": 2},
     "phi3": {"sliding_window": 6, "rope_parameters": LONGROPE | {"partial_rotary_factor": 0.75}},
     "phi3, plain": {"num_key_value_heads": 4},
+    "qwen3_5_text": DELTA_NET | {"attention_bias": True},
     "qwen3_moe": QWEN_MOE | {"use_sliding_window": True, "sliding_window": 6},
 }
 COMPILED = {
@@ -171,6 +185,8 @@ COMPILED = {
     "granite, compiled": GRANITE | {"head_dim": 32},
     "olmo3, compiled": STRETCHED | BY_TURNS | {"head_dim": 32},
     "phi3, compiled": {"head_dim": 32},
+    "qwen3_5_text, compiled": DELTA_NET
+    | {"head_dim": 32, "linear_conv_kernel_dim": 3, "linear_value_head_dim": 16},
     "qwen3_moe, compiled": QWEN_MOE | {"head_dim": 32},
 }
 """Models whose sizes fit the compiled functions of layers."""
@@ -185,6 +201,7 @@ def write(folder, name, **settings):
     """Save a random model, whose attention is sharp and whose norms and biases matter."""
     family = name.partition(",")[0]
     settings = SMALL | {"pad_token_id": None} | CASES.get(name, {}) | settings
+    torch.manual_seed(0)  # rates of recurrent layers are drawn
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings))
     torch.manual_seed(0)
     with torch.no_grad():
@@ -323,7 +340,7 @@ def with_factors(**factors):
 
 
 def give_facts(model, facts):
-    for part in (model, *model.layers):
+    for part in (model, *model.layers, *(layer.mixer for layer in model.layers)):
         part.facts = facts
 
 
@@ -361,14 +378,14 @@ def in_layers(**attributes):
     def change(model):
         for layer in model.layers:
             for name, value in attributes.items():
-                setattr(layer, name, value)
+                setattr(layer if hasattr(layer, name) else layer.mixer, name, value)
 
     return change
 
 
 def without_biases(model):
     for layer in model.layers:
-        layer.qkv.bias = None
+        layer.mixer.qkv.bias = None
 
 
 def turned_the_other_way(model):
@@ -711,7 +728,7 @@ def with_parts(tmp_path_factory):
     facts = backend.target.facts
     of_heads = [count * facts.head_dim for count in (facts.heads, facts.kv_heads, facts.kv_heads)]
     for layer in backend.target.layers:
-        layer.qkv = split(layer.qkv, of_heads)
+        layer.mixer.qkv = split(layer.mixer.qkv, of_heads)
         layer.network.gate_up = split(layer.network.gate_up, [facts.intermediate_size] * 2)
     backend.target.calls = None
     return backend, outputs_of(backend)

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from parts import use_models
+from parts import load_with_parts, use_models
 
 from treeflash.commands import doctor
 from treeflash.config import LoadConfig
@@ -153,7 +153,7 @@ def test_the_gpu_with_the_least_room_decides(folders, monkeypatch, free, positio
 @pytest.mark.parametrize("fits", [True, False])
 def test_recurrent_states_have_memory_beside_keys_and_values(tmp_path, monkeypatch, fits):
     write_target(tmp_path, "qwen3_5", seed=1)
-    target = loading.load(tmp_path, None, LoadConfig(device="cpu", dtype="float32")).target
+    target = load_with_parts(monkeypatch, tmp_path).target
     wanted = memory.STATES_EACH * memory.STATE_SEQUENCES
     free = (8 * wanted if fits else wanted) * target.states_nbytes
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))

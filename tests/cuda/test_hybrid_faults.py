@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from parts import use_models
 
 from treeflash.config import LoadConfig
 from treeflash.decoding.session import SequenceSession
@@ -17,17 +18,18 @@ require("torch")
 import torch
 from treeflash_cuda import recurrence, recurrent_states
 from treeflash_cuda.backend import load
+from treeflash_cuda.cpu import decoder_target
+from treeflash_cuda.decoder import recurrences
 from treeflash_cuda.hf import hybrid, model_target
 from treeflash_cuda.hf.hybrid import MATRIX, HybridCache, RecurrentCache
-from treeflash_cuda.hf.model_target import ModelTarget
-from treeflash_cuda.recurrent_states import Writes
+from treeflash_cuda.recurrent_states import SequenceRows, Writes
 
 DELTA, MAMBA = HYBRID_FAMILIES
 commit = Writes.commit
-new_cache = ModelTarget.new_cache
 update_conv_state = RecurrentCache.update_conv_state
 decays = recurrence._decays
 delta_rule, linear_rule = recurrence.delta_rule, recurrence.linear_rule
+products = recurrence._products
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,7 @@ def pairs(tmp_path_factory):
 
 
 def windows_by_column(parents, kernel):
-    return hybrid.np.arange(len(parents))[:, None] + hybrid.np.arange(kernel)
+    return np.arange(len(parents))[:, None] + np.arange(kernel)
 
 
 def causal_mask(log_g, ancestors):
@@ -56,8 +58,8 @@ def own_decay_left_out(log_g, ancestors):
     return pairs, total
 
 
-def keys_not_normalised(q, k, *args):
-    return delta_rule(q, 2 * k, *args)
+def keys_not_normalised(x, k, pairs):
+    return products(x, 2 * k, pairs)
 
 
 def queries_scaled(q, *args):
@@ -85,14 +87,9 @@ def tail_of_the_last_columns(inputs, path, width):
     return inputs[:, :, -width:].clone()
 
 
-def chains_run_as_text(target, rows, ancestors):
-    plain = [
-        (state, list(tokens.tokens))
-        if isinstance(tokens, DraftTree) and tokens.is_chain and len(tokens) > 1
-        else (state, tokens)
-        for state, tokens in rows
-    ]
-    return new_cache(target, plain, ancestors)
+def chains_run_as_text(states, first, count, tree, ancestors):
+    is_text = tree is not None and tree.is_chain and count > 1
+    return SequenceRows(states, first, count, None if is_text else tree, ancestors)
 
 
 def single_step_in_place(cache, layer_idx, state_idx=0):
@@ -101,17 +98,17 @@ def single_step_in_place(cache, layer_idx, state_idx=0):
 
 
 PLACES = {
-    windows_by_column: (hybrid, "convolution_windows"),
+    windows_by_column: (recurrent_states, "convolution_windows"),
     causal_mask: (recurrence, "_decays"),
     own_decay_left_out: (recurrence, "_decays"),
-    keys_not_normalised: (recurrence, "delta_rule"),
+    keys_not_normalised: (recurrence, "_products"),
     queries_scaled: (recurrence, "linear_rule"),
     no_solve: (torch.linalg, "solve_triangular"),
     commit_without_decay: (Writes, "commit"),
     commit_with_own_decay: (Writes, "commit"),
     state_of_the_whole_block: (Writes, "commit"),
     tail_of_the_last_columns: (recurrent_states, "_tail"),
-    chains_run_as_text: (ModelTarget, "new_cache"),
+    chains_run_as_text: (None, "SequenceRows"),
     single_step_in_place: (HybridCache, "get_recurrent_state"),
 }
 EVERYWHERE = (
@@ -138,7 +135,10 @@ def names(value):
 
 @pytest.mark.parametrize(("fault", "family"), FAULTS, ids=names)
 def test_a_fault_is_refused_at_load(pairs, monkeypatch, fault, family):
-    monkeypatch.setattr(*PLACES[fault], fault)
+    owner, name = PLACES[fault]
+    if owner is None:  # where passes of layers of our own begin, or of transformers' models
+        owner = decoder_target if family == DELTA else model_target
+    monkeypatch.setattr(owner, name, fault)
     with pytest.raises(UnsupportedModelError, match="speculative output would differ"):
         load(*pairs[family], LoadConfig(device="cpu", dtype="float32"))
 
@@ -179,6 +179,7 @@ def kernel_of_unknown_size(cache, conv_states, layer_idx, **_):
 def test_layers_of_another_kind_are_refused_by_name(
     pairs, monkeypatch, owner, name, unsupported, reason
 ):
+    use_models(monkeypatch)
     monkeypatch.setattr(owner, name, unsupported)
     refusal = f"^qwen3_5_text models cannot run a draft tree: .*{reason}"
     with pytest.raises(UnsupportedModelError, match=refusal):
@@ -201,7 +202,7 @@ def test_gated_delta_nets_normalise_the_scale_of_queries_away(tmp_path, monkeypa
     found = []
     for factor in (1, 5):
         monkeypatch.setattr(
-            recurrence,
+            recurrences,
             "delta_rule",
             lambda q, *args, factor=factor: delta_rule(factor * q, *args),
         )

@@ -19,6 +19,7 @@ import families
 import torch
 from fitted_drafters import fit_drafter
 from treeflash_cuda.backend import load
+from treeflash_cuda.target_loading import load_target
 from treeflash_cuda.training.data import FeatureStore
 
 pytestmark = pytest.mark.sample(1)
@@ -77,10 +78,10 @@ def plain_texts(backend, length):
     return [generate(backend, PROMPT, config) for config in configs]
 
 
-def fit(drafter, backend, texts):
-    """Fit a drafter to texts of the target."""
+def fit(drafter, folder, texts):
+    """Fit a drafter to texts of the target in a folder."""
     responses = [Response(prompt_ids=tuple(PROMPT), response_ids=tuple(text)) for text in texts]
-    target = backend.target
+    target = load_target(folder, FLOAT32, pack=False)
     target.capture(READ_LAYERS)
     store = FeatureStore(target, READ_LAYERS, responses, 1, None, 0)
     features = [text.features.numpy() for text in store.get(range(len(texts)))]
@@ -95,7 +96,7 @@ def check(folder, model, length, methods, budgets):
     assert texts[0] == generated(model, length)
     options = {"seed": DRAFTER_SEED, "target_layer_ids": READ_LAYERS}
     write_drafter(drafter, described(folder, model), **options)
-    fit(drafter, plain, texts)
+    fit(drafter, target, texts)
     backend = load(target, drafter, FLOAT32)
     for text, sampling in zip(texts, SAMPLINGS, strict=True):
         for method, budget in itertools.product(methods, budgets):

@@ -77,8 +77,8 @@ def test_a_checkpoint_keeps_its_bits(tmp_path, kind):
     for number, layer in enumerate(pair.target.model.layers):
         place = f"model.layers.{number}"
         found = {
-            ("self_attn", "q_proj", "k_proj", "v_proj"): layer.qkv,
-            ("self_attn", "o_proj"): layer.o_proj,
+            ("self_attn", "q_proj", "k_proj", "v_proj"): layer.mixer.qkv,
+            ("self_attn", "o_proj"): layer.mixer.o_proj,
             ("mlp", "gate_proj", "up_proj"): layer.network.gate_up,
             ("mlp", "down_proj"): layer.network.down,
         }
@@ -129,7 +129,7 @@ def test_layers_with_the_same_input_are_one_module_where_their_formats_agree(tmp
     for name, parts in {"GPTQ": 1, "GPTQ, act-order": 3}.items():
         stored, _ = write(tmp_path / name, KINDS[name])
         layer = load(stored, None, CPU).target.model.layers[0]
-        assert sum(isinstance(x, LowBitLinear) for x in layer.qkv.modules()) == parts
+        assert sum(isinstance(x, LowBitLinear) for x in layer.mixer.qkv.modules()) == parts
 
 
 @pytest.mark.sample(2)

@@ -13,7 +13,7 @@ import torch
 from attention_cases import Case, attention_case, expected_attention
 from torch import nn
 from treeflash_cuda.cache import dequantise, quantise
-from treeflash_cuda.hf.hybrid import ancestor_paths
+from treeflash_cuda.gpu.tree_recurrences import ancestor_paths
 from treeflash_cuda.operations import (
     Operations,
     Shapes,

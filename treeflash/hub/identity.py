@@ -33,7 +33,9 @@ def pair_identity(
         for folder in folders
         if folder is not None
     ]
-    run = backend.name, backend.device, backend.device_name, backend.dtype, backend.inexact is None
+    device = backend.name, backend.device, backend.device_name
+    # Other layers may run a target that takes images, for which packages must be installed.
+    run = *device, backend.dtype, backend.inexact is None, isinstance(backend.images, str)
     settings = asdict(replace(loaded, device=None))  # the pair names its device, however chosen
     described = json.dumps([weights, run, settings, _versions()])
     return hashlib.sha256(described.encode()).digest()

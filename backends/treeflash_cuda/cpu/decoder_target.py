@@ -28,12 +28,14 @@ from treeflash_cuda.decoder.operations import (
     DecoderOperations,
     linear,
 )
+from treeflash_cuda.decoder.recurrences import SequenceRecurrences
 from treeflash_cuda.decoder.target import DecoderTarget, read_decoder
 from treeflash_cuda.decoder.weights import Checkpoint
 from treeflash_cuda.exact import LINEAR_ROWS, bound_products, check_gates, token_rows
 from treeflash_cuda.exact_attention import check_attention
 from treeflash_cuda.linear import join
 from treeflash_cuda.numerics import concatenate
+from treeflash_cuda.recurrent_states import SequenceRows
 from treeflash_cuda.sampling import Logits
 from treeflash_cuda.target import Rows, RowsResult
 
@@ -98,6 +100,7 @@ class CpuTarget(DecoderTarget):
         return cls(config, decoder, dtype, kernels, kv_bits=settings.kv_bits)
 
     def make_exact(self, passed: PassedChecks) -> None:
+        self.refuse_recurrent()
         facts = self.facts
         if self.kernels is None and facts.is_capped:
             raise UnsupportedModelError(f"{INEXACT}: it does not support soft-capped scores")
@@ -121,6 +124,7 @@ class CpuTarget(DecoderTarget):
 
     def run_rows(self, rows: Sequence[Rows], needs_logits: Sequence[bool]) -> RowsResult:
         blocks: list[Block] = []
+        parts: list[SequenceRows] = []  # for recurrent layers
         ids: list[NDArray[np.int64]] = []
         kept: list[int] = []  # rows that need logits
         counts: list[int] = []  # their numbers, by sequence
@@ -133,6 +137,9 @@ class CpuTarget(DecoderTarget):
             ancestors = None if tree is None else torch.from_numpy(tree.ancestor_mask())
             positions = torch.from_numpy(state.rotary_positions(tokens).copy())
             blocks.append(Block(state.kv_cache, positions, ancestors, repeats))
+            if state.recurrent is not None:
+                n = len(positions)
+                parts.append(SequenceRows(state.recurrent, count, n, tree, ancestors))
             ids.append(np.asarray(tokens if tree is None else tree.tokens, np.int64))
             firsts.append(count)
             count += len(positions)
@@ -144,14 +151,18 @@ class CpuTarget(DecoderTarget):
             token_ids, places = (x.repeat(repeats) for x in (token_ids, places))
         attention = self.attention(self.facts, blocks)
         run = self.calls.run if self.calls and len(token_ids) <= self.unsplit_rows else None
-        hidden, outputs = self.model(token_ids, places, attention, self.captured, run)
+        recurrences = SequenceRecurrences(parts) if parts else None
+        made = token_ids, places, attention, self.captured, run, recurrences
+        hidden, outputs = self.model(*made)
         if not kept:
             logits = hidden.new_empty(0, self.vocab_size)
         elif len(kept) == count:
             logits = self.model.logits(hidden, count)
         else:
             logits = self.model.logits(hidden[torch.tensor(kept)])
-        return RowsResult.of_pass(Logits.split(logits, counts), rows, outputs, firsts)
+        written = [part.writes for part in parts]
+        found = Logits.split(logits, counts)
+        return RowsResult.of_pass(found, rows, outputs, firsts, written=written)
 
 
 def find_kernels(facts: DecoderFacts, dtype: torch.dtype) -> LayerKernels | None:

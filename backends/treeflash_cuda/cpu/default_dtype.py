@@ -83,12 +83,12 @@ def stored_dtype(config: PreTrainedConfig) -> torch.dtype | None:
 
 
 def refuse_inexact(config: PreTrainedConfig) -> None:
-    """Raise an UnsupportedModelError for a model of transformers that is inexact on a CPU."""
-    if isinstance(decoder_facts(config), DecoderFacts):
-        return  # layers of our own say so when they are loaded
+    """Raise an UnsupportedModelError for a model that is known to be inexact on a CPU."""
     text = config.get_text_config()
     if set(getattr(text, "layer_types", None) or ()) & RECURRENT_LAYERS:
         raise UnsupportedModelError(f"{INEXACT}: it does not support recurrent layers")
+    if isinstance(decoder_facts(config), DecoderFacts):
+        return  # layers of our own say so when they are loaded
     if getattr(text, "attn_logit_softcapping", None) is not None:
         raise UnsupportedModelError(f"{INEXACT}: it does not support soft-capped scores")
     if (model := skeleton(text)) is not None:

@@ -28,6 +28,7 @@ from treeflash_cuda.cpu.layer_code import FIELDS, UNITS
 from treeflash_cuda.cpu.layer_kernels import LayerKernels
 from treeflash_cuda.cpu.low_bit_code import ARGUMENTS
 from treeflash_cuda.cpu.low_bit_kernels import SCRATCH, Operands, kernel
+from treeflash_cuda.decoder.mixers import AttentionMixer
 from treeflash_cuda.decoder.model import Decoder, DecoderLayer
 from treeflash_cuda.decoder.network import Network
 from treeflash_cuda.decoder.operations import Rotation
@@ -130,7 +131,8 @@ class LayerCalls:
         """Add what norms and rotates heads, what attends, and the activations."""
         facts = self.facts
         turns = self._add("turn", {"heads": ["heads"]})
-        norms = [0 if x.head_norms is None else x.head_norms.data_ptr() for x in layers]
+        found = [x.mixer.head_norms for x in layers if isinstance(x.mixer, AttentionMixer)]
+        norms = [0 if x is None else x.data_ptr() for x in found]
         turns["norms"], turns["is_normed"], turns["eps"] = norms, np.sign(norms), facts.eps
         turns["heads_of_row"] = facts.heads + 2 * facts.kv_heads
         turns["is_rotated"] = [rope is not None for rope in facts.rotated]
@@ -227,6 +229,8 @@ def can_run(decoder: Decoder) -> bool:
     names = facts.norms
     if facts.experts is not None or facts.factors.sublayers != 1:
         return False
+    if facts.delta_nets is not None or facts.gates_attention:
+        return False
     if not (names.attention_input and names.network_input):
         return False
     if names.attention_output or names.network_output:
@@ -242,9 +246,10 @@ def can_run(decoder: Decoder) -> bool:
 
 def _modules(layer: DecoderLayer) -> Iterator[tuple[nn.Module, str, str]]:
     """Yield the products of a layer in order, with the parts that they read and write."""
+    assert isinstance(layer.mixer, AttentionMixer)
     assert isinstance(layer.network, Network)
-    yield layer.qkv, "normed", "heads"
-    yield layer.o_proj, "mixed", "y"
+    yield layer.mixer.qkv, "normed", "heads"
+    yield layer.mixer.o_proj, "mixed", "y"
     yield layer.network.gate_up, "normed", "gate_up"
     yield layer.network.down, "active", "y"
 

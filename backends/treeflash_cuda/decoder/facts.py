@@ -1,9 +1,9 @@
 """The facts by which decoders differ, read from a target's configuration.
 
-All families of `FAMILIES` have the layers of `model`: attention and a gated network with norms
-around them, rotary embeddings, and keys that groups of heads share. What else a configuration of
-transformers may say is no fact here, and `decoder_facts` says so: such a target runs as a model of
-transformers.
+All families of `FAMILIES` have the layers of `model`: attention or a gated delta net, and a gated
+network, with norms around them, rotary embeddings, and keys that groups of heads share. What else a
+configuration of transformers may say is no fact here, and `decoder_facts` says so: such a target
+runs as a model of transformers.
 """
 
 from __future__ import annotations
@@ -16,7 +16,16 @@ import torch
 from torch import Tensor
 
 from treeflash.low_bit_formats import find_format
-from treeflash_cuda.decoder.families import FAMILIES, Experts, Factors, Norms
+from treeflash_cuda.decoder.families import (
+    ATTENTION_GATE,
+    DELTA_NET,
+    FAMILIES,
+    QKV,
+    DeltaNets,
+    Experts,
+    Factors,
+    Norms,
+)
 from treeflash_cuda.decoder.operations import GATES
 
 
@@ -31,6 +40,18 @@ class Rope:
     def to(self, device: torch.device) -> Rope:
         scale = self.scale.to(device) if isinstance(self.scale, Tensor) else self.scale
         return Rope(self.frequencies.to(device), scale)
+
+
+@dataclass(frozen=True, eq=False)
+class StoredRows:
+    """Where a checkpoint has the rows of a linear layer."""
+
+    name: str  # the linear layer that has them there
+    count: int  # its rows
+    index: Tensor  # (rows,) their places
+
+    def to(self, device: torch.device) -> StoredRows:
+        return replace(self, index=self.index.to(device))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -57,7 +78,11 @@ class DecoderFacts:
     # (head_dim,) places of a query's and a key's numbers in the checkpoint: layers rotate numbers
     # half a head away from each other. None if they have the checkpoint's order.
     head_order: Tensor | None
+    # Linear layers, by name, whose rows have another order or another name in the checkpoint.
+    stored_rows: Mapping[str, StoredRows]
     experts: Experts | None
+    gates_attention: bool  # whether attention has a gate for each of its numbers
+    delta_nets: DeltaNets | None
 
     def to(self, device: torch.device) -> DecoderFacts:
         """Return the facts with their tensors on a device."""
@@ -66,11 +91,18 @@ class DecoderFacts:
             self,
             ropes=tuple(rope.to(device) for rope in self.ropes),
             head_order=None if order is None else order.to(device),
+            stored_rows={name: rows.to(device) for name, rows in self.stored_rows.items()},
         )
 
     @property
     def layers(self) -> int:
         return len(self.windows)
+
+    @property
+    def attention_layers(self) -> tuple[int, ...]:
+        """The layers that have keys and values."""
+        nets = frozenset[int]() if self.delta_nets is None else self.delta_nets.layers
+        return tuple(n for n in range(self.layers) if n not in nets)
 
     @property
     def inner_sizes(self) -> tuple[int, ...]:
@@ -94,9 +126,10 @@ class DecoderFacts:
 
 def decoder_facts(config: Any) -> DecoderFacts | str:
     """Read the facts of transformers' configuration; or why a target has others, as a clause."""
-    family = FAMILIES.get(config.model_type)
+    family, stored = FAMILIES.get(config.model_type), find_format(config.to_dict())
     if family is None:
         return f"treeflash has no layers of its own for {config.model_type} models"
+    config = config.get_text_config()  # of a model that also reads images
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     if heads < 1 or kv_heads < 1:
         return "it has no heads"
@@ -109,7 +142,7 @@ def decoder_facts(config: Any) -> DecoderFacts | str:
     has_order = turned != head_dim or family.rotates_pairs
     names_of_gates = (getattr(config, x, None) for x in ("hidden_activation", "hidden_act"))
     activation = str(next(filter(None, names_of_gates), None))
-    experts, stored = family.experts(config), find_format(config.to_dict())
+    experts, nets = family.experts(config), family.delta_nets(config)
     rotates = [True] * layers if family.rotated is None else getattr(config, family.rotated)
     names: Sequence[str] = ["every"] * layers if "every" in kinds else config.layer_types
     reasons = {
@@ -125,6 +158,8 @@ def decoder_facts(config: Any) -> DecoderFacts | str:
         "its windows have no size": windows is None,
         "a list has no entry for each of its layers": min(len(rotates), len(names)) < layers
         or not kinds.keys() >= set(names[:layers]),
+        "none of its layers has keys": nets is not None and len(nets.layers) == layers,
+        "heads cannot share its states evenly": nets is not None and nets.heads % nets.key_heads,
         "its tokens see later ones": getattr(config, "use_bidirectional_attention", None),
         str(stored): isinstance(stored, str),
         "few bits of joined layers and of experts are not read": stored is not None
@@ -133,6 +168,7 @@ def decoder_facts(config: Any) -> DecoderFacts | str:
     if reason := next((reason for reason, applies in reasons.items() if applies), None):
         return reason
     assert windows is not None
+    order = _head_order(head_dim, turned, family.rotates_pairs) if has_order else None
     optional = (names for name, names in family.optional_biases.items() if getattr(config, name))
     names_of_ropes = list(kinds)
     return DecoderFacts(
@@ -156,8 +192,14 @@ def decoder_facts(config: Any) -> DecoderFacts | str:
             names_of_ropes.index(name) if rotate else None
             for name, rotate in zip(names[:layers], rotates, strict=False)
         ),
-        head_order=_head_order(head_dim, turned, family.rotates_pairs) if has_order else None,
+        head_order=order,
+        stored_rows=dict(
+            _stored_rows(heads, kv_heads, head_dim, order, gates=family.gates_attention)
+            | ({} if nets is None else _rows_of_nets(nets))
+        ),
         experts=experts,
+        gates_attention=family.gates_attention,
+        delta_nets=nets,
     )
 
 
@@ -204,3 +246,43 @@ def _head_order(head_dim: int, turned: int, pairs: bool) -> Tensor:
     own, rest = torch.arange(head_dim).split([turned, head_dim - turned])
     halves = (own[::2], own[1::2]) if pairs else own.tensor_split(2)
     return torch.cat([x for two in zip(halves, rest.tensor_split(2), strict=True) for x in two])
+
+
+def _stored_rows(
+    heads: int, kv_heads: int, head_dim: int, order: Tensor | None, *, gates: bool
+) -> dict[str, StoredRows]:
+    """Return `DecoderFacts.stored_rows` of attention; a head's gates follow its queries."""
+    if order is None and not gates:
+        return {}
+    own = torch.arange(head_dim) if order is None else order
+    found, width = {}, head_dim * (1 + gates)
+    for name, count, step in zip(QKV[:2], (heads, kv_heads), (width, head_dim), strict=True):
+        places = step * torch.arange(count)[:, None] + own
+        found[name] = StoredRows(name, step * count, places.flatten())
+    if gates:
+        places = width * torch.arange(heads)[:, None] + head_dim + torch.arange(head_dim)
+        found[ATTENTION_GATE] = StoredRows(QKV[0], width * heads, places.flatten())
+    return found
+
+
+def _rows_of_nets(nets: DeltaNets) -> dict[str, StoredRows]:
+    """Return `DecoderFacts.stored_rows` of gated delta nets whose heads are joined."""
+    if not nets.joins_heads:
+        return {}
+    qkv, z, b, a = DELTA_NET
+    shared = nets.heads // nets.key_heads
+    values = shared * nets.value_dim
+    qkvz, ba = (
+        torch.arange(nets.key_heads * width).view(nets.key_heads, width)
+        for width in (2 * (nets.key_dim + values), 2 * shared)
+    )
+    *parts, gates = qkvz.split([nets.key_dim, nets.key_dim, values, values], 1)
+    rows = {
+        qkv: torch.cat([part.flatten() for part in parts]),
+        z: gates.flatten(),
+        b: ba[:, :shared].flatten(),
+        a: ba[:, shared:].flatten(),
+    }
+    joined = dict.fromkeys((qkv, z), ("in_proj_qkvz", qkvz.numel()))
+    joined |= dict.fromkeys((b, a), ("in_proj_ba", ba.numel()))
+    return {name: StoredRows(*joined[name], index) for name, index in rows.items()}

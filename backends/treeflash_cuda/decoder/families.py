@@ -11,9 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 QKV = "q_proj", "k_proj", "v_proj"
+ATTENTION_GATE = "q_gate"
 ATTENTION = *QKV, "o_proj"
 NETWORK = "gate_proj", "up_proj", "down_proj"
-"""The linear layers of a decoder's layer, by the names of their tensors."""
+DELTA_NET = "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"
+"""The linear layers of a decoder's layer, by the names of their tensors; but gates of attention are
+rows of the first, see `facts.StoredRows`."""
 ROPE_TYPES = "default", "linear", "llama3", "yarn"
 """Rotary embeddings whose frequencies do not depend on the length of a text."""
 
@@ -54,6 +57,24 @@ class Experts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DeltaNets:
+    """The layers that read a state in place of keys and values: gated delta nets."""
+
+    layers: frozenset[int]  # the layers with one; the others attend
+    key_heads: int  # heads of queries and keys, each of which some heads of values share
+    heads: int  # heads of values
+    key_dim: int
+    value_dim: int
+    kernel: int  # inputs that the convolution of a row reads, its own included
+    joins_heads: bool  # whether a checkpoint has the rows of all projections by head of keys
+
+    @property
+    def channels(self) -> int:
+        """The numbers that are convolved: queries, keys and values."""
+        return 2 * self.key_heads * self.key_dim + self.heads * self.value_dim
+
+
+@dataclass(frozen=True, kw_only=True)
 class DecoderFamily:
     """What a model type has, and which of its settings decide about it."""
 
@@ -72,6 +93,21 @@ class DecoderFamily:
     rotates_pairs: bool = False  # whether neighbouring numbers turn, not ones half a head away
     factors: Callable[[Any], Factors] = lambda config: Factors()
     experts: Callable[[Any], Experts | None] = lambda config: None
+    gates_attention: bool = False  # whether `q_proj` also has a gate for each number of a head
+    delta_nets: Callable[[Any], DeltaNets | None] = lambda config: None
+
+
+def _delta_nets(config: Any, *, joins_heads: bool = False) -> DeltaNets:
+    kinds = config.layer_types[: config.num_hidden_layers]
+    return DeltaNets(
+        layers=frozenset(n for n, kind in enumerate(kinds) if kind == "linear_attention"),
+        key_heads=config.linear_num_key_heads,
+        heads=config.linear_num_value_heads,
+        key_dim=config.linear_key_head_dim,
+        value_dim=config.linear_value_head_dim,
+        kernel=config.linear_conv_kernel_dim,
+        joins_heads=joins_heads,
+    )
 
 
 def _qwen_experts(config: Any) -> Experts:
@@ -98,6 +134,14 @@ _OLMO_NORMS = Norms(
     attention_output="post_attention_layernorm",
     network_input=None,
     network_output="post_feedforward_layernorm",
+)
+_QWEN3_5 = DecoderFamily(
+    optional_biases=_ATTENTION_BIASES,
+    norm_offset=1.0,
+    norms_heads="each",
+    rotates_parts=True,
+    gates_attention=True,
+    delta_nets=_delta_nets,
 )
 FAMILIES = {
     "gemma2": DecoderFamily(
@@ -183,6 +227,7 @@ FAMILIES = {
     "qwen3": DecoderFamily(
         optional_biases=_ATTENTION_BIASES, norms_heads="each", windows="layer_types"
     ),
+    **dict.fromkeys(("qwen3_5", "qwen3_5_text"), _QWEN3_5),
     "qwen3_moe": DecoderFamily(
         optional_biases=_ATTENTION_BIASES,
         norms_heads="each",

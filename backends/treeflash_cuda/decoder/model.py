@@ -1,4 +1,4 @@
-"""A dense decoder in layers of our own, for inference.
+"""A decoder in layers of our own, for inference.
 
 A pass is a list of rows: each has a token, a rotary position, and an attention that knows which
 keys it sees. Rows of several sequences are rows like others, so that everything but the attention
@@ -6,6 +6,8 @@ is the same for a lone token, a draft tree, a prompt and a batch of them:
 
     embed -> [ norm -> queries, keys, values -> rotate, store -> attend -> output
                norm -> gate and up -> activate -> down ] for each layer -> norm -> head
+
+The first half of a layer is its mixer, which may also be a recurrent one (`mixers`).
 
 The norms also add a sublayer's output to what it read: so a layer hands on both, and the next norm
 adds them. Some families also norm what a sublayer adds. What differs between families is in
@@ -15,14 +17,23 @@ adds them. Some families also norm what a sublayer adds. What differs between fa
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from treeflash_cuda.decoder.facts import DecoderFacts, Rope
+from treeflash_cuda.decoder.mixers import AttentionMixer, GatedDeltaNet
 from treeflash_cuda.decoder.network import ExpertNetwork, Network
-from treeflash_cuda.decoder.operations import Attention, DecoderOperations, Rotation, Weights
+from treeflash_cuda.decoder.operations import (
+    Attention,
+    DecoderOperations,
+    Recurrences,
+    Rotation,
+    Weights,
+    constant,
+)
 
 RunLayers: TypeAlias = Callable[
     [Tensor, Sequence[Rotation], Attention, Collection[int]],
@@ -38,14 +49,10 @@ class DecoderLayer(nn.Module):
         self, facts: DecoderFacts, index: int, operations: DecoderOperations, weights: Weights
     ) -> None:
         super().__init__()
-        self.facts, self.operations, self.index = facts, operations, index
-        self.window = facts.windows[index]
-        size, d = facts.hidden_size, facts.head_dim
-        q, kv = facts.heads * d, facts.kv_heads * d
-        place = f"model.layers.{index}"
-        attention = f"{place}.self_attn"
-        self.qkv = weights.linear(attention, size, q_proj=q, k_proj=kv, v_proj=kv)
-        self.o_proj = weights.linear(attention, q, o_proj=size)
+        self.facts, self.operations = facts, operations
+        kind = AttentionMixer if index in facts.attention_layers else GatedDeltaNet
+        self.mixer: AttentionMixer | GatedDeltaNet = kind(facts, index, weights)
+        place = f"{weights.place}.layers.{index}"
         self.network: nn.Module
         if facts.experts is not None and index in facts.experts.layers:
             self.network = ExpertNetwork(facts, operations, weights, place)
@@ -54,34 +61,34 @@ class DecoderLayer(nn.Module):
             self.network = Network(facts, operations, weights, f"{place}.mlp", inner)
 
         def norm(name: str | None) -> nn.Parameter | None:
-            return None if name is None else constant(weights.norm(f"{place}.{name}", size))
+            if name is None:
+                return None
+            return constant(weights.norm(f"{place}.{name}", facts.hidden_size))
 
         self.input_norm = norm(facts.norms.attention_input)
         self.attention_norm = norm(facts.norms.attention_output)
         self.network_norm = norm(facts.norms.network_input)
         self.output_norm = norm(facts.norms.network_output)
-        self.head_norms: Tensor | None = None  # norms of queries, then of keys, a row for each head
-        if facts.norms_heads is not None:
-            parts = []
-            for name, heads in (("q_norm", facts.heads), ("k_norm", facts.kv_heads)):
-                rows = 1 if facts.norms_heads == "each" else heads
-                weight = weights.norm(f"{attention}.{name}", rows * d)
-                parts.append(weight.view(rows, d).expand(heads, d))
-            self.head_norms = torch.cat(parts)
 
     def forward(
-        self, y: Tensor, residual: Tensor | None, rotation: Rotation | None, attention: Attention
+        self,
+        y: Tensor,
+        residual: Tensor | None,
+        rotation: Rotation | None,
+        attention: Attention,
+        recurrences: Recurrences | None,  # None for a decoder without recurrent layers
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Run (n, hidden_size) rows: `y` + `residual` is what the layer reads.
 
         Returns what it read, and the two parts of what it gives: its network's output, and the
         residual.
         """
-        facts = self.facts
         y, x = self._read(y, residual, self.input_norm)
-        heads = self.qkv(y).view(len(x), -1, facts.head_dim)
-        queries = attention.turn(self.index, heads, rotation, self.head_norms, facts.eps)
-        y = self.o_proj(attention.attend(self.index, queries, self.window))
+        if isinstance(self.mixer, AttentionMixer):
+            y = self.mixer(y, rotation, attention)
+        else:
+            assert recurrences is not None
+            y = self.mixer(y, recurrences)
         y, attended = self._read(self._give(y, self.attention_norm), x, self.network_norm)
         return x, self._give(self.network(y), self.output_norm), attended
 
@@ -111,11 +118,11 @@ class Decoder(nn.Module):
         super().__init__()
         self.facts, self.operations = facts, operations
         table = facts.vocab_size, facts.hidden_size
-        self.embeddings = weights.table("model.embed_tokens", *table)
+        self.embeddings = weights.table(f"{weights.place}.embed_tokens", *table)
         self.layers = nn.ModuleList(
             DecoderLayer(facts, n, operations, weights) for n in range(facts.layers)
         )
-        self.norm = constant(weights.norm("model.norm", facts.hidden_size))
+        self.norm = constant(weights.norm(f"{weights.place}.norm", facts.hidden_size))
         # transformers rounds this factor to the model's dtype, too.
         self.scale = torch.tensor(facts.factors.embeddings, dtype=weights.dtype)
         tied = self.embeddings if facts.ties_head else None
@@ -133,6 +140,7 @@ class Decoder(nn.Module):
         attention: Attention,
         captured: Collection[int],
         run_layers: RunLayers | None = None,  # runs the layers instead of their modules
+        recurrences: Recurrences | None = None,  # None for a decoder without recurrent layers
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Run (n,) tokens: the (n, hidden_size) that the head reads, and outputs of layers.
 
@@ -143,7 +151,7 @@ class Decoder(nn.Module):
         x = self.embeddings(tokens)
         if self.facts.factors.embeddings != 1:
             x = x * self.scale
-        run = self.run_layers if run_layers is None else run_layers
+        run = run_layers or partial(self.run_layers, recurrences=recurrences)
         y, residual, outputs = run(x, rotations, attention, captured)
         normed, x = self.operations.rms_norm(y, self.norm, self.facts.eps, residual)
         last = len(self.layers)
@@ -156,6 +164,7 @@ class Decoder(nn.Module):
         rotations: Sequence[Rotation],
         attention: Attention,
         captured: Collection[int],
+        recurrences: Recurrences | None = None,
     ) -> tuple[Tensor, Tensor | None, dict[int, Tensor]]:
         """Run the layers' modules: what the final norm adds, and outputs of all but the last."""
         outputs = dict[int, Tensor]()
@@ -163,7 +172,7 @@ class Decoder(nn.Module):
         residual: Tensor | None = None
         for n, (layer, rope) in enumerate(zip(self.layers, self.facts.rotated, strict=True)):
             rotation = None if rope is None else rotations[rope]
-            x, y, residual = layer(y, residual, rotation, attention)
+            x, y, residual = layer(y, residual, rotation, attention, recurrences)
             if n - 1 in captured:
                 outputs[n - 1] = x
         return y, residual, outputs
@@ -174,8 +183,3 @@ class Decoder(nn.Module):
         divisor, cap = self.facts.factors.logits, self.facts.factors.logit_cap
         logits = logits if divisor == 1 else logits / divisor
         return logits if cap is None else self.operations.capped(logits, cap)
-
-
-def constant(tensor: Tensor) -> nn.Parameter:
-    """Return a tensor as a parameter that is not trained."""
-    return nn.Parameter(tensor, requires_grad=False)

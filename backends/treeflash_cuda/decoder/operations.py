@@ -25,6 +25,7 @@ class Weights(Protocol):
     """The weights of a decoder, by the names of transformers' modules."""
 
     dtype: torch.dtype
+    place: str  # the name of the decoder
 
     def norm(self, name: str, size: int) -> Tensor:
         """Return the (size,) float32 weight of the norm with a name."""
@@ -72,6 +73,35 @@ class Attention(Protocol):
 
     def attend(self, layer: int, queries: Tensor, window: int | None) -> Tensor:
         """Attend to a layer's stored keys: (n, heads * head_dim) from (n, heads, head_dim)."""
+
+
+class Recurrences(Protocol):
+    """The recurrences of a pass, in all gated delta nets; each remembers what its commit needs."""
+
+    def convolve(self, layer: int, rows: Tensor, filters: Tensor, activation: str) -> Tensor:
+        """Convolve (n, channels) rows with the ones before them by (channels, kernel) filters.
+
+        Returns their (n, channels) activations; see `GATES`.
+        """
+
+    def delta_rule(
+        self,
+        layer: int,
+        q: Tensor,  # (n, key_heads, key_dim)
+        k: Tensor,  # (n, key_heads, key_dim)
+        v: Tensor,  # (n, heads, value_dim)
+        log_g: Tensor,  # (n, heads) float32 log decays
+        beta: Tensor,  # (n, heads)
+    ) -> Tensor:
+        """Return the (n, heads, value_dim) that rows read from their states and write there.
+
+        Keys and queries are normed. `recurrence.delta_rule` has the rule.
+        """
+
+
+def constant(tensor: Tensor) -> nn.Parameter:
+    """Return a tensor as a parameter that is not trained."""
+    return nn.Parameter(tensor, requires_grad=False)
 
 
 def linear(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> nn.Module:

@@ -27,7 +27,9 @@ from treeflash_cuda.decoder.families import NETWORK, QKV
 from treeflash_cuda.decoder.operations import DecoderOperations, Table
 from treeflash_cuda.low_bit_linear import LowBitEmbedding, LowBitLinear
 
-EMBEDDINGS, OUTPUT_HEAD = "model.embed_tokens", "lm_head"
+OUTPUT_HEAD = "lm_head"
+PLACES = "model", "model.language_model"
+"""The names of a decoder in a checkpoint, alone and beside what reads images."""
 JOINED = {QKV: "qkv_proj", NETWORK[:2]: "gate_up_proj"}
 """Tensors that some checkpoints have in place of some layers', whose rows follow each other."""
 DTYPES = dict(
@@ -60,6 +62,8 @@ class Checkpoint:
             for own in (name.rpartition(".")[2],)
             for part in stored.parts or (own,)
         }
+        # The name of the decoder; None if its tensors have other names.
+        self.place = next((x for x in PLACES if self._has(f"{x}.embed_tokens")), None)
         self.refusal: str | None = None  # why weights of few bits are not read, as a clause
         if not self.packed:
             shapes = {name: stored.shape for name, stored in self.tensors.items()}
@@ -69,10 +73,13 @@ class Checkpoint:
             else:
                 self.low_bits = found
 
+    def _has(self, layer: str) -> bool:
+        return f"{layer}.weight" in self.tensors or layer in self.packed
+
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the stored embeddings; float32 for numbers of few bits."""
-        stored = self.tensors.get(f"{EMBEDDINGS}.weight")
+        stored = self.tensors.get(f"{self.place}.embed_tokens.weight")
         return torch.float32 if stored is None else DTYPES[stored.dtype]
 
     @property
@@ -80,7 +87,7 @@ class Checkpoint:
         """Why the tensors are not ones that are read here, of transformers' names; or None."""
         if self.refusal is not None:
             return self.refusal
-        if f"{EMBEDDINGS}.weight" not in self.tensors and EMBEDDINGS not in self.packed:
+        if self.place is None:
             return "its tensors have other names"
         plain = (
             x
@@ -185,8 +192,11 @@ class DecoderWeights:
         """Take a checkpoint; raises the errors of `read_adapter`."""
         self.checkpoint, self.operations, self.dtype = checkpoint, operations, dtype
         self.facts, self.unpack, self.device = facts, unpack, device
-        # The adapter's updates, by layer, that no weight has been read for.
+        # The adapter's updates, by layer, and the layers whose weights have been read.
         self.updates = {} if adapter is None else {x.name: x for x in read_adapter(Path(adapter))}
+        self._known = set[str]()
+        assert checkpoint.place is not None, "see `Checkpoint.foreign`"
+        self.place = checkpoint.place
 
     def norm(self, name: str, size: int) -> Tensor:
         """Return the (size,) float32 weight of the norm with a name."""
@@ -245,7 +255,8 @@ class DecoderWeights:
     def linear(self, place: str, size: int, **outputs: int) -> nn.Module:
         """Return the layers at a place with these names and numbers of outputs as one."""
         names = {f"{place}.{x}": n for x, n in outputs.items()}
-        has_bias = {f"{place}.{x}": x in self.facts.biases for x in outputs}
+        stored = {x: self._stored(x, n) for x, n in outputs.items()}
+        has_bias = {f"{place}.{x}": stored[x][0] in self.facts.biases for x in outputs}
         few = [self._is_packed(name) for name in names]
         if any(few) and not all(few):
             return Joined([self.linear(place, size, **{x: n}) for x, n in outputs.items()])
@@ -258,8 +269,8 @@ class DecoderWeights:
             for x, weight in zip(outputs, self._matrices(place, size, outputs), strict=True)
         ]
         biases = [
-            self._ordered(x, self.read(f"{name}.bias", n)) if has_bias[name] else None
-            for x, (name, n) in zip(outputs, names.items(), strict=True)
+            self._ordered(x, self.read(f"{place}.{own}.bias", n)) if has_bias[name] else None
+            for name, (x, (own, n)) in zip(names, stored.items(), strict=True)
         ]
         return self.operations.linear(weights, biases)
 
@@ -274,16 +285,23 @@ class DecoderWeights:
                 own.copy_(weight)
         return whole
 
+    def _stored(self, layer: str, rows: int) -> tuple[str, int]:
+        """Return the layer that has a layer's rows in the checkpoint, and its number of rows."""
+        stored = self.facts.stored_rows.get(layer)
+        return (layer, rows) if stored is None else (stored.name, stored.count)
+
     def _matrices(self, place: str, size: int, outputs: Mapping[str, int]) -> Sequence[Tensor]:
         """Read the weights of layers, which may be parts of one tensor."""
         joined = f"{place}.{JOINED.get(tuple(outputs))}"
         if f"{joined}.weight" in self.checkpoint.tensors:
             return self._matrix(joined, sum(outputs.values()), size).split(list(outputs.values()))
-        return [self._matrix(f"{place}.{x}", n, size) for x, n in outputs.items()]
+        stored = [self._stored(x, n) for x, n in outputs.items()]
+        return [self._matrix(f"{place}.{x}", n, size) for x, n in stored]
 
     def _matrix(self, layer: str, rows: int, size: int) -> Tensor:
         """Read the weight of a linear layer, and add its update in float32."""
-        weight, update = self.read(f"{layer}.weight", rows, size), self.updates.pop(layer, None)
+        weight, update = self.read(f"{layer}.weight", rows, size), self.updates.get(layer)
+        self._known.add(layer)
         if update is None:
             return weight
         if update.shape != (rows, size):
@@ -293,15 +311,15 @@ class DecoderWeights:
     def refuse_other_updates(self) -> None:
         """Raise an UnsupportedModelError if the adapter has updates of what is no linear layer."""
         for name, update in self.updates.items():
+            if name in self._known:
+                continue
             is_tied = name == OUTPUT_HEAD and self.facts.ties_head
             raise refuse_module(name, SHARED_WEIGHT if is_tied else missing_layer(update))
 
     def _ordered(self, layer: str, rows: Tensor) -> Tensor:
-        """Return the rows of a layer's weight or bias in the order in which heads are rotated."""
-        order = self.facts.head_order
-        if order is None or layer not in QKV[:2]:
-            return rows
-        return rows.unflatten(0, (-1, len(order))).index_select(1, order).flatten(0, 1)
+        """Return the rows of a layer's weight or bias, from those of the layer that has them."""
+        stored = self.facts.stored_rows.get(layer)
+        return rows if stored is None else rows.index_select(0, stored.index)
 
     def _is_packed(self, name: str) -> bool:
         """Return whether a weight keeps its few bits."""

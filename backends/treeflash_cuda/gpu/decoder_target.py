@@ -16,24 +16,29 @@ from treeflash.errors import UnsupportedModelError
 from treeflash_cuda.cache import SeenColumns, Slab
 from treeflash_cuda.decoder.facts import DecoderFacts
 from treeflash_cuda.decoder.model import Decoder
+from treeflash_cuda.decoder.recurrences import SequenceRecurrences
 from treeflash_cuda.decoder.target import DecoderTarget, read_decoder
 from treeflash_cuda.decoder.weights import Checkpoint
 from treeflash_cuda.exact import check_products, use_kernel_for_products
-from treeflash_cuda.gpu.decoder_attention import PromptAttention, TreeAttention
+from treeflash_cuda.gpu.decoder_attention import PromptAttention, SlabAttention, TreeAttention
 from treeflash_cuda.gpu.decoder_operations import decoder_operations
 from treeflash_cuda.gpu.graphs import MAX_ROWS
 from treeflash_cuda.gpu.kernels import CausalAttention
-from treeflash_cuda.gpu.row_pass import RowInputs, RowPass, rows_of, slab_of
+from treeflash_cuda.gpu.row_pass import RowInputs, RowPass, path_room, plan_rows, rows_of, slab_of
+from treeflash_cuda.gpu.state_arena import StateArena
+from treeflash_cuda.gpu.tree_recurrences import TreeRecurrences
 from treeflash_cuda.numerics import upload_all
 from treeflash_cuda.operations import Operations, Shapes
+from treeflash_cuda.recurrent_states import SequenceRows
 from treeflash_cuda.sampling import Logits
 from treeflash_cuda.state import State
 from treeflash_cuda.target import Rows, RowsResult
-from treeflash_cuda.visible_keys import PAGE
+from treeflash_cuda.visible_keys import PAGE, VisibleKeys
 
 
 def decoder_shapes(facts: DecoderFacts, *, quantised: bool) -> Shapes:
     """Return the sizes of a decoder that kernels depend on; see `Shapes.quantised`."""
+    nets = facts.delta_nets
     return Shapes(
         heads=facts.heads,
         kv_heads=facts.kv_heads,
@@ -42,6 +47,8 @@ def decoder_shapes(facts: DecoderFacts, *, quantised: bool) -> Shapes:
         softcap=facts.factors.score_cap,
         quantised=quantised,
         experts=facts.experts is not None,
+        recurrent=() if nets is None else ((nets.heads, nets.key_dim, nets.value_dim, False),),
+        convolutions=() if nets is None else ((nets.channels, nets.kernel),),
     )
 
 
@@ -68,6 +75,8 @@ class GpuTarget(DecoderTarget):
         angles = torch.zeros(1, self.facts.head_dim, dtype=dtype, device=device)
         self.unrotated = angles.cos(), angles.sin()
         self.row_pass = RowPass(self, self._run)
+        if self.is_hybrid:
+            self.state_arena = StateArena(self.first_states(), frozenset())
 
     @classmethod
     def load(
@@ -89,6 +98,7 @@ class GpuTarget(DecoderTarget):
         return cls(*made, kv_bits=settings.kv_bits)
 
     def make_exact(self, passed: PassedChecks) -> None:
+        self.refuse_recurrent()
         if self.operations.fallbacks:
             raise UnsupportedModelError(f"{INEXACT}: {self.operations.fallbacks[0]}")
         self.prompt_attention = None
@@ -98,7 +108,8 @@ class GpuTarget(DecoderTarget):
         self.is_exact = True
 
     def most_rows(self, state: State, tokens: Sequence[int]) -> int | None:
-        return MAX_ROWS if self.row_pass.takes(state, tokens) else None
+        is_limited = self.prompt_attention is None or self.row_pass.takes(state, tokens)
+        return MAX_ROWS if is_limited else None
 
     def run_rows(self, rows: Sequence[Rows], needs_logits: Sequence[bool]) -> RowsResult:
         by_slab: dict[Slab | None, list[int]] = {}  # long parts of prompts
@@ -119,31 +130,58 @@ class GpuTarget(DecoderTarget):
         assert rows.slab is not None
         shared = self.facts, self.operations, self.unrotated
         attention = TreeAttention(*shared, rows.slab, rows.slots, rows.keys)
-        hidden, outputs = self.model(rows.ids, rows.rotary, attention, self.captured)
-        return self.model.logits(hidden), outputs, ()
+        recurrences: TreeRecurrences | None = None
+        if rows.recurrent is not None:
+            assert self.state_arena is not None
+            nodes, states = rows.recurrent
+            recurrences = TreeRecurrences(self.operations, self.state_arena, states, nodes)
+        made = rows.ids, rows.rotary, attention, self.captured
+        hidden, outputs = self.model(*made, recurrences=recurrences)
+        written = () if recurrences is None else recurrences.outputs()
+        return self.model.logits(hidden), outputs, written
 
     def _run_prompts(self, rows: Sequence[Rows], needs_logits: Sequence[bool]) -> RowsResult:
-        """Run next tokens of sequences in one slab, which attend by the kernel for prompts."""
-        assert self.prompt_attention is not None
+        """Run next tokens of sequences in one slab, which attend by the kernel for prompts.
+
+        Next tokens of targets with recurrent layers run here even without that kernel.
+        """
         sizes = [len(tokens) for _, tokens in rows]
-        ends, slab = np.cumsum(sizes), slab_of(rows[0][0])
+        count, ends, slab = sum(sizes), np.cumsum(sizes), slab_of(rows[0][0])
         assert slab is not None
-        slots = [rows_of(state, n)[1] for (state, _), n in zip(rows, sizes, strict=True)]
+        tables, slots = zip(
+            *(rows_of(state, n) for (state, _), n in zip(rows, sizes, strict=True)), strict=True
+        )
         arrays = [
             np.concatenate([np.asarray(tokens) for _, tokens in rows]),
             np.concatenate([state.rotary_positions(tokens) for state, tokens in rows]),
             np.concatenate(slots),
             (ends - 1)[np.array(needs_logits)],
         ]
-        ids, rotary, places, kept = upload_all(arrays, self.device)
-        seen = [
-            SeenColumns(state.kv_cache, state.length + n)
-            for (state, _), n in zip(rows, sizes, strict=True)
+        if self.prompt_attention is None:
+            found = plan_rows(rows, tables, self.groups)
+            arrays += found.arranged(np.arange(count), path_room(found, count)).arrays()
+        ids, rotary, places, kept, *plan = upload_all(arrays, self.device)
+        attention: SlabAttention
+        shared = self.facts, self.operations, self.unrotated, slab, places
+        if self.prompt_attention is None:
+            attention = TreeAttention(*shared, VisibleKeys.of_rows(*plan))
+        else:
+            seen = [
+                SeenColumns(state.kv_cache, state.length + n)
+                for (state, _), n in zip(rows, sizes, strict=True)
+            ]
+            attention = PromptAttention(*shared, sizes, seen, self.prompt_attention)
+        parts = [
+            SequenceRows(state.recurrent, int(first), n, None, None)
+            for (state, _), first, n in zip(rows, ends - sizes, sizes, strict=True)
+            if state.recurrent is not None
         ]
-        shared = self.facts, self.operations, self.unrotated
-        attention = PromptAttention(*shared, slab, places, sizes, seen, self.prompt_attention)
-        hidden, outputs = self.model(ids, rotary, attention, self.captured)
+        recurrences = SequenceRecurrences(parts) if parts else None
+        hidden, outputs = self.model(ids, rotary, attention, self.captured, recurrences=recurrences)
         logits = self.model.logits(hidden.index_select(0, kept))
         counts = [int(is_needed) for is_needed in needs_logits]
         firsts = (ends - sizes).tolist()
-        return RowsResult.of_pass(Logits.split(logits, counts), rows, outputs, firsts)
+        written = [part.writes for part in parts]
+        return RowsResult.of_pass(
+            Logits.split(logits, counts), rows, outputs, firsts, written=written
+        )

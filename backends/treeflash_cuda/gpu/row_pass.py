@@ -116,16 +116,9 @@ class RowPass:
             order, stride = _rectangle(sizes, *trees), trees[1]
         operations = target.operations
         assert operations is not None
-        plan = RowPlan.of(
-            tables,
-            np.array([state.length for state, _ in rows]),
-            [tokens if isinstance(tokens, DraftTree) else len(tokens) for _, tokens in rows],
-            target.groups,
-            stride,
-        )
-        depths = power_of_two(max(plan.paths.shape[1], min(MIN_DEPTHS, len(order))))
+        plan = plan_rows(rows, tables, target.groups, stride)
         ids = [x.tokens if isinstance(x, DraftTree) else x for _, x in rows]
-        placed = plan.arranged(order, depths)
+        placed = plan.arranged(order, path_room(plan, len(order)))
         rotary = np.concatenate([state.rotary_positions(x) for state, x in rows])
         arrays = [np.concatenate(ids)[order], rotary[order]]
         arrays += [np.concatenate(slots)[order], *placed.arrays()]
@@ -194,6 +187,20 @@ def slab_of(state: State) -> Slab | None:
     """Return the slab of a sequence; None if no layer of the target has keys and values."""
     cache = state.kv_cache
     return None if cache.arena.like is None else cache.allocate()
+
+
+def plan_rows(
+    rows: Sequence[Rows], tables: Sequence[Pages], groups: int, stride: int | None = None
+) -> RowPlan:
+    """Return the plan of rows of sequences with these tables; see `RowPlan.of`."""
+    lengths = np.array([state.length for state, _ in rows])
+    trees = [tokens if isinstance(tokens, DraftTree) else len(tokens) for _, tokens in rows]
+    return RowPlan.of(tables, lengths, trees, groups, stride)
+
+
+def path_room(plan: RowPlan, rows: int) -> int:
+    """Return the depths for which paths of a pass over so many rows have room."""
+    return power_of_two(max(plan.paths.shape[1], min(MIN_DEPTHS, rows)))
 
 
 def rows_of(state: State, count: int) -> tuple[Pages, NDArray[np.int64]]:

@@ -22,26 +22,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from treeflash.decoding.hybrid import convolution_windows
-from treeflash.decoding.tree import DraftTree
 from treeflash.errors import UnsupportedModelError
 from treeflash_cuda.cache import KVCache, Slab
-from treeflash_cuda.gpu.state_arena import MATRIX, TAIL, Key, StateArena
+from treeflash_cuda.gpu.state_arena import MATRIX, TAIL, Key
+from treeflash_cuda.gpu.tree_recurrences import TreeRecurrences
 from treeflash_cuda.hf.fused_layers import forward_with, names_in_forward
 from treeflash_cuda.hf.model_caches import SlabCache, TreeCache
-from treeflash_cuda.numerics import concatenate, upload
-from treeflash_cuda.operations import Operations
-from treeflash_cuda.recurrence import TreeNodes, tree_recurrence, weigh_windows
-from treeflash_cuda.recurrent_states import RecurrentStates, SequenceWrites, Writes
+from treeflash_cuda.numerics import concatenate
+from treeflash_cuda.recurrence import tree_recurrence, weigh_windows
+from treeflash_cuda.recurrent_states import SequenceRows, Writes, plan_windows
 
 MAMBA_2 = "mamba2_chunk_scan"
 
@@ -60,39 +56,13 @@ OverTrees: TypeAlias = Callable[..., Tensor]
 """Runs a recurrence over trees: a `Recurrence` and (trees, n, ...) rows -> outputs."""
 
 
-@dataclass(frozen=True, eq=False)
-class SequenceRows:
-    """The rows of one sequence in a forward pass."""
-
-    states: RecurrentStates  # the states of the sequence
-    first: int  # the first row
-    count: int  # number of rows
-    # The rows are the nodes of this tree; None if they are the next tokens of the sequence, all of
-    # which will be committed.
-    tree: DraftTree | None
-    ancestors: Tensor | None  # (count, count) bool of the tree
-    writes: SequenceWrites = field(default_factory=SequenceWrites)  # what the layers write for them
-
-    @property
-    def nodes(self) -> TreeNodes:
-        assert self.tree is not None
-        assert self.ancestors is not None
-        return TreeNodes(self.ancestors[None], self.tree.parents)
-
-    def select(self, x: Tensor, axis: int = 1) -> Tensor:
-        """Select the rows of this sequence in a tensor of all rows."""
-        return x.narrow(axis, self.first, self.count)
-
-
 class RecurrentCache(TreeCache):
     """`TreeCache` with recurrent states, under the names by which transformers' models use them."""
 
-    def begin(self, attention_slots: dict[int, int], device: torch.device) -> None:
+    def begin(self, attention_slots: dict[int, int]) -> None:
         # An attention layer's index among all layers gives its index among the attention layers;
         # layers are added when they are called first.
         self.attention_slots = attention_slots
-        self.device = device
-        self._windows: dict[int, Tensor] = {}
         self._not_convolved: dict[Tensor, Key] = {}
         self._pending: set[Key] = set()
 
@@ -195,16 +165,6 @@ class RecurrentCache(TreeCache):
         """See `update_conv_state`. `convolve` joins the rows with the last inputs by default."""
         return rows
 
-    def _input_rows(self, kernel: int) -> Tensor:
-        """Return the (..., kernel) inputs that each row's convolution reads."""
-        if kernel not in self._windows:  # made once for all layers
-            self._windows[kernel] = self._plan_windows(kernel)
-        return self._windows[kernel]
-
-    def _plan_windows(self, kernel: int) -> Tensor:
-        """See `_input_rows`."""
-        raise NotImplementedError
-
 
 class HybridCache(RecurrentCache):
     """The rows of several sequences; see the module's description."""
@@ -217,8 +177,10 @@ class HybridCache(RecurrentCache):
         device: torch.device,
     ) -> None:
         super().__init__(sequences, [part.count for part in parts])
-        self.begin(attention_slots, device)
+        self.begin(attention_slots)
+        self.device = device
         self.parts = parts  # the rows of each sequence
+        self._windows: dict[int, Tensor] = {}
         self.is_step = sum(self.rows) == 1  # models have special functions for a single row
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
@@ -303,13 +265,11 @@ class HybridCache(RecurrentCache):
             part.writes.inputs[key] = inputs, width
         return concatenate(joined, 2)
 
-    def _plan_windows(self, kernel: int) -> Tensor:
-        windows, first = [], 0
-        for part in self.parts:
-            tree = part.tree or DraftTree.chain(np.zeros(part.count, np.int32))
-            windows.append(first + convolution_windows(tree.parents, kernel))
-            first += kernel - 1 + part.count
-        return upload(np.concatenate(windows), self.device).long()
+    def _input_rows(self, kernel: int) -> Tensor:
+        """Return the (rows, kernel) inputs that each row's convolution reads."""
+        if kernel not in self._windows:  # made once for all layers
+            self._windows[kernel] = plan_windows(self.parts, kernel, self.device)
+        return self._windows[kernel]
 
 
 class HybridTreeCache(RecurrentCache, SlabCache):
@@ -321,86 +281,24 @@ class HybridTreeCache(RecurrentCache, SlabCache):
         encode: Callable[[Tensor], Tensor],  # see `SlabCache`
         slots: Tensor,  # see `SlabCache`
         attention_slots: dict[int, int],
-        operations: Operations,
-        arena: StateArena,
-        state_slots: Tensor,  # (trees,) int32 of the states before the trees
-        nodes: TreeNodes,
+        recurrences: TreeRecurrences,
     ) -> None:
         SlabCache.__init__(self, slab, encode, slots)
-        self.begin(attention_slots, slots.device)
-        self.operations = operations
-        self.arena = arena
-        self.state_slots = state_slots
-        self.nodes = nodes
-        self._inputs: dict[Key, Tensor] = {}
-        self._written: dict[Key, tuple[Tensor, ...]] = {}
-
-    def outputs(self) -> list[Tensor]:
-        """Return `TreeWrites.outputs`."""
-        tails = self.arena.groups[: self.arena.tails]
-        found = [torch.stack([self._inputs[key] for key in keys]) for keys in tails]
-        for keys in self.arena.groups[self.arena.tails :]:
-            parts = zip(*(self._written[key] for key in keys), strict=True)
-            found += [torch.stack(part) for part in parts]
-        return found
+        self.begin(attention_slots)
+        self.recurrences = recurrences
 
     def _recur(
         self, key: Key, rows: Sequence[Tensor], next_tokens: NextTokens, tree: OverTrees
     ) -> Tensor:
         """Run the recurrence of all trees at once."""
-        by_tree = [x[0].unflatten(0, self.nodes.ancestors.shape[:2]) for x in rows]
-        return tree(partial(self._run_trees, key), *by_tree).flatten(0, 1)[None]
-
-    def _run_trees(
-        self,
-        key: Key,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        log_g: Tensor,
-        beta: Tensor | None,
-        **options: Any,
-    ) -> Tensor:
-        """See `Recurrence`."""
-        group, i = self.arena.places[key]
-        states = self.arena.matrices(group)[:, i]
-        out, written, keys = self.operations.tree_recurrence(
-            q, k, v, log_g, beta, states, self.state_slots, self.nodes, **options
-        )
-        self._written[key] = written, keys, log_g.transpose(1, 2)
-        return out
+        by_tree = [self.recurrences.by_tree(x[0]) for x in rows]
+        return tree(partial(self.recurrences.recur, key), *by_tree).flatten(0, 1)[None]
 
     def _convolve(
         self, key: Key, inputs: Tensor, filters: Filters, own: Callable[[], Tensor]
     ) -> Tensor:
         """Convolve along the paths of all trees at once."""
-        group, i = self.arena.places[key]
-        by_tree = inputs[0].mT.unflatten(0, self.nodes.ancestors.shape[:2])
-        out, self._inputs[key] = self.operations.convolve_paths(
-            *(by_tree, self.arena.tensors[group][:, i], self.state_slots),
-            *(self._input_rows(filters[0].shape[1]), *filters),
-        )
-        return out.flatten(0, 1).mT[None]
-
-    def _plan_windows(self, kernel: int) -> Tensor:
-        """Compute `convolution_windows` of each tree on the device."""
-        ancestors = self.nodes.ancestors
-        back = torch.arange(kernel - 1, -1, -1, device=self.device)
-        depths = ancestors.sum(2, keepdim=True) - 1 - back  # negative in the tail
-        nodes = ancestor_paths(ancestors).long().gather(2, depths.clamp(min=0))
-        return kernel - 1 + torch.where(depths < 0, depths, nodes)
-
-
-def ancestor_paths(ancestors: Tensor) -> Tensor:
-    """Return (t, n, n) int32 rows of each node's ancestors by depth, from (t, n, n) bool ancestors.
-
-    Entries beyond a node's own depth are 0.
-    """
-    n = ancestors.shape[-1]
-    rank = ancestors.cumsum(-1) - 1
-    rows = torch.arange(n, dtype=torch.int32, device=ancestors.device).expand_as(ancestors)
-    paths = rows.new_zeros(*ancestors.shape[:-1], n + 1)
-    return paths.scatter_(-1, rank.masked_fill(~ancestors, n), rows)[..., :n]
+        return self.recurrences.convolve_rows(key, inputs[0].mT, *filters).mT[None]
 
 
 _RUNNING: ContextVar[RecurrentCache | None] = ContextVar("hybrid_cache", default=None)

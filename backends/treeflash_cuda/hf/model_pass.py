@@ -12,6 +12,7 @@ from torch import Tensor
 
 from treeflash.decoding.tree import DraftTree
 from treeflash_cuda.gpu.row_pass import RowInputs, RowPass, has_features
+from treeflash_cuda.gpu.tree_recurrences import TreeRecurrences
 from treeflash_cuda.hf.attention_contexts import AttentionContext, TreeContext
 from treeflash_cuda.hf.hybrid import HybridCache, HybridTreeCache
 from treeflash_cuda.hf.model_caches import SlabCache
@@ -62,17 +63,17 @@ class ModelPasses:
         target = self.target
         assert target.operations is not None
         storage = rows.slab, target.arena.encode, rows.slots.long()
-        cache = SlabCache(*storage)
+        cache, recurrences = SlabCache(*storage), None
         if rows.recurrent is not None:
             assert target.state_arena is not None
             nodes, states = rows.recurrent
-            layers = target.attention_slots, target.operations, target.state_arena
-            cache = HybridTreeCache(*storage, *layers, states, nodes)
+            recurrences = TreeRecurrences(target.operations, target.state_arena, states, nodes)
+            cache = HybridTreeCache(*storage, target.attention_slots, recurrences)
         context = TreeContext(target.operations, cache, rows.keys, rows.positions.long())
         logits, outputs = target.forward(
             rows.ids.long(), context, cache, logits_to_keep=0, rotary=rows.rotary.long()
         )
-        return logits, outputs, cache.outputs() if isinstance(cache, HybridTreeCache) else []
+        return logits, outputs, [] if recurrences is None else recurrences.outputs()
 
     def _run_with_masks(self, rows: Sequence[Rows], needs_logits: Sequence[bool]) -> RowsResult:
         """Run one pass, in which every sequence has its mask."""

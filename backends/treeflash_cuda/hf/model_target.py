@@ -32,7 +32,7 @@ from transformers.utils import logging
 from treeflash.config import LoadConfig
 from treeflash.decoding.backend_base import arrays_nbytes
 from treeflash.decoding.families import ImageFamily, image_family, refusal
-from treeflash.decoding.image_processor import TOKEN_TYPES, Processor, load_processor
+from treeflash.decoding.image_processor import TOKEN_TYPES, Processor
 from treeflash.decoding.passed_checks import PassedChecks
 from treeflash.decoding.probe import INEXACT, TOLERANCE_FACTOR, TOLERANCES, ImageSample
 from treeflash.decoding.tree import DraftTree
@@ -46,7 +46,6 @@ from treeflash.errors import (
     is_device_lost,
     is_out_of_memory,
 )
-from treeflash_cuda import images as vision
 from treeflash_cuda.cache import Span, check_quantisation
 from treeflash_cuda.cpu.low_bit_loading import UNPACKED_BITS, is_packed, keeps_bits, rounding
 from treeflash_cuda.exact import (
@@ -77,7 +76,6 @@ from treeflash_cuda.hf.hybrid import (
     MAMBA_2,
     HybridCache,
     RecurrentCache,
-    SequenceRows,
     hook_recurrent_layers,
 )
 from treeflash_cuda.hf.low_bit_models import LowBitConfig
@@ -86,7 +84,7 @@ from treeflash_cuda.hf.model_pass import ModelPasses
 from treeflash_cuda.images import ImageRows, VisionTower, has_tower, run_samples
 from treeflash_cuda.linear import IN_TARGET, fuse_linears, is_subclass, pack_linears
 from treeflash_cuda.low_bit_linear import LowBitEmbedding, LowBitLinear
-from treeflash_cuda.recurrent_states import RecurrentStates
+from treeflash_cuda.recurrent_states import RecurrentStates, SequenceRows
 from treeflash_cuda.state import State
 from treeflash_cuda.target import (
     RECURRENT_LAYERS,
@@ -383,6 +381,7 @@ class ModelTarget(Target):
         device: torch.device,  # for the weights
         dtype: torch.dtype | None,  # None is the checkpoint's own
         settings: LoadConfig,  # for what is loaded, and how it is stored and placed
+        processor: Processor | str,  # see `images.find_processor`
         *,
         pack: bool,
         processes: int = 1,  # processes of `torchrun`, each of which loads its part of every layer
@@ -399,16 +398,6 @@ class ModelTarget(Target):
         elif not settings.bits and settings.exact and pack and keeps_bits(folder, on_cpu):
             config.quantization_config = LowBitConfig.of_folder(folder, config)
         split, placed = processes > 1, settings.device_map is not None
-        refusals = {
-            "it was loaded without its vision tower": not settings.images,
-            "they do not work under torchrun": split,
-            "they do not work with device_map": placed,
-            "they do not work with an adapter": bool(settings.adapter),
-        }
-        reason = next((reason for reason, applies in refusals.items() if applies), None)
-        processor = reason or load_processor(
-            folder, config.to_dict(), "cuda", vision.read_processor
-        )
         model = load_model(
             folder,
             config,

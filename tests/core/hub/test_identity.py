@@ -13,7 +13,12 @@ from treeflash.hub.identity import pair_identity
 from treeflash.testing.models import write_target
 
 BACKEND = SimpleNamespace(
-    name="cuda", device="cpu", device_name="a processor", dtype="float32", inexact="rounding"
+    name="cuda",
+    device="cpu",
+    device_name="a processor",
+    dtype="float32",
+    inexact="rounding",
+    images="it has no vision tower",
 )
 
 
@@ -43,6 +48,7 @@ def test_a_fine_tune_with_the_same_headers_is_another_pair(folder, tmp_path):
         {"device_name": "another"},
         {"dtype": "bfloat16"},
         {"inexact": None},
+        {"images": SimpleNamespace()},  # other layers run a target that takes some
     ],
 )
 def test_the_way_of_running_counts(folder, tmp_path, change):
