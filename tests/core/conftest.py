@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import sys
@@ -198,6 +199,13 @@ def scripted(byte_tokenizer: Tokenizer) -> Callable[..., LanguageModel]:
         )
 
     return make
+
+
+@pytest.fixture(scope="module")
+def quick_collections() -> None:
+    """Spare the garbage collector what earlier tests left: a diagnosis calls it for each check."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -24,6 +24,8 @@ from treeflash.errors import UnsupportedModelError
 from treeflash.reference import backend as reference_backend
 from treeflash.testing.models import write_target
 
+pytestmark = pytest.mark.usefixtures("quick_collections")
+
 
 @pytest.fixture
 def run(tiny_pair, capsys):

@@ -310,17 +310,6 @@ def test_a_configuration_that_makes_no_model_is_one_line(tmp_path, damage, reaso
         load(tmp_path, None, CPU)
 
 
-def test_code_in_a_checkpoint_is_not_run(tmp_path):
-    LlamaConfig(**TINY).save_pretrained(tmp_path)
-    write_target(tmp_path, "llama", seed=1)
-    config = (tmp_path / "config.json").read_text()
-    mapping = '{"auto_map": {"AutoModelForCausalLM": "evil.Model"},'
-    (tmp_path / "config.json").write_text(config.replace("{", mapping, 1))
-    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    load(tmp_path, None, CPU)
-    assert not (tmp_path / "ran").exists()
-
-
 def test_custom_attention_is_refused(tmp_path):
     config = DogeConfig(**TINY | {"num_attention_heads": 4}, keep_window_size=4)
     torch.manual_seed(0)

@@ -16,7 +16,7 @@ from treeflash.decoding.prefix_cache import PrefixCache
 from treeflash.decoding.scheduler import Scheduler
 
 short = settings(
-    max_examples=12,
+    max_examples=8,
     stateful_step_count=30,
     derandomize=True,
     phases=[Phase.generate],  # a shorter schedule takes long to find
@@ -124,6 +124,7 @@ FAULTS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
 RARE = {
     "a snapshot kept too long": "test_backend_base.py",
     "a prefix cache without a limit": "test_prefix_cache.py",
+    "a prefix cache that does not make room": "test_scheduler.py",
 }
 """Faults that take so many schedules, more than half of the time of all, that they wait for the
 night, and the tests that notice them every time. Others take a few schedules each."""

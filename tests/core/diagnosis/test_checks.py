@@ -30,6 +30,8 @@ from treeflash.hub.published import DEEPSPEC_SYSTEM
 from treeflash.testing.models import edit_config, write_dialect, write_drafter, write_target
 from treeflash.text.prompt import Prompting
 
+pytestmark = pytest.mark.usefixtures("quick_collections")
+
 PROMPTS = [[{"role": "user", "content": text}] for text in ("one", "two", "three")]
 
 
