@@ -424,9 +424,8 @@ def wrap(model: PreTrainedModel, drafter: Path | None) -> CudaBackend:
     """Return a pair whose target is a loaded model that its owner goes on using.
 
     Its weights stay as they are. Its attention is replaced, and its layers have hooks, inside
-    `Target.attached` alone. It has neither CUDA graphs nor fused layers: a graph reads the weights'
-    addresses, and would go on with old weights after the owner has moved the model, loaded an
-    adapter or trained it.
+    `Target.attached` alone. It has no CUDA graphs: a graph reads the weights' addresses, and would
+    go on with old weights after the owner has moved the model, loaded an adapter or trained it.
 
     Raises:
         ConfigError: the model's layers are on several devices.

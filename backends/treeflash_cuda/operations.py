@@ -312,6 +312,7 @@ class Shapes:
     softcap: float | None = None  # the softcap of the layers' scores
     sinks: bool = False  # whether layers have attention sinks
     quantised: bool = False  # whether keys and values are stored in 8 bits
+    has_own_layers: bool = True  # whether layers are ours, whose norms and gates are operations
     experts: bool = False  # whether layers have experts
     draft_bits: tuple[int, ...] = ()  # the bits of weights of drafters that are quantised
     # The heads, key_dim and value_dim of recurrent layers, and whether their states are transposed.
@@ -341,6 +342,9 @@ def examined_shapes(head_dim: int, draft_bits: tuple[int, ...] = ()) -> Shapes:
 
 
 NEEDS = {
+    "rms_norm": "has_own_layers",
+    "rotate_and_store": "has_own_layers",
+    "gated": "has_own_layers",
     "grouped_linear": "experts",
     "quantised_linear": "draft_bits",
     "tree_recurrence": "recurrent",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import warnings
 from collections.abc import Iterator, Sequence
@@ -84,8 +83,6 @@ def load_target(
             model.make_exact(passed or PassedChecks())
     if not isinstance(model, DecoderTarget):
         choose_passes(model)
-        if pack and model.operations is not None:
-            fuse_parts(model)
     return model
 
 
@@ -194,19 +191,6 @@ def own_layers(
     return OwnLayers(checkpoint, facts, dtype, operations)
 
 
-def fuse_parts(target: Any) -> None:
-    """Let parts of the layers of a `ModelTarget` call its operations."""
-    from treeflash_cuda.hf.experts import fuse_experts
-    from treeflash_cuda.hf.fused_layers import fuse_layers, fuse_residuals, fuse_rotation
-    from treeflash_cuda.hf.model_target import CHECKED_TOKENS
-
-    model, run = target.model, functools.partial(run_tree, target, CHECKED_TOKENS)
-    fuse_layers(model, target.operations, target.dtype)
-    fuse_experts(model, target.operations, target.dtype)
-    fuse_rotation(model, run)
-    fuse_residuals(target.layers, getattr(model.get_decoder(), "norm", None), run)
-
-
 @torch.inference_mode()
 def run_tree(target: Any, nodes: int) -> None:
     """Run a tree through a target that has a `RowPass`, without a graph; its state is dropped.
@@ -307,8 +291,6 @@ def target_shapes(target: Target) -> Shapes:
     quantised = target.arena.dtype is not None
     if isinstance(target, DecoderTarget):
         return decoder_shapes(target.facts, quantised=quantised)
-    from treeflash_cuda.hf.experts import has_experts
-
     config = target.config
     heads, hidden_size = config.num_attention_heads, config.hidden_size
     arena = target.state_arena
@@ -320,7 +302,7 @@ def target_shapes(target: Target) -> Shapes:
         softcap=target.softcap,
         sinks=target.has_sinks,
         quantised=quantised,
-        experts=has_experts(target.model),
+        has_own_layers=False,
         recurrent=() if arena is None else arena.matrix_shapes,
         convolutions=() if arena is None else arena.tail_shapes,
     )

@@ -1,4 +1,4 @@
-"""Experts of models of transformers, computed by one product without a read on the host."""
+"""Experts on a GPU, computed by one product without a read on the host."""
 
 import warnings
 from types import SimpleNamespace
@@ -17,96 +17,11 @@ require("torch")
 
 import numpy as np
 import torch
-from families import OVERRIDES, SMALL
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from treeflash_cuda.backend import load
 from treeflash_cuda.drafter_loading import pack_drafter
 from treeflash_cuda.drafter_operations import Experts
-from treeflash_cuda.hf import experts as experts_module
-from treeflash_cuda.hf.experts import fuse_experts, has_experts
-from treeflash_cuda.operations import Operations, grouped_linear
-
-FAMILIES = ("qwen3_moe", "gpt_oss", "nemotron_h", "mixtral", "deepseek_v3")
-"""With and without biases, gates and interleaved gates; weights in both layouts."""
-
-
-@pytest.fixture(params=FAMILIES)
-def model(request):
-    torch.manual_seed(0)
-    settings = SMALL | OVERRIDES.get(request.param, {})
-    config = CONFIG_MAPPING[request.param](**settings)
-    return AutoModelForCausalLM.from_config(config).eval()
-
-
-def experts_of(model):
-    found = [module for module in model.modules() if hasattr(module, "_apply_gate")]
-    assert found
-    return found
-
-
-def inputs_of(module, rows, *, beyond=False):
-    size = module.down_proj.shape[2 if module.is_transposed else 1]
-    generator = torch.Generator().manual_seed(rows)
-    scores = torch.rand(rows, module.num_experts, generator=generator)
-    weights, chosen = scores.topk(2)
-    if beyond:
-        chosen[0, 1] = module.num_experts  # no expert
-    return torch.randn(rows, size, generator=generator), chosen, weights
-
-
-@torch.inference_mode()
-def test_experts_compute_what_transformers_computes(model):
-    assert has_experts(model)
-    cases = [(module, module.forward) for module in experts_of(model)]
-    fuse_experts(model, Operations(), torch.float32)
-    for module, plain in cases:
-        assert "forward" in vars(module)
-        for rows in (1, 2, 33):
-            inputs = inputs_of(module, rows)
-            torch.testing.assert_close(module(*inputs), plain(*inputs))
-
-
-@torch.inference_mode()
-def test_a_row_may_have_fewer_experts():
-    settings = SMALL | {"num_hidden_layers": 1}
-    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["qwen3_moe"](**settings))
-    (module,) = experts_of(model)
-    inputs = inputs_of(module, 5, beyond=True)
-    model.set_experts_implementation("eager")  # knows rows without an expert
-    expected = module(*inputs)
-    fuse_experts(model, Operations(), torch.float32)
-    torch.testing.assert_close(module(*inputs), expected)
-
-
-@torch.inference_mode()
-def test_many_rows_stay_with_transformers(model, monkeypatch):
-    """It has the faster products for prompts, which are not captured."""
-    calls = []
-
-    def counted(*args):
-        calls.append(args)
-        return grouped_linear(*args)
-
-    fuse_experts(model, Operations(grouped_linear=counted), torch.float32)
-    calls.clear()
-    monkeypatch.setattr(experts_module, "MAX_ROWS", 4)
-    module = experts_of(model)[0]
-    module(*inputs_of(module, 4))
-    assert len(calls) == 2
-    module(*inputs_of(module, 5))
-    assert len(calls) == 2
-
-
-def test_experts_that_the_operation_does_not_compute_are_left_as_they_are(model):
-    wrong = Operations(grouped_linear=lambda *args: 1.1 * grouped_linear(*args))
-    fuse_experts(model, wrong, torch.float32)
-    assert not any("forward" in vars(module) for module in experts_of(model))
-
-
-def test_dense_models_have_none(tmp_path):
-    write_target(tmp_path, "qwen3", seed=1, vocab_size=40)
-    assert not has_experts(load(tmp_path, None, LoadConfig(device="cpu")).target.model)
+from treeflash_cuda.operations import Operations
 
 
 @pytest.mark.sample(1)

@@ -15,15 +15,13 @@ from treeflash.decoding.tree import DraftTree
 from treeflash.errors import UnsupportedModelError
 from treeflash.testing import require
 from treeflash.testing.comparisons import random_tokens
-from treeflash.testing.models import edit_config, write_drafter
+from treeflash.testing.models import write_drafter
 
 require("torch")
 
 import torch
 from transformers import CONFIG_MAPPING
 from treeflash_cuda.backend import load
-from treeflash_cuda.hf import fused_layers
-from treeflash_cuda.hf.fused_layers import AddingLayer
 from treeflash_cuda.verifier import FIRST_CHUNK
 
 pytestmark = pytest.mark.sample(1)
@@ -74,39 +72,6 @@ def capped(families, tmp_path_factory):
         write_drafter(drafter, target, seed=2)
         pairs[name] = model, target, drafter
     return pairs
-
-
-@pytest.mark.parametrize(
-    ("name", "settings", "adds", "halves"),
-    [
-        ("qwen3", {}, True, False),
-        ("gpt_oss", {}, True, True),
-        ("granite", {"residual_multiplier": 0.999}, False, False),
-        ("gemma2", {}, False, False),  # norms what sublayers return, too
-        ("olmo2", {}, False, False),  # has norms over all heads
-        ("hunyuan_v1_dense", {}, True, None),  # norms queries and keys after their rotation
-    ],
-)
-def test_layers_add_and_norm_by_one_operation(
-    families, name, settings, adds, halves, tmp_path, monkeypatch
-):
-    """Layers that first add, and then norm, give these logits."""
-    families.write(tmp_path, name)
-    edit_config(tmp_path, lambda config: config.update(settings))
-    adding = load_with_parts(monkeypatch, tmp_path, models=True)
-    layers = adding.target.layers
-    forwards = [vars(layer).get("forward") for layer in layers]
-    assert [isinstance(x, AddingLayer) for x in forwards] == [adds] * len(layers)
-    rotating = [vars(layer.self_attn).get("forward") for layer in layers]
-    assert {getattr(x, "has_halves", None) for x in rotating} == {halves}
-    monkeypatch.setattr(fused_layers, "fuse_layers", lambda *_: None)
-    monkeypatch.setattr(fused_layers, "fuse_rotation", lambda *_: None)
-    plain, found = load_with_parts(monkeypatch, tmp_path, models=True), []
-    for backend in (adding, plain):
-        state = backend.open(40, drafts=False)
-        backend.verifier.run([Prefill(state, [3, 4, 5], None)])
-        found.append(backend.verifier.logits([(state, DraftTree.root_only(6))]).logits[0])
-    np.testing.assert_allclose(*found, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

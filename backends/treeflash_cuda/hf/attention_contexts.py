@@ -139,12 +139,6 @@ def is_attending() -> bool:
     return _FORWARD_PASS.get(None) is not None
 
 
-def tree_context() -> TreeContext | None:
-    """Return the context of the current forward pass, if it is a `TreeContext`."""
-    context, _ = _FORWARD_PASS.get((None, None))
-    return context if isinstance(context, TreeContext) else None
-
-
 @torch.compiler.disable
 def capture_output(layer_id: int, output: Tensor) -> None:
     """Keep a layer's output for the caller of the current forward pass, if it asks for outputs."""
@@ -360,56 +354,9 @@ class TreeContext:
         self.operations = operations
         self.cache = cache
         self.positions = positions
-        # The layer that calls `rotate` has these `FusedNorm`s of queries and keys, if any.
-        self.norms: Sequence[Any] = ()
-        self.has_halves = False  # whether it gives the first half of cosines and sines alone
-        # Cosines and sines of both halves, by the given ones, which layers share.
-        self._whole: dict[Tensor, Tensor] = {}
         self._keys: dict[tuple[int | None, torch.device], VisibleKeys] = {}
         self._keys[None, positions.device] = keys
         self._windows: dict[Tensor | None, int | None] = {}
-        # Queries of the layer as it gave them, and rotated, until it attends.
-        self._rotated: tuple[Tensor, Tensor] | None = None
-
-    def rotate(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalise, rotate and store a layer's keys by one operation, once it stores them.
-
-        Returns the (1, heads, n, head_dim) queries and keys as they are: `attend` replaces the
-        queries. The cosines and sines are (1, n, rotary_dim), or half as wide.
-
-        Raises:
-            UnsupportedModelError: they have other shapes; or, later, the layer changes its queries
-                or its keys in between.
-        """
-        width = cos.shape[-1] * (2 if self.has_halves else 1)
-        if query.ndim != 4 or cos.ndim != 3 or len(cos) != 1 or width > query.shape[3]:
-            raise UnsupportedModelError("a layer's cosines and sines are of an unknown shape")
-
-        def store(keys: Tensor, values: Tensor) -> None:
-            if keys is not key:
-                raise UnsupportedModelError("a layer changes its keys after their rotation")
-            q, k, v = (x[0].transpose(0, 1) for x in (query, key, values))
-            slots, norms = self.cache.slots.to(q.device), self.norms
-            angles = [self._whole_angles(x) if self.has_halves else x[0] for x in (cos, sin)]
-            rotated = self.operations.rotate_and_store(
-                *(q, k, v, *angles, *self.cache.stored_columns(), slots),
-                norms=tuple(norm.weight for norm in norms) or None,
-                eps=norms[0].eps if norms else 0.0,
-            )
-            self._rotated = query, rotated
-
-        self.cache.store = store
-        return query, key
-
-    def _whole_angles(self, x: Tensor) -> Tensor:
-        """Return the (n, rotary_dim) cosines or sines from the (1, n, rotary_dim / 2) of a half."""
-        if x not in self._whole:
-            self._whole[x] = torch.cat([x[0], x[0]], -1)
-        return self._whole[x]
-
-    def drop_rotation(self) -> None:
-        """Forget what `rotate` was given by a layer that failed."""
-        self.cache.store = self._rotated = None
 
     def mask(self, function: MaskFunction, dtype: torch.dtype, window: int | None) -> Tensor:
         """Return a tensor that stands for the layers' window.
@@ -429,13 +376,9 @@ class TreeContext:
         if inputs.mask not in self._windows:
             raise UnsupportedModelError(f"{type(inputs.module).__name__} changes its mask")
         window = self._windows[inputs.mask]
-        given, query = self._rotated or (inputs.query, inputs.query[0].transpose(0, 1))
-        self._rotated = None
-        if given is not inputs.query or self.cache.store is not None:
-            raise UnsupportedModelError("a layer changes its queries after their rotation")
         self.cache.select(inputs.key)
         output = self.operations.tree_attention(
-            query,
+            inputs.query[0].transpose(0, 1),
             *self.cache.stored_columns(),
             self._visible(window, inputs.query.device),
             **inputs.score_options,

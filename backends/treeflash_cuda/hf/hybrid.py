@@ -19,10 +19,12 @@ installed kernels serve prompts and plain decoding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
+from types import FunctionType, MethodType
 from typing import Any, TypeAlias
 
 import torch
@@ -33,7 +35,6 @@ from treeflash.errors import UnsupportedModelError
 from treeflash_cuda.cache import KVCache, Slab
 from treeflash_cuda.gpu.state_arena import MATRIX, TAIL, Key
 from treeflash_cuda.gpu.tree_recurrences import TreeRecurrences
-from treeflash_cuda.hf.fused_layers import forward_with, names_in_forward
 from treeflash_cuda.hf.model_caches import SlabCache, TreeCache
 from treeflash_cuda.numerics import concatenate
 from treeflash_cuda.recurrence import tree_recurrence, weigh_windows
@@ -303,6 +304,28 @@ class HybridTreeCache(RecurrentCache, SlabCache):
 
 _RUNNING: ContextVar[RecurrentCache | None] = ContextVar("hybrid_cache", default=None)
 """The cache of the current forward pass."""
+
+
+def names_in_forward(module: nn.Module) -> set[str]:
+    """Return the names of functions and attributes that a module's `forward` uses."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return set() if code is None else set(code.co_names)
+
+
+def forward_with(
+    module: nn.Module, functions: Mapping[str, Callable[..., Any]]
+) -> tuple[Callable[..., Any], set[str]]:
+    """Copy a module's `forward` that calls other functions, and the names of those that it finds.
+
+    `functions` replace the globals of the same names, which they get as their first argument.
+    """
+    forward: Any = inspect.unwrap(type(module).forward)
+    used = names_in_forward(module) & functions.keys() & forward.__globals__.keys()
+    changed = {name: partial(functions[name], forward.__globals__[name]) for name in used}
+    rest = forward.__name__, forward.__defaults__, forward.__closure__
+    copy = FunctionType(forward.__code__, {**forward.__globals__, **changed}, *rest)
+    copy.__kwdefaults__ = forward.__kwdefaults__
+    return MethodType(copy, module), used
 
 
 def hook_recurrent_layers(model: nn.Module) -> dict[int, set[str]]:

@@ -116,9 +116,6 @@ class SlabCache(TreeCache):
         self.slab = slab  # the slab of all sequences; None for a model without attention layers
         self.encode = encode  # see `Arena.encode`
         self.slots = slots  # (rows,) int64 the column of each row
-        # The function stores the next keys and values in place of `update`; see
-        # `TreeContext.rotate`.
-        self.store: Callable[[Tensor, Tensor], None] | None = None
 
     @torch.compiler.disable
     def update(
@@ -126,10 +123,6 @@ class SlabCache(TreeCache):
     ) -> tuple[Tensor, Tensor]:
         """Store the keys and values of all rows, and return them."""
         self.layer = layer_idx
-        if self.store is not None:
-            store, self.store = self.store, None
-            store(key_states, value_states)
-            return self.noted(key_states, value_states)
         for storage, x in zip(self.stored_columns(), (key_states, value_states), strict=True):
             storage.index_copy_(1, self.slots.to(x.device), self.encode(x)[0])
         return self.noted(key_states, value_states)

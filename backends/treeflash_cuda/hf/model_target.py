@@ -319,7 +319,7 @@ class ModelTarget(Target):
         model: PreTrainedModel,  # loaded, for inference
         device: torch.device,  # the device of its embeddings, and of its inputs and outputs
         *,
-        pack: bool,  # pack the weights for the device; the model is then for inference only
+        pack: bool,  # pack the weights on a CPU; the model is then for inference only
         kv_bits: int | None = None,  # bits of stored keys and values; None does not quantise them
         split: bool = False,  # whether other processes have parts of its layers
         placed: bool = False,  # whether its layers are on several devices
@@ -446,7 +446,7 @@ class ModelTarget(Target):
                     f"config.json: {first_line(error)}"
                 ) from error
             self.model.set_attn_implementation(tree_attention(self.model.config))
-            if pack:
+            if pack and self.device.type == "cpu":
                 fuse_linears(self.model, IN_TARGET)
                 pack_linears(self.model)
                 self.lm_head = self.model.get_output_embeddings()
