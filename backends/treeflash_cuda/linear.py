@@ -246,8 +246,6 @@ class FusedPart(nn.Module):
         return outputs[self.part]
 
 
-IN_TARGET = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
-"""Layers of a target that read the same input, under the names that most models give them."""
 IN_DRAFTER = ("k_proj", "v_proj"), ("gate_proj", "up_proj")
 """Layers of a drafter that read the same input: its queries come from the block alone."""
 

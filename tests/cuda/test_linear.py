@@ -16,7 +16,6 @@ import torch
 from torch import nn
 from treeflash_cuda.backend import load
 from treeflash_cuda.linear import (
-    IN_TARGET,
     FusedLinear,
     FusedPart,
     PackedLinear,
@@ -33,6 +32,7 @@ from treeflash_cuda.linear import (
 
 SHAPES = [(24,), (3, 24), (2, 3, 24), (0, 24), (70, 24)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+QKV = (("q_proj", "k_proj", "v_proj"),)
 
 
 class Attention(nn.Module):
@@ -109,7 +109,7 @@ def test_a_pair_is_the_layer_of_the_concatenation(bias):
 def test_fused_layers_equal_separate_ones_in_any_order(attention):
     names = ("q_proj", "k_proj", "v_proj")
     plain = {name: getattr(attention, name) for name in names}
-    fuse_linears(attention, IN_TARGET)
+    fuse_linears(attention, QKV)
     assert all(isinstance(getattr(attention, name), FusedPart) for name in names)
     assert type(attention.o_proj) is nn.Linear
     for order in (names, names[::-1], ("k_proj", "k_proj", "q_proj", "v_proj")):
@@ -121,7 +121,7 @@ def test_fused_layers_equal_separate_ones_in_any_order(attention):
 @torch.inference_mode()
 def test_fused_layers_follow_a_new_input_half_way(attention):
     plain = attention.k_proj
-    fuse_linears(attention, IN_TARGET)
+    fuse_linears(attention, QKV)
     first, second = torch.randn(2, 24), torch.randn(2, 24)
     attention.q_proj(first)
     close(attention.k_proj(second), plain(second))
@@ -130,7 +130,7 @@ def test_fused_layers_follow_a_new_input_half_way(attention):
 
 @torch.inference_mode()
 def test_fused_layers_keep_nothing_after_a_call(attention):
-    fuse_linears(attention, IN_TARGET)
+    fuse_linears(attention, QKV)
     x = torch.randn(2, 24)
     outputs = [weakref.ref(attention.q_proj(x)), weakref.ref(x)]
     del x
@@ -141,7 +141,7 @@ def test_fused_layers_keep_nothing_after_a_call(attention):
 def test_threads_share_fused_layers(attention):
     """Each thread gets the outputs of its own input, however the calls interleave."""
     plain = [attention.q_proj, attention.k_proj, attention.v_proj]
-    fuse_linears(attention, IN_TARGET)
+    fuse_linears(attention, QKV)
     fused = [attention.q_proj, attention.k_proj, attention.v_proj]
     inputs = [torch.randn(2, 24) for _ in range(4)]
     # A barrier after every call makes each thread's calls straddle the others'.
@@ -176,7 +176,7 @@ def test_fused_outputs_equal_separate_ones(attention, make):
 @torch.inference_mode()
 def test_fused_layers_are_counted_once(attention):
     nbytes = sum(parameter.nbytes for parameter in attention.parameters())
-    fuse_linears(attention, IN_TARGET)
+    fuse_linears(attention, QKV)
     biases = (40 + 8) * 4  # of the fused layers, which are no parameters any more
     assert weights_by_format([attention]) == {"float32": nbytes - biases}
 
@@ -184,7 +184,7 @@ def test_fused_layers_are_counted_once(attention):
 def test_layers_that_something_else_runs_are_not_fused(attention):
     """Accelerate and tensor parallelism replace `forward` on the instance."""
     attention.k_proj.forward = lambda x: x
-    fuse_linears(attention, IN_TARGET)
+    fuse_linears(attention, QKV)
     assert not isinstance(attention.q_proj, FusedPart)
 
 
@@ -233,6 +233,6 @@ def test_weights_of_other_tensors_are_neither_fused_nor_packed(attention):
     for layer in (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj):
         layer.weight = nn.Parameter(Wrapped(layer.weight.data), requires_grad=False)
     pack_linears(attention)
-    fuse_linears(attention, IN_TARGET, Packing(PackedLinear, lambda _: True))
+    fuse_linears(attention, QKV, Packing(PackedLinear, lambda _: True))
     assert {type(child) for child in attention.children()} == {nn.Linear}
     assert weights_by_format([attention]) == {"Linear": nbytes}

@@ -82,7 +82,7 @@ from treeflash_cuda.hf.low_bit_models import LowBitConfig
 from treeflash_cuda.hf.model_caches import TreeCache
 from treeflash_cuda.hf.model_pass import ModelPasses
 from treeflash_cuda.images import ImageRows, VisionTower, has_tower, run_samples
-from treeflash_cuda.linear import IN_TARGET, fuse_linears, is_subclass, pack_linears
+from treeflash_cuda.linear import is_subclass, pack_linears
 from treeflash_cuda.low_bit_linear import LowBitEmbedding, LowBitLinear
 from treeflash_cuda.recurrent_states import RecurrentStates, SequenceRows
 from treeflash_cuda.state import State
@@ -447,7 +447,6 @@ class ModelTarget(Target):
                 ) from error
             self.model.set_attn_implementation(tree_attention(self.model.config))
             if pack and self.device.type == "cpu":
-                fuse_linears(self.model, IN_TARGET)
                 pack_linears(self.model)
                 self.lm_head = self.model.get_output_embeddings()
             state = State(self.arena, None, CHECKED_TOKENS, recurrent=self.new_recurrent_states())
