@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 from treeflash_cuda.backend import CudaBackend
 from treeflash_cuda.decoder.families import FAMILIES
@@ -46,6 +46,18 @@ SIZES = {
     "tie_word_embeddings": True,
     "pad_token_id": None,
 }
+EXPERTS = {
+    "num_experts": 16,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 512,
+    "shared_expert_intermediate_size": 512,
+}
+DELTA_NET = {
+    "linear_num_key_heads": 6,
+    "linear_num_value_heads": 12,
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64,
+}
 GEMMA = {"query_pre_attn_scalar": 64, "sliding_window": 128}
 SETTINGS: dict[str, dict[str, Any]] = {
     "gemma2": GEMMA,
@@ -53,7 +65,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "granite": {"attention_multiplier": 0.125, "residual_multiplier": 0.22},
     "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 1024},
     "olmoe": {"num_experts": 16, "num_experts_per_tok": 4, "intermediate_size": 512},
-    "qwen3_moe": {"num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 512},
+    "qwen3_5_text": DELTA_NET,
+    "qwen3_5_moe_text": DELTA_NET | EXPERTS,
+    "qwen3_moe": EXPERTS,
+    "qwen3_next": DELTA_NET | EXPERTS,
 }
 """What families have besides, so that all their facts are used."""
 
@@ -127,7 +142,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.set_num_threads(1)
-    names = args.families or list(FAMILIES)
+    # Types that also read images have the layers of others.
+    alone = (x for x in FAMILIES if "text_config" not in CONFIG_MAPPING[x].sub_configs)
+    names = args.families or list(alone)
     rows = [compare(name, dtype, args.rounds) for name in names for dtype in args.dtypes]
     show("a pass with transformers' layers / with our own", rows)
     write_json(args.json, "decoder_layers", {"rows": rows})

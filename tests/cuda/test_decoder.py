@@ -139,6 +139,7 @@ QWEN_MOE = EXPERTS | {
     "norm_topk_prob": True,
     "mlp_only_layers": [1],
 }
+SHARED_EXPERT = QWEN_MOE | {"shared_expert_intermediate_size": 40}
 DELTA_NET = {
     "head_dim": 16,
     "linear_num_key_heads": 2,
@@ -172,6 +173,8 @@ CASES |= {
     "phi3": {"sliding_window": 6, "rope_parameters": LONGROPE | {"partial_rotary_factor": 0.75}},
     "phi3, plain": {"num_key_value_heads": 4},
     "qwen3_5_text": DELTA_NET | {"attention_bias": True},
+    "qwen3_5_moe_text": SHARED_EXPERT | DELTA_NET,
+    "qwen3_next": SHARED_EXPERT | DELTA_NET | {"linear_value_head_dim": 16},
     "qwen3_moe": QWEN_MOE | {"use_sliding_window": True, "sliding_window": 6},
 }
 COMPILED = {
@@ -187,6 +190,9 @@ COMPILED = {
     "phi3, compiled": {"head_dim": 32},
     "qwen3_5_text, compiled": DELTA_NET
     | {"head_dim": 32, "linear_conv_kernel_dim": 3, "linear_value_head_dim": 16},
+    "qwen3_next, compiled": SHARED_EXPERT
+    | DELTA_NET
+    | {"head_dim": 32, "linear_value_head_dim": 16, "shared_expert_intermediate_size": 48},
     "qwen3_moe, compiled": QWEN_MOE | {"head_dim": 32},
 }
 """Models whose sizes fit the compiled functions of layers."""
@@ -383,6 +389,27 @@ def in_layers(**attributes):
     return change
 
 
+def with_rates(factor):
+    def change(model):
+        for layer in model.layers:
+            if hasattr(layer.mixer, "rates"):
+                layer.mixer.rates.mul_(factor)
+
+    return change
+
+
+def with_norms_in_the_order_of_files(model):
+    for layer in model.layers:
+        if hasattr(layer.mixer, "head_norms"):
+            norms = layer.mixer.head_norms
+            layer.mixer.head_norms = norms[:, model.facts.head_order.argsort()]
+
+
+def without_shared_experts(model):
+    for layer in model.layers:
+        layer.network.shared = None
+
+
 def without_biases(model):
     for layer in model.layers:
         layer.mixer.qkv.bias = None
@@ -437,6 +464,10 @@ FAULTS = {
     "weights of experts that sum to less": ("qwen3_moe", with_experts(sums_to_one=False)),
     "other experts": ("mixtral", with_experts(per_token=2)),
     "another activation": ("gemma3_text", with_activation("silu")),
+    "no gates of attention": ("qwen3_5_text", in_layers(gate=None)),
+    "states that last longer": ("qwen3_5_text", with_rates(0.5)),
+    "norms in another order": ("qwen3_5_text", with_norms_in_the_order_of_files),
+    "no shared experts": ("qwen3_5_moe_text", without_shared_experts),
 }
 
 

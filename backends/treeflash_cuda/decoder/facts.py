@@ -111,7 +111,8 @@ class DecoderFacts:
         if experts is None:
             return (self.intermediate_size,)
         dense = (self.intermediate_size,) if len(experts.layers) < self.layers else ()
-        return (experts.size, *dense)
+        shared = () if experts.shared_size is None else (experts.shared_size,)
+        return (experts.size, *shared, *dense)
 
     @property
     def score_scale(self) -> float:
@@ -174,7 +175,7 @@ def decoder_facts(config: Any) -> DecoderFacts | str:
     return DecoderFacts(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
+        intermediate_size=getattr(config, "intermediate_size", 0),  # none if all have experts
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,

@@ -7,7 +7,8 @@ configuration says: where norms stand, which settings ask for biases, windows, f
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 QKV = "q_proj", "k_proj", "v_proj"
@@ -52,6 +53,7 @@ class Experts:
     size: int  # numbers between a network's products
     sums_to_one: bool  # whether the weights of a token's networks are divided by their sum
     layers: frozenset[int]  # the layers with experts; the others have one network
+    shared_size: int | None = None  # as `size`, of a network with a gate that all tokens have
     place: str = "mlp"
     names: tuple[str, str, str] = NETWORK
 
@@ -135,6 +137,23 @@ _OLMO_NORMS = Norms(
     network_input=None,
     network_output="post_feedforward_layernorm",
 )
+
+
+def _shared_qwen_experts(config: Any) -> Experts:
+    return replace(_qwen_experts(config), shared_size=config.shared_expert_intermediate_size)
+
+
+def _qwen3_5_experts(config: Any) -> Experts:
+    return Experts(
+        count=config.num_experts,
+        per_token=config.num_experts_per_tok,
+        size=config.moe_intermediate_size,
+        sums_to_one=True,
+        layers=frozenset(range(config.num_hidden_layers)),
+        shared_size=config.shared_expert_intermediate_size,
+    )
+
+
 _QWEN3_5 = DecoderFamily(
     optional_biases=_ATTENTION_BIASES,
     norm_offset=1.0,
@@ -228,11 +247,19 @@ FAMILIES = {
         optional_biases=_ATTENTION_BIASES, norms_heads="each", windows="layer_types"
     ),
     **dict.fromkeys(("qwen3_5", "qwen3_5_text"), _QWEN3_5),
+    **dict.fromkeys(
+        ("qwen3_5_moe", "qwen3_5_moe_text"), replace(_QWEN3_5, experts=_qwen3_5_experts)
+    ),
     "qwen3_moe": DecoderFamily(
         optional_biases=_ATTENTION_BIASES,
         norms_heads="each",
         windows="all",
         experts=_qwen_experts,
+    ),
+    "qwen3_next": replace(
+        _QWEN3_5,
+        experts=_shared_qwen_experts,
+        delta_nets=partial(_delta_nets, joins_heads=True),
     ),
     "smollm3": DecoderFamily(
         optional_biases=_LLAMA_BIASES, windows="layer_types", rotated="no_rope_layers"

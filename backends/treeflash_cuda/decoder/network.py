@@ -52,6 +52,10 @@ class ExpertNetwork(nn.Module):
         places = [f"{place}.experts.{n}" for n in range(own.count)]
         make = NetworkList if operations.grouped_linear is None else JoinedNetworks
         self.experts: nn.Module = make(facts, operations, weights, places)
+        self.shared: Network | None = None
+        if (inner := own.shared_size) is not None:
+            self.shared = Network(facts, operations, weights, f"{place}.shared_expert", inner)
+            self.shared_gate = weights.linear(place, facts.hidden_size, shared_expert_gate=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (n, hidden_size) rows to as many; each row's sum has the order of its weights."""
@@ -59,7 +63,7 @@ class ExpertNetwork(nn.Module):
         if self.facts.sums_to_one:
             shares = shares / shares.sum(-1, keepdim=True)
         y: Tensor = self.experts(x, chosen, shares.to(x.dtype))
-        return y
+        return y if self.shared is None else y + self.shared_gate(x).sigmoid() * self.shared(x)
 
 
 class NetworkList(nn.ModuleList):

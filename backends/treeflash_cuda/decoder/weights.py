@@ -292,11 +292,25 @@ class DecoderWeights:
 
     def _matrices(self, place: str, size: int, outputs: Mapping[str, int]) -> Sequence[Tensor]:
         """Read the weights of layers, which may be parts of one tensor."""
+        if (stacked := self._of_experts(place, size, outputs)) is not None:
+            return stacked
         joined = f"{place}.{JOINED.get(tuple(outputs))}"
         if f"{joined}.weight" in self.checkpoint.tensors:
             return self._matrix(joined, sum(outputs.values()), size).split(list(outputs.values()))
         stored = [self._stored(x, n) for x, n in outputs.items()]
         return [self._matrix(f"{place}.{x}", n, size) for x, n in stored]
+
+    def _of_experts(
+        self, place: str, size: int, outputs: Mapping[str, int]
+    ) -> Sequence[Tensor] | None:
+        """Read the weights of an expert from one tensor of all; None if there is no such tensor."""
+        whole, _, number = place.rpartition(".")
+        name = f"{whole}.{JOINED.get(tuple(outputs)) or next(iter(outputs))}"
+        if self.facts.experts is None or name not in self.checkpoint.tensors:
+            return None
+        rows = list(outputs.values())
+        stored = self.checkpoint.read(name, (self.facts.experts.count, sum(rows), size))
+        return stored[int(number)].to(self.device, self.dtype, copy=True).split(rows)
 
     def _matrix(self, layer: str, rows: int, size: int) -> Tensor:
         """Read the weight of a linear layer, and add its update in float32."""
