@@ -28,7 +28,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from llvmlite import ir
 
@@ -160,13 +160,13 @@ def build(element: Element, cached: Element, kind: LayerKind, threads: bool) -> 
     """
     module = ir.Module("layer")
     writer = Writer(module, declare_fork(module) if threads else None)
-    writer.add("norm", lambda b, f, unit: _norm(b, f, unit, element, False))
-    writer.add("norm_sum", lambda b, f, unit: _norm(b, f, unit, element, True))
-    writer.add("turn", lambda b, f, unit: _turn(b, f, unit, element, cached, kind))
-    writer.add("attend", lambda b, f, unit: _attend(b, f, unit, element, cached, kind))
+    writer.add("norm", partial(_norm, element=element, adds=False))
+    writer.add("norm_sum", partial(_norm, element=element, adds=True))
+    writer.add("turn", partial(_turn, element=element, cached=cached, kind=kind))
+    writer.add("attend", partial(_attend, element=element, cached=cached, kind=kind))
     for name, sharpen in ACTIVATIONS.items():
         writer.add(name, partial(_gated, element=element, sharpen=sharpen))
-    writer.add("cap", lambda b, f, unit: _cap_row(b, f, unit, element))
+    writer.add("cap", partial(_cap_row, element=element))
     _run_calls(module)
     return str(module)
 
@@ -488,108 +488,108 @@ def _exp(b: Builder, x: Value) -> Value:
     return b.select(small, constant(FLOATS, 0.0), scaled)
 
 
+class Queries(NamedTuple):
+    """A unit of `attend`: 16 queries of a group, each a row and a head, and its thread's memory."""
+
+    sequence: dict[str, Value]  # line of the table
+    kv_head: Value
+    rows: list[Value]  # rows among the sequence's
+    outputs: list[Value]  # where each query's output begins
+    owned: list[Value]  # whether a lane has a query of its own, and no repeated one
+    firsts: Value  # first and last column that each query sees
+    lasts: Value
+    begin: Value  # first column that any of them sees, and the one behind the last
+    end: Value
+    numbers: Value  # addresses: the queries by dimension, later their outputs
+    top: Value  # the largest score of each lane
+    scores: Value  # the scores by column
+
+    @classmethod
+    def gather(
+        cls, b: Builder, f: dict[str, Value], unit: Value, element: Element, head_dim: int
+    ) -> Queries:
+        """Write a unit's queries, times the scale of scores, to its thread's memory."""
+        own = _sequence(b, f, "unit_end", unit)
+        kv_heads, group = f["kv_heads"], f["group"]
+        count = b.mul(own["rows"], group)
+        blocks = b.udiv(b.plus(count, LANES - 1), constant(I64, LANES))
+        unit = b.sub(b.add(unit, b.mul(blocks, kv_heads)), own["unit_end"])
+        kv_head, block = b.udiv(unit, blocks), b.urem(unit, blocks)
+        first_row, first_head = b.sub(own["row_end"], own["rows"]), b.mul(kv_head, group)
+        top = b.at(f["scratch"], constant(I64, head_dim * LANES), FLOAT)
+        scores = b.at(top, constant(I64, LANES), FLOAT)
+        rows, outputs, owned = [], [], []
+        firsts = lasts = constant(INTEGERS, 0)
+        for lane in range(LANES):
+            index = b.plus(b.times(block, LANES), lane)
+            owned.append(b.icmp_unsigned("<", index, count))
+            # Lanes after the last query repeat it, and are not written.
+            index = b.lesser(index, b.sub(count, constant(I64, 1)))
+            row = b.udiv(index, group)
+            head = b.add(first_head, b.urem(index, group))
+            rows.append(row)
+            global_row = b.add(first_row, row)
+            source = b.add(b.mul(global_row, f["stride"]), b.times(head, head_dim))
+            width = b.times(b.mul(kv_heads, group), head_dim)
+            outputs.append(b.add(b.mul(global_row, width), b.times(head, head_dim)))
+
+            def copy(
+                d: Value, _: list[Value], source: Value = source, lane: int = lane
+            ) -> list[Value]:
+                x = b.fmul(element.read_one(b, f["queries"], b.add(source, d)), f["scale"])
+                b.store(x, b.at(f["scratch"], b.plus(b.times(d, LANES), lane), FLOAT), align=4)
+                return []
+
+            b.repeat(constant(I64, head_dim), [], copy)
+            place = constant(I32, lane)
+            first = b.read(b.at(f["firsts"], global_row, I32), I32, 4)
+            firsts = b.insert_element(firsts, first, place)
+            lasts = b.insert_element(lasts, b.trunc(b.add(own["committed"], row), I32), place)
+        begin = b.zext(b.intrinsic("llvm.vector.reduce.smin.v16i32", I32, firsts), I64)
+        last = b.intrinsic("llvm.vector.reduce.smax.v16i32", I32, lasts)
+        return cls(
+            *(
+                own,
+                kv_head,
+                rows,
+                outputs,
+                owned,
+                firsts,
+                lasts,
+                begin,
+                b.plus(b.zext(last, I64), 1),
+            ),
+            *(f["scratch"], top, scores),
+        )
+
+    def scores_of(self, b: Builder, column: Value) -> Value:
+        """Return the address of a column's scores."""
+        return b.at(self.scores, b.times(column, LANES), FLOAT)
+
+
 def _attend(
     b: Builder, f: dict[str, Value], unit: Value, element: Element, cached: Element, kind: LayerKind
 ) -> None:
     """Write the attention of 16 queries of a group: units are vectors of lanes, then groups."""
-    head_dim = kind.head_dim
-    own = _sequence(b, f, "unit_end", unit)
-    kv_heads, group, committed = f["kv_heads"], f["group"], own["committed"]
-    count = b.mul(own["rows"], group)
-    blocks = b.udiv(b.plus(count, LANES - 1), constant(I64, LANES))
-    unit = b.sub(b.add(unit, b.mul(blocks, kv_heads)), own["unit_end"])
-    kv_head, block = b.udiv(unit, blocks), b.urem(unit, blocks)
-    first_row = b.sub(own["row_end"], own["rows"])
-    queries = f["scratch"]
-    top = b.at(queries, constant(I64, head_dim * LANES), FLOAT)  # the largest score of each lane
-    scores = b.at(top, constant(I64, LANES), FLOAT)
-    first_head = b.mul(kv_head, group)
-    zero, one = constant(I64, 0), constant(I64, 1)
-    rows, outputs, owned = [], [], []
-    firsts = lasts = constant(INTEGERS, 0)
-    for lane in range(LANES):
-        index = b.plus(b.times(block, LANES), lane)
-        owned.append(b.icmp_unsigned("<", index, count))
-        # Lanes after the last query repeat it, and are not written.
-        index = b.lesser(index, b.sub(count, one))
-        row = b.udiv(index, group)
-        head = b.add(first_head, b.urem(index, group))
-        rows.append(row)
-        global_row = b.add(first_row, row)
-        source = b.add(b.mul(global_row, f["stride"]), b.times(head, head_dim))
-        width = b.times(b.mul(kv_heads, group), head_dim)
-        outputs.append(b.add(b.mul(global_row, width), b.times(head, head_dim)))
-
-        def gather(
-            d: Value, _: list[Value], source: Value = source, lane: int = lane
-        ) -> list[Value]:
-            x = b.fmul(element.read_one(b, f["queries"], b.add(source, d)), f["scale"])
-            b.store(x, b.at(queries, b.plus(b.times(d, LANES), lane), FLOAT), align=4)
-            return []
-
-        b.repeat(constant(I64, head_dim), [], gather)
-        place = constant(I32, lane)
-        firsts = b.insert_element(firsts, b.read(b.at(f["firsts"], global_row, I32), I32, 4), place)
-        lasts = b.insert_element(lasts, b.trunc(b.add(committed, row), I32), place)
-    begin = b.zext(b.intrinsic("llvm.vector.reduce.smin.v16i32", I32, firsts), I64)
-    end = b.plus(b.zext(b.intrinsic("llvm.vector.reduce.smax.v16i32", I32, lasts), I64), 1)
+    head_dim, stride = kind.head_dim, f["column_stride"]
+    found = Queries.gather(b, f, unit, element, head_dim)
+    own, begin, numbers = found.sequence, found.begin, found.numbers
     keys, values = (
-        b.at(b.inttoptr(own[name], POINTER), b.mul(kv_head, own["head_stride"]), cached.kind)
+        b.at(b.inttoptr(own[name], POINTER), b.mul(found.kv_head, own["head_stride"]), cached.kind)
         for name in ("keys", "values")
     )
-    hidden = constant(FLOATS, float("-inf"))
-    has_mask = b.icmp_unsigned("!=", own["mask"], zero)
-
-    def score(first: Value, size: int, largest: Value) -> Value:
-        """Compute the scores of some keys; returns the largest of each lane."""
-        bases = [b.mul(b.plus(first, n), f["column_stride"]) for n in range(size)]
-
-        def step(d: Value, sums: list[Value]) -> list[Value]:
-            query = b.read(b.at(queries, b.times(d, LANES), FLOAT), FLOATS, 4)
-            return [
-                b.fused(b.splat(cached.read_one(b, keys, b.add(base, d)), LANES), query, total)
-                for base, total in zip(bases, sums, strict=True)
-            ]
-
-        sums = b.repeat(constant(I64, head_dim), [constant(FLOATS, 0.0)] * size, step)
-        for n, total in enumerate(sums):
-            column = b.splat(b.trunc(b.plus(first, n), I32), LANES)
-            is_seen = b.and_(
-                b.icmp_signed(">=", column, firsts), b.icmp_signed("<=", column, lasts)
-            )
-            total = _cap(b, total, f["cap"]) if kind.caps_scores else total
-            seen = b.select(is_seen, total, hidden)
-            b.store(seen, b.at(scores, b.times(b.plus(first, n), LANES), FLOAT), align=4)
-            largest = b.select(b.fcmp_ordered(">", seen, largest), seen, largest)
-        return largest
-
-    # Keys in groups of 8, then one after the other.
-    length = b.sub(end, begin)
-    many = b.udiv(length, constant(I64, KEYS))
-    b.store(hidden, top, align=4)
-    for number, size, start in (
-        (many, KEYS, begin),
-        (b.urem(length, constant(I64, KEYS)), 1, b.add(begin, b.times(many, KEYS))),
-    ):
-        with b.if_then(b.icmp_unsigned(">", number, zero)):
-
-            def turns(
-                turn: Value, carried: list[Value], size: int = size, start: Value = start
-            ) -> list[Value]:
-                return [score(b.add(start, b.times(turn, size)), size, carried[0])]
-
-            held = b.load(top, typ=FLOATS, align=4)
-            b.store(b.repeat(number, [held], turns)[0], top, align=4)
-    with b.if_then(has_mask):
-        _hide(b, own, rows, scores, top, begin, end)
-    largest = b.load(top, typ=FLOATS, align=4)
+    _score(b, f, found, keys, cached, kind)
+    with b.if_then(b.icmp_unsigned("!=", own["mask"], constant(I64, 0))):
+        _hide(b, found)
+    largest = b.load(found.top, typ=FLOATS, align=4)
 
     def weigh(turn: Value, totals: list[Value]) -> list[Value]:
-        at = b.at(scores, b.times(b.add(begin, turn), LANES), FLOAT)
+        at = found.scores_of(b, b.add(begin, turn))
         weight = _exp(b, b.fsub(b.read(at, FLOATS, 4), largest))
         b.store(weight, at, align=4)
         return [b.fadd(totals[0], weight)]
 
+    length = b.sub(found.end, begin)
     total = b.repeat(length, [constant(FLOATS, 0.0)], weigh)[0]
 
     def outputs_of(turn: Value, _: list[Value]) -> list[Value]:
@@ -597,62 +597,101 @@ def _attend(
 
         def add(key: Value, sums: list[Value]) -> list[Value]:
             column = b.add(begin, key)
-            weight = b.read(b.at(scores, b.times(column, LANES), FLOAT), FLOATS, 4)
-            base = b.add(b.mul(column, f["column_stride"]), first)
+            weight = b.read(found.scores_of(b, column), FLOATS, 4)
+            base = b.add(b.mul(column, stride), first)
             return [
                 b.fused(b.splat(cached.read_one(b, values, b.plus(base, n)), LANES), weight, x)
                 for n, x in enumerate(sums)
             ]
 
         sums = b.repeat(length, [constant(FLOATS, 0.0)] * LANES, add)
-        # The queries are no longer needed.
         for n, x in enumerate(sums):
-            at = b.at(queries, b.times(b.plus(first, n), LANES), FLOAT)
+            at = b.at(numbers, b.times(b.plus(first, n), LANES), FLOAT)
             b.store(b.fdiv(x, total), at, align=4)
         return []
 
     b.repeat(constant(I64, head_dim // LANES), [], outputs_of)
-    for lane in range(LANES):
-        with b.if_then(owned[lane]):
+    for lane, (owned, output) in enumerate(zip(found.owned, found.outputs, strict=True)):
+        with b.if_then(owned):
 
             def scatter(
-                d: Value, _: list[Value], lane: int = lane, output: Value = outputs[lane]
+                d: Value, _: list[Value], lane: int = lane, output: Value = output
             ) -> list[Value]:
-                x = b.read(b.at(queries, b.plus(b.times(d, LANES), lane), FLOAT), FLOAT, 4)
+                x = b.read(b.at(numbers, b.plus(b.times(d, LANES), lane), FLOAT), FLOAT, 4)
                 element.write(b, f["output"], b.add(output, d), x)
                 return []
 
             b.repeat(constant(I64, head_dim), [], scatter)
 
 
-def _hide(
-    b: Builder,
-    own: dict[str, Value],
-    rows: list[Value],
-    scores: Value,
-    top: Value,
-    begin: Value,
-    end: Value,
+def _score(
+    b: Builder, f: dict[str, Value], found: Queries, keys: Value, cached: Element, kind: LayerKind
 ) -> None:
+    """Write the scores of keys, and the largest one of each lane: 8 keys at once, then the rest."""
+    hidden = constant(FLOATS, float("-inf"))
+
+    def score(first: Value, size: int, largest: Value) -> Value:
+        """Compute the scores of some keys; returns the largest of each lane."""
+        bases = [b.mul(b.plus(first, n), f["column_stride"]) for n in range(size)]
+
+        def step(d: Value, sums: list[Value]) -> list[Value]:
+            query = b.read(b.at(found.numbers, b.times(d, LANES), FLOAT), FLOATS, 4)
+            return [
+                b.fused(b.splat(cached.read_one(b, keys, b.add(base, d)), LANES), query, total)
+                for base, total in zip(bases, sums, strict=True)
+            ]
+
+        sums = b.repeat(constant(I64, kind.head_dim), [constant(FLOATS, 0.0)] * size, step)
+        for n, total in enumerate(sums):
+            column = b.splat(b.trunc(b.plus(first, n), I32), LANES)
+            is_seen = b.and_(
+                b.icmp_signed(">=", column, found.firsts), b.icmp_signed("<=", column, found.lasts)
+            )
+            total = _cap(b, total, f["cap"]) if kind.caps_scores else total
+            seen = b.select(is_seen, total, hidden)
+            b.store(seen, found.scores_of(b, b.plus(first, n)), align=4)
+            largest = b.select(b.fcmp_ordered(">", seen, largest), seen, largest)
+        return largest
+
+    length = b.sub(found.end, found.begin)
+    many = b.udiv(length, constant(I64, KEYS))
+    b.store(hidden, found.top, align=4)
+    for number, size, start in (
+        (many, KEYS, found.begin),
+        (b.urem(length, constant(I64, KEYS)), 1, b.add(found.begin, b.times(many, KEYS))),
+    ):
+        with b.if_then(b.icmp_unsigned(">", number, constant(I64, 0))):
+
+            def turns(
+                turn: Value, carried: list[Value], size: int = size, start: Value = start
+            ) -> list[Value]:
+                return [score(b.add(start, b.times(turn, size)), size, carried[0])]
+
+            held = b.load(found.top, typ=FLOATS, align=4)
+            b.store(b.repeat(number, [held], turns)[0], found.top, align=4)
+
+
+def _hide(b: Builder, found: Queries) -> None:
     """Write what hides the new keys that are no ancestors, and finds the largest scores again."""
-    committed, hidden = own["committed"], constant(FLOATS, float("-inf"))
-    mask = b.inttoptr(own["mask"], POINTER)
-    places = [b.mul(row, own["rows"]) for row in rows]
+    own, hidden = found.sequence, constant(FLOATS, float("-inf"))
+    committed, mask = own["committed"], b.inttoptr(own["mask"], POINTER)
+    places = [b.mul(row, own["rows"]) for row in found.rows]
 
     def hide(turn: Value, _: list[Value]) -> list[Value]:
         seen = constant(vector(I8, LANES), 0)
         for lane, place in enumerate(places):
             byte = b.read(b.at(mask, b.add(place, turn)), I8)
             seen = b.insert_element(seen, byte, constant(I32, lane))
-        at = b.at(scores, b.times(b.add(committed, turn), LANES), FLOAT)
+        at = found.scores_of(b, b.add(committed, turn))
         is_seen = b.icmp_unsigned("!=", seen, constant(vector(I8, LANES), 0))
         b.store(b.select(is_seen, b.read(at, FLOATS, 4), hidden), at, align=4)
         return []
 
-    b.repeat(b.sub(end, committed), [], hide)
+    b.repeat(b.sub(found.end, committed), [], hide)
 
     def compare(turn: Value, carried: list[Value]) -> list[Value]:
-        x = b.read(b.at(scores, b.times(b.add(begin, turn), LANES), FLOAT), FLOATS, 4)
+        x = b.read(found.scores_of(b, b.add(found.begin, turn)), FLOATS, 4)
         return [b.select(b.fcmp_ordered(">", x, carried[0]), x, carried[0])]
 
-    b.store(b.repeat(b.sub(end, begin), [hidden], compare)[0], top, align=4)
+    length = b.sub(found.end, found.begin)
+    b.store(b.repeat(length, [hidden], compare)[0], found.top, align=4)
