@@ -431,7 +431,8 @@ def test_a_closed_pipe_is_not_an_error(tiny_pair):
     assert b"Exception ignored" not in err
 
 
-@pytest.mark.sample(1)
+# A process each; `test_a_closed_pipe_is_not_an_error` has another way in which a stream ends.
+@pytest.mark.nightly
 @pytest.mark.skipif(sys.platform == "win32", reason="descriptors differ on Windows")
 @pytest.mark.parametrize("closed", [1, 2])
 def test_a_closed_standard_stream_is_not_an_error(tiny_pair, closed):

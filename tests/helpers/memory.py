@@ -45,7 +45,7 @@ def watch_states(monkeypatch, state_class):
     return made
 
 
-def check_memory(monkeypatch, backend, state_class, held, texts=61):
+def check_memory(monkeypatch, backend, state_class, held, texts=41):
     """Run sequences that end in every way; no state stays open, and held memory does not grow.
 
     Args:

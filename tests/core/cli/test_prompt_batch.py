@@ -168,6 +168,8 @@ def test_an_output_must_be_a_regular_file(files, capsys):
     assert "not a regular file" in capsys.readouterr().err
 
 
+# A process; `test_output_file.py` has a file that cannot grow, in this one.
+@pytest.mark.nightly
 @pytest.mark.skipif(sys.platform == "win32", reason="no such limits on Windows")
 def test_an_output_that_cannot_grow_is_named(files, tiny_pair):
     target, drafter = map(str, tiny_pair)

@@ -101,7 +101,8 @@ class TestSampling:
         }
         assert len(sequences) == 20
 
-    @pytest.mark.sample(1)
+    # The conformance suite has a test of distributions for the reference in every run.
+    @pytest.mark.nightly
     @pytest.mark.parametrize("method", ["dflash", "ddtree", "treeflash"])
     def test_tree_decoding_has_the_targets_distribution(self, method: Method) -> None:
         """What follows each token in texts of several seeds, against the exact probabilities."""

@@ -125,6 +125,7 @@ RARE = {
     "a snapshot kept too long": "test_backend_base.py",
     "a prefix cache without a limit": "test_prefix_cache.py",
     "a prefix cache that does not make room": "test_scheduler.py",
+    "states shared by all salts": "test_scheduler.py",
 }
 """Faults that take so many schedules, more than half of the time of all, that they wait for the
 night, and the tests that notice them every time. Others take a few schedules each."""
