@@ -648,6 +648,24 @@ def test_a_gpu_without_a_kernel_keeps_the_model_of_transformers(
     assert found == reason
 
 
+@pytest.mark.parametrize(
+    ("settings", "images", "reason"),
+    [
+        ({}, True, "it reads images"),
+        ({"adapter": "adapter"}, False, "its tensors have other names than the layers of its adap"),
+        ({}, False, "flash-linear-attention computes its prompts"),
+    ],
+)
+def test_qwen3_5_keeps_the_model_of_transformers(tmp_path, monkeypatch, settings, images, reason):
+    write_target(tmp_path, "qwen3_5", seed=1)
+    monkeypatch.setattr(target_loading, "load_target_operations", lambda *_: Operations())
+    monkeypatch.setattr(target_loading, "find_spec", lambda name: name == "fla" or None)
+    options = {"pack": True, "processes": 1, "images": images}
+    config, on_gpu = read_model_config(tmp_path), torch.device("cuda")
+    found = own_layers(tmp_path, config, LoadConfig(**settings), on_gpu, None, **options)
+    assert str(found).startswith(reason)
+
+
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
 def test_weights_that_are_no_plain_numbers_keep_the_model_of_transformers(tmp_path, dtype):
     write_target(tmp_path, "llama", seed=1)
