@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from contextlib import closing
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -27,6 +28,7 @@ require("torch")
 require("llvmlite")
 
 import torch
+from safetensors.torch import save_file
 from treeflash_cuda.backend import load
 from treeflash_cuda.cpu import low_bit_loading
 from treeflash_cuda.hf.model_target import ModelTarget
@@ -181,6 +183,29 @@ def test_rounded_inputs_are_no_wrong_attention(packed, monkeypatch, bits):
     logits = torch.randn(4, 50)
     others = logits + 0.05 * torch.randn(4, 50)
     assert bool(target._significant_difference(logits, others)) == (bits == 16)
+
+
+@torch.inference_mode()
+def test_an_adapter_is_merged_into_dequantised_weights(packed, tmp_path):
+    """They are parts of one packed layer."""
+    config = LoadConfig(device="cpu", dtype="float32")
+    plain = load(packed, None, replace(config, bits=16)).target
+    facts = plain.facts
+    keys = facts.kv_heads * facts.head_dim
+    first = facts.heads * facts.head_dim
+    down, up = torch.randn(2, HIDDEN), torch.randn(keys, 2)
+    place = "base_model.model.model.layers.0.self_attn.k_proj.lora"
+    tensors = {f"{place}_A.weight": down, f"{place}_B.weight": up}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 2}')
+    merged = load(packed, None, replace(config, adapter=str(tmp_path))).target
+    x = torch.randn(3, HIDDEN)
+    before, after = (
+        target.model.layers[0].mixer.qkv(x).tensor_split([first, first + keys], 1)
+        for target in (plain, merged)
+    )
+    torch.testing.assert_close(after[1], before[1] + x @ (up @ down).T, atol=1e-4, rtol=1e-4)
+    assert torch.equal(after[0], before[0])
 
 
 def test_a_target_that_cannot_be_exact_is_dequantised_with_a_line(packed, monkeypatch):
