@@ -24,11 +24,9 @@ from treeflash_cuda.drafter_model import DrafterModel, load_weights
 from treeflash_cuda.drafter_operations import OnDevice
 from treeflash_cuda.heads import HEAD_CLASSES, TABLE_HEADS, TableHead
 from treeflash_cuda.linear import (
-    IN_DRAFTER,
     NATIVE,
     Packing,
     QuantisedLinear,
-    fuse_linears,
     has_groups,
     pack_linears,
 )
@@ -95,8 +93,6 @@ def pack_drafter(model: Model, head: Head | None, target: Target, bits: int | No
             weight, bias = target.lm_head_weight, getattr(target.lm_head, "bias", None)
         if isinstance(weight, Tensor) and packing.fits(weight):
             model.own.quantised_lm_head = packing.pack(weight, bias)
-    if on_cpu or bits is None:
-        fuse_linears(model, IN_DRAFTER, packing)
     for module in modules:
         pack_linears(module, packing)
         pack_linears(module)  # layers that cannot be rounded

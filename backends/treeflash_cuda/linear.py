@@ -1,4 +1,4 @@
-"""Linear layers: of two vectors, fused, and with weights packed for the CPU's kernels.
+"""Linear layers: of two vectors, joined, and with weights packed for the CPU's kernels.
 
 For the few rows of a draft tree a matrix product takes as long as reading the weights. A CPU's
 kernel that gets them in a checkpoint's row-major layout rearranges them at every call, which takes
@@ -21,7 +21,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, TypeAlias, TypeGuard
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -202,54 +202,6 @@ class PackedPairLinear(nn.Module):
         return self.first(first) + take(self.second(second), rows)
 
 
-class FusedLinear:
-    """Layers that read the same input, computed as one.
-
-    It is no module: PyTorch looks the children of modules up slowly.
-    """
-
-    def __init__(self, layer: nn.Module, sizes: Sequence[int]) -> None:
-        self.layer, self.sizes = layer, list(sizes)
-
-    def __call__(self, x: Tensor) -> Sequence[Tensor]:
-        """Multiply (..., in) by the weights of all layers; returns the (..., out) of each."""
-        outputs: Sequence[Tensor] = self.layer.forward(x).split(self.sizes, -1)
-        return outputs
-
-
-class FusedPart(nn.Module):
-    """One of several layers that are one product, in its place in a model that calls each.
-
-    The first part that is called computes the outputs of all layers and leaves them with the input.
-    They belong to that call and are freed with it; the module itself holds nothing, so threads can
-    share it.
-    """
-
-    def __init__(
-        self,
-        fused: FusedLinear,
-        part: int,
-        linear: nn.Linear | None = None,  # the layer; None without a weight of its own
-    ) -> None:
-        super().__init__()
-        self.fused = fused
-        self.part = part
-        # It is no parameter: the layer of all parts has it.
-        self.weight = None if linear is None else placeholder(linear.weight).data
-
-    def forward(self, x: Any) -> Tensor:
-        """Map (..., in) to (..., out)."""
-        fused, outputs = getattr(x, "fused_outputs", (None, ()))
-        if fused is not self.fused:
-            outputs = self.fused(x)
-            x.fused_outputs = self.fused, outputs
-        return outputs[self.part]
-
-
-IN_DRAFTER = ("k_proj", "v_proj"), ("gate_proj", "up_proj")
-"""Layers of a drafter that read the same input: its queries come from the block alone."""
-
-
 def join(
     weights: Sequence[Tensor], biases: Sequence[Tensor | None]
 ) -> tuple[Tensor, Tensor | None]:
@@ -270,36 +222,6 @@ def pack_linears(module: nn.Module, packing: Packing = NATIVE) -> None:
                 setattr(parent, name, pack(child.weight, child.bias))
             elif type(child) is PairLinear and fits(child.weight.chunk(2, 1)[0]):
                 setattr(parent, name, PackedPairLinear(child, packing))
-
-
-def fuse_linears(
-    module: nn.Module, sets: Sequence[Sequence[str]], packing: Packing = NATIVE
-) -> None:
-    """Fuse the layers of every module inside that has children with all the names of a set.
-
-    The module has their joined layer, too, packed as by `pack_linears`; on a GPU it need not fit.
-    """
-    for parent in list(module.modules()):
-        for names in sets:
-            layers = [getattr(parent, name, None) for name in names]
-            linears = [layer for layer in layers if is_plain(layer)]
-            if len(linears) < len(names):
-                continue
-            on_cuda = all(x.weight.device.type == "cuda" for x in linears)
-            if on_cuda or all(packing.fits(x.weight) for x in linears):
-                weight, bias = join([x.weight for x in linears], [x.bias for x in linears])
-                make = packing.pack if packing.fits(weight) else PlainLinear
-                fused = FusedLinear(make(weight, bias), [len(x.weight) for x in linears])
-                setattr(parent, "_and_".join(names), fused.layer)
-                for part, name in enumerate(names):
-                    setattr(parent, name, FusedPart(fused, part, linears[part]))
-
-
-def is_plain(layer: Any) -> TypeGuard[nn.Linear]:
-    """Return whether it is a linear layer whose weights nothing quantises, shards or moves."""
-    if type(layer) is not nn.Linear or "forward" in vars(layer):
-        return False
-    return not is_subclass(layer.weight)
 
 
 def is_subclass(weight: Tensor) -> bool:

@@ -5,7 +5,7 @@ A layer's rows are independent of each other by construction; `low_bit_code` has
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Self
@@ -159,17 +159,40 @@ class LowBitLinear(nn.Module):
         """Return a layer with the rows of the weight with these (n,) indices."""
         flat = F.pad(ids, (0, -len(ids) % BLOCK))  # the last block is filled up with any row
         block, row = flat // BLOCK, flat % BLOCK
-        stored = replace(self.stored, shape=(len(ids), self.shape[1]), parts={})
-        with torch.device("meta"):
-            layer = LowBitLinear(stored, self.dtype)
-        for name in stored.tensors:
+        chosen = {}
+        for name in self.stored.tensors:
             tensor: Tensor = getattr(self, name)
             # A row's numbers in a line are one of 32 bits.
             units = tensor.view(torch.int32) if name == "numbers" else tensor
-            chosen = units[block, ..., row].unflatten(0, (-1, BLOCK)).movedim(1, -1).contiguous()
-            layer._keep(name, chosen.view(tensor.dtype))
-        layer._keep("order", self.order)
-        layer._keep("bias", None if self.bias is None else self.bias[ids])
+            rows = units[block, ..., row].unflatten(0, (-1, BLOCK)).movedim(1, -1).contiguous()
+            chosen[name] = rows.view(tensor.dtype)
+        return self._with_rows(ids, len(ids), chosen)
+
+    @torch.no_grad()
+    def split(self) -> dict[str, LowBitLinear]:
+        """Return the layers that are one module here; they share its memory in whole blocks."""
+        found, first = {}, 0
+        for name, count in self.stored.parts.items():
+            end = first + count
+            if first % BLOCK:
+                found[name] = self.select(torch.arange(first, end))
+            else:
+                blocks = slice(first // BLOCK, -(-end // BLOCK))
+                own = {tensor: getattr(self, tensor)[blocks] for tensor in self.stored.tensors}
+                found[name] = self._with_rows(slice(first, end), count, own)
+            first = end
+        return found
+
+    def _with_rows(
+        self, rows: Tensor | slice, count: int, tensors: Mapping[str, Tensor]
+    ) -> LowBitLinear:
+        """Return a layer with some of the rows, whose packed tensors are given."""
+        stored = replace(self.stored, shape=(count, self.shape[1]), parts={})
+        with torch.device("meta"):
+            layer = LowBitLinear(stored, self.dtype)
+        bias = None if self.bias is None else self.bias[rows]
+        for name, tensor in {**tensors, "order": self.order, "bias": bias}.items():
+            layer._keep(name, tensor)
         return layer
 
 

@@ -1,9 +1,5 @@
 """Linear layers laid out for the CPU's kernels give what the plain ones give."""
 
-import threading
-import weakref
-from concurrent.futures import ThreadPoolExecutor
-
 import pytest
 
 from treeflash.config import LoadConfig
@@ -16,14 +12,10 @@ import torch
 from torch import nn
 from treeflash_cuda.backend import load
 from treeflash_cuda.linear import (
-    FusedLinear,
-    FusedPart,
     PackedLinear,
-    Packing,
     PairLinear,
     PlainLinear,
     can_pack,
-    fuse_linears,
     is_subclass,
     join,
     pack_linears,
@@ -32,7 +24,6 @@ from treeflash_cuda.linear import (
 
 SHAPES = [(24,), (3, 24), (2, 3, 24), (0, 24), (70, 24)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-QKV = (("q_proj", "k_proj", "v_proj"),)
 
 
 class Attention(nn.Module):
@@ -105,87 +96,15 @@ def test_a_pair_is_the_layer_of_the_concatenation(bias):
     close(module["pair"](own, shared, rows), expected)
 
 
-@torch.inference_mode()
-def test_fused_layers_equal_separate_ones_in_any_order(attention):
-    names = ("q_proj", "k_proj", "v_proj")
-    plain = {name: getattr(attention, name) for name in names}
-    fuse_linears(attention, QKV)
-    assert all(isinstance(getattr(attention, name), FusedPart) for name in names)
-    assert type(attention.o_proj) is nn.Linear
-    for order in (names, names[::-1], ("k_proj", "k_proj", "q_proj", "v_proj")):
-        x = torch.randn(2, 24)
-        for name in order:
-            close(getattr(attention, name)(x), plain[name](x))
-
-
-@torch.inference_mode()
-def test_fused_layers_follow_a_new_input_half_way(attention):
-    plain = attention.k_proj
-    fuse_linears(attention, QKV)
-    first, second = torch.randn(2, 24), torch.randn(2, 24)
-    attention.q_proj(first)
-    close(attention.k_proj(second), plain(second))
-    close(attention.k_proj(first), plain(first))
-
-
-@torch.inference_mode()
-def test_fused_layers_keep_nothing_after_a_call(attention):
-    fuse_linears(attention, QKV)
-    x = torch.randn(2, 24)
-    outputs = [weakref.ref(attention.q_proj(x)), weakref.ref(x)]
-    del x
-    assert [output() for output in outputs] == [None, None]
-
-
-@torch.inference_mode()
-def test_threads_share_fused_layers(attention):
-    """Each thread gets the outputs of its own input, however the calls interleave."""
-    plain = [attention.q_proj, attention.k_proj, attention.v_proj]
-    fuse_linears(attention, QKV)
-    fused = [attention.q_proj, attention.k_proj, attention.v_proj]
-    inputs = [torch.randn(2, 24) for _ in range(4)]
-    # A barrier after every call makes each thread's calls straddle the others'.
-    barrier = threading.Barrier(len(inputs))
-
-    @torch.inference_mode()
-    def run(x):
-        outputs = []
-        for layer in fused:
-            barrier.wait(timeout=120)
-            outputs.append(layer(x))
-        return outputs
-
-    with ThreadPoolExecutor(len(inputs)) as threads:
-        for x, outputs in zip(inputs, threads.map(run, inputs), strict=True):
-            for output, layer in zip(outputs, plain, strict=True):
-                close(output, layer(x))
-
-
 @pytest.mark.parametrize("make", [PackedLinear, PlainLinear])
 @torch.inference_mode()
-def test_fused_outputs_equal_separate_ones(attention, make):
+def test_joined_outputs_equal_separate_ones(attention, make):
     """A plain layer is what a GPU has."""
     linears = [attention.q_proj, attention.k_proj, attention.v_proj]
     layer = make(*join([x.weight for x in linears], [x.bias for x in linears]))
     x = torch.randn(3, 24)
-    outputs = FusedLinear(layer, [40, 8, 16])(x)
-    for fused, linear in zip(outputs, linears, strict=True):
-        close(fused, linear(x))
-
-
-@torch.inference_mode()
-def test_fused_layers_are_counted_once(attention):
-    nbytes = sum(parameter.nbytes for parameter in attention.parameters())
-    fuse_linears(attention, QKV)
-    biases = (40 + 8) * 4  # of the fused layers, which are no parameters any more
-    assert weights_by_format([attention]) == {"float32": nbytes - biases}
-
-
-def test_layers_that_something_else_runs_are_not_fused(attention):
-    """Accelerate and tensor parallelism replace `forward` on the instance."""
-    attention.k_proj.forward = lambda x: x
-    fuse_linears(attention, QKV)
-    assert not isinstance(attention.q_proj, FusedPart)
+    for output, linear in zip(layer(x).split([40, 8, 16], -1), linears, strict=True):
+        close(output, linear(x))
 
 
 def test_torchaos_weights_are_left_alone(tmp_path):
@@ -228,11 +147,10 @@ class Wrapped(torch.Tensor):
         raise AssertionError(f"{func} of a weight that is no plain tensor")
 
 
-def test_weights_of_other_tensors_are_neither_fused_nor_packed(attention):
+def test_weights_of_other_tensors_are_not_packed(attention):
     nbytes = sum(parameter.nbytes for parameter in attention.parameters())
     for layer in (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj):
         layer.weight = nn.Parameter(Wrapped(layer.weight.data), requires_grad=False)
     pack_linears(attention)
-    fuse_linears(attention, QKV, Packing(PackedLinear, lambda _: True))
     assert {type(child) for child in attention.children()} == {nn.Linear}
     assert weights_by_format([attention]) == {"Linear": nbytes}

@@ -230,6 +230,22 @@ def test_a_bias_is_added():
     assert torch.equal(layer.bias, bias)
 
 
+def test_layers_that_a_file_has_joined_are_split():
+    """Whole blocks of rows stay where they are; the layer after a part of one is a copy."""
+    weight, bias = random_weight("Q4_1", 57, 64), torch.randn(57)
+    parts = {"q_proj": 32, "k_proj": 9, "v_proj": 16}
+    stored = StoredWeight(name="", format=weight.format, shape=(57, 64), bias=True, parts=parts)
+    joined = LowBitLinear.from_packed(stored, weight.pack(), bias, torch.float32)
+    x = torch.randn(3, 64)
+    layers = joined.split()
+    for layer, expected in zip(layers.values(), joined(x).split([32, 9, 16], 1), strict=True):
+        assert torch.equal(layer(x), expected)
+    assert list(layers) == list(parts)
+    shared = joined.numbers.untyped_storage().data_ptr()
+    found = [layer.numbers.untyped_storage().data_ptr() == shared for layer in layers.values()]
+    assert found == [True, True, False]
+
+
 def test_code_is_compiled_once_and_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("TREEFLASH_CACHE", str(tmp_path))
     kind = random_weight("Q8_0", 16, 32).format

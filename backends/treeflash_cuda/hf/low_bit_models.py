@@ -18,7 +18,6 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from treeflash.low_bits import METHOD, StoredWeight
 from treeflash_cuda.decoder.weights import Checkpoint
-from treeflash_cuda.linear import FusedLinear, FusedPart
 from treeflash_cuda.low_bit_linear import LowBitEmbedding, LowBitLinear
 
 
@@ -84,16 +83,15 @@ class LowBitQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
                     model.set_output_embeddings(nn.Identity())
                     model.all_tied_weights_keys = {}
                 continue
-            layer = LowBitLinear(stored, dtype)
-            setattr(parent, own, layer)
-            fused = FusedLinear(layer, list(stored.parts.values()))
-            for number, part in enumerate(stored.parts):
-                setattr(parent, part, FusedPart(fused, number))
+            setattr(parent, own, LowBitLinear(stored, dtype))
+            for part in stored.parts:
+                setattr(parent, part, nn.Identity())  # until the tensors are loaded
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         table = model.get_input_embeddings()
         if isinstance(model.get_output_embeddings(), nn.Identity):
             model.set_output_embeddings(table.output_head())
+        split_joined(model)
         if self.quantization_config.dequantise:
             dequantise(model)
         if (checkpoint := self.quantization_config.checkpoint) is not None:
@@ -111,6 +109,16 @@ class LowBitQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
         return False
 
 
+def split_joined(model: nn.Module) -> None:
+    """Give a model each layer that a file has joined with others, where its code calls it."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, LowBitLinear) and layer.stored.parts:
+            parent, own = _place(model, name)
+            delattr(parent, own)
+            for part, rows in layer.split().items():
+                setattr(parent, part, rows)
+
+
 @torch.no_grad()
 def dequantise(model: PreTrainedModel) -> None:
     """Give a model's layers with weights of few bits their weights in its dtype."""
@@ -126,14 +134,8 @@ def dequantise(model: PreTrainedModel) -> None:
         elif layer is head and layer.numbers is getattr(table, "numbers", None):
             head = _linear(model.get_input_embeddings().weight, bias)
             model.set_output_embeddings(head)
-        elif not layer.stored.parts:
-            setattr(parent, own, _linear(weight, bias))
         else:
-            delattr(parent, own)
-            sizes = list(layer.stored.parts.values())
-            biases = [None] * len(sizes) if bias is None else bias.split(sizes)
-            for part, *tensors in zip(layer.stored.parts, weight.split(sizes), biases, strict=True):
-                setattr(parent, part, _linear(*tensors))
+            setattr(parent, own, _linear(weight, bias))
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
