@@ -33,6 +33,8 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import quantize
 from numpy.typing import NDArray
 
+from treeflash.errors import CheckpointError
+
 GROUP = 32
 """Numbers of a group; a row has a multiple of them."""
 BLOCK = 16
@@ -188,16 +190,25 @@ class StoredWeight:
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> dict[str, StoredWeight]:
-        """Read the modules of a folder's `quantization_config`; none if another method made it."""
+        """Read the modules of a folder's `quantization_config`; none if another method made it.
+
+        Raises a CheckpointError if they have fields that this version does not know.
+        """
         if settings.get("quant_method") != METHOD:
             return {}
-        return {
-            module: cls(
-                **stored
-                | {"format": LowBitFormat(**stored["format"]), "shape": tuple(stored["shape"])}
-            )
-            for module, stored in settings["modules"].items()
-        }
+        try:
+            return {
+                module: cls(
+                    **stored
+                    | {"format": LowBitFormat(**stored["format"]), "shape": tuple(stored["shape"])}
+                )
+                for module, stored in settings["modules"].items()
+            }
+        except TypeError as error:
+            raise CheckpointError(
+                "its weights were packed by another version of treeflash; give the GGUF file that "
+                "they are from as target, or pack them again"
+            ) from error
 
 
 def lines_of_byte(bits: int) -> int:

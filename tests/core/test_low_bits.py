@@ -11,9 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from treeflash.errors import CheckpointError
 from treeflash.low_bits import (
     GROUP,
+    METHOD,
     TYPES,
+    LowBitFormat,
     LowBitWeight,
     StoredWeight,
     join,
@@ -127,3 +130,11 @@ def test_rounding_errs_by_half_a_step_at_most(bits, steps):
     groups = weight.reshape(8, -1, GROUP)
     span = np.ptp(groups, axis=2) if bits == 4 else 2 * np.abs(groups).max(2)
     assert (error.max(2) <= span / steps * 0.55).all()
+
+
+def test_weights_that_another_version_packed_are_refused_in_one_line():
+    kind = LowBitFormat(4, 1, False, "float16")._asdict() | {"wide": True}
+    module = {"name": "Q4_0", "format": kind, "shape": [16, 32]}
+    settings = {"quant_method": METHOD, "modules": {"lm_head": module}}
+    with pytest.raises(CheckpointError, match="packed by another version of treeflash"):
+        StoredWeight.of(settings)

@@ -53,7 +53,8 @@ def cached_models() -> list[CachedModel]:
     """
     found = [CachedModel.from_folder(BUNDLED_DRAFTER, resolve_drafter(None, None))]
     own, name = cache_folder(), DEFAULT_TARGET.rpartition("/")[2]
-    for default in (own / name, own / PACKED / name, own / DEFAULT_TARGET_FILES):
+    packed = sorted((own / PACKED).glob(f"**/{name}"))  # of older versions too
+    for default in (own / name, *packed, own / DEFAULT_TARGET_FILES):
         if default.is_dir():
             remove = partial(shutil.rmtree, default)
             found.append(CachedModel.from_folder(DEFAULT_TARGET, default, remove))

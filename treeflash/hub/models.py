@@ -325,7 +325,7 @@ def local_folder(name: str | None) -> Path | None:
 def _default_target(packed: bool) -> Path:
     cache, name = cache_folder(), DEFAULT_TARGET.rpartition("/")[2]
     dequantised = cache / name
-    folder = cache / PACKED / name if packed else dequantised
+    folder = cache / PACKED / str(CONVERSION) / name if packed else dequantised
     if _is_complete(folder):
         return folder
     if folder.exists():

