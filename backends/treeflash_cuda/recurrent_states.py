@@ -117,7 +117,7 @@ class SequenceRows:
 def plan_windows(parts: Sequence[SequenceRows], kernel: int, device: torch.device) -> Tensor:
     """Return the (n, kernel) inputs that each row's convolution reads.
 
-    The inputs are the last ones of a sequence and those of its rows, sequence by sequence.
+    The inputs are the last inputs of a sequence and the inputs of its rows, sequence by sequence.
     """
     windows, first = [], 0
     for part in parts:

@@ -194,10 +194,8 @@ def decoder_facts(config: Any) -> DecoderFacts | str:
             for name, rotate in zip(names[:layers], rotates, strict=False)
         ),
         head_order=order,
-        stored_rows=dict(
-            _stored_rows(heads, kv_heads, head_dim, order, gates=family.gates_attention)
-            | ({} if nets is None else _rows_of_nets(nets))
-        ),
+        stored_rows=_stored_rows(heads, kv_heads, head_dim, order, gates=family.gates_attention)
+        | ({} if nets is None else _rows_of_nets(nets)),
         experts=experts,
         gates_attention=family.gates_attention,
         delta_nets=nets,

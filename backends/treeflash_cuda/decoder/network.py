@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from treeflash_cuda.decoder.facts import DecoderFacts
 from treeflash_cuda.decoder.families import NETWORK
-from treeflash_cuda.decoder.operations import DecoderOperations, Weights
+from treeflash_cuda.decoder.operations import DecoderOperations, Weights, constant
 from treeflash_cuda.experts import routed
 
 
@@ -112,7 +112,7 @@ class JoinedNetworks(nn.Module):
             weights.stacked(places, size, **{gate: inner, up: inner}),
             weights.stacked(places, inner, **{down: size}),
         )
-        self.gate_up, self.down = (nn.Parameter(x, requires_grad=False) for x in matrices)
+        self.gate_up, self.down = map(constant, matrices)
 
     def forward(self, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
         """Return the weighted sums of (n, k) experts of the rows."""

@@ -331,7 +331,7 @@ class DecoderWeights:
             raise refuse_module(name, SHARED_WEIGHT if is_tied else missing_layer(update))
 
     def _ordered(self, layer: str, rows: Tensor) -> Tensor:
-        """Return the rows of a layer's weight or bias, from those of the layer that has them."""
+        """Return the rows of a layer's weight or bias, from the rows of the layer that has them."""
         stored = self.facts.stored_rows.get(layer)
         return rows if stored is None else rows.index_select(0, stored.index)
 

@@ -7,9 +7,9 @@ positions no earlier than the next pass, whose message tells it: an iteration ha
 
 A forward pass has collective calls, and a call of one rank without the others ends in a deadlock.
 So all ranks have equal slabs, each of which has its own passes, the same kernels, which a rank that
-refuses one takes from all, and the same CUDA graphs: they
-capture the same calls in the same order, keep equally many graphs, and drop a graph that one of
-them cannot capture. The kernels of NCCL are parts of these graphs.
+refuses one takes from all, and the same CUDA graphs: they capture the same calls in the same order,
+keep equally many graphs, and drop a graph that one of them cannot capture. The kernels of NCCL are
+parts of these graphs.
 """
 
 from __future__ import annotations
@@ -103,8 +103,8 @@ def reasons_everywhere(reasons: Mapping[str, str]) -> dict[str, str]:
     found: list[Mapping[str, str]] = [{}] * dist.get_world_size()
     dist.all_gather_object(found, reasons)
     joined: dict[str, str] = {}
-    for rank, those in enumerate(found):
-        for name, reason in those.items():
+    for rank, refused in enumerate(found):
+        for name, reason in refused.items():
             joined.setdefault(name, f"on rank {rank}, {reason}")
     return joined
 

@@ -199,7 +199,7 @@ def plan_rows(
 
 
 def path_room(plan: RowPlan, rows: int) -> int:
-    """Return the depths for which paths of a pass over so many rows have room."""
+    """Return the depths that paths have room for in a pass over so many rows."""
     return power_of_two(max(plan.paths.shape[1], min(MIN_DEPTHS, rows)))
 
 
