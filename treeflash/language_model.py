@@ -60,7 +60,7 @@ from treeflash.text.options import (
     lists_options,
     parse_options,
 )
-from treeflash.text.prompt import Prompt, encode
+from treeflash.text.prompt import EncodedPrompt, Prompt, encode
 from treeflash.text.stream import Assembler, BatchStream, Stream
 from treeflash.text.tokenizer import Tokenizer
 
@@ -267,14 +267,25 @@ class LanguageModel:
             processor=self.image_processor,
             max_images=config.max_images,
         )
+        return self.assemble(encoded, config, self._constraint(config))
+
+    def assemble(
+        self,
+        prompt: EncodedPrompt,
+        config: TextConfig,
+        constraint: Callable[[], Constraint] | None,
+        **others: Any,
+    ) -> Assembler:
+        """Return a sequence that begins with an encoded prompt; see `Assembler` for `others`."""
         return Assembler(
             self.backend,
             self.tokenizer,
-            tuple(encoded.token_ids),
+            tuple(prompt.token_ids),
             config.decode,
             config.stop_strings,
-            self._constraint(config),
-            encoded.images,
+            constraint,
+            prompt.images,
+            **others,
         )
 
     @property

@@ -79,6 +79,7 @@ def test_the_prompt_may_begin_the_reasoning(tokenizer, size):
     assert (parser.reasoning, parser.content) == ("Why?", "Hello.")
     thought = tokenizer.encode("Why?</think>")
     assert parser.count_reasoning([*thought, *tokenizer.encode("Hello.")]) == len(thought)
+    assert parser.count_reasoning(thought[:-1]) == len(thought) - 1, "it was cut off"
     assert read(tokenizer, "Hello.", size)[0].count_reasoning(thought) == 0
 
 

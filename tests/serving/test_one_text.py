@@ -149,6 +149,13 @@ def ollama_texts(server: Running, max_tokens: int, stop: list[str]) -> Iterator[
     yield message.get("thinking", "") + message["content"]
 
 
+def responses_text(server: Running, max_tokens: int) -> str:
+    """The text of an API without stop strings."""
+    body = {"input": USER, "max_output_tokens": max_tokens}
+    items = server.post("/v1/responses", body).json()["output"]
+    return "".join(part["text"] for item in items for part in item["content"])
+
+
 TEXTS = {
     "a space before the first word": ([" the end"], []),
     "a special token without a meaning": (["the", NOTE, " end"], []),
@@ -196,3 +203,5 @@ def test_every_interface_has_the_characters_of_python(
         assert list(openai_texts(server, **limits)) == [expected] * 4
         assert anthropic_text(server, **limits) == expected
         assert list(ollama_texts(server, **limits)) == [expected] * 3
+        if not stop:
+            assert responses_text(server, max_tokens) == expected

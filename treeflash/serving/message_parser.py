@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from treeflash.serving.response_templates import JSON_CALL, TOOL_CALL_PARSERS
 from treeflash.serving.schemas import AllowedTools
 from treeflash.text.grammar import SPACE, Grammar, bound_white_space, escape_slashes
 from treeflash.text.stream import Chunk
-from treeflash.text.tokenizer import TextStream, Tokenizer
+from treeflash.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from transformers.utils.chat_parsing import ResponseParser
@@ -309,9 +310,11 @@ class MessageParser:
         close = None if self._form is None else self._form.template.reasoning_close
         if close is None or not self.reasoning:
             return 0
-        stream = TextStream(self._tokenizer, (close,))
-        stream.push(token_ids)
-        return stream.tokens_used
+
+        def has_ended(count: int) -> bool:
+            return close in self._tokenizer.decode_verbatim(token_ids[:count])
+
+        return bisect_left(range(len(token_ids)), True, key=has_ended)
 
     def read(self, chunks: Iterable[Chunk]) -> None:
         for chunk in chunks:

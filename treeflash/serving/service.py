@@ -7,7 +7,7 @@ import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -131,19 +131,15 @@ class Service:
         }
         model = self.engine.model
         text = model.configure(options)
-        started = []
+        started: list[Assembler] = []
         for prompt in prompts:
-            config = text.decode
+            limited = text
             if "max_tokens" not in asked:
-                config = self.engine.shorten(prompt.token_ids, config)
-            first = Assembler(
-                model.backend,
-                model.tokenizer,
-                tuple(prompt.token_ids),
-                config,
-                text.stop_strings,
+                limited = replace(text, decode=self.engine.shorten(prompt.token_ids, text.decode))
+            first = model.assemble(
+                prompt,
+                limited,
                 constraint,
-                prompt.images,
                 scores_prompt=scores_prompt,
                 cache_salt=http.state.cache_salt,
             )
