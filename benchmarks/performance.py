@@ -29,7 +29,6 @@ from treeflash.evaluation.records import MEAN
 from treeflash.text.prompt import read_rows
 
 PAGE = ROOT / "docs" / "performance.md"
-RESULTS = ROOT / "docs" / "performance" / "results.json"
 PARTS = Path(tempfile.gettempdir(), "treeflash-performance")
 """Folder of the files of benchmarks that have not ended."""
 NOT_MEASURED = "Not measured yet."
@@ -260,14 +259,17 @@ def prepare(args: Namespace) -> None:
     args.amount = ["--limit", str(args.few), "--max-tokens", str(args.max_tokens)]
 
 
-def measure(name: str, command: Sequence[str]) -> Row:
-    """Return the results of a section's benchmark, with its command."""
+def measure(name: str, command: Sequence[str], parts: Path) -> Row:
+    """Return the results of a section's benchmark, with its command.
+
+    The benchmark keeps what it has found in the folder `parts` until it ends.
+    """
     files = ".jsonl", ".gguf"
     shown = " ".join(Path(word).name if word.endswith(files) else word for word in command)
     shown = f"python -m benchmarks.{shown}"
     print(f"== {shown}", flush=True)
-    PARTS.mkdir(exist_ok=True)
-    file = PARTS / f"{name}.json"
+    parts.mkdir(exist_ok=True)
+    file = parts / f"{name}.json"
     module, *options = command
     run = [sys.executable, "-m", f"benchmarks.{module}", *options, "--json", str(file)]
     code = subprocess.run(run, cwd=ROOT, check=False).returncode
@@ -307,16 +309,23 @@ def render(page: str, results: dict[str, Row]) -> str:
     return page
 
 
-def read_results() -> dict[str, Row]:
+def results_of(page: Path) -> Path:
+    """Return the file that has the results of a page."""
+    return page.with_suffix("") / "results.json"
+
+
+def read_results(page: Path = PAGE) -> dict[str, Row]:
     """Read the results of earlier runs, by section."""
-    return json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    file = results_of(page)
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
-def write_results(results: dict[str, Row]) -> None:
+def write_results(page: Path, results: dict[str, Row]) -> None:
     """Keep results for the next call."""
-    RESULTS.parent.mkdir(exist_ok=True)
+    file = results_of(page)
+    file.parent.mkdir(exist_ok=True)
     lines = [f"{json.dumps(name)}: {json.dumps(x)}" for name, x in results.items()]
-    RESULTS.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+    file.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
 
 def _change(ratio: float) -> str:
@@ -324,18 +333,18 @@ def _change(ratio: float) -> str:
 
 
 @guarded
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, page: Path = PAGE, parts: Path = PARTS) -> int:
     """Measure, then write the page."""
     args = parser().parse_args(argv)
     for path in args.prompts:
         read_rows(path)  # reports errors before the work
     prepare(args)
-    results = read_results()
+    results = read_results(page)
     for name in args.only if args.prompts else ():
-        results[name] = measure(name, SECTIONS[name].command(args))
-        write_results(results)
-    page = PAGE.read_text(encoding="utf-8")
-    PAGE.write_text(render(page, results), encoding="utf-8")
+        results[name] = measure(name, SECTIONS[name].command(args), parts)
+        write_results(page, results)
+    text = page.read_text(encoding="utf-8")
+    page.write_text(render(text, results), encoding="utf-8")
     return 0
 
 

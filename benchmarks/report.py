@@ -34,8 +34,8 @@ class LeftOutError(Exception):
 
 PROBLEMS = 1
 """The exit status of a report with problems."""
-GRACE = 120
-"""Seconds that a part may still take when the time for all parts is over."""
+JOIN_SECONDS = 120
+"""Seconds that a process of a part may take to end."""
 
 
 @dataclass
@@ -117,13 +117,13 @@ def find_apart(part: Part, find: Find, end: float) -> None:
             getattr(part, method)(*arguments, **cells)
         part.fail("it did not end in time")
     except EOFError:  # the process has sent everything, or it was ended
-        process.join(GRACE)
+        process.join(JOIN_SECONDS)
         if code := process.exitcode:
             how = f"signal {Signals(-code).name}" if code < 0 else f"exit status {code}"
             part.fail(f"its process ended with {how}")
     finally:
         process.kill()
-        process.join(GRACE)  # a call of a driver may never end
+        process.join(JOIN_SECONDS)  # a call of a driver may never end
 
 
 class _SentPart:
@@ -151,16 +151,25 @@ class Report:
         path: the file; None writes none.
         facts: about the device, by name.
         seconds: the time for all parts.
+        grace: seconds that a part may still take when this time is over.
 
     Attributes:
         end: when this time is over. A part that has tables of several sizes looks at it.
     """
 
-    def __init__(self, benchmark: str, path: Path | None, facts: Row, seconds: float) -> None:
+    def __init__(
+        self,
+        benchmark: str,
+        path: Path | None,
+        facts: Row,
+        seconds: float,
+        grace: float = 120,
+    ) -> None:
         self.benchmark = benchmark
         self.path = path
         self.facts = facts
         self.end = time.time() + seconds
+        self.grace = grace
         self.parts: list[Part] = []
         self._machine = machine()
         self.write()
@@ -179,7 +188,7 @@ class Report:
             if started > self.end:
                 part.note(f"{name} was left out: the time was over")
             else:
-                find_apart(part, find, self.end + GRACE)
+                find_apart(part, find, self.end + self.grace)
         except KeyboardInterrupt:
             part.note("interrupted")
             raise

@@ -111,11 +111,11 @@ def crash(part):
     os.abort()
 
 
-def test_a_part_that_crashes_or_hangs_loses_no_other(module, tmp_path, monkeypatch, capsys):
+def test_a_part_that_crashes_or_hangs_loses_no_other(module, tmp_path, capsys):
     reports, path = module("report"), tmp_path / "report.json"
     report = reports.Report("test", path, {"device": "fake"}, 600)
     report.run("first", crash)
-    monkeypatch.setattr(reports, "GRACE", -600)
+    report.grace = -600
     report.run("second", crash)
     assert report.close() == reports.PROBLEMS
     found = json.loads(path.read_text())
@@ -144,17 +144,15 @@ def test_budgets_of_sets_that_were_measured_are_kept(module, sets, pair, tmp_pat
 
 
 @pytest.mark.nightly
-def test_the_page_is_measured_and_written(module, sets, pair, tmp_path, monkeypatch):
+def test_the_page_is_measured_and_written(module, sets, pair, tmp_path):
     performance = module("performance")
     page = tmp_path / "performance.md"
     page.write_text(PAGE.read_text(encoding="utf-8"), encoding="utf-8")
-    monkeypatch.setattr(performance, "PAGE", page)
-    monkeypatch.setattr(performance, "RESULTS", tmp_path / "new" / "results.json")
-    monkeypatch.setattr(performance, "PARTS", tmp_path / "parts")
     options = [*sets, *pair, "--dtype", "float32", "--few", "1", "--max-tokens", "8"]
     options += ["--budgets", "4", "--concurrency", "1,2", "--memory-tokens", "4"]
     measured = ["methods", "budgets-float32", "throughput", "iteration", "memory"]
-    assert performance.main([*options, "--only", ",".join(measured)]) == 0
+    options += ["--only", ",".join(measured)]
+    assert performance.main(options, page, tmp_path / "parts") == 0
     text = page.read_text(encoding="utf-8")
     assert text.count("python -m benchmarks.") >= len(measured)
     assert text.count("Not measured yet.") == len(performance.SECTIONS) - len(measured)

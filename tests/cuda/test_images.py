@@ -26,7 +26,7 @@ from PIL import Image as Picture
 from treeflash_cuda.backend import load
 
 from treeflash.config import DecodeConfig, LoadConfig, SamplingConfig
-from treeflash.decoding import Request, Scheduler, SchedulerConfig, families, iteration
+from treeflash.decoding import Request, Scheduler, SchedulerConfig, families
 from treeflash.decoding.adaptive_budget import AdaptiveBudgets
 from treeflash.decoding.backend_base import BaseState
 from treeflash.decoding.disk_cache import DiskCache
@@ -47,6 +47,7 @@ pytestmark = pytest.mark.sample(1)
 
 CPU = LoadConfig(device="cpu", dtype="float32")
 TOKENS, FAULT_TOKENS = 10, 16  # some faults show late
+LIMITS = SchedulerConfig(snapshot_interval=4)
 TYPES = [name for name in CONFIGS if not name.startswith("gemma4")]  # which takes texts alone
 FEW = "qwen3_vl", "qwen3_5", "gemma3"
 """Axes and added features, axes and recurrent layers, images whose tokens see each other."""
@@ -107,7 +108,7 @@ class Pair:
 
     def decode(self, prompts, size=1000, cache=None, method="suffix", tokens=TOKENS, **sampling):
         """The tokens after prompts, decoded together in chunks of a size."""
-        config = SchedulerConfig(prefill_chunk=size, lone_prefill_chunk=size)
+        config = replace(LIMITS, prefill_chunk=size, lone_prefill_chunk=size)
         scheduler = steady_scheduler(self.backend, config, cache)
         texts = {request(prompt, method, tokens, **sampling): [] for prompt in prompts}
         for one, step in scheduler.decode(texts):
@@ -115,7 +116,7 @@ class Pair:
         return list(texts.values())
 
 
-def steady_scheduler(backend, config=None, cache=None):
+def steady_scheduler(backend, config=LIMITS, cache=None):
     """A scheduler that need not time forward passes for its adaptive budget."""
     budgets = AdaptiveBudgets(VerifyCosts({size: 1 + 0.01 * size for size in SIZES}))
     return Scheduler(backend, config, budgets=budgets, prefix_cache=cache)
@@ -166,9 +167,8 @@ def test_sampled_text_is_that_of_plain_decoding(family, pairs):
 
 
 @pytest.mark.parametrize("family", by_day(TYPES[1::2]))
-def test_text_after_a_hit_of_the_prefix_cache(family, pairs, monkeypatch):
+def test_text_after_a_hit_of_the_prefix_cache(family, pairs):
     pair = pairs(family)
-    monkeypatch.setattr(iteration, "SNAPSHOT_INTERVAL", 4)
     cache = PrefixCache(1 << 30)
     (answer,) = pair.decode(pair.prompts[:1], cache=cache)
     first = len(pair.prompts[0][0])
@@ -221,8 +221,7 @@ def test_states_with_pictures_survive_a_restart(pair, forgets, tmp_path, monkeyp
     assert (cached <= image.first) is not forgets
 
 
-def test_forks_between_images_and_of_groups(pair, monkeypatch):
-    monkeypatch.setattr(iteration, "SNAPSHOT_INTERVAL", 4)
+def test_forks_between_images_and_of_groups(pair):
     cache = PrefixCache(1 << 30)
     one = pair.encode("<image>ef<image>gh", [picture(1), picture(2)])
     two = pair.encode("<image>ef<image>gh", [picture(1), picture(6)])

@@ -17,6 +17,7 @@ import pytest
 from treeflash.decoding.sampling import unpack
 from treeflash.language_model import LanguageModel
 from treeflash.serving.application import Server, application, bind, configuration
+from treeflash.serving.connections import Protocol
 from treeflash.serving.engine import Engine
 from treeflash.serving.errors import APIError
 from treeflash.serving.models import ModelPool, ModelSpec
@@ -257,11 +258,11 @@ class QuickServer(Server):
 
 
 @contextmanager
-def serving_pool(pool: ModelPool) -> Iterator[Running]:
+def serving_pool(pool: ModelPool, protocol: type[Protocol] = Protocol) -> Iterator[Running]:
     """Serve models on a free port."""
     listening = bind("127.0.0.1", 0)
     url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-    server = QuickServer(configuration(application(pool)), pool)
+    server = QuickServer(configuration(application(pool), protocol=protocol), pool)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([listening])))
     thread.start()
     try:

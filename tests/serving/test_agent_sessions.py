@@ -20,7 +20,7 @@ from servers import serving
 from tool_models import tool_tokenizer
 
 from treeflash.config import LoadConfig
-from treeflash.decoding import iteration
+from treeflash.decoding import SchedulerConfig
 from treeflash.decoding.disk_cache import BLOCK
 from treeflash.testing import require
 from treeflash.testing.models import write_drafter, write_target
@@ -92,11 +92,6 @@ SHORT_INTERVAL = 512
 """Tokens between the states that recurrent layers keep of a small session."""
 FULL = Size(14_500, 1550, 40)
 """An agent's day: 15,000 tokens of instructions and tools, and 60,000 at its end."""
-
-
-@pytest.fixture
-def small_session(monkeypatch):
-    monkeypatch.setattr(iteration, "SNAPSHOT_INTERVAL", SHORT_INTERVAL)
 
 
 def text(rng: random.Random, length: int) -> str:
@@ -200,9 +195,11 @@ class Client:
         self.server = None
 
     @contextmanager
-    def connected(self, model, **settings):
+    def connected(self, model, interval=SHORT_INTERVAL, **settings):
         with serving(model, **settings) as self.server:
             engine, submit = self.server.engine, self.server.engine.submit
+            scheduler = engine.scheduler
+            scheduler.config = replace(scheduler.config, snapshot_interval=interval)
 
             def record(answers, **kwargs):
                 self.prompts.append(answers[0].prompt_ids)
@@ -247,7 +244,6 @@ def replay(client, session, turns):
         assert disk == 0
 
 
-@pytest.mark.usefixtures("small_session")
 def test_each_turn_runs_what_is_new(agent_model, api):
     client = Client(api)
     with client.connected(agent_model):
@@ -261,9 +257,11 @@ def test_a_session_of_full_size(fast_model, api, tmp_path):
     """Two sub-agents take turns with it, the server is started again, and it is compacted."""
     client, main = Client(api), Session("main", FULL)
     helpers = [Session(name, FULL) for name in ("one", "two")]
+    interval = SchedulerConfig().snapshot_interval
     settings = {"timeout": 3600, "max_memory_gb": 16, "prefix_cache_dir": str(tmp_path)}
+    settings["interval"] = interval
     recurrent = fast_model.backend.open(1, drafts=False).needs_snapshots
-    lost = iteration.SNAPSHOT_INTERVAL if recurrent else 1
+    lost = interval if recurrent else 1
     with client.connected(fast_model, **settings):
         replay(client, main, FULL.turns // 4)
         for helper in helpers:
@@ -283,7 +281,6 @@ def test_a_session_of_full_size(fast_model, api, tmp_path):
         assert cached > FULL.system - lost
 
 
-@pytest.mark.usefixtures("small_session")
 def test_sub_agents_take_turns(agent_model):
     client = Client("messages")
     sessions = [Session(name) for name in ("main", "one", "two")]
@@ -297,7 +294,6 @@ def test_sub_agents_take_turns(agent_model):
                 client.send(session)
 
 
-@pytest.mark.usefixtures("small_session")
 def test_a_compacted_conversation_keeps_the_instructions(agent_model):
     client, session = Client("messages"), Session("main")
     recurrent = agent_model.backend.open(1, drafts=False).needs_snapshots
@@ -310,7 +306,7 @@ def test_a_compacted_conversation_keeps_the_instructions(agent_model):
         client.send(session)
 
 
-@pytest.mark.usefixtures("own_cache", "small_session")
+@pytest.mark.usefixtures("own_cache")
 def test_a_session_goes_on_after_a_restart(agent_model, api, tmp_path):
     client, session = Client(api), Session("main")
     settings = {"prefix_cache_dir": str(tmp_path)}

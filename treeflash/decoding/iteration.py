@@ -48,8 +48,6 @@ from treeflash.decoding.transitions import Calibration, TransitionTable, check_t
 from treeflash.decoding.tree import DraftTree
 from treeflash.errors import TreeflashError, is_of_earlier_work, is_out_of_memory
 
-SNAPSHOT_INTERVAL = 2048
-"""Prompt tokens between two snapshots of recurrent states."""
 W = TypeVar("W", bound=Work)
 
 
@@ -62,6 +60,7 @@ class RunningSequence:
     loop: Loop
     tokens: list[int]  # the tokens of the prompt, then the emitted ones
     cached: int  # tokens of the prompt that were committed at the start
+    snapshot_interval: int  # prompt tokens between two snapshots of recurrent states
     # the work that the loop waits for; None when the sequence is finished
     pending: Work | None = None
     verified: Pass | None = None  # the pass over its tree, until a path is committed
@@ -99,7 +98,8 @@ class RunningSequence:
         remaining = len(self.expect(Prefill).token_ids) - self.prefilled
         if remaining == 1 or not (self.shared and self.state.needs_snapshots):
             return remaining
-        return min(remaining - 1, SNAPSHOT_INTERVAL - self.state.length % SNAPSHOT_INTERVAL)
+        interval = self.snapshot_interval
+        return min(remaining - 1, interval - self.state.length % interval)
 
     def chunk(self, room: int) -> int:
         """Return how many tokens of the pending `Prefill` to run next, if about `room` fit."""
@@ -389,7 +389,7 @@ class Iteration:
                 continue
             sequence.prefilled += chunks[sequence]
             last = len(sequence.expect(Prefill).token_ids) - 1
-            on_the_way = sequence.state.length % SNAPSHOT_INTERVAL == 0
+            on_the_way = sequence.state.length % sequence.snapshot_interval == 0
             if sequence.shared and (sequence.prefilled == last or on_the_way):
                 sequence.state.snapshot()
             if sampled is not None:

@@ -43,12 +43,14 @@ class SchedulerConfig:
         prefill_chunk: prompt tokens that run in one iteration while other sequences are decoded,
             which bounds how long these wait.
         lone_prefill_chunk: prompt tokens that run in one iteration while no sequence is decoded.
+        snapshot_interval: prompt tokens between two snapshots of recurrent states.
     """
 
     max_parallel: int = 32
     max_bytes: int | None = None
     prefill_chunk: int = 256
     lone_prefill_chunk: int = 2048
+    snapshot_interval: int = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -398,7 +400,8 @@ class Scheduler:
             shared=partial(self._finished_answers, request.cache_salt),
         )
         prompt = list(request.prompt_ids)
-        sequence = RunningSequence(request, state, loop, prompt, cached)
+        interval = self.config.snapshot_interval
+        sequence = RunningSequence(request, state, loop, prompt, cached, interval)
         is_leader = any(other.leader is request for other in self._waiting)
         sequence.shared = is_leader or self.prefix_cache is not None
         self._running.append(sequence)

@@ -292,10 +292,12 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
 
-def configuration(app: FastAPI, *, log_level: str | None = None) -> uvicorn.Config:
+def configuration(
+    app: FastAPI, *, log_level: str | None = None, protocol: type[Protocol] = Protocol
+) -> uvicorn.Config:
     return uvicorn.Config(
         app,
-        http=Protocol,
+        http=protocol,
         ws="none",
         log_level=log_level,
         log_config=None,

@@ -11,11 +11,10 @@ from __future__ import annotations
 import asyncio
 import sys
 from contextlib import suppress
+from typing import ClassVar
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-HEAD_SECONDS = 30.0
-"""Seconds within which the head of a request must arrive."""
 MAX_FILES = 1 << 16
 """Most files and connections of the process."""
 
@@ -23,6 +22,8 @@ MAX_FILES = 1 << 16
 class Protocol(H11Protocol):
     """A connection that ends if the head of its next request does not arrive in time."""
 
+    head_seconds: ClassVar[float] = 30.0
+    """Seconds within which the head of a request must arrive."""
     _head_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -39,7 +40,7 @@ class Protocol(H11Protocol):
 
     def _await_head(self) -> None:
         self._stop_timer()
-        self._head_timer = self.loop.call_later(HEAD_SECONDS, self._end_without_head)
+        self._head_timer = self.loop.call_later(self.head_seconds, self._end_without_head)
 
     def _stop_timer(self) -> None:
         if self._head_timer is not None:
@@ -50,14 +51,14 @@ class Protocol(H11Protocol):
             self.transport.close()
 
 
-def allow_many_files() -> None:
+def allow_many_files(limit: int = MAX_FILES) -> None:
     """Raise the limit of open files, which is 1,024 on Linux and 256 on a Mac by default."""
     if sys.platform == "win32":
         return
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = MAX_FILES if hard == resource.RLIM_INFINITY else min(MAX_FILES, hard)
+    most = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
     if soft != resource.RLIM_INFINITY and soft < most:
         with suppress(ValueError, OSError):  # the system has a lower limit of its own
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))

@@ -274,12 +274,13 @@ def test_set_changes_options(talk):
     assert "max-tokens has its default" in shown
 
 
-def test_the_progress_of_a_long_prompt_is_shown(talk, monkeypatch):
-    monkeypatch.setattr(chat, "LONG_PROMPT", 20)
-    talk.prefill_chunk = 16
-    talked, shown = talk("a message of some length", ENTER, color=True)
+def test_the_progress_of_a_long_prompt_is_shown(talk, scripted):
+    model = scripted(TEXT)
+    model.backend.max_positions = 1000
+    talk.prefill_chunk = 512
+    talked, shown = talk("a" * 600, ENTER, model=model, color=True)
     total = len(talked.answer.prompt_ids)
-    assert [f"reading the prompt: {n} of {total} tokens" in shown for n in (0, 16, 17)] == [
+    assert [f"reading the prompt: {n} of {total} tokens" in shown for n in (0, 512, 513)] == [
         True, True, False,
     ]  # fmt: skip
 

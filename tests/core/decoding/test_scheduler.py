@@ -11,7 +11,7 @@ from memory import watch_states
 from recordings import recording
 
 from treeflash.config import METHODS, DecodeConfig, LoadConfig, Penalties, SamplingConfig
-from treeflash.decoding import Request, Scheduler, SchedulerConfig, Step, iteration
+from treeflash.decoding import Request, Scheduler, SchedulerConfig, Step
 from treeflash.decoding.disk_cache import CacheKey, Prefix
 from treeflash.decoding.interfaces import Prefill, Verify
 from treeflash.decoding.prefix_cache import PrefixCache
@@ -515,12 +515,12 @@ def test_a_state_that_the_prefix_cache_cannot_hold_is_not_copied(backend):
 
 def test_long_prompts_leave_snapshots_on_the_way(backend, monkeypatch):
     """So that a prompt that differs in the middle need not start anew."""
-    monkeypatch.setattr(iteration, "SNAPSHOT_INTERVAL", 8)
     monkeypatch.setattr(State, "needs_snapshots", True)
     taken = []
     monkeypatch.setattr(State, "snapshot", lambda state: taken.append(state.length))
+    config = SchedulerConfig(snapshot_interval=8)
     for cache, lengths in ((PrefixCache(10**9), [8, 16, 24, 26]), (None, [])):
-        scheduler = Scheduler(backend, prefix_cache=cache)
+        scheduler = Scheduler(backend, config, prefix_cache=cache)
         scheduler.submit(Request(prompt_ids=list(range(2, 29)), config=config_of(method="ar")))
         while not scheduler.step():
             pass
