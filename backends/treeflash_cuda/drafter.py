@@ -143,6 +143,11 @@ class MaskedDrafts:
         self._masks: dict[LayerKind, list[Tensor | None]] = {}
         self._packed: PackedRows | None = None  # the columns of the rows
 
+    @property
+    def has_gaps(self) -> bool:
+        """Whether a block does not see some positions before its window."""
+        return any(first != end for first, end in self.gaps)
+
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend from (1, heads, t * S, head_dim) queries: (1, t * S, heads, head_dim).
 
@@ -335,10 +340,14 @@ class Drafter:
 
         def draft(uploaded: Tensor, context: Tensor) -> Outputs:
             tokens, positions, columns, start, table, pages, *work = unpack(uploaded, shapes)
-            rotation = self.model.rotary(positions, context.dtype)
             if slab is None:
-                masked = MaskedDrafts(self.model, states, self.window)
+                masked, calls = MaskedDrafts(self.model, states, self.window), self.model.calls
+                if calls is not None and not masked.has_gaps:
+                    x = self._inputs(tokens)
+                    return (calls.run(x, context, positions, masked.sequences),)
+                rotation = self.model.rotary(positions, context.dtype)
                 return (self._blocks(tokens, context, rotation, masked.attend),)
+            rotation = self.model.rotary(positions, context.dtype)
             assert self.model.operations is not None
             attention = SlabDrafts(
                 operations=self.model.operations,
@@ -367,10 +376,7 @@ class Drafter:
         attend: Callable[[int, Tensor, Tensor, Tensor], Tensor],  # attention of a layer
     ) -> Tensor:
         """Return the (t * S, hidden_size) outputs of the blocks."""
-        config, roots = self.model.config, tokens[:, None]
-        masks = torch.full_like(roots, config.mask_token_id).expand(-1, config.block_size - 1)
-        x = self.output.embed(torch.cat([roots, masks], 1).flatten())[None]
-        x = x if config.input_scale == 1 else x * config.input_scale
+        x = self._inputs(tokens)[None]
         rotations: Rotations = (None, None)
         if rotation is not None:
             cos, sin = rotation
@@ -382,6 +388,13 @@ class Drafter:
         for n, layer in enumerate(self.model.layers):
             x = layer(x, with_context, rotations, functools.partial(attend, n))
         return x[0]
+
+    def _inputs(self, tokens: Tensor) -> Tensor:
+        """Return the (t * S, hidden_size) embeddings of blocks with these (t,) roots."""
+        config, roots = self.model.config, tokens[:, None]
+        masks = torch.full_like(roots, config.mask_token_id).expand(-1, config.block_size - 1)
+        x = self.output.embed(torch.cat([roots, masks], 1).flatten())
+        return x if config.input_scale == 1 else x * config.input_scale
 
     @torch.inference_mode()
     def marginals(self, blocks: Sequence[Block], options: TableOptions) -> list[TransitionTable]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Collection, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -100,6 +101,10 @@ def pack_drafter(model: Model, head: Head | None, target: Target, bits: int | No
             from treeflash_cuda.cpu.drafter_norms import use_kernels  # needs llvmlite
 
             use_kernels(module, target.kernels, target.dtype)
+    if isinstance(model, DrafterModel) and on_cpu and find_spec("llvmlite") is not None:
+        from treeflash_cuda.cpu.drafter_calls import BlockCalls  # needs llvmlite
+
+        model.calls = BlockCalls.of(model, target.dtype)
     for part in model.modules():
         if isinstance(part, OnDevice):
             part.operations = model.operations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from treeflash_cuda.drafter_operations import OPERATIONS, Float32Module, Rotatio
 from treeflash_cuda.low_bit_linear import LowBitLinear
 from treeflash_cuda.operations import Operations
 from treeflash_cuda.target import Target
+
+if TYPE_CHECKING:
+    from treeflash_cuda.cpu.drafter_calls import BlockCalls
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -79,6 +82,7 @@ class DrafterModel(BlockModel, nn.Module):
 
     ops = OPERATIONS
     operations: Operations | None = None  # for rows; None attends with masks
+    calls: BlockCalls | None = None  # the layers on a CPU; None runs their modules
 
     def __init__(self, config: DrafterConfig, own: OwnVocabulary | None = None) -> None:
         super().__init__(config)

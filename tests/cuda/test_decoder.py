@@ -790,7 +790,7 @@ def split(layer, counts):
 
 CALL_FAULTS = {
     "none": ("calls", "calls"),
-    "all parts in the first one's columns": ("column += part.shape[0]", "column += 0"),
+    "all parts in the first one's columns": ("column += layer.shape[0]", "column += 0"),
     "columns counted in bytes": ("x.column * self.dtype.itemsize", "x.column"),
     "parts of a pass's memory that overlap": (
         "self.starts[name] = self.row_nbytes",
@@ -806,7 +806,10 @@ CALL_FAULTS = {
     "the other residual": ('"residual": residuals[:-1]', '"residual": residuals[1:]'),
     "an output before the network": ("number = 2 * layer + 1", "number = 2 * layer"),
     "no head norms": ("norms, np.sign(norms), facts.eps", "norms, 0, facts.eps"),
-    "windows of the other layers": ("_places(facts.windows)", "_places(facts.windows[::-1])"),
+    "windows of the other layers": (
+        "layer.seen for layer in layers",
+        "layer.seen for layer in layers[::-1]",
+    ),
     "scores without their scale": ("facts.score_scale, ", "1.0, "),
     "the places of the first pass": (
         "attention.places.fill(turns",
@@ -819,12 +822,14 @@ CALL_FAULTS = {
 @pytest.mark.parametrize("fault", CALL_FAULTS)
 def test_faults_of_layers_in_one_call_are_noticed(tmp_path, with_parts, monkeypatch, fault):
     """None of them reads or writes memory that the right code leaves alone."""
-    from treeflash_cuda.cpu import layer_calls
+    from treeflash_cuda.cpu import decoder_calls, layer_calls
 
     backend, expected = with_parts
     target = backend.target
     broken = faulty(layer_calls, tmp_path, *CALL_FAULTS[fault])
-    monkeypatch.setattr(target, "calls", broken.LayerCalls(target.model, target.kernels))
+    monkeypatch.setattr(decoder_calls, "products_of", broken.products_of)
+    calls = broken.LayerCalls(decoder_calls.decoder_stack(target.model), target.kernels)
+    monkeypatch.setattr(target, "calls", calls)
     equal = all(map(torch.equal, outputs_of(backend), expected))
     assert equal == (fault == "none")
 

@@ -135,7 +135,10 @@ class Sequences:
             for depth in ancestors(parents).sum(1).sub(1).tolist()
         ]
         firsts = [0 if window is None else max(0, place - window + 1) for place in places]
-        self.firsts = torch.tensor(firsts, dtype=torch.int32)
+        lasts = [
+            committed + row for committed, parents, _ in members for row in range(len(parents))
+        ]
+        self.bounds = torch.tensor([*zip(firsts, lasts, strict=True)], dtype=torch.int32)
 
     def expected(self, queries, cap=None):
         outputs, first = [], 0
@@ -145,7 +148,7 @@ class Sequences:
             seen = torch.cat(
                 [torch.ones(count, committed, dtype=torch.bool), ancestors(parents)], 1
             )
-            seen &= torch.arange(committed + count) >= self.firsts[first : first + count, None]
+            seen &= torch.arange(committed + count) >= self.bounds[first : first + count, :1]
             keys, values = (x[n][None, :, : committed + count] for x in (self.keys, self.values))
             keys, values = (x.repeat_interleave(HEADS // KV_HEADS, 1) for x in (keys, values))
             scores = own @ keys.transpose(2, 3) * SCALE
@@ -180,13 +183,13 @@ def test_attention(kernels, capping, dtype, window, cap):
     if window is not None:
         first = 0
         for mask, (committed, parents, _) in zip(pass_.masks, members, strict=True):
-            own = pass_.firsts[first : first + len(parents), None]
+            own = pass_.bounds[first : first + len(parents), :1]
             mask &= (torch.arange(committed, committed + len(parents)) >= own).to(torch.uint8)
             first += len(parents)
     queries = random(pass_.rows, HEADS, D, dtype=dtype, seed=3)
     functions = of_dtype(kernels if cap is None else capping, dtype)
     results = [
-        found.attend(queries, pass_.firsts, pass_.table, 0, SCALE, cap) for found in functions
+        found.attend(queries, pass_.bounds, pass_.table, 0, SCALE, cap) for found in functions
     ]
     assert same(results)
     assert close(results[0], pass_.expected(queries, cap), dtype)
@@ -197,7 +200,7 @@ def test_a_row_has_equal_bits_in_a_tree_in_a_chain_and_alone(kernels, dtype):
     found = of_dtype(kernels, dtype)[0]
     tree = Sequences((30, PARENTS, True))
     queries = random(7, HEADS, D, dtype=dtype, seed=3)
-    in_tree = found.attend(queries, tree.firsts, tree.table, 0, SCALE)
+    in_tree = found.attend(queries, tree.bounds, tree.table, 0, SCALE)
     path = [0, 1, 3, 6]
     columns = [*range(30), *(30 + node for node in path)]
     alone = Sequences((33, chain(1), False))
@@ -205,10 +208,10 @@ def test_a_row_has_equal_bits_in_a_tree_in_a_chain_and_alone(kernels, dtype):
     for other in (alone, committed):
         for mine, theirs in ((other.keys, tree.keys), (other.values, tree.values)):
             mine[0][:, : len(columns)] = theirs[0][:, columns]
-    in_chain = found.attend(queries[path].contiguous(), committed.firsts, committed.table, 0, SCALE)
+    in_chain = found.attend(queries[path].contiguous(), committed.bounds, committed.table, 0, SCALE)
     assert torch.equal(in_chain, in_tree[path])
     assert torch.equal(
-        found.attend(queries[[6]], alone.firsts, alone.table, 0, SCALE)[0], in_tree[6]
+        found.attend(queries[[6]], alone.bounds, alone.table, 0, SCALE)[0], in_tree[6]
     )
 
 
@@ -256,7 +259,7 @@ def test_threads_change_no_bit(kernels):
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            results.append(found.attend(queries, pass_.firsts, pass_.table, 0, SCALE))
+            results.append(found.attend(queries, pass_.bounds, pass_.table, 0, SCALE))
     finally:
         torch.set_num_threads(before)
     assert same(results)

@@ -69,13 +69,14 @@ class CpuTarget(DecoderTarget):
         self.calls: LayerCalls | None = None
         self.unsplit_rows = LINEAR_ROWS
         if kernels is not None:
+            from treeflash_cuda.cpu.decoder_calls import decoder_stack
             from treeflash_cuda.cpu.kernel_attention import KernelAttention
-            from treeflash_cuda.cpu.layer_calls import LayerCalls, can_run
+            from treeflash_cuda.cpu.layer_calls import LayerCalls
 
             self.layers_from = f"treeflash, compiled for {kernels.isa.name}"
             self.attention = partial(KernelAttention, kernels=kernels)
-            if can_run(decoder):
-                self.calls = LayerCalls(decoder, kernels)
+            if (stack := decoder_stack(decoder)) is not None:
+                self.calls = LayerCalls(stack, kernels)
 
     @classmethod
     def load(

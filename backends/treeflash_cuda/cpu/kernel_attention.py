@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from treeflash_cuda.cache import Segment
 from treeflash_cuda.cpu.decoder_attention import Block, sees
 from treeflash_cuda.cpu.layer_code import LANES
 from treeflash_cuda.cpu.layer_kernels import LayerKernels, SequencesTable
@@ -26,9 +27,10 @@ class KernelAttention:
         self, facts: DecoderFacts, blocks: Sequence[Block], *, kernels: LayerKernels
     ) -> None:
         self.kernels, self.facts, self.blocks = kernels, facts, blocks
-        self.heads, self.kv_heads = facts.heads, facts.kv_heads
-        self.places = self._make_places()
-        # By window: the first column that each row sees, and the table with what it masks.
+        self.heads = facts.heads
+        segments = [(block.cache, block.committed, len(block)) for block in blocks]
+        self.places = places_of(segments, facts.heads)
+        # By window: the columns that each row sees, and the table with what it masks.
         self._layouts: dict[int | None, tuple[Tensor, SequencesTable, list[Tensor | None]]] = {}
 
     def turn(
@@ -43,36 +45,15 @@ class KernelAttention:
         return heads[:, : self.heads]
 
     def attend(self, layer: int, queries: Tensor, window: int | None) -> Tensor:
-        firsts, table = self.layout(window)
+        bounds, table = self.layout(window)
         factors = self.facts.score_scale, self.facts.factors.score_cap
-        return self.kernels.attend(queries, firsts, table, layer, *factors)
+        return self.kernels.attend(queries, bounds, table, layer, *factors)
 
     def layout(self, window: int | None) -> tuple[Tensor, SequencesTable]:
-        """Return the first column that each row sees in a window, and the table with masks."""
+        """Return the bounds of what each row sees in a window, and the table with masks."""
         if window not in self._layouts:
             self._layouts[window] = self._make_layout(window)
         return self._layouts[window][:2]
-
-    def _make_places(self) -> SequencesTable:
-        """Make the table of where the sequences' columns and rows are, without masks."""
-        lines = []
-        rows = units = columns = stride = 0
-        for block in self.blocks:
-            n, committed = len(block), block.committed
-            block.cache.reserve_rows(committed, committed + n)
-            (part,) = block.cache.parts
-            layer, kind, head, stride = part.stride()[:4]
-            first = part.data_ptr() + np.arange(len(part)) * layer * part.itemsize
-            rows, columns = rows + n, max(columns, committed + n)
-            units += self.kv_heads * -(-n * (self.heads // self.kv_heads) // LANES)
-            facts = head, committed, n, rows, units, 0
-            lines.append(
-                np.column_stack(
-                    [first, first + kind * part.itemsize, *(np.full(len(part), x) for x in facts)]
-                )
-            )
-        table = np.ascontiguousarray(np.stack(lines, 1), np.int64)
-        return SequencesTable(table, self.kv_heads, stride, columns)
 
     def _make_layout(
         self, window: int | None
@@ -80,13 +61,14 @@ class KernelAttention:
         masks = [self._mask(block, window) for block in self.blocks]
         addresses = [0 if mask is None else mask.data_ptr() for mask in masks]
         table = self.places.with_masks(addresses) if any(addresses) else self.places
-        firsts = [
-            torch.zeros(len(block), dtype=torch.int32)
-            if window is None
-            else (block.positions - window + 1).clamp(min=0).int()
-            for block in self.blocks
-        ]
-        return torch.cat(firsts), table, masks
+        bounds = []
+        for block in self.blocks:
+            lasts = block.committed + torch.arange(len(block))
+            firsts = torch.zeros_like(lasts)
+            if window is not None:
+                firsts = (block.positions - window + 1).clamp(min=0)
+            bounds.append(torch.stack([firsts, lasts], 1))
+        return torch.cat(bounds).int(), table, masks
 
     def _mask(self, block: Block, window: int | None) -> Tensor | None:
         """Return the (n, n) bytes that say which new columns rows see; None up to their own."""
@@ -94,3 +76,25 @@ class KernelAttention:
             return None
         visible = block.ancestors & sees(window, block.positions[:, None], block.positions)
         return visible.to(torch.uint8).contiguous()
+
+
+def places_of(segments: Sequence[Segment], heads: int) -> SequencesTable:
+    """Make the table of where rows of sequences are, without masks; their columns are reserved."""
+    lines = []
+    rows = units = columns = stride = kv_heads = 0
+    for cache, first, n in segments:
+        cache.reserve_rows(first, first + n)
+        (part,) = cache.parts
+        kv_heads = part.shape[2]
+        layer, kind, head, stride = part.stride()[:4]
+        keys = part.data_ptr() + np.arange(len(part)) * layer * part.itemsize
+        rows, columns = rows + n, max(columns, first + n)
+        units += kv_heads * -(-n * (heads // kv_heads) // LANES)
+        facts = head, first, n, rows, units, 0
+        lines.append(
+            np.column_stack(
+                [keys, keys + kind * part.itemsize, *(np.full(len(part), x) for x in facts)]
+            )
+        )
+    table = np.ascontiguousarray(np.stack(lines, 1), np.int64)
+    return SequencesTable(table, kv_heads, stride, columns)

@@ -1,20 +1,25 @@
-"""The layers of a decoder as a list of calls of compiled functions, which run as one call.
+"""Layers as a list of calls of compiled functions, which run as one call.
 
-Python takes longer to start a function of a small model than the function to compute a few rows. So
-the arguments of all calls are made at load, as records in memory. A pass copies them and fills in
-what it has of its own: the addresses of its rows, and its sequences. The results have the bits that
-the layers' modules give, because the functions are the same.
+They are the layers of a decoder (`decoder_calls`), or of a drafter (`drafter_calls`). Python takes
+longer to start a function of a small model than the function to compute a few rows. So the
+arguments of all calls are made at load, as records in memory. A pass copies them and fills in what
+it has of its own: the addresses of its rows, and its sequences. The results have the bits that a
+decoder's modules give, because the functions are the same.
 
 What layers read and write are parts of one memory of the pass. A part that begins at byte 128 of a
 pass with one row begins at byte 128 * n of a pass with n rows, where its rows follow each other.
+
+A drafter's pass has rows of context behind the rows that run through its layers. These stand beside
+the normed input of each attention, and give it keys and values.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -23,16 +28,11 @@ from torch import Tensor, nn
 
 from treeflash.low_bits import BLOCK, GROUP
 from treeflash_cuda.cpu.ir_builder import record_type
-from treeflash_cuda.cpu.kernel_attention import KernelAttention
 from treeflash_cuda.cpu.layer_code import FIELDS, UNITS
-from treeflash_cuda.cpu.layer_kernels import LayerKernels
+from treeflash_cuda.cpu.layer_kernels import LayerKernels, SequencesTable
 from treeflash_cuda.cpu.low_bit_code import ARGUMENTS
 from treeflash_cuda.cpu.low_bit_kernels import SCRATCH, Operands, kernel
-from treeflash_cuda.decoder.mixers import AttentionMixer
-from treeflash_cuda.decoder.model import Decoder, DecoderLayer
-from treeflash_cuda.decoder.network import Network
 from treeflash_cuda.decoder.operations import Rotation
-from treeflash_cuda.decoder.weights import Joined
 from treeflash_cuda.low_bit_linear import LowBitLinear
 
 PRODUCT = "product"
@@ -47,6 +47,44 @@ class Product(NamedTuple):
     source: str
     target: str
     column: int  # the first one
+    of_context: bool = False  # whether rows of context are multiplied, too
+
+
+class CalledLayer(NamedTuple):
+    """A layer with a norm before each sublayer alone."""
+
+    input_norm: Tensor  # (hidden_size,) float32 weights
+    network_norm: Tensor
+    head_norms: Tensor | None  # (heads + kv_heads, head_dim) float32 weights; None without norms
+    products: Sequence[Product]  # in order, with "heads", "mixed", "gate_up" and "active"
+    rope: int | None  # index of the rotation of queries and keys; None without one
+    seen: Hashable  # which keys rows see, in the words of the pass's attention
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerStack:
+    """Layers that run as one call."""
+
+    hidden_size: int
+    intermediate_size: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    activation: str  # the name of the gate's activation, see `GATES`
+    eps: float  # the norms' epsilon
+    score_scale: float  # factor on the products of queries and keys
+    score_cap: float | None  # bound of the scores, of layers that have one
+    dtype: torch.dtype  # the dtype of rows
+    layers: Sequence[CalledLayer]
+
+
+class CalledAttention(Protocol):
+    """Where the rows of a pass are in the caches of their sequences, and what they see."""
+
+    places: SequencesTable  # of all rows, those of context among them
+
+    def layout(self, seen: Any) -> tuple[Tensor, SequencesTable]:
+        """Return `LayerKernels.attend`'s bounds and table in layers that see these keys."""
 
 
 class Records(NamedTuple):
@@ -66,13 +104,12 @@ class Records(NamedTuple):
 
 
 class LayerCalls:
-    """The calls of a decoder's layers with weights of few bits; see `can_run`."""
+    """The calls of layers with weights of few bits."""
 
-    def __init__(self, decoder: Decoder, kernels: LayerKernels) -> None:
-        self.facts, self.kernels, self.dtype = decoder.facts, kernels, decoder.scale.dtype
-        facts = self.facts
-        layers = [x for x in decoder.layers if isinstance(x, DecoderLayer)]
-        products = [list(_products(layer)) for layer in layers]
+    def __init__(self, stack: LayerStack, kernels: LayerKernels) -> None:
+        self.facts, self.kernels, self.dtype = stack, kernels, stack.dtype
+        facts, layers = self.facts, stack.layers
+        products = [layer.products for layer in layers]
         groups = max(x.layer.shape[1] for x in chain(*products)) // GROUP
         self.widths = {
             **dict.fromkeys(("x", "attended", "y", "normed"), facts.hidden_size),
@@ -87,15 +124,16 @@ class LayerCalls:
         for name, nbytes in parts.items():
             self.starts[name] = self.row_nbytes
             self.row_nbytes += -(-nbytes // ALIGNMENT) * ALIGNMENT
-        order = chain(*(_order(n, products, facts.activation) for n in range(facts.layers)))
+        order = chain(*(_order(n, products, facts.activation) for n in range(len(layers))))
         self.order = np.array(list(order))  # the names of the functions that are called
         self.calls = np.zeros((len(self.order), 2), np.int64)  # addresses: functions and records
         self.records: dict[str, Records] = {}
         self._add_norms(layers)
         self._add_attention(layers)
         self._add_products(list(chain(*products)))
-        # The layers with each window, and with each rope.
-        self.windows, self.ropes = _places(facts.windows), _places(facts.rotated)
+        # The layers that see the same keys, and with each rope.
+        self.seen = _places([layer.seen for layer in layers])
+        self.ropes = _places([layer.rope for layer in layers])
 
     def _add(
         self,
@@ -115,10 +153,10 @@ class LayerCalls:
         self.records[name] = Records(values, places, numbers)
         return values
 
-    def _add_norms(self, layers: Sequence[DecoderLayer]) -> None:
+    def _add_norms(self, layers: Sequence[CalledLayer]) -> None:
         """Add the norms: of the first input, and then of each network's and the next input."""
         norms = [x for layer in layers for x in (layer.input_norm, layer.network_norm)]
-        addresses = [norm.data_ptr() for norm in norms if norm is not None]
+        addresses = [norm.data_ptr() for norm in norms]
         first = self._add("norm", {"y": ["x"], "normed": ["normed"]})
         residuals, totals = ["x", "attended"] * len(layers), ["attended", "x"] * len(layers)
         parts = {"y": ["y"], "normed": ["normed"], "residual": residuals[:-1], "total": totals[:-1]}
@@ -127,18 +165,17 @@ class LayerCalls:
             values["weight"] = found
             values["size"], values["eps"] = self.facts.hidden_size, self.facts.eps
 
-    def _add_attention(self, layers: Sequence[DecoderLayer]) -> None:
+    def _add_attention(self, layers: Sequence[CalledLayer]) -> None:
         """Add what norms and rotates heads, what attends, and the activations."""
         facts = self.facts
         turns = self._add("turn", {"heads": ["heads"]})
-        found = [x.mixer.head_norms for x in layers if isinstance(x.mixer, AttentionMixer)]
-        norms = [0 if x is None else x.data_ptr() for x in found]
+        norms = [0 if x.head_norms is None else x.head_norms.data_ptr() for x in layers]
         turns["norms"], turns["is_normed"], turns["eps"] = norms, np.sign(norms), facts.eps
         turns["heads_of_row"] = facts.heads + 2 * facts.kv_heads
-        turns["is_rotated"] = [rope is not None for rope in facts.rotated]
+        turns["is_rotated"] = [layer.rope is not None for layer in layers]
         attends = self._add("attend", {"queries": ["heads"], "output": ["mixed"]})
         attends["stride"], attends["group"] = self.widths["heads"], facts.heads // facts.kv_heads
-        attends["scale"], attends["cap"] = facts.score_scale, facts.factors.score_cap or 0.0
+        attends["scale"], attends["cap"] = facts.score_scale, facts.score_cap or 0.0
         gates = self._add(facts.activation, {"gate_up": ["gate_up"], "output": ["active"]})
         gates["size"] = facts.intermediate_size
 
@@ -151,6 +188,7 @@ class LayerCalls:
         values["width"] = [self.widths[x.target] for x in products]
         values["y"] = [x.column * self.dtype.itemsize for x in products]
         values["wide"] = self.dtype == torch.float32
+        self.of_context = np.array([x.of_context for x in products])
         for name, *read in zip(
             Operands._fields, *(x.layer.operands for x in products), strict=True
         ):
@@ -160,60 +198,69 @@ class LayerCalls:
         self,
         x: Tensor,
         rotations: Sequence[Rotation],
-        attention: KernelAttention,
-        captured: Collection[int],
+        attention: CalledAttention,
+        captured: Collection[int] = (),
+        context: Tensor | None = None,  # (c, hidden_size), rotated and placed behind the rows
     ) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
         """Run (n, hidden_size) rows: the last layer's two parts, and what `captured` asks for."""
         rows = len(x)
-        memory = torch.empty(rows * self.row_nbytes, dtype=torch.uint8)
-        self._part(memory, rows, "x").copy_(x)
+        every = rows if context is None else rows + len(context)
+        # Parts that rows of context do not have stay unwritten, and take no memory.
+        memory = torch.empty(every * self.row_nbytes, dtype=torch.uint8)
+        self._part(memory, every, "x")[:rows] = x
+        if context is not None:
+            self._part(memory, every, "normed")[rows:] = context
         values = {
-            name: found.of_pass(memory.data_ptr(), rows) for name, found in self.records.items()
+            name: found.of_pass(memory.data_ptr(), every) for name, found in self.records.items()
         }
         outputs = {-1: x} if -1 in captured else {}
         sums = values["norm_sum"]
         for layer in captured:
-            if 0 <= layer < self.facts.layers - 1:
+            if 0 <= layer < len(self.facts.layers) - 1:
                 # The sum that the next layer reads, which its second norm reads too.
                 output = outputs[layer] = torch.empty_like(x)
                 number = 2 * layer + 1
                 sums["total"][number] = sums["residual"][number + 1] = output.data_ptr()
-        held = self._fill(values, rotations, attention, rows)
+        held = self._fill(values, rotations, attention, rows, every)
         calls = self.calls.copy()
         for name, found in self.records.items():
             own = values[name]
             calls[found.numbers, 1] = own.ctypes.data + np.arange(len(own)) * own.itemsize
         self.kernels.run_calls(calls)
         del held
-        return self._part(memory, rows, "y"), self._part(memory, rows, "attended"), outputs
+        y, attended = (self._part(memory, every, name)[:rows] for name in ("y", "attended"))
+        return y, attended, outputs
 
     def _fill(
         self,
         values: Mapping[str, NDArray[np.void]],
         rotations: Sequence[Rotation],
-        attention: KernelAttention,
+        attention: CalledAttention,
         rows: int,
+        every: int,  # the rows, and the ones of context
     ) -> Tensor:
         """Write to the records what a pass has of its own; returns the memory that they need."""
         facts, shared = self.facts, self.kernels.shared
         numbers = {"norm": "y", "norm_sum": "y", "turn": "heads", facts.activation: "gate_up"}
         for name, part in numbers.items():
-            values[name]["units"] = rows
-            values[name]["threads"] = shared(rows * self.widths[part])
+            # Rows of context have no queries: whatever stands in their place is turned, and unread.
+            units = values[name]["units"] = every if name == "turn" else rows
+            values[name]["threads"] = shared(units * self.widths[part])
         turns, attends, products = (values[name] for name in ("turn", "attend", "product"))
         for rope, layers in self.ropes.items():
             if rope is not None:
                 turns["cos"][layers], turns["sin"][layers] = (x.data_ptr() for x in rotations[rope])
-        attention.places.fill(turns, np.arange(facts.layers))
-        for window, layers in self.windows.items():
-            firsts, table = attention.layout(window)
-            attends["firsts"][layers] = firsts.data_ptr()
+        attention.places.fill(turns, np.arange(len(facts.layers)))
+        for seen, layers in self.seen.items():
+            bounds, table = attention.layout(seen)
+            attends["bounds"][layers] = bounds.data_ptr()
             table.fill(attends, layers)
         threads, size = self.kernels.attending(table, facts.head_dim)
         scratch = torch.empty(threads * size)
         attends["scratch"], attends["scratch_size"] = scratch.data_ptr(), size
         attends["units"], attends["threads"] = table.units, threads
-        products["rows"], products["threads"] = rows, self.kernels.threads
+        products["rows"] = np.where(self.of_context, every, rows)
+        products["threads"] = self.kernels.threads
         return scratch
 
     def _part(self, memory: Tensor, rows: int, name: str) -> Tensor:
@@ -223,49 +270,25 @@ class LayerCalls:
         return memory[first : first + nbytes].view(self.dtype).view(rows, width)
 
 
-def can_run(decoder: Decoder) -> bool:
-    """Return whether all layers have a norm before each sublayer alone, and weights of few bits."""
-    facts = decoder.facts
-    names = facts.norms
-    if facts.experts is not None or facts.factors.sublayers != 1:
-        return False
-    if facts.delta_nets is not None or facts.gates_attention:
-        return False
-    if not (names.attention_input and names.network_input):
-        return False
-    if names.attention_output or names.network_output:
-        return False
-    layers = [x for x in decoder.layers if isinstance(x, DecoderLayer)]
-    products = chain(*map(_modules, layers))
-    return all(
-        isinstance(x, LowBitLinear) and x.order is None and x.shape[0] % BLOCK == 0
-        for found, _, _ in products
-        for x in _parts(found)
-    )
+def products_of(
+    modules: Sequence[tuple[Sequence[nn.Module], str, str]],
+) -> list[Product] | None:
+    """Return the products of a layer in order; None if one of them cannot be a call.
 
-
-def _modules(layer: DecoderLayer) -> Iterator[tuple[nn.Module, str, str]]:
-    """Yield the products of a layer in order, with the parts that they read and write."""
-    assert isinstance(layer.mixer, AttentionMixer)
-    assert isinstance(layer.network, Network)
-    yield layer.mixer.qkv, "normed", "heads"
-    yield layer.mixer.o_proj, "mixed", "y"
-    yield layer.network.gate_up, "normed", "gate_up"
-    yield layer.network.down, "active", "y"
-
-
-def _parts(module: nn.Module) -> list[nn.Module]:
-    return list(module.parts) if isinstance(module, Joined) else [module]
-
-
-def _products(layer: DecoderLayer) -> Iterator[Product]:
-    """Yield the products of a layer in order."""
-    for module, source, target in _modules(layer):
+    Linear layers that read one part of a pass's memory write to columns after columns of another:
+    `modules` has these layers and the names of both parts.
+    """
+    found = []
+    for layers, source, target in modules:
         column = 0
-        for part in _parts(module):
-            assert isinstance(part, LowBitLinear)
-            yield Product(part, source, target, column)
-            column += part.shape[0]
+        for layer in layers:
+            if not isinstance(layer, LowBitLinear) or layer.order is not None:
+                return None
+            if layer.shape[0] % BLOCK:
+                return None
+            found.append(Product(layer, source, target, column))
+            column += layer.shape[0]
+    return found
 
 
 def _order(number: int, products: Sequence[Sequence[Product]], activation: str) -> Iterator[str]:
@@ -278,6 +301,6 @@ def _order(number: int, products: Sequence[Sequence[Product]], activation: str) 
     yield from (activation, PRODUCT)
 
 
-def _places(found: Sequence[int | None]) -> dict[int | None, NDArray[np.int64]]:
-    """Return where each of some numbers stands among them."""
+def _places(found: Sequence[Any]) -> dict[Any, NDArray[np.int64]]:
+    """Return where each of some values stands among them."""
     return {x: np.flatnonzero([x == y for y in found]) for x in dict.fromkeys(found)}

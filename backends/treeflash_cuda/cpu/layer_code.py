@@ -61,7 +61,7 @@ SEQUENCE = ("keys", "values", "head_stride", "committed", "rows", "row_end", "un
 - committed, rows: columns before the pass, and rows of the pass, which follow them
 - row_end: rows of the pass up to and with this sequence
 - unit_end: the same in units of `attend`
-- mask: address of (rows, rows) bytes, 1 where a row sees a new column; 0: all up to its own
+- mask: address of (rows, rows) bytes, 1 where a row sees a new column; 0: all
 """
 _ROWS: Fields = dict.fromkeys(("y", "weight", "normed"), POINTER)
 _SUMS: Fields = dict.fromkeys(("residual", "total"), POINTER)
@@ -77,7 +77,7 @@ FIELDS: Mapping[str, Fields] = {
         **_SEQUENCES,
     },
     "attend": {
-        **dict.fromkeys(("queries", "output", "firsts"), POINTER),
+        **dict.fromkeys(("queries", "output", "bounds"), POINTER),
         **{"stride": I64, "group": I64, "scale": FLOAT, "cap": FLOAT},
         **_SEQUENCES,
         **{"scratch": POINTER, "scratch_size": I64},
@@ -542,9 +542,12 @@ class Queries(NamedTuple):
 
             b.repeat(constant(I64, head_dim), [], copy)
             place = constant(I32, lane)
-            first = b.read(b.at(f["firsts"], global_row, I32), I32, 4)
+            first, last = (
+                b.read(b.at(f["bounds"], b.plus(b.times(global_row, 2), n), I32), I32, 4)
+                for n in range(2)
+            )
             firsts = b.insert_element(firsts, first, place)
-            lasts = b.insert_element(lasts, b.trunc(b.add(own["committed"], row), I32), place)
+            lasts = b.insert_element(lasts, last, place)
         begin = b.zext(b.intrinsic("llvm.vector.reduce.smin.v16i32", I32, firsts), I64)
         last = b.intrinsic("llvm.vector.reduce.smax.v16i32", I32, lasts)
         return cls(

@@ -141,7 +141,7 @@ class LayerKernels:
     def attend(
         self,
         queries: Tensor,  # (n, heads, head_dim), with any stride between rows
-        firsts: Tensor,  # (n,) int32: the first column that each row sees
+        bounds: Tensor,  # (n, 2) int32: the first and the last column that each row sees
         table: SequencesTable,
         layer: int,
         scale: float,  # factor on the products of queries and keys
@@ -155,7 +155,7 @@ class LayerKernels:
         threads, size = self.attending(table, d)
         scratch = torch.empty(threads * size)
         self._run["attend"](
-            *(queries.data_ptr(), output.data_ptr(), firsts.data_ptr()),
+            *(queries.data_ptr(), output.data_ptr(), bounds.data_ptr()),
             *(queries.stride(0), heads // table.kv_heads, scale, cap or 0.0),
             *table.of_layer(layer),
             *(scratch.data_ptr(), size, table.units, threads),
