@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -12,15 +13,20 @@ from torch import Tensor
 
 from treeflash.decoding.hybrid import convolution_windows
 from treeflash.decoding.tree import DraftTree
-from treeflash_cuda.gpu.state_arena import (
-    TAIL,
-    CommittedStates,
-    Key,
-    SlotStates,
-    StateArena,
-)
 from treeflash_cuda.numerics import upload
 from treeflash_cuda.recurrence import TreeNodes, state_update
+
+TAIL, MATRIX = 0, 1
+"""Kinds of states."""
+
+Key: TypeAlias = tuple[int, int, int]
+"""The kind of a state, its layer, and its index among the layer's states of this kind."""
+CommittedStates: TypeAlias = Mapping[Key, Tensor]
+"""States after the last committed position. No tensor is ever changed in place.
+
+A tail is (1, channels, kernel - 1), the last inputs of a short convolution. A matrix is (1, heads,
+key_dim, value_dim) or, if it is transposed, (1, heads, value_dim, key_dim).
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,13 +70,6 @@ class RecurrentStates:
     def __init__(self, transposed: frozenset[int]) -> None:
         self.transposed = transposed  # layers whose matrices have values before keys
         self.committed: CommittedStates = {}  # after the last committed position
-
-    def move_to(self, arena: StateArena) -> SlotStates | None:
-        """Put the committed states in a slot, and return them; None of an empty sequence."""
-        if not self.committed:
-            return None
-        self.committed = states = arena.adopt(self.committed)
-        return states
 
     def read(self) -> list[NDArray[np.float32]]:
         states = []

@@ -14,8 +14,7 @@ from treeflash.decoding.backend_base import BaseState, distinct
 from treeflash.decoding.interfaces import StateArrays
 from treeflash_cuda.cache import Arena, KVCache, from_host, to_host
 from treeflash_cuda.gpu.host_copies import host_copies
-from treeflash_cuda.gpu.state_arena import CommittedStates, Key
-from treeflash_cuda.recurrent_states import RecurrentStates
+from treeflash_cuda.recurrent_states import CommittedStates, Key, RecurrentStates
 
 
 class State(BaseState[KVCache, CommittedStates]):

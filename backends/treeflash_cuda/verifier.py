@@ -19,11 +19,11 @@ from treeflash.decoding.tree import DraftTree
 from treeflash_cuda.cache import Slab
 from treeflash_cuda.drafter import OutputStage
 from treeflash_cuda.drafter_model import DrafterModel
-from treeflash_cuda.gpu.state_arena import CommittedStates, TreeWrites, WrittenTree
+from treeflash_cuda.gpu.state_arena import TreeWrites, WrittenTree
 from treeflash_cuda.images import ImageRows
 from treeflash_cuda.mtp_head import MtpModel
 from treeflash_cuda.numerics import upload_all
-from treeflash_cuda.recurrent_states import SequenceWrites
+from treeflash_cuda.recurrent_states import CommittedStates, SequenceWrites
 from treeflash_cuda.sampling import sample
 from treeflash_cuda.state import State
 from treeflash_cuda.target import Rows, RowsResult, Target

@@ -240,9 +240,11 @@ def test_backends_import_data_types_and_interfaces_alone(package: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("folder", "others"), [("cpu", ("gpu", "hf")), ("gpu", ("cpu", "hf"))], ids=["cpu", "gpu"]
+    ("folder", "others"),
+    [("cpu", ("gpu", "hf")), ("gpu", ("cpu", "hf")), ("decoder", ("cpu", "gpu", "hf"))],
+    ids=["cpu", "gpu", "decoder"],
 )
-def test_parts_for_one_device_import_none_for_another(folder: str, others: tuple[str, ...]) -> None:
+def test_folders_import_none_of_another_device(folder: str, others: tuple[str, ...]) -> None:
     modules = backend_modules("treeflash_cuda")
     own = {name: path for name, path in modules.items() if inside(name, f"treeflash_cuda.{folder}")}
     assert len(own) > 1

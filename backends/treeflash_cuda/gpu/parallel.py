@@ -28,8 +28,7 @@ from treeflash.decoding.backend_base import PassRows
 from treeflash.errors import first_line
 from treeflash_cuda.cache import Arena
 from treeflash_cuda.gpu.graphs import Graphs
-from treeflash_cuda.gpu.state_arena import CommittedStates
-from treeflash_cuda.recurrent_states import RecurrentStates
+from treeflash_cuda.recurrent_states import CommittedStates, RecurrentStates
 from treeflash_cuda.state import State
 from treeflash_cuda.target import Rows, RowsResult, Target
 from treeflash_cuda.verifier import Path, Verifier

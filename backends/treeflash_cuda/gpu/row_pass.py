@@ -125,7 +125,7 @@ class RowPass:
         slab, addresses = slab_of(rows[0][0]), 0
         if arena is not None:
             recurrent = [state.recurrent for state, _ in rows if state.recurrent is not None]
-            before = [states.move_to(arena) for states in recurrent]
+            before = [arena.adopt(states) for states in recurrent]
             places = [0 if x is None else x.slot for x in before]
             places += places[:1] * (trees[0] - len(rows))
             arrays += plan_nodes([x for _, x in rows if isinstance(x, DraftTree)], *trees)

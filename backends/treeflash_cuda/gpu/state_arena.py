@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from threading import Lock
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,20 +29,9 @@ from torch import Tensor
 from treeflash.decoding.hybrid import convolution_tail
 from treeflash_cuda.operations import Operations
 from treeflash_cuda.recurrence import PATH_COLUMNS
+from treeflash_cuda.recurrent_states import MATRIX, TAIL, CommittedStates, Key, RecurrentStates
 
 MIN_SLOTS = 8
-
-TAIL, MATRIX = 0, 1
-"""Kinds of states."""
-
-Key: TypeAlias = tuple[int, int, int]
-"""The kind of a state, its layer, and its index among the layer's states of this kind."""
-CommittedStates: TypeAlias = Mapping[Key, Tensor]
-"""States after the last committed position. No tensor is ever changed in place.
-
-A tail is (1, channels, kernel - 1), the last inputs of a short convolution. A matrix is (1, heads,
-key_dim, value_dim) or, if it is transposed, (1, heads, value_dim, key_dim).
-"""
 
 
 class StateArena:
@@ -108,14 +97,17 @@ class StateArena:
                 self._grow(max(missing, self.slots, MIN_SLOTS - 1))
             return [SlotStates(self, self.free.pop()) for _ in range(count)]
 
-    def adopt(self, states: CommittedStates) -> SlotStates:
-        """Return states in a slot, a copy unless they are in one."""
-        if isinstance(states, SlotStates):
-            return states
-        (new,) = self.take(1)
-        for key, state in states.items():
-            new[key].copy_(state)
-        return new
+    def adopt(self, states: RecurrentStates) -> SlotStates | None:
+        """Put the committed states of a sequence in a slot; return None if it is empty."""
+        committed = states.committed
+        if not committed:
+            return None
+        if not isinstance(committed, SlotStates):
+            (new,) = self.take(1)
+            for key, state in committed.items():
+                new[key].copy_(state)
+            states.committed = committed = new
+        return committed
 
     def _grow(self, count: int) -> None:
         first = self.slots

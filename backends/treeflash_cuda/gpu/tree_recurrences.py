@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from treeflash_cuda.gpu.state_arena import MATRIX, TAIL, Key, StateArena
+from treeflash_cuda.gpu.state_arena import StateArena
 from treeflash_cuda.operations import Operations
 from treeflash_cuda.recurrence import TreeNodes
+from treeflash_cuda.recurrent_states import MATRIX, TAIL, Key
 
 
 class TreeRecurrences:

@@ -33,12 +33,11 @@ from torch import Tensor, nn
 
 from treeflash.errors import UnsupportedModelError
 from treeflash_cuda.cache import KVCache, Slab
-from treeflash_cuda.gpu.state_arena import MATRIX, TAIL, Key
 from treeflash_cuda.gpu.tree_recurrences import TreeRecurrences
 from treeflash_cuda.hf.model_caches import SlabCache, TreeCache
 from treeflash_cuda.numerics import concatenate
 from treeflash_cuda.recurrence import tree_recurrence, weigh_windows
-from treeflash_cuda.recurrent_states import SequenceRows, Writes, plan_windows
+from treeflash_cuda.recurrent_states import MATRIX, TAIL, Key, SequenceRows, Writes, plan_windows
 
 MAMBA_2 = "mamba2_chunk_scan"
 
