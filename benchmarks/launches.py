@@ -221,7 +221,7 @@ def load_without_weights(shape: dict[str, Any], layers: str) -> Any:
             )
         return model.eval()
 
-    def block_tensors(*_: Any) -> DrafterTensors[torch.Tensor]:
+    def read(*_: Any) -> DrafterTensors[torch.Tensor]:
         names = head_shapes(config, head, shape["vocab_size"])
         assert config.head is not None
         prefix = HEADS[config.head].prefix
@@ -232,11 +232,11 @@ def load_without_weights(shape: dict[str, Any], layers: str) -> Any:
             parts[part][stored] = torch.empty(size, dtype=torch.bfloat16)
         return DrafterTensors(config=config, head_size=head, vocabulary={}, **parts)
 
-    stand_ins: dict[str, Any] = {
-        "drafter_layout": lambda *_: SimpleNamespace(format=DFLASH, config=config),
-        "block_tensors": block_tensors,
-    }
-    with tempfile.TemporaryDirectory() as folder, mock.patch.multiple(drafter_loading, **stand_ins):
+    layout = SimpleNamespace(format=DFLASH, config=config, read=read)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.object(drafter_loading, "read_layout", return_value=layout),
+    ):
         settings = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], **shape}
         Path(folder, "config.json").write_text(json.dumps(settings), encoding="utf-8")
         with (

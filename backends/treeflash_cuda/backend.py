@@ -41,7 +41,7 @@ from treeflash_cuda.device import (
     prepare,
 )
 from treeflash_cuda.drafter import Drafter
-from treeflash_cuda.drafter_loading import Head, Model, load_packed_drafter
+from treeflash_cuda.drafter_loading import Head, Model, load_drafter
 from treeflash_cuda.exact import LINEARS
 from treeflash_cuda.gpu.graphs import GRAPH_ROWS, MAX_ROWS, power_of_two
 from treeflash_cuda.gpu.parallel import (
@@ -380,7 +380,7 @@ def add_drafter(
 
     Checks that were `passed` do not run.
     """
-    model, head = (None, None) if drafter is None else load_packed_drafter(drafter, target, config)
+    model, head = (None, None) if drafter is None else load_drafter(drafter, target, config)
     backend = CudaBackend(
         *(target, model, head),
         draft_window=config.draft_window,
@@ -415,7 +415,7 @@ def drafter_replacer(pair: CudaBackend) -> Callable[[Path], CudaBackend] | None:
     target = pair.target
 
     def replace_drafter(folder: Path) -> CudaBackend:
-        return CudaBackend(target, *load_packed_drafter(folder, target, LoadConfig()))
+        return CudaBackend(target, *load_drafter(folder, target, LoadConfig()))
 
     return replace_drafter if target.device.type == "cpu" else None
 

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from treeflash.config import LoadConfig
 from treeflash.decoding.backend_base import UNQUANTISED_BITS
 from treeflash.drafters.config import DrafterShape
-from treeflash.drafters.folder import StoredTensor, open_folder, read_quantised
-from treeflash.drafters.loading import Layout, block_tensors, mtp_tensors, read_layout
+from treeflash.drafters.folder import StoredTensor, read_quantised
+from treeflash.drafters.loading import read_layout
 from treeflash.drafters.mtp_heads import refuse_missing_targets, refuse_window
 from treeflash_cuda.cpu.decoder_target import CpuTarget
 from treeflash_cuda.cpu.low_bit_loading import rounding
 from treeflash_cuda.drafter import OutputStage
-from treeflash_cuda.drafter_model import DrafterModel, load_weights
+from treeflash_cuda.drafter_model import DrafterModel, OwnVocabulary
 from treeflash_cuda.drafter_operations import OnDevice
 from treeflash_cuda.heads import HEAD_CLASSES, TABLE_HEADS, TableHead
 from treeflash_cuda.linear import (
@@ -41,27 +41,66 @@ CPU_DRAFT_BITS = 8
 """Bits of a drafter's weights beside a target with weights of few bits on a CPU."""
 Model: TypeAlias = DrafterModel | MtpModel
 Head: TypeAlias = TableHead | MtpHead
+M = TypeVar("M", bound=nn.Module)
 
 
-def load_packed_drafter(
-    folder: Path, target: Target, config: LoadConfig
-) -> tuple[Model, Head | None]:
+def load_drafter(folder: Path, target: Target, config: LoadConfig) -> tuple[Model, Head | None]:
     """Load a drafter, packed for the device; the target keeps the outputs that it reads."""
-    layout = drafter_layout(folder, target)
-    target.capture(layout.config.target_layer_ids)
-    bits = choose_draft_bits(config.draft_bits, target)
-    operations = load_drafter_operations(layout.config, target, bits)
-    model: Model
-    head: Head | None
-    if layout.format.kind == "rows":
+    model, head = read_drafter(folder, target)
+    if isinstance(model, MtpModel):
         refuse_window(config)
-        model = load_mtp_head(layout, target)
-        head = None if model.config.has_marginals else MtpHead(model, OutputStage(model, target))
-    else:
-        model, head = load_drafter(layout, target)
-    model.operations = operations
+    target.capture(model.config.target_layer_ids)
+    bits = choose_draft_bits(config.draft_bits, target)
+    model.operations = load_drafter_operations(model.config, target, bits)
     pack_drafter(model, head, target, bits)
     return model, head
+
+
+def read_drafter(folder: Path, target: Target) -> tuple[Model, Head | None]:
+    """Read a drafter that belongs to a target, as modules of PyTorch that training has, too."""
+    vocab_size, hidden_size = target.embeddings.shape
+    layout = read_layout(
+        folder,
+        hidden_size=hidden_size,
+        vocab_size=vocab_size,
+        num_hidden_layers=len(target.layers),
+    )
+    refuse_missing_targets(layout.config, "cuda")
+    tensors = layout.read(read_tensors, dequantise, torch.stack)
+    config, own = tensors.config, OwnVocabulary.from_tensors(tensors.vocabulary, target)
+    weights = {
+        # Adding the offset in float32 rounds nothing.
+        name: x.float() + config.norm_offset if "norm." in name else x
+        for name, x in tensors.backbone.items()
+    }
+    model: Model
+    if layout.format.kind == "rows":
+        model = filled(lambda: MtpModel(config, own), weights, target)
+        head = None if config.has_marginals else MtpHead(model, OutputStage(model, target))
+        return model, head
+    model = filled(lambda: DrafterModel(config, own), weights, target)
+    if config.head is None:
+        return model, None
+    sizes = config, tensors.head_size, target.vocab_size
+    module: Any = filled(lambda: HEAD_CLASSES[config.head](*sizes), tensors.head, target)
+    return model, TABLE_HEADS[module.kind](module, OutputStage(model, target))
+
+
+def filled(make: Callable[[], M], weights: Mapping[str, Tensor], target: Target) -> M:
+    """Make a module for inference, on the target's device and in its dtype."""
+    with torch.device("meta"):  # no memory for weights that are replaced
+        module = make()
+    module.load_state_dict(weights, assign=True)
+    return module.to(target.device, target.dtype).eval()
+
+
+def read_tensors(path: Path, names: Collection[str]) -> dict[str, Tensor]:
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in names}
+
+
+def dequantise(path: Path, weights: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(x) for name, x in read_quantised(path, weights).items()}
 
 
 def choose_draft_bits(asked: int | None, target: Target) -> int | None:
@@ -126,44 +165,3 @@ def load_drafter_operations(
     if target.device.type != "cuda" or shapes == target_shapes(target):
         return target.operations
     return load_kernels(shapes, target.device, target.dtype, "in the drafter ")
-
-
-def drafter_layout(folder: Path, target: Target) -> Layout:
-    """Check that the drafter of a folder belongs to the target, before its weights are read."""
-    vocab_size, hidden_size = target.embeddings.shape
-    return read_layout(
-        open_folder(folder),
-        hidden_size=hidden_size,
-        vocab_size=vocab_size,
-        num_hidden_layers=len(target.layers),
-    )
-
-
-def load_mtp_head(layout: Layout, target: Target) -> MtpModel:
-    """Read a head that drafts depth by depth."""
-    refuse_missing_targets(layout.config, "cuda")
-    tensors = mtp_tensors(layout, read_tensors, dequantise, torch.stack)
-    return load_weights(MtpModel, layout.config, *tensors, target)
-
-
-def read_tensors(path: Path, names: Collection[str]) -> dict[str, Tensor]:
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in names}
-
-
-def dequantise(path: Path, weights: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
-    return {name: torch.from_numpy(x) for name, x in read_quantised(path, weights).items()}
-
-
-def load_drafter(layout: Layout, target: Target) -> tuple[DrafterModel, TableHead | None]:
-    """Read a block drafter."""
-    tensors = block_tensors(layout, read_tensors, dequantise)
-    config = tensors.config
-    model = load_weights(DrafterModel, config, tensors.backbone, tensors.vocabulary, target)
-    if config.head is None:
-        return model, None
-    with torch.device("meta"):
-        module: Any = HEAD_CLASSES[config.head](config, tensors.head_size, target.vocab_size)
-    module.load_state_dict(tensors.head, assign=True)
-    module = module.to(target.device, target.dtype).eval()
-    return model, TABLE_HEADS[module.kind](module, OutputStage(model, target))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,6 @@ from treeflash_cuda.target import Target
 
 if TYPE_CHECKING:
     from treeflash_cuda.cpu.drafter_calls import BlockCalls
-
-M = TypeVar("M", bound=nn.Module)
 
 
 class Rotary(Float32Module):
@@ -88,23 +86,3 @@ class DrafterModel(BlockModel, nn.Module):
         super().__init__(config)
         self.own = own or OwnVocabulary()
         self.rotary = Rotary(config)
-
-
-def load_weights(
-    make: Callable[[Any, OwnVocabulary], M],  # the class of the model
-    config: DrafterShape,
-    weights: Mapping[str, Tensor],
-    vocabulary: Mapping[str, Tensor],  # see `OwnVocabulary.from_tensors`
-    target: Target,
-) -> M:
-    """Load the model of a drafter for inference, on the target's device and in its dtype."""
-    own = OwnVocabulary.from_tensors(vocabulary, target)
-    with torch.device("meta"):  # no memory for weights that are replaced
-        model = make(config, own)
-    tensors = {
-        # Adding the offset in float32 rounds nothing.
-        name: x.float() + config.norm_offset if "norm." in name else x
-        for name, x in weights.items()
-    }
-    model.load_state_dict(tensors, assign=True)
-    return model.to(target.device, target.dtype).eval()

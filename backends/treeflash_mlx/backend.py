@@ -3,51 +3,34 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, TypeAlias
 
 import mlx.core as mx
 import numpy as np
-from mlx import nn
 from mlx.utils import tree_flatten
 
 from treeflash.config import LoadConfig, SamplingConfig
 from treeflash.decoding.backend_base import (
     OPTIONAL,
-    UNQUANTISED_BITS,
     BaseBackend,
     arrays_nbytes,
     check_settings,
 )
 from treeflash.decoding.image_processor import Processor, image_samples
 from treeflash.decoding.interfaces import DeviceReport, Prefill, SequenceState, TableOptions
-from treeflash.decoding.mtp_head import MtpHead
 from treeflash.decoding.passed_checks import passed_checks
 from treeflash.decoding.probe import ATTEMPTS, LIMITS, relative_difference
 from treeflash.decoding.recurrent_head import RecurrentHead
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
-from treeflash.drafters.folder import StoredTensor
-from treeflash.drafters.formats import HEADS
-from treeflash.drafters.loading import (
-    Layout,
-    arrange_block,
-    block_tensors,
-    mtp_tensors,
-    read_layout,
-)
 from treeflash.drafters.mtp_heads import MtpConfig, refuse_window
 from treeflash.errors import UnsupportedModelError
 from treeflash_mlx import metal_kernels
 from treeflash_mlx.assistant import (
     AssistantDrafter,
-    AssistantHead,
     AssistantModel,
-    AssistantOutput,
 )
 from treeflash_mlx.cache import KVCache, allocated_columns, size_class
 from treeflash_mlx.device import (
@@ -61,11 +44,10 @@ from treeflash_mlx.device import (
     warn_of_tf32,
     wire_memory,
 )
-from treeflash_mlx.drafter import Drafter, OutputStage
-from treeflash_mlx.drafter_model import DrafterModel, OwnVocabulary
-from treeflash_mlx.drafter_operations import Float32Bias, Float32Norm, as_module, split_pairs
+from treeflash_mlx.drafter import Drafter
+from treeflash_mlx.drafter_loading import BITS, Head, Model, choose_bits, load_drafter
 from treeflash_mlx.exact import check_operations
-from treeflash_mlx.heads import TABLE_HEADS, ARHead, TableHead
+from treeflash_mlx.heads import ARHead
 from treeflash_mlx.metal_kernels.examination import examine
 from treeflash_mlx.metal_kernels.products import choose_products
 from treeflash_mlx.mtp_head import MtpCache, MtpDrafter, MtpModel, ParallelDrafter
@@ -74,13 +56,6 @@ from treeflash_mlx.state import State
 from treeflash_mlx.target import KV_BITS, Target
 from treeflash_mlx.verifier import Verifier
 
-Model: TypeAlias = DrafterModel | MtpModel | AssistantModel
-Head: TypeAlias = TableHead | MtpHead
-
-BITS = (2, 3, 4, 5, 6, 8)
-LEAST_DEFAULT_BITS = 4
-"""Drafters take no fewer bits unless asked to: what they lose with fewer was never measured."""
-GROUP_SIZE = 64
 WARM_NODES = 24
 DRAFT_WINDOW = 4096
 """Latest positions that a block drafter sees by default: drafts of the default pair stay as good,
@@ -302,24 +277,6 @@ def check_config(config: LoadConfig) -> None:
     )
 
 
-def choose_bits(asked: int | None, target: nn.Module, *, on_cpu: bool) -> int | None:
-    """Return the bits that a drafter is quantised to; None keeps it as it is.
-
-    An iteration on a GPU takes as long as its weights take to be read, so by default a drafter has
-    the width of most of the target's weights. On a CPU products of few rows are slower with
-    quantised weights.
-    """
-    if asked is not None:
-        return None if asked == UNQUANTISED_BITS else asked
-    numbers: Counter[int] = Counter()
-    for module in target.modules():
-        if (weight := module.get("weight")) is not None:
-            bits = getattr(module, "bits", None)
-            numbers[bits or UNQUANTISED_BITS] += 8 * weight.nbytes // bits if bits else weight.size
-    [(width, _)] = numbers.most_common(1)
-    return None if on_cpu or width not in BITS else max(width, LEAST_DEFAULT_BITS)
-
-
 def runs_batches(backend: MlxBackend) -> bool:
     """Return whether sequences of different lengths have the same logits in one pass as alone.
 
@@ -379,145 +336,3 @@ def neighbour_difference(backend: MlxBackend, rng: np.random.Generator) -> float
         logits = [np.stack(backend.verifier.logits([x, last]).logits)[:, 0] for x in neighbours]
     (_, before), (context, after) = logits
     return relative_difference(before, after) / relative_difference(context, after)
-
-
-def load_drafter(folder: Path, target: Target, bits: int | None) -> tuple[Model, Head | None]:
-    """Read a drafter, check that it fits the target, and quantise it to `bits` if given."""
-    target.check_drafting()
-    layout = read_layout(
-        folder,
-        hidden_size=target.embed(mx.array([0])).shape[-1],
-        vocab_size=target.vocab_size,
-        num_hidden_layers=len(target.layers),
-    )
-    # Heads that read embeddings take an image's features from the first layer's input.
-    ids = layout.config.target_layer_ids
-    target.capture((*ids, -1) if layout.format.kind == "rows" else ids)
-    if layout.format.kind == "rows":
-        rows = load_mtp_head(layout, target, bits)
-        if isinstance(rows, AssistantModel):
-            return rows, AssistantHead(rows, AssistantOutput(rows, target))
-        return rows, None if rows.config.has_marginals else MtpHead(rows, OutputStage(rows, target))
-    tensors = block_tensors(layout, read_tensors, dequantise)
-    config = tensors.config
-    model = DrafterModel(config, OwnVocabulary(tensors.vocabulary, target))
-    if offset := config.norm_offset:  # in float32, where adding it rounds nothing
-        for name, weight in tensors.backbone.items():
-            if name.endswith("norm.weight"):
-                tensors.backbone[name] = weight.astype(mx.float32) + offset
-    kept = quantised_layers(layout, bits or 0, lambda x: arrange_block(layout, x).backbone)
-    fill(model, tensors.backbone, target.dtype, bits, kept)
-    if config.head is None:
-        return model, None
-    head_class = as_module(HEADS[config.head].module)
-    module: Any = head_class(config, tensors.head_size, target.vocab_size)
-    kept = quantised_layers(layout, bits or 0, lambda x: arrange_block(layout, x).head)
-    fill(module, split_pairs(module, tensors.head), target.dtype, bits, kept)
-    return model, TABLE_HEADS[module.kind](module, OutputStage(model, target))
-
-
-def load_mtp_head(layout: Layout, target: Target, bits: int | None) -> MtpModel | AssistantModel:
-    """Read a head that drafts depth by depth."""
-    tensors, vocabulary = mtp_tensors(layout, read_tensors, dequantise, mx.stack)
-    config: MtpConfig = layout.config
-    own = OwnVocabulary(vocabulary, target)
-    if config.assistant is not None:
-        assistant = AssistantModel(config, config.assistant, own, target)
-        fill(assistant, tensors, target.dtype, bits)
-        return assistant
-    model = MtpModel(config, own)
-    weights = {
-        f"{name}.weight" if name.startswith("layer.mlp.experts.") else name: weight
-        for name, weight in tensors.items()
-    }
-    fill(model, weights, target.dtype, bits, quantised_layers(layout, bits or 0))
-    exact = {}  # what stays float32, where adding the offset rounds nothing
-    for name, module in model.named_modules():
-        if isinstance(module, Float32Norm):
-            weight = weights[f"{name}.weight"].astype(mx.float32)
-            exact[f"{name}.weight"] = weight + config.norm_offset
-        elif isinstance(module, Float32Bias):
-            exact[f"{name}.bias"] = weights[f"{name}.bias"].astype(mx.float32)
-    model.load_weights(list(exact.items()), strict=False)
-    mx.eval(exact)
-    return model
-
-
-PARTS = "weight", "scales", "biases"
-"""The tensors of a quantised weight."""
-
-
-def quantised_layers(
-    layout: Layout,
-    most: int,
-    arrange: Callable[[dict[str, mx.array]], dict[str, mx.array]] = dict,
-) -> dict[str, dict[str, mx.array]]:
-    """Read the layers of a drafter that its file has quantised to at most some bits, by name.
-
-    Each has a weight, scales and biases, in groups of any size. `arrange` gives each of these the
-    rows and the name that the model's weight has.
-    """
-    found: defaultdict[str, dict[str, mx.array]] = defaultdict(dict)
-    tensors = layout.folder.tensors
-    kept = {x: name for x, name in layout.names.items() if 0 < tensors[x].bits <= most}
-    for part in PARTS:
-        arrays: dict[str, mx.array] = {}
-        for stored, name in kept.items():
-            of_part = stored.removesuffix("weight") + part
-            arrays[name] = read_tensors(tensors[stored].path, [of_part])[of_part]
-        for name, array in arrange(arrays).items():
-            found[name.removesuffix(".weight")][part] = array
-    return found
-
-
-def read_tensors(path: Path, names: Collection[str]) -> dict[str, mx.array]:
-    tensors: Any = mx.load(str(path), format="safetensors")  # lazily; the type is the format's
-    return {name: tensors[name] for name in names}
-
-
-def dequantise(path: Path, weights: Mapping[str, StoredTensor]) -> dict[str, mx.array]:
-    """Read the numbers of quantised weights lazily: layers that stay as they are need none."""
-    found = {}
-    for name, weight in weights.items():
-        names = [name.removesuffix("weight") + part for part in PARTS]
-        words, scales, biases = read_tensors(path, names).values()
-        group, wide = weight.shape[-1] // scales.shape[-1], mx.float32
-        scales, biases = scales.astype(wide), biases.astype(wide)  # gives the numbers this type
-        found[name] = mx.dequantize(words, scales, biases, group, weight.bits)
-    return found
-
-
-def fill(
-    module: nn.Module,
-    tensors: dict[str, mx.array],
-    dtype: mx.Dtype,
-    bits: int | None,
-    quantised: Mapping[str, Mapping[str, mx.array]] = MappingProxyType({}),
-) -> None:
-    """Load the weights of a module, and quantise the layers that allow it if `bits` is given.
-
-    The layers that are quantised already, by name, keep their weights, scales and biases. Other
-    modules, such as a router, have dequantised ones.
-    """
-    module.load_weights(list(tensors.items()))
-    module.set_dtype(dtype)
-    if bits is not None:
-        layers = {name for name, child in module.named_modules() if hasattr(child, "to_quantized")}
-
-        def fits(name: str, m: nn.Module) -> bool | dict[str, int]:
-            if name not in layers:
-                return False
-            if name in quantised:
-                columns, words = m.weight.shape[-1], quantised[name]["weight"].shape[-1]
-                groups = quantised[name]["scales"].shape[-1]
-                return {"group_size": columns // groups, "bits": 32 * words // columns}
-            return bool(m.weight.shape[-1] % GROUP_SIZE == 0)
-
-        nn.quantize(module, GROUP_SIZE, bits, class_predicate=fits)
-        modules = dict(module.named_modules())
-        for name in layers & quantised.keys():
-            for part, array in quantised[name].items():
-                modules[name][part] = array if part == "weight" else array.astype(dtype)
-    mx.eval(
-        [child.parameters() for child in module.modules()]
-    )  # `DrafterModel.own` has parameters too

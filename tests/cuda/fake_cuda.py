@@ -25,6 +25,7 @@ from treeflash_cuda.decoder.weights import Checkpoint
 from treeflash_cuda.drafter import OutputStage
 from treeflash_cuda.gpu.host_copies import host_copies
 from treeflash_cuda.hf import model_target
+from treeflash_cuda.mtp_head import MtpHead
 from treeflash_cuda.operations import Operations
 
 from treeflash.decoding import backend_base
@@ -208,8 +209,7 @@ class FakeCuda(TorchDispatchMode):
             raise AssertionError(f"{func} moves data between host and device during a capture")
 
     def _patch_loading(self, monkeypatch):
-        load_model, load_drafter = model_target.load_model, drafter_loading.load_drafter
-        load_mtp_head = drafter_loading.load_mtp_head
+        load_model, read_drafter = model_target.load_model, drafter_loading.read_drafter
 
         def load_fake_model(folder, config, dtype, device, *, processes, device_map, images):
             with unset_fake_temporarily():
@@ -226,21 +226,16 @@ class FakeCuda(TorchDispatchMode):
                 part.to(SECOND)
             return model
 
-        def load_fake_drafter(folder, owner):
+        def read_fake_drafter(folder, owner):
             real = copy(owner)
             real.device = torch.device("cpu")
             with unset_fake_temporarily():
-                model, head = load_drafter(folder, real)
+                model, head = read_drafter(folder, real)
             model = model.to(owner.device)
-            output = OutputStage(model, owner)
-            return model, head and type(head)(head.module.to(owner.device), output)
-
-        def load_fake_mtp_head(layout, owner):
-            real = copy(owner)
-            real.device = torch.device("cpu")
-            with unset_fake_temporarily():
-                model = load_mtp_head(layout, real)
-            return model.to(owner.device)
+            if head is None:
+                return model, None
+            part = model if isinstance(head, MtpHead) else head.module.to(owner.device)
+            return model, type(head)(part, OutputStage(model, owner))
 
         def read_real(checkpoint, name, shape):
             with unset_fake_temporarily():
@@ -254,8 +249,7 @@ class FakeCuda(TorchDispatchMode):
         monkeypatch.setattr(Checkpoint, "read", read_real)
         monkeypatch.setattr(visible_keys, "plan_work", plan_work)
         monkeypatch.setattr(model_target, "load_model", load_fake_model)
-        monkeypatch.setattr(drafter_loading, "load_drafter", load_fake_drafter)
-        monkeypatch.setattr(drafter_loading, "load_mtp_head", load_fake_mtp_head)
+        monkeypatch.setattr(drafter_loading, "read_drafter", read_fake_drafter)
         for module in (backend, target_loading):
             monkeypatch.setattr(module, "choose_device", lambda name: DEVICE)
             monkeypatch.setattr(module, "load_operations", lambda *_: self._operations())

@@ -24,7 +24,7 @@ require("accelerate")
 from treeflash_cuda import backend as loading
 from treeflash_cuda.backend import CudaBackend
 from treeflash_cuda.backend import load as load_cuda
-from treeflash_cuda.drafter_loading import drafter_layout, load_drafter
+from treeflash_cuda.drafter_loading import read_drafter
 from treeflash_cuda.target_loading import load_target
 from treeflash_cuda.training.entry import train
 
@@ -230,7 +230,7 @@ def default_problems(default_target, default_drafter, smollm2):
     """Examine the default pair: problems by check. The target is loaded once."""
 
     def load(folder):
-        drafter, head = load_drafter(drafter_layout(folder, default_target), default_target)
+        drafter, head = read_drafter(folder, default_target)
         default_target.capture(drafter.config.target_layer_ids)
         return CudaBackend(default_target, drafter, head)
 

@@ -22,7 +22,7 @@ from treeflash_cuda.training.losses import objective
 from treeflash_cuda.training.model import Blocks
 
 from treeflash.drafters.folder import read_config
-from treeflash.drafters.loading import block_tensors, read_layout
+from treeflash.drafters.loading import read_layout
 from treeflash.testing.models import save
 from treeflash.training.config import TrainConfig
 from treeflash.training.distillation import Response
@@ -60,7 +60,7 @@ def fit_drafter(
     layout = read_layout(
         folder, hidden_size=hidden_size, vocab_size=vocab_size, num_hidden_layers=layers
     )
-    tensors = block_tensors(layout, read_tensors, dequantise)
+    tensors = layout.read(read_tensors, dequantise, torch.stack)
     model = DrafterModel(tensors.config)
     model.load_state_dict(tensors.backbone)
     head = HEAD_CLASSES[tensors.config.head](tensors.config, tensors.head_size, vocab_size)

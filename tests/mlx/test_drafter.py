@@ -29,7 +29,8 @@ require("mlx_lm")
 import mlx.core as mx
 from mlx import nn
 from treeflash_mlx import backend as backend_module
-from treeflash_mlx.backend import choose_bits, load
+from treeflash_mlx.backend import load
+from treeflash_mlx.drafter_loading import choose_bits, fill
 from treeflash_mlx.drafter_operations import as_module
 
 pytestmark = pytest.mark.sample(1)
@@ -179,7 +180,7 @@ def test_a_quantised_router_of_a_side_file_is_dequantised():
     module, weight = nn.Module(), mx.random.normal((4, 32))
     module.gate = as_module(Router)(experts, 32)
     packed = dict(zip(("weight", "scales", "biases"), mx.quantize(weight, 32, 8), strict=True))
-    backend_module.fill(module, {"gate.weight": weight}, mx.float32, 8, {"gate": packed})
+    fill(module, {"gate.weight": weight}, mx.float32, 8, {"gate": packed})
     np.testing.assert_array_equal(module.gate.weight, weight)
 
 

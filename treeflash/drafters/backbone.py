@@ -185,7 +185,7 @@ def gemma4_layers(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, 
 def backbone_shapes(config: DrafterConfig) -> Shapes:
     """Return the shapes of a backbone's tensors as they are stored, by canonical name.
 
-    The gates of queries are rows of `q_proj`, which `block_tensors` splits.
+    The gates of queries are rows of `q_proj`, which `arrange_block` splits.
     """
     shapes = shapes_of(as_outline(BlockModel)(config))
     for name in [name for name in shapes if ".self_attn.gate_proj." in name]:

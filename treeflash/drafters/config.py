@@ -36,7 +36,7 @@ class DrafterShape:
     num_target_layers: int | None  # depth of the target that it was trained for; None if not given
     vocab_size: int | None  # the target's vocabulary size; None if not given
     # (head_dim // 2,) rotary inverse frequencies, radians per position; the last ones are 0 if only
-    # the first channels of a head are rotated, which `block_tensors` reorders
+    # the first channels of a head are rotated, which `arrange_block` reorders
     inv_freq: tuple[float, ...]
     rope_scale: float  # factor on the rotary cosines and sines; 1 except for YaRN
     # per layer, the width of its window in positions, or None
@@ -105,7 +105,7 @@ class DrafterConfig(DrafterShape):
     # whether the softmax of each query head has one more logit, of a key without a value
     attention_sinks: bool = False
     # whether rotary pairs are neighbouring channels (2i, 2i + 1) in the stored tensors, instead of
-    # the halves of a head; `block_tensors` reorders them
+    # the halves of a head; `arrange_block` reorders them
     interleaved_rope: bool = False
     # the first slot that predicts a token. 1: slot k predicts token k after the root (DFlash); 0:
     # slot k predicts token k + 1 (DSpark)

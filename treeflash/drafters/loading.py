@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeAlias, TypeVar
 
+import numpy as np
 from numpy.typing import NDArray
 
 from treeflash.drafters import formats, mtp_formats
@@ -42,7 +43,7 @@ VOCABULARY = ("embed_tokens.weight", "lm_head.weight", "d2t")
 class DrafterTensors(Generic[Tensor]):
     """The tensors of a drafter's folder, checked against the target that it drafts for."""
 
-    config: DrafterConfig
+    config: Any  # a DrafterConfig or a MtpConfig, by the kind of the format
     backbone: dict[str, Tensor]  # tensors of the layers and norms, by canonical name
     # tensors of the conditional head, by name without the prefix of the head; empty without a head
     head: dict[str, Tensor]
@@ -60,6 +61,34 @@ class Layout:
     names: Names  # canonical names of the drafter's tensors, by stored name
     shapes: Shapes  # the shapes of these tensors, by canonical name
     vocab_size: int  # tokens of the target
+
+    def read(
+        self,
+        read: Read[Tensor],
+        dequantise: Dequantise[Tensor],
+        stack: Callable[[list[Tensor]], Tensor],  # stacks tensors of one shape along a first axis
+    ) -> DrafterTensors[Tensor]:
+        """Read the drafter's tensors, which may stand in the folder of a whole target.
+
+        Raises a CheckpointError if a file is damaged.
+        """
+        stored, tensors = self.folder.tensors, dict[str, Tensor]()
+        for path in self.folder.files:
+            wanted = {name: stored[name] for name in self.names if stored[name].path == path}
+            plain = [name for name, tensor in wanted.items() if not tensor.bits]
+            quantised = {name: tensor for name, tensor in wanted.items() if tensor.bits}
+            found = {
+                **(read(path, plain) if plain else {}),
+                **(dequantise(path, quantised) if quantised else {}),
+            }
+            tensors |= {self.names[name]: tensor for name, tensor in found.items()}
+        if self.format.kind == "block":
+            return arrange_block(self, tensors)
+        vocabulary = {name: tensors.pop(name) for name in VOCABULARY if name in tensors}
+        layers = stack_experts(tensors, self.config, stack)
+        return DrafterTensors(
+            config=self.config, backbone=layers, head={}, head_size=0, vocabulary=vocabulary
+        )
 
 
 def refuse_extensions(
@@ -184,7 +213,7 @@ def read_layout(
     owner = "its configuration" if format.kind == "block" else "an MTP or EAGLE-3 head"
     compare_shapes(opened.path, required | optional, shapes, optional.keys(), owner)
     if isinstance(config, DrafterConfig) and config.vocab_size is not None:
-        config = replace(config, vocab_size=vocab_size)  # `block_tensors` leaves out other tokens
+        config = replace(config, vocab_size=vocab_size)  # `arrange_block` leaves out other tokens
     return Layout(
         folder=opened,
         format=format,
@@ -213,7 +242,7 @@ def check_drafter(folder: Path | ModelFolder, target: Config) -> DrafterShape | 
 def load_tensors(
     folder: Path, read: Read[NDArray[Any]], **target: int
 ) -> DrafterTensors[NDArray[Any]]:
-    """Read a block drafter for a target; `read_layout` and `block_tensors` in one.
+    """Read a block drafter for a target; `read_layout` and `Layout.read` in one.
 
     It raises their errors, and an UnsupportedModelError for a head that drafts depth by depth.
     """
@@ -223,32 +252,7 @@ def load_tensors(
             f"{folder} has the head {layout.config.head!r}, which drafts depth by depth; this "
             "backend runs block drafters only"
         )
-    return block_tensors(layout, read, read_quantised)
-
-
-def block_tensors(
-    layout: Layout, read: Read[Tensor], dequantise: Dequantise[Tensor]
-) -> DrafterTensors[Tensor]:
-    """Read the tensors of a block drafter; a CheckpointError if a file is damaged."""
-    return arrange_block(layout, _read_tensors(layout, read, dequantise))
-
-
-def _read_tensors(
-    layout: Layout, read: Read[Tensor], dequantise: Dequantise[Tensor]
-) -> dict[str, Tensor]:
-    """Read the tensors of a drafter by canonical name; what MLX has quantised is dequantised."""
-    stored = layout.folder.tensors
-    tensors: dict[str, Tensor] = {}
-    for path in layout.folder.files:
-        wanted = {name: stored[name] for name in layout.names if stored[name].path == path}
-        plain = [name for name, tensor in wanted.items() if not tensor.bits]
-        quantised = {name: tensor for name, tensor in wanted.items() if tensor.bits}
-        found = {
-            **(read(path, plain) if plain else {}),
-            **(dequantise(path, quantised) if quantised else {}),
-        }
-        tensors |= {layout.names[name]: tensor for name, tensor in found.items()}
-    return tensors
+    return layout.read(read, read_quantised, np.stack)
 
 
 def arrange_block(layout: Layout, tensors: Mapping[str, Tensor]) -> DrafterTensors[Tensor]:
@@ -279,23 +283,6 @@ def arrange_block(layout: Layout, tensors: Mapping[str, Tensor]) -> DrafterTenso
                 tensor = _join_halves(tensor, config)
             parts["backbone"][name] = tensor
     return DrafterTensors(config=config, head_size=head_size, **parts)
-
-
-def mtp_tensors(
-    layout: Layout,
-    read: Read[Tensor],
-    dequantise: Dequantise[Tensor],
-    stack: Callable[[list[Tensor]], Tensor],
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Read the tensors of a head that drafts depth by depth; its folder may hold a whole target.
-
-    Returns the weights and, apart from them, the tensors of `VOCABULARY`, by canonical name.
-    `stack` stacks tensors of one shape along a new first axis. Raises a CheckpointError if a file
-    is damaged.
-    """
-    tensors = _read_tensors(layout, read, dequantise)
-    vocabulary = {name: tensors.pop(name) for name in VOCABULARY if name in tensors}
-    return stack_experts(tensors, layout.config, stack), vocabulary
 
 
 def _first_rows(tensor: Any, rows: int) -> Any:

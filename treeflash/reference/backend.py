@@ -12,14 +12,13 @@ from treeflash.decoding.backend_base import BaseBackend, check_settings
 from treeflash.decoding.interfaces import ARHead
 from treeflash.drafters.config import DrafterShape
 from treeflash.drafters.folder import read_file, read_quantised
-from treeflash.drafters.loading import block_tensors, mtp_tensors, read_layout
+from treeflash.drafters.loading import read_layout
 from treeflash.drafters.mtp_heads import refuse_missing_targets, refuse_window
 from treeflash.errors import BackendError, ConfigError
 from treeflash.reference.drafter import Drafter
 from treeflash.reference.drafter_model import DrafterModel
 from treeflash.reference.heads import make_head
 from treeflash.reference.mtp_head import MtpDrafter, MtpHead, MtpModel, ParallelDrafter
-from treeflash.reference.numerics import Array
 from treeflash.reference.target import Target
 from treeflash.reference.verifier import State, Verifier
 
@@ -86,18 +85,11 @@ def load_drafter(folder: Path, target: Target) -> DrafterModel:
         num_hidden_layers=target.layers,
     )
     check_drafter(layout.config)
-    if layout.format.kind == "rows":
-        weights, vocabulary = mtp_tensors(layout, read_file, read_quantised, np.stack)
-        weights = _add_offset(weights, layout.config.norm_offset)
-        return MtpModel(layout.config, weights, {}, vocabulary, target)
-    tensors = block_tensors(layout, read_file, read_quantised)
-    weights = _add_offset(tensors.backbone, tensors.config.norm_offset)
-    return DrafterModel(tensors.config, weights, tensors.head, tensors.vocabulary, target)
-
-
-def _add_offset(tensors: dict[str, Array], offset: float) -> dict[str, Array]:
-    """Return the tensors with the norms' weights as they are applied."""
-    return {
-        name: x + np.float32(offset) if name.endswith("norm.weight") else x
-        for name, x in tensors.items()
+    tensors = layout.read(read_file, read_quantised, np.stack)
+    offset = np.float32(tensors.config.norm_offset)
+    weights = {
+        name: x + offset if name.endswith("norm.weight") else x
+        for name, x in tensors.backbone.items()
     }
+    model = MtpModel if layout.format.kind == "rows" else DrafterModel
+    return model(tensors.config, weights, tensors.head, tensors.vocabulary, target)

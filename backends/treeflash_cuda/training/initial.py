@@ -28,7 +28,7 @@ from treeflash.drafters.heads.treeflash import Linear, SwiGLU
 from treeflash.drafters.loading import VOCABULARY, drafter_config
 from treeflash.errors import ConfigError
 from treeflash.training.config import DEFAULT_LAYERS, NEW_DRAFTERS, TrainConfig, trained_head_name
-from treeflash_cuda.drafter_loading import drafter_layout, load_drafter
+from treeflash_cuda.drafter_loading import read_drafter
 from treeflash_cuda.drafter_model import DrafterModel
 from treeflash_cuda.heads import HEAD_CLASSES
 from treeflash_cuda.hf.attention_contexts import AttentionContext
@@ -230,10 +230,10 @@ def initial_drafter(
         if config.init == "target":
             _copy_layers(model, target, sequences)
     else:
-        model, loaded_head = load_drafter(drafter_layout(Path(config.init), target), target)
+        loaded: Any = read_drafter(Path(config.init), target)  # a block drafter
+        model, loaded_head = loaded
         if loaded_head is not None and model.config.head == parsed.head:
-            module: Any = loaded_head.module
-            head = module.float()
+            head = loaded_head.module.float()
             size = _head_size(head)
             if size is not None and config.head_size not in (None, size):
                 raise ConfigError(

@@ -14,7 +14,7 @@ import pytest
 from treeflash.config import LoadConfig
 from treeflash.drafters import mtp_heads
 from treeflash.drafters.folder import read_file, read_quantised
-from treeflash.drafters.loading import mtp_tensors, read_layout
+from treeflash.drafters.loading import read_layout
 from treeflash.drafters.mtp_formats import ASSISTANT, EAGLE3, GLM_MTP, QWEN_MTP, QWEN_SIDECAR
 from treeflash.drafters.mtp_tensors import mtp_shapes, split_fused, stack_experts
 from treeflash.errors import CheckpointError, ConfigError, UnsupportedModelError
@@ -70,7 +70,8 @@ def write_eagle(folder: Path, **changes: Any) -> dict[str, Any]:
 def load(folder: Path, **changes: int) -> Any:
     target = {"hidden_size": 8, "vocab_size": 10, "num_hidden_layers": 12, **changes}
     layout = read_layout(folder, **target)
-    weights, vocabulary = mtp_tensors(layout, read_file, read_quantised, np.stack)
+    tensors = layout.read(read_file, read_quantised, np.stack)
+    weights, vocabulary = tensors.backbone, tensors.vocabulary
     return SimpleNamespace(config=layout.config, weights=weights, vocabulary=vocabulary)
 
 
