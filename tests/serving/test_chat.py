@@ -158,10 +158,11 @@ def test_draft_trees(server):
 def test_a_paused_draft_is_told(model, budget, paused):
     """Only where the budget decides."""
     pausing = AdaptiveBudget(SteadyCosts({1: 1.0, 8: 1.0}))
-    pausing.pace(1).drafting.left = pausing.pace(1).copying.left = 100
+    pausing.pace(1).drafting.left = 100
     budgets = AdaptiveBudgets(by_method=dict.fromkeys(METHODS, pausing))
     options = {"include_draft_trees": True}
-    with serving(replace(model, adaptive_budgets=budgets)) as server:
+    without_copies = {"suffix": False}
+    with serving(replace(model, adaptive_budgets=budgets), without_copies) as server:
         fields = {"messages": MESSAGES, "max_tokens": 8, "budget": budget}
         frames = server.frames(PATH, **fields, stream_options=options)
     trees = [f["choices"][0]["draft_tree"] for f in frames if "draft_tree" in f["choices"][0]]

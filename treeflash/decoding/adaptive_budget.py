@@ -3,9 +3,9 @@
 Problem. A larger tree is accepted deeper, and its pass takes longer. The best size depends on the
 text, the drafter, the machine and the other sequences. It changes the speed, never the output.
 
-Idea. Maximise the expected tokens per second of decoding as a whole. A node is worth verifying if
-the probability that its token is emitted exceeds the tokens that decoding at its present rate would
-emit in the time that the node adds to the pass.
+Idea. Whatever takes time must bring more tokens than decoding at its present rate would emit in
+that time. The rate is the tokens per second of decoding lately, or of plain decoding if that is
+faster.
 
 Example. A plain pass takes 20 ms, and decoding emits 80 tokens per second lately. A tree has nodes
 that are emitted with the probabilities 1 (the root), 0.8, 0.6, 0.3 and 0.2, and a pass over 1, 3
@@ -13,27 +13,22 @@ and 5 rows takes 20, 24 and 32 ms. Its worth is the expected tokens less those t
 meanwhile: 1 - 80 * 0.020 = -0.6, 2.4 - 80 * 0.024 = 0.48 and 2.9 - 80 * 0.032 = 0.34. So 3 nodes
 are verified. If all drafts were as bad as 0.1, drafting would pause after some iterations.
 
-Inputs. `VerifyCosts` predict the seconds of a target pass by its number of rows. Each node of a
-tree comes with the drafter's probability of the path to it: the probability that its token is
-emitted. `Acceptance` corrects it by how often such nodes were accepted lately.
+Nodes. `VerifyCosts` predict the seconds of a pass by its number of rows. The probability that a
+node's token is emitted is what the drafter or the text says, which each sequence calibrates
+(`Calibration`, `SuffixDrafter`), corrected by how often drafts were accepted lately (`Acceptance`).
+The nodes of all trees are ranked together, so a promising tree gets more of them. Verified are the
+best n nodes with the highest `gain(n) - rate * costs(n)`. Using the rate that results from these
+sizes as the next rate finds the sizes with the highest rate (Dinkelbach 1967). A single tree has
+one of the sizes that were measured, because hardware has steps, and `SMALLEST` nodes at least. A
+promising size that no pass had lately is verified once: else a wrong cost of it would never be
+seen.
 
-Rule for pruning. The nodes of all trees are ranked together by these probabilities, but never
-before their parents, so a promising tree gets more of them. The best n nodes cost `costs(n)`
-seconds and bring `gain(n)` tokens, the sum of their probabilities. Verified is the n with the
-highest `gain(n) - rate * costs(n)`, where `rate` is the tokens per second of decoding lately, or of
-plain decoding if that is faster. Using the rate that results from these sizes as the next rate
-finds the sizes with the highest rate (Dinkelbach 1967). A single tree has one of the sizes that
-were measured, because hardware has steps. It has `SMALLEST` nodes at least. A size that is
-`DIFFERENT` from the best one and promises enough is verified once in a while, although it seems too
-expensive: else a wrong cost of it would never be seen.
-
-Rule for pausing. A `Pause` keeps a balance: the tokens that an optional step brought beyond what
-decoding without it would have emitted in the same time. At the lowest balance the step is skipped
-for some iterations; each later pause is twice as long until the step pays again. Optional are
-drafts, copies of the text, and the drafts of one sequence of a batch. Several sequences must draft
-faster than plain decoding by `MIN_ADVANTAGE`. Copies cost no draft, so they are verified in pauses
-of the drafter too; and where they promise more tokens per second than drafted iterations brought
-lately, the drafter is not called. A pause goes on in the next text, often one of the same kind.
+Drafts. A `Pause` keeps a balance: the tokens that drafting brought beyond what plain decoding would
+have emitted in the same time. At the lowest balance it pauses; each later pause is twice as long
+until drafting pays again. Several sequences must draft faster than plain decoding by
+`MIN_ADVANTAGE`. Copies of the text cost no draft, so they are verified in pauses too; and where
+they promise more tokens per second than drafted iterations brought lately, the drafter is not
+called. A pause goes on in the next text, often one of the same kind.
 """
 
 from __future__ import annotations
@@ -51,27 +46,19 @@ from numpy.typing import NDArray
 
 from treeflash.config import Method
 from treeflash.decoding.interfaces import Backend
-from treeflash.decoding.suffix import MATCH_LEVELS
 from treeflash.decoding.tree import DraftTree
 from treeflash.decoding.verify_costs import DIFFERENT, FORGETTING, SIZES, VerifyCosts, power_of_two
 
-PRIOR_WEIGHT = 4.0
-"""Weight of the drafter's own probabilities, as a number of nodes seen."""
-PRIOR_SHARE = 0.8
-"""The share of paths that go on to the next depth before any iteration was seen."""
 CONFIDENCES = (0.2, 0.4, 0.6, 0.8, 0.9, 0.95)
 """Upper ends of the levels of confidence; closer near 1, because drafters overstate theirs."""
-MAX_DEPTH = 31
-"""Deeper nodes are counted like nodes of this depth."""
 SMALLEST = 5
 """Nodes that are verified at least of a single drafted tree."""
 MIN_ADVANTAGE = 1.1
-"""A factor that is worth a change. In a batch, drafts and copies must be faster than plain decoding
-by it: drafting also makes the drafter read every prompt, and lets sequences end at different times,
-which leaves smaller batches."""
+"""A factor that is worth a change. In a batch, drafts must be faster than plain decoding by it:
+drafting also makes the drafter read every prompt, and lets sequences end at different times, which
+leaves smaller batches."""
 MIN_PLAIN = 2
-"""Iterations without a draft that several sequences run before they draft, to know their time; and
-iterations of a pause, if no plain pass is among the latest ones: its cost may be wrong."""
+"""Iterations without a draft that several sequences run before they draft, to know their time."""
 
 
 @dataclass
@@ -121,101 +108,118 @@ class Pause:
 
 @dataclass
 class Acceptance:
-    """How often nodes are accepted, relative to what the drafter's probabilities promise.
+    """How often drafts are accepted, relative to what the drafter's probabilities promise.
 
-    Nodes are counted by kind: the drafter's by depth, by whether they are their parent's best
-    child, and by the level of confidence if the drafter states one; copies of the text by the level
-    of their match. In each iteration with a tree, all counts lose `FORGETTING` of their size, so a
-    kind that is not seen any more counts as the drafter says.
+    In each iteration with a tree, all counts lose `FORGETTING` of their size. Copies of the text
+    are not counted: each sequence learns how good its own are (`SuffixDrafter`).
+
+    Attributes:
+        expected: by level of confidence, the sum of the probabilities of children of accepted
+            nodes. The nodes of a drafter that states no confidences are of one level.
+        accepted: by level, how many of these children were accepted.
+        reached: by depth, trees with an accepted node whose children have this depth.
+        passed: by depth, trees with an accepted node of this depth.
+        prior_nodes: the weight of the drafter's own probabilities, as a number of nodes.
+        prior_paths: the weight of `prior_share`, as a number of trees.
+        prior_share: the share of paths that go on to the next depth before any was seen.
     """
 
-    # by kind, sums of the probabilities of children of accepted nodes, and how many were accepted
-    expected: NDArray[np.float64] = field(default_factory=lambda: _counts())
-    accepted: NDArray[np.float64] = field(default_factory=lambda: _counts())
-    # (MAX_DEPTH + 1,) shares of trees with an accepted node whose children have this depth, and
-    # with an accepted one among these
-    reached: NDArray[np.float64] = field(default_factory=lambda: np.zeros(MAX_DEPTH + 1))
-    passed: NDArray[np.float64] = field(default_factory=lambda: np.zeros(MAX_DEPTH + 1))
+    expected: NDArray[np.float64] = field(default_factory=lambda: np.zeros(len(CONFIDENCES) + 1))
+    accepted: NDArray[np.float64] = field(default_factory=lambda: np.zeros(len(CONFIDENCES) + 1))
+    reached: dict[int, float] = field(default_factory=dict)
+    passed: dict[int, float] = field(default_factory=dict)
+    prior_nodes: float = 16.0
+    prior_paths: float = 4.0
+    prior_share: float = 0.8
 
     def gains(self, tree: DraftTree) -> NDArray[np.float64]:
-        """Return (n,) probabilities that the nodes' tokens are emitted; 1 for the root."""
-        kinds = _kinds(tree)
-        shares = (self.accepted + PRIOR_WEIGHT) / (self.expected + PRIOR_WEIGHT)
-        own = np.log(shares)[tuple(kinds)]
+        """Return (n,) probabilities that the nodes' tokens are emitted; 1 for the root.
+
+        No node has a higher one than its parent.
+        """
+        shares = (self.accepted + self.prior_nodes) / (self.expected + self.prior_nodes)
+        corrections = np.where(_is_drafted(tree), np.log(shares)[_levels(tree)], 0.0)
+        own = np.minimum(_own_log_probs(tree) + corrections, 0.0)
         own[0] = 0.0
         if tree.is_chain:  # copies are often long ones
-            factors = np.cumsum(own)
-        else:
-            factors = own.copy()
-            for depth in range(2, int(tree.depths.max()) + 1):
-                nodes = np.flatnonzero(tree.depths == depth)
-                factors[nodes] += factors[tree.parents[nodes]]
-        return np.asarray(np.exp(np.minimum(tree.log_probs + factors, 0.0)), np.float64)
+            return np.asarray(np.exp(np.cumsum(own)), np.float64)
+        for depth in range(2, int(tree.depths.max()) + 1):
+            nodes = np.flatnonzero(tree.depths == depth)
+            own[nodes] += own[tree.parents[nodes]]
+        return np.asarray(np.exp(own), np.float64)
 
     def share(self, depth: int) -> float:
         """Return the share of paths that go on to a depth if it is drafted."""
-        seen = PRIOR_WEIGHT * PRIOR_SHARE + self.passed[min(depth, MAX_DEPTH)]
-        return float(seen / (PRIOR_WEIGHT + self.reached[min(depth, MAX_DEPTH)]))
+        seen = self.prior_paths * self.prior_share + self.passed.get(depth, 0.0)
+        return seen / (self.prior_paths + self.reached.get(depth, 0.0))
 
     def observe(self, trees: Sequence[DraftTree], paths: Sequence[NDArray[np.int32]]) -> None:
         """Learn from the (a,) accepted nodes of each tree of an iteration."""
         if all(len(tree) == 1 for tree in trees):
             return
-        for counts in (self.expected, self.accepted, self.reached, self.passed):
+        for counts in (self.expected, self.accepted):
             counts *= 1 - FORGETTING
+        for shares in (self.reached, self.passed):
+            for depth in shares:
+                shares[depth] *= 1 - FORGETTING
         for tree, path in zip(trees, paths, strict=True):
-            if len(tree) == 1:
-                continue
-            kinds = _kinds(tree)
-            inner = np.isin(tree.parents, path)
-            probs = np.exp(tree.log_probs[inner] - tree.log_probs[tree.parents[inner]])
-            np.add.at(self.expected, tuple(kinds[:, inner]), probs)
-            np.add.at(self.accepted, tuple(kinds[:, path[1:]]), 1.0)
-            depths = np.minimum(np.unique(tree.depths[inner]), MAX_DEPTH)
-            self.reached[depths] += 1 / len(trees)
-            self.passed[depths[depths < len(path)]] += 1 / len(trees)
+            on_path = np.zeros(len(tree) + 1, np.bool_)  # the root's parent is -1, the last entry
+            on_path[path] = True
+            inner = on_path[tree.parents]
+            counted, levels = np.flatnonzero(inner & _is_drafted(tree)), _levels(tree)
+            right = counted[on_path[counted]]
+            np.add.at(self.expected, levels[counted], np.exp(_own_log_probs(tree)[counted]))
+            np.add.at(self.accepted, levels[right], 1.0)
+            for depth in set(tree.depths[inner].tolist()):
+                self.reached[depth] = self.reached.get(depth, 0.0) + 1
+                self.passed[depth] = self.passed.get(depth, 0.0) + (depth < len(path))
 
 
-def _counts() -> NDArray[np.float64]:
-    """Return a count of 0 for each kind of nodes."""
-    return np.zeros((MAX_DEPTH + 2, 2, len(CONFIDENCES) + 1))
+def _own_log_probs(tree: DraftTree) -> NDArray[np.float64]:
+    """Return the (n,) log probabilities of nodes given their parents; the root's has no meaning."""
+    return tree.log_probs - tree.log_probs[tree.parents]
 
 
-def _kinds(tree: DraftTree) -> NDArray[np.int64]:
-    """Return (3, n) indices of the counts of a tree's nodes; the root's have no meaning.
+def _levels(tree: DraftTree) -> NDArray[np.int64]:
+    """Return the (n,) levels of confidence of nodes; the root's has no meaning."""
+    if tree.confidences is None:
+        return np.zeros(len(tree), np.int64)
+    return np.searchsorted(CONFIDENCES, tree.confidences, "right")
 
-    They are the depth, whether siblings are better, and the level of confidence. Copies have a
-    depth of their own, and the level of their match.
-    """
-    kinds = np.zeros((3, len(tree)), np.int64)
-    kinds[0] = np.minimum(tree.depths, MAX_DEPTH)
-    kinds[1] = 1
-    kinds[1, np.unique(tree.parents, return_index=True)[1]] = 0  # siblings stand best first
-    if tree.confidences is not None:
-        kinds[2] = np.searchsorted(CONFIDENCES, tree.confidences, "right")
-    if tree.matches is not None:
-        copies = np.flatnonzero(tree.matches > 0)
-        kinds[:2, copies] = [[MAX_DEPTH + 1], [0]]
-        kinds[2, copies] = np.searchsorted(MATCH_LEVELS, tree.matches[copies], "right")
-    return kinds
+
+def _is_drafted(tree: DraftTree) -> NDArray[np.bool_]:
+    """Return (n,) bool, whether the drafter proposed a node, or it is the root."""
+    if tree.matches is None:
+        return np.ones(len(tree), np.bool_)
+    return np.equal(tree.matches, 0)
+
+
+@dataclass
+class Rate:
+    """Tokens and seconds of the latest iterations, as sums of which each forgets a share."""
+
+    tokens: float = 0.0
+    seconds: float = 0.0
+
+    def add(self, tokens: float, seconds: float) -> None:
+        """Add an iteration."""
+        self.tokens = (1 - FORGETTING) * self.tokens + tokens
+        self.seconds = (1 - FORGETTING) * self.seconds + seconds
+
+    @property
+    def per_s(self) -> float:
+        """Tokens per second; 0 before anything was seen."""
+        return self.tokens / self.seconds if self.seconds else 0.0
 
 
 @dataclass
 class Pace:
     """Measurements with about the same number of sequences at once."""
 
-    drafting: Pause = field(default_factory=Pause)  # pause of the drafter, for plain decoding
-    # pause of copies of the text, for iterations that draft; in pauses of the drafter, for plain
-    # decoding
-    copying: Pause = field(default_factory=Pause)
+    drafting: Pause = field(default_factory=Pause)  # pause of the drafter
     begun: int = 0  # number of iterations
-    # decayed sums over iterations with a draft or a copy; without a drafter, over all iterations
-    # outside of pauses
-    tokens: float = 0.0
-    seconds: float = 0.0
-    # decayed sums over iterations in which the drafter ran
-    drafted_tokens: float = 0.0
-    drafted_seconds: float = 0.0
+    all: Rate = field(default_factory=Rate)  # rate of iterations with a draft or a copy
+    drafted: Rate = field(default_factory=Rate)  # rate of iterations in which the drafter ran
     # seconds of the latest iterations with a draft, without the target's pass
     draft_s: deque[float] = field(default_factory=lambda: deque(maxlen=9))
     # seconds of each depth of the latest drafts
@@ -230,7 +234,6 @@ class AdaptiveBudget:
     """The adaptive budget of one pair and method; it outlives sequences."""
 
     costs: VerifyCosts  # costs of the target's forward pass
-    has_drafter: bool = True  # whether a drafter drafts; else trees only have copies of the text
     acceptance: Acceptance = field(default_factory=Acceptance)
     # by number of sequences, rounded up to a power of two
     paces: dict[int, Pace] = field(default_factory=dict)
@@ -248,17 +251,12 @@ class AdaptiveBudget:
         """Begin an iteration of some sequences; returns whether it should draft."""
         now = self.pace(sequences)
         pays = now.drafting.begin()
-        now.copying.begin()
         now.begun += 1
-        return pays and (sequences == 1 or now.begun > MIN_PLAIN)
+        return pays and not self.times_plain(sequences)
 
-    def copies_alone(self, sequences: int) -> bool:
-        """Return whether copies of the text are verified in iterations that do not draft.
-
-        They are not while plain decoding is timed, and where they do not pay.
-        """
-        now = self.pace(sequences)
-        return self.has_drafter and now.drafting.left > 0 and now.copying.left == 0
+    def times_plain(self, sequences: int) -> bool:
+        """Return whether the iteration measures plain decoding, without drafts and copies."""
+        return sequences > 1 and self.pace(sequences).begun <= MIN_PLAIN
 
     def nodes_to_build(self, sequences: int) -> int:
         """Return how many nodes a tree is built with before it is pruned."""
@@ -299,15 +297,14 @@ class AdaptiveBudget:
 
         `length` is the number of committed positions; `sequences` ask for drafts.
         """
-        now = self.pace(sequences)
-        if not now.drafted_seconds or now.copying.left:
+        drafted = self.pace(sequences).drafted.per_s
+        if not drafted:
             return False
-        expected = np.cumsum(self.acceptance.gains(tree))
         sizes = self._sizes(len(tree))
+        expected = sequences * np.cumsum(self.acceptance.gains(tree))[sizes - 1]
         rows = sequences * sizes
         costs = self.costs.predict(rows, (rows * float(length)).tolist(), sequences)
-        rates = sequences * expected[sizes - 1] / costs
-        return bool(rates.max() > now.drafted_tokens / now.drafted_seconds)
+        return bool((expected > drafted * costs).any())
 
     def prune(
         self, trees: Sequence[DraftTree], lengths: Sequence[int], other_rows: int = 0
@@ -316,52 +313,48 @@ class AdaptiveBudget:
 
         `lengths` are committed positions, `other_rows` other rows of the same forward pass.
         """
-        gains = [self.acceptance.gains(tree) for tree in trees]
-        ranks = [_ranks(tree, gain) for tree, gain in zip(trees, gains, strict=True)]
-        sizes_of_trees = [len(tree) for tree in trees]
-        owners = np.repeat(np.arange(len(trees)), sizes_of_trees)
-        order = np.argsort(-np.concatenate(ranks), kind="stable")
-        expected = np.cumsum(np.concatenate(gains)[order])
-        reads = np.cumsum(np.asarray(lengths, np.float64)[owners[order]])
-        if len(trees) == 1 and not other_rows:
+        counts = [len(tree) for tree in trees]
+        gains = np.concatenate([self.acceptance.gains(tree) for tree in trees])
+        is_root = np.concatenate([tree.parents for tree in trees]) < 0
+        owners = np.repeat(np.arange(len(trees)), counts)
+        order = np.argsort(np.where(is_root, -np.inf, -gains), kind="stable")
+        expected = np.cumsum(gains[order])
+        is_single = len(trees) == 1 and not other_rows
+        smallest = min(SMALLEST, len(order)) if _drafted_depth(trees[0]) else 1
+        sizes = np.arange(len(trees), len(order) + 1)
+        if is_single:
             sizes = self._sizes(len(order))
-            if _drafted_depth(trees[0]):
-                sizes = sizes[sizes >= min(SMALLEST, len(order))]
-        else:
-            sizes = np.arange(len(trees), len(order) + 1)
+            sizes = sizes[sizes >= smallest]
+        reads = np.cumsum(np.asarray(lengths, np.float64)[owners[order]])
         costs = self.costs.predict(sizes + other_rows, reads[sizes - 1], len(trees))
         rate = self._rate(len(trees), lengths)
-        if not self.pace(len(trees)).seconds:
+        if not self.pace(len(trees)).all.seconds:
             # Nothing was drafted yet: take the rate that this pass alone could reach.
             rate = max(rate, float((expected[sizes - 1] / costs).max()))
-        size = int(sizes[int(np.argmax(expected[sizes - 1] - rate * costs))])
-        if len(trees) == 1 and not other_rows and _drafted_depth(trees[0]):
-            size = self._size_to_try(size, sizes, expected)
+        best = int(np.argmax(expected[sizes - 1] - rate * costs))
+        if is_single and smallest > 1:
+            best = self._size_to_try(best, sizes, expected[sizes - 1])
         kept = np.zeros(len(order), np.bool_)
-        kept[order[:size]] = True
-        parts = np.split(kept, np.cumsum(sizes_of_trees)[:-1])
-        return [np.flatnonzero(part) for part in parts]
+        kept[order[: sizes[best]]] = True
+        return [np.flatnonzero(part) for part in np.split(kept, np.cumsum(counts)[:-1])]
 
     def _size_to_try(
         self, best: int, sizes: NDArray[np.int64], expected: NDArray[np.float64]
     ) -> int:
-        """Return a promising size whose cost is not known, or else the best size.
+        """Return the index of a promising size whose cost is not known, or else of the best one.
 
-        `expected` has the tokens of 1, 2, ... nodes. A smaller size promises almost as many tokens
-        as the best one, a larger size more.
+        `expected` has the tokens of each size. The next smaller size that may cost something else
+        promises almost as many tokens as the best one, and the next larger size more.
         """
-        smaller, larger = (
-            sizes[sizes * DIFFERENT <= best][-1:],
-            sizes[sizes >= best * DIFFERENT][:1],
-        )
-        tokens = expected[best - 1]
+        known, promises = self.costs.are_known(sizes), expected / expected[best]
+        smaller = np.flatnonzero(sizes * DIFFERENT <= sizes[best])[-1:]
+        larger = np.flatnonzero(sizes >= sizes[best] * DIFFERENT)[:1]
         promising = [
-            *smaller[expected[smaller - 1] * MIN_ADVANTAGE >= tokens],
-            *larger[expected[larger - 1] >= tokens * MIN_ADVANTAGE],
+            *smaller[promises[smaller] * MIN_ADVANTAGE >= 1],
+            *larger[promises[larger] >= MIN_ADVANTAGE],
         ]
-        if not self.costs.is_known(best):
-            return best
-        return next((int(size) for size in promising if not self.costs.is_known(int(size))), best)
+        unknown = [int(index) for index in promising if not known[index]]
+        return unknown[0] if known[best] and unknown else best
 
     def observe(
         self,
@@ -378,12 +371,11 @@ class AdaptiveBudget:
         sequence that drafts for the `first` time also reads its prompt, and perhaps compiles
         kernels: its time says nothing about later iterations.
         """
-        sequences = len(trees)
+        sequences, now = len(trees), self.pace(len(trees))
         rows = sum(len(tree) for tree in trees)
         reads = float(np.dot([len(tree) for tree in trees], lengths))
         self.costs.observe(rows, reads, sequences, seconds["verify"])
         self.acceptance.observe(trees, paths)
-        now = self.pace(sequences)
         drafted = "draft" in seconds
         other_s = sum(seconds.values()) - seconds["verify"]
         if drafted:
@@ -397,64 +389,35 @@ class AdaptiveBudget:
             elif not now.draft_s:
                 return
             other_s = statistics.median(now.draft_s)
-        elif rows == sequences and (self.has_drafter or now.drafting.left):
+        elif rows == sequences:
             return  # a plain iteration
         # The expected seconds, because a disturbance says nothing about the choice.
         all_s = other_s + float(self.costs.predict([rows], [reads], sequences)[0])
         tokens = sum(len(path) for path in paths)
-        now.tokens = (1 - FORGETTING) * now.tokens + tokens
-        now.seconds = (1 - FORGETTING) * now.seconds + all_s
+        now.all.add(tokens, all_s)
         if drafted:
-            now.drafted_tokens = (1 - FORGETTING) * now.drafted_tokens + tokens
-            now.drafted_seconds = (1 - FORGETTING) * now.drafted_seconds + all_s
-        elif rows == sequences:
-            return
-        step = now.drafting if drafted or not self.has_drafter else now.copying
-        if step is now.drafting or now.drafting.left:
-            advantage = MIN_ADVANTAGE if sequences > 1 else 1.0
-            rate = advantage * self._plain_rate(sequences, lengths)
-        elif now.drafted_seconds:
-            rate = now.drafted_tokens / now.drafted_seconds
-        else:
-            return
-        # The noise of several sequences is the square root of their number.
-        step.add((tokens - all_s * rate) / math.sqrt(sequences))
-        if step is now.drafting and step.left and not self.costs.has_seen_plain(sequences):
-            step.left, step.balance = MIN_PLAIN + 1, 0.0
-            step.reset()
+            now.drafted.add(tokens, all_s)
+            plain = (MIN_ADVANTAGE if sequences > 1 else 1.0) * self._plain_rate(lengths)
+            # The noise of several sequences is the square root of their number.
+            now.drafting.add((tokens - all_s * plain) / math.sqrt(sequences))
 
     def _sizes(self, most: int) -> NDArray[np.int64]:
         """Return the sizes that the best part of a tree with `most` nodes may have."""
         return np.append(self.costs.sizes[self.costs.sizes < most], most)
 
-    def _plain_rate(self, sequences: int, lengths: Sequence[int]) -> float:
+    def _plain_rate(self, lengths: Sequence[int]) -> float:
         """Return the tokens per second of plain decoding, which is always possible."""
-        return sequences / float(
-            self.costs.predict([sequences], [float(sum(lengths))], sequences)[0]
-        )
+        sequences = len(lengths)
+        return sequences / float(self.costs.predict([sequences], [sum(lengths)], sequences)[0])
 
     def _rate(self, sequences: int, lengths: Sequence[int]) -> float:
-        now, plain = self.pace(sequences), self._plain_rate(sequences, lengths)
-        return max(plain, now.tokens / now.seconds) if now.seconds else plain
-
-
-def _ranks(tree: DraftTree, gains: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return (n,) gains to rank nodes by: at most the parent's gain, and infinite for the root."""
-    ranks = gains.copy()
-    ranks[0] = np.inf
-    if tree.is_chain:
-        return np.minimum.accumulate(ranks)
-    for depth in range(1, int(tree.depths.max()) + 1):
-        nodes = np.flatnonzero(tree.depths == depth)
-        ranks[nodes] = np.minimum(ranks[nodes], ranks[tree.parents[nodes]])
-    return ranks
+        """Return the tokens per second of decoding lately, or of plain decoding if it is faster."""
+        return max(self._plain_rate(lengths), self.pace(sequences).all.per_s)
 
 
 def _drafted_depth(tree: DraftTree) -> int:
     """Return the depth of the deepest node that the drafter proposed."""
-    if tree.matches is None:
-        return int(tree.depths.max())
-    return int(tree.depths.max(initial=0, where=tree.matches == 0))
+    return int(tree.depths[_is_drafted(tree)].max(initial=0))
 
 
 @dataclass(eq=False)
@@ -476,7 +439,7 @@ class AdaptiveBudgets:
             if method not in self.by_method:
                 if self.costs is None:
                     self.costs = (self.measure or VerifyCosts.measure)(backend)
-                self.by_method[method] = AdaptiveBudget(self.costs, method != "suffix")
+                self.by_method[method] = AdaptiveBudget(self.costs)
             return self.by_method[method]
 
     @property

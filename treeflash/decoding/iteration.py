@@ -226,13 +226,11 @@ class Iteration:
         proposals: dict[RunningSequence, SuffixTree] = {}
 
         def free_nodes(config: DecodeConfig) -> int:
-            """Return the nodes of a tree that takes no draft; 0 if such trees do not pay."""
+            """Return the nodes of a tree that takes no draft; 0 if none is wanted."""
             if not config.is_adaptive:
                 return int(config.budget)
             budget, count = self.budget(config.method), adaptive[config.method]
-            if not pays[config.method] and not budget.copies_alone(count):
-                return 0
-            return budget.nodes_to_copy(count)
+            return 0 if budget.times_plain(count) else budget.nodes_to_copy(count)
 
         def runs_drafter(sequence: RunningSequence, proposal: SuffixTree | None) -> bool:
             config = sequence.config

@@ -236,12 +236,13 @@ class VerifyCosts:
         committed positions that each reads.
         """
         numbers = np.asarray(rows)
-        roots, trees = (
-            np.interp(numbers, self.sizes, self._corrections(_kind(least, sequences)))
-            for least in (sequences, sequences + 1)
-        )
-        table = self._table_seconds(numbers, np.asarray(reads, np.float64), sequences)
-        return np.asarray(table * np.where(numbers > sequences, trees, roots), np.float64)
+        found = self._table_seconds(numbers, np.asarray(reads, np.float64), sequences)
+        for are_trees in (False, True):
+            chosen = (numbers > sequences) == are_trees
+            if chosen.any():
+                ratios = self._corrections((power_of_two(sequences), are_trees))
+                found[chosen] *= np.interp(numbers[chosen], self.sizes, ratios)
+        return found
 
     def observe(self, rows: int, reads: float, sequences: int, seconds: float) -> None:
         """Take in a forward pass of decoding."""
@@ -254,10 +255,6 @@ class VerifyCosts:
         if not self._until_checked:
             self._until_checked = CHECKED_EVERY
             self._correct_table()
-
-    def has_seen_plain(self, sequences: int) -> bool:
-        """Return whether a plain pass over about that many sequences is among the latest ones."""
-        return any(passed.kind == _kind(sequences, sequences) for passed in self.passes)
 
     def _table_seconds(
         self, rows: NDArray[np.int64], reads: NDArray[np.float64], sequences: int
@@ -275,9 +272,9 @@ class VerifyCosts:
             found += np.interp(known, numbers, position_s) / known * reads
         return found
 
-    def is_known(self, rows: int) -> bool:
-        """Return whether one of the latest passes had a tree of about this size."""
-        return bool(self._near(_kind(2, 1), np.array([rows]))[0])
+    def are_known(self, sizes: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Return for each of the (n,) sizes whether a late pass had a tree of about that size."""
+        return self._near(_kind(2, 1), sizes) > 0
 
     def _corrections(self, kind: tuple[int, bool]) -> NDArray[np.float64]:
         """Return the (n,) corrections of the table's sizes for a kind of passes."""
@@ -312,11 +309,7 @@ class VerifyCosts:
         ratios /= max(ratios.min(), 1.0)
         if max(ratios.max(), 1 / ratios.min()) <= DIFFERENT:
             return
-        done = np.interp([2**passed.octave for passed in self.passes], self.sizes, ratios)
-        self.passes = tuple(
-            passed._replace(ratio=passed.ratio / ratio)
-            for passed, ratio in zip(self.passes, done.tolist(), strict=True)
-        )
+        self.passes = ()  # the table has what they said
         costs = zip(self.seconds.items(), ratios.tolist(), strict=True)
         self.position_s = {
             rows: cost * float(np.interp(rows, self.sizes, ratios))
