@@ -89,10 +89,11 @@ if os.environ["RANK"] == "1":
 
 GRAPHS = """
 import atexit, os
-from treeflash_cuda import target, target_loading
+from treeflash_cuda import target_loading
 from treeflash_cuda.gpu import graphs
 from treeflash_cuda.gpu.graphs import Graph, Graphs
 from treeflash_cuda.operations import Operations
+from treeflash_cuda.target import PASS_NAME
 from replayed_graphs import Replay
 
 # As on a GPU, trees run by the operation for trees in graphs. A replay computes anew.
@@ -109,7 +110,7 @@ def record(self, function, places, **_):
 
 def watch(self, key, function, inputs):
     graph = capture(self, key, function, inputs)
-    if key[0] == target.PASS_NAME:
+    if key[0] == PASS_NAME:
         captured.append([[list(x.shape) for x in inputs], graph is not None])
     return graph
 
