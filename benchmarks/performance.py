@@ -29,7 +29,7 @@ from treeflash.evaluation.records import MEAN
 from treeflash.text.prompt import read_rows
 
 PAGE = ROOT / "docs" / "performance.md"
-PARTS = Path(tempfile.gettempdir(), "treeflash-performance")
+UNFINISHED = Path(tempfile.gettempdir(), "treeflash-performance")
 """Folder of the files of benchmarks that have not ended."""
 NOT_MEASURED = "Not measured yet."
 
@@ -333,7 +333,7 @@ def _change(ratio: float) -> str:
 
 
 @guarded
-def main(argv: Sequence[str] | None = None, page: Path = PAGE, parts: Path = PARTS) -> int:
+def main(argv: Sequence[str] | None = None, page: Path = PAGE, parts: Path = UNFINISHED) -> int:
     """Measure, then write the page."""
     args = parser().parse_args(argv)
     for path in args.prompts:

@@ -53,7 +53,7 @@ class Sizes(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Format:
+class WeightFormat:
     """How a library stores the linear layers that it has quantised."""
 
     name: str  # name in messages
@@ -68,7 +68,7 @@ class Format:
 class LowBitTensors:
     """The layers of a folder that are stored in a format."""
 
-    format: Format
+    format: WeightFormat
     settings: Settings
     layers: Mapping[str, Sizes]  # sizes of layers by name
 
@@ -116,7 +116,7 @@ class LowBitTensors:
         return self.format.read(tensors, _settings_of(layer, self.settings), self.layers[layer])
 
 
-def find_format(config: Mapping[str, Any]) -> tuple[Format, Settings] | str | None:
+def find_format(config: Mapping[str, Any]) -> tuple[WeightFormat, Settings] | str | None:
     """Return the format of a configuration's weights, and what it says of them.
 
     None for weights that are plain, or that treeflash has packed; a clause if they are not read.
@@ -329,8 +329,8 @@ def _mlx(tensors: Tensors, settings: Settings, sizes: Sizes) -> LowBitWeight:
 
 
 COMPRESSED, MLX = "compressed-tensors", "MLX"
-FORMATS: Mapping[str, Format] = {
-    "gptq": Format(
+FORMATS: Mapping[str, WeightFormat] = {
+    "gptq": WeightFormat(
         name="GPTQ",
         tensors=("qweight", "qzeros", "scales"),
         optional=("g_idx",),
@@ -338,14 +338,14 @@ FORMATS: Mapping[str, Format] = {
         sizes=_gptq_sizes,
         read=_gptq,
     ),
-    "awq": Format(
+    "awq": WeightFormat(
         name="AWQ",
         tensors=("qweight", "qzeros", "scales"),
         refusal=_refuse_awq,
         sizes=_awq_sizes,
         read=_awq,
     ),
-    "pack-quantized": Format(
+    "pack-quantized": WeightFormat(
         name=COMPRESSED,
         tensors=("weight_packed", "weight_scale"),
         optional=("weight_shape", "weight_zero_point", "weight_g_idx"),
@@ -353,7 +353,7 @@ FORMATS: Mapping[str, Format] = {
         sizes=_packed_sizes,
         read=_packed,
     ),
-    "int-quantized": Format(
+    "int-quantized": WeightFormat(
         name=COMPRESSED,
         tensors=("weight_scale", "weight"),
         optional=("weight_zero_point",),
@@ -361,7 +361,7 @@ FORMATS: Mapping[str, Format] = {
         sizes=_bytes_sizes,
         read=_bytes,
     ),
-    "mlx": Format(
+    "mlx": WeightFormat(
         name=MLX,
         tensors=("scales", "biases", "weight"),
         refusal=_refuse_mlx,

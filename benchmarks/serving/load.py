@@ -1,13 +1,10 @@
 """The server under load: clients that ask, disconnect, and send invalid requests.
 
     python -m benchmarks.serving.load --seconds 600 --clients 32
-    python -m benchmarks.serving.load --seconds 600 --clients 32 --exact
 
-No answer may be lost, mixed up or different: every finished answer is compared with the answer of
-the Python API to the same question and seed, in float32. It may differ only where rounding explains
-it; see `near_ties`. With `--exact` the server runs in bfloat16 and exact mode on the CPU, some
-prompts are so long that they run in chunks, and every answer must be the one of plain decoding. The
-results are printed as a JSON object.
+No answer may be lost, mixed up or different. The server runs in bfloat16 and exact mode on the CPU,
+and some prompts are so long that they run in chunks. Every finished answer must be the Python API's
+answer to the same question and seed, by plain decoding. The results are printed as a JSON object.
 """
 
 from __future__ import annotations
@@ -26,7 +23,6 @@ import httpx
 
 import treeflash
 from benchmarks.common import Parser
-from benchmarks.serving.near_ties import Judge
 from benchmarks.serving.servers import (
     QUESTIONS,
     Job,
@@ -44,7 +40,7 @@ PATH = "/v1/chat/completions"
 KINDS = (*["stream"] * 3, *["whole"] * 2, *["leave"] * 2, "invalid", "long", "none")
 LONG = " ".join(QUESTIONS * 4)
 """More tokens than a chunk of a prompt has while other sequences are decoded."""
-EXACT: dict[str, Any] = {"backend": "cuda", "device": "cpu", "dtype": "bfloat16"}
+LOADED: dict[str, Any] = {"backend": "cuda", "device": "cpu", "dtype": "bfloat16"}
 INVALID = (b"", b"{", b"[1, 2]", b'{"messages": 5}', b'{"messages": [], "audio": 1}', b"\xff" * 100)
 
 
@@ -153,46 +149,16 @@ async def load(server: Server, clients: int, seconds: float, pool: Sequence[Job]
     return observed
 
 
-@dataclass
-class Comparison:
-    """The answers of the server compared with the answers of the Python API.
-
-    Attributes:
-        rounding: the rounding of logits, nats, which may decide near-ties.
-        near_ties: counts of answers that took the other token at near-ties, with the margins there.
-        different: answers that rounding does not explain.
-    """
-
-    rounding: float
-    near_ties: Counter[str] = field(default_factory=Counter)
-    different: list[str] = field(default_factory=list)
-
-
-def compare(answers: Sequence[tuple[Job, str, int]]) -> Comparison:
-    """Compare each answer with the Python API's answer to the same question and seed."""
-    model = treeflash.load(dtype="float32")
-    judge = Judge.measure(model, list(dict.fromkeys(job for job, _, _ in answers)))
-    comparison = Comparison(judge.rounding)
-    for (job, text, tokens), times in Counter(answers).items():
-        margins = judge.near_ties(job, text, tokens)
-        if margins is None:
-            comparison.different += [f"{job}: {text!r}"] * times
-        elif margins:
-            shown = ", ".join(f"{margin:.1e}" for margin in margins)
-            comparison.near_ties[f"{job}: {shown}"] += times
-    return comparison
-
-
-def compare_exactly(answers: Sequence[tuple[Job, str, int]]) -> Comparison:
-    """Compare each answer with plain decoding in exact mode, which must give the same tokens."""
-    model, comparison = treeflash.load(exact=True, **EXACT), Comparison(rounding=0.0)
+def different_answers(answers: Sequence[tuple[Job, str, int]]) -> list[str]:
+    """Return the answers that are not the text of plain decoding, which has the same tokens."""
+    model, different = treeflash.load(exact=True, **LOADED), list[str]()
     for (job, text, tokens), times in Counter(answers).items():
         messages = [{"role": "user", "content": job.question}]
         options: Options = {**job.options, "method": "ar"}
         plain = model.generate(messages, **options)
         if (plain.text, len(plain.token_ids)) != (text, tokens):
-            comparison.different += [f"{job}: {text!r}"] * times
-    return comparison
+            different += [f"{job}: {text!r}"] * times
+    return different
 
 
 def parser() -> Parser:
@@ -201,7 +167,6 @@ def parser() -> Parser:
     options.add_number("--seconds", 600, "how long the clients ask")
     options.add_number("--clients", 32, "clients at once")
     options.add_number("--jobs", 24, "questions with seeds")
-    options.add_argument("--exact", action="store_true", help="bfloat16 in exact mode")
     return options
 
 
@@ -209,26 +174,23 @@ def parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the load, print the report, and return 1 if anything is wrong."""
     args = parser().parse_args(argv)
-    pool, options = jobs(args.jobs), ["--dtype", "float32"]
-    if args.exact:
-        pool += [replace(job, question=f"{LONG} {job.question}") for job in pool[::4]]
-        options = ["--exact", *(x for name, value in EXACT.items() for x in (f"--{name}", value))]
-    with server(*options) as running:
+    pool = jobs(args.jobs)
+    pool += [replace(job, question=f"{LONG} {job.question}") for job in pool[::4]]
+    options = [x for name, value in LOADED.items() for x in (f"--{name}", value)]
+    with server("--exact", *options) as running:
         observed = asyncio.run(load(running, args.clients, args.seconds, pool))
         log = running.log.read_text()
     if not (observed.answers and observed.between):
         raise ConfigError(f"too few answers were finished in {args.seconds} s; raise --seconds")
     third = len(observed.memory) // 3
-    comparison = (compare_exactly if args.exact else compare)(observed.answers)
+    different = different_answers(observed.answers)
     report: dict[str, Any] = {
         "clients": args.clients,
         "seconds": args.seconds,
         "requests": dict(observed.counts),
         "compared": len(observed.answers),
-        "different": len(comparison.different),
-        "for_example": comparison.different[:3],
-        "near_ties": dict(comparison.near_ties),
-        "rounding": comparison.rounding,
+        "different": len(different),
+        "for_example": different[:3],
         "tracebacks": log.count("Traceback"),
         "first_token_ms": percentiles(observed.first_token),
         "inter_token_ms": percentiles(observed.between),
@@ -237,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ],
     }
     print(json.dumps(report, indent=1))
-    return int(bool(comparison.different or report["tracebacks"] or observed.counts["left over"]))
+    return int(bool(different or report["tracebacks"] or observed.counts["left over"]))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ LLAMA = next(one for one in SYSTEMS if one.name == "llama.cpp")
 LIBRARY = """
 export const LlamaLogLevel = {error: "error"};
 export class InputLookupTokenPredictor { updateInputTokens(tokens) { this.input = tokens; } }
-export class DraftSequenceTokenPredictor { constructor(sequence) { this.sequence = sequence; } }
 class Sequence {
     constructor(options) { this.tokenPredictor = options?.tokenPredictor; this.used = 7; }
     get tokenPredictions() { return {used: this.used}; }
@@ -56,7 +55,7 @@ def start(tmp_path):
 
     def start(**setup):
         run = ["node", str(LLAMA.worker), str(tmp_path)]
-        setup = {"gguf": "target.gguf", "assistant_gguf": None, "stop_token_ids": [9], **setup}
+        setup = {"gguf": "target.gguf", "stop_token_ids": [9], **setup}
         peers.append(Peer(LLAMA, run, {"threads": 1, **setup}, 1, tmp_path / "log"))
         return peers[-1]
 
@@ -66,9 +65,9 @@ def start(tmp_path):
 
 
 @needs_node
-def test_llama_cpp_decodes_plainly_and_with_both_kinds_of_drafts(start):
-    peer = start(assistant_gguf="small.gguf")
-    methods = ["generate", "input-lookup", "assisted"]
+def test_llama_cpp_decodes_plainly_and_with_drafts(start):
+    peer = start()
+    methods = ["generate", "input-lookup"]
     assert peer.description["methods"] == methods
     assert peer.description["dtype"] == "tiny Q4_1"
     assert peer.description["versions"] == {"node-llama-cpp": "3.22.1", "llama.cpp": "b1"}
@@ -95,7 +94,7 @@ def test_its_own_plain_decoding_is_the_baseline(start):
     assert [row["method"] for row in rows] == ["generate", "input-lookup"]
     assert rows[0]["ratio_to_generate"] == rows[0]["ratio_to_llama_cpp"] == 1
     assert all(row["equal"] == 1 for row in rows)
-    assert [row["method"] for row in comparison.skipped] == ["assisted"]
+    assert comparison.skipped == []
 
 
 @needs_node

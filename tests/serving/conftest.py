@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -113,3 +114,11 @@ def failing(monkeypatch):
 def own_cache(monkeypatch, tmp_path_factory):
     """Keep the hashes of a tiny pair's weights out of the user's cache."""
     monkeypatch.setenv("TREEFLASH_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture
+def no_traceback(caplog):
+    """Check that errors of clients leave no traceback in the log."""
+    with caplog.at_level(logging.INFO):
+        yield
+    assert not [record for record in caplog.records if record.exc_info]

@@ -13,7 +13,7 @@ from servers import MAX_POSITIONS, NAME, serving
 
 from treeflash.errors import PromptError
 from treeflash.testing.models import write_drafter, write_target
-from treeflash.text.infill import FAMILIES, Infill, infill_of
+from treeflash.text.infill import GAP_TOKENS, Infill, infill_of
 from treeflash.text.tokenizer import Tokenizer
 
 BEFORE, AFTER = "def add(a, b):\n    return ", "\n\nprint(add(1, 2))\n"
@@ -25,8 +25,8 @@ FORMS = {
     "deepseek": "<｜fim▁begin｜>BEFORE<｜fim▁hole｜>AFTER<｜fim▁end｜>",
     "codestral": "[SUFFIX]AFTER[PREFIX]BEFORE",
 }
-"""What each family's model cards say, in the order of `FAMILIES`."""
-TOKENS = dict(zip(FORMS, FAMILIES, strict=True))
+"""What each family's model cards say, in the order of `GAP_TOKENS`."""
+TOKENS = dict(zip(FORMS, GAP_TOKENS, strict=True))
 MORE = {"max_tokens": 24, "temperature": 1.0, "seed": 5}
 
 

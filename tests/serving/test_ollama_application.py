@@ -10,19 +10,13 @@ import sys
 
 import pytest
 from servers import NAME, serving
-from tool_models import tool_model
+from tool_models import COLOUR, tool_model
 
 pytest.importorskip("llm_ollama")
 pytestmark = pytest.mark.nightly
 
 MODEL = f"ollama/{NAME}"
 SHORT = ("-o", "num_predict", "12")
-COLOUR = {
-    "type": "object",
-    "properties": {"colour": {"enum": ["red", "blue"]}},
-    "required": ["colour"],
-    "additionalProperties": False,
-}
 
 
 @pytest.fixture(scope="module")

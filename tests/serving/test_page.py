@@ -34,7 +34,7 @@ def test_files_need_no_key_and_have_a_policy(server, path):
     assert response.headers["referrer-policy"] == "no-referrer"
 
 
-@pytest.mark.parametrize("name", page.FILES)
+@pytest.mark.parametrize("name", page.PAGE_FILES)
 def test_nothing_comes_from_elsewhere_and_no_text_becomes_html(name):
     text = resources.files(page).joinpath(name).read_text()
     urls = re.findall(r"https?://[^\"' )]+", text)

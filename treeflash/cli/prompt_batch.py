@@ -25,9 +25,9 @@ from treeflash.text.generation import mean
 from treeflash.text.options import GRAMMAR_OPTIONS, Options, parse_options
 from treeflash.text.output_file import OutputFile, Record, has_fields
 from treeflash.text.prompt import (
-    Key,
     Message,
     Row,
+    TurnKey,
     find_images,
     images_of,
     read_rows,
@@ -52,7 +52,7 @@ def run_batch(
     if output.exists() and output.samefile(prompts):
         raise ConfigError("--output is the file of prompts; give another one")
     with OutputFile(output, _is_turn) as file:
-        batch = Batch(rows, file, prompts.parent)
+        batch = PromptBatch(rows, file, prompts.parent)
         batch.check(options)
         if not batch.is_finished(options, args):
             model = load()
@@ -75,13 +75,13 @@ def _is_turn(record: Record) -> bool:
 class Turn(NamedTuple):
     """A turn to decode: the key and the settings of its record, and the conversation before it."""
 
-    key: Key
+    key: TurnKey
     prompt: str | Sequence[Message]
     settings: Record
 
 
 @dataclass
-class Batch:
+class PromptBatch:
     """Conversations to decode, and the file of the turns that are decoded.
 
     The `output` has records of `id`, `turn` and the generation, or the `error` that prevented it.
@@ -175,7 +175,7 @@ class Batch:
         )
 
     @property
-    def _keys(self) -> list[Key]:
+    def _keys(self) -> list[TurnKey]:
         return [key for row in self.rows for key in row.keys]
 
     @property

@@ -10,7 +10,7 @@ from typing import Any
 
 from treeflash.errors import ConfigError
 
-SECONDS = 10.0
+ANSWER_SECONDS = 10.0
 """How long a server may take to name its models."""
 
 
@@ -26,7 +26,7 @@ def served_models(
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     taken = f"{url} is taken by another program; {if_taken}"
     try:
-        with opener.open(request, timeout=SECONDS) as response:
+        with opener.open(request, timeout=ANSWER_SECONDS) as response:
             data: list[dict[str, Any]] = json.load(response)["data"]
             if not data or any(model["owned_by"] != "treeflash" for model in data):
                 raise ConfigError(taken)

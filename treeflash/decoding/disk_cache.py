@@ -36,8 +36,8 @@ from treeflash.decoding.state_files import (
     BadFileError,
     FolderIndex,
     Kind,
-    Part,
     PrefixKeys,
+    StoredPart,
     file_name,
     root_key,
 )
@@ -80,7 +80,7 @@ class Prefix:
         self.key, self.tokens, self.digests = key, np.array(tokens, np.int32), digests
 
 
-Stored: TypeAlias = tuple[Sequence[tuple[Kind, bytes]], tuple[Part, StateArrays] | None]
+Stored: TypeAlias = tuple[Sequence[tuple[Kind, bytes]], tuple[StoredPart, StateArrays] | None]
 """A stored beginning of some tokens: its blocks by kind and key, and its end if it has one."""
 
 
@@ -116,8 +116,10 @@ class DiskCache:
         self._identity = identity
         self._index = FolderIndex(folder, scan_s)
         # By state in memory, the parts of it that may not be on the disk.
-        self._unsaved: dict[SequenceState, deque[Part]] = {}
-        self._queue: queue.SimpleQueue[tuple[Part, Export | None] | None] = queue.SimpleQueue()
+        self._unsaved: dict[SequenceState, deque[StoredPart]] = {}
+        self._queue: queue.SimpleQueue[tuple[StoredPart, Export | None] | None] = (
+            queue.SimpleQueue()
+        )
         self._queued_bytes = 0
         self._room = threading.Condition()
         # Parts that this process has written or checked; no others are trusted after a bad one.
@@ -150,11 +152,11 @@ class DiskCache:
         """
         keys = self._keys(prefix)
 
-        def part(kind: Kind, first: int, stop: int) -> Part:
+        def part(kind: Kind, first: int, stop: int) -> StoredPart:
             read = max(first, min(state.read_length, stop))
-            return Part(kind, keys[stop], first, read, stop)
+            return StoredPart(kind, keys[stop], first, read, stop)
 
-        parts: deque[Part] = deque()
+        parts: deque[StoredPart] = deque()
         for stop in range(self.block, state.length + 1, self.block):
             kind: Kind = "block" if stop <= state.read_length else "unread"
             parts.append(part(kind, stop - self.block, stop))
@@ -205,7 +207,7 @@ class DiskCache:
     def _has_room(self) -> bool:
         return self._queued_bytes < QUEUE_BYTES
 
-    def _copy(self, state: SequenceState, parts: deque[Part]) -> None:
+    def _copy(self, state: SequenceState, parts: deque[StoredPart]) -> None:
         """Hand the next part of a state to the writer, or its name if it is stored already."""
         part = parts.popleft()
         trusted = part.name in self._checked or not self._found_bad
@@ -245,7 +247,7 @@ class DiskCache:
                     self._queued_bytes -= export.nbytes
                     self._room.notify_all()
 
-    def _write(self, part: Part, arrays: StateArrays) -> None:
+    def _write(self, part: StoredPart, arrays: StateArrays) -> None:
         contents = state_files.encode(part, arrays)
         if len(contents) > self.max_bytes:
             return
@@ -293,7 +295,7 @@ class DiskCache:
             return None
         return blocks, None
 
-    def read(self, kind: Kind, key: bytes) -> tuple[Part, StateArrays] | None:
+    def read(self, kind: Kind, key: bytes) -> tuple[StoredPart, StateArrays] | None:
         """Read a part; None if it cannot be used. A damaged file is removed."""
         try:
             found = state_files.read(self.folder, kind, key, self.max_bytes)
@@ -335,8 +337,8 @@ class Restoration:
     longer_than: int
     search: Future[Stored | None]
     _blocks: deque[tuple[Kind, bytes]] | None = None  # blocks not read yet; None during the search
-    _reads: deque[Future[tuple[Part, StateArrays] | None]] = field(default_factory=deque)
-    _end: tuple[Part, StateArrays] | None = None
+    _reads: deque[Future[tuple[StoredPart, StateArrays] | None]] = field(default_factory=deque)
+    _end: tuple[StoredPart, StateArrays] | None = None
 
     def advance(self, *, wait: bool) -> bool:
         """Append the parts that have been read; whether all are. `wait` waits for the next one."""
@@ -377,7 +379,7 @@ class Restoration:
             read = self.cache.readers.submit(self.cache.read, *self._blocks.popleft())
             self._reads.append(read)
 
-    def _append(self, found: tuple[Part, StateArrays] | None) -> bool:
+    def _append(self, found: tuple[StoredPart, StateArrays] | None) -> bool:
         """Append a part; if it cannot be, end with the positions before it, if they are a state."""
         state = self.state
         assert state is not None

@@ -105,7 +105,7 @@ class PrefixKeys:
 
 
 @dataclass(frozen=True)
-class Part:
+class StoredPart:
     """The positions first .. stop - 1 of a state; `key` hashes the tokens before `stop`.
 
     The drafter has read the positions before `read`.
@@ -134,7 +134,7 @@ def checksum(kind: Kind, key: bytes, arrays: bytes) -> bytes:
     ).digest()
 
 
-def encode(part: Part, arrays: StateArrays) -> bytes:
+def encode(part: StoredPart, arrays: StateArrays) -> bytes:
     """Encode the contents of a part's file."""
     arrays = {name: np.ascontiguousarray(x) for name, x in arrays.items()}
     arrays[POSITIONS] = np.array([part.first, part.read, part.stop], np.int64)
@@ -142,7 +142,7 @@ def encode(part: Part, arrays: StateArrays) -> bytes:
     return checksum(part.kind, part.key, encoded) + encoded
 
 
-def decode(kind: Kind, key: bytes, contents: bytes) -> tuple[Part, StateArrays]:
+def decode(kind: Kind, key: bytes, contents: bytes) -> tuple[StoredPart, StateArrays]:
     """Read the part that ends where the key does; a BadFileError if it is another's."""
     encoded = contents[CHECKSUM_SIZE:]
     if contents[:CHECKSUM_SIZE] != checksum(kind, key, encoded):
@@ -152,10 +152,12 @@ def decode(kind: Kind, key: bytes, contents: bytes) -> tuple[Part, StateArrays]:
         first, read, stop = map(int, arrays.pop(POSITIONS))
     except (SafetensorError, KeyError, ValueError, TypeError, OverflowError) as error:
         raise BadFileError("it is damaged") from error
-    return Part(kind, key, first, read, stop), arrays
+    return StoredPart(kind, key, first, read, stop), arrays
 
 
-def read(folder: Path, kind: Kind, key: bytes, max_bytes: int) -> tuple[Part, StateArrays] | None:
+def read(
+    folder: Path, kind: Kind, key: bytes, max_bytes: int
+) -> tuple[StoredPart, StateArrays] | None:
     """Read and check a part; a BadFileError or an OSError if it cannot be used.
 
     None is returned if the file was removed, or cannot be opened now and may be good.
@@ -185,7 +187,7 @@ def is_own(status: os.stat_result) -> bool:
     return not hasattr(os, "getuid") or status.st_uid == os.getuid()
 
 
-def write(folder: Path, part: Part, contents: bytes) -> None:
+def write(folder: Path, part: StoredPart, contents: bytes) -> None:
     """Write a part's file whole, readable by its owner only; raises an OSError."""
     path = folder / part.name
     stem = part.name.removesuffix(".state")
@@ -265,7 +267,7 @@ class FolderIndex:
             self._files, self._scanned = files, time.monotonic()
         return useless
 
-    def note_use(self, part: Part, nbytes: int | None = None) -> None:
+    def note_use(self, part: StoredPart, nbytes: int | None = None) -> None:
         """Note that a part is used now, or written with a number of bytes."""
         used = touch(self.folder / part.name, part.stop)
         with self._lock:

@@ -60,7 +60,7 @@ MULTIPLIER, HASH_SHIFT = 0x9E3779B97F4A7C15, 29
 """The hash of an n-gram is a polynomial of its tokens modulo 2**64, without the lowest bits."""
 MAX_INDEX_BYTES = 1 << 25
 """A cache begins a new index beyond this size, so that growing one never takes noticeable time."""
-ROUNDING = 1e-9
+SCORE_ROUNDING = 1e-9
 """Scores that differ by less count as equal."""
 SEPARATOR = -1
 """It ends each text of an index, and is never a token."""
@@ -293,7 +293,7 @@ def best_tree(
         if not places:
             break
         tree = grow(places, match)
-        if best is None or tree.score > best.score - ROUNDING:
+        if best is None or tree.score > best.score - SCORE_ROUNDING:
             best = tree
     return best
 

@@ -47,7 +47,7 @@ CONVERSIONS = {
     "deepspec": Conversion(sources=(formats.SPECULATORS,), heads=formats.family_heads("DSpark")),
 }
 """By the name of the format to convert to."""
-ARCHITECTURES = {
+CONVERTED_ARCHITECTURES = {
     "dflash": "DFlashDraftModel",
     "dflash2": "DFlash2DraftModel",
     "dspark": "DSparkDraftModel",
@@ -156,7 +156,7 @@ def _drop_head(config: Config, tensors: Tensors) -> tuple[Config, Tensors]:
     backbone = {
         name: tensor for name, tensor in tensors.items() if not name.startswith(TREEFLASH_PREFIX)
     }
-    return rest | {"architectures": [ARCHITECTURES["dflash"]]}, backbone
+    return rest | {"architectures": [CONVERTED_ARCHITECTURES["dflash"]]}, backbone
 
 
 def _to_speculators(config: Config, parsed: DrafterConfig, target: str | None) -> Config:
@@ -167,7 +167,7 @@ def _to_speculators(config: Config, parsed: DrafterConfig, target: str | None) -
     layers = {key: value for key, value in config.items() if key not in drafter_keys}
     kind = {None: "dflash", "selector": "dflash2"}.get(parsed.head, "dspark")
     return {
-        "architectures": [ARCHITECTURES[kind]],
+        "architectures": [CONVERTED_ARCHITECTURES[kind]],
         "aux_hidden_state_layer_ids": [i + 1 for i in parsed.target_layer_ids],
         "block_size": parsed.block_size,
         "draft_vocab_size": parsed.vocab_size,
@@ -189,7 +189,7 @@ def _to_dflash(config: Mapping[str, Any], parsed: DrafterConfig) -> Config:
     kind = "dflash" if parsed.head is None else "dflash2"
     return {
         **config["transformer_layer_config"],
-        "architectures": [ARCHITECTURES[kind]],
+        "architectures": [CONVERTED_ARCHITECTURES[kind]],
         "block_size": parsed.block_size,
         "dflash_config": {
             "mask_token_id": parsed.mask_token_id,

@@ -273,7 +273,7 @@ def _lengths(axis: Any, accepted: Sequence[Record], colors: Mapping[str, str]) -
         axis.bar(places, counts / counts.sum(), width, label=label, color=colors[method])
 
 
-PAGE = """\
+PAGE_TEMPLATE = """\
 <!DOCTYPE html>
 <html lang="en">
 <head>
@@ -312,7 +312,7 @@ def write_report(
     if path.suffix == ".png":
         path.write_bytes(draw(records, f"{title}\n{subtitle}"))
         return
-    page = Environment(autoescape=True, trim_blocks=True).from_string(PAGE)
+    page = Environment(autoescape=True, trim_blocks=True).from_string(PAGE_TEMPLATE)
     encoded = base64.b64encode(draw(records)).decode()
     text = page.render(title=title, subtitle=subtitle, image=encoded, tables=tables(records))
     path.write_text(text, encoding="utf-8")

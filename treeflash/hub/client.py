@@ -21,7 +21,7 @@ from treeflash.errors import CheckpointError, first_line
 from treeflash.hub.disk import disk_problem
 from treeflash.hub.gguf_names import choose_model
 
-FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
+FETCHED_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
 """Weights, configuration and tokenizer; no pickles and no code."""
 FILES_IGNORED = ["original/*", "consolidated*", "onnx/*"]
 """Copies of the weights in formats that no backend reads."""
@@ -95,7 +95,7 @@ def _snapshot(name: str, *, local_files_only: bool = False) -> Path:
         snapshot_download(
             name,
             local_files_only=local_files_only,
-            allow_patterns=FILES,
+            allow_patterns=FETCHED_FILES,
             ignore_patterns=FILES_IGNORED,
         )
     )

@@ -17,7 +17,7 @@ from pathlib import Path
 from treeflash.config import LoadConfig, remember
 from treeflash.decoding.interfaces import Backend
 
-FILES = ("config.json", "adapter_config.json", "*.safetensors")
+IDENTIFYING_FILES = ("config.json", "adapter_config.json", "*.safetensors")
 PACKAGES = ("treeflash", "numpy", "torch", "transformers", "llvmlite", "triton", "mlx", "mlx-lm")
 
 
@@ -42,7 +42,7 @@ def pair_identity(
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(path for pattern in FILES for path in folder.glob(pattern))
+    return sorted(path for pattern in IDENTIFYING_FILES for path in folder.glob(pattern))
 
 
 def _file_hash(path: Path, memory: Path) -> str:

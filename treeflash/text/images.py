@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | Image | NDArray[np.uint8]"
 """The path of a file, the bytes of one, a `data:` URL in base64, an image of Pillow, or an image
 that `read_images` has read."""
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 MAX_BYTES = 20 << 20
 """Most bytes of a file."""
 MAX_MEGAPIXELS = 32
@@ -83,7 +83,7 @@ def read_image(source: ImageSource) -> NDArray[np.uint8]:
     try:
         with _opening, warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # a limit is below
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
     except UnidentifiedImageError:
         raise PromptError("the file is not a PNG, JPEG, WebP or GIF image") from None
     except Image.DecompressionBombError:

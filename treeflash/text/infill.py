@@ -25,7 +25,7 @@ class GapTokens:
     ends: tuple[str, ...] = ()  # further tokens that end what is between
 
 
-FAMILIES = (
+GAP_TOKENS = (
     # Qwen2.5-Coder and all later models of Qwen, CodeGemma, Granite
     GapTokens(
         *("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
@@ -64,7 +64,7 @@ class Infill:
     def find(cls, tokenizer: Tokenizer) -> Infill | None:
         """Return what a tokenizer has for it; None if it declares no such tokens."""
         ids: dict[str, int] = tokenizer.transformers.get_added_vocab()
-        for family in FAMILIES:
+        for family in GAP_TOKENS:
             tokens = [x for x in (family.before, family.after, family.middle) if x is not None]
             if ids.keys() >= set(tokens):
                 middle = None if family.middle is None else ids[family.middle]

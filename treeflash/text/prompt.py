@@ -227,7 +227,7 @@ def _check_part(part: Any) -> None:
         )
 
 
-Key: TypeAlias = tuple[str | int, int]
+TurnKey: TypeAlias = tuple[str | int, int]
 """The id of a row and the index of a turn."""
 
 
@@ -239,7 +239,7 @@ class Row:
     turns: tuple[tuple[Message, ...], ...]
 
     @property
-    def keys(self) -> list[Key]:
+    def keys(self) -> list[TurnKey]:
         return [(self.id, turn) for turn in range(len(self.turns))]
 
 

@@ -21,7 +21,7 @@ TRUSTED_TYPES = "llama", "mistral", "qwen3", "smollm3"
 """Types of models for which `AutoTokenizer` takes `FAST_CLASS` where a folder names it."""
 VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
 """Names of files that hold a tokenizer's vocabulary."""
-SETTINGS = "tokenizer_config.json"
+TOKENIZER_SETTINGS = "tokenizer_config.json"
 NO_VOCABULARY = (
     "{folder} has no usable tokenizer (its vocabulary is missing); "
     "it needs a valid tokenizer.json or tokenizer.model"
@@ -311,7 +311,7 @@ def _class_of(folder: Path) -> Any:
     To choose it, `AutoTokenizer` reads the configuration of the model, for which it imports seconds
     of code. Where the choice is known, it is left out.
     """
-    model, settings = (_json_object(folder / name) for name in ("config.json", SETTINGS))
+    model, settings = (_json_object(folder / name) for name in ("config.json", TOKENIZER_SETTINGS))
     if (
         settings.get("tokenizer_class") == FAST_CLASS
         and model.get("model_type") in TRUSTED_TYPES

@@ -119,7 +119,7 @@ def _token_ids(value: Any) -> tuple[int, ...]:
     return tuple(value)
 
 
-SETTINGS = {"target", "backend", "dtype", "top_p", "max_tokens", "temperature", "seed"}
+ANSWER_SETTINGS = {"target", "backend", "dtype", "top_p", "max_tokens", "temperature", "seed"}
 PROMPT_SETTINGS = {"target", "backend", "dtype", "seed"}
 PROMPT_TEMPERATURE = 1.0
 MAX_PROMPT_TOKENS = 256
@@ -261,7 +261,7 @@ def response_file(path: Path) -> OutputFile:
 def _is_response(record: Record) -> bool:
     return (
         has_fields(record, id=str | int, turn=int, prompt_ids=list, response_ids=list)
-        and record.keys() >= SETTINGS
+        and record.keys() >= ANSWER_SETTINGS
     )
 
 

@@ -1,5 +1,5 @@
-// llama.cpp by way of node-llama-cpp: plain decoding and its two ways to draft. The protocol is that
-// of serve.py. The folder with node_modules is the only argument.
+// llama.cpp by way of node-llama-cpp: plain decoding, and drafts that copy the prompt. The protocol
+// is that of serve.py. The folder with node_modules is the only argument.
 
 import { readFile } from "node:fs/promises";
 import { join } from "node:path";
@@ -10,9 +10,6 @@ const installed = join(process.argv[2], "node_modules", "node-llama-cpp");
 const library = await import(pathToFileURL(join(installed, "dist", "index.js")));
 const { version } = JSON.parse(await readFile(join(installed, "package.json"), "utf8"));
 const NO_GGUF = "needs the target as a GGUF file: --gguf FILE";
-const NO_ASSISTANT = "needs a small model with the target's tokenizer: --assistant-gguf FILE";
-// By default the predictor hands out only drafts that are ready at once, and there are none on a CPU.
-const DRAFTS = { minTokens: 4 };
 
 let sequences, stopTokens;
 
@@ -24,29 +21,20 @@ async function load(setup) {
         logLevel: library.LlamaLogLevel.error,
     });
     const threads = setup.threads;
-    const open = (modelPath) => llama.loadModel({ modelPath, gpuLayers: 0 });
-    const context = (model) => model.createContext({ contextSize: 4096, threads });
-    const model = await open(setup.gguf);
+    const model = await llama.loadModel({ modelPath: setup.gguf, gpuLayers: 0 });
+    const context = () => model.createContext({ contextSize: 4096, threads });
     const predictor = new library.InputLookupTokenPredictor();
     sequences = {
-        generate: (await context(model)).getSequence(),
-        "input-lookup": (await context(model)).getSequence({ tokenPredictor: predictor }),
+        generate: (await context()).getSequence(),
+        "input-lookup": (await context()).getSequence({ tokenPredictor: predictor }),
     };
-    const skipped = {};
-    if (setup.assistant_gguf) {
-        const drafts = (await context(await open(setup.assistant_gguf))).getSequence();
-        const tokenPredictor = new library.DraftSequenceTokenPredictor(drafts, DRAFTS);
-        sequences.assisted = (await context(model)).getSequence({ tokenPredictor });
-    } else {
-        skipped.assisted = NO_ASSISTANT;
-    }
     stopTokens = new Set(setup.stop_token_ids);
     return {
         methods: Object.keys(sequences),
         device: "cpu",
         dtype: model.typeDescription,
         versions: { "node-llama-cpp": version, "llama.cpp": llama.llamaCppRelease.release },
-        skipped,
+        skipped: {},
     };
 }
 

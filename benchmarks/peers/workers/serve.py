@@ -13,7 +13,6 @@ from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
-NO_ASSISTANT = "needs a small model with the target's tokenizer: --assistant FOLDER_OR_ID"
 Answer = dict[str, Any]
 Decode = Callable[..., Answer]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from serve import NO_ASSISTANT, answer, describe, serve
+from serve import answer, describe, serve
 from torch import Tensor
 from torch_target import load_model
 from transformers import MuseGlimmerAssistantConfig, MuseGlimmerAssistantModel
@@ -64,7 +64,7 @@ def load_dflash(folder: Path, dtype: torch.dtype) -> Any:
 
 
 def load(setup: dict[str, Any]) -> tuple[dict, Any]:
-    """Load the target and the assistant, if given."""
+    """Load the target and the drafter, if given."""
     model = load_model(setup["target"], setup)
     clock = Clock(model)
     options: dict[str, dict[str, Any]] = {
@@ -79,10 +79,6 @@ def load(setup: dict[str, Any]) -> tuple[dict, Any]:
         options["treeflash"] = {"custom_generate": loop, "drafter": setup["drafter"]}
     else:
         skipped = dict.fromkeys(("dflash", "treeflash"), "needs a drafter: --drafter FOLDER_OR_ID")
-    if setup["assistant"]:
-        options["assisted"] = {"assistant_model": load_model(setup["assistant"], setup)}
-    else:
-        skipped["assisted"] = NO_ASSISTANT
 
     def decode(prompt_ids: list[int], method: str, budget: object, max_tokens: int) -> dict:
         prompt = torch.tensor([prompt_ids], device=model.device)

@@ -1,13 +1,22 @@
-"""A prompt file and a run over it."""
+"""A prompt file and a run over it, in a process that Ctrl-C interrupts."""
 
 from __future__ import annotations
 
 import json
+import signal
 
 import pytest
 from batch_files import ROWS
 
 from treeflash.commands.generate import main
+
+
+@pytest.fixture(autouse=True)
+def interruptible():
+    """Let SIGINT interrupt, which a process in the background of a shell ignores."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

@@ -29,14 +29,6 @@ INTERRUPT, END, NEW_LINE = "\x03", "\x04", "\x1b\r"
 ENTER = "\r"
 
 
-@pytest.fixture(autouse=True)
-def interruptible():
-    """Let SIGINT interrupt, which a process in the background of a shell ignores."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.fixture
 def talk(scripted):
     """Enter keys in a conversation with a model: the conversation and what it showed."""

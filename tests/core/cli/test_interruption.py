@@ -19,14 +19,6 @@ LONG_S = 60
 """Longer than a test takes: a load that is not interrupted fails at its end."""
 
 
-@pytest.fixture(autouse=True)
-def interruptible():
-    """Let SIGINT interrupt, which a process in the background of a shell ignores."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 class Interrupted:
     """An object in whose `__del__` the user presses Ctrl-C."""
 

@@ -7,10 +7,18 @@ from pathlib import PurePath
 
 from fastapi import FastAPI, Response
 
-FILES = ("index.html", "page.css", "chat.js", "images.js", "markdown.js", "stream.js", "tree.js")
+PAGE_FILES = (
+    "index.html",
+    "page.css",
+    "chat.js",
+    "images.js",
+    "markdown.js",
+    "stream.js",
+    "tree.js",
+)
 VENDORED = ("vendor/marked.js", "vendor/purify.js")
 """Of npm: marked 18.2.1 (MIT) and DOMPurify 3.5.0 (Apache 2.0), whose licences are beside them."""
-PATHS = {"/" if name == "index.html" else f"/{name}": name for name in FILES + VENDORED}
+PATHS = {"/" if name == "index.html" else f"/{name}": name for name in PAGE_FILES + VENDORED}
 """The file at each path."""
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 HEADERS = {
