@@ -98,10 +98,9 @@ class Pause:
 
     def add(self, gained: float) -> None:
         """Add what an iteration with the step gained."""
-        self.balance = min(self.balance + gained, self.highest)
-        if self.balance <= self.lowest:
+        self.balance = min(max(self.balance + gained, self.lowest), self.highest)
+        if self.balance == self.lowest:
             self.extend()
-            self.balance = self.lowest / 2
         elif self.balance > 0:
             self.reset()
 

@@ -19,8 +19,7 @@ Rule. Distances are octaves between numbers of rows, and `REMEMBERED` passes sin
 octave. The `NEAREST` passes by distance count. Passes over one and over several sequences, and over
 roots alone and over trees are of different kinds, because a batch computes attention sequence by
 sequence, and needs masks for its first tree. Another kind counts only as long as none of the own
-kind is known. `is_known` tells whether a pass had about a number of rows: else the budget tries it
-if it promises much, because a table may be wrong about trees that are never verified.
+kind is known.
 
 Every `CHECKED_EVERY` passes the table and its file take over corrections that are `DIFFERENT`
 between numbers of rows, or say that the machine is faster by that factor than it was. A machine
@@ -119,12 +118,15 @@ class CostFile:
         )
 
 
-class Pass(NamedTuple):
-    """A forward pass of decoding."""
+class Passes(NamedTuple):
+    """The latest passes, the newest last."""
 
-    kind: tuple[int, bool]  # see `_kind`
-    octave: float  # binary logarithm of the number of rows
-    ratio: float  # the pass's seconds, divided by what the table says
+    kinds: NDArray[np.int64]  # (n,) kinds, see `_kind`
+    octaves: NDArray[np.float64]  # (n,) binary logarithms of the numbers of rows
+    ratios: NDArray[np.float64]  # (n,) seconds of the passes, divided by what the table says
+
+
+NONE = Passes(np.zeros(0, np.int64), np.zeros(0), np.zeros(0))
 
 
 @dataclass
@@ -137,7 +139,7 @@ class VerifyCosts:
         position_s: extra seconds for each committed position of a sequence, by the number of its
             rows that read it.
         file: where the costs are kept for other processes; None if they are not.
-        passes: the latest passes, the newest last.
+        sizes: (n,) sizes of the table, ascending.
 
     Raises:
         ValueError: a number is out of range, or the sizes do not ascend from 1.
@@ -146,9 +148,10 @@ class VerifyCosts:
     seconds: dict[int, float]
     position_s: dict[int, float] = field(default_factory=dict)
     file: CostFile | None = field(default=None, compare=False, repr=False)
-    passes: tuple[Pass, ...] = field(default=(), init=False, compare=False, repr=False)
+    sizes: NDArray[np.int64] = field(init=False, compare=False, repr=False)
+    _passes: Passes = field(default=NONE, init=False, compare=False, repr=False)
     # corrections by kind since the newest pass
-    _known: dict[tuple[int, bool], NDArray[np.float64]] = field(
+    _known: dict[int, NDArray[np.float64]] = field(
         default_factory=dict, init=False, compare=False, repr=False
     )
     # passes until the table is compared with them
@@ -162,6 +165,7 @@ class VerifyCosts:
             raise ValueError(f"seconds must be finite and above 0, got {seconds}")
         if not all(0 <= x < math.inf for x in self.position_s.values()):
             raise ValueError(f"position_s must be finite and 0 or more, got {self.position_s}")
+        self.sizes = np.array(sizes)
 
     @classmethod
     def measure(
@@ -219,11 +223,6 @@ class VerifyCosts:
         """Whether no size is clearly faster than the one before: else one of them was disturbed."""
         return all(b * DIFFERENT >= a for a, b in pairwise(self.seconds.values()))
 
-    @property
-    def sizes(self) -> NDArray[np.int64]:
-        """The (n,) sizes of the table, ascending."""
-        return np.array(list(self.seconds))
-
     def predict(
         self,
         rows: Sequence[int] | NDArray[np.int64],
@@ -237,70 +236,70 @@ class VerifyCosts:
         """
         numbers = np.asarray(rows)
         found = self._table_seconds(numbers, np.asarray(reads, np.float64), sequences)
-        for are_trees in (False, True):
-            chosen = (numbers > sequences) == are_trees
+        has_trees = numbers > sequences
+        for chosen, least in ((has_trees, sequences + 1), (~has_trees, sequences)):
             if chosen.any():
-                ratios = self._corrections((power_of_two(sequences), are_trees))
+                ratios = self._corrections(_kind(least, sequences))
                 found[chosen] *= np.interp(numbers[chosen], self.sizes, ratios)
         return found
 
     def observe(self, rows: int, reads: float, sequences: int, seconds: float) -> None:
         """Take in a forward pass of decoding."""
         table = self._table_seconds(np.array([rows]), np.array([reads]), sequences)
-        ratio = max(seconds, 1e-9) / float(table[0])
-        newest = Pass(_kind(rows, sequences), math.log2(rows), ratio)
+        newest = _kind(rows, sequences), math.log2(rows), max(seconds, 1e-9) / float(table[0])
         # Threads may share the costs: each reads the passes and what is known of them as a whole.
-        self.passes, self._known = (*self.passes[1 - REMEMBERED :], newest), {}
+        parts = zip(self._passes, newest, strict=True)
+        self._passes = Passes(*(np.append(old[1 - REMEMBERED :], new) for old, new in parts))
+        self._known = {}
         self._until_checked -= 1
         if not self._until_checked:
             self._until_checked = CHECKED_EVERY
             self._correct_table()
 
+    def are_known(self, sizes: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Return for each of the (n,) sizes whether a late pass had a tree of about that size."""
+        return self._near(_kind(2, 1), sizes) > 0
+
     def _table_seconds(
         self, rows: NDArray[np.int64], reads: NDArray[np.float64], sequences: int
     ) -> NDArray[np.float64]:
         """Return the (n,) seconds by the table, as `predict` does."""
-        sizes, seconds = list(self.seconds), list(self.seconds.values())
-        found = np.interp(rows, sizes, seconds)
-        # Beyond the largest size the last slope continues.
-        if len(sizes) > 1:
-            slope = (seconds[-1] - seconds[-2]) / (sizes[-1] - sizes[-2])
-            found += np.maximum(rows - sizes[-1], 0) * max(slope, 0.0)
+        seconds = list(self.seconds.values())
+        found = np.interp(rows, self.sizes, seconds)
+        if rows.max() > self.sizes[-1] > 1:  # the last slope continues
+            slope = (seconds[-1] - seconds[-2]) / (self.sizes[-1] - self.sizes[-2])
+            found += np.maximum(rows - self.sizes[-1], 0) * max(slope, 0.0)
         if self.position_s:
             numbers, position_s = list(self.position_s), list(self.position_s.values())
             known = np.clip(rows / sequences, numbers[0], numbers[-1])
             found += np.interp(known, numbers, position_s) / known * reads
         return found
 
-    def are_known(self, sizes: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Return for each of the (n,) sizes whether a late pass had a tree of about that size."""
-        return self._near(_kind(2, 1), sizes) > 0
-
-    def _corrections(self, kind: tuple[int, bool]) -> NDArray[np.float64]:
+    def _corrections(self, kind: int) -> NDArray[np.float64]:
         """Return the (n,) corrections of the table's sizes for a kind of passes."""
-        if not self.passes:
-            return np.ones(len(self.seconds))
+        passes = self._passes
+        if not len(passes.kinds):
+            return np.ones(len(self.sizes))
         if (found := self._known.get(kind)) is None:
-            kinds, octaves, ratios = zip(*self.passes, strict=True)
-            own = np.array([other == kind for other in kinds])
-            used = np.flatnonzero(own) if own.any() else np.arange(len(own))
-            distances = abs(np.log2(self.sizes)[:, None] - np.array(octaves)[used])
-            distances += (len(own) - 1 - used) / REMEMBERED
+            own = np.flatnonzero(passes.kinds == kind)
+            used = own if len(own) else np.arange(len(passes.kinds))
+            distances = abs(np.log2(self.sizes)[:, None] - passes.octaves[used])
+            distances += (len(passes.kinds) - used) / REMEMBERED
             nearest = np.argsort(distances, 1, kind="stable")[:, :NEAREST]
-            self._known[kind] = found = np.array(ratios)[used][nearest].min(1)
+            self._known[kind] = found = passes.ratios[used][nearest].min(1)
         return found
 
-    def _near(self, kind: tuple[int, bool], sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+    def _near(self, kind: int, sizes: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return how many passes of a kind had about as many rows as each of the (n,) sizes."""
-        octaves = np.array([passed.octave for passed in self.passes if passed.kind == kind])
+        octaves = self._passes.octaves[self._passes.kinds == kind]
         near = abs(np.log2(sizes)[:, None] - octaves) < math.log2(DIFFERENT)
         return np.asarray(near.sum(1), np.int64)
 
     def _correct_table(self) -> None:
         """Take lasting corrections over into the table and its file; see the module's rule."""
-        trees, root = _kind(2, 1), _kind(1, 1)
+        trees, roots = _kind(2, 1), _kind(1, 1)
         near, found = self._near(trees, self.sizes), self._corrections(trees).copy()
-        near[0], found[0] = self._near(root, self.sizes[:1])[0], self._corrections(root)[0]
+        near[0], found[0] = self._near(roots, self.sizes[:1])[0], self._corrections(roots)[0]
         known = near >= NEAREST
         known[0] = near[0] > 1  # plain passes are rare
         if not known.any():
@@ -309,21 +308,20 @@ class VerifyCosts:
         ratios /= max(ratios.min(), 1.0)
         if max(ratios.max(), 1 / ratios.min()) <= DIFFERENT:
             return
-        self.passes = ()  # the table has what they said
-        costs = zip(self.seconds.items(), ratios.tolist(), strict=True)
         self.position_s = {
             rows: cost * float(np.interp(rows, self.sizes, ratios))
             for rows, cost in self.position_s.items()
         }
+        costs = zip(self.seconds.items(), ratios.tolist(), strict=True)
         self.seconds = {size: cost * ratio for (size, cost), ratio in costs}
-        self._known = {}
+        self._passes, self._known = NONE, {}  # the table has what they said
         if self.file is not None and self.file.is_valid():
             self.file.write(self)
 
 
-def _kind(rows: int, sequences: int) -> tuple[int, bool]:
+def _kind(rows: int, sequences: int) -> int:
     """Return the kind of a pass: about how many sequences it has, and whether they have trees."""
-    return power_of_two(sequences), rows > sequences
+    return 2 * power_of_two(sequences) + (rows > sequences)
 
 
 def model_key(target: Path) -> str:
