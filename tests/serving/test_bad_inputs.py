@@ -7,11 +7,12 @@ import json
 import re
 
 import pytest
-from servers import check_error
+from servers import NAME, check_error
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
 
 CHAT, TEXT, TOKENIZE = "/v1/chat/completions", "/v1/completions", "/tokenize"
+MESSAGES, RESPONSES, OLLAMA = "/v1/messages", "/v1/responses", "/api/"
 USER = {"role": "user", "content": "Hi"}
 GREETING = [{"type": "text", "text": "Hi"}] * 2
 DEEP = "[" * 5000 + "]" * 5000
@@ -25,10 +26,32 @@ def text(**fields):
     return TEXT, {"prompt": "Hi", "max_tokens": 4, **fields}
 
 
+def messages(**fields):
+    return MESSAGES, {"messages": [USER], "max_tokens": 4, **fields}
+
+
+def responses(**fields):
+    return RESPONSES, {"input": "Hi", "max_output_tokens": 4, **fields}
+
+
+def item(**fields):
+    """A request with one item as its input."""
+    return responses(input=[fields])
+
+
+def ollama(name, **fields):
+    return f"{OLLAMA}{name}", {"model": NAME, **fields}
+
+
 def function(name):
     return {"type": "function", "function": {"name": name}}
 
 
+USE = {"type": "tool_use", "id": "call_1", "name": "paint", "input": {}}
+RESULT = {"type": "tool_result", "tool_use_id": "call_1"}
+PAINT = {"name": "paint", "description": "Paints.", "input_schema": {"type": "object"}}
+STOP = {"function": {"name": "stop"}}
+IMAGE = {"type": "input_image", "image_url": "data:image/png;base64,AAAA"}
 # A request, and what its error must say; the status is 400.
 WRONG = [
     # Decoding
@@ -160,6 +183,79 @@ WRONG = [
     ((TOKENIZE, {}), "either prompt or messages"),
     ((TOKENIZE, {"prompt": "a", "messages": [USER]}), "either prompt or messages"),
     ((TOKENIZE, {"prompt": 5}), "prompt"),
+    (chat(continue_final_message=True), "continue_final_message"),
+    (chat(add_generation_prompt=False), "continue_final_message"),
+    (
+        chat(continue_final_message=True, add_generation_prompt=False),
+        "continue_final_message needs a last message of the assistant",
+    ),
+    (chat(chat_template_kwargs={"messages": []}), "'messages' is reserved"),
+    # Anthropic's API
+    (messages(messages=[USER, {"role": "assistant", "content": [USE]}]), "it must be text only"),
+    (messages(messages=[{"role": "user", "content": [USE]}]), "only messages with the role assist"),
+    (
+        messages(messages=[{"role": "user", "content": [{"type": "thinking", "thinking": "Hm."}]}]),
+        "only messages with the role assistant can have a thinking",
+    ),
+    (
+        messages(messages=[{"role": "assistant", "content": [RESULT]}, USER]),
+        "only messages with the role user can have a tool_result",
+    ),
+    (messages(tools=[PAINT], tool_choice={"type": "tool"}), "add tool_choice.name"),
+    (messages(max_tokens=0), "max_tokens: "),
+    (messages(temperature=-0.1), "temperature: "),
+    (messages(top_p=0), "top_p: "),
+    (messages(top_k=-2), "top_k: "),
+    (messages(stop_sequences=["a"] * 17), "stop_sequences: "),
+    (messages(stop_sequences=[""]), "stop_sequences.0: "),
+    (messages(tools=[{**PAINT, "name": f"f{i}"} for i in range(257)]), "tools: "),
+    (messages(tools=[{**PAINT, "name": "two words"}]), "tools.0.name: "),
+    (messages(messages=[]), "messages: "),
+    (messages(thinking={"type": "enabled", "budget_tokens": 0}), "thinking.budget_tokens: "),
+    (messages(service_tier="flex"), "service_tier: "),
+    # OpenAI's newer API: what needs stored responses or other tools, and values out of range
+    (responses(store=True), "store: "),
+    (responses(previous_response_id="resp_1"), "previous_response_id is not supported"),
+    (responses(background=True), "background: "),
+    (responses(conversation="conv_1"), "conversation is not supported"),
+    (responses(truncation="auto"), "truncation: "),
+    (responses(service_tier="flex"), "service_tier: "),
+    (responses(include=["message.output_text.logprobs"]), "include.0: "),
+    (responses(tools=[{"type": "file_search"}]), "tools.0: "),
+    (item(type="item_reference", id="msg_1"), "input.0.type: "),
+    (responses(input=[]), "input: "),
+    (responses(max_output_tokens=0), "max_output_tokens: "),
+    (responses(temperature=-0.1), "temperature: "),
+    (responses(top_p=0), "top_p: "),
+    (responses(top_p=1.1), "top_p: "),
+    (responses(tools=[{"type": "function", "name": f"f{i}"} for i in range(257)]), "tools: "),
+    (responses(tools=[{"type": "function", "name": "two words"}]), "tools.0.name: "),
+    (responses(tools=[{"type": "namespace", "name": "two words", "tools": []}]), "tools.0.name: "),
+    (responses(stream_options={"include_obfuscation": True}), "include_obfuscation: "),
+    (
+        item(role="user", content=[{"type": "input_file", "file_data": "data:"}]),
+        "input.0.content.0",
+    ),
+    (item(type="reasoning", encrypted_content="x"), "input.0.type: "),
+    *(
+        (
+            item(type="function_call", call_id="a", name="paint", arguments=x),
+            "a JSON object, as text",
+        )
+        for x in ("[1]", "{", "1", "[" * 100_000)
+    ),
+    *(
+        (item(role=role, content=[IMAGE]), "only messages of the user and results of calls")
+        for role in ("system", "developer", "assistant")
+    ),
+    # Ollama's API
+    (ollama("chat", messages=[{"role": "tool", "content": "4"}]), "answers no call"),
+    (
+        ollama("chat", messages=[USER, {"role": "assistant", "tool_calls": [STOP]}]),
+        "add their results",
+    ),
+    (ollama("generate", prompt="Hi", options={"mirostat": 1}), "options.mirostat"),
+    (ollama("generate", prompt="Hi", raw=True, system="Be kind."), "raw has no template"),
 ]
 RAW = [
     (b"", "the body is empty; send a JSON object"),
@@ -196,7 +292,13 @@ def test_wrong_fields(server, request_, says):
     response = server.client.post(
         path, content=content, headers={"Content-Type": "application/json"}
     )
-    check_error(response, 400, says)
+    if path == MESSAGES or path.startswith(OLLAMA):
+        error = response.json()["error"]
+        message = error["message"] if path == MESSAGES else error
+        assert (response.status_code, "\n" in message) == (400, False)
+        assert says in message
+    else:
+        check_error(response, 400, says)
 
 
 @pytest.mark.parametrize(

@@ -261,26 +261,6 @@ def test_names_of_participants(server):
     assert server.post(PATH, {"messages": [message], "max_tokens": 1}).status_code == 200
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"continue_final_message": True},
-        {"add_generation_prompt": False},
-        {"continue_final_message": True, "add_generation_prompt": False},
-    ],
-)
-def test_messages_that_cannot_be_continued(server, fields):
-    response = server.post(PATH, {"messages": MESSAGES, **fields})
-    assert response.status_code == 400
-    assert "continue_final_message" in response.json()["error"]["message"]
-
-
-def test_a_reserved_variable_of_the_chat_template(server):
-    response = server.chat(chat_template_kwargs={"messages": []})
-    assert response.status_code == 400
-    assert "'messages' is reserved" in response.json()["error"]["message"]
-
-
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 def test_a_line_in_the_log_for_each_request(server, caplog, stream):
     with caplog.at_level("INFO", "treeflash.serving"):

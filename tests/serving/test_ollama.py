@@ -221,48 +221,6 @@ def test_a_model_is_loaded_already(client):
         assert (found.done, found.done_reason) == (True, "load")
 
 
-@pytest.mark.parametrize(
-    ("path", "body", "says"),
-    [
-        pytest.param(
-            "/api/chat",
-            {"model": NAME, "messages": [{"role": "tool", "content": "4"}]},
-            "answers no call",
-            id="a result without a call",
-        ),
-        pytest.param(
-            "/api/chat",
-            {
-                "model": NAME,
-                "messages": [
-                    *HELLO,
-                    {"role": "assistant", "tool_calls": [{"function": {"name": "stop"}}]},
-                ],
-            },
-            "add their results",
-            id="a call without a result",
-        ),
-        pytest.param(
-            "/api/generate",
-            {"model": NAME, "prompt": "Hi", "options": {"mirostat": 1}},
-            "options.mirostat",
-            id="another way of sampling",
-        ),
-        pytest.param(
-            "/api/generate",
-            {"model": NAME, "prompt": "Hi", "raw": True, "system": "Be kind."},
-            "raw has no template",
-            id="raw with a system message",
-        ),
-    ],
-)
-def test_errors_have_ollamas_form(server, path, body, says):
-    response = server.post(path, body)
-    assert response.status_code == 400
-    assert set(response.json()) == {"error"}
-    assert says in response.json()["error"]
-
-
 def test_a_digest_is_of_the_model(client, server, tmp_path):
     """Applications remember the capabilities of a model by it, also when the server has another."""
     (listed,) = client.list().models
