@@ -13,6 +13,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from recordings import recording
 from scripted_model import reference_model, scripted_model
 from servers import serving, serving_pool
 
@@ -252,18 +253,11 @@ def test_functions_of_a_namespace(caller, caplog):
     assert item["content"][0]["text"] == "It is done."
 
 
-def test_the_model_reads_calls_and_tools_with_the_namespace(caller, monkeypatch):
-    seen = []
-    tokenizer = caller.engine.model.tokenizer
-    render = type(tokenizer).render
-    monkeypatch.setattr(
-        type(tokenizer),
-        "render",
-        lambda self, *args, **named: seen.append(args) or render(self, *args, **named),
-    )
+def test_the_model_reads_calls_and_tools_with_the_namespace(caller):
     call = {"type": "function_call", "call_id": "call_1", "arguments": "{}"}
     call |= {"name": "close_agent", "namespace": "multi_agent_v1"}
-    caller.post("/v1/responses", {**CODEX, "input": [*CODEX["input"], call]})
+    with recording(caller.engine.model.tokenizer, "render") as seen:
+        caller.post("/v1/responses", {**CODEX, "input": [*CODEX["input"], call]})
     ((messages, variables),) = seen
     names = [tool["function"]["name"] for tool in variables["tools"]]
     assert names == ["exec_command", "multi_agent_v1.close_agent"]

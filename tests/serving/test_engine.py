@@ -176,14 +176,14 @@ def engine_of(server):
     return server.pool.models[0].service.engine
 
 
-def serve_until_it_ends(model, client):
+def serve_until_it_ends(model, client, **limits):
     """Run a server of its own, and the client in a thread; returns the exit status."""
     thread = threading.Thread(target=client)
     thread.start()
     where = {"host": "127.0.0.1", "port": 0, "log_level": "info"}
     settings = Settings()
     spec = ModelSpec(names=("tiny",), load=lambda: model, settings=settings, defaults={})
-    status = application.serve([spec], settings, **where)
+    status = application.serve([spec], settings, **where, **limits)
     thread.join()
     return status
 
@@ -218,7 +218,6 @@ def test_a_client_that_does_not_read_its_answer_cannot_hold_the_server(model, st
         return listening
 
     monkeypatch.setattr(application, "bind", bind_with_small_buffer)
-    monkeypatch.setattr(application, "READING_SECONDS", 0)
     body = {"prompt": "A", "stream": True, "max_tokens": 400, "ignore_eos": True, "logprobs": 20}
     content = json.dumps(body).encode()
 
@@ -238,7 +237,7 @@ def test_a_client_that_does_not_read_its_answer_cannot_hold_the_server(model, st
             ended.append(True)
 
     ended = []
-    assert serve_until_it_ends(model, ask) == 0
+    assert serve_until_it_ends(model, ask, reading_seconds=0) == 0
     assert ended, "it waited for the client"
 
 

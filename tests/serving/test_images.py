@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
+from recordings import recording
 
 Pillow = pytest.importorskip("PIL.Image")
 from protocols import PROTOCOLS, Ask
@@ -159,18 +160,11 @@ def listener():
             listening.accept()
 
 
-def test_nothing_is_fetched_or_opened(image_server, tmp_path, monkeypatch):
+def test_nothing_is_fetched_or_opened(image_server, tmp_path):
     """Whatever a URL names, the answer is the same error, and nothing connects."""
     path = tmp_path / "secret.png"
     path.write_bytes(picture(1))
-    looked_up = []
-    resolve = socket.getaddrinfo
-    monkeypatch.setattr(
-        socket,
-        "getaddrinfo",
-        lambda *args, **more: looked_up.append(args) or resolve(*args, **more),
-    )
-    with listener() as port:
+    with recording(socket, "getaddrinfo") as looked_up, listener() as port:
         urls = [
             f"http://127.0.0.1:{port}/a.png",
             f"https://localhost:{port}/a.png",

@@ -7,6 +7,7 @@ body with a million faults would hold up all streams for minutes.
 from __future__ import annotations
 
 import pytest
+from recordings import recording
 
 from treeflash.serving import application
 from treeflash.serving.schemas import MAX_FAULTS, MAX_ITEMS, Function, allowed_tools
@@ -44,17 +45,12 @@ FAULTY = {
 
 
 @pytest.mark.parametrize("name", FAULTY)
-def test_few_faults_are_described(server, monkeypatch, name):
+def test_few_faults_are_described(server, name):
     path, body = FAULTY[name]
-    counts, describe = [], application.field_error
-
-    def counted(errors, body):
-        counts.append(len(errors))
-        return describe(errors, body)
-
-    monkeypatch.setattr(application, "field_error", counted)
-    assert server.post(path, body).status_code == 400
-    assert counts[0] <= MAX_FAULTS
+    with recording(application, "field_error") as described:
+        assert server.post(path, body).status_code == 400
+    errors, _ = described[0]
+    assert len(errors) <= MAX_FAULTS
 
 
 @pytest.mark.parametrize(
@@ -84,15 +80,9 @@ def test_entries_that_are_many_are_counted(server):
     assert response.json()["error"]["message"] == f"metadata: {MANY} entries are invalid"
 
 
-def test_too_many_prompts_are_refused_before_any_is_encoded(server, monkeypatch):
-    encoded, encode = [], Service.encode
-
-    async def counted(self, text):
-        encoded.append(text)
-        return await encode(self, text)
-
-    monkeypatch.setattr(Service, "encode", counted)
-    response = server.complete(["a"] * MAX_ITEMS)
+def test_too_many_prompts_are_refused_before_any_is_encoded(server):
+    with recording(Service, "encode") as encoded:
+        response = server.complete(["a"] * MAX_ITEMS)
     assert response.status_code == 400
     assert f"asks for {MAX_ITEMS} answers" in response.json()["error"]["message"]
     assert not encoded
@@ -104,16 +94,16 @@ class Counting(str):
     compared = 0
 
     def __eq__(self, other):
-        Counting.compared += 1
+        type(self).compared += 1
         return str.__eq__(self, other)
 
     __hash__ = str.__hash__
 
 
 @pytest.fixture
-def counting(monkeypatch):
-    monkeypatch.setattr(Counting, "compared", 0)
-    return Counting
+def counting():
+    """A kind of texts of its own, which nothing has compared yet."""
+    return type("Counting", (Counting,), {})
 
 
 def test_names_of_tools_are_not_compared_each_with_each(counting):

@@ -46,9 +46,6 @@ from treeflash.serving.schemas import (
 from treeflash.serving.service import Conversation, Service
 from treeflash.serving.settings import Settings
 
-READING_SECONDS = 10
-"""Seconds in which clients can read the last answers of a server that ends."""
-
 logger = logging.getLogger("treeflash.serving")
 
 
@@ -293,7 +290,11 @@ class Server(uvicorn.Server):
 
 
 def configuration(
-    app: FastAPI, *, log_level: str | None = None, protocol: type[Protocol] = Protocol
+    app: FastAPI,
+    *,
+    log_level: str | None = None,
+    protocol: type[Protocol] = Protocol,
+    reading_seconds: int = 10,
 ) -> uvicorn.Config:
     return uvicorn.Config(
         app,
@@ -302,16 +303,23 @@ def configuration(
         log_level=log_level,
         log_config=None,
         lifespan="off",
-        timeout_graceful_shutdown=READING_SECONDS,
+        timeout_graceful_shutdown=reading_seconds,
     )
 
 
 def serve(
-    specs: Sequence[ModelSpec], settings: Settings, *, host: str, port: int, log_level: str
+    specs: Sequence[ModelSpec],
+    settings: Settings,
+    *,
+    host: str,
+    port: int,
+    log_level: str,
+    reading_seconds: int = 10,
 ) -> int:
     """Serve models and return the exit status; a single one is loaded first.
 
-    Port 0 chooses a free one. A TreeflashError or OSError is raised if the single model cannot be
+    Port 0 chooses a free one. When the server ends, clients have `reading_seconds` to read their
+    last answers. A TreeflashError or OSError is raised if the single model cannot be
     loaded, its chat template rejects the defaults, or the port is taken.
     """
     listening = bind(host, port)
@@ -325,7 +333,7 @@ def serve(
             app = application(pool)
             host, port = listening.getsockname()[:2]
             shown = f"[{host}]" if ":" in host else host
-            config = configuration(app, log_level=log_level)
+            config = configuration(app, log_level=log_level, reading_seconds=reading_seconds)
             names = ", ".join(model.name for model in pool.models)
             logger.info("serving %s on http://%s:%d", names, shown, port)
             asyncio.run(Server(config, pool).serve([listening]))

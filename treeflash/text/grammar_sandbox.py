@@ -32,8 +32,6 @@ COMPILE_SECONDS = 0.5
 """Seconds of CPU time for compiling a grammar."""
 MEMORY = 1 << 30
 """Bytes of memory for compiling a grammar, on systems that can limit it."""
-PATIENCE = 30.0
-"""Seconds after which a process that does not answer is killed."""
 ANY_FORM = "lark_or_gbnf"
 """The key of a grammar whose format is not known yet."""
 NO_MATCH = "no text matches it"
@@ -59,10 +57,11 @@ class GrammarSandbox:
         self._ready = False
         self._start()
 
-    def run(self, grammars: Sequence[Mapping[str, Any]]) -> str:
+    def run(self, grammars: Sequence[Mapping[str, Any]], patience: float = 30.0) -> str:
         """Compile grammars, which may have the key `ANY_FORM`; returns llguidance's form of them.
 
-        The objects of JSON schemas are closed, as `close_objects` says.
+        The objects of JSON schemas are closed, as `close_objects` says. A process that does not
+        answer in `patience` seconds is killed.
 
         A SandboxError is raised if a grammar is invalid, or compiling it takes too much, an OSError
         if no process can be started.
@@ -75,11 +74,11 @@ class GrammarSandbox:
             if self.process.poll() is not None:
                 self._end()
                 self._start()
-            if not self._ready and not self._read():
+            if not self._ready and not self._read(patience):
                 raise OSError(f"the process for grammars ended with {self.process.wait()}")
             self._ready = True
             self._write(text)
-            reply = self._read()
+            reply = self._read(patience)
             if not reply:
                 reason = self._cause_of_death()
                 self._start()  # now, so that the next grammar need not wait
@@ -110,10 +109,10 @@ class GrammarSandbox:
             self.process.stdin.write(line + "\n")
             self.process.stdin.flush()
 
-    def _read(self) -> str:
-        """Read a line, or nothing if the process dies or does not answer within `PATIENCE`."""
+    def _read(self, patience: float) -> str:
+        """Read a line, or nothing if the process dies or does not answer in time."""
         assert self.process.stdout is not None
-        timer = threading.Timer(PATIENCE, self.process.kill)
+        timer = threading.Timer(patience, self.process.kill)
         timer.start()
         try:
             return self.process.stdout.readline()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from recordings import recording
 from rich.console import Console
 
 pytest.importorskip("PIL")
@@ -57,13 +58,10 @@ class TestGenerate:
         tokens = len(model.tokenizer.encode(text.replace("<image>", "")))
         assert f"after a prompt of {tokens + 2 * FEATURES}," in err
 
-    def test_an_image_is_decoded_once(self, use, run, model, files, monkeypatch):
-        opened, open_image = [], Image.open
-        monkeypatch.setattr(
-            Image, "open", lambda *args, **kwargs: opened.append(1) or open_image(*args, **kwargs)
-        )
+    def test_an_image_is_decoded_once(self, use, run, model, files):
         use(model)
-        assert run("Hi", "--image", files[0], "--image", files[1])[0] == 0
+        with recording(Image, "open") as opened:
+            assert run("Hi", "--image", files[0], "--image", files[1])[0] == 0
         assert len(opened) == 2
 
     def test_without_a_prompt_a_sample_asks_for_the_image(self, use, run, model, files, stdin):
