@@ -8,7 +8,9 @@ from typing import Any
 
 from treeflash.drafters.formats import drafter_shapes, parse_drafter_config
 
+ROPE = {"rope_type": "default", "rope_theta": 1e6}
 QWEN3 = {
+    "model_type": "qwen3",
     "num_hidden_layers": 36,
     "num_attention_heads": 32,
     "num_key_value_heads": 8,
@@ -16,7 +18,7 @@ QWEN3 = {
     "vocab_size": 151_936,
     "max_position_embeddings": 40_960,
     "rms_norm_eps": 1e-6,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    "rope_parameters": ROPE,
 }
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-4b": QWEN3
@@ -27,18 +29,43 @@ SHAPES: dict[str, dict[str, Any]] = {
     | {"hidden_size": 64, "intermediate_size": 128, "tie_word_embeddings": True}
     | {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
     | {"head_dim": 16, "vocab_size": 2048},
+    "llama-8b": QWEN3
+    | {"model_type": "llama", "num_hidden_layers": 32, "vocab_size": 128_256}
+    | {"hidden_size": 4096, "intermediate_size": 14_336, "tie_word_embeddings": False},
+    "gemma3-4b": QWEN3
+    | {"model_type": "gemma3_text", "num_hidden_layers": 34, "vocab_size": 262_208}
+    | {"hidden_size": 2560, "intermediate_size": 10_240, "tie_word_embeddings": True}
+    | {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256}
+    | {"sliding_window": 1024, "query_pre_attn_scalar": 256}
+    | {"rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), ROPE)},
+    "qwen3-30b-a3b": QWEN3
+    | {"model_type": "qwen3_moe", "num_hidden_layers": 48, "num_key_value_heads": 4}
+    | {"hidden_size": 2048, "intermediate_size": 6144, "tie_word_embeddings": False}
+    | {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768},
+    "qwen3.5-9b": QWEN3
+    | {"model_type": "qwen3_5_text", "num_hidden_layers": 32, "vocab_size": 248_320}
+    | {"hidden_size": 4096, "intermediate_size": 12_288, "tie_word_embeddings": False}
+    | {"num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 256}
+    | {"linear_num_key_heads": 16, "linear_num_value_heads": 32}
+    | {"rope_parameters": ROPE | {"partial_rotary_factor": 0.25}},
 }
 DRAFTER_LAYERS, BLOCK_SIZE, TOP_M, TOP_K = 5, 16, 16, 16
+OF_LAYERS = (
+    *("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"),
+    *("head_dim", "vocab_size", "max_position_embeddings", "rms_norm_eps"),
+)
+"""What a drafter's configuration has of its target's."""
 
 
 def write_target(folder: Path, shape: dict[str, Any], device: Any, dtype: str) -> None:
     """Write a target of random weights, initialised on `device`."""
     import torch
-    from transformers import AutoModelForCausalLM, Qwen3Config
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
+    config = AutoConfig.for_model(**shape)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(Qwen3Config(**shape), dtype=getattr(torch, dtype))
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     # Each file passes through the memory of the host.
     model.save_pretrained(folder, max_shard_size="4GB")
 
@@ -64,8 +91,9 @@ def write_drafter(folder: Path, shape: dict[str, Any], device: Any, dtype: str) 
 
 def drafter_config(shape: dict[str, Any]) -> dict[str, Any]:
     """Build the `config.json` of a drafter for a target of this shape."""
-    return shape | {
+    return {key: shape[key] for key in OF_LAYERS} | {
         "model_type": "qwen3",
+        "rope_parameters": ROPE,
         "num_hidden_layers": DRAFTER_LAYERS,
         "num_target_layers": shape["num_hidden_layers"],
         "block_size": BLOCK_SIZE,

@@ -12,6 +12,7 @@ from parts import load_with_parts
 from scheduled_texts import assert_plain_texts
 
 from treeflash.config import LoadConfig
+from treeflash.decoding import probe
 from treeflash.decoding.backend_base import CommittedPath
 from treeflash.decoding.tree import DraftTree
 from treeflash.errors import CheckpointError, UnsupportedModelError
@@ -23,7 +24,7 @@ require("torch")
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
-from treeflash_cuda import target_loading
+from treeflash_cuda import exact, linear, target_loading
 from treeflash_cuda.backend import load
 from treeflash_cuda.cache import KVCache
 from treeflash_cuda.cpu.decoder_target import CpuTarget
@@ -522,6 +523,36 @@ def test_exact_mode_is_granted_and_drafts_change_no_text(tmp_path, name, dtype):
     for temperature in (0.0, 1.0):
         options = {"temperature": temperature, "max_tokens": 12}
         assert_plain_texts(backend, [PROMPT, OTHER], ("treeflash", 8), **options)
+
+
+# Triton's interpreter takes 16 to 22 seconds for each.
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    "name",
+    ["llama", "qwen3, windows, biases", "gemma2", "gemma3_text", "glm4", "granite", "olmo3"],
+)
+def test_exact_mode_of_a_gpu_is_granted_and_drafts_change_no_text(tmp_path, monkeypatch, name):
+    """The check at load compares what the kernels compute for trees, chunks and single tokens."""
+    require("triton")
+    import triton_interpreter  # noqa: F401 - repairs it
+    from treeflash_cuda.gpu.triton_kernels import attention, layers
+
+    kernels = attention.tree_attention, layers.rms_norm, layers.rotate_and_store, layers.gated
+    monkeypatch.setattr(target_loading, "load_target_operations", lambda *_: Operations(*kernels))
+    monkeypatch.setattr(linear, "uses_onednn", lambda _: False)
+    # The interpreter is slow: trees cross the end of a smaller tile, after a shorter prompt.
+    monkeypatch.setattr(attention, "MAX_TILE", 16)
+    monkeypatch.setattr(probe, "EXACT_PREFIX", 12)
+    monkeypatch.setattr(probe, "EXACT_NODES", 8)
+    monkeypatch.setattr(exact, "CHECKED_ROWS", (1, 2, 17))
+    monkeypatch.setattr(exact, "CHECKED_REPEATS", 17)
+    kinds = CASES[name].get("layer_types")
+    write(tmp_path, name, num_hidden_layers=2, **({"layer_types": kinds[:2]} if kinds else {}))
+    backend = load_pair(tmp_path, dtype="bfloat16", exact=True)
+    assert isinstance(backend.target, GpuTarget)
+    assert backend.inexact is None
+    options = {"temperature": 1.0, "max_tokens": 6}
+    assert_plain_texts(backend, [[5, 6, 7] * 4, [9, 3] * 3], ("suffix", 6), **options)
 
 
 @pytest.mark.parametrize(
