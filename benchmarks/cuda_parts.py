@@ -44,6 +44,7 @@ from benchmarks.device_parts import (
     text_problem,
     tiny_text,
     tiny_texts,
+    tiny_texts_together,
 )
 from benchmarks.random_pair import SHAPES, write_drafter, write_target
 from benchmarks.report import LeftOutError, Part
@@ -576,6 +577,7 @@ def texts(gpu: Gpu, part: Part) -> None:
     is_gpu = gpu.device.type == "cuda"  # on a processor, kernels for few bits may be missing
     variants = {x: y for x, y in VARIANTS.items() if is_gpu or "draft_bits" not in y[1]}
     tiny_texts(gpu, part, variants, refused=part.problem)
+    tiny_texts_together(gpu, part)
     pair = gpu.write_tiny()
     for dtype in DTYPES:
         logits = {}

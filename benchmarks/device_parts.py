@@ -20,8 +20,9 @@ from typing import Any, ClassVar, TypeAlias
 from benchmarks.common import Row, first_difference, supported_methods
 from benchmarks.report import LeftOutError, Part
 from treeflash.cli.options import load_model, locate_model
-from treeflash.config import DecodeConfig, LoadConfig, Method, SamplingConfig
-from treeflash.decoding import Request, decode
+from treeflash.config import GIB, DecodeConfig, LoadConfig, Method, SamplingConfig
+from treeflash.decoding import Request, Scheduler, SchedulerConfig, decode
+from treeflash.decoding.prefix_cache import PrefixCache
 from treeflash.errors import ConfigError, UnsupportedModelError
 from treeflash.language_model import LanguageModel, LocatedPair
 from treeflash.registry import loader
@@ -145,6 +146,42 @@ def tiny_texts(
                 part.add("texts", **case, tokens=len(plain), equal_up_to=same)
                 if line := text_problem(f"{method}, {sampling}, with {name}", plain, found):
                     part.problem(line)
+
+
+def tiny_texts_together(device: Device, part: Part) -> None:
+    """Compare texts that are decoded at once, of all methods, with plain decoding's.
+
+    The second time their prompt is not run again: they go on from the state that was stored.
+    """
+    backend = device.load(device.write_tiny(), dtype="float32")
+    plain = {
+        name: tiny_text(backend, method="ar", sampling=sampling)
+        for name, sampling in SAMPLINGS.items()
+    }
+    cases = list(product(TINY_METHODS, SAMPLINGS))
+    config, cache = SchedulerConfig(max_parallel=len(cases)), PrefixCache(GIB)
+    for how in (f"{len(cases)} at once", f"{len(cases)} at once after a stored prompt"):
+        found: dict[tuple[Method, str], list[int]] = {case: [] for case in cases}
+        requests = [
+            Request(
+                prompt_ids=TINY_PROMPT,
+                config=DecodeConfig(
+                    method=method, budget=12, max_tokens=TOKENS, sampling=SAMPLINGS[sampling]
+                ),
+                tag=(method, sampling),
+            )
+            for method, sampling in cases
+        ]
+        for request, step in Scheduler(backend, config, prefix_cache=cache).decode(requests):
+            found[request.tag] += step.tokens
+        for (method, sampling), tokens in found.items():
+            expected = plain[sampling]
+            same = first_difference(expected, tokens)
+            case = {"pair": f"float32, {how}", "method": method, "sampling": sampling}
+            part.add("texts", **case, tokens=len(expected), equal_up_to=same)
+            if line := text_problem(f"{method}, {sampling}, {how}", expected, tokens):
+                part.problem(line)
+    cache.close()
 
 
 def tiny_text(backend: Any, **settings: Any) -> list[int]:

@@ -28,7 +28,8 @@ time for the parts begins. They run in this order, each in its own process:
   commit, and plain decoding with other sizes of command buffers.
 - on a GPU `graphs`: which functions are captured as CUDA graphs, their replays, and failures.
 - `texts`: whether every method writes the text of plain decoding with tiny models of random
-  weights; on a GPU also whether graphs and masks compute the same logits.
+  weights, alone, at once with others, and after a stored prompt; on a GPU also whether graphs and
+  masks compute the same logits.
 - `memory`: what is reserved and used, and on a GPU whether decoding goes on after memory ran out.
 - on a GPU `training`: the loss of one step of training, beside a processor's.
 - `kernels`: whether each kernel is used and right; on a GPU by dtype and width of heads.

@@ -24,8 +24,6 @@ from benchmarks.common import (
 from benchmarks.decoding.iteration import verify_rows
 from benchmarks.device_parts import (
     PROMPTS,
-    TINY_METHODS,
-    TINY_PROMPT,
     Device,
     Find,
     exact,
@@ -33,13 +31,11 @@ from benchmarks.device_parts import (
     prompt_ids,
     run_command,
     speed,
-    text_problem,
-    tiny_text,
     tiny_texts,
+    tiny_texts_together,
 )
 from benchmarks.report import Part
-from treeflash.config import GIB, DecodeConfig, LoadConfig, Method
-from treeflash.decoding import Request, Scheduler
+from treeflash.config import GIB, LoadConfig, Method
 from treeflash.decoding.interfaces import DeviceReport, device_report
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
@@ -67,8 +63,6 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 HOST_NODES, HOST_CONTEXT = (1, 8, 16), 64
 """Nodes and committed positions of the passes whose building is timed."""
 PROMPT_LENGTHS, PROMPT_ROUNDS = (2048, 8192), 2
-TOGETHER = 4
-"""Texts of a tiny pair that are decoded at once."""
 T = TypeVar("T")
 
 
@@ -277,22 +271,9 @@ def in_process(function: Callable[..., T], *arguments: Any, environment: Mapping
 
 
 def texts(mac: Mac, part: Part) -> None:
-    """Compare the texts of all methods with plain decoding's, and of four texts at once."""
+    """Compare the texts of all methods with plain decoding's, alone and at once."""
     tiny_texts(mac, part, VARIANTS, refused=part.note)
-    backend = mac.load(mac.write_tiny(), dtype="float32")
-    plain = tiny_text(backend, method="ar")
-    for method in TINY_METHODS:
-        config = DecodeConfig(method=method, budget=12, max_tokens=len(plain))
-        requests = [Request(prompt_ids=TINY_PROMPT, config=config, tag=i) for i in range(TOGETHER)]
-        found: list[list[int]] = [[] for _ in requests]
-        for request, step in Scheduler(backend).decode(requests):
-            found[request.tag] += step.tokens
-        for tokens in found:
-            if line := text_problem(f"{method}, {TOGETHER} texts at once", plain, tokens):
-                part.problem(line)
-        same = min(first_difference(plain, tokens) for tokens in found)
-        case = {"pair": f"float32, {TOGETHER} at once", "method": method, "sampling": "greedy"}
-        part.add("texts", **case, tokens=len(plain), equal_up_to=same)
+    tiny_texts_together(mac, part)
 
 
 def add_kernels(part: Part, report: DeviceReport) -> None:

@@ -79,6 +79,7 @@ def test_texts_that_agree_are_no_problem(run):
     assert {row["pair"] for row in part.tables["texts"]} == {
         *("float32", "float32, 8-bit KV cache", "float32, gated delta nets", "float32, Mamba-2"),
         *("exact bfloat16", "exact float16"),
+        *("float32, 8 at once", "float32, 8 at once after a stored prompt"),
     }
     assert all(row["equal_up_to"] == row["tokens"] == 16 for row in part.tables["texts"])
 
@@ -95,7 +96,9 @@ def test_a_wrong_text_is_a_problem_by_method(run, judge, shared, monkeypatch):
     monkeypatch.setattr(judge, "VARIANTS", {"float32": ("qwen3", {"dtype": "float32"})})
     monkeypatch.setattr(shared, "TINY_METHODS", ("treeflash",))
     part = run("texts")
-    assert any(line.startswith("treeflash, greedy, with float32 differs") for line in part.problems)
+    for where in ("with float32", "2 at once", "2 at once after a stored prompt"):
+        line = f"treeflash, greedy, {where} differs"
+        assert any(problem.startswith(line) for problem in part.problems), where
 
 
 # Two seconds for a report of a device; `test_graphs.py` has what it reports.
