@@ -232,8 +232,7 @@ def test_numbers_of_numpy_are_plain_in_the_result(scripted):
     assert type(generation.seed) is int
 
 
-def test_costs_are_measured_once_for_all_methods_and_threads(scripted, monkeypatch):
-    model = replace(scripted(TEXT), adaptive_budgets=AdaptiveBudgets())
+def test_costs_are_measured_once_for_all_methods_and_threads(scripted):
     measured = []
     together = threading.Barrier(2)
 
@@ -243,7 +242,7 @@ def test_costs_are_measured_once_for_all_methods_and_threads(scripted, monkeypat
             together.wait(1)  # a second measurement that is let in meets the first
         return VerifyCosts({1: 1.0, 2: 1.0})
 
-    monkeypatch.setattr(VerifyCosts, "measure", measure)
+    model = replace(scripted(TEXT), adaptive_budgets=AdaptiveBudgets(measure=measure))
     threads = [
         threading.Thread(target=model.stream, args=("hi",), kwargs={"method": method})
         for method in ("treeflash", "treeflash", "ddtree")

@@ -61,12 +61,17 @@ def quarters(picture: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
     return [part for half in np.array_split(picture, 2) for part in np.array_split(half, 2, 1)]
 
 
+def written(image: Pillow.Image, format: str, **settings: object) -> bytes:
+    """Return the bytes of a file with an image."""
+    file = io.BytesIO()
+    image.save(file, format, **settings)
+    return file.getvalue()
+
+
 def picture(seed: int = 0, size: int = 16) -> bytes:
     """A PNG of four random colours."""
     colours = np.random.default_rng(seed).integers(0, 256, (2, 2, 3), np.uint8)
-    file = io.BytesIO()
-    Pillow.fromarray(colours.repeat(size // 2, 0).repeat(size // 2, 1)).save(file, "PNG")
-    return file.getvalue()
+    return written(Pillow.fromarray(colours.repeat(size // 2, 0).repeat(size // 2, 1)), "PNG")
 
 
 def chunk(kind: bytes, content: bytes) -> bytes:

@@ -17,7 +17,16 @@ Pillow = pytest.importorskip("PIL.Image")
 from protocols import PROTOCOLS, Ask
 from scripted_model import reference_model
 from servers import NAME, check_error, parse, serving, wait_until
-from stub_images import FEATURES, StubProcessor, base64_of, chunk, claiming, picture, url_of
+from stub_images import (
+    FEATURES,
+    StubProcessor,
+    base64_of,
+    chunk,
+    claiming,
+    picture,
+    url_of,
+    written,
+)
 
 from treeflash.text.prompt import image_part, text_part
 
@@ -211,12 +220,6 @@ def streaming_text(image_server, image_model):
         assert text == expected.text
 
     return streaming_text
-
-
-def written(image, format, **settings):
-    file = io.BytesIO()
-    image.save(file, format, **settings)
-    return file.getvalue()
 
 
 SCANS = written(Pillow.new("L", (64, 64)), "JPEG", progressive=True)

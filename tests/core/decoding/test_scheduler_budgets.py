@@ -289,14 +289,14 @@ def test_the_budgets_of_a_pair_share_costs_that_are_measured_once():
     assert len(measured) == 1
 
 
-def test_a_request_is_checked_without_a_pass_of_the_target(monkeypatch):
+def test_a_request_is_checked_without_a_pass_of_the_target():
     """Other threads than the scheduler's check requests, and must not run the target."""
     timed = []
     costs = VerifyCosts({1: 1000.0, 4: 1010.0})
-    monkeypatch.setattr(VerifyCosts, "measure", lambda backend: timed.append(backend) or costs)
+    budgets = AdaptiveBudgets(measure=lambda backend: timed.append(backend) or costs)
     backend = scripted(SCRIPT)
     backend.state_nbytes = lambda capacity, *, drafts: capacity
-    scheduler = Scheduler(backend, SchedulerConfig(max_bytes=1000))
+    scheduler = Scheduler(backend, SchedulerConfig(max_bytes=1000), budgets=budgets)
     request = Request(prompt_ids=PROMPT, config=config_of(budget="auto", max_tokens=9))
     scheduler.check(request)
     assert scheduler.state_bytes(request) == len(PROMPT) + 9 + max(SIZES)

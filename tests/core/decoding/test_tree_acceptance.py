@@ -68,31 +68,6 @@ def test_path_and_tokens_by_hand() -> None:
     assert accepted.tokens == (6, 5, 1)
 
 
-def test_nothing_accepted_still_brings_the_bonus_token() -> None:
-    accepted = accept(tree_of([9, 5, 6], [-1, 0, 0]), np.array([7, 5, 6], np.int32))
-    assert accepted.path.tolist() == [0]
-    assert accepted.tokens == (7,)
-
-
-def test_everything_accepted() -> None:
-    accepted = accept(tree_of([9, 5, 6], [-1, 0, 1]), np.array([5, 6, 7], np.int32))
-    assert accepted.path.tolist() == [0, 1, 2]
-    assert accepted.tokens == (5, 6, 7)
-
-
-def test_a_token_elsewhere_in_the_tree_is_no_child() -> None:
-    """The target chooses 6 at the root; a 6 exists, but under the 5."""
-    accepted = accept(tree_of([9, 5, 6], [-1, 0, 1]), np.array([6, 6, 0], np.int32))
-    assert accepted.path.tolist() == [0]
-    assert accepted.tokens == (6,)
-
-
-def test_the_roots_own_token_is_no_child() -> None:
-    accepted = accept(DraftTree.root_only(9), np.array([9], np.int32))
-    assert accepted.path.tolist() == [0]
-    assert accepted.tokens == (9,)
-
-
 def test_tokens_are_plain_integers() -> None:
     accepted = accept(tree_of([9, 5], [-1, 0]), np.array([5, 3], np.int32))
     assert [type(token) for token in accepted.tokens] == [int, int]

@@ -157,25 +157,23 @@ def test_a_template_without_a_system_message(problems, byte_tokenizer, monkeypat
     assert problems(prompts=prompts) == {}
 
 
-def test_depths_that_collapse(problems):
-    found = problems(depths=3)
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (
+            {"depths": 3},
+            "falls from 100% at depth 3 to 0% at depth 4; if the drafter was trained with "
+            "block_size 4",
+        ),
+        ({"head": Head(depths=2)}, "the AR head's agreement falls from 100% at depth 2 to 0% at "),
+        ({"depths": 0}, "at depth 1 matches the target in 0% of cases, no better than chance"),
+    ],
+    ids=["drafter", "head", "drafter for another target"],
+)
+def test_depths_that_collapse(problems, settings, says):
+    found = problems(**settings)
     assert found.keys() == {"depths"}
-    assert (
-        "falls from 100% at depth 3 to 0% at depth 4; if the drafter was trained with block_size 4"
-        in found["depths"]
-    )
-
-
-def test_depths_of_the_head_that_collapse(problems):
-    found = problems(head=Head(depths=2))
-    assert found.keys() == {"depths"}
-    assert "the AR head's agreement falls from 100% at depth 2 to 0% at depth 3" in found["depths"]
-
-
-def test_a_drafter_for_another_target(problems):
-    found = problems(depths=0)
-    assert found.keys() == {"depths"}
-    assert "at depth 1 matches the target in 0% of cases, no better than chance" in found["depths"]
+    assert says in found["depths"]
 
 
 def test_mask_candidates(byte_tokenizer):

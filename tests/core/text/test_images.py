@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import os
 import sys
 import zlib
@@ -15,16 +14,10 @@ from treeflash.errors import ConfigError, PromptError
 from treeflash.text.images import MAX_BYTES, data_url, read_image, read_images
 
 Image = pytest.importorskip("PIL.Image")
-from stub_images import chunk, claiming
+from stub_images import chunk, claiming, written
 
 QUADRANTS = np.array([[(255, 0, 0), (0, 255, 0)], [(0, 0, 255), (255, 255, 255)]], np.uint8)
 PIXELS = QUADRANTS.repeat(16, 0).repeat(24, 1)  # 32 high, 48 wide
-
-
-def written(image, format, **settings) -> bytes:
-    file = io.BytesIO()
-    image.save(file, format, **settings)
-    return file.getvalue()
 
 
 PNG = written(Image.fromarray(PIXELS), "PNG")
