@@ -311,3 +311,20 @@ def test_a_fork_copies_nothing_until_both_sequences_write_to_one_page(monkeypatc
         texts.write(text, 1)
     assert len(copied) == 2  # of one page each
     texts.check()
+
+
+def test_answers_to_one_prompt_take_a_page_for_its_last_token_and_their_own():
+    """Their forks lack the last token, which each runs for its logits."""
+    texts = Texts(arena_of(10_000, PAGE, reserved=True), None)
+    texts.add(opened(texts.arena, 8_000 + PAGE), torch.empty(0))
+    first = texts.held[0]
+    texts.write(first, 8_000)
+    for _ in range(7):
+        fork = texts.arena.new_cache(8_000 + PAGE)
+        fork.copy_from(first.cache, 7_999)
+        texts.add(fork, first.expected[:7_999])
+        texts.write(texts.held[-1], 1 + PAGE)
+    texts.write(first, PAGE)
+    page = PAGE * texts.arena.column_nbytes
+    assert sum(text.cache.nbytes for text in texts.held) == (126 + 7 * 2) * page
+    texts.check()
