@@ -2,6 +2,9 @@
 
 - `performance` runs `peers`, `decoding` and `throughput` and writes `docs/performance.md`.
 - `decoding.methods`: block efficiency and speed by method, budget and prompt set.
+- `decoding.budgets`: the budget `auto` against fixed sizes, by prompt set.
+- `decoding.calibration`: trees with calibration and without.
+- `decoding.acceptance_rules`: tokens per pass of chains under three rules of acceptance.
 - `decoding.half_precision`: where drafting diverges from plain decoding in half precision.
 - `decoding.equal_texts`: texts of every way to decode that differ from plain decoding, of many.
 - `decoding.quality`: divergence and perplexity of weights of few bits.
@@ -21,6 +24,7 @@
 - `published`: accepted lengths of a drafter beside the ones of its paper.
 - `ablation` and `training_cost`: what each choice in training is worth, and what a step costs.
 - `pictures`: the pictures of README, from a recorded run.
+- `decoder_layers`: passes with layers of our own beside transformers' layers.
 - `families`: the table of model types in `docs/families.md`.
 - `smollm2`: how the bundled drafter was trained.
 """
