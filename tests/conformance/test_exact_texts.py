@@ -55,7 +55,7 @@ def test_the_server_under_load_answers_as_plain_decoding(folders):
         adaptive_budgets=budgets,
     )
     jobs = [
-        (question, {"max_tokens": 24, "temperature": temperature, "seed": seed})
+        (question, {"max_tokens": 12, "temperature": temperature, "seed": seed})
         for seed, question in enumerate(QUESTIONS)
         for temperature in (0.0, 1.0)
     ]
@@ -97,7 +97,7 @@ def test_a_file_of_prompts_is_answered_as_by_plain_decoding(folders, tmp_path, c
     lines = [json.dumps({"id": i, "prompt": prompt}) for i, prompt in enumerate(prompts)]
     rows.write_text("\n".join(lines))
     models = ["--target", folders[0], "--drafter", folders[1], "--backend", "cuda"]
-    models += ["--device", "cpu", "--dtype", "bfloat16", "--exact", "--max-tokens", "24"]
+    models += ["--device", "cpu", "--dtype", "bfloat16", "--exact", "--max-tokens", "12"]
     for options in (["--parallel", "8", "--budget", "12"], ["--parallel", "1", "--method", "ar"]):
         output = tmp_path / f"{options[1]}.jsonl"
         command = [*models, *options, "--prompts", rows, "--output", output]

@@ -15,7 +15,7 @@ from treeflash.testing.models import write_pair
 
 pytestmark = pytest.mark.sample(1)
 
-THREADS, TEXTS, VOCAB = 4, 12, 40
+THREADS, TEXTS, VOCAB = 4, 6, 40
 METHODS = "ar", "treeflash", "ddtree"
 
 
@@ -44,7 +44,7 @@ def test_texts_of_threads_are_those_of_one(backend):
 
     def text(n):
         sampling = SamplingConfig(temperature=0.8 * (n % 2), seed=5)
-        config = DecodeConfig(method=METHODS[n % 3], budget=8, max_tokens=20, sampling=sampling)
+        config = DecodeConfig(method=METHODS[n % 3], budget=8, max_tokens=12, sampling=sampling)
         return generate(backend, prompts[n], config)
 
     alone = [text(n) for n in range(TEXTS)]

@@ -232,23 +232,29 @@ def text_of(tree, node):
 
 
 @torch.inference_mode()
-def expected_outputs(model, token_ids):
-    """The last token's logits, and its outputs of all layers, by transformers alone."""
+def expected_outputs(model, texts):
+    """The last token's logits, and its outputs of all layers, by transformers alone, by text."""
     layers = []
     hooks = [
-        layer.register_forward_hook(lambda _, __, y: layers.append(y[0, -1]))
+        layer.register_forward_hook(lambda _, __, y: layers.append(y))
         for layer in model.model.layers
     ]
-    output = model(torch.tensor([token_ids]), output_hidden_states=True)
+    # A text's tokens do not see the padding after them.
+    columns = max(map(len, texts))
+    padded = torch.tensor([[*text, *[0] * (columns - len(text))] for text in texts])
+    output = model(padded, output_hidden_states=True)
     for hook in hooks:
         hook.remove()
-    embeddings, *_, normed = (x[0, -1] for x in output.hidden_states)
+    embeddings, *_, normed = output.hidden_states
     hidden = dict(enumerate([embeddings, *layers, normed], -1))
-    return output.logits[0, -1].numpy(), {n: x.numpy() for n, x in hidden.items()}
+    return {
+        text: (output.logits[i, len(text) - 1], {n: x[i, len(text) - 1] for n, x in hidden.items()})
+        for i, text in enumerate(texts)
+    }
 
 
 def relative(actual, expected):
-    return np.abs(actual - expected).max() / np.abs(expected).max()
+    return float((actual - expected).abs().max() / expected.abs().max())
 
 
 def differences(backend, model):
@@ -258,11 +264,15 @@ def differences(backend, model):
     target.capture(range(-1, len(target.layers) + 1))
     found = {"prompt": 0.0, "tree": 0.0, "batch": 0.0, "layers": 0.0}
 
+    paths = [[], *(text_of(tree, node) for node in range(len(tree)))]
+    texts = [(*before, *path) for before in (PROMPT, OTHER) for path in paths]
+    expected = expected_outputs(model, texts)
+
     def compare(name, rows, logits, row, token_ids):
-        expected, layers = expected_outputs(model, token_ids)
-        found[name] = max(found[name], relative(logits, expected))
+        expected_logits, layers = expected[tuple(token_ids)]
+        found[name] = max(found[name], relative(logits, expected_logits))
         for n, x in layers.items():
-            own = rows.outputs.layers[n][rows.first + row].numpy()
+            own = rows.outputs.layers[n][rows.first + row]
             found["layers"] = max(found["layers"], relative(own, x))
 
     with (
@@ -275,8 +285,8 @@ def differences(backend, model):
         verifier.commit_paths(list(map(CommittedPath.whole, done.rows)))
         done = verifier.forward([(state, PROMPT[7:]), (other, OTHER)], [True, True])
         logits = done.logits.parts
-        compare("prompt", done.rows[0], logits[0][0].numpy(), len(PROMPT) - 8, PROMPT)
-        compare("batch", done.rows[1], logits[1][0].numpy(), len(OTHER) - 1, OTHER)
+        compare("prompt", done.rows[0], logits[0][0], len(PROMPT) - 8, PROMPT)
+        compare("batch", done.rows[1], logits[1][0], len(OTHER) - 1, OTHER)
         verifier.commit_paths(list(map(CommittedPath.whole, done.rows)))
         for batch in ([(state, tree)], [(other, tree), (state, tree)]):
             done = verifier.forward(batch, [True] * len(batch))
@@ -284,7 +294,7 @@ def differences(backend, model):
                 before = PROMPT if rows.state is state else OTHER
                 name = "batch" if batch[1:] else "tree"
                 for node in range(len(tree)):
-                    compare(name, rows, part[node].numpy(), node, before + text_of(tree, node))
+                    compare(name, rows, part[node], node, before + text_of(tree, node))
     return found
 
 

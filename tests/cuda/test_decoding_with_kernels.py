@@ -58,7 +58,7 @@ def test_trees_and_tokens_equal_the_references(family, method, sampling, tmp_pat
     )
     reference = load_reference(target, drafter, LoadConfig())
     monkeypatch.setattr(attention, "MAX_TILE", 16)
-    length, tokens = 14, 6  # together more than a tile
+    length, tokens = 15, 3  # together more than a tile
     if family in HYBRID_FAMILIES:  # the interpreter takes seconds for every step
         length, tokens = 5, 3
     prompt = random_tokens(np.random.default_rng(3), VOCAB, length)

@@ -59,7 +59,7 @@ def backend(request, tmp_path_factory):
 
 def test_texts_that_reach_the_last_position_are_those_of_plain_decoding(backend):
     assert backend.max_positions == POSITIONS
-    for first in range(3, 6):
+    for first in (3, 5):
         prompt = list(range(first, first + 5))
         plain = generate(backend, prompt, DecodeConfig(method="ar"))
         assert len(plain) == POSITIONS - len(prompt)

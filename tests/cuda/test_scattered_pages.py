@@ -22,7 +22,7 @@ PROMPT = [3 + n * n % 20 for n in range(80)]
 def decoded(backend, method):
     """The tokens of prompts that share beginnings, of which some come from the prefix cache."""
     scheduler, found = Scheduler(backend, prefix_cache=PrefixCache(1 << 24)), []
-    config = DecodeConfig(method=method, max_tokens=8)
+    config = DecodeConfig(method=method, max_tokens=4)
     for prompts in ([PROMPT], [[*PROMPT[:70], 5, 6], [*PROMPT, 7]], [PROMPT, PROMPT]):
         requests = [Request(prompt_ids=prompt, config=config) for prompt in prompts]
         texts = {request: [] for request in requests}
