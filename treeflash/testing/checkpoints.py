@@ -125,7 +125,7 @@ class CheckpointTests:
         check_transitions(models)
 
     def test_default_target_layer_id_of_one_layer(self, pair: PairMaker) -> None:
-        models = pair(drafter={"target_layer_ids": None, "layers": 1})
+        models = pair(target={"layers": 4}, drafter={"target_layer_ids": None, "layers": 1})
         assert models.tested.drafter_config is not None
         assert models.tested.drafter_config.target_layer_ids == (2,)
         check_transitions(models)

@@ -114,6 +114,8 @@ two_samplings = pytest.mark.parametrize(
 
 LOAD = LoadConfig(dtype="float32")
 TARGET_SEED, DRAFTER_SEED = 18, 147  # sequences that vary, and drafts that are accepted at times
+LAYERS = 3
+"""Layers of a target: some have two kinds of them by turns, and drafters read two."""
 load_reference = cast(Loader, reference.load)
 
 Found = TypeVar("Found")
@@ -176,7 +178,8 @@ class Pairs:
         key = repr((family, target, drafter))
         if key not in self.made:
             folder = self.folder / str(len(self.made))
-            self.write_target(folder / "target", family, seed=TARGET_SEED, **(target or {}))
+            options = {"layers": LAYERS} | dict(target or {})
+            self.write_target(folder / "target", family, seed=TARGET_SEED, **options)
             write = write_dialect if drafter and "dialect" in drafter else write_drafter
             write(folder / "drafter", folder / "target", seed=DRAFTER_SEED, **(drafter or {}))
             self.made[key] = Pair.load(self.loader, folder / "target", folder / "drafter")
