@@ -25,7 +25,8 @@ seen.
 
 Drafts. A `Pause` keeps a balance: the tokens that drafting brought beyond what plain decoding would
 have emitted in the same time. At the lowest balance it pauses; each later pause is twice as long
-until drafting pays again. Several sequences must draft faster than plain decoding by
+until drafting pays again. It ends if a plain pass turns out to be much slower than the table says,
+because the balance was wrong. Several sequences must draft faster than plain decoding by
 `MIN_ADVANTAGE`. Copies of the text cost no draft, so they are verified in pauses too; and where
 they promise more tokens per second than drafted iterations brought lately, the drafter is not
 called. A pause goes on in the next text, often one of the same kind.
@@ -373,7 +374,11 @@ class AdaptiveBudget:
         sequences, now = len(trees), self.pace(len(trees))
         rows = sum(len(tree) for tree in trees)
         reads = float(np.dot([len(tree) for tree in trees], lengths))
+        is_new = rows == sequences and not self.costs.has_seen_plain(sequences)
+        guessed = self._plain_rate(lengths) if is_new else 0.0
         self.costs.observe(rows, reads, sequences, seconds["verify"])
+        if is_new and guessed > DIFFERENT * self._plain_rate(lengths):
+            now.drafting = Pause()  # drafts lost against a plain pass that is slower than thought
         self.acceptance.observe(trees, paths)
         drafted = "draft" in seconds
         other_s = sum(seconds.values()) - seconds["verify"]

@@ -256,6 +256,10 @@ class VerifyCosts:
             self._until_checked = CHECKED_EVERY
             self._correct_table()
 
+    def has_seen_plain(self, sequences: int) -> bool:
+        """Return whether a plain pass over about that many sequences is among the latest ones."""
+        return bool((self._passes.kinds == _kind(sequences, sequences)).any())
+
     def are_known(self, sizes: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Return for each of the (n,) sizes whether a late pass had a tree of about that size."""
         return self._near(_kind(2, 1), sizes) > 0

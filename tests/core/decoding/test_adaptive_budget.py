@@ -287,15 +287,15 @@ class TestDrafting:
             iterate(budget, chain(*[0.5] * 7), 1, 0.4)
         assert all([iterate(budget, chain(*[0.5] * 7), 5, 0.4) for _ in range(400)][-100:])
 
-    def test_a_pause_corrects_the_cost_of_plain_decoding(self):
+    def test_the_first_pause_ends_when_plain_decoding_was_timed(self):
         """The table may say that plain passes are fast."""
         budget, drafts = AdaptiveBudget(VerifyCosts({1: 0.1, 8: 1.0})), []
         for _ in range(100):
             drafts.append(budget.begin())
             tree = chain(*[0.9] * 7) if drafts[-1] else DraftTree.root_only(0)
             observe(budget, [tree], 4, verify_s=1.0, draft_s=0.5 if drafts[-1] else None)
-        assert drafts[:40].count(False) == Pause.first - 1
-        assert all(drafts[20:])
+        assert drafts[:60].count(False) == 1
+        assert drafts.count(False) <= 2, "once more when the plain pass is forgotten"
 
     def test_all_methods_must_pause_for_drafting_to_be_paused(self):
         budgets = AdaptiveBudgets(costs(1))

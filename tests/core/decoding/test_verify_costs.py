@@ -119,6 +119,16 @@ class TestCorrections:
         passes(costs, 3, 2, sequences=3, times=100)
         assert error(costs, 8, sequences=3) == pytest.approx(2), "trees must be tried again"
 
+    def test_a_plain_pass_was_seen_lately_or_not(self):
+        costs = table()
+        for rows, sequences in ((8, 1), (8, 4), (4, 4), (1, 1)):
+            known = [costs.has_seen_plain(n) for n in (1, 4)]
+            assert known == [False, (rows, sequences) == (1, 1)]
+            passes(costs, rows, sequences=sequences)
+        assert costs.has_seen_plain(1)
+        passes(costs, 8, times=100)
+        assert not costs.has_seen_plain(1)
+
 
 class TestPrediction:
     def test_rows_beyond_the_largest_size_cost_as_the_last_ones_do(self):
