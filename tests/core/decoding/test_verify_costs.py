@@ -2,7 +2,9 @@
 
 import errno
 import json
+import platform
 import shutil
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -348,6 +350,14 @@ class TestKeeping:
         for loaded in ({"cuda_graphs": False}, {"kv_bits": 8}, {"bits": 16}, {"draft_bits": 16}):
             assert measured(loaded=LoadConfig(**loaded))
         assert not measured(loaded=LoadConfig(device="gpu:1"))
+
+    @pytest.mark.parametrize("macos", ["26.2", ""])
+    def test_a_mac_is_timed_once_whatever_network_names_it(self, measured, monkeypatch, macos):
+        """Other machines have names of their own, of which several may share a folder."""
+        monkeypatch.setattr(platform, "mac_ver", lambda: (macos, ("", "", ""), ""))
+        monkeypatch.setattr(platform, "node", lambda: "at home")
+        moved = partial(monkeypatch.setattr, platform, "node", lambda: "in the office")
+        assert measured(moved) == (not macos)
 
     def test_a_gpu_is_not_timed_without_a_word(self, target, caplog):
         for _ in range(2):
