@@ -64,6 +64,7 @@ class Device:
 
     backend: ClassVar[str]
     hidden_size: ClassVar[int] = 32  # hidden size of tiny pairs
+    key_dim: ClassVar[int] = 8  # width of keys and states of their recurrent layers
 
     @property
     def is_late(self) -> bool:
@@ -90,7 +91,9 @@ class Device:
         from treeflash.testing.models import write_pair
 
         folder = Path(tempfile.mkdtemp(dir=self.folder))
-        return write_pair(folder, family, vocab_size=500, hidden_size=self.hidden_size)
+        return write_pair(
+            *(folder, family), vocab_size=500, hidden_size=self.hidden_size, key_dim=self.key_dim
+        )
 
 
 Find: TypeAlias = Callable[[Any, Part], object]

@@ -71,6 +71,7 @@ class Mac(Device):
 
     backend = "mlx"
     hidden_size = 64  # a whole group of quantised keys
+    key_dim = 32  # which mlx-lm's kernels need
 
 
 def machine(mac: Mac, part: Part) -> None:

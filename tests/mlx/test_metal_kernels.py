@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 from treeflash.config import DecodeConfig, LoadConfig, SamplingConfig
+from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.testing import require
 from treeflash.testing.comparisons import steps_of, tokens_of
+from treeflash.testing.models import write_target
 
 require("mlx.core")
 require("mlx_lm")
@@ -232,6 +234,24 @@ def test_plain_decoding_by_kernel_equals_drafting_on_trees(
             assert min(executor.launches.values()) > 10
     assert not mx.metal.is_available()
     assert gated_delta._gated_delta_kernel is None
+
+
+def test_tiny_targets_with_mamba_2_run_mlx_lms_kernel(executor, tmp_path, monkeypatch):
+    """It leaves states of other widths than a multiple of 32 unwritten."""
+    executor.schedules = (DESCENDING,)
+    write_target(tmp_path, "granitemoehybrid", seed=1, layers=2, hidden_size=64, key_dim=32)
+    found = []
+    for on_a_mac in (False, True):
+        if on_a_mac:
+            install(executor, monkeypatch)
+        with SequenceSession(load(tmp_path, None, LoadConfig(dtype="float32"))) as text:
+            text.extend(PROMPT)
+            for token in PROMPT[:2]:
+                text.verify(DraftTree.root_only(token))
+                text.commit(np.zeros(1, np.int32))
+            found.append(text.logits(DraftTree.root_only(1)))
+    np.testing.assert_allclose(*found, atol=1e-4)
+    assert executor.launches["ssm_kernel"] >= 2
 
 
 # ---------------------------------------------------------------------------- the device alone

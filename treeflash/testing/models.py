@@ -82,7 +82,7 @@ def gated_delta_net(config: Config, tensors: Tensors, rng: Generator) -> Config:
 def mamba_2(config: Config, tensors: Tensors, rng: Generator) -> Config:
     """Granite 4, dense: every other layer is Mamba-2."""
     h, layers = config["hidden_size"], config["num_hidden_layers"]
-    heads, state = 8, 8
+    heads, state = 8, config["mamba_d_state"]
     inner = 2 * h
     channels = inner + 2 * state
     for n in range(layers):
@@ -105,7 +105,6 @@ def mamba_2(config: Config, tensors: Tensors, rng: Generator) -> Config:
         "layer_types": (["mamba", "attention"] * layers)[:layers],
         "mamba_n_heads": heads,
         "mamba_d_head": inner // heads,
-        "mamba_d_state": state,
         "mamba_d_conv": KERNEL,
         "mamba_expand": 2,
         "mamba_n_groups": 1,
@@ -178,7 +177,8 @@ def write_target(
 
     The vocabulary is small, so that even a random drafter is right at times. `hidden_size` is
     divisible by 8. `sliding_window` belongs to `mistral` and to `qwen3_sliding`. `key_dim` is the
-    width of keys in gated delta nets. If `tied`, the embedding serves as the output head.
+    width of keys in gated delta nets, and of states in Mamba-2: mlx-lm's kernels need a multiple of
+    32. If `tied`, the embedding serves as the output head.
     """
     config: dict[str, Any] = {
         "architectures": [ARCHITECTURES[family]],
@@ -208,6 +208,8 @@ def write_target(
         }
     if family == "qwen3_5":
         config["linear_key_head_dim"] = key_dim
+    if family == "granitemoehybrid":
+        config["mamba_d_state"] = key_dim
     rng = np.random.default_rng(seed)
     tensors = _target_tensors(rng, config)
     if family in HYBRIDS:
