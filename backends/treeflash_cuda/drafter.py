@@ -22,12 +22,12 @@ from treeflash.decoding.transitions import TransitionTable
 from treeflash.drafters.block_model import Rotations, visible_positions
 from treeflash.drafters.config import LayerKind, window_gap
 from treeflash_cuda.attention import additive_mask, group_mask, grouped_attention
-from treeflash_cuda.cache import NO_PAGES, PackedRows, Pages, Slab
+from treeflash_cuda.cache import PackedRows, Slab
 from treeflash_cuda.drafter_model import DrafterModel
 from treeflash_cuda.drafter_operations import OPERATIONS, Rotation
 from treeflash_cuda.gpu.graphs import Graphs, Outputs, power_of_four, power_of_two
 from treeflash_cuda.linear import token_products
-from treeflash_cuda.numerics import concatenate, pack, topk, unpack, upload
+from treeflash_cuda.numerics import concatenate, pack, topk, unpack, upload, upload_all
 from treeflash_cuda.operations import PYTORCH, Operations
 from treeflash_cuda.state import State
 from treeflash_cuda.target import Target
@@ -291,7 +291,27 @@ class Drafter:
     def _draft(
         self, roots: Sequence[tuple[State, int]], slab: Slab | None
     ) -> tuple[Tensor, Tensor]:
-        """Return the (sequences, S, hidden_size) blocks, and (sequences,) roots.
+        """Return the (sequences, S, hidden_size) blocks, and (sequences,) roots."""
+        if slab is not None:
+            return self._draft_in_slab(roots, slab)
+        states, size = [state for state, _ in roots], self.model.config.block_size
+        masked, calls = MaskedDrafts(self.model, states, self.window), self.model.calls
+        new = [np.arange(cache.length, start) for cache, start in masked.sequences]
+        blocks = [start + np.arange(size) for _, start in masked.sequences]
+        arrays = np.array([root for _, root in roots]), np.concatenate([*new, *blocks])
+        tokens, positions = upload_all(arrays, self.target.device)
+        context = self._context([part for state in states for part in state.context])
+        if calls is not None and not masked.has_gaps:
+            hidden = calls.run(self._inputs(tokens), context, positions, masked.sequences)
+        else:
+            rotation = self.model.rotary(positions, context.dtype)
+            hidden = self._blocks(tokens, context, rotation, masked.attend)
+        return hidden.unflatten(0, (-1, size)), tokens
+
+    def _draft_in_slab(
+        self, roots: Sequence[tuple[State, int]], slab: Slab
+    ) -> tuple[Tensor, Tensor]:
+        """Do what `_draft` does by operations on the columns of a slab, which a graph may replay.
 
         For CUDA graphs the number of sequences is rounded up to a power of two, and the number of
         new positions to a power of four.
@@ -302,21 +322,17 @@ class Drafter:
         pairs = list(zip(caches, states, strict=True))
         new = [np.arange(cache.length, state.length) for cache, state in pairs]
         parts = [part for state in states for part in state.context]
-        positions = columns = np.concatenate(new)
-        block_columns = np.zeros((len(roots), size), np.int64)
-        tables: list[Pages] = [NO_PAGES] * len(roots)
-        if slab is not None:
-            for cache, state in pairs:
-                cache.reserve_rows(cache.length, state.length + size)
-            columns = np.concatenate(
-                [cache.columns_at(x) for cache, x in zip(caches, new, strict=True)]
-            )
-            block_columns = np.stack(
-                [cache.columns_at(state.length + np.arange(size)) for cache, state in pairs]
-            )
-            tables = [cache.table(state.length + size) for cache, state in pairs]
-        captured = slab is not None and graphs.is_capturing
-        captured = captured and len(positions) <= MAX_CONTEXT * len(roots)
+        for cache, state in pairs:
+            cache.reserve_rows(cache.length, state.length + size)
+        positions = np.concatenate(new)
+        columns = np.concatenate(
+            [cache.columns_at(x) for cache, x in zip(caches, new, strict=True)]
+        )
+        block_columns = np.stack(
+            [cache.columns_at(state.length + np.arange(size)) for cache, state in pairs]
+        )
+        tables = [cache.table(state.length + size) for cache, state in pairs]
+        captured = graphs.is_capturing and len(positions) <= MAX_CONTEXT * len(roots)
         if captured:
             # Further rows are copies of the last one, and further sequences of the first one: they
             # write the same keys and values to the same columns.
@@ -335,24 +351,14 @@ class Drafter:
         ]
         uploaded, shapes = upload(pack(arrays), self.target.device), [x.shape for x in arrays]
         given = unpack(uploaded, shapes)[0]
-        if not parts:  # a draft may follow another at once
-            parts = [self.output.embed(given[:0])]
 
         def draft(uploaded: Tensor, context: Tensor) -> Outputs:
             tokens, positions, columns, start, table, pages, *work = unpack(uploaded, shapes)
-            if slab is None:
-                masked, calls = MaskedDrafts(self.model, states, self.window), self.model.calls
-                if calls is not None and not masked.has_gaps:
-                    x = self._inputs(tokens)
-                    return (calls.run(x, context, positions, masked.sequences),)
-                rotation = self.model.rotary(positions, context.dtype)
-                return (self._blocks(tokens, context, rotation, masked.attend),)
-            rotation = self.model.rotary(positions, context.dtype)
             assert self.model.operations is not None
             attention = SlabDrafts(
                 operations=self.model.operations,
                 model=self.model,
-                rotation=rotation,
+                rotation=self.model.rotary(positions, context.dtype),
                 window=self.window,
                 slab=slab,
                 columns=columns.long(),
@@ -364,9 +370,14 @@ class Drafter:
             )
             return (self._blocks(tokens, context, None, attention.attend),)
 
-        settings, inputs = (slab, *shapes), (uploaded, torch.cat(parts))
+        settings, inputs = (slab, *shapes), (uploaded, self._context(parts))
         (hidden,) = graphs.run("the drafter", settings, draft, *inputs, capture=captured)
         return hidden.unflatten(0, (-1, size))[: len(roots)], given[: len(roots)]
+
+    def _context(self, parts: list[Tensor]) -> Tensor:
+        """Join (n, hidden_size) features; there are none if a draft follows another at once."""
+        none = torch.empty(0, dtype=torch.int32, device=self.target.device)
+        return concatenate(parts or [self.output.embed(none)])
 
     def _blocks(
         self,

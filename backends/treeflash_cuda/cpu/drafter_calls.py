@@ -88,7 +88,7 @@ class BlockAttention:
         blocks = [(cache, start, self.size) for cache, start in sequences]
         contexts = [(cache, cache.length, start - cache.length) for cache, start in sequences]
         self.places = places_of([*blocks, *contexts], heads)
-        self._seen = places_of(blocks, heads)
+        self._seen = self.places.first(len(blocks))
         self._bounds: dict[LayerKind, Tensor] = {}
 
     def layout(self, seen: LayerKind) -> tuple[Tensor, SequencesTable]:

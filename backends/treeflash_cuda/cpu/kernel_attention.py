@@ -14,7 +14,7 @@ from torch import Tensor
 
 from treeflash_cuda.cache import Segment
 from treeflash_cuda.cpu.decoder_attention import Block, sees
-from treeflash_cuda.cpu.layer_code import LANES
+from treeflash_cuda.cpu.layer_code import LANES, SEQUENCE
 from treeflash_cuda.cpu.layer_kernels import LayerKernels, SequencesTable
 from treeflash_cuda.decoder.facts import DecoderFacts
 from treeflash_cuda.decoder.operations import Rotation
@@ -80,21 +80,17 @@ class KernelAttention:
 
 def places_of(segments: Sequence[Segment], heads: int) -> SequencesTable:
     """Make the table of where rows of sequences are, without masks; their columns are reserved."""
-    lines = []
+    layers = segments[0][0].arena.layers
+    lines = np.zeros((layers, len(segments), len(SEQUENCE)), np.int64)
     rows = units = columns = stride = kv_heads = 0
-    for cache, first, n in segments:
-        cache.reserve_rows(first, first + n)
+    for n, (cache, first, count) in enumerate(segments):
+        cache.reserve_rows(first, first + count)
         (part,) = cache.parts
         kv_heads = part.shape[2]
         layer, kind, head, stride = part.stride()[:4]
-        keys = part.data_ptr() + np.arange(len(part)) * layer * part.itemsize
-        rows, columns = rows + n, max(columns, first + n)
-        units += kv_heads * -(-n * (heads // kv_heads) // LANES)
-        facts = head, first, n, rows, units, 0
-        lines.append(
-            np.column_stack(
-                [keys, keys + kind * part.itemsize, *(np.full(len(part), x) for x in facts)]
-            )
-        )
-    table = np.ascontiguousarray(np.stack(lines, 1), np.int64)
-    return SequencesTable(table, kv_heads, stride, columns)
+        rows, columns = rows + count, max(columns, first + count)
+        units += kv_heads * -(-count * (heads // kv_heads) // LANES)
+        keys = part.data_ptr() + np.arange(layers) * (layer * part.itemsize)
+        lines[:, n, 0], lines[:, n, 1] = keys, keys + kind * part.itemsize
+        lines[:, n, 2:] = head, first, count, rows, units, 0
+    return SequencesTable(lines, kv_heads, stride, columns)

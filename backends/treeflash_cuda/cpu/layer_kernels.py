@@ -53,6 +53,11 @@ class SequencesTable:
         lines[..., SEQUENCE.index("mask")] = addresses
         return SequencesTable(lines, self.kv_heads, self._counts[2], self.columns)
 
+    def first(self, count: int) -> SequencesTable:
+        """Return a table of the first sequences alone."""
+        lines = np.ascontiguousarray(self._lines[:, :count])
+        return SequencesTable(lines, self.kv_heads, self._counts[2], self.columns)
+
     def of_layer(self, layer: int) -> tuple[int, ...]:
         """Return the arguments that functions take."""
         return self._first + layer * self._step, *self._counts
