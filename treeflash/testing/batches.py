@@ -55,7 +55,7 @@ from treeflash.testing.pairs import (
 )
 from treeflash.testing.trees import noise_of_depths
 
-few = settings(repeated, max_examples=max(2, EXAMPLES // 8))
+few = settings(repeated, max_examples=max(3, EXAMPLES // 8))
 """Settings of properties whose examples run several schedules each."""
 
 
