@@ -376,8 +376,9 @@ class Drafter:
 
     def _context(self, parts: list[Tensor]) -> Tensor:
         """Join (n, hidden_size) features; there are none if a draft follows another at once."""
-        none = torch.empty(0, dtype=torch.int32, device=self.target.device)
-        return concatenate(parts or [self.output.embed(none)])
+        if not parts:
+            return self.output.embed(torch.empty(0, dtype=torch.int32, device=self.target.device))
+        return concatenate(parts)
 
     def _blocks(
         self,

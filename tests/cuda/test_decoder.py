@@ -846,12 +846,12 @@ CALL_FAULTS = {
     "products of layers in another order": ("(list(chain(*products", "(list(chain(*products[::-1]"),
     "the other residual": ('"residual": residuals[:-1]', '"residual": residuals[1:]'),
     "an output before the network": ("number = 2 * layer + 1", "number = 2 * layer"),
-    "no head norms": ("norms, np.sign(norms), facts.eps", "norms, 0, facts.eps"),
+    "no head norms": ("norms, np.sign(norms), stack.eps", "norms, 0, stack.eps"),
     "windows of the other layers": (
         "layer.seen for layer in layers",
         "layer.seen for layer in layers[::-1]",
     ),
-    "scores without their scale": ("facts.score_scale, ", "1.0, "),
+    "scores without their scale": ("stack.score_scale, ", "1.0, "),
     "the places of the first pass": (
         "attention.places.fill(turns",
         'self.__dict__.setdefault("kept", attention).places.fill(turns',

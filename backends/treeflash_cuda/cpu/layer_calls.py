@@ -46,7 +46,7 @@ class Product(NamedTuple):
     layer: LowBitLinear
     source: str
     target: str
-    column: int  # the first one
+    column: int  # the first column
     of_context: bool = False  # whether rows of context are multiplied, too
 
 
@@ -54,7 +54,7 @@ class CalledLayer(NamedTuple):
     """A layer with a norm before each sublayer alone."""
 
     input_norm: Tensor  # (hidden_size,) float32 weights
-    network_norm: Tensor
+    network_norm: Tensor  # (hidden_size,) float32 weights
     head_norms: Tensor | None  # (heads + kv_heads, head_dim) float32 weights; None without norms
     products: Sequence[Product]  # in order, with "heads", "mixed", "gate_up" and "active"
     rope: int | None  # index of the rotation of queries and keys; None without one
@@ -81,7 +81,7 @@ class LayerStack:
 class CalledAttention(Protocol):
     """Where the rows of a pass are in the caches of their sequences, and what they see."""
 
-    places: SequencesTable  # of all rows, those of context among them
+    places: SequencesTable  # places of all rows, also of the context's
 
     def layout(self, seen: Any) -> tuple[Tensor, SequencesTable]:
         """Return `LayerKernels.attend`'s bounds and table in layers that see these keys."""
@@ -107,16 +107,16 @@ class LayerCalls:
     """The calls of layers with weights of few bits."""
 
     def __init__(self, stack: LayerStack, kernels: LayerKernels) -> None:
-        self.facts, self.kernels, self.dtype = stack, kernels, stack.dtype
-        facts, layers = self.facts, stack.layers
+        self.stack, self.kernels, self.dtype = stack, kernels, stack.dtype
+        layers = stack.layers
         products = [layer.products for layer in layers]
         groups = max(x.layer.shape[1] for x in chain(*products)) // GROUP
         self.widths = {
-            **dict.fromkeys(("x", "attended", "y", "normed"), facts.hidden_size),
-            "heads": (facts.heads + 2 * facts.kv_heads) * facts.head_dim,
-            "mixed": facts.heads * facts.head_dim,
-            "gate_up": 2 * facts.intermediate_size,
-            "active": facts.intermediate_size,
+            **dict.fromkeys(("x", "attended", "y", "normed"), stack.hidden_size),
+            "heads": (stack.heads + 2 * stack.kv_heads) * stack.head_dim,
+            "mixed": stack.heads * stack.head_dim,
+            "gate_up": 2 * stack.intermediate_size,
+            "active": stack.intermediate_size,
         }
         parts = {name: width * self.dtype.itemsize for name, width in self.widths.items()}
         parts |= {name: groups * nbytes for name, nbytes in SCRATCH.items()}
@@ -124,7 +124,7 @@ class LayerCalls:
         for name, nbytes in parts.items():
             self.starts[name] = self.row_nbytes
             self.row_nbytes += -(-nbytes // ALIGNMENT) * ALIGNMENT
-        order = chain(*(_order(n, products, facts.activation) for n in range(len(layers))))
+        order = chain(*(_order(n, products, stack.activation) for n in range(len(layers))))
         self.order = np.array(list(order))  # the names of the functions that are called
         self.calls = np.zeros((len(self.order), 2), np.int64)  # addresses: functions and records
         self.records: dict[str, Records] = {}
@@ -163,21 +163,21 @@ class LayerCalls:
         sums = self._add("norm_sum", parts)
         for values, found in ((first, addresses[:1]), (sums, addresses[1:])):
             values["weight"] = found
-            values["size"], values["eps"] = self.facts.hidden_size, self.facts.eps
+            values["size"], values["eps"] = self.stack.hidden_size, self.stack.eps
 
     def _add_attention(self, layers: Sequence[CalledLayer]) -> None:
         """Add what norms and rotates heads, what attends, and the activations."""
-        facts = self.facts
+        stack = self.stack
         turns = self._add("turn", {"heads": ["heads"]})
         norms = [0 if x.head_norms is None else x.head_norms.data_ptr() for x in layers]
-        turns["norms"], turns["is_normed"], turns["eps"] = norms, np.sign(norms), facts.eps
-        turns["heads_of_row"] = facts.heads + 2 * facts.kv_heads
+        turns["norms"], turns["is_normed"], turns["eps"] = norms, np.sign(norms), stack.eps
+        turns["heads_of_row"] = stack.heads + 2 * stack.kv_heads
         turns["is_rotated"] = [layer.rope is not None for layer in layers]
         attends = self._add("attend", {"queries": ["heads"], "output": ["mixed"]})
-        attends["stride"], attends["group"] = self.widths["heads"], facts.heads // facts.kv_heads
-        attends["scale"], attends["cap"] = facts.score_scale, facts.score_cap or 0.0
-        gates = self._add(facts.activation, {"gate_up": ["gate_up"], "output": ["active"]})
-        gates["size"] = facts.intermediate_size
+        attends["stride"], attends["group"] = self.widths["heads"], stack.heads // stack.kv_heads
+        attends["scale"], attends["cap"] = stack.score_scale, stack.score_cap or 0.0
+        gates = self._add(stack.activation, {"gate_up": ["gate_up"], "output": ["active"]})
+        gates["size"] = stack.intermediate_size
 
     def _add_products(self, products: Sequence[Product]) -> None:
         parts = {"x": [x.source for x in products], "y": [x.target for x in products]}
@@ -204,31 +204,31 @@ class LayerCalls:
     ) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
         """Run (n, hidden_size) rows: the last layer's two parts, and what `captured` asks for."""
         rows = len(x)
-        every = rows if context is None else rows + len(context)
+        all_rows = rows if context is None else rows + len(context)
         # Parts that rows of context do not have stay unwritten, and take no memory.
-        memory = torch.empty(every * self.row_nbytes, dtype=torch.uint8)
-        self._part(memory, every, "x")[:rows] = x
+        memory = torch.empty(all_rows * self.row_nbytes, dtype=torch.uint8)
+        self._part(memory, all_rows, "x")[:rows] = x
         if context is not None:
-            self._part(memory, every, "normed")[rows:] = context
+            self._part(memory, all_rows, "normed")[rows:] = context
         values = {
-            name: found.of_pass(memory.data_ptr(), every) for name, found in self.records.items()
+            name: found.of_pass(memory.data_ptr(), all_rows) for name, found in self.records.items()
         }
         outputs = {-1: x} if -1 in captured else {}
         sums = values["norm_sum"]
         for layer in captured:
-            if 0 <= layer < len(self.facts.layers) - 1:
+            if 0 <= layer < len(self.stack.layers) - 1:
                 # The sum that the next layer reads, which its second norm reads too.
                 output = outputs[layer] = torch.empty_like(x)
                 number = 2 * layer + 1
                 sums["total"][number] = sums["residual"][number + 1] = output.data_ptr()
-        held = self._fill(values, rotations, attention, rows, every)
+        held = self._fill(values, rotations, attention, rows, all_rows)
         calls = self.calls.copy()
         for name, found in self.records.items():
             own = values[name]
             calls[found.numbers, 1] = own.ctypes.data + np.arange(len(own)) * own.itemsize
         self.kernels.run_calls(calls)
         del held
-        y, attended = (self._part(memory, every, name)[:rows] for name in ("y", "attended"))
+        y, attended = (self._part(memory, all_rows, name)[:rows] for name in ("y", "attended"))
         return y, attended, outputs
 
     def _fill(
@@ -237,29 +237,29 @@ class LayerCalls:
         rotations: Sequence[Rotation],
         attention: CalledAttention,
         rows: int,
-        every: int,  # the rows, and the ones of context
+        all_rows: int,  # rows, with the rows of context behind them
     ) -> Tensor:
         """Write to the records what a pass has of its own; returns the memory that they need."""
-        facts, shared = self.facts, self.kernels.shared
-        numbers = {"norm": "y", "norm_sum": "y", "turn": "heads", facts.activation: "gate_up"}
+        stack, shared = self.stack, self.kernels.shared
+        numbers = {"norm": "y", "norm_sum": "y", "turn": "heads", stack.activation: "gate_up"}
         for name, part in numbers.items():
             # Rows of context have no queries: whatever stands in their place is turned, and unread.
-            units = values[name]["units"] = every if name == "turn" else rows
+            units = values[name]["units"] = all_rows if name == "turn" else rows
             values[name]["threads"] = shared(units * self.widths[part])
         turns, attends, products = (values[name] for name in ("turn", "attend", "product"))
         for rope, layers in self.ropes.items():
             if rope is not None:
                 turns["cos"][layers], turns["sin"][layers] = (x.data_ptr() for x in rotations[rope])
-        attention.places.fill(turns, np.arange(len(facts.layers)))
+        attention.places.fill(turns, np.arange(len(stack.layers)))
         for seen, layers in self.seen.items():
             bounds, table = attention.layout(seen)
             attends["bounds"][layers] = bounds.data_ptr()
             table.fill(attends, layers)
-        threads, size = self.kernels.attending(table, facts.head_dim)
+        threads, size = self.kernels.attending(table, stack.head_dim)
         scratch = torch.empty(threads * size)
         attends["scratch"], attends["scratch_size"] = scratch.data_ptr(), size
         attends["units"], attends["threads"] = table.units, threads
-        products["rows"] = np.where(self.of_context, every, rows)
+        products["rows"] = np.where(self.of_context, all_rows, rows)
         products["threads"] = self.kernels.threads
         return scratch
 
