@@ -21,11 +21,9 @@ from benchmarks.common import Parser, Row, describe, show, write_json
 from benchmarks.decoding.methods import Case, HeadSize, measure
 from treeflash.cli.console import guarded
 from treeflash.cli.options import add_model_options, load_model
-from treeflash.config import AUTO, DecodeConfig
+from treeflash.config import AUTO
 from treeflash.decoding.interfaces import warm_up
 from treeflash.evaluation.records import MEAN
-
-HEAD_SIZE = HeadSize(DecodeConfig.head_vocab, DecodeConfig.head_rows)
 
 
 def parser() -> Parser:
@@ -67,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     cases = [
         Case("ar", AUTO, None, None),
-        *(Case("treeflash", size, HEAD_SIZE, True) for size in (*args.budgets, AUTO)),
+        *(Case("treeflash", size, HeadSize(), True) for size in (*args.budgets, AUTO)),
         Case("suffix", AUTO, None, None),
     ]
     model = load_model(args)

@@ -110,8 +110,8 @@ class _ForcedVerifier:
 class HeadSize(NamedTuple):
     """The shortlist size of the AR head, and the number of previous tokens that it scores after."""
 
-    vocab: int | None
-    rows: HeadRows
+    vocab: int | None = DecodeConfig.head_vocab
+    rows: HeadRows = DecodeConfig.head_rows
 
     def __str__(self) -> str:
         return f"{self.vocab or 'full'}:{self.rows or 'full'}"
@@ -166,7 +166,7 @@ def parser() -> Parser:
     options.add_list(
         "--heads",
         parse_head,
-        [HeadSize(DecodeConfig.head_vocab, DecodeConfig.head_rows)],
+        [HeadSize()],
         "settings of the AR head: numbers, full, or auto for ROWS",
         "VOCAB:ROWS,...",
     )
