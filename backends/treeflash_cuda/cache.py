@@ -17,6 +17,9 @@ An example. Pages have 4 columns. A sequence of 6 positions has room for 12, and
 The rule: a sequence takes all its pages when it starts, and a fork also the spare of the page that
 it shares in part. So no pass runs out of memory.
 
+Each further answer to one prompt runs the prompt's last token again, for its logits. If its key is
+the last one of a page, the fork goes on to share the page, and its own key goes nowhere.
+
 On a CPU, whose kernels read keys in one piece, a page is one column. Then the pages of a sequence
 follow one another, and a fork copies them.
 
@@ -223,11 +226,15 @@ class Slab:
         """Take pages back from one of their owners; a single owner needs no spares."""
         self.owners[pages] -= 1
         for page in self._spared(pages):
-            spares = self.spares[page]
-            while spares and len(spares) >= self.owners[page]:
-                self.owners[spares.pop()] = 0
-            if not spares:
-                del self.spares[page]
+            self.keep_spares(page, max(int(self.owners[page]) - 1, 0))
+
+    def keep_spares(self, page: int, most: int) -> None:
+        """Free the spares of a page that are more than `most`."""
+        spares = self.spares[page]
+        while len(spares) > most:
+            self.owners[spares.pop()] = 0
+        if not spares:
+            del self.spares[page]
 
     def _spared(self, pages: Pages) -> list[int]:
         """Return those among some pages that have spares."""
@@ -404,6 +411,12 @@ class Arena:
             raise MemoryInUseError("memory has no page left for a copy of a shared one")
         return new
 
+    def drop_spare(self, slab: Slab, page: int) -> None:
+        """Free the spare of an owner that will not write to a shared page."""
+        with self.lock:
+            if spares := slab.spares.get(page):
+                slab.keep_spares(page, len(spares) - 1)
+
     def _refuse(self, count: int, reserved: int, capacity: int) -> None:
         """Raise for pages that are not free, or are more than the reserved memory has."""
         needed = count * self.page * self.column_nbytes
@@ -443,6 +456,8 @@ class KVCache:
     slab: Slab | None = None  # None before the first block, and after the sequence is closed
     pages: Pages = field(default_factory=NO_PAGES.copy)  # of the slab, by offset
     length: int = 0  # committed positions
+    # The next token, if its key is the last one of a page that the sequence shares.
+    shared_token: int | None = None
 
     rewritten = 0
     """Committed positions at the end whose columns are written again."""
@@ -540,17 +555,33 @@ class KVCache:
 
     def commit(self, count: int) -> None:
         """Commit the first `count` rows of the block."""
+        if self.shared_token is not None:
+            assert self.slab is not None
+            page = int(self.pages[self.length // self.arena.page])
+            if self.slab.owners[page] > 1:  # nothing was written to it
+                self.arena.drop_spare(self.slab, page)
+            self.shared_token = None
         self.length += count
 
-    def copy_from(self, other: KVCache, length: int) -> None:
+    def next_offsets(self, token_ids: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
+        """Return the offsets to which the keys of the next tokens, or of a tree, are written.
+
+        The key of `shared_token` goes where the next block is written.
+        """
+        has_key = self.shared_token is not None and token_ids.tolist() == [self.shared_token]
+        return self.length + has_key + np.arange(len(token_ids))
+
+    def copy_from(self, other: KVCache, length: int, token: int | None = None) -> None:
         """Take the committed positions of another sequence, at most `length`.
 
         Pages are shared; columns that are no pages are copied. The sequence then has all its pages,
-        if memory for them is reserved.
+        if memory for them is reserved. The other sequence has this token at position `length`.
         """
         length = min(length, other.length)
         if (taken := self.arena.share(other, length, self.capacity)) is not None:
             self.slab, self.pages = taken
+            if (length + 1) % self.arena.page == 0 and length + 1 < self.capacity:
+                self.shared_token = token
         elif length:
             assert other.slab is not None
             self.allocate().copy(self.index(0, length), other.slab, other.index(0, length))

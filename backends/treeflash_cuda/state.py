@@ -56,7 +56,8 @@ class State(BaseState[KVCache, CommittedStates]):
         try:
             if recurrent is not None:
                 new.restore_recurrent(recurrent)
-            new.kv_cache.copy_from(self.kv_cache, length)
+            following = self.tokens[length] if length < self.length else None
+            new.kv_cache.copy_from(self.kv_cache, length, following)
             if self.drafter and new.drafter:
                 new.drafter.copy_from(self.drafter, length)
                 new.context = [part.clone() for part in self.context_before(length)]

@@ -42,8 +42,7 @@ CHUNK = 512
 """Positions of an item of shared work."""
 PAGE = 64
 """Columns of a page: a multiple of every tile of keys, which so needs one look-up. Sequences that
-begin alike share whole pages, and in larger ones they would share less: eight short answers to a
-prompt of 8,000 tokens would hold 1.2 times the keys of one in pages of 256."""
+begin alike share whole pages, and in larger ones they would share less."""
 MIN_PAGES = 2048
 """Pages that every graph has room for in the tables of its sequences: 131,072 positions."""
 MIN_PLACES = 4096

@@ -281,7 +281,7 @@ def test_what_is_written_before_the_position_of_a_fork_is_copied_first():
 
 
 def test_a_fork_copies_nothing_until_both_sequences_write_to_one_page(monkeypatch):
-    """Eight answers to a prompt of 8,000 tokens hold little more than one."""
+    """Eight texts with 8,000 tokens in common hold little more than one."""
     copied, plain = [], Slab.copy
     monkeypatch.setattr(
         Slab, "copy", lambda slab, *given: copied.append(given[0]) or plain(slab, *given)
@@ -313,18 +313,38 @@ def test_a_fork_copies_nothing_until_both_sequences_write_to_one_page(monkeypatc
     texts.check()
 
 
-def test_answers_to_one_prompt_take_a_page_for_its_last_token_and_their_own():
-    """Their forks lack the last token, which each runs for its logits."""
+def test_answers_to_one_prompt_share_all_pages_that_are_full():
+    """Their forks lack the prompt's last token, which each runs for its logits."""
     texts = Texts(arena_of(10_000, PAGE, reserved=True), None)
-    texts.add(opened(texts.arena, 8_000 + PAGE), torch.empty(0))
-    first = texts.held[0]
+    first = texts.add(opened(texts.arena, 8_000 + PAGE), torch.empty(0))
     texts.write(first, 8_000)
+    one = first.cache.nbytes
     for _ in range(7):
         fork = texts.arena.new_cache(8_000 + PAGE)
-        fork.copy_from(first.cache, 7_999)
-        texts.add(fork, first.expected[:7_999])
-        texts.write(texts.held[-1], 1 + PAGE)
+        fork.copy_from(first.cache, 7_999, token=3)
+        assert fork.next_offsets(np.array([3])) == 8_000
+        fork.commit(1)
+        texts.write(texts.add(fork, first.expected), PAGE)
     texts.write(first, PAGE)
-    page = PAGE * texts.arena.column_nbytes
-    assert sum(text.cache.nbytes for text in texts.held) == (126 + 7 * 2) * page
+    assert sum(text.cache.nbytes for text in texts.held) == one * (126 + 7) // 126
     texts.check()
+
+
+def test_a_fork_copies_its_full_page_for_another_token_than_the_page_has():
+    texts = Texts(arena_of(9 * PAGE, PAGE, reserved=True), None)
+    first = texts.add(opened(texts.arena, 2 * PAGE), torch.empty(0))
+    texts.write(first, PAGE)
+    for tokens in ([4], [3, 3], [3]):
+        fork = texts.add(texts.arena.new_cache(2 * PAGE), first.expected[: PAGE - 1])
+        fork.cache.copy_from(first.cache, PAGE - 1, token=3)
+        is_shared = tokens == [3]
+        expected = PAGE - 1 + is_shared + np.arange(len(tokens))
+        np.testing.assert_array_equal(fork.cache.next_offsets(np.array(tokens)), expected)
+        if is_shared:
+            fork.cache.commit(1)
+            fork.expected = first.expected
+        else:
+            texts.write(fork, len(tokens))
+        assert (fork.cache.pages[0] == first.cache.pages[0]) == is_shared
+        texts.check()
+    assert texts.arena.slabs[0].spares == {}

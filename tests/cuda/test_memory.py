@@ -12,7 +12,7 @@ from parts import load_with_parts
 from treeflash.config import GIB, DecodeConfig, LoadConfig, SamplingConfig
 from treeflash.decoding import Request, Scheduler, SchedulerConfig
 from treeflash.decoding.interfaces import Prefill
-from treeflash.decoding.sampling import Noise
+from treeflash.decoding.sampling import Noise, SamplingParams
 from treeflash.decoding.session import SequenceSession
 from treeflash.errors import ConfigError
 from treeflash.testing import require
@@ -86,6 +86,32 @@ def test_answers_to_one_prompt_run_at_once_where_two_prompts_would_fit(monkeypat
     assert max(running) == len(requests)
     assert list(tokens.values()) == [tokens[requests[0]]] * len(requests)
     assert backend.target.arena.slabs[0].is_free
+
+
+def test_answers_to_a_prompt_that_fills_its_pages_share_them_all(monkeypatch, folders):
+    """Each runs the prompt's last token again. Another token there gets a page of its own."""
+    backend = load_with_parts(monkeypatch, *folders)
+    prompt, answer = [3 + n % 30 for n in range(2 * PAGE)], [5, 6, 7]
+
+    def run(state, tokens):
+        (sampled,) = backend.verifier.run([Prefill(state, tokens, SamplingParams())]).sampled
+        return sampled.tokens.tolist()
+
+    first = backend.open(3 * PAGE, drafts=False)
+    expected = run(first, prompt)
+    keys = first.read_kv_cache()
+    forks = [first.fork(len(prompt) - 1, 3 * PAGE) for _ in range(3)]
+    for fork in forks[:2]:
+        assert run(fork, prompt[-1:]) == expected
+        assert fork.kv_cache.pages[:2].tolist() == first.kv_cache.pages[:2].tolist()
+    run(forks[2], [prompt[-1] - 1])
+    assert forks[2].kv_cache.pages[1] != first.kv_cache.pages[1]
+    assert (backend.target.arena.slabs[0].owners > 0).sum() == 3 + 3 + 1
+    np.testing.assert_array_equal(first.read_kv_cache(), keys)
+    expected = run(first, answer)
+    assert [run(fork, answer) for fork in forks[:2]] == [expected] * 2
+    for fork in forks[:2]:
+        np.testing.assert_allclose(fork.read_kv_cache(), first.read_kv_cache(), atol=1e-5)
 
 
 def test_a_fork_that_fails_in_the_middle_gives_its_regions_back(folders):

@@ -7,6 +7,7 @@ import queue
 import subprocess
 import sys
 import threading
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -34,6 +35,7 @@ from treeflash_cuda.operations import Operations
 from treeflash_cuda.state import State
 from treeflash_cuda.target import read_model_config
 from treeflash_cuda.verifier import Verifier
+from treeflash_cuda.visible_keys import PAGE
 
 PROMPT = [3, 4, 5, 6]
 CONFIG = {"budget": 8, "max_tokens": 24}
@@ -284,6 +286,18 @@ def test_sequences_lie_in_the_same_slabs_on_every_rank(ranks):
     ranks.check()
     for state in (*states, fork):
         state.close()
+
+
+def test_forks_share_the_same_pages_on_every_rank(ranks):
+    for arena in ranks.arenas:
+        arena.page = PAGE
+    state = ranks.backend.open(2 * PAGE, drafts=False)
+    ranks.backend.verifier.run([Prefill(state, [5] * PAGE, None)])
+    with closing(state.fork(PAGE - 1, 2 * PAGE)):
+        ranks.check()
+        tokens = [x.kv_cache.shared_token for x in (*ranks.leading, *ranks.following)]
+        assert tokens == [None, 5, None, 5]
+    state.close()
 
 
 @pytest.mark.parametrize("rank", [0, 1])

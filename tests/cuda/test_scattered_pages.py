@@ -23,7 +23,8 @@ def decoded(backend, method):
     """The tokens of prompts that share beginnings, of which some come from the prefix cache."""
     scheduler, found = Scheduler(backend, prefix_cache=PrefixCache(1 << 24)), []
     config = DecodeConfig(method=method, max_tokens=4)
-    for prompts in ([PROMPT], [[*PROMPT[:70], 5, 6], [*PROMPT, 7]], [PROMPT, PROMPT]):
+    full_page = PROMPT[:64]
+    for prompts in ([PROMPT], [[*PROMPT[:70], 5, 6], [*PROMPT, 7]], [PROMPT, PROMPT, full_page]):
         requests = [Request(prompt_ids=prompt, config=config) for prompt in prompts]
         texts = {request: [] for request in requests}
         for request, step in scheduler.decode(requests):

@@ -148,9 +148,7 @@ class GpuTarget(DecoderTarget):
         sizes = [len(tokens) for _, tokens in rows]
         count, ends, slab = sum(sizes), np.cumsum(sizes), slab_of(rows[0][0])
         assert slab is not None
-        tables, slots = zip(
-            *(rows_of(state, n) for (state, _), n in zip(rows, sizes, strict=True)), strict=True
-        )
+        tables, slots = zip(*(rows_of(*row) for row in rows), strict=True)
         arrays = [
             np.concatenate([np.asarray(tokens) for _, tokens in rows]),
             np.concatenate([state.rotary_positions(tokens) for state, tokens in rows]),

@@ -130,7 +130,7 @@ class LeaderState(State):
     def copy(self, length: int, capacity: int, recurrent: CommittedStates | None) -> LeaderState:
         new = super().copy(length, capacity, recurrent)
         assert isinstance(new, LeaderState)
-        followers.tell("copy", self.number, new.number, length)
+        followers.tell("copy", self.number, new.number, length, new.kv_cache.shared_token)
         return new
 
     def rollback(self, length: int, recurrent: CommittedStates | None) -> None:
@@ -200,8 +200,8 @@ def _follow(target: Target) -> None:
                 target.arena.reserved_nbytes = nbytes
             case "open", number, capacity, takes_room:
                 states[number] = State(target.arena, None, capacity, 0, None, takes_room)
-            case "copy", old, new, length:
-                states[new].kv_cache.copy_from(states[old].kv_cache, length)
+            case "copy", old, new, length, token:
+                states[new].kv_cache.copy_from(states[old].kv_cache, length, token)
             case "rollback", number, length:
                 states[number].rollback(length, None)
             case "close", number:

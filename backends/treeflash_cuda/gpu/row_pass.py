@@ -26,7 +26,7 @@ from treeflash_cuda.numerics import pack, unpack, upload
 from treeflash_cuda.recurrence import TreeNodes, plan_nodes
 from treeflash_cuda.sampling import Logits, finite_argmax
 from treeflash_cuda.state import State
-from treeflash_cuda.target import PASS_NAME, Rows, RowsResult, Target
+from treeflash_cuda.target import PASS_NAME, Rows, RowsResult, Target, token_ids
 from treeflash_cuda.visible_keys import PAGE, RowPlan, VisibleKeys
 
 MAX_CHUNK = 256
@@ -107,7 +107,7 @@ class RowPass:
         graphs, count = target.graphs, self._count(rows)
         captured = graphs.is_capturing and count <= MAX_ROWS
         sizes = np.array([len(tokens) for _, tokens in rows])
-        tables, slots = zip(*(rows_of(state, len(tokens)) for state, tokens in rows), strict=True)
+        tables, slots = zip(*(rows_of(*row) for row in rows), strict=True)
         stride, trees = None, (len(rows), int(sizes.max()))
         if arena is None:
             order = padded_order(count, round_up(count) if captured else count)
@@ -203,13 +203,14 @@ def path_room(plan: RowPlan, rows: int) -> int:
     return power_of_two(max(plan.paths.shape[1], min(MIN_DEPTHS, rows)))
 
 
-def rows_of(state: State, count: int) -> tuple[Pages, NDArray[np.int64]]:
-    """Return the table of a sequence and the (count,) columns of its next rows."""
-    cache, offsets = state.kv_cache, state.length + np.arange(count)
+def rows_of(state: State, tokens: DraftTree | Sequence[int]) -> tuple[Pages, NDArray[np.int64]]:
+    """Return the table of a sequence, and the (n,) columns that its next n rows write."""
+    cache, count = state.kv_cache, len(tokens)
     if cache.arena.like is None:
-        return NO_PAGES, np.zeros_like(offsets)
+        return NO_PAGES, np.zeros(count, np.int64)
     assert cache.arena.page == PAGE
-    cache.reserve_rows(state.length, state.length + count)
+    offsets = cache.next_offsets(token_ids(tokens))
+    cache.reserve_rows(int(offsets[0]), int(offsets[-1]) + 1)
     return cache.table(state.length + count), cache.columns_at(offsets)
 
 
