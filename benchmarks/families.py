@@ -4,9 +4,8 @@
 
 It prints the list and the table at the end of `docs/families.md`.
 
-It runs `tests/cuda/families.py` and `tests/mlx/families.py`, which define the outcomes. A dash
-stands for a type that a framework lacks, or of which no tiny model with all of the type's kinds of
-layers could be made.
+It runs `tests.helpers.families`, which defines the outcomes. A dash stands for a type that a
+framework lacks, or of which no tiny model with all of the type's kinds of layers could be made.
 """
 
 from __future__ import annotations
@@ -28,9 +27,10 @@ OUTCOMES = ("verified", "refused")
 
 def run_families(backend: str) -> dict[str, str]:
     """Return the outcome of each model type that could be tried."""
-    script = ROOT / "tests" / backend / "families.py"
+    script = "tests.helpers.families"
     run = subprocess.run(
-        [sys.executable, script],
+        [sys.executable, "-m", script, backend],
+        cwd=ROOT,
         stdout=subprocess.PIPE,
         text=True,
         check=False,

@@ -141,7 +141,8 @@ def tests_of(file: Path) -> list[str]:
         words = set(re.findall(r"\w+", path.read_text(encoding="utf-8")))
         return path.stem.startswith(f"test_{file.stem}"), len(words & defined)
 
-    files = sorted((ROOT / area).rglob("test_*.py"))
+    folders = [area, Path("tests", "engines")] if package == "backends" else [area]
+    files = sorted(file for folder in folders for file in (ROOT / folder).rglob("test_*.py"))
     files.sort(key=relevance, reverse=True)
     return [str(path.relative_to(ROOT)) for path in files]
 

@@ -13,8 +13,8 @@ from treeflash.testing.pairs import DRAFTER_SEED, SAMPLINGS, TARGET_SEED
 require("torch")
 require("mlx_lm")
 
-import families
 from both_backends import assert_equal_iterations, load_both
+from families import cuda as families
 
 # In every run each backend equals the reference in its own suite, and so the other one; the tests
 # of hybrid targets compare other types with transformers and mlx-lm.
@@ -35,11 +35,7 @@ def backends(request, tmp_path_factory):
     if name in HYBRID_FAMILIES:
         write_target(target, name, seed=TARGET_SEED, vocab_size=VOCAB_SIZE)
     else:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(families.SMALL, "vocab_size", VOCAB_SIZE)
-            own = families.OVERRIDES.get(name, {}) | ONE_GROUP.get(name, {})
-            patch.setitem(families.OVERRIDES, name, own)
-            families.write(target, name)
+        families.write(target, name, vocab_size=VOCAB_SIZE, **ONE_GROUP.get(name, {}))
     write_drafter(drafter, target, seed=DRAFTER_SEED)
     return load_both(target, drafter)
 

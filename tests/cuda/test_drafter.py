@@ -3,11 +3,9 @@
 from dataclasses import replace
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
 from treeflash.config import LoadConfig
-from treeflash.decoding.session import SequenceSession
 from treeflash.testing import require
 from treeflash.testing.models import write_pair
 
@@ -36,30 +34,6 @@ def test_frequencies_stay_in_float32(folders):
     assert half.fc.weight.dtype == torch.bfloat16
     assert torch.equal(half.rotary.inv_freq, exact)
     assert half.rotary.inv_freq.dtype == torch.float32
-
-
-def test_long_prompts_are_projected_chunk_by_chunk(folders):
-    """Outputs of several layers are larger than what is made of them."""
-    backend = load(*folders, CPU)
-    prompt = np.random.default_rng(3).integers(0, 24, 50).tolist()
-    whole = SequenceSession(backend, drafts=True)
-    whole.extend(prompt)
-    backend.verifier.first_chunk, backend.verifier.next_chunk = 16, 8
-    rows = []
-    backend.drafter_model.fc.register_forward_hook(lambda _, args, __: rows.append(len(args[0])))
-    text = SequenceSession(backend, drafts=True)
-    text.extend(prompt)
-    assert rows == [16, 8, 8, 8, 8, 2]
-    features = torch.cat(text.state.context)
-    assert features.shape == (50, 32)
-    torch.testing.assert_close(features, *whole.state.context, atol=1e-5, rtol=1e-4)
-
-
-def test_waiting_features_are_projected(folders):
-    backend = load(*folders, CPU)
-    text = SequenceSession(backend, drafts=True)
-    text.extend(PROMPT)
-    assert [features.shape for features in text.state.context] == [(len(PROMPT), 32)]
 
 
 class Counted:

@@ -1,7 +1,4 @@
-"""Model types of transformers as targets, and the script that tries them all."""
-
-import importlib.util
-from pathlib import Path
+"""Model types of transformers whose layers or caches are unlike others'."""
 
 import numpy as np
 import pytest
@@ -20,7 +17,7 @@ from treeflash.testing.models import write_drafter
 require("torch")
 
 import torch
-from transformers import CONFIG_MAPPING
+from families import cuda as families
 from treeflash_cuda.backend import load
 from treeflash_cuda.verifier import FIRST_CHUNK
 
@@ -28,42 +25,7 @@ pytestmark = pytest.mark.sample(1)
 
 
 @pytest.fixture(scope="module")
-def families():
-    """The script `families.py` as a module: it writes random models of any type."""
-    path = Path(__file__).parent / "families.py"
-    spec = importlib.util.spec_from_file_location("cuda_families", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.mark.parametrize(
-    ("name", "layer"),
-    [("lfm3", "Lfm3ShortConv"), ("granitemoehybrid", "GraniteMoeHybridMambaLayer")],
-)
-def test_a_tiny_model_without_a_type_s_recurrent_layers_is_noticed(families, name, layer):
-    assert not families.missing_layers(name, families.configuration(name))
-    settings = families.SMALL | {"layer_types": ["full_attention"] * families.LAYERS}
-    assert layer in families.missing_layers(name, CONFIG_MAPPING[name](**settings))
-
-
-def test_a_tiny_model_without_sliding_windows_is_noticed(families):
-    assert not families.missing_layers("gemma2", families.configuration("gemma2"))
-    settings = families.SMALL | {"layer_types": ["full_attention"] * families.LAYERS}
-    config = CONFIG_MAPPING["gemma2"](**settings)
-    assert families.missing_layers("gemma2", config) == {"sliding_attention"}
-
-
-def test_a_tiny_model_that_lacks_layers_is_not_tried(families, monkeypatch):
-    own = {"layer_types": ["full_attention"] * families.LAYERS}
-    monkeypatch.setitem(families.OVERRIDES, "lfm3", own)
-    outcome, reason = families.attempt("lfm3")
-    assert outcome == "not tried"
-    assert "Lfm3ShortConv" in reason
-
-
-@pytest.fixture(scope="module")
-def capped(families, tmp_path_factory):
+def capped(tmp_path_factory):
     """Pairs whose scores are soft-capped or have sinks, and transformers' models of the targets."""
     pairs = {}
     for name in ("gemma2", "gpt_oss"):
@@ -85,7 +47,7 @@ def capped(families, tmp_path_factory):
     ],
 )
 def test_layers_attend_to_keys_that_they_share_or_change(
-    families, tmp_path, name, operations, reads_cache, monkeypatch
+    tmp_path, name, operations, reads_cache, monkeypatch
 ):
     """In trees alone and side by side."""
     model = families.write(tmp_path, name)
@@ -155,3 +117,18 @@ def test_soft_capped_scores_and_sinks_are_those_of_transformers(
         for request, step in Scheduler(backend).decode(requests):
             tokens[requests.index(request)] += step.tokens
         assert tokens == expected
+
+
+def test_a_model_may_use_its_cache_as_in_earlier_versions(tmp_path, monkeypatch):
+    """Before transformers 5.24 it had another name, and was asked otherwise for earlier states."""
+    model = families.write(tmp_path, "mamba2")
+    forward = type(model).forward
+
+    def earlier_forward(self, input_ids=None, cache_params=None, **kwargs):
+        if cache_params is not None:
+            assert not cache_params.has_previous_state()
+        return forward(self, input_ids, cache=cache_params, **kwargs)
+
+    monkeypatch.setattr(type(model), "forward", earlier_forward)
+    backend = load(tmp_path, None, LoadConfig(device="cpu", dtype="float32"))
+    assert backend.target.states_nbytes > 0

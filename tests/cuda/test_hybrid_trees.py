@@ -14,8 +14,9 @@ from treeflash.testing.models import write_pair, write_target
 
 require("torch")
 
-import families
 import torch
+from families import PREFIX, TOLERANCE
+from families import cuda as families
 from parts import load_with_parts
 from replayed_graphs import enable, replay_graphs
 from treeflash_cuda import target_loading
@@ -83,8 +84,8 @@ def test_other_types_agree_with_plain_text(tmp_path, monkeypatch, name):
     monkeypatch.setattr(target_loading, "load_target_operations", lambda *_: Operations())
     target = load_target(tmp_path, LoadConfig(device="cpu", dtype="float32"), pack=True)
     backend, rng = CudaBackend(target, None, None), np.random.default_rng(0)
-    assert tree_difference(backend, rng, families.PREFIX) < families.TOLERANCE
-    assert state_difference(backend, rng, families.PREFIX) < families.TOLERANCE
+    assert tree_difference(backend, rng, PREFIX) < TOLERANCE
+    assert state_difference(backend, rng, PREFIX) < TOLERANCE
     state = backend.open(8, drafts=False)
     verified = backend.verifier.run([Verify(state, DraftTree.root_only(3), SamplingParams())])
     written = verified.rows[state].written

@@ -21,8 +21,8 @@ from treeflash.training.distillation import Response, respond
 
 require("torch")
 
-import families
 import torch
+from families import cuda as families
 from treeflash_cuda.backend import load
 from treeflash_cuda.target_loading import load_target
 from treeflash_cuda.training import entry, loop

@@ -1,9 +1,6 @@
 """Fixtures of the MLX backend's tests."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -39,16 +36,10 @@ def see_device(monkeypatch):
 
 @pytest.fixture(scope="session")
 def families():
-    """The script `families.py` as a module: it writes random models of any type of mlx-lm."""
-    folder = Path(__file__).parent
-    spec = importlib.util.spec_from_file_location("families", folder / "families.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(folder))  # as for a script: it imports its configurations
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(folder))
-    return module
+    """The module that writes random models of any type of mlx-lm."""
+    from families import mlx
+
+    return mlx
 
 
 @pytest.fixture(scope="session")

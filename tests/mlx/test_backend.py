@@ -14,35 +14,20 @@ from recordings import recording
 
 from treeflash.commands import doctor
 from treeflash.config import LoadConfig
-from treeflash.errors import BackendError, CheckpointError, ConfigError, UnsupportedModelError
+from treeflash.errors import BackendError, ConfigError, UnsupportedModelError
 from treeflash.testing import require
-from treeflash.testing.models import edit_config, write_drafter, write_target
+from treeflash.testing.models import write_drafter
 
 require("mlx.core")
 require("mlx_lm")
 
 import mlx.core as mx
 from mlx import nn
-from mlx_lm.utils import load_model
 from treeflash_mlx import backend as backend_module
 from treeflash_mlx import device
 from treeflash_mlx import target as target_module
 from treeflash_mlx.backend import load
 from treeflash_mlx.drafter_model import differs
-
-
-@pytest.mark.sample(1)
-@pytest.mark.parametrize("bits", [4, 8])
-def test_quantised_target(pair, tmp_path, bits):
-    """A folder as `mlx_lm.convert -q` writes it."""
-    model, config = load_model(pair[0])
-    nn.quantize(model, 32, bits)
-    config["quantization"] = {"group_size": 32, "bits": bits}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    model.save_weights(str(tmp_path / "model.safetensors"))
-    backend = load(tmp_path, pair[1], LoadConfig())
-    assert isinstance(backend.target.lm_head, nn.QuantizedLinear)
-    assert backend.target.embed(mx.array([1])).shape == (1, 128)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -69,14 +54,6 @@ def test_impossible_kv_bits_are_refused(families, pair, tmp_path):
         load(tmp_path / "narrow", None, LoadConfig(kv_bits=8))
 
 
-@pytest.mark.sample(1)
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_dtype_is_the_one_asked_for(pair, dtype):
-    backend = load(*pair, LoadConfig(dtype=dtype))
-    assert backend.dtype == dtype
-    assert backend.drafter_model.fc.weight.dtype == getattr(mx, dtype)
-
-
 def test_missing_device_is_refused(pair, see_device):
     see_device(mx.cpu)
     with pytest.raises(BackendError, match="no GPU"):
@@ -84,38 +61,6 @@ def test_missing_device_is_refused(pair, see_device):
     with pytest.raises(BackendError, match="gpu or cpu"):
         load(*pair, LoadConfig(device="cuda:0"))
     assert load(*pair, LoadConfig(device="cpu")).device == "cpu"
-
-
-def test_model_type_that_mlx_lm_lacks_is_named(tmp_path):
-    write_target(tmp_path, "llama", seed=0)
-    edit_config(tmp_path, lambda config: config.update(model_type="nothing"))
-    with pytest.raises(UnsupportedModelError, match="'nothing'"):
-        load(tmp_path, None, LoadConfig())
-
-
-def test_scaling_by_column_is_refused_for_drafting_only(families, tmp_path):
-    families.write(tmp_path / "target", "ministral3")
-    write_drafter(tmp_path / "drafter", tmp_path / "target", seed=0)
-    load(tmp_path / "target", None, LoadConfig())
-    with pytest.raises(UnsupportedModelError, match="by column"):
-        load(tmp_path / "target", tmp_path / "drafter", LoadConfig())
-
-
-@pytest.mark.parametrize("which", [0, 1], ids=["target", "drafter"])
-def test_damaged_file_is_named(pair, tmp_path, which):
-    folders = []
-    for i, source in enumerate(pair):
-        folder = tmp_path / str(i)
-        folder.mkdir()
-        for file in source.iterdir():
-            data = file.read_bytes()
-            cut = i == which and file.suffix == ".safetensors"
-            (folder / file.name).write_bytes(data[: len(data) // 2] if cut else data)
-        folders.append(folder)
-    with pytest.raises(CheckpointError) as caught:
-        load(*folders, LoadConfig())
-    assert str(folders[which]) in str(caught.value)
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

@@ -7,20 +7,17 @@ import pytest
 from mtp_pairs import write_mtp_pair
 from recordings import recording
 
-from treeflash.config import METHODS, DecodeConfig, LoadConfig, SamplingConfig
+from treeflash.config import DecodeConfig, LoadConfig, SamplingConfig
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.drafters.folder import read_config
 from treeflash.drafters.mtp_heads import Experts
 from treeflash.drafters.mtp_layer import Router
-from treeflash.errors import ConfigError
-from treeflash.testing import models, require
+from treeflash.testing import require
 from treeflash.testing.comparisons import generate
 from treeflash.testing.models import (
     write_dialect,
-    write_drafter,
     write_pair,
-    write_target,
 )
 
 require("mlx.core")
@@ -73,64 +70,6 @@ def test_slots_that_nothing_sees_are_not_computed(tmp_path, dialect, causal):
     whole, few, _ = (np.array(block.hidden) for block in blocks)
     assert len(few) == 2
     np.testing.assert_allclose(few, whole[:2], atol=1e-5)
-
-
-# The conformance suite has the law for every method, with a shorter text.
-@pytest.mark.nightly
-@pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])
-def test_every_method_equals_plain_decoding(families, tmp_path, sampling):
-    """On a target with sliding windows, in a text of many windows."""
-    target, drafter = tmp_path / "target", tmp_path / "drafter"
-    families.write(target, "gemma3_text")
-    write_drafter(drafter, target, seed=2)
-    backend = load(target, drafter, LoadConfig())
-    prompt = [int(token) for token in np.random.default_rng(0).integers(0, 96, 30)]
-    texts = {}
-    for method in METHODS:
-        config = DecodeConfig(method=method, max_tokens=60, budget=24, sampling=sampling)
-        texts[method] = generate(backend, prompt, config)
-    assert all(text == texts["ar"] for text in texts.values())
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-def test_quantised_drafter(pair, bits):
-    """The trees may differ from plain drafting; the text does not."""
-    backend = load(*pair, LoadConfig(draft_bits=bits))
-    assert isinstance(backend.drafter_model.layers[0].mlp.up_proj, nn.QuantizedLinear)
-    assert isinstance(backend.head.module.ug.first, nn.QuantizedLinear)
-    assert isinstance(backend.head.module.ug.second, nn.QuantizedLinear)
-    texts = []
-    for method in ("ar", "treeflash"):
-        config = DecodeConfig(method=method, max_tokens=30, budget=16)
-        texts.append(generate(backend, [1, 2, 3], config))
-    assert texts[0] == texts[1]
-
-
-@pytest.mark.parametrize(
-    "dialect", ["dflash2", "deepspec-gated", "deepspec-rnn", "specforge-domino"]
-)
-def test_quantised_heads(tmp_path, monkeypatch, dialect):
-    monkeypatch.setattr(models, "RANK", 64)  # wide enough to be quantised
-    target, drafter = tmp_path / "target", tmp_path / "drafter"
-    write_target(target, "qwen3", seed=1, hidden_size=128, vocab_size=64)
-    write_dialect(drafter, target, dialect, seed=2)
-    backend = load(target, drafter, LoadConfig(draft_bits=8))
-    parts = [module for _, module in backend.head.module.named_modules()]
-    assert any(isinstance(x, nn.QuantizedLinear | nn.QuantizedEmbedding) for x in parts)
-    exact = load(target, drafter, LoadConfig())
-    blocks = [drafted(each, list(range(12)), 3)[1] for each in (backend, exact)]
-    previous = np.arange(len(blocks[0].hidden), dtype=np.int32)
-    log_probs = [
-        each.head.log_probs(block, previous)
-        for each, block in zip((backend, exact), blocks, strict=True)
-    ]
-    both = np.isfinite(log_probs[0]) & np.isfinite(log_probs[1])
-    assert np.corrcoef(log_probs[0][both], log_probs[1][both])[0, 1] > 0.95
-    texts = []
-    for method in ("ar", "treeflash"):
-        config = DecodeConfig(method=method, max_tokens=20, budget=16, head_vocab=32)
-        texts.append(generate(backend, [1, 2, 3], config))
-    assert texts[0] == texts[1]
 
 
 def write_side_file(target, folder):
@@ -209,17 +148,6 @@ def test_a_drafter_is_quantised_like_its_target(quantised_pair, monkeypatch):
         texts.append(generate(backend, [1, 2, 3], config))
     assert kinds == [nn.QuantizedLinear, nn.Linear]
     assert texts[0] == texts[1]
-
-
-def test_impossible_draft_bits_are_refused(pair):
-    with pytest.raises(ConfigError, match="draft_bits must be one of"):
-        load(*pair, LoadConfig(draft_bits=7))
-
-
-def test_dflash_drafter_has_no_head(tmp_path):
-    write_target(tmp_path / "t", "llama", seed=1)
-    write_drafter(tmp_path / "d", tmp_path / "t", seed=2, format="dflash", sharded=True)
-    assert load(tmp_path / "t", tmp_path / "d", LoadConfig()).head is None
 
 
 @pytest.mark.parametrize("on_gpu", [True, False])

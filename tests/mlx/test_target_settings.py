@@ -4,15 +4,22 @@ import json
 
 import pytest
 
+from treeflash.drafters.folder import read_config
 from treeflash.errors import UnsupportedModelError
 from treeflash.testing import require
 
 require("mlx.core")
 require("mlx_lm")
 
+import mlx.core as mx
 from mlx import nn
 from transformers import CONFIG_MAPPING, AutoConfig
-from treeflash_mlx.target import ACTIVATIONS, compatible_settings, refuse_ignored_activation
+from treeflash_mlx.target import (
+    ACTIVATIONS,
+    Target,
+    compatible_settings,
+    refuse_ignored_activation,
+)
 
 THETA = 12345.0
 
@@ -116,3 +123,34 @@ def test_types_of_layers_and_sizes_have_the_names_of_mlx_lm():
     assert compatible_settings(rotated)["position_embedding_type"] == "rope"
     lfm2 = {"model_type": "lfm2", "layer_types": ["conv", FULL], "hidden_size": 64}
     assert compatible_settings(lfm2)["block_dim"] == 64
+
+
+def test_files_of_transformers_load(families, tmp_path):
+    """Their text models have types, and OLMo-Hybrid's norms names, that mlx-lm lacks."""
+
+    def logits(folder):
+        target = Target(folder, mx.float32, None)
+        tokens = mx.array([[5, 17, 3, 22, 8]])
+        return target.forward(tokens, [target.new_kv_cache(9)], ())[0]
+
+    def copy(name, model_type, rename):
+        folder = tmp_path / name
+        families.write(folder, name)
+        config, weights = read_config(folder), mx.load(str(folder / "model.safetensors"))
+        (folder / "other").mkdir()
+        config = config.get("text_config", config) | {"model_type": model_type}
+        (folder / "other" / "config.json").write_text(json.dumps(config))
+        weights = {rename(name): x for name, x in weights.items()}
+        mx.save_safetensors(str(folder / "other" / "model.safetensors"), weights, {"format": "mlx"})
+        return folder, folder / "other"
+
+    def published(name):
+        name = name.replace("input_layernorm", "attention_layer_norm")
+        return name.replace("post_attention_layernorm", "feedforward_layer_norm")
+
+    for folders in (
+        copy("qwen3_5", "qwen3_5_text", lambda name: name.removeprefix("language_model.")),
+        copy("olmo_hybrid", "olmo_hybrid", published),
+    ):
+        mine, theirs = map(logits, folders)
+        assert mx.array_equal(mine, theirs)

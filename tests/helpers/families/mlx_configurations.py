@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-WINDOW = 8
-LAYERS = 4
+from . import LAYERS, VOCAB_SIZE, WINDOW
+
 SLIDING = ["sliding_attention", "full_attention"] * (LAYERS // 2)
 LINEAR = ["linear_attention", "full_attention"] * (LAYERS // 2)
 THETA = 1000.0
@@ -24,7 +24,7 @@ FIELDS: dict[str, Any] = {
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 32),
     **dict.fromkeys(("shared_intermediate_size", "expert_ffn_hidden_size"), 32),
     **dict.fromkeys(("moe_shared_expert_intermediate_size", "intermediate_size_mlp"), 32),
-    **dict.fromkeys(("vocab_size", "padded_vocab_size"), 96),
+    **dict.fromkeys(("vocab_size", "padded_vocab_size"), VOCAB_SIZE),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk"), 2),
     **dict.fromkeys(("num_experts_per_topk", "experts_per_token", "top_k_experts"), 2),
@@ -147,7 +147,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "exaone_moe": {"is_moe_layer": [False, True, True, True]},
     "gemma3n": {
         "num_kv_shared_layers": 2,
-        "vocab_size_per_layer_input": 96,
+        "vocab_size_per_layer_input": VOCAB_SIZE,
         "final_logit_softcapping": 30.0,
         "activation_sparsity_pattern": [0.0] * LAYERS,
         "hidden_size_per_layer_input": 16,

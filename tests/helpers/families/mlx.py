@@ -1,13 +1,4 @@
-"""Try every model type of mlx-lm with a tiny random model, and print which can run draft trees.
-
-    python tests/mlx/families.py [model_type ...]
-
-A type is `verified` if the logits of a random tree, after a prefix longer than any sliding window,
-equal the logits of its paths as plain text, here and in mlx-lm itself, alone and beside another
-text. If the type has recurrent layers, trees after commits must pass too. It is `refused` if
-loading raises an error that says why, and `not tried` if `family_configurations.py` has no
-configuration for the type, or one whose model lacks a kind of layer that the type has.
-"""
+"""Tiny random models of the model types of mlx-lm."""
 
 from __future__ import annotations
 
@@ -15,41 +6,32 @@ import importlib
 import inspect
 import json
 import sys
-import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx_lm.models
 import numpy as np
-from family_configurations import FIELDS, OPTIONAL, OVERRIDES
 from mlx import nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import MODEL_REMAPPING
+from numpy.typing import NDArray
 from transformers import CONFIG_MAPPING
 from treeflash_mlx.backend import MlxBackend, runs_batches
 from treeflash_mlx.target import CacheLayout, Target, compatible_settings, load_model
 
-from treeflash.decoding.probe import state_difference, tree_difference
 from treeflash.drafters.folder import read_config
-from treeflash.errors import TreeflashError, UnsupportedModelError
-from treeflash.testing.comparisons import text_difference
 
-PREFIX = 24
-TOLERANCE = 1e-4
+from . import TOKENS
+from .mlx_configurations import FIELDS, OPTIONAL, OVERRIDES
 
 
-def main(names: list[str]) -> None:
-    """Print a line for each model type, and the totals."""
+def prepare() -> None:
+    """Compute on the CPU, where float32 is exact."""
     mx.set_default_device(mx.cpu)
-    outcomes: dict[str, list[str]] = {}
-    for name in names or model_types():
-        outcome, reason = attempt(name)
-        outcomes.setdefault(outcome, []).append(name)
-        print(f"{name:24} {outcome:10} {reason}", flush=True)
-    for outcome, types in sorted(outcomes.items()):
-        print(f"\n{outcome}: {len(types)}\n  {', '.join(types)}")
 
 
 def model_types() -> list[str]:
@@ -59,37 +41,20 @@ def model_types() -> list[str]:
     return sorted(modules | {name for name, of in MODEL_REMAPPING.items() if of in modules})
 
 
-def attempt(name: str) -> tuple[str, str]:
-    """The outcome (`verified`, `refused` or `not tried`), and the difference or the reason."""
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            write(Path(folder), name)
-            lacking = missing_layers(name, configuration(name))
-        except (Exception, SystemExit) as error:
-            return "not tried", f"{type(error).__name__}: {str(error)[:90]}"
-        if lacking:
-            return "not tried", f"the tiny model lacks {', '.join(sorted(lacking))}"
-        try:
-            target = Target(Path(folder), mx.float32, None)
-            target.check_drafting()
-            target.check_trees()
-            backend, rng = MlxBackend(target, None, None), np.random.default_rng(0)
-            target.batches = runs_batches(backend)
-            errors = (
-                tree_difference(backend, rng, PREFIX),
-                state_difference(backend, rng, PREFIX),
-                text_difference(backend, tokens(), plain_logits(Path(folder))),
-            )
-            error = float(np.max(errors))  # `max` may pass over NaN
-        except UnsupportedModelError as error:
-            return "refused", str(error)
-        except TreeflashError as error:
-            return "not tried", str(error)
-        except Exception as error:  # the load probe turns these into refusals
-            return "refused", f"probe: {type(error).__name__}: {str(error)[:90]}"
-    if not error <= TOLERANCE:
-        return "refused", f"probe: differs by {error:.1e}"
-    return "verified", f"{error:.0e}" + ", one sequence a pass" * (not target.batches)
+def load(folder: Path) -> MlxBackend:
+    """The backend with the target alone; what it refuses is refused."""
+    target = Target(folder, mx.float32, None)
+    target.check_drafting()
+    target.check_trees()
+    backend = MlxBackend(target, None, None)
+    target.batches = runs_batches(backend)
+    return backend
+
+
+def write_for_comparison(folder: Path, name: str) -> Callable[[], NDArray[np.float32]]:
+    """Save a model, and return a function that gives mlx-lm's logits."""
+    write(folder, name)
+    return partial(plain_logits, folder)
 
 
 def write(folder: Path, name: str, **fields: Any) -> None:
@@ -165,19 +130,14 @@ def module_of(name: str) -> Any:
     return importlib.import_module(f"mlx_lm.models.{MODEL_REMAPPING.get(name, name)}")
 
 
-def tokens() -> list[int]:
-    """A text longer than the window."""
-    return np.random.default_rng(1).integers(0, 96, PREFIX).tolist()
-
-
-def plain_logits(folder: Path) -> np.ndarray:
+def plain_logits(folder: Path) -> NDArray[np.float32]:
     """The last token's logits by mlx-lm alone; a recurrent model is given it as in decoding.
 
     Some of them limit the steps of a prompt's tokens, and not the steps of decoding. Other models
     get the text in one pass: the ring buffer of PLaMo 3 is one position shorter than its window.
     """
     model = load_model(folder, read_config(folder), mx.float32)
-    token_ids, cache = mx.array([tokens()]), make_prompt_cache(model)
+    token_ids, cache = mx.array([TOKENS]), make_prompt_cache(model)
     if CacheLayout("", cache).state_counts:
         model(token_ids[:, :-1], cache=cache)
         token_ids = token_ids[:, -1:]
@@ -197,7 +157,3 @@ def random(rng: np.random.Generator, path: str, x: mx.array) -> mx.array:
         return x + mx.array(rng.normal(0, 0.1, x.shape), x.dtype)
     scale = 1.0 if "embed" in path or "wte" in path else 1.5 / np.sqrt(x.shape[-1])
     return mx.array(rng.normal(0, scale, x.shape), x.dtype)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

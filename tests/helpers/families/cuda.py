@@ -1,45 +1,29 @@
-"""Try every causal model type of transformers with a tiny random model, and print which can branch.
-
-    python tests/cuda/families.py [model_type ...]
-
-A type is `verified` if the logits of a random tree, after a prefix longer than any sliding window,
-equal the logits of its paths as plain text, here and in transformers itself, alone and beside
-another text. If the type has recurrent layers, a tree after commits must pass too. It is `refused`
-if loading or the probe raises an error that says why, and `not tried` if this script's
-configuration makes no model of the type, or a model without a kind of layer that the type's default
-configuration has.
-"""
+"""Tiny random models of the model types of transformers."""
 
 from __future__ import annotations
 
-import sys
-import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 from transformers.utils import logging
 from treeflash_cuda.backend import CudaBackend
 from treeflash_cuda.target_loading import load_target
 
 from treeflash.config import LoadConfig
-from treeflash.decoding.probe import state_difference, tree_difference
-from treeflash.errors import TreeflashError, UnsupportedModelError
-from treeflash.testing.comparisons import text_difference
 
-WINDOW = 8
-PREFIX = 24
-TOLERANCE = 1e-4
-LAYERS = 4
+from . import LAYERS, PREFIX, TOKENS, VOCAB_SIZE, WINDOW
 
 SLIDING = ["sliding_attention", "full_attention"] * (LAYERS // 2)
 
 # Small values for keys of configurations; a type ignores the keys that it does not know.
 SMALL: dict[str, Any] = {
-    "vocab_size": 96,
+    "vocab_size": VOCAB_SIZE,
     "hidden_size": 64,
     "intermediate_size": 96,
     "moe_intermediate_size": 32,
@@ -141,7 +125,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "gemma3n_text": {
         "num_kv_shared_layers": 2,
         "hidden_size_per_layer_input": 8,
-        "vocab_size_per_layer_input": 96,
+        "vocab_size_per_layer_input": VOCAB_SIZE,
         "laurel_rank": 8,
         "altup_num_inputs": 2,
         "activation_sparsity_pattern": [0.0] * LAYERS,
@@ -151,18 +135,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 }
 
 
-def main(names: list[str]) -> None:
-    """Print a line for each model type, and the totals."""
+def prepare() -> None:
+    """Leave out what transformers says about each model."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     warnings.simplefilter("ignore")
-    outcomes: dict[str, list[str]] = {}
-    for name in names or model_types():
-        outcome, reason = attempt(name)
-        outcomes.setdefault(outcome, []).append(name)
-        print(f"{name:24} {outcome:10} {reason}", flush=True)
-    for outcome, types in sorted(outcomes.items()):
-        print(f"\n{outcome}: {len(types)}\n  {', '.join(types)}")
 
 
 def model_types() -> list[str]:
@@ -172,40 +149,21 @@ def model_types() -> list[str]:
     )
 
 
-def attempt(name: str) -> tuple[str, str]:
-    """The outcome (`verified`, `refused` or `not tried`), and the difference or the reason."""
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            lacking = missing_layers(name, configuration(name))
-            if lacking:
-                return "not tried", f"the tiny model lacks {', '.join(sorted(lacking))}"
-            expected = plain_logits(write(Path(folder), name))
-        except Exception as error:
-            return "not tried", f"{type(error).__name__}: {str(error).splitlines()[:1]}"[:100]
-        try:
-            target = load_target(Path(folder), LoadConfig(device="cpu", dtype="float32"), pack=True)
-            backend = CudaBackend(target, None, None)
-            rng = np.random.default_rng(0)
-            errors = (
-                tree_difference(backend, rng, PREFIX),
-                state_difference(backend, rng, PREFIX),
-                text_difference(backend, tokens(), expected),
-            )
-            error = float(np.max(errors))  # `max` may pass over NaN
-        except UnsupportedModelError as error:
-            return "refused", str(error)[:100]
-        except TreeflashError as error:
-            return "not tried", str(error)[:100]
-        except Exception as error:  # the load probe turns these into refusals
-            return "refused", f"probe: {type(error).__name__}: {str(error)[:80]}"
-    if not error <= TOLERANCE:
-        return "refused", f"probe: differs by {error:.1e}"
-    return "verified", f"{error:.0e}"
+def load(folder: Path) -> CudaBackend:
+    """The backend with the target alone, before the checks at load."""
+    target = load_target(folder, LoadConfig(device="cpu", dtype="float32"), pack=True)
+    return CudaBackend(target, None, None)
 
 
-def write(folder: Path, name: str) -> Any:
-    """Save a random model of that type, and load it again as transformers does."""
-    config = configuration(name)
+def write_for_comparison(folder: Path, name: str) -> Callable[[], NDArray[np.float32]]:
+    """Save a model, and return a function that gives transformers' logits."""
+    expected = plain_logits(write(folder, name))
+    return lambda: expected
+
+
+def write(folder: Path, name: str, **fields: Any) -> Any:
+    """Save a random model of that type, with some other fields; load it as transformers does."""
+    config = configuration(name, **fields)
     with torch.device("meta"):
         size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
     if size > 10_000_000:
@@ -223,10 +181,10 @@ def write(folder: Path, name: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
-def configuration(name: str) -> Any:
+def configuration(name: str, **changes: Any) -> Any:
     """A small configuration with the kinds of layers that the type's default one has."""
     kind = CONFIG_MAPPING[name]
-    small = SMALL | {"layer_types": layer_types(name)} | OVERRIDES.get(name, {})
+    small = SMALL | {"layer_types": layer_types(name)} | OVERRIDES.get(name, {}) | changes
     if "text_config" in kind.sub_configs:
         return kind(text_config=small)
     try:
@@ -265,17 +223,12 @@ def layer_kinds(config: Any) -> set[str]:
     return {type(module).__name__ for module in model.modules()} | set(names)
 
 
-def tokens() -> list[int]:
-    """A text longer than the window."""
-    return np.random.default_rng(1).integers(0, 96, PREFIX).tolist()
-
-
-def plain_logits(model: Any) -> np.ndarray:
+def plain_logits(model: Any) -> NDArray[np.float32]:
     """The last token's logits by transformers alone; a recurrent model is given it as in decoding.
 
     Some of them limit the steps of a prompt's tokens, and not the steps of decoding.
     """
-    token_ids = torch.tensor([tokens()])
+    token_ids = torch.tensor([TOKENS])
     with torch.inference_mode():
         if not getattr(model, "_is_stateful", False):
             return model(token_ids).logits[0, -1].numpy()
@@ -283,7 +236,3 @@ def plain_logits(model: Any) -> np.ndarray:
         names = [name for name in ("cache", "past_key_values", "cache_params") if name in before]
         step = {"position_ids": torch.tensor([[PREFIX - 1]]), names[0]: before[names[0]]}
         return model(token_ids[:, -1:], use_cache=True, **step).logits[0, -1].numpy()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
