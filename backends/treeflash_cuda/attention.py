@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,20 @@ ALIGNMENT = 8
 
 MANY_QUERIES = 256
 """From this many queries on, copying a mask for every head costs more than grouping saves."""
+
+
+@dataclass(frozen=True, eq=False)
+class TokenBlock:
+    """New tokens of one sequence: a draft tree, or the next tokens."""
+
+    committed: int  # positions before the block
+    positions: Tensor  # (n,) absolute positions
+    # (n, n) bool, which of the block's tokens each token sees, if its layer allows it; None for
+    # next tokens.
+    ancestors: Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.positions)
 
 
 def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,6 +1,6 @@
 """Attention whose sums have an order that depends on positions alone; see `exact`.
 
-The attention of a pass is prepared once and used in every layer. An `ExactBlock` has the new tokens
+The attention of a pass is prepared once and used in every layer. A `TokenBlock` has the new tokens
 of a sequence, and `Rows` are consecutive tokens of them with the columns that they see; its `Part`s
 are groups. `Sums` has the views that compute the attention of some `Rows`; a `Run` has `Sums` of
 equally many tokens, one for each sequence; a `Plan` has the runs of a pass.
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from treeflash.decoding.probe import INEXACT
 from treeflash.errors import UnsupportedModelError
-from treeflash_cuda.attention import additive_mask
+from treeflash_cuda.attention import TokenBlock, additive_mask
 from treeflash_cuda.cache import widen
 
 SUM_SIZE = 128
@@ -218,63 +218,51 @@ class Plan:
         return self.output
 
 
-@dataclass(frozen=True, eq=False)
-class ExactBlock:
-    """New tokens of one sequence: a draft tree, or the next tokens."""
+def visible_rows(block: TokenBlock, sees: Sees | None) -> Iterator[Rows]:
+    """Yield the rows of a block in layers with these positions; None for all up to each token's."""
+    n, device = len(block), block.positions.device
+    if n == 1 and sees is None:
+        yield _consecutive_parts(0, n, slice(0, block.committed + 1), None)
+        return
+    ancestors = block.ancestors if n > 1 else None
+    step = PROMPT_ROWS if ancestors is None else n
+    for first in range(0, n, step):
+        end = min(first + step, n)
+        last = block.committed + end
+        columns = torch.arange(last, device=device)
+        if ancestors is not None:
+            columns[block.committed :] = block.positions
+        visible = (sees or torch.ge)(block.positions[first:end, None], columns)
+        visible = visible.expand(end - first, -1)
+        if ancestors is not None:
+            visible = visible.clone()
+            visible[:, block.committed :] &= ancestors
+        # Groups that no token sees, of a sliding window, would add zeros.
+        start = int(visible.any(0).int().argmax()) // SUM_SIZE * SUM_SIZE
+        place, visible, columns = slice(start, last), visible[:, start:], columns[start:]
+        if ancestors is None:
+            yield _consecutive_parts(first, end, place, visible)
+        else:
+            yield _tree_rows(block, place, visible, columns)
 
-    committed: int  # positions before the block
-    positions: Tensor  # (tokens,) absolute positions
-    ancestors: Tensor | None  # (tokens, tokens) bool; None for consecutive tokens
 
-    @property
-    def tokens(self) -> int:
-        return len(self.positions)
-
-    def rows(self, sees: Sees | None) -> Iterator[Rows]:
-        """Yield the rows in layers with these positions; None for all up to each token's own."""
-        n, device = self.tokens, self.positions.device
-        if n == 1 and sees is None:
-            yield _consecutive_parts(0, n, slice(0, self.committed + 1), None)
-            return
-        is_tree = self.ancestors is not None and n > 1
-        step = n if is_tree else PROMPT_ROWS
-        for first in range(0, n, step):
-            end = min(first + step, n)
-            last = self.committed + end
-            columns = torch.arange(last, device=device)
-            if is_tree:
-                columns[self.committed :] = self.positions
-            visible = (sees or torch.ge)(self.positions[first:end, None], columns)
-            visible = visible.expand(end - first, -1)
-            if is_tree:
-                assert self.ancestors is not None
-                visible = visible.clone()
-                visible[:, self.committed :] &= self.ancestors
-            # Groups that no token sees, of a sliding window, would add zeros.
-            start = int(visible.any(0).int().argmax()) // SUM_SIZE * SUM_SIZE
-            visible, columns = visible[:, start:], columns[start:]
-            if is_tree:
-                yield self._tree_rows(slice(start, last), visible, columns)
-            else:
-                yield _consecutive_parts(first, end, slice(start, last), visible)
-
-    def _tree_rows(self, place: slice, visible: Tensor, columns: Tensor) -> Rows:
-        """Return the rows of a tree, whose (columns,) positions are not in the columns' order."""
-        shared = (self.committed - place.start) // SUM_SIZE * SUM_SIZE
-        groups = columns[shared:] // SUM_SIZE
-        first, last = int(groups.min()), int(groups.max())
-        counts = (groups - first).bincount()
-        if bool((groups.diff() >= 0).all()) and int(counts.max()) <= MAX_KEYS:
-            sizes = [SUM_SIZE] * (shared // SUM_SIZE) + counts.tolist()
-            return _consecutive_parts(0, self.tokens, place, visible, sizes)
-        parts = [
-            Part(0, self.tokens, slice(column, column + SUM_SIZE))
-            for column in range(0, shared, SUM_SIZE)
-        ]
-        for group in range(first, last + 1):
-            places = shared + (groups == group).nonzero()[:, 0]
-            parts += _bounded_parts(visible, 0, self.tokens, places)
-        return Rows(0, self.tokens, place, visible, parts)
+def _tree_rows(block: TokenBlock, place: slice, visible: Tensor, columns: Tensor) -> Rows:
+    """Return the rows of a tree, whose (columns,) positions are not in the columns' order."""
+    shared = (block.committed - place.start) // SUM_SIZE * SUM_SIZE
+    groups = columns[shared:] // SUM_SIZE
+    first, last = int(groups.min()), int(groups.max())
+    counts = (groups - first).bincount()
+    if bool((groups.diff() >= 0).all()) and int(counts.max()) <= MAX_KEYS:
+        sizes = [SUM_SIZE] * (shared // SUM_SIZE) + counts.tolist()
+        return _consecutive_parts(0, len(block), place, visible, sizes)
+    parts = [
+        Part(0, len(block), slice(column, column + SUM_SIZE))
+        for column in range(0, shared, SUM_SIZE)
+    ]
+    for group in range(first, last + 1):
+        places = shared + (groups == group).nonzero()[:, 0]
+        parts += _bounded_parts(visible, 0, len(block), places)
+    return Rows(0, len(block), place, visible, parts)
 
 
 def _consecutive_parts(
@@ -323,16 +311,16 @@ def check_attention(heads: int, kv_heads: int, width: int) -> None:
         ancestors[node] |= ancestors[parent]
         depths[node] = depths[parent] + 1
 
-    def attend(columns: Tensor, rows: Tensor, block: ExactBlock) -> Tensor:
+    def attend(columns: Tensor, rows: Tensor, block: TokenBlock) -> Tensor:
         k, v = (widen(x[:, :, columns]) for x in (keys, values))
         stored = [torch.stack([k[0], v[0]])[None]]
-        plan = Plan([(x, stored) for x in block.rows(None)], kv_heads, query[:, :, rows])
+        plan = Plan([(x, stored) for x in visible_rows(block, None)], kv_heads, query[:, :, rows])
         return plan.attend(query[:, :, rows], 0, width**-0.5)[0].clone()
 
     everything = torch.arange(committed + nodes)
-    tree = ExactBlock(committed, committed + depths, ancestors)
+    tree = TokenBlock(committed, committed + depths, ancestors)
     on_tree = attend(everything, everything[committed:], tree)
-    prompt = attend(everything, everything, ExactBlock(0, everything, None))
+    prompt = attend(everything, everything, TokenBlock(0, everything, None))
     # Checked are the deepest path of the tree, and some tokens of the prompt.
     path = committed + ancestors[depths.argmax()].nonzero()[:, 0]
     cases = [
@@ -343,7 +331,7 @@ def check_attention(heads: int, kv_heads: int, width: int) -> None:
     cases += [(everything[: row + 1], everything[row], prompt[row]) for row in (127, 128, 250)]
     for columns, row, expected in cases:
         last = len(columns) - 1
-        single = ExactBlock(last, torch.tensor([last]), None)
+        single = TokenBlock(last, torch.tensor([last]), None)
         if not torch.equal(attend(columns, row[None], single)[0], expected):
             raise UnsupportedModelError(
                 f"{INEXACT}: attention over a draft tree or a prompt differs from single tokens "

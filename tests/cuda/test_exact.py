@@ -208,12 +208,12 @@ def test_products_with_one_row_fail_the_check(tmp_path, monkeypatch):
 
 
 def test_attention_that_sums_by_column_fails_the_check(tmp_path, monkeypatch):
-    def by_column(self, place, visible, columns):
+    def by_column(block, place, visible, columns):
         middle = len(columns) // 2
         sizes = [middle, len(columns) - middle]
-        return exact_attention.Rows(0, self.tokens, place, visible, [], sizes)
+        return exact_attention.Rows(0, len(block), place, visible, [], sizes)
 
-    monkeypatch.setattr(exact_attention.ExactBlock, "_tree_rows", by_column)
+    monkeypatch.setattr(exact_attention, "_tree_rows", by_column)
     with pytest.raises(UnsupportedModelError, match="attention over a draft tree or a prompt"):
         load_exact(write(tmp_path))
 

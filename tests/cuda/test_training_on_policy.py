@@ -11,7 +11,7 @@ from treeflash.training.distillation import Response
 require("torch")
 
 import torch
-from treeflash_cuda.hf.attention_contexts import AttentionContext, attention_context
+from treeflash_cuda.hf.attention_contexts import MaskedContext, attention_context
 from treeflash_cuda.target_loading import load_target
 from treeflash_cuda.training.data import FeatureStore, choose_anchors, make_batch, with_drafts
 from treeflash_cuda.training.model import ROW_ANCHORS
@@ -54,7 +54,7 @@ class Drafter:
 
 def distribution(target, tokens):
     """The target's log probabilities after some tokens."""
-    context = AttentionContext.whole_sequence(len(tokens), target.device)
+    context = MaskedContext.whole_sequence(len(tokens), target.device)
     with torch.no_grad(), attention_context(context):
         output = target.model.get_decoder()(
             input_ids=tokens[None], position_ids=context.positions[None], use_cache=False

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from treeflash_cuda.attention import (
     MANY_QUERIES,
+    TokenBlock,
     additive_mask,
     group_mask,
     grouped_attention,
@@ -24,24 +25,15 @@ from treeflash_cuda.attention import (
 from treeflash_cuda.cache import Columns, KVCache, PackedRows, decoded
 from treeflash_cuda.decoder.facts import DecoderFacts
 from treeflash_cuda.decoder.operations import Rotation, rotate
-from treeflash_cuda.exact_attention import ExactBlock, Plan
+from treeflash_cuda.exact_attention import Plan, visible_rows
 
 
 @dataclass(frozen=True, eq=False)
-class Block:
-    """The rows of one sequence: a draft tree, or next tokens."""
+class CacheBlock(TokenBlock):
+    """A block of one sequence, whose keys and values have a cache."""
 
     cache: KVCache
-    positions: Tensor  # (n,) absolute positions
-    ancestors: Tensor | None  # (n, n) bool; None for next tokens
     repeats: int = 1  # how often the pass has each row; see `Target.token_rows`
-
-    @property
-    def committed(self) -> int:
-        return self.cache.length
-
-    def __len__(self) -> int:
-        return len(self.positions)
 
     def visible(self, window: int | None) -> Tensor | None:
         """Return the (n, committed + n) bool mask; None if a lone row sees every column."""
@@ -66,7 +58,7 @@ class RowStore:
     def __init__(
         self,
         facts: DecoderFacts,
-        blocks: Sequence[Block],
+        blocks: Sequence[CacheBlock],
         width: int | None = None,  # numbers of a column that are written; None for all
     ) -> None:
         self.facts, self.blocks, self.kv_heads = facts, blocks, facts.kv_heads
@@ -125,7 +117,7 @@ class RowStore:
 class MaskedAttention(RowStore):
     """`Attention` with a mask for each sequence."""
 
-    def __init__(self, facts: DecoderFacts, blocks: Sequence[Block]) -> None:
+    def __init__(self, facts: DecoderFacts, blocks: Sequence[CacheBlock]) -> None:
         super().__init__(facts, blocks)
         self._seen = [block.cache.views(0, block.committed + len(block)) for block in blocks]
         self._masks: dict[int | None, list[Tensor | None]] = {}
@@ -142,12 +134,12 @@ class MaskedAttention(RowStore):
         ]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
-    def _is_whole(self, block: Block, window: int | None) -> bool:
+    def _is_whole(self, block: CacheBlock, window: int | None) -> bool:
         """Return whether a block is a whole sequence, for which the kernel needs no mask."""
         is_causal = block.ancestors is None and block.committed == 0 and window is None
         return is_causal and self.facts.factors.score_cap is None
 
-    def _mask(self, block: Block, window: int | None, queries: Tensor) -> Tensor | None:
+    def _mask(self, block: CacheBlock, window: int | None, queries: Tensor) -> Tensor | None:
         """Return the additive mask of a block's rows, or of all heads' rows if they are few."""
         visible = None if self._is_whole(block, window) else block.visible(window)
         if visible is None:
@@ -157,7 +149,7 @@ class MaskedAttention(RowStore):
         return mask if many else group_mask(mask, queries.shape[1] // self.kv_heads)
 
     def _attend(
-        self, block: Block, q: Tensor, seen: tuple[Tensor, Tensor], mask: Tensor | None
+        self, block: CacheBlock, q: Tensor, seen: tuple[Tensor, Tensor], mask: Tensor | None
     ) -> Tensor:
         n, scale, cap = len(block), self.facts.score_scale, self.facts.factors.score_cap
         keys, values = (decoded(x, q.dtype) for x in seen)
@@ -173,7 +165,7 @@ class MaskedAttention(RowStore):
 class ExactAttention(RowStore):
     """`Attention` in the order of positions, over float32 keys and values."""
 
-    def __init__(self, facts: DecoderFacts, blocks: Sequence[Block]) -> None:
+    def __init__(self, facts: DecoderFacts, blocks: Sequence[CacheBlock]) -> None:
         super().__init__(facts, blocks, blocks[0].cache.arena.head_dim)
         self._plans: dict[int | None, Plan] = {}
 
@@ -184,9 +176,7 @@ class ExactAttention(RowStore):
             members = [
                 (rows, block.cache.parts)
                 for block in self.blocks
-                for rows in ExactBlock(block.committed, block.positions, block.ancestors).rows(
-                    function
-                )
+                for rows in visible_rows(block, function)
             ]
             self._plans[window] = Plan(members, self.kv_heads, query)
         return self._plans[window].attend(query, layer, self.facts.score_scale)[0].flatten(1)

@@ -18,7 +18,7 @@ from treeflash.decoding.passed_checks import PassedChecks
 from treeflash.decoding.probe import INEXACT
 from treeflash.decoding.tree import DraftTree
 from treeflash.errors import UnsupportedModelError
-from treeflash_cuda.cpu.decoder_attention import Block, ExactAttention, MaskedAttention
+from treeflash_cuda.cpu.decoder_attention import CacheBlock, ExactAttention, MaskedAttention
 from treeflash_cuda.cpu.low_bit_loading import UNPACKED_BITS, can_round, round_linear
 from treeflash_cuda.decoder.facts import DecoderFacts
 from treeflash_cuda.decoder.model import Decoder
@@ -64,7 +64,7 @@ class CpuTarget(DecoderTarget):
         super().__init__(config, decoder, dtype, CPU, stored=stored, kv_bits=kv_bits)
         self.kernels = kernels
         # The attention of a pass over blocks.
-        self.attention: Callable[[DecoderFacts, Sequence[Block]], Attention] = MaskedAttention
+        self.attention: Callable[[DecoderFacts, Sequence[CacheBlock]], Attention] = MaskedAttention
         # The layers as calls of compiled functions, and the most rows of a pass that they run.
         self.calls: LayerCalls | None = None
         self.unsplit_rows = LINEAR_ROWS
@@ -124,7 +124,7 @@ class CpuTarget(DecoderTarget):
         self.is_exact = True
 
     def run_rows(self, rows: Sequence[Rows], needs_logits: Sequence[bool]) -> RowsResult:
-        blocks: list[Block] = []
+        blocks: list[CacheBlock] = []
         parts: list[SequenceRows] = []  # for recurrent layers
         ids: list[NDArray[np.int64]] = []
         kept: list[int] = []  # rows that need logits
@@ -137,7 +137,7 @@ class CpuTarget(DecoderTarget):
             tree = tokens if isinstance(tokens, DraftTree) else None
             ancestors = None if tree is None else torch.from_numpy(tree.ancestor_mask())
             positions = torch.from_numpy(state.rotary_positions(tokens).copy())
-            blocks.append(Block(state.kv_cache, positions, ancestors, repeats))
+            blocks.append(CacheBlock(state.length, positions, ancestors, state.kv_cache, repeats))
             if state.recurrent is not None:
                 n = len(positions)
                 parts.append(SequenceRows(state.recurrent, count, n, tree, ancestors))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from treeflash_cuda.cache import Segment
-from treeflash_cuda.cpu.decoder_attention import Block, sees
+from treeflash_cuda.cpu.decoder_attention import CacheBlock, sees
 from treeflash_cuda.cpu.layer_code import LANES, SEQUENCE
 from treeflash_cuda.cpu.layer_kernels import LayerKernels, SequencesTable
 from treeflash_cuda.decoder.facts import DecoderFacts
@@ -24,7 +24,7 @@ class KernelAttention:
     """`Attention` over the columns of the sequences."""
 
     def __init__(
-        self, facts: DecoderFacts, blocks: Sequence[Block], *, kernels: LayerKernels
+        self, facts: DecoderFacts, blocks: Sequence[CacheBlock], *, kernels: LayerKernels
     ) -> None:
         self.kernels, self.facts, self.blocks = kernels, facts, blocks
         self.heads = facts.heads
@@ -70,7 +70,7 @@ class KernelAttention:
             bounds.append(torch.stack([firsts, lasts], 1))
         return torch.cat(bounds).int(), table, masks
 
-    def _mask(self, block: Block, window: int | None) -> Tensor | None:
+    def _mask(self, block: CacheBlock, window: int | None) -> Tensor | None:
         """Return the (n, n) bytes that say which new columns rows see; None up to their own."""
         if block.ancestors is None:
             return None

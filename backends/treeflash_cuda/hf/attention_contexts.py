@@ -28,12 +28,11 @@ a mask from where it is made to its layers, so a context that needs no mask make
 finds by it what the layers' mask function was. (As keys of dictionaries, tensors are equal only to
 themselves.)
 
-- `AttentionContext`: one sequence, with a mask over all its keys. A GPU's kernel for prompts needs
-  no mask.
-- `PackedContext`: several sequences. Linear layers see their rows as one sequence; attention runs
-  sequence by sequence, each with its own mask and columns.
+- `MaskedContext`: each sequence has its own mask and columns. Linear layers see the rows of several
+  as one sequence. A GPU's kernel for prompts needs no mask.
 - `TreeContext`: rows of one or more sequences, by the operation `tree_attention`. It consists of
   tensors alone, with shapes that a CUDA graph can have.
+- `ExactContext` of `exact_contexts`: sums in the order of positions, in exact mode on a CPU.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import partial
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -55,12 +54,14 @@ from treeflash.errors import UnsupportedModelError
 from treeflash_cuda.attention import (
     MANY_QUERIES,
     GroupedMasks,
+    TokenBlock,
     additive_mask,
     grouped_attention,
 )
 from treeflash_cuda.cache import decoded
 from treeflash_cuda.gpu.kernels import CausalAttention
 from treeflash_cuda.hf.model_caches import SlabCache, TreeCache
+from treeflash_cuda.numerics import concatenate
 from treeflash_cuda.operations import Operations
 from treeflash_cuda.visible_keys import VisibleKeys
 
@@ -193,152 +194,138 @@ def is_window(function: MaskFunction, window: int | None) -> bool:
     return not bool((evaluate(function, query, query + keys) != expected).any())
 
 
-class AttentionContext:
-    """A block after `committed` positions: the next tokens of a sequence, or a draft tree."""
+def is_whole(block: TokenBlock) -> bool:
+    """Return whether a block is a whole sequence in order, for which kernels need no mask."""
+    return block.ancestors is None and block.committed == 0
+
+
+class MaskedContext:
+    """`Context` of one or several sequences, of which each has its mask.
+
+    A single sequence has the mask that its layers pass on, which they may have changed. A tensor
+    stands for the masks of several. Parts of prompts may have a kernel instead.
+    """
 
     def __init__(
         self,
-        committed: int,
-        positions: Tensor,
-        ancestors: Tensor | None,
-        prompt_attention: CausalAttention | None = None,
+        blocks: Sequence[TokenBlock],  # the block of each sequence, in the order of their rows
+        cache: TreeCache | None = None,  # the cache of the sequences; a single one needs none
+        prompt_attention: CausalAttention | None = None,  # the kernel for next tokens, if any
     ) -> None:
-        self.committed = committed  # positions before the block
-        self.positions = positions  # (n,) absolute positions of the block's tokens
-        # (n, n) bool, which of the block's tokens each token sees, if the layer's mask function
-        # allows it; None for consecutive tokens.
-        self.ancestors = ancestors
-        # It attends for consecutive tokens; None attends with a mask.
-        self.prompt_attention = prompt_attention
-        self.masks = GroupedMasks()  # the masks of the layers
+        self.blocks, self.cache, self.prompt_attention = blocks, cache, prompt_attention
+        self.positions = concatenate([block.positions for block in blocks])
+        self.rows = [len(block) for block in blocks]
+        # Whether each sequence attends in its own way, as long parts of prompts do.
+        self.one_by_one = max(self.rows) >= MANY_QUERIES or any(
+            self._has_kernel(x) or (is_whole(x) and len(x) > 1) for x in blocks
+        )
+        self.grouped = GroupedMasks()  # the masks of the layers
+        # By tensors that stand for them: the masks of several sequences, and a kernel's windows.
+        self._masks: dict[Tensor | None, list[Tensor | None]] = {}
         self._windows: dict[Tensor | None, int | None] = {}
+        self._causal_masks: dict[TokenBlock, Tensor] = {}
 
     @classmethod
-    def whole_sequence(cls, length: int, device: torch.device) -> AttentionContext:
-        return cls(0, torch.arange(length, device=device), None)
+    def whole_sequence(cls, length: int, device: torch.device) -> MaskedContext:
+        return cls([TokenBlock(0, torch.arange(length, device=device), None)])
 
-    @property
-    def is_whole_sequence(self) -> bool:
-        """Whether the block is a whole sequence in order, for which kernels need no mask."""
-        return self.ancestors is None and self.committed == 0
-
-    @property
-    def attends_alone(self) -> bool:
-        """Whether the block cannot attend together with other sequences."""
-        return self.has_kernel or (self.is_whole_sequence and len(self.positions) > 1)
-
-    @property
-    def has_kernel(self) -> bool:
-        """Whether the block is a part of a prompt for which there is a kernel."""
-        return self.prompt_attention is not None and self.ancestors is None
+    def _has_kernel(self, block: TokenBlock) -> bool:
+        return self.prompt_attention is not None and block.ancestors is None
 
     def mask(self, function: MaskFunction, dtype: torch.dtype, window: int | None) -> Tensor | None:
-        """Return (1, 1, n, committed + n) additive; None if each token sees everything before it.
+        masks = [self._block_mask(block, function, dtype, window) for block in self.blocks]
+        if len(masks) == 1:
+            return masks[0]
+        placeholder = self.positions.new_zeros(1, 1, 1, 1)
+        self._masks[placeholder] = masks
+        return placeholder
+
+    def _block_mask(
+        self, block: TokenBlock, function: MaskFunction, dtype: torch.dtype, window: int | None
+    ) -> Tensor | None:
+        """Return a block's (1, 1, n, committed + n) mask; None if each token sees all before it.
 
         For the kernel a tensor that stands for the layers' window. Only a CPU attends to a whole
         sequence of several tokens without a mask: on a GPU PyTorch may choose cuDNN for it, which
         builds a plan for every new length.
         """
         is_causal = function is causal_mask_function
-        if self.has_kernel and (is_causal or is_window(function, window)):
+        if self._has_kernel(block) and (is_causal or is_window(function, window)):
             placeholder = self.positions.new_empty(1, 1, 1, 1)
             self._windows[placeholder] = None if is_causal else window
             return placeholder
-        n, device = len(self.positions), self.positions.device
-        if is_causal and (n == 1 or (self.is_whole_sequence and device.type == "cpu")):
+        n, device = len(block), self.positions.device
+        if is_causal and (n == 1 or (is_whole(block) and device.type == "cpu")):
             return None
-        keys = torch.cat([torch.arange(self.committed, device=device), self.positions])
-        visible = evaluate(function, self.positions[:, None], keys[None, :]).expand(n, -1)
-        if self.ancestors is not None:
+        keys = torch.cat([torch.arange(block.committed, device=device), block.positions])
+        visible = evaluate(function, block.positions[:, None], keys[None, :]).expand(n, -1)
+        if block.ancestors is not None:
             visible = visible.clone()
-            visible[:, self.committed :] &= self.ancestors
+            visible[:, block.committed :] &= block.ancestors
         return additive_mask(visible, dtype)[None, None]
 
     def attend(self, inputs: AttentionInputs) -> Tensor:
-        """Attend; key and value cover the committed positions and the block, as they are stored.
-
-        Raises:
-            UnsupportedModelError: the layer attends without a mask where the block needs one.
-        """
-        query, key, value, mask = inputs.query, inputs.key, inputs.value, inputs.mask
-        n, scale = query.shape[2], inputs.scale
-        if self.prompt_attention is not None and mask in self._windows:
-            q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-            window = self._windows[mask]
-            return self.prompt_attention(q, k, v, window, inputs.scale)[None]
-        key, value = (decoded(x, query.dtype) for x in (key, value))
-        causal = mask is None and n > 1
-        if causal and not self.is_whole_sequence:
+        """Attend; key and value are of the new rows alone if there are several sequences."""
+        name, masks = type(inputs.module).__name__, [inputs.mask]
+        seen = [(inputs.key, inputs.value)]
+        if len(self.blocks) > 1:
+            if inputs.mask not in self._masks:
+                raise UnsupportedModelError(
+                    f"{name} changes its mask, so it cannot run several sequences at once"
+                )
+            assert self.cache is not None
+            self.cache.select(inputs.key)
+            masks, seen = self._masks[inputs.mask], self.cache.visible_columns()
+        elif inputs.mask is None and self.rows[0] > 1 and not is_whole(self.blocks[0]):
             raise UnsupportedModelError(
-                f"{type(inputs.module).__name__} attends without a mask, so it cannot run a draft "
-                "tree"
+                f"{name} attends without a mask, so it cannot run a draft tree"
             )
+        if not self.one_by_one:
+            return self._attend_together(inputs, seen, masks)
+        queries = inputs.query.split(self.rows, 2)
+        outputs = [
+            self._attend(block, replace(inputs, query=q, key=k, value=v), mask)
+            for block, q, (k, v), mask in zip(self.blocks, queries, seen, masks, strict=True)
+        ]
+        return concatenate(outputs, 1)
+
+    def _attend_together(
+        self,
+        inputs: AttentionInputs,
+        seen: Sequence[tuple[Tensor, Tensor]],  # stored keys and values of each sequence
+        masks: Sequence[Tensor | None],  # the mask of each sequence
+    ) -> Tensor:
+        query, groups = inputs.query, inputs.query.shape[1] // inputs.key.shape[1]
+        decode = partial(decoded, dtype=query.dtype)
+        grouped = [self.grouped.get(mask, groups, query.device) for mask in masks]
+        keys_and_values = [(decode(k), decode(v)) for k, v in seen]
+        return grouped_attention(query, keys_and_values, grouped, self.rows, **inputs.score_options)
+
+    def _attend(self, block: TokenBlock, inputs: AttentionInputs, mask: Tensor | None) -> Tensor:
+        """Attend for one sequence."""
+        query, scale, n = inputs.query, inputs.scale, len(block)
+        if self.prompt_attention is not None and mask in self._windows:
+            q, k, v = (x[0].transpose(0, 1) for x in (query, inputs.key, inputs.value))
+            return self.prompt_attention(q, k, v, self._windows[mask], scale)[None]
+        key, value = (decoded(x, query.dtype) for x in (inputs.key, inputs.value))
+        is_causal = mask is None and n > 1
         # With a mask, only the CPU's kernel shares keys between heads without copying them.
         many = n >= MANY_QUERIES and query.device.type == "cpu"
-        if (causal or many) and not inputs.needs_products:
+        if (is_causal or many) and not inputs.needs_products:
             output = F.scaled_dot_product_attention(
-                query, key, value, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=True
+                query, key, value, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=True
             )
             return output.transpose(1, 2).contiguous()
-        grouped = self.masks.get(
-            self._causal_mask if causal else mask, query.shape[1] // key.shape[1], query.device
-        )
+        mask = self._causal_mask(block) if is_causal else mask
+        grouped = self.grouped.get(mask, query.shape[1] // key.shape[1], query.device)
         return grouped_attention(query, [(key, value)], [grouped], [n], **inputs.score_options)
 
-    @cached_property
-    def _causal_mask(self) -> Tensor:
-        """(1, 1, n, n) additive mask of a whole sequence, float32."""
-        visible = self.positions[:, None] >= self.positions
-        return additive_mask(visible, torch.float32)[None, None]
-
-
-class PackedContext:
-    """`Context` of several sequences."""
-
-    def __init__(self, sequences: Sequence[AttentionContext], cache: TreeCache) -> None:
-        self.sequences = sequences  # the context of each sequence, in the order of their rows
-        self.cache = cache  # the cache of the same sequences
-        self.positions = torch.cat([x.positions for x in sequences])  # (rows,) of all sequences
-        self.rows = list(cache.rows)  # the rows of each sequence
-        # Whether each sequence attends in its own way, as long parts of prompts do.
-        self.one_by_one = max(self.rows) >= MANY_QUERIES or any(
-            sequence.attends_alone for sequence in sequences
-        )
-        self.masks = GroupedMasks()  # the masks of the layers
-        self._sequence_masks: dict[Tensor | None, list[Tensor | None]] = {}
-
-    def mask(self, function: MaskFunction, dtype: torch.dtype, window: int | None) -> Tensor:
-        """Return a tensor that stands for the masks of all sequences."""
-        placeholder = self.positions.new_zeros(1, 1, 1, 1)
-        masks = [sequence.mask(function, dtype, window) for sequence in self.sequences]
-        self._sequence_masks[placeholder] = masks
-        return placeholder
-
-    def attend(self, inputs: AttentionInputs) -> Tensor:
-        """Attend sequence by sequence; key and value cover the new rows alone."""
-        if inputs.mask not in self._sequence_masks:
-            raise UnsupportedModelError(
-                f"{type(inputs.module).__name__} changes its mask, so it cannot run several "
-                "sequences at once"
-            )
-        self.cache.select(inputs.key)
-        query, keys_and_values = inputs.query, self.cache.visible_columns()
-        masks = self._sequence_masks[inputs.mask]
-        if not self.one_by_one:
-            groups = query.shape[1] // inputs.key.shape[1]
-            grouped = [self.masks.get(mask, groups, query.device) for mask in masks]
-            keys_and_values = [
-                (decoded(k, query.dtype), decoded(v, query.dtype)) for k, v in keys_and_values
-            ]
-            return grouped_attention(
-                query, keys_and_values, grouped, self.rows, **inputs.score_options
-            )
-        parts = zip(self.sequences, query.split(self.rows, 2), keys_and_values, masks, strict=True)
-        outputs = [
-            sequence.attend(replace(inputs, query=q, key=k, value=v, mask=mask))
-            for sequence, q, (k, v), mask in parts
-        ]
-        return torch.cat(outputs, 1)
+    def _causal_mask(self, block: TokenBlock) -> Tensor:
+        """Return the (1, 1, n, n) additive mask of a whole sequence, float32."""
+        if block not in self._causal_masks:
+            visible = block.positions[:, None] >= block.positions
+            self._causal_masks[block] = additive_mask(visible, torch.float32)[None, None]
+        return self._causal_masks[block]
 
 
 class TreeContext:

@@ -44,7 +44,7 @@ class TreeCache(Cache):
         """Store the keys and values of all rows; layers call it.
 
         Returns views of the stored columns of a single sequence. For several sequences it returns
-        its arguments: `PackedContext` reads the columns of each.
+        its arguments: `MaskedContext` reads the columns of each.
         """
         self.layer = layer_idx
         keys, values = map(self.sequences[0].arena.encode, (key_states, value_states))

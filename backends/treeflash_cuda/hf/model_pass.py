@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from treeflash.decoding.tree import DraftTree
+from treeflash_cuda.attention import TokenBlock
 from treeflash_cuda.gpu.row_pass import RowInputs, RowPass, has_features
 from treeflash_cuda.gpu.tree_recurrences import TreeRecurrences
-from treeflash_cuda.hf.attention_contexts import AttentionContext, TreeContext
+from treeflash_cuda.hf.attention_contexts import TreeContext
 from treeflash_cuda.hf.hybrid import HybridCache, HybridTreeCache
 from treeflash_cuda.hf.model_caches import SlabCache
 from treeflash_cuda.numerics import upload_all
@@ -101,13 +102,13 @@ class ModelPasses:
         if tower is not None and has_features(*rows[0]):
             images = tower.rows(rows[0][0], sizes[0])
         token_ids: list[Tensor] = []
-        contexts: list[AttentionContext] = []
+        blocks: list[TokenBlock] = []
         for state, tokens in rows:
             token_ids.append(next(uploaded).long())
             positions = next(uploaded).long()
             ancestors = next(uploaded).bool() if isinstance(tokens, DraftTree) else None
-            contexts.append(self.target.context(state.length, positions, ancestors, images))
-        cache = self.target.new_cache(rows, [context.ancestors for context in contexts])
+            blocks.append(TokenBlock(state.length, positions, ancestors))
+        cache = self.target.new_cache(rows, [block.ancestors for block in blocks])
         logits_to_keep: int | Tensor = 1  # transformers needs at least 1; the row is discarded
         if len(rows_to_keep) == ends[-1]:
             logits_to_keep = 0  # all
@@ -115,7 +116,7 @@ class ModelPasses:
             logits_to_keep = next(uploaded).long()
         logits, outputs = self.target.forward(
             torch.cat(token_ids),
-            self.target.packed_context(contexts, cache) if len(contexts) > 1 else contexts[0],
+            self.target.context(blocks, cache, images),
             cache,
             logits_to_keep=logits_to_keep,
             rotary=rotary,

@@ -46,6 +46,7 @@ from treeflash.errors import (
     is_device_lost,
     is_out_of_memory,
 )
+from treeflash_cuda.attention import TokenBlock
 from treeflash_cuda.cache import Span, check_quantisation
 from treeflash_cuda.cpu.low_bit_loading import UNPACKED_BITS, is_packed, keeps_bits, rounding
 from treeflash_cuda.exact import (
@@ -63,15 +64,14 @@ from treeflash_cuda.gpu.state_arena import StateArena
 from treeflash_cuda.hf.attention_contexts import (
     IMPLEMENTATION,
     MASK,
-    AttentionContext,
     AttentionInputs,
     Context,
-    PackedContext,
+    MaskedContext,
     attention_context,
     capture_output,
     is_attending,
 )
-from treeflash_cuda.hf.exact_contexts import ExactCache, ExactContext, PackedExactContext
+from treeflash_cuda.hf.exact_contexts import ExactCache, ExactContext
 from treeflash_cuda.hf.hybrid import (
     MAMBA_2,
     HybridCache,
@@ -451,7 +451,8 @@ class ModelTarget(Target):
                 self.lm_head = self.model.get_output_embeddings()
             state = State(self.arena, None, CHECKED_TOKENS, recurrent=self.new_recurrent_states())
             cache = self.new_cache([(state, range(CHECKED_TOKENS))], [None])
-            context = _CountingContext(cache, torch.arange(len(tokens), device=self.device))
+            positions = torch.arange(len(tokens), device=self.device)
+            context = _ExaminedAttention([TokenBlock(0, positions, None)], cache)
             try:
                 actual, _ = self.forward(tokens, context, cache, logits_to_keep=1)
             except UnsupportedModelError as error:  # a layer raises it, and names no family
@@ -509,11 +510,6 @@ class ModelTarget(Target):
                 self._widen_arena()
         self.is_exact = True
 
-    @property
-    def sums_by_position(self) -> bool:
-        """Whether attention runs in an `ExactContext`: in exact mode without kernels."""
-        return self.is_exact and self.operations is None
-
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Replace the attention of a model that has its own attention otherwise; see `wrap`."""
@@ -529,7 +525,7 @@ class ModelTarget(Target):
         Raises an UnsupportedModelError if the model does more to its logits than multiply them.
         """
         tokens = torch.arange(CHECKED_TOKENS, device=self.device) % self.vocab_size
-        context = AttentionContext.whole_sequence(len(tokens), self.device)
+        context = MaskedContext.whole_sequence(len(tokens), self.device)
         with torch.inference_mode(), attention_context(context):
             expected = self.model(tokens[None], use_cache=False).logits.float()
             raw = self.lm_head(self.run_decoder(tokens[None], context)[0]).float()
@@ -565,7 +561,7 @@ class ModelTarget(Target):
             self.hooks.enter_context(handle)
 
     def run_decoder(
-        self, tokens: Tensor, context: AttentionContext
+        self, tokens: Tensor, context: MaskedContext
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Run (rows, n) tokens: (rows, n, hidden_size) of the decoder and of captured layers."""
         positions = context.positions.expand(len(tokens), -1)
@@ -575,25 +571,15 @@ class ModelTarget(Target):
         return output.last_hidden_state, outputs
 
     def context(
-        self,
-        committed: int,
-        positions: Tensor,
-        ancestors: Tensor | None,
-        images: ImageRows | None = None,
-    ) -> AttentionContext:
-        """Return the context of a block of tokens of one sequence; see `AttentionContext`."""
-        if self.sums_by_position:
-            return ExactContext(committed, positions, ancestors)
+        self, blocks: Sequence[TokenBlock], cache: TreeCache, images: ImageRows | None = None
+    ) -> MaskedContext | ExactContext:
+        """Return the context of new tokens of one or several sequences, and of their cache."""
+        if isinstance(cache, ExactCache):
+            is_lone = len(blocks) == len(blocks[0]) == 1
+            return ExactContext(blocks, cache, self.token_rows if is_lone else 1)
         # Tokens of an image that see each other need a mask.
         needs_mask = images is not None and images.types is not None
-        attend = None if needs_mask else self.prompt_attention
-        return AttentionContext(committed, positions, ancestors, attend)
-
-    def packed_context(self, contexts: Sequence[Any], cache: TreeCache) -> Context:
-        """Return the context of several sequences, from the result of `context` for each."""
-        if isinstance(cache, ExactCache):
-            return PackedExactContext(contexts, cache)
-        return PackedContext(contexts, cache)
+        return MaskedContext(blocks, cache, None if needs_mask else self.prompt_attention)
 
     def new_recurrent_states(self) -> RecurrentStates | None:
         return RecurrentStates(self.transposed_layers) if self.is_hybrid else None
@@ -610,7 +596,7 @@ class ModelTarget(Target):
         """Create the cache of a forward pass over trees, which have ancestors, and next tokens."""
         kv_caches = [state.kv_cache for state, _ in rows]
         if not self.is_hybrid:
-            cache = ExactCache if self.sums_by_position else TreeCache
+            cache = ExactCache if self.is_exact and self.operations is None else TreeCache
             return cache(kv_caches, [len(tokens) for _, tokens in rows])
         parts, first = [], 0
         for (state, tokens), mask in zip(rows, ancestors, strict=True):
@@ -639,14 +625,10 @@ class ModelTarget(Target):
         indices; and (n, hidden_size) outputs of the captured layers, by index.
         """
         rows = len(token_ids)
-        if isinstance(context, ExactContext):
-            assert isinstance(cache, ExactCache)
-            context.cache = cache
-            if rows == 1 < (times := self.token_rows):
-                context.repeat(times)
-                token_ids = token_ids.repeat(times)
-                rotary = None if rotary is None else rotary.repeat_interleave(times, -1)
-                images = None if images is None else images.repeat(times)
+        if isinstance(context, ExactContext) and (times := context.repeats) > 1:
+            token_ids = token_ids.repeat(times)
+            rotary = None if rotary is None else rotary.repeat_interleave(times, -1)
+            images = None if images is None else images.repeat(times)
         positions = context.positions if rotary is None else rotary
         inputs: dict[str, Any] = {self.cache_argument: cache}
         if images is not None:
@@ -672,7 +654,7 @@ def _capture_input(layer_id: int, _: nn.Module, args: Any, kwargs: Any) -> None:
     capture_output(layer_id, args[0] if args else kwargs["hidden_states"])
 
 
-class _CountingContext(AttentionContext):
+class _ExaminedAttention(MaskedContext):
     """Counts the attention layers that it serves, and notes what they attend to and how."""
 
     layers = 0
@@ -680,14 +662,11 @@ class _CountingContext(AttentionContext):
     has_sinks = False
     reads_cache = True
 
-    def __init__(self, cache: TreeCache, positions: Tensor) -> None:
-        super().__init__(0, positions, None)
-        self.cache = cache
-
     def attend(self, inputs: AttentionInputs) -> Tensor:
         self.layers += 1
         self.softcap = inputs.softcap if inputs.softcap is not None else self.softcap
         self.has_sinks |= inputs.sinks is not None
+        assert self.cache is not None
         stored_by = {self.cache.stored_by(x) for x in (inputs.key, inputs.value)}
         self.reads_cache &= None not in stored_by and len(stored_by) == 1
         return super().attend(inputs)

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from treeflash.errors import ConfigError
 from treeflash.training.config import TrainConfig
 from treeflash.training.distillation import Response
-from treeflash_cuda.hf.attention_contexts import AttentionContext
+from treeflash_cuda.attention import TokenBlock
+from treeflash_cuda.hf.attention_contexts import MaskedContext
 from treeflash_cuda.hf.model_target import ModelTarget
 from treeflash_cuda.numerics import top_log_probs
 from treeflash_cuda.training.batch import Batch, Drafts
@@ -178,7 +179,7 @@ class FeatureStore:
         tokens = torch.zeros(len(responses), width, dtype=torch.long)
         for row, response in zip(tokens, responses, strict=True):
             row[: len(response)] = torch.tensor(response.token_ids)
-        context = AttentionContext.whole_sequence(width, device)
+        context = MaskedContext.whole_sequence(width, device)
         decoded, outputs = self.target.run_decoder(tokens.to(device), context)
         features = torch.cat([outputs[i] for i in self.layer_ids], -1)
         results = []
@@ -385,7 +386,7 @@ def score_drafts(
     ancestors[:length, length:] = False
     ancestors[length:, :length] = columns <= anchors.repeat_interleave(depths - 1)[:, None]
     ancestors[length:, length:] = block[:, None] == block
-    context = AttentionContext(0, torch.cat([columns, draft_positions]), ancestors)
+    context = MaskedContext([TokenBlock(0, torch.cat([columns, draft_positions]), ancestors)])
     tokens = torch.cat([sequence, drafts[:, :-1].flatten()])
     (states,), _ = target.run_decoder(tokens[None], context)
     drafted = states[length:].unflatten(0, (count, depths - 1))

@@ -31,7 +31,7 @@ from treeflash.training.config import DEFAULT_LAYERS, NEW_DRAFTERS, TrainConfig,
 from treeflash_cuda.drafter_loading import read_drafter
 from treeflash_cuda.drafter_model import DrafterModel
 from treeflash_cuda.heads import HEAD_CLASSES
-from treeflash_cuda.hf.attention_contexts import AttentionContext
+from treeflash_cuda.hf.attention_contexts import MaskedContext
 from treeflash_cuda.hf.model_target import ModelTarget
 from treeflash_cuda.linear import is_subclass
 from treeflash_cuda.target import max_positions, read_model_config
@@ -382,7 +382,7 @@ def _query_key_scales(
             hooks.append(linear.register_forward_hook(partial(measure, (n, name))))
     for sequence in sequences:
         tokens = torch.tensor(sequence, device=target.device)
-        context = AttentionContext.whole_sequence(len(sequence), target.device)
+        context = MaskedContext.whole_sequence(len(sequence), target.device)
         target.run_decoder(tokens[None], context)
     for hook in hooks:
         hook.remove()
