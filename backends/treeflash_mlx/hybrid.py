@@ -480,8 +480,9 @@ def rebind(
     """Let the methods of one module, and of no other, call other functions in a pass over trees.
 
     A method looks up the functions it calls among the globals of its Python module. The module gets
-    a class whose methods have the same code, with other functions among their globals. The
-    functions, by the names that they stand for, get what `current` returns before the other
+    a class whose methods have the same code, with other functions among their globals: mlx-lm has
+    no registry of recurrences, and calls of our own would copy the mixers of a dozen model types.
+    The functions, by the names that they stand for, get what `current` returns before the other
     arguments, and may return NotImplemented. `current` returns what the pass that is being built
     has for them; None if it is not over trees. The names of the functions that the module calls are
     returned.

@@ -15,6 +15,13 @@ are the same in all models. Each mixer gets a copy of its `forward`, whose globa
 this module under those names: no module and no class is changed. For the next tokens of a sequence,
 and outside of such a pass, the hooks call the model's own functions, so that
 installed kernels serve prompts and plain decoding.
+
+Why a copy. transformers has a registry of attention, but none of recurrences. Its hooks for kernels
+need a package and change a function for all models of the process, and a `forward` of our own for
+each mixer would be as much code as those of transformers. Layers of our own, which copy nothing,
+have gated delta nets alone. This way also serves Mamba-2 (bamba, falcon_h1, granitemoehybrid,
+mamba2, nemotron_h, zamba2), short convolutions (lfm2, lfm2_moe, lfm3), olmo_hybrid and lara_mini;
+and Qwen's gated delta nets with images, in training, and where flash-linear-attention runs them.
 """
 
 from __future__ import annotations
