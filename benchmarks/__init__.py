@@ -3,28 +3,20 @@
 - `performance` runs `peers`, `decoding` and `throughput` and writes `docs/performance.md`.
 - `decoding.methods`: block efficiency and speed by method, budget and prompt set.
 - `decoding.budgets`: the budget `auto` against fixed sizes, by prompt set.
-- `decoding.calibration`: trees with calibration and without.
-- `decoding.acceptance_rules`: tokens per pass of chains under three rules of acceptance.
 - `decoding.half_precision`: where drafting diverges from plain decoding in half precision.
 - `decoding.equal_texts`: texts of every way to decode that differ from plain decoding, of many.
 - `decoding.quality`: divergence and perplexity of weights of few bits.
-- `decoding.branches`: best drafts on the spine and after siblings, trees against chains.
-- `decoding.structured`: block efficiency and speed where schemas decide the form of the texts.
 - `decoding.iteration`: the time of an iteration by phase, and of a target forward pass by nodes.
 - `decoding.memory`: memory of the loaded pair, of a sequence, and of many sequences in a row.
 - `throughput`: many sequences at once, beside the batched generation of other packages.
 - `peers`: other systems with the same weights and prompts, each in its own process.
-- `serving.load` and `serving.overhead`: the HTTP server under load, and what HTTP costs.
-- `serving.restart`: a conversation that goes on after a restart, with the disk tier and without.
+- `serving.load`: the HTTP server under load, whose answers are compared with plain decoding.
 - `device_report`: whether a GPU or a Mac does everything right, and how fast: one file to send.
 - `launches`: the operations and bytes of an iteration on a GPU, counted without one.
 - `kernels`: what the Triton kernels take of each GPU, compiled without one.
-- `mlx_rows`: which operations of MLX give a row the same bits beside any others.
 - `metal_sources`: the sources of the MLX backend's Metal kernels, to compile them on a Mac.
 - `published`: accepted lengths of a drafter beside the ones of its paper.
-- `ablation` and `training_cost`: what each choice in training is worth, and what a step costs.
 - `pictures`: the pictures of README, from a recorded run.
-- `decoder_layers`: passes with layers of our own beside transformers' layers.
 - `families`: the table of model types in `docs/families.md`.
 - `smollm2`: how the bundled drafter was trained.
 """

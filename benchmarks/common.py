@@ -33,8 +33,6 @@ from treeflash.decoding.transitions import TransitionTable
 from treeflash.decoding.tree import DraftTree, build_tree
 from treeflash.errors import ConfigError
 from treeflash.evaluation.records import MEAN
-from treeflash.evaluation.run import Case, Evaluation, Sample, encode_rows
-from treeflash.language_model import LanguageModel
 from treeflash.option import options_of
 from treeflash.text.generation import mean
 from treeflash.text.prompt import encode, read_rows
@@ -223,21 +221,6 @@ def first_difference(plain: Sequence[int], tokens: Sequence[int]) -> int:
 def random_prompt(vocab_size: int, length: int) -> list[int]:
     """Draw `length` random token ids, the same in every run."""
     return [int(x) for x in np.random.default_rng(length).integers(0, vocab_size, length)]
-
-
-def evaluate(
-    model: LanguageModel, args: argparse.Namespace, cases: Iterable[Case], **options: Any
-) -> dict[str, list[Sample]]:
-    """Decode the prompt sets in every case, without copies of the text; returns samples by set."""
-    shared: Any = {"suffix": False, "temperature": args.temperature, "max_tokens": args.max_tokens}
-    configs = {case: model.decode_config(shared | options | case._asdict()) for case in cases}
-    sets = {
-        path.stem: encode_rows(model, read_rows(path)[: args.limit], configs)
-        for path in args.prompts
-    }
-    evaluation = Evaluation()
-    evaluation.run(model.backend, sets, configs, Console(stderr=True), args.parallel)
-    return evaluation.samples
 
 
 def show(title: str, rows: Sequence[Row]) -> None:

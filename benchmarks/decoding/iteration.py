@@ -1,28 +1,21 @@
 """The time of an iteration by phase, and of a target forward pass by nodes and context.
 
-    python -m benchmarks.decoding.iteration gsm8k.jsonl [--parts phases,verify,break_even]
+    python -m benchmarks.decoding.iteration gsm8k.jsonl [--parts phases,verify]
 
 - `phases`: milliseconds of an iteration by phase, for every method. Work that a phase leaves
   running on the device counts towards the next phase that waits for it. `outside` is the share of
   building trees and committing paths, which lie outside the forward passes of both models.
 - `verify`: milliseconds of a target forward pass by nodes of the tree and committed positions.
-- `break_even`: an iteration that drafts, verifies a tree, and accepts none of it, against a plain
-  step of the same sequences. Their ratio is the tokens per pass from which on drafting pays.
 
 All times are medians. Methods take turns with each prompt, and tree sizes with each call.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
-from functools import partial
 from itertools import chain, islice, product
 from statistics import median
-
-import numpy as np
 
 from benchmarks.common import (
     Parser,
@@ -39,16 +32,13 @@ from treeflash.cli.console import guarded
 from treeflash.cli.options import add_model_options, load_model
 from treeflash.config import DecodeConfig, Method, SamplingConfig
 from treeflash.decoding import Request, decode
-from treeflash.decoding.interfaces import Backend, Verify
-from treeflash.decoding.iteration import propose
+from treeflash.decoding.interfaces import Backend
 from treeflash.decoding.loop import Step
-from treeflash.decoding.sampling import SamplingParams
 from treeflash.decoding.session import SequenceSession
-from treeflash.decoding.tree import DraftTree, build_tree
 from treeflash.errors import ConfigError
 from treeflash.text.generation import PHASES
 
-PARTS = ("phases", "verify", "break_even")
+PARTS = ("phases", "verify")
 WARM_UP = 2  # steps of a sequence that are not measured: the prefill and the first iteration
 
 
@@ -60,7 +50,6 @@ def parser() -> Parser:
     options.add_decode_options("temperature", "top_p")
     options.add_numbers("--sizes", [2**n for n in range(10)], "nodes of the trees of `verify`")
     options.add_numbers("--contexts", [64, 1024, 4096], "committed positions of `verify`")
-    options.add_numbers("--sequences", [1, 4, 16], "sequences at once of `break_even`")
     options.add_number("--repeats", 7, "calls per median")
     options.add_names("--parts", PARTS, "what to measure")
     add_model_options(options)
@@ -134,62 +123,14 @@ def verify_rows(
     return rows
 
 
-def break_even_rows(backend: Backend, args: argparse.Namespace) -> list[Row]:
-    """Compare iterations that accept no draft with plain steps, by context, sequences, nodes."""
-    root = np.zeros(1, np.int32)
-    configs = {
-        nodes: DecodeConfig(method="ddtree" if backend.head is None else "treeflash", budget=nodes)
-        for nodes in args.budgets
-    }
-
-    def step(sessions: Sequence[SequenceSession], nodes: int) -> None:
-        """Return one iteration of all sequences; plain decoding if it has one node."""
-        token = sessions[0].length % backend.vocab_size
-        trees = [DraftTree.root_only(token)] * len(sessions)
-        states = [session.state for session in sessions]
-        if nodes > 1:
-            assert backend.drafter is not None
-            blocks = backend.drafter.draft([(state, token) for state in states])
-            sizes = [nodes] * len(states)
-            tables = propose(backend, blocks, [configs[nodes]] * len(states), sizes)
-            trees = [build_tree(table, token, nodes) for table in tables]
-        params = [
-            SamplingParams.from_positions(SamplingConfig(), tree.positions(state.length + 1))
-            for state, tree in zip(states, trees, strict=True)
-        ]
-        verified = backend.verifier.run(list(map(Verify, states, trees, params)))
-        backend.verifier.commit(verified, [(state, root) for state in states])
-
-    rows = []
-    sizes = [1, *args.budgets]
-    capacity = max(args.contexts) + 2 * (args.repeats + 1) * len(sizes) + max(sizes)
-    for context, count in product(args.contexts, args.sequences):
-        with ExitStack() as stack:
-            sessions = [
-                stack.enter_context(SequenceSession(backend, drafts=True, capacity=capacity))
-                for _ in range(count)
-            ]
-            for session in sessions:
-                session.extend(random_prompt(backend.vocab_size, context))
-            calls = [partial(step, sessions, nodes) for nodes in sizes]
-            plain, *drafted = alternate_ms(calls, args.repeats, leave_work=True)
-        for nodes, ms in zip(args.budgets, drafted, strict=True):
-            row = {"context": context, "sequences": count, "nodes": nodes}
-            rows.append({**row, "plain_ms": plain, "iteration_ms": ms, "break_even": ms / plain})
-    return rows
-
-
 @guarded
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, write."""
     args = parser().parse_args(argv)
     sampling = SamplingConfig(temperature=args.temperature, top_p=args.top_p)
     model = load_model(args)
-    if "break_even" in args.parts and model.backend.drafter is None:
-        raise ConfigError("the part break_even needs a drafter; pass --drafter")
-    for part, sizes in (("verify", args.sizes), ("break_even", args.budgets)):
-        if part in args.parts:
-            check_positions(model.backend, args.contexts, sizes)
+    if "verify" in args.parts:
+        check_positions(model.backend, args.contexts, args.sizes)
     results: dict[str, list[Row]] = {}
     if "phases" in args.parts:
         sets = [read_prompts(model.tokenizer, path, args.limit) for path in args.prompts]
@@ -203,8 +144,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         results["phases"] = phase_rows(model.backend, prompts, configs)
     if "verify" in args.parts:
         results["verify"] = verify_rows(model.backend, args.contexts, args.sizes, args.repeats)
-    if "break_even" in args.parts:
-        results["break_even"] = break_even_rows(model.backend, args)
     pair = describe(model.backend)
     for name, table in results.items():
         show(f"{name}, {', '.join(pair.values())}", table)

@@ -1,1 +1,1 @@
-"""The HTTP server: under load, and what HTTP costs."""
+"""The HTTP server under load, and tasks of lm-eval for its clients."""

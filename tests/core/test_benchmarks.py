@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from pathlib import Path
 
 import pytest
 
 from treeflash.config import METHODS
-from treeflash.testing.models import edit_config
 
 PAGE = Path(__file__).parents[2] / "docs" / "performance.md"
 PROMPTS = ["The sea is", "Why", "A list of cities:", "One and one is"]
@@ -18,15 +16,10 @@ SHORT = ["--limit", "2", "--max-tokens", "6"]
 SCRIPTS = {
     "decoding.methods": [*SHORT, "--budgets", "4,auto", "--heads", "full:full,64:auto"],
     "decoding.budgets": [*SHORT, "--budgets", "4", "--rounds", "2"],
-    "decoding.acceptance_rules": SHORT,
-    "decoding.branches": [*SHORT, "--parallel", "2"],
-    "decoding.calibration": [*SHORT, "--budgets", "4", "--parallel", "2"],
     "decoding.half_precision": [
         *(*SHORT, "--budgets", "4", "--dtypes", "float32", "--parallel", "2")
     ],
-    "decoding.iteration": [
-        *(*SHORT, "--sizes", "1,3", "--contexts", "2", "--repeats", "1", "--sequences", "1,2")
-    ],
+    "decoding.iteration": [*(*SHORT, "--sizes", "1,3", "--contexts", "2", "--repeats", "1")],
     "decoding.memory": ["--sequences", "2", "--max-tokens", "6", "--lengths", "10"],
     "throughput": [*SHORT, "--concurrency", "1,2", "--methods", ",".join(METHODS)],
 }
@@ -61,18 +54,6 @@ def test_a_benchmark_runs(name, module, sets, pair, tmp_path):
         assert all(row["equal"] == 2 for row in results["rows"] if row["set"] != "mean")
 
 
-def test_structured_rows(module, tiny_pair, tmp_path):
-    """Every method is compared with plain decoding."""
-    file, target = tmp_path / "out.json", tmp_path / "target"
-    shutil.copytree(tiny_pair[0], target)
-    edit_config(target, lambda config: config.update(eos_token_id=0))
-    pair = ["--target", str(target), "--drafter", str(tiny_pair[1]), "--backend", "reference"]
-    options = ["--rows", "4", "--max-tokens", "5", "--methods", "suffix,treeflash"]
-    assert module("decoding.structured").main([*pair, *options, "--json", str(file)]) == 0
-    rows = json.loads(file.read_text())["rows"]
-    assert [row["prompts"] for row in rows if row["method"] == "suffix"] == [2, 1, 1, 4]
-
-
 def test_a_call_that_leaves_work_waits_for_that_of_an_equal_call(module):
     made = []
     calls = [lambda: made.append("a"), lambda: made.append("b")]
@@ -89,7 +70,6 @@ def test_a_call_that_leaves_work_waits_for_that_of_an_equal_call(module):
         ("decoding.methods", ["--budgets", "0"], "--budgets: must be auto, or from 1 to 1024"),
         ("decoding.iteration", ["--contexts", "2.5"], "argument --contexts: '2.5' is not an"),
         ("decoding.iteration", ["--contexts", "6000"], "after 6000 positions exceeds the target's"),
-        ("decoding.acceptance_rules", ["--temperatures", "x"], "must be 0 (greedy), or from"),
         ("decoding.memory", ["--json", "/"], "argument --json: cannot write /"),
         ("performance", ["--only", "systems"], "no other system has the backend 'reference'"),
     ],

@@ -10,17 +10,12 @@ from endless_pair import endless_pair
 from gguf import GGMLQuantizationType
 from gguf_files import write_gguf
 
-from treeflash.config import DecodeConfig
 from treeflash.language_model import load
 from treeflash.testing import require
 
 require("torch")
 
 SHORT = ["--limit", "1", "--max-tokens", "4"]
-ABLATION = ["--steps", "2", "--answers", "12", "--seeds", "0", "--cells", "base"]
-SCRIPTS = {
-    "training_cost": ["--shape", "tiny", "--length", "64", "--anchors", "32"],
-}
 PAIR_SCRIPTS = {
     "peers.__main__": ["--systems", "transformers,treeflash", "--backends", "cuda"],
     "throughput": ["--backend", "cuda", "--concurrency", "1,2"],
@@ -33,13 +28,6 @@ def pair(tmp_path):
     prompts = tmp_path / "a.jsonl"
     prompts.write_text("\n".join(json.dumps({"id": n, "turns": [f"Why {n}"]}) for n in range(2)))
     return [str(prompts), *endless_pair(tmp_path), "--device", "cpu", "--dtype", "float32"]
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_a_benchmark_runs(name, module, tmp_path):
-    file = tmp_path / "out.json"
-    assert module(name).main([*SCRIPTS[name], "--json", str(file)]) == 0
-    assert "machine" in json.loads(file.read_text())
 
 
 def test_the_quality_of_few_bits_is_measured(module, tmp_path):
@@ -101,27 +89,3 @@ def test_the_speed_of_exact_mode_is_measured(module, pair, tmp_path):
         for parallel in (1, 2)
     }
     assert all(row["ratio"] > 0 for row in rows)
-
-
-# Seconds, for scripts of benchmarks that change seldom.
-@pytest.mark.nightly
-def test_the_ablation_resumes(module, tmp_path, capsys, monkeypatch):
-    require("accelerate")
-    ablation = module("ablation")
-    options = ["--output", str(tmp_path / "out.jsonl"), *ABLATION, "--limit", "2"]
-    options += ["--max-tokens", "9"]
-    configs = []
-
-    def recorded(**settings):
-        configs.append(DecodeConfig(**settings))
-        return configs[-1]
-
-    monkeypatch.setattr(ablation, "DecodeConfig", recorded)
-    assert ablation.main(options) == 0
-    assert {config.method for config in configs} == {"ar", "treeflash", "treeflash-chain"}
-    assert not any(config.copies for config in configs), "the drafter is measured alone"
-    shown = capsys.readouterr().out
-    assert shown.startswith("| choice | value | seeds | chain, greedy | tree, greedy |")
-    monkeypatch.setattr(ablation, "measure", None)
-    assert ablation.main(options) == 0
-    assert capsys.readouterr().out == shown
