@@ -292,9 +292,7 @@ def test_the_module_runs_without_a_warning(tiny_pair, prompt_sets, tmp_path):
     report = tmp_path / "out.html"
     options = [*model_options(tiny_pair), "--prompts", prompt_sets[0], "--report", str(report)]
     done = subprocess.run(
-        core_module("treeflash.evaluate", *options),
-        capture_output=True,
-        text=True,
+        core_module("treeflash.evaluate", *options), capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr

@@ -270,11 +270,7 @@ def test_compare_of_a_single_token_has_no_speedup(use, run, scripted):
     use(scripted(TEXT))
     code, out, _ = run("hi", "--json", "--compare", "--max-tokens", "1")
     assert code == 0
-    assert json.loads(out)["compare"] == {
-        "equal": True,
-        "first_difference": None,
-        "speedup": None,
-    }
+    assert json.loads(out)["compare"] == {"equal": True, "first_difference": None, "speedup": None}
 
 
 @pytest.mark.parametrize(("flags", "drawn"), [([], 0), (["--explain"], 3), (["--explain=1"], 1)])
@@ -391,9 +387,7 @@ def command_line(tiny_pair, *args: str) -> list[str]:
 def test_the_module_runs_without_a_warning(tiny_pair):
     options = [*model_options(tiny_pair), "--json", "--compare", "--max-tokens", "12"]
     result = subprocess.run(
-        core_module("treeflash.generate", *options, "hi"),
-        capture_output=True,
-        text=True,
+        core_module("treeflash.generate", *options, "hi"), capture_output=True, text=True
     )
     assert result.returncode == 0
     assert json.loads(result.stdout)["compare"]["equal"] is True

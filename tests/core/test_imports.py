@@ -115,13 +115,13 @@ def layer_of(name: str) -> int:
     return found
 
 
-def test_the_files_are_found() -> None:
+def test_the_files_are_found():
     """The tests below would pass if no files were found."""
     assert "treeflash.reference.target" in REFERENCE
     assert "treeflash.config" in imports_of(ROOT / "decoding" / "loop.py")
 
 
-def test_importing_all_of_the_core_brings_no_framework() -> None:
+def test_importing_all_of_the_core_brings_no_framework():
     names = [name for name in CORE if not name.endswith("__main__")]
     if find_spec("fastapi") is None:  # the extra `serve` is not installed
         names = [name for name in names if not inside(name, "treeflash.serving")]
@@ -141,7 +141,7 @@ for name in {names}:
     assert run(code) == ""
 
 
-def test_the_core_generates_where_no_framework_is_installed(tiny_pair: tuple[Path, Path]) -> None:
+def test_the_core_generates_where_no_framework_is_installed(tiny_pair):
     target, drafter = map(str, tiny_pair)
     code = f"""
 from importlib.util import find_spec
@@ -155,14 +155,14 @@ raise SystemExit(main(["generate", "Hi", *folders, "--backend", "reference", "--
     assert run(code)
 
 
-def test_core_files_name_no_framework() -> None:
+def test_core_files_name_no_framework():
     """Functions import none either: backends are reached through the registry."""
     for name, path in CORE.items():
         found = {module.split(".")[0] for module in imports_of(path)}
         assert not found & FRAMEWORKS, name
 
 
-def test_no_module_imports_itself_in_a_circle() -> None:
+def test_no_module_imports_itself_in_a_circle():
     """Raises CycleError, which names the circle."""
     graph = {
         name: {found for found in imports_of(path) if found in ALL and found != name}
@@ -172,7 +172,7 @@ def test_no_module_imports_itself_in_a_circle() -> None:
     TopologicalSorter(graph).prepare()
 
 
-def test_no_package_imports_itself_in_a_circle() -> None:
+def test_no_package_imports_itself_in_a_circle():
     """Modules may be free of circles while their packages import each other."""
 
     def package(name: str) -> str:
@@ -187,7 +187,7 @@ def test_no_package_imports_itself_in_a_circle() -> None:
     TopologicalSorter(graph).prepare()
 
 
-def test_packages_import_downwards() -> None:
+def test_packages_import_downwards():
     """Every module imports from its own package or from packages of lower layers."""
     assert "treeflash.decoding.loop" in CORE
     assert "treeflash.decoding.interfaces" in imports_of(CORE["treeflash.decoding.loop"])
@@ -202,12 +202,12 @@ def test_packages_import_downwards() -> None:
                     assert layer_of(other) < layer_of(own), f"{name} imports {found}"
 
 
-def test_nothing_in_the_core_imports_the_conformance_suite() -> None:
+def test_nothing_in_the_core_imports_the_conformance_suite():
     for path in CORE.values():
         assert not [found for found in imports_of(path) if inside(found, "treeflash.testing")]
 
 
-def test_the_extra_testing_has_what_the_conformance_suite_imports() -> None:
+def test_the_extra_testing_has_what_the_conformance_suite_imports():
     toml = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
     project = tomllib.loads(toml)["project"]
 
@@ -220,7 +220,7 @@ def test_the_extra_testing_has_what_the_conformance_suite_imports() -> None:
     assert additional - {"treeflash"} == packages(project["optional-dependencies"]["testing"])
 
 
-def test_the_core_reaches_backends_through_the_registry_alone() -> None:
+def test_the_core_reaches_backends_through_the_registry_alone():
     backends = ("treeflash.reference", "treeflash_cuda", "treeflash_mlx")
     others = CORE.keys() - REFERENCE.keys()
     found = {name: imports_of(CORE[name]) for name in others}
@@ -229,12 +229,12 @@ def test_the_core_reaches_backends_through_the_registry_alone() -> None:
         assert not any(inside(x, backend) for x in imported for backend in backends), name
 
 
-def test_the_reference_imports_what_backends_may() -> None:
+def test_the_reference_imports_what_backends_may():
     check_backend("treeflash.reference", REFERENCE)
 
 
 @pytest.mark.parametrize("package", ["treeflash_cuda", "treeflash_mlx"])
-def test_backends_import_data_types_and_interfaces_alone(package: str) -> None:
+def test_backends_import_data_types_and_interfaces_alone(package):
     """Neither the decode loop, nor another backend."""
     check_backend(package, backend_modules(package))
 
@@ -244,7 +244,7 @@ def test_backends_import_data_types_and_interfaces_alone(package: str) -> None:
     [("cpu", ("gpu", "hf")), ("gpu", ("cpu", "hf")), ("decoder", ("cpu", "gpu", "hf"))],
     ids=["cpu", "gpu", "decoder"],
 )
-def test_folders_import_none_of_another_device(folder: str, others: tuple[str, ...]) -> None:
+def test_folders_import_none_of_another_device(folder, others):
     modules = backend_modules("treeflash_cuda")
     own = {name: path for name, path in modules.items() if inside(name, f"treeflash_cuda.{folder}")}
     assert len(own) > 1
@@ -255,7 +255,7 @@ def test_folders_import_none_of_another_device(folder: str, others: tuple[str, .
             )
 
 
-def test_the_example_of_a_third_party_imports_what_backends_may() -> None:
+def test_the_example_of_a_third_party_imports_what_backends_may():
     """The module of its entry point, and all that this module imports."""
     project = tomllib.loads((THIRD_PARTY / "pyproject.toml").read_text())["project"]
     (entry,) = project["entry-points"]["treeflash.backends"].values()

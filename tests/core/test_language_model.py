@@ -24,12 +24,7 @@ from treeflash.config import METHODS
 from treeflash.decoding import Request, SchedulerConfig, Step
 from treeflash.decoding.adaptive_budget import AdaptiveBudgets
 from treeflash.decoding.verify_costs import VerifyCosts
-from treeflash.errors import (
-    BackendError,
-    ConfigError,
-    PromptError,
-    UnsupportedModelError,
-)
+from treeflash.errors import BackendError, ConfigError, PromptError, UnsupportedModelError
 from treeflash.hub.published import PublishedDrafter
 from treeflash.language_model import LanguageModel, load
 from treeflash.reference.backend import ReferenceBackend

@@ -231,10 +231,7 @@ def test_what_differs_from_the_protocol_is_named(tiny_pair):
     backend = SimpleNamespace(dtype="bfloat16", name="", drafter_config=SimpleNamespace(depths=7))
     tokenizer = SimpleNamespace(has_chat_template=True, thinking=False)
     like = SimpleNamespace(
-        names={"target": "Qwen/Qwen3-4B"},
-        backend=backend,
-        loaded=model.loaded,
-        tokenizer=tokenizer,
+        names={"target": "Qwen/Qwen3-4B"}, backend=backend, loaded=model.loaded, tokenizer=tokenizer
     )
     config = replace(config, max_tokens=2048)
     assert not list(list_differences(like, row, config))

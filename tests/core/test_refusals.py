@@ -61,16 +61,14 @@ NUMBERS = [
 
 
 @pytest.mark.parametrize(("kind", "name", "value", "message"), CASES)
-def test_a_value_is_refused(kind: type, name: str, value: object, message: str) -> None:
+def test_a_value_is_refused(kind, name, value, message):
     with pytest.raises(ConfigError) as caught:
         kind(**{name: value})
     assert str(caught.value) == message
 
 
 @pytest.mark.parametrize(("kind", "name", "value", "message"), NUMBERS)
-def test_a_value_is_refused_on_the_command_line_before_loading(
-    kind: type, name: str, value: object, message: str
-) -> None:
+def test_a_value_is_refused_on_the_command_line_before_loading(kind, name, value, message):
     parser = Parser("test", "A test.")
     add_decode_options(parser)
     with pytest.raises(ConfigError) as caught:
@@ -85,7 +83,7 @@ def test_a_value_is_refused_on_the_command_line_before_loading(
         (LoadConfig, "dtype", "int4", "float32, bfloat16, float16"),
     ],
 )
-def test_an_unknown_choice_is_refused(kind: type, name: str, value: str, choices: str) -> None:
+def test_an_unknown_choice_is_refused(kind, name, value, choices):
     with pytest.raises(ConfigError) as caught:
         kind(**{name: value})
     assert str(caught.value) == f"unknown {name} {value!r}; choose one of {choices}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 from importlib.metadata import EntryPoint
-from pathlib import Path
 
 import pytest
 
@@ -41,12 +40,12 @@ def platform(monkeypatch: pytest.MonkeyPatch, system: str, machine: str) -> None
     monkeypatch.setattr(registry.platform, "machine", lambda: machine)
 
 
-def test_loader_is_the_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loader_is_the_entry_point(monkeypatch):
     register(monkeypatch, REFERENCE)
     assert registry.loader("reference") is load_reference
 
 
-def test_backend_of_another_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_backend_of_another_package(monkeypatch, tmp_path):
     """Nothing is imported before its name is asked for."""
     (tmp_path / "abacus_backend.py").write_text("def load(*args): return 'beads'\n")
     monkeypatch.syspath_prepend(tmp_path)
@@ -58,9 +57,7 @@ def test_backend_of_another_package(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     del sys.modules["abacus_backend"]
 
 
-def test_a_framework_that_cannot_be_imported(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_framework_that_cannot_be_imported(monkeypatch, tmp_path):
     """Its version may be one that the backend does not know, or its libraries may be missing."""
     (tmp_path / "broken_backend.py").write_text("raise ImportError('no libtorch.so')\n")
     monkeypatch.syspath_prepend(tmp_path)
@@ -73,21 +70,21 @@ def test_a_framework_that_cannot_be_imported(
     )
 
 
-def test_unknown_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_name(monkeypatch):
     register(monkeypatch, REFERENCE, ("mlx", "treeflash_mlx.backend:load"))
     with pytest.raises(BackendError) as caught:
         registry.loader("tpu")
     assert str(caught.value) == "unknown backend 'tpu'; registered are: mlx, reference"
 
 
-def test_nothing_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_registered(monkeypatch):
     register(monkeypatch)
     with pytest.raises(BackendError) as caught:
         registry.loader("reference")
     assert str(caught.value) == "unknown backend 'reference'; registered are: none"
 
 
-def test_duplicate_names(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_duplicate_names(monkeypatch):
     register(monkeypatch, ("cuda", "treeflash_cuda.backend:load"), ("cuda", "other.cuda:load"))
     for call in (registry.available, lambda: registry.loader("cuda")):
         with pytest.raises(BackendError) as caught:
@@ -98,7 +95,7 @@ def test_duplicate_names(monkeypatch: pytest.MonkeyPatch) -> None:
         )
 
 
-def test_one_entry_seen_twice_is_not_a_duplicate(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_entry_seen_twice_is_not_a_duplicate(monkeypatch):
     """A source tree on the path beside its installation lists everything twice."""
     register(monkeypatch, REFERENCE, REFERENCE)
     assert registry.loader("reference") is load_reference
@@ -114,9 +111,7 @@ def test_one_entry_seen_twice_is_not_a_duplicate(monkeypatch: pytest.MonkeyPatch
         ("mlx", ["mlx"], "mlx_lm"),
     ],
 )
-def test_missing_framework(
-    monkeypatch: pytest.MonkeyPatch, name: str, there: list[str], missing: str
-) -> None:
+def test_missing_framework(monkeypatch, name, there, missing):
     register(monkeypatch, (name, "a_module_that_must_not_be_imported:load"))
     install(monkeypatch, *there)
     assert not registry.installed(name)
@@ -127,7 +122,7 @@ def test_missing_framework(
     )
 
 
-def test_backends_of_other_packages_count_as_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backends_of_other_packages_count_as_installed(monkeypatch):
     install(monkeypatch)
     assert registry.installed("abacus")
     assert registry.installed("reference")
@@ -145,13 +140,7 @@ def test_backends_of_other_packages_count_as_installed(monkeypatch: pytest.Monke
         ("linux", "x86_64", ["mlx"], "reference"),
     ],
 )
-def test_best(
-    monkeypatch: pytest.MonkeyPatch,
-    system: str,
-    machine: str,
-    frameworks: list[str],
-    expected: str,
-) -> None:
+def test_best(monkeypatch, system, machine, frameworks, expected):
     platform(monkeypatch, system, machine)
     install(monkeypatch, *frameworks)
     assert registry.default_backend() == expected
@@ -178,7 +167,7 @@ print(fall_back_to_cpu(run, LoadConfig(), named=False))
         ("CPUBuildError", "running on the CPU"),
     ],
 )
-def test_running_on_the_cpu_for_want_of_a_device_is_one_line(error: str, line: str) -> None:
+def test_running_on_the_cpu_for_want_of_a_device_is_one_line(error, line):
     done = subprocess.run(
         [sys.executable, "-c", FALLBACK.format(error=error)],
         capture_output=True,
@@ -189,7 +178,7 @@ def test_running_on_the_cpu_for_want_of_a_device_is_one_line(error: str, line: s
     assert done.stderr == f"{line}\n"
 
 
-def test_a_device_that_the_user_named_is_not_replaced() -> None:
+def test_a_device_that_the_user_named_is_not_replaced():
     def run(config: LoadConfig) -> None:
         raise BackendError("no CUDA device is available")
 
@@ -197,7 +186,7 @@ def test_a_device_that_the_user_named_is_not_replaced() -> None:
         registry.fall_back_to_cpu(run, LoadConfig(), named=True)
 
 
-def test_a_device_map_needs_gpus() -> None:
+def test_a_device_map_needs_gpus():
     def run(config: LoadConfig) -> None:
         raise BackendError("no CUDA device is available; pass --device cpu to run on the CPU")
 
@@ -205,7 +194,7 @@ def test_a_device_map_needs_gpus() -> None:
         registry.fall_back_to_cpu(run, LoadConfig(device_map="auto"), named=False)
 
 
-def test_mlx_says_what_a_translated_python_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mlx_says_what_a_translated_python_lacks(monkeypatch):
     """Its packages exist for arm64 only, so that to install them would fail, too."""
     register(monkeypatch, ("mlx", "treeflash_mlx.backend:load"))
     install(monkeypatch, *TORCH)

@@ -42,10 +42,7 @@ def talk(scripted):
         if model.backend.name == "scripted":  # its states cannot be kept
             config = SchedulerConfig(max_parallel=1, lone_prefill_chunk=talk.prefill_chunk)
             talked.scheduler = model.scheduler(config, None)
-        with (
-            create_pipe_input() as pipe,
-            create_app_session(input=pipe, output=DummyOutput()),
-        ):
+        with create_pipe_input() as pipe, create_app_session(input=pipe, output=DummyOutput()):
             pipe.send_text("".join(keys) + END)
             talked.run(make_session(talk.history))
         return talked, file.getvalue()

@@ -6,7 +6,6 @@ import argparse
 import re
 from collections.abc import Mapping
 from importlib import import_module
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -47,7 +46,7 @@ def as_shown(value: Any) -> str:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_values_of_the_parser_are_shown(command: str):
+def test_values_of_the_parser_are_shown(command):
     texts = shown(command)
     for action in actions(command):
         default = action.default
@@ -86,7 +85,7 @@ def test_evaluate():
         check("evaluate", decoding(parse_options(options).decode))
 
 
-def test_chat(monkeypatch: pytest.MonkeyPatch, stdin: Any, use: Any, scripted: Any):
+def test_chat(monkeypatch, stdin, use, scripted):
     chat = pytest.importorskip("treeflash.commands.chat")
     conversations: list[Any] = []
     stdin(SimpleNamespace(isatty=lambda: True))
@@ -101,7 +100,7 @@ def test_chat(monkeypatch: pytest.MonkeyPatch, stdin: Any, use: Any, scripted: A
     check("chat", decoding(parse_options(conversation.options).decode) | {"seed": "random"})
 
 
-def test_serve(scripted: Any):
+def test_serve(scripted):
     service = pytest.importorskip("treeflash.serving.service")
     from treeflash.serving.settings import Settings
 
@@ -122,7 +121,7 @@ def test_serve(scripted: Any):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_sizes_have_the_unit_that_the_code_counts(command: str):
+def test_sizes_have_the_unit_that_the_code_counts(command):
     """Limits of memory and of states are multiples of 2^30 or 2^20, files of features of 10^9."""
     for action in actions(command):
         if action.dest == "cache_gb":
@@ -146,7 +145,7 @@ def test_train():
     check("train", {k: v for k, v in vars(config).items() if k not in ("block_size", "head")})
 
 
-def test_adapt(tmp_path: Path):
+def test_adapt(tmp_path):
     write_target(tmp_path / "target", "llama", seed=1)
     write_drafter(tmp_path / "drafter", tmp_path / "target", seed=2)
     args = adapt.make_parser().parse(REQUIRED["adapt"])

@@ -42,9 +42,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_target_without_a_vocabulary_is_refused(
-    command: str, folder: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_a_target_without_a_vocabulary_is_refused(command, folder, capsys):
     if find_spec(NEEDED.get(command, "numpy")) is None:
         pytest.skip(f"{command} needs {NEEDED[command]}")
     options = ["--target", "target", "--backend", "cuda" if command == "train" else "reference"]

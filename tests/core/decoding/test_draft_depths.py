@@ -39,18 +39,16 @@ def observed(accepted: int, depth_s: float, sequences: int = 1, times: int = 50)
         pytest.param(4, 0.03, 4, 4, id="sequences share the price"),
     ],
 )
-def test_depths_are_drafted_that_pay(
-    accepted: int, depth_s: float, sequences: int, depths: int
-) -> None:
+def test_depths_are_drafted_that_pay(accepted, depth_s, sequences, depths):
     budget = observed(accepted, depth_s, sequences)
     assert budget.passes_to_draft(8, [9] * sequences) == depths
 
 
-def test_before_anything_was_seen_all_depths_are_drafted() -> None:
+def test_before_anything_was_seen_all_depths_are_drafted():
     assert observed(1, 1.0, times=0).passes_to_draft(5, [9]) == 5
 
 
-def test_depths_are_tried_again() -> None:
+def test_depths_are_tried_again():
     budget, tried = observed(1, 0.02), []
     short = DraftTree.chain(np.arange(2, dtype=np.int32))
     for _ in range(100):
@@ -61,7 +59,7 @@ def test_depths_are_tried_again() -> None:
     assert max(tried) > 1
 
 
-def test_one_slow_draft_changes_nothing() -> None:
+def test_one_slow_draft_changes_nothing():
     budget = observed(4, 0.02)
     before = budget.passes_to_draft(8, [9])
     path = np.arange(5, dtype=np.int32)
@@ -71,7 +69,7 @@ def test_one_slow_draft_changes_nothing() -> None:
 
 @pytest.mark.parametrize("method", ["ddtree", "dflash"])
 @pytest.mark.parametrize("depths", [1, 2, 9])
-def test_a_setting_limits_the_depths(method: str, depths: int) -> None:
+def test_a_setting_limits_the_depths(method, depths):
     backend = scripted(SCRIPT)
     room = len(SCRIPT) - len(PROMPT)
     settings = {"method": method, "budget": 16, "suffix": False, "max_tokens": room}

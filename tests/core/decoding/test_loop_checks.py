@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from fake_models import (
-    DRAFTING,
-    PROMPT,
-    SCRIPT,
-    FakeHead,
-    config_of,
-    run,
-    scripted,
-)
+from fake_models import DRAFTING, PROMPT, SCRIPT, FakeHead, config_of, run, scripted
 
-from treeflash.config import Method
 from treeflash.decoding import Request, check, decode
 from treeflash.errors import ConfigError, NumericalError, PromptError, UnsupportedModelError
 from treeflash.testing.comparisons import tokens_of
@@ -27,7 +17,7 @@ class TestChecks:
     """All of them come before the iterator is asked for its first step."""
 
     @pytest.mark.parametrize("method", DRAFTING)
-    def test_no_drafter(self, method: Method) -> None:
+    def test_no_drafter(self, method):
         backend = scripted(SCRIPT)
         backend.drafter_config = backend.head = None
         with pytest.raises(ConfigError) as caught:
@@ -38,7 +28,7 @@ class TestChecks:
         )
 
     @pytest.mark.parametrize("method", ["treeflash", "treeflash-chain"])
-    def test_no_head(self, method: Method) -> None:
+    def test_no_head(self, method):
         backend = scripted(SCRIPT)
         backend.head = None
         with pytest.raises(ConfigError) as caught:
@@ -48,7 +38,7 @@ class TestChecks:
             "use method ddtree or dflash"
         )
 
-    def test_what_works_with_less(self) -> None:
+    def test_what_works_with_less(self):
         backend = scripted(SCRIPT)
         backend.head = None
         for method in ("ar", "dflash", "ddtree"):
@@ -81,18 +71,15 @@ class TestChecks:
         ],
     )
     @pytest.mark.parametrize("entry", [decode, check])
-    def test_bad_prompts(
-        self, entry: Callable[..., object], prompt: list[int], message: str
-    ) -> None:
+    def test_bad_prompts(self, entry, prompt, message):
         with pytest.raises(PromptError) as caught:
             entry(
-                scripted(SCRIPT, max_positions=20),
-                Request(prompt_ids=prompt, config=config_of()),
+                scripted(SCRIPT, max_positions=20), Request(prompt_ids=prompt, config=config_of())
             )
         assert str(caught.value) == message
 
     @pytest.mark.parametrize("entry", [decode, check])
-    def test_a_target_that_runs_no_trees(self, entry: Callable[..., object]) -> None:
+    def test_a_target_that_runs_no_trees(self, entry):
         """Loading a drafter checks it too; copies need no drafter."""
         backend = scripted(SCRIPT)
         backend.check_trees = Mock(side_effect=UnsupportedModelError("no trees"))
@@ -100,11 +87,11 @@ class TestChecks:
         with pytest.raises(UnsupportedModelError, match="no trees"):
             entry(backend, Request(prompt_ids=PROMPT, config=config_of(method="suffix")))
 
-    def test_a_prompt_of_one_token_and_of_extreme_ids(self) -> None:
+    def test_a_prompt_of_one_token_and_of_extreme_ids(self):
         assert tokens_of(run(scripted(SCRIPT), [99], max_tokens=3)) == SCRIPT[1:4]
         assert tokens_of(run(scripted(SCRIPT), [0, 99], max_tokens=3)) == SCRIPT[2:5]
 
-    def test_damaged_target(self) -> None:
+    def test_damaged_target(self):
         backend = scripted(SCRIPT)
         backend.logits = lambda sequence: np.full(100, np.nan if len(sequence) > 5 else 1)
         steps = decode(backend, Request(prompt_ids=PROMPT, config=config_of()))
@@ -113,7 +100,7 @@ class TestChecks:
             next(steps)
 
     @pytest.mark.parametrize("token", [100, -1])
-    def test_a_head_that_drafts_an_unknown_token(self, token: int) -> None:
+    def test_a_head_that_drafts_an_unknown_token(self, token):
         backend = scripted(SCRIPT)
         drafted = backend.propose(PROMPT, 1, 2)
         drafted.tokens[2] = [SCRIPT[6], token]

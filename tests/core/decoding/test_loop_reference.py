@@ -37,7 +37,7 @@ def pair_in(folder: Path, **target: Any) -> Backend:
     return load_reference(folder / "target", folder / "drafter", LoadConfig())
 
 
-def test_trees_save_forward_passes(reference: Backend) -> None:
+def test_trees_save_forward_passes(reference):
     """The equalities would mean little if no draft were ever accepted."""
     for method in ("ddtree", "treeflash"):
         config = DecodeConfig(method=method, budget=64, max_tokens=48)
@@ -46,7 +46,7 @@ def test_trees_save_forward_passes(reference: Backend) -> None:
         assert 47 / len(iterations) > 1.5
 
 
-def test_end_tokens_inside_paths(reference: Backend) -> None:
+def test_end_tokens_inside_paths(reference):
     """Each token once as the end token: the sequence ends where that token first occurs."""
     config = DecodeConfig(budget=64, max_tokens=48)
     sequence = generate(reference, PROMPT, config)
@@ -60,7 +60,7 @@ def test_end_tokens_inside_paths(reference: Backend) -> None:
     assert inside > 0
 
 
-def test_the_models_limit(tmp_path: Path) -> None:
+def test_the_models_limit(tmp_path):
     backend = pair_in(tmp_path, max_positions=30)
     plain = generate(backend, PROMPT, DecodeConfig(method="ar"))
     assert len(plain) == 23
@@ -90,7 +90,7 @@ class EverySecond(AdaptiveBudget):
         """Learn nothing, because drafts would depend on the time that they take here."""
 
 
-def test_features_of_iterations_without_a_draft_reach_the_drafter(reference: Backend) -> None:
+def test_features_of_iterations_without_a_draft_reach_the_drafter(reference):
     """Lost ones would change no token, but every later draft would lack context."""
     states = []
 

@@ -6,16 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from fake_models import (
-    BUDGETS,
-    CHI_SQUARE_LIMIT,
-    DRAFTING,
-    SAMPLINGS,
-    FakeBackend,
-    run,
-)
+from fake_models import BUDGETS, CHI_SQUARE_LIMIT, DRAFTING, SAMPLINGS, FakeBackend, run
 
-from treeflash.config import METHODS, Method, SamplingConfig
+from treeflash.config import METHODS, SamplingConfig
 from treeflash.decoding.sampling import position_keys
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.testing.comparisons import tokens_of
@@ -50,16 +43,14 @@ class TestSampling:
     @pytest.mark.parametrize(
         ("method", "budget", "sampling"), combine(DRAFTING, BUDGETS, SAMPLINGS)
     )
-    def test_every_budget_equals_plain_decoding(
-        self, method: Method, budget: int, sampling: str
-    ) -> None:
+    def test_every_budget_equals_plain_decoding(self, method, budget, sampling):
         config = {"sampling": SAMPLINGS[sampling], "max_tokens": 40}
         expected = run(bigram_backend(), [1, 2], method="ar", **config)
         steps = run(bigram_backend(), [1, 2], method=method, budget=budget, **config)
         assert tokens_of(steps) == tokens_of(expected)
 
     @pytest.mark.parametrize("method", METHODS)
-    def test_each_node_has_the_key_of_the_position_after_it(self, method: Method) -> None:
+    def test_each_node_has_the_key_of_the_position_after_it(self, method):
         backend = bigram_backend()
         sampling = SamplingConfig(temperature=1, seed=77)
         run(backend, [1, 2, 3], method=method, sampling=sampling, max_tokens=20)
@@ -69,9 +60,7 @@ class TestSampling:
 
     @pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
     @pytest.mark.parametrize("method", DRAFTING)
-    def test_drafts_have_the_noise_of_the_tokens_that_they_propose(
-        self, method: Method, sampling: SamplingConfig
-    ) -> None:
+    def test_drafts_have_the_noise_of_the_tokens_that_they_propose(self, method, sampling):
         backend = bigram_backend()
         assert backend.head is not None
         run(backend, [1, 2, 3], method=method, sampling=sampling, max_tokens=20, budget=3)
@@ -85,7 +74,7 @@ class TestSampling:
                 np.testing.assert_array_equal(noise.keys, expected)
                 assert noise.scales.tolist() == [np.float32(sampling.temperature)] * 3
 
-    def test_seeds_give_different_texts(self) -> None:
+    def test_seeds_give_different_texts(self):
         sequences = {
             tuple(
                 tokens_of(
@@ -104,7 +93,7 @@ class TestSampling:
     # The conformance suite has a test of distributions for the reference in every run.
     @pytest.mark.nightly
     @pytest.mark.parametrize("method", ["dflash", "ddtree", "treeflash"])
-    def test_tree_decoding_has_the_targets_distribution(self, method: Method) -> None:
+    def test_tree_decoding_has_the_targets_distribution(self, method):
         """What follows each token in texts of several seeds, against the exact probabilities."""
         texts, length, backend = 70, 60, bigram_backend()
         counts = np.zeros((VOCAB, VOCAB))

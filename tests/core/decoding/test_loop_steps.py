@@ -3,21 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pytest
-from fake_models import (
-    DRAFTING,
-    PROMPT,
-    SCRIPT,
-    FakeHead,
-    config_of,
-    run,
-    scripted,
-)
+from fake_models import DRAFTING, PROMPT, SCRIPT, FakeHead, config_of, run, scripted
 
-from treeflash.config import METHODS, Method
+from treeflash.config import METHODS
 from treeflash.decoding import Request, decode
 from treeflash.decoding.adaptive_budget import AdaptiveBudget, AdaptiveBudgets
 from treeflash.decoding.transitions import TransitionTable
@@ -27,7 +18,7 @@ from treeflash.decoding.verify_costs import VerifyCosts
 
 class TestSteps:
     @pytest.mark.parametrize("method", DRAFTING)
-    def test_a_perfect_draft_is_accepted_whole(self, method: Method) -> None:
+    def test_a_perfect_draft_is_accepted_whole(self, method):
         steps = run(scripted(SCRIPT), method=method, max_tokens=14)
         assert [step.tokens for step in steps] == [
             (14,),
@@ -37,7 +28,7 @@ class TestSteps:
         ]
         assert [step.finish_reason for step in steps] == [None, None, None, "length"]
 
-    def test_plain_decoding_commits_one_token_a_step(self) -> None:
+    def test_plain_decoding_commits_one_token_a_step(self):
         steps = run(scripted(SCRIPT), method="ar", max_tokens=4)
         assert [step.tokens for step in steps] == [(14,), (15,), (16,), (17,)]
         assert steps[0].tree is None
@@ -47,7 +38,7 @@ class TestSteps:
             assert step.path.tolist() == [0]
             assert list(step.seconds) == ["verify", "commit"]
 
-    def test_the_first_step_is_the_prefill(self) -> None:
+    def test_the_first_step_is_the_prefill(self):
         first, *rest = run(scripted(SCRIPT), max_tokens=9)
         assert first.tokens == (14,)
         assert first.tree is None
@@ -57,7 +48,7 @@ class TestSteps:
             assert list(step.seconds) == ["draft", "tree", "verify", "commit"]
             assert min(step.seconds.values()) >= 0
 
-    def test_printed_steps_are_one_line(self) -> None:
+    def test_printed_steps_are_one_line(self):
         first, second = map(repr, run(scripted(SCRIPT), max_tokens=7))
         cached = "cached_tokens=0, disk_tokens=0"
         assert first == f"Step(tokens=(14,), tree=None, finish_reason=None, {cached})"
@@ -66,7 +57,7 @@ class TestSteps:
             f"finish_reason='length', {cached})"
         )
 
-    def test_trees_and_paths(self) -> None:
+    def test_trees_and_paths(self):
         """Two depths right: the path has the root and two nodes, and the bonus comes on top."""
         steps = run(scripted(SCRIPT, right=2), budget=6, max_tokens=7)
         assert [step.tokens for step in steps] == [(14,), (15, 16, 17), (18, 19, 20)]
@@ -76,7 +67,7 @@ class TestSteps:
         assert path.tolist() == [0, 1, 2]
         assert steps[2].tree.tokens[0] == 17  # the bonus token is the next root
 
-    def test_a_second_child_is_found(self) -> None:
+    def test_a_second_child_is_found(self):
         script = [*SCRIPT[:5], 98, *SCRIPT[6:]]
         backend = scripted(script, right=0)
         (_, step, *_) = run(backend, budget=64, max_tokens=3)
@@ -84,14 +75,14 @@ class TestSteps:
         assert len(step.path) == 2
         assert step.tree.tokens[step.path].tolist() == [14, 98]
 
-    def test_chains_have_no_branches(self) -> None:
+    def test_chains_have_no_branches(self):
         for method in ("dflash", "treeflash-chain"):
             steps = run(scripted(SCRIPT, right=2), method=method, budget=64)[1:]
             assert all(step.tree.is_chain for step in steps)
             assert {len(step.tree) for step in steps[:-1]} == {6}
 
     @pytest.mark.parametrize("method", DRAFTING)
-    def test_a_step_has_the_table_of_its_tree(self, method: Method) -> None:
+    def test_a_step_has_the_table_of_its_tree(self, method):
         prefill, *steps = run(scripted(SCRIPT, right=2), method=method, budget=64)
         assert prefill.table is None
         for step in steps:
@@ -100,7 +91,7 @@ class TestSteps:
 
     @pytest.mark.parametrize("calibration", [False, True])
     @pytest.mark.parametrize("method", ["ddtree", "treeflash"])
-    def test_only_calibrated_tables_change(self, method: Method, calibration: bool) -> None:
+    def test_only_calibrated_tables_change(self, method, calibration):
         drafted = []
         backend = scripted(SCRIPT, right=2)
         propose = backend.propose
@@ -119,11 +110,11 @@ class TestSteps:
         assert changed == [calibration] * len(changed)
 
     @pytest.mark.parametrize("method", METHODS)
-    def test_budget_one_is_plain_decoding(self, method: Method) -> None:
+    def test_budget_one_is_plain_decoding(self, method):
         steps = run(scripted(SCRIPT), method=method, budget=1, max_tokens=6)
         assert [step.tokens for step in steps] == [(t,) for t in SCRIPT[4:10]]
 
-    def test_the_head_gets_its_settings_and_the_drafter_its_own(self) -> None:
+    def test_the_head_gets_its_settings_and_the_drafter_its_own(self):
         asked = []
 
         def spy(sequence: Sequence[int], m: int, k: int) -> TransitionTable:
@@ -147,15 +138,13 @@ class TestSteps:
             ({"budget": 16, "head_rows": None}, None),
         ],
     )
-    def test_the_head_scores_as_many_rows_as_the_budget_can_use(
-        self, settings: dict[str, Any], rows: int | None
-    ) -> None:
+    def test_the_head_scores_as_many_rows_as_the_budget_can_use(self, settings, rows):
         backend = scripted(SCRIPT)
         backend.head = head = FakeHead(backend.propose)
         run(backend, method="treeflash", max_tokens=14, **settings)
         assert set(head.rows) == {rows}
 
-    def test_or_as_the_last_tree_could_where_the_budget_is_auto(self) -> None:
+    def test_or_as_the_last_tree_could_where_the_budget_is_auto(self):
         class Timed(AdaptiveBudget):
             """The fake's forwards take no time."""
 
@@ -185,7 +174,7 @@ class TestSteps:
         assert head.rows[0] == 4 * 64
         assert set(head.rows[1:]) == {4 * 16}
 
-    def test_texts_are_opened_for_drafting_only_if_they_are_drafted_for(self) -> None:
+    def test_texts_are_opened_for_drafting_only_if_they_are_drafted_for(self):
         for method in METHODS:
             backend = scripted(SCRIPT)
             run(backend, method=method, max_tokens=8)

@@ -68,7 +68,7 @@ def naive_probs(logits: list[float], sampling: SamplingConfig) -> list[float]:
 class TestFilters:
     @pytest.mark.parametrize("sampling", FILTERS, ids=str)
     @pytest.mark.parametrize("vocab_size", [1, 2, 12, 300])
-    def test_filters_equal_naive_filters(self, sampling: SamplingConfig, vocab_size: int) -> None:
+    def test_filters_equal_naive_filters(self, sampling, vocab_size):
         logits = np.random.default_rng(vocab_size).normal(0, 2, (40, vocab_size))
         logits = logits.astype(np.float32)
         probs = filtered_probs(logits, sampling)
@@ -77,18 +77,18 @@ class TestFilters:
         np.testing.assert_array_equal(probs > 0, expected > 0)
         np.testing.assert_allclose(probs, expected, rtol=1e-12)
 
-    def test_rows_do_not_touch_each_other(self) -> None:
+    def test_rows_do_not_touch_each_other(self):
         logits = np.random.default_rng(3).normal(0, 3, (30, 20)).astype(np.float32)
         together = filtered_probs(logits, FILTERS[-1])
         alone = np.concatenate([filtered_probs(row[None], FILTERS[-1]) for row in logits])
         np.testing.assert_array_equal(together, alone)
 
-    def test_large_logits_do_not_overflow(self) -> None:
+    def test_large_logits_do_not_overflow(self):
         logits = np.array([[3e38, -3e38, 3e38]], np.float32)
         probs = filtered_probs(logits, SamplingConfig(temperature=1))
         assert probs.tolist() == [[0.5, 0, 0.5]]
 
-    def test_impossible_tokens_stay_impossible(self) -> None:
+    def test_impossible_tokens_stay_impossible(self):
         logits = np.array([[0, -np.inf, 0]], np.float32)
         assert filtered_probs(logits, SamplingConfig(temperature=9)).tolist() == [[0.5, 0, 0.5]]
 
@@ -107,18 +107,18 @@ class TestFilters:
         ],
         ids=str,
     )
-    def test_ties_stay_together(self, sampling: SamplingConfig, kept: list[int]) -> None:
+    def test_ties_stay_together(self, sampling, kept):
         """Probabilities 8, 2, 1, 2, 2 of 15."""
         logits = np.log(np.array([[8, 2, 1, 2, 2]], np.float64)).astype(np.float32)
         assert np.flatnonzero(filtered_probs(logits, sampling)[0]).tolist() == kept
 
-    def test_no_filter_drops_no_token(self) -> None:
+    def test_no_filter_drops_no_token(self):
         """Tokens stay whose probability is lost to rounding in the sum of the others."""
         logits = np.array([[1, -50, 2, -90]], np.float32)
         assert (filtered_probs(logits, SamplingConfig(temperature=1)) > 0).all()
 
     @pytest.mark.parametrize("sampling", FILTERS, ids=str)
-    def test_a_flat_row_keeps_every_token(self, sampling: SamplingConfig) -> None:
+    def test_a_flat_row_keeps_every_token(self, sampling):
         assert (filtered_probs(np.zeros((1, 50), np.float32), sampling) > 0).all()
 
 
@@ -126,7 +126,7 @@ class TestChoose:
     @pytest.mark.sample(5)
     @pytest.mark.parametrize("draws", [5000, pytest.param(20_000, marks=pytest.mark.nightly)])
     @pytest.mark.parametrize("sampling", FILTERS, ids=str)
-    def test_distribution(self, sampling: SamplingConfig, draws: int) -> None:
+    def test_distribution(self, sampling, draws):
         logits = np.array([1.5, 0, 2, -1, 0.5, 0.2, 1, -0.5, 1.8, 0.9, -0.2, 0.7])
         expected = draws * np.array(naive_probs(np.float32(logits).tolist(), sampling))
         rows = np.broadcast_to(np.float32(logits), (draws, len(logits)))
@@ -139,7 +139,7 @@ class TestChoose:
         expected = np.append(expected[common], max(expected[rare].sum(), 1e-9))
         assert ((counts - expected) ** 2 / expected).sum() < CHI_SQUARE_LIMIT
 
-    def test_takes_the_largest_sum_of_logit_and_noise(self) -> None:
+    def test_takes_the_largest_sum_of_logit_and_noise(self):
         """The noise of a colder temperature is smaller."""
         logits = np.random.default_rng(1).normal(size=(40, 30)).astype(np.float32)
         noise = gumbel(keys(40), np.arange(30, dtype=np.int32))
@@ -147,14 +147,14 @@ class TestChoose:
             chosen = sample_tokens(logits, SamplingConfig(temperature=temperature), keys(40))
             assert chosen.tolist() == (logits + temperature * noise).argmax(-1).tolist()
 
-    def test_impossible_tokens_are_never_chosen(self) -> None:
+    def test_impossible_tokens_are_never_chosen(self):
         logits = np.full((500, 9), -np.inf, np.float32)
         logits[:, [3, 4, 6]] = [0.1, 0.2, 0.3]
         tokens = sample_tokens(logits, SamplingConfig(temperature=1), keys(500))
         assert set(tokens.tolist()) == {3, 4, 6}
 
     @pytest.mark.parametrize("sampling", FILTERS, ids=str)
-    def test_noise_is_added_to_the_tokens_that_filters_keep(self, sampling: SamplingConfig) -> None:
+    def test_noise_is_added_to_the_tokens_that_filters_keep(self, sampling):
         logits = np.random.default_rng(2).normal(0, 2, (50, 40)).astype(np.float32)
         kept = filtered_probs(logits, sampling) > 0
         noisy = noisy_logits(logits, sampling, keys(50))
@@ -163,7 +163,7 @@ class TestChoose:
         expected = logits + sampling.temperature * noise
         np.testing.assert_allclose(noisy[kept], expected[kept], rtol=1e-6, atol=1e-6)
 
-    def test_rows_together_equal_rows_alone(self) -> None:
+    def test_rows_together_equal_rows_alone(self):
         """A tree's node gets the token that plain decoding would get there."""
         rng = np.random.default_rng(4)
         logits, all_keys = rng.normal(0, 2, (200, 50)).astype(np.float32), keys(200)
@@ -175,13 +175,13 @@ class TestChoose:
             ]
             assert together.tolist() == alone
 
-    def test_greedy_takes_the_best_and_the_first_of_equals(self) -> None:
+    def test_greedy_takes_the_best_and_the_first_of_equals(self):
         logits = np.array([[0, 3, 1], [2, -1, 2], [-np.inf, -5, -np.inf]], np.float32)
         tokens = sample_tokens(logits, SamplingConfig())
         assert tokens.tolist() == [1, 0, 1]
         assert tokens.dtype == np.int32
 
-    def test_greedy_ignores_filters_and_noise(self) -> None:
+    def test_greedy_ignores_filters_and_noise(self):
         logits = np.array([[0, 3, 1]], np.float32)
         sampling = SamplingConfig(top_k=2, top_p=0.1, min_p=0.9, seed=4)
         assert sample_tokens(logits, sampling, keys(1)).tolist() == [1]
@@ -191,23 +191,16 @@ class TestChoose:
     )
     @pytest.mark.parametrize(
         "row",
-        [
-            [0, np.nan, 1],
-            [np.nan, np.nan, np.nan],
-            [0, np.inf, 1],
-            [-np.inf, -np.inf, -np.inf],
-        ],
+        [[0, np.nan, 1], [np.nan, np.nan, np.nan], [0, np.inf, 1], [-np.inf, -np.inf, -np.inf]],
         ids=str,
     )
-    def test_rows_that_are_not_finite_raise(
-        self, sampling: SamplingConfig, row: list[float]
-    ) -> None:
+    def test_rows_that_are_not_finite_raise(self, sampling, row):
         logits = np.array([[0, 1, 2], row, [0, 1, 2]], np.float32)
         with pytest.raises(NumericalError, match=r"not finite \(NaN or infinity\).*float32"):
             sample_tokens(logits, sampling, keys(3))
 
 
-def test_top_p_keeps_no_token_beyond_the_mass_that_it_names() -> None:
+def test_top_p_keeps_no_token_beyond_the_mass_that_it_names():
     """Probabilities of exactly a half and two quarters: the first alone reaches one half."""
     sampling = SamplingConfig(temperature=1 / math.log(2), top_p=0.5)
     logits = np.array([[1, 0, 0]], np.float32)
@@ -216,7 +209,7 @@ def test_top_p_keeps_no_token_beyond_the_mass_that_it_names() -> None:
 
 
 @pytest.mark.parametrize("top_p", [1e-300, 1e-45, 1e-9])
-def test_the_smallest_top_p_keeps_one_token(top_p: float) -> None:
+def test_the_smallest_top_p_keeps_one_token(top_p):
     logits = np.random.default_rng(0).normal(size=(5, 100)).astype(np.float32)
     kept = filtered_probs(logits, SamplingConfig(temperature=1, top_p=top_p)) > 0
     assert kept.sum(-1).tolist() == [1] * 5

@@ -123,7 +123,7 @@ def naive_score(
 
 class TestPublished:
     @needs_fixtures
-    def test_trees_of_arctic_inference(self) -> None:
+    def test_trees_of_arctic_inference(self):
         compared = 0
         for draft, texts, context, max_depth in published_drafts():
             if not draft["use_tree_spec"]:
@@ -136,7 +136,7 @@ class TestPublished:
         assert compared == 48
 
     @needs_fixtures
-    def test_chains_of_arctic_inference(self) -> None:
+    def test_chains_of_arctic_inference(self):
         """They take the best child at every node; where counts tie, one of the best."""
         compared = 0
         for draft, texts, context, max_depth in published_drafts():
@@ -161,7 +161,7 @@ class TestPublished:
         assert compared == 48
 
     @pytest.mark.parametrize(("factor", "offset"), [(1.0, 0.0), (2.0, 1.0)])
-    def test_trees_equal_those_of_counted_strings(self, factor: float, offset: float) -> None:
+    def test_trees_equal_those_of_counted_strings(self, factor, offset):
         rng = np.random.default_rng(0)
         settings = {
             "max_spec_tokens": 8,
@@ -180,7 +180,7 @@ class TestPublished:
 
 
 class TestIndex:
-    def test_places_equal_those_of_a_search(self) -> None:
+    def test_places_equal_those_of_a_search(self):
         rng = np.random.default_rng(1)
         text: list[int] = []
         index = SuffixIndex(occurrences=ALL)
@@ -199,7 +199,7 @@ class TestIndex:
                     expected[place] = length
             assert index.find(text) == expected
 
-    def test_an_index_grown_bit_by_bit_equals_one_made_at_once(self) -> None:
+    def test_an_index_grown_bit_by_bit_equals_one_made_at_once(self):
         text = np.random.default_rng(2).integers(0, 9, 1000).tolist()
         at_once, grown = SuffixIndex(), SuffixIndex()
         at_once.extend(text)
@@ -208,12 +208,12 @@ class TestIndex:
         for end in range(1, len(text)):
             assert at_once.find(text[:end]) == grown.find(text[:end])
 
-    def test_only_the_latest_occurrences_are_compared(self) -> None:
+    def test_only_the_latest_occurrences_are_compared(self):
         index = SuffixIndex(occurrences=3)
         index.extend([1, 2, 3] * 50)
         assert sorted(index.find([8, 1, 2])) == [143, 146, 149]
 
-    def test_texts_of_an_index_do_not_run_into_each_other(self) -> None:
+    def test_texts_of_an_index_do_not_run_into_each_other(self):
         index = SuffixIndex()
         for text in ([1, 2, 3], [4, 5, 6]):
             index.extend([*text, SEPARATOR])
@@ -222,7 +222,7 @@ class TestIndex:
         assert tree.tokens[1:] == [3]
         assert index.find([3, 4]) == {}
 
-    def test_memory_grows_with_the_text(self) -> None:
+    def test_memory_grows_with_the_text(self):
         index = SuffixIndex()
         for _ in range(100):
             index.extend(range(1000))
@@ -230,7 +230,7 @@ class TestIndex:
 
 
 class TestDrafter:
-    def test_a_long_match_gives_a_long_chain(self) -> None:
+    def test_a_long_match_gives_a_long_chain(self):
         text = list(range(60))
         drafter = SuffixDrafter([*text, *text[:20]])
         proposal = drafter.propose(40, 30)
@@ -242,11 +242,11 @@ class TestDrafter:
         assert tree.matches.tolist() == [0, *range(20, 50)]
         assert math.exp(tree.log_probs[1]) > 0.9
 
-    def test_nothing_is_proposed_without_a_match(self) -> None:
+    def test_nothing_is_proposed_without_a_match(self):
         assert SuffixDrafter(list(range(50))).propose(16, 16) is None
         assert SuffixDrafter([1]).propose(16, 16) is None
 
-    def test_proposals_are_bounded(self) -> None:
+    def test_proposals_are_bounded(self):
         drafter = SuffixDrafter([1] * 400)
         proposal = drafter.propose(1000, 1000)
         assert proposal is not None
@@ -254,7 +254,7 @@ class TestDrafter:
         assert len(drafter.propose(5, 1000) or ()) <= 5
         assert len(drafter.propose(1000, 2) or ()) == 3
 
-    def test_rates_are_learned_by_length_of_the_match(self) -> None:
+    def test_rates_are_learned_by_length_of_the_match(self):
         """Continuations that are always wrong become improbable, at this length alone."""
         rng = np.random.default_rng(3)
         drafter = SuffixDrafter([])
@@ -273,7 +273,7 @@ class TestDrafter:
         assert proposal is not None
         assert proposal.probs[1] > 0.7
 
-    def test_levels_of_a_match(self) -> None:
+    def test_levels_of_a_match(self):
         assert [match_level(n) for n in (2, 3, 4, 5, 8, 9, 16, 17, 32)] == [
             *(0, 1, 1, 2, 2, 3, 3, 4, 4)
         ]
@@ -311,7 +311,7 @@ def paths_of(tree: DraftTree) -> list[tuple[int, ...]]:
 
 
 class TestMerge:
-    def test_merged_paths_are_the_best_of_both(self) -> None:
+    def test_merged_paths_are_the_best_of_both(self):
         rng = np.random.default_rng(4)
         for _ in range(40):
             table = random_table(rng, 3)
@@ -329,21 +329,21 @@ class TestMerge:
             assert tree.matches is not None
             assert (tree.matches > 0).any()
 
-    def test_a_proposal_goes_deeper_than_the_table(self) -> None:
+    def test_a_proposal_goes_deeper_than_the_table(self):
         text = list(range(50))
         proposal = SuffixDrafter([*text, *text[:20]]).propose(30, 30)
         assert proposal is not None
         tree = merge(random_table(np.random.default_rng(0), 2), proposal, 19, 20)
         assert tree.depths.max() > 10
 
-    def test_without_a_proposal_the_tree_is_that_of_the_table(self) -> None:
+    def test_without_a_proposal_the_tree_is_that_of_the_table(self):
         table = random_table(np.random.default_rng(5), 3)
         merged, built = merge(table, SuffixTree(0), 1, 16), build_tree(table, 1, 16)
         assert merged.tokens.tolist() == built.tokens.tolist()
         assert merged.parents.tolist() == built.parents.tolist()
         np.testing.assert_allclose(merged.log_probs, built.log_probs)
 
-    def test_confidences_are_those_of_the_rows(self) -> None:
+    def test_confidences_are_those_of_the_rows(self):
         tokens = np.array([[[3, 4]], [[5, 6]]], np.int32)
         log_probs = np.log(np.full((2, 1, 2), 0.4, np.float32))
         next_row = np.array([[[0, 0]], [[-1, -1]]], np.int32)
@@ -374,7 +374,7 @@ def lengths_of(scheduler: Scheduler, salt: str = "", method: str = "suffix") -> 
 
 
 class TestCache:
-    def test_a_finished_answer_is_copied_with_the_same_salt_alone(self) -> None:
+    def test_a_finished_answer_is_copied_with_the_same_salt_alone(self):
         backend = scripted([*PROMPT, *ANSWER])
         scheduler = Scheduler(backend, suffix_cache=SuffixCache(1 << 20))
         assert max(lengths_of(scheduler, "a")) == 1
@@ -382,7 +382,7 @@ class TestCache:
         assert len(lengths_of(scheduler, "a")) < 8
         assert max(lengths_of(Scheduler(backend), "a")) == 1
 
-    def test_copies_join_the_trees_of_a_drafter(self) -> None:
+    def test_copies_join_the_trees_of_a_drafter(self):
         backend = scripted([*PROMPT, *ANSWER], right=1)
         scheduler = Scheduler(backend, suffix_cache=SuffixCache(1 << 20))
         before = lengths_of(scheduler, method="ddtree")
@@ -390,7 +390,7 @@ class TestCache:
         assert max(before) == 2
         assert max(after) > 6
 
-    def test_the_oldest_indices_are_dropped(self) -> None:
+    def test_the_oldest_indices_are_dropped(self):
         cache = SuffixCache(50_000)
         for number in range(200):
             cache.add("a" if number % 2 else "b", range(100 * number, 100 * number + 60))
@@ -401,7 +401,7 @@ class TestCache:
 
 
 class TestBudget:
-    def test_a_good_copy_replaces_the_draft(self) -> None:
+    def test_a_good_copy_replaces_the_draft(self):
         budget = AdaptiveBudget(VerifyCosts({1: 1.0, 8: 1.1, 32: 1.5}))
         chain = DraftTree.chain(np.arange(20, dtype=np.int32), np.log(0.9) * np.arange(20))
         assert not budget.prefers_copy(chain, 100)  # nothing was drafted yet
@@ -413,7 +413,7 @@ class TestBudget:
         assert not budget.prefers_copy(chain.subset(np.arange(2)), 100)
 
     @pytest.mark.parametrize("drafts", [True, False])
-    def test_copies_that_fail_are_not_verified_for_long(self, drafts: bool) -> None:
+    def test_copies_that_fail_are_not_verified_for_long(self, drafts):
         """A text whose every third token is new only looks like its earlier parts."""
         budget = AdaptiveBudget(VerifyCosts({1: 1.0, 8: 1.4, 32: 3.0}))
         text = [token for number in range(1000) for token in (1, 2, 10 + number)]

@@ -11,7 +11,7 @@ from treeflash.decoding.transitions import RowBatch, TransitionTable
 from treeflash.errors import NumericalError
 
 
-def test_marginals_share_one_row_a_depth() -> None:
+def test_marginals_share_one_row_a_depth():
     tokens = np.array([[5, 3], [3, 9], [1, 5]], np.int32)
     log_probs = np.array([[-0.5, -1], [-0.25, -2], [-1, -1]], np.float32)
     table = TransitionTable.from_marginals(tokens, log_probs)
@@ -22,14 +22,14 @@ def test_marginals_share_one_row_a_depth() -> None:
     assert table.next_row.dtype == np.int32
 
 
-def test_marginals_of_one_depth_are_leaves() -> None:
+def test_marginals_of_one_depth_are_leaves():
     table = TransitionTable.from_marginals(
         np.array([[5, 3]], np.int32), np.array([[-1, -2]], np.float32)
     )
     assert table.next_row.tolist() == [[[-1, -1]]]
 
 
-def test_a_table_cut_short_ends_in_leaves() -> None:
+def test_a_table_cut_short_ends_in_leaves():
     tokens = np.array([[5, 3], [3, 9], [1, 5]], np.int32)
     table = TransitionTable.from_marginals(tokens, np.zeros((3, 2), np.float32))
     cut = table.truncate(2)
@@ -39,7 +39,7 @@ def test_a_table_cut_short_ends_in_leaves() -> None:
     assert table.truncate(3) is table.truncate(9) is table
 
 
-def test_candidates_by_hand() -> None:
+def test_candidates_by_hand():
     """Two depths, two rows, two children: of 4, 7 (after the root) only 7 has a row."""
     tokens = np.array([[[4, 7], [0, 0]], [[1, 2], [3, 4]]], np.int32)
     log_probs = np.full((2, 2, 2), -1, np.float32)
@@ -57,7 +57,7 @@ def table_of(*arrays: np.ndarray, shape: tuple[int, int]) -> TransitionTable:
     return RowBatch(*(x[None] for x in rows), shape, known).dense(0)
 
 
-def test_rows_that_were_not_scored_are_absent() -> None:
+def test_rows_that_were_not_scored_are_absent():
     """Of 2 rows at 3 depths the root's, the second of depth 2 and the first of depth 3."""
     tokens = np.array([[5, 6], [7, 8], [1, 2]], np.int32)
     log_probs = np.array([[-1, -2], [-3, -4], [-5, -6]], np.float32)
@@ -71,7 +71,7 @@ def test_rows_that_were_not_scored_are_absent() -> None:
     assert table.tokens[1, 1].tolist() == [7, 8]
 
 
-def test_confidences_stay_with_their_rows() -> None:
+def test_confidences_stay_with_their_rows():
     tokens, log_probs = np.array([[5, 6], [7, 8]], np.int32), np.full((2, 2), -1, np.float32)
     places, previous = np.array([3], np.int32), np.array([6], np.int32)
     confidences = np.array([0.75, 0.25], np.float32)
@@ -83,7 +83,7 @@ def test_confidences_stay_with_their_rows() -> None:
     assert cut.confidences.tolist() == [[0.75, 1]]
 
 
-def test_rows_that_follow_paths() -> None:
+def test_rows_that_follow_paths():
     """The same token after 4 and after 7 has separate rows."""
     tokens = [np.array(x, np.int32) for x in ([[4, 7]], [[1, 2], [1, 3]], [[5, 6], [6, 5]])]
     log_probs = [np.full(x.shape, -1, np.float32) for x in tokens]
@@ -99,7 +99,7 @@ def test_rows_that_follow_paths() -> None:
     assert table.confidences.tolist() == [[0.5, 1], [0.25, 0.125], [0, 1]]
 
 
-def test_a_block_of_two_has_the_roots_row_alone() -> None:
+def test_a_block_of_two_has_the_roots_row_alone():
     nothing = np.zeros(0, np.int32)
     children = np.array([[5]], np.int32), np.array([[-1]], np.float32)
     table = table_of(nothing, nothing, *children, shape=(1, 2))
@@ -108,7 +108,7 @@ def test_a_block_of_two_has_the_roots_row_alone() -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 3, 4), (2, 1, 5), (6, 4, 3), (15, 16, 16)])
-def test_candidates_equal_a_naive_search(shape: tuple[int, int, int]) -> None:
+def test_candidates_equal_a_naive_search(shape):
     rng = np.random.default_rng(shape)
     depths, rows, _ = shape
     vocab_size = 30
@@ -130,7 +130,7 @@ def test_candidates_equal_a_naive_search(shape: tuple[int, int, int]) -> None:
     assert (table.log_probs[0, 1:] == -np.inf).all()
 
 
-def test_candidates_leave_their_arguments_alone() -> None:
+def test_candidates_leave_their_arguments_alone():
     log_probs = np.full((2, 2, 2), -1, np.float32)
     TransitionTable.from_candidates(
         np.array([[1, 2]], np.int32), np.zeros((2, 2, 2), np.int32), log_probs
@@ -139,7 +139,7 @@ def test_candidates_leave_their_arguments_alone() -> None:
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_values_that_are_not_finite_raise_with_a_way_out(value: float) -> None:
+def test_values_that_are_not_finite_raise_with_a_way_out(value):
     log_probs = np.array([[-1, value]], np.float32)
     with pytest.raises(
         NumericalError, match=r"not finite \(NaN or infinity\).*dtype float32.*method ar"
@@ -147,7 +147,7 @@ def test_values_that_are_not_finite_raise_with_a_way_out(value: float) -> None:
         TransitionTable.from_marginals(np.array([[1, 2]], np.int32), log_probs)
 
 
-def test_nan_in_the_unused_rows_of_depth_one_is_harmless() -> None:
+def test_nan_in_the_unused_rows_of_depth_one_is_harmless():
     log_probs = np.full((1, 2, 2), -1, np.float32)
     log_probs[0, 1] = np.nan
     table = TransitionTable.from_candidates(
@@ -157,7 +157,7 @@ def test_nan_in_the_unused_rows_of_depth_one_is_harmless() -> None:
 
 
 @pytest.mark.parametrize("above", [np.finfo(np.float32).eps, 2.4e-7, 1e-3])
-def test_log_probabilities_above_0_by_rounding_are_0(above: float) -> None:
+def test_log_probabilities_above_0_by_rounding_are_0(above):
     log_probs = np.array([[above, -1], [above, -np.inf]], np.float32)
     table = TransitionTable.from_marginals(np.array([[1, 2], [3, 4]], np.int32), log_probs)
     assert table.log_probs.tolist() == [[[0, -1]], [[0, -np.inf]]]
@@ -165,19 +165,19 @@ def test_log_probabilities_above_0_by_rounding_are_0(above: float) -> None:
 
 
 @pytest.mark.parametrize("above", [0.02, 3.0])
-def test_values_that_are_no_log_probabilities_are_refused(above: float) -> None:
+def test_values_that_are_no_log_probabilities_are_refused(above):
     log_probs = np.array([[above, -1]], np.float32)
     with pytest.raises(ValueError, match=r"^log probabilities must be at most 0, got "):
         TransitionTable.from_marginals(np.array([[1, 2]], np.int32), log_probs)
 
 
-def test_arrays_of_different_shapes_are_refused() -> None:
+def test_arrays_of_different_shapes_are_refused():
     zeros = np.zeros((2, 1, 3), np.int32)
     with pytest.raises(ValueError, match=r"must have one shape, got .*\(2, 1, 2\)"):
         TransitionTable(zeros, np.zeros((2, 1, 2), np.float32), zeros)
 
 
-def test_memory_of_a_table_is_linear_in_its_rows() -> None:
+def test_memory_of_a_table_is_linear_in_its_rows():
     """1,000 rows at 15 depths: comparing every child with every row would take 224 MB."""
     rng = np.random.default_rng(0)
     depths, rows, children = 15, 1000, 16

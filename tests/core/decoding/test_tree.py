@@ -12,13 +12,13 @@ from treeflash.decoding.transitions import TransitionTable
 from treeflash.decoding.tree import DraftTree, build_chain, build_tree
 
 
-def test_is_chain_tells_chains_from_trees() -> None:
+def test_is_chain_tells_chains_from_trees():
     table = random_table("flat", (3, 1, 2), 0)
     assert build_tree(table, ROOT, 2).is_chain
     assert not build_tree(table, ROOT, 3).is_chain
 
 
-def test_positions_follow_depths() -> None:
+def test_positions_follow_depths():
     tree = build_tree(random_table("smooth", (5, 2, 3), 0), ROOT, 16)
     positions = tree.positions(100)
     assert positions.dtype == np.int32
@@ -36,7 +36,7 @@ def naive_ancestor_mask(parents: list[int]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_ancestor_mask_of_built_trees(kind: str) -> None:
+def test_ancestor_mask_of_built_trees(kind):
     table = random_table(kind, (15, 16, 16), 4)
     for budget in BUDGETS:
         tree = build_tree(table, ROOT, budget)
@@ -45,7 +45,7 @@ def test_ancestor_mask_of_built_trees(kind: str) -> None:
         np.testing.assert_array_equal(mask, naive_ancestor_mask(tree.parents.tolist()))
 
 
-def test_ancestor_mask_of_any_parents_first_order() -> None:
+def test_ancestor_mask_of_any_parents_first_order():
     """Trees from elsewhere need not be sorted by probability or depth."""
     rng = np.random.default_rng(0)
     for n in (1, 2, 5, 40):
@@ -64,7 +64,7 @@ def assert_valid(tree: DraftTree) -> None:
         assert tree.log_probs[node] <= tree.log_probs[parent]
 
 
-def test_a_child_more_probable_than_certain_by_rounding() -> None:
+def test_a_child_more_probable_than_certain_by_rounding():
     """A log_softmax over a shortlist gave 1.19e-7: the child was sorted before its parent."""
     log_probs = np.array([[-0.5, -1.0], [1.19e-7, -20.0], [1.19e-7, -20.0]], np.float32)
     tokens = np.array([[1, 2], [3, 4], [5, 6]], np.int32)
@@ -81,7 +81,7 @@ def test_a_child_more_probable_than_certain_by_rounding() -> None:
 
 
 @given(st.data())
-def test_trees_are_valid_whatever_the_rounding(data: st.DataObject) -> None:
+def test_trees_are_valid_whatever_the_rounding(data):
     """Every cut of a tree of nearly certain children is a tree, with one child or several."""
     shape = depths, rows, children = data.draw(
         st.tuples(st.integers(1, 5), st.integers(1, 3), st.integers(1, 3))

@@ -44,7 +44,7 @@ def naive_walk(tree: DraftTree, chosen: np.ndarray) -> tuple[list[int], list[int
 
 
 @pytest.mark.parametrize("nodes", [1, 2, 3, 8, 40])
-def test_walk_equals_naive_walk(nodes: int) -> None:
+def test_walk_equals_naive_walk(nodes):
     rng = np.random.default_rng(nodes)
     lengths = set()
     for _ in range(300):
@@ -59,7 +59,7 @@ def test_walk_equals_naive_walk(nodes: int) -> None:
     assert max(lengths) >= min(nodes, 4)
 
 
-def test_path_and_tokens_by_hand() -> None:
+def test_path_and_tokens_by_hand():
     #      9 ─ 5 ─ 7
     #        └ 6 ─ 5 ─ 8
     tree = tree_of([9, 5, 6, 7, 5, 8], [-1, 0, 0, 1, 2, 4])
@@ -68,6 +68,6 @@ def test_path_and_tokens_by_hand() -> None:
     assert accepted.tokens == (6, 5, 1)
 
 
-def test_tokens_are_plain_integers() -> None:
+def test_tokens_are_plain_integers():
     accepted = accept(tree_of([9, 5], [-1, 0]), np.array([5, 3], np.int32))
     assert [type(token) for token in accepted.tokens] == [int, int]

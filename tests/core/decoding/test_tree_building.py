@@ -50,7 +50,7 @@ def assert_same_tree(actual: DraftTree, expected: DraftTree) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_tree_equals_heap(kind: str, shape: tuple[int, int, int]) -> None:
+def test_tree_equals_heap(kind, shape):
     for seed in range(2 if shape == SHAPES[-1] else 6):
         table = random_table(kind, shape, seed)
         for budget in BUDGETS:
@@ -58,7 +58,7 @@ def test_tree_equals_heap(kind: str, shape: tuple[int, int, int]) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_tree_holds_the_most_probable_of_all_paths(kind: str) -> None:
+def test_tree_holds_the_most_probable_of_all_paths(kind):
     """Against a full enumeration, which takes nothing about best-first search for granted."""
     shape = depths, _, children = 4, 2, 3
     for seed in range(5):
@@ -79,7 +79,7 @@ def test_tree_holds_the_most_probable_of_all_paths(kind: str) -> None:
             assert tree.depths[1:].tolist() == [len(path) for _, path in every[: budget - 1]]
 
 
-def test_nodes_stand_in_the_documented_order() -> None:
+def test_nodes_stand_in_the_documented_order():
     tree = build_tree(random_table("ties", (7, 5, 4), 0), ROOT, 64)
     assert len(tree) == 64
     assert (tree.tokens[0], tree.parents[0], tree.depths[0], tree.log_probs[0]) == (ROOT, -1, 0, 0)
@@ -88,7 +88,7 @@ def test_nodes_stand_in_the_documented_order() -> None:
     assert (np.diff(tree.log_probs) <= 0).all()
 
 
-def test_smaller_trees_open_larger_ones() -> None:
+def test_smaller_trees_open_larger_ones():
     table = random_table("ties", (7, 5, 4), 1)
     large = build_tree(table, ROOT, 256)
     for budget in range(1, 64):
@@ -97,7 +97,7 @@ def test_smaller_trees_open_larger_ones() -> None:
         assert small.parents.tolist() == large.parents[:budget].tolist()
 
 
-def test_nodes_have_the_confidence_of_the_row_that_they_are_of() -> None:
+def test_nodes_have_the_confidence_of_the_row_that_they_are_of():
     table = random_table("smooth", (4, 3, 3), 7)
     known = np.random.default_rng(8).random((4, 3)).astype(np.float32)
     table = replace(table, confidences=known)
@@ -118,7 +118,7 @@ def test_nodes_have_the_confidence_of_the_row_that_they_are_of() -> None:
     assert chain.confidences[:2].tolist() == [1, known[0, 0]]
 
 
-def test_a_chain_ends_where_no_child_exists() -> None:
+def test_a_chain_ends_where_no_child_exists():
     """A row may have none, if its token was scored with too few others."""
     table = random_table("smooth", (4, 1, 3), 9)
     table.log_probs[2] = -np.inf
@@ -127,7 +127,7 @@ def test_a_chain_ends_where_no_child_exists() -> None:
     assert np.isfinite(chain.log_probs).all()
 
 
-def test_equal_probabilities_go_by_rank_path() -> None:
+def test_equal_probabilities_go_by_rank_path():
     """Two depths, two children, all paths of a depth equal: (0), (1), (0, 0), (0, 1), ..."""
     table = TransitionTable(
         np.array([[[10, 11]], [[20, 21]]], np.int32),
@@ -140,7 +140,7 @@ def test_equal_probabilities_go_by_rank_path() -> None:
     assert tree.log_probs.tolist() == [0, -1, -1, -2, -2, -2, -2]
 
 
-def test_a_certain_child_comes_right_after_its_parent() -> None:
+def test_a_certain_child_comes_right_after_its_parent():
     table = TransitionTable(
         np.array([[[10, 11]], [[20, 21]]], np.int32),
         np.array([[[-1, -1]], [[0, -9]]], np.float32),
@@ -149,12 +149,12 @@ def test_a_certain_child_comes_right_after_its_parent() -> None:
     assert build_tree(table, ROOT, 5).tokens.tolist() == [ROOT, 10, 20, 11, 20]
 
 
-def test_budget_larger_than_the_table_takes_all_of_it() -> None:
+def test_budget_larger_than_the_table_takes_all_of_it():
     table = random_table("smooth", (2, 1, 3), 0)
     assert len(build_tree(table, ROOT, 10**6)) == 1 + 3 + 9
 
 
-def test_absent_children_everywhere_leave_the_root() -> None:
+def test_absent_children_everywhere_leave_the_root():
     table = TransitionTable(
         np.zeros((3, 1, 4), np.int32),
         np.full((3, 1, 4), -np.inf, np.float32),
@@ -163,7 +163,7 @@ def test_absent_children_everywhere_leave_the_root() -> None:
     assert_same_tree(build_tree(table, ROOT, 16), DraftTree.root_only(ROOT))
 
 
-def test_absent_children_cost_nothing() -> None:
+def test_absent_children_cost_nothing():
     """One possible path in a table with 16 ** 15 impossible ones."""
     log_probs = np.full((15, 1, 16), -np.inf, np.float32)
     log_probs[..., 0] = -1
@@ -175,7 +175,7 @@ def test_absent_children_cost_nothing() -> None:
     assert tree.log_probs.tolist() == [-float(d) for d in range(16)]
 
 
-def test_root_only() -> None:
+def test_root_only():
     tree = DraftTree.root_only(ROOT)
     assert (tree.tokens.tolist(), tree.parents.tolist(), tree.depths.tolist()) == (
         [ROOT],
@@ -189,7 +189,7 @@ def test_root_only() -> None:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("budget", BUDGETS)
-def test_chain_is_the_best_child_after_each_token(shape: tuple[int, int, int], budget: int) -> None:
+def test_chain_is_the_best_child_after_each_token(shape, budget):
     table = random_table("dead-ends", shape, 3)
     chain = build_chain(table, ROOT, budget)
     tokens, log_probs, total, row = [ROOT], [0.0], 0.0, 0
@@ -222,7 +222,7 @@ def paths_of(tree: DraftTree) -> dict[tuple[int, ...], float]:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES[:-1], ids=str)
-def test_a_tree_is_built_again_from_its_table(kind: str, shape: tuple[int, int, int]) -> None:
+def test_a_tree_is_built_again_from_its_table(kind, shape):
     for budget in (1, 2, 3, 16):
         tree = build_tree(random_table(kind, shape, 0), ROOT, budget)
         for spare in (0, 9):
@@ -230,7 +230,7 @@ def test_a_tree_is_built_again_from_its_table(kind: str, shape: tuple[int, int, 
             assert paths_of(again) == pytest.approx(paths_of(tree), abs=1e-5)
 
 
-def test_the_table_of_a_tree_keeps_its_paths_apart_and_sorts_children() -> None:
+def test_the_table_of_a_tree_keeps_its_paths_apart_and_sorts_children():
     """Token 5 stands at depth 2 twice, with other children, and the worse child is first."""
     tree = DraftTree(
         np.array([ROOT, 1, 2, 5, 5, 8, 9], np.int32),
@@ -246,7 +246,7 @@ def test_the_table_of_a_tree_keeps_its_paths_apart_and_sorts_children() -> None:
     assert again.tokens.tolist() == [ROOT, 2, 5, 9, 1, 5, 8]
 
 
-def test_a_tree_of_equally_probable_paths_has_a_table() -> None:
+def test_a_tree_of_equally_probable_paths_has_a_table():
     tree = DraftTree.from_parents(
         np.array([ROOT, 1, 2, 3], np.int32), np.array([-1, 0, 0, 1], np.int32)
     )

@@ -20,8 +20,7 @@ def test_measure(folder):
     pair.draft = lambda roots, depths=None: [text.length for text, _ in roots]
     found = measure(pair, [([5], answer[:1]), ([5, 6], answer)], pair.head)
     np.testing.assert_array_equal(
-        found.marginal.hits,
-        [[1, 1, 1, 0, 1], [1, 1, 1, 1, 1], [1, np.nan, np.nan, np.nan, np.nan]],
+        found.marginal.hits, [[1, 1, 1, 0, 1], [1, 1, 1, 1, 1], [1, np.nan, np.nan, np.nan, np.nan]]
     )
     assert found.marginal.log_probs[0, 0] == pytest.approx(math.log(0.7 + 0.3 / VOCAB))
     assert found.marginal.log_probs[0, 3] == pytest.approx(math.log(0.3 / VOCAB))

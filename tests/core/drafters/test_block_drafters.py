@@ -36,12 +36,12 @@ def write(tmp_path: Path) -> Callable[[str], Path]:
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
-def test_no_dialect_passes_for_dflash(write: Callable[[str], Path], dialect: str) -> None:
+def test_no_dialect_passes_for_dflash(write, dialect):
     with pytest.raises(UnsupportedModelError, match=r"^a test does not support a drafter with \w"):
         refuse_extensions(drafter_config(write(dialect)), "a test")
 
 
-def test_a_backend_names_what_it_has_beyond_dflash(write: Callable[[str], Path]) -> None:
+def test_a_backend_names_what_it_has_beyond_dflash(write):
     config = drafter_config(write("deepspec"))
     own = {"heads": ("vanilla",), "supported": ("first_slot", "own_vocabulary")}
     with pytest.raises(UnsupportedModelError, match="with features of the embeddings"):
@@ -52,7 +52,7 @@ def test_a_backend_names_what_it_has_beyond_dflash(write: Callable[[str], Path])
         refuse_extensions(replace(config, input_scale=2.0), "a test", **own)
 
 
-def test_copies_of_the_target_may_be_left_out(write: Callable[[str], Path]) -> None:
+def test_copies_of_the_target_may_be_left_out(write):
     folder = write("deepspec-dflash")
     assert load_tensors(folder, read_file, **TARGET).vocabulary.keys() == {
         "embed_tokens.weight",
@@ -67,7 +67,7 @@ def test_copies_of_the_target_may_be_left_out(write: Callable[[str], Path]) -> N
 
 
 @pytest.mark.parametrize("name", ["d2t", "lm_head.weight", "markov_head.markov_w1.weight"])
-def test_a_missing_tensor_is_named(write: Callable[[str], Path], name: str) -> None:
+def test_a_missing_tensor_is_named(write, name):
     folder = write("speculators-dspark")
     tensors = read_tensors(folder)
     del tensors[name]
@@ -77,14 +77,14 @@ def test_a_missing_tensor_is_named(write: Callable[[str], Path], name: str) -> N
 
 
 @pytest.mark.parametrize("rank", [-1, 10**18])
-def test_a_size_that_no_tensor_has_is_a_misfit(write: Callable[[str], Path], rank: int) -> None:
+def test_a_size_that_no_tensor_has_is_a_misfit(write, rank):
     folder = write("deepspec")
     edit_config(folder, lambda c: c.update(markov_rank=rank))
     with pytest.raises(CheckpointError, match=rf"markov_w1\.weight has shape .*, {rank}\)"):
         load_tensors(folder, read_file, **TARGET)
 
 
-def test_a_mask_embedding_is_refused(write: Callable[[str], Path]) -> None:
+def test_a_mask_embedding_is_refused(write):
     folder = write("dflash")
     (folder / "mask_embedding.pt").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"mask_embedding\.pt, which is not supported"):
@@ -104,12 +104,12 @@ def test_a_mask_embedding_is_refused(write: Callable[[str], Path]) -> None:
         (65, 15, (1, 5, 10, 14, 18, 23, 27, 32, 36, 40, 45, 49, 53, 58, 62)),
     ],
 )
-def test_default_target_layer_ids(target_layers: int, layers: int, ids: tuple[int, ...]) -> None:
+def test_default_target_layer_ids(target_layers, layers, ids):
     assert default_target_layer_ids(target_layers, layers) == ids
 
 
 @pytest.mark.parametrize("backend", ["reference", "cuda", "mlx"])
-def test_interleaved_rotary_embeddings_of_lfm2(backend: str, tmp_path: Path) -> None:
+def test_interleaved_rotary_embeddings_of_lfm2(backend, tmp_path):
     """The same drafter with the channels of its heads in the other order drafts the same."""
     pytest.importorskip({"reference": "numpy", "cuda": "torch", "mlx": "mlx_lm"}[backend])
     write_target(tmp_path / "target", "qwen3", seed=0)
@@ -133,7 +133,7 @@ def test_interleaved_rotary_embeddings_of_lfm2(backend: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("backend", ["reference", "cuda", "mlx"])
-def test_a_mask_beyond_the_targets_vocabulary(backend: str, tmp_path: Path) -> None:
+def test_a_mask_beyond_the_targets_vocabulary(backend, tmp_path):
     """Its embedding is used, and other tokens that the target lacks change nothing."""
     pytest.importorskip({"reference": "numpy", "cuda": "torch", "mlx": "mlx_lm"}[backend])
     write_target(tmp_path / "target", "qwen3", seed=0)
@@ -239,7 +239,7 @@ def gated_block(
 
 
 @pytest.mark.parametrize("backend", ["reference", "cuda", "mlx"])
-def test_gated_queries_follow_the_published_formula(backend: str, tmp_path: Path) -> None:
+def test_gated_queries_follow_the_published_formula(backend, tmp_path):
     pytest.importorskip({"reference": "numpy", "cuda": "torch", "mlx": "mlx_lm"}[backend])
     config, tensors = write_gated(tmp_path)
     features, paths = [], (tmp_path / "target", tmp_path / "drafter")

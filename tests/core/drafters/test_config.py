@@ -127,16 +127,7 @@ CASES: dict[str, tuple[dict[str, Any], float, list[float]]] = {
             "original_max_position_embeddings": 128,
         },
         1.138629436111989,
-        [
-            1.0,
-            0.23717082,
-            0.05,
-            0.0079056947,
-            0.0025,
-            0.00079056947,
-            0.00025,
-            7.9056945e-05,
-        ],
+        [1.0, 0.23717082, 0.05, 0.0079056947, 0.0025, 0.00079056947, 0.00025, 7.9056945e-05],
     ),
     "yarn with attention factor": (
         {
@@ -153,7 +144,7 @@ CASES: dict[str, tuple[dict[str, Any], float, list[float]]] = {
 
 
 @pytest.mark.parametrize(("settings", "scale", "expected"), CASES.values(), ids=CASES)
-def test_frequencies(settings: dict[str, Any], scale: float, expected: list[float]) -> None:
+def test_frequencies(settings, scale, expected):
     actual, actual_scale = inverse_frequencies(settings, 2 * len(expected))
     assert actual.dtype == np.float64
     np.testing.assert_allclose(actual, expected, rtol=1e-6)
@@ -162,9 +153,7 @@ def test_frequencies(settings: dict[str, Any], scale: float, expected: list[floa
 
 @pytest.mark.parametrize(("settings", "scale", "expected"), CASES.values(), ids=CASES)
 @pytest.mark.parametrize("type_key", ["type", "rope_type"])
-def test_older_format(
-    settings: dict[str, Any], scale: float, expected: list[float], type_key: str
-) -> None:
+def test_older_format(settings, scale, expected, type_key):
     """`rope_theta` beside `rope_scaling`, instead of `rope_parameters`."""
     scaling: dict[str, Any] | None = dict(settings)
     config = {"rope_theta": scaling.pop("rope_theta")}
@@ -179,7 +168,7 @@ def test_older_format(
 
 
 @pytest.mark.parametrize(("settings", "scale", "expected"), CASES.values(), ids=CASES)
-def test_newer_format(settings: dict[str, Any], scale: float, expected: list[float]) -> None:
+def test_newer_format(settings, scale, expected):
     config = {"rope_parameters": settings, "max_position_embeddings": 77}
     actual, actual_scale = inverse_frequencies(rope_parameters(config), 2 * len(expected))
     np.testing.assert_allclose(actual, expected, rtol=1e-6)
@@ -198,7 +187,7 @@ def test_newer_format(settings: dict[str, Any], scale: float, expected: list[flo
     ],
     ids=str,
 )
-def test_base(config: dict[str, Any], theta: float) -> None:
+def test_base(config, theta):
     parameters = rope_parameters(config)
     assert parameters["rope_theta"] == theta
     assert parameters["rope_type"] == "default"
@@ -206,20 +195,20 @@ def test_base(config: dict[str, Any], theta: float) -> None:
     np.testing.assert_allclose(frequencies, [1, theta**-0.5], rtol=1e-12)
 
 
-def test_original_length_defaults_to_the_models() -> None:
+def test_original_length_defaults_to_the_models():
     scaling = {"rope_type": "yarn", "factor": 4.0}
     config = {"rope_theta": 1e6, "rope_scaling": scaling, "max_position_embeddings": 32768}
     frequencies, _ = inverse_frequencies(rope_parameters(config), 16)
     np.testing.assert_allclose(frequencies, CASES["yarn"][2], rtol=1e-6)
 
 
-def test_settings_are_not_changed() -> None:
+def test_settings_are_not_changed():
     config = {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 500.0}
     rope_parameters(config)
     assert config == {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 500.0}
 
 
-def test_unknown_type() -> None:
+def test_unknown_type():
     message = "rope type 'spiral' is not supported; supported are default, linear, llama3 and yarn"
     with pytest.raises(CheckpointError, match=f"^{re.escape(message)}$"):
         inverse_frequencies({"rope_type": "spiral", "rope_theta": 1e4}, 8)
@@ -235,26 +224,26 @@ def test_unknown_type() -> None:
         ("yarn", "factor"),
     ],
 )
-def test_missing_setting(kind: str, missing: str) -> None:
+def test_missing_setting(kind, missing):
     settings = {name: value for name, value in CASES[kind][0].items() if name != missing}
     message = f"rope type '{kind}' needs '{missing}' in config.json"
     with pytest.raises(CheckpointError, match=f"^{re.escape(message)}$"):
         inverse_frequencies(settings, 16)
 
 
-def test_settings_by_layer_type_are_those_of_full_attention() -> None:
+def test_settings_by_layer_type_are_those_of_full_attention():
     nested = {"full_attention": {"rope_theta": 5.0}, "sliding_attention": {"rope_theta": 7.0}}
     assert rope_parameters({"rope_parameters": nested})["rope_theta"] == 5.0
 
 
-def test_a_missing_original_length_is_named() -> None:
+def test_a_missing_original_length_is_named():
     settings = {"rope_type": "yarn", "factor": 4.0}
     with pytest.raises(CheckpointError, match="original_max_position_embeddings"):
         inverse_frequencies(rope_parameters({"rope_scaling": settings}), 8)
 
 
 @pytest.mark.parametrize("value", [0, -1.0, math.inf, math.nan, "10000", None, True])
-def test_a_base_that_is_not_a_number_above_0(value: object) -> None:
+def test_a_base_that_is_not_a_number_above_0(value):
     with pytest.raises(
         CheckpointError, match=r"rope_theta in config\.json must be a number above 0"
     ):
@@ -262,7 +251,7 @@ def test_a_base_that_is_not_a_number_above_0(value: object) -> None:
 
 
 @pytest.mark.parametrize("kind", ["linear", "llama3", "yarn"])
-def test_a_factor_of_0(kind: str) -> None:
+def test_a_factor_of_0(kind):
     settings = {
         "rope_type": kind,
         "rope_theta": 1e4,
@@ -275,7 +264,7 @@ def test_a_factor_of_0(kind: str) -> None:
         inverse_frequencies(settings, 8)
 
 
-def test_rope_parameters_count_before_rope_scaling() -> None:
+def test_rope_parameters_count_before_rope_scaling():
     """Transformers 5 writes both into a file that had one of them."""
     new = {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}
     old = {"type": "linear", "factor": 8.0, "rope_theta": 10.0}

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
@@ -36,7 +34,7 @@ def published(dflash_folder: Path) -> Path:
     return dflash_folder
 
 
-def test_speculators_and_back_is_exact(published: Path, tmp_path: Path) -> None:
+def test_speculators_and_back_is_exact(published, tmp_path):
     convert(published, tmp_path / "there", "speculators", target="Qwen/Qwen3-4B")
     convert(tmp_path / "there", tmp_path / "back", "dflash")
     assert read_config(tmp_path / "back") == read_config(published)
@@ -48,7 +46,7 @@ def test_speculators_and_back_is_exact(published: Path, tmp_path: Path) -> None:
     assert verifier["name_or_path"] == "Qwen/Qwen3-4B"
 
 
-def test_speculators_drafts_the_same(published: Path, tmp_path: Path) -> None:
+def test_speculators_drafts_the_same(published, tmp_path):
     convert(published, tmp_path / "there", "speculators", target="target")
     assert drafter_config(tmp_path / "there").target_layer_ids == (0, 2)
     tables = [
@@ -69,9 +67,7 @@ def test_speculators_drafts_the_same(published: Path, tmp_path: Path) -> None:
         ("dflash2", "dflash"),
     ],
 )
-def test_heads_to_speculators_and_back(
-    folder: Path, tmp_path: Path, dialect: str, back: str
-) -> None:
+def test_heads_to_speculators_and_back(folder, tmp_path, dialect, back):
     """The same tables there, and the same drafter back."""
     origin = tmp_path / "origin"
     write_dialect(origin, tmp_path / "target", dialect, seed=1)
@@ -105,16 +101,14 @@ def test_heads_to_speculators_and_back(
         ("speculators-dflash2", "deepspec", "heads"),
     ],
 )
-def test_heads_that_cannot_be_expressed(
-    folder: Path, tmp_path: Path, dialect: str, to: str, problem: str
-) -> None:
+def test_heads_that_cannot_be_expressed(folder, tmp_path, dialect, to, problem):
     write_dialect(tmp_path / "origin", tmp_path / "target", dialect, seed=1)
     expected = f"^{to} cannot express {problem}, which this drafter has$"
     with pytest.raises(ConfigError, match=expected):
         convert(tmp_path / "origin", tmp_path / "there", to, target="target")
 
 
-def test_a_recurrence_over_the_roots_slot_is_not_written(folder: Path, tmp_path: Path) -> None:
+def test_a_recurrence_over_the_roots_slot_is_not_written(folder, tmp_path):
     """`speculators` steps it over the slot that predicts nothing; our loader refuses such files."""
     write_dialect(tmp_path / "origin", tmp_path / "target", "deepspec-rnn", seed=1)
     convert(tmp_path / "origin", tmp_path / "there", "speculators", target="target")
@@ -126,7 +120,7 @@ def test_a_recurrence_over_the_roots_slot_is_not_written(folder: Path, tmp_path:
     assert not (tmp_path / "refused").exists()
 
 
-def test_a_new_head_changes_nothing(published: Path, tmp_path: Path) -> None:
+def test_a_new_head_changes_nothing(published, tmp_path):
     convert(published, tmp_path / "headed", "treeflash")
     backend = load_reference(tmp_path / "target", tmp_path / "headed", LOAD)
     assert backend.drafter_config is not None
@@ -158,9 +152,7 @@ def test_a_new_head_changes_nothing(published: Path, tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_speculators_cannot_express(
-    published: Path, tmp_path: Path, edit: Callable[[dict[str, Any]], object], problem: str
-) -> None:
+def test_what_speculators_cannot_express(published, tmp_path, edit, problem):
     edit_config(published, edit)
     expected = f"^speculators cannot express {re.escape(problem)}, which this drafter has$"
     with pytest.raises(ConfigError, match=expected):
@@ -168,7 +160,7 @@ def test_what_speculators_cannot_express(
     assert not (tmp_path / "there").exists()
 
 
-def test_a_head_is_not_dropped(folder: Path, tmp_path: Path) -> None:
+def test_a_head_is_not_dropped(folder, tmp_path):
     message = (
         "^cannot convert a TreeFlash drafter to speculators, which takes DFlash or DFlash2 or .*; "
         r"vLLM runs it with treeflash's own plugin .* or choose dflash$"
@@ -177,7 +169,7 @@ def test_a_head_is_not_dropped(folder: Path, tmp_path: Path) -> None:
         convert(folder, tmp_path / "there", "speculators", target="target")
 
 
-def test_formats_that_lead_nowhere_are_named(published: Path, tmp_path: Path) -> None:
+def test_formats_that_lead_nowhere_are_named(published, tmp_path):
     message = "^cannot convert a DFlash drafter to deepspec, .*; choose treeflash or speculators$"
     with pytest.raises(ConfigError, match=message):
         convert(published, tmp_path / "there", "deepspec")
@@ -185,9 +177,7 @@ def test_formats_that_lead_nowhere_are_named(published: Path, tmp_path: Path) ->
         convert(published, tmp_path / "there", "gguf")
 
 
-def test_a_treeflash_drafter_without_its_head_is_a_dflash_drafter(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_treeflash_drafter_without_its_head_is_a_dflash_drafter(folder, tmp_path, capsys):
     output = tmp_path / "there"
     assert main([str(folder), str(output), "--to", "dflash"]) == 0
     out, err = capsys.readouterr()
@@ -204,7 +194,7 @@ def test_a_treeflash_drafter_without_its_head_is_a_dflash_drafter(
     assert drafter_config(tmp_path / "speculators").head is None
 
 
-def test_a_drafter_trained_without_a_head_is_dflash(published: Path, tmp_path: Path) -> None:
+def test_a_drafter_trained_without_a_head_is_dflash(published, tmp_path):
     settings = {"ar_approximation": None, "candidate_tokens": 16}
     edit_config(published, lambda c: c.update(treeflash_config=settings))
     assert detect_format(read_config(published)).name == "DFlash"
@@ -214,13 +204,13 @@ def test_a_drafter_trained_without_a_head_is_dflash(published: Path, tmp_path: P
     assert drafter_config(tmp_path / "headed").head == "linear"
 
 
-def test_a_vocabulary_is_not_dropped(folder: Path, tmp_path: Path) -> None:
+def test_a_vocabulary_is_not_dropped(folder, tmp_path):
     write_dialect(tmp_path / "own", tmp_path / "target", "speculators-dflash", seed=1)
     with pytest.raises(ConfigError, match=r"^dflash cannot express a vocabulary of its own"):
         convert(tmp_path / "own", tmp_path / "there", "dflash")
 
 
-def test_an_output_head_is_not_dropped(published: Path, tmp_path: Path) -> None:
+def test_an_output_head_is_not_dropped(published, tmp_path):
     convert(published, tmp_path / "own", "speculators", target="target")
     tensors = read_tensors(tmp_path / "own") | {"lm_head.weight": np.ones((24, 32), np.float32)}
     save(tmp_path / "own", read_config(tmp_path / "own"), tensors)
@@ -228,7 +218,7 @@ def test_an_output_head_is_not_dropped(published: Path, tmp_path: Path) -> None:
         convert(tmp_path / "own", tmp_path / "there", "dflash")
 
 
-def test_a_new_head_has_the_type_of_the_weights(published: Path, tmp_path: Path) -> None:
+def test_a_new_head_has_the_type_of_the_weights(published, tmp_path):
     stored = read_stored(published / "model.safetensors")
     halves = {
         name: (np.frombuffer(part["data"], "<u4") >> 16).astype("<u2").tobytes()
@@ -243,12 +233,12 @@ def test_a_new_head_has_the_type_of_the_weights(published: Path, tmp_path: Path)
     np.testing.assert_array_equal(tensors[f"model.{PREFIX}norm.weight"], np.ones(32))
 
 
-def test_nothing_is_overwritten(published: Path, tmp_path: Path) -> None:
+def test_nothing_is_overwritten(published, tmp_path):
     with pytest.raises(ConfigError, match=r"exists and is not an empty folder$"):
         convert(published, tmp_path, "treeflash")
 
 
-def test_command(published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command(published, tmp_path, capsys):
     output = tmp_path / "there"
     assert main([str(published), str(output), "--to", "treeflash"]) == 0
     assert capsys.readouterr().out == f"{output}\n"
@@ -260,8 +250,8 @@ def test_command(published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), KeyboardInterrupt()])
 def test_a_conversion_that_stops_leaves_no_half_of_a_drafter(
-    published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
-) -> None:
+    published, tmp_path, monkeypatch, error
+):
     monkeypatch.setattr(conversion, "write_stored", Mock(side_effect=error))
     with pytest.raises((ConfigError, KeyboardInterrupt)) as caught:
         convert(published, tmp_path / "there", "treeflash")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -32,24 +31,24 @@ DEEP = b"[" * 100_000 + b"]" * 100_000
 
 
 class TestConfig:
-    def test_no_config(self, tmp_path: Path) -> None:
+    def test_no_config(self, tmp_path):
         expected = f"{tmp_path} has no config.json; it is not a model folder"
         with pytest.raises(CheckpointError, match=message(expected)):
             read_config(tmp_path)
 
-    def test_config_is_a_folder(self, tmp_path: Path) -> None:
+    def test_config_is_a_folder(self, tmp_path):
         (tmp_path / "config.json").mkdir()
         with pytest.raises(CheckpointError, match=r"config\.json cannot be read as JSON: "):
             read_config(tmp_path)
 
     @pytest.mark.parametrize("content", [b"{", b"", b"\xff\xfe{}", DEEP, b"9" * 5000])
-    def test_no_json(self, tmp_path: Path, content: bytes) -> None:
+    def test_no_json(self, tmp_path, content):
         (tmp_path / "config.json").write_bytes(content)
         with pytest.raises(CheckpointError, match=r"config\.json cannot be read as JSON: "):
             read_config(tmp_path)
 
     @pytest.mark.parametrize("content", ["[]", "3", "null"])
-    def test_no_object(self, tmp_path: Path, content: str) -> None:
+    def test_no_object(self, tmp_path, content):
         (tmp_path / "config.json").write_text(content)
         with pytest.raises(CheckpointError, match=r"config\.json does not hold a JSON object$"):
             read_config(tmp_path)
@@ -58,7 +57,7 @@ class TestConfig:
 class TestReading:
     VALUES = np.array([[0, 1, -2.5], [3.140625, -0.00390625, 65280]], np.float32)
 
-    def test_sharded_folder_equals_one_file(self, folder: Path, tmp_path: Path) -> None:
+    def test_sharded_folder_equals_one_file(self, folder, tmp_path):
         write_drafter(tmp_path / "sharded", tmp_path / "target", seed=1, sharded=True)
         assert [path.name for path in weight_files(tmp_path / "sharded")] == [
             "model-00001-of-00002.safetensors",
@@ -70,7 +69,7 @@ class TestReading:
             np.testing.assert_array_equal(tensor, two[name])
 
     @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
-    def test_float(self, tmp_path: Path, dtype: type) -> None:
+    def test_float(self, tmp_path, dtype):
         values = np.clip(self.VALUES, -1000, 1000).astype(dtype)
         save_file({"a": values, "b": values[0].copy()}, tmp_path / "x.safetensors")
         tensors = read_tensors(tmp_path)
@@ -78,7 +77,7 @@ class TestReading:
         np.testing.assert_array_equal(tensors["a"], values)
         np.testing.assert_array_equal(tensors["b"], values[0])
 
-    def test_bfloat16(self, tmp_path: Path) -> None:
+    def test_bfloat16(self, tmp_path):
         """Written by hand, since NumPy has no such type: the upper half of each float32."""
         upper = (self.VALUES.view(np.uint32) >> 16).astype("<u2")
         write_raw(tmp_path / "x.safetensors", "BF16", self.VALUES.shape, upper.tobytes())
@@ -86,7 +85,7 @@ class TestReading:
         assert tensor.dtype == np.float32
         np.testing.assert_array_equal(tensor, self.VALUES)
 
-    def test_bfloat16_specials(self, tmp_path: Path) -> None:
+    def test_bfloat16_specials(self, tmp_path):
         bits = np.array([0x7F80, 0xFF80, 0x7FC0, 0x8000, 0x0001], "<u2")
         write_raw(tmp_path / "x.safetensors", "BF16", (5,), bits.tobytes())
         tensor = read_tensors(tmp_path)["a"]
@@ -95,7 +94,7 @@ class TestReading:
         assert np.signbit(tensor[3])
         assert tensor[4] == np.float32(2.0**-133)
 
-    def test_other_types_are_refused(self, tmp_path: Path) -> None:
+    def test_other_types_are_refused(self, tmp_path):
         path = tmp_path / "x.safetensors"
         save_file({"a": np.zeros(3, np.int32)}, path)
         expected = f"{path} holds tensors of type I32; supported are BF16, F16, F32, F64"
@@ -104,14 +103,14 @@ class TestReading:
                 read(tmp_path)
 
     @pytest.mark.parametrize("sharded", [False, True])
-    def test_shapes_are_those_of_the_tensors(self, tmp_path: Path, sharded: bool) -> None:
+    def test_shapes_are_those_of_the_tensors(self, tmp_path, sharded):
         write_target(tmp_path / "target", "qwen3", seed=0)
         write_drafter(tmp_path / "drafter", tmp_path / "target", seed=1, sharded=sharded)
         expected = {name: t.shape for name, t in read_tensors(tmp_path / "drafter").items()}
         assert stored_shapes(tmp_path / "drafter") == expected
 
     @pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: data[:4], bytes.lower])
-    def test_damaged_file(self, folder: Path, damage: Callable[[bytes], bytes]) -> None:
+    def test_damaged_file(self, folder, damage):
         path = folder / "model.safetensors"
         path.write_bytes(damage(path.read_bytes()))
         with pytest.raises(CheckpointError, match=rf"^{re.escape(str(path))} is damaged: "):
@@ -119,7 +118,7 @@ class TestReading:
         with pytest.raises(CheckpointError, match=rf"^{re.escape(str(path))} is damaged: "):
             stored_shapes(folder)
 
-    def test_other_formats_are_not_read(self, tmp_path: Path) -> None:
+    def test_other_formats_are_not_read(self, tmp_path):
         (tmp_path / "pytorch_model.bin").write_bytes(b"")
         expected = f"{tmp_path} has no *.safetensors file; convert its weights"
         with pytest.raises(CheckpointError, match=message(expected)):
@@ -134,7 +133,7 @@ def write_raw(path: Path, dtype: str, shape: tuple[int, ...], data: bytes) -> No
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
-def test_weights_that_mlx_has_quantised(bits: int, tmp_path: Path) -> None:
+def test_weights_that_mlx_has_quantised(bits, tmp_path):
     """A layer may have its own settings, and experts may be stacked."""
     mx = pytest.importorskip("mlx.core")
     rng = np.random.default_rng(bits)
@@ -158,9 +157,7 @@ def test_weights_that_mlx_has_quantised(bits: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("mode", "groups"), [("mxfp4", 2), ("affine", 8)])
-def test_other_quantisations_of_mlx_stay_what_they_are(
-    mode: str, groups: int, tmp_path: Path
-) -> None:
+def test_other_quantisations_of_mlx_stay_what_they_are(mode, groups, tmp_path):
     """A mode of another kind, and groups that would have one bit for a number."""
     words = {"a.weight": np.zeros((4, 8), np.uint32)}
     words |= {f"a.{part}": np.zeros((4, groups), np.uint8) for part in ("scales", "biases")}

@@ -53,7 +53,7 @@ def recognised(title: str, cell: str) -> Iterator[tuple[dict[str, Any], set[str]
             yield config, {name.replace("N", "3"), other}
 
 
-def test_the_table_has_every_format() -> None:
+def test_the_table_has_every_format():
     found: list[Format] = []
     for title, _, cell, _, _ in rows():
         for config, stored in recognised(title, cell):
@@ -65,7 +65,7 @@ def test_the_table_has_every_format() -> None:
     assert not missing
 
 
-def test_the_table_has_methods_and_backends() -> None:
+def test_the_table_has_methods_and_backends():
     for title, _, _, methods, backends in rows():
         known = {"dflash", "ddtree", "treeflash", "treeflash-chain", "markov_rank"}
         assert set(quoted(methods)) <= known, title
@@ -73,11 +73,11 @@ def test_the_table_has_methods_and_backends() -> None:
         assert backends.startswith("all") or quoted(backends), title
 
 
-def test_the_page_names_the_layouts_that_are_refused() -> None:
+def test_the_page_names_the_layouts_that_are_refused():
     section = PAGE.read_text("utf-8").partition("## Unsupported drafters")[2].partition("\n## ")[0]
     for name in (*formats.REFUSED, *mtp_formats.REFUSED_TENSORS.values()):
         assert name.removesuffix("-V2") in section
 
 
-def test_the_table_has_gguf_files() -> None:
+def test_the_table_has_gguf_files():
     assert any(quoted(cell) == ["general.architecture", gguf.DRAFTER] for _, _, cell, *_ in rows())

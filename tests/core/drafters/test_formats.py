@@ -166,7 +166,7 @@ def check_names(format: Format, config: dict[str, Any], expected: dict[str, str 
 
 
 @each(DIALECTS)
-def test_meaning(dialect: Dialect, tmp_path: Path) -> None:
+def test_meaning(dialect, tmp_path):
     if dialect.refusal is not None:
         assert refusal(tmp_path, dialect.config, dialect.names) == dialect.refusal
         return
@@ -178,7 +178,7 @@ def test_meaning(dialect: Dialect, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("dialect", "case"), CASES)
-def test_other_settings(dialect: Dialect, case: dict[str, Any], tmp_path: Path) -> None:
+def test_other_settings(dialect, case, tmp_path):
     config, stored = edited(dialect.config, case), case.get("tensors", dialect.names)
     if "refusal" in case:
         assert refusal(tmp_path, config, stored) == case["refusal"]
@@ -192,7 +192,7 @@ def test_other_settings(dialect: Dialect, case: dict[str, Any], tmp_path: Path) 
 
 
 @each(BLOCKS)
-def test_published_settings_are_known(dialect: Dialect) -> None:
+def test_published_settings_are_known(dialect):
     settings = dict.fromkeys(dialect.expected.get("published", ()))
     assert unknown_keys(settings | dialect.config) == []
 
@@ -205,7 +205,7 @@ def places(dialect: Dialect) -> tuple[str, ...]:
 
 
 @each(BLOCKS)
-def test_a_setting_that_nothing_reads_is_refused(dialect: Dialect, tmp_path: Path) -> None:
+def test_a_setting_that_nothing_reads_is_refused(dialect, tmp_path):
     """At the top level too if the file is no copy of the target's."""
     prefix = "" if "speculators_model_type" in dialect.config else "dflash_config."
     config = edited(dialect.config, {"set": {f"{prefix}norm_power": 0.5}})
@@ -217,9 +217,7 @@ def test_a_setting_that_nothing_reads_is_refused(dialect: Dialect, tmp_path: Pat
 
 @pytest.mark.parametrize("key", OTHER_ARITHMETIC)
 @each(BLOCKS)
-def test_another_arithmetic_is_refused_wherever_it_is_set(
-    dialect: Dialect, key: str, tmp_path: Path
-) -> None:
+def test_another_arithmetic_is_refused_wherever_it_is_set(dialect, key, tmp_path):
     for place in places(dialect):
         config = edited(dialect.config, {"set": {f"{place}{key}": OTHER_ARITHMETIC[key]}})
         found = refusal(tmp_path, config, dialect.names)
@@ -232,9 +230,7 @@ def test_another_arithmetic_is_refused_wherever_it_is_set(
     ids=str,
 )
 @each(BLOCKS)
-def test_a_replaced_setting_is_read_as_it_was_written(
-    dialect: Dialect, settings: dict[str, Any]
-) -> None:
+def test_a_replaced_setting_is_read_as_it_was_written(dialect, settings):
     """Dialects count layers from different ends of the embeddings, and name settings otherwise."""
     before = parse_drafter_config(dialect.config)
     after = parse_drafter_config(replace_settings(dialect.config, settings))

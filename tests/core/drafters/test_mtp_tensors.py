@@ -38,7 +38,7 @@ QWEN_MOE = QWEN | {
 }
 
 
-def test_stacked_experts_of_mlx() -> None:
+def test_stacked_experts_of_mlx():
     """A side file has them under `switch_mlp`; each has the shape of a single expert."""
     name = "layers.0.mlp.switch_mlp.gate_proj.weight"
     canonical = QWEN_SIDECAR.names({}, [name])[name]
@@ -75,7 +75,7 @@ def load(folder: Path, **changes: int) -> Any:
     return SimpleNamespace(config=layout.config, weights=weights, vocabulary=vocabulary)
 
 
-def test_a_head_fits_its_target(tmp_path: Path) -> None:
+def test_a_head_fits_its_target(tmp_path):
     write_eagle(tmp_path / "head")
     found = load(tmp_path / "head")
     assert not found.vocabulary
@@ -105,7 +105,7 @@ def test_a_head_fits_its_target(tmp_path: Path) -> None:
         load(tmp_path / "mtp", **mtp)
 
 
-def test_tensors_of_a_head_are_checked(tmp_path: Path) -> None:
+def test_tensors_of_a_head_are_checked(tmp_path):
     folder = tmp_path / "head"
     parts = write_eagle(folder)
 
@@ -142,7 +142,7 @@ def test_tensors_of_a_head_are_checked(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_experts_are_stacked(tmp_path: Path, fused: bool) -> None:
+def test_experts_are_stacked(tmp_path, fused):
     """They may be stored together, gates before the others."""
     rng = np.random.default_rng(0)
     names = ("mtp.layers.0.mlp.gate.weight",)
@@ -168,7 +168,7 @@ def test_experts_are_stacked(tmp_path: Path, fused: bool) -> None:
     assert not [name for name in weights if name.startswith("layer.mlp.experts.0")]
 
 
-def test_what_only_some_backends_and_drafters_have() -> None:
+def test_what_only_some_backends_and_drafters_have():
     assistant = ASSISTANT.parse(published("gemma4-assistant"), (), 12)
     latent = GLM_MTP.parse(published("glm-mtp-latent"), (), 12)
     mtp_heads.refuse_window(LoadConfig())

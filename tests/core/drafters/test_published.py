@@ -58,7 +58,7 @@ def published(request: pytest.FixtureRequest) -> Published:
     return published
 
 
-def test_marginals(published: Published) -> None:
+def test_marginals(published):
     for case in published.blocks:
         actual = published.backend.drafter.log_probs(published.block(case))
         logits = np.array(case.get("base_logits", case.get("logits")))
@@ -91,7 +91,7 @@ def given_rows(case: dict[str, Any], first_slot: int, depths: int) -> Iterator[G
         yield from path(given["previous"][-depths:], rows, 1)
 
 
-def test_conditional_scores(published: Published) -> None:
+def test_conditional_scores(published):
     head, config = published.backend.head, published.backend.drafter_config
     if head is None:
         pytest.skip("marginals alone")
@@ -115,7 +115,7 @@ def test_conditional_scores(published: Published) -> None:
     assert compared
 
 
-def test_greedy_drafts(published: Published) -> None:
+def test_greedy_drafts(published):
     backend = published.backend
     for case in published.blocks:
         block = published.block(case)
@@ -133,7 +133,7 @@ def test_greedy_drafts(published: Published) -> None:
             np.testing.assert_allclose(chain.confidences[1:], expected, atol=TOLERANCE)
 
 
-def test_accepted_lengths_of_the_published_loop(published: Published) -> None:
+def test_accepted_lengths_of_the_published_loop(published):
     backend = published.backend
     chain = "dflash" if backend.head is None else "treeflash-chain"
     if "generation" not in published.blocks[0]:
@@ -151,7 +151,7 @@ def test_accepted_lengths_of_the_published_loop(published: Published) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_jetspec_is_causal(backend: str) -> None:
+def test_jetspec_is_causal(backend):
     """Read without `causal_head`, its log probabilities are up to 1.6 nats off."""
     pytest.importorskip(BACKENDS[backend])
     folder = ROOT.parent / "more-drafters"
@@ -172,7 +172,7 @@ def test_jetspec_is_causal(backend: str) -> None:
         assert build_chain(table, case["root"], 100).tokens[1:].tolist() == case["draft"]
 
 
-def test_trees_need_no_more_forwards_than_chains(published: Published) -> None:
+def test_trees_need_no_more_forwards_than_chains(published):
     backend = published.backend
 
     def forwards(method: Method, budget: int) -> int:

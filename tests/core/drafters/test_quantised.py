@@ -109,9 +109,7 @@ def text(pair: Any, method: Any) -> list[int]:
 @pytest.mark.parametrize(
     ("backend", "bits"), [("reference", None), ("cuda", None), ("mlx", None), ("mlx", 8)]
 )
-def test_a_quantised_drafter_drafts_as_its_numbers(
-    backend: str, bits: int | None, written: tuple[Path, list[NDArray[np.float32]]]
-) -> None:
+def test_a_quantised_drafter_drafts_as_its_numbers(backend, bits, written):
     """On MLX, layers with at most `bits` bits stay in their groups; the numbers are the same."""
     pytest.importorskip(PACKAGES[backend])
     root, expected = written

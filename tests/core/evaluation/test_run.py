@@ -285,10 +285,7 @@ ROOT = 9
 # Depth 1 offers 1, 2 and 3; after 1 come 4 and 5, after 2 come 6 and 4; depth 3 knows 4 alone.
 TABLE = TransitionTable.from_candidates(
     np.array([[1, 2], [4, 7]], np.int32),
-    np.array(
-        [[[1, 2, 3], [0, 0, 0]], [[4, 5, 0], [6, 4, 0]], [[7, 8, 0], [1, 2, 0]]],
-        np.int32,
-    ),
+    np.array([[[1, 2, 3], [0, 0, 0]], [[4, 5, 0], [6, 4, 0]], [[7, 8, 0], [1, 2, 0]]], np.int32),
     np.log([[[0.5, 0.3, 0.2]] * 2, [[0.6, 0.4, 1e-9]] * 2, [[0.6, 0.4, 1e-9]] * 2]).astype(
         np.float32
     ),

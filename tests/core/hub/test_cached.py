@@ -200,9 +200,7 @@ def test_nothing_is_deleted_if_a_name_is_unknown(machine, hub, capsys):
 )
 def test_what_cannot_be_removed_is_one_line(machine, hub, capsys, names, message):
     make_snapshot(
-        machine / ".lmstudio/models/mlx-community/Qwen3-8B-4bit",
-        "config.json",
-        "model.safetensors",
+        machine / ".lmstudio/models/mlx-community/Qwen3-8B-4bit", "config.json", "model.safetensors"
     )
     assert command.main(["rm", *names]) == 2
     error = capsys.readouterr().err

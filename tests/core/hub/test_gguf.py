@@ -7,7 +7,6 @@ import json
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
@@ -73,7 +72,7 @@ def test_bfloat16_keeps_nan():
     assert np.isnan(as_bfloat16(payloads.view(np.float32))).all()
 
 
-def test_converted_weights_and_config(tmp_path: Path):
+def test_converted_weights_and_config(tmp_path):
     weights = write_gguf(tmp_path / "tiny.gguf")
     seen = []
     folder = tmp_path / "folder"
@@ -117,7 +116,7 @@ def test_converted_weights_and_config(tmp_path: Path):
     assert generation["eos_token_id"] == 2
 
 
-def test_converted_tokenizer(tmp_path: Path):
+def test_converted_tokenizer(tmp_path):
     write_gguf(tmp_path / "tiny.gguf")
     convert_gguf(tmp_path / "tiny.gguf", tmp_path)
     tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
@@ -132,7 +131,7 @@ def test_converted_tokenizer(tmp_path: Path):
     assert config["chat_template"].startswith("{% for")
 
 
-def test_other_and_damaged_gguf_files_are_refused(tmp_path: Path):
+def test_other_and_damaged_gguf_files_are_refused(tmp_path):
     write_gguf(tmp_path / "other.gguf", architecture="mamba")
     with pytest.raises(CheckpointError, match=r"general\.architecture = 'mamba'"):
         convert_gguf(tmp_path / "other.gguf", tmp_path)
@@ -186,7 +185,7 @@ def scaling(kind: str, **settings: float) -> Callable[[gguf.GGUFWriter], None]:
         ("tokenizer.ggml.pre = 'unheard-of'", {"pre": "unheard-of"}),
     ],
 )
-def test_what_a_folder_could_not_say_is_refused(tmp_path: Path, entry: str, parts: dict[str, Any]):
+def test_what_a_folder_could_not_say_is_refused(tmp_path, entry, parts):
     write_gguf(tmp_path / "tiny.gguf", **parts)
     with pytest.raises(CheckpointError) as caught:
         convert_gguf(tmp_path / "tiny.gguf", tmp_path)
@@ -195,7 +194,7 @@ def test_what_a_folder_could_not_say_is_refused(tmp_path: Path, entry: str, part
 
 @pytest.mark.parametrize("setting", ["head_count", "head_count_kv"])
 @pytest.mark.parametrize("value", [0, 3, 2**32 - 1])
-def test_settings_that_do_not_fit_the_weights_are_refused(tmp_path: Path, setting: str, value: int):
+def test_settings_that_do_not_fit_the_weights_are_refused(tmp_path, setting, value):
     path = tmp_path / "tiny.gguf"
     write_gguf(path)
     contents, key = path.read_bytes(), f"llama.attention.{setting}".encode()
@@ -205,7 +204,7 @@ def test_settings_that_do_not_fit_the_weights_are_refused(tmp_path: Path, settin
         convert_gguf(path, tmp_path)
 
 
-def test_weights_of_an_unknown_type_are_refused(tmp_path: Path):
+def test_weights_of_an_unknown_type_are_refused(tmp_path):
     write_gguf(tmp_path / "tiny.gguf")
     unknown = NotImplementedError("Dequantization for Q1_0 is not yet implemented")
     with (
@@ -215,7 +214,7 @@ def test_weights_of_an_unknown_type_are_refused(tmp_path: Path):
         convert_gguf(tmp_path / "tiny.gguf", tmp_path)
 
 
-def test_a_file_of_ollamas_store_needs_no_suffix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_file_of_ollamas_store_needs_no_suffix(tmp_path, monkeypatch):
     monkeypatch.setenv("TREEFLASH_CACHE", str(tmp_path / "cache"))
     write_gguf(tmp_path / "sha256-0123")
     folder = models.resolve_target(str(tmp_path / "sha256-0123"))
@@ -226,7 +225,7 @@ def test_a_file_of_ollamas_store_needs_no_suffix(tmp_path: Path, monkeypatch: py
         models.resolve_target(str(tmp_path / "sha256-4567"))
 
 
-def test_default_target_from_a_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_default_target_from_a_wheel(tmp_path, monkeypatch):
     write_gguf(tmp_path / "tiny.gguf")
     wheel = tmp_path / "tiny.whl"
     with zipfile.ZipFile(wheel, "w") as archive:

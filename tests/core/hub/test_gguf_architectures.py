@@ -241,7 +241,7 @@ def write_tokenizer(writer: gguf.GGUFWriter, name: str, pre: str | None, *, spac
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_converted_model_is_the_written_one(name: str, tmp_path: Path) -> None:
+def test_a_converted_model_is_the_written_one(name, tmp_path):
     model = write(tmp_path / "tiny.gguf", name)
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -258,7 +258,7 @@ def test_a_converted_model_is_the_written_one(name: str, tmp_path: Path) -> None
         torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
 
 
-def test_a_model_in_parts_is_one_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_in_parts_is_one_model(tmp_path, monkeypatch):
     monkeypatch.setenv("TREEFLASH_CACHE", str(tmp_path / "cache"))
     model = write(tmp_path / "tiny-BF16.gguf", "qwen3", part=30)
     files = sorted(tmp_path.glob("*.gguf"))
@@ -277,7 +277,7 @@ def test_a_model_in_parts_is_one_model(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q5_1", "Q8_0"])
-def test_quantised_weights_are_read(kind: str, tmp_path: Path) -> None:
+def test_quantised_weights_are_read(kind, tmp_path):
     model = write(tmp_path / "tiny.gguf", "qwen3", gguf.GGMLQuantizationType[kind])
     convert_gguf(tmp_path / "tiny.gguf", tmp_path)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
@@ -295,7 +295,7 @@ def test_quantised_weights_are_read(kind: str, tmp_path: Path) -> None:
         ("lfm2", " the 123", ["<bos>", "Ġthe", "Ġ", "123"]),
     ],
 )
-def test_tokenizers(name: str, text: str, tokens: list[str], tmp_path: Path) -> None:
+def test_tokenizers(name, text, tokens, tmp_path):
     write(tmp_path / "tiny.gguf", name)
     convert_gguf(tmp_path / "tiny.gguf", tmp_path)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
@@ -313,9 +313,7 @@ def test_tokenizers(name: str, text: str, tokens: list[str], tmp_path: Path) -> 
         ("seed-coder", "I'LL see 12!\n\n x", ["I", "'LL", "Ġsee", "Ġ", "1", "2", "!", "ĊĊ", "Ġx"]),
     ],
 )
-def test_texts_are_split_as_the_file_says(
-    pre: str, text: str, pieces: list[str], tmp_path: Path
-) -> None:
+def test_texts_are_split_as_the_file_says(pre, text, pieces, tmp_path):
     write(tmp_path / "tiny.gguf", "llama", pre=pre)
     convert_gguf(tmp_path / "tiny.gguf", tmp_path)
     tokenizer = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
@@ -332,7 +330,7 @@ def test_texts_are_split_as_the_file_says(
         ("qwen3", "e\u0301", ["Ã©"]),
     ],
 )
-def test_what_files_leave_out(name: str, text: str, tokens: list[str], tmp_path: Path) -> None:
+def test_what_files_leave_out(name, text, tokens, tmp_path):
     write(tmp_path / "tiny.gguf", name)
     convert_gguf(tmp_path / "tiny.gguf", tmp_path)
     tokenizer = Tokenizer.from_folder(tmp_path)
@@ -342,7 +340,7 @@ def test_what_files_leave_out(name: str, text: str, tokens: list[str], tmp_path:
     assert tokenizer.render([{"role": "user", "content": "Hi"}]) == "Hi"
 
 
-def test_the_space_before_the_first_word_may_be_left_out(tmp_path: Path) -> None:
+def test_the_space_before_the_first_word_may_be_left_out(tmp_path):
     write(tmp_path / "tiny.gguf", "mistral", space=False)
     convert_gguf(tmp_path / "tiny.gguf", tmp_path)
     tokenizer = Tokenizer.from_folder(tmp_path)
@@ -353,7 +351,7 @@ def test_the_space_before_the_first_word_may_be_left_out(tmp_path: Path) -> None
 
 @pytest.mark.sample(1)
 @pytest.mark.parametrize("backend", ["cuda", "mlx"])
-def test_a_file_is_a_target(backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_a_target(backend, tmp_path, monkeypatch):
     pytest.importorskip({"cuda": "torch", "mlx": "mlx_lm"}[backend])
     from treeflash.config import DecodeConfig, LoadConfig
 
@@ -371,7 +369,7 @@ def test_a_file_is_a_target(backend: str, tmp_path: Path, monkeypatch: pytest.Mo
     assert not folder.exists()
 
 
-def test_a_changed_file_is_converted_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_changed_file_is_converted_again(tmp_path, monkeypatch):
     monkeypatch.setenv("TREEFLASH_CACHE", str(tmp_path / "cache"))
     write(tmp_path / "tiny.gguf", "qwen3")
     before = models.resolve_target(str(tmp_path))
@@ -409,9 +407,7 @@ def replaced_id(key: str) -> Callable[[bytes], bytes]:
         (replaced_id("tokenizer.ggml.eos_token_id"), "unsupported GGUF entry: list index out of"),
     ],
 )
-def test_bad_files_are_one_line(
-    damage: Callable[[bytes], bytes], message: str, tmp_path: Path
-) -> None:
+def test_bad_files_are_one_line(damage, message, tmp_path):
     path = tmp_path / "tiny.gguf"
     write(path, "qwen2")
     path.write_bytes(damage(path.read_bytes()))
@@ -421,9 +417,7 @@ def test_bad_files_are_one_line(
 
 
 @pytest.mark.parametrize("end", [2000, -1000])
-def test_a_cut_file_is_refused_before_its_header_becomes_objects(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: int
-) -> None:
+def test_a_cut_file_is_refused_before_its_header_becomes_objects(tmp_path, monkeypatch, end):
     path = tmp_path / "tiny.gguf"
     write(path, "qwen2")
     path.write_bytes(path.read_bytes()[:end])
@@ -432,9 +426,7 @@ def test_a_cut_file_is_refused_before_its_header_becomes_objects(
         convert_gguf(path, tmp_path)
 
 
-def test_a_file_that_cannot_be_read_leaves_no_folder_in_the_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_cannot_be_read_leaves_no_folder_in_the_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TREEFLASH_CACHE", str(tmp_path / "cache"))
     (tmp_path / "tiny.gguf").write_bytes(b"GGUF")
     with pytest.raises(CheckpointError):
@@ -445,5 +437,5 @@ def test_a_file_that_cannot_be_read_leaves_no_folder_in_the_cache(
     assert [path.name for path in (tmp_path / "cache" / "gguf").iterdir()] == [".models.lock"]
 
 
-def test_every_architecture_has_a_case() -> None:
+def test_every_architecture_has_a_case():
     assert {case[0] for case in CASES.values()} == ARCHITECTURES.keys()

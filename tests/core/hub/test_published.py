@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 
@@ -50,7 +49,7 @@ from treeflash.hub.published import (
         ("/hub/models--Qwen--Qwen3-14B/snapshots/0a1b", "deepseek-ai/dspark_qwen3_14b_block7"),
     ],
 )
-def test_published_drafters(target: str, drafter: str | None):
+def test_published_drafters(target, drafter):
     assert published.published_drafter(target) == drafter
 
 
@@ -66,16 +65,14 @@ def test_published_drafters(target: str, drafter: str | None):
         ("library_name: mlx\n", None),
     ],
 )
-def test_the_card_of_a_conversion_names_the_original(
-    tmp_path: Path, card: str, drafter: str | None
-):
+def test_the_card_of_a_conversion_names_the_original(tmp_path, card, drafter):
     (tmp_path / "README.md").write_text(f"---\n{card}---\nbase_model: google/gemma-4-31B-it\n")
     (tmp_path / "mine").mkdir()
     assert published.published_drafter(str(tmp_path)) == drafter
     assert published.published_drafter(str(tmp_path / "mine")) is None
 
 
-def test_auto_is_the_published_drafter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_auto_is_the_published_drafter(monkeypatch, tmp_path):
     monkeypatch.setattr(models, "_resolve", lambda name: tmp_path / name)
     for drafter in ("auto", None):
         folder = models.resolve_drafter(drafter, "Qwen/Qwen3-14B")
@@ -84,12 +81,12 @@ def test_auto_is_the_published_drafter(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 
 @pytest.mark.parametrize("drafter", [None, "auto", "z-lab/qwen3.5-4B-dflash"])
-def test_thinking_follows_the_drafter_training_the_drafter(drafter: str | None):
+def test_thinking_follows_the_drafter_training_the_drafter(drafter):
     assert published.drafter_training(drafter, "mlx-community/Qwen3.5-4B-4bit").thinking
 
 
 @pytest.mark.parametrize("name", ["some/drafter", "/data/drafter"])
-def test_an_unknown_drafter_was_trained_as_most_are(name: str):
+def test_an_unknown_drafter_was_trained_as_most_are(name):
     assert published.drafter_training(name, "Qwen/Qwen3-14B") == PublishedDrafter(name=name)
     assert not published.drafter_training(name, None).thinking
 
@@ -111,14 +108,14 @@ def test_every_drafter_of_the_table_is_a_hub_id_and_named_once():
 
 
 @pytest.mark.parametrize("target", [None, published.DEFAULT_TARGET, "/cache/SmolLM2-135M-Instruct"])
-def test_bundled_drafter(target: str | None):
+def test_bundled_drafter(target):
     folder = models.resolve_drafter(None, target)
     config = json.loads((folder / "config.json").read_text())
     assert config["hidden_size"] == 576
     assert 0 < (folder / "model.safetensors").stat().st_size <= 40e6
 
 
-def test_the_bundled_drafter_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_bundled_drafter_has_a_name(tmp_path, monkeypatch):
     assert models.resolve_drafter(BUNDLED_DRAFTER, "my/fine-tune") == models.resolve_drafter(
         None, None
     )
@@ -128,7 +125,7 @@ def test_the_bundled_drafter_has_a_name(tmp_path: Path, monkeypatch: pytest.Monk
         models.resolve_drafter(BUNDLED_DRAFTER, None)
 
 
-def test_how_a_drafter_was_trained_is_known_from_its_snapshot(tmp_path: Path):
+def test_how_a_drafter_was_trained_is_known_from_its_snapshot(tmp_path):
     snapshot = tmp_path / "models--z-lab--Qwen3.5-4B-DFlash" / "snapshots" / "0a1b"
     snapshot.mkdir(parents=True)
     assert published.drafter_training(str(snapshot), None).thinking

@@ -73,9 +73,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
         ("someone/Large-3bit", None, 1.0, "1.0 GiB for models and texts; use a smaller model ("),
     ],
 )
-def test_both_numbers_and_the_next_smaller_choice(
-    monkeypatch: pytest.MonkeyPatch, target: str, drafter: str | None, limit: float, message: str
-) -> None:
+def test_both_numbers_and_the_next_smaller_choice(monkeypatch, target, drafter, limit, message):
     drafters = {x: f"z-lab/Qwen3-{x}-DFlash-b16" for x in ("8B", "4B")}
     monkeypatch.setattr(
         sizes,
@@ -89,7 +87,7 @@ def test_both_numbers_and_the_next_smaller_choice(
     sizes.refuse_pair(target, drafter, 25 * GIB)
 
 
-def test_conversions_in_fewer_bits_come_first() -> None:
+def test_conversions_in_fewer_bits_come_first():
     def names(target: str) -> list[str]:
         return [x for x in sizes.smaller_choices(target) if x not in sizes.COMMON_TARGETS]
 
@@ -102,9 +100,7 @@ def test_conversions_in_fewer_bits_come_first() -> None:
     assert "mlx-community/Qwen3-4B-4bit" not in sizes.smaller_choices("mlx-community/qwen3-4b-4bit")
 
 
-def test_a_folder_is_measured_and_a_pair_of_unknown_size_is_fetched(
-    tmp_path: Path, hub: list[str]
-) -> None:
+def test_a_folder_is_measured_and_a_pair_of_unknown_size_is_fetched(tmp_path, hub):
     (tmp_path / "model.safetensors").write_bytes(b"x" * 100)
     (tmp_path / "tokenizer.json").write_bytes(b"x" * 100)
     assert sizes.weights_bytes(str(tmp_path)) == 100
@@ -116,7 +112,7 @@ def test_a_folder_is_measured_and_a_pair_of_unknown_size_is_fetched(
     assert hub == ["un/known"]
 
 
-def test_nothing_is_fetched_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_fetched_that_does_not_fit(monkeypatch):
     """It is fetched if it is forced, or if the backend has no limit."""
     load = registry.loader("reference")
     monkeypatch.setattr(language_model, "memory_limit", lambda of: GIB if of is load else None)

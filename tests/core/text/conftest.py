@@ -5,11 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tiny_tokenizers import (
-    BUILDERS,
-    byte_level,
-    save_folder,
-)
+from tiny_tokenizers import BUILDERS, byte_level, save_folder
 
 from treeflash.text.tokenizer import Tokenizer
 

@@ -39,7 +39,7 @@ def generate(*lengths: int, stop: str | None = None) -> Generation:
     return assembler.generation()
 
 
-def test_figures() -> None:
+def test_figures():
     found = generate(3, 1, 4, 3)
     assert len(found.token_ids) == 12
     assert found.accepted_lengths == [3, 1, 4, 3]
@@ -54,7 +54,7 @@ def test_figures() -> None:
     )
 
 
-def test_nothing_generated_yet() -> None:
+def test_nothing_generated_yet():
     found = Assembler(BACKEND, LETTERS, (1, 2), DecodeConfig()).generation()
     assert found.token_ids == []
     assert found.block_efficiency == 0
@@ -63,7 +63,7 @@ def test_nothing_generated_yet() -> None:
     assert found.seconds == dict.fromkeys(PHASES, 0.0)
 
 
-def test_prefill_alone_is_no_iteration() -> None:
+def test_prefill_alone_is_no_iteration():
     found = generate()
     assert len(found.token_ids) == 1
     assert found.accepted_lengths == []
@@ -71,7 +71,7 @@ def test_prefill_alone_is_no_iteration() -> None:
     assert found.tokens_per_s == 0
 
 
-def test_plain_decoding_has_efficiency_one() -> None:
+def test_plain_decoding_has_efficiency_one():
     assert generate(1, 1, 1).block_efficiency == 1
 
 
@@ -87,7 +87,7 @@ def test_plain_decoding_has_efficiency_one() -> None:
         ("b", "a", [1]),
     ],
 )
-def test_a_stop_string_cuts_an_iteration(stop: str, text: str, lengths: list[int]) -> None:
+def test_a_stop_string_cuts_an_iteration(stop, text, lengths):
     """Its tokens count up to the one that completed the string; its time was spent all the same."""
     found = generate(3, 1, 3, stop=stop)
     assert found.text == text
@@ -97,7 +97,7 @@ def test_a_stop_string_cuts_an_iteration(stop: str, text: str, lengths: list[int
 
 
 @pytest.mark.parametrize(("budget", "expected"), [("auto", 2), (4, 0)])
-def test_iterations_without_a_draft_are_counted(budget: str | int, expected: int) -> None:
+def test_iterations_without_a_draft_are_counted(budget, expected):
     root, chain = DraftTree.root_only(0), DraftTree.chain(np.zeros(2, np.int32), np.zeros(2))
     assembler = Assembler(BACKEND, LETTERS, (1, 2), DecodeConfig(budget=budget))
     for tree, seconds in ((None, {}), (root, {"draft": 1.0}), (root, {}), (chain, {}), (root, {})):
@@ -105,7 +105,7 @@ def test_iterations_without_a_draft_are_counted(budget: str | int, expected: int
     assert assembler.generation().paused_iterations == expected
 
 
-def test_mean() -> None:
+def test_mean():
     assert mean([1, 2, 6]) == 3
     assert mean(iter([0.5])) == 0.5
     assert mean([]) == 0

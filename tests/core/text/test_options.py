@@ -21,14 +21,14 @@ DEFAULTS = {
 
 
 @pytest.mark.parametrize("name", Options.__annotations__)
-def test_help_lists_every_option(name: str) -> None:
+def test_help_lists_every_option(name):
     for listed in (Options, LanguageModel.generate, LanguageModel.stream):
         entries = re.findall(rf"^ +{name} \(.+\): .+", str(listed.__doc__), re.MULTILINE)
         assert len(entries) == 1
 
 
 @pytest.mark.parametrize(("name", "default"), DEFAULTS.items())
-def test_the_listed_default_is_the_real_one(name: str, default: object) -> None:
+def test_the_listed_default_is_the_real_one(name, default):
     listed = re.search(
         rf" {name} \([^)]+\): .*?Default: (.+?)\.\n", str(Options.__doc__), re.DOTALL
     )

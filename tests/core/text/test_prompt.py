@@ -24,10 +24,7 @@ from treeflash.text.prompt import Prompting, encode, read_rows
         ('{"id": 1, "turns": []}', "'turns' must be a non-empty list of strings"),
         ('{"id": 1, "turns": "x"}', "'turns' must be a non-empty list of strings"),
         ('{"id": "\\ud800", "prompt": "x"}', "not valid Unicode"),
-        (
-            '{"id": "\\ud800", "messages": [{"role": "user", "content": "x"}]}',
-            "not valid Unicode",
-        ),
+        ('{"id": "\\ud800", "messages": [{"role": "user", "content": "x"}]}', "not valid Unicode"),
         ('{"id": 1, "prompt": "\\ud800"}', "not valid Unicode"),
         ('{"id": 1, "messages": []}', "'messages' must be a non-empty list"),
         ('{"id": 1, "messages": [{"role": "user"}]}', "message 1 needs"),

@@ -5,19 +5,12 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from recordings import recording
-from tiny_tokenizers import (
-    CHAT_TEMPLATE,
-    SAMPLE,
-    THINKING_TEMPLATE,
-    byte_level,
-    save_folder,
-)
+from tiny_tokenizers import CHAT_TEMPLATE, SAMPLE, THINKING_TEMPLATE, byte_level, save_folder
 from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import models
 from transformers import AutoTokenizer
@@ -27,7 +20,7 @@ from treeflash.testing.pairs import EXAMPLES
 from treeflash.text.tokenizer import TRUSTED_TYPES, TextStream, Tokenizer, check_vocabulary
 
 
-def test_special_tokens_are_left_out_but_can_be_shown(plain: Tokenizer):
+def test_special_tokens_are_left_out_but_can_be_shown(plain):
     start = plain.encode("<|start|>")
     assert len(start) == 1
     assert plain.decode([*start, *plain.encode("a")]) == "a"
@@ -37,7 +30,7 @@ def test_special_tokens_are_left_out_but_can_be_shown(plain: Tokenizer):
     assert plain.token_text(100_000) == "<100000>"
 
 
-def test_a_token_has_the_text_that_it_adds(tokenizer: Tokenizer):
+def test_a_token_has_the_text_that_it_adds(tokenizer):
     """With the space at its beginning, which some decoders strip from a text of one token."""
     vocabulary = tokenizer.transformers.get_vocab()
     for token in vocabulary.values():
@@ -47,18 +40,18 @@ def test_a_token_has_the_text_that_it_adds(tokenizer: Tokenizer):
             assert tokenizer.token_bytes(token) == added.encode()
 
 
-def test_bytes_of_a_character_are_known_one_by_one(tokenizer: Tokenizer):
+def test_bytes_of_a_character_are_known_one_by_one(tokenizer):
     for text in ("é", "👋"):
         token_ids = tokenizer.encode_continuation(text)
         joined = b"".join(map(tokenizer.token_bytes, token_ids))
         assert joined.removeprefix(b" ") == text.encode()
 
 
-def test_spaces_before_punctuation_stay(plain: Tokenizer):
+def test_spaces_before_punctuation_stay(plain):
     assert plain.decode(plain.encode("a , b . n't")) == "a , b . n't"
 
 
-def test_long_stop_strings_are_not_compared_with_what_is_longer_than_the_text(plain: Tokenizer):
+def test_long_stop_strings_are_not_compared_with_what_is_longer_than_the_text(plain):
     class Stop(str):
         cuts = 0
 
@@ -71,13 +64,13 @@ def test_long_stop_strings_are_not_compared_with_what_is_longer_than_the_text(pl
     assert Stop.cuts < 20
 
 
-def test_chat_needs_a_template(plain: Tokenizer):
+def test_chat_needs_a_template(plain):
     assert not plain.has_chat_template
     with pytest.raises(PromptError, match="use raw for plain text"):
         plain.chat([{"role": "user", "content": "hi"}])
 
 
-def test_chat_ends_in_the_generation_prompt(tmp_path: Path):
+def test_chat_ends_in_the_generation_prompt(tmp_path):
     folder = save_folder(tmp_path, byte_level(), chat_template=CHAT_TEMPLATE)
     tokenizer = Tokenizer.from_folder(folder)
     assert tokenizer.has_chat_template
@@ -87,7 +80,7 @@ def test_chat_ends_in_the_generation_prompt(tmp_path: Path):
     )
 
 
-def test_thinking_is_off_unless_asked_for(tmp_path: Path):
+def test_thinking_is_off_unless_asked_for(tmp_path):
     folder = save_folder(tmp_path, byte_level(), chat_template=THINKING_TEMPLATE)
     tokenizer = Tokenizer.from_folder(folder)
     messages = [{"role": "user", "content": "hi"}]
@@ -96,7 +89,7 @@ def test_thinking_is_off_unless_asked_for(tmp_path: Path):
     assert "<think>" in tokenizer.decode(tokenizer.chat(messages, {"enable_thinking": True}))
 
 
-def test_thinking_may_be_on_by_default(tmp_path: Path):
+def test_thinking_may_be_on_by_default(tmp_path):
     folder = save_folder(tmp_path, byte_level(), chat_template=THINKING_TEMPLATE)
     tokenizer = Tokenizer.from_folder(folder, thinking=True)
     messages = [{"role": "user", "content": "hi"}]
@@ -104,7 +97,7 @@ def test_thinking_may_be_on_by_default(tmp_path: Path):
     assert "<think>" not in tokenizer.decode(tokenizer.chat(messages, {"enable_thinking": False}))
 
 
-def test_settings_of_the_tokenizer_are_no_template_variables(tmp_path: Path):
+def test_settings_of_the_tokenizer_are_no_template_variables(tmp_path):
     folder = save_folder(tmp_path, byte_level(), chat_template=THINKING_TEMPLATE)
     tokenizer = Tokenizer.from_folder(folder)
     with pytest.raises(PromptError, match="'return_tensors' is reserved"):
@@ -122,14 +115,14 @@ def test_settings_of_the_tokenizer_are_no_template_variables(tmp_path: Path):
         (CHAT_TEMPLATE, {"tokenize": False}),
     ],
 )
-def test_template_errors_are_one_line(tmp_path: Path, template: str, template_args: dict):
+def test_template_errors_are_one_line(tmp_path, template, template_args):
     tokenizer = Tokenizer.from_folder(save_folder(tmp_path, byte_level(), chat_template=template))
     with pytest.raises(PromptError, match=r"chat.template") as caught:
         tokenizer.chat([{"role": "user", "content": "hi"}], template_args)
     assert "\n" not in str(caught.value)
 
 
-def test_template_errors_are_one_line_wherever_the_template_runs(tmp_path: Path):
+def test_template_errors_are_one_line_wherever_the_template_runs(tmp_path):
     tokenizer = Tokenizer.from_folder(
         save_folder(tmp_path, byte_level(), chat_template="{{ 1 / 0 }}")
     )
@@ -140,13 +133,13 @@ def test_template_errors_are_one_line_wherever_the_template_runs(tmp_path: Path)
 
 
 @pytest.mark.parametrize("template", ["{{ messages[0].content }}", "nothing"])
-def test_a_template_without_a_header_is_one_line(tmp_path: Path, template: str):
+def test_a_template_without_a_header_is_one_line(tmp_path, template):
     tokenizer = Tokenizer.from_folder(save_folder(tmp_path, byte_level(), chat_template=template))
     with pytest.raises(PromptError, match="puts nothing before the user's message"):
         tokenizer.user_header()
 
 
-def test_text_without_a_token_is_one_line(tmp_path: Path):
+def test_text_without_a_token_is_one_line(tmp_path):
     raw = RawTokenizer(models.WordLevel({"known": 0}, unk_token="<absent>"))
     tokenizer = Tokenizer.from_folder(save_folder(tmp_path, raw))
     assert tokenizer.encode("known") == [0]
@@ -155,7 +148,7 @@ def test_text_without_a_token_is_one_line(tmp_path: Path):
     assert "\n" not in str(caught.value)
 
 
-def test_stop_tokens_of_all_three_sources(tmp_path: Path):
+def test_stop_tokens_of_all_three_sources(tmp_path):
     raw = byte_level()
     folder = save_folder(tmp_path, raw)
     end = raw.token_to_id("<|end|>")
@@ -168,7 +161,7 @@ def test_stop_tokens_of_all_three_sources(tmp_path: Path):
         Tokenizer.from_folder(folder)
 
 
-def test_a_tokenizer_without_a_vocabulary_is_refused(tmp_path: Path):
+def test_a_tokenizer_without_a_vocabulary_is_refused(tmp_path):
     """The library transformers makes one of special tokens alone, which loses the prompt."""
     folder = save_folder(tmp_path, byte_level(), tokenizer_class="TokenizersBackend")
     (folder / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
@@ -180,7 +173,7 @@ def test_a_tokenizer_without_a_vocabulary_is_refused(tmp_path: Path):
             check(folder)
 
 
-def test_an_end_token_that_only_a_missing_file_has_is_asked_for(tmp_path: Path):
+def test_an_end_token_that_only_a_missing_file_has_is_asked_for(tmp_path):
     """Answers would run on, as the end token of the template would end none of them."""
     raw = byte_level()
     folder = save_folder(tmp_path, raw, eos_token="<unk>", chat_template=CHAT_TEMPLATE)
@@ -198,7 +191,7 @@ def test_an_end_token_that_only_a_missing_file_has_is_asked_for(tmp_path: Path):
 
 
 @pytest.mark.parametrize("damage", [None, "", '{"version": "1.0", "mod', '{"model": {}}'])
-def test_missing_or_damaged_tokenizer(tmp_path: Path, damage: str | None):
+def test_missing_or_damaged_tokenizer(tmp_path, damage):
     folder = save_folder(tmp_path, byte_level())
     (folder / "tokenizer.json").unlink()
     if damage is not None:
@@ -218,9 +211,7 @@ def test_missing_or_damaged_tokenizer(tmp_path: Path, damage: str | None):
         ('{"eos_token_id": [[1]]}', r"config\.json: eos_token_id must be a token id"),
     ],
 )
-def test_a_broken_configuration_is_not_taken_for_a_broken_tokenizer(
-    tmp_path: Path, config: str, message: str
-):
+def test_a_broken_configuration_is_not_taken_for_a_broken_tokenizer(tmp_path, config, message):
     folder = save_folder(tmp_path, byte_level())
     (folder / "config.json").write_text(config)
     with pytest.raises(CheckpointError, match=message) as caught:
@@ -239,7 +230,7 @@ def said(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]
     logger.removeHandler(caplog.handler)
 
 
-def test_a_long_prompt_leaks_no_warning_of_transformers(tmp_path: Path, said):
+def test_a_long_prompt_leaks_no_warning_of_transformers(tmp_path, said):
     folder = save_folder(tmp_path, byte_level(), chat_template=CHAT_TEMPLATE, model_max_length=16)
     tokenizer = Tokenizer.from_folder(folder)
     token_ids = tokenizer.chat([{"role": "user", "content": "word " * 100}])
@@ -247,7 +238,7 @@ def test_a_long_prompt_leaks_no_warning_of_transformers(tmp_path: Path, said):
     assert said.messages == []
 
 
-def test_an_unknown_type_of_model_leaks_no_warning_of_transformers(tmp_path: Path, said):
+def test_an_unknown_type_of_model_leaks_no_warning_of_transformers(tmp_path, said):
     """It would stand before the error that names the type."""
     folder = save_folder(tmp_path, byte_level())
     (folder / "config.json").write_text('{"model_type": "foo"}')
@@ -286,7 +277,7 @@ def token_sequences(draw: st.DrawFn, size: int) -> list[list[int]]:
 
 @repeated
 @given(data=st.data())
-def test_stream_equals_decode_of_all_ids(tokenizer: Tokenizer, data: st.DataObject):
+def test_stream_equals_decode_of_all_ids(tokenizer, data):
     chunks = data.draw(token_sequences(vocabulary_size(tokenizer)))
     stream = TextStream(tokenizer)
     pieces = [stream.push(chunk) for chunk in chunks]
@@ -300,7 +291,7 @@ def test_stream_equals_decode_of_all_ids(tokenizer: Tokenizer, data: st.DataObje
 
 @repeated
 @given(data=st.data())
-def test_stop_strings_equal_naive_search(tokenizer: Tokenizer, data: st.DataObject):
+def test_stop_strings_equal_naive_search(tokenizer, data):
     chunks = data.draw(token_sequences(vocabulary_size(tokenizer)))
     token_ids = [token_id for chunk in chunks for token_id in chunk]
     text = tokenizer.decode(token_ids).replace("\ufffd", " ") or "the end"
@@ -314,7 +305,7 @@ def test_stop_strings_equal_naive_search(tokenizer: Tokenizer, data: st.DataObje
     )
 
 
-def test_every_prefix_is_safe(plain: Tokenizer):
+def test_every_prefix_is_safe(plain):
     stream = TextStream(plain)
     shown = ""
     for token_id in plain.encode(SAMPLE):
@@ -323,7 +314,7 @@ def test_every_prefix_is_safe(plain: Tokenizer):
     assert shown + stream.finish() == SAMPLE
 
 
-def test_possible_stop_string_is_held_back_and_released(plain: Tokenizer):
+def test_possible_stop_string_is_held_back_and_released(plain):
     stream = TextStream(plain, ["END"])
     assert stream.push(plain.encode("the E")) == "the "
     assert stream.push(plain.encode("N")) == ""
@@ -333,7 +324,7 @@ def test_possible_stop_string_is_held_back_and_released(plain: Tokenizer):
     assert stream.stopped_by is None
 
 
-def test_stop_cuts_inside_a_chunk_and_ignores_what_follows(plain: Tokenizer):
+def test_stop_cuts_inside_a_chunk_and_ignores_what_follows(plain):
     before, after = plain.encode("one\n\n"), plain.encode("two")
     stream = TextStream(plain, ["\n\n"])
     assert stream.push(before + after) == "one"
@@ -343,7 +334,7 @@ def test_stop_cuts_inside_a_chunk_and_ignores_what_follows(plain: Tokenizer):
     assert stream.tokens_used == len(before)
 
 
-def test_a_special_token_whose_name_is_a_stop_string_ends_the_text(plain: Tokenizer):
+def test_a_special_token_whose_name_is_a_stop_string_ends_the_text(plain):
     before, special, after = map(plain.encode, ("one <", "<|start|>", "two"))
     stream = TextStream(plain, ["<|start|>"])
     assert stream.push([*before, *special, *after]) == "one <"
@@ -352,12 +343,12 @@ def test_a_special_token_whose_name_is_a_stop_string_ends_the_text(plain: Tokeni
     assert stream.finish() == ""
 
 
-def test_earliest_of_two_stop_strings_counts(plain: Tokenizer):
+def test_earliest_of_two_stop_strings_counts(plain):
     stream = TextStream(plain, ["cd", "bcd"])
     assert stream.push(plain.encode("abcd")) == "a"
 
 
-def test_window_stays_short(plain: Tokenizer):
+def test_window_stays_short(plain):
     stream = TextStream(plain, ["never"])
     with recording(plain, "decode") as windows:
         stream.push(plain.encode(SAMPLE) * 40 + [plain.encode("é")[0]] * 500)
@@ -365,12 +356,12 @@ def test_window_stays_short(plain: Tokenizer):
     assert max(len(ids) for (ids,) in windows) < 18, "twice the tokens of a window, and one"
 
 
-def test_empty_stop_string_is_refused(plain: Tokenizer):
+def test_empty_stop_string_is_refused(plain):
     with pytest.raises(ConfigError, match="stop string"):
         TextStream(plain, [""])
 
 
-def test_a_replacement_character_stops_only_where_no_character_is_still_to_come(plain: Tokenizer):
+def test_a_replacement_character_stops_only_where_no_character_is_still_to_come(plain):
     stream = TextStream(plain, ["\ufffd"])
     shown = "".join(stream.push([token_id]) for token_id in plain.encode("a👋b"))
     assert shown + stream.finish() == "a👋b"
@@ -412,7 +403,7 @@ def test_the_window_forgets_only_ids_that_no_longer_change_the_text(token_ids):
 
 
 @pytest.mark.parametrize("model_type", [*TRUSTED_TYPES, "qwen2"])
-def test_a_tokenizer_is_of_the_class_that_transformers_chooses(tmp_path: Path, model_type: str):
+def test_a_tokenizer_is_of_the_class_that_transformers_chooses(tmp_path, model_type):
     """Where the choice is known, it is not asked for."""
     save_folder(tmp_path, byte_level(), chat_template=CHAT_TEMPLATE)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
