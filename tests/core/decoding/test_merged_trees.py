@@ -14,7 +14,7 @@ from treeflash.decoding.sampling import only, unpack
 from treeflash.decoding.suffix import SuffixDrafter, SuffixTree
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.decoding.tree import build_chain, build_tree
-from treeflash.testing.comparisons import path_to
+from treeflash.testing.comparisons import paths as token_paths
 
 VOCAB = 400
 
@@ -66,10 +66,6 @@ def draft(following, table=None, proposal=None, *, nodes=16, deepest=99, seen=No
     return tree, masks
 
 
-def paths_of(tree):
-    return [tuple(tree.tokens[path_to(tree, node)].tolist()) for node in range(len(tree))]
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_paths_are_allowed_and_masks_are_theirs(kind, shape):
@@ -85,7 +81,7 @@ def test_paths_are_allowed_and_masks_are_theirs(kind, shape):
 
     for nodes in (1, 7, 40):
         tree, masks = draft(following, table, proposal, nodes=nodes, deepest=9)
-        paths = paths_of(tree)
+        paths = token_paths(tree)
         assert len(set(paths)) == len(paths) <= nodes
         assert tree.depths.max() <= 9
         for path, mask in zip(paths, unpack(masks, VOCAB), strict=True):
@@ -100,7 +96,7 @@ def test_a_constraint_that_allows_everything_changes_nothing(kind):
     table = random_table(kind, (5, 2, 3), 3)
     tree, _ = draft(anything, table, nodes=12)
     joined = merge(table, SuffixTree(0), 9, 12)
-    assert paths_of(tree) == paths_of(joined)
+    assert token_paths(tree) == token_paths(joined)
     chain, _ = draft(anything, table, nodes=12, chain=True)
     assert chain.tokens.tolist() == build_chain(table, 9, 12).tokens.tolist()
 
@@ -133,9 +129,9 @@ def test_children_of_allowed_drafts_are_their_own():
     table = random_table("smooth", (3, 4, 6), 1)
     kept = set(table.tokens[0, 0, ::2].tolist())
     tree, _ = draft(lambda t: sorted(kept) if len(t) == 1 else anything(t), table, nodes=400)
-    every = paths_of(build_tree(table, 9, 2000))
+    every = token_paths(build_tree(table, 9, 2000))
     drafted = {path for path in every if len(path) == 1 or path[1] in kept}
-    assert set(paths_of(tree)) == drafted
+    assert set(token_paths(tree)) == drafted
     assert 1 < len(drafted) < len(every)
 
 
@@ -168,7 +164,7 @@ def test_forced_tokens_are_drafted_below_every_draft_and_copy():
         )
 
     tree, _ = draft(following, table, nodes=40)
-    paths = paths_of(tree)
+    paths = token_paths(tree)
     assert (9, 9, 31, 7) in paths
     assert {(9, 9, 31, 7, 53), (9, 50, 31, 7), (9, 50, 51)} < {*paths}
     assert (9, 9, 51) not in paths
@@ -183,7 +179,7 @@ def test_forced_tokens_are_drafted_below_every_draft_and_copy():
 
 def test_few_choices_are_children():
     tree, _ = draft(lambda tokens: [5, 6] if len(tokens) < 3 else anything(tokens))
-    assert sorted(paths_of(tree)[3:]) == [(9, a, b) for a in (5, 6) for b in (5, 6)]
+    assert sorted(token_paths(tree)[3:]) == [(9, a, b) for a in (5, 6) for b in (5, 6)]
     np.testing.assert_allclose(np.exp(tree.log_probs[:3]), [1, 0.5, 0.5])
     assert len(draft(lambda _: range(200))[0]) == 1
 

@@ -1,61 +1,51 @@
-"""Sequences that join, leave, wait and fail; each has the tokens that it has alone."""
+"""Sequences that start, wait, share and fail, the scheduler's thread, and turns of threads.
+
+`test_schedules.py` compares random schedules with each sequence alone.
+"""
 
 from __future__ import annotations
 
+import queue
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from failures import failing
-from memory import watch_states
+from fake_models import PROMPT, SCRIPT, scripted
+from fake_models import config_of as scripted_config
+from memory import check_memory, watch_states
 from recordings import recording
 
-from treeflash.config import METHODS, DecodeConfig, LoadConfig, Penalties, SamplingConfig
+from treeflash.config import DecodeConfig, LoadConfig, Penalties, SamplingConfig
 from treeflash.decoding import Request, Scheduler, SchedulerConfig, Step
 from treeflash.decoding.disk_cache import CacheKey, Prefix
-from treeflash.decoding.interfaces import Prefill, Verify
+from treeflash.decoding.interfaces import Prefill
 from treeflash.decoding.prefix_cache import PrefixCache
-from treeflash.errors import (
-    ConfigError,
-    DeviceError,
-    MemoryInUseError,
-    NumericalError,
-    PromptError,
-    is_device_lost,
-)
+from treeflash.decoding.scheduler_thread import SchedulerThread
+from treeflash.decoding.turns import Turns
+from treeflash.errors import ConfigError, DeviceError, MemoryInUseError, PromptError, is_device_lost
 from treeflash.reference.backend import load
 from treeflash.reference.verifier import State, Verifier
 from treeflash.testing.comparisons import generate
 
 SAMPLED = SamplingConfig(temperature=0.9, seed=3)
+
 PROMPTS = [[5, 6, 7], [9, 8], [4, 4, 4, 4, 4, 1], [30]]
 
 
 class Spy(Verifier):
-    """Notes the work of each forward pass; fails on one kind of work of poisoned sequences."""
+    """Notes the prompt tokens of each forward pass."""
 
     def __init__(self, target):
         super().__init__(target)
-        self.passes = []
-        self.poison = None  # a prompt's token, and the kind of work that fails
-        self.poisoned = []
+        self.extended = []
 
     def run(self, work):
-        self.passes.append(list(work))
-        for item in work:
-            if self.poison and isinstance(item, Prefill) and self.poison[0] in item.token_ids:
-                self.poisoned.append(item.state)
-            if item.state in self.poisoned and isinstance(item, self.poison[1]):
-                raise NumericalError("poisoned")
+        self.extended.append(sum(len(x.token_ids) for x in work if isinstance(x, Prefill)))
         return super().run(work)
-
-    @property
-    def extended(self):
-        """Prompt tokens of each forward pass."""
-        return [
-            sum(len(item.token_ids) for item in work if isinstance(item, Prefill))
-            for work in self.passes
-        ]
 
 
 @pytest.fixture
@@ -67,6 +57,18 @@ def backend(tiny_pair):
 
 def config_of(**settings):
     return DecodeConfig(**({"budget": 6, "max_tokens": 9} | settings))
+
+
+def submit(scheduler, prompt, config=None, **settings):
+    """Submit a prompt with the settings of `config_of`, or with a configuration."""
+    return scheduler.submit(Request(prompt_ids=prompt, config=config or config_of(**settings)))
+
+
+def answer(scheduler, prompt, config=None, **settings):
+    """Return the tokens of a prompt that is submitted alone."""
+    submit(scheduler, prompt, config, **settings)
+    (found,) = finish(scheduler).values()
+    return found
 
 
 def finish(scheduler, found=None):
@@ -89,39 +91,6 @@ def note(found, request_id, event):
         found[request_id] = event
 
 
-@pytest.mark.parametrize("sampling", [SamplingConfig(), SAMPLED], ids=["greedy", "sampled"])
-def test_texts_of_all_methods_at_once_equal_themselves_alone(backend, sampling):
-    scheduler = Scheduler(backend)
-    wanted = {}
-    for n, method in enumerate(METHODS):
-        prompt = PROMPTS[n % len(PROMPTS)]
-        config = config_of(method=method, sampling=replace(sampling, seed=n), max_tokens=6 + n)
-        request_id = scheduler.submit(Request(prompt_ids=prompt, config=config))
-        wanted[request_id] = generate(backend, prompt, config)
-    assert finish(scheduler) == wanted
-
-
-def test_texts_join_and_leave_between_iterations(backend):
-    scheduler, found, wanted = Scheduler(backend), {}, {}
-    for n, prompt in enumerate(PROMPTS):
-        config = config_of(max_tokens=4 + 3 * n)
-        request_id = scheduler.submit(Request(prompt_ids=prompt, config=config))
-        wanted[request_id] = generate(backend, prompt, config)
-        step(scheduler, found)
-    assert finish(scheduler, found) == wanted
-    assert (scheduler.running, scheduler.waiting) == (0, 0)
-
-
-def test_trees_of_all_texts_are_one_forward_pass(backend):
-    scheduler = Scheduler(backend)
-    for prompt in PROMPTS:
-        scheduler.submit(Request(prompt_ids=prompt, config=config_of()))
-    scheduler.step()
-    backend.verifier.passes.clear()
-    scheduler.step()
-    assert [len(work) for work in backend.verifier.passes] == [len(PROMPTS)]
-
-
 def test_texts_of_any_temperature_are_drafted_together(backend):
     samplings = [SamplingConfig(), SAMPLED, replace(SAMPLED, temperature=1.4, top_k=9, seed=8)]
     configs = [config_of(sampling=sampling) for sampling in samplings]
@@ -129,116 +98,37 @@ def test_texts_of_any_temperature_are_drafted_together(backend):
     assert len(set(map(tuple, wanted))) == 3
     scheduler = Scheduler(backend)
     for config in configs:
-        scheduler.submit(Request(prompt_ids=PROMPTS[0], config=config))
+        submit(scheduler, PROMPTS[0], config)
     with recording(backend.head, "transitions") as tables:
         assert list(finish(scheduler).values()) == wanted
     blocks, _ = tables[0]
     assert len(blocks) == 3
 
 
-def test_cancelled_texts_say_no_more_and_others_continue(backend):
-    scheduler = Scheduler(backend, SchedulerConfig(max_parallel=2))
-    request_ids = [
-        scheduler.submit(Request(prompt_ids=prompt, config=config_of())) for prompt in PROMPTS
-    ]
-    found = {}
-    step(scheduler, found)
-    scheduler.cancel(request_ids[0])  # runs
-    scheduler.cancel(request_ids[3])  # waits
-    before = len(found[request_ids[0]])
-    finish(scheduler, found)
-    assert len(found.pop(request_ids[0])) == before
-    assert found == {request_ids[n]: generate(backend, PROMPTS[n], config_of()) for n in (1, 2)}
-    scheduler.cancel(request_ids[1])  # has finished: nothing happens
-
-
-def test_texts_beyond_the_limit_wait_in_order(backend):
-    scheduler = Scheduler(backend, SchedulerConfig(max_parallel=1))
-    request_ids = [
-        scheduler.submit(Request(prompt_ids=prompt, config=config_of())) for prompt in PROMPTS
-    ]
-    found = {}
-    while scheduler.busy:
-        step(scheduler, found)
-        assert scheduler.running <= 1
-    assert list(found) == request_ids
-
-
-def test_the_memory_of_all_texts_stays_below_the_limit(backend):
-    config = config_of(max_tokens=30)
-    capacity = 3 + 30 + 6
-    each = backend.state_nbytes(capacity, drafts=True)
-    scheduler = Scheduler(backend, SchedulerConfig(max_bytes=2 * each + each // 2))
-    request_ids = [
-        scheduler.submit(Request(prompt_ids=[5, 6, 7 + n], config=config)) for n in range(4)
-    ]
-    found = {}
-    while scheduler.busy:
-        step(scheduler, found)
-        assert scheduler.running <= 2
-    assert list(found) == request_ids
-    assert found[request_ids[3]] == generate(backend, [5, 6, 10], config)
-
-
 def test_a_text_that_never_fits_is_refused(backend):
     scheduler = Scheduler(backend, SchedulerConfig(max_bytes=100))
     with pytest.raises(ConfigError, match=r"the limit is 9\.54e-05 MiB"):
-        scheduler.submit(Request(prompt_ids=[5], config=config_of()))
+        submit(scheduler, [5])
     assert not scheduler.busy
-
-
-@pytest.mark.parametrize("kind", [Prefill, Verify])
-def test_an_error_in_one_text_ends_only_that_text(backend, kind):
-    scheduler = Scheduler(backend)
-    backend.verifier.poison = 77, kind
-    bad = scheduler.submit(Request(prompt_ids=[77, 1], config=config_of()))
-    good = [scheduler.submit(Request(prompt_ids=x, config=config_of())) for x in PROMPTS]
-    found = finish(scheduler)
-    assert isinstance(found.pop(bad), NumericalError)
-    assert found == {
-        request_id: generate(backend, prompt, config_of())
-        for request_id, prompt in zip(good, PROMPTS, strict=True)
-    }
-
-
-@pytest.mark.parametrize("end", ["failure", "cancellation", "close"])
-def test_only_states_of_finished_sequences_are_cached(backend, end):
-    """Nobody knows the state of a sequence that failed."""
-    cache = PrefixCache(10**9)
-    scheduler = Scheduler(backend, prefix_cache=cache)
-    backend.verifier.poison = 77, Verify
-    prompt = [77 if end == "failure" else 9, 1, 2, 3]
-    request_id = scheduler.submit(Request(prompt_ids=prompt, config=config_of()))
-    scheduler.step()
-    if end == "failure":
-        ((_, event),) = scheduler.step()
-        assert isinstance(event, NumericalError)
-    elif end == "cancellation":
-        scheduler.cancel(request_id)
-    else:
-        scheduler.close()
-    assert not scheduler.busy
-    assert len(cache) == 0
 
 
 def test_long_prompts_run_in_chunks_beside_running_texts(backend):
     limits = SchedulerConfig(prefill_chunk=8, lone_prefill_chunk=32)
     scheduler, found = Scheduler(backend, limits), {}
     config = config_of(max_tokens=20, budget=1)
-    first = scheduler.submit(Request(prompt_ids=PROMPTS[0], config=config))
+    first = submit(scheduler, PROMPTS[0], config)
     step(scheduler, found)
     prompt = [n % 250 for n in range(45)]
-    second = scheduler.submit(Request(prompt_ids=prompt, config=config))
-    backend.verifier.passes.clear()
+    second = submit(scheduler, prompt, config)
+    backend.verifier.extended.clear()
     for n in range(6):
         step(scheduler, found)
         assert len(found[first]) == 2 + n, "the running sequence waits"
     assert backend.verifier.extended == [8, 8, 8, 8, 8, 5]
     finish(scheduler, found)
     assert found[second] == generate(backend, prompt, config)
-    backend.verifier.passes.clear()
-    scheduler.submit(Request(prompt_ids=prompt, config=config))
-    finish(scheduler)
+    backend.verifier.extended.clear()
+    answer(scheduler, prompt, config)
     assert backend.verifier.extended[:2] == [32, 13]
 
 
@@ -247,7 +137,7 @@ def test_how_much_of_a_prompt_has_run(backend, scored):
     limits = SchedulerConfig(prefill_chunk=8, lone_prefill_chunk=32)
     scheduler = Scheduler(backend, limits, prefix_cache=PrefixCache(10**9))
     config = config_of(max_tokens=2, method="ar", log_probs=0)
-    scheduler.submit(Request(prompt_ids=[n % 250 for n in range(40)], config=config))
+    submit(scheduler, [n % 250 for n in range(40)], config)
     list(scheduler.run())
     prompt = [n % 250 for n in range(150)]
     first = scheduler.submit(Request(prompt_ids=prompt, config=config, scores_prompt=scored))
@@ -269,20 +159,20 @@ def test_prompts_that_run_together_share_the_room(backend):
     limits = SchedulerConfig(prefill_chunk=8, lone_prefill_chunk=32)
     scheduler, found = Scheduler(backend, limits), {}
     config = config_of(max_tokens=20, budget=1)
-    first = scheduler.submit(Request(prompt_ids=PROMPTS[0], config=config))
+    first = submit(scheduler, PROMPTS[0], config)
     step(scheduler, found)
     prompts = [[n] * length for n, length in ((20, 10), (21, 3), (22, 14))]
-    others = [scheduler.submit(Request(prompt_ids=x, config=config)) for x in prompts]
-    backend.verifier.passes.clear()
+    others = [submit(scheduler, x, config) for x in prompts]
+    backend.verifier.extended.clear()
     for n in range(4):
         step(scheduler, found)
         assert len(found[first]) == 2 + n, "the running sequence waits"
     assert backend.verifier.extended == [8, 8, 8, 3]
     assert list(found) == [first, *others], "the earliest prompt has the room first"
     scheduler.close()
-    backend.verifier.passes.clear()
+    backend.verifier.extended.clear()
     for prompt in prompts:
-        scheduler.submit(Request(prompt_ids=prompt * 2, config=config))
+        submit(scheduler, prompt * 2, config)
     scheduler.step()
     assert backend.verifier.extended == [32]
 
@@ -294,12 +184,11 @@ def test_the_prefix_cache_makes_room_for_sequences(backend):
     cache = PrefixCache(10**9)
     scheduler = Scheduler(backend, SchedulerConfig(max_bytes=2 * each), prefix_cache=cache)
     for n in range(8):
-        scheduler.submit(Request(prompt_ids=[n, 30], config=config))
-        finish(scheduler)
+        answer(scheduler, [n, 30], config)
         assert cache.nbytes <= 2 * each
     assert len(cache) > 1
     for n in range(2):
-        scheduler.submit(Request(prompt_ids=[n, 40], config=config))
+        submit(scheduler, [n, 40], config)
     scheduler.step()
     assert scheduler.running == 2
     assert len(cache) == 0
@@ -311,8 +200,7 @@ def test_the_state_that_a_sequence_continues_is_the_last_to_make_room(backend):
     scheduler = Scheduler(backend, prefix_cache=cache)
     conversation, sizes = list(range(10, 50)), []
     for prompt in (conversation, [5, 6], [7, 8]):
-        scheduler.submit(Request(prompt_ids=prompt, config=config))
-        finish(scheduler)
+        answer(scheduler, prompt, config)
         sizes.append(cache.nbytes)
     request = Request(prompt_ids=[*conversation, 9, 8], config=config)
     scheduler.config = SchedulerConfig(max_bytes=scheduler.state_bytes(request) + sizes[0])
@@ -328,7 +216,7 @@ def test_a_longer_state_takes_the_place_of_the_one_it_replaces(backend):
     scheduler = Scheduler(backend, prefix_cache=cache)
     prompt = list(range(10, 50))
     for each in ([5, 6], prompt):
-        scheduler.submit(Request(prompt_ids=each, config=config))
+        submit(scheduler, each, config)
         (answer,) = finish(scheduler).values()
     following = [*prompt, *answer, 9, 8]
     request = Request(prompt_ids=following, config=config)
@@ -350,8 +238,7 @@ def test_a_finished_state_is_copied_only_where_both_fit(backend, missing, cached
     copy = backend.state_nbytes(2 + 4 - 1, drafts=True)
     limits = SchedulerConfig(max_bytes=state + copy - missing)
     scheduler = Scheduler(backend, limits, prefix_cache=PrefixCache(10**9))
-    scheduler.submit(Request(prompt_ids=[5, 6], config=config_of(max_tokens=4)))
-    finish(scheduler)
+    answer(scheduler, [5, 6], max_tokens=4)
     assert len(scheduler.prefix_cache) == cached
 
 
@@ -366,15 +253,6 @@ def test_a_group_runs_its_prompt_once(backend, chunk):
     assert [found[request_id] for request_id in request_ids] == [
         generate(backend, prompt, c) for c in configs
     ]
-
-
-def test_a_group_of_drafted_and_plain_texts(backend):
-    scheduler = Scheduler(backend)
-    configs = [config_of(method=method) for method in ("ar", "treeflash", "ddtree", "ar")]
-    requests = [Request(prompt_ids=PROMPTS[0], config=config) for config in configs]
-    request_ids = scheduler.submit_group(requests)
-    found = finish(scheduler)
-    assert [found[t] for t in request_ids] == [generate(backend, PROMPTS[0], c) for c in configs]
 
 
 def test_a_group_has_one_prompt(backend):
@@ -397,11 +275,10 @@ def test_finished_sequences_serve_prompts_with_the_same_beginning(backend):
     cache = PrefixCache(10**9)
     scheduler = Scheduler(backend, prefix_cache=cache)
     prompt = list(range(20, 50))
-    scheduler.submit(Request(prompt_ids=prompt, config=config_of()))
-    finish(scheduler)
+    answer(scheduler, prompt)
     for other, cached in ((prompt, 29), ([*prompt[:25], 7, 8], 25), ([1, *prompt], 0)):
-        backend.verifier.passes.clear()
-        scheduler.submit(Request(prompt_ids=other, config=config_of()))
+        backend.verifier.extended.clear()
+        submit(scheduler, other)
         ((_, first),) = scheduler.step()
         assert first.cached_tokens == cached
         assert backend.verifier.extended == [len(other) - cached]
@@ -422,6 +299,7 @@ METAL_MESSAGES = (
     "buffer size of 8 bytes.",
     "[metal::malloc] Resource limit (499000) exceeded.",
 )
+
 LOST = (
     "[METAL] Command buffer execution failed: Caused GPU Timeout Error (00000002:kIOGPU...Timeout)",
     "[METAL] Command buffer execution failed: Ignored (for causing prior/excessive GPU errors) "
@@ -440,9 +318,7 @@ def test_memory_that_runs_out_on_metal_ends_one_sequence(backend, message):
         return run(work)
 
     scheduler = Scheduler(backend)
-    good, bad = (
-        scheduler.submit(Request(prompt_ids=prompt, config=config_of())) for prompt in ([5, 6], [9])
-    )
+    good, bad = (submit(scheduler, prompt) for prompt in ([5, 6], [9]))
     backend.verifier.run = fail
     if message in LOST:
         with pytest.raises(RuntimeError, match="GPU"):
@@ -463,13 +339,9 @@ def test_an_error_of_earlier_work_ends_all_sequences_that_run(backend):
     message = "[METAL] Command buffer execution failed: Insufficient Memory"
     cache = PrefixCache(10**9)
     scheduler = Scheduler(backend, SchedulerConfig(max_parallel=2), prefix_cache=cache)
-    scheduler.submit(Request(prompt_ids=[5, 6], config=config_of()))
-    finish(scheduler)
+    answer(scheduler, [5, 6])
     assert len(cache) == 1
-    *started, waiting = (
-        scheduler.submit(Request(prompt_ids=prompt, config=config_of()))
-        for prompt in ([5, 6, 7], [9], [30])
-    )
+    *started, waiting = (submit(scheduler, prompt) for prompt in ([5, 6, 7], [9], [30]))
     scheduler.step()
     with failing(backend.verifier, "run", RuntimeError(message)):
         events = dict(scheduler.step())
@@ -486,7 +358,7 @@ def test_an_error_of_earlier_work_while_a_state_is_forked_ends_all_that_run(back
     error = RuntimeError("[METAL] Command buffer execution failed: Insufficient Memory")
     scheduler = Scheduler(backend, prefix_cache=PrefixCache(10**9))
     short, long = (
-        scheduler.submit(Request(prompt_ids=prompt, config=config_of(max_tokens=n, method="ar")))
+        submit(scheduler, prompt, max_tokens=n, method="ar")
         for prompt, n in (([5, 6], 2), ([9], 9))
     )
     with failing(State, "fork", error):
@@ -494,9 +366,8 @@ def test_an_error_of_earlier_work_while_a_state_is_forked_ends_all_that_run(back
     assert found[short] == generate(backend, [5, 6], config_of(max_tokens=2))
     assert isinstance(found[long], DeviceError)
     finish(scheduler)
-    scheduler.submit(Request(prompt_ids=[5, 6, 7], config=config_of()))
-    finish(scheduler)
-    again = scheduler.submit(Request(prompt_ids=[5, 6, 7, 8], config=config_of()))
+    answer(scheduler, [5, 6, 7])
+    again = submit(scheduler, [5, 6, 7, 8])
     with failing(State, "fork", error, 1):
         found = finish(scheduler)
     assert found == {again: generate(backend, [5, 6, 7, 8], config_of())}
@@ -507,7 +378,7 @@ def test_a_state_that_the_prefix_cache_cannot_hold_is_not_copied(backend):
     nbytes = backend.state_nbytes(2 + 4 - 1, drafts=True)
     for missing, copies in ((1, 0), (0, 1)):
         scheduler = Scheduler(backend, prefix_cache=PrefixCache(nbytes - missing))
-        scheduler.submit(Request(prompt_ids=[5, 6], config=config_of(max_tokens=4)))
+        submit(scheduler, [5, 6], max_tokens=4)
         with recording(State, "fork") as forks:
             finish(scheduler)
         assert len(forks) == len(scheduler.prefix_cache) == copies
@@ -521,25 +392,12 @@ def test_long_prompts_leave_snapshots_on_the_way(backend, monkeypatch):
     config = SchedulerConfig(snapshot_interval=8)
     for cache, lengths in ((PrefixCache(10**9), [8, 16, 24, 26]), (None, [])):
         scheduler = Scheduler(backend, config, prefix_cache=cache)
-        scheduler.submit(Request(prompt_ids=list(range(2, 29)), config=config_of(method="ar")))
+        submit(scheduler, list(range(2, 29)), method="ar")
         while not scheduler.step():
             pass
         assert taken == lengths
         taken.clear()
         scheduler.close()
-
-
-def test_no_two_salts_share_a_state(backend):
-    """Equal prompts of two salts share nothing."""
-    scheduler = Scheduler(backend, prefix_cache=PrefixCache(10**9))
-    salts = ["", "a", "aa", "ab", "ba", "A", "a ", "0" * 64, "0" * 63 + "1", "1" + "0" * 63]
-    for wanted in (0, 3):
-        for salt in salts:
-            request = Request(prompt_ids=[5, 6, 7, 8], config=config_of(), cache_salt=salt)
-            scheduler.submit(request)
-            ((_, first),) = scheduler.step()
-            assert first.cached_tokens == wanted
-            finish(scheduler)
 
 
 def test_a_group_shares_its_prompt_among_equal_salts_alone(backend):
@@ -564,8 +422,7 @@ def test_a_prompt_that_is_scored_is_run_as_a_whole(backend):
         return first.prompt_log_probs.sampled
 
     scheduler = Scheduler(backend, prefix_cache=PrefixCache(10**9))
-    scheduler.submit(Request(prompt_ids=[5, 6, 7, 8], config=config_of()))
-    finish(scheduler)
+    answer(scheduler, [5, 6, 7, 8])
     assert len(scheduler.prefix_cache)
     expected = scores(Scheduler(backend))
     assert len(expected) == 3
@@ -583,7 +440,7 @@ def test_every_token_of_a_prompt_but_the_first_is_scored(backend, length):
 
 def test_the_seconds_of_steps_are_parts_of_the_time_that_has_passed(backend):
     scheduler = Scheduler(backend)
-    scheduler.submit(Request(prompt_ids=[5, 6, 7, 8], config=config_of(method="treeflash")))
+    submit(scheduler, [5, 6, 7, 8], method="treeflash")
     started = time.perf_counter()
     steps = [step for _, step in scheduler.run()]
     passed = time.perf_counter() - started
@@ -598,7 +455,7 @@ def test_drafted_and_plain_sequences_do_not_share_states(backend, methods):
     scheduler = Scheduler(backend, prefix_cache=PrefixCache(10**9))
     for method in methods:
         config = config_of(method=method)
-        scheduler.submit(Request(prompt_ids=[5, 6, 7, 8], config=config))
+        submit(scheduler, [5, 6, 7, 8], config)
         ((_, first),) = scheduler.step()
         assert first.cached_tokens == 0
         (rest,) = finish(scheduler).values()
@@ -608,8 +465,8 @@ def test_drafted_and_plain_sequences_do_not_share_states(backend, methods):
 def test_a_state_that_does_not_fit_beside_its_text_is_not_cached(backend, monkeypatch):
     made = watch_states(monkeypatch, State)
     scheduler = Scheduler(backend, prefix_cache=PrefixCache(1 << 20))
-    long = scheduler.submit(Request(prompt_ids=[9, 8], config=config_of()))
-    short = scheduler.submit(Request(prompt_ids=[5, 6], config=config_of(max_tokens=1)))
+    long = submit(scheduler, [9, 8])
+    short = submit(scheduler, [5, 6], max_tokens=1)
     with failing(State, "fork", MemoryError("out of memory")):
         found = finish(scheduler)
     assert found[long] == generate(backend, [9, 8], config_of())
@@ -624,7 +481,7 @@ def test_an_error_of_another_kind_is_raised_and_the_state_closed(
 ):
     made = watch_states(monkeypatch, State)
     scheduler = Scheduler(backend, prefix_cache=PrefixCache(1 << 20))
-    scheduler.submit(Request(prompt_ids=[5, 6], config=config_of(max_tokens=1)))
+    submit(scheduler, [5, 6], max_tokens=1)
     owner = State if place == "fork" else backend
     with failing(owner, place, ZeroDivisionError), pytest.raises(ZeroDivisionError):
         scheduler.step()
@@ -634,13 +491,13 @@ def test_an_error_of_another_kind_is_raised_and_the_state_closed(
 @pytest.mark.parametrize("place", ["open", "fork"])
 def test_a_text_that_cannot_start_ends_with_the_error_alone(backend, place):
     scheduler = Scheduler(backend, prefix_cache=PrefixCache(1 << 20))
-    scheduler.submit(Request(prompt_ids=[5, 6, 7], config=config_of(max_tokens=1)))
+    submit(scheduler, [5, 6, 7], max_tokens=1)
     scheduler.step()
-    first = scheduler.submit(Request(prompt_ids=[9, 8], config=config_of()))
+    first = submit(scheduler, [9, 8])
     found = {}
     step(scheduler, found)
     prompt = [5, 6, 7] if place == "fork" else [30]
-    bad = scheduler.submit(Request(prompt_ids=prompt, config=config_of()))
+    bad = submit(scheduler, prompt)
     with failing(State if place == "fork" else backend, place, MemoryError("out of memory")):
         step(scheduler, found)
     assert isinstance(found.pop(bad), MemoryError)
@@ -672,7 +529,7 @@ def test_a_text_waits_until_reserved_memory_has_room(backend):
     scheduler = Scheduler(backend)
     room = Room(backend, scheduler, 2)
     prompts = [[5, 6, 7 + n] for n in range(4)]
-    request_ids = [scheduler.submit(Request(prompt_ids=x, config=config_of())) for x in prompts]
+    request_ids = [submit(scheduler, x) for x in prompts]
     found = {}
     while scheduler.busy:
         step(scheduler, found)
@@ -689,13 +546,10 @@ def test_cached_states_leave_reserved_memory_one_by_one(backend):
     config = SchedulerConfig(max_parallel=1)
     scheduler = Scheduler(backend, config, prefix_cache=PrefixCache(10**9))
     for prompt in ([5, 6], [7, 8], [9, 10], [15, 16]):
-        scheduler.submit(Request(prompt_ids=prompt, config=config_of(max_tokens=2)))
-        finish(scheduler)
+        answer(scheduler, prompt, max_tokens=2)
     assert len(scheduler.prefix_cache) == 4
     room = Room(backend, scheduler, 2)
-    first, _ = (
-        scheduler.submit(Request(prompt_ids=x, config=config_of())) for x in ([11, 12], [13, 14])
-    )
+    first, _ = (submit(scheduler, x) for x in ([11, 12], [13, 14]))
     ((request_id, _),) = scheduler.step()
     assert request_id == first, "a request overtook another"
     assert (scheduler.running, len(scheduler.prefix_cache), room.refused) == (1, 1, 3)
@@ -704,8 +558,85 @@ def test_cached_states_leave_reserved_memory_one_by_one(backend):
 def test_a_text_without_room_ends_if_nothing_can_make_room(backend):
     scheduler = Scheduler(backend)
     Room(backend, scheduler, 0)
-    bad = scheduler.submit(Request(prompt_ids=[5, 6], config=config_of()))
+    bad = submit(scheduler, [5, 6])
     ((request_id, error),) = scheduler.step()
     assert request_id == bad
     assert isinstance(error, MemoryInUseError)
     assert not scheduler.busy
+
+
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("texts", [100, 500])
+def test_no_state_stays_open_over_many_texts(monkeypatch, tiny_pair, texts):
+    check_memory(monkeypatch, load(*tiny_pair, LoadConfig()), State, lambda: 0, texts)
+
+
+def test_an_error_of_the_receiver_ends_the_sequences_and_not_the_thread():
+    """Nobody would answer later requests, and they would wait for ever."""
+    backend, answers = scripted(SCRIPT), queue.SimpleQueue()
+
+    def receive(events):
+        for request, step in events:
+            if request.tag == "faulty":
+                raise KeyError("no such token")
+            answers.put(step)
+
+    thread = SchedulerThread(lambda: Scheduler(backend), receive, answers.put, stays=True)
+    thread.start()
+    scheduler = thread.made.result()
+    for tag in ("faulty", "good"):
+        request = Request(prompt_ids=PROMPT, config=scripted_config(max_tokens=1), tag=tag)
+        assert thread.call(lambda request=request: scheduler.submit(request))
+        if tag == "faulty":
+            assert isinstance(answers.get(timeout=60), KeyError)
+    assert answers.get(timeout=60).tokens == (SCRIPT[4],)
+    thread.stop()
+    assert all(state.closed for state in backend.states)
+
+
+def test_one_thread_at_a_time_in_order():
+    turns, order, inside = Turns(), [], []
+
+    def take(number: int) -> None:
+        with turns:
+            inside.append(number)
+            assert inside == [number]
+            order.append(number)
+            inside.remove(number)
+
+    threads = [threading.Thread(target=take, args=(number,)) for number in range(8)]
+    with turns:
+        for number, thread in enumerate(threads):
+            thread.start()
+            while len(turns.waiting) <= number:
+                pass
+        assert order == []
+    for thread in threads:
+        thread.join()
+    assert order == list(range(8))
+
+
+def test_two_busy_threads_alternate():
+    """With a lock of Python, one of them would get nearly all turns."""
+    turns, order = Turns(), []
+
+    def work(name: str) -> None:
+        for _ in range(200):
+            with turns:
+                order.append(name)
+
+    with ThreadPoolExecutor(2) as threads:
+        with turns:
+            done = [threads.submit(work, name) for name in "ab"]
+            while len(turns.waiting) < 2:
+                pass
+        for one in done:
+            one.result()
+    assert sum(x != y for x, y in pairwise(order)) > 100
+
+
+def test_an_error_ends_a_turn():
+    turns = Turns()
+    for _ in range(2):
+        with pytest.raises(KeyError), turns:
+            raise KeyError

@@ -37,6 +37,7 @@ from treeflash.decoding.suffix import (
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.decoding.tree import DraftTree, build_tree
 from treeflash.decoding.verify_costs import VerifyCosts
+from treeflash.testing.comparisons import paths as token_paths
 from treeflash.testing.comparisons import tokens_of
 
 
@@ -199,15 +200,6 @@ class TestIndex:
                     expected[place] = length
             assert index.find(text) == expected
 
-    def test_an_index_grown_bit_by_bit_equals_one_made_at_once(self):
-        text = np.random.default_rng(2).integers(0, 9, 1000).tolist()
-        at_once, grown = SuffixIndex(), SuffixIndex()
-        at_once.extend(text)
-        for start in range(0, len(text), 7):
-            grown.extend(text[start : start + 7])
-        for end in range(1, len(text)):
-            assert at_once.find(text[:end]) == grown.find(text[:end])
-
     def test_only_the_latest_occurrences_are_compared(self):
         index = SuffixIndex(occurrences=3)
         index.extend([1, 2, 3] * 50)
@@ -303,13 +295,6 @@ def naive_merge(table: TransitionTable, proposal: SuffixTree) -> dict[tuple[int,
     return {path: sum(edges[path[: n + 1]] for n in range(len(path))) for path in edges}
 
 
-def paths_of(tree: DraftTree) -> list[tuple[int, ...]]:
-    paths: list[tuple[int, ...]] = [()]
-    for node in range(1, len(tree)):
-        paths.append((*paths[tree.parents[node]], int(tree.tokens[node])))
-    return paths[1:]
-
-
 class TestMerge:
     def test_merged_paths_are_the_best_of_both(self):
         rng = np.random.default_rng(4)
@@ -320,7 +305,7 @@ class TestMerge:
             assert proposal is not None
             tree = merge(table, proposal, text[15], 24)
             expected = naive_merge(table, proposal)
-            paths = paths_of(tree)
+            paths = [path[1:] for path in token_paths(tree)[1:]]
             assert len(set(paths)) == len(paths) == 23
             np.testing.assert_allclose(tree.log_probs[1:], [expected[path] for path in paths])
             best = sorted(expected.values(), reverse=True)[:23]

@@ -1,14 +1,31 @@
-"""Transition tables: which rows follow which children, and what is absent."""
+"""Transition tables: which rows follow which children, from logits and heads, and calibrated."""
 
 from __future__ import annotations
 
 import tracemalloc
+from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
+from random_tables import KINDS, random_table
 
-from treeflash.decoding.transitions import RowBatch, TransitionTable
+from treeflash.decoding.interfaces import TableOptions
+from treeflash.decoding.logit_tables import head_table, marginal_table
+from treeflash.decoding.transitions import (
+    EXPONENTS,
+    MIN_REST,
+    Calibration,
+    RowBatch,
+    TransitionTable,
+)
 from treeflash.errors import NumericalError
+from treeflash.reference.backend import load
+from treeflash.reference.numerics import log_softmax
+from treeflash.testing.comparisons import assert_equal_tables
+from treeflash.testing.models import write_dialect, write_target
+from treeflash.testing.pairs import LOAD
+from treeflash.testing.trees import draft, noise_of_depths
 
 
 def test_marginals_share_one_row_a_depth():
@@ -37,17 +54,6 @@ def test_a_table_cut_short_ends_in_leaves():
     assert cut.next_row.tolist() == [[[0, 0]], [[-1, -1]]]
     assert table.next_row.tolist() == [[[0, 0]], [[0, 0]], [[-1, -1]]]
     assert table.truncate(3) is table.truncate(9) is table
-
-
-def test_candidates_by_hand():
-    """Two depths, two rows, two children: of 4, 7 (after the root) only 7 has a row."""
-    tokens = np.array([[[4, 7], [0, 0]], [[1, 2], [3, 4]]], np.int32)
-    log_probs = np.full((2, 2, 2), -1, np.float32)
-    table = TransitionTable.from_candidates(np.array([[9, 7]], np.int32), tokens, log_probs)
-    assert table.next_row[0, 0].tolist() == [-1, 1]
-    assert table.next_row[1].tolist() == [[-1, -1], [-1, -1]]
-    assert table.log_probs[0].tolist() == [[-1, -1], [-np.inf, -np.inf]]
-    assert table.log_probs[1].tolist() == [[-1, -1], [-1, -1]]
 
 
 def table_of(*arrays: np.ndarray, shape: tuple[int, int]) -> TransitionTable:
@@ -97,14 +103,6 @@ def test_rows_that_follow_paths():
     assert table.tokens[2].tolist() == [[5, 6], [6, 5]]
     assert table.confidences is not None
     assert table.confidences.tolist() == [[0.5, 1], [0.25, 0.125], [0, 1]]
-
-
-def test_a_block_of_two_has_the_roots_row_alone():
-    nothing = np.zeros(0, np.int32)
-    children = np.array([[5]], np.int32), np.array([[-1]], np.float32)
-    table = table_of(nothing, nothing, *children, shape=(1, 2))
-    assert table.log_probs.tolist() == [[[-1], [-np.inf]]]
-    assert (table.next_row == -1).all()
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 3, 4), (2, 1, 5), (6, 4, 3), (15, 16, 16)])
@@ -190,3 +188,193 @@ def test_memory_of_a_table_is_linear_in_its_rows():
     tracemalloc.stop()
     assert table.next_row.max() > 0
     assert peak < 100 * tokens.size  # bytes
+
+
+@pytest.fixture(scope="module")
+def backend(tmp_path_factory):
+    """A pair with a Markov head, whose scores are the marginals' and a low-rank bias."""
+    folder = tmp_path_factory.mktemp("pair")
+    write_target(folder / "target", "llama", seed=1)
+    write_dialect(folder / "drafter", folder / "target", "deepspec", seed=2)
+    return load(folder / "target", folder / "drafter", LOAD)
+
+
+SIZES = list(product((1, 4, 100), (1, 5, 100), (None, 1, 8, 100), (None, 1, 7, 100)))
+
+
+@pytest.mark.sample(2)
+@pytest.mark.parametrize("noisy", [False, True])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_tables_of_all_sizes(backend, temperature, noisy):
+    block, root = draft(backend, [3, 1, 4, 1, 5])
+    logits = backend.drafter.model.logits(block.hidden)
+    first, second = (backend.drafter_model.head_tensors[f"markov_w{n}.weight"] for n in (1, 2))
+
+    def score(slots, previous, tokens):
+        return logits[slots][:, tokens] + first[previous] @ second[tokens].T
+
+    def confidence(slots, previous):
+        return np.array(
+            [
+                backend.head.scores.confidence(block.hidden[[slot]], np.array([[token]]))[0, 0]
+                for slot, token in zip(slots, previous, strict=True)
+            ],
+            np.float32,
+        )
+
+    options = TableOptions(k=9, temperature=temperature)
+    if noisy:
+        options = replace(options, noise=noise_of_depths(backend, 0.8))
+    (expected,) = backend.drafter.marginals([block], options)
+    assert_equal_tables(marginal_table(logits, options), expected)
+    for m, k, shortlist, rows in SIZES:
+        options = replace(options, m=m, k=k, shortlist=shortlist, rows=rows)
+        (expected,) = backend.head.transitions([block], options)
+        table = head_table(logits, root, score, options, confidence)
+        assert_equal_tables(table, expected)
+
+
+def test_a_single_depth_has_the_row_of_the_root_alone():
+    logits = np.array([[0, 2, 1]], np.float32)
+    options = TableOptions(m=1, k=2, shortlist=2, rows=1)
+    table = head_table(logits, 0, lambda slots, before, tokens: logits[slots][:, tokens], options)
+    assert table.tokens.tolist() == [[[1, 2]]]
+    assert_equal_tables(table, marginal_table(logits, options))
+
+
+def test_tokens_that_cannot_be_drafted_have_no_rows():
+    logits = np.array([[1, -np.inf, 0], [0, -np.inf, 1]], np.float32)
+    options = TableOptions(m=3, k=3)
+    table = head_table(logits, 0, lambda slots, before, tokens: logits[slots], options)
+    assert np.isfinite(table.log_probs).sum(-1).max() == 2
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("shortlist", [None, 2])
+def test_logits_that_are_not_finite_are_refused(value, shortlist):
+    logits = np.zeros((3, 5), np.float32)
+    logits[1, 2] = value
+    options = TableOptions(m=2, k=2, shortlist=shortlist)
+    for table in (
+        lambda: marginal_table(logits, options),
+        lambda: head_table(logits, 0, lambda slots, before, x: logits[slots][:, x], options),
+    ):
+        with pytest.raises(NumericalError, match="the drafter's output is not finite"):
+            table()
+
+
+VOCAB, CHILDREN, DEPTHS = 60, 16, 6
+
+
+def observed(exponent, iterations=150, seed=0):
+    """What is learned about a drafter whose probabilities are to be raised to that exponent."""
+    rng = np.random.default_rng(seed)
+    calibration = Calibration(VOCAB)
+    for _ in range(iterations):
+        target = log_softmax(rng.normal(0, 3, (DEPTHS, VOCAB)))
+        drafted = log_softmax(target / exponent)
+        best = np.argsort(-drafted)[:, :CHILDREN].astype(np.int32)
+        table = TransitionTable.from_marginals(
+            best, np.take_along_axis(drafted, best, 1).astype(np.float32)
+        )
+        tokens = [int(rng.choice(VOCAB, p=np.exp(row))) for row in target]
+        calibration.observe(table, tokens)
+    return calibration
+
+
+def sure(exponent):
+    """A calibration that believes in one exponent."""
+    return Calibration(VOCAB, np.where(exponent == EXPONENTS, 0.0, -np.inf))
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("exponent", [0.6, 1, 1.6, 2.5])
+def test_it_finds_the_exponent(exponent, seed):
+    assert observed(exponent, seed=seed).exponent == pytest.approx(exponent, rel=0.15)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_little_evidence_changes_little(seed):
+    assert observed(1, iterations=3, seed=seed).exponent == pytest.approx(1, abs=0.25)
+
+
+def test_a_chain_of_improbable_tokens_is_learned_quickly():
+    """A drafter that is always right and never sure: two blocks are enough to sharpen it."""
+    tokens = np.tile(np.arange(CHILDREN, dtype=np.int32), (DEPTHS, 1))
+    log_probs = log_softmax(np.r_[2.0, np.zeros(VOCAB - 1)])[:CHILDREN].astype(np.float32)
+    table = TransitionTable.from_marginals(tokens, np.tile(log_probs, (DEPTHS, 1)))
+    calibration = Calibration(VOCAB)
+    for _ in range(2):
+        calibration.observe(table, [0] * DEPTHS)
+    assert calibration.exponent > 1.5
+    calibrated = calibration.correct(table).log_probs[:, 0, 0]
+    assert (calibrated > table.log_probs[:, 0, 0] + 0.3).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_evidence_probabilities_stay(kind):
+    table = random_table(kind, (7, 5, 4), 0)
+    calibration = Calibration(VOCAB)
+    assert calibration.exponent == 1
+    rest = 1 - np.exp(table.log_probs.astype(np.float64)).sum(-1)
+    kept = rest > MIN_REST  # not where a random table's children have more than everything
+    np.testing.assert_allclose(
+        calibration.correct(table).log_probs[kept], table.log_probs[kept], rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_stay_distributions_in_the_same_order(kind):
+    table = random_table(kind, (7, 5, 4), 1)
+    for exponent in EXPONENTS:
+        found = sure(exponent).correct(table)
+        np.testing.assert_array_equal(np.isfinite(found.log_probs), np.isfinite(table.log_probs))
+        with np.errstate(invalid="ignore"):
+            assert not (np.diff(found.log_probs, axis=-1) > 0).any()
+        assert (np.exp(found.log_probs).sum(-1) <= 1 + 1e-6).all()
+        np.testing.assert_array_equal(found.tokens, table.tokens)
+        np.testing.assert_array_equal(found.next_row, table.next_row)
+
+
+def test_the_rest_is_raised_as_well():
+    """Rows whose other tokens are as probable as the last child are raised exactly."""
+    logits = np.r_[5.0, 4.0, 3.0, np.zeros(VOCAB - 3)]
+    tokens = np.arange(4, dtype=np.int32)[None]
+    table = TransitionTable.from_marginals(tokens, log_softmax(logits)[None, :4].astype(np.float32))
+    for exponent in EXPONENTS:
+        np.testing.assert_allclose(
+            sure(exponent).correct(table).log_probs[0, 0], log_softmax(exponent * logits)[:4], 1e-4
+        )
+
+
+def test_rows_are_followed_as_far_as_they_are_known():
+    """At depth 2 the row of the chosen token counts, and no other; without a row it ends."""
+    rows = log_softmax(np.array([[[3.0, 0, 0, 0]] * 2, [[0.5, 0, 0, 0], [6.0, 0, 0, 0]]]))
+    tokens = np.tile(np.arange(4, dtype=np.int32), (2, 2, 1))
+    next_row = np.full((2, 2, 4), -1, np.int32)
+    next_row[0, :, 1] = 1
+    table = TransitionTable(tokens[..., :3], rows[..., :3].astype(np.float32), next_row[..., :3])
+
+    def weights(*tokens):
+        calibration = Calibration(4)
+        before = calibration.log_weights
+        calibration.observe(table, tokens)
+        return calibration.log_weights - before
+
+    def raised(row, token):
+        return log_softmax(EXPONENTS[:, None] * row)[:, token]
+
+    first = raised(rows[0, 0], 1)
+    np.testing.assert_allclose(weights(1, 0), first + raised(rows[1, 1], 0), 1e-4)
+    np.testing.assert_allclose(weights(0, 0), raised(rows[0, 0], 0), 1e-4)
+    np.testing.assert_allclose(weights(1, 3, 0), first + raised(rows[1, 1], 3), 1e-4)
+    np.testing.assert_allclose(weights(3, 0), raised(rows[0, 0], 3), 1e-4)
+
+
+def test_an_empty_row_says_nothing():
+    table = random_table("smooth", (1, 1, 4), 0)
+    empty = TransitionTable(table.tokens, np.full((1, 1, 4), -np.inf, np.float32), table.next_row)
+    calibration = Calibration(VOCAB)
+    calibration.observe(empty, [0])
+    assert calibration.exponent == 1
+    np.testing.assert_array_equal(calibration.correct(empty).log_probs, empty.log_probs)

@@ -19,9 +19,3 @@ def folder(tmp_path: Path) -> Path:
 def dflash_folder(tmp_path: Path, folder: Path) -> Path:
     write_drafter(tmp_path / "dflash", tmp_path / "target", format="dflash", seed=1)
     return tmp_path / "dflash"
-
-
-@pytest.fixture
-def linear_folder(tmp_path: Path, folder: Path) -> Path:
-    write_drafter(tmp_path / "linear", tmp_path / "target", head="linear", seed=1)
-    return tmp_path / "linear"

@@ -1,17 +1,20 @@
-"""Drafters and targets that fit each other, and each reason why they do not."""
+"""Drafters that are loaded from folders: what does not fit is named, and tensors are whole."""
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from mtp_pairs import write_mtp_pair
 
-from treeflash.drafters.folder import read_config, read_file, read_tensors
+from treeflash.config import LoadConfig
+from treeflash.drafters import mtp_heads
+from treeflash.drafters.evaluation import EVALUATION, DrafterEvaluation, read_evaluation
+from treeflash.drafters.folder import read_config, read_file, read_quantised, read_tensors
 from treeflash.drafters.formats import canonical_name, drafter_shapes, head_inner_size
 from treeflash.drafters.loading import (
     check_drafter,
@@ -22,21 +25,21 @@ from treeflash.drafters.loading import (
     read_layout,
     refuse_extensions,
 )
-from treeflash.errors import CheckpointError, UnsupportedModelError
+from treeflash.drafters.mtp_formats import ASSISTANT, EAGLE3, GLM_MTP, QWEN_MTP, QWEN_SIDECAR
+from treeflash.drafters.mtp_tensors import mtp_shapes, split_fused, stack_experts
+from treeflash.errors import CheckpointError, ConfigError, UnsupportedModelError
+from treeflash.hub.models import resolve_drafter
 from treeflash.testing.models import save
 
 TARGET_SHAPE = {"hidden_size": 32, "vocab_size": 24, "num_hidden_layers": 4}
 
 
-def message(text: str) -> str:
+def message(text):
     """A pattern that matches the whole message and nothing else."""
     return f"^{re.escape(text)}$"
 
 
 class TestPairs:
-    def test_a_pair_that_fits(self, folder):
-        check_pair(drafter_config(folder), **TARGET_SHAPE)
-
     def test_what_a_drafter_does_not_state_is_not_checked(self, folder):
         config = replace(drafter_config(folder), vocab_size=None, num_target_layers=None)
         check_pair(config, hidden_size=32, vocab_size=50, num_hidden_layers=9)
@@ -60,120 +63,34 @@ class TestPairs:
     )
     def test_a_pair_that_does_not_fit(self, folder, change, problem):
         config = replace(drafter_config(folder), **change)
-        with pytest.raises(
-            CheckpointError, match=message(f"drafter and target do not fit: {problem}")
-        ):
+        expected = message(f"drafter and target do not fit: {problem}")
+        with pytest.raises(CheckpointError, match=expected):
             check_pair(config, **TARGET_SHAPE)
 
 
 class TestTensors:
-    def shapes(self, folder: Path) -> dict[str, tuple[int, ...]]:
-        return {canonical_name(name): t.shape for name, t in read_tensors(folder).items()}
-
-    def test_canonical_name(self):
-        assert canonical_name("model.fc.weight") == "fc.weight"
-        assert canonical_name("fc.weight") == "fc.weight"
-
-    def test_both_formats_have_the_tensors_of_their_configs(
-        self, folder, dflash_folder, linear_folder
-    ):
-        for each, head_tensors in ((folder, 4), (linear_folder, 2), (dflash_folder, 0)):
-            config, shapes = drafter_config(each), self.shapes(each)
-            check_shapes(each, config, shapes)
-            assert shapes == drafter_shapes(config, head_size=32)
-            assert sum("ar_approximation" in name for name in shapes) == head_tensors
-
-    def test_shapes_by_hand(self, folder):
-        config = replace(drafter_config(folder), attention_bias=True, head_dim=16)
-        shapes = drafter_shapes(config, head_size=5)
-        assert shapes["fc.weight"] == (32, 64)
-        assert shapes["layers.1.self_attn.q_proj.weight"] == (64, 32)
-        assert shapes["layers.1.self_attn.q_proj.bias"] == (64,)
-        assert shapes["layers.1.self_attn.v_proj.weight"] == (32, 32)
-        assert shapes["layers.1.self_attn.v_proj.bias"] == (32,)
-        assert shapes["layers.1.self_attn.o_proj.weight"] == (32, 64)
-        assert shapes["layers.1.self_attn.o_proj.bias"] == (32,)
-        assert shapes["layers.1.self_attn.k_norm.weight"] == (16,)
-        assert shapes["layers.1.mlp.down_proj.weight"] == (32, 64)
-        assert shapes["ar_approximation.ug.weight"] == (10, 64)
-        assert shapes["ar_approximation.ug.bias"] == (10,)
-        assert shapes["ar_approximation.d.weight"] == (32, 5)
-        assert len(shapes) == 3 + 2 * 15 + 4
-
-    def test_shapes_of_a_linear_head_by_hand(self, folder):
-        shapes = drafter_shapes(replace(drafter_config(folder), head="linear"))
-        assert shapes["ar_approximation.d.weight"] == (32, 64)
-        assert shapes["ar_approximation.norm.weight"] == (32,)
-        assert "ar_approximation.ug.weight" not in shapes
-
     @pytest.mark.parametrize("missing", ["ug.bias", "d.weight"])
     def test_either_tensor_gives_the_width_of_a_head(self, folder, missing):
         shapes = drafter_shapes(drafter_config(folder), head_size=5)
         del shapes[f"ar_approximation.{missing}"]
         assert head_inner_size(shapes) == 5
 
-    def test_every_missing_tensor_is_named(self, folder):
-        config, shapes = drafter_config(folder), self.shapes(folder)
+    def test_every_missing_tensor_and_an_unexpected_one_are_named(self, folder):
+        config = drafter_config(folder)
+        shapes = {canonical_name(name): x.shape for name, x in read_tensors(folder).items()}
+        check_shapes(folder, config, shapes)
         for name, shape in shapes.items():
             rest = {other: shapes[other] for other in shapes if other != name}
             expected = f"{folder} lacks the tensor {name} of shape {shape}"
             with pytest.raises(CheckpointError, match=message(expected)):
                 check_shapes(folder, config, rest)
-
-    def test_a_head_that_is_missing_altogether(self, folder, dflash_folder):
-        with pytest.raises(CheckpointError, match=r"lacks the tensor ar_approximation\."):
-            check_shapes(folder, drafter_config(folder), self.shapes(dflash_folder))
-
-    @pytest.mark.parametrize(
-        "name", ["fc.weight", "layers.0.self_attn.k_norm.weight", "ar_approximation.ug.weight"]
-    )
-    def test_misshapen_tensor_is_named(self, folder, name):
-        shapes = self.shapes(folder)
-        expected = f"{folder}: tensor {name} has shape (3, 5), config.json asks for {shapes[name]}"
+        more = "layers.2.mlp.up_proj.weight"
+        expected = f"{folder} holds an unexpected tensor for its configuration: {more}"
         with pytest.raises(CheckpointError, match=message(expected)):
-            check_shapes(folder, drafter_config(folder), shapes | {name: (3, 5)})
-
-    def test_unexpected_tensor_is_named(self, folder):
-        shapes = self.shapes(folder) | {"layers.2.mlp.up_proj.weight": (64, 32), "z": (1,)}
-        expected = (
-            f"{folder} holds an unexpected tensor for its configuration: "
-            "layers.2.mlp.up_proj.weight"
-        )
-        with pytest.raises(CheckpointError, match=message(expected)):
-            check_shapes(folder, drafter_config(folder), shapes)
-
-    def test_a_head_that_the_config_does_not_know(self, folder):
-        config = replace(drafter_config(folder), head=None)
-        with pytest.raises(CheckpointError, match=r"configuration: ar_approximation\.d\.weight$"):
-            check_shapes(folder, config, self.shapes(folder))
-
-
-class TestLoading:
-    def test_head_and_backbone_are_told_apart(self, folder):
-        loaded = load_tensors(folder, read_file, **TARGET_SHAPE)
-        stored = read_tensors(folder)
-        assert loaded.config == drafter_config(folder)
-        assert loaded.head_size == 32
-        assert loaded.head.keys() == {"ug.weight", "ug.bias", "d.weight", "norm.weight"}
-        for name, tensor in loaded.head.items():
-            np.testing.assert_array_equal(tensor, stored[f"model.ar_approximation.{name}"])
-        assert {f"model.{name}" for name in loaded.backbone} == {
-            name for name in stored if "ar_approximation" not in name
-        }
-        np.testing.assert_array_equal(loaded.backbone["fc.weight"], stored["model.fc.weight"])
-
-    def test_a_drafter_without_a_head(self, dflash_folder):
-        loaded = load_tensors(dflash_folder, read_file, **TARGET_SHAPE)
-        assert loaded.head == {}
-        assert loaded.head_size == 0
-        assert loaded.backbone.keys() == read_tensors(dflash_folder).keys()
-
-    def test_another_target(self, folder):
-        with pytest.raises(CheckpointError, match="its hidden size is 32, the target's is 64"):
-            load_tensors(folder, read_file, **TARGET_SHAPE | {"hidden_size": 64})
+            check_shapes(folder, config, shapes | {more: (64, 32), "z": (1,)})
 
     def test_quantised_weights_are_refused_before_they_are_read(self, folder):
-        tensors: dict[str, Any] = read_tensors(folder)
+        tensors = read_tensors(folder)
         tensors["model.fc.weight"] = tensors["model.fc.weight"].astype(np.int8)
         save(folder, read_config(folder), tensors)
         with pytest.raises(CheckpointError, match="holds tensors of type I8; supported are"):
@@ -195,3 +112,189 @@ def test_a_backend_for_block_drafters_refuses_a_head_that_drafts_depth_by_depth(
     config = read_layout(head, **shape).config
     with pytest.raises(UnsupportedModelError, match="a test does not support"):
         refuse_extensions(config, "a test")
+
+
+def published(name):
+    """Read the configuration of a dialect."""
+    path = Path(__file__).parent / "formats" / name / "config.json"
+    return json.loads(path.read_text("utf-8"))
+
+
+EAGLE, QWEN = published("eagle3"), published("qwen-mtp")
+QWEN_MOE = QWEN | {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 5}
+QWEN_MOE |= {"shared_expert_intermediate_size": 6}
+SHARED = ("embed_tokens.weight", "lm_head.weight")
+"""Tensors that a head may share with its target."""
+
+
+def write_eagle(folder, **changes):
+    """Write a head without what it shares; returns its configuration and its tensors."""
+    config = {**EAGLE, **changes}
+    shapes = mtp_shapes(EAGLE3.parse(config, (), 12), 10)
+    stored = {x: np.zeros(shape, "f4") for x, shape in shapes.items() if x not in SHARED}
+    save(folder, config, stored)
+    return config, stored
+
+
+def load(folder, **changes):
+    """Return the configuration, weights and vocabulary of a head."""
+    target = {"hidden_size": 8, "vocab_size": 10, "num_hidden_layers": 12, **changes}
+    layout = read_layout(folder, **target)
+    tensors = layout.read(read_file, read_quantised, np.stack)
+    return layout.config, tensors.backbone, tensors.vocabulary
+
+
+class TestHeads:
+    """Heads that draft depth by depth."""
+
+    def test_a_head_fits_its_target(self, tmp_path):
+        write_eagle(tmp_path / "head")
+        config, weights, vocabulary = load(tmp_path / "head")
+        assert not vocabulary
+        assert weights.keys() == mtp_shapes(config, 10).keys() - {*SHARED}
+        for changes, problem in (
+            ({"hidden_size": 16}, "its hidden size is 8, the target's is 16"),
+            ({"vocab_size": 11}, "its vocabulary has 10 tokens, the target's has 11"),
+            ({"num_hidden_layers": 2}, r"it reads target layers \[1, 0, -2\], the target has 2"),
+        ):
+            with pytest.raises(CheckpointError, match=problem):
+                load(tmp_path / "head", **changes)
+        write_eagle(tmp_path / "embeddings", eagle_aux_hidden_state_layer_ids=[0, 5, 9])
+        assert load(tmp_path / "embeddings")[0].target_layer_ids == (-1, 4, 8)
+        names = ("mtp.fc.weight", "mtp.pre_fc_norm_hidden.weight")
+        save(tmp_path / "mtp", QWEN, {name: np.zeros(1, "f4") for name in names})
+        with pytest.raises(CheckpointError, match="a target of 12 layers, this one has 11"):
+            load(tmp_path / "mtp", num_hidden_layers=11)
+
+    @pytest.mark.parametrize(
+        ("settings", "tensors", "problem"),
+        [
+            ({}, {"norm.weight": None}, "lacks the tensor norm.weight of shape (8,)"),
+            (
+                {},
+                {"fc.weight": np.zeros((2, 2), "f4")},
+                "tensor fc.weight has shape (2, 2), config.json asks for (8, 24)",
+            ),
+            ({}, {"extra": np.zeros(2, "f4")}, "an unexpected tensor for an MTP or EAGLE-3 head:"),
+            ({}, {"fc.weight": np.zeros((8, 24), np.int8)}, "tensors of type I8"),
+            ({"vocab_size": None}, {}, "config.json lacks 'vocab_size'"),
+            ({"hidden_size": "wide"}, {}, "config.json is not valid: "),
+            ({"draft_vocab_size": 7}, {}, "lacks the tensor lm_head.weight"),
+        ],
+    )
+    def test_a_head_that_is_not_whole(self, tmp_path, settings, tensors, problem):
+        config, stored = write_eagle(tmp_path)
+        config, stored = config | settings, stored | tensors
+        save(
+            tmp_path,
+            {name: x for name, x in config.items() if x is not None},
+            {name: x for name, x in stored.items() if x is not None},
+        )
+        with pytest.raises(CheckpointError, match=re.escape(problem)):
+            load(tmp_path)
+
+    def test_a_head_of_another_quantisation(self, tmp_path):
+        packed = {"quantization": {"group_size": 16, "bits": 4, "mode": "nvfp4"}}
+        words = {"fc.weight": np.zeros((8, 2), np.uint32)}
+        words |= {"pre_fc_norm_hidden.weight": np.zeros(1, "f4")}
+        save(tmp_path, {**QWEN, **packed, "model_type": "qwen3_5_mtp"}, words)
+        with pytest.raises(CheckpointError, match="mode 'nvfp4'; the mode 'affine' is supported"):
+            load(tmp_path)
+
+    def test_a_head_with_a_vocabulary_of_its_own(self, tmp_path):
+        config, stored = write_eagle(tmp_path, draft_vocab_size=7)
+        own = {"lm_head.weight": np.ones((7, 8), "f4"), "d2t": np.zeros(7, np.int64)}
+        save(tmp_path, config, stored | own)
+        assert load(tmp_path)[2].keys() == own.keys()
+
+    @pytest.mark.parametrize("fused", [False, True])
+    def test_experts_are_stacked(self, tmp_path, fused):
+        """They may be stored together, gates before the others."""
+        rng = np.random.default_rng(0)
+        names = ("mtp.layers.0.mlp.gate.weight",)
+        shapes = mtp_shapes(QWEN_MTP.parse(QWEN_MOE, names, 12), 10)
+        renamed = {"input_proj": "fc", "hidden_norm": "pre_fc_norm_hidden"}
+        renamed |= {"embedding_norm": "pre_fc_norm_embedding", "layer": "layers.0"}
+        stored = {}
+        for name, shape in shapes.items():
+            first, _, rest = name.partition(".")
+            stored[f"mtp.{renamed.get(first, first)}.{rest}"] = rng.normal(size=shape).astype("f4")
+        prefix, parts = "mtp.layers.0.mlp.experts.", ("gate_proj", "up_proj", "down_proj")
+        gate, up, down = (
+            np.stack([stored[f"{prefix}{i}.{name}.weight"] for i in range(3)]) for name in parts
+        )
+        if fused:
+            stored = {name: x for name, x in stored.items() if not name.startswith(prefix)}
+            stored |= {f"{prefix}gate_up_proj": np.concatenate([gate, up], 1)}
+            stored |= {f"{prefix}down_proj": down}
+        save(tmp_path / "head", QWEN_MOE, stored)
+        _, weights, _ = load(tmp_path / "head")
+        for name, expected in zip(parts, (gate, up, down), strict=True):
+            np.testing.assert_array_equal(weights[f"layer.mlp.experts.{name}"], expected)
+        assert not [name for name in weights if name.startswith("layer.mlp.experts.0")]
+
+    def test_stacked_experts_of_mlx(self):
+        """A side file has them under `switch_mlp`; each has the shape of a single expert."""
+        name = "layers.0.mlp.switch_mlp.gate_proj.weight"
+        canonical = QWEN_SIDECAR.names({}, [name])[name]
+        assert canonical == "layer.mlp.experts.gate_proj"
+        stacked = {canonical: (3, 5, 8), "layer.mlp.experts.down_proj": (3, 8, 5)}
+        stacked["layer.mlp.experts.up_proj"] = (3, 5, 8)
+        split = split_fused(stacked)
+        assert split["layer.mlp.experts.2.gate_proj.weight"] == (5, 8)
+        assert split["layer.mlp.experts.0.down_proj.weight"] == (8, 5)
+        assert len(split) == 9
+        zeros = {key: np.zeros(shape) for key, shape in stacked.items()}
+        config = QWEN_SIDECAR.parse(QWEN_MOE, ("layers.0.mlp.gate.weight",), 12)
+        assert stack_experts(dict(zeros), config, np.stack).keys() == zeros.keys()
+
+    def test_what_only_some_backends_and_drafters_have(self):
+        assistant = ASSISTANT.parse(published("gemma4-assistant"), (), 12)
+        latent = GLM_MTP.parse(published("glm-mtp-latent"), (), 12)
+        mtp_heads.refuse_window(LoadConfig())
+        with pytest.raises(ConfigError, match="draft_window is not supported"):
+            mtp_heads.refuse_window(LoadConfig(draft_window=8))
+        mtp_heads.refuse_missing_targets(QWEN_MTP.parse(QWEN, (), 12), "reference")
+        for config, backend, problem in (
+            (assistant, "reference", "by the reference backend; use the mlx"),
+            (latent, "cuda", "latent attention is not supported by the cuda"),
+        ):
+            with pytest.raises(UnsupportedModelError, match=problem):
+                mtp_heads.refuse_missing_targets(config, backend)
+
+
+RECORD = {"max_length": 512, "top1_marginal": [0.5, 0.25], "kl_marginal": [1.5, 2.0]}
+
+
+class TestEvaluation:
+    """The evaluation in a drafter's folder, which may hold anything."""
+
+    @pytest.mark.parametrize(
+        ("record", "by_depth"),
+        [(RECORD, (0.5, 0.25)), ({**RECORD, "top1_corrected": [0.75, 0.5]}, (0.75, 0.5))],
+        ids=["drafter", "head"],
+    )
+    def test_with_a_head_its_shares_count(self, tmp_path, record, by_depth):
+        (tmp_path / EVALUATION).write_text(json.dumps(record))
+        assert read_evaluation(tmp_path) == DrafterEvaluation(by_depth=by_depth, max_length=512)
+
+    def test_the_bundled_drafter_has_one(self):
+        assert read_evaluation(resolve_drafter(None, None)).by_depth[0] == 0.730
+
+    @pytest.mark.parametrize(
+        "contents",
+        [
+            *(b"", b"\xff", b"[]", b"7", b"[" * 100_000, b'{"accuracy": 0.9}'),
+            b'{"max_length": 512, "top1_marginal": []}',
+            b'{"max_length": 512, "top1_marginal": 0.5}',
+            b'{"max_length": 512, "top1_marginal": ["a"]}',
+            b'{"max_length": 512, "top1_marginal": [NaN]}',
+            b'{"max_length": 512, "top1_marginal": [73]}',
+            b'{"max_length": null, "top1_marginal": [0.5]}',
+            b'{"max_length": Infinity, "top1_marginal": [0.5]}',
+        ],
+    )
+    def test_another_file_of_this_name_is_none(self, tmp_path, contents):
+        assert read_evaluation(tmp_path) is None
+        (tmp_path / EVALUATION).write_bytes(contents)
+        assert read_evaluation(tmp_path) is None

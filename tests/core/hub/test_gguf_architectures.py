@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -28,84 +29,20 @@ import transformers
 
 LAYERS, PROMPT = 7, [3, 9, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<｜User｜>", "<end_of_turn>"]
-SHAPE = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "tie_word_embeddings": False,
-    "bos_token_id": 2,
-    "eos_token_id": 1,
-    "pad_token_id": 0,
-}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-YARN = {
-    "rope_type": "yarn",
-    "rope_theta": 5000.0,
-    "factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-EPSILONS = {"rms_norm_eps": 1e-5}
-CASES: dict[str, tuple[str, Any, dict[str, Any]]] = {
-    "llama": ("llama", transformers.LlamaConfig, {"rope_theta": 5000.0, **EPSILONS}),
-    "llama 3": ("llama", transformers.LlamaConfig, {"rope_parameters": LLAMA3, **EPSILONS}),
-    "llama with biases": (
-        "llama",
-        transformers.LlamaConfig,
-        {"rope_theta": 5000.0, "attention_bias": True, "mlp_bias": True, **EPSILONS},
-    ),
-    "mistral": (
-        "llama",
-        transformers.LlamaConfig,
-        {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}, **EPSILONS},
-    ),
-    "qwen2": ("qwen2", transformers.Qwen2Config, {"rope_theta": 5000.0}),
-    "qwen3": ("qwen3", transformers.Qwen3Config, {"rope_theta": 5000.0, "head_dim": 16}),
-    "qwen3 with YaRN": ("qwen3", transformers.Qwen3Config, {"rope_parameters": YARN}),
-    "gemma3": (
-        "gemma3",
-        transformers.Gemma3TextConfig,
-        {
-            "head_dim": 16,
-            "query_pre_attn_scalar": 16,
-            "sliding_window": 4,
-            "tie_word_embeddings": True,
-            "rope_parameters": {
-                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5000.0},
-                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
-            },
-        },
-    ),
-    "lfm2": (
-        "lfm2",
-        transformers.Lfm2Config,
-        {
-            "layer_types": ["conv", "full_attention", "conv", "conv", "full_attention"]
-            + ["conv"] * 2,
-            "block_auto_adjust_ff_dim": False,
-            "tie_word_embeddings": True,
-            "rope_theta": 5000.0,
-        },
-    ),
-}
+CASES = json.loads((Path(__file__).parent / "gguf_models.json").read_text("utf-8"))
+"""The architecture of each file, and the configuration of the model in it."""
+SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": LAYERS}
+SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
+SHAPE |= {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0, "tie_word_embeddings": False}
 
 
 def random_model(name: str, vocab_size: int) -> Any:
     """A random model of transformers whose weights are exact in bfloat16."""
-    _, make, settings = CASES[name]
+    settings = SHAPE | CASES[name] | {"vocab_size": vocab_size}
+    del settings["architecture"]
+    config = transformers.AutoConfig.for_model(**settings)
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(
-        make(vocab_size=vocab_size, **{**SHAPE, **settings}), dtype=torch.float32
-    )
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for parameter in model.parameters():
         noise = INWARD * torch.randn_like(parameter)
         parameter.data = (parameter.data + noise).bfloat16().float()
@@ -128,7 +65,7 @@ def write(
     comes before the first word, and `part` is the number of tensors in each part of a model in
     parts.
     """
-    architecture = CASES[name][0]
+    architecture = CASES[name]["architecture"]
     writer = gguf.GGUFWriter(path, architecture, split_max_tensors=part)
     vocab_size = write_tokenizer(writer, name, pre, space=space)
     model = random_model(name, vocab_size)
@@ -222,7 +159,7 @@ def write_tokenizer(writer: gguf.GGUFWriter, name: str, pre: str | None, *, spac
         tokens = [*SPECIAL, *alphabet, *(merge.replace(" ", "") for merge in merges), "Ġwhole"]
         kinds += [1] * (len(tokens) - len(kinds))
         writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(pre or PRE_TOKENIZERS[CASES[name][0]])
+        writer.add_tokenizer_pre(pre or PRE_TOKENIZERS[CASES[name]["architecture"]])
         writer.add_token_merges(merges)
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
@@ -438,4 +375,4 @@ def test_a_file_that_cannot_be_read_leaves_no_folder_in_the_cache(tmp_path, monk
 
 
 def test_every_architecture_has_a_case():
-    assert {case[0] for case in CASES.values()} == ARCHITECTURES.keys()
+    assert {case["architecture"] for case in CASES.values()} == ARCHITECTURES.keys()

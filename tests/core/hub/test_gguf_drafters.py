@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -22,38 +23,8 @@ from treeflash.testing.comparisons import steps_of
 from treeflash.testing.models import edit_config, save, write_dialect, write_target
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
-LAYER_NAMES = {
-    "input_layernorm.weight": "attn_norm.weight",
-    "self_attn.q_proj.weight": "attn_q.weight",
-    "self_attn.k_proj.weight": "attn_k.weight",
-    "self_attn.v_proj.weight": "attn_v.weight",
-    "self_attn.o_proj.weight": "attn_output.weight",
-    "self_attn.q_norm.weight": "attn_q_norm.weight",
-    "self_attn.k_norm.weight": "attn_k_norm.weight",
-    "self_attn.attention_sink_bias": "attn_sinks.weight",
-    "post_attention_layernorm.weight": "ffn_norm.weight",
-    "mlp.gate_proj.weight": "ffn_gate.weight",
-    "mlp.up_proj.weight": "ffn_up.weight",
-    "mlp.down_proj.weight": "ffn_down.weight",
-    "attention_conv.base_kernel": "attn_conv_base",
-    "attention_conv.kernel_projection.weight": "attn_conv_proj.weight",
-    "mlp_conv.base_kernel": "ffn_conv_base",
-    "mlp_conv.kernel_projection.weight": "ffn_conv_proj.weight",
-}
-NAMES = {
-    "fc.weight": "fc.weight",
-    "hidden_norm.weight": "enc.output_norm.weight",
-    "norm.weight": "output_norm.weight",
-    "embed_tokens.weight": "token_embd.weight",
-    "lm_head.weight": "output.weight",
-    "candidate_selector.predecessor_codebook": "selector_predecessor.weight",
-    "candidate_selector.successor_codebook": "selector_successor.weight",
-    "candidate_selector.hidden_projection.weight": "selector_hidden.weight",
-    "markov_head.markov_w1.weight": "markov_w1.weight",
-    "markov_head.markov_w2.weight": "markov_w2.weight",
-    "confidence_head.proj.weight": "conf_proj.weight",
-    "confidence_head.proj.bias": "conf_proj.bias",
-}
+NAMES = json.loads((Path(__file__).parent / "gguf_drafter_names.json").read_text("utf-8"))
+"""Names in GGUF files of the drafter's tensors and of each layer's, by their own names."""
 DRAFTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "DFlash": ("dflash", {"layer_types": None}),
     "DFlash with a window and YaRN": (
@@ -156,7 +127,7 @@ def write_gguf(path: Path, folder: Path) -> None:
             continue
         _, _, layer = stored.partition("layers.")
         number, _, tail = layer.partition(".")
-        name = f"blk.{number}.{LAYER_NAMES[tail]}" if layer else NAMES[stored]
+        name = f"blk.{number}.{NAMES['layer'][tail]}" if layer else NAMES["drafter"][stored]
         writer.add_tensor(name, np.ascontiguousarray(tensor))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -1,12 +1,20 @@
-"""Which drafter belongs to a target, and how it was trained."""
+"""Which drafter belongs to a target, how it was trained, and the list of published drafters.
+
+With a network, the nightly run reads the published files themselves.
+"""
 
 from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from treeflash.drafters.folder import ModelFolder, StoredTensor
+from treeflash.drafters.formats import detect_format
+from treeflash.drafters.loading import find_head_format
 from treeflash.errors import CheckpointError
 from treeflash.hub import models, published
 from treeflash.hub.published import (
@@ -134,3 +142,68 @@ def test_how_a_drafter_was_trained_is_known_from_its_snapshot(tmp_path):
 def test_no_drafter_is_known():
     with pytest.raises(CheckpointError, match="no published drafter is known for some/model"):
         models.resolve_drafter(None, "some/model")
+
+
+LISTED = {
+    rf"treeflash|{BUNDLED_DRAFTER}": "TreeFlash",
+    r"\.peagle$": "P-EAGLE",
+    r"eagle3": "EAGLE-3",
+    r"^google/.*-assistant$": "Gemma 4's assistant",
+    r"muse-glimmer.*-assistant$": "Muse Glimmer's assistant",
+    r"-speculator\.(dflash2?|dspark)$": "speculators",
+    r"_gemma4_": "DeepSpec for Gemma 4",
+    r"^deepseek-ai/|^openbmb/|^(dogacel|liquidai)/.*-dspark$": "DeepSpec",
+    r"^radixark/": "SpecForge DSpark",
+    r"domino": "SpecForge Domino",
+    r"dflash2$": "DFlash2",
+    r"dflash|^jetspec/": "DFlash",
+}
+"""The format of a drafter by a part of its name, in lower case; the first that matches counts."""
+
+DRAFTERS = sorted({x.name for drafters in PUBLISHED_DRAFTERS.values() for x in drafters})
+
+FORMATS = Path(__file__).parents[1] / "drafters" / "formats"
+
+
+def listed_format(name: str) -> str:
+    matches = (format_ for part, format_ in LISTED.items() if re.search(part, name.lower()))
+    found = next(matches, None)
+    assert found is not None, f"{name} is listed, but no part of its name tells its format"
+    return found
+
+
+def format_name(folder: ModelFolder) -> str:
+    return (find_head_format(folder) or detect_format(folder.config)).name
+
+
+def test_every_listed_format_is_one_of_the_golden_formats():
+    """`test_formats.py` recognises and parses each of them."""
+    golden = (json.loads(x.read_text("utf-8")) for x in FORMATS.glob("*/expected.json"))
+    assert {*map(listed_format, DRAFTERS)} <= {expected["format"] for expected in golden}
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", [x for x in DRAFTERS if x != BUNDLED_DRAFTER])
+def test_a_published_drafter_has_the_listed_format(name):
+    """From its configuration and the headers of its files alone; a gated one is skipped."""
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        config: dict[str, Any] = json.loads(Path(hf_hub_download(name, "config.json")).read_text())
+        metadata = HfApi().get_safetensors_metadata(name)
+    except (OSError, HfHubHTTPError) as error:
+        pytest.skip(f"{name} cannot be read: {error}")
+    tensors = {
+        tensor: StoredTensor(Path(file), info.dtype, tuple(info.shape))
+        for file, part in metadata.files_metadata.items()
+        for tensor, info in part.tensors.items()
+    }
+    folder = ModelFolder(Path(name), config, tensors)
+    assert format_name(folder) == listed_format(name)
+    format_ = find_head_format(folder) or detect_format(config)
+    layers = config.get("num_target_layers") or 64
+    try:
+        format_.parse(config, tensors, layers)
+    except (CheckpointError, KeyError, ValueError) as error:
+        pytest.fail(f"{name} is listed, but cannot be read: {error}")
