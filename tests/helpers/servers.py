@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import httpx
 import pytest
@@ -50,7 +51,10 @@ class Running:
         return self.pool.models[0].service.engine
 
     def post(self, path: str, body: object, **headers: str) -> httpx.Response:
-        return self.client.post(path, json=body, headers=headers)
+        """Send a body: bytes, or what becomes JSON, with NaN and lone surrogates too."""
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        headers = {"Content-Type": "application/json"} | headers
+        return self.client.post(path, content=content, headers=headers)
 
     def chat(self, content: str = "Hello.", **fields: object) -> httpx.Response:
         messages = [{"role": "user", "content": content}]
@@ -81,12 +85,26 @@ def parse(response: httpx.Response) -> Iterator[dict]:
     assert done, "the stream was cut off"
 
 
-def check_error(response, status, says):
-    error = response.json()["error"]
+def error_of(path: str, body: dict[str, Any]) -> dict[str, Any]:
+    """The fields of an error, which must have the form of the path's API."""
+    error = body["error"]
+    if path.startswith("/api/"):
+        assert (set(body), type(error)) == ({"error"}, str)
+        return {"message": error}
+    anthropic = path.startswith("/v1/messages")
+    assert body == ({"type": "error"} if anthropic else {}) | {"error": error}
+    assert set(error) == {"message", "type"} | (set() if anthropic else {"param", "code"})
+    return error
+
+
+def check_error(response: httpx.Response, status: int, says: str = "", **fields: object) -> str:
+    """Check an error's form, message and, where its API has them, fields; returns the message."""
+    error = error_of(response.request.url.path, response.json())
     assert response.status_code == status, error
-    assert set(error) == {"message", "type", "param", "code"}
     assert says in error["message"], error
     assert "\n" not in error["message"]
+    assert {name: error.get(name, value) for name, value in fields.items()} == fields
+    return error["message"]
 
 
 PATIENCE = 120.0

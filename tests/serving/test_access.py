@@ -9,11 +9,15 @@ import re
 import httpx
 import pytest
 from asgi import LostReplicaError, Pieces, ask, ask_async, ingress
+from bodies import MESSAGES, REQUESTS, USER
 from failures import failing
-from servers import PATIENCE, pool_of, serving
+from pydantic import TypeAdapter
+from servers import PATIENCE, check_error, error_of, pool_of, serving
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse
 from starlette.routing import Route
+
+anthropic = pytest.importorskip("anthropic")
 
 from treeflash.errors import ConfigError, NumericalError, PromptError
 from treeflash.serving import authentication
@@ -31,30 +35,6 @@ OPEN = {
 }
 """All paths that need no key, according to the documentation."""
 JSON = {"Content-Type": "application/json"}
-USER = [{"role": "user", "content": "Hi"}]
-REQUESTS = {
-    "/v1/chat/completions": {"messages": USER, "max_tokens": 1},
-    "/v1/completions": {"prompt": "Hi", "max_tokens": 1},
-    "/v1/responses": {"input": "Hi", "max_output_tokens": 1},
-    "/v1/messages": {"messages": USER, "max_tokens": 1},
-    "/v1/messages/count_tokens": {"messages": USER},
-    "/api/chat": {
-        "model": "tiny",
-        "messages": USER,
-        "options": {"num_predict": 1},
-        "stream": False,
-    },
-    "/api/generate": {
-        "model": "tiny",
-        "prompt": "Hi",
-        "options": {"num_predict": 1},
-        "stream": False,
-    },
-    "/api/show": {"model": "tiny"},
-    "/tokenize": {"prompt": "Hi"},
-    "/detokenize": {"tokens": [72, 105]},
-}
-"""A valid request to each route with a body."""
 STREAMS = [
     path for path in REQUESTS if path.startswith("/v1/") and not path.endswith("count_tokens")
 ]
@@ -67,12 +47,6 @@ def bearer(key):
 
 def content(path, **fields):
     return json.dumps(REQUESTS[path] | fields).encode()
-
-
-def message_of(answer):
-    """Return the message of an error, which is all that an error of Ollama's API has."""
-    error = answer.json()["error"]
-    return error if isinstance(error, str) else error["message"]
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +138,8 @@ def test_what_resembles_a_key_is_none(guarded, key):
     for wrong in ("", key[:-1], key + "x", key.swapcase(), f"{key},{key}", f'"{key}"', digest, "*"):
         for headers in (bearer(wrong), {"x-api-key": wrong}, {"Authorization": wrong}):
             assert ask(guarded, "GET", "/v1/models", headers).status == 401, headers
-    for headers in ({"Authorization": f"Basic {key}"}, {"api-key": key}, {"Cookie": f"key={key}"}):
+    others = ({"Authorization": f"Basic {key}"}, {"api-key": key}, {"Cookie": f"key={key}"})
+    for headers in (*others, {"Authorization": "Bearer"}, {}):
         assert ask(guarded, "GET", "/v1/models", headers).status == 401, headers
     assert ask(guarded, "GET", f"/v1/models?api_key={key}").status == 401
 
@@ -249,7 +224,7 @@ def test_no_route_shares_cached_states_between_keys(application, path, request):
     app = application(api_keys=keys)
     secret = "A long secret that only some users have sent. " * 2
     (field,) = {"prompt", "messages", "input"} & set(REQUESTS[path])
-    prompt = [USER[0] | {"content": secret}] if field == "messages" else secret
+    prompt = [USER | {"content": secret}] if field == "messages" else secret
 
     def cached(key):
         answer = ask(app, "POST", path, JSON | bearer(key), [content(path, **{field: prompt})])
@@ -338,7 +313,8 @@ def test_bodies_of_another_type_are_refused_from_browsers(application, path, bro
         headers = browser if kind is None else {"Content-Type": kind, **browser}
         answer = ask(app, "POST", path, headers, [content(path)])
         assert answer.status == 415, kind
-        assert "send Content-Type: application/json" in message_of(answer)
+        says = error_of(path, answer.json())["message"]
+        assert "send Content-Type: application/json" in says
 
 
 @pytest.mark.sample(60)
@@ -348,7 +324,7 @@ def test_programs_may_send_bodies_of_any_type(application, path, kind):
     """Curl calls every body a form, unless it is told otherwise."""
     headers = {} if kind is None else {"Content-Type": kind}
     answer = ask(application(), "POST", path, headers, [content(path)])
-    assert answer.status == 200, message_of(answer)
+    assert answer.status == 200, answer.body
 
 
 @pytest.mark.parametrize(
@@ -386,7 +362,7 @@ def test_a_body_is_limited_as_a_whole(application, path, size):
     for length in (LIMIT + 1, 5 * LIMIT):
         answer = ask(app, "POST", path, JSON, pieces(padded(path, length), size))
         assert answer.status == 413, length
-        assert f"more than {LIMIT} bytes" in message_of(answer)
+        assert f"more than {LIMIT} bytes" in error_of(path, answer.json())["message"]
 
 
 @pytest.mark.parametrize("declared", ["10", None])
@@ -406,7 +382,7 @@ def test_all_pieces_of_a_body_must_arrive_in_time(application, path):
     slow = pieces(padded(path, 800), 20)
     answer = ask(app, "POST", path, JSON, slow, pause=0.05)
     assert answer.status == 408
-    assert "did not arrive within 0.2 seconds" in message_of(answer)
+    assert "did not arrive within 0.2 seconds" in error_of(path, answer.json())["message"]
     assert answer.headers["Connection"] == "close", "the rest of the body is not a request"
     assert answer.pieces_read < len(slow)
 
@@ -616,36 +592,33 @@ def test_requests_of_one_key_are_routed_by_their_prompts_alone(started):
 
 
 ERRORS = [
-    (PromptError("x"), 400, "invalid_request_error"),
-    (ConfigError("x"), 400, "invalid_request_error"),
-    (APIError(401, "x"), 401, "authentication_error"),
-    (APIError(404, "x"), 404, "not_found_error"),
-    (APIError(408, "x"), 408, "timeout_error"),
-    (APIError(413, "x"), 413, "invalid_request_error"),
-    (APIError(429, "x"), 429, "rate_limit_error"),
-    (NumericalError("x"), 500, "server_error"),
-    (KeyError("a secret"), 500, "server_error"),
-    (MemoryError("a secret"), 503, "service_unavailable_error"),
-    (TimeoutError("a secret"), 504, "timeout_error"),
+    (PromptError("x"), 400, "invalid_request_error", None),
+    (ConfigError("x"), 400, "invalid_request_error", None),
+    (APIError(401, "x"), 401, "authentication_error", None),
+    (APIError(404, "x"), 404, "not_found_error", None),
+    (APIError(408, "x"), 408, "timeout_error", None),
+    (APIError(413, "x"), 413, "invalid_request_error", None),
+    (APIError(429, "x"), 429, "rate_limit_error", None),
+    (NumericalError("x"), 500, "server_error", None),
+    (KeyError("a secret"), 500, "server_error", "internal_error"),
+    (MemoryError("a secret"), 503, "service_unavailable_error", "memory"),
+    (TimeoutError("a secret"), 504, "timeout_error", "timeout"),
 ]
 ANTHROPIC_TYPES = {"server_error": "api_error", "service_unavailable_error": "overloaded_error"}
 
 
 @pytest.mark.parametrize("path", STREAMS)
-@pytest.mark.parametrize(("error", "status", "kind"), ERRORS)
-def test_errors_have_the_form_of_their_api(started, caplog, path, error, status, kind):
+@pytest.mark.parametrize(("error", "status", "kind", "code"), ERRORS)
+def test_errors_have_the_form_of_their_api(started, caplog, path, error, status, kind, code):
     """Programs read the type; messages of unknown errors are for the log alone."""
     server = started()
     # The server closes the connection behind an error that it does not know.
     with failing(server.engine, "submit", error):
         response = httpx.post(f"{server.url}{path}", json=REQUESTS[path])
-    assert response.status_code == status
-    body = response.json()
-    anthropic = path.startswith("/v1/messages")
-    assert set(body["error"]) == {"type", "message"} | (set() if anthropic else {"param", "code"})
-    assert body.get("type") == ("error" if anthropic else None)
-    assert body["error"]["type"] == (ANTHROPIC_TYPES.get(kind, kind) if anthropic else kind)
-    assert "secret" not in response.text
+    if path == MESSAGES:
+        kind = ANTHROPIC_TYPES.get(kind, kind)
+        TypeAdapter(anthropic.types.ErrorResponse).validate_python(response.json())
+    assert "secret" not in check_error(response, status, type=kind, code=code)
     if isinstance(error, KeyError):
         assert "a secret" in caplog.text
 
@@ -653,14 +626,9 @@ def test_errors_have_the_form_of_their_api(started, caplog, path, error, status,
 def test_refusals_have_the_form_of_their_api(guarded):
     """The endpoints never see the refused requests."""
     for path in REQUESTS:
-        answer = ask(guarded, "POST", path, JSON, [content(path)])
-        body = answer.json()
-        if path.startswith("/api/"):
-            assert body == {"error": message_of(answer)}
-            continue
-        assert body.get("type") == ("error" if path.startswith("/v1/messages") else None)
-        assert body["error"]["type"] == "authentication_error"
-        assert ("code" in body["error"]) != path.startswith("/v1/messages")
+        error = error_of(path, ask(guarded, "POST", path, JSON, [content(path)]).json())
+        assert error["message"].startswith("the API key is missing or wrong; send it as ")
+        assert error.get("type", "authentication_error") == "authentication_error"
 
 
 @pytest.mark.parametrize("path", STREAMS)

@@ -324,25 +324,3 @@ def test_a_session_goes_on_after_a_restart(agent_model, api, tmp_path):
             assert f"{counted} {float(disk)}" in metrics
             session.go_on()
             assert client.send(session)[1] == 0
-
-
-@pytest.mark.parametrize("api", [*APIS, "chat/completions"])
-def test_a_context_that_is_too_long(server, api):
-    """Agents find these words, and compact the conversation."""
-    long = "x" * 600
-    body = {
-        "messages": {"messages": [{"role": "user", "content": long}], "max_tokens": 4},
-        "responses": {"input": long},
-        "chat/completions": {"messages": [{"role": "user", "content": long}]},
-    }[api]
-    response = server.post(f"/v1/{api}", body)
-    error = response.json()["error"]
-    assert response.status_code == 400
-    assert error["type"] == "invalid_request_error"
-    if api == "messages":
-        counted = server.post("/v1/messages/count_tokens", {"messages": body["messages"]})
-        count = counted.json()["input_tokens"]
-        assert error["message"] == f"prompt is too long: {count} tokens > 512 maximum"
-    else:
-        assert error["code"] == "context_length_exceeded"
-        assert error["message"].startswith("This model's maximum context length is 512 tokens. ")

@@ -269,23 +269,3 @@ def test_claude_code_as_it_asks(caller):
     response = caller.post("/v1/messages?beta=true", CLAUDE)
     assert response.status_code == 200, response.text
     assert response.json()["stop_reason"] == "tool_use"
-
-
-@pytest.mark.parametrize(
-    ("path", "body", "fields", "says"),
-    [
-        ("/v1/responses", CODEX, {"tools": [{"type": "file_search"}]}, "tools.0"),
-        ("/v1/responses", CODEX, {"reasoning": {"effort": "high"}}, "does not support reasoning"),
-        ("/v1/messages", CLAUDE, {"thinking": {"type": "enabled"}}, "does not support reasoning"),
-        (
-            "/v1/messages",
-            CLAUDE,
-            {"context_management": {"edits": [{"type": "clear_tool_uses_20250919"}]}},
-            "context_management.edits.0.type",
-        ),
-    ],
-)
-def test_what_would_change_the_answer_is_refused(caller, path, body, fields, says):
-    response = caller.post(path, {**body, **fields})
-    assert response.status_code == 400
-    assert says in response.json()["error"]["message"]

@@ -9,7 +9,7 @@ from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
-from servers import NAME, serving, wait_until
+from servers import serving, wait_until
 
 from treeflash.config import METHODS
 from treeflash.decoding.adaptive_budget import AdaptiveBudget, AdaptiveBudgets
@@ -40,35 +40,12 @@ def expected(model, **options):
     return model.generate(MESSAGES, **options)
 
 
-@pytest.mark.sample(3)
-@pytest.mark.parametrize("options", [{}, SAMPLED, PENALISED], ids=["greedy", "sampled", "edited"])
-@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-def test_text_is_that_of_the_python_api(server, model, options, stream):
-    result = expected(model, **options)
-    body = {"messages": MESSAGES, "max_tokens": 24, **options}
-    if stream:
-        frames = server.frames(PATH, **body)
-        assert frames[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
-        choices = [frame["choices"][0] for frame in frames]
-        text = "".join(choice["delta"].get("content", "") for choice in choices)
-        reasons = [choice["finish_reason"] for choice in choices]
-        assert reasons == [None] * (len(frames) - 1) + [result.finish_reason]
-        assert len({frame["id"] for frame in frames}) == 1
-    else:
-        whole = server.post(PATH, body).json()
-        assert whole["object"] == "chat.completion"
-        assert whole["model"] == NAME
-        text = whole["choices"][0]["message"]["content"]
-        assert whole["choices"][0]["finish_reason"] == result.finish_reason
-    assert text == result.text
-
-
 @pytest.mark.parametrize("method", ["ar", "dflash", "ddtree", "treeflash"])
 def test_method_and_budget_change_no_text(server, model, method):
-    whole = server.post(
-        PATH, {"messages": MESSAGES, "max_tokens": 24, "method": method, "budget": 6, **SAMPLED}
-    ).json()
-    assert whole["choices"][0]["message"]["content"] == expected(model, **SAMPLED).text
+    options = SAMPLED | PENALISED
+    body = {"messages": MESSAGES, "max_tokens": 24, "method": method, "budget": 6, **options}
+    whole = server.post(PATH, body).json()
+    assert whole["choices"][0]["message"]["content"] == expected(model, **options).text
     assert (whole["usage"]["draft_tokens_details"]["drafted_tokens"] > 0) == (method != "ar")
 
 
@@ -83,6 +60,15 @@ def test_answers_have_successive_seeds(server, model):
         for choice in frame["choices"]:
             streamed[choice["index"]] += choice["delta"].get("content", "")
     assert streamed == texts
+
+
+def test_the_frames_of_a_chat(server):
+    frames = server.frames(PATH, messages=MESSAGES, max_tokens=4, ignore_eos=True)
+    choices = [frame["choices"][0] for frame in frames]
+    assert choices[0]["delta"] == {"role": "assistant", "content": ""}
+    assert [x["finish_reason"] for x in choices] == [None] * (len(frames) - 1) + ["length"]
+    assert all(x["delta"] for x in choices[:-1]), "no chunk says nothing"
+    assert len({frame["id"] for frame in frames}) == 1
 
 
 def test_the_seed_after_the_largest_is_0(server, model):
@@ -193,13 +179,22 @@ def test_messages_in_parts_and_of_developers(server):
     assert both[0]["usage"]["prompt_tokens"] == both[1]["usage"]["prompt_tokens"]
 
 
-def test_chat_template_variables(server):
-    messages = [{"role": "user", "content": "Hello."}]
-    counts = [
-        server.post("/tokenize", {"messages": messages, **more}).json()["count"]
-        for more in ({}, {"chat_template_kwargs": {"enable_thinking": True}})
-    ]
-    assert counts[1] == counts[0] + len("<think>")
+@pytest.mark.parametrize(
+    ("thinks", "fields"),
+    [
+        (False, {}),
+        (True, {"chat_template_kwargs": {"enable_thinking": True}}),
+        (False, {"reasoning_effort": "none"}),
+        (False, {"reasoning_effort": "minimal"}),
+        (True, {"reasoning_effort": "low"}),
+        (True, {"reasoning_effort": "high"}),
+        (False, {"reasoning_effort": "high", "chat_template_kwargs": {"enable_thinking": False}}),
+    ],
+)
+def test_what_turns_reasoning_on(server, model, thinks, fields):
+    prompt = model.tokenizer.chat([{"role": "user", "content": "Hello."}])
+    usage = server.chat(max_tokens=1, **fields).json()["usage"]
+    assert usage["prompt_tokens"] == len(prompt) + thinks * len("<think>")
 
 
 def test_calls_of_one_chunk_are_numbered_in_order():
@@ -228,7 +223,9 @@ NOTHING = {
     "safety_identifier": "b",
     "service_tier": "auto",
     "store": False,
+    "return_progress": False,
     "top_k": -1,
+    "user": "x",
     "verbosity": "low",
 }
 
@@ -238,20 +235,6 @@ def test_fields_that_change_nothing(server, name):
     plain, given = server.chat(max_tokens=8), server.chat(max_tokens=8, **{name: NOTHING[name]})
     assert given.status_code == 200, given.text
     assert given.json()["choices"] == plain.json()["choices"]
-
-
-def test_reasoning_effort(server):
-    """As in `/v1/responses`."""
-    counts = [
-        server.chat(max_tokens=1, **more).json()["usage"]["prompt_tokens"]
-        for more in (
-            {},
-            *({"reasoning_effort": effort} for effort in ("none", "minimal", "low", "high")),
-            {"reasoning_effort": "high", "chat_template_kwargs": {"enable_thinking": False}},
-        )
-    ]
-    more = counts[0] + len("<think>")
-    assert counts == [counts[0], counts[0], counts[0], more, more, counts[0]]
 
 
 def test_names_of_participants(server):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import re
@@ -18,8 +19,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import httpx
+import psutil
 import pytest
 import uvicorn
+from failures import failing
 from processes import core_command
 from servers import PATIENCE, parse, wait_until, wait_until_ready
 
@@ -27,7 +30,6 @@ from treeflash.commands import serve as command
 from treeflash.errors import ConfigError
 from treeflash.option import options_of
 from treeflash.serving import application as serving_run
-from treeflash.serving.models import ModelPool, ModelSpec
 from treeflash.serving.settings import Settings
 
 LIMITS = tuple(field for field in fields(Settings) if field.metadata)
@@ -56,6 +58,20 @@ def told(monkeypatch):
         return 0
 
     monkeypatch.setattr(serving_run, "serve", serve)
+    return found
+
+
+@pytest.fixture
+def located(monkeypatch):
+    """The models that are looked for on this machine; nothing is fetched."""
+    found = []
+
+    def locate(args, methods):
+        found.append((args.target, args.drafter, methods))
+        config = SimpleNamespace(images=True)
+        return SimpleNamespace(target=Path(args.target), config=config, load=lambda: args.target)
+
+    monkeypatch.setattr(command.cli, "locate_model", locate)
     return found
 
 
@@ -141,6 +157,11 @@ def test_configuration_file(run, told, tmp_path):
         (["--target", "/no/such/folder", "--port", "0"], "/no/such/folder"),
         (["--nothing"], "--nothing"),
         (["Hello"], "Hello"),
+        (["--models", "x.toml", "--target", "a"], "--target is set by the file of --models"),
+        (["--models", "x.toml", "--drafter", "a"], "--drafter is set by the file of --models"),
+        (["--target", "a", "--target", "b", "--drafter", "c"], "--drafter would be for all of"),
+        (["--target", "a", "--target", "b", "--model-name", "c"], "--model-name would be for all"),
+        (["--models", "/no/such/file"], "/no/such/file"),
     ],
 )
 def test_bad_options(run, args, says):
@@ -151,9 +172,8 @@ def test_bad_options(run, args, says):
     assert says in err
 
 
-@pytest.mark.parametrize(
-    ("text", "says"),
-    [
+FILES = {
+    "--config": [
         ("port = ", "is not a valid TOML file"),
         ("colour = 'red'", "unknown option 'colour'"),
         ("port = 'x'", "must be a port from 0 to 65535, got x"),
@@ -161,12 +181,33 @@ def test_bad_options(run, args, says):
         ("max_parallel = true", "max_parallel must be a number, not true"),
         ("port = true", "port must be a number, not true"),
     ],
+    "--models": [
+        ("", "must have a table [[model]] for each model, and no more"),
+        ("model = 1", "must have a table [[model]]"),
+        ("model = []", "must have a table [[model]]"),
+        ("model = [1]", "must have a table [[model]]"),
+        ("[[model]]\n[other]", "must have a table [[model]]"),
+        ("[[model]]\ncolour = 1", "unknown option 'colour'"),
+        ("[[model]]\nport = 1", "cannot set port; remove it from the file"),
+        ("[[model]]\nmax_models = 1", "cannot set max_models"),
+        ("[[model]]\nmodels = 'x'", "cannot set models"),
+        ("[[model]]\nmax_parallel = 'x'", "max_parallel cannot be"),
+        ("[[model]]\ntarget = ['a', 'b']", "a model has one target, not 2"),
+        ("[[model]]\nmax_parallel = 0", "max_parallel must be 1 or more"),
+        ("[[model", "is not a valid TOML file"),
+    ],
+    "--api-key-file": [("\n \n", "has no API key")],
+}
+
+
+@pytest.mark.parametrize(
+    ("flag", "text", "says"), [(flag, *case) for flag, cases in FILES.items() for case in cases]
 )
-def test_bad_configuration_files(run, tmp_path, text, says):
-    code, err = run("--config", write(tmp_path / "serve.toml", text))
+def test_bad_files(run, located, tmp_path, flag, text, says):
+    code, err = run(flag, write(tmp_path / "serve.toml", text))
     assert (code, err.count("\n")) == (2, 1)
     assert says in err
-    assert "serve.toml" in err
+    assert flag != "--config" or "serve.toml" in err
 
 
 def test_files_may_begin_with_a_byte_order_mark(run, told, tmp_path):
@@ -192,12 +233,6 @@ def test_template_variables_that_the_chat_template_rejects(run, model, tmp_path,
     assert says in err
 
 
-def test_no_keys_in_the_file(run, tmp_path):
-    code, err = run("--api-key-file", write(tmp_path / "keys", "\n \n"))
-    assert code == 2
-    assert "has no API key" in err
-
-
 def test_without_the_extra(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "fastapi", None)
     message = "the server needs fastapi; pip install '.[serve]' in a clone of treeflash"
@@ -217,42 +252,92 @@ def test_port_taken(run):
     )
 
 
-LOADING = """
-import atexit, os, sys, time
-from treeflash.serving.application import ModelSpec, Settings, serve
-
-def load():
-    atexit.register(os.abort)  # as a framework does whose threads are running
-    print("loading", flush=True)
-    time.sleep(600)
-
-spec = ModelSpec(names=("tiny",), load=load, settings=Settings(), defaults={})
-serve([spec], Settings(), host="127.0.0.1", port=0, log_level="info")
-"""
-
-
-# Two processes; `test_models.py` has a server that ends while a model is loaded.
-@pytest.mark.nightly
-@pytest.mark.skipif(sys.platform == "win32", reason="signals")
-def test_an_interruption_while_it_loads():
-    with subprocess.Popen(
-        [sys.executable, "-c", LOADING],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # A shell starts processes in the background with SIGINT ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    ) as process:
+@contextmanager
+def running(folder, command, log=None):
+    """Start a server in a process; yields the process and its log, whose lines are checked."""
+    log = log or folder / "log"
+    with (
+        log.open("w") as err,
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=err,
+            text=True,
+            env={**os.environ, "TREEFLASH_CACHE": str(folder)},
+            # A shell starts processes in the background with SIGINT ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        ) as process,
+    ):
         try:
-            assert process.stdout.readline() == "loading\n"
-            process.send_signal(signal.SIGINT)
-            _, err = process.communicate(timeout=PATIENCE)
+            yield process, log
         finally:
             process.kill()
-    assert (process.returncode, err) == (130, "interrupted\n")
 
 
-LOADING_ANOTHER = """
+def url_of(process, log):
+    wait_until(lambda: " on http://" in log.read_text() or process.poll() is not None)
+    return log.read_text().split(" on ")[1].split()[0]
+
+
+def serve_command(*args):
+    options = ("--backend", "reference", "--method", "ar", "--port", 0)
+    return core_command("serve", *map(str, (*args, *options)))
+
+
+LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} [A-Z]+: ")
+on_signals = pytest.mark.skipif(sys.platform == "win32", reason="signals")
+
+
+@on_signals
+def test_a_life(model, tmp_path):
+    """Of two models the one that is named is loaded, and a signal lets its answer end."""
+    tables = [f'[[model]]\nname = "{x}"\ntarget = "{model.folder}"\n' for x in ("first", "second")]
+    file = write(tmp_path / "models.toml", "".join(tables))
+    body = {"model": "second", "prompt": "A", "max_tokens": 150, "ignore_eos": True, "stream": True}
+    with running(tmp_path, serve_command("--models", file)) as (process, log):
+        url = f"{url_of(process, log)}/v1/completions"
+        with httpx.stream("POST", url, json=body, timeout=PATIENCE) as response:
+            frames = parse(response)
+            first = next(frames)
+            process.send_signal(signal.SIGTERM)
+            frames = [first, *frames]
+        assert process.wait(PATIENCE) == 0
+    text = "".join(frame["choices"][0]["text"] for frame in frames)
+    assert text == model.generate("A", raw=True, max_tokens=150, stop_token_ids=()).text
+    assert frames[-1]["choices"][0]["finish_reason"] == "length"
+    assert {frame["model"] for frame in frames} == {"second"}
+    lines = log.read_text().splitlines()
+    assert all(map(LINE.match, lines))
+    assert " serving first, second on http://" in lines[0]
+    assert "second loaded in" in log.read_text()
+    assert "first loaded in" not in log.read_text()
+
+
+# What follows starts a process each, and the first signal is sent above.
+
+
+@pytest.mark.nightly
+@on_signals
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_second_signal_ends_it_at_once(model, tmp_path, number, status):
+    """Without a traceback."""
+    body = {"prompt": "A", "stream": True, "max_tokens": 150, "ignore_eos": True, "n": 16}
+    with running(tmp_path, serve_command("--target", model.folder)) as (process, log):
+        url = url_of(process, log)
+        with httpx.Client(base_url=url, timeout=PATIENCE) as client:
+            wait_until_ready(client)
+            with client.stream("POST", "/v1/completions", json=body) as response:
+                next(parse(response))
+                process.send_signal(number)
+                wait_until(lambda: "finishing 16 answers" in log.read_text())
+                process.send_signal(number)
+                assert process.wait(PATIENCE) == status
+    lines = log.read_text().splitlines()
+    assert "stopped before 16 answers were finished" in lines[-1]
+    assert all(map(LINE.match, lines))
+
+
+LOADING = """
 import atexit, os, time
 from pathlib import Path
 from treeflash.serving.application import ModelSpec, Settings, serve
@@ -264,118 +349,75 @@ def load():
 
 specs = [
     ModelSpec(names=(name,), load=load, settings=Settings(), defaults={}, folder=Path(FOLDER))
-    for name in ("one", "two")
+    for name in NAMES
 ]
 raise SystemExit(serve(specs, Settings(), host="127.0.0.1", port=0, log_level="info"))
 """
 
 
-# Likewise.
+def loading(model, *names):
+    """A command of a server whose models take for ever to load."""
+    code = LOADING.replace("FOLDER", repr(str(model.folder))).replace("NAMES", repr(names))
+    return [sys.executable, "-c", code]
+
+
 @pytest.mark.nightly
-@pytest.mark.skipif(sys.platform == "win32", reason="signals")
-def test_a_signal_while_a_request_waits_for_its_model(model):
+@on_signals
+def test_an_interruption_while_it_loads(model, tmp_path):
+    with running(tmp_path, loading(model, "tiny")) as (process, log):
+        assert process.stdout.readline() == "loading\n"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(PATIENCE) == 130
+    assert log.read_text() == "interrupted\n"
+
+
+@pytest.mark.nightly
+@on_signals
+def test_a_signal_while_a_request_waits_for_its_model(model, tmp_path):
     """The request is answered, and the process ends although nothing can stop the load."""
-    code = LOADING_ANOTHER.replace("FOLDER", repr(str(model.folder)))
-    with subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        try:
-            line = next(x for x in process.stderr if " on http://" in x)
-            url = f"{line.split(' on ')[1].strip()}/v1/completions"
-            with ThreadPoolExecutor(1) as clients:
-                body = {"model": "two", "prompt": "A"}
-                asked = clients.submit(httpx.post, url, json=body, timeout=PATIENCE)
-                assert process.stdout.readline() == "loading\n"
-                process.send_signal(signal.SIGTERM)
-                assert asked.result().json()["error"]["code"] == "shutting_down"
-            _, err = process.communicate(timeout=PATIENCE)
-        finally:
-            process.kill()
-    assert process.returncode == 0, err
-    assert "Traceback" not in err
-
-
-@contextmanager
-def streaming(model, folder, answers=1):
-    """Start a server in a process, and a stream; yields the process, the stream and the log."""
-    args = ["--backend", "reference", "--target", model.folder, "--method", "ar", "--port", 0]
-    log = folder / "log"
-    environment = {**os.environ, "TREEFLASH_CACHE": str(folder)}
-    with (
-        log.open("w") as err,
-        subprocess.Popen(
-            core_command("serve", *map(str, args)),
-            stderr=err,
-            env=environment,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        ) as process,
-    ):
-        try:
-            wait_until(lambda: " on http://" in log.read_text() or process.poll() is not None)
-            url = log.read_text().split(" on ")[1].split()[0]
-            with httpx.Client(base_url=url, timeout=PATIENCE) as client:
-                wait_until_ready(client)
-                body = {"prompt": "A", "stream": True, "max_tokens": 150, "ignore_eos": True}
-                body["n"] = answers
-                with client.stream("POST", "/v1/completions", json=body) as response:
-                    frames = parse(response)
-                    next(frames)
-                    yield process, frames, log
-        finally:
-            process.kill()
-    lines = log.read_text().splitlines()
-    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} [A-Z]+: ", line) for line in lines)
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="signals")
-def test_a_signal_ends_it_after_the_running_answers(model, tmp_path):
-    with streaming(model, tmp_path) as (process, frames, _):
-        process.send_signal(signal.SIGTERM)
-        *_, last = frames
-        assert last["choices"][0]["finish_reason"] == "length"
-        assert process.wait(PATIENCE) == 0
-
-
-# A server in a process of its own for each; the first signal is sent every time.
-@pytest.mark.nightly
-@pytest.mark.skipif(sys.platform == "win32", reason="signals")
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_second_signal_ends_it_at_once(model, tmp_path, number, status):
-    """Without a traceback, which the fixture's check of the log would find."""
-    with streaming(model, tmp_path, answers=16) as (process, _, log):
-        process.send_signal(number)
-        wait_until(lambda: "finishing 16 answers" in log.read_text())
-        process.send_signal(number)
-        assert process.wait(PATIENCE) == status
-    assert "stopped before 16 answers were finished" in log.read_text().splitlines()[-1]
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="signals")
-def test_the_command_serves_the_models_of_a_file(model, tmp_path):
-    tables = [f'[[model]]\nname = "{x}"\ntarget = "{model.folder}"\n' for x in ("first", "second")]
-    file = write(tmp_path / "models.toml", "".join(tables))
-    args = ("--models", file, "--backend", "reference", "--method", "ar", "--port", 0)
-    with subprocess.Popen(
-        core_command("serve", *map(str, args)),
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "TREEFLASH_CACHE": str(tmp_path)},
-    ) as process:
-        try:
-            line = next(x for x in process.stderr if " on http://" in x)
-            assert " serving first, second on http://" in line
-            body = {"model": "second", "prompt": "A", "max_tokens": 8}
-            url = f"{line.split(' on ')[1].strip()}/v1/completions"
-            found = httpx.post(url, json=body, timeout=PATIENCE).json()
-            expected = model.generate("A", raw=True, max_tokens=8)
-            assert (found["model"], found["choices"][0]["text"]) == ("second", expected.text)
+    with running(tmp_path, loading(model, "one", "two")) as (process, log):
+        url = f"{url_of(process, log)}/v1/completions"
+        with ThreadPoolExecutor(1) as clients:
+            body = {"model": "two", "prompt": "A"}
+            asked = clients.submit(httpx.post, url, json=body, timeout=PATIENCE)
+            assert process.stdout.readline() == "loading\n"
             process.send_signal(signal.SIGTERM)
-            _, log = process.communicate(timeout=PATIENCE)
-        finally:
-            process.kill()
-    assert process.returncode == 0
-    assert "second loaded in" in log
-    assert "first loaded in" not in log
+            assert asked.result().json()["error"]["code"] == "shutting_down"
+        assert process.wait(PATIENCE) == 0, log.read_text()
+    assert "Traceback" not in log.read_text()
+
+
+FULL = Path("/dev/full")
+
+
+def test_a_disk_that_is_full_while_models_are_fetched(run):
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "model.safetensors")
+    with failing(command.cli, "locate_model", full):
+        code, err = run("--port", 0)
+    assert (code, err) == (2, "error: model.safetensors: No space left on device\n")
+
+
+# What it writes is Python's `logging`, which survives any error.
+@pytest.mark.nightly
+@pytest.mark.skipif(not FULL.exists(), reason="needs a device that is always full")
+def test_the_server_answers_though_its_log_cannot_be_written(model, tmp_path):
+    with running(tmp_path, serve_command("--target", model.folder), FULL) as (process, _):
+
+        def listening():
+            assert process.poll() is None, "the server has ended"
+            connections = psutil.Process(process.pid).net_connections("tcp4")
+            return [x.laddr.port for x in connections if x.status == psutil.CONN_LISTEN]
+
+        wait_until(listening)
+        url = f"http://127.0.0.1:{listening()[0]}"
+        with httpx.Client(base_url=url, timeout=PATIENCE) as client:
+            wait_until_ready(client)
+            body = {"prompt": "A", "max_tokens": 4, "ignore_eos": True}
+            answer = client.post("/v1/completions", json=body)
+        assert answer.json()["usage"]["completion_tokens"] == 4
+        process.send_signal(signal.SIGTERM)
+        # Python ends with 120 if some of its log was left to flush.
+        assert process.wait(PATIENCE) in (0, 120)
 
 
 PAGE = Path(__file__).parents[2] / "docs" / "serving.md"
@@ -466,18 +508,10 @@ enable_thinking = true
 """
 
 
-@pytest.fixture
-def located(monkeypatch):
-    """The models that are looked for on this machine; nothing is fetched."""
-    found = []
-
-    def locate(args, methods):
-        found.append((args.target, args.drafter, methods))
-        config = SimpleNamespace(images=True)
-        return SimpleNamespace(target=Path(args.target), config=config, load=lambda: args.target)
-
-    monkeypatch.setattr(command.cli, "locate_model", locate)
-    return found
+def test_two_models_of_one_name(run, located):
+    code, err = run("--target", "a/x", "--target", "A/X", "--port", "0")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "two models have the name A/X" in err
 
 
 def test_models_of_a_file(run, told, located, tmp_path):
@@ -506,47 +540,6 @@ def test_several_targets(run, told, located):
     assert [target for target, *_ in located] == ["a/b", "c"]
 
 
-@pytest.mark.parametrize(
-    ("text", "says"),
-    [
-        ("", "must have a table [[model]] for each model, and no more"),
-        ("model = 1", "must have a table [[model]]"),
-        ("model = []", "must have a table [[model]]"),
-        ("model = [1]", "must have a table [[model]]"),
-        ("[[model]]\n[other]", "must have a table [[model]]"),
-        ("[[model]]\ncolour = 1", "unknown option 'colour'"),
-        ("[[model]]\nport = 1", "cannot set port; remove it from the file"),
-        ("[[model]]\nmax_models = 1", "cannot set max_models"),
-        ("[[model]]\nmodels = 'x'", "cannot set models"),
-        ("[[model]]\nmax_parallel = 'x'", "max_parallel cannot be"),
-        ("[[model]]\ntarget = ['a', 'b']", "a model has one target, not 2"),
-        ("[[model]]\nmax_parallel = 0", "max_parallel must be 1 or more"),
-        ("[[model", "is not a valid TOML file"),
-    ],
-)
-def test_bad_files_of_models(run, told, located, tmp_path, text, says):
-    code, err = run("--models", write(tmp_path / "models.toml", text))
-    assert (code, err.count("\n")) == (2, 1)
-    assert says in err
-
-
-@pytest.mark.parametrize(
-    ("args", "says"),
-    [
-        (["--models", "x.toml", "--target", "a"], "--target is set by the file of --models"),
-        (["--models", "x.toml", "--drafter", "a"], "--drafter is set by the file of --models"),
-        (["--target", "a", "--target", "b", "--drafter", "c"], "--drafter would be for all of"),
-        (["--target", "a", "--target", "b", "--model-name", "c"], "--model-name would be for all"),
-        (["--models", "/no/such/file"], "/no/such/file"),
-        (["--target", "a/x", "--target", "A/X", "--port", "0"], "two models have the name A/X"),
-    ],
-)
-def test_bad_choices_of_models(run, located, args, says):
-    code, err = run(*args)
-    assert (code, err.count("\n")) == (2, 1)
-    assert says in err
-
-
 def test_a_model_is_called_as_its_file_or_folder(tmp_path):
     (tmp_path / "Qwen3-4B-Q4_K_M.gguf").touch()
     for target, name in (
@@ -557,17 +550,6 @@ def test_a_model_is_called_as_its_file_or_folder(tmp_path):
         args = command.make_parser().parse(["--target", str(target)])
         (one,) = command.model_arguments(args, [])
         assert command.model_names(one) == (name,)
-
-
-def test_the_model_has_all_of_its_names(model):
-    """Requests may use any of them; responses have the first."""
-    names = ("first", "second")
-    spec = ModelSpec(names=names, load=lambda: model, settings=Settings(), defaults={})
-    pool = ModelPool([spec], Settings())
-    for name in ("first", "SECOND", None):
-        assert pool.find(name) is pool.models[0]
-    with pytest.raises(Exception, match="this server has first, second"):
-        pool.find("third")
 
 
 @pytest.mark.parametrize(

@@ -68,13 +68,6 @@ def test_a_list_of_one_prompt(server):
     assert one["choices"] == other["choices"]
 
 
-def test_too_many_prompts(serve):
-    server = serve(max_parallel=2, max_queue=1)
-    response = server.complete(["A"] * 4, max_tokens=1)
-    check_error(response, 400, "asks for 4 answers")
-    assert server.complete(["A"] * 3, max_tokens=1).status_code == 200
-
-
 @pytest.mark.sample(4)
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 @pytest.mark.parametrize("text", TEXTS, ids=["short", "one", "long"])

@@ -7,7 +7,7 @@ import logging
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from servers import serving
+from servers import error_of, serving
 
 from treeflash.testing.pairs import EXAMPLES
 
@@ -51,16 +51,6 @@ def shorten(body):
         options["num_predict"] = 3
 
 
-def check_form(path, body):
-    """An error has the form of the path's API."""
-    if path.startswith("/api/"):
-        assert set(body) == {"error"}
-        assert isinstance(body["error"], str)
-        return
-    others = set() if path.startswith("/v1/messages") else {"param", "code"}
-    assert set(body["error"]) == {"message", "type", *others}
-
-
 @pytest.fixture(scope="module")
 def fuzzed(model):
     with serving(model, defaults={"max_tokens": 3}, max_choices=2) as running:
@@ -98,7 +88,7 @@ def test_operation(document, fuzzed, caplog, path, method, mode):
         statuses.add(response.status_code)
         assert response.status_code in (200, 400, 404, 405, 413, 415), response.text
         if response.status_code != 200:
-            check_form(path, response.json())
+            error_of(path, response.json())
 
     with caplog.at_level(logging.WARNING):
         send()

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import httpx
 import numpy as np
 import pytest
+from bodies import TEXT, chat, messages, responses, text
 from servers import PATIENCE, check_error, serving, wait_until
 from tool_models import tool_model
 
@@ -296,9 +297,6 @@ def test_random_chains(compiler):
 
 
 # Through the endpoints.
-USER = {"role": "user", "content": "Hi"}
-CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
-RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"
 FIRST = chain(LINKS["reference"], 3000)
 
 
@@ -310,22 +308,6 @@ def function(schema, **fields):
     return {"type": "function", "function": {"name": "f", "parameters": schema, **fields}}
 
 
-def chat(**fields):
-    return CHAT, {"messages": [USER], "max_tokens": 3, **fields}
-
-
-def text(**fields):
-    return TEXT, {"prompt": "Hi", "max_tokens": 3, **fields}
-
-
-def responses(**fields):
-    return RESPONSES, {"model": "tiny", "input": "Hi", "max_output_tokens": 3, **fields}
-
-
-def messages(**fields):
-    return MESSAGES, {"model": "tiny", "messages": [USER], "max_tokens": 3, **fields}
-
-
 def response_tool(schema, **fields):
     return {"type": "function", "name": "f", "parameters": schema, **fields}
 
@@ -335,12 +317,8 @@ def message_tools(schema):
     return {"tools": [tool], "tool_choice": {"type": "any"}}
 
 
-def text_format(schema):
-    return {"format": {"type": "json_schema", "name": "x", "schema": schema}}
-
-
-def config(schema):
-    return {"format": {"type": "json_schema", "schema": schema}}
+def form(schema, **fields):
+    return {"format": {"type": "json_schema", "schema": schema, **fields}}
 
 
 REQUESTS = [
@@ -356,10 +334,10 @@ REQUESTS = [
     (text(structured_outputs={"json": SCHEMAS["chain, any"]}), "structured_outputs"),
     (text(structured_outputs={"grammar": LARK["terminals"]}), "structured_outputs"),
     (text(structured_outputs={"regex": REGEX["no text"]}), "structured_outputs"),
-    (responses(text=text_format(SCHEMAS["nest, all"])), "text"),
+    (responses(text=form(SCHEMAS["nest, all"], name="x")), "text"),
     (responses(tools=[response_tool(FIRST)], tool_choice="required"), "tool_choice"),
     (responses(tools=[response_tool(SCHEMAS["chain, property"], strict=True)]), "tools"),
-    (messages(output_config=config(SCHEMAS["patterns"])), None),
+    (messages(output_config=form(SCHEMAS["patterns"])), None),
     (messages(**message_tools(FIRST)), None),
 ]
 """Each place of a grammar in a request. The first kills a server that compiles it, as most others
@@ -376,14 +354,7 @@ def hardened(tmp_path_factory):
 @pytest.mark.sample(6)
 @pytest.mark.parametrize(("request_", "param"), REQUESTS, ids=range(len(REQUESTS)))
 def test_requests(hardened, request_, param):
-    path, body = request_
-    response = hardened.client.post(path, json=body)
-    if path == MESSAGES:
-        assert response.status_code == 400, response.text
-        assert "invalid grammar" in response.json()["error"]["message"]
-    else:
-        check_error(response, 400, "invalid grammar: ")
-        assert response.json()["error"]["param"] == param
+    check_error(hardened.post(*request_), 400, "invalid grammar: ", param=param)
     assert hardened.chat(max_tokens=2).status_code == 200
 
 

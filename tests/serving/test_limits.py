@@ -1,140 +1,127 @@
-"""Limits on the queue, sizes, times and memory; keep-alive frames; a disconnect in the queue."""
+"""Limits on the queue, times and memory, and what holds a slot of the server."""
 
 from __future__ import annotations
 
-import socket
-import threading
+import re
+from concurrent.futures import ThreadPoolExecutor
 
-import httpx
 import pytest
-from servers import (
-    PATIENCE,
-    Gate,
-    check_error,
-    parse,
-    request_without_a_reader,
-    wait_until,
-)
+from bodies import TEXT, chat, text
+from servers import Gate, check_error, parse, request_without_a_reader, slow_down, wait_until
 
-FOREVER = {"max_tokens": 400, "ignore_eos": True, "method": "ar"}
+FOREVER = {"max_tokens": 400, "ignore_eos": True, "temperature": 0}
 
 
-@pytest.fixture
-def in_background():
-    """Run functions in threads; returns their results."""
-    threads = []
-
-    def start(function):
-        results = []
-        thread = threading.Thread(target=lambda: results.append(function()))
-        thread.start()
-        threads.append(thread)
-        return results
-
-    yield start
-    for thread in threads:
-        thread.join()
-
-
-def test_full_queue(serve, in_background):
-    server = serve(max_parallel=1, max_queue=2)
-    with Gate(server.engine):
-        answers = in_background(lambda: server.chat(n=2, max_tokens=4))
-        wait_until(lambda: server.engine.unfinished == 2)
-        refused = server.chat(n=2)
-        check_error(refused, 429, "2 answers are being generated or waiting, and the limit is 3")
-        assert int(refused.headers["Retry-After"]) >= 1
-        last = in_background(lambda: server.chat(max_tokens=4))
-        wait_until(lambda: server.engine.unfinished == 3)
-        check_error(server.chat(), 429, "try again")
-    wait_until(lambda: answers and last)
-    assert answers[0].status_code == last[0].status_code == 200
-    assert server.engine.unfinished == 0
-
-
-def test_an_answer_that_ends_leaves_the_queue_before_its_request(serve, in_background):
-    server = serve(max_parallel=1)
+def test_a_full_queue_says_when_to_come_back(serve):
+    """In whole seconds, which grow with the answers that are before."""
+    server = serve(max_parallel=2, max_queue=6)
     with Gate(server.engine) as gate:
-        answers = in_background(lambda: server.complete("A", n=3, max_tokens=1))
-        wait_until(lambda: server.engine.unfinished == 3)
-        gate.allow(1)
-        assert server.engine.unfinished == 2
-    wait_until(lambda: answers)
-    assert answers[0].status_code == 200
+        told = []
+        body = {"prompt": "A", "stream": True, "n": 4, "max_tokens": 4}
+        with server.client.stream("POST", TEXT, json=body):
+            for answers in (5, 8):
+                refused = server.complete("A", n=answers)
+                says = "4 answers are being generated or waiting, and the limit is 8"
+                message = check_error(refused, 429, says, code="queue_full")
+                told.append(int(refused.headers["Retry-After"]))
+                assert f"again in {told[-1]} second" in message
+            with server.client.stream("POST", TEXT, json=body):
+                refused = server.complete("A")
+                told.append(int(refused.headers["Retry-After"]))
+            gate.open()
+        assert told[0] == told[1] >= 1
+        assert told[2] > told[0]
+    wait_until(lambda: server.engine.unfinished == 0)
 
 
-def test_body_size(serve):
-    server = serve(max_body_mb=0.001)
-    check_error(server.chat("x" * 2000), 413, "more than 1048 bytes")
-    assert server.chat("x", max_tokens=1).status_code == 200
+# Two seconds of waiting; the test above has the same formula.
+@pytest.mark.nightly
+def test_slow_answers_make_clients_wait_longer(serve):
+    server = serve(max_parallel=1, max_queue=1)
+    slow_down(server, 0.15)
+    assert server.complete("A", max_tokens=12, ignore_eos=True, method="ar").status_code == 200
+    with Gate(server.engine) as gate:
+        body = {"prompt": "A", "stream": True, "n": 2, "max_tokens": 1}
+        with server.client.stream("POST", TEXT, json=body):
+            refused = server.complete("A")
+            assert int(refused.headers["Retry-After"]) > 2, "an answer takes more than a second"
+            gate.open()
 
 
-def test_body_that_does_not_arrive(serve):
-    server = serve(body_timeout=0.2)
-    url = httpx.URL(server.url)
-    with socket.create_connection((url.host, url.port), timeout=PATIENCE) as connection:
-        connection.sendall(
-            b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n"
-            b'Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{"mess'
-        )
-        assert connection.recv(100).startswith(b"HTTP/1.1 408 ")
+def test_more_answers_than_the_server_has_room_for_are_an_error_of_the_request(serve):
+    """Coming back later would not help."""
+    server = serve(max_parallel=1, max_queue=2)
+    for many in ({"prompt": "A", "n": 4}, {"prompt": ["A"] * 4}):
+        check_error(server.complete(**many, max_tokens=1), 400, "asks for 4 answers")
+    for few in ({"prompt": "A", "n": 3}, {"prompt": ["A"] * 3}, {"prompt": "A"}):
+        assert server.complete(**few, max_tokens=1).status_code == 200
+
+
+def test_answers_to_a_request_are_limited(serve):
+    server = serve(max_choices=2)
+    for request in (chat, text):
+        assert len(server.post(*request(n=2)).json()["choices"]) == 2
+        check_error(server.post(*request(n=3)), 400, "at most 2 answers")
+
+
+def test_no_more_answers_are_decoded_at_once_than_allowed(serve):
+    server = serve(max_parallel=2)
+    scheduler = server.engine.scheduler
+    most, step = [], scheduler.step
+
+    def watched():
+        events = step()
+        most.append(scheduler.running)
+        return events
+
+    scheduler.step = watched
+    assert server.complete("A", n=5, max_tokens=8, ignore_eos=True).status_code == 200
+    assert max(most) == 2
+
+
+def test_time_in_the_queue_counts(serve):
+    server = serve(timeout=0.2, max_parallel=1)
+    with Gate(server.engine):
+        for _ in range(2):
+            check_error(server.complete("A"), 504, "longer than this server allows")
 
 
 @pytest.mark.sample(1)
-@pytest.mark.parametrize("stream", [False, True])
-def test_time_limit(serve, stream):
-    server = serve(timeout=0.3)
-    with Gate(server.engine):
-        if stream:
-            with server.client.stream(
-                "POST", "/v1/completions", json={"prompt": "A", "stream": True}
-            ) as response:
-                assert response.status_code == 200
-                assert '"code":"timeout"' in response.read().decode()
-        else:
-            check_error(server.complete("A"), 504, "longer than this server allows")
+@pytest.mark.parametrize("method", ["ar", "treeflash"])
+@pytest.mark.parametrize("answers", [1, 3])
+def test_an_answer_that_stopped_holds_no_slot(serve, method, answers):
+    """Nothing decodes on behind a stop string, unseen, up to the limit."""
+    server = serve()
+    text = server.complete("A", **FOREVER, method=method).json()["choices"][0]["text"]
+    stop = text[10:13]
+    whole = server.complete("A", **FOREVER, method=method, stop=stop, n=answers)
+    assert {x["finish_reason"] for x in whole.json()["choices"]} == {"stop"}
     wait_until(lambda: server.engine.unfinished == 0)
+    assert server.engine.scheduler.running == server.engine.scheduler.waiting == 0
     assert not server.engine.scheduler.busy
 
 
-def test_text_that_needs_too_much_memory(serve):
-    server = serve(max_memory_gb=1e-4)
-    check_error(server.complete("A", max_tokens=500), 400, "MiB for its KV cache and the limit is")
-    assert server.complete("A", max_tokens=2, budget=2).status_code == 200
-
-
-def test_an_answer_without_a_length_takes_the_memory_that_there_is(serve):
-    server = serve(max_memory_gb=1e-4)
-    answer = server.complete("A", budget=2, ignore_eos=True).json()
-    assert 2 < answer["usage"]["completion_tokens"] < 500
-    assert answer["choices"][0]["finish_reason"] == "length"
-    # After a longer prompt there is not room for one token.
-    check_error(server.complete("A" * 400), 400, "MiB for its KV cache and the limit is")
-
-
-def test_keep_alive(serve):
-    server = serve(keep_alive=0.05)
-    with Gate(server.engine) as gate:
-        body = {"prompt": "A", "stream": True, "max_tokens": 2}
-        with server.client.stream("POST", "/v1/completions", json=body) as response:
-            lines = response.iter_lines()
-            assert next(lines) == ": ping"
-            assert next(lines) == ""
-            assert next(lines) == ": ping"
-            gate.open()
-            assert "data: [DONE]" in list(lines)
-
-
-def test_disconnect_while_waiting(serve, in_background, caplog):
+def test_an_answer_that_ends_leaves_the_queue_before_its_request(serve):
     server = serve(max_parallel=1)
-    with caplog.at_level("INFO", "treeflash.serving"), Gate(server.engine):
-        first = in_background(lambda: server.complete("A", max_tokens=3))
-        wait_until(lambda: server.engine.unfinished == 1)
-        with request_without_a_reader(server, "/v1/completions", {"prompt": "A", **FOREVER}):
-            pass
-        wait_until(lambda: "unfinished" in caplog.text)
-    wait_until(lambda: first and server.engine.unfinished == 0)
-    assert first[0].status_code == 200
+    with ThreadPoolExecutor() as clients, Gate(server.engine) as gate:
+        asked = clients.submit(server.complete, "A", n=3, max_tokens=1)
+        wait_until(lambda: server.engine.unfinished == 3)
+        gate.allow(1)
+        assert server.engine.unfinished == 2
+    assert asked.result().status_code == 200
+
+
+def test_a_disconnect_while_waiting(serve, caplog):
+    server = serve(max_parallel=1)
+    with caplog.at_level("INFO", "treeflash.serving"), ThreadPoolExecutor() as clients:
+        with Gate(server.engine):
+            first = clients.submit(server.complete, "A", max_tokens=3)
+            wait_until(lambda: server.engine.unfinished == 1)
+            with request_without_a_reader(server, TEXT, {"prompt": "A", **FOREVER}):
+                pass
+            wait_until(lambda: "unfinished" in caplog.text)
+        assert first.result().status_code == 200
+    wait_until(lambda: server.engine.unfinished == 0)
     assert "0 new tokens" in caplog.text
     assert "-1.00 tokens per iteration" not in caplog.text
 
@@ -142,8 +129,47 @@ def test_disconnect_while_waiting(serve, in_background, caplog):
 def test_a_slow_reader_does_not_hold_up_others(serve):
     server = serve()
     body = {"prompt": "A", "stream": True, **FOREVER, "logprobs": 20}
-    with server.client.stream("POST", "/v1/completions", json=body) as response:
+    with server.client.stream("POST", TEXT, json=body) as response:
         wait_until(lambda: server.engine.unfinished == 0)  # nobody has read its answer
-        assert (
-            sum(len(frame["choices"][0]["logprobs"]["tokens"]) for frame in parse(response)) == 400
-        )
+        frames = parse(response)
+        assert sum(len(x["choices"][0]["logprobs"]["tokens"]) for x in frames) == 400
+
+
+def test_keep_alive(serve):
+    server = serve(keep_alive=0.05)
+    with Gate(server.engine) as gate:
+        body = {"prompt": "A", "stream": True, "max_tokens": 2}
+        with server.client.stream("POST", TEXT, json=body) as response:
+            lines = response.iter_lines()
+            assert [next(lines) for _ in range(3)] == [": ping", "", ": ping"]
+            gate.open()
+            assert "data: [DONE]" in list(lines)
+
+
+def test_an_answer_has_the_memory_that_there_is(serve):
+    """One without a length takes all of it; more than that is refused with both numbers."""
+    server = serve(max_memory_gb=1e-4)
+    says = r"([\d.]+) MiB for its KV cache and the limit is ([\d.]+) MiB"
+    message = check_error(server.complete("A", max_tokens=500), 400)
+    needed, limit = map(float, re.search(says, message).groups())
+    assert needed > limit == pytest.approx(1e-4 * 2**10, rel=0.01)
+    answer = server.complete("A", budget=2, ignore_eos=True).json()
+    assert 2 < answer["usage"]["completion_tokens"] < 500
+    assert answer["choices"][0]["finish_reason"] == "length"
+    # After a longer prompt there is not room for one token.
+    check_error(server.complete("A" * 400), 400, "MiB for its KV cache and the limit is")
+
+
+def test_the_prefix_cache_is_a_part_of_the_memory(serve):
+    """Finished sequences keep at most the prefix cache's share."""
+    server = serve(prefix_cache_gb=1e-4)
+    for i in range(4):
+        answer = server.complete(f"{i} is a number", max_tokens=40, ignore_eos=True)
+        assert answer.status_code == 200
+        assert server.engine.scheduler.prefix_cache.nbytes <= 1e-4 * 2**30
+    assert len(server.engine.scheduler.prefix_cache) > 0
+    off = serve(prefix_cache_gb=0)
+    for _ in range(2):
+        usage = off.complete("A long prompt", max_tokens=2).json()["usage"]
+        assert usage["prompt_tokens_details"]["cached_tokens"] == 0
+    assert off.engine.scheduler.prefix_cache is None

@@ -16,7 +16,7 @@ from asgi import ask_async
 from failures import failing as failing_call
 from protocols import PROTOCOLS, Ask
 from scripted_model import reference_model
-from servers import MAX_POSITIONS, PATIENCE, Gate, serving_pool, wait_until
+from servers import MAX_POSITIONS, PATIENCE, Gate, check_error, serving_pool, wait_until
 from several_models import BUNDLED, NAMES, Loads, load_alone, make_pool
 
 from treeflash.decoding.disk_cache import BLOCK
@@ -219,16 +219,6 @@ def test_a_model_leaves_after_its_time(serve_models, loads, alone):
         text_of(running.result())
 
 
-def failure_of(response, path):
-    """The status and the message of an error in the form of its API."""
-    body = response.json()
-    if path.startswith("/api/"):
-        assert set(body) == {"error"}
-        return response.status_code, body["error"]
-    assert body.get("type") == ("error" if path == "/v1/messages" else None)
-    return response.status_code, body["error"]["message"]
-
-
 @apis
 def test_a_load_that_fails_is_an_error_of_its_requests(serve_models, loads, alone, api):
     server = serve_models()
@@ -249,8 +239,8 @@ def test_a_load_that_fails_is_an_error_of_its_requests(serve_models, loads, alon
     for status, message in expected:
         if status == 503:  # nothing is left that could be put away
             loads.errors["two"].insert(0, MemoryError("out of memory"))
-        found, told = failure_of(server.post(api.path, api.body(asked)), api.path)
-        assert (found, told.partition(";")[0]) == (status, message)
+        told = check_error(server.post(api.path, api.body(asked)), status)
+        assert told.partition(";")[0] == message
         assert text_of(server.post(CHAT, question("One"))) == answer_of(alone["One"])
     assert api.ask(server.url, asked).reason == "length"
     assert counted(server, "model_load_failures_total")["two"] == len(expected)
@@ -300,9 +290,7 @@ def test_what_clients_see_when_memory_runs_out_amid_an_answer(serve_models, api,
     with failing_call(verifier, "run", short, call=3):
         answer = server.post(api.path, api.body(asked) | {"stream": stream})
     wait_until(lambda: in_memory(server) == {"One"})
-    assert answer.status_code == (200 if stream else 503)
-    told = api.stream_message(answer.text) if stream else api.message(answer.json())
-    assert told == "the device is out of memory; send the request again"
+    assert api.told(answer, 503) == "the device is out of memory; send the request again"
     assert api.ask(server.url, asked, stream=stream).reason == "length"
     assert counted(server, "model_unloads_total")["two"] == 2
 
@@ -367,24 +355,7 @@ def test_a_server_that_ends_while_a_model_is_loaded(serve_models, loads, api, st
         server.server.handle_exit(15, None)
         response = waiting.result()
         loads.gates["two"].set()
-    assert failure_of(response, api.path) == (503, "the server is shutting down")
-
-
-@apis
-def test_unknown_names_are_answered_as_each_api_documents(serve_models, api):
-    server = serve_models()
-    response = server.post(api.path, api.body(Ask(model="four")))
-    status, message = failure_of(response, api.path)
-    others = "this server has One, two, org/three"
-    assert status == 404
-    if api.path.startswith("/api/"):
-        assert message == f"model 'four' not found; {others}"
-        return
-    assert message == f"the model 'four' does not exist; {others}"
-    error = response.json()["error"]
-    assert error["type"] == "not_found_error"
-    if api.path != "/v1/messages":
-        assert (error["param"], error["code"]) == ("model", "model_not_found")
+    assert check_error(response, 503) == "the server is shutting down"
 
 
 def test_two_models_of_one_name(pairs):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from servers import check_error, serving
+from servers import serving
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 PROMPT = "A long story about a river. " * 10
@@ -65,13 +65,6 @@ def test_each_prompt_has_its_own(chunked):
     told = [x for x in frames if "prompt_progress" in x]
     assert {frame["choices"][0]["index"] for frame in told} == {0, 1}
     assert len(text_of(frames)) > 0
-
-
-@pytest.mark.parametrize("path", BODIES)
-def test_only_streams_have_it(server, path):
-    response = server.post(path, BODIES[path] | {"return_progress": True})
-    check_error(response, 400, "return_progress applies to streams only")
-    assert server.post(path, BODIES[path] | OPTIONS | {"return_progress": False}).is_success
 
 
 def test_the_package_of_openai_reads_it(chunked):

@@ -16,6 +16,7 @@ from protocols import PROTOCOLS, Ask, having
 from scripted_model import scripted_model
 from servers import (
     Gate,
+    check_error,
     request_without_a_reader,
     serving,
     slow_down,
@@ -125,6 +126,28 @@ def test_a_stop_string_ends_the_answer(server, tool_pair, api, stream):
     assert found.stop_string == (stop if "named stop" in api.can else None)
 
 
+def is_first(text, i, length):
+    return text.index(text[i : i + length]) == i
+
+
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("api", having("named stop"))
+def test_the_stop_string_that_ended_an_answer_is_named(model, serve, api, stream):
+    """If two end at the same token, the one that began first ends the text."""
+    letters = {model.tokenizer.encode(x)[0] for x in "abcdefghijklmnopqrstuvwxyz"}
+    bias = {i: -100.0 for i in range(model.backend.vocab_size) if i not in letters}
+    server = serve(defaults={"temperature": 1.0, "seed": 3, "logit_bias": bias})
+    text = api.ask(server.url, Ask("Hi", max_tokens=60)).text
+    i = next(i for i in range(40) if all(is_first(text, i + j, 3 - j) for j in (0, 1, 2)))
+    longer, shorter, later = text[i : i + 3], text[i + 1 : i + 3], text[i + 3 : i + 15]
+    for stops in ([shorter, longer], [longer, shorter], [later, longer], ["\0none", longer]):
+        ask = Ask("Hi", max_tokens=60, stop=stops)
+        found = api.ask(server.url, ask, stream=stream)
+        assert (found.reason, found.stop_string) == ("stop", longer), stops
+        assert found.text == text[:i]
+
+
 @pytest.fixture(scope="module")
 def ending(model):
     """A server whose model ends each answer at once."""
@@ -230,8 +253,7 @@ def test_a_model_that_does_not_reason(tmp_path, api):
     with serving(model) as running:
         assert submitted(running, *api.request(Ask(thinks=False))).prompt == "Hello."
         response = running.post(*api.request(Ask(thinks=True)))
-    assert response.status_code == 400
-    assert "does not support reasoning" in api.message(response.json())
+    check_error(response, 400, "does not support reasoning")
 
 
 @pytest.mark.sample(5)
@@ -257,9 +279,8 @@ def test_images(image_server, image_model, api, form):
 @apis("images")
 def test_a_target_without_images_is_named(server, api):
     response = server.post(*api.request(Ask(images=[base64_of(picture(1))])))
-    assert response.status_code == 400
     says = "target takes no images: the backend does not run images of its model type"
-    assert api.message(response.json()) == says
+    assert check_error(response, 400) == says
 
 
 @apis("continuation")
@@ -357,13 +378,14 @@ def test_an_enforced_call_that_is_cut_off_is_not_content(server, api, stream, to
 
 @streams
 @apis("choice")
-def test_an_enforced_call(server, api, stream):
+@pytest.mark.parametrize("choice", ["required", "wash"])
+def test_an_enforced_call(server, api, stream, choice):
     """A model of random weights writes one."""
-    asked = Ask(functions=[PAINT, WASH], choice="required", parallel=False, max_tokens=400)
+    asked = Ask(functions=[PAINT, WASH], choice=choice, parallel=False, max_tokens=400)
     found = api.ask(server.url, asked, stream=stream)
     (made,) = found.calls
     assert (found.text, found.thinking, found.reason) == ("", "", "calls")
-    assert made.name in ("paint", "wash")
+    assert made.name in ("wash", "paint")[: 1 if choice == "wash" else 2]
     assert made.arguments["colour"] in ("red", "blue")
 
 
@@ -402,6 +424,19 @@ def test_schemas_are_enforced(allowed, api):
         assert not answer.accepts(text), text
 
 
+@apis("schema")
+def test_white_space_between_json_tokens_is_bounded(allowed, api):
+    accepts = allowed(api, schema=COLOUR).accepts
+    for space in ("", " ", "\n", "\n" + " " * 20):
+        assert accepts(RED.replace(" ", space)), repr(space)
+    for space in ("  ", "\n" + " " * 21, "\n\n", "\t\t"):
+        assert not accepts(RED.replace(" ", space)), repr(space)
+    own = {**COLOUR, "x-guidance": {"whitespace_pattern": " {0,5}"}}
+    accepts = allowed(api, schema=own).accepts
+    assert accepts(RED.replace(" ", " " * 5))
+    assert not accepts(RED.replace(" ", "\n"))
+
+
 @streams
 @apis("schema")
 def test_an_answer_of_a_schema(server, api, stream):
@@ -432,9 +467,8 @@ def test_a_required_call_has_no_content_to_constrain(allowed, api, choice):
 @apis()
 def test_another_model(server, api, stream):
     response = server.post(*api.request(Ask(model="gpt-5"), stream=stream))
-    assert response.status_code == 404
-    message = api.message(response.json())
-    assert "model 'gpt-5' " in message
+    code = {"param": "model", "code": "model_not_found", "type": "not_found_error"}
+    message = check_error(response, 404, "model 'gpt-5' ", **code)
     assert message.endswith("; this server has tiny")
 
 
@@ -442,27 +476,31 @@ def test_another_model(server, api, stream):
 @apis()
 def test_an_unknown_field(server, api, stream):
     path, body = api.request(Ask(), stream=stream)
-    response = server.post(path, body | {"frobnicate": 1})
-    assert response.status_code == 400
-    assert "frobnicate is not supported" in api.message(response.json())
+    check_error(server.post(path, body | {"frobnicate": 1}), 400, "frobnicate is not supported")
 
 
 @streams
 @apis()
 def test_a_prompt_that_is_too_long(server, api, stream):
-    """An error before a stream has a status, which the package raises."""
+    """An error before a stream has a status, which the package raises.
+
+    Agents find these words, and compact the conversation.
+    """
     with pytest.raises(api.failure, match=r"\d+ tokens"):
         api.ask(server.url, Ask("x" * 5000), stream=stream)
     response = server.post(*api.request(Ask("x" * 5000), stream=stream))
-    assert response.status_code == 400
-    assert api.message(response.json())
+    fields = {"type": "invalid_request_error", "code": "context_length_exceeded"}
+    message = check_error(response, 400, **fields)
+    if api.path == "/v1/messages":
+        assert re.fullmatch(r"prompt is too long: 5\d{3} tokens > 4096 maximum", message)
+    else:
+        assert message.startswith("This model's maximum context length is 4096 tokens. ")
 
 
 @apis("calls")
 def test_two_functions_of_a_name(server, api):
     response = server.post(*api.request(Ask(functions=[PAINT, PAINT])))
-    assert response.status_code == 400
-    assert "paint" in api.message(response.json())
+    check_error(response, 400, "paint", param="tools")
 
 
 @apis("choice")
@@ -471,8 +509,7 @@ def test_two_functions_of_a_name(server, api):
 )
 def test_a_choice_of_no_function(server, api, functions, choice):
     response = server.post(*api.request(Ask(functions=functions, choice=choice)))
-    assert response.status_code == 400
-    assert "tool_choice" in api.message(response.json())
+    check_error(response, 400, "tool_choice", param="tool_choice")
 
 
 @pytest.fixture(scope="module")
@@ -485,8 +522,7 @@ def without_tools(tmp_path_factory):
 @apis("calls")
 def test_a_model_without_tools_refuses_them(without_tools, api):
     response = without_tools.post(*api.request(Ask(functions=[PAINT])))
-    assert response.status_code == 400
-    assert "not supported with this model" in api.message(response.json())
+    check_error(response, 400, "not supported with this model")
 
 
 @streams
@@ -497,9 +533,7 @@ def test_a_failure_is_told(server, api, stream):
         with pytest.raises(api.failure):
             api.ask(server.url, Ask(), stream=stream)
         response = server.post(*api.request(Ask(), stream=stream))
-    assert response.status_code == (200 if stream else 500)
-    text = response.text
-    assert (api.stream_message(text) if stream else api.message(json.loads(text))) == SERVER_FAILED
+    assert api.told(response, 500) == SERVER_FAILED
     assert server.engine.unfinished == 0
 
 
@@ -512,10 +546,7 @@ def test_the_time_limit_is_for_the_whole_answer(model, api, stream):
     with serving(model, defaults, timeout=0.4, keep_alive=0.05) as server:
         slow_down(server, 0.02)
         response = server.post(*api.request(Ask("A", max_tokens=150), stream=stream))
-        assert response.status_code == (200 if stream else 504)
-        text = response.text
-        told = api.stream_message(text) if stream else api.message(json.loads(text))
-        assert told == "the answer took longer than this server allows"
+        assert api.told(response, 504) == "the answer took longer than this server allows"
         wait_until(lambda: server.engine.unfinished == 0)
         assert not server.engine.scheduler.busy
 

@@ -7,12 +7,10 @@ import os
 import signal
 import threading
 import time
-from types import SimpleNamespace
 
 import httpx
 import psutil
 import pytest
-from starlette.testclient import TestClient
 
 ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.nightly
@@ -41,18 +39,6 @@ def url():
     ray.shutdown()
 
 
-def test_the_ingress_has_the_keys_of_its_settings(monkeypatch):
-    from treeflash.serving import ray_app
-
-    answers = SimpleNamespace(remote=lambda request: pytest.fail("passed on"))
-    handle = SimpleNamespace(options=lambda **_: answers)
-    context = SimpleNamespace(app_name="treeflash")
-    monkeypatch.setattr(ray_app.serve, "get_replica_context", lambda: context)
-    monkeypatch.setattr(ray_app.serve, "get_deployment_handle", lambda *_, **__: handle)
-    app = ray_app.ingress(ray_app.RayConfig(settings={"api_keys": ("secret",)}))
-    assert TestClient(app).post("/v1/completions", json={"prompt": "A"}).status_code == 401
-
-
 def chat(content, **fields):
     return {"messages": [{"role": "user", "content": content}], "temperature": 0, **fields}
 
@@ -62,22 +48,6 @@ def replica_pids():
     processes = psutil.process_iter(["pid", "cmdline"])
     names = {process.pid: " ".join(process.info["cmdline"] or ()) for process in processes}
     return {pid for pid, name in names.items() if name.startswith(REPLICA)}
-
-
-def test_it_grows_with_the_queue():
-    """Ray's configuration: replicas are added by the number of unfinished requests."""
-    from treeflash.serving.ray_app import RayConfig, build
-
-    config = RayConfig(replicas=2, max_replicas=5, target_requests=7, settings={"max_queue": 9})
-    replica = next(iter(build(config)._bound_deployment.init_args))
-    options = replica._bound_deployment
-    scaling = options._deployment_config.autoscaling_config
-    assert (scaling.min_replicas, scaling.max_replicas) == (2, 5)
-    assert scaling.target_ongoing_requests == 7
-    assert options.max_ongoing_requests == 16 + 9  # more must wait in the proxy, where they count
-    fixed = build(RayConfig(replicas=3))._bound_deployment.init_args[0]._bound_deployment
-    scaling = fixed._deployment_config.autoscaling_config
-    assert (scaling.min_replicas, scaling.max_replicas) == (3, 3)
 
 
 def test_answers(url):

@@ -8,7 +8,7 @@ import httpx
 import pytest
 from failures import failing
 from pydantic import TypeAdapter
-from servers import NAME, serving
+from servers import NAME
 from tool_models import COLOUR
 
 from treeflash.serving.errors import SERVER_FAILED
@@ -139,41 +139,6 @@ def test_details_of_the_usage(client):
     found = client.responses.create(**asked, reasoning=reasoning)
     assert found.usage.output_tokens_details.reasoning_tokens == 8
     assert found.usage.input_tokens_details.cache_write_tokens == 0, "nobody pays for them"
-
-
-def test_what_codex_sends(tool_pair):
-    body = {
-        "model": NAME,
-        "instructions": "You are a coding agent.",
-        "input": [
-            {
-                "type": "message",
-                "role": "developer",
-                "content": [{"type": "input_text", "text": "<permissions>"}],
-            },
-            {
-                "type": "message",
-                "role": "user",
-                "content": [{"type": "input_text", "text": "Run ls."}],
-            },
-        ],
-        "tools": [TOOL],
-        "tool_choice": "auto",
-        "parallel_tool_calls": False,
-        "reasoning": {"effort": "none", "summary": "auto"},
-        "store": False,
-        "stream": True,
-        "include": ["reasoning.encrypted_content"],
-        "prompt_cache_key": "0199",
-    }
-    with (
-        serving(tool_pair, {"max_tokens": 12}) as server,
-        server.client.stream("POST", "/v1/responses", json=body) as response,
-    ):
-        assert response.status_code == 200, response.read()
-        lines = [line for line in response.iter_lines() if line.startswith("event: ")]
-    assert lines[0] == "event: response.created"
-    assert lines[-1] in ("event: response.completed", "event: response.incomplete")
 
 
 def test_a_failure_ends_the_stream_with_events(server):

@@ -58,79 +58,6 @@ def check(call):
         assert (call["function"]["name"], arguments) == ("stop", {})
 
 
-@pytest.mark.sample(3)
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("thinking", [False, None])
-def test_a_call_that_must_be_made(server, seed, thinking):
-    args = {} if thinking is None else {"chat_template_kwargs": {"enable_thinking": thinking}}
-    found, reason = message(
-        server.chat(
-            tools=TOOLS, tool_choice="required", parallel_tool_calls=False, seed=seed, **args
-        )
-    )
-    assert "tool_calls" in found, found
-    (call,) = found["tool_calls"]
-    check(call)
-    assert (found["content"], reason) == (None, "tool_calls")
-
-
-def test_a_named_call_streamed(server):
-    choice = {"type": "function", "function": {"name": "paint"}}
-    body = {
-        "messages": HELLO,
-        "tools": TOOLS,
-        "tool_choice": choice,
-        "seed": 4,
-    }
-    frames = server.frames(PATH, **body)
-    choices = [frame["choices"][0] for frame in frames]
-    (call,) = [call for x in choices for call in x["delta"].get("tool_calls", [])]
-    assert (call["index"], call["function"]["name"]) == (0, "paint")
-    check(call)
-    assert choices[-1]["finish_reason"] == "tool_calls"
-    assert all(x["delta"] for x in choices[:-1])  # no chunk says nothing
-    whole, _ = message(server.post(PATH, body))
-    assert whole["tool_calls"][0]["function"] == call["function"]
-
-
-def test_calls_and_results_reach_the_chat_template(server, tokenizer):
-    call = {
-        "id": "call_1",
-        "type": "function",
-        "function": {"name": "paint", "arguments": '{"colour": "red"}'},
-    }
-    messages = [
-        *HELLO,
-        {"role": "assistant", "content": None, "tool_calls": [call]},
-        {"role": "tool", "tool_call_id": "call_1", "content": [{"type": "text", "text": "Done."}]},
-    ]
-    body = {"messages": messages, "tools": TOOLS, "chat_template_kwargs": {"enable_thinking": True}}
-    found = server.post("/tokenize", body).json()["tokens"]
-    text = tokenizer.decode_verbatim(found)
-    assert '<call>{"name": "paint", "arguments": {"colour": "red"}}</call>' in text
-    assert "<|start|>tool: Done.<|end|>" in text
-    assert '"name": "stop"' in text
-    assert text.endswith("<|start|>assistant: <think>")
-
-
-def test_json_after_reasoning(server, tokenizer):
-    """JSON begins after the thought, if that ends."""
-    body = {"messages": HELLO, "response_format": FORMAT, "seed": 0}
-    args = {"chat_template_kwargs": {"enable_thinking": True}}
-    # It is pushed to the end of its thought.
-    bias = {str(token): 14 for token in tokenizer.encode("</think>{")}
-    found, reason = message(
-        server.post(PATH, {**body, **args, "logit_bias": bias, "max_tokens": 200})
-    )
-    assert found["reasoning_content"]
-    if reason == "stop":
-        json.loads(found["content"])
-    found, reason = message(server.post(PATH, body))
-    assert json.loads(found["content"])["colour"] in ("red", "blue")
-    assert "reasoning_content" not in found
-    assert reason == "stop"
-
-
 @pytest.mark.sample(4)
 @pytest.mark.parametrize(
     "fields",
@@ -200,52 +127,6 @@ def test_a_model_without_reasoning_does_not_begin_to_think(tmp_path):
         found, _ = message(running.chat(tool_choice=named, **body))
         assert "reasoning_content" not in found
         check(*found["tool_calls"])
-
-
-@pytest.mark.parametrize(
-    ("fields", "param"),
-    [
-        ({"tool_choice": "required"}, "tool_choice"),
-        (
-            {
-                "tools": TOOLS,
-                "tool_choice": {"type": "function", "function": {"name": "missing"}},
-            },
-            "tool_choice",
-        ),
-        ({"tools": TOOLS[:1] * 2}, "tools"),
-        ({"tools": [{"type": "web_search"}]}, "tools.0.type"),
-        ({"response_format": {"type": "xml"}}, "response_format"),
-        ({"response_format": FORMAT, "structured_outputs": {"regex": "a"}}, "structured_outputs"),
-        ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs"),
-        ({"structured_outputs": {"regex": "[a-"}}, "structured_outputs"),
-        ({"structured_outputs": {"grammar": "root ::= missing"}}, "structured_outputs"),
-        (
-            {"tools": [tool("a", {"type": "objekt"})], "tool_choice": "required"},
-            "tool_choice",
-        ),
-    ],
-)
-def test_errors(server, fields, param):
-    response = server.chat(**fields)
-    assert response.status_code == 400, response.text
-    assert response.json()["error"]["param"] == param
-    assert "\n" not in response.json()["error"]["message"]
-
-
-@pytest.mark.parametrize(
-    "bad",
-    [
-        {"role": "user", "content": None},
-        {"role": "tool", "content": "Done."},
-        {"role": "user", "content": "Hi", "tool_call_id": "call_1"},
-        {"role": "user", "content": "Hi", "tool_calls": []} | {"reasoning_content": "Hm"},
-    ],
-)
-def test_malformed_messages(server, bad):
-    response = server.post(PATH, {"messages": [*HELLO, bad]})
-    assert response.status_code == 400
-    assert response.json()["error"]["param"] == "messages"
 
 
 CHOSEN = {

@@ -31,11 +31,6 @@ class OpenAI(Protocol):
         extra = {name: body.pop(name) for name in PACKAGE_LACKS if name in body}
         return {**body, "extra_body": extra}
 
-    def message(self, error: dict[str, Any]) -> str:
-        assert set(error) == {"error"}
-        assert set(error["error"]) == {"message", "type", "param", "code"}
-        return error["error"]["message"]
-
 
 class Choices(OpenAI):
     """What OpenAI's two APIs with lists of choices share."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import anthropic
-from pydantic import TypeAdapter
 
 from protocols.protocol import MODES, Answer, Ask, Call, Protocol
 
@@ -99,9 +98,3 @@ class Messages(Protocol):
         answer.prompt_tokens = usage.input_tokens + usage.cache_read_input_tokens
         answer.new_tokens = usage.output_tokens
         return answer
-
-    def message(self, error: dict[str, Any]) -> str:
-        TypeAdapter(anthropic.types.ErrorResponse).validate_python(error)
-        assert (set(error), error["type"]) == ({"type", "error"}, "error")
-        assert set(error["error"]) == {"type", "message"}
-        return error["error"]["message"]

@@ -45,10 +45,6 @@ class Ollama(Protocol):
     def text(self, message: Any) -> str:
         return message.content
 
-    def message(self, error: dict[str, Any]) -> str:
-        assert set(error) == {"error"}
-        return error["error"]
-
     def frames(self, text: str) -> list[dict[str, Any]]:
         return list(map(json.loads, text.splitlines()))
 

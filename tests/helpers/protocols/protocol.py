@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from servers import NAME
+import httpx
+from servers import NAME, check_error, error_of
 
 
 @dataclass(frozen=True)
@@ -136,15 +137,18 @@ class Protocol(ABC):
     def ask(self, url: str, ask: Ask, *, stream: bool = False) -> Answer:
         """Ask a server through the API's package, for a whole answer or a stream."""
 
-    @abstractmethod
-    def message(self, error: dict[str, Any]) -> str:
-        """Return the message of an error's body; raises an AssertionError for another form."""
-
     def frames(self, text: str) -> list[dict[str, Any]]:
         """Return the events of a stream that ended with an error."""
         lines = [line for line in text.splitlines() if line.startswith("data: ")]
         return [json.loads(line.removeprefix("data: ")) for line in lines]
 
-    def stream_message(self, text: str) -> str:
+    def last_message(self, text: str) -> str:
         """Return the message of the error that ends a stream."""
-        return self.message(self.frames(text)[-1])
+        return error_of(self.path, self.frames(text)[-1])["message"]
+
+    def told(self, response: httpx.Response, status: int) -> str:
+        """Return the message of an error: a whole answer's, with this status, or a stream's."""
+        if json.loads(response.request.content)["stream"]:
+            assert response.status_code == 200
+            return self.last_message(response.text)
+        return check_error(response, status)

@@ -80,5 +80,5 @@ class Responses(OpenAI):
         assert usage.total_tokens == usage.input_tokens + usage.output_tokens
         return answer
 
-    def stream_message(self, text: str) -> str:
+    def last_message(self, text: str) -> str:
         return self.frames(text)[-1]["response"]["error"]["message"]
