@@ -58,7 +58,6 @@ from treeflash.drafters.formats import (
     DFLASH,
     HEADS,
     drafter_shapes,
-    head_shapes,
     parse_drafter_config,
 )
 from treeflash.drafters.loading import DrafterTensors
@@ -222,8 +221,8 @@ def load_without_weights(shape: dict[str, Any], layers: str) -> Any:
         return model.eval()
 
     def read(*_: Any) -> DrafterTensors[torch.Tensor]:
-        names = head_shapes(config, head, shape["vocab_size"])
         assert config.head is not None
+        names = HEADS[config.head].shapes(config, shape["vocab_size"], head)
         prefix = HEADS[config.head].prefix
         parts: dict[str, dict[str, torch.Tensor]] = {"backbone": {}, "head": {}}
         for name, size in drafter_shapes(config, head).items():

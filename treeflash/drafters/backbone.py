@@ -1,4 +1,4 @@
-"""The Qwen3-like backbone that all formats share: its settings and the shapes of its tensors."""
+"""The settings of the Qwen3-like backbone that all formats share."""
 
 from __future__ import annotations
 
@@ -7,10 +7,7 @@ import reprlib
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from treeflash.drafters.block_model import BlockModel
 from treeflash.drafters.config import DrafterConfig, inverse_frequencies, rope_parameters
-from treeflash.drafters.format import Shapes
-from treeflash.drafters.heads.shapes import as_outline, shapes_of
 
 MAX_BLOCK_SIZE = 4096
 """Slots of a block; drafters have 7 to 16. More would exhaust the memory."""
@@ -180,18 +177,6 @@ def gemma4_layers(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, 
         "inv_freq": tuple(frequencies.tolist()),
     }
     return settings, fields
-
-
-def backbone_shapes(config: DrafterConfig) -> Shapes:
-    """Return the shapes of a backbone's tensors as they are stored, by canonical name.
-
-    The gates of queries are rows of `q_proj`, which `arrange_block` splits.
-    """
-    shapes = shapes_of(as_outline(BlockModel)(config))
-    for name in [name for name in shapes if ".self_attn.gate_proj." in name]:
-        rows, *columns = shapes.pop(name)
-        shapes[name.replace("gate_proj", "q_proj")] = (2 * rows, *columns)
-    return shapes
 
 
 def default_target_layer_ids(num_target_layers: int, num_hidden_layers: int) -> tuple[int, ...]:

@@ -23,6 +23,7 @@ from dataclasses import replace
 from typing import Any
 
 from treeflash.drafters import backbone
+from treeflash.drafters.block_model import BlockModel
 from treeflash.drafters.config import (
     DrafterConfig,
     inverse_frequencies,
@@ -31,6 +32,7 @@ from treeflash.drafters.config import (
 from treeflash.drafters.format import Config, Format, Names, Shapes
 from treeflash.drafters.heads import domino, markov, selector, treeflash
 from treeflash.drafters.heads.head_format import HeadFormat
+from treeflash.drafters.heads.shapes import as_outline, shapes_of
 from treeflash.drafters.heads.treeflash import PREFIX as TREEFLASH_PREFIX
 
 HEADS: dict[str, HeadFormat] = {
@@ -167,13 +169,19 @@ def replace_settings(config: Config, settings: Config) -> dict[str, Any]:
 def drafter_shapes(
     config: DrafterConfig, head_size: int = 0, *, vocab_size: int | None = None
 ) -> Shapes:
-    """Return the shapes of a drafter's tensors, by canonical name.
+    """Return the shapes of a drafter's tensors as they are stored, by canonical name.
 
     `head_size` is I, the inner width of a TreeFlash head; `vocab_size` is the target's, if the
     configuration does not give it.
     """
-    head = head_shapes(config, head_size, vocab_size)
-    shapes = backbone.backbone_shapes(config) | head
+    shapes = shapes_of(as_outline(BlockModel)(config))
+    # The gates of queries are rows of `q_proj`, which `arrange_block` splits.
+    for name in [name for name in shapes if ".self_attn.gate_proj." in name]:
+        rows, *columns = shapes.pop(name)
+        shapes[name.replace("gate_proj", "q_proj")] = (2 * rows, *columns)
+    if config.head is not None:
+        rows = config.vocab_size or vocab_size or 0
+        shapes |= HEADS[config.head].shapes(config, rows, head_size)
     if config.draft_vocab_size:
         shapes |= {
             "lm_head.weight": (config.draft_vocab_size, config.hidden_size),
@@ -182,29 +190,12 @@ def drafter_shapes(
     return shapes
 
 
-def head_shapes(config: DrafterConfig, head_size: int, vocab_size: int | None) -> Shapes:
-    """Return the shapes of the head's tensors alone; see `drafter_shapes`."""
-    if config.head is None:
-        return {}
-    return HEADS[config.head].shapes(config, config.vocab_size or vocab_size or 0, head_size)
-
-
 def head_inner_size(shapes: Mapping[str, tuple[int, ...]]) -> int:
     """I, the inner width of the TreeFlash head among tensors of these shapes; 0 without one."""
     # Either tensor gives the width, so that the other can be reported as missing by name.
     down = shapes.get(TREEFLASH_PREFIX + "d.weight")
     bias = shapes.get(TREEFLASH_PREFIX + "ug.bias")
     return down[-1] if down else bias[0] // 2 if bias else 0
-
-
-def optional_shapes(config: DrafterConfig, vocab_size: int | None = None) -> Shapes:
-    """Return the shapes of tensors that a folder may leave out because the target has them too."""
-    rows = config.vocab_size or vocab_size
-    if not config.own_vocabulary or not rows:
-        return {}
-    whole = (rows, config.hidden_size)
-    head: Shapes = {} if config.draft_vocab_size else {"lm_head.weight": whole}
-    return {"embed_tokens.weight": whole, **head}
 
 
 CANONICAL_PREFIXES = {
@@ -579,9 +570,14 @@ def block_shapes(
 ) -> tuple[Shapes, Shapes]:
     """Return the shapes of the tensors that a folder must have, and of optional ones.
 
-    `vocab_size` is the target's, if the configuration does not give it.
+    It may leave out what the target has, too. `vocab_size` is the target's, if the configuration
+    does not give it.
     """
-    optional = optional_shapes(config, vocab_size)
+    optional: Shapes = {}
+    if config.own_vocabulary and (rows := config.vocab_size or vocab_size):
+        optional["embed_tokens.weight"] = rows, config.hidden_size
+        if not config.draft_vocab_size:
+            optional["lm_head.weight"] = rows, config.hidden_size
     return drafter_shapes(config, head_inner_size(stored), vocab_size=vocab_size), optional
 
 

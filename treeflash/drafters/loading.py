@@ -191,6 +191,10 @@ def read_layout(
     opened = open_folder(folder) if isinstance(folder, Path) else folder
     stored = opened.tensors
     format, names, config = parse_folder(opened, num_hidden_layers)
+    shapes = {names[x]: stored[x].shape for x in names}
+    if format.kind == "rows":
+        shapes = split_fused(shapes)
+    required, optional = format.shapes(config, vocab_size, shapes)
     check_pair(
         config,
         hidden_size=hidden_size,
@@ -206,10 +210,6 @@ def read_layout(
             )
         if not tensor.bits:
             check_dtype(tensor.path, name, tensor.dtype)
-    shapes = {names[x]: stored[x].shape for x in names}
-    if format.kind == "rows":
-        shapes = split_fused(shapes)
-    required, optional = format.shapes(config, vocab_size, shapes)
     owner = "its configuration" if format.kind == "block" else "an MTP or EAGLE-3 head"
     compare_shapes(opened.path, required | optional, shapes, optional.keys(), owner)
     if isinstance(config, DrafterConfig) and config.vocab_size is not None:
@@ -264,8 +264,10 @@ def arrange_block(layout: Layout, tensors: Mapping[str, Tensor]) -> DrafterTenso
     """
     config, vocab_size = layout.config, layout.vocab_size
     head_size = formats.head_inner_size(layout.shapes)
-    head_shapes = formats.head_shapes(config, head_size, vocab_size)
-    prefix = HEADS[config.head].prefix if config.head else ""
+    head_shapes, prefix = Shapes(), ""
+    if config.head is not None:
+        head = HEADS[config.head]
+        head_shapes, prefix = head.shapes(config, vocab_size, head_size), head.prefix
     parts: dict[str, dict[str, Tensor]] = {"backbone": {}, "head": {}, "vocabulary": {}}
     for name, tensor in tensors.items():
         if name in head_shapes:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from treeflash.drafters.folder import read_config, read_tensors
-from treeflash.drafters.formats import drafter_shapes, optional_shapes, parse_drafter_config
+from treeflash.drafters.formats import block_shapes, parse_drafter_config
 
 Tensors = dict[str, NDArray[Any]]
 
@@ -542,9 +542,9 @@ def write_dialect(folder: Path, target_folder: Path, dialect: str, *, seed: int)
     DIALECTS[dialect](config)
     # With the seeds of the suite, this one draws no tokens that are nearly equally probable.
     parsed, rng = parse_drafter_config(config), np.random.default_rng(seed + 2)
-    shapes = drafter_shapes(parsed)
+    shapes, optional = block_shapes(parsed, None, {})
     if dialect.startswith("deepspec"):
-        shapes |= optional_shapes(parsed)
+        shapes |= optional
     tensors: Tensors = {}
     for name, shape in shapes.items():
         if name in plain and plain[name].shape == shape:
