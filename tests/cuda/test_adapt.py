@@ -2,12 +2,11 @@
 
 import json
 import shutil
-from dataclasses import replace
 
 import numpy as np
 import pytest
 from failures import failing
-from small_training import CPU, ON_CPU, TINY_RUN, VOCAB, random_texts, write_predictable_target
+from small_training import ON_CPU, VOCAB, write_predictable_target, write_prompts
 
 from treeflash.commands import adapt
 from treeflash.drafters.folder import read_tensors
@@ -21,7 +20,6 @@ require("torch")
 
 import torch
 from treeflash_cuda.training import loop
-from treeflash_cuda.training.entry import train
 
 SMALL = ["--max-tokens", "24", "--measured", "3", "--sequences", "4", "--anchors", "8"]
 SMALL += ["--validation-sequences", "2", "--top-tokens", "8", "--learning-rate", "4e-3"]
@@ -44,10 +42,8 @@ def run(target, tmp_path, capsys):
         drafter = tmp_path / format
         if not drafter.exists():
             write_drafter(drafter, target, seed=2, format=format, block_size=6, layers=2)
-        prompts = tmp_path / "prompts.jsonl"
         words = ("".join(chr(97 + n * k % 26) for k in range(1, 6)) for n in range(14))
-        rows = [{"id": n, "prompt": word} for n, word in enumerate(words)]
-        prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        prompts = write_prompts(tmp_path / "prompts.jsonl", words)
         arguments = ["--target", str(target), "--drafter", str(drafter), "--prompts", str(prompts)]
         arguments += ["--output", str(tmp_path / "out"), *device, *SMALL, *options]
         capsys.readouterr()
@@ -161,48 +157,3 @@ def test_a_new_head_is_trained_alone(run, tmp_path):
     assert f"for {frozen:,} frozen ones" in error
     name = "layers.0.self_attn.q_proj.weight"
     assert np.allclose(before[name], after[name], rtol=1e-2)
-
-
-TINY = replace(TINY_RUN, head_size=48, steps=6, validation_sequences=1, validate_every=1)
-
-
-def records(target, output, **changes):
-    found = train(target, random_texts(vocab_size=VOCAB), output, replace(TINY, **changes), CPU)
-    return [record for record in found if "step" in record]
-
-
-def test_the_head_and_fc_are_trained_alone(target, tmp_path):
-    write_drafter(tmp_path / "drafter", target, seed=2, block_size=5, layers=2)
-    init = str(tmp_path / "drafter")
-    records(target, tmp_path / "out", init=init, head_size=None, freeze_layers=True)
-    before, after = tensors(tmp_path / "drafter"), tensors(tmp_path / "out")
-    changed = {name for name in before if not np.allclose(before[name], after[name], rtol=1e-2)}
-    assert "fc.weight" in changed
-    assert changed - {"fc.weight"}
-    assert all(name == "fc.weight" or "ar_approximation" in name for name in changed)
-
-
-def test_training_stops_when_the_time_is_over(target, tmp_path, monkeypatch):
-    def take_step(step, rate, *_):
-        return {"step": step + 1, "learning_rate": rate, "loss": 1.0, "seconds": 6.0}
-
-    monkeypatch.setattr(loop, "take_step", take_step)
-    limits = {"steps": 100, "minutes": 0.5, "warmup": 0.0, "validate_every": 50}
-    found = records(target, tmp_path / "out", **limits)
-    assert len(found) == 5
-    rates = [record["learning_rate"] for record in found]
-    assert rates[0] == TINY.learning_rate
-    assert rates == sorted(rates, reverse=True)
-    assert rates[-1] < TINY.learning_rate / 2, "the learning rate decays with the time"
-    assert "validation" in found[-1]
-    assert records(target, tmp_path / "out", **limits) == [], "the run is over"
-
-
-def test_the_best_drafter_is_kept_when_the_validation_loss_rises(target, tmp_path, monkeypatch):
-    losses, exported = iter([3.0, 2.0, 2.5, 2.4, 0.0]), []
-    monkeypatch.setattr(loop.Validation, "measure", lambda *_: {"kl_marginal": [next(losses)]})
-    monkeypatch.setattr(loop, "export", lambda *parts: exported.append(len(parts[-1].records)))
-    monkeypatch.setattr(loop, "has_checkpoint", lambda folder: bool(exported))
-    found = records(target, tmp_path / "out", patience=2, save_every=1)
-    assert [record["step"] for record in found] == [1, 2, 3, 4]
-    assert exported == [1, 2], "the second validation was the best"

@@ -7,10 +7,10 @@ import time
 
 import numpy as np
 import pytest
-from small_training import ON_CPU, SMALL, write_predictable_target
+from small_training import CPU, ON_CPU, SMALL, write_predictable_target, write_prompts
 
 from treeflash.commands import distill, train
-from treeflash.config import DecodeConfig, LoadConfig, SamplingConfig
+from treeflash.config import DecodeConfig, SamplingConfig
 from treeflash.decoding import Request, decode
 from treeflash.drafters.folder import read_tensors
 from treeflash.testing import require
@@ -29,14 +29,8 @@ def target(tmp_path_factory):
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory):
     random = np.random.default_rng(1)
-    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
-    words = [
-        "".join(chr(97 + letter) for letter in row) for row in random.integers(0, 26, (160, 5))
-    ]
-    path.write_text(
-        "".join(json.dumps({"id": n, "prompt": word}) + "\n" for n, word in enumerate(words))
-    )
-    return path
+    words = ("".join(map(chr, 97 + row)) for row in random.integers(0, 26, (160, 5)))
+    return write_prompts(tmp_path_factory.mktemp("prompts") / "prompts.jsonl", words)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +44,7 @@ def responses(target, prompts, tmp_path_factory):
 
 def efficiency(target, drafter, prompts, **settings):
     """Block efficiency on held-out prompts."""
-    backend = load(target, drafter, LoadConfig(device="cpu", dtype="float32"))
+    backend = load(target, drafter, CPU)
     lengths = []
     for prompt in prompts:
         sampling = SamplingConfig(temperature=1.0, seed=1)

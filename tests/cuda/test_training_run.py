@@ -8,13 +8,12 @@ import signal
 import stat
 import sys
 from contextlib import closing
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import pytest
 from failures import failing
-from small_training import CPU, TINY_RUN, random_texts
+from small_training import texts_of, train_steps
 
 from treeflash.drafters.folder import read_tensors
 from treeflash.errors import ConfigError
@@ -24,24 +23,9 @@ require("torch")
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from treeflash_cuda.training import loop
-from treeflash_cuda.training.entry import train
 from treeflash_cuda.training.run import CHECKPOINT, TrainingRun
 
-TINY = replace(
-    TINY_RUN, head_size=48, steps=4, validation_sequences=1, validate_every=2, save_every=2
-)
-
-
-def train_in(folder, target, stop=None, responses=None, **changes):
-    """Train in a folder, at most for some steps; returns their numbers."""
-    done = []
-    config = replace(TINY, **changes)
-    for record in train(target, responses or random_texts(), folder, config, CPU):
-        if "step" in record:
-            done.append(record["step"])
-        if len(done) == stop:
-            break
-    return done
+OTHER = texts_of((5, 9), (9, 5))
 
 
 @pytest.fixture
@@ -51,35 +35,33 @@ def folder(tmp_path):
 
 @pytest.fixture
 def run(target, folder):
-    return partial(train_in, folder, target)
+    """Train in the folder of the test; return the numbers of the steps."""
+
+    def run(target=target, texts=None, **changes):
+        return [record["step"] for record in train_steps(target, folder, texts, **changes)]
+
+    return run
 
 
 @pytest.fixture(scope="module")
-def stopped_run(target, tmp_path_factory):
-    """The folder of a run that was interrupted after its first save."""
-    folder = tmp_path_factory.mktemp("stopped")
-    train_in(folder, target, stop=2)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def finished_run(target, tmp_path_factory):
-    """The folder of a run that has ended."""
-    folder = tmp_path_factory.mktemp("finished")
-    train_in(folder, target)
+def runs(target, tmp_path_factory):
+    """The folders of a run that was interrupted after its first save, and of one that has ended."""
+    folder = tmp_path_factory.mktemp("runs")
+    train_steps(target, folder / "stopped", stop=2)
+    train_steps(target, folder / "finished")
     return folder
 
 
 @pytest.fixture
-def stopped(stopped_run, folder):
+def stopped(runs, folder):
     """A copy of the interrupted run in the folder of the test."""
-    shutil.copytree(stopped_run, folder)
+    shutil.copytree(runs / "stopped", folder)
 
 
 @pytest.fixture
-def finished(finished_run, folder):
+def finished(runs, folder):
     """A copy of the run that has ended in the folder of the test."""
-    shutil.copytree(finished_run, folder)
+    shutil.copytree(runs / "finished", folder)
 
 
 @pytest.mark.usefixtures("stopped")
@@ -87,23 +69,30 @@ def test_a_save_or_a_line_of_the_log_that_was_cut_short_does_not_matter(run, fol
     shutil.copytree(folder / "state", folder / "state.old")
     with (folder / "log.jsonl").open("a") as file:
         file.write('{"step": 3, "lo')
-    assert run() == [3, 4]
-    assert len((folder / "log.jsonl").read_text().splitlines()) == 4
+    assert run() == [3, 4, 5, 6]
+    assert len((folder / "log.jsonl").read_text().splitlines()) == 6
 
 
 def test_the_checkpoint_is_written_before_the_last_state(run, folder):
     with failing(loop, "export", KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
-        run(save_every=4)
+        run(save_every=6)
     assert not (folder / "state").exists()
 
 
-def interrupted(take_step, *signals):
-    def take_interrupted_step(*arguments):
-        for number in signals:
-            signal.raise_signal(number)
-        return take_step(*arguments)
+@pytest.fixture
+def send(monkeypatch):
+    """Send signals in a step of the runs of the test."""
+    take_step = loop.take_step
 
-    return take_interrupted_step
+    def send(number, *signals):
+        def take_interrupted_step(step, *arguments):
+            for each in signals if step + 1 == number else ():
+                signal.raise_signal(each)
+            return take_step(step, *arguments)
+
+        monkeypatch.setattr(loop, "take_step", take_interrupted_step)
+
+    return send
 
 
 @pytest.fixture
@@ -122,15 +111,12 @@ def on_interrupt():
     ],
 )
 @pytest.mark.usefixtures("stopped")
-def test_a_signal_loses_no_step(
-    number, hint, end, run, folder, finished_run, monkeypatch, on_interrupt
-):
+def test_a_signal_loses_no_step(number, hint, end, run, folder, runs, send, on_interrupt):
     """The running step ends, and its state and drafter are saved, unless Ctrl-C follows."""
     on_interrupt(signal.default_int_handler)
-    take_step = loop.take_step
     cases = ((number, signal.SIGINT), KeyboardInterrupt, 2), ((number,), end, 3)
     for signals, raised, step in cases:
-        monkeypatch.setattr(loop, "take_step", interrupted(take_step, *signals))
+        send(3, *signals)
         with (
             pytest.warns(UserWarning, match=f"saved after this step{hint}"),
             pytest.raises(raised) as stop,
@@ -140,18 +126,17 @@ def test_a_signal_loses_no_step(
     assert getattr(stop.value, "code", 128 + number) == 128 + number
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    assert "After 3 of 4 steps" in (folder / "README.md").read_text()
-    monkeypatch.setattr(loop, "take_step", take_step)
-    assert run() == [4]
-    expected, found = (read_tensors(x) for x in (finished_run, folder))
+    assert "After 3 of 6 steps" in (folder / "README.md").read_text()
+    assert run() == [4, 5, 6]
+    expected, found = (read_tensors(x) for x in (runs / "finished", folder))
     assert all(np.array_equal(found[name], x) for name, x in expected.items())
 
 
 @pytest.mark.usefixtures("stopped")
-def test_an_interrupt_that_a_shell_has_turned_off_stays_off(run, monkeypatch, on_interrupt):
+def test_an_interrupt_that_a_shell_has_turned_off_stays_off(run, send, on_interrupt):
     on_interrupt(signal.SIG_IGN)
-    monkeypatch.setattr(loop, "take_step", interrupted(loop.take_step, signal.SIGINT))
-    assert run() == [3, 4]
+    send(3, signal.SIGINT)
+    assert run() == [3, 4, 5, 6]
 
 
 @pytest.mark.usefixtures("stopped")
@@ -175,59 +160,49 @@ def test_a_finished_run_restores_a_deleted_file_of_its_checkpoint(name, run, fol
 
 
 @pytest.mark.usefixtures("finished")
-def test_a_finished_run_is_left_as_it_is_without_its_target(run, folder):
+def test_a_finished_run_is_left_as_it_is_without_its_target(run, folder, target, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    with failing(loop, "load_target", pytest.fail.Exception("loaded")):
-        assert run() == []
+    assert run(target=tmp_path / "absent" / target.name) == []
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("kind", "changes", "message"),
     [
-        ({"steps": 7}, "has a run with steps 4, not 7; .* another --output, .*train --init"),
-        ({"responses": random_texts(9)}, "on other responses; use the same files, .*train --init"),
+        (
+            "finished",
+            {"steps": 7},
+            "with steps 6, not 7; .* another --output, .*train --init",
+        ),
+        ("finished", {"texts": OTHER}, "on other responses; use the same files, .*train --init"),
+        ("stopped", {"steps": 7}, "has a run with steps 6, not 7"),
+        ("stopped", {"layers": 1}, "has a run with layers 2, not 1"),
+        ("stopped", {"init": "random"}, "has a run with init target, not random"),
+        ("stopped", {"top_tokens": 4}, "has a run with top_tokens 8, not 4"),
+        ("stopped", {"texts": OTHER}, "has a run on other responses; use the same files"),
+        ("stopped", {"target": "other"}, "has a run with target {target}, not other"),
     ],
 )
-@pytest.mark.usefixtures("finished")
-def test_a_finished_run_refuses_what_changed(changes, message, run):
-    with pytest.raises(ConfigError, match=message):
+def test_a_run_does_not_go_on_with_what_changed(
+    kind, changes, message, run, runs, folder, target, tmp_path
+):
+    shutil.copytree(runs / kind, folder)
+    if "target" in changes:
+        changes = {"target": shutil.copytree(target, tmp_path / changes["target"])}
+    with pytest.raises(ConfigError, match=message.format(target=target.name)):
         run(**changes)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"steps": 7}, "has a run with steps 4, not 7"),
-        ({"layers": 1}, "has a run with layers 2, not 1"),
-        ({"init": "random"}, "has a run with init target, not random"),
-        ({"top_tokens": 4}, "has a run with top_tokens 8, not 4"),
-        ({"responses": random_texts(9)}, "has a run on other responses; use the same files"),
-    ],
-)
-@pytest.mark.usefixtures("stopped")
-def test_a_run_does_not_resume_with_what_changed(changes, message, run, folder):
-    with pytest.raises(ConfigError, match=message):
-        run(**changes)
-
-
-@pytest.mark.usefixtures("stopped")
-def test_a_run_does_not_resume_with_another_target(folder, target, tmp_path):
-    shutil.copytree(target, tmp_path / "other")
-    with pytest.raises(ConfigError, match=f"has a run with target {target.name}, not other"):
-        train_in(folder, tmp_path / "other")
-
-
-@pytest.mark.sample(4)
-@pytest.mark.parametrize("content", [None, b"", b"garbage", b"{}"])
+@pytest.mark.sample(5)
+@pytest.mark.parametrize("content", [None, b"", b"garbage", b"{}", "half"])
 @pytest.mark.parametrize("name", ["run.json", "pytorch_model.bin", "optimizer.bin"])
 @pytest.mark.usefixtures("stopped")
 def test_a_damaged_state_is_named(name, content, run, folder):
     path = folder / "state" / name
-    if content is None:
-        path.unlink()
-    else:
-        path.write_bytes(content)
+    whole = path.read_bytes()
+    path.unlink()
+    if content is not None:
+        path.write_bytes(whole[: len(whole) // 2] if content == "half" else content)
     with pytest.raises(ConfigError, match="state is damaged, so training cannot be resumed"):
         run()
 
@@ -237,14 +212,6 @@ def test_a_damaged_state_is_named(name, content, run, folder):
 def test_a_damaged_log_is_named(line, run, folder):
     (folder / "log.jsonl").write_text(line)
     with pytest.raises(ConfigError, match=r"log\.jsonl is damaged, so training cannot be resumed"):
-        run()
-
-
-@pytest.mark.usefixtures("stopped")
-def test_a_half_written_state_is_named(run, folder):
-    path = folder / "state" / "optimizer.bin"
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(ConfigError, match="state is damaged"):
         run()
 
 
@@ -263,7 +230,7 @@ def test_a_full_disk_is_one_clear_error(size, cache_gb, run, folder, monkeypatch
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "\n" not in str(caught.value)
-    assert run(cache_gb=cache_gb)[-1] == 4
+    assert run(cache_gb=cache_gb)[-1] == 6
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -293,8 +260,8 @@ def test_tensorboard_shows_each_step_once(run, folder):
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     losses = [(event.step, event.value) for event in events.Scalars("train/loss")]
     assert losses == [(record["step"], pytest.approx(record["loss"])) for record in log]
-    assert [event.step for event in events.Scalars("validation/chain_corrected")] == [2, 4]
-    assert len(events.Scalars("validation/kl_marginal/4")) == 2
+    assert [event.step for event in events.Scalars("validation/chain_corrected")] == [2, 4, 6]
+    assert len(events.Scalars("validation/kl_marginal/4")) == 3
 
 
 def test_written_files_follow_the_umask(run, folder):

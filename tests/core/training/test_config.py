@@ -7,7 +7,7 @@ import pytest
 
 from treeflash.commands import train
 from treeflash.errors import CheckpointError, ConfigError
-from treeflash.testing.models import write_drafter, write_target
+from treeflash.testing.models import write_drafter
 from treeflash.training.config import TrainConfig, given_options, make_train_config, parse_loss
 
 
@@ -48,6 +48,9 @@ def test_the_command_line_overrides_the_file(read):
         ("marginal_weight = 0\ncorrected_weight = 0", "must not both be 0"),
         ("seed = -1", "seed must be 0 or more"),
         ("head_size = 0", "head-size must be 1 or more"),
+        ("mask_token_id = -1", "mask-token-id must be 0 or more, got"),
+        ("target_layer_ids = [1, -1]", "target-layer-ids must be .*0 or more, got"),
+        ("target_layer_ids = []", "target_layer_ids cannot be .*expected at least one argument"),
         ("target_layer_ids = ['a']", "target_layer_ids cannot be .*invalid int value: 'a'"),
         ("loss = 'l2'", "unknown loss 'l2'"),
         ("loss = '0.1 ce + kl + ce'", "names ce twice"),
@@ -69,10 +72,9 @@ def test_an_invalid_option_is_named(text, message, read):
         read(text)
 
 
-def test_an_existing_drafter_keeps_its_shape(tmp_path):
-    write_target(tmp_path / "target", "llama", seed=1)
-    write_drafter(tmp_path / "drafter", tmp_path / "target", seed=2, block_size=6, layers=2)
-    init = {"init": str(tmp_path / "drafter")}
+def test_an_existing_drafter_keeps_its_shape_and_its_head(tiny_pair, tmp_path):
+    target, drafter = tiny_pair
+    init = {"init": str(drafter)}
     # Equal values are accepted, so that one file can serve both runs.
     assert make_train_config(init).init == init["init"]
     assert make_train_config({**init, "layers": 2, "target_layer_ids": (0, 2)}).layers == 2
@@ -82,13 +84,9 @@ def test_an_existing_drafter_keeps_its_shape(tmp_path):
     assert make_train_config({**init, "layers": 5}).layers == 5  # three are appended
     with pytest.raises(CheckpointError):
         make_train_config({"init": str(tmp_path)})
-
-
-def test_an_existing_head_is_kept_unless_another_is_given(tmp_path):
-    write_target(tmp_path / "target", "llama", seed=1)
-    write_drafter(tmp_path / "drafter", tmp_path / "target", seed=2, head="linear")
-    write_drafter(tmp_path / "dflash", tmp_path / "target", seed=2, format="dflash")
-    init = {"init": str(tmp_path / "drafter")}
+    write_drafter(tmp_path / "linear", target, seed=2, head="linear")
+    write_drafter(tmp_path / "dflash", target, seed=2, format="dflash")
+    init = {"init": str(tmp_path / "linear")}
     assert make_train_config(init).head == "linear"
     assert make_train_config({**init, "head": "swiglu"}).head == "swiglu"
     assert make_train_config({"init": str(tmp_path / "dflash")}).head == "swiglu"
@@ -119,9 +117,6 @@ def test_a_loss_is_a_weighted_sum(text, weights):
     assert parse_loss(text) == weights
 
 
-@pytest.mark.parametrize(
-    "setting", [{"mask_token_id": -1}, {"target_layer_ids": (1, -1)}, {"target_layer_ids": ()}]
-)
-def test_negative_or_no_ids_are_refused_before_anything_is_loaded(setting):
-    with pytest.raises(ConfigError, match=r"must be .*0 or more, got"):
-        TrainConfig(**setting)
+def test_no_layers_are_refused_before_anything_is_loaded():
+    with pytest.raises(ConfigError, match="target-layer-ids must be at least one number, each 0"):
+        TrainConfig(target_layer_ids=())

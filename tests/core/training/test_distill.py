@@ -1,109 +1,416 @@
-"""The command line of distill."""
+"""Responses in a file: what is requested, what is kept, and what an interruption leaves."""
+
+from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from byte_tokens import END
 from distilled import check_plain_decoding
+from failures import failing
 
-from treeflash.commands import distill
-from treeflash.training.distillation import response_file
+from treeflash.commands import distill as command
+from treeflash.config import SamplingConfig
+from treeflash.decoding.interfaces import Pass, Prefill
+from treeflash.decoding.sampling import SampledTokens
+from treeflash.errors import ConfigError, PromptError
+from treeflash.language_model import LanguageModel
+from treeflash.text.output_file import OutputFile
+from treeflash.text.prompt import Row
+from treeflash.training.distillation import DistillConfig, mix
+
+
+class EchoState:
+    """The state of a sequence is its tokens."""
+
+    nbytes, needs_snapshots = 0, False
+
+    def __init__(self, capacity):
+        self.capacity, self.tokens, self.script = capacity, [], []
+
+    @property
+    def length(self):
+        return len(self.tokens)
+
+    def restorable(self, length):
+        return min(length, self.length)
+
+    def close(self):
+        pass
+
+
+class EchoBackend:
+    """Repeats the prompt's last tokens and ends.
+
+    `asked` has the prompt, the sampling and the maximum length of each response;
+    `interrupt_at` counts the responses before an interrupt.
+    """
+
+    device, max_positions, vocab_size = "cpu", 400, 259
+    inexact = "rounding may differ"
+    drafter_config = drafter = head = None
+
+    def __init__(self, name, dtype, interrupt_at):
+        self.name, self.dtype, self.interrupt_at = name, dtype, interrupt_at
+        self.verifier, self.asked = self, []
+
+    def open(self, capacity, *, drafts):
+        assert not drafts
+        return EchoState(capacity)
+
+    def state_nbytes(self, capacity, *, drafts):
+        return 0
+
+    def run(self, work):
+        return Pass([self.sampled(item) for item in work])
+
+    def sampled(self, item):
+        state, prompt = item.state, item.state.tokens
+        if isinstance(item, Prefill):
+            prompt += item.token_ids
+            if item.params is None:
+                return None
+            if len(self.asked) == self.interrupt_at:
+                raise KeyboardInterrupt
+            state.script = [*prompt[-2:], END]
+            self.asked.append(
+                SimpleNamespace(
+                    prompt_ids=list(prompt),
+                    sampling=item.params.sampling,
+                    max_tokens=state.capacity - len(prompt) - 1,
+                )
+            )
+        return SampledTokens(np.array([state.script.pop(0)], np.int32))
+
+    def commit(self, verified, paths):
+        for state, path in paths:
+            state.tokens += [0] * len(path)
 
 
 @pytest.fixture
-def files(tmp_path):
-    """A file of two prompts, and the output."""
-    prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text('{"id": 1, "prompt": "hi"}\n{"id": 2, "prompt": "ho"}\n')
-    return prompts, tmp_path / "out.jsonl"
+def echo(byte_tokenizer):
+    """Make a model that repeats the end of each prompt."""
+
+    def echo(interrupt_at=None, target="target", backend="echo", dtype="float32"):
+        return LanguageModel(
+            EchoBackend(backend, dtype, interrupt_at), byte_tokenizer, Path(target)
+        )
+
+    return echo
 
 
 @pytest.fixture
-def run(monkeypatch, files, capsys):
-    """Run the command with a model: exit status and standard error."""
+def output(tmp_path):
+    return tmp_path / "out.jsonl"
 
-    def run(model, *arguments):
-        monkeypatch.setattr(distill, "load_model", lambda args, drafter: model)
+
+@pytest.fixture
+def distill(monkeypatch, output, capsys):
+    """Run the command with a model; return the exit status and standard error."""
+
+    def distill(model, *options):
+        monkeypatch.setattr(command, "load_model", lambda args, drafter: model)
         capsys.readouterr()
-        code = distill.main(["--output", str(files[1]), *arguments])
+        code = command.main(["--output", str(output), *map(str, options)])
         return code, capsys.readouterr().err
 
-    return run
+    return distill
 
 
-def test_prompts_are_answered_and_counted(run, files, echo):
-    code, error = run(echo(), "--prompts", str(files[0]), "--top-p", "0.5", "--temperature", "1")
+@pytest.fixture
+def prompts(tmp_path):
+    """Write a row for each list of user messages; return the option that reads them."""
+
+    def write(*conversations, name="prompts"):
+        path = tmp_path / f"{name}.jsonl"
+        rows = [{"id": f"r{n}", "turns": turns} for n, turns in enumerate(conversations)]
+        path.write_text("\n".join(map(json.dumps, rows)))
+        return "--prompts", path
+
+    return write
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def test_every_prompt_is_answered_and_counted(distill, prompts, output, echo, byte_tokenizer):
+    code, error = distill(echo(), *prompts(["ab"], ["cd"]))
     assert code == 0
     assert "2 of 2 prompts answered, 6 tokens" in error
-    records = [json.loads(line) for line in files[1].read_text().splitlines()]
-    assert {(record["id"], record["top_p"]) for record in records} == {(1, 0.5), (2, 0.5)}
+    records = {record["id"]: record for record in lines(output)}
+    assert records.keys() == {"r0", "r1"}
+    prompt = byte_tokenizer.chat([user("ab")])
+    assert records["r0"] == {
+        "id": "r0",
+        "turn": 0,
+        "target": "target",
+        "adapter": None,
+        "backend": "echo",
+        "dtype": "float32",
+        "top_p": 1.0,
+        "max_tokens": 512,
+        "temperature": 0.0,
+        "seed": 0,
+        "prompt_ids": prompt,
+        "response_ids": [*prompt[-2:], END],
+    }
 
 
-def test_an_interrupted_run_says_how_to_resume(run, files, echo):
-    code, error = run(echo(interrupt_at=1), "--prompts", str(files[0]), "--parallel", "1")
-    assert code == 130
-    assert "interrupted; run the same command again to resume" in error
-    assert "2 of 2 prompts answered" in run(echo(), "--prompts", str(files[0]))[1]
+def test_later_turns_follow_the_responses_before_them(
+    distill, prompts, output, echo, byte_tokenizer
+):
+    distill(echo(), *prompts(["a", "b"]))
+    first, second = lines(output)
+    answer = {"role": "assistant", "content": byte_tokenizer.decode(first["response_ids"])}
+    assert second["turn"] == 1
+    assert second["prompt_ids"] == byte_tokenizer.chat([user("a"), answer, user("b")])
 
 
-def test_the_target_generates_the_prompts_it_answers(run, files, echo):
-    code, error = run(echo(), "--self-prompt", "3")
-    assert code == 0
-    assert "3 of 3 prompts answered" in error
-    assert len(files[1].with_suffix(".prompts.jsonl").read_text().splitlines()) == 3
+def test_temperatures_alternate_and_every_row_has_its_own_seed(distill, prompts, echo):
+    model, options = echo(), ["--temperature", "0", "0.8", "--top-p", "0.7", "--seed", "5"]
+    distill(model, *prompts(["a"], ["b"], ["c"]), *options)
+    assert [request.sampling for request in model.backend.asked] == [
+        SamplingConfig(temperature=temperature, top_p=0.7, seed=seed)
+        for temperature, seed in ((0.0, 5), (0.8, 6), (0.0, 7))
+    ]
 
 
-def test_other_settings_are_refused_before_prompts_are_generated(run, files, echo):
-    run(echo(), "--self-prompt", "1")
+def test_an_interrupted_run_resumes(distill, prompts, output, echo):
+    asked = prompts(["a", "b"], ["c"], ["d", "e"])
+
+    def answers():
+        return sorted(lines(output), key=lambda record: (record["id"], record["turn"]))
+
+    distill(echo(), *asked)
+    whole = answers()
+    for stop in range(5):
+        output.unlink()
+        code, error = distill(echo(stop), *asked, "--parallel", "1")
+        assert code == 130
+        assert "interrupted; run the same command again to resume" in error
+        assert len(lines(output)) == stop
+        with output.open("a") as file:
+            file.write('{"id": "r0", "tu')  # torn in the middle of a line
+        model = echo()
+        assert distill(model, *asked)[0] == 0
+        assert len(model.backend.asked) == 5 - stop
+        assert answers() == whole
+
+
+def test_longer_prompts_are_skipped_and_named(distill, prompts, output, echo, byte_tokenizer):
+    limit = len(byte_tokenizer.chat([user("b" * 20)]))
+    asked = prompts(["a"], ["b" * 20], ["c" * 21, "then"], ["d", "e" * 30])
+    _, error = distill(echo(), *asked, "--max-prompt-tokens", limit)
+    answered = {(record["id"], record["turn"]) for record in lines(output)}
+    assert answered == {("r0", 0), ("r1", 0), ("r3", 0)}
+    assert "3 of 6 prompts answered, 9 tokens; skipped as too long: 2 ('r2', 'r3')" in error
+    output.unlink()
+    _, error = distill(echo(), *prompts(["a"], *[["b" * 90]] * 7), "--max-prompt-tokens", limit)
+    assert re.search(r"too long: 7 \(('r\d', ){5}\.\.\.\)", error)
+
+
+@pytest.mark.parametrize(
+    ("limit", "message"),
+    [
+        (1, "all prompts are longer than --max-prompt-tokens 1; raise it"),
+        (999, "all prompts are too long for the target, which has 400 positions"),
+    ],
+)
+def test_it_is_an_error_if_all_prompts_are_too_long(limit, message, distill, prompts, echo):
+    code, error = distill(echo(), *prompts(["a" * 400], ["b" * 400]), "--max-prompt-tokens", limit)
+    assert code == 2
+    assert f"error: {message}" in error
+
+
+def test_responses_fit_the_target(distill, prompts, echo):
     model = echo()
-    code, error = run(model, "--self-prompt", "3", "--max-tokens", "9")
+    distill(model, *prompts(["a"]), "--max-tokens", "999")
+    (request,) = model.backend.asked
+    assert len(request.prompt_ids) + request.max_tokens == model.backend.max_positions
+
+
+FILES = {"out": (), "out.prompts": ("--self-prompt", "2")}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("out", '{"text": "mine"}\n'),
+        ("out", "notes without a newline"),
+        ("out", '{"id":1,"prompt":"a prompt without a newline"}'),
+        ("out", '{"id":1,"turn":0,"prompt_ids":[3],"response_ids":[4]}\n'),
+        ("out.prompts", '{"text": "mine"}\n'),
+        ("out.prompts", "notes"),
+        ("out.prompts", '{"id": "self-1", "prompt": "of nobody"}\n'),
+    ],
+)
+def test_a_file_of_another_program_is_refused(name, content, distill, prompts, echo, tmp_path):
+    path = tmp_path / f"{name}.jsonl"
+    path.write_text(content)
+    code, error = distill(echo(), *(FILES[name] or prompts(["a"])))
+    assert code == 2
+    assert f"{name}.jsonl:1 was not written by a run like this" in error
+    assert path.read_text() == content
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_that_another_process_writes_is_refused(name, distill, prompts, echo, tmp_path):
+    path, model = tmp_path / f"{name}.jsonl", echo()
+    with OutputFile(path, bool):
+        code, error = distill(model, *(FILES[name] or prompts(["a"])))
+    assert code == 2
+    assert "is being written by another process" in error
+    assert model.backend.asked == []
+    assert path.read_bytes() == b""
+
+
+SETTINGS = {
+    "target": ({"target": "other"}, ()),
+    "backend": ({"backend": "other"}, ()),
+    "dtype": ({"dtype": "bfloat16"}, ()),
+    "seed": ({}, ("--seed", "1")),
+    "top_p": ({}, ("--top-p", "0.9")),
+    "max_tokens": ({}, ("--max-tokens", "9")),
+    "temperature": ({}, ("--temperature", "0.8")),
+}
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [*(("out", name) for name in SETTINGS), *(("out.prompts", name) for name in [*SETTINGS][:4])],
+)
+def test_other_settings_do_not_go_into_the_same_file(
+    file, name, distill, prompts, output, echo, tmp_path
+):
+    asked = FILES[file] or prompts(["a"])
+    distill(echo(), *asked)
+    if file != "out":
+        output.unlink()
+    path = tmp_path / f"{file}.jsonl"
+    before, (attributes, options) = path.read_bytes(), SETTINGS[name]
+    model = echo(**attributes)
+    code, error = distill(model, *(FILES[file] or prompts(["a"], ["b"])), *options)
+    assert code == 2
+    assert f"has lines generated with {name} " in error
+    assert "--output" in error
+    assert model.backend.asked == []
+    assert path.read_bytes() == before
+
+
+def test_other_settings_are_refused_before_prompts_are_generated(distill, echo):
+    distill(echo(), "--self-prompt", "1")
+    model = echo()
+    code, error = distill(model, "--self-prompt", "3", "--max-tokens", "9")
     assert code == 2
     assert "has lines generated with max_tokens 512, not 9" in error
     assert model.backend.asked == []
 
 
-def test_too_long_prompts_are_an_error_if_nothing_is_left(run, files, echo):
-    code, error = run(echo(), "--prompts", str(files[0]), "--max-prompt-tokens", "1")
+def test_a_changed_prompt_does_not_count_as_answered(distill, prompts, echo):
+    distill(echo(), *prompts(["a"]))
+    code, error = distill(echo(), *prompts(["changed"]))
     assert code == 2
-    assert "error: all prompts are longer than --max-prompt-tokens 1; raise it" in error
+    assert "has a response to another prompt of the id 'r0'" in error
 
 
-def test_two_processes_do_not_write_one_output(run, files, echo):
+def test_a_row_that_the_template_rejects_is_named(distill, prompts, echo, byte_tokenizer):
+    refused = PromptError("the chat template refuses these messages")
+    with failing(byte_tokenizer, "chat", refused):
+        code, error = distill(echo(), *prompts(["a"]))
+    assert code == 2
+    assert "the row 'r0': the chat template refuses" in error
+
+
+def test_the_target_generates_the_prompts_it_answers(distill, echo, tmp_path, byte_tokenizer):
+    path = tmp_path / "out.prompts.jsonl"
+    assert distill(echo(interrupt_at=1), "--self-prompt", "4", "--parallel", "1")[0] == 130
+    assert len(lines(path)) == 1
+    with path.open("a") as file:
+        file.write('{"id": "self')  # torn in the middle of a line
     model = echo()
-    with response_file(files[1]):
-        code, error = run(model, "--prompts", str(files[0]))
-    assert code == 2
-    assert "is being written by another process" in error
-    assert model.backend.asked == []
-    assert files[1].read_bytes() == b""
+    code, error = distill(model, "--self-prompt", "4")
+    assert code == 0
+    assert "4 of 4 prompts answered" in error
+    assert {(line["id"], line["seed"]) for line in lines(path)} == {
+        (f"self-{n}", n) for n in range(4)
+    }
+    generated = model.backend.asked[:3]
+    header = byte_tokenizer.encode("<|start|>user: ")
+    assert all(request.prompt_ids == header for request in generated)
+    assert len({request.sampling.seed for request in generated}) == 3
+    model = echo(interrupt_at=0)
+    assert distill(model, "--self-prompt", "2")[0] == 0, "fewer prompts need no more"
+
+
+def test_a_target_that_writes_no_prompt_is_an_error(distill, scripted, monkeypatch):
+    model = scripted("", " ", drafter=False)
+    code, error = distill(model, "--self-prompt", "2")
+    assert (code, "only empty prompts; use --prompts instead" in error) == (2, True)
+    monkeypatch.setattr(model.tokenizer.transformers, "chat_template", None)
+    code, error = distill(model, "--self-prompt", "2")
+    assert (code, "has no chat template; use --prompts instead" in error) == (2, True)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "one of the arguments --prompts --self-prompt is required"),
-        (["--prompts", "missing.jsonl"], "missing.jsonl cannot be read"),
-        (["--prompts", "{file}", "--limit", "1", "--weights", "1", "2"], "--weights needs one"),
-        (["--prompts", "{file}", "--limit", "1", "--weights", "0"], "one number above 0"),
-        (["--prompts", "{file}", "--limit", "1", "--weights", "nan"], "one number above 0"),
-        (["--prompts", "{file}", "--limit", "0"], "limit must be 1 or more"),
-        (["--prompts", "{file}", "--weights", "1"], "--weights divide up the --limit"),
-        (["--self-prompt", "2", "--limit", "1"], "--limit needs --prompts"),
-        (["--self-prompt", "0"], "self-prompt must be 1 or more"),
-        (["--prompts", "{file}", "--parallel", "0"], "parallel must be 1 or more"),
-        (["--prompts", "{file}", "--temperature", "-1"], "temperature must be 0"),
-        (["--prompts", "{file}", "--backend", "abacus"], "unknown backend 'abacus'"),
-        (["--self-prompt", "2", "--output", "."], "cannot be written"),
+        ("", "one of the arguments --prompts --self-prompt is required"),
+        ("--prompts missing.jsonl", "missing.jsonl cannot be read"),
+        ("--prompts {file} {file}", "the id 'r0' is in two files"),
+        ("--prompts {file} --limit 1 --weights 1 2", "--weights needs one"),
+        ("--prompts {file} --limit 1 --weights 0", "one number above 0"),
+        ("--prompts {file} --limit 1 --weights nan", "one number above 0"),
+        ("--prompts {file} --limit 0", "limit must be 1 or more"),
+        ("--prompts {file} --weights 1", "--weights divide up the --limit"),
+        ("--self-prompt 2 --limit 1", "--limit needs --prompts"),
+        ("--self-prompt 0", "self-prompt must be 1 or more"),
+        ("--prompts {file} --parallel 0", "parallel must be 1 or more"),
+        ("--prompts {file} --temperature -1", "temperature must be 0"),
+        ("--prompts {file} --backend abacus", "unknown backend 'abacus'"),
+        ("--self-prompt 2 --output .", "cannot be written"),
     ],
 )
-def test_invalid_input_is_a_one_line_error(arguments, message, files, capsys):
-    arguments = [argument.format(file=files[0]) for argument in arguments]
-    assert distill.main(["--output", str(files[1]), *arguments]) == 2
+def test_invalid_input_is_a_one_line_error(arguments, message, prompts, output, capsys):
+    _, file = prompts(["a"])
+    assert command.main(["--output", str(output), *arguments.format(file=file).split()]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert message in error
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize("temperature", [(), 0.5])
+def test_temperatures_are_a_tuple_of_one_or_more(temperature):
+    with pytest.raises(ConfigError, match="temperature must be a tuple of at least one"):
+        DistillConfig(temperature=temperature)
+
+
 @pytest.mark.parametrize("parallel", [1, 3, 8])
 def test_responses_are_those_of_plain_decoding(parallel, tmp_path):
     check_plain_decoding("reference", "llama", tmp_path, "--parallel", str(parallel))
+
+
+def test_weights_share_the_limit_out():
+    files = [[Row(id=f"{name}{n}", turns=()) for n in range(1000)] for name in ("a", "b")]
+    chosen = mix(files, [3.0, 1.0], 400, seed=0)
+    share = sum(str(row.id).startswith("a") for row in chosen) / 400
+    assert 0.68 < share < 0.82
+    assert chosen == mix(files, [3.0, 1.0], 400, seed=0)
+    assert chosen != mix(files, [3.0, 1.0], 400, seed=1)
+    everything = mix([files[0][:1], files[1][:2]], [9.0, 1.0], None, seed=0)
+    assert {row.id for row in everything} == {"a0", "b0", "b1"}
+
+
+@pytest.mark.parametrize("name", ["", 0])
+def test_an_id_that_is_false_is_refused_in_two_files(name):
+    with pytest.raises(PromptError, match=f"the id {name!r} is in two files"):
+        mix([[Row(id=name, turns=())], [Row(id=name, turns=())]], [1.0, 1.0], None, seed=0)
