@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
 
+from treeflash.decoding.transitions import TransitionTable
 from treeflash.drafters import mtp_formats
 from treeflash.drafters.folder import read_config
 from treeflash.drafters.format import Format
@@ -151,6 +152,23 @@ def write_mtp_pair(
     assert format is not None
     save(root / "head", drafter, _tensors(rng, format, drafter, shape, marks))
     return target, root / "head"
+
+
+def assert_rows_are_paths(
+    table: TransitionTable, root: int, log_probs: Callable[[list[int]], Any]
+) -> None:
+    """Assert that every row of a table has what a function computes after its path alone."""
+    known = {0: [root]}
+    for depth in range(table.depths):
+        below: dict[int, list[int]] = {}
+        for row, path in known.items():
+            tokens = table.tokens[depth, row]
+            expected = log_probs(path)[-1][tokens]
+            np.testing.assert_allclose(table.log_probs[depth, row], expected, atol=1e-4)
+            for token, following in zip(tokens, table.next_row[depth, row], strict=True):
+                if following >= 0:
+                    below[int(following)] = [*path, int(token)]
+        known = below
 
 
 def write_image_head(folder: Path, head: Path, kind: str, **settings: Any) -> Path:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,20 +49,6 @@ needs_fixtures = pytest.mark.skipif(
     "TREEFLASH_DRAFTER_FIXTURES" not in os.environ,
     reason="TREEFLASH_DRAFTER_FIXTURES does not name the folder of published drafters",
 )
-
-
-Plant: TypeAlias = Callable[[pytest.MonkeyPatch, Any], None]
-"""Makes a mistake in a pair of the reference."""
-
-
-def setting(name: str, value: Any) -> Plant:
-    """Give a drafter's configuration another value."""
-    return lambda patch, pair: object.__setattr__(pair.drafter_model.config, name, value)
-
-
-def other(owner: Any, name: str, function: Callable[..., Any]) -> Plant:
-    """Replace a function of a module, or a method of a class."""
-    return lambda patch, pair: patch.setattr(owner, name, function)
 
 
 def load_published(backend: str, name: str) -> Any:
