@@ -221,6 +221,13 @@ def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.fixture
+def pair_options(tiny_pair):
+    """Options of the command line that choose the tiny pair, on the reference backend."""
+    target, drafter = map(str, tiny_pair)
+    return ["--backend", "reference", "--target", target, "--drafter", drafter]
+
+
+@pytest.fixture
 def use(monkeypatch):
     """Make the command line load a given model."""
 

@@ -1,7 +1,5 @@
 """The benchmarks that need no framework run on the tiny pair, and the page shows their results."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path
@@ -35,19 +33,12 @@ def sets(tmp_path):
     return [str(file) for file in files]
 
 
-@pytest.fixture
-def pair(tiny_pair):
-    """Options that choose the tiny pair."""
-    target, drafter = map(str, tiny_pair)
-    return ["--target", target, "--drafter", drafter, "--backend", "reference"]
-
-
 @pytest.mark.sample(2)
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_a_benchmark_runs(name, module, sets, pair, tmp_path):
+def test_a_benchmark_runs(name, module, sets, pair_options, tmp_path):
     file = tmp_path / "out.json"
     files = sets[:1] if name == "decoding.memory" else sets
-    assert module(name).main([*files, *pair, *SCRIPTS[name], "--json", str(file)]) == 0
+    assert module(name).main([*files, *pair_options, *SCRIPTS[name], "--json", str(file)]) == 0
     results = json.loads(file.read_text())
     assert {"date", "revision", "cpu", "versions"} <= results["machine"].keys()
     if name == "throughput":
@@ -74,10 +65,10 @@ def test_a_call_that_leaves_work_waits_for_that_of_an_equal_call(module):
         ("performance", ["--only", "systems"], "no other system has the backend 'reference'"),
     ],
 )
-def test_bad_input_is_one_line(name, options, message, module, sets, pair, capsys):
+def test_bad_input_is_one_line(name, options, message, module, sets, pair_options, capsys):
     code = 0
     try:
-        code = module(name).main([sets[0], *pair, *options])
+        code = module(name).main([sets[0], *pair_options, *options])
     except SystemExit as exit:
         code = exit.code
     assert code == 2
@@ -107,9 +98,9 @@ def test_a_part_that_crashes_or_hangs_loses_no_other(module, tmp_path, capsys):
     assert "2 problem(s)" in capsys.readouterr().out
 
 
-def test_budgets_of_sets_that_were_measured_are_kept(module, sets, pair, tmp_path):
+def test_budgets_of_sets_that_were_measured_are_kept(module, sets, pair_options, tmp_path):
     file = tmp_path / "out.json"
-    options = [*pair, *SHORT, "--budgets", "4", "--rounds", "1", "--json", str(file)]
+    options = [*pair_options, *SHORT, "--budgets", "4", "--rounds", "1", "--json", str(file)]
     run = module("decoding.budgets").main
     assert run([sets[0], *options]) == 0
     results = json.loads(file.read_text())
@@ -124,11 +115,11 @@ def test_budgets_of_sets_that_were_measured_are_kept(module, sets, pair, tmp_pat
 
 
 @pytest.mark.nightly
-def test_the_page_is_measured_and_written(module, sets, pair, tmp_path):
+def test_the_page_is_measured_and_written(module, sets, pair_options, tmp_path):
     performance = module("performance")
     page = tmp_path / "performance.md"
     page.write_text(PAGE.read_text(encoding="utf-8"), encoding="utf-8")
-    options = [*sets, *pair, "--dtype", "float32", "--few", "1", "--max-tokens", "8"]
+    options = [*sets, *pair_options, "--dtype", "float32", "--few", "1", "--max-tokens", "8"]
     options += ["--budgets", "4", "--concurrency", "1,2", "--memory-tokens", "4"]
     measured = ["methods", "budgets-float32", "throughput", "iteration", "memory"]
     options += ["--only", ",".join(measured)]

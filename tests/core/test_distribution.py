@@ -1,7 +1,5 @@
 """What the wheel contains."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """What the documentation names exists."""
 
-from __future__ import annotations
-
 import re
 from configparser import ConfigParser
 from contextlib import redirect_stdout, suppress

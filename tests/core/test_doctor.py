@@ -1,7 +1,5 @@
 """The command line of the doctor, on a tiny random pair of the reference backend."""
 
-from __future__ import annotations
-
 import io
 import json
 import re

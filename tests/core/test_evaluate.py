@@ -1,10 +1,6 @@
 """The command line `treeflash evaluate`."""
 
-from __future__ import annotations
-
 import json
-import subprocess
-import sys
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +9,6 @@ import pytest
 from byte_tokens import save_tokenizer
 from failures import failing
 from mtp_pairs import write_mtp_pair
-from processes import core_command, core_module
 
 import treeflash
 from treeflash.commands.evaluate import main
@@ -106,16 +101,6 @@ def test_by_default_a_head_that_drafts_depth_by_depth_drafts_trees_and_chains(ru
     assert {row["method"] for row in rows} == {"treeflash", "treeflash-chain"}
 
 
-def test_the_figures_do_not_depend_on_how_many_texts_are_decoded_at_once(use, run, model, tmp_path):
-    use(model)
-    found = []
-    for n, parallel in enumerate(("1", "3", "auto")):
-        path = tmp_path / f"{n}.json"
-        assert run("--budgets", "4", "--parallel", parallel, "--output", str(path))[0] == 0
-        found.append(json.loads(path.read_text(encoding="utf-8")))
-    assert found[0] == found[1] == found[2]
-
-
 def test_temperature_and_seed_reach_the_target(use, run, model, tmp_path):
     use(model)
     path = tmp_path / "out.json"
@@ -188,61 +173,6 @@ def test_a_full_disk_loses_no_figures(use, run, model, tmp_path):
     assert report.stat().st_size > 0
 
 
-# A process of its own; `test_a_full_disk_loses_no_figures` ends in the same way.
-@pytest.mark.nightly
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-def test_figures_reach_a_file_though_standard_output_is_full(tiny_pair, prompt_sets, tmp_path):
-    path = tmp_path / "out.json"
-    with Path("/dev/full").open("w") as full:
-        done = subprocess.run(
-            command_line(tiny_pair, "--prompts", prompt_sets[0], "--output", str(path)),
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-    assert "Traceback" not in done.stderr
-    assert done.returncode == 2
-    assert json.loads(path.read_text(encoding="utf-8"))["rows"]
-
-
-@pytest.mark.parametrize(
-    ("args", "line"),
-    [
-        (["--methods", "beam"], "unknown method 'beam'; choose one of ar, dflash,"),
-        (["--methods", ""], "unknown method ''"),
-        (
-            ["--budgets", "16,x"],
-            "--budgets takes numbers of 1 or more separated by commas, not '16,x'",
-        ),
-        (["--budgets", "0"], "--budgets takes numbers of 1 or more separated by commas, not '0'"),
-        (["--limit", "0"], "--limit must be 1 or more, got 0"),
-        (["--max-tokens", "1"], "max_tokens must be 2 or more"),
-        (["--temperature", "-1"], "temperature must be 0"),
-        (["--seed", "-1"], "seed must be between"),
-        (["--output", "no/such/folder/out.json"], "out.json cannot be written"),
-        (["--report", "out.pdf"], "--report writes FILE.html or FILE.png"),
-        (["--prompts", "missing.jsonl"], "missing.jsonl cannot be read"),
-        (["--nonsense"], "unrecognized arguments: --nonsense"),
-    ],
-)
-@pytest.mark.usefixtures("nothing_loads")
-def test_bad_input_is_one_line_before_anything_is_loaded(run, args, line):
-    code, out, err = run(*args)
-    assert (code, out) == (2, "")
-    assert err.startswith("error: ")
-    assert line in err
-    assert err.count("\n") == 1
-
-
-def test_names_of_sets_differ_and_prompts_are_safe(run, prompt_sets, tmp_path):
-    assert "'one' is taken" in run("--prompts", prompt_sets[0], prompt_sets[0])[2]
-    mean = tmp_path / "mean.jsonl"
-    mean.write_text('{"id": 1, "prompt": "hi"}', encoding="utf-8")
-    assert "'mean' is taken" in run("--prompts", str(mean))[2]
-    code, _, err = run("--output", prompt_sets[0])
-    assert (code, "is a file of prompts" in err) == (2, True)
-
-
 def test_a_method_that_the_drafter_cannot_do(use, run, scripted):
     use(scripted("x", head=False))
     code, _, err = run("--methods", "treeflash")
@@ -271,48 +201,3 @@ def test_texts_that_end_at_once(use, run, scripted, tmp_path):
     code, out, err = run("--methods", "ar", "--output", str(path))
     assert (code, out, path.exists()) == (2, "", False)
     assert "every text ended with its first token" in err
-
-
-def model_options(tiny_pair) -> list[str]:
-    """Evaluate the tiny pair with short texts and small trees."""
-    target, drafter = map(str, tiny_pair)
-    where = ["--backend", "reference", "--target", target, "--drafter", drafter]
-    return [*where, "--max-tokens", "5", "--budgets", "4"]
-
-
-def command_line(tiny_pair, *args: str) -> list[str]:
-    """Evaluate the tiny pair in a separate process."""
-    return core_command("evaluate", *model_options(tiny_pair), *args)
-
-
-# A process that draws; `test_generate.py` has a module that runs so, `test_report.py` the page.
-@pytest.mark.nightly
-def test_the_module_runs_without_a_warning(tiny_pair, prompt_sets, tmp_path):
-    pytest.importorskip("matplotlib")
-    report = tmp_path / "out.html"
-    options = [*model_options(tiny_pair), "--prompts", prompt_sets[0], "--report", str(report)]
-    done = subprocess.run(
-        core_module("treeflash.evaluate", *options), capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert "Warning" not in done.stderr
-    page = report.read_text(encoding="utf-8")
-    assert f"<h1>Drafts for {tiny_pair[0].name}</h1>" in page
-    assert f"target {tiny_pair[0]}, drafter {tiny_pair[1]}" in page
-
-
-# Likewise.
-@pytest.mark.nightly
-@pytest.mark.skipif(sys.platform == "win32", reason="pipes differ on Windows")
-def test_a_reader_that_goes_away_costs_no_figures(tiny_pair, prompt_sets, tmp_path):
-    path = tmp_path / "out.json"
-    process = subprocess.Popen(
-        command_line(tiny_pair, "--prompts", prompt_sets[0], "--output", str(path)),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    process.stdout.close()
-    err = process.stderr.read()
-    assert process.wait(timeout=300) == 141
-    assert b"Traceback" not in err
-    assert json.loads(path.read_text(encoding="utf-8"))["rows"]

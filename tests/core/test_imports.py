@@ -1,7 +1,5 @@
 """Imports point one way, and the core knows no framework."""
 
-from __future__ import annotations
-
 import ast
 import re
 import subprocess
@@ -141,16 +139,14 @@ for name in {names}:
     assert run(code) == ""
 
 
-def test_the_core_generates_where_no_framework_is_installed(tiny_pair):
-    target, drafter = map(str, tiny_pair)
+def test_the_core_generates_where_no_framework_is_installed(pair_options):
     code = f"""
 from importlib.util import find_spec
 {WITHOUT_FRAMEWORKS}
 assert not any(map(find_spec, {FRAMEWORKS}))
 from treeflash.__main__ import main
 
-folders = "--target", {target!r}, "--drafter", {drafter!r}
-raise SystemExit(main(["generate", "Hi", *folders, "--backend", "reference", "--max-tokens", "4"]))
+raise SystemExit(main(["generate", "Hi", *{pair_options}, "--max-tokens", "4"]))
 """
     assert run(code)
 

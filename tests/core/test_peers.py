@@ -1,7 +1,5 @@
 """The comparison with llama.cpp, whose library is replaced by a script."""
 
-from __future__ import annotations
-
 import json
 import shutil
 

@@ -1,7 +1,5 @@
 """The pictures of README are drawn from the record of a run."""
 
-from __future__ import annotations
-
 import json
 from xml.etree import ElementTree
 
@@ -76,13 +74,11 @@ def test_a_recording_shows_nothing_too_early():
     assert [pictures.frame_of(x) for x in (0.0, 0.01, 0.05, 0.06)] == [0.0, 0.05, 0.05, 0.1]
 
 
-def test_a_run_is_recorded_and_drawn(tiny_pair, tmp_path):
+def test_a_run_is_recorded_and_drawn(pair_options, tmp_path):
     pytest.importorskip("matplotlib")
-    target, drafter = map(str, tiny_pair)
     run, folder = tmp_path / "run.json", tmp_path / "pictures"
-    pair = ["--target", target, "--drafter", drafter, "--backend", "reference"]
     options = ["--output", str(folder), "--max-tokens", "12"]
-    assert pictures.main([str(run), "--record", *pair, *options]) == 0
+    assert pictures.main([str(run), "--record", *pair_options, *options]) == 0
     run_record = json.loads(run.read_text())
     recorded = run_record["texts"]
     plain, drafted = (

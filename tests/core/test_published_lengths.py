@@ -1,7 +1,5 @@
 """Expected rounds of speculative sampling against runs of it, and the verdicts about a drafter."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from itertools import pairwise
@@ -134,12 +132,6 @@ def test_neighbouring_readings_of_the_protocol_give_other_lengths():
 def test_texts_that_can_be_counted_by_hand(length, depths, ratio, complete, tokens, rounds):
     ratios = np.full((length - 1, depths), ratio)
     assert expected_rounds(ratios, complete=complete) == pytest.approx((tokens, rounds))
-
-
-def test_the_example_of_the_module():
-    tokens, rounds = expected_rounds(np.full((3000, 1), 0.5), complete=True)
-    assert tokens == 3000
-    assert rounds / tokens == pytest.approx(2 / 3, abs=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["treeflash", "marginals", "eagle3"])

@@ -1,15 +1,26 @@
-"""Values of options that are refused: the message from Python, and on the command line."""
+"""What is refused: values of settings, prompts, command lines and models, each with one message.
 
-from __future__ import annotations
+Commands that go on for a while (chats, runs of the doctor) have tables of their own.
+"""
 
+import asyncio
+import json
+import shlex
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
+from byte_tokens import save_tokenizer
 
+from treeflash import language_model
 from treeflash.cli.console import Parser
 from treeflash.cli.options import add_decode_options, decode_options
+from treeflash.command import main
 from treeflash.config import DecodeConfig, LoadConfig, SamplingConfig
-from treeflash.errors import ConfigError
+from treeflash.errors import BackendError, ConfigError, PromptError
+from treeflash.language_model import load
+from treeflash.registry import installed
+from treeflash.testing.models import write_drafter, write_target
 
 NAN, INF = float("nan"), float("inf")
 POSITIVE = "must be 1 or more"
@@ -87,3 +98,312 @@ def test_an_unknown_choice_is_refused(kind, name, value, choices):
     with pytest.raises(ConfigError) as caught:
         kind(**{name: value})
     assert str(caught.value) == f"unknown {name} {value!r}; choose one of {choices}"
+
+
+DEEP = "[" * 100_000
+BIAS = "logit_bias must be a mapping of token ids"
+NUMBER = "logit_bias must give one number per token id, neither inf nor NaN, got"
+REQUESTS: list[tuple[Any, dict[str, Any], str]] = [
+    ("", {}, "the prompt is empty"),
+    ([], {}, "the prompt is empty"),
+    ("\ud800", {}, "Unicode"),
+    ([1.5], {}, "a prompt is a string"),
+    (b"hi", {}, "a prompt is a string, .*, got bytes"),
+    (None, {}, "a prompt is a string, .*, got NoneType"),
+    ([{"role": "user"}], {}, "message 1 needs"),
+    ([{"role": "user", "content": 3}], {}, "message 1 needs"),
+    ([300], {}, "vocabulary"),
+    ([-1], {}, "vocabulary"),
+    ("a" * 500, {}, "limit"),
+    ("hi", {"raw": True, "system": "x"}, "raw"),
+    ([{"role": "user", "content": "x"}], {"raw": True}, "raw"),
+    ([5], {"system": "x"}, "remove the system message"),
+    ([{"role": "system", "content": "x"}], {"system": "x"}, "begin with a system message"),
+    *(
+        ("hi", options, message)
+        for options, message in (
+            ({"tempature": 1}, "unknown option 'tempature'"),
+            ({"stop": [1]}, "stop must be a string"),
+            ({"stop": None}, "stop must be a string"),
+            ({"stop": ["a", ""]}, "stop string is empty"),
+            ({"budget": 0}, "budget must be"),
+            ({"stop_token_ids": None}, "stop_token_ids must be token ids, got None"),
+            ({"stop_token_ids": ["</s>"]}, "stop_token_ids must be token ids"),
+            ({"system": 5}, "system must be a string, got 5"),
+            ({"template_args": [1]}, "template_args must be a mapping"),
+            ({"top_p": 0}, "top_p must be"),
+            ({"top_p": 10**400}, "top_p must be above 0 and at most 1"),
+            ({"log_probs": -1}, "log_probs must be 0 or more"),
+            ({"max_tokens": 2.5}, r"max_tokens must be a whole number, 1 or more, got 2\.5"),
+            ({"repetition_penalty": 0}, "repetition penalty must be above 0"),
+            ({"presence_penalty": "x"}, "presence penalty must be a finite number"),
+            ({"presence_penalty": 10**400}, "presence penalty must be a finite number"),
+            ({"frequency_penalty": INF}, "frequency penalty must be a finite number"),
+            ({"logit_bias": [(1, 2)]}, BIAS),
+            ({"logit_bias": {"1": 2}}, BIAS),
+            ({"logit_bias": {-1: 2}}, "logit_bias must give one number per token id"),
+            ({"logit_bias": {1: "x"}}, "logit_bias must give one number per token id"),
+            ({"logit_bias": {5: NAN}}, NUMBER),
+            ({"logit_bias": {5: INF}}, NUMBER),
+            ({"logit_bias": {5: -(10**400)}}, NUMBER),
+            ({"logit_bias": {1000: 1}}, "logit_bias has the token id 1000"),
+        )
+    ),
+]
+"""Prompts and options of Python, and the message about them."""
+ENTRIES = {
+    "stream": lambda model, prompt, options: model.stream(prompt, **options),
+    "many": lambda model, prompt, options: model.generate_many(["hi", prompt], **options),
+    "asynchronous": lambda model, x, options: asyncio.run(model.agenerate(x, **options)),
+}
+
+
+@pytest.mark.parametrize(("prompt", "options", "message"), REQUESTS)
+@pytest.mark.parametrize("ask", ENTRIES.values(), ids=ENTRIES)
+def test_a_request_is_refused_before_decoding(scripted, ask, prompt, options, message):
+    model = scripted("An answer.")
+    with pytest.raises((PromptError, ConfigError), match=message):
+        ask(model, prompt, options)
+    assert not model.backend.opened
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ("hi", {}, "prompts must be a list"),
+        (["hi", ""], {}, "prompt 1: the prompt is empty"),
+        (["hi"], {"n": 0}, "n must be 1 or more, got 0"),
+        (["hi"], {"parallel": 0}, "parallel must be auto, or 1 or more, got 0"),
+        (["hi"], {"parallel": 1.5}, "parallel must be auto, or 1 or more, got 1.5"),
+    ],
+)
+def test_many_requests_are_refused_at_once(scripted, prompts, options, message):
+    model = scripted("An answer.")
+    with pytest.raises((PromptError, ConfigError), match=message):
+        model.generate_many(prompts, **options)
+    assert not model.backend.opened
+
+
+def write_files(folder):
+    """Write the files that the command lines below name."""
+    (folder / "latin.txt").write_bytes(b"caf\xe9")
+    (folder / "empty.txt").write_text("\n")
+    (folder / "rows.jsonl").write_text('{"id": 1, "prompt": "x"}\n')
+    (folder / "mean.jsonl").write_text('{"id": 1, "prompt": "x"}\n')
+    (folder / "bad.jsonl").write_text('{"id": 1, "prompt": "x"}\n{"id": \n')
+    (folder / "other.jsonl").write_text('{"some": "thing"}\n{"else": 1}\n')
+
+
+SINGLE = "is for a single prompt"
+BUDGETS = "--budgets takes numbers of 1 or more separated by commas, not"
+COMMANDS: dict[str, list[tuple[str, str]]] = {
+    "generate": [
+        ("--budget 0 hi", "budget must be auto, or from 1 to 1024 nodes, got 0"),
+        ("--budget many hi", "must be auto or a number of nodes, got many"),
+        ("--budget", "argument --budget"),
+        ("--bud 8 hi", "unrecognized arguments: --bud"),
+        ("--head-rows many hi", "must be full, auto or a number of tokens, got many"),
+        ("--suffix maybe hi", "must be on or off, got maybe"),
+        ("--calibration maybe hi", "must be on or off, got maybe"),
+        ("--suffix-cache-gb 1 hi", "--suffix-cache-gb needs --prompts; remove it for a single"),
+        ("--suffix-cache-gb -1 hi", "'-1' is not a number of GiB, 0 or more"),
+        ("--suffix-cache-gb x hi", "'x' is not a number of GiB, 0 or more"),
+        ("--temperature hot hi", "invalid float value"),
+        ("--method magic hi", "invalid choice"),
+        ("--dtype int8 hi", "int8"),
+        ("--stop= hi", "stop string is empty"),
+        ("--nonsense hi", "unrecognized arguments"),
+        ("one two", "unrecognized arguments"),
+        ("hi --prompt-file x", "not allowed with"),
+        ("--prompt-file missing.txt", "missing.txt cannot be read"),
+        ("--prompt-file .", "cannot be read"),
+        ("--prompt-file latin.txt", "not UTF-8"),
+        ("--prompt-file empty.txt", "is empty"),
+        ("' \n'", "empty"),
+        ("--explain hi", "put the prompt before --explain"),
+        ("--explain=0 hi", "not a number of iterations"),
+        ("--chat-template-args {x} hi", "invalid JSON"),
+        (f"--chat-template-args {DEEP} hi", "invalid JSON"),
+        ("--chat-template-args [] hi", "must be a JSON object"),
+        ("--raw --system x hi", "raw"),
+        ("--prompts rows.jsonl", "--output"),
+        ("--logit-bias {x} hi", "invalid JSON"),
+        ("--logit-bias '{\"x\":1}' hi", "must be numbers by token id"),
+        (f"--logit-bias '{{\"1\":1{'0' * 400}}}' hi", "must be numbers by token id"),
+        ("--logit-bias '{\"1\":NaN}' hi", "logit_bias must give one number per token id"),
+        ("--json-schema [] hi", "must be a JSON object"),
+        ("--json-schema @missing.json hi", "missing.json cannot be read"),
+        ("--regex a --grammar b hi", "grammar and regex exclude each other"),
+        ("--regex ( hi", "invalid grammar"),
+        ("--grammar 'start: (' hi", "invalid grammar"),
+        ("--grammar 'root ::= (' hi", "invalid grammar"),
+        ('--json-schema \'{"type": "nothing"}\' hi', "invalid grammar"),
+        ("--logprobs -1 hi", "log_probs must be 0 or more"),
+        ("--n 0 hi", "n must be 1 or more, got 0"),
+        ("--n 2 --compare hi", "--compare and --explain are for a single answer"),
+        ("--parallel 2 hi", "--parallel needs --prompts"),
+        ("--output out.jsonl hi", "must be given together"),
+        *(
+            (f"--prompts rows.jsonl --output out.jsonl {options}", message)
+            for options, message in (
+                ("--n 2", f"--n {SINGLE}"),
+                ("--compare", f"--compare {SINGLE}"),
+                ("--explain", f"--explain {SINGLE}"),
+                ("--json", f"--json {SINGLE}"),
+                ("--image a.png", f"--image {SINGLE}"),
+                ("--output no/out.jsonl", "no/out.jsonl cannot be written"),
+                ("--output .", ". cannot be written"),
+                ("--output rows.jsonl", "is the file of prompts"),
+                ("--output other.jsonl", "other.jsonl:1 was not written by"),
+                ("--prompts bad.jsonl", "bad.jsonl:2"),
+                ("--prompts missing.jsonl", "missing.jsonl cannot be read"),
+                ("--prompts empty.txt", "has no prompts"),
+                *((f"--parallel={x}", f"of sequences, got {x}") for x in ("0", "-1", "1.5", "x")),
+            )
+        ),
+        ("Hi --image missing.png", "image 1: missing.png cannot be read: No such file"),
+        ("Hi --image http://a/b.png", "image 1: http://a/b.png is a URL, and images are never"),
+        ("Hi --image empty.txt", "image 1: the file is not a PNG, JPEG, WebP or GIF image"),
+        ("Hi --image a.png --raw", "images need the chat template; remove --raw"),
+        ("Hi --image a.png --max-images 0", "max_images must be 1 or more, got 0"),
+    ],
+    "evaluate": [
+        *(
+            (f"--prompts rows.jsonl {options}", message)
+            for options, message in (
+                ("--methods beam", "unknown method 'beam'; choose one of ar, dflash,"),
+                ("--methods ''", "unknown method ''"),
+                ("--budgets 16,x", f"{BUDGETS} '16,x'"),
+                ("--budgets 0", f"{BUDGETS} '0'"),
+                ("--limit 0", "--limit must be 1 or more, got 0"),
+                ("--max-tokens 1", "max_tokens must be 2 or more"),
+                ("--temperature -1", "temperature must be 0"),
+                ("--seed -1", "seed must be between"),
+                ("--output no/such/folder/out.json", "out.json cannot be written"),
+                ("--output rows.jsonl", "is a file of prompts"),
+                ("--report out.pdf", "--report writes FILE.html or FILE.png"),
+                ("--nonsense", "unrecognized arguments: --nonsense"),
+            )
+        ),
+        ("--prompts missing.jsonl", "missing.jsonl cannot be read"),
+        ("--prompts rows.jsonl rows.jsonl", "'rows' is taken"),
+        ("--prompts mean.jsonl", "'mean' is taken"),
+    ],
+}
+"""By command, arguments that are refused before a model is loaded, and the message about them."""
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "message"),
+    [
+        pytest.param(command, arguments, message, id=f"{command} {arguments[:60]}")
+        for command, cases in COMMANDS.items()
+        for arguments, message in cases
+    ],
+)
+@pytest.mark.usefixtures("nothing_loads")
+def test_a_command_line_is_refused_before_loading(
+    tmp_path, monkeypatch, capsys, command, arguments, message
+):
+    write_files(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert main([command, *shlex.split(arguments)]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert message in err
+    assert err.count("\n") == 1
+    assert (tmp_path / "rows.jsonl").read_text() == '{"id": 1, "prompt": "x"}\n'
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--backend abacus", "unknown backend 'abacus'"),
+        ("--backend ''", "unknown backend ''"),
+        ("--device ''", "device must be the name of a device, such as cpu or cuda:1, got ''"),
+        ("--device cuda", "device must be cpu"),
+        ("--dtype float16", "dtype must be float32"),
+        ("--target /no/where", "is not a folder"),
+        ("--target ''", "'' is not a folder"),
+        ("--drafter /no/where", "is not a folder"),
+        # The model decides which special tokens there are.
+        ("--grammar 'start: <|its_own|> \"a\"' --target './no such folder'", "no such folder"),
+    ],
+)
+def test_a_model_is_refused_on_the_command_line(run, pair_options, arguments, message):
+    code, out, err = run("hi", *pair_options, *shlex.split(arguments))
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert message in err
+
+
+ELSEWHERE = "compile is supported only by the cpu and cuda backends"
+
+
+@pytest.mark.parametrize(
+    ("backend", "settings", "message"),
+    [
+        ("cuda", {"kv_bits": 3}, "kv_bits must be 8 on the cuda backend, got 3"),
+        ("cuda", {"draft_bits": 5}, "draft_bits must be one of"),
+        ("cuda", {"wired": True}, "wired is supported only by the mlx backend"),
+        ("cpu", {"kv_bits": 3}, "kv_bits must be 8 on the cpu backend, got 3"),
+        ("cpu", {"memory_gb": 1.0}, "memory_gb is supported only by the cuda backend"),
+        ("cpu", {"device_map": "auto"}, "device_map is supported only by the cuda backend"),
+        ("mlx", {"kv_bits": 3}, r"kv_bits must be one of \(4, 8\) on the mlx backend, got 3"),
+        ("mlx", {"draft_bits": 7}, "draft_bits must be one of"),
+        ("mlx", {"compile": True}, ELSEWHERE),
+        ("reference", {"kv_bits": 8}, "kv_bits is not supported by the reference backend"),
+        ("reference", {"draft_bits": 4}, "draft_bits is not supported by the reference backend"),
+        ("reference", {"exact": True}, "exact is not supported by the reference backend"),
+        ("reference", {"compile": True}, ELSEWHERE),
+        ("reference", {"device": 0}, r"device must be the name of a device.*got 0"),
+        ("reference", {"dtype": "float8"}, "unknown dtype"),
+        ("abacus", {}, "unknown backend 'abacus'"),
+        *((x, {"device": "tpu"}, "tpu") for x in ("reference", "cpu", "cuda", "mlx")),
+    ],
+)
+def test_settings_are_refused_before_anything_is_fetched(monkeypatch, backend, settings, message):
+    if not installed(backend):
+        pytest.skip(f"needs the framework of {backend}")
+    monkeypatch.setattr(language_model, "resolve_target", lambda *_, **__: pytest.fail("fetched"))
+    with pytest.raises((ConfigError, BackendError), match=message):
+        load(backend=backend, **settings)
+
+
+USES = {
+    "generate": ["hi"],
+    "serve": ["--port", "0"],
+    "evaluate": ["--prompts", "prompts.jsonl"],
+    "doctor": [],
+    "distill": ["--prompts", "prompts.jsonl", "--output", "answers.jsonl"],
+    "train": ["--responses", "responses.jsonl", "--output", "trained"],
+    "adapt": ["--prompts", "prompts.jsonl", "--validation-sequences", "2", "--output", "adapted"],
+}
+NEEDED = {"serve": "fastapi", "train": "torch", "adapt": "torch"}
+"""Packages that commands need before they look at the target."""
+
+
+@pytest.fixture
+def without_vocabulary(tmp_path, monkeypatch):
+    """Where a target without `tokenizer.json`, a drafter, prompts and responses are."""
+    write_target(tmp_path / "target", "qwen2", seed=1)
+    write_drafter(tmp_path / "drafter", tmp_path / "target", seed=2)
+    save_tokenizer(tmp_path / "target")
+    (tmp_path / "target" / "tokenizer.json").unlink()
+    prompts = [{"id": n, "prompt": f"hi {n}"} for n in range(8)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, prompts)))
+    (tmp_path / "responses.jsonl").write_text('{"prompt_ids": [5], "response_ids": [6, 7]}')
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("without_vocabulary")
+@pytest.mark.parametrize("command", USES)
+def test_a_target_without_a_vocabulary_is_refused_by_every_command(command, capsys):
+    if find_spec(NEEDED.get(command, "numpy")) is None:
+        pytest.skip(f"{command} needs {NEEDED[command]}")
+    options = ["--target", "target", "--backend", "cuda" if command == "train" else "reference"]
+    options += [] if command in ("distill", "train") else ["--drafter", "drafter"]
+    assert main([command, *USES[command], *options]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "error: target has no usable tokenizer (its vocabulary is missing)" in err

@@ -1,7 +1,5 @@
 """Backends by name, from entry points made up for the test."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from importlib.metadata import EntryPoint
@@ -70,56 +68,57 @@ def test_a_framework_that_cannot_be_imported(monkeypatch, tmp_path):
     )
 
 
-def test_unknown_name(monkeypatch):
-    register(monkeypatch, REFERENCE, ("mlx", "treeflash_mlx.backend:load"))
-    with pytest.raises(BackendError) as caught:
-        registry.loader("tpu")
-    assert str(caught.value) == "unknown backend 'tpu'; registered are: mlx, reference"
-
-
-def test_nothing_registered(monkeypatch):
-    register(monkeypatch)
-    with pytest.raises(BackendError) as caught:
-        registry.loader("reference")
-    assert str(caught.value) == "unknown backend 'reference'; registered are: none"
-
-
-def test_duplicate_names(monkeypatch):
-    register(monkeypatch, ("cuda", "treeflash_cuda.backend:load"), ("cuda", "other.cuda:load"))
-    for call in (registry.available, lambda: registry.loader("cuda")):
-        with pytest.raises(BackendError) as caught:
-            call()
-        assert str(caught.value) == (
-            "backend 'cuda' is registered twice, by treeflash_cuda.backend:load and "
-            "other.cuda:load; uninstall one of the two packages"
-        )
-
-
 def test_one_entry_seen_twice_is_not_a_duplicate(monkeypatch):
     """A source tree on the path beside its installation lists everything twice."""
     register(monkeypatch, REFERENCE, REFERENCE)
     assert registry.loader("reference") is load_reference
 
 
-@pytest.mark.parametrize(
-    ("name", "there", "missing"),
-    [
-        ("cpu", [], "torch"),
-        ("cuda", [], "torch"),
-        ("cuda", ["torch"], "transformers"),
-        ("mlx", [], "mlx"),
-        ("mlx", ["mlx"], "mlx_lm"),
-    ],
-)
-def test_missing_framework(monkeypatch, name, there, missing):
-    register(monkeypatch, (name, "a_module_that_must_not_be_imported:load"))
-    install(monkeypatch, *there)
-    assert not registry.installed(name)
+NOWHERE = "a_module_that_must_not_be_imported:load"
+OTHERS = REFERENCE, ("mlx", NOWHERE)
+TWICE = ("cuda", "treeflash_cuda.backend:load"), ("cuda", "other.cuda:load")
+REFUSED = [
+    ("tpu", OTHERS, [], "unknown backend 'tpu'; registered are: mlx, reference"),
+    ("reference", (), [], "unknown backend 'reference'; registered are: none"),
+    (
+        "cuda",
+        TWICE,
+        TORCH,
+        "backend 'cuda' is registered twice, by treeflash_cuda.backend:load and "
+        "other.cuda:load; uninstall one of the two packages",
+    ),
+    *(
+        (
+            name,
+            ((name, NOWHERE),),
+            there,
+            f"backend '{name}' needs {missing}; pip install '.[{name}]' in a clone of treeflash",
+        )
+        for name, there, missing in (
+            ("cpu", [], "torch"),
+            ("cuda", [], "torch"),
+            ("cuda", ["torch"], "transformers"),
+            ("mlx", [], "mlx"),
+            ("mlx", ["mlx"], "mlx_lm"),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "entries", "frameworks", "message"), REFUSED)
+def test_a_backend_that_cannot_be_loaded(monkeypatch, name, entries, frameworks, message):
+    register(monkeypatch, *entries)
+    install(monkeypatch, *frameworks)
     with pytest.raises(BackendError) as caught:
         registry.loader(name)
-    assert str(caught.value) == (
-        f"backend '{name}' needs {missing}; pip install '.[{name}]' in a clone of treeflash"
-    )
+    assert str(caught.value) == message
+    assert registry.installed(name) == ("needs" not in message)
+
+
+def test_names_that_are_registered_twice_are_not_listed(monkeypatch):
+    register(monkeypatch, *TWICE)
+    with pytest.raises(BackendError, match="backend 'cuda' is registered twice"):
+        registry.available()
 
 
 def test_backends_of_other_packages_count_as_installed(monkeypatch):

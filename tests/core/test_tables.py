@@ -1,21 +1,21 @@
-"""What follows from the options of configurations and is checked in is up to date."""
-
-from __future__ import annotations
+"""What follows from the options of configurations is up to date, where it is checked in."""
 
 import inspect
+import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 import treeflash
 from treeflash.cli.options import DECODE_OPTIONS
-from treeflash.config import LoadConfig
-from treeflash.errors import ConfigError
+from treeflash.config import DecodeConfig, LoadConfig, SamplingConfig
+from treeflash.errors import ConfigError, PromptError
 from treeflash.language_model import LanguageModel, LoadOptions, load
 from treeflash.option import options_of
-from treeflash.text.options import OPTIONS, Options
+from treeflash.text.options import OPTIONS, Options, parse_options
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,3 +46,34 @@ def test_signatures_and_docstrings_name_the_keywords():
 def test_an_unknown_setting_of_load_is_named():
     with pytest.raises(ConfigError, match="unknown option 'kvbits'; options are device, dtype"):
         treeflash.load(kvbits=8)
+
+
+DEFAULTS = {
+    field.name: field.default
+    for kind in (DecodeConfig, SamplingConfig)
+    for field in fields(kind)
+    if field.name not in ("method", "stop_token_ids", "sampling", "penalties")
+}
+
+
+@pytest.mark.parametrize("name", Options.__annotations__)
+def test_help_lists_every_option(name):
+    for listed in (Options, LanguageModel.generate, LanguageModel.stream):
+        entries = re.findall(rf"^ +{name} \(.+\): .+", str(listed.__doc__), re.MULTILINE)
+        assert len(entries) == 1
+
+
+@pytest.mark.parametrize(("name", "default"), DEFAULTS.items())
+def test_the_listed_default_is_the_real_one(name, default):
+    listed = re.search(
+        rf" {name} \([^)]+\): .*?Default: (.+?)\.\n", str(Options.__doc__), re.DOTALL
+    )
+    assert listed
+    assert listed[1] == (f'"{default}"' if isinstance(default, str) else str(default))
+
+
+def test_reserved_variables_of_the_chat_template_are_refused_before_a_model_is_loaded():
+    parse_options({"template_args": {"enable_thinking": True, "documents": []}})
+    for name in ("messages", "return_tensors"):
+        with pytest.raises(PromptError, match=f"'{name}' is reserved"):
+            parse_options({"template_args": {name: 1}})

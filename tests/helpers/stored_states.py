@@ -73,6 +73,14 @@ class Process:
         return tokens_of(steps), (cached - disk, disk)
 
 
+def answered(
+    pair: Any, folder: Path, prompt: list[int], **settings: Any
+) -> tuple[list[int], tuple[int, int]]:
+    """What a process answers that does nothing else."""
+    with Process(pair, folder) as process:
+        return process.answer(prompt, **settings)
+
+
 def prompt_of(length: int, seed: int = 0, vocab_size: int = 24) -> list[int]:
     return np.random.default_rng(seed).integers(1, vocab_size, length).tolist()
 

@@ -1,7 +1,5 @@
 """A prompt file and a run over it, in a process that Ctrl-C interrupts."""
 
-from __future__ import annotations
-
 import json
 import signal
 
@@ -28,19 +26,24 @@ def files(tmp_path):
 
 
 @pytest.fixture
-def run(files, use, capsys):
+def paths(files):
+    """Options of a batch."""
+    return ["--prompts", str(files[0]), "--output", str(files[1])]
+
+
+@pytest.fixture
+def batch(paths, use, capsys):
     """Run the batch with a model: exit status and standard error.
 
     Unless arguments say otherwise, one conversation at a time, so that the order is known.
     """
 
-    def run(model, *args: str) -> tuple[int, str]:
+    def batch(model, *args: str) -> tuple[int, str]:
         use(model)
         capsys.readouterr()
-        paths = ["--prompts", str(files[0]), "--output", str(files[1])]
         code = main([*paths, "--parallel", "1", *args])
         out, err = capsys.readouterr()
         assert out == ""
         return code, err
 
-    return run
+    return batch

@@ -1,7 +1,5 @@
 """The text of an answer in a terminal: Markdown block by block, or lines that wrap at spaces."""
 
-from __future__ import annotations
-
 import io
 import random
 import re

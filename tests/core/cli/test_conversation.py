@@ -1,7 +1,5 @@
 """A conversation in the terminal, with keys from a pipe."""
 
-from __future__ import annotations
-
 import io
 import json
 import os
@@ -73,14 +71,38 @@ def test_messages_are_answered_in_turn(talk, scripted):
     assert "tokens/s, block efficiency" in shown
 
 
-def test_a_message_has_several_lines(talk):
-    talked, _ = talk(ENTER, "  ", ENTER, "first", NEW_LINE, "second", ENTER)
-    assert contents(talked)[0] == ("user", "first\nsecond")
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ([ENTER, "  ", ENTER, "first", NEW_LINE, "second", ENTER], "first\nsecond"),
+        (["\x1b[200~a\nb\n\nc\x1b[201~", ENTER], "a\nb\n\nc"),  # pasted
+        (["dropped", INTERRUPT, "kept", ENTER], "kept"),
+        ([" /etc", ENTER], " /etc"),
+    ],
+)
+def test_keys_of_a_message(talk, keys, message):
+    assert contents(talk(*keys)[0])[0] == ("user", message)
 
 
-def test_a_pasted_text_is_one_message(talk):
-    talked, _ = talk("\x1b[200~a\nb\n\nc\x1b[201~", ENTER)
-    assert contents(talked)[0] == ("user", "a\nb\n\nc")
+@pytest.mark.parametrize(
+    ("lines", "messages", "said"),
+    [
+        (["/exit", "never"], 0, ""),
+        (["hi", "/reset"], 0, "a new conversation begins"),
+        (["hi", "/speed"], 2, "tokens gained per forward pass, and how often"),
+        (["/save talk.jsonl"], 0, "there is no message to save yet"),
+        (["/retry"], 0, "there is no message to answer yet"),
+        (["/tree"], 0, "there is no answer yet"),
+        (["hi", "/tree x"], 2, "/tree takes a number of iterations, not 'x'"),
+        (["hi", "/save"], 2, "/save needs the name of a file"),
+    ],
+)
+def test_commands(talk, tmp_path, monkeypatch, lines, messages, said):
+    monkeypatch.chdir(tmp_path)
+    talked, shown = talk(*(f"{line}{ENTER}" for line in lines))
+    assert len(talked.messages) == messages
+    assert said in shown
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_history_has_messages_and_commands(talk):
@@ -95,16 +117,6 @@ def test_commands_are_completed_and_explained(talk):
     assert [completion.text for completion in found] == ["/system", "/set", "/save", "/speed"]
     _, shown = talk("/help", ENTER)
     assert all(command in shown for command in COMMANDS)
-
-
-def test_an_interruption_at_the_prompt_drops_the_line(talk):
-    talked, _ = talk("dropped", INTERRUPT, "kept", ENTER)
-    assert contents(talked)[0] == ("user", "kept")
-
-
-def test_exit_ends_the_conversation(talk):
-    talked, _ = talk("/exit", ENTER, "never", ENTER)
-    assert talked.messages == []
 
 
 def test_an_interruption_stops_the_answer_and_not_the_program(talk, scripted):
@@ -169,16 +181,10 @@ def test_system_begins_anew(talk, scripted):
     assert asked(model)[-1] == "user: helloassistant: "
 
 
-def test_reset_forgets(talk):
-    talked, shown = talk("hi", ENTER, "/reset", ENTER)
-    assert talked.messages == []
-    assert "a new conversation begins" in shown
-
-
 def test_save_writes_what_train_reads(talk, tmp_path):
     file = tmp_path / "talk.jsonl"
     save = f"/save {file}"
-    _, shown = talk("hi", ENTER, save, ENTER, save, ENTER, "/save", ENTER, system="Be.")
+    _, shown = talk("hi", ENTER, save, ENTER, save, ENTER, system="Be.")
     messages = json.loads(file.read_text(encoding="utf-8"))["messages"]
     assert messages == [
         {"role": "system", "content": "Be."},
@@ -187,7 +193,6 @@ def test_save_writes_what_train_reads(talk, tmp_path):
     ]
     assert "cannot be written: File exists" in " ".join(shown.split())
     assert "already; choose another name" in " ".join(shown.split())
-    assert "/save needs the name of a file" in shown
 
 
 def test_a_full_disk_keeps_no_part_of_a_conversation(talk, tmp_path):
@@ -226,12 +231,6 @@ def test_what_is_no_conversation_is_not_loaded(talk, tmp_path, text):
     assert len(talked.messages) == 2
 
 
-def test_nothing_is_not_saved(talk, tmp_path):
-    _, shown = talk(f"/save {tmp_path / 'talk.jsonl'}", ENTER)
-    assert "there is no message to save yet" in shown
-    assert not list(tmp_path.iterdir())
-
-
 def test_retry_answers_the_last_message_again(talk, scripted):
     model = scripted("One.", "Two.", "Three.")
     talked, _ = talk("hi", ENTER, "more", ENTER, "/retry", ENTER, model=model)
@@ -239,7 +238,6 @@ def test_retry_answers_the_last_message_again(talk, scripted):
         ("user", "hi"), ("assistant", "One."), ("user", "more"), ("assistant", "Three."),
     ]  # fmt: skip
     assert asked(model)[-1] == asked(model)[-2]
-    assert "there is no message to answer yet" in talk("/retry", ENTER)[1]
 
 
 def test_a_retry_that_fails_keeps_the_answer(talk, scripted):
@@ -320,18 +318,11 @@ def test_ctrl_z_suspends(talk, monkeypatch):
 
 
 def test_tree_draws_the_last_iterations(talk, scripted):
-    _, shown = talk("hi", ENTER, "/tree 2", ENTER, "/tree x", ENTER)
+    _, shown = talk("hi", ENTER, "/tree 2", ENTER)
     assert shown.count("accepted") == 2
     assert "root" in shown
-    assert "/tree takes a number of iterations, not 'x'" in shown
-    assert "there is no answer yet" in talk("/tree", ENTER)[1]
     _, shown = talk("hi", ENTER, "/tree", ENTER, model=scripted(""))
     assert "the answer ended with its first token, so nothing was drafted" in shown
-
-
-def test_speed_shows_the_summary(talk):
-    _, shown = talk("hi", ENTER, "/speed", ENTER)
-    assert "tokens gained per forward pass, and how often" in shown
 
 
 def test_iterations_have_colours(talk):
@@ -393,10 +384,6 @@ def test_a_text_that_runs_out_of_memory_is_not_the_end(talk, scripted):
         talk("hi", ENTER, model=model)  # a fault of the program is not hidden
 
 
-def test_a_message_may_begin_with_a_slash(talk):
-    assert contents(talk(" /etc", ENTER)[0])[0] == ("user", " /etc")
-
-
 def test_markdown_can_be_turned_off(talk, scripted):
     model = scripted("**Bär**", "**Bär**")
     _, shown = talk("hi", ENTER, "/markdown", ENTER, "hi", ENTER, model=model)
@@ -424,13 +411,8 @@ def test_a_conversation_is_kept_on_a_disk(use, tiny_pair, tmp_path, stdin, monke
     monkeypatch.setattr(chat.sys.stdout, "isatty", lambda: True, raising=False)
     sessions, close = [], ChatSession.close
     monkeypatch.setattr(ChatSession, "close", lambda self: close(self) or sessions.append(self))
-    arguments = [
-        "--no-history",
-        "--max-tokens",
-        "3",
-        "--prefix-cache-dir",
-        str(tmp_path / "states"),
-    ]
+    arguments = ["--no-history", "--max-tokens", "3"]
+    arguments += ["--prefix-cache-dir", str(tmp_path / "states")]
     main, terminal = os.openpty()
     with os.fdopen(terminal) as stream:
         stdin(stream)

@@ -1,7 +1,5 @@
 """Images on the command line: `generate --image`, files of prompts, and `chat`."""
 
-from __future__ import annotations
-
 import json
 
 import pytest
@@ -14,7 +12,6 @@ from PIL import Image
 from stub_images import FEATURES, StubProcessor, picture, url_of
 
 from treeflash.commands.chat import ChatSession
-from treeflash.commands.generate import main
 from treeflash.decoding import SchedulerConfig
 from treeflash.text.prompt import image_part, text_part
 
@@ -26,17 +23,6 @@ def model(scripted):
     model = scripted(TEXT, "Zwei.", "Drei.", "Vier.")
     model.backend.images = StubProcessor(model.tokenizer)
     return model
-
-
-@pytest.fixture
-def run(capsys):
-    """Run `treeflash generate`: exit status, standard output, standard error."""
-
-    def run(*args: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        return main(list(args)), *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture
@@ -85,30 +71,6 @@ class TestGenerate:
         short, _, *whole = model.backend.prompts
         assert whole[0] == whole[1]
         assert model.tokenizer.decode(short) == "Hiassistant: "
-
-    @pytest.mark.parametrize(
-        ("options", "message"),
-        [
-            (["--image", "missing.png"], "image 1: missing.png cannot be read: No such file"),
-            (
-                ["--image", "http://a/b.png"],
-                "image 1: http://a/b.png is a URL, and images are never",
-            ),
-            (["--image", __file__], "image 1: the file is not a PNG, JPEG, WebP or GIF image"),
-            (["--raw"], "images need the chat template; remove --raw"),
-            (["--prompts", "a.jsonl", "--output", "b.jsonl"], "--image is for a single prompt"),
-            (["--max-images", "0"], "max_images must be 1 or more, got 0"),
-        ],
-    )
-    @pytest.mark.usefixtures("nothing_loads")
-    def test_mistakes_are_one_line_before_a_model_is_loaded(self, run, files, options, message):
-        prompt = [] if "--prompts" in options else ["Hi"]
-        code, out, err = run(*prompt, "--image", files[0], *options)[:3]
-        if "--image" in options:
-            message = message.replace("image 1", "image 2")
-        assert (code, out) == (2, "")
-        assert err.startswith(f"error: {message}")
-        assert err.count("\n") == 1
 
     def test_the_limit(self, use, run, model, files):
         use(model)

@@ -1,7 +1,5 @@
 """Ctrl-C while a command starts, also where Python drops the KeyboardInterrupt."""
 
-from __future__ import annotations
-
 import signal
 import subprocess
 import sys

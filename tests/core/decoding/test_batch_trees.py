@@ -1,7 +1,5 @@
 """Tables, calibration and trees of many sequences at once: bit for bit what each has alone."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from hypothesis import given, settings

@@ -1,7 +1,5 @@
 """States that survive the process: texts, shared files, limits, and what a folder may do."""
 
-from __future__ import annotations
-
 import errno
 import os
 import threading
@@ -10,7 +8,7 @@ from dataclasses import replace
 import pytest
 from failures import failing
 from servers import PATIENCE
-from stored_states import Process, plain, prompt_of, stored_pair
+from stored_states import Process, answered, plain, prompt_of, stored_pair
 
 from treeflash.config import DecodeConfig
 from treeflash.decoding import Request, SchedulerConfig, state_files
@@ -49,8 +47,7 @@ def names(folder):
 
 def test_a_grown_conversation_writes_only_what_is_new(pair, tmp_path):
     first = prompt_of(40)
-    with Process(pair, tmp_path) as process:
-        answer, _ = process.answer(first)
+    answer, _ = answered(pair, tmp_path, first)
     before = names(tmp_path)
     sizes = sum(path.stat().st_size for path in tmp_path.iterdir())
     with Process(pair, tmp_path) as process:
@@ -65,8 +62,7 @@ def test_a_grown_conversation_writes_only_what_is_new(pair, tmp_path):
 def test_what_the_drafter_has_not_read_is_written_once(pair, tmp_path):
     """An answer of one token needs no draft, so that the drafter reads nothing."""
     first = prompt_of(40)
-    with Process(pair, tmp_path) as process:
-        process.answer(first, tokens=1)
+    answered(pair, tmp_path, first, tokens=1)
     before = names(tmp_path)
     assert not [x for x in before if "block" in x]
     second = [*first, *prompt_of(9, seed=1)]
@@ -85,8 +81,7 @@ def test_what_the_drafter_has_not_read_is_written_once(pair, tmp_path):
 
 def test_conversations_that_begin_alike_share_files(pair, tmp_path):
     beginning = prompt_of(32)
-    with Process(pair, tmp_path) as process:
-        process.answer([*beginning, *prompt_of(8, seed=1)], method="ar")
+    answered(pair, tmp_path, [*beginning, *prompt_of(8, seed=1)], method="ar")
     blocks = {x for x in names(tmp_path) if "block" in x}
     with Process(pair, tmp_path) as process:
         text, cached = process.answer([*beginning, *prompt_of(8, seed=2)], method="ar")
@@ -100,8 +95,7 @@ def test_conversations_that_begin_alike_share_files(pair, tmp_path):
 @pytest.mark.parametrize("other", ["salt", "pair", "method", "block"])
 def test_other_keys_find_nothing(pair, tmp_path, other):
     prompt = prompt_of(40)
-    with Process(pair, tmp_path) as process:
-        process.answer(prompt, salt="mine", method="ar")
+    answered(pair, tmp_path, prompt, salt="mine", method="ar")
     identity = b"another" if other == "pair" else b"pair"
     with Process(pair, tmp_path, identity=identity) as process:
         if other == "block":
@@ -140,12 +134,11 @@ def test_a_state_that_leaves_memory_before_it_was_copied_comes_back(pair, tmp_pa
 @pytest.mark.parametrize(("missing", "cached"), [(0, 1), (1, 0)])
 def test_a_state_that_is_being_restored_counts_towards_the_memory(pair, tmp_path, missing, cached):
     """Others are decoded meanwhile, and their states are cached if there is room beside it."""
-    prompt, answered = prompt_of(40), threading.Event()
-    with Process(pair, tmp_path) as process:
-        text, _ = process.answer(prompt)
+    prompt, finished = prompt_of(40), threading.Event()
+    text, _ = answered(pair, tmp_path, prompt)
     with Process(pair, tmp_path) as process:
         scheduler, find = process.scheduler, process.disk.find
-        process.disk.find = lambda *x, **y: find(*x, **y) if answered.wait(PATIENCE) else None
+        process.disk.find = lambda *x, **y: find(*x, **y) if finished.wait(PATIENCE) else None
         config = DecodeConfig(method="treeflash", budget=8, max_tokens=12)
         long = Request(prompt_ids=prompt, config=config)
         short = Request(prompt_ids=[5, 6], config=replace(config, max_tokens=2))
@@ -160,7 +153,7 @@ def test_a_state_that_is_being_restored_counts_towards_the_memory(pair, tmp_path
                 scheduler.step()
             assert (scheduler.waiting, len(process.cache)) == (1, cached)
         finally:
-            answered.set()
+            finished.set()
         steps = [step for _, step in scheduler.run()]
     assert steps[0].disk_tokens >= 32
     assert [token for step in steps for token in step.tokens] == text
@@ -175,8 +168,7 @@ def test_a_state_that_is_being_restored_counts_towards_the_memory(pair, tmp_path
 )
 def test_a_host_without_room_for_a_file_keeps_it(pair, tmp_path, caplog, owner, name, error):
     prompt = prompt_of(40)
-    with Process(pair, tmp_path) as process:
-        text, _ = process.answer(prompt)
+    text, _ = answered(pair, tmp_path, prompt)
     before = names(tmp_path)
     with Process(pair, tmp_path) as process:
         process.disk.add = lambda *_: None
@@ -190,8 +182,7 @@ def test_a_host_without_room_for_a_file_keeps_it(pair, tmp_path, caplog, owner, 
 
 def test_the_limit_holds_and_the_least_recently_used_go_first(pair, tmp_path):
     prompts = [prompt_of(40, seed=seed) for seed in range(4)]
-    with Process(pair, tmp_path / "all") as process:
-        process.answer(prompts[0])
+    answered(pair, tmp_path / "all", prompts[0])
     one = sum(path.stat().st_size for path in (tmp_path / "all").iterdir())
     limit = int(2.5 * one)
     for prompt in [*prompts[:2], prompts[0], prompts[2]]:
@@ -259,8 +250,7 @@ def test_a_process_finds_what_it_has_written_itself(pair, tmp_path):
 
 def test_a_file_that_another_process_removes_in_between_is_computed(pair, tmp_path):
     prompt = prompt_of(40)
-    with Process(pair, tmp_path) as process:
-        text, _ = process.answer(prompt)
+    text, _ = answered(pair, tmp_path, prompt)
     with Process(pair, tmp_path) as process:
         read = process.disk.read
         process.disk.read = lambda kind, key: None if kind == "block" else read(kind, key)
@@ -271,8 +261,7 @@ def test_an_end_that_does_not_fit_its_blocks_is_computed(pair, tmp_path):
     """The drafter had not read the blocks that are left, as their successors suppose."""
     first = prompt_of(41)
     for tokens in (1, 6):
-        with Process(pair, tmp_path) as process:
-            answer, _ = process.answer(first, tokens=tokens)
+        answer, _ = answered(pair, tmp_path, first, tokens=tokens)
     for path in tmp_path.glob("*.block.*"):
         path.unlink()
     second = [*first, *answer, *prompt_of(3, seed=1)]
@@ -287,23 +276,26 @@ def test_an_end_that_does_not_fit_its_blocks_is_computed(pair, tmp_path):
 def test_a_read_only_folder_costs_speed_only(pair, tmp_path, caplog):
     prompt = prompt_of(40)
     tmp_path.chmod(0o500)
-    with Process(pair, tmp_path) as process:
-        text, _ = process.answer(prompt)
+    text, _ = answered(pair, tmp_path, prompt)
     assert text == plain(pair, prompt)
-    assert [x.message for x in caplog.records] == [
-        f"{tmp_path}: states cannot be written: Permission denied"
-    ]
+    assert caplog.messages == [f"{tmp_path}: states cannot be written: Permission denied"]
 
 
-def test_a_full_disk_costs_speed_only(pair, tmp_path, caplog):
-    prompt, full = prompt_of(40), OSError(errno.ENOSPC, "No space left on device")
-    with failing(state_files, "write", full), Process(pair, tmp_path) as process:
-        text, _ = process.answer(prompt)
+@pytest.mark.parametrize(
+    ("owner", "name", "error", "said"),
+    [
+        (state_files, "write", OSError(errno.ENOSPC, "No space left on device"), True),
+        (State, "export", MemoryError("No space left on device"), False),  # for the host's copy
+    ],
+)
+def test_a_full_disk_or_host_costs_speed_only(pair, tmp_path, caplog, owner, name, error, said):
+    prompt = prompt_of(40)
+    with failing(owner, name, error):
+        text, _ = answered(pair, tmp_path, prompt)
     assert text == plain(pair, prompt)
     assert names(tmp_path) == set()
-    assert [x.message for x in caplog.records] == [
-        f"{tmp_path}: states cannot be written: No space left on device"
-    ]
+    line = f"{tmp_path}: states cannot be written: No space left on device"
+    assert caplog.messages == [line] * said
 
 
 def test_a_folder_that_cannot_be_made_costs_speed_only(pair, tmp_path, caplog):
@@ -314,18 +306,10 @@ def test_a_folder_that_cannot_be_made_costs_speed_only(pair, tmp_path, caplog):
         process.cache.shrink(0)
         assert process.answer(prompt) == (text, (0, 0))
     assert text == plain(pair, prompt)
-    assert [x.message for x in caplog.records] == [
+    assert caplog.messages == [
         f"{folder}: states will not be stored: Not a directory",
         f"{folder}: states cannot be written: Not a directory",
     ]
-
-
-def test_a_state_for_whose_copy_the_host_has_no_memory_is_not_stored(pair, tmp_path):
-    prompt = prompt_of(40)
-    with failing(State, "export", MemoryError()), Process(pair, tmp_path) as process:
-        text, _ = process.answer(prompt)
-    assert text == plain(pair, prompt)
-    assert names(tmp_path) == set()
 
 
 def test_the_thread_that_decodes_waits_for_no_copy(pair, tmp_path, monkeypatch):
@@ -355,25 +339,22 @@ def test_a_copy_that_fails_late_is_not_stored(pair, tmp_path, monkeypatch, caplo
 
     monkeypatch.setattr(State, "copies_end", lambda state: wait)
     prompt = prompt_of(40)
-    with Process(pair, tmp_path) as process:
-        text, _ = process.answer(prompt)
+    text, _ = answered(pair, tmp_path, prompt)
     assert text == plain(pair, prompt)
     assert names(tmp_path) == set()
-    assert [x.message for x in caplog.records] == [
+    assert caplog.messages == [
         f"{tmp_path}: states cannot be written: CUDA error: an illegal memory access"
     ]
 
 
 def test_short_states_are_not_stored(pair, tmp_path):
-    with Process(pair, tmp_path) as process:
-        process.answer([1, 2, 3], tokens=3)
+    answered(pair, tmp_path, [1, 2, 3], tokens=3)
     assert names(tmp_path) == set()
 
 
 def test_a_cancelled_request_drops_its_restoration(pair, tmp_path):
     prompt = prompt_of(40)
-    with Process(pair, tmp_path) as process:
-        text, _ = process.answer(prompt)
+    text, _ = answered(pair, tmp_path, prompt)
     with Process(pair, tmp_path) as process:
         config = DecodeConfig(method="treeflash", budget=8, max_tokens=12)
         request = process.scheduler.submit(Request(prompt_ids=prompt, config=config))
@@ -394,6 +375,5 @@ def test_what_a_killed_process_has_left_is_removed_and_strange_files_stay(pair, 
     with Process(pair, tmp_path, nbytes=1) as process:
         process.answer(prompt_of(40))
     assert strange.exists()
-    with Process(pair, tmp_path) as process:
-        process.answer(prompt_of(40))
+    answered(pair, tmp_path, prompt_of(40))
     assert [path.exists() for path in (*scratch, strange)] == [False, True, True]

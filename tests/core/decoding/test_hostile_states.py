@@ -1,7 +1,5 @@
 """Folders of states that are torn, exchanged, oversized or hostile cost a line and a prefill."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -13,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load, save
-from stored_states import Process, plain, prompt_of, stored_pair
+from stored_states import Process, answered, plain, prompt_of, stored_pair
 
 from treeflash.decoding import state_files
 
@@ -29,8 +27,7 @@ def pair(tmp_path_factory):
 def stored(pair, tmp_path_factory):
     """A folder with the state of the prompt."""
     folder = tmp_path_factory.mktemp("stored")
-    with Process(pair, folder) as process:
-        process.answer(PROMPT)
+    answered(pair, folder, PROMPT)
     return folder
 
 

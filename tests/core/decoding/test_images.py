@@ -160,16 +160,6 @@ def test_no_state_that_is_found_has_seen_another_image(prompts, block):
     assert len(keys) == len(set(keys.values()))
 
 
-def test_a_text_does_not_share_the_tokens_of_an_image():
-    cache = PrefixCache(100)
-    ids, images = prompt([1, 2], (pixels(0), 2), [3])
-    state = State(ids, images.digests)
-    cache.put(Prefix("pair", ids, images.digests), state)
-    assert cache.find(Prefix("pair", ids)) == (state, 2)
-    assert cache.find(Prefix("pair", ids, {2: Image(2, 4, pixels(1)).digest})) == (state, 2)
-    assert cache.find(Prefix("pair", ids, images.digests)) == (state, 5)
-
-
 def test_placeholders_are_never_copied():
     ids, images = prompt([1, 2, 3], (pixels(0), 3), [4, 1, 2, 3])
     copying = SuffixDrafter(ids)

@@ -3,8 +3,6 @@
 The moments are random, so that the test waits for a random time before each signal.
 """
 
-from __future__ import annotations
-
 import io
 import os
 import random
@@ -71,7 +69,6 @@ def test_no_request_fails_and_no_text_differs_after_kills(tmp_path, caplog):
     restored, left = 0, set[str]()
     for _ in range(kills):
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
-            assert child.stdout is not None
             assert child.stdout.readline() == "ready\n"
             time.sleep(rng.uniform(0, 0.6))
             child.send_signal(signal.SIGKILL)

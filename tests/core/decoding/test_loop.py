@@ -3,8 +3,6 @@
 The conformance suite has the loop's laws for real targets.
 """
 
-from __future__ import annotations
-
 from unittest.mock import Mock
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Trees under a constraint: what it allows, what it forces, and what followed its states before."""
 
-from __future__ import annotations
-
 from collections import Counter
 from itertools import pairwise
 

@@ -1,7 +1,5 @@
 """The checks at load: what passes, each way of failing, and passes that are remembered."""
 
-from __future__ import annotations
-
 import json
 import sys
 import types

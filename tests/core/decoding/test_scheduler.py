@@ -3,8 +3,6 @@
 `test_schedules.py` compares random schedules with each sequence alone.
 """
 
-from __future__ import annotations
-
 import queue
 import threading
 import time
@@ -462,19 +460,6 @@ def test_drafted_and_plain_sequences_do_not_share_states(backend, methods):
         assert [*first.tokens, *rest] == generate(backend, [5, 6, 7, 8], config)
 
 
-def test_a_state_that_does_not_fit_beside_its_text_is_not_cached(backend, monkeypatch):
-    made = watch_states(monkeypatch, State)
-    scheduler = Scheduler(backend, prefix_cache=PrefixCache(1 << 20))
-    long = submit(scheduler, [9, 8])
-    short = submit(scheduler, [5, 6], max_tokens=1)
-    with failing(State, "fork", MemoryError("out of memory")):
-        found = finish(scheduler)
-    assert found[long] == generate(backend, [9, 8], config_of())
-    assert found[short] == generate(backend, [5, 6], config_of(max_tokens=1))
-    assert len(scheduler.prefix_cache) == 0
-    assert not any(state.nbytes for state in made)
-
-
 @pytest.mark.parametrize(("place", "states"), [("open", 0), ("fork", 1)])
 def test_an_error_of_another_kind_is_raised_and_the_state_closed(
     backend, monkeypatch, place, states
@@ -486,23 +471,6 @@ def test_an_error_of_another_kind_is_raised_and_the_state_closed(
     with failing(owner, place, ZeroDivisionError), pytest.raises(ZeroDivisionError):
         scheduler.step()
     assert [state.nbytes for state in made] == [0] * states
-
-
-@pytest.mark.parametrize("place", ["open", "fork"])
-def test_a_text_that_cannot_start_ends_with_the_error_alone(backend, place):
-    scheduler = Scheduler(backend, prefix_cache=PrefixCache(1 << 20))
-    submit(scheduler, [5, 6, 7], max_tokens=1)
-    scheduler.step()
-    first = submit(scheduler, [9, 8])
-    found = {}
-    step(scheduler, found)
-    prompt = [5, 6, 7] if place == "fork" else [30]
-    bad = submit(scheduler, prompt)
-    with failing(State if place == "fork" else backend, place, MemoryError("out of memory")):
-        step(scheduler, found)
-    assert isinstance(found.pop(bad), MemoryError)
-    assert (scheduler.running, scheduler.waiting) == (1, 0)
-    assert finish(scheduler, found) == {first: generate(backend, [9, 8], config_of())}
 
 
 class Room:

@@ -3,8 +3,6 @@
 The numbers of arctic-inference are among the published checkpoints.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import math
@@ -230,7 +228,6 @@ class TestDrafter:
         tree = tree_of(proposal, 19, 40)
         assert tree.is_chain
         assert tree.tokens.tolist() == text[19:50]
-        assert tree.matches is not None
         assert tree.matches.tolist() == [0, *range(20, 50)]
         assert math.exp(tree.log_probs[1]) > 0.9
 
@@ -241,7 +238,6 @@ class TestDrafter:
     def test_proposals_are_bounded(self):
         drafter = SuffixDrafter([1] * 400)
         proposal = drafter.propose(1000, 1000)
-        assert proposal is not None
         assert len(proposal) <= MAX_NODES + 1
         assert len(drafter.propose(5, 1000) or ()) <= 5
         assert len(drafter.propose(1000, 2) or ()) == 3
@@ -255,14 +251,12 @@ class TestDrafter:
             drafter.observe([first, first + 1, first + 2, *rng.integers(0, 900, 5), first])
             drafter.observe([first + 1])
             proposal = drafter.propose(4, 4)
-            assert proposal is not None
             assert proposal.lengths[1] == 2
             drafter.observe([first + 3])
         assert proposal.probs[1] <= 0.1
         text = list(range(2000, 2040))
         drafter.observe([*text, *text[:8]])
         proposal = drafter.propose(4, 4)
-        assert proposal is not None
         assert proposal.probs[1] > 0.7
 
     def test_levels_of_a_match(self):
@@ -335,7 +329,6 @@ class TestMerge:
         confidences = np.array([[0.5], [0.25]], np.float32)
         table = TransitionTable(tokens, log_probs, next_row, confidences)
         tree = merge(table, SuffixTree(0), 1, 4)
-        assert tree.confidences is not None
         assert tree.confidences[0] == 1
         assert set(tree.confidences[tree.depths == 1]) == {0.5}
         assert set(tree.confidences[tree.depths == 2]) == {0.25}

@@ -41,16 +41,24 @@ def decode(machine, policy, passes):
     return numbers
 
 
-def test_an_idle_machine_keeps_all_threads():
-    machine = Machine(2)
-    assert set(decode(machine, machine.policy(), 200)) == {2}
-
-
-@pytest.mark.parametrize(("others", "threads"), [(1, 1), (2, 1), (0.2, 2), (0.4, 2)])
-def test_threads_give_way_to_busy_programs_and_stay_so(others, threads):
-    machine = Machine(2, others)
-    numbers = decode(machine, machine.policy(), 200)
-    assert set(numbers[20:]) == {threads}
+@pytest.mark.parametrize(
+    ("processors", "others", "most", "threads"),
+    [
+        pytest.param(2, 0, None, 2, id="idle"),
+        pytest.param(2, 0.2, None, 2, id="nearly idle"),
+        pytest.param(2, 0.4, None, 2, id="half of a processor is free"),
+        pytest.param(2, 1, None, 1, id="one busy program"),
+        pytest.param(2, 2, None, 1, id="two busy programs"),
+        pytest.param(1, 3, None, 1, id="one thread is the least"),
+        pytest.param(16, 5, None, 11, id="one for each free processor"),
+        # Where PyTorch takes one thread for each pair of hyper-threads, the others do no harm.
+        pytest.param(16, 5, 8, 8, id="pairs of hyper-threads"),
+    ],
+)
+def test_threads_give_way_to_busy_programs_and_stay_so(processors, others, most, threads):
+    machine = Machine(processors, others)
+    numbers = decode(machine, machine.policy(most), 200)
+    assert set(numbers[100:]) == {threads}
 
 
 def test_the_number_follows_the_machine_while_a_text_is_decoded():
@@ -71,13 +79,6 @@ def test_what_others_used_while_models_were_loaded_decides_the_first_pass():
     assert policy.update() == 1
 
 
-def test_large_machines_keep_one_thread_for_each_free_processor():
-    machine = Machine(16, others=5)
-    assert decode(machine, machine.policy(), 100)[-1] == 11
-    # Where PyTorch takes one thread for each pair of hyper-threads, the others do no harm.
-    assert decode(machine, machine.policy(most=8), 100)[-1] == 8
-
-
 def test_the_number_does_not_flap_around_a_limit():
     machine = Machine(2, others=0.8)
     policy = machine.policy()
@@ -87,11 +88,6 @@ def test_the_number_does_not_flap_around_a_limit():
         machine.others = others
         numbers += decode(machine, policy, 20)
     assert set(numbers) == {1}
-
-
-def test_one_thread_is_the_least_and_never_changes():
-    machine = Machine(1, others=3)
-    assert set(decode(machine, machine.policy(), 50)) == {1}
 
 
 def test_times_that_run_backwards_change_nothing():

@@ -1,7 +1,5 @@
 """Transition tables: which rows follow which children, from logits and heads, and calibrated."""
 
-from __future__ import annotations
-
 import tracemalloc
 from dataclasses import replace
 from itertools import product
@@ -37,13 +35,6 @@ def test_marginals_share_one_row_a_depth():
     assert table.log_probs.tolist() == [[[-0.5, -1]], [[-0.25, -2]], [[-1, -1]]]
     assert table.next_row.tolist() == [[[0, 0]], [[0, 0]], [[-1, -1]]]
     assert table.next_row.dtype == np.int32
-
-
-def test_marginals_of_one_depth_are_leaves():
-    table = TransitionTable.from_marginals(
-        np.array([[5, 3]], np.int32), np.array([[-1, -2]], np.float32)
-    )
-    assert table.next_row.tolist() == [[[-1, -1]]]
 
 
 def test_a_table_cut_short_ends_in_leaves():
@@ -82,10 +73,8 @@ def test_confidences_stay_with_their_rows():
     places, previous = np.array([3], np.int32), np.array([6], np.int32)
     confidences = np.array([0.75, 0.25], np.float32)
     table = table_of(places, previous, tokens, log_probs, confidences, shape=(2, 2))
-    assert table.confidences is not None
     assert table.confidences.tolist() == [[0.75, 1], [1, 0.25]]
     cut = table.truncate(1)
-    assert cut.confidences is not None
     assert cut.confidences.tolist() == [[0.75, 1]]
 
 
@@ -101,7 +90,6 @@ def test_rows_that_follow_paths():
     assert (table.next_row[2] == -1).all()
     assert table.log_probs[0].tolist() == [[-1, -1], [-np.inf, -np.inf]]
     assert table.tokens[2].tolist() == [[5, 6], [6, 5]]
-    assert table.confidences is not None
     assert table.confidences.tolist() == [[0.5, 1], [0.25, 0.125], [0, 1]]
 
 
@@ -126,14 +114,7 @@ def test_candidates_equal_a_naive_search(shape):
     np.testing.assert_array_equal(table.log_probs[1:], log_probs[1:])
     np.testing.assert_array_equal(table.log_probs[0, 0], log_probs[0, 0])
     assert (table.log_probs[0, 1:] == -np.inf).all()
-
-
-def test_candidates_leave_their_arguments_alone():
-    log_probs = np.full((2, 2, 2), -1, np.float32)
-    TransitionTable.from_candidates(
-        np.array([[1, 2]], np.int32), np.zeros((2, 2, 2), np.int32), log_probs
-    )
-    assert (log_probs == -1).all()
+    assert np.isfinite(log_probs).all()  # the argument is left alone
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

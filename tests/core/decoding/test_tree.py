@@ -1,7 +1,5 @@
 """Draft trees: how they are built, their masks and cuts, and which path of them is accepted."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from heapq import heappop, heappush
 from itertools import product
@@ -179,7 +177,6 @@ def test_nodes_have_the_confidence_of_the_row_that_they_are_of():
     known = np.random.default_rng(8).random((4, 3)).astype(np.float32)
     table = replace(table, confidences=known)
     tree = build_tree(table, 0, 20)
-    assert tree.confidences is not None
     assert tree.confidences[0] == 1
     rows = {0: 0}
     for node in range(1, len(tree)):
@@ -188,10 +185,8 @@ def test_nodes_have_the_confidence_of_the_row_that_they_are_of():
         (rank,) = np.flatnonzero(table.tokens[depth, row] == tree.tokens[node])[:1]
         rows[node] = int(table.next_row[depth, row, rank])
     part = tree.subset(np.arange(5))
-    assert part.confidences is not None
     assert part.confidences.tolist() == tree.confidences[:5].tolist()
     chain = build_chain(table, 0, 3)
-    assert chain.confidences is not None
     assert chain.confidences[:2].tolist() == [1, known[0, 0]]
 
 

@@ -1,7 +1,5 @@
 """Block drafters of the dialects: their tensors, what backends refuse, and what they compute."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import replace
 

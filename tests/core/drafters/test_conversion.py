@@ -1,7 +1,5 @@
 """Conversion between formats: exact round trips, equal drafts, and refusals by name."""
 
-from __future__ import annotations
-
 import errno
 import re
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Model folders: what they hold, and each error by its message."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The table of formats in the documentation has all formats, and says how they are recognised."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +25,6 @@ def quoted(text: str) -> list[str]:
 def rows() -> list[list[str]]:
     """The cells of the rows of the page's first table."""
     table = re.search(r"^\| format .*?\n\n", PAGE.read_text("utf-8"), re.DOTALL | re.MULTILINE)
-    assert table is not None
     lines = table[0].strip().splitlines()[2:]
     return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
 

@@ -11,8 +11,6 @@
   of the parsed fields, or the refusal. A case may have other tensors, with or without their names.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable
 from copy import deepcopy

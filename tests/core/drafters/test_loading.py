@@ -1,7 +1,5 @@
 """Drafters that are loaded from folders: what does not fit is named, and tensors are whole."""
 
-from __future__ import annotations
-
 import json
 import re
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Small checkpoints in published formats, against what the published code computes from them."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -129,7 +127,6 @@ def test_greedy_drafts(published):
         confidences = case.get("draft_confidence_logits") or steps
         if confidences and confidences[0] is not None:
             expected = 1 / (1 + np.exp(-np.array(confidences)))
-            assert chain.confidences is not None
             np.testing.assert_allclose(chain.confidences[1:], expected, atol=TOLERANCE)
 
 

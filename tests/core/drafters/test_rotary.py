@@ -4,8 +4,6 @@ It has settings, the factor on cosines and sines, and the inverse frequencies in
 (`ROPE_INIT_FUNCTIONS`); a frequency serves two dimensions of a head.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re

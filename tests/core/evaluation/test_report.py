@@ -1,7 +1,5 @@
 """The figures as tables, plots and files."""
 
-from __future__ import annotations
-
 import base64
 import re
 from collections import Counter

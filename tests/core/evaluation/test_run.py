@@ -1,10 +1,9 @@
-"""Prompts decoded in every case, the records of the results, and rejection reasons."""
-
-from __future__ import annotations
+"""Prompts decoded in every case: runs, figures by depth against plain text, records and reasons."""
 
 import io
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,14 +12,17 @@ from recordings import recording
 from rich.console import Console
 
 import treeflash
-from treeflash.decoding.interfaces import Prefill
+from treeflash.decoding.interfaces import Pass, Prefill
 from treeflash.decoding.loop import Step
+from treeflash.decoding.sampling import SampledTokens
+from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.decoding.tree import DraftTree
 from treeflash.errors import ConfigError, PromptError
 from treeflash.evaluation import run as evaluation_run
 from treeflash.evaluation.records import compute_records, interval, resamples
 from treeflash.evaluation.run import (
+    BEST,
     BestDraft,
     Case,
     CaseRun,
@@ -36,6 +38,7 @@ from treeflash.evaluation.run import (
 from treeflash.text.prompt import Row
 
 CASES = list_cases(["ar", "dflash", "ddtree", "treeflash", "treeflash-chain"], [4, 16])
+
 PROMPTS = [[3, 1, 4], [2, 7, 1, 8], [1, 6, 1]]
 
 
@@ -282,6 +285,7 @@ def test_the_bootstrap_covers_a_mean():
 
 
 ROOT = 9
+
 # Depth 1 offers 1, 2 and 3; after 1 come 4 and 5, after 2 come 6 and 4; depth 3 knows 4 alone.
 TABLE = TransitionTable.from_candidates(
     np.array([[1, 2], [4, 7]], np.int32),
@@ -290,7 +294,9 @@ TABLE = TransitionTable.from_candidates(
         np.float32
     ),
 )
+
 ABSENT = np.where(TABLE.tokens == 0, -np.inf, TABLE.log_probs).astype(np.float32)
+
 TABLE = TransitionTable(TABLE.tokens, ABSENT, TABLE.next_row)
 
 
@@ -357,53 +363,156 @@ def test_shares_of_best_drafts_by_hand():
     right, wrong = (1, True, True), (1, True, False)
     first = counted(right, right, wrong, (2, False, True))
     second = counted(right, (2, False, False), (2, False, False), (2, False, False))
-    assert compute_records({"a": [first], "b": [second]}, 0)["branches"] == [
-        {
-            "method": "treeflash",
-            "budget": 8,
-            "depth": 1,
-            "spine": 0.75,
-            "spine_drafts": 4,
-            "sibling": None,
-            "sibling_drafts": 0,
-        },
-        {
-            "method": "treeflash",
-            "budget": 8,
-            "depth": 2,
-            "spine": None,
-            "spine_drafts": 0,
-            "sibling": 0.25,
-            "sibling_drafts": 4,
-        },
-    ]
+    names = ("method", "budget", "depth", "spine", "spine_drafts", "sibling", "sibling_drafts")
+    rows = ("treeflash", 8, 1, 0.75, 4, None, 0), ("treeflash", 8, 2, None, 0, 0.25, 4)
+    expected = [dict(zip(names, row, strict=True)) for row in rows]
+    assert compute_records({"a": [first], "b": [second]}, 0)["branches"] == expected
 
 
-def test_nothing_is_rejected_if_nothing_was_drafted():
-    assert rejection_reason(Step((1,), {})) is None
-    assert rejection_reason(step(1, table=None)) is None
+CUT = {"table": TABLE.truncate(2), "finish_reason": "length"}
 
 
 @pytest.mark.parametrize(
-    ("tokens", "reason"),
+    ("tokens", "settings", "reason"),
     [
-        ((8, 1), None),  # 8 is no child of the root
-        ((0, 1), None),
-        ((1, 0, 1), None),  # 0 fills the row, but is impossible
-        ((3, 1, 7), None),  # no row of the table follows 3
-        ((8, 9, 9, 9), "block"),
-        ((1, 4, 7, 1, 1), "block"),  # deeper than the table
+        ((1,), {"table": None}, None),  # nothing was drafted
+        ((1, 4), {"accepted": 2}, None),  # the text ended before
+        # The limit kept the tree from going deeper.
+        ((1, 4, 7), CUT, None),
+        ((1, 5), CUT, "budget_limit"),
+        # The table lacks what was copied.
+        ((8, 1), {}, None),  # 8 is no child of the root
+        ((0, 1), {}, None),
+        ((1, 0, 1), {}, None),  # 0 fills the row, but is impossible
+        ((3, 1, 7), {}, None),  # no row of the table follows 3
+        ((8, 9, 9, 9), {}, "block"),
+        ((1, 4, 7, 1, 1), {}, "block"),  # deeper than the table
     ],
 )
-def test_after_a_copy_that_the_table_lacks_nothing_is_rejected(tokens, reason):
-    assert rejection_reason(step(*tokens)) == reason
+def test_iterations_that_rejected_nothing(tokens, settings, reason):
+    assert rejection_reason(step(*tokens, **settings)) == reason
+    assert rejection_reason(Step((1,), {})) is None
 
 
-def test_nothing_is_rejected_if_the_text_ended_before():
-    assert rejection_reason(step(1, 4, accepted=2)) is None
+DEPTHS = 5  # of the tiny pair
 
 
-def test_nothing_is_rejected_if_the_limit_kept_the_tree_from_going_deeper():
-    cut = TABLE.truncate(2)
-    assert rejection_reason(step(1, 4, 7, table=cut, finish_reason="length")) is None
-    assert rejection_reason(step(1, 5, table=cut, finish_reason="length")) == "budget_limit"
+def softmax(logits: np.ndarray) -> np.ndarray:
+    exps = np.exp(logits.astype(np.float64) - logits.max())
+    return exps / exps.sum()
+
+
+def expected(backend, prompt, text, temperature):
+    """Figures of every anchor and depth by source, from texts opened anew."""
+    found = {}
+    for start in range(0, len(text) - 1, 4):
+        before = [*prompt, *text[:start]]
+        whole = SequenceSession(backend, drafts=True)
+        whole.extend(before)
+        block = whole.draft(text[start])
+        known = [*text[start : start + DEPTHS], *[text[-1]] * DEPTHS][:DEPTHS]
+        drafted = {
+            "marginal": backend.drafter.log_probs(block),
+            "corrected": backend.head.log_probs(block, np.array(known, np.int32)),
+        }
+        for depth in range(1, min(DEPTHS, len(text) - 1 - start) + 1):
+            alone = SequenceSession(backend)
+            alone.extend([*before, *text[start : start + depth - 1]])
+            logits = alone.logits(DraftTree.root_only(text[start + depth - 1]))[0]
+            target = softmax(logits / temperature)
+            for source, log_probs in drafted.items():
+                probs = np.exp(log_probs[depth - 1].astype(np.float64))
+                figures = {"tvd": np.maximum(target - probs, 0).sum()}
+                for k in BEST:
+                    best = np.argsort(-probs)[:k]
+                    figures[f"top{k}"] = float(text[start + depth] in best)
+                    figures[f"cover{k}"] = target[best].sum()
+                for name, value in figures.items():
+                    found.setdefault((depth, f"{name}_{source}"), []).append(value)
+    return found
+
+
+@pytest.mark.parametrize("temperature", [0, 0.7])
+@pytest.mark.parametrize("length", [2, 6, 24])
+def test_figures_equal_those_of_plain_text(model, temperature, length):
+    prompt = [3, 1, 4, 1, 5]
+    text = model.generate(prompt, max_tokens=length).token_ids
+    metrics = measure_depth_metrics(model.backend, prompt, text, temperature)
+    wanted = expected(model.backend, prompt, text, temperature or 1)
+    records = list(metrics.records())
+    assert [record["depth"] for record in records] == list(range(1, min(DEPTHS, length - 1) + 1))
+    for record in records:
+        depth = record.pop("depth")
+        assert record.pop("anchors") == len(wanted[depth, "tvd_marginal"])
+        for key, value in record.items():
+            assert value == pytest.approx(np.mean(wanted[depth, key]), abs=1e-5), key
+
+
+@pytest.mark.parametrize("head", [None, SimpleNamespace(transitions=None)])
+def test_without_log_probs_of_a_head_nothing_is_corrected(tiny_pair, model, head):
+    backend = treeflash.load(*tiny_pair, backend="reference").backend
+    backend.head = head
+    (record, *_) = measure_depth_metrics(backend, [3, 1], [4, 1, 5], 0).records()
+    assert record["tvd_corrected"] is None
+    (whole, *_) = measure_depth_metrics(model.backend, [3, 1], [4, 1, 5], 0).records()
+    assert record["tvd_marginal"] == whole["tvd_marginal"]
+
+
+class Oracle:
+    """A target whose next token depends on the last one alone, and a drafter that knows it."""
+
+    drafter_config = SimpleNamespace(block_size=4, depths=3, has_marginals=True)
+
+    def __init__(self, logits: np.ndarray) -> None:
+        self.table = logits
+        self.verifier = self.drafter = self.head = self
+
+    def open(self, capacity, *, drafts):
+        return SimpleNamespace(length=0, close=lambda: None)
+
+    def run(self, work):
+        return Pass([SampledTokens(np.zeros(1, np.int32))])
+
+    def logits(self, trees):
+        return Pass(logits=[self.table[tree.tokens] for _, tree in trees])
+
+    def commit(self, verified, paths):
+        pass
+
+    def draft(self, roots, depths=None):
+        return [root for _, root in roots]
+
+    def log_probs(self, block, previous=None):
+        if previous is None:
+            return np.log(np.full((3, len(self.table)), 1 / len(self.table), np.float32))
+        assert previous[0] == block
+        return np.log([softmax(row) for row in self.table[previous]]).astype(np.float32)
+
+
+def test_a_perfect_head_is_at_no_distance():
+    logits = np.random.default_rng(1).normal(0, 3, (8, 8)).astype(np.float32)
+    text = [0]
+    for _ in range(20):
+        text.append(int(logits[text[-1]].argmax()))
+    records = list(measure_depth_metrics(Oracle(logits), [1], text, 0).records())
+    assert records
+    for record in records:
+        assert record["tvd_corrected"] == pytest.approx(0, abs=1e-6)
+        assert record["top1_corrected"] == 1
+        assert record["tvd_marginal"] > 0.1
+
+
+def test_a_vocabulary_may_be_smaller_than_the_best():
+    logits = np.zeros((3, 3), np.float32)
+    (record, *_) = measure_depth_metrics(Oracle(logits), [1], [0, 1, 2], 0).records()
+    assert record["cover5_marginal"] == pytest.approx(1)
+    assert record["cover2_marginal"] == pytest.approx(2 / 3)
+    assert record["top5_marginal"] == 1
+
+
+def test_metrics_add_up():
+    ones = np.ones((2, 7))
+    first = DepthMetrics(np.array([1, 0]), {"marginal": ones})
+    both = first + DepthMetrics(np.array([3, 0]), {"marginal": 3 * ones})
+    (record,) = both.records()
+    assert (record["depth"], record["anchors"], record["tvd_marginal"]) == (1, 4, 1)

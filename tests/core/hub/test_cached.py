@@ -1,7 +1,5 @@
 """The commands `treeflash models` and `treeflash drafters`, and what they find on this machine."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

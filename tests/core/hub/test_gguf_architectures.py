@@ -1,7 +1,5 @@
 """GGUF files of every architecture, written from random models as llama.cpp's converter does."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable
@@ -177,16 +175,20 @@ def write_tokenizer(writer: gguf.GGUFWriter, name: str, pre: str | None, *, spac
     return len(tokens)
 
 
+def weights_of(folder):
+    """The weights that transformers reads from a folder, and the model with them."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.state_dict(), model
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_a_converted_model_is_the_written_one(name, tmp_path):
     model = write(tmp_path / "tiny.gguf", name)
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    convert_gguf(tmp_path / "tiny.gguf", folder)
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    convert_gguf(tmp_path / "tiny.gguf", tmp_path)
+    found, loaded = weights_of(tmp_path)
     expected = model.state_dict()
-    assert loaded.state_dict().keys() == expected.keys()
-    for tensor, values in loaded.state_dict().items():
+    assert found.keys() == expected.keys()
+    for tensor, values in found.items():
         tolerance = 0.01 if "norm" in tensor else 0  # the file's norms are rounded with their 1
         torch.testing.assert_close(values, expected[tensor], atol=tolerance, rtol=0)
     loaded.load_state_dict(expected)
@@ -203,8 +205,7 @@ def test_a_model_in_parts_is_one_model(tmp_path, monkeypatch):
     folder = models.resolve_target(str(tmp_path))
     assert folder.name == "tiny-BF16"
     assert {models.resolve_target(str(file)) for file in files} == {folder}
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    for tensor, values in loaded.state_dict().items():
+    for tensor, values in weights_of(folder)[0].items():
         torch.testing.assert_close(values, model.state_dict()[tensor], atol=0.01, rtol=0)
     files[1].rename(tmp_path / "other.gguf")
     with pytest.raises(CheckpointError, match=r"is one of 3 parts of a model.*llama-gguf-split"):
@@ -217,8 +218,7 @@ def test_a_model_in_parts_is_one_model(tmp_path, monkeypatch):
 def test_quantised_weights_are_read(kind, tmp_path):
     model = write(tmp_path / "tiny.gguf", "qwen3", gguf.GGMLQuantizationType[kind])
     convert_gguf(tmp_path / "tiny.gguf", tmp_path)
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    for tensor, values in loaded.state_dict().items():
+    for tensor, values in weights_of(tmp_path)[0].items():
         torch.testing.assert_close(values, model.state_dict()[tensor], atol=0, rtol=0)
 
 
@@ -226,21 +226,27 @@ def test_quantised_weights_are_read(kind, tmp_path):
     ("name", "text", "tokens"),
     [
         ("llama", " the 123\n4", ["<bos>", "Ġthe", "Ġ", "123", "Ċ", "4"]),
+        ("llama", " whole<｜User｜> the", ["<bos>", "Ġwhole", "<｜User｜>", "Ġthe"]),
         ("qwen2", " the 123<eos>", ["<bos>", "Ġthe", "Ġ", "1", "2", "3", "<eos>"]),
         ("qwen3", " the 12", ["Ġthe", "Ġ", "1", "2"]),
+        ("qwen3", "e\u0301", ["Ã©"]),
         ("gemma3", "a th\u00e9", ["<bos>", "a", "\u2581th", "<0xC3>", "<0xA9>"]),
         ("lfm2", " the 123", ["<bos>", "Ġthe", "Ġ", "123"]),
+        ("mistral", "th<eos>th", ["<bos>", "\u2581th", "<eos>", "\u2581th"]),
+        ("mistral", "abcd", ["<bos>", "\u2581", "abc", "d"]),
     ],
 )
 def test_tokenizers(name, text, tokens, tmp_path):
     write(tmp_path / "tiny.gguf", name)
     convert_gguf(tmp_path / "tiny.gguf", tmp_path)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    ids = tokenizer(text).input_ids
-    assert tokenizer.convert_ids_to_tokens(ids) == tokens
-    assert tokenizer.decode(ids, skip_special_tokens=True) == text.replace("<eos>", "")
-    assert tokenizer.chat_template.startswith("{% for m in messages %}")
-    assert tokenizer.eos_token == "<eos>"
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    plain = tokenizer.transformers
+    assert plain.convert_ids_to_tokens(tokenizer.encode(text)) == tokens
+    assert plain.decode(plain(" the 12").input_ids, skip_special_tokens=True) == " the 12"
+    assert plain.eos_token == "<eos>"
+    assert tokenizer.stop_token_ids == {SPECIAL.index("<eos>"), SPECIAL.index("<end_of_turn>")}
+    assert tokenizer.knows_tools == (name == "mistral")
+    assert tokenizer.render([{"role": "user", "content": "Hi"}]) == "Hi"
 
 
 @pytest.mark.parametrize(
@@ -256,25 +262,6 @@ def test_texts_are_split_as_the_file_says(pre, text, pieces, tmp_path):
     tokenizer = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     found = [piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
     assert found[: len(pieces)] == pieces
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "tokens"),
-    [
-        ("llama", " whole<｜User｜> the", ["<bos>", "Ġwhole", "<｜User｜>", "Ġthe"]),
-        ("mistral", "th<eos>th", ["<bos>", "\u2581th", "<eos>", "\u2581th"]),
-        ("mistral", "abcd", ["<bos>", "\u2581", "abc", "d"]),
-        ("qwen3", "e\u0301", ["Ã©"]),
-    ],
-)
-def test_what_files_leave_out(name, text, tokens, tmp_path):
-    write(tmp_path / "tiny.gguf", name)
-    convert_gguf(tmp_path / "tiny.gguf", tmp_path)
-    tokenizer = Tokenizer.from_folder(tmp_path)
-    assert tokenizer.transformers.convert_ids_to_tokens(tokenizer.encode(text)) == tokens
-    assert tokenizer.stop_token_ids == {SPECIAL.index("<eos>"), SPECIAL.index("<end_of_turn>")}
-    assert tokenizer.knows_tools == (name == "mistral")
-    assert tokenizer.render([{"role": "user", "content": "Hi"}]) == "Hi"
 
 
 def test_the_space_before_the_first_word_may_be_left_out(tmp_path):

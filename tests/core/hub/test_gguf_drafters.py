@@ -1,7 +1,5 @@
 """GGUF files of drafters, written from random drafters as llama.cpp's converter writes them."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What stored states of a pair depend on."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from types import SimpleNamespace
 

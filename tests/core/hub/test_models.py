@@ -1,7 +1,5 @@
 """Where models come from: the default target, local folders, hub ids."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

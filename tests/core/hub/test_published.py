@@ -3,8 +3,6 @@
 With a network, the nightly run reads the published files themselves.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

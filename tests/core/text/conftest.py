@@ -1,7 +1,5 @@
 """Tiny tokenizers."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

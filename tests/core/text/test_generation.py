@@ -1,7 +1,5 @@
 """Figures of a generation, from steps made by hand."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import numpy as np
@@ -54,25 +52,19 @@ def test_figures():
     )
 
 
-def test_nothing_generated_yet():
-    found = Assembler(BACKEND, LETTERS, (1, 2), DecodeConfig()).generation()
-    assert found.token_ids == []
-    assert found.block_efficiency == 0
-    assert found.tokens_per_s == 0
-    assert found.histogram == {}
-    assert found.seconds == dict.fromkeys(PHASES, 0.0)
-
-
-def test_prefill_alone_is_no_iteration():
-    found = generate()
-    assert len(found.token_ids) == 1
-    assert found.accepted_lengths == []
-    assert found.block_efficiency == 0
-    assert found.tokens_per_s == 0
-
-
-def test_plain_decoding_has_efficiency_one():
-    assert generate(1, 1, 1).block_efficiency == 1
+@pytest.mark.parametrize(
+    ("found", "tokens", "efficiency"),
+    [
+        (Assembler(BACKEND, LETTERS, (1, 2), DecodeConfig()).generation(), 0, 0),
+        (generate(), 1, 0),  # a prefill is no iteration
+        (generate(1, 1, 1), 4, 1),
+    ],
+)
+def test_little_or_nothing_was_generated(found, tokens, efficiency):
+    assert (len(found.token_ids), found.block_efficiency) == (tokens, efficiency)
+    assert len(found.accepted_lengths) == max(0, tokens - 1) == sum(found.histogram.values())
+    assert (found.tokens_per_s > 0) == (efficiency > 0)
+    assert found.seconds.keys() == dict.fromkeys(PHASES).keys()
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,5 @@
 """Images that are read for prompts: formats, orientation, limits, and files that are damaged."""
 
-from __future__ import annotations
-
 import base64
 import os
 import sys

@@ -1,7 +1,5 @@
 """Which objects of a JSON schema are closed, and which texts llguidance then accepts."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """Output files: locked for one process, regular, named when they cannot be written."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

@@ -1,7 +1,5 @@
 """Rows of a prompt file."""
 
-from __future__ import annotations
-
 import pytest
 
 from treeflash.errors import PromptError

@@ -1,7 +1,5 @@
 """Prompts with images: the parts of messages, where they are allowed, and what the target gets."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 from copy import deepcopy

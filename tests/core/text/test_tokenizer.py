@@ -1,7 +1,5 @@
 """Tokenizers, chat templates and incremental detokenising, on tiny tokenizers built here."""
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Iterator
@@ -64,79 +62,80 @@ def test_long_stop_strings_are_not_compared_with_what_is_longer_than_the_text(pl
     assert Stop.cuts < 20
 
 
+USER = {"role": "user", "content": "hi"}
+
+
+@pytest.fixture
+def chatting(tmp_path):
+    """Make a byte-level tokenizer with a chat template."""
+
+    def chatting(template, **settings):
+        folder = save_folder(tmp_path, byte_level(), chat_template=template)
+        return Tokenizer.from_folder(folder, **settings)
+
+    return chatting
+
+
 def test_chat_needs_a_template(plain):
     assert not plain.has_chat_template
     with pytest.raises(PromptError, match="use raw for plain text"):
-        plain.chat([{"role": "user", "content": "hi"}])
+        plain.chat([USER])
 
 
-def test_chat_ends_in_the_generation_prompt(tmp_path):
-    folder = save_folder(tmp_path, byte_level(), chat_template=CHAT_TEMPLATE)
-    tokenizer = Tokenizer.from_folder(folder)
+def test_chat_ends_in_the_generation_prompt(chatting):
+    tokenizer = chatting(CHAT_TEMPLATE)
     assert tokenizer.has_chat_template
     assert not tokenizer.knows_thinking
-    assert tokenizer.chat([{"role": "user", "content": "hi"}]) == tokenizer.encode(
-        "<|start|>user: hi<|end|><|start|>assistant"
-    )
-
-
-def test_thinking_is_off_unless_asked_for(tmp_path):
-    folder = save_folder(tmp_path, byte_level(), chat_template=THINKING_TEMPLATE)
-    tokenizer = Tokenizer.from_folder(folder)
-    messages = [{"role": "user", "content": "hi"}]
-    assert tokenizer.knows_thinking
-    assert "<think>" not in tokenizer.decode(tokenizer.chat(messages))
-    assert "<think>" in tokenizer.decode(tokenizer.chat(messages, {"enable_thinking": True}))
-
-
-def test_thinking_may_be_on_by_default(tmp_path):
-    folder = save_folder(tmp_path, byte_level(), chat_template=THINKING_TEMPLATE)
-    tokenizer = Tokenizer.from_folder(folder, thinking=True)
-    messages = [{"role": "user", "content": "hi"}]
-    assert "<think>" in tokenizer.decode(tokenizer.chat(messages))
-    assert "<think>" not in tokenizer.decode(tokenizer.chat(messages, {"enable_thinking": False}))
-
-
-def test_settings_of_the_tokenizer_are_no_template_variables(tmp_path):
-    folder = save_folder(tmp_path, byte_level(), chat_template=THINKING_TEMPLATE)
-    tokenizer = Tokenizer.from_folder(folder)
-    with pytest.raises(PromptError, match="'return_tensors' is reserved"):
-        tokenizer.chat([{"role": "user", "content": "hi"}], {"return_tensors": "pt"})
+    expected = tokenizer.encode("<|start|>user: hi<|end|><|start|>assistant")
+    assert tokenizer.chat([USER]) == expected
 
 
 @pytest.mark.parametrize(
-    ("template", "template_args"),
+    ("settings", "thinking"),
+    [({}, False), ({"thinking": True}, True), ({"thinking": False}, False)],
+)
+def test_thinking_is_off_unless_asked_for(chatting, settings, thinking):
+    tokenizer = chatting(THINKING_TEMPLATE, **settings)
+    assert tokenizer.knows_thinking
+    assert ("<think>" in tokenizer.decode(tokenizer.chat([USER]))) == thinking
+    for asked in (False, True):
+        text = tokenizer.decode(tokenizer.chat([USER], {"enable_thinking": asked}))
+        assert ("<think>" in text) == asked
+
+
+def test_settings_of_the_tokenizer_are_no_template_variables(chatting):
+    with pytest.raises(PromptError, match="'return_tensors' is reserved"):
+        chatting(THINKING_TEMPLATE).chat([USER], {"return_tensors": "pt"})
+
+
+def chat(tokenizer):
+    tokenizer.chat([USER])
+
+
+FAILED = r"chat.template"
+DIVIDES = "{{ 1 / 0 }}"
+HEADERLESS = "puts nothing before the user's message"
+
+
+@pytest.mark.parametrize(
+    ("template", "run", "message"),
     [
-        ("{{ raise_exception('no system role') }}", {}),
-        ("{{ messages[0].content.absent.absent }}", {}),
-        ("{% if %}", {}),
-        ("{{ 1 / 0 }}", {}),
-        ("{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", {}),
-        (CHAT_TEMPLATE, {"tokenize": False}),
+        ("{{ raise_exception('no system role') }}", chat, FAILED),
+        ("{{ messages[0].content.absent.absent }}", chat, FAILED),
+        ("{% if %}", chat, FAILED),
+        ("{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", chat, FAILED),
+        (CHAT_TEMPLATE, lambda tokenizer: tokenizer.chat([USER], {"tokenize": False}), FAILED),
+        (DIVIDES, chat, "division by zero"),
+        (DIVIDES, Tokenizer.user_header, "division by zero"),
+        (DIVIDES, lambda tokenizer: tokenizer.answer("hi"), "division by zero"),
+        ("{{ messages[0].content }}", Tokenizer.user_header, HEADERLESS),
+        ("nothing", Tokenizer.user_header, HEADERLESS),
     ],
 )
-def test_template_errors_are_one_line(tmp_path, template, template_args):
-    tokenizer = Tokenizer.from_folder(save_folder(tmp_path, byte_level(), chat_template=template))
-    with pytest.raises(PromptError, match=r"chat.template") as caught:
-        tokenizer.chat([{"role": "user", "content": "hi"}], template_args)
+def test_template_errors_are_one_line(chatting, template, run, message):
+    with pytest.raises(PromptError, match=message) as caught:
+        run(chatting(template))
     assert "\n" not in str(caught.value)
-
-
-def test_template_errors_are_one_line_wherever_the_template_runs(tmp_path):
-    tokenizer = Tokenizer.from_folder(
-        save_folder(tmp_path, byte_level(), chat_template="{{ 1 / 0 }}")
-    )
-    for run in (tokenizer.user_header, lambda: tokenizer.answer("hi")):
-        with pytest.raises(PromptError, match="division by zero") as caught:
-            run()
-        assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("template", ["{{ messages[0].content }}", "nothing"])
-def test_a_template_without_a_header_is_one_line(tmp_path, template):
-    tokenizer = Tokenizer.from_folder(save_folder(tmp_path, byte_level(), chat_template=template))
-    with pytest.raises(PromptError, match="puts nothing before the user's message"):
-        tokenizer.user_header()
 
 
 def test_text_without_a_token_is_one_line(tmp_path):
@@ -305,15 +304,6 @@ def test_stop_strings_equal_naive_search(tokenizer, data):
     )
 
 
-def test_every_prefix_is_safe(plain):
-    stream = TextStream(plain)
-    shown = ""
-    for token_id in plain.encode(SAMPLE):
-        shown += stream.push([token_id])
-        assert SAMPLE.startswith(shown)
-    assert shown + stream.finish() == SAMPLE
-
-
 def test_possible_stop_string_is_held_back_and_released(plain):
     stream = TextStream(plain, ["END"])
     assert stream.push(plain.encode("the E")) == "the "
@@ -324,16 +314,6 @@ def test_possible_stop_string_is_held_back_and_released(plain):
     assert stream.stopped_by is None
 
 
-def test_stop_cuts_inside_a_chunk_and_ignores_what_follows(plain):
-    before, after = plain.encode("one\n\n"), plain.encode("two")
-    stream = TextStream(plain, ["\n\n"])
-    assert stream.push(before + after) == "one"
-    assert stream.stopped_by
-    assert stream.tokens_used == len(before)
-    assert stream.push(after) == stream.finish() == ""
-    assert stream.tokens_used == len(before)
-
-
 def test_a_special_token_whose_name_is_a_stop_string_ends_the_text(plain):
     before, special, after = map(plain.encode, ("one <", "<|start|>", "two"))
     stream = TextStream(plain, ["<|start|>"])
@@ -341,11 +321,6 @@ def test_a_special_token_whose_name_is_a_stop_string_ends_the_text(plain):
     assert stream.stopped_by
     assert stream.tokens_used == len(before) + 1
     assert stream.finish() == ""
-
-
-def test_earliest_of_two_stop_strings_counts(plain):
-    stream = TextStream(plain, ["cd", "bcd"])
-    assert stream.push(plain.encode("abcd")) == "a"
 
 
 def test_window_stays_short(plain):

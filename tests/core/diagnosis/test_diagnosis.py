@@ -1,12 +1,12 @@
-"""Checks on made-up pairs, sound or with one fault, and the findings of trials."""
+"""The doctor: scores and checks on made-up pairs, sound or with one fault, and its findings."""
 
-from __future__ import annotations
-
+import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from byte_tokens import TEMPLATE
-from made_up_pairs import VOCAB, Head, MadeUp
+from made_up_pairs import COMMON, DEPTHS, VOCAB, Head, MadeUp, token_at
 
 from treeflash import diagnosis
 from treeflash.decoding.interfaces import DeviceReport
@@ -19,13 +19,16 @@ from treeflash.diagnosis import (
     check_images,
     check_keys,
     check_precision,
+    depth_means,
     diagnose,
     findings,
     mask_candidates,
+    measure,
     write_changed,
 )
 from treeflash.drafters.folder import read_config, read_tensors
 from treeflash.drafters.loading import drafter_config
+from treeflash.errors import NumericalError, PromptError
 from treeflash.hub.published import DEEPSPEC_SYSTEM
 from treeflash.testing.models import edit_config, write_dialect, write_drafter, write_target
 from treeflash.text.prompt import Prompting
@@ -56,20 +59,37 @@ def problems(folder, byte_tokenizer):
     return problems
 
 
-@pytest.mark.sample(1)
-@pytest.mark.parametrize("head", [None, Head()])
-def test_a_sound_pair(problems, head):
-    assert problems(head=head) == {}
+GEMMA = {"model_type": "gemma4_text"}
+"""A target that scales its embeddings, so that the drafter's scale is in doubt."""
+SOUND = [{}, {"head": Head()}, {"layers": (2, 3)}, {"scale": 1.0, "target": GEMMA}]
+SOUND += [{"scale": 32**0.5, "target": {"model_type": "qwen3"}}]
+MASK = "mask_token_id 1 (<|end|>): the target's tokens are 3."
+SCALE = {"scale": 32**0.5, "target": GEMMA}
+SLOT = "row i of the block taken for depth {}: the"
+FAULTS = [
+    ({"layers": (0, 1)}, "target layers", "target_layer_ids [0, 1]: the target's tokens are 3."),
+    (SCALE, "embedding scale", "input_embedding_scale 5.65685: the target's"),
+    ({"mask": 1}, "mask token", MASK),
+    ({"late": -1}, "block offset", SLOT.format("i + 1")),
+    ({"late": 1}, "block offset", SLOT.format("i - 1")),
+    ({"depths": 3}, "depths", "the drafter's agreement falls from 100% at depth 3 to 0% at "),
+    ({"head": Head(depths=2)}, "depths", "the AR head's agreement falls from 100% at depth 2 to "),
+    ({"depths": 0}, "depths", "the drafter's top token at depth 1 matches the target in 0% of "),
+]
 
 
-def test_layers_off_by_one(problems):
-    found = problems(layers=(0, 1))
-    assert found.keys() == {"target layers"}
-    assert found["target layers"].startswith("target_layer_ids [0, 1]: the target's tokens are 3.")
+@pytest.mark.sample(2)
+@pytest.mark.parametrize("made_for", SOUND)
+def test_a_sound_pair(problems, made_for):
+    """Layers that the target lacks are not tried."""
+    assert problems(**made_for) == {}
 
 
-def test_layers_that_the_target_lacks_are_not_tried(problems):
-    assert problems(layers=(2, 3)) == {}
+@pytest.mark.parametrize(("made_for", "check", "says"), FAULTS)
+def test_a_pair_with_one_fault(problems, made_for, check, says):
+    found = problems(**made_for)
+    assert found[check].startswith(says)
+    assert found.keys() == {check, "depths"} if "late" in made_for else {check}
 
 
 @pytest.fixture
@@ -86,16 +106,6 @@ def test_causal_block(problems, sliding):
     found = problems(folder=sliding, causal=False)
     assert found.keys() == {"causal block"}
     assert found["causal block"].startswith("is_causal False: the target's tokens are 3.")
-
-
-def test_embedding_scale(problems):
-    """It is in doubt for targets that scale their embeddings."""
-    gemma = {"model_type": "gemma4_text"}
-    assert problems(scale=1.0, target=gemma) == {}
-    found = problems(scale=32**0.5, target=gemma)
-    assert found.keys() == {"embedding scale"}
-    assert found["embedding scale"].startswith("input_embedding_scale 5.65685: the target's")
-    assert problems(scale=32**0.5, target={"model_type": "qwen3"}) == {}
 
 
 def test_a_quantised_target_is_pointed_out():
@@ -123,28 +133,16 @@ def test_block_offset(problems, late, depth):
 @pytest.mark.parametrize(
     ("asked", "made_for", "way"),
     [
-        (
-            Prompting(),
-            Prompting(thinking=True),
-            "with the chat template, thinking on: the target's",
-        ),
-        (
-            Prompting(thinking=True),
-            Prompting(),
-            "with the chat template, thinking off: the target's",
-        ),
-        (
-            Prompting(),
-            Prompting(system=DEEPSPEC_SYSTEM),
-            "with the chat template, thinking off, the system message 'You are a helpful assist",
-        ),
-        (Prompting(), Prompting(raw=True), "without the chat template: the target's"),
-        (Prompting(raw=True), Prompting(), "with the chat template, thinking off: the target's"),
+        ({}, {"thinking": True}, "with the chat template, thinking on: the target's"),
+        ({"thinking": True}, {}, "with the chat template, thinking off: the target's"),
+        ({}, {"system": DEEPSPEC_SYSTEM}, "with the chat template, thinking off, the system mess"),
+        ({}, {"raw": True}, "without the chat template: the target's"),
+        ({"raw": True}, {}, "with the chat template, thinking off: the target's"),
     ],
 )
 def test_prompting(problems, byte_tokenizer, asked, made_for, way):
-    prompts = tuple(made_for.encode(byte_tokenizer, prompt) for prompt in PROMPTS)
-    found = problems(asked, prompts=prompts)
+    prompts = tuple(Prompting(**made_for).encode(byte_tokenizer, prompt) for prompt in PROMPTS)
+    found = problems(Prompting(**asked), prompts=prompts)
     assert found.keys() == {"prompting"}
     assert found["prompting"].startswith(way)
 
@@ -155,25 +153,6 @@ def test_a_template_without_a_system_message(problems, byte_tokenizer, monkeypat
     refusal = "{{ raise_exception('no system message') if messages[0].role == 'system' }}"
     monkeypatch.setattr(byte_tokenizer.transformers, "chat_template", refusal + TEMPLATE)
     assert problems(prompts=prompts) == {}
-
-
-@pytest.mark.parametrize(
-    ("settings", "says"),
-    [
-        (
-            {"depths": 3},
-            "falls from 100% at depth 3 to 0% at depth 4; if the drafter was trained with "
-            "block_size 4",
-        ),
-        ({"head": Head(depths=2)}, "the AR head's agreement falls from 100% at depth 2 to 0% at "),
-        ({"depths": 0}, "at depth 1 matches the target in 0% of cases, no better than chance"),
-    ],
-    ids=["drafter", "head", "drafter for another target"],
-)
-def test_depths_that_collapse(problems, settings, says):
-    found = problems(**settings)
-    assert found.keys() == {"depths"}
-    assert says in found["depths"]
 
 
 def test_mask_candidates(byte_tokenizer):
@@ -333,3 +312,60 @@ def test_exact_mode_is_reported(inexact, start):
     finding = check_exact_mode(SimpleNamespace(inexact=inexact))
     assert finding.ok
     assert finding.message.startswith(start)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The folder of a drafter; its target's folder is beside it."""
+    folder = tmp_path_factory.mktemp("pair")
+    write_target(folder / "target", "llama", seed=0, vocab_size=VOCAB)
+    write_drafter(folder / "drafter", folder / "target", seed=1, target_layer_ids=(1, 2))
+    edit_config(folder / "drafter", lambda c: c["dflash_config"].update(mask_token_id=2))
+    return folder / "drafter"
+
+
+def test_measure(folder):
+    """Three blocks of one text: every fourth token is a root; the last has no token after it."""
+    pair = MadeUp(folder, head=Head())
+    answer = [token_at(position) for position in range(2, 12)]
+    answer[4] = COMMON  # at depth 4 of the first block, the root of the second
+    pair.draft = lambda roots, depths=None: [text.length for text, _ in roots]
+    found = measure(pair, [([5], answer[:1]), ([5, 6], answer)], pair.head)
+    np.testing.assert_array_equal(
+        found.marginal.hits, [[1, 1, 1, 0, 1], [1, 1, 1, 1, 1], [1, np.nan, np.nan, np.nan, np.nan]]
+    )
+    assert found.marginal.log_probs[0, 0] == pytest.approx(math.log(0.7 + 0.3 / VOCAB))
+    assert found.marginal.log_probs[0, 3] == pytest.approx(math.log(0.3 / VOCAB))
+    assert found.earlier.hits[:, 0].tolist() == [0, 0, 0]
+    assert np.isnan(found.later.hits[2]).all()
+    assert found.later.hits[0].tolist() == [0, 0, 0, 0, 0]
+    np.testing.assert_array_equal(pair.head.previous[:2], answer[8:])
+    assert found.texts.tolist() == [1, 1, 1]
+    by_text = found.text_means(2)
+    assert np.isnan(by_text[0])
+    assert by_text[1] == np.nanmean(found.marginal.log_probs)
+    assert depth_means(found.marginal.hits) == [1, 1, 1, 0.5, 1]
+
+
+def test_answers_too_short(folder):
+    with pytest.raises(PromptError, match="too short to score"):
+        measure(MadeUp(folder), [([5], [7])])
+
+
+def test_a_drafter_that_is_not_a_number(folder):
+    pair = MadeUp(folder)
+    pair.log_probs = lambda block: np.full((DEPTHS, VOCAB), np.nan, np.float32)
+    with pytest.raises(NumericalError, match="not a number"):
+        measure(pair, [([5], [token_at(1), token_at(2)])])
+
+
+def test_gain():
+    base = np.array([[-1.0, -2.0], [-3.0, np.nan], [np.nan, np.nan]])
+    gain = Gain.between(base, base + np.array([[0.5, 1.5], [3.0, 0.0], [9.0, 9.0]]))
+    assert gain.nats == 2
+    assert gain.error == 1
+    assert str(gain) == "7.39x"
+    assert not gain.is_clear(0.1)  # fewer than three standard errors
+    assert Gain(2.0, 0.6).is_clear(2.0)
+    assert not Gain(2.0, 0.6).is_clear(2.1)
+    assert not Gain.between(base[:1], base[:1] + 5).is_clear(0.1)  # one block proves nothing

@@ -1,7 +1,8 @@
-"""The snippets of docs/experiments.md run, one after the other."""
+"""The snippets of docs/python.md and docs/experiments.md run, one after the other on each page."""
 
-from __future__ import annotations
-
+import ast
+import asyncio
+import inspect
 import json
 import re
 from pathlib import Path
@@ -12,8 +13,64 @@ import pytest
 import treeflash
 from treeflash.commands.evaluate import main
 
+PYTHON = Path(__file__).parents[2] / "docs" / "python.md"
+
+PYTHON_SNIPPETS = re.findall(
+    r"```python\n(.*?)```", PYTHON.read_text(encoding="utf-8"), flags=re.DOTALL
+)
+
+
+@pytest.fixture
+def page(scripted, monkeypatch):
+    """Run all snippets, and return the names that they define; fastapi's runs only on request."""
+    monkeypatch.setattr(treeflash, "load", lambda: scripted("1, 2, 3, 4, 5, 6, 7, 8, 9, 10."))
+
+    def run(*, web: bool):
+        names = {}
+        for snippet in PYTHON_SNIPPETS:
+            if web or "fastapi" not in snippet:
+                code = compile(
+                    snippet, PYTHON.name, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True
+                )
+                result = eval(code, names)
+                if inspect.iscoroutine(result):
+                    asyncio.run(result)
+        return names
+
+    return run
+
+
+def test_the_snippets_of_python_run(page, capsys):
+    assert len(PYTHON_SNIPPETS) == 9
+    names = page(web=False)
+    assert repr(names["model"]).startswith("LanguageModel(target=")
+    assert [answer.text for answer in names["answers"]] == ["1, 2, 3, 4, 5, 6, 7, 8, 9, 10."] * 3
+    shown = capsys.readouterr().out
+    assert "interrupted" in shown
+    assert shown.count("What is rain?") == 1
+
+
+def test_the_handler_streams_an_answer(page):
+    pytest.importorskip("fastapi")
+    from asgi import ask
+
+    answer = ask(page(web=True)["app"], "GET", "/answer?question=hi")
+    assert (answer.status, answer.body) == (200, b"1, 2, 3, 4, 5, 6, 7, 8, 9, 10.")
+
+
+def test_the_handler_refuses_a_prompt_that_is_too_long(page):
+    pytest.importorskip("fastapi")
+    from asgi import ask
+
+    answer = ask(page(web=True)["app"], "GET", f"/answer?question={'hi' * 50_000}")
+    assert answer.status == 400
+    assert "tokens" in answer.json()["detail"]
+
+
 PAGE = Path(__file__).parents[2] / "docs" / "experiments.md"
+
 SNIPPETS = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
+
 PROMPTS = '{"prompt": "Why is the sky blue?"}\n{"prompt": "What is snow?"}'
 
 
