@@ -64,7 +64,7 @@ def default_pair(smollm2):
     return load(smollm2, resolve_drafter(None, None), CPU)
 
 
-# The default target takes long. In every run it is in `tests/conformance/test_default_pair.py`.
+# The default target takes long. In every run it is in `tests/conformance/test_published_trees.py`.
 @pytest.mark.nightly
 @pytest.mark.parametrize("question", QUESTIONS)
 def test_smollm2_generates_what_transformers_generates(question, smollm2, default_pair):

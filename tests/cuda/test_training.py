@@ -14,7 +14,7 @@ from treeflash.decoding import Request
 from treeflash.drafters.evaluation import DrafterEvaluation, read_evaluation
 from treeflash.drafters.folder import read_config, read_tensors
 from treeflash.drafters.loading import drafter_config
-from treeflash.errors import BackendError, CheckpointError, ConfigError
+from treeflash.errors import BackendError, CheckpointError, ConfigError, UnsupportedModelError
 from treeflash.reference.backend import load as load_reference
 from treeflash.testing import require
 from treeflash.testing.comparisons import generate
@@ -26,6 +26,7 @@ require("torch")
 
 import torch
 from families import cuda as families
+from transformers import AutoModelForCausalLM, NanoChatConfig
 from treeflash_cuda.backend import load
 from treeflash_cuda.target_loading import load_target
 from treeflash_cuda.training import loop
@@ -114,6 +115,15 @@ def test_a_missing_package_is_named(target, responses, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     with pytest.raises(BackendError, match=r"^training needs tensorboard; pip install '.\[cuda,tr"):
         train(target, responses, tmp_path, TINY_RUN, CPU)
+
+
+def test_a_target_that_caps_its_logits_is_refused(tmp_path):
+    shape = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    shape |= {"vocab_size": TINY_VOCAB, "hidden_size": 32, "intermediate_size": 64}
+    config = NanoChatConfig(**shape, final_logit_softcapping=0.5)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match=r"do more than multiply .* cannot be trained"):
+        train_steps(tmp_path, tmp_path / "drafter", layers=1)
 
 
 def test_recurrent_layers_cannot_score_drafts_beside_each_other(tmp_path):

@@ -79,14 +79,6 @@ def test_from_prompts_to_a_drafter(steps, target, responses, tmp_path, capsys):
     assert list((output / "tensorboard").iterdir())
 
 
-def test_the_target_writes_its_own_prompts(target, tmp_path):
-    output = tmp_path / "out.jsonl"
-    options = ["--self-prompt", "5", "--output", str(output), "--max-tokens", "8"]
-    assert distill.main([*options, "--target", str(target), *ON_CPU]) == 0
-    assert len(output.read_text().splitlines()) == 5
-    assert len(output.with_suffix(".prompts.jsonl").read_text().splitlines()) == 5
-
-
 FSDP = """\
 compute_environment: LOCAL_MACHINE
 use_cpu: true
@@ -151,6 +143,8 @@ def test_two_processes_train_one_drafter(kind, target, responses, tmp_path, run_
     assert shapes[0] == shapes[1]
 
 
+# For a fixture of nightly tests.
+@pytest.mark.nightly
 def test_processes_that_hang_are_all_killed(run_processes, tmp_path, monkeypatch):
     """Processes in their own session, as launchers start them, are killed too."""
     started = tmp_path / "started"
@@ -163,7 +157,7 @@ file.with_suffix(".new").write_text(f"{{os.getpid()}} {{child.pid}}")
 file.with_suffix(".new").rename(file)
 time.sleep(600)
 """
-    found: list[psutil.Process] = []
+    found = []
 
     def hang(process, timeout):
         while not started.exists():

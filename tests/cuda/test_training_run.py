@@ -169,11 +169,7 @@ def test_a_finished_run_is_left_as_it_is_without_its_target(run, folder, target,
 @pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [
-        (
-            "finished",
-            {"steps": 7},
-            "with steps 6, not 7; .* another --output, .*train --init",
-        ),
+        ("finished", {"steps": 7}, "with steps 6, not 7; .* another --output, .*train --init"),
         ("finished", {"texts": OTHER}, "on other responses; use the same files, .*train --init"),
         ("stopped", {"steps": 7}, "has a run with steps 6, not 7"),
         ("stopped", {"layers": 1}, "has a run with layers 2, not 1"),

@@ -15,7 +15,7 @@ from treeflash.training.config import TrainConfig, given_options, make_train_con
 def read(tmp_path):
     """The configuration of a TOML file's text and some arguments."""
 
-    def read(text: str, *arguments: str) -> TrainConfig:
+    def read(text, *arguments):
         path = tmp_path / "train.toml"
         path.write_text(text)
         paths = ["--responses", "r", "--output", "o", "--config", str(path)]

@@ -1,7 +1,5 @@
 """Responses in a file: what is requested, what is kept, and what an interruption leaves."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path
@@ -10,7 +8,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from byte_tokens import END
-from distilled import check_plain_decoding
 from failures import failing
 
 from treeflash.commands import distill as command
@@ -392,11 +389,6 @@ def test_invalid_input_is_a_one_line_error(arguments, message, prompts, output, 
 def test_temperatures_are_a_tuple_of_one_or_more(temperature):
     with pytest.raises(ConfigError, match="temperature must be a tuple of at least one"):
         DistillConfig(temperature=temperature)
-
-
-@pytest.mark.parametrize("parallel", [1, 3, 8])
-def test_responses_are_those_of_plain_decoding(parallel, tmp_path):
-    check_plain_decoding("reference", "llama", tmp_path, "--parallel", str(parallel))
 
 
 def test_weights_share_the_limit_out():

@@ -95,10 +95,7 @@ def test_a_backend_that_cannot_train_is_named(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("layers", "shown"),
-    [
-        (1, ("1 layer, hidden", "target layer 0.")),
-        (2, ("2 layers, h", "target layers 0, 1.")),
-    ],
+    [(1, ("1 layer, hidden", "target layer 0.")), (2, ("2 layers, h", "target layers 0, 1."))],
 )
 def test_a_model_card_has_one_layer_or_several_layers(layers, shown, tiny_pair, tmp_path):
     write_drafter(
