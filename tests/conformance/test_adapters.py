@@ -1,18 +1,14 @@
 """LoRA adapters: what their formats say, and models that they are merged into."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
+from published_drafters import BACKENDS, FLOAT32
 from safetensors.numpy import load_file, save_file
 
-from treeflash.config import DecodeConfig, LoadConfig
+from treeflash.config import DecodeConfig
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.drafters.adapter import read_adapter
@@ -25,13 +21,11 @@ from treeflash.testing.models import write_drafter, write_target
 
 PREFIX = "base_model.model."
 MODULES = ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj", "lm_head")
-BACKENDS = {"reference": "numpy", "cuda": "torch", "mlx": "mlx_lm"}
-"""And the package that each needs."""
 PEFT = {"peft_type": "LORA", "r": 3, "lora_alpha": 6, "bias": "none", "use_dora": False}
 MLX = {"fine_tune_type": "lora", "lora_parameters": {"rank": 3, "scale": 2.5, "dropout": 0.0}}
 
 
-def matrices(target: Path) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]:
+def matrices(target):
     """Random A (r, in) and B (out, r) of some layers."""
     rng, weights = np.random.default_rng(0), load_file(target / "model.safetensors")
     pairs = {}
@@ -42,7 +36,7 @@ def matrices(target: Path) -> dict[str, tuple[NDArray[np.float32], NDArray[np.fl
     return pairs  # type: ignore[return-value]
 
 
-def write_adapter(folder: Path, kind: str, target: Path, config: Mapping[str, Any]) -> None:
+def write_adapter(folder, kind, target, config):
     """An adapter as PEFT or mlx-lm saves it."""
     folder.mkdir()
     (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
@@ -56,7 +50,7 @@ def write_adapter(folder: Path, kind: str, target: Path, config: Mapping[str, An
     save_file(tensors, folder / file)
 
 
-def merge_by_hand(target: Path, merged: Path, scale: float) -> None:
+def merge_by_hand(target, merged, scale):
     """The same target with W + scale * B A."""
     write_target(merged, "qwen3", seed=3)
     weights = load_file(target / "model.safetensors")
@@ -66,7 +60,7 @@ def merge_by_hand(target: Path, merged: Path, scale: float) -> None:
 
 
 @pytest.fixture
-def target(tmp_path: Path) -> Path:
+def target(tmp_path):
     write_target(tmp_path / "target", "qwen3", seed=3)
     return tmp_path / "target"
 
@@ -75,30 +69,22 @@ def target(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("kind", "config", "scale"), [("peft", PEFT, 2.0), ("mlx", MLX, 2.5)])
 def test_merged_models_compute_with_w_plus_scale_b_a(
-    tmp_path: Path, target: Path, backend: str, kind: str, config: dict[str, Any], scale: float
-) -> None:
+    tmp_path, target, backend, kind, config, scale
+):
     require(BACKENDS[backend])
     write_adapter(tmp_path / "adapter", kind, target, config)
     merge_by_hand(target, tmp_path / "merged", scale)
     write_drafter(tmp_path / "drafter", target, seed=4)
-    load, drafter = loader(backend), tmp_path / "drafter"
-    settings = {"dtype": "float32"} if backend == "mlx" else {"dtype": "float32", "device": "cpu"}
-    with_adapter = load(
-        target,
-        drafter,
-        LoadConfig(adapter=str(tmp_path / "adapter"), **settings),  # type: ignore[arg-type]
-    )
-    by_hand = load(tmp_path / "merged", None, LoadConfig(**settings))  # type: ignore[arg-type]
-    base = load(target, None, LoadConfig(**settings))  # type: ignore[arg-type]
+    load, with_adapter = loader(backend), replace(FLOAT32, adapter=str(tmp_path / "adapter"))
+    merged = load(target, tmp_path / "drafter", with_adapter)
+    by_hand, base = (load(x, None, FLOAT32) for x in (tmp_path / "merged", target))
     tree = DraftTree.chain(np.arange(5, dtype=np.int32))
-    actual, expected, unmerged = (
-        SequenceSession(x).logits(tree) for x in (with_adapter, by_hand, base)
-    )
+    actual, expected, unmerged = (SequenceSession(x).logits(tree) for x in (merged, by_hand, base))
     np.testing.assert_allclose(actual, expected, atol=1e-4)
     assert np.abs(actual - unmerged).max() > 0.1
     drafted = DecodeConfig(method="treeflash", budget=16, max_tokens=16)
     plain = DecodeConfig(method="ar", max_tokens=16)
-    assert generate(with_adapter, [1, 2, 3], drafted) == generate(by_hand, [1, 2, 3], plain)
+    assert generate(merged, [1, 2, 3], drafted) == generate(by_hand, [1, 2, 3], plain)
 
 
 @pytest.mark.parametrize(
@@ -110,70 +96,51 @@ def test_merged_models_compute_with_w_plus_scale_b_a(
         ({"alpha_pattern": {r"layers\.1\..*": 3}}, [2.0, 1.0, 2.0]),
     ],
 )
-def test_scales_of_peft(
-    tmp_path: Path, target: Path, changes: dict[str, Any], expected: list[float]
-) -> None:
+def test_scales_of_peft(tmp_path, target, changes, expected):
     write_adapter(tmp_path / "adapter", "peft", target, PEFT | changes)
     updates = {update.name: update for update in read_adapter(tmp_path / "adapter")}
     assert [updates[name].scale for name in MODULES] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
-    ("kind", "config", "message"),
+    ("kind", "changes", "message"),
     [
-        ("peft", PEFT | {"use_dora": True}, "adapters with use_dora are not supported"),
-        ("peft", PEFT | {"modules_to_save": ["lm_head"]}, "adapters with modules_to_save are"),
         *(
-            ("peft", PEFT | {name: value}, f"adapters with {name} are not supported")
+            ("peft", {name: value}, f"adapters with {name} are not supported")
             for name, value in (
+                ("use_dora", True),
+                ("modules_to_save", ["lm_head"]),
                 ("lora_bias", True),
                 ("target_parameters", ["experts.down_proj"]),
                 ("fan_in_fan_out", True),
             )
         ),
-        ("peft", PEFT | {"bias": "all"}, "adapters with bias 'all' are not supported"),
-        ("peft", PEFT | {"peft_type": "IA3"}, "adapters of type IA3 are not supported; use LoRA"),
+        ("peft", {"bias": "all"}, "adapters with bias 'all' are not supported"),
+        ("peft", {"peft_type": "IA3"}, "adapters of type IA3 are not supported; use LoRA"),
         *(
-            ("peft", PEFT | {"init_lora_weights": start}, "change the base model")
+            ("peft", {"init_lora_weights": start}, "change the base model")
             for start in ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "PiSSA")
         ),
-        ("mlx", MLX | {"fine_tune_type": "dora"}, "adapters of type 'dora' are not supported"),
-        ("mlx", MLX | {"fine_tune_type": "full"}, "adapters of type 'full' are not supported"),
+        ("mlx", {"fine_tune_type": "dora"}, "adapters of type 'dora' are not supported"),
+        ("mlx", {"fine_tune_type": "full"}, "adapters of type 'full' are not supported"),
+        ("peft", {"lora_alpha": None}, "adapter_config.json has no lora_alpha"),
+        ("mlx", {"lora_parameters": {"rank": 3}}, "has no scale in lora_parameters"),
     ],
 )
-def test_other_adapters_are_refused(
-    tmp_path: Path, target: Path, kind: str, config: dict[str, Any], message: str
-) -> None:
-    write_adapter(tmp_path / "adapter", kind, target, config)
-    with pytest.raises(UnsupportedModelError, match=message):
+def test_other_adapters_are_refused(tmp_path, target, kind, changes, message):
+    write_adapter(tmp_path / "adapter", kind, target, (PEFT if kind == "peft" else MLX) | changes)
+    with pytest.raises((UnsupportedModelError, CheckpointError), match=message):
         read_adapter(tmp_path / "adapter")
 
 
-@pytest.mark.parametrize(
-    ("kind", "config", "message"),
-    [
-        ("peft", PEFT | {"lora_alpha": None}, "adapter_config.json has no lora_alpha"),
-        ("mlx", MLX | {"lora_parameters": {"rank": 3}}, "has no scale in lora_parameters"),
-    ],
-)
-def test_adapters_without_a_scale_are_refused(
-    tmp_path: Path, target: Path, kind: str, config: dict[str, Any], message: str
-) -> None:
-    write_adapter(tmp_path / "adapter", kind, target, config)
-    with pytest.raises(CheckpointError, match=message):
-        read_adapter(tmp_path / "adapter")
-
-
-def test_an_adapter_for_another_base_model_is_warned_of(
-    tmp_path: Path, target: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_adapter_for_another_base_model_is_warned_of(tmp_path, target, caplog):
     write_adapter(tmp_path / "adapter", "peft", target, PEFT | {"base_model_name_or_path": "a/b"})
     adapter = str(tmp_path / "adapter")
     locate(target, False, backend="reference", adapter=adapter)
     assert f"was trained for a/b, but is merged into {target.name}" in caplog.text
 
 
-def test_unknown_and_missing_tensors_are_refused(tmp_path: Path, target: Path) -> None:
+def test_unknown_and_missing_tensors_are_refused(tmp_path, target):
     write_adapter(tmp_path / "adapter", "peft", target, PEFT)
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     tensors = load_file(file)
@@ -196,12 +163,10 @@ def test_unknown_and_missing_tensors_are_refused(tmp_path: Path, target: Path) -
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_layers_that_the_target_lacks_are_refused(
-    tmp_path: Path, target: Path, backend: str
-) -> None:
+def test_layers_that_the_target_lacks_are_refused(tmp_path, target, backend):
     require(BACKENDS[backend])
     write_adapter(tmp_path / "adapter", "peft", target, PEFT)
     write_target(tmp_path / "tied", "qwen3", seed=3, tied=True)
-    config = LoadConfig(dtype="float32", adapter=str(tmp_path / "adapter"), device="cpu")
+    config = replace(FLOAT32, adapter=str(tmp_path / "adapter"))
     with pytest.raises(TreeflashError, match="the adapter cannot be merged into lm_head: "):
         loader(backend)(tmp_path / "tied", None, config)

@@ -11,10 +11,16 @@ from functools import partial
 
 import numpy as np
 import pytest
-from accelerators import MetalKernels, cuda_problem, load_cuda, metal_problem
+from accelerators import (
+    MetalKernels,
+    cuda_problem,
+    load_cuda,
+    metal_problem,
+    need_cuda,
+    need_metal,
+)
 
 from treeflash.config import DecodeConfig, LoadConfig, SamplingConfig
-from treeflash.decoding import Request, decode
 from treeflash.decoding.interfaces import TableOptions
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
@@ -22,16 +28,27 @@ from treeflash.testing import (
     DIALECTS,
     HYBRID_FAMILIES,
     BackendSuite,
-    require,
     write_dialect,
     write_drafter,
     write_target,
 )
 from treeflash.testing.comparisons import generate
 from treeflash.testing.models import write_pair
+from treeflash.testing.states import tables
 
 DTYPES = "bfloat16", "float16"
 TREE = DraftTree.from_parents(np.arange(6, dtype=np.int32), np.array([-1, 0, 0, 1, 1, 2], np.int32))
+
+
+def logits_after(backend, tokens):
+    sequence = SequenceSession(backend)
+    sequence.extend(tokens)
+    return sequence.logits(TREE)
+
+
+def assert_near(actual, expected, share=0.05):
+    """Within a share of the standard deviation of the logits."""
+    np.testing.assert_allclose(actual, expected, atol=share * float(expected.std()))
 
 
 @pytest.mark.device
@@ -83,10 +100,8 @@ def test_the_operation_computes_what_a_mask_does(tmp_path, family, monkeypatch):
         if not with_operations:
             monkeypatch.setattr(backend.target.passes, "has_row_pass", False)
             monkeypatch.setattr(backend.target, "prompt_attention", None)
-        text = SequenceSession(backend)
-        text.extend([3, 4, 5] * 400)
-        found.append(text.logits(TREE))
-    np.testing.assert_allclose(*found, atol=0.05 * float(found[0].std()))
+        found.append(logits_after(backend, [3, 4, 5] * 400))
+    assert_near(*found)
 
 
 @pytest.mark.device
@@ -100,11 +115,8 @@ def test_graphs_in_bfloat16_compute_what_no_graph_does(tmp_path, sampling):
         config = DecodeConfig(budget=16, max_tokens=600, sampling=sampling)
         tokens = generate(backend, [3, 4, 5], config)
         assert len(tokens) == 600
-        text = SequenceSession(backend)
-        text.extend([3, 4, 5] * 200)
-        tree = DraftTree.chain(np.arange(6, dtype=np.int32), np.zeros(6))
-        found.append(text.logits(tree))
-    np.testing.assert_allclose(*found, atol=0.05 * float(found[0].std()))
+        found.append(logits_after(backend, [3, 4, 5] * 200))
+    assert_near(*found)
 
 
 @pytest.mark.device
@@ -118,9 +130,7 @@ class TestMetal(BackendSuite):
 
     @pytest.fixture
     def load(self):
-        require("mlx.core")
-        if problem := metal_problem():
-            pytest.skip(problem)
+        need_metal()
         from treeflash_mlx.backend import load
 
         return load
@@ -129,9 +139,7 @@ class TestMetal(BackendSuite):
 @pytest.mark.device
 def test_every_metal_kernel_is_right(module):
     """Shapes of common models are tried. A kernel that is too slow to be used is not a problem."""
-    require("mlx.core")
-    if problem := metal_problem():
-        pytest.skip(problem)
+    need_metal()
     from treeflash_mlx.backend import examine_device
 
     kernels = examine_device(LoadConfig()).kernels
@@ -141,9 +149,7 @@ def test_every_metal_kernel_is_right(module):
 @pytest.fixture
 def kernels(monkeypatch):
     """The launches of kernels, which are used even where MLX is faster, as for small layers."""
-    require("mlx.core")
-    if problem := metal_problem():
-        pytest.skip(problem)
+    need_metal()
     import mlx.core as mx
     from treeflash_mlx import hybrid, metal_kernels
     from treeflash_mlx.metal_kernels import attention
@@ -208,14 +214,12 @@ def test_metal_kernels_of_recurrent_layers_write_the_text_of_plain_decoding(kern
 @pytest.mark.parametrize("dtype", [*DTYPES, "float32"])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_no_kernel_falls_back(module, dtype, head_dim):
-    if problem := cuda_problem():
-        pytest.skip(problem)
+    device = need_cuda()
     import torch
-    from treeflash_cuda.device import choose_device
     from treeflash_cuda.operations import CHECKS, examined_shapes, load_operations
 
     shapes = examined_shapes(head_dim)
-    operations = load_operations(shapes, choose_device(None), getattr(torch, dtype))
+    operations = load_operations(shapes, device, getattr(torch, dtype))
     where = f"{dtype} and heads of {head_dim}"
     assert list(module("cuda_parts").kernel_problems(operations.verdicts, where)) == []
     assert operations.verdicts.keys() == CHECKS.keys() - {"quantised_linear"}
@@ -224,11 +228,7 @@ def test_no_kernel_falls_back(module, dtype, head_dim):
 @pytest.fixture
 def device():
     """The GPU."""
-    if problem := cuda_problem():
-        pytest.skip(problem)
-    from treeflash_cuda.device import choose_device
-
-    return choose_device(None)
+    return need_cuda()
 
 
 @pytest.mark.device
@@ -273,13 +273,12 @@ def test_graphs_follow_the_states_when_their_arena_grows(tmp_path, family):
     while backend.target.state_arena.slots == slots:
         others.append(SequenceSession(backend))
         others[-1].extend([6, 7])
-    np.testing.assert_allclose(text.logits(TREE), before, atol=0.05 * float(before.std()))
+    assert_near(text.logits(TREE), before)
 
 
 @pytest.mark.device
 def test_a_step_of_training_has_the_loss_of_a_processor(module, tmp_path):
-    if problem := cuda_problem():
-        pytest.skip(problem)
+    need_cuda()
     parts = module("cuda_parts")
     args = module("device_report").parser().parse_args([])
     report = module("report").Part("training")
@@ -315,13 +314,7 @@ class TestCudaHalfPrecision:
     def test_functions_run_from_graphs(self, module, pairs, dtype, sampling):
         backend = load_cuda(*pairs("qwen3"), LoadConfig(dtype=dtype))
         config = DecodeConfig(budget=16, max_tokens=60, sampling=sampling)
-        assert (
-            sum(
-                len(step.tokens)
-                for step in decode(backend, Request(prompt_ids=[3, 4, 5], config=config))
-            )
-            == 60
-        )
+        assert len(generate(backend, [3, 4, 5], config)) == 60
         report, graphs = module("cuda_parts"), backend.target.graphs
         problems = report.graph_problems(graphs.tried, graphs.replays, report.CAPTURED)
         assert list(problems) == []
@@ -334,10 +327,8 @@ class TestCudaHalfPrecision:
             backend = load_cuda(pairs(family)[0], None, load)
             with warnings.catch_warnings():
                 warnings.simplefilter("error", UserWarning)
-                text = SequenceSession(backend)
-                text.extend([3, 4, 5] * 20)
-                found.append(text.logits(TREE))
-        np.testing.assert_allclose(*found, atol=0.05 * float(found[0].std()))
+                found.append(logits_after(backend, [3, 4, 5] * 20))
+        assert_near(*found)
 
     @pytest.mark.parametrize("dialect", DIALECTS)
     def test_every_format_drafts_the_same_from_graphs(self, pairs, dtype, dialect):
@@ -346,10 +337,8 @@ class TestCudaHalfPrecision:
             load = LoadConfig(dtype=dtype, cuda_graphs=with_graphs)
             backend = load_cuda(*pairs(dialect), load)
             text = SequenceSession(backend, drafts=True)
-            blocks = [text.draft(text.extend([3, 4, 5] * 4))]
-            options = TableOptions(m=4, k=4, shortlist=16, rows=8)
-            make = backend.drafter.marginals if backend.head is None else backend.head.transitions
-            (table,) = make(blocks, options)
+            block = text.draft(text.extend([3, 4, 5] * 4))
+            table = tables(backend, block, TableOptions(m=4, k=4, shortlist=16, rows=8))
             found.append(table.log_probs[0, 0])
         np.testing.assert_allclose(*found, atol=0.1)
 
@@ -366,7 +355,5 @@ class TestCudaHalfPrecision:
         found = []
         for kv_bits in (None, 8):
             backend = load_cuda(pairs("qwen3")[0], None, LoadConfig(dtype=dtype, kv_bits=kv_bits))
-            text = SequenceSession(backend)
-            text.extend([3, 4, 5] * 20)
-            found.append(text.logits(TREE))
-        np.testing.assert_allclose(*found, atol=0.3 * float(found[0].std()))
+            found.append(logits_after(backend, [3, 4, 5] * 20))
+        assert_near(*found, share=0.3)

@@ -13,13 +13,14 @@ from treeflash.decoding.adaptive_budget import AdaptiveBudgets
 from treeflash.decoding.verify_costs import SIZES, VerifyCosts
 from treeflash.language_model import LanguageModel
 from treeflash.testing import require
-from treeflash.testing.models import write_drafter, write_target
+from treeflash.testing.models import write_pair
 from treeflash.text.tokenizer import Tokenizer
 
 require("torch")
 
 from byte_tokens import SPECIAL, save_tokenizer
 from servers import MAX_POSITIONS, parse, serving
+from small_training import write_prompts
 from treeflash_cuda.backend import load
 
 PREFIX = "A prefix that all of these questions have, so that the server finds it in its cache. " * 3
@@ -33,13 +34,10 @@ EXACT = LoadConfig(device="cpu", dtype="bfloat16", exact=True)
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    target, drafter = folder / "target", folder / "drafter"
-    size = len(SPECIAL) + 256
-    write_target(target, "llama", seed=3, vocab_size=size, max_positions=MAX_POSITIONS)
-    save_tokenizer(target)
-    write_drafter(drafter, target, seed=4)
-    return target, drafter
+    shape = {"vocab_size": len(SPECIAL) + 256, "max_positions": MAX_POSITIONS}
+    folders = write_pair(tmp_path_factory.mktemp("tiny"), "llama", seeds=(3, 4), **shape)
+    save_tokenizer(folders[0])
+    return folders
 
 
 def test_the_server_under_load_answers_as_plain_decoding(folders):
@@ -94,8 +92,7 @@ def test_the_server_under_load_answers_as_plain_decoding(folders):
 def test_a_file_of_prompts_is_answered_as_by_plain_decoding(folders, tmp_path, capsys):
     rows, texts = tmp_path / "rows.jsonl", []
     prompts = [x + str(i) for i in range(2) for x in QUESTIONS]
-    lines = [json.dumps({"id": i, "prompt": prompt}) for i, prompt in enumerate(prompts)]
-    rows.write_text("\n".join(lines))
+    write_prompts(rows, prompts)
     models = ["--target", folders[0], "--drafter", folders[1], "--backend", "cuda"]
     models += ["--device", "cpu", "--dtype", "bfloat16", "--exact", "--max-tokens", "12"]
     for options in (["--parallel", "8", "--budget", "12"], ["--parallel", "1", "--method", "ar"]):

@@ -1,7 +1,5 @@
 """A call that fails, at whatever point, leaves every sequence as it was."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import numpy as np
@@ -14,12 +12,7 @@ from treeflash.decoding.sampling import SamplingParams
 from treeflash.decoding.session import SequenceSession
 from treeflash.registry import loader
 from treeflash.testing import HYBRID_FAMILIES, require
-from treeflash.testing.comparisons import (
-    assert_equal_states,
-    path_to,
-    random_tokens,
-    random_tree,
-)
+from treeflash.testing.comparisons import assert_equal_states, path_to, random_tokens, random_tree
 from treeflash.testing.models import write_pair
 from treeflash.testing.pairs import each_value
 

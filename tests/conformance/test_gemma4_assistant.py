@@ -1,25 +1,18 @@
 """Gemma 4's assistant on MLX against transformers, on random checkpoints that transformers writes.
 
-`test_mtp_heads` compares it with published numbers.
+`test_published_drafters` compares it with published numbers.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from functools import partial
 
 import numpy as np
 import pytest
-from image_models import (
-    picture,
-    random_model,
-    random_processors,
-    save_published,
-)
+from image_models import picture, random_model, random_processors, save_published
+from mtp_pairs import assert_rows_are_paths
+from published_drafters import FLOAT32
 from scheduled_texts import assert_plain_texts
 
-from treeflash.config import LoadConfig
 from treeflash.decoding.interfaces import TableOptions
 from treeflash.decoding.session import SequenceSession
 from treeflash.errors import CheckpointError, ConfigError, UnsupportedModelError
@@ -37,7 +30,6 @@ from transformers import (
 from treeflash_mlx import assistant
 from treeflash_mlx.drafter import OutputStage
 
-FLOAT32 = LoadConfig(device="cpu", dtype="float32")
 PROMPTS = ([3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8], [2, 7, 1, 8], [1, 1, 2, 3, 5, 8, 13, 21])
 WINDOW = 5
 SHAPE = {
@@ -68,18 +60,18 @@ WIDE = {"global_head_dim": 64, "num_global_key_value_heads": 1}
 """Settings of published files, which transformers writes as `per_layer_config`."""
 
 
-def layers(kinds: str, **settings: Any) -> dict[str, Any]:
+def layers(kinds, **settings):
     """The settings of layers, by the first letters of their types."""
     types = ["sliding_attention" if kind == "s" else "full_attention" for kind in kinds]
     return {**SHAPE, **WIDE, "num_hidden_layers": len(types), "layer_types": types, **settings}
 
 
-def publish(settings: dict[str, Any], wide: dict[str, int] = WIDE) -> None:
+def publish(settings, wide=WIDE):
     del settings["per_layer_config"]
     settings.update(wide)
 
 
-def randomise(model: Any, folder: Path, scale: float) -> None:
+def randomise(model, folder, scale):
     for name, weight in model.named_parameters():
         noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(len(name)))
         is_factor = "norm" in name or "scalar" in name
@@ -88,7 +80,7 @@ def randomise(model: Any, folder: Path, scale: float) -> None:
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["all tokens", "clusters"])
-def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def pair(request, tmp_path_factory):
     """The folder of a target and its assistant, and both in transformers."""
     folder = tmp_path_factory.mktemp("gemma4")
     target = Gemma4ForCausalLM(
@@ -112,12 +104,12 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return folder, target, drafter
 
 
-def load_pair(folder: Path, config: LoadConfig = FLOAT32) -> Any:
+def load_pair(folder, config=FLOAT32):
     return loader("mlx")(folder / "target", folder / "assistant", config)
 
 
 @torch.inference_mode()
-def published(target: Any, drafter: Any, prompt: list[int], path: list[int], **inputs: Any) -> Any:
+def published(target, drafter, prompt, path, **inputs):
     """(depths, vocab) log probabilities after each token of a path, which begins with the root."""
     outputs = target(
         torch.tensor([prompt]),
@@ -143,7 +135,7 @@ def published(target: Any, drafter: Any, prompt: list[int], path: list[int], **i
 
 @pytest.mark.sample(2)
 @pytest.mark.parametrize("prompt", PROMPTS[:2], ids=["beyond the window", "within the window"])
-def test_log_probs_equal_those_of_transformers(pair: Any, prompt: list[int]) -> None:
+def test_log_probs_equal_those_of_transformers(pair, prompt):
     folder, target, drafter = pair
     mlx = load_pair(folder)
     with SequenceSession(mlx, drafts=True) as sequence:
@@ -156,7 +148,7 @@ def test_log_probs_equal_those_of_transformers(pair: Any, prompt: list[int]) -> 
 
 
 @pytest.mark.parametrize("family", ["gemma4", "gemma4 small"])
-def test_drafts_after_an_image_equal_those_of_transformers(family: str, tmp_path: Path) -> None:
+def test_drafts_after_an_image_equal_those_of_transformers(family, tmp_path):
     pytest.importorskip("mlx_vlm")
     from treeflash_mlx import images as mlx_images
 
@@ -183,14 +175,12 @@ def test_drafts_after_an_image_equal_those_of_transformers(family: str, tmp_path
     np.testing.assert_allclose(actual, expected, atol=1e-3)
 
 
-def one_position_high(
-    self: Any, attention: Any, y: Any, positions: Any, caches: Any, source: int
-) -> Any:
+def one_position_high(self, attention, y, positions, caches, source):
     return ATTEND(self, attention, y, positions + 1, caches, source)
 
 
 ATTEND = assistant.AssistantModel._attend
-FAULTS: dict[str, tuple[Any, str, Any]] = {
+FAULTS = {
     "embeddings without their factor": (assistant.AssistantOutput, "embed", OutputStage.embed),
     "fed back before the norm": (
         assistant.AssistantModel,
@@ -205,7 +195,7 @@ FAULTS: dict[str, tuple[Any, str, Any]] = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_usual_mistakes(pair: Any, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_usual_mistakes(pair, fault, monkeypatch):
     folder, target, drafter = pair
     mlx = load_pair(folder)
     owner, *replacement = FAULTS[fault]
@@ -220,7 +210,7 @@ def test_usual_mistakes(pair: Any, fault: str, monkeypatch: pytest.MonkeyPatch) 
     assert difference.max() > 0.05
 
 
-def test_rows_of_a_table_are_the_log_probs_of_their_paths(pair: Any) -> None:
+def test_rows_of_a_table_are_the_log_probs_of_their_paths(pair):
     """In a batch of sequences, after forks, and after other tokens."""
     folder, target, drafter = pair
     mlx = load_pair(folder)
@@ -236,23 +226,13 @@ def test_rows_of_a_table_are_the_log_probs_of_their_paths(pair: Any) -> None:
     for table, prompt in zip(
         mlx.head.transitions(blocks, TableOptions(m=3, k=4)), prompts, strict=True
     ):
-        known = {0: [5]}
-        for depth in range(table.depths):
-            below: dict[int, list[int]] = {}
-            for row, path in known.items():
-                expected = published(target, drafter, prompt, path)[-1]
-                tokens = table.tokens[depth, row]
-                np.testing.assert_allclose(table.log_probs[depth, row], expected[tokens], atol=1e-4)
-                for token, following in zip(tokens, table.next_row[depth, row], strict=True):
-                    if following >= 0:
-                        below[int(following)] = [*path, int(token)]
-            known = below
+        assert_rows_are_paths(table, 5, partial(published, target, drafter, prompt))
         assert len(table.tokens) == 3
 
 
 @pytest.mark.sample(1)
 @pytest.mark.parametrize(("temperature", "bits"), [(0.0, None), (1.0, 8)])
-def test_texts_equal_plain_decoding(pair: Any, temperature: float, bits: int | None) -> None:
+def test_texts_equal_plain_decoding(pair, temperature, bits):
     folder, target, _ = pair
     shares = target.config.num_kv_shared_layers > 0  # mlx-lm does not quantise the keys then
     mlx = load_pair(folder, replace(FLOAT32, kv_bits=None if shares else bits))
@@ -261,7 +241,7 @@ def test_texts_equal_plain_decoding(pair: Any, temperature: float, bits: int | N
     assert_plain_texts(mlx, PROMPTS, *drafting, **options)
 
 
-def test_refusals(pair: Any, tmp_path: Path) -> None:
+def test_refusals(pair, tmp_path):
     folder = pair[0]
     write_target(tmp_path / "other", "qwen3", seed=0, vocab_size=48)
     other, drafter = tmp_path / "other", folder / "assistant"
@@ -285,14 +265,12 @@ def test_refusals(pair: Any, tmp_path: Path) -> None:
         (None, "num_centroids", 7, "clusters of 48 tokens are not valid"),
     ],
 )
-def test_settings_that_nothing_reads_are_refused(
-    pair: Any, section: str | None, key: str, value: object, message: str, tmp_path: Path
-) -> None:
+def test_settings_that_nothing_reads_are_refused(pair, section, key, value, message, tmp_path):
     folder = pair[0]
     for file in (folder / "assistant").iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
 
-    def edit(config: dict[str, Any]) -> None:
+    def edit(config):
         config["use_ordered_embeddings"] = True
         (config[section] if section else config)[key] = value
 

@@ -11,14 +11,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from image_models import (
-    SECTIONS,
-    picture,
-    random_model,
-    random_processors,
-    save_published,
-)
-from mtp_pairs import write_image_head
+from image_models import SECTIONS, picture, random_model, random_processors, save_published
+from mtp_pairs import write_head
 from parts import load_with_parts
 from safetensors.torch import load_file
 from transformers.models.qwen2_vl.modeling_qwen2_vl import (
@@ -35,10 +29,12 @@ from treeflash.decoding.tree import DraftTree
 from treeflash.registry import loader
 
 CPU = LoadConfig(device="cpu", dtype="float32")
+EAGLE = {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 1, 2]}}
+AXES = {"rope_scaling": SECTIONS | {"rope_type": "mrope"}}
 KINDS = {
     "qwen3_5-mtp": ("qwen3_5", "mtp", {}),
-    "qwen3_vl-eagle3": ("qwen3_vl", "eagle3", {"rope_scaling": SECTIONS | {"rope_type": "mrope"}}),
-    "gemma3-eagle3": ("gemma3", "eagle3", {}),
+    "qwen3_vl-eagle3": ("qwen3_vl", "eagle3", EAGLE | AXES),
+    "gemma3-eagle3": ("gemma3", "eagle3", EAGLE),
 }
 PROMPT, PICTURE = "ab<image>cd", picture(1, 32, 48)
 DRAFTED = 70, 5, 71
@@ -51,7 +47,7 @@ class Published:
     def __init__(self, family, kind, settings, folder):
         self.model, self.kind, self.settings = random_model(family), kind, settings
         save_published(family, self.model, folder)
-        self.head = write_image_head(folder, folder / "head", kind, **settings)
+        self.head = write_head(folder / "head", folder, kind, 3, **settings)
         file = "mtp.safetensors" if kind == "mtp" else "head/model.safetensors"
         self.tensors = {
             name.removeprefix("mtp."): x for name, x in load_file(folder / file).items()

@@ -1,7 +1,5 @@
 """mlx-vlm's processors and towers against transformers', on the same pictures."""
 
-from __future__ import annotations
-
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 

@@ -12,13 +12,7 @@ import treeflash_cuda.images as cuda_images
 import treeflash_mlx.images as mlx_images
 import treeflash_mlx.target as mlx_target
 from failures import failing
-from image_models import (
-    picture,
-    random_model,
-    random_processors,
-    reference,
-    save_published,
-)
+from image_models import picture, random_model, random_processors, reference, save_published
 from treeflash_cuda.backend import load as load_cuda
 from treeflash_mlx.backend import load as load_mlx
 

@@ -1,14 +1,11 @@
 """No code of a model folder runs when a part of it is loaded, and no pickle is read."""
 
-from __future__ import annotations
-
+import json
 import sys
 from contextlib import suppress
-from pathlib import Path
 
 import pytest
 from byte_tokens import save_tokenizer
-from hostile_folders import plant_code
 
 from treeflash.config import LoadConfig
 from treeflash.errors import CheckpointError, TreeflashError
@@ -40,8 +37,46 @@ TRUSTING = {
 }
 
 
+CLASSES = {
+    "AutoConfig": "evil.Config",
+    "AutoTokenizer": ["evil.Tokenizer", "evil.Tokenizer"],
+    "AutoModel": "evil.Model",
+    "AutoModelForCausalLM": "evil.Model",
+    "AutoProcessor": "evil.Processor",
+}
+"""What transformers loads from a file of the folder if it trusts the folder."""
+
+
+def plant_code(folder, *, new_type=False):
+    """Map all classes of a model folder to code; returns the file that the code would write.
+
+    With `new_type`, the configuration is of a type that only the code defines.
+    """
+    ran = folder / "ran"
+    for name in ("config.json", "tokenizer_config.json"):
+        path = folder / name
+        config = json.loads(path.read_text()) if path.exists() else {}
+        config["auto_map"] = CLASSES
+        if name == "config.json":
+            config["model_file"] = "evil.py"  # the name that mlx-lm reads
+            if new_type:
+                config["model_type"] = "evil"
+        elif new_type:
+            config["tokenizer_class"] = "EvilTokenizer"
+        path.write_text(json.dumps(config))
+    (folder / "evil.py").write_text(
+        f"open({str(ran)!r}, 'w').close()\n"
+        "from transformers import PreTrainedConfig, PreTrainedTokenizerFast\n"
+        "class Config(PreTrainedConfig):\n    model_type = 'evil'\n"
+        "class Tokenizer(PreTrainedTokenizerFast):\n    pass\n"
+        "class Model:\n    pass\n"
+        "Processor = ModelArgs = Model\n"
+    )
+    return ran
+
+
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path, monkeypatch):
     """A model folder; code that runs would be copied next to it."""
     modules = str(tmp_path / "modules")
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", modules)
@@ -74,7 +109,7 @@ def test_the_code_would_run_if_it_were_trusted(folder, load):
 
 
 class Evil:
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path):
         self.path = path
 
     def __reduce__(self):

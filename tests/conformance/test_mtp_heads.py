@@ -3,13 +3,8 @@
 They are heads that draft depth by depth, MTP and EAGLE-3, and P-EAGLE.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -36,17 +31,16 @@ from treeflash.testing.models import edit_config
 from treeflash.testing.pairs import each_value, pairwise
 from treeflash.testing.states import check_storage, tables
 
-LoadPair = Callable[[str, str], Any]
 KINDS = "peagle", *SETTINGS
 PROMPTS = ([3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1, 8], [1, 1, 2, 3, 5, 8, 13, 21, 12, 11, 10, 9])
 
 
 @pytest.fixture(scope="module")
-def load_pair(tmp_path_factory: pytest.TempPathFactory) -> LoadPair:
+def load_pair(tmp_path_factory):
     """Load a kind of pair in a backend, once for all tests."""
 
     @cache
-    def load(backend: str, kind: str) -> Any:
+    def load(backend, kind):
         pytest.importorskip(BACKENDS[backend])
         if backend == "cuda" and "latents" in kind:
             pytest.skip("the cuda backend runs no target with latent attention")
@@ -56,16 +50,14 @@ def load_pair(tmp_path_factory: pytest.TempPathFactory) -> LoadPair:
     return load
 
 
-def log_probs(pair: Any, block: Any, path: list[int]) -> Any:
+def log_probs(pair, block, path):
     return pair.head.log_probs(block, np.array(path, np.int32))
 
 
 @pytest.mark.sample(4)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", SETTINGS)
-def test_siblings_are_invisible_and_rows_of_drafts_are_forgotten(
-    backend: str, kind: str, load_pair: LoadPair
-) -> None:
+def test_siblings_are_invisible_and_rows_of_drafts_are_forgotten(backend, kind, load_pair):
     """Every row of a table has the log probabilities of its path alone."""
     pair, options = load_pair(backend, kind), TableOptions(m=5, k=4)
     with SequenceSession(pair, drafts=True) as sequence:
@@ -78,7 +70,7 @@ def test_siblings_are_invisible_and_rows_of_drafts_are_forgotten(
             table = tables(pair, block, options)
 
 
-def test_visible_siblings_fail(load_pair: LoadPair, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_visible_siblings_fail(load_pair, monkeypatch):
     monkeypatch.setattr(mtp_head.np, "eye", lambda n, dtype: np.ones((n, n), dtype))
     with pytest.raises(AssertionError, match="Not equal to tolerance"):
         test_siblings_are_invisible_and_rows_of_drafts_are_forgotten("reference", "mtp", load_pair)
@@ -88,12 +80,10 @@ def test_visible_siblings_fail(load_pair: LoadPair, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("backend", "kind", "noisy"), pairwise(("cuda", "mlx"), (*KINDS, *VARIANTS), (False, True))
 )
-def test_tables_of_several_sequences_equal_the_reference(
-    backend: str, kind: str, noisy: bool, load_pair: LoadPair
-) -> None:
+def test_tables_of_several_sequences_equal_the_reference(backend, kind, noisy, load_pair):
     pair, reference = load_pair(backend, kind), load_pair("reference", kind)
 
-    def made(pair: Any) -> list[Any]:
+    def made(pair):
         sequences = [SequenceSession(pair, drafts=True) for _ in PROMPTS]
         for sequence, prompt in zip(sequences, PROMPTS, strict=True):
             sequence.extend(prompt)
@@ -121,9 +111,7 @@ def test_tables_of_several_sequences_equal_the_reference(
 @pytest.mark.sample(6)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_after_drafts_forks_and_truncations(
-    backend: str, kind: str, load_pair: LoadPair
-) -> None:
+def test_rows_after_drafts_forks_and_truncations(backend, kind, load_pair):
     """A shorter state with other tokens drafts as a fresh one: its rows are the target's."""
     pair = load_pair(backend, kind)
     first, second = list(PROMPTS[2]), [7, 3]
@@ -156,9 +144,7 @@ def test_rows_after_drafts_forks_and_truncations(
 
 @pytest.mark.sample(6)
 @pytest.mark.parametrize(("backend", "kind", "read"), pairwise(BACKENDS, KINDS, (11, 0)))
-def test_stored_states_continue_bit_for_bit(
-    backend: str, kind: str, read: int, load_pair: LoadPair
-) -> None:
+def test_stored_states_continue_bit_for_bit(backend, kind, read, load_pair):
     check_storage(load_pair(backend, kind), read=read)
 
 
@@ -166,9 +152,7 @@ def test_stored_states_continue_bit_for_bit(
 @pytest.mark.parametrize(
     ("backend", "kind", "temperature"), each_value(BACKENDS, KINDS, (0.0, 1.0))
 )
-def test_texts_equal_plain_decoding(
-    backend: str, kind: str, temperature: float, load_pair: LoadPair
-) -> None:
+def test_texts_equal_plain_decoding(backend, kind, temperature, load_pair):
     pair = load_pair(backend, kind)
     tree, chain = ("treeflash", "treeflash-chain") if pair.head else ("ddtree", "dflash")
     drafting = (tree, 12), (chain, 5)
@@ -176,12 +160,10 @@ def test_texts_equal_plain_decoding(
 
 
 @pytest.mark.parametrize("backend", ["cuda", "mlx"])
-def test_long_prompts_run_in_chunks(
-    backend: str, load_pair: LoadPair, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_long_prompts_run_in_chunks(backend, load_pair, monkeypatch):
     pair = load_pair(backend, "peagle")
 
-    def drafted() -> Any:
+    def drafted():
         with SequenceSession(pair, drafts=True) as sequence:
             sequence.extend(PROMPTS[2])
             return pair.drafter.log_probs(sequence.draft(3))
@@ -191,13 +173,13 @@ def test_long_prompts_run_in_chunks(
     np.testing.assert_allclose(drafted(), expected, atol=TOLERANCE)
 
 
-def test_methods_of_block_drafters_are_refused(load_pair: LoadPair) -> None:
+def test_methods_of_block_drafters_are_refused(load_pair):
     message = "with an MTP or EAGLE-3 head use method treeflash"
     for method in ("dflash", "ddtree"):
         with pytest.raises(ConfigError, match=message):
             steps_of(load_pair("reference", "eagle3"), [1, 2], DecodeConfig(method=method))
     for backend in BACKENDS:
-        drafter: Any = load_pair(backend, "eagle3").drafter
+        drafter = load_pair(backend, "eagle3").drafter
         for refused in (lambda d: d.marginals([0], TableOptions(k=4)), lambda d: d.log_probs(0)):
             with pytest.raises(ConfigError, match=message):
                 refused(drafter)
@@ -212,9 +194,7 @@ def test_methods_of_block_drafters_are_refused(load_pair: LoadPair) -> None:
         ("peagle", {"mask_token_id": 24}, {}, "mask token 24 is outside the vocabulary of 24"),
     ],
 )
-def test_what_is_refused_at_load(
-    kind: str, changes: dict[str, Any], options: dict[str, Any], message: str, tmp_path: Path
-) -> None:
+def test_what_is_refused_at_load(kind, changes, options, message, tmp_path):
     write = write_peagle_pair if kind == "peagle" else partial(write_mtp_pair, kind=kind)
     target, head = write(tmp_path)
     edit_config(head, lambda config: config.update(changes))
@@ -222,7 +202,7 @@ def test_what_is_refused_at_load(
         loader("reference")(target, head, replace(FLOAT32, **options))
 
 
-def test_a_head_in_a_separate_folder(tmp_path: Path) -> None:
+def test_a_head_in_a_separate_folder(tmp_path):
     """The tensors alone, as the one file of the original model that has them."""
     target, _ = write_mtp_pair(tmp_path, "mtp")
     (tmp_path / "sidecar").mkdir()
@@ -232,28 +212,28 @@ def test_a_head_in_a_separate_folder(tmp_path: Path) -> None:
     assert pair.drafter_config.head == "mtp"
 
 
-def test_norms_stay_float32(tmp_path: Path) -> None:
+def test_norms_stay_float32(tmp_path):
     """Norms of single features do, too: PyTorch's kernel takes no weights in half precision."""
     torch = pytest.importorskip("torch")
     config = LoadConfig(device="cpu", dtype="bfloat16", exact=False)
-    pair: Any = loader("cuda")(*write_mtp_pair(tmp_path, "eagle3-flags"), config)
+    pair = loader("cuda")(*write_mtp_pair(tmp_path, "eagle3-flags"), config)
     norms = {name: x for name, x in pair.drafter_model.state_dict().items() if "norm" in name}
     assert {"norm.weight", "fc_norm.0.weight"} <= norms.keys()
     assert {x.dtype for x in norms.values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("backend", ["cuda", "mlx"])
-def test_the_biases_of_routers_stay_float32(backend: str, tmp_path: Path) -> None:
+def test_the_biases_of_routers_stay_float32(backend, tmp_path):
     """They differ by little: rounded, other experts would run for most tokens."""
     pytest.importorskip(BACKENDS[backend])
     config = LoadConfig(device="cpu", dtype="bfloat16", exact=False)
     target, head = write_mtp_pair(tmp_path, "glm")
-    pair: Any = loader(backend)(target, head, config)
+    pair = loader(backend)(target, head, config)
     stored = read_tensors(head)["model.layers.4.mlp.gate.e_score_correction_bias"]
     assert pair.drafter_model.layer.mlp.gate.correction.bias.tolist() == stored.tolist()
 
 
-def test_own_head_is_the_drafter_of_last_resort(tmp_path: Path) -> None:
+def test_own_head_is_the_drafter_of_last_resort(tmp_path):
     target, _ = write_mtp_pair(tmp_path, "mtp")
     assert models.resolve_drafter("self", str(target)) == target
     assert models.resolve_drafter(None, str(target)) == target
@@ -264,7 +244,7 @@ def test_own_head_is_the_drafter_of_last_resort(tmp_path: Path) -> None:
         models.resolve_drafter(None, str(target))
 
 
-def test_state_nbytes_covers_the_states(load_pair: LoadPair) -> None:
+def test_state_nbytes_covers_the_states(load_pair):
     pair = load_pair("reference", "mtp")
     config = pair.drafter_config
     assert isinstance(config, mtp_heads.MtpConfig)
@@ -280,9 +260,7 @@ def test_state_nbytes_covers_the_states(load_pair: LoadPair) -> None:
 
 
 @pytest.mark.parametrize("backend", ["cuda", "mlx"])
-def test_the_size_of_weights_has_a_vocabulary_of_the_heads_own(
-    backend: str, tmp_path: Path
-) -> None:
+def test_the_size_of_weights_has_a_vocabulary_of_the_heads_own(backend, tmp_path):
     pytest.importorskip(BACKENDS[backend])
     target, head = write_mtp_pair(tmp_path, "eagle3")
     pair = loader(backend)(target, head, FLOAT32)
@@ -292,7 +270,7 @@ def test_the_size_of_weights_has_a_vocabulary_of_the_heads_own(
     assert size - pair.weights_bytes == 4 * stored.size > 0
 
 
-def test_the_budget_auto_learns_the_price_of_a_depth(load_pair: LoadPair) -> None:
+def test_the_budget_auto_learns_the_price_of_a_depth(load_pair):
     pair = load_pair("reference", "eagle3")
     config = DecodeConfig(method="treeflash", budget="auto", max_tokens=24)
     plain = generate(pair, PROMPTS[0], replace(config, method="ar"))

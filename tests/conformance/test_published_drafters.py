@@ -1,16 +1,10 @@
 """Published drafters: the numbers, drafts and texts of the published code, and usual mistakes."""
 
-from __future__ import annotations
-
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, TypeAlias
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 from published_drafters import (
     BACKENDS,
     FLOAT32,
@@ -52,16 +46,16 @@ PUBLISHED = [
 pytestmark = needs_fixtures
 
 
-def tree_of(parents: list[int], tokens: list[int]) -> DraftTree:
+def tree_of(parents, tokens):
     return DraftTree.from_parents(np.array(tokens, np.int32), np.array(parents, np.int32))
 
 
-def largest_error(pair: Any, name: str) -> float:
+def largest_error(pair, name):
     """The largest difference from published log probabilities, of marginals, chains and trees."""
     worst = 0.0
     for case, arrays in cases(name):
-        found: list[NDArray[Any]] = []
-        expected: list[NDArray[Any]] = []
+        found = []
+        expected = []
         with SequenceSession(pair, drafts=True) as sequence:
             sequence.extend(case["prompt"])
             block = sequence.draft(case["root"])
@@ -84,7 +78,7 @@ def largest_error(pair: Any, name: str) -> float:
     return worst
 
 
-def chain_after(pair: Any, sequence: SequenceSession, root: int, depths: int | None) -> Any:
+def chain_after(pair, sequence, root, depths):
     """The greedy chain after a root: of the head, or of the marginals."""
     block = sequence.draft(root, depths)
     if pair.head is None:
@@ -95,7 +89,7 @@ def chain_after(pair: Any, sequence: SequenceSession, root: int, depths: int | N
 
 
 @pytest.mark.parametrize(("backend", "name"), PUBLISHED)
-def test_published_numbers_drafts_and_texts(backend: str, name: str) -> None:
+def test_published_numbers_drafts_and_texts(backend, name):
     pair = load_published(backend, name)
     assert largest_error(pair, name) < TOLERANCE
     chain_method, tree = (
@@ -128,7 +122,7 @@ def test_published_numbers_drafts_and_texts(backend: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_tree_of_eagle_2(backend: str) -> None:
+def test_tree_of_eagle_2(backend):
     pair = load_published(backend, "eagle3")
     for case, _ in cases("eagle3"):
         given = case["published_tree"]
@@ -141,15 +135,13 @@ def test_tree_of_eagle_2(backend: str) -> None:
         assert sorted(comparisons.paths(tree)) == sorted(comparisons.paths(expected))
 
 
-Plant: TypeAlias = Callable[[pytest.MonkeyPatch, Any], object]
-"""Makes a mistake in a loaded pair."""
 STEP, DRAFT = MtpHead._step, MtpDrafter.draft_one
 
 
-def setting(name: str, value: Any, part: str | None = None) -> Plant:
+def setting(name, value, part=None):
     """Give a drafter's configuration, or a part of it, another value."""
 
-    def plant(patch: pytest.MonkeyPatch, pair: Any) -> None:
+    def plant(patch, pair):
         config = pair.drafter_config if part is None else getattr(pair.drafter_config, part)
         made = value(pair, config) if callable(value) else value
         object.__setattr__(config, name, made)
@@ -157,22 +149,22 @@ def setting(name: str, value: Any, part: str | None = None) -> Plant:
     return plant
 
 
-def other(owner: Any, name: str, function: Callable[..., Any]) -> Plant:
+def other(owner, name, function):
     """Replace a function of a module, or a method of a class."""
     return lambda patch, pair: patch.setattr(owner, name, function)
 
 
-def feedback(self: Any, x: Any) -> Any:
+def feedback(self, x):
     return x if self.config.normed_feedback else self.normed("norm", x)
 
 
-def hidden_first(self: Any, tokens: Any, states: Any) -> Any:
+def hidden_first(self, tokens, states):
     both = self.normed("hidden_norm", states), self.normed("embedding_norm", self.embed(tokens))
     x = self.linear("input_proj", np.concatenate(both, -1))
     return self.normed("layer.input_layernorm", x), x
 
 
-def later(self: Any, block: Any, rows: Any, depth: int, *args: Any) -> Any:
+def later(self, block, rows, depth, *args):
     """Nodes one position too high."""
     keys_and_values, layer = MtpModel.keys_and_values, MtpModel.layer
     with pytest.MonkeyPatch.context() as patch:
@@ -183,12 +175,12 @@ def later(self: Any, block: Any, rows: Any, depth: int, *args: Any) -> Any:
         return STEP(self, block, rows, depth, *args)
 
 
-def without_the_one(patch: pytest.MonkeyPatch, pair: Any) -> None:
+def without_the_one(patch, pair):
     norms = {n: x - 1 for n, x in pair.drafter_model.tensors.items() if n.endswith("norm.weight")}
     pair.drafter_model.tensors.update(norms)
 
 
-def no_prompt(self: Any, state: Any, root: int, depths: int | None) -> Any:
+def no_prompt(self, state, root, depths):
     block = DRAFT(self, state, root, depths)
     model, p = self.model, np.array([block.keys.shape[1] - 1], np.int32)
     y, residual = model.read(np.array([root], np.int32), state.drafter.hidden[-1:])
@@ -197,13 +189,13 @@ def no_prompt(self: Any, state: Any, root: int, depths: int | None) -> Any:
     return replace(block, output=output)
 
 
-def own_token(self: Any, state: Any, root: int, depths: int | None) -> Any:
+def own_token(self, state, root, depths):
     """Row i with token i."""
     state.tokens = [0, *state.tokens[:-1]]
     return DRAFT(self, state, root, depths)
 
 
-def window_before_the_root(self: Any, block: Any, rows: Any, depth: int, *args: Any) -> Any:
+def window_before_the_root(self, block, rows, depth, *args):
     """Drafted rows that see as far back as the root's row."""
     config = self.model.config
     (size,) = config.sliding_windows
@@ -214,10 +206,10 @@ def window_before_the_root(self: Any, block: Any, rows: Any, depth: int, *args: 
         object.__setattr__(config, "sliding_windows", (size,))
 
 
-def scaled_sinks(factor: float) -> Plant:
+def scaled_sinks(factor):
     """Multiply the sinks; a factor of -inf leaves them out."""
 
-    def plant(patch: pytest.MonkeyPatch, pair: Any) -> None:
+    def plant(patch, pair):
         tensors = pair.drafter_model.tensors
         for name in [name for name in tensors if name.endswith("sink_bias")]:
             left_out = np.full_like(tensors[name], -np.inf)
@@ -226,17 +218,17 @@ def scaled_sinks(factor: float) -> Plant:
     return plant
 
 
-def masks_one_position_high(patch: pytest.MonkeyPatch, pair: Any) -> None:
+def masks_one_position_high(patch, pair):
     """Rotate the rows of P-EAGLE's masks, the last ones, as if they were one position later."""
     masks = pair.drafter_model.config.depths - 1
 
-    def rotated(x: Any, positions: Any, *args: Any) -> Any:
+    def rotated(x, positions, *args):
         return rotate(x, positions + (np.arange(len(positions)) >= len(positions) - masks), *args)
 
     patch.setattr(drafter_model, "rotate", rotated)
 
 
-def normed_embeddings(patch: pytest.MonkeyPatch, pair: Any) -> None:
+def normed_embeddings(patch, pair):
     import mlx.core as mx
 
     embed = pair.drafter.output.embed
@@ -245,7 +237,7 @@ def normed_embeddings(patch: pytest.MonkeyPatch, pair: Any) -> None:
     )
 
 
-def bounded_logits(patch: pytest.MonkeyPatch, pair: Any) -> None:
+def bounded_logits(patch, pair):
     settings = read_config(published("muse-glimmer-assistant").parent / "muse-target")[
         "text_config"
     ]
@@ -254,7 +246,7 @@ def bounded_logits(patch: pytest.MonkeyPatch, pair: Any) -> None:
     object.__setattr__(config, "softcap", settings["final_logit_softcapping"])
 
 
-FAULTS: dict[str, dict[str, Plant]] = {
+FAULTS = {
     "qwen3_5-mtp": {
         "state before the final norm": setting("target_layer_ids", (3,)),
         "state first": other(MtpModel, "read", hidden_first),
@@ -345,13 +337,13 @@ FAULTS: dict[str, dict[str, Plant]] = {
 @pytest.mark.parametrize(
     ("name", "fault"), [(name, fault) for name, faults in FAULTS.items() for fault in faults]
 )
-def test_usual_mistakes(name: str, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_usual_mistakes(name, fault, monkeypatch):
     pair = load_published("mlx" if name in ON_MLX else "reference", name)
     FAULTS[name][fault](monkeypatch, pair)
     assert largest_error(pair, name) > 100 * TOLERANCE
 
 
-def test_features_of_gemma_4_s_embeddings_are_scaled(tmp_path: Path) -> None:
+def test_features_of_gemma_4_s_embeddings_are_scaled(tmp_path):
     """Layer -1 of a drafter for Gemma 4 is what the first layer of the target reads."""
     pytest.importorskip("mlx_lm")
     shutil.copytree(published("gemma4-dspark"), tmp_path / "drafter", copy_function=shutil.copy)

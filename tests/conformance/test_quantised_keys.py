@@ -13,13 +13,7 @@ from treeflash.decoding.sampling import SamplingParams
 from treeflash.decoding.session import SequenceSession
 from treeflash.registry import loader
 from treeflash.testing import require
-from treeflash.testing.comparisons import (
-    generate,
-    path_to,
-    prompted,
-    random_tokens,
-    random_tree,
-)
+from treeflash.testing.comparisons import generate, path_to, prompted, random_tokens, random_tree
 from treeflash.testing.models import write_pair
 from treeflash.testing.pairs import each_value, two_samplings
 

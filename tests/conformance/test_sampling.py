@@ -7,18 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from random_params import random_params
 
 from treeflash.config import SamplingConfig
 from treeflash.decoding import sampling as definition
-from treeflash.decoding.sampling import (
-    LogitEdits,
-    SamplingParams,
-    position_keys,
-    vocabulary_noise,
-)
+from treeflash.decoding.sampling import LogitEdits, SamplingParams, position_keys, vocabulary_noise
 from treeflash.errors import NumericalError
-from treeflash.testing import require
+from treeflash.testing import pairs, require
 
 require("torch")
 require("triton")
@@ -225,6 +219,26 @@ def test_the_edge_of_a_nucleus(engine, top_k, min_p, scale):
         plain = SamplingConfig(temperature=1.0, top_k=top_k, min_p=min_p)
         different += sum(np.array(found) != definition.sample_tokens(logits, plain, keys))
     assert different > rows / 20, "the nucleus matters"
+
+
+def random_params(rng, rows, vocab):
+    """Any sampling, with or without edits, a mask and log probabilities."""
+    sampling = list(pairs.SAMPLINGS.values())[rng.integers(len(pairs.SAMPLINGS))]
+    edits = allowed = log_probs = None
+    if rng.random() < 0.5:
+        places = rng.choice(rows * vocab, rng.integers(1, rows * vocab), replace=False)
+        factors = rng.uniform(0.5, 2, len(places)).astype(np.float32)
+        additions = rng.normal(size=len(places)).astype(np.float32)
+        edits = LogitEdits(places // vocab, places % vocab, factors, additions)
+    if rng.random() < 0.5:
+        bits = rng.random((rows, -(-vocab // 32) * 32)) < rng.random()
+        bits[np.arange(rows), rng.integers(0, vocab, rows)] = True
+        allowed = np.packbits(bits, -1, bitorder="little").view(np.uint32)
+    if rng.random() < 0.5:
+        log_probs = int(rng.integers(vocab + 2))
+    seed = int(rng.integers(2**32))
+    keys = None if sampling.greedy else position_keys(seed, np.arange(rows, dtype=np.int32))
+    return SamplingParams(sampling, keys, edits, allowed, log_probs)
 
 
 @pytest.mark.parametrize("vocab", [5, 32, 65, 320])

@@ -1,10 +1,5 @@
 """Stored states of the number formats in which backends keep keys, values and features."""
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
-
 import pytest
 
 from treeflash.config import LoadConfig
@@ -15,7 +10,7 @@ from treeflash.testing.states import check_storage
 pytestmark = pytest.mark.sample(3)
 
 PACKAGES = {"cuda": "torch", "mlx": "mlx_lm"}
-FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
+FORMATS = {
     "half precision": ("cuda", {"dtype": "bfloat16", "exact": False}),
     "exact mode": ("cuda", {"dtype": "bfloat16", "exact": True}),
     "exact mode in float16": ("cuda", {"dtype": "float16", "exact": True}),
@@ -27,7 +22,7 @@ FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("read", [0, 11])
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_stored_state_continues_bit_for_bit(name: str, read: int, tmp_path: Path) -> None:
+def test_a_stored_state_continues_bit_for_bit(name, read, tmp_path):
     backend, settings = FORMATS[name]
     pytest.importorskip(PACKAGES[backend])
     # Groups of quantised numbers have 32 of them: the width of a head.

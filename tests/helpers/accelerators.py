@@ -33,11 +33,26 @@ def cuda_problem() -> str | None:
     return None
 
 
-def load_cuda(target: Path, drafter: Path | None, config: LoadConfig) -> Any:
-    """Load a tiny pair on a GPU that others use too; skip the test if there is no GPU."""
+def need_cuda() -> Any:
+    """Return the GPU, a device of PyTorch; skip the test if there is none."""
     require("torch")
     if problem := cuda_problem():
         pytest.skip(problem)
+    from treeflash_cuda.device import choose_device
+
+    return choose_device(None)
+
+
+def need_metal() -> None:
+    """Skip the test if there is no Metal device."""
+    require("mlx.core")
+    if problem := metal_problem():
+        pytest.skip(problem)
+
+
+def load_cuda(target: Path, drafter: Path | None, config: LoadConfig) -> Any:
+    """Load a tiny pair on a GPU that others use too; skip the test if there is no GPU."""
+    need_cuda()
     from treeflash_cuda.backend import load
 
     with warnings.catch_warnings():

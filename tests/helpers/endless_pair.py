@@ -6,14 +6,12 @@ from pathlib import Path
 
 from byte_tokens import save_tokenizer
 
-from treeflash.testing.models import edit_config, write_drafter, write_target
+from treeflash.testing.models import edit_config, write_pair
 
 
 def endless_pair(folder: Path) -> list[str]:
     """Write the pair; returns the options that choose it."""
-    target, drafter = folder / "target", folder / "drafter"
-    write_target(target, "llama", seed=3, vocab_size=300, max_positions=512)
+    target, drafter = write_pair(folder, "llama", seeds=(3, 4), vocab_size=300, max_positions=512)
     edit_config(target, lambda config: config.pop("eos_token_id"))
     save_tokenizer(target)
-    write_drafter(drafter, target, seed=4)
     return ["--target", str(target), "--drafter", str(drafter)]

@@ -63,6 +63,7 @@ TOKENS = {
 }
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
 SECTIONS = ROPE | {"mrope_section": [4, 2, 2]}
+INTERLEAVED = TEXT | {"rope_parameters": SECTIONS | {"mrope_interleaved": True}}
 DELTA_NET = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
@@ -81,13 +82,27 @@ EXPERTS = {
 }
 DEEP = QWEN | {"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]}
 GLM = QWEN | {"num_hidden_layers": 2, "image_size": 32, "attention_bias": False}
+GLM_TEXT = TEXT | {"rope_parameters": SECTIONS | {"partial_rotary_factor": 1.0}}
+GLM_TOKENS = {
+    "image_start_token_id": START,
+    "image_end_token_id": END,
+    "image_token_id": IMAGE,
+    "video_token_id": 301,
+}
 LLAMA = TEXT | {"model_type": "llama"}
+SQUARES = VISION | {"image_size": 32, "patch_size": 8}
+TILES = {"text_config": LLAMA, "vision_config": SQUARES, "image_token_id": IMAGE, "scale_factor": 2}
 PIXTRAL = VISION | {
     "model_type": "pixtral",
     "image_size": 64,
     "patch_size": PATCH,
     "head_dim": 16,
     "hidden_act": "silu",
+}
+MISTRAL = {
+    "text_config": TEXT | {"model_type": "mistral", "sliding_window": None},
+    "vision_config": PIXTRAL,
+    "image_token_index": IMAGE,
 }
 GEMMA_4 = TEXT | {
     "num_hidden_layers": 6,
@@ -140,14 +155,8 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         TEXT | {"rope_parameters": SECTIONS},
         QWEN | {"window_size": 16, "fullatt_block_indexes": [1]},
     ),
-    "qwen3_vl": lambda: _qwen(
-        "Qwen3VL", TEXT | {"rope_parameters": SECTIONS | {"mrope_interleaved": True}}, DEEP
-    ),
-    "qwen3_vl_moe": lambda: _qwen(
-        "Qwen3VLMoe",
-        TEXT | EXPERTS | {"rope_parameters": SECTIONS | {"mrope_interleaved": True}},
-        DEEP,
-    ),
+    "qwen3_vl": lambda: _qwen("Qwen3VL", INTERLEAVED, DEEP),
+    "qwen3_vl_moe": lambda: _qwen("Qwen3VLMoe", INTERLEAVED | EXPERTS, DEEP),
     "qwen3_5": lambda: _qwen("Qwen3_5", TEXT | DELTA_NET, QWEN | {"num_position_embeddings": 64}),
     "qwen3_5_moe": lambda: _qwen(
         "Qwen3_5Moe", TEXT | DELTA_NET | EXPERTS, QWEN | {"num_position_embeddings": 64}
@@ -179,7 +188,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
             "sliding_window_pattern": 3,
             "query_pre_attn_scalar": 16,
         },
-        vision_config=VISION | {"image_size": 32, "patch_size": 8, "vision_use_head": False},
+        vision_config=SQUARES | {"vision_use_head": False},
         mm_tokens_per_image=4,
         image_token_index=IMAGE,
         boi_token_index=START,
@@ -191,67 +200,24 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "gemma4 small": lambda: _gemma4(
         hidden_size_per_layer_input=8, num_kv_shared_layers=2, global_head_dim=32
     ),
-    "smolvlm": lambda: hf.SmolVLMConfig(
-        text_config=LLAMA,
-        vision_config=VISION | {"image_size": 32, "patch_size": 8},
-        image_token_id=IMAGE,
-        scale_factor=2,
-        pad_token_id=0,
-    ),
-    "idefics3": lambda: hf.Idefics3Config(
-        text_config=LLAMA,
-        vision_config=VISION | {"image_size": 32, "patch_size": 8},
-        image_token_id=IMAGE,
-        scale_factor=2,
-        pad_token_id=0,
-    ),
+    "smolvlm": lambda: hf.SmolVLMConfig(**TILES, pad_token_id=0),
+    "idefics3": lambda: hf.Idefics3Config(**TILES, pad_token_id=0),
     "llava": lambda: hf.LlavaConfig(
         text_config=LLAMA,
-        vision_config=VISION
-        | {
-            "model_type": "siglip_vision_model",
-            "image_size": 32,
-            "patch_size": 8,
-            "vision_use_head": False,
-        },
+        vision_config=SQUARES | {"model_type": "siglip_vision_model", "vision_use_head": False},
         image_token_index=IMAGE,
         vision_feature_select_strategy="full",
         image_seq_length=16,
     ),
-    "mistral3": lambda: hf.Mistral3Config(
-        text_config=TEXT | {"model_type": "mistral", "sliding_window": None},
-        vision_config=PIXTRAL,
-        image_token_index=IMAGE,
-        spatial_merge_size=2,
-        vision_feature_layer=-1,
-    ),
+    "mistral3": lambda: hf.Mistral3Config(**MISTRAL, spatial_merge_size=2, vision_feature_layer=-1),
     "pixtral": lambda: hf.LlavaConfig(
-        text_config=TEXT | {"model_type": "mistral", "sliding_window": None},
-        vision_config=PIXTRAL,
-        image_token_index=IMAGE,
-        vision_feature_select_strategy="full",
-        vision_feature_layer=-1,
+        **MISTRAL, vision_feature_select_strategy="full", vision_feature_layer=-1
     ),
-    "glm4v": lambda: hf.Glm4vConfig(
-        text_config=TEXT
-        | {"rope_parameters": ROPE | {"mrope_section": [4, 2, 2], "partial_rotary_factor": 1.0}},
-        vision_config=GLM,
-        image_start_token_id=START,
-        image_end_token_id=END,
-        image_token_id=IMAGE,
-        video_token_id=301,
-    ),
+    "glm4v": lambda: hf.Glm4vConfig(text_config=GLM_TEXT, vision_config=GLM, **GLM_TOKENS),
     "glm46v": lambda: hf.Glm46VConfig(
-        text_config=TEXT
-        | {
-            "model_type": "glm4v_text",
-            "rope_parameters": ROPE | {"mrope_section": [4, 2, 2], "partial_rotary_factor": 1.0},
-        },
+        text_config=GLM_TEXT | {"model_type": "glm4v_text"},
         vision_config=GLM | {"model_type": "glm4v_vision"},
-        image_start_token_id=START,
-        image_end_token_id=END,
-        image_token_id=IMAGE,
-        video_token_id=301,
+        **GLM_TOKENS,
     ),
 }
 GRIDS = (
@@ -362,23 +328,19 @@ class RandomProcessor:
             return {"pixel_values": patches, "image_grid_thw": grid}, [IMAGE] * (
                 rows * columns // 4
             )
-        if self.family == "lfm2_vl":
+        if self.family.startswith(("lfm2_vl", "gemma4")):
             rows, columns = (size // PATCH for size in image.shape[:2])
             patches = pixels.reshape(3, rows, PATCH, columns, PATCH).transpose(1, 3, 2, 4, 0)
-            arrays = {
-                "pixel_values": patches.reshape(1, rows * columns, -1),
-                "spatial_shapes": np.array([[rows, columns]]),
-                "pixel_attention_mask": np.ones((1, rows * columns), np.int64),
-            }
-            return arrays, [IMAGE] * (rows * columns // 4)
-        if self.family.startswith("gemma4"):
-            rows, columns = (size // PATCH for size in image.shape[:2])
-            patches = pixels.reshape(3, rows, PATCH, columns, PATCH).transpose(1, 3, 2, 4, 0)
-            places = np.stack(np.divmod(np.arange(rows * columns), columns)[::-1], -1)
-            arrays = {
-                "pixel_values": patches.reshape(1, rows * columns, -1) / 2 + 0.5,
-                "image_position_ids": places[None],
-            }
+            patches = patches.reshape(1, rows * columns, -1)
+            if self.family == "lfm2_vl":
+                arrays = {
+                    "pixel_values": patches,
+                    "spatial_shapes": np.array([[rows, columns]]),
+                    "pixel_attention_mask": np.ones((1, rows * columns), np.int64),
+                }
+            else:
+                places = np.stack(np.divmod(np.arange(rows * columns), columns)[::-1], -1)
+                arrays = {"pixel_values": patches / 2 + 0.5, "image_position_ids": places[None]}
             return arrays, [IMAGE] * (rows * columns // 4)
         if self.family in ("mistral3", "pixtral"):
             patches = PATCH if self.family == "pixtral" else 2 * PATCH

@@ -111,7 +111,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "n_shared_experts": 0,
         "q_lora_rank": None,
         "rope_interleave": False,
-    },
+    }
 }
 """More settings, for tests of numbers alone."""
 MARKS = {
@@ -131,27 +131,36 @@ def write_mtp_pair(
     target = root / "target"
     family = "qwen3_5" if kind == "mtp" else "qwen3"
     write_target(target, family, seed=seed, vocab_size=vocab_size)
-    config = read_config(target)
-    shape = {**config, **config.get("text_config", {})}
-    rng = np.random.default_rng(seed + 1)
+    return target, write_head(root / "head", target, kind, seed + 1, **settings)
+
+
+def write_head(head: Path, target: Path, kind: str, seed: int, **settings: Any) -> Path:
+    """Write a head for a target; return its folder, which is the target's for `mtp`."""
+    shape, rng = _shape(target), np.random.default_rng(seed)
     if kind == "mtp":
-
-        def add(config: dict[str, Any]) -> None:
-            config.get("text_config", config).update(SETTINGS[kind])
-
-        edit_config(target, add)
+        edit_config(target, lambda config: config.get("text_config", config).update(SETTINGS[kind]))
         tensors = _tensors(rng, mtp_formats.QWEN_MTP, read_config(target), shape)
         save_file(tensors, target / "mtp.safetensors")
-        return target, target
-    keys = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "head_dim")
-    drafter = {key: shape[key] for key in (*keys, "num_key_value_heads", "rms_norm_eps")}
-    drafter |= {"model_type": "llama", "num_hidden_layers": 1} | (SETTINGS | VARIANTS)[kind]
-    drafter |= settings
+        return target
+    drafter = _layers(shape, 1) | {"model_type": "llama"} | (SETTINGS | VARIANTS)[kind] | settings
     marks = MARKS.get(kind.partition("-")[0], ())
     format = mtp_formats.detect(drafter, marks)
     assert format is not None
-    save(root / "head", drafter, _tensors(rng, format, drafter, shape, marks))
-    return target, root / "head"
+    save(head, drafter, _tensors(rng, format, drafter, shape, marks))
+    return head
+
+
+def _shape(target: Path) -> dict[str, Any]:
+    """The settings of a target's text."""
+    config = read_config(target)
+    return {**config, **config.get("text_config", {})}
+
+
+def _layers(shape: dict[str, Any], count: int) -> dict[str, Any]:
+    """The settings of a drafter's layers that are as wide as its target's."""
+    keys = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "head_dim")
+    widths = {key: shape[key] for key in (*keys, "num_key_value_heads", "rms_norm_eps")}
+    return widths | {"num_hidden_layers": count}
 
 
 def assert_rows_are_paths(
@@ -171,24 +180,6 @@ def assert_rows_are_paths(
         known = below
 
 
-def write_image_head(folder: Path, head: Path, kind: str, **settings: Any) -> Path:
-    """The folder of a head for a target with a vision tower, which `mtp` heads share with it."""
-    text = read_config(folder)["text_config"]
-    keys = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "head_dim")
-    shape = {key: text[key] for key in (*keys, "num_key_value_heads", "rms_norm_eps")}
-    shape["num_hidden_layers"] = text["num_hidden_layers"]
-    rng = np.random.default_rng(3)
-    if kind == "mtp":
-        edit_config(folder, lambda config: config["text_config"].update(SETTINGS[kind]))
-        tensors = _tensors(rng, mtp_formats.QWEN_MTP, read_config(folder), shape)
-        save_file(tensors, folder / "mtp.safetensors")
-        return folder
-    drafter = shape | {"model_type": "llama", "num_hidden_layers": 1} | SETTINGS[kind] | settings
-    drafter["eagle_config"] = {"eagle_aux_hidden_state_layer_ids": [0, 1, 2]}
-    save(head, drafter, _tensors(rng, mtp_formats.EAGLE3, drafter, shape))
-    return head
-
-
 def write_peagle_pair(root: Path, seed: int = 0) -> tuple[Path, Path]:
     """The folders of a target of 4 layers and of a P-EAGLE drafter of 2 layers for it."""
     target, head = write_mtp_pair(root, "eagle3", seed)
@@ -198,17 +189,14 @@ def write_peagle_pair(root: Path, seed: int = 0) -> tuple[Path, Path]:
 
 def write_peagle_head(head: Path, target: Path, seed: int = 0) -> None:
     """The folder of a P-EAGLE drafter of 2 layers for a target."""
-    config = read_config(target)
-    shape = config.get("text_config", config)
-    keys = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "head_dim")
-    layers = {key: shape[key] for key in (*keys, "num_key_value_heads", "rms_norm_eps")}
+    shape = _shape(target)
     drafter = {
         "speculators_model_type": "peagle",
         "mask_token_id": 7,
         "draft_vocab_size": 16,
         "fc_norm": True,
         "speculators_config": {"proposal_methods": [{"speculative_tokens": 5}]},
-        "transformer_layer_config": {**layers, "num_hidden_layers": 2},
+        "transformer_layer_config": _layers(shape, 2),
     }
     rng = np.random.default_rng(seed + 2)
     tensors = _tensors(rng, mtp_formats.PEAGLE, drafter, shape)
