@@ -51,6 +51,7 @@ from treeflash_cuda.gpu.graphs import (
 )
 from treeflash_cuda.numerics import pack, unpack, upload
 from treeflash_cuda.operations import Operations
+from treeflash_cuda.state import project_contexts
 from treeflash_cuda.target import Target
 from treeflash_cuda.visible_keys import RowPlan, SharedWork, VisibleKeys, equal_work, page_tables
 
@@ -297,6 +298,7 @@ class MtpDrafter(mtp_head.MtpDrafter):
     @torch.inference_mode()
     def draft(self, roots: Sequence[tuple[Any, int]], depths: int | None = None) -> list[MtpBlock]:
         """Compute the rows of all sequences of a slab together."""
+        project_contexts([state for state, _ in roots], self.model.project)
         outputs: list[Any] = [None] * len(roots)
         for slab, members in by_slab(roots).items():
             found = self._draft([roots[i] for i in members], slab)
@@ -394,6 +396,7 @@ class ParallelDrafter(mtp_head.ParallelDrafter, Drafter):
     @torch.inference_mode()
     def draft(self, roots: Sequence[tuple[Any, int]], depths: int | None = None) -> list[Block]:
         """Run the rows of all sequences of a slab together; earlier parts of prompts before."""
+        project_contexts([state for state, _ in roots], self.rows.project)
         blocks: dict[int, Block] = {}
         size = self.rows.config.depths
         for slab, members in by_slab(roots).items():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -17,10 +19,39 @@ from treeflash_cuda.gpu.host_copies import host_copies
 from treeflash_cuda.recurrent_states import CommittedStates, Key, RecurrentStates
 
 
+@dataclass(frozen=True, eq=False)
+class Unprojected:
+    """Outputs of the captured layers at positions that were decoded one by one.
+
+    They are projected to features when the drafter reads them, all at once: a product of many rows
+    takes about as long as one of a single row, and while drafting pauses it reads none.
+    """
+
+    rows: Tensor  # (n, layers * hidden_size)
+
+    @property
+    def nbytes(self) -> int:
+        return self.rows.nbytes
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, part: slice) -> Unprojected:
+        return Unprojected(self.rows[part])
+
+    def clone(self) -> Unprojected:
+        return Unprojected(self.rows.clone())
+
+
+ContextPart: TypeAlias = Tensor | Unprojected
+"""Projected features of n positions, or what they are computed from."""
+
+
 class State(BaseState[KVCache, CommittedStates]):
     """`treeflash.decoding.interfaces.SequenceState` in PyTorch.
 
-    The context are (n, hidden_size) projected features. The outputs of a pass are by layer.
+    The context are `ContextPart`s, (n, hidden_size) if they are projected. The outputs of a pass
+    are by layer.
     """
 
     def __init__(
@@ -90,6 +121,21 @@ class State(BaseState[KVCache, CommittedStates]):
     def from_host(self, x: NDArray[Any]) -> Tensor:
         return from_host(x).to(self.kv_cache.arena.device)
 
+    def export_features(self, parts: Sequence[ContextPart]) -> StateArrays:
+        """Return the parts of a context by their numbers; `NUMBER.outputs` is not projected."""
+        return {
+            f"{n}.outputs" if isinstance(part, Unprojected) else f"{n}": to_host(rows_of(part))
+            for n, part in enumerate(parts)
+        }
+
+    def load_features(self, arrays: StateArrays) -> list[ContextPart]:
+        parts: dict[int, ContextPart] = {}
+        for name, x in arrays.items():
+            number, _, kind = name.partition(".")
+            rows = self.from_host(x)
+            parts[int(number)] = Unprojected(rows) if kind else rows
+        return [parts[n] for n in sorted(parts)]
+
     def export_recurrent(self, states: CommittedStates) -> StateArrays:
         return {".".join(map(str, key)): to_host(x) for key, x in states.items()}
 
@@ -115,3 +161,30 @@ class State(BaseState[KVCache, CommittedStates]):
 
     def read_recurrent_states(self) -> list[NDArray[np.float32]]:
         return [] if self.recurrent is None else self.recurrent.read()
+
+
+def rows_of(part: ContextPart) -> Tensor:
+    """Return the tensor of a part of a context."""
+    return part.rows if isinstance(part, Unprojected) else part
+
+
+def is_unprojected(part: ContextPart) -> bool:
+    return isinstance(part, Unprojected)
+
+
+def waiting_rows(state: State) -> int:
+    """Return how many of the latest positions are unprojected."""
+    return sum(map(len, takewhile(is_unprojected, reversed(state.context))))
+
+
+def project_contexts(states: Iterable[State], project: Callable[[Tensor], Tensor]) -> None:
+    """Project what the contexts of sequences have unprojected, in one product."""
+    found = [
+        (state, i) for state in states for i, x in enumerate(state.context) if is_unprojected(x)
+    ]
+    if not found:
+        return
+    waiting = [state.context[i].rows for state, i in found]
+    features = project(torch.cat(waiting)).split([len(rows) for rows in waiting])
+    for (state, i), part in zip(found, features, strict=True):
+        state.context[i] = part

@@ -25,11 +25,15 @@ from treeflash_cuda.mtp_head import MtpModel
 from treeflash_cuda.numerics import upload_all
 from treeflash_cuda.recurrent_states import CommittedStates, SequenceWrites
 from treeflash_cuda.sampling import sample
-from treeflash_cuda.state import State
+from treeflash_cuda.state import ContextPart, State, Unprojected, project_contexts, waiting_rows
 from treeflash_cuda.target import Rows, RowsResult, Target
 
 FIRST_CHUNK, NEXT_CHUNK = 2048, 1024
 """Prompt tokens per forward pass; chunks after the first need a mask, and so are smaller."""
+
+MAX_UNPROJECTED = 32
+"""Positions of a sequence that are projected at once while drafting pauses. Several layers have
+several times as many numbers as features, so that more would take memory and save little."""
 
 Path: TypeAlias = CommittedPath[State]
 """The nodes of a sequence to commit."""
@@ -111,6 +115,9 @@ class Verifier:
 
     def commit_paths(self, paths: Sequence[Path]) -> None:
         """Commit paths. Steps that may fail come first: a failed call must change no sequence."""
+        if waiting := [x.state for x in paths if waiting_rows(x.state) >= MAX_UNPROJECTED]:
+            assert self.drafter is not None
+            project_contexts(waiting, self.drafter.project)
         moves: dict[Slab, list[tuple[NDArray[Any], NDArray[Any]]]] = {}
         for path in paths:
             cache, nodes = path.state.kv_cache, path.nodes
@@ -139,10 +146,20 @@ class Verifier:
             arrays.append(writes.rows({i: path.nodes for i, path in members.items()}, after))
         uploaded = iter(upload_all(arrays, self.target.device))
         moved = [self._prepare_move(slab, *itertools.islice(uploaded, 3)) for slab in moves]
-        context: list[tuple[State, Tensor]] = []
+        context: list[tuple[State, ContextPart]] = []
         for group in groups:
-            features = self._project(group[0].rows.outputs.layers, next(uploaded))
-            parts = features.split([len(path.nodes) for path in group])
+            assert self.drafter is not None
+            rows, captured = next(uploaded), group[0].rows.outputs.layers
+            layers = [
+                captured[i].index_select(0, rows) for i in self.drafter.config.target_layer_ids
+            ]
+            outputs, sizes = torch.cat(layers, -1), [len(path.nodes) for path in group]
+            if all(len(x.rows.tokens) == 1 and x.rows.merged is None for x in group):
+                waits = map(Unprojected, outputs.split(sizes))  # the drafter may pause
+                context += zip((path.state for path in group), waits, strict=True)
+                continue
+            # Prompts are projected at once: five layers have five times as many numbers.
+            parts = self.drafter.project(outputs).split(sizes)
             for path, part in zip(group, parts, strict=True):
                 if (merged := path.rows.merged) is not None:
                     part = torch.stack([part, merged], 1)
@@ -186,10 +203,3 @@ class Verifier:
         merged = OutputStage(self.drafter, self.target).embed(tokens.long())
         merged[places.bool()] = images.features.rows.to(merged.dtype)
         return merged
-
-    def _project(self, outputs: dict[int, Tensor], rows: Tensor) -> Tensor:
-        """Project the (n, hidden_size) features of n rows of a forward pass."""
-        assert self.drafter is not None
-        layers = [outputs[i].index_select(0, rows) for i in self.drafter.config.target_layer_ids]
-        # The outputs are projected at once, because five layers have five times as many.
-        return self.drafter.project(torch.cat(layers, -1))

@@ -25,6 +25,7 @@ from treeflash_cuda.gpu.graphs import Graphs
 from treeflash_cuda.gpu.state_arena import MIN_SLOTS, WrittenTree
 from treeflash_cuda.operations import Operations
 from treeflash_cuda.recurrence import TreeNodes, delta_rule
+from treeflash_cuda.state import project_contexts
 from treeflash_cuda.target_loading import load_target
 
 pytestmark = pytest.mark.sample(1)
@@ -67,6 +68,8 @@ def test_trees_are_those_of_one_sequence_after_another(folders, monkeypatch, seq
             # One of them drops its tree.
             backend.verifier.commit(verified, list(zip(states, paths, strict=True))[-2:])
             results += [x for state in states for x in state.read_recurrent_states()]
+            with torch.inference_mode():
+                project_contexts(states, backend.drafter_model.project)
             results += [torch.cat(state.context).numpy() for state in states]
         results += [state.read_kv_cache() for state in states]
         found.append(results)
