@@ -4,7 +4,6 @@
 - `decoding.methods`: block efficiency and speed by method, budget and prompt set.
 - `decoding.budgets`: the budget `auto` against fixed sizes, by prompt set.
 - `decoding.half_precision`: where drafting diverges from plain decoding in half precision.
-- `decoding.equal_texts`: texts of every way to decode that differ from plain decoding, of many.
 - `decoding.quality`: divergence and perplexity of weights of few bits.
 - `decoding.iteration`: the time of an iteration by phase, and of a target forward pass by nodes.
 - `decoding.memory`: memory of the loaded pair, of a sequence, and of many sequences in a row.

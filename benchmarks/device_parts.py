@@ -1,28 +1,26 @@
-"""What reports about all kinds of accelerators share: a real pair's speed and texts, tiny pairs.
+"""What reports about all kinds of accelerators share: a real pair's speed and texts, and tests.
 
 A part of a report takes a `Device` and the `Part` that it adds to. `cuda_parts` and `mlx_parts`
 have the table of the parts of each kind, in the order in which they run: what a person waits for
-comes first, and what compiles kernels for minutes comes last.
+comes first, and tests, which compile kernels for minutes, come last.
 """
 
 from __future__ import annotations
 
 import subprocess
-import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from shutil import which
 from typing import Any, ClassVar, TypeAlias
 
-from benchmarks.common import Row, first_difference, supported_methods
+from benchmarks.common import ROOT, Row, first_difference, supported_methods
 from benchmarks.report import LeftOutError, Part
 from treeflash.cli.options import load_model, locate_model
-from treeflash.config import GIB, DecodeConfig, LoadConfig, Method, SamplingConfig
-from treeflash.decoding import Request, Scheduler, SchedulerConfig, decode
-from treeflash.decoding.prefix_cache import PrefixCache
+from treeflash.config import LoadConfig, Method, SamplingConfig
 from treeflash.errors import ConfigError, UnsupportedModelError
 from treeflash.language_model import LanguageModel, LocatedPair
 from treeflash.registry import loader
@@ -36,14 +34,11 @@ PROMPTS = (
     "Write a Python function that returns the n-th Fibonacci number, and explain it.",
     "Why is the sky blue? Answer in one paragraph.",
 )
-TINY_METHODS: tuple[Method, ...] = ("dflash", "ddtree", "treeflash", "suffix")
 SAMPLINGS = {
     "greedy": SamplingConfig(),
     "sampled": SamplingConfig(temperature=0.8, top_p=0.9, seed=1),
 }
-TOKENS = 60
-"""Tokens of a text of a tiny pair."""
-TINY_PROMPT = [3, 4, 5] * 40
+SUITE = ROOT / "tests" / "conformance" / "test_device.py"
 
 
 @dataclass
@@ -63,8 +58,6 @@ class Device:
     missing: str = ""
 
     backend: ClassVar[str]
-    hidden_size: ClassVar[int] = 32  # hidden size of tiny pairs
-    key_dim: ClassVar[int] = 8  # width of keys and states of their recurrent layers
 
     @property
     def is_late(self) -> bool:
@@ -86,15 +79,6 @@ class Device:
         self.locate()
         return load_model(self.args, **changes)
 
-    def write_tiny(self, family: str = "qwen3") -> tuple[Path, Path]:
-        """Write a pair of tiny models of random weights into a new folder."""
-        from treeflash.testing.models import write_pair
-
-        folder = Path(tempfile.mkdtemp(dir=self.folder))
-        return write_pair(
-            *(folder, family), vocab_size=500, hidden_size=self.hidden_size, key_dim=self.key_dim
-        )
-
 
 Find: TypeAlias = Callable[[Any, Part], object]
 """A part: it takes the device, and adds what it finds."""
@@ -111,87 +95,58 @@ def run_command(part: Part, table: str, *command: str) -> None:
         part.add(table, command=command[0], line=line.strip())
 
 
-def text_problem(what: str, plain: Sequence[int], tokens: Sequence[int]) -> str | None:
-    """Return a line if a text differs from plain decoding's; None if it does not."""
-    if list(plain) == list(tokens):
-        return None
-    place = first_difference(plain, tokens)
-    return f"{what} differs from plain decoding at token {place} of {len(plain)}"
+def tests(device: Device, part: Part) -> None:
+    """Run the tests for devices: the first case of each, and then the others while there is time.
 
-
-def tiny_texts(
-    device: Device,
-    part: Part,
-    variants: Mapping[str, tuple[str, Mapping[str, Any]]],
-    refused: Callable[[str], None],
-) -> None:
-    """Compare the texts of tiny pairs with plain decoding's.
-
-    Args:
-        device: loads them.
-        part: gets the rows and the problems.
-        variants: families and settings by name. In all of them every method writes the text of
-            plain decoding, unless two logits are closer than the rounding of float32.
-        refused: takes a line about a variant that the backend refuses.
+    They compare texts, logits and losses of tiny models, and say which kernels are not used.
     """
-    for name, (family, settings) in variants.items():
-        try:
-            backend = device.load(device.write_tiny(family), **settings)
-        except (ConfigError, UnsupportedModelError) as error:
-            refused(f"{name}: {error}")
-            continue
-        for sampling, config in SAMPLINGS.items():
-            plain = tiny_text(backend, method="ar", sampling=config)
-            for method in TINY_METHODS:
-                found = tiny_text(backend, method=method, budget=12, sampling=config)
-                case = {"pair": name, "method": method, "sampling": sampling}
-                same = first_difference(plain, found)
-                part.add("texts", **case, tokens=len(plain), equal_up_to=same)
-                if line := text_problem(f"{method}, {sampling}, with {name}", plain, found):
-                    part.problem(line)
+    import pytest
 
+    if not SUITE.exists():
+        raise LeftOutError(f"there is no {SUITE}")
 
-def tiny_texts_together(device: Device, part: Part) -> None:
-    """Compare texts that are decoded at once, of all methods, with plain decoding's.
+    class Results:
+        """What the tests find."""
 
-    The second time their prompt is not run again: they go on from the state that was stored.
-    """
-    backend = device.load(device.write_tiny(), dtype="float32")
-    plain = {
-        name: tiny_text(backend, method="ar", sampling=sampling)
-        for name, sampling in SAMPLINGS.items()
-    }
-    cases = list(product(TINY_METHODS, SAMPLINGS))
-    config, cache = SchedulerConfig(max_parallel=len(cases)), PrefixCache(GIB)
-    for how in (f"{len(cases)} at once", f"{len(cases)} at once after a stored prompt"):
-        found: dict[tuple[Method, str], list[int]] = {case: [] for case in cases}
-        requests = [
-            Request(
-                prompt_ids=TINY_PROMPT,
-                config=DecodeConfig(
-                    method=method, budget=12, max_tokens=TOKENS, sampling=SAMPLINGS[sampling]
-                ),
-                tag=(method, sampling),
-            )
-            for method, sampling in cases
-        ]
-        for request, step in Scheduler(backend, config, prefix_cache=cache).decode(requests):
-            found[request.tag] += step.tokens
-        for (method, sampling), tokens in found.items():
-            expected = plain[sampling]
-            same = first_difference(expected, tokens)
-            case = {"pair": f"float32, {how}", "method": method, "sampling": sampling}
-            part.add("texts", **case, tokens=len(expected), equal_up_to=same)
-            if line := text_problem(f"{method}, {sampling}, {how}", expected, tokens):
-                part.problem(line)
-    cache.close()
+        def __init__(self) -> None:
+            self.outcomes: Counter[str] = Counter()
 
+        @pytest.hookimpl(trylast=True)
+        def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+            seen: Counter[object] = Counter()
+            cases = []
+            for item in items:
+                test = item.parent, item.originalname
+                cases.append((seen[test], item))
+                seen[test] += 1
+            items[:] = [item for _, item in sorted(cases, key=lambda case: case[0])]
 
-def tiny_text(backend: Any, **settings: Any) -> list[int]:
-    """Return the new tokens of a tiny pair's text."""
-    config = DecodeConfig(max_tokens=TOKENS, **settings)
-    steps = decode(backend, Request(prompt_ids=TINY_PROMPT, config=config))
-    return [token for step in steps for token in step.tokens]
+        def pytest_runtest_logreport(self, report: Any) -> None:
+            if report.failed:
+                part.add("failures", test=report.nodeid, message=report.longreprtext)
+                part.problem(f"{report.nodeid} failed")
+            if report.when == "call" or report.outcome != "passed":
+                self.outcomes[report.outcome] += 1
+
+        def pytest_runtest_logfinish(self) -> None:
+            if device.is_late:
+                pytest.exit("the time was over", 0)
+
+    results = Results()
+    options = [
+        "-q",
+        "-rN",
+        "-m",
+        "device",
+        "-c",
+        str(ROOT / "pyproject.toml"),
+        "-p",
+        "no:cacheprovider",
+    ]
+    pytest.main([*options, str(SUITE)], plugins=[results])
+    part.add("tests", **results.outcomes)
+    if device.is_late:
+        part.note("tests were cut short")
 
 
 def prompt_ids(tokenizer: Tokenizer) -> list[list[int]]:

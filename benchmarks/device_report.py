@@ -16,9 +16,6 @@ time for the parts begins. They run in this order, each in its own process:
   time of an iteration by phase, and how far its texts equal plain decoding's. Work that a phase
   leaves running on the device counts towards the next phase that waits for it.
 - `exact`: the same in exact mode, or why that is refused.
-- on a GPU `draft_bits`: the real pair with drafters in 4 and 8 bits.
-- on a GPU `formats`: the real pair with its target in FP8 and in 4 bits, which transformers writes
-  here; or a line with what is missing, such as a package or the GPU's generation.
 - on a GPU `iterations`: a forward pass by nodes and context, an iteration by phase for 1, 8 and 32
   texts, by the host's clock and by the device's, and its longest kernels, with random weights in
   the shape of the largest Qwen3 model that fits the GPU and the folder of temporary files
@@ -26,17 +23,13 @@ time for the parts begins. They run in this order, each in its own process:
 - on a Mac `prompts`, `passes`, `host` and `buffers`: a prompt with and without the CPU's share, a
   forward pass by nodes and committed positions, the time in which Python builds a pass and a
   commit, and plain decoding with other sizes of command buffers.
-- on a GPU `graphs`: which functions are captured as CUDA graphs, their replays, and failures.
-- `texts`: whether every method writes the text of plain decoding with tiny models of random
-  weights, alone, at once with others, and after a stored prompt; on a GPU also whether graphs and
-  masks compute the same logits.
-- `memory`: what is reserved and used, and on a GPU whether decoding goes on after memory ran out.
-- on a GPU `training`: the loss of one step of training, beside a processor's.
-- `kernels`: whether each kernel is used and right; on a GPU by dtype and width of heads.
-- on a GPU `resources`: what each kernel takes of the GPU.
+- on a Mac `memory` and `kernels`: the peak of a text, and which kernels are right and faster than
+  MLX's operations, on shapes of common models.
+- `tests`: the tests for devices, with tiny models of random weights. Kernels that are not used,
+  functions without graphs, texts, logits and losses that differ are failures of tests.
 
-The tiny models come from the conformance suite: `pip install '.[cuda,testing]'`, and on a Mac
-`'.[mlx,testing]'`.
+`--draft-bits`, `--kv-bits` and targets in formats of few bits make reports of their own. The tests
+need more packages: `pip install '.[cuda,testing]'`, and on a Mac `'.[mlx,testing]'`.
 """
 
 from __future__ import annotations

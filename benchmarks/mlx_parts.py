@@ -31,8 +31,7 @@ from benchmarks.device_parts import (
     prompt_ids,
     run_command,
     speed,
-    tiny_texts,
-    tiny_texts_together,
+    tests,
 )
 from benchmarks.report import Part
 from treeflash.config import GIB, LoadConfig, Method
@@ -53,13 +52,6 @@ BUFFERS = {
 }
 """Sizes of command buffers, as variables of the environment. MLX ends a buffer after 20 to 50
 operations by the chip, or after 40 to 50 million elements."""
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "float32": ("qwen3", {"dtype": "float32"}),
-    "float32, gated delta nets": ("qwen3_5", {"dtype": "float32"}),
-    "float32, keys of 8 bits": ("qwen3", {"dtype": "float32", "kv_bits": 8}),
-    "exact bfloat16": ("qwen3", {"dtype": "bfloat16", "exact": True}),
-}
-"""Families of tiny targets, and settings."""
 HOST_NODES, HOST_CONTEXT = (1, 8, 16), 64
 """Nodes and committed positions of the passes whose building is timed."""
 PROMPT_LENGTHS, PROMPT_ROUNDS = (2048, 8192), 2
@@ -70,8 +62,6 @@ class Mac(Device):
     """A Mac's GPU; for tests also a processor."""
 
     backend = "mlx"
-    hidden_size = 64  # a whole group of quantised keys
-    key_dim = 32  # which mlx-lm's kernels need
 
 
 def machine(mac: Mac, part: Part) -> None:
@@ -271,12 +261,6 @@ def in_process(function: Callable[..., T], *arguments: Any, environment: Mapping
         return pool.submit(function, *arguments).result()
 
 
-def texts(mac: Mac, part: Part) -> None:
-    """Compare the texts of all methods with plain decoding's, alone and at once."""
-    tiny_texts(mac, part, VARIANTS, refused=part.note)
-    tiny_texts_together(mac, part)
-
-
 def add_kernels(part: Part, report: DeviceReport) -> None:
     """Add the verdicts on kernels, what compilers say, and which kernels are wrong."""
     for kernel, verdicts in report.kernels.items():
@@ -328,9 +312,9 @@ PARTS: dict[str, Find] = {
     "passes": passes,
     "host": host,
     "buffers": buffers,
-    "texts": texts,
     "memory": memory,
     "kernels": kernels,
+    "tests": tests,
 }
 """The parts in their order."""
 DEVICE = Mac

@@ -2,9 +2,7 @@
 
 import json
 import re
-import shutil
 import time
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import product
 
@@ -12,27 +10,24 @@ import pytest
 from endless_pair import endless_pair
 from failures import failing
 
-from treeflash.config import METHODS
-from treeflash.decoding.tree import accept
-from treeflash.errors import ConfigError
+from treeflash.config import METHODS, LoadConfig
 from treeflash.testing import require
-from treeflash.testing.models import write_target
+from treeflash.testing.models import write_pair, write_target
 
 require("torch")
 
 from parts import load_with_parts
+from treeflash_cuda.backend import load
 
 
 @pytest.fixture
-def shared(module, monkeypatch):
-    monkeypatch.setattr(module("device_parts"), "TOKENS", 16)
-    return module("device_parts")
-
-
-@pytest.fixture
-def judge(module, shared, monkeypatch):
-    monkeypatch.setattr(module("cuda_parts"), "TOKENS", 16)
+def judge(module):
     return module("cuda_parts")
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    return load(*write_pair(tmp_path / "tiny", "qwen3"), LoadConfig(device="cpu", dtype="float32"))
 
 
 @pytest.fixture
@@ -68,46 +63,6 @@ def test_a_machine_without_a_gpu_is_told_why(module, tmp_path, see_gpus, capsys)
     why = json.loads(path.read_text())["device"]["why"]
     assert "no CUDA device is available" in why
     assert why in capsys.readouterr().err
-
-
-# Texts of six pairs by every method. `test_a_wrong_text` compares those of one.
-@pytest.mark.nightly
-def test_texts_that_agree_are_no_problem(run):
-    part = run("texts")
-    assert not part.error
-    assert part.problems == []
-    assert {row["pair"] for row in part.tables["texts"]} == {
-        *("float32", "float32, 8-bit KV cache", "float32, gated delta nets", "float32, Mamba-2"),
-        *("exact bfloat16", "exact float16"),
-        *("float32, 8 at once", "float32, 8 at once after a stored prompt"),
-    }
-    assert all(row["equal_up_to"] == row["tokens"] == 16 for row in part.tables["texts"])
-
-
-def test_a_wrong_text_is_a_problem_by_method(run, judge, shared, monkeypatch):
-    from treeflash.decoding import loop
-
-    def accept_too_much(tree, sampled):
-        right = accept(tree, sampled)
-        return right if len(tree) == 1 else type(right)(right.path, (*right.tokens[:-1], 3))
-
-    monkeypatch.setattr(loop, "accept", accept_too_much)
-    monkeypatch.setattr(judge, "DTYPES", ())
-    monkeypatch.setattr(judge, "VARIANTS", {"float32": ("qwen3", {"dtype": "float32"})})
-    monkeypatch.setattr(shared, "TINY_METHODS", ("treeflash",))
-    part = run("texts")
-    for where in ("with float32", "2 at once", "2 at once after a stored prompt"):
-        line = f"treeflash, greedy, {where} differs"
-        assert any(problem.startswith(line) for problem in part.problems), where
-
-
-# Two seconds for a report of a device; `test_graphs.py` has what it reports.
-@pytest.mark.nightly
-def test_without_graphs_every_function_is_a_problem(run):
-    part = run("graphs")
-    assert not part.error
-    for name in ("the target", "the drafter", "the AR head"):
-        assert f"{name} never ran from a CUDA graph (bfloat16)" in part.problems
 
 
 # Six sizes of batches; `test_every_text_is_decoded_in_every_measured_iteration` has one.
@@ -148,56 +103,12 @@ def test_without_a_target_its_parts_are_left_out(run, gpu):
         assert not part.problems
 
 
-def test_kernels_are_checked_for_what_real_models_have(run, judge, gpu, monkeypatch):
-    def check(gpu, dtype, head_dim, quantised):
-        verdicts = {"rms_norm": "used (Triton)", "gated": "used (Triton)"}
-        if dtype == "float32":
-            verdicts["gated"] = "ptxas is missing"
-        errors = {"gated": "a whole error"} if dtype == "float32" else {}
-        flash = "it is too wide" if head_dim == 256 else None
-        return judge.CheckedKernels(1.0, verdicts, {"rms_norm": 0.003}, errors, flash)
-
-    monkeypatch.setattr(judge, "ProcessPoolExecutor", lambda n, _: ThreadPoolExecutor(n))
-    monkeypatch.setattr(judge, "check_kernels", check)
-    part = run("kernels")
-    assert not part.error
-    assert len(part.tables["compiling"]) == len(judge.KERNEL_CASES)
-    found = [row["difference"] for row in part.tables["verdicts"] if row["kernel"] == "rms_norm"]
-    assert found == [0.003] * len(judge.KERNEL_CASES)
-    assert [row["error"] for row in part.tables["errors"]] == ["a whole error"]
-    assert part.problems == [
-        "FlashAttention is not used with dtype bfloat16, head_dim 256, quantised_keys False: it is "
-        "too wide",
-        "gated runs in PyTorch with dtype float32, head_dim 128, quantised_keys False: ptxas is "
-        "missing",
-    ]
-    gpu.end = 0.0
-    part = run("kernels")
-    assert len(part.tables["compiling"]) == 1
-    assert part.notes == [
-        "kernels were cut short after dtype bfloat16, head_dim 64, quantised_keys False"
-    ]
-
-
-def test_a_step_of_training_has_the_loss_of_a_processor(run, judge, monkeypatch):
-    monkeypatch.setattr(judge, "ProcessPoolExecutor", lambda n, _: ThreadPoolExecutor(n))
-    part = run("training")
-    assert not part.error
-    assert part.problems == []
-    one, other = (row["loss"] for row in part.tables["first step"])
-    assert one == other > 0
-    losses = iter((2.0, 2.2))
-    monkeypatch.setattr(judge, "first_loss", lambda *_: next(losses))
-    assert run("training").problems == ["the loss of a first step is 2.2000, on a processor 2.0000"]
-
-
 def test_speeds_come_before_what_compiles(judge):
     names = list(judge.PARTS)
-    assert names[:4] == ["machine", "peer", "speed", "iterations"]
-    assert names[-2:] == ["kernels", "resources"]
+    assert names == ["machine", "peer", "speed", "iterations", "exact", "tests"]
 
 
-def test_every_text_is_decoded_in_every_measured_iteration(judge, gpu, monkeypatch):
+def test_every_text_is_decoded_in_every_measured_iteration(judge, tiny, monkeypatch):
     counts = []
 
     class Scheduler(judge.Scheduler):
@@ -207,17 +118,15 @@ def test_every_text_is_decoded_in_every_measured_iteration(judge, gpu, monkeypat
             return events
 
     monkeypatch.setattr(judge, "Scheduler", Scheduler)
-    backend = gpu.load(gpu.write_tiny(), dtype="float32")
     config = judge.DecodeConfig(method="ar", max_tokens=60)
     # Their prompts have more tokens than a pass takes beside texts that are decoded.
-    judge.iteration_row(backend, 10, config)
+    judge.iteration_row(tiny, 10, config)
     assert counts == [10] * (judge.WARM_UP + judge.MEASURED)
 
 
-def test_calls_of_an_iteration_have_times_of_the_devices_clock(judge, gpu, monkeypatch):
+def test_calls_of_an_iteration_have_times_of_the_devices_clock(judge, tiny, monkeypatch):
     """Work that a call leaves to the device counts where it was asked for."""
-    backend = gpu.load(gpu.write_tiny(), dtype="float32")
-    now, took = [0.0], {"draft": 3.0, "transitions": 5.0, "run": 7.0, "commit": 2.0}
+    backend, now, took = tiny, [0.0], {"draft": 3.0, "transitions": 5.0, "run": 7.0, "commit": 2.0}
 
     class Event:
         def __init__(self, enable_timing):
@@ -254,45 +163,6 @@ def test_calls_of_an_iteration_have_times_of_the_devices_clock(judge, gpu, monke
     scheduler.step()
     assert clock.read() == {}
     scheduler.close()
-
-
-def test_drafters_of_fewer_bits_are_measured_or_have_a_reason(run, gpu, monkeypatch):
-    part = run("draft_bits")
-    assert not part.error
-    assert not part.notes
-    rows = part.tables["methods"]
-    assert [row["method"] for row in rows] == [
-        "treeflash, drafter in 4 bits",
-        "treeflash, drafter in 8 bits",
-    ]
-    assert all(row["ratio_to_ar"] > 0 and row["equal_up_to"] == 4 for row in rows)
-
-    def refuse(draft_bits):
-        raise ConfigError(f"{draft_bits} bits are too few")
-
-    monkeypatch.setattr(gpu, "load_model", refuse)
-    assert run("draft_bits").notes == [
-        f"drafter in {bits} bits is refused: {bits} bits are too few" for bits in (4, 8)
-    ]
-
-
-def test_formats_of_the_target_are_measured_or_have_a_reason(run, gpu, judge, monkeypatch):
-    def write(target, folder, kind, settings):
-        if settings:
-            raise ImportError(f"{kind} needs bitsandbytes\nand more")
-        shutil.copytree(target, folder)
-
-    monkeypatch.setattr(judge, "write_quantised", write)
-    part = run("formats")
-    assert not part.problems
-    assert [row["method"] for row in part.tables["methods"]] == ["ar, FP8", "treeflash, FP8"]
-    assert part.notes == [
-        "4 bits of bitsandbytes cannot be had here: BitsAndBytesConfig needs bitsandbytes"
-    ]
-    monkeypatch.setattr(judge, "is_quantised", lambda _: True)
-    assert run("formats").notes == [
-        "formats was left out: the target's weights are quantised already"
-    ]
 
 
 def test_rows_beyond_the_largest_graph_are_measured_in_one_graph_too(judge, tmp_path, monkeypatch):
@@ -344,19 +214,37 @@ def test_a_target_that_cannot_be_located_leaves_the_other_parts(
     assert note.startswith("speed was left out: there is no target: ")
 
 
-# Likewise; `test_memory.py` has what it reports.
-@pytest.mark.nightly
-def test_decoding_goes_on_after_memory_ran_out(run):
-    part = run("memory")
-    assert not part.error
-    assert part.problems == []
-    assert part.tables["out of memory"]
+def test_a_device_that_fails_is_a_problem_of_the_part(run, module):
+    with failing(module("device_parts").Device, "load", RuntimeError("this device is broken")):
+        assert run("iterations").problems == ["iterations: RuntimeError: this device is broken"]
 
 
-def test_a_device_that_fails_is_a_problem_of_each_part(run, shared):
-    with failing(shared.Device, "load", RuntimeError("this device is broken")):
-        for name in ("graphs", "texts", "memory", "iterations"):
-            assert run(name).problems == [f"{name}: RuntimeError: this device is broken"]
+def test_every_test_for_devices_runs_once_before_its_other_cases(
+    module, gpu, tmp_path, monkeypatch, capsys
+):
+    """A test that fails is a problem, with its message; the time is looked at after each test."""
+    shared, reports = module("device_parts"), module("report")
+    suite, order = tmp_path / "test_suite.py", tmp_path / "order"
+    suite.write_text(
+        "import pathlib, pytest\npytestmark = pytest.mark.device\n"
+        f"order = pathlib.Path({str(order)!r})\n"
+        "@pytest.mark.parametrize('n', [0, 1])\n"
+        "def test_a(n):\n    order.open('a').write(f'a{n} ')\n    assert n == 0, 'it broke'\n"
+        "def test_b():\n    order.open('a').write('b ')\n    pytest.skip('no Metal')\n"
+    )
+    monkeypatch.setattr(shared, "SUITE", suite)
+    part = reports.Part("tests")
+    shared.tests(gpu, part)
+    assert order.read_text().split() == ["a0", "b", "a1"]
+    assert part.tables["tests"] == [{"passed": 1, "skipped": 1, "failed": 1}]
+    (failure,) = part.tables["failures"]
+    assert "it broke" in failure["message"]
+    assert part.problems == [f"{failure['test']} failed"]
+    gpu.end = 0.0
+    late = reports.Part("tests")
+    shared.tests(gpu, late)
+    assert late.tables["tests"] == [{"passed": 1}]
+    assert late.notes == ["tests were cut short"]
 
 
 def test_accelerators_have_a_reason_or_none(see_gpus):

@@ -9,10 +9,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from treeflash.config import LoadConfig
 from treeflash.testing import require
+from treeflash.training.config import TrainConfig
+from treeflash.training.distillation import Response
 
 PAIR_GB = 0.125
 """GiB for keys and values of a tiny pair: tests keep dozens of them on one GPU."""
@@ -59,6 +62,25 @@ def load_cuda(target: Path, drafter: Path | None, config: LoadConfig) -> Any:
         # The suite keeps many pairs, and a card may have other programs.
         warnings.filterwarnings("ignore", "only .* GiB of .* are free")
         return load(target, drafter, replace(config, memory_gb=PAIR_GB))
+
+
+def first_loss(target: Path, output: Path, load: LoadConfig) -> float:
+    """Return the loss of the first step of training on random texts."""
+    from treeflash_cuda.training.entry import train
+
+    ids = np.random.default_rng(2).integers(3, 24, (4, 40)).tolist()
+    texts = [Response(prompt_ids=tuple(x[:10]), response_ids=tuple(x[10:])) for x in ids]
+    config = TrainConfig(
+        layers=1,
+        block_size=5,
+        top_tokens=8,
+        sequences=2,
+        anchors=8,
+        steps=1,
+        validation_sequences=0,
+    )
+    records = train(target, texts, output, config, load)
+    return next(float(record["loss"]) for record in records if "step" in record)
 
 
 def metal_problem() -> str | None:

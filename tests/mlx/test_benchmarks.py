@@ -92,7 +92,7 @@ def test_a_report_goes_on_after_a_part_that_fails(
         raise RuntimeError("the GPU is busy")
 
     monkeypatch.setattr(shared, "method_rows", method_rows)
-    monkeypatch.setattr(shared, "TOKENS", 16)
+    monkeypatch.setattr(shared, "SUITE", tmp_path / "none")
     environments = []
 
     def in_process(function, *arguments, environment):
@@ -110,12 +110,6 @@ def test_a_report_goes_on_after_a_part_that_fails(
     assert environments == list(parts.BUFFERS.values())
     assert len(found["buffers"]["plain"]) == 4
     assert [row["nodes"] for row in found["passes"]["passes"]] == [1, 3]
-    texts = found["texts"]["texts"]
-    assert all(row["equal_up_to"] == row["tokens"] > 0 for row in texts)
-    assert {row["pair"] for row in texts} >= {
-        *("float32", "float32, gated delta nets", "float32, keys of 8 bits"),
-        *("float32, 8 at once", "float32, 8 at once after a stored prompt"),
-    }
     assert [found[name]["methods"][0]["system"] for name in ("peer", "peer again")] == [
         "mlx-lm"
     ] * 2
