@@ -599,7 +599,7 @@ class KVCache:
 
     def load(self, arrays: StateArrays, length: int) -> None:
         self.write_stored(arrays, self.length)
-        self.length = length
+        self.length, self.shared_token = length, None
 
     def write_stored(self, arrays: StateArrays, first: int) -> None:
         """Write what `export` copied to the columns of offsets from `first` on."""
@@ -614,7 +614,8 @@ class KVCache:
             storage[:, :, :, on_device(index, storage)] = part.to(storage.device)
 
     def truncate(self, length: int) -> None:
-        self.length = min(self.length, length)
+        if length < self.length:
+            self.length, self.shared_token = length, None
 
     def read(self) -> NDArray[np.float32]:
         """Read the (layers, 2, kv_heads, length, head_dim) of the committed positions."""

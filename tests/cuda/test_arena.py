@@ -348,3 +348,7 @@ def test_a_fork_copies_its_full_page_for_another_token_than_the_page_has():
         assert (fork.cache.pages[0] == first.cache.pages[0]) == is_shared
         texts.check()
     assert texts.arena.slabs[0].spares == {}
+    cut = texts.arena.new_cache(2 * PAGE)
+    cut.copy_from(first.cache, PAGE - 1, token=3)
+    cut.truncate(7)
+    assert cut.next_offsets(np.array([3])) == 7
