@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from recordings import recording
 
 from treeflash.errors import MemoryInUseError
 from treeflash.testing import require
@@ -81,18 +82,6 @@ def test_short_texts_share_an_allocation_and_a_long_one_has_its_own():
     assert opened(arena, 20).slab is second.slab
 
 
-def test_reserved_memory_is_one_allocation_for_all():
-    arena = arena_of(300, reserved=True)
-    caches = [opened(arena, 120) for _ in range(2)]
-    with pytest.raises(MemoryInUseError, match=r"no room for another .* until a sequence ends"):
-        opened(arena, 120)
-    assert opened(arena, 60).slab is caches[0].slab
-    caches[0].close()
-    assert opened(arena, 120).pages[0] == 0
-    (slab,) = arena.slabs
-    assert slab.columns == 300
-
-
 def test_a_sequence_that_reserved_memory_can_never_hold_does_not_wait():
     for taken in (0, 10):
         arena = arena_of(300, reserved=True)
@@ -110,7 +99,7 @@ def test_a_sequence_takes_its_room_when_it_starts(page):
     state = State(target, drafter, 40 * page, 10 * page)
     assert target.slabs[0].owners.tolist() == [1] * 40 + [0] * 60
     assert drafter.slabs[0].owners.all()
-    with pytest.raises(MemoryInUseError):
+    with pytest.raises(MemoryInUseError, match=r"no room for another .* until a sequence ends"):
         State(target, drafter, 40 * page, 10 * page)
     with pytest.raises(MemoryInUseError):
         state.fork(0, 40 * page)
@@ -118,14 +107,6 @@ def test_a_sequence_takes_its_room_when_it_starts(page):
     state.close()
     assert target.slabs[0].is_free
     assert drafter.slabs[0].is_free
-
-
-def test_pages_need_not_follow_one_another():
-    arena = arena_of(6 * PAGE, PAGE, reserved=True)
-    caches = [opened(arena, PAGE) for _ in range(6)]
-    for cache in caches[::2]:
-        cache.close()
-    assert opened(arena, 3 * PAGE).pages.tolist() == [0, 2, 4]
 
 
 @pytest.mark.parametrize("kind", [Arena, MtpArena])
@@ -163,11 +144,18 @@ class Texts:
 
     def __init__(self, arena, rng):
         self.arena, self.rng, self.held, self.number = arena, rng, [], 0
-        self.copied = 0  # pages
 
     def add(self, cache, expected):
         self.held.append(SimpleNamespace(cache=cache, expected=expected))
         return self.held[-1]
+
+    def open(self, capacity):
+        return self.add(opened(self.arena, capacity), torch.empty(0))
+
+    def fork(self, text, length, capacity, **token):
+        cache = self.arena.new_cache(capacity)
+        cache.copy_from(text.cache, length, **token)
+        return self.add(cache, text.expected[:length].clone())
 
     def write(self, text, count):
         """Commit new positions behind the ones of a text, after rows that are not committed."""
@@ -228,7 +216,7 @@ def test_memory_is_exhausted_only_when_all_pages_are_owned(seed, kind):
         if text is None or action < 0.25:
             fits = texts.needed(capacity) <= texts.free
             try:
-                text = texts.add(opened(texts.arena, capacity), torch.empty(0))
+                text = texts.open(capacity)
                 assert fits
                 texts.write(text, int(rng.integers(1, capacity + 1)))
             except MemoryInUseError:
@@ -237,14 +225,10 @@ def test_memory_is_exhausted_only_when_all_pages_are_owned(seed, kind):
         elif action < 0.5:
             length = int(rng.integers(0, text.cache.length + 1))
             capacity += length
-            fits, fork = (
-                texts.needed(capacity, length) <= texts.free,
-                texts.arena.new_cache(capacity),
-            )
+            fits = texts.needed(capacity, length) <= texts.free
             try:
-                fork.copy_from(text.cache, length)
+                texts.fork(text, length, capacity)
                 assert fits
-                texts.add(fork, text.expected[:length].clone())
             except MemoryInUseError:
                 assert not fits
                 refused += 1
@@ -263,10 +247,9 @@ def test_memory_is_exhausted_only_when_all_pages_are_owned(seed, kind):
 def test_what_is_written_before_the_position_of_a_fork_is_copied_first():
     """If memory has a page for it."""
     texts = Texts(arena_of(5 * PAGE, PAGE, reserved=True), None)
-    first = texts.add(opened(texts.arena, 2 * PAGE), torch.empty(0))
+    first = texts.open(2 * PAGE)
     texts.write(first, 2 * PAGE)
-    fork = texts.add(texts.arena.new_cache(2 * PAGE), first.expected.clone())
-    fork.cache.copy_from(first.cache, 2 * PAGE)
+    fork = texts.fork(first, 2 * PAGE, 2 * PAGE)
     assert fork.cache.pages.tolist() == first.cache.pages.tolist() == [0, 1]
     fork.cache.truncate(PAGE // 2)
     texts.write(fork, 2 * PAGE)
@@ -280,51 +263,39 @@ def test_what_is_written_before_the_position_of_a_fork_is_copied_first():
         again.reserve_rows(3, 9)
 
 
-def test_a_fork_copies_nothing_until_both_sequences_write_to_one_page(monkeypatch):
+def test_a_fork_copies_nothing_until_both_sequences_write_to_one_page():
     """Eight texts with 8,000 tokens in common hold little more than one."""
-    copied, plain = [], Slab.copy
-    monkeypatch.setattr(
-        Slab, "copy", lambda slab, *given: copied.append(given[0]) or plain(slab, *given)
-    )
     texts = Texts(arena_of(10_000, PAGE, reserved=True), None)
-    texts.add(opened(texts.arena, 8_000 + PAGE), torch.empty(0))
-    texts.write(texts.held[0], 8_000)
-    one = texts.held[0].cache.nbytes
-    for _ in range(7):
-        fork = texts.arena.new_cache(8_000 + PAGE)
-        fork.copy_from(texts.held[0].cache, 8_000)
-        texts.add(fork, texts.held[0].expected)
-    assert not copied
-    for text in texts.held:
-        texts.write(text, PAGE)
-    assert not copied  # 8,000 positions are 125 pages
-    held = sum(text.cache.nbytes for text in texts.held)
-    assert held <= 1.1 * one
-    texts.check()
-    copied.clear()
-    for length in (7_999, 7_999):
-        fork = texts.arena.new_cache(8_000)
-        fork.copy_from(texts.held[0].cache, length)
-        texts.add(fork, texts.held[0].expected[:length])
-    assert not copied
-    for text in texts.held[-2:]:
-        texts.write(text, 1)
-    assert len(copied) == 2  # of one page each
+    first = texts.open(8_000 + PAGE)
+    with recording(Slab, "copy") as copies:
+        texts.write(first, 8_000)  # which are 125 pages
+        one = first.cache.nbytes
+        for _ in range(7):
+            texts.fork(first, 8_000, 8_000 + PAGE)
+        for text in texts.held:
+            texts.write(text, PAGE)
+        assert sum(text.cache.nbytes for text in texts.held) <= 1.1 * one
+        inside = [texts.fork(first, 7_999, 8_000) for _ in range(2)]
+        assert not copies
+        texts.check()
+        for text in inside:
+            texts.write(text, 1)
+        assert len(copies) == 2  # of one page each
     texts.check()
 
 
 def test_answers_to_one_prompt_share_all_pages_that_are_full():
     """Their forks lack the prompt's last token, which each runs for its logits."""
     texts = Texts(arena_of(10_000, PAGE, reserved=True), None)
-    first = texts.add(opened(texts.arena, 8_000 + PAGE), torch.empty(0))
+    first = texts.open(8_000 + PAGE)
     texts.write(first, 8_000)
     one = first.cache.nbytes
     for _ in range(7):
-        fork = texts.arena.new_cache(8_000 + PAGE)
-        fork.copy_from(first.cache, 7_999, token=3)
-        assert fork.next_offsets(np.array([3])) == 8_000
-        fork.commit(1)
-        texts.write(texts.add(fork, first.expected), PAGE)
+        fork = texts.fork(first, 7_999, 8_000 + PAGE, token=3)
+        assert fork.cache.next_offsets(np.array([3])) == 8_000
+        fork.cache.commit(1)
+        fork.expected = first.expected
+        texts.write(fork, PAGE)
     texts.write(first, PAGE)
     assert sum(text.cache.nbytes for text in texts.held) == one * (126 + 7) // 126
     texts.check()
@@ -332,11 +303,10 @@ def test_answers_to_one_prompt_share_all_pages_that_are_full():
 
 def test_a_fork_copies_its_full_page_for_another_token_than_the_page_has():
     texts = Texts(arena_of(9 * PAGE, PAGE, reserved=True), None)
-    first = texts.add(opened(texts.arena, 2 * PAGE), torch.empty(0))
+    first = texts.open(2 * PAGE)
     texts.write(first, PAGE)
     for tokens in ([4], [3, 3], [3]):
-        fork = texts.add(texts.arena.new_cache(2 * PAGE), first.expected[: PAGE - 1])
-        fork.cache.copy_from(first.cache, PAGE - 1, token=3)
+        fork = texts.fork(first, PAGE - 1, 2 * PAGE, token=3)
         is_shared = tokens == [3]
         expected = PAGE - 1 + is_shared + np.arange(len(tokens))
         np.testing.assert_array_equal(fork.cache.next_offsets(np.array(tokens)), expected)

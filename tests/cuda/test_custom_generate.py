@@ -46,6 +46,11 @@ def prompts(lengths=LENGTHS):
     return {"input_ids": ids.where(mask, 3), "attention_mask": mask.long()}
 
 
+def texts(model, lengths=LENGTHS, **settings):
+    """The sequences that `generate` makes of random prompts."""
+    return model.generate(**prompts(lengths) | TOKENS | settings).tolist()
+
+
 class Streamer:
     def __init__(self):
         self.tokens, self.ended = [], False
@@ -71,11 +76,9 @@ class After(StoppingCriteria):
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "qwen3_moe", "mistral", "qwen3_5"])
 def test_greedy_tokens_are_those_of_transformers(family, tmp_path):
     model, options = write_models(tmp_path, family)
-    expected = model.generate(**prompts(), **TOKENS, do_sample=False)
+    expected = texts(model, do_sample=False)
     for method in ("treeflash", "suffix"):
-        given = options | {"method": method}
-        actual = model.generate(**prompts(), **TOKENS, do_sample=False, **given)
-        assert actual.tolist() == expected.tolist(), method
+        assert texts(model, do_sample=False, method=method, **options) == expected, method
 
 
 def test_a_tokenizer_without_a_vocabulary_is_refused(tmp_path):
@@ -83,9 +86,9 @@ def test_a_tokenizer_without_a_vocabulary_is_refused(tmp_path):
     model, options = write_models(tmp_path, "llama")
     (tmp_path / "target" / "tokenizer_config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="no usable tokenizer"):
-        model.generate(**prompts(), **TOKENS, **options)
+        texts(model, **options)
     (tmp_path / "target" / "tokenizer.json").touch()
-    model.generate(**prompts(), **TOKENS, **options)
+    texts(model, **options)
 
 
 def test_the_best_published_drafter_that_can_be_used_is_the_default(models, tmp_path, monkeypatch):
@@ -94,11 +97,11 @@ def test_the_best_published_drafter_that_can_be_used_is_the_default(models, tmp_
     names = tmp_path / "missing", options["drafter"]
     published = [PublishedDrafter(name=str(name)) for name in names]
     monkeypatch.setattr(hub_models, "published_drafters", lambda target: published)
-    expected = model.generate(**prompts(), **TOKENS, do_sample=False).tolist()
-    given = prompts() | TOKENS | {"custom_generate": generate, "budget": 16}
+    expected = texts(model, do_sample=False)
+    given = {"custom_generate": generate, "budget": 16}
     with pytest.warns(UserWarning, match="the drafter .*missing is skipped"):
-        assert model.generate(**given).tolist() == expected
-    assert model.generate(**given).tolist() == expected
+        assert texts(model, **given) == expected
+    assert texts(model, **given) == expected
     assert vars(model)[PAIRS].keys() == {"auto", options["drafter"]}  # which was found once
 
 
@@ -106,24 +109,22 @@ def test_sequences_end_at_the_limit_of_the_model(models):
     model, options = models
     model = copy.deepcopy(model)
     model.config.max_position_embeddings = 20
-    given = prompts([12]) | TOKENS | {"do_sample": False}
-    expected = model.generate(**given)
+    (expected,) = texts(model, [12], do_sample=False)
     with pytest.warns(UserWarning, match="sequences end at 20 tokens, the model's limit"):
-        output = model.generate(**given, **options)
-    assert output.tolist() == expected[:, :20].tolist()
+        assert texts(model, [12], do_sample=False, **options) == [expected[:20]]
 
 
 def test_an_empty_prompt_is_refused(models):
     model, options = models
     empty = {name: tensor[:1, :0] for name, tensor in prompts().items()}
     with pytest.raises(PromptError, match="no tokens"):
-        model.generate(**empty, **TOKENS, **options)
+        texts(model, **empty, **options)
 
 
 def test_the_model_stays_its_owners(models):
     model, options = models
     before = model(**prompts()).logits
-    model.generate(**prompts(), **TOKENS, **options)
+    texts(model, **options)
     assert model.config._attn_implementation == "sdpa"
     assert torch.equal(model(**prompts()).logits, before)
     assert not any(x._forward_hooks or x._forward_pre_hooks for x in model.modules())
@@ -132,21 +133,21 @@ def test_the_model_stays_its_owners(models):
 def test_the_attention_is_restored_after_an_error(models):
     model, options = models
     with pytest.raises(ConfigError, match="budget"):
-        model.generate(**prompts(), **TOKENS, **options | {"budget": 0})
+        texts(model, **options | {"budget": 0})
     failing = StoppingCriteriaList([lambda ids, scores: 1 / 0])
     with pytest.raises(ZeroDivisionError):
-        model.generate(**prompts(), **TOKENS, stopping_criteria=failing, **options)
+        texts(model, stopping_criteria=failing, **options)
     assert model.config._attn_implementation == "sdpa"
 
 
 def test_the_pair_ends_with_its_model(tmp_path):
     model, options = write_models(tmp_path, "llama")
-    tokens = model.generate(**prompts(), **TOKENS, **options)
+    tokens = texts(model, **options)
     pair = weakref.ref(next(iter(vars(model)[PAIRS].values())))
     assert vars(copy.deepcopy(model))[PAIRS] == {}
     other = pickle.loads(pickle.dumps(model))
-    assert other.generate(**prompts(), **TOKENS, **options).tolist() == tokens.tolist()
-    model.generate(**prompts(), **TOKENS, **options)
+    assert texts(other, **options) == tokens
+    texts(model, **options)
     assert pair() is next(iter(vars(model)[PAIRS].values()))
     del model
     gc.collect()
@@ -155,43 +156,41 @@ def test_the_pair_ends_with_its_model(tmp_path):
 
 def test_other_weights_make_another_pair(tmp_path):
     model, options = write_models(tmp_path, "llama")
-    model.generate(**prompts(), **TOKENS, **options)
+    texts(model, **options)
     torch.manual_seed(1)
     model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
-    expected = model.generate(**prompts(), **TOKENS, do_sample=False)
-    assert model.generate(**prompts(), **TOKENS, **options).tolist() == expected.tolist()
+    assert texts(model, **options) == texts(model, do_sample=False)
 
 
 def test_sampled_sequences_follow_the_seed_of_pytorch(models):
     model, options = models
-    settings = {"do_sample": True, "temperature": 1.5, "top_k": 20, "top_p": 0.9, "min_p": 0.01}
+    filters = {"temperature": 1.5, "top_k": 20, "top_p": 0.9, "min_p": 0.01}
+    given = {"do_sample": True, "num_return_sequences": 3, **filters, **options}
     outputs = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
-        given = prompts([7]) | TOKENS | settings | {"num_return_sequences": 3}
-        outputs.append(model.generate(**given, **options).tolist())
+        outputs.append(texts(model, [7], **given))
     assert outputs[0] == outputs[1] != outputs[2]
-    again = [model.generate(**given, **options, seed=7).tolist() for _ in range(2)]
+    again = [texts(model, [7], **given, seed=7) for _ in range(2)]
     assert again[0] == again[1] != outputs[2]
     assert len({tuple(row) for row in outputs[0]}) == 3
 
 
 def test_sampling_settings_and_the_repetition_penalty_arrive(models):
     model, options = models
-    given = prompts([7]) | TOKENS
-    greedy = model.generate(**given, do_sample=False).tolist()
+    greedy = texts(model, [7], do_sample=False)
     normalised = {"top_k": 1, "renormalize_logits": True}
     for setting in (normalised, {"top_p": 1e-6}, {"min_p": 1.0}, {"temperature": 1e-5}):
-        assert model.generate(**given, do_sample=True, **setting, **options).tolist() == greedy
-    expected = model.generate(**given, do_sample=False, repetition_penalty=1.8).tolist()
-    actual = model.generate(**given, do_sample=False, repetition_penalty=1.8, **options).tolist()
-    assert actual == expected != greedy
+        assert texts(model, [7], do_sample=True, **setting, **options) == greedy
+    penalised = {"do_sample": False, "repetition_penalty": 1.8}
+    expected = texts(model, [7], **penalised)
+    assert texts(model, [7], **penalised, **options) == expected != greedy
 
 
 def test_sequences_end_at_end_tokens_and_at_criteria(models):
     model, options = models
-    free = model.generate(**prompts(), **TOKENS, do_sample=False)
-    token = int(free[0, LENGTHS[0] + 3])
+    free = texts(model, do_sample=False)
+    token = free[0][LENGTHS[0] + 3]
     criteria = StoppingCriteriaList([After(token)])
     after_all = StoppingCriteriaList([lambda ids, scores: ids.shape[1] == LENGTHS[0] + 6])
     for ends in (
@@ -200,10 +199,9 @@ def test_sequences_end_at_end_tokens_and_at_criteria(models):
         {"stopping_criteria": criteria, "eos_token_id": 2},
         {"stopping_criteria": criteria + after_all},
     ):
-        given = prompts() | TOKENS | ends
-        expected = model.generate(**given, do_sample=False)
-        assert expected.tolist() != free.tolist()
-        assert model.generate(**given, **options).tolist() == expected.tolist()
+        expected = texts(model, do_sample=False, **ends)
+        assert expected != free
+        assert texts(model, **ends, **options) == expected
 
 
 def test_streamers_get_every_token_in_turn(models):
@@ -230,9 +228,8 @@ def test_a_folder_of_the_hub_decodes(models, tmp_path):
         "from treeflash.transformers import run as generate\n"
     )
     (tmp_path / "custom_generate" / "requirements.txt").write_text("treeflash\n")
-    expected = model.generate(**prompts(), **TOKENS, do_sample=False)
     given = options | {"custom_generate": str(tmp_path), "trust_remote_code": True}
-    assert model.generate(**prompts(), **TOKENS, **given).tolist() == expected.tolist()
+    assert texts(model, **given) == texts(model, do_sample=False)
     assert PAIRS in vars(model)
 
 
@@ -252,7 +249,7 @@ def test_a_folder_of_the_hub_decodes(models, tmp_path):
 def test_what_is_not_supported_is_refused_by_name(models, setting, named):
     model, options = models
     with pytest.raises(ValueError, match=named) as error:
-        model.generate(**prompts() | TOKENS | setting, **options)
+        texts(model, **setting, **options)
     assert "\n" not in str(error.value)
 
 
@@ -260,7 +257,7 @@ def test_training_mode_is_refused(models):
     model, options = models
     model.train()
     with pytest.raises(ConfigError, match="training mode"):
-        model.generate(**prompts(), **TOKENS, **options)
+        texts(model, **options)
     model.eval()
 
 
@@ -271,6 +268,5 @@ def test_costs_are_measured_once_for_all_processes(models, tmp_path, monkeypatch
     monkeypatch.setattr(VerifyCosts, "measure", lambda *args: measured.append(1) or costs)
     model, options = models
     for _ in range(2):
-        given = options | {"budget": "auto"}
-        copy.deepcopy(model).generate(**prompts(), **TOKENS, do_sample=False, **given)
+        texts(copy.deepcopy(model), do_sample=False, **options | {"budget": "auto"})
     assert len(measured) == 1

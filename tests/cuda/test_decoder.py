@@ -1,18 +1,17 @@
 """Targets with layers of our own give what transformers' models give, and others keep theirs."""
 
-import json
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import pytest
+from adapters import ones, write_adapter
 from faulty_kernels import faulty
 from parts import load_with_parts
 from scheduled_texts import assert_plain_texts
 
 from treeflash.config import LoadConfig
-from treeflash.decoding import probe
 from treeflash.decoding.backend_base import CommittedPath
 from treeflash.decoding.tree import DraftTree
 from treeflash.errors import CheckpointError, UnsupportedModelError
@@ -24,9 +23,8 @@ require("torch")
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
-from treeflash_cuda import exact, linear, target_loading
+from treeflash_cuda import target_loading
 from treeflash_cuda.backend import load
-from treeflash_cuda.cache import KVCache
 from treeflash_cuda.cpu.decoder_target import CpuTarget
 from treeflash_cuda.decoder import operations as decoder_operations
 from treeflash_cuda.decoder.facts import decoder_facts
@@ -95,12 +93,7 @@ CASES = {
         **BY_TURNS,
     },
 }
-GEMMA = {
-    "head_dim": 16,
-    "query_pre_attn_scalar": 9,
-    "final_logit_softcapping": 3.0,
-    **BY_TURNS,
-}
+GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 9, "final_logit_softcapping": 3.0, **BY_TURNS}
 LOCAL_AND_GLOBAL = {
     "rope_parameters": {
         "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 99.0},
@@ -148,11 +141,7 @@ DELTA_NET = {
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 12,
     "layer_types": ["linear_attention", "full_attention"] * 2,
-    "rope_parameters": {
-        "rope_type": "default",
-        "rope_theta": 1000.0,
-        "partial_rotary_factor": 0.5,
-    },
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0, "partial_rotary_factor": 0.5},
 }
 CASES |= {
     "gemma2": GEMMA | {"attn_logit_softcapping": 2.0},
@@ -329,20 +318,6 @@ def test_operations_of_a_gpu_give_the_logits_of_transformers(tmp_path, monkeypat
         backend.target.prompt_attention = causal_attention
     found = differences(backend, model)
     assert max(found.values()) <= TOLERANCE, found
-
-
-@pytest.mark.parametrize("name", ["mistral, compiled", "qwen3, compiled"])
-def test_a_pass_finds_its_sequences_once(tmp_path, monkeypatch, name):
-    """Also where all layers, or some, have a window."""
-    write(tmp_path, name)
-    backend = load_pair(tmp_path)
-    found, reserve = [], KVCache.reserve
-    monkeypatch.setattr(KVCache, "reserve", lambda *given: found.append(given) or reserve(*given))
-    tree = DraftTree.from_parents(np.array(NODES, np.int32), np.array(PARENTS, np.int32))
-    with closing(backend.open(64, drafts=False)) as state, torch.inference_mode():
-        for tokens in (PROMPT, tree):
-            backend.verifier.forward([(state, tokens)], [True])
-    assert len(found) == 2
 
 
 def without_facts(**facts):
@@ -535,36 +510,6 @@ def test_exact_mode_is_granted_and_drafts_change_no_text(tmp_path, name, dtype):
         assert_plain_texts(backend, [PROMPT, OTHER], ("treeflash", 8), **options)
 
 
-# Triton's interpreter takes 16 to 22 seconds for each.
-@pytest.mark.nightly
-@pytest.mark.parametrize(
-    "name",
-    ["llama", "qwen3, windows, biases", "gemma2", "gemma3_text", "glm4", "granite", "olmo3"],
-)
-def test_exact_mode_of_a_gpu_is_granted_and_drafts_change_no_text(tmp_path, monkeypatch, name):
-    """The check at load compares what the kernels compute for trees, chunks and single tokens."""
-    require("triton")
-    import triton_interpreter  # noqa: F401 - repairs it
-    from treeflash_cuda.gpu.triton_kernels import attention, layers
-
-    kernels = attention.tree_attention, layers.rms_norm, layers.rotate_and_store, layers.gated
-    monkeypatch.setattr(target_loading, "load_target_operations", lambda *_: Operations(*kernels))
-    monkeypatch.setattr(linear, "uses_onednn", lambda _: False)
-    # The interpreter is slow: trees cross the end of a smaller tile, after a shorter prompt.
-    monkeypatch.setattr(attention, "MAX_TILE", 16)
-    monkeypatch.setattr(probe, "EXACT_PREFIX", 12)
-    monkeypatch.setattr(probe, "EXACT_NODES", 8)
-    monkeypatch.setattr(exact, "CHECKED_ROWS", (1, 2, 17))
-    monkeypatch.setattr(exact, "CHECKED_REPEATS", 17)
-    kinds = CASES[name].get("layer_types")
-    write(tmp_path, name, num_hidden_layers=2, **({"layer_types": kinds[:2]} if kinds else {}))
-    backend = load_pair(tmp_path, dtype="bfloat16", exact=True)
-    assert isinstance(backend.target, GpuTarget)
-    assert backend.inexact is None
-    options = {"temperature": 1.0, "max_tokens": 6}
-    assert_plain_texts(backend, [[5, 6, 7] * 4, [9, 3] * 3], ("suffix", 6), **options)
-
-
 @pytest.mark.parametrize(
     ("family", "settings", "reason"),
     [
@@ -602,31 +547,31 @@ def test_other_facts_are_refused(family, settings, reason):
 
 
 @pytest.mark.parametrize(
-    ("settings", "options", "reason"),
+    ("family", "settings", "options", "reason"),
     [
-        ({}, {"pack": False}, "training reads its layers"),
-        ({"compile": True}, {}, "its layers are compiled"),
-        ({"device_map": "auto"}, {}, "several devices have its layers"),
-        ({}, {"processes": 2}, "several devices have its layers"),
+        ("llama", {}, {"pack": False}, "training reads its layers"),
+        ("llama", {"compile": True}, {}, "its layers are compiled"),
+        ("llama", {"device_map": "auto"}, {}, "several devices have its layers"),
+        ("llama", {}, {"processes": 2}, "several devices have its layers"),
+        ("qwen3_5", {}, {"images": True}, "it reads images"),
+        ("qwen3_5", {"adapter": "x"}, {}, "its tensors have other names than the layers of its ad"),
+        ("qwen3_5", {}, {}, "flash-linear-attention computes its prompts"),
+        # PyTorch's definitions are for comparisons alone.
+        ("qwen3_moe", {}, {"lacks": "tree_attention"}, "attention has no kernel here"),
+        ("qwen3_moe", {}, {"lacks": "grouped_linear"}, "experts have no kernel here"),
     ],
 )
-def test_other_settings_keep_the_model_of_transformers(tmp_path, settings, options, reason):
-    write_target(tmp_path, "llama", seed=1)
-    options = {"pack": True, "processes": 1, "device": torch.device("cpu"), "dtype": None} | options
-    found = own_layers(tmp_path, read_model_config(tmp_path), LoadConfig(**settings), **options)
-    assert found == reason
-
-
-def write_adapter(folder, updates):
-    """An adapter with (out, in) updates of layers, by the layers' names."""
-    folder.mkdir()
-    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 2}
-    (folder / "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")
-    tensors = {}
-    for name, (a, b) in updates.items():
-        place = f"base_model.model.{name}"
-        tensors |= {f"{place}.lora_A.weight": a, f"{place}.lora_B.weight": b}
-    save_file(tensors, folder / "adapter_model.safetensors")
+def test_what_keeps_the_model_of_transformers(
+    tmp_path, monkeypatch, family, settings, options, reason
+):
+    write_target(tmp_path, family, seed=1)
+    options = {"pack": True, "processes": 1} | options
+    lacking = Operations(reasons={options.pop("lacks", None): "ptxas is missing"})
+    monkeypatch.setattr(target_loading, "load_target_operations", lambda *_: lacking)
+    monkeypatch.setattr(target_loading, "find_spec", lambda name: name == "fla" or None)
+    config, on_gpu = read_model_config(tmp_path), torch.device("cuda")
+    found = own_layers(tmp_path, config, LoadConfig(**settings), on_gpu, None, **options)
+    assert str(found).startswith(reason)
 
 
 @pytest.mark.parametrize("name", ["glm4", "phi3, plain", "llama, biases, tied"])
@@ -663,48 +608,10 @@ def test_adapters_are_merged_into_what_layers_read(tmp_path, monkeypatch, name):
 )
 def test_an_adapter_of_other_layers_is_refused(tmp_path, name, shape, reason):
     write(tmp_path / "target", "llama, biases, tied")
-    out, width = shape
-    write_adapter(tmp_path / "adapter", {name: (torch.ones(2, width), torch.ones(out, 2))})
+    write_adapter(tmp_path / "adapter", {name: ones(*shape)})
     message = f"the adapter cannot be merged into {name}: .*{reason}"
     with pytest.raises(UnsupportedModelError, match=message):
         load_pair(tmp_path / "target", adapter=str(tmp_path / "adapter"))
-
-
-@pytest.mark.parametrize(
-    ("name", "reason"),
-    [
-        ("tree_attention", "attention has no kernel here"),
-        ("grouped_linear", "experts have no kernel here"),
-    ],
-)
-def test_a_gpu_without_a_kernel_keeps_the_model_of_transformers(
-    tmp_path, monkeypatch, name, reason
-):
-    """PyTorch's definitions are for comparisons alone."""
-    write_target(tmp_path, "qwen3_moe", seed=1)
-    without = Operations(reasons={name: "ptxas is missing"})
-    monkeypatch.setattr(target_loading, "load_target_operations", lambda *_: without)
-    config, on_gpu = read_model_config(tmp_path), torch.device("cuda")
-    found = own_layers(tmp_path, config, LoadConfig(), on_gpu, None, pack=True, processes=1)
-    assert found == reason
-
-
-@pytest.mark.parametrize(
-    ("settings", "images", "reason"),
-    [
-        ({}, True, "it reads images"),
-        ({"adapter": "adapter"}, False, "its tensors have other names than the layers of its adap"),
-        ({}, False, "flash-linear-attention computes its prompts"),
-    ],
-)
-def test_qwen3_5_keeps_the_model_of_transformers(tmp_path, monkeypatch, settings, images, reason):
-    write_target(tmp_path, "qwen3_5", seed=1)
-    monkeypatch.setattr(target_loading, "load_target_operations", lambda *_: Operations())
-    monkeypatch.setattr(target_loading, "find_spec", lambda name: name == "fla" or None)
-    options = {"pack": True, "processes": 1, "images": images}
-    config, on_gpu = read_model_config(tmp_path), torch.device("cuda")
-    found = own_layers(tmp_path, config, LoadConfig(**settings), on_gpu, None, **options)
-    assert str(found).startswith(reason)
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
@@ -873,17 +780,3 @@ def test_faults_of_layers_in_one_call_are_noticed(tmp_path, with_parts, monkeypa
     monkeypatch.setattr(target, "calls", calls)
     equal = all(map(torch.equal, outputs_of(backend), expected))
     assert equal == (fault == "none")
-
-
-def test_modules_run_where_their_products_are_split(tmp_path, monkeypatch):
-    pytest.importorskip("llvmlite")
-    write(tmp_path, "llama, compiled", intermediate_size=64)
-    backend = load_pair(tmp_path, bits=4, exact=True)
-    target = backend.target
-    runs, run = [], target.calls.run
-    monkeypatch.setattr(target.calls, "run", lambda x, *rest: runs.append(len(x)) or run(x, *rest))
-    target.unsplit_rows = 3
-    for count in (3, 4, 1):
-        with closing(backend.open(8, drafts=False)) as state, torch.inference_mode():
-            backend.verifier.forward([(state, PROMPT[:count])], [True])
-    assert runs == [3, 1]

@@ -7,8 +7,6 @@ import pytest
 from parts import use_models
 
 from treeflash.config import LoadConfig
-from treeflash.decoding.session import SequenceSession
-from treeflash.decoding.tree import DraftTree
 from treeflash.errors import UnsupportedModelError
 from treeflash.testing import HYBRID_FAMILIES, require, write_drafter, write_target
 from treeflash.testing.pairs import DRAFTER_SEED, TARGET_SEED
@@ -19,7 +17,6 @@ import torch
 from treeflash_cuda import recurrence, recurrent_states
 from treeflash_cuda.backend import load
 from treeflash_cuda.cpu import decoder_target
-from treeflash_cuda.decoder import recurrences
 from treeflash_cuda.hf import hybrid, model_target
 from treeflash_cuda.hf.hybrid import MATRIX, HybridCache, RecurrentCache
 from treeflash_cuda.recurrent_states import SequenceRows, Writes
@@ -184,29 +181,3 @@ def test_layers_of_another_kind_are_refused_by_name(
     refusal = f"^qwen3_5_text models cannot run a draft tree: .*{reason}"
     with pytest.raises(UnsupportedModelError, match=refusal):
         load(pairs[DELTA][0], None, LoadConfig(device="cpu", dtype="float32"))
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("family", HYBRID_FAMILIES)
-def test_sound_pairs_load(pairs, family, dtype):
-    load(*pairs[family], LoadConfig(device="cpu", dtype=dtype))
-
-
-def test_gated_delta_nets_normalise_the_scale_of_queries_away(tmp_path, monkeypatch):
-    """A factor on them ends at the norm of the output, but for its epsilon: it is no fault."""
-    write_target(tmp_path, DELTA, seed=TARGET_SEED)
-    backend = load(tmp_path, None, LoadConfig(device="cpu", dtype="float32"))
-    tree = DraftTree.from_parents(
-        np.arange(5, 9, dtype=np.int32), np.array([-1, 0, 0, 2], np.int32)
-    )
-    found = []
-    for factor in (1, 5):
-        monkeypatch.setattr(
-            recurrences,
-            "delta_rule",
-            lambda q, *args, factor=factor: delta_rule(factor * q, *args),
-        )
-        with SequenceSession(backend) as text:
-            text.extend([3, 4])
-            found.append(text.logits(tree))
-    np.testing.assert_allclose(*found, atol=5e-3 * found[0].std())

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from adapters import write_adapter
 from gguf import GGMLQuantizationType as Kind
 from gguf.quants import quantize
 from gguf_files import HIDDEN, write_gguf
@@ -28,7 +29,6 @@ require("torch")
 require("llvmlite")
 
 import torch
-from safetensors.torch import save_file
 from treeflash_cuda.backend import load
 from treeflash_cuda.cpu import low_bit_loading
 from treeflash_cuda.hf.model_target import ModelTarget
@@ -194,10 +194,7 @@ def test_an_adapter_is_merged_into_dequantised_weights(packed, tmp_path):
     keys = facts.kv_heads * facts.head_dim
     first = facts.heads * facts.head_dim
     down, up = torch.randn(2, HIDDEN), torch.randn(keys, 2)
-    place = "base_model.model.model.layers.0.self_attn.k_proj.lora"
-    tensors = {f"{place}_A.weight": down, f"{place}_B.weight": up}
-    save_file(tensors, tmp_path / "adapter_model.safetensors")
-    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 2}')
+    write_adapter(tmp_path, {"model.layers.0.self_attn.k_proj": (down, up)})
     merged = load(packed, None, replace(config, adapter=str(tmp_path))).target
     x = torch.randn(3, HIDDEN)
     before, after = (

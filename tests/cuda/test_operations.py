@@ -1,4 +1,4 @@
-"""The operations of a forward pass, against definitions that look at one row at a time."""
+"""PyTorch's definition of attention, the plan of its work, and what is said without Triton."""
 
 import sys
 
@@ -12,23 +12,8 @@ require("torch")
 import torch
 from attention_cases import Case, attention_case, expected_attention
 from torch import nn
-from treeflash_cuda.cache import dequantise, quantise
-from treeflash_cuda.gpu.tree_recurrences import ancestor_paths
-from treeflash_cuda.operations import (
-    Operations,
-    Shapes,
-    gated,
-    load_operations,
-    rms_norm,
-    rotate_and_store,
-    tree_attention,
-)
+from treeflash_cuda.operations import Operations, Shapes, gated, load_operations, tree_attention
 from treeflash_cuda.visible_keys import CHUNK, MIN_PLACES, PLACES_EACH, padded_items, plan_work
-
-
-def numbers(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
 
 CASES = {
     "trees": Case(lengths=(5, 0, 70), nodes=7),
@@ -50,73 +35,11 @@ def test_attention_is_the_softmax_over_the_keys_of_each_row(case):
     torch.testing.assert_close(found, expected_attention(case, inputs), atol=2e-6, rtol=2e-5)
 
 
-def test_attention_reads_quantised_columns():
-    inputs = attention_case(Case(lengths=(5, 30), nodes=4, head_dim=16))
-    stored = {name: quantise(inputs[name].nan_to_num()) for name in "kv"}
-    read = {name: dequantise(x, torch.float32) for name, x in stored.items()}
-    found, expected = tree_attention(**inputs | stored), tree_attention(**inputs | read)
-    assert torch.equal(found, expected)
-
-
-def test_paths_are_the_ancestors_by_depth():
-    ancestors = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 0, 1]]).bool()
-    paths = ancestor_paths(ancestors[None])[0]
-    assert paths.tolist() == [[0, 0, 0, 0], [0, 1, 0, 0], [0, 2, 0, 0], [0, 1, 3, 0]]
-
-
-def test_a_window_keeps_the_last_positions():
-    keys = attention_case(Case(lengths=(4,), nodes=2, chunk=True))["keys"]
-    assert keys.within(3).start.tolist() == [2, 3]
-    assert keys.within(9).start.tolist() == [0, 0]
-
-
-def test_the_norm_is_pytorchs_after_the_residual():
-    x, residual, weight = numbers(5, 24), numbers(5, 24, seed=1), numbers(24, seed=2)
-    normed, total = rms_norm(x, weight, 1e-5, residual)
-    assert torch.equal(total, x + residual)
-    expected = nn.functional.rms_norm(total, (24,), weight, 1e-5)
-    torch.testing.assert_close(normed, expected)
-    torch.testing.assert_close(rms_norm(total, weight, 1e-5)[0], expected)
-
-
-@pytest.mark.parametrize("rotary_dim", [8, 4])
-def test_keys_are_rotated_and_written_to_their_columns(rotary_dim):
-    q, k, v = numbers(3, 4, 8), numbers(3, 2, 8, seed=1), numbers(3, 2, 8, seed=2)
-    angles = numbers(3, rotary_dim // 2, seed=3)
-    cos, sin = (torch.cat([x, x], -1) for x in (angles.cos(), angles.sin()))
-    caches = torch.zeros(2, 2, 10, 8)
-    slots = torch.tensor([7, 2, 3])
-    weights = numbers(2, 8, seed=4)
-    found = rotate_and_store(
-        q, k, v, cos, sin, *caches, slots, norms=(weights[0], weights[1]), eps=1e-6
-    )
-    half = rotary_dim // 2
-    for x, weight, result in ((q, weights[0], found), (k, weights[1], caches[0][:, slots].mT)):
-        x = nn.functional.rms_norm(x, (8,), weight, 1e-6)
-        pairs = torch.complex(x[..., :half], x[..., half:rotary_dim])
-        turned = pairs * torch.polar(torch.ones_like(angles), angles)[:, None]
-        expected = torch.cat([turned.real, turned.imag, x[..., rotary_dim:]], -1)
-        result = found if result is found else caches[0][:, slots].transpose(0, 1)
-        torch.testing.assert_close(result, expected)
-    assert torch.equal(caches[1][:, slots].transpose(0, 1), v)
-    unused = [column for column in range(10) if column not in slots.tolist()]
-    assert not caches[:, :, unused].any()
-
-
-def test_keys_are_quantised_for_a_quantised_cache():
-    k, v = numbers(3, 2, 8, seed=1), numbers(3, 2, 8, seed=2)
-    ones = torch.ones(3, 8)
-    caches = torch.zeros(2, 2, 5, 12, dtype=torch.int8)
-    rotate_and_store(k, k, v, ones, ones * 0, *caches, torch.tensor([4, 0, 1]))
-    assert torch.equal(caches[0][:, [4, 0, 1]].transpose(0, 1), quantise(k))
-    assert torch.equal(caches[1][:, [4, 0, 1]].transpose(0, 1), quantise(v))
-
-
 @pytest.mark.parametrize(
     ("name", "function"), [("silu", nn.SiLU()), ("gelu_tanh", nn.GELU(approximate="tanh"))]
 )
 def test_gates(name, function):
-    gate, up = numbers(3, 5), numbers(3, 5, seed=1)
+    gate, up = torch.randn(2, 3, 5)
     assert torch.equal(gated(gate, up, name), function(gate) * up)
 
 

@@ -38,6 +38,29 @@ def test_features_of_a_long_prompt_are_projected_by_chunks(engine, tmp_path):
     np.testing.assert_allclose(*drafts, atol=1e-4)
 
 
+def test_features_wait_while_drafting_pauses(engine, pair):
+    """For the draft that reads them. Forks and stored states go on as the sequence does."""
+    backend = engine.load(*pair)
+    texts = [SequenceSession(backend, drafts=True) for _ in range(3)]
+    text, restored, whole = texts
+    whole.extend([3, 4, 5, *[6] * 8])
+    text.extend([3, 4, 5])
+    with recording(backend.drafter_model, "project") as calls:
+        for _ in range(8):
+            text.verify(DraftTree.root_only(6))
+            text.commit(np.zeros(1, np.int32))
+        assert calls == []
+        fork = text.fork(text.length, text.length + 20)
+        stored = text.state.export(0, text.length, end=True).arrays()
+        restored.state.append(text.state.tokens, stored)
+        expected = backend.drafter.log_probs(whole.draft(7))
+        for other in (text, fork, restored):
+            found = backend.drafter.log_probs(other.draft(7))
+            np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert len(calls) <= len(texts) + 1
+    assert not text.state.context
+
+
 def test_a_sequence_without_drafts_keeps_no_features(engine, pair):
     backend = engine.load(*pair)
     with recording(backend.drafter_model, "project") as calls:

@@ -1,17 +1,14 @@
 """Tiny random models of transformers' and mlx-lm's types: which can branch, and their texts."""
 
 import itertools
-import json
 
 import pytest
 from engines import each
-from families import LAYERS, attempt
+from families import LAYERS, attempt, write_pair
 
 from treeflash.config import METHODS, DecodeConfig, SamplingConfig
 from treeflash.testing import require
 from treeflash.testing.comparisons import generate, steps_of, tokens_of
-from treeflash.testing.models import write_drafter
-from treeflash.testing.pairs import DRAFTER_SEED
 from treeflash.training.distillation import Response
 
 COMMON = {"cuda": ("qwen3_5", "falcon_h1", "lfm2")}
@@ -68,7 +65,11 @@ NO_HOOKS = "models cannot run a draft tree: "
     ],
     mlx=[
         *((name, NO_HOOKS) for name in ("mamba", "jamba", "recurrent_gemma", "baichuan_m1")),
-        *(("rwkv7", NO_HOOKS), ("ministral3", "by column"), ("deepseek_v32", "that branches")),
+        *(
+            ("rwkv7", NO_HOOKS),
+            ("ministral3", "by column"),
+            ("deepseek_v32", "that branches"),
+        ),
     ],
 )
 def test_types_that_cannot_branch_are_refused_by_name(engine, name, reason):
@@ -112,23 +113,9 @@ def test_a_tiny_model_that_lacks_a_kind_of_layer_is_not_tried(
     assert lacking in reason
 
 
-VOCAB = 24  # so few that a random drafter is right at times
 PROMPT = [5, 17, 3, 22, 8, 11, 20]
 GREEDY, SEEDED = SamplingConfig(), SamplingConfig(temperature=0.9, seed=7)
-READ_LAYERS = (0, 2)
-
-
-def write_pair(engine, name, folder):
-    """Folders of a random target of a type, and of a drafter for it."""
-    target, described = folder / "target", folder / "described"
-    engine.families.write(target, name, vocab_size=VOCAB, padded_vocab_size=VOCAB)
-    # Types call the sizes of a target by different names.
-    described.mkdir()
-    sizes = {"hidden_size": 64, "num_hidden_layers": LAYERS, "max_position_embeddings": 512}
-    (described / "config.json").write_text(json.dumps(sizes | {"vocab_size": VOCAB}))
-    options = {"seed": DRAFTER_SEED, "target_layer_ids": READ_LAYERS}
-    write_drafter(folder / "drafter", described, **options)
-    return target, folder / "drafter"
+READ_LAYERS = (0, LAYERS // 2)
 
 
 def fit(engine, target, drafter, texts):
@@ -155,7 +142,7 @@ def check_texts(backend, texts, methods, budgets):
 @pytest.mark.sample(2)
 @each(("name",), **COMMON)
 def test_drafted_text_is_the_frameworks_own(engine, tmp_path, name):
-    target, drafter = write_pair(engine, name, tmp_path)
+    target, drafter = write_pair(engine.families, tmp_path, name)
     expected = engine.plain_text(target, PROMPT, 40)
     check_texts(engine.load(target, drafter), {GREEDY: expected}, ["treeflash"], [64])
 
@@ -163,7 +150,7 @@ def test_drafted_text_is_the_frameworks_own(engine, tmp_path, name):
 @pytest.mark.nightly
 @each(("name",), **HYBRIDS)
 def test_long_drafted_texts_are_plain_ones(engine, tmp_path, name):
-    target, drafter = write_pair(engine, name, tmp_path)
+    target, drafter = write_pair(engine.families, tmp_path, name)
     plain, texts = engine.load(target), {}
     for sampling in (GREEDY, SEEDED):
         config = DecodeConfig(method="ar", max_tokens=200, sampling=sampling)

@@ -1,20 +1,14 @@
 """Fixtures of the MLX backend's tests."""
 
 import json
+from functools import cache
 
 import numpy as np
 import pytest
 from accelerators import MetalKernels, metal_problem
+from families import write_pair as write_pair_of
 
-from treeflash.testing.models import write_drafter, write_pair
-
-VOCAB = 24  # so few that a random drafter is right at times
-SHAPE = {
-    "hidden_size": 64,
-    "vocab_size": VOCAB,
-    "num_hidden_layers": 4,
-    "max_position_embeddings": 512,
-}
+from treeflash.testing.models import write_pair
 
 
 @pytest.fixture
@@ -64,24 +58,11 @@ def quantised_pair(pair, tmp_path_factory):
 @pytest.fixture(scope="session")
 def hybrid_pair_of(families, tmp_path_factory):
     """Folders of a random target of a type and of a drafter for it, each made once."""
-    made = {}
-
-    def pair(name, **settings):
-        key = name, *settings.items()
-        layers = settings.get("num_hidden_layers", SHAPE["num_hidden_layers"])
-        if key not in made:
-            folder = tmp_path_factory.mktemp(name)
-            sizes = dict.fromkeys(("vocab_size", "padded_vocab_size"), VOCAB) | settings
-            families.write(folder / "target", name, **sizes)
-            # Types call the sizes of a target by different names.
-            shape = SHAPE | {"num_hidden_layers": layers}
-            (folder / "config.json").write_text(json.dumps(shape))
-            ids = 0, layers // 2
-            write_drafter(folder / "drafter", folder, seed=3, target_layer_ids=ids)
-            made[key] = folder / "target", folder / "drafter"
-        return made[key]
-
-    return pair
+    return cache(
+        lambda name, **fields: write_pair_of(
+            families, tmp_path_factory.mktemp(name), name, **fields
+        )
+    )
 
 
 @pytest.fixture

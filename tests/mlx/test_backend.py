@@ -143,17 +143,6 @@ def test_freed_memory_is_limited_by_the_size_of_the_gpu(mac, available, kept):
     assert mac.limits == [("cache", kept)]
 
 
-def test_the_limit_comes_before_the_models(pair, monkeypatch):
-    calls = []
-    monkeypatch.setattr(backend_module, "limit_cache", lambda: calls.append("limit"))
-    target = backend_module.Target
-    monkeypatch.setattr(
-        backend_module, "Target", lambda *args: calls.append("target") or target(*args)
-    )
-    load(*pair, LoadConfig())
-    assert calls == ["limit", "target"]
-
-
 def test_memory_is_wired_and_given_back_at_exit(mac, monkeypatch):
     at_exit = []
     monkeypatch.setattr(device.atexit, "register", lambda *call: at_exit.append(call))
@@ -164,12 +153,6 @@ def test_memory_is_wired_and_given_back_at_exit(mac, monkeypatch):
     assert mac.limits[-1] == ("wired", 7)
     device.wire_memory(4 << 30)
     assert mac.limits[-1] == ("wired", 9 << 30)
-
-
-def test_nothing_is_wired_without_a_gpu(see_device, monkeypatch):
-    see_device(mx.cpu)
-    monkeypatch.setattr(mx, "set_wired_limit", None)
-    device.wire_memory(2 << 30)
 
 
 @pytest.mark.sample(1)
@@ -197,8 +180,7 @@ def test_models_that_leave_no_room_are_a_warning(mac, recwarn, weights, warned):
 
 
 @pytest.mark.parametrize(
-    ("limit", "force", "refused"),
-    [(0.99, False, True), (0.99, True, False), (1.2, False, False)],
+    ("limit", "force", "refused"), [(0.99, False, True), (0.99, True, False), (1.2, False, False)]
 )
 def test_models_that_do_not_fit_are_refused_before_they_are_loaded(
     pair, mac, limit, force, refused
@@ -211,6 +193,7 @@ def test_models_that_do_not_fit_are_refused_before_they_are_loaded(
         pytest.raises(ConfigError if refused else BackendError, match=message),
     ):
         load(*pair, LoadConfig(force=force))
+    assert [name for name, _ in mac.limits] == ["cache"]  # before anything is loaded
 
 
 def test_the_folder_is_not_blamed_for_memory_that_runs_out(pair):
@@ -283,53 +266,55 @@ def test_batches_are_judged_relative_to_another_context_and_more_than_once(
     ]
 
 
-def test_the_difference_of_a_batch_is_small_beside_that_of_a_context(pair, rng, monkeypatch):
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda first, *others: [first, *others], 0),
+        (lambda first, *others: [first] * (1 + len(others)), 1),
+        (lambda first, *others: [first, *(math.nan * x for x in others)], math.nan),
+    ],
+    ids=["sound", "the first for all", "not a number"],
+)
+def test_the_difference_of_a_batch_is_beside_that_of_a_context(
+    pair, rng, monkeypatch, change, expected
+):
     backend = load(pair[0], None, LoadConfig())
-    assert backend_module.batch_difference(backend, rng) < 1e-3
-    logits = type(backend.verifier).logits
+    logits = backend.verifier.logits
 
-    def first_twice(verifier, trees):
-        found = logits(verifier, trees)
-        return replace(found, logits=found.logits[:1] * len(found.logits))
+    def changed(trees):
+        found = logits(trees)
+        return replace(found, logits=change(*found.logits))
 
-    monkeypatch.setattr(type(backend.verifier), "logits", first_twice)
-    assert backend_module.batch_difference(backend, rng) == pytest.approx(1)
-
-    def second_is_nan(verifier, trees):
-        found = logits(verifier, trees)
-        first, *others = found.logits
-        return replace(found, logits=[first, *(float("nan") * x for x in others)])
-
-    monkeypatch.setattr(type(backend.verifier), "logits", second_is_nan)
-    assert math.isnan(backend_module.batch_difference(backend, rng))
+    monkeypatch.setattr(backend.verifier, "logits", changed)
+    found = backend_module.batch_difference(backend, rng)
+    assert found == pytest.approx(expected, abs=1e-3, nan_ok=True)
 
 
 @pytest.mark.sample(1)
-@pytest.mark.parametrize("drafter", [None, "dflash", "treeflash"])
-def test_a_gpu_is_warmed_up_at_load(pair, tmp_path, monkeypatch, drafter):
+@pytest.mark.parametrize(
+    ("drafter", "role", "table"),
+    [
+        ("treeflash", "head", "transitions"),
+        ("dflash", "drafter", "marginals"),
+        (None, "verifier", "commit"),
+    ],
+)
+def test_a_gpu_is_warmed_up_at_load(pair, tmp_path, drafter, role, table):
     """Everything that an answer needs runs once, so that the first answer compiles nothing."""
-    calls = []
     if drafter is not None:
         write_drafter(tmp_path, pair[0], format=drafter, seed=1)
     backend = load(pair[0], None if drafter is None else tmp_path, LoadConfig())
-    for role in (backend.verifier, backend.drafter, backend.head):
-        for name in ("run", "commit", "draft", "marginals", "transitions"):
-            if (method := getattr(type(role), name, None)) is not None:
-
-                def record(*args, name=name, method=method):
-                    calls.append(name)
-                    return method(*args)
-
-                monkeypatch.setattr(type(role), name, record)
-    with recording(type(backend.target), "forward") as passes:
+    with (
+        recording(type(backend.target), "forward") as passes,
+        recording(type(getattr(backend, role)), table) as tables,
+    ):
         backend_module.warm_up(backend)
+    assert tables
     sizes = [token_ids.shape[1] for _, token_ids, *_ in passes]
     assert sizes.count(backend_module.WARM_NODES) == 2  # copies of the text need trees too
-    drafting = {"dflash": {"draft", "marginals"}, "treeflash": {"draft", "transitions"}}
-    assert set(calls) == {"run", "commit"} | drafting.get(drafter, set())
-    calls.clear()
-    load(*pair, LoadConfig(device="cpu"))
-    assert "draft" not in calls  # a CPU has nothing to compile
+    with recording(type(backend.target), "forward") as passes:
+        load(*pair, LoadConfig(device="cpu"))  # which has nothing to compile
+    assert backend_module.WARM_NODES not in [token_ids.shape[1] for _, token_ids, *_ in passes]
 
 
 def test_a_target_that_cannot_run_trees_is_warmed_up_without(families, tmp_path):

@@ -9,16 +9,12 @@ from recordings import recording
 
 from treeflash.config import DecodeConfig, LoadConfig, SamplingConfig
 from treeflash.decoding.session import SequenceSession
-from treeflash.decoding.tree import DraftTree
 from treeflash.drafters.folder import read_config
 from treeflash.drafters.mtp_heads import Experts
 from treeflash.drafters.mtp_layer import Router
 from treeflash.testing import require
 from treeflash.testing.comparisons import generate
-from treeflash.testing.models import (
-    write_dialect,
-    write_pair,
-)
+from treeflash.testing.models import write_dialect, write_pair
 
 require("mlx.core")
 require("mlx_lm")
@@ -166,22 +162,3 @@ def test_a_gpu_begins_a_draft_before_its_table_is_built(pair, see_device, monkey
     layers = backend.drafter_config.num_hidden_layers
     assert len(submitted) == (len({0, layers - 1}) if on_gpu else 0)
     np.testing.assert_array_equal(np.array(block.hidden), expected)
-
-
-@pytest.mark.parametrize("drafts", [True, False])
-def test_rows_of_a_commit_are_moved_behind_the_draft(pair, see_device, monkeypatch, drafts):
-    """The draft does not read them; without a draft they are moved at once."""
-    backend = load(*pair, LoadConfig())
-    tree = DraftTree.from_parents(np.arange(3, dtype=np.int32), np.array([-1, 0, 0], np.int32))
-    submitted = []
-    with SequenceSession(backend, drafts=drafts) as sequence:
-        sequence.extend([5, 6, 7])
-        sequence.verify(tree)
-        monkeypatch.setattr(mx, "async_eval", submitted.append)
-        sequence.commit(np.array([0, 2], np.int32))
-        keys = sequence.state.kv_cache.storage.arrays
-        assert len(submitted[-1]) == (1 if drafts else len(keys))
-        if drafts:
-            see_device(mx.gpu)
-            sequence.draft(3)
-        assert {id(x) for x in keys} <= {id(x) for x in submitted[-1]}

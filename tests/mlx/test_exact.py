@@ -2,7 +2,7 @@
 
 import pytest
 
-from treeflash.config import DecodeConfig, LoadConfig, SamplingConfig
+from treeflash.config import LoadConfig
 from treeflash.errors import UnsupportedModelError
 from treeflash.testing import require
 from treeflash.testing.models import write_pair
@@ -11,7 +11,6 @@ require("mlx_lm")
 
 import mlx.core as mx
 from mlx import nn
-from scheduled_texts import decode_together
 from treeflash_mlx.backend import load
 from treeflash_mlx.exact import check_operations, operations
 from treeflash_mlx.target import Target
@@ -26,26 +25,6 @@ def backend(tmp_path_factory):
     folder = tmp_path_factory.mktemp("exact")
     config = LoadConfig(dtype="bfloat16", exact=True)
     return load(*write_pair(folder, "qwen3", vocab_size=96, hidden_size=64), config)
-
-
-SAMPLINGS = SamplingConfig(), SamplingConfig(temperature=0.9, seed=3)
-
-
-@pytest.mark.sample(1)
-@pytest.mark.parametrize("sampling", SAMPLINGS)
-def test_texts_of_bfloat16_are_those_of_plain_decoding(backend, sampling, rng):
-    """Alone and four at once, after prompts of different lengths."""
-    assert backend.inexact is None
-    prompts = [rng.integers(0, 96, n).tolist() for n in (3, 20, 70, 150)]
-
-    def texts(method, parallel):
-        config = DecodeConfig(method=method, budget=12, max_tokens=10, sampling=sampling)
-        return decode_together(backend, prompts, [config] * len(prompts), parallel=parallel)
-
-    plain = texts("ar", 1)
-    assert texts("ar", 4) == plain
-    for method, parallel in (("treeflash", 1), ("treeflash", 4), ("suffix", 4)):
-        assert texts(method, parallel) == plain
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from treeflash.errors import UnsupportedModelError
 from treeflash.testing import require
 from treeflash.testing.comparisons import path_to, random_tree
 
@@ -109,14 +108,6 @@ def one_round_less(system, targets, depth):
 
 
 ROUNDS = hybrid.solve_by_rounds
-
-
-def test_one_round_too_few_is_noticed(see_device, monkeypatch):
-    assert hybrid.choose_solver() in (ROUNDS, hybrid.solve_by_substitution)
-    monkeypatch.setattr(hybrid, "solve_by_rounds", one_round_less)
-    see_device(mx.cpu)
-    with pytest.raises(UnsupportedModelError, match="token by token"):
-        hybrid.choose_solver()
 
 
 def test_a_kernel_that_is_wrong_or_fails_is_dropped_with_one_line(see_device, monkeypatch):

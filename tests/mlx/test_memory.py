@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from failures import failing
 from memory import check_memory
 
 from treeflash.config import DecodeConfig, LoadConfig
@@ -16,6 +17,7 @@ require("mlx_lm")
 
 import mlx.core as mx
 from treeflash_mlx.backend import load
+from treeflash_mlx.cache import BatchStorage, KVCache, share_storage
 from treeflash_mlx.state import State
 
 
@@ -87,3 +89,24 @@ def test_states_are_written_in_place(tmp_path):
             mx.synchronize()
             peaks.append(mx.get_peak_memory() - before)
         assert peaks[0] > states[0].nbytes > 4 * peaks[2]
+
+
+@pytest.mark.parametrize("call", [1, 3])
+def test_a_move_that_fails_changes_no_sequence(rng, call):
+    sequences, expected = [KVCache(3, 40 + 300 * i) for i in range(2)], []
+    for sequence in sequences:
+        rows = mx.array(rng.normal(size=(3, 2, 1, 2, 9, 32)), mx.float32)
+        for layer in range(3):
+            share_storage([sequence]).write(layer, list(rows[layer]), 0)
+        sequence.length = 9
+        expected.append(np.array(rows)[:, :, 0])
+    fresh, error = KVCache(3, 40), RuntimeError("[malloc] Unable to allocate 5 bytes.")
+    with failing(BatchStorage, "fill", error, call=call), pytest.raises(RuntimeError):
+        share_storage([*sequences, fresh])
+    assert fresh.storage is None
+    for sequence, rows in zip(sequences, expected, strict=True):
+        assert share_storage([sequence]).columns == sequence.columns
+        np.testing.assert_array_equal(sequence.read(), rows)
+    share_storage(sequences)
+    for sequence, rows in zip(sequences, expected, strict=True):
+        np.testing.assert_array_equal(sequence.read(), rows)

@@ -16,12 +16,7 @@ from recordings import recording
 from treeflash_mlx import backend as backend_module
 from treeflash_mlx import metal_kernels, shared_products
 from treeflash_mlx.backend import MlxBackend, load
-from treeflash_mlx.shared_products import (
-    choose_shares,
-    gpu_rows,
-    multiply_shared,
-    prompt_layers,
-)
+from treeflash_mlx.shared_products import choose_shares, gpu_rows, multiply_shared, prompt_layers
 from treeflash_mlx.target import Target
 
 

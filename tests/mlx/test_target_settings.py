@@ -14,12 +14,7 @@ require("mlx_lm")
 import mlx.core as mx
 from mlx import nn
 from transformers import CONFIG_MAPPING, AutoConfig
-from treeflash_mlx.target import (
-    ACTIVATIONS,
-    Target,
-    compatible_settings,
-    refuse_ignored_activation,
-)
+from treeflash_mlx.target import ACTIVATIONS, Target, compatible_settings, refuse_ignored_activation
 
 THETA = 12345.0
 
@@ -55,7 +50,7 @@ def test_rope_settings_by_layer_type():
         "rope_parameters": {
             "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
             "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
-        },
+        }
     }
     added = compatible_settings(config)
     assert added["rope_theta"] == 1e6

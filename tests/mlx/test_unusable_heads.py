@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from byte_tokens import save_tokenizer
+from families import LAYERS
 from safetensors.numpy import save_file
 
 from treeflash.language_model import load
@@ -15,7 +16,7 @@ require("mlx")
 def test_an_incomplete_head_of_glm_4_7_flash_is_passed_over(families, tmp_path, caplog):
     families.write(tmp_path, "glm4_moe_lite", vocab_size=300)
     save_tokenizer(tmp_path)
-    layers = families.FIELDS["num_hidden_layers"]
+    layers = LAYERS
     head = {f"model.layers.{layers}.eh_proj.weight": np.zeros((2, 2), np.float32)}
     save_file(head, tmp_path / "mtp.safetensors")
     model = load(tmp_path, device="cpu", backend="mlx", dtype="float32")

@@ -87,37 +87,6 @@ def test_hybrids_are_ahead_too(hybrid_pair_of, family):
     assert sum(len(args) == 3 for args in passes) >= 13
 
 
-@pytest.fixture
-def projected(backend):
-    """Features that were projected, with the model that did."""
-    with recording(type(backend.drafter_model), "project") as found:
-        yield found
-
-
-def test_features_are_not_projected_while_drafting_pauses(backend, projected):
-    """They are projected all at once when the drafter reads them."""
-    sequences = [SequenceSession(backend, drafts=True) for _ in range(2)]
-    tokens = [sequence.extend([3, 4, 5 + i]) for i, sequence in enumerate(sequences)]
-    for _ in range(4):
-        tokens = [step(*pair) for pair in zip(sequences, tokens, strict=True)]
-    # Of the prompts, but for their last tokens.
-    assert [len(outputs) for _, outputs in projected] == [2, 2]
-    states = [sequence.state for sequence in sequences]
-    backend.drafter.draft(list(zip(states, tokens, strict=True)))
-    assert [len(outputs) for _, outputs in projected] == [2, 2, 10]
-
-
-def test_a_pass_is_ahead_from_the_second_token_on(backend, passes):
-    sequence = SequenceSession(backend, drafts=True)
-    token = sequence.extend([3, 4, 5])
-    del passes[:]
-    counts = []
-    for _ in range(4):
-        token = step(sequence, token)
-        counts.append(len(passes))
-    assert counts == [1, 3, 4, 5]
-
-
 def test_logits_that_are_not_finite_raise(backend, monkeypatch):
     sequence = SequenceSession(backend)
     token = step(sequence, sequence.extend([3, 4, 5]))

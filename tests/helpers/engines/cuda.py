@@ -3,7 +3,7 @@
 import torch
 from families import cuda as families  # noqa: F401 - a part of the engine
 from transformers import AutoModelForCausalLM
-from treeflash_cuda import backend
+from treeflash_cuda import backend, images  # noqa: F401 - a part of the engine
 from treeflash_cuda.low_bit_linear import LowBitLinear
 from treeflash_cuda.target_loading import load_target
 from treeflash_cuda.training.data import FeatureStore
@@ -42,3 +42,15 @@ def quantised_parts(pair):
     parts = pair.drafter_model, getattr(pair.head, "module", None)
     modules = [module for part in parts if part is not None for module in part.named_modules()]
     return {name for name, module in modules if isinstance(module, LowBitLinear)}
+
+
+def save_with_images(family, model, folder):
+    model.save_pretrained(folder)
+
+
+def image_samples(pair):
+    return pair.target.samples
+
+
+def tower_nbytes(pair):
+    return sum(x.nbytes for x in pair.target.tower.parameters)

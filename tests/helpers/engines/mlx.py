@@ -8,10 +8,11 @@ from families import mlx as families  # noqa: F401 - a part of the engine
 from mlx import nn
 from mlx_lm.generate import generate_step
 from mlx_lm.utils import load_model
-from treeflash_mlx import backend
+from treeflash_mlx import backend, images  # noqa: F401 - a part of the engine
 from treeflash_mlx.target import Target, compatible_settings
 
 from treeflash.config import LoadConfig
+from treeflash.decoding import image_processor
 from treeflash.drafters.folder import read_config
 
 FLOAT32 = {"device": "cpu", "dtype": "float32"}
@@ -51,3 +52,17 @@ def quantised_parts(pair):
     modules = [module for part in parts if part is not None for module in part.named_modules()]
     kinds = nn.QuantizedLinear | nn.QuantizedEmbedding
     return {name for name, module in modules if isinstance(module, kinds)}
+
+
+def save_with_images(family, model, folder):
+    from image_models import save_published  # which needs PyTorch
+
+    save_published(family, model, folder)
+
+
+def image_samples(pair):
+    return image_processor.image_samples(pair.images)
+
+
+def tower_nbytes(pair):
+    return sum(x.nbytes for x in pair.target.tower.arrays)

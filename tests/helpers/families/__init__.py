@@ -14,18 +14,23 @@ have the same functions; `attempt` calls those of one.
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
 from treeflash.decoding.probe import state_difference, tree_difference
 from treeflash.errors import TreeflashError, UnsupportedModelError
 from treeflash.testing.comparisons import text_difference
+from treeflash.testing.models import write_drafter
+from treeflash.testing.pairs import DRAFTER_SEED
 
 LAYERS, WINDOW, PREFIX = 4, 8, 24
 VOCAB_SIZE = 96
+SMALL_VOCABULARY = dict.fromkeys(("vocab_size", "padded_vocab_size"), 24)
 TOLERANCE = 1e-4
 TOKENS: list[int] = np.random.default_rng(1).integers(0, VOCAB_SIZE, PREFIX).tolist()
 """A text longer than the window."""
@@ -58,6 +63,23 @@ def attempt(framework: ModuleType, name: str) -> tuple[str, str]:
     if not error <= TOLERANCE:
         return "refused", f"probe: differs by {error:.1e}"
     return "verified", f"{error:.0e}"
+
+
+def write_pair(framework: ModuleType, folder: Path, name: str, **fields: Any) -> tuple[Path, Path]:
+    """Save a random target of a type, and a drafter for it; returns their folders.
+
+    The vocabulary is so small that the drafter, which is random too, is right at times.
+    """
+    target, described = folder / "target", folder / "described"
+    framework.write(target, name, **SMALL_VOCABULARY | fields)
+    # Types call the sizes of a target by different names.
+    sizes = {"hidden_size": 64, "num_hidden_layers": LAYERS, "max_position_embeddings": 512}
+    sizes |= SMALL_VOCABULARY | {name: fields[name] for name in sizes if name in fields}
+    described.mkdir()
+    (described / "config.json").write_text(json.dumps(sizes))
+    layer_ids = 0, sizes["num_hidden_layers"] // 2
+    write_drafter(folder / "drafter", described, seed=DRAFTER_SEED, target_layer_ids=layer_ids)
+    return target, folder / "drafter"
 
 
 def main(framework: ModuleType, names: list[str]) -> None:

@@ -251,7 +251,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
             {"attention": {"replace_with_linear": True}, "ffn": {"ffn_mult": 2.0}},
             {"attention": {"n_heads_in_group": 2}, "ffn": {"replace_with_linear": True}},
             {"attention": {"n_heads_in_group": 4}, "ffn": {"ffn_mult": 1.0}},
-        ],
+        ]
     },
     "nemotron_h": {"hybrid_override_pattern": ["M", "*", "-", "E"]},
     "olmo_hybrid": {"layer_types": LINEAR},

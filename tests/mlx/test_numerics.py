@@ -1,0 +1,89 @@
+"""How numbers are computed on MLX: linear layers of pairs, sorting, and the sampler."""
+
+import numpy as np
+import pytest
+
+from treeflash.config import SamplingConfig
+from treeflash.decoding.sampling import position_keys
+from treeflash.testing import require
+
+require("mlx.core")
+require("mlx_lm")
+
+import mlx.core as mx
+from mlx import nn
+from treeflash_mlx.drafter_operations import PairLinear, split_pairs
+from treeflash_mlx.numerics import top_indices, top_log_probs
+from treeflash_mlx.sampling import sample_tokens
+
+SIZE, OUT = 64, 40
+
+
+class Layers(nn.Module):
+    """A pair among other layers."""
+
+    def __init__(self, bias):
+        super().__init__()
+        self.pair = PairLinear(SIZE, OUT, bias)
+        self.norm = nn.RMSNorm(SIZE)
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_pair_equals_a_linear_layer_of_the_concatenation(rng, bias, bits):
+    """Quantised too: a group of weights never spans both halves."""
+    layer, layers = nn.Linear(2 * SIZE, OUT, bias), Layers(bias)
+    tensors = {f"pair.{name}": tensor for name, tensor in layer.parameters().items()}
+    tensors["norm.weight"] = mx.ones(SIZE)
+    layers.load_weights(list(split_pairs(layers, tensors).items()))
+    if bits is not None:
+        nn.quantize(layers, SIZE, bits)
+        layer = layer.to_quantized(SIZE, bits)
+        assert isinstance(layers.pair.first, nn.QuantizedLinear)
+        assert isinstance(layers.pair.second, nn.QuantizedLinear)
+    own = mx.array(rng.normal(size=(7, SIZE)), mx.float32)
+    shared = mx.array(rng.normal(size=(3, SIZE)), mx.float32)
+    rows = mx.array([0, 1, 1, 1, 2, 2, 2])
+    expected = layer(mx.concatenate([own, shared[rows]], -1))
+    np.testing.assert_allclose(layers.pair(own, shared, rows), expected, atol=1e-5)
+
+
+def test_splitting_leaves_other_tensors_alone():
+    tensors = {"pair.weight": mx.zeros((OUT, 2 * SIZE)), "norm.weight": mx.ones(SIZE)}
+    parts = split_pairs(Layers(bias=False), tensors)
+    assert sorted(parts) == ["norm.weight", "pair.first.weight", "pair.second.weight"]
+    assert parts["norm.weight"] is tensors["norm.weight"]
+    assert len(tensors) == 2
+
+
+def keys(count):
+    return position_keys(3, np.arange(count, dtype=np.int32))
+
+
+@pytest.mark.parametrize("vocab", [5, 129, 2048, 5000])
+@pytest.mark.parametrize("k", [1, 5])
+def test_top_indices_equal_sorting(rng, vocab, k):
+    logits = rng.normal(size=(30, vocab)).astype(np.float32)
+    expected = np.argsort(-logits, axis=-1, kind="stable")[:, :k]
+    np.testing.assert_array_equal(np.array(top_indices(mx.array(logits), k)), expected)
+    tokens, log_probs = top_log_probs(mx.array(logits), k, 0.7)
+    scaled = logits / 0.7
+    normalised = scaled - np.log(np.exp(scaled).sum(-1, keepdims=True))
+    np.testing.assert_array_equal(np.array(tokens), expected)
+    expected_log_probs = np.take_along_axis(normalised, expected, -1)
+    np.testing.assert_allclose(np.array(log_probs), expected_log_probs, atol=1e-5)
+
+
+def test_equal_entries_are_in_order_of_their_columns():
+    logits = np.zeros((2, 3000), np.float32)
+    logits[:, [2900, 7, 1500]] = 1
+    np.testing.assert_array_equal(np.array(top_indices(mx.array(logits), 3)), [[7, 1500, 2900]] * 2)
+
+
+def test_a_row_is_drawn_again_without_its_neighbours(rng):
+    """Other rows are certain; sums over the whole vocabulary may round differently."""
+    logits = mx.array(rng.normal(size=(3, 700)) * [[3.0], [0.01], [3.0]], mx.float32)
+    config = SamplingConfig(temperature=1.0, top_p=0.9)
+    together = sample_tokens(logits, config, keys(3))
+    alone = [sample_tokens(logits[i : i + 1], config, keys(3)[i : i + 1])[0] for i in range(3)]
+    assert together.tolist() == alone
