@@ -16,7 +16,7 @@ from treeflash.decoding.backend_base import CommittedPath
 from treeflash.decoding.tree import DraftTree
 from treeflash.errors import CheckpointError, UnsupportedModelError
 from treeflash.testing import require
-from treeflash.testing.models import write_drafter, write_target
+from treeflash.testing.models import edit_config, write_drafter, write_target
 
 require("torch")
 
@@ -51,6 +51,12 @@ SMALL = {
 }
 BY_TURNS = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 6}
 LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "rope_theta": 1000.0,
+    "original_max_position_embeddings": 64,
+}
 CASES = {
     "llama": {"head_dim": 16},
     "llama, biases, tied": {
@@ -76,15 +82,7 @@ CASES = {
         "attention_bias": True,
         **BY_TURNS,
     },
-    "qwen3, yarn": {
-        "head_dim": 16,
-        "rope_parameters": {
-            "rope_type": "yarn",
-            "factor": 4.0,
-            "rope_theta": 1000.0,
-            "original_max_position_embeddings": 64,
-        },
-    },
+    "qwen3, yarn": {"head_dim": 16, "rope_parameters": YARN},
     "smollm3": {"tie_word_embeddings": False},
     "smollm3, windows": {
         "use_sliding_window": True,
@@ -109,12 +107,7 @@ LONGROPE = {
 }
 STRETCHED = {
     "rope_parameters": {
-        "full_attention": {
-            "rope_type": "yarn",
-            "factor": 4.0,
-            "rope_theta": 1000.0,
-            "original_max_position_embeddings": 64,
-        },
+        "full_attention": YARN,
         "sliding_attention": {"rope_type": "default", "rope_theta": 1000.0},
     }
 }
@@ -320,68 +313,22 @@ def test_operations_of_a_gpu_give_the_logits_of_transformers(tmp_path, monkeypat
     assert max(found.values()) <= TOLERANCE, found
 
 
-def without_facts(**facts):
-    return lambda model: give_facts(model, replace(model.facts, **facts))
-
-
-def with_factors(**factors):
-    def change(model):
-        give_facts(model, replace(model.facts, factors=replace(model.facts.factors, **factors)))
-
-    return change
-
-
-def give_facts(model, facts):
-    for part in (model, *model.layers, *(layer.mixer for layer in model.layers)):
-        part.facts = facts
-
-
-def with_activation(name):
-    def change(model):
-        for layer in model.layers:
-            layer.network.activation = name
-
-    return change
-
-
-def with_experts(**values):
-    def change(model):
-        for layer in model.layers:
-            if hasattr(layer.network, "experts"):
-                layer.network.facts = replace(layer.network.facts, **values)
-
-    return change
-
-
-def with_smaller_norms(model):
-    for layer in model.layers:
-        layer.input_norm.sub_(1)
-
-
-def with_rope(**values):
-    def change(model):
-        (rope,) = model.facts.ropes
-        give_facts(model, replace(model.facts, ropes=(replace(rope, **values),)))
-
-    return change
-
-
 def in_layers(**attributes):
+    """Change attributes of the layers, or of their mixers or networks."""
+
     def change(model):
         for layer in model.layers:
             for name, value in attributes.items():
-                setattr(layer if hasattr(layer, name) else layer.mixer, name, value)
+                parts = layer, layer.mixer, layer.network
+                owner = next((x for x in parts if hasattr(x, name)), layer.mixer)
+                setattr(owner, name, value)
 
     return change
 
 
-def with_rates(factor):
-    def change(model):
-        for layer in model.layers:
-            if hasattr(layer.mixer, "rates"):
-                layer.mixer.rates.mul_(factor)
-
-    return change
+def with_heads_normed_alone(model):
+    for part in (model, *model.layers, *(layer.mixer for layer in model.layers)):
+        part.facts = replace(part.facts, norms_heads="each")
 
 
 def with_norms_in_the_order_of_files(model):
@@ -389,16 +336,6 @@ def with_norms_in_the_order_of_files(model):
         if hasattr(layer.mixer, "head_norms"):
             norms = layer.mixer.head_norms
             layer.mixer.head_norms = norms[:, model.facts.head_order.argsort()]
-
-
-def without_shared_experts(model):
-    for layer in model.layers:
-        layer.network.shared = None
-
-
-def without_biases(model):
-    for layer in model.layers:
-        layer.mixer.qkv.bias = None
 
 
 def turned_the_other_way(model):
@@ -411,11 +348,6 @@ def turned_the_other_way(model):
     model.rotation = turned
 
 
-def without_weights_of_norms(model):
-    for layer in model.layers:
-        layer.network_norm.fill_(1)
-
-
 def with_sums_that_are_not_normed(model):
     plain = decoder_operations.rms_norm
 
@@ -425,36 +357,55 @@ def with_sums_that_are_not_normed(model):
     in_layers(operations=replace(decoder_operations.PYTORCH, rms_norm=rms_norm))(model)
 
 
+def in_files(folder, fault):
+    """Let the configuration, or tensors whose names end so, be what the fault makes of them."""
+    if isinstance(fault, dict):
+        edit_config(folder, lambda config: config.update(fault))
+    elif isinstance(fault, tuple):
+        end, change = fault
+        tensors = load_file(folder / "model.safetensors")
+        found = {name: change(x) for name, x in tensors.items() if name.endswith(end)}
+        assert found
+        save_file(tensors | found, folder / "model.safetensors", {"format": "pt"})
+
+
+GLOBAL = LOCAL_AND_GLOBAL["rope_parameters"]["full_attention"]
+ONE_ROPE = {"full_attention": GLOBAL, "sliding_attention": GLOBAL}
+WHOLE_HEADS = LONGROPE | {"short_factor": [1.0, 1.5, 2.5, 3.5], "long_factor": [2.0, 3.0, 9.0, 9.0]}
 FAULTS = {
     "swapped halves": ("llama", turned_the_other_way),
-    "a norm without weights": ("llama", without_weights_of_norms),
+    "a norm without weights": ("llama", ("post_attention_layernorm.weight", torch.ones_like)),
     "sums that are not normed": ("llama", with_sums_that_are_not_normed),
-    "no frequencies of llama3": ("llama, llama3", with_rope(frequencies=torch.ones(4))),
-    "no scale of YaRN": ("qwen3, yarn", with_rope(scale=1.0)),
-    "no biases": ("qwen2", without_biases),
+    "no frequencies of llama3": ("llama, llama3", {"rope_parameters": {"rope_theta": 500.0}}),
+    "no scale of YaRN": ("qwen3, yarn", {"rope_parameters": YARN | {"attention_factor": 1.0}}),
+    "no biases": ("qwen2", ("_proj.bias", torch.zeros_like)),
     "no norms of heads": ("qwen3", in_layers(head_norms=None)),
-    "no window": ("mistral", in_layers(window=None)),
-    "a window in every layer": ("qwen2, windows", in_layers(window=6)),
-    "a rotation in every layer": ("smollm3", without_facts(rotated=(0,) * 4)),
-    "one rotation in every layer": ("gemma3_text", without_facts(rotated=(0,) * 4)),
-    "no offset of norms": ("gemma3_text", with_smaller_norms),
+    "no window": ("mistral", {"sliding_window": None}),
+    "a window in every layer": ("qwen2, windows", {"layer_types": ["sliding_attention"] * 4}),
+    "a rotation in every layer": ("smollm3", {"no_rope_layers": [1] * 4}),
+    "one rotation in every layer": ("gemma3_text", {"rope_parameters": ONE_ROPE}),
+    "no offset of norms": ("gemma3_text", ("input_layernorm.weight", lambda x: x - 1)),
     "no norms of what sublayers add": ("gemma2", in_layers(attention_norm=None)),
-    "no scaled embeddings": ("gemma2", with_factors(embeddings=1)),
-    "scores of other heads": ("gemma3_text", with_factors(scores=None)),
-    "no bound of scores": ("gemma2", with_factors(score_cap=None)),
-    "no bound of logits": ("gemma3_text", with_factors(logit_cap=None)),
-    "no factor on sublayers": ("granite", with_factors(sublayers=1)),
-    "no divisor of logits": ("granite", with_factors(logits=1)),
-    "heads that are normed alone": ("olmo2", without_facts(norms_heads="each")),
-    "a rotated rest of heads": ("phi3", with_rope(frequencies=torch.ones(4))),
-    "weights of experts that sum to less": ("qwen3_moe", with_experts(sums_to_one=False)),
-    "other experts": ("mixtral", with_experts(per_token=2)),
-    "another activation": ("gemma3_text", with_activation("silu")),
+    "no scaled embeddings": (
+        "gemma2, no caps, biases",
+        ("embed_tokens.weight", lambda x: x / SMALL["hidden_size"] ** 0.5),
+    ),
+    "scores of other heads": ("gemma3_text", {"query_pre_attn_scalar": GEMMA["head_dim"]}),
+    "no bound of scores": ("gemma2", {"attn_logit_softcapping": None}),
+    "no bound of logits": ("gemma3_text", {"final_logit_softcapping": None}),
+    "no factor on sublayers": ("granite", {"residual_multiplier": 1.0}),
+    "no divisor of logits": ("granite", {"logits_scaling": 1.0}),
+    "heads that are normed alone": ("olmo2", with_heads_normed_alone),
+    "a rotated rest of heads": ("phi3", {"rope_parameters": WHOLE_HEADS}),
+    "weights of experts that sum to less": ("qwen3_moe", {"norm_topk_prob": False}),
+    "other experts": ("mixtral", {"num_experts_per_tok": 2}),
+    "another activation": ("gemma3_text", in_layers(activation="silu")),
     "no gates of attention": ("qwen3_5_text", in_layers(gate=None)),
-    "states that last longer": ("qwen3_5_text", with_rates(0.5)),
+    "states that last longer": ("qwen3_5_text", ("A_log", lambda x: x - np.log(2))),
     "norms in another order": ("qwen3_5_text", with_norms_in_the_order_of_files),
-    "no shared experts": ("qwen3_5_moe_text", without_shared_experts),
+    "no shared experts": ("qwen3_5_moe_text", in_layers(shared=None)),
 }
+"""Of each a model, and what is changed: its configuration, its tensors, or its layers."""
 
 
 FAULTS_OF_A_GPU = (
@@ -478,10 +429,13 @@ def test_faults_are_noticed_on_a_gpu(tmp_path, monkeypatch, fault):
 
 
 def check_fault(folder, fault, load_pair):
-    name, plant = FAULTS[fault]
+    name, change = FAULTS[fault]
     model = write(folder, name)
+    in_files(folder, change)
     backend = load_pair(folder)
-    plant(backend.target.model)
+    assert isinstance(backend.target, CpuTarget | GpuTarget)
+    if callable(change):
+        change(backend.target.model)
     assert differences(backend, model)["prompt"] > 100 * TOLERANCE
 
 

@@ -108,21 +108,15 @@ PLACES = {
     chains_run_as_text: (None, "SequenceRows"),
     single_step_in_place: (HybridCache, "get_recurrent_state"),
 }
-EVERYWHERE = (
-    windows_by_column,
-    causal_mask,
-    own_decay_left_out,
-    commit_without_decay,
-    commit_with_own_decay,
-    state_of_the_whole_block,
-    tail_of_the_last_columns,
-    chains_run_as_text,
-)
+OF_DELTA, OF_MAMBA = {keys_not_normalised, no_solve}, {queries_scaled, single_step_in_place}
 FAULTS = [
-    *((fault, DELTA) for fault in EVERYWHERE),
-    *(pytest.param(fault, MAMBA, marks=pytest.mark.nightly) for fault in EVERYWHERE),
-    *((fault, DELTA) for fault in (keys_not_normalised, no_solve)),
-    *((fault, MAMBA) for fault in (queries_scaled, single_step_in_place)),
+    *((fault, DELTA) for fault in PLACES if fault not in OF_MAMBA),
+    *((fault, MAMBA) for fault in PLACES if fault in OF_MAMBA),
+    *(
+        pytest.param(fault, MAMBA, marks=pytest.mark.nightly)
+        for fault in PLACES
+        if fault not in OF_DELTA | OF_MAMBA
+    ),
 ]
 
 

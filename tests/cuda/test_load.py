@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from adapters import ones, write_adapter
 from byte_tokens import save_tokenizer
+from recordings import recording
 
 import treeflash
 from treeflash.config import DecodeConfig, LoadConfig
-from treeflash.decoding import backend_base, probe
+from treeflash.decoding import backend_base
 from treeflash.decoding.interfaces import TableOptions
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
@@ -168,15 +169,6 @@ def test_layers_that_change_their_mask_have_no_exact_mode_and_no_graphs(tmp_path
         session.logits(DraftTree.root_only(3))
 
 
-def test_a_pair_is_probed_at_load(tmp_path, monkeypatch):
-    """What `check_trees` raises, loading raises."""
-    folders = write_pair(tmp_path, "llama")
-    ancestors = DraftTree.ancestor_mask
-    monkeypatch.setattr(DraftTree, "ancestor_mask", lambda tree: np.tril(ancestors(tree) | True))
-    with pytest.raises(UnsupportedModelError, match="tree attention changes this model's logits"):
-        load(*folders, CPU)
-
-
 def test_weights_that_cannot_be_joined_are_one_line(tmp_path):
     write_target(tmp_path, "qwen3_moe", seed=1)
     edit_config(tmp_path, lambda config: config.update(hidden_act="gelu"))
@@ -226,26 +218,19 @@ def test_custom_attention_is_refused(tmp_path):
 
 def test_a_pair_that_passed_its_checks_is_not_checked_again(tmp_path, monkeypatch):
     monkeypatch.setenv("TREEFLASH_CACHE", str(tmp_path / "cache"))
-    checked = []
-
-    def check(backend):
-        checked.append(backend.dtype)
-        probe.check_trees(backend)
-
-    monkeypatch.setattr(backend_base, "check_trees", check)
     target, drafter = write_pair(tmp_path, "qwen3")
     save_tokenizer(target)
+    weights = target / "model.safetensors"
 
     def load_pair(**settings):
         treeflash.load(target, drafter, backend="cuda", device="cpu", **settings)
 
-    load_pair(dtype="float32")
-    load_pair(dtype="float32")
-    assert checked == ["float32"]
-    load_pair(dtype="bfloat16", exact=False)
-    assert checked == ["float32", "bfloat16"]
-    weights = target / "model.safetensors"
-    weights.write_bytes(weights.read_bytes())
-    load_pair(dtype="float32")
-    load(target, drafter, LoadConfig(device="cpu", dtype="float32"))
-    assert checked == ["float32", "bfloat16", "float32", "float32"]
+    with recording(backend_base, "check_trees") as checks:
+        load_pair(dtype="float32")
+        load_pair(dtype="float32")
+        load_pair(dtype="bfloat16", exact=False)
+        assert [backend.dtype for (backend,) in checks] == ["float32", "bfloat16"]
+        weights.write_bytes(weights.read_bytes())
+        load_pair(dtype="float32")
+        load(target, drafter, LoadConfig(device="cpu", dtype="float32"))
+    assert len(checks) == 4

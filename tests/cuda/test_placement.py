@@ -113,8 +113,3 @@ def test_a_model_of_transformers_on_several_devices_is_refused(pair):
     model.lm_head.to("meta")
     with pytest.raises(ConfigError, match="the model is on several devices; load it on one"):
         backend_module.wrap(model, None)
-
-
-def test_a_device_beside_the_map_is_refused(pair):
-    with pytest.raises(ConfigError, match="remove device"):
-        load(*pair, LoadConfig(device="cpu", device_map="auto"))

@@ -46,20 +46,16 @@ def test_a_table_equals_the_table_that_was_quantised_from_it(bits, kind):
     assert differs(-weight, quantised)
 
 
-def test_impossible_kv_bits_are_refused(families, pair, tmp_path):
-    with pytest.raises(ConfigError, match="kv_bits must be one of"):
-        load(*pair, LoadConfig(kv_bits=7))
-    families.write(tmp_path / "narrow", "llama")
+def test_heads_that_cannot_be_quantised_are_refused(families, tmp_path):
+    families.write(tmp_path, "llama")
     with pytest.raises(ConfigError, match="multiple of 32"):
-        load(tmp_path / "narrow", None, LoadConfig(kv_bits=8))
+        load(tmp_path, None, LoadConfig(kv_bits=8))
 
 
 def test_missing_device_is_refused(pair, see_device):
     see_device(mx.cpu)
     with pytest.raises(BackendError, match="no GPU"):
         load(*pair, LoadConfig(device="gpu"))
-    with pytest.raises(BackendError, match="gpu or cpu"):
-        load(*pair, LoadConfig(device="cuda:0"))
     assert load(*pair, LoadConfig(device="cpu")).device == "cpu"
 
 
