@@ -11,12 +11,12 @@ the tables are written from the results. Nothing else should run on the machine 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,78 +54,44 @@ def parser() -> Parser:
     return options
 
 
-def systems_command(args: Namespace) -> list[str]:
-    """Return the command for the speed of `generate`, plain decoding and drafting, by set."""
-    if args.backend not in BASELINES:
+def words(args: Namespace) -> dict[str, list[str]]:
+    """Return what the commands of sections are filled in with, and refuse what they cannot do."""
+    if "systems" in args.only and args.backend not in BASELINES:
         raise ConfigError(f"no other system has the backend {args.backend!r}; see --only")
-    backends, systems = args.backend, f"{BASELINES[args.backend]},treeflash"
-    file: list[str] = []
-    if args.gguf is not None:
-        backends, systems = f"{backends},gguf", f"{systems},llama.cpp"
-        file = ["--gguf", str(args.gguf)]
-    return [
-        *["peers", *args.sets, "--backends", backends, "--methods", "generate,ar,treeflash"],
-        *["--systems", systems, *args.model, *file],
-        *["--limit", str(args.limit), "--max-tokens", str(args.max_tokens)],
-    ]
-
-
-def gguf_command(args: Namespace, method: str) -> list[str]:
-    """Return the command for the speed of a GGUF file beside llama.cpp, by number of threads.
-
-    `method` is how treeflash drafts for it.
-    """
-    if args.gguf is None:
+    if args.gguf is None and set(OF_FILES) & set(args.only):
         raise ConfigError("a comparison with llama.cpp needs a file: --gguf FILE")
-    return [
-        *["peers", *args.sets, "--backends", f"{args.backend},gguf"],
-        *["--methods", f"generate,input-lookup,ar,{method}"],
-        *["--systems", "treeflash,llama.cpp", "--threads", ",".join(map(str, args.threads))],
-        *["--device", "cpu", "--dtype", AUTO, "--target", str(args.gguf), "--gguf", str(args.gguf)],
-        *["--limit", str(args.few), "--max-tokens", str(args.max_tokens)],
-    ]
+    options = {name: getattr(args, name) for name in ("device", "target", "drafter")}
+    files = [x for name, value in options.items() if value for x in (f"--{name}", value)]
+    backends, systems, gguf = args.backend, f"{BASELINES.get(args.backend)},treeflash", []
+    if args.gguf is not None:
+        backends, systems, gguf = f"{backends},gguf", f"{systems},llama.cpp", [str(args.gguf)]
+    sets = [str(path.resolve()) for path in args.prompts]
+    return {
+        "sets": sets,
+        "first": sets[:1],
+        "backend": [args.backend],
+        "backends": [backends],
+        "systems": [systems],
+        "gguf": gguf,
+        "with_gguf": ["--gguf", *gguf] if gguf else [],
+        "dtype": [args.dtype],
+        "files": files,
+        "dequantised": ["--bits", "16"] if args.target is None else [],
+        "limit": [str(args.limit)],
+        "few": ["--limit", str(args.few), "--max-tokens", str(args.max_tokens)],
+        "tokens": [str(args.max_tokens)],
+        "memory_tokens": [str(args.memory_tokens)],
+        "budgets": [",".join(map(str, args.budgets))],
+        "fixed": [",".join(str(size) for size in args.budgets if size != AUTO)],
+        "threads": [",".join(map(str, args.threads))],
+        "concurrency": [",".join(map(str, args.concurrency))],
+    }
 
 
-def methods_command(args: Namespace) -> list[str]:
-    """Return the command for block efficiency and speed by method and budget."""
-    budgets = ",".join(map(str, args.budgets))
-    return ["decoding.methods", *args.sets, *args.pair, *args.amount, "--budgets", budgets]
-
-
-def budgets_command(dtype: str | None, args: Namespace) -> list[str]:
-    """Return the command for the speed of `auto` relative to fixed sizes.
-
-    The weights are dequantised to the dtype; None leaves the bundled target in its own bits.
-    """
-    fixed = ",".join(str(size) for size in args.budgets if size != AUTO)
-    loaded = [] if dtype is None else ["--dtype", dtype]
-    if dtype is not None and args.target is None:
-        loaded += ["--bits", "16"]
-    model = ["--backend", args.backend, *args.files, *loaded]
-    return ["decoding.budgets", *args.sets, *model, *args.amount, "--budgets", fixed]
-
-
-def throughput_command(args: Namespace) -> list[str]:
-    """Return the command for throughput by number of sequences."""
-    return [
-        *["throughput", *args.sets, *args.pair, *args.amount],
-        *["--methods", "ar,treeflash,generate,batch_generate"],
-        *["--concurrency", ",".join(map(str, args.concurrency))],
-    ]
-
-
-def iteration_command(args: Namespace) -> list[str]:
-    """Return the command for the time of an iteration by phase."""
-    return [
-        *["decoding.iteration", *args.sets[:1], *args.pair, *args.amount],
-        *["--parts", "phases"],
-    ]
-
-
-def memory_command(args: Namespace) -> list[str]:
-    """Return the command for memory."""
-    tokens = ["--max-tokens", str(args.memory_tokens)]
-    return ["decoding.memory", *args.sets[:1], *args.pair, *tokens]
+def fill_in(command: str, found: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return the words of a command, in which a name in braces stands for some words."""
+    parts = [re.split(r"[{}]", word) for word in command.split()]
+    return [x for part in parts for x in (found[part[1]] if len(part) > 1 else part)]
 
 
 def by_set(rows: Iterable[Row], case: Sequence[str], figure: str) -> list[Row]:
@@ -167,17 +133,7 @@ def methods_tables(results: Row) -> list[str]:
     tables = [by_set(results["rows"], case, x) for x in ("block_efficiency", "ratio_to_ar")]
     for line, row in zip(tables[1], means, strict=True):
         line["tokens/s"] = row["tokens_per_s"]
-    auto = [
-        {
-            "method": row["method"],
-            "set": row["set"],
-            "fastest fixed budget": row["best"],
-            "auto, relative to it": _change(row["auto_to_best"]),
-            "95 % interval": f"{_change(row['low'])} to {_change(row['high'])}",
-        }
-        for row in results["auto"]
-    ]
-    return [markdown_table(table) for table in (*tables, auto) if table]
+    return [markdown_table(table) for table in tables]
 
 
 def budgets_tables(results: Row) -> list[str]:
@@ -220,43 +176,50 @@ class Section(NamedTuple):
     """A section of the page.
 
     Attributes:
-        command: the module and the options of its benchmark.
+        command: the module and the options of its benchmark; see `fill_in`.
         tables: its tables, from the benchmark's results.
     """
 
-    command: Callable[[Namespace], list[str]]
+    command: str
     tables: Callable[[Row], list[str]]
 
 
+PAIR = "--backend {backend} --dtype {dtype} {files}"
+BESIDE_LLAMA_CPP = (
+    "peers {sets} --backends {backends} --methods generate,input-lookup,ar,%s --systems "
+    "treeflash,llama.cpp --threads {threads} --device cpu --dtype auto --target {gguf} --gguf "
+    "{gguf} {few}"
+)
+BUDGETS = "decoding.budgets {sets} --backend {backend} {files}%s {few} --budgets {fixed}"
 SECTIONS = {
-    "systems": Section(systems_command, systems_tables),
-    "gguf": Section(partial(gguf_command, method="treeflash"), gguf_tables),
-    "gguf-copies": Section(partial(gguf_command, method="suffix"), gguf_tables),
-    "methods": Section(methods_command, methods_tables),
-    "budgets-float32": Section(partial(budgets_command, "float32"), budgets_tables),
-    "budgets-bfloat16": Section(partial(budgets_command, "bfloat16"), budgets_tables),
-    "budgets-own": Section(partial(budgets_command, None), budgets_tables),
-    "throughput": Section(throughput_command, throughput_tables),
-    "iteration": Section(iteration_command, iteration_tables),
-    "memory": Section(memory_command, memory_tables),
+    "systems": Section(
+        "peers {sets} --backends {backends} --methods generate,ar,treeflash --systems {systems} "
+        "--dtype {dtype} {files} {with_gguf} --limit {limit} --max-tokens {tokens}",
+        systems_tables,
+    ),
+    "gguf": Section(BESIDE_LLAMA_CPP % "treeflash", gguf_tables),
+    "gguf-copies": Section(BESIDE_LLAMA_CPP % "suffix", gguf_tables),
+    "methods": Section(
+        f"decoding.methods {{sets}} {PAIR} {{few}} --budgets {{budgets}}", methods_tables
+    ),
+    "budgets-float32": Section(BUDGETS % " --dtype float32 {dequantised}", budgets_tables),
+    "budgets-bfloat16": Section(BUDGETS % " --dtype bfloat16 {dequantised}", budgets_tables),
+    "budgets-own": Section(BUDGETS % "", budgets_tables),
+    "throughput": Section(
+        f"throughput {{sets}} {PAIR} {{few}} --methods ar,treeflash,generate,batch_generate "
+        "--concurrency {concurrency}",
+        throughput_tables,
+    ),
+    "iteration": Section(
+        f"decoding.iteration {{first}} {PAIR} {{few}} --parts phases", iteration_tables
+    ),
+    "memory": Section(
+        f"decoding.memory {{first}} {PAIR} --max-tokens {{memory_tokens}}", memory_tables
+    ),
 }
 """The measured sections, by the name of their block on the page."""
-
-
 OF_FILES = ("gguf", "gguf-copies")
 """The sections that are measured where `--only` names them, each with a file of its own."""
-
-
-def prepare(args: Namespace) -> None:
-    """Add the options that several benchmarks share."""
-    args.sets = [str(path.resolve()) for path in args.prompts]
-    args.files = []
-    for option in ("device", "target", "drafter"):
-        if value := getattr(args, option):
-            args.files += [f"--{option}", value]
-    args.model = ["--dtype", args.dtype, *args.files]
-    args.pair = ["--backend", args.backend, *args.model]
-    args.amount = ["--limit", str(args.few), "--max-tokens", str(args.max_tokens)]
 
 
 def measure(name: str, command: Sequence[str], parts: Path) -> Row:
@@ -328,20 +291,16 @@ def write_results(page: Path, results: dict[str, Row]) -> None:
     file.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
 
-def _change(ratio: float) -> str:
-    return f"{100 * (ratio - 1):+.1f} %"
-
-
 @guarded
 def main(argv: Sequence[str] | None = None, page: Path = PAGE, parts: Path = UNFINISHED) -> int:
     """Measure, then write the page."""
     args = parser().parse_args(argv)
     for path in args.prompts:
         read_rows(path)  # reports errors before the work
-    prepare(args)
     results = read_results(page)
+    found = words(args) if args.prompts else {}
     for name in args.only if args.prompts else ():
-        results[name] = measure(name, SECTIONS[name].command(args), parts)
+        results[name] = measure(name, fill_in(SECTIONS[name].command, found), parts)
         write_results(page, results)
     text = page.read_text(encoding="utf-8")
     page.write_text(render(text, results), encoding="utf-8")

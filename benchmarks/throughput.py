@@ -10,8 +10,8 @@ token ids to the same stop tokens and limit; the budget is `auto`.
 
 Tokens per second count all new tokens of a group and all its time, the prefill included. The other
 packages run in the same process, on the same device and in the same dtype: with `--backend cuda`,
-transformers' padded `generate` and its continuous batching, `generate_batch`; with `--backend mlx`,
-mlx-lm's `BatchGenerator`. Systems that cannot run are listed with the reason.
+transformers' padded `generate`, with `--backend mlx`, mlx-lm's `BatchGenerator`. Systems that
+cannot run are listed with the reason.
 """
 
 from __future__ import annotations
@@ -83,7 +83,6 @@ FIGURES = (
     "ratio_to_padded",
     "ratio_to_one",
 )
-PLAIN, PADDED = System("treeflash", "ar"), System("transformers", "generate")
 
 
 class Case(NamedTuple):
@@ -143,11 +142,10 @@ def treeflash(model: LanguageModel, method: Method) -> Run:
     return run
 
 
-def transformers(model: LanguageModel) -> dict[str, Run]:
-    """Run padded `generate`, and continuous batching with `generate_batch`."""
+def transformers(model: LanguageModel) -> Run:
+    """Run padded `generate`."""
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
-    from transformers.generation.configuration_utils import ContinuousBatchingConfig
     from transformers.generation.streamers import BaseStreamer
 
     backend: Any = model.backend
@@ -156,14 +154,9 @@ def transformers(model: LanguageModel) -> dict[str, Run]:
     pad = stop[0] if stop else 0
     # A checkpoint's own settings may sample or penalise repetition.
     config = GenerationConfig(do_sample=False, eos_token_id=stop or None, pad_token_id=pad)
-
-    def load() -> Any:
-        other = AutoModelForCausalLM.from_pretrained(model.folder, dtype=dtype)
-        other.generation_config = config
-        return other.to(device).eval()
-
-    # Continuous batching replaces a model's attention, so each way has its own model.
-    padded_model, batching_model = load(), load()
+    other: Any = AutoModelForCausalLM.from_pretrained(model.folder, dtype=dtype)
+    other.generation_config = config
+    other = other.to(device).eval()
 
     def generate(group: Group, max_tokens: int) -> list[Answer]:
         class Clock(BaseStreamer):
@@ -187,7 +180,7 @@ def transformers(model: LanguageModel) -> dict[str, Run]:
         width = max(map(len, group))
         padded = [[pad] * (width - len(ids)) + ids for ids in group]
         mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in group]
-        padded_model.generate(
+        other.generate(
             torch.tensor(padded, device=device),
             attention_mask=torch.tensor(mask, device=device),
             max_new_tokens=max_tokens,
@@ -195,43 +188,10 @@ def transformers(model: LanguageModel) -> dict[str, Run]:
         )
         return arrivals.answers()
 
-    def generate_batch(group: Group, max_tokens: int) -> list[Answer]:
-        # The cache gets room for these sequences alone: by default it reserves most of the device's
-        # memory.
-        page = ContinuousBatchingConfig().page_size
-        positions = max(map(len, group)) + max_tokens
-        results = batching_model.generate_batch(
-            inputs=list(group),
-            generation_config=config,
-            continuous_batching_config=ContinuousBatchingConfig(
-                num_blocks=len(group) * (-(-positions // page) + 1),
-                max_batch_tokens=max(2048, sum(map(len, group))),
-                max_requests_per_batch=len(group),
-                use_cuda_graph=device.type == "cuda",
-            ),
-            record_timestamps=True,
-            max_new_tokens=max_tokens,
-        )
-        outputs = list(results.values())
-        errors = [output.error for output in outputs if output.error]
-        if errors or len(outputs) < len(group):
-            raise RuntimeError(errors[0] if errors else "some prompts were not answered")
-        # Times count from the first request, not from the call, which first makes the cache and a
-        # thread.
-        started = min(output.created_time for output in outputs)
-        return [
-            Answer(
-                token_ids=tuple(output.generated_tokens),
-                first_s=output.timestamps[0] - started,
-                last_s=output.timestamps[-1] - started,
-            )
-            for output in outputs
-        ]
-
-    return {"generate": generate, "generate_batch": generate_batch}
+    return generate
 
 
-def mlx_lm(model: LanguageModel) -> dict[str, Run]:
+def mlx_lm(model: LanguageModel) -> Run:
     """Run mlx-lm's `BatchGenerator`."""
     import mlx.core as mx
     from mlx_lm.generate import BatchGenerator
@@ -258,15 +218,16 @@ def mlx_lm(model: LanguageModel) -> dict[str, Run]:
         generator.close()
         return arrivals.answers()
 
-    return {"batch_generate": batch_generate}
+    return batch_generate
 
 
-PEERS: dict[str, tuple[str, Callable[[LanguageModel], dict[str, Run]]]] = {
-    "cpu": ("transformers", transformers),
-    "cuda": ("transformers", transformers),
-    "mlx": ("mlx-lm", mlx_lm),
+PLAIN, PADDED = System("treeflash", "ar"), System("transformers", "generate")
+PEERS: dict[str, tuple[System, Callable[[LanguageModel], Run]]] = {
+    "cpu": (PADDED, transformers),
+    "cuda": (PADDED, transformers),
+    "mlx": (System("mlx-lm", "batch_generate"), mlx_lm),
 }
-"""By backend, the package with the same framework."""
+"""By backend, another package with the same framework."""
 
 
 def parser() -> Parser:
@@ -278,7 +239,7 @@ def parser() -> Parser:
         [1, 2, 4, 8, 16, 32],
         "numbers of sequences at once; --limit is rounded up to a multiple of each",
     )
-    others = ("generate", "generate_batch", "batch_generate")
+    others = ("generate", "batch_generate")
     options.add_names(
         "--methods",
         [*METHODS, *others],
@@ -311,14 +272,15 @@ def load_systems(model: LanguageModel, args: Any) -> tuple[dict[System, Run], li
                 skipped.append(skip("treeflash", method, "the pair cannot draft for it"))
             else:
                 systems[System("treeflash", method)] = treeflash(model, method)
-    name, load = PEERS.get(model.backend.name, ("", None))
-    if load is not None and name in args.systems:
-        try:
-            systems |= {System(name, method): run for method, run in load(model).items()}
-        except Exception as error:  # of another package; the table shows it
-            skipped.append(skip(name, "", error))
+    if model.backend.name in PEERS:
+        peer, load = PEERS[model.backend.name]
+        if peer.name in args.systems:
+            try:
+                systems[peer] = load(model)
+            except Exception as error:  # of another package; the table shows it
+                skipped.append(skip(*peer, error))
     chosen = {system: run for system, run in systems.items() if system.method in args.methods}
-    return chosen, [row for row in skipped if row["method"] in ("", *args.methods)]
+    return chosen, [row for row in skipped if row["method"] in args.methods]
 
 
 def skip(system: str, method: str, reason: Exception | str) -> Row:

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.common import Parser, Row, describe, show, write_json
-from benchmarks.decoding.methods import Case, HeadSize, measure
+from benchmarks.decoding.methods import Case, measure
 from treeflash.cli.console import guarded
 from treeflash.cli.options import add_model_options, load_model
 from treeflash.config import AUTO
@@ -64,9 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, write."""
     args = parser().parse_args(argv)
     cases = [
-        Case("ar", AUTO, None, None),
-        *(Case("treeflash", size, HeadSize(), True) for size in (*args.budgets, AUTO)),
-        Case("suffix", AUTO, None, None),
+        Case("ar", AUTO, None),
+        *(Case("treeflash", size, True) for size in (*args.budgets, AUTO)),
+        Case("suffix", AUTO, None),
     ]
     model = load_model(args)
     warm_up(model.backend, 1)
@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if path.stem in [row["set"] for row in rows]:
             continue
         part = Namespace(**options, prompts=[path])
-        rows += rows_of(measure(model, part, cases)["rows"])
+        rows += rows_of(measure(model, part, cases))
         write_json(file, "budgets", pair | {"settings": settings, "rows": rows})
     title = f"tokens per second, {', '.join(pair.values())}, {args.max_tokens} tokens per prompt"
     show(title, rows)

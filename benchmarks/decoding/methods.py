@@ -8,16 +8,14 @@ half precision a near-tie can resolve differently in a tree than alone, and then
 diverge; sequences differ in how easy they are to draft by more than methods do. Ratios compare the
 total time of a set's sequences.
 
-`--heads VOCAB:ROWS,...` compares settings of the AR head: how many of the most probable tokens it
-scores, after how many previous tokens. `--suffix on,off` compares the trees of a drafter with and
+`--suffix on,off` compares the trees of a drafter with and
 without copies of the text; `benchmarks/prompts` has sets whose answers repeat their prompts.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary
@@ -30,13 +28,12 @@ from benchmarks.common import (
     Row,
     describe,
     mean_row,
-    parse_option,
     show,
     write_json,
 )
 from treeflash.cli.console import guarded
 from treeflash.cli.options import add_model_options, load_model
-from treeflash.config import AUTO, METHODS, Budget, DecodeConfig, HeadRows, Method
+from treeflash.config import AUTO, METHODS, Budget, Method
 from treeflash.decoding.adaptive_budget import AdaptiveBudgets
 from treeflash.decoding.interfaces import (
     Backend,
@@ -48,15 +45,13 @@ from treeflash.decoding.interfaces import (
     warm_up,
 )
 from treeflash.decoding.sampling import SampledTokens
-from treeflash.evaluation.records import MEAN, interval, resamples
+from treeflash.evaluation.records import MEAN
 from treeflash.language_model import LanguageModel
 from treeflash.text.generation import Generation, mean
 from treeflash.text.prompt import Prompt, read_rows
 
 TREE_METHODS = ("ddtree", "treeflash", "suffix")
 DRAFTER_TREES = ("ddtree", "treeflash")
-ALL = "all"
-"""The name of all prompt sets together."""
 
 
 class ForcedBackend:
@@ -107,25 +102,11 @@ class _ForcedVerifier:
         return replace(sampled, tokens=tokens)
 
 
-class HeadSize(NamedTuple):
-    """The shortlist size of the AR head, and the number of previous tokens that it scores after."""
-
-    vocab: int | None = DecodeConfig.head_vocab
-    rows: HeadRows = DecodeConfig.head_rows
-
-    def __str__(self) -> str:
-        return f"{self.vocab or 'full'}:{self.rows or 'full'}"
-
-
 class Case(NamedTuple):
-    """A method at a budget.
-
-    `head` is None for methods without the AR head, and `suffix` for methods that do not choose.
-    """
+    """A method at a budget; `suffix` is None for methods that do not choose."""
 
     method: Method
     budget: Budget
-    head: HeadSize | None
     suffix: bool | None
 
     @property
@@ -133,27 +114,17 @@ class Case(NamedTuple):
         """The columns that name the case."""
         size = 1 if self.method == "ar" else self.budget
         suffix = None if self.suffix is None else "on" if self.suffix else "off"
-        head = self.head and str(self.head)
-        return {"method": self.method, "budget": size, "head": head, "suffix": suffix}
+        return {"method": self.method, "budget": size, "suffix": suffix}
 
     @property
     def options(self) -> dict[str, Any]:
         """The options of `generate`."""
-        head = {"head_vocab": self.head.vocab, "head_rows": self.head.rows} if self.head else {}
         suffix = {} if self.suffix is None else {"suffix": self.suffix}
-        return {"method": self.method, "budget": self.budget, **head, **suffix}
+        return {"method": self.method, "budget": self.budget, **suffix}
 
 
 Runs: TypeAlias = dict[Case, list[Generation]]
 """Generations of the same prompts in the same order, by case."""
-
-
-def parse_head(text: str) -> HeadSize:
-    """Parse VOCAB:ROWS, for argparse."""
-    vocab, colon, rows = text.partition(":")
-    if not colon:
-        raise argparse.ArgumentTypeError(f"{text} is not VOCAB:ROWS")
-    return HeadSize(parse_option("head_vocab", vocab), parse_option("head_rows", rows))
 
 
 def parser() -> Parser:
@@ -163,13 +134,6 @@ def parser() -> Parser:
     options.add_number("--rounds", 1, "times that a prompt is decoded; the median time counts")
     options.add_names("--methods", METHODS, "methods")
     options.add_budgets([16, 64, AUTO], "budgets of tree methods")
-    options.add_list(
-        "--heads",
-        parse_head,
-        [HeadSize()],
-        "settings of the AR head: numbers, full, or auto for ROWS",
-        "VOCAB:ROWS,...",
-    )
     options.add_names(
         "--suffix", ["on", "off"], "whether trees of a drafter also copy the text", ["on"]
     )
@@ -181,17 +145,15 @@ def parser() -> Parser:
 def make_cases(
     methods: Sequence[Method],
     budgets: Sequence[Budget],
-    heads: Sequence[HeadSize],
     suffixes: Sequence[bool],
 ) -> list[Case]:
     """Make every method at every budget, plain decoding first; chains at the largest one."""
     largest = max((budget for budget in budgets if budget != AUTO), default=AUTO)
     plain: Method = "ar"
     return [
-        Case(method, budget, head, suffix)
+        Case(method, budget, suffix)
         for method in dict.fromkeys([plain, *methods])
         for budget in (budgets if method in TREE_METHODS else [largest])
-        for head in (heads if method.startswith("treeflash") else [None])
         for suffix in (suffixes if method in DRAFTER_TREES else [None])
     ]
 
@@ -209,24 +171,8 @@ def set_row(name: str, case: Case, runs: Runs) -> Row:
     }
 
 
-def auto_rows(name: str, runs: Runs) -> Iterator[Row]:
-    """Compare the speed of `auto` with the fastest fixed budget; a bootstrap interval."""
-    seconds = {case: np.array([run.decode_s for run in group]) for case, group in runs.items()}
-    for auto in seconds:
-        same = [case for case in seconds if case._replace(budget=AUTO) == auto]
-        fixed = [case for case in same if case.budget != AUTO]
-        if auto.budget != AUTO or auto.method not in TREE_METHODS or not fixed:
-            continue
-        best = min(fixed, key=lambda case: seconds[case].sum())
-        drawn = resamples(len(seconds[auto]), np.random.default_rng(0))
-        ratios = seconds[best][drawn].sum(1) / seconds[auto][drawn].sum(1)
-        low, high = interval(ratios)
-        columns = {"set": name, **auto.columns, "best": best.budget}
-        yield columns | {"auto_to_best": float(ratios[0]), "low": low, "high": high}
-
-
-def measure(model: LanguageModel, args: Any, cases: Sequence[Case]) -> dict[str, list[Row]]:
-    """Build the rows of all sets, their mean and the comparisons of `auto`."""
+def measure(model: LanguageModel, args: Any, cases: Sequence[Case]) -> list[Row]:
+    """Build the rows of all sets and their mean."""
     forced = ForcedBackend(model.backend)
     # A budget learns from one kind of trees alone.
     models = {
@@ -241,8 +187,6 @@ def measure(model: LanguageModel, args: Any, cases: Sequence[Case]) -> dict[str,
         )
 
     rows: list[Row] = []
-    auto: list[Row] = []
-    every: Runs = {case: [] for case in cases}
     for path in args.prompts:
         runs: Runs = {case: [] for case in cases}
         for prompt in track(read_rows(path)[: args.limit], path.stem):
@@ -260,13 +204,9 @@ def measure(model: LanguageModel, args: Any, cases: Sequence[Case]) -> dict[str,
             for case, group in rounds.items():
                 by_time = sorted(group, key=lambda generation: generation.decode_s)
                 runs[case].append(by_time[(len(group) - 1) // 2])
-        for case in cases:
-            every[case] += runs[case]
         rows += [set_row(path.stem, case, runs) for case in cases]
-        auto += auto_rows(path.stem, runs)
     figures = ("block_efficiency", "tokens_per_s", "ratio_to_ar")
-    rows += [mean_row(rows, case.columns, figures) for case in cases]
-    return {"rows": rows, "auto": [*auto, *auto_rows(ALL, every)]}
+    return rows + [mean_row(rows, case.columns, figures) for case in cases]
 
 
 @guarded
@@ -274,16 +214,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, write."""
     args = parser().parse_args(argv)
     suffixes = [switch == "on" for switch in args.suffix]
-    cases = make_cases(args.methods, args.budgets, args.heads, suffixes)
+    cases = make_cases(args.methods, args.budgets, suffixes)
     model = load_model(args)
     warm_up(model.backend, 1)
-    results = measure(model, args, cases)
+    rows = measure(model, args, cases)
     pair = describe(model.backend)
     title = f"{', '.join(pair.values())}, {args.max_tokens} tokens per prompt"
-    show(f"methods, {title}", [row for row in results["rows"] if row["set"] == MEAN])
-    if results["auto"]:
-        show("auto relative to the best fixed budget", results["auto"])
-    write_json(args.json, "methods", pair | results)
+    show(f"methods, {title}", [row for row in rows if row["set"] == MEAN])
+    write_json(args.json, "methods", pair | {"rows": rows})
     return 0
 
 

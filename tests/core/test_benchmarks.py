@@ -12,7 +12,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "performance.md"
 PROMPTS = ["The sea is", "Why", "A list of cities:", "One and one is"]
 SHORT = ["--limit", "2", "--max-tokens", "6"]
 SCRIPTS = {
-    "decoding.methods": [*SHORT, "--budgets", "4,auto", "--heads", "full:full,64:auto"],
+    "decoding.methods": [*SHORT, "--budgets", "4,auto"],
     "decoding.budgets": [*SHORT, "--budgets", "4", "--rounds", "2"],
     "decoding.half_precision": [
         *(*SHORT, "--budgets", "4", "--dtypes", "float32", "--parallel", "2")
@@ -56,8 +56,6 @@ def test_a_call_that_leaves_work_waits_for_that_of_an_equal_call(module):
     ("name", "options", "message"),
     [
         ("decoding.methods", ["--methods", "ar,foo"], "argument --methods: 'foo' is unknown"),
-        ("decoding.methods", ["--heads", "8:x"], "argument --heads: must be full, auto or a"),
-        ("decoding.methods", ["--heads", "8"], "argument --heads: 8 is not VOCAB:ROWS"),
         ("decoding.methods", ["--budgets", "0"], "--budgets: must be auto, or from 1 to 1024"),
         ("decoding.iteration", ["--contexts", "2.5"], "argument --contexts: '2.5' is not an"),
         ("decoding.iteration", ["--contexts", "6000"], "after 6000 positions exceeds the target's"),

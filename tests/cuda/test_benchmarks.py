@@ -68,24 +68,3 @@ def test_a_comparison_runs(name, module, pair, tmp_path):
     assert all(row["equal"] == row["prompts"] > 0 for row in rows)
     assert {row["method"] for row in results["skipped"]} <= {"assisted"}
     assert results["device"] == "cpu"
-
-
-# Seconds, for a figure that nothing else uses.
-@pytest.mark.nightly
-def test_the_speed_of_exact_mode_is_measured(module, pair, tmp_path):
-    """In one run with the comparison of its texts."""
-    file = tmp_path / "out.json"
-    options = ["--speed", "--dtypes", "bfloat16", "--parallel", "1,2", "--limit", "2"]
-    options += ["--exact", "--methods", "treeflash", "--budgets", "4", "--temperatures", "0"]
-    options += ["--max-tokens", "4", "--json", str(file)]
-    assert module("decoding.half_precision").main([*pair, *options]) == 0
-    results = json.loads(file.read_text())
-    assert [(row["parallel"], row["differ"]) for row in results["rows"]] == [(1, 0), (2, 0)]
-    rows = results["speeds"]
-    assert {(row["set"], row["method"], row["parallel"]) for row in rows} == {
-        (name, method, parallel)
-        for name in ("a", "mean")
-        for method in ("ar", "treeflash")
-        for parallel in (1, 2)
-    }
-    assert all(row["ratio"] > 0 for row in rows)

@@ -12,8 +12,12 @@ import torch
 from safetensors.torch import load_file
 from serve import answer, describe, serve
 from torch import Tensor
-from torch_target import load_model
-from transformers import MuseGlimmerAssistantConfig, MuseGlimmerAssistantModel
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    MuseGlimmerAssistantConfig,
+    MuseGlimmerAssistantModel,
+)
 from transformers.generation.streamers import BaseStreamer
 
 from treeflash.transformers import generate
@@ -65,7 +69,16 @@ def load_dflash(folder: Path, dtype: torch.dtype) -> Any:
 
 def load(setup: dict[str, Any]) -> tuple[dict, Any]:
     """Load the target and the drafter, if given."""
-    model = load_model(setup["target"], setup)
+    device = setup["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = "auto" if setup["dtype"] == "auto" else getattr(torch, setup["dtype"])
+    model: Any = AutoModelForCausalLM.from_pretrained(setup["target"], dtype=dtype)
+    # A checkpoint's own settings may sample or penalise repetition.
+    model.generation_config = GenerationConfig(
+        do_sample=False,
+        eos_token_id=setup["stop_token_ids"] or None,
+        pad_token_id=0,  # unused, but transformers requires one
+    )
+    model = model.to(device).eval()
     clock = Clock(model)
     options: dict[str, dict[str, Any]] = {
         "generate": {},

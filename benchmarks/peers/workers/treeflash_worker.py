@@ -15,13 +15,13 @@ PACKAGES = {"cuda": ("treeflash", "torch", "transformers"), "mlx": ("treeflash",
 
 def load(setup: dict[str, Any]) -> tuple[dict, Any]:
     """Load the pair."""
-    name, device = setup["backend"], None
-    if name == "cuda":
-        from torch_target import choose_device
+    name, device = setup["backend"], setup["device"]
+    if name == "cuda" and device is None:
+        import torch
 
-        device = str(choose_device(setup["device"]))
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     target = setup["name"] if name == "cuda" else setup["target"]
-    settings = {"backend": name, "device": device}
+    settings = {"backend": name, "device": device if name == "cuda" else None}
     if setup["dtype"] != AUTO:
         settings["dtype"] = setup["dtype"]
     if setup["bits"] is not None:
