@@ -11,9 +11,11 @@ from treeflash.testing import require
 from treeflash.testing.comparisons import generate, steps_of, tokens_of
 from treeflash.training.distillation import Response
 
-COMMON = {"cuda": ("qwen3_5", "falcon_h1", "lfm2")}
-"""Hybrid types whose short texts are compared in every run, one for each kind of layer."""
-COMMON["mlx"] = ("qwen3_5", "kimi_linear", "granitemoehybrid", "bailing_hybrid", "lfm2")
+COMMON = {
+    "cuda": ("qwen3_5", "falcon_h1", "lfm2"),
+    "mlx": ("qwen3_5", "kimi_linear", "granitemoehybrid", "bailing_hybrid", "lfm2"),
+}
+"""Hybrid types with each kind of recurrent layer."""
 HYBRIDS = {
     "cuda": (
         *COMMON["cuda"],
@@ -136,7 +138,7 @@ def check_texts(backend, texts, methods, budgets):
         assert tokens_of(steps) == text, (method, budget)
         efficiency = (len(text) - 1) / (len(steps) - 1)
         # A fitted drafter knows these texts, which seldom repeat what `suffix` could copy.
-        assert efficiency > (1 if method == "suffix" else 1.2), (method, budget)
+        assert efficiency > (1 if method == "suffix" else 1.3), (method, budget)
 
 
 @pytest.mark.sample(2)
@@ -164,7 +166,5 @@ def test_long_drafted_texts_are_plain_ones(engine, tmp_path, name):
 @each(("name",), mlx=["mamba", "jamba", "recurrent_gemma", "rwkv7", "baichuan_m1"])
 def test_a_type_without_trees_decodes_plainly(engine, tmp_path, name):
     engine.families.write(tmp_path, name)
-    config = DecodeConfig(method="ar", max_tokens=12)
-    assert generate(engine.load(tmp_path), PROMPT, config) == engine.plain_text(
-        tmp_path, PROMPT, 12
-    )
+    text = generate(engine.load(tmp_path), PROMPT, DecodeConfig(method="ar", max_tokens=12))
+    assert text == engine.plain_text(tmp_path, PROMPT, 12)

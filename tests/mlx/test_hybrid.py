@@ -10,7 +10,7 @@ require("mlx.core")
 require("mlx_lm")
 
 import mlx.core as mx
-from treeflash_mlx import hybrid, metal_kernels
+from treeflash_mlx import hybrid
 from treeflash_mlx.hybrid import NodePaths, Writes, run_tree
 
 HEADS, KEY_DIM, VALUE_DIM = 3, 16, 8
@@ -101,27 +101,3 @@ def test_a_commit_leaves_the_state_of_the_path(rng, rule, keys_first):
             zeros = written.commit(mx.zeros_like(state), *args)
             np.testing.assert_array_equal(written.commit(None, *args), zeros)
         np.testing.assert_array_equal(found[1], inputs.state[1].astype(np.float32))
-
-
-def one_round_less(system, targets, depth):
-    return ROUNDS(system, targets, depth - 1)
-
-
-ROUNDS = hybrid.solve_by_rounds
-
-
-def test_a_kernel_that_is_wrong_or_fails_is_dropped_with_one_line(see_device, monkeypatch):
-    """There is no Metal here: a stand-in is wrong, or fails as a compiler does."""
-
-    def fail(*args):
-        raise RuntimeError("cannot compile\nline 1: error")
-
-    see_device(mx.gpu)
-    monkeypatch.setattr(hybrid, "runs_kernels", lambda: True)
-    monkeypatch.setattr(metal_kernels, "VERDICTS", {})
-    for kernel, reason in ((one_round_less, "its relative error is"), (fail, "cannot compile$")):
-        monkeypatch.setattr(hybrid, "solve_by_substitution", kernel)
-        with pytest.warns(UserWarning, match=f"without their Metal kernel: {reason}"):
-            assert hybrid.choose_solver() is ROUNDS
-    monkeypatch.setattr(hybrid, "solve_by_substitution", ROUNDS)
-    assert hybrid.choose_solver() is ROUNDS

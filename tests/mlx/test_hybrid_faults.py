@@ -11,7 +11,7 @@ require("mlx.core")
 require("mlx_lm")
 
 import mlx.core as mx
-from treeflash_mlx import attention, hybrid
+from treeflash_mlx import attention, hybrid, metal_kernels
 from treeflash_mlx.backend import load
 from treeflash_mlx.hybrid import NodePaths, Writes
 
@@ -90,3 +90,20 @@ def test_states_that_are_not_written_are_refused(hybrid_pair_of, monkeypatch):
     monkeypatch.setattr(hybrid.RecurrentTreeCache, "__setitem__", lambda *_: None)
     with pytest.raises(UnsupportedModelError, match=r"^qwen3_5 models cannot run a draft tree: "):
         load(hybrid_pair_of("qwen3_5", num_hidden_layers=2)[0], None, LoadConfig())
+
+
+def test_a_kernel_that_is_wrong_or_fails_is_dropped_with_one_line(see_device, monkeypatch):
+    """There is no Metal here: a stand-in is wrong, or fails as a compiler does."""
+
+    def fail(*args):
+        raise RuntimeError("cannot compile\nline 1: error")
+
+    see_device(mx.gpu)
+    monkeypatch.setattr(hybrid, "runs_kernels", lambda: True)
+    monkeypatch.setattr(metal_kernels, "VERDICTS", {})
+    for kernel, reason in ((one_round_less, "its relative error is"), (fail, "cannot compile$")):
+        monkeypatch.setattr(hybrid, "solve_by_substitution", kernel)
+        with pytest.warns(UserWarning, match=f"without their Metal kernel: {reason}"):
+            assert hybrid.choose_solver() is ROUNDS
+    monkeypatch.setattr(hybrid, "solve_by_substitution", ROUNDS)
+    assert hybrid.choose_solver() is ROUNDS

@@ -1,12 +1,16 @@
 """The engines under test: a module for each, with the same functions.
 
-families: the module of `families` for the engine's framework.
-load(target, drafter=None, **settings): a pair; on a CPU and in float32 unless settings differ.
-plain_text(folder, prompt, length): the greedy text of the framework's own model.
-outputs_of_layers(folder, layer_ids, texts): what a drafter reads, by text, then the target's
-embeddings, output head, and number of layers.
-set_chunks(backend, size): prompts run in chunks of this size, or fewer tokens.
-quantised_parts(backend): the names of layers of the drafter and its head in few bits.
+- `families` is the module of `families` for the engine's framework, `images` the engine's own of
+  images.
+- `load(target, drafter=None, **settings)` loads a pair, on a CPU and in float32 by default.
+- `plain_text(folder, prompt, length)` is the greedy text of the framework's own model.
+- `outputs_of_layers(folder, layer_ids, texts)` is what a drafter reads, by text, then the target's
+  embeddings, output head, and number of layers.
+- `set_chunks(backend, size)` lets prompts run in chunks of so many tokens at most.
+- `quantised_parts(backend)` are the names of layers of the drafter and its head in few bits.
+- `save_with_images(family, model, folder)` saves a model of `image_models` as the engine reads it;
+  `image_samples(backend)` is what the check of images at load compares, and
+  `tower_nbytes(backend)` the size of a target's vision tower.
 """
 
 from __future__ import annotations
