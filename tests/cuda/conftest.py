@@ -3,6 +3,7 @@
 import os
 
 import pytest
+from stand_ins import stand_in
 
 # Triton's kernels run on the CPU. Triton reads the variable when something imports it.
 os.environ["TRITON_INTERPRET"] = "1"
@@ -34,8 +35,21 @@ def see_gpus(monkeypatch):
     import torch
 
     def see(count):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        stand_in(
+            monkeypatch, torch.cuda, is_available=lambda: count > 0, device_count=lambda: count
+        )
+
+    return see
+
+
+@pytest.fixture
+def see_memory(monkeypatch):
+    """Let PyTorch see so many free and total bytes of a GPU, or of each one, from now on."""
+    import torch
+
+    def see(free, total=0):
+        find = free if callable(free) else lambda device: free
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (find(device), total))
 
     return see
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.attention.varlen as varlen
 import torch.nn.functional as F
+from stand_ins import stand_in
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -78,7 +79,7 @@ def use_cuda_strides(monkeypatch):
             return out
         return torch.empty_strided(layout.shape, layout.stride(), dtype=out.dtype).copy_(out)
 
-    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+    stand_in(monkeypatch, F, scaled_dot_product_attention=attention)
 
 
 def _meta(x):
@@ -245,100 +246,96 @@ class FakeCuda(TorchDispatchMode):
             self.columns = int((shared + sizes).sum())
             return plain_plan(starts, sizes, shared, block)
 
-        read, plain_plan = Checkpoint.read, visible_keys.plan_work
-        monkeypatch.setattr(Checkpoint, "read", read_real)
-        monkeypatch.setattr(visible_keys, "plan_work", plan_work)
-        monkeypatch.setattr(model_target, "load_model", load_fake_model)
-        monkeypatch.setattr(drafter_loading, "read_drafter", read_fake_drafter)
+        read, plain_plan, operations = Checkpoint.read, visible_keys.plan_work, self._operations()
+        stand_in(monkeypatch, Checkpoint, read=read_real)
+        stand_in(monkeypatch, visible_keys, plan_work=plan_work)
+        stand_in(monkeypatch, model_target, load_model=load_fake_model)
+        stand_in(monkeypatch, drafter_loading, read_drafter=read_fake_drafter)
         for module in (backend, target_loading):
-            monkeypatch.setattr(module, "choose_device", lambda name: DEVICE)
-            monkeypatch.setattr(module, "load_operations", lambda *_: self._operations())
-        monkeypatch.setattr(backend_base, "check_trees", lambda backend: None)  # it compares values
+            found = {"choose_device": lambda _: DEVICE, "load_operations": lambda *_: operations}
+            stand_in(monkeypatch, module, **found)
+        stand_in(monkeypatch, backend_base, check_trees=lambda backend: None)  # it compares values
 
     def _operations(self):
         """The operations of one kernel each that models use."""
 
+        def like(x, *shape, dtype=None):
+            return torch.empty(shape or x.shape, dtype=dtype or x.dtype, device=x.device)
+
+        def launch(name, nbytes, *tensors):
+            assert len({x.device for x in tensors}) == 1
+            self._launch(name, nbytes)
+
         def tree_attention(q, k, v, keys, **_):
-            assert {x.device for x in (k, v, keys.pages, keys.table, keys.paths)} == {q.device}
             used = 2 * k.shape[0] * self.columns * k.shape[2] * k.element_size()
-            self._launch("tree_attention", used + 2 * _nbytes(q) + _nbytes(keys.paths))
-            return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+            nbytes = used + 2 * _nbytes(q) + _nbytes(keys.paths)
+            launch("tree_attention", nbytes, q, k, v, keys.pages, keys.table, keys.paths)
+            return like(q)
 
         def rms_norm(x, weight, eps, residual=None):
-            self._launch("rms_norm", 2 * _nbytes(x))
-            return torch.empty(x.shape, dtype=x.dtype, device=x.device), x
+            launch("rms_norm", 2 * _nbytes(x), x, weight)
+            return like(x), x
 
         def gated(gate, up, activation="silu"):
-            self._launch("gated", 3 * _nbytes(up))
-            return torch.empty(up.shape, dtype=up.dtype, device=up.device)
+            launch("gated", 3 * _nbytes(up), gate, up)
+            return like(up)
 
         def rotate_and_store(q, k, v, cos, sin, k_cache, v_cache, slots, **_):
-            assert {x.device for x in (k, v, cos, k_cache, slots)} == {q.device}
-            self._launch("rotate_and_store", 2 * sum(map(_nbytes, (q, k, v, cos))))
-            return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+            nbytes = 2 * sum(map(_nbytes, (q, k, v, cos)))
+            launch("rotate_and_store", nbytes, q, k, v, cos, k_cache, slots)
+            return like(q)
 
         def grouped_linear(x, weight, ends, bias=None):
-            self._launch("grouped_linear", 2 * _nbytes(x) + _nbytes(weight))
-            return torch.empty(len(x), weight.shape[1], dtype=x.dtype, device=x.device)
+            launch("grouped_linear", 2 * _nbytes(x) + _nbytes(weight), x, weight, ends)
+            return like(x, len(x), weight.shape[1])
 
         def quantised_linear(x, weight, bias=None):
-            assert {part.device for part in weight} == {x.device}
             assert weight.scales.dtype == x.dtype
-            width = weight.numbers.shape[1]
-            result = torch.empty(*x.shape[:-1], width, dtype=x.dtype, device=x.device)
-            self._launch("quantised_linear", sum(map(_nbytes, (x, *weight, result))))
+            result = like(x, *x.shape[:-1], weight.numbers.shape[1])
+            launch("quantised_linear", sum(map(_nbytes, (x, *weight, result))), x, *weight)
             return result
 
         def tree_recurrence(q, k, v, log_g, beta, states, slots, nodes, **_):
-            assert {x.device for x in (q, k, v, log_g, states, slots, nodes.visits)} == {q.device}
-            read = len(slots) * _nbytes(states[0])
-            self._launch("tree_recurrence", read + sum(map(_nbytes, (q, k, v, v))))
+            nbytes = len(slots) * _nbytes(states[0]) + sum(map(_nbytes, (q, k, v, v)))
+            launch("tree_recurrence", nbytes, q, k, v, log_g, states, slots, nodes.visits)
             trees, n, heads, value_dim = v.shape
-            written = torch.empty(trees, heads, n, value_dim, device=q.device)
-            keys = torch.empty(trees, heads, n, k.shape[3], device=q.device)
-            return torch.empty(v.shape, dtype=v.dtype, device=q.device), written, keys
+            sizes = (value_dim, k.shape[3])
+            written, keys = (like(v, trees, heads, n, x, dtype=torch.float32) for x in sizes)
+            return like(v), written, keys
 
         def commit_recurrence(written, keys, log_g, states, paths):
-            assert {x.device for x in (written, keys, log_g, paths)} == {states.device}
-            self._launch("commit_recurrence", 2 * len(paths) * _nbytes(states[0]))
+            nbytes = 2 * len(paths) * _nbytes(states[0])
+            launch("commit_recurrence", nbytes, written, keys, log_g, states, paths)
 
         def convolve_paths(rows, tails, slots, windows, weight, bias=None, activation=None):
-            assert {x.device for x in (rows, tails, slots, windows)} == {weight.device}
             (trees, n, channels), width = rows.shape, tails.shape[2]
-            out = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
-            inputs = out.new_empty((trees, width + n, channels))
-            self._launch("convolve_paths", sum(map(_nbytes, (rows, out, inputs, weight))))
+            out, inputs = like(rows), like(rows, trees, width + n, channels)
+            nbytes = sum(map(_nbytes, (rows, out, inputs, weight)))
+            launch("convolve_paths", nbytes, rows, tails, slots, windows, weight)
             return out, inputs
 
         def draft_noise(noise, tokens):
+            read = [] if isinstance(tokens, int) else [tokens]
+            width = read[0].shape[1] if read else tokens
+            result = like(noise, len(noise), width, dtype=torch.float32)
+            launch("draft_noise", sum(map(_nbytes, (noise, *read, result))), noise, *read)
             assert noise.device.type == "cuda"
-            width = tokens if isinstance(tokens, int) else tokens.shape[1]
-            result = torch.empty(len(noise), width, device=noise.device)
-            read = 0 if isinstance(tokens, int) else _nbytes(tokens)
-            self._launch("draft_noise", _nbytes(noise) + read + _nbytes(result))
             return result
 
         def noisy_log_probs(logits, noise, temperature, ids=None):
-            assert {x.device for x in (logits, noise)} == {logits.device}
-            result = torch.empty(logits.shape, device=logits.device)
-            self._launch("log_prob_sums", _nbytes(logits))
-            self._launch("noisy_log_probs", _nbytes(logits) + _nbytes(result))
+            result = like(logits, dtype=torch.float32)
+            launch("log_prob_sums", _nbytes(logits), logits, noise)
+            launch("noisy_log_probs", _nbytes(logits) + _nbytes(result), logits, noise)
             return result
 
         def move_columns(storage, sources, targets, ends):
-            assert {x.device for x in (sources, targets, ends)} == {storage.device}
-            self._launch("move_columns", 2 * len(sources) * _nbytes(storage[:, :, :, 0]))
+            nbytes = 2 * len(sources) * _nbytes(storage[:, :, :, 0])
+            launch("move_columns", nbytes, storage, sources, targets, ends)
 
-        return Operations(
-            *(tree_attention, rms_norm, rotate_and_store, gated, grouped_linear),
-            tree_recurrence=tree_recurrence,
-            commit_recurrence=commit_recurrence,
-            convolve_paths=convolve_paths,
-            move_columns=move_columns,
-            quantised_linear=quantised_linear,
-            draft_noise=draft_noise,
-            noisy_log_probs=noisy_log_probs,
-        )
+        kernels = (tree_attention, rms_norm, gated, rotate_and_store, grouped_linear)
+        kernels += (quantised_linear, tree_recurrence, commit_recurrence, convolve_paths)
+        kernels += (draft_noise, noisy_log_probs, move_columns)
+        return Operations(**{kernel.__name__: kernel for kernel in kernels})
 
     def _patch_tensors(self, monkeypatch):
         numpy, plain_from_numpy = torch.Tensor.numpy, torch.from_numpy
@@ -367,12 +364,15 @@ class FakeCuda(TorchDispatchMode):
             return False if fake else plain_equal(one, other)
 
         plain_equal = torch.equal
-        monkeypatch.setattr(torch, "equal", equal)
-        monkeypatch.setattr(torch.Tensor, "numpy", to_numpy)
-        monkeypatch.setattr(torch, "from_numpy", from_numpy)
-        monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
-        monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
-        monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+        stand_in(monkeypatch, torch, equal=equal, from_numpy=from_numpy)
+        stand_in(
+            monkeypatch,
+            torch.Tensor,
+            numpy=to_numpy,
+            pin_memory=lambda tensor: tensor,
+            record_stream=lambda tensor, stream: None,
+        )
+        stand_in(monkeypatch, F, scaled_dot_product_attention=attention)
 
     def _patch_graphs(self, monkeypatch):
         @contextmanager
@@ -390,26 +390,27 @@ class FakeCuda(TorchDispatchMode):
         def refuse_waiting(mode):
             self.refusing = mode == "warn"
 
-        for name, stand_in in {
-            "CUDAGraph": _Graph,
-            "Stream": partial(_Stream, self.waited),
-            "Event": lambda blocking: None,
-            "current_stream": partial(_Stream, self.waited),
-            "graph": capture,
-            "stream": nothing,
-            "device": nothing,
-            "get_sync_debug_mode": lambda: 0,
-            "set_sync_debug_mode": refuse_waiting,
-            "get_device_capability": lambda device: self.capability,
-            "get_device_name": lambda device: "fake",
-            "mem_get_info": self._memory,
-            "memory_allocated": self.allocated.__getitem__,
-            "max_memory_allocated": self.peak.__getitem__,
-            "graph_pool_handle": lambda: None,
-            "is_initialized": lambda: True,
-            "reset_peak_memory_stats": self._reset_peak,
-        }.items():
-            monkeypatch.setattr(torch.cuda, name, stand_in)
+        stand_in(
+            monkeypatch,
+            torch.cuda,
+            CUDAGraph=_Graph,
+            Stream=partial(_Stream, self.waited),
+            Event=lambda blocking: None,
+            current_stream=partial(_Stream, self.waited),
+            graph=capture,
+            stream=nothing,
+            device=nothing,
+            get_sync_debug_mode=lambda: 0,
+            set_sync_debug_mode=refuse_waiting,
+            get_device_capability=lambda device: self.capability,
+            get_device_name=lambda device: "fake",
+            mem_get_info=self._memory,
+            memory_allocated=self.allocated.__getitem__,
+            max_memory_allocated=self.peak.__getitem__,
+            graph_pool_handle=lambda: None,
+            is_initialized=lambda: True,
+            reset_peak_memory_stats=self._reset_peak,
+        )
         # It asks the driver, in versions of PyTorch that have it.
         monkeypatch.setattr(varlen, "_cudnn_decode_disabled", lambda device: True, raising=False)
 

@@ -1,19 +1,15 @@
-"""Trees and drafts as functions of tensors alone, and when they run without static shapes."""
+"""Trees and drafts as functions of tensors alone, and when they run without static shapes.
 
-import gc
-import warnings
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+`test_graph_store.py` has the graphs of these functions.
+"""
+
 from itertools import product
-from threading import Event, current_thread
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from failures import failing
 from mtp_pairs import write_mtp_pair, write_peagle_pair
 from parts import load_with_parts
-from replayed_graphs import enable, replay_graphs
 
 from treeflash.config import LoadConfig, SamplingConfig
 from treeflash.decoding.interfaces import Prefill, TableOptions, Verify
@@ -21,7 +17,7 @@ from treeflash.decoding.sampling import Noise, SamplingParams
 from treeflash.decoding.tree import DraftTree
 from treeflash.errors import UnsupportedModelError
 from treeflash.testing import require
-from treeflash.testing.models import write_dialect, write_drafter, write_pair, write_target
+from treeflash.testing.models import write_dialect, write_drafter, write_target
 from treeflash.testing.trees import noise_of_depths
 
 require("torch")
@@ -31,14 +27,7 @@ from treeflash_cuda import backend as backend_module
 from treeflash_cuda import drafter as drafter_module
 from treeflash_cuda.backend import load
 from treeflash_cuda.gpu import row_pass
-from treeflash_cuda.gpu.graphs import (
-    MAX_ROWS,
-    WARM_UP,
-    Graph,
-    Graphs,
-    garbage_collection_disabled,
-    synchronising_refused,
-)
+from treeflash_cuda.gpu.graphs import MAX_ROWS
 from treeflash_cuda.hf import attention_contexts
 from treeflash_cuda.memory import STATES_EACH
 
@@ -145,6 +134,10 @@ def test_drafts_depth_by_depth_share_graphs(tmp_path, monkeypatch, kind):
     keys = [name for name, *_ in static.target.graphs.keys]
     assert keys.count("the AR head") == 3 * 3 * 4 * 2  # sequences, depths, sizes and noise
     assert keys.count("the drafter") <= 8
+    static.target.graphs.keys.clear()
+    static.warm_up(4)
+    warm = [name for name, *_ in static.target.graphs.keys]
+    assert warm.count("the AR head") == 3 * 2  # default tables of 1, 2 and 4 texts; noise
 
 
 def test_drafts_of_all_depths_at_once_share_graphs(tmp_path, monkeypatch):
@@ -188,6 +181,7 @@ def test_what_is_warm_captures_nothing_later(backend):
     graphs = backend.target.graphs
     backend.warm_up(4)
     warm = set(graphs.keys)
+    assert [name for name, *_ in warm].count("the AR head") == 3 * 2  # 1, 2 and 4 texts; noise
     states = started(backend, [[3] * n for n in (60, 5, 1)])
     for sizes in ((1, 1, 1), (5, 1, 20), (30, 64, 64)):
         backend.drafter.draft([(state, 1) for state in states])
@@ -201,19 +195,6 @@ def test_what_is_warm_captures_nothing_later(backend):
     backend.drafter.draft([(states[0], 1)])
     assert {x for x in graphs.keys if x[0] == "the target"} <= warm
     assert len(graphs.keys - warm) <= 1  # a draft after long prompts
-
-
-@pytest.mark.parametrize("kind", ["treeflash", "eagle3"])
-def test_default_tables_are_captured_before_the_first_request(tmp_path, monkeypatch, kind):
-    """Of 1, 2 and 4 sequences, with noise and without."""
-    if kind == "treeflash":
-        pair = write_pair(tmp_path, "qwen3")
-    else:
-        pair = write_mtp_pair(tmp_path, kind, seed=1)
-    backend = load_with_parts(monkeypatch, *pair)
-    backend.warm_up(4)
-    names = [name for name, *_ in backend.target.graphs.keys]
-    assert names.count("the AR head") == 3 * 2
 
 
 def test_a_warm_up_of_more_sequences_than_memory_has_room_for_goes_on(backend):
@@ -288,32 +269,6 @@ def test_trees_beyond_the_capacity_of_a_sequence_are_not_written(backend):
     assert state.length == 3
 
 
-def test_a_replay_is_a_function_of_its_inputs_alone(folders, monkeypatch):
-    """Captured once and replayed for another text, it computes what it does for that text."""
-    static, plain = (
-        load_with_parts(monkeypatch, *folders[1], cuda_graphs=captured)
-        for captured in (True, False)
-    )
-    static.target.graphs = enable(Graphs(torch.device("cpu")))
-    names = replay_graphs(monkeypatch, with_addresses=True)
-    found = []
-    for backend in (static, plain):
-        states = started(backend, [[3, 4, 5] * 3, [6]])
-        for state in states:  # the second one replays
-            tree = chain(6, 7, 8)
-            backend.drafter.draft([(state, 1)])
-            found.append(backend.verifier.logits([(state, tree)]).logits[0])
-            verified = backend.verifier.run([Verify(state, tree, SamplingParams())])
-            backend.verifier.commit(verified, [(state, np.array([0, 1], np.int32))])
-            (block,) = backend.drafter.draft([(state, 1)])
-            found.append(block.hidden.numpy())
-    replays = static.target.graphs.replays
-    assert all(names.count(x) < replays[x] for x in ("the target", "the drafter"))
-    half = len(found) // 2
-    for one, other in zip(found[:half], found[half:], strict=True):
-        np.testing.assert_allclose(one, other, atol=1e-4)
-
-
 def test_what_earlier_texts_left_is_not_seen(backend):
     (state,), tree = started(backend, [[3, 4, 5]]), chain(6, 7, 8)
     (expected,) = backend.verifier.logits([(state, tree)]).logits
@@ -321,292 +276,3 @@ def test_what_earlier_texts_left_is_not_seen(backend):
     with torch.inference_mode():
         cache.slab.storage[:, :, :, cache.columns_at(np.arange(state.length, 100))] = torch.nan
     np.testing.assert_array_equal(backend.verifier.logits([(state, tree)]).logits[0], expected)
-
-
-class Recorder:
-    """Stands for the capture of graphs, which fails for inputs that the test names."""
-
-    def __init__(self, monkeypatch):
-        self.graphs = Graphs(torch.device("cpu"))
-        self.errors = {}  # by the number of rows
-        self.emptied = 0
-        monkeypatch.setattr(Graphs, "is_capturing", True)
-        monkeypatch.setattr(self.graphs, "_record", self.record)
-        monkeypatch.setattr(torch.cuda, "empty_cache", self.empty)
-
-    def empty(self):
-        assert not self.graphs.store, "graphs hold the memory"
-        self.emptied += 1
-
-    def record(self, function, places, **_):
-        if (message := self.errors.get(len(places[0]))) is not None:
-            raise RuntimeError(message)
-        outputs = function(*places)
-
-        def replay():
-            for output, new in zip(outputs, function(*places), strict=True):
-                output.copy_(new)
-
-        return Graph(SimpleNamespace(replay=replay), places, outputs)
-
-    def run(self, rows, name="doubling"):
-        x = torch.arange(rows)
-        (found,) = self.graphs.run(name, (), lambda x: (2 * x,), x)
-        assert found.tolist() == (2 * x).tolist()
-
-
-def test_memory_that_runs_out_during_a_capture_drops_the_other_graphs(monkeypatch):
-    """The function runs without a graph, and is not captured again with the same shapes."""
-    recorder = Recorder(monkeypatch)
-    graphs = recorder.graphs
-    recorder.run(2)
-    recorder.errors[9] = "CUDA out of memory. Tried to allocate 2 GiB"
-    for _ in range(5):
-        recorder.run(9)
-    assert recorder.emptied == 1
-    assert [(x.name, bool(x.reason)) for x in graphs.tried] == [
-        ("doubling", False),
-        ("doubling", True),
-    ]
-    assert graphs.verdicts == {"doubling": "CUDA out of memory. Tried to allocate 2 GiB"}
-    for _ in range(2):
-        recorder.run(3)
-    assert graphs.captures == 2
-    assert graphs.verdicts == {"doubling": "used (2 graphs)"}
-
-
-def test_replays_and_failures_are_counted_by_function(monkeypatch):
-    """A size that cannot be captured stops no other ones of a function that has graphs."""
-    recorder = Recorder(monkeypatch)
-    recorder.errors[4] = "operation not permitted\nwhen capturing"
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for rows in (4, 4, 2, 2):
-            recorder.run(rows)
-        recorder.run(2, name="another")
-    assert recorder.graphs.replays == {"doubling": 2, "another": 1}
-    reason = "doubling runs without CUDA graphs for some of its inputs: operation not perm"
-    recorder.run(4)
-    recorder.run(4)
-    with pytest.warns(UserWarning, match=reason):
-        recorder.run(4)
-    tried = len(recorder.graphs.tried)
-    for rows in (4, 2, 3):
-        recorder.run(rows)
-    assert recorder.graphs.replays == {"doubling": 4, "another": 1}
-    assert len(recorder.graphs.tried) == tried + 1
-    recorder.errors |= {2: "never", 3: "never"}
-    recorder.run(4, name="third")
-    recorder.run(2, name="third")
-    with pytest.warns(UserWarning, match="third runs without CUDA graphs: never"):
-        recorder.run(3, name="third")
-    tried = len(recorder.graphs.tried)
-    recorder.run(5, name="third")
-    assert len(recorder.graphs.tried) == tried
-    assert recorder.graphs.verdicts["third"] == "never"
-
-
-class Stream:
-    """A queue of work on a device, which runs beside the others unless it waits for them.
-
-    Attributes:
-        queued: the number of functions that were called on it.
-        seen: how much of other streams' work, by stream, ends before what comes next.
-    """
-
-    def __init__(self, device=None):
-        self.queued = 0
-        self.seen = {}
-
-    def wait_stream(self, other):
-        self.seen[other] = other.queued
-
-    def has_waited_for(self, other):
-        return self is other or self.seen.get(other, 0) == other.queued
-
-
-class StandIns:
-    """Stands for the parts of `torch.cuda` that captures use.
-
-    Attributes:
-        stream: the current stream.
-        pools: the pools of captures that began.
-        mode: what PyTorch does when a thread waits for the device.
-        capturing: the thread of the capture that is under way, and its mode.
-        error: the message of the error with which all captures end; None if they succeed.
-    """
-
-    def __init__(self, monkeypatch, error="operation not permitted when capturing"):
-        self.stream = Stream()
-        self.pools = []
-        self.mode = "default"
-        self.capturing = None
-        self.error = error
-        stand_ins = {
-            "CUDAGraph": lambda: SimpleNamespace(replay=lambda: None),
-            "Stream": Stream,
-            "current_stream": lambda: self.stream,
-            "device": lambda _: nullcontext(),
-            "get_sync_debug_mode": lambda: self.mode,
-            "graph": self.capture,
-            "graph_pool_handle": object,
-            "set_sync_debug_mode": self.set_mode,
-            "stream": self.enter,
-        }
-        for name, stand_in in stand_ins.items():
-            monkeypatch.setattr(torch.cuda, name, stand_in)
-        monkeypatch.setattr(Graphs, "is_capturing", True)
-
-    def set_mode(self, mode):
-        self.mode = mode
-
-    def wait(self):
-        """Wait for the device, from any thread."""
-        if self.mode == "error":
-            raise RuntimeError("called a synchronizing CUDA operation")
-        if self.mode == "warn":
-            warnings.warn("called a synchronizing CUDA operation", stacklevel=2)
-
-    def allocate(self):
-        """Take memory from the driver, which spoils captures: in some modes of any thread."""
-        thread, mode = self.capturing or (None, "relaxed")
-        if mode == "global" or (mode == "thread_local" and thread is current_thread()):
-            self.error = "operation failed due to a previous error during capture"
-
-    @contextmanager
-    def capture(self, _, *, stream, pool, capture_error_mode="global"):
-        before, self.stream = self.stream, stream
-        self.pools.append(pool)
-        self.capturing = current_thread(), capture_error_mode
-        yield
-        self.capturing = None
-        if self.error is not None:
-            raise RuntimeError(self.error)
-        self.stream = before
-
-    @contextmanager
-    def enter(self, new):
-        before, self.stream = self.stream, new
-        try:
-            yield
-        finally:
-            self.stream = before
-
-
-@pytest.mark.parametrize("enabled", [True, False])
-def test_garbage_is_collected_again_if_it_was(enabled):
-    before = gc.isenabled()
-    (gc.enable if enabled else gc.disable)()
-    try:
-        with garbage_collection_disabled():
-            assert not gc.isenabled()
-        assert gc.isenabled() == enabled
-    finally:
-        (gc.enable if before else gc.disable)()
-
-
-def test_the_stream_and_the_pool_of_a_failed_capture_are_left(monkeypatch):
-    """PyTorch before 2.15 does not leave them itself."""
-    stand_ins = StandIns(monkeypatch)
-    before, graphs = stand_ins.stream, Graphs(torch.device("cpu"))
-    x = torch.arange(3)
-    for _ in range(2):
-        assert graphs.run("doubling", (), lambda x: (2 * x,), x)[0].tolist() == [0, 2, 4]
-        assert stand_ins.stream is before
-    assert graphs.verdicts["doubling"] == "operation not permitted when capturing"
-    assert len(set(stand_ins.pools)) == 2
-
-
-def test_what_waits_for_the_device_is_found_before_its_capture(monkeypatch):
-    stand_ins = StandIns(monkeypatch)
-    graphs = Graphs(torch.device("cpu"))
-
-    def wait(x):
-        stand_ins.wait()
-        return (2 * x,)
-
-    assert graphs.run("doubling", (), wait, torch.arange(3))[0].tolist() == [0, 2, 4]
-    assert graphs.verdicts["doubling"] == "called a synchronizing CUDA operation"
-    assert not stand_ins.pools
-    assert stand_ins.mode == "default"
-
-
-def test_other_threads_may_wait_for_the_device_while_a_function_is_checked(monkeypatch):
-    """A server answers with one model, and reads its tokens, while it loads another one."""
-    stand_ins = StandIns(monkeypatch, error=None)
-    graphs, checked = [Graphs(torch.device("cpu")) for _ in range(2)], []
-
-    def double(x):
-        if stand_ins.mode != "default":
-            checked.append(stand_ins.mode)
-            with ThreadPoolExecutor(1) as other:
-                other.submit(stand_ins.wait).result()
-        return (2 * x,)
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for each in graphs:
-            assert each.run("doubling", (), double, torch.arange(3))[0].tolist() == [0, 2, 4]
-            assert each.verdicts == {"doubling": "used (1 graphs)"}
-    assert checked
-    assert stand_ins.mode == "default"
-
-
-def test_two_models_are_checked_one_after_the_other(monkeypatch):
-    """Else the second would take the first one's mode for the user's, and leave it for ever."""
-    stand_ins = StandIns(monkeypatch)
-    begun, ended = [Event(), Event()], [Event(), Event()]
-
-    def check(n):
-        with synchronising_refused():
-            begun[n].set()
-            assert ended[n].wait(60)
-
-    with ThreadPoolExecutor(2) as threads:
-        first = threads.submit(check, 0)
-        assert begun[0].wait(60)
-        second = threads.submit(check, 1)
-        overlap = begun[1].wait(0.05)
-        ended[0].set()
-        first.result()
-        ended[1].set()
-        second.result()
-    assert not overlap
-    assert stand_ins.mode == "default"
-
-
-def test_a_capture_runs_between_what_was_queued_and_what_follows(monkeypatch):
-    """Its warm-up reads what earlier work wrote, and writes keys that a replay reads."""
-    stand_ins, used = StandIns(monkeypatch, error=None), []
-    own, graphs = stand_ins.stream, Graphs(torch.device("cpu"))
-    own.queued = 5
-
-    def double(x):
-        if stand_ins.capturing is None:
-            assert stand_ins.stream.has_waited_for(own)
-            stand_ins.stream.queued += 1
-            used.append(stand_ins.stream)
-        return (2 * x,)
-
-    assert graphs.run("doubling", (), double, torch.arange(3))[0].tolist() == [0, 2, 4]
-    assert (graphs.captures, len(used)) == (1, WARM_UP)
-    assert stand_ins.stream is own
-    assert all(own.has_waited_for(stream) for stream in used)
-
-
-def test_other_threads_may_use_the_device_during_a_capture(monkeypatch):
-    """NCCL's watchdog does, and a thread that reads a model; the capture's own thread may not."""
-    stand_ins, graphs = StandIns(monkeypatch, error=None), Graphs(torch.device("cpu"))
-
-    def allocate_elsewhere(x):
-        with ThreadPoolExecutor(1) as threads:
-            threads.submit(stand_ins.allocate).result()
-        return (2 * x,)
-
-    def allocate(x):
-        stand_ins.allocate()
-        return (2 * x,)
-
-    for function, captures in ((allocate_elsewhere, 1), (allocate, 1)):
-        result = graphs.run(function.__name__, (), function, torch.arange(3))[0]
-        assert (result.tolist(), graphs.captures) == ([0, 2, 4], captures)

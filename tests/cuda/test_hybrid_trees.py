@@ -18,10 +18,9 @@ import torch
 from families import PREFIX, TOLERANCE
 from families import cuda as families
 from parts import load_with_parts
-from replayed_graphs import enable, replay_graphs
+from replayed_graphs import ReplayedGraphs, fix_addresses
 from treeflash_cuda import target_loading
 from treeflash_cuda.backend import CudaBackend, load
-from treeflash_cuda.gpu.graphs import Graphs
 from treeflash_cuda.gpu.state_arena import MIN_SLOTS, WrittenTree
 from treeflash_cuda.operations import Operations
 from treeflash_cuda.recurrence import TreeNodes, delta_rule
@@ -49,8 +48,7 @@ def folders(request, tmp_path):
 def test_trees_are_those_of_one_sequence_after_another(folders, monkeypatch, sequences):
     """Logits, states, keys and features, in graphs with the addresses and sizes of a capture."""
     static = load_with_parts(monkeypatch, *folders)
-    static.target.graphs = enable(Graphs(static.target.device))
-    names = replay_graphs(monkeypatch)
+    static.target.graphs = ReplayedGraphs()
     found = []
     for backend in (static, load(*folders, CPU)):
         rng, results = np.random.default_rng(sequences), []
@@ -76,7 +74,7 @@ def test_trees_are_those_of_one_sequence_after_another(folders, monkeypatch, seq
     assert len(found[0]) == len(found[1])
     for graph, plain in zip(*found, strict=True):
         np.testing.assert_allclose(graph, plain, atol=1e-4 * max(1, np.abs(plain).max()))
-    assert names.count("the target") > 1
+    assert static.target.graphs.captured["the target"] > 1
 
 
 @pytest.mark.parametrize(
@@ -100,8 +98,8 @@ def test_no_graph_reads_states_that_moved(tmp_path, monkeypatch, family):
     """More sequences need more room, and what was their memory may be anything then."""
     write_target(tmp_path, family, seed=1, vocab_size=VOCAB, layers=2)
     static = load_with_parts(monkeypatch, tmp_path)
-    static.target.graphs = enable(Graphs(static.target.device))
-    replay_graphs(monkeypatch, with_addresses=True)
+    static.target.graphs = ReplayedGraphs(with_addresses=True)
+    fix_addresses(monkeypatch)
     plain, found, root = load(tmp_path, None, CPU), [], DraftTree.root_only(6)
     for backend in (static, plain):
         states, results = [backend.open(100, drafts=False) for _ in range(8)], []

@@ -93,10 +93,10 @@ GRAPHS = """
 import atexit, os
 from treeflash_cuda import target_loading
 from treeflash_cuda.gpu import graphs
-from treeflash_cuda.gpu.graphs import Graph, Graphs
+from treeflash_cuda.gpu.graphs import Graphs
 from treeflash_cuda.operations import Operations
 from treeflash_cuda.target import PASS_NAME
-from replayed_graphs import Replay
+from replayed_graphs import replayed
 
 # As on a GPU, trees run by the operation for trees in graphs. A replay computes anew.
 target_loading.load_target_operations = lambda *_: Operations()
@@ -108,7 +108,7 @@ def record(self, function, places, **_):
     outputs = function(*places)
     if os.environ["RANK"] == "1" and len(captured) == 1:
         raise RuntimeError("out of paper")
-    return Graph(Replay(function, places, outputs), places, outputs)
+    return replayed(function, places, outputs)
 
 def watch(self, key, function, inputs):
     graph = capture(self, key, function, inputs)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from stand_ins import stand_in
 from torch.fx.experimental import proxy_tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from treeflash_cuda import operations
@@ -14,39 +17,39 @@ MOST_SHARED = 32
 """Committed positions of the longest sequence of a test whose graphs have addresses."""
 
 
-class Replay:
-    """Computes the captured function again from the captured inputs, into the captured outputs."""
+def replayed(function, places, outputs):
+    """A graph that computes the function again from the captured inputs, into the outputs."""
 
-    def __init__(self, function, places, outputs):
-        self.function, self.places, self.outputs = function, places, outputs
-
-    def replay(self):
-        for old, new in zip(self.outputs, self.function(*self.places), strict=True):
+    def replay():
+        for old, new in zip(outputs, function(*places), strict=True):
             if torch.is_tensor(old):
                 old.copy_(new)
 
+    return Graph(SimpleNamespace(replay=replay), places, outputs)
 
-def replay_graphs(monkeypatch, *, with_addresses=False):
-    """Let graphs of CPU tensors be captured and replayed; returns the names of the captures.
+
+class ReplayedGraphs(Graphs):
+    """Graphs of CPU tensors.
 
     With addresses, a replay reads and writes the tensors of its capture besides its inputs, as a
     graph does. It takes longer.
     """
-    names = []
 
-    def capture(self, key, function, inputs):
-        names.append(key[0])
-        places = tuple(x.clone() for x in inputs)
+    def __init__(self, *, with_addresses=False):
+        super().__init__(torch.device("cuda"))
+        self.enabled, self.with_addresses = True, with_addresses
+
+    def _record(self, function, places, **_):
         outputs = function(*places)
-        if with_addresses:
+        if self.with_addresses:
             function = recorded(function, places, outputs)
-        return Graph(Replay(function, places, outputs), places, outputs)
+        return replayed(function, places, outputs)
 
-    monkeypatch.setattr(Graphs, "_capture", capture)
-    if with_addresses:  # kernels need no numbers from the device, as PyTorch's definitions do
-        monkeypatch.setattr(operations, "most_shared", lambda keys: MOST_SHARED)
-        monkeypatch.setattr(attention_contexts, "is_window", lambda *_: True)
-    return names
+
+def fix_addresses(monkeypatch):
+    """Let attention need no numbers from the device, as kernels do."""
+    stand_in(monkeypatch, operations, most_shared=lambda keys: MOST_SHARED)
+    stand_in(monkeypatch, attention_contexts, is_window=lambda *_: True)
 
 
 def recorded(function, inputs, outputs):
@@ -61,9 +64,3 @@ def recorded(function, inputs, outputs):
         return tuple(next(tensors) if torch.is_tensor(x) else x for x in outputs)
 
     return run
-
-
-def enable(graphs):
-    """Let graphs be captured although the tensors are on a CPU."""
-    graphs.enabled, graphs.device = True, torch.device("cuda")
-    return graphs
