@@ -246,14 +246,18 @@ class FakeCuda(TorchDispatchMode):
             self.columns = int((shared + sizes).sum())
             return plain_plan(starts, sizes, shared, block)
 
-        read, plain_plan, operations = Checkpoint.read, visible_keys.plan_work, self._operations()
+        read, plain_plan = Checkpoint.read, visible_keys.plan_work
         stand_in(monkeypatch, Checkpoint, read=read_real)
         stand_in(monkeypatch, visible_keys, plan_work=plan_work)
         stand_in(monkeypatch, model_target, load_model=load_fake_model)
         stand_in(monkeypatch, drafter_loading, read_drafter=read_fake_drafter)
         for module in (backend, target_loading):
-            found = {"choose_device": lambda _: DEVICE, "load_operations": lambda *_: operations}
-            stand_in(monkeypatch, module, **found)
+            stand_in(
+                monkeypatch,
+                module,
+                choose_device=lambda name: DEVICE,
+                load_operations=lambda *_: self._operations(),
+            )
         stand_in(monkeypatch, backend_base, check_trees=lambda backend: None)  # it compares values
 
     def _operations(self):

@@ -4,6 +4,7 @@ import os
 from contextlib import nullcontext
 
 import pytest
+from stand_ins import stand_in
 
 from treeflash.config import LoadConfig
 from treeflash.errors import BackendError, CPUBuildError
@@ -13,7 +14,6 @@ from treeflash.testing.models import edit_config, write_pair
 require("torch")
 
 import torch
-from treeflash_cuda import backend as loading
 from treeflash_cuda import target_loading
 from treeflash_cuda.backend import load
 from treeflash_cuda.device import (
@@ -35,7 +35,7 @@ def folders(tmp_path):
 def test_a_gpus_allocator_joins_free_memory_where_it_can(monkeypatch):
     """Not where a user has other settings, or CUDA runs already."""
     found, on, off = [], "expandable_segments:True", "expandable_segments:False"
-    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", found.append)
+    stand_in(monkeypatch, torch._C, _accelerator_setAllocatorSettings=found.append)
     for name in ALLOCATOR_SETTINGS:
         monkeypatch.delenv(name, raising=False)
 
@@ -46,8 +46,8 @@ def test_a_gpus_allocator_joins_free_memory_where_it_can(monkeypatch):
 
         found.clear()
         with monkeypatch.context() as patch:
-            patch.setattr(torch, "empty", empty)
-            patch.setattr(torch.cuda, "is_initialized", lambda: initialized)
+            stand_in(patch, torch, empty=empty)
+            stand_in(patch, torch.cuda, is_initialized=lambda: initialized)
             if variable is not None:
                 patch.setenv(variable, "backend:native")
             join_free_memory(torch.device("cuda"))
@@ -62,10 +62,20 @@ def test_a_gpus_allocator_joins_free_memory_where_it_can(monkeypatch):
         join("CUDA out of memory")
 
 
-def test_no_cuda_device_is_one_clear_line(see_gpus):
-    see_gpus(0)
-    with pytest.raises(BackendError, match="no CUDA device is available; use device cpu"):
-        choose_device(None)
+@pytest.fixture
+def lose_gpus(see_gpus, monkeypatch):
+    """Let a PyTorch for a version of CUDA find no GPU, with this message."""
+
+    def lose(wheel, message):
+        def init():
+            if message is not None:
+                raise RuntimeError(message)
+
+        see_gpus(0)
+        stand_in(monkeypatch, torch.version, cuda=wheel)
+        stand_in(monkeypatch, torch.cuda, init=init)
+
+    return lose
 
 
 TOO_OLD = (
@@ -100,20 +110,15 @@ TOO_OLD = (
     ],
 )
 def test_the_line_says_why_there_is_no_cuda_device(
-    see_gpus, monkeypatch, wheel, message, visible, line
+    lose_gpus, monkeypatch, wheel, message, visible, line
 ):
-    def init():
-        if message is not None:
-            raise RuntimeError(message)
-
-    see_gpus(0)
-    monkeypatch.setattr(torch.version, "cuda", wheel)
-    monkeypatch.setattr(torch.cuda, "init", init)
+    lose_gpus(wheel, message)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     with pytest.raises(BackendError, match=line) as raised:
-        choose_device("cuda")
+        choose_device(None)
+    assert "no CUDA device is available; use device cpu" in str(raised.value)
     assert "\n" not in str(raised.value)
     assert isinstance(raised.value, CPUBuildError) is (wheel is None)
     reason = str(raised.value).partition(", so no CUDA device")[0]
@@ -124,20 +129,14 @@ def test_the_line_says_why_there_is_no_cuda_device(
     ("printed", "older"), [("9.0\n", True), ("8.9\n12.0\n", False), ("10.0\n", False), ("", True)]
 )
 def test_a_gpu_that_older_builds_do_not_know_needs_a_driver(
-    see_gpus, monkeypatch, tmp_path, printed, older
+    lose_gpus, monkeypatch, tmp_path, printed, older
 ):
     """PyTorch's last builds for older drivers have code up to Hopper."""
-
-    def init():
-        raise RuntimeError(TOO_OLD)
-
-    see_gpus(0)
+    lose_gpus("13.0", TOO_OLD)
     smi = tmp_path / "nvidia-smi"
     smi.write_text(f"#!/bin/sh\ncat <<END\n{printed}END\n")
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(torch.cuda, "init", init)
     with pytest.raises(BackendError, match=r"update the driver \(580 or newer\)") as raised:
         choose_device("cuda")
     assert ("--force-reinstall" in str(raised.value)) is older
@@ -148,10 +147,14 @@ def test_a_gpu_that_older_builds_do_not_know_needs_a_driver(
     [((7, 0), "--force-reinstall"), ((13, 0), "a newer PyTorch"), ((8, 9), ""), ((12, 1), "")],
 )
 def test_a_gpu_without_code_is_refused_before_anything_is_read(monkeypatch, capability, advice):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
     compiled = ["sm_75", "sm_80", "sm_90", "sm_100", "sm_120"]
-    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: compiled)
+    stand_in(
+        monkeypatch,
+        torch.cuda,
+        get_device_capability=lambda device: capability,
+        get_device_name=lambda device: "a card",
+        get_arch_list=lambda: compiled,
+    )
     device = torch.device("cuda")
     if not advice:
         check_architecture(device)
@@ -201,23 +204,16 @@ def test_products_of_float32_numbers_are_not_tf32(cuda, folders, monkeypatch, ro
 
 def test_a_gpu_is_prepared_before_anything_uses_it(cuda, folders, monkeypatch):
     """The allocator keeps its settings as soon as CUDA runs; NCCL reads its variable once."""
-    calls = []
+    seen = []  # the variable where the device is first asked for something
 
-    def recorded(module, name):
-        call = getattr(module, name)
+    def asked(device):
+        seen.append(os.environ.get("NCCL_GRAPH_REGISTER"))
+        return {}
 
-        def record(device):
-            calls.append(name)
-            return call(device)
-
-        monkeypatch.setattr(module, name, record)
-
-    recorded(loading, "prepare")
-    recorded(target_loading, "device_facts")
+    monkeypatch.setattr(target_loading, "device_facts", asked)
     monkeypatch.delenv("NCCL_GRAPH_REGISTER", raising=False)
     load(*folders, LoadConfig(dtype="float32"))
-    assert calls[:2] == ["prepare", "device_facts"]
-    assert os.environ["NCCL_GRAPH_REGISTER"] == "0"
+    assert seen[0] == "0"
     monkeypatch.setenv("NCCL_GRAPH_REGISTER", "1")
     load(*folders, LoadConfig(dtype="float32"))
     assert os.environ["NCCL_GRAPH_REGISTER"] == "1"

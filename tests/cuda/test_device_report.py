@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 from parts import load_with_parts, use_models
+from stand_ins import stand_in
 
 from treeflash.commands import doctor
 from treeflash.config import LoadConfig
@@ -106,9 +107,9 @@ def test_a_gpu_is_examined_without_a_model(cuda):
 @pytest.mark.parametrize("runs", [True, False])
 def test_passes_over_trees_are_measured_if_the_target_has_them(cuda, tmp_path, monkeypatch, runs):
     use_models(monkeypatch)
-    monkeypatch.setattr(attention_contexts, "is_window", lambda *_: runs)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 5)
+    stand_in(monkeypatch, attention_contexts, is_window=lambda *_: runs)
+    peaks = {"memory_allocated": lambda _: 2, "max_memory_allocated": lambda _: 5}
+    stand_in(monkeypatch, torch.cuda, **peaks)
     write_target(tmp_path, "mistral", seed=1)
     refused = nullcontext() if runs else pytest.warns(UserWarning, match="without CUDA graphs")
     with refused:
@@ -126,10 +127,10 @@ def test_a_kernel_that_fell_back_is_reported_with_its_reason():
     [(0.85, 0, 6.8), (0.85, GIB, 5.1), (0.2, GIB, 1.2), (0.85, 5 * GIB, 0)],
 )
 def test_memory_is_set_aside_beside_the_largest_pass(
-    folders, monkeypatch, share, pass_nbytes, reserved
+    folders, see_memory, share, pass_nbytes, reserved
 ):
     backend = loading.load(*folders, LoadConfig(device="cpu", dtype="float32"))
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (8 * GIB, 24 * GIB))
+    see_memory(8 * GIB, 24 * GIB)
     arenas = backend.target.arena, backend.drafter_arena
     memory.reserve_memory(backend.target, backend.drafter_arena, 2 * pass_nbytes, share)
     assert sum(x.reserved_nbytes for x in arenas) == pytest.approx(reserved * GIB, abs=2)
@@ -138,7 +139,7 @@ def test_memory_is_set_aside_beside_the_largest_pass(
 
 
 @pytest.mark.parametrize(("free", "positions"), [((8, 24), 4), ((24, 2), 2)])
-def test_the_gpu_with_the_least_room_decides(folders, monkeypatch, free, positions):
+def test_the_gpu_with_the_least_room_decides(folders, see_memory, free, positions):
     """It has a part of the layers, and the first one has the drafter too."""
     gpus = [torch.device("cuda", n) for n in range(2)]
     target = loading.load(folders[0], None, LoadConfig(device="cpu", dtype="float32")).target
@@ -147,19 +148,21 @@ def test_the_gpu_with_the_least_room_decides(folders, monkeypatch, free, positio
     drafter.set_shape(target.arena.like)
     target.device, target.spans = gpus[0], [(gpu, layers) for gpu in gpus]
     free = dict(zip(gpus, free, strict=True))
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: (free[gpu] * half, 0))
+    see_memory(lambda gpu: free[gpu] * half)
     memory.reserve_memory(target, drafter, 0, 1.0)
     found = [x.reserved_nbytes // x.column_nbytes for x in (target.arena, drafter)]
     assert found == [positions, positions]
 
 
 @pytest.mark.parametrize("fits", [True, False])
-def test_recurrent_states_have_memory_beside_keys_and_values(tmp_path, monkeypatch, fits):
+def test_recurrent_states_have_memory_beside_keys_and_values(
+    tmp_path, monkeypatch, see_memory, fits
+):
     write_target(tmp_path, "qwen3_5", seed=1)
     target = load_with_parts(monkeypatch, tmp_path).target
     wanted = memory.STATES_EACH * memory.STATE_SEQUENCES
     free = (8 * wanted if fits else wanted) * target.states_nbytes
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
+    see_memory(free, free)
     memory.reserve_memory(target, None, 0, 0.5)
     states = wanted if fits else wanted // 4
     assert target.state_arena.slots == states + 1

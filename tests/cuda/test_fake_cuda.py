@@ -18,7 +18,7 @@ from treeflash.decoding.tree import DraftTree
 from treeflash.drafters.folder import read_config, read_tensors
 from treeflash.testing import HYBRID_FAMILIES, require
 from treeflash.testing.models import save, write_dialect, write_drafter, write_target
-from treeflash.testing.pairs import combine, each_value
+from treeflash.testing.pairs import each_value
 from treeflash.testing.trees import noise_of_depths
 
 require("torch")
@@ -31,7 +31,6 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from treeflash_cuda.attention import grouped_attention
 from treeflash_cuda.backend import load
 from treeflash_cuda.gpu import kernels
-from treeflash_cuda.gpu.graphs import MAX_GRAPHS, WARM_UP, Graphs
 
 pytestmark = [
     pytest.mark.filterwarnings("error::UserWarning:treeflash_cuda"),
@@ -74,6 +73,60 @@ def tree():
     return DraftTree(np.arange(6, dtype=np.int32), parents, depths, np.zeros(6))
 
 
+def started(backend, count):
+    states = [backend.open(200, drafts=True) for _ in range(count)]
+    backend.verifier.run([Prefill(state, PROMPT, None) for state in states])
+    return states
+
+
+def draft(backend, states, *depths):
+    return backend.drafter.draft([(state, 1) for state in states], *depths)
+
+
+def verify(backend, states, sampling=SAMPLINGS[0], **features):
+    keys = None if sampling.greedy else np.ones((6, 2), np.uint32)
+    given = SamplingParams(sampling, keys, **features)
+    return backend.verifier.run([Verify(state, tree(), given) for state in states])
+
+
+def commit(backend, verified, states):
+    backend.verifier.commit(verified, [(state, np.array([0, 2], np.int32)) for state in states])
+
+
+def test_mixing_devices_raises(cuda):
+    with pytest.raises(RuntimeError, match=r"found (at least )?two different devices|device"):
+        torch.ones(3, device=DEVICE) + torch.ones(3)
+
+
+def test_mixing_dtypes_raises(cuda):
+    with pytest.raises(RuntimeError, match="dtype"):
+        torch.ones(3, 3, device=DEVICE) @ torch.ones(3, 3, device=DEVICE).half()
+
+
+def test_numpy_of_a_device_tensor_raises(cuda):
+    with pytest.raises(TypeError, match="cuda:0 tensors cannot be converted"):
+        torch.ones(3, device=DEVICE).numpy()
+    assert torch.ones(3, device=DEVICE).cpu().numpy().tolist() == [1, 1, 1]
+
+
+@pytest.mark.sample(None)
+@pytest.mark.parametrize(
+    "move",
+    [
+        lambda x: x.cpu(),
+        lambda x: x.sum().item(),
+        lambda x: bool(x.any()),
+        lambda x: x.copy_(torch.ones(3)),
+        lambda x: x + torch.tensor([1.0, 2.0, 3.0]).to(DEVICE),
+        lambda x: x[x > 0],
+    ],
+)
+def test_moving_data_during_a_capture_raises(cuda, move):
+    x = torch.ones(3, device=DEVICE)
+    with pytest.raises(Exception, match=r"during a capture|nonzero"), torch.cuda.graph(None):
+        move(x)
+
+
 @pytest.mark.sample(1)
 @pytest.mark.parametrize(("family", "dtype"), each_value(FAMILIES + HYBRID_FAMILIES, DTYPES))
 def test_prefill_verify_commit_and_draft(cuda, folders, family, dtype):
@@ -108,7 +161,7 @@ def test_several_texts_in_one_forward_pass(cuda, folders, family, dtype, graphs,
         (1,)
     ] * 3
     assert [state.length for state in states] == [2, 3, 4]
-    blocks = backend.drafter.draft([(state, 1) for state in states])
+    blocks = draft(backend, states)
     assert {(block.hidden.device, block.hidden.dtype) for block in blocks} == {
         (DEVICE, backend.target.dtype)
     }
@@ -133,7 +186,7 @@ def test_several_texts_in_one_forward_pass(cuda, folders, family, dtype, graphs,
     states[2].close()
     states[2].close()
     texts = [joined, fork, states[0], states[1]]
-    backend.drafter.draft([(state, 1) for state in texts])
+    draft(backend, texts)
     logits = backend.verifier.logits([(state, tree()) for state in texts]).logits
     assert [part.shape for part in logits] == [(6, 40)] * 4
 
@@ -151,14 +204,13 @@ def test_layers_on_two_devices(cuda, folders, family, dtype, bits):
     assert [(x.device, len(x)) for x in parts] == [(DEVICE, 2), (SECOND, 1)]
     assert states[0].read_kv_cache().shape[:2] == (3, 2)
     for texts in (states, states[:1]):
-        blocks = backend.drafter.draft([(state, 1) for state in texts])
+        blocks = draft(backend, texts)
         backend.head.transitions(blocks, OPTIONS)
         backend.drafter.marginals(blocks, OPTIONS)
         for sampling in (SAMPLINGS[0], SAMPLINGS[2]):
-            work = [Verify(state, tree(), params(sampling)) for state in texts]
-            verified = backend.verifier.run(work)
+            verified = verify(backend, texts, sampling)
             assert [len(x.tokens) for x in verified.sampled] == [6] * len(texts)
-        backend.verifier.commit(verified, [(state, np.array([0, 2], np.int32)) for state in texts])
+        commit(backend, verified, texts)
         assert {x.device for state in texts for x in state.context} == {DEVICE}
         single = DraftTree.root_only(3)
         assert len(backend.verifier.logits([(state, single) for state in texts]).logits) == len(
@@ -183,9 +235,9 @@ def test_nothing_builds_a_plan_for_each_length(cuda, folders, monkeypatch, famil
     for tokens in (1, 700, 2100):
         states = [backend.open(3000, drafts=True) for _ in range(2)]
         backend.verifier.run([Prefill(state, [3] * tokens, SamplingParams()) for state in states])
-        blocks = backend.drafter.draft([(state, 1) for state in states])
+        blocks = draft(backend, states)
         backend.head.transitions(blocks, OPTIONS)
-        backend.verifier.run([Verify(state, tree(), SamplingParams()) for state in states])
+        verify(backend, states)
         for state in states:
             state.close()
 
@@ -213,33 +265,6 @@ def test_flash_attention_is_asked_for_by_an_argument_that_cudnn_lacks(cuda, fold
     SequenceSession(backend, capacity=401).extend([3] * 400)
     assert len(found) - loaded == len(backend.target.layers)
     assert None not in found
-
-
-# A second; `test_layers_on_two_devices` has a long prompt, too.
-@pytest.mark.nightly
-def test_a_long_prompt_is_prefilled_in_chunks(backend):
-    text = SequenceSession(backend, drafts=True, capacity=4001)
-    text.extend([3] * 4000)
-    check_context(text, 4000)
-
-
-# `test_tables_of_other_heads` has tables of both kinds.
-@pytest.mark.nightly
-@pytest.mark.parametrize(
-    ("shortlist", "rows", "scale"), combine((None, 16), (None, 7), (None, 0.8))
-)
-def test_tables(backend, shortlist, rows, scale):
-    states = [SequenceSession(backend, drafts=True).state for _ in range(2)]
-    backend.verifier.run([Prefill(state, PROMPT, None) for state in states])
-    blocks = backend.drafter.draft([(state, 3) for state in states])
-    noise = None if scale is None else noise_of_depths(backend, scale, 2)
-    options = replace(OPTIONS, noise=noise, shortlist=shortlist, rows=rows)
-    for table in backend.head.transitions(blocks, options):
-        assert table.tokens.shape == (5, 4, 8)
-    for table in backend.drafter.marginals(blocks, options):
-        assert table.tokens.shape == (5, 1, 8)
-    assert backend.drafter.log_probs(blocks[1]).shape == (5, 40)
-    assert backend.head.log_probs(blocks[1], np.ones(5, np.int32)).shape == (5, 40)
 
 
 @pytest.mark.parametrize(("dialect", "dtype"), each_value(DIALECTS, DTYPES))
@@ -271,89 +296,43 @@ def test_tables_of_other_heads(cuda, folders, tmp_path, dialect, dtype):
         "the target",
     }
     assert backend.head.log_probs(blocks[1], np.ones(depths, np.int32)).shape == (depths, 40)
+    assert backend.drafter.log_probs(blocks[1]).shape == (depths, 40)
 
 
-# Five seconds for each; `test_graphs.py` captures the same drafts, with values.
-@pytest.mark.nightly
-@pytest.mark.parametrize(
-    ("kind", "dtype"), [*each_value(("eagle3", "mtp"), DTYPES), ("glm", "bfloat16")]
-)
-def test_drafts_depth_by_depth_are_captured(cuda, tmp_path, kind, dtype):
-    """Their operations do not depend on the number of sequences, and neither do the copies."""
-    with unset_fake_temporarily():
-        pair = write_mtp_pair(tmp_path, kind)
-    backend = load(*pair, LoadConfig(dtype=dtype))
-    found = []
-    for texts in (1, 4):
-        states = started(backend, texts)
-        for depths in (4, 1, 4):  # captured, then replayed
-            blocks = backend.drafter.draft([(state, 1) for state in states], depths)
-            for noise in (None, noise_of_depths(backend, 0.8, texts)):
-                if noise is not None:
-                    noise = Noise(noise.keys[: texts * depths], noise.scales[: texts * depths])
-                with cuda.transfers() as count:
-                    tables = backend.head.transitions(blocks, replace(OPTIONS, noise=noise))
-                assert [table.tokens.shape[0] for table in tables] == [depths] * texts
-                assert (count.uploads, count.reads) == (1 + (noise is not None), 1)
-            work = [Verify(state, tree(), SamplingParams()) for state in states]
-            verified = backend.verifier.run(work)
-            backend.verifier.commit(
-                verified, [(state, np.array([0, 2], np.int32)) for state in states]
-            )
-        assert backend.head.log_probs(blocks[0], np.ones(3, np.int32)).shape == (3, 24)
-        backend.target.graphs.enabled, before = False, len(cuda.launches)
-        backend.head.transitions(backend.drafter.draft([(x, 1) for x in states], 4), OPTIONS)
-        backend.target.graphs.enabled = True
-        found.append(len(cuda.launches) - before)
-    names = [name for name, *_ in backend.target.graphs.store]
-    assert set(names) == {"the target", "the drafter", "the AR head"}
-    assert names.count("the AR head") == 8  # by sequences, depths and noise
-    assert found[1] <= found[0] + 10
-
-
-# Likewise in `test_graphs.py`, with values.
+# Five seconds for each; `test_graphs.py` has the same drafts, with values.
 @pytest.mark.nightly
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_drafts_of_all_depths_at_once_are_captured(cuda, tmp_path, dtype):
-    """Whatever the number of sequences, with one upload; the rows of prompts too."""
+@pytest.mark.parametrize("kind", ["eagle3", "mtp", "glm", "peagle"])
+def test_transfers_and_graphs_of_other_drafts(cuda, tmp_path, kind, dtype):
+    """Whatever the number of sequences: depth by depth, and of all depths at once."""
     with unset_fake_temporarily():
-        pair = write_peagle_pair(tmp_path)
-    backend = load(*pair, LoadConfig(dtype=dtype))
+        pair = write_peagle_pair(tmp_path) if kind == "peagle" else write_mtp_pair(tmp_path, kind)
+    backend, launches = load(*pair, LoadConfig(dtype=dtype)), []
+    make = backend.drafter.marginals if kind == "peagle" else backend.head.transitions
     for texts in (1, 4):
         states = started(backend, texts)
         for _ in range(2):  # captured, then replayed
-            with cuda.transfers() as count:
-                blocks = backend.drafter.draft([(state, 1) for state in states], 3)
-            assert (count.uploads, count.reads) == (1, 0)
-            assert [block.hidden.shape[0] for block in blocks] == [3] * texts
-            assert len(backend.drafter.marginals(blocks, OPTIONS)) == texts
-            work = [Verify(state, tree(), SamplingParams()) for state in states]
-            verified = backend.verifier.run(work)
-            backend.verifier.commit(
-                verified, [(state, np.array([0, 2], np.int32)) for state in states]
-            )
-        before = backend.target.graphs.replays["the drafter"]
-        backend.drafter.draft([(state, 1) for state in states])
-        assert backend.target.graphs.replays["the drafter"] == before + 1
+            with cuda.transfers() as of_draft:
+                blocks = draft(backend, states, 3)
+            assert (of_draft.uploads, of_draft.reads) == (1, 0) or kind != "peagle"
+            for noise in (None, noise_of_depths(backend, 0.8, texts)):
+                if noise is not None:
+                    noise = Noise(noise.keys[: texts * 3], noise.scales[: texts * 3])
+                with cuda.transfers() as tables:
+                    found = make(blocks, replace(OPTIONS, noise=noise))
+                assert [table.tokens.shape[0] for table in found] == [3] * texts
+                uploads = (kind != "peagle") + (noise is not None)
+                assert (tables.uploads, tables.reads) == (uploads, 1)
+            verified = verify(backend, states)
+            commit(backend, verified, states)
+        before = len(cuda.launches)
+        with backend.target.graphs.paused():
+            make(draft(backend, states, 3), OPTIONS)
+        launches.append(len(cuda.launches) - before)
     names = {name for name, *_ in backend.target.graphs.store}
-    assert names == {"the target", "the drafter", "marginals"}
-
-
-# `test_transfers_of_choices_with_edits_masks_and_log_probs` has one of them every time.
-@pytest.mark.nightly
-@pytest.mark.parametrize("sampling", SAMPLINGS, ids=lambda s: repr(s)[15:-1])
-def test_choices_with_edits_masks_and_log_probs(backend, sampling):
-    states = started(backend, 4)
-    everything = params(sampling, edits=edits(), allowed=allowed(), log_probs=3)
-    all_params = [everything, params(sampling, log_probs=0), params(sampling), everything]
-    work = [Verify(state, tree(), x) for state, x in zip(states, all_params, strict=True)]
-    for sampled, x in zip(backend.verifier.run(work).sampled, all_params, strict=True):
-        assert sampled.tokens.dtype == np.int32
-        assert (sampled.log_probs is None) == (x.log_probs is None)
-        if x.log_probs is not None:
-            assert sampled.log_probs.sampled.shape == (6,)
-            assert sampled.log_probs.tokens.shape == (6, x.log_probs)
-            assert sampled.log_probs.values.dtype == np.float32
+    tables = "marginals" if kind == "peagle" else "the AR head"
+    assert names == {"the target", "the drafter", tables}
+    assert launches[1] <= launches[0] + 10
 
 
 @pytest.mark.sample(1)
@@ -366,12 +345,11 @@ def test_an_iteration_is_captured(cuda, folders, family, dtype, is_sampled):
     backend = load(*folders[family], LoadConfig(dtype=dtype, kv_bits=8 if bits else None))
     sampling = SAMPLINGS[3 * is_sampled]
     states = started(backend, 3)
-    backend.drafter.draft([(state, 1) for state in states])
+    draft(backend, states)
     for _ in range(2):  # captured, then replayed
-        work = [Verify(state, tree(), params(sampling)) for state in states]
-        verified = backend.verifier.run(work)
-        backend.verifier.commit(verified, [(state, np.array([0, 2], np.int32)) for state in states])
-        blocks = backend.drafter.draft([(state, 1) for state in states])
+        verified = verify(backend, states, sampling)
+        commit(backend, verified, states)
+        blocks = draft(backend, states)
         backend.head.transitions(blocks, OPTIONS)
         backend.drafter.marginals(blocks, OPTIONS)
     names = {name for name, *_ in backend.target.graphs.store}
@@ -384,45 +362,6 @@ def test_parts_of_products_are_not_added_in_half_precision(cuda, folders, dtype)
     setattr(torch.backends.cuda.matmul, name, True)
     load(*folders["qwen3"], LoadConfig(dtype="bfloat16"))
     assert not getattr(torch.backends.cuda.matmul, name)
-
-
-def test_a_graph_that_was_used_lately_is_kept(cuda):
-    graphs, double = Graphs(DEVICE), lambda x: (2 * x,)
-    graphs.enabled = True
-    for n in range(MAX_GRAPHS + 10):
-        graphs.run("double", None, double, torch.ones(1 + n % MAX_GRAPHS, device=DEVICE))
-        graphs.run("double", None, double, torch.ones(1, device=DEVICE))
-        graphs.run("double", n, double, torch.ones(1, device=DEVICE))
-    assert ("double", None, ((torch.Size([1]), torch.float32),)) in graphs.store
-    assert len(graphs.store) == MAX_GRAPHS
-
-
-def test_one_failed_capture_disables_no_function(cuda):
-    graphs, runs = Graphs(DEVICE), []
-    graphs.enabled = True
-
-    def fail_once(x):
-        runs.append(x)
-        if len(runs) == 1:
-            raise RuntimeError("the first call fails")
-        return (x,)
-
-    graphs.run("it", None, fail_once, torch.ones(1, device=DEVICE))
-    graphs.run("it", None, fail_once, torch.ones(1, device=DEVICE))
-    assert graphs.captures == 1
-
-
-def test_functions_are_called_before_they_are_captured(cuda):
-    """Libraries allocate workspaces and open connections then, which no graph can have."""
-    graphs, captures = Graphs(DEVICE), []
-    graphs.enabled = True
-
-    def watched(x):
-        captures.append(cuda.capturing)
-        return (x,)
-
-    graphs.run("it", None, watched, torch.ones(1, device=DEVICE))
-    assert captures == [False] * WARM_UP + [True]
 
 
 def test_an_iteration_waits_for_the_device_twice(cuda, backend):
@@ -442,23 +381,21 @@ def test_an_iteration_waits_for_the_device_twice(cuda, backend):
 def test_transfers_of_an_iteration(cuda, backend, texts):
     """Uploads and reads wait for the device, so an iteration has few, whatever its texts."""
     states = started(backend, texts)
-    with cuda.transfers() as draft:
-        blocks = backend.drafter.draft([(state, 1) for state in states])
-    assert (draft.uploads, draft.reads) == (1, 0)  # the roots
+    with cuda.transfers() as of_draft:
+        blocks = draft(backend, states)
+    assert (of_draft.uploads, of_draft.reads) == (1, 0)  # the roots
     with cuda.transfers() as tables:
         backend.head.transitions(blocks, OPTIONS)
     assert (tables.uploads, tables.reads) == (1, 1)  # the sizes of the tables; the tables
     with cuda.transfers() as tables:
         backend.drafter.marginals(blocks, OPTIONS)
     assert (tables.uploads, tables.reads) == (0, 1)
-    with cuda.transfers() as verify:
-        verified = backend.verifier.run(
-            [Verify(state, tree(), SamplingParams()) for state in states]
-        )
-    assert (verify.uploads, verify.reads) == (1, 1)  # the trees; the tokens
-    with cuda.transfers() as commit:
-        backend.verifier.commit(verified, [(state, np.array([0, 2], np.int32)) for state in states])
-    assert (commit.uploads, commit.reads) == (1, 0)  # which rows to keep
+    with cuda.transfers() as of_pass:
+        verified = verify(backend, states)
+    assert (of_pass.uploads, of_pass.reads) == (1, 1)  # the trees; the tokens
+    with cuda.transfers() as of_commit:
+        commit(backend, verified, states)
+    assert (of_commit.uploads, of_commit.reads) == (1, 0)  # which rows to keep
     with cuda.transfers() as extend:
         backend.verifier.run([Prefill(state, PROMPT, None) for state in states])
     assert (extend.uploads, extend.reads) == (2, 0)  # the tokens; the rows for the drafter
@@ -466,13 +403,17 @@ def test_transfers_of_an_iteration(cuda, backend, texts):
 
 def test_transfers_of_choices_with_edits_masks_and_log_probs(cuda, backend):
     states = started(backend, 3)
-    plain = [Verify(state, tree(), params(SAMPLINGS[1])) for state in states]
-    everything = params(SAMPLINGS[1], edits=edits(), allowed=allowed(), log_probs=3)
-    edited = [Verify(state, tree(), everything) for state in states]
+    rows, tokens, ones = np.array([0, 2, 5]), np.array([3, 39, 3]), np.ones(3, np.float32)
+    everything = {
+        "edits": LogitEdits(rows, tokens, 1.3 * ones, ones),
+        "allowed": np.full((6, 2), 0xFF, np.uint32),
+        "log_probs": 3,
+    }
     with cuda.transfers() as without:
-        backend.verifier.run(plain)
+        verify(backend, states, SAMPLINGS[1])
     with cuda.transfers() as all_kinds:
-        backend.verifier.run(edited)
+        (sampled, *_) = verify(backend, states, SAMPLINGS[1], **everything).sampled
+    assert sampled.log_probs.tokens.shape == sampled.log_probs.values.shape == (6, 3)
     assert (without.uploads, without.reads) == (2, 1)  # the trees, the random numbers; the tokens
     # Other paths are edits and masks, the tokens again, and log probabilities.
     assert (all_kinds.uploads, all_kinds.reads) == (4, 2)
@@ -481,23 +422,3 @@ def test_transfers_of_choices_with_edits_masks_and_log_probs(cuda, backend):
 def check_context(text, positions):
     (context,) = [torch.cat(text.state.context)]
     assert (context.device, context.shape) == (DEVICE, (positions, 32))
-
-
-def started(backend, count):
-    states = [backend.open(200, drafts=True) for _ in range(count)]
-    backend.verifier.run([Prefill(state, PROMPT, None) for state in states])
-    return states
-
-
-def params(sampling, **features):
-    keys = None if sampling.greedy else np.ones((6, 2), np.uint32)
-    return SamplingParams(sampling, keys, **features)
-
-
-def edits():
-    rows, tokens = np.array([0, 2, 5]), np.array([3, 39, 3])
-    return LogitEdits(rows, tokens, np.full(3, 1.3, np.float32), np.ones(3, np.float32))
-
-
-def allowed():
-    return np.full((6, 2), 0xFF, np.uint32)

@@ -209,11 +209,13 @@ def test_a_warm_up_of_more_sequences_than_memory_has_room_for_goes_on(backend):
     assert names.count("the drafter") >= 2 * len(backend_module.NEW_TOKENS)
 
 
-def test_a_warm_up_begins_with_the_states_and_ends_where_memory_does(tmp_path, monkeypatch):
+def test_a_warm_up_begins_with_the_states_and_ends_where_memory_does(
+    tmp_path, monkeypatch, see_memory
+):
     """Graphs of a smaller arena of recurrent states would be of no use later."""
     write_target(tmp_path, "qwen3_5", seed=1, layers=2)
     backend = load_with_parts(monkeypatch, tmp_path)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 30, 1 << 30))
+    see_memory(1 << 30, 1 << 30)
     for error, outcome in (
         (RuntimeError("CUDA out of memory"), pytest.warns(match="captured when needed: CUDA out")),
         (RuntimeError("a kernel failed"), pytest.raises(RuntimeError, match="a kernel failed")),
